@@ -1,0 +1,60 @@
+# Everything happens in .venv/ and in a cache folder (X2DFD_CACHE, default: the user's cache directory).
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+OMP_NUM_THREADS ?= 2
+PYTEST_ARGS ?=
+
+# Extras of pyproject.toml to install. `app` and `serve` are among them so that their tests run instead of being skipped.
+# Each choice has its own stamp: `make setup EXTRAS=dev,train`.
+EXTRAS ?= dev,app,serve
+comma := ,
+STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+
+TASK ?= detect
+MODEL ?= embedded
+
+.DEFAULT_GOAL := help
+.PHONY: help setup fetch check test demo road tables tables-check bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP) ## Make .venv and install what pyproject.toml and constraints.txt say
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(PY) || { $(PYTHON) -c $(NEW_ENOUGH) && $(PYTHON) -m venv $(VENV); }
+	$(PY) -m pip install --disable-pip-version-check --no-input --progress-bar off -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+fetch: setup ## Get the embedded model's parts into the cache (quick when they are there)
+	$(VENV)/bin/x2dfd fetch
+
+check: setup ## Lint, format and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+test: setup fetch check ## All checks, then the tests
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(PY) -m pytest $(PYTEST_ARGS)
+
+demo: setup fetch ## Verdicts for a real photo and its forged twin, and an HTML report in build/demo
+	$(PY) -m data_gen.demo --out build/demo
+
+road: setup fetch ## The whole road on a small sample: forge, assess, build, train, calibrate, score
+	$(PY) road.py --out build/road
+
+tables: setup ## Write the README's result tables from the result files
+	$(PY) -m eval.tables
+
+tables-check: setup ## Fail when the README's tables differ from the result files
+	$(PY) -m eval.tables --check
+
+bench: setup fetch ## Score DATA=manifest with TASK and MODEL into build/bench; lists the tasks when DATA is not given
+	$(PY) eval/run_bench.py $(if $(DATA),$(TASK) --data $(DATA) --model $(MODEL) --out build/bench,--list)
+
+clean: ## Remove what was built; .venv and the cache stay
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -path './$(VENV)' -prune -o -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Forging with known cues, cue questions, and the instruction set."""

@@ -1,0 +1,279 @@
+"""`python -m data_gen forge`: a manifest of photos in, a folder of forgeries, harmless changes and untouched twins out.
+
+Item i is a function of (seed, i) and the input manifest alone, so any number of workers gives the same bytes and a
+cut-off run goes on where it stopped. Every picture, whatever its label, takes the same way: the region around its face,
+at most `side` pixels, re-encoded as JPEG of a random high quality.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from rich.progress import track
+
+from data_gen.forge import HARMLESS, METHODS, Forgery, Photo, forge
+from x2dfd.errors import InputError, UnknownName, X2DFDError
+from x2dfd.faces import find_faces
+from x2dfd.manifest import Sample, manifest_sha256, read_manifest, write_manifest
+from x2dfd.media import load_picture
+
+REGION = 1.9  # side of the region that is kept, over the longer side of the face's box
+_TRIES = 30  # photos without a usable face are passed over, this many times at most
+
+
+@dataclass(frozen=True)
+class ForgeConfig:
+    """What a forge run makes; saved beside its result."""
+
+    data: str  # manifest of photos (label real) and, optionally, of ready-made fakes
+    count: int  # how many pictures in all
+    seed: int = 0
+    side: int = 384  # longest side of the kept region, pixels
+    forged: float = 0.55  # share of forgeries; of the rest, `harmless` are changed harmlessly and the others untouched
+    harmless: float = 0.5  # share of harmless changes among the pictures that stay real
+    combine: float = 0.0  # share of forgeries that carry a second manipulation
+    ready_made: float = 0.0  # share of pictures that are the manifest's own fakes, passed through
+    calib: float = 0.0  # share of the train groups that become split `calib`, kept for calibration
+    methods: tuple[str, ...] = tuple(METHODS)  # forge methods in use
+    splits: tuple[str, ...] = ()  # only these splits of the manifest; empty for all
+
+
+def split_of(sample: Sample, calib: float) -> str:
+    """The manifest's split; a fixed share of the train groups, chosen by the group's hash, becomes `calib`."""
+    number = int(hashlib.sha256(f"calib:{sample.group}".encode()).hexdigest()[:8], 16) / 0x100000000
+    return "calib" if (sample.split or "train") == "train" and number < calib else (sample.split or "train")
+
+
+class _Source:
+    """The input, arranged for drawing: by label, then split, then source, then group, each level evenly."""
+
+    def __init__(self, config: ForgeConfig) -> None:
+        self.config = config
+        samples = read_manifest(config.data)
+        self.tree: dict[str, dict[str, dict[str, dict[str, list[Sample]]]]] = {"real": {}, "fake": {}}
+        for s in samples:
+            split = split_of(s, config.calib)
+            if config.splits and split not in config.splits:
+                continue
+            by_source = self.tree[s.label].setdefault(split, {}).setdefault(s.source, {})
+            by_source.setdefault(s.group, []).append(s)
+        if not self.tree["real"]:
+            raise X2DFDError(f"{config.data}: no real photos to forge from")
+        # Frames of one clip are near copies: a group counts as ten pictures at most.
+        self.sizes = {
+            (label, split): {source: sum(min(len(g), 10) for g in groups.values()) for source, groups in sources.items()}
+            for label, splits in self.tree.items()
+            for split, sources in splits.items()
+        }
+
+    def draw(self, label: str, split: str, rng: np.random.Generator) -> Sample:
+        sources = self.tree[label][split]
+        names = sorted(sources)
+        # Between even sources (small ones learnt by heart) and even pictures (small ones unseen).
+        weights = np.array([self.sizes[label, split][n] ** 0.7 for n in names])
+        source = sources[str(rng.choice(names, p=weights / weights.sum()))]
+        group = source[str(rng.choice(sorted(source)))]
+        return group[int(rng.integers(len(group)))]
+
+    def draw_split(self, label: str, rng: np.random.Generator) -> str:
+        names = sorted(self.tree[label])
+        sizes = np.array([sum(self.sizes[label, s].values()) for s in names], float)
+        return str(rng.choice(names, p=sizes / sizes.sum()))
+
+
+@lru_cache(maxsize=1500)
+def _photo(path: str, source: str, group: str, side: int) -> Photo | None:
+    """The region around the largest face, or None when the file cannot be read or has no face."""
+    try:
+        pixels = load_picture(path).pixels
+    except InputError:
+        return None
+    faces = find_faces(pixels)
+    if not faces:
+        return None
+    x, y, w, h = faces[0].box
+    half = max(w, h) * REGION / 2
+    cx, cy = x + w / 2, y + h / 2
+    x0, y0 = max(0, round(cx - half)), max(0, round(cy - half))
+    region = pixels[y0 : round(cy + half), x0 : round(cx + half)]
+    scale = min(1.0, side / max(region.shape[:2]))
+    points = faces[0].landmarks - np.array([x0, y0], np.float32)
+    if scale < 1:
+        size = (round(region.shape[1] * scale), round(region.shape[0] * scale))
+        points = points * np.array([size[0] / region.shape[1], size[1] / region.shape[0]], np.float32)
+        region = cv2.resize(region, size, interpolation=cv2.INTER_AREA)
+    return Photo(np.ascontiguousarray(region, np.uint8), points.astype(np.float32), source, group)
+
+
+def _tighten(photo: Photo, rng: np.random.Generator) -> Photo:
+    """Sometimes cut the picture close around the face, so that tight crops tell no source from another."""
+    if rng.random() > 0.35:
+        return photo
+    low, high = photo.landmarks.min(0), photo.landmarks.max(0)
+    size = float((high - low).max())
+    height, width = photo.pixels.shape[:2]
+    x0, y0 = (max(0, round(float(v - rng.uniform(0.02, 0.4) * size))) for v in low)
+    x1, y1 = (round(float(v + rng.uniform(0.02, 0.4) * size)) for v in high)
+    region = np.ascontiguousarray(photo.pixels[y0 : min(y1, height), x0 : min(x1, width)])
+    return Photo(region, photo.landmarks - np.array([x0, y0], np.float32), photo.source, photo.group)
+
+
+def _draw_photo(source: _Source, label: str, split: str, rng: np.random.Generator) -> tuple[Sample, Photo]:
+    for _ in range(_TRIES):
+        sample = source.draw(label, split, rng)
+        photo = _photo(str(sample.path), sample.source, sample.group, source.config.side)
+        if photo is not None:
+            return sample, _tighten(photo, rng)
+    raise X2DFDError(f"no usable face in {_TRIES} {label} pictures of split {split!r}")
+
+
+def _save_jpeg(path: Path, pixels: np.ndarray[Any, Any], quality: int) -> str:
+    ok, data = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    if not ok:
+        raise X2DFDError(f"could not encode {path.name}")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(data.tobytes())
+    os.replace(temporary, path)
+    return hashlib.sha256(data.tobytes()).hexdigest()
+
+
+def _item(source: _Source, out: Path, index: int) -> dict[str, Any]:
+    """Make picture `index` and return its manifest row."""
+    config = source.config
+    rng = np.random.default_rng([config.seed, index])
+    kind = rng.random()
+    quality = int(rng.integers(88, 99))
+    row: dict[str, Any] = {"id": f"{config.seed}-{index:06d}", "path": f"images/{index // 1000:03d}/{index:06d}.jpg"}
+    file = out / row["path"]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if kind < config.ready_made and source.tree["fake"]:
+        split = source.draw_split("fake", rng)
+        sample, photo = _draw_photo(source, "fake", split, rng)
+        row |= {"label": "fake", "method": sample.method, "df_class": sample.df_class, "cues": []}
+        if sample.df_class == "EFS":  # the whole picture is synthetic: that much is known
+            row["cues"] = [{"area": "whole-image", "artifact": "texture", "score": 1.0}]
+        made = Forgery(photo.pixels, np.zeros(photo.pixels.shape[:2], np.uint8), (), sample.method, "EFS", 1.0)
+    else:
+        split = source.draw_split("real", rng)
+        sample, photo = _draw_photo(source, "real", split, rng)
+        kind = (kind - config.ready_made) / (1 - config.ready_made)
+        if kind < config.forged:
+            method = METHODS[str(rng.choice(config.methods))]
+            donor = _donor(source, split, sample, rng)
+            made = forge(photo, method, rng, donor)
+            if rng.random() < config.combine:
+                second = METHODS[str(rng.choice([m for m in config.methods if not METHODS[m].needs_donor]))]
+                more = forge(Photo(made.pixels, photo.landmarks, photo.source, photo.group), second, rng)
+                made = Forgery(
+                    more.pixels,
+                    np.maximum(made.mask, more.mask),
+                    tuple({(c.area, c.artifact): c for c in (*made.cues, *more.cues)}.values()),
+                    f"{made.method}+{more.method}",
+                    made.df_class,
+                    max(made.strength, more.strength),
+                )
+            mask = file.with_suffix(".mask.png")
+            cv2.imwrite(str(mask), made.mask)
+            row |= {"label": "fake", "mask": str(Path(row["path"]).with_suffix(".mask.png"))}
+        elif kind < config.forged + (1 - config.forged) * config.harmless:
+            made = forge(photo, HARMLESS[str(rng.choice(list(HARMLESS)))], rng)
+            row |= {"label": "real"}
+        else:
+            made = Forgery(photo.pixels, np.zeros(photo.pixels.shape[:2], np.uint8), (), "none", "real", 0.0)
+            row |= {"label": "real"}
+        row |= {"method": made.method, "df_class": made.df_class, "cues": [asdict(c) for c in made.cues]}
+    row |= {"source": sample.source, "group": sample.group, "split": split, "strength": made.strength}
+    row["sha256"] = _save_jpeg(file, made.pixels, quality)
+    return row
+
+
+def _donor(source: _Source, split: str, target: Sample, rng: np.random.Generator) -> Photo:
+    """Another person's photo of the same split; half of the time of the same source, as swaps within a film are."""
+    for _ in range(_TRIES):
+        sample, photo = _draw_photo(source, "real", split, rng)
+        if sample.group != target.group and (sample.source == target.source or rng.random() < 0.5):
+            return photo
+    return photo  # a set of one person: its own photo is the donor
+
+
+_worker: tuple[_Source, Path] | None = None
+
+
+def _start(config: ForgeConfig, out: Path) -> None:
+    global _worker
+    cv2.setNumThreads(1)
+    _worker = (_Source(config), out)
+
+
+def _work(index: int) -> dict[str, Any]:
+    if _worker is None:
+        raise RuntimeError("worker not started")
+    return _item(*_worker, index)
+
+
+def _finished(part: Path) -> list[dict[str, Any]]:
+    """Rows of an earlier, cut-off run; a half-written last line is dropped."""
+    rows = []
+    if part.is_file():
+        for line in part.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
+    """Make (or finish) a forge run; returns the path of its `manifest.jsonl`.
+
+    Raises X2DFDError when `out` holds another run, UnknownName for a method that does not exist.
+    """
+    for name in config.methods:
+        if name not in METHODS:
+            raise UnknownName("forge method", name, METHODS)
+    manifest, part = out / "manifest.jsonl", out / "manifest.part.jsonl"
+    settings = {**asdict(config), "data": manifest_sha256(config.data), "methods": list(config.methods)}
+    settings["splits"] = list(config.splits)
+    saved = out / "forge.json"
+    if saved.is_file() and json.loads(saved.read_text()) != settings:
+        raise X2DFDError(f"{out} holds a forge run with other settings; choose another --out")
+    if manifest.is_file():
+        return manifest
+    out.mkdir(parents=True, exist_ok=True)
+    saved.write_text(json.dumps(settings, indent=1) + "\n")
+    rows = _finished(part)
+    part.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    todo = range(len(rows), config.count)
+    with part.open("a", encoding="utf-8") as stream:
+        for row in track(_made(config, out, todo, workers), "forging", total=len(todo), disable=not _terminal()):
+            rows.append(row)
+            stream.write(json.dumps(row) + "\n")
+            stream.flush()
+    write_manifest(manifest, rows)
+    part.unlink()
+    return manifest
+
+
+def _made(config: ForgeConfig, out: Path, todo: Sequence[int], workers: int) -> Iterator[dict[str, Any]]:
+    if workers <= 1:
+        _start(config, out)
+        yield from map(_work, todo)
+        return
+    with ProcessPoolExecutor(workers, initializer=_start, initargs=(config, out)) as pool:
+        yield from pool.map(_work, todo, chunksize=8)
+
+
+def _terminal() -> bool:
+    import sys
+
+    return sys.stderr.isatty()

@@ -1,0 +1,1 @@
+"""The benchmark runner, its metrics and the tables made from its results."""

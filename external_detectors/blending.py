@@ -1,0 +1,38 @@
+"""Expert `blending`: sees where one face layer was laid over another.
+
+Blind spot: a face that is synthetic as a whole has no seam, and heavy compression hides one.
+Self-blended images, Shiohara & Yamasaki, CVPR 2022; EfficientNet-Lite0 instead of their B4, for a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from external_detectors.weights_io import WEIGHTS, load_weights, to_unit
+from x2dfd.experts import Shared, read_card
+from x2dfd.types import Card, Evidence, Face
+
+
+class Blending:
+    """P(fake) of each face's aligned crop."""
+
+    card: ClassVar[Card] = read_card(WEIGHTS / "blending.card.json")
+
+    def __init__(self) -> None:
+        from external_detectors.lite0 import Lite0
+
+        self._net = Lite0()
+        self._net.load_state_dict(load_weights(self.card))
+        self._net.eval()
+
+    def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
+        import numpy as np
+        import torch
+
+        if not faces:
+            return []
+        crops = torch.from_numpy(np.stack([f.crop for f in faces]))
+        with torch.inference_mode():
+            scores = self._net(to_unit(crops)).sigmoid().tolist()
+        return [Evidence(self.card.name, float(s)) for s in scores]

@@ -1,0 +1,210 @@
+"""`python -m external_detectors.train NAME --data MANIFEST`: train an expert from scratch to committed weights.
+
+Real and fake take the same way: the manifest's pictures, the library's own face finder and crop, the same random
+degradation. Sampling is balanced over labels, then sources. Stops and resumes: the state is kept in `--state`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from external_detectors.weights_io import WEIGHTS, save_weights, to_unit
+from x2dfd.crops import CropSet, load_crops
+from x2dfd.degrade import degrade
+from x2dfd.errors import X2DFDError
+from x2dfd.faces import PREPROCESSING
+from x2dfd.types import Card
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _train() -> None:
+    """Train an expert; weights and card are written whole or not at all."""
+
+
+def _log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _balanced(data: CropSet, rng: np.random.Generator, split: str) -> Iterator[int]:
+    """Endless indices: label by turns, then source by the root of its size, then a random sample of it."""
+    pools: list[tuple[list[NDArray[np.intp]], NDArray[np.float64]]] = []
+    for label in ("real", "fake"):
+        sources: dict[str, list[int]] = {}
+        for i in data.where(label=label, split=split):
+            sources.setdefault(data.samples[i].source, []).append(int(i))
+        if not sources:
+            raise X2DFDError(f"the manifest has no {label} sample in split {split!r}")
+        weights = np.array([len(v) ** 0.5 for v in sources.values()])
+        pools.append(([np.array(v) for v in sources.values()], weights / weights.sum()))
+    while True:
+        for groups, weights in pools:
+            yield int(rng.choice(groups[int(rng.choice(len(groups), p=weights))]))
+
+
+def _augmented(crop: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    import cv2
+
+    out = degrade(np.ascontiguousarray(crop), rng)
+    if rng.random() < 0.5:
+        out = np.ascontiguousarray(out[:, ::-1])
+    if rng.random() < 0.5:  # faces are never found twice at the same place
+        size = out.shape[0]
+        matrix = cv2.getRotationMatrix2D((size / 2, size / 2), rng.uniform(-6, 6), rng.uniform(0.93, 1.1))
+        matrix[:, 2] += rng.uniform(-0.03, 0.03, 2) * size
+        out = np.asarray(cv2.warpAffine(out, matrix, (size, size), borderMode=cv2.BORDER_REPLICATE), np.uint8)
+    return out
+
+
+def _auc(labels: NDArray[np.bool_], scores: NDArray[np.float64]) -> float | None:
+    """Area under the ROC curve by ranks; None when a label is absent."""
+    positives, negatives = scores[labels], scores[~labels]
+    if not len(positives) or not len(negatives):
+        return None
+    greater = (positives[:, None] > negatives[None]).mean() + 0.5 * (positives[:, None] == negatives[None]).mean()
+    return float(greater)
+
+
+def by_method(data: CropSet, indices: NDArray[np.intp], scores: NDArray[np.float64]) -> dict[str, Any]:
+    """AUC of each method's fakes against the real pictures of the same indices, with counts."""
+    real = np.array([data.samples[i].label == "real" for i in indices])
+    methods = np.array([data.samples[i].method for i in indices])
+    table: dict[str, Any] = {}
+    for method in sorted(set(methods[~real])):
+        chosen = real | (methods == method)
+        value = _auc(~real[chosen], scores[chosen])
+        if value is not None:
+            table[method] = {"auc": round(value, 4), "n_fake": int((methods == method).sum())}
+    table["n_real"] = int(real.sum())
+    return table
+
+
+def _checkpoint(path: Path, step: int, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> None:
+    """All tensors of a training state as safetensors; the step in its metadata."""
+    tensors = {f"{name}.{k}": v for name, m in modules.items() for k, v in m.state_dict().items()}
+    for number, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{k}": v for k, v in state.items()}
+    temporary = path.with_suffix(".tmp")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"step": str(step)})
+    temporary.replace(path)
+
+
+def _restore(path: Path, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> int:
+    from safetensors import safe_open
+
+    tensors = load_file(path)
+    for name, module in modules.items():
+        prefix = f"{name}."
+        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    state = optimizer.state_dict()
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, number, field = key.split(".", 2)
+            state["state"].setdefault(int(number), {})[field] = value
+    optimizer.load_state_dict(state)
+    with safe_open(path, "pt") as stream:
+        return int(stream.metadata()["step"])
+
+
+@app.command(epilog="Example:\n\n  python -m external_detectors.train blending --data build/sbi/manifest.jsonl --steps 2400")
+def blending(
+    data: Annotated[Path, typer.Option(help="manifest of self-blended images and real photos (data_gen forge)")],
+    state: Annotated[Path, typer.Option(help="folder for the resumable state")] = Path("build/blending"),
+    out: Annotated[Path, typer.Option(help="folder for weights and card")] = WEIGHTS,
+    check: Annotated[Path | None, typer.Option(help="manifest whose split `calib` is scored by method")] = None,
+    steps: int = 2400,
+    batch: int = 24,
+    lr: float = 6e-4,
+    seed: int = 0,
+    workers: int = 1,
+    from_scratch: Annotated[bool, typer.Option(help="no ImageNet start (for tests)")] = False,
+) -> None:
+    """EfficientNet-Lite0 on self-blended images of real faces only."""
+    from external_detectors.lite0 import Lite0, from_imagenet
+    from x2dfd.fetch import require
+
+    torch.manual_seed(seed)
+    crops = load_crops(data, workers)
+    net = Lite0() if from_scratch else from_imagenet(require("lite0") / "efficientnet-lite0.pth")
+    net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    average = torch.optim.swa_utils.AveragedModel(
+        net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998), use_buffers=True
+    )
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-3)
+    state.mkdir(parents=True, exist_ok=True)
+    saved = state / "state.safetensors"
+    done = _restore(saved, {"net": net, "average": average}, optimizer) if saved.is_file() else 0
+    started, losses = time.monotonic(), []
+    for step in range(done, steps):
+        rng = np.random.default_rng([seed, step])  # a resumed run draws what the uninterrupted one would
+        draw = _balanced(crops, rng, "train")
+        chosen = [next(draw) for _ in range(batch)]
+        pixels = torch.from_numpy(np.stack([_augmented(crops.crops[i], rng) for i in chosen]))
+        labels = torch.tensor([float(crops.samples[i].label == "fake") for i in chosen])
+        for group in optimizer.param_groups:
+            warm, progress = min(1.0, (step + 1) / 100), step / steps
+            group["lr"] = lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        net.train()
+        loss = F.binary_cross_entropy_with_logits(net(to_unit(pixels)), labels * 0.96 + 0.02)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 2.0)
+        optimizer.step()
+        average.update_parameters(net)
+        losses.append(loss.item())
+        if (step + 1) % 50 == 0:
+            rate = (time.monotonic() - started) / (step + 1 - done)
+            _log(f"step {step + 1}/{steps} loss {np.mean(losses[-50:]):.4f} {rate:.2f} s/step, {rate * (steps - step - 1) / 60:.0f} min left")
+        if (step + 1) % 200 == 0 or step + 1 == steps:
+            _checkpoint(saved, step + 1, {"net": net, "average": average}, optimizer)
+            if check is not None and ((step + 1) % 400 == 0 or step + 1 == steps):
+                _log(json.dumps(_check_blending(average.module, load_crops(check, workers))))
+    figures = _check_blending(average.module, load_crops(check, workers)) if check is not None else {}
+    card = Card(
+        name="blending",
+        version="1",
+        source="trained by this project: external_detectors/train.py",
+        licence="weights: research and evaluation only (trained in part on FFHQ, CC BY-NC-SA 4.0); start: Apache-2.0",
+        sha256="",
+        preprocessing=PREPROCESSING,
+        paper="Shiohara & Yamasaki, Detecting Deepfakes with Self-Blended Images, CVPR 2022",
+        blind_spot="Faces that are synthetic as a whole have no seam; strong compression and blur hide one.",
+        trained_on=f"self-blended images of real photos only ({len(crops.samples)} pictures, {steps} steps of {batch}); no fake of any generator",
+        figures={"calib_auc_by_method": figures},
+    )
+    card = save_weights(average.module.state_dict(), card, out)
+    print(out / f"{card.name}.card.json")
+
+
+def _check_blending(net: torch.nn.Module, data: CropSet) -> dict[str, Any]:
+    indices = data.where(split="calib")
+    net.eval()
+    with torch.inference_mode():
+        scores = [net(to_unit(torch.from_numpy(np.asarray(data.crops[part])))) for part in np.array_split(indices, max(1, len(indices) // 32))]
+    return by_method(data, indices, torch.cat(scores).double().numpy())
+
+
+def main() -> None:
+    try:
+        app()
+    except X2DFDError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

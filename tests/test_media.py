@@ -1,0 +1,725 @@
+"""Decoding: what goes wrong with pictures and videos in practice, or on purpose, must not reach a verdict unseen."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import struct
+import subprocess
+import sys
+import time
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, ImageCms
+from skimage.data import astronaut
+
+from x2dfd.errors import InputError
+from x2dfd.media import (
+    MAX_BYTES,
+    MAX_PIXELS,
+    Picture,
+    Source,
+    Video,
+    find_media,
+    load_media,
+    load_picture,
+    media_summary,
+)
+
+av = pytest.importorskip("av")
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    """96 x 64, with detail and no symmetry."""
+    return Image.fromarray(astronaut()[40:168, 150:342]).resize((96, 64))
+
+
+def encode(image: Image.Image, format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def code_of(source: Source) -> str:
+    with pytest.raises(InputError) as caught:
+        load_media(source)
+    assert caught.value.reason
+    return caught.value.code
+
+
+def clip(
+    format: str = "mp4", codec: str = "mpeg4", n: int = 50, rotation: int = 0, gop: int = 12, b_frames: int = 0
+) -> bytes:
+    """A clip at 25 frames a second whose frame i is grey 40 + 4i, with its top left quarter black."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=format) as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 128, 64, "yuv420p", 2_000_000
+        stream.codec_context.gop_size = gop
+        stream.codec_context.max_b_frames = b_frames
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for i in range(n):
+            pixels = np.full((64, 128, 3), 40 + 4 * i, np.uint8)
+            pixels[:32, :64] = 0
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts = i
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+# --- pictures: what comes out -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "BMP"])
+def test_lossless_formats_keep_every_pixel(photo: Image.Image, format: str) -> None:
+    """A hidden conversion on the way would move every forensic score."""
+    picture = load_picture(encode(photo, format))
+    assert (picture.format, picture.n_frames, picture.notes, picture.path) == (format, 1, (), None)
+    np.testing.assert_array_equal(picture.pixels, np.asarray(photo))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "WEBP", "GIF", "AVIF"])
+def test_lossy_formats_come_back_close(photo: Image.Image, format: str) -> None:
+    """Swapped channels or a wrong matrix in one format would make that format look fake."""
+    picture = load_picture(encode(photo, format, quality=95))
+    assert (picture.format, picture.n_frames) == (format, 1)
+    difference = picture.pixels.astype(float) - np.asarray(photo, dtype=float)
+    assert np.abs(difference).mean() < 8
+
+
+def test_jpeg_is_decoded_at_full_size(photo: Image.Image) -> None:
+    """JPEG `draft` would give a picture of other statistics than the file's own."""
+    data = encode(photo.resize((960, 640)), "JPEG")
+    with Image.open(io.BytesIO(data)) as plain:
+        np.testing.assert_array_equal(load_picture(data).pixels, np.asarray(plain.convert("RGB")))
+
+
+ORIENTED = {
+    1: lambda p: p,
+    2: lambda p: p[:, ::-1],
+    3: lambda p: p[::-1, ::-1],
+    4: lambda p: p[::-1],
+    5: lambda p: p.transpose(1, 0, 2),
+    6: lambda p: p.transpose(1, 0, 2)[:, ::-1],
+    7: lambda p: p[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda p: p.transpose(1, 0, 2)[::-1],
+}
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP"])
+def test_exif_orientation(photo: Image.Image, format: str, orientation: int, order: str) -> None:
+    """A phone photo left lying on its side has no face; turned twice (TIFF) or read in the wrong byte order neither."""
+    if format == "TIFF" and order == ">":
+        data = encode(photo, format, tiffinfo={274: orientation}, big_endian=True)
+    elif format == "TIFF":
+        data = encode(photo, format, tiffinfo={274: orientation})
+    else:
+        exif = Image.Exif()
+        exif.endian = order
+        exif[274] = orientation
+        assert exif.tobytes()[6:8] == (b"II" if order == "<" else b"MM")
+        data = encode(photo, format, exif=exif.tobytes(), lossless=True)
+    picture = load_picture(data)
+    np.testing.assert_array_equal(picture.pixels, ORIENTED[orientation](np.asarray(photo)))
+    assert picture.notes == (() if orientation == 1 else (f"exif_orientation:{orientation}",))
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+@pytest.mark.parametrize("format", ["JPEG", "AVIF"])
+def test_exif_orientation_of_lossy_formats(photo: Image.Image, format: str, orientation: int) -> None:
+    """JPEG and AVIF store the orientation elsewhere than PNG does."""
+    exif = Image.Exif()
+    exif[274] = orientation
+    picture = load_picture(encode(photo, format, exif=exif.tobytes(), quality=95))
+    expected = ORIENTED[orientation](np.asarray(photo))
+    assert picture.pixels.shape == expected.shape
+    assert np.abs(picture.pixels.astype(float) - expected).mean() < 8
+    assert f"exif_orientation:{orientation}" in picture.notes
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF"])
+def test_alpha_is_laid_on_white(photo: Image.Image, format: str) -> None:
+    """Hidden pixels under transparency are not what the viewer sees, so no expert may see them."""
+    alpha = np.full((64, 96), 255, np.uint8)
+    alpha[:, :48], alpha[:, 48:60] = 0, 128
+    data = encode(Image.merge("RGBA", (*photo.split(), Image.fromarray(alpha))), format, lossless=True)
+    picture = load_picture(data)
+    source = np.asarray(photo, dtype=float)
+    assert (picture.pixels[:, :48] == 255).all()
+    assert np.abs(picture.pixels[:, 48:60] - (source[:, 48:60] * 128 + 255 * 127) / 255).max() <= 1
+    np.testing.assert_array_equal(picture.pixels[:, 60:], np.asarray(photo)[:, 60:])
+    assert "alpha_on_white" in picture.notes
+
+
+def test_opaque_alpha_changes_nothing(photo: Image.Image) -> None:
+    """A note about a change that did not happen would make screenshots look edited."""
+    picture = load_picture(encode(photo.convert("RGBA"), "PNG"))
+    np.testing.assert_array_equal(picture.pixels, np.asarray(photo))
+    assert picture.notes == ()
+
+
+def test_grey_with_alpha_and_palette_with_transparency(photo: Image.Image) -> None:
+    """Both used to come out with the hidden colour, or with a warning on stderr."""
+    grey = Image.merge("LA", (photo.convert("L"), Image.new("L", photo.size, 0)))
+    assert (load_picture(encode(grey, "PNG")).pixels == 255).all()
+    palette = Image.new("P", (32, 32), 1)
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.paste(0, (0, 0, 16, 32))
+    picture = load_picture(encode(palette, "PNG", transparency=bytes([0, 255])))
+    assert picture.pixels[0, 0].tolist() == [255, 255, 255]
+    assert picture.pixels[0, 31].tolist() == [0, 0, 255]
+    assert picture.notes == ("alpha_on_white",)
+
+
+def test_16_bit_grey_is_scaled_not_cut() -> None:
+    """Clipping 16-bit samples at 255 gives a white picture; keeping the low byte gives stripes."""
+    ramp = np.tile(np.linspace(0, 65_535, 256).astype(np.uint16), (32, 1))
+    for format in ("PNG", "TIFF"):
+        picture = load_picture(encode(Image.fromarray(ramp), format))
+        np.testing.assert_array_equal(picture.pixels[0], np.arange(256, dtype=np.uint8)[:, None].repeat(3, 1))
+        assert picture.notes == ("16bit_to_8bit",)
+
+
+def test_16_bit_tiff_where_zero_is_white() -> None:
+    """Scans stored the other way round come out as negatives."""
+    ramp = np.tile(np.linspace(0, 65_535, 256).astype(np.uint16), (32, 1))
+    data = encode(Image.fromarray(ramp), "TIFF")
+    tag = struct.pack("<HHLH", 262, 3, 1, 1)
+    assert data.count(tag) == 1
+    picture = load_picture(data.replace(tag, struct.pack("<HHLH", 262, 3, 1, 0)))
+    assert picture.pixels[0, :, 0].tolist() == list(range(255, -1, -1))
+
+
+def test_16_bit_colour_is_noted() -> None:
+    """Pillow halves the depth of colour PNGs without a word; the report must say so."""
+    samples = np.full((20, 20, 3), 0x80FF, ">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in samples)
+    picture = load_picture(png(20, 20, zlib.compress(rows), depth=16))
+    assert picture.notes == ("16bit_to_8bit",)
+    assert (np.abs(picture.pixels.astype(int) - 0x80) <= 1).all()
+
+
+def test_float_tiff() -> None:
+    """Floats between 0 and 1 have one meaning; others have none, and a guess would be an answer about noise."""
+    ramp = np.tile(np.linspace(0, 1, 256, dtype=np.float32), (32, 1))
+    picture = load_picture(encode(Image.fromarray(ramp), "TIFF"))
+    assert picture.pixels[0, :, 0].tolist() == list(range(256))
+    assert picture.notes == ("float_to_8bit",)
+    assert code_of(encode(Image.fromarray(ramp * 7), "TIFF")) == "unsupported_format"
+    ramp[3, 3] = np.nan
+    assert code_of(encode(Image.fromarray(ramp), "TIFF")) == "unsupported_format"
+
+
+def test_cmyk() -> None:
+    """Inverted CMYK turns a face into its negative."""
+    cyan = Image.new("CMYK", (32, 32), (255, 0, 0, 0))
+    for format in ("JPEG", "TIFF"):
+        picture = load_picture(encode(cyan, format))
+        assert np.abs(picture.pixels[16, 16].astype(int) - [0, 255, 255]).max() < 6
+        assert "cmyk_to_rgb" in picture.notes
+
+
+def swapped_profile() -> bytes:
+    """An sRGB profile named otherwise, whose red and blue primaries have changed places."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    data[:] = data.replace(b"s\0R\0G\0B", b"o\0d\0d\0!").replace(b"sRGB built-in", b"odd! built-in")
+    red, blue = data.index(b"rXYZ"), data.index(b"bXYZ")
+    data[red : red + 4], data[blue : blue + 4] = b"bXYZ", b"rXYZ"
+    return bytes(data)
+
+
+def test_icc_profile_is_converted_to_srgb(photo: Image.Image) -> None:
+    """Wide-gamut photos read as sRGB are pale, and colour experts take that for a forgery."""
+    picture = load_picture(encode(photo, "PNG", icc_profile=swapped_profile()))
+    note = next(note for note in picture.notes if note.startswith("icc_to_srgb:"))
+    assert "odd" in note
+    difference = picture.pixels.astype(int) - np.asarray(photo)[..., ::-1]
+    assert np.abs(difference).mean() < 2
+
+
+def test_srgb_and_broken_profiles_leave_pixels_alone(photo: Image.Image) -> None:
+    """A broken profile must not cost the verdict; an sRGB one must not add rounding."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for profile, notes in ((srgb, 0), (b"not a profile" * 20, 1), (swapped_profile()[:200], 1)):
+        picture = load_picture(encode(photo, "PNG", icc_profile=profile))
+        np.testing.assert_array_equal(picture.pixels, np.asarray(photo))
+        assert [note.startswith("icc_ignored:") for note in picture.notes] == [True] * notes
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
+def test_first_of_several_frames(format: str) -> None:
+    """An animation judged by its last frame, or without saying that it is one."""
+    frames = [Image.new("RGB", (40, 32), (value, 0, 0)) for value in (250, 120, 10)]
+    data = encode(frames[0], format, save_all=True, append_images=frames[1:])
+    picture = load_picture(data)
+    assert picture.n_frames == 3
+    assert np.abs(picture.pixels[16, 20].astype(int) - [250, 0, 0]).max() < 12
+    assert "first_of_3_frames" in picture.notes
+
+
+def test_image_object_equals_its_file(photo: Image.Image) -> None:
+    """The demo hands over image objects; they must not be judged by other pixels than files."""
+    exif = Image.Exif()
+    exif[274] = 6
+    data = encode(photo, "PNG", exif=exif.tobytes())
+    with Image.open(io.BytesIO(data)) as image:
+        from_object = load_picture(image)
+    np.testing.assert_array_equal(from_object.pixels, load_picture(data).pixels)
+    assert (from_object.format, from_object.path) == ("PIL", None)
+    assert "hash_of_pixels" in from_object.notes
+
+
+# --- hashes -------------------------------------------------------------------------------------------------------
+
+
+def test_hash_is_of_the_bytes(tmp_path: Path, photo: Image.Image) -> None:
+    """The hash in a case report must equal what `sha256sum` prints; path and bytes must agree."""
+    import hashlib
+
+    for data in (encode(photo, "JPEG"), clip(n=3)):
+        path = tmp_path / "file"
+        path.write_bytes(data)
+        media = load_media(path)
+        assert media.sha256 == load_media(data).sha256 == hashlib.sha256(data).hexdigest()
+        assert media.path == str(path)
+
+
+def test_image_objects_that_look_alike_inside_have_different_hashes() -> None:
+    """Palette, shape and orientation decide the pixels too: hashing raw bytes alone serves another user's result."""
+    images = [Image.new("P", (32, 20), 0) for _ in range(2)]
+    images[0].putpalette([255, 0, 0])
+    images[1].putpalette([0, 0, 255])
+    images += [Image.new("L", (20, 32), 0), Image.new("L", (32, 20), 0), Image.new("L", (32, 20), 0)]
+    images[-1].getexif()[274] = 6
+    hashes = [load_picture(image).sha256 for image in images]
+    assert len(set(hashes)) == len(images)
+    assert load_picture(images[0].copy()).sha256 == hashes[0]
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+def png(width: int, height: int, data: bytes, depth: int = 8) -> bytes:
+    """A colour PNG by hand."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def webp_canvas(width: int, height: int) -> bytes:
+    canvas = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    still = encode(Image.new("RGB", (16, 16)), "WEBP", lossless=True)[12:]
+    frame = b"ANMF" + struct.pack("<I", 16 + len(still)) + bytes(6) + b"\x0f\0\0\x0f\0\0" + bytes(4) + still
+    body = b"WEBPVP8X" + struct.pack("<I", 10) + b"\x02\0\0\0" + canvas + b"ANIM" + struct.pack("<I", 6) + bytes(6)
+    return b"RIFF" + struct.pack("<I", len(body + frame)) + body + frame
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        pytest.param(png(20_000, 20_000, b""), id="png-400MP"),
+        pytest.param(png(9_000, 9_000, b""), id="png-81MP"),
+        pytest.param(
+            encode(Image.new("L", (16, 16)), "GIF").replace(b"\x10\0\x10\0", b"\xff\xff\xff\xff", 1), id="gif"
+        ),
+        pytest.param(b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, 30_000, 30_000, 1, 24, *[0] * 6), id="bmp"),
+        pytest.param(webp_canvas(16_000, 16_000), id="webp-256MP"),
+    ],
+)
+def test_bomb_is_refused_by_its_header(bomb: bytes) -> None:
+    """A file of a few kilobytes must not cost gigabytes or minutes."""
+    import tracemalloc
+
+    load_media(png(20, 20, zlib.compress(bytes(61 * 20))))  # what is loaded once is not measured
+    tracemalloc.start()
+    begin = time.perf_counter()
+    assert code_of(bomb) == "too_many_pixels"
+    assert time.perf_counter() - begin < 0.5
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+def test_bomb_is_refused_at_low_memory() -> None:
+    """The same, with the process's memory counted from outside, where C allocations show."""
+    program = (
+        "import resource, sys; from x2dfd.media import load_media; from x2dfd.errors import InputError\n"
+        "load_media(sys.stdin.buffer.read(int(sys.argv[1])))\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "for n in map(int, sys.argv[2:]):\n"
+        "    try: load_media(sys.stdin.buffer.read(n))\n"
+        "    except InputError as error: print(error.code)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000)\n"
+    )
+    warm, *bombs = encode(Image.new("RGB", (32, 32)), "PNG"), png(20_000, 20_000, b""), webp_canvas(16_000, 16_000)
+    command = [sys.executable, "-c", program, *(str(len(data)) for data in (warm, *bombs))]
+    done = subprocess.run(command, input=b"".join((warm, *bombs)), capture_output=True, check=True, cwd=Path.cwd())
+    assert done.stdout.split() == [b"too_many_pixels", b"too_many_pixels", b"True"]
+    assert done.stderr == b""
+
+
+def test_pixel_cap_is_inclusive_and_small_sides_are_refused() -> None:
+    """An off-by-one at the cap would refuse 50-megapixel cameras; slivers crash resizing later on."""
+    assert MAX_PIXELS == 50_000_000
+    assert code_of(encode(Image.new("1", (50_000, 1_001)), "PNG")) == "too_many_pixels"
+    assert code_of(encode(Image.new("RGB", (15, 400)), "PNG")) == "too_small"
+    assert load_picture(encode(Image.new("RGB", (16, 16)), "PNG")).pixels.shape == (16, 16, 3)
+
+
+def tiff_sharing_data(n_tags: int, n_bytes: int) -> bytes:
+    """A directory of `n_tags` tags that all point at the same `n_bytes`."""
+    first = 8 + 2 + 12 * n_tags + 4
+    tags = b"".join(struct.pack("<HHLL", 40_000 + i, 1, n_bytes, first) for i in range(n_tags))
+    return b"II*\0" + struct.pack("<LH", 8, n_tags) + tags + bytes(4 + n_bytes)
+
+
+def test_shared_tag_data_is_refused(photo: Image.Image) -> None:
+    """2,000 tags on the same 2 MB make a TIFF reader copy 4 GB; the same hides in EXIF."""
+    bomb = tiff_sharing_data(2_000, 2_000_000)
+    begin = time.perf_counter()
+    assert code_of(bomb) == "corrupt"
+    assert code_of(encode(photo, "PNG", exif=bomb)) == "corrupt"
+    assert time.perf_counter() - begin < 2
+
+
+def test_rare_tiff_decoders_are_not_reached(photo: Image.Image) -> None:
+    """Old codecs that no camera writes are where parser bugs live."""
+    data = encode(photo, "TIFF", compression="packbits")
+    at = data.index(struct.pack("<HHL", 259, 3, 1)) + 8
+    for compression in (6, 32809, 34676, 50001, 9999):
+        assert code_of(data[:at] + struct.pack("<H", compression) + data[at + 2 :]) in ("unsupported_format", "corrupt")
+    assert code_of(data[:at] + struct.pack("<H", 32809) + data[at + 2 :]) == "unsupported_format"
+
+
+def test_jpeg_of_many_scans_is_refused(photo: Image.Image) -> None:
+    """Each scan of a progressive JPEG costs a pass over the picture; thousands of them fit in a small file."""
+    data = encode(photo, "JPEG", progressive=True)
+    assert load_picture(data).format == "JPEG"
+    start = data.rindex(b"\xff\xda")
+    scan = data[start:-2]
+    assert code_of(data[:start] + scan * 500 + b"\xff\xd9") == "corrupt"
+
+
+def test_gif_of_endless_metadata_is_refused(photo: Image.Image) -> None:
+    """Comment blocks are joined one by one; a few megabytes of them take minutes."""
+    data = encode(photo, "GIF")
+    at = 13 + 3 * 2 ** ((data[10] & 7) + 1)
+    assert code_of(data[:at] + b"!\xfe" + b"\x01x" * 1_000_000 + b"\0" + data[at:]) == "corrupt"
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (b"", "empty_file"),
+        (b"the free encyclopedia, saved as a photo\n" * 9, "not_an_image"),
+        (b"BM: a text that begins like a bitmap", "not_an_image"),
+        (b"GGG" * 300, "bad_video"),
+        (b"<html><img src=x></html>", "not_an_image"),
+        (b"\0", "not_an_image"),
+        (b"%PDF-1.7\n", "unsupported_format"),
+        (b"8BPS\0\x01" + bytes(40), "unsupported_format"),
+        (b"\0\0\0\x20ftypmif1\0\0\0\0mif1heic" + bytes(80), "unsupported_format"),
+        (b"\xff\xd8\xff\xe0", "corrupt"),
+        (b"\x89PNG\r\n\x1a\n", "corrupt"),
+        (b"RIFF\x20\0\0\0WEBPVP8 " + bytes(20), "corrupt"),
+        (b"\0\0\0\x18ftypisom" + bytes(300), "bad_video"),
+        (b"\x1a\x45\xdf\xa3" + bytes(300), "bad_video"),
+        (b"#EXTM3U\n#EXTINF:1,\nhttp://localhost/a.ts\n", "not_an_image"),
+        (b"ffconcat version 1.0\nfile '/etc/hostname'\n", "not_an_image"),
+        (b"v=0\no=- 0 0 IN IP4 127.0.0.1\nm=video 5000 RTP/AVP 96\n", "not_an_image"),
+    ],
+)
+def test_refusals_have_stable_codes(tmp_path: Path, data: bytes, code: str) -> None:
+    """Names do not count: each is called photo.jpg. One bad file in a thousand must be one row with a reason."""
+    if data.startswith(b"\0\0\0\x20ftypmif1") and _has_heif():
+        pytest.skip("HEIF can be read here")
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(data)
+    assert code_of(path) == code_of(data) == code
+
+
+def _has_heif() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("pillow_heif") is not None
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF"])
+def test_half_a_file_is_an_error(photo: Image.Image, format: str) -> None:
+    """Half a photo with a grey rest is not the photo; JPEG decoders like to return it."""
+    data = encode(photo.resize((192, 128)), format)
+    code = code_of(data[: len(data) // 2])
+    assert code == "truncated" if format in ("JPEG", "PNG", "BMP") else code in ("truncated", "corrupt")
+
+
+def test_paths_that_are_no_files(tmp_path: Path) -> None:
+    """A pipe would block for ever, a folder would raise what nobody catches."""
+    assert code_of(tmp_path) == "not_a_file"
+    assert code_of(tmp_path / "none.jpg") == "not_found"
+    assert code_of("a\0b.jpg") == "not_found"
+    assert code_of("a" * 5_000) == "not_found"
+    os.mkfifo(tmp_path / "pipe")
+    assert code_of(tmp_path / "pipe") == "not_a_file"
+    (tmp_path / "loop").symlink_to("loop")
+    assert code_of(tmp_path / "loop") == "unreadable"
+
+
+def test_huge_file_is_refused_unread(tmp_path: Path) -> None:
+    """Reading a disk image into memory before looking at its size."""
+    path = tmp_path / "huge.png"
+    with path.open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    begin = time.perf_counter()
+    assert code_of(path) == "file_too_large"
+    assert time.perf_counter() - begin < 0.5
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://localhost/a.jpg",
+        "https://localhost/a.mp4",
+        "file:///etc/hostname",
+        "rtsp://localhost/1",
+        "concat:a.mp4|b.mp4",
+        "data:image/png;base64,AAAA",
+        Path("http://localhost/a.jpg"),
+    ],
+)
+def test_addresses_are_refused(url: str | Path) -> None:
+    """Nothing reaches the network, or another file, because somebody typed an address."""
+    assert code_of(url) == "url_not_allowed"
+
+
+def test_colon_in_a_file_name_is_no_address(tmp_path: Path, photo: Image.Image, monkeypatch: Any) -> None:
+    """`holiday: beach.png` is a file that people have."""
+    monkeypatch.chdir(tmp_path)
+    photo.save("holiday: beach.png")
+    assert load_picture("holiday: beach.png").format == "PNG"
+
+
+MUTATED = ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"]
+
+
+def mutate(data: bytes, rng: random.Random) -> bytes:
+    changed = bytearray(data)
+    for _ in range(rng.choice((1, 3, 10))):
+        at = rng.randrange(min(len(changed), 400) if rng.random() < 0.6 else len(changed))
+        changed[at] = rng.choice((0, 0xFF, 0x7F, rng.randrange(256)))
+    return bytes(changed[: rng.randrange(1, len(changed))] if rng.random() < 0.2 else changed)
+
+
+@pytest.mark.parametrize("format", [*MUTATED, "TIFF-tiff_lzw", "TIFF-tiff_adobe_deflate", "TIFF-packbits"])
+def test_damaged_pictures_give_a_picture_or_one_error(
+    photo: Image.Image, format: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Parsers raise nearly anything, warn, or print from C; one such file must not end a run of a thousand."""
+    name, _, compression = format.partition("-")
+    exif = Image.Exif()
+    exif[274], exif[271] = 6, "a camera with a long name"
+    options = {"compression": compression} if compression else {}
+    data = encode(photo, name, exif=exif, icc_profile=swapped_profile(), **options)
+    rng = random.Random(f"seed {format}")
+    outcomes = {"read": 0, "refused": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(60):
+            try:
+                picture = load_media(mutate(data, rng))
+            except InputError as error:
+                outcomes["refused"] += 1
+                assert error.reason
+            else:
+                outcomes["read"] += 1
+                assert isinstance(picture, Picture)
+                assert picture.pixels.dtype == np.uint8
+                assert picture.pixels.ndim == 3
+                assert picture.pixels.shape[2] == 3
+    assert outcomes["refused"] > 0
+    assert outcomes["read"] > 0 or format == "PNG"  # whose checksums catch nearly all damage
+    assert capfd.readouterr() == ("", "")
+
+
+# --- videos -------------------------------------------------------------------------------------------------------
+
+
+def grey_index(pixels: NDArray[np.uint8]) -> float:
+    """Which frame of `clip` this is, from its bottom right corner."""
+    return float((pixels[-12:, -12:].mean() - 40) / 4)
+
+
+CONTAINERS = [
+    ("mp4", "mpeg4", 0, "mov"),
+    ("mp4", "libx264", 2, "mov"),
+    ("mov", "libx264", 3, "mov"),
+    ("webm", "libvpx", 0, "matroska"),
+    ("matroska", "mpeg4", 2, "matroska"),
+    ("avi", "mpeg4", 0, "avi"),
+    ("mpegts", "mpeg2video", 2, "mpegts"),
+    ("flv", "flv", 0, "flv"),
+]
+
+
+@pytest.mark.parametrize(("container", "codec", "b_frames", "format"), CONTAINERS)
+@pytest.mark.parametrize("gop", [5, 100])
+def test_frames_are_evenly_spaced(container: str, codec: str, b_frames: int, format: str, gop: int) -> None:
+    """Frames from the beginning only, off by one after a seek, or in coding order: the face that was swapped late
+    would never be looked at, and `time_s` would point at another picture."""
+    if codec not in av.codecs_available:
+        pytest.skip(f"no encoder {codec}")
+    video = load_media(clip(container, codec, gop=gop, b_frames=b_frames), max_frames=5)
+    assert isinstance(video, Video)
+    assert (video.format, video.n_frames, video.width, video.height) == (format, 50, 128, 64)
+    assert [frame.index for frame in video.frames] == [5, 15, 25, 35, 45]
+    assert [frame.time_s for frame in video.frames] == pytest.approx([0.2, 0.6, 1.0, 1.4, 1.8], abs=0.002)
+    assert [grey_index(frame.pixels) for frame in video.frames] == pytest.approx([5, 15, 25, 35, 45], abs=0.7)
+    assert video.duration_s == pytest.approx(2.0, abs=0.05)
+    assert video.notes == ()
+
+
+def test_short_clip_gives_every_frame_once() -> None:
+    """More frames asked for than there are must not repeat any: repeats would weigh twice in the video's verdict."""
+    video = load_media(clip(n=3), max_frames=16)
+    assert isinstance(video, Video)
+    assert [frame.index for frame in video.frames] == [0, 1, 2]
+
+
+def test_video_is_recognised_by_content(tmp_path: Path, photo: Image.Image) -> None:
+    """A video named .jpg, and a picture named .mp4."""
+    (tmp_path / "a.jpg").write_bytes(clip(n=3))
+    (tmp_path / "a.mp4").write_bytes(encode(photo, "JPEG"))
+    assert isinstance(load_media(tmp_path / "a.jpg"), Video)
+    assert isinstance(load_media(str(tmp_path / "a.mp4")), Picture)
+    with pytest.raises(InputError) as caught:
+        load_picture(tmp_path / "a.jpg")
+    assert caught.value.code == "is_video"
+
+
+@pytest.mark.parametrize(("rotation", "black"), [(90, (1, 0)), (180, (1, 1)), (-90, (0, 1))])
+def test_rotation_is_applied(rotation: int, black: tuple[int, int]) -> None:
+    """Phone clips lie on their side otherwise. Degrees counterclockwise; the black quarter begins at the top left."""
+    video = load_media(clip(n=4, rotation=rotation))
+    assert isinstance(video, Video)
+    pixels = video.frames[-1].pixels
+    height, width = pixels.shape[:2]
+    assert (video.width, video.height) == (width, height) == ((128, 64) if rotation == 180 else (64, 128))
+    corner = pixels[8 if black[0] == 0 else height - 8, 8 if black[1] == 0 else width - 8]
+    assert corner.max() < 16
+    assert (pixels.max(2) < 16).mean() == pytest.approx(0.25, abs=0.05)
+    assert video.notes == (f"rotation:{rotation % 360}",)
+
+
+def test_damaged_clips_give_a_video_or_one_error(capfd: pytest.CaptureFixture[str]) -> None:
+    """FFmpeg prints its complaints and raises a dozen types; none may leave `load_media`."""
+    rng = random.Random(5)
+    outcomes = {"read": 0, "refused": 0}
+    for data in (clip("mp4", n=12), clip("avi", n=12), clip("matroska", n=12), clip("mpegts", "mpeg2video", n=12)):
+        capfd.readouterr()
+        for _ in range(25):
+            try:
+                media = load_media(mutate(data, rng), max_frames=4)
+            except InputError as error:
+                outcomes["refused"] += 1
+                assert error.code in ("bad_video", "unsupported_format", "too_many_pixels", "too_small", "not_an_image")
+            else:
+                outcomes["read"] += 1
+                assert isinstance(media, Video)
+                assert media.frames
+                assert all(0 <= frame.index < media.n_frames for frame in media.frames)
+        assert capfd.readouterr() == ("", "")
+    assert min(outcomes.values()) > 0, outcomes
+
+
+def test_lost_end_is_noted() -> None:
+    """A clip whose end cannot be decoded must not pass for the whole clip."""
+    data = clip("mp4", gop=100)
+    start, end = data.index(b"mdat") + 4, data.index(b"moov") - 4
+    middle = (start + end) // 2
+    video = load_media(data[:middle] + bytes(end - middle) + data[end:], max_frames=5)
+    assert isinstance(video, Video)
+    assert len(video.frames) < 5
+    assert f"frames_missing:{5 - len(video.frames)}" in video.notes
+    assert any(note.startswith("undecodable_packets:") for note in video.notes)
+
+
+def test_decoding_stays_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One key frame at the start of an endless clip must not keep a process busy for hours, nor fill its memory."""
+    import x2dfd.media as media
+
+    data = clip("avi")  # decoded in sequence, as a clip without key frames would be
+    monkeypatch.setattr(media, "_MAX_DECODED_PIXELS", 20 * 128 * 64)
+    video = load_media(data, max_frames=5)
+    assert isinstance(video, Video)
+    assert [frame.index for frame in video.frames] == [5, 15]
+    assert "decoding_limit_reached" in video.notes
+    monkeypatch.undo()
+    monkeypatch.setattr(media, "_MAX_KEPT_PIXELS", 3 * 128 * 64)
+    video = load_media(data, max_frames=5)
+    assert isinstance(video, Video)
+    assert [frame.index for frame in video.frames] == [5, 15, 25]
+    assert "memory_limit_after_3_frames" in video.notes
+    monkeypatch.undo()
+    monkeypatch.setattr(media, "MAX_VIDEO_FRAMES", 40)
+    assert code_of(data) == "file_too_large"
+
+
+def test_sound_alone_is_no_video() -> None:
+    """A voice memo has nothing to look at."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=48_000)
+        frame = av.AudioFrame(format="fltp", layout="mono", samples=1024)
+        frame.sample_rate = 48_000
+        frame.planes[0].update(bytes(frame.planes[0].buffer_size))
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert code_of(buffer.getvalue()) == "bad_video"
+
+
+# --- summaries and folders ----------------------------------------------------------------------------------------
+
+
+def test_summary_is_plain_json(photo: Image.Image) -> None:
+    """The report must survive JSON; numpy numbers and tuples do not."""
+    import json
+
+    still = media_summary(load_media(encode(photo.convert("CMYK"), "JPEG")))
+    assert still == {
+        "kind": "image", "format": "JPEG", "width": 96, "height": 64, "n_frames": 1, "notes": ["cmyk_to_rgb"],
+    }  # fmt: skip
+    moving = media_summary(load_media(clip(), max_frames=2))
+    assert (moving["kind"], moving["n_frames"], moving["frames"]) == ("video", 50, [12, 37])
+    assert moving["duration_s"] == pytest.approx(2.0, abs=0.05)
+    for summary in (still, moving):
+        assert json.loads(json.dumps(summary)) == summary
+
+
+def test_find_media(tmp_path: Path) -> None:
+    """A run over a folder must be repeatable, silent about nothing, and stay inside the folder."""
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    for path in ("in/b.jpg", "in/a/z.png", "in/a/notes.txt", "in/.hidden.jpg", "in/.git/c.jpg", "out/secret.jpg"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(b"x")
+    (inside / "leak.jpg").symlink_to(outside / "secret.jpg")
+    (inside / "leak").symlink_to(outside)
+    (inside / "round").symlink_to(inside)
+    (inside / "same.jpg").symlink_to("b.jpg")
+    os.mkfifo(inside / "pipe")
+    found = list(find_media([inside, str(outside / "secret.jpg"), tmp_path / "missing.jpg"]))
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == [
+        "in/a/notes.txt", "in/a/z.png", "in/b.jpg", "in/same.jpg", "out/secret.jpg", "missing.jpg",
+    ]  # fmt: skip

@@ -1,0 +1,252 @@
+"""Metrics against answers worked out by hand, and against the ways in which published numbers went wrong."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+from eval import metrics as m
+
+# Sorted by score: real .1, fake .3, real .4, fake .8. Of 4 pairs 3 are in order.
+LABELS = np.array([0, 1, 0, 1])
+SCORES = np.array([0.1, 0.3, 0.4, 0.8])
+METRICS = {
+    "auc": m.auc,
+    "average_precision": m.average_precision,
+    "eer": m.eer,
+    "nll": m.nll,
+    "brier": m.brier,
+    "ece": m.ece,
+    "cllr": m.cllr,
+    "accuracy": m.accuracy,
+    "balanced_accuracy": m.balanced_accuracy,
+}
+
+
+def sample(n: int, seed: int = 0) -> tuple[m.Labels, m.Floats]:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, n)
+    scores = np.clip(rng.normal(0.4 + 0.2 * labels, 0.2), 0, 1).round(2)  # rounded: with ties
+    return labels, scores
+
+
+def test_known_answers() -> None:
+    """A swapped class, a wrong log or a lost factor shows at once on four numbers."""
+    assert m.auc(LABELS, SCORES) == pytest.approx(3 / 4)
+    # precision 1 at the first fake (recall 1/2), 2/3 at the second
+    assert m.average_precision(LABELS, SCORES) == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+    # ROC points (fpr, tpr): (0, .5) and (.5, .5) and (.5, 1); |fnr - fpr| is 0 at (.5, .5)
+    assert m.eer(LABELS, SCORES) == pytest.approx(0.5)
+    assert m.brier(LABELS, SCORES) == pytest.approx((0.01 + 0.49 + 0.16 + 0.04) / 4)
+    assert m.nll(LABELS, SCORES) == pytest.approx(-sum(map(math.log, (0.9, 0.3, 0.6, 0.8))) / 4)
+    # each score is alone in its bin of width 1/15
+    assert m.ece(LABELS, SCORES) == pytest.approx((0.1 + 0.7 + 0.4 + 0.2) / 4)
+    # likelihood ratios at even priors: 1/9, 3/7, 2/3, 4
+    of_fakes = (math.log2(1 + 7 / 3) + math.log2(1 + 1 / 4)) / 2
+    of_reals = (math.log2(1 + 1 / 9) + math.log2(1 + 2 / 3)) / 2
+    assert m.cllr(LABELS, SCORES) == pytest.approx((of_fakes + of_reals) / 2)
+    assert m.accuracy(LABELS, SCORES, 0.5) == 3 / 4
+    assert m.recalls(LABELS, SCORES, 0.35) == (0.5, 0.5)
+    assert m.balanced_accuracy(np.array([0, 0, 0, 1]), np.array([0.1, 0.2, 0.9, 0.9])) == pytest.approx((2 / 3 + 1) / 2)
+    assert m.tpr_at_fpr(LABELS, SCORES, 0.1) == 0.5
+    assert m.tpr_at_fpr(LABELS, SCORES, 0.5) == 1.0
+
+
+def test_cllr_knows_the_prior_and_says_one_for_no_information() -> None:
+    """Posteriors from a 4:1 training set read under even priors would pass for evidence."""
+    assert m.cllr(LABELS, np.full(4, 0.5)) == pytest.approx(1)
+    assert m.cllr(LABELS, np.full(4, 0.8), prior=0.8) == pytest.approx(1)
+
+
+def test_eer_is_not_interpolated() -> None:
+    """An interpolated EER (1/4 here) does not compare with DeepfakeBench's (1/3)."""
+    labels, scores = np.array([0, 0, 0, 1, 1, 1, 1]), np.array([0.1, 0.2, 0.7, 0.6, 0.8, 0.9, 0.95])
+    # between (fpr 0, fnr 1/4) and (fpr 1/3, fnr 1/4) the second is nearer to equal: 1/12 against 1/4
+    assert m.eer(labels, scores) == pytest.approx(1 / 3)
+
+
+def test_ece_puts_the_score_one_into_the_last_bin() -> None:
+    """floor(1.0 x 15) is bin 15 of 15: an index error, or a sure answer that is left out."""
+    assert m.ece(np.array([0, 1]), np.array([1.0, 1.0])) == pytest.approx(0.5)
+    # two bins: .01 and .02 share the first one (mean .015, no fake), .9 has its own
+    assert m.ece(np.array([0, 0, 1]), np.array([0.01, 0.02, 0.9])) == pytest.approx(2 / 3 * 0.015 + 1 / 3 * 0.1)
+
+
+def test_a_sure_wrong_answer_costs_much_but_not_infinity() -> None:
+    """Infinity is not JSON, and one saturated score would hide all the others."""
+    for fn in (m.nll, m.cllr):
+        value = fn(np.array([0, 1]), np.array([1.0, 0.0]))
+        assert value is not None and 13 < value < 21
+
+
+@pytest.mark.parametrize("name", ["auc", "average_precision", "eer", "cllr", "balanced_accuracy"])
+@pytest.mark.parametrize("labels", [[0, 0, 0], [1, 1, 1], []])
+def test_one_class_is_not_defined(name: str, labels: list[int]) -> None:
+    """NaN, or a cheerful 0.0 or 1.0, for a slice that holds only reals."""
+    array = np.array(labels, dtype=np.int64)
+    assert METRICS[name](array, np.linspace(0, 1, len(labels))) is None
+    assert m.tpr_at_fpr(array, np.linspace(0, 1, len(labels)), 0.1) is None
+
+
+def test_nothing_gives_none_everywhere() -> None:
+    """A slice in which nothing could be scored must not become NaN in the result file."""
+    nothing = np.array([], dtype=np.int64)
+    assert {name: fn(nothing, nothing.astype(float)) for name, fn in METRICS.items()} == dict.fromkeys(METRICS)
+    assert m.bootstrap_interval(m.auc, nothing, nothing.astype(float), []) is None
+    assert m.distinct_share([]) is None
+    assert m.selective(nothing, [])["coverage"] is None
+    assert m.cue_agreement([], [])["micro"] == {"precision": None, "recall": None, "f1": None}
+
+
+def test_agrees_with_scikit_learn() -> None:
+    """Our own formulas (recalls, TPR at FPR, pooling by weights) must say what the library says where both exist."""
+    labels, scores = sample(500)
+    assert m.auc(labels, scores) == pytest.approx(sk.roc_auc_score(labels, scores))
+    assert m.average_precision(labels, scores) == pytest.approx(sk.average_precision_score(labels, scores))
+    assert m.brier(labels, scores) == pytest.approx(sk.brier_score_loss(labels, scores))
+    assert m.accuracy(labels, scores) == pytest.approx(sk.accuracy_score(labels, scores > 0.5))
+    assert m.balanced_accuracy(labels, scores) == pytest.approx(sk.balanced_accuracy_score(labels, scores > 0.5))
+    real, fake = m.recalls(labels, scores)
+    assert real == pytest.approx(sk.recall_score(labels, scores > 0.5, pos_label=0))
+    assert fake == pytest.approx(sk.recall_score(labels, scores > 0.5))
+    found = [np.mean(scores[labels == 1] >= t) for t in set(scores) if np.mean(scores[labels == 0] >= t) <= 0.05]
+    assert m.tpr_at_fpr(labels, scores, 0.05) == pytest.approx(max(found))
+
+
+def test_the_order_of_samples_does_not_matter() -> None:
+    """A result that depends on the order of the manifest cannot be reproduced from a shuffled one."""
+    labels, scores = sample(200)
+    groups = [f"g{i // 4}" for i in range(200)]
+    order = np.random.default_rng(1).permutation(200)
+    for name, fn in METRICS.items():
+        assert fn(labels[order], scores[order]) == pytest.approx(fn(labels, scores), abs=1e-12), name
+    shuffled = [groups[i] for i in order]
+    for fn in (m.auc, m.eer):
+        straight = m.bootstrap_interval(fn, labels, scores, groups, n=50)
+        assert m.bootstrap_interval(fn, labels[order], scores[order], shuffled, n=50) == pytest.approx(straight)
+    assert m.pool_by(shuffled, np.zeros(200, dtype=np.int64), scores[order])[2] == pytest.approx(
+        m.pool_by(groups, np.zeros(200, dtype=np.int64), scores)[2]
+    )
+
+
+def test_two_clips_with_one_folder_name_do_not_merge() -> None:
+    """Grouping by folder name merges `A/000` and `B/000`: AUC 1.0 instead of the true 0.5."""
+    methods, folders = ["A", "A", "B", "B", "real", "real"], ["000", "000", "000", "000", "001", "001"]
+    labels, scores = np.array([1, 1, 1, 1, 0, 0]), np.array([0.9, 0.9, 0.2, 0.2, 0.5, 0.5])
+    clips = [f"{a}/{b}" for a, b in zip(methods, folders, strict=True)]
+    names, pooled_labels, pooled = m.pool_by(clips, labels, scores)
+    assert names == ["A/000", "B/000", "real/001"]
+    assert m.auc(pooled_labels, pooled) == 0.5
+    assert m.auc(*m.pool_by(folders, labels, scores)[1:]) == 1.0
+
+
+def test_pooling_by_mean_and_by_max() -> None:
+    """A clip of unequal length must not weigh its frames by anybody else's count."""
+    ids, labels, scores = ["b", "a", "b", "b"], np.array([1, 0, 1, 1]), np.array([0.2, 0.5, 0.9, 0.1])
+    assert m.pool_by(ids, labels, scores)[2].tolist() == pytest.approx([0.5, 0.4])
+    assert m.pool_by(ids, labels, scores, "max")[2].tolist() == [0.5, 0.9]
+
+
+def test_real_and_fake_under_one_clip_are_refused() -> None:
+    """The mean label of a mixed group, cut to an integer, turns a fake clip into a real one."""
+    with pytest.raises(ValueError, match="x"):
+        m.pool_by(["x", "x"], np.array([0, 1]), np.array([0.1, 0.9]))
+
+
+def test_copies_do_not_make_an_interval_narrower() -> None:
+    """Ten near copies of each clip, resampled one by one, pretend to be ten times the evidence."""
+    labels, scores = sample(60)
+    many_labels, many_scores = np.repeat(labels, 10), np.repeat(scores, 10)
+    by_clip = m.bootstrap_interval(m.auc, many_labels, many_scores, [f"c{i // 10}" for i in range(600)])
+    by_frame = m.bootstrap_interval(m.auc, many_labels, many_scores, [str(i) for i in range(600)])
+    assert by_clip is not None and by_frame is not None
+    assert by_clip[1] - by_clip[0] > 2 * (by_frame[1] - by_frame[0])
+
+
+def test_the_fast_auc_of_resamples_is_the_slow_one() -> None:
+    """The vectorised path has its own handling of ties and weights: it must give the generic path's interval."""
+    labels, scores = sample(150, seed=3)
+    groups = [f"g{i % 40}" for i in range(150)]
+    slow = m.bootstrap_interval(lambda a, b: m.auc(a, b), labels, scores, groups, n=200)
+    assert m.bootstrap_interval(m.auc, labels, scores, groups, n=200) == pytest.approx(slow)
+
+
+def test_an_interval_covers_the_truth_and_depends_on_the_seed_only() -> None:
+    """An interval that is too narrow passes chance for progress."""
+    truth = 0.5 * (1 + math.erf(0.5))  # P(N(1,1) > N(0,1)): difference N(1, sqrt 2)
+    inside = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        labels = np.repeat([0, 1], 60)
+        interval = m.bootstrap_interval(m.auc, labels, rng.normal(labels, 1), [str(i) for i in range(120)], n=300)
+        assert interval is not None
+        inside += interval[0] <= truth <= interval[1]
+    assert 34 <= inside <= 40
+    args = (m.auc, *sample(80), [str(i) for i in range(80)])
+    assert m.bootstrap_interval(*args, n=100, seed=1) == m.bootstrap_interval(*args, n=100, seed=1)
+    assert m.bootstrap_interval(*args, n=100, seed=1) != m.bootstrap_interval(*args, n=100, seed=2)
+
+
+def test_one_group_has_no_interval() -> None:
+    """All frames from one clip: resampling gives the same number every time, which is not certainty."""
+    assert m.bootstrap_interval(m.auc, LABELS, SCORES, ["g"] * 4) is None
+
+
+def test_two_thousand_samples_are_resampled_in_seconds() -> None:
+    """A bootstrap that takes minutes is switched off."""
+    labels, scores = sample(2000)
+    started = time.process_time()
+    m.bootstrap_interval(m.auc, labels, scores, [str(i) for i in range(2000)], n=1000)
+    assert time.process_time() - started < 10
+
+
+def test_no_false_alarm_in_few_photos_is_not_a_rate_of_zero() -> None:
+    """A bootstrap of 0 out of 30 says [0, 0]; the exact bound is 11.6 %, and with clips it is the clips that count."""
+    hits = np.zeros(30, dtype=np.bool_)
+    assert m.rate_interval(hits, [str(i) for i in range(30)]) == pytest.approx((0, 0.1157), abs=1e-4)
+    assert m.rate_interval(~hits, [str(i) for i in range(30)]) == pytest.approx((0.8843, 1), abs=1e-4)
+    three_clips = m.rate_interval(hits, [str(i % 3) for i in range(30)])
+    assert three_clips is not None and three_clips[1] > 0.7
+
+
+def test_declining_is_neither_right_nor_wrong() -> None:
+    """`inconclusive` counted as real would be wrong answers nobody gave; dropped unseen, it flatters everything."""
+    labels = np.array([0, 0, 0, 0, 1, 1])
+    result = m.selective(labels, ["real", "fake", "inconclusive", "inconclusive", "fake", "inconclusive"])
+    assert result == {
+        "n": 6,
+        "n_answered": 3,
+        "coverage": 0.5,
+        "accuracy": pytest.approx(2 / 3),
+        "balanced_accuracy": pytest.approx((1 / 2 + 1) / 2),
+        "false_alarms": 0.25,
+        "misses": 0.0,
+    }
+
+
+def test_cues_known_answers() -> None:
+    """Micro and per-image means differ; silence must cost recall and not win precision."""
+    truth = [{"jaw", "eyes"}, {"jaw"}, {"nose"}]
+    said = [{"jaw"}, {"jaw", "hair", "skin"}, set()]
+    result = m.cue_agreement(truth, said)
+    assert result["micro"] == {"precision": 2 / 4, "recall": 2 / 4, "f1": 4 / 8}
+    assert result["per_image"]["precision"] == pytest.approx((1 + 1 / 3) / 2)
+    assert result["per_image"]["recall"] == pytest.approx((1 / 2 + 1 + 0) / 3)
+    assert result["per_image"]["f1"] == pytest.approx((2 / 3 + 2 / 4 + 0) / 3)
+
+
+def test_distinct_texts() -> None:
+    """A template in different spacing is still a template."""
+    assert m.distinct_share(["The jaw is blurred.", "the jaw  is blurred.", "The eyes differ."]) == pytest.approx(2 / 3)
+
+
+def test_not_a_number_is_refused() -> None:
+    """NaN sorts somewhere and gives a plausible AUC."""
+    with pytest.raises(ValueError, match="finite"):
+        m.to_scores([0.1, float("nan")])
+    with pytest.raises(ValueError, match="unknown"):
+        m.to_labels(["fake", "0"])

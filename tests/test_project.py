@@ -1,0 +1,240 @@
+"""The frame: what the wheel installs, what import costs, what must be absent, and that documents name real things."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+import x2dfd.types
+
+ROOT = Path(__file__).resolve().parents[1]
+INSTALLED = ("x2dfd", "external_detectors")
+CHECKOUT_ONLY = ("data_gen", "finetune", "eval", "app", "tests")
+HEAVY = {
+    "torch", "numpy", "PIL", "cv2", "av", "transformers", "peft", "accelerate", "pyarrow", "pandas", "scipy", "onnx",
+    "gguf", "ai_edge_litert", "gradio", "openai", "typer",
+}  # fmt: skip
+
+
+def project() -> dict[str, Any]:
+    metadata: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    return metadata
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonical(name): version for name, version in pairs}
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def requirements() -> list[Requirement]:
+    groups = [project()["dependencies"], *project()["optional-dependencies"].values()]
+    return [Requirement(line) for group in groups for line in group]
+
+
+def tree() -> list[Path]:
+    """The files a clone would hold: what git tracks or would track; without git, everything but what is generated."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, capture_output=True, check=False) if shutil.which("git") else None
+    if listed is not None and listed.returncode == 0 and listed.stdout:
+        paths = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
+    else:
+        generated = {".git", ".venv", "build", "dist", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
+        paths = [
+            path
+            for path in ROOT.rglob("*")
+            if not any(part in generated or part.endswith(".egg-info") for part in path.relative_to(ROOT).parts)
+        ]
+    return [path for path in paths if path.is_file()]
+
+
+# --- import ---------------------------------------------------------------------------------------------------------
+
+
+def test_import_is_instant_and_light() -> None:
+    """Bug prevented: a module-level `import torch` makes every `x2dfd --help` take seconds."""
+    code = "import json, sys, time; t = time.perf_counter(); import x2dfd; s = time.perf_counter() - t; "
+    code += "print(json.dumps([s, sorted({m.partition('.')[0] for m in sys.modules})]))"
+    seconds = []
+    for _ in range(3):
+        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        took, modules = json.loads(run.stdout)
+        seconds.append(took)
+        assert HEAVY.isdisjoint(modules), f"import x2dfd loads {sorted(HEAVY.intersection(modules))}"
+    assert statistics.median(seconds) < 0.3
+
+
+def test_torchvision_is_absent() -> None:
+    """Bug prevented: torchvision beside a CPU build of torch makes LlavaForConditionalGeneration fail to import.
+
+    Some dependency pulled it in: find it with `pip show torchvision` and keep it out of pyproject.toml.
+    """
+    assert importlib.util.find_spec("torchvision") is None
+    assert "torchvision" not in pins()
+    assert "torchvision" not in {canonical(requirement.name) for requirement in requirements()}
+
+
+# --- wheel ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built offline from a copy: a build in the checkout would pick up stale files from build/."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, source)
+    for room in (*INSTALLED, *CHECKOUT_ONLY):
+        shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
+    out = tmp_path_factory.mktemp("wheel")
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-index", "--no-build-isolation"]
+    command = [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", str(out), str(source)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    [path] = out.glob("*.whl")
+    return path
+
+
+def test_wheel_installs_the_two_packages_and_nothing_else(wheel: Path) -> None:
+    """Bug prevented: a package named `eval`, `app` or `tests` lands in a user's site-packages."""
+    with zipfile.ZipFile(wheel) as archive:
+        tops = {name.partition("/")[0] for name in archive.namelist()}
+    assert tops == {*INSTALLED, f"x2dfd-{project()['version']}.dist-info"}
+
+
+def test_wheel_carries_every_file_of_the_packages(wheel: Path) -> None:
+    """Bug prevented: weights, cards or templates that work from a checkout are missing after `pip install`."""
+    with zipfile.ZipFile(wheel) as archive:
+        carried = set(archive.namelist())
+    files = [path for room in INSTALLED for path in (ROOT / room).rglob("*") if path.is_file()]
+    wanted = {
+        path.relative_to(ROOT).as_posix()
+        for path in files
+        if "__pycache__" not in path.parts and path.suffix not in (".md", ".pyc")
+    }
+    assert wanted - carried == set()
+
+
+def test_wheel_metadata(wheel: Path) -> None:
+    """Bug prevented: no `x2dfd` command, licence texts left behind, or our own experts registered twice."""
+    info = f"x2dfd-{project()['version']}.dist-info"
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        entry_points = archive.read(f"{info}/entry_points.txt").decode()
+        metadata = archive.read(f"{info}/METADATA").decode()
+    assert "x2dfd = x2dfd.cli:main" in entry_points
+    assert "x2dfd.experts" not in entry_points
+    assert "License-Expression: Apache-2.0" in metadata
+    assert {f"{info}/licenses/LICENSE", f"{info}/licenses/NOTICE"} <= set(names)
+
+
+def test_command_exists() -> None:
+    """Bug prevented: the declared script points at nothing."""
+    module, _, name = project()["scripts"]["x2dfd"].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+
+
+# --- pins, licences, files ------------------------------------------------------------------------------------------
+
+
+def test_pins_cover_and_satisfy_every_requirement() -> None:
+    """Bug prevented: a requirement raised above its pin, or never tested at all, so that a fresh set-up fails."""
+    pinned = pins()
+    unmet = [
+        str(requirement)
+        for requirement in requirements()
+        if not requirement.specifier.contains(pinned.get(canonical(requirement.name), "0"))
+    ]
+    assert unmet == []
+    assert [pin for pin in pinned.values() if "+" in pin] == [], "a local build cannot be installed elsewhere"
+
+
+def test_notice_names_the_vendored_models_by_hash() -> None:
+    """Bug prevented: a face model is replaced or added without its origin and licence."""
+    notice = (ROOT / "NOTICE").read_text("utf-8")
+    models = sorted((ROOT / "x2dfd" / "weights" / "faces").glob("*.tflite"))
+    assert models
+    for path in models:
+        assert f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}" in notice
+
+
+FORBIDDEN = {
+    "package host": r"\b(?:pypi\.(?:org|python\.org)|pythonhosted\.org|anaconda\.org|download\.pytorch\.org)",
+    "package index setting": r"index[-_]url|find[-_]links|trusted[-_]host",
+    "address with a password": r"https?://[^/\s\"'`@]+:[^/\s\"'`@]+@",
+    "path of one machine": r"(?<![\w.~])/(?:root|work|home/\w+|Users/\w+|tmp|opt)/\w",
+}
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_no_file_holds_a(what: str) -> None:
+    """Bug prevented: what works only where it was written, or sends a user's installer to a fixed host."""
+    pattern = re.compile(FORBIDDEN[what])
+    found = []
+    for path in tree():
+        content = path.read_bytes()
+        if b"\0" in content:
+            continue
+        for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), start=1):
+            if pattern.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}")
+    assert found == []
+
+
+def test_shipped_configs_parse() -> None:
+    """Bug prevented: a training or DeepSpeed config with a slip in it, found only after an hour of loading."""
+    folder = ROOT / "finetune"
+    yamls = [path for pattern in ("*.yaml", "*.yml") for path in folder.rglob(pattern)]
+    assert yamls
+    for path in yamls:
+        assert isinstance(yaml.safe_load(path.read_text("utf-8")), dict), path
+    for path in folder.rglob("*.json"):
+        json.loads(path.read_text("utf-8"))
+
+
+# --- documents ------------------------------------------------------------------------------------------------------
+
+
+def test_readme_begins_with_the_api() -> None:
+    """Bug prevented: the first code a reader copies uses a call or a field that does not exist."""
+    block = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    assert block is not None
+    code = ast.parse(block[1])
+    chains = {ast.unparse(node) for node in ast.walk(code) if isinstance(node, ast.Attribute)}
+    calls = {ast.unparse(node.func) for node in ast.walk(code) if isinstance(node, ast.Call)}
+    assert "x2dfd" in {alias.name for node in ast.walk(code) if isinstance(node, ast.Import) for alias in node.names}
+    assert {"x2dfd.load", "detector.detect"} <= calls
+    assert {"report.verdict.label", "report.verdict.p_fake", "report.rationale", "report.cues"} <= chains
+    for prefix, kind in (("report", x2dfd.types.Report), ("report.verdict", x2dfd.types.Verdict)):
+        real = {field.name for field in dataclasses.fields(kind)} | {name for name in vars(kind) if name[0] != "_"}
+        below = [chain.removeprefix(f"{prefix}.") for chain in chains if chain.startswith(f"{prefix}.")]
+        assert {name.partition(".")[0] for name in below} <= real
+
+
+def test_documented_make_targets_exist() -> None:
+    """Bug prevented: README or CI names a target that the Makefile lost."""
+    targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    ci = set(re.findall(r"^step make ([a-z-]+)$", (ROOT / ".ci" / "run").read_text("utf-8"), re.MULTILINE))
+    readme = set(re.findall(r"(?:^|`)make ([a-z-]+)", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE))
+    assert {"test", "demo"} <= ci
+    assert ci | readme <= targets

@@ -1,0 +1,364 @@
+"""The benchmark runner, with a stand-in for the model: what is counted, what is kept, and what a rerun changes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+import x2dfd
+from eval import run_bench, tables
+from x2dfd.types import Cue, Evidence, FaceReport, Failure, Report, Verdict
+
+ROOT = Path(__file__).resolve().parent.parent
+REASON = "the crop is too small"
+
+
+class StandIn:
+    """Calls bright pictures fake; the brighter, the surer. Its expert `half` sees nothing in very dark ones."""
+
+    def __init__(self, weights: str = "w1", stop_after: int = 10**6, shift: float = 0.0) -> None:
+        self.weights, self.left, self.shift = weights, stop_after, shift
+        self.seen: list[Path | bytes] = []
+
+    def detect_many(
+        self, sources: Sequence[Path | bytes], batch_size: int = 8, rationale: bool = True
+    ) -> Iterator[Report | Failure]:
+        for source in sources:
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left -= 1
+            self.seen.append(source)
+            yield self.judge(source, rationale)
+
+    def judge(self, source: Path | bytes, rationale: bool) -> Report | Failure:
+        try:
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source).convert("RGB")
+        except OSError:
+            return Failure(str(source), None, "not_an_image", "no picture")
+        p = float(np.clip(np.asarray(image).mean() / 255 + self.shift, 0, 1))
+        label = "fake" if p > 0.6 else "real" if p < 0.4 else "inconclusive"
+        verdict = Verdict(label, p, None if label != "inconclusive" else "in_band")  # type: ignore[arg-type]
+        evidence = (
+            Evidence("good", p**2),
+            Evidence("half", None, REASON) if p < 0.1 else Evidence("half", 0.5),
+        )
+        cues = (Cue("jaw", "blending"),) if rationale and label == "fake" else ()
+        text = "This image is fake: the jaw is blended." if cues else ""
+        face = FaceReport(0, (0, 0, 8, 8), 0.9, verdict, 1 - p, text, cues, evidence, ("x",) if p > 0.9 else ())
+        report = Report(
+            None, "0" * 64, {}, verdict, (face,), text, cues, evidence, {}, {"sha256": self.weights}, {}, {}
+        )
+        if p > 0.99:  # a picture without a face
+            return replace(report, verdict=Verdict("inconclusive", None, "no_face"), faces=(), evidence=(), cues=())
+        return report
+
+
+def picture(path: Path, brightness: float) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(int(brightness * 1e6)).normal(brightness * 255, 3, (40, 60, 3))
+    Image.fromarray(np.clip(noise, 0, 255).astype(np.uint8)).save(path)
+
+
+def write_csv(file: Path, rows: list[dict[str, Any]]) -> Path:
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list({key: None for row in rows for key in row}))
+        writer.writeheader()
+        writer.writerows(rows)
+    return file
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """40 pictures: 24 real of two sources, 14 fakes of two methods, a broken file and a picture without a face."""
+    rng = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    cues = '[{"area": "jaw", "artifact": "blending"}]'
+    for i in range(38):
+        fake, camera = i >= 24, "ffhq" if i % 2 else "film"
+        level = float(rng.uniform(0.35, 0.92) if fake else rng.uniform(0.02, 0.65))
+        name = f"p/{i:02d}.{'png' if i % 3 else 'jpg'}"
+        picture(tmp_path / name, level)
+        row = {
+            "path": name,
+            "label": "fake" if fake else "real",
+            "source": camera,
+            "group": f"g{i % 24}",
+            "split": "val",
+        }
+        row |= {"method": ("blend" if camera == "ffhq" else "gan") if fake else "none", "cues": cues if fake else ""}
+        rows.append(row)
+    for row in rows[26:38:2]:  # the GAN's fakes have a source without reals
+        row["source"] = "gan-faces"
+    (tmp_path / "p/broken.jpg").write_bytes(b"not a picture")
+    Image.new("RGB", (40, 40), "white").save(tmp_path / "p/white.png")
+    common = {"group": "", "split": "val", "method": "blend", "source": "ffhq", "cues": cues}
+    rows += [{"path": f"p/{name}", "label": "fake", **common} for name in ("broken.jpg", "white.png")]
+    return write_csv(tmp_path / "manifest.csv", rows)
+
+
+def bench(monkeypatch: pytest.MonkeyPatch, detector: StandIn, *words: Any) -> int:
+    monkeypatch.setattr(x2dfd, "load", lambda model=None, mode="calibrated": detector, raising=False)
+    return run_bench.main([str(word) for word in (*words, "--bootstrap", 50)])
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((folder / "result.json").read_text("utf-8"))
+    return loaded
+
+
+def test_one_pass_reports_all_scorers_and_counts_what_had_no_score(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What could not be scored must be neither wrong, nor real, nor gone."""
+    detector = StandIn()
+    assert bench(monkeypatch, detector, "detect", "--data", data, "--split", "val", "--out", tmp_path / "out") == 0
+    assert len(detector.seen) == 39  # every readable picture once
+    result = result_of(tmp_path / "out")
+    scorers = result["scorers"]
+    assert list(scorers) == ["calibrated", "mllm", "expert:good", "expert:half"]
+    assert scorers["calibrated"]["unscored"] == {"no_face": 1, "not_an_image": 1}
+    assert scorers["calibrated"]["n_scored"] == 38
+    assert scorers["expert:half"]["unscored"].pop(REASON) == 38 - scorers["expert:half"]["n_scored"] > 0
+    auc = scorers["calibrated"]["overall"]["auc"]
+    assert 0.5 < auc["interval"][0] < auc["value"] < auc["interval"][1]
+    assert scorers["expert:good"]["overall"]["auc"]["value"] == auc["value"]  # p squared ranks as p does
+    assert scorers["mllm"]["overall"]["auc"]["value"] == pytest.approx(1 - auc["value"])
+    assert scorers["expert:half"]["overall"]["auc"]["value"] == 0.5
+    assert result["common"]["n"] == scorers["expert:half"]["n_scored"]
+    assert result["data"]["n"] == 40 and result["failures"] == {"not_an_image": 1}
+    assert result["model"]["stated"] == {"sha256": "w1"}
+    answers = scorers["calibrated"]["answers"]
+    assert answers["n"] == 39 and answers["inconclusive"]["no_face"] == 1 and answers["coverage"] < 1
+
+
+def test_samples_can_be_recounted_from_the_table(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sceptic recomputes the numbers from the rows; the rows must be all there and not tell where they were made."""
+    bench(monkeypatch, StandIn(), "detect", "--data", data, "--out", tmp_path / "out")
+    rows = pq.read_table(tmp_path / "out" / "samples.parquet").to_pylist()
+    assert len(rows) == 40 and str(tmp_path) not in json.dumps(rows)
+    assert str(tmp_path) not in (tmp_path / "out" / "result.json").read_text()
+    fakes = [r["p_fake"] for r in rows if r["label"] == "fake" and r["p_fake"] is not None]
+    reals = [r["p_fake"] for r in rows if r["label"] == "real" and r["p_fake"] is not None]
+    auc = np.mean([(f > r) + (f == r) / 2 for f in fakes for r in reals])
+    assert result_of(tmp_path / "out")["headline"]["calibrated.auc"]["value"] == pytest.approx(auc)
+    alarms = np.mean([r["said"] == "fake" for r in rows if r["label"] == "real"])
+    assert result_of(tmp_path / "out")["headline"]["calibrated.false_alarms"]["value"] == pytest.approx(alarms)
+    (broken,) = [r for r in rows if r["error"]]
+    assert broken["path"] == "p/broken.jpg" and broken["p_fake"] is None and broken["said"] is None
+
+
+def test_a_slice_says_whom_it_was_compared_with(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AUC 0.99 of GAN faces against film frames is not AUC against the photos that the GAN imitates."""
+    bench(monkeypatch, StandIn(), "detect", "--data", data, "--out", tmp_path / "out")
+    by = result_of(tmp_path / "out")["scorers"]["calibrated"]["by"]
+    assert list(by["method"]) == ["blend", "gan"]
+    assert (by["method"]["blend"]["against"], by["method"]["blend"]["n_real"]) == ("own reals", 12)
+    assert (by["source"]["gan-faces"]["against"], by["source"]["gan-faces"]["n_real"]) == ("all reals", 24)
+    assert "false_alarms" not in by["source"]["gan-faces"] and by["source"]["film"]["false_alarms"]["n"] == 12
+
+
+def test_reals_without_fakes_are_compared_with_all_fakes(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source of reals only would otherwise have no AUC, or one against nothing."""
+    rows = list(csv.DictReader(data.read_text("utf-8").splitlines()))
+    kept = [r for r in rows if not (r["source"] == "film" and r["label"] == "fake")]
+    bench(monkeypatch, StandIn(), "detect", "--data", write_csv(data, kept), "--out", tmp_path / "out")
+    film = result_of(tmp_path / "out")["scorers"]["calibrated"]["by"]["source"]["film"]
+    assert film["against"] == "all fakes" and film["n_real"] == 12 and film["n_fake"] > 7 and "found" not in film
+
+
+def test_every_picture_reaches_the_model_in_one_format(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If fakes are PNG and reals are JPEG, a detector of JPEG gets AUC 1.0."""
+    picture(tmp_path / "p/00.jpg", 0.2)
+    Image.open(tmp_path / "p/01.png").resize((2000, 1000)).save(tmp_path / "p/01.png")
+    detector = StandIn()
+    bench(monkeypatch, detector, "detect", "--data", data, "--out", tmp_path / "out")
+    tables_of = set()
+    for source in detector.seen:
+        assert isinstance(source, bytes)
+        image = Image.open(io.BytesIO(source))
+        tables_of.add((image.format, str(image.quantization)))  # type: ignore[attr-defined]
+        assert max(image.size) <= 1024
+    assert len(tables_of) == 1
+    plain = StandIn()
+    bench(monkeypatch, plain, "detect", "--data", data, "--out", tmp_path / "raw", "--no-equalise")
+    assert all(isinstance(source, Path) for source in plain.seen)
+    assert result_of(tmp_path / "raw")["settings"]["equalise"] is None
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of hours must not start anew, and what it ends with must not depend on where it was cut off."""
+    monkeypatch.setattr(run_bench, "CHUNK", 6)
+    words = ("detect", "--data", data, "--split", "val")
+    bench(monkeypatch, StandIn(), *words, "--out", tmp_path / "straight")
+    with pytest.raises(KeyboardInterrupt):
+        bench(monkeypatch, StandIn(stop_after=20), *words, "--out", tmp_path / "cut")
+    assert not (tmp_path / "cut" / "result.json").exists()
+    second = StandIn()
+    bench(monkeypatch, second, *words, "--out", tmp_path / "cut")
+    assert len(second.seen) == 1 + 39 - 18  # one to see that the model is the same; three saved chunks of six stay
+    straight, cut = ((tmp_path / name / "result.json").read_bytes() for name in ("straight", "cut"))
+    assert straight == cut
+    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == ["result.json", "samples.parquet"]
+    third = StandIn()
+    bench(monkeypatch, third, *words, "--out", tmp_path / "cut")
+    assert len(third.seen) == 1 and (tmp_path / "cut" / "result.json").read_bytes() == straight
+
+
+@pytest.mark.parametrize("other", [StandIn("w2"), StandIn("w1", shift=0.05)], ids=["hash", "score"])
+def test_rows_of_another_model_are_not_used_again(
+    other: StandIn, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new model's result made of the old model's scores, also when its run was cut off in between."""
+    monkeypatch.setattr(run_bench, "CHUNK", 6)
+    words = ("detect", "--data", data, "--out")
+    bench(monkeypatch, StandIn(), *words, tmp_path / "out")
+    other.left = 1 + 10
+    with pytest.raises(KeyboardInterrupt):
+        bench(monkeypatch, other, *words, tmp_path / "out")
+    other.left = 1000
+    bench(monkeypatch, other, *words, tmp_path / "out")
+    bench(monkeypatch, other, *words, tmp_path / "fresh")
+    assert (tmp_path / "out" / "result.json").read_bytes() == (tmp_path / "fresh" / "result.json").read_bytes()
+
+
+def test_drift_is_an_exit_status(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A comparison that always passes guards nothing; one with other samples compares nothing."""
+    words = ("detect", "--data", data, "--out", tmp_path / "out", "--compare", tmp_path / "ref.json")
+    bench(monkeypatch, StandIn(), *words[:4], tmp_path / "out")
+    reference = result_of(tmp_path / "out")
+    (tmp_path / "ref.json").write_text(json.dumps(reference))
+    assert bench(monkeypatch, StandIn(), *words) == 0
+    assert "drift: none" in capsys.readouterr().out
+    reference["headline"]["mllm.auc"] = {"value": 0.9, "interval": [0.85, 0.95], "n": 38}
+    (tmp_path / "ref.json").write_text(json.dumps(reference))
+    assert bench(monkeypatch, StandIn(), *words) == 1
+    assert "mllm.auc" in capsys.readouterr().out.split("drift:")[1]
+    assert bench(monkeypatch, StandIn(), *words, "--limit", 30) == 2
+    assert "not comparable" in capsys.readouterr().err
+
+
+def test_a_lost_sample_is_drift(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Failing on the hard pictures raises the AUC and would pass as progress."""
+    bench(monkeypatch, StandIn(), "detect", "--data", data, "--out", tmp_path / "out")
+    result = result_of(tmp_path / "out")
+    reference = json.loads(json.dumps(result))
+    reference["headline"]["calibrated.auc"]["n"] += 1
+    (moved,) = run_bench.drift(result, reference)
+    assert "calibrated.auc" in moved
+
+
+def test_one_expert_alone(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`expert:goood` must not quietly report the verdict instead."""
+    words = ("detect", "--data", data, "--out", tmp_path / "out", "--model")
+    assert bench(monkeypatch, StandIn(), *words, "expert:good") == 0
+    assert list(result_of(tmp_path / "out")["scorers"]) == ["expert:good"]
+    assert bench(monkeypatch, StandIn(), *words, "expert:goood") == 2
+    assert "did you mean 'good'" in capsys.readouterr().err
+
+
+def test_majority_is_chance(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accuracy alone makes the majority class look like a model; its AUC and balanced accuracy tell."""
+    assert (
+        bench(monkeypatch, StandIn(), "detect", "--data", data, "--out", tmp_path / "out", "--model", "majority") == 0
+    )
+    result = result_of(tmp_path / "out")
+    scorer = result["scorers"]["majority"]
+    assert scorer["overall"]["auc"]["value"] == 0.5 and scorer["overall"]["at_0.5"]["accuracy"] == 0.6
+    assert scorer["answers"]["balanced_accuracy"] == 0.5
+    assert result["majority_from"] == "the judged samples"
+
+
+def test_explanations_against_known_cues(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The baseline stands beside the model; a template is seen as one; invented cues on real pictures are counted."""
+    assert bench(monkeypatch, StandIn(), "describe", "--data", data, "--out", tmp_path / "out") == 0
+    result = result_of(tmp_path / "out")
+    model, majority = result["scorers"]["model"], result["scorers"]["majority"]
+    assert (model["n_fake"], majority["n_fake"]) == (14, 16)  # two fakes could not be judged
+    assert model["cues"]["micro"]["precision"] == 1.0 and 0 < model["cues"]["micro"]["recall"] < 1
+    assert majority["cues"]["micro"]["f1"] == 1.0 and majority["invented_on_reals"] == 1.0
+    assert 0 < model["invented_on_reals"] < 0.5
+    assert model["distinct_texts"] < 0.2 and model["unscored"] == {"no_face": 1, "not_an_image": 1}
+    assert result["majority"] == [["jaw", "blending"]]
+
+
+def test_describe_without_known_cues_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Agreement with an empty truth is not a zero and not a one."""
+    file = write_csv(tmp_path / "m.csv", [{"path": "a.png", "label": "fake"}])
+    assert bench(monkeypatch, StandIn(), "describe", "--data", file, "--out", tmp_path / "out") == 2
+    assert "known cues" in capsys.readouterr().err
+
+
+def test_a_clip_id_shared_by_two_clips_is_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`000_003` under two manipulations would merge into one clip."""
+    rows = list(csv.DictReader(data.read_text("utf-8").splitlines()))
+    for row in rows:
+        row["video"] = row["group"] + row["method"]
+    words = ("detect", "--data", data, "--out", tmp_path / "out")
+    write_csv(data, [r for r in rows if r["group"]])
+    assert bench(monkeypatch, StandIn(), *words) == 0
+    assert result_of(tmp_path / "out")["scorers"]["calibrated"]["videos"]["n"] == 38
+    rows[25]["video"] = rows[24]["video"] = "000_003"
+    write_csv(data, rows)
+    assert bench(monkeypatch, StandIn(), *words) == 2
+    assert "'000_003' is two clips" in capsys.readouterr().err
+
+
+def test_the_limit_is_not_the_head_of_the_list(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Manifests are sorted by label: the first 20 rows are all real."""
+    bench(monkeypatch, StandIn(), "detect", "--data", data, "--out", tmp_path / "out", "--limit", 20)
+    counts = result_of(tmp_path / "out")["data"]
+    assert counts["n"] == 20 and counts["n_fake"] > 0
+
+
+def test_it_runs_as_a_script() -> None:
+    """Run from another folder, the checkout's root is not on the path by itself."""
+    script = ROOT / "eval" / "run_bench.py"
+    done = subprocess.run([sys.executable, script, "--list"], cwd="/", capture_output=True, text=True, check=True)
+    assert [line.split("\t")[0] for line in done.stdout.splitlines()] == ["detect", "describe"]
+
+
+def test_readme_tables_follow_the_results(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A number in the README that was typed, or that is older than the result file."""
+    bench(monkeypatch, StandIn(), "detect", "--data", data, "--out", tmp_path / "out")
+    results, readme = tmp_path / "results", tmp_path / "README.md"
+    results.mkdir()
+    (tmp_path / "out" / "result.json").rename(results / "val.json")
+    readme.write_text("# Title\n\n<!-- table:detect -->\n<!-- /table -->\n\nafter\n", "utf-8")
+    words = ["--readme", str(readme), "--results", str(results)]
+    assert tables.main([*words, "--check"]) == 1
+    assert tables.main(words) == 0
+    text = readme.read_text("utf-8")
+    assert text.startswith("# Title\n") and text.endswith("\n\nafter\n")
+    assert "| calibrated | 0." in text and "| expert:half | 0.500" in text and "method blend" in text
+    assert tables.main([*words, "--check"]) == 0
+    readme.write_text(text.replace("0.500", "0.501", 1), "utf-8")
+    assert tables.main([*words, "--check"]) == 1
+    readme.write_text("<!-- table:detekt -->\n<!-- /table -->\n", "utf-8")
+    assert tables.main(words) == 2
+    assert "detekt" in capsys.readouterr().err

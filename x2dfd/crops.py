@@ -1,0 +1,99 @@
+"""The aligned face crops of a manifest, computed once and kept beside it: what every training and assessment reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import track
+
+from x2dfd.errors import InputError, X2DFDError
+from x2dfd.faces import CROP_SIZE, PREPROCESSING, find_faces
+from x2dfd.manifest import Sample, manifest_sha256, read_manifest
+from x2dfd.media import load_picture
+
+
+@dataclass(frozen=True, eq=False)
+class CropSet:
+    """Crops of the largest face of each usable file of a manifest."""
+
+    samples: list[Sample]
+    crops: NDArray[np.uint8]  # [n, CROP_SIZE, CROP_SIZE, 3], memory-mapped
+    landmarks: NDArray[np.float32]  # [n, 468, 2] in crop pixels
+    unusable: dict[str, str]  # sample id -> reason
+
+    def where(self, **equal: str) -> NDArray[np.intp]:
+        """Indices of the samples whose fields have the given values."""
+        return np.array([i for i, s in enumerate(self.samples) if all(getattr(s, k) == v for k, v in equal.items())], int)
+
+
+def _crop(path: str) -> tuple[NDArray[np.uint8], NDArray[np.float32]] | str:
+    cv2.setNumThreads(1)
+    try:
+        faces = find_faces(load_picture(path).pixels)
+    except InputError as error:
+        return error.code
+    return (faces[0].crop, faces[0].crop_landmarks) if faces else "no_face"
+
+
+def load_crops(manifest: Path, workers: int = 1) -> CropSet:
+    """Read the crops beside `manifest`, computing them first when they are absent or belong to other bytes.
+
+    Raises X2DFDError when no file of the manifest has a usable face.
+    """
+    samples = read_manifest(manifest)
+    folder = manifest.parent / f".crops-{manifest.stem}"
+    key = {"manifest": manifest_sha256(manifest), "preprocessing": PREPROCESSING}
+    index = folder / "index.json"
+    if not index.is_file() or json.loads(index.read_text())["key"] != key:
+        _compute(samples, folder, key, workers)
+    state: dict[str, Any] = json.loads(index.read_text())
+    kept = [s for s in samples if s.id not in state["unusable"]]
+    if not kept:
+        raise X2DFDError(f"{manifest}: no file has a usable face")
+    return CropSet(
+        samples=kept,
+        crops=np.load(folder / "crops.npy", mmap_mode="r"),
+        landmarks=np.load(folder / "landmarks.npy"),
+        unusable=state["unusable"],
+    )
+
+
+def _compute(samples: list[Sample], folder: Path, key: dict[str, str], workers: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "index.json").unlink(missing_ok=True)
+    shape = (len(samples), CROP_SIZE, CROP_SIZE, 3)
+    crops = np.lib.format.open_memmap(folder / "crops.part.npy", "w+", np.uint8, shape)
+    landmarks = np.zeros((len(samples), 468, 2), np.float32)
+    unusable: dict[str, str] = {}
+    n = 0
+    with ProcessPoolExecutor(max(1, workers)) as pool:
+        results = pool.map(_crop, [str(s.path) for s in samples], chunksize=16)
+        for sample, result in zip(
+            samples, track(results, "cropping", total=len(samples), disable=not sys.stderr.isatty()), strict=True
+        ):
+            if isinstance(result, str):
+                unusable[sample.id] = result
+            else:
+                crops[n], landmarks[n] = result
+                n += 1
+    crops.flush()
+    if n < len(samples):  # the few unusable ones leave a tail: copy without it
+        whole = np.lib.format.open_memmap(folder / "whole.part.npy", "w+", np.uint8, (n, *shape[1:]))
+        for start in range(0, n, 256):
+            whole[start : min(start + 256, n)] = crops[start : min(start + 256, n)]
+        whole.flush()
+        os.replace(folder / "whole.part.npy", folder / "crops.part.npy")
+    os.replace(folder / "crops.part.npy", folder / "crops.npy")
+    np.save(folder / "landmarks.npy", landmarks[:n])
+    temporary = folder / "index.part.json"
+    temporary.write_text(json.dumps({"key": key, "unusable": unusable}, indent=1))
+    os.replace(temporary, folder / "index.json")

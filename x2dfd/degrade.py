@@ -1,0 +1,68 @@
+"""What happens to pictures on their way: tone, size, blur, codecs.
+
+One piece for the forge, for training augmentation and for perturbation tests, so that they mean the same thing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Pixels = NDArray[np.uint8]
+Rng = np.random.Generator
+
+
+def soft(x: Array, sigma: float) -> Array:
+    """Gaussian blur, sigma in pixels."""
+    return np.asarray(cv2.GaussianBlur(x, (0, 0), max(sigma, 0.3)))
+
+
+def tone(pixels: Array, amount: float, rng: Rng) -> Array:
+    """A shift of colour, brightness and contrast; `amount` 1 is plain to see."""
+    x = pixels.astype(np.float32)
+    gain = 1 + rng.uniform(-0.22, 0.22, 3) * amount
+    x = (x - 128) * (1 + rng.uniform(-0.3, 0.3) * amount) + 128 + rng.uniform(-30, 30) * amount
+    x = x * gain
+    grey = x.mean(-1, keepdims=True)
+    return np.asarray(np.clip(grey + (x - grey) * (1 + rng.uniform(-0.5, 0.5) * amount), 0, 255), np.float32)
+
+
+def rescale(pixels: Array, factor: float, up: int = cv2.INTER_LINEAR, down: int = cv2.INTER_AREA) -> Array:
+    """Shrink by `factor` and enlarge to the old size, with the given interpolations of OpenCV."""
+    height, width = pixels.shape[:2]
+    small = cv2.resize(pixels, (max(4, round(width * factor)), max(4, round(height * factor))), interpolation=down)
+    return np.asarray(cv2.resize(small, (width, height), interpolation=up))
+
+
+def codec(pixels: Array, kind: str, quality: int) -> Pixels:
+    """Through a real codec and back. `kind`: ".jpg" or ".webp"."""
+    flag = cv2.IMWRITE_JPEG_QUALITY if kind == ".jpg" else cv2.IMWRITE_WEBP_QUALITY
+    clipped = np.clip(pixels, 0, 255).astype(np.uint8)
+    ok, data = cv2.imencode(kind, cv2.cvtColor(clipped, cv2.COLOR_RGB2BGR), [flag, quality])
+    if not ok:
+        raise RuntimeError(f"the codec {kind} refused a picture of shape {pixels.shape}")
+    return np.asarray(cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB), np.uint8)
+
+
+def degrade(pixels: Pixels, rng: Rng) -> Pixels:
+    """What happens to any picture on its way, alike for both labels: size, blur, noise, codec. Size is kept.
+
+    Used wherever training data is made, so that neither format nor resolution gives the label away.
+    """
+    x: Array = pixels
+    if rng.random() < 0.5:
+        up = int(rng.choice([cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA]))
+        x = rescale(x, rng.uniform(0.35, 1.0), up, int(rng.choice([cv2.INTER_AREA, cv2.INTER_LINEAR])))
+    if rng.random() < 0.15:
+        x = soft(x.astype(np.float32), rng.uniform(0.3, 1.0))
+    if rng.random() < 0.15:
+        x = x + rng.standard_normal(x.shape).astype(np.float32) * rng.uniform(1, 6)
+    if rng.random() < 0.3:
+        x = tone(x, rng.uniform(0, 0.4), rng)
+    if rng.random() < 0.7:
+        x = codec(x, ".webp" if rng.random() < 0.2 else ".jpg", int(rng.integers(40, 98)))
+    return np.clip(np.rint(x), 0, 255).astype(np.uint8)

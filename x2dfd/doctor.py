@@ -1,0 +1,209 @@
+"""What this installation has, what it lacks, and the command that mends it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = ("torch", "transformers", "peft", "ai-edge-litert", "numpy", "pillow", "av")
+FACE_MODELS = {  # SHA-256 of the files that mediapipe 0.10.21 carries
+    "face_detection_full_range_sparse.tflite": "2c3728e6da56f21e21a320433396fb06d40d9088f2247c05e5635a688d45dfe1",
+    "face_landmark.tflite": "1055cb9d4a9ca8b8c688902a3a5194311138ba256bcc94e336d8373a5f30c814",
+}
+WEIGHTS = Path(__file__).parent / "weights"
+REINSTALL = "pip install --force-reinstall --no-deps x2dfd"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at."""
+
+    name: str
+    ok: bool | None  # None: neither needed nor wrong
+    detail: str
+    mend: str | None = None  # the command that mends it
+    facts: dict[str, Any] = field(default_factory=dict)  # of an artefact: licence, size, SHA-256, source
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def diagnose() -> list[Check]:
+    """Looks at the installation, the weights and the machine; reads local files only, and what it finds never raises.
+
+    Imports torch, to learn its thread count and whether it sees a GPU.
+    """
+    looks: tuple[tuple[str, Callable[[], Iterator[Check]]], ...] = (
+        ("python", _python),
+        ("libraries", _libraries),
+        ("torch", _torch),
+        ("torchvision", _torchvision),
+        ("face models", _face_models),
+        ("base model", _parts),
+        ("embedded model", _embedded),
+        ("experts", _experts),
+        ("cache", _cache),
+    )
+    checks: list[Check] = []
+    for name, look in looks:
+        try:
+            checks += look()
+        except Exception as error:  # a broken installation is what this command is for: the fault is the finding
+            checks.append(Check(name, False, f"{type(error).__name__}: {error}", REINSTALL))
+    return checks
+
+
+def _python() -> Iterator[Check]:
+    enough = sys.version_info >= (3, 11)
+    yield Check(
+        "python", enough, f"{platform.python_version()}, {platform.platform()}", None if enough else "python3.11"
+    )
+
+
+def _libraries() -> Iterator[Check]:
+    from packaging.requirements import Requirement
+
+    try:
+        declared = [Requirement(line) for line in importlib.metadata.requires("x2dfd") or ()]
+    except importlib.metadata.PackageNotFoundError:
+        yield Check("x2dfd", None, "run from its source folder, not installed", "pip install -e .")
+        declared = []
+    else:
+        yield Check("x2dfd", True, importlib.metadata.version("x2dfd"))
+    wanted = {requirement.name: requirement.specifier for requirement in declared if requirement.marker is None}
+    for name in LIBRARIES:
+        needs = f"{name}{wanted.get(name, '')}"
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Check(name, False, "not installed", f'pip install "{needs}"')
+            continue
+        fits = name not in wanted or wanted[name].contains(version, prereleases=True)
+        detail = version if fits else f"{version}, but {needs} is needed"
+        yield Check(name, fits, detail, None if fits else f'pip install "{needs}"')
+
+
+def _torch() -> Iterator[Check]:
+    import torch
+
+    yield Check("threads", True, f"torch uses {torch.get_num_threads()} of {os.cpu_count()} processors")
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+        yield Check("gpu", True, f"{torch.cuda.get_device_name(0)}, {memory:.0f} GiB")
+    else:
+        yield Check("gpu", None, "none that torch can use; the embedded model runs on the CPU")
+
+
+def _torchvision() -> Iterator[Check]:
+    if importlib.util.find_spec("torchvision") is None:
+        yield Check("torchvision", True, "absent, as it should be")
+        return
+    try:
+        importlib.import_module("torchvision")
+    except Exception as error:  # a build for another torch fails in several ways
+        detail = f"installed but broken ({type(error).__name__}: {error}): LLaVA cannot be loaded beside it"
+        yield Check("torchvision", False, detail, "pip uninstall torchvision")
+    else:
+        yield Check(
+            "torchvision", None, "installed and loads; it is not used, and a build for another torch breaks LLaVA"
+        )
+
+
+def _face_models() -> Iterator[Check]:
+    for name, expected in FACE_MODELS.items():
+        path = WEIGHTS / "faces" / name
+        facts = {"licence": "Apache-2.0", "source": "mediapipe 0.10.21", "sha256": expected}
+        if not path.exists():
+            yield Check(f"face model {path.stem}", False, "missing", REINSTALL, facts)
+            continue
+        whole = _sha256(path) == expected
+        facts["size"] = _size(path.stat().st_size)
+        detail = "present" if whole else "present, but its SHA-256 is another"
+        yield Check(f"face model {path.stem}", whole, detail, None if whole else REINSTALL, facts)
+
+
+def _parts() -> Iterator[Check]:
+    from x2dfd.fetch import PARTS, missing
+
+    needed = missing()
+    for name, part in PARTS.items():
+        here = part.present()
+        facts = {
+            "licence": part.licence,
+            "size": f"{part.size_mb:.0f} MB",
+            "sha256": part.sha256,
+            "source": part.url_hint,
+        }
+        detail = f"{part.what}: {'present' if here else 'not fetched'}"
+        ok = True if here else False if name in needed else None
+        yield Check(f"part {name}", ok, detail, None if here else f"x2dfd fetch {name}", facts)
+
+
+def _embedded() -> Iterator[Check]:
+    path = WEIGHTS / "embedded" / "card.json"
+    if not path.exists():
+        yield Check("embedded model", False, "its card is missing", REINSTALL)
+        return
+    card = json.loads(path.read_text("utf-8"))
+    facts = {key: card[key] for key in ("licence", "sha256", "source") if card.get(key)}
+    weights = path.parent / card["weights"] if card.get("weights") else None
+    if weights is None:
+        yield Check(
+            "embedded model", True, f"{card.get('name', 'unnamed')}, without a weight file of its own", None, facts
+        )
+    elif not weights.exists():
+        yield Check("embedded model", False, f"{weights.name} is missing", REINSTALL, facts)
+    else:
+        whole = _sha256(weights) == card.get("sha256")
+        facts["size"] = _size(weights.stat().st_size)
+        detail = f"{card.get('name', 'unnamed')}: " + ("present" if whole else "its SHA-256 is not that of its card")
+        yield Check("embedded model", whole, detail, None if whole else REINSTALL, facts)
+
+
+def _experts() -> Iterator[Check]:
+    from x2dfd.experts import availability, cards
+
+    for name, card in cards().items():
+        missing = availability(name)
+        facts = {"licence": card.licence, "source": card.source, "sha256": card.sha256, "blind spot": card.blind_spot}
+        facts = {key: value for key, value in facts.items() if value}
+        # An expert that is not here gives no score; the verdict is made from the others.
+        here = True if missing is None else None
+        yield Check(f"expert {name}", here, "ready" if here else "weights are not here", missing, facts)
+
+
+def _cache() -> Iterator[Check]:
+    from x2dfd.fetch import cache_dir
+
+    folder = cache_dir()
+    files = [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
+    detail = (
+        f"{folder}, {_size(sum(file.stat().st_size for file in files))}"
+        if folder.exists()
+        else f"{folder}, not there yet"
+    )
+    yield Check("cache", True, detail)
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    enough = free > 3 * 10**9
+    yield Check("disk", enough, f"{_size(free)} free" + ("" if enough else "; assembling the model needs 3 GB"),
+                None if enough else "export X2DFD_CACHE=/a/folder/on/a/larger/disk")  # fmt: skip
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"

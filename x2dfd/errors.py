@@ -1,0 +1,37 @@
+"""The error tree: everything a user can cause ends in one of these, with the reason in plain words."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class X2DFDError(Exception):
+    """Base of all errors that this project raises on purpose."""
+
+
+class SetupError(X2DFDError):
+    """Something is not installed or not fetched; the message ends with the command that mends it."""
+
+
+class InputError(X2DFDError):
+    """A file (or a request) cannot be judged.
+
+    `code` is stable and meant for machines (`not_an_image`, `too_large`, ...); `reason` is for people.
+    """
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(f"{reason} [{code}]")
+        self.code = code
+        self.reason = reason
+
+
+class UnknownName(X2DFDError):
+    """A name that is not registered, with the nearest names that are."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        names = sorted(known)
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        super().__init__(f"unknown {kind} {name!r}{hint} (known: {', '.join(names) or 'none'})")
+        self.name = name

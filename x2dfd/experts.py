@@ -1,0 +1,113 @@
+"""Experts: conventional detectors that look where the MLLM is weak, and the registry that finds them.
+
+An expert is a class with a `card` and a method `judge`; it is registered under a name, either in `BUILTIN` below or by an
+installed package through the entry point group `x2dfd.experts`. Nothing is imported before a name is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+
+from x2dfd.errors import SetupError, UnknownName, X2DFDError
+from x2dfd.types import Card, Evidence, Face
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BUILTIN: dict[str, str] = {
+    "blending": "external_detectors.blending:Blending",
+    "clip": "external_detectors.clip:Clip",
+}
+DEFAULT: tuple[str, ...] = ("blending", "clip")
+"""In this order their scores stand in the prompt."""
+
+GROUP = "x2dfd.experts"
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """What has already been computed for a batch of faces, so that an expert need not compute it again."""
+
+    tower_states: tuple[Tensor, ...] | None = None
+    """Hidden states of the base's CLIP tower, embeddings first: each [n, 1 + patches, 768], fp32."""
+
+
+@runtime_checkable
+class Expert(Protocol):
+    """What a plug-in has to be. `__init__` takes no arguments and loads the weights; it may raise SetupError."""
+
+    card: ClassVar[Card]
+
+    def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
+        """One Evidence a face, in order: a score in [0, 1], or None and the reason. Never raises for a face."""
+        ...
+
+
+def _targets() -> dict[str, str]:
+    """Every registered name and where it lives ("module:attribute"). Raises X2DFDError when two claim one name."""
+    targets = dict(BUILTIN)
+    for entry in entry_points(group=GROUP):
+        if targets.get(entry.name, entry.value) != entry.value:
+            raise X2DFDError(f"expert {entry.name!r} is registered twice: {targets[entry.name]} and {entry.value}")
+        targets[entry.name] = entry.value
+    return targets
+
+
+def names() -> list[str]:
+    """All registered names: ours first, then those of installed packages."""
+    return list(_targets())
+
+
+def expert_class(name: str) -> type[Expert]:
+    """The class registered under `name`; imports its module. Raises UnknownName, SetupError."""
+    targets = _targets()
+    if name not in targets:
+        raise UnknownName("expert", name, targets)
+    module, _, attribute = targets[name].partition(":")
+    try:
+        found: type[Expert] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise SetupError(f"expert {name!r} cannot be imported from {targets[name]}: {error}") from error
+    return found
+
+
+def load_expert(name: str) -> Expert:
+    """The expert, ready to judge. Raises UnknownName, SetupError."""
+    return expert_class(name)()
+
+
+def cards() -> dict[str, Card]:
+    """The card of every registered expert, without loading weights."""
+    return {name: expert_class(name).card for name in names()}
+
+
+def read_card(path: Path) -> Card:
+    """A card file (JSON). Raises SetupError when it is absent or incomplete."""
+    try:
+        return Card.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, json.JSONDecodeError, TypeError) as error:
+        raise SetupError(f"card {path} cannot be read: {error}") from error
+
+
+def write_card(path: Path, card: Card) -> None:
+    """Write a card whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(card.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def availability(name: str) -> str | None:
+    """None when the expert can be loaded, else the command that gets what it lacks."""
+    try:
+        load_expert(name)
+    except SetupError as error:
+        text = str(error)
+        return text.rsplit(": ", 1)[-1] if "x2dfd fetch" in text else text
+    return None

@@ -1,0 +1,327 @@
+"""Find every face in a picture, place a 468-point mesh on it, and cut the aligned crop that all models look at.
+
+Models: BlazeFace full-range (sparse) and Face Mesh of the MediaPipe project 0.10.21 (Apache-2.0, see NOTICE), run by
+ai-edge-litert. Mesh point numbers are those of MediaPipe's canonical face model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from x2dfd.errors import SetupError
+from x2dfd.types import Face
+
+CROP_SIZE = 224
+MARGIN = 1.3  # side of the crop over the longer side of the mesh's box, as in DeepfakeBench
+PREPROCESSING = f"all faces; 468-point mesh; eyes level; square crop, margin {MARGIN}; {CROP_SIZE} px RGB, padded with the CLIP mean; v1"
+"""Names the crop that weights were trained on; cards carry it, loading compares it."""
+
+PADDING = (122, 116, 104)
+"""RGB of what lies outside the picture: the CLIP mean, which LLaVA pads with too."""
+
+Array = NDArray[Any]
+
+_MODELS = Path(__file__).parent / "weights" / "faces"
+_DETECTOR_SIZE, _MESH_SIZE = 192, 192
+_DETECTION_SCORE, _PRESENCE = 0.55, 0.6
+_MIN_FACE = 20.0  # pixels; below this the crop is a guess
+
+OVAL = (
+    10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152, 148, 176, 149, 150,
+    136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109,
+)  # fmt: skip
+_EYES = (
+    (33, 7, 163, 144, 145, 153, 154, 155, 133, 173, 157, 158, 159, 160, 161, 246),
+    (263, 249, 390, 373, 374, 380, 381, 382, 362, 398, 384, 385, 386, 387, 388, 466),
+)
+_BROWS = ((70, 63, 105, 66, 107, 55, 65, 52, 53, 46), (300, 293, 334, 296, 336, 285, 295, 282, 283, 276))
+_LIPS = (61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291, 409, 270, 269, 267, 0, 37, 39, 40, 185)
+_INNER_LIPS = (78, 95, 88, 178, 87, 14, 317, 402, 318, 324, 308, 415, 310, 311, 312, 13, 82, 81, 80, 191)
+_NOSE = (168, 122, 193, 126, 129, 64, 98, 97, 2, 326, 327, 294, 358, 355, 417, 351)
+_CHEEKS = (
+    (50, 117, 118, 101, 36, 205, 207, 187, 147, 123, 116, 111),
+    (280, 346, 347, 330, 266, 425, 427, 411, 376, 352, 345, 340),
+)
+_FOREHEAD = (54, 103, 67, 109, 10, 338, 297, 332, 284, 298, 293, 334, 296, 336, 9, 107, 66, 105, 63, 68)
+_JAW = (
+    58, 172, 136, 150, 149, 176, 148, 152, 377, 400, 378, 379, 365, 397, 288, 432, 422, 424, 418, 421, 200, 201, 194,
+    204, 202, 212,
+)  # fmt: skip
+
+
+class _Tflite:
+    """One tflite model with one input; returns its outputs by shape."""
+
+    def __init__(self, file: str) -> None:
+        from ai_edge_litert.interpreter import Interpreter
+
+        path = _MODELS / file
+        if not path.is_file():
+            raise SetupError(f"face model {path} is missing; reinstall x2dfd: pip install --force-reinstall x2dfd")
+        self._model = Interpreter(model_path=str(path), num_threads=1)
+        self._model.allocate_tensors()
+        self._input = self._model.get_input_details()[0]["index"]
+        self._outputs = [(d["index"], tuple(d["shape"])) for d in self._model.get_output_details()]
+
+    def __call__(self, image: Array) -> dict[tuple[int, ...], Array]:
+        self._model.set_tensor(self._input, image[None].astype(np.float32))
+        self._model.invoke()
+        return {shape: self._model.get_tensor(index) for index, shape in self._outputs}
+
+
+@cache
+def _detector() -> _Tflite:
+    return _Tflite("face_detection_full_range_sparse.tflite")
+
+
+@cache
+def _mesh() -> _Tflite:
+    return _Tflite("face_landmark.tflite")
+
+
+def _sigmoid(x: Array) -> Array:
+    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(x, -80, 80))))
+
+
+def _detect(window: Array, offset: tuple[float, float], pad: float) -> Array:
+    """Candidates of one window, [n, 17]: score, x0, y0, x1, y1 and six key points, in picture pixels.
+
+    The window is letterboxed to a square whose side is its longer side times `pad`.
+    """
+    height, width = window.shape[:2]
+    side = max(height, width) * pad
+    scale = _DETECTOR_SIZE / side
+    small = cv2.resize(window, (max(1, round(width * scale)), max(1, round(height * scale))), interpolation=cv2.INTER_AREA)
+    canvas = np.zeros((_DETECTOR_SIZE, _DETECTOR_SIZE, 3), np.float32)
+    top, left = (_DETECTOR_SIZE - small.shape[0]) // 2, (_DETECTOR_SIZE - small.shape[1]) // 2
+    canvas[top : top + small.shape[0], left : left + small.shape[1]] = small
+    out = _detector()(canvas / 127.5 - 1.0)
+    raw, logits = out[(1, 2304, 16)][0], out[(1, 2304, 1)][0, :, 0]
+    keep = _sigmoid(logits) > _DETECTION_SCORE
+    if not keep.any():
+        return np.zeros((0, 17))
+    cells = np.arange(2304)[keep]  # one anchor a cell of a 48 x 48 grid
+    anchors = np.stack([(cells % 48 + 0.5) / 48, (cells // 48 + 0.5) / 48], 1) * _DETECTOR_SIZE
+    values = raw[keep].reshape(-1, 8, 2)
+    points = values + anchors[:, None]
+    points[:, 1] = values[:, 1]  # the second pair is width and height, not a point
+    centre, size = points[:, 0], points[:, 1]
+    boxes = np.concatenate([centre - size / 2, centre + size / 2], 1).reshape(-1, 2, 2)
+    xy = np.concatenate([boxes, points[:, 2:]], 1)  # [n, 8, 2]
+    xy = (xy - [left, top]) / scale + offset
+    return np.concatenate([_sigmoid(logits[keep])[:, None], xy.reshape(len(xy), 16)], 1)
+
+
+def _overlap(a: Array, b: Array) -> tuple[float, float]:
+    """Intersection over union, and over the smaller of two boxes x0, y0, x1, y1."""
+    w = min(a[2], b[2]) - max(a[0], b[0])
+    h = min(a[3], b[3]) - max(a[1], b[1])
+    if w <= 0 or h <= 0:
+        return 0.0, 0.0
+    inter = w * h
+    area_a, area_b = (a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1])
+    return inter / (area_a + area_b - inter), inter / max(min(area_a, area_b), 1e-9)
+
+
+def _candidates(pixels: Array) -> list[Array]:
+    """Face candidates over the whole picture and, where it is large, over overlapping tiles of it."""
+    height, width = pixels.shape[:2]
+    # The second, padded look finds faces that fill the frame: the detector was made for faces at a distance.
+    found = [_detect(pixels, (0, 0), 1.0), _detect(pixels, (0, 0), 1.8)]
+    for tiles in (2, 4):
+        if max(height, width) < 192 * tiles:
+            break
+        side = math.ceil(max(height, width) / tiles * 1.3)
+        for top in np.linspace(0, max(height - side, 0), math.ceil(height / side) if height <= side else tiles):
+            for left in np.linspace(0, max(width - side, 0), math.ceil(width / side) if width <= side else tiles):
+                y, x = round(float(top)), round(float(left))
+                found.append(_detect(pixels[y : y + side, x : x + side], (x, y), 1.0))
+    rows = np.concatenate(found)
+    kept: list[Array] = []
+    for row in rows[np.argsort(-rows[:, 0])]:
+        if all(max(iou / 0.3, inside / 0.7) < 1 for iou, inside in (_overlap(row[1:5], k[1:5]) for k in kept)):
+            kept.append(row)
+    return kept
+
+
+def _place_mesh(pixels: Array, centre: Array, side: float, angle: float) -> tuple[Array, float]:
+    """Mesh points [468, 2] in picture pixels and P(a face is there), from a turned square region."""
+    matrix = _square_to(centre, side, angle, _MESH_SIZE)
+    region = _warp(pixels, matrix, _MESH_SIZE)
+    out = _mesh()(region.astype(np.float32) / 255.0)
+    points = out[(1, 1, 1, 1404)].reshape(468, 3)[:, :2]
+    presence = float(_sigmoid(out[(1, 1, 1, 1)]).ravel()[0])
+    return cv2.transform(points[None], cv2.invertAffineTransform(matrix))[0], presence
+
+
+def _square_to(centre: Array, side: float, angle: float, size: int) -> Array:
+    """Affine [2, 3] from picture pixels to a `size` square: turned by `angle` radians, `side` picture pixels wide."""
+    scale = size / side
+    c, s = math.cos(angle) * scale, math.sin(angle) * scale
+    half = size / 2
+    return np.array(
+        [
+            [c, s, half - c * centre[0] - s * centre[1]],
+            [-s, c, half + s * centre[0] - c * centre[1]],
+        ]
+    )
+
+
+def _warp(pixels: Array, matrix: Array, size: int) -> NDArray[np.uint8]:
+    """Cut the square; a large face is first shrunk by area averaging, so that no sampling pattern is made by us."""
+    scale = math.hypot(matrix[0, 0], matrix[0, 1])
+    if scale < 0.5:
+        corners = cv2.transform(
+            np.array([[[0, 0], [size, 0], [size, size], [0, size]]], np.float64), cv2.invertAffineTransform(matrix)
+        )[0]
+        x0, y0 = np.maximum(np.floor(corners.min(0)).astype(int) - 2, 0)
+        x1, y1 = np.ceil(corners.max(0)).astype(int) + 2
+        part = pixels[y0:y1, x0:x1]
+        if part.size:
+            # Shrink so that the remaining warp stays between 0.5 and 1.
+            f = 2 ** math.floor(-math.log2(scale))
+            small = cv2.resize(
+                part, (max(1, part.shape[1] // f), max(1, part.shape[0] // f)), interpolation=cv2.INTER_AREA
+            )
+            fx, fy = part.shape[1] / small.shape[1], part.shape[0] / small.shape[0]
+            matrix = matrix.copy()
+            matrix[:, 2] += matrix[:, 0] * x0 + matrix[:, 1] * y0
+            matrix[:, 0] *= fx
+            matrix[:, 1] *= fy
+            pixels = small
+    return np.asarray(
+        cv2.warpAffine(pixels, matrix, (size, size), flags=cv2.INTER_LINEAR, borderValue=PADDING), np.uint8
+    )
+
+
+def _roll(points: Array) -> float:
+    right, left = points[list(_EYES[0])].mean(0), points[list(_EYES[1])].mean(0)
+    return math.atan2(left[1] - right[1], left[0] - right[0])
+
+
+def align(pixels: Array, landmarks: Array, margin: float = MARGIN) -> tuple[NDArray[np.uint8], Array]:
+    """The aligned crop [CROP_SIZE, CROP_SIZE, 3] and the affine [2, 3] from picture to crop pixels.
+
+    Eyes level, square, centred on the mesh; what lies outside the picture is PADDING.
+    """
+    angle = _roll(landmarks)
+    turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    turned = landmarks @ turn.T
+    low, high = turned.min(0), turned.max(0)
+    centre = ((low + high) / 2) @ turn
+    matrix = _square_to(centre, float((high - low).max()) * margin, angle, CROP_SIZE)
+    return _warp(pixels, matrix, CROP_SIZE), matrix
+
+
+def find_faces(pixels: NDArray[np.uint8]) -> list[Face]:
+    """All faces of a picture, largest first. No face is an empty list, not an error.
+
+    `pixels`: [H, W, 3] uint8 RGB.
+    """
+    found: list[tuple[Array, float]] = []
+    for row in _candidates(pixels):
+        box, keys = row[1:5], row[5:].reshape(6, 2)
+        side = float(max(box[2] - box[0], box[3] - box[1]))
+        if side < _MIN_FACE:
+            continue
+        right_eye, left_eye = keys[0], keys[1]
+        angle = math.atan2(left_eye[1] - right_eye[1], left_eye[0] - right_eye[0])
+        centre = np.array([(box[0] + box[2]) / 2, (box[1] + box[3]) / 2])
+        points, presence = _place_mesh(pixels, centre, side * 1.5, angle)
+        if presence < _PRESENCE:
+            continue
+        # A second look from the mesh itself: the first box is coarse.
+        low, high = points.min(0), points.max(0)
+        points, presence = _place_mesh(pixels, (low + high) / 2, float((high - low).max()) * 1.5, _roll(points))
+        size = points.max(0) - points.min(0)
+        if presence < _PRESENCE or max(size) < _MIN_FACE or not np.isfinite(points).all():
+            continue
+        bounds = np.concatenate([points.min(0), points.max(0)])
+        if any(max(_overlap(bounds, np.concatenate([p.min(0), p.max(0)]))) > 0.6 for p, _ in found):
+            continue
+        found.append((points, float(row[0])))
+    found.sort(key=lambda f: -float(np.prod(f[0].max(0) - f[0].min(0))))
+    faces = []
+    for index, (points, score) in enumerate(found):
+        crop, matrix = align(pixels, points)
+        low, high = points.min(0), points.max(0)
+        faces.append(
+            Face(
+                index=index,
+                box=(float(low[0]), float(low[1]), float(high[0] - low[0]), float(high[1] - low[1])),
+                landmarks=points.astype(np.float32),
+                confidence=score,
+                crop=crop,
+                crop_landmarks=cv2.transform(points[None], matrix)[0].astype(np.float32),
+                roll_degrees=math.degrees(_roll(points)),
+            )
+        )
+    return faces
+
+
+def _hull(points: Array) -> Array:
+    return np.asarray(cv2.convexHull(points.astype(np.float32))[:, 0])
+
+
+def _grown(points: Array, about: Array, factor: float) -> Array:
+    return np.asarray((points - about) * factor + about)
+
+
+def area_polygons(landmarks: NDArray[np.float32]) -> dict[str, list[Array]]:
+    """Polygons [n, 2] of each area that the mesh can place, in the pixels of `landmarks` ([468, 2]).
+
+    Ears, hair, neck and contour are drawn around the face's oval and are approximate; `accessories` and `background`
+    have no polygon, `skin` and `whole-image` stand for the oval and everything.
+    """
+    p = np.asarray(landmarks, np.float32)
+    oval, centre = p[list(OVAL)], p[list(OVAL)].mean(0)
+    across, down = p[454] - p[234], p[152] - p[10]
+    outer, inner = _grown(oval, centre, 1.07), _grown(oval, centre, 0.86)
+    top = [OVAL.index(i) for i in (127, 162, 21, 54, 103, 67, 109, 10, 338, 297, 332, 284, 251, 389, 356)]
+    brow_to_crown = oval[top]
+    hair = np.concatenate([brow_to_crown, (brow_to_crown - down * 0.28 + (brow_to_crown - centre) * 0.12)[::-1]])
+    ears = [
+        np.array([e - down * 0.16, e - down * 0.14 + s * across * 0.14, e + down * 0.2 + s * across * 0.1, e + down * 0.2])
+        for e, s in ((p[234], -1.0), (p[454], 1.0))
+    ]
+    neck = np.array([p[172], p[152], p[397], p[397] + down * 0.35, p[172] + down * 0.35])
+    return {
+        "forehead": [p[list(_FOREHEAD)]],
+        "eyebrows": [_hull(p[list(b)]) for b in _BROWS],
+        "eyes": [_grown(q := p[list(e)], q.mean(0), 1.35) for e in _EYES],
+        "nose": [_hull(p[list(_NOSE)])],
+        "mouth": [_grown(q := p[list(_LIPS)], q.mean(0), 1.1)],
+        "teeth": [p[list(_INNER_LIPS)]],
+        "cheeks": [_hull(p[list(c)]) for c in _CHEEKS],
+        "jaw": [p[list(_JAW)]],
+        "ears": ears,
+        "hair": [hair],
+        "skin": [oval],
+        "face-contour": [np.concatenate([outer, outer[:1], inner[:1], inner[::-1]])],
+        "neck": [neck],
+    }
+
+
+def area_mask(landmarks: NDArray[np.float32], area: str, shape: Sequence[int]) -> NDArray[np.uint8]:
+    """Mask [H, W] of 0/255 for one area. `background` is what the face, hair, ears and neck leave over."""
+    mask = np.zeros((shape[0], shape[1]), np.uint8)
+    polygons = area_polygons(landmarks)
+    if area in ("background", "whole-image", "accessories"):
+        mask[:] = 255
+        if area == "background":
+            for name in ("skin", "face-contour", "hair", "ears", "neck"):
+                cv2.fillPoly(mask, [q.round().astype(np.int32) for q in polygons[name]], 0)
+        return mask
+    cv2.fillPoly(mask, [q.round().astype(np.int32) for q in polygons[area]], 255)
+    if area == "skin":
+        for hole in ("eyes", "eyebrows", "mouth"):
+            cv2.fillPoly(mask, [q.round().astype(np.int32) for q in polygons[hole]], 0)
+    return mask

@@ -1,0 +1,116 @@
+"""The base's CLIP tower by itself: hidden states for the `clip` expert, and cached features for training.
+
+Trainings keep the tower frozen, so its features of a manifest are computed once, on degraded crops, and kept on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import track
+from torch import Tensor
+
+from x2dfd.crops import CropSet
+from x2dfd.degrade import degrade
+from x2dfd.faces import PREPROCESSING
+from x2dfd.fetch import require
+
+_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
+_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+
+
+def clip_pixels(crops: Tensor) -> Tensor:
+    """uint8 crops [n, 224, 224, 3] to CLIP's input [n, 3, 224, 224]; the same numbers as CLIP's image processor."""
+    return ((crops.float() / 255 - _MEAN) / _STD).permute(0, 3, 1, 2).contiguous()
+
+
+@cache
+def load_tower(layers: int) -> Any:
+    """The first `layers` layers of the base's CLIP vision model, fp32, eval. Raises SetupError when it is not fetched."""
+    from safetensors import safe_open
+    from transformers import CLIPVisionModel, LlavaConfig
+
+    folder = require("base")
+    config = LlavaConfig.from_pretrained(folder).vision_config
+    config.num_hidden_layers = layers
+    model = CLIPVisionModel(config)
+    prefix = "model.vision_tower."
+    with safe_open(folder / "model.safetensors", "pt") as stream:
+        state = {k: stream.get_tensor(prefix + k).float() for k in model.state_dict()}
+    model.load_state_dict(state, strict=True)
+    return model.eval()
+
+
+def tower_states(crops: Tensor, layers: int) -> tuple[Tensor, ...]:
+    """Hidden states of uint8 crops [n, 224, 224, 3]: embeddings and each layer's output, [n, 197, 768]."""
+    with torch.inference_mode():
+        states: tuple[Tensor, ...] = load_tower(layers)(clip_pixels(crops), output_hidden_states=True).hidden_states
+    return states
+
+
+def patch_statistics(states: Sequence[Tensor]) -> Tensor:
+    """Mean and standard deviation over the patch tokens of each layer's output: [n, layers, 2, 768]."""
+    patches = torch.stack(list(states[1:]), 1)[:, :, 1:]
+    return torch.stack([patches.mean(2), patches.std(2)], 2)
+
+
+@dataclass(frozen=True, eq=False)
+class TowerFeatures:
+    """Features of some samples of a CropSet."""
+
+    rows: NDArray[np.intp]  # [n]: which samples of the CropSet, in order
+    statistics: NDArray[np.float16]  # [n, layers, 2, 768]
+    patches: NDArray[np.float16]  # [n, len(keep), 196, 768]
+    keep: tuple[int, ...]  # which layers' patches are kept; 1 is the first layer's output
+
+
+def cached_features(
+    data: CropSet, rows: NDArray[np.intp], folder: Path, layers: int, keep: Sequence[int], seed: int = 0, batch: int = 16
+) -> TowerFeatures:
+    """Features of the given samples, each on its own random degradation (and flip), computed once.
+
+    The degradation of sample i depends on `seed` and i alone. A cut-off run goes on where it stopped.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    n = len(rows)
+    digest = hashlib.sha256("\n".join(data.samples[i].id for i in rows).encode()).hexdigest()
+    key = {"samples": digest, "layers": layers, "keep": list(keep), "seed": seed, "preprocessing": PREPROCESSING}
+    progress = folder / "progress.json"
+    state = json.loads(progress.read_text()) if progress.is_file() else {}
+    done = state.get("done", 0) if state.get("key") == key else 0
+    statistics = _memmap(folder / "statistics.npy", bool(done), (n, layers, 2, 768))
+    patches = _memmap(folder / "patches.npy", bool(done), (n, len(keep), 196, 768))
+    for start in track(range(done, n, batch), "tower features", disable=not sys.stderr.isatty()):
+        stop = min(start + batch, n)
+        views = []
+        for i in rows[start:stop]:
+            rng = np.random.default_rng([seed, int(i)])
+            view = degrade(np.ascontiguousarray(data.crops[i]), rng)
+            views.append(view[:, ::-1] if rng.random() < 0.5 else view)
+        states = tower_states(torch.from_numpy(np.ascontiguousarray(np.stack(views))), layers)
+        statistics[start:stop] = patch_statistics(states).half().numpy()
+        patches[start:stop] = torch.stack([states[k][:, 1:] for k in keep], 1).half().numpy()
+        if (start // batch) % 8 == 7 or stop == n:
+            statistics.flush()
+            patches.flush()
+            temporary = progress.with_suffix(".tmp")
+            temporary.write_text(json.dumps({"key": key, "done": stop}))
+            os.replace(temporary, progress)
+    return TowerFeatures(rows, statistics, patches, tuple(keep))
+
+
+def _memmap(path: Path, resume: bool, shape: tuple[int, ...]) -> NDArray[np.float16]:
+    if resume:
+        return np.lib.format.open_memmap(path, "r+")
+    return np.lib.format.open_memmap(path, "w+", np.float16, shape)

@@ -1,0 +1,189 @@
+"""The nouns of the project: frozen dataclasses that cross the borders between its rooms.
+
+This file imports neither torch nor numpy, so that `import x2dfd` stays instant.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+AREAS: tuple[str, ...] = (
+    "forehead", "eyebrows", "eyes", "nose", "mouth", "teeth", "cheeks", "jaw", "ears", "hair", "skin",
+    "face-contour", "neck", "background", "accessories", "whole-image",
+)  # fmt: skip
+"""Where a cue sits. Forging, questions, rationales and scoring use this list and no other."""
+
+ARTIFACTS: tuple[str, ...] = (
+    "texture", "lighting", "blending", "blur", "colour", "asymmetry", "geometry", "missing-detail",
+    "expression", "noise", "frequency", "compression",
+)  # fmt: skip
+"""What is wrong there."""
+
+DF_CLASSES: tuple[str, ...] = ("FS", "FR", "FE", "EFS", "real")
+"""Face swapping, face reenactment, face editing, entire face synthesis, bona fide (arXiv 2501.01164)."""
+
+Label = Literal["fake", "real", "inconclusive"]
+
+
+@dataclass(frozen=True)
+class Cue:
+    """A visible sign of forgery: an artifact at an area."""
+
+    area: str  # one of AREAS
+    artifact: str  # one of ARTIFACTS
+    score: float | None = None  # how clearly it shows, 0..1; None when nobody measured it
+
+    def __post_init__(self) -> None:
+        if self.area not in AREAS or self.artifact not in ARTIFACTS:
+            raise ValueError(f"cue outside the vocabulary: {self.area} x {self.artifact}")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one expert says of one face."""
+
+    expert: str  # the expert's registered name
+    score: float | None  # P(fake) in [0, 1]; None when the expert could not judge
+    note: str | None = None  # why there is no score, or a remark for the reader
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer about a face, an image or a video."""
+
+    label: Label
+    p_fake: float | None  # calibrated probability; None when nothing could be assessed
+    reason: str | None = None  # why inconclusive: `no_face`, `in_band`, `experts_disagree`
+
+
+@dataclass(frozen=True, eq=False)
+class Face:
+    """A face found in a picture, and the aligned crop that every model looks at."""
+
+    index: int  # position in the picture's list of faces, largest first
+    box: tuple[float, float, float, float]  # x, y, width, height in picture pixels
+    landmarks: NDArray[np.float32]  # [468, 2] mesh points in picture pixels
+    confidence: float  # the face detector's own score, 0..1
+    crop: NDArray[np.uint8]  # [CROP_SIZE, CROP_SIZE, 3] RGB, eyes level, margin 1.3 around the mesh
+    crop_landmarks: NDArray[np.float32]  # [468, 2] mesh points in crop pixels
+    roll_degrees: float  # how far the head leans; the crop undoes it
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a set of weights is, so that nobody has to guess."""
+
+    name: str
+    version: str
+    source: str  # where the weights come from (trained here, a paper's release, ...)
+    licence: str
+    sha256: str  # of the weight file; empty only when `weights` is empty
+    preprocessing: str  # what happens to a face before the model sees it
+    paper: str  # title and year, or arXiv number
+    blind_spot: str  # what it cannot see: the first thing a reader must know
+    weights: str = ""  # file name beside the card
+    trained_on: str = ""  # data, in words
+    figures: dict[str, Any] = field(default_factory=dict)  # measured, with n and interval
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Raises TypeError on a missing or unknown field: a card is complete or it is not a card."""
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class FaceReport:
+    """Everything said of one face."""
+
+    index: int
+    box: tuple[float, float, float, float]  # x, y, width, height in picture pixels
+    confidence: float  # of the face detector
+    verdict: Verdict
+    p_fake_mllm: float | None  # the MLLM's own P(fake), as in X2-DFD
+    rationale: str  # "" when not asked for
+    cues: tuple[Cue, ...]  # read from the rationale
+    evidence: tuple[Evidence, ...]
+    contradictions: tuple[str, ...] = ()  # where the rationale goes against verdict or evidence
+    areas: dict[str, list[list[list[float]]]] = field(default_factory=dict)  # area -> polygons in picture pixels
+    frame: int | None = None  # frame number in a video
+    time_s: float | None = None  # its time in seconds
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        return cls(
+            **{
+                **data,
+                "box": tuple(data["box"]),
+                "verdict": Verdict(**data["verdict"]),
+                "cues": tuple(Cue(**c) for c in data["cues"]),
+                "evidence": tuple(Evidence(**e) for e in data["evidence"]),
+                "contradictions": tuple(data["contradictions"]),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """The answer about one file; `to_json` and `from_json` lose nothing."""
+
+    path: str | None  # as given by the caller; None for bytes and PIL images
+    sha256: str  # of the file's bytes
+    media: dict[str, Any]  # kind, format, width, height, n_frames, and what decoding changed (`notes`)
+    verdict: Verdict  # image: the most suspicious face; video: see Detector
+    faces: tuple[FaceReport, ...]
+    rationale: str  # of the face that decided
+    cues: tuple[Cue, ...]  # of the face that decided
+    evidence: tuple[Evidence, ...]  # of the face that decided
+    provenance: dict[str, Any]  # C2PA state; never merged into p_fake
+    model: dict[str, Any]  # names, hashes, layer counts, mode, threshold and band in force
+    versions: dict[str, str]
+    timings: dict[str, float]  # seconds per stage
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self, indent: int | None = None) -> str:
+        return json.dumps(self.to_dict(), ensure_ascii=False, indent=indent, allow_nan=False)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        return cls(
+            **{
+                **data,
+                "verdict": Verdict(**data["verdict"]),
+                "faces": tuple(FaceReport.from_dict(f) for f in data["faces"]),
+                "cues": tuple(Cue(**c) for c in data["cues"]),
+                "evidence": tuple(Evidence(**e) for e in data["evidence"]),
+                "warnings": tuple(data["warnings"]),
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        return cls.from_dict(json.loads(text))
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A file that could not be judged; the run goes on."""
+
+    path: str | None
+    sha256: str | None  # None when not even the bytes could be read
+    code: str
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"path": self.path, "sha256": self.sha256, "error": {"code": self.code, "reason": self.reason}}
+
+    def to_json(self, indent: int | None = None) -> str:
+        return json.dumps(self.to_dict(), ensure_ascii=False, indent=indent)
