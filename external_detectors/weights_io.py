@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +12,10 @@ from torch import Tensor
 
 from x2dfd.errors import SetupError
 from x2dfd.experts import write_card
+from x2dfd.files import file_sha256
 from x2dfd.types import Card
 
 WEIGHTS = Path(__file__).parent / "weights"
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def load_weights(card: Card, folder: Path = WEIGHTS) -> dict[str, Tensor]:

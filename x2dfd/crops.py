@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from x2dfd.errors import InputError, X2DFDError
+from x2dfd.files import write_text
 from x2dfd.faces import CROP_SIZE, PREPROCESSING, find_faces
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest
 from x2dfd.media import load_picture
@@ -94,6 +95,4 @@ def _compute(samples: list[Sample], folder: Path, key: dict[str, str], workers: 
         os.replace(folder / "whole.part.npy", folder / "crops.part.npy")
     os.replace(folder / "crops.part.npy", folder / "crops.npy")
     np.save(folder / "landmarks.npy", landmarks[:n])
-    temporary = folder / "index.part.json"
-    temporary.write_text(json.dumps({"key": key, "unusable": unusable}, indent=1))
-    os.replace(temporary, folder / "index.json")
+    write_text(folder / "index.json", json.dumps({"key": key, "unusable": unusable}, indent=1))

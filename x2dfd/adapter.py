@@ -1,0 +1,93 @@
+"""Adapter directories: a plain PEFT directory with a card and a calibration, checked before it is used.
+
+    adapter_config.json, adapter_model.safetensors   PEFT's own files: LoRA on the language model, and the projector
+    card.json                                        what it was trained on, for and with; see AdapterCard
+    calibration.json                                 x2dfd.calibration
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from x2dfd.errors import SetupError
+from x2dfd.files import file_sha256, write_text
+from x2dfd.types import Card
+
+EMBEDDED = Path(__file__).parent / "weights" / "embedded"
+"""The committed adapter of the embedded model."""
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class AdapterCard(Card):
+    """A card that also says what the adapter fits on."""
+
+    base: dict[str, str] = field(default_factory=dict)  # name and sha256 of the base model's weights
+    tower_layers: int = 0  # vision layers kept
+    text_layers: int = 0  # language layers kept
+    feature_layers: tuple[int, ...] = ()  # tower outputs joined as the projector's input
+    prompt_sha256: str = ""  # x2dfd.prompts.prompt_hash at training
+    experts: dict[str, str] = field(default_factory=dict)  # name -> SHA-256 of weights, in the order of the prompt
+    data_sha256: str = ""  # of the instruction set
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> AdapterCard:
+        return cls(**{**data, "feature_layers": tuple(data.get("feature_layers", ()))})
+
+
+def read_adapter_card(folder: Path) -> AdapterCard:
+    """Raises SetupError when `folder` is no adapter directory."""
+    try:
+        return AdapterCard.from_dict(json.loads((folder / "card.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise SetupError(f"{folder} is not an adapter directory of x2dfd: card.json: {error}") from error
+
+
+def write_adapter_card(folder: Path, card: AdapterCard) -> None:
+    write_text(folder / "card.json", json.dumps(asdict(card), indent=1, ensure_ascii=False) + "\n")
+
+
+def lora_b_sum(folder: Path) -> float:
+    """Sum of |lora_B| over all layers. Zero means that nothing was trained, or that saving lost it."""
+    from safetensors import safe_open
+
+    with safe_open(folder / WEIGHTS, "pt") as stream:
+        return float(sum(stream.get_tensor(k).float().abs().sum() for k in stream.keys() if "lora_B" in k))  # noqa: SIM118
+
+
+def check_adapter(folder: Path, card: AdapterCard, base: dict[str, str], prompt_sha256: str) -> None:
+    """Refuse an adapter that was made for something else or that holds nothing.
+
+    Raises SetupError: wrong weight file, other base weights, other prompts, all-zero lora_B.
+    """
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise SetupError(f"{folder} has no {WEIGHTS}; copy the whole directory, or train it: python -m finetune")
+    if file_sha256(weights) != card.sha256:
+        raise SetupError(f"{weights} is not the file of its card (SHA-256 differs); copy the directory again")
+    if card.base["sha256"] != base["sha256"]:
+        raise SetupError(
+            f"the adapter was trained on {card.base['name']} ({card.base['sha256'][:12]}), "
+            f"the base here is {base['name']} ({base['sha256'][:12] or 'no hash'}). Get the right base: x2dfd fetch base"
+        )
+    if card.prompt_sha256 != prompt_sha256:
+        raise SetupError(
+            f"the adapter was trained with other prompts ({card.prompt_sha256[:12]}) than this version asks "
+            f"({prompt_sha256[:12]}). Install the version that made it, or train it again: python -m finetune"
+        )
+    if lora_b_sum(folder) <= 0:
+        raise SetupError(f"{weights}: every lora_B is zero, so the adapter does nothing; train or save it again: python -m finetune")
+
+
+def attach(model: Any, folder: Path) -> Any:
+    """The base model with the adapter merged into its weights.
+
+    Merged, because one matrix product is quicker than three and the numbers agree to rounding.
+    """
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()

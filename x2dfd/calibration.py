@@ -1,0 +1,146 @@
+"""From the MLLM's logit and the experts' logits to one calibrated probability, and when to say "inconclusive".
+
+A regularised logistic with non-negative weights over a handful of logits: small enough to read, stored as JSON with the
+model. A score that is missing stands at its training mean, so it neither accuses nor clears.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from x2dfd.errors import SetupError
+from x2dfd.files import write_text
+from x2dfd.types import Verdict
+
+MLLM = "mllm"
+_CLIP = 6.0  # logits beyond this say no more about certainty than about saturation
+DISAGREEMENT = 0.6  # spread of the parts' own probabilities at which a verdict near the band is withheld
+
+
+def logit(p: float) -> float:
+    """log(p / (1 - p)), bounded."""
+    p = min(max(p, 1e-6), 1 - 1e-6)
+    return math.log(p / (1 - p))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The fitted logistic and the decision rule; `calibration.json` in the adapter directory."""
+
+    weights: dict[str, float]  # per part: `mllm` and the experts' names
+    means: dict[str, float]  # mean logit of each part where it was fitted; stands in for a missing score
+    bias: float
+    low: float  # below: real
+    high: float  # from here on: fake; between: inconclusive
+    mllm_threshold: float = 0.5  # P(fake) of the MLLM alone at which mode="paper" says fake
+    fitted_on: dict[str, Any] = field(default_factory=dict)  # n, groups, sources, rates promised
+
+    def probability(self, logits: Mapping[str, float | None]) -> float:
+        """Calibrated P(fake) from raw logits; a part that is absent or None is taken at its mean."""
+        total = self.bias
+        for name, weight in self.weights.items():
+            value = logits.get(name)
+            centred = (self.means[name] if value is None else _bounded(value)) - self.means[name]
+            total += weight * centred
+        return 1 / (1 + math.exp(-total))
+
+    def verdict(self, p_fake: float, logits: Mapping[str, float | None]) -> Verdict:
+        """Fake, real, or inconclusive with the reason."""
+        if self.low <= p_fake < self.high:
+            return Verdict("inconclusive", p_fake, "experts_disagree" if _disagree(logits, self) else "in_band")
+        return Verdict("fake" if p_fake >= self.high else "real", p_fake)
+
+    def save(self, folder: Path) -> None:
+        write_text(folder / "calibration.json", json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Calibration:
+        """Raises SetupError when the file is absent or incomplete."""
+        try:
+            return cls(**json.loads((folder / "calibration.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise SetupError(f"{folder}/calibration.json cannot be read: {error}. Make it: python -m finetune calibrate") from error
+
+
+def _bounded(value: float) -> float:
+    return max(-_CLIP, min(_CLIP, value))
+
+
+def _disagree(logits: Mapping[str, float | None], calibration: Calibration) -> bool:
+    said = [
+        1 / (1 + math.exp(-(_bounded(v) - calibration.means[k])))
+        for k, v in logits.items()
+        if v is not None and calibration.weights.get(k, 0) > 0
+    ]
+    return len(said) > 1 and max(said) - min(said) > DISAGREEMENT
+
+
+def fit_weights(
+    parts: Mapping[str, NDArray[np.float64]], labels: NDArray[np.float64], sample_weights: NDArray[np.float64], ridge: float = 0.02
+) -> tuple[dict[str, float], dict[str, float], float]:
+    """Weights, means and bias of the logistic. `parts`: name -> logits [n], NaN where a score is missing.
+
+    Non-negative weights: an expert whose score counts against itself has learnt the calibration split, not forgeries.
+    Projected Newton steps on the ridge-penalised log-likelihood; `sample_weights` balance labels and sources.
+    """
+    names = list(parts)
+    means = {n: float(np.nanmean(np.clip(parts[n], -_CLIP, _CLIP))) for n in names}
+    x = np.stack([np.nan_to_num(np.clip(parts[n], -_CLIP, _CLIP) - means[n], nan=0.0) for n in names], 1)
+    x = np.concatenate([x, np.ones((len(x), 1))], 1)
+    w = sample_weights / sample_weights.sum()
+    beta = np.zeros(x.shape[1])
+    penalty = np.array([ridge] * len(names) + [0.0])
+    active = np.ones(x.shape[1], bool)
+    for _ in range(100):
+        p = 1 / (1 + np.exp(-x @ beta))
+        gradient = x.T @ (w * (p - labels)) + penalty * beta
+        # A weight at zero stays there while the gradient would make it negative.
+        active[:-1] = (beta[:-1] > 0) | (gradient[:-1] < 0)
+        hessian = (x * (w * p * (1 - p))[:, None]).T @ x + np.diag(penalty + 1e-9)
+        step = np.zeros_like(beta)
+        step[active] = np.linalg.solve(hessian[np.ix_(active, active)], gradient[active])
+        new = beta - step
+        new[:-1] = np.maximum(new[:-1], 0)
+        moved = float(np.abs(new - beta).max())
+        beta = new
+        if moved < 1e-8:
+            break
+    return {n: float(b) for n, b in zip(names, beta, strict=False)}, means, float(beta[-1])
+
+
+def choose_band(
+    p_fake: NDArray[np.float64],
+    labels: NDArray[np.float64],
+    sources: Sequence[str],
+    *,
+    false_alarms: float = 0.05,
+    misses: float = 0.10,
+) -> tuple[float, float]:
+    """(low, high): at most `false_alarms` of each real source at or above `high`; `misses` of the fakes below `low`.
+
+    The worst real source with at least 20 pictures sets `high`. `low` never lies above `high`, nor above 0.5.
+    """
+    names = np.array(sources)
+    highs = []
+    for source in sorted(set(names[labels == 0])):
+        scores = p_fake[(labels == 0) & (names == source)]
+        if len(scores) >= 20:
+            highs.append(_quantile_above(scores, false_alarms))
+    high = max(highs) if highs else _quantile_above(p_fake[labels == 0], false_alarms)
+    high = min(max(high, 0.5), 0.99)
+    low = min(float(np.quantile(p_fake[labels == 1], misses)), 0.5, high)
+    return low, high
+
+
+def _quantile_above(scores: NDArray[np.float64], share: float) -> float:
+    """Smallest threshold that at most `share` of the scores reach."""
+    ordered = np.sort(scores)[::-1]
+    return float(ordered[min(int(share * len(ordered)), len(ordered) - 1)]) + 1e-6

@@ -1,0 +1,368 @@
+"""The road of one picture: bytes → faces → experts → MLLM → calibration → report. Every door calls `Detector.detect`."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL.Image import Image
+
+from x2dfd import prompts
+from x2dfd.adapter import EMBEDDED, AdapterCard, attach, check_adapter, read_adapter_card
+from x2dfd.calibration import MLLM, Calibration, logit
+from x2dfd.errors import InputError, SetupError
+from x2dfd.experts import DEFAULT, Expert, Shared, load_expert
+from x2dfd.explain import contradictions, read_cues
+from x2dfd.faces import area_polygons, find_faces
+from x2dfd.fetch import BASE_NAME
+from x2dfd.media import Picture, Video, load_media, media_summary
+from x2dfd.mllm import LocalMLLM, Look, base_identity, load_llava
+from x2dfd.types import Evidence, Face, FaceReport, Failure, Report, Verdict
+
+Mode = Literal["calibrated", "paper"]
+Source = str | Path | bytes | Image
+
+VIDEO_FRAMES = 8
+MAX_FACES = 24  # in one picture; the smaller ones are left out with a warning
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """A face with where it was found."""
+
+    face: Face
+    frame: int | None
+    time_s: float | None
+
+
+class Detector:
+    """MLLM, experts and calibration together. Made by `x2dfd.load`."""
+
+    def __init__(
+        self,
+        mllm: LocalMLLM,
+        experts: Sequence[Expert],
+        calibration: Calibration | None,
+        facts: dict[str, Any],
+        mode: Mode = "calibrated",
+    ) -> None:
+        if mode == "calibrated" and calibration is None:
+            raise SetupError("this model has no calibration; use mode='paper', or fit one: python -m finetune calibrate")
+        self.mllm = mllm
+        self.experts = list(experts)
+        self.calibration = calibration
+        self.mode = mode
+        self.facts = {
+            **facts,
+            "mode": mode,
+            "threshold": calibration.high if calibration and mode == "calibrated" else _paper_threshold(calibration),
+            "band": [calibration.low, calibration.high] if calibration and mode == "calibrated" else None,
+        }
+
+    # --- doors ---
+
+    def detect(self, source: Source, *, rationale: bool = True) -> Report:
+        """Judge one picture or video (a path, its bytes, or a PIL image). Raises InputError with a reason code."""
+        return next(self._reports([source], rationale))
+
+    def detect_many(self, sources: Iterable[Source], *, batch_size: int = 8, rationale: bool = True) -> Iterator[Report | Failure]:
+        """Reports in the order of the sources; a file that cannot be judged is a Failure and the run goes on.
+
+        The faces of `batch_size` files go through the models together.
+        """
+        waiting: list[Source] = []
+        for source in sources:
+            waiting.append(source)
+            if len(waiting) == batch_size:
+                yield from self._batch(waiting, rationale)
+                waiting = []
+        if waiting:
+            yield from self._batch(waiting, rationale)
+
+    def chat(self, report: Report, question: str, *, source: Source | None = None) -> str:
+        """Answer a follow-up about a report. The stored verdict stands, whatever is asked.
+
+        With `source` (the same picture) the model looks at it again; without, it answers from the report's own text.
+        """
+        deciding = deciding_face(report)
+        if deciding is None:
+            return "No face was assessed in this file, so there is nothing to say about a forgery."
+        pixels = load_media(source) if source is not None else None
+        if not isinstance(pixels, Picture):
+            raise InputError("no_picture", "a follow-up needs the picture that the report is about")
+        if report.sha256 != pixels.sha256:
+            raise InputError("other_picture", "this is not the picture that the report is about")
+        face = find_faces(pixels.pixels)[deciding.index]
+        asked = prompts.verdict_question(deciding.evidence)
+        answer = f"{prompts.rationale_start(_said(deciding.verdict))} {deciding.rationale}".strip()
+        look = self.mllm.look(face.crop[None])
+        return self.mllm.write(look, [asked], [""], turns=[(answer, question)])[0]
+
+    # --- the road ---
+
+    def _batch(self, sources: Sequence[Source], rationale: bool) -> Iterator[Report | Failure]:
+        opened: list[Picture | Video | Failure] = []
+        for source in sources:
+            try:
+                opened.append(load_media(source, max_frames=VIDEO_FRAMES))
+            except InputError as error:
+                opened.append(_failure(source, error))
+        yield from self._judge(opened, rationale, {})
+
+    def _reports(self, sources: Sequence[Source], rationale: bool) -> Iterator[Report]:
+        start = time.perf_counter()
+        opened = [load_media(s, max_frames=VIDEO_FRAMES) for s in sources]
+        for report in self._judge(opened, rationale, {"decode": time.perf_counter() - start}):
+            if isinstance(report, Report):
+                yield report
+
+    def _judge(
+        self, opened: Sequence[Picture | Video | Failure], rationale: bool, timings: dict[str, float]
+    ) -> Iterator[Report | Failure]:
+        clock = _Clock(timings)
+        seen: list[list[_Seen]] = []
+        warnings: list[list[str]] = []
+        for media in opened:
+            found, notes = _find(media)
+            seen.append(found)
+            warnings.append(notes)
+        clock.lap("faces")
+        faces = self._face_reports([s for found in seen for s in found], rationale, clock)
+        at = 0
+        for media, found, notes in zip(opened, seen, warnings, strict=True):
+            if isinstance(media, Failure):
+                yield media
+                continue
+            yield self._report(media, faces[at : at + len(found)], notes, clock.seconds)
+            at += len(found)
+
+    def _face_reports(self, seen: Sequence[_Seen], rationale: bool, clock: _Clock) -> list[FaceReport]:
+        """All faces of a batch through tower, experts, MLLM and calibration, 16 at a time."""
+        out: list[FaceReport] = []
+        for start in range(0, len(seen), 16):
+            part = seen[start : start + 16]
+            faces = [s.face for s in part]
+            look = self.mllm.look(np.stack([f.crop for f in faces]))
+            clock.lap("look")
+            evidence = self._evidence(faces, look)
+            clock.lap("experts")
+            questions = [prompts.verdict_question(e) for e in evidence]
+            logits = self.mllm.verdict_logits(look, questions)
+            clock.lap("verdict")
+            verdicts, texts = [], [""] * len(part)
+            for own, said in zip(logits, evidence, strict=True):
+                verdicts.append(self._verdict(float(own), said))
+            if rationale:
+                starts = [prompts.rationale_start(_said(v)) for v in verdicts]
+                texts = self.mllm.write(look, questions, starts)
+                clock.lap("rationale")
+            for s, own, said, verdict, text in zip(part, logits, evidence, verdicts, texts, strict=True):
+                cues = read_cues(text) if text else ()
+                out.append(
+                    FaceReport(
+                        index=s.face.index,
+                        box=s.face.box,
+                        confidence=s.face.confidence,
+                        verdict=verdict,
+                        p_fake_mllm=float(1 / (1 + np.exp(-own))),
+                        rationale=text,
+                        cues=cues,
+                        evidence=tuple(said),
+                        contradictions=contradictions(text, verdict.label, said, cues) if text else (),
+                        areas=_areas(s.face, cues),
+                        frame=s.frame,
+                        time_s=s.time_s,
+                    )
+                )
+        return out
+
+    def _evidence(self, faces: Sequence[Face], look: Look) -> list[list[Evidence]]:
+        """What each expert says of each face: [face][expert]."""
+        shared = Shared(tower_states=look.tower_states if self.facts["base"]["name"] == BASE_NAME else None)
+        columns = [expert.judge(faces, shared) for expert in self.experts]
+        return [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in faces]
+
+    def _verdict(self, mllm_logit: float, evidence: Sequence[Evidence]) -> Verdict:
+        if self.mode == "paper" or self.calibration is None:
+            p = float(1 / (1 + np.exp(-mllm_logit)))
+            return Verdict("fake" if p >= self.facts["threshold"] else "real", p)
+        logits = {MLLM: mllm_logit} | {e.expert: None if e.score is None else logit(e.score) for e in evidence}
+        return self.calibration.verdict(self.calibration.probability(logits), logits)
+
+    def _report(
+        self, media: Picture | Video, faces: Sequence[FaceReport], warnings: Sequence[str], timings: dict[str, float]
+    ) -> Report:
+        verdict, deciding = self._overall(media, faces)
+        return Report(
+            path=media.path,
+            sha256=media.sha256,
+            media=media_summary(media),
+            verdict=verdict,
+            faces=tuple(faces),
+            rationale=deciding.rationale if deciding else "",
+            cues=deciding.cues if deciding else (),
+            evidence=deciding.evidence if deciding else (),
+            provenance={"state": "not_checked"},
+            model=self.facts,
+            versions=_versions(),
+            timings={k: round(v, 4) for k, v in timings.items()},
+            warnings=tuple(warnings),
+        )
+
+    def _overall(self, media: Picture | Video, faces: Sequence[FaceReport]) -> tuple[Verdict, FaceReport | None]:
+        """Picture: the most suspicious face. Video: the mean over frames of each frame's most suspicious face."""
+        if not faces:
+            return Verdict("inconclusive", None, "no_face"), None
+        deciding = max(faces, key=_p_fake)
+        if isinstance(media, Picture):
+            return deciding.verdict, deciding
+        frames: dict[int | None, float] = {}
+        for face in faces:
+            frames[face.frame] = max(frames.get(face.frame, 0.0), _p_fake(face))
+        p = float(np.mean(list(frames.values())))
+        if self.mode == "paper" or self.calibration is None:
+            return Verdict("fake" if p >= self.facts["threshold"] else "real", p), deciding
+        return self.calibration.verdict(p, {}), deciding
+
+
+def load(
+    model: str | Path | None = None,
+    *,
+    base: str | None = None,
+    adapter: str | Path | None = None,
+    mode: Mode = "calibrated",
+    threads: int | None = None,
+    experts: Sequence[str] | None = None,
+) -> Detector:
+    """A detector that is ready to use.
+
+    `model`: None for the embedded model, or an adapter directory. `base` (a LLaVA directory or hub name) with `adapter`
+    (or without: the bare model, mode="paper") for any other. `experts`: other than those the adapter was trained with.
+    Raises SetupError with the command that mends it.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    folder = Path(model or adapter or EMBEDDED) if (model or adapter or base is None) else None
+    card = read_adapter_card(folder) if folder else None
+    llava, processor = load_llava(
+        base,
+        tower_layers=(card.tower_layers or None) if card else None,
+        text_layers=(card.text_layers or None) if card else None,
+        feature_layers=(card.feature_layers or None) if card else None,
+    )
+    identity = base_identity(base)
+    calibration = None
+    if folder and card:
+        check_adapter(folder, card, identity, prompts.prompt_hash(processor))
+        llava = attach(llava, folder)
+        calibration = Calibration.load(folder) if mode == "calibrated" or (folder / "calibration.json").is_file() else None
+    names = list(experts) if experts is not None else list(card.experts if card else DEFAULT)
+    loaded = [load_expert(n) for n in names]
+    if card:
+        _check_experts(card, loaded, names)
+    facts = {
+        "name": f"{card.name} {card.version}" if card else identity["name"],
+        "base": identity,
+        "adapter_sha256": card.sha256 if card else None,
+        "layers": {"tower": card.tower_layers, "text": card.text_layers} if card else None,
+        "prompt_sha256": prompts.prompt_hash(processor),
+        "experts": {n: f"{e.card.version} {e.card.sha256}" for n, e in zip(names, loaded, strict=True)},
+        "blind_spot": card.blind_spot if card else "",
+        "licence": card.licence if card else "",
+    }
+    return Detector(LocalMLLM(llava, processor, facts["name"]), loaded, calibration, facts, mode)
+
+
+def _check_experts(card: AdapterCard, loaded: Sequence[Expert], names: Sequence[str]) -> None:
+    for name, expert in zip(names, loaded, strict=True):
+        wanted = card.experts.get(name)
+        if wanted is not None and wanted != expert.card.sha256:
+            raise SetupError(
+                f"the adapter was calibrated with other weights of expert {name!r} than are here; "
+                "fit it again: python -m finetune calibrate"
+            )
+
+
+def deciding_face(report: Report) -> FaceReport | None:
+    """The face whose rationale, cues and evidence the report repeats: the most suspicious one."""
+    return max(report.faces, key=_p_fake, default=None)
+
+
+class _Clock:
+    """Seconds per stage, added up."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds = seconds
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
+
+
+def _find(media: Picture | Video | Failure) -> tuple[list[_Seen], list[str]]:
+    if isinstance(media, Failure):
+        return [], []
+    if isinstance(media, Picture):
+        faces = find_faces(media.pixels)
+        notes = [f"{len(faces) - MAX_FACES} smaller faces were left out"] if len(faces) > MAX_FACES else []
+        return [_Seen(f, None, None) for f in faces[:MAX_FACES]], notes
+    seen = []
+    for frame in media.frames:
+        seen += [_Seen(f, frame.index, frame.time_s) for f in find_faces(frame.pixels)[:4]]
+    return [replace(s, face=replace(s.face, index=i)) for i, s in enumerate(seen)], []
+
+
+def _areas(face: Face, cues: Sequence[Any]) -> dict[str, list[list[list[float]]]]:
+    """Polygons, in picture pixels, of the areas that the cues name."""
+    polygons = area_polygons(face.landmarks)
+    wanted = {c.area for c in cues} & set(polygons)
+    return {a: [[[round(float(x), 1), round(float(y), 1)] for x, y in q] for q in polygons[a]] for a in sorted(wanted)}
+
+
+def _p_fake(face: FaceReport) -> float:
+    return face.verdict.p_fake if face.verdict.p_fake is not None else -1.0
+
+
+def _said(verdict: Verdict) -> str:
+    """The label a rationale is written under: an inconclusive verdict is explained by its likelier side."""
+    if verdict.label != "inconclusive":
+        return verdict.label
+    return "fake" if (verdict.p_fake or 0.0) >= 0.5 else "real"
+
+
+def _paper_threshold(calibration: Calibration | None) -> float:
+    return calibration.mllm_threshold if calibration else 0.5
+
+
+def _failure(source: Source, error: InputError) -> Failure:
+    path = str(source) if isinstance(source, str | Path) else None
+    digest = None
+    if isinstance(source, bytes):
+        digest = hashlib.sha256(source).hexdigest()
+    elif path is not None and Path(path).is_file():
+        from x2dfd.files import file_sha256
+
+        digest = file_sha256(Path(path))
+    return Failure(path, digest, error.code, error.reason)
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("x2dfd", "torch", "transformers", "peft", "ai-edge-litert", "opencv-python-headless", "pillow"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found

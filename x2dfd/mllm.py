@@ -1,0 +1,332 @@
+"""The multimodal LLM: score the verdict from the label tokens, write the rationale given it, answer cue questions.
+
+The picture and what stands before it in the prompt are computed once (`look`); everything that is asked of it afterwards
+runs over that cache, the many cue questions packed into few passes under a block-diagonal mask.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from x2dfd import prompts
+from x2dfd.errors import SetupError
+from x2dfd.fetch import BASE_NAME, require
+
+MAX_NEW_TOKENS = 80
+PACK = 25  # cue questions in one pass: bounds the mask's and the activations' size
+
+
+@dataclass(frozen=True)
+class YesNo:
+    """Answers to yes/no questions about one picture."""
+
+    p_yes: NDArray[np.float64]  # [q], softmax over the Yes and No tokens
+    said: tuple[str, ...]  # the greedy first token: "yes", "no" or "other"
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """A batch of pictures after their one pass through tower and language model."""
+
+    cache: Any  # transformers' DynamicCache over the prefix, batch n
+    length: int  # tokens of the prefix
+    tower_states: tuple[Tensor, ...]  # hidden states of the vision tower, embeddings first
+
+    @property
+    def size(self) -> int:
+        return int(self.tower_states[0].shape[0])
+
+
+class LocalMLLM:
+    """A LLaVA of transformers, with or without an adapter. `name` says which."""
+
+    def __init__(self, model: Any, processor: Any, name: str) -> None:
+        self.name = name
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self._llava = model.eval()
+        self._text = model.model.language_model
+        self._head: Tensor = model.lm_head.weight
+        self.device = self._head.device
+        self.label_ids = _first_tokens(self.tokenizer, prompts.STEM, prompts.LABEL_WORDS)  # real, fake
+        self._yes_no_ids = _first_tokens(self.tokenizer, "", prompts.YES_NO_WORDS)
+        prefix, _ = prompts.split_at_image(prompts.render(processor, prompts.QUESTION), processor.image_token)
+        self._before_image = self._ids(prefix.removesuffix(processor.image_token))
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    # --- the shared prefix ---
+
+    @torch.inference_mode()
+    def look(self, crops: NDArray[np.uint8]) -> Look:
+        """Encode aligned face crops [n, 224, 224, 3] once."""
+        from PIL import Image
+        from transformers import DynamicCache
+
+        images = [Image.fromarray(c) for c in crops]
+        pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"].to(self._head)
+        states = self._llava.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+        layers = self._llava.config.vision_feature_layer
+        layers = [layers] if isinstance(layers, int) else layers
+        first = 1 if self._llava.config.vision_feature_select_strategy == "default" else 0
+        features = torch.cat([states[i][:, first:] for i in layers], -1)
+        image = self._llava.model.multi_modal_projector(features)  # [n, patches, hidden]
+        before = self._text.embed_tokens(torch.tensor(self._before_image, device=self.device))
+        embeds = torch.cat([before.expand(len(crops), -1, -1), image], 1)
+        cache = DynamicCache(config=self._text.config)
+        self._text(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+        return Look(cache, embeds.shape[1], tuple(states))
+
+    def _suffix(self, question: str, start: str = "", turns: Sequence[tuple[str, str]] = ()) -> list[int]:
+        prompt = prompts.render(self.processor, question, start, turns)
+        return self._ids(prompts.split_at_image(prompt, self.processor.image_token)[1])
+
+    def _after(self, look: Look, suffixes: Sequence[Sequence[int]], keep: bool = False) -> tuple[Tensor, Tensor]:
+        """One suffix a picture, right-padded: hidden states [n, s, d] and the attention mask over the cache [n, p + s].
+
+        The cache is cut back to the prefix unless `keep`.
+        """
+        longest = max(map(len, suffixes))
+        ids = torch.zeros(len(suffixes), longest, dtype=torch.long)
+        mask = torch.ones(len(suffixes), look.length + longest, dtype=torch.long)
+        for row, suffix in enumerate(suffixes):
+            ids[row, : len(suffix)] = torch.tensor(suffix)
+            mask[row, look.length + len(suffix) :] = 0
+        mask = mask.to(self.device)
+        hidden = self._text(
+            input_ids=ids.to(self.device),
+            position_ids=(look.length + torch.arange(longest, device=self.device)).expand(len(suffixes), -1),
+            attention_mask=mask,
+            past_key_values=look.cache,
+            use_cache=True,
+        ).last_hidden_state
+        if not keep:
+            look.cache.crop(-longest)
+        return hidden, mask
+
+    # --- verdict ---
+
+    @torch.inference_mode()
+    def verdict_logits(self, look: Look, questions: Sequence[str]) -> NDArray[np.float64]:
+        """Logit of fake against real for each picture's own question: [n].
+
+        The next-token distribution after the forced stem "This image is", restricted to the two labels.
+        """
+        suffixes = [self._suffix(q, prompts.STEM) for q in questions]
+        hidden, _ = self._after(look, suffixes)
+        last = hidden[torch.arange(len(suffixes)), torch.tensor([len(s) - 1 for s in suffixes])]
+        real, fake = (last @ self._head[list(self.label_ids)].T).unbind(1)
+        return np.asarray((fake - real).double().cpu().numpy())
+
+    # --- text ---
+
+    @torch.inference_mode()
+    def write(
+        self,
+        look: Look,
+        questions: Sequence[str],
+        starts: Sequence[str],
+        *,
+        turns: Sequence[tuple[str, str]] = (),
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        on_text: Callable[[str], None] | None = None,
+    ) -> list[str]:
+        """Greedy continuation of each picture's answer after its `start`: the new text alone.
+
+        `on_text` is told the text so far (of the first picture) after every token. Repeated 4-grams end an answer: a small
+        model that repeats itself has nothing more to say.
+        """
+        suffixes = [self._suffix(q, s, turns) for q, s in zip(questions, starts, strict=True)]
+        hidden, mask = self._after(look, suffixes, keep=True)
+        longest, n = hidden.shape[1], len(suffixes)
+        positions = torch.tensor([look.length + len(s) for s in suffixes], device=self.device)
+        last = hidden[torch.arange(n), positions - look.length - 1]
+        written: list[list[int]] = [[] for _ in range(n)]
+        open_rows = [True] * n
+        ends = self._end_ids()
+        added = longest
+        for _ in range(max_new_tokens):
+            tokens = (last @ self._head.T).argmax(-1)
+            for row, token in enumerate(tokens.tolist()):
+                if open_rows[row]:
+                    written[row].append(token)
+                    if token in ends or _repeats(written[row]):
+                        open_rows[row] = False
+                        del written[row][-1 if token in ends else -4 :]
+            if on_text is not None:
+                on_text(self.tokenizer.decode(written[0], skip_special_tokens=True).strip())
+            if not any(open_rows):
+                break
+            mask = torch.cat([mask, mask.new_ones(n, 1)], 1)
+            out = self._text(
+                input_ids=tokens[:, None],
+                position_ids=positions[:, None],
+                attention_mask=mask,
+                past_key_values=look.cache,
+                use_cache=True,
+            )
+            last, positions, added = out.last_hidden_state[:, -1], positions + 1, added + 1
+        look.cache.crop(-added)
+        return [self.tokenizer.decode(w, skip_special_tokens=True).strip() for w in written]
+
+    def _end_ids(self) -> set[int]:
+        ends = {self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids("<|im_end|>")}
+        return {e for e in ends if e is not None and e != self.tokenizer.unk_token_id}
+
+    # --- cue questions ---
+
+    def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str]) -> YesNo:
+        """Every question about one face crop, in packed passes over one prefix."""
+        return self.yes_no_packed(self.look(crop[None]), questions)
+
+    @torch.inference_mode()
+    def yes_no_packed(self, look: Look, questions: Sequence[str]) -> YesNo:
+        """As `yes_no`, on a look at one picture."""
+        if look.size != 1:
+            raise ValueError(f"packed questions are about one picture, not {look.size}")
+        chances: list[Tensor] = []
+        said: list[str] = []
+        for start in range(0, len(questions), PACK):
+            suffixes = [self._suffix(q) for q in questions[start : start + PACK]]
+            lengths = [len(s) for s in suffixes]
+            total = sum(lengths)
+            block = torch.repeat_interleave(torch.arange(len(suffixes)), torch.tensor(lengths))
+            own = (block[:, None] == block[None]) & torch.ones(total, total, dtype=torch.bool).tril()
+            mask = torch.cat([torch.ones(total, look.length, dtype=torch.bool), own], 1)[None, None]
+            hidden = self._text(
+                input_ids=torch.tensor([sum(suffixes, [])], device=self.device),
+                position_ids=look.length + torch.cat([torch.arange(k) for k in lengths])[None].to(self.device),
+                attention_mask=mask.to(self.device),
+                past_key_values=look.cache,
+                use_cache=True,
+            ).last_hidden_state[0]
+            look.cache.crop(-total)
+            logits = hidden[torch.tensor(lengths).cumsum(0) - 1] @ self._head.T  # [questions, vocabulary]
+            chances.append(logits[:, list(self._yes_no_ids)].double().softmax(-1)[:, 0].cpu())
+            said += [self._yes_or_no(t) for t in logits.argmax(-1).tolist()]
+        return YesNo(torch.cat(chances).numpy() if chances else np.zeros(0), tuple(said))
+
+    @torch.inference_mode()
+    def yes_no_plain(self, crop: NDArray[np.uint8], questions: Sequence[str]) -> YesNo:
+        """The same one by one through the stock forward pass: slow; the oracle that the packed pass is tested against."""
+        from PIL import Image
+
+        p_yes, said = [], []
+        for question in questions:
+            inputs = self.processor(
+                images=Image.fromarray(crop), text=prompts.render(self.processor, question), return_tensors="pt"
+            ).to(self.device)
+            logits = self._llava(**inputs).logits[0, -1]
+            p_yes.append(float(logits[list(self._yes_no_ids)].double().softmax(-1)[0]))
+            said.append(self._yes_or_no(int(logits.argmax())))
+        return YesNo(np.array(p_yes), tuple(said))
+
+    def _yes_or_no(self, token: int) -> str:
+        word = self.tokenizer.decode([token]).strip().lower()
+        return word if word in ("yes", "no") else "other"
+
+
+def _first_tokens(tokenizer: Any, stem: str, words: Sequence[str]) -> tuple[int, int]:
+    """The token ids at which the two words, written after the stem, first differ from it. Raises SetupError if equal."""
+    base = tokenizer(stem, add_special_tokens=False)["input_ids"] if stem else []
+    first, second = (tokenizer(stem + w, add_special_tokens=False)["input_ids"][len(base)] for w in words)
+    if first == second:
+        raise SetupError(f"this tokenizer begins {words[0]!r} and {words[1]!r} with the same token; it cannot be scored")
+    return first, second
+
+
+def _repeats(tokens: Sequence[int]) -> bool:
+    """The last four tokens stood there before."""
+    if len(tokens) < 8:
+        return False
+    tail = list(tokens[-4:])
+    return any(list(tokens[i : i + 4]) == tail for i in range(len(tokens) - 7))
+
+
+def load_llava(
+    base: str | Path | None = None,
+    *,
+    tower_layers: int | None = None,
+    text_layers: int | None = None,
+    feature_layers: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Any, Any]:
+    """A LLaVA model and its processor: the embedded base (None), a directory, or a hub name.
+
+    Only the first `tower_layers` and `text_layers` layers are kept, and the tower's outputs after `feature_layers` are
+    joined as the projector's input. The embedded base has no projector: it starts at random (seed 0) until an adapter
+    brings one. Raises SetupError when anything else is missing or left over.
+    """
+    from transformers import AutoConfig, LlavaForConditionalGeneration, LlavaProcessor
+    from transformers.utils import logging
+
+    folder = require("base") if base is None else base
+    config: Any = AutoConfig.from_pretrained(folder)
+    if config.model_type != "llava":
+        raise SetupError(f"{folder} is a {config.model_type!r} model; x2dfd loads LLaVA models (llava-hf/llava-1.5-7b-hf ...)")
+    if tower_layers is not None:
+        config.vision_config.num_hidden_layers = tower_layers
+    if text_layers is not None:
+        config.text_config.num_hidden_layers = text_layers
+        if getattr(config.text_config, "layer_types", None):
+            config.text_config.layer_types = config.text_config.layer_types[:text_layers]
+    if feature_layers is not None:
+        config.vision_feature_layer = list(feature_layers)
+    torch.manual_seed(0)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # dropped layers are expected; what is not is checked below
+    progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, info = LlavaForConditionalGeneration.from_pretrained(
+                folder, config=config, dtype=dtype, output_loading_info=True
+            )
+    finally:
+        logging.set_verbosity(level)
+        if progress:
+            logging.enable_progress_bar()
+    missing = {k for k in info["missing_keys"] if "multi_modal_projector" not in k and k != "lm_head.weight"}
+    extra = {k for k in info["unexpected_keys"] if not _dropped(k, config)}
+    if base is not None and any("multi_modal_projector" in k for k in info["missing_keys"]):
+        missing.add("multi_modal_projector")
+    if missing or extra or info["mismatched_keys"]:
+        odd = sorted(missing | extra | {str(k) for k in info["mismatched_keys"]})
+        raise SetupError(f"{folder} does not fit its own configuration: {', '.join(odd[:4])} ({len(odd)} in all)")
+    return model, LlavaProcessor.from_pretrained(folder)
+
+
+def _dropped(key: str, config: Any) -> bool:
+    """The key belongs to a layer that the configuration leaves out."""
+    for part, kept in (("vision_tower", config.vision_config), ("language_model", config.text_config)):
+        if part in key and ".layers." in key:
+            return int(key.split(".layers.")[1].split(".")[0]) >= kept.num_hidden_layers
+    return False
+
+
+def base_identity(base: str | Path | None) -> dict[str, str]:
+    """Name and SHA-256 of a base model's weights; the hash is "" for a hub name (its revision stands for it)."""
+    import hashlib
+    import json
+
+    if base is None:
+        facts = json.loads((require("base") / "base.json").read_text())
+        return {"name": BASE_NAME, "sha256": facts["sha256"]}
+    files = sorted(Path(base).glob("*.safetensors")) if Path(base).is_dir() else []
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return {"name": str(base) if not files else Path(base).name, "sha256": digest.hexdigest() if files else ""}

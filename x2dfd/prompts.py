@@ -1,0 +1,110 @@
+"""Every string that an MLLM is trained on or asked: one module, used by training and inference alike.
+
+Question, score tail and answer forms are those of X2-DFD (arXiv 2410.06126 and its released data); the chat frame around
+them is the base model's own template.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from x2dfd.types import Evidence
+
+QUESTION = "Is this image real or fake?"
+STEM = "This image is"
+"""What the answer is forced to begin with; the verdict is the distribution of the next token."""
+
+LABEL_WORDS = (" real", " fake")
+CLASS_QUESTION = "Which kind of manipulation, if any, does this face show?"
+CUE_ENDING = "Answer Yes or No."
+YES_NO_WORDS = ("Yes", "No")
+AGREES_BELOW, AGREES_ABOVE = 0.30, 0.70
+"""When an expert counts as agreeing with real, with fake (X2-DFD's lo and hi)."""
+
+
+def score_tail(evidence: Sequence[Evidence]) -> str:
+    """The experts' scores as they stand in the question; "" without experts.
+
+    >>> score_tail([Evidence("blending", 0.812), Evidence("diffusion", None)])
+    ' And the blending score is 0.812, and the diffusion score is N/A.'
+    """
+    parts = [f"the {e.expert.lower()} score is {'N/A' if e.score is None else format(e.score, '.3f')}" for e in evidence]
+    if len(parts) < 3:
+        return f" And {', and '.join(parts)}." if parts else ""
+    return f" And {', '.join(parts[:-1])}, and {parts[-1]}."
+
+
+def verdict_question(evidence: Sequence[Evidence]) -> str:
+    """The question that decides: real or fake, with the experts' scores written in (WFS)."""
+    return QUESTION + score_tail(evidence)
+
+
+def expert_sentence(label: str, evidence: Sequence[Evidence]) -> str:
+    """The closing sentence of a training answer: names the experts that agree with the label; "" when none does."""
+    if label == "fake":
+        names = [e.expert.lower() for e in evidence if e.score is not None and e.score >= AGREES_ABOVE]
+        return f" Additionally, the image shows obvious {_listed(names)} artifacts supporting fake." if names else ""
+    names = [e.expert.lower() for e in evidence if e.score is not None and e.score <= AGREES_BELOW]
+    return f" Additionally, the image shows very few {_listed(names)} artifacts supporting real." if names else ""
+
+
+def verdict_answer(label: str, explanation: str = "", evidence: Sequence[Evidence] = ()) -> str:
+    """A whole answer: the verdict, the explanation (SFS), and the experts that agree."""
+    return f"{STEM} {label}.{' ' + explanation.strip() if explanation else ''}{expert_sentence(label, evidence)}"
+
+
+def rationale_start(label: str) -> str:
+    """What a rationale is made to begin with: the verdict that has already been scored."""
+    return f"{STEM} {label}."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
+
+
+def conversation(question: str, turns: Sequence[tuple[str, str]] = ()) -> list[dict[str, Any]]:
+    """Chat messages: the picture with the first question, then earlier (answer, next question) turns."""
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
+    ]
+    for answer, following in turns:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        messages.append({"role": "user", "content": [{"type": "text", "text": following}]})
+    return messages
+
+
+def render(processor: Any, question: str, start: str = "", turns: Sequence[tuple[str, str]] = ()) -> str:
+    """The prompt as text, in the base model's chat template, with the answer begun by `start`."""
+    frame: str = processor.apply_chat_template(conversation(question, turns), add_generation_prompt=True, tokenize=False)
+    return frame + start
+
+
+def split_at_image(prompt: str, image_token: str) -> tuple[str, str]:
+    """The prompt up to and including the picture, and what follows it: prefix and suffix of shared-prefix scoring."""
+    before, token, after = prompt.partition(image_token)
+    if not token:
+        raise ValueError(f"the prompt holds no {image_token}")
+    return before + token, after
+
+
+def prompt_hash(processor: Any) -> str:
+    """SHA-256 over the rendered forms of every kind of prompt and answer.
+
+    An adapter's card carries the hash it was trained with; loading refuses another.
+    """
+    some = [Evidence("blending", 0.5), Evidence("clip", None)]
+    forms = [
+        render(processor, verdict_question(some), STEM),
+        render(processor, verdict_question([])),
+        render(processor, verdict_question([*some, Evidence("x", 1.0)])),
+        render(processor, f"Do you see it? {CUE_ENDING}"),
+        render(processor, CLASS_QUESTION),
+        verdict_answer("fake", "Text.", [Evidence("a", 0.9), Evidence("b", 0.8)]),
+        verdict_answer("real", "Text.", [Evidence("a", 0.1)]),
+        rationale_start("fake"),
+        str(LABEL_WORDS + YES_NO_WORDS),
+    ]
+    return hashlib.sha256(json.dumps(forms).encode()).hexdigest()
