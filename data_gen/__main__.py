@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from data_gen.questions import add_commands
 from x2dfd.errors import X2DFDError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -56,6 +57,50 @@ def forge(
         splits=tuple(s for s in splits.split(",") if s),
     )
     print(run(config, out, workers))
+
+
+_BUILD_EPILOG = """Examples:\n
+  python -m data_gen build --data build/forged/manifest.jsonl --out build/instructions\n
+  python -m data_gen build --data build/forged/manifest.jsonl --assessment build/mfa/assessment.json --out build/instructions
+"""
+
+
+@app.command(epilog=_BUILD_EPILOG)
+def build(
+    data: Annotated[Path, typer.Option(help="manifest.jsonl of `data_gen forge`")],
+    out: Annotated[Path, typer.Option(help="folder for instructions.jsonl, its Parquet copy and card.json")],
+    assessment: Annotated[Path | None, typer.Option(help="assessment.json: only its strong cues are explained")] = None,
+    experts: Annotated[str, typer.Option(help="comma-separated, in prompt order; empty for the default set")] = "",
+    expert_weights: Annotated[Path | None, typer.Option(help="folder of other weights than the experts' own")] = None,
+    oof: Annotated[Path | None, typer.Option(help="out-of-fold scores (external_detectors.train clip --oof)")] = None,
+    hold_out: Annotated[str, typer.Option(help="forge methods kept out of training, comma-separated")] = "",
+    corrupt: Annotated[float, typer.Option(help="share of injected scores that are wrong or missing")] = 0.15,
+    limit: Annotated[int | None, typer.Option(help="at most this many pictures")] = None,
+    view_seed: Annotated[int, typer.Option(help="degradation of each picture; the same in finetune")] = 1,
+    seed: int = 0,
+) -> None:
+    """Instruction data from the forgeries' truth, the ranking and the experts' scores."""
+    import json
+
+    from data_gen.build import BuildConfig
+    from data_gen.build import build as run_build
+    from x2dfd.experts import DEFAULT
+
+    config = BuildConfig(
+        data=str(data),
+        assessment=str(assessment) if assessment else None,
+        experts=tuple(e for e in experts.split(",") if e) or DEFAULT,
+        expert_weights=str(expert_weights) if expert_weights else None,
+        held_out=tuple(m for m in hold_out.split(",") if m),
+        view_seed=view_seed,
+        corrupt=corrupt,
+        limit=limit,
+        seed=seed,
+    )
+    print(run_build(config, out, json.loads(oof.read_text()) if oof else None))
+
+
+add_commands(app)
 
 
 def main() -> None:

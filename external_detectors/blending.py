@@ -7,6 +7,7 @@ Self-blended images, Shiohara & Yamasaki, CVPR 2022; EfficientNet-Lite0 instead 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
 
 from external_detectors.weights_io import WEIGHTS, load_weights, to_unit
@@ -19,11 +20,14 @@ class Blending:
 
     card: ClassVar[Card] = read_card(WEIGHTS / "blending.card.json")
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path = WEIGHTS) -> None:
+        import torch
+
         from external_detectors.lite0 import Lite0
 
-        self._net = Lite0()
-        self._net.load_state_dict(load_weights(self.card))
+        self.card = read_card(folder / "blending.card.json")  # type: ignore[misc]
+        self._net = Lite0().to(memory_format=torch.channels_last)
+        self._net.load_state_dict(load_weights(self.card, folder))
         self._net.eval()
 
     def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:

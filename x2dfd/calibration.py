@@ -67,7 +67,7 @@ class Calibration:
         try:
             return cls(**json.loads((folder / "calibration.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise SetupError(f"{folder}/calibration.json cannot be read: {error}. Make it: python -m finetune calibrate") from error
+            raise SetupError(f"{folder}/calibration.json cannot be read: {error}. Make it: python -m finetune.calibrate") from error
 
 
 def _bounded(value: float) -> float:

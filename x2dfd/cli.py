@@ -215,6 +215,31 @@ def fetch(
     typer.echo(get(name, source=source.value, progress=lambda line: typer.echo(line, err=True)))
 
 
+ASSESS_EXAMPLES = """\b
+Examples:
+  x2dfd assess --data build/forged/manifest.jsonl --out build/mfa
+  x2dfd assess --data photos.csv --out mfa --questions mine.json --limit 500 --split val
+"""
+
+
+@app.command(epilog=ASSESS_EXAMPLES)
+def assess(
+    data: Annotated[Path, typer.Option(metavar="MANIFEST", help="Labelled pictures (CSV, JSONL, Parquet).")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for assessment.json, the table and the chart.")],
+    questions: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Cue questions (JSON); without it, the shipped bank.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="At most this many pictures.")] = None,
+    split: Annotated[str | None, typer.Option(help="Only this split of the manifest.")] = None,
+    model: Annotated[Path | None, typer.Option(metavar="DIR", help="Adapter directory; default: embedded.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sample and the controls.")] = 0,
+) -> None:
+    """Rank the cues by how well the MLLM sees them (MFA). A cut-off run goes on where it stopped."""
+    from x2dfd.assessment import run_assess
+
+    run_assess(data, out, questions, limit, split, str(model) if model else None, seed)
+
+
 DOCTOR_EXAMPLES = """\b
 Examples:
   x2dfd doctor
@@ -509,3 +534,7 @@ def _printable(text: str) -> str:
 def _utf8(path: str | Path) -> str:
     """A path that Parquet can hold, also where the name has bytes that are no UTF-8."""
     return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+if __name__ == "__main__":
+    main()

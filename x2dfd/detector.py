@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL.Image import Image
 
 from x2dfd import prompts
@@ -56,7 +57,7 @@ class Detector:
         mode: Mode = "calibrated",
     ) -> None:
         if mode == "calibrated" and calibration is None:
-            raise SetupError("this model has no calibration; use mode='paper', or fit one: python -m finetune calibrate")
+            raise SetupError("this model has no calibration; use mode='paper', or fit one: python -m finetune.calibrate")
         self.mllm = mllm
         self.experts = list(experts)
         self.calibration = calibration
@@ -106,6 +107,12 @@ class Detector:
         answer = f"{prompts.rationale_start(_said(deciding.verdict))} {deciding.rationale}".strip()
         look = self.mllm.look(face.crop[None])
         return self.mllm.write(look, [asked], [""], turns=[(answer, question)])[0]
+
+    def judge_faces(self, faces: Sequence[Face]) -> tuple[NDArray[np.float64], list[list[Evidence]]]:
+        """The parts of a verdict before they are joined: the MLLM's logits [n], and each face's expert evidence."""
+        look = self.mllm.look(np.stack([f.crop for f in faces]))
+        evidence = self._evidence(faces, look)
+        return self.mllm.verdict_logits(look, [prompts.verdict_question(e) for e in evidence]), evidence
 
     # --- the road ---
 
@@ -266,7 +273,7 @@ def load(
         llava = attach(llava, folder)
         calibration = Calibration.load(folder) if mode == "calibrated" or (folder / "calibration.json").is_file() else None
     names = list(experts) if experts is not None else list(card.experts if card else DEFAULT)
-    loaded = [load_expert(n) for n in names]
+    loaded = [load_expert(n, folder / "experts" if folder else None) for n in names]
     if card:
         _check_experts(card, loaded, names)
     facts = {
@@ -288,7 +295,7 @@ def _check_experts(card: AdapterCard, loaded: Sequence[Expert], names: Sequence[
         if wanted is not None and wanted != expert.card.sha256:
             raise SetupError(
                 f"the adapter was calibrated with other weights of expert {name!r} than are here; "
-                "fit it again: python -m finetune calibrate"
+                "fit it again: python -m finetune.calibrate"
             )
 
 

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 BUILTIN: dict[str, str] = {
     "blending": "external_detectors.blending:Blending",
     "clip": "external_detectors.clip:Clip",
+    "forgery": "external_detectors.clip:Forgery",
 }
-DEFAULT: tuple[str, ...] = ("blending", "clip")
+DEFAULT: tuple[str, ...] = ("blending", "clip", "forgery")
 """In this order their scores stand in the prompt."""
 
 GROUP = "x2dfd.experts"
@@ -78,9 +79,18 @@ def expert_class(name: str) -> type[Expert]:
     return found
 
 
-def load_expert(name: str) -> Expert:
-    """The expert, ready to judge. Raises UnknownName, SetupError."""
-    return expert_class(name)()
+def load_expert(name: str, folder: Path | None = None) -> Expert:
+    """The expert, ready to judge; with other weights than its own where `folder` holds `<name>.card.json`.
+
+    Raises UnknownName, SetupError.
+    """
+    found = expert_class(name)
+    if folder is not None and (folder / f"{name}.card.json").is_file():
+        try:
+            return found(folder)  # type: ignore[call-arg]
+        except TypeError as error:
+            raise SetupError(f"expert {name!r} takes no other weights: {error}") from error
+    return found()
 
 
 def cards() -> dict[str, Card]:

@@ -75,12 +75,20 @@ class TowerFeatures:
     keep: tuple[int, ...]  # which layers' patches are kept; 1 is the first layer's output
 
 
+def training_view(crop: NDArray[np.uint8], seed: int, i: int) -> tuple[NDArray[np.uint8], bool]:
+    """Sample i's crop as training sees it: degraded at random, mirrored half of the time (then True)."""
+    rng = np.random.default_rng([seed, i])
+    view = degrade(np.ascontiguousarray(crop), rng)
+    flipped = bool(rng.random() < 0.5)
+    return (np.ascontiguousarray(view[:, ::-1]) if flipped else view), flipped
+
+
 def cached_features(
     data: CropSet, rows: NDArray[np.intp], folder: Path, layers: int, keep: Sequence[int], seed: int = 0, batch: int = 16
 ) -> TowerFeatures:
-    """Features of the given samples, each on its own random degradation (and flip), computed once.
+    """Features of the given samples, each on its own `training_view`, computed once.
 
-    The degradation of sample i depends on `seed` and i alone. A cut-off run goes on where it stopped.
+    A cut-off run goes on where it stopped.
     """
     folder.mkdir(parents=True, exist_ok=True)
     n = len(rows)
@@ -93,12 +101,8 @@ def cached_features(
     patches = _memmap(folder / "patches.npy", bool(done), (n, len(keep), 196, 768))
     for start in track(range(done, n, batch), "tower features", disable=not sys.stderr.isatty()):
         stop = min(start + batch, n)
-        views = []
-        for i in rows[start:stop]:
-            rng = np.random.default_rng([seed, int(i)])
-            view = degrade(np.ascontiguousarray(data.crops[i]), rng)
-            views.append(view[:, ::-1] if rng.random() < 0.5 else view)
-        states = tower_states(torch.from_numpy(np.ascontiguousarray(np.stack(views))), layers)
+        views = np.stack([training_view(data.crops[i], seed, int(i))[0] for i in rows[start:stop]])
+        states = tower_states(torch.from_numpy(views), layers)
         statistics[start:stop] = patch_statistics(states).half().numpy()
         patches[start:stop] = torch.stack([states[k][:, 1:] for k in keep], 1).half().numpy()
         if (start // batch) % 8 == 7 or stop == n:

@@ -1,0 +1,192 @@
+"""`python -m data_gen build`: from the ranking and the forgeries' truth to LLaVA-format instruction data.
+
+Explanations name strong cues (assessment) that are truly there (forge): SFS. Expert scores stand in the question: WFS,
+with a set share of them missing or wrong, so that no single expert is obeyed blindly. Every record carries its truth.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+
+from data_gen.questions import CueQuestion, bank
+from data_gen.writers import class_answer, distinct_n, write_explanation
+from x2dfd import prompts
+from x2dfd.assessment import read_assessment, strong_cues
+from x2dfd.crops import CropSet, load_crops
+from x2dfd.experts import DEFAULT, load_expert
+from x2dfd.files import file_sha256, write_text
+from x2dfd.manifest import Sample
+from x2dfd.tower import training_view
+from x2dfd.types import Evidence, Face
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """What an instruction set is made of; saved in its data card."""
+
+    data: str  # manifest of forgeries with cues (data_gen forge)
+    assessment: str | None = None  # assessment.json; without one every cue counts as strong
+    experts: tuple[str, ...] = DEFAULT  # in prompt order
+    expert_weights: str | None = None  # folder of other weights than the experts' own
+    held_out: tuple[str, ...] = ()  # forge methods kept out of training, for figures on unseen methods
+    view_seed: int = 1  # the degradation of each picture; the cached tower features use the same
+    corrupt: float = 0.15  # share of injected scores that are wrong or missing in training
+    cue_questions: int = 4  # yes/no cue questions per picture
+    limit: int | None = None  # at most this many pictures, in the manifest's order
+    seed: int = 0
+
+
+def build(config: BuildConfig, out: Path, out_of_fold: Mapping[str, Mapping[str, float]] | None = None) -> Path:
+    """Write `instructions.jsonl`, a Parquet copy, and `card.json` with counts into `out`; returns the JSONL's path.
+
+    `out_of_fold`: expert -> sample id -> score of a model that did not see the sample; used instead of the expert itself,
+    whose scores on its own training pictures would be too good to be true.
+    """
+    data = load_crops(Path(config.data))
+    strong = set(strong_cues(read_assessment(Path(config.assessment)))) if config.assessment else None
+    rows = [i for i, s in enumerate(data.samples) if s.split in ("train", "calib")][: config.limit]
+    scores = expert_scores(data, rows, config, out_of_fold or {})
+    records: list[dict[str, Any]] = []
+    for i in rows:
+        sample = data.samples[i]
+        if sample.split == "train" and set(sample.method.split("+")) & set(config.held_out):
+            continue
+        rng = np.random.default_rng([config.seed, i])
+        records += list(_records(sample, i, scores[sample.id], strong, config, rng))
+    text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+    write_text(out / "instructions.jsonl", text)
+    _write_parquet(out / "instructions.parquet", records)
+    write_text(out / "card.json", json.dumps(_card(records, config, out), indent=1, ensure_ascii=False) + "\n")
+    return out / "instructions.jsonl"
+
+
+def expert_scores(
+    data: CropSet, rows: Sequence[int], config: BuildConfig, out_of_fold: Mapping[str, Mapping[str, float]]
+) -> dict[str, list[Evidence]]:
+    """What each expert says of each sample's training view: sample id -> evidence in prompt order."""
+    table: dict[str, list[Evidence]] = {data.samples[i].id: [] for i in rows}
+    weights = Path(config.expert_weights) if config.expert_weights else None
+    for name in config.experts:
+        known = out_of_fold.get(name, {})
+        missing = [i for i in rows if data.samples[i].id not in known]
+        found = {data.samples[i].id: Evidence(name, known[data.samples[i].id]) for i in rows if data.samples[i].id in known}
+        expert = load_expert(name, weights) if missing else None
+        for start in track(range(0, len(missing), 16), f"{name} scores", disable=len(missing) < 64):
+            part = missing[start : start + 16]
+            faces = [view_face(data, i, config.view_seed) for i in part]
+            if expert is not None:
+                found |= {data.samples[i].id: e for i, e in zip(part, expert.judge(faces), strict=True)}
+        for i in rows:
+            table[data.samples[i].id].append(found[data.samples[i].id])
+    return table
+
+
+def view_face(data: CropSet, i: int, view_seed: int) -> Face:
+    """Sample i's training view as a Face, for experts that are asked about it."""
+    view, flipped = training_view(data.crops[i], view_seed, i)
+    points = data.landmarks[i].copy()
+    if flipped:  # mirrored points keep their numbers: no expert of ours reads left from right
+        points[:, 0] = view.shape[1] - 1 - points[:, 0]
+    size = float(view.shape[0])
+    return Face(0, (0.0, 0.0, size, size), points, 1.0, view, points, 0.0)
+
+
+def _records(
+    sample: Sample, index: int, evidence: list[Evidence], strong: set[tuple[str, str]] | None, config: BuildConfig, rng: np.random.Generator
+) -> Iterator[dict[str, Any]]:
+    """The conversations about one picture: verdict with scores, verdict without, class, cue questions."""
+    cues = [c for c in sample.cues if strong is None or (c.area, c.artifact) in strong]
+    label = sample.label
+    explanation = write_explanation(label, tuple(cues), sample.df_class, rng)
+    shown = corrupted(evidence, config.corrupt, rng) if sample.split == "train" else evidence
+    common = {
+        "image": sample.id,
+        "row": index,
+        "label": label,
+        "df_class": sample.df_class,
+        "cues": [asdict(c) for c in sample.cues],
+        "mask": str(sample.mask) if sample.mask else None,
+        "dataset": sample.source,
+        "group": sample.group,
+        "split": sample.split,
+        "method": sample.method,
+        "scores": {e.expert: e.score for e in shown},
+    }
+
+    def record(task: str, question: str, answer: str) -> dict[str, Any]:
+        turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+        return {"id": f"{sample.id}/{task}", "task": task, **common, "conversations": turns}
+
+    yield record("detect", prompts.verdict_question(shown), prompts.verdict_answer(label, explanation, shown))
+    yield record("detect_plain", prompts.QUESTION, prompts.verdict_answer(label))
+    if sample.df_class:
+        yield record("classify", prompts.CLASS_QUESTION, class_answer(sample.df_class, rng))
+    for number, (question, yes) in enumerate(_cue_questions(sample, config.cue_questions, rng)):
+        yield record(f"cue{number}", question.text, "Yes" if yes else "No")
+
+
+def _cue_questions(sample: Sample, count: int, rng: np.random.Generator) -> list[tuple[CueQuestion, bool]]:
+    """Questions about cues that are there (up to half) and about cues that are not."""
+    if sample.label == "fake" and not sample.cues:
+        return []  # nobody knows what a ready-made fake shows
+    there = {(c.area, c.artifact) for c in sample.cues if (c.score or 0) >= 0.2}
+    touched = {(c.area, c.artifact) for c in sample.cues}
+    yes = [q for q in bank() if (q.area, q.artifact) in there]
+    no = [q for q in bank() if (q.area, q.artifact) not in touched]
+    chosen = [(yes[int(k)], True) for k in rng.permutation(len(yes))[: count // 2]]
+    chosen += [(no[int(k)], False) for k in rng.permutation(len(no))[: count - len(chosen)]]
+    return chosen
+
+
+def corrupted(evidence: Sequence[Evidence], rate: float, rng: np.random.Generator) -> list[Evidence]:
+    """Each score, with probability `rate`, is missing or drawn at random."""
+    out = []
+    for e in evidence:
+        if rng.random() < rate:
+            e = Evidence(e.expert, None, "left out") if rng.random() < 0.5 else Evidence(e.expert, float(rng.random()))
+        out.append(e)
+    return out
+
+
+def _write_parquet(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    flat = [{**r, "cues": json.dumps(r["cues"]), "scores": json.dumps(r["scores"])} for r in records]
+    temporary = path.with_suffix(".tmp")
+    pq.write_table(pa.Table.from_pylist(flat), temporary)
+    temporary.replace(path)
+
+
+def _card(records: Sequence[dict[str, Any]], config: BuildConfig, out: Path) -> dict[str, Any]:
+    """Data card: counts per task, split, source, label, method, class and cue, and how varied the explanations are."""
+    main = [r for r in records if r["task"] == "detect"]
+    answers = [r["conversations"][1]["value"] for r in main]
+
+    def count(key: str) -> dict[str, int]:
+        return dict(sorted(Counter(str(r[key]) for r in main).items()))
+
+    cues = Counter(f"{c['area']} x {c['artifact']}" for r in main for c in r["cues"])
+    return {
+        "config": asdict(config),
+        "manifest_sha256": file_sha256(Path(config.data)),
+        "instructions_sha256": file_sha256(out / "instructions.jsonl"),
+        "pictures": len(main),
+        "records": dict(sorted(Counter(r["task"].rstrip("0123456789") for r in records).items())),
+        "split": count("split"),
+        "label": count("label"),
+        "dataset": count("dataset"),
+        "method": count("method"),
+        "df_class": count("df_class"),
+        "cues": dict(cues.most_common()),
+        "distinct_answers": round(len(set(answers)) / max(1, len(answers)), 4),
+        "distinct_3": round(distinct_n(answers, 3), 4),
+    }

@@ -1,0 +1,313 @@
+"""The grammar that writes training explanations: what stands after "This image is fake." or "This image is real."
+
+A small language model learns these sentences, so they are short and plain and name area and artifact early. Whatever is
+written here, `x2dfd.explain.read_cues` reads back as exactly the cues that were given: nothing is claimed beyond them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from x2dfd.types import DF_CLASSES, Cue
+
+Rng = np.random.Generator
+
+MAX_CUES = 3
+FAINT_BELOW, CLEAR_FROM = 0.35, 0.7
+"""Below the first, a cue is called faint; from the second on, clear; in between, visible."""
+
+# How an area is called, and whether the name is a plural. The area's own word is always part of it.
+_AREA_NAMES: dict[str, tuple[tuple[str, bool], ...]] = {
+    "forehead": (("the forehead", False), ("the whole forehead", False), ("the skin of the forehead", False)),
+    "eyebrows": (("the eyebrows", True), ("both eyebrows", True), ("the line of the eyebrows", False)),
+    "eyes": (("the eyes", True), ("the area of the eyes", False), ("the region around the eyes", False)),
+    "nose": (("the nose", False), ("the area of the nose", False), ("the nose region", False)),
+    "mouth": (("the mouth", False), ("the area of the mouth", False), ("the mouth region", False)),
+    "teeth": (("the teeth", True), ("the row of teeth", False), ("the area of the teeth", False)),
+    "cheeks": (("the cheeks", True), ("the area of the cheeks", False), ("the skin of the cheeks", False)),
+    "jaw": (("the jaw", False), ("the line of the jaw", False), ("the jaw region", False)),
+    "ears": (("the ears", True), ("the area of the ears", False), ("the region around the ears", False)),
+    "hair": (("the hair", False), ("the area of the hair", False), ("the hair region", False)),
+    "skin": (("the skin", False), ("the facial skin", False), ("the skin of the face", False)),
+    "face-contour": (("the face contour", False), ("the contour of the face", False), ("the face contour line", False)),
+    "neck": (("the neck", False), ("the skin of the neck", False), ("the neck region", False)),
+    "background": (("the background", False), ("the area of the background", False), ("the background region", False)),
+    "accessories": (("the accessories", True), ("the worn accessories", True), ("the area of the accessories", False)),
+    "whole-image": (("the whole image", False), ("the image as a whole", False), ("the whole of the image", False)),
+}
+
+_VERBS = {"is": "are", "has": "have", "looks": "look", "shows": "show", "keeps": "keep", "sits": "sit"}
+
+# Adjectives and adverbs of strength: faint, visible, clear, and for a cue that nobody measured.
+_DEGREES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (("faint", "slight", "subtle"), ("slightly", "faintly", "subtly")),
+    (("visible", "noticeable"), ("visibly", "noticeably")),
+    (("clear", "obvious", "strong"), ("clearly", "obviously", "markedly")),
+    (("",), ("",)),
+)
+
+# What one would see. {a} is the area, {an} the article with an adjective of strength, {adj} that adjective alone, {adv}
+# the adverb; verbs in braces agree with the area.
+_SEEN: dict[str, tuple[str, ...]] = {
+    "texture": (
+        "{a} {looks} {adv} too smooth", "{a} {has} {an} plastic texture", "the texture of {a} is {adv} unnatural",
+        "{a} {looks} {adv} waxy", "{a} {looks} {adv} airbrushed", "{a} {has} {an} patchy texture",
+    ),
+    "lighting": (
+        "the light on {a} is {adv} inconsistent with the rest", "{a} {is} {adv} lit from another side than the rest",
+        "{a} {shows} {an} mismatch in lighting", "the shading of {a} is {adv} wrong", "the light on {a} is {adv} odd",
+        "the shading of {a} {adv} disagrees with the rest",
+    ),
+    "blending": (
+        "{an} seam runs along {a}", "{a} {shows} {an} seam", "{an} boundary runs along {a}",
+        "{a} {looks} {adv} pasted in",
+        "{a} {shows} {adj} blending marks", "there is {an} join line at {a}", "{an} blending seam lies at {a}",
+    ),
+    "blur": (
+        "{a} {is} {adv} blurred", "{a} {looks} {adv} softer than the rest", "{an} blur lies over {a}",
+        "{a} {is} {adv} out of focus", "{a} {looks} {adv} smudged", "{a} {is} {adv} less sharp than the rest",
+    ),
+    "colour": (
+        "the colour of {a} is {adv} mismatched with the rest", "{a} {has} {an} colour cast",
+        "{a} {shows} {an} colour shift",
+        "the tone of {a} is {adv} different from the rest", "{a} {is} {adv} off in colour",
+        "{a} {looks} {adv} discoloured",
+    ),
+    "asymmetry": (
+        "{a} {is} {adv} asymmetric", "the two sides of {a} are {adv} different", "{a} {shows} {an} asymmetry",
+        "{a} {looks} {adv} lopsided", "the left and right of {a} are {adv} mismatched", "{an} asymmetry shows in {a}",
+    ),
+    "geometry": (
+        "{a} {is} {adv} warped", "{a} {looks} {adv} out of proportion", "the shape of {a} is {adv} distorted",
+        "{a} {is} {adv} misshapen", "{a} {shows} {an} distortion", "the shape of {a} is {adv} wrong",
+    ),
+    "missing-detail": (
+        "fine detail is {adv} missing in {a}", "{a} {shows} {an} loss of detail", "{a} {looks} {adv} melted",
+        "{a} {is} {adv} poorly defined", "small detail in {a} is {adv} wiped away", "{a} {looks} {adv} featureless",
+    ),
+    "expression": (
+        "the expression of {a} is {adv} unnatural", "{a} {looks} {adv} frozen", "{a} {looks} {adv} stiff",
+        "{a} {looks} {adv} wrong for the expression", "{a} {has} {an} odd expression",
+        "the expression of {a} is {adv} off",
+    ),
+    "noise": (
+        "{a} {is} {adv} noisy", "{an} grain lies over {a}", "the grain of {a} {adv} differs from the rest",
+        "{a} {shows} {adj} noise", "{an} layer of noise covers {a}", "{a} {looks} {adv} grainy",
+    ),
+    "frequency": (
+        "{an} repeating grid lies over {a}", "{an} checkerboard pattern covers {a}",
+        "{a} {shows} {an} periodic pattern",
+        "{a} {shows} {adj} traces of upsampling", "{an} regular pattern runs through {a}", "{a} {shows} {an} fine grid",
+    ),
+    "compression": (
+        "{a} {is} {adv} blocky", "{a} {shows} {adj} compression", "{adj} square blocks show in {a}",
+        "{a} {looks} {adv} more compressed than the rest", "{a} {shows} {adj} block artifacts",
+        "{adj} compression marks {a}",
+    ),
+}  # fmt: skip
+
+# What is seen at one area only.
+_SEEN_AT: dict[tuple[str, str], tuple[str, ...]] = {
+    ("teeth", "missing-detail"): ("the teeth {adv} run together without gaps", "single teeth are {adv} indistinct"),
+    ("eyes", "missing-detail"): (
+        "the lashes and pupils of the eyes look {adv} melted", "lashes of the eyes are {adv} missing",
+    ),
+    ("eyes", "asymmetry"): (
+        "the two eyes are {adv} different in size", "one of the eyes is {adv} larger than the other",
+    ),
+    ("eyebrows", "asymmetry"): ("the two eyebrows are {adv} different in size",),
+    ("eyebrows", "missing-detail"): ("the strokes of the eyebrows are {adv} wiped away",),
+    ("mouth", "missing-detail"): (
+        "the lip lines of the mouth look {adv} melted", "the lips of the mouth are {adv} poorly defined",
+    ),
+    ("mouth", "expression"): (
+        "the corners of the mouth look {adv} wrong for the expression",
+        "the expression of the lips and mouth is {adv} stiff",
+    ),
+    ("nose", "missing-detail"): ("the nostrils of the nose are {adv} poorly defined",),
+    ("skin", "texture"): ("the skin looks {adv} too smooth and poreless", "the skin texture is {adv} unnatural"),
+    ("skin", "colour"): (
+        "the skin tone of the face is {adv} mismatched", "the skin tone is {adv} mismatched with the rest",
+    ),
+    ("forehead", "colour"): ("the skin tone of the forehead is {adv} mismatched with the rest",),
+    ("neck", "colour"): ("the skin tone of the neck is {adv} mismatched with the rest",),
+    ("jaw", "blending"): ("{an} seam follows the line of the jaw", "{an} soft seam runs along the jaw"),
+    ("face-contour", "blending"): ("{an} seam follows the face contour", "the face contour looks {adv} cut out"),
+    ("whole-image", "frequency"): ("{an} fine repeating grid lies over the whole image",),
+}  # fmt: skip
+
+_WHOLE_FACE = (
+    "the face as a whole looks generated: the whole image has {an} synthetic texture",
+    "the face as a whole looks synthetic, and the texture of the whole image is {adv} unnatural",
+    "the whole image looks generated, with {an} plastic texture",
+    "the face as a whole looks generated, and the whole image is {adv} too smooth",
+)
+_NOWHERE = (
+    "The face looks manipulated, although no single area stands out.",
+    "The picture looks manipulated, but no single area gives it away.",
+    "No single area stands out, yet the face as a whole looks manipulated.",
+)
+_NOWHERE_EFS = (
+    "The face as a whole looks generated, although no single area stands out.",
+    "The face as a whole looks synthetic, but no single area gives it away.",
+    "No single area stands out, yet the face as a whole looks generated.",
+)
+
+_OPENINGS = ("", "", "", "", "on a close look, ", "most telling, ", "one can see that ", "what stands out: ")
+_JOINS = ("; ", ", and ", ". ", ". Also, ", ", while ")
+
+_MEANS: dict[str, tuple[str, ...]] = {
+    "texture": ("A filter or a generator seems to have worked there.",),
+    "lighting": ("Two sources seem to have been mixed.",),
+    "blending": ("Two layers seem to meet there.", "Something seems to have been put on top."),
+    "blur": ("A patch of another quality seems to have been put in.",),
+    "colour": ("Two sources seem to have been mixed.",),
+    "asymmetry": ("One side seems to have been changed by hand.",),
+    "geometry": ("The pixels there seem to have been moved.",),
+    "missing-detail": ("Something seems to have been painted over there.",),
+    "expression": ("The muscles there seem to have been moved afterwards.",),
+    "noise": ("That part seems to come from another source.",),
+    "frequency": ("A generator often leaves such a trace.",),
+    "compression": ("That part seems to come from another file.",),
+}
+_CLOSINGS = (
+    "This points to manipulation.", "This is a sign of manipulation.", "An untouched photo does not look like this.",
+    "This suggests that it was manipulated.", "That is typical of manipulated pictures.",
+    "That speaks for manipulation.",
+    "It suggests that something was changed afterwards.", "A camera alone does not produce this.",
+)  # fmt: skip
+_CLASS_CLOSINGS = {
+    "FS": ("This fits a face swap.", "A face swap leaves such traces."),
+    "FR": ("This fits face reenactment.", "Face reenactment leaves such traces."),
+    "FE": ("This fits face editing.", "Face editing leaves such traces."),
+    "EFS": ("This fits an entirely synthetic face.", "Entire face synthesis leaves such traces."),
+}
+
+# Of a real picture: what was looked at, and that it is in order. Only areas that nearly every portrait shows.
+_REAL_AREAS = ("forehead", "eyebrows", "eyes", "nose", "mouth", "cheeks", "jaw", "skin", "face-contour", "background")
+_IN_ORDER = (
+    "the texture of {a} runs on without a break", "{a} {keeps} a natural texture", "the texture of {a} is natural",
+    "no seam runs along {a}", "{a} {shows} no boundary or seam", "{a} {is} free of blending marks",
+    "the colour of {a} is consistent with the rest", "{a} {has} the same tone as the rest",
+    "{a} {shows} no colour shift",
+    "the light on {a} is consistent with the rest", "light and shadow fall naturally on {a}",
+    "{a} {is} not blurred against the rest", "{a} {shows} no local blur", "{a} {is} neither warped nor stretched",
+    "{a} {sits} in natural proportion", "the shape of {a} is natural", "{a} {keeps} natural fine detail",
+    "{a} {shows} no lost detail", "{a} {has} the same grain as the rest", "{a} {shows} no added noise",
+    "no grid or block pattern lies over {a}", "{a} {shows} no odd compression",
+)  # fmt: skip
+_REAL_CLOSINGS = (
+    "", "Nothing points to manipulation.", "No sign of manipulation is visible.", "There is no trace of editing.",
+    "All of it is consistent.", "It looks like an untouched photo.", "Nothing looks generated.",
+)  # fmt: skip
+
+_CLASS_ANSWERS: dict[str, tuple[str, ...]] = {
+    "FS": ("This is a face swap.", "The face was swapped: this is a face swap.", "It shows a face swap."),
+    "FR": ("This is face reenactment.", "The face was moved: this is face reenactment.", "It shows face reenactment."),
+    "FE": ("This is face editing.", "Parts of the face were changed: this is face editing.", "It shows face editing."),
+    "EFS": (
+        "This is entire face synthesis.", "The face was generated: this is entire face synthesis.",
+        "It shows entire face synthesis.",
+    ),
+    "real": ("There is no manipulation.", "This face shows no manipulation.", "No manipulation: the photo is real."),
+}  # fmt: skip
+
+
+def write_explanation(label: str, cues: Sequence[Cue], df_class: str, rng: Rng) -> str:
+    """An explanation of about 12 to 40 words; the same generator state gives the same text.
+
+    Fake: the `MAX_CUES` strongest cues, strongest first, one clause each, with words of strength from `cue.score`.
+    Real: one to three areas that are in order; takes no cues. Raises ValueError where label, class and cues disagree.
+    """
+    if label not in ("fake", "real") or df_class not in DF_CLASSES or (label == "real") != (df_class == "real"):
+        raise ValueError(f"label {label!r} and class {df_class!r} do not agree")
+    if label == "real":
+        if cues:
+            raise ValueError("a real picture has no cues")
+        return _write_real(rng)
+    distinct = {(c.area, c.artifact): c for c in sorted(cues, key=lambda c: c.score or 0.0)}
+    chosen = sorted(distinct.values(), key=lambda c: -(c.score or 0.0))[:MAX_CUES]
+    if not chosen:
+        return _tidy([_pick(rng, _NOWHERE_EFS if df_class == "EFS" else _NOWHERE), _pick(rng, _CLOSINGS)])
+    text = _pick(rng, _OPENINGS)
+    for i, cue in enumerate(chosen):
+        text += (_pick(rng, _JOINS) if i else "") + _describe(cue, df_class, rng)
+    closing = ""
+    if len(chosen) < MAX_CUES:
+        pools = [_CLOSINGS, _CLOSINGS, _CLASS_CLOSINGS[df_class]]
+        if len(chosen) == 1:
+            pools.append(_MEANS[chosen[0].artifact])
+        closing = _pick(rng, pools[int(rng.integers(len(pools)))])
+    return _tidy([text + ".", closing])
+
+
+def class_answer(df_class: str, rng: Rng) -> str:
+    """A sentence that names the class of manipulation (DF-C). Raises ValueError for an unknown class."""
+    if df_class not in _CLASS_ANSWERS:
+        raise ValueError(f"unknown class {df_class!r} (known: {', '.join(DF_CLASSES)})")
+    return _pick(rng, _CLASS_ANSWERS[df_class])
+
+
+def distinct_n(texts: Sequence[str], n: int) -> float:
+    """Share of different n-grams among all n-grams of words (Li et al. 2016, arXiv 1510.03055); 0 if there are none."""
+    if n < 1:
+        raise ValueError(f"n must be at least 1, not {n}")
+    split = [text.lower().split() for text in texts]
+    grams = [tuple(words[i : i + n]) for words in split for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _pick(rng: Rng, options: Sequence[str]) -> str:
+    return options[int(rng.integers(len(options)))]
+
+
+def _degree(score: float | None) -> int:
+    if score is None:
+        return 3
+    return 0 if score < FAINT_BELOW else 1 if score < CLEAR_FROM else 2
+
+
+def _describe(cue: Cue, df_class: str, rng: Rng) -> str:
+    """One clause that names the cue, without capital or full stop."""
+    templates = _SEEN[cue.artifact]
+    special = _SEEN_AT.get((cue.area, cue.artifact), ())
+    if df_class == "EFS" and (cue.area, cue.artifact) == ("whole-image", "texture"):
+        templates = _WHOLE_FACE
+    elif special and rng.random() < 0.4:
+        templates = special
+    if cue.area == "whole-image":
+        templates = tuple(t for t in templates if "the rest" not in t)  # there is no rest
+    adjectives, adverbs = _DEGREES[_degree(cue.score)]
+    adjective = _pick(rng, adjectives)
+    names = _AREA_NAMES[cue.area]
+    name, plural = names[0] if rng.random() < 0.6 else names[int(rng.integers(len(names)))]
+    return _fill(_pick(rng, templates), name, plural, adj=adjective, an=f"a {adjective}", adv=_pick(rng, adverbs))
+
+
+def _fill(template: str, name: str, plural: bool, **words: str) -> str:
+    verbs = {one: many if plural else one for one, many in _VERBS.items()}
+    return template.format(a=name, **verbs, **words)
+
+
+def _write_real(rng: Rng) -> str:
+    count = int(rng.integers(1, 4))
+    areas = [str(a) for a in rng.choice(_REAL_AREAS, size=count, replace=False)]
+    groups = [areas[:1], areas[1:] or areas]  # two things are said even of a single area
+    lines = rng.choice(_IN_ORDER, size=2, replace=False)
+    parts = []
+    for group, line in zip(groups, lines, strict=True):
+        plural = len(group) > 1 or _AREA_NAMES[group[0]][0][1]
+        parts.append(_fill(str(line), " and ".join(_AREA_NAMES[a][0][0] for a in group), plural))
+    return _tidy([_pick(rng, (". ", ", and ", "; ")).join(parts) + ".", _pick(rng, _REAL_CLOSINGS)])
+
+
+def _tidy(sentences: Sequence[str]) -> str:
+    """Joined, with single spaces, "an" before a vowel, and capitals where sentences begin."""
+    words = " ".join(sentences).split()
+    for i, word in enumerate(words):
+        if word.lower() == "a" and i + 1 < len(words) and words[i + 1][0] in "aeiou":
+            word = "an"
+        words[i] = word[0].upper() + word[1:] if i == 0 or words[i - 1][-1] == "." else word
+    return " ".join(words)

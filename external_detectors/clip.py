@@ -1,0 +1,55 @@
+"""Experts `clip` and `forgery`: linear heads over every kept layer of the CLIP tower.
+
+`clip` knows faces that are synthetic as a whole; its blind spot are generators unlike those it was trained on.
+`forgery` knows photos that were changed in part; its blind spot are faint changes and heavy compression.
+After Koutlis & Papadopoulos, "Leveraging Representations from Intermediate Encoder-blocks for Synthetic Image Detection"
+(ECCV 2024): what betrays a generator lies in early and middle layers, not in the final embedding. Instead of their
+class-token projections: mean and standard deviation over the patch tokens of each layer, and plain logistic heads.
+Both share the tower's forward pass with the embedded MLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from external_detectors.weights_io import WEIGHTS, load_weights
+from x2dfd.experts import Shared, read_card
+from x2dfd.types import Card, Evidence, Face
+
+
+class Clip:
+    """P(fake) of each face's aligned crop: synthetic as a whole."""
+
+    card: ClassVar[Card] = read_card(WEIGHTS / "clip.card.json")
+
+    def __init__(self, folder: Path = WEIGHTS) -> None:
+        from external_detectors.clip_heads import LAYERS
+        from x2dfd.tower import load_tower
+
+        self.card = read_card(folder / f"{self.card.name}.card.json")  # type: ignore[misc]
+        self._state = load_weights(self.card, folder)
+        load_tower(LAYERS)  # a missing base is said now, not at the first face
+
+    def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
+        import numpy as np
+        import torch
+
+        from external_detectors.clip_heads import LAYERS, head_logits
+        from x2dfd.tower import patch_statistics, tower_states
+
+        if not faces:
+            return []
+        states = shared.tower_states if shared else None
+        with torch.inference_mode():
+            if states is None or len(states) <= LAYERS:
+                states = tower_states(torch.from_numpy(np.stack([f.crop for f in faces])), LAYERS)
+            scores = head_logits(self._state, patch_statistics(states[: LAYERS + 1])).sigmoid()
+        return [Evidence(self.card.name, float(s)) for s in scores]
+
+
+class Forgery(Clip):
+    """P(fake) of each face's aligned crop: a photo that was changed in part."""
+
+    card: ClassVar[Card] = read_card(WEIGHTS / "forgery.card.json")

@@ -1,0 +1,1 @@
+"""Fine-tuning of the MLLM (SFS + WFS) and calibration of the whole detector."""

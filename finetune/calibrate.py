@@ -1,0 +1,157 @@
+"""`python -m finetune.calibrate --adapter DIR --data MANIFEST`: fit the last step on a split kept for it.
+
+MLLM logit and expert logits of split `calib` become one probability (x2dfd.calibration), and the inconclusive band is
+set from the false alarms of every real source. Writes `calibration.json` into the adapter directory.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.progress import track
+
+from x2dfd.calibration import MLLM, Calibration, choose_band, fit_weights, logit
+from x2dfd.crops import CropSet, load_crops
+from x2dfd.detector import Detector, load
+from x2dfd.errors import X2DFDError
+from x2dfd.manifest import Sample, manifest_sha256
+from x2dfd.tower import training_view
+from x2dfd.types import Evidence, Face
+
+
+def calibrate(
+    adapter: Path, data: Path, *, split: str = "calib", limit: int | None = None, view_seed: int = 1, false_alarms: float = 0.05
+) -> Calibration:
+    """Score the split, fit, write. Half of the pictures are taken as they are, half as their degraded training view.
+
+    Raises X2DFDError when the split lacks a label.
+    """
+    crops = load_crops(data)
+    rows = _chosen(crops, split, limit)
+    samples = [crops.samples[i] for i in rows]
+    labels = np.array([float(s.label == "fake") for s in samples])
+    if not 0 < labels.sum() < len(labels):
+        raise X2DFDError(f"split {split!r} of {data} needs real and fake pictures to calibrate on")
+    detector = load(adapter, mode="paper")
+    parts = score_parts(detector, crops, rows, view_seed)
+    weights_per_sample = balance(samples)
+    weights, means, bias = fit_weights(parts, labels, weights_per_sample)
+    draft = Calibration(weights, means, bias, 0.5, 0.5)
+    chances = np.array([draft.probability(_row(parts, k)) for k in range(len(samples))])
+    low, high = choose_band(chances, labels, [s.source for s in samples], false_alarms=false_alarms)
+    mllm = 1 / (1 + np.exp(-parts[MLLM]))
+    _, mllm_threshold = choose_band(mllm, labels, [s.source for s in samples], false_alarms=false_alarms)
+    real = labels == 0
+    fitted = {
+        "manifest_sha256": manifest_sha256(data),
+        "split": split,
+        "n_real": int(real.sum()),
+        "n_fake": int((~real).sum()),
+        "groups": len({s.group for s in samples}),
+        "false_alarms_allowed": false_alarms,
+        "false_alarms_per_source": _rates(chances >= high, samples, real),
+        "inconclusive": round(float(((chances >= low) & (chances < high)).mean()), 4),
+        "fakes_found": round(float((chances[~real] >= high).mean()), 4),
+    }
+    result = Calibration(_rounded(weights), _rounded(means), round(bias, 6), round(low, 4), round(high, 4), round(mllm_threshold, 4), fitted)
+    result.save(adapter)
+    return result
+
+
+def score_parts(detector: Detector, crops: CropSet, rows: Sequence[int], view_seed: int) -> dict[str, NDArray[np.float64]]:
+    """Logits of the MLLM and of each expert: name -> [n], NaN where a score is missing."""
+    names = [MLLM, *detector.facts["experts"]]
+    table: dict[str, list[float]] = {n: [] for n in names}
+    for start in track(range(0, len(rows), 16), "scoring", disable=not sys.stderr.isatty()):
+        faces = [_face(crops, i, view_seed if i % 2 else None) for i in rows[start : start + 16]]
+        own, evidence = detector.judge_faces(faces)
+        table[MLLM] += own.tolist()
+        for said in evidence:
+            for e in said:
+                table[e.expert].append(_logit(e))
+    return {n: np.array(v) for n, v in table.items()}
+
+
+def balance(samples: Sequence[Sample]) -> NDArray[np.float64]:
+    """Weights that give each label a half, and within it the root of each source-and-method's size."""
+    weights = np.zeros(len(samples))
+    keys = [(s.label, s.source if s.label == "real" else s.method.split("+")[0]) for s in samples]
+    for key in set(keys):
+        mine = np.array([k == key for k in keys])
+        weights[mine] = mine.sum() ** -0.5
+    for label in ("real", "fake"):
+        mine = np.array([s.label == label for s in samples])
+        weights[mine] /= weights[mine].sum() * 2
+    return weights
+
+
+def _chosen(crops: CropSet, split: str, limit: int | None) -> list[int]:
+    rows = [int(i) for i in crops.where(split=split)]
+    if limit is not None and len(rows) > limit:
+        rows = sorted(int(i) for i in np.random.default_rng(0).choice(rows, limit, replace=False))
+    return rows
+
+
+def _face(crops: CropSet, i: int, view_seed: int | None) -> Face:
+    crop = np.asarray(crops.crops[i]) if view_seed is None else training_view(crops.crops[i], view_seed, i)[0]
+    size = float(crop.shape[0])
+    points = crops.landmarks[i]
+    return Face(0, (0.0, 0.0, size, size), points, 1.0, crop, points, 0.0)
+
+
+def _logit(evidence: Evidence) -> float:
+    return float("nan") if evidence.score is None else logit(evidence.score)
+
+
+def _row(parts: dict[str, NDArray[np.float64]], k: int) -> dict[str, float | None]:
+    return {n: None if np.isnan(v[k]) else float(v[k]) for n, v in parts.items()}
+
+
+def _rates(said_fake: NDArray[np.bool_], samples: Sequence[Sample], real: NDArray[np.bool_]) -> dict[str, Any]:
+    sources = np.array([s.source for s in samples])
+    return {
+        str(src): {"rate": round(float(said_fake[real & (sources == src)].mean()), 4), "n": int((real & (sources == src)).sum())}
+        for src in sorted(set(sources[real]))
+    }
+
+
+def _rounded(values: dict[str, float]) -> dict[str, float]:
+    return {k: round(v, 6) for k, v in values.items()}
+
+
+_EPILOG = """Example:\n
+  python -m finetune.calibrate --adapter build/adapter --data build/forged/manifest.jsonl
+"""
+
+
+def _run(
+    adapter: Annotated[Path, typer.Option(help="adapter directory; calibration.json is written there")],
+    data: Annotated[Path, typer.Option(help="manifest with a split kept for calibration")],
+    split: Annotated[str, typer.Option(help="that split's name")] = "calib",
+    limit: Annotated[int | None, typer.Option(help="at most this many pictures, drawn at random")] = None,
+    false_alarms: Annotated[float, typer.Option(help="bound on real pictures called fake, in every source")] = 0.05,
+) -> None:
+    """Fit the calibrated probability and the inconclusive band."""
+    result = calibrate(adapter, data, split=split, limit=limit, false_alarms=false_alarms)
+    print(json.dumps({"weights": result.weights, "low": result.low, "high": result.high, **result.fitted_on}, indent=1))
+
+
+def main() -> None:
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(epilog=_EPILOG)(_run)
+    try:
+        app()
+    except X2DFDError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

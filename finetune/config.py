@@ -1,0 +1,92 @@
+"""One dataclass is the whole configuration; YAML files and `--set key=value` are two spellings of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from x2dfd.errors import UnknownName, X2DFDError
+
+LANGUAGE_LINEARS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+"""LoRA's targets: every linear layer of the language model, and none of the tower or the projector."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Everything that decides what a training gives; saved beside its weights."""
+
+    instructions: str  # instructions.jsonl of `data_gen build`
+    manifest: str  # the manifest the instructions were built from
+    out: str  # adapter directory to write
+    base: str | None = None  # LLaVA directory or hub name; None is the embedded base
+    name: str = "x2dfd-embedded"  # the adapter's name in its card
+    version: str = "1"  # the adapter's version in its card
+    licence: str = "as the training data; not for redistribution unless you know better"  # of the weights
+    trained_on: str = ""  # the data in words, for the card
+    expert_weights: str | None = None  # folder of other expert weights; they travel with the adapter
+    tower_layers: int | None = None  # vision layers kept; None keeps all
+    text_layers: int | None = None  # language layers kept; None keeps all
+    feature_layers: tuple[int, ...] | None = None  # tower outputs joined as the projector's input; None as the base
+    lora_r: int = 16  # rank
+    lora_alpha: int = 32  # scale is alpha / r
+    lora_dropout: float = 0.05
+    targets: str = LANGUAGE_LINEARS  # regular expression over module names
+    lr: float = 2e-4  # of the LoRA matrices
+    projector_lr: float = 2e-5  # of the projector
+    weight_decay: float = 0.0
+    warmup: float = 0.03  # share of the steps
+    epochs: float = 1.0
+    max_steps: int = -1  # stops earlier than epochs when positive
+    batch: int = 1  # packs (pictures) a device and step
+    accumulate: int = 8  # steps per update
+    verdict_weight: float = 4.0  # weight of label and yes/no tokens against one explanation token
+    cached_features: str | None = None  # folder of cached tower features; None computes them while training
+    view_seed: int = 1  # degradation of each picture; must be the one the instructions were built with
+    save_steps: int = 100  # updates between checkpoints; a cut-off run resumes from the last
+    seed: int = 0
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> FinetuneConfig:
+    """The configuration of a YAML file with `key=value` overrides on top.
+
+    Raises UnknownName for a key that does not exist, X2DFDError for a value of the wrong kind or a missing key.
+    """
+    import yaml
+
+    known = {f.name: f for f in fields(FinetuneConfig)}
+    values: dict[str, Any] = {}
+    if path is not None:
+        if not path.is_file():
+            raise X2DFDError(f"no such configuration: {path}")
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign:
+            raise X2DFDError(f"--set takes key=value, not {override!r}")
+        values[key] = yaml.safe_load(text)
+    for key, value in values.items():
+        if key not in known:
+            raise UnknownName("configuration key", key, known)
+        values[key] = _typed(key, value, str(known[key].type))
+    try:
+        return FinetuneConfig(**values)
+    except TypeError as error:
+        raise X2DFDError(f"configuration incomplete: {error}") from error
+
+
+def _typed(key: str, value: Any, kind: str) -> Any:
+    if value is None and "None" in kind:
+        return None
+    plain = kind.removesuffix(" | None")
+    if plain == "float" and isinstance(value, str | int):
+        try:
+            return float(value)  # YAML reads 2e-4 as text
+        except ValueError:
+            pass
+    if plain.startswith("tuple") and isinstance(value, list):
+        return tuple(value)
+    if {"int": int, "float": float, "str": str}.get(plain) is type(value):
+        return value
+    raise X2DFDError(f"configuration key {key!r} wants {kind}, got {value!r}")

@@ -1,0 +1,162 @@
+"""Instruction records to training packs: one picture, its prefix once, and every conversation about it behind it.
+
+A pack is what inference does too (x2dfd.mllm): each conversation sees the prefix and itself, positions start anew after
+the prefix, so a pack gives the same loss as its conversations one by one at a fraction of the cost.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from x2dfd import prompts
+from x2dfd.crops import CropSet
+from x2dfd.errors import X2DFDError
+from x2dfd.tower import TowerFeatures, training_view
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One question and answer as tokens."""
+
+    tokens: list[int]  # what follows the picture: the rest of the question, then the answer and its end
+    answer: int  # how many of the last tokens are the answer
+    heavy: int | None  # position in `tokens` of the label or yes/no token, which weighs more
+
+
+def answer_tokens(processor: Any, question: str, answer: str) -> tuple[list[int], list[int]]:
+    """Tokens of the prompt after the picture, and of the answer with its end.
+
+    The prompt is the very string that inference renders. Raises X2DFDError when the answer is empty.
+    """
+    tokenizer = processor.tokenizer
+    prompt = prompts.render(processor, question)
+    messages = [*prompts.conversation(question), {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    whole = processor.apply_chat_template(messages, tokenize=False)
+    if not whole.startswith(prompt):
+        raise X2DFDError("this chat template does not continue its own prompt; answers cannot be masked")
+    text = whole[len(prompt) :].rstrip()
+    _, suffix = prompts.split_at_image(prompt, processor.image_token)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not answer.strip() or not ids:
+        raise X2DFDError(f"an empty answer has nothing to learn from: {question!r}")
+    if ids[-1] not in (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")):
+        ids = [*ids, tokenizer.eos_token_id]
+    return tokenizer(suffix, add_special_tokens=False)["input_ids"], ids
+
+
+def conversation(processor: Any, record: dict[str, Any], label_ids: Sequence[int]) -> Conversation:
+    """One record of the instruction set as tokens."""
+    human, gpt = (turn["value"] for turn in record["conversations"])
+    question = human.removeprefix("<image>").removeprefix("\n")
+    before, answer = answer_tokens(processor, question, gpt)
+    heavy = None
+    if record["task"].startswith("detect"):
+        heavy = next((len(before) + k for k, t in enumerate(answer[:8]) if t in label_ids), None)
+        if heavy is None:
+            raise X2DFDError(f"{record['id']}: the answer does not begin with the verdict: {gpt[:40]!r}")
+    elif record["task"].startswith("cue"):
+        heavy = len(before)
+    return Conversation(before + answer, len(answer), heavy)
+
+
+class Packs(Dataset[dict[str, Any]]):
+    """One item a picture, with all its conversations."""
+
+    def __init__(
+        self, instructions: Path, split: str, processor: Any, label_ids: Sequence[int], data: CropSet, features: TowerFeatures | None, view_seed: int
+    ) -> None:
+        by_row: dict[int, list[dict[str, Any]]] = {}
+        with instructions.open(encoding="utf-8") as stream:
+            for line in stream:
+                record = json.loads(line)
+                if record["split"] == split:
+                    by_row.setdefault(record["row"], []).append(record)
+        where = {int(r): k for k, r in enumerate(features.rows)} if features is not None else {}
+        self.rows = [r for r in sorted(by_row) if features is None or r in where]
+        if not self.rows:
+            raise X2DFDError(f"{instructions}: no picture of split {split!r} to train on")
+        self.conversations = [[conversation(processor, r, label_ids) for r in by_row[row]] for row in self.rows]
+        self._data, self._features, self._where, self._seed = data, features, where, view_seed
+        self._image_processor = processor.image_processor
+        prefix, _ = prompts.split_at_image(prompts.render(processor, prompts.QUESTION), processor.image_token)
+        before = prefix.removesuffix(processor.image_token)
+        self._before: list[int] = processor.tokenizer(before, add_special_tokens=False)["input_ids"]
+        self._image_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+        self._image_tokens = _image_tokens(processor)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, k: int) -> dict[str, Any]:
+        row = self.rows[k]
+        if self._features is not None:
+            pixels = torch.from_numpy(np.asarray(self._features.patches[self._where[row]], np.float32))
+        else:
+            from PIL import Image
+
+            view, _ = training_view(self._data.crops[row], self._seed, row)
+            pixels = self._image_processor(Image.fromarray(view), return_tensors="pt")["pixel_values"][0]
+        prefix = [*self._before, *[self._image_id] * self._image_tokens]
+        return {"pixel_values": pixels, "prefix": prefix, "conversations": self.conversations[k]}
+
+
+def _image_tokens(processor: Any) -> int:
+    side = processor.image_processor.crop_size or processor.image_processor.size
+    patches = (side["height"] // processor.patch_size) * (side["width"] // processor.patch_size)
+    extra = processor.num_additional_image_tokens
+    return int(patches + extra - (1 if processor.vision_feature_select_strategy == "default" else 0))
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Packs to one batch: tokens, positions restarting after the prefix, a block-diagonal mask, labels and weights."""
+
+    pad: int
+    verdict_weight: float
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        lengths = [len(i["prefix"]) + sum(len(c.tokens) for c in i["conversations"]) for i in items]
+        n, total = len(items), max(lengths)
+        ids = torch.full((n, total), self.pad)
+        positions = torch.zeros(n, total, dtype=torch.long)
+        labels = torch.full((n, total), IGNORE)
+        weights = torch.zeros(n, total)
+        mask = torch.eye(total, dtype=torch.bool).repeat(n, 1, 1)[:, None]  # padding sees itself, or softmax is 0/0
+        for b, item in enumerate(items):
+            p = len(item["prefix"])
+            ids[b, :p] = torch.tensor(item["prefix"])
+            positions[b, :p] = torch.arange(p)
+            mask[b, 0, :p, :p] = torch.ones(p, p, dtype=torch.bool).tril()
+            at = p
+            for c in item["conversations"]:
+                end = at + len(c.tokens)
+                ids[b, at:end] = torch.tensor(c.tokens)
+                positions[b, at:end] = p + torch.arange(end - at)
+                mask[b, 0, at:end, :p] = True
+                mask[b, 0, at:end, at:end] = torch.ones(end - at, end - at, dtype=torch.bool).tril()
+                labels[b, end - c.answer : end] = ids[b, end - c.answer : end]
+                weights[b, end - c.answer : end] = 1.0
+                if c.heavy is not None:
+                    weights[b, at + c.heavy] = self.verdict_weight
+                at = end
+        if not (labels != IGNORE).any():
+            raise X2DFDError("an empty label mask: this batch has nothing to learn from")
+        return {
+            "input_ids": ids,
+            "position_ids": positions,
+            "attention_mask": mask,
+            "labels": labels,
+            "weights": weights,
+            "pixel_values": torch.stack([i["pixel_values"] for i in items]),
+        }

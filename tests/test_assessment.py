@@ -1,0 +1,466 @@
+"""Feature assessment: the numbers that decide what a model is taught must be right, repeatable and not luck."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+import x2dfd
+from x2dfd.assessment import (
+    BANK,
+    COVERS,
+    PART,
+    CueQuestion,
+    assess,
+    chart,
+    experts_for,
+    group_weights,
+    read_assessment,
+    read_questions,
+    run_assess,
+    spearman,
+    strong_cues,
+    table,
+    uncovered,
+)
+from x2dfd.crops import CropSet
+from x2dfd.errors import X2DFDError
+from x2dfd.experts import BUILTIN
+from x2dfd.manifest import Sample
+from x2dfd.types import AREAS, ARTIFACTS, Cue
+
+SEAM = CueQuestion("Is there a seam along the jaw? Answer Yes or No.", "jaw", "blending", "bank")
+BLUR = CueQuestion("Are the eyes blurred? Answer Yes or No.", "eyes", "blur", "bank")
+TEETH = CueQuestion("Are the teeth misshapen? Answer Yes or No.", "teeth", "geometry", "bank")
+HAT = CueQuestion("Is the person wearing a hat? Answer Yes or No.", None, None, "random")
+
+Behaviour = Callable[[Sample, str, np.random.Generator], tuple[float, str]]
+
+
+@dataclass(frozen=True)
+class Said:
+    p_yes: NDArray[np.float64]
+    said: tuple[str, ...]
+
+
+class Fake:
+    """A model with known behaviour; it recognises a crop by the number written into its first pixel."""
+
+    def __init__(self, samples: Sequence[Sample], behaviour: Behaviour, name: str = "fake 1", stop_after: int = 10**9):
+        self.name, self.samples, self.behaviour, self.stop_after = name, samples, behaviour, stop_after
+        self.seen: list[str] = []
+
+    def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str]) -> Said:
+        if len(self.seen) == self.stop_after:
+            raise KeyboardInterrupt
+        number = int(crop[0, 0, 0]) + 256 * int(crop[0, 0, 1])
+        sample = self.samples[number]
+        self.seen.append(sample.id)
+        answers = [
+            self.behaviour(sample, q, np.random.default_rng([number, *q.encode()])) for q in questions
+        ]  # the same answer whenever it is asked
+        return Said(np.array([p for p, _ in answers]), tuple(s for _, s in answers))
+
+
+def said(p: float) -> tuple[float, str]:
+    return p, "yes" if p > 0.5 else "no"
+
+
+def has(sample: Sample, q: CueQuestion) -> bool:
+    return any((c.area, c.artifact) == (q.area, q.artifact) for c in sample.cues)
+
+
+def make(
+    n: int = 120, per_group: int = 2, cue: CueQuestion = SEAM, share: float = 1.0, truth: bool = True
+) -> tuple[list[Sample], CropSet]:
+    """Half real, half fake; `share` of the fakes carry the cue, the others another one; groups of one label each."""
+    samples = []
+    for i in range(n):
+        fake = i % 2 == 1
+        pair = cue if (i // 2) % 10 < 10 * share else TEETH
+        cues = (Cue(str(pair.area), str(pair.artifact)),) if fake and truth else ()
+        group = f"{'f' if fake else 'r'}{i // 2 // per_group}"
+        samples.append(
+            Sample(f"s{i}", Path(f"/x/{i}.png"), "fake" if fake else "real", group=group, cues=cues, split="val")
+        )
+    return samples, crops_of(samples)
+
+
+def crops_of(samples: list[Sample]) -> CropSet:
+    crops = np.zeros((len(samples), 4, 4, 3), np.uint8)
+    crops[:, 0, 0, 0], crops[:, 0, 0, 1] = np.arange(len(samples)) % 256, np.arange(len(samples)) // 256
+    return CropSet(samples, crops, np.zeros((len(samples), 468, 2), np.float32), {})
+
+
+def knows_the_seam(sample: Sample, q: str, rng: np.random.Generator) -> tuple[float, str]:
+    """Sees seams through noise, guesses about eyes, says yes of all teeth."""
+    if q == SEAM.text:
+        return said(float(np.clip(0.35 + 0.3 * has(sample, SEAM) + 0.15 * rng.standard_normal(), 0, 1)))
+    return said(0.9) if q == TEETH.text else said(float(rng.random()))
+
+
+# --- numbers --------------------------------------------------------------------------------------------------------
+
+
+def test_published_numbers_by_hand(tmp_path: Path) -> None:
+    """Bug prevented: `other` left out of the denominator, or counted as no, lifts a model that mumbles."""
+    samples, data = make(8, per_group=1)
+    words = {"s0": "no", "s2": "other", "s4": "yes", "s6": "no", "s1": "yes", "s3": "other", "s5": "other", "s7": "no"}
+    result = assess(Fake(samples, lambda s, q, r: (0.5, words[s.id])), data, [SEAM], tmp_path)
+    [finding] = result.questions
+    assert finding.real_accuracy == 2 / 4 and finding.fake_accuracy == 1 / 4
+    assert finding.balanced_accuracy == 0.375
+    assert finding.yes_rate == 2 / 8 and finding.other_rate == pytest.approx(3 / 8)
+    assert finding.overall.auc == 0.5  # all probabilities tie
+    saved = json.loads((tmp_path / "assessment.json").read_text())["published"]
+    assert saved == [{"question": SEAM.text, "real_accuracy": 0.5, "fake_accuracy": 0.25, "balanced_accuracy": 0.375}]
+
+
+def test_a_known_cue_a_guess_and_an_always_yes(tmp_path: Path) -> None:
+    """Bug prevented: a question answered yes to everything passes for strong, or the order is reversed."""
+    samples, data = make()
+    result = assess(Fake(samples, knows_the_seam), data, [TEETH, BLUR, SEAM], tmp_path)
+    best = result.cues[0]
+    assert (best.area, best.artifact) == ("jaw", "blending") and best.strong
+    assert best.overall.auc is not None and best.overall.auc > 0.85
+    assert strong_cues(result) == [("jaw", "blending")]
+    teeth = next(f for f in result.questions if f.question == TEETH.text)
+    assert teeth.yes_rate == 1 and teeth.balanced_accuracy == 0.5 and teeth.overall.auc == 0.5 and not teeth.strong
+    assert (teeth.real_accuracy, teeth.fake_accuracy) == (0, 1)
+    assert [row["balanced_accuracy"] for row in result.published()] == sorted(
+        (f.balanced_accuracy for f in result.questions), reverse=True
+    )
+
+
+def test_auc_is_the_share_of_pairs_won_ties_half(tmp_path: Path) -> None:
+    """Bug prevented: ties broken by the order of the images."""
+    samples, data = make(60)
+    scores = dict(zip((s.id for s in samples), np.random.default_rng(5).integers(0, 5, 60) / 4, strict=True))
+    result = assess(Fake(samples, lambda s, q, r: said(scores[s.id])), data, [SEAM], tmp_path)
+    fakes, reals = ([scores[s.id] for s in samples if s.label == x] for x in ("fake", "real"))
+    won = sum((f > r) + (f == r) / 2 for f in fakes for r in reals)
+    assert result.questions[0].overall.auc == pytest.approx(won / len(fakes) / len(reals))
+
+
+def test_presence_is_told_from_fakeness(tmp_path: Path) -> None:
+    """Bug prevented: a model that sees a seam exactly where there is one looks poor, since other fakes have none."""
+    samples, data = make(120, share=0.5)
+    result = assess(Fake(samples, lambda s, q, r: said(0.9 if has(s, SEAM) else 0.1)), data, [SEAM], tmp_path)
+    [finding] = result.cues
+    assert finding.present is not None
+    assert finding.present.auc == 1 and (finding.present.n_positive, finding.present.n_negative) == (30, 90)
+    assert finding.overall.auc == pytest.approx(0.75)
+    assert finding.decided_by == "present" and finding.deciding is finding.present
+
+
+def test_few_or_unknown_truths_do_not_decide(tmp_path: Path) -> None:
+    """Bug prevented: a fake without a record of its cues counted as an image without the cue."""
+    samples, data = make(120)
+    unknown = [replace(s, cues=()) if s.label == "fake" and i > 10 else s for i, s in enumerate(samples)]
+    result = assess(Fake(unknown, knows_the_seam), replace(data, samples=unknown), [SEAM], tmp_path)
+    [finding] = result.cues
+    assert finding.present is not None
+    assert (finding.present.n_positive, finding.present.n_negative) == (5, 60)  # the reals, and no unknown fake
+    assert finding.decided_by == "overall" and result.n_unknown_truth == 55
+
+
+def test_a_cue_pools_its_wordings(tmp_path: Path) -> None:
+    """Bug prevented: the last wording of a cue replaces the others."""
+    samples, data = make(40)
+    other = replace(SEAM, text="Does the jaw show a pasted edge? Answer Yes or No.")
+
+    def two_voices(sample: Sample, q: str, rng: np.random.Generator) -> tuple[float, str]:
+        return (0.4, "no") if q == other.text else (0.8 if sample.label == "fake" else 0.6, "yes")
+
+    result = assess(Fake(samples, two_voices), data, [SEAM, other], tmp_path)
+    [cue] = result.cues
+    assert cue.wordings == 2 and cue.question is None and len(result.questions) == 2
+    assert cue.overall.auc == 1  # the mean of both voices tells, the second alone would not
+    assert cue.yes_rate == 0.5 and (cue.real_accuracy, cue.fake_accuracy) == (0.5, 0.5)
+
+
+# --- what the numbers are worth -------------------------------------------------------------------------------------
+
+
+def test_groups_come_and_go_together() -> None:
+    """Bug prevented: ten frames of a clip resampled one by one, which makes every interval too narrow."""
+    groups = ["a", "b", "a", "c", "b"]
+    weights = group_weights(groups, 500, seed=3)
+    assert np.array_equal(weights[0], weights[2]) and np.array_equal(weights[1], weights[4])
+    assert (weights[[0, 1, 3]].sum(0) == 3).all() and weights[0].max() > 1
+    assert np.array_equal(weights, group_weights(groups, 500, seed=3))
+
+
+def test_interval_is_wider_when_images_belong_together(tmp_path: Path) -> None:
+    """Bug prevented: an interval that ignores the groups."""
+
+    def by_clip(sample: Sample, q: str, rng: np.random.Generator) -> tuple[float, str]:
+        noise = np.random.default_rng(list(sample.group.encode())).standard_normal()  # one for all frames of a clip
+        return said(float(1 / (1 + np.exp(-noise - (sample.label == "fake")))))
+
+    clips, data = make(200, per_group=10)
+    alone = [replace(s, group=s.id) for s in clips]
+    together = assess(Fake(clips, by_clip), data, [SEAM], tmp_path / "clips").questions[0].overall
+    apart = assess(Fake(clips, by_clip), replace(data, samples=alone), [SEAM], tmp_path / "alone").questions[0].overall
+    assert together.auc == apart.auc and together.interval is not None and apart.interval is not None
+    assert together.interval[1] - together.interval[0] > 1.5 * (apart.interval[1] - apart.interval[0])
+
+
+def noise_questions(n: int) -> list[CueQuestion]:
+    pairs = [(a, b) for a in AREAS for b in ARTIFACTS][:n]
+    return [CueQuestion(f"{a} {b}? Answer Yes or No.", a, b, "bank") for a, b in pairs]
+
+
+def test_shuffled_truth_ranks_at_chance(tmp_path: Path) -> None:
+    """Bug prevented: a control that still knows the labels (or shuffles nothing) makes every ranking look worthless."""
+    samples, data = make(200)
+    result = assess(Fake(samples, knows_the_seam), data, [SEAM], tmp_path)
+    control = result.control["cues"]
+    assert control["top_mean_auc"] > 0.85
+    assert abs(control["shuffled_mean"] - 0.5) < 0.05 < control["shuffled_p95"] - 0.45
+
+
+def test_luck_is_not_strong(tmp_path: Path) -> None:
+    """Bug prevented: the best of many guesses is taught as a strong cue. The control must see the same luck."""
+    samples, data = make(100)
+    questions = noise_questions(60)
+    result = assess(Fake(samples, lambda s, q, r: said(float(r.random()))), data, questions, tmp_path)
+    best, control = result.cues[0].deciding.auc, result.control["cues"]
+    assert best is not None and best > 0.55  # luck there is
+    assert control["k"] == 24
+    assert 0.5 < control["shuffled_mean"] < 0.58 and abs(control["top_mean_auc"] - control["shuffled_mean"]) < 0.03
+    assert strong_cues(result) == []
+    held_out = result.stability["cues"]["held_out_top_mean_auc"]
+    assert abs(result.stability["cues"]["spearman_mean"]) < 0.3 and abs(held_out - 0.5) < 0.03
+
+
+def test_real_skill_is_stable_over_halves(tmp_path: Path) -> None:
+    """Bug prevented: the two halves share images, or are compared by name and not by rank."""
+    samples, data = make(200)
+    questions = noise_questions(20)
+    skill = {q.text: i / 8 for i, q in enumerate(questions)}
+
+    def graded(sample: Sample, q: str, rng: np.random.Generator) -> tuple[float, str]:
+        return said(float(1 / (1 + np.exp(-rng.standard_normal() - skill[q] * (sample.label == "fake")))))
+
+    result = assess(Fake(samples, graded), data, questions, tmp_path)
+    assert result.stability["cues"]["spearman_mean"] > 0.8
+    assert (result.cues[0].area, result.cues[0].artifact) in [(q.area, q.artifact) for q in questions[-4:]]
+
+
+def test_spearman_by_hand() -> None:
+    """Bug prevented: ties ranked by position; an undefined value that spoils the sum."""
+    nan = float("nan")
+    assert spearman(np.array([1.0, 2, 3, nan]), np.array([10.0, 20, 25, 1])) == pytest.approx(1)
+    assert spearman(np.array([1.0, 2, 2, 3]), np.array([3.0, 2, 2, 1])) == pytest.approx(-1)
+    assert spearman(np.array([1.0, 2, 3, 4]), np.array([2.0, 1, 4, 3])) == pytest.approx(0.6)
+    assert spearman(np.array([1.0, 2]), np.array([1.0, 2])) is None
+    assert spearman(np.ones(5), np.arange(5.0)) is None
+
+
+def test_unrelated_questions_stand_apart(tmp_path: Path) -> None:
+    """Bug prevented: a control question ranked among the cues, or taught as one."""
+    samples, data = make()
+    result = assess(Fake(samples, knows_the_seam), data, [SEAM, HAT, BLUR], tmp_path)
+    assert [f.question for f in result.unrelated] == [HAT.text]
+    assert HAT.text not in [f.question for f in result.questions] and len(result.cues) == 2
+    assert HAT.text not in [row["question"] for row in result.published()]
+    assert result.random is not None
+    assert result.random["cue_questions"]["best_mean_auc"] > 0.8 > result.random["unrelated_questions"]["best_mean_auc"]
+    assert assess(Fake(samples, knows_the_seam), data, [SEAM], tmp_path / "without").random is None
+
+
+def test_top_k_as_in_the_paper(tmp_path: Path) -> None:
+    """Bug prevented: `top_k` that counts wordings, or says the other rule in the file."""
+    samples, data = make()
+    result = assess(Fake(samples, knows_the_seam), data, [TEETH, BLUR, SEAM], tmp_path, top_k=2)
+    assert [f.strong for f in result.cues] == [True, True, False]
+    assert "first k" in result.rule and result.control["cues"]["k"] == 2
+
+
+def test_weak_cues_that_nobody_covers_are_named(tmp_path: Path) -> None:
+    """Bug prevented: a blind spot of model and experts together goes unnoticed."""
+    samples, data = make()
+    eyes = CueQuestion("Are the eyes asymmetric? Answer Yes or No.", "eyes", "asymmetry", "bank")
+    nose = CueQuestion("Is there a seam at the nose? Answer Yes or No.", "nose", "blending", "bank")
+    result = assess(Fake(samples, knows_the_seam), data, [SEAM, eyes, nose], tmp_path)
+    assert result.uncovered == (("eyes", "asymmetry"),)
+    assert next(f for f in result.cues if f.area == "nose").experts == ("blending",)
+    assert "eyes · asymmetry" in table(result).split("covered by no expert:")[1].splitlines()[0]
+    assert uncovered([("jaw", "blending"), ("teeth", "expression")]) == [("teeth", "expression")]
+
+
+def test_cover_table_speaks_of_real_experts_and_cues() -> None:
+    """Bug prevented: a misspelt expert or cue in the table covers nothing, in silence."""
+    assert set(COVERS) <= set(BUILTIN)
+    for pairs in COVERS.values():
+        assert all(a in ("*", *AREAS) and b in ("*", *ARTIFACTS) for a, b in pairs)
+    assert experts_for("whole-image", "frequency") == ("clip",)
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+    """Bug prevented: a run of hours starts anew, or ends otherwise after a kill."""
+    samples, data = make(100)
+    questions = [SEAM, BLUR, HAT]
+    assess(Fake(samples, knows_the_seam), data, questions, tmp_path / "straight")
+    with pytest.raises(KeyboardInterrupt):
+        assess(Fake(samples, knows_the_seam, stop_after=3 * PART + 5), data, questions, tmp_path / "cut")
+    assert not (tmp_path / "cut" / "assessment.json").exists()
+    second = Fake(samples, knows_the_seam)
+    assess(second, data, questions, tmp_path / "cut")
+    assert len(second.seen) == 1 + 100 - 3 * PART  # one to see that the model is the same
+    for name in ("answers.parquet", "assessment.json", "table.md"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
+    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == ["answers.parquet", "assessment.json", "table.md"]
+    rows = pq.read_table(tmp_path / "cut" / "answers.parquet").to_pylist()
+    assert [r["id"] for r in rows] == [s.id for s in samples] and len(rows[0]["p_yes"]) == 3
+
+
+def test_a_larger_limit_adds_and_a_smaller_one_keeps(tmp_path: Path) -> None:
+    """Bug prevented: `--limit 20` after a long run throws the answers away; a larger one asks all again."""
+    samples, data = make(100)
+    first, second, third = (Fake(samples, knows_the_seam) for _ in range(3))
+    small = assess(first, data, [SEAM], tmp_path, limit=20)
+    assert (small.n_real, small.n_fake, len(first.seen)) == (10, 10, 20)
+    assess(second, data, [SEAM], tmp_path, limit=60)
+    assert len(second.seen) == 1 + 40
+    again = assess(third, data, [SEAM], tmp_path, limit=20)
+    assert len(third.seen) == 1 and again == small
+    assert pq.read_metadata(tmp_path / "answers.parquet").num_rows == 60
+
+
+def test_answers_of_another_model_or_picture_are_not_used(tmp_path: Path) -> None:
+    """Bug prevented: the ranking of a new model made of the old one's answers, or of another picture of the same id."""
+    samples, data = make(40)
+    assess(Fake(samples, knows_the_seam), data, [SEAM], tmp_path)
+    with pytest.raises(X2DFDError, match="another model"):
+        assess(Fake(samples, knows_the_seam, name="fake 2"), data, [SEAM], tmp_path)
+    with pytest.raises(X2DFDError, match="another model named"):
+        assess(Fake(samples, lambda s, q, r: said(0.123)), data, [SEAM], tmp_path)
+    with pytest.raises(X2DFDError, match="other questions"):
+        assess(Fake(samples, knows_the_seam), data, [BLUR], tmp_path)
+    crops = data.crops.copy()
+    crops[7, 1] = 9
+    model = Fake(samples, knows_the_seam)
+    assess(model, replace(data, crops=crops), [SEAM], tmp_path)
+    assert model.seen == ["s0", "s7"]
+
+
+def test_split_and_classes(tmp_path: Path) -> None:
+    """Bug prevented: the test split assessed in silence, or hours of questions about one class."""
+    samples, data = make(40)
+    samples = [replace(s, split="test") if i >= 30 else s for i, s in enumerate(samples)]
+    model = Fake(samples, knows_the_seam)
+    result = assess(model, replace(data, samples=samples), [SEAM], tmp_path, split="val")
+    assert result.n_real + result.n_fake == 30 and set(model.seen) == {f"s{i}" for i in range(30)}
+    reals = [s for s in samples if s.label == "real"]
+    with pytest.raises(X2DFDError, match="no usable fake"):
+        assess(model, crops_of(reals), [SEAM], tmp_path / "reals")
+    with pytest.raises(X2DFDError, match="asked twice"):
+        assess(model, data, [SEAM, SEAM], tmp_path / "twice")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"), [((float("nan"), "yes"), "outside"), ((1.5, "yes"), "outside"), ((0.5, "Yes."), "other than")]
+)
+def test_impossible_answers_stop_the_run(answer: tuple[float, str], reason: str, tmp_path: Path) -> None:
+    """Bug prevented: one NaN sorted somewhere into a ranking."""
+    samples, data = make(8)
+    with pytest.raises(X2DFDError, match=reason):
+        assess(Fake(samples, lambda s, q, r: answer), data, [SEAM], tmp_path)
+
+
+def test_undefined_is_none_and_the_file_reads_back(tmp_path: Path) -> None:
+    """Bug prevented: NaN in JSON, which no other reader takes; a field lost on the way."""
+    samples, data = make(8)
+    one = [replace(s, group="g") for s in samples]  # one group: no interval; no present teeth: no AUC
+    result = assess(Fake(one, knows_the_seam), replace(data, samples=one), [SEAM, TEETH, HAT], tmp_path)
+    text = (tmp_path / "assessment.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    teeth = next(f for f in result.cues if f.area == "teeth")
+    assert teeth.present is not None and teeth.present.auc is None and teeth.overall.interval is None
+    assert not any(f.strong for f in result.cues)
+    assert read_assessment(tmp_path / "assessment.json") == result == read_assessment(tmp_path)
+    for broken in ("{}", "[]", "not json"):
+        (tmp_path / "broken.json").write_text(broken)
+        with pytest.raises(X2DFDError, match="not an assessment"):
+            read_assessment(tmp_path / "broken.json")
+
+
+def test_question_files_are_checked(tmp_path: Path) -> None:
+    """Bug prevented: a published list, which names no cues, read as one of ours."""
+    file = tmp_path / "q.json"
+    for text in ('["Is it?"]', '{"questions": []}', '{"questions": [{"text": "x"}]}', "x"):
+        file.write_text(text)
+        with pytest.raises(X2DFDError):
+            read_questions(file)
+    half = {"text": "x", "area": "jaw", "artifact": None, "origin": "bank"}
+    file.write_text(json.dumps({"questions": [half]}))
+    with pytest.raises(X2DFDError, match="half a cue"):
+        read_questions(file)
+    assert len(read_questions(BANK)) >= 120
+
+
+# --- for people -----------------------------------------------------------------------------------------------------
+
+
+def test_chart_is_drawn_and_can_do_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: an assessment of hours that ends in a traceback for want of a drawing library."""
+    pytest.importorskip("matplotlib")
+    samples, data = make(40)
+    result = assess(Fake(samples, knows_the_seam), data, [SEAM, BLUR, TEETH], tmp_path)
+    assert chart(result, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    assert min(pixels.shape[:2]) > 300 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert not chart(result, tmp_path / "b.png") and not (tmp_path / "b.png").exists()
+
+
+def test_import_is_light() -> None:
+    """Bug prevented: reading an assessment file loads torch, or the library needs a room that the wheel leaves out."""
+    code = (
+        "import sys, x2dfd.assessment; print(any(m in sys.modules for m in ('torch', 'data_gen', 'matplotlib', 'cv2')))"
+    )
+    root = Path(__file__).resolve().parents[1]
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
+
+
+def test_the_command_from_manifest_to_files(
+    astronaut: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bug prevented: parts that fit alone and not together: manifest, crops, shipped questions, model, files."""
+    Image.fromarray(astronaut).save(tmp_path / "a.png")
+    Image.fromarray(astronaut[:, ::-1]).save(tmp_path / "b.png")
+    (tmp_path / "m.csv").write_text("path,label,group\na.png,real,a\nb.png,fake,b\n")
+
+    class Loaded:
+        class mllm:
+            name = "stand-in"
+
+            @staticmethod
+            def yes_no(crop: NDArray[np.uint8], questions: Sequence[str]) -> Said:
+                assert crop.shape == (224, 224, 3)
+                return Said(np.full(len(questions), float(crop[..., 0].mean() / 255)), ("yes",) * len(questions))
+
+    monkeypatch.setattr(x2dfd, "load", lambda model, **options: Loaded)
+    run_assess(tmp_path / "m.csv", tmp_path / "out")
+    result = read_assessment(tmp_path / "out")
+    assert len(result.questions) == len(read_questions(BANK)) and result.model == "stand-in"
+    assert result.manifest_sha256 is not None and len(result.manifest_sha256) == 64
+    printed = capsys.readouterr().out
+    assert "# What stand-in sees" in printed and str(tmp_path / "out" / "assessment.json") in printed

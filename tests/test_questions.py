@@ -1,0 +1,235 @@
+"""Cue questions: a yes is evidence of forgery, of exactly the cue it is filed under."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import typer
+from numpy.typing import NDArray
+from typer.testing import CliRunner
+
+from data_gen.forge import METHODS, Photo, forge
+from data_gen.questions import (
+    CueQuestion,
+    add_commands,
+    bank,
+    connect,
+    fault,
+    generate,
+    random_questions,
+    read_published,
+    read_questions,
+    write_questions,
+)
+from x2dfd.assessment import BANK
+from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.explain import read_cues
+from x2dfd.faces import find_faces
+from x2dfd.types import AREAS, ARTIFACTS
+
+
+def cues(questions: Sequence[CueQuestion]) -> set[tuple[str, str]]:
+    return {(q.area, q.artifact) for q in questions if q.area and q.artifact}
+
+
+# --- our bank -------------------------------------------------------------------------------------------------------
+
+
+def test_bank_is_large_and_without_repetition() -> None:
+    """Bug prevented: one question twice counts twice in every mean; an area or artifact that is never asked about."""
+    questions = bank()
+    assert len(questions) >= 120
+    assert len({re.sub(r"\W+", " ", q.text.lower()) for q in questions}) == len(questions)
+    assert {q.area for q in questions} == set(AREAS) and {q.artifact for q in questions} == set(ARTIFACTS)
+    lengths = [len(q.text.removesuffix(" Answer Yes or No.").split()) for q in questions]
+    assert max(lengths) <= 16 and 9 <= np.mean(lengths) <= 13  # about eleven words, as published
+
+
+def test_every_yes_asserts_its_own_cue() -> None:
+    """Bug prevented: a question filed under the wrong cue, or one whose yes means real."""
+    assert [(q.text, fault(q.text, str(q.area), str(q.artifact))) for q in bank()] == [(q.text, None) for q in bank()]
+
+
+def test_only_what_a_viewer_could_speak_of() -> None:
+    """Bug prevented: "teeth expression": pairs filled in mechanically."""
+    faces = {"forehead", "eyebrows", "eyes", "mouth", "cheeks", "whole-image"}
+    assert {a for a, b in cues(bank()) if b == "expression"} <= faces
+    assert len(cues(bank())) < len(AREAS) * len(ARTIFACTS)
+
+
+def test_bank_asks_about_everything_the_forge_makes(astronaut: NDArray[np.uint8]) -> None:
+    """Bug prevented: a forged cue that no question asks about is never assessed, so never taught."""
+    face = find_faces(astronaut)[0]
+    x, y, w, h = (round(v) for v in face.box)
+    region = astronaut[max(0, y - h // 3) : y + h + h // 3, max(0, x - w // 3) : x + w + w // 3]
+    scale = 128 / region.shape[0]
+    points = (face.landmarks - [max(0, x - w // 3), max(0, y - h // 3)]) * scale
+    small = cv2.resize(region, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    photo = Photo(np.asarray(small, np.uint8), points.astype(np.float32), "s", "g")
+    made: set[tuple[str, str]] = set()
+    for method in METHODS.values():
+        for seed in range(40):
+            forgery = forge(photo, method, np.random.default_rng(seed), photo)
+            made |= {(c.area, c.artifact) for c in forgery.cues}
+    assert len(made) > 40
+    assert made - cues(bank()) == set()
+
+
+def test_shipped_file_is_the_bank() -> None:
+    """Bug prevented: the bank is edited and `x2dfd assess` still asks the old questions.
+
+    Write it anew: python -m data_gen questions --out x2dfd/questions.json
+    """
+    assert read_questions(BANK) == bank()
+
+
+# --- control --------------------------------------------------------------------------------------------------------
+
+
+def test_unrelated_questions_have_nothing_to_do_with_forgery() -> None:
+    """Bug prevented: a control that asks about an artifact, repeats itself, or differs from run to run."""
+    questions = random_questions(30, np.random.default_rng(1))
+    assert len({q.text for q in questions}) == 30
+    assert questions == random_questions(30, np.random.default_rng(1)) != random_questions(30, np.random.default_rng(2))
+    for q in questions:
+        assert q.area is None and q.origin == "random" and q.text.endswith("? Answer Yes or No.")
+        assert read_cues(q.text) == ()
+    with pytest.raises(X2DFDError, match="not 1000"):
+        random_questions(1000, np.random.default_rng(0))
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_questions_read_back_with_their_provenance(tmp_path: Path) -> None:
+    """Bug prevented: quotes or signs in a question break the file; the prompt of a generated set is lost."""
+    odd = CueQuestion('Does the "skin" look waxy – or plastic? Answer Yes or No.', "skin", "texture", "generated:m")
+    questions = [odd, *random_questions(2, np.random.default_rng(0))]
+    write_questions(tmp_path / "q.json", questions, {"model": "m", "prompt": "p"})
+    assert read_questions(tmp_path / "q.json") == questions
+    assert json.loads((tmp_path / "q.json").read_text("utf-8"))["provenance"] == {"model": "m", "prompt": "p"}
+
+
+@pytest.mark.parametrize("shape", ["strings", "results"])
+def test_published_lists_get_cues_where_they_name_one(shape: str, tmp_path: Path) -> None:
+    """Bug prevented: a guessed cue for a question that names none; a question that is dropped in silence."""
+    texts = [
+        "Is the overall impression strange to you? Answer Yes or No.",
+        "Is there a visible seam along the jaw? Answer Yes or No.",
+        "Is there a visible  seam along the jaw? Answer yes or no.",
+        "Do the eyes look natural? Answer Yes or No.",
+    ]
+    rows = texts if shape == "strings" else [{"question": t, "real_accuracy": 0.5} for t in texts]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    read = read_published(tmp_path / "list.json")
+    assert [(q.text, q.area, q.artifact) for q in read] == [
+        (texts[1], "jaw", "blending"),
+        (texts[0], None, None),
+        (texts[3], None, None),
+    ]
+    assert {q.origin for q in read} == {"published:list.json"}
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "[1]", '[{"text": "x"}]', "no json"])
+def test_other_lists_are_refused(text: str, tmp_path: Path) -> None:
+    """Bug prevented: an empty question set that assesses nothing, or a traceback for a wrong file."""
+    (tmp_path / "list.json").write_text(text)
+    with pytest.raises(X2DFDError, match="not a list of questions"):
+        read_published(tmp_path / "list.json")
+
+
+# --- generated ------------------------------------------------------------------------------------------------------
+
+
+class Client:
+    """The shape of an OpenAI client, answering from a list."""
+
+    def __init__(self, *replies: str) -> None:
+        self.replies, self.requests = list(replies), list[dict[str, Any]]()
+        self.chat = SimpleNamespace(completions=SimpleNamespace(create=self._create))
+
+    def _create(self, **request: Any) -> Any:
+        self.requests.append(request)
+        message = SimpleNamespace(content=self.replies.pop(0))
+        return SimpleNamespace(choices=[SimpleNamespace(message=message)])
+
+
+def entry(question: str, area: str, artifact: str) -> dict[str, str]:
+    return {"question": question, "area": area, "artifact": artifact}
+
+
+SEAM = entry("Is there a visible seam along the jaw? Answer Yes or No.", "jaw", "blending")
+BLUR = entry("Are the eyes strangely blurred? Answer Yes or No.", "eyes", "blur")
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (entry("Do the eyes look natural? Answer Yes or No.", "eyes", "texture"), "plainly assert"),
+        (entry("Is the jaw free of seams? Answer Yes or No.", "jaw", "blending"), "plainly assert"),
+        (entry("Does the light on the face match the scene? Answer Yes or No.", "skin", "lighting"), "plainly assert"),
+        (entry("Is there a seam along the jaw? Answer Yes or No.", "nose", "blending"), "plainly assert"),
+        (entry("Is there a seam along the jaw?", "jaw", "blending"), "does not end"),
+        (entry("Is there a seam along the chin strap? Answer Yes or No.", "strap", "blending"), "vocabulary"),
+        ({"question": "Is it fake? Answer Yes or No."}, "vocabulary"),
+        (SEAM, "said before"),
+    ],
+)
+def test_what_a_model_writes_is_checked(bad: dict[str, str], reason: str) -> None:
+    """Bug prevented: a question whose yes means real, or whose cue is not ours, enters the ranking."""
+    made = generate(Client(json.dumps({"questions": [SEAM, bad, BLUR]})), "m", 2)
+    assert [q.text for q in made.questions] == [SEAM["question"], BLUR["question"]]
+    assert {q.origin for q in made.questions} == {"generated:m"}
+    assert len(made.rejected) == 1 and reason in made.rejected[0]["reason"]
+
+
+def test_generation_asks_again_and_says_how_it_asked() -> None:
+    """Bug prevented: one bad reply ends the run, or the same question is asked for again and again."""
+    known = [CueQuestion(SEAM["question"], "jaw", "blending", "bank")]
+    client = Client("Sorry, I cannot.", "```json\n" + json.dumps({"questions": [SEAM, BLUR]}) + "\n```")
+    made = generate(client, "m", 1, known=known, seed=7)
+    assert [q.text for q in made.questions] == [BLUR["question"]]
+    assert [r["reason"] for r in made.rejected] == ["the reply is not the JSON that was asked for", "said before"]
+    assert "seam along the jaw" in client.requests[0]["messages"][0]["content"]
+    assert [r["seed"] for r in client.requests] == [7, 8]
+    assert made.provenance()["model"] == "m" and "evidence of forgery" in made.provenance()["prompt"]
+
+
+def test_generation_that_falls_short_is_an_error() -> None:
+    """Bug prevented: a set smaller than asked for passes as whole."""
+    with pytest.raises(X2DFDError, match="gave 1 usable questions of 3"):
+        generate(Client(json.dumps({"questions": [SEAM]}), "{}"), "m", 3)
+
+
+def test_without_openai_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: an ImportError traceback, or the package needed for the plain bank."""
+    monkeypatch.setitem(__import__("sys").modules, "openai", None)
+    with pytest.raises(SetupError, match="pip install"):
+        connect("http://localhost:1/v1")
+
+
+# --- command --------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_bank_control_and_published(tmp_path: Path) -> None:
+    """Bug prevented: `--published` that still writes the bank; a control set that changes with every call."""
+    app = typer.Typer(pretty_exceptions_enable=False)
+    add_commands(app)
+    app.callback()(lambda: None)
+    runner, out = CliRunner(), tmp_path / "q.json"
+    for _ in range(2):
+        result = runner.invoke(app, ["questions", "--out", str(out), "--unrelated", "5"])
+        assert result.exit_code == 0, result.output
+        read = read_questions(out)
+        assert read[:-5] == bank() and read[-5:] == random_questions(5, np.random.default_rng(0))
+    (tmp_path / "list.json").write_text(json.dumps([SEAM["question"], "Is it odd? Answer Yes or No."]))
+    result = runner.invoke(app, ["questions", "--out", str(out), "--published", str(tmp_path / "list.json")])
+    assert [q.area for q in read_questions(out)] == ["jaw", None] and "1 without a readable cue" in result.output
