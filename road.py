@@ -1,4 +1,4 @@
-"""The whole road of one model on a small sample, on a CPU: each stage by its own command, each reading the file before it.
+"""The whole road of one model on a small sample, on a CPU: each stage a command that reads the file of the one before.
 
     python road.py --out build/road                      photos made from one that scikit-image carries
     python road.py --out build/road --data MANIFEST      photos (and ready-made fakes) of your own
@@ -40,18 +40,29 @@ def make_photos(out: Path) -> Path:
     rows = []
     for person in range(PEOPLE):
         rng = np.random.default_rng(person)
-        face = Photo(pixels if person % 2 else np.ascontiguousarray(pixels[:, ::-1]), landmarks, "made", f"person-{person}")
+        face = Photo(
+            pixels if person % 2 else np.ascontiguousarray(pixels[:, ::-1]), landmarks, "made", f"person-{person}"
+        )
         if person % 2 == 0:
             face = Photo(face.pixels, find_faces(face.pixels)[0].landmarks, face.source, face.group)
         for method in ("area_warp", "expression", "area_warp"):
-            face = Photo(forge(face, METHODS[method], rng, strength=0.4).pixels, face.landmarks, face.source, face.group)
-        face = Photo(forge(face, HARMLESS["global_tone"], rng, strength=0.5).pixels, face.landmarks, face.source, face.group)
+            face = Photo(
+                forge(face, METHODS[method], rng, strength=0.4).pixels, face.landmarks, face.source, face.group
+            )
+        face = Photo(
+            forge(face, HARMLESS["global_tone"], rng, strength=0.5).pixels, face.landmarks, face.source, face.group
+        )
         split = "val" if person % 6 == 5 else "train"
-        for kind, image in (("real", face.pixels), ("fake", forge(face, METHODS["resynthesise"], rng, strength=0.9).pixels)):
+        for kind, image in (
+            ("real", face.pixels),
+            ("fake", forge(face, METHODS["resynthesise"], rng, strength=0.9).pixels),
+        ):
             path = f"photos/{person:02d}-{kind}.jpg"
             cv2.imwrite(str(out / path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 94])
             made = kind == "fake"
-            rows.append([path, kind, "resynthesised" if made else "none", "EFS" if made else "real", "made", face.group, split])
+            rows.append(
+                [path, kind, "resynthesised" if made else "none", "EFS" if made else "real", "made", face.group, split]
+            )
     with manifest.open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["path", "label", "method", "df_class", "source", "group", "split"])
@@ -59,13 +70,12 @@ def make_photos(out: Path) -> Path:
     return manifest
 
 
-def stage(title: str, *command: str | Path) -> None:
-    """Run one command as a user would, with this interpreter; the road ends at the first that fails."""
-    program, *arguments = map(str, command)
-    print(f"\n=== {title}\n$ {' '.join([program, *arguments])}", flush=True)
+def stage(title: str, *command: str | Path | float) -> None:
+    """Run one command with this interpreter, as a user would; the road ends at the first that fails."""
+    words = [str(word) for word in command]
+    print(f"\n=== {title}\n$ python {' '.join(words)}", flush=True)
     start = time.monotonic()
-    module = [] if program == "python" else ["-m", "x2dfd.cli"]
-    done = subprocess.run([sys.executable, *module, *arguments], check=False)
+    done = subprocess.run([sys.executable, *words], check=False)
     if done.returncode:
         sys.exit(f"road: {title!r} ended with exit code {done.returncode}")
     print(f"--- {time.monotonic() - start:.0f} s", flush=True)
@@ -74,7 +84,9 @@ def stage(title: str, *command: str | Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/road"))
-    parser.add_argument("--data", type=Path, help="manifest with real photos and some ready-made fakes, splits train and val")
+    parser.add_argument(
+        "--data", type=Path, help="manifest with real photos and some ready-made fakes, splits train and val"
+    )
     parser.add_argument("--count", type=int, default=96, help="pictures to forge")
     arguments = parser.parse_args()
     out: Path = arguments.out
@@ -83,26 +95,34 @@ def main() -> None:
     photos = arguments.data or make_photos(out)
     forged, experts, adapter = out / "forged" / "manifest.jsonl", out / "experts", out / "adapter"
 
-    stage("forge: photos to forgeries with known cues",
-          "python", "-m", "data_gen", "forge", "--data", photos, "--out", out / "forged", "--count", str(arguments.count),
-          "--ready-made", "0.2", "--calib", "0.3", "--workers", "2")  # fmt: skip
-    stage("expert: blending", "python", "-m", "external_detectors.train", "blending", "--data", forged, "--out", experts,
-          "--state", out / "blending", "--steps", "8", "--batch", "8", "--from-scratch")  # fmt: skip
-    stage("experts: clip and forgery, and the tower's features", "python", "-m", "external_detectors.train", "clip",
-          "--data", forged, "--out", experts, "--oof", out / "oof.json", "--keep", "5,8,11")  # fmt: skip
-    stage("questions", "python", "-m", "data_gen", "questions", "--out", out / "questions.json")
-    stage("assess: which cues can the model see?", "x2dfd", "assess", "--data", forged, "--out", out / "mfa",
-          "--questions", out / "questions.json", "--limit", "6")  # fmt: skip
-    stage("build: the instruction set", "python", "-m", "data_gen", "build", "--data", forged, "--out", out / "instructions",
-          "--assessment", out / "mfa" / "assessment.json", "--expert-weights", experts, "--oof", out / "oof.json")  # fmt: skip
-    stage("fine-tune", "python", "-m", "finetune", "--config", "finetune/road.yaml",
-          "--set", f"instructions={out}/instructions/instructions.jsonl", "--set", f"manifest={forged}",
-          "--set", f"expert_weights={experts}", "--set", f"cached_features={out}/forged/.tower", "--set", f"out={adapter}")  # fmt: skip
-    stage("calibrate", "python", "-m", "finetune.calibrate", "--adapter", adapter, "--data", forged)
-    stage("score", "python", "eval/run_bench.py", "detect", "--data", forged, "--split", "val", "--model", adapter,
-          "--out", out / "bench", "--bootstrap", "200")  # fmt: skip
-    stage("detect with the adapter just made", "x2dfd", "detect", next(iter(sorted((out / "forged" / "images").rglob("*.jpg")))),
-          "--model", adapter, "--report", out / "report.html")  # fmt: skip
+    forge = ["-m", "data_gen", "forge", "--data", photos, "--out", out / "forged", "--count", arguments.count]
+    stage("forge: photos to forgeries with known cues", *forge, "--ready-made", 0.2, "--calib", 0.3, "--workers", 2)
+    train = ["-m", "external_detectors.train"]
+    blending = ["blending", "--data", forged, "--out", experts, "--state", out / "blending", "--from-scratch"]
+    stage("expert: blending", *train, *blending, "--steps", 8, "--batch", 8)
+    heads = ["clip", "--data", forged, "--out", experts, "--oof", out / "oof.json", "--keep", "5,8,11"]
+    stage("experts: clip and forgery, and the tower's features", *train, *heads)
+    stage("questions", "-m", "data_gen", "questions", "--out", out / "questions.json")
+    assess = ["--data", forged, "--out", out / "mfa", "--questions", out / "questions.json", "--limit", 6]
+    stage("assess: which cues can the model see?", "-m", "x2dfd.cli", "assess", *assess)
+    build = ["--data", forged, "--out", out / "instructions", "--assessment", out / "mfa" / "assessment.json"]
+    build += ["--expert-weights", experts, "--oof", out / "oof.json"]
+    stage("build: the instruction set", "-m", "data_gen", "build", *build)
+    settings = {
+        "instructions": out / "instructions" / "instructions.jsonl",
+        "manifest": forged,
+        "expert_weights": experts,
+        "cached_features": out / "forged" / ".tower",
+        "out": adapter,
+    }
+    chosen = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    stage("fine-tune", "-m", "finetune", "--config", "finetune/road.yaml", *chosen)
+    stage("calibrate", "-m", "finetune.calibrate", "--adapter", adapter, "--data", forged)
+    bench = ["--data", forged, "--split", "val", "--model", adapter, "--out", out / "bench", "--bootstrap", 200]
+    stage("score", "eval/run_bench.py", "detect", *bench)
+    picture = sorted((out / "forged" / "images").rglob("*.jpg"))[0]
+    show = [picture, "--model", adapter, "--report", out / "report.html"]
+    stage("detect with the adapter just made", "-m", "x2dfd.cli", "detect", *show)
     print(f"\nroad: done in {time.monotonic() - start:.0f} s; the adapter is {adapter}, the page {out / 'report.html'}")
 
 

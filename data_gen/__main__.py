@@ -61,7 +61,7 @@ def forge(
 
 _BUILD_EPILOG = """Examples:\n
   python -m data_gen build --data build/forged/manifest.jsonl --out build/instructions\n
-  python -m data_gen build --data build/forged/manifest.jsonl --assessment build/mfa/assessment.json --out build/instructions
+  python -m data_gen build --data build/forged/manifest.jsonl --out build/instructions --assessment build/mfa.json
 """
 
 

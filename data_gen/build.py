@@ -21,6 +21,7 @@ from data_gen.writers import class_answer, distinct_n, write_explanation
 from x2dfd import prompts
 from x2dfd.assessment import read_assessment, strong_cues
 from x2dfd.crops import CropSet, load_crops
+from x2dfd.errors import X2DFDError
 from x2dfd.experts import DEFAULT, load_expert
 from x2dfd.files import file_sha256, write_text
 from x2dfd.manifest import Sample
@@ -47,12 +48,18 @@ class BuildConfig:
 def build(config: BuildConfig, out: Path, out_of_fold: Mapping[str, Mapping[str, float]] | None = None) -> Path:
     """Write `instructions.jsonl`, a Parquet copy, and `card.json` with counts into `out`; returns the JSONL's path.
 
-    `out_of_fold`: expert -> sample id -> score of a model that did not see the sample; used instead of the expert itself,
-    whose scores on its own training pictures would be too good to be true.
+    `out_of_fold`: expert -> sample id -> score of a model that did not see the sample; used instead of the expert
+    itself, whose scores on its own training pictures would be too good to be true. Raises X2DFDError when the class of
+    a fake is not known, or when nothing is left to build from.
     """
     data = load_crops(Path(config.data))
     strong = set(strong_cues(read_assessment(Path(config.assessment)))) if config.assessment else None
     rows = [i for i, s in enumerate(data.samples) if s.split in ("train", "calib")][: config.limit]
+    unclear = [data.samples[i].id for i in rows if data.samples[i].label == "fake" and not data.samples[i].df_class]
+    if unclear:
+        raise X2DFDError(
+            f"{config.data}: {len(unclear)} fakes without df_class (FS, FR, FE, EFS), such as {unclear[0]}"
+        )
     scores = expert_scores(data, rows, config, out_of_fold or {})
     records: list[dict[str, Any]] = []
     for i in rows:
@@ -61,6 +68,8 @@ def build(config: BuildConfig, out: Path, out_of_fold: Mapping[str, Mapping[str,
             continue
         rng = np.random.default_rng([config.seed, i])
         records += list(_records(sample, i, scores[sample.id], strong, config, rng))
+    if not records:
+        raise X2DFDError(f"{config.data}: no usable picture of split train or calib to build from")
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
     write_text(out / "instructions.jsonl", text)
     _write_parquet(out / "instructions.parquet", records)
@@ -77,7 +86,9 @@ def expert_scores(
     for name in config.experts:
         known = out_of_fold.get(name, {})
         missing = [i for i in rows if data.samples[i].id not in known]
-        found = {data.samples[i].id: Evidence(name, known[data.samples[i].id]) for i in rows if data.samples[i].id in known}
+        found = {
+            data.samples[i].id: Evidence(name, known[data.samples[i].id]) for i in rows if data.samples[i].id in known
+        }
         expert = load_expert(name, weights) if missing else None
         for start in track(range(0, len(missing), 16), f"{name} scores", disable=len(missing) < 64):
             part = missing[start : start + 16]
@@ -100,18 +111,24 @@ def view_face(data: CropSet, i: int, view_seed: int) -> Face:
 
 
 def _records(
-    sample: Sample, index: int, evidence: list[Evidence], strong: set[tuple[str, str]] | None, config: BuildConfig, rng: np.random.Generator
+    sample: Sample,
+    index: int,
+    evidence: list[Evidence],
+    strong: set[tuple[str, str]] | None,
+    config: BuildConfig,
+    rng: np.random.Generator,
 ) -> Iterator[dict[str, Any]]:
     """The conversations about one picture: verdict with scores, verdict without, class, cue questions."""
     cues = [c for c in sample.cues if strong is None or (c.area, c.artifact) in strong]
     label = sample.label
-    explanation = write_explanation(label, tuple(cues), sample.df_class, rng)
+    df_class = sample.df_class or "real"
+    explanation = write_explanation(label, tuple(cues), df_class, rng)
     shown = corrupted(evidence, config.corrupt, rng) if sample.split == "train" else evidence
     common = {
         "image": sample.id,
         "row": index,
         "label": label,
-        "df_class": sample.df_class,
+        "df_class": df_class,
         "cues": [asdict(c) for c in sample.cues],
         "mask": str(sample.mask) if sample.mask else None,
         "dataset": sample.source,
@@ -127,8 +144,7 @@ def _records(
 
     yield record("detect", prompts.verdict_question(shown), prompts.verdict_answer(label, explanation, shown))
     yield record("detect_plain", prompts.QUESTION, prompts.verdict_answer(label))
-    if sample.df_class:
-        yield record("classify", prompts.CLASS_QUESTION, class_answer(sample.df_class, rng))
+    yield record("classify", prompts.CLASS_QUESTION, class_answer(df_class, rng))
     for number, (question, yes) in enumerate(_cue_questions(sample, config.cue_questions, rng)):
         yield record(f"cue{number}", question.text, "Yes" if yes else "No")
 

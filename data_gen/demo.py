@@ -33,7 +33,11 @@ def make_pair(out: Path, method: str = "self_blend", strength: float = 0.9, seed
     for name, image in (("real.jpg", pixels), ("forged.jpg", forged.pixels)):
         cv2.imwrite(str(out / name), cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95])
     cv2.imwrite(str(out / "mask.png"), forged.mask)
-    truth = {"method": forged.method, "strength": forged.strength, "cues": [f"{c.area}: {c.artifact}" for c in forged.cues]}
+    truth = {
+        "method": forged.method,
+        "strength": forged.strength,
+        "cues": [f"{c.area}: {c.artifact}" for c in forged.cues],
+    }
     (out / "truth.json").write_text(json.dumps(truth, indent=1) + "\n")
     return out / "real.jpg", out / "forged.jpg"
 

@@ -200,10 +200,11 @@ def self_blend(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> 
     base = photo.pixels
     mask, seam = _blend_mask(photo, rng)
     cues = [(seam, "blending")]
-    other = base.astype(np.float32)
+    other: Array = base.astype(np.float32)
     amount = 0.25 + 0.75 * strength
     # One of the two layers is changed, at random: a seam may lie on either side.
-    kinds = list(rng.choice(["tone", "blur", "sharpen", "down", "codec", "noise"], size=rng.integers(1, 4), replace=False))
+    known = ["tone", "blur", "sharpen", "down", "codec", "noise"]
+    kinds = list(rng.choice(known, size=rng.integers(1, 4), replace=False))
     if strength > 0.5 and "tone" not in kinds:
         kinds.append("tone")
     for kind in kinds:
@@ -217,7 +218,8 @@ def self_blend(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> 
         elif kind == "sharpen":
             other = np.clip(other + (other - soft(other, 1.2)) * rng.uniform(0.3, 1.2) * amount, 0, 255)
         elif kind == "down":
-            other = rescale(other, 1 - rng.uniform(0.2, 0.6) * amount, int(rng.choice([cv2.INTER_LINEAR, cv2.INTER_CUBIC])))
+            factor = 1 - rng.uniform(0.2, 0.6) * amount
+            other = rescale(other, factor, int(rng.choice([cv2.INTER_LINEAR, cv2.INTER_CUBIC])))
             cues.append(("skin", "blur"))
         elif kind == "codec":
             other = codec(other, ".jpg", int(95 - 60 * amount * rng.uniform(0.5, 1))).astype(np.float32)
@@ -225,12 +227,13 @@ def self_blend(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> 
             other = other + rng.standard_normal(other.shape).astype(np.float32) * rng.uniform(1, 7) * amount
             cues.append(("skin", "noise"))
     changed_is_inner = rng.random() < 0.6
-    inner, outer = (other, base.astype(np.float32)) if changed_is_inner else (base.astype(np.float32), other)
+    inner: Array = other if changed_is_inner else base.astype(np.float32)
+    outer: Array = base.astype(np.float32) if changed_is_inner else other
     size = _face_size(photo)
     # The inner layer moves a little: real swaps never sit exactly.
     shift, turn, zoom = rng.uniform(-0.03, 0.03, 2) * size, rng.uniform(-2, 2), rng.uniform(0.96, 1.05)
     centre = photo.landmarks[list(OVAL)].mean(0)
-    matrix = cv2.getRotationMatrix2D((float(centre[0]), float(centre[1])), turn, zoom)
+    matrix: Array = cv2.getRotationMatrix2D((float(centre[0]), float(centre[1])), turn, zoom)
     matrix[:, 2] += shift
     dims = (base.shape[1], base.shape[0])
     inner = cv2.warpAffine(inner, matrix, dims, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
@@ -298,8 +301,9 @@ def _bulge(photo: Photo, centre: Array, radius: float, zoom: float, shift: Array
     yy, xx = np.mgrid[0 : photo.pixels.shape[0], 0 : photo.pixels.shape[1]].astype(np.float32)
     dx, dy = xx - centre[0], yy - centre[1]
     fade = np.clip(1 - (dx**2 + dy**2) / radius**2, 0, 1) ** 1.5
-    maps = (xx - dx * zoom * fade - shift[0] * fade, yy - dy * zoom * fade - shift[1] * fade)
-    return _remap(photo.pixels, (maps[0].astype(np.float32), maps[1].astype(np.float32))), (fade > 0.05).astype(np.float32)
+    to_x, to_y = (xx - dx * zoom * fade - shift[0] * fade, yy - dy * zoom * fade - shift[1] * fade)
+    mask = (fade > 0.05).astype(np.float32)
+    return _remap(photo.pixels, (to_x.astype(np.float32), to_y.astype(np.float32))), mask
 
 
 def area_warp(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
@@ -383,7 +387,7 @@ def blur_mismatch(photo: Photo, donor: Photo | None, strength: float, rng: Rng) 
 
 def noise_mismatch(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
     area = _pick(rng, *_LOCAL)
-    grain = rng.standard_normal(photo.pixels.shape).astype(np.float32)
+    grain: Array = rng.standard_normal(photo.pixels.shape).astype(np.float32)
     grain = soft(grain, rng.uniform(0.3, 0.9)) * 1.6 if rng.random() < 0.5 else grain
     new = photo.pixels.astype(np.float32) + grain * (5 + 15 * strength)
     alpha = soft(_mask(photo, area, 0.02), 0.01 * _face_size(photo))
@@ -414,7 +418,7 @@ def _dct_thin(pixels: Array, block: int, keep: float) -> Array:
 def _upsample_trace(pixels: Array, rng: Rng) -> Array:
     """Halve, then double as a generator's decoder does: nearest or zero-insertion with a small random kernel."""
     height, width = pixels.shape[0] // 2 * 2, pixels.shape[1] // 2 * 2
-    x = pixels[:height, :width].astype(np.float32)
+    x: Array = pixels[:height, :width].astype(np.float32)
     small = cv2.resize(x, (width // 2, height // 2), interpolation=cv2.INTER_AREA)
     small = small + (small - soft(small, 0.8)) * rng.uniform(0.3, 1.2)
     sparse = rng.random() < 0.5
@@ -553,7 +557,8 @@ def glasses(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Mad
     tilt = float(np.degrees(np.arctan2(*(centres[1] - centres[0])[::-1])))
     for c in centres:
         cv2.ellipse(out, (int(c[0]), int(c[1])), radii, tilt, 0, 360, colour, thick, cv2.LINE_AA)
-    for a, b in ((p[193], p[417]), (p[33] - (p[133] - p[33]) * 0.4, p[127]), (p[263] - (p[362] - p[263]) * 0.4, p[356])):
+    temples = ((p[33] - (p[133] - p[33]) * 0.4, p[127]), (p[263] - (p[362] - p[263]) * 0.4, p[356]))
+    for a, b in ((p[193], p[417]), *temples):
         cv2.line(out, (int(a[0]), int(a[1])), (int(b[0]), int(b[1])), colour, thick, cv2.LINE_AA)
     return _everywhere(out, photo)
 

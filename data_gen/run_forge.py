@@ -24,6 +24,7 @@ from rich.progress import track
 from data_gen.forge import HARMLESS, METHODS, Forgery, Photo, forge
 from x2dfd.errors import InputError, UnknownName, X2DFDError
 from x2dfd.faces import find_faces
+from x2dfd.files import write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest, write_manifest
 from x2dfd.media import load_picture
 
@@ -61,17 +62,22 @@ class _Source:
         self.config = config
         samples = read_manifest(config.data)
         self.tree: dict[str, dict[str, dict[str, dict[str, list[Sample]]]]] = {"real": {}, "fake": {}}
+        split_by_group: dict[str, str] = {}  # a row without a split counts as train: its group may stand elsewhere
         for s in samples:
             split = split_of(s, config.calib)
             if config.splits and split not in config.splits:
                 continue
             by_source = self.tree[s.label].setdefault(split, {}).setdefault(s.source, {})
             by_source.setdefault(s.group, []).append(s)
+            if split_by_group.setdefault(s.group, split) != split:
+                raise X2DFDError(f"{config.data}: group {s.group!r} is in {split!r} and in {split_by_group[s.group]!r}")
         if not self.tree["real"]:
             raise X2DFDError(f"{config.data}: no real photos to forge from")
+        if config.ready_made and not self.tree["fake"]:
+            raise X2DFDError(f"{config.data}: no fakes to pass through, but their share is {config.ready_made}")
         # Frames of one clip are near copies: a group counts as ten pictures at most.
         self.sizes = {
-            (label, split): {source: sum(min(len(g), 10) for g in groups.values()) for source, groups in sources.items()}
+            (label, split): {name: sum(min(len(g), 10) for g in groups.values()) for name, groups in sources.items()}
             for label, splits in self.tree.items()
             for split, sources in splits.items()
         }
@@ -105,7 +111,7 @@ def _photo(path: str, source: str, group: str, side: int) -> Photo | None:
     half = max(w, h) * REGION / 2
     cx, cy = x + w / 2, y + h / 2
     x0, y0 = max(0, round(cx - half)), max(0, round(cy - half))
-    region = pixels[y0 : round(cy + half), x0 : round(cx + half)]
+    region: np.ndarray[Any, Any] = pixels[y0 : round(cy + half), x0 : round(cx + half)]
     scale = min(1.0, side / max(region.shape[:2]))
     points = faces[0].landmarks - np.array([x0, y0], np.float32)
     if scale < 1:
@@ -156,7 +162,7 @@ def _item(source: _Source, out: Path, index: int) -> dict[str, Any]:
     row: dict[str, Any] = {"id": f"{config.seed}-{index:06d}", "path": f"images/{index // 1000:03d}/{index:06d}.jpg"}
     file = out / row["path"]
     file.parent.mkdir(parents=True, exist_ok=True)
-    if kind < config.ready_made and source.tree["fake"]:
+    if kind < config.ready_made:
         split = source.draw_split("fake", rng)
         sample, photo = _draw_photo(source, "fake", split, rng)
         row |= {"label": "fake", "method": sample.method, "df_class": sample.df_class, "cues": []}
@@ -183,7 +189,8 @@ def _item(source: _Source, out: Path, index: int) -> dict[str, Any]:
                     max(made.strength, more.strength),
                 )
             mask = file.with_suffix(".mask.png")
-            cv2.imwrite(str(mask), made.mask)
+            if not cv2.imwrite(str(mask), made.mask):
+                raise X2DFDError(f"could not write {mask}")
             row |= {"label": "fake", "mask": str(Path(row["path"]).with_suffix(".mask.png"))}
         elif kind < config.forged + (1 - config.forged) * config.harmless:
             made = forge(photo, HARMLESS[str(rng.choice(list(HARMLESS)))], rng)
@@ -236,21 +243,30 @@ def _finished(part: Path) -> list[dict[str, Any]]:
 def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
     """Make (or finish) a forge run; returns the path of its `manifest.jsonl`.
 
-    Raises X2DFDError when `out` holds another run, UnknownName for a method that does not exist.
+    Raises X2DFDError when `out` holds another run or the input cannot be forged from, UnknownName for a method that
+    does not exist.
     """
     for name in config.methods:
         if name not in METHODS:
             raise UnknownName("forge method", name, METHODS)
+    for share in ("forged", "harmless", "combine", "ready_made", "calib"):
+        if not 0 <= getattr(config, share) <= 1:
+            raise X2DFDError(f"{share} is a share, from 0 to 1; it is {getattr(config, share)}")
+    if config.combine and all(METHODS[name].needs_donor for name in config.methods):
+        raise X2DFDError(f"nothing to combine with: {', '.join(config.methods)} need a donor; add another method")
+    _Source(config)  # refuses a bad manifest here, where it is one line; in a worker it would break the pool
     manifest, part = out / "manifest.jsonl", out / "manifest.part.jsonl"
     settings = {**asdict(config), "data": manifest_sha256(config.data), "methods": list(config.methods)}
     settings["splits"] = list(config.splits)
     saved = out / "forge.json"
     if saved.is_file() and json.loads(saved.read_text()) != settings:
         raise X2DFDError(f"{out} holds a forge run with other settings; choose another --out")
+    if manifest.is_file() and not saved.is_file():
+        raise X2DFDError(f"{manifest} is not of a forge run; choose another --out")
     if manifest.is_file():
         return manifest
     out.mkdir(parents=True, exist_ok=True)
-    saved.write_text(json.dumps(settings, indent=1) + "\n")
+    write_text(saved, json.dumps(settings, indent=1) + "\n")
     rows = _finished(part)
     part.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     todo = range(len(rows), config.count)

@@ -22,25 +22,32 @@ _BLOCK = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", 
 
 
 def detect(results: dict[str, Result]) -> str:
-    """Scorers by overall AUC, AUC per method and per source, and false alarms; one block a result file."""
+    """Scorers in columns; AUC over all, then per method and per source; false alarms last. One block a result file."""
     blocks = []
     for name, result in results.items():
         if result["task"]["name"] != "detect":
             continue
         scorers: dict[str, Result] = result["scorers"]
         parts = sorted({(c, v) for s in scorers.values() for c, table in s["by"].items() for v in table})
-        # A set of one generator's fakes bears its name as source and as method: one column says it.
+        # A set of one generator's fakes bears its name as source and as method: one row says it.
         parts = [part for part in parts if part[0] != "source" or ("method", part[1]) not in parts]
-        parts.sort(key=lambda part: part[0] != "method")
-        compared = [{(c, v): s["by"][c][v] for c, v in parts if v in s["by"].get(c, {})} for s in scorers.values()]
-        pooled = {part for slices in compared for part, x in slices.items() if x["against"] != "own reals"}
-        head = ["scorer", "AUC, all [95 %]", "false alarms [95 %]"]
-        head += [f"{c} {v}{'*' if (c, v) in pooled else ''}" for c, v in parts] + ["n"]
-        lines = [head, ["---"] * len(head)]
-        for (scorer, s), slices in zip(scorers.items(), compared, strict=True):
-            alarms = _number(s["answers"]["false_alarms"], percent=True) if "answers" in s else "–"
-            aucs = [_number(slices[part]["auc"], interval=False) if part in slices else "–" for part in parts]
-            lines.append([scorer, _number(s["overall"]["auc"]), alarms, *aucs, str(s["overall"]["n"])])
+        lines = [["AUC", *scorers, "n"], ["---"] * (len(scorers) + 2)]
+        first = next(iter(scorers.values()))
+        lines.append(["**all**", *[_number(s["overall"]["auc"]) for s in scorers.values()], str(first["overall"]["n"])])
+        pooled = False
+        for column, value in parts:
+            slices = [s["by"].get(column, {}).get(value) for s in scorers.values()]
+            known = next(x for x in slices if x)
+            if known["auc"]["value"] is None:
+                continue
+            apart = known["against"] != "own reals"
+            pooled = pooled or apart
+            cells = [_number(x["auc"], interval=False) if x else "–" for x in slices]
+            lines.append([f"{column} {value}{'*' if apart else ''}", *cells, str(known["n"])])
+        alarms = [
+            _number(s["answers"]["false_alarms"], percent=True) if "answers" in s else "–" for s in scorers.values()
+        ]
+        lines.append(["false alarms", *alarms, str(result["data"]["n_real"])])
         data, failed = result["data"], sum(result["failures"].values())
         caption = (
             f"`{name}`: model `{result['model']['name']}`, manifest `{data['sha256'][:12]}`, "
@@ -50,8 +57,55 @@ def detect(results: dict[str, Result]) -> str:
         )
         if pooled:
             caption += " * against all reals (or all fakes), as there are too few of the same source."
-        blocks.append(caption + "\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in lines))
+        blocks.append(caption + "\n\n" + _table(lines))
     return "\n\n".join(blocks) or "No results yet."
+
+
+def describe(results: dict[str, Result]) -> str:
+    """Cues and areas named in rationales against the truth, beside the majority baseline."""
+    blocks = []
+    for name, result in results.items():
+        if result["task"]["name"] != "describe":
+            continue
+        lines = [["", "area F1 [95 %]", "cue F1 [95 %]", "distinct texts", "contradictions", "n fake"], ["---"] * 6]
+        for scorer, s in result["scorers"].items():
+            distinct, against = s.get("distinct_texts"), s.get("contradictions")
+            lines.append(
+                [
+                    scorer,
+                    _number(s["areas"]["micro_f1"]),
+                    _number(s["cues"]["micro_f1"]),
+                    "–" if distinct is None else f"{100 * distinct:.0f} %",
+                    "–" if against is None else f"{100 * against:.1f} %",
+                    str(s["n_fake"]),
+                ]
+            )
+        data = result["data"]
+        caption = (
+            f"`{name}`: manifest `{data['sha256'][:12]}`, split {data['split'] or 'all'}; forgeries with known cues."
+        )
+        blocks.append(caption + "\n\n" + _table(lines))
+    return "\n\n".join(blocks) or "No results yet."
+
+
+def speed(results: dict[str, Result]) -> str:
+    """Seconds of a warm call on one face."""
+    blocks = []
+    for name, result in results.items():
+        if result["task"]["name"] != "speed":
+            continue
+        lines = [["warm, one face", "median s", "10–90 %"], ["---"] * 3]
+        lines += [
+            [case, f"{t['median']:.2f}", f"{t['p10']:.2f}–{t['p90']:.2f}"] for case, t in result["seconds"].items()
+        ]
+        machine = result["machine"]
+        caption = f"`{name}`: {result['threads']} threads of {machine['cpu']}, {result['rounds']} rounds, fp32."
+        blocks.append(caption + "\n\n" + _table(lines))
+    return "\n\n".join(blocks) or "No results yet."
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def _number(measured: Result, *, percent: bool = False, interval: bool = True) -> str:
@@ -64,7 +118,7 @@ def _number(measured: Result, *, percent: bool = False, interval: bool = True) -
     return show(measured["value"]) + bounds
 
 
-TABLES: dict[str, Callable[[dict[str, Result]], str]] = {"detect": detect}
+TABLES: dict[str, Callable[[dict[str, Result]], str]] = {"detect": detect, "describe": describe, "speed": speed}
 
 
 def filled(text: str, results: dict[str, Result]) -> str:

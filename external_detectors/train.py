@@ -20,6 +20,7 @@ import torch
 import typer
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.nn import functional as F
 
 from external_detectors.weights_io import WEIGHTS, save_weights, to_unit
@@ -28,10 +29,12 @@ from x2dfd.degrade import degrade
 from x2dfd.errors import X2DFDError
 from x2dfd.faces import PREPROCESSING
 from x2dfd.files import write_text
-from x2dfd.manifest import Sample
+from x2dfd.manifest import Sample, manifest_sha256
 from x2dfd.types import Card
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+_EXAMPLE = "Example:\n\n  python -m external_detectors.train {}"
 
 
 @app.callback()
@@ -96,19 +99,31 @@ def by_method(samples: list[Sample], scores: NDArray[np.float64]) -> dict[str, A
     return table
 
 
-def _checkpoint(path: Path, step: int, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> None:
-    """All tensors of a training state as safetensors; the step in its metadata."""
+SAVE_EVERY = 200
+"""Steps between two states on disk; the last step is always saved."""
+
+
+def _checkpoint(
+    path: Path, step: int, run: str, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer
+) -> None:
+    """All tensors of a training state as safetensors, with dropout's generator; step and run in its metadata."""
     tensors = {f"{name}.{k}": v for name, m in modules.items() for k, v in m.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{k}": v for k, v in state.items()}
+    tensors["generator"] = torch.get_rng_state()
     temporary = path.with_suffix(".tmp")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"step": str(step)})
+    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"step": str(step), "run": run})
     temporary.replace(path)
 
 
-def _restore(path: Path, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> int:
+def _restore(path: Path, run: str, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> int:
+    """Put a saved state back; returns its step. Raises X2DFDError for the state of another run."""
     from safetensors import safe_open
 
+    with safe_open(path, "pt") as stream:
+        metadata = stream.metadata()
+    if metadata.get("run", run) != run:
+        raise X2DFDError(f"{path} is the state of a training with other data or settings; choose another --state")
     tensors = load_file(path)
     for name, module in modules.items():
         prefix = f"{name}."
@@ -119,11 +134,12 @@ def _restore(path: Path, modules: dict[str, torch.nn.Module], optimizer: torch.o
             _, number, field = key.split(".", 2)
             state["state"].setdefault(int(number), {})[field] = value
     optimizer.load_state_dict(state)
-    with safe_open(path, "pt") as stream:
-        return int(stream.metadata()["step"])
+    if "generator" in tensors:
+        torch.set_rng_state(tensors["generator"])
+    return int(metadata["step"])
 
 
-@app.command(epilog="Example:\n\n  python -m external_detectors.train blending --data build/sbi/manifest.jsonl --steps 2400")
+@app.command(epilog=_EXAMPLE.format("blending --data build/sbi/manifest.jsonl --steps 2400"))
 def blending(
     data: Annotated[Path, typer.Option(help="manifest of self-blended images and real photos (data_gen forge)")],
     state: Annotated[Path, typer.Option(help="folder for the resumable state")] = Path("build/blending"),
@@ -150,7 +166,11 @@ def blending(
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-3)
     state.mkdir(parents=True, exist_ok=True)
     saved = state / "state.safetensors"
-    done = _restore(saved, {"net": net, "average": average}, optimizer) if saved.is_file() else 0
+    modules: dict[str, torch.nn.Module] = {"net": net, "average": average}
+    run = json.dumps({"data": manifest_sha256(data), "batch": batch, "lr": lr, "seed": seed})
+    done = _restore(saved, run, modules, optimizer) if saved.is_file() else 0
+    if done > steps:
+        raise X2DFDError(f"{saved} is {done} steps old, more than --steps {steps}; choose another --state")
     started, losses = time.monotonic(), []
     for step in range(done, steps):
         rng = np.random.default_rng([seed, step])  # a resumed run draws what the uninterrupted one would
@@ -171,10 +191,11 @@ def blending(
         losses.append(loss.item())
         if (step + 1) % 50 == 0:
             rate = (time.monotonic() - started) / (step + 1 - done)
-            _log(f"step {step + 1}/{steps} loss {np.mean(losses[-50:]):.4f} {rate:.2f} s/step, {rate * (steps - step - 1) / 60:.0f} min left")
-        if (step + 1) % 200 == 0 or step + 1 == steps:
-            _checkpoint(saved, step + 1, {"net": net, "average": average}, optimizer)
-            if check is not None and ((step + 1) % 400 == 0 or step + 1 == steps):
+            left = rate * (steps - step - 1) / 60
+            _log(f"step {step + 1}/{steps} loss {np.mean(losses[-50:]):.4f} {rate:.2f} s/step, {left:.0f} min left")
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            _checkpoint(saved, step + 1, run, modules, optimizer)
+            if check is not None and ((step + 1) % (2 * SAVE_EVERY) == 0 or step + 1 == steps):
                 _log(json.dumps(_check_blending(average.module, load_crops(check, workers))))
     figures = _check_blending(average.module, load_crops(check, workers)) if check is not None else {}
     card = Card(
@@ -186,7 +207,8 @@ def blending(
         preprocessing=PREPROCESSING,
         paper="Shiohara & Yamasaki, Detecting Deepfakes with Self-Blended Images, CVPR 2022",
         blind_spot="Faces that are synthetic as a whole have no seam; strong compression and blur hide one.",
-        trained_on=f"self-blended images of real photos only ({len(crops.samples)} pictures, {steps} steps of {batch}); no fake of any generator",
+        trained_on=f"self-blended images of real photos only ({len(crops.samples)} pictures, {steps} steps of {batch})"
+        "; no fake of any generator",
         figures={"calib_auc_by_method": figures},
     )
     card = save_weights(average.module.state_dict(), card, out)
@@ -197,14 +219,15 @@ def _check_blending(net: torch.nn.Module, data: CropSet) -> dict[str, Any]:
     indices = data.where(split="calib")
     net.eval()
     with torch.inference_mode():
-        scores = [net(to_unit(torch.from_numpy(np.asarray(data.crops[part])))) for part in np.array_split(indices, max(1, len(indices) // 32))]
+        parts = np.array_split(indices, max(1, len(indices) // 32))
+        scores = [net(to_unit(torch.from_numpy(np.asarray(data.crops[part])))) for part in parts]
     return by_method([data.samples[i] for i in indices], torch.cat(scores).double().numpy())
 
 
-@app.command(epilog="Example:\n\n  python -m external_detectors.train clip --data build/forged/manifest.jsonl")
+@app.command(epilog=_EXAMPLE.format("clip --data build/forged/manifest.jsonl"))
 def clip(
     data: Annotated[Path, typer.Option(help="manifest of forgeries, ready-made fakes and real photos")],
-    features: Annotated[Path | None, typer.Option(help="folder of cached tower features; default: beside the data")] = None,
+    features: Annotated[Path | None, typer.Option(help="folder of cached tower features; default: by the data")] = None,
     out: Annotated[Path, typer.Option(help="folder for weights and cards")] = WEIGHTS,
     oof: Annotated[Path | None, typer.Option(help="also write out-of-fold scores of the samples here (JSON)")] = None,
     keep: Annotated[str, typer.Option(help="layers whose patches are cached too, for the MLLM's training")] = "",
@@ -230,18 +253,24 @@ def clip(
     for name, positive in zip(HEADS, (whole, fake & ~whole), strict=True):
         mine = ~fake | positive
 
-        def head(use: NDArray[np.bool_], ridge: float, positive: NDArray[np.bool_] = positive) -> dict[str, torch.Tensor]:
+        def head(use: NDArray[np.bool_], ridge: float, positive: NDArray[np.bool_] = positive) -> dict[str, Tensor]:
             return _fit_head(x, positive, use & (~fake | positive), samples, ridge)
 
-        tables = {r: _head_figures(head_logits(head(train, r), x).numpy(), ~train & mine, samples) for r in (0.01, 0.1, 1.0, 3.0)}
-        means = {r: float(np.mean([v["auc"] for v in t["auc_by_method"].values() if isinstance(v, dict)] or [0])) for r, t in tables.items()}
+        tables, means = {}, {}
+        for r in (0.01, 0.1, 1.0, 3.0):
+            tables[r] = _head_figures(head_logits(head(train, r), x).numpy(), ~train & mine, samples)
+            aucs = [v["auc"] for v in tables[r]["auc_by_method"].values() if isinstance(v, dict)]
+            means[r] = float(np.mean(aucs or [0]))
         ridge = max(means, key=lambda r: means[r])
         _log(f"{name}: calib AUC, mean over methods, by ridge: {means}")
         left_out = {}
-        for method in sorted({s.method for s, p in zip(samples, positive & train, strict=True) if p and "+" not in s.method}):
+        seen = {s.method for s, p in zip(samples, positive & train, strict=True) if p}
+        for method in sorted(m for m in seen if "+" not in m):
             gone = np.array([s.method == method for s in samples])
             logits = head_logits(head(train & ~gone, ridge), x).numpy()
-            left_out[method] = by_method([s for s, k in zip(samples, (~train & ~fake) | gone, strict=True) if k], logits[(~train & ~fake) | gone])[method]
+            tested = (~train & ~fake) | gone
+            chosen = [s for s, t in zip(samples, tested, strict=True) if t]
+            left_out[method] = by_method(chosen, logits[tested])[method]
         _log(f"{name}: left one method out: {left_out}")
         scores = np.zeros(len(samples))
         for k in range(4):
@@ -253,12 +282,15 @@ def clip(
             name=name,
             version="1",
             source="trained by this project: external_detectors/train.py",
-            licence="weights: research and evaluation only (trained in part on FFHQ, CC BY-NC-SA 4.0, and StyleGAN outputs, CC BY-NC 4.0)",
+            licence="weights: research and evaluation only "
+            "(trained in part on FFHQ, CC BY-NC-SA 4.0, and StyleGAN outputs, CC BY-NC 4.0)",
             sha256="",
             preprocessing=PREPROCESSING,
-            paper="after Koutlis & Papadopoulos, Leveraging Representations from Intermediate Encoder-blocks, ECCV 2024",
+            paper="after Koutlis & Papadopoulos, Leveraging Representations from Intermediate Encoder-blocks, "
+            "ECCV 2024",
             blind_spot=_HEAD_BLIND_SPOTS[name],
-            trained_on=f"{int((train & mine).sum())} pictures: real photos and harmless changes against {_HEAD_FAKES[name]}",
+            trained_on=f"{int((train & mine).sum())} pictures: "
+            f"real photos and harmless changes against {_HEAD_FAKES[name]}",
             figures={"ridge": ridge, "calib": tables[ridge], "left_one_method_out": left_out},
         )
         save_weights(state, card, out)
@@ -269,7 +301,8 @@ def clip(
 
 _HEAD_FAKES = {"clip": "pictures made by generators as a whole", "forgery": "photos forged in part by data_gen"}
 _HEAD_BLIND_SPOTS = {
-    "clip": "Generators unlike the ones it was trained on; small, blurred or strongly compressed faces; faces changed in part.",
+    "clip": "Generators unlike the ones it was trained on; small, blurred or strongly compressed faces; "
+    "faces changed in part.",
     "forgery": "Faint changes of a small area; strong compression; faces that a generator made as a whole.",
 }
 
@@ -280,11 +313,14 @@ def _synthetic(sample: Sample) -> bool:
 
 
 def _fit_head(
-    x: torch.Tensor, positive: NDArray[np.bool_], use: NDArray[np.bool_], samples: list[Sample], ridge: float
-) -> dict[str, torch.Tensor]:
-    """Standardisation and a ridge-penalised logistic head on the samples `use`. Raises X2DFDError when a label is absent."""
+    x: Tensor, positive: NDArray[np.bool_], use: NDArray[np.bool_], samples: list[Sample], ridge: float
+) -> dict[str, Tensor]:
+    """Standardisation and a ridge-penalised logistic head on the samples `use`.
+
+    Raises X2DFDError when a label is absent.
+    """
     if not (use & positive).any() or not (use & ~positive).any():
-        raise X2DFDError("a head needs real and fake pictures in split `train`; forge some, or pass ready-made fakes through")
+        raise X2DFDError("a head needs real and fake pictures in split `train`: forge some, or pass some through")
     chosen = torch.from_numpy(use)
     mean, std = x[chosen].mean(0), x[chosen].std(0) + 1e-4
     weight, bias = _logistic((x[chosen] - mean) / std, positive[use], _balance(use, positive, samples)[use], ridge)
@@ -303,20 +339,20 @@ def _balance(use: NDArray[np.bool_], positive: NDArray[np.bool_], samples: list[
     return weights
 
 
-def _logistic(x: torch.Tensor, y: NDArray[np.bool_], weights: NDArray[np.float64], ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _logistic(x: Tensor, y: NDArray[np.bool_], weights: NDArray[np.float64], ridge: float) -> tuple[Tensor, Tensor]:
     """Weighted ridge logistic regression by L-BFGS; the penalty is ridge / features * |w|^2 / 2 after standardising."""
     target, balance = torch.from_numpy(y).float(), torch.from_numpy(weights).float()
     w, b = torch.zeros(x.shape[1], requires_grad=True), torch.zeros((), requires_grad=True)
     optimizer = torch.optim.LBFGS([w, b], max_iter=60, history_size=10, line_search_fn="strong_wolfe")
 
-    def closure() -> torch.Tensor:
+    def closure() -> Tensor:
         optimizer.zero_grad()
         each = F.binary_cross_entropy_with_logits(x @ w + b, target, reduction="none")
         loss = (each * balance).sum() + 0.5 * ridge * w.square().sum()
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     return w.detach(), b.detach()
 
 
@@ -326,8 +362,8 @@ def _head_figures(logits: NDArray[np.float64], chosen: NDArray[np.bool_], sample
     picked = logits[chosen]
     real = np.array([s.label == "real" for s in kept])
     sources = np.array([s.source for s in kept])
-    alarms = {str(src): round(float((picked[real & (sources == src)] >= 0).mean()), 3) for src in sorted(set(sources[real]))}
-    return {"auc_by_method": by_method(kept, picked), "real_above_half": alarms}
+    above = {str(s): round(float((picked[real & (sources == s)] >= 0).mean()), 3) for s in sorted(set(sources[real]))}
+    return {"auc_by_method": by_method(kept, picked), "real_above_half": above}
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from x2dfd.errors import SetupError
+from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.experts import write_card
 from x2dfd.files import file_sha256
 from x2dfd.types import Card
@@ -29,10 +29,16 @@ def load_weights(card: Card, folder: Path = WEIGHTS) -> dict[str, Tensor]:
 
 
 def save_weights(state: dict[str, Tensor], card: Card, folder: Path = WEIGHTS) -> Card:
-    """Write `<name>.safetensors` and `<name>.card.json`; returns the card with its hash."""
+    """Write `<name>.safetensors` and `<name>.card.json`; returns the card with its hash.
+
+    Raises X2DFDError when a number is not finite in 16 bits: a training that diverged.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{card.name}.safetensors"
     half = {k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in state.items()}
+    broken = [k for k, v in half.items() if not v.isfinite().all()]
+    if broken:
+        raise X2DFDError(f"expert {card.name!r}: {broken[0]} holds numbers that are not finite; nothing is written")
     save_file(half, folder / f".{name}")
     os.replace(folder / f".{name}", folder / name)
     card = replace(card, weights=name, sha256=file_sha256(folder / name))

@@ -27,7 +27,13 @@ from x2dfd.types import Evidence, Face
 
 
 def calibrate(
-    adapter: Path, data: Path, *, split: str = "calib", limit: int | None = None, view_seed: int = 1, false_alarms: float = 0.05
+    adapter: Path,
+    data: Path,
+    *,
+    split: str = "calib",
+    limit: int | None = None,
+    view_seed: int = 1,
+    false_alarms: float = 0.05,
 ) -> Calibration:
     """Score the split, fit, write. Half of the pictures are taken as they are, half as their degraded training view.
 
@@ -60,12 +66,22 @@ def calibrate(
         "inconclusive": round(float(((chances >= low) & (chances < high)).mean()), 4),
         "fakes_found": round(float((chances[~real] >= high).mean()), 4),
     }
-    result = Calibration(_rounded(weights), _rounded(means), round(bias, 6), round(low, 4), round(high, 4), round(mllm_threshold, 4), fitted)
+    result = Calibration(
+        _rounded(weights),
+        _rounded(means),
+        round(bias, 6),
+        round(low, 4),
+        round(high, 4),
+        round(mllm_threshold, 4),
+        fitted,
+    )
     result.save(adapter)
     return result
 
 
-def score_parts(detector: Detector, crops: CropSet, rows: Sequence[int], view_seed: int) -> dict[str, NDArray[np.float64]]:
+def score_parts(
+    detector: Detector, crops: CropSet, rows: Sequence[int], view_seed: int
+) -> dict[str, NDArray[np.float64]]:
     """Logits of the MLLM and of each expert: name -> [n], NaN where a score is missing."""
     names = [MLLM, *detector.facts["experts"]]
     table: dict[str, list[float]] = {n: [] for n in names}
@@ -117,7 +133,10 @@ def _row(parts: dict[str, NDArray[np.float64]], k: int) -> dict[str, float | Non
 def _rates(said_fake: NDArray[np.bool_], samples: Sequence[Sample], real: NDArray[np.bool_]) -> dict[str, Any]:
     sources = np.array([s.source for s in samples])
     return {
-        str(src): {"rate": round(float(said_fake[real & (sources == src)].mean()), 4), "n": int((real & (sources == src)).sum())}
+        str(src): {
+            "rate": round(float(said_fake[real & (sources == src)].mean()), 4),
+            "n": int((real & (sources == src)).sum()),
+        }
         for src in sorted(set(sources[real]))
     }
 

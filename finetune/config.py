@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,6 +26,7 @@ class FinetuneConfig:
     version: str = "1"  # the adapter's version in its card
     licence: str = "as the training data; not for redistribution unless you know better"  # of the weights
     trained_on: str = ""  # the data in words, for the card
+    blind_spot: str = "forgeries unlike those of its instruction set"  # what the card must warn of
     expert_weights: str | None = None  # folder of other expert weights; they travel with the adapter
     tower_layers: int | None = None  # vision layers kept; None keeps all
     text_layers: int | None = None  # language layers kept; None keeps all
@@ -53,22 +55,23 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> FinetuneCon
 
     Raises UnknownName for a key that does not exist, X2DFDError for a value of the wrong kind or a missing key.
     """
-    import yaml
-
     known = {f.name: f for f in fields(FinetuneConfig)}
     values: dict[str, Any] = {}
     if path is not None:
         if not path.is_file():
             raise X2DFDError(f"no such configuration: {path}")
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        read = _yaml(path.read_text(encoding="utf-8"), str(path))
+        if not isinstance(read, dict | None):
+            raise X2DFDError(f"{path}: a configuration is a list of `key: value`, not {type(read).__name__}")
+        values = read or {}
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign:
             raise X2DFDError(f"--set takes key=value, not {override!r}")
-        values[key] = yaml.safe_load(text)
+        values[key.strip()] = _yaml(text, f"--set {override}")
     for key, value in values.items():
         if key not in known:
-            raise UnknownName("configuration key", key, known)
+            raise UnknownName("configuration key", str(key), known)
         values[key] = _typed(key, value, str(known[key].type))
     try:
         return FinetuneConfig(**values)
@@ -76,16 +79,23 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> FinetuneCon
         raise X2DFDError(f"configuration incomplete: {error}") from error
 
 
+def _yaml(text: str, where: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise X2DFDError(f"{where}: not YAML: {error}") from error
+
+
 def _typed(key: str, value: Any, kind: str) -> Any:
     if value is None and "None" in kind:
         return None
     plain = kind.removesuffix(" | None")
-    if plain == "float" and isinstance(value, str | int):
-        try:
+    if plain == "float" and isinstance(value, str | int) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):  # it is refused below
             return float(value)  # YAML reads 2e-4 as text
-        except ValueError:
-            pass
-    if plain.startswith("tuple") and isinstance(value, list):
+    if plain.startswith("tuple") and isinstance(value, list) and all(type(v) is int for v in value):
         return tuple(value)
     if {"int": int, "float": float, "str": str}.get(plain) is type(value):
         return value

@@ -37,22 +37,22 @@ class Conversation:
 def answer_tokens(processor: Any, question: str, answer: str) -> tuple[list[int], list[int]]:
     """Tokens of the prompt after the picture, and of the answer with its end.
 
-    The prompt is the very string that inference renders. Raises X2DFDError when the answer is empty.
+    Both are the very strings that inference renders. Raises X2DFDError when the answer is empty.
     """
-    tokenizer = processor.tokenizer
-    prompt = prompts.render(processor, question)
-    messages = [*prompts.conversation(question), {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-    whole = processor.apply_chat_template(messages, tokenize=False)
-    if not whole.startswith(prompt):
-        raise X2DFDError("this chat template does not continue its own prompt; answers cannot be masked")
-    text = whole[len(prompt) :].rstrip()
-    _, suffix = prompts.split_at_image(prompt, processor.image_token)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not answer.strip() or not ids:
+    if not answer.strip():
         raise X2DFDError(f"an empty answer has nothing to learn from: {question!r}")
+    messages = [*prompts.conversation(question), {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    whole: str = processor.apply_chat_template(messages, tokenize=False)
+    if not whole.startswith(prompts.render(processor, question, answer)):
+        raise X2DFDError("this chat template does not continue its own prompt; answers cannot be masked")
+    _, before = prompts.prompt_tokens(processor, prompts.render(processor, question))
+    _, ids = prompts.prompt_tokens(processor, whole.rstrip())
+    if ids[: len(before)] != before:
+        raise X2DFDError("this tokenizer joins prompt and answer in one token; answers cannot be masked")
+    tokenizer = processor.tokenizer
     if ids[-1] not in (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")):
         ids = [*ids, tokenizer.eos_token_id]
-    return tokenizer(suffix, add_special_tokens=False)["input_ids"], ids
+    return before, ids[len(before) :]
 
 
 def conversation(processor: Any, record: dict[str, Any], label_ids: Sequence[int]) -> Conversation:
@@ -74,7 +74,14 @@ class Packs(Dataset[dict[str, Any]]):
     """One item a picture, with all its conversations."""
 
     def __init__(
-        self, instructions: Path, split: str, processor: Any, label_ids: Sequence[int], data: CropSet, features: TowerFeatures | None, view_seed: int
+        self,
+        instructions: Path,
+        split: str,
+        processor: Any,
+        label_ids: Sequence[int],
+        data: CropSet,
+        features: TowerFeatures | None,
+        view_seed: int,
     ) -> None:
         by_row: dict[int, list[dict[str, Any]]] = {}
         with instructions.open(encoding="utf-8") as stream:
@@ -89,9 +96,7 @@ class Packs(Dataset[dict[str, Any]]):
         self.conversations = [[conversation(processor, r, label_ids) for r in by_row[row]] for row in self.rows]
         self._data, self._features, self._where, self._seed = data, features, where, view_seed
         self._image_processor = processor.image_processor
-        prefix, _ = prompts.split_at_image(prompts.render(processor, prompts.QUESTION), processor.image_token)
-        before = prefix.removesuffix(processor.image_token)
-        self._before: list[int] = processor.tokenizer(before, add_special_tokens=False)["input_ids"]
+        self._before, _ = prompts.prompt_tokens(processor, prompts.render(processor, prompts.QUESTION))
         self._image_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
         self._image_tokens = _image_tokens(processor)
 

@@ -48,7 +48,8 @@ class CachedTower(nn.Module):
 def fit_projector(model: Any, patches: Tensor) -> None:
     """Start a random projector from data: inputs standardised, outputs as large as the language model's own embeddings.
 
-    Tower outputs have a few huge dimensions; a plain random start drowns the text. `patches`: [n, layers, patches, hidden].
+    Tower outputs have a few huge dimensions; a plain random start drowns the text.
+    `patches`: [n, layers, patches, hidden].
     """
     projector = model.model.multi_modal_projector
     x = patches.transpose(1, 2).flatten(2).flatten(0, 1)  # [n * patches, layers * hidden]
@@ -72,7 +73,13 @@ class PackTrainer(Trainer):
         self._projector_lr = projector_lr
         self.model_accepts_loss_kwargs = False  # our loss is a mean of its own: divide by the accumulation steps
 
-    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
         labels, weights = inputs.pop("labels"), inputs.pop("weights")
         # The head is a third of a small model's work: run it only where an answer token follows.
         asked = (labels[:, 1:] != IGNORE).any(0).nonzero()[:, 0]
@@ -84,10 +91,10 @@ class PackTrainer(Trainer):
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            projector, lora = [], []
-            for name, p in self.model.named_parameters():
-                if p.requires_grad:
-                    (projector if "multi_modal_projector" in name else lora).append(p)
+            assert self.model is not None
+            trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            projector = [p for n, p in trained if "multi_modal_projector" in n]
+            lora = [p for n, p in trained if "multi_modal_projector" not in n]
             groups = [{"params": lora, "lr": self.args.learning_rate}, {"params": projector, "lr": self._projector_lr}]
             self.optimizer = torch.optim.AdamW(groups, weight_decay=self.args.weight_decay)
         return self.optimizer
@@ -103,7 +110,10 @@ def train(config: FinetuneConfig) -> Path:
     work = out / "checkpoints"
     torch.manual_seed(config.seed)
     model, processor = load_llava(
-        config.base, tower_layers=config.tower_layers, text_layers=config.text_layers, feature_layers=config.feature_layers
+        config.base,
+        tower_layers=config.tower_layers,
+        text_layers=config.text_layers,
+        feature_layers=config.feature_layers,
     )
     mllm = LocalMLLM(model, processor, config.name)
     layers = model.config.vision_feature_layer
@@ -173,7 +183,9 @@ def _to_half(path: Path) -> None:
     temporary.replace(path)
 
 
-def _card(config: FinetuneConfig, out: Path, processor: Any, model: Any, layers: tuple[int, ...], loss: float) -> AdapterCard:
+def _card(
+    config: FinetuneConfig, out: Path, processor: Any, model: Any, layers: tuple[int, ...], loss: float
+) -> AdapterCard:
     data_card = json.loads((Path(config.instructions).parent / "card.json").read_text(encoding="utf-8"))
     return AdapterCard(
         name=config.name,
@@ -183,7 +195,7 @@ def _card(config: FinetuneConfig, out: Path, processor: Any, model: Any, layers:
         sha256=file_sha256(out / WEIGHTS),
         preprocessing=PREPROCESSING,
         paper="X2-DFD, arXiv 2410.06126",
-        blind_spot="A small model: its text names areas more reliably than it explains them, and it knows the forgeries it was trained on best.",
+        blind_spot=config.blind_spot,
         weights=WEIGHTS,
         trained_on=config.trained_on,
         figures={"training_loss": round(loss, 4), "pictures": data_card["split"].get("train")},

@@ -1,8 +1,8 @@
 """Adapter directories: a plain PEFT directory with a card and a calibration, checked before it is used.
 
-    adapter_config.json, adapter_model.safetensors   PEFT's own files: LoRA on the language model, and the projector
-    card.json                                        what it was trained on, for and with; see AdapterCard
-    calibration.json                                 x2dfd.calibration
+- `adapter_config.json`, `adapter_model.safetensors`: PEFT's own files, LoRA on the language model, and the projector
+- `card.json`: what it was trained on, for and with; see AdapterCard
+- `calibration.json`: x2dfd.calibration
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from x2dfd.errors import SetupError
+from x2dfd.faces import PREPROCESSING
 from x2dfd.files import file_sha256, write_text
 from x2dfd.types import Card
 
@@ -62,25 +63,35 @@ def lora_b_sum(folder: Path) -> float:
 def check_adapter(folder: Path, card: AdapterCard, base: dict[str, str], prompt_sha256: str) -> None:
     """Refuse an adapter that was made for something else or that holds nothing.
 
-    Raises SetupError: wrong weight file, other base weights, other prompts, all-zero lora_B.
+    Raises SetupError: wrong weight file, other base weights, other prompts, other crops, all-zero lora_B.
     """
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise SetupError(f"{folder} has no {WEIGHTS}; copy the whole directory, or train it: python -m finetune")
     if file_sha256(weights) != card.sha256:
         raise SetupError(f"{weights} is not the file of its card (SHA-256 differs); copy the directory again")
-    if card.base["sha256"] != base["sha256"]:
+    made_for = {"name": "an unnamed base", "sha256": ""} | card.base
+    # A base without a hash (a hub name) is known by its name.
+    if made_for["sha256"] != base["sha256"] or (not base["sha256"] and made_for["name"] != base["name"]):
         raise SetupError(
-            f"the adapter was trained on {card.base['name']} ({card.base['sha256'][:12]}), "
-            f"the base here is {base['name']} ({base['sha256'][:12] or 'no hash'}). Get the right base: x2dfd fetch base"
+            f"the adapter was trained on {made_for['name']} ({made_for['sha256'][:12] or 'no hash'}), "
+            f"the base here is {base['name']} ({base['sha256'][:12] or 'no hash'}). "
+            "Get the right base: x2dfd fetch base"
         )
     if card.prompt_sha256 != prompt_sha256:
         raise SetupError(
             f"the adapter was trained with other prompts ({card.prompt_sha256[:12]}) than this version asks "
             f"({prompt_sha256[:12]}). Install the version that made it, or train it again: python -m finetune"
         )
-    if lora_b_sum(folder) <= 0:
-        raise SetupError(f"{weights}: every lora_B is zero, so the adapter does nothing; train or save it again: python -m finetune")
+    if card.preprocessing != PREPROCESSING:
+        raise SetupError(
+            f"the adapter was trained on other crops ({card.preprocessing}) than this version makes ({PREPROCESSING}). "
+            "Install the version that made it, or train it again: python -m finetune"
+        )
+    if not lora_b_sum(folder) > 0:  # written so that NaN is refused too
+        raise SetupError(
+            f"{weights}: every lora_B is zero, so the adapter does nothing; train or save it again: python -m finetune"
+        )
 
 
 def attach(model: Any, folder: Path) -> Any:

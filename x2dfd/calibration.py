@@ -63,11 +63,21 @@ class Calibration:
 
     @classmethod
     def load(cls, folder: Path) -> Calibration:
-        """Raises SetupError when the file is absent or incomplete."""
+        """Raises SetupError when the file is absent, incomplete or contradicts itself."""
+        path = folder / "calibration.json"
         try:
-            return cls(**json.loads((folder / "calibration.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise SetupError(f"{folder}/calibration.json cannot be read: {error}. Make it: python -m finetune.calibrate") from error
+            found = cls(**json.loads(path.read_text(encoding="utf-8")))
+            numbers = [
+                found.bias,
+                found.low,
+                found.high,
+                *(x for k, w in found.weights.items() for x in (w, found.means[k])),
+            ]
+            if not all(math.isfinite(x) for x in numbers) or found.low > found.high:
+                raise ValueError("a number is not finite, or the band is upside down")
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise SetupError(f"{path} cannot be read: {error}. Make it: python -m finetune.calibrate") from error
+        return found
 
 
 def _bounded(value: float) -> float:
@@ -84,7 +94,10 @@ def _disagree(logits: Mapping[str, float | None], calibration: Calibration) -> b
 
 
 def fit_weights(
-    parts: Mapping[str, NDArray[np.float64]], labels: NDArray[np.float64], sample_weights: NDArray[np.float64], ridge: float = 0.02
+    parts: Mapping[str, NDArray[np.float64]],
+    labels: NDArray[np.float64],
+    sample_weights: NDArray[np.float64],
+    ridge: float = 0.02,
 ) -> tuple[dict[str, float], dict[str, float], float]:
     """Weights, means and bias of the logistic. `parts`: name -> logits [n], NaN where a score is missing.
 
@@ -92,7 +105,10 @@ def fit_weights(
     Projected Newton steps on the ridge-penalised log-likelihood; `sample_weights` balance labels and sources.
     """
     names = list(parts)
-    means = {n: float(np.nanmean(np.clip(parts[n], -_CLIP, _CLIP))) for n in names}
+    # A part that never gave a score gets weight 0; its mean is then of no consequence, but must be a number.
+    means = {
+        n: float(np.nanmean(np.clip(parts[n], -_CLIP, _CLIP))) if np.isfinite(parts[n]).any() else 0.0 for n in names
+    }
     x = np.stack([np.nan_to_num(np.clip(parts[n], -_CLIP, _CLIP) - means[n], nan=0.0) for n in names], 1)
     x = np.concatenate([x, np.ones((len(x), 1))], 1)
     w = sample_weights / sample_weights.sum()
@@ -126,7 +142,8 @@ def choose_band(
 ) -> tuple[float, float]:
     """(low, high): at most `false_alarms` of each real source at or above `high`; `misses` of the fakes below `low`.
 
-    The worst real source with at least 20 pictures sets `high`. `low` never lies above `high`, nor above 0.5.
+    The worst real source with at least 20 pictures sets `high`, which is never below 0.5; where none has as many, all
+    real pictures together do. `low` never lies above `high`, nor above 0.5.
     """
     names = np.array(sources)
     highs = []
@@ -135,8 +152,8 @@ def choose_band(
         if len(scores) >= 20:
             highs.append(_quantile_above(scores, false_alarms))
     high = max(highs) if highs else _quantile_above(p_fake[labels == 0], false_alarms)
-    high = min(max(high, 0.5), 0.99)
-    low = min(float(np.quantile(p_fake[labels == 1], misses)), 0.5, high)
+    high = max(high, 0.5)
+    low = min(float(np.quantile(p_fake[labels == 1], misses, method="lower")), 0.5, high)
     return low, high
 
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from x2dfd.errors import InputError, X2DFDError
-from x2dfd.files import write_text
 from x2dfd.faces import CROP_SIZE, PREPROCESSING, find_faces
+from x2dfd.files import write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest
 from x2dfd.media import load_picture
 
@@ -33,7 +33,8 @@ class CropSet:
 
     def where(self, **equal: str) -> NDArray[np.intp]:
         """Indices of the samples whose fields have the given values."""
-        return np.array([i for i, s in enumerate(self.samples) if all(getattr(s, k) == v for k, v in equal.items())], int)
+        found = [i for i, s in enumerate(self.samples) if all(getattr(s, k) == v for k, v in equal.items())]
+        return np.array(found, int)
 
 
 def _crop(path: str) -> tuple[NDArray[np.uint8], NDArray[np.float32]] | str:

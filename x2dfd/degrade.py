@@ -23,7 +23,7 @@ def soft(x: Array, sigma: float) -> Array:
 
 def tone(pixels: Array, amount: float, rng: Rng) -> Array:
     """A shift of colour, brightness and contrast; `amount` 1 is plain to see."""
-    x = pixels.astype(np.float32)
+    x: Array = pixels.astype(np.float32)
     gain = 1 + rng.uniform(-0.22, 0.22, 3) * amount
     x = (x - 128) * (1 + rng.uniform(-0.3, 0.3) * amount) + 128 + rng.uniform(-30, 30) * amount
     x = x * gain
@@ -45,7 +45,8 @@ def codec(pixels: Array, kind: str, quality: int) -> Pixels:
     ok, data = cv2.imencode(kind, cv2.cvtColor(clipped, cv2.COLOR_RGB2BGR), [flag, quality])
     if not ok:
         raise RuntimeError(f"the codec {kind} refused a picture of shape {pixels.shape}")
-    return np.asarray(cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB), np.uint8)
+    decoded: Any = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    return np.asarray(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB), np.uint8)
 
 
 def degrade(pixels: Pixels, rng: Rng) -> Pixels:

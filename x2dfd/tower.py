@@ -37,12 +37,15 @@ def clip_pixels(crops: Tensor) -> Tensor:
 
 @cache
 def load_tower(layers: int) -> Any:
-    """The first `layers` layers of the base's CLIP vision model, fp32, eval. Raises SetupError when it is not fetched."""
+    """The first `layers` layers of the base's CLIP vision model, fp32, eval.
+
+    Raises SetupError when it is not fetched.
+    """
     from safetensors import safe_open
     from transformers import CLIPVisionModel, LlavaConfig
 
     folder = require("base")
-    config = LlavaConfig.from_pretrained(folder).vision_config
+    config: Any = LlavaConfig.from_pretrained(folder).vision_config
     config.num_hidden_layers = layers
     model = CLIPVisionModel(config)
     prefix = "model.vision_tower."
@@ -84,7 +87,13 @@ def training_view(crop: NDArray[np.uint8], seed: int, i: int) -> tuple[NDArray[n
 
 
 def cached_features(
-    data: CropSet, rows: NDArray[np.intp], folder: Path, layers: int, keep: Sequence[int], seed: int = 0, batch: int = 16
+    data: CropSet,
+    rows: NDArray[np.intp],
+    folder: Path,
+    layers: int,
+    keep: Sequence[int],
+    seed: int = 0,
+    batch: int = 16,
 ) -> TowerFeatures:
     """Features of the given samples, each on its own `training_view`, computed once.
 
@@ -106,13 +115,13 @@ def cached_features(
         statistics[start:stop] = patch_statistics(states).half().numpy()
         patches[start:stop] = torch.stack([states[k][:, 1:] for k in keep], 1).half().numpy()
         if (start // batch) % 8 == 7 or stop == n:
-            statistics.flush()
-            patches.flush()
+            for array in (statistics, patches):
+                array.flush()
             write_text(progress, json.dumps({"key": key, "done": stop}))
     return TowerFeatures(rows, statistics, patches, tuple(keep))
 
 
-def _memmap(path: Path, resume: bool, shape: tuple[int, ...]) -> NDArray[np.float16]:
+def _memmap(path: Path, resume: bool, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.float16]]:
     if resume:
         return np.lib.format.open_memmap(path, "r+")
     return np.lib.format.open_memmap(path, "w+", np.float16, shape)

@@ -1,0 +1,1 @@
+"""The chat demo in a browser: `python -m app`. Run from a checkout; needs the extra `[app]`."""

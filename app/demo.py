@@ -1,0 +1,240 @@
+"""The Gradio demo: upload a photo or a short video, see the verdict and what it rests on, ask about it.
+
+One endpoint is open to programs; it returns what `x2dfd detect --json` prints:
+
+    from gradio_client import Client, handle_file
+    report = Client("http://127.0.0.1:7860").predict(handle_file("face.jpg"), api_name="/judge")
+    print(report["verdict"]["label"], report["verdict"]["p_fake"])
+
+A file that cannot be judged comes back as `{"path", "sha256", "error": {"code", "reason"}}`.
+
+Chat never changes a verdict: answers are text beside the stored report, and the page repeats that report's verdict.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import gradio as gr
+import jinja2
+from gradio.processing_utils import save_bytes_to_cache
+from PIL import Image
+
+from x2dfd.errors import InputError, X2DFDError
+from x2dfd.experts import expert_class
+from x2dfd.explain import contradictions, read_cues
+from x2dfd.html_report import COLOURS, NOT_PROOF, REASONS, percent, render
+from x2dfd.media import Video, load_media
+from x2dfd.types import FaceReport, Failure, Report, Verdict
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+MAX_FILE = "30mb"
+MAX_QUEUE = 32  # requests that wait; later ones are told that the queue is full
+MAX_QUESTION = 500  # characters
+KEEP_S = 3600  # uploads, reports and sessions are deleted after that many seconds
+MAX_SIDE = 1200  # of the picture shown, in pixels
+SUGGESTIONS = ("What about the eyes?", "Which technique?", "How sure are you?", "Explain it to my editor")
+
+WORDS = {"fake": "Likely fake", "real": "Likely real", "inconclusive": "Inconclusive", "none": "Not assessed"}
+MEANINGS = {
+    "fake": "To the models, the face looks more like the forged faces they know than like real ones.",
+    "real": "The models found none of the forgeries they know. A forgery of an unknown kind can look like this too.",
+}
+# Questions that the report answers exactly; a language model could only garble the numbers.
+HOW_SURE = re.compile(r"\b(how (sure|certain|confident|likely)|probabilit|percent|confidence|certainty)", re.I)
+WHO_SAID = re.compile(r"\b(experts?|detectors?|scores?|blind spots?)\b", re.I)
+
+
+class Judge(Protocol):
+    """What the demo needs of `x2dfd.Detector`."""
+
+    def detect_many(self, sources: Iterable[str], *, rationale: bool = True) -> Iterator[Report | Failure]: ...
+
+    def chat(self, report: Report, question: str, *, source: str | None = None) -> str: ...
+
+
+@dataclass(frozen=True)
+class Case:
+    """A judged file, kept for one visitor."""
+
+    report: Report
+    file: str  # where the upload lies until it is deleted
+    pictures: Mapping[int | None, str]  # frame number (None: a photo) -> data URI of a JPEG
+
+    def face(self, index: int | None) -> FaceReport | None:
+        """The face of that index; None asks for the one that decided."""
+        found = [f for f in self.report.faces if f.index == index]
+        return found[0] if found else max(self.report.faces, key=lambda f: f.verdict.p_fake or 0.0, default=None)
+
+
+class LocalFile(gr.File):  # type: ignore[misc]  # gradio is untyped here
+    """A file from the visitor's own device; gr.File would also fetch an address that a client sends in its place."""
+
+    is_template = True  # drawn as its parent is
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
+        if re.match(r"https?:", str(url_or_file_path), re.I):
+            raise gr.Error("Addresses are not fetched: upload the file itself.", print_exception=False)
+        moved: str | None = await super().async_move_resource_to_block_cache(url_or_file_path)
+        return moved
+
+
+# --- judging ---
+
+
+def judge(detector: Judge, file: str, *, rationale: bool = True) -> Report | Failure:
+    """The report on an uploaded file, under the name the visitor gave it; never raises for the file's content."""
+    [judged] = detector.detect_many([file], rationale=rationale)
+    return replace(judged, path=Path(file).name)
+
+
+def open_case(report: Report, file: str) -> tuple[Case, Any]:
+    """The case, and its pixels as `html_report.render` takes them."""
+    from x2dfd.detector import VIDEO_FRAMES
+
+    media = load_media(file, max_frames=VIDEO_FRAMES)
+    if isinstance(media, Video):
+        frames = {frame.index: frame.pixels for frame in media.frames}
+        return Case(report, file, {number: _jpeg_uri(pixels) for number, pixels in frames.items()}), frames
+    return Case(report, file, {None: _jpeg_uri(media.pixels)}), media.pixels
+
+
+def _jpeg_uri(pixels: NDArray[np.uint8]) -> str:
+    image = Image.fromarray(pixels)
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+# --- answering ---
+
+
+def answer(detector: Judge, case: Case, index: int | None, question: str) -> str:
+    """The answer to a follow-up about one face, with the stored verdict under it."""
+    report, face = case.report, case.face(index)
+    if face is None:
+        return f"No face was assessed in this file, so there is nothing to say about a forgery.\n\n{_stands(case, face)}"
+    if HOW_SURE.search(question):
+        said = how_sure(report, face)
+    elif WHO_SAID.search(question):
+        said = who_said(face)
+    elif report.media.get("kind") == "video":
+        said = f"About a video, only its report can be quoted: {face.rationale or 'it holds no explanation.'}"
+    else:
+        said = _from_model(detector, case, face, question)
+    return f"{said}\n\n{_stands(case, face)}"
+
+
+def _from_model(detector: Judge, case: Case, face: FaceReport, question: str) -> str:
+    try:
+        said = detector.chat(replace(case.report, faces=(face,)), question[:MAX_QUESTION], source=case.file).strip()
+    except InputError as error:
+        if error.code == "not_found":
+            return "The upload has been deleted by now; please upload the file again to ask about it."
+        return f"This cannot be answered: {error.reason}."
+    against = contradictions(said, face.verdict.label, face.evidence, read_cues(said))
+    notes = "".join(f"\nNote: {note}" for note in against)
+    return (said or "The model has no answer to this.") + notes
+
+
+def how_sure(report: Report, face: FaceReport) -> str:
+    """The report's own numbers in plain words."""
+    verdict, band = face.verdict, report.model.get("band")
+    kind = "The calibrated estimate" if report.model.get("mode") != "paper" else "The language model's uncalibrated estimate"
+    said = [f"{kind} that this face is forged is {percent(verdict.p_fake)}."]
+    if band:
+        low, high = percent(band[0]), percent(band[1])
+        said.append(f"Below {low} the answer is real, above {high} it is fake; in between no answer is given.")
+    if verdict.label == "inconclusive":
+        said.append(REASONS.get(verdict.reason or "", verdict.reason or ""))
+    if face.p_fake_mllm is not None:
+        said.append(f"The language model alone says {percent(face.p_fake_mllm)}.")
+    said.append("It holds for pictures like those the models were tested on, and is not proof.")
+    return " ".join(said)
+
+
+def who_said(face: FaceReport) -> str:
+    """Each expert's score, a line each."""
+    if not face.evidence:
+        return "No expert was asked about this face."
+    lines = [
+        f"- {e.expert}: " + (f"no score ({e.note or 'no reason was given'})" if e.score is None else percent(e.score))
+        for e in face.evidence
+    ]
+    own = "" if face.p_fake_mllm is None else f"\n- the language model itself: {percent(face.p_fake_mllm)}"
+    return "Each one's own probability that this face is forged:\n" + "\n".join(lines) + own
+
+
+def _stands(case: Case, face: FaceReport | None) -> str:
+    whole = case.report.verdict
+    said = f"Stored verdict, which chat cannot change: {_told(face.verdict if face else whole)}."
+    return said if len(case.report.faces) < 2 else f"{said} Whole file: {_told(whole)}."
+
+
+def _told(verdict: Verdict) -> str:
+    return WORDS[_kind(verdict)] + ("" if verdict.p_fake is None else f", {percent(verdict.p_fake)}")
+
+
+# --- drawing ---
+
+
+def _kind(verdict: Verdict) -> str:
+    return "none" if verdict.p_fake is None else verdict.label
+
+
+@cache
+def _blind_spot(expert: str) -> str:
+    try:
+        return expert_class(expert).card.blind_spot
+    except X2DFDError:  # a report may name an expert that is not installed here
+        return ""
+
+
+def card(judged: Report | Failure) -> str:
+    """The verdict card as HTML."""
+    if isinstance(judged, Failure):
+        return _page().module.problem(judged)  # type: ignore[attr-defined,no-any-return]
+    kind = _kind(judged.verdict)
+    meaning = MEANINGS.get(kind) or REASONS.get(judged.verdict.reason or "", judged.verdict.reason or "")
+    return _page().module.card(judged, kind, meaning)  # type: ignore[attr-defined,no-any-return]
+
+
+def face_panel(case: Case, index: int | None) -> str:
+    """The picture with all its boxes, and what is said of one face, as HTML."""
+    report, face = case.report, case.face(index)
+    frame = face.frame if face else next(iter(case.pictures))
+    width, height = (float(report.media[side]) for side in ("width", "height"))
+    named = list(dict.fromkeys(c.area for c in face.cues if face.areas.get(c.area))) if face else []
+    marks = {area: (chr(ord("A") + i), COLOURS[i % len(COLOURS)]) for i, area in enumerate(named)}
+    figure = {
+        "uri": case.pictures.get(frame),
+        "size": (width, height),
+        "text": max(width, height) * 0.034,
+        "others": [f for f in report.faces if f.frame == frame and f is not face],
+    }
+    return _page().module.panel(report, face, figure, marks)  # type: ignore[attr-defined,no-any-return]
+
+
+def choices(report: Report) -> list[tuple[str, int]]:
+    """The faces as a visitor reads them, and their index."""
+    when = ["" if f.time_s is None else f" at {f.time_s:.1f} s" for f in report.faces]
+    return [(f"Face {f.index + 1}{at}: {_told(f.verdict)}", f.index) for f, at in zip(report.faces, when, strict=True)]
+
+
+@cache
+def _page() -> jinja2.Template:
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {"percent": percent, "kind": _kind, "blind_spot": _blind_spot}
+    environment.globals |= {"WORDS": WORDS, "NOT_PROOF": NOT_PROOF}
+    return environment.from_string((Path(__file__).parent / "page.jinja").read_text("utf-8"))
