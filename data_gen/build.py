@@ -25,7 +25,7 @@ from x2dfd.errors import X2DFDError
 from x2dfd.experts import DEFAULT, load_expert
 from x2dfd.files import file_sha256, write_text
 from x2dfd.manifest import Sample
-from x2dfd.tower import training_view
+from x2dfd.tower import training_rows, training_view
 from x2dfd.types import Evidence, Face
 
 
@@ -54,7 +54,7 @@ def build(config: BuildConfig, out: Path, out_of_fold: Mapping[str, Mapping[str,
     """
     data = load_crops(Path(config.data))
     strong = set(strong_cues(read_assessment(Path(config.assessment)))) if config.assessment else None
-    rows = [i for i, s in enumerate(data.samples) if s.split in ("train", "calib")][: config.limit]
+    rows = [int(i) for i in training_rows(data, config.limit)]
     unclear = [data.samples[i].id for i in rows if data.samples[i].label == "fake" and not data.samples[i].df_class]
     if unclear:
         raise X2DFDError(

@@ -44,6 +44,7 @@ class FinetuneConfig:
     batch: int = 1  # packs (pictures) a device and step
     accumulate: int = 8  # steps per update
     verdict_weight: float = 4.0  # weight of label and yes/no tokens against one explanation token
+    limit: int | None = None  # pictures of the manifest whose features are cached; as in the training of `clip`
     cached_features: str | None = None  # folder of cached tower features; None computes them while training
     view_seed: int = 1  # degradation of each picture; must be the one the instructions were built with
     save_steps: int = 100  # updates between checkpoints; a cut-off run resumes from the last

@@ -26,7 +26,7 @@ from x2dfd.experts import expert_class, read_card
 from x2dfd.faces import PREPROCESSING
 from x2dfd.files import file_sha256, write_text
 from x2dfd.mllm import LocalMLLM, base_identity, load_llava
-from x2dfd.tower import cached_features
+from x2dfd.tower import cached_features, training_rows
 
 
 class CachedTower(nn.Module):
@@ -123,7 +123,7 @@ def train(config: FinetuneConfig) -> Path:
     if config.cached_features:
         if config.base is not None or any(layer < 1 for layer in layers):
             raise X2DFDError("cached_features serve the embedded base with positive feature_layers only")
-        rows = torch.tensor([i for i, s in enumerate(data.samples) if s.split in ("train", "calib")]).numpy()
+        rows = training_rows(data, config.limit)
         tower = model.config.vision_config.num_hidden_layers
         features = cached_features(data, rows, Path(config.cached_features), tower, layers, config.view_seed)
         model.model.vision_tower = CachedTower(layers)

@@ -86,6 +86,11 @@ def training_view(crop: NDArray[np.uint8], seed: int, i: int) -> tuple[NDArray[n
     return (np.ascontiguousarray(view[:, ::-1]) if flipped else view), flipped
 
 
+def training_rows(data: CropSet, limit: int | None = None) -> NDArray[np.intp]:
+    """The samples of splits `train` and `calib`, in the manifest's order; at most `limit` of them."""
+    return np.array([i for i, s in enumerate(data.samples) if s.split in ("train", "calib")][:limit], int)
+
+
 def cached_features(
     data: CropSet,
     rows: NDArray[np.intp],
