@@ -1,12 +1,12 @@
 """The Gradio demo: upload a photo or a short video, see the verdict and what it rests on, ask about it.
 
-One endpoint is open to programs; it returns what `x2dfd detect --json` prints:
+One endpoint is open to programs; it returns what `x2dfd detect --json` prints, with `path` null:
 
     from gradio_client import Client, handle_file
     report = Client("http://127.0.0.1:7860").predict(handle_file("face.jpg"), api_name="/judge")
     print(report["verdict"]["label"], report["verdict"]["p_fake"])
 
-A file that cannot be judged comes back as `{"path", "sha256", "error": {"code", "reason"}}`.
+A file that cannot be judged comes back as `{"path": null, "sha256", "error": {"code", "reason"}}`.
 
 Chat never changes a verdict: answers are text beside the stored report, and the page repeats that report's verdict.
 """
@@ -18,13 +18,14 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import gradio as gr
 import jinja2
-from gradio.processing_utils import save_bytes_to_cache
+from gradio import processing_utils
 from PIL import Image
 
 from x2dfd.errors import InputError, X2DFDError
@@ -38,11 +39,13 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+HERE = Path(__file__).parent
 MAX_FILE = "30mb"
 MAX_QUEUE = 32  # requests that wait; later ones are told that the queue is full
 MAX_QUESTION = 500  # characters
 KEEP_S = 3600  # uploads, reports and sessions are deleted after that many seconds
 MAX_SIDE = 1200  # of the picture shown, in pixels
+FIRST = "First choose a photo or a video."
 SUGGESTIONS = ("What about the eyes?", "Which technique?", "How sure are you?", "Explain it to my editor")
 
 WORDS = {"fake": "Likely fake", "real": "Likely real", "inconclusive": "Inconclusive", "none": "Not assessed"}
@@ -75,18 +78,6 @@ class Case:
         """The face of that index; None asks for the one that decided."""
         found = [f for f in self.report.faces if f.index == index]
         return found[0] if found else max(self.report.faces, key=lambda f: f.verdict.p_fake or 0.0, default=None)
-
-
-class LocalFile(gr.File):  # type: ignore[misc]  # gradio is untyped here
-    """A file from the visitor's own device; gr.File would also fetch an address that a client sends in its place."""
-
-    is_template = True  # drawn as its parent is
-
-    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
-        if re.match(r"https?:", str(url_or_file_path), re.I):
-            raise gr.Error("Addresses are not fetched: upload the file itself.", print_exception=False)
-        moved: str | None = await super().async_move_resource_to_block_cache(url_or_file_path)
-        return moved
 
 
 # --- judging ---
@@ -124,7 +115,7 @@ def answer(detector: Judge, case: Case, index: int | None, question: str) -> str
     """The answer to a follow-up about one face, with the stored verdict under it."""
     report, face = case.report, case.face(index)
     if face is None:
-        return f"No face was assessed in this file, so there is nothing to say about a forgery.\n\n{_stands(case, face)}"
+        return f"No face was assessed in this file, so nothing can be said about a forgery.\n\n{_stands(case, face)}"
     if HOW_SURE.search(question):
         said = how_sure(report, face)
     elif WHO_SAID.search(question):
@@ -133,26 +124,26 @@ def answer(detector: Judge, case: Case, index: int | None, question: str) -> str
         said = f"About a video, only its report can be quoted: {face.rationale or 'it holds no explanation.'}"
     else:
         said = _from_model(detector, case, face, question)
-    return f"{said}\n\n{_stands(case, face)}"
+    return f"{said}\n\n{_stands(case, face)}".replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def _from_model(detector: Judge, case: Case, face: FaceReport, question: str) -> str:
     try:
-        said = detector.chat(replace(case.report, faces=(face,)), question[:MAX_QUESTION], source=case.file).strip()
+        said = detector.chat(replace(case.report, faces=(face,)), question, source=case.file).strip()
     except InputError as error:
         if error.code == "not_found":
             return "The upload has been deleted by now; please upload the file again to ask about it."
         return f"This cannot be answered: {error.reason}."
     against = contradictions(said, face.verdict.label, face.evidence, read_cues(said))
-    notes = "".join(f"\nNote: {note}" for note in against)
+    notes = "".join(f"\nNote: {note}" for note in against).replace("The rationale", "This answer")
     return (said or "The model has no answer to this.") + notes
 
 
 def how_sure(report: Report, face: FaceReport) -> str:
     """The report's own numbers in plain words."""
     verdict, band = face.verdict, report.model.get("band")
-    kind = "The calibrated estimate" if report.model.get("mode") != "paper" else "The language model's uncalibrated estimate"
-    said = [f"{kind} that this face is forged is {percent(verdict.p_fake)}."]
+    calibrated = "calibrated" if report.model.get("mode") != "paper" else "uncalibrated"
+    said = [f"The {calibrated} estimate that this face is forged is {percent(verdict.p_fake)}."]
     if band:
         low, high = percent(band[0]), percent(band[1])
         said.append(f"Below {low} the answer is real, above {high} it is fake; in between no answer is given.")
@@ -204,10 +195,10 @@ def _blind_spot(expert: str) -> str:
 def card(judged: Report | Failure) -> str:
     """The verdict card as HTML."""
     if isinstance(judged, Failure):
-        return _page().module.problem(judged)  # type: ignore[attr-defined,no-any-return]
+        return _draw("problem", judged)
     kind = _kind(judged.verdict)
     meaning = MEANINGS.get(kind) or REASONS.get(judged.verdict.reason or "", judged.verdict.reason or "")
-    return _page().module.card(judged, kind, meaning)  # type: ignore[attr-defined,no-any-return]
+    return _draw("card", judged, kind, meaning)
 
 
 def face_panel(case: Case, index: int | None) -> str:
@@ -223,7 +214,7 @@ def face_panel(case: Case, index: int | None) -> str:
         "text": max(width, height) * 0.034,
         "others": [f for f in report.faces if f.frame == frame and f is not face],
     }
-    return _page().module.panel(report, face, figure, marks)  # type: ignore[attr-defined,no-any-return]
+    return _draw("panel", report, face, figure, marks)
 
 
 def choices(report: Report) -> list[tuple[str, int]]:
@@ -233,8 +224,145 @@ def choices(report: Report) -> list[tuple[str, int]]:
 
 
 @cache
-def _page() -> jinja2.Template:
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"percent": percent, "kind": _kind, "blind_spot": _blind_spot}
     environment.globals |= {"WORDS": WORDS, "NOT_PROOF": NOT_PROOF}
-    return environment.from_string((Path(__file__).parent / "page.jinja").read_text("utf-8"))
+    return environment.from_string((HERE / "page.jinja").read_text("utf-8"))
+
+
+def _draw(macro: str, *values: Any) -> str:
+    return str(getattr(_template().module, macro)(*values))
+
+
+# --- the page ---
+
+
+def build(detector: Judge, examples: Sequence[tuple[str, Path]] = ()) -> gr.Blocks:
+    """The page around a detector; `examples` are files to click, each with its caption."""
+    with gr.Blocks(title="Deepfake check (x2dfd)", analytics_enabled=False, delete_cache=(600, KEEP_S)) as page:
+        case = gr.State(None, time_to_live=KEEP_S)
+        turns = gr.State([], time_to_live=KEEP_S)
+        gr.HTML(_draw("head"))
+        with gr.Row():
+            with gr.Column(scale=3, min_width=320):
+                upload = gr.File(label="A photo or a short video (up to 30 MB)", height=170)
+                tries = []
+                if examples:
+                    with gr.Row():
+                        tries = [gr.Button(caption, size="sm", icon=str(file)) for caption, file in examples]
+                verdict = gr.HTML()
+                pick = gr.Dropdown(label="Several faces: pick the one to look at", filterable=False, visible=False)
+                panel = gr.HTML()
+                with gr.Row(visible=False) as downloads:
+                    as_html = gr.DownloadButton("Report (HTML)", size="sm")
+                    as_json = gr.DownloadButton("Report (JSON)", size="sm")
+            with gr.Column(scale=2, min_width=320, elem_classes="talk"):
+                chat = gr.Chatbot(
+                    label="Ask about the result", height=420, allow_tags=False, render_markdown=False, buttons=["copy"],
+                    feedback_options=None, allow_file_downloads=False, placeholder=FIRST,
+                )  # fmt: skip
+                with gr.Row():
+                    asks = [gr.Button(text, size="sm", min_width=120, interactive=False) for text in SUGGESTIONS]
+                with gr.Row(elem_classes="ask"):
+                    question = gr.Textbox(
+                        label="Your question", max_length=MAX_QUESTION, scale=4, min_width=180, interactive=False
+                    )
+                    send = gr.Button("Ask", variant="primary", scale=1, min_width=80, interactive=False)
+
+        shown = [case, turns, verdict, pick, panel, downloads, as_html, as_json, chat, question, send, *asks]
+
+        def show(
+            new: Case | None, told: str, files: Sequence[str | None] = (None, None), ready: bool = False
+        ) -> tuple[Any, ...]:
+            """The values of `shown`; any new file starts a new conversation."""
+            faces = choices(new.report) if new else []
+            decider = new.face(None) if new else None
+            return (
+                new, [], told,
+                gr.Dropdown(choices=faces, value=decider.index if decider else None, visible=len(faces) > 1),
+                face_panel(new, None) if new else "",
+                gr.Row(visible=ready), *files,
+                gr.Chatbot(value=[], placeholder="Ask about this result." if ready else FIRST),
+                gr.Textbox(value="", interactive=ready), *(gr.Button(interactive=ready) for _ in (send, *asks)),
+            )  # fmt: skip
+
+        def take(file: str) -> Iterator[tuple[Any, ...]]:
+            """The verdict at once, then the same with its explanation."""
+            yield show(None, _draw("waiting"))
+            quick = judge(detector, file, rationale=False)
+            if isinstance(quick, Failure):
+                yield show(None, card(quick))
+                return
+            opened, pixels = open_case(quick, file)
+            yield show(opened, card(quick))
+            full = judge(detector, file)
+            if isinstance(full, Failure):  # deleted meanwhile
+                yield show(None, card(full))
+                return
+            files = [
+                processing_utils.save_bytes_to_cache(data.encode(), f"x2dfd-report.{kind}", page.GRADIO_CACHE)
+                for kind, data in (("html", render([full], [pixels])), ("json", full.to_json(indent=1)))
+            ]
+            yield show(replace(opened, report=full), card(full), files, ready=True)
+
+        def ask(
+            text: str, now: Case | None, index: int | None, said: list[dict[str, str]]
+        ) -> Iterator[tuple[Any, ...]]:
+            text = text.strip()[:MAX_QUESTION]
+            if now is None or not text:
+                yield said, said, ""
+                return
+            # The chatbot draws even plain text as HTML: an <img> in it would be fetched by the visitor's browser.
+            said = [*said, {"role": "user", "content": escape(text)}]
+            yield said, said, ""
+            said = [*said, {"role": "assistant", "content": escape(answer(detector, now, index, text))}]
+            yield said, said, ""
+
+        # One model, one request at a time, whichever button it comes from.
+        model: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+        inner: dict[str, Any] = {"api_visibility": "private", "show_progress_on": verdict}
+        upload.upload(take, upload, shown, trigger_mode="always_last", **inner, **model)
+        upload.clear(lambda: show(None, ""), None, shown, queue=False, api_visibility="private")
+        for button, (_, file) in zip(tries, examples, strict=True):
+            button.click(take, gr.State(str(file)), shown, **inner, **model)
+            button.click(lambda: None, None, upload, queue=False, api_visibility="private")
+        pick.input(
+            lambda now, index: face_panel(now, index) if now else "", [case, pick], panel, api_visibility="private"
+        )
+        for trigger, source in ((send.click, question), (question.submit, question), *((b.click, b) for b in asks)):
+            trigger(
+                ask, [source, case, pick, turns], [chat, turns, question], show_progress_on=chat,
+                api_visibility="private", **model,
+            )  # fmt: skip
+        chat.clear(lambda: [], None, turns, queue=False, api_visibility="private")
+
+        def judge_file(file: str | None) -> dict[str, Any]:
+            if file is None:
+                raise gr.Error("No file was sent.", print_exception=False)
+            return replace(judge(detector, file), path=None).to_dict()  # clients download whatever has a "path"
+
+        answer_json = gr.JSON(visible=False)
+        gr.Button(visible=False).click(
+            judge_file, upload, answer_json, api_name="judge", **model,
+            api_description="Judge one photo or short video; returns the report as `x2dfd detect --json` prints it.",
+        )  # fmt: skip
+    page.queue(max_size=MAX_QUEUE, default_concurrency_limit=1)
+    return page
+
+
+def launch(page: gr.Blocks, host: str, port: int, *, block: bool = True) -> str:
+    """Serve the page; returns its address (with `block`, once it is stopped). Raises OSError if the port is taken."""
+    processing_utils.async_ssrf_protected_download = _refuse_address
+    _, address, _ = page.launch(
+        server_name=host, server_port=port, prevent_thread_lock=not block, quiet=True, inbrowser=False, share=False,
+        show_error=False, max_file_size=MAX_FILE, allowed_paths=[], state_session_capacity=200, ssr_mode=False,
+        enable_monitoring=False, mcp_server=False, run_history=False, footer_links=["api"],
+        theme=gr.themes.Default(primary_hue="slate", neutral_hue="slate"), css_paths=[HERE / "style.css"],
+    )  # fmt: skip
+    return str(address)
+
+
+async def _refuse_address(*_: object, **__: object) -> str:
+    """Gradio would fetch an address that a client sends in place of an upload."""
+    raise gr.Error("Addresses are not fetched: upload the file itself.", print_exception=False)

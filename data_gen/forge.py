@@ -273,7 +273,9 @@ def swap(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
         if len(xs) > 400:
             centre = (int(xs.min() + xs.max()) // 2, int(ys.min() + ys.max()) // 2)
             source = np.clip(new, 0, 255).astype(np.uint8)
-            return cv2.seamlessClone(source, photo.pixels, hard, centre, cv2.NORMAL_CLONE), hard / 255.0, cues
+            # OpenCV writes into the mask it is given.
+            cloned = cv2.seamlessClone(source, photo.pixels, hard.copy(), centre, cv2.NORMAL_CLONE)
+            return cloned, hard / 255.0, cues
     return _blend(photo.pixels, new, alpha), alpha, cues
 
 
@@ -405,7 +407,8 @@ def _dct_thin(pixels: Array, block: int, keep: float) -> Array:
     """Each block keeps only its low frequencies: what a small autoencoder does to texture."""
     height, width = pixels.shape[0] // block * block, pixels.shape[1] // block * block
     out = pixels.astype(np.float32).copy()
-    basis = cv2.dct(np.eye(block, dtype=np.float32))
+    # By rows: the two-dimensional transform of the identity is the identity.
+    basis = cv2.dct(np.eye(block, dtype=np.float32), flags=cv2.DCT_ROWS).T
     index = np.arange(block)
     low = (index[:, None] + index[None]) < 2 * block * keep
     x = out[:height, :width].reshape(height // block, block, width // block, block, 3).transpose(0, 2, 4, 1, 3)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.experts import write_card
+from x2dfd.faces import PREPROCESSING
 from x2dfd.files import file_sha256
 from x2dfd.types import Card
 
@@ -19,12 +20,17 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def load_weights(card: Card, folder: Path = WEIGHTS) -> dict[str, Tensor]:
-    """Tensors of a card's weight file, fp32. Raises SetupError when the file is absent or is not the card's."""
+    """Tensors of a card's weight file, fp32.
+
+    Raises SetupError when the file is absent or is not the card's, or was trained on other crops than ours.
+    """
     path = folder / card.weights
     if not path.is_file():
         raise SetupError(f"weights of expert {card.name!r} are missing: {path}; reinstall x2dfd")
     if file_sha256(path) != card.sha256:
         raise SetupError(f"{path} is not the file of its card (SHA-256 differs); reinstall x2dfd")
+    if card.preprocessing != PREPROCESSING:
+        raise SetupError(f"{path} was trained on other crops ({card.preprocessing}); reinstall x2dfd")
     return {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
 
 

@@ -63,7 +63,7 @@ def conversation(processor: Any, record: dict[str, Any], label_ids: Sequence[int
     heavy = None
     if record["task"].startswith("detect"):
         heavy = next((len(before) + k for k, t in enumerate(answer[:8]) if t in label_ids), None)
-        if heavy is None:
+        if heavy is None or not gpt.startswith(tuple(prompts.STEM + word for word in prompts.LABEL_WORDS)):
             raise X2DFDError(f"{record['id']}: the answer does not begin with the verdict: {gpt[:40]!r}")
     elif record["task"].startswith("cue"):
         heavy = len(before)

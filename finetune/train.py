@@ -165,6 +165,8 @@ def train(config: FinetuneConfig) -> Path:
     last = get_last_checkpoint(str(work)) if work.is_dir() else None
     result = trainer.train(resume_from_checkpoint=last)
     write_text(out / "log.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
+    # PEFT notes the folder that the base was loaded from; the base's name says more and fits other machines.
+    peft_model.peft_config["default"].base_model_name_or_path = base_identity(config.base)["name"]
     peft_model.save_pretrained(str(out))
     _to_half(out / WEIGHTS)
     if lora_b_sum(out) <= 0:

@@ -1,0 +1,178 @@
+"""An adapter is used only on what it was made for, and only if there is something in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import x2dfd
+from tests import tiny
+from x2dfd import prompts
+from x2dfd.adapter import WEIGHTS, check_adapter, lora_b_sum, read_adapter_card, write_adapter_card
+from x2dfd.errors import SetupError
+from x2dfd.experts import BUILTIN
+from x2dfd.files import file_sha256
+from x2dfd.mllm import LocalMLLM, base_identity, load_llava
+
+pytestmark = pytest.mark.needs_base
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_base(tmp_path_factory.mktemp("tiny") / "base")
+
+
+@pytest.fixture(scope="module")
+def made(base: Path) -> Path:
+    return tiny.write_adapter(base.parent / "adapter", base)
+
+
+@pytest.fixture
+def adapter(made: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(made, tmp_path / "adapter"))
+
+
+@pytest.fixture
+def check(base: Path) -> Callable[[Path], None]:
+    identity, prompt = base_identity(base), prompts.prompt_hash(tiny.processor_of_base())
+    return lambda folder: check_adapter(folder, read_adapter_card(folder), identity, prompt)
+
+
+def reseal(folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    """Change the tensors and write the new hash into the card: what is wrong is then not the file's identity."""
+    save_file({k: change(k, v) for k, v in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
+    tiny.edit_card(folder, sha256=file_sha256(folder / WEIGHTS))
+
+
+def test_a_good_adapter_is_accepted(adapter: Path, check: Callable[[Path], None]) -> None:
+    """The refusals below must come from what was spoilt, not from the adapter itself."""
+    check(adapter)
+    assert lora_b_sum(adapter) > 0
+
+
+def test_weights_that_are_not_the_cards_are_refused(adapter: Path, check: Callable[[Path], None]) -> None:
+    """A half-copied or exchanged file would judge in the card's name."""
+    with (adapter / WEIGHTS).open("r+b") as stream:
+        stream.seek(-1, 2)
+        last = stream.read(1)
+        stream.seek(-1, 2)
+        stream.write(bytes([last[0] ^ 1]))
+    with pytest.raises(SetupError, match="not the file of its card"):
+        check(adapter)
+
+
+def test_absent_weights_are_refused(adapter: Path, check: Callable[[Path], None]) -> None:
+    """A card alone is no adapter."""
+    (adapter / WEIGHTS).unlink()
+    with pytest.raises(SetupError, match=WEIGHTS):
+        check(adapter)
+
+
+@pytest.mark.parametrize("made_for", [{"name": "other", "sha256": "d" * 64}, {"name": "hub/one", "sha256": ""}, {}])
+def test_another_base_is_refused(adapter: Path, check: Callable[[Path], None], made_for: dict[str, str]) -> None:
+    """LoRA on other weights is noise; a card that does not name its base fits none."""
+    tiny.edit_card(adapter, base=made_for)
+    with pytest.raises(SetupError, match="trained on"):
+        check(adapter)
+
+
+def test_bases_from_the_hub_are_told_apart_by_name(adapter: Path) -> None:
+    """Neither has a hash, and two absent hashes are equal."""
+    tiny.edit_card(adapter, base={"name": "hub/one", "sha256": ""})
+    card = read_adapter_card(adapter)
+    check_adapter(adapter, card, {"name": "hub/one", "sha256": ""}, card.prompt_sha256)
+    with pytest.raises(SetupError, match="hub/one"):
+        check_adapter(adapter, card, {"name": "hub/two", "sha256": ""}, card.prompt_sha256)
+
+
+def test_other_prompts_are_refused(adapter: Path, check: Callable[[Path], None]) -> None:
+    """Asked in other words than it was trained with, a model answers something else."""
+    tiny.edit_card(adapter, prompt_sha256="e" * 64)
+    with pytest.raises(SetupError, match="other prompts"):
+        check(adapter)
+
+
+def test_other_crops_are_refused(adapter: Path, check: Callable[[Path], None]) -> None:
+    """A face cut with another margin is another picture: scores move without a word."""
+    tiny.edit_card(adapter, preprocessing="whole pictures")
+    with pytest.raises(SetupError, match="other crops"):
+        check(adapter)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_an_adapter_that_holds_nothing_is_refused(adapter: Path, check: Callable[[Path], None], value: float) -> None:
+    """ZeRO-3 once saved adapters whose every lora_B was zero: the base model then answers as if it were tuned."""
+    reseal(adapter, lambda k, v: torch.full_like(v, value) if "lora_B" in k else v)
+    with pytest.raises(SetupError, match="lora_B"):
+        check(adapter)
+
+
+def test_the_card_comes_back_whole(adapter: Path, tmp_path: Path) -> None:
+    """Order of experts, tuples and non-ASCII text survive JSON."""
+    tiny.edit_card(adapter, feature_layers=(5, 8, 11), experts={"z": "1", "a": "2"}, trained_on="Gesichter für Tests")
+    card = read_adapter_card(adapter)
+    write_adapter_card(tmp_path / "again", card)
+    again = read_adapter_card(tmp_path / "again")
+    assert again == card
+    assert again.feature_layers == (5, 8, 11)
+    assert list(again.experts) == ["z", "a"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"name": "x"}'])
+def test_a_folder_that_is_no_adapter_is_named(adapter: Path, text: str) -> None:
+    """A mistyped folder must be a sentence, not a traceback."""
+    (adapter / "card.json").write_text(text)
+    with pytest.raises(SetupError, match="not an adapter directory"):
+        read_adapter_card(adapter)
+    with pytest.raises(SetupError, match="not an adapter directory"):
+        read_adapter_card(adapter / "nowhere")
+
+
+def test_an_unknown_field_in_the_card_is_refused(adapter: Path) -> None:
+    """A card of another version may mean something else by its fields."""
+    tiny.edit_json(adapter / "card.json", novel=1)
+    with pytest.raises(SetupError, match="novel"):
+        read_adapter_card(adapter)
+
+
+def test_the_merged_model_is_the_adapted_one(base: Path, made: Path, astronaut: Any) -> None:
+    """Merging must add the adapter, projector included, and add it once."""
+    from peft import PeftModel
+
+    from x2dfd.adapter import attach
+
+    crop = astronaut[:224, 120:344][None]
+    question = [prompts.QUESTION]
+
+    def ask(model: Any, processor: Any) -> float:
+        mllm = LocalMLLM(model, processor, "tiny")
+        return float(mllm.verdict_logits(mllm.look(crop), question)[0])
+
+    plain, processor = load_llava(base)
+    before = ask(plain, processor)
+    merged = ask(attach(plain, made), processor)
+    unmerged_model, _ = load_llava(base)
+    unmerged = ask(PeftModel.from_pretrained(unmerged_model, str(made)).base_model.model, processor)
+    assert merged == pytest.approx(unmerged, abs=1e-4)
+    assert abs(merged - before) > 0.01
+
+
+def test_load_refuses_before_it_judges(adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks are worth nothing if the front door does not call them."""
+    monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
+    assert x2dfd.load(base=str(base), adapter=adapter).facts["name"] == "tiny 1"
+    experts = json.loads((adapter / "card.json").read_text())["experts"]
+    tiny.edit_card(adapter, experts=dict.fromkeys(experts, "f" * 64))
+    with pytest.raises(SetupError, match="other weights of expert 'brightness'"):
+        x2dfd.load(base=str(base), adapter=adapter)
+    tiny.edit_card(adapter, prompt_sha256="e" * 64)
+    with pytest.raises(SetupError, match="other prompts"):
+        x2dfd.load(base=str(base), adapter=adapter)

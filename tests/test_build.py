@@ -1,0 +1,261 @@
+"""Instruction data: what is taught must be true of the picture, strong in the ranking, and never held out."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from numpy.typing import NDArray
+
+from data_gen.build import BuildConfig, build, corrupted
+from data_gen.questions import bank
+from tests import tiny
+from x2dfd import prompts
+from x2dfd.assessment import CueQuestion, assess
+from x2dfd.crops import CropSet, load_crops
+from x2dfd.errors import X2DFDError
+from x2dfd.experts import BUILTIN
+from x2dfd.explain import read_cues
+from x2dfd.files import file_sha256
+from x2dfd.manifest import Sample, read_manifest, write_manifest
+from x2dfd.types import Cue, Evidence
+
+CUES = {("jaw", "blending"), ("eyes", "blur"), ("skin", "colour")}  # of the fakes of the small manifest
+
+Record = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import skimage.data
+
+    return tiny.write_small_manifest(tmp_path_factory.mktemp("small"), np.asarray(skimage.data.astronaut()), 12)
+
+
+@pytest.fixture(autouse=True)
+def known_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
+
+
+def made(manifest: Path, out: Path, oof: dict[str, dict[str, float]] | None = None, **given: Any) -> list[Record]:
+    settings = {"data": str(manifest), "experts": (tiny.EXPERT,), **given}
+    path = build(BuildConfig(**settings), out, oof)
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def answer(record: Record) -> str:
+    return str(record["conversations"][1]["value"])
+
+
+def question(record: Record) -> str:
+    return str(record["conversations"][0]["value"])
+
+
+def detect(records: Sequence[Record], **equal: str) -> list[Record]:
+    return [r for r in records if r["task"] == "detect" and all(r[k] == v for k, v in equal.items())]
+
+
+def named(record: Record) -> set[tuple[str, str]]:
+    return {(c.area, c.artifact) for c in read_cues(answer(record))}
+
+
+@dataclass(frozen=True)
+class Said:
+    p_yes: NDArray[np.float64]
+    said: tuple[str, ...]
+
+
+class SeesOnly:
+    """A model that sees one cue, and of all others says yes."""
+
+    def __init__(self, cue: tuple[str, str], samples: list[Sample]) -> None:
+        self.name, self.cue, self.samples = f"sees {cue}", cue, samples
+
+    def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str], /) -> Said:
+        fake = self.samples[int(crop[0, 0, 0])].label == "fake"
+        about = {q.text: (q.area, q.artifact) for q in bank()}
+        p = np.array([0.9 if about[q] != self.cue or fake else 0.1 for q in questions])
+        return Said(p, tuple("yes" if x > 0.5 else "no" for x in p))
+
+
+def ranking(cue: tuple[str, str], out: Path) -> Path:
+    """A real assessment, by a model that is good at one cue only."""
+    cues = tuple(Cue(a, b) for a, b in sorted(CUES))
+    samples = [
+        Sample(f"s{i}", Path(f"/x/{i}"), "fake" if i % 2 else "real", group=f"g{i}", cues=cues if i % 2 else ())
+        for i in range(60)
+    ]
+    crops = np.zeros((60, 4, 4, 3), np.uint8)
+    crops[:, 0, 0, 0] = np.arange(60)
+    questions = [CueQuestion(q.text, q.area, q.artifact, q.origin) for q in bank() if (q.area, q.artifact) in CUES]
+    data = CropSet(samples, crops, np.zeros((60, 468, 2), np.float32), {})
+    assess(SeesOnly(cue, samples), data, questions, out, top_k=1, progress=False)
+    return out / "assessment.json"
+
+
+# --- explanations ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strong", sorted(CUES))
+def test_only_strong_cues_are_explained(manifest: Path, tmp_path: Path, strong: tuple[str, str]) -> None:
+    """Another ranking must give other explanations; a model taught cues it cannot see learns to make them up."""
+    assessment = ranking(strong, tmp_path / "mfa")
+    records = made(manifest, tmp_path / "out", assessment=str(assessment))
+    fakes = detect(records, label="fake")
+    assert len(fakes) == 6
+    for record in fakes:
+        assert named(record) == {strong}
+        assert {(c["area"], c["artifact"]) for c in record["cues"]} == CUES  # the truth stays whole in the record
+    everything = made(manifest, tmp_path / "all")
+    assert all(named(r) == CUES for r in detect(everything, label="fake"))
+
+
+def test_explanations_name_only_what_is_there(manifest: Path, tmp_path: Path) -> None:
+    """A cue that was not forged into the picture would be taught as seen; a real picture has none."""
+    for seed in range(3):
+        records = made(manifest, tmp_path / str(seed), seed=seed, corrupt=0.0)
+        for record in detect(records):
+            truth = {(c["area"], c["artifact"]) for c in record["cues"]}
+            assert named(record) <= truth
+            assert (record["label"] == "fake") == bool(truth)
+            assert answer(record).startswith(f"This image is {record['label']}.")
+
+
+def test_cue_questions_have_the_true_answer(manifest: Path, tmp_path: Path) -> None:
+    """Yes only of cues that are there and visible; never asked of what is too faint to tell."""
+    about = {q.text: (q.area, q.artifact) for q in bank()}
+    records = [r for r in made(manifest, tmp_path, cue_questions=8) if r["task"].startswith("cue")]
+    answers: Counter[str] = Counter()
+    for record in records:
+        pair = about[question(record).removeprefix("<image>\n")]
+        strengths = {(c["area"], c["artifact"]): c["score"] for c in record["cues"]}
+        assert answer(record) == ("Yes" if strengths.get(pair, 0) >= 0.2 else "No")
+        assert strengths.get(pair, 1) >= 0.2  # skin x colour is there at 0.1: neither yes nor no is fair
+        answers[f"{record['label']} {answer(record)}"] += 1
+    assert answers["fake Yes"] and answers["fake No"] and answers["real No"] and not answers["real Yes"]
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_questions_are_those_of_inference(manifest: Path, tmp_path: Path) -> None:
+    """What is trained on must be what is asked; the score stands in the question and in the record alike."""
+    for record in made(manifest, tmp_path):
+        asked = question(record).removeprefix("<image>\n")
+        if record["task"] == "detect":
+            evidence = [Evidence(k, v) for k, v in record["scores"].items()]
+            assert asked == prompts.verdict_question(evidence)
+            assert answer(record).endswith(prompts.expert_sentence(record["label"], evidence))
+        elif record["task"] == "detect_plain":
+            assert (asked, answer(record)) == (prompts.QUESTION, f"This image is {record['label']}.")
+        elif record["task"] == "classify":
+            assert asked == prompts.CLASS_QUESTION
+
+
+def test_out_of_fold_scores_are_used_where_given(manifest: Path, tmp_path: Path) -> None:
+    """An expert's scores on its own training pictures are too good: the MLLM would learn to obey it."""
+    plain = {r["image"]: r["scores"][tiny.EXPERT] for r in detect(made(manifest, tmp_path / "a", corrupt=0.0))}
+    oof = {tiny.EXPERT: {"s0": 0.111, "s1": 0.222}}
+    found = {r["image"]: r["scores"][tiny.EXPERT] for r in detect(made(manifest, tmp_path / "b", oof, corrupt=0.0))}
+    assert (found.pop("s0"), found.pop("s1")) == (0.111, 0.222)
+    assert found == {k: v for k, v in plain.items() if k not in ("s0", "s1")}
+    assert plain["s0"] != 0.111
+
+
+def test_calibration_pictures_keep_their_true_scores(manifest: Path, tmp_path: Path) -> None:
+    """Wrong scores teach doubt in training; in calibration they would only make the probability wrong."""
+    clean = {r["image"]: r["scores"] for r in detect(made(manifest, tmp_path / "a", corrupt=0.0))}
+    records = detect(made(manifest, tmp_path / "b", corrupt=1.0))
+    assert all(r["scores"] == clean[r["image"]] for r in records if r["split"] == "calib")
+    assert all(r["scores"] != clean[r["image"]] for r in records if r["split"] == "train")
+
+
+def test_corruption_has_the_promised_share() -> None:
+    """Half missing, half random; at rate 0 nothing is touched."""
+    evidence = [Evidence("a", 0.5)] * 20_000
+    rng = np.random.default_rng(0)
+    assert corrupted(evidence, 0.0, rng) == evidence
+    out = corrupted(evidence, 0.2, rng)
+    assert np.mean([e.score is None for e in out]) == pytest.approx(0.1, abs=0.01)
+    assert np.mean([e.score not in (None, 0.5) for e in out]) == pytest.approx(0.1, abs=0.01)
+
+
+# --- the set ---------------------------------------------------------------------------------------------------------
+
+
+def test_held_out_methods_are_never_trained_on(manifest: Path, tmp_path: Path) -> None:
+    """Figures on "unseen" methods are worth nothing if a combined forgery smuggles the method in."""
+    records = made(manifest, tmp_path, held_out=("warp",))
+    trained = {r["method"] for r in records if r["split"] == "train"}
+    assert trained == {"", "swap"}
+    assert {r["method"] for r in made(manifest, tmp_path / "all")} == {"", "swap", "warp", "swap+warp"}
+    assert "swap+warp" in {r["method"] for r in records if r["split"] == "calib"}
+
+
+def test_the_same_settings_give_the_same_bytes(manifest: Path, tmp_path: Path) -> None:
+    """A data set that cannot be made again cannot be checked."""
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        made(manifest, tmp_path / name, seed=seed)
+    a, b, c = ((tmp_path / n / "instructions.jsonl").read_bytes() for n in "abc")
+    assert a == b != c
+
+
+def test_leaving_pictures_out_changes_no_other_record(manifest: Path, tmp_path: Path) -> None:
+    """One random stream for all would make every ablation a different data set."""
+    whole = {r["id"]: r for r in made(manifest, tmp_path / "a")}
+    fewer = {r["id"]: r for r in made(manifest, tmp_path / "b", held_out=("warp",))}
+    assert 0 < len(fewer) < len(whole)
+    assert all(whole[k] == r for k, r in fewer.items())
+    assert {r["image"] for r in made(manifest, tmp_path / "c", limit=3)} == {"s0", "s1", "s2"}
+
+
+def test_the_data_card_counts_what_is_there(manifest: Path, tmp_path: Path) -> None:
+    """A card that is off by one is not read a second time."""
+    records = made(manifest, tmp_path)
+    card = json.loads((tmp_path / "card.json").read_text())
+    main = detect(records)
+    assert card["pictures"] == len(main) == 12
+    tasks = Counter(r["task"].rstrip("0123456789") for r in records)
+    assert card["records"] == dict(tasks)
+    assert tasks["detect"] == tasks["detect_plain"] == tasks["classify"] == 12 and tasks["cue"] == 48
+    assert card["split"] == {"calib": 2, "train": 10}
+    assert card["label"] == {"fake": 6, "real": 6}
+    assert card["df_class"] == {"FS": 6, "real": 6}
+    assert card["method"] == {"": 6, "swap": 2, "swap+warp": 2, "warp": 2}
+    assert card["cues"] == {"jaw x blending": 6, "eyes x blur": 6, "skin x colour": 6}
+    assert card["distinct_answers"] == round(len({answer(r) for r in main}) / 12, 4)
+    assert card["manifest_sha256"] == file_sha256(manifest)
+    assert card["instructions_sha256"] == file_sha256(tmp_path / "instructions.jsonl")
+    assert card["config"]["experts"] == [tiny.EXPERT]
+    table = pq.read_table(tmp_path / "instructions.parquet").to_pylist()
+    assert [r["id"] for r in table] == [r["id"] for r in records]
+    assert [json.loads(r["cues"]) for r in table] == [r["cues"] for r in records]
+
+
+def test_rows_point_at_the_crops_they_are_about(manifest: Path, tmp_path: Path) -> None:
+    """Training finds the picture by its row; a shift by one pairs every answer with another face."""
+    data = load_crops(manifest)
+    assert all(data.samples[r["row"]].id == r["image"] for r in made(manifest, tmp_path))
+
+
+def test_a_fake_of_unknown_class_and_an_empty_set_are_refused(manifest: Path, tmp_path: Path) -> None:
+    """Both end in a sentence that names the manifest, not in a traceback or in a file of nothing."""
+    samples = read_manifest(manifest)
+    loose = [{"id": s.id, "path": str(s.path), "label": s.label, "split": "train"} for s in samples[:3]]
+    write_manifest(tmp_path / "loose.jsonl", loose)
+    with pytest.raises(X2DFDError, match="1 fakes without df_class"):
+        made(tmp_path / "loose.jsonl", tmp_path / "out")
+    write_manifest(tmp_path / "real.jsonl", [loose[0], loose[2]])
+    records = made(tmp_path / "real.jsonl", tmp_path / "out")
+    assert {r["df_class"] for r in records} == {"real"}
+    write_manifest(tmp_path / "test.jsonl", [{**r, "split": "test"} for r in loose])
+    with pytest.raises(X2DFDError, match="no usable picture"):
+        made(tmp_path / "test.jsonl", tmp_path / "none")
+    assert not (tmp_path / "none" / "instructions.jsonl").exists()

@@ -1,0 +1,246 @@
+"""The one number a reader acts on: fitted right, bounded where it promised, and said to be unsure when it is."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+
+from tests.tiny import edit_json
+from x2dfd.calibration import Calibration, choose_band, fit_weights, logit
+from x2dfd.errors import SetupError
+
+Floats = NDArray[np.float64]
+
+FITTED = Calibration(
+    weights={"mllm": 0.5, "blending": 1.0, "clip": 0.0},
+    means={"mllm": 1.0, "blending": -2.0, "clip": 0.3},
+    bias=0.2,
+    low=0.35,
+    high=0.7,
+    mllm_threshold=0.8,
+    fitted_on={"n": 12},
+)
+
+
+def simulate(n: int, weights: dict[str, float], bias: float, seed: int = 0) -> tuple[dict[str, Floats], Floats]:
+    """Logits of each part, and labels drawn from the logistic with these weights."""
+    rng = np.random.default_rng(seed)
+    parts = {name: rng.normal(0.5, 1.2, n) for name in weights}
+    total = bias + sum(w * (parts[name] - parts[name].mean()) for name, w in weights.items())
+    return parts, (rng.random(n) < 1 / (1 + np.exp(-total))).astype(float)
+
+
+def test_known_weights_are_found() -> None:
+    """A slip in gradient or Hessian converges to other weights without a word."""
+    true = {"mllm": 0.4, "blending": 1.5, "clip": 0.8}
+    parts, labels = simulate(20_000, true, -0.7)
+    weights, means, bias = fit_weights(parts, labels, np.ones(len(labels)), ridge=0.0)
+    assert weights == pytest.approx(true, abs=0.07)
+    assert bias == pytest.approx(-0.7, abs=0.05)
+    assert means == pytest.approx({k: v.mean() for k, v in parts.items()}, abs=0.01)
+
+
+@pytest.mark.parametrize("ridge", [0.005, 0.02, 0.2])
+def test_the_fit_agrees_with_scikit_learn(ridge: float) -> None:
+    """An independent solver must find the same optimum, sample weights and penalty included."""
+    parts, labels = simulate(600, {"mllm": 0.7, "blending": 1.1}, 0.3, seed=1)
+    sample_weights = np.where(labels == 1, 3.0, 1.0) * np.random.default_rng(2).uniform(0.5, 1.5, len(labels))
+    weights, means, bias = fit_weights(parts, labels, sample_weights, ridge=ridge)
+    assert min(weights.values()) > 0  # no weight at its bound, so the two problems are the same
+    # Ours: mean loss + ridge/2 |w|^2; scikit-learn's: C * summed loss + 1/2 |w|^2, with weights that sum to 1.
+    oracle = LogisticRegression(C=1 / ridge, tol=1e-10, max_iter=10_000)
+    x = np.stack([np.clip(v, -6, 6) - means[k] for k, v in parts.items()], 1)
+    oracle.fit(x, labels, sample_weight=sample_weights / sample_weights.sum())
+    np.testing.assert_allclose([*weights.values(), bias], [*oracle.coef_[0], oracle.intercept_[0]], atol=1e-4)
+
+
+def test_a_part_that_points_the_wrong_way_gets_no_weight() -> None:
+    """A negative weight would call a face real because an expert called it fake."""
+    parts, labels = simulate(2_000, {"mllm": 1.0, "blending": -1.0}, 0.0)
+    weights, _, _ = fit_weights(parts, labels, np.ones(len(labels)))
+    assert weights["blending"] == 0.0
+    alone, _, _ = fit_weights({"mllm": parts["mllm"]}, labels, np.ones(len(labels)))
+    assert weights["mllm"] == pytest.approx(alone["mllm"], abs=1e-6)
+
+
+def test_a_part_that_only_repeats_another_gets_no_negative_weight() -> None:
+    """Two experts that look alike: by itself each helps, but beside the better one the worse would be subtracted."""
+    rng = np.random.default_rng(4)
+    good = rng.normal(0, 1.5, 4_000)
+    copy = good + rng.normal(0, 0.4, 4_000)
+    labels = (rng.random(4_000) < 1 / (1 + np.exp(-(2.5 * good - 1.2 * copy)))).astype(float)
+    weights, _, _ = fit_weights({"good": good, "copy": copy}, labels, np.ones(4_000))
+    alone, _, _ = fit_weights({"good": good}, labels, np.ones(4_000))
+    assert weights["copy"] == 0.0
+    assert weights["good"] == pytest.approx(alone["good"], abs=1e-6)
+
+
+def test_classes_that_a_part_separates_give_finite_weights() -> None:
+    """Without the penalty, the weight of a perfect expert runs off to infinity."""
+    labels = np.repeat([0.0, 1.0], [90, 10])
+    weights, _, bias = fit_weights({"perfect": labels * 12 - 6, "mllm": labels - 0.5}, labels, np.ones(100))
+    assert all(0 < w < 10 for w in weights.values())
+    assert math.isfinite(bias)
+
+
+def test_a_missing_score_in_fitting_is_its_mean() -> None:
+    """NaN must neither spread into the weights nor count as evidence."""
+    parts, labels = simulate(3_000, {"mllm": 0.8, "blending": 1.2}, 0.0)
+    gaps = np.random.default_rng(3).random(3_000) < 0.3
+    holed = {**parts, "blending": np.where(gaps, np.nan, parts["blending"])}
+    filled = {**parts, "blending": np.where(gaps, np.nanmean(holed["blending"]), parts["blending"])}
+    got, wanted = (fit_weights(p, labels, np.ones(3_000)) for p in (holed, filled))
+    assert got[0] == pytest.approx(wanted[0], abs=1e-6)
+    assert got[1]["blending"] == pytest.approx(np.nanmean(holed["blending"]), abs=1e-6)
+
+
+def test_a_part_that_never_scored_is_left_out() -> None:
+    """An expert that failed on all pictures would turn every probability into NaN."""
+    parts, labels = simulate(500, {"mllm": 1.0}, 0.0)
+    weights, means, bias = fit_weights({**parts, "dead": np.full(500, np.nan)}, labels, np.ones(500))
+    assert weights["dead"] == 0.0
+    p = Calibration(weights, means, bias, 0.4, 0.6).probability({"mllm": 1.0, "dead": None})
+    assert 0 < p < 1
+
+
+# --- probability and verdict -----------------------------------------------------------------------------------------
+
+
+def test_probability_is_the_logistic_of_the_centred_parts() -> None:
+    """The number is small enough to compute by hand; so it is."""
+    total = 0.2 + 0.5 * (2.0 - 1.0) + 1.0 * (-1.0 + 2.0)
+    got = FITTED.probability({"mllm": 2.0, "blending": -1.0, "clip": 5.0})
+    assert got == pytest.approx(1 / (1 + math.exp(-total)))
+    assert FITTED.probability({"mllm": 99.0, "blending": -99.0}) == FITTED.probability({"mllm": 6.0, "blending": -6.0})
+
+
+def test_a_missing_expert_stands_at_its_mean() -> None:
+    """A missing score at 0 would accuse or clear, depending on where the expert's scores usually lie."""
+    absent = FITTED.probability({"mllm": 2.0})
+    assert absent == FITTED.probability({"mllm": 2.0, "blending": None})
+    assert absent == pytest.approx(FITTED.probability({"mllm": 2.0, "blending": -2.0}))
+    assert absent != pytest.approx(FITTED.probability({"mllm": 2.0, "blending": 0.0}), abs=0.05)
+
+
+@pytest.mark.parametrize(("p", "bound"), [(0.0, 1e-6), (1.0, 1 - 1e-6), (0.25, 0.25)])
+def test_logit_is_bounded(p: float, bound: float) -> None:
+    """An expert that says exactly 0 or 1 must not stop the run."""
+    assert logit(p) == pytest.approx(math.log(bound / (1 - bound)))
+
+
+@pytest.mark.parametrize(
+    ("p", "label", "reason"),
+    [
+        (0.0, "real", None), (0.3499, "real", None), (0.35, "inconclusive", "in_band"),
+        (0.6999, "inconclusive", "in_band"), (0.70, "fake", None), (1.0, "fake", None),
+    ],
+)  # fmt: skip
+def test_verdict_labels_at_their_bounds(p: float, label: str, reason: str | None) -> None:
+    """Off by one side of a bound, and the promised false-alarm rate is another."""
+    verdict = FITTED.verdict(p, {})
+    assert (verdict.label, verdict.p_fake, verdict.reason) == (label, p, reason)
+
+
+def test_disagreement_is_the_reason_only_where_parts_that_count_disagree() -> None:
+    """A reader is told why: two opposed experts are another thing than two lukewarm ones."""
+    assert FITTED.verdict(0.5, {"mllm": 6.0, "blending": -6.0}).reason == "experts_disagree"
+    assert FITTED.verdict(0.5, {"mllm": 1.5, "blending": -1.5}).reason == "in_band"
+    assert FITTED.verdict(0.5, {"mllm": 6.0, "clip": -6.0}).reason == "in_band"  # clip has no weight
+    assert FITTED.verdict(0.5, {"mllm": 6.0, "blending": None}).reason == "in_band"
+    assert FITTED.verdict(0.9, {"mllm": 6.0, "blending": -6.0}).label == "fake"
+
+
+# --- the band --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_band_keeps_its_promises_on_the_fitting_data(seed: int) -> None:
+    """The bound on false alarms holds in every source, however bad a source is, and however small the rest."""
+    rng = np.random.default_rng(seed)
+    sizes = {"a": 200, "b": 37, "c": 20}
+    harsh = seed % 3  # in some draws nearly all real pictures of a source look fake
+    real = {s: 1 / (1 + np.exp(-rng.normal(-2 + 4 * harsh * (s == "b"), 2, n))) for s, n in sizes.items()}
+    fake = 1 / (1 + np.exp(-rng.normal(rng.uniform(-1, 3), 2, 15 + 40 * seed)))
+    p = np.concatenate([*real.values(), fake])
+    labels = np.concatenate([np.zeros(sum(sizes.values())), np.ones(len(fake))])
+    sources = [s for s, n in sizes.items() for _ in range(n)] + ["a"] * len(fake)
+    low, high = choose_band(p, labels, sources, false_alarms=0.05, misses=0.10)
+    for scores in real.values():
+        assert (scores >= high).mean() <= 0.05
+    assert (fake < low).mean() <= 0.10
+    assert 0 <= low <= high
+    assert low <= 0.5 <= high
+
+
+def test_a_source_that_is_nearly_always_called_fake_still_bounds_the_alarms() -> None:
+    """A cap on `high` below the scores of a bad source would break the promise exactly where it matters."""
+    p = np.concatenate([np.full(50, 0.999), np.linspace(0, 0.3, 50), np.linspace(0.9, 1.0, 40)])
+    labels = np.repeat([0.0, 1.0], [100, 40])
+    sources = ["scanner"] * 50 + ["camera"] * 50 + [""] * 40
+    _, high = choose_band(p, labels, sources)
+    assert (p[:50] >= high).mean() <= 0.05
+
+
+def test_small_sources_are_pooled_when_no_source_is_large() -> None:
+    """With a handful of pictures a source, each one's 5 % is nothing; all together they still bound `high`."""
+    rng = np.random.default_rng(0)
+    p = np.concatenate([rng.uniform(0, 1, 60), rng.uniform(0.5, 1, 60)])
+    labels = np.repeat([0.0, 1.0], [60, 60])
+    _, high = choose_band(p, labels, [f"s{i // 6}" for i in range(120)])
+    assert (p[:60] >= high).mean() <= 0.05
+    assert high > 0.9
+
+
+def test_well_separated_scores_leave_hardly_any_band() -> None:
+    """A band where none is needed would withhold verdicts that are certain."""
+    p = np.concatenate([np.linspace(0, 0.1, 100), np.linspace(0.9, 1, 100)])
+    assert choose_band(p, np.repeat([0.0, 1.0], [100, 100]), ["a"] * 200) == (0.5, 0.5)
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_calibration_comes_back_whole(tmp_path: Path) -> None:
+    """The same picture must get the same probability tomorrow."""
+    FITTED.save(tmp_path)
+    assert Calibration.load(tmp_path) == FITTED
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "", "{", "[]", "null", "{}", '{"weights": {}}', json.dumps({**FITTED.__dict__, "extra": 1}),
+        json.dumps({**FITTED.__dict__, "means": {"mllm": 0.0}}), json.dumps({**FITTED.__dict__, "bias": "0.2"}),
+        json.dumps({**FITTED.__dict__, "weights": ["mllm"]}), json.dumps({**FITTED.__dict__, "bias": float("nan")}),
+        json.dumps({**FITTED.__dict__, "low": 0.9}),
+    ],
+)  # fmt: skip
+def test_a_broken_file_is_refused_with_the_command_that_mends_it(tmp_path: Path, broken: str) -> None:
+    """A calibration that is half there must fail when it is loaded, not in the middle of a run."""
+    (tmp_path / "calibration.json").write_text(broken)
+    with pytest.raises(SetupError, match=r"python -m finetune\.calibrate"):
+        Calibration.load(tmp_path)
+
+
+def test_an_absent_file_is_refused_with_the_command_that_makes_it(tmp_path: Path) -> None:
+    """An adapter without its last step gives no percentage."""
+    with pytest.raises(SetupError, match=r"python -m finetune\.calibrate"):
+        Calibration.load(tmp_path)
+
+
+def test_later_fields_may_be_absent(tmp_path: Path) -> None:
+    """Files written before a field with a default existed stay readable."""
+    FITTED.save(tmp_path)
+    path = tmp_path / "calibration.json"
+    edit_json(path)
+    data: dict[str, Any] = json.loads(path.read_text())
+    del data["fitted_on"], data["mllm_threshold"]
+    path.write_text(json.dumps(data))
+    assert Calibration.load(tmp_path).mllm_threshold == 0.5

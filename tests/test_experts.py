@@ -1,0 +1,341 @@
+"""Experts: the contract that every registered one keeps, the registry, and cards and weights on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+
+from external_detectors.weights_io import WEIGHTS, load_weights, save_weights
+from x2dfd import experts
+from x2dfd.degrade import degrade
+from x2dfd.errors import SetupError, UnknownName, X2DFDError
+from x2dfd.experts import BUILTIN, DEFAULT, Expert, Shared, load_expert, read_card, write_card
+from x2dfd.faces import PADDING, PREPROCESSING, find_faces
+from x2dfd.files import file_sha256, write_text
+from x2dfd.types import Card, Evidence, Face
+
+ROOT = Path(__file__).resolve().parents[1]
+HEADS = ("clip", "forgery")  # those that look through the base's tower
+
+
+def _named(*names: str) -> list[object]:
+    return [pytest.param(n, marks=[pytest.mark.needs_base] if n in HEADS else []) for n in names]
+
+
+every_expert = pytest.mark.parametrize("name", _named(*experts.names()))
+every_builtin = pytest.mark.parametrize("name", _named(*BUILTIN))
+every_head = pytest.mark.parametrize("name", _named(*HEADS))
+
+
+@pytest.fixture(scope="module")
+def faces() -> list[Face]:
+    """Eight views of one face: as found, and on seven different ways through size, blur, noise and codecs."""
+    [face] = find_faces(np.array(skimage.data.astronaut()))
+    views = [
+        face.crop,
+        *(degrade(face.crop[:, ::-1] if s % 2 else face.crop, np.random.default_rng(s)) for s in range(7)),
+    ]
+    return [replace(face, index=i, crop=np.ascontiguousarray(view)) for i, view in enumerate(views)]
+
+
+Judged = Callable[[str], list[Evidence]]
+
+
+@pytest.fixture(scope="module")
+def judged(faces: list[Face]) -> Judged:
+    """What an expert says of the eight faces in one batch; asked once a run."""
+    return cache(lambda name: _loaded(name).judge(faces))
+
+
+@cache
+def _loaded(name: str) -> Expert:
+    return load_expert(name)
+
+
+def _scores(evidence: list[Evidence]) -> list[float]:
+    return [math.nan if e.score is None else e.score for e in evidence]
+
+
+# --- the contract: also run against the plug-in below ---------------------------------------------------------------
+
+
+@every_expert
+def test_contract_card_is_complete(name: str) -> None:
+    """Bug prevented: an expert that hides what it is, what it may be used for, or what it cannot see."""
+    card = experts.cards()[name]
+    assert card.name == name == _loaded(name).card.name
+    optional = {"trained_on", "figures", "weights", "sha256"}
+    empty = {f.name for f in fields(Card) if not getattr(card, f.name)}
+    assert empty <= optional
+    assert ("sha256" in empty) == ("weights" in empty)  # a weight file without a hash is nobody's
+    assert len(card.blind_spot.split()) >= 3
+    assert json.loads(json.dumps(card.to_dict(), allow_nan=False)) == card.to_dict()
+    assert isinstance(_loaded(name), Expert)
+
+
+@every_expert
+def test_contract_scores_are_probabilities_or_none_with_a_reason(name: str, judged: Judged) -> None:
+    """Bug prevented: logits or NaN passed on as P(fake), or a silent `None`."""
+    evidence = judged(name)
+    assert len(evidence) == 8
+    for e in evidence:
+        assert e.expert == name
+        assert e.note if e.score is None else 0 <= e.score <= 1
+    assert len(set(_scores(evidence))) > 1, "the same answer whatever it sees"
+
+
+@every_expert
+def test_contract_a_batch_of_one_equals_a_batch_of_eight(name: str, faces: list[Face], judged: Judged) -> None:
+    """Bug prevented: batch statistics at inference, or answers that go to the wrong face."""
+    alone = [e for face in faces for e in _loaded(name).judge([face])]
+    assert _scores(alone) == pytest.approx(_scores(judged(name)), abs=1e-4, nan_ok=True)
+    turned = _loaded(name).judge([faces[5], faces[0], faces[2]])
+    assert _scores(turned) == pytest.approx([_scores(alone)[i] for i in (5, 0, 2)], abs=1e-4, nan_ok=True)
+
+
+@every_expert
+def test_contract_no_faces_no_evidence(name: str) -> None:
+    """Bug prevented: a crash on the many pictures without a face."""
+    assert _loaded(name).judge([]) == []
+    assert _loaded(name).judge([], Shared()) == []
+
+
+@every_expert
+def test_contract_odd_crops_do_not_raise(name: str, faces: list[Face]) -> None:
+    """Bug prevented: one black frame or a face outside the picture ends the run; a judge that writes into crops."""
+    odd = [np.zeros_like(faces[0].crop), np.full_like(faces[0].crop, 255), np.empty_like(faces[0].crop)]
+    odd[2][:] = PADDING
+    before = [crop.copy() for crop in odd]
+    evidence = _loaded(name).judge([replace(faces[0], crop=crop) for crop in odd], Shared())
+    assert len(evidence) == 3
+    assert all(e.note if e.score is None else 0 <= e.score <= 1 for e in evidence)
+    assert all(np.array_equal(a, b) for a, b in zip(odd, before, strict=True))
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+def _copied(name: str, folder: Path) -> Path:
+    """An expert's card and weights in `folder`; returns the weight file."""
+    card = read_card(WEIGHTS / f"{name}.card.json")
+    shutil.copy(WEIGHTS / f"{name}.card.json", folder)
+    return Path(shutil.copy(WEIGHTS / card.weights, folder))
+
+
+@every_builtin
+def test_weights_are_those_of_the_card(name: str) -> None:
+    """Bug prevented: weights replaced without their card, so that reports name the wrong ones."""
+    card = experts.cards()[name]
+    assert card.sha256 == file_sha256(WEIGHTS / card.weights)
+    assert card.preprocessing == PREPROCESSING
+    assert card.trained_on and card.figures
+
+
+@every_builtin
+def test_weights_may_stand_elsewhere(name: str, faces: list[Face], judged: Judged, tmp_path: Path) -> None:
+    """Bug prevented: a model that brings its own experts is judged by the installed ones."""
+    _copied(name, tmp_path)
+    card = replace(read_card(tmp_path / f"{name}.card.json"), version="elsewhere")
+    write_card(tmp_path / f"{name}.card.json", card)
+    other = load_expert(name, tmp_path)
+    assert other.card == card and experts.cards()[name].version != "elsewhere"
+    assert _scores(other.judge(faces[:2])) == pytest.approx(_scores(judged(name)[:2]), abs=1e-4)
+    assert load_expert(name, tmp_path / "without").card == experts.cards()[name]
+
+
+@every_builtin
+def test_other_weights_than_the_cards_are_refused(name: str, tmp_path: Path) -> None:
+    """Bug prevented: a damaged or exchanged file that still loads."""
+    weights = _copied(name, tmp_path)
+    data = bytearray(weights.read_bytes())
+    data[-100] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(SetupError, match="SHA-256"):
+        load_expert(name, tmp_path)
+    weights.unlink()
+    with pytest.raises(SetupError, match="missing"):
+        load_expert(name, tmp_path)
+
+
+def test_weights_of_other_crops_are_refused(tmp_path: Path) -> None:
+    """Bug prevented: after a change of the crop, old weights go on judging faces that they do not know."""
+    _copied("blending", tmp_path)
+    card = read_card(tmp_path / "blending.card.json")
+    write_card(tmp_path / "blending.card.json", replace(card, preprocessing="square crop, margin 1.5"))
+    with pytest.raises(SetupError, match="other crops"):
+        load_expert("blending", tmp_path)
+
+
+def test_weights_survive_the_disk(tmp_path: Path) -> None:
+    """Bug prevented: integer buffers turned into floats, a hash of another file, numbers that 16 bits cannot hold."""
+    card = replace(read_card(WEIGHTS / "blending.card.json"), name="some", sha256="", weights="")
+    state = {"a": torch.linspace(-2, 2, 7), "count": torch.tensor(3)}
+    written = save_weights(state, card, tmp_path)
+    assert written.weights == "some.safetensors" and written.sha256 == file_sha256(tmp_path / "some.safetensors")
+    assert read_card(tmp_path / "some.card.json") == written
+    read = load_weights(written, tmp_path)
+    assert read["a"].dtype == torch.float32 and torch.allclose(read["a"], state["a"], atol=1e-3)
+    assert read["count"].dtype == torch.int64 and read["count"] == 3
+    for number in (math.nan, 1e6):
+        with pytest.raises(X2DFDError, match="not finite"):
+            save_weights({"a": torch.tensor([number])}, card, tmp_path)
+    assert read_card(tmp_path / "some.card.json") == written
+
+
+# --- what is shared with the MLLM -----------------------------------------------------------------------------------
+
+
+@every_head
+def test_shared_tower_states_give_the_same_scores(name: str, faces: list[Face], judged: Judged) -> None:
+    """Bug prevented: the detector hands over states of another depth or order, and scores shift unnoticed."""
+    from external_detectors.clip_heads import LAYERS
+    from x2dfd.tower import tower_states
+
+    crops = torch.from_numpy(np.stack([f.crop for f in faces[:4]]))
+    whole = tower_states(crops, LAYERS + 1)  # as deep as the base itself
+    given = _loaded(name).judge(faces[:4], Shared(tower_states=whole))
+    assert _scores(given) == pytest.approx(_scores(judged(name)[:4]), abs=1e-4)
+    # They are in fact what is read:
+    swapped = tuple(s.flip(0) for s in whole)
+    assert _scores(_loaded(name).judge(faces[:4], Shared(tower_states=swapped))) == pytest.approx(
+        _scores(given)[::-1], abs=1e-4
+    )
+    # A tower cut short does not reach the layers of the heads: they use their own.
+    short = _loaded(name).judge(faces[:1], Shared(tower_states=tuple(s[:1] * 0 for s in whole[:5])))
+    assert _scores(short) == pytest.approx(_scores(judged(name)[:1]), abs=1e-4)
+
+
+# --- the registry ---------------------------------------------------------------------------------------------------
+
+
+def _distribution(folder: Path, name: str, target: str) -> None:
+    """As an installed package that claims an expert's name."""
+    info = folder / "claims_a_name-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: claims-a-name\nVersion: 1\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text(f"[x2dfd.experts]\n{name} = {target}\n", encoding="utf-8")
+
+
+def test_ours_come_first() -> None:
+    """Bug prevented: an installed plug-in changes the order in which scores stand in the prompt."""
+    assert experts.names()[: len(BUILTIN)] == list(BUILTIN)
+    assert set(DEFAULT) <= set(BUILTIN)
+    assert list(experts.cards()) == experts.names()
+
+
+def test_unknown_name_gets_a_hint() -> None:
+    """Bug prevented: a KeyError for a typing slip."""
+    with pytest.raises(UnknownName, match="unknown expert 'blendin'; did you mean 'blending'"):
+        load_expert("blendin")
+
+
+def test_two_claims_on_one_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: which expert speaks depends on the order of sys.path."""
+    _distribution(tmp_path, "blending", "somebody.else:Blending")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(
+        X2DFDError, match=r"'blending' is registered twice.*external_detectors.*somebody\.else:Blending"
+    ):
+        experts.names()
+
+
+@pytest.mark.parametrize("target", ["no_such_module:Thing", "x2dfd.types:NoSuchThing", "x2dfd.types"])
+def test_a_broken_plugin_says_where_it_should_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    """Bug prevented: an ImportError out of the blue, without the expert's name."""
+    _distribution(tmp_path, "broken", target)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "broken" in experts.names()
+    with pytest.raises(SetupError, match=f"expert 'broken' cannot be imported from {target}"):
+        load_expert("broken")
+    assert "broken" in (experts.availability("broken") or "")
+
+
+def test_listing_names_imports_nothing() -> None:
+    """Bug prevented: `x2dfd --help` waits for torch and for everybody's plug-ins."""
+    code = "import sys; from x2dfd import experts; experts.names(); "
+    code += "print([m for m in sys.modules if m.startswith(('torch', 'external_detectors', 'cv2'))])"
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]"
+
+
+def test_an_installed_plugin_is_found_and_keeps_the_contract(tmp_path: Path) -> None:
+    """Bug prevented: the documented way to add an expert does not work for anybody but us."""
+    shutil.copytree(
+        ROOT / "tests" / "plugin_example", tmp_path / "source", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    options = ["--quiet", "--disable-pip-version-check", "--no-index", "--no-deps", "--no-build-isolation"]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        *options,
+        "--target",
+        str(tmp_path / "site"),
+        str(tmp_path / "source"),
+    ]
+    done = subprocess.run(install, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tests = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_experts.py",
+        "-k",
+        "contract and sharpness",
+    ]
+    path = os.pathsep.join([str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    told = subprocess.run(tests, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert told.returncode == 0, told.stdout
+    assert f"{sum(n.startswith('test_contract') for n in globals())} passed" in told.stdout
+
+
+# --- cards and files ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"name": "x"}', '{"nmae": "x"}'])
+def test_a_card_is_complete_or_refused(tmp_path: Path, content: str) -> None:
+    """Bug prevented: a card with a missing or misspelt field, read as if it said something."""
+    path = tmp_path / "x.card.json"
+    with pytest.raises(SetupError, match="cannot be read"):
+        read_card(path)
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(SetupError, match="cannot be read"):
+        read_card(path)
+    path.write_bytes(b"\xff\xfe" + content.encode())
+    with pytest.raises(SetupError, match="cannot be read"):
+        read_card(path)
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: half a card after a full disk or a kill."""
+    path = tmp_path / "deep" / "card.json"
+    write_text(path, "old ×\n")
+    assert file_sha256(path) == hashlib.sha256("old ×\n".encode()).hexdigest()
+    write_text(path, "newer\n")
+    assert path.read_text("utf-8") == "newer\n" and [p.name for p in path.parent.iterdir()] == ["card.json"]
+
+    def killed(self: Path, data: str, encoding: str) -> int:
+        self.write_bytes(data.encode(encoding)[:3])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(OSError, match="no space left"):
+        write_text(path, "newest\n")
+    assert path.read_text("utf-8") == "newer\n"

@@ -1,0 +1,343 @@
+"""Training: what is written in the configuration happens, every answer token counts once, and a cut-off run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+import x2dfd
+from data_gen.build import BuildConfig, build
+from finetune.__main__ import main
+from finetune.config import FinetuneConfig, load_config
+from finetune.data import IGNORE, Collate, Conversation, Packs, conversation
+from tests import tiny
+from x2dfd.adapter import WEIGHTS, lora_b_sum, read_adapter_card
+from x2dfd.crops import load_crops
+from x2dfd.errors import SetupError, UnknownName, X2DFDError
+from x2dfd.experts import BUILTIN
+from x2dfd.files import file_sha256
+from x2dfd.mllm import LocalMLLM, base_identity, load_llava
+
+ROOM = Path(__file__).parent.parent / "finetune"
+REQUIRED = ("instructions=i.jsonl", "manifest=m.jsonl", "out=o")
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "c.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(ROOM.rglob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_configuration_loads(path: Path) -> None:
+    """A renamed key must not leave a shipped file behind."""
+    given = path.read_text(encoding="utf-8")
+    config = load_config(path, [] if "instructions:" in given else REQUIRED)
+    assert config.name
+
+
+def test_the_configuration_that_help_names_is_shipped() -> None:
+    """`--help` ends with examples that work."""
+    assert (ROOM / "embedded.yaml").is_file()
+
+
+def test_yaml_and_flags_are_two_spellings_of_one_thing(tmp_path: Path) -> None:
+    """A flag wins over the file; what neither names keeps its default."""
+    path = written(tmp_path, "instructions: i\nmanifest: m\nout: o\nlr: 1.0e-3\nfeature_layers: [5, 8]\nbase: null\n")
+    config = load_config(path, ["lr=3e-4", "out=elsewhere", "max_steps=7", "feature_layers=[1, 2]", "text_layers=null"])
+    assert (config.lr, config.out, config.max_steps, config.feature_layers) == (3e-4, "elsewhere", 7, (1, 2))
+    assert (config.instructions, config.base, config.text_layers) == ("i", None, None)
+    defaults = FinetuneConfig("i", "m", "elsewhere")
+    assert replace(config, lr=defaults.lr, max_steps=defaults.max_steps, feature_layers=None) == defaults
+    assert load_config(None, REQUIRED) == FinetuneConfig("i.jsonl", "m.jsonl", "o")
+
+
+@pytest.mark.parametrize(("text", "value"), [("2e-4", 2e-4), ("2.0e-4", 2e-4), ("1", 1.0), ("0.5", 0.5), ("1e5", 1e5)])
+def test_numbers_are_numbers_however_yaml_reads_them(tmp_path: Path, text: str, value: float) -> None:
+    """YAML reads 2e-4 as text: the learning rate would be a string until the optimizer fails."""
+    base = "instructions: i\nmanifest: m\nout: o\n"
+    for config in (load_config(written(tmp_path, f"{base}lr: {text}\n")), load_config(None, [*REQUIRED, f"lr={text}"])):
+        assert type(config.lr) is float
+        assert config.lr == value
+
+
+def test_an_unknown_key_is_refused_with_a_hint(tmp_path: Path) -> None:
+    """A mistyped key that is ignored trains something else than was asked for."""
+    with pytest.raises(UnknownName, match="did you mean 'lora_r'"):
+        load_config(written(tmp_path, "lora_rr: 4\n"))
+    with pytest.raises(UnknownName, match="did you mean 'max_steps'"):
+        load_config(None, ["max_step=4"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "lora_r=four", "lora_r=4.0", "lora_r=true", "lr=fast", "lr=true", "lr=[1]", "lr=null", "out=3", "epochs=",
+        "feature_layers=5", "feature_layers=[a]", "feature_layers=[1.5]", "base=[1]", "instructions=null",
+    ],
+)  # fmt: skip
+def test_a_value_of_the_wrong_kind_is_refused(override: str) -> None:
+    """What YAML makes of a slip must not reach the optimizer."""
+    with pytest.raises(X2DFDError, match=override.split("=")[0]):
+        load_config(None, [*REQUIRED, override])
+
+
+@pytest.mark.parametrize(
+    "text", ["- a\n- b\n", "just text", "lr: [1, 2\n", "a: b: c\n", "instructions: i\nmanifest: m\n"]
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
+    """A list, a sentence, broken YAML or a missing key: a reason, not a traceback."""
+    with pytest.raises(X2DFDError):
+        load_config(written(tmp_path, text))
+
+
+def test_a_missing_file_and_a_flag_without_a_value_are_refused(tmp_path: Path) -> None:
+    """Both are what a user mistypes first."""
+    with pytest.raises(X2DFDError, match="no such configuration"):
+        load_config(tmp_path / "nowhere.yaml")
+    with pytest.raises(X2DFDError, match="key=value"):
+        load_config(None, ["lr"])
+    with pytest.raises(X2DFDError, match="not YAML"):
+        load_config(None, ["lr=[1"])
+
+
+def test_the_command_line_says_why_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Exit 1 and one line, whatever the user mistyped."""
+    monkeypatch.setattr(sys, "argv", ["finetune", "--config", str(written(tmp_path, "lrr: 1\n"))])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.startswith("error: unknown configuration key 'lrr'; did you mean 'lr'?")
+
+
+def test_every_key_says_what_it_is() -> None:
+    """The dataclass is the manual: a key without a comment or a clear name is a key nobody can set."""
+    source = (ROOM / "config.py").read_text()
+    obvious = {"lora_dropout", "weight_decay", "epochs", "seed"}
+    for field in fields(FinetuneConfig):
+        (line,) = (text for text in source.splitlines() if text.startswith(f"    {field.name}: "))
+        assert "  # " in line or field.name in obvious, field.name
+
+
+# --- packs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_base(tmp_path_factory.mktemp("tiny") / "base")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Manifest and instructions of six training and two calibration pictures."""
+    import numpy as np
+    import skimage.data
+
+    folder = tmp_path_factory.mktemp("small")
+    manifest = tiny.write_small_manifest(folder, np.asarray(skimage.data.astronaut()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
+        path = build(BuildConfig(str(manifest), experts=(tiny.EXPERT,), cue_questions=2), folder / "instructions")
+    return manifest, path
+
+
+@pytest.fixture(scope="module")
+def packs(base: Path, small: tuple[Path, Path]) -> Packs:
+    model, processor = load_llava(base)
+    labels = LocalMLLM(model, processor, "tiny").label_ids
+    return Packs(small[1], "train", processor, labels, load_crops(small[0]), None, 1)
+
+
+def loss(model: Any, batch: dict[str, Tensor]) -> float:
+    """The loss that training minimises."""
+    from finetune.train import PackTrainer
+
+    with torch.inference_mode():
+        return float(PackTrainer.compute_loss(cast(Any, None), model, dict(batch)))
+
+
+def one_by_one(model: Any, item: dict[str, Any], weight: float) -> tuple[float, float]:
+    """Weighted loss and weights of a picture's conversations, each through the stock model by itself."""
+    total = weights = 0.0
+    for c in item["conversations"]:
+        ids = torch.tensor([[*item["prefix"], *c.tokens]])
+        with torch.inference_mode():
+            logits = model(input_ids=ids, pixel_values=item["pixel_values"][None]).logits[0]
+        each = F.cross_entropy(logits[:-1], ids[0, 1:], reduction="none")[-c.answer :]
+        own = torch.ones(c.answer)
+        if c.heavy is not None:
+            own[c.heavy - (len(c.tokens) - c.answer)] = weight
+        total += float((each * own).sum())
+        weights += float(own.sum())
+    return total, weights
+
+
+@pytest.mark.needs_base
+def test_a_pack_has_the_loss_of_its_conversations(base: Path, packs: Packs) -> None:
+    """A conversation that sees its neighbour copies the answer from it: the loss falls and nothing is learnt."""
+    model, _ = load_llava(base)
+    collate = Collate(0, 4.0)
+    sums = [one_by_one(model, packs[k], 4.0) for k in range(3)]
+    assert all(len(packs[k]["conversations"]) == 5 for k in range(3))
+    for k, (total, weights) in enumerate(sums):
+        assert loss(model, collate([packs[k]])) == pytest.approx(total / weights, rel=1e-5)
+    # Two packs of different length in one batch: padding carries neither loss nor weight.
+    together = (sums[0][0] + sums[1][0]) / (sums[0][1] + sums[1][1])
+    assert len(collate([packs[0]])["labels"][0]) != len(collate([packs[1]])["labels"][0])
+    assert loss(model, collate([packs[0], packs[1]])) == pytest.approx(together, rel=1e-5)
+
+
+@pytest.mark.needs_base
+def test_the_verdict_token_weighs_more(base: Path, packs: Packs) -> None:
+    """One token decides the verdict; among eighty of explanation it would hardly count."""
+    tokenizer = load_llava(base)[1].tokenizer
+    batch = Collate(0, 7.0)([packs[1]])
+    heavy = batch["labels"][batch["weights"] == 7.0]
+    words = [tokenizer.decode([t]).strip() for t in heavy.tolist()]
+    assert words[:2] == ["fake", "fake"] and set(words[2:]) <= {"Yes", "No"} and len(words) == 4
+    answered = batch["labels"] != IGNORE
+    assert bool((batch["weights"][answered] >= 1).all()) and not bool(batch["weights"][~answered].any())
+    ends = [c.tokens[-1] for c in packs[1]["conversations"]]
+    assert {tokenizer.decode([t]) for t in ends} == {"<|im_end|>"}
+
+
+@pytest.mark.needs_base
+def test_only_the_split_asked_for_is_trained_on(small: tuple[Path, Path], packs: Packs) -> None:
+    """Calibration pictures that were trained on give a probability that is too sure."""
+    data = load_crops(small[0])
+    assert {data.samples[r].split for r in packs.rows} == {"train"}
+    assert len(packs) == 6
+
+
+@pytest.mark.needs_base
+def test_what_there_is_nothing_to_learn_from_is_refused(base: Path, small: tuple[Path, Path], packs: Packs) -> None:
+    """An empty mask gives a loss of 0/0, an empty answer one of the end token; both would train silently."""
+    item = packs[0]
+    with pytest.raises(X2DFDError, match="empty label mask"):
+        Collate(0, 4.0)([{**item, "conversations": [Conversation([1, 2, 3], 0, None)]}])
+    processor = load_llava(base)[1]
+    record = json.loads(small[1].read_text().splitlines()[0])
+    record["conversations"][1]["value"] = ""
+    with pytest.raises(X2DFDError, match="empty answer"):
+        conversation(processor, record, (1, 2))
+    record["conversations"][1]["value"] = "I think that it is fake."
+    with pytest.raises(X2DFDError, match="does not begin with the verdict"):
+        conversation(processor, record, LocalMLLM(*load_llava(base), "tiny").label_ids)
+    with pytest.raises(X2DFDError, match="split 'nowhere'"):
+        Packs(small[1], "nowhere", processor, (1, 2), load_crops(small[0]), None, 1)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def configured(base: Path, small: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Callable[..., FinetuneConfig]:
+    monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
+
+    def config(out: Path, **given: Any) -> FinetuneConfig:
+        plain = FinetuneConfig(str(small[1]), str(small[0]), str(out), base=str(base), lora_r=4, lora_alpha=8)
+        quick = replace(plain, lora_dropout=0.0, lr=1e-2, projector_lr=1e-3, accumulate=1, max_steps=3, save_steps=2)
+        return replace(quick, **given)
+
+    return config
+
+
+@pytest.mark.needs_base
+def test_training_moves_the_adapter_and_nothing_else(
+    configured: Callable[..., FinetuneConfig], base: Path, tmp_path: Path, face_photo: Path
+) -> None:
+    """LoRA and projector must move, the base must not, and what is written must be what `load` accepts."""
+    from finetune.train import train
+
+    untouched = file_sha256(base / "model.safetensors")
+    out = train(configured(tmp_path / "adapter", batch=2))
+    assert file_sha256(base / "model.safetensors") == untouched
+    state = load_file(out / WEIGHTS)
+    assert lora_b_sum(out) > 0
+    assert all(v.isfinite().all() for v in state.values())
+    kinds = {"lora_A": 0, "lora_B": 0, "multi_modal_projector": 0}
+    for key in state:
+        (kind,) = (k for k in kinds if k in key)
+        kinds[kind] += 1
+        assert kind == "multi_modal_projector" or ("language_model" in key and "vision_tower" not in key)
+    assert kinds == {"lora_A": 14, "lora_B": 14, "multi_modal_projector": 4}  # seven linears in each of two layers
+    assert all(float(v.abs().sum()) > 0 for k, v in state.items() if "lora_B" in k)
+    before = load_file(base / "model.safetensors")
+    for key, value in state.items():
+        if "multi_modal_projector" in key:
+            name = key.split("multi_modal_projector.")[1].removeprefix("modules_to_save.default.")
+            (old,) = (v for k, v in before.items() if k.endswith(f"multi_modal_projector.{name}"))
+            assert not torch.allclose(value.float(), old, atol=1e-4)
+
+    card = read_adapter_card(out)
+    assert card.base == base_identity(base) and card.experts == {tiny.EXPERT: tiny.Brightness.card.sha256}
+    assert (card.tower_layers, card.text_layers) == (3, 2)
+    assert card.figures["pictures"] == 6 and card.figures["training_loss"] > 0
+    saved = json.loads((out / "config.json").read_text())
+    assert saved["lr"] == 1e-2 and saved["max_steps"] == 3
+    detector = x2dfd.load(base=str(base), adapter=out, mode="paper")
+    assert detector.detect(face_photo, rationale=False).faces[0].p_fake_mllm is not None
+    with pytest.raises(SetupError, match=r"finetune\.calibrate"):
+        x2dfd.load(base=str(base), adapter=out)
+
+
+@pytest.mark.needs_base
+def test_training_lowers_its_loss(
+    configured: Callable[..., FinetuneConfig], base: Path, packs: Packs, tmp_path: Path
+) -> None:
+    """Signs, masks and learning rates can all be wrong while weights move."""
+    from peft import PeftModel
+
+    from finetune.train import train
+
+    model, _ = load_llava(base)
+    batch = Collate(0, 4.0)([packs[k] for k in range(len(packs))])
+    before = loss(model, batch)
+    out = train(configured(tmp_path / "adapter", max_steps=8, batch=3, save_steps=100))
+    assert loss(PeftModel.from_pretrained(model, str(out)), batch) < before - 0.5
+
+
+@pytest.mark.needs_base
+def test_a_cut_off_run_ends_where_an_unbroken_one_does(
+    configured: Callable[..., FinetuneConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that starts anew, repeats pictures or forgets its optimizer ends elsewhere."""
+    from finetune import train as module
+
+    whole = module.train(configured(tmp_path / "whole", max_steps=4))
+    plain, calls = module.PackTrainer.compute_loss, list[str]()
+
+    def counted(*given: Any, **named: Any) -> Any:
+        batch = given[2]["input_ids"].numpy().tobytes()
+        calls.append(hashlib.sha256(batch).hexdigest())
+        if len(calls) == 4 and not (tmp_path / "resumed").exists():
+            raise KeyboardInterrupt
+        return plain(*given, **named)
+
+    monkeypatch.setattr(module.PackTrainer, "compute_loss", counted)
+    with pytest.raises(KeyboardInterrupt):
+        module.train(configured(tmp_path / "cut", max_steps=4))
+    assert not (tmp_path / "cut" / WEIGHTS).exists()  # nothing that could be taken for a finished adapter
+    (tmp_path / "resumed").touch()
+    first, calls[:] = calls[2:3], []
+    cut = module.train(configured(tmp_path / "cut", max_steps=4))
+    assert len(calls) == 2 and calls[0] == first[0]  # steps 3 and 4, on the pictures they would have had
+    a, b = load_file(whole / WEIGHTS), load_file(cut / WEIGHTS)
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key].float(), b[key].float(), atol=1e-4, rtol=1e-3)

@@ -1,0 +1,470 @@
+"""The forge: what each method says it did is what it did, and a run is reproducible, resumable and split-safe."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import skimage.data
+from numpy.typing import NDArray
+
+from data_gen import run_forge
+from data_gen.forge import HARMLESS, METHODS, Forgery, Photo, forge
+from data_gen.run_forge import ForgeConfig, run, split_of
+from x2dfd.degrade import codec, degrade, rescale, soft, tone
+from x2dfd.errors import UnknownName, X2DFDError
+from x2dfd.faces import area_mask, find_faces
+from x2dfd.files import file_sha256
+from x2dfd.manifest import Sample, read_manifest
+from x2dfd.types import AREAS, ARTIFACTS
+
+ROOT = Path(__file__).resolve().parents[1]
+Pixels = NDArray[np.uint8]
+Array = NDArray[Any]
+
+STRENGTHS = (0.0, 0.5, 1.0)
+SEEDS = range(12)
+
+
+def _photo(pixels: Pixels, group: str) -> Photo:
+    [face] = find_faces(pixels)
+    return Photo(pixels, face.landmarks, "tests", group)
+
+
+@pytest.fixture(scope="module")
+def photo() -> Photo:
+    """The astronaut's head: [300, 300, 3], a face of about 100 pixels."""
+    return _photo(np.array(skimage.data.astronaut()[20:320, 90:390]), "a")
+
+
+@pytest.fixture(scope="module")
+def donor(photo: Photo) -> Photo:
+    """Somebody else, as far as can be had: mirrored, in other light, warped."""
+    other = np.clip(tone(photo.pixels[:, ::-1], 0.8, np.random.default_rng(5)), 0, 255).astype(np.uint8)
+    yy, xx = np.mgrid[0:300, 0:300].astype(np.float32)
+    across, down = (6 * np.sin(yy / 40)).astype(np.float32), (5 * np.sin(xx / 50)).astype(np.float32)
+    other = np.asarray(
+        cv2.remap(other, xx + across, yy + down, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT), np.uint8
+    )
+    return _photo(other, "b")
+
+
+@pytest.fixture(scope="module")
+def made(photo: Photo, donor: Photo) -> dict[tuple[str, float], list[Forgery]]:
+    """Every method at three strengths, with the same generator states at each."""
+    cv2.setNumThreads(1)
+    return {
+        (name, strength): [forge(photo, method, np.random.default_rng([3, s]), donor, strength) for s in SEEDS]
+        for name, method in (METHODS | HARMLESS).items()
+        for strength in STRENGTHS
+    }
+
+
+def _face_size(photo: Photo) -> float:
+    return float(np.sqrt(np.prod(np.ptp(photo.landmarks, 0))))
+
+
+def _grown(mask: Array, photo: Photo, share: float) -> NDArray[np.bool_]:
+    k = round(share * _face_size(photo))
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * k + 1, 2 * k + 1))
+    return np.asarray(cv2.dilate(mask.astype(np.uint8), kernel) > 0)
+
+
+def _change(forgery: Forgery, photo: Photo) -> Array:
+    """Grey levels changed at each pixel, mean over the channels."""
+    return np.asarray(np.abs(forgery.pixels.astype(np.int16) - photo.pixels).mean(-1))
+
+
+# --- one forgery ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*METHODS, *HARMLESS])
+def test_shape_type_and_vocabulary(made: dict[tuple[str, float], list[Forgery]], photo: Photo, name: str) -> None:
+    """Bug prevented: a cue outside the vocabulary, a fake without a cue, a harmless change with one."""
+    table = METHODS if name in METHODS else HARMLESS
+    for strength in STRENGTHS:
+        for f in made[name, strength]:
+            assert f.pixels.shape == photo.pixels.shape and f.pixels.dtype == np.uint8
+            assert f.mask.shape == photo.pixels.shape[:2] and f.mask.dtype == np.uint8
+            assert (f.method, f.df_class, f.strength) == (name, table[name].df_class, strength)
+            assert all(c.area in AREAS and c.artifact in ARTIFACTS and c.score == strength for c in f.cues)
+            assert len({(c.area, c.artifact) for c in f.cues}) == len(f.cues)
+            assert (len(f.cues) >= 1) == (name in METHODS) == (f.df_class != "real")
+            assert f.mask.any() == (name in METHODS)
+            # Drawn once, far out of the frame or not at all: `caption` may fall on what is white already.
+            assert (f.pixels != photo.pixels).any()
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "self_blend"])
+def test_nothing_changes_outside_the_mask(
+    made: dict[tuple[str, float], list[Forgery]], photo: Photo, name: str
+) -> None:
+    """Bug prevented: a mask of other pixels than those that were changed: wrong truth for every map and cue.
+
+    Not so for `self_blend`, whose outer layer may be the changed one. A seamless clone (some of `swap`) lets a little
+    colour bleed within the rectangle about its mask, as Poisson blending does.
+    """
+    for strength in STRENGTHS:
+        for f in made[name, strength]:
+            outside, change = ~_grown(f.mask > 0, photo, 0.06), _change(f, photo)
+            if name == "swap":
+                ys, xs = np.nonzero(f.mask)
+                box = np.zeros_like(outside)
+                box[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1] = True
+                assert change[outside & box].mean() < 5 and change[outside & box].max() < 40
+                outside &= ~box
+            assert change[outside].max(initial=0) == 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_mask_holds_the_change(made: dict[tuple[str, float], list[Forgery]], photo: Photo, name: str) -> None:
+    """Bug prevented: an inverted mask (cv2.seamlessClone writes into the one it is given)."""
+    for f in made[name, 1.0]:
+        change, inside = _change(f, photo), _grown(f.mask > 0, photo, 0.02)
+        assert change[inside].mean() > 0.5
+        if name != "self_blend" and not inside.all():
+            assert change[inside].mean() > 5 * change[~inside].mean()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_change_grows_with_strength(made: dict[tuple[str, float], list[Forgery]], photo: Photo, name: str) -> None:
+    """Bug prevented: a strength that is recorded as the cue's score but not applied."""
+
+    def much(f: Forgery) -> float:
+        inside = f.mask > 0
+        if name in ("swap", "transplant"):  # the donor's face is the change; strength withdraws the match of its colour
+            return float(np.abs(f.pixels[inside].mean(0) - photo.pixels[inside].mean(0)).max())
+        if name == "resynthesise":  # the mask is at times the face and at times the picture: look at the face
+            inside = area_mask(photo.landmarks, "skin", inside.shape) > 0
+        return float(_change(f, photo)[inside].sum())
+
+    low, middle, high = (float(np.median([much(f) for f in made[name, s]])) for s in STRENGTHS)
+    assert high > 1.05 * low
+    assert 0.95 * low <= middle <= 1.05 * high
+
+
+@pytest.mark.parametrize("name", [*METHODS, *HARMLESS])
+def test_a_changed_face_is_still_a_face(made: dict[tuple[str, float], list[Forgery]], photo: Photo, name: str) -> None:
+    """Bug prevented: a method that wrecks the picture, so that a detector learns wreckage."""
+    for f in made[name, 1.0]:
+        [face] = find_faces(f.pixels)
+        assert np.linalg.norm(face.landmarks - photo.landmarks, axis=1).mean() < 0.1 * _face_size(photo)
+        assert _change(f, photo).mean() < 60
+
+
+@pytest.mark.parametrize("name", [*METHODS, *HARMLESS])
+def test_same_seed_same_bytes(photo: Photo, donor: Photo, name: str) -> None:
+    """Bug prevented: a hidden generator, or a method that writes into its input."""
+    before = photo.pixels.copy(), donor.pixels.copy()
+    method = (METHODS | HARMLESS)[name]
+    one, two, other = (forge(photo, method, np.random.default_rng([9, s]), donor) for s in (0, 0, 1))
+    assert np.array_equal(one.pixels, two.pixels) and np.array_equal(one.mask, two.mask)
+    assert (one.cues, one.strength) == (two.cues, two.strength)
+    assert not np.array_equal(one.pixels, other.pixels) and one.strength != other.strength
+    assert np.array_equal(photo.pixels, before[0]) and np.array_equal(donor.pixels, before[1])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_cues_name_areas_that_the_mask_touches(
+    made: dict[tuple[str, float], list[Forgery]], photo: Photo, name: str
+) -> None:
+    """Bug prevented: an explanation is scored as right for an area that nobody touched.
+
+    At least a tenth of each named area is under the mask. A seam is at the mask's edge: a tenth of the edge lies in the
+    named area or right beside it.
+    """
+    named = set()
+    for strength in STRENGTHS:
+        for f in made[name, strength]:
+            edge = (cv2.dilate(f.mask, np.ones((3, 3))) > 100) & (cv2.erode(f.mask, np.ones((3, 3))) < 156)
+            for cue in f.cues:
+                area = area_mask(photo.landmarks, cue.area, photo.pixels.shape) > 0
+                named.add((cue.area, cue.artifact))
+                assert (f.mask[area] > 25).mean() > 0.1, cue
+                if cue.artifact == "blending" and edge.any():
+                    assert edge[_grown(area, photo, 0.08)].sum() > 0.1 * edge.sum(), cue
+    assert len(named) > 1 or name in ("relight",)
+
+
+@pytest.mark.parametrize("name", [m.name for m in METHODS.values() if m.needs_donor])
+def test_a_swap_without_a_donor_is_refused(photo: Photo, name: str) -> None:
+    """Bug prevented: a face swapped with itself and labelled fake."""
+    with pytest.raises(ValueError, match="needs a donor"):
+        forge(photo, METHODS[name], np.random.default_rng(0))
+
+
+def test_a_swap_brings_the_donors_face(photo: Photo, donor: Photo) -> None:
+    """Bug prevented: the warp maps the photo onto itself; the pasted face is still the photo's."""
+    clean = [forge(photo, METHODS["swap"], np.random.default_rng([4, s]), photo, 1.0) for s in range(6)]
+    other = [forge(photo, METHODS["swap"], np.random.default_rng([4, s]), donor, 1.0) for s in range(6)]
+    changes = [np.mean([_change(f, photo)[f.mask > 128].mean() for f in forged]) for forged in (clean, other)]
+    assert changes[1] > 1.5 * changes[0]
+
+
+# --- what happens on the way ----------------------------------------------------------------------------------------
+
+
+def test_degrade_keeps_the_size_and_follows_its_seed(photo: Photo) -> None:
+    """Bug prevented: a rescale that is not undone, floats that wrap around, or a generator of its own."""
+    results = [degrade(photo.pixels, np.random.default_rng(s)) for s in range(30)]
+    assert all(r.shape == photo.pixels.shape and r.dtype == np.uint8 for r in results)
+    assert all(np.array_equal(r, degrade(photo.pixels, np.random.default_rng(s))) for s, r in enumerate(results))
+    changes = [float(np.abs(r.astype(int) - photo.pixels).mean()) for r in results]
+    assert max(changes) < 60 and sum(c > 0.5 for c in changes) > 15 and min(changes) < 0.5
+
+
+def test_degradations_go_the_right_way(photo: Photo) -> None:
+    """Bug prevented: quality, factor or sigma with the wrong sign; colours swapped on the way through a codec."""
+
+    def rough(x: Array) -> float:
+        return float(np.abs(cv2.Laplacian(np.asarray(x, np.float32), cv2.CV_32F)).mean())
+
+    def off(x: Array) -> float:
+        return float(np.abs(np.asarray(x, np.float32) - photo.pixels).mean())
+
+    sharp = photo.pixels.astype(np.float32)
+    assert rough(soft(sharp, 3.0)) < rough(soft(sharp, 1.0)) < rough(sharp)
+    assert rough(rescale(sharp, 0.3)) < rough(rescale(sharp, 0.8)) < rough(sharp)
+    for kind in (".jpg", ".webp"):
+        assert 0 < off(codec(photo.pixels, kind, 95)) < off(codec(photo.pixels, kind, 20)) < 12
+    with pytest.raises((RuntimeError, cv2.error)):
+        codec(photo.pixels, ".nonsense", 90)
+    rng = np.random.default_rng
+    assert (
+        off(tone(photo.pixels, 0.0, rng(1)))
+        < 1e-3
+        < off(tone(photo.pixels, 0.2, rng(1)))
+        < off(tone(photo.pixels, 1, rng(1)))
+    )
+
+
+# --- a run ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A manifest of 14 astronauts in other light: ten of split train, four of test, two ready-made fakes of each."""
+    folder = tmp_path_factory.mktemp("photos")
+    pixels, rows = np.array(skimage.data.astronaut()[10:310, 80:380]), []
+    for i in range(14):
+        rng = np.random.default_rng(i)
+        view = np.clip(tone(pixels[:, ::-1] if i % 2 else pixels, 0.5, rng), 0, 255).astype(np.uint8)
+        cv2.imwrite(str(folder / f"{i}.png"), view[..., ::-1])
+        split = "train" if i < 10 else "test"
+        row = {"path": f"{i}.png", "label": "real", "source": f"s{i % 3}", "group": f"person{i}", "split": split}
+        if i % 5 > 2 and i != 13:
+            row |= {"label": "fake", "method": "stylegan", "df_class": "EFS"}
+        rows.append(row)
+    manifest = folder / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return manifest
+
+
+@pytest.fixture
+def config(photos: Path) -> ForgeConfig:
+    return ForgeConfig(data=str(photos), count=20, seed=7, side=160, combine=0.2, ready_made=0.1, calib=0.4)
+
+
+def _files(out: Path) -> dict[str, str]:
+    return {p.relative_to(out).as_posix(): file_sha256(p) for p in sorted(out.rglob("*")) if p.is_file()}
+
+
+def _rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "manifest.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_any_number_of_workers_gives_the_same_bytes(config: ForgeConfig, tmp_path: Path) -> None:
+    """Bug prevented: a generator shared by items, so that the order of work changes the data."""
+    run(config, tmp_path / "one", workers=1)
+    run(config, tmp_path / "two", workers=2)
+    files = _files(tmp_path / "one")
+    assert len(files) > 20 and files == _files(tmp_path / "two")
+    run(replace(config, seed=8), tmp_path / "other")
+    assert not set(files.values()) & {h for n, h in _files(tmp_path / "other").items() if n.endswith(".jpg")}
+
+
+def test_a_killed_run_goes_on_where_it_stopped(
+    config: ForgeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: after a crash, half-written rows, missing pictures, or everything made anew."""
+    run(config, tmp_path / "whole")
+    work, done = run_forge._work, []
+
+    def killed(index: int) -> dict[str, Any]:
+        if index == 7:
+            raise KeyboardInterrupt
+        return work(index)
+
+    def counted(index: int) -> dict[str, Any]:
+        done.append(index)
+        return work(index)
+
+    monkeypatch.setattr(run_forge, "_work", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "cut")
+    part = tmp_path / "cut" / "manifest.part.jsonl"
+    lines = part.read_text("utf-8").splitlines(keepends=True)
+    assert len(lines) == 7 and not (tmp_path / "cut" / "manifest.jsonl").exists()
+    part.write_text("".join(lines[:-1]) + lines[-1][: len(lines[-1]) // 2], encoding="utf-8")
+    monkeypatch.setattr(run_forge, "_work", counted)
+    run(config, tmp_path / "cut")
+    assert done == list(range(6, config.count))
+    assert _files(tmp_path / "cut") == _files(tmp_path / "whole")
+
+
+def test_a_finished_run_is_returned_and_another_one_refused(
+    config: ForgeConfig, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: two runs mixed in one folder, or somebody's manifest handed back as if we had made it."""
+    small = replace(config, count=3)
+    manifest = run(small, tmp_path / "out")
+    before = _files(tmp_path / "out")
+    monkeypatch.setattr(run_forge, "_item", lambda *_: pytest.fail("made again"))
+    assert run(small, tmp_path / "out") == manifest
+    for other in (replace(small, seed=1), replace(small, count=4), replace(small, methods=("relight",))):
+        with pytest.raises(X2DFDError, match="other settings"):
+            run(other, tmp_path / "out")
+    with pytest.raises(X2DFDError, match="not of a forge run"):
+        run(small, photos.parent)
+    assert _files(tmp_path / "out") == before
+
+
+def test_rows_say_what_is_on_disk(config: ForgeConfig, photos: Path, tmp_path: Path) -> None:
+    """Bug prevented: a mask of another size than its picture, a hash of other bytes, a label that the cues belie."""
+    out = tmp_path / "out"
+    samples = read_manifest(run(replace(config, count=40, ready_made=0.2), out))
+    assert len(samples) == len({s.id for s in samples}) == 40
+    kinds = {"real": 0, "forged": 0, "ready": 0}
+    originals = {s.group: s for s in read_manifest(photos)}
+    for s in samples:
+        picture = cv2.imread(str(s.path))
+        assert picture is not None and max(picture.shape) <= 160 and s.path.suffix == ".jpg"
+        assert s.extra["sha256"] == file_sha256(s.path)
+        assert s.source == originals[s.group].source
+        kind = "real" if s.label == "real" else "forged" if s.mask else "ready"
+        kinds[kind] += 1
+        if kind == "forged":
+            mask = cv2.imread(str(s.mask), cv2.IMREAD_UNCHANGED)
+            assert mask is not None and mask.shape == picture.shape[:2] and mask.max() > 25
+            assert s.cues and set(s.method.split("+")) <= set(METHODS) and originals[s.group].label == "real"
+        elif kind == "ready":
+            assert (s.method, s.df_class) == ("stylegan", "EFS") and originals[s.group].label == "fake"
+            assert [(c.area, c.artifact) for c in s.cues] == [("whole-image", "texture")]
+        else:
+            assert not s.cues and s.mask is None and s.method in (*HARMLESS, "none")
+            assert originals[s.group].label == "real"
+    assert min(kinds.values()) >= 3, kinds
+    assert any("+" in s.method for s in samples)
+
+
+def test_splits_never_share_a_group_or_a_donor(
+    config: ForgeConfig, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: a test identity that was seen in training, as a photo or as the face that was pasted in."""
+    split_by_group = {s.group: split_of(s, config.calib) for s in read_manifest(photos)}
+    assert set(split_by_group.values()) == {"train", "calib", "test"}
+    pairs: list[tuple[str, str]] = []
+    choose = run_forge._donor
+
+    def watched(source: Any, split: str, target: Sample, rng: np.random.Generator) -> Photo:
+        donor = choose(source, split, target, rng)
+        pairs.append((target.group, donor.group))
+        return donor
+
+    monkeypatch.setattr(run_forge, "_donor", watched)
+    run(
+        replace(config, count=60, forged=1.0, ready_made=0, methods=("swap", "transplant"), combine=0), tmp_path / "out"
+    )
+    rows = _rows(tmp_path / "out")
+    assert {r["split"] for r in rows} == {"train", "calib", "test"}
+    assert all(r["split"] == split_by_group[r["group"]] for r in rows)
+    assert len(pairs) == 60
+    assert all(split_by_group[target] == split_by_group[donor] for target, donor in pairs)
+    assert all(target != donor for target, donor in pairs)
+
+
+def test_only_the_chosen_splits_and_methods(config: ForgeConfig, tmp_path: Path) -> None:
+    """Bug prevented: `--splits` or `--methods` read but not obeyed."""
+    run(replace(config, forged=1.0, ready_made=0, combine=0, splits=("test",), methods=("relight",)), tmp_path / "out")
+    assert {(r["split"], r["method"]) for r in _rows(tmp_path / "out")} == {("test", "relight")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ("self_blnd",)}, "unknown forge method 'self_blnd'; did you mean 'self_blend'"),
+        ({"methods": ("swap",), "combine": 0.5}, "nothing to combine with"),
+        ({"forged": 1.5}, "forged is a share"),
+        ({"splits": ("nowhere",)}, "no real photos"),
+        ({"ready_made": 0.5, "splits": ("test",)}, "no fakes to pass through"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_first(
+    config: ForgeConfig, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """Bug prevented: a typo found after an hour, shares silently shifted, a traceback out of a worker process."""
+    with pytest.raises(X2DFDError, match=re.escape(message)) as caught:
+        run(replace(config, **changes), tmp_path / "out", workers=2)
+    assert isinstance(caught.value, UnknownName) == ("unknown" in message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_group_is_not_split_by_an_empty_cell(photos: Path, config: ForgeConfig, tmp_path: Path) -> None:
+    """Bug prevented: rows without a split count as train, while another picture of that person stands in test."""
+    rows = [json.loads(line) for line in photos.read_text("utf-8").splitlines()]
+    rows[0] |= {"group": rows[12]["group"], "split": ""}
+    data = photos.with_name("leak.jsonl")
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    with pytest.raises(X2DFDError, match="group 'person12' is in 'test' and in 'train'"):
+        run(replace(config, data=str(data), calib=0), tmp_path / "out")
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def _command(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "data_gen", *words], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_help_ends_with_two_examples() -> None:
+    """Bug prevented: a page of options and no idea how to begin."""
+    told = _command("forge", "--help")
+    assert told.returncode == 0
+    tail = told.stdout.split("Examples:")[1]
+    assert tail.count("python -m data_gen forge --data") == 2
+
+
+@pytest.fixture
+def bad_manifests(tmp_path: Path) -> Iterator[dict[str, Path]]:
+    (tmp_path / "label.csv").write_text("path,label\na.png,maybe\n", encoding="utf-8")
+    (tmp_path / "broken.jsonl").write_text('{"path": "a.png", "label"\n', encoding="utf-8")
+    yield {"absent": tmp_path / "absent.csv", "label": tmp_path / "label.csv", "broken": tmp_path / "broken.jsonl"}
+
+
+@pytest.mark.parametrize("kind", ["absent", "label", "broken"])
+def test_a_bad_manifest_ends_with_one_line(bad_manifests: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """Bug prevented: a traceback for what a user can cause, also where two workers would have read the manifest."""
+    told = _command(
+        "forge", "--data", str(bad_manifests[kind]), "--out", str(tmp_path / "o"), "--count", "2", "--workers", "2"
+    )
+    assert told.returncode == 1 and told.stdout == ""
+    assert len(told.stderr.strip().splitlines()) == 1 and told.stderr.startswith("error: ")
+
+
+def test_the_command_prints_its_manifest(photos: Path, tmp_path: Path) -> None:
+    """Bug prevented: the next stage cannot be given the name of this one's result."""
+    told = _command(
+        "forge", "--data", str(photos), "--out", str(tmp_path / "o"), "--count", "2", "--methods", "relight"
+    )
+    assert told.returncode == 0, told.stderr
+    assert [Path(told.stdout.strip())] == [tmp_path / "o" / "manifest.jsonl"]
+    assert len(_rows(tmp_path / "o")) == 2

@@ -1,0 +1,362 @@
+"""The shared prefix and the packed passes give the numbers of the plain model, and only a whole model loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from data_gen.questions import bank
+from tests import tiny
+from x2dfd import prompts
+from x2dfd.errors import SetupError
+from x2dfd.mllm import LocalMLLM, base_identity, load_llava
+from x2dfd.types import Evidence
+
+pytestmark = pytest.mark.needs_base
+
+QUESTIONS = [
+    prompts.QUESTION,
+    prompts.verdict_question([Evidence("blending", 0.812)]),
+    prompts.verdict_question([Evidence("blending", 0.1), Evidence("clip", None), Evidence("forgery", 0.99)]),
+    prompts.CLASS_QUESTION,
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_base(tmp_path_factory.mktemp("tiny") / "base")
+
+
+@pytest.fixture(scope="module")
+def mllm(base: Path) -> LocalMLLM:
+    return LocalMLLM(*load_llava(base), "tiny")
+
+
+@pytest.fixture
+def crops(astronaut: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Eight different crops: [8, 224, 224, 3]."""
+    return np.stack([np.roll(astronaut[10 * i : 224 + 10 * i, 100:324], 3 * i, 1) for i in range(8)])
+
+
+@pytest.fixture
+def changed(base: Path, tmp_path: Path) -> Callable[[Callable[[dict[str, Any]], None]], Path]:
+    """The base with other tensors in its weight file."""
+
+    def change(edit: Callable[[dict[str, Any]], None]) -> Path:
+        folder = shutil.copytree(base, tmp_path / "changed")
+        state = load_file(folder / "model.safetensors")
+        edit(state)
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+        return Path(folder)
+
+    return change
+
+
+def stock_logits(mllm: LocalMLLM, crop: NDArray[np.uint8], text: str) -> NDArray[np.float64]:
+    """Next-token logits of transformers' own model on the processor's own inputs."""
+    inputs = mllm.processor(images=Image.fromarray(crop), text=text, return_tensors="pt")
+    with torch.inference_mode():
+        return np.asarray(mllm._llava(**inputs).logits[0, -1].double().numpy())
+
+
+def fake_minus_real(mllm: LocalMLLM, logits: NDArray[np.float64]) -> float:
+    fake, real = (mllm.tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in (" fake", " real"))
+    return float(logits[fake] - logits[real])
+
+
+# --- scoring ---------------------------------------------------------------------------------------------------------
+
+
+def test_verdict_logits_are_those_of_the_stock_model(mllm: LocalMLLM, crops: NDArray[np.uint8]) -> None:
+    """A slip in positions, masks or features would move every verdict and break nothing else."""
+    wanted = [
+        fake_minus_real(mllm, stock_logits(mllm, c, prompts.render(mllm.processor, q, prompts.STEM)))
+        for c, q in zip(crops, QUESTIONS, strict=False)
+    ]
+    got = mllm.verdict_logits(mllm.look(crops[: len(QUESTIONS)]), QUESTIONS)
+    assert np.ptp(wanted) > 0.1  # the questions do differ
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
+
+
+def test_a_base_with_a_begin_token_scores_as_the_stock_model(tmp_path: Path, crops: NDArray[np.uint8]) -> None:
+    """LLaVA-1.5's prompts begin with "<s>" and its spaces are part of its words; both have to survive the split."""
+    base = tiny.write_base(tmp_path / "base", tiny.processor_of_llava_15())
+    llava = LocalMLLM(*load_llava(base), "tiny-1.5")
+    text = prompts.render(llava.processor, QUESTIONS[1], prompts.STEM)
+    real, fake = llava.label_ids
+    assert [llava.tokenizer.convert_ids_to_tokens(i) for i in (real, fake)] == ["▁real", "▁fake"]
+    logits = stock_logits(llava, crops[0], text)
+    got = llava.verdict_logits(llava.look(crops[:1]), [QUESTIONS[1]])
+    assert got[0] == pytest.approx(logits[fake] - logits[real], abs=1e-4)
+    asked = [q.text for q in bank()[:3]]
+    packed, plain = llava.yes_no(crops[0], asked), llava.yes_no_plain(crops[0], asked)
+    np.testing.assert_allclose(packed.p_yes, plain.p_yes, atol=1e-4)
+
+
+def test_a_batch_of_eight_is_eight_batches_of_one(mllm: LocalMLLM, crops: NDArray[np.uint8]) -> None:
+    """Padding that leaks into shorter questions makes a verdict depend on its neighbours."""
+    questions = [*QUESTIONS, *QUESTIONS[::-1]]
+    together = mllm.verdict_logits(mllm.look(crops), questions)
+    single = [mllm.verdict_logits(mllm.look(c[None]), [q])[0] for c, q in zip(crops, questions, strict=True)]
+    np.testing.assert_allclose(together, single, atol=1e-4)
+
+
+def test_packed_questions_are_those_asked_one_by_one(mllm: LocalMLLM, crops: NDArray[np.uint8]) -> None:
+    """60 questions in three packs: a question that sees its neighbour answers something else."""
+    questions = [q.text for q in bank()[:60]]
+    packed, plain = mllm.yes_no(crops[0], questions), mllm.yes_no_plain(crops[0], questions)
+    assert len(packed.p_yes) == len(packed.said) == 60
+    assert np.ptp(plain.p_yes) > 0.1
+    np.testing.assert_allclose(packed.p_yes, plain.p_yes, atol=1e-4)
+    assert packed.said == plain.said
+
+
+def test_no_questions_is_no_answers(mllm: LocalMLLM, crops: NDArray[np.uint8]) -> None:
+    """An empty question list must not reach the model as an empty tensor."""
+    assert mllm.yes_no(crops[0], []).p_yes.shape == (0,)
+
+
+def test_packed_questions_are_about_one_picture(mllm: LocalMLLM, crops: NDArray[np.uint8]) -> None:
+    """With two pictures in the cache, the answers would be of the first alone."""
+    with pytest.raises(ValueError, match="one picture"):
+        mllm.yes_no_packed(mllm.look(crops[:2]), ["Is it? Answer Yes or No."])
+
+
+def test_asking_leaves_the_prefix_as_it_was(mllm: LocalMLLM, crops: NDArray[np.uint8]) -> None:
+    """What one question leaves in the cache, the next one would read."""
+    look = mllm.look(crops[:1])
+    keys = look.cache.layers[0].keys.clone()
+    cues = [q.text for q in bank()[:30]]
+    first = mllm.verdict_logits(look, QUESTIONS[:1]), mllm.yes_no_packed(look, cues).p_yes
+    text = mllm.write(look, QUESTIONS[:1], ["This image is fake."], max_new_tokens=5)
+    second = mllm.verdict_logits(look, QUESTIONS[:1]), mllm.yes_no_packed(look, cues).p_yes
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert mllm.write(look, QUESTIONS[:1], ["This image is fake."], max_new_tokens=5) == text
+    assert look.cache.get_seq_length() == look.length
+    assert torch.equal(look.cache.layers[0].keys, keys)
+
+
+def test_several_feature_layers_are_joined_as_the_stock_model_does(base: Path, crops: NDArray[np.uint8]) -> None:
+    """Joined in another order, the projector's input is scrambled and nothing says so."""
+    config = json.loads((base / "config.json").read_text())
+    folder = base.parent / "joined"
+    if not folder.exists():
+        shutil.copytree(base, folder)
+        state = load_file(folder / "model.safetensors")
+        (key,) = (k for k in state if "multi_modal_projector.linear_1.weight" in k)
+        state[key] = torch.randn(len(state[key]), 2 * 32) * 0.2
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+        (folder / "config.json").write_text(json.dumps({**config, "vision_feature_layer": [1, 3]}))
+    mllm = LocalMLLM(*load_llava(folder), "joined")
+    got = mllm.verdict_logits(mllm.look(crops[:1]), QUESTIONS[:1])
+    text = prompts.render(mllm.processor, QUESTIONS[0], prompts.STEM)
+    assert got[0] == pytest.approx(fake_minus_real(mllm, stock_logits(mllm, crops[0], text)), abs=1e-4)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def generated(mllm: LocalMLLM, crop: NDArray[np.uint8], question: str, start: str) -> list[int]:
+    """Ten greedy tokens of transformers' own `generate`."""
+    text = prompts.render(mllm.processor, question, start)
+    inputs = mllm.processor(images=Image.fromarray(crop), text=text, return_tensors="pt")
+    with torch.inference_mode():
+        whole = mllm._llava.generate(**inputs, max_new_tokens=10, do_sample=False)
+    return [int(t) for t in whole[0, inputs["input_ids"].shape[1] :]]
+
+
+def test_greedy_text_is_that_of_generate(mllm: LocalMLLM, crops: NDArray[np.uint8]) -> None:
+    """A wrong position or mask after the first token shows only in the text."""
+    start = prompts.rationale_start("fake")
+    ids = generated(mllm, crops[0], QUESTIONS[1], start)
+    assert len(set(ids)) > 5  # it does not merely repeat itself
+    got = mllm.write(mllm.look(crops[:1]), [QUESTIONS[1]], [start], max_new_tokens=10)
+    assert got == [mllm.tokenizer.decode(ids, skip_special_tokens=True).strip()]
+
+
+def test_a_batch_writes_what_each_picture_alone_would_get(mllm: LocalMLLM, crops: NDArray[np.uint8]) -> None:
+    """Rows of different length are padded in the middle of the cache; the gap must stay unseen and uncounted."""
+    starts = [prompts.rationale_start(label) for label in ("fake", "real", "fake", "real")]
+    together = mllm.write(mllm.look(crops[:4]), QUESTIONS, starts, max_new_tokens=12)
+    single = [
+        mllm.write(mllm.look(c[None]), [q], [s], max_new_tokens=12)[0]
+        for c, q, s in zip(crops, QUESTIONS, starts, strict=False)
+    ]
+    assert together == single
+    assert len(set(together)) == 4
+
+
+@pytest.fixture
+def own_tokenizer(mllm: LocalMLLM) -> Iterator[LocalMLLM]:
+    """The model, whose tokenizer a test may change."""
+    before = mllm.tokenizer.eos_token
+    yield mllm
+    mllm.tokenizer.eos_token = before
+
+
+def test_the_end_token_ends_the_text_and_is_not_part_of_it(own_tokenizer: LocalMLLM, crops: NDArray[np.uint8]) -> None:
+    """Without an end, every rationale runs on to the limit."""
+    mllm, told = own_tokenizer, list[str]()
+    start = prompts.rationale_start("fake")
+    ids = generated(mllm, crops[0], QUESTIONS[0], start)
+    assert ids[3] not in ids[:3]
+    mllm.tokenizer.eos_token = mllm.tokenizer.convert_ids_to_tokens(ids[3])
+    text = mllm.write(mllm.look(crops[:1]), [QUESTIONS[0]], [start], max_new_tokens=10, on_text=told.append)
+    assert text == [mllm.tokenizer.decode(ids[:3]).strip()]
+    assert told == [mllm.tokenizer.decode(ids[:k]).strip() for k in (1, 2, 3, 3)]
+
+
+def test_text_that_repeats_itself_ends(tmp_path: Path, crops: NDArray[np.uint8]) -> None:
+    """A small model that loops would fill the report with one phrase."""
+    parrot = LocalMLLM(*load_llava(tiny.write_base(tmp_path / "base", text_layers=1, parrot=True)), "parrot")
+    told: list[str] = []
+    text = parrot.write(parrot.look(crops[:1]), [QUESTIONS[0]], ["This image is fake."], on_text=told.append)
+    assert text == ["...."]
+    assert len(told) == 8  # the second group of four was the first one again
+    assert told[:3] == [".", "..", "..."]
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def test_dropped_layers_are_the_last_ones(base: Path, crops: NDArray[np.uint8]) -> None:
+    """A shorter model is the first layers of the long one, not a random one."""
+    short, _ = load_llava(base, tower_layers=2, text_layers=1, feature_layers=[2])
+    whole, _ = load_llava(base)
+    assert len(short.model.language_model.layers) == 1
+    kept = short.state_dict()
+    assert len(kept) < len(whole.state_dict())
+    assert all(torch.equal(v, whole.state_dict()[k]) for k, v in kept.items())
+
+
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [
+        ("layers.1.mlp.up_proj.weight", "up_proj"),
+        ("multi_modal_projector.linear_1.weight", "multi_modal_projector"),
+        ("vision_tower", "vision_tower"),
+        ("embed_tokens", "embed_tokens|lm_head"),
+    ],
+)
+def test_missing_weights_are_refused(changed: Any, key: str, named: str) -> None:
+    """transformers fills what is missing with random numbers, and the model then answers at random."""
+
+    def drop(state: dict[str, Any]) -> None:
+        gone = [k for k in state if key in k]
+        assert gone
+        for k in gone:
+            del state[k]
+
+    with pytest.raises(SetupError, match=named):
+        load_llava(changed(drop))
+
+
+def test_a_missing_head_is_refused_where_it_is_not_the_embedding(tmp_path: Path) -> None:
+    """An untied head that is not in the file would be random: label logits of noise."""
+    folder = tiny.write_base(tmp_path / "base", text_layers=1, tied=False)
+    load_llava(folder)
+    state = load_file(folder / "model.safetensors")
+    (head,) = (k for k in state if "lm_head" in k)
+    save_file({k: v for k, v in state.items() if k != head}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SetupError, match="lm_head"):
+        load_llava(folder)
+
+
+def test_left_over_weights_are_refused(changed: Any) -> None:
+    """Weights that find no place belong to another model."""
+    with pytest.raises(SetupError, match="odd_one"):
+        load_llava(changed(lambda state: state.update({"model.language_model.odd_one.weight": torch.zeros(2)})))
+
+
+def test_weights_of_another_shape_are_refused(changed: Any) -> None:
+    """A wrong shape must be a sentence that names it, not a traceback."""
+
+    def widen(state: dict[str, Any]) -> None:
+        (key,) = (k for k in state if "multi_modal_projector.linear_1.weight" in k)
+        state[key] = torch.zeros(64, 99)
+
+    with pytest.raises(SetupError, match="linear_1"):
+        load_llava(changed(widen))
+
+
+def test_more_layers_than_there_are_is_refused(base: Path) -> None:
+    """The layers that do not exist would be random."""
+    with pytest.raises(SetupError, match=r"layers\.2"):
+        load_llava(base, text_layers=3)
+    with pytest.raises(SetupError, match="feature layers"):
+        load_llava(base, tower_layers=2, feature_layers=[3])
+
+
+def test_what_is_no_llava_is_refused_with_the_reason(base: Path, tmp_path: Path) -> None:
+    """Another architecture, a mistyped folder or a cut-off download must not end in a traceback."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(SetupError, match="'llama' model"):
+        load_llava(other)
+    with pytest.raises(SetupError, match="cannot be loaded"):
+        load_llava(tmp_path / "nowhere")
+    cut = shutil.copytree(base, tmp_path / "cut")
+    whole = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SetupError, match="cannot be loaded"):
+        load_llava(cut)
+    (cut / "model.safetensors").unlink()
+    with pytest.raises(SetupError, match="cannot be loaded"):
+        load_llava(cut)
+
+
+def test_only_the_embedded_base_may_lack_its_projector(
+    changed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embedded base's projector comes with the adapter; anybody else's would be random for good."""
+
+    def drop(state: dict[str, Any]) -> None:
+        for k in [k for k in state if "multi_modal_projector" in k]:
+            del state[k]
+
+    folder = changed(drop)
+    with pytest.raises(SetupError, match="multi_modal_projector"):
+        load_llava(folder)
+    (folder / "base.json").write_text(json.dumps({"sha256": "c" * 64}))
+    folder.rename(tmp_path / "x2dfd-base-v1")
+    monkeypatch.setenv("X2DFD_CACHE", str(tmp_path))
+    first, _ = load_llava()
+    second, _ = load_llava()
+    weight = first.model.multi_modal_projector.linear_1.weight
+    assert torch.equal(weight, second.model.multi_modal_projector.linear_1.weight)  # the same random start each time
+    assert base_identity(None)["sha256"] == "c" * 64
+
+
+@pytest.mark.parametrize(("name", "words"), [("LABEL_WORDS", (" fake", " fake news")), ("YES_NO_WORDS", ("No", "No"))])
+def test_words_that_begin_with_one_token_are_refused(
+    base: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: tuple[str, str]
+) -> None:
+    """Their logits are the same number: every picture would get 0.5."""
+    model, processor = load_llava(base)
+    monkeypatch.setattr(prompts, name, words)
+    with pytest.raises(SetupError, match="same token"):
+        LocalMLLM(model, processor, "tiny")
+
+
+def test_a_base_is_known_by_its_weights(base: Path, tmp_path: Path) -> None:
+    """A folder's name says nothing: an adapter must find the weights it was trained on."""
+    same = shutil.copytree(base, tmp_path / "elsewhere")
+    assert base_identity(base)["sha256"] == base_identity(same)["sha256"] != ""
+    state = load_file(same / "model.safetensors")
+    name = next(k for k in state if "embed_tokens" in k)
+    state[name][0, 0] += 1
+    save_file(state, same / "model.safetensors", {"format": "pt"})
+    assert base_identity(base)["sha256"] != base_identity(same)["sha256"]
+    assert base_identity("llava-hf/llava-1.5-7b-hf") == {"name": "llava-hf/llava-1.5-7b-hf", "sha256": ""}

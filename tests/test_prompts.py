@@ -1,0 +1,195 @@
+"""The strings that decide: as X2-DFD has them, the same in training and inference, and hashed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from finetune.data import answer_tokens
+from tests import tiny
+from x2dfd import prompts
+from x2dfd.errors import X2DFDError
+from x2dfd.mllm import LocalMLLM, load_llava
+from x2dfd.types import Evidence
+
+BLENDING, DIFFUSION = Evidence("blending", 0.812), Evidence("diffusion", 0.153)
+
+
+@pytest.fixture(scope="module")
+def llava_15() -> Any:
+    return tiny.processor_of_llava_15()
+
+
+@pytest.mark.parametrize(
+    ("evidence", "question"),
+    [
+        ([], "Is this image real or fake?"),
+        ([BLENDING], "Is this image real or fake? And the blending score is 0.812."),
+        (
+            [BLENDING, DIFFUSION],
+            "Is this image real or fake? And the blending score is 0.812, and the diffusion score is 0.153.",
+        ),
+        (
+            [DIFFUSION, Evidence("Clip", None), BLENDING],
+            "Is this image real or fake? "
+            "And the diffusion score is 0.153, the clip score is N/A, and the blending score is 0.812.",
+        ),
+        ([Evidence("FORGERY", 1.0)], "Is this image real or fake? And the forgery score is 1.000."),
+        ([Evidence("a", 0.12349)], "Is this image real or fake? And the a score is 0.123."),
+        ([Evidence("a", 1e-9)], "Is this image real or fake? And the a score is 0.000."),
+        ([Evidence("a", None, "no face")], "Is this image real or fake? And the a score is N/A."),
+    ],
+)
+def test_the_question_and_its_score_tail_are_those_of_x2dfd(evidence: list[Evidence], question: str) -> None:
+    """A model tuned on the published form must not meet another one: order, case, decimals, commas, N/A."""
+    assert prompts.verdict_question(evidence) == question
+
+
+@pytest.mark.parametrize(
+    ("label", "scores", "sentence"),
+    [
+        ("fake", [0.9], " Additionally, the image shows obvious blending artifacts supporting fake."),
+        ("fake", [0.70], " Additionally, the image shows obvious blending artifacts supporting fake."),
+        ("fake", [0.6999], ""),
+        ("fake", [None], ""),
+        ("fake", [0.1, 0.8], " Additionally, the image shows obvious clip artifacts supporting fake."),
+        ("fake", [0.8, 0.8], " Additionally, the image shows obvious blending and clip artifacts supporting fake."),
+        ("fake", [0.8, 0.8, 1.0], " Additionally, the image shows obvious blending, clip and x artifacts supporting fake."),  # noqa: E501
+        ("real", [0.30], " Additionally, the image shows very few blending artifacts supporting real."),
+        ("real", [0.3001], ""),
+        ("real", [0.9], ""),
+        ("real", [], ""),
+    ],
+)  # fmt: skip
+def test_only_experts_that_agree_with_the_label_are_named(
+    label: str, scores: Sequence[float | None], sentence: str
+) -> None:
+    """An expert in the grey zone, or against the label, must not be taught as support for it (lo 0.30, hi 0.70)."""
+    evidence = [Evidence(n, s) for n, s in zip(("Blending", "clip", "x"), scores, strict=False)]
+    assert prompts.expert_sentence(label, evidence) == sentence
+
+
+def test_an_answer_is_verdict_explanation_experts() -> None:
+    """The label token is read right after the stem; anything before it would be scored instead."""
+    assert prompts.verdict_answer("real") == "This image is real."
+    assert prompts.verdict_answer("fake", " A seam. ", [Evidence("clip", 0.9)]) == (
+        "This image is fake. A seam. Additionally, the image shows obvious clip artifacts supporting fake."
+    )
+    for label, word in zip(("real", "fake"), prompts.LABEL_WORDS, strict=True):
+        assert prompts.verdict_answer(label, "Text.").startswith(prompts.STEM + word)
+        assert prompts.verdict_answer(label, "Text.").startswith(prompts.rationale_start(label))
+
+
+def test_a_follow_up_continues_the_conversation(llava_15: Any) -> None:
+    """Turns in another order, or a second picture, would make the model answer something else."""
+    text = prompts.render(llava_15, "Q1", turns=[("A1", "Q2")])
+    assert text == "USER: <image>\nQ1 ASSISTANT: A1 USER: Q2 ASSISTANT:"
+
+
+def test_a_prompt_without_a_picture_is_refused(llava_15: Any) -> None:
+    """Silently asking about no picture gives an answer about nothing."""
+    with pytest.raises(ValueError, match="<image>"):
+        prompts.prompt_tokens(llava_15, "USER: hello")
+
+
+def test_tokens_around_the_picture_are_those_of_the_stock_processor(llava_15: Any) -> None:
+    """Without LLaVA-1.5's begin token, every prompt is a text such as its language model has never seen."""
+    text = prompts.render(llava_15, prompts.verdict_question([BLENDING]), prompts.STEM)
+    before, after = prompts.prompt_tokens(llava_15, text)
+    assert before[0] == llava_15.tokenizer.bos_token_id
+    image = llava_15.tokenizer.convert_tokens_to_ids("<image>")
+    assert [*before, image, *after] == llava_15.tokenizer(text)["input_ids"]
+
+
+def _same_string(base: Path, crop: NDArray[np.uint8]) -> None:
+    """What the language model is fed when it scores and when it writes is the beginning of what it was trained on."""
+    model, processor = load_llava(base)
+    mllm = LocalMLLM(model, processor, "tiny")
+    fed: list[list[int]] = []
+
+    def listen(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("input_ids") is not None:
+            fed.append(kwargs["input_ids"][0].tolist())
+
+    model.model.language_model.register_forward_pre_hook(listen, with_kwargs=True)
+    question = prompts.verdict_question([BLENDING, Evidence("clip", None)])
+    look = mllm.look(crop[None])
+    mllm.verdict_logits(look, [question])
+    mllm.write(look, [question], [prompts.rationale_start("fake")], max_new_tokens=1)
+    mllm.yes_no_packed(look, [f"Is there a seam? {prompts.CUE_ENDING}"])
+    scored, begun, asked = fed[0], fed[1], fed[-1]
+
+    prompt, answer = answer_tokens(processor, question, prompts.verdict_answer("fake", "A seam.", [BLENDING]))
+    assert scored == prompt + answer[: len(scored) - len(prompt)]
+    assert begun == prompt + answer[: len(begun) - len(prompt)]
+    assert len(prompt) < len(scored) < len(begun)
+    assert answer[len(scored) - len(prompt)] == mllm.label_ids[1]  # the token that is weighed more and scored
+    assert answer[-1] in (processor.tokenizer.eos_token_id, processor.tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    prompt, answer = answer_tokens(processor, f"Is there a seam? {prompts.CUE_ENDING}", "Yes")
+    assert asked == prompt
+    assert processor.tokenizer.decode(answer[:1]).strip() == "Yes"
+
+
+@pytest.mark.needs_base
+def test_the_string_trained_on_is_the_string_inferred_on(tmp_path: Path, astronaut: NDArray[np.uint8]) -> None:
+    """One token of difference between training and scoring, and the score is of a text never trained on."""
+    _same_string(tiny.write_base(tmp_path / "base", text_layers=1), astronaut[:224, 120:344])
+
+
+def test_the_string_trained_on_is_the_string_inferred_on_with_llava_15(
+    llava_15: Any, tmp_path: Path, astronaut: NDArray[np.uint8]
+) -> None:
+    """Its frame ends in "ASSISTANT:" and its answers begin with a space, which "ASSISTANT:This image is" lacks."""
+    assert prompts.render(llava_15, "Q", prompts.STEM).endswith("ASSISTANT: This image is")
+    _same_string(tiny.write_base(tmp_path / "base", llava_15, text_layers=1), astronaut[:224, 120:344])
+
+
+@pytest.mark.parametrize("answer", ["", "  ", "\n"])
+def test_an_empty_answer_cannot_be_trained_on(llava_15: Any, answer: str) -> None:
+    """Its loss would be that of the end token alone: the model would learn to say nothing."""
+    with pytest.raises(X2DFDError, match="nothing to learn"):
+        answer_tokens(llava_15, "Q", answer)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("QUESTION", "Is this picture real or fake?"),
+        ("STEM", "This picture is"),
+        ("LABEL_WORDS", (" genuine", " fake")),
+        ("YES_NO_WORDS", ("yes", "no")),
+        ("CLASS_QUESTION", "Which class?"),
+        ("CUE_ENDING", "Yes or no?"),
+        ("score_tail", lambda evidence: f" Scores: {len(evidence)}"),
+        ("expert_sentence", lambda label, evidence: ""),
+        ("verdict_answer", lambda label, text="", evidence=(): label),
+        ("rationale_start", lambda label: label),
+        ("conversation", lambda question, turns=(): [
+            {"role": "user", "content": [{"type": "text", "text": question}, {"type": "image"}, ]},
+            {"role": "user", "content": []},
+        ]),
+    ],
+)  # fmt: skip
+def test_the_hash_changes_with_every_form(
+    llava_15: Any, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
+) -> None:
+    """An adapter trained with other words than are asked must be refused, whichever word it is."""
+    before = prompts.prompt_hash(llava_15)
+    assert prompts.prompt_hash(llava_15) == before
+    monkeypatch.setattr(prompts, name, value)
+    assert prompts.prompt_hash(llava_15) != before
+
+
+@pytest.mark.needs_base
+def test_the_hash_of_the_embedded_model_stands(llava_15: Any) -> None:
+    """A change of prompts by accident would make the committed adapter unusable; by intention, it needs retraining."""
+    assert (
+        prompts.prompt_hash(tiny.processor_of_base())
+        == "3e3837ab8fea2f74fe187dd91cf5781aea7ca9607b6b8d3ad50b42f25cc132b0"
+    )
+    assert prompts.prompt_hash(llava_15) != prompts.prompt_hash(tiny.processor_of_base())

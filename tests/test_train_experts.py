@@ -1,0 +1,310 @@
+"""Training the experts: crops of a manifest, a resumable run, weights that load, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from typer.testing import CliRunner, Result
+
+from data_gen.run_forge import ForgeConfig, run
+from external_detectors import train
+from external_detectors.lite0 import Lite0, from_imagenet
+from x2dfd import crops as crops_module
+from x2dfd import fetch
+from x2dfd.crops import load_crops
+from x2dfd.degrade import tone
+from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.experts import load_expert
+from x2dfd.faces import PREPROCESSING, find_faces
+from x2dfd.manifest import Sample, read_manifest
+
+
+@pytest.fixture(scope="module")
+def forged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A manifest of sixteen self-blended and plain astronauts, splits train and calib."""
+    folder = tmp_path_factory.mktemp("forged")
+    pixels, lines = np.array(skimage.data.astronaut()[10:310, 80:380]), ["path,label,source,group,split"]
+    for i in range(6):
+        view = np.clip(tone(pixels[:, ::-1] if i % 2 else pixels, 0.5, np.random.default_rng(i)), 0, 255)
+        cv2.imwrite(str(folder / f"{i}.png"), view[..., ::-1].astype(np.uint8))
+        lines.append(f"{i}.png,real,s{i % 2},person{i},{'calib' if i == 5 else 'train'}")
+    (folder / "photos.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    config = ForgeConfig(data=str(folder / "photos.csv"), count=16, seed=3, side=224, methods=("self_blend",))
+    return run(config, folder / "out")
+
+
+def _blending(data: Path, work: Path, *words: str) -> Result:
+    options = ["--data", str(data), "--state", str(work / "state"), "--out", str(work / "out"), "--from-scratch"]
+    return CliRunner().invoke(train.app, ["blending", *options, "--batch", "4", *words])
+
+
+def _weights(work: Path) -> dict[str, Tensor]:
+    return load_file(work / "out" / "blending.safetensors")
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_training_writes_weights_that_load(forged: Path, tmp_path: Path) -> None:
+    """Bug prevented: hours of training end in a file that the expert does not accept."""
+    result = _blending(forged, tmp_path, "--steps", "3", "--check", str(forged))
+    assert result.exit_code == 0, result.output
+    assert Path(result.stdout.strip()) == tmp_path / "out" / "blending.card.json"
+    expert = load_expert("blending", tmp_path / "out")
+    assert expert.card.name == "blending" and expert.card.preprocessing == PREPROCESSING
+    assert "16 pictures, 3 steps of 4" in expert.card.trained_on
+    figures = expert.card.figures["calib_auc_by_method"]
+    calib = [s for s in read_manifest(forged) if s.split == "calib"]
+    assert figures["n_real"] == sum(s.label == "real" for s in calib)
+    [face] = find_faces(np.array(skimage.data.astronaut()))
+    [evidence] = expert.judge([face])
+    assert evidence.score is not None and 0 <= evidence.score <= 1
+    # Three steps moved the weights, and the average follows them.
+    torch.manual_seed(0)
+    start = Lite0().state_dict()
+    moved = _weights(tmp_path)
+    assert set(moved) == set(start)
+    assert any((moved[k].float() - start[k]).abs().max() > 1e-4 for k in start if k.endswith("weight"))
+
+
+def test_a_resumed_training_equals_an_uninterrupted_one(
+    forged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: after a restart other batches, other dropout, a cold optimizer or a forgotten average."""
+    monkeypatch.setattr(train, "SAVE_EVERY", 2)
+    assert _blending(forged, tmp_path / "whole", "--steps", "4").exit_code == 0
+    save = train._checkpoint
+
+    def killed_after_saving(*arguments: Any) -> None:
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_checkpoint", killed_after_saving)
+        assert _blending(forged, tmp_path / "cut", "--steps", "4").exit_code != 0
+    assert not (tmp_path / "cut" / "out").exists()
+    steps: list[int] = []
+
+    def noted(path: Path, step: int, *rest: Any) -> None:
+        steps.append(step)
+        save(path, step, *rest)
+
+    monkeypatch.setattr(train, "_checkpoint", noted)
+    assert _blending(forged, tmp_path / "cut", "--steps", "4").exit_code == 0
+    assert steps == [4]
+    whole, cut = _weights(tmp_path / "whole"), _weights(tmp_path / "cut")
+    assert set(whole) == set(cut)
+    assert max(float((whole[k].float() - cut[k].float()).abs().max()) for k in whole) < 1e-6
+    states = [load_file(tmp_path / name / "state" / "state.safetensors") for name in ("whole", "cut")]
+    assert all(torch.allclose(states[0][k].double(), states[1][k].double(), atol=1e-6) for k in states[0])
+
+
+def test_the_state_of_another_training_is_refused(forged: Path, tmp_path: Path) -> None:
+    """Bug prevented: weights of the last run's data and steps, under a card that tells of this one's."""
+    assert _blending(forged, tmp_path, "--steps", "2").exit_code == 0
+    before = _weights(tmp_path)
+    other = tmp_path / "other"
+    shutil.copytree(forged.parent, other)
+    with (other / "manifest.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write("\n")
+    for data, words, message in (
+        (forged, ("--steps", "3", "--seed", "1"), "other data or settings"),
+        (forged, ("--steps", "3", "--lr", "0.1"), "other data or settings"),
+        (other / "manifest.jsonl", ("--steps", "3"), "other data or settings"),
+        (forged, ("--steps", "1"), "more than --steps 1"),
+    ):
+        result = _blending(data, tmp_path, *words)
+        assert isinstance(result.exception, X2DFDError) and message in str(result.exception)
+    assert all(torch.equal(v, before[k]) for k, v in _weights(tmp_path).items())
+
+
+@pytest.mark.parametrize(("label", "missing"), [("real", "fake"), ("fake", "real")])
+def test_a_manifest_of_one_label_is_refused(
+    forged: Path, tmp_path: Path, label: str, missing: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Bug prevented: an expert trained on one class, or a traceback instead of the reason."""
+    rows = [json.loads(line) for line in forged.read_text("utf-8").splitlines()]
+    kept = [r | {"path": str(forged.parent / r["path"])} for r in rows if r["label"] == label]
+    data = tmp_path / "one_label.jsonl"
+    data.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "mask"}) + "\n" for r in kept), "utf-8")
+    command = [
+        "train",
+        "blending",
+        "--from-scratch",
+        "--steps",
+        "1",
+        "--data",
+        str(data),
+        "--state",
+        str(tmp_path / "s"),
+    ]
+    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+    told = capsys.readouterr()
+    assert stopped.value.code == 1 and told.out == ""
+    assert told.err.strip().splitlines()[-1] == f"error: the manifest has no {missing} sample in split 'train'"
+    assert not (tmp_path / "out").exists()
+
+
+def test_figures_by_method() -> None:
+    """Bug prevented: an AUC against the wrong real pictures, ties counted as wins, combined fakes counted twice."""
+    rows = [("real", "none"), ("real", "denoise"), ("fake", "a"), ("fake", "a+b"), ("fake", "b")]
+    samples = [Sample(str(i), Path(f"{i}"), label, method) for i, (label, method) in enumerate(rows)]  # type: ignore[arg-type]
+    table = train.by_method(samples, np.array([0.2, 0.4, 0.4, 0.9, 0.1]))
+    assert table == {"a": {"auc": 0.875, "n_fake": 2}, "b": {"auc": 0.0, "n_fake": 1}, "n_real": 2}
+    assert train.by_method(samples[2:], np.array([0.4, 0.9, 0.1])) == {"n_real": 0}
+
+
+# --- EfficientNet-Lite0 ---------------------------------------------------------------------------------------------
+
+
+def _published() -> OrderedDict[str, Tensor]:
+    """As the published file: the network's tensors in its order under other names, then the classifier."""
+    torch.manual_seed(1)
+    named = [
+        (k, v + (0.01 if v.is_floating_point() else 1))
+        for k, v in Lite0().state_dict().items()
+        if not k.startswith("classifier.")
+    ]
+    tensors = OrderedDict((f"_blocks.{i}.{k.rsplit('.', 1)[1]}", v) for i, (k, v) in enumerate(named))
+    tensors["_fc.weight"], tensors["_fc.bias"] = torch.zeros(1000, 1280), torch.zeros(1000)
+    return tensors
+
+
+def test_lite0_takes_the_published_tensors(tmp_path: Path) -> None:
+    """Bug prevented: tensors mapped to their neighbours, or silently left at their random start."""
+    published = _published()
+    torch.save(published, tmp_path / "x.pth")
+    mine = [v for k, v in from_imagenet(tmp_path / "x.pth").state_dict().items() if not k.startswith("classifier.")]
+    theirs = [v for k, v in published.items() if not k.startswith("_fc.")]
+    assert len(mine) == len(theirs) and all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_lite0_refuses_what_is_not_its_file(tmp_path: Path) -> None:
+    """Bug prevented: a training that starts from half a network."""
+    path = tmp_path / "x.pth"
+    names = list(_published())
+    less, more, turned, renamed = (_published() for _ in range(4))
+    del less[names[7]]
+    more["_blocks.extra.weight"] = torch.zeros(3)
+    turned[names[0]] = turned[names[0]].transpose(2, 3)[:, :, :2]
+    first, second = (n for n in names if n.endswith((".running_mean", ".running_var")) and int(n.split(".")[1]) < 5)
+    renamed = OrderedDict((second if k == first else first if k == second else k, v) for k, v in renamed.items())
+    for wrong, message in (
+        (less, "tensors where Lite0 has"),
+        (more, "tensors where"),
+        (turned, "fit"),
+        (renamed, "fit"),
+    ):
+        torch.save(wrong, path)
+        with pytest.raises(SetupError, match=message):
+            from_imagenet(path)
+    torch.save(torch.zeros(3), path)
+    with pytest.raises(SetupError, match="x2dfd fetch lite0"):
+        from_imagenet(path)
+    path.write_bytes(b"<html>not found</html>")
+    with pytest.raises(SetupError, match="x2dfd fetch lite0"):
+        from_imagenet(path)
+    with pytest.raises(SetupError, match="x2dfd fetch lite0"):
+        from_imagenet(tmp_path / "absent.pth")
+
+
+class _Malicious:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_code_in_a_weight_file_does_not_run(tmp_path: Path) -> None:
+    """Bug prevented: a downloaded `.pth` that executes what it likes."""
+    (tmp_path / "x.pth").write_bytes(pickle.dumps({"a": _Malicious(tmp_path / "ran")}, protocol=2))
+    torch.save({"a": _Malicious(tmp_path / "ran")}, tmp_path / "y.pth")
+    for name in ("x.pth", "y.pth"):
+        with pytest.raises(SetupError, match="plain tensors"):
+            from_imagenet(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.skipif(bool(fetch.missing("lite0")), reason="ImageNet weights are not fetched: x2dfd fetch lite0")
+def test_lite0_knows_imagenet() -> None:
+    """Bug prevented: another padding, order or activation than the network was trained with."""
+    path = fetch.require("lite0") / "efficientnet-lite0.pth"
+    net, classifier = from_imagenet(path).eval(), torch.load(path, map_location="cpu", weights_only=True)
+    for name, classes in (("chelsea", (281, 282, 285)), ("coffee", (504, 967, 968)), ("rocket", (657, 744))):
+        picture = np.asarray(getattr(skimage.data, name)())
+        side = min(picture.shape[:2])
+        top, left = (picture.shape[0] - side) // 2, (picture.shape[1] - side) // 2
+        square = cv2.resize(picture[top : top + side, left : left + side], (224, 224), interpolation=cv2.INTER_AREA)
+        x = (torch.from_numpy(np.asarray(square)).permute(2, 0, 1)[None].float() - 127) / 128
+        with torch.inference_mode():
+            logits = net.features(x).mean((2, 3)) @ classifier["_fc.weight"].T + classifier["_fc.bias"]
+        assert int(logits.argmax()) in classes, name
+
+
+# --- the crops of a manifest ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(forged: Path, tmp_path: Path) -> Path:
+    """Two usable photos around a picture without a face and a file that is no picture."""
+    for i in (0, 1):
+        shutil.copy(forged.parents[1] / f"{i}.png", tmp_path / f"{i}.png")
+    cv2.imwrite(str(tmp_path / "flat.png"), np.full((200, 200, 3), 90, np.uint8))
+    (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
+    lines = ["path,label,split", "0.png,real,train", "flat.png,real,train", "text.png,fake,train", "1.png,fake,calib"]
+    (tmp_path / "m.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return tmp_path / "m.csv"
+
+
+def test_crops_belong_to_their_samples(mixed: Path) -> None:
+    """Bug prevented: after an unusable file every crop stands at its neighbour's place."""
+    data = load_crops(mixed)
+    assert [s.id for s in data.samples] == ["0.png", "1.png"]
+    assert data.unusable == {"flat.png": "no_face", "text.png": "not_an_image"}
+    assert data.crops.shape == (2, 224, 224, 3) and data.landmarks.shape == (2, 468, 2)
+    for i, sample in enumerate(data.samples):
+        picture = cv2.cvtColor(np.asarray(cv2.imread(str(sample.path))), cv2.COLOR_BGR2RGB)
+        face = find_faces(np.asarray(picture, np.uint8))[0]
+        assert np.array_equal(data.crops[i], face.crop) and np.array_equal(data.landmarks[i], face.crop_landmarks)
+    assert data.where(label="fake").tolist() == [1]
+    assert data.where(label="real", split="train").tolist() == [0]
+    assert data.where(label="real", split="calib").tolist() == []
+
+
+def test_crops_are_computed_once_and_anew_for_another_manifest(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: yesterday's crops under today's labels, or a wait at every start."""
+    first = np.array(load_crops(mixed, workers=2).crops)
+    with monkeypatch.context() as patch:
+        patch.setattr(crops_module, "_compute", lambda *_: pytest.fail("computed again"))
+        assert np.array_equal(load_crops(mixed).crops, first)
+    lines = mixed.read_text("utf-8").splitlines()
+    mixed.write_text("\n".join([lines[0], lines[4], lines[1]]) + "\n", encoding="utf-8")
+    again = load_crops(mixed)
+    assert [s.id for s in again.samples] == ["1.png", "0.png"] and not again.unusable
+    assert np.array_equal(again.crops, first[::-1])
+
+
+def test_a_manifest_without_a_usable_face_is_an_error(mixed: Path) -> None:
+    """Bug prevented: an empty training set that fails far from its cause."""
+    lines = mixed.read_text("utf-8").splitlines()
+    mixed.write_text("\n".join([lines[0], lines[2], lines[3]]) + "\n", encoding="utf-8")
+    with pytest.raises(X2DFDError, match="no file has a usable face"):
+        load_crops(mixed)
+    with pytest.raises(X2DFDError, match="no file has a usable face"):
+        load_crops(mixed)
