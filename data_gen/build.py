@@ -17,7 +17,7 @@ import numpy as np
 from rich.progress import track
 
 from data_gen.questions import CueQuestion, bank
-from data_gen.writers import class_answer, distinct_n, write_explanation
+from data_gen.writers import class_answer, distinct_n, write_explanation, write_follow_up
 from x2dfd import prompts
 from x2dfd.assessment import read_assessment, strong_cues
 from x2dfd.crops import CropSet, load_crops
@@ -41,6 +41,7 @@ class BuildConfig:
     view_seed: int = 1  # the degradation of each picture; the cached tower features use the same
     corrupt: float = 0.15  # share of injected scores that are wrong or missing in training
     cue_questions: int = 4  # yes/no cue questions per picture
+    follow_ups: float = 0.6  # share of pictures with a second turn after the verdict
     limit: int | None = None  # at most this many pictures, in the manifest's order
     seed: int = 0
 
@@ -118,7 +119,7 @@ def _records(
     config: BuildConfig,
     rng: np.random.Generator,
 ) -> Iterator[dict[str, Any]]:
-    """The conversations about one picture: verdict with scores, verdict without, class, cue questions."""
+    """The conversations about one picture: verdict with scores, verdict without, class, cue questions, a follow-up."""
     cues = [c for c in sample.cues if strong is None or (c.area, c.artifact) in strong]
     label = sample.label
     df_class = sample.df_class or "real"
@@ -138,15 +139,21 @@ def _records(
         "scores": {e.expert: e.score for e in shown},
     }
 
-    def record(task: str, question: str, answer: str) -> dict[str, Any]:
-        turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+    def record(task: str, question: str, answer: str, *follow_up: str) -> dict[str, Any]:
+        said = [f"<image>\n{question}", answer, *follow_up]
+        turns = [{"from": ("human", "gpt")[k % 2], "value": value} for k, value in enumerate(said)]
         return {"id": f"{sample.id}/{task}", "task": task, **common, "conversations": turns}
 
-    yield record("detect", prompts.verdict_question(shown), prompts.verdict_answer(label, explanation, shown))
+    question, answer = prompts.verdict_question(shown), prompts.verdict_answer(label, explanation, shown)
+    yield record("detect", question, answer)
     yield record("detect_plain", prompts.QUESTION, prompts.verdict_answer(label))
     yield record("classify", prompts.CLASS_QUESTION, class_answer(df_class, rng))
-    for number, (question, yes) in enumerate(_cue_questions(sample, config.cue_questions, rng)):
-        yield record(f"cue{number}", question.text, "Yes" if yes else "No")
+    for number, (cue_question, yes) in enumerate(_cue_questions(sample, config.cue_questions, rng)):
+        yield record(f"cue{number}", cue_question.text, "Yes" if yes else "No")
+    if rng.random() < config.follow_ups:
+        yield record(
+            "chat", question, answer, *write_follow_up(label, cues, df_class, rng, [c.area for c in sample.cues])
+        )
 
 
 def _cue_questions(sample: Sample, count: int, rng: np.random.Generator) -> list[tuple[CueQuestion, bool]]:

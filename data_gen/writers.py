@@ -176,7 +176,7 @@ _CLOSINGS = (
     "This points to manipulation.", "This is a sign of manipulation.", "An untouched photo does not look like this.",
     "This suggests that it was manipulated.", "That is typical of manipulated pictures.",
     "That speaks for manipulation.",
-    "It suggests that something was changed afterwards.", "A camera alone does not produce this.",
+    "A camera alone does not produce this.",
 )  # fmt: skip
 _CLASS_CLOSINGS = {
     "FS": ("This fits a face swap.", "A face swap leaves such traces."),
@@ -248,6 +248,47 @@ def class_answer(df_class: str, rng: Rng) -> str:
     if df_class not in _CLASS_ANSWERS:
         raise ValueError(f"unknown class {df_class!r} (known: {', '.join(DF_CLASSES)})")
     return _pick(rng, _CLASS_ANSWERS[df_class])
+
+
+_AREA_QUESTIONS = (
+    "What about {a}?", "Is something wrong with {a}?", "Look at {a} again. What do you see?",
+    "Do you see a trace at {a}?", "And {a}?", "How {is} {a}?",
+)  # fmt: skip
+_WHY_QUESTIONS = (
+    "Why do you think so?", "Why?", "What makes you say that?", "Explain it to my editor", "What did you look at?",
+    "Where should I look?",
+)  # fmt: skip
+_CLASS_QUESTIONS = ("Which technique?", "What kind of manipulation is it?", "How was it made?", "What was done to it?")
+_SAME_PLACE = ({"skin", "forehead"}, {"skin", "cheeks"}, {"skin", "nose"}, {"skin", "jaw", "face-contour"})
+"""Areas that lie over one another: who says that one is in order speaks of the other too."""
+
+_FINE = ("Nothing stands out there: {line}.", "I see no trace there: {line}.", "That looks fine: {line}.")
+
+
+def write_follow_up(
+    label: str, cues: Sequence[Cue], df_class: str, rng: Rng, touched: Sequence[str] = ()
+) -> tuple[str, str]:
+    """A question that a user may ask after the verdict, and an answer that the truth bears out (free conversation).
+
+    About one area, the reasons, or the technique. A fake without known cues is never asked about an area: nobody knows.
+    `touched`: areas that were changed although no cue names them; they are not said to be in order.
+    """
+    kind = rng.random()
+    if kind < 0.2:
+        return _pick(rng, _CLASS_QUESTIONS), class_answer(df_class, rng)
+    if kind < 0.45 or (label == "fake" and not cues):
+        return _pick(rng, _WHY_QUESTIONS), write_explanation(label, cues, df_class, rng)
+    named = sorted({c.area for c in cues})
+    changed = {*named, *touched}
+    near = {other for group in _SAME_PLACE if changed & group for other in group}
+    others = [a for a in _REAL_AREAS if a not in changed | near and "whole-image" not in changed]
+    area = _pick(rng, named) if named and (not others or rng.random() < 0.6) else _pick(rng, others)
+    name, plural = _AREA_NAMES[area][0]
+    question = _fill(_pick(rng, _AREA_QUESTIONS), name, plural)
+    found = sorted((c for c in cues if c.area == area), key=lambda c: -(c.score or 0.0))[:2]
+    if found:
+        return question, _tidy([". ".join(_describe(c, df_class, rng) for c in found) + "."])
+    return question, _tidy([_pick(rng, _FINE).format(line=_fill(_pick(rng, _IN_ORDER), name, plural))])
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:

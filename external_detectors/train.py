@@ -327,7 +327,10 @@ def _synthetic(sample: Sample) -> bool:
 def _fit_head(
     x: torch.Tensor, positive: NDArray[np.bool_], use: NDArray[np.bool_], samples: list[Sample], ridge: float
 ) -> dict[str, torch.Tensor]:
-    """A ridge-penalised logistic head on the samples `use` of standardised features; X2DFDError when a label is absent."""
+    """A ridge-penalised logistic head on the samples `use` of standardised features.
+
+    Raises X2DFDError when a label is absent.
+    """
     if not (use & positive).any() or not (use & ~positive).any():
         raise X2DFDError("a head needs real and fake pictures in split `train`; forge some, or pass ready-made fakes")
     weight, bias = _logistic(x[torch.from_numpy(use)], positive[use], _balance(use, positive, samples)[use], ridge)

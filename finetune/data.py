@@ -27,25 +27,28 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Conversation:
-    """One question and answer as tokens."""
+    """One conversation as tokens."""
 
-    tokens: list[int]  # what follows the picture: the rest of the question, then the answer and its end
+    tokens: list[int]  # what follows the picture: the question, earlier turns, then the last answer and its end
     answer: int  # how many of the last tokens are the answer
     heavy: int | None  # position in `tokens` of the label or yes/no token, which weighs more
 
 
-def answer_tokens(processor: Any, question: str, answer: str) -> tuple[list[int], list[int]]:
-    """Tokens of the prompt after the picture, and of the answer with its end.
+def answer_tokens(
+    processor: Any, question: str, answer: str, turns: Sequence[tuple[str, str]] = ()
+) -> tuple[list[int], list[int]]:
+    """Tokens of the prompt after the picture, and of the last answer with its end.
 
-    Both are the very strings that inference renders. Raises X2DFDError when the answer is empty.
+    Both are the very strings that inference renders. `turns` as in `prompts.conversation`. Raises X2DFDError when the
+    answer is empty.
     """
     if not answer.strip():
         raise X2DFDError(f"an empty answer has nothing to learn from: {question!r}")
-    messages = [*prompts.conversation(question), {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-    whole: str = processor.apply_chat_template(messages, tokenize=False)
-    if not whole.startswith(prompts.render(processor, question, answer)):
+    said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+    whole: str = processor.apply_chat_template([*prompts.conversation(question, turns), said], tokenize=False)
+    if not whole.startswith(prompts.render(processor, question, answer, turns)):
         raise X2DFDError("this chat template does not continue its own prompt; answers cannot be masked")
-    _, before = prompts.prompt_tokens(processor, prompts.render(processor, question))
+    _, before = prompts.prompt_tokens(processor, prompts.render(processor, question, turns=turns))
     _, ids = prompts.prompt_tokens(processor, whole.rstrip())
     if ids[: len(before)] != before:
         raise X2DFDError("this tokenizer joins prompt and answer in one token; answers cannot be masked")
@@ -57,9 +60,10 @@ def answer_tokens(processor: Any, question: str, answer: str) -> tuple[list[int]
 
 def conversation(processor: Any, record: dict[str, Any], label_ids: Sequence[int]) -> Conversation:
     """One record of the instruction set as tokens."""
-    human, gpt = (turn["value"] for turn in record["conversations"])
-    question = human.removeprefix("<image>").removeprefix("\n")
-    before, answer = answer_tokens(processor, question, gpt)
+    first, *between, gpt = (turn["value"] for turn in record["conversations"])
+    question = first.removeprefix("<image>").removeprefix("\n")
+    turns = list(zip(between[::2], between[1::2], strict=True))
+    before, answer = answer_tokens(processor, question, gpt, turns)
     heavy = None
     if record["task"].startswith("detect"):
         heavy = next((len(before) + k for k, t in enumerate(answer[:8]) if t in label_ids), None)

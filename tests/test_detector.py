@@ -368,7 +368,7 @@ def test_chat_looks_at_the_reports_own_picture_only(detector: Detector, astronau
 def test_chat_looks_at_the_face_that_decided(
     detector: Detector, astronaut: Pixels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a group, or of a clip, the model must be shown the face that the verdict is about; also from a stored report."""
+    """Of a group or a clip, the model must be shown the face that the verdict is about; also from a stored report."""
     seen: list[Pixels] = []
     look = detector.mllm.look
 

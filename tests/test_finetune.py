@@ -23,6 +23,7 @@ from finetune.config import FinetuneConfig, load_config
 from finetune.data import IGNORE, Collate, Conversation, Packs, conversation
 from tests import tiny
 from x2dfd.adapter import WEIGHTS, lora_b_sum, read_adapter_card
+from x2dfd import prompts
 from x2dfd.crops import load_crops
 from x2dfd.errors import SetupError, UnknownName, X2DFDError
 from x2dfd.experts import BUILTIN
@@ -193,7 +194,7 @@ def test_a_pack_has_the_loss_of_its_conversations(base: Path, packs: Packs) -> N
     model, _ = load_llava(base)
     collate = Collate(0, 4.0)
     sums = [one_by_one(model, packs[k], 4.0) for k in range(3)]
-    assert all(len(packs[k]["conversations"]) == 5 for k in range(3))
+    assert {len(packs[k]["conversations"]) for k in range(len(packs))} == {5, 6}  # some have a follow-up
     for k, (total, weights) in enumerate(sums):
         assert loss(model, collate([packs[k]])) == pytest.approx(total / weights, rel=1e-5)
     # Two packs of different length in one batch: padding carries neither loss nor weight.
@@ -209,11 +210,25 @@ def test_the_verdict_token_weighs_more(base: Path, packs: Packs) -> None:
     batch = Collate(0, 7.0)([packs[1]])
     heavy = batch["labels"][batch["weights"] == 7.0]
     words = [tokenizer.decode([t]).strip() for t in heavy.tolist()]
-    assert words[:2] == ["fake", "fake"] and set(words[2:]) <= {"Yes", "No"} and len(words) == 4
+    assert words[:2] == ["fake", "fake"] and set(words[2:]) <= {"Yes", "No"} and len(words) == 4, words
     answered = batch["labels"] != IGNORE
     assert bool((batch["weights"][answered] >= 1).all()) and not bool(batch["weights"][~answered].any())
     ends = [c.tokens[-1] for c in packs[1]["conversations"]]
     assert {tokenizer.decode([t]) for t in ends} == {"<|im_end|>"}
+
+
+@pytest.mark.needs_base
+def test_a_follow_up_is_trained_on_the_prompt_that_chat_asks(base: Path, small: tuple[Path, Path]) -> None:
+    """Earlier turns are context, not to be learnt again; a frame of its own for chat would be one nobody asks in."""
+    processor = load_llava(base)[1]
+    records = [json.loads(line) for line in small[1].read_text().splitlines()]
+    chat = next(r for r in records if r["task"] == "chat")
+    asked, said, following, reply = (turn["value"] for turn in chat["conversations"])
+    turned = conversation(processor, chat, (1, 2))
+    prompt = prompts.render(processor, asked.removeprefix("<image>\n"), turns=[(said, following)])
+    assert turned.tokens[: -turned.answer] == prompts.prompt_tokens(processor, prompt)[1]
+    assert processor.tokenizer.decode(turned.tokens[-turned.answer :]) == f"{reply}<|im_end|>"
+    assert turned.heavy is None
 
 
 @pytest.mark.needs_base

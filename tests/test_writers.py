@@ -8,7 +8,15 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from data_gen.writers import CLEAR_FROM, FAINT_BELOW, MAX_CUES, class_answer, distinct_n, write_explanation
+from data_gen.writers import (
+    CLEAR_FROM,
+    FAINT_BELOW,
+    MAX_CUES,
+    class_answer,
+    distinct_n,
+    write_explanation,
+    write_follow_up,
+)
 from x2dfd.explain import contradictions, read_cues, said_label
 from x2dfd.types import AREAS, ARTIFACTS, DF_CLASSES, Cue
 
@@ -168,3 +176,22 @@ def test_distinct_n_counts_repetition() -> None:
         distinct_n(["a"], 0)
     texts = [text for *_, text in examples(200, seed=14)]
     assert distinct_n(texts, 2) > 2 * distinct_n([texts[0]] * 200, 2)
+
+
+def test_a_follow_up_claims_no_more_than_the_truth() -> None:
+    rng = np.random.default_rng(11)
+    asked: set[str] = set()
+    for cues, df_class, _ in examples(1500, seed=12):
+        question, answer = write_follow_up("fake", cues, df_class, rng, touched=["eyes"])
+        true = {(c.area, c.artifact) for c in cues}
+        assert {(c.area, c.artifact) for c in read_cues(answer)} <= true, (question, answer)
+        if answer.startswith(("Nothing stands out there", "I see no trace there", "That looks fine")):
+            assert not any(f" {area}" in question.lower() for area in {c.area for c in cues} | {"eyes"}), question
+        asked.add(question)
+    assert len(asked) > 50
+    for _ in range(300):
+        _, answer = write_follow_up("real", (), "real", rng)
+        assert read_cues(answer) == ()
+    for _ in range(200):  # what a generator's face shows where, nobody knows
+        question, _ = write_follow_up("fake", (), "EFS", rng)
+        assert not any(area in question.lower() for area in ("eyes", "nose", "mouth", "jaw", "skin"))

@@ -118,7 +118,8 @@ def cached_features(
         views = np.stack([training_view(data.crops[i], seed, int(i))[0] for i in rows[start:stop]])
         states = tower_states(torch.from_numpy(views), layers)
         statistics[start:stop] = patch_statistics(states).half().numpy()
-        patches[start:stop] = torch.stack([states[k][:, 1:] for k in keep], 1).half().numpy()
+        for place, layer in enumerate(keep):
+            patches[start:stop, place] = states[layer][:, 1:].half().numpy()
         if (start // batch) % 8 == 7 or stop == n:
             for array in (statistics, patches):
                 array.flush()
