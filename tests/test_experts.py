@@ -23,7 +23,7 @@ from external_detectors.weights_io import WEIGHTS, load_weights, save_weights
 from x2dfd import experts
 from x2dfd.degrade import degrade
 from x2dfd.errors import SetupError, UnknownName, X2DFDError
-from x2dfd.experts import BUILTIN, DEFAULT, Expert, Shared, load_expert, read_card, write_card
+from x2dfd.experts import BUILTIN, DEFAULT, Expert, Shared, expert_class, load_expert, read_card, write_card
 from x2dfd.faces import PADDING, PREPROCESSING, find_faces
 from x2dfd.files import file_sha256, write_text
 from x2dfd.types import Card, Evidence, Face
@@ -76,7 +76,7 @@ def _scores(evidence: list[Evidence]) -> list[float]:
 @every_expert
 def test_contract_card_is_complete(name: str) -> None:
     """Bug prevented: an expert that hides what it is, what it may be used for, or what it cannot see."""
-    card = experts.cards()[name]
+    card = expert_class(name).card
     assert card.name == name == _loaded(name).card.name
     optional = {"trained_on", "figures", "weights", "sha256"}
     empty = {f.name for f in fields(Card) if not getattr(card, f.name)}
@@ -139,7 +139,7 @@ def _copied(name: str, folder: Path) -> Path:
 @every_builtin
 def test_weights_are_those_of_the_card(name: str) -> None:
     """Bug prevented: weights replaced without their card, so that reports name the wrong ones."""
-    card = experts.cards()[name]
+    card = expert_class(name).card
     assert card.sha256 == file_sha256(WEIGHTS / card.weights)
     assert card.preprocessing == PREPROCESSING
     assert card.trained_on and card.figures
@@ -152,9 +152,9 @@ def test_weights_may_stand_elsewhere(name: str, faces: list[Face], judged: Judge
     card = replace(read_card(tmp_path / f"{name}.card.json"), version="elsewhere")
     write_card(tmp_path / f"{name}.card.json", card)
     other = load_expert(name, tmp_path)
-    assert other.card == card and experts.cards()[name].version != "elsewhere"
+    assert other.card == card and expert_class(name).card.version != "elsewhere"
     assert _scores(other.judge(faces[:2])) == pytest.approx(_scores(judged(name)[:2]), abs=1e-4)
-    assert load_expert(name, tmp_path / "without").card == experts.cards()[name]
+    assert load_expert(name, tmp_path / "without").card == expert_class(name).card
 
 
 @every_builtin
@@ -262,6 +262,8 @@ def test_a_broken_plugin_says_where_it_should_be(tmp_path: Path, monkeypatch: py
     with pytest.raises(SetupError, match=f"expert 'broken' cannot be imported from {target}"):
         load_expert("broken")
     assert "broken" in (experts.availability("broken") or "")
+    listed = experts.cards()  # one broken package does not take the others from the list
+    assert isinstance(listed["broken"], SetupError) and isinstance(listed["blending"], Card)
 
 
 def test_listing_names_imports_nothing() -> None:

@@ -22,8 +22,8 @@ from finetune.__main__ import main
 from finetune.config import FinetuneConfig, load_config
 from finetune.data import IGNORE, Collate, Conversation, Packs, conversation
 from tests import tiny
-from x2dfd.adapter import WEIGHTS, lora_b_sum, read_adapter_card
 from x2dfd import prompts
+from x2dfd.adapter import WEIGHTS, lora_b_sum, read_adapter_card
 from x2dfd.crops import load_crops
 from x2dfd.errors import SetupError, UnknownName, X2DFDError
 from x2dfd.experts import BUILTIN

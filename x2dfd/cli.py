@@ -22,7 +22,7 @@ import typer
 from typer.core import TyperGroup
 
 import x2dfd
-from x2dfd.errors import InputError, X2DFDError
+from x2dfd.errors import InputError, SetupError, X2DFDError
 from x2dfd.types import Evidence, FaceReport, Failure, Report
 
 if TYPE_CHECKING:
@@ -183,12 +183,18 @@ def experts(as_json: Annotated[bool, typer.Option("--json", help="One JSON array
     """List the experts: what each cannot see, its licence, and whether its weights are here."""
     from x2dfd.experts import availability, cards
 
-    known = [(name, card, availability(name)) for name, card in cards().items()]
+    known = [
+        (name, None, str(card)) if isinstance(card, SetupError) else (name, card, availability(name))
+        for name, card in cards().items()
+    ]
     if as_json:
-        rows = [{"expert": name, "missing": missing, "card": card.to_dict()} for name, card, missing in known]
+        rows = [{"expert": name, "missing": missing, "card": card and card.to_dict()} for name, card, missing in known]
         typer.echo(json.dumps(rows))
         return
     for name, card, missing in known:
+        if card is None:
+            typer.echo(f"{name}  not ready: {missing}\n")
+            continue
         typer.echo(f"{name}  {card.version}  {card.licence}  {'ready' if missing is None else f'not ready: {missing}'}")
         facts = {"blind spot": card.blind_spot, "paper": card.paper, "source": card.source, "sha256": card.sha256}
         for title, text in facts.items():

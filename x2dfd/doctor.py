@@ -171,9 +171,13 @@ def _embedded() -> Iterator[Check]:
 
 
 def _experts() -> Iterator[Check]:
+    from x2dfd.errors import SetupError
     from x2dfd.experts import availability, cards
 
     for name, card in cards().items():
+        if isinstance(card, SetupError):
+            yield Check(f"expert {name}", None, str(card), f"reinstall or remove the package that registers {name!r}")
+            continue
         missing = availability(name)
         facts = {"licence": card.licence, "source": card.source, "sha256": card.sha256, "blind spot": card.blind_spot}
         facts = {key: value for key, value in facts.items() if value}

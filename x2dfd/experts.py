@@ -93,9 +93,15 @@ def load_expert(name: str, folder: Path | None = None) -> Expert:
     return found()
 
 
-def cards() -> dict[str, Card]:
-    """The card of every registered expert, without loading weights."""
-    return {name: expert_class(name).card for name in names()}
+def cards() -> dict[str, Card | SetupError]:
+    """The card of every registered expert, without loading weights; the reason where a plug-in cannot be imported."""
+    found: dict[str, Card | SetupError] = {}
+    for name in names():
+        try:
+            found[name] = expert_class(name).card
+        except SetupError as error:
+            found[name] = error
+    return found
 
 
 def read_card(path: Path) -> Card:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from x2dfd.errors import X2DFDError
+from x2dfd.experts import cards
 from x2dfd.types import Card, FaceReport, Failure, Report, Verdict
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def render(reports: Sequence[Report | Failure], pictures: Sequence[Pictures]) ->
     by `report.media`'s width and height), for a video a mapping from frame number to pixels, or None to show none.
     Raises ValueError when the two differ in length.
     """
-    blind_spots = {name: card.blind_spot for name, card in _cards().items()}
+    blind_spots = {name: card.blind_spot for name, card in cards().items() if isinstance(card, Card)}
     sections = [
         _failure(report) if isinstance(report, Failure) else _section(report, picture, blind_spots)
         for report, picture in zip(reports, pictures, strict=True)
@@ -85,15 +85,6 @@ def write(path: str | os.PathLike[str], reports: Sequence[Report | Failure], pic
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-def _cards() -> dict[str, Card]:
-    try:
-        from x2dfd import experts
-
-        return experts.cards()
-    except (ImportError, X2DFDError):  # a report can be drawn where its experts are not; blind spots are left out
-        return {}
 
 
 def _failure(failure: Failure) -> dict[str, Any]:
