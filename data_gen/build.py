@@ -84,6 +84,8 @@ def expert_scores(
     """What each expert says of each sample's training view: sample id -> evidence in prompt order."""
     table: dict[str, list[Evidence]] = {data.samples[i].id: [] for i in rows}
     weights = Path(config.expert_weights) if config.expert_weights else None
+    if weights is not None and not any((weights / f"{name}.card.json").is_file() for name in config.experts):
+        raise X2DFDError(f"{weights} holds no card of {', '.join(config.experts)}")
     for name in config.experts:
         known = out_of_fold.get(name, {})
         missing = [i for i in rows if data.samples[i].id not in known]

@@ -588,7 +588,7 @@ def connect(base_url: str | None) -> Any:
     try:
         import openai
     except ImportError as error:
-        raise SetupError("generating questions needs the package openai: pip install 'x2dfd[serve]'") from error
+        raise SetupError("generating questions needs the package openai: pip install -e '.[serve]'") from error
     try:
         return openai.OpenAI(base_url=base_url)
     except openai.OpenAIError as error:

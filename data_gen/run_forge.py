@@ -165,9 +165,8 @@ def _item(source: _Source, out: Path, index: int) -> dict[str, Any]:
     if kind < config.ready_made:
         split = source.draw_split("fake", rng)
         sample, photo = _draw_photo(source, "fake", split, rng)
+        # What such a picture shows where is not known, so it has no cues.
         row |= {"label": "fake", "method": sample.method, "df_class": sample.df_class, "cues": []}
-        if sample.df_class == "EFS":  # the whole picture is synthetic: that much is known
-            row["cues"] = [{"area": "whole-image", "artifact": "texture", "score": 1.0}]
         made = Forgery(photo.pixels, np.zeros(photo.pixels.shape[:2], np.uint8), (), sample.method, "EFS", 1.0)
     else:
         split = source.draw_split("real", rng)
@@ -205,12 +204,12 @@ def _item(source: _Source, out: Path, index: int) -> dict[str, Any]:
 
 
 def _donor(source: _Source, split: str, target: Sample, rng: np.random.Generator) -> Photo:
-    """Another person's photo of the same split; half of the time of the same source, as swaps within a film are."""
+    """Another person's photo of the same split; one of another source is taken half of the times it is drawn."""
     for _ in range(_TRIES):
         sample, photo = _draw_photo(source, "real", split, rng)
         if sample.group != target.group and (sample.source == target.source or rng.random() < 0.5):
             return photo
-    return photo  # a set of one person: its own photo is the donor
+    return photo  # a set of one person: the last photo drawn is the donor
 
 
 _worker: tuple[_Source, Path] | None = None

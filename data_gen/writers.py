@@ -153,6 +153,10 @@ _NOWHERE_EFS = (
     "The face as a whole looks generated, although no single area stands out.",
     "The face as a whole looks synthetic, but no single area gives it away.",
     "No single area stands out, yet the face as a whole looks generated.",
+    "All of this face seems to come from a generator rather than from a camera.",
+    "It looks like the output of an image generator, the whole of it.",
+    "This looks like a face that no camera ever took.",
+    "Nothing here was pasted in: the whole face looks made by a generator.",
 )
 
 _OPENINGS = ("", "", "", "", "on a close look, ", "most telling, ", "one can see that ", "what stands out: ")

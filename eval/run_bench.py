@@ -398,7 +398,10 @@ def slices(samples: Sequence[Sample], column: str) -> Iterator[tuple[str, list[i
 
 
 def value_of(sample: Sample, column: str) -> str:
+    """A column's value; of a combined method ("swap+relight"), the first."""
     value = getattr(sample, column, None) or sample.extra.get(column)
+    if column == "method" and value is not None:
+        value = str(value).split("+")[0]
     return "" if value is None else str(value)
 
 
@@ -433,6 +436,13 @@ def describe_result(samples: Sequence[Sample], rows: Sequence[Row], usual: froze
             truth = [reduce(pairs_of(samples[i].cues)) for i in kept]
             heard = [reduce(answers[i]) for i in kept]
             scorers[name][what] = m.cue_agreement(truth, heard) | {"micro_f1": _micro_f1(truth, heard, groups, draw)}
+        methods = [value_of(samples[i], "method") for i in kept]
+        scorers[name]["by_method"] = {
+            method: _by_method(
+                answers, samples, [i for i, own in zip(kept, methods, strict=True) if own == method], draw
+            )
+            for method in sorted(set(methods))
+        }
         scorers[name]["invented_on_reals"] = sum(bool(cues) for cues in reals) / len(reals) if reals else None
     if rows:
         texts = [row["rationale"] for row in rows if row["rationale"]]
@@ -450,6 +460,20 @@ def describe_result(samples: Sequence[Sample], rows: Sequence[Row], usual: froze
 
 
 Pair = tuple[str, str]
+
+
+def _by_method(
+    answers: Sequence[frozenset[Pair] | None], samples: Sequence[Sample], chosen: Sequence[int], draw: Resampling
+) -> Row:
+    """Micro F1 of cues and areas over the chosen fakes."""
+    groups = [samples[i].group for i in chosen]
+    truth, heard = [pairs_of(samples[i].cues) for i in chosen], [answers[i] or frozenset() for i in chosen]
+    areas = [{area for area, _ in pairs} for pairs in truth], [{area for area, _ in pairs} for pairs in heard]
+    return {
+        "n": len(chosen),
+        "cues": _micro_f1(truth, heard, groups, draw),
+        "areas": _micro_f1(*areas, groups, draw),
+    }
 
 
 def pairs_of(cues: Iterable[Cue]) -> frozenset[Pair]:

@@ -34,7 +34,7 @@ def detect(results: dict[str, Result]) -> str:
         lines = [["AUC", *scorers, "n"], ["---"] * (len(scorers) + 2)]
         first = next(iter(scorers.values()))
         lines.append(["**all**", *[_number(s["overall"]["auc"]) for s in scorers.values()], str(first["overall"]["n"])])
-        pooled = False
+        pooled, held_out = False, result["model"]["stated"].get("held_out", [])
         for column, value in parts:
             slices = [s["by"].get(column, {}).get(value) for s in scorers.values()]
             known = next(x for x in slices if x)
@@ -42,8 +42,9 @@ def detect(results: dict[str, Result]) -> str:
                 continue
             apart = known["against"] != "own reals"
             pooled = pooled or apart
-            cells = [_number(x["auc"], interval=False) if x else "–" for x in slices]
-            lines.append([f"{column} {value}{'*' if apart else ''}", *cells, str(known["n"])])
+            cells = [_number(x["auc"]) if x else "–" for x in slices]
+            marks = ("*" if apart else "") + ("†" if value in held_out else "")
+            lines.append([f"{column} {value}{marks}", *cells, str(known["n"])])
         alarms = [
             _number(s["answers"]["false_alarms"], percent=True) if "answers" in s else "–" for s in scorers.values()
         ]
@@ -54,6 +55,7 @@ def detect(results: dict[str, Result]) -> str:
             f"split {data['split'] or 'all'}, {data['n_real']} real and {data['n_fake']} fake, "
             f"{data['n_groups']} groups, {failed} not readable. "
             "False alarms: reals called fake at the shipped threshold."
+            + (" † left out of the MLLM's training (not of the experts')." if held_out else "")
         )
         if pooled:
             caption += " * against all reals (or all fakes), as there are too few of the same source."
@@ -68,21 +70,21 @@ def describe(results: dict[str, Result]) -> str:
         if result["task"]["name"] != "describe":
             continue
         lines = [["", "area F1 [95 %]", "cue F1 [95 %]", "distinct texts", "contradictions", "n fake"], ["---"] * 6]
+        held_out = result["model"]["stated"].get("held_out", [])
         for scorer, s in result["scorers"].items():
             distinct, against = s.get("distinct_texts"), s.get("contradictions")
-            lines.append(
-                [
-                    scorer,
-                    _number(s["areas"]["micro_f1"]),
-                    _number(s["cues"]["micro_f1"]),
-                    "–" if distinct is None else f"{100 * distinct:.0f} %",
-                    "–" if against is None else f"{100 * against:.1f} %",
-                    str(s["n_fake"]),
-                ]
-            )
+            share = "–" if distinct is None else f"{100 * distinct:.0f} %"
+            wrong = "–" if against is None else f"{100 * against:.1f} %"
+            f1 = [_number(s[what]["micro_f1"]) for what in ("areas", "cues")]
+            lines.append([scorer, *f1, share, wrong, str(s["n_fake"])])
+            unseen = {m: t for m, t in s.get("by_method", {}).items() if m in held_out}
+            for method, part in unseen.items():
+                cells = [_number(part[what]) for what in ("areas", "cues")]
+                lines.append([f"{scorer}, {method}†", *cells, "–", "–", str(part["n"])])
         data = result["data"]
         caption = (
             f"`{name}`: manifest `{data['sha256'][:12]}`, split {data['split'] or 'all'}; forgeries with known cues."
+            + (" † left out of the MLLM's training." if held_out else "")
         )
         blocks.append(caption + "\n\n" + _table(lines))
     return "\n\n".join(blocks) or "No results yet."

@@ -17,6 +17,7 @@ from typing import ClassVar
 
 from external_detectors.weights_io import WEIGHTS, load_weights
 from x2dfd.experts import Shared, read_card
+from x2dfd.fetch import require
 from x2dfd.types import Card, Evidence, Face
 
 
@@ -26,12 +27,9 @@ class Clip:
     card: ClassVar[Card] = read_card(WEIGHTS / "clip.card.json")
 
     def __init__(self, folder: Path = WEIGHTS) -> None:
-        from external_detectors.clip_heads import LAYERS
-        from x2dfd.tower import load_tower
-
         self.card = read_card(folder / f"{self.card.name}.card.json")  # type: ignore[misc]
         self._state = load_weights(self.card, folder)
-        load_tower(LAYERS)  # a missing base is said now, not at the first face
+        require("base")  # said now, not at the first face; the tower itself is only loaded when nobody shares theirs
 
     def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
         import numpy as np

@@ -20,7 +20,7 @@ from rich.progress import track
 from x2dfd.calibration import MLLM, Calibration, choose_band, fit_weights, logit
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import Detector, load
-from x2dfd.errors import X2DFDError
+from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.manifest import Sample, manifest_sha256
 from x2dfd.tower import training_view
 from x2dfd.types import Evidence, Face
@@ -45,10 +45,16 @@ def calibrate(
     labels = np.array([float(s.label == "fake") for s in samples])
     if not 0 < labels.sum() < len(labels):
         raise X2DFDError(f"split {split!r} of {data} needs real and fake pictures to calibrate on")
+    try:
+        Calibration.load(adapter)
+    except SetupError:
+        (adapter / "calibration.json").unlink(missing_ok=True)  # a broken one would keep the adapter from loading
     detector = load(adapter, mode="paper")
     parts = score_parts(detector, crops, rows, view_seed)
     weights_per_sample = balance(samples)
     weights, means, bias = fit_weights(parts, labels, weights_per_sample)
+    # The band is chosen and counted with the numbers that are stored.
+    weights, means, bias = _rounded(weights), _rounded(means), round(bias, 6)
     draft = Calibration(weights, means, bias, 0.5, 0.5)
     chances = np.array([draft.probability(_row(parts, k)) for k in range(len(samples))])
     low, high = choose_band(chances, labels, [s.source for s in samples], false_alarms=false_alarms)
@@ -67,12 +73,12 @@ def calibrate(
         "fakes_found": round(float((chances[~real] >= high).mean()), 4),
     }
     result = Calibration(
-        _rounded(weights),
-        _rounded(means),
-        round(bias, 6),
-        round(low, 4),
-        round(high, 4),
-        round(mllm_threshold, 4),
+        weights,
+        means,
+        bias,
+        low,
+        high,
+        mllm_threshold,
         fitted,
     )
     result.save(adapter)

@@ -94,9 +94,12 @@ class Packs(Dataset[dict[str, Any]]):
                 if record["split"] == split:
                     by_row.setdefault(record["row"], []).append(record)
         where = {int(r): k for k, r in enumerate(features.rows)} if features is not None else {}
-        self.rows = [r for r in sorted(by_row) if features is None or r in where]
+        self.rows = sorted(by_row)
         if not self.rows:
             raise X2DFDError(f"{instructions}: no picture of split {split!r} to train on")
+        absent = [r for r in self.rows if r not in where] if features is not None else []
+        if absent:
+            raise X2DFDError(f"{len(absent)} of {len(self.rows)} pictures have no cached features; give a larger limit")
         self.conversations = [[conversation(processor, r, label_ids) for r in by_row[row]] for row in self.rows]
         self._data, self._features, self._where, self._seed = data, features, where, view_seed
         self._image_processor = processor.image_processor

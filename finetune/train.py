@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -26,7 +27,7 @@ from x2dfd.experts import expert_class, read_card
 from x2dfd.faces import PREPROCESSING
 from x2dfd.files import file_sha256, write_text
 from x2dfd.mllm import LocalMLLM, base_identity, load_llava
-from x2dfd.tower import cached_features, training_rows
+from x2dfd.tower import cached_features, tower_states, training_rows, training_view
 
 
 class CachedTower(nn.Module):
@@ -108,7 +109,6 @@ def train(config: FinetuneConfig) -> Path:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     work = out / "checkpoints"
-    torch.manual_seed(config.seed)
     model, processor = load_llava(
         config.base,
         tower_layers=config.tower_layers,
@@ -119,17 +119,25 @@ def train(config: FinetuneConfig) -> Path:
     layers = model.config.vision_feature_layer
     layers = (layers,) if isinstance(layers, int) else tuple(layers)
     data = load_crops(Path(config.manifest))
+    _check_instructions(config)
     features = None
+    if config.base is None and any(layer < 1 for layer in layers):
+        raise X2DFDError("the embedded base needs positive feature_layers")
     if config.cached_features:
-        if config.base is not None or any(layer < 1 for layer in layers):
-            raise X2DFDError("cached_features serve the embedded base with positive feature_layers only")
+        if config.base is not None:
+            raise X2DFDError("cached_features serve the embedded base only")
         rows = training_rows(data, config.limit)
         tower = model.config.vision_config.num_hidden_layers
         features = cached_features(data, rows, Path(config.cached_features), tower, layers, config.view_seed)
         model.model.vision_tower = CachedTower(layers)
-        if config.base is None:
-            fit_projector(model, torch.from_numpy(features.patches[:: max(1, len(rows) // 64)].astype("float32")))
+        fit_projector(model, torch.from_numpy(features.patches[:: max(1, len(rows) // 64)].astype("float32")))
+    elif config.base is None:
+        rows = training_rows(data)
+        some = [training_view(data.crops[i], config.view_seed, int(i))[0] for i in rows[:: max(1, len(rows) // 64)]]
+        states = tower_states(torch.from_numpy(np.stack(some)), max(layers))
+        fit_projector(model, torch.stack([states[k][:, 1:] for k in layers], 1).clone())
     packs = Packs(Path(config.instructions), "train", processor, mllm.label_ids, data, features, config.view_seed)
+    torch.manual_seed(config.seed)
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -162,20 +170,49 @@ def train(config: FinetuneConfig) -> Path:
     collate = Collate(processor.tokenizer.pad_token_id or 0, config.verdict_weight)
     trainer = PackTrainer(peft_model, arguments, collate, packs, projector_lr=config.projector_lr)
     write_text(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
-    last = get_last_checkpoint(str(work)) if work.is_dir() else None
-    result = trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(work, config))
     write_text(out / "log.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
     # PEFT notes the folder that the base was loaded from; the base's name says more and fits other machines.
     peft_model.peft_config["default"].base_model_name_or_path = base_identity(config.base)["name"]
-    peft_model.save_pretrained(str(out))
+    # The vocabulary is not touched; left to itself, PEFT would ask a hub about it.
+    peft_model.save_pretrained(str(out), save_embedding_layers=False)
     _to_half(out / WEIGHTS)
     if lora_b_sum(out) <= 0:
         raise X2DFDError(f"{out}: training left every lora_B at zero; more steps or a higher lr are needed")
     if config.expert_weights:
         shutil.copytree(config.expert_weights, out / "experts", dirs_exist_ok=True)
-    write_adapter_card(out, _card(config, out, processor, model, layers, result.training_loss))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    figures = {"final_loss": round(float(np.mean(losses[-10:])), 4) if losses else None, "pictures": len(packs)}
+    write_adapter_card(out, _card(config, out, processor, model, layers, figures))
     (out / "README.md").unlink(missing_ok=True)  # PEFT's empty form; card.json says what is known
     return out
+
+
+def _check_instructions(config: FinetuneConfig) -> None:
+    """Instructions name pictures by their place in a manifest: with another manifest they would be about others."""
+    path = Path(config.instructions).parent / "card.json"
+    try:
+        made_from = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise X2DFDError(f"{path}, the card of the instructions, cannot be read: {error}") from error
+    if made_from["manifest_sha256"] != file_sha256(Path(config.manifest)):
+        raise X2DFDError(f"{config.instructions} were built from another manifest than {config.manifest}")
+    if made_from["config"]["view_seed"] != config.view_seed:
+        raise X2DFDError(f"{config.instructions} were built with view_seed {made_from['config']['view_seed']}")
+
+
+def _last_checkpoint(work: Path, config: FinetuneConfig) -> str | None:
+    """Where a cut-off run goes on. Raises X2DFDError when `work` holds a run with other settings or other data."""
+    run = {"config": asdict(config), "instructions_sha256": file_sha256(Path(config.instructions))}
+    run["base"] = base_identity(config.base)
+    run = json.loads(json.dumps(run))  # tuples become lists, as they are read back
+    key = work / "run.json"
+    if not key.is_file():
+        work.mkdir(parents=True, exist_ok=True)
+        write_text(key, json.dumps(run, indent=1) + "\n")
+    elif json.loads(key.read_text(encoding="utf-8")) != run:
+        raise X2DFDError(f"{work} holds a training with other settings or data; choose another out, or delete it")
+    return get_last_checkpoint(str(work))
 
 
 def _to_half(path: Path) -> None:
@@ -186,7 +223,12 @@ def _to_half(path: Path) -> None:
 
 
 def _card(
-    config: FinetuneConfig, out: Path, processor: Any, model: Any, layers: tuple[int, ...], loss: float
+    config: FinetuneConfig,
+    out: Path,
+    processor: Any,
+    model: Any,
+    layers: tuple[int, ...],
+    figures: dict[str, Any],
 ) -> AdapterCard:
     data_card = json.loads((Path(config.instructions).parent / "card.json").read_text(encoding="utf-8"))
     return AdapterCard(
@@ -200,7 +242,8 @@ def _card(
         blind_spot=config.blind_spot,
         weights=WEIGHTS,
         trained_on=config.trained_on,
-        figures={"training_loss": round(loss, 4), "pictures": data_card["split"].get("train")},
+        figures=figures,
+        held_out=tuple(data_card["config"]["held_out"]),
         base=base_identity(config.base),
         tower_layers=int(model.config.vision_config.num_hidden_layers),
         text_layers=int(model.config.text_config.num_hidden_layers),

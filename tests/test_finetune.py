@@ -302,7 +302,7 @@ def test_training_moves_the_adapter_and_nothing_else(
     card = read_adapter_card(out)
     assert card.base == base_identity(base) and card.experts == {tiny.EXPERT: tiny.Brightness.card.sha256}
     assert (card.tower_layers, card.text_layers) == (3, 2)
-    assert card.figures["pictures"] == 6 and card.figures["training_loss"] > 0
+    assert card.figures["pictures"] == 6 and card.figures["final_loss"] > 0
     saved = json.loads((out / "config.json").read_text())
     assert saved["lr"] == 1e-2 and saved["max_steps"] == 3
     detector = x2dfd.load(base=str(base), adapter=out, mode="paper")

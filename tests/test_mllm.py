@@ -16,11 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from data_gen.questions import bank
+from data_gen.writers import write_explanation
 from tests import tiny
 from x2dfd import prompts
 from x2dfd.errors import SetupError
-from x2dfd.mllm import LocalMLLM, base_identity, load_llava
-from x2dfd.types import Evidence
+from x2dfd.files import file_sha256
+from x2dfd.mllm import CIRCLE, LocalMLLM, _repeats, base_identity, load_llava
+from x2dfd.types import Cue, Evidence
 
 pytestmark = pytest.mark.needs_base
 
@@ -222,9 +224,20 @@ def test_text_that_repeats_itself_ends(tmp_path: Path, crops: NDArray[np.uint8])
     parrot = LocalMLLM(*load_llava(tiny.write_base(tmp_path / "base", text_layers=1, parrot=True)), "parrot")
     told: list[str] = []
     text = parrot.write(parrot.look(crops[:1]), [QUESTIONS[0]], ["This image is fake."], on_text=told.append)
-    assert text == ["...."]
-    assert len(told) == 8  # the second group of four was the first one again
+    assert text == ["."]
+    assert len(told) == CIRCLE + 1
     assert told[:3] == [".", "..", "..."]
+
+
+def test_no_training_text_would_be_cut_off() -> None:
+    """A guard against circles that fires on a colour named twice takes the last cue from the rationale."""
+    tokenizer = load_llava()[1].tokenizer
+    rng = np.random.default_rng(0)
+    cues = [Cue("jaw", "blending", score=0.5), Cue("skin", "noise", score=0.5), Cue("skin", "blur", score=0.5)]
+    for label, known, df_class in (("fake", cues, "FS"), ("real", [], "real")):
+        for _ in range(300):
+            ids = tokenizer(write_explanation(label, known, df_class, rng))["input_ids"]
+            assert not any(_repeats(ids[:k]) for k in range(len(ids) + 1))
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -329,14 +342,15 @@ def test_only_the_embedded_base_may_lack_its_projector(
     folder = changed(drop)
     with pytest.raises(SetupError, match="multi_modal_projector"):
         load_llava(folder)
-    (folder / "base.json").write_text(json.dumps({"sha256": "c" * 64}))
+    (folder / "base.json").write_text("{}")
     folder.rename(tmp_path / "x2dfd-base-v1")
     monkeypatch.setenv("X2DFD_CACHE", str(tmp_path))
     first, _ = load_llava()
     second, _ = load_llava()
     weight = first.model.multi_modal_projector.linear_1.weight
     assert torch.equal(weight, second.model.multi_modal_projector.linear_1.weight)  # the same random start each time
-    assert base_identity(None)["sha256"] == "c" * 64
+    weights = tmp_path / "x2dfd-base-v1" / "model.safetensors"
+    assert base_identity(None)["sha256"] == file_sha256(weights)  # of the file itself, not of a note beside it
 
 
 @pytest.mark.parametrize(("name", "words"), [("LABEL_WORDS", (" fake", " fake news")), ("YES_NO_WORDS", ("No", "No"))])

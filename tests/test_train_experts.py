@@ -308,3 +308,69 @@ def test_a_manifest_without_a_usable_face_is_an_error(mixed: Path) -> None:
         load_crops(mixed)
     with pytest.raises(X2DFDError, match="no file has a usable face"):
         load_crops(mixed)
+
+
+# --- the heads on the tower -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A manifest of two forge methods, often combined, and one generator's faces; features that know the label."""
+    from x2dfd import tower
+
+    pixels, lines = (
+        np.array(skimage.data.astronaut()[10:310, 80:380]),
+        ["path,label,method,df_class,source,group,split"],
+    )
+    for i in range(12):
+        view = np.clip(tone(pixels[:, ::-1] if i % 2 else pixels, 0.5, np.random.default_rng(i)), 0, 255)
+        cv2.imwrite(str(tmp_path / f"{i}.png"), view[..., ::-1].astype(np.uint8))
+        lines.append(f"{i}.png,{'fake,stylegan1,EFS' if i % 3 == 2 else 'real,none,real'},made,person{i},train")
+    (tmp_path / "photos.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def features(crops: Any, rows: Any, folder: Path, layers: int, keep: Any, seed: int) -> tower.TowerFeatures:
+        statistics = np.random.default_rng(seed).normal(0, 0.3, (len(rows), layers, 2, 1)).astype(np.float16)
+        statistics[:, :, 0] += np.array([[[3.0 * (crops.samples[i].label == "fake")]] for i in rows], np.float16)
+        return tower.TowerFeatures(rows, statistics, np.zeros((len(rows), 0, 196, 768), np.float16), ())
+
+    monkeypatch.setattr(tower, "cached_features", features)
+    shares = {"ready_made": 0.3, "combine": 0.5, "calib": 0.4}
+    config = ForgeConfig(
+        data=str(tmp_path / "photos.csv"), count=40, side=224, methods=("area_warp", "blur_mismatch"), **shares
+    )
+    return run(config, tmp_path / "forged")
+
+
+def _clip(data: Path, out: Path) -> Result:
+    return CliRunner().invoke(train.app, ["clip", "--data", str(data), "--out", str(out), "--oof", str(out / "oof")])
+
+
+def test_heads_train_where_a_method_is_all_there_is(kinds: Path, tmp_path: Path) -> None:
+    """Bug prevented: leaving the only generator out leaves nothing to learn from, and the whole training ends."""
+    done = _clip(kinds, tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    figures = {n: json.loads((tmp_path / "out" / f"{n}.card.json").read_text())["figures"] for n in ("clip", "forgery")}
+    assert figures["clip"]["left_one_method_out"] == {}
+    assert set(figures["forgery"]["left_one_method_out"]) == {"area_warp"}
+    scores = json.loads((tmp_path / "out" / "oof").read_text())["clip"]
+    samples = load_crops(kinds).samples
+    assert set(scores) == {s.id for s in samples}
+    made, real = ([scores[s.id] for s in samples if s.method == method] for method in ("stylegan1", "none"))
+    assert np.mean(made) > np.mean(real) + 0.2
+
+
+def test_a_method_left_out_is_left_out_of_combinations_too(
+    kinds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: "blur+warp" teaches warping to the head that is said never to have seen it."""
+    learnt: list[set[str]] = []
+    fit = train._fit_head
+
+    def noted(x: Tensor, positive: Any, use: Any, samples: list[Sample], ridge: float) -> dict[str, Tensor]:
+        learnt.append({m for s, u in zip(samples, use & positive, strict=True) if u for m in s.method.split("+")})
+        return fit(x, positive, use, samples, ridge)
+
+    monkeypatch.setattr(train, "_fit_head", noted)
+    assert any("+area_warp" in s.method for s in load_crops(kinds).samples)
+    assert _clip(kinds, tmp_path / "out").exit_code == 0
+    assert {"blur_mismatch"} in learnt

@@ -34,10 +34,12 @@ class AdapterCard(Card):
     prompt_sha256: str = ""  # x2dfd.prompts.prompt_hash at training
     experts: dict[str, str] = field(default_factory=dict)  # name -> SHA-256 of weights, in the order of the prompt
     data_sha256: str = ""  # of the instruction set
+    held_out: tuple[str, ...] = ()  # forge methods that the instruction set leaves out, for figures on unseen ones
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> AdapterCard:
-        return cls(**{**data, "feature_layers": tuple(data.get("feature_layers", ()))})
+        lists = {key: tuple(data.get(key, ())) for key in ("feature_layers", "held_out")}
+        return cls(**{**data, **lists})
 
 
 def read_adapter_card(folder: Path) -> AdapterCard:
@@ -76,7 +78,7 @@ def check_adapter(folder: Path, card: AdapterCard, base: dict[str, str], prompt_
         raise SetupError(
             f"the adapter was trained on {made_for['name']} ({made_for['sha256'][:12] or 'no hash'}), "
             f"the base here is {base['name']} ({base['sha256'][:12] or 'no hash'}). "
-            "Get the right base: x2dfd fetch base"
+            "Get the right base: x2dfd fetch base --force"
         )
     if card.prompt_sha256 != prompt_sha256:
         raise SetupError(

@@ -66,6 +66,9 @@ COVERS: dict[str, tuple[tuple[str, str], ...]] = {
         ("forehead", "texture"),
         ("*", "frequency"),
     ),
+    "forgery": tuple(
+        ("*", a) for a in ("geometry", "asymmetry", "expression", "lighting", "missing-detail", "texture")
+    ),
 }
 """Which expert is trained to see which (area, artifact); `*` is any. A declaration, not a measurement."""
 
@@ -910,6 +913,7 @@ def run_assess(
     split: str | None = None,
     model: str | None = None,
     seed: int = 0,
+    base: str | None = None,
 ) -> None:
     """The command `x2dfd assess`: load, assess, write, and print what a person wants to know first."""
     asked = read_questions(questions or BANK)
@@ -918,9 +922,9 @@ def run_assess(
 
     crops = load_crops(data, workers=min(4, os.cpu_count() or 1))
     # Whether a verdict is calibrated does not matter here, and calibration comes later on the road.
-    mllm = x2dfd.load(model, mode="paper").mllm
+    mllm = x2dfd.load(model, base=base, experts=[], mode="paper").mllm
     a = assess(mllm, crops, asked, out, limit=limit, split=split, seed=seed, manifest_hash=manifest_sha256(data))
     if not chart(a, out / "assessment.png"):
-        print("no chart: matplotlib is not installed (pip install 'x2dfd[bench]')", file=sys.stderr)
+        print("no chart: matplotlib is not installed (pip install -e '.[bench]')", file=sys.stderr)
     print(table(a).split("\n## ", 1)[0].strip())
     print(f"\n{out / 'table.md'}\n{out / 'assessment.json'}")

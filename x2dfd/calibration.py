@@ -22,7 +22,7 @@ from x2dfd.types import Verdict
 
 MLLM = "mllm"
 _CLIP = 6.0  # logits beyond this say no more about certainty than about saturation
-DISAGREEMENT = 0.6  # spread of the parts' own probabilities at which a verdict near the band is withheld
+DISAGREEMENT = 0.6  # spread of the parts' own probabilities that is named as the reason of an inconclusive verdict
 
 
 def logit(p: float) -> float:

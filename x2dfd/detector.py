@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import platform
 import time
@@ -33,6 +34,7 @@ Mode = Literal["calibrated", "paper"]
 Source = str | Path | bytes | Image
 
 VIDEO_FRAMES = 8
+FRAME_FACES = 4  # of one frame of a video
 MAX_FACES = 24  # in one picture; the smaller ones are left out with a warning
 
 
@@ -112,7 +114,7 @@ class Detector:
         media = load_media(source, max_frames=VIDEO_FRAMES)
         if report.sha256 != media.sha256:
             raise InputError("other_picture", "this is not the picture that the report is about")
-        face = _find(media)[0][report.faces.index(deciding)].face
+        face = _find(media)[0][deciding.index].face
         asked = prompts.verdict_question(deciding.evidence)
         answer = f"{prompts.rationale_start(_said(deciding.verdict))} {deciding.rationale}".strip()
         look = self.mllm.look(face.crop[None])
@@ -127,18 +129,19 @@ class Detector:
     # --- the road ---
 
     def _batch(self, sources: Sequence[Source], rationale: bool) -> Iterator[Report | Failure]:
+        start = time.perf_counter()
         opened: list[Picture | Video | Failure] = []
         for source in sources:
             try:
                 opened.append(load_media(source, max_frames=VIDEO_FRAMES))
             except InputError as error:
                 opened.append(_failure(source, error))
-        yield from self._judge(opened, rationale, {})
+        yield from self._judge(opened, rationale, {"files": len(opened), "decode": time.perf_counter() - start})
 
     def _reports(self, sources: Sequence[Source], rationale: bool) -> Iterator[Report]:
         start = time.perf_counter()
         opened = [load_media(s, max_frames=VIDEO_FRAMES) for s in sources]
-        for report in self._judge(opened, rationale, {"decode": time.perf_counter() - start}):
+        for report in self._judge(opened, rationale, {"files": 1, "decode": time.perf_counter() - start}):
             if isinstance(report, Report):
                 yield report
 
@@ -263,12 +266,18 @@ def load(
     """A detector that is ready to use.
 
     `model`: None for the embedded model, or an adapter directory. `base` (a LLaVA directory or hub name) with `adapter`
-    (or without: the bare model, mode="paper") for any other. `experts`: other than those the adapter was trained with.
-    Raises SetupError with the command that mends it.
+    (or without: the bare model, mode="paper") for any other. `experts`: some of those that the adapter was trained
+    with, or, with mode="paper", any. Raises SetupError with what mends it.
     """
     if threads is not None:
         torch.set_num_threads(threads)
+    if model and adapter:
+        raise SetupError("give an adapter directory once: as `model`, or as `adapter` beside `base`")
+    if base is not None and not adapter and not model and mode == "calibrated":
+        raise SetupError("a bare model has no calibration: give its adapter directory too, or take mode='paper'")
     folder = Path(model or adapter or EMBEDDED) if (model or adapter or base is None) else None
+    if base == BASE_NAME:  # the embedded base by its name: bare, where no adapter is given
+        base = None
     card = read_adapter_card(folder) if folder else None
     llava, processor = load_llava(
         base,
@@ -288,6 +297,11 @@ def load(
     loaded = [load_expert(n, folder / "experts" if folder else None) for n in names]
     if card:
         _check_experts(card, loaded, names)
+    unknown = [n for n in names if calibration and n not in calibration.weights]
+    if unknown and mode == "calibrated":
+        raise SetupError(
+            f"the calibration does not know {', '.join(unknown)}: take mode='paper', or train and calibrate with it"
+        )
     facts: dict[str, Any] = {
         "name": f"{card.name} {card.version}" if card else identity["name"],
         "base": identity,
@@ -295,6 +309,7 @@ def load(
         "layers": {"tower": card.tower_layers, "text": card.text_layers} if card else None,
         "prompt_sha256": prompts.prompt_hash(processor),
         "experts": {n: f"{e.card.version} {e.card.sha256}" for n, e in zip(names, loaded, strict=True)},
+        "held_out": list(card.held_out) if card else [],
         "blind_spot": card.blind_spot if card else "",
         "licence": card.licence if card else "",
     }
@@ -306,8 +321,8 @@ def _check_experts(card: AdapterCard, loaded: Sequence[Expert], names: Sequence[
         wanted = card.experts.get(name)
         if wanted is not None and wanted != expert.card.sha256:
             raise SetupError(
-                f"the adapter was calibrated with other weights of expert {name!r} than are here; "
-                "fit it again: python -m finetune.calibrate"
+                f"the adapter was trained with other weights of expert {name!r} than are here: put those back that its "
+                "card names, or train it again: python -m finetune"
             )
 
 
@@ -336,10 +351,13 @@ def _find(media: Picture | Video | Failure) -> tuple[list[_Seen], list[str]]:
         faces = find_faces(media.pixels)
         notes = [f"{len(faces) - MAX_FACES} smaller faces were left out"] if len(faces) > MAX_FACES else []
         return [_Seen(f, None, None) for f in faces[:MAX_FACES]], notes
-    seen = []
+    seen, left_out = [], 0
     for frame in media.frames:
-        seen += [_Seen(f, frame.index, frame.time_s) for f in find_faces(frame.pixels)[:4]]
-    return [replace(s, face=replace(s.face, index=i)) for i, s in enumerate(seen)], []
+        faces = find_faces(frame.pixels)
+        left_out += len(faces[FRAME_FACES:])
+        seen += [_Seen(f, frame.index, frame.time_s) for f in faces[:FRAME_FACES]]
+    notes = [f"{left_out} smaller faces were left out; a frame's {FRAME_FACES} largest are judged"] if left_out else []
+    return [replace(s, face=replace(s.face, index=i)) for i, s in enumerate(seen)], notes
 
 
 def _areas(face: Face, cues: Sequence[Any]) -> dict[str, list[list[list[float]]]]:
@@ -369,10 +387,11 @@ def _failure(source: Source, error: InputError) -> Failure:
     digest = None
     if isinstance(source, bytes):
         digest = hashlib.sha256(source).hexdigest()
-    elif path is not None and Path(path).is_file():
+    elif path is not None and error.code != "file_too_large":
         from x2dfd.files import file_sha256
 
-        digest = file_sha256(Path(path))
+        with contextlib.suppress(OSError):  # what cannot be read has no hash
+            digest = file_sha256(Path(path)) if Path(path).is_file() else None
     return Failure(path, digest, error.code, error.reason)
 
 

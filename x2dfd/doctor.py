@@ -21,7 +21,7 @@ FACE_MODELS = {  # SHA-256 of the files that mediapipe 0.10.21 carries
     "face_landmark.tflite": "1055cb9d4a9ca8b8c688902a3a5194311138ba256bcc94e336d8373a5f30c814",
 }
 WEIGHTS = Path(__file__).parent / "weights"
-REINSTALL = "pip install --force-reinstall --no-deps x2dfd"
+REINSTALL = "pip install --force-reinstall --no-deps -e .  (in a fresh checkout)"
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _embedded() -> Iterator[Check]:
 
 def _experts() -> Iterator[Check]:
     from x2dfd.errors import SetupError
-    from x2dfd.experts import availability, cards
+    from x2dfd.experts import DEFAULT, availability, cards
 
     for name, card in cards().items():
         if isinstance(card, SetupError):
@@ -181,8 +181,8 @@ def _experts() -> Iterator[Check]:
         missing = availability(name)
         facts = {"licence": card.licence, "source": card.source, "sha256": card.sha256, "blind spot": card.blind_spot}
         facts = {key: value for key, value in facts.items() if value}
-        # An expert that is not here gives no score; the verdict is made from the others.
-        here = True if missing is None else None
+        # The models that come with this package need the default experts; others are a user's own business.
+        here = True if missing is None else False if name in DEFAULT else None
         yield Check(f"expert {name}", here, "ready" if here else "weights are not here", missing, facts)
 
 

@@ -68,7 +68,7 @@ class _Tflite:
 
         path = _MODELS / file
         if not path.is_file():
-            raise SetupError(f"face model {path} is missing; reinstall x2dfd: pip install --force-reinstall x2dfd")
+            raise SetupError(f"face model {path} is missing; get a fresh checkout and install it: pip install -e .")
         self._model = Interpreter(model_path=str(path), num_threads=1)
         self._model.allocate_tensors()
         self._input = self._model.get_input_details()[0]["index"]

