@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import dataclasses
 import hashlib
 import importlib
 import importlib.util
@@ -21,8 +19,6 @@ from typing import Any
 import pytest
 import yaml
 from packaging.requirements import Requirement
-
-import x2dfd.types
 
 ROOT = Path(__file__).resolve().parents[1]
 INSTALLED = ("x2dfd", "external_detectors")
@@ -213,22 +209,6 @@ def test_shipped_configs_parse() -> None:
 
 
 # --- documents ------------------------------------------------------------------------------------------------------
-
-
-def test_readme_begins_with_the_api() -> None:
-    """Bug prevented: the first code a reader copies uses a call or a field that does not exist."""
-    block = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
-    assert block is not None
-    code = ast.parse(block[1])
-    chains = {ast.unparse(node) for node in ast.walk(code) if isinstance(node, ast.Attribute)}
-    calls = {ast.unparse(node.func) for node in ast.walk(code) if isinstance(node, ast.Call)}
-    assert "x2dfd" in {alias.name for node in ast.walk(code) if isinstance(node, ast.Import) for alias in node.names}
-    assert {"x2dfd.load", "detector.detect"} <= calls
-    assert {"report.verdict.label", "report.verdict.p_fake", "report.rationale", "report.cues"} <= chains
-    for prefix, kind in (("report", x2dfd.types.Report), ("report.verdict", x2dfd.types.Verdict)):
-        real = {field.name for field in dataclasses.fields(kind)} | {name for name in vars(kind) if name[0] != "_"}
-        below = [chain.removeprefix(f"{prefix}.") for chain in chains if chain.startswith(f"{prefix}.")]
-        assert {name.partition(".")[0] for name in below} <= real
 
 
 def test_documented_make_targets_exist() -> None:

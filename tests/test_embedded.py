@@ -1,0 +1,93 @@
+"""The committed model on real pixels: the README's first lines run, and what is promised of its numbers holds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+import x2dfd
+from data_gen.demo import make_pair
+from x2dfd.degrade import tone
+from x2dfd.types import Report
+
+pytestmark = pytest.mark.needs_base
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def detector() -> Iterator[Any]:
+    yield x2dfd.load()
+
+
+@pytest.fixture
+def photos(astronaut: NDArray[np.uint8], tmp_path: Path) -> list[Image.Image]:
+    """Eight pictures of one face, of different size and tone, half of them forged twins."""
+    pair = [np.asarray(Image.open(path)) for path in make_pair(tmp_path)]
+    out = []
+    for i in range(8):
+        pixels = np.clip(tone(pair[i % 2], 0.3, np.random.default_rng(i)), 0, 255).astype(np.uint8)
+        side = (512, 440, 380, 470)[i // 2]
+        out.append(Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS))
+    return out
+
+
+def p_fake(report: Any) -> float:
+    assert isinstance(report, Report) and report.verdict.p_fake is not None
+    return report.verdict.p_fake
+
+
+def test_the_readme_begins_with_lines_that_run(
+    face_photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bug prevented: the first code that a reader copies ends in a traceback."""
+    block = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    assert block is not None and "face.jpg" in block[1] and face_photo.name == "face.jpg"
+    monkeypatch.chdir(face_photo.parent)
+    exec(compile(block[1], "README.md", "exec"), {})
+    said = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"(real|fake|inconclusive) 0\.\d+", said[0])
+    assert len(said[1].split()) >= 4 and any("Evidence(" in line for line in said)
+
+
+def test_a_batch_gives_what_each_picture_gives_alone(detector: Any, photos: list[Image.Image]) -> None:
+    """Bug prevented: padding or a neighbour's face moves a verdict."""
+    alone = [p_fake(detector.detect(photo, rationale=False)) for photo in photos]
+    together = [p_fake(r) for r in detector.detect_many(photos, batch_size=8, rationale=False)]
+    assert together == pytest.approx(alone, abs=1e-3)
+    assert max(alone) - min(alone) > 0.01  # they do differ
+
+
+def test_the_file_format_hardly_moves_the_probability(detector: Any, photos: list[Image.Image], tmp_path: Path) -> None:
+    """Bug prevented: a detector of JPEG against PNG."""
+    files = []
+    for i, photo in enumerate(photos):
+        photo.save(tmp_path / f"{i}.png")
+        photo.save(tmp_path / f"{i}.jpg", quality=95)
+        files += [tmp_path / f"{i}.png", tmp_path / f"{i}.jpg"]
+    p = [p_fake(r) for r in detector.detect_many(files, rationale=False)]
+    assert np.median(np.abs(np.subtract(p[::2], p[1::2]))) <= 0.05
+
+
+def test_a_forged_twin_looks_more_forged_than_its_photo(detector: Any, tmp_path: Path) -> None:
+    """Bug prevented: labels the wrong way round; a model that says the same of everything."""
+    real, forged = make_pair(tmp_path)
+    reports = list(detector.detect_many([real, forged]))
+    assert p_fake(reports[1]) > p_fake(reports[0]) + 0.1
+    assert reports[0].rationale != reports[1].rationale and all(r.rationale for r in reports)
+    assert not any(face.contradictions for r in reports for face in r.faces)
+
+
+def test_a_follow_up_is_answered_and_changes_nothing(detector: Any, face_photo: Path) -> None:
+    """Bug prevented: chat that alters the stored verdict, or that cannot look at the picture again."""
+    report = detector.detect(face_photo)
+    before = report.to_json()
+    said = detector.chat(report, "What about the eyes?")
+    assert len(said.split()) >= 3 and report.to_json() == before
+    assert said == detector.chat(report, "What about the eyes?")
