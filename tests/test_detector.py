@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import socket
 import struct
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from x2dfd.detector import Detector
 from x2dfd.errors import InputError, SetupError, UnknownName
 from x2dfd.experts import BUILTIN
 from x2dfd.faces import find_faces
-from x2dfd.media import Picture, load_media
+from x2dfd.media import Picture, find_media, load_media
 from x2dfd.mllm import base_identity
 from x2dfd.types import Failure, Report
 
@@ -295,7 +297,7 @@ def test_a_model_without_calibration_gives_no_percentage(
     (adapter / "calibration.json").unlink()
     with pytest.raises(SetupError, match=r"finetune\.calibrate"):
         x2dfd.load(base=str(base), adapter=adapter)
-    with pytest.raises(SetupError, match=r"finetune\.calibrate"):
+    with pytest.raises(SetupError, match="mode='paper'"):
         x2dfd.load(base=str(base), experts=[])
     bare = x2dfd.load(base=str(base), experts=[], mode="paper").detect(face_photo, rationale=False)
     assert bare.evidence == () and bare.verdict.p_fake == bare.faces[0].p_fake_mllm
@@ -389,3 +391,32 @@ def test_chat_looks_at_the_face_that_decided(
         else:
             wanted = find_faces(media.frames[decided].pixels)[0]
         np.testing.assert_array_equal(seen.pop(), wanted.crop[None])
+
+
+def test_chat_about_one_face_of_a_group_looks_at_that_face(
+    detector: Detector, astronaut: Pixels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page asks about the face that a visitor picked: a report cut down to it must not lead to the largest one."""
+    seen: list[Pixels] = []
+    look = detector.mllm.look
+    source = jpeg(collage(astronaut))
+    report = detector.detect(source)
+    monkeypatch.setattr(detector.mllm, "look", lambda crops: seen.append(crops) or look(crops))
+    for face in report.faces:
+        detector.chat(replace(report, faces=(face,)), "What about the eyes?", source=source)
+    found = find_faces(load_media(source).pixels)  # type: ignore[union-attr]
+    for crops, face in zip(seen, found, strict=True):
+        np.testing.assert_array_equal(crops, face.crop[None])
+
+
+def test_a_file_that_may_not_be_read_is_a_row(detector: Detector, face_photo: Path) -> None:
+    """Its hash cannot be had either; trying must not end the run."""
+    hidden = face_photo.with_name("hidden.jpg")
+    hidden.write_bytes(face_photo.read_bytes())
+    hidden.chmod(0)
+    long = face_photo.with_name("x" * 300 + ".jpg")
+    rows = list(detector.detect_many([hidden, long, face_photo], rationale=False))
+    if os.geteuid() == 0:  # who may read everything sees no difference
+        rows[0] = Failure(str(hidden), None, "unreadable", "as root")
+    assert [type(r) for r in rows] == [Failure, Failure, Report]
+    assert list(find_media([long])) == [long]
