@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from data_gen.questions import add_commands
+from data_gen import leaks, questions, read_commands
 from x2dfd.errors import X2DFDError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -100,7 +100,9 @@ def build(
     print(run_build(config, out, json.loads(oof.read_text()) if oof else None))
 
 
-add_commands(app)
+questions.add_commands(app)
+read_commands.add_commands(app)
+leaks.add_commands(app)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -208,7 +208,7 @@ def blending(
         paper="Shiohara & Yamasaki, Detecting Deepfakes with Self-Blended Images, CVPR 2022",
         blind_spot="Faces that are synthetic as a whole have no seam; strong compression and blur hide one.",
         trained_on=f"self-blended images of real photos only ({len(crops.samples)} pictures, {steps} steps of {batch})"
-        "; no fake of any generator",
+        f"; no fake of any generator; sources: {_sources(s for s in crops.samples if s.split == 'train')}",
         figures={"calib_auc_by_method": figures},
     )
     card = save_weights(average.module.state_dict(), card, out)
@@ -301,13 +301,18 @@ def clip(
             "ECCV 2024",
             blind_spot=_HEAD_BLIND_SPOTS[name],
             trained_on=f"{int((train & mine).sum())} pictures: "
-            f"real photos and harmless changes against {_HEAD_FAKES[name]}",
+            f"real photos and harmless changes against {_HEAD_FAKES[name]}; "
+            f"sources: {_sources(s for s, m in zip(samples, train & mine, strict=True) if m)}",
             figures={"ridge": ridge, "calib": tables[ridge], "left_one_method_out": left_out},
         )
         save_weights({**state, "mean": mean, "std": std}, card, out)
         print(out / f"{name}.card.json")
     if oof is not None:
         write_text(oof, json.dumps(folds))
+
+
+def _sources(samples: Iterable[Sample]) -> str:
+    return ", ".join(sorted({s.source for s in samples}))
 
 
 _LEFT_OUT = ("stylegan1", "sd21", "swap", "transplant", "relight", "area_warp", "resynthesise")

@@ -158,6 +158,7 @@ def train(config: FinetuneConfig) -> Path:
         warmup_steps=config.warmup,
         max_grad_norm=1.0,
         logging_steps=10,
+        logging_first_step=True,
         save_steps=config.save_steps,
         save_total_limit=2,
         report_to=[],

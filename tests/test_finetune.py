@@ -312,6 +312,35 @@ def test_training_moves_the_adapter_and_nothing_else(
 
 
 @pytest.mark.needs_base
+def test_another_run_is_not_resumed(configured: Callable[..., FinetuneConfig], tmp_path: Path) -> None:
+    """The checkpoints of other settings or data would be saved as the result of these, with a card that lies."""
+    from finetune.train import train
+
+    train(configured(tmp_path / "adapter"))
+    with pytest.raises(X2DFDError, match="other settings or data"):
+        train(configured(tmp_path / "adapter", lr=2e-2))
+    train(configured(tmp_path / "adapter"))  # the same run is finished already
+
+
+@pytest.mark.needs_base
+def test_instructions_of_another_manifest_are_refused(
+    configured: Callable[..., FinetuneConfig], small: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Pictures are named by their place: with other rows, every answer would be about another picture."""
+    from finetune.train import train
+
+    other = tmp_path / "other.jsonl"
+    rows = [json.loads(line) for line in small[0].read_text().splitlines()]
+    for row in rows:
+        row["path"] = str((small[0].parent / row["path"]).resolve())
+    other.write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+    with pytest.raises(X2DFDError, match="another manifest"):
+        train(configured(tmp_path / "adapter", manifest=str(other)))
+    with pytest.raises(X2DFDError, match="view_seed"):
+        train(configured(tmp_path / "adapter", view_seed=5))
+
+
+@pytest.mark.needs_base
 def test_training_lowers_its_loss(
     configured: Callable[..., FinetuneConfig], base: Path, packs: Packs, tmp_path: Path
 ) -> None:

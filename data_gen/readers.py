@@ -1,0 +1,616 @@
+"""`python -m data_gen read KIND`: what users have on disk becomes a manifest, which every other stage reads.
+
+A label comes from what the user says (`--real`, `--fake`), from a column, or from an index whose format defines it;
+never from the name of a file or folder. Each row carries its clip (`video`) and its `sources`: the people or clips that
+went into it. Rows that share a source are one group, so a face swap, the person shown and the person pasted in never
+stand on two sides of a split; `sources` stays in the manifest, so that merged manifests are grouped anew.
+
+Here: folders, X2-DFD lists, Hugging Face `datasets` saved with `save_to_disk`, manifests. The public deepfake sets are
+in `public_sets.py`, the commands in `read_commands.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from x2dfd.errors import SetupError, UnknownName, X2DFDError
+from x2dfd.manifest import Sample, read_manifest
+
+Label = Literal["real", "fake"]
+
+_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".heif", ".avif"}
+_VIDEOS = {".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".ts", ".flv", ".ogv"}
+
+_CLASSES = {
+    "FS": "Deepfakes FaceSwap FaceShifter DeepFakeDetection Celeb-DF UADFV DeeperForensics FSGAN SimSwap InSwapper "
+    "inswap BlendFace UniFace MobileSwap e4s FaceDancer DeepFaceLab",
+    "FR": "Face2Face NeuralTextures FOMM FS_vid2vid facevid2vid Wav2Lip MRAA OneShot one_shot_free PIRender TPSM "
+    "TPSMM LIA DaGAN danet SadTalker MCNet HyperReenact HeyGen",
+    "FE": "CollabDiff e4e StarGAN StarGANv2 StyleCLIP",
+    "EFS": "VQGAN ProGAN StyleGAN StyleGAN2 StyleGAN3 StyleGAN-XL DDPM DDIM RDDM PixArt sd1.5 sd2.1 DiT SiT MidJourney "
+    "WhichIsReal",
+}  # FaceForensics++ (arXiv 1901.08971), FaceShifter (1912.13457), DF40 (2406.13495, table of methods)
+_DF_CLASS = {re.sub(r"[^a-z0-9]", "", m.lower()): c for c, names in _CLASSES.items() for m in names.split()}
+
+
+def df_class(label: Label, method: str) -> str:
+    """FS, FR, FE or EFS for the public methods that we know, `real` for reals, otherwise empty."""
+    return "real" if label == "real" else _DF_CLASS.get(re.sub(r"[^a-z0-9]", "", method.lower()), "")
+
+
+def natural(name: str) -> tuple[Any, ...]:
+    """Sort key under which `9.png` stands before `10.png`, and `seed1128.png` is no error."""
+    return (*((0, int(t), "") if t.isdecimal() else (1, 0, t) for t in re.split(r"(\d+)", name)), (2, 0, name))
+
+
+def evenly(items: Sequence[Any], n: int | None) -> list[Any]:
+    """`n` items spread evenly over all of them, the first and the last among them; all when there are not more."""
+    if n is None or n >= len(items):
+        return list(items)
+    if n == 1:
+        return [items[len(items) // 2]]
+    return [items[(2 * i * (len(items) - 1) + n - 1) // (2 * (n - 1))] for i in range(n)]
+
+
+@dataclass
+class Read:
+    """What a reader found; `finish` makes it a data set."""
+
+    only: Sequence[str] = ()  # splits that are asked for; empty for all
+    splits: set[str] = field(default_factory=set)  # splits that the source names
+    samples: list[Sample] = field(default_factory=list)  # `group` may still be empty, see `extra["sources"]`
+    listed: int = 0  # files (for FF++, Celeb-DF and DFDC: clips) that the source names
+    missing: Counter[str] = field(default_factory=Counter)  # of these, what is not there, by part of the source
+    examples: list[str] = field(default_factory=list)  # of what is missing
+    notes: list[str] = field(default_factory=list)  # for the person who reads the summary
+
+    def takes(self, split: str) -> bool:
+        """Whether this split of the source is asked for."""
+        self.splits.add(split)
+        return not self.only or split in self.only
+
+    def lacks(self, part: str, what: str, n: int = 1) -> None:
+        self.missing[part] += n
+        if len(self.examples) < 3:
+            self.examples.append(what)
+
+
+# --- groups, splits, the manifest -----------------------------------------------------------------------------------
+
+
+class Group(StrEnum):
+    """What must not stand on two sides of a split."""
+
+    identity = "identity"  # everybody and every clip that went into a file
+    clip = "clip"  # only frames of one clip: for given splits in which people appear twice
+
+
+def components(sets: Iterable[Sequence[str]]) -> dict[str, str]:
+    """For each source the name of its connected component (its first member in natural order)."""
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        parent.setdefault(name, name)
+        while parent[name] != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
+    for first, *others in sets:
+        one = root(first)
+        for other in others:
+            one, two = sorted((one, root(other)), key=natural)
+            parent[two] = one
+    return {name: root(name) for name in parent}
+
+
+def parse_shares(text: str) -> dict[str, float]:
+    """`train=0.8,val=0.1,test=0.1` as a mapping; raises X2DFDError unless the shares are positive and sum to 1."""
+    try:
+        shares = {name.strip(): float(value) for name, value in (p.split("=") for p in text.split(","))}
+    except ValueError:
+        shares = {}
+    if not shares or "" in shares or min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6:
+        raise X2DFDError(f"shares {text!r}: write train=0.8,val=0.1,test=0.1, positive and 1 in sum")
+    return shares
+
+
+def split_by_hash(group: str, shares: Mapping[str, float]) -> str:
+    """The split of a group: a function of its name and the shares alone, whatever else is in the data set."""
+    number = int(hashlib.sha256(f"split:{group}".encode()).hexdigest()[:13], 16) / 16**13
+    for name, share in shares.items():
+        number -= share
+        if number < 0:
+            return name
+    return list(shares)[-1]  # rounding
+
+
+def finish(
+    read: Read,
+    *,
+    shares: Mapping[str, float] | None = None,
+    split: str = "",
+    group: Group = Group.identity,
+    allow_missing: bool = False,
+) -> list[Sample]:
+    """Refuses a partial data set; drops repetitions, and gives every sample its group, its split and its own id.
+
+    `shares` divides the groups anew; `split` puts everything into one split; otherwise splits stay as the source has
+    them. Raises X2DFDError when more than 1 % is missing (unless allowed), when one file has two labels, methods or
+    splits, and when a group stands in two splits.
+    """
+    for name in read.only:
+        if name not in read.splits:
+            raise UnknownName("split", name, read.splits - {""})
+    lost = read.missing.total()
+    if lost > 0.01 * read.listed and not allow_missing:
+        parts = "; ".join(f"{part}: {n}" for part, n in read.missing.most_common(5))
+        raise X2DFDError(
+            f"{lost} of {read.listed} are missing ({parts}), such as {', '.join(read.examples)}. Is the root right? "
+            + "".join(f"{note}. " for note in read.notes)
+            + "To go on without them: --allow-missing"
+        )
+    if lost:
+        read.notes.append(f"missing: {lost} of {read.listed} ({lost / read.listed:.2%}), such as {read.examples[0]}")
+
+    unique: dict[Path, Sample] = {}
+    for s in read.samples:
+        if shares or split:
+            s = replace(s, split=split)
+        first = unique.setdefault(s.path, s)
+        for what, a, b in (("label", first.label, s.label), ("method", first.method, s.method)):
+            if a and b and a != b:
+                raise X2DFDError(f"{s.path}: {what} {a!r} ({first.id}) and {b!r} ({s.id})")
+        if first.split != s.split:
+            raise X2DFDError(
+                f"{s.path} is in the splits {first.split!r} and {s.split!r} of its source. Read one of them (--only), "
+                "or divide anew (--shares)"
+            )
+    if not unique:
+        raise X2DFDError("nothing to write: no file found")
+    if repeated := len(read.samples) - len(unique):
+        read.notes.append(f"listed more than once, kept once: {repeated}")
+
+    samples = list(unique.values())
+    if group is Group.clip:
+        groups = [s.video or s.group or s.id for s in samples]
+    else:
+        nodes = [_nodes(s) for s in samples]
+        names = components(nodes)
+        groups = [names[first] for first, *_ in nodes]
+    ids: Counter[str] = Counter()
+    splits: dict[str, str] = {}
+    done = []
+    for s, name in zip(samples, groups, strict=True):
+        s = replace(s, group=name, split=split_by_hash(name, shares) if shares else s.split)
+        if s.split and splits.setdefault(name, s.split) != s.split:
+            raise X2DFDError(
+                f"the source's splits share people or clips: group {name!r} is in {splits[name]!r} and in {s.split!r} "
+                f"({s.id}). Read one split (--only), divide anew (--shares), or keep only the frames of each clip "
+                "together (--group clip)"
+            )
+        ids[s.id] += 1
+        done.append(replace(s, id=f"{s.id}~{ids[s.id]}") if ids[s.id] > 1 else s)
+    return done
+
+
+def sources_of(sample: Sample) -> list[str]:
+    """The column `sources`: a list or, in a CSV file, a JSON list; [] when there is none."""
+    value = sample.extra.get("sources") or []
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = None
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise X2DFDError(f"{sample.id}: sources {sample.extra['sources']!r} is no list of names")
+    return value
+
+
+def _nodes(sample: Sample) -> list[str]:
+    return sources_of(sample) or [sample.group or sample.video or sample.id]
+
+
+def summary(out: Path, samples: Sequence[Sample], notes: Sequence[str]) -> str:
+    """The counts of a data set, split by split, in words."""
+    lines = [f"{out}: {len(samples)} rows, {len({s.group for s in samples})} groups"]
+    for split in sorted({s.split for s in samples}):
+        part = [s for s in samples if s.split == split]
+        labels = Counter(s.label for s in part)
+        sizes = Counter(s.group for s in part)
+        lines.append(
+            f"  {split or '(no split)'}: {labels['real']} real, {labels['fake']} fake, {len(sizes)} groups, "
+            f"{len({s.video for s in part if s.video})} clips; largest group {max(sizes.values()) / len(part):.0%}"
+        )
+    return "\n".join(lines + [f"  {note}" for note in notes])
+
+
+# --- files and clips ------------------------------------------------------------------------------------------------
+
+
+def entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What lies in a folder, in natural order."""
+    try:
+        with os.scandir(folder) as found:
+            return sorted(found, key=lambda e: natural(e.name))
+    except OSError as error:
+        raise X2DFDError(f"{folder}: cannot be read ({error.strerror})") from error
+
+
+def _files(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """Pictures and videos below a folder in natural order, links followed, and how many other files by suffix."""
+    if not folder.is_dir():
+        raise X2DFDError(f"no such folder: {folder}")
+    found: list[Path] = []
+    other: Counter[str] = Counter()
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link back to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        for name in names:
+            suffix = Path(name).suffix.lower()
+            if suffix in _PICTURES | _VIDEOS:
+                found.append(Path(place, name))
+            elif not name.startswith("."):
+                other[suffix or name] += 1
+    return sorted(found, key=lambda p: [natural(part) for part in p.relative_to(folder).parts]), other
+
+
+def row(
+    path: Path,
+    place: str,
+    label: Label,
+    *,
+    source: str,
+    method: str = "",
+    split: str = "",
+    clip: bool = True,
+    sources: Sequence[str] = (),
+    **extra: str,
+) -> Sample:
+    """A row. `place` is the file's path below the data's root, with slashes: ids must not tell where the root lies.
+
+    The clip of a frame is its folder, that of a video the file; its id is source, label and full path, because the
+    name of the folder alone is shared by a real clip and its forgeries.
+    """
+    video = f"{source}/{label}/{place if path.suffix.lower() in _VIDEOS else place.rpartition('/')[0]}"
+    more: dict[str, Any] = {k: v for k, v in extra.items() if v}
+    if sources:
+        more["sources"] = list(sources)
+    return Sample(
+        id=f"{source}/{place}" if source else place,
+        path=Path(os.path.abspath(path)),
+        label=label,
+        method=method,
+        df_class=df_class(label, method),
+        source=source,
+        split=split,
+        video=video if clip else None,
+        extra=more,
+    )
+
+
+def add_clip(
+    read: Read, place: Path | None, root: Path, name: str, label: Label, *, frames: int | None, **fields: Any
+) -> None:
+    """The rows of one clip: a video file, or the frames in a folder; a clip that is not there is counted."""
+    read.listed += 1
+    files = [place] if place and place.is_file() else []
+    if place and place.is_dir():
+        names = [e.name for e in entries(place) if Path(e.name).suffix.lower() in _PICTURES]
+        files = [place / n for n in evenly(names, frames)]
+    if not files:
+        read.lacks(name.rpartition("/")[0], name)
+    read.samples += [row(f, f.relative_to(root).as_posix(), label, **fields) for f in files]
+
+
+class Media(StrEnum):
+    """What of a clip becomes rows."""
+
+    frames = "frames"  # the pictures of `frames/CLIP/`
+    videos = "videos"  # the file `videos/CLIP.mp4`
+
+
+def clips_in(folder: Path, media: Media) -> dict[str, Path]:
+    """Clips by name: in `frames/` or `videos/` below the folder or, without such a folder, directly in it."""
+    place = folder / media.value if (folder / media.value).is_dir() else folder
+    if media is Media.frames:
+        return {e.name: Path(e.path) for e in entries(place) if e.is_dir()}
+    return {Path(e.name).stem: Path(e.path) for e in entries(place) if Path(e.name).suffix.lower() in _VIDEOS}
+
+
+# --- listed paths ---------------------------------------------------------------------------------------------------
+
+
+def path_parts(path: str) -> tuple[str, ...]:
+    """Components of a listed path: either separator; a drive is a component; a leading slash means nothing."""
+    return tuple(p for p in path.replace("\\", "/").split("/") if p not in ("", "."))
+
+
+class Reroot:
+    """Finds the folders that an index made on another machine lists, below the roots that the user names.
+
+    A folder is looked for below each root, its `rgb/`, `DF40/` and `DF40_train/`, with as few leading components
+    stripped as will do. The stripped prefix and the base that went with it are tried first for the next folder.
+    """
+
+    def __init__(self, roots: Sequence[Path]) -> None:
+        for root in roots:
+            if not root.is_dir():
+                raise X2DFDError(f"no such folder: {root}")
+        below = ("", "rgb", "DF40", "DF40_train")
+        self.bases = [(root, base) for root in roots for b in below if (base := root / b).is_dir()]
+        self.mappings: list[tuple[tuple[str, ...], Path, Path]] = []  # stripped prefix, root, base; shortest first
+        self.resolved: Counter[tuple[str, str]] = Counter()  # (stripped prefix, base) -> folders
+        self.known: dict[tuple[str, ...], tuple[Path, str] | None] = {}
+
+    def folder(self, parts: tuple[str, ...]) -> tuple[Path, str] | None:
+        """The folder and its path below its root, or None."""
+        if parts not in self.known:
+            self.known[parts] = None if ".." in parts else self._find(parts)
+        return self.known[parts]
+
+    def _find(self, parts: tuple[str, ...]) -> tuple[Path, str] | None:
+        fresh = ((parts[:k], root, base) for k in range(max(1, len(parts))) for root, base in self.bases)
+        for known, tries in ((True, iter(self.mappings)), (False, fresh)):
+            for prefix, root, base in tries:
+                place = base.joinpath(*parts[len(prefix) :])
+                if parts[: len(prefix)] == prefix and place.is_dir():
+                    if not known:
+                        self.mappings = sorted([*self.mappings, (prefix, root, base)], key=lambda m: len(m[0]))
+                    self.resolved["/".join(prefix), str(base)] += 1
+                    return place, "" if place == root else place.relative_to(root).as_posix()
+        return None
+
+    def notes(self) -> list[str]:
+        """How many listed folders were found by each prefix mapping."""
+        total = len(self.known)
+        return [f"{n} of {total} folders found: {p or '(as listed)'} -> {b}" for (p, b), n in self.resolved.items()]
+
+
+def listed_frames(
+    read: Read, reroot: Reroot, part: str, paths: Iterable[str], frames: int | None
+) -> list[tuple[Path, str, tuple[str, ...]]]:
+    """Of the listed files those that exist, folder by folder in natural order.
+
+    Each as (file, its path below the root, the folder as listed).
+
+    One directory listing a folder tells which of its files are there.
+    """
+    folders: dict[tuple[str, ...], set[str]] = {}
+    for path in paths:
+        *folder, name = path_parts(path) or ("",)
+        folders.setdefault(tuple(folder), set()).add(name)
+        read.listed += 1
+    found = []
+    for parts, names in folders.items():
+        place = reroot.folder(parts)
+        there = names & {e.name for e in entries(place[0])} if place else set()
+        if lost := sorted(names - there, key=natural):
+            read.lacks(part, "/".join((*parts, lost[0])), len(lost))
+        if place:
+            for name in evenly(sorted(there, key=natural), frames):
+                found.append((place[0] / name, f"{place[1]}/{name}".lstrip("/"), parts))
+    return found
+
+
+def load_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise X2DFDError(f"{file}: not a JSON file ({error})") from error
+
+
+def mapping(value: Any, where: str) -> dict[str, Any]:
+    """The value, if it is a JSON object."""
+    if not isinstance(value, dict):
+        raise X2DFDError(f"{where}: not an object but {type(value).__name__}")
+    return value
+
+
+# --- readers --------------------------------------------------------------------------------------------------------
+
+Labelled = tuple[Path, Label, str]  # folder or list, its label, method
+
+
+def labelled(real: Sequence[str] | None, fake: Sequence[str] | None) -> list[Labelled]:
+    """What the user says is real or fake; a fake may be written METHOD=PATH."""
+    given: list[Labelled] = [(Path(r), "real", "") for r in real or ()]
+    for text in fake or ():
+        method, sign, path = text.partition("=")
+        named = sign and not Path(text).exists()
+        given.append((Path(path), "fake", method) if named else (Path(text), "fake", ""))
+    return given
+
+
+def read_folders(
+    given: Sequence[Labelled], *, source: str = "", clips: bool = False, frames: int | None = None
+) -> Read:
+    """Folders of pictures or videos, all of one label each; with `clips`, pictures of one folder are one clip."""
+    if not given:
+        raise X2DFDError("say what the folders hold: --real DIR, --fake DIR or --fake METHOD=DIR")
+    read = Read()
+    top = Path(os.path.commonpath([os.path.abspath(p.parent) for p, _, _ in given]))
+    for folder, label, method in given:
+        files, other = _files(folder)
+        if other:
+            read.notes.append(f"{folder}: no picture or video, left out: {dict(other.most_common(5))}")
+        if not files:
+            raise X2DFDError(f"{folder}: no picture or video in it")
+        by_place: dict[Path, list[Path]] = {}
+        for f in files:
+            by_place.setdefault(f.parent if clips and f.suffix.lower() in _PICTURES else f, []).append(f)
+        for f in (f for part in by_place.values() for f in evenly(part, frames)):
+            place = Path(os.path.abspath(f)).relative_to(top).as_posix()
+            is_clip = clips or f.suffix.lower() in _VIDEOS
+            read.samples.append(row(f.absolute(), place, label, source=source, method=method, clip=is_clip))
+    read.listed = len(read.samples)
+    return read
+
+
+def read_x2dfd_lists(
+    given: Sequence[Labelled],
+    *,
+    roots: Sequence[Path] = (),
+    source: str = "",
+    clips: bool = False,
+    frames: int | None = None,
+) -> Read:
+    """X2-DFD lists, {"Description": root, "images": [{"image_path": path}]}, all of one label each.
+
+    Without `roots`, the list's own Description is the root when there is such a folder, else the list's folder.
+    """
+    if not given:
+        raise X2DFDError("a list of X2-DFD holds no labels, and a file's name is none: say --real LIST or --fake LIST")
+    read = Read()
+    for file, label, method in given:
+        data = load_json(file)
+        try:
+            paths = [str(entry["image_path"]) for entry in data["images"]]
+            own = Path(str(data.get("Description") or "."))
+        except (TypeError, KeyError, AttributeError) as error:
+            raise X2DFDError(f'{file}: not {{"Description": ..., "images": [{{"image_path": ...}}]}}') from error
+        reroot = Reroot(roots or [own if own.is_absolute() and own.is_dir() else file.parent])
+        for path, place, _ in listed_frames(read, reroot, file.name, paths, frames if clips else None):
+            read.samples.append(row(path, place, label, source=source, method=method, clip=clips))
+        read.notes += reroot.notes()
+    return read
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column of a `datasets` table is what, and which of its labels mean real and fake (name or number)."""
+
+    image: str = "image"
+    label: str = "label"
+    real: tuple[str, ...] = ()
+    fake: tuple[str, ...] = ()
+    method: str = ""  # empty: no such column
+    group: str = ""
+    video: str = ""
+
+
+def read_datasets(folders: Sequence[Path], images: Path, columns: Columns, *, only: Sequence[str] = ()) -> Read:
+    """Tables saved with `datasets.save_to_disk`; pictures are written to `images` by the hash of their bytes.
+
+    The bytes stay as they are stored: encoding again would make a format trace of its own.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise SetupError("reading a saved data set needs the package datasets: pip install 'x2dfd[train]'") from error
+    if not columns.real and not columns.fake:
+        raise X2DFDError("say which values are real and which fake: --real-value 0 --fake-value 1")
+    read = Read(only)
+    for folder in folders:
+        try:
+            loaded = datasets.load_from_disk(str(folder))
+        except (OSError, ValueError) as error:
+            raise X2DFDError(f"{folder}: not a data set saved with save_to_disk ({error})") from error
+        for split, table in (loaded if isinstance(loaded, dict) else {"": loaded}).items():
+            if not read.takes(split):
+                continue
+            for column in filter(None, (columns.image, columns.label, columns.method, columns.group, columns.video)):
+                if column not in table.column_names:
+                    raise UnknownName("column", column, table.column_names)
+            names = getattr(table.features[columns.label], "names", None)  # of a ClassLabel
+            try:
+                table = table.cast_column(columns.image, datasets.Image(decode=False))
+            except (ValueError, TypeError, NotImplementedError) as error:
+                raise X2DFDError(f"{folder}: column {columns.image!r} holds no pictures ({error})") from error
+            for i, record in enumerate(_progress(table, f"pictures of {split or folder.name}")):
+                read.listed += 1
+                path = _store(record[columns.image], images)
+                label = _said(record[columns.label], names, columns, f"{folder.name}: row {i}")
+                if path is None:
+                    read.lacks(f"{folder.name} {split}".strip(), f"row {i}: no picture in it")
+                    continue
+                given = {
+                    name: str(record[column])
+                    for name in ("method", "group", "video")
+                    if (column := getattr(columns, name)) and record[column] not in (None, "")
+                }
+                sample = row(
+                    path,
+                    path.name,
+                    label,
+                    source=folder.name,
+                    method=given.get("method", "") if label == "fake" else "",
+                    split=split,
+                    clip=False,
+                    sources=[f"{folder.name}/{given['group']}"] if "group" in given else (),
+                )
+                clip = f"{folder.name}/{label}/{given['video']}" if "video" in given else None
+                read.samples.append(replace(sample, video=clip))
+    return read
+
+
+def _said(value: Any, names: Sequence[str] | None, columns: Columns, where: str) -> Label:
+    """The label that the user gives to a value, by the value itself or by its class name."""
+    said = {str(value)}
+    if names and isinstance(value, int) and 0 <= value < len(names):
+        said.add(names[value])
+    real, fake = bool(said & set(columns.real)), bool(said & set(columns.fake))
+    if real == fake:
+        raise X2DFDError(
+            f"{where}: label {'/'.join(sorted(said))} is {'both real and' if real else 'neither real nor'} fake"
+        )
+    return "real" if real else "fake"
+
+
+def _store(image: Mapping[str, Any] | None, folder: Path) -> Path | None:
+    """Writes a picture's bytes as they are, named by their SHA-256; None when it is none."""
+    try:
+        data = image and (image["bytes"] or (Path(image["path"]).read_bytes() if image["path"] else None))
+        suffix = (Image.open(io.BytesIO(data)).format or "").lower() if data else ""
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return None
+    if not data or not suffix:
+        return None
+    digest = hashlib.sha256(data).hexdigest()
+    path = folder.absolute() / digest[:2] / f"{digest}.{'jpg' if suffix == 'jpeg' else suffix}"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    return path
+
+
+def _progress(items: Any, title: str, total: int | None = None) -> Iterable[Any]:
+    quiet = not sys.stderr.isatty()
+    return track(items, title, total=total, console=Console(stderr=True), disable=quiet, transient=True)
+
+
+def read_manifests(files: Sequence[Path], *, only: Sequence[str] = ()) -> Read:
+    """Manifests in any of the three formats, merged; groups that share one of their `sources` become one."""
+    read = Read(only)
+    for file in files:
+        for s in read_manifest(file):
+            if not read.takes(s.split):
+                continue
+            if sources := sources_of(s):
+                # The group is kept as a source: what was together stays together.
+                s = replace(s, extra=s.extra | {"sources": list(dict.fromkeys([*sources, s.group]))})
+            read.samples.append(s)
+    read.listed = len(read.samples)
+    return read

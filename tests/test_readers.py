@@ -1,0 +1,735 @@
+"""Readers of what lies on disk: no label from a name, no silent gap, no person on two sides of a split."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from data_gen import public_sets
+from data_gen.public_sets import (
+    index_label,
+    read_celebdf,
+    read_deepfakebench,
+    read_dfdc,
+    read_ffpp,
+    source_ids,
+)
+from data_gen.read_commands import add_commands
+from data_gen.readers import (
+    Columns,
+    Group,
+    Media,
+    Reroot,
+    components,
+    df_class,
+    evenly,
+    finish,
+    labelled,
+    natural,
+    parse_shares,
+    path_parts,
+    read_datasets,
+    read_folders,
+    read_manifests,
+    read_x2dfd_lists,
+    split_by_hash,
+)
+from eval.run_bench import check_clips
+from x2dfd.errors import SetupError, UnknownName, X2DFDError
+from x2dfd.manifest import Sample, read_manifest, write_manifest
+
+SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
+
+
+def png(path: Path, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (16, 16, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def touch(path: Path) -> Path:
+    """A file whose content does not matter: readers look at names and places."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    return path
+
+
+def as_json(path: Path, value: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+    return path
+
+
+def sides(samples: list[Sample], split: str) -> set[str]:
+    return {source for s in samples if s.split == split for source in s.extra["sources"]}
+
+
+def command(*words: object) -> Any:
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    add_commands(app)
+    return CliRunner().invoke(app, ["read", *map(str, words)])
+
+
+# --- order, frames, groups, splits ----------------------------------------------------------------------------------
+
+
+def test_frames_sort_as_people_count() -> None:
+    """Bug prevented: `int(stem)` raises on StyleGAN-XL's `seed1128.png`; text order puts frame 10 before frame 9."""
+    names = ["seed1128.png", "10.png", "9.png", "seed2.png", "x.png", "009.png"]
+    assert sorted(names, key=natural) == ["009.png", "9.png", "10.png", "seed2.png", "seed1128.png", "x.png"]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 31, 32, 99])
+def test_limited_frames_are_spread_over_the_clip(n: int) -> None:
+    """Bug prevented: a step of 1 takes the first N frames, a second of video, for the whole clip."""
+    chosen = evenly(range(32), n)
+    assert len(chosen) == len(set(chosen)) == min(n, 32)
+    if n > 1:
+        assert (chosen[0], chosen[-1]) == (0, 31)
+        steps = np.diff(chosen)
+        assert steps.max() - steps.min() <= 1
+    else:
+        assert 10 < chosen[0] < 21
+
+
+def test_a_chain_of_swaps_is_one_group_whatever_its_order() -> None:
+    """Bug prevented: A-B and B-C grouped by the first id put B on two sides."""
+    pairs = [("id2", "id10"), ("id7",), ("id10", "id1"), ("id5", "id6")]
+    expected = {"id1": "id1", "id2": "id1", "id10": "id1", "id7": "id7", "id5": "id5", "id6": "id5"}
+    assert components(pairs) == components(pairs[::-1]) == expected
+
+
+def test_splits_by_hash_keep_their_shares_and_never_move_a_group() -> None:
+    """Bug prevented: an unseeded shuffle, or one of which every split changes when a file is added."""
+    splits = [split_by_hash(f"g{i}", SHARES) for i in range(4000)]
+    counts = Counter(splits)
+    assert all(abs(counts[name] / 4000 - share) < 0.03 for name, share in SHARES.items())
+    assert splits[:10] == [split_by_hash(f"g{i}", SHARES) for i in range(10)]
+    assert split_by_hash("g", {"a": 0.5, "b": 0.49999999}) in "ab"
+
+
+@pytest.mark.parametrize("text", ["", "train", "train=1.5", "train=0.5,test=0.4", "train=2,test=-1", "=1", "train=x"])
+def test_shares_that_are_none_are_refused(text: str) -> None:
+    """Bug prevented: shares of 0.9 in sum leave a tenth of the data in whichever split comes last."""
+    with pytest.raises(X2DFDError, match="shares"):
+        parse_shares(text)
+
+
+def test_methods_have_classes_and_unknown_ones_have_none() -> None:
+    """Bug prevented: a guessed class becomes the truth of the four-class benchmark."""
+    known = {"Deepfakes": "FS", "Face2Face": "FR", "faceswap": "FS", "NeuralTextures": "FR", "FaceShifter": "FS"}
+    known |= {"StyleGAN-XL": "EFS", "StyleGANXL": "EFS", "styleclip": "FE", "DFDC": "", "my method": "", "": ""}
+    assert {m: df_class("fake", m) for m in known} == known
+    assert df_class("real", "Deepfakes") == "real"
+
+
+# --- folders and lists ----------------------------------------------------------------------------------------------
+
+
+def test_folders_get_the_label_that_the_user_says(tmp_path: Path) -> None:
+    """Bug prevented: `Real3DPortrait` is a set of fakes; a rule on names would call it real."""
+    png(tmp_path / "Real3DPortrait/a.png")
+    png(tmp_path / "fakers_anonymous/b.jpg", 1)
+    touch(tmp_path / "fakers_anonymous/readme.txt")
+    out = tmp_path / "set.jsonl"
+    result = command(
+        *("folder", "--fake", f"Real3DPortrait={tmp_path / 'Real3DPortrait'}"),
+        *("--real", tmp_path / "fakers_anonymous", "--out", out, "--split", "test"),
+    )
+    assert result.exit_code == 0, result.exception
+    assert {s.id: (s.label, s.method, s.split) for s in read_manifest(out)} == {
+        "Real3DPortrait/a.png": ("fake", "Real3DPortrait", "test"),
+        "fakers_anonymous/b.jpg": ("real", "", "test"),
+    }
+    assert "{'.txt': 1}" in result.output
+    assert isinstance(command("folder", "--out", out).exception, X2DFDError)  # no label said
+
+
+def test_a_file_that_is_said_to_be_both_is_refused(tmp_path: Path) -> None:
+    """Bug prevented: the folder of fakes lies inside the folder of reals, and its pictures are trained on as real."""
+    png(tmp_path / "all/a.png")
+    png(tmp_path / "all/fakes/b.png")
+    with pytest.raises(X2DFDError, match=r"b\.png: label 'real'.*'fake'"):
+        finish(read_folders(labelled([str(tmp_path / "all")], [str(tmp_path / "all/fakes")])))
+
+
+def test_clips_of_two_methods_with_one_name_stay_two_clips(tmp_path: Path) -> None:
+    """Bug prevented: keyed by folder name alone, 560 fake videos of FF++ become 140, and a mixed group becomes real."""
+    for method in ("Deepfakes", "FaceSwap"):
+        for i in (1, 2, 10):
+            touch(tmp_path / method / "000_003" / f"{i}.png")
+    touch(tmp_path / "real" / "000_003" / "1.png")
+    touch(tmp_path / "real" / "clip.mp4")
+    fakes = [f"{m}={tmp_path / m}" for m in ("Deepfakes", "FaceSwap")]
+    samples = finish(read_folders(labelled([str(tmp_path / "real")], fakes), clips=True, frames=2), shares=SHARES)
+    clips = Counter(s.video for s in samples)
+    assert sorted(clips.values()) == [1, 1, 2, 2]
+    assert [s.path.name for s in samples if s.method == "Deepfakes"] == ["1.png", "10.png"]
+    assert len({s.group for s in samples}) == 4
+    check_clips(samples)
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    """Bug prevented: a data set laid out with links reads as empty, or a link to its own parent never ends."""
+    png(tmp_path / "store/a.png")
+    (tmp_path / "set").mkdir()
+    os.symlink(tmp_path / "store", tmp_path / "set/linked")
+    os.symlink(tmp_path / "set", tmp_path / "set/again")
+    samples = finish(read_folders(labelled([str(tmp_path / "set")], None)))
+    assert [s.id for s in samples] == ["set/linked/a.png"]
+
+
+def test_a_list_without_labels_is_refused(tmp_path: Path) -> None:
+    """Bug prevented: X2-DFD's code reads the label from the list's file name; `Real3DPortrait.json` holds fakes."""
+    png(tmp_path / "frames/clip/9.png")
+    png(tmp_path / "frames/clip/10.png", 1)
+    images = [{"image_path": f"/old/frames/clip/{n}.png"} for n in (10, 9)]
+    file = as_json(tmp_path / "Real3DPortrait.json", {"Description": "/nowhere", "images": images})
+    out = tmp_path / "set.jsonl"
+    for words in (["x2dfd-list", file, "--out", out], ["x2dfd-list", "--out", out]):
+        assert "holds no labels" in str(command(*words).exception)
+    assert not out.exists()
+    result = command("x2dfd-list", "--fake", file, "--root", tmp_path, "--clips", "--out", out)
+    assert result.exit_code == 0, result.exception
+    samples = read_manifest(out)
+    assert [(s.path.name, s.label, s.video) for s in samples] == [
+        ("9.png", "fake", "/fake/frames/clip"),
+        ("10.png", "fake", "/fake/frames/clip"),
+    ]
+    assert "old -> " in result.output
+
+
+def test_the_root_that_a_list_names_is_used(tmp_path: Path) -> None:
+    """Bug prevented: the documented `Description` is passed over and every path has to be re-rooted by hand."""
+    png(tmp_path / "data/a.png")
+    given = {"Description": str(tmp_path / "data"), "images": [{"image_path": "a.png"}]}
+    file = as_json(tmp_path / "lists/x.json", given)
+    read = read_x2dfd_lists([(file, "real", "")])
+    assert [s.path for s in finish(read)] == [tmp_path / "data/a.png"]
+    with pytest.raises(X2DFDError, match="image_path"):
+        read_x2dfd_lists([(as_json(tmp_path / "y.json", {"images": ["a.png"]}), "real", "")])
+
+
+# --- manifests ------------------------------------------------------------------------------------------------------
+
+
+def test_merged_manifests_are_grouped_anew(tmp_path: Path) -> None:
+    """Bug prevented: reals and swaps read apart have different group names, and the same face lands on two sides."""
+    real = Sample("r", tmp_path / "r.png", "real", group="FF/071", extra={"sources": ["FF/071"]})
+    fake = Sample("f", tmp_path / "f.png", "fake", group="FF/054", extra={"sources": ["FF/071", "FF/054"]})
+    other = {"path": "o.png", "label": "real", "group": "mine", "split": "val"}
+    write_manifest(tmp_path / "real.jsonl", [real])
+    with (tmp_path / "fake.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerows([["path", "label", "group", "sources"]])
+        writer.writerow([str(fake.path), "fake", fake.group, json.dumps(fake.extra["sources"])])
+    pq.write_table(pa.Table.from_pylist([other]), tmp_path / "other.parquet")
+    files = [tmp_path / n for n in ("real.jsonl", "fake.csv", "other.parquet")]
+    out = tmp_path / "all.jsonl"
+    assert command("manifest", *files, "--out", out).exit_code == 0
+    merged = read_manifest(out)
+    assert [(s.label, s.group, s.split) for s in merged] == [
+        ("real", "FF/054", ""),
+        ("fake", "FF/054", ""),
+        ("real", "mine", "val"),
+    ]
+    again = finish(read_manifests([out]))
+    assert [s.group for s in again] == [s.group for s in merged]
+    with pytest.raises(UnknownName, match="did you mean 'val'"):
+        finish(read_manifests(files, only=["vla"]))
+    (tmp_path / "bad.csv").write_text("path,label,sources\na.png,real,FF/071\n")
+    with pytest.raises(X2DFDError, match=r"'FF/071' is no list"):
+        read_manifests([tmp_path / "bad.csv"])
+
+
+def test_nothing_is_written_when_something_is_wrong(tmp_path: Path) -> None:
+    """Bug prevented: half a data set that looks complete; JSON lines in a file that is called .csv."""
+    png(tmp_path / "a/1.png")
+    out = tmp_path / "set.jsonl"
+    for words in (
+        ["--out", tmp_path / "set.csv"],
+        ["--out", out, "--shares", "train=0.5"],
+        ["--out", out, "--shares", "train=1", "--split", "test"],
+        ["--out", out, "--fake", tmp_path / "missing"],
+        ["--out", out, "--fake", tmp_path / "a"],
+    ):
+        assert isinstance(command("folder", "--real", tmp_path / "a", *words).exception, X2DFDError)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+
+
+# --- Hugging Face data sets -----------------------------------------------------------------------------------------
+
+
+def test_a_missing_package_is_named_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: a traceback about an import where a line with the pip command would do."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SetupError, match=r"pip install 'x2dfd\[train\]'"):
+        read_datasets([tmp_path], tmp_path / "images", Columns(real=("0",)))
+
+
+def test_saved_data_sets_become_files(tmp_path: Path) -> None:
+    """Bug prevented: encoding the pictures anew adds a format trace; label 1 is real in some sets, fake in others."""
+    datasets = pytest.importorskip("datasets")
+    jpeg, again = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(jpeg, "JPEG", quality=71)
+    Image.new("RGB", (32, 32), "blue").save(again, "PNG")
+    features = datasets.Features(
+        {
+            "picture": datasets.Image(),
+            "kind": datasets.ClassLabel(names=["fake", "real"]),
+            "person": datasets.Value("string"),
+            "how": datasets.Value("string"),
+        }
+    )
+    rows = {
+        "picture": [{"bytes": jpeg.getvalue(), "path": None}, {"bytes": again.getvalue(), "path": None}],
+        "kind": [1, 0],
+        "person": ["p1", "p1"],
+        "how": [None, "DiT"],
+    }
+    table = datasets.Dataset.from_dict(rows, features=features)
+    broken = datasets.Dataset.from_dict(rows | {"picture": [{"bytes": b"no picture", "path": None}] * 2}, features)
+    datasets.DatasetDict({"train": table, "broken": broken}).save_to_disk(str(tmp_path / "saved"))
+    columns = Columns("picture", "kind", ("real",), ("0",), method="how", group="person")
+    read = read_datasets([tmp_path / "saved"], tmp_path / "images", columns, only=["train"])
+    real, fake = finish(read)
+    assert real.path.read_bytes() == jpeg.getvalue() and real.path.suffix == ".jpg"
+    assert (real.label, real.group, real.split) == ("real", "saved/p1", "train")
+    assert (fake.label, fake.group, fake.method, fake.df_class) == ("fake", "saved/p1", "DiT", "EFS")
+    assert fake.path.stem in fake.id and fake.path.suffix == ".png"
+    with pytest.raises(X2DFDError, match="2 of 4 are missing"):
+        finish(read_datasets([tmp_path / "saved"], tmp_path / "images", columns))
+    for wrong, said in (
+        (Columns("pictures", "kind", ("real",)), "did you mean 'picture'"),
+        (Columns("picture", "kind", ("real",), ("synthetic",)), "neither real nor fake"),
+        (Columns("picture", "kind"), "--real-value"),
+    ):
+        with pytest.raises(X2DFDError, match=said):
+            read_datasets([tmp_path / "saved"], tmp_path / "images", wrong)
+    with pytest.raises(X2DFDError, match="save_to_disk"):
+        read_datasets([tmp_path], tmp_path / "images", columns)
+
+
+# --- DeepfakeBench --------------------------------------------------------------------------------------------------
+
+CELEB = "Celeb-DF-v2/YouTube-real/frames/00170"
+STYLES = {
+    "windows, relative": (CELEB.replace("/", "\\"), f"rgb/{CELEB}"),
+    "windows, absolute": ("T:\\data\\datasets\\rgb\\" + CELEB.replace("/", "\\"), CELEB),
+    "posix, relative": (CELEB, CELEB),
+    "leading slash, but relative": (f"/{CELEB}", CELEB),
+    "DF40 test root": ("deepfakes_detection_datasets/DF40/blendface/cdf/frames/id0_id1_0000", None),
+    "DF40 train root": ("deepfakes_detection_datasets/DF40_train/facedancer/frames/993_989", None),
+    "DF40 train, EFS": ("deepfakes_detection_datasets/DF40_train/StyleGAN2/001", "DF40_train/StyleGAN2/001"),
+    "DF40, below the root": ("DiT/cdf/Celeb-real/id6_0004", "DF40/DiT/cdf/Celeb-real/id6_0004"),
+    "author's cluster": (f"/Youtu_Pangu_Security_Public/youtu-pangu-public/someone/{CELEB}", f"rgb/{CELEB}"),
+    "zip without its top folder": ("deepfakes_detection_datasets/DF40/uniface/frames/1_2", "frames/1_2"),
+}
+
+
+def index(key: str, name: str, clips: dict[str, list[str]], split: str = "test") -> dict[str, Any]:
+    return {key: {name: {split: {clip: {"label": name, "frames": frames} for clip, frames in clips.items()}}}}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_path_style_is_found(tmp_path: Path, style: str) -> None:
+    """Bug prevented: an index of another machine (or system) reads as an empty data set."""
+    listed, lies = STYLES[style]
+    folder = tmp_path / "root" / (lies or listed.removeprefix("deepfakes_detection_datasets/"))
+    for name in ("000.png", "seed1128.png"):
+        touch(folder / name)
+    separator = "\\" if "\\" in listed else "/"
+    frames = [f"{listed}{separator}{name}" for name in ("seed1128.png", "000.png")]
+    file = as_json(tmp_path / "x.json", index("Set", "UADFV_Fake", {"clip": frames}))
+    read = read_deepfakebench([file], [tmp_path / "root"])
+    samples = finish(read)
+    assert [s.path for s in samples] == [folder / "000.png", folder / "seed1128.png"]
+    assert "1 of 1 folders found" in read.notes[0]
+    assert str(tmp_path) not in samples[0].id + str(samples[0].video)
+
+
+def test_a_folder_is_listed_once_and_its_prefix_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: a stat of each of 160,000 files on a network disk; a search of all roots for every folder."""
+    frames = {f"{i:03}": [f"/far/away/Set/frames/{i:03}/{j}.png" for j in range(20)] for i in range(50)}
+    for paths in frames.values():
+        for path in paths:
+            touch(tmp_path / "rgb" / path.removeprefix("/far/away/"))
+    file = as_json(tmp_path / "x.json", index("Set", "UADFV_Real", frames))
+    calls: Counter[str] = Counter()
+    for name in ("stat", "scandir"):
+        original = getattr(os, name)
+
+        def counted(*args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
+            calls[_name] += 1
+            return _original(*args, **kwargs)
+
+        monkeypatch.setattr(os, name, counted)
+    read = read_deepfakebench([file], [tmp_path])
+    assert len(read.samples) == 1000
+    assert calls["scandir"] == 50 and calls["stat"] < 200
+    assert read.notes == [f"50 of 50 folders found: far/away -> {tmp_path / 'rgb'}"]
+
+
+def test_missing_files_are_refused_unless_allowed(tmp_path: Path) -> None:
+    """Bug prevented: a benchmark over the third of the files that happened to be unpacked."""
+    for name in ("a", "b"):
+        for i in range(60):
+            touch(tmp_path / f"Set/frames/{name}/{i}.png")
+    clips = {n: [f"Set/frames/{n}/{i}.png" for i in range(60)] for n in ("a", "b")}
+    clips["a"][-1] = "Set/frames/a/60.png"
+    whole = as_json(tmp_path / "whole.json", index("Set", "UADFV_Fake", clips))
+    read = read_deepfakebench([whole], [tmp_path])
+    assert len(finish(read)) == 119  # 0.8 %
+    assert "missing: 1 of 120 (0.83%), such as Set/frames/a/60.png" in read.notes
+    holes = as_json(tmp_path / "holes.json", index("Set", "UADFV_Fake", clips | {"c": ["Set/frames/c/1.png"]}))
+    out = tmp_path / "set.jsonl"
+    refused = command("deepfakebench", holes, "--root", tmp_path, "--out", out)
+    assert "2 of 121 are missing" in str(refused.exception) and "2 of 3 folders found" in str(refused.exception)
+    assert not out.exists()
+    assert command("deepfakebench", holes, "--root", tmp_path, "--out", out, "--allow-missing").exit_code == 0
+    assert len(read_manifest(out)) == 119
+
+
+def test_a_path_cannot_climb_out_of_the_root(tmp_path: Path) -> None:
+    """Bug prevented: an index from the internet lists `../../private`, and a report shows what lies there."""
+    touch(tmp_path / "private/a.png")
+    (tmp_path / "root").mkdir()
+    file = as_json(tmp_path / "x.json", index("Set", "UADFV_Fake", {"c": ["x/../../private/a.png"]}))
+    with pytest.raises(X2DFDError, match="1 of 1 are missing"):
+        finish(read_deepfakebench([file], [tmp_path / "root"]))
+    assert path_parts("\\\\a\\.\\b//c") == ("a", "b", "c")
+    assert Reroot([tmp_path]).folder(()) == (tmp_path, "")
+
+
+def test_two_methods_that_land_in_one_folder_are_refused(tmp_path: Path) -> None:
+    """Bug prevented: with the wrong root, `Deepfakes/000_003` and `FaceSwap/000_003` are the same pictures."""
+    touch(tmp_path / "000_003/1.png")
+    indices = [
+        as_json(tmp_path / f"{name}.json", index(name, name, {"000_003": [f"{folder}/000_003/1.png"]}))
+        for name, folder in (("FF-DF", "Deepfakes"), ("FF-FS", "FaceSwap"))
+    ]
+    with pytest.raises(X2DFDError, match=r"method 'Deepfakes'.*'FaceSwap'"):
+        finish(read_deepfakebench(indices, [tmp_path]))
+
+
+def test_labels_of_an_index_are_asserted(tmp_path: Path) -> None:
+    """Bug prevented: under "real is 0, all else 1" a misspelt `FF-raal` is a fake; a record contradicts its class."""
+    for name in ("FF-real", "CelebDFv1_real", "DFDCP_Real", "e4e_Real", "MRAA_real"):
+        assert index_label(name) == ("real", "")
+    assert index_label("FF-F2F") == ("fake", "Face2Face")
+    assert index_label("Real3DPortrait_Fake") == ("fake", "Real3DPortrait")
+    assert index_label("odd", {"odd": "real"}) == ("real", "")
+    for name in ("FF-raal", "surreal", "unreal", "fakes", ""):
+        with pytest.raises(X2DFDError, match="neither real nor fake"):
+            index_label(name)
+    touch(tmp_path / "v/1.png")
+    record = {"label": "UADFV_Real", "frames": ["v/1.png"]}
+    file = as_json(tmp_path / "x.json", {"UADFV": {"UADFV_Fake": {"test": {"v": record}}}})
+    with pytest.raises(X2DFDError, match="'UADFV_Real', but stands under 'UADFV_Fake'"):
+        read_deepfakebench([file], [tmp_path])
+    odd = as_json(tmp_path / "odd.json", index("Mine", "odd", {"v": ["v/1.png"]}))
+    words = ["deepfakebench", odd, "--root", tmp_path, "--out", tmp_path / "o.jsonl"]
+    assert "--label odd=fake" in str(command(*words).exception)
+    assert isinstance(command(*words, "--label", "odd=maybe").exception, X2DFDError)
+    assert command(*words, "--label", "odd=fake").exit_code == 0
+    assert read_manifest(tmp_path / "o.jsonl")[0].label == "fake"
+
+
+def test_compression_levels_are_known_by_content(tmp_path: Path) -> None:
+    """Bug prevented: a level read from the set's name; `_c40` files hold the key without its suffix."""
+    clips: dict[str, Any] = {}
+    for level in ("c23", "c40"):
+        for name in ("071", "071_054"):
+            touch(tmp_path / f"FF/{level}/{name}/1.png")
+        clips[level] = {"071": {"label": "FF-real", "frames": [f"FF/{level}/071/1.png"]}}
+    content = {"FaceForensics++": {"FF-real": {"train": {}, "test": {**clips, "raw": {}}}}}
+    plain, c40 = (
+        as_json(tmp_path / "FaceForensics++.json", content),
+        as_json(tmp_path / "FaceForensics++_c40.json", content),
+    )
+    with pytest.raises(X2DFDError, match="levels c23, c40: choose one"):
+        read_deepfakebench([plain], [tmp_path])
+    with pytest.raises(X2DFDError, match="no level raw"):
+        read_deepfakebench([plain], [tmp_path], compression="raw")
+    (chosen,) = finish(read_deepfakebench([plain], [tmp_path], compression="c23"))
+    (named,) = finish(read_deepfakebench([c40], [tmp_path]))
+    assert [(s.source, s.extra["compression"]) for s in (chosen, named)] == [
+        ("FaceForensics++", "c23"),
+        ("FaceForensics++", "c40"),
+    ]
+    # A set without levels: its clips are not mistaken for them.
+    touch(tmp_path / "UADFV/fake/frames/c23/1.png")
+    file = as_json(tmp_path / "u.json", index("UADFV", "UADFV_Fake", {"c23x": ["UADFV/fake/frames/c23/1.png"]}))
+    assert "compression" not in finish(read_deepfakebench([file], [tmp_path]))[0].extra
+
+
+def test_odd_indices_of_df40(tmp_path: Path) -> None:
+    """Bug prevented: a key that differs from the file's name, `train: {}` and `frames: []` end in a KeyError; the reals
+    that every index repeats are counted many times; the clip of a fake merges with the real one of the same name."""
+    touch(tmp_path / "Celeb-DF-v2/Celeb-real/frames/id6_0004/000.png")
+    touch(tmp_path / "DF40/DiT/cdf/Celeb-real/id6_0004/23645.png")
+    touch(tmp_path / "DF40/SiT/cdf/Celeb-real/id6_0004/23645.png")
+    files = []
+    for method in ("DiT", "SiT"):
+        real = {"label": f"{method}_Real", "frames": ["/Celeb-DF-v2/Celeb-real/frames/id6_0004/000.png"]}
+        fake = {"label": f"{method}_Fake", "frames": [f"{method}/cdf/Celeb-real/id6_0004/23645.png"]}
+        empty = {"label": f"{method}_Fake", "frames": []}
+        content = {
+            f"{method}_cdf": {
+                f"{method}_Real": {"train": {}, "test": {"id6_0004": real}},
+                f"{method}_Fake": {"train": {}, "val": {}, "test": {"id6_0004": fake, "id7_0001": empty}},
+            }
+        }
+        files.append(as_json(tmp_path / f"{method}_cdf_save.json", content))
+    read = read_deepfakebench(files, [tmp_path])
+    samples = finish(read)
+    assert [(s.label, s.method, s.df_class, s.source, s.split) for s in samples] == [
+        ("real", "", "real", "Celeb-DF-v2", "test"),
+        ("fake", "DiT", "EFS", "Celeb-DF-v2", "test"),
+        ("fake", "SiT", "EFS", "Celeb-DF-v2", "test"),
+    ]
+    assert len({s.video for s in samples}) == 3 and len({s.group for s in samples}) == 1
+    assert "listed more than once, kept once: 1" in read.notes
+    check_clips(samples)
+
+
+def test_collected_sets_of_df40_keep_their_methods(tmp_path: Path) -> None:
+    """Bug prevented: `FSAll` as one method hides which of ten methods a detector fails on."""
+    paths = [f"deepfakes_detection_datasets/DF40/{m}/ff/frames/071_054/1.png" for m in ("blendface", "newmethod")]
+    for path in paths:
+        touch(tmp_path / path.removeprefix("deepfakes_detection_datasets/"))
+    clips = {"a": [paths[0]], "b": [paths[1]]}
+    file = as_json(tmp_path / "FSAll_ff.json", index("FSAll_ff", "FSAll_Fake", clips))
+    samples = finish(read_deepfakebench([file], [tmp_path]))
+    assert [(s.method, s.df_class) for s in samples] == [("blendface", "FS"), ("", "FS")]
+    assert samples[0].extra["sources"] == ["FaceForensics++/071", "FaceForensics++/054"]
+
+
+def test_test_clips_in_the_training_split_are_refused(tmp_path: Path) -> None:
+    """Bug prevented: DeepfakeBench's Celeb-DF index lists its test clips under train and val too."""
+    path = "Celeb-DF-v1/Celeb-real/frames/id0_0001/1.png"
+    touch(tmp_path / path)
+    record = {"id0_0001": {"label": "CelebDFv1_real", "frames": [path]}}
+    content = {"Celeb-DF-v1": {"CelebDFv1_real": {s: record for s in ("train", "val", "test")}}}
+    file = as_json(tmp_path / "x.json", content)
+    with pytest.raises(X2DFDError, match=r"splits 'train' and 'val'.*--only"):
+        finish(read_deepfakebench([file], [tmp_path]))
+    assert [s.split for s in finish(read_deepfakebench([file], [tmp_path], only=["test"]))] == ["test"]
+    with pytest.raises(UnknownName, match="did you mean 'test'"):
+        finish(read_deepfakebench([file], [tmp_path], only=["tset"]))
+
+
+def test_given_splits_that_share_people_are_refused(tmp_path: Path) -> None:
+    """Bug prevented: the same actors in train and test, as in DFD; the error must say what one can do."""
+    content: dict[str, Any] = {"DFD_fake": {}, "DFD_real": {}}
+    for name, split, clip in (("DFD_fake", "train", "01_02__kitchen__AB"), ("DFD_real", "test", "02__kitchen")):
+        path = touch(tmp_path / f"dfd/{clip}/1.png").relative_to(tmp_path).as_posix()
+        content[name][split] = {clip: {"label": name, "frames": [path]}}
+    file = as_json(tmp_path / "x.json", {"DeepFakeDetection": content})
+    with pytest.raises(X2DFDError, match=r"share people.*--only.*--shares.*--group clip"):
+        finish(read_deepfakebench([file], [tmp_path]))
+    assert {s.split for s in finish(read_deepfakebench([file], [tmp_path]), group=Group.clip)} == {"train", "test"}
+    assert len({s.split for s in finish(read_deepfakebench([file], [tmp_path]), shares=SHARES)}) == 1
+
+
+@pytest.mark.parametrize("content", ["[", "[]", '{"a": 1}', '{"a": {"b_Fake": []}}', '{"a": {"b_Fake": {"test": 3}}}'])
+def test_a_broken_index_is_an_error_of_ours(tmp_path: Path, content: str) -> None:
+    """Bug prevented: a traceback for a cut-off download."""
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(X2DFDError, match=r"x\.json"):
+        read_deepfakebench([tmp_path / "x.json"], [tmp_path])
+
+
+def test_a_malformed_record_counts_as_missing(tmp_path: Path) -> None:
+    """Bug prevented: DFDC's index has one malformed entry under val; it must neither crash nor vanish."""
+    touch(tmp_path / "d/a/1.png")
+    clips: dict[str, Any] = {"a": {"label": "DFDC_Real", "frames": ["d/a/1.png"]}, "frames": ["d/b/1.png"]}
+    file = as_json(tmp_path / "x.json", {"DFDC": {"DFDC_Real": {"val": clips}}})
+    read = read_deepfakebench([file], [tmp_path])
+    with pytest.raises(X2DFDError, match=r"1 of 2 are missing.*no list of frames"):
+        finish(read)
+    assert len(finish(read, allow_missing=True)) == 1
+
+
+# --- FaceForensics++, Celeb-DF, DFDC --------------------------------------------------------------------------------
+
+
+def ffpp(root: Path, pairs: dict[str, list[list[str]]], methods: tuple[str, ...], suffix: str = "frames") -> None:
+    def clip(folder: str, name: str) -> None:
+        place = root / folder / "c23" / suffix
+        touch(place / f"{name}.mp4" if suffix == "videos" else place / name / "9.png")
+        if suffix == "frames":
+            touch(place / name / "10.png")
+
+    for split, listed in pairs.items():
+        as_json(root / f"{split}.json", listed)
+        for a, b in listed:
+            for name in (a, b):
+                clip("original_sequences/youtube", name)
+            for method in methods:
+                for name in (f"{a}_{b}", f"{b}_{a}"):
+                    clip(f"manipulated_sequences/{method}", name)
+
+
+PAIRS = {"train": [["071", "054"], ["087", "081"]], "val": [["720", "672"]], "test": [["953", "974"]]}
+
+
+@pytest.mark.parametrize("media", list(Media))
+def test_ffpp_keeps_a_pair_and_both_sources_together(tmp_path: Path, media: Media) -> None:
+    """Bug prevented: a split by clip leaves a face in train and its swap in test."""
+    methods = ("Deepfakes", "NeuralTextures")
+    ffpp(tmp_path, PAIRS, methods, media.value)
+    samples = finish(read_ffpp(tmp_path, methods=methods, media=media))
+    each = 2 if media is Media.frames else 1
+    assert Counter((s.split, s.label) for s in samples) == {
+        ("train", "real"): 4 * each, ("train", "fake"): 8 * each, ("val", "real"): 2 * each,
+        ("val", "fake"): 4 * each, ("test", "real"): 2 * each, ("test", "fake"): 4 * each,
+    }  # fmt: skip
+    assert Counter(s.df_class for s in samples) == {"real": 8 * each, "FS": 8 * each, "FR": 8 * each}
+    assert len({s.group for s in samples}) == 4 and len({s.video for s in samples}) == 24
+    check_clips(samples)
+    anew = finish(read_ffpp(tmp_path, methods=methods, media=media), shares={"a": 0.3, "b": 0.7})
+    assert {s.split for s in anew} == {"a", "b"} and not sides(anew, "a") & sides(anew, "b")
+    write_manifest(tmp_path / "set.jsonl", samples)
+    assert [s.video for s in read_manifest(tmp_path / "set.jsonl")] == [s.video for s in samples]
+
+
+def test_ffpp_says_what_is_wrong(tmp_path: Path) -> None:
+    """Bug prevented: a method that was not downloaded, or a misspelt one, gives a benchmark without it."""
+    ffpp(tmp_path, PAIRS, ("Deepfakes",))
+    with pytest.raises(X2DFDError, match="manipulated_sequences/FaceSwap"):
+        read_ffpp(tmp_path, methods=["Deepfakes", "FaceSwap"])
+    with pytest.raises(UnknownName, match="did you mean 'Deepfakes'"):
+        read_ffpp(tmp_path, methods=["Deepfake"])
+    with pytest.raises(UnknownName, match="compression"):
+        read_ffpp(tmp_path, compression="c32")
+    with pytest.raises(X2DFDError, match=r"cannot be read|train\.json"):
+        read_ffpp(tmp_path, methods=["Deepfakes"], lists=tmp_path / "lists")
+    for file in (tmp_path / "manipulated_sequences/Deepfakes/c23/frames/953_974").iterdir():
+        file.unlink()
+    with pytest.raises(X2DFDError, match="Deepfakes/953_974"):
+        finish(read_ffpp(tmp_path, methods=["Deepfakes"], only=["test"]))
+    assert len(finish(read_ffpp(tmp_path, methods=["Deepfakes"], only=["val"], frames=1))) == 4
+
+
+def test_deepfakedetection_has_no_splits_of_its_own(tmp_path: Path) -> None:
+    """Bug prevented: its 28 actors appear in every clip, so the stock split into train, val and test is none."""
+    touch(tmp_path / "original_sequences/actors/c23/videos/02__kitchen.mp4")
+    touch(tmp_path / "manipulated_sequences/DeepFakeDetection/c23/videos/01_02__kitchen__AB12.mp4")
+    out = tmp_path / "set.jsonl"
+    words = ["--methods", "DeepFakeDetection", "--media", "videos", "--out", out]
+    assert command("ffpp", tmp_path, *words).exit_code == 0
+    samples = read_manifest(out)
+    assert {(s.label, s.split, s.group) for s in samples} == {
+        ("real", "", "DeepFakeDetection/01"),
+        ("fake", "", "DeepFakeDetection/01"),
+    }
+
+
+CELEB_LIST = "1 YouTube-real/00170.mp4\n1 Celeb-real/id2_0001.mp4\n0 Celeb-synthesis/id2_id3_0001.mp4\n"
+
+
+def celebdf(root: Path) -> None:
+    for clip in ("YouTube-real/00170", "Celeb-real/id2_0001", "Celeb-synthesis/id2_id3_0001", "Celeb-real/id3_0007"):
+        folder, name = clip.split("/")
+        touch(root / folder / "frames" / name / "000.png")
+        touch(root / folder / f"{name}.mp4")
+    (root / "List_of_testing_videos.txt").write_text(CELEB_LIST)
+
+
+@pytest.mark.parametrize("media", list(Media))
+def test_celebdf_ones_are_real(tmp_path: Path, media: Media) -> None:
+    """Bug prevented: in this list alone 1 means REAL; read the usual way, the AUC is one minus the true one."""
+    celebdf(tmp_path)
+    samples = finish(read_celebdf(tmp_path, media=media))
+    assert [(s.path.parts[len(tmp_path.parts)], s.label, s.split) for s in samples] == [
+        ("Celeb-real", "real", "test"),
+        ("Celeb-synthesis", "fake", "test"),
+        ("YouTube-real", "real", "test"),
+    ]
+    assert [s.group for s in samples] == ["Celeb-DF/id2", "Celeb-DF/id2", "Celeb-DF/00170"]
+    (tmp_path / "List_of_testing_videos.txt").write_text("0 YouTube-real/00170.mp4\n")
+    with pytest.raises(X2DFDError, match="line 1: 0 for YouTube-real; in this list 1 is real"):
+        read_celebdf(tmp_path, media=media)
+
+
+def test_celebdf_clips_outside_the_list_are_no_training_split(tmp_path: Path) -> None:
+    """Bug prevented: the other clips, taken for training, show the people of the test clips."""
+    celebdf(tmp_path)
+    out = tmp_path / "set.jsonl"
+    assert command("celebdf", tmp_path, "--all", "--out", out).exit_code == 0
+    samples = read_manifest(out)
+    assert {s.id.split("/")[3]: s.split for s in samples}["id3_0007"] == ""
+    assert {s.group for s in samples if "id3" in s.id} == {"Celeb-DF/id2"}
+    for line in ("1 elsewhere/1.mp4", "real Celeb-real/id2_0001.mp4", "Celeb-real/id2_0001.mp4"):
+        (tmp_path / "List_of_testing_videos.txt").write_text(line)
+        with pytest.raises(X2DFDError, match="line 1"):
+            read_celebdf(tmp_path)
+    (tmp_path / "List_of_testing_videos.txt").write_text("1 Celeb-real/id9_0009.mp4")
+    with pytest.raises(X2DFDError, match="1 of 1 are missing"):
+        finish(read_celebdf(tmp_path))
+
+
+def test_dfdc_groups_a_fake_with_its_original(tmp_path: Path) -> None:
+    """Bug prevented: the original in train, its forgery in val; `1` of labels.csv read as real."""
+    part = {
+        "a.mp4": {"label": "REAL", "split": "train"},
+        "b.mp4": {"label": "FAKE", "split": "train", "original": "a.mp4"},
+        "c.mp4": {"label": "FAKE", "split": "train", "original": "z.mp4"},
+    }
+    metadata = as_json(tmp_path / "dfdc_train_part_0/metadata.json", part)
+    labels = tmp_path / "test/labels.csv"
+    for name in ("d", "e"):
+        touch(tmp_path / f"test/frames/{name}/0.png")
+    for name in part:
+        touch(metadata.parent / name)
+    labels.write_text("filename,label\nd.mp4,1\ne.mp4,0\n")
+    train = finish(read_dfdc([metadata]))
+    assert [(s.label, s.group, s.split, s.df_class) for s in train] == [
+        ("real", "DFDC/a", "train", "real"),
+        ("fake", "DFDC/a", "train", ""),
+        ("fake", "DFDC/c", "train", ""),
+    ]
+    test = finish(read_dfdc([labels], media=Media.frames), split="test")
+    assert [(s.label, s.split, s.path.name) for s in test] == [("fake", "test", "0.png"), ("real", "test", "0.png")]
+    labels.write_text("filename,label\nd.mp4,FAKE\n")
+    with pytest.raises(X2DFDError, match="row 1"):
+        read_dfdc([labels], media=Media.frames)
+    as_json(metadata, {"a.mp4": {"split": "train"}})
+    with pytest.raises(X2DFDError, match=r"a\.mp4: no label"):
+        read_dfdc([metadata])
+
+
+def test_names_give_people_only_where_a_set_documents_it() -> None:
+    """Bug prevented: `001` is a source clip in FF++ and merely a folder of seeds elsewhere."""
+    assert source_ids("FaceForensics++", "071_054") == ["FaceForensics++/071", "FaceForensics++/054"]
+    assert source_ids("Celeb-DF-v1", "id0_id12_0003") == ["Celeb-DF/id0", "Celeb-DF/id12"]
+    assert source_ids("Celeb-DF-v2", "00170") == ["Celeb-DF/00170"]
+    assert source_ids("StyleGAN2", "001") == [] == source_ids("FaceForensics++", "1001")
+    assert public_sets.index_source("blendface_ff") == "FaceForensics++"
+    assert public_sets.index_source("UADFV") == "UADFV"
+
+
+def test_an_error_is_a_line_and_not_a_traceback(tmp_path: Path) -> None:
+    """Bug prevented: a stack of frames for a misspelt folder."""
+    words = ["read", "folder", "--real", str(tmp_path / "none"), "--out", str(tmp_path / "x.jsonl")]
+    done = subprocess.run([sys.executable, "-m", "data_gen", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: no such folder") and "Traceback" not in done.stderr
