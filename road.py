@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+Words = list[str | Path | float]
+
 PEOPLE = 18  # made-up people, each a group of its own
 
 
@@ -95,17 +97,17 @@ def main() -> None:
     photos = arguments.data or make_photos(out)
     forged, experts, adapter = out / "forged" / "manifest.jsonl", out / "experts", out / "adapter"
 
-    forge = ["-m", "data_gen", "forge", "--data", photos, "--out", out / "forged", "--count", arguments.count]
+    forge: Words = ["-m", "data_gen", "forge", "--data", photos, "--out", out / "forged", "--count", arguments.count]
     stage("forge: photos to forgeries with known cues", *forge, "--ready-made", 0.2, "--calib", 0.3, "--workers", 2)
-    train = ["-m", "external_detectors.train"]
-    blending = ["blending", "--data", forged, "--out", experts, "--state", out / "blending", "--from-scratch"]
+    train: Words = ["-m", "external_detectors.train"]
+    blending: Words = ["blending", "--data", forged, "--out", experts, "--state", out / "blending", "--from-scratch"]
     stage("expert: blending", *train, *blending, "--steps", 8, "--batch", 8)
-    heads = ["clip", "--data", forged, "--out", experts, "--oof", out / "oof.json", "--keep", "5,8,11"]
+    heads: Words = ["clip", "--data", forged, "--out", experts, "--oof", out / "oof.json", "--keep", "5,8,11"]
     stage("experts: clip and forgery, and the tower's features", *train, *heads)
     stage("questions", "-m", "data_gen", "questions", "--out", out / "questions.json")
-    assess = ["--data", forged, "--out", out / "mfa", "--questions", out / "questions.json", "--limit", 6]
+    assess: Words = ["--data", forged, "--out", out / "mfa", "--questions", out / "questions.json", "--limit", 6]
     stage("assess: which cues can the model see?", "-m", "x2dfd.cli", "assess", *assess)
-    build = ["--data", forged, "--out", out / "instructions", "--assessment", out / "mfa" / "assessment.json"]
+    build: Words = ["--data", forged, "--out", out / "instructions", "--assessment", out / "mfa" / "assessment.json"]
     build += ["--expert-weights", experts, "--oof", out / "oof.json"]
     stage("build: the instruction set", "-m", "data_gen", "build", *build)
     settings = {
@@ -118,10 +120,10 @@ def main() -> None:
     chosen = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     stage("fine-tune", "-m", "finetune", "--config", "finetune/road.yaml", *chosen)
     stage("calibrate", "-m", "finetune.calibrate", "--adapter", adapter, "--data", forged)
-    bench = ["--data", forged, "--split", "val", "--model", adapter, "--out", out / "bench", "--bootstrap", 200]
+    bench: Words = ["--data", forged, "--split", "val", "--model", adapter, "--out", out / "bench", "--bootstrap", 200]
     stage("score", "eval/run_bench.py", "detect", *bench)
     picture = sorted((out / "forged" / "images").rglob("*.jpg"))[0]
-    show = [picture, "--model", adapter, "--report", out / "report.html"]
+    show: Words = [picture, "--model", adapter, "--report", out / "report.html"]
     stage("detect with the adapter just made", "-m", "x2dfd.cli", "detect", *show)
     print(f"\nroad: done in {time.monotonic() - start:.0f} s; the adapter is {adapter}, the page {out / 'report.html'}")
 

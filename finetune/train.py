@@ -213,7 +213,8 @@ def _last_checkpoint(work: Path, config: FinetuneConfig) -> str | None:
         write_text(key, json.dumps(run, indent=1) + "\n")
     elif json.loads(key.read_text(encoding="utf-8")) != run:
         raise X2DFDError(f"{work} holds a training with other settings or data; choose another out, or delete it")
-    return get_last_checkpoint(str(work))
+    last: str | None = get_last_checkpoint(str(work))
+    return last
 
 
 def _to_half(path: Path) -> None:

@@ -401,12 +401,17 @@ def test_chat_about_one_face_of_a_group_looks_at_that_face(
     look = detector.mllm.look
     source = jpeg(collage(astronaut))
     report = detector.detect(source)
-    monkeypatch.setattr(detector.mllm, "look", lambda crops: seen.append(crops) or look(crops))
+
+    def watched(crops: Pixels) -> Any:
+        seen.append(crops)
+        return look(crops)
+
+    monkeypatch.setattr(detector.mllm, "look", watched)
     for face in report.faces:
         detector.chat(replace(report, faces=(face,)), "What about the eyes?", source=source)
     found = find_faces(load_media(source).pixels)  # type: ignore[union-attr]
-    for crops, face in zip(seen, found, strict=True):
-        np.testing.assert_array_equal(crops, face.crop[None])
+    for crops, wanted in zip(seen, found, strict=True):
+        np.testing.assert_array_equal(crops, wanted.crop[None])
 
 
 def test_a_file_that_may_not_be_read_is_a_row(detector: Detector, face_photo: Path) -> None:

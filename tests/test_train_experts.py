@@ -7,6 +7,7 @@ import pickle
 import shutil
 import sys
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -334,11 +335,8 @@ def kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return tower.TowerFeatures(rows, statistics, np.zeros((len(rows), 0, 196, 768), np.float16), ())
 
     monkeypatch.setattr(tower, "cached_features", features)
-    shares = {"ready_made": 0.3, "combine": 0.5, "calib": 0.4}
-    config = ForgeConfig(
-        data=str(tmp_path / "photos.csv"), count=40, side=224, methods=("area_warp", "blur_mismatch"), **shares
-    )
-    return run(config, tmp_path / "forged")
+    config = ForgeConfig(data=str(tmp_path / "photos.csv"), count=40, side=224, methods=("area_warp", "blur_mismatch"))
+    return run(replace(config, ready_made=0.3, combine=0.5, calib=0.4), tmp_path / "forged")
 
 
 def _clip(data: Path, out: Path) -> Result:

@@ -110,8 +110,8 @@ def cached_features(
         digest.update(data.samples[i].id.encode() + b"\n")
         digest.update(data.crops[i].data)
     base = file_sha256(require("base") / "model.safetensors")
-    views = {"seed": seed, "degrade": DEGRADE_VERSION, "base": base}
-    key = {"samples": digest.hexdigest(), "layers": layers, "keep": list(keep), **views}
+    made_by = {"seed": seed, "degrade": DEGRADE_VERSION, "base": base}
+    key = {"samples": digest.hexdigest(), "layers": layers, "keep": list(keep), **made_by}
     progress = folder / "progress.json"
     state = json.loads(progress.read_text()) if progress.is_file() else {}
     done = state.get("done", 0) if state.get("key") == key else 0
