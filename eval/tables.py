@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from the result files, so that no number there is typed by hand.
+"""Writes the tables of README.md and eval/RESULTS.md from the result files, so that no number there is typed by hand.
 
 python eval/tables.py           # rewrite the tables
 python eval/tables.py --check   # exit 1 when a table differs from the results
@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from x2dfd.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 Result = dict[str, Any]
@@ -21,8 +25,11 @@ Result = dict[str, Any]
 _BLOCK = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
-def detect(results: dict[str, Result]) -> str:
-    """Scorers in columns; AUC over all, then per method and per source; false alarms last. One block a result file."""
+def detect(results: dict[str, Result], *, all_methods: bool = False) -> str:
+    """Scorers in columns; AUC over all, then per method and per source; false alarms last. One block a result file.
+
+    Of the methods only those that were held out and those without reals of their own, unless `all_methods`.
+    """
     blocks = []
     for name, result in results.items():
         if result["task"]["name"] != "detect":
@@ -31,10 +38,15 @@ def detect(results: dict[str, Result]) -> str:
         parts = sorted({(c, v) for s in scorers.values() for c, table in s["by"].items() for v in table})
         # A set of one generator's fakes bears its name as source and as method: one row says it.
         parts = [part for part in parts if part[0] != "source" or ("method", part[1]) not in parts]
-        lines = [["AUC", *scorers, "n"], ["---"] * (len(scorers) + 2)]
+        held_out = result["model"]["stated"].get("held_out", [])
+        if not all_methods:
+            made = next(iter(scorers.values()))["by"].get("method", {})
+            parts = [(c, v) for c, v in parts if c != "method" or v in held_out or made[v]["against"] != "own reals"]
+        lines = [["AUC", *scorers, "fake / real"], ["---"] * (len(scorers) + 2)]
         first = next(iter(scorers.values()))
-        lines.append(["**all**", *[_number(s["overall"]["auc"]) for s in scorers.values()], str(first["overall"]["n"])])
-        pooled, held_out = False, result["model"]["stated"].get("held_out", [])
+        counts = "{n_fake} / {n_real}".format_map(first["overall"])
+        lines.append(["**all**", *[_number(s["overall"]["auc"]) for s in scorers.values()], counts])
+        pooled = False
         for column, value in parts:
             slices = [s["by"].get(column, {}).get(value) for s in scorers.values()]
             known = next(x for x in slices if x)
@@ -44,7 +56,7 @@ def detect(results: dict[str, Result]) -> str:
             pooled = pooled or apart
             cells = [_number(x["auc"]) if x else "–" for x in slices]
             marks = ("*" if apart else "") + ("†" if value in held_out else "")
-            lines.append([f"{column} {value}{marks}", *cells, str(known["n"])])
+            lines.append([f"{column} {value}{marks}", *cells, "{n_fake} / {n_real}".format_map(known)])
         alarms = [
             _number(s["answers"]["false_alarms"], percent=True) if "answers" in s else "–" for s in scorers.values()
         ]
@@ -120,7 +132,12 @@ def _number(measured: Result, *, percent: bool = False, interval: bool = True) -
     return show(measured["value"]) + bounds
 
 
-TABLES: dict[str, Callable[[dict[str, Result]], str]] = {"detect": detect, "describe": describe, "speed": speed}
+TABLES: dict[str, Callable[[dict[str, Result]], str]] = {
+    "detect": detect,
+    "detect-all": partial(detect, all_methods=True),
+    "describe": describe,
+    "speed": speed,
+}
 
 
 def filled(text: str, results: dict[str, Result]) -> str:
@@ -143,25 +160,22 @@ def filled(text: str, results: dict[str, Result]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Writes the README's tables from result files.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 when a table differs")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--pages", type=Path, nargs="+", default=[ROOT / "README.md", ROOT / "eval" / "RESULTS.md"])
     parser.add_argument("--results", type=Path, default=ROOT / "eval" / "results", help="folder of result files")
     args = parser.parse_args(argv)
     try:
         results = {p.stem: json.loads(p.read_text("utf-8")) for p in sorted(args.results.glob("*.json"))}
-        old = args.readme.read_text("utf-8")
-        new = filled(old, results)
+        pages = [(page, old := page.read_text("utf-8"), filled(old, results)) for page in args.pages]
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if new == old:
-        return 0
-    if args.check:
-        print(f"{args.readme.name}: tables differ from the results; run `make tables`", file=sys.stderr)
-        return 1
-    temporary = args.readme.with_name(f".{args.readme.name}.new")
-    temporary.write_text(new, "utf-8")
-    os.replace(temporary, args.readme)
-    return 0
+    differing = [(page, new) for page, old, new in pages if new != old]
+    for page, new in differing:
+        if args.check:
+            print(f"{page.name}: tables differ from the results; run `make tables`", file=sys.stderr)
+        else:
+            write_text(page, new)
+    return 1 if args.check and differing else 0
 
 
 if __name__ == "__main__":

@@ -349,13 +349,13 @@ def test_readme_tables_follow_the_results(
     results, readme = tmp_path / "results", tmp_path / "README.md"
     results.mkdir()
     (tmp_path / "out" / "result.json").rename(results / "val.json")
-    readme.write_text("# Title\n\n<!-- table:detect -->\n<!-- /table -->\n\nafter\n", "utf-8")
-    words = ["--readme", str(readme), "--results", str(results)]
+    readme.write_text("# Title\n\n<!-- table:detect-all -->\n<!-- /table -->\n\nafter\n", "utf-8")
+    words = ["--pages", str(readme), "--results", str(results)]
     assert tables.main([*words, "--check"]) == 1
     assert tables.main(words) == 0
     text = readme.read_text("utf-8")
     assert text.startswith("# Title\n") and text.endswith("\n\nafter\n")
-    assert "| calibrated | 0." in text and "| expert:half | 0.500" in text and "method blend" in text
+    assert "| AUC | calibrated |" in text and "| 0.500 [0.500, 0.500] |" in text and "method blend" in text
     assert tables.main([*words, "--check"]) == 0
     readme.write_text(text.replace("0.500", "0.501", 1), "utf-8")
     assert tables.main([*words, "--check"]) == 1
