@@ -46,7 +46,7 @@ def read_adapter_card(folder: Path) -> AdapterCard:
     """Raises SetupError when `folder` is no adapter directory."""
     try:
         return AdapterCard.from_dict(json.loads((folder / "card.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # not there, not JSON, or not an object
         raise SetupError(f"{folder} is not an adapter directory of x2dfd: card.json: {error}") from error
 
 
