@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from data_gen import leaks, questions, read_commands
+from data_gen import catalogue, leaks, questions, read_commands
 from x2dfd.errors import X2DFDError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -61,7 +61,9 @@ def forge(
 
 _BUILD_EPILOG = """Examples:\n
   python -m data_gen build --data build/forged/manifest.jsonl --out build/instructions\n
-  python -m data_gen build --data build/forged/manifest.jsonl --out build/instructions --assessment build/mfa.json
+  python -m data_gen build --data build/forged/manifest.jsonl --out build/instructions --assessment build/mfa.json\n
+  python -m data_gen build --data build/forged/manifest.jsonl --out build/instructions --writer-model qwen3-vl \
+--writer-url http://localhost:8000/v1
 """
 
 
@@ -78,12 +80,20 @@ def build(
     limit: Annotated[int | None, typer.Option(help="at most this many pictures")] = None,
     view_seed: Annotated[int, typer.Option(help="degradation of each picture; the same in finetune")] = 1,
     seed: int = 0,
+    writer_model: Annotated[str, typer.Option(help="a served model writes the explanations, not our grammar")] = "",
+    writer_url: Annotated[str, typer.Option(help="its OpenAI-compatible endpoint: all pictures are sent there")] = "",
+    writer_concurrency: Annotated[int, typer.Option(help="requests at a time")] = 4,
 ) -> None:
-    """Instruction data from the forgeries' truth, the ranking and the experts' scores."""
+    """Instruction data from the forgeries' truth, the ranking and the experts' scores.
+
+    Explanations come from our grammar, or from a served model that is told the truth and checked against it
+    (--writer-model and --writer-url; key in OPENAI_API_KEY).
+    """
     import json
 
     from data_gen.build import BuildConfig
     from data_gen.build import build as run_build
+    from data_gen.served_writer import WriterConfig
     from x2dfd.experts import DEFAULT
 
     config = BuildConfig(
@@ -96,6 +106,7 @@ def build(
         corrupt=corrupt,
         limit=limit,
         seed=seed,
+        writer=WriterConfig(writer_model, writer_url, writer_concurrency) if writer_model or writer_url else None,
     )
     print(run_build(config, out, json.loads(oof.read_text()) if oof else None))
 
@@ -103,6 +114,7 @@ def build(
 questions.add_commands(app)
 read_commands.add_commands(app)
 leaks.add_commands(app)
+catalogue.add_commands(app)
 
 
 def main() -> None:

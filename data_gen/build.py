@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.progress import track
 
 from data_gen.questions import CueQuestion, bank
+from data_gen.served_writer import Subject, WriterConfig, Written, connect, write_served, writer_card
 from data_gen.writers import class_answer, distinct_n, write_explanation, write_follow_up
 from x2dfd import prompts
 from x2dfd.assessment import read_assessment, strong_cues
@@ -26,7 +28,7 @@ from x2dfd.experts import DEFAULT, load_expert
 from x2dfd.files import file_sha256, write_text
 from x2dfd.manifest import Sample
 from x2dfd.tower import training_rows, training_view
-from x2dfd.types import Evidence, Face
+from x2dfd.types import Cue, Evidence, Face
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,18 @@ class BuildConfig:
     follow_ups: float = 0.6  # share of pictures with a second turn after the verdict
     limit: int | None = None  # at most this many pictures, in the manifest's order
     seed: int = 0
+    writer: WriterConfig | None = None  # a served model that writes the explanations; None: the grammar
 
 
 def build(config: BuildConfig, out: Path, out_of_fold: Mapping[str, Mapping[str, float]] | None = None) -> Path:
     """Write `instructions.jsonl`, a Parquet copy, and `card.json` with counts into `out`; returns the JSONL's path.
 
     `out_of_fold`: expert -> sample id -> score of a model that did not see the sample; used instead of the expert
-    itself, whose scores on its own training pictures would be too good to be true. Raises X2DFDError when the class of
-    a fake is not known, or when nothing is left to build from.
+    itself, whose scores on its own training pictures would be too good to be true. With `config.writer`, records say
+    who wrote, and `written.jsonl` keeps all answers. Raises X2DFDError when the class of a fake is not known, or when
+    nothing is left to build from.
     """
+    client = connect(config.writer) if config.writer else None
     data = load_crops(Path(config.data))
     strong = set(strong_cues(read_assessment(Path(config.assessment)))) if config.assessment else None
     rows = [int(i) for i in training_rows(data, config.limit)]
@@ -62,19 +67,30 @@ def build(config: BuildConfig, out: Path, out_of_fold: Mapping[str, Mapping[str,
             f"{config.data}: {len(unclear)} fakes without df_class (FS, FR, FE, EFS), such as {unclear[0]}"
         )
     scores = expert_scores(data, rows, config, out_of_fold or {})
+    kept = [
+        i
+        for i in rows
+        if data.samples[i].split != "train" or not set(data.samples[i].method.split("+")) & set(config.held_out)
+    ]
+    written: list[Written] = []
+    if config.writer:
+        subjects = [_subject(data, i, strong, config.view_seed) for i in kept]
+        written = write_served(client, config.writer, subjects, out / "written.jsonl")
     records: list[dict[str, Any]] = []
-    for i in rows:
+    for k, i in enumerate(kept):
         sample = data.samples[i]
-        if sample.split == "train" and set(sample.method.split("+")) & set(config.held_out):
-            continue
         rng = np.random.default_rng([config.seed, i])
-        records += list(_records(sample, i, scores[sample.id], strong, config, rng))
+        served = written[k] if config.writer else None
+        records += list(_records(sample, i, scores[sample.id], strong, config, rng, served))
     if not records:
         raise X2DFDError(f"{config.data}: no usable picture of split train or calib to build from")
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
     write_text(out / "instructions.jsonl", text)
     _write_parquet(out / "instructions.parquet", records)
-    write_text(out / "card.json", json.dumps(_card(records, config, out), indent=1, ensure_ascii=False) + "\n")
+    card = _card(records, config, out)
+    if config.writer:
+        card["writer"] = writer_card(config.writer, written, records)
+    write_text(out / "card.json", json.dumps(card, indent=1, ensure_ascii=False) + "\n")
     return out / "instructions.jsonl"
 
 
@@ -113,6 +129,23 @@ def view_face(data: CropSet, i: int, view_seed: int) -> Face:
     return Face(0, (0.0, 0.0, size, size), points, 1.0, view, points, 0.0)
 
 
+def _told(sample: Sample, strong: set[tuple[str, str]] | None) -> list[Cue]:
+    """The cues that an explanation may name: those that are there and that the model can see."""
+    return [c for c in sample.cues if strong is None or (c.area, c.artifact) in strong]
+
+
+def _subject(data: CropSet, i: int, strong: set[tuple[str, str]] | None, view_seed: int) -> Subject:
+    """Sample i as a served writer gets it."""
+    sample = data.samples[i]
+
+    def view() -> NDArray[np.uint8]:
+        return training_view(data.crops[i], view_seed, i)[0]
+
+    return Subject(
+        sample.id, view, sample.label, sample.df_class or "real", tuple(_told(sample, strong)), tuple(sample.cues)
+    )
+
+
 def _records(
     sample: Sample,
     index: int,
@@ -120,12 +153,16 @@ def _records(
     strong: set[tuple[str, str]] | None,
     config: BuildConfig,
     rng: np.random.Generator,
+    served: Written | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The conversations about one picture: verdict with scores, verdict without, class, cue questions, a follow-up."""
-    cues = [c for c in sample.cues if strong is None or (c.area, c.artifact) in strong]
+    cues = _told(sample, strong)
     label = sample.label
     df_class = sample.df_class or "real"
+    # Always written: the same random numbers are left for all that follows, whoever explains.
     explanation = write_explanation(label, tuple(cues), df_class, rng)
+    if served and served.text:
+        explanation = served.text
     shown = corrupted(evidence, config.corrupt, rng) if sample.split == "train" else evidence
     common = {
         "image": sample.id,
@@ -140,6 +177,8 @@ def _records(
         "method": sample.method,
         "scores": {e.expert: e.score for e in shown},
     }
+    if config.writer and served:
+        common["writer"] = config.writer.name if served.text else "grammar"
 
     def record(task: str, question: str, answer: str, *follow_up: str) -> dict[str, Any]:
         said = [f"<image>\n{question}", answer, *follow_up]
@@ -201,7 +240,7 @@ def _card(records: Sequence[dict[str, Any]], config: BuildConfig, out: Path) -> 
 
     cues = Counter(f"{c['area']} x {c['artifact']}" for r in main for c in r["cues"])
     return {
-        "config": asdict(config),
+        "config": {k: v for k, v in asdict(config).items() if k != "writer"},  # an address may hold a key
         "manifest_sha256": file_sha256(Path(config.data)),
         "instructions_sha256": file_sha256(out / "instructions.jsonl"),
         "pictures": len(main),

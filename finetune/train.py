@@ -184,6 +184,7 @@ def train(config: FinetuneConfig) -> Path:
         shutil.copytree(config.expert_weights, out / "experts", dirs_exist_ok=True)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     figures = {"final_loss": round(float(np.mean(losses[-10:])), 4) if losses else None, "pictures": len(packs)}
+    figures |= {"steps": trainer.state.global_step, "pictures_a_step": config.batch * config.accumulate}
     write_adapter_card(out, _card(config, out, processor, model, layers, figures))
     (out / "README.md").unlink(missing_ok=True)  # PEFT's empty form; card.json says what is known
     return out

@@ -1,0 +1,535 @@
+"""`python -m data_gen catalogue` and `contact-sheet`: the forge's work, laid out for a person to look at.
+
+The catalogue is one self-contained page with every forge method and every harmless change, each on one photo at three
+strengths: picture, mask, difference, cues. The contact sheet is one picture of many tiles from a finished forge run.
+Both are a function of their input and the seed; files are written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+import tempfile
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import cv2
+import jinja2
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from data_gen.forge import HARMLESS, METHODS, Forgery, Method, Photo, forge
+from data_gen.run_forge import ForgeConfig, _photo
+from x2dfd.degrade import tone
+from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.faces import find_faces
+from x2dfd.manifest import Sample, read_manifest
+from x2dfd.media import MAX_PIXELS, load_picture
+
+Pixels = NDArray[np.uint8]
+Rng = np.random.Generator
+
+STRENGTHS = (("faint", 0.1), ("middle", 0.5), ("blatant", 0.9))
+AMPLIFY = 6  # the difference is shown this many times as large
+SHOWN = 256  # longest side of a picture in the catalogue: a face of a run's usual size is shown pixel for pixel
+ORANGE, LINE = (230, 159, 0), (255, 204, 92)  # the mask and its outline
+
+CLASSES = {
+    "FS": "face swapping",
+    "FR": "face reenactment",
+    "FE": "face editing",
+    "EFS": "entire face synthesis",
+    "real": "stays real",
+}
+IMITATES = {
+    "self_blend": "The photo blended with an altered copy of itself: the seam and mismatch that any face swap leaves"
+    " (Shiohara and Yamasaki, CVPR 2022).",
+    "swap": "Another person's face fitted onto this one, matched in colour and blended in, as face-swap programs do.",
+    "transplant": "Another person's eyes, mouth, nose or eyebrows alone, pasted in as photo editors do.",
+    "area_warp": "One feature enlarged, shrunk or moved, as liquify tools and beauty filters do.",
+    "expression": "Mouth or eyebrows pulled into another expression, as reenactment does.",
+    "smooth_skin": "Skin ironed smooth, as retouching apps and many generators do.",
+    "relight": "Light on the face from a side that its surroundings know nothing of.",
+    "tone_mismatch": "One area in another colour or brightness: a part that comes from another picture.",
+    "blur_mismatch": "One area less sharp than the rest: a part made at a lower resolution.",
+    "noise_mismatch": "One area with a grain of its own: pasted content brings another camera's noise, or none.",
+    "recompress_area": "One area compressed harder than the rest: a part that was saved before it was pasted.",
+    "resynthesise": "The face or the whole picture rebuilt from fewer numbers, with a generator's traces.",
+    "inpaint": "A feature or a patch of skin erased and filled in from its surroundings.",
+    "missing_detail": "Lashes, pupils, teeth or lip lines melted together, as generators render what is fine.",
+    "global_tone": "Brightness, contrast and colour of the whole picture changed: a filter, another white balance.",
+    "phone_hdr": "More local contrast and sharpness everywhere, as phone cameras add.",
+    "denoise": "A camera's noise reduction: skin and background alike.",
+    "soft_focus": "The whole picture a little out of focus: a missed shot, a cheap lens.",
+    "film_grain": "The same grain over the whole picture: film, or little light.",
+    "shallow_depth": "Head sharp, background out of focus: portrait lenses and portrait modes.",
+    "make_up": "Painted lips and lids: worn, not forged.",
+    "glasses": "Frames in front of the eyes: an odd thing on a face is no forgery of it.",
+    "caption": "Lettering over the picture, as platforms and broadcasters add.",
+    "share_twice": "Scaled and compressed twice, as a message that was passed on.",
+}
+"""What each method imitates, in a sentence."""
+
+
+# --- photos ---------------------------------------------------------------------------------------------------------
+
+
+def _portrait() -> Iterator[tuple[Photo, Photo]]:
+    """NASA's portrait of Eileen Collins (public domain) and, as a donor, the same mirrored and in other light."""
+    try:
+        from skimage.data import astronaut
+    except ImportError as error:
+        raise SetupError("without --data the catalogue needs scikit-image: pip install -e '.[bench]'") from error
+    pixels = np.ascontiguousarray(astronaut()[:250, 110:360], np.uint8)
+    photo = Photo(pixels, find_faces(pixels)[0].landmarks, "NASA portrait, scikit-image", "portrait")
+    # A fixed seed: the donor is the same whatever the examples.
+    mirrored = np.clip(tone(pixels[:, ::-1], 0.8, _rng(5)), 0, 255).astype(np.uint8)
+    donor = Photo(mirrored, find_faces(mirrored)[0].landmarks, "the same portrait, mirrored, in other light", "twin")
+    while True:
+        yield photo, donor
+
+
+def _rng(seed: int, name: str = "") -> Rng:
+    """A generator of its own for each name, so that a method added to the forge leaves the others' examples alone."""
+    return np.random.default_rng([seed, zlib.crc32(name.encode())])
+
+
+def _pairs(data: Path, seed: int) -> Iterator[tuple[Photo, Photo]]:
+    """(photo, donor) of two groups each, without end: a random picture of each group, sources taking turns."""
+    rng = _rng(seed)
+    home: dict[str, str] = {}  # group -> source
+    by_source: dict[str, dict[str, list[Sample]]] = defaultdict(lambda: defaultdict(list))
+    for sample in read_manifest(data):
+        if sample.label == "real":  # a person of two sources counts as of the first, or could donate to themself
+            by_source[home.setdefault(sample.group, sample.source)][sample.group].append(sample)
+    queues = []
+    for _, groups in sorted(by_source.items()):
+        names = sorted(groups)
+        queues.append([groups[names[i]] for i in rng.permutation(len(names))])
+    turns = [queue[i] for i in range(max(map(len, queues), default=0)) for queue in queues if i < len(queue)]
+    usable: list[Photo] = []
+    for group in turns:
+        sample = group[int(rng.integers(len(group)))]
+        photo = _photo(str(sample.path), sample.source, sample.group, ForgeConfig.side)
+        if photo is None:
+            continue
+        usable.append(photo)
+        if len(usable) > 1:
+            yield photo, usable[-2]
+    if len(usable) < 2:
+        raise X2DFDError(f"{data}: {len(usable)} real photos of different groups show a face; two are needed")
+    while True:
+        for i, photo in enumerate(usable):
+            yield photo, usable[i - 1]
+
+
+# --- the catalogue --------------------------------------------------------------------------------------------------
+
+
+def catalogue(data: Path | None = None, seed: int = 0) -> str:
+    """The page: a card for every forge method and every harmless change.
+
+    Photos are those of a manifest (label `real`), a pair for each method in turn, or the portrait that scikit-image
+    carries. Raises X2DFDError for a manifest without two usable photos, SetupError without scikit-image.
+    """
+    pairs = _pairs(data, seed) if data else _portrait()
+    sections = [
+        [_card(method, *pair, seed) for method, pair in zip(table.values(), pairs, strict=False)]
+        for table in (METHODS, HARMLESS)
+    ]
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.from_string(_PAGE.replace("/*STYLE*/", _STYLE))
+    html = page.render(forgeries=sections[0], harmless=sections[1], amplify=AMPLIFY, full=round(255 / AMPLIFY))
+    return html.encode("utf-8", "backslashreplace").decode("utf-8")  # a source may be named in bytes that are no UTF-8
+
+
+def _card(method: Method, photo: Photo, donor: Photo, seed: int) -> dict[str, Any]:
+    """What the page shows of one method. The same generator state at each strength: the same choices, more of them."""
+    made = [forge(photo, method, _rng(seed, method.name), donor, strength) for _, strength in STRENGTHS]
+    window = _window(photo, np.max([f.mask for f in made], axis=0), method.df_class == "real")
+    columns = []
+    for (word, strength), forgery in zip(STRENGTHS, made, strict=True):
+        change = np.abs(forgery.pixels.astype(np.int16) - photo.pixels).max(-1)  # [H, W]
+        touched = change[forgery.mask > 0] if forgery.mask.any() else change
+        columns.append(
+            {
+                "word": word,
+                "strength": f"{strength:.1f}",
+                "picture": _jpeg_uri(_shrunk(forgery.pixels[window])),
+                "mask": _jpeg_uri(_overlay(forgery, window), 80) if forgery.mask.any() else None,
+                "masked": round(100 * float((forgery.mask > forgery.mask.max() / 2).mean())),
+                "difference": _jpeg_uri(_heat(change[window]), 80),
+                "change": f"{touched.mean():.1f}",
+                "cues": [(c.area, c.artifact, c.score) for c in forgery.cues],
+            }
+        )
+    return {
+        "name": method.name,
+        "df_class": method.df_class,
+        "class_words": CLASSES[method.df_class],
+        "imitates": IMITATES[method.name],
+        "original": _jpeg_uri(_shrunk(photo.pixels[window])),
+        "donor": _jpeg_uri(_shrunk(donor.pixels[_window(donor, None)])) if method.needs_donor else None,
+        "source": photo.source,
+        "donor_source": donor.source,
+        "columns": columns,
+    }
+
+
+def _window(photo: Photo, mask: Pixels | None, whole: bool = False) -> tuple[slice, slice]:
+    """What is shown of a photo: its face, and what the mask covers beside it; or the whole of it.
+
+    Tight, so that faint traces are not lost in shrinking. A mask of the whole picture asks for no more than the face:
+    its traces are everywhere.
+    """
+    height, width = photo.pixels.shape[:2]
+    if whole:
+        return slice(0, height), slice(0, width)
+    low, high = photo.landmarks.min(0), photo.landmarks.max(0)
+    margin = 0.15 * float((high - low).max())
+    low, high = low - margin, high + margin
+    if mask is not None and not mask.all():
+        ys, xs = np.nonzero(mask > 32)
+        if len(xs):
+            low, high = np.minimum(low, (xs.min(), ys.min())), np.maximum(high, (xs.max() + 1, ys.max() + 1))
+    half, centre = float((high - low).max()) / 2, (low + high) / 2
+    (x0, y0), (x1, y1) = np.maximum(np.rint(centre - half), 0).astype(int), np.rint(centre + half).astype(int)
+    return slice(y0, min(y1, height)), slice(x0, min(x1, width))
+
+
+def _shrunk(pixels: Pixels) -> Pixels:
+    """At most SHOWN pixels long; never enlarged."""
+    return _fit(pixels, SHOWN) if max(pixels.shape[:2]) > SHOWN else pixels
+
+
+def _fit(pixels: Pixels, side: int) -> Pixels:
+    """The longer side is `side` pixels."""
+    height, width = pixels.shape[:2]
+    scale = side / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(pixels, size, interpolation=how), np.uint8)
+
+
+def _outlined(pixels: Pixels, mask: Pixels) -> Pixels:
+    """A copy of a picture with the line along which its mask [H, W], 0..255, is at half of its height."""
+    half = (mask > mask.max() / 2).astype(np.uint8)
+    lines, _ = cv2.findContours(half, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    out = pixels.copy()
+    cv2.drawContours(out, lines, -1, (20, 24, 30), 3)  # dark below bright: seen on any picture
+    cv2.drawContours(out, lines, -1, LINE, 1)
+    return out
+
+
+def _overlay(forgery: Forgery, window: tuple[slice, slice]) -> Pixels:
+    """The forged picture in grey, the mask's weight in orange upon it."""
+    pixels, mask = _fit(forgery.pixels[window], SHOWN), _fit(forgery.mask[window], SHOWN)
+    grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY).astype(np.float32)[..., None]
+    weight = 0.5 * mask.astype(np.float32)[..., None] / 255
+    tinted = 0.85 * grey * (1 - weight) + np.array(ORANGE, np.float32) * weight
+    return _outlined(np.clip(tinted, 0, 255).astype(np.uint8), mask)
+
+
+def _heat(change: NDArray[np.int16]) -> Pixels:
+    """Grey levels of change [H, W] as colours from black to bright yellow, amplified."""
+    amplified = _shrunk(np.clip(change * AMPLIFY, 0, 255).astype(np.uint8))
+    return np.asarray(cv2.applyColorMap(amplified, cv2.COLORMAP_INFERNO)[..., ::-1], np.uint8)
+
+
+def _jpeg_uri(pixels: Pixels, quality: int = 90) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+# --- the contact sheet ----------------------------------------------------------------------------------------------
+
+
+def contact_sheet(run: Path, count: int = 48, tile: int = 160, seed: int = 0) -> Image.Image:
+    """A grid of pictures drawn at random from a forge run, its methods taking turns, with the masks of the forged ones.
+
+    Labels and methods are the manifest's. Raises X2DFDError for a folder without a manifest, and naming the file for a
+    picture or a mask that is missing, unreadable or of another size than its picture.
+    """
+    samples = _drawn(read_manifest(run / "manifest.jsonl"), count, _rng(seed))
+    columns = math.ceil(math.sqrt(4 / 3 * len(samples)))
+    rows = math.ceil(len(samples) / columns)
+    gap, text = max(4, tile // 20), max(10, tile // 12)
+    strip = 3 * text
+    width, height = columns * (tile + gap) + gap, rows * (tile + strip + gap) + gap
+    if width * height > MAX_PIXELS:
+        raise X2DFDError(f"a sheet of {width} x {height} pixels is too large: fewer --count or a smaller --tile")
+    sheet = Image.new("RGB", (width, height), "#1b2027")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(text)
+    for i, sample in enumerate(samples):
+        x, y = gap + i % columns * (tile + gap), gap + i // columns * (tile + strip + gap)
+        picture = Image.fromarray(_tile(sample, tile))
+        sheet.paste(picture, (x + (tile - picture.width) // 2, y + (tile - picture.height) // 2))
+        name = "untouched" if sample.method == "none" else sample.method or "method unknown"
+        facts = [sample.label, *([sample.df_class] if sample.label == "fake" and sample.df_class else [])]
+        if sample.extra.get("strength") and (sample.mask or sample.label == "real"):  # of ready-made fakes unknown
+            facts.append(f"{float(sample.extra['strength']):.2f}")
+        colour = "#ff9d92" if sample.label == "fake" else "#86d8a5"
+        top = y + tile + text // 4
+        draw.text((x, top), _cut(name, font, tile), fill="#e6e9ed", font=font)
+        draw.text((x, top + 1.25 * text), _cut(", ".join(facts), font, tile), fill=colour, font=font)
+    return sheet
+
+
+def _drawn(samples: Sequence[Sample], count: int, rng: Rng) -> list[Sample]:
+    """`count` samples, as many of each method as can be; sorted by label and method. A pair counts as its first."""
+    queues: dict[tuple[str, str], list[Sample]] = defaultdict(list)
+    for i in rng.permutation(len(samples)):
+        queues[samples[i].label, samples[i].method.split("+")[0]].append(samples[i])
+    ordered = [queues[key] for key in sorted(queues)]
+    ordered = [ordered[i] for i in rng.permutation(len(ordered))]  # who comes first when there are fewer tiles
+    turns = [queue[i] for i in range(max(map(len, ordered))) for queue in ordered if i < len(queue)]
+    return sorted(turns[:count], key=lambda s: (s.label, s.method, s.id))
+
+
+def _tile(sample: Sample, side: int) -> Pixels:
+    try:
+        pixels = load_picture(sample.path).pixels
+    except X2DFDError as error:
+        raise X2DFDError(f"{sample.path}: {error}") from error
+    if sample.mask is None:
+        return _fit(pixels, side)
+    mask = cv2.imread(str(sample.mask), cv2.IMREAD_GRAYSCALE) if sample.mask.is_file() else None
+    if mask is None:
+        raise X2DFDError(f"{sample.mask}: no such mask, or not readable")
+    if mask.shape != pixels.shape[:2]:
+        raise X2DFDError(f"{sample.mask}: a mask of another size than its picture")
+    return _outlined(_fit(pixels, side), _fit(np.asarray(mask, np.uint8), side))
+
+
+def _cut(text: str, font: Any, width: int) -> str:
+    """The text, cut at its end so that it is at most `width` pixels wide."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+# --- files and commands ---------------------------------------------------------------------------------------------
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all. Raises X2DFDError where that is not possible."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(data)
+            os.chmod(temporary, 0o644)  # mkstemp makes it private
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise X2DFDError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+_CATALOGUE_EPILOG = """Examples:\n
+  python -m data_gen catalogue --out build/catalogue.html\n
+  python -m data_gen catalogue --data photos.csv --out build/catalogue.html --seed 3
+"""
+_SHEET_EPILOG = """Examples:\n
+  python -m data_gen contact-sheet --run build/forged --out build/sheet.jpg\n
+  python -m data_gen contact-sheet --run build/forged --out build/sheet.png --count 120 --tile 96 --seed 2
+"""
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register `catalogue` and `contact-sheet` on the room's command."""
+
+    @app.command("catalogue", epilog=_CATALOGUE_EPILOG)
+    def _catalogue(
+        out: Annotated[Path, typer.Option(help="HTML file to write")],
+        data: Annotated[Path | None, typer.Option(help="manifest of photos; scikit-image's portrait if none")] = None,
+        seed: Annotated[int, typer.Option(min=0, help="chooses photos and what each method does")] = 0,
+    ) -> None:
+        """Every forge method and harmless change on one page: picture, mask, difference, cues at three strengths."""
+        write(out, catalogue(data, seed).encode("utf-8"))
+        print(out)
+
+    @app.command("contact-sheet", epilog=_SHEET_EPILOG)
+    def _contact_sheet(
+        run: Annotated[Path, typer.Option(help="folder of a finished forge run")],
+        out: Annotated[Path, typer.Option(help="picture to write: .png or .jpg")],
+        count: Annotated[int, typer.Option(min=1, help="tiles")] = 48,
+        tile: Annotated[int, typer.Option(min=32, help="side of a tile in pixels")] = 160,
+        seed: Annotated[int, typer.Option(min=0, help="chooses the pictures")] = 0,
+    ) -> None:
+        """Random pictures of a forge run on one sheet, its methods taking turns, masks outlined."""
+        if out.suffix.lower() not in _FORMATS:
+            raise X2DFDError(f"{out}: a sheet is written as {', '.join(_FORMATS)}")
+        buffer = io.BytesIO()
+        contact_sheet(run, count, tile, seed).save(buffer, _FORMATS[out.suffix.lower()], quality=92)
+        write(out, buffer.getvalue())
+        print(out)
+
+
+_STYLE = """
+:root {
+  color-scheme: light dark;
+  --page: #f6f6f3; --card: #ffffff; --ink: #1c2430; --soft: #566072; --line: #dfe1e4; --quiet: #eef0f2;
+  --fake: #a8281e; --fake-bg: #fbeceb; --real: #1c6b40; --real-bg: #e9f5ee; --focus: #4a6c97;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #13161b; --card: #1b2027; --ink: #e6e9ed; --soft: #a3adba; --line: #323a45; --quiet: #272e37;
+    --fake: #ff9d92; --fake-bg: #3a1f1e; --real: #86d8a5; --real-bg: #18301f; --focus: #86a9d6;
+  }
+}
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body {
+  margin: 0; background: var(--page); color: var(--ink); overflow-wrap: anywhere;
+  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+}
+main, body > header { max-width: 72rem; margin: 0 auto; padding: 0 1.25rem; }
+body > header { padding-top: 2.25rem; } main { padding-bottom: 3rem; }
+h1 { font-size: 1.35rem; font-weight: 650; margin: 0; }
+h2 { font-size: 1.15rem; font-weight: 650; margin: 2.5rem 0 .25rem; }
+h3 { font-size: 1.05rem; font-weight: 650; margin: 0; }
+p { margin: .4rem 0; max-width: 46rem; }
+a { color: inherit; text-underline-offset: .15em; }
+.soft { color: var(--soft); } .small { font-size: .875rem; }
+nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem .9rem; margin: .5rem 0; padding: 0; }
+nav ul { font-size: .9rem; }
+.card {
+  background: var(--card); border: 1px solid var(--line); border-radius: .75rem; padding: 1.1rem 1.25rem 1.25rem;
+  margin-top: 1.25rem; scroll-margin-top: 1rem;
+}
+.card header { display: flex; flex-wrap: wrap; align-items: center; gap: .3rem .75rem; }
+.class { font-size: .8rem; font-weight: 600; border-radius: 1rem; padding: .1rem .65rem; }
+.class.fake { color: var(--fake); background: var(--fake-bg); }
+.class.real { color: var(--real); background: var(--real-bg); }
+.grid { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: .6rem .75rem; margin-top: .8rem; }
+.head { font-size: .84rem; font-weight: 600; color: var(--soft); align-self: end; }
+.head b { color: var(--ink); }
+figure { margin: 0; }
+.picture { display: block; border-radius: .4rem; overflow: hidden; background: var(--quiet); line-height: 0; }
+.picture img { display: block; width: 100%; height: auto; }
+.flip { background: var(--original) 0 0 / 100% 100%; cursor: pointer; }
+.flip:hover img, .flip:focus img { opacity: 0; }
+.flip:focus-visible, a:focus-visible { outline: 2px solid var(--focus); outline-offset: 2px; }
+figcaption, .label { font-size: .84rem; color: var(--soft); }
+figcaption { margin-top: .3rem; }
+.label strong { display: block; color: var(--ink); font-weight: 600; }
+.label figure { margin-top: .6rem; max-width: 60%; }
+.cues { list-style: none; margin: 0; padding: 0; font-size: .875rem; }
+.cues b { font-weight: 600; } .number { color: var(--soft); font-variant-numeric: tabular-nums; white-space: nowrap; }
+@media (max-width: 44rem) {
+  main, body > header { padding-left: .75rem; padding-right: .75rem; }
+  .card { padding: .9rem .8rem 1rem; }
+  .grid { grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .4rem; }
+  .grid > .label, .grid > .head.first { grid-column: 1 / -1; }
+  .head.first { display: none; } .head { order: -1; }
+  .label.original { order: -2; } .label.original .picture { max-width: 14rem; }
+  .label { margin-top: .5rem; } .label strong { display: inline; } .label figure { max-width: 33%; }
+  .cues, figcaption { font-size: .8rem; }
+}
+@media print {
+  :root { color-scheme: light; --page: #ffffff; --card: #ffffff; --ink: #000000; --soft: #444444; --line: #bbbbbb; }
+  body { font-size: 10pt; } .card { break-inside: avoid; }
+}
+"""
+
+_PAGE = """\
+{% macro link(cards) %}
+<ul>{% for c in cards %}<li><a href="#{{ c.name }}">{{ c.name }}</a></li>{% endfor %}</ul>
+{% endmacro %}
+{% macro card(c) %}
+<article class="card" id="{{ c.name }}" aria-labelledby="name-{{ c.name }}" style="--original: url({{ c.original }})">
+<header><h3 id="name-{{ c.name }}">{{ c.name }}</h3>
+<span class="class {{ "real" if c.df_class == "real" else "fake" }}">\
+{{ c.class_words }}{% if c.df_class != "real" %} ({{ c.df_class }}){% endif %}</span></header>
+<p>{{ c.imitates }}</p>
+<div class="grid">
+<div class="head first">Original</div>
+{% for s in c.columns %}<div class="head"><b>{{ s.word }}</b> {{ s.strength }}</div>
+{% endfor %}
+<figure class="label original">\
+<span class="picture"><img src="{{ c.original }}" alt="{{ c.name }}: the original"></span>
+<figcaption>Photo: <bdi>{{ c.source }}</bdi></figcaption></figure>
+{% for s in c.columns %}
+<figure><span class="picture flip" tabindex="0">\
+<img src="{{ s.picture }}" alt="{{ c.name }}, {{ s.word }}: the changed picture"></span></figure>
+{% endfor %}
+{% if c.columns[0].mask %}
+<div class="label"><strong>Mask</strong> line at half of its weight
+{% if c.donor %}
+<figure><span class="picture"><img src="{{ c.donor }}" alt="{{ c.name }}: the donor"></span>
+<figcaption>Donor: <bdi>{{ c.donor_source }}</bdi></figcaption></figure>
+{% endif %}
+</div>
+{% for s in c.columns %}
+<figure><span class="picture"><img src="{{ s.mask }}"\
+ alt="{{ c.name }}, {{ s.word }}: the mask, {{ s.masked }} % of the picture"></span></figure>
+{% endfor %}
+{% endif %}
+<div class="label"><strong>Difference</strong> to the original, {{ amplify }} times</div>
+{% for s in c.columns %}
+<figure><span class="picture"><img src="{{ s.difference }}"\
+ alt="{{ c.name }}, {{ s.word }}: the difference to the original"></span>
+<figcaption>{{ s.change }} levels{% if s.mask %} under the mask{% endif %}, mean</figcaption></figure>
+{% endfor %}
+{% if c.columns[0].cues %}
+<div class="label"><strong>Cues</strong> area: artifact, score</div>
+{% for s in c.columns %}
+<ul class="cues" aria-label="Cues, {{ s.word }}">
+{% for area, artifact, score in s.cues %}
+<li><b>{{ area }}</b>: {{ artifact }} <span class="number">{{ "%.2f"|format(score) }}</span></li>
+{% endfor %}
+</ul>
+{% endfor %}
+{% endif %}
+</div>
+</article>
+{% endmacro %}
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"\
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>x2dfd: catalogue of the forge</title>
+<style>/*STYLE*/</style>
+</head>
+<body>
+<header>
+<h1>Catalogue of the forge</h1>
+<p>What <code>python -m data_gen forge</code> does to a photo: {{ forgeries|length }} forgeries whose masks and cues \
+are known, and {{ harmless|length }} harmless changes that stay labelled real. Each is shown at three strengths, \
+from the same state of the random generator. Point at a changed picture, or tap it, to see the original in its \
+place.</p>
+<nav aria-label="Methods">{{ link(forgeries) }}{{ link(harmless) }}</nav>
+</header>
+<main>
+<h2>Forgeries</h2>
+<p class="soft">Shown around the face. The mask says where new content stands; the difference is black where nothing \
+changed and brightest from {{ full }} of 255 grey levels on. A cue is what a careful eye could point at: an area, what \
+is wrong there, and how clearly it shows, from 0 to 1.</p>
+{% for c in forgeries %}{{ card(c) }}{% endfor %}
+<h2>Harmless changes</h2>
+<p class="soft">As phones, apps and platforms change photos. They stay labelled real, so that \"processed\" is not \
+learned as \"fake\"; they have neither mask nor cues.</p>
+{% for c in harmless %}{{ card(c) }}{% endfor %}
+</main>
+</body>
+</html>
+"""
