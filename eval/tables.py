@@ -75,8 +75,8 @@ def detect(results: dict[str, Result], *, all_methods: bool = False) -> str:
     return "\n\n".join(blocks) or "No results yet."
 
 
-def describe(results: dict[str, Result]) -> str:
-    """Cues and areas named in rationales against the truth, beside the majority baseline."""
+def describe(results: dict[str, Result], *, all_methods: bool = False) -> str:
+    """Cues and areas named in rationales against the truth, beside the majority baseline; by method if asked."""
     blocks = []
     for name, result in results.items():
         if result["task"]["name"] != "describe":
@@ -89,28 +89,30 @@ def describe(results: dict[str, Result]) -> str:
             wrong = "–" if against is None else f"{100 * against:.1f} %"
             f1 = [_number(s[what]["micro_f1"]) for what in ("areas", "cues")]
             lines.append([scorer, *f1, share, wrong, str(s["n_fake"])])
-            unseen = {m: t for m, t in s.get("by_method", {}).items() if m in held_out}
-            for method, part in unseen.items():
+            for method, part in s.get("by_method", {}).items() if all_methods else ():
                 cells = [_number(part[what]) for what in ("areas", "cues")]
-                lines.append([f"{scorer}, {method}†", *cells, "–", "–", str(part["n"])])
+                mark = "†" if method in held_out else ""
+                lines.append([f"{scorer}, {method}{mark}", *cells, "–", "–", str(part["n"])])
         data = result["data"]
         caption = (
             f"`{name}`: manifest `{data['sha256'][:12]}`, split {data['split'] or 'all'}; forgeries with known cues."
-            + (" † left out of the MLLM's training." if held_out else "")
+            + (" † left out of the MLLM's training." if held_out and all_methods else "")
         )
         blocks.append(caption + "\n\n" + _table(lines))
     return "\n\n".join(blocks) or "No results yet."
 
 
-def speed(results: dict[str, Result]) -> str:
-    """Seconds of a warm call on one face."""
+def speed(results: dict[str, Result], *, all_cases: bool = False) -> str:
+    """Seconds of a warm call on one face: the verdict, without and with its rationale, or all that was timed."""
     blocks = []
     for name, result in results.items():
         if result["task"]["name"] != "speed":
             continue
         lines = [["warm, one face", "median s", "10–90 %"], ["---"] * 3]
         lines += [
-            [case, f"{t['median']:.2f}", f"{t['p10']:.2f}–{t['p90']:.2f}"] for case, t in result["seconds"].items()
+            [case, f"{t['median']:.2f}", f"{t['p10']:.2f}–{t['p90']:.2f}"]
+            for case, t in result["seconds"].items()
+            if all_cases or case.startswith("verdict")
         ]
         machine = result["machine"]
         caption = f"`{name}`: {result['threads']} threads of {machine['cpu']}, {result['rounds']} rounds, fp32."
@@ -136,7 +138,9 @@ TABLES: dict[str, Callable[[dict[str, Result]], str]] = {
     "detect": detect,
     "detect-all": partial(detect, all_methods=True),
     "describe": describe,
+    "describe-all": partial(describe, all_methods=True),
     "speed": speed,
+    "speed-all": partial(speed, all_cases=True),
 }
 
 
