@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,4 +104,6 @@ def attach(model: Any, folder: Path) -> Any:
     """
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about a property that PEFT reads
+        return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
