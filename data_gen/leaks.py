@@ -22,6 +22,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -290,7 +291,7 @@ def _look_at(samples: Sequence[Sample], workers: int) -> list[Look]:
 
     if workers <= 1:
         return bar(map(look, paths))
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:  # a forked copy of running threads hangs
         return bar(pool.map(look, paths, chunksize=32))
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -284,7 +285,8 @@ def _made(config: ForgeConfig, out: Path, todo: Sequence[int], workers: int) -> 
         _start(config, out)
         yield from map(_work, todo)
         return
-    with ProcessPoolExecutor(workers, initializer=_start, initargs=(config, out)) as pool:
+    # Spawned, not forked: the copy of a process whose models run threads hangs.
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start, initargs=(config, out)) as pool:
         yield from pool.map(_work, todo, chunksize=8)
 
 

@@ -291,13 +291,13 @@ def test_top_k_as_in_the_paper(tmp_path: Path) -> None:
 def test_weak_cues_that_nobody_covers_are_named(tmp_path: Path) -> None:
     """Bug prevented: a blind spot of model and experts together goes unnoticed."""
     samples, data = make()
-    eyes = CueQuestion("Are the eyes asymmetric? Answer Yes or No.", "eyes", "asymmetry", "bank")
+    eyes = CueQuestion("Are the eyes noisy? Answer Yes or No.", "eyes", "noise", "bank")
     nose = CueQuestion("Is there a seam at the nose? Answer Yes or No.", "nose", "blending", "bank")
     result = assess(Fake(samples, knows_the_seam), data, [SEAM, eyes, nose], tmp_path)
-    assert result.uncovered == (("eyes", "asymmetry"),)
+    assert result.uncovered == (("eyes", "noise"),)
     assert next(f for f in result.cues if f.area == "nose").experts == ("blending",)
-    assert "eyes · asymmetry" in table(result).split("covered by no expert:")[1].splitlines()[0]
-    assert uncovered([("jaw", "blending"), ("teeth", "expression")]) == [("teeth", "expression")]
+    assert "eyes · noise" in table(result).split("covered by no expert:")[1].splitlines()[0]
+    assert uncovered([("jaw", "blending"), ("teeth", "compression")]) == [("teeth", "compression")]
 
 
 def test_cover_table_speaks_of_real_experts_and_cues() -> None:

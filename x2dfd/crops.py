@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,15 @@ def load_crops(manifest: Path, workers: int = 1) -> CropSet:
     )
 
 
+def _cropped(paths: Sequence[str], workers: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.float32]] | str]:
+    if workers <= 1:
+        yield from map(_crop, paths)
+        return
+    # Spawned, not forked: the copy of a process whose models run threads hangs.
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        yield from pool.map(_crop, paths, chunksize=16)
+
+
 def _state(samples: Sequence[Sample]) -> str:
     """Changes when a file is replaced under its old name."""
     digest = hashlib.sha256()
@@ -88,16 +98,14 @@ def _compute(samples: list[Sample], folder: Path, key: dict[str, str], workers: 
     landmarks = np.zeros((len(samples), 468, 2), np.float32)
     unusable: dict[str, str] = {}
     n = 0
-    with ProcessPoolExecutor(max(1, workers)) as pool:
-        results = pool.map(_crop, [str(s.path) for s in samples], chunksize=16)
-        for sample, result in zip(
-            samples, track(results, "cropping", total=len(samples), disable=not sys.stderr.isatty()), strict=True
-        ):
-            if isinstance(result, str):
-                unusable[sample.id] = result
-            else:
-                crops[n], landmarks[n] = result
-                n += 1
+    results = _cropped([str(s.path) for s in samples], workers)
+    shown = track(results, "cropping", total=len(samples), disable=not sys.stderr.isatty())
+    for sample, result in zip(samples, shown, strict=True):
+        if isinstance(result, str):
+            unusable[sample.id] = result
+        else:
+            crops[n], landmarks[n] = result
+            n += 1
     crops.flush()
     if n < len(samples):  # the few unusable ones leave a tail: copy without it
         whole = np.lib.format.open_memmap(folder / "whole.part.npy", "w+", np.uint8, (n, *shape[1:]))

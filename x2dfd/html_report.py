@@ -286,7 +286,9 @@ def _jpeg_uri(pixels: NDArray[np.uint8]) -> str:
 
 def _provenance(provenance: Mapping[str, Any]) -> tuple[str, str]:
     state = str(provenance.get("state", "not_checked"))
-    return state.replace("valid_", "valid, ").replace("_", " "), PROVENANCE.get(state, "The file was not checked for Content Credentials (C2PA).")
+    return state.replace("valid_", "valid, ").replace("_", " "), PROVENANCE.get(
+        state, "The file was not checked for Content Credentials (C2PA)."
+    )
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
