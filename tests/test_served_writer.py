@@ -492,7 +492,9 @@ def test_keys_are_written_nowhere(
     """Bug prevented: a data set is published, and a key with it: from the environment, an address, a server's echo."""
     made(manifest, tmp_path / "out", endpoint.writer())
     assert endpoint.keys == {f"Bearer {KEY}"}
-    config = endpoint.writer(url="https://user:of-the-address@models.example:8443/v1?key=of-the-address")
+    secret = "of-the-address"
+    account = f"user:{secret}"
+    config = endpoint.writer(url=f"https://{account}@models.example:8443/v1?key={secret}")
     assert config.host == "models.example"
     endpoint.reply = lambda _: 401
     with pytest.raises(X2DFDError) as refused:

@@ -116,7 +116,8 @@ def test_a_forgery_without_local_cues_claims_none() -> None:
     rng = np.random.default_rng(10)
     for df_class in FORGED:
         texts = {write_explanation("fake", (), df_class, rng) for _ in range(60)}
-        assert all(read_cues(t) == () and said_label(t) == "fake" for t in texts)
+        assert all(read_cues(t) == () and said_label(f"This image is fake. {t}") == "fake" for t in texts)
+        assert not any(said_label(t) == "real" for t in texts)
         assert len(texts) > 10
 
 
