@@ -10,8 +10,6 @@ from __future__ import annotations
 import base64
 import io
 import math
-import os
-import tempfile
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -30,6 +28,7 @@ from data_gen.run_forge import ForgeConfig, _photo
 from x2dfd.degrade import tone
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.faces import find_faces
+from x2dfd.files import write_bytes
 from x2dfd.manifest import Sample, read_manifest
 from x2dfd.media import MAX_PIXELS, load_picture
 
@@ -327,15 +326,7 @@ def write(path: Path, data: bytes) -> None:
     """Write a file whole or not at all. Raises X2DFDError where that is not possible."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(data)
-            os.chmod(temporary, 0o644)  # mkstemp makes it private
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_bytes(path, data)
     except OSError as error:
         raise X2DFDError(f"cannot write {path}: {error.strerror or error}") from error
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from x2dfd.experts import cards
+from x2dfd.files import write_bytes
 from x2dfd.types import Card, FaceReport, Failure, Report, Verdict
 
 if TYPE_CHECKING:
@@ -74,17 +74,7 @@ def render(reports: Sequence[Report | Failure], pictures: Sequence[Pictures]) ->
 
 def write(path: str | os.PathLike[str], reports: Sequence[Report | Failure], pictures: Sequence[Pictures]) -> None:
     """Writes `render(reports, pictures)` to `path`, whole or not at all. Raises OSError where that is not possible."""
-    target = Path(path)
-    data = render(reports, pictures).encode("utf-8")
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_bytes(Path(path), render(reports, pictures).encode("utf-8"))
 
 
 def _failure(failure: Failure) -> dict[str, Any]:
