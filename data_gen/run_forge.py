@@ -175,7 +175,10 @@ def _item(source: _Source, out: Path, index: int) -> dict[str, Any]:
         kind = (kind - config.ready_made) / (1 - config.ready_made)
         if kind < config.forged:
             method = METHODS[str(rng.choice(config.methods))]
-            donor = _donor(source, split, sample, rng)
+            donor = None
+            if method.needs_donor:
+                other, donor = _donor(source, split, sample, photo, rng)
+                row |= {"donor": other.group}
             made = forge(photo, method, rng, donor)
             if rng.random() < config.combine:
                 second = METHODS[str(rng.choice([m for m in config.methods if not METHODS[m].needs_donor]))]
@@ -204,13 +207,34 @@ def _item(source: _Source, out: Path, index: int) -> dict[str, Any]:
     return row
 
 
-def _donor(source: _Source, split: str, target: Sample, rng: np.random.Generator) -> Photo:
-    """Another person's photo of the same split; one of another source is taken half of the times it is drawn."""
+_DONORS = 4  # candidates that are compared by pose
+_POSE_FITS = 0.06  # near enough to stop looking
+
+
+def _donor(source: _Source, split: str, target: Sample, face: Photo, rng: np.random.Generator) -> tuple[Sample, Photo]:
+    """Another person's photo of the same split, the one of a few whose head is turned most alike.
+
+    One of another source is taken half of the times it is drawn.
+    """
+    found: list[tuple[float, Sample, Photo]] = []
     for _ in range(_TRIES):
         sample, photo = _draw_photo(source, "real", split, rng)
         if sample.group != target.group and (sample.source == target.source or rng.random() < 0.5):
-            return photo
-    return photo  # a set of one person: the last photo drawn is the donor
+            found.append((float(np.abs(_pose(photo) - _pose(face)).max()), sample, photo))
+            if found[-1][0] < _POSE_FITS or len(found) == _DONORS:
+                break
+    if not found:
+        return sample, photo  # a set of one person: the last photo drawn is the donor
+    _, sample, photo = min(found, key=lambda f: f[0])
+    return sample, photo
+
+
+def _pose(photo: Photo) -> np.ndarray[Any, Any]:
+    """How far the head is turned and tipped: where the nose lies between the ends of the mesh, both about 0.5."""
+    p = photo.landmarks
+    across, down = p[454] - p[234], p[152] - p[10]
+    turn = (p[1] - p[234]) @ across / max(float(across @ across), 1e-6)
+    return np.array([turn, (p[1] - p[10]) @ down / max(float(down @ down), 1e-6)])
 
 
 _worker: tuple[_Source, Path] | None = None

@@ -19,10 +19,13 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from x2dfd.errors import InputError, X2DFDError
-from x2dfd.faces import CROP_SIZE, PREPROCESSING, find_faces
+from x2dfd.faces import CROP_SIZE, PREPROCESSING, align, find_faces
 from x2dfd.files import write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest
 from x2dfd.media import load_picture
+
+MASK_SIZE = 56
+"""Side of a mask on the crop's grid: a quarter of the crop's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +36,7 @@ class CropSet:
     crops: NDArray[np.uint8]  # [n, CROP_SIZE, CROP_SIZE, 3], memory-mapped
     landmarks: NDArray[np.float32]  # [n, 468, 2] in crop pixels
     unusable: dict[str, str]  # sample id -> reason
+    masks: NDArray[np.uint8] | None = None  # [n, MASK_SIZE, MASK_SIZE], 0..255 where the forgery is; 0 without a mask
 
     def where(self, **equal: str) -> NDArray[np.intp]:
         """Indices of the samples whose fields have the given values."""
@@ -40,13 +44,31 @@ class CropSet:
         return np.array(found, int)
 
 
-def _crop(path: str) -> tuple[NDArray[np.uint8], NDArray[np.float32]] | str:
+Cropped = tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8] | None]
+"""Crop, its landmarks, and its mask where the sample has one."""
+
+
+def _crop(paths: tuple[str, str | None]) -> Cropped | str:
     cv2.setNumThreads(1)
+    path, mask = paths
     try:
-        faces = find_faces(load_picture(path).pixels)
+        pixels = load_picture(path).pixels
+        faces = find_faces(pixels)
+        if not faces:
+            return "no_face"
+        return faces[0].crop, faces[0].crop_landmarks, _aligned(mask, pixels, faces[0].landmarks) if mask else None
     except InputError as error:
         return error.code
-    return (faces[0].crop, faces[0].crop_landmarks) if faces else "no_face"
+
+
+def _aligned(path: str, pixels: NDArray[np.uint8], landmarks: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The mask file on the grid of the face's crop."""
+    mask = load_picture(path).pixels[..., 0]
+    if mask.shape != pixels.shape[:2]:
+        raise InputError("mask_size", f"{path} is not of the size of its picture")
+    _, matrix = align(pixels, landmarks)
+    crop = cv2.warpAffine(mask, matrix, (CROP_SIZE, CROP_SIZE))
+    return np.asarray(cv2.resize(crop, (MASK_SIZE, MASK_SIZE), interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def load_crops(manifest: Path, workers: int = 1) -> CropSet:
@@ -57,6 +79,7 @@ def load_crops(manifest: Path, workers: int = 1) -> CropSet:
     samples = read_manifest(manifest)
     folder = manifest.parent / f".crops-{manifest.stem}"
     key = {"manifest": manifest_sha256(manifest), "files": _state(samples), "preprocessing": PREPROCESSING}
+    key["masks"] = str(MASK_SIZE)
     index = folder / "index.json"
     if not index.is_file() or json.loads(index.read_text())["key"] != key:
         _compute(samples, folder, key, workers)
@@ -69,10 +92,11 @@ def load_crops(manifest: Path, workers: int = 1) -> CropSet:
         crops=np.load(folder / "crops.npy", mmap_mode="r"),
         landmarks=np.load(folder / "landmarks.npy"),
         unusable=state["unusable"],
+        masks=np.load(folder / "masks.npy", mmap_mode="r"),
     )
 
 
-def _cropped(paths: Sequence[str], workers: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.float32]] | str]:
+def _cropped(paths: Sequence[tuple[str, str | None]], workers: int) -> Iterator[Cropped | str]:
     if workers <= 1:
         yield from map(_crop, paths)
         return
@@ -96,15 +120,18 @@ def _compute(samples: list[Sample], folder: Path, key: dict[str, str], workers: 
     shape = (len(samples), CROP_SIZE, CROP_SIZE, 3)
     crops = np.lib.format.open_memmap(folder / "crops.part.npy", "w+", np.uint8, shape)
     landmarks = np.zeros((len(samples), 468, 2), np.float32)
+    masks = np.zeros((len(samples), MASK_SIZE, MASK_SIZE), np.uint8)
     unusable: dict[str, str] = {}
     n = 0
-    results = _cropped([str(s.path) for s in samples], workers)
+    results = _cropped([(str(s.path), str(s.mask) if s.mask else None) for s in samples], workers)
     shown = track(results, "cropping", total=len(samples), disable=not sys.stderr.isatty())
     for sample, result in zip(samples, shown, strict=True):
         if isinstance(result, str):
             unusable[sample.id] = result
         else:
-            crops[n], landmarks[n] = result
+            crops[n], landmarks[n], mask = result
+            if mask is not None:
+                masks[n] = mask
             n += 1
     crops.flush()
     if n < len(samples):  # the few unusable ones leave a tail: copy without it
@@ -115,4 +142,5 @@ def _compute(samples: list[Sample], folder: Path, key: dict[str, str], workers: 
         os.replace(folder / "whole.part.npy", folder / "crops.part.npy")
     os.replace(folder / "crops.part.npy", folder / "crops.npy")
     np.save(folder / "landmarks.npy", landmarks[:n])
+    np.save(folder / "masks.npy", masks[:n])
     write_text(folder / "index.json", json.dumps({"key": key, "unusable": unusable}, indent=1))

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from x2dfd.types import Evidence
+from x2dfd.types import Cue, Evidence
 
 QUESTION = "Is this image real or fake?"
 STEM = "This image is"
@@ -38,9 +38,22 @@ def score_tail(evidence: Sequence[Evidence]) -> str:
     return f" And {', '.join(parts[:-1])}, and {parts[-1]}."
 
 
+def pointing(evidence: Sequence[Evidence]) -> str:
+    """What localising experts point at, as it stands behind the scores; "" where none points. Ours, not X2-DFD's.
+
+    >>> pointing([Evidence("consistency", 0.9, cues=(Cue("jaw", "blending"), Cue("skin", "colour")))])
+    ' The consistency expert points at jaw blending and skin colour.'
+    """
+    return "".join(
+        f" The {e.expert.lower()} expert points at {_listed([f'{c.area} {c.artifact}' for c in e.cues])}."
+        for e in evidence
+        if e.cues
+    )
+
+
 def verdict_question(evidence: Sequence[Evidence]) -> str:
-    """The question that decides: real or fake, with the experts' scores written in (WFS)."""
-    return QUESTION + score_tail(evidence)
+    """The question that decides: real or fake, with what the experts say written in (WFS)."""
+    return QUESTION + score_tail(evidence) + pointing(evidence)
 
 
 def expert_sentence(label: str, evidence: Sequence[Evidence]) -> str:
@@ -108,6 +121,7 @@ def prompt_hash(processor: Any) -> str:
         render(processor, verdict_question(some), STEM),
         render(processor, verdict_question([])),
         render(processor, verdict_question([*some, Evidence("x", 1.0)])),
+        pointing([Evidence("x", 1.0, cues=(Cue("jaw", "blur"), Cue("eyes", "noise"), Cue("skin", "colour")))]),
         render(processor, f"Do you see it? {CUE_ENDING}"),
         render(processor, CLASS_QUESTION),
         verdict_answer("fake", "Text.", [Evidence("a", 0.9), Evidence("b", 0.8)]),

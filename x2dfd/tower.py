@@ -54,11 +54,15 @@ def load_tower(layers: int) -> Any:
     return model.eval()
 
 
-def tower_states(crops: Tensor, layers: int) -> tuple[Tensor, ...]:
-    """Hidden states of uint8 crops [n, 224, 224, 3]: embeddings and each layer's output, [n, 197, 768]."""
-    with torch.inference_mode():
+def tower_states(crops: Tensor, layers: int, bf16: bool = False) -> tuple[Tensor, ...]:
+    """Hidden states of uint8 crops [n, 224, 224, 3]: embeddings and each layer's output, [n, 197, 768].
+
+    `bf16`: matrix products in 16 bits, for the features of a training; more than twice as fast where the processor has
+    units for it. States of the last layer then differ by about 3 %.
+    """
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         states: tuple[Tensor, ...] = load_tower(layers)(clip_pixels(crops), output_hidden_states=True).hidden_states
-    return states
+    return tuple(s.float() for s in states)
 
 
 def patch_statistics(states: Sequence[Tensor]) -> Tensor:
@@ -101,8 +105,9 @@ def cached_features(
 ) -> TowerFeatures:
     """Features of the given samples, each on its own `training_view`, computed once.
 
-    A cut-off run goes on where it stopped.
+    A cut-off run goes on where it stopped. In bf16 where the processor multiplies it quickly.
     """
+    bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     folder.mkdir(parents=True, exist_ok=True)
     n = len(rows)
     digest = hashlib.sha256()
@@ -120,7 +125,7 @@ def cached_features(
     for start in track(range(done, n, batch), "tower features", disable=not sys.stderr.isatty()):
         stop = min(start + batch, n)
         views = np.stack([training_view(data.crops[i], seed, int(i))[0] for i in rows[start:stop]])
-        states = tower_states(torch.from_numpy(views), layers)
+        states = tower_states(torch.from_numpy(views), layers, bf16)
         statistics[start:stop] = patch_statistics(states).half().numpy()
         for place, layer in enumerate(keep):
             patches[start:stop, place] = states[layer][:, 1:].half().numpy()

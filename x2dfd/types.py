@@ -51,6 +51,13 @@ class Evidence:
     expert: str  # the expert's registered name
     score: float | None  # P(fake) in [0, 1]; None when the expert could not judge
     note: str | None = None  # why there is no score, or a remark for the reader
+    cues: tuple[Cue, ...] = ()  # what it points at, most likely first, with the probability; most experts cannot
+    map: tuple[tuple[float, ...], ...] = ()  # rows of a square grid over the aligned crop: P(changed) there; or empty
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        rows = tuple(tuple(row) for row in data.get("map", ()))
+        return cls(**{**data, "cues": tuple(Cue(**c) for c in data.get("cues", ())), "map": rows})
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,7 @@ class FaceReport:
                 "box": tuple(data["box"]),
                 "verdict": Verdict(**data["verdict"]),
                 "cues": tuple(Cue(**c) for c in data["cues"]),
-                "evidence": tuple(Evidence(**e) for e in data["evidence"]),
+                "evidence": tuple(Evidence.from_dict(e) for e in data["evidence"]),
                 "contradictions": tuple(data["contradictions"]),
             }
         )
@@ -163,7 +170,7 @@ class Report:
                 "verdict": Verdict(**data["verdict"]),
                 "faces": tuple(FaceReport.from_dict(f) for f in data["faces"]),
                 "cues": tuple(Cue(**c) for c in data["cues"]),
-                "evidence": tuple(Evidence(**e) for e in data["evidence"]),
+                "evidence": tuple(Evidence.from_dict(e) for e in data["evidence"]),
                 "warnings": tuple(data["warnings"]),
             }
         )

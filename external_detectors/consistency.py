@@ -1,0 +1,63 @@
+"""Expert `consistency`: compares each area of the face with the rest of it, and points at what does not fit.
+
+Blind spot: a face that a generator made as a whole is consistent with itself; strong compression levels differences.
+The network and its training on forgeries with known cues are ours; it starts from the expert `blending`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from external_detectors.weights_io import WEIGHTS, load_weights, to_unit
+from x2dfd.experts import Shared, read_card
+from x2dfd.types import ARTIFACTS, Card, Cue, Evidence, Face
+
+POINTS_FROM = 0.5
+"""P(fake) from which it points at anything: of a face that it finds in order, its likeliest cues mean nothing."""
+
+
+class Consistency:
+    """P(fake) of each face's aligned crop, the likeliest cues, and a map of where it was changed."""
+
+    card: ClassVar[Card] = read_card(WEIGHTS / "consistency.card.json")
+
+    def __init__(self, folder: Path = WEIGHTS) -> None:
+        import torch
+
+        from external_detectors.consistency_net import ConsistencyNet
+
+        self.card = read_card(folder / "consistency.card.json")  # type: ignore[misc]
+        self._net = ConsistencyNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._net.load_state_dict(load_weights(self.card, folder))
+        self._net.eval()
+        self._threshold = float(self.card.figures["cue_threshold"])
+
+    def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
+        import numpy as np
+        import torch
+        from torch.nn import functional as F
+
+        from external_detectors.consistency_net import MAX_CUES, POOLED, area_grid
+
+        if not faces:
+            return []
+        crops = torch.from_numpy(np.stack([f.crop for f in faces]))
+        areas = torch.from_numpy(np.stack([area_grid(f.crop_landmarks) for f in faces])).float() / 255
+        with torch.inference_mode():
+            fake, cues, where = self._net(to_unit(crops), areas)
+            scores, chances = fake.sigmoid().tolist(), cues.sigmoid().flatten(1)
+            maps = F.avg_pool2d(where.sigmoid()[:, None], 2)[:, 0].tolist()  # [n, 14, 14]
+        out = []
+        for score, chance, rows in zip(scores, chances, maps, strict=True):
+            best = chance.topk(MAX_CUES)
+            pairs = [(divmod(k, len(ARTIFACTS)), p) for p, k in zip(*(t.tolist() for t in best), strict=True)]
+            found = [
+                Cue(POOLED[area], ARTIFACTS[artifact], round(p, 3))
+                for place, ((area, artifact), p) in enumerate(pairs)
+                if score >= POINTS_FROM and (p >= self._threshold or place == 0)
+            ]
+            grid = tuple(tuple(round(v, 3) for v in row) for row in rows)
+            out.append(Evidence(self.card.name, float(score), cues=tuple(found), map=grid))
+        return out
