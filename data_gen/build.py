@@ -176,6 +176,7 @@ def _records(
         "split": sample.split,
         "method": sample.method,
         "scores": {e.expert: e.score for e in shown},
+        "pointed": {e.expert: [asdict(c) for c in e.cues] for e in shown if e.cues},
     }
     if config.writer and served:
         common["writer"] = config.writer.name if served.text else "grammar"
@@ -211,7 +212,7 @@ def _cue_questions(sample: Sample, count: int, rng: np.random.Generator) -> list
 
 
 def corrupted(evidence: Sequence[Evidence], rate: float, rng: np.random.Generator) -> list[Evidence]:
-    """Each score, with probability `rate`, is missing or drawn at random."""
+    """Each score, with probability `rate`, is missing or drawn at random; what the expert points at goes with it."""
     out = []
     for e in evidence:
         if rng.random() < rate:
@@ -224,7 +225,10 @@ def _write_parquet(path: Path, records: Sequence[dict[str, Any]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    flat = [{**r, "cues": json.dumps(r["cues"]), "scores": json.dumps(r["scores"])} for r in records]
+    flat = [
+        {**r, "cues": json.dumps(r["cues"]), "scores": json.dumps(r["scores"]), "pointed": json.dumps(r["pointed"])}
+        for r in records
+    ]
     temporary = path.with_suffix(".tmp")
     pq.write_table(pa.Table.from_pylist(flat), temporary)
     temporary.replace(path)

@@ -59,5 +59,6 @@ class Consistency:
                 if score >= POINTS_FROM and (p >= self._threshold or place == 0)
             ]
             grid = tuple(tuple(round(v, 3) for v in row) for row in rows)
-            out.append(Evidence(self.card.name, float(score), cues=tuple(found), map=grid))
+            note = "points at " + ", ".join(f"{c.area} {c.artifact}" for c in found) if found else None
+            out.append(Evidence(self.card.name, float(score), note, tuple(found), grid))
         return out

@@ -17,6 +17,7 @@ import typer
 from numpy.typing import NDArray
 from rich.progress import track
 
+from x2dfd.adapter import read_adapter_card
 from x2dfd.calibration import MLLM, Calibration, choose_band, fit_weights, logit
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import Detector, load
@@ -40,7 +41,8 @@ def calibrate(
     Raises X2DFDError when the split lacks a label.
     """
     crops = load_crops(data)
-    rows = _chosen(crops, split, limit)
+    # What was kept out of training for figures on unseen methods is kept out here too.
+    rows = _chosen(crops, split, limit, read_adapter_card(adapter).held_out)
     samples = [crops.samples[i] for i in rows]
     labels = np.array([float(s.label == "fake") for s in samples])
     if not 0 < labels.sum() < len(labels):
@@ -114,8 +116,8 @@ def balance(samples: Sequence[Sample]) -> NDArray[np.float64]:
     return weights
 
 
-def _chosen(crops: CropSet, split: str, limit: int | None) -> list[int]:
-    rows = [int(i) for i in crops.where(split=split)]
+def _chosen(crops: CropSet, split: str, limit: int | None, held_out: Sequence[str]) -> list[int]:
+    rows = [int(i) for i in crops.where(split=split) if not set(crops.samples[i].method.split("+")) & set(held_out)]
     if limit is not None and len(rows) > limit:
         rows = sorted(int(i) for i in np.random.default_rng(0).choice(rows, limit, replace=False))
     return rows

@@ -29,7 +29,7 @@ class FinetuneConfig:
     blind_spot: str = "forgeries unlike those of its instruction set"  # what the card must warn of
     expert_weights: str | None = None  # folder of other expert weights; they travel with the adapter
     tower_layers: int | None = None  # vision layers kept; None keeps all
-    text_layers: int | None = None  # language layers kept; None keeps all
+    text_layers: int | tuple[int, ...] | None = None  # language layers kept: the first so many, or these; None: all
     feature_layers: tuple[int, ...] | None = None  # tower outputs joined as the projector's input; None as the base
     lora_r: int = 16  # rank
     lora_alpha: int = 32  # scale is alpha / r
@@ -47,6 +47,7 @@ class FinetuneConfig:
     limit: int | None = None  # pictures of the manifest whose features are cached; as in the training of `clip`
     cached_features: str | None = None  # folder of cached tower features; None computes them while training
     view_seed: int = 1  # degradation of each picture; must be the one the instructions were built with
+    bf16: bool = False  # matrix products in 16 bits; quick only where the processor or GPU has units for them
     save_steps: int = 100  # updates between checkpoints; a cut-off run resumes from the last
     seed: int = 0
 
@@ -93,11 +94,13 @@ def _typed(key: str, value: Any, kind: str) -> Any:
     if value is None and "None" in kind:
         return None
     plain = kind.removesuffix(" | None")
+    if plain.startswith("int | tuple"):
+        plain = "int" if isinstance(value, int) else "tuple"
     if plain == "float" and isinstance(value, str | int) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):  # it is refused below
             return float(value)  # YAML reads 2e-4 as text
     if plain.startswith("tuple") and isinstance(value, list) and all(type(v) is int for v in value):
         return tuple(value)
-    if {"int": int, "float": float, "str": str}.get(plain) is type(value):
+    if {"int": int, "float": float, "str": str, "bool": bool}.get(plain) is type(value):
         return value
     raise X2DFDError(f"configuration key {key!r} wants {kind}, got {value!r}")

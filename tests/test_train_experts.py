@@ -22,6 +22,7 @@ from typer.testing import CliRunner, Result
 
 from data_gen.run_forge import ForgeConfig, run
 from external_detectors import train
+from external_detectors.consistency_net import POOLED
 from external_detectors.lite0 import Lite0, from_imagenet
 from x2dfd import crops as crops_module
 from x2dfd import fetch
@@ -111,6 +112,48 @@ def test_a_resumed_training_equals_an_uninterrupted_one(
     assert max(float((whole[k].float() - cut[k].float()).abs().max()) for k in whole) < 1e-6
     states = [load_file(tmp_path / name / "state" / "state.safetensors") for name in ("whole", "cut")]
     assert all(torch.allclose(states[0][k].double(), states[1][k].double(), atol=1e-6) for k in states[0])
+
+
+def test_consistency_learns_areas_artifacts_and_masks(kinds: Path, tmp_path: Path) -> None:
+    """Bug prevented: weights that the expert refuses; cues, masks or areas that do not follow the mirrored picture."""
+    words = ["consistency", "--data", str(kinds), "--state", str(tmp_path / "state"), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(train.app, [*words, "--steps", "3", "--batch", "4"])
+    assert result.exit_code == 0, result.output
+    expert = load_expert("consistency", tmp_path / "out")
+    assert {"cue_threshold", "calib_auc_by_method"} <= set(expert.card.figures)
+    [face] = find_faces(np.array(skimage.data.astronaut()))
+    [said] = expert.judge([face])
+    assert said.score is not None and len(said.map) == len(said.map[0]) == 14
+    data = load_crops(kinds)
+    truth = train._LocalTruth(data)
+    k = next(k for k, s in enumerate(truth.crops.samples) if s.method.startswith("area_warp"))
+    seeds = [np.random.default_rng(s) for s in range(12)]
+    for rng in seeds:
+        _, areas, labels, cues, mask = truth.batch([k], rng)
+        assert labels.tolist() == [1.0] and (cues != 0).any()
+        # The mask moves with the areas: what was changed lies in the named area, mirrored and turned or not.
+        named = {c.area for c in truth.crops.samples[k].cues}
+        inside = max(float((areas[0, POOLED.index(a)].float() / 255 * mask[0]).sum()) for a in named)
+        assert inside > 0.5, named
+
+
+def test_consistency_needs_masks(forged: Path, tmp_path: Path) -> None:
+    """Bug prevented: hours of training on pictures whose forged areas nobody recorded."""
+    lines = [json.loads(line) for line in forged.read_text().splitlines()]
+    bare = forged.parent / "bare.jsonl"
+    bare.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "mask"}) + "\n" for r in lines))
+    with pytest.raises(X2DFDError, match="no masks"):
+        train._LocalTruth(load_crops(bare))
+
+
+def test_one_threshold_serves_pairs_and_areas() -> None:
+    """Bug prevented: an F1 of another rule than the expert's own: three cues at most, the likeliest always."""
+    chance = np.zeros((2, 3, 2), np.float32)
+    there = np.zeros((2, 3, 2), bool)
+    chance[0, 0, 0], chance[0, 1, 0], there[0, 0, 0] = 0.9, 0.3, True
+    chance[1, 2, 1], there[1, 2, 1] = 0.05, True  # below every threshold, but its likeliest
+    threshold, cue_f1, area_f1 = train._cue_threshold(chance, there)
+    assert (cue_f1, area_f1) == (1.0, 1.0) and threshold > 0.3
 
 
 def test_the_state_of_another_training_is_refused(forged: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ class AdapterCard(Card):
 
     base: dict[str, str] = field(default_factory=dict)  # name and sha256 of the base model's weights
     tower_layers: int = 0  # vision layers kept
-    text_layers: int = 0  # language layers kept
+    text_layers: int | tuple[int, ...] = 0  # language layers kept: the first so many, or those of these numbers
     feature_layers: tuple[int, ...] = ()  # tower outputs joined as the projector's input
     prompt_sha256: str = ""  # x2dfd.prompts.prompt_hash at training
     experts: dict[str, str] = field(default_factory=dict)  # name -> SHA-256 of weights, in the order of the prompt
@@ -40,6 +40,8 @@ class AdapterCard(Card):
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> AdapterCard:
         lists = {key: tuple(data.get(key, ())) for key in ("feature_layers", "held_out")}
+        if isinstance(data.get("text_layers"), list):
+            lists["text_layers"] = tuple(data["text_layers"])
         return cls(**{**data, **lists})
 
 

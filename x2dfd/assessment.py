@@ -66,6 +66,22 @@ COVERS: dict[str, tuple[tuple[str, str], ...]] = {
         ("forehead", "texture"),
         ("*", "frequency"),
     ),
+    "consistency": tuple(
+        ("*", a)
+        for a in (
+            "blending",
+            "blur",
+            "noise",
+            "colour",
+            "compression",
+            "lighting",
+            "missing-detail",
+            "texture",
+            "geometry",
+            "asymmetry",
+            "expression",
+        )
+    ),
     "forgery": tuple(
         ("*", a) for a in ("geometry", "asymmetry", "expression", "lighting", "missing-detail", "texture")
     ),

@@ -199,6 +199,7 @@ class Detector:
                         evidence=tuple(said),
                         contradictions=contradictions(text, verdict.label, said, cues) if text else (),
                         areas=_areas(s.face, cues),
+                        crop=_corners(s.face),
                         frame=s.frame,
                         time_s=s.time_s,
                     )
@@ -365,6 +366,15 @@ def _areas(face: Face, cues: Sequence[Any]) -> dict[str, list[list[list[float]]]
     polygons = area_polygons(face.landmarks)
     wanted = {c.area for c in cues} & set(polygons)
     return {a: [[[round(float(x), 1), round(float(y), 1)] for x, y in q] for q in polygons[a]] for a in sorted(wanted)}
+
+
+def _corners(face: Face) -> tuple[tuple[float, float], ...]:
+    """Top left, top right and bottom left corner of the aligned crop, in picture pixels."""
+    size = float(face.crop.shape[0])
+    points = np.concatenate([face.crop_landmarks, np.ones((len(face.crop_landmarks), 1))], 1)
+    affine, *_ = np.linalg.lstsq(points, face.landmarks, rcond=None)  # [3, 2]: crop pixels to picture pixels
+    corners = np.array([[0.0, 0.0, 1.0], [size, 0.0, 1.0], [0.0, size, 1.0]]) @ affine
+    return tuple((round(float(x), 1), round(float(y), 1)) for x, y in corners)
 
 
 def _p_fake(face: FaceReport) -> float:

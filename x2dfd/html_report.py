@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+import numpy as np
 
 from x2dfd.experts import cards
 from x2dfd.files import write_bytes
 from x2dfd.types import Card, FaceReport, Failure, Report, Verdict
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     Pictures = NDArray[np.uint8] | Mapping[int, NDArray[np.uint8]] | None
@@ -230,8 +230,9 @@ def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], 
     height = float(report.media.get("height") or pixels.shape[0])
     text = max(width, height) * 0.026
     legend: dict[str, tuple[str, str]] = {}
-    shapes, boxes = [], []
+    shapes, boxes, maps = [], [], []
     for face in faces:
+        maps += [m for e in face.evidence if e.map and len(face.crop) == 3 for m in [_map(face.crop, e.map, e.expert)]]
         for area, letter, colour in _areas(face):
             key = _prefix(face, faces) + letter
             legend[key] = (colour, area if len(faces) == 1 else f"face {face.index + 1}: {area}")
@@ -259,9 +260,30 @@ def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], 
         "height": height,
         "text": text,
         "shapes": shapes,
+        "maps": maps,
+        "mapped_by": ", ".join(dict.fromkeys(m["expert"] for m in maps)),
         "boxes": boxes,
         "legend": [(key, *rest) for key, rest in legend.items()],
     }
+
+
+def _map(
+    corners: Sequence[tuple[float, float]], rows: Sequence[Sequence[float]], expert: str
+) -> dict[str, str | float]:
+    """An expert's map as a picture of one pixel a cell, and the matrix that lays it over the crop it was made of."""
+    from PIL import Image
+
+    values = np.clip(np.asarray(rows, np.float32), 0, 1)
+    pixels = np.zeros((*values.shape, 4), np.uint8)
+    pixels[..., :3] = (255, 60, 20)
+    pixels[..., 3] = 200 * values
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    (x, y), right, down = corners
+    side = len(rows)
+    matrix = ((right[0] - x) / side, (right[1] - y) / side, (down[0] - x) / side, (down[1] - y) / side, x, y)
+    uri = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return {"uri": uri, "matrix": " ".join(f"{v:.4f}" for v in matrix), "side": side, "expert": expert}
 
 
 def _jpeg_uri(pixels: NDArray[np.uint8]) -> str:
@@ -371,6 +393,8 @@ figure { margin: 0; } figure + figure { margin-top: 1.1rem; }
 .picture { position: relative; border-radius: .75rem; overflow: hidden; line-height: 0; background: var(--quiet);
   width: fit-content; max-width: 100%; }
 .picture img { display: block; max-width: 100%; width: 100%; height: auto; }
+.map { display: none; } figure:has(.switch input:checked) .map { display: inline; }
+figure:has(.switch input:checked) .area { display: none; } .switch { display: block; margin-bottom: .4rem; }
 .picture svg { position: absolute; inset: 0; width: 100%; height: 100%; }
 .picture text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; font-weight: 650; }
 .box { fill: none; vector-effect: non-scaling-stroke; }
@@ -497,9 +521,15 @@ _PAGE = """\
 <div>
 {% for f in s.figures %}
 <figure>
+{% if f.maps %}
+<label class="switch"><input type="checkbox"> Show where the expert {{ f.mapped_by }} is most sensitive</label>
+{% endif %}
 <div class="picture">
 <img src="{{ f.uri }}" alt="{{ f.alt }}">
 <svg viewBox="0 0 {{ "%.0f %.0f"|format(f.width, f.height) }}" preserveAspectRatio="none" aria-hidden="true">
+{% for m in f.maps %}<image class="map" href="{{ m.uri }}" width="{{ m.side }}" height="{{ m.side }}"\
+ transform="matrix({{ m.matrix }})" preserveAspectRatio="none"/>
+{% endfor %}
 {% for a in f.shapes %}<polygon class="area" points="{{ a.points }}" fill="{{ a.colour }}" stroke="{{ a.colour }}"/>
 {% endfor %}
 {% for b in f.boxes %}

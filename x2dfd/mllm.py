@@ -259,14 +259,15 @@ def load_llava(
     base: str | Path | None = None,
     *,
     tower_layers: int | None = None,
-    text_layers: int | None = None,
+    text_layers: int | Sequence[int] | None = None,
     feature_layers: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Any, Any]:
     """A LLaVA model and its processor: the embedded base (None), a directory, or a hub name.
 
-    Only the first `tower_layers` and `text_layers` layers are kept, and the tower's outputs after `feature_layers` are
-    joined as the projector's input. The embedded base has no projector: it starts at random (seed 0) until an adapter
+    Only the first `tower_layers` and `text_layers` layers are kept (or, given as a list, just those language layers:
+    which ones go matters more than how many), and the tower's outputs after `feature_layers` are joined as the
+    projector's input. The embedded base has no projector: it starts at random (seed 0) until an adapter
     brings one. Raises SetupError when the model cannot be read, is no LLaVA, or when anything else is missing, left
     over or of another shape.
     """
@@ -283,7 +284,10 @@ def load_llava(
         raise SetupError(f"{folder} is a {config.model_type!r} model; {unreadable}")
     if tower_layers is not None:
         config.vision_config.num_hidden_layers = tower_layers
-    if text_layers is not None:
+    chosen = None if text_layers is None or isinstance(text_layers, int) else [int(k) for k in text_layers]
+    if chosen is not None and (not chosen or not all(0 <= k < config.text_config.num_hidden_layers for k in chosen)):
+        raise SetupError(f"text layers {chosen} of {config.text_config.num_hidden_layers}: there are none such")
+    if isinstance(text_layers, int):
         config.text_config.num_hidden_layers = text_layers
         if getattr(config.text_config, "layer_types", None):
             config.text_config.layer_types = config.text_config.layer_types[:text_layers]
@@ -309,7 +313,21 @@ def load_llava(
     odd |= {str(k[0]) for k in info["mismatched_keys"]}
     if odd:
         raise SetupError(f"{folder} does not fit its configuration: {', '.join(sorted(odd)[:4])} ({len(odd)} in all)")
+    if chosen is not None:
+        _keep_text_layers(model, chosen)
     return model, processor
+
+
+def _keep_text_layers(model: Any, chosen: Sequence[int]) -> None:
+    """Leave only the language layers of the given numbers, in that order."""
+    text = model.model.language_model
+    text.layers = torch.nn.ModuleList([text.layers[k] for k in chosen])
+    for place, layer in enumerate(text.layers):
+        layer.self_attn.layer_idx = place  # where its keys and values stand in the cache
+    for config in (text.config, model.config.text_config):
+        if len(config.layer_types or ()) > len(chosen):
+            config.layer_types = [config.layer_types[k] for k in chosen]
+        config.num_hidden_layers = len(chosen)
 
 
 @contextmanager

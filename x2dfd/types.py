@@ -121,6 +121,7 @@ class FaceReport:
     evidence: tuple[Evidence, ...]
     contradictions: tuple[str, ...] = ()  # where the rationale goes against verdict or evidence
     areas: dict[str, list[list[list[float]]]] = field(default_factory=dict)  # area -> polygons in picture pixels
+    crop: tuple[tuple[float, float], ...] = ()  # corners of the aligned crop in picture pixels: top left, right, bottom
     frame: int | None = None  # frame number in a video
     time_s: float | None = None  # its time in seconds
 
@@ -134,6 +135,7 @@ class FaceReport:
                 "cues": tuple(Cue(**c) for c in data["cues"]),
                 "evidence": tuple(Evidence.from_dict(e) for e in data["evidence"]),
                 "contradictions": tuple(data["contradictions"]),
+                "crop": tuple((x, y) for x, y in data.get("crop", ())),
             }
         )
 
