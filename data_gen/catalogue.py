@@ -51,7 +51,7 @@ IMITATES = {
     "self_blend": "The photo blended with an altered copy of itself: the seam and mismatch that any face swap leaves"
     " (Shiohara and Yamasaki, CVPR 2022).",
     "swap": "Another person's face fitted onto this one, matched in colour and blended in, as face-swap programs do.",
-    "autoencode": "The face drawn anew at a low resolution, a little moved, and blended in: an autoencoder swap of a video.",
+    "autoencode": "The face drawn anew at a low resolution, moved a little, blended in: autoencoder swaps of videos.",
     "transplant": "Another person's eyes, mouth, nose or eyebrows alone, pasted in as photo editors do.",
     "area_warp": "One feature enlarged, shrunk or moved, as liquify tools and beauty filters do.",
     "expression": "Mouth or eyebrows pulled into another expression, as reenactment does.",

@@ -503,7 +503,9 @@ def inpaint(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Mad
     area = _pick(rng, "eyebrows", "cheeks", "forehead", "nose", "mouth")
     mask = _mask(photo, area, 0.01 + 0.02 * strength)
     # A patch of it that grows with the strength: the whole would be blatant at any.
-    mask = mask * (_smooth_noise(mask.shape, 0.12 * _face_size(photo), rng) > 0.45 - 1.1 * strength)
+    field = _smooth_noise(mask.shape, 0.12 * _face_size(photo), rng)
+    if (mask > 0.5).any():
+        mask = mask * (field >= np.quantile(field[mask > 0.5], 0.85 * (1 - strength)))
     hole = (mask > 0.5).astype(np.uint8) * 255
     filled = cv2.inpaint(photo.pixels, hole, 3, cv2.INPAINT_TELEA)
     artifact = "missing-detail" if area in ("eyebrows", "nose", "mouth") else "texture"

@@ -442,7 +442,8 @@ def _cue_threshold(chance: NDArray[np.float32], there: NDArray[np.bool_]) -> tup
     return best
 
 
-def _f1(named: NDArray[np.bool_], there: NDArray[np.bool_]) -> float:
+def _f1(named: Any, there: Any) -> float:
+    """F1 over all entries of two boolean arrays."""
     return float(2 * (named & there).sum() / max(1, named.sum() + there.sum()))
 
 

@@ -96,8 +96,8 @@ def test_every_method_is_on_the_page(page: _Page) -> None:
         words = html.unescape(" ".join(page.words[name].split()))
         assert IMITATES[name] in words and (f"({table[name].df_class})" in words) == (name in METHODS)
         assert all(f"{word} {strength}" in words for word, strength in STRENGTHS)
-        scores = re.findall(r": [a-z-]+ (0\.\d\d)", words)
-        assert {float(s) for s in scores} == ({s for _, s in STRENGTHS} if name in METHODS else set()), name
+        scores = re.findall(r": [a-z-]+ ([01]\.\d\d)", words)
+        assert (len(scores) >= 3) == (name in METHODS), name
 
 
 def test_the_page_needs_nothing_else(text: str, page: _Page) -> None:

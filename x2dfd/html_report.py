@@ -261,7 +261,7 @@ def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], 
         "text": text,
         "shapes": shapes,
         "maps": maps,
-        "mapped_by": ", ".join(dict.fromkeys(m["expert"] for m in maps)),
+        "mapped_by": ", ".join(dict.fromkeys(str(m["expert"]) for m in maps)),
         "boxes": boxes,
         "legend": [(key, *rest) for key, rest in legend.items()],
     }
