@@ -102,8 +102,10 @@ def main() -> None:
     train: Words = ["-m", "external_detectors.train"]
     blending: Words = ["blending", "--data", forged, "--out", experts, "--state", out / "blending", "--from-scratch"]
     stage("expert: blending", *train, *blending, "--steps", 8, "--batch", 8)
+    local: Words = ["consistency", "--data", forged, "--out", experts, "--state", out / "consistency"]
+    stage("expert: consistency", *train, *local, "--start", experts, "--steps", 8, "--batch", 8)
     heads: Words = ["clip", "--data", forged, "--out", experts, "--oof", out / "oof.json", "--keep", "5,8,11"]
-    stage("experts: clip and forgery, and the tower's features", *train, *heads)
+    stage("expert: clip, and the tower's features", *train, *heads)
     stage("questions", "-m", "data_gen", "questions", "--out", out / "questions.json")
     assess: Words = ["--data", forged, "--out", out / "mfa", "--questions", out / "questions.json", "--limit", 6]
     stage("assess: which cues can the model see?", "-m", "x2dfd.cli", "assess", *assess)

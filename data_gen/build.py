@@ -42,8 +42,8 @@ class BuildConfig:
     held_out: tuple[str, ...] = ()  # forge methods kept out of training, for figures on unseen methods
     view_seed: int = 1  # the degradation of each picture; the cached tower features use the same
     corrupt: float = 0.15  # share of injected scores that are wrong or missing in training
-    cue_questions: int = 4  # yes/no cue questions per picture
-    follow_ups: float = 0.6  # share of pictures with a second turn after the verdict
+    cue_questions: int = 2  # yes/no cue questions per picture
+    follow_ups: float = 0.35  # share of pictures with a second turn after the verdict
     limit: int | None = None  # at most this many pictures, in the manifest's order
     seed: int = 0
     writer: WriterConfig | None = None  # a served model that writes the explanations; None: the grammar

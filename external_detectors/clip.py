@@ -1,12 +1,11 @@
-"""Experts `clip` and `forgery`: linear heads over every kept layer of the CLIP tower.
+"""Expert `clip`: a linear head over the early and middle layers of the CLIP tower; faces synthetic as a whole.
 
-`clip` knows faces that are synthetic as a whole; its blind spot are generators unlike those it was trained on.
-`forgery` knows photos that were changed in part; its blind spot are faint changes and heavy compression.
+Blind spot: generators unlike those it was trained on, above all on photos from sources that it does not know.
 After Koutlis & Papadopoulos, "Leveraging Representations from Intermediate Encoder-blocks for Synthetic Image
 Detection" (ECCV 2024): what betrays a generator lies in early and middle layers, not in the final embedding. Instead
-of their class-token projections: mean and standard deviation over the patch tokens of each layer, and plain logistic
-heads.
-Both share the tower's forward pass with the embedded MLLM.
+of their class-token projections: mean and standard deviation over the patch tokens of each layer, and a plain logistic
+head.
+It shares the tower's forward pass with the embedded MLLM.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class Clip:
     card: ClassVar[Card] = read_card(WEIGHTS / "clip.card.json")
 
     def __init__(self, folder: Path = WEIGHTS) -> None:
-        self.card = read_card(folder / f"{self.card.name}.card.json")  # type: ignore[misc]
+        self.card = read_card(folder / "clip.card.json")  # type: ignore[misc]
         self._state = load_weights(self.card, folder)
         require("base")  # said now, not at the first face; the tower itself is only loaded when nobody shares theirs
 
@@ -35,7 +34,7 @@ class Clip:
         import numpy as np
         import torch
 
-        from external_detectors.clip_heads import LAYERS, head_logits
+        from external_detectors.clip_head import LAYERS, head_logits
         from x2dfd.tower import patch_statistics, tower_states
 
         if not faces:
@@ -46,9 +45,3 @@ class Clip:
                 states = tower_states(torch.from_numpy(np.stack([f.crop for f in faces])), LAYERS)
             scores = head_logits(self._state, patch_statistics(states[: LAYERS + 1])).sigmoid()
         return [Evidence(self.card.name, float(s)) for s in scores]
-
-
-class Forgery(Clip):
-    """P(fake) of each face's aligned crop: a photo that was changed in part."""
-
-    card: ClassVar[Card] = read_card(WEIGHTS / "forgery.card.json")

@@ -39,7 +39,7 @@ class Consistency:
         import torch
         from torch.nn import functional as F
 
-        from external_detectors.consistency_net import MAX_CUES, POOLED, area_grid
+        from external_detectors.consistency_net import LIKELY, MAX_CUES, POOLED, area_grid
 
         if not faces:
             return []
@@ -56,7 +56,7 @@ class Consistency:
             found = [
                 Cue(POOLED[area], ARTIFACTS[artifact], round(p, 3))
                 for place, ((area, artifact), p) in enumerate(pairs)
-                if score >= POINTS_FROM and (p >= self._threshold or place == 0)
+                if score >= POINTS_FROM and p >= (LIKELY if place == 0 else self._threshold)
             ]
             grid = tuple(tuple(round(v, 3) for v in row) for row in rows)
             note = "points at " + ", ".join(f"{c.area} {c.artifact}" for c in found) if found else None

@@ -29,6 +29,9 @@ GRID = 28
 MAX_CUES = 3
 """Of how many pairs it speaks at most."""
 
+LIKELY = 0.1
+"""The likeliest pair is named even below the threshold of the others, but not below this."""
+
 _FINE, _COARSE = 9, 15  # modules of the trunk after which features have stride 8 (40 channels) and 16 (112 channels)
 _WIDTH = 96
 

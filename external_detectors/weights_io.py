@@ -46,6 +46,7 @@ def save_weights(state: dict[str, Tensor], card: Card, folder: Path = WEIGHTS) -
     if broken:
         raise X2DFDError(f"expert {card.name!r}: {broken[0]} holds numbers that are not finite; nothing is written")
     save_file(half, folder / f".{name}")
+    (folder / f".{name}").chmod(0o644)  # safetensors writes for the owner alone
     os.replace(folder / f".{name}", folder / name)
     card = replace(card, weights=name, sha256=file_sha256(folder / name))
     write_card(folder / f"{card.name}.card.json", card)

@@ -29,7 +29,7 @@ from x2dfd.files import file_sha256, write_text
 from x2dfd.types import Card, Evidence, Face
 
 ROOT = Path(__file__).resolve().parents[1]
-HEADS = ("clip", "forgery")  # those that look through the base's tower
+HEADS = ("clip",)  # those that look through the base's tower
 
 
 def _named(*names: str) -> list[object]:
@@ -202,7 +202,7 @@ def test_weights_survive_the_disk(tmp_path: Path) -> None:
 @every_head
 def test_shared_tower_states_give_the_same_scores(name: str, faces: list[Face], judged: Judged) -> None:
     """Bug prevented: the detector hands over states of another depth or order, and scores shift unnoticed."""
-    from external_detectors.clip_heads import LAYERS
+    from external_detectors.clip_head import LAYERS
     from x2dfd.tower import tower_states
 
     crops = torch.from_numpy(np.stack([f.crop for f in faces[:4]]))

@@ -82,9 +82,6 @@ COVERS: dict[str, tuple[tuple[str, str], ...]] = {
             "expression",
         )
     ),
-    "forgery": tuple(
-        ("*", a) for a in ("geometry", "asymmetry", "expression", "lighting", "missing-detail", "texture")
-    ),
 }
 """Which expert is trained to see which (area, artifact); `*` is any. A declaration, not a measurement."""
 

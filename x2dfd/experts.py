@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 BUILTIN: dict[str, str] = {
     "blending": "external_detectors.blending:Blending",
+    "consistency": "external_detectors.consistency:Consistency",
     "clip": "external_detectors.clip:Clip",
-    "forgery": "external_detectors.clip:Forgery",
 }
-DEFAULT: tuple[str, ...] = ("blending", "clip", "forgery")
+DEFAULT: tuple[str, ...] = ("blending", "consistency", "clip")
 """In this order their scores stand in the prompt."""
 
 GROUP = "x2dfd.experts"

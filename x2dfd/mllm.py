@@ -325,7 +325,7 @@ def _keep_text_layers(model: Any, chosen: Sequence[int]) -> None:
     for place, layer in enumerate(text.layers):
         layer.self_attn.layer_idx = place  # where its keys and values stand in the cache
     for config in (text.config, model.config.text_config):
-        if len(config.layer_types or ()) > len(chosen):
+        if len(getattr(config, "layer_types", None) or ()) > len(chosen):
             config.layer_types = [config.layer_types[k] for k in chosen]
         config.num_hidden_layers = len(chosen)
 
