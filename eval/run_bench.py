@@ -62,7 +62,13 @@ TASKS = {
     task.name: task
     for task in (
         Task("detect", "1", "image", "real or fake: the verdict, the MLLM alone and every expert, side by side", False),
-        Task("describe", "1", "image", "cues named in the rationale against the cues that are known", True),
+        Task(
+            "describe",
+            "2",
+            "image",
+            "cues named in the rationale against those known; experts that point beside it",
+            True,
+        ),
     )
 }
 
@@ -127,7 +133,7 @@ def judge(
 
 def blank_row(sample: Sample) -> Row:
     row: Row = {"id": sample.id, "p_fake": None, "said": None, "reason": None, "p_mllm": None, "experts": {}}
-    return row | {"notes": {}, "rationale": "", "cues": [], "contradictions": [], "error": None}
+    return row | {"notes": {}, "rationale": "", "cues": [], "contradictions": [], "pointed": {}, "error": None}
 
 
 def to_row(sample: Sample, answer: Report | Failure) -> Row:
@@ -147,6 +153,7 @@ def to_row(sample: Sample, answer: Report | Failure) -> Row:
         "rationale": answer.rationale,
         "cues": [asdict(c) for c in answer.cues],
         "contradictions": list(face.contradictions) if face else [],
+        "pointed": {e.expert: [[c.area, c.artifact] for c in e.cues] for e in answer.evidence if e.cues},
     }
 
 
@@ -245,7 +252,7 @@ class Store:
 
 
 _TEXTS = ("id", "path", "label", "source", "method", "df_class", "group", "split", "video", "said", "reason")
-_JSON = ("notes", "cues", "contradictions")
+_JSON = ("notes", "cues", "contradictions", "pointed")
 
 
 def _schema(rows: Sequence[Row]) -> pa.Schema:
@@ -426,6 +433,12 @@ def describe_result(samples: Sequence[Sample], rows: Sequence[Row], usual: froze
     if rows:
         named = [frozenset((c["area"], c["artifact"]) for c in row["cues"]) for row in rows]
         said["model"] = [None if row["p_fake"] is None else cues for row, cues in zip(rows, named, strict=True)]
+        # What the text adds to, or loses of, what an expert had pointed at: the MLLM has read that in its question.
+        for expert in sorted({name for row in rows for name in row["pointed"]}):
+            pointed = [frozenset((a, k) for a, k in row["pointed"].get(expert, ())) for row in rows]
+            said[f"expert:{expert}"] = [
+                None if row["p_fake"] is None else cues for row, cues in zip(rows, pointed, strict=True)
+            ]
     scorers: dict[str, Row] = {}
     for name, answers in said.items():
         kept = [i for i, cues in enumerate(answers) if cues is not None and samples[i].label == "fake"]

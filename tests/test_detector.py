@@ -30,7 +30,7 @@ from x2dfd.experts import BUILTIN
 from x2dfd.faces import find_faces
 from x2dfd.media import Picture, find_media, load_media
 from x2dfd.mllm import base_identity
-from x2dfd.types import Failure, Report
+from x2dfd.types import Cue, Evidence, Failure, Report
 
 pytestmark = pytest.mark.needs_base
 
@@ -126,7 +126,7 @@ def test_a_photo_gets_a_whole_report(detector: Detector, face_photo: Path) -> No
             "warnings"} <= set(said)  # fmt: skip
     assert set(said["verdict"]) == {"label", "p_fake", "reason"}
     assert {"box", "verdict", "p_fake_mllm", "rationale", "cues", "evidence"} <= set(said["faces"][0])
-    assert set(said["evidence"][0]) == {"expert", "score", "note"}
+    assert set(said["evidence"][0]) == {"expert", "score", "note", "cues", "map"}
     assert said["provenance"]["state"]
     assert said["path"] == str(face_photo)
 
@@ -137,6 +137,18 @@ def test_a_report_survives_json(detector: Detector, astronaut: Pixels) -> None:
         report = detector.detect(source)
         assert Report.from_json(report.to_json()) == report
         assert Report.from_json(report.to_json(indent=1)) == report
+    pointing = Evidence("x", 0.5, "points at jaw blur", (Cue("jaw", "blur", 0.5),), ((0.1, 0.2), (0.3, 0.4)))
+    told = replace(report, evidence=(pointing,))
+    assert Report.from_json(told.to_json()) == told
+
+
+def test_the_corners_of_the_crop_lie_where_it_was_cut(detector: Detector, astronaut: Pixels) -> None:
+    """Bug prevented: an expert's map laid over another place than the one it speaks of."""
+    [face] = find_faces(astronaut)
+    [told] = detector.detect(jpeg(astronaut)).faces
+    corner, right, down = (np.array(c) for c in told.crop)
+    placed = corner + face.crop_landmarks / face.crop.shape[0] @ np.stack([right - corner, down - corner])
+    assert np.abs(placed - face.landmarks).max() < 2
 
 
 def test_the_probability_is_that_of_the_calibration(

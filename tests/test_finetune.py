@@ -21,6 +21,7 @@ from data_gen.build import BuildConfig, build
 from finetune.__main__ import main
 from finetune.config import FinetuneConfig, load_config
 from finetune.data import IGNORE, Collate, Conversation, Packs, conversation
+from finetune.prune import prune, sample_text
 from tests import tiny
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, lora_b_sum, read_adapter_card
@@ -385,3 +386,29 @@ def test_a_cut_off_run_ends_where_an_unbroken_one_does(
     assert a.keys() == b.keys()
     for key in a:
         torch.testing.assert_close(a[key].float(), b[key].float(), atol=1e-4, rtol=1e-3)
+
+
+def test_pruning_drops_one_layer_at_a_time(tmp_path: Path) -> None:
+    """Bug prevented: a list of kept layers that no loss was measured on, or a loss of other layers than it names."""
+    model, processor = load_llava(tiny.write_base(tmp_path / "base", text_layers=3))
+    ids = sample_text(processor)
+    steps = list(prune(model, ids, 1))
+    assert [len(kept) for kept, _ in steps] == [3, 2, 1] and steps[0][0] == [0, 1, 2]
+    assert all(set(after) < set(before) for (before, _), (after, _) in zip(steps, steps[1:], strict=False))
+    for kept, cost in steps:
+        short, _ = load_llava(tmp_path / "base", text_layers=kept)
+        with torch.inference_mode():
+            hidden = short.model.language_model(input_ids=ids, use_cache=False).last_hidden_state
+            logits = (hidden @ short.lm_head.weight.T)[0, :-1]
+        assert float(F.cross_entropy(logits, ids[0, 1:])) == pytest.approx(cost, abs=1e-4)
+
+
+def test_layers_may_be_a_number_or_a_list(tmp_path: Path) -> None:
+    """Bug prevented: `text_layers: [0, 1, 5]` read as nothing, or a list of words taken for layers."""
+    path = tmp_path / "c.yaml"
+    path.write_text("instructions: i\nmanifest: m\nout: o\ntext_layers: [0, 5]\n", encoding="utf-8")
+    assert load_config(path).text_layers == (0, 5)
+    assert load_config(path, ["text_layers=4", "bf16=true"]).text_layers == 4
+    for wrong in ("text_layers=[a]", "text_layers=1.5", "bf16=1"):
+        with pytest.raises(X2DFDError, match="wants"):
+            load_config(path, [wrong])

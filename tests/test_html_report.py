@@ -307,3 +307,19 @@ def test_a_picture_too_few_is_an_error() -> None:
     """Pictures that slipped by one would show every verdict on the wrong photo."""
     with pytest.raises(ValueError):
         html_report.render([report(), report()], [ASTRONAUT])
+
+
+def test_an_experts_map_can_be_laid_over_the_picture() -> None:
+    """Bug prevented: a map that is drawn beside the face, hides the photo at once, or needs a script."""
+    rows = ((0.0, 1.0), (0.5, 0.0))
+    mapped = face(
+        evidence=(Evidence("consistency", 0.9, map=rows),), crop=((100.0, 50.0), (300.0, 50.0), (100.0, 250.0))
+    )
+    html = html_report.render([report(faces=(mapped,))], [ASTRONAUT])
+    assert 'transform="matrix(100.0000 0.0000 0.0000 100.0000 100.0000 50.0000)"' in html
+    assert 'type="checkbox"' in html and "<script" not in html and ".map { display: none; }" in html
+    data = re.search(r'<image class="map" href="data:image/png;base64,([^"]+)"', html)
+    assert data is not None
+    alpha = np.asarray(Image.open(io.BytesIO(base64.b64decode(data[1]))))[..., 3]
+    assert alpha.tolist() == [[0, 200], [100, 0]]
+    assert 'type="checkbox"' not in html_report.render([report()], [ASTRONAUT])

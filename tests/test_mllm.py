@@ -253,6 +253,27 @@ def test_dropped_layers_are_the_last_ones(base: Path, crops: NDArray[np.uint8]) 
     assert all(torch.equal(v, whole.state_dict()[k]) for k, v in kept.items())
 
 
+def test_chosen_layers_are_those_that_were_asked_for(base: Path, crops: NDArray[np.uint8]) -> None:
+    """Other layers than the adapter was trained on, or a cache that files two layers' keys under one number."""
+    model, processor = load_llava(base, text_layers=[1])
+    whole, _ = load_llava(base)
+    (layer,) = model.model.language_model.layers
+    theirs = whole.model.language_model.layers[1].state_dict()
+    assert all(torch.equal(v, theirs[k]) for k, v in layer.state_dict().items())
+    assert model.config.text_config.num_hidden_layers == 1
+    turned = LocalMLLM(*load_llava(base, text_layers=[1, 0]), "turned")
+    straight = LocalMLLM(*load_llava(base, text_layers=[0, 1]), "straight")
+    logits = [m.verdict_logits(m.look(crops[:2]), [QUESTIONS[0]] * 2) for m in (turned, straight)]
+    assert np.abs(logits[0] - logits[1]).max() > 1e-4
+    usual = LocalMLLM(whole, processor, "usual")
+    assert np.allclose(logits[1], usual.verdict_logits(usual.look(crops[:2]), [QUESTIONS[0]] * 2), atol=1e-5)
+    packed = turned.yes_no(crops[0], QUESTIONS[:3]).p_yes
+    assert np.allclose(packed, turned.yes_no_plain(crops[0], QUESTIONS[:3]).p_yes, atol=1e-4)
+    for odd in ([], [2], [-1]):
+        with pytest.raises(SetupError, match="text layers"):
+            load_llava(base, text_layers=odd)
+
+
 @pytest.mark.parametrize(
     ("key", "named"),
     [

@@ -15,7 +15,7 @@ from tests import tiny
 from x2dfd import prompts
 from x2dfd.errors import X2DFDError
 from x2dfd.mllm import LocalMLLM, load_llava
-from x2dfd.types import Evidence
+from x2dfd.types import Cue, Evidence
 
 BLENDING, DIFFUSION = Evidence("blending", 0.812), Evidence("diffusion", 0.153)
 
@@ -48,6 +48,16 @@ def llava_15() -> Any:
 def test_the_question_and_its_score_tail_are_those_of_x2dfd(evidence: list[Evidence], question: str) -> None:
     """A model tuned on the published form must not meet another one: order, case, decimals, commas, N/A."""
     assert prompts.verdict_question(evidence) == question
+
+
+def test_what_an_expert_points_at_stands_behind_the_scores() -> None:
+    """Bug prevented: the published question changed for experts that do not localise."""
+    pointing = Evidence("Consistency", 0.9, cues=(Cue("jaw", "blending", 0.8), Cue("skin", "colour")))
+    assert prompts.verdict_question([BLENDING, pointing]) == (
+        "Is this image real or fake? And the blending score is 0.812, and the consistency score is 0.900. "
+        "The consistency expert points at jaw blending and skin colour."
+    )
+    assert prompts.pointing([BLENDING, DIFFUSION]) == ""
 
 
 @pytest.mark.parametrize(

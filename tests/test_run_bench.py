@@ -51,7 +51,7 @@ class StandIn:
         label = "fake" if p > 0.6 else "real" if p < 0.4 else "inconclusive"
         verdict = Verdict(label, p, None if label != "inconclusive" else "in_band")  # type: ignore[arg-type]
         evidence = (
-            Evidence("good", p**2),
+            Evidence("good", p**2, cues=(Cue("jaw", "blending"), Cue("mouth", "blur")) if p > 0.6 else ()),
             Evidence("half", None, REASON) if p < 0.1 else Evidence("half", 0.5),
         )
         cues = (Cue("jaw", "blending"),) if rationale and label == "fake" else ()
@@ -299,6 +299,10 @@ def test_explanations_against_known_cues(data: Path, tmp_path: Path, monkeypatch
     assert 0 < model["invented_on_reals"] < 0.5
     assert model["distinct_texts"] < 0.2 and model["unscored"] == {"no_face": 1, "not_an_image": 1}
     assert result["majority"] == [["jaw", "blending"]]
+    # What an expert pointed at stands beside the text that was written with it in view.
+    pointing = result["scorers"]["expert:good"]
+    assert pointing["n_fake"] == model["n_fake"] and pointing["cues"]["micro"]["precision"] == 0.5
+    assert pointing["cues"]["micro"]["recall"] == model["cues"]["micro"]["recall"]
 
 
 def test_describe_without_known_cues_is_refused(
