@@ -120,6 +120,24 @@ def speed(results: dict[str, Result], *, all_cases: bool = False) -> str:
     return "\n\n".join(blocks) or "No results yet."
 
 
+def unseen(_: dict[str, Result]) -> str:
+    """What the card of the expert `clip` says of generators and real sources that were left out of its training."""
+    card = json.loads((ROOT / "external_detectors" / "weights" / "clip.card.json").read_text("utf-8"))
+    alarms = card["figures"]["false_alarms_of_a_source_left_out"]
+    both = card["figures"]["auc_generator_and_source_left_out"]
+    generators = sorted({name.split(" / ")[0] for name in both})
+    lines = [["real source left out", "n", "false alarms at 5 %", *(f"AUC, {g} left out too" for g in generators)]]
+    lines.append(["---"] * len(lines[0]))
+    for source, found in alarms.items():
+        aucs = [f"{both[f'{g} / {source}']:.3f}" if f"{g} / {source}" in both else "–" for g in generators]
+        lines.append([source, str(found["n"]), f"{100 * found['rate']:.1f} %", *aucs])
+    caption = (
+        f"Expert `clip` {card['version']}: the threshold that 5 % of the other sources' photos reach, on a source that "
+        "its training lacked; and the AUC of a generator against that source when neither was seen. 0.5 is chance."
+    )
+    return caption + "\n\n" + _table(lines)
+
+
 def _table(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
@@ -139,6 +157,7 @@ TABLES: dict[str, Callable[[dict[str, Result]], str]] = {
     "detect-all": partial(detect, all_methods=True),
     "describe": describe,
     "describe-all": partial(describe, all_methods=True),
+    "unseen": unseen,
     "speed": speed,
     "speed-all": partial(speed, all_cases=True),
 }

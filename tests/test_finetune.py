@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -394,7 +395,7 @@ def test_pruning_drops_one_layer_at_a_time(tmp_path: Path) -> None:
     ids = sample_text(processor)
     steps = list(prune(model, ids, 1))
     assert [len(kept) for kept, _ in steps] == [3, 2, 1] and steps[0][0] == [0, 1, 2]
-    assert all(set(after) < set(before) for (before, _), (after, _) in zip(steps, steps[1:], strict=False))
+    assert all(set(after) < set(before) for (before, _), (after, _) in itertools.pairwise(steps))
     for kept, cost in steps:
         short, _ = load_llava(tmp_path / "base", text_layers=kept)
         with torch.inference_mode():

@@ -207,7 +207,7 @@ def test_a_manifest_of_one_label_is_refused(
 def test_figures_by_method() -> None:
     """Bug prevented: an AUC against the wrong real pictures, ties counted as wins, combined fakes counted twice."""
     rows = [("real", "none"), ("real", "denoise"), ("fake", "a"), ("fake", "a+b"), ("fake", "b")]
-    samples = [Sample(str(i), Path(f"{i}"), label, method) for i, (label, method) in enumerate(rows)]
+    samples = [Sample(str(i), Path(f"{i}"), label, method) for i, (label, method) in enumerate(rows)]  # type: ignore[arg-type]
     table = train.by_method(samples, np.array([0.2, 0.4, 0.4, 0.9, 0.1]))
     assert table == {"a": {"auc": 0.875, "n_fake": 2}, "b": {"auc": 0.0, "n_fake": 1}, "n_real": 2}
     assert train.by_method(samples[2:], np.array([0.4, 0.9, 0.1])) == {"n_real": 0}
