@@ -27,8 +27,8 @@ from x2dfd.errors import X2DFDError
 from x2dfd.experts import DEFAULT, load_expert
 from x2dfd.files import file_sha256, write_text
 from x2dfd.manifest import Sample
-from x2dfd.tower import training_rows, training_view
-from x2dfd.types import Cue, Evidence, Face
+from x2dfd.tower import training_rows, training_view, view_face
+from x2dfd.types import Cue, Evidence
 
 
 @dataclass(frozen=True)
@@ -117,16 +117,6 @@ def expert_scores(
         for i in rows:
             table[data.samples[i].id].append(found[data.samples[i].id])
     return table
-
-
-def view_face(data: CropSet, i: int, view_seed: int) -> Face:
-    """Sample i's training view as a Face, for experts that are asked about it."""
-    view, flipped = training_view(data.crops[i], view_seed, i)
-    points = data.landmarks[i].copy()
-    if flipped:  # mirrored points keep their numbers: no expert of ours reads left from right
-        points[:, 0] = view.shape[1] - 1 - points[:, 0]
-    size = float(view.shape[0])
-    return Face(0, (0.0, 0.0, size, size), points, 1.0, view, points, 0.0)
 
 
 def _told(sample: Sample, strong: set[tuple[str, str]] | None) -> list[Cue]:

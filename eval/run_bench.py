@@ -61,7 +61,7 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("detect", "1", "image", "real or fake: the verdict, the MLLM alone and every expert, side by side", False),
+        Task("detect", "2", "image", "real or fake: the verdict, the MLLM alone and every expert, side by side", False),
         Task(
             "describe",
             "2",

@@ -67,7 +67,11 @@ def detect(results: dict[str, Result], *, all_methods: bool = False) -> str:
             f"split {data['split'] or 'all'}, {data['n_real']} real and {data['n_fake']} fake, "
             f"{data['n_groups']} groups, {failed} not readable. "
             "False alarms: reals called fake at the shipped threshold."
-            + (" † left out of every training, the calibration too." if held_out else "")
+            + (
+                " † left out of the MLLM's training and the calibration (experts: see their cards)."
+                if held_out
+                else ""
+            )
         )
         if pooled:
             caption += " * against all reals (or all fakes), as there are too few of the same source."
@@ -96,7 +100,7 @@ def describe(results: dict[str, Result], *, all_methods: bool = False) -> str:
         data = result["data"]
         caption = (
             f"`{name}`: manifest `{data['sha256'][:12]}`, split {data['split'] or 'all'}; forgeries with known cues."
-            + (" † left out of every training." if held_out and all_methods else "")
+            + (" † left out of the MLLM's training." if held_out and all_methods else "")
         )
         blocks.append(caption + "\n\n" + _table(lines))
     return "\n\n".join(blocks) or "No results yet."

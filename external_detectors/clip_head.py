@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 LAYERS = 8
-"""Tower layers read: the output of each of the first eight of twelve. The later ones add 3 points on known generators
-and three times the false alarms on photos of unknown cameras (LOG.md)."""
+"""Tower layers read: the output of each of the first eight of twelve. The later ones add 3 points of AUC on known
+generators and more false alarms on photos of unknown cameras: 16 % instead of 9 % on portraits (LOG.md)."""
 
 TOWER_LAYERS = 11
 """Layers that are computed and cached when features are made: as many as the embedded MLLM reads."""

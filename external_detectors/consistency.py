@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from external_detectors.weights_io import WEIGHTS, load_weights, to_unit
+from x2dfd.errors import SetupError
 from x2dfd.experts import Shared, read_card
 from x2dfd.types import ARTIFACTS, Card, Cue, Evidence, Face
-
-POINTS_FROM = 0.5
-"""P(fake) from which it points at anything: of a face that it finds in order, its likeliest cues mean nothing."""
 
 
 class Consistency:
@@ -32,6 +30,8 @@ class Consistency:
         self._net = ConsistencyNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._net.load_state_dict(load_weights(self.card, folder))
         self._net.eval()
+        if not isinstance(self.card.figures.get("cue_threshold"), float):
+            raise SetupError(f"the card of expert 'consistency' in {folder} names no cue_threshold; reinstall x2dfd")
         self._threshold = float(self.card.figures["cue_threshold"])
 
     def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
@@ -39,7 +39,7 @@ class Consistency:
         import torch
         from torch.nn import functional as F
 
-        from external_detectors.consistency_net import LIKELY, MAX_CUES, POOLED, area_grid
+        from external_detectors.consistency_net import LIKELY, MAX_CUES, POINTS_FROM, POOLED, area_grid
 
         if not faces:
             return []

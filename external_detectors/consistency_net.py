@@ -26,6 +26,9 @@ POOLED = tuple(a for a in AREAS if a != "accessories")
 GRID = 28
 """Side of the feature grid and of the map: eight pixels of the crop a cell."""
 
+POINTS_FROM = 0.5
+"""P(fake) from which it points at anything: of a face that it finds in order, its likeliest cues mean nothing."""
+
 MAX_CUES = 3
 """Of how many pairs it speaks at most."""
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from external_detectors.weights_io import WEIGHTS, save_weights, to_unit
+from x2dfd.calibration import logit
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.degrade import degrade
 from x2dfd.errors import X2DFDError
@@ -48,7 +49,9 @@ def _log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _balanced(data: CropSet, rng: np.random.Generator, split: str, by_method: bool = False) -> Iterator[int]:
+def _balanced(
+    samples: Sequence[Sample], rng: np.random.Generator, split: str, by_method: bool = False
+) -> Iterator[int]:
     """Endless indices: label by turns, then source by the root of its size, then a random sample of it.
 
     With `by_method`, fakes are drawn by their (first) method instead of their source.
@@ -56,8 +59,9 @@ def _balanced(data: CropSet, rng: np.random.Generator, split: str, by_method: bo
     pools: list[tuple[list[NDArray[np.intp]], NDArray[np.float64]]] = []
     for label in ("real", "fake"):
         sources: dict[str, list[int]] = {}
-        for i in data.where(label=label, split=split):
-            sample = data.samples[i]
+        for i, sample in enumerate(samples):
+            if (sample.label, sample.split) != (label, split):
+                continue
             key = sample.method.split("+")[0] if by_method and label == "fake" else sample.source
             sources.setdefault(key, []).append(int(i))
         if not sources:
@@ -231,7 +235,7 @@ def blending(
     checked = load_crops(check, workers) if check is not None else None
 
     def batch_of(rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        draw = _balanced(crops, rng, "train")
+        draw = _balanced(crops.samples, rng, "train")
         chosen = [next(draw) for _ in range(batch)]
         pixels = torch.from_numpy(np.stack([_augmented(crops.crops[i], rng)[0] for i in chosen]))
         return pixels, torch.tensor([float(crops.samples[i].label == "fake") for i in chosen])
@@ -297,7 +301,7 @@ def consistency(
     net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def batch_of(rng: np.random.Generator) -> tuple[Tensor, ...]:
-        draw = _balanced(truth.crops, rng, "train", by_method=True)
+        draw = _balanced(truth.samples, rng, "train", by_method=True)
         return truth.batch([next(draw) for _ in range(batch)], rng)
 
     def loss_of(drawn: tuple[Tensor, ...]) -> Tensor:
@@ -307,7 +311,7 @@ def consistency(
         known = (cues >= 0) & (truth.allowed > 0)
         each = F.binary_cross_entropy_with_logits(named, (cues > 0).float(), reduction="none")
         # Cues are rare: one or two among a hundred pairs.
-        naming = (each * known * (1 + 5 * (cues > 0))).sum() / known.sum() * 12
+        naming = (each * known * (1 + 5 * (cues > 0))).sum() / known.sum().clamp(min=1) * 12
         # A mask is half there or not at all: real pictures have an empty one.
         placing = F.binary_cross_entropy_with_logits(where, masks, reduction="none").mean()
         return verdict + naming + placing
@@ -318,7 +322,8 @@ def consistency(
     settings = {"data": manifest_sha256(data), "batch": batch, "lr": lr, "seed": seed}
     run = json.dumps(settings | {"start": read_card(start / "blending.card.json").sha256})
     trained = _fit(net, batch_of, loss_of, steps=steps, lr=lr, seed=seed, state=state, run=run, check=figures_of)
-    methods = sorted({s.method.split("+")[0] for s in crops.samples if s.label == "fake"})
+    learnt = [s for s in truth.samples if s.split == "train"]
+    methods = sorted({s.method.split("+")[0] for s in learnt if s.label == "fake"})
     card = Card(
         name="consistency",
         version="1",
@@ -329,9 +334,8 @@ def consistency(
         paper="none: a network of this project; the start after Shiohara & Yamasaki, CVPR 2022",
         blind_spot="A face that a generator made as a whole is consistent with itself; strong compression levels "
         "differences out; a kind of change that it was not trained on is found less often and named wrongly.",
-        trained_on=f"{len(truth.crops.samples)} pictures, {steps} steps of {batch}: real photos, harmless changes and "
-        f"forgeries in part ({', '.join(methods)}); no fake of any generator; "
-        f"sources: {_sources(s for s in crops.samples if s.split == 'train')}",
+        trained_on=f"{len(learnt)} pictures, {steps} steps of {batch}: real photos, harmless changes and "
+        f"forgeries in part ({', '.join(methods)}); no fake of any generator; sources: {_sources(learnt)}",
         figures=figures_of(trained),
     )
     card = save_weights(trained.state_dict(), card, out)
@@ -350,17 +354,17 @@ class _LocalTruth:
 
         if crops.masks is None or not any(s.mask for s in crops.samples):
             raise X2DFDError("no masks: this expert learns from forgeries of `data_gen forge`")
-        usable = [i for i, s in enumerate(crops.samples) if s.label == "real" or s.mask]
-        self.crops = CropSet(
-            [crops.samples[i] for i in usable], crops.crops, crops.landmarks, crops.unusable, crops.masks
-        )
-        self.rows = np.array(usable)
-        self.cues = np.zeros((len(usable), len(POOLED), len(ARTIFACTS)), np.int8)
-        for k, sample in enumerate(self.crops.samples):
+        self.crops, self.masks = crops, crops.masks
+        self.rows = [i for i, s in enumerate(crops.samples) if s.label == "real" or s.mask]
+        self.samples = [crops.samples[i] for i in self.rows]
+        self.cues = np.zeros((len(self.rows), len(POOLED), len(ARTIFACTS)), np.int8)
+        for k, sample in enumerate(self.samples):
             for cue in sample.cues:
+                if cue.area not in POOLED:
+                    raise X2DFDError(f"{sample.id}: the mesh cannot place {cue.area!r}, so it cannot be learnt")
                 seen = cue.score is None or cue.score >= CUE_SEEN_FROM
                 self.cues[k, POOLED.index(cue.area), ARTIFACTS.index(cue.artifact)] = 1 if seen else -1
-        train = np.array([s.split == "train" for s in self.crops.samples])
+        train = np.array([s.split == "train" for s in self.samples])
         self.allowed = torch.from_numpy(((self.cues[train] > 0).sum(0) >= 10).astype(np.float32))
 
     def batch(self, chosen: Sequence[int], rng: np.random.Generator | None) -> tuple[Tensor, ...]:
@@ -369,28 +373,32 @@ class _LocalTruth:
 
         from external_detectors.consistency_net import GRID, area_grid
 
-        assert self.crops.masks is not None
         pixels, areas, masks = [], [], []
         for k in chosen:
             row = self.rows[k]
             view, matrix = np.asarray(self.crops.crops[row]), np.eye(2, 3)
             if rng is not None:
                 view, matrix = _augmented(view, rng)
-            mask = np.asarray(self.crops.masks[row])
+            mask = np.asarray(self.masks[row])
+            # The same move on the mask's grid; a cell's centre lies between the crop's pixels.
+            step = view.shape[0] / mask.shape[0]
+            centre = np.full(2, (step - 1) / 2)
             small = matrix.copy()
-            small[:, 2] *= mask.shape[0] / view.shape[0]
-            mask = cv2.warpAffine(mask, small, mask.shape[::-1])
+            small[:, 2] = (matrix[:, :2] @ centre + matrix[:, 2] - centre) / step
+            mask = cv2.warpAffine(mask, small, mask.shape[::-1], borderMode=cv2.BORDER_REPLICATE)
             masks.append(cv2.resize(mask, (GRID, GRID), interpolation=cv2.INTER_AREA))
             pixels.append(view)
             areas.append(area_grid(cv2.transform(self.crops.landmarks[row][None], matrix)[0].astype(np.float32)))
-        labels = torch.tensor([float(self.crops.samples[k].label == "fake") for k in chosen])
+        labels = torch.tensor([float(self.samples[k].label == "fake") for k in chosen])
         target = torch.from_numpy((np.stack(masks) > 64).astype(np.float32))
         cues = torch.from_numpy(self.cues[list(chosen)])
         return torch.from_numpy(np.stack(pixels)), torch.from_numpy(np.stack(areas)), labels, cues, target
 
     def figures(self, net: torch.nn.Module, split: str) -> dict[str, Any]:
         """AUC by method, pixel AUC of the map, and the threshold and F1 of its cues, on undegraded pictures."""
-        chosen = [k for k, s in enumerate(self.crops.samples) if s.split == split]
+        from external_detectors.consistency_net import POINTS_FROM
+
+        chosen = [k for k, s in enumerate(self.samples) if s.split == split]
         if not chosen:
             return {"cue_threshold": 0.5}
         net.eval()
@@ -403,18 +411,22 @@ class _LocalTruth:
                 chances.append(named.sigmoid())
                 maps.append(where)
                 truths.append(masks)
-        samples = [self.crops.samples[k] for k in chosen]
+        samples = [self.samples[k] for k in chosen]
         scores = torch.cat(fakes).double().numpy()
         table: dict[str, Any] = {"calib_auc_by_method": by_method(samples, scores)}
         shown = [k for k, s in enumerate(samples) if s.cues and (self.cues[chosen[k]] > 0).any()]
         table["cue_threshold"] = 0.5
         if shown:
-            chance = torch.cat(chances)[shown].numpy()
-            there = self.cues[[chosen[k] for k in shown]] > 0
-            table["cue_threshold"], table["cue_f1"], table["area_f1"] = _cue_threshold(chance, there)
+            # As in use: it points at nothing on a face that it finds in order. Cues too faint to see count neither way.
+            cues = self.cues[[chosen[k] for k in shown]]
+            chance = torch.cat(chances)[shown].numpy() * (scores[shown] >= logit(POINTS_FROM))[:, None, None]
+            chance = np.where(cues < 0, 0, chance)
+            table["cue_threshold"], table["cue_f1"], table["area_f1"] = _cue_threshold(chance, cues > 0)
+            table["threshold_chosen_on"] = "the same pictures"
             places, drawn = torch.cat(maps)[shown].numpy(), torch.cat(truths)[shown].numpy() > 0
             values = [_auc(d.ravel(), p.ravel()) for p, d in zip(places, drawn, strict=True)]
-            table["pixel_auc"] = round(float(np.mean([v for v in values if v is not None])), 4)
+            measured = [v for v in values if v is not None]
+            table |= {"pixel_auc": round(float(np.mean(measured)), 4)} if measured else {}
             table["n_with_cues"] = len(shown)
         return table
 
@@ -533,7 +545,8 @@ def _unseen(
     alarms, both = {}, {}
     for left in sources:
         gone = source == left
-        if not (real & ~gone & ~train).any() or not (real & ~gone & train).any():
+        seen = train & ~gone
+        if not (real & ~gone & ~train).any() or not (real & seen).any() or not (whole & seen).any():
             continue
         scored = logits(head(train & ~gone))
         # The threshold is set where the head has not learnt: its own pictures would promise too much.
@@ -548,7 +561,7 @@ def _unseen(
                 continue
             scored = logits(head(train & ~gone & ~hidden))
             tested = hidden | (real & gone)
-            both[f"{generator} / {left}"] = round(_auc(hidden[tested], scored[tested]) or 0.0, 4)
+            both[f"{generator} / {left}"] = round(float(_auc(hidden[tested], scored[tested]) or 0), 4)
     return {"false_alarms_of_a_source_left_out": alarms, "auc_generator_and_source_left_out": both}
 
 

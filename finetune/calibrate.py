@@ -23,7 +23,7 @@ from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import Detector, load
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.manifest import Sample, manifest_sha256
-from x2dfd.tower import training_view
+from x2dfd.tower import view_face
 from x2dfd.types import Evidence, Face
 
 
@@ -124,9 +124,10 @@ def _chosen(crops: CropSet, split: str, limit: int | None, held_out: Sequence[st
 
 
 def _face(crops: CropSet, i: int, view_seed: int | None) -> Face:
-    crop = np.asarray(crops.crops[i]) if view_seed is None else training_view(crops.crops[i], view_seed, i)[0]
+    if view_seed is not None:
+        return view_face(crops, i, view_seed)
+    crop, points = np.asarray(crops.crops[i]), crops.landmarks[i]
     size = float(crop.shape[0])
-    points = crops.landmarks[i]
     return Face(0, (0.0, 0.0, size, size), points, 1.0, crop, points, 0.0)
 
 

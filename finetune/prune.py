@@ -44,8 +44,8 @@ def sample_text(processor: Any, seed: int = 0) -> Tensor:
 
 
 @torch.inference_mode()
-def prune(model: Any, ids: Tensor, least: int) -> Iterator[tuple[list[int], float]]:
-    """(layers kept, loss in nats a token), from all layers down to `least`."""
+def prune(model: Any, ids: Tensor, least: int) -> Iterator[tuple[list[int], float, float]]:
+    """(layers kept, loss in nats a token, loss of as many layers from the front), from all layers down to `least`."""
     text, head = model.model.language_model, model.lm_head.weight
     hidden = text.embed_tokens(ids)
     positions = torch.arange(ids.shape[1])[None]
@@ -62,7 +62,7 @@ def prune(model: Any, ids: Tensor, least: int) -> Iterator[tuple[list[int], floa
         return float(F.cross_entropy((text.norm(x) @ head.T)[0, :-1], ids[0, 1:]))
 
     kept = list(range(len(text.layers)))
-    yield kept, loss(through(hidden, kept))
+    yield kept, (whole := loss(through(hidden, kept))), whole
     while len(kept) > least:
         before, found = hidden, []
         for place, layer in enumerate(kept):  # what stands before the dropped layer is computed once
@@ -70,7 +70,7 @@ def prune(model: Any, ids: Tensor, least: int) -> Iterator[tuple[list[int], floa
             before = through(before, [layer])
         cost, place = min(found)
         kept = kept[:place] + kept[place + 1 :]
-        yield kept, cost
+        yield kept, cost, loss(through(hidden, range(len(kept))))
 
 
 def _run(
@@ -79,8 +79,9 @@ def _run(
 ) -> None:
     """Drop language layers one by one, always the one that costs the least loss on text."""
     model, processor = load_llava(base)
-    for kept, cost in prune(model, sample_text(processor), least):
-        print(json.dumps({"layers": len(kept), "loss": round(cost, 4), "kept": kept}), flush=True)
+    for kept, cost, first in prune(model, sample_text(processor), least):
+        line = {"layers": len(kept), "loss": round(cost, 4), "loss_of_the_first": round(first, 4), "kept": kept}
+        print(json.dumps(line), flush=True)
 
 
 def main() -> None:

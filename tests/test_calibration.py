@@ -9,12 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import skimage.data
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
+from finetune.calibrate import _chosen, _face
 from tests.tiny import edit_json
 from x2dfd.calibration import Calibration, choose_band, fit_weights, logit
+from x2dfd.crops import CropSet
 from x2dfd.errors import SetupError
+from x2dfd.faces import find_faces
+from x2dfd.manifest import Sample
+from x2dfd.tower import training_view
 
 Floats = NDArray[np.float64]
 
@@ -244,3 +250,29 @@ def test_later_fields_may_be_absent(tmp_path: Path) -> None:
     del data["fitted_on"], data["mllm_threshold"]
     path.write_text(json.dumps(data))
     assert Calibration.load(tmp_path).mllm_threshold == 0.5
+
+
+def test_a_mirrored_view_keeps_its_landmarks_on_the_face() -> None:
+    """Bug prevented: experts that pool by area calibrated on the other side's areas."""
+    [face] = find_faces(np.array(skimage.data.astronaut()))
+    crops = CropSet(
+        [Sample(str(k), Path("x"), "real", group=str(k)) for k in range(8)],
+        np.repeat(face.crop[None], 8, 0),
+        np.repeat(face.crop_landmarks[None], 8, 0),
+        {},
+    )
+    flips = [training_view(face.crop, 1, k)[1] for k in range(8)]
+    assert any(flips) and not all(flips)
+    for k, flipped in enumerate(flips):
+        told = _face(crops, k, 1).crop_landmarks
+        wanted = 223 - face.crop_landmarks[:, 0] if flipped else face.crop_landmarks[:, 0]
+        assert np.allclose(told[:, 0], wanted) and np.allclose(told[:, 1], face.crop_landmarks[:, 1])
+    assert np.array_equal(_face(crops, 0, None).crop, face.crop)
+
+
+def test_methods_kept_for_figures_on_unseen_ones_are_not_calibrated_on() -> None:
+    """Bug prevented: a band that was set with the methods whose figures are said to be of unseen ones."""
+    methods = ["", "swap", "relight", "swap+relight"]
+    samples = [Sample(m or "real", Path("x"), "fake" if m else "real", m, group=m, split="calib") for m in methods]
+    crops = CropSet(samples, np.zeros((4, 1, 1, 3), np.uint8), np.zeros((4, 468, 2), np.float32), {})
+    assert _chosen(crops, "calib", None, ("relight",)) == [0, 1]

@@ -228,7 +228,7 @@ def test_a_cues_score_is_what_shows_not_what_was_dialled(photo: Photo, donor: Ph
 
 
 def test_a_forgery_that_nobody_could_see_is_made_again_stronger(photo: Photo) -> None:
-    """Bug prevented: a picture labelled fake that equals its original, and an explanation of nothing."""
+    """Bug prevented: a faint dial on a picture that hides it, called a forgery and explained."""
     flat = replace(photo, pixels=np.full_like(photo.pixels, 120))  # a blur of nothing
     made = [forge(flat, METHODS["blur_mismatch"], np.random.default_rng([2, s])) for s in range(6)]
     assert all(f.strength == 1 and f.cues[0].score == 0 for f in made)

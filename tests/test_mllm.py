@@ -29,7 +29,7 @@ pytestmark = pytest.mark.needs_base
 QUESTIONS = [
     prompts.QUESTION,
     prompts.verdict_question([Evidence("blending", 0.812)]),
-    prompts.verdict_question([Evidence("blending", 0.1), Evidence("clip", None), Evidence("forgery", 0.99)]),
+    prompts.verdict_question([Evidence("blending", 0.1), Evidence("clip", None), Evidence("consistency", 0.99)]),
     prompts.CLASS_QUESTION,
 ]
 
@@ -269,7 +269,7 @@ def test_chosen_layers_are_those_that_were_asked_for(base: Path, crops: NDArray[
     assert np.allclose(logits[1], usual.verdict_logits(usual.look(crops[:2]), [QUESTIONS[0]] * 2), atol=1e-5)
     packed = turned.yes_no(crops[0], QUESTIONS[:3]).p_yes
     assert np.allclose(packed, turned.yes_no_plain(crops[0], QUESTIONS[:3]).p_yes, atol=1e-4)
-    for odd in ([], [2], [-1]):
+    for odd in ([], [2], [-1], [0, 0]):
         with pytest.raises(SetupError, match="text layers"):
             load_llava(base, text_layers=odd)
 

@@ -74,7 +74,7 @@ COVERS: dict[str, tuple[tuple[str, str], ...]] = {
             "noise",
             "colour",
             "compression",
-            "lighting",
+            "frequency",
             "missing-detail",
             "texture",
             "geometry",

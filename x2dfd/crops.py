@@ -56,16 +56,19 @@ def _crop(paths: tuple[str, str | None]) -> Cropped | str:
         faces = find_faces(pixels)
         if not faces:
             return "no_face"
-        return faces[0].crop, faces[0].crop_landmarks, _aligned(mask, pixels, faces[0].landmarks) if mask else None
     except InputError as error:
         return error.code
+    return faces[0].crop, faces[0].crop_landmarks, _aligned(mask, pixels, faces[0].landmarks) if mask else None
 
 
 def _aligned(path: str, pixels: NDArray[np.uint8], landmarks: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """The mask file on the grid of the face's crop."""
-    mask = load_picture(path).pixels[..., 0]
+    """The mask file on the grid of the face's crop. Raises X2DFDError when it is unreadable or fits another picture."""
+    try:
+        mask = load_picture(path).pixels[..., 0]
+    except InputError as error:
+        raise X2DFDError(f"mask {path}: {error}") from error
     if mask.shape != pixels.shape[:2]:
-        raise InputError("mask_size", f"{path} is not of the size of its picture")
+        raise X2DFDError(f"mask {path} is not of the size of its picture")
     _, matrix = align(pixels, landmarks)
     crop = cv2.warpAffine(mask, matrix, (CROP_SIZE, CROP_SIZE))
     return np.asarray(cv2.resize(crop, (MASK_SIZE, MASK_SIZE), interpolation=cv2.INTER_AREA), np.uint8)
@@ -109,8 +112,9 @@ def _state(samples: Sequence[Sample]) -> str:
     """Changes when a file is replaced under its old name."""
     digest = hashlib.sha256()
     for sample in samples:
-        found = sample.path.stat() if sample.path.exists() else None
-        digest.update(f"{sample.path}:{(found.st_size, found.st_mtime_ns) if found else None}\n".encode())
+        for path in (sample.path, sample.mask):
+            found = path.stat() if path is not None and path.exists() else None
+            digest.update(f"{path}:{(found.st_size, found.st_mtime_ns) if found else None}\n".encode())
     return digest.hexdigest()
 
 

@@ -307,7 +307,7 @@ def load(
         "name": f"{card.name} {card.version}" if card else identity["name"],
         "base": identity,
         "adapter_sha256": card.sha256 if card else None,
-        "layers": {"tower": card.tower_layers, "text": card.text_layers} if card else None,
+        "layers": _layers(card) if card else None,
         "prompt_sha256": prompts.prompt_hash(processor),
         "experts": {n: f"{e.card.version} {e.card.sha256}" for n, e in zip(names, loaded, strict=True)},
         "held_out": list(card.held_out) if card else [],
@@ -315,6 +315,12 @@ def load(
         "licence": card.licence if card else "",
     }
     return Detector(LocalMLLM(llava, processor, facts["name"]), loaded, calibration, facts, mode)
+
+
+def _layers(card: AdapterCard) -> dict[str, int | list[int]]:
+    """As JSON gives it back: a report has to equal itself after a round trip."""
+    text = card.text_layers
+    return {"tower": card.tower_layers, "text": text if isinstance(text, int) else list(text)}
 
 
 def _check_experts(card: AdapterCard, loaded: Sequence[Expert], names: Sequence[str]) -> None:

@@ -232,7 +232,7 @@ def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], 
     legend: dict[str, tuple[str, str]] = {}
     shapes, boxes, maps = [], [], []
     for face in faces:
-        maps += [m for e in face.evidence if e.map and len(face.crop) == 3 for m in [_map(face.crop, e.map, e.expert)]]
+        maps += [_map(face.crop, e.map, e.expert) for e in face.evidence if len(face.crop) == 3 and _square(e.map)]
         for area, letter, colour in _areas(face):
             key = _prefix(face, faces) + letter
             legend[key] = (colour, area if len(faces) == 1 else f"face {face.index + 1}: {area}")
@@ -265,6 +265,10 @@ def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], 
         "boxes": boxes,
         "legend": [(key, *rest) for key, rest in legend.items()],
     }
+
+
+def _square(rows: Sequence[Sequence[float]]) -> bool:
+    return len(rows) > 0 and all(len(row) == len(rows) for row in rows)
 
 
 def _map(
@@ -522,7 +526,7 @@ _PAGE = """\
 {% for f in s.figures %}
 <figure>
 {% if f.maps %}
-<label class="switch"><input type="checkbox"> Show where the expert {{ f.mapped_by }} is most sensitive</label>
+<label class="switch"><input type="checkbox"> Show where a change is suspected (map of: {{ f.mapped_by }})</label>
 {% endif %}
 <div class="picture">
 <img src="{{ f.uri }}" alt="{{ f.alt }}">

@@ -285,8 +285,9 @@ def load_llava(
     if tower_layers is not None:
         config.vision_config.num_hidden_layers = tower_layers
     chosen = None if text_layers is None or isinstance(text_layers, int) else [int(k) for k in text_layers]
-    if chosen is not None and (not chosen or not all(0 <= k < config.text_config.num_hidden_layers for k in chosen)):
-        raise SetupError(f"text layers {chosen} of {config.text_config.num_hidden_layers}: there are none such")
+    known = range(config.text_config.num_hidden_layers)
+    if chosen is not None and (not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(known)):
+        raise SetupError(f"text layers {chosen} of {len(known)}: each once, and only those that there are")
     if isinstance(text_layers, int):
         config.text_config.num_hidden_layers = text_layers
         if getattr(config.text_config, "layer_types", None):

@@ -24,6 +24,7 @@ from x2dfd.crops import CropSet
 from x2dfd.degrade import DEGRADE_VERSION, degrade
 from x2dfd.fetch import require
 from x2dfd.files import file_sha256, write_text
+from x2dfd.types import Face
 
 _MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 _STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
@@ -89,6 +90,16 @@ def training_view(crop: NDArray[np.uint8], seed: int, i: int) -> tuple[NDArray[n
     return (np.ascontiguousarray(view[:, ::-1]) if flipped else view), flipped
 
 
+def view_face(data: CropSet, i: int, view_seed: int) -> Face:
+    """Sample i's training view as a Face, for experts that are asked about it."""
+    view, flipped = training_view(data.crops[i], view_seed, i)
+    points = data.landmarks[i].copy()
+    if flipped:  # mirrored points keep their numbers: no expert of ours reads left from right
+        points[:, 0] = view.shape[1] - 1 - points[:, 0]
+    size = float(view.shape[0])
+    return Face(0, (0.0, 0.0, size, size), points, 1.0, view, points, 0.0)
+
+
 def training_rows(data: CropSet, limit: int | None = None) -> NDArray[np.intp]:
     """The samples of splits `train` and `calib`, in the manifest's order; at most `limit` of them."""
     return np.array([i for i, s in enumerate(data.samples) if s.split in ("train", "calib")][:limit], int)
@@ -115,7 +126,7 @@ def cached_features(
         digest.update(data.samples[i].id.encode() + b"\n")
         digest.update(data.crops[i].data)
     base = file_sha256(require("base") / "model.safetensors")
-    made_by = {"seed": seed, "degrade": DEGRADE_VERSION, "base": base}
+    made_by = {"seed": seed, "degrade": DEGRADE_VERSION, "base": base, "bf16": bf16}
     key = {"samples": digest.hexdigest(), "layers": layers, "keep": list(keep), **made_by}
     progress = folder / "progress.json"
     state = json.loads(progress.read_text()) if progress.is_file() else {}

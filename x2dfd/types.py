@@ -52,7 +52,8 @@ class Evidence:
     score: float | None  # P(fake) in [0, 1]; None when the expert could not judge
     note: str | None = None  # why there is no score, or a remark for the reader
     cues: tuple[Cue, ...] = ()  # what it points at, most likely first, with the probability; most experts cannot
-    map: tuple[tuple[float, ...], ...] = ()  # rows of a square grid over the aligned crop: P(changed) there; or empty
+    map: tuple[tuple[float, ...], ...] = field(default=(), repr=False)  # rows of a square grid over the aligned crop:
+    # P(changed) there; empty where the expert draws none
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
