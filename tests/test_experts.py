@@ -23,7 +23,7 @@ from external_detectors.weights_io import WEIGHTS, load_weights, save_weights
 from x2dfd import experts
 from x2dfd.degrade import degrade
 from x2dfd.errors import SetupError, UnknownName, X2DFDError
-from x2dfd.experts import BUILTIN, DEFAULT, Expert, Shared, expert_class, load_expert, read_card, write_card
+from x2dfd.experts import BUILTIN, DEFAULT, PUBLISHED, Expert, Shared, expert_class, load_expert, read_card, write_card
 from x2dfd.faces import PADDING, PREPROCESSING, find_faces
 from x2dfd.files import file_sha256, write_text
 from x2dfd.types import Card, Evidence, Face
@@ -63,7 +63,12 @@ def judged(faces: list[Face]) -> Judged:
 
 @cache
 def _loaded(name: str) -> Expert:
-    return load_expert(name)
+    try:
+        return load_expert(name)
+    except SetupError as error:
+        if name in PUBLISHED:  # a user's own files: tests/test_published.py holds what can be shown without them
+            pytest.skip(str(error))
+        raise
 
 
 def _scores(evidence: list[Evidence]) -> list[float]:

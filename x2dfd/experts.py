@@ -1,7 +1,8 @@
 """Experts: conventional detectors that look where the MLLM is weak, and the registry that finds them.
 
-An expert is a class with a `card` and a method `judge`; it is registered under a name, either in `BUILTIN` below or by
-an installed package through the entry point group `x2dfd.experts`. Nothing is imported before a name is asked for.
+An expert is a class with a `card` and a method `judge`; it is registered under a name, in `BUILTIN` or `PUBLISHED`
+below or by an installed package through the entry point group `x2dfd.experts`. Nothing is imported before a name is
+asked for.
 """
 
 from __future__ import annotations
@@ -28,6 +29,13 @@ BUILTIN: dict[str, str] = {
 }
 DEFAULT: tuple[str, ...] = ("blending", "consistency", "clip")
 """In this order their scores stand in the prompt."""
+PUBLISHED: dict[str, str] = {
+    "mesonet": "external_detectors.mesonet:MesoNet",
+    "aligned-forensics": "external_detectors.published:AlignedForensics",
+    "swinv2-blending": "external_detectors.published:SwinV2Blending",
+    "universal-fake-detect": "external_detectors.published:UniversalFakeDetect",
+}
+"""Loaders of third parties' weights. The weights are a user's own: nothing ships them, nothing uses them by default."""
 
 GROUP = "x2dfd.experts"
 
@@ -53,7 +61,7 @@ class Expert(Protocol):
 
 def _targets() -> dict[str, str]:
     """Every registered name and where it lives ("module:attribute"). Raises X2DFDError when two claim one name."""
-    targets = dict(BUILTIN)
+    targets = BUILTIN | PUBLISHED
     for entry in entry_points(group=GROUP):
         if targets.get(entry.name, entry.value) != entry.value:
             raise X2DFDError(f"expert {entry.name!r} is registered twice: {targets[entry.name]} and {entry.value}")
@@ -62,7 +70,7 @@ def _targets() -> dict[str, str]:
 
 
 def names() -> list[str]:
-    """All registered names: ours first, then those of installed packages."""
+    """All registered names: ours, then the loaders of published weights, then those of installed packages."""
     return list(_targets())
 
 

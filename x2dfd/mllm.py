@@ -300,7 +300,7 @@ def load_llava(
         raise SetupError(f"feature layers {layers} of a tower with {tower} layers: there are none such")
     stock: Any = LlavaForConditionalGeneration
     try:
-        with _quietly(), torch.random.fork_rng():  # dropped layers are expected; what is not is checked below
+        with quietly(), torch.random.fork_rng():  # dropped layers are expected; what is not is checked below
             torch.manual_seed(0)
             model, info = stock.from_pretrained(
                 folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
@@ -332,7 +332,7 @@ def _keep_text_layers(model: Any, chosen: Sequence[int]) -> None:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without the progress bar and the loading report of transformers."""
     from transformers.utils import logging
 

@@ -1,0 +1,365 @@
+"""Experts with published weights: AlignedForensics, the SwinV2 blending detector of X2-DFD, UniversalFakeDetect.
+
+Blind spot: each knows the forgeries that its authors trained on, and none of them was trained on our crops.
+Nothing of these weights comes with this package, and nothing is downloaded unless the caller names the hub. A user who
+has them puts them into `experts/` of the cache folder, or gives the path. They are files of third parties: tensors are
+read with the restricted unpickler, and every name and shape is checked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from x2dfd.errors import SetupError
+from x2dfd.experts import Shared
+from x2dfd.faces import CROP_SIZE, PREPROCESSING
+from x2dfd.fetch import cache_dir
+from x2dfd.files import file_sha256
+from x2dfd.types import Card, Evidence, Face
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_L = "openai/clip-vit-large-patch14"
+
+# --- what the published experts share (MesoNet too) -----------------------------------------------------------------
+
+
+def published_file(card: Card, given: Path | None, name: str) -> Path:
+    """The weight file: the one given, or `experts/<name>` in the cache. Raises SetupError: what to put where."""
+    path = given or cache_dir() / "experts" / name
+    if not path.is_file():
+        raise SetupError(
+            f"weights of expert {card.name!r} are not here: "
+            f"put {name} of {card.source}, licence {card.licence}, at {path}"
+        )
+    return path
+
+
+def card_of(card: Card, path: Path) -> Card:
+    """The card of the file that is loaded: with its name and SHA-256, which stand in reports and calibrations."""
+    return replace(card, weights=path.name, sha256=file_sha256(path))
+
+
+def judge_crops(
+    name: str, faces: Sequence[Face], score: Callable[[Tensor], Tensor], at_once: int = 8
+) -> list[Evidence]:
+    """One Evidence a face; None with a reason where the crop is not one of ours or the network gives no number.
+
+    `score` takes crops [n, CROP_SIZE, CROP_SIZE, 3] uint8, `at_once` or fewer, and returns P(fake) [n].
+    """
+    fits = [f.crop.shape == (CROP_SIZE, CROP_SIZE, 3) and f.crop.dtype == np.uint8 for f in faces]
+    crops = [face.crop for face, fit in zip(faces, fits, strict=True) if fit]
+    scores: list[float] = []
+    with torch.inference_mode():
+        for start in range(0, len(crops), at_once):
+            scores += score(torch.from_numpy(np.stack(crops[start : start + at_once]))).tolist()
+    told = iter(scores)
+    evidence = []
+    for fit in fits:
+        p_fake = next(told) if fit else math.nan
+        if math.isfinite(p_fake):
+            evidence.append(Evidence(name, p_fake))
+        else:
+            note = "the network gave no number" if fit else f"the crop is not {CROP_SIZE} px RGB in 8 bits"
+            evidence.append(Evidence(name, None, note))
+    return evidence
+
+
+def resized(crops: Tensor, side: int) -> Tensor:
+    """Crops [n, s, s, 3] uint8 to [n, 3, side, side] in 0..1, bilinear."""
+    pixels = crops.permute(0, 3, 1, 2).float() / 255
+    return pixels if pixels.shape[-1] == side else F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
+
+
+def imagenet_normalised(pixels: Tensor) -> Tensor:
+    """[n, 3, s, s] in 0..1, less ImageNet's mean, over its standard deviation."""
+    return (pixels - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
+
+
+def read_checkpoint(path: Path) -> Any:
+    """What a third party's `.pth` holds. Raises SetupError when it is damaged or holds more than plain tensors."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign file trips the unpickler in any way; code in it is refused, never run
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SetupError(f"{path} is not a checkpoint of plain tensors ({reason}); get it again") from error
+
+
+def load_strictly(net: nn.Module, state: object, path: Path) -> None:
+    """Put `state` into `net` and set it to judging. Raises SetupError unless every name and shape is the network's."""
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise SetupError(f"{path} holds no table of tensors where one is expected; get it again")
+    wanted = net.state_dict()
+    for name in wanted:
+        if name not in state:
+            raise SetupError(f"{path} lacks {name}: it is not the network that this expert needs")
+    for name, value in state.items():
+        if name not in wanted:
+            raise SetupError(f"{path} has {name} left over: it is not the network that this expert needs")
+        if value.shape != wanted[name].shape or value.is_floating_point() != wanted[name].is_floating_point():
+            found, needed = (f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in (value, wanted[name]))
+            raise SetupError(f"{path}: {name} is {found} where {needed} is expected")
+        if not value.isfinite().all():
+            raise SetupError(f"{path}: {name} holds numbers that are not finite; get it again")
+    net.load_state_dict(state)
+    net.eval().requires_grad_(False)
+
+
+# --- AlignedForensics -----------------------------------------------------------------------------------------------
+
+
+class _Bottleneck(nn.Module):
+    def __init__(self, inputs: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * planes)
+        self.downsample = (
+            nn.Sequential(nn.Conv2d(inputs, 4 * planes, 1, stride, bias=False), nn.BatchNorm2d(4 * planes))
+            if stride > 1 or inputs != 4 * planes
+            else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(self.conv1(x)).relu()
+        y = self.bn2(self.conv2(y)).relu()
+        y = self.bn3(self.conv3(y))
+        return torch.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet50NoDown(nn.Module):
+    """ResNet-50 (He et al. 2016) with stride 1 in the first convolution and in the max pooling, and one logit.
+
+    [n, 3, s, s], ImageNet-normalised, to logits of fake [n]; `features` gives the last map [n, 2048, s/8, s/8], four
+    times the side of plain ResNet-50's. Names of the tensors are torchvision's.
+    Gragnaniello et al. 2021 (arXiv 2104.02617): early downsampling destroys the traces that generators leave.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=1, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.maxpool = nn.MaxPool2d(3, stride=1, padding=1)
+        self.layer1 = self._layer(64, 64, 3, 1)
+        self.layer2 = self._layer(256, 128, 4, 2)
+        self.layer3 = self._layer(512, 256, 6, 2)
+        self.layer4 = self._layer(1024, 512, 3, 2)
+        self.fc = nn.Linear(2048, 1)
+
+    @staticmethod
+    def _layer(inputs: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
+        rest = [_Bottleneck(4 * planes, planes, 1) for _ in range(blocks - 1)]
+        return nn.Sequential(_Bottleneck(inputs, planes, stride), *rest)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.bn1(self.conv1(x)).relu())
+        out: Tensor = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.features(x).mean((2, 3)))[:, 0]
+        return logits
+
+
+class AlignedForensics:
+    """P(fake) of each face's aligned crop by AlignedForensics "Ours-Sync".
+
+    `weights`: the checkpoint, a dict of `model`, `optimizer` and `total_steps`; if not given, `ours-sync.pth` in the
+    cache. `options`: which network it is, as a mapping or as the YAML file of the release; if not given, the YAML file
+    beside the weights (`ours-sync.yaml`). It must say `arch: res50nodown`, `norm_type: resnet`, `patch_size: null`. It
+    is asked for because the same tensors fit plain `res50` as well, which then gives other scores without any error.
+    Raises SetupError when a file is absent or is not what it should be.
+    """
+
+    OPTIONS: ClassVar[dict[str, object]] = {"arch": "res50nodown", "norm_type": "resnet", "patch_size": None}
+    card: ClassVar[Card] = Card(
+        name="aligned-forensics",
+        version="ours-sync",
+        source="github.com/AniSundar18/AlignedForensics (Ours-Sync)",
+        licence="not known to us (read the terms of the release)",
+        sha256="",
+        preprocessing=f"{PREPROCESSING}; not resized; ImageNet normalisation",
+        paper="Rajan et al., Aligned Datasets Improve Detection of Latent Diffusion-Generated Images, arXiv 2410.11835",
+        blind_spot="Forgeries that did not pass through the decoder of a latent diffusion model: swaps, edits by hand, "
+        "most GANs; and it was trained on whole pictures, not on resampled face crops.",
+        trained_on="real photos and their reconstructions by a latent diffusion autoencoder",
+    )
+
+    def __init__(self, weights: Path | None = None, options: Mapping[str, object] | Path | None = None) -> None:
+        path = published_file(self.card, weights, "ours-sync.pth")
+        self._check_options(path.with_suffix(".yaml") if options is None else options)
+        checkpoint = read_checkpoint(path)
+        if not isinstance(checkpoint, dict) or set(checkpoint) != {"model", "optimizer", "total_steps"}:
+            raise SetupError(f"{path} is not a dict of model, optimizer and total_steps, as the release's is")
+        self._net = ResNet50NoDown()
+        load_strictly(self._net, checkpoint["model"], path)
+        self.card = card_of(self.card, path)  # type: ignore[misc]
+
+    @classmethod
+    def _check_options(cls, options: Mapping[str, object] | Path) -> None:
+        needed = "arch: res50nodown, norm_type: resnet, patch_size: null"
+        origin = "options"
+        if isinstance(options, Path):
+            import yaml  # comes with transformers
+
+            origin = str(options)
+            try:
+                options = yaml.safe_load(options.read_text(encoding="utf-8"))
+            except (OSError, ValueError, yaml.YAMLError) as error:
+                raise SetupError(
+                    f"the tensors of expert {cls.card.name!r} do not tell their network, "
+                    f"so put a text file with the lines {needed} at {origin} ({type(error).__name__})"
+                ) from error
+        stated = options if isinstance(options, Mapping) else {}
+        for key, value in cls.OPTIONS.items():
+            if key not in stated or stated[key] != value:
+                found = f"{key}: {stated[key]}" if key in stated else f"no {key}"
+                raise SetupError(f"{origin} says {found}; expert {cls.card.name!r} is {needed} and nothing else")
+
+    def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
+        def score(crops: Tensor) -> Tensor:
+            p_fake: Tensor = self._net(imagenet_normalised(resized(crops, CROP_SIZE))).sigmoid()
+            return p_fake
+
+        return judge_crops(self.card.name, faces, score, at_once=2)  # a map of the first layer takes 51 MB a face
+
+
+# --- the blending detector of X2-DFD --------------------------------------------------------------------------------
+
+
+class SwinV2Blending:
+    """P(fake) of each face's aligned crop by the blending detector released with X2-DFD: SwinV2-B of timm, two classes.
+
+    `weights`: the state dict; `best_gf.pth` in the cache if not given. Raises SetupError when it is absent, is not
+    that network's, or timm is not installed.
+    """
+
+    NETWORK: ClassVar[str] = "swinv2_base_window16_256"
+    card: ClassVar[Card] = Card(
+        name="swinv2-blending",
+        version="best_gf",
+        source="X2-DFD's weights package (blending_models)",
+        licence="not known to us (read the terms of the release)",
+        sha256="",
+        preprocessing=f"{PREPROCESSING}; squashed to 256 px, bilinear; ImageNet normalisation",
+        paper="X2-DFD: A framework for eXplainable and eXtendable Deepfake Detection, arXiv 2410.06126",
+        blind_spot="A face that is synthetic as a whole has no seam, and heavy compression hides one.",
+        trained_on="blended faces made from real ones, as far as the paper says",
+    )
+
+    def __init__(self, weights: Path | None = None) -> None:
+        path = published_file(self.card, weights, "best_gf.pth")
+        try:
+            import timm
+        except ImportError as error:
+            raise SetupError(
+                f"expert {self.card.name!r} needs timm for its network ({error}), with a torchvision that fits your "
+                "torch: pip install timm"
+            ) from error
+        try:
+            self._net: nn.Module = timm.create_model(self.NETWORK, pretrained=False, num_classes=2)
+        except RuntimeError as error:  # timm's answer to a name that it does not know
+            raise SetupError(f"this timm has no {self.NETWORK} ({error}): pip install --upgrade timm") from error
+        state = read_checkpoint(path)
+        if isinstance(state, dict):
+            # Some versions of timm store these masks, others compute them. They follow from the window size alone.
+            kept = self._net.state_dict()
+            state = {k: v for k, v in state.items() if k in kept or not str(k).endswith(".attn_mask")}
+        load_strictly(self._net, state, path)
+        self.card = card_of(self.card, path)  # type: ignore[misc]
+
+    def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
+        def score(crops: Tensor) -> Tensor:
+            logits: Tensor = self._net(imagenet_normalised(resized(crops, 256)))  # [n, 2]: real, fake
+            return logits.softmax(1)[:, 1]
+
+        return judge_crops(self.card.name, faces, score)
+
+
+# --- UniversalFakeDetect --------------------------------------------------------------------------------------------
+
+
+class UniversalFakeDetect:
+    """P(fake) of each face's aligned crop by a linear head on the image embedding of CLIP ViT-L/14.
+
+    `weights`: the head, a dict of `weight` [1, 768] and `bias` [1] (or `fc.weight`, `fc.bias`); if not given,
+    `fc_weights.pth` in the cache. `tower`: a folder with CLIP as transformers saves it (`model.safetensors`), or the
+    hub's name of it (CLIP_L), which alone may download; if not given, `clip-vit-large-patch14/` in the cache.
+    Raises SetupError when a file is absent or is not what it should be.
+    """
+
+    card: ClassVar[Card] = Card(
+        name="universal-fake-detect",
+        version="fc_weights",
+        source="github.com/WisconsinAIVision/UniversalFakeDetect (pretrained_weights)",
+        licence="MIT",
+        sha256="",
+        preprocessing=f"{PREPROCESSING}; not resized; CLIP normalisation",
+        paper="Ojha et al., Towards Universal Fake Image Detectors that Generalize Across Generative Models, CVPR 2023",
+        blind_spot="Local forgeries: it looks at the picture as a whole, and knows best what resembles ProGAN.",
+        trained_on="ProGAN images and LSUN photos",
+    )
+
+    def __init__(self, weights: Path | None = None, tower: Path | str | None = None) -> None:
+        path = published_file(self.card, weights, "fc_weights.pth")
+        state = read_checkpoint(path)
+        if isinstance(state, dict):
+            state = {str(k).removeprefix("fc."): v for k, v in state.items()}
+        self._head = nn.Linear(768, 1)
+        load_strictly(self._head, state, path)
+        self._tower = self._load_tower(tower or cache_dir() / "experts" / CLIP_L.partition("/")[2])
+        self.card = card_of(self.card, path)  # type: ignore[misc]
+
+    @classmethod
+    def _load_tower(cls, tower: Path | str) -> Any:
+        from transformers import CLIPVisionModelWithProjection
+
+        from x2dfd.mllm import quietly
+
+        hub = tower == CLIP_L
+        if not hub and not all((Path(tower) / name).is_file() for name in ("config.json", "model.safetensors")):
+            raise SetupError(
+                f"CLIP ViT-L/14 for expert {cls.card.name!r} is not here: "
+                f"put config.json and model.safetensors of {CLIP_L}, licence MIT, into {tower}"
+            )
+        try:
+            with quietly():  # the text tower of a whole CLIP is left over; what is missing is checked below
+                loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
+                    str(tower),
+                    dtype=torch.float32,
+                    local_files_only=not hub,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                )
+        except Exception as error:  # not CLIP, a damaged file, no network: each raises its own
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise SetupError(f"CLIP ViT-L/14 cannot be loaded from {tower}: {reason}") from error
+        model, told = loaded
+        absent = sorted(told["missing_keys"])  # transformers fills these with random numbers
+        if absent or told["mismatched_keys"]:
+            raise SetupError(f"{tower} is not CLIP's image tower with its projection: {absent or 'other shapes'}")
+        if (model.config.projection_dim, model.config.image_size) != (768, CROP_SIZE):
+            raise SetupError(f"{tower} is not CLIP ViT-L/14: its embedding has {model.config.projection_dim} numbers "
+                             f"of a {model.config.image_size} px picture, expected 768 of {CROP_SIZE}")  # fmt: skip
+        return model.eval().requires_grad_(False)
+
+    def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
+        from x2dfd.tower import clip_pixels
+
+        def score(crops: Tensor) -> Tensor:
+            embedding = self._tower(pixel_values=clip_pixels(crops)).image_embeds  # [n, 768], not normalised
+            p_fake: Tensor = self._head(embedding)[:, 0].sigmoid()
+            return p_fake
+
+        return judge_crops(self.card.name, faces, score)

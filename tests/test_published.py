@@ -1,0 +1,672 @@
+"""Experts with published weights: networks against an independent computation, files checked, nothing run or fetched.
+
+No published weights are here. Files of the same form are made up; MesoNet's real ones are read too where they lie
+beside the checkout.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from external_detectors import published
+from external_detectors.mesonet import Meso4, MesoInception4, MesoNet, load_mesonet
+from external_detectors.published import AlignedForensics, ResNet50NoDown, SwinV2Blending, UniversalFakeDetect
+from x2dfd import experts
+from x2dfd.errors import SetupError
+from x2dfd.experts import BUILTIN, DEFAULT, PUBLISHED, load_expert
+from x2dfd.faces import CROP_SIZE
+from x2dfd.files import file_sha256
+from x2dfd.types import Card, Face
+
+Array = NDArray[Any]
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "weights" / "mesonet"
+FILES = {
+    "mesonet": "MesoInception_DF.h5",
+    "aligned-forensics": "ours-sync.pth",
+    "swinv2-blending": "best_gf.pth",
+    "universal-fake-detect": "fc_weights.pth",
+}
+
+
+def face_of(crop: Array) -> Face:
+    none = np.zeros((468, 2), np.float32)
+    return Face(0, (0.0, 0.0, 1.0, 1.0), none, 1.0, crop, none, 0.0)
+
+
+def grey(value: int) -> Face:
+    """A crop of one grey: no resizing changes it."""
+    return face_of(np.full((CROP_SIZE, CROP_SIZE, 3), value, np.uint8))
+
+
+@pytest.fixture
+def noise() -> list[Face]:
+    draw = np.random.default_rng(7)
+    return [face_of(draw.integers(0, 256, (CROP_SIZE, CROP_SIZE, 3), np.uint8)) for _ in range(3)]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache; returns its folder for experts."""
+    monkeypatch.setenv("X2DFD_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / "experts"
+    folder.mkdir(parents=True)
+    return folder
+
+
+# --- MesoNet: a second computation, in numpy, over the file as it is -------------------------------------------------
+
+INCEPTION = [(1, 1), (1, 4), (3, 4), (1, 4), (3, 4), (1, 2), (3, 2)]  # kernel and channels, as Keras created them
+KERNELS = {
+    "Meso4": [(3, 3, 3, 8), (5, 5, 8, 8), (5, 5, 8, 16), (5, 5, 16, 16)],
+    "MesoInception4": [
+        *((1, 1, 3, 1), (1, 1, 3, 4), (3, 3, 4, 4), (1, 1, 3, 4), (3, 3, 4, 4), (1, 1, 3, 2), (3, 3, 2, 2)),
+        *((1, 1, 11, 2), (1, 1, 11, 4), (3, 3, 4, 4), (1, 1, 11, 4), (3, 3, 4, 4), (1, 1, 11, 2), (3, 3, 2, 2)),
+        *((5, 5, 12, 16), (5, 5, 16, 16)),
+    ],
+}
+NORMS = {"Meso4": [8, 8, 16, 16], "MesoInception4": [11, 12, 16, 16]}
+
+
+def write_weights(path: Path, name: str, first: int = 8) -> Path:
+    """A file as Keras writes it; numbers that pass ten, so that the order of names is not that of creation."""
+    draw = np.random.default_rng(3)
+    layers: dict[str, dict[str, Array]] = {}
+    for i, shape in enumerate(KERNELS[name]):
+        kernel = draw.normal(0, np.sqrt(2 / np.prod(shape[:3])), shape)
+        layers[f"conv2d_{first + i}"] = {"kernel": kernel, "bias": draw.normal(0, 0.1, shape[3])}
+    for i, n in enumerate(NORMS[name]):
+        layers[f"batch_normalization_{first + i}"] = {
+            "gamma": draw.uniform(0.5, 1.5, n), "beta": draw.normal(0, 0.3, n),
+            "moving_mean": draw.normal(0.3, 0.2, n), "moving_variance": draw.uniform(0.01, 1, n),
+        }  # fmt: skip
+    for i, (inputs, outputs) in enumerate([(1024, 16), (16, 1)]):
+        kernel = draw.normal(0, 0.3 / np.sqrt(inputs), (inputs, outputs))
+        layers[f"dense_{first + i}"] = {"kernel": kernel, "bias": draw.normal(0, 0.1, outputs)}
+    with h5py.File(path, "w") as file:
+        file.attrs["keras_version"] = "2.1.5"
+        file.create_group(f"flatten_{first}")
+        for layer, tensors in layers.items():
+            for tensor, value in tensors.items():
+                file[f"{layer}/{layer}/{tensor}:0"] = value.astype(np.float32)
+    return path
+
+
+def read_weights(path: Path, kind: str) -> list[dict[str, Array]]:
+    """All layers of a kind, by number, in double precision."""
+    with h5py.File(path) as file:
+        layers = sorted((n for n in file if n.rpartition("_")[0] == kind), key=lambda n: int(n.rpartition("_")[2]))
+        return [{t.removesuffix(":0"): np.array(v, np.float64) for t, v in file[n][n].items()} for n in layers]
+
+
+def conv(x: Array, layer: dict[str, Array], dilation: int = 1) -> Array:
+    """[h, w, in] to [h, w, out], padded to the same size, relu."""
+    kernel = layer["kernel"]
+    height, width, margin = *x.shape[:2], dilation * (kernel.shape[0] // 2)
+    wide = np.pad(x, ((margin, margin), (margin, margin), (0, 0)))
+    out = np.zeros((height, width, kernel.shape[3])) + layer["bias"]
+    for i in range(kernel.shape[0]):
+        for j in range(kernel.shape[1]):
+            y, z = i * dilation, j * dilation
+            out += wide[y : y + height, z : z + width] @ kernel[i, j]
+    return np.maximum(out, 0)
+
+
+def norm_pool(x: Array, layer: dict[str, Array], pool: int) -> Array:
+    x = (x - layer["moving_mean"]) / np.sqrt(layer["moving_variance"] + 1e-3) * layer["gamma"] + layer["beta"]
+    height, width, channels = x.shape
+    pooled: Array = x.reshape(height // pool, pool, width // pool, pool, channels).max((1, 3))
+    return pooled
+
+
+def inception(x: Array, layers: list[dict[str, Array]]) -> Array:
+    a, b1, b2, c1, c2, d1, d2 = layers
+    branches = [conv(x, a), conv(conv(x, b1), b2), conv(conv(x, c1), c2, 2), conv(conv(x, d1), d2, 3)]
+    return np.concatenate(branches, -1)
+
+
+def logit_real(path: Path, name: str, x: Array) -> float:
+    """What the published network puts through its last sigmoid, for one picture [256, 256, 3] in 0..1."""
+    convs, norms = read_weights(path, "conv2d"), read_weights(path, "batch_normalization")
+    if name == "Meso4":
+        steps: list[Callable[[Array], Array]] = [lambda y, c=c: conv(y, c) for c in convs]  # type: ignore[misc]
+    else:
+        steps = [
+            lambda y: inception(y, convs[:7]),
+            lambda y: inception(y, convs[7:14]),
+            lambda y: conv(y, convs[14]),
+            lambda y: conv(y, convs[15]),
+        ]
+    for step, norm, pool in zip(steps, norms, (2, 2, 2, 4), strict=True):
+        x = norm_pool(step(x), norm, pool)
+    hidden, last = read_weights(path, "dense")
+    y = x.reshape(-1) @ hidden["kernel"] + hidden["bias"]
+    y = np.where(y > 0, y, 0.1 * y) @ last["kernel"] + last["bias"]
+    return float(y[0])
+
+
+def pictures(photo: Array) -> Array:
+    """Three pictures [3, 256, 256, 3] in 0..1: a face, the same turned over, noise."""
+    noise = np.random.default_rng(1).random((256, 256, 3))
+    return np.stack([photo[:256, 96:352] / 255, photo[256:0:-1, 96:352] / 255, noise])
+
+
+def assert_same(path: Path, name: str, photo: Array) -> None:
+    x = pictures(photo)
+    wanted = [logit_real(path, name, one) for one in x]
+    net = load_mesonet(path)
+    assert type(net).__name__ == name
+    got = net(torch.from_numpy(x).float().permute(0, 3, 1, 2)).tolist()
+    assert got == pytest.approx(wanted, rel=1e-5, abs=1e-4)  # before the sigmoid: behind it, 20 and 30 look alike
+    assert max(wanted) - min(wanted) > 0.1, "the same answer whatever it sees"
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_mesonet_computes_what_keras_would(name: str, tmp_path: Path, astronaut: Array) -> None:
+    """Bug prevented: another order of flattening, another epsilon, layers swapped: plausible scores that are wrong."""
+    assert_same(write_weights(tmp_path / "any name.h5", name), name, astronaut)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("forgery", ["DF", "F2F"])
+def test_mesonet_reads_the_published_files(name: str, forgery: str, astronaut: Array) -> None:
+    """Bug prevented: a loader that knows only the files that its own test wrote."""
+    path = REAL / f"mesonet_{name.removesuffix('4') if 'Inception' in name else name}_{forgery}.h5"
+    if not path.is_file():
+        pytest.skip(
+            f"published weights of MesoNet are not beside the checkout: shared/data/weights/mesonet/{path.name}"
+        )
+    assert_same(path, name, astronaut)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_mesonet_expert_gives_p_fake(name: str, tmp_path: Path, noise: list[Face]) -> None:
+    """Bug prevented: P(real) passed on as P(fake), or pictures in 0..255."""
+    path = write_weights(tmp_path / "w.h5", name)
+    expert = MesoNet(path)
+    shades = (0, 90, 255)
+    got = [e.score for e in expert.judge([grey(v) for v in shades])]
+    logits = np.array([logit_real(path, name, np.full((256, 256, 3), v / 255)) for v in shades])
+    assert got == pytest.approx((1 - 1 / (1 + np.exp(-logits))).tolist(), abs=1e-4)
+    assert np.abs(logits).max() < 5, "P(fake) near 0 or 1 hides errors"
+    assert (expert.card.sha256, expert.card.weights) == (file_sha256(path), "w.h5") and MesoNet.card.sha256 == ""
+    alone = [e.score for face in noise for e in expert.judge([face])]
+    assert alone == pytest.approx([e.score for e in expert.judge(noise)], abs=1e-5) and len(set(alone)) == 3
+    assert expert.judge([]) == []
+
+
+def test_a_face_without_a_usable_crop_or_answer_is_none_with_a_reason(tmp_path: Path) -> None:
+    """Bug prevented: one odd crop ends the batch or shifts the scores of the others; NaN passed on as a score."""
+    expert = MesoNet(write_weights(tmp_path / "w.h5", "Meso4"))
+    odd = face_of(np.zeros((0, 5, 3), np.uint8))
+    first, middle, last = expert.judge([grey(90), odd, grey(255)])
+    assert middle.score is None and "crop" in (middle.note or "")
+    assert [first, last] == expert.judge([grey(90), grey(255)])
+    [broken] = published.judge_crops("x", [grey(1)], lambda crops: torch.full((len(crops),), torch.nan))
+    assert broken.score is None and broken.note
+
+
+Change = Callable[[h5py.File], None]
+
+
+def _replace(file: h5py.File, name: str, value: Array) -> None:
+    del file[name]
+    file[name] = value
+
+
+CHANGES: dict[str, tuple[Change, str]] = {
+    "missing tensor": (lambda f: f.__delitem__("conv2d_9/conv2d_9/bias:0"), "missing or left-over tensors: bias"),
+    "missing layer": (lambda f: f.__delitem__("conv2d_11"), "3 layers conv2d where Meso4 has 4"),
+    "one layer more": (lambda f: f.copy("dense_8/dense_8", f.create_group("dense_10"), "dense_10"), "3 layers dense"),
+    "foreign tensor": (lambda f: f.create_dataset("conv2d_8/conv2d_8/scale:0", (8,), "f4"), "tensors: scale"),
+    "foreign layer": (lambda f: f.create_dataset("lstm_1/lstm_1/kernel:0", (8,), "f4"), "left over"),
+    "whole model": (lambda f: f.move("conv2d_8", "model_weights/conv2d_8"), "left over"),
+    "misshaped": (lambda f: _replace(f, "conv2d_9/conv2d_9/kernel:0", np.zeros((3, 3, 8, 8), "f4")), r"\(3, 3, 8, 8\)"),
+    "dense first": (lambda f: _replace(f, "dense_8/dense_8/kernel:0", np.zeros((16, 1024), "f4")), r"\(16, 1024\)"),
+    "integers": (lambda f: _replace(f, "dense_8/dense_8/bias:0", np.zeros(16, "i4")), "bias"),
+    "not finite": (lambda f: _replace(f, "dense_8/dense_8/bias:0", np.full(16, np.nan, "f4")), "not finite"),
+    "other network": (lambda f: _replace(f, "conv2d_8/conv2d_8/kernel:0", np.zeros((7, 7, 3, 8), "f4")), "neither"),
+    "inception's beginning": (
+        lambda f: _replace(f, "conv2d_8/conv2d_8/kernel:0", np.zeros((1, 1, 3, 1), "f4")),
+        "MesoInception4 has 16",
+    ),
+    "empty": (lambda f: f.clear(), "neither"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_mesonet_refuses_other_weights(what: str, tmp_path: Path) -> None:
+    """Bug prevented: a file that fits in part loads, and the rest stays random."""
+    path = write_weights(tmp_path / "w.h5", "Meso4")
+    change, told = CHANGES[what]
+    with h5py.File(path, "r+") as file:
+        change(file)
+    with pytest.raises(SetupError, match=told):
+        MesoNet(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"kernel: 1 2 3\n", b"\x89HDF\r\n\x1a\n" + bytes(64)])
+def test_mesonet_refuses_what_is_no_hdf5(content: bytes, tmp_path: Path) -> None:
+    """Bug prevented: an OSError of h5py as a traceback."""
+    (tmp_path / "w.h5").write_bytes(content)
+    with pytest.raises(SetupError, match="not a readable HDF5 file"):
+        MesoNet(tmp_path / "w.h5")
+
+
+def test_mesonet_without_h5py_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: an ImportError for an optional package; h5py needed by those who do not use MesoNet."""
+    path = write_weights(tmp_path / "w.h5", "Meso4")
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(SetupError, match="pip install h5py"):
+        MesoNet(path)
+    assert isinstance(experts.cards()["mesonet"], Card)
+
+
+def test_mesonet_networks_have_the_papers_size() -> None:
+    """Bug prevented: layers too many or too few: the paper counts 27,977 and 28,615 trainable numbers."""
+    sizes = [sum(p.numel() for p in net.parameters()) for net in (Meso4(), MesoInception4())]
+    assert sizes == [27_977, 28_615]
+
+
+# --- AlignedForensics -----------------------------------------------------------------------------------------------
+
+
+def resnet_shapes() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of torchvision's ResNet-50 with one output, written out from its definition."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def norm(name: str, n: int) -> None:
+        shapes.update({f"{name}.{t}": (n,) for t in ("weight", "bias", "running_mean", "running_var")})
+        shapes[f"{name}.num_batches_tracked"] = ()
+
+    shapes["conv1.weight"] = (64, 3, 7, 7)
+    norm("bn1", 64)
+    wide = 64
+    for layer, (blocks, n) in enumerate(zip((3, 4, 6, 3), (64, 128, 256, 512), strict=True), start=1):
+        for block in range(blocks):
+            at = f"layer{layer}.{block}"
+            for i, shape in enumerate([(n, wide, 1, 1), (n, n, 3, 3), (4 * n, n, 1, 1)], start=1):
+                shapes[f"{at}.conv{i}.weight"] = shape
+                norm(f"{at}.bn{i}", shape[0])
+            if block == 0:
+                shapes[f"{at}.downsample.0.weight"] = (4 * n, wide, 1, 1)
+                norm(f"{at}.downsample.1", 4 * n)
+            wide = 4 * n
+    return shapes | {"fc.weight": (1, wide), "fc.bias": (1,)}
+
+
+def blank_state() -> dict[str, Tensor]:
+    """All zero but the bias, so that every picture scores 0.75; views of one number, so that the file stays small."""
+    kinds = {name: torch.int64 if name.endswith("tracked") else torch.float32 for name in resnet_shapes()}
+    state = {name: torch.zeros((), dtype=kinds[name]).expand(shape) for name, shape in resnet_shapes().items()}
+    return state | {"fc.bias": torch.log(torch.tensor([3.0]))}
+
+
+def save_checkpoint(path: Path, state: object) -> Path:
+    torch.save({"model": state, "optimizer": {"state": {}, "param_groups": [{"lr": 1e-4}]}, "total_steps": 7}, path)
+    return path
+
+
+def test_aligned_forensics_loads_the_published_form(tmp_path: Path) -> None:
+    """Bug prevented: only files that this project wrote can be loaded."""
+    assert len(resnet_shapes()) == 320  # as many as the release has
+    path = save_checkpoint(tmp_path / "ours-sync.pth", blank_state())
+    expert = AlignedForensics(path, AlignedForensics.OPTIONS)
+    assert [e.score for e in expert.judge([grey(90)])] == pytest.approx([0.75])
+    assert expert.card.sha256 == file_sha256(path)
+
+
+def test_aligned_forensics_needs_to_be_told_its_network(tmp_path: Path) -> None:
+    """Bug prevented: the same tensors in plain res50 give other scores, and nobody notices."""
+    path = save_checkpoint(tmp_path / "ours-sync.pth", blank_state())
+    stated: dict[str, object] = {"arch": "res50nodown", "norm_type": "resnet", "patch_size": None}
+    for key, value in [("arch", "res50"), ("arch", None), ("norm_type", "clip"), ("patch_size", 224)]:
+        with pytest.raises(SetupError, match=f"{key}: {value}; .* is arch: res50nodown"):
+            AlignedForensics(path, stated | {key: value})
+    for key in stated:
+        with pytest.raises(SetupError, match=f"no {key}"):
+            AlignedForensics(path, {k: v for k, v in stated.items() if k != key})
+    with pytest.raises(SetupError, match=r"do not tell their network.*arch: res50nodown.*ours-sync\.yaml"):
+        AlignedForensics(path)
+    options = tmp_path / "ours-sync.yaml"
+    for text in (
+        "arch: res50\nnorm_type: resnet\npatch_size: null\n",
+        "- res50nodown\n",
+        "",
+        "a: [",
+        "a: !!python/name:os.x",
+    ):
+        options.write_text(text)
+        with pytest.raises(SetupError):
+            AlignedForensics(path)
+    options.write_text("model_name: Ours-Sync\narch: res50nodown\nnorm_type: resnet\npatch_size: null\n")
+    assert AlignedForensics(path).judge([]) == [] and AlignedForensics(path, options).judge([]) == []
+
+
+def reference_resnet(state: dict[str, Tensor], x: Tensor, stride: int) -> Tensor:
+    """ResNet-50 as a plain list of operations; `stride` of the first convolution and of the pooling."""
+
+    def norm(y: Tensor, name: str) -> Tensor:
+        mean, var, weight, bias = (
+            state[f"{name}.{t}"][:, None, None] for t in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (y - mean) / (var + 1e-5).sqrt() * weight + bias
+
+    x = F.conv2d(x, state["conv1.weight"], stride=stride, padding=3)
+    x = F.max_pool2d(norm(x, "bn1").relu(), 3, stride, 1)
+    for layer, blocks in enumerate((3, 4, 6, 3), start=1):
+        for block in range(blocks):
+            at, step = f"layer{layer}.{block}", 2 if layer > 1 and block == 0 else 1
+            y = norm(F.conv2d(x, state[f"{at}.conv1.weight"]), f"{at}.bn1").relu()
+            y = norm(F.conv2d(y, state[f"{at}.conv2.weight"], stride=step, padding=1), f"{at}.bn2").relu()
+            y = norm(F.conv2d(y, state[f"{at}.conv3.weight"]), f"{at}.bn3")
+            if block == 0:
+                x = norm(F.conv2d(x, state[f"{at}.downsample.0.weight"], stride=step), f"{at}.downsample.1")
+            x = (x + y).relu()
+    return x.mean((2, 3)) @ state["fc.weight"][0] + state["fc.bias"]
+
+
+def test_resnet_computes_res50nodown() -> None:
+    """Bug prevented: strides, padding or shortcuts of another network under the right names."""
+    draw = torch.Generator().manual_seed(5)
+    state = {}
+    for name, shape in resnet_shapes().items():
+        fan = shape[1] * shape[2] * shape[3] if len(shape) == 4 else 2048
+        if name.endswith("tracked"):
+            state[name] = torch.tensor(9)
+        elif len(shape) == 1 and name.endswith(("weight", "var")):
+            state[name] = 0.3 + 0.4 * torch.rand(shape, generator=draw)
+        else:
+            state[name] = torch.randn(shape, generator=draw) * (2 / fan) ** 0.5
+    net = ResNet50NoDown()
+    published.load_strictly(net, state, Path("made up"))
+    x = torch.randn(2, 3, 40, 40, generator=draw)
+    with torch.inference_mode():
+        got = net(x)
+        wanted, plain = reference_resnet(state, x, 1), reference_resnet(state, x, 2)
+    assert got.tolist() == pytest.approx(wanted.tolist(), rel=1e-4, abs=1e-4)
+    assert got.tolist() != pytest.approx(plain.tolist(), rel=1e-2, abs=1e-2), "plain res50 would pass this test"
+
+
+def test_resnet_does_not_downsample_early() -> None:
+    """Bug prevented: stride 2 in the first layers: 7 x 7 at the end instead of 28 x 28."""
+    with torch.device("meta"):
+        assert ResNet50NoDown().features(torch.empty(1, 3, 224, 224)).shape == (1, 2048, 28, 28)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"layer3.5.bn2.running_var": None}, r"lacks layer3\.5\.bn2\.running_var"),
+        ({"layer5.0.conv1.weight": torch.zeros(1)}, r"layer5\.0\.conv1\.weight left over"),
+        ({"fc.weight": torch.zeros(1000, 2048)}, r"fc\.weight is float32 \[1000, 2048\] where float32 \[1, 2048\]"),
+        ({"fc.bias": torch.zeros(1, dtype=torch.int64)}, r"fc\.bias is int64"),
+        ({"fc.bias": torch.tensor([torch.nan])}, "not finite"),
+        ({"fc.bias": [0.0]}, "no table of tensors"),
+    ],
+)
+def test_aligned_forensics_refuses_other_tensors(change: dict[str, Any], told: str, tmp_path: Path) -> None:
+    """Bug prevented: a checkpoint that fits in part loads, and the rest stays random."""
+    state = {name: value for name, value in (blank_state() | change).items() if value is not None}
+    with pytest.raises(SetupError, match=told):
+        AlignedForensics(save_checkpoint(tmp_path / "w.pth", state), AlignedForensics.OPTIONS)
+
+
+def test_aligned_forensics_refuses_other_checkpoints(tmp_path: Path) -> None:
+    """Bug prevented: a bare state dict, of which nobody knows what it is, or a list instead of tensors."""
+    path = tmp_path / "w.pth"
+    torch.save(blank_state(), path)
+    with pytest.raises(SetupError, match="not a dict of model, optimizer and total_steps"):
+        AlignedForensics(path, AlignedForensics.OPTIONS)
+    with pytest.raises(SetupError, match="no table of tensors"):
+        AlignedForensics(save_checkpoint(path, [1, 2]), AlignedForensics.OPTIONS)
+
+
+class _Code:
+    """Unpickled without care, it makes a folder."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("form", ["torch", "pickle"])
+@pytest.mark.parametrize("name", ["aligned-forensics", "swinv2-blending", "universal-fake-detect"])
+def test_a_pickle_with_code_is_refused_and_not_run(
+    name: str, form: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: weights from the web that take over the machine when they are loaded."""
+    monkeypatch.setitem(sys.modules, "timm", stand_in_timm())
+    marker, path = cache / "ran", cache / FILES[name]
+    content = {"model": {"fc.bias": _Code(marker)}, "optimizer": {}, "total_steps": 1}
+    if form == "torch":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    (cache / "ours-sync.yaml").write_text("arch: res50nodown\nnorm_type: resnet\npatch_size: null\n")
+    with pytest.raises(SetupError, match="not a checkpoint of plain tensors"):
+        load_expert(name)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"weights\n", b"PK\x03\x04 cut off", b"\x80\x02}q\x00."])
+def test_a_file_that_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
+    """Bug prevented: a traceback out of the unpickler for a page of HTML saved as .pth."""
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(SetupError):
+        AlignedForensics(tmp_path / "w.pth", AlignedForensics.OPTIONS)
+
+
+# --- SwinV2: with a stand-in for timm --------------------------------------------------------------------------------
+
+
+class _TwoClasses(nn.Module):
+    """Class 0 reads the mean of red, class 1 that of blue; remembers the shape that it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+        self.seen: tuple[int, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = tuple(x.shape)
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+def stand_in_timm(known: str = "swinv2_base_window16_256") -> ModuleType:
+    module = ModuleType("timm")
+
+    def create_model(name: str, *, pretrained: bool, num_classes: int) -> nn.Module:
+        assert not pretrained and num_classes == 2, "downloads, or another head"
+        if name != known:
+            raise RuntimeError(f"Unknown model ({name})")
+        return _TwoClasses()
+
+    module.create_model = create_model  # type: ignore[attr-defined]
+    return module
+
+
+SWIN = {"head.weight": torch.tensor([[1.0, 0, 0], [0, 0, 1.0]]), "head.bias": torch.tensor([0.0, 0.5])}
+
+
+def test_swinv2_squashes_normalises_and_reads_class_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: P(real) for P(fake), BGR, pictures in 0..255 or of another size than the network's window."""
+    monkeypatch.setitem(sys.modules, "timm", stand_in_timm())
+    torch.save(SWIN | {"layers.0.blocks.1.attn_mask": torch.zeros(4, 2, 2)}, tmp_path / "w.pth")
+    expert = SwinV2Blending(tmp_path / "w.pth")
+    crop = np.zeros((CROP_SIZE, CROP_SIZE, 3), np.uint8)
+    crop[:] = (255, 51, 102)
+    [evidence] = expert.judge([face_of(crop)])
+    red, blue = (1 - 0.485) / 0.229, (0.4 - 0.406) / 0.225
+    assert evidence.score == pytest.approx(1 / (1 + np.exp(red - blue - 0.5)), abs=1e-5)
+    assert expert._net.seen == (1, 3, 256, 256)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"head.bias": None}, r"lacks head\.bias"),
+        ({"norm.weight": torch.zeros(3)}, r"norm\.weight left over"),
+        ({"head.weight": torch.zeros(1000, 3)}, r"\[1000, 3\]"),
+    ],
+)
+def test_swinv2_refuses_other_tensors(
+    change: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: `strict=False` in disguise: leaving out attention masks must not let anything else through."""
+    monkeypatch.setitem(sys.modules, "timm", stand_in_timm())
+    torch.save({k: v for k, v in (SWIN | change).items() if v is not None}, tmp_path / "w.pth")
+    with pytest.raises(SetupError, match=told):
+        SwinV2Blending(tmp_path / "w.pth")
+
+
+def test_swinv2_without_timm_or_with_an_old_one_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: an ImportError for an optional package."""
+    torch.save(SWIN, tmp_path / "w.pth")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(SetupError, match=r"needs timm .*pip install timm"):
+        SwinV2Blending(tmp_path / "w.pth")
+    monkeypatch.setitem(sys.modules, "timm", stand_in_timm(known="resnet50"))
+    with pytest.raises(SetupError, match="this timm has no swinv2_base_window16_256"):
+        SwinV2Blending(tmp_path / "w.pth")
+
+
+# --- UniversalFakeDetect: with a tiny CLIP ---------------------------------------------------------------------------
+
+
+def save_clip(folder: Path, embedding: int = 768, whole: bool = False) -> Path:
+    """A random CLIP image tower on disk, alone or as part of a whole CLIP."""
+    from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    torch.manual_seed(2)
+    small: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    vision = {**small, "image_size": 224, "patch_size": 56, "projection_dim": embedding}
+    if whole:
+        text = {**small, "vocab_size": 20, "projection_dim": embedding}
+        model: Any = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=embedding))
+    else:
+        model = CLIPVisionModelWithProjection(CLIPVisionConfig(**vision))
+    with torch.no_grad():
+        model.visual_projection.weight.normal_()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("prefix", ["", "fc."])
+@pytest.mark.parametrize("whole", [False, True])
+def test_ufd_is_a_linear_head_on_clips_embedding(whole: bool, prefix: str, tmp_path: Path, noise: list[Face]) -> None:
+    """Bug prevented: the hidden state or a normalised embedding instead of the projection; ImageNet's normalisation."""
+    from transformers import CLIPVisionModelWithProjection
+
+    head = {
+        "weight": torch.randn(1, 768, generator=torch.Generator().manual_seed(4)) * 0.01,
+        "bias": torch.tensor([0.2]),
+    }
+    torch.save({prefix + k: v for k, v in head.items()}, tmp_path / "fc.pth")
+    folder = save_clip(tmp_path / "clip", whole=whole)
+    got = [e.score for e in UniversalFakeDetect(tmp_path / "fc.pth", folder).judge(noise)]
+    mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
+    x = np.stack([((f.crop / 255 - mean) / std).transpose(2, 0, 1) for f in noise]).astype(np.float32)
+    tower: Any = CLIPVisionModelWithProjection.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        pooled = tower.vision_model(torch.from_numpy(x)).pooler_output
+        logits = pooled @ tower.visual_projection.weight.T @ head["weight"][0] + head["bias"]
+    assert got == pytest.approx(logits.sigmoid().tolist(), abs=1e-5)
+    assert len({round(score or 0, 6) for score in got}) == 3
+
+
+def test_ufd_refuses_other_heads_and_towers(tmp_path: Path) -> None:
+    """Bug prevented: a tower without its projection, which transformers fills with random numbers."""
+    fc = tmp_path / "fc.pth"
+    torch.save({"weight": torch.zeros(1, 768), "bias": torch.zeros(1)}, fc)
+    clip = save_clip(tmp_path / "clip")
+    weights = load_file(clip / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "projection" not in k}, clip / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SetupError, match=r"visual_projection\.weight"):
+        UniversalFakeDetect(fc, clip)
+    (clip / "model.safetensors").write_text("not weights")
+    with pytest.raises(SetupError, match="cannot be loaded"):
+        UniversalFakeDetect(fc, clip)
+    with pytest.raises(SetupError, match="512 numbers"):
+        UniversalFakeDetect(fc, save_clip(tmp_path / "other", embedding=512))
+    for state in ({"weight": torch.zeros(1, 512), "bias": torch.zeros(1)}, {"weight": torch.zeros(1, 768)}):
+        torch.save(state, fc)
+        with pytest.raises(SetupError, match=r"weight is float32|lacks bias"):
+            UniversalFakeDetect(fc, clip)
+
+
+def test_ufd_downloads_only_by_the_hubs_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: 1.7 GB downloaded by listing the experts."""
+    from transformers import CLIPVisionModelWithProjection
+
+    asked = []
+
+    def from_pretrained(name: str, *, local_files_only: bool, **_: Any) -> Any:
+        asked.append((name, local_files_only))
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(CLIPVisionModelWithProjection, "from_pretrained", from_pretrained)
+    torch.save({"weight": torch.zeros(1, 768), "bias": torch.zeros(1)}, cache / "fc_weights.pth")
+    for tower in (None, "openai/clip-vit-base-patch16", cache):
+        with pytest.raises(
+            SetupError, match=r"put config\.json and model\.safetensors of openai/clip-vit-large-patch14"
+        ):
+            UniversalFakeDetect(tower=tower)
+    assert asked == []
+    with pytest.raises(SetupError, match="no network in tests"):
+        UniversalFakeDetect(tower=published.CLIP_L)
+    assert asked == [("openai/clip-vit-large-patch14", False)]
+
+
+# --- in the registry -------------------------------------------------------------------------------------------------
+
+
+def test_published_experts_are_listed_and_never_used_by_default() -> None:
+    """Bug prevented: weights that nobody has asked for join the verdict, or cards that hide licence and blind spot."""
+    assert list(PUBLISHED) == list(FILES) and not set(PUBLISHED) & {*BUILTIN, *DEFAULT}
+    assert experts.names()[: len(BUILTIN) + len(PUBLISHED)] == [*BUILTIN, *PUBLISHED]
+    cards = experts.cards()
+    for name in PUBLISHED:
+        card = cards[name]
+        assert isinstance(card, Card) and card.name == name
+        assert card.licence and card.source and card.paper and card.preprocessing and len(card.blind_spot.split()) > 3
+        assert card.sha256 == card.weights == ""  # of no file until one is loaded
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_missing_weights_are_named_with_place_and_licence(name: str, cache: Path) -> None:
+    """Bug prevented: "not ready" without what to put where, or a traceback."""
+    said = experts.availability(name) or ""
+    card = experts.expert_class(name).card
+    assert FILES[name] in said and str(cache / FILES[name]) in said and f"licence {card.licence}" in said
+    assert "\n" not in said
+
+
+def test_weights_in_the_cache_make_the_expert_ready(cache: Path, noise: list[Face]) -> None:
+    """Bug prevented: a user puts the file where he is told, and nothing happens."""
+    write_weights(cache / FILES["mesonet"], "MesoInception4")
+    assert experts.availability("mesonet") is None
+    evidence = load_expert("mesonet").judge(noise)
+    assert all(e.expert == "mesonet" and e.score is not None and 0 <= e.score <= 1 for e in evidence)
