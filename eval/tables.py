@@ -67,11 +67,7 @@ def detect(results: dict[str, Result], *, all_methods: bool = False) -> str:
             f"split {data['split'] or 'all'}, {data['n_real']} real and {data['n_fake']} fake, "
             f"{data['n_groups']} groups, {failed} not readable. "
             "False alarms: reals called fake at the shipped threshold."
-            + (
-                " † left out of the MLLM's training and the calibration (experts: see their cards)."
-                if held_out
-                else ""
-            )
+            + (" † left out of the MLLM's training and the calibration (experts: see their cards)." if held_out else "")
         )
         if pooled:
             caption += " * against all reals (or all fakes), as there are too few of the same source."

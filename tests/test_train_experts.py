@@ -139,7 +139,7 @@ def test_masks_and_areas_follow_the_picture_that_was_mirrored_and_turned() -> No
     [face] = find_faces(np.array(skimage.data.astronaut()))
     spot = np.zeros((224, 224), np.uint8)
     cv2.circle(spot, (90, 120), 14, 255, -1)
-    masks = cv2.resize(spot, (56, 56), interpolation=cv2.INTER_AREA)[None]
+    masks = np.asarray(cv2.resize(spot, (56, 56), interpolation=cv2.INTER_AREA), np.uint8)[None]
     sample = Sample(
         "0", Path("x"), "fake", "m", group="0", split="train", cues=(Cue("nose", "blur", 1.0),), mask=Path("y")
     )
