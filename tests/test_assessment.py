@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import x2dfd
+from external_detectors.weights_io import WEIGHTS, load_weights
 from x2dfd.assessment import (
     BANK,
     COVERS,
@@ -35,7 +36,7 @@ from x2dfd.assessment import (
 )
 from x2dfd.crops import CropSet
 from x2dfd.errors import X2DFDError
-from x2dfd.experts import BUILTIN
+from x2dfd.experts import BUILTIN, read_card
 from x2dfd.manifest import Sample
 from x2dfd.types import AREAS, ARTIFACTS, Cue
 
@@ -291,13 +292,13 @@ def test_top_k_as_in_the_paper(tmp_path: Path) -> None:
 def test_weak_cues_that_nobody_covers_are_named(tmp_path: Path) -> None:
     """Bug prevented: a blind spot of model and experts together goes unnoticed."""
     samples, data = make()
-    eyes = CueQuestion("Are the eyes noisy? Answer Yes or No.", "eyes", "noise", "bank")
+    eyes = CueQuestion("Are the eyes oddly lit? Answer Yes or No.", "eyes", "lighting", "bank")
     nose = CueQuestion("Is there a seam at the nose? Answer Yes or No.", "nose", "blending", "bank")
     result = assess(Fake(samples, knows_the_seam), data, [SEAM, eyes, nose], tmp_path)
-    assert result.uncovered == (("eyes", "noise"),)
-    assert next(f for f in result.cues if f.area == "nose").experts == ("blending",)
-    assert "eyes · noise" in table(result).split("covered by no expert:")[1].splitlines()[0]
-    assert uncovered([("jaw", "blending"), ("teeth", "compression")]) == [("teeth", "compression")]
+    assert result.uncovered == (("eyes", "lighting"),)
+    assert next(f for f in result.cues if f.area == "nose").experts == ("blending", "consistency")
+    assert "eyes · lighting" in table(result).split("covered by no expert:")[1].splitlines()[0]
+    assert uncovered([("jaw", "blending"), ("teeth", "lighting")]) == [("teeth", "lighting")]
 
 
 def test_cover_table_speaks_of_real_experts_and_cues() -> None:
@@ -305,7 +306,11 @@ def test_cover_table_speaks_of_real_experts_and_cues() -> None:
     assert set(COVERS) <= set(BUILTIN)
     for pairs in COVERS.values():
         assert all(a in ("*", *AREAS) and b in ("*", *ARTIFACTS) for a, b in pairs)
-    assert experts_for("whole-image", "frequency") == ("clip",)
+    assert experts_for("whole-image", "texture") == ("clip", "consistency")
+    # What the committed network was never taught it cannot cover.
+    allowed = load_weights(read_card(WEIGHTS / "consistency.card.json"))["allowed"]
+    taught = {artifact for k, artifact in enumerate(ARTIFACTS) if allowed[:, k].any()}
+    assert {artifact for _, artifact in COVERS["consistency"]} == taught
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------

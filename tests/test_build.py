@@ -224,7 +224,7 @@ def test_the_data_card_counts_what_is_there(manifest: Path, tmp_path: Path) -> N
     assert card["pictures"] == len(main) == 12
     tasks = Counter(r["task"].rstrip("0123456789") for r in records)
     assert card["records"] == dict(tasks)
-    assert tasks["detect"] == tasks["detect_plain"] == tasks["classify"] == 12 and tasks["cue"] == 48
+    assert tasks["detect"] == tasks["detect_plain"] == tasks["classify"] == 12 and tasks["cue"] == 24
     assert card["split"] == {"calib": 2, "train": 10}
     assert card["label"] == {"fake": 6, "real": 6}
     assert card["df_class"] == {"FS": 6, "real": 6}
