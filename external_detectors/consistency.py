@@ -46,9 +46,12 @@ class Consistency:
         crops = torch.from_numpy(np.stack([f.crop for f in faces]))
         areas = torch.from_numpy(np.stack([area_grid(f.crop_landmarks) for f in faces])).float() / 255
         with torch.inference_mode():
-            fake, cues, where = self._net(to_unit(crops), areas)
-            scores, chances = fake.sigmoid().tolist(), cues.sigmoid().flatten(1)
-            maps = F.avg_pool2d(where.sigmoid()[:, None], 2)[:, 0].tolist()  # [n, 14, 14]
+            # The mirrored face too, and the mean of both: half of the noise that a codec brings cancels out.
+            fake, cues, where = self._net(to_unit(torch.cat([crops, crops.flip(2)])), torch.cat([areas, areas.flip(3)]))
+            scores = fake.view(2, -1).mean(0).sigmoid().tolist()
+            chances = cues.unflatten(0, (2, -1)).mean(0).sigmoid().flatten(1)
+            there, mirrored = where.chunk(2)
+            maps = F.avg_pool2d(((there + mirrored.flip(2)) / 2).sigmoid()[:, None], 2)[:, 0].tolist()  # [n, 14, 14]
         out = []
         for score, chance, rows in zip(scores, chances, maps, strict=True):
             best = chance.topk(MAX_CUES)
