@@ -21,6 +21,7 @@ from PIL.Image import Image
 from x2dfd import prompts
 from x2dfd.adapter import EMBEDDED, AdapterCard, attach, check_adapter, read_adapter_card
 from x2dfd.calibration import MLLM, Calibration, logit
+from x2dfd.degrade import codec
 from x2dfd.errors import InputError, SetupError, UnknownName
 from x2dfd.experts import DEFAULT, Expert, Shared, load_expert
 from x2dfd.explain import contradictions, read_cues
@@ -35,6 +36,9 @@ Source = str | Path | bytes | Image
 
 VIDEO_FRAMES = 8
 FRAME_FACES = 4  # of one frame of a video
+CODEC = (".jpg", 90)
+"""What every face crop goes through before a model sees it: a PNG and its JPEG then look nearly the same. Trainings see
+crops through codecs of all qualities (x2dfd.degrade)."""
 MAX_FACES = 24  # in one picture; the smaller ones are left out with a warning
 
 
@@ -117,11 +121,12 @@ class Detector:
         face = _find(media)[0][deciding.index].face
         asked = prompts.verdict_question(deciding.evidence)
         answer = f"{prompts.rationale_start(_said(deciding.verdict))} {deciding.rationale}".strip()
-        look = self.mllm.look(face.crop[None])
+        look = self.mllm.look(_through_codec([face])[0].crop[None])
         return self.mllm.write(look, [asked], [""], turns=[(answer, question)])[0]
 
     def judge_faces(self, faces: Sequence[Face]) -> tuple[NDArray[np.float64], list[list[Evidence]]]:
         """The parts of a verdict before they are joined: the MLLM's logits [n], and each face's expert evidence."""
+        faces = _through_codec(faces)
         look = self.mllm.look(np.stack([f.crop for f in faces]))
         evidence = self._evidence(faces, look)
         return self.mllm.verdict_logits(look, [prompts.verdict_question(e) for e in evidence]), evidence
@@ -170,7 +175,7 @@ class Detector:
         out: list[FaceReport] = []
         for start in range(0, len(seen), 16):
             part = seen[start : start + 16]
-            faces = [s.face for s in part]
+            faces = _through_codec([s.face for s in part])
             look = self.mllm.look(np.stack([f.crop for f in faces]))
             clock.lap("look")
             evidence = self._evidence(faces, look)
@@ -309,6 +314,7 @@ def load(
         "adapter_sha256": card.sha256 if card else None,
         "layers": _layers(card) if card else None,
         "prompt_sha256": prompts.prompt_hash(processor),
+        "crops_through": f"{CODEC[0]} {CODEC[1]}",
         "experts": {n: f"{e.card.version} {e.card.sha256}" for n, e in zip(names, loaded, strict=True)},
         "held_out": list(card.held_out) if card else [],
         "blind_spot": card.blind_spot if card else "",
@@ -372,6 +378,10 @@ def _areas(face: Face, cues: Sequence[Any]) -> dict[str, list[list[list[float]]]
     polygons = area_polygons(face.landmarks)
     wanted = {c.area for c in cues} & set(polygons)
     return {a: [[[round(float(x), 1), round(float(y), 1)] for x, y in q] for q in polygons[a]] for a in sorted(wanted)}
+
+
+def _through_codec(faces: Sequence[Face]) -> list[Face]:
+    return [replace(f, crop=codec(f.crop, *CODEC)) for f in faces]
 
 
 def _corners(face: Face) -> tuple[tuple[float, float], ...]:
