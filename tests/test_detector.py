@@ -24,7 +24,8 @@ from PIL import Image
 import x2dfd
 from tests import tiny
 from x2dfd.calibration import Calibration
-from x2dfd.detector import Detector
+from x2dfd.degrade import codec
+from x2dfd.detector import CODEC, Detector
 from x2dfd.errors import InputError, SetupError, UnknownName
 from x2dfd.experts import BUILTIN
 from x2dfd.faces import find_faces
@@ -402,7 +403,7 @@ def test_chat_looks_at_the_face_that_decided(
             wanted = find_faces(media.pixels)[decided]
         else:
             wanted = find_faces(media.frames[decided].pixels)[0]
-        np.testing.assert_array_equal(seen.pop(), wanted.crop[None])
+        np.testing.assert_array_equal(seen.pop(), codec(wanted.crop, *CODEC)[None])
 
 
 def test_chat_about_one_face_of_a_group_looks_at_that_face(
@@ -423,7 +424,7 @@ def test_chat_about_one_face_of_a_group_looks_at_that_face(
         detector.chat(replace(report, faces=(face,)), "What about the eyes?", source=source)
     found = find_faces(load_media(source).pixels)  # type: ignore[union-attr]
     for crops, wanted in zip(seen, found, strict=True):
-        np.testing.assert_array_equal(crops, wanted.crop[None])
+        np.testing.assert_array_equal(crops, codec(wanted.crop, *CODEC)[None])
 
 
 def test_a_file_that_may_not_be_read_is_a_row(detector: Detector, face_photo: Path) -> None:
