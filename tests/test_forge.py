@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from data_gen import run_forge
 from data_gen.forge import HARMLESS, METHODS, Forgery, Photo, forge
 from data_gen.run_forge import ForgeConfig, run, split_of
-from x2dfd.degrade import codec, degrade, rescale, soft, tone
+from x2dfd.degrade import codec, degrade, rescale, soft, tone, video_codec
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.faces import area_mask, find_faces
 from x2dfd.files import file_sha256
@@ -257,6 +257,14 @@ def test_degrade_keeps_the_size_and_follows_its_seed(photo: Photo) -> None:
     assert all(np.array_equal(r, degrade(photo.pixels, np.random.default_rng(s))) for s, r in enumerate(results))
     changes = [float(np.abs(r.astype(int) - photo.pixels).mean()) for r in results]
     assert max(changes) < 60 and sum(c > 0.5 for c in changes) > 15 and min(changes) < 0.5
+
+
+def test_a_video_codec_loses_more_at_a_higher_factor_and_keeps_odd_sides(photo: Photo) -> None:
+    """Bug prevented: colours swapped, rows lost, or a frame of another picture on the way through H.264."""
+    pixels = photo.pixels[:223, :221]
+    losses = [float(np.abs(video_codec(pixels, crf).astype(int) - pixels).mean()) for crf in (16, 26, 38)]
+    assert video_codec(pixels, 26).shape == pixels.shape
+    assert losses == sorted(losses) and losses[0] < 4 and losses[2] < 12
 
 
 def test_degradations_go_the_right_way(photo: Photo) -> None:
