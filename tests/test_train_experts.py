@@ -21,9 +21,12 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from data_gen.run_forge import ForgeConfig, run
-from external_detectors import train
 from external_detectors.consistency_net import POOLED
 from external_detectors.lite0 import Lite0, from_imagenet
+from external_detectors.train import __main__ as train
+from external_detectors.train import clip as train_clip
+from external_detectors.train import consistency as train_consistency
+from external_detectors.train import loop
 from x2dfd import crops as crops_module
 from x2dfd import fetch
 from x2dfd.crops import CropSet, load_crops
@@ -87,16 +90,16 @@ def test_a_resumed_training_equals_an_uninterrupted_one(
     forged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bug prevented: after a restart other batches, other dropout, a cold optimizer or a forgotten average."""
-    monkeypatch.setattr(train, "SAVE_EVERY", 2)
+    monkeypatch.setattr(loop, "SAVE_EVERY", 2)
     assert _blending(forged, tmp_path / "whole", "--steps", "4").exit_code == 0
-    save = train._checkpoint
+    save = loop.checkpoint
 
     def killed_after_saving(*arguments: Any) -> None:
         save(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_checkpoint", killed_after_saving)
+        patch.setattr(loop, "checkpoint", killed_after_saving)
         assert _blending(forged, tmp_path / "cut", "--steps", "4").exit_code != 0
     assert not (tmp_path / "cut" / "out").exists()
     steps: list[int] = []
@@ -105,7 +108,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(
         steps.append(step)
         save(path, step, *rest)
 
-    monkeypatch.setattr(train, "_checkpoint", noted)
+    monkeypatch.setattr(loop, "checkpoint", noted)
     assert _blending(forged, tmp_path / "cut", "--steps", "4").exit_code == 0
     assert steps == [4]
     whole, cut = _weights(tmp_path / "whole"), _weights(tmp_path / "cut")
@@ -125,13 +128,34 @@ def test_consistency_learns_areas_artifacts_and_masks(kinds: Path, tmp_path: Pat
     [face] = find_faces(np.array(skimage.data.astronaut()))
     [said] = expert.judge([face])
     assert said.score is not None and len(said.map) == len(said.map[0]) == 14
-    truth = train._LocalTruth(load_crops(kinds))
+    truth = train_consistency.LocalTruth(load_crops(kinds))
     k = next(k for k, s in enumerate(truth.samples) if s.method.startswith("area_warp"))
     seeds = [np.random.default_rng(s) for s in range(12)]
     for rng in seeds:
         _, areas, labels, cues, mask = truth.batch([k], rng)
         assert labels.tolist() == [1.0] and (cues != 0).any()
         assert areas.shape[1] == len(POOLED) and mask.any()
+
+
+def test_consistency_goes_on_from_its_own_weights_and_leaves_methods_out(kinds: Path, tmp_path: Path) -> None:
+    """Bug prevented: a second training that starts from nothing, or figures on a left-out method that was learnt."""
+    words = ["consistency", "--data", str(kinds), "--batch", "4", "--out", str(tmp_path / "out")]
+    first = CliRunner().invoke(train.app, [*words, "--steps", "2", "--state", str(tmp_path / "1")])
+    assert first.exit_code == 0, first.output
+    before = load_file(tmp_path / "out" / "consistency.safetensors")
+    more = ["--go-on", "--start", str(tmp_path / "out"), "--hold-out", "area_warp", "--state", str(tmp_path / "2")]
+    # A step that does not move anything: what is written then is what was started from.
+    second = CliRunner().invoke(train.app, [*words, *more, "--steps", "1", "--lr", "0"])
+    assert second.exit_code == 0, second.output
+    after = load_file(tmp_path / "out" / "consistency.safetensors")
+    moved = [k for k in before if "running" not in k and "num_batches" not in k and k != "allowed"]
+    assert all(torch.equal(before[k], after[k]) for k in moved)
+    card = load_expert("consistency", tmp_path / "out").card
+    assert card.version == "2" and card.trained_on.startswith("first: ")
+    assert card.figures["held_out"] == ["area_warp"] and "area_warp" not in card.trained_on.split("Then: ")[1]
+    truth = train_consistency.LocalTruth(load_crops(kinds), ["area_warp"])
+    kept = {m for k in truth.learnt for m in truth.samples[k].method.split("+")}
+    assert "area_warp" not in kept and "blur_mismatch" in kept
 
 
 def test_masks_and_areas_follow_the_picture_that_was_mirrored_and_turned() -> None:
@@ -143,10 +167,10 @@ def test_masks_and_areas_follow_the_picture_that_was_mirrored_and_turned() -> No
     sample = Sample(
         "0", Path("x"), "fake", "m", group="0", split="train", cues=(Cue("nose", "blur", 1.0),), mask=Path("y")
     )
-    truth = train._LocalTruth(CropSet([sample], face.crop[None], face.crop_landmarks[None], {}, masks))
+    truth = train_consistency.LocalTruth(CropSet([sample], face.crop[None], face.crop_landmarks[None], {}, masks))
     for seed in range(12):
         _, areas, _, _, mask = truth.batch([0], np.random.default_rng(seed))
-        _, matrix = train._augmented(face.crop, np.random.default_rng(seed))
+        _, matrix = loop.augmented(face.crop, np.random.default_rng(seed))
         wanted = (matrix @ [90, 120, 1] + 0.5) / 8 - 0.5
         ys, xs = np.nonzero(mask[0].numpy())
         assert np.abs(np.array([xs.mean(), ys.mean()]) - wanted).max() < 0.3
@@ -162,7 +186,7 @@ def test_consistency_needs_masks(forged: Path, tmp_path: Path) -> None:
     bare = forged.parent / "bare.jsonl"
     bare.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "mask"}) + "\n" for r in lines))
     with pytest.raises(X2DFDError, match="no masks"):
-        train._LocalTruth(load_crops(bare))
+        train_consistency.LocalTruth(load_crops(bare))
 
 
 def test_one_threshold_serves_pairs_and_areas() -> None:
@@ -171,7 +195,7 @@ def test_one_threshold_serves_pairs_and_areas() -> None:
     there = np.zeros((2, 3, 2), bool)
     chance[0, 0, 0], chance[0, 1, 0], there[0, 0, 0] = 0.9, 0.3, True
     chance[1, 2, 1], there[1, 2, 1] = 0.15, True  # far below the others, but its likeliest
-    threshold, cue_f1, area_f1 = train._cue_threshold(chance, there)
+    threshold, cue_f1, area_f1 = train_consistency._cue_threshold(chance, there)
     assert (cue_f1, area_f1) == (1.0, 1.0) and threshold > 0.3
 
 
@@ -227,9 +251,9 @@ def test_figures_by_method() -> None:
     """Bug prevented: an AUC against the wrong real pictures, ties counted as wins, combined fakes counted twice."""
     rows = [("real", "none"), ("real", "denoise"), ("fake", "a"), ("fake", "a+b"), ("fake", "b")]
     samples = [Sample(str(i), Path(f"{i}"), label, method) for i, (label, method) in enumerate(rows)]  # type: ignore[arg-type]
-    table = train.by_method(samples, np.array([0.2, 0.4, 0.4, 0.9, 0.1]))
+    table = loop.by_method(samples, np.array([0.2, 0.4, 0.4, 0.9, 0.1]))
     assert table == {"a": {"auc": 0.875, "n_fake": 2}, "b": {"auc": 0.0, "n_fake": 1}, "n_real": 2}
-    assert train.by_method(samples[2:], np.array([0.4, 0.9, 0.1])) == {"n_real": 0}
+    assert loop.by_method(samples[2:], np.array([0.4, 0.9, 0.1])) == {"n_real": 0}
 
 
 # --- EfficientNet-Lite0 ---------------------------------------------------------------------------------------------
@@ -440,7 +464,7 @@ def test_a_source_and_a_generator_left_out_are_not_learnt_from(monkeypatch: pyte
     def logits(state: dict[str, Tensor]) -> Any:
         return np.array([{"": 0.0, "one": 1.0, "two": -1.0}[s.method] for s in samples])
 
-    found = train._unseen(head, logits, samples)
+    found = train_clip._unseen(head, logits, samples)
     assert ({"two"}, {"b"}) in learnt and ({"one"}, {"a"}) in learnt and ({"one", "two"}, {"a"}) in learnt
     assert found["auc_generator_and_source_left_out"] == {"one / a": 1, "one / b": 1, "two / a": 0, "two / b": 0}
     assert found["false_alarms_of_a_source_left_out"]["a"] == {"rate": 0.0, "n": 25}

@@ -1,0 +1,37 @@
+"""The command line of `external_detectors.train`."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from external_detectors.train import blending, clip, consistency
+from external_detectors.train.loop import EXAMPLE
+from x2dfd.errors import X2DFDError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _train() -> None:
+    """Train an expert; weights and card are written whole or not at all."""
+
+
+app.command(epilog=EXAMPLE.format("blending --data build/sbi/manifest.jsonl --steps 2400"))(blending.blending)
+app.command(epilog=EXAMPLE.format("consistency --data build/local/manifest.jsonl --steps 1600"))(
+    consistency.consistency
+)
+app.command(epilog=EXAMPLE.format("clip --data build/forged/manifest.jsonl"))(clip.clip)
+
+
+def main() -> None:
+    try:
+        app()
+    except X2DFDError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
