@@ -21,7 +21,7 @@ from tests import tiny
 from x2dfd import prompts
 from x2dfd.errors import SetupError
 from x2dfd.files import file_sha256
-from x2dfd.mllm import CIRCLE, LocalMLLM, _repeats, base_identity, load_llava
+from x2dfd.mllm import CIRCLE, LocalMLLM, _repeats, base_identity, load_llava, said_once
 from x2dfd.types import Cue, Evidence
 
 pytestmark = pytest.mark.needs_base
@@ -227,6 +227,13 @@ def test_text_that_repeats_itself_ends(tmp_path: Path, crops: NDArray[np.uint8])
     assert text == ["."]
     assert len(told) == CIRCLE + 1
     assert told[:3] == [".", "..", "..."]
+
+
+def test_a_sentence_is_said_once() -> None:
+    """Bug prevented: a report that says one thing twice, or that loses the sentences between."""
+    twice = "The skin is smooth. The jaw has a seam! The skin is smooth. The jaw has a faint seam."
+    assert said_once(twice) == "The skin is smooth. The jaw has a seam! The jaw has a faint seam."
+    assert said_once("No end") == "No end" and said_once("") == ""
 
 
 def test_no_training_text_would_be_cut_off() -> None:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -104,6 +105,8 @@ def attach(model: Any, folder: Path) -> Any:
 
     Merged, because one matrix product is quicker than three and the numbers agree to rounding.
     """
+    # bitsandbytes warns on import, through peft, of a kernel that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from peft import PeftModel
 
     with warnings.catch_warnings():

@@ -6,6 +6,7 @@ afterwards runs over that cache, the many cue questions packed into few passes u
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -157,7 +158,8 @@ class LocalMLLM:
         """Greedy continuation of each picture's answer after its `start`: the new text alone.
 
         `on_text` is told the text so far (of the first picture) after every token. An answer ends when a dozen tokens
-        repeat: a small model that goes round in circles has nothing more to say.
+        repeat: a small model that goes round in circles has nothing more to say. A sentence that it says twice is kept
+        once.
         """
         suffixes = [self._suffix(q, s, turns) for q, s in zip(questions, starts, strict=True)]
         hidden, mask = self._after(look, suffixes, keep=True)
@@ -177,7 +179,7 @@ class LocalMLLM:
                         open_rows[row] = False
                         del written[row][-1 if token in ends else -CIRCLE :]
             if on_text is not None:
-                on_text(self.tokenizer.decode(written[0], skip_special_tokens=True).strip())
+                on_text(self._text_of(written[0]))
             if not any(open_rows):
                 break
             mask = torch.cat([mask, mask.new_ones(n, 1)], 1)
@@ -190,7 +192,10 @@ class LocalMLLM:
             )
             last, positions, added = out.last_hidden_state[:, -1], positions + 1, added + 1
         look.cache.crop(-added)
-        return [self.tokenizer.decode(w, skip_special_tokens=True).strip() for w in written]
+        return [self._text_of(w) for w in written]
+
+    def _text_of(self, tokens: Sequence[int]) -> str:
+        return said_once(self.tokenizer.decode(tokens, skip_special_tokens=True).strip())
 
     def _end_ids(self) -> set[int]:
         ends = {self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids("<|im_end|>")}
@@ -247,6 +252,11 @@ class LocalMLLM:
     def _yes_or_no(self, token: int) -> str:
         word = self.tokenizer.decode([token]).strip().lower()
         return word if word in ("yes", "no") else "other"
+
+
+def said_once(text: str) -> str:
+    """The text without the sentences that stood in it before."""
+    return " ".join(dict.fromkeys(re.split(r"(?<=[.!?])\s+", text)))
 
 
 def _repeats(tokens: Sequence[int]) -> bool:
