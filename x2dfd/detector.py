@@ -121,12 +121,12 @@ class Detector:
         face = _find(media)[0][deciding.index].face
         asked = prompts.verdict_question(deciding.evidence)
         answer = f"{prompts.rationale_start(_said(deciding.verdict))} {deciding.rationale}".strip()
-        look = self.mllm.look(_through_codec([face])[0].crop[None])
+        look = self.mllm.look(through_codec([face])[0].crop[None])
         return self.mllm.write(look, [asked], [""], turns=[(answer, question)])[0]
 
     def judge_faces(self, faces: Sequence[Face]) -> tuple[NDArray[np.float64], list[list[Evidence]]]:
         """The parts of a verdict before they are joined: the MLLM's logits [n], and each face's expert evidence."""
-        faces = _through_codec(faces)
+        faces = through_codec(faces)
         look = self.mllm.look(np.stack([f.crop for f in faces]))
         evidence = self._evidence(faces, look)
         return self.mllm.verdict_logits(look, [prompts.verdict_question(e) for e in evidence]), evidence
@@ -175,7 +175,7 @@ class Detector:
         out: list[FaceReport] = []
         for start in range(0, len(seen), 16):
             part = seen[start : start + 16]
-            faces = _through_codec([s.face for s in part])
+            faces = through_codec([s.face for s in part])
             look = self.mllm.look(np.stack([f.crop for f in faces]))
             clock.lap("look")
             evidence = self._evidence(faces, look)
@@ -239,7 +239,7 @@ class Detector:
             evidence=deciding.evidence if deciding else (),
             provenance={"state": "not_checked"},
             model=self.facts,
-            versions=_versions(),
+            versions=versions(),
             timings={k: round(v, 4) for k, v in timings.items()},
             warnings=tuple(warnings),
         )
@@ -380,7 +380,8 @@ def _areas(face: Face, cues: Sequence[Any]) -> dict[str, list[list[list[float]]]
     return {a: [[[round(float(x), 1), round(float(y), 1)] for x, y in q] for q in polygons[a]] for a in sorted(wanted)}
 
 
-def _through_codec(faces: Sequence[Face]) -> list[Face]:
+def through_codec(faces: Sequence[Face]) -> list[Face]:
+    """The faces with their crops as every model sees them."""
     return [replace(f, crop=codec(f.crop, *CODEC)) for f in faces]
 
 
@@ -422,7 +423,8 @@ def _failure(source: Source, error: InputError) -> Failure:
 
 
 @cache
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of Python, of this package and of the libraries that a score depends on."""
     found = {"python": platform.python_version()}
     for name in ("x2dfd", "torch", "transformers", "peft", "ai-edge-litert", "opencv-python-headless", "pillow"):
         try:
