@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,31 @@ from numpy.typing import NDArray
 
 from eval import metrics as m
 from eval.changes import CHANGES, FORMAT_SWAP
-from eval.scoring import Layout, Resampling, Row, common_auc, equalise, reason_of, say, slices, three_answers, value_of
+from eval.localisation import localisation, places, truth_on_crop
+from eval.scoring import (
+    FOLDS,
+    Layout,
+    Resampling,
+    Row,
+    common_auc,
+    equalise,
+    folds,
+    reason_of,
+    say,
+    slices,
+    three_answers,
+    value_of,
+)
 from x2dfd.adapter import EMBEDDED, read_adapter_card
-from x2dfd.calibration import MLLM, Calibration, logit
-from x2dfd.crops import MASK_SIZE, mask_on_crop
+from x2dfd.calibration import MLLM, Calibration, choose_band, fit_weights, logit
 from x2dfd.detector import CODEC, through_codec, versions
-from x2dfd.errors import InputError, SetupError, UnknownName, X2DFDError
+from x2dfd.errors import InputError, SetupError, UnknownName
 from x2dfd.experts import BUILTIN, Expert, load_expert
-from x2dfd.faces import CROP_SIZE, area_polygons, find_faces
+from x2dfd.faces import find_faces
 from x2dfd.files import file_sha256
 from x2dfd.manifest import Sample
 from x2dfd.media import load_picture
-from x2dfd.types import Face
+from x2dfd.types import Face, Verdict
 
 Pixels = NDArray[np.uint8]
 
@@ -41,14 +55,9 @@ FUSION, SHARPNESS = "fusion", "baseline:sharpness"
 SHARPNESS_IS = "minus the logarithm of the variance of the crop's Laplacian: the smoother, the likelier fake"
 """Direction and form were stated before anything was scored with it."""
 
-OVAL, CENTRE = "baseline:oval", "baseline:centre"
-CENTRE_SIGMA = 0.25  # of the crop's side
-MAP_THRESHOLDS = tuple(round(0.05 * k, 2) for k in range(1, 20))
-STATED_THRESHOLD = 0.5
-
 LAYOUT = Layout(texts=("said", "reason", "error"), numbers=("p_fake",), packed=("notes", "changed", "places"))
 """`experts` holds the scores of the unchanged picture and the baseline; `changed`: change -> the same, null where no
-face was found; `places`: map -> pixel AUC, and IoU at each of MAP_THRESHOLDS."""
+face was found; `places`: map -> pixel AUC, and IoU at each threshold of eval.localisation."""
 
 
 def load_experts(names: Sequence[str] | None, folder: Path | None = None) -> tuple[list[Expert], dict[str, str]]:
@@ -125,18 +134,21 @@ class Panel:
         """A column's value, from the scores of one look at a picture."""
         if scores is None:
             return None
-        return self.joined(scores)[0] if column == FUSION else scores.get(column.removeprefix("expert:"))
+        if column == FUSION:
+            answer = self.joined(scores)
+            return answer.p_fake if answer else None
+        return scores.get(column.removeprefix("expert:"))
 
-    def joined(self, scores: Row) -> tuple[float | None, str | None]:
-        """P(fake) and the answer of the experts together; None where none of those that weigh has a score."""
-        if self.calibration is None:
-            return None, None
-        said = {e.card.name: scores.get(e.card.name) for e in self.experts}
-        logits = {name: None if score is None else logit(score) for name, score in said.items()}
-        if not any(value is not None and self.calibration.weights.get(n, 0) > 0 for n, value in logits.items()):
-            return None, None
-        verdict = self.calibration.verdict(self.calibration.probability(logits), logits)
-        return verdict.p_fake, verdict.label
+    def joined(self, scores: Row) -> Verdict | None:
+        """The answer of the experts together; None where none of those that weigh has a score."""
+        known = self.known(scores)
+        if self.calibration is None or not any(self.calibration.weights.get(name, 0) > 0 for name in known):
+            return None
+        return _answer(self.calibration, known)
+
+    def known(self, scores: Row) -> dict[str, float]:
+        """The experts' scores that are there."""
+        return {n: scores[n] for e in self.experts if scores.get(n := e.card.name) is not None}
 
 
 def _held_out(figures: Row) -> list[str]:
@@ -187,7 +199,7 @@ Views = dict[str, tuple[Face | None, NDArray[np.bool_] | None]]
 
 
 def _look(sample: Sample, changes: Sequence[str], equal: bool) -> tuple[Row, Views]:
-    row: Row = {"id": sample.id, "p_fake": None, "said": None, "reason": None, "error": None}
+    row: Row = {"id": sample.id, "reason": None, "error": None}
     row |= {"experts": {}, "notes": {}, "changed": {}, "places": {}}
     try:
         original: Pixels = load_picture(sample.path).pixels
@@ -200,7 +212,7 @@ def _look(sample: Sample, changes: Sequence[str], equal: bool) -> tuple[Row, Vie
     truth = None
     if sample.label == "fake" and sample.mask is not None:
         try:
-            truth = _truth(sample.mask, original.shape, pixels, face)
+            truth = truth_on_crop(sample.mask, original.shape, pixels, face)
         except InputError as error:
             row["notes"]["mask"] = f"mask: {error.code}"
     return row, {"": (face, truth)} | {n: (_largest(CHANGES[n](pixels, sample.id)), None) for n in changes}
@@ -210,62 +222,10 @@ def _largest(pixels: Pixels) -> Face | None:
     return next(iter(find_faces(pixels)), None)
 
 
-def _truth(path: Path, shape: Sequence[int], pixels: Pixels, face: Face) -> NDArray[np.bool_]:
-    """Where the crop is forged: [MASK_SIZE, MASK_SIZE]. Raises InputError when the mask tells nothing of this face."""
-    mask: Pixels = np.ascontiguousarray(load_picture(path).pixels[..., 0])
-    if mask.shape != tuple(shape[:2]):
-        raise InputError("other_size", "the mask is not of the size of its picture")
-    height, width = pixels.shape[:2]
-    if mask.shape != (height, width):  # the picture was shrunk to be like the others
-        mask = np.asarray(cv2.resize(mask, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
-    truth = mask_on_crop(mask, pixels, face.landmarks) > 127
-    if truth.all() or not truth.any():
-        raise InputError("all_or_nothing", "the mask covers all of the crop, or nothing of it")
-    return np.asarray(truth)
-
-
 def sharpness(crop: Pixels) -> float:
     """The single-feature baseline: the higher, the smoother the crop. No probability."""
     grey = cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY)
     return -float(np.log(cv2.Laplacian(grey, cv2.CV_64F).var() + 1e-3))
-
-
-def places(maps: dict[str, Any], face: Face, truth: NDArray[np.bool_]) -> Row:
-    """How well each map, and two that know nothing of the forgery, say where it is."""
-    drawn = {name: np.asarray(rows, np.float32) for name, rows in maps.items()}
-    grids = {
-        name: np.asarray(cv2.resize(rows, (MASK_SIZE, MASK_SIZE), interpolation=cv2.INTER_LINEAR))
-        for name, rows in drawn.items()
-    }
-    grids |= {OVAL: _oval(face), CENTRE: _centre()} if grids else {}
-    labels = truth.ravel().astype(np.int64)
-    return {
-        name: {
-            "auc": _short(m.auc(labels, grid.ravel().astype(np.float64))),
-            "iou": [_short(m.overlap(truth, grid >= t)) for t in MAP_THRESHOLDS],
-        }
-        for name, grid in grids.items()
-    }
-
-
-def _short(value: float | None) -> float:
-    assert value is not None  # `_truth` lets no mask through for which these are not defined
-    return round(value, 6)
-
-
-def _oval(face: Face) -> NDArray[np.float32]:
-    """1 inside the face's oval: the guess that the whole face was changed."""
-    [oval] = area_polygons(face.crop_landmarks)["skin"]
-    grid = np.zeros((MASK_SIZE, MASK_SIZE), np.float32)
-    cv2.fillPoly(grid, [(oval * (MASK_SIZE / CROP_SIZE)).round().astype(np.int32)], 1.0)
-    return grid
-
-
-def _centre() -> NDArray[np.float32]:
-    """A bell in the middle of the crop, the same for every picture."""
-    at = (np.arange(MASK_SIZE) + 0.5) / MASK_SIZE - 0.5
-    square = at[:, None] ** 2 + at[None, :] ** 2
-    return np.exp(-square / (2 * CENTRE_SIGMA**2)).astype(np.float32)
 
 
 # ---------------------------------------------------------------- what is counted
@@ -275,10 +235,12 @@ def joined_rows(panel: Panel, rows: Sequence[Row]) -> list[Row]:
     """The rows with the answer of the fusion: it is made of the stored scores, so a new calibration costs nothing."""
     out = []
     for row in rows:
-        p_fake, said = panel.joined(row["experts"])
-        # What could be opened and has no answer was not assessed, which is not "real".
-        unanswered = "inconclusive" if panel.calibration and not row["error"] else None
-        out.append(row | {"p_fake": p_fake, "said": said or unanswered})
+        verdict = panel.joined(row["experts"])
+        if verdict is None and panel.calibration and not row["error"]:
+            # What could be opened and has no answer was not assessed, which is not "real".
+            verdict = Verdict("inconclusive", None, row["reason"] or "no score")
+        of_verdict = (verdict.p_fake, verdict.label, verdict.reason) if verdict else (None, None, row["reason"])
+        out.append(row | dict(zip(("p_fake", "said", "reason"), of_verdict, strict=True)))
     return out
 
 
@@ -297,11 +259,10 @@ def experts_result(
     changes: Sequence[str],
     by: Sequence[str],
     draw: Resampling,
-    thresholds: Row | None = None,
 ) -> Row:
-    """Metrics of every column, overall and in slices; robustness; the format swap; localisation.
+    """Metrics of every column, overall and in slices; robustness; the format swap; localisation; missing experts.
 
-    `rows` are those of `joined_rows`; `thresholds` is what `map_thresholds` read from another result.
+    `rows` are those of `joined_rows`.
     """
     columns = {c: [panel.value(c, row["experts"]) for row in rows] for c in panel.columns}
     scorers: Row = {}
@@ -314,12 +275,13 @@ def experts_result(
         scorers[column] |= _measured([samples[i] for i, _ in kept], of_kept, said, column != SHARPNESS, by, draw)
         if column == FUSION:
             scorers[column]["answers"] = three_answers(samples, rows, draw)
+            scorers[column]["answers"]["false_alarms_by"] = {c: alarms_by(samples, rows, c, draw) for c in by}
     headline = {f"{c}.auc": s["overall"]["auc"] | {"n": s["n_scored"]} for c, s in scorers.items()}
     if FUSION in scorers:
         headline[f"{FUSION}.false_alarms"] = scorers[FUSION]["answers"]["false_alarms"]
     steady = {name: _changed(panel, samples, rows, name, draw) for name in changes}
     headline |= {f"{n}.{c}.auc": auc for n, part in steady.items() for c, auc in part["auc"].items() if c == FUSION}
-    placed = localisation(samples, rows, thresholds, draw)
+    placed = localisation(samples, rows, draw)
     headline |= {f"map:{n}.pixel_auc": s["auc"] | {"n": placed["n"]} for n, s in placed["maps"].items()}
     return {
         "headline": headline,
@@ -329,6 +291,8 @@ def experts_result(
         "robustness": steady,
         "format_swap": _swap(panel, rows) if FORMAT_SWAP in changes else None,
         "localisation": placed,
+        "missing": missing_experts(panel, samples, rows, draw),
+        "disagreement": disagreement(panel, samples, rows),
     }
 
 
@@ -384,16 +348,16 @@ def _changed(panel: Panel, samples: Sequence[Sample], rows: Sequence[Row], name:
         for what, label, wrong in (("false_alarms", "real", "fake"), ("misses", "fake", "real")):
             own = [i for i in found if samples[i].label == label]
             groups = [samples[i].group for i in own]
-            said = [panel.joined(rows[i]["changed"][name])[1] for i in own]
-            result[what] = draw.rate([s == wrong for s in said], groups)
+            answers = [panel.joined(rows[i]["changed"][name]) for i in own]
+            result[what] = draw.rate([a is not None and a.label == wrong for a in answers], groups)
             result[what]["unchanged"] = float(np.mean([rows[i]["said"] == wrong for i in own])) if own else None
     return result
 
 
 def _swap(panel: Panel, rows: Sequence[Row]) -> Row:
-    """How far a column's value moves between a PNG and a JPEG of the same pixels."""
+    """How far P(fake) moves between a PNG and a JPEG of the same pixels."""
     result: Row = {}
-    for column in panel.columns:
+    for column in panel.columns[:-1]:  # the last one is no probability
         moved = []
         for row in rows:
             before, after = panel.value(column, row["experts"]), panel.value(column, row["changed"].get(FORMAT_SWAP))
@@ -404,75 +368,97 @@ def _swap(panel: Panel, rows: Sequence[Row]) -> Row:
     return result
 
 
-def localisation(samples: Sequence[Sample], rows: Sequence[Row], thresholds: Row | None, draw: Resampling) -> Row:
-    """Pixel AUC and IoU of each map over the masked fakes, mean over pictures; overall and by method."""
-    masked = [i for i, s in enumerate(samples) if s.label == "fake" and s.mask is not None]
-    kept = [i for i in masked if rows[i]["places"]]
-    out = Counter(_unplaced(rows[i]) for i in masked if not rows[i]["places"])
-    names = sorted({name for i in kept for name in rows[i]["places"]}, key=lambda n: (n in (OVAL, CENTRE), n))
-    maps: Row = {}
-    for name in names:
-        own = [i for i in kept if name in rows[i]["places"]]
-        methods = [value_of(samples[i], "method") for i in own]
-        threshold = (thresholds or {}).get("of", {}).get(name, STATED_THRESHOLD)
-        curve = np.array([rows[i]["places"][name]["iou"] for i in own]).mean(axis=0)
-        maps[name] = _placed(samples, rows, own, name, threshold, draw) | {
-            "threshold": threshold,
-            "iou_by_threshold": {str(t): round(float(v), 6) for t, v in zip(MAP_THRESHOLDS, curve, strict=True)},
-            "by_method": {
-                method: _placed(
-                    samples,
-                    rows,
-                    [i for i, made in zip(own, methods, strict=True) if made == method],
-                    name,
-                    threshold,
-                    draw,
-                )
-                for method in sorted(set(methods))
-            },
-        }
-    return {
-        "n_masks": len(masked),
-        "n": len(kept),
-        "left_out": dict(sorted(out.items())),
-        "threshold_from": thresholds["from"] if thresholds else "stated in advance",
-        "baselines": {
-            OVAL: "the whole oval of the face",
-            CENTRE: f"the same bell in every crop's middle, sigma {CENTRE_SIGMA} of its side",
-        },
-        "maps": maps,
-    }
+def alarms_by(samples: Sequence[Sample], rows: Sequence[Row], column: str, draw: Resampling) -> Row:
+    """For each value of a column: the share of its reals that were called fake. One without a face was not."""
+    table: Row = {}
+    reals = [i for i, s in enumerate(samples) if s.label == "real" and rows[i]["said"]]
+    for value in sorted({value_of(samples[i], column) for i in reals} - {""}):
+        own = [i for i in reals if value_of(samples[i], column) == value]
+        table[value] = draw.rate([rows[i]["said"] == "fake" for i in own], [samples[i].group for i in own])
+    return table
 
 
-def _unplaced(row: Row) -> str:
-    return str(row["notes"].get("mask") or row["reason"] or "no map")
+# ---------------------------------------------------------------- experts that are missing, or disagree
+
+SPREADS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-def _placed(
-    samples: Sequence[Sample], rows: Sequence[Row], chosen: Sequence[int], name: str, threshold: float, draw: Resampling
-) -> Row:
-    found, groups = [rows[i]["places"][name] for i in chosen], [samples[i].group for i in chosen]
-    blank, at = np.zeros(len(found), np.int64), MAP_THRESHOLDS.index(threshold)
-    values = {"auc": [p["auc"] for p in found], "iou": [p["iou"][at] for p in found]}
-    return {"n": len(found)} | {k: draw.measure(m.mean, blank, m.to_scores(v), groups) for k, v in values.items()}
+def missing_experts(panel: Panel, samples: Sequence[Sample], rows: Sequence[Row], draw: Resampling) -> Row | None:
+    """The fusion with every choice of its experts, on the pictures that all of them could score.
 
-
-def map_thresholds(result: Row, data: Row) -> Row:
-    """The threshold with the best mean IoU of each map of another run: never of the pictures that are scored now.
-
-    `result`: the other run's result; `data`: manifest hash and split of this one. Raises X2DFDError when they are the
-    same pictures, or the other run has no maps.
+    `imputed`: as shipped, what is missing standing at its mean; None where nothing that weighs is left. `refitted`:
+    weights and band fitted anew to what is left, on the other groups of `FOLDS` parts: what a fit for each choice would
+    gain.
     """
-    other = result.get("data", {})
-    same_split = other.get("split") is None or data["split"] is None or other.get("split") == data["split"]
-    if other.get("sha256") == data["sha256"] and same_split:
-        raise X2DFDError("a threshold may not be chosen on the pictures that are scored: name a result of others")
-    maps = (result.get("localisation") or {}).get("maps")
-    if not maps:
-        raise X2DFDError("the result to take thresholds from has no maps")
-    best = {n: max(part["iou_by_threshold"].items(), key=lambda at: at[1])[0] for n, part in maps.items()}
-    source = f"manifest {other['sha256'][:12]}, split {other['split'] or 'all'}"
-    return {"from": f"best mean IoU on {source}", "of": {n: float(t) for n, t in best.items()}}
+    calibration = panel.calibration
+    if calibration is None:
+        return None
+    names = [e.card.name for e in panel.experts if e.card.name in calibration.weights]
+    kept = [i for i, row in enumerate(rows) if all(row["experts"].get(n) is not None for n in names)]
+    of, scored = [samples[i] for i in kept], [rows[i]["experts"] for i in kept]
+    labels = m.to_labels(s.label for s in of)
+    parts = {n: np.array([logit(scores[n]) for scores in scored]) for n in names}
+
+    def measured(answers: Sequence[Verdict]) -> Row:
+        groups, said = np.array([s.group for s in of]), np.array([a.label for a in answers])
+        scores = m.to_scores([a.p_fake for a in answers if a.p_fake is not None])
+        found: Row = {"auc": draw.measure(m.auc, labels, scores, groups.tolist())}
+        for name, label in (("false_alarms", 0), ("found", 1)):
+            own = labels == label
+            found[name] = draw.rate((said[own] == "fake").tolist(), groups[own].tolist())
+        return found | {"inconclusive": float((said == "inconclusive").mean())}
+
+    patterns: Row = {}
+    for here in (c for size in range(len(names), 0, -1) for c in combinations(names, size)):
+        weighty = any(calibration.weights[n] > 0 for n in here)
+        shipped = [_answer(calibration, {n: scores[n] for n in here}) for scores in scored]
+        fitted = _refitted({n: parts[n] for n in here}, labels, of)
+        patterns["+".join(here)] = {
+            "imputed": measured(shipped) if weighty and kept else None,
+            "refitted": measured(fitted) if fitted else None,
+        }
+    return {"n": len(kept), "folds": FOLDS, "patterns": patterns}
+
+
+def _answer(calibration: Calibration, scores: dict[str, float]) -> Verdict:
+    logits = {name: logit(score) for name, score in scores.items()}
+    return calibration.verdict(calibration.probability(logits), logits)
+
+
+def _refitted(
+    parts: dict[str, NDArray[np.float64]], labels: m.Labels, samples: Sequence[Sample]
+) -> list[Verdict] | None:
+    """Each picture's answer by a calibration that was fitted without its group; None where one cannot be fitted."""
+    part, y = folds([s.group for s in samples]), labels.astype(np.float64)
+    sources = np.array([s.source for s in samples])
+    answers: dict[int, Verdict] = {}
+    for fold in sorted(set(part.tolist())):
+        rest, own = np.flatnonzero(part != fold), np.flatnonzero(part == fold)
+        share = y[rest].mean() if len(rest) else 0.0
+        if not 0 < share < 1:
+            return None
+        even = np.where(y[rest] == 1, 0.5 / share, 0.5 / (1 - share))
+        weights, means, bias = fit_weights({n: v[rest] for n, v in parts.items()}, y[rest], even)
+        draft = Calibration(weights, means, bias, 0.5, 0.5)
+        chances = np.array([draft.probability({n: v[i] for n, v in parts.items()}) for i in range(len(samples))])
+        low, high = choose_band(chances[rest], y[rest], sources[rest].tolist())
+        fitted = replace(draft, low=low, high=high)
+        answers |= {int(i): fitted.verdict(float(chances[i]), {}) for i in own}
+    return [answers[i] for i in range(len(samples))]
+
+
+def disagreement(panel: Panel, samples: Sequence[Sample], rows: Sequence[Row]) -> Row | None:
+    """What it would cost and save to answer nothing where the experts are further apart than each of SPREADS."""
+    if panel.calibration is None:
+        return None
+    kept = [i for i, row in enumerate(rows) if row["p_fake"] is not None]
+    labels = m.to_labels(samples[i].label for i in kept)
+    table: Row = {}
+    for at in (None, *SPREADS):
+        calibration = replace(panel.calibration, disagreement=at)
+        said = [_answer(calibration, panel.known(rows[i]["experts"])).label for i in kept]
+        table["never" if at is None else str(at)] = m.selective(labels, said)
+    return {"in_force": panel.calibration.disagreement, "from_spread": table}
 
 
 def chosen_changes(text: str | None) -> list[str]:

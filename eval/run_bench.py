@@ -48,9 +48,9 @@ from eval.scoring import (  # noqa: E402
     slices,
     three_answers,
     value_of,
-    write_whole,
 )
 from x2dfd.errors import InputError, UnknownName, X2DFDError  # noqa: E402
+from x2dfd.files import write_bytes  # noqa: E402
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest  # noqa: E402
 from x2dfd.types import Cue, Failure, Report  # noqa: E402
 
@@ -356,7 +356,7 @@ def run(args: argparse.Namespace) -> Row:
     }
     store.finish(samples, rows, origin, manifest.parent)
     text = json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False)
-    write_whole(out / "result.json", (text + "\n").encode())
+    write_bytes(out / "result.json", (text + "\n").encode())
     return result
 
 
@@ -398,17 +398,13 @@ def _run_detector(
 
 def _run_experts(args: argparse.Namespace, samples: Sequence[Sample], skipped: int, key: Row, draw: Resampling) -> Made:
     changes = experts_bench.chosen_changes(args.changes)
-    thresholds = None
-    if args.map_thresholds:
-        here = {"sha256": key["manifest"], "split": args.split}
-        thresholds = experts_bench.map_thresholds(_reference(Path(args.map_thresholds)), here)
     panel = experts_bench.Panel.load(args.model, args.experts.split(",") if args.experts else None)
     key = key | {"experts": [e.card.name for e in panel.experts], "changes": {n: CHANGES[n].line for n in changes}}
     store = Store(Path(args.out), key, experts_bench.LAYOUT)
     ask = partial(experts_bench.judge, panel, changes, equal=args.equalise, batch_size=args.batch_size)
     scored, origin = score(ask, samples, store)
     rows = experts_bench.joined_rows(panel, scored)
-    measured = experts_bench.experts_result(panel, samples, rows, changes, args.by, draw, thresholds)
+    measured = experts_bench.experts_result(panel, samples, rows, changes, args.by, draw)
     stated = {"fusion": panel.fusion, "held_out": panel.held_out.get(experts_bench.FUSION, [])}
     return store, rows, origin, {"stated": stated} | measured
 
@@ -538,7 +534,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--changes", metavar="A,B", help="experts: score under these changes too, or none (default: all)"
     )
-    parser.add_argument("--map-thresholds", metavar="RESULT.json", help="experts: IoU at the best of another run's")
     parser.add_argument("--compare", metavar="REF.json", help="exit 1 when a headline number left its interval")
     args = parser.parse_args(argv)
     if args.list:

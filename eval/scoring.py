@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,12 +20,14 @@ from numpy.typing import NDArray
 
 from eval import metrics as m
 from x2dfd.errors import X2DFDError
+from x2dfd.files import write_bytes
 from x2dfd.manifest import Sample
 
 Row = dict[str, Any]
 
 MIN_REALS = 10  # fewer reals of its own, and a slice is compared with all reals
 CHUNK = 32  # samples between two saves
+FOLDS = 5  # parts of the groups, where something is chosen on the others
 LONGEST_SIDE, JPEG_QUALITY = 1024, 90  # what every image goes through with --equalise
 
 
@@ -111,9 +111,9 @@ def _same(new: Row, old: Row) -> bool:
         return a is b if a is None or b is None else abs(a - b) < 1e-3
 
     names = new["experts"].keys() | old["experts"].keys()
-    return close(new["p_fake"], old["p_fake"]) and all(
-        close(new["experts"].get(n), old["experts"].get(n)) for n in names
-    )
+    # A judge that gives no p_fake leaves it to be made of the stored scores.
+    agree = all(close(new["experts"].get(n), old["experts"].get(n)) for n in names)
+    return agree and ("p_fake" not in new or close(new["p_fake"], old["p_fake"]))
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Store:
         text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
         self.parts.mkdir(parents=True, exist_ok=True)
         number = 1 + max((int(p.stem) for p in self.parts.glob("*.jsonl")), default=0)
-        write_whole(self.parts / f"{number:06d}.jsonl", text.encode())
+        write_bytes(self.parts / f"{number:06d}.jsonl", text.encode())
 
     def start_anew(self) -> None:
         """What is stored is not used; the last finished result stays until this run has replaced it."""
@@ -174,7 +174,8 @@ class Store:
         head = json.dumps({"key": self.key, "origin": origin}, sort_keys=True)
         stream = io.BytesIO()
         pq.write_table(table.replace_schema_metadata({"x2dfd": head}), stream)
-        write_whole(self.table, stream.getvalue())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(self.table, stream.getvalue())
         shutil.rmtree(self.parts, ignore_errors=True)
 
 
@@ -202,20 +203,6 @@ def _unpack(flat: Row, layout: Layout) -> Row:
     row = {k: flat[k] for k in ("id", *layout.numbers, *layout.texts)}
     row |= {k: json.loads(flat[k]) for k in layout.packed}
     return row | {"experts": {k.removeprefix("expert:"): v for k, v in flat.items() if k.startswith("expert:")}}
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 # ---------------------------------------------------------------- what is counted
@@ -277,6 +264,12 @@ def common_auc(samples: Sequence[Sample], columns: dict[str, list[float | None]]
         scores = m.to_scores([value for i in kept if (value := column[i]) is not None])
         auc[scorer] = draw.measure(m.auc, labels, scores, groups)
     return {"n": len(kept), "auc": auc}
+
+
+def folds(groups: Sequence[str], seed: int = 0) -> NDArray[np.int64]:
+    """A number 0 .. FOLDS - 1 for each sample [n], the same for all of a group, whatever the order of samples."""
+    names, place = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    return np.random.default_rng(seed).permutation(len(names))[place] % FOLDS
 
 
 def reason_of(row: Row, scorer: str) -> str:
