@@ -333,7 +333,7 @@ def _changed(panel: Panel, samples: Sequence[Sample], rows: Sequence[Row], name:
     lost = {label: sum(samples[i].label == label for i in looked) for label in ("real", "fake")}
     for i in found:
         lost[samples[i].label] -= 1
-    result: Row = {"what": CHANGES[name].line, "with_face": len(looked), "lost_face": lost, "auc": {}}
+    result: Row = {"what": CHANGES[name].line, "had_face": len(looked), "lost_face": lost, "auc": {}}
     for column in panel.columns:
         kept, scores = [], []
         for i in found:

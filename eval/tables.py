@@ -129,8 +129,8 @@ def experts(results: dict[str, Result]) -> str:
         missing = ", ".join(result["model"]["stated"]["experts_left_out"])
         caption = (
             f"`{name}`: fusion of `{result['model']['name']}` without its MLLM, manifest `{data['sha256'][:12]}`, "
-            f"split {data['split'] or 'all'}, {data['n_real']} real and {data['n_fake']} fake, {data['n_groups']} groups, "
-            f"{failed} not readable; the largest face of each. {SHARPNESS_LINE} "
+            f"split {data['split'] or 'all'}, {data['n_real']} real and {data['n_fake']} fake, {data['n_groups']} "
+            f"groups, {failed} not readable; the largest face of each. {SHARPNESS_LINE} "
             "ECE: reals and fakes weigh a half each. † left out of training, as far as a card says so. "
             "* against all reals (or all fakes), as there are too few of the same source."
             + (f" Not here: {missing}." if missing else "")

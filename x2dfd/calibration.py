@@ -89,10 +89,10 @@ class Calibration:
                 found.high,
                 *(x for k, w in found.weights.items() for x in (w, found.means[k])),
             ]
-            if found.disagreement is not None:
-                numbers.append(found.disagreement)
             if not all(math.isfinite(x) for x in numbers) or found.low > found.high:
                 raise ValueError("a number is not finite, or the band is upside down")
+            if found.disagreement is not None and not 0 < found.disagreement < 1:
+                raise ValueError("the disagreement is no number between 0 and 1")
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise SetupError(f"{path} cannot be read: {error}. Make it: python -m finetune.calibrate") from error
         return found
