@@ -264,7 +264,10 @@ def _pattern(part: Result | None) -> list[str]:
 
 
 def speed(results: dict[str, Result], *, all_cases: bool = False) -> str:
-    """Seconds of a warm call on one face: the verdict, without and with its rationale, or all that was timed."""
+    """Seconds of a warm call on one face: the verdict, without and with its rationale, or all that was timed.
+
+    With all cases, also each expert's milliseconds a face and packed against single questions, where they were timed.
+    """
     blocks = []
     for name, result in results.items():
         if result["task"]["name"] != "speed":
@@ -278,7 +281,28 @@ def speed(results: dict[str, Result], *, all_cases: bool = False) -> str:
         machine = result["machine"]
         caption = f"`{name}`: {result['threads']} threads of {machine['cpu']}, {result['rounds']} rounds, fp32."
         blocks.append(caption + "\n\n" + _table(lines))
+        if all_cases and "expert_ms_a_face" in result:
+            blocks += _speed_of_parts(result)
     return "\n\n".join(blocks) or "No results yet."
+
+
+def _speed_of_parts(result: Result) -> list[str]:
+    experts, packing = result["expert_ms_a_face"], result["packing"]
+    sizes = sorted({n for part in experts.values() for n in part}, key=int)
+    lines = [["expert, nothing shared", *(f"ms a face, {n} at once [10–90 %]" for n in sizes)]]
+    lines.append(["---"] * len(lines[0]))
+    lines += [[name, *(_spread(part[n], ".1f") for n in sizes)] for name, part in experts.items()]
+    asked = [[f"{packing['questions']} cue questions", "s [10–90 %]", "times packed", "largest change of P(yes)"]]
+    asked.append(["---"] * 4)
+    for name, seconds in packing["seconds"].items():
+        times, change = packing["times_packed"].get(name), packing["largest_difference"].get(name)
+        cells = [_spread(times, ".1f") if times else "–", "–" if change is None else f"{change:.1e}"]
+        asked.append([name, _spread(seconds, ".2f"), *cells])
+    return [_table(lines), _table(asked)]
+
+
+def _spread(part: dict[str, float], form: str) -> str:
+    return f"{part['median']:{form}} [{part['p10']:{form}}–{part['p90']:{form}}]"
 
 
 def unseen(_: dict[str, Result]) -> str:
