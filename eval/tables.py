@@ -31,9 +31,7 @@ def detect(results: dict[str, Result], *, all_methods: bool = False) -> str:
     Of the methods only those that were held out and those without reals of their own, unless `all_methods`.
     """
     blocks = []
-    for name, result in results.items():
-        if result["task"]["name"] != "detect":
-            continue
+    for name, result in _of("detect", results):
         scorers: dict[str, Result] = result["scorers"]
         parts = sorted({(c, v) for s in scorers.values() for c, table in s["by"].items() for v in table})
         # A set of one generator's fakes bears its name as source and as method: one row says it.
@@ -78,9 +76,7 @@ def detect(results: dict[str, Result], *, all_methods: bool = False) -> str:
 def describe(results: dict[str, Result], *, all_methods: bool = False) -> str:
     """Cues and areas named in rationales against the truth, beside the majority baseline; by method if asked."""
     blocks = []
-    for name, result in results.items():
-        if result["task"]["name"] != "describe":
-            continue
+    for name, result in _of("describe", results):
         lines = [["", "area F1 [95 %]", "cue F1 [95 %]", "distinct texts", "contradictions", "n fake"], ["---"] * 6]
         held_out = result["model"]["stated"].get("held_out", [])
         for scorer, s in result["scorers"].items():
@@ -269,9 +265,7 @@ def speed(results: dict[str, Result], *, all_cases: bool = False) -> str:
     With all cases, also each expert's milliseconds a face and packed against single questions, where they were timed.
     """
     blocks = []
-    for name, result in results.items():
-        if result["task"]["name"] != "speed":
-            continue
+    for name, result in _of("speed", results):
         lines = [["warm, one face", "median s", "10–90 %"], ["---"] * 3]
         lines += [
             [case, f"{t['median']:.2f}", f"{t['p10']:.2f}–{t['p90']:.2f}"]

@@ -372,6 +372,13 @@ def test_scores_of_other_weights_are_not_put_into_a_calibration(
     assert EXPERT in result["model"]["stated"]["fusion"]["left_out"]
 
 
+@pytest.mark.parametrize("name", ["majority", "expert:clip"])
+def test_a_model_without_a_calibration_is_refused(name: str, tmp_path: Path) -> None:
+    """`--model expert:clip` would quietly be the embedded model's experts."""
+    with pytest.raises(SystemExit):
+        run_bench.main(["experts", "--data", "m.csv", "--out", str(tmp_path), "--model", name])
+
+
 @pytest.mark.parametrize("words", [("--changes", "jpg50"), ("--experts", "brightnes")])
 def test_a_misspelt_name_is_refused(
     data: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, str]
