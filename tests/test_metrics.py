@@ -239,6 +239,14 @@ def test_the_fast_way_through_resamples_is_the_slow_one(fn: m.Metric) -> None:
     assert m.bootstrap_interval(fn, labels, scores, groups, n=200) == pytest.approx(slow)
 
 
+def test_a_share_that_is_just_allowed_is_allowed() -> None:
+    """One alarm in twenty is 5 %, in the quick way through resamples as in the slow one."""
+    labels = np.repeat([0, 1], [20, 4])
+    scores = np.concatenate([np.linspace(0, 0.5, 19), [0.8], [0.2, 0.7, 0.75, 0.9]])
+    assert m.tpr_at_fpr(labels, scores, 0.05) == 3 / 4
+    assert m._resampled_tpr(labels, scores, np.ones((1, 24), np.int64), 0.05) == [3 / 4]
+
+
 def test_resamples_of_one_class_only_are_left_out() -> None:
     """With two reals among twenty groups every seventh resample has none: NaN, or a quick path that counts it as 0."""
     labels, scores = np.array([0, 0] + [1] * 18), np.linspace(0.05, 0.95, 20)
