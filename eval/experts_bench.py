@@ -86,7 +86,8 @@ class Panel:
     left_out: tuple[str, ...]  # experts that could not be loaded
     calibration: Calibration | None  # None where it was fitted to other weights than are here
     fusion: Row  # what the result says of it
-    held_out: dict[str, list[str]]  # column -> forge methods that its card names as left out of training
+    held_out: dict[str, list[str]]  # column -> forge methods that its card names as left out of training; fusion: what
+    # the calibration and every expert that weighs left out
 
     @classmethod
     def load(cls, model: str, names: Sequence[str] | None) -> Panel:
@@ -114,7 +115,8 @@ class Panel:
             "real_below": calibration.low,
             "fake_from": calibration.high,
         }
-        return cls(experts, tuple(reasons), calibration, fusion, {FUSION: list(card.held_out)} | held_out)
+        unseen = [m for m in card.held_out if all(m in held_out[f"expert:{n}"] for n in weighty if n in here)]
+        return cls(experts, tuple(reasons), calibration, fusion, {FUSION: unseen} | held_out)
 
     @property
     def columns(self) -> list[str]:
@@ -152,9 +154,9 @@ class Panel:
 
 
 def _held_out(figures: Row) -> list[str]:
-    """Methods, where a card names them: a list, or a table by method."""
+    """The methods that a card names as left out of training."""
     named = figures.get("held_out", ())
-    return sorted(named) if isinstance(named, list | tuple | dict) and all(isinstance(n, str) for n in named) else []
+    return sorted(named) if isinstance(named, list | tuple) and all(isinstance(n, str) for n in named) else []
 
 
 # ---------------------------------------------------------------- judging

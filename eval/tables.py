@@ -127,7 +127,8 @@ def experts(results: dict[str, Result]) -> str:
             f"`{name}`: fusion of `{result['model']['name']}` without its MLLM, manifest `{data['sha256'][:12]}`, "
             f"split {data['split'] or 'all'}, {data['n_real']} real and {data['n_fake']} fake, {data['n_groups']} "
             f"groups, {failed} not readable; the largest face of each. {SHARPNESS_LINE} "
-            "ECE: reals and fakes weigh a half each. † left out of training, as far as a card says so. "
+            "ECE: reals and fakes weigh a half each. † left out of training, as its card says (fusion: out of the "
+            "calibration and of every expert that weighs). "
             "* against all reals (or all fakes), as there are too few of the same source."
             + (f" Not here: {missing}." if missing else "")
         )
