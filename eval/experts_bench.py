@@ -35,7 +35,7 @@ from eval.scoring import (
     three_answers,
     value_of,
 )
-from x2dfd.adapter import EMBEDDED, read_adapter_card
+from x2dfd.adapter import EMBEDDED, expert_hashes, read_adapter_card
 from x2dfd.calibration import MLLM, Calibration, choose_band, fit_weights, logit
 from x2dfd.detector import CODEC, through_codec, versions
 from x2dfd.errors import InputError, SetupError, UnknownName
@@ -101,7 +101,8 @@ class Panel:
         for reason in reasons.values():
             say(f"left out: {reason}")
         held_out = {f"expert:{e.card.name}": _held_out(e.card.figures) for e in experts}
-        other = [e.card.name for e in experts if card.experts.get(e.card.name, e.card.sha256) != e.card.sha256]
+        wanted = expert_hashes(card, calibration)
+        other = [e.card.name for e in experts if wanted.get(e.card.name, e.card.sha256) != e.card.sha256]
         weighty = [n for n, w in calibration.weights.items() if n != MLLM and w > 0]
         here = {e.card.name for e in experts}
         fusion: Row = {"of": f"{card.name} {card.version}", "calibration": file_sha256(folder / "calibration.json")}

@@ -37,10 +37,14 @@ def calibrate(
     view_seed: int = 1,
     false_alarms: float = 0.05,
     disagreement: float | None = None,
+    add: Sequence[str] = (),
+    other_experts: bool = False,
 ) -> Calibration:
     """Score the split, fit, write. Half of the pictures are taken as they are, half as their degraded training view.
 
-    `disagreement`: no verdict where the parts are further apart than this; None: their spread decides nothing. Raises
+    `disagreement`: no verdict where the parts are further apart than this; None: their spread decides nothing. `add`:
+    experts that join the fusion though the MLLM was not trained with them: its prompt stays as it was.
+    `other_experts`: take the expert weights that are here, also where the adapter was trained with others. Raises
     X2DFDError when the split lacks a label.
     """
     if disagreement is not None and not 0 < disagreement < 1:
@@ -56,7 +60,8 @@ def calibrate(
         Calibration.load(adapter)
     except SetupError:
         (adapter / "calibration.json").unlink(missing_ok=True)  # a broken one would keep the adapter from loading
-    detector = load(adapter, mode="paper")
+    names = list(dict.fromkeys([*read_adapter_card(adapter).experts, *add]))
+    detector = load(adapter, mode="paper", experts=names, other_experts=other_experts)
     parts = score_parts(detector, crops, rows, view_seed)
     weights_per_sample = balance(samples)
     weights, means, bias = fit_weights(parts, labels, weights_per_sample)
@@ -80,6 +85,7 @@ def calibrate(
         "false_alarms_allowed": false_alarms,
         "false_alarms_per_source": _rates(said == "fake", samples, real),
         "inconclusive": round(float((said == "inconclusive").mean()), 4),
+        "experts": {e.card.name: e.card.sha256 for e in detector.experts},
         "fakes_found": round(float((said[~real] == "fake").mean()), 4),
     }
     result = replace(result, fitted_on=fitted)
@@ -168,9 +174,24 @@ def _run(
     disagreement: Annotated[
         float | None, typer.Option(help="no verdict where experts are further apart than this (0..1); default: never")
     ] = None,
+    add: Annotated[
+        str, typer.Option(help="experts that join though the MLLM does not know them, comma-separated")
+    ] = "",
+    other_experts: Annotated[
+        bool, typer.Option(help="take the expert weights that are here, whatever trained it")
+    ] = False,
 ) -> None:
     """Fit the calibrated probability and the inconclusive band."""
-    result = calibrate(adapter, data, split=split, limit=limit, false_alarms=false_alarms, disagreement=disagreement)
+    result = calibrate(
+        adapter,
+        data,
+        split=split,
+        limit=limit,
+        false_alarms=false_alarms,
+        disagreement=disagreement,
+        add=[n for n in add.split(",") if n],
+        other_experts=other_experts,
+    )
     print(json.dumps({"weights": result.weights, "low": result.low, "high": result.high, **result.fitted_on}, indent=1))
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from finetune.calibrate import _chosen, _face, calibrate
+from tests import tiny
 from tests.tiny import edit_json
 from x2dfd.adapter import AdapterCard
 from x2dfd.calibration import Calibration, choose_band, fit_weights, logit
@@ -314,7 +316,7 @@ def test_the_file_counts_verdicts_as_they_will_be_given(tmp_path: Path, monkeypa
     stand_ins = {
         "load_crops": lambda data: crops,
         "read_adapter_card": lambda folder: AdapterCard("a", "1", "", "", "", "", "", ""),
-        "load": lambda adapter, mode: None,
+        "load": lambda adapter, **told: SimpleNamespace(experts=[tiny.Brightness()]),
         "score_parts": lambda detector, crops, rows, seed: parts,
         "manifest_sha256": lambda data: "0" * 64,
     }
@@ -330,6 +332,7 @@ def test_the_file_counts_verdicts_as_they_will_be_given(tmp_path: Path, monkeypa
         assert result.fitted_on["fakes_found"] == pytest.approx((said[labels == 1] == "fake").mean(), abs=1e-4)
         alarms = (said[labels == 0] == "fake").mean()
         assert result.fitted_on["false_alarms_per_source"]["s"]["rate"] == pytest.approx(alarms, abs=1e-4)
+    assert strict.fitted_on["experts"] == {tiny.EXPERT: tiny.Brightness.card.sha256}
     assert strict.fitted_on["inconclusive"] > plain.fitted_on["inconclusive"] + 0.01
     with pytest.raises(X2DFDError, match="between 0 and 1"):
         calibrate(tmp_path, tmp_path, disagreement=1.0)

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from x2dfd.calibration import Calibration
 from x2dfd.errors import SetupError
 from x2dfd.faces import PREPROCESSING
 from x2dfd.files import file_sha256, write_text
@@ -98,6 +99,15 @@ def check_adapter(folder: Path, card: AdapterCard, base: dict[str, str], prompt_
         raise SetupError(
             f"{weights}: every lora_B is zero, so the adapter does nothing; train or save it again: python -m finetune"
         )
+
+
+def expert_hashes(card: AdapterCard, calibration: Calibration | None) -> dict[str, str]:
+    """Name -> SHA-256 of the expert weights that an adapter directory goes with, the prompt's experts first.
+
+    Those that its calibration was fitted with, which may be newer or more than those of its training.
+    """
+    fitted: dict[str, str] = calibration.fitted_on.get("experts", {}) if calibration else {}
+    return card.experts | fitted
 
 
 def attach(model: Any, folder: Path) -> Any:

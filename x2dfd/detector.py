@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import platform
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from x2dfd import prompts
-from x2dfd.adapter import EMBEDDED, AdapterCard, attach, check_adapter, read_adapter_card
+from x2dfd.adapter import EMBEDDED, AdapterCard, attach, check_adapter, expert_hashes, read_adapter_card
 from x2dfd.calibration import MLLM, Calibration, logit
 from x2dfd.degrade import codec
 from x2dfd.errors import InputError, SetupError, UnknownName
@@ -119,7 +119,7 @@ class Detector:
         if report.sha256 != media.sha256:
             raise InputError("other_picture", "this is not the picture that the report is about")
         face = _find(media)[0][deciding.index].face
-        asked = prompts.verdict_question(deciding.evidence)
+        [asked] = self._questions([deciding.evidence])
         answer = f"{prompts.rationale_start(_said(deciding.verdict))} {deciding.rationale}".strip()
         look = self.mllm.look(through_codec([face])[0].crop[None])
         return self.mllm.write(look, [asked], [""], turns=[(answer, question)])[0]
@@ -129,7 +129,7 @@ class Detector:
         faces = through_codec(faces)
         look = self.mllm.look(np.stack([f.crop for f in faces]))
         evidence = self._evidence(faces, look)
-        return self.mllm.verdict_logits(look, [prompts.verdict_question(e) for e in evidence]), evidence
+        return self.mllm.verdict_logits(look, self._questions(evidence)), evidence
 
     # --- the road ---
 
@@ -180,7 +180,7 @@ class Detector:
             clock.lap("look")
             evidence = self._evidence(faces, look)
             clock.lap("experts")
-            questions = [prompts.verdict_question(e) for e in evidence]
+            questions = self._questions(evidence)
             logits = self.mllm.verdict_logits(look, questions)
             clock.lap("verdict")
             verdicts, texts = [], [""] * len(part)
@@ -216,6 +216,14 @@ class Detector:
         shared = Shared(tower_states=look.tower_states if self.facts["base"]["name"] == BASE_NAME else None)
         columns = [expert.judge(faces, shared) for expert in self.experts]
         return [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in faces]
+
+    def _questions(self, evidence: Sequence[Sequence[Evidence]]) -> list[str]:
+        """Each face's question, with what the experts that the adapter was trained with say of it.
+
+        Of the others, which joined at calibration, the MLLM knows nothing.
+        """
+        known = self.facts["in_prompt"]
+        return [prompts.verdict_question([e for e in said if e.expert in known]) for said in evidence]
 
     def _verdict(self, mllm_logit: float, evidence: Sequence[Evidence]) -> Verdict:
         if self.mode == "paper" or self.calibration is None:
@@ -268,12 +276,14 @@ def load(
     mode: Mode = "calibrated",
     threads: int | None = None,
     experts: Sequence[str] | None = None,
+    other_experts: bool = False,
 ) -> Detector:
     """A detector that is ready to use.
 
     `model`: None for the embedded model, or an adapter directory. `base` (a LLaVA directory or hub name) with `adapter`
     (or without: the bare model, mode="paper") for any other. `experts`: some of those that the adapter was trained
-    with, or, with mode="paper", any. Raises SetupError with what mends it.
+    or calibrated with, or, with mode="paper", any; `other_experts`: also other weights than those, as calibration does.
+    Raises SetupError with what mends it.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -299,10 +309,11 @@ def load(
         calibration = (
             Calibration.load(folder) if mode == "calibrated" or (folder / "calibration.json").is_file() else None
         )
-    names = list(experts) if experts is not None else list(card.experts if card else DEFAULT)
+    wanted = expert_hashes(card, calibration) if card else {}
+    names = list(experts) if experts is not None else list(wanted if card else DEFAULT)
     loaded = [load_expert(n, folder / "experts" if folder else None) for n in names]
-    if card:
-        _check_experts(card, loaded, names)
+    if not other_experts:
+        _check_experts(wanted, loaded, names)
     unknown = [n for n in names if calibration and n not in calibration.weights]
     if unknown and mode == "calibrated":
         raise SetupError(
@@ -316,6 +327,7 @@ def load(
         "prompt_sha256": prompts.prompt_hash(processor),
         "crops_through": f"{CODEC[0]} {CODEC[1]}",
         "experts": {n: f"{e.card.version} {e.card.sha256}" for n, e in zip(names, loaded, strict=True)},
+        "in_prompt": [n for n in names if not card or n in card.experts],
         "held_out": list(card.held_out) if card else [],
         "blind_spot": card.blind_spot if card else "",
         "licence": card.licence if card else "",
@@ -329,13 +341,12 @@ def _layers(card: AdapterCard) -> dict[str, int | list[int]]:
     return {"tower": card.tower_layers, "text": text if isinstance(text, int) else list(text)}
 
 
-def _check_experts(card: AdapterCard, loaded: Sequence[Expert], names: Sequence[str]) -> None:
+def _check_experts(wanted: Mapping[str, str], loaded: Sequence[Expert], names: Sequence[str]) -> None:
     for name, expert in zip(names, loaded, strict=True):
-        wanted = card.experts.get(name)
-        if wanted is not None and wanted != expert.card.sha256:
+        if wanted.get(name, expert.card.sha256) != expert.card.sha256:
             raise SetupError(
-                f"the adapter was trained with other weights of expert {name!r} than are here: put those back that its "
-                "card names, or train it again: python -m finetune"
+                f"the adapter goes with other weights of expert {name!r} than are here: put those back that its card "
+                "and calibration name, or fit it to these: python -m finetune.calibrate --other-experts"
             )
 
 
