@@ -48,6 +48,9 @@ class Source(StrEnum):
     hub = "hub"
 
 
+SERVED_HELP = "OpenAI-compatible endpoint (http://localhost:8000/v1); face crops are sent there. Key: OPENAI_API_KEY."
+
+
 class _Group(TyperGroup):
     """Turns what a user can cause into one line and exit code 1."""
 
@@ -122,13 +125,21 @@ def detect(
         ),
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Model directory; without it, the embedded model.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Model directory; without it, the embedded model. With --served, a name there."
+        ),
     ] = None,
+    served: Annotated[str | None, typer.Option(metavar="URL", help=SERVED_HELP)] = None,
     base: Annotated[str | None, typer.Option(metavar="NAME", help="Base model, by name or directory.")] = None,
     adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="Adapter directory for the base model.")] = None,
     mode: Annotated[
-        Mode, typer.Option(help="calibrated: MLLM and experts together; paper: the MLLM's own P(fake).")
-    ] = Mode.calibrated,
+        Mode | None,
+        typer.Option(
+            help="calibrated (the default where the model has a calibration): MLLM and experts together; paper: the "
+            "MLLM's own P(fake)."
+        ),
+    ] = None,
     no_rationale: Annotated[bool, typer.Option("--no-rationale", help="Verdicts only; quicker.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Files judged at a time.")] = 8,
     threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads.")] = None,
@@ -147,9 +158,11 @@ def detect(
     files = [path for path in find_media(paths) if ours.isdisjoint((path.resolve(), *path.resolve().parents))]
     if not files:
         typer.echo("no picture or video found", err=True)
-    table = None if out is None else _Table(out, mode=mode.value, rationale=not no_rationale)
     with _progress(len(files)) as show:
-        detector = x2dfd.load(model, base=base, adapter=adapter, mode=mode.value, threads=threads)
+        detector = x2dfd.load(
+            model, base=base, adapter=adapter, served=served, mode=mode.value if mode else None, threads=threads
+        )
+        table = None if out is None else _Table(out, mode=detector.mode, rationale=not no_rationale)
         results = _judge(detector, files, table, batch_size=batch_size, rationale=not no_rationale)
         kept: list[Report | Failure] = []
         with contextlib.closing(results):  # an interrupted run still flushes its rows
@@ -239,7 +252,11 @@ def assess(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="At most this many pictures.")] = None,
     split: Annotated[str | None, typer.Option(help="Only this split of the manifest.")] = None,
-    model: Annotated[Path | None, typer.Option(metavar="DIR", help="Adapter directory; default: embedded.")] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Adapter directory; default: embedded. With --served, a name there."),
+    ] = None,
+    served: Annotated[str | None, typer.Option(metavar="URL", help=SERVED_HELP)] = None,
     base: Annotated[
         str | None, typer.Option(metavar="NAME", help="Base model, by name or directory: bare, or under --model.")
     ] = None,
@@ -248,7 +265,7 @@ def assess(
     """Rank the cues by how well the MLLM sees them (MFA). A cut-off run goes on where it stopped."""
     from x2dfd.assessment import run_assess
 
-    run_assess(data, out, questions, limit, split, str(model) if model else None, seed, base)
+    run_assess(data, out, questions, limit, split, str(model) if model else None, seed, base, served)
 
 
 DOCTOR_EXAMPLES = """\b

@@ -26,6 +26,7 @@ from x2dfd.files import file_sha256
 
 MAX_NEW_TOKENS = 80
 CIRCLE = 12  # repeated tokens that end an answer; fewer are normal: an area or a colour is named twice
+BATCH = 16  # faces in one pass
 PACK = 25  # cue questions in one pass: bounds the mask's and the activations' size
 
 
@@ -52,6 +53,8 @@ class Look:
 
 class LocalMLLM:
     """A LLaVA of transformers, with or without an adapter. `name` says which."""
+
+    batch = BATCH
 
     def __init__(self, model: Any, processor: Any, name: str) -> None:
         self.name = name
