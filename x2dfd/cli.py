@@ -51,6 +51,18 @@ class Source(StrEnum):
 SERVED_HELP = "OpenAI-compatible endpoint (http://localhost:8000/v1); face crops are sent there. Key: OPENAI_API_KEY."
 
 
+DEVICE_HELP = "cpu, cuda, cuda:1 ...; by default CUDA where it is there."
+
+
+class Dtype(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+DTYPE_HELP = "Of the MLLM; by default bf16 on CUDA and fp32 on a CPU."
+
+
 class _Group(TyperGroup):
     """Turns what a user can cause into one line and exit code 1."""
 
@@ -143,6 +155,8 @@ def detect(
     no_rationale: Annotated[bool, typer.Option("--no-rationale", help="Verdicts only; quicker.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Files judged at a time.")] = 8,
     threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads.")] = None,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help=DEVICE_HELP)] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help=DTYPE_HELP)] = None,
 ) -> None:
     """Say of each picture or video whether its faces look forged, and why.
 
@@ -160,8 +174,9 @@ def detect(
         typer.echo("no picture or video found", err=True)
     with _progress(len(files)) as show:
         detector = x2dfd.load(
-            model, base=base, adapter=adapter, served=served, mode=mode.value if mode else None, threads=threads
-        )
+            model, base=base, adapter=adapter, served=served, mode=mode.value if mode else None, threads=threads,
+            device=device, dtype=dtype,
+        )  # fmt: skip
         table = None if out is None else _Table(out, mode=detector.mode, rationale=not no_rationale)
         results = _judge(detector, files, table, batch_size=batch_size, rationale=not no_rationale)
         kept: list[Report | Failure] = []
@@ -260,12 +275,14 @@ def assess(
     base: Annotated[
         str | None, typer.Option(metavar="NAME", help="Base model, by name or directory: bare, or under --model.")
     ] = None,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help=DEVICE_HELP)] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help=DTYPE_HELP)] = None,
     seed: Annotated[int, typer.Option(help="Of the sample and the controls.")] = 0,
 ) -> None:
     """Rank the cues by how well the MLLM sees them (MFA). A cut-off run goes on where it stopped."""
     from x2dfd.assessment import run_assess
 
-    run_assess(data, out, questions, limit, split, str(model) if model else None, seed, base, served)
+    run_assess(data, out, questions, limit, split, str(model) if model else None, seed, base, served, device, dtype)
 
 
 DOCTOR_EXAMPLES = """\b

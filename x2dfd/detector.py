@@ -28,7 +28,7 @@ from x2dfd.explain import contradictions, read_cues
 from x2dfd.faces import area_polygons, find_faces
 from x2dfd.fetch import BASE_NAME
 from x2dfd.media import Picture, Video, load_media, media_summary
-from x2dfd.mllm import LocalMLLM, YesNo, base_identity, load_llava
+from x2dfd.mllm import LocalMLLM, YesNo, base_identity, choose_device, load_llava
 from x2dfd.types import Evidence, Face, FaceReport, Failure, Report, Verdict
 
 Mode = Literal["calibrated", "paper"]
@@ -296,6 +296,8 @@ def load(
     mode: Mode | None = None,
     threads: int | None = None,
     experts: Sequence[str] | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
 ) -> Detector:
     """A detector that is ready to use.
 
@@ -303,11 +305,15 @@ def load(
     (or without: the bare model, mode="paper") for any other. `served`: the address of an OpenAI-compatible endpoint,
     `model` is then a name there, and `adapter` the directory that it serves under that name, which brings experts and
     calibration. `mode`: calibrated, but paper for a served model without an adapter. `experts`: some of those that the
-    adapter was trained with, or, with mode="paper", any. Raises SetupError with what mends it.
+    adapter was trained with, or, with mode="paper", any. `device` and `dtype` of a local MLLM (cpu, cuda, cuda:1 ...;
+    fp32, bf16, fp16): by default a CUDA device with bf16 where there is one, else the CPU with fp32; experts stay on
+    the CPU. Raises SetupError with what mends it.
     """
     if threads is not None:
         torch.set_num_threads(threads)
     if served is not None:
+        if device or dtype:
+            raise SetupError("a served model computes where its server runs: give no device and no dtype")
         return _load_served(served, model, base, adapter, mode, experts)
     mode = mode or "calibrated"
     if model and adapter:
@@ -318,6 +324,7 @@ def load(
     if base == BASE_NAME:  # the embedded base by its name: bare, where no adapter is given
         base = None
     card = read_adapter_card(folder) if folder else None
+    place, precision = choose_device(device, dtype)
     llava, processor = load_llava(
         base,
         tower_layers=(card.tower_layers or None) if card else None,
@@ -334,7 +341,13 @@ def load(
         )
     loaded = _experts(folder, card, calibration, mode, experts)
     facts = _facts(card, identity, prompts.prompt_hash(processor), loaded)
-    return Detector(LocalMLLM(llava, processor, facts["name"]), list(loaded.values()), calibration, facts, mode)
+    facts["runs_on"] = f"{place.type} {precision}"
+    # On a CPU the weights stay as they are: bf16 is a matter of the products.
+    llava = llava.to(
+        place, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision) if place.type == "cuda" else None
+    )
+    mllm = LocalMLLM(llava, processor, facts["name"], autocast=place.type == "cpu" and precision == "bf16")
+    return Detector(mllm, list(loaded.values()), calibration, facts, mode)
 
 
 def _load_served(
