@@ -27,6 +27,7 @@ from x2dfd.assessment import BANK, read_questions
 from x2dfd.experts import Expert
 from x2dfd.faces import find_faces
 from x2dfd.files import write_text
+from x2dfd.mllm import LocalMLLM
 from x2dfd.types import Face
 
 Cases = dict[str, Callable[[], Any]]
@@ -117,26 +118,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     start = time.perf_counter()
     detector = x2dfd.load(args.model, threads=args.threads)
+    mllm = detector.mllm
+    if not isinstance(mllm, LocalMLLM):
+        raise TypeError("a served model has no look of its own to time")
     loading = time.perf_counter() - start
 
     pixels = np.asarray(astronaut(), np.uint8)
     image = Image.fromarray(pixels)
     face = find_faces(pixels)[0]
-    look = detector.mllm.look(face.crop[None])
+    look = mllm.look(face.crop[None])
     questions = [q.text for q in read_questions(BANK)[:ASKED]]
     cases: Cases = {
         "verdict": lambda: detector.detect(image, rationale=False),
         "verdict and rationale": lambda: detector.detect(image),
         "find faces": lambda: find_faces(pixels),
-        "look (tower and prefix)": lambda: detector.mllm.look(face.crop[None]),
-        f"{ASKED} cue questions, packed": lambda: detector.mllm.yes_no_packed(look, questions),
+        "look (tower and prefix)": lambda: mllm.look(face.crop[None]),
+        f"{ASKED} cue questions, packed": lambda: mllm.yes_no_packed(look, questions),
     }
     result: dict[str, Any] = {
         "task": {"name": "speed", "version": 2},
         "model": detector.facts["name"],
         "seconds": {name: spread(values) for name, values in timed(cases, args.rounds).items()},
         "expert_ms_a_face": time_experts(detector.experts, face, args.rounds),
-        "packing": time_packing(detector.mllm, face.crop, questions, args.packing_rounds),
+        "packing": time_packing(mllm, face.crop, questions, args.packing_rounds),
         "load_seconds": round(loading, 3),
         "rounds": args.rounds,
         "threads": args.threads,

@@ -72,11 +72,7 @@ def check_adapter(folder: Path, card: AdapterCard, base: dict[str, str], prompt_
 
     Raises SetupError: wrong weight file, other base weights, other prompts, other crops, all-zero lora_B.
     """
-    weights = folder / WEIGHTS
-    if not weights.is_file():
-        raise SetupError(f"{folder} has no {WEIGHTS}; copy the whole directory, or train it: python -m finetune")
-    if file_sha256(weights) != card.sha256:
-        raise SetupError(f"{weights} is not the file of its card (SHA-256 differs); copy the directory again")
+    check_contents(folder, card)
     made_for = {"name": "an unnamed base", "sha256": ""} | card.base
     # A base without a hash (a hub name) is known by its name.
     if made_for["sha256"] != base["sha256"] or (not base["sha256"] and made_for["name"] != base["name"]):
@@ -90,6 +86,15 @@ def check_adapter(folder: Path, card: AdapterCard, base: dict[str, str], prompt_
             f"the adapter was trained with other prompts ({card.prompt_sha256[:12]}) than this version asks "
             f"({prompt_sha256[:12]}). Install the version that made it, or train it again: python -m finetune"
         )
+
+
+def check_contents(folder: Path, card: AdapterCard) -> None:
+    """The part of `check_adapter` that needs no base model: weight file, crops, lora_B."""
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise SetupError(f"{folder} has no {WEIGHTS}; copy the whole directory, or train it: python -m finetune")
+    if file_sha256(weights) != card.sha256:
+        raise SetupError(f"{weights} is not the file of its card (SHA-256 differs); copy the directory again")
     if card.preprocessing != PREPROCESSING:
         raise SetupError(
             f"the adapter was trained on other crops ({card.preprocessing}) than this version makes ({PREPROCESSING}). "

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from x2dfd import prompts
-from x2dfd.adapter import EMBEDDED, AdapterCard, attach, check_adapter, expert_hashes, read_adapter_card
+from x2dfd.adapter import EMBEDDED, AdapterCard, attach, check_adapter, check_contents, expert_hashes, read_adapter_card
 from x2dfd.calibration import MLLM, Calibration, logit
 from x2dfd.degrade import codec
 from x2dfd.errors import InputError, SetupError, UnknownName
@@ -28,7 +28,7 @@ from x2dfd.explain import contradictions, read_cues
 from x2dfd.faces import area_polygons, find_faces
 from x2dfd.fetch import BASE_NAME
 from x2dfd.media import Picture, Video, load_media, media_summary
-from x2dfd.mllm import LocalMLLM, Look, base_identity, load_llava
+from x2dfd.mllm import LocalMLLM, YesNo, base_identity, choose_device, load_llava
 from x2dfd.types import Evidence, Face, FaceReport, Failure, Report, Verdict
 
 Mode = Literal["calibrated", "paper"]
@@ -40,6 +40,25 @@ CODEC = (".jpg", 90)
 """What every face crop goes through before a model sees it: a PNG and its JPEG then look nearly the same. Trainings see
 crops through codecs of all qualities (x2dfd.degrade)."""
 MAX_FACES = 24  # in one picture; the smaller ones are left out with a warning
+
+
+UNCALIBRATED = (
+    "p_fake is the language model's own number: no calibration was fitted for this model, so its errors are not known"
+)
+
+
+class LanguageModel(Protocol):
+    """What a Detector asks of an MLLM, local (x2dfd.mllm) or served (x2dfd.served)."""
+
+    name: str
+    batch: int  # faces that go through it together
+
+    def look(self, crops: NDArray[np.uint8]) -> Any: ...  # [n, h, w, 3]; has `tower_states`, or None for them
+    def verdict_logits(self, look: Any, questions: Sequence[str]) -> NDArray[np.float64]: ...
+    def write(
+        self, look: Any, questions: Sequence[str], starts: Sequence[str], *, turns: Sequence[tuple[str, str]] = ()
+    ) -> list[str]: ...
+    def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str], /) -> YesNo: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +75,7 @@ class Detector:
 
     def __init__(
         self,
-        mllm: LocalMLLM,
+        mllm: LanguageModel,
         experts: Sequence[Expert],
         calibration: Calibration | None,
         facts: dict[str, Any],
@@ -141,7 +160,15 @@ class Detector:
                 opened.append(load_media(source, max_frames=VIDEO_FRAMES))
             except InputError as error:
                 opened.append(_failure(source, error))
-        yield from self._judge(opened, rationale, {"files": len(opened), "decode": time.perf_counter() - start})
+        timings = {"files": len(opened), "decode": time.perf_counter() - start}
+        try:
+            results = list(self._judge(opened, rationale, timings))
+        except InputError as error:  # of a served model, about one of these files
+            if len(sources) == 1:
+                results = [_failure(sources[0], error)]
+            else:
+                results = [result for source in sources for result in self._batch([source], rationale)]
+        yield from results
 
     def _reports(self, sources: Sequence[Source], rationale: bool) -> Iterator[Report]:
         start = time.perf_counter()
@@ -171,10 +198,10 @@ class Detector:
             at += len(found)
 
     def _face_reports(self, seen: Sequence[_Seen], rationale: bool, clock: _Clock) -> list[FaceReport]:
-        """All faces of a batch through tower, experts, MLLM and calibration, 16 at a time."""
+        """All faces of a batch through tower, experts, MLLM and calibration."""
         out: list[FaceReport] = []
-        for start in range(0, len(seen), 16):
-            part = seen[start : start + 16]
+        for start in range(0, len(seen), self.mllm.batch):
+            part = seen[start : start + self.mllm.batch]
             faces = through_codec([s.face for s in part])
             look = self.mllm.look(np.stack([f.crop for f in faces]))
             clock.lap("look")
@@ -211,7 +238,7 @@ class Detector:
                 )
         return out
 
-    def _evidence(self, faces: Sequence[Face], look: Look) -> list[list[Evidence]]:
+    def _evidence(self, faces: Sequence[Face], look: Any) -> list[list[Evidence]]:
         """What each expert says of each face: [face][expert]."""
         shared = Shared(tower_states=look.tower_states if self.facts["base"]["name"] == BASE_NAME else None)
         columns = [expert.judge(faces, shared) for expert in self.experts]
@@ -249,7 +276,7 @@ class Detector:
             model=self.facts,
             versions=versions(),
             timings={k: round(v, 4) for k, v in timings.items()},
-            warnings=tuple(warnings),
+            warnings=(*warnings, *([] if self.calibration or not faces else [UNCALIBRATED])),
         )
 
     def _overall(self, media: Picture | Video, faces: Sequence[FaceReport]) -> tuple[Verdict, FaceReport | None]:
@@ -273,20 +300,32 @@ def load(
     *,
     base: str | None = None,
     adapter: str | Path | None = None,
-    mode: Mode = "calibrated",
+    served: str | None = None,
+    mode: Mode | None = None,
     threads: int | None = None,
     experts: Sequence[str] | None = None,
     other_experts: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
 ) -> Detector:
     """A detector that is ready to use.
 
     `model`: None for the embedded model, or an adapter directory. `base` (a LLaVA directory or hub name) with `adapter`
-    (or without: the bare model, mode="paper") for any other. `experts`: some of those that the adapter was trained
-    or calibrated with, or, with mode="paper", any; `other_experts`: also other weights than those, as calibration does.
-    Raises SetupError with what mends it.
+    (or without: the bare model, mode="paper") for any other. `served`: the address of an OpenAI-compatible endpoint,
+    `model` is then a name there, and `adapter` the directory that it serves under that name, which brings experts and
+    calibration. `mode`: calibrated, but paper for a served model without an adapter. `experts`: some of those that the
+    adapter was trained or calibrated with, or, with mode="paper", any; `other_experts`: also other weights than those,
+    as calibration does. `device` and `dtype` of a local MLLM (cpu, cuda, cuda:1 ...; fp32, bf16, fp16): by default a
+    CUDA device with bf16 where there is one, else the CPU with fp32; experts stay on the CPU. Raises SetupError with
+    what mends it.
     """
     if threads is not None:
         torch.set_num_threads(threads)
+    if served is not None:
+        if device or dtype:
+            raise SetupError("a served model computes where its server runs: give no device and no dtype")
+        return _load_served(served, model, base, adapter, mode, experts)
+    mode = mode or "calibrated"
     if model and adapter:
         raise SetupError("give an adapter directory once: as `model`, or as `adapter` beside `base`")
     if base is not None and not adapter and not model and mode == "calibrated":
@@ -295,6 +334,7 @@ def load(
     if base == BASE_NAME:  # the embedded base by its name: bare, where no adapter is given
         base = None
     card = read_adapter_card(folder) if folder else None
+    place, precision = choose_device(device, dtype)
     llava, processor = load_llava(
         base,
         tower_layers=(card.tower_layers or None) if card else None,
@@ -309,30 +349,83 @@ def load(
         calibration = (
             Calibration.load(folder) if mode == "calibrated" or (folder / "calibration.json").is_file() else None
         )
+    loaded = _experts(folder, card, calibration, mode, experts, other_experts)
+    facts = _facts(card, identity, prompts.prompt_hash(processor), loaded)
+    facts["runs_on"] = f"{place.type} {precision}"
+    # On a CPU the weights stay as they are: bf16 is a matter of the products.
+    llava = llava.to(
+        place, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision) if place.type == "cuda" else None
+    )
+    mllm = LocalMLLM(llava, processor, facts["name"], autocast=place.type == "cpu" and precision == "bf16")
+    return Detector(mllm, list(loaded.values()), calibration, facts, mode)
+
+
+def _load_served(
+    url: str,
+    model: str | Path | None,
+    base: str | None,
+    adapter: str | Path | None,
+    mode: Mode | None,
+    experts: Sequence[str] | None,
+) -> Detector:
+    from x2dfd.served import ServedMLLM
+
+    if not model or base is not None:
+        raise SetupError("a served model goes by its name at the endpoint: give `model`, and no `base`")
+    folder = Path(adapter) if adapter else None
+    card = read_adapter_card(folder) if folder else None
+    calibration = None
+    if folder and card:
+        check_contents(folder, card)
+        calibration = Calibration.load(folder) if mode != "paper" or (folder / "calibration.json").is_file() else None
+    mode = mode or ("calibrated" if calibration else "paper")
+    loaded = _experts(folder, card, calibration, mode, experts)
+    mllm = ServedMLLM(url, str(model), continues=True if card else None)
+    identity = card.base if card else {"name": mllm.name, "sha256": ""}
+    facts = _facts(card, identity, card.prompt_sha256 if card else mllm.prompt_sha256, loaded)
+    facts["served"] = {"host": mllm.host, "model": str(model)}
+    return Detector(mllm, list(loaded.values()), calibration, facts, mode)
+
+
+def _experts(
+    folder: Path | None,
+    card: AdapterCard | None,
+    calibration: Calibration | None,
+    mode: Mode,
+    some: Sequence[str] | None,
+    other: bool = False,
+) -> dict[str, Expert]:
+    """The experts asked for, by default those that the adapter was trained and calibrated with, in that order."""
     wanted = expert_hashes(card, calibration) if card else {}
-    names = list(experts) if experts is not None else list(wanted if card else DEFAULT)
+    names = list(some) if some is not None else list(wanted if card else DEFAULT)
     loaded = [load_expert(n, folder / "experts" if folder else None) for n in names]
-    if not other_experts:
+    if not other:
         _check_experts(wanted, loaded, names)
     unknown = [n for n in names if calibration and n not in calibration.weights]
     if unknown and mode == "calibrated":
         raise SetupError(
             f"the calibration does not know {', '.join(unknown)}: take mode='paper', or train and calibrate with it"
         )
-    facts: dict[str, Any] = {
-        "name": f"{card.name} {card.version}" if card else identity["name"],
-        "base": identity,
+    return dict(zip(names, loaded, strict=True))
+
+
+def _facts(
+    card: AdapterCard | None, base: dict[str, str], prompt_sha256: str, experts: dict[str, Expert]
+) -> dict[str, Any]:
+    """What a report says of the model."""
+    return {
+        "name": f"{card.name} {card.version}" if card else base["name"],
+        "base": base,
         "adapter_sha256": card.sha256 if card else None,
         "layers": _layers(card) if card else None,
-        "prompt_sha256": prompts.prompt_hash(processor),
+        "prompt_sha256": prompt_sha256,
         "crops_through": f"{CODEC[0]} {CODEC[1]}",
-        "experts": {n: f"{e.card.version} {e.card.sha256}" for n, e in zip(names, loaded, strict=True)},
-        "in_prompt": [n for n in names if not card or n in card.experts],
+        "experts": {n: f"{e.card.version} {e.card.sha256}" for n, e in experts.items()},
+        "in_prompt": [n for n in experts if not card or n in card.experts],
         "held_out": list(card.held_out) if card else [],
         "blind_spot": card.blind_spot if card else "",
         "licence": card.licence if card else "",
     }
-    return Detector(LocalMLLM(llava, processor, facts["name"]), loaded, calibration, facts, mode)
 
 
 def _layers(card: AdapterCard) -> dict[str, int | list[int]]:
