@@ -220,3 +220,29 @@ def test_load_refuses_before_it_judges(adapter: Path, base: Path, monkeypatch: p
     tiny.edit_card(adapter, prompt_sha256="e" * 64)
     with pytest.raises(SetupError, match="other prompts"):
         x2dfd.load(base=str(base), adapter=adapter)
+
+
+@pytest.mark.needs_base
+def test_a_split_adapter_is_the_same_model(
+    made: Path, base: Path, tmp_path: Path, astronaut: NDArray[np.uint8]
+) -> None:
+    """Engines refuse an adapter that brings a projector; what they are given instead must answer as ours does."""
+    from peft import PeftModel
+
+    from finetune.split import split
+    from x2dfd.adapter import attach
+
+    whole, lora, rank = split(made, tmp_path / "split", str(base))
+    assert rank == 4 and json.loads((lora / "adapter_config.json").read_text())["modules_to_save"] is None
+    crop = astronaut[:224, 120:344][None]
+
+    def ask(model: Any, processor: Any) -> float:
+        mllm = LocalMLLM(model, processor, "tiny")
+        return float(mllm.verdict_logits(mllm.look(crop), [prompts.QUESTION])[0])
+
+    plain, processor = load_llava(base)
+    wanted = ask(attach(plain, made), processor)
+    served, processor = load_llava(whole)
+    assert abs(ask(served, processor) - wanted) > 0.01
+    both = PeftModel.from_pretrained(load_llava(whole)[0], str(lora)).merge_and_unload()
+    assert ask(both, processor) == pytest.approx(wanted, abs=1e-5)

@@ -318,6 +318,8 @@ def test_the_key_is_the_environments_and_sent_only_to_the_endpoint(
 def test_a_wrong_name_or_address_is_told_at_once() -> None:
     """After the first thousand pictures would be late."""
     models = ["llava-7b", "llava-7b-x2dfd"]
+    with StandIn(steady, models=models) as endpoint:
+        assert ServedMLLM(endpoint.url, "llava-7b:x2dfd").name == "served:llava-7b:x2dfd"  # as SGLang names an adapter
     with StandIn(steady, models=models) as endpoint, pytest.raises(UnknownName, match="did you mean 'llava-7b'"):
         ServedMLLM(endpoint.url, "llava-7")
     with socket.socket() as free:

@@ -100,7 +100,8 @@ class Rows:
                 "p_fake": result.verdict.p_fake,
                 "reason": result.verdict.reason,
                 "n_faces": len(result.faces),
-                "report": json.dumps(result.to_dict(), allow_nan=False),
+                # As Report.to_json, without the copy of everything that asdict makes first.
+                "report": json.dumps(vars(result), default=vars, allow_nan=False),
             }
         self._put(row)
         if time.monotonic() - self._saved >= SECONDS:

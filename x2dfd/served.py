@@ -304,9 +304,10 @@ class ServedMLLM:
         found = {m.id: m for m in getattr(await self._guarded(listed), "data", None) or ()}
         if not found:
             return None
-        if self._model not in found:
+        listed_as = self._model if self._model in found else self._model.rpartition(":")[0]  # SGLang's BASE:ADAPTER
+        if listed_as not in found:
             raise UnknownName(f"model of {self.host}:", self._model, found)
-        return str(getattr(found[self._model], "owned_by", "")).lower()
+        return str(getattr(found[listed_as], "owned_by", "")).lower()
 
     async def _token_ids(self) -> tuple[list[int] | None, list[int] | None]:
         """First tokens of the two labels after the stem, and of yes and no; None where the engine does not tell."""
