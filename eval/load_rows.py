@@ -75,7 +75,7 @@ def run(manifest: Path, out: Path, *options: str, dies_at: int | None = None) ->
 
 
 class Memory(threading.Thread):
-    """Reads this process's memory twice a second: (seconds, files judged, MiB)."""
+    """Reads this process's memory twice a second: (seconds, MiB)."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)

@@ -41,9 +41,9 @@ def answer(request: Request) -> Reply:
     return Reply(" fake", {" fake": math.log(p), " real": math.log(1 - p)}, delay=0.2)
 
 
-def serve(pipe: Connection, faults: dict[str, Any]) -> None:
+def serve(pipe: Connection, faults: Faults) -> None:
     """The server's process: tells its address, and on any word its counts."""
-    with StandIn(answer, faults=Faults(**faults, seed=1), keep=False) as endpoint:
+    with StandIn(answer, faults=faults, keep=False) as endpoint:
         pipe.send(endpoint.url)
         pipe.recv()
         pipe.send({"answered": endpoint.answered, "most_at_a_time": endpoint.most, "faults": endpoint.faults.counts})
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cut", type=float, default=0.01, help="share whose connection breaks in the answer")
     parser.add_argument("--timeout", type=float, default=10.0, help="seconds the client waits for one try")
     args = parser.parse_args(argv)
-    faults = {"errors": args.errors, "slow": args.slow, "cut": args.cut, "seconds": args.timeout + 0.5}
+    faults = Faults(args.errors, args.slow, args.cut, seconds=args.timeout + 0.5, seed=1)
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     server = context.Process(target=serve, args=(theirs, faults), daemon=True)
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     urls = model.look((slope[..., None] + noise).astype(np.uint8)).urls
     chunk = 8 * args.concurrency  # one call; its stragglers hold up the next
     wrong, memory = 0, [(0, resident_mib())]
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     for first in range(0, args.requests, chunk):
         numbers = range(first, min(first + chunk, args.requests))
         look = Pictures(tuple(urls[i % len(urls)] for i in numbers))
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         wrong += int((~np.isclose(logits, [math.log(x / (1 - x)) for x in p], atol=1e-9)).sum())
         memory.append((numbers[-1] + 1, resident_mib()))
         print(f"{numbers[-1] + 1:>6} of {args.requests}  {memory[-1][1]:.1f} MiB", file=sys.stderr)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     pipe.send("done")
     told = pipe.recv()
     server.join(10)
@@ -103,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "picture_kib": round(len(urls[0]) / 1024, 1),
         "server": told,
         "seconds": round(seconds, 2),
+        "client_cpu_seconds": round(cpu, 2),
         "requests_per_second": round(args.requests / seconds, 1),
         "memory_mib": {"curve": memory, "growth_after_a_fifth": round(max(warm) - warm[0], 1)},
         "client": {"timeout": args.timeout, "retries": "5, growing pauses"},

@@ -252,17 +252,17 @@ def test_answers_come_in_order_and_no_more_at_a_time_than_allowed(crops: Pixels)
 @pytest.mark.parametrize("owned_by", ["vllm", "somebody"])
 def test_faults_are_survived(crops: Pixels, owned_by: str) -> None:
     """One answer in three fails, is late or breaks off: none may be lost or belong to another question."""
-    faults = Faults(errors=0.2, slow=0.1, cut=0.1, seconds=0.3, seed=1)
+    faults = Faults(errors=0.2, slow=0.05, cut=0.1, seconds=2.5, seed=1)
 
     def answer(request: Request) -> Reply:
         p = (int(question_of(request).split()[1]) + 1) / 100
         return Reply("Yes", {"Yes": math.log(p), "No": math.log(1 - p)})
 
     with StandIn(answer, owned_by=owned_by, faults=faults) as endpoint:
-        model = ServedMLLM(endpoint.url, "m", retries=12, timeout=0.25)
+        model = ServedMLLM(endpoint.url, "m", retries=12, timeout=2.0)
         answers = model.yes_no(crops[0], [f"Number {i} ?" for i in range(60)])
     np.testing.assert_allclose(answers.p_yes, [(i + 1) / 100 for i in range(60)], atol=1e-9)
-    assert min(faults.counts.values()) > 0 and endpoint.answered >= 60 + sum(faults.counts.values()) - 1
+    assert min(faults.counts.values()) > 0 and endpoint.answered >= 60 + faults.counts["errors"] + faults.counts["cut"]
 
 
 def refused(status: int, text: str = "no") -> Callable[[Request], Reply]:
@@ -280,7 +280,7 @@ def refused(status: int, text: str = "no") -> Callable[[Request], Reply]:
         (refused(403), "setup", "OPENAI_API_KEY"),
         (refused(404), "setup", "no model 'm'"),
         (lambda _: Reply(" fake"), "setup", "no log-probabilities"),
-        (lambda _: Reply(" fake", {" fake": -0.1}, delay=0.4), "endpoint_timeout", "in time"),
+        (lambda _: Reply(" fake", {" fake": -0.1}, delay=1.5), "endpoint_timeout", "in time"),
         (lambda _: Reply(" fake", {" fake": -0.1}, cut=True), "setup", "cannot be reached"),
     ],
     ids=["500", "429", "400", "400 logprobs", "401", "403", "404", "no logprobs", "slow", "cut"],
@@ -291,7 +291,7 @@ def test_an_error_says_what_is_wrong_and_never_the_key(
     """What one picture can cause is that picture's row; what all will meet ends the run."""
     caplog.set_level(logging.DEBUG)
     with StandIn(answer) as endpoint:
-        model = ServedMLLM(endpoint.url, "m", retries=1, timeout=0.2)
+        model = ServedMLLM(endpoint.url, "m", retries=1, timeout=0.3 if kind == "endpoint_timeout" else 20.0)
         with pytest.raises(X2DFDError) as caught:
             model.verdict_logits(model.look(crops[:1]), ["?"])
     assert (caught.value.code if isinstance(caught.value, InputError) else "setup") == kind
