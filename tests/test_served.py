@@ -243,7 +243,7 @@ def test_answers_come_in_order_and_no_more_at_a_time_than_allowed(crops: Pixels)
         model = ServedMLLM(endpoint.url, "m", concurrency=5)
         answers = model.yes_no(crops[0], [f"Number {i} ?" for i in range(40)])
     np.testing.assert_allclose(answers.p_yes, [(i + 1) / 50 for i in range(40)], atol=1e-9)
-    assert endpoint.most == 5
+    assert 2 <= endpoint.most <= 5
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------
