@@ -19,7 +19,16 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from x2dfd import prompts
-from x2dfd.adapter import EMBEDDED, AdapterCard, attach, check_adapter, read_adapter_card
+from x2dfd.adapter import (
+    EMBEDDED,
+    WHOLE,
+    AdapterCard,
+    attach,
+    check_adapter,
+    check_probes,
+    probe_logits,
+    read_adapter_card,
+)
 from x2dfd.calibration import MLLM, Calibration, logit
 from x2dfd.degrade import codec
 from x2dfd.errors import InputError, SetupError, UnknownName
@@ -285,6 +294,8 @@ def load(
     if base == BASE_NAME:  # the embedded base by its name: bare, where no adapter is given
         base = None
     card = read_adapter_card(folder) if folder else None
+    if folder and card and card.weights == WHOLE:
+        base = str(folder / WHOLE)
     llava, processor = load_llava(
         base,
         tower_layers=(card.tower_layers or None) if card else None,
@@ -294,8 +305,9 @@ def load(
     identity = base_identity(base)
     calibration = None
     if folder and card:
+        prompts.set_frame(processor, card.frame)
         check_adapter(folder, card, identity, prompts.prompt_hash(processor))
-        llava = attach(llava, folder)
+        llava = llava if card.weights == WHOLE else attach(llava, folder)
         calibration = (
             Calibration.load(folder) if mode == "calibrated" or (folder / "calibration.json").is_file() else None
         )
@@ -320,7 +332,10 @@ def load(
         "blind_spot": card.blind_spot if card else "",
         "licence": card.licence if card else "",
     }
-    return Detector(LocalMLLM(llava, processor, facts["name"]), loaded, calibration, facts, mode)
+    mllm = LocalMLLM(llava, processor, facts["name"])
+    if card and card.probes:
+        check_probes(card, probe_logits(mllm))
+    return Detector(mllm, loaded, calibration, facts, mode)
 
 
 def _layers(card: AdapterCard) -> dict[str, int | list[int]]:
