@@ -107,9 +107,6 @@ def train(config: FinetuneConfig) -> Path:
     with arguments.main_process_first(local=False):  # the first makes the files, the others read them
         data = load_crops(Path(config.manifest))
         _check_instructions(config)
-        last = _last_checkpoint(work, config)
-        if arguments.process_index == 0:
-            write_text(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
     model, processor = open_base(config)
     label_ids = prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS)
     with arguments.main_process_first(local=False):
@@ -125,6 +122,10 @@ def train(config: FinetuneConfig) -> Path:
         packs = Rows(instructions, "train", processor, label_ids, data, config.view_seed)
         collate = CollateRows(pad, config.verdict_weight)
     tuned, whole = tune(model, config)
+    with arguments.main_process_first(local=False):
+        last = _last_checkpoint(work, config)
+    if arguments.process_index == 0:
+        write_text(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
     trainer = PackTrainer(
         tuned, arguments, collate, packs, projector_lr=config.projector_lr, whole=whole, bucket=config.bucket
     )

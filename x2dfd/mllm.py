@@ -65,6 +65,11 @@ class LocalMLLM:
         self._yes_no_ids = prompts.first_tokens(processor, "", prompts.YES_NO_WORDS)
         self._before_image, _ = prompts.prompt_tokens(processor, prompts.render(processor, prompts.QUESTION))
 
+    def save(self, folder: Path) -> None:
+        """Write model and processor as a directory that `load_llava` takes."""
+        self._llava.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
     # --- the shared prefix ---
 
     @torch.inference_mode()
