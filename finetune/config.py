@@ -114,6 +114,8 @@ def check_config(config: FinetuneConfig) -> None:
         "the embedded base wants pack: true": config.base is None and not config.pack,
         "qlora wants a base of its own; the embedded one is small enough": config.base is None
         and config.method == "qlora",
+        "cached features want an adapter, not method: full": config.cached_features is not None
+        and config.method == "full",
     }
     wrong = [reason for reason, holds in clashes.items() if holds]
     if wrong:

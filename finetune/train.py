@@ -104,6 +104,8 @@ def train(config: FinetuneConfig) -> Path:
     arguments = _arguments(config, work)  # before the model: under ZeRO-3 it is loaded in pieces
     if config.base is None and is_deepspeed_zero3_enabled():
         raise X2DFDError("the embedded base is too small for ZeRO-3 to help: take finetune/zero2.json, or none")
+    if config.method == "qlora" and is_deepspeed_zero3_enabled():
+        raise X2DFDError("weights in four bits cannot be shared out: take finetune/zero2.json with qlora")
     with arguments.main_process_first(local=False):  # the first makes the files, the others read them
         data = load_crops(Path(config.manifest))
         _check_instructions(config)
