@@ -101,6 +101,10 @@ def train(config: FinetuneConfig) -> Path:
     check_config(config)
     out = Path(config.out)
     work = out / "checkpoints"
+    if config.deepspeed and not torch.cuda.is_available():  # which transformers leaves out on a CPU
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")
     arguments = _arguments(config, work)  # before the model: under ZeRO-3 it is loaded in pieces
     if config.base is None and is_deepspeed_zero3_enabled():
         raise X2DFDError("the embedded base is too small for ZeRO-3 to help: take finetune/zero2.json, or none")

@@ -519,12 +519,12 @@ def test_rows_of_like_length_share_a_batch() -> None:
     """Padding is work for nothing; an order that a resumed run cannot repeat shows some pictures twice."""
     from finetune.train import Bucketed
 
-    lengths = [10, 90] * 20
+    lengths = [10, 90] * 200
     sampler = Bucketed(4, lengths, seed=3)
     order = list(sampler)
-    assert sorted(order) == list(range(40)) and order == list(Bucketed(4, lengths, seed=3))
-    mixed = [{lengths[i] for i in order[k : k + 4]} for k in range(0, 40, 4)]
-    assert sum(len(kinds) > 1 for kinds in mixed) <= 1
+    assert sorted(order) == list(range(400)) and order == list(Bucketed(4, lengths, seed=3))
+    mixed = [{lengths[i] for i in order[k : k + 4]} for k in range(0, 400, 4)]
+    assert sum(len(kinds) > 1 for kinds in mixed) <= 6  # of 100; at random it would be 88
     sampler.set_epoch(1)
     assert list(sampler) != order
 
