@@ -5,7 +5,6 @@ torchrun --nproc_per_node 2 tests/two_processes.py CONFIG.json
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from finetune.config import FinetuneConfig
+from finetune.config import FinetuneConfig, load_config
 from finetune.train import train
 from tests import tiny
 from x2dfd.experts import BUILTIN
@@ -35,10 +34,9 @@ def main(config: FinetuneConfig) -> None:
             save_file({k: v.clone() for k, v in frozen.items()}, Path(config.out) / "held.safetensors")
         return state
 
-    Accelerator.get_state_dict = kept  # type: ignore[method-assign]
+    Accelerator.get_state_dict = kept
     train(config)
 
 
 if __name__ == "__main__":
-    given = json.loads(Path(sys.argv[-1]).read_text())
-    main(FinetuneConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}))
+    main(load_config(Path(sys.argv[-1])))
