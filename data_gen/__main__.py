@@ -117,6 +117,20 @@ leaks.add_commands(app)
 catalogue.add_commands(app)
 
 
+@app.command(epilog="Example:\n\n  python -m data_gen decoders --data build/forged/manifest.jsonl")
+def decoders(
+    data: Annotated[Path, typer.Option(help="manifest of `data_gen forge`: its untouched real photos are used")],
+    steps: Annotated[int, typer.Option(help="of 16 patches, for each decoder")] = 600,
+    work: Annotated[Path, typer.Option(help="finished decoders: a cut-off run goes on")] = Path("build/decoders"),
+    out: Annotated[Path, typer.Option(help="weight file")] = Path("data_gen/weights/decoders.safetensors"),
+) -> None:
+    """Train the small autoencoders whose decoders redraw faces."""
+    from data_gen.decoders import train  # torch
+
+    train(data, steps, work, out)
+    print(out)
+
+
 def main() -> None:
     try:
         app()

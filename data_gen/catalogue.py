@@ -62,6 +62,7 @@ IMITATES = {
     "noise_mismatch": "One area with a grain of its own: pasted content brings another camera's noise, or none.",
     "recompress_area": "One area compressed harder than the rest: a part that was saved before it was pasted.",
     "resynthesise": "The face or the whole picture rebuilt from fewer numbers, with a generator's traces.",
+    "redraw": "The whole picture from a learnt decoder: all of it synthetic, all else like its photo.",
     "inpaint": "A feature or a patch of skin erased and filled in from its surroundings.",
     "missing_detail": "Lashes, pupils, teeth or lip lines melted together, as generators render what is fine.",
     "global_tone": "Brightness, contrast and colour of the whole picture changed: a filter, another white balance.",

@@ -282,20 +282,21 @@ def swap(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
 
 
 def autoencode(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
-    """A face drawn anew at a low resolution and put back: what an autoencoder swap of a video frame looks like."""
+    """A face drawn anew at a low resolution and put back: what an autoencoder swap of a video frame looks like.
+
+    By a learnt decoder (data_gen.decoders), or by its imitation: few frequencies a block, then an enlargement.
+    """
     size = _face_size(photo)
     points = photo.landmarks[_CONTROL].astype(float)
     moved = points + _wander(points, (0.004 + 0.014 * strength) * size, rng)
     new: Array = _remap(photo.pixels.astype(np.float32), _tps_maps(moved, points, photo.pixels.shape))
-    factor = min(0.85, rng.uniform(40, 120) * (1.2 - 0.5 * strength) / size)
-    height, width = photo.pixels.shape[:2]
-    small = cv2.resize(new, (max(16, round(width * factor)), max(16, round(height * factor))), interpolation=3)
-    small = _dct_thin(small, 8, rng.uniform(0.35, 0.6))
-    up = _pick(rng, "cubic", "cubic", "linear", "nearest")
-    flag = {"cubic": cv2.INTER_CUBIC, "linear": cv2.INTER_LINEAR, "nearest": cv2.INTER_NEAREST}[up]
-    new = np.asarray(cv2.resize(small, (width, height), interpolation=flag))
-    if up == "nearest":  # a decoder's convolution follows its enlargement
-        new = soft(new, 0.45 / factor)
+    if rng.random() < 0.65:
+        new = _redrawn(new, min(1.0, rng.uniform(64, 224) * (1.2 - 0.5 * strength) / size), rng)
+        factor = 1.0
+    else:
+        factor = min(0.85, rng.uniform(40, 120) * (1.2 - 0.5 * strength) / size)
+        small = _dct_thin(_small(new, factor), 8, rng.uniform(0.35, 0.6))
+        new = _enlarged(small, photo.pixels.shape, factor, rng)
     if rng.random() < 0.5:
         new = np.clip(new + (new - soft(new, 1.0 / factor)) * rng.uniform(0.2, 0.9), 0, 255)
     mask, seam = _blend_mask(photo, rng)
@@ -305,6 +306,39 @@ def autoencode(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> 
         cues.append(("skin", "colour"))
     alpha = _feather(mask, photo, rng)
     return _blend(photo.pixels, new, alpha), alpha, cues
+
+
+def _small(pixels: Array, factor: float) -> Array:
+    height, width = pixels.shape[:2]
+    side = (max(16, round(width * factor)), max(16, round(height * factor)))
+    return np.asarray(cv2.resize(pixels, side, interpolation=cv2.INTER_AREA))
+
+
+def _enlarged(small: Array, shape: tuple[int, ...], factor: float, rng: Rng) -> Array:
+    up = _pick(rng, "cubic", "cubic", "linear", "nearest")
+    flag = {"cubic": cv2.INTER_CUBIC, "linear": cv2.INTER_LINEAR, "nearest": cv2.INTER_NEAREST}[up]
+    new: Array = np.asarray(cv2.resize(small, shape[1::-1], interpolation=flag))
+    return soft(new, 0.45 / factor) if up == "nearest" else new  # a decoder's convolution follows its enlargement
+
+
+def _redrawn(pixels: Array, factor: float, rng: Rng) -> Array:
+    """The picture through one of the learnt decoders, at `factor` of its size."""
+    from data_gen.decoders import DESIGNS, redraw
+
+    name = _pick(rng, *(d.name for d in DESIGNS))
+    if factor >= 1:
+        return redraw(pixels, name)
+    drawn = redraw(_small(pixels, factor), name)
+    return np.asarray(cv2.resize(drawn, pixels.shape[1::-1], interpolation=cv2.INTER_CUBIC))
+
+
+def redraw(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
+    """The whole picture from a learnt decoder: synthetic everywhere, and like its photo in all else."""
+    new = _redrawn(photo.pixels.astype(np.float32), rng.uniform(0.6, 1.0), rng)
+    if rng.random() < 0.3:
+        new = new + (new - soft(new, 1.0)) * rng.uniform(0.2, 0.8)
+    new = _blend(photo.pixels, new, np.full(photo.pixels.shape[:2], 0.7 + 0.3 * strength, np.float32))
+    return new, np.ones(photo.pixels.shape[:2], np.float32), [("whole-image", "frequency")]
 
 
 def _wander(points: Array, amount: float, rng: Rng) -> Array:
@@ -538,6 +572,7 @@ METHODS: dict[str, Method] = {
         Method("noise_mismatch", "FE", noise_mismatch),
         Method("recompress_area", "FE", recompress_area),
         Method("resynthesise", "EFS", resynthesise),
+        Method("redraw", "EFS", redraw),
         Method("inpaint", "FE", inpaint),
         Method("missing_detail", "FR", missing_detail),
     )

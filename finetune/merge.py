@@ -9,7 +9,7 @@ from pathlib import Path
 from x2dfd.adapter import WHOLE, check_probes, probe_logits, read_adapter_card, write_adapter_card
 from x2dfd.detector import load
 from x2dfd.errors import SetupError
-from x2dfd.mllm import base_identity
+from x2dfd.mllm import LocalMLLM, base_identity
 
 
 def merge(adapter: Path, out: Path, base: str | None = None) -> Path:
@@ -23,7 +23,8 @@ def merge(adapter: Path, out: Path, base: str | None = None) -> Path:
         raise SetupError(f"{adapter / 'card.json'} has no probe scores to check a merged model by; train it again")
     if out.exists():
         raise SetupError(f"{out} is there already; choose another folder")
-    mllm = load(base=base, adapter=adapter, mode="paper", experts=()).mllm
+    mllm = load(base=base, adapter=adapter, mode="paper", experts=(), device="cpu", dtype="fp32").mllm
+    assert isinstance(mllm, LocalMLLM)
     draft = out.with_name(f".{out.name}.part")
     shutil.rmtree(draft, ignore_errors=True)
     try:
@@ -32,7 +33,7 @@ def merge(adapter: Path, out: Path, base: str | None = None) -> Path:
         text = len(card.text_layers) if isinstance(card.text_layers, tuple) else card.text_layers
         whole = replace(card, weights=WHOLE, sha256=identity["sha256"], base=identity, text_layers=text, probes=())
         write_adapter_card(draft, whole)
-        found = probe_logits(load(adapter=draft, mode="paper", experts=()).mllm)
+        found = probe_logits(load(adapter=draft, mode="paper", experts=(), device="cpu", dtype="fp32").mllm)
         check_probes(card, found)
         write_adapter_card(draft, replace(whole, probes=card.probes))
         for name in ("calibration.json", "experts"):

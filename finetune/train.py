@@ -162,7 +162,7 @@ def train(config: FinetuneConfig) -> Path:
     write_adapter_card(out, card)
     if model.config.model_type == "llava":  # what x2dfd.load takes: it has to give these numbers ever after
         del trainer, tuned, model, state, features
-        loaded = load(base=config.base, adapter=out, mode="paper", experts=())
+        loaded = load(base=config.base, adapter=out, mode="paper", experts=(), device="cpu", dtype="fp32")
         write_adapter_card(out, replace(card, probes=probe_logits(loaded.mllm)))
     return out
 

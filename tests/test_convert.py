@@ -121,7 +121,7 @@ def test_a_converted_adapter_judges_in_both_frames(base: Path, adapter: Path, tm
     found = {}
     for frame in prompts.FRAMES:
         to_hub(adapter, tmp_path / frame, base=str(base), frame=frame)
-        mllm = x2dfd.load(base=str(base), adapter=tmp_path / frame, mode="paper").mllm
+        mllm: Any = x2dfd.load(base=str(base), adapter=tmp_path / frame, mode="paper").mllm
         found[frame] = probe_logits(mllm)
         asked = prompts.render(mllm.processor, prompts.QUESTION, prompts.STEM)
         who, image = ("user", "<image>") if frame == "train_consistent" else ("human", "<im_start><image><im_end>")

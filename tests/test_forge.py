@@ -192,7 +192,7 @@ def test_cues_name_areas_that_the_mask_touches(
                 assert (f.mask[area] > 25).mean() > 0.1, cue
                 if cue.artifact == "blending" and edge.any():
                     assert edge[_grown(area, photo, 0.08)].sum() > 0.1 * edge.sum(), cue
-    assert len(named) > 1 or name in ("relight",)
+    assert len(named) > 1 or name in ("relight", "redraw")
 
 
 @pytest.mark.parametrize("name", [m.name for m in METHODS.values() if m.needs_donor])

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from x2dfd.calibration import Calibration
 from x2dfd.errors import SetupError
 from x2dfd.faces import CROP_SIZE, PREPROCESSING
 from x2dfd.files import file_sha256, write_text
@@ -26,7 +27,7 @@ from x2dfd.prompts import QUESTION
 from x2dfd.types import Card
 
 if TYPE_CHECKING:
-    from x2dfd.mllm import LocalMLLM
+    from x2dfd.detector import LanguageModel
 
 EMBEDDED = Path(__file__).parent / "weights" / "embedded"
 """The committed adapter of the embedded model."""
@@ -87,11 +88,7 @@ def check_adapter(folder: Path, card: AdapterCard, base: dict[str, str], prompt_
     Of a whole model `base` is the identity of that model itself. Raises SetupError: wrong weight file, other base
     weights, other prompts, other crops, all-zero lora_B.
     """
-    weights = folder / WEIGHTS
-    if card.weights != WHOLE and not weights.is_file():
-        raise SetupError(f"{folder} has no {WEIGHTS}; copy the whole directory, or train it: python -m finetune")
-    if card.weights != WHOLE and file_sha256(weights) != card.sha256:
-        raise SetupError(f"{weights} is not the file of its card (SHA-256 differs); copy the directory again")
+    check_contents(folder, card)
     made_for = {"name": "an unnamed base", "sha256": ""} | card.base
     # A base without a hash (a hub name) is known by its name.
     if made_for["sha256"] != base["sha256"] or (not base["sha256"] and made_for["name"] != base["name"]):
@@ -105,6 +102,15 @@ def check_adapter(folder: Path, card: AdapterCard, base: dict[str, str], prompt_
             f"the adapter was trained with other prompts ({card.prompt_sha256[:12]}) than this version asks "
             f"({prompt_sha256[:12]}). Install the version that made it, or train it again: python -m finetune"
         )
+
+
+def check_contents(folder: Path, card: AdapterCard) -> None:
+    """The part of `check_adapter` that needs no base model: weight file, crops, lora_B."""
+    weights = folder / WEIGHTS
+    if card.weights != WHOLE and not weights.is_file():
+        raise SetupError(f"{folder} has no {WEIGHTS}; copy the whole directory, or train it: python -m finetune")
+    if card.weights != WHOLE and file_sha256(weights) != card.sha256:
+        raise SetupError(f"{weights} is not the file of its card (SHA-256 differs); copy the directory again")
     if card.preprocessing != PREPROCESSING:
         raise SetupError(
             f"the adapter was trained on other crops ({card.preprocessing}) than this version makes ({PREPROCESSING}). "
@@ -114,6 +120,15 @@ def check_adapter(folder: Path, card: AdapterCard, base: dict[str, str], prompt_
         raise SetupError(
             f"{weights}: every lora_B is zero, so the adapter does nothing; train or save it again: python -m finetune"
         )
+
+
+def expert_hashes(card: AdapterCard, calibration: Calibration | None) -> dict[str, str]:
+    """Name -> SHA-256 of the expert weights that an adapter directory goes with, the prompt's experts first.
+
+    Those that its calibration was fitted with, which may be newer or more than those of its training.
+    """
+    fitted: dict[str, str] = calibration.fitted_on.get("experts", {}) if calibration else {}
+    return card.experts | fitted
 
 
 def attach(model: Any, folder: Path) -> Any:
@@ -140,7 +155,7 @@ def probe_crops() -> NDArray[np.uint8]:
     return np.stack(waves, -1).astype(np.uint8)
 
 
-def probe_logits(mllm: LocalMLLM) -> tuple[float, ...]:
+def probe_logits(mllm: LanguageModel) -> tuple[float, ...]:
     """Logit of fake against real for each probe picture, without experts."""
     logits = mllm.verdict_logits(mllm.look(probe_crops()), [QUESTION] * PROBES)
     return tuple(round(float(v), 4) for v in logits)
@@ -149,7 +164,8 @@ def probe_logits(mllm: LocalMLLM) -> tuple[float, ...]:
 def check_probes(card: AdapterCard, found: Sequence[float], tolerance: float = 0.1) -> None:
     """Raises SetupError when the probes' logits are further than `tolerance` from those that the card keeps, if any.
 
-    Rounding to 16 bits in file and memory moves them by hundredths; another base, projector or prompt by whole numbers.
+    Rounding to 16 bits in the file moves them by hundredths, computing in 16 bits by more; another base, projector or
+    prompt by whole numbers.
     """
     if not all(abs(a - b) <= tolerance for a, b in zip(card.probes, found, strict=bool(card.probes))):
         raise SetupError(

@@ -30,7 +30,7 @@ NOT_PROOF = "This is a statistical estimate, not proof: do not accuse a person o
 REASONS = {
     "no_face": "No face was found, so nothing was assessed. This says nothing about whether the picture is real.",
     "in_band": "The estimate lies in the range in which the models are wrong too often to give an answer.",
-    "experts_disagree": "The experts contradict each other, and the estimate is too close to call.",
+    "experts_disagree": "The experts contradict each other too much for an answer.",
 }
 PROVENANCE = {
     "absent": "The file carries no Content Credentials (C2PA). Most files do not; this is no sign of forgery.",

@@ -22,6 +22,18 @@ LABEL_WORDS = (" real", " fake")
 CLASS_QUESTION = "Which kind of manipulation, if any, does this face show?"
 CUE_ENDING = "Answer Yes or No."
 YES_NO_WORDS = ("Yes", "No")
+
+SERVED_SYSTEM = (
+    "You examine photos of one face for signs of forgery: face swap, reenactment, editing, synthesis. Scores in a "
+    "question are those of detectors; they can be wrong."
+)
+SERVED_VERDICT = "Answer with one word: real or fake."
+SERVED_RATIONALE = (
+    'The verdict is given: "{start}" Do not repeat it. Tell in one to three plain sentences what in the photo speaks '
+    "for it: name areas (eyes, mouth, jaw, skin, hair, background ...) and what is odd or in order there."
+)
+"""What a served model is told whose endpoint cannot continue a begun answer; no adapter is trained with these."""
+
 AGREES_BELOW, AGREES_ABOVE = 0.30, 0.70
 """When an expert counts as agreeing with real, with fake (X2-DFD's lo and hi)."""
 

@@ -1,0 +1,259 @@
+"""Small learnt autoencoders whose decoders draw a face anew, as the decoders of face swaps and generators do.
+
+Trained by this project on real photos of split `train` alone (`python -m data_gen decoders`). They differ in stride,
+width, way of enlarging and loss, so that whatever learns from their output cannot learn one of them by heart. Pictures
+that are rebuilt by a decoder are aligned with their photo: same person, same light, same camera (the idea of Rajan et
+al., "Aligned Datasets Improve Detection of Latent Diffusion-Generated Images", ICLR 2025).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.experts import write_card
+from x2dfd.faces import PREPROCESSING
+from x2dfd.files import file_sha256
+from x2dfd.manifest import manifest_sha256
+from x2dfd.types import Card
+
+WEIGHTS = Path(__file__).parent / "weights" / "decoders.safetensors"
+
+
+@dataclass(frozen=True)
+class Design:
+    """How one autoencoder is built and trained."""
+
+    name: str
+    stride: int  # pixels of the picture a latent cell, along one side: 4 or 8
+    latent: int  # channels of the latent
+    up: str  # transposed | nearest | bilinear | shuffle
+    adversarial: float  # weight of the patch discriminator's loss
+
+
+DESIGNS: tuple[Design, ...] = (
+    Design("t4", 4, 10, "transposed", 0.0),
+    Design("n4", 4, 8, "nearest", 0.03),
+    Design("s4", 4, 12, "shuffle", 0.03),
+    Design("b8", 8, 32, "bilinear", 0.03),
+    Design("t8", 8, 24, "transposed", 0.03),
+    Design("n8", 8, 40, "nearest", 0.0),
+)
+_WIDTHS = {4: (24, 48), 8: (24, 48, 72)}
+
+
+class _Up(nn.Module):
+    def __init__(self, inner: int, outer: int, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        if kind == "transposed":
+            self.conv: nn.Module = nn.ConvTranspose2d(inner, outer, 4, 2, 1)
+        elif kind == "shuffle":
+            self.conv = nn.Sequential(nn.Conv2d(inner, 4 * outer, 3, padding=1), nn.PixelShuffle(2))
+        else:
+            self.conv = nn.Conv2d(inner, outer, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind in ("nearest", "bilinear"):
+            x = F.interpolate(x, scale_factor=2, mode=self.kind)
+        return F.leaky_relu(self.conv(x), 0.2)
+
+
+class Autoencoder(nn.Module):
+    """Pictures [n, 3, h, w] in -1..1, sides divisible by the stride, to pictures of the same shape."""
+
+    def __init__(self, design: Design) -> None:
+        super().__init__()
+        widths = _WIDTHS[design.stride]
+        down: list[nn.Module] = []
+        inner = 3
+        for width in widths:
+            down += [nn.Conv2d(inner, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+            inner = width
+        self.encode = nn.Sequential(
+            *down, nn.Conv2d(inner, inner, 3, padding=1), nn.LeakyReLU(0.2), nn.Conv2d(inner, design.latent, 1)
+        )
+        up: list[nn.Module] = [nn.Conv2d(design.latent, inner, 3, padding=1), nn.LeakyReLU(0.2)]
+        for width in (*widths[-2::-1], 20):
+            up += [_Up(inner, width, design.up)]
+            inner = width
+        self.decode = nn.Sequential(
+            *up, nn.Conv2d(inner, inner, 3, padding=1), nn.LeakyReLU(0.2), nn.Conv2d(inner, 3, 3, padding=1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.encode(x)
+        if self.training:  # a decoder that must bear a little noise draws texture by itself
+            z = z + 0.05 * z.detach().std() * torch.randn_like(z)
+        drawn: Tensor = self.decode(z)
+        return drawn
+
+
+def _discriminator() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 24, 4, 2, 1), nn.LeakyReLU(0.2),
+        nn.Conv2d(24, 48, 4, 2, 1), nn.LeakyReLU(0.2),
+        nn.Conv2d(48, 64, 3, 1, 1), nn.LeakyReLU(0.2),
+        nn.Conv2d(64, 1, 3, 1, 1),
+    )  # fmt: skip
+
+
+def train_one(
+    design: Design, crops: NDArray[np.uint8], rows: NDArray[np.intp], steps: int, seed: int = 0
+) -> Autoencoder:
+    """Train one autoencoder on patches of real crops [n, s, s, 3]; `rows` are the ones to draw from."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng([seed, len(design.name), *design.name.encode()])
+    net, critic = Autoencoder(design), _discriminator()
+    own = torch.optim.Adam(net.parameters(), lr=2e-3, betas=(0.5, 0.99))
+    other = torch.optim.Adam(critic.parameters(), lr=5e-4, betas=(0.5, 0.99))
+    started, kept = time.monotonic(), []
+    for step in range(steps):
+        for group in own.param_groups:
+            group["lr"] = 2e-3 * (1 - step / steps) + 1e-5
+        batch = torch.from_numpy(np.stack([_patch(crops[int(i)], rng) for i in rng.choice(rows, 16)]))
+        real = batch.permute(0, 3, 1, 2).float() / 127.5 - 1
+        drawn = net(real)
+        small_real, small_drawn = F.avg_pool2d(real, 4), F.avg_pool2d(drawn, 4)
+        edges = sum(((drawn.diff(dim=d) - real.diff(dim=d)).abs().mean() for d in (2, 3)), start=torch.zeros(()))
+        loss = (drawn - real).abs().mean() + (small_drawn - small_real).abs().mean() + edges
+        kept.append(loss.item())
+        fooling = design.adversarial > 0 and step > steps // 4
+        if fooling:
+            loss = loss - design.adversarial * critic(drawn).mean()
+        own.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        own.step()
+        if fooling:
+            other.zero_grad(set_to_none=True)
+            hinge = F.relu(1 - critic(real)).mean() + F.relu(1 + critic(drawn.detach())).mean()
+            hinge.backward()
+            other.step()
+        if (step + 1) % 100 == 0:
+            rate = (time.monotonic() - started) / (step + 1)
+            print(
+                f"{design.name} {step + 1}/{steps} {np.mean(kept[-100:]):.4f} {rate:.2f} s/step",
+                file=sys.stderr,
+                flush=True,
+            )
+    return net.eval()
+
+
+def _patch(crop: NDArray[np.uint8], rng: np.random.Generator, side: int = 96) -> NDArray[np.uint8]:
+    """A random patch, sometimes of a smaller copy of the crop: faces come in every size."""
+    if rng.random() < 0.5:
+        small = int(rng.integers(side, crop.shape[0]))
+        crop = np.asarray(cv2.resize(crop, (small, small), interpolation=cv2.INTER_AREA), np.uint8)
+    y, x = rng.integers(0, crop.shape[0] - side + 1, 2)
+    patch = crop[y : y + side, x : x + side]
+    return np.ascontiguousarray(patch[:, ::-1] if rng.random() < 0.5 else patch)
+
+
+@lru_cache(maxsize=1)
+def _bank(path: Path) -> dict[str, Autoencoder]:
+    if not path.is_file():
+        raise SetupError(f"{path} is missing; reinstall from a checkout")
+    tensors = load_file(path)
+    bank = {}
+    for design in DESIGNS:
+        net = Autoencoder(design)
+        net.load_state_dict(
+            {k.split(".", 1)[1]: v.float() for k, v in tensors.items() if k.split(".", 1)[0] == design.name}
+        )
+        bank[design.name] = net.eval()
+    return bank
+
+
+def redraw(pixels: NDArray[Any], name: str) -> NDArray[np.float32]:
+    """The picture [h, w, 3], 0..255, drawn anew by decoder `name`; same shape, float."""
+    net = _bank(WEIGHTS)[name]
+    stride = 8
+    height, width = pixels.shape[:2]
+    padded = cv2.copyMakeBorder(
+        np.asarray(pixels, np.float32), 0, -height % stride, 0, -width % stride, cv2.BORDER_REPLICATE
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums in another order would be other bytes
+    try:
+        with torch.inference_mode():
+            x = torch.from_numpy(padded).permute(2, 0, 1)[None] / 127.5 - 1
+            y = net(x.contiguous())[0].permute(1, 2, 0).clamp(-1, 1)
+    finally:
+        torch.set_num_threads(threads)
+    return np.ascontiguousarray(((y + 1) * 127.5).numpy()[:height, :width])
+
+
+def train(data: Path, steps: int, work: Path, path: Path = WEIGHTS) -> None:
+    """Train every decoder on the untouched real pictures of split `train`; finished ones are kept in `work`.
+
+    Raises X2DFDError when there are none, or when a decoder diverged.
+    """
+    from x2dfd.crops import load_crops
+
+    crops = load_crops(data)
+    rows = np.array(
+        [i for i, s in enumerate(crops.samples) if (s.label, s.split) == ("real", "train") and s.method in ("none", "")]
+    )
+    if not len(rows):
+        raise X2DFDError(f"{data}: no untouched real picture in split `train`")
+    work.mkdir(parents=True, exist_ok=True)
+    nets, fidelity = {}, {}
+    checked = [i for i, s in enumerate(crops.samples) if (s.label, s.split) == ("real", "calib")][:60]
+    for design in DESIGNS:
+        kept = work / f"{design.name}-{steps}-{manifest_sha256(data)[:12]}.safetensors"
+        nets[design.name] = Autoencoder(design).eval()
+        if not kept.is_file():
+            save_file(train_one(design, crops.crops, rows, steps).state_dict(), kept)
+        nets[design.name].load_state_dict(load_file(kept))
+        fidelity[design.name] = round(_fidelity(nets[design.name], crops.crops[checked]), 2) if checked else None
+    save_bank(nets, path)
+    sources = ", ".join(sorted({crops.samples[i].source for i in rows}))
+    card = Card(
+        name="decoders",
+        version="1",
+        source="trained by this project: data_gen/decoders.py",
+        licence="weights: research and evaluation only (trained in part on FFHQ, CC BY-NC-SA 4.0)",
+        sha256=file_sha256(path),
+        preprocessing=PREPROCESSING,
+        paper="none; the use after Rajan et al., Aligned Datasets Improve Detection of Latent Diffusion-Generated "
+        "Images, ICLR 2025",
+        blind_spot="Small networks: they soften what a large generator would draw sharp.",
+        weights=path.name,
+        trained_on=f"{len(rows)} untouched real pictures, {steps} steps of 16 patches each; sources: {sources}",
+        figures={"psnr_db_on_unseen_people": fidelity, "n": len(checked)},
+    )
+    write_card(path.with_suffix(".card.json"), card)
+
+
+def _fidelity(net: Autoencoder, crops: NDArray[np.uint8]) -> float:
+    """Mean peak signal-to-noise ratio of redrawn crops, dB."""
+    x = torch.from_numpy(np.asarray(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.inference_mode():
+        error = torch.cat([(net(part).clamp(-1, 1) - part).square().mean((1, 2, 3)) for part in x.split(8)])
+    return float((10 * torch.log10(4 / error)).mean())
+
+
+def save_bank(nets: dict[str, Autoencoder], path: Path = WEIGHTS) -> None:
+    """All decoders in one 16-bit safetensors file, written whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{n}.{k}": v.half().contiguous() for n, net in nets.items() for k, v in net.state_dict().items()}
+    if any(not v.isfinite().all() for v in tensors.values()):
+        raise X2DFDError("a decoder diverged; nothing is written")
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary)
+    temporary.chmod(0o644)
+    temporary.replace(path)
