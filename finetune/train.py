@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -162,6 +162,7 @@ def train(config: FinetuneConfig) -> Path:
     write_adapter_card(out, card)
     if model.config.model_type == "llava":  # what x2dfd.load takes: it has to give these numbers ever after
         del trainer, tuned, model, state, features
+        unset_hf_deepspeed_config()  # the others have gone: what is loaded now is this process's alone
         loaded = load(base=config.base, adapter=out, mode="paper", experts=(), device="cpu", dtype="fp32")
         write_adapter_card(out, replace(card, probes=probe_logits(loaded.mllm)))
     return out
