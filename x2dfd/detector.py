@@ -19,7 +19,18 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from x2dfd import prompts
-from x2dfd.adapter import EMBEDDED, AdapterCard, attach, check_adapter, check_contents, expert_hashes, read_adapter_card
+from x2dfd.adapter import (
+    EMBEDDED,
+    WHOLE,
+    AdapterCard,
+    attach,
+    check_adapter,
+    check_contents,
+    check_probes,
+    expert_hashes,
+    probe_logits,
+    read_adapter_card,
+)
 from x2dfd.calibration import MLLM, Calibration, logit
 from x2dfd.degrade import codec
 from x2dfd.errors import InputError, SetupError, UnknownName
@@ -334,6 +345,8 @@ def load(
     if base == BASE_NAME:  # the embedded base by its name: bare, where no adapter is given
         base = None
     card = read_adapter_card(folder) if folder else None
+    if folder and card and card.weights == WHOLE:
+        base = str(folder / WHOLE)
     place, precision = choose_device(device, dtype)
     llava, processor = load_llava(
         base,
@@ -344,8 +357,9 @@ def load(
     identity = base_identity(base)
     calibration = None
     if folder and card:
+        prompts.set_frame(processor, card.frame)
         check_adapter(folder, card, identity, prompts.prompt_hash(processor))
-        llava = attach(llava, folder)
+        llava = llava if card.weights == WHOLE else attach(llava, folder)
         calibration = (
             Calibration.load(folder) if mode == "calibrated" or (folder / "calibration.json").is_file() else None
         )
@@ -357,6 +371,8 @@ def load(
         place, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision) if place.type == "cuda" else None
     )
     mllm = LocalMLLM(llava, processor, facts["name"], autocast=place.type == "cpu" and precision == "bf16")
+    if card and card.probes:
+        check_probes(card, probe_logits(mllm), 0.1 if precision == "fp32" else 1.0)
     return Detector(mllm, list(loaded.values()), calibration, facts, mode)
 
 

@@ -86,24 +86,14 @@ class LocalMLLM:
         self._text = model.model.language_model
         self._head: Tensor = model.lm_head.weight
         self.device = self._head.device
-        self.label_ids = self._first_tokens(prompts.STEM, prompts.LABEL_WORDS)  # real, fake
-        self._yes_no_ids = self._first_tokens("", prompts.YES_NO_WORDS)
+        self.label_ids = prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS)  # real, fake
+        self._yes_no_ids = prompts.first_tokens(processor, "", prompts.YES_NO_WORDS)
         self._before_image, _ = prompts.prompt_tokens(processor, prompts.render(processor, prompts.QUESTION))
 
-    def _first_tokens(self, start: str, words: Sequence[str]) -> tuple[int, int]:
-        """The token with which each of the two words goes on after `start`. Raises SetupError when it is the same."""
-        before = self._suffix(prompts.QUESTION, start)
-        first, second = (self._suffix(prompts.QUESTION, start + w) for w in words)
-        at = len(before)
-        if first[:at] != before or second[:at] != before:
-            raise SetupError(
-                f"this tokenizer joins {words[0]!r} or {words[1]!r} with what precedes; it cannot be scored"
-            )
-        if first[at] == second[at]:
-            raise SetupError(
-                f"this tokenizer begins {words[0]!r} and {words[1]!r} with the same token; it cannot be scored"
-            )
-        return first[at], second[at]
+    def save(self, folder: Path) -> None:
+        """Write model and processor as a directory that `load_llava` takes."""
+        self._llava.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
 
     # --- the shared prefix ---
 
@@ -329,13 +319,15 @@ def load_llava(
     text_layers: int | Sequence[int] | None = None,
     feature_layers: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> tuple[Any, Any]:
     """A LLaVA model and its processor: the embedded base (None), a directory, or a hub name.
 
     Only the first `tower_layers` and `text_layers` layers are kept (or, given as a list, just those language layers:
     which ones go matters more than how many), and the tower's outputs after `feature_layers` are joined as the
     projector's input. The embedded base has no projector: it starts at random (seed 0) until an adapter
-    brings one. Raises SetupError when the model cannot be read, is no LLaVA, or when anything else is missing, left
+    brings one. `options`: further ones of `from_pretrained` (attn_implementation, quantization_config).
+    Raises SetupError when the model cannot be read, is no LLaVA, or when anything else is missing, left
     over or of another shape.
     """
     from safetensors import SafetensorError
@@ -370,7 +362,7 @@ def load_llava(
         with quietly(), torch.random.fork_rng():  # dropped layers are expected; what is not is checked below
             torch.manual_seed(0)
             model, info = stock.from_pretrained(
-                folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+                folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
         processor = LlavaProcessor.from_pretrained(folder)
     except (OSError, ValueError, SafetensorError) as error:
