@@ -1,10 +1,9 @@
-"""Expert `clip`: a linear head over the early and middle layers of the CLIP tower; faces synthetic as a whole.
+"""Expert `clip`: a linear head over the later layers of the CLIP tower; faces synthetic as a whole.
 
 Blind spot: generators unlike those it was trained on, above all on photos from sources that it does not know.
 After Koutlis & Papadopoulos, "Leveraging Representations from Intermediate Encoder-blocks for Synthetic Image
-Detection" (ECCV 2024): what betrays a generator lies in early and middle layers, not in the final embedding. Instead
-of their class-token projections: mean and standard deviation over the patch tokens of each layer, and a plain logistic
-head.
+Detection" (ECCV 2024): what betrays a generator lies in the layers before the final embedding. Instead of their
+class-token projections: mean and standard deviation over the patch tokens of each layer, and a plain logistic head.
 It shares the tower's forward pass with the embedded MLLM.
 """
 
@@ -34,14 +33,14 @@ class Clip:
         import numpy as np
         import torch
 
-        from external_detectors.clip_head import LAYERS, head_logits
+        from external_detectors.clip_head import FIRST, LAST, head_logits
         from x2dfd.tower import patch_statistics, tower_states
 
         if not faces:
             return []
         states = shared.tower_states if shared else None
         with torch.inference_mode():
-            if states is None or len(states) <= LAYERS:
-                states = tower_states(torch.from_numpy(np.stack([f.crop for f in faces])), LAYERS)
-            scores = head_logits(self._state, patch_statistics(states[: LAYERS + 1])).sigmoid()
+            if states is None or len(states) <= LAST:
+                states = tower_states(torch.from_numpy(np.stack([f.crop for f in faces])), LAST)
+            scores = head_logits(self._state, patch_statistics(states[FIRST : LAST + 1])).sigmoid()
         return [Evidence(self.card.name, float(s)) for s in scores]

@@ -207,11 +207,11 @@ def test_weights_survive_the_disk(tmp_path: Path) -> None:
 @every_head
 def test_shared_tower_states_give_the_same_scores(name: str, faces: list[Face], judged: Judged) -> None:
     """Bug prevented: the detector hands over states of another depth or order, and scores shift unnoticed."""
-    from external_detectors.clip_head import LAYERS
+    from external_detectors.clip_head import LAST
     from x2dfd.tower import tower_states
 
     crops = torch.from_numpy(np.stack([f.crop for f in faces[:4]]))
-    whole = tower_states(crops, LAYERS + 1)  # as deep as the base itself
+    whole = tower_states(crops, LAST + 1)  # as deep as the base itself
     given = _loaded(name).judge(faces[:4], Shared(tower_states=whole))
     assert _scores(given) == pytest.approx(_scores(judged(name)[:4]), abs=1e-4)
     # They are in fact what is read:

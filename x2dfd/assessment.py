@@ -82,6 +82,8 @@ COVERS: dict[str, tuple[tuple[str, str], ...]] = {
             "expression",
         )
     ),
+    "upsampling": (("whole-image", "frequency"), ("whole-image", "texture"), ("skin", "frequency")),
+    "spectrum-noise": (("*", "noise"), ("*", "frequency"), ("whole-image", "compression"), ("whole-image", "texture")),
 }
 """Which expert is trained to see which (area, artifact); `*` is any. A declaration, not a measurement."""
 

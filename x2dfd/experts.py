@@ -26,6 +26,8 @@ BUILTIN: dict[str, str] = {
     "blending": "external_detectors.blending:Blending",
     "consistency": "external_detectors.consistency:Consistency",
     "clip": "external_detectors.clip:Clip",
+    "upsampling": "external_detectors.upsampling:Upsampling",
+    "spectrum-noise": "external_detectors.spectrum_noise:SpectrumNoise",
 }
 DEFAULT: tuple[str, ...] = ("blending", "consistency", "clip")
 """In this order their scores stand in the prompt."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from external_detectors.train.loop import SOURCE, auc, balance, by_method, by_source, drawn_whole, log, source_names
+from external_detectors.train.loop import SOURCE, auc, balance, by_method, by_source, log, source_names
 from external_detectors.weights_io import WEIGHTS, save_weights
 from x2dfd.crops import load_crops
 from x2dfd.errors import X2DFDError
@@ -39,20 +39,22 @@ def clip(
     workers: int = 1,
 ) -> None:
     """A logistic head over the tower's layers: faces that a generator made as a whole."""
-    from external_detectors.clip_head import LAYERS, TOWER_LAYERS
+    from external_detectors.clip_head import FIRST, LAST, TOWER_LAYERS
     from x2dfd.tower import cached_features, training_rows
 
     crops = load_crops(data, workers)
     rows = training_rows(crops, limit)
+    if oof is None and not keep:  # photos that were forged in part are the other experts' task
+        rows = np.array([i for i in rows if crops.samples[i].label == "real" or _synthetic(crops.samples[i])], int)
     layers = [int(k) for k in keep.split(",") if k]
     cached = cached_features(crops, rows, features or data.parent / ".tower", TOWER_LAYERS, layers, view_seed)
     samples = [crops.samples[i] for i in cached.rows]
-    raw = torch.from_numpy(np.asarray(cached.statistics[:, :LAYERS], np.float32)).flatten(1)
+    raw = torch.from_numpy(np.asarray(cached.statistics[:, FIRST:LAST], np.float32)).flatten(1)
     train = np.array([s.split == "train" for s in samples])
     mean, std = raw[torch.from_numpy(train)].mean(0), raw[torch.from_numpy(train)].std(0) + 1e-4
     x = raw.sub_(mean).div_(std)
     fake = np.array([s.label == "fake" for s in samples])
-    whole = np.array([drawn_whole(s) for s in samples])
+    whole = np.array([_synthetic(s) for s in samples])
     mine = ~fake | whole  # photos that were forged in part are the other experts' task
 
     def head(use: NDArray[np.bool_]) -> dict[str, torch.Tensor]:
@@ -74,7 +76,7 @@ def clip(
         write_text(oof, json.dumps({"clip": known}))
     card = Card(
         name="clip",
-        version="2",
+        version="3",
         source=SOURCE,
         licence="weights: research and evaluation only "
         "(trained in part on FFHQ, CC BY-NC-SA 4.0, and StyleGAN outputs, CC BY-NC 4.0)",
@@ -91,6 +93,11 @@ def clip(
     print(out / "clip.card.json")
 
 
+def _synthetic(sample: Sample) -> bool:
+    """The whole picture comes from a generator (as opposed to a photo that was changed)."""
+    return sample.label == "fake" and sample.mask is None
+
+
 def _unseen(
     head: Callable[[NDArray[np.bool_]], dict[str, torch.Tensor]],
     logits: Callable[[dict[str, torch.Tensor]], NDArray[np.float64]],
@@ -103,7 +110,7 @@ def _unseen(
     """
     source = np.array([s.source for s in samples])
     real = np.array([s.label == "real" for s in samples])
-    whole = np.array([drawn_whole(s) for s in samples])
+    whole = np.array([_synthetic(s) for s in samples])
     method = np.array([s.method for s in samples])
     sources = [s for s, n in Counter(source[real]).most_common() if n >= 20]
     generators = [m for m, n in Counter(method[whole]).most_common() if n >= 20]
