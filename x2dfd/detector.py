@@ -29,6 +29,7 @@ from x2dfd.faces import area_polygons, find_faces
 from x2dfd.fetch import BASE_NAME
 from x2dfd.media import Picture, Video, load_media, media_summary
 from x2dfd.mllm import LocalMLLM, Look, base_identity, load_llava
+from x2dfd.provenance import read_provenance
 from x2dfd.types import Evidence, Face, FaceReport, Failure, Report, Verdict
 
 Mode = Literal["calibrated", "paper"]
@@ -138,14 +139,14 @@ class Detector:
         opened: list[Picture | Video | Failure] = []
         for source in sources:
             try:
-                opened.append(load_media(source, max_frames=VIDEO_FRAMES))
+                opened.append(_open(source))
             except InputError as error:
                 opened.append(_failure(source, error))
         yield from self._judge(opened, rationale, {"files": len(opened), "decode": time.perf_counter() - start})
 
     def _reports(self, sources: Sequence[Source], rationale: bool) -> Iterator[Report]:
         start = time.perf_counter()
-        opened = [load_media(s, max_frames=VIDEO_FRAMES) for s in sources]
+        opened = [_open(s) for s in sources]
         for report in self._judge(opened, rationale, {"files": 1, "decode": time.perf_counter() - start}):
             if isinstance(report, Report):
                 yield report
@@ -237,7 +238,7 @@ class Detector:
             rationale=deciding.rationale if deciding else "",
             cues=deciding.cues if deciding else (),
             evidence=deciding.evidence if deciding else (),
-            provenance={"state": "not_checked"},
+            provenance=media.provenance,
             model=self.facts,
             versions=_versions(),
             timings={k: round(v, 4) for k, v in timings.items()},
@@ -355,6 +356,14 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
         self._last = now
+
+
+def _open(source: Source) -> Picture | Video:
+    """Decoded, with what the file's Content Credentials say."""
+    media = load_media(source, max_frames=VIDEO_FRAMES)
+    if isinstance(source, Image):
+        return media
+    return replace(media, provenance=read_provenance(source, media.format))
 
 
 def _find(media: Picture | Video | Failure) -> tuple[list[_Seen], list[str]]:
