@@ -121,7 +121,7 @@ def test_a_signer_on_the_trust_list_is_trusted(signer: Signer, tmp_path: Path, m
         monkeypatch.setenv(TRUST, str(tmp_path / "trust.pem"))
         assert read_provenance(signed, "JPEG")["state"] == state
     monkeypatch.setenv(TRUST, str(tmp_path / "none.pem"))
-    with pytest.raises(SetupError, match="none.pem cannot be read"):
+    with pytest.raises(SetupError, match="cannot be read"):
         read_provenance(signed, "JPEG")
 
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 
 import x2dfd
 from x2dfd.errors import InputError, SetupError, X2DFDError
+from x2dfd.files import write_bytes
 from x2dfd.types import Evidence, FaceReport, Failure, Report
 
 if TYPE_CHECKING:
@@ -110,7 +111,12 @@ def detect(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Pictures, videos, or folders of them.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per file on stdout.")] = False,
     report: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="Also write one HTML page, a section per file.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="Also write the case report: one HTML page, a section per file, and beside it FILE.case.json, which "
+            "`x2dfd verify` checks. Ending in .pdf, the page is printed as well.",
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -142,8 +148,16 @@ def detect(
             raise typer.BadParameter(f"{target} cannot be written", param_hint=option)
     from x2dfd.media import find_media
 
+    page = pdf = record = None
+    if report is not None:
+        from x2dfd import html_report
+
+        pdf = report if report.suffix.lower() == ".pdf" else None
+        page, record = report.with_suffix(".html") if pdf else report, report.with_suffix(".case.json")
+        if pdf:
+            html_report.printer()  # what is missing is said before anything is judged
     # What an earlier run wrote into a searched folder is no picture to judge.
-    ours = {target.resolve() for target in (report, out, out and _parts_folder(out)) if target is not None}
+    ours = {target.resolve() for target in (page, pdf, record, out, out and _parts_folder(out)) if target is not None}
     files = [path for path in find_media(paths) if ours.isdisjoint((path.resolve(), *path.resolve().parents))]
     if not files:
         typer.echo("no picture or video found", err=True)
@@ -160,15 +174,65 @@ def detect(
     if table is not None:
         table.finish([str(path) for path in files])
         typer.echo(f"wrote {_printable(str(table.path))}", err=True)
-    if report is not None:
-        from x2dfd import html_report
+    if page is not None and record is not None:
+        from x2dfd import case
 
-        pictures = [_pictures(path, result) for path, result in zip(files, kept, strict=True)]
-        with _writing(report):
-            html_report.write(report, kept, pictures)
-        typer.echo(f"wrote {_printable(str(report))}", err=True)
+        html = html_report.render(kept, [_pictures(path, result) for path, result in zip(files, kept, strict=True)])
+        written = [(page, html), (record, case.dumps(kept))]
+        for target, text in written:
+            with _writing(target):
+                write_bytes(target, text.encode("utf-8"))
+        if pdf is not None:
+            with _writing(pdf):
+                html_report.write_pdf(pdf, html)
+        for target in (page, record, *([pdf] if pdf else [])):
+            typer.echo(f"wrote {_printable(str(target))}", err=True)
     if files and not as_json:
         typer.echo(NOT_PROOF, err=True)
+
+
+VERIFY_EXAMPLES = """\b
+Examples:
+  x2dfd verify face.case.json face.jpg
+  x2dfd verify face.case.json face.jpg --json
+"""
+
+
+@app.command(epilog=VERIFY_EXAMPLES)
+def verify(
+    record: Annotated[Path, typer.Argument(metavar="NAME.case.json", help="Case record of `detect --report`.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The picture or video that it is about.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Model directory; without it, the embedded model.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(metavar="NAME", help="Base model, by name or directory.")] = None,
+) -> None:
+    """Judge a file anew and say whether a case record still tells the truth about it.
+
+    Exit code 0: it holds. 3: file or record was changed, or it does not come out again; each difference is a line.
+    4: another model answers here than the record states. 1: it could not be checked at all.
+    """
+    from x2dfd import case
+
+    made = case.read(record)
+    detector = x2dfd.load(model, base=base, mode=case.mode_stated(made))
+    found = case.verify(made, file, detector)
+    if as_json:
+        typer.echo(json.dumps(asdict(found)))
+    else:
+        words = {
+            "holds": "the record holds",
+            "differs": "THE RECORD DOES NOT HOLD",
+            "other_model": "cannot be compared",
+        }
+        typer.echo(words[found.outcome])
+        for line in found.differences:
+            typer.echo(f"  {_printable(line)}")
+        for line in found.notes:
+            typer.echo(f"note: {_printable(line)}", err=True)
+    if found.outcome != "holds":
+        raise typer.Exit(case.EXIT_CODES[found.outcome])
 
 
 EXPERTS_EXAMPLES = """\b

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import platform
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +31,7 @@ from x2dfd.media import Picture, Video, load_media, media_summary
 from x2dfd.mllm import LocalMLLM, Look, base_identity, load_llava
 from x2dfd.provenance import read_provenance
 from x2dfd.types import Evidence, Face, FaceReport, Failure, Report, Verdict
+from x2dfd.validation import PROPOSITIONS, Validation
 
 Mode = Literal["calibrated", "paper"]
 Source = str | Path | bytes | Image
@@ -62,6 +63,7 @@ class Detector:
         calibration: Calibration | None,
         facts: dict[str, Any],
         mode: Mode = "calibrated",
+        validation: Validation | None = None,
     ) -> None:
         if mode not in get_args(Mode):
             raise UnknownName("mode", mode, get_args(Mode))
@@ -79,6 +81,8 @@ class Detector:
             "threshold": calibration.high if calibration and mode == "calibrated" else _paper_threshold(calibration),
             "band": [calibration.low, calibration.high] if calibration and mode == "calibrated" else None,
         }
+        self.validation = validation if validation and validation.fits(self.facts) else None
+        self.facts["validation"] = self.validation.summary() if self.validation else None
 
     # --- doors ---
 
@@ -124,6 +128,38 @@ class Detector:
         answer = f"{prompts.rationale_start(_said(deciding.verdict))} {deciding.rationale}".strip()
         look = self.mllm.look(_through_codec([face])[0].crop[None])
         return self.mllm.write(look, [asked], [""], turns=[(answer, question)])[0]
+
+    def explain(self, report: Report, source: Source, *, on_text: Callable[[str], None] | None = None) -> Report:
+        """The same report with its rationales, cues and contradictions; verdicts and scores stay as they are.
+
+        `source` is the file that the report is about. `on_text` is told the text so far of the face that decided, token
+        by token. Raises InputError when it is another file.
+        """
+        media = load_media(source, max_frames=VIDEO_FRAMES)
+        if report.sha256 != media.sha256:
+            raise InputError("other_picture", "this is not the picture that the report is about")
+        start = time.perf_counter()
+        found = _find(media)[0]
+        order = sorted(report.faces, key=lambda f: -_p_fake(f))  # the one that decided first: its text is streamed
+        told: dict[int, FaceReport] = {}
+        for at in range(0, len(order), 16):
+            part = order[at : at + 16]
+            faces = _through_codec([found[f.index].face for f in part])
+            texts = self.mllm.write(
+                self.mllm.look(np.stack([f.crop for f in faces])),
+                [prompts.verdict_question(f.evidence) for f in part],
+                [prompts.rationale_start(_said(f.verdict)) for f in part],
+                on_text=on_text if at == 0 else None,
+            )
+            told |= {f.index: _explained(f, found[f.index].face, text) for f, text in zip(part, texts, strict=True)}
+        deciding = told[order[0].index] if order else None
+        return replace(
+            report,
+            faces=tuple(told[f.index] for f in report.faces),
+            rationale=deciding.rationale if deciding else "",
+            cues=deciding.cues if deciding else (),
+            timings=report.timings | {"rationale": round(time.perf_counter() - start, 4)},
+        )
 
     def judge_faces(self, faces: Sequence[Face]) -> tuple[NDArray[np.float64], list[list[Evidence]]]:
         """The parts of a verdict before they are joined: the MLLM's logits [n], and each face's expert evidence."""
@@ -192,24 +228,20 @@ class Detector:
                 texts = self.mllm.write(look, questions, starts)
                 clock.lap("rationale")
             for s, own, said, verdict, text in zip(part, logits, evidence, verdicts, texts, strict=True):
-                cues = read_cues(text) if text else ()
-                out.append(
-                    FaceReport(
-                        index=s.face.index,
-                        box=s.face.box,
-                        confidence=s.face.confidence,
-                        verdict=verdict,
-                        p_fake_mllm=float(1 / (1 + np.exp(-own))),
-                        rationale=text,
-                        cues=cues,
-                        evidence=tuple(said),
-                        contradictions=contradictions(text, verdict.label, said, cues) if text else (),
-                        areas=_areas(s.face, cues),
-                        crop=_corners(s.face),
-                        frame=s.frame,
-                        time_s=s.time_s,
-                    )
+                judged = FaceReport(
+                    index=s.face.index,
+                    box=s.face.box,
+                    confidence=s.face.confidence,
+                    verdict=verdict,
+                    p_fake_mllm=float(1 / (1 + np.exp(-own))),
+                    rationale="",
+                    cues=(),
+                    evidence=tuple(said),
+                    crop=_corners(s.face),
+                    frame=s.frame,
+                    time_s=s.time_s,
                 )
+                out.append(_explained(judged, s.face, text) if text else judged)
         return out
 
     def _evidence(self, faces: Sequence[Face], look: Look) -> list[list[Evidence]]:
@@ -243,7 +275,22 @@ class Detector:
             versions=_versions(),
             timings={k: round(v, 4) for k, v in timings.items()},
             warnings=tuple(warnings),
+            likelihood_ratio=self._likelihood_ratio(media, verdict),
         )
+
+    def _likelihood_ratio(self, media: Picture | Video, verdict: Verdict) -> dict[str, Any]:
+        """What the picture's p_fake weighs by the validation run; `value` is None where no run supports a number."""
+        reason = None
+        if verdict.p_fake is None:
+            reason = "nothing was assessed"
+        elif self.validation is None:
+            reason = "no validation run of this model, in this mode, is at hand"
+        elif isinstance(media, Video):
+            reason = "the validation run holds pictures, not videos"
+        if reason or verdict.p_fake is None or self.validation is None:
+            return {"value": None, "reason": reason}
+        found = self.validation.likelihood_ratio(verdict.p_fake)
+        return found | {"run": self.validation.run, "propositions": list(PROPOSITIONS)}
 
     def _overall(self, media: Picture | Video, faces: Sequence[FaceReport]) -> tuple[Verdict, FaceReport | None]:
         """Picture: the most suspicious face. Video: the mean over frames of each frame's most suspicious face."""
@@ -321,7 +368,8 @@ def load(
         "blind_spot": card.blind_spot if card else "",
         "licence": card.licence if card else "",
     }
-    return Detector(LocalMLLM(llava, processor, facts["name"]), loaded, calibration, facts, mode)
+    validation = Validation.load(folder) if folder else None
+    return Detector(LocalMLLM(llava, processor, facts["name"]), loaded, calibration, facts, mode, validation)
 
 
 def _layers(card: AdapterCard) -> dict[str, int | list[int]]:
@@ -380,6 +428,13 @@ def _find(media: Picture | Video | Failure) -> tuple[list[_Seen], list[str]]:
         seen += [_Seen(f, frame.index, frame.time_s) for f in faces[:FRAME_FACES]]
     notes = [f"{left_out} smaller faces were left out; a frame's {FRAME_FACES} largest are judged"] if left_out else []
     return [replace(s, face=replace(s.face, index=i)) for i, s in enumerate(seen)], notes
+
+
+def _explained(judged: FaceReport, face: Face, text: str) -> FaceReport:
+    """With the rationale, the cues that it names, where they lie, and what it contradicts."""
+    cues = read_cues(text)
+    against = contradictions(text, judged.verdict.label, judged.evidence, cues)
+    return replace(judged, rationale=text, cues=cues, contradictions=against, areas=_areas(face, cues))
 
 
 def _areas(face: Face, cues: Sequence[Any]) -> dict[str, list[list[list[float]]]]:

@@ -1,9 +1,9 @@
-"""Content Credentials (C2PA) of a file: what its own signed history says, read offline and kept apart from the estimate.
+"""Content Credentials (C2PA): what a file's own signed history says, read offline and kept apart from the estimate.
 
 Five states and a sixth for "nobody looked": `absent`, `valid_untrusted`, `trusted`, `invalid`, `error`, `not_checked`.
 Silence is no sign of forgery, a valid signature is no sign of truth, and an invalid one may come from ordinary editing.
 The reader is c2pa-python (extra `[c2pa]`); nothing is fetched: no remote manifest, no revocation list, no trust list.
-A trust list of your own (PEM) is named by the environment variable `X2DFD_C2PA_TRUST`; without one no signer is trusted.
+A trust list of your own (PEM) is named by the environment variable `X2DFD_C2PA_TRUST`; without it nobody is trusted.
 """
 
 from __future__ import annotations

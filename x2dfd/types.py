@@ -158,6 +158,8 @@ class Report:
     versions: dict[str, str]
     timings: dict[str, float]  # seconds per stage, of the whole batch; `files`: how many files the batch held
     warnings: tuple[str, ...] = ()
+    likelihood_ratio: dict[str, Any] = field(default_factory=dict)  # `value`, `interval`, `limits`, `run`,
+    # `propositions`; or `value` None and the `reason`. Empty in reports of former versions
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values. A map stands once, with its face; the evidence repeated from that face goes without."""
