@@ -198,7 +198,7 @@ def test_detect_writes_page_and_record_and_they_agree(
 
 
 def test_explaining_later_gives_what_explaining_at_once_gives(report: Report, detector: Detector, photo: Path) -> None:
-    """The app shows the verdict first: the explanation that follows must be the one the record holds, and move nothing."""
+    """The app shows the verdict first: the explanation that follows must be the record's, and move nothing."""
     heard: list[str] = []
     quick = detector.detect(photo, rationale=False)
     later = detector.explain(quick, photo, on_text=heard.append)

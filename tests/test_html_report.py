@@ -329,11 +329,12 @@ def test_an_experts_map_can_be_laid_over_the_picture() -> None:
 
 def test_the_weight_of_a_score_stands_with_propositions_interval_and_limits() -> None:
     """A bare number reads as "x times more likely fake"; without its limits it claims what no run of that size can."""
-    ratio = {"value": 0.25, "interval": [0.1, 1.5], "limits": [0.04, 50.0], "run": "detect, manifest 9f516b", "propositions":
-             ["H1: forged.", "H2: as taken."]}  # fmt: skip
+    ratio = {"value": 0.25, "interval": [0.1, 1.5], "limits": [0.04, 50.0], "run": "detect, manifest 9f516b"}
+    ratio |= {"propositions": ["H1: forged.", "H2: as taken."]}
     rate = {"value": 0.02, "interval": [0.0, 0.045], "n": 147}
-    validation = {"rates": {"false_alarms": rate, "misses": rate, "answered": {"value": 0.55, "n": 420}}, "methods": ["swap"],
-                  "sources": ["film"], "n_real": 147, "n_fake": 273, "n_groups": 192, "cllr": 0.653}  # fmt: skip
+    rates = {"false_alarms": rate, "misses": rate, "answered": {"value": 0.55, "n": 420}}
+    counts = {"n_real": 147, "n_fake": 273, "n_groups": 192, "cllr": 0.653}
+    validation = {"rates": rates, "methods": ["swap"], "sources": ["film"], **counts}
     text = page(report(likelihood_ratio=ratio, model={"mode": "calibrated", "validation": validation})).text
     assert "Likelihood ratio 1/4 (95 %: 1/10 to 1.5), in favour of the second of two propositions" in text
     assert "the interval holds 1" in text and "supports no more than 1/25 to 50" in text
@@ -344,7 +345,7 @@ def test_the_weight_of_a_score_stands_with_propositions_interval_and_limits() ->
 
 
 def test_file_facts_cards_and_credentials_stand_on_the_page() -> None:
-    """An editor has to see which file was judged, with which weights, and what its credentials say in the signer's words."""
+    """An editor has to see which file was judged, with which weights, and what its credentials say."""
     media = {**report().media, "bytes": 1234567, "modified": "2024-05-06T07:08:09+00:00", "exif": {"make": HOSTILE}}
     provenance = {"state": "invalid", "codes": ["assertion.dataHash.mismatch"], "signer": HOSTILE}
     shown = page(report(media=media, provenance=provenance, faces=(face(evidence=(Evidence("clip", 0.2),)),)))

@@ -287,7 +287,7 @@ def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], 
     legend: dict[str, tuple[str, str]] = {}
     shapes, boxes, maps = [], [], []
     for face in faces:
-        maps += [_map(face.crop, e.map, e.expert) for e in face.evidence if len(face.crop) == 3 and _square(e.map)]
+        maps += overlays(face)
         for area, letter, colour in _areas(face):
             key = _prefix(face, faces) + letter
             legend[key] = (colour, area if len(faces) == 1 else f"face {face.index + 1}: {area}")
@@ -320,6 +320,13 @@ def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], 
         "boxes": boxes,
         "legend": [(key, *rest) for key, rest in legend.items()],
     }
+
+
+def overlays(face: FaceReport) -> list[dict[str, str | float]]:
+    """The maps that experts drew of a face: `uri` of a PNG, its `side`, the `matrix` that places it, the `expert`."""
+    if len(face.crop) != 3:
+        return []
+    return [_map(face.crop, e.map, e.expert) for e in face.evidence if _square(e.map)]
 
 
 def _square(rows: Sequence[Sequence[float]]) -> bool:

@@ -65,8 +65,9 @@ class Validation:
         try:
             data = json.loads(path.read_text("utf-8"))
             steps = tuple((float(a), float(b), float(c), float(d)) for a, b, c, d in data["steps"])
-            if not steps or [s[:2] for s in steps] != sorted(s[:2] for s in steps) or steps[0][1] <= 0:
+            begins, ratios = [s[0] for s in steps], [s[1] for s in steps]
+            if begins != sorted(begins) or ratios != sorted(ratios) or ratios[0] <= 0:
                 raise ValueError("its likelihood ratios do not rise with the score")
             return cls(**{**data, "steps": steps, "methods": tuple(data["methods"]), "sources": tuple(data["sources"])})
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, LookupError) as error:
             raise SetupError(f"{path} cannot be read: {error!r}. Make it: python -m eval.validation") from error
