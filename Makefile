@@ -17,7 +17,7 @@ TASK ?= detect
 MODEL ?= embedded
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fetch check test demo road tables tables-check bench clean
+.PHONY: help setup fetch check test test-distributed demo road tables tables-check bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -39,6 +39,10 @@ check: setup ## Lint, format and types
 
 test: setup fetch check ## All checks, then the tests
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(PY) -m pytest $(PYTEST_ARGS)
+
+test-distributed: setup fetch ## Trainings of two processes under DeepSpeed (with EXTRAS=dev,train)
+	$(PY) -c 'import deepspeed' || { echo "needs the extra: make test-distributed EXTRAS=dev,train" >&2; exit 1; }
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m distributed tests/test_distributed.py $(PYTEST_ARGS)
 
 demo: setup fetch ## Verdicts for a real photo and its forged twin, and an HTML report in build/demo
 	$(PY) -m data_gen.demo --out build/demo

@@ -7,6 +7,7 @@ no samples) is None, never NaN. The definitions of AUC, EER and AP are those of 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -94,6 +95,13 @@ def ece(labels: Labels, scores: Floats, bins: int = 15) -> float | None:
     return float(np.abs(gap).sum() / len(labels))
 
 
+def ece_at_even_odds(labels: Labels, scores: Floats, bins: int = 15) -> float | None:
+    """`ece` when reals and fakes weigh a half each: of a probability that assumes them equally likely beforehand."""
+    if not _both(labels):
+        return None
+    return _resampled_ece(labels, scores, np.ones((1, len(labels)), np.int64), bins)[0]
+
+
 def cllr(labels: Labels, scores: Floats, prior: float = 0.5) -> float | None:
     """Log-likelihood-ratio cost in bits (Bruemmer & du Preez 2006): 0 is perfect, 1 says nothing.
 
@@ -146,10 +154,11 @@ def bootstrap_interval(
     labels, scores, place = labels[order], scores[order], place[order]
     draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=n)
     values: list[float] = []
+    quick = _quick(fn)
     # In blocks, because [n, samples] weights of a large run would not fit into memory.
     for block in np.array_split(draws, max(1, n * len(labels) // 5_000_000 + 1)):
-        if fn is auc:
-            values.extend(_resampled_auc(labels, scores, block[:, place]))
+        if quick is not None:
+            values.extend(quick(labels, scores, block[:, place]))
             continue
         for weights in block[:, place]:
             chosen = np.repeat(np.arange(len(labels)), weights)
@@ -163,17 +172,64 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def _resampled_auc(labels: Labels, scores: Floats, weights: NDArray[np.int64]) -> list[float]:
-    """AUC of every row of `weights` [resamples, samples]; rows with one class only are left out."""
+def _quick(fn: Metric) -> Callable[[Labels, Floats, NDArray[np.int64]], list[float]] | None:
+    """The metric over all rows of weights [resamples, samples] at once, where it is one of those that can."""
+    if isinstance(fn, partial) and fn.func is tpr_at_fpr and not fn.args and set(fn.keywords) == {"fpr"}:
+        return partial(_resampled_tpr, fpr=fn.keywords["fpr"])
+    known: dict[Metric, Callable[[Labels, Floats, NDArray[np.int64]], list[float]]] = {
+        auc: _resampled_auc,
+        average_precision: _resampled_precision,
+        ece_at_even_odds: _resampled_ece,
+    }
+    return known.get(fn)
+
+
+def _ranked(labels: Labels, scores: Floats, weights: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Fakes and reals at each distinct score, ascending: [resamples, distinct scores] each.
+
+    Resamples with one class only are left out.
+    """
     order = np.argsort(scores, kind="stable")
     ranked = weights[:, order]
     starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf) > 0)  # first sample of each distinct score
-    fakes = np.add.reduceat(ranked * labels[order], starts, axis=1)  # [resamples, distinct scores]
+    fakes = np.add.reduceat(ranked * labels[order], starts, axis=1)
     reals = np.add.reduceat(ranked, starts, axis=1) - fakes
+    both = (fakes.sum(axis=1) > 0) & (reals.sum(axis=1) > 0)
+    return fakes[both], reals[both]
+
+
+def _resampled_auc(labels: Labels, scores: Floats, weights: NDArray[np.int64]) -> list[float]:
+    fakes, reals = _ranked(labels, scores, weights)
     below = np.cumsum(reals, axis=1) - reals
-    pairs = fakes.sum(axis=1) * reals.sum(axis=1)
     won = (fakes * (below + reals / 2)).sum(axis=1)
-    return [float(v) for v in won[pairs > 0] / pairs[pairs > 0]]
+    return [float(v) for v in won / (fakes.sum(axis=1) * reals.sum(axis=1))]
+
+
+def _resampled_precision(labels: Labels, scores: Floats, weights: NDArray[np.int64]) -> list[float]:
+    fakes, reals = _ranked(labels, scores, weights)
+    found, called = (np.cumsum(x[:, ::-1], axis=1) for x in (fakes, fakes + reals))
+    summed = (fakes[:, ::-1] * (found / np.maximum(called, 1))).sum(axis=1)
+    return [float(v) for v in summed / fakes.sum(axis=1)]
+
+
+def _resampled_tpr(labels: Labels, scores: Floats, weights: NDArray[np.int64], fpr: float) -> list[float]:
+    fakes, reals = _ranked(labels, scores, weights)
+    found, alarms = (np.cumsum(x[:, ::-1], axis=1) for x in (fakes, reals))
+    allowed = alarms / alarms[:, -1:] <= fpr
+    return [float(v) for v in (found * allowed).max(axis=1) / found[:, -1]]
+
+
+def _resampled_ece(labels: Labels, scores: Floats, weights: NDArray[np.int64], bins: int = 15) -> list[float]:
+    """Expected calibration error with half of the weight on each class."""
+    place = np.minimum((scores * bins).astype(np.int64), bins - 1)
+    binned = np.equal.outer(place, np.arange(bins))  # [samples, bins]
+    gaps = []
+    for label in (0, 1):
+        own = weights * (labels == label)
+        with np.errstate(invalid="ignore"):  # a resample without this class becomes NaN and is left out below
+            gaps.append(own @ (binned * (label - scores)[:, None]) / own.sum(axis=1, keepdims=True))
+    errors = np.abs(gaps[0] + gaps[1]).sum(axis=1) / 2
+    return [float(v) for v in errors[np.isfinite(errors)]]
 
 
 def rate_interval(
@@ -214,6 +270,16 @@ def selective(labels: Labels, said: Sequence[str]) -> dict[str, Any]:
         "false_alarms": float(np.mean(answer[real] == "fake")) if real.any() else None,
         "misses": float(np.mean(answer[fake] == "real")) if fake.any() else None,
     }
+
+
+def mean(_: Labels, values: Floats) -> float | None:
+    """The mean of values that are not scores, for intervals of what is measured a picture; labels do not count."""
+    return float(values.mean()) if len(values) else None
+
+
+def overlap(truth: NDArray[np.bool_], said: NDArray[np.bool_]) -> float | None:
+    """Intersection over union of two masks of one shape; None where nothing is true."""
+    return float((truth & said).sum() / (truth | said).sum()) if truth.any() else None
 
 
 def cue_agreement(truth: Sequence[Collection[Any]], said: Sequence[Collection[Any]]) -> dict[str, Any]:

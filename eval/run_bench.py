@@ -10,18 +10,16 @@ run that was cut off goes on where it stopped; so does one with the same manifes
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,21 +28,39 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
-import pyarrow as pa  # noqa: E402
-import pyarrow.parquet as pq  # noqa: E402
 
 import x2dfd  # noqa: E402
+from eval import experts_bench  # noqa: E402
 from eval import metrics as m  # noqa: E402
+from eval.changes import CHANGES  # noqa: E402
+from eval.scoring import (  # noqa: E402
+    JPEG_QUALITY,
+    LONGEST_SIDE,
+    Layout,
+    Resampling,
+    Row,
+    Store,
+    common_auc,
+    equalised,
+    reason_of,
+    say,
+    score,
+    slices,
+    three_answers,
+    value_of,
+)
 from x2dfd.errors import InputError, UnknownName, X2DFDError  # noqa: E402
+from x2dfd.files import write_bytes  # noqa: E402
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest  # noqa: E402
 from x2dfd.types import Cue, Failure, Report  # noqa: E402
 
-Row = dict[str, Any]
-
-MIN_REALS = 10  # fewer reals of its own, and a slice is compared with all reals
 JUDGED = "the judged samples"
-CHUNK = 32  # samples between two saves
-LONGEST_SIDE, JPEG_QUALITY = 1024, 90  # what every image goes through with --equalise
+ANSWERS = Layout(
+    texts=("said", "reason", "rationale", "error"),
+    numbers=("p_fake", "p_mllm"),
+    packed=("notes", "cues", "contradictions", "pointed"),
+)
+"""What a row of `detect` and `describe` holds, beside the sample and the experts' scores."""
 
 
 @dataclass(frozen=True)
@@ -69,53 +85,24 @@ TASKS = {
             "cues named in the rationale against those known; experts that point beside it",
             True,
         ),
+        Task(
+            "experts",
+            "1",
+            "image",
+            "the experts without the MLLM, their fusion and a baseline; changed pictures; where they point",
+            False,
+        ),
     )
 }
-
-
-@dataclass(frozen=True)
-class Resampling:
-    """How intervals are made."""
-
-    n: int
-    seed: int
-
-    def measure(self, fn: m.Metric, labels: m.Labels, scores: m.Floats, groups: Sequence[str]) -> dict[str, Any]:
-        interval = m.bootstrap_interval(fn, labels, scores, groups, self.n, self.seed)
-        return {"value": fn(labels, scores), "interval": list(interval) if interval else None}
-
-    def rate(self, hits: Sequence[bool], groups: Sequence[str]) -> dict[str, Any]:
-        if not hits:
-            return {"value": None, "interval": None, "n": 0}
-        array = np.asarray(hits, dtype=np.bool_)
-        interval = m.rate_interval(array, groups, self.n, self.seed) if self.n else None
-        return {"value": float(array.mean()), "interval": list(interval) if interval else None, "n": len(hits)}
 
 
 # ---------------------------------------------------------------- judging
 
 
-def equalised(path: Path) -> bytes:
-    """The image as every other one: decoded, longest side at most 1024, JPEG quality 90, so that the format tells
-    nothing.
-
-    Raises InputError for what is not a picture.
-    """
-    from PIL import Image
-
-    from x2dfd.media import load_picture
-
-    image = Image.fromarray(load_picture(path).pixels)
-    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=JPEG_QUALITY)
-    return stream.getvalue()
-
-
-def judge(
+def judged(
     detector: Any, samples: Sequence[Sample], *, equalise: bool, rationale: bool, batch_size: int
-) -> list[Report | Failure]:
-    """One answer a sample, in order."""
+) -> tuple[list[Row], list[Row]]:
+    """A row a sample, in order, and the model and versions that the answers state."""
     answers: dict[str, Report | Failure] = {}
     sources: list[Path | bytes] = []
     handed: list[Sample] = []
@@ -128,7 +115,8 @@ def judge(
     reports = detector.detect_many(sources, batch_size=batch_size, rationale=rationale) if sources else ()
     for sample, report in zip(handed, reports, strict=True):
         answers[sample.id] = report
-    return [answers[s.id] for s in samples]
+    origins = [{"model": a.model, "versions": a.versions} for s in samples if isinstance(a := answers[s.id], Report)]
+    return [to_row(s, answers[s.id]) for s in samples], origins
 
 
 def blank_row(sample: Sample) -> Row:
@@ -157,140 +145,6 @@ def to_row(sample: Sample, answer: Report | Failure) -> Row:
     }
 
 
-def score(
-    detector: Any, samples: Sequence[Sample], store: Store, *, equalise: bool, rationale: bool, batch_size: int
-) -> tuple[list[Row], dict[str, Any]]:
-    """Rows of all samples, in order, and the origin (model and versions) that the reports state.
-
-    Rows that `store` holds are used again if the model still is the one that made them: a stored sample is judged
-    anew, and model and score have to agree.
-    """
-
-    def rows_of(chunk: Sequence[Sample]) -> tuple[list[Row], list[dict[str, Any]]]:
-        answers = judge(detector, chunk, equalise=equalise, rationale=rationale, batch_size=batch_size)
-        origins = [{"model": a.model, "versions": a.versions} for a in answers if isinstance(a, Report)]
-        return [to_row(s, a) for s, a in zip(chunk, answers, strict=True)], origins
-
-    done, origin = store.read()
-    probe = next((s for s in samples if s.id in done and done[s.id]["error"] is None), None)
-    if done:
-        rows, origins = rows_of([probe]) if probe else ([], [])
-        if probe and origins[:1] == [origin] and _same(rows[0]["p_fake"], done[probe.id]["p_fake"]):
-            _say(f"going on: {sum(s.id in done for s in samples)} of {len(samples)} samples were judged before")
-        else:
-            _say("the stored samples are not of this model: starting anew")
-            done, origin = {}, None
-            store.start_anew()
-    todo = [s for s in samples if s.id not in done]
-    started = time.monotonic()
-    for at in range(0, len(todo), CHUNK):
-        rows, origins = rows_of(todo[at : at + CHUNK])
-        for stated in origins:
-            origin = origin or stated
-            if stated != origin:
-                raise X2DFDError("the model changed during the run")
-        store.add(rows, origin)
-        done |= {row["id"]: row for row in rows}
-        n = at + len(rows)
-        _say(f"{n}/{len(todo)} images, {n / (time.monotonic() - started):.2f} a second")
-    return [done[s.id] for s in samples], origin or {"model": {}, "versions": {}}
-
-
-def _same(a: float | None, b: float | None) -> bool:
-    return a is b if a is None or b is None else abs(a - b) < 1e-3
-
-
-class Store:
-    """Judged rows on disk: parts while a run goes on, `samples.parquet` when it is done."""
-
-    def __init__(self, folder: Path, key: dict[str, Any]) -> None:
-        self.folder, self.key = folder, key
-        self.parts, self.table = folder / "parts", folder / "samples.parquet"
-        self.anew = False  # the table is of another model: it stays until this run is done, but is not read
-
-    def read(self) -> tuple[dict[str, Row], dict[str, Any] | None]:
-        """Rows by id, made under the same key by the latest model, and their origin."""
-        found: list[tuple[dict[str, Any], list[Row]]] = []
-        if self.table.is_file():
-            table = pq.read_table(self.table)
-            head = json.loads((table.schema.metadata or {}).get(b"x2dfd", b"{}"))
-            found.append((head, [_unpack(row) for row in table.to_pylist()] if head.get("key") == self.key else []))
-        for part in sorted(self.parts.glob("*.jsonl")):
-            first, *lines = part.read_text("utf-8").split("\n")
-            head = json.loads(first)
-            if head["key"] == self.key and head["anew"]:
-                self.anew = True
-            found.append((head, [json.loads(line) for line in lines if line]))
-        found = [(head, rows) for head, rows in found if head.get("key") == self.key and head["origin"]]
-        if self.anew:
-            found = [(head, rows) for head, rows in found if head.get("anew")]
-        if not found:
-            return {}, None
-        origin = found[-1][0]["origin"]
-        return {row["id"]: row for head, rows in found if head["origin"] == origin for row in rows}, origin
-
-    def add(self, rows: Iterable[Row], origin: dict[str, Any] | None) -> None:
-        lines = [{"key": self.key, "origin": origin, "anew": self.anew}, *rows]
-        text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
-        self.parts.mkdir(parents=True, exist_ok=True)
-        number = 1 + max((int(p.stem) for p in self.parts.glob("*.jsonl")), default=0)
-        write_whole(self.parts / f"{number:06d}.jsonl", text.encode())
-
-    def start_anew(self) -> None:
-        """What is stored is not used; the last finished result stays until this run has replaced it."""
-        shutil.rmtree(self.parts, ignore_errors=True)
-        self.anew = True
-
-    def finish(self, samples: Sequence[Sample], rows: Sequence[Row], origin: dict[str, Any], base: Path) -> None:
-        """Writes `samples.parquet` and drops the parts."""
-        table = pa.Table.from_pylist([_pack(s, r, base) for s, r in zip(samples, rows, strict=True)], _schema(rows))
-        head = json.dumps({"key": self.key, "origin": origin}, sort_keys=True)
-        stream = io.BytesIO()
-        pq.write_table(table.replace_schema_metadata({"x2dfd": head}), stream)
-        write_whole(self.table, stream.getvalue())
-        shutil.rmtree(self.parts, ignore_errors=True)
-
-
-_TEXTS = ("id", "path", "label", "source", "method", "df_class", "group", "split", "video", "said", "reason")
-_JSON = ("notes", "cues", "contradictions", "pointed")
-
-
-def _schema(rows: Sequence[Row]) -> pa.Schema:
-    experts = sorted({name for row in rows for name in row["experts"]})
-    fields = [(name, pa.string()) for name in _TEXTS]
-    fields += [(name, pa.float64()) for name in ("p_fake", "p_mllm", *(f"expert:{e}" for e in experts))]
-    return pa.schema(fields + [(name, pa.string()) for name in ("rationale", *_JSON, "error")])
-
-
-def _pack(sample: Sample, row: Row, base: Path) -> Row:
-    flat = {k: v for k, v in row.items() if k != "experts"} | {f"expert:{k}": v for k, v in row["experts"].items()}
-    flat |= {k: json.dumps(row[k], ensure_ascii=False) for k in _JSON}
-    flat |= {k: getattr(sample, k) for k in ("label", "source", "method", "df_class", "group", "split", "video")}
-    # Results are handed on: where the data lay on this machine is nobody's business.
-    inside = sample.path.is_relative_to(base)
-    return flat | {"path": sample.path.relative_to(base).as_posix() if inside else sample.path.name}
-
-
-def _unpack(flat: Row) -> Row:
-    kept = ("id", "p_fake", "said", "reason", "p_mllm", "rationale", "error")
-    row = {k: flat[k] for k in kept} | {k: json.loads(flat[k]) for k in _JSON}
-    return row | {"experts": {k.removeprefix("expert:"): v for k, v in flat.items() if k.startswith("expert:")}}
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 # ---------------------------------------------------------------- detect
 
 
@@ -308,33 +162,18 @@ def detect_result(
 
     scorers: dict[str, Row] = {}
     for scorer, column in columns.items():
-        missing = Counter(_why(row, scorer) for row, value in zip(rows, column, strict=True) if value is None)
+        missing = Counter(reason_of(row, scorer) for row, value in zip(rows, column, strict=True) if value is None)
         kept = [(i, value) for i, value in enumerate(column) if value is not None]
         scores = m.to_scores([value for _, value in kept])
         said = [rows[i]["said"] for i, _ in kept] if scorer == verdict else None
         scorers[scorer] = {"n_scored": len(kept), "unscored": dict(sorted(missing.items()))}
         scorers[scorer] |= _scorer([samples[i] for i, _ in kept], scores, said, by, draw)
         if scorer == verdict:
-            scorers[scorer]["answers"] = _answers(samples, rows, draw)
+            scorers[scorer]["answers"] = three_answers(samples, rows, draw)
     headline = {f"{k}.auc": v["overall"]["auc"] | {"n": v["n_scored"]} for k, v in scorers.items()}
     if verdict:
         headline[f"{verdict}.false_alarms"] = scorers[verdict]["answers"]["false_alarms"]
-    return {"headline": headline, "scorers": scorers, "common": _common(samples, columns, draw)}
-
-
-def _common(samples: Sequence[Sample], columns: dict[str, list[float | None]], draw: Resampling) -> Row:
-    """AUC on the samples that every scorer could score, so that the scorers can be compared."""
-    kept = [i for i in range(len(samples)) if all(column[i] is not None for column in columns.values())]
-    labels, groups = m.to_labels(samples[i].label for i in kept), [samples[i].group for i in kept]
-    auc: Row = {}
-    for scorer, column in columns.items():
-        scores = m.to_scores([value for i in kept if (value := column[i]) is not None])
-        auc[scorer] = draw.measure(m.auc, labels, scores, groups)
-    return {"n": len(kept), "auc": auc}
-
-
-def _why(row: Row, scorer: str) -> str:
-    return str(row["notes"].get(scorer.removeprefix("expert:")) or row["reason"] or "no score")
+    return {"headline": headline, "scorers": scorers, "common": common_auc(samples, columns, draw)}
 
 
 def _scorer(
@@ -377,53 +216,6 @@ def _scorer(
     return result
 
 
-def slices(samples: Sequence[Sample], column: str) -> Iterator[tuple[str, list[int], list[int], str]]:
-    """For each value of a column: which reals are compared with which fakes, and whose they are.
-
-    `method`: the fakes of the method against the reals of the sources that these fakes come from. Any other column:
-    reals and fakes with that value. Fakes with fewer than 10 such reals are compared with all reals, reals without
-    fakes with all fakes.
-    """
-    values = [value_of(s, column) for s in samples]
-    all_reals = [i for i, s in enumerate(samples) if s.label == "real"]
-    all_fakes = [i for i, s in enumerate(samples) if s.label == "fake"]
-    for value in sorted(set(values) - {""}):
-        fakes = [i for i in all_fakes if values[i] == value]
-        if column == "method":
-            if not fakes:  # what reals have there ("none") is not a method
-                continue
-            sources = {samples[i].source for i in fakes}
-            reals = [i for i in all_reals if samples[i].source in sources]
-        else:
-            reals = [i for i in all_reals if values[i] == value]
-        if not fakes:
-            yield value, reals, all_fakes, "all fakes"
-        elif len(reals) < MIN_REALS:
-            yield value, all_reals, fakes, "all reals"
-        else:
-            yield value, reals, fakes, "own reals"
-
-
-def value_of(sample: Sample, column: str) -> str:
-    """A column's value; of a combined method ("swap+relight"), the first."""
-    value = getattr(sample, column, None) or sample.extra.get(column)
-    if column == "method" and value is not None:
-        value = str(value).split("+")[0]
-    return "" if value is None else str(value)
-
-
-def _answers(samples: Sequence[Sample], rows: Sequence[Row], draw: Resampling) -> Row:
-    """The three answers, over everything that could be opened: a picture without a face counts as not answered."""
-    pairs = [(s, row["said"]) for s, row in zip(samples, rows, strict=True) if row["said"]]
-    result = m.selective(m.to_labels(s.label for s, _ in pairs), [said for _, said in pairs])
-    reals = [(s.group, said) for s, said in pairs if s.label == "real"]
-    fakes = [(s.group, said) for s, said in pairs if s.label == "fake"]
-    result["false_alarms"] = draw.rate([said == "fake" for _, said in reals], [g for g, _ in reals])
-    result["misses"] = draw.rate([said == "real" for _, said in fakes], [g for g, _ in fakes])
-    reasons = Counter(row["reason"] or "no reason" for row in rows if row["said"] == "inconclusive")
-    return result | {"inconclusive": dict(sorted(reasons.items()))}
-
-
 # ---------------------------------------------------------------- describe
 
 
@@ -461,7 +253,7 @@ def describe_result(samples: Sequence[Sample], rows: Sequence[Row], usual: froze
         texts = [row["rationale"] for row in rows if row["rationale"]]
         judged = [row for row in rows if row["p_fake"] is not None]
         scorers["model"] |= {
-            "unscored": dict(sorted(Counter(_why(row, "") for row in rows if row["p_fake"] is None).items())),
+            "unscored": dict(sorted(Counter(reason_of(row, "") for row in rows if row["p_fake"] is None).items())),
             "without_text": sum(not row["rationale"] for row in judged),
             "distinct_texts": m.distinct_share(texts),
             "contradictions": sum(bool(r["contradictions"]) for r in judged) / len(judged) if judged else None,
@@ -523,32 +315,14 @@ def train_apart(every: Sequence[Sample], samples: Sequence[Sample]) -> list[Samp
 def run(args: argparse.Namespace) -> Row:
     """Judges, measures, writes both files and returns what `result.json` holds. Raises X2DFDError."""
     task, manifest, out = TASKS[args.task], Path(os.path.abspath(args.data)), Path(args.out)
-    every = read_manifest(manifest)
     samples, skipped = choose(task, manifest, args)
     draw, sha256 = Resampling(args.bootstrap, args.seed), manifest_sha256(manifest)
-    baseline, expert = args.model == "majority", args.model.startswith("expert:")
     key = {"task": task.name, "version": task.version, "manifest": sha256, "mode": args.mode, "equalise": args.equalise}
-    store = Store(out, key | {"baseline": baseline})
-    notes: Row = {}
-    if baseline:
-        rows, notes["majority_from"] = majority_rows(every, samples)
-        origin: Row = {"model": {}, "versions": {}}
-    else:
-        detector = x2dfd.load(None if expert or args.model == "embedded" else args.model, mode=args.mode)
-        rows, origin = score(
-            detector, samples, store, equalise=args.equalise, rationale=task.rationale, batch_size=args.batch_size
-        )
-    if task.name == "describe":
-        usual, counted_in = usual_cues(every, samples)
-        notes |= {"skipped_fakes_without_cues": skipped, "majority_from": counted_in, "majority": sorted(usual)}
-        measured = describe_result(samples, [] if baseline else rows, usual, draw)
-    elif expert:
-        measured = detect_result(samples, only_expert(rows, args.model.removeprefix("expert:")), "", args.by, draw)
-    else:
-        measured = detect_result(samples, rows, "majority" if baseline else args.mode, args.by, draw)
+    made = _run_experts if task.name == "experts" else _run_detector
+    store, rows, origin, measured = made(args, samples, skipped, key, draw)
 
     labels = Counter(s.label for s in samples)
-    named = baseline or expert or args.model == "embedded"
+    named = args.model in ("majority", "embedded") or args.model.startswith("expert:")
     packages = {name: version(name) for name in ("numpy", "scikit-learn", "pillow", "pyarrow")}
     result = {
         "task": {"name": task.name, "version": task.version, "unit": task.unit},
@@ -564,34 +338,82 @@ def run(args: argparse.Namespace) -> Row:
         },
         "model": {
             "name": args.model if named else Path(os.path.abspath(args.model)).name,
-            "mode": None if baseline else args.mode,
-            "stated": origin["model"],
+            "mode": None if args.model == "majority" or task.name == "experts" else args.mode,
+            "stated": origin["model"] | measured.pop("stated", {}),
         },
         "settings": {
             "equalise": f"JPEG {JPEG_QUALITY}, longest side {LONGEST_SIDE}" if args.equalise else None,
             "seed": args.seed,
             "bootstrap": args.bootstrap,
             "interval": "95 %, percentile, groups drawn with replacement",
-            "scores_of": "the face that decided the verdict",
+            "scores_of": "the largest face" if task.name == "experts" else "the face that decided the verdict",
         },
         "code": code_state(),
         "versions": origin["versions"] | {"python": platform.python_version()} | packages,
         "device": device(),
         "failures": dict(sorted(Counter(row["reason"] for row in rows if row["error"]).items())),
-        **notes,
         **measured,
     }
     store.finish(samples, rows, origin, manifest.parent)
     text = json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False)
-    write_whole(out / "result.json", (text + "\n").encode())
+    write_bytes(out / "result.json", (text + "\n").encode())
     return result
+
+
+Made = tuple[Store, list[Row], Row, Row]
+"""The store, the rows, their origin, and what was measured."""
+
+
+def _run_detector(
+    args: argparse.Namespace, samples: Sequence[Sample], skipped: int, key: Row, draw: Resampling
+) -> Made:
+    every = read_manifest(args.data)
+    baseline, expert = args.model == "majority", args.model.startswith("expert:")
+    describing = args.task == "describe"
+    store = Store(Path(args.out), key | {"baseline": baseline}, ANSWERS)
+    notes: Row = {}
+    if baseline:
+        rows, notes["majority_from"] = majority_rows(every, samples)
+        origin: Row = {"model": {}, "versions": {}}
+    else:
+        detector = x2dfd.load(None if expert or args.model == "embedded" else args.model, mode=args.mode)
+        ask = partial(
+            judged,
+            detector,
+            equalise=args.equalise,
+            rationale=TASKS[args.task].rationale,
+            batch_size=args.batch_size,
+        )
+        rows, origin = score(ask, samples, store)
+    if describing:
+        usual, counted_in = usual_cues(every, samples)
+        notes |= {"skipped_fakes_without_cues": skipped, "majority_from": counted_in, "majority": sorted(usual)}
+        measured = describe_result(samples, [] if baseline else rows, usual, draw)
+    elif expert:
+        measured = detect_result(samples, only_expert(rows, args.model.removeprefix("expert:")), "", args.by, draw)
+    else:
+        measured = detect_result(samples, rows, "majority" if baseline else args.mode, args.by, draw)
+    return store, rows, origin, notes | measured
+
+
+def _run_experts(args: argparse.Namespace, samples: Sequence[Sample], skipped: int, key: Row, draw: Resampling) -> Made:
+    changes = experts_bench.chosen_changes(args.changes)
+    panel = experts_bench.Panel.load(args.model, args.experts.split(",") if args.experts else None)
+    key = key | {"experts": [e.card.name for e in panel.experts], "changes": {n: CHANGES[n].line for n in changes}}
+    store = Store(Path(args.out), key, experts_bench.LAYOUT)
+    ask = partial(experts_bench.judge, panel, changes, equal=args.equalise, batch_size=args.batch_size)
+    scored, origin = score(ask, samples, store)
+    rows = experts_bench.joined_rows(panel, scored)
+    measured = experts_bench.experts_result(panel, samples, rows, changes, args.by, draw)
+    stated = {"fusion": panel.fusion, "held_out": panel.held_out.get(experts_bench.FUSION, [])}
+    return store, rows, origin, {"stated": stated} | measured
 
 
 def choose(task: Task, manifest: Path, args: argparse.Namespace) -> tuple[list[Sample], int]:
     """The samples to judge, and how many fakes were skipped because `describe` has no truth for them."""
     samples = read_manifest(manifest, split=args.split)
     if args.split is None and any(s.split == "train" for s in samples):
-        _say("no --split given: samples of the train split are judged too")
+        say("no --split given: samples of the train split are judged too")
     skipped = 0
     if task.name == "describe":
         skipped = sum(s.label == "fake" and not s.cues for s in samples)
@@ -676,10 +498,6 @@ def drift(result: Row, reference: Row) -> list[str]:
     return moved
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def _line(name: str, measured: Row) -> str:
     if measured["value"] is None:
         return f"{name}: not defined"
@@ -696,10 +514,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
         "  python eval/run_bench.py detect --data manifest.csv --split val --out results/val\n"
-        "  python eval/run_bench.py describe --data forged/manifest.jsonl --model majority --out results/cues",
+        "  python eval/run_bench.py describe --data forged/manifest.jsonl --model majority --out results/cues\n"
+        "  python eval/run_bench.py experts --data manifest.csv --changes jpeg50,half --out results/experts",
     )
     parser.add_argument("task", nargs="?", choices=list(TASKS), help="what is asked (see --list)")
-    parser.add_argument("--list", action="store_true", help="list the tasks")
+    parser.add_argument("--list", action="store_true", help="list the tasks, and the changes of `experts`")
     parser.add_argument("--data", metavar="MANIFEST", help="CSV, JSONL or Parquet with path and label")
     parser.add_argument("--model", default="embedded", help="embedded, an adapter's folder, expert:NAME or majority")
     parser.add_argument("--out", metavar="DIR", help="where result.json and samples.parquet go")
@@ -711,16 +530,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--equalise", action=argparse.BooleanOptionalAction, default=True, help="re-encode all alike")
+    parser.add_argument("--experts", metavar="A,B", help="experts: these (default: all of ours, and mesonet if here)")
+    parser.add_argument(
+        "--changes", metavar="A,B", help="experts: score under these changes too, or none (default: all)"
+    )
     parser.add_argument("--compare", metavar="REF.json", help="exit 1 when a headline number left its interval")
     args = parser.parse_args(argv)
     if args.list:
         for task in TASKS.values():
             print(f"{task.name}\tv{task.version}\tper {task.unit}\t{task.line}")
+        for change in CHANGES.values():
+            print(f"change {change.name}\t{change.line}")
         return 0
     if not (args.task and args.data and args.out):
         parser.error("TASK, --data and --out are needed (or --list)")
     if args.limit is not None and args.limit < 1:
         parser.error("--limit must be 1 or more")
+    if args.task == "experts" and (args.model == "majority" or args.model.startswith("expert:")):
+        parser.error("experts takes --model embedded or an adapter's folder, and --experts")
     args.by = [column for column in args.by.split(",") if column]
     try:
         reference = _reference(Path(args.compare)) if args.compare else None
@@ -730,7 +557,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         moved = drift(result, reference)
     except X2DFDError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return 2
     print("drift: " + ("; ".join(moved) if moved else "none"))
     return 1 if moved else 0

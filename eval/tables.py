@@ -31,9 +31,7 @@ def detect(results: dict[str, Result], *, all_methods: bool = False) -> str:
     Of the methods only those that were held out and those without reals of their own, unless `all_methods`.
     """
     blocks = []
-    for name, result in results.items():
-        if result["task"]["name"] != "detect":
-            continue
+    for name, result in _of("detect", results):
         scorers: dict[str, Result] = result["scorers"]
         parts = sorted({(c, v) for s in scorers.values() for c, table in s["by"].items() for v in table})
         # A set of one generator's fakes bears its name as source and as method: one row says it.
@@ -78,9 +76,7 @@ def detect(results: dict[str, Result], *, all_methods: bool = False) -> str:
 def describe(results: dict[str, Result], *, all_methods: bool = False) -> str:
     """Cues and areas named in rationales against the truth, beside the majority baseline; by method if asked."""
     blocks = []
-    for name, result in results.items():
-        if result["task"]["name"] != "describe":
-            continue
+    for name, result in _of("describe", results):
         lines = [["", "area F1 [95 %]", "cue F1 [95 %]", "distinct texts", "contradictions", "n fake"], ["---"] * 6]
         held_out = result["model"]["stated"].get("held_out", [])
         for scorer, s in result["scorers"].items():
@@ -102,12 +98,175 @@ def describe(results: dict[str, Result], *, all_methods: bool = False) -> str:
     return "\n\n".join(blocks) or "No results yet."
 
 
-def speed(results: dict[str, Result], *, all_cases: bool = False) -> str:
-    """Seconds of a warm call on one face: the verdict, without and with its rationale, or all that was timed."""
+def experts(results: dict[str, Result]) -> str:
+    """Experts, fusion and baselines in columns: all metrics over all, AUC of every slice; then the fusion in full."""
     blocks = []
-    for name, result in results.items():
-        if result["task"]["name"] != "speed":
+    for name, result in _of("experts", results):
+        scorers, held_out = result["scorers"], result["held_out"]
+        overall = [["all", *scorers], ["---"] * (len(scorers) + 1)]
+        overall += [
+            [title, *(_number(s["overall"][key]) if key in s["overall"] else "–" for s in scorers.values())]
+            for key, title in _MEASURES.items()
+        ]
+        first = next(iter(scorers.values()))
+        parts = [(column, value) for column, table in first["by"].items() for value in table]
+        parts = [part for part in parts if part[0] != "source" or ("method", part[1]) not in parts]
+        slices = [["AUC", *scorers, "fake / real"], ["---"] * (len(scorers) + 2)]
+        for column, value in parts:
+            known = first["by"][column][value]
+            found = {c: s["by"].get(column, {}).get(value) for c, s in scorers.items()}
+            cells = [
+                f"{_number(x['auc'])}{'†' if value in held_out.get(c, ()) else ''}" if x else "–"
+                for c, x in found.items()
+            ]
+            mark = "" if known["against"] == "own reals" else "*"
+            slices.append([f"{column} {value}{mark}", *cells, "{n_fake} / {n_real}".format_map(known)])
+        data, failed = result["data"], sum(result["failures"].values())
+        missing = ", ".join(result["model"]["stated"]["experts_left_out"])
+        caption = (
+            f"`{name}`: fusion of `{result['model']['name']}` without its MLLM, manifest `{data['sha256'][:12]}`, "
+            f"split {data['split'] or 'all'}, {data['n_real']} real and {data['n_fake']} fake, {data['n_groups']} "
+            f"groups, {failed} not readable; the largest face of each. {SHARPNESS_LINE} "
+            "ECE: reals and fakes weigh a half each. † left out of training, as its card says (fusion: out of the "
+            "calibration and of every expert that weighs). "
+            "* against all reals (or all fakes), as there are too few of the same source."
+            + (f" Not here: {missing}." if missing else "")
+        )
+        blocks += [caption, _table(overall), _table(slices)]
+        if "fusion" in scorers:
+            blocks += _fusion(scorers["fusion"], parts)
+    return "\n\n".join(blocks) or "No results yet."
+
+
+_MEASURES = {
+    "auc": "AUC",
+    "average_precision": "AP",
+    "tpr_at_fpr_0.05": "TPR at 5 % FPR",
+    "tpr_at_fpr_0.01": "TPR at 1 % FPR",
+    "ece_15_even": "ECE",
+}
+SHARPNESS_LINE = "`baseline:sharpness` is the variance of the crop's Laplacian alone: the smoother, the likelier fake."
+
+
+def _fusion(fusion: Result, parts: Sequence[tuple[str, str]]) -> list[str]:
+    """The fusion's measures in every slice, and whose photos it calls fake at the shipped threshold."""
+    rest = {key: title for key, title in _MEASURES.items() if key != "auc"}
+    full = [["fusion", *rest.values(), "called fake", "fake / real"], ["---"] * (len(rest) + 3)]
+    for column, value in parts:
+        part = fusion["by"].get(column, {}).get(value)
+        if part:
+            found = _number(part["found"], percent=True) if "found" in part else "–"
+            cells = [_number(part[key]) for key in rest]
+            full.append([f"{column} {value}", *cells, found, "{n_fake} / {n_real}".format_map(part)])
+    answers = fusion["answers"]
+    alarms = [["false alarms of the fusion", "share of the reals [95 %]", "n"], ["---"] * 3]
+    alarms.append(["**all**", _number(answers["false_alarms"], percent=True), str(answers["false_alarms"]["n"])])
+    alarms += [
+        [f"{column} {value}", _number(rate, percent=True), str(rate["n"])]
+        for column, table in answers["false_alarms_by"].items()
+        for value, rate in table.items()
+    ]
+    return [_table(full), _table(alarms)]
+
+
+def robustness(results: dict[str, Result]) -> str:
+    """AUC of every column under every change; the fusion's false alarms and misses; how far JPEG 95 moves P(fake)."""
+    blocks = []
+    for name, result in _of("experts", results):
+        if not result["robustness"]:
             continue
+        columns = list(result["scorers"])
+        fused = "fusion" in columns
+        lines = [["AUC", *columns, *(("false alarms", "misses") if fused else ()), "faces lost, fake / real"]]
+        lines.append(["---"] * len(lines[0]))
+        answers = result["scorers"]["fusion"]["answers"] if fused else {}
+        rates = [_number(answers[key], percent=True) for key in ("false_alarms", "misses") if fused]
+        lines.append(["unchanged", *(_number(s["overall"]["auc"]) for s in result["scorers"].values()), *rates, "–"])
+        for change, part in result["robustness"].items():
+            rates = [_number(part[key], percent=True) for key in ("false_alarms", "misses") if fused]
+            lost = "{fake} / {real}".format_map(part["lost_face"])
+            lines.append([change, *(_number(part["auc"][c]) for c in columns), *rates, lost])
+        what = "; ".join(f"{change}: {part['what']}" for change, part in result["robustness"].items())
+        blocks += [
+            f"`{name}`, every picture scored again, on the pictures that keep their face. {what}.",
+            _table(lines),
+        ]
+        if swap := result["format_swap"]:
+            moved = [["PNG to JPEG 95", "median of the change of P(fake)", "90 % stay below", "n"], ["---"] * 4]
+            moved += [[c, *(_plain(part[q]) for q in ("median", "p90")), str(part["n"])] for c, part in swap.items()]
+            blocks.append(_table(moved))
+    return "\n\n".join(blocks) or "No results yet."
+
+
+def localisation(results: dict[str, Result]) -> str:
+    """Where maps point against the forge's masks, beside two that know nothing of the picture; by method."""
+    blocks = []
+    for name, result in _of("experts", results):
+        placed = result["localisation"]
+        maps = placed["maps"]
+        if not maps:
+            continue
+        lines = [["", *(f"{m} {what}" for m in maps for what in ("pixel AUC", "IoU")), "n"]]
+        lines.append(["---"] * len(lines[0]))
+        lines.append(
+            ["**all**", *(_number(part[k]) for part in maps.values() for k in ("auc", "iou")), str(placed["n"])]
+        )
+        for method, known in next(iter(maps.values()))["by_method"].items():
+            parts = [part["by_method"].get(method) for part in maps.values()]
+            cells = [_number(part[k], interval=False) if part else "–" for part in parts for k in ("auc", "iou")]
+            lines.append([method, *cells, str(known["n"])])
+        base = "; ".join(f"`{key}`: {text}" for key, text in placed["baselines"].items())
+        left_out = ", ".join(f"{reason} {n}" for reason, n in placed["left_out"].items()) or "none"
+        blocks += [
+            f"`{name}`: {placed['n']} of {placed['n_masks']} masked forgeries (left out: {left_out}), mean over "
+            f"pictures. IoU at {placed['iou_at']}. {base}.",
+            _table(lines),
+        ]
+    return "\n\n".join(blocks) or "No results yet."
+
+
+def missing(results: dict[str, Result]) -> str:
+    """The fusion with every choice of experts, as shipped and refitted; and what withholding by disagreement does."""
+    blocks = []
+    for name, result in _of("experts", results):
+        found, apart = result["missing"], result["disagreement"]
+        if not found:
+            continue
+        keys = ("false alarms", "found", "inconclusive")
+        lines = [["experts here", "AUC, at their means", *keys, "AUC, refitted", *keys], ["---"] * 9]
+        lines += [
+            [here, *(cell for part in (p["imputed"], p["refitted"]) for cell in _pattern(part))]
+            for here, p in found["patterns"].items()
+        ]
+        blocks += [
+            f"`{name}`, {found['n']} pictures that all experts could score. A missing expert (and the MLLM, which is "
+            "missing throughout) stands at its mean, as shipped; beside it weights and band refitted to what is left, "
+            f"on the other groups of {found['folds']} parts.",
+            _table(lines),
+        ]
+        lines = [["no verdict where experts are apart by", "answered", "right of those", "false alarms", "misses"]]
+        lines.append(["---"] * len(lines[0]))
+        for at, said in apart["from_spread"].items():
+            cells = [_percent(said[k]) for k in ("coverage", "accuracy", "false_alarms", "misses")]
+            lines.append([at, *cells])
+        blocks += [f"Disagreement: in force is {apart['in_force'] or 'never'}.", _table(lines)]
+    return "\n\n".join(blocks) or "No results yet."
+
+
+def _pattern(part: Result | None) -> list[str]:
+    if part is None:
+        return ["–"] * 4
+    rates = [_number(part[key], percent=True, interval=False) for key in ("false_alarms", "found")]
+    return [_number(part["auc"]), *rates, _percent(part["inconclusive"])]
+
+
+def speed(results: dict[str, Result], *, all_cases: bool = False) -> str:
+    """Seconds of a warm call on one face: the verdict, without and with its rationale, or all that was timed.
+
+    With all cases, also each expert's milliseconds a face and packed against single questions, where they were timed.
+    """
+    blocks = []
+    for name, result in _of("speed", results):
         lines = [["warm, one face", "median s", "10–90 %"], ["---"] * 3]
         lines += [
             [case, f"{t['median']:.2f}", f"{t['p10']:.2f}–{t['p90']:.2f}"]
@@ -117,7 +276,28 @@ def speed(results: dict[str, Result], *, all_cases: bool = False) -> str:
         machine = result["machine"]
         caption = f"`{name}`: {result['threads']} threads of {machine['cpu']}, {result['rounds']} rounds, fp32."
         blocks.append(caption + "\n\n" + _table(lines))
+        if all_cases and "expert_ms_a_face" in result:
+            blocks += _speed_of_parts(result)
     return "\n\n".join(blocks) or "No results yet."
+
+
+def _speed_of_parts(result: Result) -> list[str]:
+    experts, packing = result["expert_ms_a_face"], result["packing"]
+    sizes = sorted({n for part in experts.values() for n in part}, key=int)
+    lines = [["expert, nothing shared", *(f"ms a face, {n} at once [10–90 %]" for n in sizes)]]
+    lines.append(["---"] * len(lines[0]))
+    lines += [[name, *(_spread(part[n], ".1f") for n in sizes)] for name, part in experts.items()]
+    asked = [[f"{packing['questions']} cue questions", "s [10–90 %]", "times packed", "largest change of P(yes)"]]
+    asked.append(["---"] * 4)
+    for name, seconds in packing["seconds"].items():
+        times, change = packing["times_packed"].get(name), packing["largest_difference"].get(name)
+        cells = [_spread(times, ".1f") if times else "–", "–" if change is None else f"{change:.1e}"]
+        asked.append([name, _spread(seconds, ".2f"), *cells])
+    return [_table(lines), _table(asked)]
+
+
+def _spread(part: dict[str, float], form: str) -> str:
+    return f"{part['median']:{form}} [{part['p10']:{form}}–{part['p90']:{form}}]"
 
 
 def unseen(_: dict[str, Result]) -> str:
@@ -142,6 +322,18 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def _of(task: str, results: dict[str, Result]) -> list[tuple[str, Result]]:
+    return [(name, result) for name, result in results.items() if result["task"]["name"] == task]
+
+
+def _plain(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
 def _number(measured: Result, *, percent: bool = False, interval: bool = True) -> str:
     def show(value: float) -> str:
         return f"{100 * value:.1f} %" if percent else f"{value:.3f}"
@@ -157,6 +349,10 @@ TABLES: dict[str, Callable[[dict[str, Result]], str]] = {
     "detect-all": partial(detect, all_methods=True),
     "describe": describe,
     "describe-all": partial(describe, all_methods=True),
+    "experts": experts,
+    "robustness": robustness,
+    "localisation": localisation,
+    "missing": missing,
     "unseen": unseen,
     "speed": speed,
     "speed-all": partial(speed, all_cases=True),

@@ -45,7 +45,8 @@ def steps(
     whole = log_ratios(scores, labels, ordered)
     first = np.flatnonzero(np.diff(np.round(whole, 6), prepend=np.nan) != 0)
     names, place = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-    rng, drawn = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    drawn: list[m.Floats] = []
     while len(drawn) < draws:
         count = rng.multinomial(len(names), np.full(len(names), 1 / len(names)))[place]
         chosen = np.repeat(np.arange(len(scores)), count)

@@ -1,4 +1,4 @@
-"""`python -m finetune --config FILE.yaml [--set key=value ...]`."""
+"""`python -m finetune --config FILE.yaml [--set key=value ...]`; `python -m finetune convert`, `merge`."""
 
 from __future__ import annotations
 
@@ -14,22 +14,70 @@ _EPILOG = """Examples:\n
   python -m finetune --config finetune/embedded.yaml\n
   python -m finetune --config finetune/embedded.yaml --set max_steps=200 --set out=build/adapter
 """
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
+@app.callback(invoke_without_command=True, epilog=_EPILOG)
 def run(
-    config: Annotated[Path, typer.Option(help="YAML file; see finetune/config.py for every key")],
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="YAML file; see finetune/config.py for every key")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, on top of the file")] = None,
+    dry_run: Annotated[bool, typer.Option(help="say what would be trained and what memory it takes")] = False,
+    gpus: Annotated[int, typer.Option(help="with --dry-run: how many", min=1)] = 1,
 ) -> None:
     """Fine-tune an MLLM on an instruction set; a cut-off run resumes."""
+    if context.invoked_subcommand is not None:
+        return
+    if config is None:
+        raise typer.BadParameter("a training wants --config FILE.yaml")
     from finetune.config import load_config
+
+    settings = load_config(config, set_ or ())
+    if dry_run:
+        from finetune.memory import report
+
+        print(report(settings, gpus))
+        return
     from finetune.train import train
 
-    print(train(load_config(config, set_ or ())))
+    print(train(settings))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="adapter directory")],
+    out: Annotated[Path, typer.Argument(help="directory to write")],
+    base: Annotated[str, typer.Option(help="the base's name or directory in the target layout")],
+    to: Annotated[str, typer.Option(help="layout: hub, or llava for LLaVA's own code")] = "hub",
+    frame: Annotated[str, typer.Option(help="train_consistent, or official_infer")] = "train_consistent",
+    experts: Annotated[str, typer.Option(help="names, with commas, in the order of the prompt")] = "",
+) -> None:
+    """Published X2-DFD adapters (LLaVA's layout) to the hub's layout, and back."""
+    from finetune.convert import to_hub, to_llava
+    from x2dfd.errors import UnknownName
+
+    if to not in ("hub", "llava"):
+        raise UnknownName("layout", to, ("hub", "llava"))
+    if to == "hub":
+        to_hub(source, out, base=base, frame=frame, experts=tuple(n for n in experts.split(",") if n))
+    else:
+        to_llava(source, out, base=base)
+    print(out)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="adapter directory")],
+    out: Annotated[Path, typer.Argument(help="directory to write")],
+    base: Annotated[str | None, typer.Option(help="LLaVA directory or hub name; default: the embedded base")] = None,
+) -> None:
+    """Merge an adapter into its base; refused when the card's probe pictures score otherwise afterwards."""
+    from finetune.merge import merge as merged
+
+    print(merged(adapter, out, base))
 
 
 def main() -> None:
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(epilog=_EPILOG)(run)
     try:
         app()
     except X2DFDError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,11 +36,19 @@ def calibrate(
     limit: int | None = None,
     view_seed: int = 1,
     false_alarms: float = 0.05,
+    disagreement: float | None = None,
+    add: Sequence[str] = (),
+    other_experts: bool = False,
 ) -> Calibration:
     """Score the split, fit, write. Half of the pictures are taken as they are, half as their degraded training view.
 
-    Raises X2DFDError when the split lacks a label.
+    `disagreement`: no verdict where the parts are further apart than this; None: their spread decides nothing. `add`:
+    experts that join the fusion though the MLLM was not trained with them: its prompt stays as it was.
+    `other_experts`: take the expert weights that are here, also where the adapter was trained with others. Raises
+    X2DFDError when the split lacks a label.
     """
+    if disagreement is not None and not 0 < disagreement < 1:
+        raise X2DFDError(f"disagreement {disagreement}: the spread of probabilities lies between 0 and 1")
     crops = load_crops(data)
     # What was kept out of training for figures on unseen methods is kept out here too.
     rows = _chosen(crops, split, limit, read_adapter_card(adapter).held_out)
@@ -51,17 +60,21 @@ def calibrate(
         Calibration.load(adapter)
     except SetupError:
         (adapter / "calibration.json").unlink(missing_ok=True)  # a broken one would keep the adapter from loading
-    detector = load(adapter, mode="paper")
+    names = list(dict.fromkeys([*read_adapter_card(adapter).experts, *add]))
+    detector = load(adapter, mode="paper", experts=names, other_experts=other_experts)
     parts = score_parts(detector, crops, rows, view_seed)
     weights_per_sample = balance(samples)
     weights, means, bias = fit_weights(parts, labels, weights_per_sample)
     # The band is chosen and counted with the numbers that are stored.
     weights, means, bias = _rounded(weights), _rounded(means), round(bias, 6)
     draft = Calibration(weights, means, bias, 0.5, 0.5)
-    chances = np.array([draft.probability(_row(parts, k)) for k in range(len(samples))])
+    logits = [_row(parts, k) for k in range(len(samples))]
+    chances = np.array([draft.probability(row) for row in logits])
     low, high = choose_band(chances, labels, [s.source for s in samples], false_alarms=false_alarms)
     mllm = 1 / (1 + np.exp(-parts[MLLM]))
     _, mllm_threshold = choose_band(mllm, labels, [s.source for s in samples], false_alarms=false_alarms)
+    result = Calibration(weights, means, bias, low, high, mllm_threshold, {}, disagreement)
+    said = np.array([result.verdict(p, row).label for p, row in zip(chances.tolist(), logits, strict=True)])
     real = labels == 0
     fitted = {
         "manifest_sha256": manifest_sha256(data),
@@ -70,19 +83,12 @@ def calibrate(
         "n_fake": int((~real).sum()),
         "groups": len({s.group for s in samples}),
         "false_alarms_allowed": false_alarms,
-        "false_alarms_per_source": _rates(chances >= high, samples, real),
-        "inconclusive": round(float(((chances >= low) & (chances < high)).mean()), 4),
-        "fakes_found": round(float((chances[~real] >= high).mean()), 4),
+        "false_alarms_per_source": _rates(said == "fake", samples, real),
+        "inconclusive": round(float((said == "inconclusive").mean()), 4),
+        "experts": {e.card.name: e.card.sha256 for e in detector.experts},
+        "fakes_found": round(float((said[~real] == "fake").mean()), 4),
     }
-    result = Calibration(
-        weights,
-        means,
-        bias,
-        low,
-        high,
-        mllm_threshold,
-        fitted,
-    )
+    result = replace(result, fitted_on=fitted)
     result.save(adapter)
     return result
 
@@ -165,9 +171,27 @@ def _run(
     split: Annotated[str, typer.Option(help="that split's name")] = "calib",
     limit: Annotated[int | None, typer.Option(help="at most this many pictures, drawn at random")] = None,
     false_alarms: Annotated[float, typer.Option(help="bound on real pictures called fake, in every source")] = 0.05,
+    disagreement: Annotated[
+        float | None, typer.Option(help="no verdict where experts are further apart than this (0..1); default: never")
+    ] = None,
+    add: Annotated[
+        str, typer.Option(help="experts that join though the MLLM does not know them, comma-separated")
+    ] = "",
+    other_experts: Annotated[
+        bool, typer.Option(help="take the expert weights that are here, whatever trained it")
+    ] = False,
 ) -> None:
     """Fit the calibrated probability and the inconclusive band."""
-    result = calibrate(adapter, data, split=split, limit=limit, false_alarms=false_alarms)
+    result = calibrate(
+        adapter,
+        data,
+        split=split,
+        limit=limit,
+        false_alarms=false_alarms,
+        disagreement=disagreement,
+        add=[n for n in add.split(",") if n],
+        other_experts=other_experts,
+    )
     print(json.dumps({"weights": result.weights, "low": result.low, "high": result.high, **result.fitted_on}, indent=1))
 
 

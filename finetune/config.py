@@ -13,6 +13,14 @@ from x2dfd.errors import UnknownName, X2DFDError
 LANGUAGE_LINEARS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 """LoRA's targets: every linear layer of the language model, and none of the tower or the projector."""
 
+CHOICES = {
+    "method": ("lora", "qlora", "dora", "full"),
+    "tower": ("frozen", "norms"),
+    "base_dtype": ("float32", "bfloat16"),
+    "attention": ("sdpa", "eager", "flash_attention_2"),
+}
+"""What a key of the configuration may be."""
+
 
 @dataclass(frozen=True)
 class FinetuneConfig:
@@ -21,7 +29,8 @@ class FinetuneConfig:
     instructions: str  # instructions.jsonl of `data_gen build`
     manifest: str  # the manifest the instructions were built from
     out: str  # adapter directory to write
-    base: str | None = None  # LLaVA directory or hub name; None is the embedded base
+    base: str | None = None  # directory or hub name of an image-text-to-text model; None is the embedded base
+    method: str = "lora"  # lora; qlora: on a base in NF4 (bitsandbytes); dora; full: every language weight
     name: str = "x2dfd-embedded"  # the adapter's name in its card
     version: str = "1"  # the adapter's version in its card
     licence: str = "as the training data; not for redistribution unless you know better"  # of the weights
@@ -34,7 +43,9 @@ class FinetuneConfig:
     lora_r: int = 16  # rank
     lora_alpha: int = 32  # scale is alpha / r
     lora_dropout: float = 0.05
-    targets: str = LANGUAGE_LINEARS  # regular expression over module names
+    targets: str = LANGUAGE_LINEARS  # regular expression over module names; inside the language model
+    projector: str | None = None  # name of the projector's module; None finds it
+    tower: str = "frozen"  # or norms: its normalisation layers are trained, at the projector's rate
     lr: float = 2e-4  # of the LoRA matrices
     projector_lr: float = 2e-5  # of the projector
     weight_decay: float = 0.0
@@ -45,8 +56,15 @@ class FinetuneConfig:
     accumulate: int = 8  # steps per update
     verdict_weight: float = 4.0  # weight of label and yes/no tokens against one explanation token
     limit: int | None = None  # pictures of the manifest whose features are cached; as in the training of `clip`
-    cached_features: str | None = None  # folder of cached tower features; None computes them while training
+    cached_features: str | None = None  # folder of a frozen tower's features; None computes them while training
+    pack: bool = True  # all conversations about a picture in one row, as LLaVA bases can; False: a row each
+    bucket: bool = True  # rows of like length share a batch
+    attention: str = "sdpa"  # or eager; flash_attention_2 where it is installed, with pack: false
+    frame: str | None = None  # a chat frame of x2dfd.prompts (train_consistent); None is the base's own
     view_seed: int = 1  # degradation of each picture; must be the one the instructions were built with
+    base_dtype: str = "float32"  # of the frozen base; bfloat16 halves its memory and wants bf16
+    checkpointing: bool = False  # activations computed twice rather than kept
+    deepspeed: str | None = None  # DeepSpeed's JSON: finetune/zero2.json, finetune/zero3.json
     bf16: bool = False  # matrix products in 16 bits; quick only where the processor or GPU has units for them
     save_steps: int = 100  # updates between checkpoints; a cut-off run resumes from the last
     seed: int = 0
@@ -76,9 +94,32 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> FinetuneCon
             raise UnknownName("configuration key", str(key), known)
         values[key] = _typed(key, value, str(known[key].type))
     try:
-        return FinetuneConfig(**values)
+        config = FinetuneConfig(**values)
     except TypeError as error:
         raise X2DFDError(f"configuration incomplete: {error}") from error
+    check_config(config)
+    return config
+
+
+def check_config(config: FinetuneConfig) -> None:
+    """Raises UnknownName for a choice that there is not, X2DFDError for settings that exclude each other."""
+    for key, known in CHOICES.items():
+        if getattr(config, key) not in known:
+            raise UnknownName(key, getattr(config, key), known)
+    clashes = {
+        "base_dtype: bfloat16 wants bf16: true": config.base_dtype == "bfloat16" and not config.bf16,
+        "flash attention knows no packs: take pack: false": config.attention == "flash_attention_2" and config.pack,
+        "cached features want tower: frozen": config.cached_features is not None and config.tower != "frozen",
+        "cached features want pack: true": config.cached_features is not None and not config.pack,
+        "the embedded base wants pack: true": config.base is None and not config.pack,
+        "qlora wants a base of its own; the embedded one is small enough": config.base is None
+        and config.method == "qlora",
+        "cached features want an adapter, not method: full": config.cached_features is not None
+        and config.method == "full",
+    }
+    wrong = [reason for reason, holds in clashes.items() if holds]
+    if wrong:
+        raise X2DFDError(f"configuration: {'; '.join(wrong)}")
 
 
 def _yaml(text: str, where: str) -> Any:

@@ -7,6 +7,7 @@ the prefix, so a pack gives the same loss as its conversations one by one at a f
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from rich.progress import track
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from x2dfd import prompts
 from x2dfd.crops import CropSet
 from x2dfd.errors import X2DFDError
+from x2dfd.files import write_text
 from x2dfd.tower import TowerFeatures, training_view
 
 IGNORE = -100
@@ -58,11 +63,16 @@ def answer_tokens(
     return before, ids[len(before) :]
 
 
+def _turns(record: dict[str, Any]) -> tuple[str, list[tuple[str, str]], str]:
+    """First question, the (answer, next question) turns after it, and the last answer."""
+    first, *between, answer = (turn["value"] for turn in record["conversations"])
+    question = first.removeprefix("<image>").removeprefix("\n")
+    return question, list(zip(between[::2], between[1::2], strict=True)), answer
+
+
 def conversation(processor: Any, record: dict[str, Any], label_ids: Sequence[int]) -> Conversation:
     """One record of the instruction set as tokens."""
-    first, *between, gpt = (turn["value"] for turn in record["conversations"])
-    question = first.removeprefix("<image>").removeprefix("\n")
-    turns = list(zip(between[::2], between[1::2], strict=True))
+    question, turns, gpt = _turns(record)
     before, answer = answer_tokens(processor, question, gpt, turns)
     heavy = None
     if record["task"].startswith("detect"):
@@ -72,6 +82,26 @@ def conversation(processor: Any, record: dict[str, Any], label_ids: Sequence[int
     elif record["task"].startswith("cue"):
         heavy = len(before)
     return Conversation(before + answer, len(answer), heavy)
+
+
+def read_records(instructions: Path, split: str) -> dict[int, list[dict[str, Any]]]:
+    """The instruction records of a split by their picture's row. Raises X2DFDError when there are none."""
+    by_row: dict[int, list[dict[str, Any]]] = {}
+    with instructions.open(encoding="utf-8") as stream:
+        for line in stream:
+            record = json.loads(line)
+            if record["split"] == split:
+                by_row.setdefault(record["row"], []).append(record)
+    if not by_row:
+        raise X2DFDError(f"{instructions}: no picture of split {split!r} to train on")
+    return dict(sorted(by_row.items()))
+
+
+def view_image(data: CropSet, row: int, seed: int) -> Any:
+    """A picture's training view as a PIL image."""
+    from PIL import Image
+
+    return Image.fromarray(training_view(data.crops[row], seed, row)[0])
 
 
 class Packs(Dataset[dict[str, Any]]):
@@ -87,20 +117,14 @@ class Packs(Dataset[dict[str, Any]]):
         features: TowerFeatures | None,
         view_seed: int,
     ) -> None:
-        by_row: dict[int, list[dict[str, Any]]] = {}
-        with instructions.open(encoding="utf-8") as stream:
-            for line in stream:
-                record = json.loads(line)
-                if record["split"] == split:
-                    by_row.setdefault(record["row"], []).append(record)
+        by_row = read_records(instructions, split)
         where = {int(r): k for k, r in enumerate(features.rows)} if features is not None else {}
-        self.rows = sorted(by_row)
-        if not self.rows:
-            raise X2DFDError(f"{instructions}: no picture of split {split!r} to train on")
+        self.rows = list(by_row)
         absent = [r for r in self.rows if r not in where] if features is not None else []
         if absent:
             raise X2DFDError(f"{len(absent)} of {len(self.rows)} pictures have no cached features; give a larger limit")
-        self.conversations = [[conversation(processor, r, label_ids) for r in by_row[row]] for row in self.rows]
+        self.conversations = [[conversation(processor, r, label_ids) for r in records] for records in by_row.values()]
+        self.lengths = [sum(len(c.tokens) for c in pack) for pack in self.conversations]
         self._data, self._features, self._where, self._seed = data, features, where, view_seed
         self._image_processor = processor.image_processor
         self._before, _ = prompts.prompt_tokens(processor, prompts.render(processor, prompts.QUESTION))
@@ -115,12 +139,115 @@ class Packs(Dataset[dict[str, Any]]):
         if self._features is not None:
             pixels = torch.from_numpy(np.asarray(self._features.patches[self._where[row]], np.float32))
         else:
-            from PIL import Image
-
-            view, _ = training_view(self._data.crops[row], self._seed, row)
-            pixels = self._image_processor(Image.fromarray(view), return_tensors="pt")["pixel_values"][0]
+            image = view_image(self._data, row, self._seed)
+            pixels = self._image_processor(image, return_tensors="pt")["pixel_values"][0]
         prefix = [*self._before, *[self._image_id] * self._image_tokens]
         return {"pixel_values": pixels, "prefix": prefix, "conversations": self.conversations[k]}
+
+
+class Rows(Dataset[dict[str, Any]]):
+    """One item a conversation, as the base's own processor makes it: for bases whose pictures cannot be packed."""
+
+    def __init__(
+        self, instructions: Path, split: str, processor: Any, label_ids: Sequence[int], data: CropSet, view_seed: int
+    ) -> None:
+        by_row = read_records(instructions, split)
+        self.rows = [row for row, records in by_row.items() for _ in records]
+        self._records = [record for records in by_row.values() for record in records]
+        self._tokens = [conversation(processor, record, label_ids) for record in self._records]
+        self.lengths = [len(c.tokens) for c in self._tokens]
+        self._processor, self._data, self._seed = processor, data, view_seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, k: int) -> dict[str, Any]:
+        question, turns, _ = _turns(self._records[k])
+        prompt, c = prompts.render(self._processor, question, turns=turns), self._tokens[k]
+        image = view_image(self._data, self.rows[k], self._seed)
+        item = dict(self._processor(images=[image], text=[prompt], return_tensors="pt"))
+        before, answer = c.tokens[: -c.answer], torch.tensor([c.tokens[-c.answer :]])
+        if item["input_ids"][0, -len(before) :].tolist() != before:
+            raise X2DFDError("this processor changes the words after the picture; answers cannot be masked")
+        length = item["input_ids"].shape[1]
+        for name, value in item.items():  # all that goes along with the tokens grows with them
+            if value.shape[:2] == (1, length):
+                fill = answer if name == "input_ids" else torch.full_like(answer, int(name == "attention_mask"))
+                item[name] = torch.cat([value, fill.to(value)], 1)
+        item["labels"] = torch.cat([torch.full((1, length), IGNORE), answer], 1)
+        item["weights"] = (item["labels"] != IGNORE).float()
+        return {**item, "heavy": None if c.heavy is None else length - len(before) + c.heavy}
+
+
+@dataclass(frozen=True)
+class CollateRows:
+    """Rows to one batch, padded on the right."""
+
+    pad: int
+    verdict_weight: float
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        lengths = [i["input_ids"].shape[1] for i in items]
+        fills = {"input_ids": self.pad, "labels": IGNORE}
+        batch: dict[str, Tensor] = {}
+        for name in items[0]:
+            if name == "heavy":
+                continue
+            values = [i[name] for i in items]
+            if all(v.shape[:2] == (1, n) for v, n in zip(values, lengths, strict=True)):
+                padding = [(0, max(lengths) - n) for n in lengths]
+                values = [F.pad(v, p, value=fills.get(name, 0)) for v, p in zip(values, padding, strict=True)]
+            batch[name] = torch.cat(values)
+        for row, item in enumerate(items):
+            if item["heavy"] is not None:
+                batch["weights"][row, item["heavy"]] = self.verdict_weight
+        _check_labels(batch["labels"])
+        return batch
+
+
+def _check_labels(labels: Tensor) -> None:
+    if not (labels != IGNORE).any():
+        raise X2DFDError("an empty label mask: this batch has nothing to learn from")
+
+
+@torch.inference_mode()
+def cache_tower(
+    model: Any, processor: Any, data: CropSet, rows: NDArray[np.intp], folder: Path, key: dict[str, Any], seed: int
+) -> TowerFeatures:
+    """What a LLaVA's own frozen tower gives for the training views, computed once and kept in 16 bits.
+
+    Another `key` (base, layers, manifest) begins anew; a cut-off run goes on where it stopped.
+    """
+    layers = feature_layers(model)
+    key = json.loads(json.dumps({**key, "rows": [int(r) for r in rows], "layers": layers, "seed": seed}))
+    folder.mkdir(parents=True, exist_ok=True)
+    progress, path = folder / "progress.json", folder / "patches.npy"
+    state = json.loads(progress.read_text()) if progress.is_file() else {}
+    done = state["done"] if state.get("key") == key else 0
+    patches = np.lib.format.open_memmap(path, "r+") if done else None
+    tower, class_token = model.model.vision_tower, model.config.vision_feature_select_strategy == "default"
+    here = next(tower.parameters())
+    for at in track(range(done, len(rows)), "tower features", disable=not sys.stderr.isatty()):
+        if here.numel() == 0:
+            raise X2DFDError("under ZeRO-3 the tower is in pieces: fill cached_features in a run without it first")
+        image = view_image(data, int(rows[at]), seed)
+        pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"].to(here)
+        states = tower(pixels, output_hidden_states=True).hidden_states
+        found = torch.cat([states[k][:, int(class_token) :] for k in layers])  # [layers, patches, hidden]
+        if patches is None:
+            patches = np.lib.format.open_memmap(path, "w+", np.float16, (len(rows), *found.shape))
+        patches[at] = found.half().cpu().numpy()
+        if at % 64 == 63 or at + 1 == len(rows):
+            patches.flush()
+            write_text(progress, json.dumps({"key": key, "done": at + 1}))
+    assert patches is not None
+    return TowerFeatures(rows, np.zeros((0, 0, 0, 0), np.float16), patches, layers)
+
+
+def feature_layers(model: Any) -> tuple[int, ...]:
+    """The tower's layers that a LLaVA's projector reads."""
+    layers = model.config.vision_feature_layer
+    return (layers,) if isinstance(layers, int) else tuple(layers)
 
 
 def _image_tokens(processor: Any) -> int:
@@ -162,8 +289,7 @@ class Collate:
                 if c.heavy is not None:
                     weights[b, at + c.heavy] = self.verdict_weight
                 at = end
-        if not (labels != IGNORE).any():
-            raise X2DFDError("an empty label mask: this batch has nothing to learn from")
+        _check_labels(labels)
         return {
             "input_ids": ids,
             "position_ids": positions,

@@ -1,77 +1,61 @@
-"""LoRA fine-tuning of a LLaVA on the instruction set, with Transformers' Trainer and PEFT: one road, top to bottom."""
+"""Fine-tuning of a multimodal LLM on the instruction set, with Trainer and PEFT: one road, top to bottom."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
-from finetune.config import FinetuneConfig
-from finetune.data import IGNORE, Collate, Packs
+from finetune.config import FinetuneConfig, check_config
+from finetune.data import IGNORE, Collate, CollateRows, Packs, Rows, cache_tower, feature_layers
+from finetune.models import CachedTower, fit_projector, open_base, tune
 from x2dfd import prompts
-from x2dfd.adapter import WEIGHTS, AdapterCard, lora_b_sum, write_adapter_card
-from x2dfd.crops import load_crops
+from x2dfd.adapter import WEIGHTS, WHOLE, AdapterCard, lora_b_sum, probe_logits, write_adapter_card
+from x2dfd.crops import CropSet, load_crops
+from x2dfd.detector import load
 from x2dfd.errors import X2DFDError
 from x2dfd.experts import expert_class, read_card
 from x2dfd.faces import PREPROCESSING
 from x2dfd.files import file_sha256, write_text
-from x2dfd.mllm import LocalMLLM, base_identity, load_llava
-from x2dfd.tower import cached_features, tower_states, training_rows, training_view
+from x2dfd.mllm import base_identity
+from x2dfd.tower import TowerFeatures, cached_features, tower_states, training_rows, training_view
 
 
-class CachedTower(nn.Module):
-    """Stands in for a frozen vision tower: `pixel_values` are its cached outputs [n, layers, patches, hidden]."""
+class Bucketed(LengthGroupedSampler):
+    """Rows of like length share a batch. The order follows from seed and epoch alone: a cut-off run has it too."""
 
-    def __init__(self, layers: tuple[int, ...]) -> None:
-        super().__init__()
-        self.layers = layers
+    def __init__(self, batch: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch, lengths=lengths, generator=torch.Generator())
+        self._seed, self._epoch = seed, 0
 
-    def forward(self, pixel_values: Tensor, **_: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
 
-        # A class-token row in front, which LLaVA's "default" strategy drops again.
-        states = {layer: F.pad(pixel_values[:, k], (0, 0, 1, 0)) for k, layer in enumerate(self.layers)}
-        return BaseModelOutputWithPooling(hidden_states=states)  # type: ignore[arg-type]
-
-
-@torch.no_grad()
-def fit_projector(model: Any, patches: Tensor) -> None:
-    """Start a random projector from data: inputs standardised, outputs as large as the language model's own embeddings.
-
-    Tower outputs have a few huge dimensions; a plain random start drowns the text.
-    `patches`: [n, layers, patches, hidden].
-    """
-    projector = model.model.multi_modal_projector
-    x = patches.transpose(1, 2).flatten(2).flatten(0, 1)  # [n * patches, layers * hidden]
-    mean, std = x.mean(0), x.std(0) + 1e-3
-    generator = torch.Generator().manual_seed(0)
-    for linear in (projector.linear_1, projector.linear_2):
-        linear.weight.normal_(0, linear.in_features**-0.5, generator=generator)
-        linear.bias.zero_()
-    projector.linear_1.weight /= std
-    projector.linear_1.bias -= projector.linear_1.weight @ mean
-    out = projector(x[:: max(1, len(x) // 4096)])
-    target = model.model.language_model.embed_tokens.weight.square().mean().sqrt()
-    projector.linear_2.weight *= target / out.square().mean().sqrt()
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self._seed + self._epoch)
+        order: Iterator[int] = super().__iter__()  # type: ignore[no-untyped-call]
+        return order
 
 
 class PackTrainer(Trainer):
-    """Trainer with the packs' weighted loss and a learning rate of its own for the projector."""
+    """Trainer with the packs' weighted loss and a learning rate of its own for the modules `whole`."""
 
-    def __init__(self, *args: Any, projector_lr: float, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, projector_lr: float, whole: Sequence[str], bucket: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._projector_lr = projector_lr
+        self._projector_lr, self._whole, self._bucket = projector_lr, tuple(whole), bucket
         self.model_accepts_loss_kwargs = False  # our loss is a mean of its own: divide by the accumulation steps
 
     def compute_loss(
@@ -94,59 +78,98 @@ class PackTrainer(Trainer):
         if self.optimizer is None:
             assert self.model is not None
             trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-            projector = [p for n, p in trained if "multi_modal_projector" in n]
-            lora = [p for n, p in trained if "multi_modal_projector" not in n]
+            projector = [p for n, p in trained if any(w in n for w in self._whole)]
+            lora = [p for n, p in trained if not any(w in n for w in self._whole)]
             groups = [{"params": lora, "lr": self.args.learning_rate}, {"params": projector, "lr": self._projector_lr}]
             self.optimizer = torch.optim.AdamW(groups, weight_decay=self.args.weight_decay)
         return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        batch = self.args.per_device_train_batch_size
+        if not self._bucket or batch == 1:
+            return super()._get_train_sampler(train_dataset)
+        data: Any = self.train_dataset
+        return Bucketed(batch * self.args.gradient_accumulation_steps, data.lengths, self.args.seed)
 
 
 def train(config: FinetuneConfig) -> Path:
     """Fine-tune and write the adapter directory; returns it. A cut-off run resumes from its last checkpoint.
 
+    Under a launcher (torchrun, accelerate, deepspeed) every process calls it, and the first alone writes.
     Raises X2DFDError (SetupError for what is missing) with the reason.
     """
+    check_config(config)
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     work = out / "checkpoints"
-    model, processor = load_llava(
-        config.base,
-        tower_layers=config.tower_layers,
-        text_layers=config.text_layers,
-        feature_layers=config.feature_layers,
+    if config.deepspeed and not torch.cuda.is_available():  # which transformers leaves out on a CPU
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")
+    arguments = _arguments(config, work)  # before the model: under ZeRO-3 it is loaded in pieces
+    if config.base is None and is_deepspeed_zero3_enabled():
+        raise X2DFDError("the embedded base is too small for ZeRO-3 to help: take finetune/zero2.json, or none")
+    if config.method == "qlora" and is_deepspeed_zero3_enabled():
+        raise X2DFDError("weights in four bits cannot be shared out: take finetune/zero2.json with qlora")
+    with arguments.main_process_first(local=False):  # the first makes the files, the others read them
+        data = load_crops(Path(config.manifest))
+        _check_instructions(config)
+    model, processor = open_base(config)
+    label_ids = prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS)
+    with arguments.main_process_first(local=False):
+        features = _features(config, model, processor, data)
+    instructions = Path(config.instructions)
+    packs: Packs | Rows
+    collate: Collate | CollateRows
+    pad = processor.tokenizer.pad_token_id or 0
+    if config.pack:
+        packs = Packs(instructions, "train", processor, label_ids, data, features, config.view_seed)
+        collate = Collate(pad, config.verdict_weight)
+    else:
+        packs = Rows(instructions, "train", processor, label_ids, data, config.view_seed)
+        collate = CollateRows(pad, config.verdict_weight)
+    tuned, whole = tune(model, config)
+    with arguments.main_process_first(local=False):
+        last = _last_checkpoint(work, config)
+    if arguments.process_index == 0:
+        write_text(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
+    trainer = PackTrainer(
+        tuned, arguments, collate, packs, projector_lr=config.projector_lr, whole=whole, bucket=config.bucket
     )
-    mllm = LocalMLLM(model, processor, config.name)
-    layers = model.config.vision_feature_layer
-    layers = (layers,) if isinstance(layers, int) else tuple(layers)
-    data = load_crops(Path(config.manifest))
-    _check_instructions(config)
-    features = None
-    if config.base is None and any(layer < 1 for layer in layers):
-        raise X2DFDError("the embedded base needs positive feature_layers")
-    if config.cached_features:
-        if config.base is not None:
-            raise X2DFDError("cached_features serve the embedded base only")
-        rows = training_rows(data, config.limit)
-        tower = model.config.vision_config.num_hidden_layers
-        features = cached_features(data, rows, Path(config.cached_features), tower, layers, config.view_seed)
-        model.model.vision_tower = CachedTower(layers)
-        fit_projector(model, torch.from_numpy(features.patches[:: max(1, len(rows) // 64)].astype("float32")))
-    elif config.base is None:
-        rows = training_rows(data)
-        some = [training_view(data.crops[i], config.view_seed, int(i))[0] for i in rows[:: max(1, len(rows) // 64)]]
-        states = tower_states(torch.from_numpy(np.stack(some)), max(layers))
-        fit_projector(model, torch.stack([states[k][:, 1:] for k in layers], 1).clone())
-    packs = Packs(Path(config.instructions), "train", processor, mllm.label_ids, data, features, config.view_seed)
-    torch.manual_seed(config.seed)
-    lora = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.targets,
-        modules_to_save=["multi_modal_projector"],
-    )
-    peft_model = get_peft_model(model, lora)
-    arguments = TrainingArguments(
+    trainer.train(resume_from_checkpoint=last)
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of all processes together, on the first
+    if arguments.process_index != 0:
+        return out
+    write_text(out / "log.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
+    if config.method == "full":
+        model.save_pretrained(out / WHOLE, state_dict=state)
+        processor.save_pretrained(out / WHOLE)
+    else:
+        # PEFT notes the folder that the base was loaded from; the base's name says more and fits other machines.
+        tuned.peft_config["default"].base_model_name_or_path = base_identity(config.base)["name"]
+        # The vocabulary is not touched; left to itself, PEFT would ask a hub about it.
+        tuned.save_pretrained(str(out), state_dict=state, save_embedding_layers=False)
+        _to_half(out / WEIGHTS)
+        if lora_b_sum(out) <= 0:
+            raise X2DFDError(f"{out}: training left every lora_B at zero; more steps or a higher lr are needed")
+    if config.expert_weights:
+        shutil.copytree(config.expert_weights, out / "experts", dirs_exist_ok=True)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    figures = {"final_loss": round(float(np.mean(losses[-10:])), 4) if losses else None}
+    figures |= {"pictures": len(set(packs.rows)), "steps": trainer.state.global_step}
+    figures["pictures_a_step"] = config.batch * config.accumulate * arguments.world_size
+    card = _card(config, out, processor, model.config, figures)
+    (out / "README.md").unlink(missing_ok=True)  # PEFT's empty form; card.json says what is known
+    write_adapter_card(out, card)
+    if model.config.model_type == "llava":  # what x2dfd.load takes: it has to give these numbers ever after
+        del trainer, tuned, model, state, features
+        unset_hf_deepspeed_config()  # the others have gone: what is loaded now is this process's alone
+        loaded = load(base=config.base, adapter=out, mode="paper", experts=(), device="cpu", dtype="fp32")
+        write_adapter_card(out, replace(card, probes=probe_logits(loaded.mllm)))
+    return out
+
+
+def _arguments(config: FinetuneConfig, work: Path) -> TrainingArguments:
+    return TrainingArguments(
         output_dir=str(work),
         per_device_train_batch_size=config.batch,
         gradient_accumulation_steps=config.accumulate,
@@ -168,27 +191,38 @@ def train(config: FinetuneConfig) -> Path:
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False,
         disable_tqdm=None,
+        activation_checkpointing=config.checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        deepspeed=config.deepspeed,
+        # Conversations differ in length, but every trained weight takes part in every step.
+        ddp_find_unused_parameters=False,
     )
-    collate = Collate(processor.tokenizer.pad_token_id or 0, config.verdict_weight)
-    trainer = PackTrainer(peft_model, arguments, collate, packs, projector_lr=config.projector_lr)
-    write_text(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
-    trainer.train(resume_from_checkpoint=_last_checkpoint(work, config))
-    write_text(out / "log.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
-    # PEFT notes the folder that the base was loaded from; the base's name says more and fits other machines.
-    peft_model.peft_config["default"].base_model_name_or_path = base_identity(config.base)["name"]
-    # The vocabulary is not touched; left to itself, PEFT would ask a hub about it.
-    peft_model.save_pretrained(str(out), save_embedding_layers=False)
-    _to_half(out / WEIGHTS)
-    if lora_b_sum(out) <= 0:
-        raise X2DFDError(f"{out}: training left every lora_B at zero; more steps or a higher lr are needed")
-    if config.expert_weights:
-        shutil.copytree(config.expert_weights, out / "experts", dirs_exist_ok=True)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    figures = {"final_loss": round(float(np.mean(losses[-10:])), 4) if losses else None, "pictures": len(packs)}
-    figures |= {"steps": trainer.state.global_step, "pictures_a_step": config.batch * config.accumulate}
-    write_adapter_card(out, _card(config, out, processor, model, layers, figures))
-    (out / "README.md").unlink(missing_ok=True)  # PEFT's empty form; card.json says what is known
-    return out
+
+
+def _features(config: FinetuneConfig, model: Any, processor: Any, data: CropSet) -> TowerFeatures | None:
+    """Cached tower outputs in place of the tower, where asked for; the embedded base's projector gets its start."""
+    if config.base is not None and not config.cached_features:
+        return None
+    layers = feature_layers(model)
+    if config.base is None and any(layer < 1 for layer in layers):
+        raise X2DFDError("the embedded base needs positive feature_layers")
+    if config.base is None and not config.cached_features:
+        rows = training_rows(data)
+        some = [training_view(data.crops[i], config.view_seed, int(i))[0] for i in rows[:: max(1, len(rows) // 64)]]
+        states = tower_states(torch.from_numpy(np.stack(some)), max(layers))
+        fit_projector(model, torch.stack([states[k][:, 1:] for k in layers], 1).clone())
+        return None
+    assert config.cached_features is not None
+    rows, folder = training_rows(data, config.limit), Path(config.cached_features)
+    if config.base is None:
+        tower = model.config.vision_config.num_hidden_layers
+        features = cached_features(data, rows, folder, tower, layers, config.view_seed)
+        fit_projector(model, torch.from_numpy(features.patches[:: max(1, len(rows) // 64)].astype("float32")))
+    else:
+        key = {"base": base_identity(config.base), "manifest": file_sha256(Path(config.manifest))}
+        features = cache_tower(model, processor, data, rows, folder, key, config.view_seed)
+    model.model.vision_tower = CachedTower(layers, model.config.vision_feature_select_strategy == "default")
+    return features
 
 
 def _check_instructions(config: FinetuneConfig) -> None:
@@ -213,10 +247,16 @@ def _last_checkpoint(work: Path, config: FinetuneConfig) -> str | None:
     if not key.is_file():
         work.mkdir(parents=True, exist_ok=True)
         write_text(key, json.dumps(run, indent=1) + "\n")
-    elif json.loads(key.read_text(encoding="utf-8")) != run:
+    elif _with_defaults(json.loads(key.read_text(encoding="utf-8"))) != run:
         raise X2DFDError(f"{work} holds a training with other settings or data; choose another out, or delete it")
     last: str | None = get_last_checkpoint(str(work))
     return last
+
+
+def _with_defaults(run: dict[str, Any]) -> dict[str, Any]:
+    """A run of an earlier version, which knew fewer keys."""
+    defaults = {f.name: f.default for f in fields(FinetuneConfig) if f.default is not MISSING}
+    return {**run, "config": defaults | run["config"]}
 
 
 def _to_half(path: Path) -> None:
@@ -226,32 +266,31 @@ def _to_half(path: Path) -> None:
     temporary.replace(path)
 
 
-def _card(
-    config: FinetuneConfig,
-    out: Path,
-    processor: Any,
-    model: Any,
-    layers: tuple[int, ...],
-    figures: dict[str, Any],
-) -> AdapterCard:
+def _card(config: FinetuneConfig, out: Path, processor: Any, model: Any, figures: dict[str, Any]) -> AdapterCard:
+    """`model`: its configuration."""
     data_card = json.loads((Path(config.instructions).parent / "card.json").read_text(encoding="utf-8"))
+    full = config.method == "full"
+    llava = model.model_type == "llava"
+    text = int(model.get_text_config().num_hidden_layers)
+    layers = model.vision_feature_layer if llava else ()
     return AdapterCard(
         name=config.name,
         version=config.version,
         source="trained by this project: python -m finetune",
         licence=config.licence,
-        sha256=file_sha256(out / WEIGHTS),
+        sha256=base_identity(out / WHOLE)["sha256"] if full else file_sha256(out / WEIGHTS),
         preprocessing=PREPROCESSING,
         paper="X2-DFD, arXiv 2410.06126",
         blind_spot=config.blind_spot,
-        weights=WEIGHTS,
+        weights=WHOLE if full else WEIGHTS,
         trained_on=config.trained_on,
         figures=figures,
         held_out=tuple(data_card["config"]["held_out"]),
-        base=base_identity(config.base),
-        tower_layers=int(model.config.vision_config.num_hidden_layers),
-        text_layers=config.text_layers or int(model.config.text_config.num_hidden_layers),
-        feature_layers=layers,
+        base=base_identity(out / WHOLE if full else config.base),
+        tower_layers=int(model.vision_config.num_hidden_layers) if llava else 0,
+        text_layers=text if full else config.text_layers or text,
+        feature_layers=(layers,) if isinstance(layers, int) else tuple(layers),
+        frame=config.frame,
         prompt_sha256=prompts.prompt_hash(processor),
         experts={name: _expert_sha256(name, out) for name in data_card["config"]["experts"]},
         data_sha256=file_sha256(Path(config.instructions)),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import skimage.data
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -16,10 +19,13 @@ import x2dfd
 from tests import tiny
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, check_adapter, lora_b_sum, read_adapter_card, write_adapter_card
+from x2dfd.calibration import Calibration
 from x2dfd.errors import SetupError
-from x2dfd.experts import BUILTIN
+from x2dfd.experts import BUILTIN, Shared
+from x2dfd.faces import find_faces
 from x2dfd.files import file_sha256
 from x2dfd.mllm import LocalMLLM, base_identity, load_llava
+from x2dfd.types import Evidence, Face
 
 pytestmark = pytest.mark.needs_base
 
@@ -165,6 +171,44 @@ def test_the_merged_model_is_the_adapted_one(base: Path, made: Path, astronaut: 
     assert abs(merged - before) > 0.01
 
 
+def test_an_expert_that_joined_at_calibration_judges_but_is_not_in_the_question(
+    adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: a question that no training showed the model, or weights that the calibration never saw."""
+    monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
+    monkeypatch.setitem(BUILTIN, "darkness", "tests.test_adapter:Darkness")
+    before = Calibration.load(adapter)
+    fitted = {"experts": {tiny.EXPERT: "b" * 64, "darkness": "c" * 64}}
+    extended = replace(
+        before,
+        weights=before.weights | {"darkness": 1.0},
+        means=before.means | {"darkness": 0.0},
+        fitted_on=fitted,
+    )
+    extended.save(adapter)
+    detector = x2dfd.load(base=str(base), adapter=adapter)
+    assert [e.card.name for e in detector.experts] == [tiny.EXPERT, "darkness"]
+    [face] = find_faces(np.array(skimage.data.astronaut()))
+    _, [said] = detector.judge_faces([face])
+    assert [e.expert for e in said] == [tiny.EXPERT, "darkness"]
+    [question] = detector._questions([said])
+    assert tiny.EXPERT in question and "darkness" not in question
+    # Newer weights of a trained expert: what the calibration was fitted to counts, not the card.
+    replace(extended, fitted_on={"experts": fitted["experts"] | {tiny.EXPERT: "e" * 64}}).save(adapter)
+    with pytest.raises(SetupError, match="--other-experts"):
+        x2dfd.load(base=str(base), adapter=adapter)
+    assert x2dfd.load(base=str(base), adapter=adapter, other_experts=True).facts["in_prompt"] == [tiny.EXPERT]
+
+
+class Darkness(tiny.Brightness):
+    """Another expert, that no adapter of these tests was trained with."""
+
+    card = replace(tiny.Brightness.card, name="darkness", sha256="c" * 64)
+
+    def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
+        return [Evidence("darkness", 1 - float(f.crop.mean()) / 255) for f in faces]
+
+
 def test_load_refuses_before_it_judges(adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks are worth nothing if the front door does not call them."""
     monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
@@ -176,3 +220,27 @@ def test_load_refuses_before_it_judges(adapter: Path, base: Path, monkeypatch: p
     tiny.edit_card(adapter, prompt_sha256="e" * 64)
     with pytest.raises(SetupError, match="other prompts"):
         x2dfd.load(base=str(base), adapter=adapter)
+
+
+@pytest.mark.needs_base
+def test_a_split_adapter_is_the_same_model(made: Path, base: Path, tmp_path: Path, astronaut: Any) -> None:
+    """Engines refuse an adapter that brings a projector; what they are given instead must answer as ours does."""
+    from peft import PeftModel
+
+    from finetune.split import split
+    from x2dfd.adapter import attach
+
+    whole, lora, rank = split(made, tmp_path / "split", str(base))
+    assert rank == 4 and json.loads((lora / "adapter_config.json").read_text())["modules_to_save"] is None
+    crop = astronaut[:224, 120:344][None]
+
+    def ask(model: Any, processor: Any) -> float:
+        mllm = LocalMLLM(model, processor, "tiny")
+        return float(mllm.verdict_logits(mllm.look(crop), [prompts.QUESTION])[0])
+
+    plain, processor = load_llava(base)
+    wanted = ask(attach(plain, made), processor)
+    served, processor = load_llava(whole)
+    assert abs(ask(served, processor) - wanted) > 0.01
+    both = PeftModel.from_pretrained(load_llava(whole)[0], str(lora)).merge_and_unload()
+    assert ask(both, processor) == pytest.approx(wanted, abs=1e-5)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,11 +15,13 @@ import skimage.data
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
-from finetune.calibrate import _chosen, _face
+from finetune.calibrate import _chosen, _face, calibrate
+from tests import tiny
 from tests.tiny import edit_json
+from x2dfd.adapter import AdapterCard
 from x2dfd.calibration import Calibration, choose_band, fit_weights, logit
 from x2dfd.crops import CropSet
-from x2dfd.errors import SetupError
+from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.faces import find_faces
 from x2dfd.manifest import Sample
 from x2dfd.tower import training_view
@@ -163,6 +167,27 @@ def test_disagreement_is_the_reason_only_where_parts_that_count_disagree() -> No
     assert FITTED.verdict(0.9, {"mllm": 6.0, "blending": -6.0}).label == "fake"
 
 
+def test_disagreement_withholds_a_verdict_only_where_the_calibration_says_so() -> None:
+    """Two experts sure of opposite things, and a sure verdict: the reader is told nothing of the quarrel."""
+    opposed: dict[str, float | None] = {"mllm": 6.0, "blending": -6.0}
+    strict = replace(FITTED, disagreement=0.9)
+    for p in (0.1, 0.9):
+        assert FITTED.verdict(p, opposed).label != "inconclusive"  # files without the field keep their verdicts
+        withheld = strict.verdict(p, opposed)
+        assert (withheld.label, withheld.p_fake, withheld.reason) == ("inconclusive", p, "experts_disagree")
+    assert strict.verdict(0.9, {"mllm": 6.0, "blending": 1.0}).label == "fake"
+    assert strict.verdict(0.9, {"mllm": 6.0, "clip": -6.0}).label == "fake"  # clip has no weight
+    assert strict.verdict(0.9, {}).label == "fake"
+    assert strict.verdict(0.5, {"mllm": 1.0, "blending": -2.0}).reason == "in_band"
+
+
+def test_the_spread_is_of_each_part_against_its_mean() -> None:
+    """An expert that usually says .1 and says .3 now is on the other side than one that usually says .9."""
+    spread = FITTED.spread({"mllm": 1.0 + math.log(3), "blending": -2.0 - math.log(3), "clip": 9.0, "other": 9.0})
+    assert spread == pytest.approx(0.75 - 0.25)
+    assert FITTED.spread({"mllm": 3.0, "blending": None}) == FITTED.spread({}) == 0.0
+
+
 # --- the band --------------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +250,8 @@ def test_a_saved_calibration_comes_back_whole(tmp_path: Path) -> None:
         "", "{", "[]", "null", "{}", '{"weights": {}}', json.dumps({**FITTED.__dict__, "extra": 1}),
         json.dumps({**FITTED.__dict__, "means": {"mllm": 0.0}}), json.dumps({**FITTED.__dict__, "bias": "0.2"}),
         json.dumps({**FITTED.__dict__, "weights": ["mllm"]}), json.dumps({**FITTED.__dict__, "bias": float("nan")}),
-        json.dumps({**FITTED.__dict__, "low": 0.9}),
+        json.dumps({**FITTED.__dict__, "low": 0.9}), json.dumps({**FITTED.__dict__, "disagreement": 1.5}),
+        json.dumps({**FITTED.__dict__, "disagreement": "0.6"}),
     ],
 )  # fmt: skip
 def test_a_broken_file_is_refused_with_the_command_that_mends_it(tmp_path: Path, broken: str) -> None:
@@ -247,9 +273,10 @@ def test_later_fields_may_be_absent(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     edit_json(path)
     data: dict[str, Any] = json.loads(path.read_text())
-    del data["fitted_on"], data["mllm_threshold"]
+    del data["fitted_on"], data["mllm_threshold"], data["disagreement"]
     path.write_text(json.dumps(data))
     assert Calibration.load(tmp_path).mllm_threshold == 0.5
+    assert Calibration.load(tmp_path).disagreement is None
 
 
 def test_a_mirrored_view_keeps_its_landmarks_on_the_face() -> None:
@@ -276,3 +303,36 @@ def test_methods_kept_for_figures_on_unseen_ones_are_not_calibrated_on() -> None
     samples = [Sample(m or "real", Path("x"), "fake" if m else "real", m, group=m, split="calib") for m in methods]
     crops = CropSet(samples, np.zeros((4, 1, 1, 3), np.uint8), np.zeros((4, 468, 2), np.float32), {})
     assert _chosen(crops, "calib", None, ("relight",)) == [0, 1]
+
+
+def test_the_file_counts_verdicts_as_they_will_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alarms and finds counted before disagreement withholds some promise what nobody will see."""
+    parts, labels = simulate(400, {"mllm": 1.0, "blending": 2.0}, 0.0)
+    samples = [
+        Sample(str(i), Path("x"), "fake" if y else "real", source="s", group=str(i), split="calib")
+        for i, y in enumerate(labels)
+    ]
+    crops = CropSet(samples, np.zeros((400, 1, 1, 3), np.uint8), np.zeros((400, 468, 2), np.float32), {})
+    stand_ins = {
+        "load_crops": lambda data: crops,
+        "read_adapter_card": lambda folder: AdapterCard("a", "1", "", "", "", "", "", ""),
+        "load": lambda adapter, **told: SimpleNamespace(experts=[tiny.Brightness()]),
+        "score_parts": lambda detector, crops, rows, seed: parts,
+        "manifest_sha256": lambda data: "0" * 64,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(f"finetune.calibrate.{name}", stand_in)
+    plain, strict = calibrate(tmp_path, tmp_path), calibrate(tmp_path, tmp_path, disagreement=0.7)
+    assert Calibration.load(tmp_path) == strict
+    assert replace(strict, disagreement=None, fitted_on={}) == replace(plain, fitted_on={})
+    rows = [{name: float(v[i]) for name, v in parts.items()} for i in range(400)]
+    for result in (plain, strict):
+        said = np.array([result.verdict(result.probability(row), row).label for row in rows])
+        assert result.fitted_on["inconclusive"] == pytest.approx((said == "inconclusive").mean(), abs=1e-4)
+        assert result.fitted_on["fakes_found"] == pytest.approx((said[labels == 1] == "fake").mean(), abs=1e-4)
+        alarms = (said[labels == 0] == "fake").mean()
+        assert result.fitted_on["false_alarms_per_source"]["s"]["rate"] == pytest.approx(alarms, abs=1e-4)
+    assert strict.fitted_on["experts"] == {tiny.EXPERT: tiny.Brightness.card.sha256}
+    assert strict.fitted_on["inconclusive"] > plain.fitted_on["inconclusive"] + 0.01
+    with pytest.raises(X2DFDError, match="between 0 and 1"):
+        calibrate(tmp_path, tmp_path, disagreement=1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -33,9 +34,14 @@ class SmallDetector:
 
     def __init__(self) -> None:
         self.judged: list[str] = []
+        self.batches: list[int] = []
         self.model: dict[str, Any] = {"adapter": "aa", "mode": "calibrated", "band": [0.4, 0.7], "threshold": 0.5}
         self.dies_at: str | None = None
         self.given: dict[str, Any] = {}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return self.model
 
     def load(self, model: Any = None, **given: Any) -> SmallDetector:
         self.given = {"model": model, **given}
@@ -45,6 +51,7 @@ class SmallDetector:
         self, sources: Iterable[Path], *, batch_size: int = 8, rationale: bool = True
     ) -> Iterator[Report | Failure]:
         self.given |= {"batch_size": batch_size, "rationale": rationale}
+        self.batches.append(len(sources := list(sources)))
         for source in sources:
             if self.dies_at == source.name:
                 raise KeyboardInterrupt
@@ -171,7 +178,9 @@ def test_setup_error_is_one_line_and_exit_code_1(run: Run, photos: Path, monkeyp
 @pytest.mark.parametrize(
     "words",
     [["detect"], ["detect", "a.png", "--mode", "best"], ["detect", "a.png", "--batch-size", "0"], ["nonsense"],
-     ["detect", "a.png", "--out", "no/such/folder/t.parquet"], ["detect", "a.png", "--report", "."]],
+     ["detect", "a.png", "--out", "no/such/folder/t.parquet"], ["detect", "a.png", "--report", "."],
+     ["detect", "a.png", "--out", "t.txt"], ["detect", "a.png", "--manifest", "m.csv"],
+     ["detect", "a.png", "--shard", "3/2"], ["detect", "a.png", "--shard", "half"]],
 )  # fmt: skip
 def test_wrong_usage_is_exit_code_2_before_any_work(run: Run, detector: SmallDetector, words: list[str]) -> None:
     """A report that cannot be written must be found out before an hour of work, not after."""
@@ -182,10 +191,16 @@ def test_wrong_usage_is_exit_code_2_before_any_work(run: Run, detector: SmallDet
 def test_options_reach_the_detector(run: Run, detector: SmallDetector, photos: Path) -> None:
     """An option that is read and dropped gives the answer of another model."""
     run("detect", photos / "a.png", "--model", "M", "--base", "B", "--adapter", "A", "--mode", "paper",
-        "--threads", 3, "--batch-size", 5, "--no-rationale")  # fmt: skip
+        "--threads", 3, "--batch-size", 5, "--no-rationale", "--served", "U", "--device", "cuda:1",
+        "--dtype", "bf16")  # fmt: skip
     assert detector.given == {
         "model": Path("M"), "base": "B", "adapter": Path("A"), "mode": "paper", "threads": 3,
-        "batch_size": 5, "rationale": False,
+        "batch_size": 5, "rationale": False, "served": "U", "device": "cuda:1", "dtype": "bf16",
+    }  # fmt: skip
+    run("detect", photos / "a.png")
+    assert detector.given == {
+        "model": None, "base": None, "adapter": None, "mode": None, "threads": None, "batch_size": 8,
+        "rationale": True, "served": None, "device": None, "dtype": None,
     }  # fmt: skip
 
 
@@ -201,21 +216,18 @@ def test_table_holds_a_row_per_file(run: Run, photos: Path, tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir() if "parquet" in path.name] == ["t.parquet"]
 
 
-def test_killed_run_resumes(
-    run: Run, detector: SmallDetector, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Hours of work must survive a kill, and a half table must not pass for a whole one."""
+def test_interrupted_run_resumes(run: Run, detector: SmallDetector, photos: Path, tmp_path: Path) -> None:
+    """Hours of work must survive an interruption, and a half table must not pass for a whole one."""
     out = tmp_path / "t.parquet"
-    monkeypatch.setattr(cli, "FLUSH_EVERY", 1)
     detector.dies_at = "c.png"
     assert run("detect", photos, "--out", out).exit_code != 0
     assert not out.exists()
     detector.dies_at, detector.judged = None, []
     done = run("detect", photos, "--out", out, "--json")
-    assert detector.judged == ["a.png", "c.png"]  # a.png tells that the model is the same; b.png is kept
+    assert detector.judged == ["c.png"]
     assert [Path(json.loads(line)["path"]).name for line in done.stdout.splitlines()] == ["a.png", "b.png", "c.png"]
     assert [Path(path).name for path in pq.read_table(out)["path"].to_pylist()] == ["a.png", "b.png", "c.png"]
-    assert not Path(f"{out}.parts").exists()
+    assert not list(tmp_path.glob("*.work*"))
 
 
 def changed_file(detector: SmallDetector, photos: Path) -> list[str]:
@@ -228,13 +240,18 @@ def other_model(detector: SmallDetector, photos: Path) -> list[str]:
     return []
 
 
+def other_mode(detector: SmallDetector, photos: Path) -> list[str]:
+    detector.model = {**detector.model, "mode": "paper"}
+    return ["--mode", "paper"]
+
+
 @pytest.mark.parametrize(
     ("change", "judged"),
     [
-        (lambda *_: [], ["a.png"]),
-        (changed_file, ["a.png", "b.png"]),
+        (lambda *_: [], []),
+        (changed_file, ["b.png"]),
         (other_model, ["a.png", "b.png", "c.png"]),
-        (lambda *_: ["--mode", "paper"], ["a.png", "b.png", "c.png"]),
+        (other_mode, ["a.png", "b.png", "c.png"]),
         (lambda *_: ["--no-rationale"], ["a.png", "b.png", "c.png"]),
     ],
     ids=["nothing", "a file", "the model", "the mode", "the rationale"],
@@ -281,17 +298,125 @@ def test_table_in_the_searched_folder_is_not_judged(run: Run, detector: SmallDet
     assert set(detector.judged) == {"a.png", "b.png", "c.png"}
 
 
-@pytest.mark.parametrize("name", ["thesis.doc", "other.parquet"])
+@pytest.mark.parametrize("name", ["thesis.jsonl", "thesis.parquet", "other.parquet"])
 def test_foreign_file_is_not_overwritten(run: Run, photos: Path, tmp_path: Path, name: str) -> None:
     """A mistyped --out must not replace a person's own file."""
     out = tmp_path / name
     out.write_text("five years of work")
-    if name.endswith("parquet"):
+    if name == "other.parquet":
         pq.write_table(pa.table({"path": ["a.png"], "years": [5]}), out)
     before = out.read_bytes()
     done = run("detect", photos, "--out", out)
     assert done.exit_code == 1 and len(done.stderr.splitlines()) == 1
-    assert out.read_bytes() == before
+    assert out.read_bytes() == before and not list(tmp_path.glob("*.work*"))
+
+
+# --- many files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """A manifest of 60 files, of which the stub cannot judge one and three are not there."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    names = [f"{i:03}.jpg" for i in range(60)]
+    for i, name in enumerate(names):
+        if i not in (7, 20, 41):
+            (folder / name).write_bytes(name.encode())
+    (folder / "list.csv").write_text("path,label\n" + "".join(f"{name},real\n" for name in names))
+    return folder / "list.csv"
+
+
+RUN = """
+import sys
+from pathlib import Path
+from x2dfd import rows
+from eval.load_rows import run
+rows.SECONDS = 0.0
+manifest, out, dies_at, *options = sys.argv[1:]
+print(run(Path(manifest), Path(out), *options, dies_at=int(dies_at) if dies_at else None).judged)
+"""
+
+
+def table(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".parquet":
+        return [dict(row) for row in pq.read_table(path).to_pylist()]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row | {"report": row["report"] and json.dumps(row["report"])} for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_killed_run_loses_and_doubles_no_row(many: Path, tmp_path: Path, kind: str) -> None:
+    """kill -9 twice in the middle: the table must be that of a run that nobody disturbed."""
+    out, whole = tmp_path / f"t.{kind}", tmp_path / f"whole.{kind}"
+
+    def start(out: Path, dies_at: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-c", RUN, str(many), str(out), dies_at, "--batch-size", "7"]
+        return subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+
+    assert int(start(whole, "").stdout) == 60
+    assert start(out, "25").returncode == -signal.SIGKILL and not out.exists()
+    assert start(out, "20").returncode == -signal.SIGKILL and not out.exists()
+    last = start(out, "")
+    assert last.returncode == 0, last.stderr
+    # The batch under way is lost with each kill, and what failed is tried again; the rest is not.
+    failed = sum(row["error_code"] is not None for row in table(whole))
+    missing = 3  # have no bytes to compare
+    assert 60 - 45 <= int(last.stdout) <= 60 - 45 + 2 * 7 + failed + missing
+    assert table(out) == table(whole)
+    assert [Path(row["path"]).name for row in table(out)] == [f"{i:03}.jpg" for i in range(60)]
+    assert not list(tmp_path.glob("*.work*")) and not list(tmp_path.glob(".*"))
+
+
+def test_shards_together_are_the_whole(run: Run, detector: SmallDetector, photos: Path, tmp_path: Path) -> None:
+    """Several processes over one list: each file once, each process its own table."""
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("".join(json.dumps({"path": f"photos/{n}.png"}) + "\n" for n in "abc"))
+    for i in (1, 2):
+        done = run("detect", "--manifest", manifest, "--out", tmp_path / "t.parquet", "--shard", f"{i}/2")
+        assert done.exit_code == 0 and done.stdout == "" and f"t.{i}-of-2.parquet" in done.stderr
+    assert sorted(detector.judged) == ["a.png", "b.png", "c.png"]
+    found = [[Path(row["path"]).name for row in table(tmp_path / f"t.{i}-of-2.parquet")] for i in (1, 2)]
+    assert found == [["a.png", "c.png"], ["b.png"]]
+    run("detect", photos, "--shard", "2/2")
+    assert detector.judged[3:] == ["b.png"]
+
+
+def test_manifest_streams_in_batches_and_names_what_failed(
+    run: Run, detector: SmallDetector, photos: Path, tmp_path: Path
+) -> None:
+    """One row a path, each failure with its reason; a path that is listed twice is judged once."""
+    manifest = tmp_path / "m.csv"
+    manifest.write_text("path\n" + "".join(f"photos/{n}\n" for n in ("c.png", "gone.png", "a.png", "c.png", "b.png")))
+    done = run("detect", "--manifest", manifest, "--out", tmp_path / "t.jsonl", "--batch-size", 2)
+    assert done.exit_code == 0 and "1 paths came more than once" in done.stderr
+    rows = table(tmp_path / "t.jsonl")
+    assert [Path(row["path"]).name for row in rows] == ["c.png", "gone.png", "a.png", "b.png"]
+    assert [row["error_code"] for row in rows] == [None, "not_found", None, None] and rows[1]["error_reason"]
+    assert Report.from_json(rows[0]["report"]).path == str(photos / "c.png")
+    assert max(detector.batches) == 2
+    for text, told in (("label\nreal\n", "no path"), ("path\na,b\n", "row 1"), ("path\n", "no picture")):
+        manifest.write_text(text)
+        assert told in run("detect", "--manifest", manifest, "--out", tmp_path / "u.jsonl").stderr
+
+
+def test_two_runs_on_one_table_do_not_mix(run: Run, photos: Path, tmp_path: Path) -> None:
+    """Two processes that write one table would each throw the other's rows away."""
+    from x2dfd.rows import Rows
+
+    first = Rows(tmp_path / "t.parquet", {"mode": "paper"}, True)
+    done = run("detect", photos, "--out", tmp_path / "t.parquet")
+    assert done.exit_code == 1 and done.stderr.startswith("error: another run writes")
+    first.close()
+    assert run("detect", photos, "--out", tmp_path / "t.parquet").exit_code == 0
+
+
+def test_progress_says_rate_and_time_left(run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a log file there is no bar; a run of days must still say how far it is."""
+    monkeypatch.setattr(cli, "LINE_SECONDS", 0.0)
+    done = run("detect", photos, photos / "gone.png")
+    lines = [line for line in done.stderr.splitlines() if " of 4: " in line]
+    assert len(lines) == 4 and lines[-1].startswith("4 of 4: ") and lines[-1].endswith("/s, 00:00:00 left, 1 failed")
 
 
 def test_report_page_has_a_section_and_a_picture_per_file(run: Run, photos: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import av
 import cv2
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -321,6 +322,25 @@ def test_a_model_without_calibration_gives_no_percentage(
     assert bare.evidence == () and bare.verdict.p_fake == bare.faces[0].p_fake_mllm
     with pytest.raises(UnknownName, match="did you mean 'paper'"):
         x2dfd.load(base=str(base), experts=[], mode="papers")  # type: ignore[arg-type]
+
+
+def test_a_cpu_computes_in_fp32_unless_told(
+    detector: Detector, folders: tuple[Path, Path], known_expert: None, face_photo: Path
+) -> None:
+    """Numbers that are published must not move; 16 bits are for who asks, and stand in the report."""
+    base, adapter = folders
+    plain = x2dfd.load(base=str(base), adapter=adapter, device="cpu", dtype="fp32").detect(face_photo)
+    short = x2dfd.load(base=str(base), adapter=adapter, device="cpu", dtype="bf16").detect(face_photo)
+    if not torch.cuda.is_available():
+        assert detector.detect(face_photo).faces == plain.faces
+        with pytest.raises(SetupError, match="--device cpu"):
+            x2dfd.load(base=str(base), adapter=adapter, device="cuda")
+    assert plain.model["runs_on"] == "cpu fp32" and short.model["runs_on"] == "cpu bf16"
+    exact, near = plain.faces[0].p_fake_mllm, short.faces[0].p_fake_mllm
+    assert exact != near and near == pytest.approx(exact, abs=0.05)
+    for device, dtype, error in (("cpu", "fp16", SetupError), ("tpu", None, SetupError), (None, "fp8", UnknownName)):
+        with pytest.raises(error):
+            x2dfd.load(base=str(base), adapter=adapter, device=device, dtype=dtype)
 
 
 def test_nothing_touches_the_network(

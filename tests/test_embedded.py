@@ -14,7 +14,10 @@ from PIL import Image
 
 import x2dfd
 from data_gen.demo import make_pair
+from eval.experts_bench import Panel, judge
+from eval.scoring import equalised
 from x2dfd.degrade import tone
+from x2dfd.manifest import Sample
 from x2dfd.types import Report
 
 pytestmark = pytest.mark.needs_base
@@ -90,3 +93,15 @@ def test_a_follow_up_is_answered_and_changes_nothing(detector: Any, face_photo: 
     said = detector.chat(report, "What about the eyes?")
     assert len(said.split()) >= 3 and report.to_json() == before
     assert said == detector.chat(report, "What about the eyes?")
+
+
+def test_the_bench_of_the_experts_sees_what_a_verdict_sees(detector: Any, face_photo: Path) -> None:
+    """Bug prevented: crops that skip a step of the detector's are measured as another product."""
+    panel = Panel.load("embedded", list(detector.facts["experts"]))
+    [row], _ = judge(panel, (), [Sample("s", face_photo, "real", group="g")], equal=True, batch_size=8)
+    report = detector.detect(equalised(face_photo), rationale=False)
+    told = {e.expert: e.score for e in report.evidence}
+    assert len(told) >= 3 and {name: row["experts"][name] for name in told} == pytest.approx(told, abs=1e-3)
+    assert {key: report.model[key] for key in ("crops_through", "experts")} == {
+        key: panel.facts()[key] for key in ("crops_through", "experts")
+    }

@@ -21,7 +21,8 @@ import x2dfd
 from data_gen.build import BuildConfig, build
 from finetune.__main__ import main
 from finetune.config import FinetuneConfig, load_config
-from finetune.data import IGNORE, Collate, Conversation, Packs, conversation
+from finetune.data import IGNORE, Collate, CollateRows, Conversation, Packs, Rows, conversation
+from finetune.models import open_base, tune
 from finetune.prune import prune, sample_text
 from tests import tiny
 from x2dfd import prompts
@@ -170,6 +171,7 @@ def loss(model: Any, batch: dict[str, Tensor]) -> float:
     """The loss that training minimises."""
     from finetune.train import PackTrainer
 
+    model.eval()
     with torch.inference_mode():
         return float(PackTrainer.compute_loss(cast(Any, None), model, dict(batch)))
 
@@ -387,6 +389,144 @@ def test_a_cut_off_run_ends_where_an_unbroken_one_does(
     assert a.keys() == b.keys()
     for key in a:
         torch.testing.assert_close(a[key].float(), b[key].float(), atol=1e-4, rtol=1e-3)
+
+
+# --- methods, bases, parts --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ("method=lorra", "unknown method 'lorra'; did you mean 'lora'"),
+        ("base_dtype=bfloat16", "wants bf16"),
+        ("pack=false", "embedded base wants pack"),
+        ("method=qlora", "qlora wants a base"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(given: str, reason: str) -> None:
+    """Bug prevented: an hour of loading before a slip shows, or a setting that is silently without effect."""
+    with pytest.raises(X2DFDError, match=reason):
+        load_config(None, [*REQUIRED, given])
+
+
+@pytest.mark.needs_base
+@pytest.mark.parametrize("method", ["dora", "qlora", "full"])
+def test_every_method_gives_a_model_that_loads(
+    configured: Callable[..., FinetuneConfig], base: Path, tmp_path: Path, method: str
+) -> None:
+    """One key chooses; what is written has to judge as it did when it was made."""
+    from finetune.train import train
+
+    if method == "qlora":
+        pytest.importorskip("bitsandbytes")
+    out = train(configured(tmp_path / "adapter", method=method, max_steps=2))
+    card = read_adapter_card(out)
+    assert len(card.probes) == 3 and len(set(card.probes)) == 3
+    loaded = x2dfd.load(base=None if method == "full" else str(base), adapter=out, mode="paper")  # checks the probes
+    if method == "full":
+        before, after = load_file(base / "model.safetensors"), load_file(out / "model" / "model.safetensors")
+        moved = {k for k in before if not torch.equal(before[k], after[k])}
+        assert moved and all("language_model" in k or "projector" in k for k in moved)
+        assert any("o_proj" in k for k in moved) and any("multi_modal_projector" in k for k in moved)
+        assert not (out / WEIGHTS).exists() and loaded.facts["adapter_sha256"] == card.sha256
+    else:
+        assert any("lora_magnitude_vector" in k for k in load_file(out / WEIGHTS)) == (method == "dora")
+    tiny.edit_card(out, probes=(*card.probes[:2], card.probes[2] + 1.0))
+    with pytest.raises(SetupError, match="probe pictures score"):
+        x2dfd.load(base=None if method == "full" else str(base), adapter=out, mode="paper")
+
+
+@pytest.mark.needs_base
+def test_qlora_quantises_the_language_model_alone(configured: Callable[..., FinetuneConfig], tmp_path: Path) -> None:
+    """Four bits in the tower or the projector cost accuracy and save next to nothing."""
+    bnb = pytest.importorskip("bitsandbytes")
+    model, _ = open_base(configured(tmp_path, method="qlora"))
+    four = [n for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert len(four) == 14 and all("language_model.layers" in n for n in four)
+    kinds = {m.weight.quant_type for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)}
+    assert kinds == {"nf4"}
+
+
+@pytest.mark.needs_base
+def test_what_is_trained_is_what_was_said(configured: Callable[..., FinetuneConfig], tmp_path: Path) -> None:
+    """A regex that reaches into the tower trains it unseen; a tower said to be tuned must be."""
+    model, _ = open_base(configured(tmp_path))
+    with pytest.raises(X2DFDError, match=r"outside of model\.language_model"):
+        tune(model, configured(tmp_path, targets=r".*(q_proj|fc1)"))
+    with pytest.raises(X2DFDError, match="targets 'nothing'"):
+        tune(open_base(configured(tmp_path))[0], configured(tmp_path, targets="nothing"))
+    tuned, whole = tune(open_base(configured(tmp_path))[0], configured(tmp_path, tower="norms"))
+    moved = [n for n, p in tuned.named_parameters() if p.requires_grad and "lora" not in n and "projector" not in n]
+    assert len(moved) == 2 * (2 * 3 + 2) and all(
+        "norm" in n and "vision_tower" in n for n in moved
+    )  # 3 layers and ends
+    assert all(any(w in n for w in whole) for n in moved)
+
+
+@pytest.mark.needs_base
+def test_rows_have_the_loss_of_packs(base: Path, small: tuple[Path, Path], packs: Packs) -> None:
+    """Bases that cannot be packed learn from the same tokens with the same weights."""
+    model, processor = load_llava(base)
+    labels = prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS)
+    rows = Rows(small[1], "train", processor, labels, load_crops(small[0]), 1)
+    of_first = [rows[k] for k in range(len(rows)) if rows.rows[k] == packs.rows[0]]
+    packed, plain = Collate(0, 4.0)([packs[0]]), CollateRows(0, 4.0)(of_first)
+    assert loss(model, plain) == pytest.approx(loss(model, packed), rel=1e-5)
+    assert float(plain["weights"].sum()) == float(packed["weights"].sum())
+    none = {**of_first[0], "labels": torch.full_like(of_first[0]["labels"], IGNORE)}
+    with pytest.raises(X2DFDError, match="empty label mask"):
+        CollateRows(0, 4.0)([none])
+
+
+@pytest.mark.needs_base
+def test_another_kind_of_base_is_trained_row_by_row(configured: Callable[..., FinetuneConfig], tmp_path: Path) -> None:
+    """Any image-text-to-text model, through its own processor; one that cannot be packed says so."""
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    from finetune.train import train
+
+    other = tiny.write_next_base(tmp_path / "next")
+    with pytest.raises(X2DFDError, match="pack: false"):
+        train(configured(tmp_path / "adapter", base=str(other)))
+    out = train(configured(tmp_path / "adapter", base=str(other), pack=False, batch=2, max_steps=2))
+    assert lora_b_sum(out) > 0 and read_adapter_card(out).figures["pictures"] == 6
+    PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(other), str(out))
+
+
+@pytest.mark.needs_base
+def test_cached_features_of_any_llava_are_the_towers(
+    configured: Callable[..., FinetuneConfig], base: Path, small: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A cache of other pictures, layers or views trains on noise; one that is whole is not made again."""
+    from finetune.train import _features
+
+    config = configured(tmp_path / "adapter", cached_features=str(tmp_path / "cache"))
+    data, (model, processor) = load_crops(small[0]), open_base(config)
+    labels = prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS)
+    plain = Packs(small[1], "train", processor, labels, data, None, 1)
+    direct = loss(model, Collate(0, 4.0)([plain[2]]))
+    for _ in range(2):
+        model, _ = open_base(config)
+        features = _features(config, model, processor, data)
+        written = (tmp_path / "cache" / "patches.npy").stat().st_mtime_ns
+        cached = Packs(small[1], "train", processor, labels, data, features, 1)
+        assert loss(model, Collate(0, 4.0)([cached[2]])) == pytest.approx(direct, rel=1e-3)
+    assert (tmp_path / "cache" / "patches.npy").stat().st_mtime_ns == written
+
+
+def test_rows_of_like_length_share_a_batch() -> None:
+    """Padding is work for nothing; an order that a resumed run cannot repeat shows some pictures twice."""
+    from finetune.train import Bucketed
+
+    lengths = [10, 90] * 200
+    sampler = Bucketed(4, lengths, seed=3)
+    order = list(sampler)
+    assert sorted(order) == list(range(400)) and order == list(Bucketed(4, lengths, seed=3))
+    mixed = [{lengths[i] for i in order[k : k + 4]} for k in range(0, 400, 4)]
+    assert sum(len(kinds) > 1 for kinds in mixed) <= 6  # of 100; at random it would be 88
+    sampler.set_epoch(1)
+    assert list(sampler) != order
 
 
 def test_pruning_drops_one_layer_at_a_time(tmp_path: Path) -> None:

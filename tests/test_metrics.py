@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 from sklearn import metrics as sk
+from sklearn.calibration import calibration_curve
 
 from eval import metrics as m
 
 # Sorted by score: real .1, fake .3, real .4, fake .8. Of 4 pairs 3 are in order.
 LABELS = np.array([0, 1, 0, 1])
 SCORES = np.array([0.1, 0.3, 0.4, 0.8])
-METRICS = {
+METRICS: dict[str, m.Metric] = {
     "auc": m.auc,
     "average_precision": m.average_precision,
     "eer": m.eer,
@@ -24,6 +26,8 @@ METRICS = {
     "cllr": m.cllr,
     "accuracy": m.accuracy,
     "balanced_accuracy": m.balanced_accuracy,
+    "ece_at_even_odds": m.ece_at_even_odds,
+    "tpr_at_fpr": partial(m.tpr_at_fpr, fpr=0.1),
 }
 
 
@@ -56,6 +60,46 @@ def test_known_answers() -> None:
     assert m.tpr_at_fpr(LABELS, SCORES, 0.5) == 1.0
 
 
+def test_known_answers_with_ties() -> None:
+    """Ties broken by the order of the list win or lose pairs that nobody ranked."""
+    # real .1, fake .5 and real .5, fake .9, fake .9: of 6 pairs 5 are in order and one is a tie
+    labels, scores = np.array([0, 1, 0, 1, 1]), np.array([0.1, 0.5, 0.5, 0.9, 0.9])
+    assert m.auc(labels, scores) == pytest.approx(5.5 / 6)
+    # both at .9: precision 1, recall 2/3; at .5 three of four are fakes, recall 1
+    assert m.average_precision(labels, scores) == pytest.approx(2 / 3 * 1 + 1 / 3 * 3 / 4)
+    # ROC points (fpr, fnr): (0, 1/3), (1/2, 0); the first is nearer to equal
+    assert m.eer(labels, scores) == 0.0
+    assert m.tpr_at_fpr(labels, scores, 0.4) == pytest.approx(2 / 3)
+    # bins of width 1/2: {.1}, {.5, .5, .9, .9}
+    assert m.ece(labels, scores, bins=2) == pytest.approx((0.1 + abs(3 - 2.8)) / 5)
+
+
+def test_calibration_at_even_odds() -> None:
+    """The error of a probability that takes both answers for equally likely is not to be had from nine fakes in ten."""
+    # in one bin: of the reals .6, of the fakes .6 on average; at even odds the true share is 1/2
+    labels, scores = np.array([0, 1, 1, 1]), np.array([0.6, 0.6, 0.6, 0.6])
+    assert m.ece(labels, scores, bins=1) == pytest.approx(abs(3 / 4 - 0.6))
+    assert m.ece_at_even_odds(labels, scores, bins=1) == pytest.approx(abs(1 / 2 - 0.6))
+    labels, scores = np.array([0, 1, 1, 1]), np.array([0.1, 0.2, 0.8, 0.8])
+    # two bins: .1 (weight 1/2) and .2 (1/6): gap 1/2 x -.1 + 1/6 x .8; two of .8: gap 1/3 x .2
+    assert m.ece_at_even_odds(labels, scores, bins=2) == pytest.approx(abs(-0.1 / 2 + 0.8 / 6) + 0.2 / 3)
+    even = np.array([0, 0, 1, 1])
+    assert m.ece_at_even_odds(even, scores) == pytest.approx(m.ece(even, scores))
+
+
+def test_the_mean_and_the_overlap_of_masks() -> None:
+    """Intersection over prediction alone rewards a single sure pixel."""
+    truth, said = np.array([[1, 1, 0, 0]], np.bool_), np.array([[0, 1, 1, 0]], np.bool_)
+    assert m.overlap(truth, said) == pytest.approx(1 / 3)
+    assert (m.overlap(truth, truth), m.overlap(truth, ~truth), m.overlap(np.zeros_like(truth), said)) == (
+        1.0,
+        0.0,
+        None,
+    )
+    nothing = np.zeros(0, np.int64)
+    assert m.mean(LABELS, SCORES) == pytest.approx(0.4) and m.mean(nothing, nothing.astype(float)) is None
+
+
 def test_cllr_knows_the_prior_and_says_one_for_no_information() -> None:
     """Posteriors from a 4:1 training set read under even priors would pass for evidence."""
     assert m.cllr(LABELS, np.full(4, 0.5)) == pytest.approx(1)
@@ -83,7 +127,9 @@ def test_a_sure_wrong_answer_costs_much_but_not_infinity() -> None:
         assert value is not None and 13 < value < 21
 
 
-@pytest.mark.parametrize("name", ["auc", "average_precision", "eer", "cllr", "balanced_accuracy"])
+@pytest.mark.parametrize(
+    "name", ["auc", "average_precision", "eer", "cllr", "balanced_accuracy", "ece_at_even_odds", "tpr_at_fpr"]
+)
 @pytest.mark.parametrize("labels", [[0, 0, 0], [1, 1, 1], []])
 def test_one_class_is_not_defined(name: str, labels: list[int]) -> None:
     """NaN, or a cheerful 0.0 or 1.0, for a slice that holds only reals."""
@@ -113,6 +159,18 @@ def test_agrees_with_scikit_learn() -> None:
     real, fake = m.recalls(labels, scores)
     assert real == pytest.approx(sk.recall_score(labels, scores > 0.5, pos_label=0))
     assert fake == pytest.approx(sk.recall_score(labels, scores > 0.5))
+    assert m.nll(labels, scores) == pytest.approx(sk.log_loss(labels, np.clip(scores, 1e-6, 1 - 1e-6)))
+    # the cost of likelihood ratios at even priors is the log loss with half of the weight on each class, in bits
+    weights = np.where(labels == 1, 1 / labels.sum(), 1 / (1 - labels).sum())
+    in_nats = sk.log_loss(labels, np.clip(scores, 1e-6, 1 - 1e-6), sample_weight=weights)
+    assert m.cllr(labels, scores) == pytest.approx(in_nats / math.log(2))
+    fpr, tpr, _ = sk.roc_curve(labels, scores)
+    assert m.eer(labels, scores) == pytest.approx(fpr[np.abs(1 - tpr - fpr).argmin()])
+    inside = scores[(scores * 15) % 1 != 0], labels[(scores * 15) % 1 != 0]  # at an edge the two differ in side
+    share, mean = calibration_curve(inside[1], inside[0], n_bins=15)
+    filled = np.bincount((inside[0] * 15).astype(int), minlength=15)
+    by_library = np.abs(share - mean) @ filled[filled > 0] / len(inside[0])
+    assert m.ece(inside[1], inside[0]) == pytest.approx(by_library)
     found = [np.mean(scores[labels == 1] >= t) for t in set(scores) if np.mean(scores[labels == 0] >= t) <= 0.05]
     assert m.tpr_at_fpr(labels, scores, 0.05) == pytest.approx(max(found))
 
@@ -167,12 +225,37 @@ def test_copies_do_not_make_an_interval_narrower() -> None:
     assert by_clip[1] - by_clip[0] > 2 * (by_frame[1] - by_frame[0])
 
 
-def test_the_fast_auc_of_resamples_is_the_slow_one() -> None:
+@pytest.mark.parametrize(
+    "fn",
+    [m.auc, m.average_precision, m.ece_at_even_odds, partial(m.tpr_at_fpr, fpr=0.05), partial(m.tpr_at_fpr, fpr=0.01)],
+    ids=["auc", "ap", "ece", "tpr05", "tpr01"],
+)
+def test_the_fast_way_through_resamples_is_the_slow_one(fn: m.Metric) -> None:
     """The vectorised path has its own handling of ties and weights: it must give the generic path's interval."""
     labels, scores = sample(150, seed=3)
     groups = [f"g{i % 40}" for i in range(150)]
-    slow = m.bootstrap_interval(lambda a, b: m.auc(a, b), labels, scores, groups, n=200)
-    assert m.bootstrap_interval(m.auc, labels, scores, groups, n=200) == pytest.approx(slow)
+    slow = m.bootstrap_interval(lambda a, b: fn(a, b), labels, scores, groups, n=200)
+    assert m._quick(fn) is not None
+    assert m.bootstrap_interval(fn, labels, scores, groups, n=200) == pytest.approx(slow)
+
+
+def test_a_share_that_is_just_allowed_is_allowed() -> None:
+    """One alarm in twenty is 5 %, in the quick way through resamples as in the slow one."""
+    labels = np.repeat([0, 1], [20, 4])
+    scores = np.concatenate([np.linspace(0, 0.5, 19), [0.8], [0.2, 0.7, 0.75, 0.9]])
+    assert m.tpr_at_fpr(labels, scores, 0.05) == 3 / 4
+    assert m._resampled_tpr(labels, scores, np.ones((1, 24), np.int64), 0.05) == [3 / 4]
+
+
+def test_resamples_of_one_class_only_are_left_out() -> None:
+    """With two reals among twenty groups every seventh resample has none: NaN, or a quick path that counts it as 0."""
+    labels, scores = np.array([0, 0] + [1] * 18), np.linspace(0.05, 0.95, 20)
+    groups = [str(i) for i in range(20)]
+    for fn in (m.auc, m.average_precision, m.ece_at_even_odds, partial(m.tpr_at_fpr, fpr=0.05)):
+        interval = m.bootstrap_interval(fn, labels, scores, groups, n=300)
+        assert interval == pytest.approx(
+            m.bootstrap_interval(lambda a, b, fn=fn: fn(a, b), labels, scores, groups, n=300)  # type: ignore[misc]
+        )
 
 
 def test_an_interval_covers_the_truth_and_depends_on_the_seed_only() -> None:

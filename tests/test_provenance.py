@@ -19,6 +19,7 @@ from PIL import Image
 from x2dfd import provenance
 from x2dfd.errors import SetupError
 from x2dfd.html_report import PROVENANCE
+from x2dfd.media import Picture
 from x2dfd.provenance import TRUST, read_provenance
 
 CAPTURE = "http://cv.iptc.org/newscodes/digitalsourcetype/digitalCapture"
@@ -211,7 +212,7 @@ class Stub:
 def test_each_answer_of_the_reader_has_one_state(answer: Any, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A state that the reader learns to give, or an error, must not become "absent"."""
     stub = Stub(answer)
-    monkeypatch.setitem(sys.modules, "c2pa", stub)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "c2pa", stub)
     monkeypatch.setattr(provenance, "find_spec", lambda name: True)
     found = read_provenance(photo(), "JPEG")
     assert found["state"] == state and state in PROVENANCE
@@ -226,7 +227,7 @@ def test_without_the_package_nobody_looked(monkeypatch: pytest.MonkeyPatch) -> N
     found = read_provenance(photo(), "JPEG")
     assert found["state"] == "not_checked" and "pip install" in found["reason"]
     monkeypatch.setattr(provenance, "find_spec", lambda name: True)
-    monkeypatch.setitem(sys.modules, "c2pa", Stub("Trusted"))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "c2pa", Stub("Trusted"))
     assert read_provenance(photo("BMP"), "BMP")["state"] == "not_checked"
 
 
@@ -234,10 +235,11 @@ def test_provenance_never_moves_the_estimate(monkeypatch: pytest.MonkeyPatch) ->
     """An invalid signature is no forgery and a valid one no clearance: p_fake must be the same number beside any."""
     from x2dfd import detector
 
-    seen = []
+    seen: list[Picture] = []
     for state in ("invalid", "trusted"):
         monkeypatch.setattr(detector, "read_provenance", lambda source, format, state=state: {"state": state})
         media = detector._open(photo())
+        assert isinstance(media, Picture)
         seen.append(media)
         assert media.provenance == {"state": state}
     assert np.array_equal(seen[0].pixels, seen[1].pixels) and seen[0].sha256 == seen[1].sha256

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import x2dfd
-from eval import run_bench, tables
+from eval import run_bench, scoring, tables
 from x2dfd.types import Cue, Evidence, FaceReport, Failure, Report, Verdict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -203,7 +203,7 @@ def test_every_picture_reaches_the_model_in_one_format(
 
 def test_a_killed_run_goes_on_and_ends_the_same(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of hours must not start anew, and what it ends with must not depend on where it was cut off."""
-    monkeypatch.setattr(run_bench, "CHUNK", 6)
+    monkeypatch.setattr(scoring, "CHUNK", 6)
     words = ("detect", "--data", data, "--split", "val")
     bench(monkeypatch, StandIn(), *words, "--out", tmp_path / "straight")
     with pytest.raises(KeyboardInterrupt):
@@ -225,7 +225,7 @@ def test_rows_of_another_model_are_not_used_again(
     other: StandIn, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The new model's result made of the old model's scores, also when its run was cut off in between."""
-    monkeypatch.setattr(run_bench, "CHUNK", 6)
+    monkeypatch.setattr(scoring, "CHUNK", 6)
     words = ("detect", "--data", data, "--out")
     bench(monkeypatch, StandIn(), *words, tmp_path / "out")
     other.left = 1 + 10
@@ -342,7 +342,8 @@ def test_it_runs_as_a_script() -> None:
     """Run from another folder, the checkout's root is not on the path by itself."""
     script = ROOT / "eval" / "run_bench.py"
     done = subprocess.run([sys.executable, script, "--list"], cwd="/", capture_output=True, text=True, check=True)
-    assert [line.split("\t")[0] for line in done.stdout.splitlines()] == ["detect", "describe"]
+    listed = [line.split("\t")[0] for line in done.stdout.splitlines()]
+    assert listed[:3] == ["detect", "describe", "experts"] and "change jpeg50" in listed[3:]
 
 
 def test_readme_tables_follow_the_results(

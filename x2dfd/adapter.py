@@ -1,6 +1,7 @@
 """Adapter directories: a plain PEFT directory with a card and a calibration, checked before it is used.
 
 - `adapter_config.json`, `adapter_model.safetensors`: PEFT's own files, LoRA on the language model, and the projector
+- or `model/`, where every weight was trained: a model directory of its own
 - `card.json`: what it was trained on, for and with; see AdapterCard
 - `calibration.json`: x2dfd.calibration
 """
@@ -10,19 +11,32 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from x2dfd.calibration import Calibration
 from x2dfd.errors import SetupError
-from x2dfd.faces import PREPROCESSING
+from x2dfd.faces import CROP_SIZE, PREPROCESSING
 from x2dfd.files import file_sha256, write_text
+from x2dfd.prompts import QUESTION
 from x2dfd.types import Card
+
+if TYPE_CHECKING:
+    from x2dfd.detector import LanguageModel
 
 EMBEDDED = Path(__file__).parent / "weights" / "embedded"
 """The committed adapter of the embedded model."""
 
 WEIGHTS = "adapter_model.safetensors"
+WHOLE = "model"
+"""What a card calls its weights when they are no adapter but the whole model: the folder beside the card."""
+
+PROBES = 3  # pictures whose scores a card keeps
 
 
 @dataclass(frozen=True)
@@ -33,14 +47,16 @@ class AdapterCard(Card):
     tower_layers: int = 0  # vision layers kept
     text_layers: int | tuple[int, ...] = 0  # language layers kept: the first so many, or those of these numbers
     feature_layers: tuple[int, ...] = ()  # tower outputs joined as the projector's input
+    frame: str | None = None  # chat frame of x2dfd.prompts; None is the base's own
     prompt_sha256: str = ""  # x2dfd.prompts.prompt_hash at training
     experts: dict[str, str] = field(default_factory=dict)  # name -> SHA-256 of weights, in the order of the prompt
     data_sha256: str = ""  # of the instruction set
+    probes: tuple[float, ...] = ()  # logit of fake against real of each probe picture; loading has to give the same
     held_out: tuple[str, ...] = ()  # forge methods that the instruction set leaves out, for figures on unseen ones
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> AdapterCard:
-        lists = {key: tuple(data.get(key, ())) for key in ("feature_layers", "held_out")}
+        lists = {key: tuple(data.get(key, ())) for key in ("feature_layers", "held_out", "probes")}
         if isinstance(data.get("text_layers"), list):
             lists["text_layers"] = tuple(data["text_layers"])
         return cls(**{**data, **lists})
@@ -69,13 +85,10 @@ def lora_b_sum(folder: Path) -> float:
 def check_adapter(folder: Path, card: AdapterCard, base: dict[str, str], prompt_sha256: str) -> None:
     """Refuse an adapter that was made for something else or that holds nothing.
 
-    Raises SetupError: wrong weight file, other base weights, other prompts, other crops, all-zero lora_B.
+    Of a whole model `base` is the identity of that model itself. Raises SetupError: wrong weight file, other base
+    weights, other prompts, other crops, all-zero lora_B.
     """
-    weights = folder / WEIGHTS
-    if not weights.is_file():
-        raise SetupError(f"{folder} has no {WEIGHTS}; copy the whole directory, or train it: python -m finetune")
-    if file_sha256(weights) != card.sha256:
-        raise SetupError(f"{weights} is not the file of its card (SHA-256 differs); copy the directory again")
+    check_contents(folder, card)
     made_for = {"name": "an unnamed base", "sha256": ""} | card.base
     # A base without a hash (a hub name) is known by its name.
     if made_for["sha256"] != base["sha256"] or (not base["sha256"] and made_for["name"] != base["name"]):
@@ -89,15 +102,33 @@ def check_adapter(folder: Path, card: AdapterCard, base: dict[str, str], prompt_
             f"the adapter was trained with other prompts ({card.prompt_sha256[:12]}) than this version asks "
             f"({prompt_sha256[:12]}). Install the version that made it, or train it again: python -m finetune"
         )
+
+
+def check_contents(folder: Path, card: AdapterCard) -> None:
+    """The part of `check_adapter` that needs no base model: weight file, crops, lora_B."""
+    weights = folder / WEIGHTS
+    if card.weights != WHOLE and not weights.is_file():
+        raise SetupError(f"{folder} has no {WEIGHTS}; copy the whole directory, or train it: python -m finetune")
+    if card.weights != WHOLE and file_sha256(weights) != card.sha256:
+        raise SetupError(f"{weights} is not the file of its card (SHA-256 differs); copy the directory again")
     if card.preprocessing != PREPROCESSING:
         raise SetupError(
             f"the adapter was trained on other crops ({card.preprocessing}) than this version makes ({PREPROCESSING}). "
             "Install the version that made it, or train it again: python -m finetune"
         )
-    if not lora_b_sum(folder) > 0:  # written so that NaN is refused too
+    if card.weights != WHOLE and not lora_b_sum(folder) > 0:  # written so that NaN is refused too
         raise SetupError(
             f"{weights}: every lora_B is zero, so the adapter does nothing; train or save it again: python -m finetune"
         )
+
+
+def expert_hashes(card: AdapterCard, calibration: Calibration | None) -> dict[str, str]:
+    """Name -> SHA-256 of the expert weights that an adapter directory goes with, the prompt's experts first.
+
+    Those that its calibration was fitted with, which may be newer or more than those of its training.
+    """
+    fitted: dict[str, str] = calibration.fitted_on.get("experts", {}) if calibration else {}
+    return card.experts | fitted
 
 
 def attach(model: Any, folder: Path) -> Any:
@@ -112,3 +143,36 @@ def attach(model: Any, folder: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about a property that PEFT reads
         return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+
+
+def probe_crops() -> NDArray[np.uint8]:
+    """The pictures that every adapter is asked about when it is made and when it is loaded: [PROBES, 224, 224, 3].
+
+    Made of whole numbers alone, so that they are the same everywhere, and no picture of a person travels with a card.
+    """
+    k, y, x = np.ogrid[:PROBES, :CROP_SIZE, :CROP_SIZE]
+    waves = [(x * (c + k + 1) // 3 + y * (3 - c) // 2 + x * y * k // 96 + 40 * c) % 256 for c in range(3)]
+    return np.stack(waves, -1).astype(np.uint8)
+
+
+def probe_logits(mllm: LanguageModel) -> tuple[float, ...]:
+    """Logit of fake against real for each probe picture, without experts."""
+    logits = mllm.verdict_logits(mllm.look(probe_crops()), [QUESTION] * PROBES)
+    return tuple(round(float(v), 4) for v in logits)
+
+
+def check_probes(card: AdapterCard, found: Sequence[float], tolerance: float = 0.1) -> None:
+    """Raises SetupError when the probes' logits are further than `tolerance` from those that the card keeps, if any.
+
+    Rounding to 16 bits in the file moves them by hundredths, computing in 16 bits by more; another base, projector or
+    prompt by whole numbers.
+    """
+    if not all(abs(a - b) <= tolerance for a, b in zip(card.probes, found, strict=bool(card.probes))):
+        raise SetupError(
+            f"the probe pictures score {_shown(found)} here, and {_shown(card.probes)} when {card.name} was made: "
+            "base, adapter or library differ. Install the versions that made it, or train it again: python -m finetune"
+        )
+
+
+def _shown(logits: Sequence[float]) -> str:
+    return ", ".join(f"{v:+.2f}" for v in logits)

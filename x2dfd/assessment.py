@@ -927,6 +927,9 @@ def run_assess(
     model: str | None = None,
     seed: int = 0,
     base: str | None = None,
+    served: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
 ) -> None:
     """The command `x2dfd assess`: load, assess, write, and print what a person wants to know first."""
     asked = read_questions(questions or BANK)
@@ -935,7 +938,7 @@ def run_assess(
 
     crops = load_crops(data, workers=min(4, os.cpu_count() or 1))
     # Whether a verdict is calibrated does not matter here, and calibration comes later on the road.
-    mllm = x2dfd.load(model, base=base, experts=[], mode="paper").mllm
+    mllm = x2dfd.load(model, base=base, served=served, experts=[], mode="paper", device=device, dtype=dtype).mllm
     a = assess(mllm, crops, asked, out, limit=limit, split=split, seed=seed, manifest_hash=manifest_sha256(data))
     if not chart(a, out / "assessment.png"):
         print("no chart: matplotlib is not installed (pip install -e '.[bench]')", file=sys.stderr)

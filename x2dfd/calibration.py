@@ -22,7 +22,7 @@ from x2dfd.types import Verdict
 
 MLLM = "mllm"
 _CLIP = 6.0  # logits beyond this say no more about certainty than about saturation
-DISAGREEMENT = 0.6  # spread of the parts' own probabilities that is named as the reason of an inconclusive verdict
+DISAGREEMENT = 0.6  # spread that is named as the reason of a verdict that lies in the band
 
 
 def logit(p: float) -> float:
@@ -42,6 +42,7 @@ class Calibration:
     high: float  # from here on: fake; between: inconclusive
     mllm_threshold: float = 0.5  # P(fake) of the MLLM alone at which mode="paper" says fake
     fitted_on: dict[str, Any] = field(default_factory=dict)  # n, groups, sources, rates promised
+    disagreement: float | None = None  # spread of the parts above which there is no verdict; None: it decides nothing
 
     def probability(self, logits: Mapping[str, float | None]) -> float:
         """Calibrated P(fake) from raw logits; a part that is absent or None is taken at its mean."""
@@ -54,9 +55,24 @@ class Calibration:
 
     def verdict(self, p_fake: float, logits: Mapping[str, float | None]) -> Verdict:
         """Fake, real, or inconclusive with the reason."""
+        spread = self.spread(logits)
         if self.low <= p_fake < self.high:
-            return Verdict("inconclusive", p_fake, "experts_disagree" if _disagree(logits, self) else "in_band")
+            return Verdict("inconclusive", p_fake, "experts_disagree" if spread > DISAGREEMENT else "in_band")
+        if self.disagreement is not None and spread > self.disagreement:
+            return Verdict("inconclusive", p_fake, "experts_disagree")
         return Verdict("fake" if p_fake >= self.high else "real", p_fake)
+
+    def spread(self, logits: Mapping[str, float | None]) -> float:
+        """The largest difference between what parts with a weight say by themselves, 0..1; 0 where fewer than two do.
+
+        Each part's own P(fake) is read against its mean: which side of its usual answer it is on.
+        """
+        said = [
+            1 / (1 + math.exp(-(_bounded(value) - self.means[name])))
+            for name, value in logits.items()
+            if value is not None and self.weights.get(name, 0) > 0
+        ]
+        return max(said) - min(said) if said else 0.0
 
     def save(self, folder: Path) -> None:
         write_text(folder / "calibration.json", json.dumps(asdict(self), indent=1) + "\n")
@@ -75,6 +91,8 @@ class Calibration:
             ]
             if not all(math.isfinite(x) for x in numbers) or found.low > found.high:
                 raise ValueError("a number is not finite, or the band is upside down")
+            if found.disagreement is not None and not 0 < found.disagreement < 1:
+                raise ValueError("the disagreement is no number between 0 and 1")
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise SetupError(f"{path} cannot be read: {error}. Make it: python -m finetune.calibrate") from error
         return found
@@ -82,15 +100,6 @@ class Calibration:
 
 def _bounded(value: float) -> float:
     return max(-_CLIP, min(_CLIP, value))
-
-
-def _disagree(logits: Mapping[str, float | None], calibration: Calibration) -> bool:
-    said = [
-        1 / (1 + math.exp(-(_bounded(v) - calibration.means[k])))
-        for k, v in logits.items()
-        if v is not None and calibration.weights.get(k, 0) > 0
-    ]
-    return len(said) > 1 and max(said) - min(said) > DISAGREEMENT
 
 
 def fit_weights(

@@ -117,8 +117,8 @@ def verify(made: dict[str, Any], file: Path, detector: Detector) -> Verification
         return Verification("differs" if differences else "holds", tuple(differences), ())
     other = list(_differing("", _model(stated), _model(quick.to_dict()), exactly=True))
     if other:
-        told = [f"another model answers here than the record states: {line}" for line in other]
-        return Verification("differs" if differences else "other_model", (*differences, *told), ())
+        lines = [f"another model answers here than the record states: {line}" for line in other]
+        return Verification("differs" if differences else "other_model", (*differences, *lines), ())
     try:
         wordy = any(face["rationale"] for face in stated["faces"])
     except (KeyError, TypeError):
@@ -149,8 +149,10 @@ def _model(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _comparable(report: dict[str, Any]) -> dict[str, Any]:
-    """Without what another run, place or copy may change: path, times, versions."""
+    """Without what another run, place, machine or copy may change: path, times, versions, device."""
     kept = {key: value for key, value in report.items() if key not in ("path", "timings", "versions")}
+    if isinstance(kept.get("model"), dict):
+        kept["model"] = {key: value for key, value in kept["model"].items() if key != "runs_on"}
     if isinstance(kept.get("media"), dict):
         kept["media"] = {key: value for key, value in kept["media"].items() if key != "modified"}
     return kept

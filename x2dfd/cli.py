@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import os
-import shutil
+import re
 import sys
-import tempfile
 import textwrap
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from enum import StrEnum
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,9 +33,10 @@ if TYPE_CHECKING:
 
     from x2dfd.detector import Detector
     from x2dfd.html_report import Pictures
+    from x2dfd.rows import Rows
 
 NOT_PROOF = "These are statistical estimates, not proof: do not accuse a person or clear a picture on them alone."
-FLUSH_EVERY = 16  # rows that a killed run can lose of --out
+LINE_SECONDS = 30.0  # between two lines of progress, where stderr is no terminal
 COLOURS = {"fake": typer.colors.RED, "real": typer.colors.GREEN, "inconclusive": typer.colors.YELLOW}
 
 
@@ -47,6 +48,21 @@ class Mode(StrEnum):
 class Source(StrEnum):
     wheel = "wheel"
     hub = "hub"
+
+
+SERVED_HELP = "OpenAI-compatible endpoint (http://localhost:8000/v1); face crops are sent there. Key: OPENAI_API_KEY."
+
+
+DEVICE_HELP = "cpu, cuda, cuda:1 ...; by default CUDA where it is there."
+
+
+class Dtype(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+DTYPE_HELP = "Of the MLLM; by default bf16 on CUDA and fp32 on a CPU."
 
 
 class _Group(TyperGroup):
@@ -102,13 +118,19 @@ def _root(
 DETECT_EXAMPLES = """\b
 Examples:
   x2dfd detect face.jpg --report face.html
-  x2dfd detect photos/ --json --out photos.parquet > photos.jsonl
+  x2dfd detect --manifest photos.csv --out photos.parquet --no-rationale
 """
 
 
 @app.command(epilog=DETECT_EXAMPLES)
 def detect(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Pictures, videos, or folders of them.")],
+    paths: Annotated[
+        list[Path] | None, typer.Argument(metavar="[PATH...]", help="Pictures, videos, or folders of them.")
+    ] = None,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="CSV, JSONL or Parquet with a column `path`, in place of PATHs."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per file on stdout.")] = False,
     report: Annotated[
         Path | None,
@@ -121,31 +143,55 @@ def detect(
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.parquet",
-            help="Also write a table, a row per file. It resumes: a killed run leaves its rows in FILE.parquet.parts/, "
-            "and files whose row is already there (same path, SHA-256, model and mode) are not judged again, except "
-            "the first, which tells whether the model is still the same. Rows of other files stay.",
+            metavar="FILE",
+            help="Also write a table (.parquet or .jsonl), a row per file. It resumes: a killed run leaves its rows in "
+            "FILE.work, and files whose row is already there (same path, SHA-256, model, mode) are not judged again. "
+            "Rows of other files stay. With --manifest, stdout then has no blocks.",
+        ),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N", help="Only the I-th of N parts, for N processes; the table is FILE.I-of-N.parquet."
         ),
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Model directory; without it, the embedded model.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Model directory; without it, the embedded model. With --served, a name there."
+        ),
     ] = None,
+    served: Annotated[str | None, typer.Option(metavar="URL", help=SERVED_HELP)] = None,
     base: Annotated[str | None, typer.Option(metavar="NAME", help="Base model, by name or directory.")] = None,
     adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="Adapter directory for the base model.")] = None,
     mode: Annotated[
-        Mode, typer.Option(help="calibrated: MLLM and experts together; paper: the MLLM's own P(fake).")
-    ] = Mode.calibrated,
+        Mode | None,
+        typer.Option(
+            help="calibrated (the default where the model has a calibration): MLLM and experts together; paper: the "
+            "MLLM's own P(fake)."
+        ),
+    ] = None,
     no_rationale: Annotated[bool, typer.Option("--no-rationale", help="Verdicts only; quicker.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Files judged at a time.")] = 8,
     threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads.")] = None,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help=DEVICE_HELP)] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help=DTYPE_HELP)] = None,
 ) -> None:
     """Say of each picture or video whether its faces look forged, and why.
 
     A file that cannot be judged is a row with the reason; the run goes on and ends with exit code 0.
     """
+    if bool(paths) == (manifest is not None):
+        raise typer.BadParameter("give paths, or --manifest FILE", param_hint="PATH")
+    part, parts = _shard(shard)
+    if out is not None:
+        if out.suffix not in (".parquet", ".jsonl"):
+            raise typer.BadParameter(f"{out} ends in neither .parquet nor .jsonl", param_hint="--out")
+        out = out if parts == 1 else out.with_suffix(f".{part}-of-{parts}{out.suffix}")
     for option, target in (("--report", report), ("--out", out)):
         if target is not None and (target.is_dir() or not os.access(target.parent, os.W_OK)):
             raise typer.BadParameter(f"{target} cannot be written", param_hint=option)
+    from x2dfd.manifest import manifest_paths
     from x2dfd.media import find_media
 
     page = pdf = record = None
@@ -156,38 +202,57 @@ def detect(
         page, record = report.with_suffix(".html") if pdf else report, report.with_suffix(".case.json")
         if pdf:
             html_report.printer()  # what is missing is said before anything is judged
-    # What an earlier run wrote into a searched folder is no picture to judge.
-    ours = {target.resolve() for target in (page, pdf, record, out, out and _parts_folder(out)) if target is not None}
-    files = [path for path in find_media(paths) if ours.isdisjoint((path.resolve(), *path.resolve().parents))]
-    if not files:
+    written = [target for target in (page, pdf, record) if target is not None]
+
+    def files() -> Iterator[Path]:
+        """Found anew each time: a million paths need not stand in memory."""
+        # What an earlier run wrote into a searched folder is no picture to judge.
+        found = (p for p in find_media(paths or []) if not _ours(p, written, out))
+        return islice(found if manifest is None else manifest_paths(manifest), part - 1, None, parts)
+
+    total = sum(1 for _ in files())
+    if not total:
         typer.echo("no picture or video found", err=True)
-    table = None if out is None else _Table(out, mode=mode.value, rationale=not no_rationale)
-    with _progress(len(files)) as show:
-        detector = x2dfd.load(model, base=base, adapter=adapter, mode=mode.value, threads=threads)
-        results = _judge(detector, files, table, batch_size=batch_size, rationale=not no_rationale)
-        kept: list[Report | Failure] = []
-        with contextlib.closing(results):  # an interrupted run still flushes its rows
-            for result in results:
-                show(json.dumps(result.to_dict(), allow_nan=False) if as_json else _block(result))
+    detector = x2dfd.load(
+        model, base=base, adapter=adapter, served=served, mode=mode.value if mode else None, threads=threads,
+        device=device, dtype=dtype,
+    )  # fmt: skip
+    rows: Rows | None = None
+    if out is not None:
+        from x2dfd.rows import Rows
+
+        rows = Rows(out, detector.facts, not no_rationale)
+    kept: list[tuple[Path, Report | Failure]] = []
+    silent = manifest is not None and rows is not None and not as_json
+    try:
+        with _progress(total) as show:
+            for path, result in _judge(detector, files(), rows, batch_size=batch_size, rationale=not no_rationale):
+                text = "" if silent else json.dumps(result.to_dict(), allow_nan=False) if as_json else _block(result)
+                show(text, isinstance(result, Failure))
                 if report is not None:
-                    kept.append(result)
-    if table is not None:
-        table.finish([str(path) for path in files])
-        typer.echo(f"wrote {_printable(str(table.path))}", err=True)
+                    kept.append((path, result))
+        if rows is not None:
+            rows.finish()
+            if rows.doubles:
+                typer.echo(f"{rows.doubles} paths came more than once; each has one row", err=True)
+            typer.echo(f"wrote {_printable(str(rows.path))}", err=True)
+    finally:
+        if rows is not None:
+            rows.close()
     if page is not None and record is not None:
         from x2dfd import case
 
-        html = html_report.render(kept, [_pictures(path, result) for path, result in zip(files, kept, strict=True)])
-        written = [(page, html), (record, case.dumps(kept))]
-        for target, text in written:
+        results = [result for _, result in kept]
+        html = html_report.render(results, [_pictures(path, result) for path, result in kept])
+        for target, text in ((page, html), (record, case.dumps(results))):
             with _writing(target):
                 write_bytes(target, text.encode("utf-8"))
         if pdf is not None:
             with _writing(pdf):
                 html_report.write_pdf(pdf, html)
-        for target in (page, record, *([pdf] if pdf else [])):
+        for target in written:
             typer.echo(f"wrote {_printable(str(target))}", err=True)
-    if files and not as_json:
+    if total and not as_json:
         typer.echo(NOT_PROOF, err=True)
 
 
@@ -233,6 +298,24 @@ def verify(
             typer.echo(f"note: {_printable(line)}", err=True)
     if found.outcome != "holds":
         raise typer.Exit(case.EXIT_CODES[found.outcome])
+
+
+def _shard(text: str | None) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text or "1/1")
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise typer.BadParameter(f"{text} is not I/N with I from 1 to N", param_hint="--shard")
+    return int(found[1]), int(found[2])
+
+
+def _ours(path: Path, written: Sequence[Path], out: Path | None) -> bool:
+    """The file is the page, its record or its print, or it belongs to the table or to another shard of it."""
+    if any(path.name == target.name and path.resolve() == target.resolve() for target in written):
+        return True
+    if out is None:
+        return False
+    stem = re.escape(re.sub(r"\.\d+-of-\d+$", "", out.stem))
+    name = re.compile(rf"{stem}(\.\d+-of-\d+)?{re.escape(out.suffix)}(\.work(-journal)?)?")
+    return name.fullmatch(path.name) is not None and path.parent.resolve() == out.parent.resolve()
 
 
 EXPERTS_EXAMPLES = """\b
@@ -303,16 +386,22 @@ def assess(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="At most this many pictures.")] = None,
     split: Annotated[str | None, typer.Option(help="Only this split of the manifest.")] = None,
-    model: Annotated[Path | None, typer.Option(metavar="DIR", help="Adapter directory; default: embedded.")] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Adapter directory; default: embedded. With --served, a name there."),
+    ] = None,
+    served: Annotated[str | None, typer.Option(metavar="URL", help=SERVED_HELP)] = None,
     base: Annotated[
         str | None, typer.Option(metavar="NAME", help="Base model, by name or directory: bare, or under --model.")
     ] = None,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help=DEVICE_HELP)] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help=DTYPE_HELP)] = None,
     seed: Annotated[int, typer.Option(help="Of the sample and the controls.")] = 0,
 ) -> None:
     """Rank the cues by how well the MLLM sees them (MFA). A cut-off run goes on where it stopped."""
     from x2dfd.assessment import run_assess
 
-    run_assess(data, out, questions, limit, split, str(model) if model else None, seed, base)
+    run_assess(data, out, questions, limit, split, str(model) if model else None, seed, base, served, device, dtype)
 
 
 DOCTOR_EXAMPLES = """\b
@@ -343,147 +432,26 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON array 
     typer.echo("everything is in place" if not wrong else f"{wrong} to mend", err=True)
 
 
+def _batched(files: Iterable[Path], size: int) -> Iterator[list[Path]]:
+    source = iter(files)
+    while batch := list(islice(source, size)):
+        yield batch
+
+
 def _judge(
-    detector: Detector, files: list[Path], table: _Table | None, *, batch_size: int, rationale: bool
-) -> Generator[Report | Failure, None, None]:
-    """Results in the order of `files`; rows that `table` already holds are not computed again."""
-    if table is None:
-        yield from detector.detect_many(files, batch_size=batch_size, rationale=rationale)
-        return
-    known = {path: row for path in files if (row := table.known(path)) is not None}
-    probe: Path | None = None
-    first: Report | Failure | None = None
-    if known:
-        # Only a report says which weights answered: judging one file anew tells whether the old rows are still theirs.
-        probe = next(iter(known))
-        first = next(iter(detector.detect_many([probe], batch_size=1, rationale=rationale)))
-        del known[probe]
-        answering = _model_hash(first) if isinstance(first, Report) else None
-        known = {path: row for path, row in known.items() if row["model_hash"] == answering}
-    pending = [path for path in files if path not in known and path != probe]
-    fresh = iter(detector.detect_many(pending, batch_size=batch_size, rationale=rationale))
-    try:
-        for path in files:
-            if path in known:
-                yield Report.from_json(known[path]["report"])
-                continue
-            result = first if first is not None and path == probe else next(fresh)
-            table.add(path, result)
-            yield result
-    finally:
-        table.flush()
-
-
-def _model_hash(report: Report) -> str:
-    return hashlib.sha256(json.dumps(report.model, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass
-class _Table:
-    """The Parquet file of `--out`: rows are flushed to parts beside it and merged into it at the end."""
-
-    path: Path
-    mode: str
-    rationale: bool
-
-    def __post_init__(self) -> None:
-        self.parts = _parts_folder(self.path)
-        self.rows: dict[str, dict[str, Any]] = {}  # by path
-        self.waiting: list[dict[str, Any]] = []
-        import pyarrow.parquet as pq
-
-        for file in [*([self.path] if self.path.exists() else []), *sorted(self.parts.glob("*.parquet"))]:
-            try:
-                rows = pq.read_table(file)
-            except (OSError, ValueError) as error:  # pyarrow's errors derive from these two
-                raise X2DFDError(f"{file} cannot be read as Parquet: move it away or give another --out") from error
-            if not rows.schema.equals(_schema()):
-                raise X2DFDError(f"{file} is no table of x2dfd: move it away or give another --out")
-            self.rows.update((row["path"], row) for row in rows.to_pylist())
-
-    def known(self, path: Path) -> dict[str, Any] | None:
-        """The finished row of that very file in this mode; whether the model is the same is for the caller to see."""
-        row = self.rows.get(_utf8(path))
-        if row is None or row["error_code"] is not None or not path.is_file():
-            return None
-        if (row["mode"], row["rationale"]) != (self.mode, self.rationale):
-            return None
-        try:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError:  # not readable: judged again, which gives the reason
-            return None
-        return row if row["sha256"] == digest else None
-
-    def add(self, path: Path, result: Report | Failure) -> None:
-        row: dict[str, Any] = dict.fromkeys(_schema().names)
-        row |= {"path": _utf8(path), "sha256": result.sha256, "mode": self.mode, "rationale": self.rationale}
-        if isinstance(result, Failure):
-            row |= {"error_code": result.code, "error_reason": result.reason}
-        else:
-            row |= {
-                "model_hash": _model_hash(result),
-                "label": result.verdict.label,
-                "p_fake": result.verdict.p_fake,
-                "reason": result.verdict.reason,
-                "n_faces": len(result.faces),
-                "report": json.dumps(result.to_dict(), allow_nan=False),
-            }
-        self.rows[row["path"]] = row
-        self.waiting.append(row)
-        if len(self.waiting) >= FLUSH_EVERY:
-            self.flush()
-
-    def flush(self) -> None:
-        """Writes the waiting rows as one more part."""
-        if not self.waiting:
-            return
-        with _writing(self.parts):
-            self.parts.mkdir(exist_ok=True)
-            taken = [int(file.stem) for file in self.parts.glob("*.parquet")]
-            _write_rows(self.parts / f"{max(taken, default=0) + 1:06}.parquet", self.waiting)
-        self.waiting = []
-
-    def finish(self, order: list[str]) -> None:
-        """Writes the whole table, this run's files first and in their order, and removes the parts."""
-        first = dict.fromkeys(_utf8(path) for path in order)
-        rows = [self.rows[path] for path in first] + [row for path, row in self.rows.items() if path not in first]
-        with _writing(self.path):
-            _write_rows(self.path, rows)
-            if self.parts.exists():
-                shutil.rmtree(self.parts)
-
-
-def _parts_folder(path: Path) -> Path:
-    return path.with_name(path.name + ".parts")
-
-
-def _schema() -> Any:
-    import pyarrow as pa
-
-    return pa.schema(
-        [
-            ("path", pa.string()), ("sha256", pa.string()), ("label", pa.string()), ("p_fake", pa.float64()),
-            ("reason", pa.string()), ("error_code", pa.string()), ("error_reason", pa.string()),
-            ("n_faces", pa.int32()), ("mode", pa.string()), ("rationale", pa.bool_()), ("model_hash", pa.string()),
-            ("report", pa.string()),
-        ]
-    )  # fmt: skip
-
-
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        pq.write_table(pa.Table.from_pylist(rows, schema=_schema()), temporary)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    detector: Detector, files: Iterable[Path], rows: Rows | None, *, batch_size: int, rationale: bool
+) -> Iterator[tuple[Path, Report | Failure]]:
+    """Results in the order of `files`; those that `rows` already holds are not computed again."""
+    for batch in _batched(files, batch_size):
+        asked = [path for path in batch if rows is None or rows.ask(path)]
+        kept = {} if rows is None else {path: row for path in asked if (row := rows.known(path)) is not None}
+        pending = [path for path in asked if path not in kept]
+        fresh = iter(detector.detect_many(pending, batch_size=batch_size, rationale=rationale))
+        for path in asked:
+            result = kept.get(path) or next(fresh)
+            if rows is not None and path not in kept:
+                rows.add(path, result)
+            yield path, result
 
 
 @contextlib.contextmanager
@@ -527,24 +495,51 @@ def _pictures(path: Path, result: Report | Failure) -> Pictures:
 
 
 @contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr where that is a terminal; yields what prints the data of one file on stdout."""
+def _progress(total: int) -> Iterator[Callable[[str, bool], None]]:
+    """Rate and time left on stderr: a bar on a terminal, else a line now and then.
+
+    Yields what is called for each file, with its text for stdout ("" for none) and whether it failed.
+    """
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     console = Console(stderr=True)
+    start = last = time.monotonic()
+    done = failed = 0
+
+    def told() -> str:
+        seconds = max(time.monotonic() - start, 1e-9)
+        left = time.strftime("%H:%M:%S", time.gmtime((total - done) * seconds / max(done, 1)))
+        days = int((total - done) * seconds / max(done, 1)) // 86_400
+        return f"{done / seconds:.1f}/s, {f'{days} d ' if days else ''}{left} left, {failed} failed"
+
     if not console.is_terminal:
-        yield typer.echo
+
+        def line(text: str, failure: bool) -> None:
+            nonlocal done, failed, last
+            done, failed = done + 1, failed + failure
+            if text:
+                typer.echo(text)
+            if time.monotonic() - last >= LINE_SECONDS:
+                last = time.monotonic()
+                typer.echo(f"{done:,} of {total:,}: {told()}", err=True)
+
+        yield line
         return
     # Redirecting would send the data to stderr with the bar.
-    bar: Progress = Progress(console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
-    task = bar.add_task("loading the model", total=total)
+    columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    bar: Progress = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
+    task = bar.add_task("", total=total)
 
-    def show(text: str) -> None:
-        bar.stop()  # clears the bar, so that it does not mix with the text
-        typer.echo(text)
-        bar.update(task, advance=1, description="judging")
-        bar.start()
+    def show(text: str, failure: bool) -> None:
+        nonlocal done, failed
+        done, failed = done + 1, failed + failure
+        if text:
+            bar.stop()  # clears the bar, so that it does not mix with the text
+            typer.echo(text)
+        bar.update(task, advance=1, description=told())
+        if text:
+            bar.start()
 
     with bar:
         yield show
@@ -605,11 +600,6 @@ def _wrapped(text: str) -> str:
 def _printable(text: str) -> str:
     """Control and direction characters spelled out: a file name must not steer the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-def _utf8(path: str | Path) -> str:
-    """A path that Parquet can hold, also where the name has bytes that are no UTF-8."""
-    return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 if __name__ == "__main__":

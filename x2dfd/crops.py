@@ -69,6 +69,16 @@ def _aligned(path: str, pixels: NDArray[np.uint8], landmarks: NDArray[np.float32
         raise X2DFDError(f"mask {path}: {error}") from error
     if mask.shape != pixels.shape[:2]:
         raise X2DFDError(f"mask {path} is not of the size of its picture")
+    return mask_on_crop(mask, pixels, landmarks)
+
+
+def mask_on_crop(
+    mask: NDArray[np.uint8], pixels: NDArray[np.uint8], landmarks: NDArray[np.float32]
+) -> NDArray[np.uint8]:
+    """A picture's mask [H, W], 0..255, on the grid of a face's crop: [MASK_SIZE, MASK_SIZE], means of areas.
+
+    `pixels` [H, W, 3] is the picture, `landmarks` [468, 2] the face's mesh in its pixels.
+    """
     _, matrix = align(pixels, landmarks)
     crop = cv2.warpAffine(mask, matrix, (CROP_SIZE, CROP_SIZE))
     return np.asarray(cv2.resize(crop, (MASK_SIZE, MASK_SIZE), interpolation=cv2.INTER_AREA), np.uint8)

@@ -6,12 +6,12 @@ import contextlib
 import hashlib
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -19,7 +19,18 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from x2dfd import prompts
-from x2dfd.adapter import EMBEDDED, AdapterCard, attach, check_adapter, read_adapter_card
+from x2dfd.adapter import (
+    EMBEDDED,
+    WHOLE,
+    AdapterCard,
+    attach,
+    check_adapter,
+    check_contents,
+    check_probes,
+    expert_hashes,
+    probe_logits,
+    read_adapter_card,
+)
 from x2dfd.calibration import MLLM, Calibration, logit
 from x2dfd.degrade import codec
 from x2dfd.errors import InputError, SetupError, UnknownName
@@ -28,7 +39,7 @@ from x2dfd.explain import contradictions, read_cues
 from x2dfd.faces import area_polygons, find_faces
 from x2dfd.fetch import BASE_NAME
 from x2dfd.media import Picture, Video, load_media, media_summary
-from x2dfd.mllm import LocalMLLM, Look, base_identity, load_llava
+from x2dfd.mllm import LocalMLLM, YesNo, base_identity, choose_device, load_llava
 from x2dfd.provenance import read_provenance
 from x2dfd.types import Evidence, Face, FaceReport, Failure, Report, Verdict
 from x2dfd.validation import PROPOSITIONS, Validation
@@ -42,6 +53,31 @@ CODEC = (".jpg", 90)
 """What every face crop goes through before a model sees it: a PNG and its JPEG then look nearly the same. Trainings see
 crops through codecs of all qualities (x2dfd.degrade)."""
 MAX_FACES = 24  # in one picture; the smaller ones are left out with a warning
+
+
+UNCALIBRATED = (
+    "p_fake is the language model's own number: no calibration was fitted for this model, so its errors are not known"
+)
+
+
+class LanguageModel(Protocol):
+    """What a Detector asks of an MLLM, local (x2dfd.mllm) or served (x2dfd.served)."""
+
+    name: str
+    batch: int  # faces that go through it together
+
+    def look(self, crops: NDArray[np.uint8]) -> Any: ...  # [n, h, w, 3]; has `tower_states`, or None for them
+    def verdict_logits(self, look: Any, questions: Sequence[str]) -> NDArray[np.float64]: ...
+    def write(
+        self,
+        look: Any,
+        questions: Sequence[str],
+        starts: Sequence[str],
+        *,
+        turns: Sequence[tuple[str, str]] = (),
+        on_text: Callable[[str], None] | None = None,
+    ) -> list[str]: ...
+    def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str], /) -> YesNo: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +94,7 @@ class Detector:
 
     def __init__(
         self,
-        mllm: LocalMLLM,
+        mllm: LanguageModel,
         experts: Sequence[Expert],
         calibration: Calibration | None,
         facts: dict[str, Any],
@@ -124,9 +160,9 @@ class Detector:
         if report.sha256 != media.sha256:
             raise InputError("other_picture", "this is not the picture that the report is about")
         face = _find(media)[0][deciding.index].face
-        asked = prompts.verdict_question(deciding.evidence)
+        [asked] = self._questions([deciding.evidence])
         answer = f"{prompts.rationale_start(_said(deciding.verdict))} {deciding.rationale}".strip()
-        look = self.mllm.look(_through_codec([face])[0].crop[None])
+        look = self.mllm.look(through_codec([face])[0].crop[None])
         return self.mllm.write(look, [asked], [""], turns=[(answer, question)])[0]
 
     def explain(self, report: Report, source: Source, *, on_text: Callable[[str], None] | None = None) -> Report:
@@ -142,12 +178,12 @@ class Detector:
         found = _find(media)[0]
         order = sorted(report.faces, key=lambda f: -_p_fake(f))  # the one that decided first: its text is streamed
         told: dict[int, FaceReport] = {}
-        for at in range(0, len(order), 16):
-            part = order[at : at + 16]
-            faces = _through_codec([found[f.index].face for f in part])
+        for at in range(0, len(order), self.mllm.batch):
+            part = order[at : at + self.mllm.batch]
+            faces = through_codec([found[f.index].face for f in part])
             texts = self.mllm.write(
                 self.mllm.look(np.stack([f.crop for f in faces])),
-                [prompts.verdict_question(f.evidence) for f in part],
+                self._questions([f.evidence for f in part]),
                 [prompts.rationale_start(_said(f.verdict)) for f in part],
                 on_text=on_text if at == 0 else None,
             )
@@ -163,10 +199,10 @@ class Detector:
 
     def judge_faces(self, faces: Sequence[Face]) -> tuple[NDArray[np.float64], list[list[Evidence]]]:
         """The parts of a verdict before they are joined: the MLLM's logits [n], and each face's expert evidence."""
-        faces = _through_codec(faces)
+        faces = through_codec(faces)
         look = self.mllm.look(np.stack([f.crop for f in faces]))
         evidence = self._evidence(faces, look)
-        return self.mllm.verdict_logits(look, [prompts.verdict_question(e) for e in evidence]), evidence
+        return self.mllm.verdict_logits(look, self._questions(evidence)), evidence
 
     # --- the road ---
 
@@ -178,7 +214,15 @@ class Detector:
                 opened.append(_open(source))
             except InputError as error:
                 opened.append(_failure(source, error))
-        yield from self._judge(opened, rationale, {"files": len(opened), "decode": time.perf_counter() - start})
+        timings = {"files": len(opened), "decode": time.perf_counter() - start}
+        try:
+            results = list(self._judge(opened, rationale, timings))
+        except InputError as error:  # of a served model, about one of these files
+            if len(sources) == 1:
+                results = [_failure(sources[0], error)]
+            else:
+                results = [result for source in sources for result in self._batch([source], rationale)]
+        yield from results
 
     def _reports(self, sources: Sequence[Source], rationale: bool) -> Iterator[Report]:
         start = time.perf_counter()
@@ -208,16 +252,16 @@ class Detector:
             at += len(found)
 
     def _face_reports(self, seen: Sequence[_Seen], rationale: bool, clock: _Clock) -> list[FaceReport]:
-        """All faces of a batch through tower, experts, MLLM and calibration, 16 at a time."""
+        """All faces of a batch through tower, experts, MLLM and calibration."""
         out: list[FaceReport] = []
-        for start in range(0, len(seen), 16):
-            part = seen[start : start + 16]
-            faces = _through_codec([s.face for s in part])
+        for start in range(0, len(seen), self.mllm.batch):
+            part = seen[start : start + self.mllm.batch]
+            faces = through_codec([s.face for s in part])
             look = self.mllm.look(np.stack([f.crop for f in faces]))
             clock.lap("look")
             evidence = self._evidence(faces, look)
             clock.lap("experts")
-            questions = [prompts.verdict_question(e) for e in evidence]
+            questions = self._questions(evidence)
             logits = self.mllm.verdict_logits(look, questions)
             clock.lap("verdict")
             verdicts, texts = [], [""] * len(part)
@@ -244,11 +288,19 @@ class Detector:
                 out.append(_explained(judged, s.face, text) if text else judged)
         return out
 
-    def _evidence(self, faces: Sequence[Face], look: Look) -> list[list[Evidence]]:
+    def _evidence(self, faces: Sequence[Face], look: Any) -> list[list[Evidence]]:
         """What each expert says of each face: [face][expert]."""
         shared = Shared(tower_states=look.tower_states if self.facts["base"]["name"] == BASE_NAME else None)
         columns = [expert.judge(faces, shared) for expert in self.experts]
         return [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in faces]
+
+    def _questions(self, evidence: Sequence[Sequence[Evidence]]) -> list[str]:
+        """Each face's question, with what the experts that the adapter was trained with say of it.
+
+        Of the others, which joined at calibration, the MLLM knows nothing.
+        """
+        known = self.facts["in_prompt"]
+        return [prompts.verdict_question([e for e in said if e.expert in known]) for said in evidence]
 
     def _verdict(self, mllm_logit: float, evidence: Sequence[Evidence]) -> Verdict:
         if self.mode == "paper" or self.calibration is None:
@@ -272,9 +324,9 @@ class Detector:
             evidence=deciding.evidence if deciding else (),
             provenance=media.provenance,
             model=self.facts,
-            versions=_versions(),
+            versions=versions(),
             timings={k: round(v, 4) for k, v in timings.items()},
-            warnings=tuple(warnings),
+            warnings=(*warnings, *([] if self.calibration or not faces else [UNCALIBRATED])),
             likelihood_ratio=self._likelihood_ratio(media, verdict),
         )
 
@@ -313,18 +365,32 @@ def load(
     *,
     base: str | None = None,
     adapter: str | Path | None = None,
-    mode: Mode = "calibrated",
+    served: str | None = None,
+    mode: Mode | None = None,
     threads: int | None = None,
     experts: Sequence[str] | None = None,
+    other_experts: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
 ) -> Detector:
     """A detector that is ready to use.
 
     `model`: None for the embedded model, or an adapter directory. `base` (a LLaVA directory or hub name) with `adapter`
-    (or without: the bare model, mode="paper") for any other. `experts`: some of those that the adapter was trained
-    with, or, with mode="paper", any. Raises SetupError with what mends it.
+    (or without: the bare model, mode="paper") for any other. `served`: the address of an OpenAI-compatible endpoint,
+    `model` is then a name there, and `adapter` the directory that it serves under that name, which brings experts and
+    calibration. `mode`: calibrated, but paper for a served model without an adapter. `experts`: some of those that the
+    adapter was trained or calibrated with, or, with mode="paper", any; `other_experts`: also other weights than those,
+    as calibration does. `device` and `dtype` of a local MLLM (cpu, cuda, cuda:1 ...; fp32, bf16, fp16): by default a
+    CUDA device with bf16 where there is one, else the CPU with fp32; experts stay on the CPU. Raises SetupError with
+    what mends it.
     """
     if threads is not None:
         torch.set_num_threads(threads)
+    if served is not None:
+        if device or dtype:
+            raise SetupError("a served model computes where its server runs: give no device and no dtype")
+        return _load_served(served, model, base, adapter, mode, experts)
+    mode = mode or "calibrated"
     if model and adapter:
         raise SetupError("give an adapter directory once: as `model`, or as `adapter` beside `base`")
     if base is not None and not adapter and not model and mode == "calibrated":
@@ -333,6 +399,9 @@ def load(
     if base == BASE_NAME:  # the embedded base by its name: bare, where no adapter is given
         base = None
     card = read_adapter_card(folder) if folder else None
+    if folder and card and card.weights == WHOLE:
+        base = str(folder / WHOLE)
+    place, precision = choose_device(device, dtype)
     llava, processor = load_llava(
         base,
         tower_layers=(card.tower_layers or None) if card else None,
@@ -342,34 +411,93 @@ def load(
     identity = base_identity(base)
     calibration = None
     if folder and card:
+        prompts.set_frame(processor, card.frame)
         check_adapter(folder, card, identity, prompts.prompt_hash(processor))
-        llava = attach(llava, folder)
+        llava = llava if card.weights == WHOLE else attach(llava, folder)
         calibration = (
             Calibration.load(folder) if mode == "calibrated" or (folder / "calibration.json").is_file() else None
         )
-    names = list(experts) if experts is not None else list(card.experts if card else DEFAULT)
+    loaded = _experts(folder, card, calibration, mode, experts, other_experts)
+    facts = _facts(card, identity, prompts.prompt_hash(processor), loaded)
+    facts["runs_on"] = f"{place.type} {precision}"
+    # On a CPU the weights stay as they are: bf16 is a matter of the products.
+    llava = llava.to(
+        place, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision) if place.type == "cuda" else None
+    )
+    mllm = LocalMLLM(llava, processor, facts["name"], autocast=place.type == "cpu" and precision == "bf16")
+    if card and card.probes:
+        check_probes(card, probe_logits(mllm), 0.1 if precision == "fp32" else 1.0)
+    validation = Validation.load(folder) if folder else None
+    return Detector(mllm, list(loaded.values()), calibration, facts, mode, validation)
+
+
+def _load_served(
+    url: str,
+    model: str | Path | None,
+    base: str | None,
+    adapter: str | Path | None,
+    mode: Mode | None,
+    experts: Sequence[str] | None,
+) -> Detector:
+    from x2dfd.served import ServedMLLM
+
+    if not model or base is not None:
+        raise SetupError("a served model goes by its name at the endpoint: give `model`, and no `base`")
+    folder = Path(adapter) if adapter else None
+    card = read_adapter_card(folder) if folder else None
+    calibration = None
+    if folder and card:
+        check_contents(folder, card)
+        calibration = Calibration.load(folder) if mode != "paper" or (folder / "calibration.json").is_file() else None
+    mode = mode or ("calibrated" if calibration else "paper")
+    loaded = _experts(folder, card, calibration, mode, experts)
+    mllm = ServedMLLM(url, str(model), continues=True if card else None)
+    identity = card.base if card else {"name": mllm.name, "sha256": ""}
+    facts = _facts(card, identity, card.prompt_sha256 if card else mllm.prompt_sha256, loaded)
+    facts["served"] = {"host": mllm.host, "model": str(model)}
+    validation = Validation.load(folder) if folder else None
+    return Detector(mllm, list(loaded.values()), calibration, facts, mode, validation)
+
+
+def _experts(
+    folder: Path | None,
+    card: AdapterCard | None,
+    calibration: Calibration | None,
+    mode: Mode,
+    some: Sequence[str] | None,
+    other: bool = False,
+) -> dict[str, Expert]:
+    """The experts asked for, by default those that the adapter was trained and calibrated with, in that order."""
+    wanted = expert_hashes(card, calibration) if card else {}
+    names = list(some) if some is not None else list(wanted if card else DEFAULT)
     loaded = [load_expert(n, folder / "experts" if folder else None) for n in names]
-    if card:
-        _check_experts(card, loaded, names)
+    if not other:
+        _check_experts(wanted, loaded, names)
     unknown = [n for n in names if calibration and n not in calibration.weights]
     if unknown and mode == "calibrated":
         raise SetupError(
             f"the calibration does not know {', '.join(unknown)}: take mode='paper', or train and calibrate with it"
         )
-    facts: dict[str, Any] = {
-        "name": f"{card.name} {card.version}" if card else identity["name"],
-        "base": identity,
+    return dict(zip(names, loaded, strict=True))
+
+
+def _facts(
+    card: AdapterCard | None, base: dict[str, str], prompt_sha256: str, experts: dict[str, Expert]
+) -> dict[str, Any]:
+    """What a report says of the model."""
+    return {
+        "name": f"{card.name} {card.version}" if card else base["name"],
+        "base": base,
         "adapter_sha256": card.sha256 if card else None,
         "layers": _layers(card) if card else None,
-        "prompt_sha256": prompts.prompt_hash(processor),
+        "prompt_sha256": prompt_sha256,
         "crops_through": f"{CODEC[0]} {CODEC[1]}",
-        "experts": {n: f"{e.card.version} {e.card.sha256}" for n, e in zip(names, loaded, strict=True)},
+        "experts": {n: f"{e.card.version} {e.card.sha256}" for n, e in experts.items()},
+        "in_prompt": [n for n in experts if not card or n in card.experts],
         "held_out": list(card.held_out) if card else [],
         "blind_spot": card.blind_spot if card else "",
         "licence": card.licence if card else "",
     }
-    validation = Validation.load(folder) if folder else None
-    return Detector(LocalMLLM(llava, processor, facts["name"]), loaded, calibration, facts, mode, validation)
 
 
 def _layers(card: AdapterCard) -> dict[str, int | list[int]]:
@@ -378,13 +506,12 @@ def _layers(card: AdapterCard) -> dict[str, int | list[int]]:
     return {"tower": card.tower_layers, "text": text if isinstance(text, int) else list(text)}
 
 
-def _check_experts(card: AdapterCard, loaded: Sequence[Expert], names: Sequence[str]) -> None:
+def _check_experts(wanted: Mapping[str, str], loaded: Sequence[Expert], names: Sequence[str]) -> None:
     for name, expert in zip(names, loaded, strict=True):
-        wanted = card.experts.get(name)
-        if wanted is not None and wanted != expert.card.sha256:
+        if wanted.get(name, expert.card.sha256) != expert.card.sha256:
             raise SetupError(
-                f"the adapter was trained with other weights of expert {name!r} than are here: put those back that its "
-                "card names, or train it again: python -m finetune"
+                f"the adapter goes with other weights of expert {name!r} than are here: put those back that its card "
+                "and calibration name, or fit it to these: python -m finetune.calibrate --other-experts"
             )
 
 
@@ -444,7 +571,8 @@ def _areas(face: Face, cues: Sequence[Any]) -> dict[str, list[list[list[float]]]
     return {a: [[[round(float(x), 1), round(float(y), 1)] for x, y in q] for q in polygons[a]] for a in sorted(wanted)}
 
 
-def _through_codec(faces: Sequence[Face]) -> list[Face]:
+def through_codec(faces: Sequence[Face]) -> list[Face]:
+    """The faces with their crops as every model sees them."""
     return [replace(f, crop=codec(f.crop, *CODEC)) for f in faces]
 
 
@@ -486,7 +614,8 @@ def _failure(source: Source, error: InputError) -> Failure:
 
 
 @cache
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of Python, of this package and of the libraries that a score depends on."""
     found = {"python": platform.python_version()}
     for name in ("x2dfd", "torch", "transformers", "peft", "ai-edge-litert", "opencv-python-headless", "pillow"):
         try:

@@ -60,6 +60,18 @@ def read_manifest(path: str | os.PathLike[str], *, split: str | None = None) -> 
     return chosen
 
 
+def manifest_paths(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """The absolute paths of a manifest's rows, one after another; only the column `path` is needed.
+
+    Raises X2DFDError, with the row's number, on a malformed row or one without a path.
+    """
+    file = Path(os.path.abspath(path))
+    for number, row in _rows(file):
+        if not (text := _text(row, "path")):
+            raise X2DFDError(f"{file.name}: row {number}: no path (columns: {', '.join(row)})")
+        yield _absolute(file.parent, text)
+
+
 def write_manifest(path: str | os.PathLike[str], rows: Iterable[Sample | Mapping[str, Any]]) -> None:
     """Writes a JSONL manifest, whole or not at all.
 
@@ -128,10 +140,10 @@ def _parquet(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(file)
+        with pq.ParquetFile(file) as table:
+            yield from enumerate((row for batch in table.iter_batches(4096) for row in batch.to_pylist()), start=1)
     except (pa.ArrowException, OSError) as error:
         raise X2DFDError(f"{file.name}: not a Parquet file ({error})") from error
-    yield from enumerate(table.to_pylist(), start=1)
 
 
 def _check(file: Path, rows: Iterable[tuple[int, dict[str, Any]]]) -> list[Sample]:

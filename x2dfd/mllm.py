@@ -11,8 +11,9 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -20,13 +21,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from x2dfd import prompts
-from x2dfd.errors import SetupError
+from x2dfd.errors import SetupError, UnknownName
 from x2dfd.fetch import BASE_NAME, require
 from x2dfd.files import file_sha256
 
 MAX_NEW_TOKENS = 80
 CIRCLE = 12  # repeated tokens that end an answer; fewer are normal: an area or a colour is named twice
+BATCH = 16  # faces in one pass
 PACK = 25  # cue questions in one pass: bounds the mask's and the activations' size
+
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,17 +50,35 @@ class Look:
 
     cache: Any  # transformers' DynamicCache over the prefix, batch n
     length: int  # tokens of the prefix
-    tower_states: tuple[Tensor, ...]  # hidden states of the vision tower, embeddings first
+    tower_states: tuple[Tensor, ...]  # hidden states of the vision tower, embeddings first; fp32, CPU
 
     @property
     def size(self) -> int:
         return int(self.tower_states[0].shape[0])
 
 
-class LocalMLLM:
-    """A LLaVA of transformers, with or without an adapter. `name` says which."""
+def _inference(method: Callable[P, T]) -> Callable[P, T]:
+    """Without gradients, in the model's precision."""
 
-    def __init__(self, model: Any, processor: Any, name: str) -> None:
+    @wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        mllm: Any = args[0]
+        with torch.inference_mode(), torch.autocast(mllm.device.type, torch.bfloat16, enabled=mllm.autocast):
+            return method(*args, **kwargs)
+
+    return run
+
+
+class LocalMLLM:
+    """A LLaVA of transformers, with or without an adapter. `name` says which.
+
+    `autocast`: matrix products in bf16 over the weights as they are. Labels are scored in fp32 all the same.
+    """
+
+    batch = BATCH
+
+    def __init__(self, model: Any, processor: Any, name: str, *, autocast: bool = False) -> None:
+        self.autocast = autocast
         self.name = name
         self.processor = processor
         self.tokenizer = processor.tokenizer
@@ -61,28 +86,18 @@ class LocalMLLM:
         self._text = model.model.language_model
         self._head: Tensor = model.lm_head.weight
         self.device = self._head.device
-        self.label_ids = self._first_tokens(prompts.STEM, prompts.LABEL_WORDS)  # real, fake
-        self._yes_no_ids = self._first_tokens("", prompts.YES_NO_WORDS)
+        self.label_ids = prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS)  # real, fake
+        self._yes_no_ids = prompts.first_tokens(processor, "", prompts.YES_NO_WORDS)
         self._before_image, _ = prompts.prompt_tokens(processor, prompts.render(processor, prompts.QUESTION))
 
-    def _first_tokens(self, start: str, words: Sequence[str]) -> tuple[int, int]:
-        """The token with which each of the two words goes on after `start`. Raises SetupError when it is the same."""
-        before = self._suffix(prompts.QUESTION, start)
-        first, second = (self._suffix(prompts.QUESTION, start + w) for w in words)
-        at = len(before)
-        if first[:at] != before or second[:at] != before:
-            raise SetupError(
-                f"this tokenizer joins {words[0]!r} or {words[1]!r} with what precedes; it cannot be scored"
-            )
-        if first[at] == second[at]:
-            raise SetupError(
-                f"this tokenizer begins {words[0]!r} and {words[1]!r} with the same token; it cannot be scored"
-            )
-        return first[at], second[at]
+    def save(self, folder: Path) -> None:
+        """Write model and processor as a directory that `load_llava` takes."""
+        self._llava.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
 
     # --- the shared prefix ---
 
-    @torch.inference_mode()
+    @_inference
     def look(self, crops: NDArray[np.uint8]) -> Look:
         """Encode aligned face crops [n, 224, 224, 3] once."""
         from PIL import Image
@@ -100,7 +115,7 @@ class LocalMLLM:
         embeds = torch.cat([before.expand(len(crops), -1, -1), image], 1)
         cache = DynamicCache(config=self._text.config)
         self._text(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
-        return Look(cache, embeds.shape[1], tuple(states))
+        return Look(cache, embeds.shape[1], tuple(s.float().cpu() for s in states))
 
     def _suffix(self, question: str, start: str = "", turns: Sequence[tuple[str, str]] = ()) -> list[int]:
         return prompts.prompt_tokens(self.processor, prompts.render(self.processor, question, start, turns))[1]
@@ -130,7 +145,7 @@ class LocalMLLM:
 
     # --- verdict ---
 
-    @torch.inference_mode()
+    @_inference
     def verdict_logits(self, look: Look, questions: Sequence[str]) -> NDArray[np.float64]:
         """Logit of fake against real for each picture's own question: [n].
 
@@ -139,12 +154,17 @@ class LocalMLLM:
         suffixes = [self._suffix(q, prompts.STEM) for q in questions]
         hidden, _ = self._after(look, suffixes)
         last = hidden[torch.arange(len(suffixes)), torch.tensor([len(s) - 1 for s in suffixes])]
-        real, fake = (last @ self._head[list(self.label_ids)].T).unbind(1)
+        real, fake = self._scores(last, self.label_ids).unbind(1)
         return np.asarray((fake - real).double().cpu().numpy())
+
+    def _scores(self, hidden: Tensor, ids: Sequence[int]) -> Tensor:
+        """Logits of two tokens in fp32: in 16 bits their difference would move in steps of a tenth."""
+        with torch.autocast(self.device.type, enabled=False):
+            return hidden.float() @ self._head[list(ids)].float().T
 
     # --- text ---
 
-    @torch.inference_mode()
+    @_inference
     def write(
         self,
         look: Look,
@@ -207,7 +227,7 @@ class LocalMLLM:
         """Every question about one face crop, in packed passes over one prefix."""
         return self.yes_no_packed(self.look(crop[None]), questions)
 
-    @torch.inference_mode()
+    @_inference
     def yes_no_packed(self, look: Look, questions: Sequence[str]) -> YesNo:
         """As `yes_no`, on a look at one picture."""
         if look.size != 1:
@@ -229,12 +249,15 @@ class LocalMLLM:
                 use_cache=True,
             ).last_hidden_state[0]
             look.cache.crop(-total)
-            logits = hidden[torch.tensor(lengths).cumsum(0) - 1] @ self._head.T  # [questions, vocabulary]
-            chances.append(logits[:, list(self._yes_no_ids)].double().softmax(-1)[:, 0].cpu())
+            last = hidden[torch.tensor(lengths).cumsum(0) - 1]
+            logits = last @ self._head.T  # [questions, vocabulary]
+            exact = logits.dtype == torch.float32
+            scores = logits[:, list(self._yes_no_ids)] if exact else self._scores(last, self._yes_no_ids)
+            chances.append(scores.double().softmax(-1)[:, 0].cpu())
             said += [self._yes_or_no(t) for t in logits.argmax(-1).tolist()]
         return YesNo(torch.cat(chances).numpy() if chances else np.zeros(0), tuple(said))
 
-    @torch.inference_mode()
+    @_inference
     def yes_no_plain(self, crop: NDArray[np.uint8], questions: Sequence[str]) -> YesNo:
         """The same one by one through the stock forward pass: slow; the oracle of the packed pass."""
         from PIL import Image
@@ -243,8 +266,8 @@ class LocalMLLM:
         for question in questions:
             inputs = self.processor(
                 images=Image.fromarray(crop), text=prompts.render(self.processor, question), return_tensors="pt"
-            ).to(self.device)
-            logits = self._llava(**inputs).logits[0, -1]
+            ).to(self.device, self._head.dtype)
+            logits = self._llava(**inputs).logits[0, -1].float()
             p_yes.append(float(logits[list(self._yes_no_ids)].double().softmax(-1)[0]))
             said.append(self._yes_or_no(int(logits.argmax())))
         return YesNo(np.array(p_yes), tuple(said))
@@ -265,6 +288,30 @@ def _repeats(tokens: Sequence[int]) -> bool:
     return any(list(tokens[i : i + CIRCLE]) == tail for i in range(len(tokens) - CIRCLE))
 
 
+def choose_device(device: str | None, dtype: str | None) -> tuple[torch.device, Dtype]:
+    """Where and how to compute: by default a CUDA device with bf16 where there is one, else the CPU with fp32.
+
+    Raises SetupError for a device that is not there or that does not compute so, and UnknownName.
+    """
+    if dtype is not None and dtype not in get_args(Dtype):
+        raise UnknownName("dtype", dtype, get_args(Dtype))
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise SetupError(f"{device!r} is no device; give cpu, cuda, or cuda:1 and so on") from error
+    if place.type == "cuda" and (not torch.cuda.is_available() or (place.index or 0) >= torch.cuda.device_count()):
+        raise SetupError(f"there is no {place} here (torch {torch.__version__}); take --device cpu")
+    if place.type not in ("cpu", "cuda"):
+        raise SetupError(f"{place.type} is not supported; take cpu or cuda")
+    if place.type == "cpu":
+        if dtype == "fp16":
+            raise SetupError("fp16 needs a CUDA device; take fp32, or bf16")
+        return place, "bf16" if dtype == "bf16" else "fp32"
+    if dtype is None:
+        return place, "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return place, "fp32" if dtype == "fp32" else "bf16" if dtype == "bf16" else "fp16"
+
+
 def load_llava(
     base: str | Path | None = None,
     *,
@@ -272,13 +319,15 @@ def load_llava(
     text_layers: int | Sequence[int] | None = None,
     feature_layers: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> tuple[Any, Any]:
     """A LLaVA model and its processor: the embedded base (None), a directory, or a hub name.
 
     Only the first `tower_layers` and `text_layers` layers are kept (or, given as a list, just those language layers:
     which ones go matters more than how many), and the tower's outputs after `feature_layers` are joined as the
     projector's input. The embedded base has no projector: it starts at random (seed 0) until an adapter
-    brings one. Raises SetupError when the model cannot be read, is no LLaVA, or when anything else is missing, left
+    brings one. `options`: further ones of `from_pretrained` (attn_implementation, quantization_config).
+    Raises SetupError when the model cannot be read, is no LLaVA, or when anything else is missing, left
     over or of another shape.
     """
     from safetensors import SafetensorError
@@ -313,7 +362,7 @@ def load_llava(
         with quietly(), torch.random.fork_rng():  # dropped layers are expected; what is not is checked below
             torch.manual_seed(0)
             model, info = stock.from_pretrained(
-                folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+                folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
         processor = LlavaProcessor.from_pretrained(folder)
     except (OSError, ValueError, SafetensorError) as error:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from x2dfd.errors import SetupError, UnknownName
 from x2dfd.types import Cue, Evidence
 
 QUESTION = "Is this image real or fake?"
@@ -21,8 +22,44 @@ LABEL_WORDS = (" real", " fake")
 CLASS_QUESTION = "Which kind of manipulation, if any, does this face show?"
 CUE_ENDING = "Answer Yes or No."
 YES_NO_WORDS = ("Yes", "No")
+
+SERVED_SYSTEM = (
+    "You examine photos of one face for signs of forgery: face swap, reenactment, editing, synthesis. Scores in a "
+    "question are those of detectors; they can be wrong."
+)
+SERVED_VERDICT = "Answer with one word: real or fake."
+SERVED_RATIONALE = (
+    'The verdict is given: "{start}" Do not repeat it. Tell in one to three plain sentences what in the photo speaks '
+    "for it: name areas (eyes, mouth, jaw, skin, hair, background ...) and what is odd or in order there."
+)
+"""What a served model is told whose endpoint cannot continue a begun answer; no adapter is trained with these."""
+
 AGREES_BELOW, AGREES_ABOVE = 0.30, 0.70
 """When an expert counts as agreeing with real, with fake (X2-DFD's lo and hi)."""
+
+_VICUNA = (
+    "A chat between a curious {who} and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the {who}'s questions. "
+    "{{% for m in messages %}}{{% if m['role'] == 'user' %}}{{{{ 'USER: ' }}}}"
+    "{{% for p in m['content'] %}}{{% if p['type'] == 'image' %}}{{{{ '{image}\n' }}}}{{% endif %}}{{% endfor %}}"
+    "{{% for p in m['content'] %}}{{% if p['type'] == 'text' %}}{{{{ p['text'] + ' ' }}}}{{% endif %}}{{% endfor %}}"
+    "{{% else %}}{{{{ 'ASSISTANT: ' }}}}{{% for p in m['content'] %}}{{{{ p['text'] }}}}{{% endfor %}}{{{{ '</s>' }}}}"
+    "{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{{{{ 'ASSISTANT:' }}}}{{% endif %}}"
+)
+FRAMES = {
+    "train_consistent": _VICUNA.format(who="user", image="<image>"),
+    "official_infer": _VICUNA.format(who="human", image="<im_start><image><im_end>"),
+}
+"""Chat templates of published X2-DFD adapters: what they were trained with, and what their released code asks with."""
+
+
+def set_frame(processor: Any, frame: str | None) -> None:
+    """Give the processor a chat frame of FRAMES; None leaves the base's own. Raises UnknownName."""
+    if frame is None:
+        return
+    if frame not in FRAMES:
+        raise UnknownName("chat frame", frame, FRAMES)
+    processor.chat_template = FRAMES[frame]
 
 
 def score_tail(evidence: Sequence[Evidence]) -> str:
@@ -109,6 +146,25 @@ def prompt_tokens(processor: Any, prompt: str) -> tuple[list[int], list[int]]:
         raise ValueError(f"the prompt holds no {processor.image_token}")
     at = ids.index(image)
     return ids[:at], ids[at + 1 :]
+
+
+def first_tokens(processor: Any, start: str, words: Sequence[str]) -> tuple[int, int]:
+    """The token with which each of two words goes on after an answer begun by `start`.
+
+    Raises SetupError when it is the same, or when it does not stand by itself.
+    """
+    before, first, second = (
+        prompt_tokens(processor, render(processor, QUESTION, begun))[1]
+        for begun in (start, *(start + w for w in words))
+    )
+    at = len(before)
+    if first[:at] != before or second[:at] != before:
+        raise SetupError(f"this tokenizer joins {words[0]!r} or {words[1]!r} with what precedes; it cannot be scored")
+    if first[at] == second[at]:
+        raise SetupError(
+            f"this tokenizer begins {words[0]!r} and {words[1]!r} with the same token; it cannot be scored"
+        )
+    return first[at], second[at]
 
 
 def prompt_hash(processor: Any) -> str:

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from external_detectors.train import blending, clip, consistency
+from external_detectors.train import blending, clip, consistency, spectrum_noise, upsampling
 from external_detectors.train.loop import EXAMPLE
 from x2dfd.errors import X2DFDError
 
@@ -23,6 +23,10 @@ app.command(epilog=EXAMPLE.format("consistency --data build/local/manifest.jsonl
     consistency.consistency
 )
 app.command(epilog=EXAMPLE.format("clip --data build/forged/manifest.jsonl"))(clip.clip)
+app.command(epilog=EXAMPLE.format("upsampling --data build/forged/manifest.jsonl"))(upsampling.upsampling)
+app.command(name="spectrum-noise", epilog=EXAMPLE.format("spectrum-noise --data build/forged/manifest.jsonl"))(
+    spectrum_noise.spectrum_noise
+)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from external_detectors.train.loop import SOURCE, auc, by_method, log, source_names
+from external_detectors.train.loop import SOURCE, auc, balance, by_method, by_source, drawn_whole, log, source_names
 from external_detectors.weights_io import WEIGHTS, save_weights
 from x2dfd.crops import load_crops
 from x2dfd.errors import X2DFDError
@@ -52,7 +52,7 @@ def clip(
     mean, std = raw[torch.from_numpy(train)].mean(0), raw[torch.from_numpy(train)].std(0) + 1e-4
     x = raw.sub_(mean).div_(std)
     fake = np.array([s.label == "fake" for s in samples])
-    whole = np.array([_synthetic(s) for s in samples])
+    whole = np.array([drawn_whole(s) for s in samples])
     mine = ~fake | whole  # photos that were forged in part are the other experts' task
 
     def head(use: NDArray[np.bool_]) -> dict[str, torch.Tensor]:
@@ -103,7 +103,7 @@ def _unseen(
     """
     source = np.array([s.source for s in samples])
     real = np.array([s.label == "real" for s in samples])
-    whole = np.array([_synthetic(s) for s in samples])
+    whole = np.array([drawn_whole(s) for s in samples])
     method = np.array([s.method for s in samples])
     sources = [s for s, n in Counter(source[real]).most_common() if n >= 20]
     generators = [m for m, n in Counter(method[whole]).most_common() if n >= 20]
@@ -131,11 +131,6 @@ def _unseen(
     return {"false_alarms_of_a_source_left_out": alarms, "auc_generator_and_source_left_out": both}
 
 
-def _synthetic(sample: Sample) -> bool:
-    """The whole picture comes from a generator (as opposed to a photo that was changed)."""
-    return sample.label == "fake" and sample.mask is None
-
-
 def _fit_head(
     x: torch.Tensor, positive: NDArray[np.bool_], use: NDArray[np.bool_], samples: list[Sample], ridge: float
 ) -> dict[str, torch.Tensor]:
@@ -145,20 +140,8 @@ def _fit_head(
     """
     if not (use & positive).any() or not (use & ~positive).any():
         raise X2DFDError("a head needs real and fake pictures in split `train`; forge some, or pass ready-made fakes")
-    weight, bias = _logistic(x[torch.from_numpy(use)], positive[use], _balance(use, positive, samples)[use], ridge)
+    weight, bias = _logistic(x[torch.from_numpy(use)], positive[use], balance(use, positive, samples)[use], ridge)
     return {"weight": weight, "bias": bias.reshape(1)}
-
-
-def _balance(use: NDArray[np.bool_], positive: NDArray[np.bool_], samples: list[Sample]) -> NDArray[np.float64]:
-    """Weights that give both labels a half, and within each label the root of each source's size."""
-    weights = np.zeros(len(samples))
-    for side in (use & positive, use & ~positive):
-        sources = np.array([s.source for s in samples])
-        for source in set(sources[side]):
-            mine = side & (sources == source)
-            weights[mine] = mine.sum() ** -0.5
-        weights[side] /= weights[side].sum() * 2
-    return weights
 
 
 def _logistic(x: Tensor, y: NDArray[np.bool_], weights: NDArray[np.float64], ridge: float) -> tuple[Tensor, Tensor]:
@@ -183,7 +166,4 @@ def _head_figures(logits: NDArray[np.float64], chosen: NDArray[np.bool_], sample
     """AUC by method, and the share of real pictures of each source that score above one half."""
     kept = [s for s, c in zip(samples, chosen, strict=True) if c]
     picked = logits[chosen]
-    real = np.array([s.label == "real" for s in kept])
-    sources = np.array([s.source for s in kept])
-    above = {str(s): round(float((picked[real & (sources == s)] >= 0).mean()), 3) for s in sorted(set(sources[real]))}
-    return {"auc_by_method": by_method(kept, picked), "real_above_half": above}
+    return {"auc_by_method": by_method(kept, picked), "real_above_half": by_source(kept, picked)}

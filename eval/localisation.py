@@ -1,0 +1,143 @@
+"""Where the experts point against where the forge worked: pixel AUC and IoU of a map over the aligned crop."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from eval import metrics as m
+from eval.scoring import FOLDS, Resampling, Row, folds, value_of
+from x2dfd.crops import MASK_SIZE, mask_on_crop
+from x2dfd.errors import InputError
+from x2dfd.faces import CROP_SIZE, area_polygons
+from x2dfd.manifest import Sample
+from x2dfd.media import load_picture
+from x2dfd.types import Face
+
+Pixels = NDArray[np.uint8]
+
+OVAL, CENTRE = "baseline:oval", "baseline:centre"
+CENTRE_SIGMA = 0.25  # of the crop's side
+THRESHOLDS = tuple(round(0.05 * k, 2) for k in range(1, 20))
+
+
+def truth_on_crop(path: Path, shape: Sequence[int], pixels: Pixels, face: Face) -> NDArray[np.bool_]:
+    """Where the crop is forged: [MASK_SIZE, MASK_SIZE]. Raises InputError when the mask tells nothing of this face."""
+    mask: Pixels = np.ascontiguousarray(load_picture(path).pixels[..., 0])
+    if mask.shape != tuple(shape[:2]):
+        raise InputError("other_size", "the mask is not of the size of its picture")
+    height, width = pixels.shape[:2]
+    if mask.shape != (height, width):  # the picture was shrunk to be like the others
+        mask = np.asarray(cv2.resize(mask, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
+    truth = mask_on_crop(mask, pixels, face.landmarks) > 127
+    if truth.all() or not truth.any():
+        raise InputError("all_or_nothing", "the mask covers all of the crop, or nothing of it")
+    return np.asarray(truth)
+
+
+def places(maps: dict[str, Any], face: Face, truth: NDArray[np.bool_]) -> Row:
+    """How well each map, and two that know nothing of the forgery, say where it is."""
+    drawn = {name: np.asarray(rows, np.float32) for name, rows in maps.items()}
+    grids = {
+        name: np.asarray(cv2.resize(rows, (MASK_SIZE, MASK_SIZE), interpolation=cv2.INTER_LINEAR))
+        for name, rows in drawn.items()
+    }
+    grids |= {OVAL: _oval(face), CENTRE: _centre()} if grids else {}
+    labels = truth.ravel().astype(np.int64)
+    return {
+        name: {
+            "auc": _short(m.auc(labels, grid.ravel().astype(np.float64))),
+            "iou": [_short(m.overlap(truth, grid >= t)) for t in THRESHOLDS],
+        }
+        for name, grid in grids.items()
+    }
+
+
+def _short(value: float | None) -> float:
+    assert value is not None  # `truth_on_crop` lets no mask through for which these are not defined
+    return round(value, 6)
+
+
+def _oval(face: Face) -> NDArray[np.float32]:
+    """1 inside the face's oval: the guess that the whole face was changed."""
+    [oval] = area_polygons(face.crop_landmarks)["skin"]
+    grid = np.zeros((MASK_SIZE, MASK_SIZE), np.float32)
+    cv2.fillPoly(grid, [(oval * (MASK_SIZE / CROP_SIZE)).round().astype(np.int32)], 1.0)
+    return grid
+
+
+def _centre() -> NDArray[np.float32]:
+    """A bell in the middle of the crop, the same for every picture."""
+    at = (np.arange(MASK_SIZE) + 0.5) / MASK_SIZE - 0.5
+    square = at[:, None] ** 2 + at[None, :] ** 2
+    return np.exp(-square / (2 * CENTRE_SIGMA**2)).astype(np.float32)
+
+
+def localisation(samples: Sequence[Sample], rows: Sequence[Row], draw: Resampling) -> Row:
+    """Pixel AUC and IoU of each map over the masked fakes, mean over pictures; overall and by method.
+
+    A picture's IoU is at the threshold that has the best mean IoU on the other groups of `FOLDS` parts: a map whose
+    numbers are all low loses nothing by that, and no threshold is chosen on the picture it is measured on.
+    """
+    masked = [i for i, s in enumerate(samples) if s.label == "fake" and s.mask is not None]
+    kept = [i for i in masked if rows[i]["places"]]
+    out = Counter(_unplaced(rows[i]) for i in masked if not rows[i]["places"])
+    names = sorted({name for i in kept for name in rows[i]["places"]}, key=lambda n: (n in (OVAL, CENTRE), n))
+    maps: Row = {}
+    for name in names:
+        own = [i for i in kept if name in rows[i]["places"]]
+        aucs = m.to_scores([rows[i]["places"][name]["auc"] for i in own])
+        curves = np.array([rows[i]["places"][name]["iou"] for i in own])
+        groups, methods = [samples[i].group for i in own], [value_of(samples[i], "method") for i in own]
+        ious, thresholds = _at_thresholds_of_others(curves, folds(groups))
+
+        def mean_of(
+            chosen: Sequence[int], aucs: m.Floats = aucs, ious: m.Floats = ious, groups: Sequence[str] = groups
+        ) -> Row:
+            blank, mine = np.zeros(len(chosen), np.int64), [groups[k] for k in chosen]
+            found = {"auc": aucs, "iou": ious}
+            return {"n": len(chosen)} | {
+                n: draw.measure(m.mean, blank, v[list(chosen)], mine) for n, v in found.items()
+            }
+
+        maps[name] = mean_of(range(len(own))) | {
+            "thresholds": thresholds,
+            "iou_by_threshold": {
+                str(t): round(float(v), 6) for t, v in zip(THRESHOLDS, curves.mean(axis=0), strict=True)
+            },
+            "by_method": {
+                method: mean_of([k for k, made in enumerate(methods) if made == method])
+                for method in sorted(set(methods))
+            },
+        }
+    return {
+        "n_masks": len(masked),
+        "n": len(kept),
+        "left_out": dict(sorted(out.items())),
+        "iou_at": f"the best threshold of the other groups, {FOLDS} parts",
+        "baselines": {
+            OVAL: "the whole oval of the face",
+            CENTRE: f"the same bell in every crop's middle, sigma {CENTRE_SIGMA} of its side",
+        },
+        "maps": maps,
+    }
+
+
+def _at_thresholds_of_others(curves: m.Floats, part: NDArray[np.int64]) -> tuple[m.Floats, list[float]]:
+    """IoU of each picture [n] from its curve [n, thresholds], and the thresholds used; 0.5 where there is no other."""
+    at = np.full(len(curves), THRESHOLDS.index(0.5))
+    for fold in set(part.tolist()):
+        others = curves[part != fold]
+        if len(others):
+            at[part == fold] = others.mean(axis=0).argmax()
+    return curves[np.arange(len(curves)), at], sorted({THRESHOLDS[k] for k in at})
+
+
+def _unplaced(row: Row) -> str:
+    return str(row["notes"].get("mask") or row["reason"] or "no map")

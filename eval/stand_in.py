@@ -1,0 +1,206 @@
+"""A small OpenAI-compatible server, to test what asks one: chat completions with log-probabilities, a model list,
+vLLM's `/tokenize`, and faults on demand.
+
+What it answers is up to a function; nothing here is a model.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Request = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer."""
+
+    text: str = ""
+    top: Mapping[str, float] | None = None  # log-probability of each first token that is told, likeliest first
+    status: int = 200  # any other is an error with `text` as its message
+    delay: float = 0.0  # seconds before it comes
+    cut: bool = False  # the connection breaks in the middle of it
+
+
+@dataclass
+class Faults:
+    """Shares of requests that go wrong, drawn from `seed`."""
+
+    errors: float = 0.0  # answered with 500 or 429
+    slow: float = 0.0  # answered late, by `seconds`
+    cut: float = 0.0  # connection closed half-way
+    seconds: float = 1.0
+    seed: int = 0
+    counts: dict[str, int] = field(default_factory=lambda: {"errors": 0, "slow": 0, "cut": 0})
+
+    def __post_init__(self) -> None:
+        self._random = random.Random(self.seed)
+
+    def on(self, reply: Reply) -> Reply:
+        """The reply, or what becomes of it."""
+        draw = self._random.random()
+        for name, share in (("errors", self.errors), ("slow", self.slow), ("cut", self.cut)):
+            if draw < share:
+                self.counts[name] += 1
+                return {
+                    "errors": Reply("out of order", status=(500, 429)[self.counts["errors"] % 2]),
+                    "slow": Reply(reply.text, reply.top, reply.status, self.seconds),
+                    "cut": Reply(reply.text, reply.top, cut=True),
+                }[name]
+            draw -= share
+        return reply
+
+
+class StandIn:
+    """The server, on a free port of this machine, in threads; use it as a context.
+
+    `answer`: from the request's JSON to a Reply. `tokenize`: from messages and the two template options to token ids,
+    as vLLM's `/tokenize`; without it that address is not there. `owned_by`: the engine that it passes for.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[Request], Reply],
+        *,
+        models: Sequence[str] | None = ("m",),
+        owned_by: str = "vllm",
+        tokenize: Callable[[Request], list[int]] | None = None,
+        key: str | None = None,
+        faults: Faults | None = None,
+        keep: bool = True,
+    ) -> None:
+        self.answer, self.models, self.owned_by, self.tokenize = answer, models, owned_by, tokenize
+        self.key, self.faults, self.keep = key, faults or Faults(), keep
+        self.requests: list[Request] = []  # where `keep`
+        self.answered = 0  # requests for a completion, faults included
+        self.now = self.most = 0  # under way, now and at most
+        self.lock = threading.Lock()
+        stand_in = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
+            wbufsize = -1
+
+            def do_GET(self) -> None:
+                if self.path.endswith("/models") and stand_in.models is not None and self._allowed():
+                    models = [
+                        {"id": m, "object": "model", "created": 0, "owned_by": stand_in.owned_by}
+                        for m in stand_in.models
+                    ]
+                    self._send(200, {"object": "list", "data": models})
+                elif not self.path.endswith("/models") or stand_in.models is None:
+                    self._send(404, {"error": {"message": "no such address"}})
+
+            def do_POST(self) -> None:
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if not self._allowed():
+                    return
+                if self.path == "/tokenize" and stand_in.tokenize is not None:
+                    tokens = stand_in.tokenize(request)
+                    self._send(200, {"tokens": tokens, "count": len(tokens)})
+                elif self.path != "/v1/chat/completions":
+                    self._send(404, {"error": {"message": "no such address"}})
+                elif stand_in.models is not None and request["model"] not in stand_in.models:
+                    self._send(404, {"error": {"message": f"the model {request['model']} does not exist"}})
+                else:
+                    self._complete(request)
+
+            def _complete(self, request: Request) -> None:
+                with stand_in.lock:
+                    if stand_in.keep:
+                        stand_in.requests.append(request)
+                    stand_in.answered += 1
+                    stand_in.now += 1
+                    stand_in.most = max(stand_in.most, stand_in.now)
+                try:
+                    reply = stand_in.answer(request)
+                    with stand_in.lock:
+                        reply = stand_in.faults.on(reply)
+                    time.sleep(reply.delay)
+                    if reply.status != 200:
+                        self._send(reply.status, {"error": {"message": reply.text}})
+                    else:
+                        self._send(200, _completion(request, reply), reply.cut)
+                finally:
+                    with stand_in.lock:
+                        stand_in.now -= 1
+
+            def _allowed(self) -> bool:
+                given = self.headers["Authorization"] or ""
+                if stand_in.key is not None and given != f"Bearer {stand_in.key}":
+                    self._send(401, {"error": {"message": f"the key {given} is not known"}})
+                    return False
+                return True
+
+            def _send(self, status: int, body: dict[str, Any], cut: bool = False) -> None:
+                data = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data[: len(data) // 2] if cut else data)
+                self.wfile.flush()
+                self.close_connection = self.close_connection or cut
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+            def handle(self) -> None:
+                with contextlib.suppress(ConnectionError):  # the client gave up
+                    super().handle()
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+            request_queue_size = 256
+
+        self._server = Server(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def _completion(request: Request, reply: Reply) -> dict[str, Any]:
+    choice: dict[str, Any] = {
+        "index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply.text}, "logprobs": None,
+    }  # fmt: skip
+    if request.get("logprobs") and reply.top is not None:
+        told = [{"token": t, "logprob": p, "bytes": None} for t, p in reply.top.items()]
+        choice["logprobs"] = {"content": [{**told[0], "top_logprobs": told}]}
+    return {
+        "id": "1", "object": "chat.completion", "created": 0, "model": request["model"], "choices": [choice],
+    }  # fmt: skip
+
+
+def picture_of(request: Request) -> NDArray[np.uint8]:
+    """The picture of a request, [h, w, 3]."""
+    parts = [p for m in request["messages"] if isinstance(m["content"], list) for p in m["content"]]
+    [url] = [p["image_url"]["url"] for p in parts if p["type"] == "image_url"]
+    data = base64.b64decode(url.removeprefix("data:image/png;base64,"))
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def question_of(request: Request) -> str:
+    """The last text that the user said in a request."""
+    said = [m["content"] for m in request["messages"] if m["role"] == "user"][-1]
+    return str(said if isinstance(said, str) else [p["text"] for p in said if p["type"] == "text"][-1])

@@ -1,0 +1,177 @@
+"""Published X2-DFD adapters to the layout that `x2dfd.load` takes, and back.
+
+LLaVA's own code keeps LoRA under `model.layers.N`, and the projector, which is no LoRA, in `non_lora_trainables.bin` as
+`model.mm_projector.0` and `.2`. Transformers calls the same modules `model.language_model.layers.N` and
+`model.multi_modal_projector.linear_1` and `linear_2`. Every tensor keeps its bits and its precision.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from finetune.config import LANGUAGE_LINEARS
+from x2dfd import prompts
+from x2dfd.adapter import WEIGHTS, AdapterCard, lora_b_sum, write_adapter_card
+from x2dfd.errors import SetupError
+from x2dfd.experts import expert_class
+from x2dfd.faces import PREPROCESSING
+from x2dfd.files import file_sha256, write_text
+from x2dfd.mllm import base_identity
+
+OTHERS = "non_lora_trainables.bin"
+SETTINGS = "adapter_config.json"
+NAMES = (
+    ("base_model.model.model.layers.", "base_model.model.model.language_model.layers."),
+    ("base_model.model.model.mm_projector.0.", "base_model.model.model.multi_modal_projector.linear_1."),
+    ("base_model.model.model.mm_projector.2.", "base_model.model.model.multi_modal_projector.linear_2."),
+)
+"""How tensors begin in LLaVA's layout and in the hub's."""
+
+NEWER = (
+    "corda_config", "eva_config", "exclude_modules", "target_parameters", "trainable_token_indices", "lora_bias",
+    "use_qalora", "qalora_group_size",
+)  # fmt: skip
+"""Settings that an older PEFT refuses to read; empty, they do nothing."""
+
+
+def renamed(state: Mapping[str, Tensor], to_hub: bool) -> dict[str, Tensor]:
+    """The same tensors under the other layout's names. Raises SetupError for a name that the layout does not have."""
+    pairs = NAMES if to_hub else [(hub, llava) for llava, hub in NAMES]
+    out: dict[str, Tensor] = {}
+    for key, value in state.items():
+        found = [new + key.removeprefix(old) for old, new in pairs if key.startswith(old)]
+        if not found:
+            raise SetupError(f"{key} belongs to no {'LLaVA' if to_hub else 'hub'} adapter of X2-DFD")
+        out[found[0]] = value
+    return out
+
+
+def hub_settings(settings: Mapping[str, Any], base: str) -> dict[str, Any]:
+    """PEFT's settings for the hub's layout. Raises SetupError when a newer key is in use, or a target is foreign to it.
+
+    `["q_proj", ...]` would reach into the tower there: the targets become an expression over the language model.
+    """
+    grouped = bool(settings.get("use_qalora"))  # a group size says nothing where nothing is grouped
+    said = {k: settings[k] for k in NEWER if k in settings and (grouped or k != "qalora_group_size")}
+    used = [k for k, value in said.items() if value]
+    if used:
+        raise SetupError(f"{SETTINGS}: {', '.join(used)} is in use, and would be lost")
+    linears = LANGUAGE_LINEARS.rsplit("(", 1)[1].rstrip(")").split("|")
+    targets = settings["target_modules"]
+    odd = sorted(set(targets) - set(linears)) if isinstance(targets, list) else [targets]
+    if odd:
+        raise SetupError(f"{SETTINGS}: target modules {', '.join(odd)} are not linear layers of the language model")
+    kept = {k: v for k, v in settings.items() if k not in NEWER}
+    expression = LANGUAGE_LINEARS.rsplit("(", 1)[0] + f"({'|'.join(sorted(targets))})"
+    return {
+        **kept,
+        "base_model_name_or_path": base,
+        "target_modules": expression,
+        "modules_to_save": ["multi_modal_projector"],
+    }
+
+
+def llava_settings(settings: Mapping[str, Any], base: str) -> dict[str, Any]:
+    """PEFT's settings for LLaVA's own code. Raises SetupError for targets that `hub_settings` would not write."""
+    start, sign, words = str(settings["target_modules"]).rpartition("(")
+    if start != LANGUAGE_LINEARS.rsplit("(", 1)[0] or not sign:
+        raise SetupError(f"{SETTINGS}: targets {settings['target_modules']!r} have no counterpart in LLaVA's layout")
+    kept = {k: v for k, v in settings.items() if k not in NEWER}
+    return {
+        **kept,
+        "base_model_name_or_path": base,
+        "target_modules": words.rstrip(")").split("|"),
+        "modules_to_save": None,
+    }
+
+
+def to_hub(
+    source: Path, out: Path, *, base: str, frame: str = "train_consistent", experts: tuple[str, ...] = ()
+) -> AdapterCard:
+    """Convert a published adapter directory; returns the card that is written.
+
+    `base`: the hub's LLaVA that it fits (its processor is read, for the prompt's hash); `frame`: see
+    `x2dfd.prompts.FRAMES`; `experts`: whose scores stand in its prompt, in that order. Raises SetupError with the
+    reason; `out` must not hold an adapter yet.
+    """
+    import torch
+    from safetensors.torch import load_file
+    from transformers import LlavaProcessor
+
+    settings = _settings(source)
+    try:
+        state = load_file(source / WEIGHTS)
+        others = torch.load(source / OTHERS, map_location="cpu", weights_only=True)
+        processor = LlavaProcessor.from_pretrained(base)
+    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        raise SetupError(f"{source} on {base} cannot be read: {error}") from error
+    prompts.set_frame(processor, frame)
+    # Saved by another version, the projector's names lack PEFT's wrapper.
+    others = {k if k.startswith("base_model.") else f"base_model.model.{k}": v for k, v in others.items()}
+    identity = base_identity(base)
+    _write(out, renamed({**state, **others}, True), hub_settings(settings, identity["name"]))
+    if not lora_b_sum(out) > 0:
+        raise SetupError(f"{source / WEIGHTS}: every lora_B is zero, so the adapter does nothing")
+    card = AdapterCard(
+        name=source.resolve().name,
+        version="published",
+        source="a published X2-DFD adapter, converted: python -m finetune convert",
+        licence="that of its publisher",
+        sha256=file_sha256(out / WEIGHTS),
+        preprocessing=PREPROCESSING,
+        paper="X2-DFD, arXiv 2410.06126",
+        blind_spot="trained on other face crops than it is shown here; forgeries unlike those of its training",
+        weights=WEIGHTS,
+        base=identity,
+        frame=frame,
+        prompt_sha256=prompts.prompt_hash(processor),
+        experts={name: expert_class(name).card.sha256 for name in experts},
+    )
+    write_adapter_card(out, card)
+    return card
+
+
+def to_llava(source: Path, out: Path, *, base: str) -> None:
+    """Convert an adapter directory for LLaVA's own code; `base` is the name that code loads (liuhaotian/llava-v1.5-7b).
+
+    Raises SetupError with the reason; `out` must not hold an adapter yet.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    settings = _settings(source)
+    try:
+        state = renamed(load_file(source / WEIGHTS), False)
+    except OSError as error:
+        raise SetupError(f"{source} cannot be read: {error}") from error
+    lora = {k: v for k, v in state.items() if ".lora_" in k}
+    _write(out, lora, llava_settings(settings, base))
+    torch.save({k: v for k, v in state.items() if k not in lora}, out / f".{OTHERS}")
+    (out / f".{OTHERS}").replace(out / OTHERS)
+
+
+def _settings(source: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((source / SETTINGS).read_text(encoding="utf-8"))
+        if found["peft_type"] != "LORA":
+            raise SetupError(f"{source / SETTINGS}: {found['peft_type']} is not LORA")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SetupError(f"{source / SETTINGS} cannot be read: {error!r}") from error
+    return found
+
+
+def _write(out: Path, state: dict[str, Tensor], settings: dict[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    if (out / WEIGHTS).exists():
+        raise SetupError(f"{out} holds an adapter already; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(state, out / f".{WEIGHTS}", {"format": "pt"})
+    write_text(out / SETTINGS, json.dumps(settings, indent=1) + "\n")
+    (out / f".{WEIGHTS}").replace(out / WEIGHTS)

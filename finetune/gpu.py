@@ -1,0 +1,261 @@
+"""`python -m finetune.gpu --out build/gpu.json`: how fast LLaVA-1.5-7B trains and judges on this GPU.
+
+The real geometry with random weights, which are as fast as trained ones, so that nothing is downloaded. LoRA and QLoRA,
+two row lengths, with and without checkpointing: steps and tokens a second, peak memory beside the predicted one, and
+the share of the matrix rate that the card itself was just measured at. Then verdicts and cue questions a second.
+`--tiny` runs the same code on a toy geometry, on a CPU too.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor, nn
+
+from finetune.config import FinetuneConfig
+from finetune.data import IGNORE
+from finetune.memory import GB, Shape, predict, shape_of
+from finetune.models import tune
+from finetune.train import PackTrainer
+from x2dfd import prompts
+from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.files import write_text
+from x2dfd.mllm import LocalMLLM
+
+QUESTIONS = [
+    f"Does the lighting of area number {k} contradict the rest of the face? Answer Yes or No." for k in range(100)
+]
+VERDICTS = 16  # faces in one batch
+
+
+def geometry(tiny: bool) -> Any:
+    """LLaVA-1.5-7B's configuration, which is LlavaConfig's default; or a toy's."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    if not tiny:
+        return LlavaConfig()
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    text = LlamaConfig(
+        vocab_size=32064, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    return LlavaConfig(vision_config=vision, text_config=text)
+
+
+def words_processor(config: Any) -> Any:
+    """A processor with a token a word: prompts are then about as long as a real tokenizer makes them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+
+    said = " ".join([prompts.FRAMES["train_consistent"], prompts.QUESTION, *QUESTIONS, prompts.STEM])
+    words = re.findall(
+        r"\w+|[^\w\s]+", " ".join([said, *prompts.LABEL_WORDS, *prompts.YES_NO_WORDS, "USER ASSISTANT : ?"])
+    )
+    known = {word: k for k, word in enumerate(dict.fromkeys(["<unk>", "</s>", *words]))}
+    tokenizer = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>", eos_token="</s>",
+        additional_special_tokens=["<image>"],
+    )  # fmt: skip
+    side = config.vision_config.image_size
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
+        tokenizer=fast,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+    )
+    prompts.set_frame(processor, "train_consistent")
+    return processor
+
+
+def build(config: Any, device: torch.device, dtype: torch.dtype, four_bits: bool) -> Any:
+    """The model with random weights; the language model's linear layers in NF4 where asked for."""
+    from transformers import AutoModelForImageTextToText
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: Any = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    if four_bits:
+        import bitsandbytes as bnb
+
+        for layer in model.get_decoder().layers:
+            for name, linear in [(n, m) for n, m in layer.named_modules() if isinstance(m, nn.Linear)]:
+                small = bnb.nn.Linear4bit(
+                    linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type="nf4",
+                    device="meta",
+                )  # fmt: skip
+                weight = linear.weight.data.cpu()  # it is quantised on its way to the device
+                small.weight = bnb.nn.Params4bit(
+                    weight, requires_grad=False, quant_type="nf4", compress_statistics=True
+                )
+                layer.set_submodule(name, small.to(device))
+        model.is_loaded_in_4bit = True
+    return model
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
+    """FLOP a second of a square matrix product."""
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    return 2 * side**3 / _seconds(lambda: a @ a, device, 10)
+
+
+def training_rows(
+    model: Any, config: FinetuneConfig, found: Shape, lengths: tuple[int, ...], rate: float, steps: int
+) -> list[dict[str, Any]]:
+    """A measurement for each length, with and without checkpointing."""
+    device = next(model.parameters()).device
+    tuned, _ = tune(model, config)
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-4)
+    tuned.train()
+    rows = []
+    for length in lengths:
+        batch = _batch(model.config, config.batch, length, device)
+
+        def step(batch: dict[str, Tensor] = batch) -> None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+                loss = PackTrainer.compute_loss(cast(Any, None), tuned, dict(batch))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        for checkpointing in (True, False):
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            else:
+                model.gradient_checkpointing_disable()
+            used = replace(config, checkpointing=checkpointing)
+            row: dict[str, Any] = {"method": config.method, "tokens": length, "batch": config.batch}
+            row |= {
+                "checkpointing": checkpointing,
+                "predicted_gb": round(predict(used, found, 1, length)["total"] / GB, 2),
+            }
+            try:
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
+                seconds = _seconds(step, device, steps)
+            except torch.cuda.OutOfMemoryError:
+                rows.append({**row, "out_of_memory": True})
+                optimizer.zero_grad()
+                continue
+            # Forward and the gradient of the inputs; the frozen weights want none. Linear layers alone are counted.
+            work = (4 + 2 * checkpointing) * found.linears * config.batch * length
+            row |= {"steps_per_s": round(1 / seconds, 3), "tokens_per_s": round(config.batch * length / seconds, 1)}
+            row["share_of_matmul_rate"] = round(work / seconds / rate, 3)
+            row["peak_gb"] = round(torch.cuda.max_memory_allocated() / GB, 2) if device.type == "cuda" else None
+            rows.append(row)
+    return rows
+
+
+def judging(model: Any, processor: Any, device: torch.device, rounds: int) -> dict[str, float]:
+    """Verdicts a second in batches, and cue questions a second about one face, its prefix included."""
+    mllm = LocalMLLM(model, processor, "random weights")
+    crops = np.random.default_rng(0).integers(0, 256, (VERDICTS, 224, 224, 3), np.uint8)
+    verdict = _seconds(lambda: mllm.verdict_logits(mllm.look(crops), [prompts.QUESTION] * VERDICTS), device, rounds)
+    asked = _seconds(lambda: mllm.yes_no(crops[0], QUESTIONS), device, rounds)
+    return {"verdicts_per_s": round(VERDICTS / verdict, 3), "cue_questions_per_s": round(len(QUESTIONS) / asked, 2)}
+
+
+def _batch(config: Any, rows: int, length: int, device: torch.device) -> dict[str, Tensor]:
+    """Random rows of `length` tokens: the picture's, and text of which half is answer."""
+    vision = config.vision_config
+    image = (vision.image_size // vision.patch_size) ** 2
+    if length <= image:
+        raise X2DFDError(f"a row of {length} tokens has no room for a picture of {image}")
+    ids = torch.randint(5, 1000, (rows, length), generator=torch.Generator().manual_seed(0))
+    ids[:, :image] = config.image_token_id
+    labels = ids.clone()
+    labels[:, : (length + image) // 2] = IGNORE
+    pixels = torch.rand(rows, 3, vision.image_size, vision.image_size, generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": pixels}
+    batch["weights"] = (labels != IGNORE).float()
+    return {k: v.to(device) for k, v in batch.items()}
+
+
+def _seconds(call: Callable[[], object], device: torch.device, times: int) -> float:
+    """Median seconds of a call, after one that warms up."""
+    taken = []
+    for _ in range(times + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return float(np.median(taken[1:]))
+
+
+def measure(tiny: bool = False) -> dict[str, Any]:
+    """Everything, as one JSON object. Raises SetupError without a GPU, unless `tiny`."""
+    if not tiny and not torch.cuda.is_available():
+        raise SetupError("no CUDA GPU here; --tiny runs the same on a toy geometry: python -m finetune.gpu --tiny")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    settings = geometry(tiny)
+    rate = matmul_rate(device, dtype, 256 if tiny else 8192)
+    lengths = (48, 96) if tiny else (768, 1536)
+    rows: list[dict[str, Any]] = []
+    spoken: dict[str, float] = {}
+    for method in ("lora", "qlora"):
+        model = build(settings, device, dtype, method == "qlora")
+        if method == "lora":
+            spoken = judging(model, words_processor(settings), device, 2 if tiny else 10)
+        config = FinetuneConfig("", "", "", base="random", method=method, batch=2, bf16=device.type == "cuda")
+        config = replace(config, base_dtype=str(dtype).removeprefix("torch."))
+        rows += training_rows(model, config, shape_of(settings, config), lengths, rate, 2 if tiny else 8)
+        del model
+        gc.collect()
+    card = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "task": {"name": "gpu", "version": 1},
+        "geometry": "toy" if tiny else "LLaVA-1.5-7B, random weights",
+        "device": card,
+        "dtype": str(dtype).removeprefix("torch."),
+        "date": datetime.now(UTC).date().isoformat(),
+        "matmul_tflops": round(rate / 1e12, 3),
+        "training": rows,
+        **spoken,
+        "versions": {"torch": torch.__version__, "python": platform.python_version(), "cuda": torch.version.cuda},
+    }
+
+
+def _run(
+    out: Annotated[Path, typer.Option(help="JSON file to write")] = Path("build/gpu.json"),
+    tiny: Annotated[bool, typer.Option(help="a toy geometry, on a CPU too")] = False,
+) -> None:
+    """Measure training and judging with LLaVA-1.5-7B's geometry and random weights on this GPU."""
+    found = measure(tiny)
+    write_text(out, json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+def main() -> None:
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(_run)
+    try:
+        app()
+    except X2DFDError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""`--dry-run`: what would be trained, the memory that it takes on each GPU, and the settings that fit a card.
+
+A prediction from the model's shapes alone: weights, gradients, AdamW's moments, activations, logits. `finetune.gpu`
+measures the same. Nothing is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.config import FinetuneConfig
+from finetune.models import part_name, tune
+from x2dfd.errors import SetupError
+from x2dfd.fetch import require
+
+GB = 1e9
+CARDS = (12, 24, 40, 80)  # GB
+USABLE = 0.92  # of a card: the rest goes to the driver and to gaps
+TOKENS = 1024  # of a row: an image's 576, and the conversations about it
+CONTEXT = 1.0 * GB  # CUDA, libraries, buffers of the communication
+
+LADDER: tuple[dict[str, Any], ...] = (
+    {"method": "lora", "checkpointing": False, "batch": 4},
+    {"method": "lora", "checkpointing": False, "batch": 1},
+    {"method": "lora", "checkpointing": True, "batch": 4},
+    {"method": "lora", "checkpointing": True, "batch": 1},
+    {"method": "qlora", "checkpointing": True, "batch": 4},
+    {"method": "qlora", "checkpointing": True, "batch": 1},
+)
+"""Presets, quickest first."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What memory depends on."""
+
+    total: int  # parameters of the base
+    linears: int  # of them in the language model's linear layers, which qlora keeps in four bits
+    trained: int  # parameters that learn, LoRA's own among them
+    layers: int  # of the language model
+    hidden: int
+    inner: int  # width of its MLP
+    vocabulary: int
+
+
+def shape(config: FinetuneConfig) -> Shape:
+    """The model's shape, from its configuration file alone. Raises SetupError when there is none."""
+    from transformers import AutoConfig
+
+    try:
+        settings: Any = AutoConfig.from_pretrained(require("base") if config.base is None else config.base)
+    except (OSError, ValueError) as error:
+        raise SetupError(f"{config.base} has no configuration that can be read: {error}") from error
+    if config.tower_layers is not None:
+        settings.vision_config.num_hidden_layers = config.tower_layers
+    text = settings.get_text_config()
+    if config.text_layers is not None:
+        kept = config.text_layers if isinstance(config.text_layers, int) else len(config.text_layers)
+        text.num_hidden_layers = kept
+    if config.feature_layers is not None:
+        settings.vision_feature_layer = list(config.feature_layers)
+    return shape_of(settings, config)
+
+
+def shape_of(settings: Any, config: FinetuneConfig) -> Shape:
+    """The shape of a model of the given transformers configuration, trained as `config` says."""
+    from transformers import AutoModelForImageTextToText
+
+    text = settings.get_text_config()
+    with torch.device("meta"):
+        model: Any = AutoModelForImageTextToText.from_config(settings)
+        name = part_name(model, model.get_decoder())
+        total = sum(p.numel() for p in model.parameters())
+        modules = model.named_modules()
+        linears = sum(
+            m.weight.numel() for n, m in modules if n.startswith(f"{name}.layers") and isinstance(m, torch.nn.Linear)
+        )
+        method = "lora" if config.method == "qlora" else config.method
+        tuned, _ = tune(model, replace(config, method=method))
+    trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+    return Shape(
+        total, linears, trained, text.num_hidden_layers, text.hidden_size, text.intermediate_size, text.vocab_size
+    )
+
+
+def predict(config: FinetuneConfig, found: Shape, gpus: int, tokens: int = TOKENS) -> dict[str, float]:
+    """Bytes on each GPU by what they are for; `total` is their sum. `tokens`: of one row."""
+    stage = 0
+    if config.deepspeed:
+        stage = int(json.loads(Path(config.deepspeed).read_text(encoding="utf-8"))["zero_optimization"]["stage"])
+    width = 2 if config.base_dtype == "bfloat16" else 4
+    four = found.linears if config.method == "qlora" else 0
+    weights = (found.total - four) * width + four * 0.516  # NF4 with its scales quantised once more
+    if config.method == "full":
+        weights = found.total * width
+    trained = found.trained * 4.0 if config.method != "full" or width == 2 else 0.0  # fp32 copies that learn
+    gradients, moments = found.trained * 4.0, found.trained * 8.0
+    if stage >= 2:
+        gradients, moments = gradients / gpus, moments / gpus
+    if stage == 3:
+        weights, trained = weights / gpus, trained / gpus
+    rows = config.batch * tokens
+    wide = 2 if config.bf16 else 4
+    # Of a token in one layer: what the backward pass reads again, and LoRA's inputs in fp32.
+    layer = wide * (10 * found.hidden + 4 * found.inner) + 4 * (8 * found.hidden + found.inner)
+    kept = found.layers * wide * found.hidden + layer if config.checkpointing else found.layers * layer
+    parts = {
+        "weights": weights,
+        "trained copies": trained,
+        "gradients": gradients,
+        "AdamW": moments,
+        "activations": float(rows * kept),
+        "logits": rows / 3 * found.vocabulary * (wide + 8.0),  # about a third of the tokens is asked for
+        "context": CONTEXT,
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def preset(config: FinetuneConfig, found: Shape, card: int, gpus: int) -> dict[str, Any] | None:
+    """The quickest of LADDER that fits a card of so many GB; None when none does."""
+    for step in LADDER:
+        tried = replace(config, **step, base_dtype="bfloat16", bf16=True)
+        if predict(tried, found, gpus)["total"] <= card * GB * USABLE:
+            return {**step, "base_dtype": "bfloat16", "bf16": True}
+    return None
+
+
+def report(config: FinetuneConfig, gpus: int = 1) -> str:
+    """The whole answer as text."""
+    found = shape(config)
+    parts = predict(config, found, gpus)
+    lines = [
+        f"base        {config.base or 'embedded'}: {found.total:,} parameters",
+        f"trained     {found.trained:,} parameters ({config.method})",
+        f"rows        {config.batch} of {TOKENS} tokens on each of {gpus} GPU(s), {config.accumulate} steps an update",
+        "predicted   " + ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items()) + " GB a GPU",
+    ]
+    for card in CARDS:
+        chosen = preset(config, found, card, gpus)
+        words = " ".join(f"--set {k}={str(v).lower()}" for k, v in chosen.items()) if chosen else "does not fit"
+        lines.append(f"{card:>2} GB       {words}")
+    return "\n".join(lines)

@@ -1,0 +1,156 @@
+"""The model that is trained: which base, which of its parts move, and how."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from finetune.config import FinetuneConfig
+from x2dfd import prompts
+from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.mllm import load_llava, quietly
+
+PROJECTORS = ("multi_modal_projector", "connector", "merger")
+"""What the module between tower and language model is called: LLaVA, InternVL, Gemma; SmolVLM, Idefics; Qwen-VL."""
+
+
+def open_base(config: FinetuneConfig) -> tuple[Any, Any]:
+    """The base model, quantised for qlora, and its processor. Raises SetupError when they cannot be read."""
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    dtype = getattr(torch, config.base_dtype)
+    options: dict[str, Any] = {"attn_implementation": config.attention}
+    cut = {k: getattr(config, k) for k in ("tower_layers", "text_layers", "feature_layers")}
+    try:
+        kind = "llava" if config.base is None else AutoConfig.from_pretrained(config.base).model_type
+        if config.method == "qlora" and config.base is not None:
+            options["quantization_config"] = _nf4(config.base, config.bf16)
+        if kind == "llava" or config.base is None:
+            model, processor = load_llava(config.base, **cut, dtype=dtype, **options)
+        elif config.pack:
+            raise X2DFDError(f"{config.base} is a {kind!r} model, and packs fit LLaVA's tokens only: take pack: false")
+        elif any(v is not None for v in cut.values()):
+            raise X2DFDError(f"layers can be left out of a LLaVA base only, and {config.base} is a {kind!r} model")
+        else:
+            with quietly():
+                model = AutoModelForImageTextToText.from_pretrained(config.base, dtype=dtype, **options)
+            processor = AutoProcessor.from_pretrained(config.base)
+    except (OSError, ValueError, ImportError) as error:
+        raise SetupError(f"{config.base or 'the embedded base'} cannot be loaded for training: {error}") from error
+    prompts.set_frame(processor, config.frame)
+    return model, processor
+
+
+def _nf4(base: str, bf16: bool) -> Any:
+    """Four bits for the language model's linear layers alone: tower, projector and head are too few to be worth it."""
+    from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
+
+    with torch.device("meta"):
+        skeleton = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(base))
+    text = part_name(skeleton, skeleton.get_decoder())
+    kept = [n for n, _ in skeleton.named_children() if n != "model"]
+    kept += [f"model.{n}" for n, _ in skeleton.model.named_children() if f"model.{n}" != text]
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
+        llm_int8_skip_modules=kept,
+    )
+
+
+def part_name(model: nn.Module, part: nn.Module) -> str:
+    """The name of a submodule."""
+    return next(str(name) for name, module in model.named_modules() if module is part)
+
+
+def projector_name(model: nn.Module, given: str | None) -> str:
+    """The name of the projector's module. Raises X2DFDError when it is not one."""
+    names = [str(n) for n, _ in model.named_modules()]
+    found = [n for n in names if (n.endswith(given) if given else n.rsplit(".", 1)[-1] in PROJECTORS)]
+    if len(found) != 1:
+        raise X2DFDError(f"which module is the projector? Found {found or 'none'}; name it: --set projector=NAME")
+    return found[0]
+
+
+def tune(model: Any, config: FinetuneConfig) -> tuple[Any, list[str]]:
+    """The model with just what is trained unfrozen, and the names of the modules that learn at `projector_lr`.
+
+    Projector and norms are trained whole; of the language model LoRA matrices, or everything. Raises X2DFDError when
+    `targets` names a module outside of the language model, or none.
+    """
+    text, projector = part_name(model, model.get_decoder()), projector_name(model, config.projector)
+    whole = [projector]
+    if config.tower == "norms":
+        outside = [(n, m) for n, m in model.named_modules() if not n.startswith((text, projector))]
+        whole += [n for n, m in outside if type(m).__name__.endswith("Norm")]
+    torch.manual_seed(config.seed)
+    if config.method == "full":
+        model.requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith((text, "lm_head", *whole)))
+        tuned = model
+    else:
+        lora = LoraConfig(
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=config.targets,
+            use_dora=config.method == "dora",
+            modules_to_save=[n.removeprefix("model.") for n in whole],
+        )
+        try:
+            tuned = get_peft_model(model, lora)
+        except ValueError as error:
+            raise X2DFDError(f"targets {config.targets!r}: {error}") from error
+        adapted = [n for n, _ in tuned.named_parameters() if "lora_A" in n]
+        astray = [n for n in adapted if not n.removeprefix("base_model.model.").startswith(text)]
+        if astray:
+            raise X2DFDError(f"targets {config.targets!r} reach outside of {text}: {astray[0]}")
+    if config.base_dtype != "float32" and not config.deepspeed:  # DeepSpeed keeps fp32 masters of its own
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()  # a step of 2e-5 is lost in 16 bits
+    return tuned, whole
+
+
+class CachedTower(nn.Module):
+    """Stands in for a frozen vision tower: `pixel_values` are its cached outputs [n, layers, patches, hidden]."""
+
+    def __init__(self, layers: tuple[int, ...], class_token: bool) -> None:
+        super().__init__()
+        self.layers, self.class_token = layers, class_token
+
+    def forward(self, pixel_values: Tensor, **_: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        # A class-token row in front, which LLaVA's "default" strategy drops again.
+        states = {
+            layer: F.pad(pixel_values[:, k], (0, 0, int(self.class_token), 0)) for k, layer in enumerate(self.layers)
+        }
+        return BaseModelOutputWithPooling(hidden_states=states)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def fit_projector(model: Any, patches: Tensor) -> None:
+    """Start a random projector from data: inputs standardised, outputs as large as the language model's own embeddings.
+
+    Tower outputs have a few huge dimensions; a plain random start drowns the text.
+    `patches`: [n, layers, patches, hidden].
+    """
+    projector = model.model.multi_modal_projector
+    x = patches.transpose(1, 2).flatten(2).flatten(0, 1)  # [n * patches, layers * hidden]
+    mean, std = x.mean(0), x.std(0) + 1e-3
+    generator = torch.Generator().manual_seed(0)
+    for linear in (projector.linear_1, projector.linear_2):
+        linear.weight.normal_(0, linear.in_features**-0.5, generator=generator)
+        linear.bias.zero_()
+    projector.linear_1.weight /= std
+    projector.linear_1.bias -= projector.linear_1.weight @ mean
+    out = projector(x[:: max(1, len(x) // 4096)])
+    target = model.model.language_model.embed_tokens.weight.square().mean().sqrt()
+    projector.linear_2.weight *= target / out.square().mean().sqrt()

@@ -1,0 +1,76 @@
+"""`python -m finetune.split --adapter DIR --out DIR`: an adapter as engines serve it.
+
+vLLM and SGLang take LoRA matrices only, and our adapters train the projector too. So the projector and the choice of
+layers go into a copy of the base (`OUT/base`, its language weights as they were), the matrices stay a PEFT adapter for
+it (`OUT/lora`). Card and calibration stay where they are: the client reads them from the adapter directory.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from safetensors.torch import load_file, save_file
+
+from x2dfd import prompts
+from x2dfd.adapter import EMBEDDED, WEIGHTS, check_adapter, read_adapter_card
+from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.files import write_text
+from x2dfd.mllm import base_identity, load_llava
+
+_PROJECTOR = "multi_modal_projector."
+
+
+def split(adapter: Path, out: Path, base: str | None = None) -> tuple[Path, Path, int]:
+    """Write both folders; returns them and the rank that the engine must allow. Raises SetupError as loading does."""
+    card = read_adapter_card(adapter)
+    model, processor = load_llava(
+        base,
+        tower_layers=card.tower_layers or None,
+        text_layers=card.text_layers or None,
+        feature_layers=card.feature_layers or None,
+    )
+    check_adapter(adapter, card, base_identity(base), prompts.prompt_hash(processor))
+    state = load_file(adapter / WEIGHTS)
+    projector = {k.split(_PROJECTOR)[1]: v for k, v in state.items() if _PROJECTOR in k}
+    matrices = {k: v for k, v in state.items() if _PROJECTOR not in k}
+    if odd := [k for k in matrices if "lora_A" not in k and "lora_B" not in k]:
+        raise SetupError(f"{adapter / WEIGHTS} holds more than LoRA and a projector: {', '.join(odd[:3])}")
+    if projector:
+        model.model.multi_modal_projector.load_state_dict(projector)
+    whole, lora = out / "base", out / "lora"
+    model.save_pretrained(whole)
+    processor.save_pretrained(whole)
+    lora.mkdir(parents=True, exist_ok=True)
+    save_file(matrices, lora / WEIGHTS, {"format": "pt"})
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config |= {"modules_to_save": None, "base_model_name_or_path": str(whole)}
+    write_text(lora / "adapter_config.json", json.dumps(config, indent=1) + "\n")
+    return whole, lora, int(config["r"])
+
+
+def _run(
+    out: Annotated[Path, typer.Option(help="folder for base/ and lora/")],
+    adapter: Annotated[Path, typer.Option(help="adapter directory; default: that of the embedded model")] = EMBEDDED,
+    base: Annotated[str | None, typer.Option(help="LLaVA directory or hub name; default: the embedded base")] = None,
+) -> None:
+    """Split an adapter into a base and a LoRA that vLLM and SGLang can serve."""
+    whole, lora, rank = split(adapter, out, base)
+    print(f"vllm serve {whole} --enable-lora --max-lora-rank {rank} --lora-modules x2dfd={lora}")
+
+
+def main() -> None:
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(_run)
+    try:
+        app()
+    except X2DFDError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

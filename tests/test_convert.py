@@ -1,0 +1,217 @@
+"""Published adapters and merged models: the same weights under other names, and the same verdicts."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import x2dfd
+from finetune.convert import NEWER, OTHERS, SETTINGS, hub_settings, llava_settings, renamed, to_hub, to_llava
+from finetune.merge import merge
+from tests import tiny
+from x2dfd import prompts
+from x2dfd.adapter import WEIGHTS, probe_logits, read_adapter_card
+from x2dfd.errors import SetupError, UnknownName
+from x2dfd.experts import BUILTIN
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+INERT = {"lora_bias": False, "use_qalora": False, "qalora_group_size": 16}
+
+
+def published(hidden: int, mlp: int, layers: int, vision: int, rank: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a published adapter: LoRA, then the projector."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for n in range(layers):
+        for name in LINEARS:
+            block = "self_attn" if name in LINEARS[:4] else "mlp"
+            wide_in, wide_out = (
+                (mlp if name == "down_proj" else hidden),
+                (mlp if name in ("gate_proj", "up_proj") else hidden),
+            )
+            start = f"base_model.model.model.layers.{n}.{block}.{name}"
+            shapes[f"{start}.lora_A.weight"] = (rank, wide_in)
+            shapes[f"{start}.lora_B.weight"] = (wide_out, rank)
+    for k, wide in ((0, vision), (2, hidden)):
+        shapes[f"base_model.model.model.mm_projector.{k}.weight"] = (hidden, wide)
+        shapes[f"base_model.model.model.mm_projector.{k}.bias"] = (hidden,)
+    return shapes
+
+
+def settings(rank: int) -> dict[str, Any]:
+    """adapter_config.json as the published one has it, as far as it matters."""
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.05,
+        "bias": "none", "base_model_name_or_path": "weights/base/llava-v1.5-7b", "inference_mode": True,
+        "modules_to_save": None, "target_modules": sorted(LINEARS), **dict.fromkeys(NEWER), **INERT,
+    }  # fmt: skip
+
+
+def test_the_published_names_are_the_hub_models_own() -> None:
+    """Bug prevented: a key that fits no module is dropped by PEFT with a warning, and the adapter does nothing."""
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+    from transformers import AutoModelForImageTextToText, LlavaConfig
+
+    shapes = published(4096, 11008, 32, 1024, 16)
+    sizes = {k: torch.Size(v).numel() for k, v in shapes.items()}
+    lora = [k for k in shapes if ".lora_" in k]
+    assert (len(lora), sum(sizes[k] for k in lora)) == (448, 39_976_960)
+    assert sum(n for k, n in sizes.items() if k not in lora) == 20_979_712
+    state = {k: torch.empty(v, device="meta") for k, v in shapes.items()}
+    hub = renamed(state, True)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(LlavaConfig())  # its defaults are LLaVA-1.5-7B
+        tuned = get_peft_model(model, LoraConfig(**hub_settings(settings(16), "llava-hf/llava-1.5-7b-hf")))
+    wanted = get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    assert {k: v.shape for k, v in hub.items()} == {k: v.shape for k, v in wanted.items()}
+    back = renamed(hub, False)
+    assert back.keys() == state.keys() and all(back[k] is state[k] for k in state)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hub") / "base"
+    return tiny.write_base(folder, tiny.processor_of_llava_15(), tied=False)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As published: brackets in the name, fp32 LoRA in safetensors, a 16-bit projector in a .bin, newer settings."""
+    folder = tmp_path_factory.mktemp("llava") / "llava-v1.5-tiny-lora-[ble-diff]"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(5)
+    state: dict[str, Tensor] = {}
+    for key, shape in published(64, 128, 2, 32, 4).items():
+        if key.endswith(("k_proj.lora_B.weight", "v_proj.lora_B.weight")):
+            shape = (32, 4)  # the tiny base groups its queries
+        state[key] = torch.randn(shape, generator=generator) * 0.2
+    lora = {k: v for k, v in state.items() if ".lora_" in k}
+    save_file(lora, folder / WEIGHTS)
+    torch.save({k: v.half() for k, v in state.items() if k not in lora}, folder / OTHERS)
+    (folder / SETTINGS).write_text(json.dumps(settings(4)))
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_there_and_back_nothing_changes(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Every tensor keeps its name, bits and precision, and PEFT's settings what they say."""
+    card = to_hub(adapter, tmp_path / "hub", base=str(base))
+    assert card.frame == "train_consistent" and card == read_adapter_card(tmp_path / "hub")
+    to_llava(tmp_path / "hub", tmp_path / "back", base="weights/base/llava-v1.5-7b")
+    for name in (WEIGHTS, OTHERS):
+        read = load_file if name == WEIGHTS else lambda path: torch.load(path, weights_only=True)
+        before, after = read(adapter / name), read(tmp_path / "back" / name)
+        assert before.keys() == after.keys()
+        assert all(before[k].dtype == after[k].dtype and torch.equal(before[k], after[k]) for k in before)
+    plain = {k: v for k, v in settings(4).items() if k not in NEWER}
+    assert json.loads((tmp_path / "back" / SETTINGS).read_text()) == plain
+    with pytest.raises(SetupError, match="holds an adapter already"):
+        to_hub(adapter, tmp_path / "hub", base=str(base))
+
+
+def test_a_converted_adapter_judges_in_both_frames(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """The released code asks in other words than it trained with: both can be had, and they are not the same."""
+    bare = probe_logits(x2dfd.load(base=str(base), mode="paper", experts=()).mllm)
+    found = {}
+    for frame in prompts.FRAMES:
+        to_hub(adapter, tmp_path / frame, base=str(base), frame=frame)
+        mllm: Any = x2dfd.load(base=str(base), adapter=tmp_path / frame, mode="paper").mllm
+        found[frame] = probe_logits(mllm)
+        asked = prompts.render(mllm.processor, prompts.QUESTION, prompts.STEM)
+        who, image = ("user", "<image>") if frame == "train_consistent" else ("human", "<im_start><image><im_end>")
+        assert asked == (
+            f"A chat between a curious {who} and an artificial intelligence assistant. The assistant gives helpful, "
+            f"detailed, and polite answers to the {who}'s questions. USER: {image}\nIs this image real or fake? "
+            "ASSISTANT: This image is"
+        )
+    assert len({bare, *found.values()}) == 3
+    with pytest.raises(UnknownName, match="train_consistent"):
+        to_hub(adapter, tmp_path / "other", base=str(base), frame="train_consistant")
+
+
+def test_a_frame_ends_answers_as_training_did(base: Path) -> None:
+    """A frame without its end token teaches a model never to stop."""
+    from finetune.data import answer_tokens
+
+    processor = tiny.processor_of_llava_15()
+    prompts.set_frame(processor, "train_consistent")
+    _, answer = answer_tokens(processor, prompts.QUESTION, "This image is fake.")
+    assert answer[-1] == processor.tokenizer.eos_token_id and answer.count(answer[-1]) == 1
+
+
+class _Trap:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("trapped",)
+
+
+def test_what_would_be_lost_or_run_is_refused(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Code in a .bin, settings that change the model, and names of other layouts."""
+    monkeypatch.chdir(tmp_path)
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / SETTINGS).write_text(json.dumps(settings(4)))
+    (bad / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes())
+    torch.save({"x": _Trap()}, bad / OTHERS)
+    with pytest.raises(SetupError, match="cannot be read"):
+        to_hub(bad, tmp_path / "out", base=str(base))
+    assert not (tmp_path / "trapped").exists() and not (tmp_path / "out").exists()
+    for used in ({"lora_bias": True}, {"use_qalora": True}, {"target_parameters": ["experts"]}):
+        with pytest.raises(SetupError, match=next(iter(used))):
+            hub_settings({**settings(4), **used}, "b")
+    with pytest.raises(SetupError, match="lm_head"):
+        hub_settings({**settings(4), "target_modules": ["q_proj", "lm_head"]}, "b")
+    with pytest.raises(SetupError, match="no counterpart"):
+        llava_settings({"target_modules": ".*q_proj"}, "b")
+    with pytest.raises(SetupError, match="belongs to no LLaVA adapter"):
+        renamed({"base_model.model.lm_head.weight": torch.zeros(1)}, True)
+
+
+# --- merging ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs_base
+def test_a_merged_model_judges_as_base_and_adapter_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge that loses the projector, a layer or the frame still writes a model that talks."""
+    monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
+    base = tiny.write_base(tmp_path / "base")
+    folder = tiny.write_adapter(tmp_path / "adapter", base)
+    with pytest.raises(SetupError, match="no probe scores"):
+        merge(folder, tmp_path / "merged", str(base))
+    scores = probe_logits(x2dfd.load(base=str(base), adapter=folder).mllm)
+    tiny.edit_card(folder, probes=scores)
+    out = merge(folder, tmp_path / "merged", str(base))
+    detector = x2dfd.load(out)  # with calibration and experts, without the base
+    assert probe_logits(detector.mllm) == pytest.approx(scores, abs=1e-3)
+    assert list(detector.facts["experts"]) == [tiny.EXPERT] and read_adapter_card(out).probes == scores
+    with pytest.raises(SetupError, match="there already"):
+        merge(folder, out, str(base))
+
+
+@pytest.mark.needs_base
+def test_a_merge_that_moves_the_probes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left that could be taken for the model."""
+    monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
+    base = tiny.write_base(tmp_path / "base")
+    folder = tiny.write_adapter(tmp_path / "adapter", base)
+    tiny.edit_card(folder, probes=probe_logits(x2dfd.load(base=str(base), adapter=folder).mllm))
+    from x2dfd.mllm import LocalMLLM
+
+    plain = LocalMLLM.save
+
+    def spoilt(self: LocalMLLM, where: Path) -> None:
+        with torch.no_grad():
+            self._llava.model.language_model.norm.weight.mul_(-1)
+        plain(self, where)
+
+    monkeypatch.setattr(LocalMLLM, "save", spoilt)
+    with pytest.raises(SetupError, match="probe pictures score"):
+        merge(folder, tmp_path / "merged", str(base))
+    assert not (tmp_path / "merged").exists() and not list(tmp_path.glob(".merged*"))

@@ -1,0 +1,72 @@
+"""Two processes share one training under DeepSpeed: `make test-distributed`. Minutes, so not among the other tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from safetensors.torch import load_file
+
+import x2dfd
+from data_gen.build import BuildConfig, build
+from finetune.config import FinetuneConfig
+from tests import tiny
+from x2dfd.adapter import WEIGHTS, lora_b_sum, probe_logits, read_adapter_card
+from x2dfd.experts import BUILTIN
+from x2dfd.mllm import load_llava
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = [pytest.mark.distributed, pytest.mark.needs_base]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_processes_train_one_adapter(stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under ZeRO-3 each process holds pieces: saved without gathering, the adapter is empty and still loads."""
+    pytest.importorskip("deepspeed")
+    monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
+    base = tiny.write_base(tmp_path / "base", tiny.processor_of_base())
+    manifest = tiny.write_small_manifest(tmp_path / "data", np.asarray(skimage.data.astronaut()))
+    instructions = build(BuildConfig(str(manifest), experts=(tiny.EXPERT,), cue_questions=2), tmp_path / "instructions")
+    before = load_llava(base)[0].state_dict()
+    out = tmp_path / "adapter"
+    config = FinetuneConfig(
+        str(instructions), str(manifest), str(out), base=str(base), lora_r=4, lora_alpha=8, lora_dropout=0.0, lr=1e-2,
+        projector_lr=1e-3, accumulate=1, max_steps=6, save_steps=100, checkpointing=True,
+        deepspeed=str(ROOT / "finetune" / f"zero{stage}.json"),
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, str(ROOT / "tests" / "two_processes.py"), str(tmp_path / "config.json")],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    losses = [entry["loss"] for entry in json.loads((out / "log.json").read_text()) if "loss" in entry]
+    mean = [entry["train_loss"] for entry in json.loads((out / "log.json").read_text()) if "train_loss" in entry]
+    assert mean[0] < losses[0] - 0.3  # the first step's loss, and the mean over all
+    state = load_file(out / WEIGHTS)
+    assert lora_b_sum(out) > 0 and all(float(v.abs().sum()) > 0 for k, v in state.items() if "lora_B" in k)
+    held = load_file(out / "held.safetensors")
+    inner = (".base_layer", ".original_module")
+    names = {
+        k.removeprefix("base_model.model.").replace(inner[0], "").replace(inner[1], ""): v for k, v in held.items()
+    }
+    assert before.keys() <= names.keys() and all(torch.equal(v, names[k]) for k, v in before.items())
+    card = read_adapter_card(out)
+    loaded = x2dfd.load(base=str(base), adapter=out, mode="paper")
+    assert probe_logits(loaded.mllm) == pytest.approx(card.probes, abs=1e-3)
+    assert card.figures["pictures_a_step"] == 2

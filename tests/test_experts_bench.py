@@ -1,0 +1,445 @@
+"""The bench of the experts, with experts that a test can predict: what is joined, changed, placed and used again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import cv2
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from eval import experts_bench, localisation, run_bench, scoring, tables
+from eval import metrics as m
+from eval.changes import CHANGES, FORMAT_SWAP, Change
+from tests.tiny import EXPERT, EXPERT_TARGET, Brightness
+from x2dfd import experts
+from x2dfd.adapter import AdapterCard, write_adapter_card
+from x2dfd.calibration import MLLM, Calibration, logit
+from x2dfd.crops import MASK_SIZE
+from x2dfd.errors import SetupError
+from x2dfd.experts import Shared
+from x2dfd.faces import CROP_SIZE, PREPROCESSING, area_polygons, find_faces
+from x2dfd.manifest import Sample, write_manifest
+from x2dfd.types import Card, Evidence, Face
+
+POINTER = "pointer"
+POINTER_TARGET = "tests.test_experts_bench:Pointer"
+CUT = "no score for dark faces"
+WORDS = ("experts", "--experts", f"{EXPERT},{POINTER}", "--bootstrap", 50)
+
+
+class Pointer:
+    """Points at the mouth, always; gives no score for dark faces."""
+
+    card: ClassVar[Card] = replace(Brightness.card, name=POINTER)
+    judged: ClassVar[list[int]] = []  # faces of each call
+    stop_after: ClassVar[int] = 10**6
+
+    def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
+        if len(self.judged) >= self.stop_after:
+            raise KeyboardInterrupt
+        self.judged.append(len(faces))
+        return [self._of(face) for face in faces]
+
+    def _of(self, face: Face) -> Evidence:
+        grid = np.full((MASK_SIZE, MASK_SIZE), 0.1, np.float32)
+        for polygon in area_polygons(face.crop_landmarks)["mouth"]:
+            cv2.fillPoly(grid, [(polygon * (MASK_SIZE / CROP_SIZE)).round().astype(np.int32)], 0.4)
+        rows = tuple(tuple(float(x) for x in row) for row in grid)
+        dark = face.crop.mean() < 60
+        return Evidence(POINTER, None if dark else 0.5, CUT if dark else None, map=rows)
+
+
+@pytest.fixture(autouse=True)
+def two_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(experts.BUILTIN, EXPERT, EXPERT_TARGET)
+    monkeypatch.setitem(experts.BUILTIN, POINTER, POINTER_TARGET)
+    monkeypatch.setattr(Pointer, "judged", [])
+    monkeypatch.setattr(Pointer, "stop_after", 10**6)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """An adapter's card and calibration: what the fusion needs, and no weights of any model."""
+    folder = tmp_path / "model"
+    card = AdapterCard(
+        "tiny", "1", "a test", "none", "", PREPROCESSING, "none", "all", experts={EXPERT: "b" * 64, POINTER: "b" * 64},
+        held_out=("blend",),
+    )  # fmt: skip
+    write_adapter_card(folder, card)
+    weights = {MLLM: 0.5, EXPERT: 4.0, POINTER: 0.0}
+    Calibration(weights, {MLLM: 1.0, EXPERT: -0.4, POINTER: 0.0}, 0.0, 0.4, 0.6).save(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path, astronaut: NDArray[np.uint8]) -> Path:
+    """Six reals and six fakes of one face, fakes brighter by tendency and masked at the mouth; one without a face."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    photo = astronaut[:320, 80:400]
+    mask = np.zeros(photo.shape[:2], np.uint8)
+    [face] = find_faces(photo)
+    for polygon in area_polygons(face.landmarks)["mouth"]:
+        cv2.fillPoly(mask, [polygon.round().astype(np.int32)], 255)
+    Image.fromarray(mask).save(folder / "mask.png")
+    samples = []
+    for i in range(12):
+        fake = i % 2 == 1
+        scale = (0.35, 0.5, 0.6, 1.0, 0.7, 1.1, 0.65, 0.9, 0.55, 0.58, 0.62, 1.05)[i]
+        path = folder / f"{i}.png"
+        Image.fromarray(np.clip(photo * scale, 0, 255).astype(np.uint8)).save(path)
+        traits = {"method": "blend", "mask": folder / "mask.png"} if fake else {"method": "none"}
+        samples.append(Sample(f"s{i}", path, "fake" if fake else "real", source="ab"[i // 6], group=f"g{i}", **traits))
+    Image.new("RGB", (80, 80), "white").save(folder / "white.png")
+    samples.append(Sample("white", folder / "white.png", "real", source="c", group="white"))
+    (folder / "broken.png").write_bytes(b"not a picture")
+    samples.append(Sample("broken", folder / "broken.png", "fake", source="c", group="broken", method="blend"))
+    write_manifest(folder / "manifest.jsonl", samples)
+    return folder / "manifest.jsonl"
+
+
+def bench(data: Path, model: Path, out: Path, *words: Any) -> dict[str, Any]:
+    assert run_bench.main([str(w) for w in (*WORDS, "--data", data, "--model", model, "--out", out, *words)]) == 0
+    result: dict[str, Any] = json.loads((out / "result.json").read_text("utf-8"))
+    return result
+
+
+def test_experts_fusion_and_baseline_stand_side_by_side(data: Path, model: Path, tmp_path: Path) -> None:
+    """The fusion is the shipped calibration with the MLLM at its mean, and no MLLM is loaded for it."""
+    result = bench(data, model, tmp_path / "out", "--changes", "none")
+    scorers = result["scorers"]
+    assert list(scorers) == ["fusion", f"expert:{EXPERT}", f"expert:{POINTER}", "baseline:sharpness"]
+    assert result["model"]["stated"]["fusion"]["missing"] == [MLLM]
+    assert scorers["fusion"]["unscored"] == {"no_face": 1, "not_an_image": 1}
+    assert scorers[f"expert:{POINTER}"]["unscored"][CUT] == 1
+    overall = scorers["fusion"]["overall"]
+    for key in ("auc", "average_precision", "tpr_at_fpr_0.05", "tpr_at_fpr_0.01", "ece_15_even"):
+        assert overall[key]["interval"][0] <= overall[key]["value"] <= overall[key]["interval"][1]
+    # only the brightness weighs, so the fusion ranks as it does
+    assert overall["auc"]["value"] == scorers[f"expert:{EXPERT}"]["overall"]["auc"]["value"] > 0.5
+    assert "ece_15_even" not in scorers["baseline:sharpness"]["overall"]  # no probability
+    rows = {row["id"]: row for row in pq.read_table(tmp_path / "out" / "samples.parquet").to_pylist()}
+    assert len(rows) == 14
+    for row in rows.values():
+        if row[f"expert:{EXPERT}"] is not None:
+            by_hand = 1 / (1 + np.exp(-4.0 * (logit(row[f"expert:{EXPERT}"]) + 0.4)))
+            assert row["p_fake"] == pytest.approx(by_hand)
+            assert row["said"] == ("fake" if by_hand >= 0.6 else "real" if by_hand < 0.4 else "inconclusive")
+    assert (rows["white"]["said"], rows["white"]["reason"]) == ("inconclusive", "no_face")
+    assert (rows["broken"]["said"], rows["broken"]["reason"]) == (None, "not_an_image")
+
+
+def test_every_real_source_has_its_false_alarms(data: Path, model: Path, tmp_path: Path) -> None:
+    """A mean over cameras hides the one whose photos are all called fake; a small source must not drop out."""
+    answers = bench(data, model, tmp_path / "out", "--changes", "none")["scorers"]["fusion"]["answers"]
+    rows = pq.read_table(tmp_path / "out" / "samples.parquet").to_pylist()
+    for source in "abc":
+        said = [r["said"] == "fake" for r in rows if r["label"] == "real" and r["source"] == source]
+        rate = answers["false_alarms_by"]["source"][source]
+        assert (rate["value"], rate["n"]) == (np.mean(said), len(said))
+
+
+def test_a_second_run_scores_one_picture_and_says_the_same(data: Path, model: Path, tmp_path: Path) -> None:
+    """A finished run of hours that starts anew because its own fusion is not in what is scored."""
+    words = ("--changes", "half")
+    first = bench(data, model, tmp_path / "out", *words)
+    Pointer.judged.clear()
+    assert bench(data, model, tmp_path / "out", *words) == first
+    assert sum(Pointer.judged) == 2  # a picture and its change
+
+
+def test_a_new_calibration_is_joined_to_the_stored_scores(data: Path, model: Path, tmp_path: Path) -> None:
+    """Another band must show at once, without hours of scoring; numbers of the experts stay."""
+    first = bench(data, model, tmp_path / "out", "--changes", "half")
+    Calibration.save(replace(Calibration.load(model), high=0.0, low=0.0), model)
+    Pointer.judged.clear()
+    second = bench(data, model, tmp_path / "out", "--changes", "half")
+    assert sum(Pointer.judged) == 2
+    assert second["scorers"]["fusion"]["answers"]["false_alarms"]["value"] == 6 / 7  # all but the one without a face
+    assert first["scorers"]["fusion"]["answers"]["false_alarms"]["value"] < 6 / 7
+    assert second["scorers"][f"expert:{EXPERT}"] == first["scorers"][f"expert:{EXPERT}"]
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(
+    data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eleven looks at each of thousands of pictures must not be lost with the process."""
+    monkeypatch.setattr(scoring, "CHUNK", 4)
+    straight = bench(data, model, tmp_path / "straight", "--changes", "half")
+    Pointer.judged.clear()
+    monkeypatch.setattr(Pointer, "stop_after", 2)
+    with pytest.raises(KeyboardInterrupt):
+        bench(data, model, tmp_path / "cut", "--changes", "half")
+    monkeypatch.setattr(Pointer, "stop_after", 10**6)
+    Pointer.judged.clear()
+    assert bench(data, model, tmp_path / "cut", "--changes", "half") == straight
+    assert sum(Pointer.judged) == 2 + 2 * (12 - 8)  # one to see that the experts are the same; two chunks were saved
+
+
+def test_a_change_is_scored_and_a_lost_face_is_counted(
+    data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change that hides the hard faces would pass as robustness if only what is left were shown."""
+    inverted = Change("noise", "the order of brightness turned round", lambda pixels, _: turned(pixels))
+    monkeypatch.setitem(CHANGES, "noise", inverted)
+    monkeypatch.setitem(CHANGES, "blur", Change("blur", "black", lambda pixels, _: np.zeros_like(pixels)))
+    result = bench(data, model, tmp_path / "out", "--changes", "blur,noise")
+    black, noise = result["robustness"]["blur"], result["robustness"]["noise"]
+    assert black["lost_face"] == {"real": 6, "fake": 6} and black["had_face"] == 12
+    assert black["auc"]["fusion"] == {"value": None, "interval": None, "unchanged": None, "n": 0}
+    unchanged = result["scorers"]["fusion"]["overall"]["auc"]["value"]
+    assert noise["auc"]["fusion"]["unchanged"] == unchanged
+    assert noise["auc"]["fusion"]["value"] == pytest.approx(1 - unchanged)
+    assert noise["auc"]["fusion"]["n"] == 12 and noise["lost_face"] == {"real": 0, "fake": 0}
+    assert result["format_swap"] is None
+
+
+def turned(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The photo with the brightness that stands opposite among those of `data`."""
+    return np.asarray(np.clip(pixels * (80.0 / pixels.mean()) ** 2, 0, 255), np.uint8)
+
+
+def test_the_format_swap_measures_the_move_of_p(data: Path, model: Path, tmp_path: Path) -> None:
+    """Half of the swap's promise is its sign: a mean of signed moves of +.3 and -.3 is none."""
+    result = bench(data, model, tmp_path / "out", "--changes", FORMAT_SWAP)
+    swap, rows = result["format_swap"], pq.read_table(tmp_path / "out" / "samples.parquet").to_pylist()
+    pairs = [(r[f"expert:{EXPERT}"], json.loads(r["changed"]).get(FORMAT_SWAP)) for r in rows]
+    moved = [abs(after[EXPERT] - before) for before, after in pairs if after]
+    assert swap[f"expert:{EXPERT}"]["median"] == pytest.approx(np.median(moved))
+    assert 0 < swap[f"expert:{EXPERT}"]["median"] < 0.01 and swap["fusion"]["n"] == 12
+    assert "baseline:sharpness" not in swap  # it gives no probability
+
+
+def test_a_map_is_measured_against_the_mask_beside_two_that_know_nothing(
+    data: Path, model: Path, tmp_path: Path
+) -> None:
+    """A mask on another grid than the map gives chance; a map of low numbers must not fail for its scale."""
+    placed = bench(data, model, tmp_path / "out", "--changes", "none")["localisation"]
+    assert (placed["n_masks"], placed["n"], placed["left_out"]) == (6, 6, {})
+    maps = placed["maps"]
+    assert list(maps) == [POINTER, localisation.CENTRE, localisation.OVAL]
+    assert maps[POINTER]["auc"]["value"] > 0.97 and maps[POINTER]["iou"]["value"] > 0.8
+    assert maps[POINTER]["iou_by_threshold"]["0.5"] == 0.0  # its highest number is 0.4
+    assert maps[localisation.OVAL]["iou"]["value"] < 0.3 and 0.5 < maps[localisation.OVAL]["auc"]["value"] < 0.97
+    assert maps[POINTER]["by_method"]["blend"]["n"] == 6
+
+
+def test_a_threshold_is_never_chosen_on_its_own_picture() -> None:
+    """The best threshold of the very pictures that are measured flatters every map."""
+    of = localisation.THRESHOLDS
+    curves = np.zeros((4, len(of)))
+    curves[:2, of.index(0.2)] = 1.0  # groups a and b are best at .2
+    curves[2:, of.index(0.8)] = 0.9
+    found, used = localisation._at_thresholds_of_others(curves, np.array([0, 0, 1, 1]))
+    assert found.tolist() == [0, 0, 0, 0] and used == [0.2, 0.8]
+    alone, used = localisation._at_thresholds_of_others(curves[:2], np.array([0, 0]))
+    assert alone.tolist() == [0, 0] and used == [0.5]
+
+
+def test_parts_hold_whole_groups_in_any_order() -> None:
+    """A photo and its forgery on two sides make every refit look good."""
+    groups = [f"g{i // 3}" for i in range(60)]
+    part = scoring.folds(groups)
+    assert all(len({p for p, g in zip(part, groups, strict=True) if g == name}) == 1 for name in groups)
+    assert set(part) == set(range(scoring.FOLDS))
+    assert scoring.folds(groups[::-1]).tolist() == part[::-1].tolist()
+
+
+# --- experts that are missing, or disagree ---------------------------------------------------------------------------
+
+
+def panel_of(weights: dict[str, float], **more: Any) -> experts_bench.Panel:
+    """Experts that are names only, joined by a calibration with these weights and means of 0."""
+
+    class Named:
+        def __init__(self, name: str) -> None:
+            self.card = replace(Brightness.card, name=name)
+
+    calibration = Calibration({MLLM: 0.5, **weights}, {MLLM: 2.0, **dict.fromkeys(weights, 0.0)}, 0.0, 0.3, 0.7, **more)
+    return experts_bench.Panel([Named(n) for n in weights], (), calibration, {}, {})  # type: ignore[misc]
+
+
+def scored(n: int = 200) -> tuple[list[Sample], list[dict[str, Any]]]:
+    """Pictures with a good expert, a fair one and one without a clue."""
+    rng = np.random.default_rng(0)
+    samples, rows = [], []
+    for i in range(n):
+        fake = i % 2
+        chances = {"good": rng.normal(3 * fake - 1.5), "fair": rng.normal(1.4 * fake - 0.7), "blind": rng.normal()}
+        scores = {name: float(1 / (1 + np.exp(-x))) for name, x in chances.items()}
+        samples.append(Sample(str(i), Path("x"), "fake" if fake else "real", source="s", group=f"g{i // 2}"))
+        rows.append({"experts": scores, "error": None, "reason": None})
+    return samples, rows
+
+
+DRAW = scoring.Resampling(0, 0)
+
+
+def test_the_fusion_without_each_expert() -> None:
+    """What a user without one of the experts gets: never worse than what is left, and no verdict out of nothing."""
+    samples, rows = scored()
+    panel = panel_of({"good": 1.0, "fair": 0.6, "blind": 0.0})
+    found = experts_bench.missing_experts(panel, samples, experts_bench.joined_rows(panel, rows), DRAW)
+    assert found is not None
+    patterns = found["patterns"]
+    assert list(patterns) == ["good+fair+blind", "good+fair", "good+blind", "fair+blind", "good", "fair", "blind"]
+    labels = m.to_labels(s.label for s in samples)
+    for name in ("good", "fair"):  # one alone, the others at their mean, ranks as itself
+        alone = m.auc(labels, m.to_scores([row["experts"][name] for row in rows]))
+        assert patterns[name]["imputed"]["auc"]["value"] == pytest.approx(alone)
+        assert patterns[name]["refitted"]["auc"]["value"] == pytest.approx(alone, abs=0.02)
+    assert patterns["blind"]["imputed"] is None  # nothing that weighs is left: not assessed
+    assert patterns["good+fair"]["imputed"] == patterns["good+fair+blind"]["imputed"]
+    both, fair = patterns["good+fair"]["imputed"], patterns["fair"]["imputed"]
+    assert both["auc"]["value"] > patterns["good"]["imputed"]["auc"]["value"] > fair["auc"]["value"]
+    assert fair["inconclusive"] > both["inconclusive"]  # with less evidence, fewer verdicts
+
+
+def test_only_pictures_that_all_could_score_are_compared() -> None:
+    """A pattern that is measured on easier pictures than another looks better for it."""
+    samples, rows = scored(40)
+    rows[0]["experts"]["fair"] = None
+    panel = panel_of({"good": 1.0, "fair": 0.6})
+    found = experts_bench.missing_experts(panel, samples, experts_bench.joined_rows(panel, rows), DRAW)
+    assert found is not None and found["n"] == 39
+
+
+def test_a_refit_does_not_see_the_group_it_answers() -> None:
+    """Refitted on its own test pictures, every pattern beats the shipped one."""
+    samples, rows = scored(60)
+    parts = {"fair": np.array([logit(row["experts"]["fair"]) for row in rows])}
+    labels = m.to_labels(s.label for s in samples)
+    before = experts_bench._refitted(parts, labels, samples)
+    part = scoring.folds([s.group for s in samples])
+    own = np.flatnonzero(part == 0)
+    other = labels.copy()
+    other[own] = 1 - other[own]
+    after = experts_bench._refitted(parts, other, samples)
+    assert before is not None and after is not None
+    assert [before[i] for i in own] == [after[i] for i in own]
+    assert any(before[i] != after[i] for i in np.flatnonzero(part != 0))
+    assert experts_bench._refitted(parts, np.zeros_like(labels), samples) is None
+
+
+def test_what_withholding_by_disagreement_costs_is_told() -> None:
+    """A switch that only ever raises `inconclusive` must show how many right answers it takes away."""
+    samples, rows = scored()
+    panel = panel_of({"good": 1.0, "fair": 0.6, "blind": 0.0}, disagreement=0.5)
+    told = experts_bench.disagreement(panel, samples, experts_bench.joined_rows(panel, rows))
+    assert told is not None and told["in_force"] == 0.5
+    by_spread = told["from_spread"]
+    covered = [by_spread[key]["coverage"] for key in ("0.5", "0.7", "0.9", "never")]
+    assert covered == sorted(covered) and covered[0] < covered[-1]
+    assert by_spread["0.5"]["misses"] <= by_spread["never"]["misses"]
+
+
+# --- what is scored, and by what -------------------------------------------------------------------------------------
+
+
+def test_ours_and_mesonet_are_scored_where_they_can_be_loaded(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    """One expert whose weights are not here must not stop the others; one that was asked for by name must."""
+
+    def load(name: str, folder: Path | None = None) -> Any:
+        if name != EXPERT:
+            raise SetupError(f"{name} is not here")
+        return Brightness()
+
+    monkeypatch.setattr(experts_bench, "load_expert", load)
+    found, reasons = experts_bench.load_experts(None)
+    assert [e.card.name for e in found] == [EXPERT] and "mesonet" in reasons
+    with pytest.raises(SetupError, match="mesonet"):
+        experts_bench.load_experts(["mesonet"])
+    monkeypatch.setattr(experts_bench, "load_expert", lambda name, folder=None: load("none"))
+    with pytest.raises(SetupError, match="no expert"):
+        experts_bench.load_experts(None)
+
+
+def test_scores_of_other_weights_are_not_put_into_a_calibration(
+    data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fusion of retrained experts under the old weights' calibration is a number of nothing."""
+    monkeypatch.setattr(Brightness, "card", replace(Brightness.card, sha256="c" * 64))
+    result = bench(data, model, tmp_path / "out", "--changes", "none")
+    assert "fusion" not in result["scorers"] and result["missing"] is None
+    assert EXPERT in result["model"]["stated"]["fusion"]["left_out"]
+
+
+@pytest.mark.parametrize("name", ["majority", "expert:clip"])
+def test_a_model_without_a_calibration_is_refused(name: str, tmp_path: Path) -> None:
+    """`--model expert:clip` would quietly be the embedded model's experts."""
+    with pytest.raises(SystemExit):
+        run_bench.main(["experts", "--data", "m.csv", "--out", str(tmp_path), "--model", name])
+
+
+def test_a_method_is_unseen_by_the_fusion_only_where_every_part_left_it_out(
+    data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held out of the last step, trained on by the expert that decides: no figure on unseen forgeries."""
+    result = bench(data, model, tmp_path / "out", "--changes", "none")
+    assert result["held_out"] == {"fusion": [], f"expert:{EXPERT}": [], f"expert:{POINTER}": []}
+    assert "†" not in tables.experts({"x": result}).split("method blend*")[1]
+    # the pointer has no weight, so that what it was trained on does not matter
+    monkeypatch.setattr(Brightness, "card", replace(Brightness.card, figures={"held_out": ["blend", "other"]}))
+    result = bench(data, model, tmp_path / "out", "--changes", "none")
+    assert result["held_out"]["fusion"] == ["blend"] and result["held_out"][f"expert:{EXPERT}"] == ["blend", "other"]
+    row = tables.experts({"x": result}).split("method blend*")[1].splitlines()[0]
+    assert row.count("†") == 2
+
+
+@pytest.mark.parametrize("words", [("--changes", "jpg50"), ("--experts", "brightnes")])
+def test_a_misspelt_name_is_refused(
+    data: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, str]
+) -> None:
+    """A change left out because of a typo would be missed by nobody."""
+    run = [str(w) for w in (*WORDS, "--data", data, "--model", model, "--out", tmp_path / "out", *words)]
+    assert run_bench.main(run) == 2
+    assert "did you mean" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", list(CHANGES))
+def test_a_change_is_the_same_each_time_and_does_something(name: str, astronaut: NDArray[np.uint8]) -> None:
+    """A change that depends on the order of samples cannot be repeated; one that does nothing flatters."""
+    photo = astronaut[:200, :300]
+    once, again = (CHANGES[name](photo, "s1") for _ in range(2))
+    assert np.array_equal(once, again) and once.dtype == np.uint8
+    sizes = {"half": (100, 150), "quarter": (50, 75), "screenshot": (160, 240)}
+    assert once.shape[:2] == sizes.get(name, (200, 300))
+    if name not in sizes:
+        error = np.abs(once.astype(float) - photo).mean()
+        assert 0.3 < error < 12
+    assert np.array_equal(once, CHANGES[name](photo, "s2")) == (name != "noise")
+
+
+def test_lower_quality_is_farther_from_the_picture(astronaut: NDArray[np.uint8]) -> None:
+    """Quality and compression swapped, or a codec that ignores its parameter."""
+    errors = [np.abs(CHANGES[f"jpeg{q}"](astronaut, "s").astype(float) - astronaut).mean() for q in (95, 75, 50, 30)]
+    assert errors == sorted(errors) and errors[0] * 2 < errors[-1]
+
+
+def test_the_tables_hold_what_the_result_says(data: Path, model: Path, tmp_path: Path) -> None:
+    """Numbers of another column or of another metric under a heading; and no result, no table."""
+    result = bench(data, model, tmp_path / "out", "--changes", f"{FORMAT_SWAP},half")
+    made: dict[str, Callable[[dict[str, Any]], str]] = {n: tables.TABLES[n] for n in NAMES}
+    assert {table({}) for table in made.values()} == {"No results yet."}
+    texts = {name: table({"x": result}) for name, table in made.items()}
+    auc = result["scorers"]["fusion"]["overall"]["auc"]
+    cell = f"{auc['value']:.3f} [{auc['interval'][0]:.3f}, {auc['interval'][1]:.3f}]"
+    assert f"| AUC | {cell} |" in texts["experts"] and f"| unchanged | {cell} |" in texts["robustness"]
+    assert "method blend*" in texts["experts"]
+    swap = result["format_swap"]["fusion"]
+    assert f"| fusion | {swap['median']:.3f} | {swap['p90']:.3f} | 12 |" in texts["robustness"]
+    half = result["robustness"]["half"]["auc"]["fusion"]["value"]
+    assert f"| half | {half:.3f}" in texts["robustness"]
+    iou = result["localisation"]["maps"][POINTER]["iou"]["value"]
+    assert f" {iou:.3f} [" in texts["localisation"] and f"{EXPERT}+{POINTER}" in texts["missing"]
+
+
+NAMES = ("experts", "robustness", "localisation", "missing")

@@ -1,0 +1,92 @@
+"""What is measured on a GPU runs on a toy geometry here; what `--dry-run` predicts is arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetune.config import FinetuneConfig
+from finetune.gpu import geometry, measure
+from finetune.memory import GB, Shape, predict, preset, report, shape, shape_of
+from tests import tiny
+from x2dfd.errors import SetupError
+
+ROOM = Path(__file__).parent.parent / "finetune"
+
+
+def config(**given: Any) -> FinetuneConfig:
+    plain = FinetuneConfig("i", "m", "o", base="b", base_dtype="bfloat16", bf16=True)
+    return replace(plain, **given)
+
+
+@pytest.fixture(scope="module")
+def seven() -> Shape:
+    return shape_of(geometry(tiny=False), config())
+
+
+def test_the_real_geometry_is_llava_7b(seven: Shape) -> None:
+    """A speed of another model would be quoted under this one's name."""
+    assert (seven.total, seven.trained) == (7_062_902_784, 39_976_960 + 20_979_712)
+    assert seven.linears == 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert (seven.layers, seven.hidden, seven.inner, seven.vocabulary) == (32, 4096, 11008, 32064)
+
+
+def test_memory_follows_from_the_settings(seven: Shape) -> None:
+    """Each setting moves its own part: a preset that forgets one ends an hour later, out of memory."""
+    plain = predict(config(), seven, 1)
+    assert plain["weights"] == 2 * seven.total and plain["AdamW"] == 8 * seven.trained
+    assert plain["total"] == pytest.approx(sum(v for k, v in plain.items() if k != "total"))
+    four = predict(config(method="qlora"), seven, 1)
+    assert 4.0 < four["weights"] / GB < 4.6
+    two = predict(config(deepspeed=str(ROOM / "zero2.json")), seven, 8)
+    assert two["weights"] == plain["weights"] and two["AdamW"] == plain["AdamW"] / 8
+    three = predict(config(deepspeed=str(ROOM / "zero3.json")), seven, 8)
+    assert three["weights"] == plain["weights"] / 8
+    kept = predict(config(checkpointing=True), seven, 1)
+    assert kept["activations"] < plain["activations"] / 5
+    whole = predict(config(method="full"), replace(seven, trained=seven.total), 1)
+    assert whole["total"] > 100 * GB
+
+
+def test_a_preset_fits_its_card_and_a_larger_card_is_no_slower(seven: Shape) -> None:
+    """A 12 GB card takes four bits, an 80 GB card needs neither that nor checkpointing."""
+    chosen = {card: preset(config(), seven, card, 1) for card in (4, 12, 24, 40, 80)}
+    assert chosen[4] is None
+    small, large = chosen[12], chosen[80]
+    assert small is not None and (small["method"], small["checkpointing"]) == ("qlora", True)
+    assert large is not None and (large["method"], large["checkpointing"]) == ("lora", False)
+    for card, found in chosen.items():
+        if found:
+            assert predict(config(**found), seven, 1)["total"] < card * GB
+
+
+@pytest.mark.needs_base
+def test_a_dry_run_loads_nothing_and_says_it_all(tmp_path: Path) -> None:
+    """It is asked on a laptop about a model that does not fit there."""
+    base = tiny.write_base(tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    text = report(config(base=str(base), method="dora"), 2)
+    found = shape(config(base=str(base), method="dora"))
+    assert f"{found.trained:,} parameters (dora)" in text and f"{found.total:,} parameters" in text
+    assert all(f"{card} GB" in text for card in (12, 24, 40, 80)) and "predicted" in text
+    with pytest.raises(SetupError, match="no configuration"):
+        report(config(base=str(tmp_path / "nowhere")))
+
+
+def test_the_measurement_runs_on_a_toy() -> None:
+    """The script has to work the first time that there is a GPU."""
+    pytest.importorskip("bitsandbytes")
+    found = measure(tiny=True)
+    rows = found["training"]
+    assert [(r["method"], r["tokens"], r["checkpointing"]) for r in rows] == [
+        (method, length, kept) for method in ("lora", "qlora") for length in (48, 96) for kept in (True, False)
+    ]
+    assert all(r["steps_per_s"] > 0 and r["share_of_matmul_rate"] > 0 and r["predicted_gb"] > 0 for r in rows)
+    assert found["verdicts_per_s"] > 0 and found["cue_questions_per_s"] > 0 and found["matmul_tflops"] > 0
+    if not torch.cuda.is_available():
+        with pytest.raises(SetupError, match="--tiny"):
+            measure()

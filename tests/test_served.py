@@ -1,0 +1,436 @@
+"""A served model answers as the local one does, and what goes wrong at an endpoint is said, counted and survived."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from typer.testing import CliRunner
+
+import x2dfd
+from eval.stand_in import Faults, Reply, Request, StandIn, picture_of, question_of
+from tests import tiny
+from x2dfd import cli, prompts, served
+from x2dfd.assessment import BANK, Assessment
+from x2dfd.calibration import Calibration
+from x2dfd.detector import UNCALIBRATED
+from x2dfd.errors import InputError, SetupError, UnknownName, X2DFDError
+from x2dfd.experts import BUILTIN
+from x2dfd.mllm import LocalMLLM, load_llava
+from x2dfd.served import ServedMLLM
+from x2dfd.types import Failure, Report
+
+pytest.importorskip("openai")
+
+Pixels = NDArray[np.uint8]
+KEY = "sk-of-the-test-0123456789"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No proxy between the two ends, a key to look for in what is said, and short pauses between tries."""
+    import openai._base_client as base
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(base, "INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr(base, "MAX_RETRY_DELAY", 0.02)
+
+
+@pytest.fixture
+def crops(astronaut: Pixels) -> Pixels:
+    face = astronaut[20:244, 110:334]
+    return np.stack([face, face[:, ::-1], 255 - face])
+
+
+def steady(request: Request) -> Reply:
+    """The same to every question, in the words that belong to it."""
+    if request.get("max_tokens") != 1:
+        return Reply("The jaw looks blurred.")
+    if prompts.CUE_ENDING in question_of(request):
+        return Reply("Yes", {"Yes": math.log(0.7), "No": math.log(0.2)})
+    return Reply(" fake", {" fake": math.log(0.6), " real": math.log(0.3)})
+
+
+# --- against the local model -----------------------------------------------------------------------------------------
+
+
+class Behind:
+    """A local model behind the stand-in: it renders messages with its chat template, as an engine does."""
+
+    def __init__(self, local: LocalMLLM, tell: int = 20) -> None:
+        self.local, self.tell = local, tell
+
+    def _rendered(self, request: Request) -> str:
+        messages = [dict(m) for m in request["messages"]]
+        start = messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""
+        for m in messages:
+            parts = [{"type": "text", "text": m["content"]}] if isinstance(m["content"], str) else m["content"]
+            m["content"] = [{"type": "image"} if p["type"] == "image_url" else p for p in parts]
+        frame: str = self.local.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return frame + (" " if start and not frame[-1].isspace() else "") + start
+
+    def tokenize(self, request: Request) -> list[int]:
+        ids: list[int] = self.local.tokenizer(self._rendered(request))["input_ids"]
+        return ids
+
+    def __call__(self, request: Request) -> Reply:
+        import torch
+
+        text, picture = self._rendered(request), Image.fromarray(picture_of(request))
+        processor, model = self.local.processor, self.local._llava
+        inputs = processor(images=picture, text=text, return_tensors="pt")
+        with torch.inference_mode():
+            if request["max_tokens"] > 1:
+                out = model.generate(**inputs, max_new_tokens=request["max_tokens"], do_sample=False)
+                new = out[0, inputs["input_ids"].shape[1] :]
+                return Reply(self.local.tokenizer.decode(new, skip_special_tokens=True))
+            row = model(**inputs).logits[0, -1].double().log_softmax(-1)
+        ids = request.get("logprob_token_ids") or row.topk(self.tell).indices.tolist()
+        word = self.local.tokenizer.decode([int(row.argmax())])
+        return Reply(word, {self.local.tokenizer.decode([i]): float(row[i]) for i in ids})
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, needs_base_once: None) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("tiny")
+    base = tiny.write_base(folder / "base")
+    return base, tiny.write_adapter(folder / "adapter", base)
+
+
+@pytest.fixture(scope="module")
+def needs_base_once() -> None:
+    from tests.conftest import require_base
+
+    require_base()
+
+
+@pytest.fixture(scope="module")
+def known_expert() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
+        yield
+
+
+def test_a_served_bare_model_answers_as_the_local_one(folders: tuple[Path, Path], crops: Pixels) -> None:
+    """Another prompt, another token or another picture at the endpoint would be another detector."""
+    local = LocalMLLM(*load_llava(folders[0]), "tiny")
+    questions = [prompts.QUESTION, f"{prompts.QUESTION} And the x score is 0.500.", prompts.QUESTION]
+    cues = [f"Is number {i} odd? {prompts.CUE_ENDING}" for i in range(3)]
+    behind = Behind(local)
+    with StandIn(behind, tokenize=behind.tokenize) as endpoint:
+        model = ServedMLLM(endpoint.url, "m")
+        look, own = model.look(crops), local.look(crops)
+        np.testing.assert_allclose(
+            model.verdict_logits(look, questions), local.verdict_logits(own, questions), atol=1e-3
+        )
+        said, wanted = model.yes_no(crops[0], cues), local.yes_no(crops[0], cues)
+        np.testing.assert_allclose(said.p_yes, wanted.p_yes, atol=1e-4)
+        assert said.said == wanted.said
+        starts = ["This image is fake.", "This image is real.", ""]
+        assert model.write(look, questions, starts, max_new_tokens=5) == local.write(
+            own, questions, starts, max_new_tokens=5
+        )
+        turns = [("This image is fake. The jaw.", "And the eyes?")]
+        assert model.write(look, questions, [""] * 3, turns=turns, max_new_tokens=4) == local.write(
+            own, questions, [""] * 3, turns=turns, max_new_tokens=4
+        )
+        model.close()
+
+
+def test_a_served_adapter_gives_the_local_verdict(
+    folders: tuple[Path, Path], known_expert: None, face_photo: Path
+) -> None:
+    """Experts, calibration and band are the adapter's; only the matrix products happen elsewhere."""
+    local = x2dfd.load(base=str(folders[0]), adapter=folders[1])
+    assert isinstance(local.mllm, LocalMLLM)
+    behind = Behind(local.mllm)
+    with StandIn(behind, models=["base", "tiny"], tokenize=behind.tokenize) as endpoint:
+        detector = x2dfd.load("tiny", served=endpoint.url, adapter=folders[1])
+        ours, wanted = detector.detect(face_photo, rationale=False), local.detect(face_photo, rationale=False)
+        assert "continue_final_message" in endpoint.requests[0]
+    assert ours.verdict.label == wanted.verdict.label and ours.verdict.reason == wanted.verdict.reason
+    assert ours.verdict.p_fake == pytest.approx(wanted.verdict.p_fake, abs=1e-4)
+    assert ours.faces[0].p_fake_mllm == pytest.approx(wanted.faces[0].p_fake_mllm, abs=1e-3)
+    assert ours.evidence == wanted.evidence and ours.warnings == wanted.warnings == ()
+    same = {k: v for k, v in ours.model.items() if k not in ("served", "runs_on")}
+    assert same == {k: v for k, v in wanted.model.items() if k != "runs_on"}
+    assert ours.model["served"]["model"] == "tiny"
+    assert Report.from_json(ours.to_json()) == ours
+
+
+def test_a_damaged_adapter_is_refused_before_anything_is_asked(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Its calibration would be put on another model's numbers."""
+    tiny.edit_card(folders[1])  # as it is
+    (tmp_path / "card.json").write_text((folders[1] / "card.json").read_text())
+    with StandIn(steady) as endpoint, pytest.raises(SetupError, match="has no adapter_model"):
+        x2dfd.load("m", served=endpoint.url, adapter=tmp_path)
+    assert not endpoint.requests
+
+
+# --- what is asked ---------------------------------------------------------------------------------------------------
+
+
+def test_a_hosted_model_is_told_in_words(crops: Pixels) -> None:
+    """It cannot continue an answer; and what changes must stand last, or no prefix is cached twice."""
+    with StandIn(steady, owned_by="somebody") as endpoint:
+        model = ServedMLLM(endpoint.url, "m")
+        look = model.look(crops[:1])
+        assert model.verdict_logits(look, ["Real? And the x score is 0.1."])[0] == pytest.approx(math.log(2))
+        assert model.write(look, ["Real?"], ["This image is fake."]) == ["The jaw looks blurred."]
+        assert model.yes_no(crops[0], ["A? Answer Yes or No."]).p_yes[0] == pytest.approx(7 / 9)
+        verdict, text, cue = endpoint.requests
+    assert [m["role"] for m in verdict["messages"]] == ["system", "user"]
+    kinds = [p.get("text", "picture") for p in verdict["messages"][1]["content"]]
+    assert kinds == ["picture", prompts.SERVED_VERDICT, "Real? And the x score is 0.1."]
+    assert "This image is fake." in text["messages"][1]["content"][1]["text"]
+    assert [p["type"] for p in cue["messages"][1]["content"]] == ["image_url", "text"]
+    for request in (verdict, text, cue):
+        assert request["messages"][0] == verdict["messages"][0]
+        assert request["messages"][1]["content"][0] == verdict["messages"][1]["content"][0]
+        assert "continue_final_message" not in request and "logprob_token_ids" not in request
+    np.testing.assert_array_equal(picture_of(verdict), crops[0])
+
+
+@pytest.mark.parametrize(
+    ("top", "logit"),
+    [
+        ({"Fake": math.log(0.5), " fake": math.log(0.25), "real": math.log(0.25)}, math.log(3)),
+        ({"▁fa": math.log(0.8), "Ġreal": math.log(0.2)}, math.log(4)),
+        ({"fake": math.log(0.9), "a": math.log(0.05), "b": math.log(0.01)}, math.log(90)),
+        ({"real": math.log(0.9), "a": math.log(0.05)}, -math.log(18)),
+        ({"f": -0.1, "r": -0.2, "realistic": -0.3}, None),
+        ({"I": -0.1, "Sorry": -2.0}, None),
+    ],
+)
+def test_labels_are_read_from_the_likeliest_tokens(crops: Pixels, top: dict[str, float], logit: float | None) -> None:
+    """Endpoints spell one label in many ways; a refusal to answer is no "real"."""
+    with StandIn(lambda _: Reply(next(iter(top)), top)) as endpoint:
+        model = ServedMLLM(endpoint.url, "m")
+        if logit is None:
+            with pytest.raises(InputError) as caught:
+                model.verdict_logits(model.look(crops[:1]), ["?"])
+            assert caught.value.code == "no_label"
+        else:
+            assert model.verdict_logits(model.look(crops[:1]), ["?"])[0] == pytest.approx(logit)
+
+
+def test_neither_yes_nor_no_says_nothing(crops: Pixels) -> None:
+    """An assessment goes on; the answer counts for neither side."""
+    with StandIn(lambda _: Reply("Well", {"Well": -0.1})) as endpoint:
+        answers = ServedMLLM(endpoint.url, "m").yes_no(crops[0], ["?", "??"])
+    assert answers.p_yes.tolist() == [0.5, 0.5] and answers.said == ("other", "other")
+
+
+def test_answers_come_in_order_and_no_more_at_a_time_than_allowed(crops: Pixels) -> None:
+    """Forty answers that arrive in any order must not slip against their questions."""
+
+    def late(request: Request) -> Reply:
+        number = int(question_of(request).split()[1])
+        p = (number + 1) / 50
+        return Reply("Yes", {"Yes": math.log(p), "No": math.log(1 - p)}, delay=0.02 * (number % 3))
+
+    with StandIn(late) as endpoint:
+        model = ServedMLLM(endpoint.url, "m", concurrency=5)
+        answers = model.yes_no(crops[0], [f"Number {i} ?" for i in range(40)])
+    np.testing.assert_allclose(answers.p_yes, [(i + 1) / 50 for i in range(40)], atol=1e-9)
+    assert 2 <= endpoint.most <= 5
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("owned_by", ["vllm", "somebody"])
+def test_faults_are_survived(crops: Pixels, owned_by: str) -> None:
+    """One answer in three fails, is late or breaks off: none may be lost or belong to another question."""
+    faults = Faults(errors=0.2, slow=0.05, cut=0.1, seconds=2.5, seed=1)
+
+    def answer(request: Request) -> Reply:
+        p = (int(question_of(request).split()[1]) + 1) / 100
+        return Reply("Yes", {"Yes": math.log(p), "No": math.log(1 - p)})
+
+    with StandIn(answer, owned_by=owned_by, faults=faults) as endpoint:
+        model = ServedMLLM(endpoint.url, "m", retries=12, timeout=2.0)
+        answers = model.yes_no(crops[0], [f"Number {i} ?" for i in range(60)])
+    np.testing.assert_allclose(answers.p_yes, [(i + 1) / 100 for i in range(60)], atol=1e-9)
+    assert min(faults.counts.values()) > 0 and endpoint.answered >= 60 + faults.counts["errors"] + faults.counts["cut"]
+
+
+def refused(status: int, text: str = "no") -> Callable[[Request], Reply]:
+    return lambda _: Reply(text, status=status)
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "told"),
+    [
+        (refused(500), "endpoint_error", "InternalServerError"),
+        (refused(429), "endpoint_error", "RateLimitError"),
+        (refused(400, "the picture is not wanted"), "endpoint_error", "not wanted"),
+        (refused(400, "logprobs are not supported"), "setup", "log-probabilities"),
+        (refused(401, f"bad key {KEY}"), "setup", "OPENAI_API_KEY"),
+        (refused(403), "setup", "OPENAI_API_KEY"),
+        (refused(404), "setup", "no model 'm'"),
+        (lambda _: Reply(" fake"), "setup", "no log-probabilities"),
+        (lambda _: Reply(" fake", {" fake": -0.1}, delay=1.5), "endpoint_timeout", "in time"),
+        (lambda _: Reply(" fake", {" fake": -0.1}, cut=True), "setup", "cannot be reached"),
+    ],
+    ids=["500", "429", "400", "400 logprobs", "401", "403", "404", "no logprobs", "slow", "cut"],
+)  # fmt: skip
+def test_an_error_says_what_is_wrong_and_never_the_key(
+    crops: Pixels, answer: Callable[[Request], Reply], kind: str, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What one picture can cause is that picture's row; what all will meet ends the run."""
+    caplog.set_level(logging.DEBUG)
+    with StandIn(answer) as endpoint:
+        model = ServedMLLM(endpoint.url, "m", retries=1, timeout=0.3 if kind == "endpoint_timeout" else 20.0)
+        with pytest.raises(X2DFDError) as caught:
+            model.verdict_logits(model.look(crops[:1]), ["?"])
+    assert (caught.value.code if isinstance(caught.value, InputError) else "setup") == kind
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert KEY not in str(caught.value) and KEY not in caplog.text
+
+
+def test_the_key_is_the_environments_and_sent_only_to_the_endpoint(
+    crops: Pixels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with StandIn(steady, key=KEY) as endpoint:
+        model = ServedMLLM(endpoint.url, "m")
+        model.verdict_logits(model.look(crops[:1]), ["?"])
+        monkeypatch.setenv("OPENAI_API_KEY", "another")
+        with pytest.raises(SetupError, match="refuses the key") as caught:
+            ServedMLLM(endpoint.url, "m")
+        assert "another" not in str(caught.value)
+    for url in ("ftp://h/v1", "localhost:8000", f"http://user:{KEY}@h/v1", ""):
+        with pytest.raises(SetupError, match="needs an address") as caught:
+            ServedMLLM(url, "m")
+        assert KEY not in str(caught.value)
+
+
+def test_a_wrong_name_or_address_is_told_at_once() -> None:
+    """After the first thousand pictures would be late."""
+    models = ["llava-7b", "llava-7b-x2dfd"]
+    with StandIn(steady, models=models) as endpoint:
+        assert ServedMLLM(endpoint.url, "llava-7b:x2dfd").name == "served:llava-7b:x2dfd"  # as SGLang names an adapter
+    with StandIn(steady, models=models) as endpoint, pytest.raises(UnknownName, match="did you mean 'llava-7b'"):
+        ServedMLLM(endpoint.url, "llava-7")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(SetupError, match="cannot be reached"):
+        ServedMLLM(f"http://127.0.0.1:{port}/v1", "m", retries=1)
+
+
+def test_an_endpoint_without_a_model_list_is_asked_all_the_same(crops: Pixels) -> None:
+    with StandIn(steady, models=None) as endpoint:
+        model = ServedMLLM(endpoint.url, "m")
+        assert not model.continues
+        assert model.verdict_logits(model.look(crops), ["?"] * 3) == pytest.approx([math.log(2)] * 3)
+
+
+# --- through the doors -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from x2dfd import detector
+
+    monkeypatch.setattr(detector, "DEFAULT", ())
+
+
+def test_without_a_calibration_the_report_says_so(no_experts: None, face_photo: Path) -> None:
+    """A raw number that looks calibrated misleads; asking for a calibrated one must fail."""
+    with StandIn(steady) as endpoint:
+        detector = x2dfd.load("m", served=endpoint.url)
+        report = detector.detect(face_photo)
+        assert detector.chat(report, "And the eyes?") == "The jaw looks blurred."
+        with pytest.raises(SetupError, match="no calibration"):
+            x2dfd.load("m", served=endpoint.url, mode="calibrated")
+    assert report.verdict.p_fake == pytest.approx(2 / 3) and report.verdict.label == "fake"
+    assert report.warnings == (UNCALIBRATED,) and report.model["mode"] == "paper" and report.model["band"] is None
+    assert report.rationale == "The jaw looks blurred." and [c.area for c in report.cues] == ["jaw"]
+    assert Report.from_json(report.to_json()) == report
+    for given in ({"model": None}, {"model": "m", "base": "b"}):
+        with pytest.raises(SetupError, match="goes by its name"):
+            x2dfd.load(**given, served="http://localhost:1/v1")
+
+
+def test_one_picture_that_the_endpoint_refuses_is_one_row(no_experts: None, astronaut: Pixels, tmp_path: Path) -> None:
+    """Content filters and overlong answers happen; seven good neighbours in the batch must not go with them."""
+    files = []
+    for i in range(4):
+        files.append(tmp_path / f"{i}.png")
+        Image.fromarray(astronaut if i != 2 else np.clip(astronaut.astype(int) + 70, 0, 255).astype(np.uint8)).save(
+            files[-1]
+        )
+
+    def picky(request: Request) -> Reply:
+        return Reply("not this one", status=400) if picture_of(request).mean() > 160 else steady(request)
+
+    with StandIn(picky) as endpoint:
+        rows = list(x2dfd.load("m", served=endpoint.url).detect_many(files))
+    assert [isinstance(r, Failure) for r in rows] == [False, False, True, False]
+    failed = rows[2]
+    assert isinstance(failed, Failure) and failed.code == "endpoint_error" and "not this one" in failed.reason
+    assert failed.path == str(files[2]) and failed.sha256 is not None
+
+
+def test_an_endpoint_that_fails_all_the_time_ends_the_run(
+    no_experts: None, face_photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A million rows of failures are not a result."""
+    with StandIn(refused(503)) as endpoint:
+        detector = x2dfd.load("m", served=endpoint.url)
+        monkeypatch.setattr(detector.mllm._client, "max_retries", 0)  # type: ignore[attr-defined]
+        rows = []
+        with pytest.raises(SetupError, match="times in a row"):
+            for row in detector.detect_many([face_photo] * 50, batch_size=1):
+                rows.append(row)
+    assert len(rows) == served.FAILURES_IN_A_ROW - 1
+
+
+def test_cli_detects_and_assesses_on_a_served_model(
+    no_experts: None, face_photo: Path, astronaut: Pixels, tmp_path: Path
+) -> None:
+    """Both commands must reach the same endpoint, and only when told to."""
+    run = CliRunner()
+    manifest = tiny.write_small_manifest(tmp_path / "m", astronaut, 8)
+    few = tmp_path / "few.json"
+    few.write_text(json.dumps({"questions": json.loads(BANK.read_text())["questions"][:4]}))
+    with StandIn(steady) as endpoint:
+        where = ["--served", endpoint.url, "--model", "m"]
+        done = run.invoke(cli.app, ["detect", str(face_photo), "--json", *where])
+        assert done.exit_code == 0, done.output
+        report = Report.from_json(done.stdout)
+        assert report.verdict.p_fake == pytest.approx(2 / 3) and UNCALIBRATED in report.warnings
+        done = run.invoke(
+            cli.app, ["assess", "--data", str(manifest), "--out", str(tmp_path / "a"), "--questions", str(few), *where]
+        )
+        assert done.exit_code == 0, done.output
+        gone = run.invoke(cli.app, ["detect", str(face_photo), "--served", endpoint.url, "--model", "n"])
+    made = Assessment.from_dict(json.loads((tmp_path / "a" / "assessment.json").read_text()))
+    assert made.model == "served:m" and made.n_real + made.n_fake == 8
+    assert {q.yes_rate for q in made.questions} == {1.0}
+    assert gone.exit_code == 1 and gone.stderr.startswith("error: unknown model") and "Traceback" not in gone.output
+
+
+def test_nothing_is_sent_unless_an_endpoint_is_named(
+    monkeypatch: pytest.MonkeyPatch, folders: tuple[Path, Path]
+) -> None:
+    """Faces may not leave the machine by surprise."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    x2dfd.load(base=str(folders[0]), experts=[], mode="paper")
+    assert Calibration.load(folders[1])

@@ -1,0 +1,384 @@
+"""An MLLM behind an OpenAI-compatible endpoint (vLLM, SGLang, a hosted API), asked as a local one is.
+
+P(fake) and P(yes) are read from the log-probabilities of the answer's first token, texts are generated. What does not
+change stands first in every prompt (system, picture, instruction, question), so that the endpoint's prefix cache hits.
+The key comes from OPENAI_API_KEY and is kept and shown nowhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import io
+import json
+import math
+import os
+import threading
+import weakref
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+
+from x2dfd import prompts
+from x2dfd.errors import InputError, SetupError, UnknownName
+from x2dfd.mllm import YesNo
+
+CONCURRENCY = 32  # requests under way at a time
+TOP = 20  # likeliest first tokens that are asked for; what hosted APIs give at most
+MAX_TOKENS = 200
+FAILURES_IN_A_ROW = 8
+"""So many requests that failed one after another, each after its retries, end the run: the endpoint is down."""
+CONTINUES = ("vllm", "sglang")
+"""Engines (`owned_by` in their model list) that go on with an answer that was begun for them, as training did."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Face crops as the endpoint gets them."""
+
+    urls: tuple[str, ...]  # data:image/png;base64,...
+    tower_states: None = None  # the endpoint keeps its vision tower to itself
+
+    @property
+    def size(self) -> int:
+        return len(self.urls)
+
+
+class ServedMLLM:
+    """A model of an OpenAI-compatible endpoint. `name` says which.
+
+    An engine that continues a begun answer is asked with the prompts of training; any other (a hosted API) is told in
+    words what to answer. Raises SetupError when the endpoint cannot be reached, refuses the key, or lacks `openai`
+    here, and UnknownName when it does not serve `model`.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        continues: bool | None = None,
+        concurrency: int = CONCURRENCY,
+        retries: int = 5,
+        timeout: float = 60.0,
+    ) -> None:
+        """`continues`: None asks the endpoint. `timeout`: seconds one try may take; `retries` with growing pauses."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
+            raise SetupError(
+                "a served model needs an address such as http://localhost:8000/v1; a key belongs in OPENAI_API_KEY"
+            )
+        try:
+            import openai
+        except ImportError as error:
+            raise SetupError("a served model needs the package openai: pip install 'x2dfd[serve]'") from error
+        self.name = f"served:{model}"
+        self.host = parts.netloc
+        self.batch = concurrency  # faces that are asked about together
+        self._model = model
+        self._openai = openai
+        self._key = os.environ.get("OPENAI_API_KEY", "")
+        self._root = url.rstrip("/").removesuffix("/v1")
+        self._failed = 0
+        # A loop in a thread of its own: it also works where the caller runs one (notebooks, the demo), and keeps
+        # connections open from call to call.
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=_serve, args=(self._loop,), daemon=True, name="x2dfd-served").start()
+        self._slots = asyncio.Semaphore(concurrency)
+        self._client = openai.AsyncOpenAI(
+            base_url=url, api_key=self._key or "none", timeout=timeout, max_retries=retries
+        )
+        self.close = weakref.finalize(self, _close, self._loop, self._client)
+        engine = self._run(self._engine())
+        self.continues = engine in CONTINUES if continues is None else continues
+        self._label_ids, self._yes_no_ids = (
+            self._run(self._token_ids()) if self.continues and engine is not None else (None, None)
+        )
+
+    @property
+    def prompt_sha256(self) -> str:
+        """SHA-256 over the messages of every kind of prompt."""
+        forms = [
+            self._messages("URL", prompts.QUESTION, prompts.STEM, instruction=prompts.SERVED_VERDICT),
+            self._messages("URL", prompts.QUESTION, prompts.rationale_start("fake")),
+            self._messages("URL", f"Do you see it? {prompts.CUE_ENDING}"),
+            self._messages("URL", prompts.QUESTION, turns=[("Answer.", "And?")]),
+        ]
+        return hashlib.sha256(json.dumps(forms).encode()).hexdigest()
+
+    # --- what a detector and an assessment ask ---
+
+    def look(self, crops: NDArray[np.uint8]) -> Pictures:
+        """Face crops [n, h, w, 3], without loss, ready to be sent."""
+        from PIL import Image
+
+        urls = []
+        for crop in crops:
+            buffer = io.BytesIO()
+            Image.fromarray(crop).save(buffer, "PNG", compress_level=1)
+            urls.append("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())
+        return Pictures(tuple(urls))
+
+    def verdict_logits(self, look: Pictures, questions: Sequence[str]) -> NDArray[np.float64]:
+        """Logit of fake against real for each picture's own question: [n].
+
+        A label that is not among the likeliest tokens counts as the least likely of them, which draws the logit
+        towards zero. Raises InputError when neither is there.
+        """
+
+        async def one(url: str, question: str) -> float:
+            messages = self._messages(url, question, prompts.STEM, instruction=prompts.SERVED_VERDICT)
+            reply = await self._first_token(messages, self._label_ids)
+            real, fake = _logprobs(reply, prompts.LABEL_WORDS)
+            if real is None or fake is None:
+                raise InputError(
+                    "no_label", f"{self.name} begins with {_text(reply)[:40]!r}: neither real nor fake is likely"
+                )
+            return fake - real
+
+        return np.array(self._all([one(u, q) for u, q in zip(look.urls, questions, strict=True)]), np.float64)
+
+    def write(
+        self,
+        look: Pictures,
+        questions: Sequence[str],
+        starts: Sequence[str],
+        *,
+        turns: Sequence[tuple[str, str]] = (),
+        max_new_tokens: int = MAX_TOKENS,
+        on_text: Callable[[str], None] | None = None,
+    ) -> list[str]:
+        """What follows each answer's `start`: the new text alone. `on_text` is told the first one, once, whole."""
+
+        async def one(url: str, question: str, start: str) -> str:
+            messages = self._messages(url, question, start, turns=turns)
+            reply = await self._ask(messages, max_tokens=max_new_tokens)
+            return _text(reply).strip().removeprefix(start).strip()
+
+        asked = zip(look.urls, questions, starts, strict=True)
+        texts = self._all([one(u, q, s) for u, q, s in asked])
+        if on_text is not None and texts:
+            on_text(texts[0])
+        return texts
+
+    def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str]) -> YesNo:
+        """Every question about one face crop; P(yes) is 0.5 where neither yes nor no is likely."""
+        [url] = self.look(crop[None]).urls
+
+        async def one(question: str) -> tuple[float, str]:
+            reply = await self._first_token(self._messages(url, question), self._yes_no_ids)
+            yes, no = _logprobs(reply, prompts.YES_NO_WORDS)
+            word = _bare(_text(reply)).rstrip(".,!")
+            p = 0.5 if yes is None or no is None else 1 / (1 + math.exp(min(no - yes, 700.0)))
+            return p, word if word in ("yes", "no") else "other"
+
+        answers = self._all([one(q) for q in questions])
+        return YesNo(np.array([p for p, _ in answers], np.float64), tuple(said for _, said in answers))
+
+    # --- prompts ---
+
+    def _messages(
+        self,
+        url: str,
+        question: str,
+        start: str = "",
+        *,
+        turns: Sequence[tuple[str, str]] = (),
+        instruction: str = "",
+    ) -> list[dict[str, Any]]:
+        messages = prompts.conversation(question, turns)
+        picture = {"type": "image_url", "image_url": {"url": url}}
+        messages[0]["content"] = [picture, *messages[0]["content"][1:]]
+        if self.continues:
+            return [*messages, {"role": "assistant", "content": start}] if start else messages
+        if start and not instruction:
+            instruction = prompts.SERVED_RATIONALE.format(start=start)
+        if instruction:
+            messages[0]["content"].insert(1, {"type": "text", "text": instruction})
+        return [{"role": "system", "content": prompts.SERVED_SYSTEM}, *messages]
+
+    # --- requests ---
+
+    def _run(self, job: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(job, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def _all(self, jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+        """All answers in order; the first that fails ends the others."""
+
+        async def together() -> list[T]:
+            tasks = [asyncio.ensure_future(job) for job in jobs]
+            try:
+                return await asyncio.gather(*tasks)
+            except BaseException:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                raise
+
+        return self._run(together())
+
+    async def _first_token(self, messages: list[dict[str, Any]], ids: list[int] | None) -> Any:
+        """A reply of one token with its log-probabilities: of the tokens `ids`, where the engine knows how."""
+        extra = {"logprob_token_ids": ids} if ids else {}
+        reply = await self._ask(messages, extra, max_tokens=1, logprobs=True, top_logprobs=TOP)
+        if not _first(reply):
+            raise SetupError(
+                f"{self.host} gives no log-probabilities for {self._model!r}, so nothing can be scored: serve it with "
+                "vLLM or SGLang, or choose a model whose API has logprobs"
+            )
+        return reply
+
+    async def _ask(self, messages: list[dict[str, Any]], extra: dict[str, Any] | None = None, **options: Any) -> Any:
+        body = dict(extra or {})
+        if messages[-1]["role"] == "assistant":
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
+
+        def create() -> Any:
+            return self._client.chat.completions.create(
+                model=self._model, messages=messages, temperature=0, extra_body=body or None, **options
+            )
+
+        async with self._slots:
+            reply = await self._guarded(create)
+        if not getattr(reply, "choices", None) or getattr(reply.choices[0], "message", None) is None:
+            raise InputError("endpoint_reply", f"{self.host} answered with something that is no chat completion")
+        return reply
+
+    async def _guarded(self, call: Callable[[], Any]) -> Any:
+        """The reply, or what became of it in our own errors: SetupError ends a run, InputError is one file's row."""
+        api = self._openai
+        try:
+            reply = await call()
+        except (api.APITimeoutError, api.APIStatusError, api.APIResponseValidationError, ValueError) as error:
+            said = self._said(error)
+            status = getattr(error, "status_code", None)
+            if status in (401, 403):
+                raise SetupError(f"{self.host} refuses the key: set OPENAI_API_KEY ({said})") from None
+            if status == 404:
+                raise SetupError(
+                    f"{self.host} has no model {self._model!r}, or no such address (it ends in /v1 mostly): {said}"
+                ) from None
+            if status in (400, 422) and "logprob" in said.lower():
+                raise SetupError(f"{self.host} gives no log-probabilities for {self._model!r}: {said}") from None
+            self._failed += 1
+            if self._failed >= FAILURES_IN_A_ROW:
+                raise SetupError(
+                    f"{self.host} failed {self._failed} times in a row, last: {said}. Run again when it answers"
+                ) from None
+            if isinstance(error, api.APITimeoutError):
+                raise InputError("endpoint_timeout", f"{self.host} gave no answer in time") from None
+            raise InputError("endpoint_error", f"{self.host}: {said}") from None
+        except api.APIConnectionError as error:
+            raise SetupError(
+                f"{self.host} cannot be reached ({self._said(error.__cause__ or error)}). Is the server up?"
+            ) from None
+        self._failed = 0
+        return reply
+
+    def _said(self, error: BaseException) -> str:
+        text = f"{type(error).__name__}: {error}"
+        if self._key:
+            text = text.replace(self._key, "***")  # some servers repeat the key that they refuse
+        return text[:300]
+
+    # --- what the endpoint is ---
+
+    async def _engine(self) -> str | None:
+        """`owned_by` of the model in the endpoint's list; None when it has no list."""
+        list_models = self._client.models.list
+
+        async def listed() -> Any:
+            try:
+                return await list_models()
+            except self._openai.NotFoundError:  # not every endpoint has one; the first question will tell
+                return None
+
+        found = {m.id: m for m in getattr(await self._guarded(listed), "data", None) or ()}
+        if not found:
+            return None
+        listed_as = self._model if self._model in found else self._model.rpartition(":")[0]  # SGLang's BASE:ADAPTER
+        if listed_as not in found:
+            raise UnknownName(f"model of {self.host}:", self._model, found)
+        return str(getattr(found[listed_as], "owned_by", "")).lower()
+
+    async def _token_ids(self) -> tuple[list[int] | None, list[int] | None]:
+        """First tokens of the two labels after the stem, and of yes and no; None where the engine does not tell."""
+
+        async def tokens(start: str) -> list[int]:
+            messages = [{"role": "user", "content": prompts.QUESTION}]
+            messages += [{"role": "assistant", "content": start}] if start else []
+            begun = {"add_generation_prompt": not start, "continue_final_message": bool(start)}
+            reply: Any = await self._client.with_options(max_retries=1).post(
+                f"{self._root}/tokenize", cast_to=object, body={"model": self._model, "messages": messages, **begun}
+            )
+            return [int(t) for t in reply["tokens"]]
+
+        async def first(start: str, words: Sequence[str]) -> list[int] | None:
+            before, *after = [await tokens(text) for text in (start, *(start + w for w in words))]
+            at = len(before)
+            ids = [a[at] for a in after if a[:at] == before and len(a) > at]
+            return ids if len(set(ids)) == len(words) else None
+
+        try:
+            return await first(prompts.STEM, prompts.LABEL_WORDS), await first("", prompts.YES_NO_WORDS)
+        except (self._openai.OpenAIError, KeyError, TypeError, ValueError):
+            return None, None  # then they are looked for among the likeliest tokens
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
+
+
+def _close(loop: asyncio.AbstractEventLoop, client: Any) -> None:
+    async def end() -> None:
+        await client.close()
+        loop.stop()
+
+    asyncio.run_coroutine_threadsafe(end(), loop)
+
+
+def _first(reply: Any) -> dict[str, float]:
+    """Log-probability of each token that the reply could have begun with; {} when it tells none."""
+    content = getattr(getattr(reply.choices[0], "logprobs", None), "content", None)
+    if not content:
+        return {}
+    return {str(t.token): float(t.logprob) for t in (*(content[0].top_logprobs or ()), content[0])}
+
+
+def _logprobs(reply: Any, words: Sequence[str]) -> tuple[float | None, float | None]:
+    """Log-probability of each of two words: of its spellings together, or else of the tokens that begin it.
+
+    When only one is there, the other gets the least of those listed: it cannot be likelier than that.
+    """
+    listed = _first(reply)
+    found: list[float | None] = []
+    for word in map(_bare, words):
+        whole = [p for token, p in listed.items() if _bare(token) == word]
+        begun = [p for token, p in listed.items() if len(_bare(token)) > 1 and word.startswith(_bare(token))]
+        chosen = whole or begun
+        found.append(float(np.logaddexp.reduce(chosen)) if chosen else None)
+    if any(p is not None for p in found):
+        found = [min(listed.values()) if p is None else p for p in found]
+    return found[0], found[1]
+
+
+def _bare(token: str) -> str:
+    """A token as a word: without the signs that tokenizers put for a space."""
+    return token.strip(" \u2581\u0120\n").lower()
+
+
+def _text(reply: Any) -> str:
+    return str(reply.choices[0].message.content or "")
