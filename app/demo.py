@@ -16,22 +16,26 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from queue import SimpleQueue
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import gradio as gr
 import jinja2
 from gradio import processing_utils
 from PIL import Image
 
+from x2dfd import case as case_record
+from x2dfd.case import NOT_PROOF
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.experts import expert_class
 from x2dfd.explain import contradictions, read_cues
-from x2dfd.html_report import COLOURS, NOT_PROOF, REASONS, percent, render
+from x2dfd.html_report import COLOURS, REASONS, overlays, percent, render
 from x2dfd.media import Video, load_media
 from x2dfd.types import FaceReport, Failure, Report, Verdict
 
@@ -63,6 +67,8 @@ class Judge(Protocol):
 
     def detect_many(self, sources: Iterable[str], *, rationale: bool = True) -> Iterator[Report | Failure]: ...
 
+    def explain(self, report: Report, source: str, *, on_text: Callable[[str], None] | None = None) -> Report: ...
+
     def chat(self, report: Report, question: str, *, source: str | None = None) -> str: ...
 
 
@@ -73,6 +79,8 @@ class Case:
     report: Report
     file: str  # where the upload lies until it is deleted
     pictures: Mapping[int | None, str]  # frame number (None: a photo) -> data URI of a JPEG
+    model: str = ""  # the name, in the page's list, of the model that judged it and answers about it
+    stage: Literal["writing", "stopped", "done"] = "done"  # of the explanation
 
     def face(self, index: int | None) -> FaceReport | None:
         """The face of that index; None asks for the one that decided."""
@@ -86,7 +94,43 @@ class Case:
 def judge(detector: Judge, file: str, *, rationale: bool = True) -> Report | Failure:
     """The report on an uploaded file, under the name the visitor gave it; never raises for the file's content."""
     [judged] = detector.detect_many([file], rationale=rationale)
+    if isinstance(judged, Report):  # the copy here was made when it was uploaded
+        media = {key: value for key, value in judged.media.items() if key != "modified"}
+        judged = replace(judged, media=media)
     return replace(judged, path=Path(file).name)
+
+
+class _Stopped(Exception):
+    """The visitor wants no more text."""
+
+
+def explaining(detector: Judge, report: Report, file: str) -> Iterator[str | Report]:
+    """The explanation's text as it grows, then the report that holds it. Closing the iterator ends the writing."""
+    told: SimpleQueue[str | Report | BaseException] = SimpleQueue()
+    stopped = Event()
+
+    def listen(text: str) -> None:
+        if stopped.is_set():
+            raise _Stopped
+        told.put(text)
+
+    def work() -> None:
+        try:
+            told.put(detector.explain(report, file, on_text=listen))
+        except BaseException as error:  # goes on in the thread that listens
+            told.put(error)
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while isinstance(said := told.get(), str):
+            yield said
+        if isinstance(said, BaseException):
+            raise said
+        yield said
+    finally:
+        stopped.set()
+        thread.join()  # a token at most: the next request must not share the model with this one
 
 
 def open_case(report: Report, file: str) -> tuple[Case, Any]:
@@ -213,8 +257,9 @@ def face_panel(case: Case, index: int | None) -> str:
         "size": (width, height),
         "text": max(width, height) * 0.034,
         "others": [f for f in report.faces if f.frame == frame and f is not face],
+        "maps": overlays(face) if face else [],
     }
-    return _draw("panel", report, face, figure, marks)
+    return _draw("panel", report, face, figure, marks, case.stage)
 
 
 def choices(report: Report) -> list[tuple[str, int]]:
@@ -238,14 +283,36 @@ def _draw(macro: str, *values: Any) -> str:
 # --- the page ---
 
 
-def build(detector: Judge, examples: Sequence[tuple[str, Path]] = ()) -> gr.Blocks:
-    """The page around a detector; `examples` are files to click, each with its caption."""
+def build(
+    detector: Judge,
+    examples: Sequence[tuple[str, Path]] = (),
+    *,
+    name: str = "embedded",
+    others: Mapping[str, Callable[[], Judge]] | None = None,
+) -> gr.Blocks:
+    """The page around a detector; `examples` are files to click, each with its caption.
+
+    `name` is the detector's in the list of models; `others` in that list are loaded when a visitor picks them. The
+    endpoint for programs asks `detector`.
+    """
+    loaded: dict[str, Judge] = {name: detector}
+    loaders = dict(others or {})
+
+    def model_of(asked: str) -> Judge:
+        """Raises KeyError for a name that is not in the list, X2DFDError when the model cannot be loaded."""
+        if asked not in loaded:
+            loaded[asked] = loaders[asked]()
+        return loaded[asked]
+
     with gr.Blocks(title="Deepfake check (x2dfd)", analytics_enabled=False, delete_cache=(600, KEEP_S)) as page:
         case = gr.State(None, time_to_live=KEEP_S)
         turns = gr.State([], time_to_live=KEEP_S)
         gr.HTML(_draw("head"))
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
+                models = gr.Dropdown(
+                    [name, *loaders], value=name, label="Model", filterable=False, visible=bool(loaders)
+                )
                 upload = gr.File(label="A photo or a short video (up to 30 MB)", height=170)
                 tries = []
                 if examples:
@@ -253,6 +320,8 @@ def build(detector: Judge, examples: Sequence[tuple[str, Path]] = ()) -> gr.Bloc
                         tries = [gr.Button(caption, size="sm", icon=str(file)) for caption, file in examples]
                 verdict = gr.HTML()
                 pick = gr.Dropdown(label="Several faces: pick the one to look at", filterable=False, visible=False)
+                live = gr.HTML()
+                stop = gr.Button("Stop writing", size="sm", visible=False)
                 panel = gr.HTML()
                 with gr.Row(visible=False) as downloads:
                     as_html = gr.DownloadButton("Report (HTML)", size="sm")
@@ -270,7 +339,22 @@ def build(detector: Judge, examples: Sequence[tuple[str, Path]] = ()) -> gr.Bloc
                     )
                     send = gr.Button("Ask", variant="primary", scale=1, min_width=80, interactive=False)
 
-        shown = [case, turns, verdict, pick, panel, downloads, as_html, as_json, chat, question, send, *asks]
+        shown = [
+            case,
+            turns,
+            verdict,
+            pick,
+            panel,
+            downloads,
+            as_html,
+            as_json,
+            chat,
+            question,
+            send,
+            *asks,
+            live,
+            stop,
+        ]
 
         def show(
             new: Case | None, told: str, files: Sequence[str | None] = (None, None), ready: bool = False
@@ -285,26 +369,46 @@ def build(detector: Judge, examples: Sequence[tuple[str, Path]] = ()) -> gr.Bloc
                 gr.Row(visible=ready), *files,
                 gr.Chatbot(value=[], placeholder="Ask about this result." if ready else FIRST),
                 gr.Textbox(value="", interactive=ready), *(gr.Button(interactive=ready) for _ in (send, *asks)),
+                "", gr.Button(visible=new is not None and new.stage == "writing"),
             )  # fmt: skip
 
-        def take(file: str) -> Iterator[tuple[Any, ...]]:
-            """The verdict at once, then the same with its explanation."""
+        def finished(done: Case) -> tuple[Any, ...]:
+            """The same with its reports to download."""
+            pixels = open_case(done.report, done.file)[1]
+            files = [
+                processing_utils.save_bytes_to_cache(data.encode(), f"x2dfd-report.{kind}", page.GRADIO_CACHE)
+                for kind, data in (
+                    ("html", render([done.report], [pixels])), ("case.json", case_record.dumps([done.report]))
+                )
+            ]  # fmt: skip
+            return show(done, card(done.report), files, ready=True)
+
+        def take(file: str, asked: str) -> Iterator[tuple[Any, ...]]:
+            """The verdict at once, then its explanation as it is written."""
             yield show(None, _draw("waiting"))
-            quick = judge(detector, file, rationale=False)
+            try:
+                judging = model_of(asked)
+            except (X2DFDError, KeyError) as error:
+                yield show(None, _draw("trouble", str(error)))
+                return
+            quick = judge(judging, file, rationale=False)
             if isinstance(quick, Failure):
                 yield show(None, card(quick))
                 return
-            opened, pixels = open_case(quick, file)
+            opened = replace(open_case(quick, file)[0], model=asked, stage="writing" if quick.faces else "done")
             yield show(opened, card(quick))
-            full = judge(detector, file)
-            if isinstance(full, Failure):  # deleted meanwhile
-                yield show(None, card(full))
-                return
-            files = [
-                processing_utils.save_bytes_to_cache(data.encode(), f"x2dfd-report.{kind}", page.GRADIO_CACHE)
-                for kind, data in (("html", render([full], [pixels])), ("json", full.to_json(indent=1)))
-            ]
-            yield show(replace(opened, report=full), card(full), files, ready=True)
+            try:
+                for said in explaining(judging, quick, file) if quick.faces else (quick,):
+                    if isinstance(said, str):
+                        yield (*[gr.skip()] * (len(shown) - 2), _draw("live", said), gr.skip())
+                    else:
+                        yield finished(replace(opened, report=said, stage="done"))
+            except InputError as error:  # deleted meanwhile
+                yield show(None, card(Failure(quick.path, quick.sha256, error.code, error.reason)))
+
+        def end(now: Case | None) -> tuple[Any, ...]:
+            """After `Stop`: the verdict stands, without the explanation."""
+            return finished(replace(now, stage="stopped")) if now else show(None, "")
 
         def ask(
             text: str, now: Case | None, index: int | None, said: list[dict[str, str]]
@@ -316,17 +420,18 @@ def build(detector: Judge, examples: Sequence[tuple[str, Path]] = ()) -> gr.Bloc
             # The chatbot draws even plain text as HTML: an <img> in it would be fetched by the visitor's browser.
             said = [*said, {"role": "user", "content": escape(text)}]
             yield said, said, ""
-            said = [*said, {"role": "assistant", "content": escape(answer(detector, now, index, text))}]
+            said = [*said, {"role": "assistant", "content": escape(answer(model_of(now.model), now, index, text))}]
             yield said, said, ""
 
         # One model, one request at a time, whichever button it comes from.
         model: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
         inner: dict[str, Any] = {"api_visibility": "private", "show_progress_on": verdict}
-        upload.upload(take, upload, shown, trigger_mode="always_last", **inner, **model)
+        writing = [upload.upload(take, [upload, models], shown, trigger_mode="always_last", **inner, **model)]
         upload.clear(lambda: show(None, ""), None, shown, queue=False, api_visibility="private")
         for button, (_, file) in zip(tries, examples, strict=True):
-            button.click(take, gr.State(str(file)), shown, **inner, **model)
+            writing.append(button.click(take, [gr.State(str(file)), models], shown, **inner, **model))
             button.click(lambda: None, None, upload, queue=False, api_visibility="private")
+        stop.click(end, case, shown, cancels=writing, queue=False, api_visibility="private")
         pick.input(
             lambda now, index: face_panel(now, index) if now else "", [case, pick], panel, api_visibility="private"
         )

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import socket
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -26,6 +28,7 @@ pytest.importorskip("gradio", reason="gradio is not installed: pip install -c co
 
 import app.__main__ as command
 from app import demo
+from x2dfd import case as case_record
 from x2dfd.errors import InputError, SetupError
 from x2dfd.media import load_media, media_summary
 from x2dfd.types import Cue, Evidence, FaceReport, Failure, Report, Verdict
@@ -55,10 +58,11 @@ def face(index: int, x: float, p: float, rationale: str) -> FaceReport:
         rationale=rationale,
         cues=(Cue("jaw", "blending"), Cue("whole-image", "frequency")) if p > 0.72 else (),
         evidence=(
-            Evidence("blending", 0.91),
+            Evidence("blending", 0.91, map=((0.0, 1.0), (0.5, 0.0)) if p > 0.72 else ()),
             Evidence("clip", 0.22),
             Evidence("swin", None, "its weights are not here"),
         ),
+        crop=((x, 66.0), (x + 106, 66.0), (x, 198.0)),
         areas={"jaw": [[[x + 20, 170.0], [x + 80, 170.0], [x + 50, 190.0]]]} if p > 0.72 else {},
     )
 
@@ -72,6 +76,8 @@ class FakeDetector:
         self.says = "The eyes show nothing unusual."
         self.rationale = "The jaw has a soft edge."
         self.breaks: Exception | None = None
+        self.endless = False
+        self.writing = threading.Event()
         self.may_go = threading.Event()
         self.may_go.set()
 
@@ -87,9 +93,7 @@ class FakeDetector:
                 yield Failure(source, None, error.code, error.reason)
                 continue
             facts = media_summary(media)
-            text = self.rationale if rationale else ""
-            found = (face(0, 172, 0.93, text), face(1, 684, 0.08, text and "This one looks natural."))
-            faces = found[: facts["width"] // 512]
+            faces = self.faces(rationale)[: facts["width"] // 512]
             first = faces[0] if faces else None
             yield Report(
                 path=source,
@@ -105,6 +109,24 @@ class FakeDetector:
                 versions={},
                 timings={},
             )
+
+    def faces(self, rationale: bool) -> tuple[FaceReport, ...]:
+        text = self.rationale if rationale else ""
+        return (face(0, 172, 0.93, text), face(1, 684, 0.08, text and "This one looks natural."))
+
+    def explain(self, report: Report, source: str, *, on_text: Callable[[str], None] | None = None) -> Report:
+        words = self.rationale.split()
+        self.writing.set()
+        try:
+            for i in range(1_000_000 if self.endless else len(words)):
+                if on_text:
+                    on_text(" ".join(words[: i + 1]))
+                if self.endless:
+                    time.sleep(0.01)
+        finally:
+            self.writing.clear()
+        faces = self.faces(True)[: len(report.faces)]
+        return replace(report, faces=faces, rationale=faces[0].rationale, cues=faces[0].cues)
 
     def chat(self, report: Report, question: str, *, source: str | None = None) -> str:
         self.asked.append((report, question))
@@ -123,10 +145,14 @@ class Visitor:
             c["id"]: c["props"].get("label") or c["props"].get("value") or c["type"] for c in config["components"]
         }
         self.events: dict[tuple[str, str], dict[str, Any]] = {}
+        self.cancels = {
+            self.labels[d["targets"][0][0]]: d["cancels"] for d in config["dependencies"] if d.get("cancels")
+        }
         for dependency in config["dependencies"]:
             for target, event in dependency["targets"]:
                 self.events.setdefault((self.labels[target], event), dependency)
         self.session = f"visitor-{id(self)}"
+        self.last_event: str | None = None
 
     def upload(self, content: bytes, name: str = "photo.jpg") -> dict[str, Any]:
         answer = self.http.post("/upload", files={"files": (name, content)})
@@ -135,24 +161,38 @@ class Visitor:
 
     def join(self, label: str, event: str, *values: Any) -> httpx.Response:
         body = {"data": list(values), "fn_index": self.events[label, event]["id"], "session_hash": self.session}
-        return self.http.post("/queue/join", json=body)
+        joined = self.http.post("/queue/join", json=body)
+        self.last_event = joined.json().get("event_id")
+        return joined
 
     def use(self, label: str, event: str, *values: Any) -> dict[str, Any]:
         """The message that ends the event: `success`, and `output` with the values or the error."""
+        *_, last = self.follow(label, event, *values)
+        return last
+
+    def follow(self, label: str, event: str, *values: Any) -> Iterator[dict[str, Any]]:
+        """Every message of the event, until the one that ends it."""
         self.join(label, event, *values).raise_for_status()
         with self.http.stream("GET", "/queue/data", params={"session_hash": self.session}) as stream:
             for line in stream.iter_lines():
                 message = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
+                yield dict(message)
                 if message.get("msg") == "process_completed":
-                    return dict(message)
+                    return
         raise AssertionError("the stream ended without an answer")
 
     def show(self, content: bytes, name: str = "photo.jpg") -> dict[str, Any]:
         """What the page holds after a file was chosen."""
-        done = self.use(UPLOAD, "upload", self.upload(content, name))
+        done = self.use(UPLOAD, "upload", self.upload(content, name), MODEL_NAME)
         assert done["success"], done
         names = ("case", "turns", "card", "pick", "panel", "downloads", "html", "json", "chat", "question")
         return dict(zip(names, done["output"]["data"], strict=False))
+
+    def drain(self) -> None:
+        """Listens as an open page does."""
+        with self.http.stream("GET", "/queue/data", params={"session_hash": self.session}) as stream:
+            for _ in stream.iter_lines():
+                pass
 
     def ask(self, question: str, index: int | None = 0) -> list[str]:
         """The whole conversation as text."""
@@ -161,6 +201,7 @@ class Visitor:
         return [block["text"] for turn in done["output"]["data"][0] for block in turn["content"]]
 
 
+MODEL_NAME = "embedded"
 UPLOAD = "A photo or a short video (up to 30 MB)"
 
 
@@ -250,7 +291,9 @@ def test_reports_can_be_downloaded(visitor: Visitor) -> None:
     """The record must hold the visitor's own file name, and must not be run as a page of this address."""
     shown = visitor.show(ONE, "my holiday.jpg")
     pages = {kind: visitor.http.get("/file=" + shown[kind]["path"]) for kind in ("html", "json")}
-    report = Report.from_json(pages["json"].text)
+    made = json.loads(pages["json"].text)
+    report = Report.from_dict(made["reports"][0])
+    assert made["seal"] == case_record.seal(made) and "modified" not in report.media  # a copy's time says nothing
     assert (report.path, report.verdict.p_fake) == ("my holiday.jpg", 0.93) and report.rationale
     assert "my holiday.jpg" in pages["html"].text and "Likely fake" in pages["html"].text
     assert pages["html"].headers["content-disposition"].startswith("attachment")
@@ -303,9 +346,97 @@ def test_video_is_shown_by_its_frame(detector: FakeDetector, tmp_path: Path) -> 
 
 
 def _written(folder: Path, content: bytes) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "photo.jpg"
     path.write_bytes(content)
     return path
+
+
+def test_map_can_be_switched_on(visitor: Visitor) -> None:
+    """A map laid elsewhere than the face, or over the other face, points at a place nobody measured."""
+    panel = Page(visitor.show(TWO)["panel"])
+    [shown] = panel.all("image", "map")
+    assert shown["transform"] == "matrix(53.0000 0.0000 0.0000 66.0000 172.0000 66.0000)" and shown["width"] == "2"
+    assert (shown["href"] or "").startswith("data:image/png;base64,")
+    [switch] = panel.all("input", "of-maps")
+    assert "checked" not in switch and "map of: blending" in panel.text
+    done = visitor.use("Several faces: pick the one to look at", "input", None, 1)
+    other = Page(done["output"]["data"][0])
+    assert not other.all("image") and not other.all("input", "of-maps")
+
+
+def test_verdict_comes_first_and_the_explanation_streams_in(visitor: Visitor, detector: FakeDetector) -> None:
+    """Nobody should wait seconds for a text before the verdict; a text that is drawn as HTML would run."""
+    detector.rationale = f"The jaw {HOSTILE} has an edge"
+    messages = list(visitor.follow(UPLOAD, "upload", visitor.upload(ONE), MODEL_NAME))
+    sent = [json.dumps(m["output"]) for m in messages if m.get("msg") == "process_generating"]
+    verdict = next(i for i, text in enumerate(sent) if "Likely fake" in text)
+    texts = [i for i, text in enumerate(sent) if "being written" in text and "The jaw" in text]
+    assert len(texts) >= 2 and verdict < texts[0]
+    assert not any("<img src=x" in text or "<script" in text for text in sent)
+    assert detector.judged == 1  # experts and verdict are not asked twice
+
+
+def test_stop_ends_the_writing_and_keeps_the_verdict(visitor: Visitor, detector: FakeDetector) -> None:
+    """A visitor who has seen enough must not hold the model; the verdict and its report stay."""
+    detector.endless = True
+    visitor.join(UPLOAD, "upload", visitor.upload(ONE), MODEL_NAME).raise_for_status()
+    assert detector.writing.wait(20)
+    cancelled = [d["id"] for (label, event), d in visitor.events.items() if (label, event) == (UPLOAD, "upload")]
+    assert visitor.cancels["Stop writing"] == cancelled
+    listening = threading.Thread(target=visitor.drain, daemon=True)
+    listening.start()
+    time.sleep(0.3)
+    visitor.http.post("/cancel", json={
+        "session_hash": visitor.session, "fn_index": cancelled[0], "event_id": visitor.last_event,
+    }).raise_for_status()  # fmt: skip
+    deadline = time.monotonic() + 20
+    while detector.writing.is_set() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not detector.writing.is_set()
+    detector.endless = False
+    assert "Likely fake" in visitor.show(ONE)["card"]  # the model is free again
+
+
+def test_stopped_explanation_is_said(detector: FakeDetector, tmp_path: Path) -> None:
+    """ "The explanation is being written" for ever would keep a visitor waiting."""
+    [report] = detector.detect_many([str(_written(tmp_path, ONE))], rationale=False)
+    assert isinstance(report, Report)
+    stopped = demo.Case(report, "x.jpg", {None: "data:image/jpeg;base64,AAAA"}, stage="stopped")
+    assert "was stopped" in demo.face_panel(stopped, 0)
+    assert "being written" in demo.face_panel(replace(stopped, stage="writing"), 0)
+
+
+def test_closing_the_text_ends_the_writing(detector: FakeDetector) -> None:
+    """A browser tab that was closed must not leave a thread that writes on."""
+    detector.endless = True
+    [report] = detector.detect_many([ONE], rationale=False)  # type: ignore[list-item]
+    assert isinstance(report, Report)
+    writing = demo.explaining(detector, report, "x.jpg")
+    assert next(writing) == "The" and detector.writing.is_set()
+    writing.close()  # type: ignore[attr-defined]
+    assert not detector.writing.is_set()
+
+
+def test_models_can_be_picked(detector: FakeDetector, folder: Path, port: int) -> None:
+    """The picked model must judge and answer, one that cannot be loaded must say why, and no other name is loaded."""
+    second = FakeDetector()
+
+    def broken() -> FakeDetector:
+        raise SetupError("its base is not here: x2dfd fetch")
+
+    page = demo.build(detector, name="one", others={"two": lambda: second, "three": broken})
+    try:
+        visitor = Visitor(demo.launch(page, "127.0.0.1", port, block=False))
+        done = visitor.use(UPLOAD, "upload", visitor.upload(ONE), "two")
+        assert done["success"] and (detector.judged, second.judged) == (0, 1)
+        visitor.ask("What about the eyes?")
+        assert second.asked and not detector.asked
+        told = visitor.use(UPLOAD, "upload", visitor.upload(ONE), "three")["output"]["data"][2]
+        assert "x2dfd fetch" in told and "cannot be used" in told
+        assert not visitor.use(UPLOAD, "upload", visitor.upload(ONE), "four")["success"]
+    finally:
+        page.close(verbose=False)
 
 
 # --- chat ---
@@ -395,7 +526,8 @@ def test_only_uploads_are_judged(visitor: Visitor, detector: FakeDetector, tmp_p
     own = str(_written(tmp_path, ONE))
     for path in (own, f"../../../..{own}", "photo.jpg"):
         for label, event in ((UPLOAD, "upload"), ("Run", "click")):
-            done = visitor.use(label, event, {"path": path, "url": path, "meta": {"_type": "gradio.FileData"}})
+            file = {"path": path, "url": path, "meta": {"_type": "gradio.FileData"}}
+            done = visitor.use(label, event, *([file, MODEL_NAME] if event == "upload" else [file]))
             assert not done["success"] and done["output"]["error"] is None
     assert detector.judged == 0
 
@@ -404,7 +536,11 @@ def test_addresses_are_not_fetched(visitor: Visitor, detector: FakeDetector) -> 
     """Gradio fetches an address that is sent in place of a file, of any component: a way into the server's network."""
     for url in ("http://127.0.0.1:9/a.jpg", "https://192.0.2.7/a.jpg", "http://example.org/a.jpg"):
         file = {"path": url, "url": url, "meta": {"_type": "gradio.FileData"}}
-        sent = ((UPLOAD, "upload", [file]), ("Run", "click", [file]), ("Ask", "click", [file, None, None, None]))
+        sent = (
+            (UPLOAD, "upload", [file, MODEL_NAME]),
+            ("Run", "click", [file]),
+            ("Ask", "click", [file, None, None, None]),
+        )
         for label, event, values in sent:
             done = visitor.use(label, event, *values)
             assert not done["success"] and "Addresses are not fetched" in done["output"]["error"]
@@ -419,6 +555,69 @@ def test_no_file_of_the_server_is_served(visitor: Visitor, tmp_path: Path) -> No
     assert visitor.http.get("/file=" + visitor.upload(ONE)["path"]).status_code == 200
 
 
+def test_page_as_an_upload_is_not_run(visitor: Visitor) -> None:
+    """An .html upload reaches the cache; opened from this address it could act for the visitor."""
+    content = b"<script>alert(1)</script>"
+    for name in ("page.html", "page.svg", "photo.jpg"):
+        shown = visitor.show(content, name)
+        assert "Not judged" in shown["card"] and "<script" not in shown["card"]
+        served = visitor.http.get("/file=" + visitor.upload(content, name)["path"])
+        inert = served.headers["content-type"].split(";")[0] in ("image/jpeg", "text/plain", "application/octet-stream")
+        assert inert or served.headers["content-disposition"].startswith("attachment"), served.headers
+
+
+def test_other_servers_are_not_asked(visitor: Visitor) -> None:
+    """Gradio's proxy route would fetch pages for a stranger, with this machine's address."""
+    for url in ("http://127.0.0.1:9/", "http://169.254.169.254/latest", "https://example.org/"):
+        assert visitor.http.get(f"/proxy={url}").status_code in (400, 401, 403, 404)
+
+
+def test_no_connection_leaves_the_machine(
+    visitor: Visitor, detector: FakeDetector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of a photo may leave: with every other address refused, all of the page's work goes on."""
+    tried: list[Any] = []
+    connect = socket.socket.connect
+
+    def only_here(self: socket.socket, address: Any) -> None:
+        if not (isinstance(address, tuple) and address[0] in ("127.0.0.1", "::1", "localhost")):
+            tried.append(address)
+            raise OSError("the network is blocked")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", only_here)
+    monkeypatch.setattr(socket.socket, "connect_ex", only_here)
+    shown = visitor.show(ONE)
+    assert "Likely fake" in shown["card"] and visitor.ask("What about the eyes?")
+    assert visitor.http.get("/file=" + shown["html"]["path"]).status_code == 200
+    assert tried == []
+
+
+def test_logs_hold_no_picture_and_no_name(
+    visitor: Visitor, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A log file outlives the hour after which uploads are deleted."""
+    with caplog.at_level(logging.DEBUG):
+        visitor.show(ONE, "jane-roe.jpg")
+        visitor.ask("What about the eyes?")
+        visitor.show(b"broken", "jane-roe.jpg")
+    ours = [r for r in caplog.records if not r.name.startswith(("httpx", "httpcore", "asyncio"))]
+    logged = "".join(capfd.readouterr()) + "".join(r.getMessage() for r in ours)
+    assert not [word for word in ("base64,", "JFIF", "jane-roe", "\xff\xd8") if word in logged]
+
+
+def test_uploads_are_deleted_after_their_time(page: Any, folder: Path) -> None:
+    """The page promises that a photo is gone after about an hour."""
+    from gradio import route_utils
+
+    old = _written(folder / "old", ONE)
+    time.sleep(1.2)
+    new = _written(folder / "new", ONE)
+    page.temp_file_sets.append({str(old), str(new)})
+    route_utils.delete_files_created_by_app(page, age=1)
+    assert not old.exists() and new.exists()
+
+
 def test_too_large_an_upload_is_refused(visitor: Visitor, folder: Path) -> None:
     """Without a limit one visitor fills the disk."""
     with pytest.raises(httpx.HTTPStatusError, match="413"):
@@ -431,7 +630,7 @@ def test_burst_is_told_that_the_queue_is_full(visitor: Visitor, detector: FakeDe
     file = visitor.upload(ONE)
     detector.may_go.clear()
     try:
-        answers = [visitor.join("Run", "click", file).status_code for _ in range(demo.MAX_QUEUE + 10)]
+        answers = [visitor.join("Run", "click", file).status_code for _ in range(200)]
         assert answers[0] == 200 and answers[-1] == 503
         assert demo.MAX_QUEUE <= answers.count(200) <= demo.MAX_QUEUE + 2
         assert detector.judged <= 1  # one at a time
@@ -445,7 +644,7 @@ def test_fault_of_ours_shows_no_inside(
     """A traceback in the page tells a stranger paths and versions; a log with the picture in it keeps a face."""
     visitor.show(ONE)
     detector.breaks = RuntimeError("secret detail")
-    done = visitor.use(UPLOAD, "upload", visitor.upload(ONE))
+    done = visitor.use(UPLOAD, "upload", visitor.upload(ONE), MODEL_NAME)
     assert not done["success"] and "secret" not in json.dumps(done)
     logged = "".join(capfd.readouterr())
     assert "secret detail" in logged  # the operator sees it
@@ -493,7 +692,7 @@ def test_examples_are_a_photo_and_its_forgery(detector: FakeDetector, folder: Pa
     page = demo.build(detector, examples)
     try:
         visitor = Visitor(demo.launch(page, "127.0.0.1", port, block=False))
-        done = visitor.use("Try its forged twin", "click", None)
+        done = visitor.use("Try its forged twin", "click", None, MODEL_NAME)
         assert done["success"] and "Likely fake" in done["output"]["data"][2]
     finally:
         page.close(verbose=False)
@@ -501,13 +700,13 @@ def test_examples_are_a_photo_and_its_forgery(detector: FakeDetector, folder: Pa
 
 def test_taken_port_is_said_plainly(detector: FakeDetector, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second start of the demo must say what to do, without a traceback."""
-    monkeypatch.setattr("x2dfd.load", lambda model: detector)
+    monkeypatch.setattr("x2dfd.load", lambda model=None: detector)
     monkeypatch.setattr(command, "make_examples", lambda folder: [])
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(SetupError, match="--port"):
-            command.run(None, "127.0.0.1", taken.getsockname()[1])
+            command.run([], "127.0.0.1", taken.getsockname()[1])
 
 
 def test_command_ends_with_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

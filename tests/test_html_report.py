@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +18,7 @@ from skimage import data
 
 from x2dfd import html_report
 from x2dfd.errors import SetupError
+from x2dfd.files import write_bytes
 from x2dfd.types import Card, Cue, Evidence, FaceReport, Failure, Report, Verdict
 
 ASTRONAUT = data.astronaut()
@@ -285,7 +287,7 @@ def test_every_hash_version_and_timing_is_on_the_page() -> None:
 def test_file_name_that_is_no_utf8_can_be_written(tmp_path: Path) -> None:
     """A name with stray bytes reaches us as lone surrogates, which no file can hold as UTF-8."""
     out = tmp_path / "report.html"
-    html_report.write(out, [report(path="caf\udce9.jpg")], [ASTRONAUT])
+    write_bytes(out, html_report.render([report(path="caf\udce9.jpg")], [ASTRONAUT]).encode("utf-8"))
     assert "caf\\udce9.jpg" in out.read_text("utf-8")
 
 
@@ -299,7 +301,7 @@ def test_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="No space"):
-        html_report.write(out, [report()], [ASTRONAUT])
+        write_bytes(out, b"new")
     assert out.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
@@ -323,3 +325,56 @@ def test_an_experts_map_can_be_laid_over_the_picture() -> None:
     alpha = np.asarray(Image.open(io.BytesIO(base64.b64decode(data[1]))))[..., 3]
     assert alpha.tolist() == [[0, 200], [100, 0]]
     assert 'type="checkbox"' not in html_report.render([report()], [ASTRONAUT])
+
+
+def test_the_weight_of_a_score_stands_with_propositions_interval_and_limits() -> None:
+    """A bare number reads as "x times more likely fake"; without its limits it claims what no run of that size can."""
+    ratio = {"value": 0.25, "interval": [0.1, 1.5], "limits": [0.04, 50.0], "run": "detect, manifest 9f516b"}
+    ratio |= {"propositions": ["H1: forged.", "H2: as taken."]}
+    rate = {"value": 0.02, "interval": [0.0, 0.045], "n": 147}
+    rates = {"false_alarms": rate, "misses": rate, "answered": {"value": 0.55, "n": 420}}
+    counts = {"n_real": 147, "n_fake": 273, "n_groups": 192, "cllr": 0.653}
+    validation = {"rates": rates, "methods": ["swap"], "sources": ["film"], **counts}
+    text = page(report(likelihood_ratio=ratio, model={"mode": "calibrated", "validation": validation})).text
+    assert "Likelihood ratio 1/4 (95 %: 1/10 to 1.5), in favour of the second of two propositions" in text
+    assert "the interval holds 1" in text and "supports no more than 1/25 to 50" in text
+    assert "H1: forged. H2: as taken." in text and "detect, manifest 9f516b" in text
+    assert "Real pictures called fake 2.0 % (95 %: 0.0 % to 4.5 %), of 147" in text
+    none = page(report(likelihood_ratio={"value": None, "reason": "no run is at hand"})).text
+    assert "No likelihood ratio is given: no run is at hand." in none and "Likelihood ratio <" not in none
+
+
+def test_file_facts_cards_and_credentials_stand_on_the_page() -> None:
+    """An editor has to see which file was judged, with which weights, and what its credentials say."""
+    media = {**report().media, "bytes": 1234567, "modified": "2024-05-06T07:08:09+00:00", "exif": {"make": HOSTILE}}
+    provenance = {"state": "invalid", "codes": ["assertion.dataHash.mismatch"], "signer": HOSTILE}
+    shown = page(report(media=media, provenance=provenance, faces=(face(evidence=(Evidence("clip", 0.2),)),)))
+    for fact in (
+        "1,234,567 bytes, 512 x 512 pixels",
+        "2024-05-06T07:08:09+00:00",
+        "assertion.dataHash.mismatch",
+        "do not match it",
+    ):
+        assert fact in shown.text
+    assert shown.text.count("alert(2)") == 3 + 1 and not shown.all("script")  # once more among the technical details
+    assert "clip, version" in shown.text and "Next steps for the reader" in shown.text
+
+
+def test_pdf_comes_from_a_printer_or_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing browser must not end in a traceback, and a browser that fails must not leave half a file."""
+    out = tmp_path / "a.pdf"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(html_report, "find_spec", lambda name: None)
+    with pytest.raises(SetupError, match="install chromium"):
+        html_report.write_pdf(out, "<p>")
+    browser = tmp_path / "chromium"
+    lines = "import sys; from pathlib import Path; page = Path(sys.argv[-1].removeprefix('file://')).read_bytes()"
+    lines += "; [Path(a.partition('=')[2]).write_bytes(b'%PDF' + page) for a in sys.argv if a.startswith('--print-to')]"
+    browser.write_text(f"#!{sys.executable}\n{lines}\n")
+    browser.chmod(0o755)
+    html_report.write_pdf(out, "<p>page</p>")
+    assert out.read_bytes() == b"%PDF<p>page</p>"
+    browser.write_text(f"#!{sys.executable}\nraise SystemExit(9)\n")
+    with pytest.raises(SetupError, match="could not print"):
+        html_report.write_pdf(out, "other")
+    assert out.read_bytes() == b"%PDF<p>page</p>"

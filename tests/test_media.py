@@ -697,15 +697,35 @@ def test_summary_is_plain_json(photo: Image.Image) -> None:
     """The report must survive JSON; numpy numbers and tuples do not."""
     import json
 
-    still = media_summary(load_media(encode(photo.convert("CMYK"), "JPEG")))
+    content = encode(photo.convert("CMYK"), "JPEG")
+    still = media_summary(load_media(content))
     assert still == {
         "kind": "image", "format": "JPEG", "width": 96, "height": 64, "n_frames": 1, "notes": ["cmyk_to_rgb"],
+        "bytes": len(content),
     }  # fmt: skip
     moving = media_summary(load_media(clip(), max_frames=2))
     assert (moving["kind"], moving["n_frames"], moving["frames"]) == ("video", 50, [12, 37])
     assert moving["duration_s"] == pytest.approx(2.0, abs=0.05)
     for summary in (still, moving):
         assert json.loads(json.dumps(summary)) == summary
+
+
+def test_summary_quotes_camera_and_times_and_no_place(photo: Image.Image, tmp_path: Path) -> None:
+    """A case report needs the file's size, times and camera; coordinates, names and serial numbers are about people."""
+    exif = Image.Exif()
+    exif[271], exif[305], exif[315] = "Nikon\x00", "Editor\n2 <b>", "Jane Roe"
+    exif.get_ifd(0x8769)[36867] = "2024:05:06 07:08:09"
+    exif.get_ifd(0x8769)[0xA431] = "serial 4711"
+    exif.get_ifd(0x8825)[2] = (47.0, 22.0, 33.0)
+    path = tmp_path / "a.jpg"
+    photo.save(path, exif=exif)
+    os.utime(path, (1_600_000_000, 1_600_000_000))
+    summary = media_summary(load_media(path))
+    assert summary["exif"] == {
+        "make": "Nikon", "software": "Editor 2 <b>", "taken": "2024:05:06 07:08:09", "place": "stated, not copied here",
+    }  # fmt: skip
+    assert (summary["bytes"], summary["modified"]) == (path.stat().st_size, "2020-09-13T12:26:40+00:00")
+    assert "modified" not in media_summary(load_media(path.read_bytes()))
 
 
 def test_find_media(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from enum import StrEnum
 from importlib import metadata
 from itertools import islice
@@ -22,6 +23,7 @@ from typer.core import TyperGroup
 
 import x2dfd
 from x2dfd.errors import InputError, SetupError, X2DFDError
+from x2dfd.files import write_bytes
 from x2dfd.types import Evidence, FaceReport, Failure, Report
 
 if TYPE_CHECKING:
@@ -131,7 +133,12 @@ def detect(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per file on stdout.")] = False,
     report: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="Also write one HTML page, a section per file.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="Also write the case report: one HTML page, a section per file, and beside it FILE.case.json, which "
+            "`x2dfd verify` checks. Ending in .pdf, the page is printed as well.",
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -187,10 +194,20 @@ def detect(
     from x2dfd.manifest import manifest_paths
     from x2dfd.media import find_media
 
+    page = pdf = record = None
+    if report is not None:
+        from x2dfd import html_report
+
+        pdf = report if report.suffix.lower() == ".pdf" else None
+        page, record = report.with_suffix(".html") if pdf else report, report.with_suffix(".case.json")
+        if pdf:
+            html_report.printer()  # what is missing is said before anything is judged
+    written = [target for target in (page, pdf, record) if target is not None]
+
     def files() -> Iterator[Path]:
         """Found anew each time: a million paths need not stand in memory."""
         # What an earlier run wrote into a searched folder is no picture to judge.
-        found = (p for p in find_media(paths or []) if not _ours(p, report, out))
+        found = (p for p in find_media(paths or []) if not _ours(p, written, out))
         return islice(found if manifest is None else manifest_paths(manifest), part - 1, None, parts)
 
     total = sum(1 for _ in files())
@@ -222,15 +239,65 @@ def detect(
     finally:
         if rows is not None:
             rows.close()
-    if report is not None:
-        from x2dfd import html_report
+    if page is not None and record is not None:
+        from x2dfd import case
 
-        pictures = [_pictures(path, result) for path, result in kept]
-        with _writing(report):
-            html_report.write(report, [result for _, result in kept], pictures)
-        typer.echo(f"wrote {_printable(str(report))}", err=True)
+        results = [result for _, result in kept]
+        html = html_report.render(results, [_pictures(path, result) for path, result in kept])
+        for target, text in ((page, html), (record, case.dumps(results))):
+            with _writing(target):
+                write_bytes(target, text.encode("utf-8"))
+        if pdf is not None:
+            with _writing(pdf):
+                html_report.write_pdf(pdf, html)
+        for target in written:
+            typer.echo(f"wrote {_printable(str(target))}", err=True)
     if total and not as_json:
         typer.echo(NOT_PROOF, err=True)
+
+
+VERIFY_EXAMPLES = """\b
+Examples:
+  x2dfd verify face.case.json face.jpg
+  x2dfd verify face.case.json face.jpg --json
+"""
+
+
+@app.command(epilog=VERIFY_EXAMPLES)
+def verify(
+    record: Annotated[Path, typer.Argument(metavar="NAME.case.json", help="Case record of `detect --report`.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The picture or video that it is about.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Model directory; without it, the embedded model.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(metavar="NAME", help="Base model, by name or directory.")] = None,
+) -> None:
+    """Judge a file anew and say whether a case record still tells the truth about it.
+
+    Exit code 0: it holds. 3: file or record was changed, or it does not come out again; each difference is a line.
+    4: another model answers here than the record states. 1: it could not be checked at all.
+    """
+    from x2dfd import case
+
+    made = case.read(record)
+    detector = x2dfd.load(model, base=base, mode=case.mode_stated(made))
+    found = case.verify(made, file, detector)
+    if as_json:
+        typer.echo(json.dumps(asdict(found)))
+    else:
+        words = {
+            "holds": "the record holds",
+            "differs": "THE RECORD DOES NOT HOLD",
+            "other_model": "cannot be compared",
+        }
+        typer.echo(words[found.outcome])
+        for line in found.differences:
+            typer.echo(f"  {_printable(line)}")
+        for line in found.notes:
+            typer.echo(f"note: {_printable(line)}", err=True)
+    if found.outcome != "holds":
+        raise typer.Exit(case.EXIT_CODES[found.outcome])
 
 
 def _shard(text: str | None) -> tuple[int, int]:
@@ -240,9 +307,9 @@ def _shard(text: str | None) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _ours(path: Path, report: Path | None, out: Path | None) -> bool:
-    """The file is the page, or it belongs to the table or to another shard of it."""
-    if report is not None and path.name == report.name and path.resolve() == report.resolve():
+def _ours(path: Path, written: Sequence[Path], out: Path | None) -> bool:
+    """The file is the page, its record or its print, or it belongs to the table or to another shard of it."""
+    if any(path.name == target.name and path.resolve() == target.resolve() for target in written):
         return True
     if out is None:
         return False

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -40,7 +40,9 @@ from x2dfd.faces import area_polygons, find_faces
 from x2dfd.fetch import BASE_NAME
 from x2dfd.media import Picture, Video, load_media, media_summary
 from x2dfd.mllm import LocalMLLM, YesNo, base_identity, choose_device, load_llava
+from x2dfd.provenance import read_provenance
 from x2dfd.types import Evidence, Face, FaceReport, Failure, Report, Verdict
+from x2dfd.validation import PROPOSITIONS, Validation
 
 Mode = Literal["calibrated", "paper"]
 Source = str | Path | bytes | Image
@@ -67,7 +69,13 @@ class LanguageModel(Protocol):
     def look(self, crops: NDArray[np.uint8]) -> Any: ...  # [n, h, w, 3]; has `tower_states`, or None for them
     def verdict_logits(self, look: Any, questions: Sequence[str]) -> NDArray[np.float64]: ...
     def write(
-        self, look: Any, questions: Sequence[str], starts: Sequence[str], *, turns: Sequence[tuple[str, str]] = ()
+        self,
+        look: Any,
+        questions: Sequence[str],
+        starts: Sequence[str],
+        *,
+        turns: Sequence[tuple[str, str]] = (),
+        on_text: Callable[[str], None] | None = None,
     ) -> list[str]: ...
     def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str], /) -> YesNo: ...
 
@@ -91,6 +99,7 @@ class Detector:
         calibration: Calibration | None,
         facts: dict[str, Any],
         mode: Mode = "calibrated",
+        validation: Validation | None = None,
     ) -> None:
         if mode not in get_args(Mode):
             raise UnknownName("mode", mode, get_args(Mode))
@@ -108,6 +117,8 @@ class Detector:
             "threshold": calibration.high if calibration and mode == "calibrated" else _paper_threshold(calibration),
             "band": [calibration.low, calibration.high] if calibration and mode == "calibrated" else None,
         }
+        self.validation = validation if validation and validation.fits(self.facts) else None
+        self.facts["validation"] = self.validation.summary() if self.validation else None
 
     # --- doors ---
 
@@ -154,6 +165,38 @@ class Detector:
         look = self.mllm.look(through_codec([face])[0].crop[None])
         return self.mllm.write(look, [asked], [""], turns=[(answer, question)])[0]
 
+    def explain(self, report: Report, source: Source, *, on_text: Callable[[str], None] | None = None) -> Report:
+        """The same report with its rationales, cues and contradictions; verdicts and scores stay as they are.
+
+        `source` is the file that the report is about. `on_text` is told the text so far of the face that decided, token
+        by token. Raises InputError when it is another file.
+        """
+        media = load_media(source, max_frames=VIDEO_FRAMES)
+        if report.sha256 != media.sha256:
+            raise InputError("other_picture", "this is not the picture that the report is about")
+        start = time.perf_counter()
+        found = _find(media)[0]
+        order = sorted(report.faces, key=lambda f: -_p_fake(f))  # the one that decided first: its text is streamed
+        told: dict[int, FaceReport] = {}
+        for at in range(0, len(order), self.mllm.batch):
+            part = order[at : at + self.mllm.batch]
+            faces = through_codec([found[f.index].face for f in part])
+            texts = self.mllm.write(
+                self.mllm.look(np.stack([f.crop for f in faces])),
+                self._questions([f.evidence for f in part]),
+                [prompts.rationale_start(_said(f.verdict)) for f in part],
+                on_text=on_text if at == 0 else None,
+            )
+            told |= {f.index: _explained(f, found[f.index].face, text) for f, text in zip(part, texts, strict=True)}
+        deciding = told[order[0].index] if order else None
+        return replace(
+            report,
+            faces=tuple(told[f.index] for f in report.faces),
+            rationale=deciding.rationale if deciding else "",
+            cues=deciding.cues if deciding else (),
+            timings=report.timings | {"rationale": round(time.perf_counter() - start, 4)},
+        )
+
     def judge_faces(self, faces: Sequence[Face]) -> tuple[NDArray[np.float64], list[list[Evidence]]]:
         """The parts of a verdict before they are joined: the MLLM's logits [n], and each face's expert evidence."""
         faces = through_codec(faces)
@@ -168,7 +211,7 @@ class Detector:
         opened: list[Picture | Video | Failure] = []
         for source in sources:
             try:
-                opened.append(load_media(source, max_frames=VIDEO_FRAMES))
+                opened.append(_open(source))
             except InputError as error:
                 opened.append(_failure(source, error))
         timings = {"files": len(opened), "decode": time.perf_counter() - start}
@@ -183,7 +226,7 @@ class Detector:
 
     def _reports(self, sources: Sequence[Source], rationale: bool) -> Iterator[Report]:
         start = time.perf_counter()
-        opened = [load_media(s, max_frames=VIDEO_FRAMES) for s in sources]
+        opened = [_open(s) for s in sources]
         for report in self._judge(opened, rationale, {"files": 1, "decode": time.perf_counter() - start}):
             if isinstance(report, Report):
                 yield report
@@ -229,24 +272,20 @@ class Detector:
                 texts = self.mllm.write(look, questions, starts)
                 clock.lap("rationale")
             for s, own, said, verdict, text in zip(part, logits, evidence, verdicts, texts, strict=True):
-                cues = read_cues(text) if text else ()
-                out.append(
-                    FaceReport(
-                        index=s.face.index,
-                        box=s.face.box,
-                        confidence=s.face.confidence,
-                        verdict=verdict,
-                        p_fake_mllm=float(1 / (1 + np.exp(-own))),
-                        rationale=text,
-                        cues=cues,
-                        evidence=tuple(said),
-                        contradictions=contradictions(text, verdict.label, said, cues) if text else (),
-                        areas=_areas(s.face, cues),
-                        crop=_corners(s.face),
-                        frame=s.frame,
-                        time_s=s.time_s,
-                    )
+                judged = FaceReport(
+                    index=s.face.index,
+                    box=s.face.box,
+                    confidence=s.face.confidence,
+                    verdict=verdict,
+                    p_fake_mllm=float(1 / (1 + np.exp(-own))),
+                    rationale="",
+                    cues=(),
+                    evidence=tuple(said),
+                    crop=_corners(s.face),
+                    frame=s.frame,
+                    time_s=s.time_s,
                 )
+                out.append(_explained(judged, s.face, text) if text else judged)
         return out
 
     def _evidence(self, faces: Sequence[Face], look: Any) -> list[list[Evidence]]:
@@ -283,12 +322,27 @@ class Detector:
             rationale=deciding.rationale if deciding else "",
             cues=deciding.cues if deciding else (),
             evidence=deciding.evidence if deciding else (),
-            provenance={"state": "not_checked"},
+            provenance=media.provenance,
             model=self.facts,
             versions=versions(),
             timings={k: round(v, 4) for k, v in timings.items()},
             warnings=(*warnings, *([] if self.calibration or not faces else [UNCALIBRATED])),
+            likelihood_ratio=self._likelihood_ratio(media, verdict),
         )
+
+    def _likelihood_ratio(self, media: Picture | Video, verdict: Verdict) -> dict[str, Any]:
+        """What the picture's p_fake weighs by the validation run; `value` is None where no run supports a number."""
+        reason = None
+        if verdict.p_fake is None:
+            reason = "nothing was assessed"
+        elif self.validation is None:
+            reason = "no validation run of this model, in this mode, is at hand"
+        elif isinstance(media, Video):
+            reason = "the validation run holds pictures, not videos"
+        if reason or verdict.p_fake is None or self.validation is None:
+            return {"value": None, "reason": reason}
+        found = self.validation.likelihood_ratio(verdict.p_fake)
+        return found | {"run": self.validation.run, "propositions": list(PROPOSITIONS)}
 
     def _overall(self, media: Picture | Video, faces: Sequence[FaceReport]) -> tuple[Verdict, FaceReport | None]:
         """Picture: the most suspicious face. Video: the mean over frames of each frame's most suspicious face."""
@@ -373,7 +427,8 @@ def load(
     mllm = LocalMLLM(llava, processor, facts["name"], autocast=place.type == "cpu" and precision == "bf16")
     if card and card.probes:
         check_probes(card, probe_logits(mllm), 0.1 if precision == "fp32" else 1.0)
-    return Detector(mllm, list(loaded.values()), calibration, facts, mode)
+    validation = Validation.load(folder) if folder else None
+    return Detector(mllm, list(loaded.values()), calibration, facts, mode, validation)
 
 
 def _load_served(
@@ -400,7 +455,8 @@ def _load_served(
     identity = card.base if card else {"name": mllm.name, "sha256": ""}
     facts = _facts(card, identity, card.prompt_sha256 if card else mllm.prompt_sha256, loaded)
     facts["served"] = {"host": mllm.host, "model": str(model)}
-    return Detector(mllm, list(loaded.values()), calibration, facts, mode)
+    validation = Validation.load(folder) if folder else None
+    return Detector(mllm, list(loaded.values()), calibration, facts, mode, validation)
 
 
 def _experts(
@@ -477,6 +533,14 @@ class _Clock:
         self._last = now
 
 
+def _open(source: Source) -> Picture | Video:
+    """Decoded, with what the file's Content Credentials say."""
+    media = load_media(source, max_frames=VIDEO_FRAMES)
+    if isinstance(source, Image):
+        return media
+    return replace(media, provenance=read_provenance(source, media.format))
+
+
 def _find(media: Picture | Video | Failure) -> tuple[list[_Seen], list[str]]:
     if isinstance(media, Failure):
         return [], []
@@ -491,6 +555,13 @@ def _find(media: Picture | Video | Failure) -> tuple[list[_Seen], list[str]]:
         seen += [_Seen(f, frame.index, frame.time_s) for f in faces[:FRAME_FACES]]
     notes = [f"{left_out} smaller faces were left out; a frame's {FRAME_FACES} largest are judged"] if left_out else []
     return [replace(s, face=replace(s.face, index=i)) for i, s in enumerate(seen)], notes
+
+
+def _explained(judged: FaceReport, face: Face, text: str) -> FaceReport:
+    """With the rationale, the cues that it names, where they lie, and what it contradicts."""
+    cues = read_cues(text)
+    against = contradictions(text, judged.verdict.label, judged.evidence, cues)
+    return replace(judged, rationale=text, cues=cues, contradictions=against, areas=_areas(face, cues))
 
 
 def _areas(face: Face, cues: Sequence[Any]) -> dict[str, list[list[list[float]]]]:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import base64
+import importlib
 import io
 import os
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
 
+from x2dfd.case import LIMITS, NEXT_STEPS, NOT_PROOF
+from x2dfd.errors import SetupError
 from x2dfd.experts import cards
 from x2dfd.files import write_bytes
 from x2dfd.types import Card, FaceReport, Failure, Report, Verdict
@@ -25,7 +32,6 @@ if TYPE_CHECKING:
 MAX_SIDE = 1200  # longest side of an embedded picture, in pixels
 MAX_FRAMES = 6  # frames shown of a video, the most suspicious ones
 COLOURS = ("#e69f00", "#56b4e9", "#00a878", "#f0e442", "#4d8fe0", "#e0663a", "#d98bb8")  # apart for most colour vision
-NOT_PROOF = "This is a statistical estimate, not proof: do not accuse a person or clear a picture on it alone."
 
 REASONS = {
     "no_face": "No face was found, so nothing was assessed. This says nothing about whether the picture is real.",
@@ -61,20 +67,66 @@ def render(reports: Sequence[Report | Failure], pictures: Sequence[Pictures]) ->
     by `report.media`'s width and height), for a video a mapping from frame number to pixels, or None to show none.
     Raises ValueError when the two differ in length.
     """
-    blind_spots = {name: card.blind_spot for name, card in cards().items() if isinstance(card, Card)}
+    known = cards()
+    blind_spots = {name: card.blind_spot for name, card in known.items() if isinstance(card, Card)}
     sections = [
         _failure(report) if isinstance(report, Failure) else _section(report, picture, blind_spots)
         for report, picture in zip(reports, pictures, strict=True)
     ]
+    named = dict.fromkeys(e.expert for r in reports if isinstance(r, Report) for f in r.faces for e in f.evidence)
     html = _template().render(
-        sections=sections, not_proof=NOT_PROOF, generated=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+        cards=[card for name in named if isinstance(card := known.get(name), Card)],
+        limits=LIMITS,
+        steps=NEXT_STEPS,
+        sections=sections,
+        not_proof=NOT_PROOF,
+        generated=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
     return html.encode("utf-8", "backslashreplace").decode("utf-8")  # file names may hold bytes that are no UTF-8
 
 
-def write(path: str | os.PathLike[str], reports: Sequence[Report | Failure], pictures: Sequence[Pictures]) -> None:
-    """Writes `render(reports, pictures)` to `path`, whole or not at all. Raises OSError where that is not possible."""
-    write_bytes(Path(path), render(reports, pictures).encode("utf-8"))
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge")
+
+
+def printer() -> str:
+    """What prints pages to PDF here: a browser's path, or "weasyprint". Raises SetupError with what to install."""
+    browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if browser:
+        return browser
+    if find_spec("weasyprint"):
+        return "weasyprint"
+    raise SetupError(
+        "a PDF needs a printer, and none is here: install chromium (apt install chromium) or pip install weasyprint, "
+        "or take --report NAME.html and print it from a browser"
+    )
+
+
+def write_pdf(path: str | os.PathLike[str], html: str) -> None:
+    """Prints a page to `path`, whole or not at all. Raises SetupError where nothing here prints, or it fails."""
+    with_what = printer()
+    with tempfile.TemporaryDirectory(prefix="x2dfd-") as folder:
+        page, out = Path(folder) / "page.html", Path(folder) / "page.pdf"
+        page.write_text(html, "utf-8")
+        try:
+            if with_what == "weasyprint":
+                importlib.import_module("weasyprint").HTML(filename=str(page)).write_pdf(str(out))
+            else:
+                command = [
+                    with_what,
+                    "--headless",
+                    "--disable-gpu",
+                    "--no-pdf-header-footer",
+                    f"--user-data-dir={folder}",
+                ]
+                command += ["--no-sandbox"] if os.geteuid() == 0 else []  # as root a browser starts in no other way
+                command += [f"--print-to-pdf={out}", page.as_uri()]
+                subprocess.run(command, check=True, capture_output=True, timeout=120)
+            data = out.read_bytes()
+        except (OSError, subprocess.SubprocessError, ImportError) as error:
+            raise SetupError(
+                f"{with_what} could not print the page ({error}); print the HTML from a browser"
+            ) from error
+    write_bytes(Path(path), data)
 
 
 def _failure(failure: Failure) -> dict[str, Any]:
@@ -113,6 +165,9 @@ def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) 
             if face not in full
         ],
         "provenance": _provenance(report.provenance),
+        "file": list(_file(report)),
+        "ratio": _ratio(report),
+        "rates": _rates(model.get("validation")),
         "warnings": report.warnings,
         "technical": [
             ("SHA-256 of the file", report.sha256),
@@ -232,7 +287,7 @@ def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], 
     legend: dict[str, tuple[str, str]] = {}
     shapes, boxes, maps = [], [], []
     for face in faces:
-        maps += [_map(face.crop, e.map, e.expert) for e in face.evidence if len(face.crop) == 3 and _square(e.map)]
+        maps += overlays(face)
         for area, letter, colour in _areas(face):
             key = _prefix(face, faces) + letter
             legend[key] = (colour, area if len(faces) == 1 else f"face {face.index + 1}: {area}")
@@ -265,6 +320,13 @@ def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], 
         "boxes": boxes,
         "legend": [(key, *rest) for key, rest in legend.items()],
     }
+
+
+def overlays(face: FaceReport) -> list[dict[str, str | float]]:
+    """The maps that experts drew of a face: `uri` of a PNG, its `side`, the `matrix` that places it, the `expert`."""
+    if len(face.crop) != 3:
+        return []
+    return [_map(face.crop, e.map, e.expert) for e in face.evidence if _square(e.map)]
 
 
 def _square(rows: Sequence[Sequence[float]]) -> bool:
@@ -300,11 +362,71 @@ def _jpeg_uri(pixels: NDArray[np.uint8]) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _provenance(provenance: Mapping[str, Any]) -> tuple[str, str]:
+def _provenance(provenance: Mapping[str, Any]) -> tuple[str, str, list[tuple[str, str]]]:
     state = str(provenance.get("state", "not_checked"))
-    return state.replace("valid_", "valid, ").replace("_", " "), PROVENANCE.get(
-        state, "The file was not checked for Content Credentials (C2PA)."
-    )
+    names = {"signer": "Signed by", "generator": "Made with", "signed": "Signed at", "source_types": "States as source",
+             "codes": "Codes", "reason": "Reason"}  # fmt: skip
+    rows = [
+        (name, value) for key, name in names.items() for _, value in _flat(name, provenance.get(key) or "") if value
+    ]
+    word = state.replace("valid_", "valid, ").replace("_", " ")
+    return word, PROVENANCE.get(state, "The file was not checked for Content Credentials (C2PA)."), rows
+
+
+def _file(report: Report) -> Iterator[tuple[str, str]]:
+    """What identifies the file, and what it states of itself."""
+    media = report.media
+    yield "SHA-256", report.sha256
+    if "bytes" in media:
+        yield "Size", f"{media['bytes']:,} bytes, {media.get('width')} x {media.get('height')} pixels"
+    if "modified" in media:
+        yield "Last modified here", str(media["modified"])
+    names = {"make": "Camera maker", "model": "Camera", "software": "Software", "taken": "Taken",
+             "digitised": "Digitised", "changed": "Changed", "place": "Place"}  # fmt: skip
+    exif = media.get("exif") or {}
+    if not exif:
+        yield "EXIF", "none, as in most copies that went through a network"
+    for key, value in exif.items():
+        yield f"{names.get(key, key)} (EXIF)", str(value)
+
+
+def _ratio(report: Report) -> dict[str, Any] | None:
+    """The likelihood ratio in words; None in reports that know of none."""
+    told = report.likelihood_ratio
+    if not told:
+        return None
+    if told.get("value") is None:
+        return {"missing": told.get("reason") or "unstated"}
+    value, (low, high), limits = float(told["value"]), told["interval"], told["limits"]
+    return {
+        "missing": None,
+        "value": _times(value),
+        "interval": f"{_times(low)} to {_times(high)}",
+        "limits": f"{_times(limits[0])} to {_times(limits[1])}",
+        "towards": "the second" if value < 1 else "the first",
+        "open": low <= 1 <= high,
+        "propositions": told["propositions"],
+        "run": told["run"],
+    }
+
+
+def _times(value: float) -> str:
+    return f"1/{1 / value:.3g}" if value < 1 else f"{value:.3g}"
+
+
+def _rates(validation: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Error rates of the validation run, as rows."""
+    if not validation:
+        return None
+    names = {"false_alarms": "Real pictures called fake", "misses": "Forged pictures called real",
+             "answered": "Pictures that got an answer"}  # fmt: skip
+    rows = []
+    for key, name in names.items():
+        rate = validation["rates"][key]
+        between = rate.get("interval")
+        bounds = f" (95 %: {100 * between[0]:.1f} % to {100 * between[1]:.1f} %)" if between else ""
+        rows.append((name, f"{100 * rate['value']:.1f} %{bounds}, of {rate['n']}"))
+    return dict(validation) | {"rows": rows}
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
@@ -439,6 +561,9 @@ summary:focus-visible, a:focus-visible { outline: 2px solid var(--bar); outline-
 .limits dl { display: grid; gap: .15rem 1.5rem; margin: 0; }
 .limits dt { font-weight: 600; } .limits dd { margin: 0 0 .6rem; color: var(--soft); max-width: 44rem; }
 @media (min-width: 40rem) { .limits dl { grid-template-columns: 11rem minmax(0, 1fr); } }
+.facts { display: grid; grid-template-columns: minmax(7rem, auto) minmax(0, 1fr); gap: .15rem 1rem; margin: .4rem 0;
+  font-size: .88rem; } .facts dt { color: var(--soft); } .facts dd { margin: 0; overflow-wrap: anywhere; }
+.plain, .steps { padding-left: 1.2rem; margin: .4rem 0; } details caption { padding-top: .6rem; font-weight: 550; }
 footer { padding-top: 1.5rem; padding-bottom: 2.5rem; color: var(--soft); font-size: .84rem; }
 @media (max-width: 30rem) {
   main, header.page, footer { padding-left: 1rem; padding-right: 1rem; }
@@ -608,6 +733,16 @@ width:{{ "%.1f"|format(s.scale.high - s.scale.low) }}%"></span>
 <div class="card">
 <h3>Provenance: {{ s.provenance[0] }}</h3>
 <p class="small soft">{{ s.provenance[1] }} It plays no part in the estimate.</p>
+{% if s.provenance[2] %}<dl class="facts">
+{% for name, value in s.provenance[2] %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}
+</dl>{% endif %}
+</div>
+<div class="card">
+<h3>The file</h3>
+<dl class="facts">
+{% for name, value in s.file %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}
+</dl>
+<p class="small soft">The file was not changed. What EXIF states can be written by anyone.</p>
 </div>
 </div>
 </div>
@@ -668,6 +803,31 @@ width:{{ "%.1f"|format(s.scale.high - s.scale.low) }}%"></span>
 {% endif %}
 </article>
 {% endfor %}
+{% if s.ratio %}
+<div class="card" style="margin-top:1.25rem">
+<h3>What the score weighs</h3>
+{% if s.ratio.missing %}<p>No likelihood ratio is given: {{ s.ratio.missing }}.</p>
+{% else %}
+<p>Likelihood ratio <b class="number">{{ s.ratio.value }}</b> (95 %: {{ s.ratio.interval }}), in favour of\
+ {{ s.ratio.towards }} of two propositions{% if s.ratio.open %};\
+ the interval holds 1, so the score does not speak clearly for either{% endif %}.</p>
+<ul class="plain">{% for p in s.ratio.propositions %}<li>{{ p }}</li>{% endfor %}</ul>
+<p class="small soft">A score like this one is that many times as frequent under the first as under the second,
+in the validation run ({{ s.ratio.run }}). A run of that size supports no more than {{ s.ratio.limits }}.
+How likely a forgery was beforehand is not part of it.</p>
+{% endif %}
+{% if s.rates %}
+<h4>Error rates of the model in that run</h4>
+<dl class="facts">
+{% for name, value in s.rates.rows %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}
+<dt>Forgeries in it</dt><dd>{{ s.rates.methods|join(", ") }} ({{ s.rates.n_fake }} pictures)</dd>
+<dt>Real pictures in it</dt><dd>{{ s.rates.sources|join(", ") }} ({{ s.rates.n_real }} pictures)</dd>
+<dt>People, clips or photos</dt><dd>{{ s.rates.n_groups }}</dd>
+<dt>Cost of the scores (Cllr)</dt><dd>{{ "%.2f"|format(s.rates.cllr) }}; 0 is perfect, 1 says nothing</dd>
+</dl>
+{% endif %}
+</div>
+{% endif %}
 {% if s.briefly %}
 <details>
 <summary>Faces in other frames ({{ s.briefly|length }})</summary>
@@ -686,25 +846,31 @@ width:{{ "%.1f"|format(s.scale.high - s.scale.low) }}%"></span>
 {% endif %}
 </section>
 {% endfor %}
+{% if cards %}
+<details>
+<summary>The experts' cards</summary>
+{% for card in cards %}
+<table><caption>{{ card.name }}, version {{ card.version }}</caption><tbody>
+{% for name, value in (("Blind spot", card.blind_spot), ("Paper", card.paper), ("Trained on", card.trained_on),
+ ("Licence", card.licence), ("Source", card.source), ("SHA-256 of the weights", card.sha256)) if value %}
+<tr><th scope="row">{{ name }}</th><td>{{ value }}</td></tr>
+{% endfor %}</tbody></table>
+{% endfor %}
+</details>
+{% endif %}
 <section class="limits" aria-labelledby="limits">
 <h2 id="limits">How to read this, and its limits</h2>
 <dl>
-<dt>The estimate</dt>
-<dd>A probability fitted on pictures with known answers. It holds for pictures like those; for other cameras, other
-kinds of forgery or heavy compression it can be off in either direction.</dd>
-<dt>Inconclusive</dt>
-<dd>A real answer: the models are wrong too often at such scores. It means neither slightly fake nor slightly real.</dd>
-<dt>The explanation</dt>
-<dd>Text from a language model that was told the answer and the experts' scores. Look at the named areas yourself.</dd>
-<dt>Experts</dt>
-<dd>Separate detectors with different blind spots. Each sees some kinds of forgery and misses others, so they may
-disagree.</dd>
-<dt>Only faces</dt>
-<dd>Bodies, backgrounds, captions and the context of a picture are not examined. A real photo can still mislead.</dd>
-<dt>Next steps</dt>
-<dd>Look for the earliest copy by reverse image search, ask for the original file, and compare it with other pictures of
-the same moment. Several independent findings weigh more than one number.</dd>
+{% for name, text in limits.items() %}<dt>{{ name }}</dt>
+<dd>{{ text }}</dd>
+{% endfor %}
 </dl>
+<h2>Next steps for the reader</h2>
+<ol class="steps">
+{% for step in steps %}<li>{{ step }}</li>
+{% endfor %}</ol>
+<p class="small soft">Whether this still is what the file gives: <code>x2dfd verify NAME.case.json FILE</code>,
+with the record that was written beside this page.</p>
 </section>
 </main>
 <footer>The file itself was not changed. {{ not_proof }}</footer>

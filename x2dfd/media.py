@@ -26,7 +26,8 @@ import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
@@ -63,6 +64,10 @@ _MAX_TIFF_TAGS = 200_000
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
+def _not_checked() -> dict[str, Any]:
+    return {"state": "not_checked"}
+
+
 @dataclass(frozen=True, eq=False)
 class Picture:
     """A decoded picture."""
@@ -73,6 +78,8 @@ class Picture:
     n_frames: int  # pictures in the file; the first one is decoded
     notes: tuple[str, ...]  # what decoding changed: "exif_orientation:6", "alpha_on_white", ...
     path: str | None  # as given by the caller; None for bytes and image objects
+    file: dict[str, Any] = field(default_factory=dict)  # of the file: `bytes`, `modified` (of a path), `exif`
+    provenance: dict[str, Any] = field(default_factory=_not_checked)  # see x2dfd.provenance
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +104,8 @@ class Video:
     frames: tuple[Frame, ...]  # in time order
     notes: tuple[str, ...]  # what decoding changed or could not read: "rotation:90", ...
     path: str | None  # as given by the caller; None for bytes
+    file: dict[str, Any] = field(default_factory=dict)  # of the file: `bytes`, `modified` (of a path)
+    provenance: dict[str, Any] = field(default_factory=_not_checked)  # see x2dfd.provenance
 
 
 def load_media(source: Source, *, max_frames: int = 16) -> Picture | Video:
@@ -110,9 +119,8 @@ def load_media(source: Source, *, max_frames: int = 16) -> Picture | Video:
         return _from_image(source)
     with _open(source) as (file, path):
         kind, name = _sniff(file)
-        if kind == "video":
-            return _load_video(file, name, max_frames, path)
-        return _load_file(file, name, path)
+        media = _load_video(file, name, max_frames, path) if kind == "video" else _load_file(file, name, path)
+        return replace(media, file=_file_facts(file, path) | media.file)
 
 
 def load_picture(source: Source) -> Picture:
@@ -127,7 +135,10 @@ def load_picture(source: Source) -> Picture:
 
 
 def media_summary(media: Picture | Video) -> dict[str, Any]:
-    """What `Report.media` holds: kind, format, width, height, n_frames, notes; for a video also duration and frames."""
+    """What `Report.media` holds: kind, format, width, height, n_frames, notes; for a video also duration and frames.
+
+    Of a file also its size in bytes, when it was last modified, and a summary of its EXIF.
+    """
     if isinstance(media, Picture):
         height, width = media.pixels.shape[:2]
         kind = "image"
@@ -141,6 +152,7 @@ def media_summary(media: Picture | Video) -> dict[str, Any]:
         "height": height,
         "n_frames": media.n_frames,
         "notes": list(media.notes),
+        **media.file,
     }
     if isinstance(media, Video):
         summary["duration_s"] = media.duration_s
@@ -215,6 +227,13 @@ def _open(source: str | Path | bytes) -> Iterator[tuple[BinaryIO, str | None]]:
         raise InputError("unreadable", f"the file cannot be read: {error.strerror}") from error
     with file:
         yield file, path
+
+
+def _file_facts(file: BinaryIO, path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {"bytes": file.seek(0, os.SEEK_END)}
+    info = os.fstat(file.fileno())
+    return {"bytes": info.st_size, "modified": datetime.fromtimestamp(int(info.st_mtime), UTC).isoformat()}
 
 
 def _check_bytes(size: int) -> None:
@@ -393,8 +412,27 @@ def _load_file(file: BinaryIO, name: str, path: str | None) -> Picture:
         else:
             orientation = _walk_ifds(image.info.get("exif", b"").removeprefix(b"Exif\0\0")).orientation
             image.load()
+        exif = _exif_summary(image, notes)
     pixels = _rgb(image, depth, inverted, orientation, notes)
-    return Picture(pixels, hashlib.sha256(data).hexdigest(), name, n_frames, tuple(dict.fromkeys(notes)), path)
+    digest = hashlib.sha256(data).hexdigest()
+    return Picture(pixels, digest, name, n_frames, tuple(dict.fromkeys(notes)), path, {"exif": exif} if exif else {})
+
+
+_EXIF = {271: "make", 272: "model", 305: "software", 306: "changed", 36867: "taken", 36868: "digitised"}
+"""Tags of EXIF 3.0 that are quoted. Names, comments, serial numbers and coordinates are not: they are about people."""
+
+
+def _exif_summary(image: Image.Image, notes: list[str]) -> dict[str, str]:
+    """Camera, software and times as the file states them (anyone can write them), and whether it states a place."""
+    try:
+        tags = image.getexif()
+        found = dict(tags) | dict(tags.get_ifd(0x8769))
+        place = bool(tags.get_ifd(0x8825))
+    except Exception as error:  # a parser fed with hostile bytes raises nearly anything; the picture itself was read
+        notes.append(f"exif_unreadable:{type(error).__name__}")
+        return {}
+    said = {name: _plain(str(found[tag]), 80) for tag, name in _EXIF.items() if found.get(tag)}
+    return said | ({"place": "stated, not copied here"} if place else {})
 
 
 def _from_image(image: Image.Image) -> Picture:

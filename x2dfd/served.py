@@ -153,8 +153,9 @@ class ServedMLLM:
         *,
         turns: Sequence[tuple[str, str]] = (),
         max_new_tokens: int = MAX_TOKENS,
+        on_text: Callable[[str], None] | None = None,
     ) -> list[str]:
-        """What follows each answer's `start`: the new text alone."""
+        """What follows each answer's `start`: the new text alone. `on_text` is told the first one, once, whole."""
 
         async def one(url: str, question: str, start: str) -> str:
             messages = self._messages(url, question, start, turns=turns)
@@ -162,7 +163,10 @@ class ServedMLLM:
             return _text(reply).strip().removeprefix(start).strip()
 
         asked = zip(look.urls, questions, starts, strict=True)
-        return self._all([one(u, q, s) for u, q, s in asked])
+        texts = self._all([one(u, q, s) for u, q, s in asked])
+        if on_text is not None and texts:
+            on_text(texts[0])
+        return texts
 
     def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str]) -> YesNo:
         """Every question about one face crop; P(yes) is 0.5 where neither yes nor no is likely."""

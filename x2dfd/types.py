@@ -6,7 +6,7 @@ This file imports neither torch nor numpy, so that `import x2dfd` stays instant.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 if TYPE_CHECKING:
@@ -158,22 +158,34 @@ class Report:
     versions: dict[str, str]
     timings: dict[str, float]  # seconds per stage, of the whole batch; `files`: how many files the batch held
     warnings: tuple[str, ...] = ()
+    likelihood_ratio: dict[str, Any] = field(default_factory=dict)  # `value`, `interval`, `limits`, `run`,
+    # `propositions`; or `value` None and the `reason`. Empty in reports of former versions
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As plain values. A map stands once, with its face; the evidence repeated from that face goes without."""
+        data = asdict(self)
+        if any(face.evidence == self.evidence for face in self.faces):
+            for evidence in data["evidence"]:
+                del evidence["map"]
+        return data
 
     def to_json(self, indent: int | None = None) -> str:
         return json.dumps(self.to_dict(), ensure_ascii=False, indent=indent, allow_nan=False)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
+        faces = tuple(FaceReport.from_dict(f) for f in data["faces"])
+        evidence = tuple(Evidence.from_dict(e) for e in data["evidence"])
+        if not any("map" in e for e in data["evidence"]):  # `to_dict` left them out
+            same = [f for f in faces if tuple(replace(e, map=()) for e in f.evidence) == evidence]
+            evidence = max(same, key=lambda f: f.verdict.p_fake or 0.0).evidence if same else evidence
         return cls(
             **{
                 **data,
                 "verdict": Verdict(**data["verdict"]),
-                "faces": tuple(FaceReport.from_dict(f) for f in data["faces"]),
+                "faces": faces,
                 "cues": tuple(Cue(**c) for c in data["cues"]),
-                "evidence": tuple(Evidence.from_dict(e) for e in data["evidence"]),
+                "evidence": evidence,
                 "warnings": tuple(data["warnings"]),
             }
         )

@@ -1,0 +1,269 @@
+"""The case record and `x2dfd verify`: an honest record holds, and each way of changing it is found."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import x2dfd
+from tests import tiny
+from x2dfd import case, cli
+from x2dfd.adapter import EMBEDDED, read_adapter_card
+from x2dfd.calibration import Calibration
+from x2dfd.detector import Detector, load
+from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.types import Report
+from x2dfd.validation import Validation
+
+Record = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, needs_base: None = None) -> tuple[Path, Path]:
+    from tests.conftest import require_base
+
+    require_base()
+    folder = tmp_path_factory.mktemp("models")
+    base = tiny.write_base(folder / "base")
+    return base, tiny.write_adapter(folder / "adapter", base)
+
+
+def validation_of(adapter: Path) -> Validation:
+    card, calibration = read_adapter_card(adapter), Calibration.load(adapter)
+    experts = {name: f"{tiny.Brightness.card.version} {sha}" for name, sha in card.experts.items()}
+    rate = {"value": 0.02, "interval": [0.0, 0.05], "n": 50}
+    return Validation(
+        run="detect, manifest abc", manifest_sha256="a" * 64,
+        model={"adapter_sha256": card.sha256, "experts": experts, "band": [calibration.low, calibration.high]},
+        n_real=50, n_fake=60, n_groups=40, methods=("swap",), sources=("film",),
+        rates={"false_alarms": rate, "misses": rate, "answered": {"value": 0.5, "n": 110}, "auc": rate}, cllr=0.6,
+        steps=((0.0, 0.05, 0.02, 0.1), (0.4, 1.5, 0.8, 2.5), (0.8, 30.0, 9.0, 60.0)),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def detector(folders: tuple[Path, Path]) -> Detector:
+    patch = pytest.MonkeyPatch()
+    patch.setitem(x2dfd.experts.BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
+    base, adapter = folders
+    validation_of(adapter).save(adapter)
+    loaded = load(base=str(base), adapter=adapter)
+    patch.undo()
+    return loaded
+
+
+@pytest.fixture(autouse=True)
+def known_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(x2dfd.experts.BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import skimage.data
+
+    path = tmp_path_factory.mktemp("photo") / "face.jpg"
+    Image.fromarray(skimage.data.astronaut()).save(path, quality=95)
+    return path
+
+
+@pytest.fixture(scope="module")
+def report(detector: Detector, photo: Path) -> Report:
+    return detector.detect(photo)
+
+
+@pytest.fixture
+def made(report: Report) -> Record:
+    record: Record = json.loads(case.dumps([report]))
+    return record
+
+
+def changed(made: Record, change: Callable[[Record], None], *, sealed: bool) -> Record:
+    other = copy.deepcopy(made)
+    change(other)
+    return other | {"seal": case.seal(other)} if sealed else other
+
+
+def test_an_honest_record_holds_and_holds_for_a_copy(
+    made: Record, photo: Path, detector: Detector, tmp_path: Path
+) -> None:
+    """A check that fails where nothing was touched is switched off by its users: path, times and batch may differ."""
+    assert case.verify(made, photo, detector) == case.Verification("holds", (), ())
+    copied = tmp_path / "another name.jpg"
+    shutil.copyfile(photo, copied)
+    older = changed(made, lambda m: m["reports"][0]["versions"].update(torch="1.0"), sealed=True)
+    found = case.verify(older, copied, detector)
+    assert found.outcome == "holds" and "1.0" in found.notes[0]
+
+
+def _set(*keys: Any, value: Any) -> Callable[[Record], None]:
+    def change(made: Record) -> None:
+        at: Any = made["reports"][0]
+        for key in keys[:-1]:
+            at = at[key]
+        at[keys[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (_set("verdict", "label", value="real"), "verdict.label"),
+        (_set("faces", 0, "verdict", "p_fake", value=0.01), "faces[0].verdict.p_fake"),
+        (_set("faces", 0, "evidence", 0, "score", value=0.0), "faces[0].evidence[0].score"),
+        (_set("faces", 0, "rationale", value="It is real."), "faces[0].rationale"),
+        (_set("likelihood_ratio", "value", value=400.0), "likelihood_ratio.value"),
+        (_set("model", "validation", "rates", "false_alarms", "value", value=0.0), "false_alarms.value"),
+        (_set("provenance", "state", value="trusted"), "provenance"),
+        (_set("media", "exif", value={"make": "Nikon"}), "media.exif"),
+        (_set("faces", value=[]), "faces"),
+    ],
+)
+def test_a_changed_finding_is_found_even_under_a_new_seal(
+    change: Callable[[Record], None], named: str, made: Record, photo: Path, detector: Detector,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A hash over the record stops nobody who can compute one: what counts is that judging anew gives the same."""
+    monkeypatch.setattr("x2dfd.detector.read_provenance", lambda source, format: {"state": "absent"})
+    made = changed(made, _set("provenance", value={"state": "absent"}), sealed=True)
+    assert case.verify(made, photo, detector).outcome == "holds"
+    found = case.verify(changed(made, change, sealed=True), photo, detector)
+    assert found.outcome == "differs" and any(named in line for line in found.differences), found
+    assert not any("seal" in line for line in found.differences)
+    unsealed = case.verify(changed(made, change, sealed=False), photo, detector)
+    assert unsealed.outcome == "differs" and "seal" in unsealed.differences[0]
+
+
+def test_another_file_and_a_changed_hash_are_found(
+    made: Record, photo: Path, detector: Detector, tmp_path: Path
+) -> None:
+    """One pixel, or one letter of the hash: then the record is about another file."""
+    other = tmp_path / photo.name
+    other.write_bytes(photo.read_bytes() + b"\0")
+    found = case.verify(made, other, detector)
+    assert found.outcome == "differs" and made["reports"][0]["sha256"][:12] in found.differences[0]
+    forged = changed(made, _set("sha256", value="0" * 64), sealed=True)
+    assert case.verify(forged, photo, detector).outcome == "differs"
+
+
+def test_another_model_is_no_proof_of_tampering(made: Record, photo: Path, detector: Detector) -> None:
+    """An updated model gives other numbers; calling that a forged record would accuse an honest office."""
+    old = changed(made, _set("model", "adapter_sha256", value="0" * 64), sealed=True)
+    found = case.verify(old, photo, detector)
+    assert found.outcome == "other_model" and "adapter_sha256" in found.differences[0]
+    assert case.verify({**old, "seal": "0" * 64}, photo, detector).outcome == "differs"
+
+
+def test_the_command_has_an_exit_code_for_each_outcome(
+    made: Record, photo: Path, detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script has to tell "forged" from "cannot be checked here" and from "no such file"."""
+    monkeypatch.setattr(x2dfd, "load", lambda model, **options: detector)
+    path = tmp_path / "a.case.json"
+    old = changed(made, _set("model", "adapter_sha256", value="0" * 64), sealed=True)
+    lied = changed(made, _set("verdict", "label", value="real"), sealed=True)
+    for record, code in ((made, 0), (lied, 3), (old, 4), ({"format": "x"}, 1)):
+        path.write_text(json.dumps(record))
+        ran = CliRunner().invoke(cli.app, ["verify", str(path), str(photo), "--json"])
+        assert ran.exit_code == code, ran.output
+        if code in case.EXIT_CODES.values():
+            assert case.EXIT_CODES[json.loads(ran.stdout)["outcome"]] == code
+
+
+def test_detect_writes_page_and_record_and_they_agree(
+    report: Report, detector: Detector, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record beside the page is what can be checked later; without a printer a PDF is refused before the work."""
+    monkeypatch.setattr(x2dfd, "load", lambda *_, **__: detector)
+    ran = CliRunner().invoke(cli.app, ["detect", str(photo), "--report", str(tmp_path / "face.html")])
+    assert ran.exit_code == 0, ran.output
+    made = case.read(tmp_path / "face.case.json")
+    assert case.verify(made, photo, detector).outcome == "holds"
+    assert Report.from_dict(made["reports"][0]).verdict == report.verdict
+    assert set(made["cards"]) == {tiny.EXPERT} and made["next_steps"]
+    assert made["reports"][0]["sha256"] in (tmp_path / "face.html").read_text()
+    monkeypatch.setattr("x2dfd.html_report.printer", lambda: (_ for _ in ()).throw(SetupError("no printer")))
+    ran = CliRunner().invoke(cli.app, ["detect", str(photo), "--report", str(tmp_path / "other.pdf")])
+    assert ran.exit_code == 1 and "no printer" in ran.output and not list(tmp_path.glob("other*"))
+
+
+def test_explaining_later_gives_what_explaining_at_once_gives(report: Report, detector: Detector, photo: Path) -> None:
+    """The app shows the verdict first: the explanation that follows must be the record's, and move nothing."""
+    heard: list[str] = []
+    quick = detector.detect(photo, rationale=False)
+    later = detector.explain(quick, photo, on_text=heard.append)
+    assert later.faces == report.faces and later.rationale == report.rationale
+    assert (later.verdict, later.evidence, later.cues) == (report.verdict, report.evidence, report.cues)
+    assert len(heard) > 1 and heard[-1] == later.rationale
+    with pytest.raises(x2dfd.InputError, match="not the picture"):
+        detector.explain(replace(quick, sha256="0"), photo)
+
+
+def test_likelihood_ratio_comes_from_a_run_of_this_very_model(report: Report, folders: tuple[Path, Path]) -> None:
+    """Error rates of other weights, or of another band, would be quoted as this model's."""
+    validation = validation_of(folders[1])
+    assert report.verdict.p_fake is not None
+    expected = validation.likelihood_ratio(report.verdict.p_fake)
+    assert {k: report.likelihood_ratio[k] for k in expected} == expected and expected["limits"] == [0.05, 30.0]
+    assert report.model["validation"]["run"] == "detect, manifest abc" and "steps" not in report.model["validation"]
+    for key, value in (("adapter_sha256", "x"), ("band", [0.3, 0.61]), ("experts", {})):
+        assert not validation.fits(report.model | {key: value})
+    assert [validation.likelihood_ratio(p)["value"] for p in (0.0, 0.39, 0.4, 0.8, 1.0)] == [
+        0.05,
+        0.05,
+        1.5,
+        30.0,
+        30.0,
+    ]
+
+
+def test_validation_files_are_checked(tmp_path: Path, folders: tuple[Path, Path]) -> None:
+    """Likelihood ratios that fall with the score, or a cut file, must not be quoted."""
+    validation = validation_of(folders[1])
+    assert Validation.load(tmp_path) is None
+    validation.save(tmp_path)
+    assert Validation.load(tmp_path) == validation
+    for broken in ("{", json.dumps(asdict(validation) | {"steps": [[0, 2, 1, 3], [0.5, 1, 1, 1]]}), "[]"):
+        (tmp_path / "validation.json").write_text(broken)
+        with pytest.raises(SetupError, match=r"eval\.validation"):
+            Validation.load(tmp_path)
+
+
+def test_the_shipped_validation_is_of_the_shipped_model() -> None:
+    """New weights beside the figures of the old ones; where there is no run yet, the file has to go."""
+    validation = Validation.load(EMBEDDED)
+    if validation is None:
+        return
+    card, calibration = read_adapter_card(EMBEDDED), Calibration.load(EMBEDDED)
+    assert validation.model["adapter_sha256"] == card.sha256, "run eval.validation, or delete validation.json"
+    assert validation.model["band"] == [calibration.low, calibration.high]
+    assert {name: text.split()[1] for name, text in validation.model["experts"].items()} == dict(card.experts)
+
+
+def test_pav_ratios_are_bounded_and_rise() -> None:
+    """A perfect separation of forty pictures supports a ratio of about twenty, not an infinite one."""
+    pytest.importorskip("sklearn")
+    from eval.validation import steps
+
+    labels = np.repeat([0, 1], 20)
+    scores = np.linspace(0.1, 0.9, 40)
+    table = steps(scores, labels, [str(i) for i in range(40)], draws=50)
+    assert [row[1] for row in table] == [pytest.approx(1 / 20, rel=0.01), pytest.approx(20, rel=0.01)]
+    assert table[0][0] == 0.0 and 0.4 < table[1][0] < 0.6
+    noise = np.random.default_rng(0).permutation(scores)
+    for _, ratio, low, high in steps(noise, labels, [str(i) for i in range(40)], draws=50):
+        assert low <= ratio <= high
+    with pytest.raises(X2DFDError, match="no finished run"):
+        from eval.validation import validation
+
+        validation(Path("nowhere"))

@@ -1,0 +1,245 @@
+"""Content Credentials: the five states on files signed here, and what is said where the reader is missing."""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+
+from x2dfd import provenance
+from x2dfd.errors import SetupError
+from x2dfd.html_report import PROVENANCE
+from x2dfd.media import Picture
+from x2dfd.provenance import TRUST, read_provenance
+
+CAPTURE = "http://cv.iptc.org/newscodes/digitalsourcetype/digitalCapture"
+
+
+def photo(format: str = "JPEG") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(skimage.data.astronaut()[::4, ::4]).save(buffer, format)
+    return buffer.getvalue()
+
+
+class Signer:
+    """An authority and a signer's certificate, made for one test run; `anchors` is the authority's in PEM."""
+
+    def __init__(self) -> None:
+        pytest.importorskip("c2pa", reason="c2pa-python is not installed: pip install -c constraints.txt '.[c2pa]'")
+        from cryptography import x509
+        from cryptography.hazmat.primitives import hashes, serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+        from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+        self.key = ec.generate_private_key(ec.SECP256R1())
+        authority = ec.generate_private_key(ec.SECP256R1())
+        now = datetime.now(UTC)
+
+        def certificate(name: str, key: Any, ca: bool) -> Any:
+            def named(text: str) -> Any:
+                parts = ((NameOID.ORGANIZATION_NAME, "Test"), (NameOID.COMMON_NAME, text))
+                return x509.Name([x509.NameAttribute(kind, value) for kind, value in parts])
+
+            uses = dict.fromkeys(
+                ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "crl_sign",
+                 "encipher_only", "decipher_only"), False,
+            )  # fmt: skip
+            usage = x509.KeyUsage(digital_signature=not ca, key_cert_sign=ca, **uses)
+            builder = (
+                x509.CertificateBuilder(named("an authority"), named(name), key.public_key())
+                .serial_number(x509.random_serial_number())
+                .not_valid_before(now - timedelta(days=1))
+                .not_valid_after(now + timedelta(days=2))
+                .add_extension(x509.BasicConstraints(ca, None), True)
+                .add_extension(usage, True)
+                .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False)
+                .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()), False)
+            )
+            if not ca:
+                mail = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.EMAIL_PROTECTION])
+                builder = builder.add_extension(mail, True)
+            return builder.sign(authority, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
+
+        self.anchors = certificate("an authority", authority, True)
+        self.chain = certificate("a camera", self.key, False) + self.anchors
+
+    def sign(self, content: bytes, mime: str = "image/jpeg") -> bytes:
+        import c2pa
+        from cryptography.hazmat.primitives import hashes
+        from cryptography.hazmat.primitives.asymmetric import ec
+        from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+
+        def raw(data: bytes) -> bytes:
+            return b"".join(n.to_bytes(32, "big") for n in decode_dss_signature(self.key.sign(data, ec.ECDSA(sha))))
+
+        sha = hashes.SHA256()
+        action = {"action": "c2pa.created", "digitalSourceType": CAPTURE}
+        manifest = {
+            "claim_generator_info": [{"name": "a <b>test</b>", "version": "1"}],
+            "assertions": [{"label": "c2pa.actions", "data": {"actions": [action]}}],
+        }
+        out = io.BytesIO()
+        with c2pa.Signer.from_callback(raw, c2pa.C2paSigningAlg.ES256, self.chain) as signer:
+            c2pa.Builder(manifest).sign(signer, mime, io.BytesIO(content), out)
+        return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def signer() -> Signer:
+    return Signer()
+
+
+@pytest.fixture(autouse=True)
+def no_trust_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(TRUST, raising=False)
+
+
+def test_a_signed_file_is_valid_and_not_trusted(signer: Signer) -> None:
+    """Anyone can sign: a certificate of one's own must not read as a trusted camera."""
+    for format, mime in (("JPEG", "image/jpeg"), ("PNG", "image/png"), ("WEBP", "image/webp")):
+        found = read_provenance(signer.sign(photo(format), mime), format)
+        assert found["state"] == "valid_untrusted" and "signingCredential.untrusted" in found["codes"]
+        assert (found["signer"], found["generator"]) == ("a camera", "a <b>test</b>")
+        assert found["source_types"] == ["digitalCapture"]
+        assert json.loads(json.dumps(found)) == found
+
+
+def test_a_signer_on_the_trust_list_is_trusted(signer: Signer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A newsroom's own list must count, and another authority's must not."""
+    signed = signer.sign(photo())
+    for anchors, state in ((signer.anchors, "trusted"), (Signer().anchors, "valid_untrusted")):
+        (tmp_path / "trust.pem").write_text(anchors)
+        monkeypatch.setenv(TRUST, str(tmp_path / "trust.pem"))
+        assert read_provenance(signed, "JPEG")["state"] == state
+    monkeypatch.setenv(TRUST, str(tmp_path / "none.pem"))
+    with pytest.raises(SetupError, match="cannot be read"):
+        read_provenance(signed, "JPEG")
+
+
+def test_changed_pixels_are_invalid_and_missing_credentials_absent(signer: Signer) -> None:
+    """Silence read as a broken signature accuses; a broken signature read as silence hides an edit."""
+    signed = bytearray(signer.sign(photo()))
+    signed[-500] ^= 0x55
+    found = read_provenance(bytes(signed), "JPEG")
+    assert found["state"] == "invalid" and "assertion.dataHash.mismatch" in found["codes"]
+    assert read_provenance(photo(), "JPEG") == {"state": "absent"}
+
+
+def test_a_damaged_manifest_is_an_error(signer: Signer) -> None:
+    """A store that cannot be parsed is neither absent nor a verdict, and must not end the run."""
+    signed = bytearray(signer.sign(photo()))
+    at = signed.find(b"jumb")
+    signed[at + 40 : at + 60] = bytes(20)
+    found = read_provenance(bytes(signed), "JPEG")
+    assert found["state"] == "error" and found["reason"]
+
+
+def test_nothing_is_fetched(signer: Signer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A file that names a manifest or a revocation list elsewhere would tell its maker who looks at it."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a connection was opened")
+
+    content = photo()
+    xmp = b"http://ns.adobe.com/xap/1.0/\0" + (
+        b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        b'<rdf:Description xmlns:dcterms="http://purl.org/dc/terms/" dcterms:provenance="%s"/></rdf:RDF></x:xmpmeta>'
+    )
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        part = xmp % b"http://127.0.0.1:%d/m.c2pa" % server.getsockname()[1]
+        part = b"\xff\xe1" + (len(part) + 2).to_bytes(2, "big") + part
+        found = read_provenance(content[:2] + part + content[2:], "JPEG")
+        assert found["state"] == "error"
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+class Stub:
+    """Stands in for c2pa-python, so that the states are tested where it is not installed."""
+
+    class C2paError(Exception):
+        class ManifestNotFound(Exception):
+            pass
+
+    Settings = SimpleNamespace(from_dict=lambda settings: settings)
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+        self.settings: Any = None
+
+    def Context(self, settings: Any) -> Any:
+        self.settings = settings
+
+    def Reader(self, mime: str, stream: Any, context: Any) -> Any:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def get_validation_state(self) -> Any:
+        return self.answer
+
+    def get_active_manifest(self) -> dict[str, Any]:
+        return {"signature_info": {"issuer": "X\nY" * 200}, "assertions": [{"label": "c2pa.actions.v2", "data": None}]}
+
+    def get_validation_results(self) -> dict[str, Any]:
+        failed = {"validationDeltas": {"failure": [{"code": "b"}, {"code": "a"}, {"code": "b"}]}}
+        return {"activeManifest": None, "ingredientDeltas": [failed]}
+
+
+@pytest.mark.parametrize(
+    ("answer", "state"),
+    [
+        ("Trusted", "trusted"), ("Valid", "valid_untrusted"), ("Invalid", "invalid"), (None, "error"),
+        (Stub.C2paError("broken"), "error"), (Stub.C2paError.ManifestNotFound(), "absent"),
+    ],
+)  # fmt: skip
+def test_each_answer_of_the_reader_has_one_state(answer: Any, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state that the reader learns to give, or an error, must not become "absent"."""
+    stub = Stub(answer)
+    monkeypatch.setitem(sys.modules, "c2pa", stub)
+    monkeypatch.setattr(provenance, "find_spec", lambda name: True)
+    found = read_provenance(photo(), "JPEG")
+    assert found["state"] == state and state in PROVENANCE
+    assert stub.settings["verify"] == {"remote_manifest_fetch": False, "ocsp_fetch": False, "verify_trust": True}
+    if state == "invalid":
+        assert found["codes"] == ["a", "b"] and found["signer"].startswith("X YX Y") and len(found["signer"]) == 200
+
+
+def test_without_the_package_nobody_looked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "absent" where nobody looked would be an invented finding."""
+    monkeypatch.setattr(provenance, "find_spec", lambda name: None)
+    found = read_provenance(photo(), "JPEG")
+    assert found["state"] == "not_checked" and "pip install" in found["reason"]
+    monkeypatch.setattr(provenance, "find_spec", lambda name: True)
+    monkeypatch.setitem(sys.modules, "c2pa", Stub("Trusted"))
+    assert read_provenance(photo("BMP"), "BMP")["state"] == "not_checked"
+
+
+def test_provenance_never_moves_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An invalid signature is no forgery and a valid one no clearance: p_fake must be the same number beside any."""
+    from x2dfd import detector
+
+    seen: list[Picture] = []
+    for state in ("invalid", "trusted"):
+        monkeypatch.setattr(detector, "read_provenance", lambda source, format, state=state: {"state": state})
+        media = detector._open(photo())
+        assert isinstance(media, Picture)
+        seen.append(media)
+        assert media.provenance == {"state": state}
+    assert np.array_equal(seen[0].pixels, seen[1].pixels) and seen[0].sha256 == seen[1].sha256

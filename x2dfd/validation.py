@@ -1,0 +1,73 @@
+"""What a model's validation run says: its error rates, and how much a score weighs as a likelihood ratio.
+
+`validation.json` beside an adapter's weights, made by `python -m eval.validation` from a run of `run_bench.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from x2dfd.errors import SetupError
+from x2dfd.files import write_text
+
+FILE = "validation.json"
+PROPOSITIONS = (
+    "H1: the most suspicious face in the picture was forged, in one of the ways that the validation run holds.",
+    "H2: every face in the picture is as a camera took it, in a picture like the real ones of the validation run.",
+)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Error rates of one run over labelled pictures, and its likelihood ratios in steps."""
+
+    run: str  # task and manifest, for people
+    manifest_sha256: str
+    model: dict[str, Any]  # adapter_sha256, experts and band of the model that was validated
+    n_real: int
+    n_fake: int
+    n_groups: int
+    methods: tuple[str, ...]  # kinds of forgery in it
+    sources: tuple[str, ...]  # of its real pictures
+    rates: dict[str, Any]  # false_alarms, misses, answered, auc: value, with n and interval where they have one
+    cllr: float  # log-likelihood-ratio cost of p_fake in that run: 0 is perfect, 1 says nothing
+    steps: tuple[tuple[float, float, float, float], ...]  # from this p_fake on: likelihood ratio, and its 95 % interval
+
+    def fits(self, facts: Mapping[str, Any]) -> bool:
+        """Whether it was made with that model: weights, experts and band are the same."""
+        return all(facts.get(key) == value for key, value in self.model.items())
+
+    def likelihood_ratio(self, p_fake: float) -> dict[str, Any]:
+        """How many times as frequent a score like this one is under H1 as under H2, with interval and limits."""
+        _, value, low, high = self.steps[max(bisect_right([s[0] for s in self.steps], p_fake) - 1, 0)]
+        return {"value": value, "interval": [low, high], "limits": [self.steps[0][1], self.steps[-1][1]]}
+
+    def summary(self) -> dict[str, Any]:
+        """What a report repeats of it: everything but the steps."""
+        told = asdict(self)
+        del told["steps"], told["model"]
+        return told | {"methods": list(self.methods), "sources": list(self.sources)}
+
+    def save(self, folder: Path) -> None:
+        write_text(folder / FILE, json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Validation | None:
+        """None where the folder has none. Raises SetupError when the file is damaged."""
+        path = folder / FILE
+        if not path.is_file():
+            return None
+        try:
+            data = json.loads(path.read_text("utf-8"))
+            steps = tuple((float(a), float(b), float(c), float(d)) for a, b, c, d in data["steps"])
+            begins, ratios = [s[0] for s in steps], [s[1] for s in steps]
+            if begins != sorted(begins) or ratios != sorted(ratios) or ratios[0] <= 0:
+                raise ValueError("its likelihood ratios do not rise with the score")
+            return cls(**{**data, "steps": steps, "methods": tuple(data["methods"]), "sources": tuple(data["sources"])})
+        except (OSError, ValueError, TypeError, LookupError) as error:
+            raise SetupError(f"{path} cannot be read: {error!r}. Make it: python -m eval.validation") from error
