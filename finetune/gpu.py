@@ -42,11 +42,11 @@ VERDICTS = 16  # faces in one batch
 
 
 def geometry(tiny: bool) -> Any:
-    """LLaVA-1.5-7B's configuration, which is LlavaConfig's default; or a toy's."""
+    """LLaVA-1.5-7B's configuration: LlavaConfig's default with the hub checkpoint's vocabulary; or a toy's."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     if not tiny:
-        return LlavaConfig()
+        return LlavaConfig(text_config=LlamaConfig(vocab_size=32064))
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
     )

@@ -309,7 +309,7 @@ def test_the_key_is_the_environments_and_sent_only_to_the_endpoint(
         with pytest.raises(SetupError, match="refuses the key") as caught:
             ServedMLLM(endpoint.url, "m")
         assert "another" not in str(caught.value)
-    for url in ("ftp://h/v1", "localhost:8000", f"http://user:{KEY}@h/v1", ""):
+    for url in ("ftp://h/v1", "localhost:8000", "http://user:" + KEY + "@h/v1", ""):
         with pytest.raises(SetupError, match="needs an address") as caught:
             ServedMLLM(url, "m")
         assert KEY not in str(caught.value)
