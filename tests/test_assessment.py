@@ -306,7 +306,7 @@ def test_cover_table_speaks_of_real_experts_and_cues() -> None:
     assert set(COVERS) <= set(BUILTIN)
     for pairs in COVERS.values():
         assert all(a in ("*", *AREAS) and b in ("*", *ARTIFACTS) for a, b in pairs)
-    assert experts_for("whole-image", "texture") == ("clip", "consistency")
+    assert experts_for("whole-image", "texture") == ("clip", "consistency", "upsampling", "spectrum-noise")
     # What the committed network was never taught it cannot cover.
     allowed = load_weights(read_card(WEIGHTS / "consistency.card.json"))["allowed"]
     taught = {artifact for k, artifact in enumerate(ARTIFACTS) if allowed[:, k].any()}
