@@ -217,7 +217,9 @@ def train(data: Path, steps: int, work: Path, path: Path = WEIGHTS) -> None:
         kept = work / f"{design.name}-{steps}-{manifest_sha256(data)[:12]}.safetensors"
         nets[design.name] = Autoencoder(design).eval()
         if not kept.is_file():
-            save_file(train_one(design, crops.crops, rows, steps).state_dict(), kept)
+            trained = train_one(design, crops.crops, rows, steps).state_dict()
+            save_file(trained, kept.with_suffix(".tmp"))
+            kept.with_suffix(".tmp").replace(kept)
         nets[design.name].load_state_dict(load_file(kept))
         fidelity[design.name] = round(_fidelity(nets[design.name], crops.crops[checked]), 2) if checked else None
     save_bank(nets, path)

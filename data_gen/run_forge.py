@@ -25,7 +25,7 @@ from rich.progress import track
 from data_gen.forge import HARMLESS, METHODS, Forgery, Photo, forge
 from x2dfd.errors import InputError, UnknownName, X2DFDError
 from x2dfd.faces import find_faces
-from x2dfd.files import write_text
+from x2dfd.files import file_sha256, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest, write_manifest
 from x2dfd.media import load_picture
 
@@ -282,6 +282,10 @@ def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
     manifest, part = out / "manifest.jsonl", out / "manifest.part.jsonl"
     settings = {**asdict(config), "data": manifest_sha256(config.data), "methods": list(config.methods)}
     settings["splits"] = list(config.splits)
+    if {"autoencode", "redraw"} & set(config.methods):  # other decoders draw other pictures
+        from data_gen.decoders import WEIGHTS
+
+        settings["decoders"] = file_sha256(WEIGHTS)
     saved = out / "forge.json"
     if saved.is_file() and json.loads(saved.read_text()) != settings:
         raise X2DFDError(f"{out} holds a forge run with other settings; choose another --out")

@@ -64,7 +64,7 @@ def detect(results: dict[str, Result], *, all_methods: bool = False) -> str:
             f"`{name}`: model `{result['model']['name']}`, manifest `{data['sha256'][:12]}`, "
             f"split {data['split'] or 'all'}, {data['n_real']} real and {data['n_fake']} fake, "
             f"{data['n_groups']} groups, {failed} not readable. "
-            "False alarms: reals called fake at the shipped threshold."
+            f"False alarms: reals called fake at the shipped threshold{_answered(first)}."
             + (" † left out of the MLLM's training and the calibration (experts: see their cards)." if held_out else "")
         )
         if pooled:
@@ -332,6 +332,15 @@ def _plain(value: float | None) -> str:
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _answered(scorer: Result) -> str:
+    """How much the verdicts answer, and how many fakes they call real; nothing for scores without answers."""
+    found = scorer.get("answers")
+    if not found or "misses" not in found:
+        return ""
+    misses = _number(found["misses"], percent=True)
+    return f"; {100 * found['coverage']:.0f} % were answered, the others are inconclusive; fakes called real: {misses}"
 
 
 def _number(measured: Result, *, percent: bool = False, interval: bool = True) -> str:

@@ -89,7 +89,11 @@ def read(path: Path) -> dict[str, Any]:
         made = json.loads(path.read_text("utf-8"))
         if made["format"] != FORMAT or not isinstance(made["reports"], list) or not isinstance(made["seal"], str):
             raise ValueError("it is of another format")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        for report in made["reports"]:
+            shapes = {"model": dict, "media": dict, "provenance": dict, "faces": list}
+            if not all(isinstance(report.get(key, kind()), kind) for key, kind in shapes.items()):
+                raise ValueError("a report in it has another shape")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise X2DFDError(
             f"{path} is no case record ({error!r}); `x2dfd detect FILE --report NAME.html` writes NAME.case.json"
         ) from error

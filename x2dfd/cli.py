@@ -184,6 +184,8 @@ def detect(
     if bool(paths) == (manifest is not None):
         raise typer.BadParameter("give paths, or --manifest FILE", param_hint="PATH")
     part, parts = _shard(shard)
+    if parts > 1 and report is not None:
+        raise typer.BadParameter("each shard would write the same page; make it of the whole", param_hint="--report")
     if out is not None:
         if out.suffix not in (".parquet", ".jsonl"):
             raise typer.BadParameter(f"{out} ends in neither .parquet nor .jsonl", param_hint="--out")

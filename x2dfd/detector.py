@@ -306,7 +306,7 @@ class Detector:
         if self.mode == "paper" or self.calibration is None:
             p = float(1 / (1 + np.exp(-mllm_logit)))
             return Verdict("fake" if p >= self.facts["threshold"] else "real", p)
-        logits = {MLLM: mllm_logit} | {e.expert: None if e.score is None else logit(e.score) for e in evidence}
+        logits = _parts(mllm_logit, evidence)
         return self.calibration.verdict(self.calibration.probability(logits), logits)
 
     def _report(
@@ -357,7 +357,7 @@ class Detector:
         p = float(np.mean(list(frames.values())))
         if self.mode == "paper" or self.calibration is None:
             return Verdict("fake" if p >= self.facts["threshold"] else "real", p), deciding
-        return self.calibration.verdict(p, {}), deciding
+        return self.calibration.verdict(p, _logits(deciding)), deciding
 
 
 def load(
@@ -513,6 +513,15 @@ def _check_experts(wanted: Mapping[str, str], loaded: Sequence[Expert], names: S
                 f"the adapter goes with other weights of expert {name!r} than are here: put those back that its card "
                 "and calibration name, or fit it to these: python -m finetune.calibrate --other-experts"
             )
+
+
+def _parts(mllm_logit: float, evidence: Sequence[Evidence]) -> dict[str, float | None]:
+    """What the calibration joins, by name."""
+    return {MLLM: mllm_logit} | {e.expert: None if e.score is None else logit(e.score) for e in evidence}
+
+
+def _logits(face: FaceReport) -> dict[str, float | None]:
+    return _parts(logit(face.p_fake_mllm if face.p_fake_mllm is not None else 0.5), face.evidence)
 
 
 def deciding_face(report: Report) -> FaceReport | None:

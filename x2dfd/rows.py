@@ -140,10 +140,15 @@ class Rows:
 
     def close(self) -> None:
         """Keep what was added and let go of the file."""
-        if not self._closed:
-            self._base.execute("COMMIT")
-            self._base.close()
+        if self._closed:
+            return
         self._closed = True
+        try:
+            with self._guard():
+                if self._base.in_transaction:  # a full disk has ended it already
+                    self._base.execute("COMMIT")
+        finally:
+            self._base.close()
 
     def _in_order(self) -> Iterator[list[dict[str, Any]]]:
         columns = ", ".join(f"rows.{c}" for c in COLUMNS)
@@ -192,8 +197,9 @@ def work_file(path: Path) -> Path:
 
 
 def model_hash(model: Mapping[str, Any]) -> str:
-    """SHA-256 of Report.model."""
-    return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
+    """SHA-256 of Report.model, without what is only said about the model: that moves no answer."""
+    moves = {key: value for key, value in model.items() if key not in ("validation", "blind_spot", "licence")}
+    return hashlib.sha256(json.dumps(moves, sort_keys=True).encode()).hexdigest()
 
 
 def utf8(path: str | Path) -> str:

@@ -152,7 +152,7 @@ def _fit_head(
 
 
 def _logistic(x: Tensor, y: NDArray[np.bool_], weights: NDArray[np.float64], ridge: float) -> tuple[Tensor, Tensor]:
-    """Weighted ridge logistic regression by L-BFGS; the penalty is ridge / features * |w|^2 / 2 after standardising."""
+    """Weighted ridge logistic regression by L-BFGS; the penalty is ridge * |w|^2 / 2 after standardising."""
     target, balance = torch.from_numpy(y).float(), torch.from_numpy(weights).float()
     w, b = torch.zeros(x.shape[1], requires_grad=True), torch.zeros((), requires_grad=True)
     # To the end: stopped early, it calls fake whatever it does not know, and generators left out look easy.

@@ -82,7 +82,13 @@ def spectrum_noise(
         trained_on=f"two views each of {int(train.sum()) // 2} pictures: real photos and harmless changes against "
         f"forgeries and generated faces; sources: {source_names(s for s in samples if s.split == 'train')}",
         figures={
-            "chosen": {"hidden_units": units, "penalty": penalty, "worth": round(worth, 4), "of": len(_CHOICES)},
+            "chosen": {
+                "on": "the same pictures",
+                "hidden_units": units,
+                "penalty": penalty,
+                "worth": round(worth, 4),
+                "of": len(_CHOICES),
+            },
             "auc_method_left_out": left_out,
             "auc_of_source": of_source,
             "calib_auc_by_method": by_method(checked, scores),
