@@ -74,6 +74,7 @@ IMITATES = {
     "make_up": "Painted lips and lids: worn, not forged.",
     "glasses": "Frames in front of the eyes: an odd thing on a face is no forgery of it.",
     "caption": "Lettering over the picture, as platforms and broadcasters add.",
+    "screenshot": "Scaled and sharpened on a screen, bars of an app at the edge.",
     "share_twice": "Scaled and compressed twice, as a message that was passed on.",
 }
 """What each method imitates, in a sentence."""

@@ -654,6 +654,21 @@ def caption(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Mad
     return _everywhere(out, photo)
 
 
+def screenshot(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
+    """As shown on a screen: scaled, sharpened by the viewer, bars of an app above or below."""
+    out = np.clip(
+        rescale(photo.pixels.astype(np.float32), rng.uniform(0.75 - 0.3 * strength, 1.0), cv2.INTER_CUBIC), 0, 255
+    )
+    out = np.clip(out + (out - soft(out, 1.0)) * rng.uniform(0.1, 0.2 + 0.5 * strength), 0, 255)
+    height = out.shape[0]
+    thick = max(2, round(rng.uniform(0.02, 0.05) * height))
+    shade = float(rng.choice([12.0, 28.0, 240.0, 250.0]))
+    for bar in (slice(0, thick), slice(height - thick, height)):
+        if rng.random() < 0.6:
+            out[bar] = shade
+    return _everywhere(out, photo)
+
+
 def share_twice(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
     """Scaled and compressed twice, as a message that is passed on."""
     x: Array = photo.pixels
@@ -675,6 +690,7 @@ HARMLESS: dict[str, Method] = {
         Method("make_up", "real", make_up),
         Method("glasses", "real", glasses),
         Method("caption", "real", caption),
+        Method("screenshot", "real", screenshot),
         Method("share_twice", "real", share_twice),
     )
 }
