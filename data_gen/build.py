@@ -162,6 +162,7 @@ def _records(
         "cues": [asdict(c) for c in sample.cues],
         "mask": str(sample.mask) if sample.mask else None,
         "dataset": sample.source,
+        "licence": str(sample.extra.get("licence") or "not stated"),
         "group": sample.group,
         "split": sample.split,
         "method": sample.method,
@@ -225,7 +226,7 @@ def _write_parquet(path: Path, records: Sequence[dict[str, Any]]) -> None:
 
 
 def _card(records: Sequence[dict[str, Any]], config: BuildConfig, out: Path) -> dict[str, Any]:
-    """Data card: counts per task, split, source, label, method, class and cue, and how varied the explanations are."""
+    """Data card: counts per task, split, source, licence, label, method, class and cue; how varied the texts are."""
     main = [r for r in records if r["task"] == "detect"]
     answers = [r["conversations"][1]["value"] for r in main]
 
@@ -242,6 +243,7 @@ def _card(records: Sequence[dict[str, Any]], config: BuildConfig, out: Path) -> 
         "split": count("split"),
         "label": count("label"),
         "dataset": count("dataset"),
+        "licence": count("licence"),
         "method": count("method"),
         "df_class": count("df_class"),
         "cues": dict(cues.most_common()),

@@ -203,6 +203,8 @@ def _item(source: _Source, out: Path, index: int) -> dict[str, Any]:
             row |= {"label": "real"}
         row |= {"method": made.method, "df_class": made.df_class, "cues": [asdict(c) for c in made.cues]}
     row |= {"source": sample.source, "group": sample.group, "split": split, "strength": made.strength}
+    if sample.extra.get("licence"):
+        row["licence"] = sample.extra["licence"]  # what is made of a photo stands under its licence too
     row["sha256"] = _save_jpeg(file, made.pixels, quality)
     return row
 

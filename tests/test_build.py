@@ -226,6 +226,7 @@ def test_the_data_card_counts_what_is_there(manifest: Path, tmp_path: Path) -> N
     assert card["records"] == dict(tasks)
     assert tasks["detect"] == tasks["detect_plain"] == tasks["classify"] == 12 and tasks["cue"] == 24
     assert card["split"] == {"calib": 2, "train": 10}
+    assert card["licence"] == {"not stated": 12}
     assert card["label"] == {"fake": 6, "real": 6}
     assert card["df_class"] == {"FS": 6, "real": 6}
     assert card["method"] == {"": 6, "swap": 2, "swap+warp": 2, "warp": 2}

@@ -24,7 +24,7 @@ from x2dfd.degrade import codec, degrade, rescale, soft, tone, video_codec
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.faces import area_mask, find_faces
 from x2dfd.files import file_sha256
-from x2dfd.manifest import read_manifest
+from x2dfd.manifest import read_manifest, write_manifest
 from x2dfd.types import AREAS, ARTIFACTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -335,6 +335,17 @@ def test_any_number_of_workers_gives_the_same_bytes(config: ForgeConfig, tmp_pat
     assert len(files) > 20 and files == _files(tmp_path / "two")
     run(replace(config, seed=8), tmp_path / "other")
     assert not set(files.values()) & {h for n, h in _files(tmp_path / "other").items() if n.endswith(".jpg")}
+
+
+def test_what_is_made_of_a_photo_keeps_its_licence(config: ForgeConfig, tmp_path: Path) -> None:
+    """Bug prevented: a data card that cannot say under what licence its pictures stand."""
+    keys = ("label", "method", "df_class", "source", "group", "split")
+    rows = [{"path": str(s.path), **{k: getattr(s, k) for k in keys}} for s in read_manifest(config.data)]
+    write_manifest(tmp_path / "m.jsonl", [row | {"licence": "CC0"} for row in rows])
+    run(replace(config, data=str(tmp_path / "m.jsonl"), count=3), tmp_path / "with")
+    run(replace(config, count=3), tmp_path / "without")
+    assert [row.get("licence") for row in _rows(tmp_path / "with")] == ["CC0"] * 3
+    assert [row.get("licence") for row in _rows(tmp_path / "without")] == [None] * 3
 
 
 def test_a_killed_run_goes_on_where_it_stopped(
