@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib
 import io
 import os
 import shutil
@@ -11,7 +10,6 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,43 +87,33 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 
 def printer() -> str:
-    """What prints pages to PDF here: a browser's path, or "weasyprint". Raises SetupError with what to install."""
+    """The browser that prints pages to PDF here: its path. Raises SetupError with what to install.
+
+    A browser and nothing smaller: other HTML printers lay out neither grids nor the face boxes.
+    """
     browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if browser:
-        return browser
-    if find_spec("weasyprint"):
-        return "weasyprint"
-    raise SetupError(
-        "a PDF needs a printer, and none is here: install chromium (apt install chromium) or pip install weasyprint, "
-        "or take --report NAME.html and print it from a browser"
-    )
+    if browser is None:
+        raise SetupError(
+            "a PDF needs a browser to print it, and none is here: install chromium (apt install chromium), or take "
+            "--report NAME.html and print it from a browser"
+        )
+    return browser
 
 
 def write_pdf(path: str | os.PathLike[str], html: str) -> None:
     """Prints a page to `path`, whole or not at all. Raises SetupError where nothing here prints, or it fails."""
-    with_what = printer()
+    browser = printer()
     with tempfile.TemporaryDirectory(prefix="x2dfd-") as folder:
         page, out = Path(folder) / "page.html", Path(folder) / "page.pdf"
         page.write_text(html, "utf-8")
+        command = [browser, "--headless", "--disable-gpu", "--no-pdf-header-footer", f"--user-data-dir={folder}"]
+        command += ["--no-sandbox"] if os.geteuid() == 0 else []  # as root a browser starts in no other way
+        command += [f"--print-to-pdf={out}", page.as_uri()]
         try:
-            if with_what == "weasyprint":
-                importlib.import_module("weasyprint").HTML(filename=str(page)).write_pdf(str(out))
-            else:
-                command = [
-                    with_what,
-                    "--headless",
-                    "--disable-gpu",
-                    "--no-pdf-header-footer",
-                    f"--user-data-dir={folder}",
-                ]
-                command += ["--no-sandbox"] if os.geteuid() == 0 else []  # as root a browser starts in no other way
-                command += [f"--print-to-pdf={out}", page.as_uri()]
-                subprocess.run(command, check=True, capture_output=True, timeout=120)
+            subprocess.run(command, check=True, capture_output=True, timeout=120)
             data = out.read_bytes()
-        except (OSError, subprocess.SubprocessError, ImportError) as error:
-            raise SetupError(
-                f"{with_what} could not print the page ({error}); print the HTML from a browser"
-            ) from error
+        except (OSError, subprocess.SubprocessError) as error:
+            raise SetupError(f"{browser} could not print the page ({error}); print the HTML from a browser") from error
     write_bytes(Path(path), data)
 
 
@@ -580,7 +568,7 @@ footer { padding-top: 1.5rem; padding-bottom: 2.5rem; color: var(--soft); font-s
   body { font-size: 10.5pt; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   section.file + section.file { break-before: page; border-top: 0; }
-  figure, .verdict, .expert, tr, .note, dl > * { break-inside: avoid; } h2, h3, h4, dt { break-after: avoid; }
+  figure, .verdict, tr, .note, dl > * { break-inside: avoid; } h2, h3, h4, dt { break-after: avoid; }
   .picture img { max-height: 14cm; width: auto; }
   details::details-content { content-visibility: visible; block-size: auto; }
 }
