@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from external_detectors.weights_io import WEIGHTS, load_weights, to_unit
+from external_detectors.weights_io import WEIGHTS, load_weights, score_crops
 from x2dfd.experts import Shared, read_card
 from x2dfd.types import Card, Evidence, Face
 
@@ -31,12 +31,4 @@ class Blending:
         self._net.eval()
 
     def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
-        import numpy as np
-        import torch
-
-        if not faces:
-            return []
-        crops = torch.from_numpy(np.stack([f.crop for f in faces]))
-        with torch.inference_mode():
-            scores = self._net(to_unit(crops)).sigmoid().tolist()
-        return [Evidence(self.card.name, float(s)) for s in scores]
+        return score_crops(self._net, self.card.name, faces)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -14,7 +16,7 @@ from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.experts import write_card
 from x2dfd.faces import PREPROCESSING
 from x2dfd.files import file_sha256
-from x2dfd.types import Card
+from x2dfd.types import Card, Evidence, Face
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -51,6 +53,16 @@ def save_weights(state: dict[str, Tensor], card: Card, folder: Path = WEIGHTS) -
     card = replace(card, weights=name, sha256=file_sha256(folder / name))
     write_card(folder / f"{card.name}.card.json", card)
     return card
+
+
+def score_crops(net: torch.nn.Module, name: str, faces: Sequence[Face]) -> list[Evidence]:
+    """What a network that gives one logit a crop says of each face, as expert `name`."""
+    if not faces:
+        return []
+    crops = torch.from_numpy(np.stack([f.crop for f in faces]))
+    with torch.inference_mode():
+        scores = net(to_unit(crops)).sigmoid().tolist()
+    return [Evidence(name, float(s)) for s in scores]
 
 
 def to_unit(crops: Tensor) -> Tensor:

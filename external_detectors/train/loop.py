@@ -117,14 +117,6 @@ def by_source(samples: list[Sample], scores: NDArray[np.float64]) -> dict[str, f
     return {str(s): round(float((scores[real & (found == s)] >= 0).mean()), 3) for s in sorted(set(found[real]))}
 
 
-def drawn_whole(sample: Sample) -> bool:
-    """The whole picture was drawn by a generator or a decoder (as opposed to a photo that was changed in part)."""
-    return sample.label == "fake" and (sample.mask is None or sample.method in WHOLE)
-
-
-WHOLE = ("redraw",)
-"""Forge methods that draw the whole picture anew."""
-
 SAVE_EVERY = 200
 """Steps between two states on disk; the last step is always saved."""
 

@@ -18,14 +18,13 @@ from external_detectors.train.loop import (
     balanced,
     by_method,
     by_source,
-    drawn_whole,
     fit,
     source_names,
 )
 from external_detectors.weights_io import WEIGHTS, save_weights, to_unit
 from x2dfd.crops import load_crops
 from x2dfd.faces import PREPROCESSING
-from x2dfd.manifest import manifest_sha256
+from x2dfd.manifest import Sample, manifest_sha256
 from x2dfd.types import Card
 
 
@@ -46,7 +45,7 @@ def upsampling(
     torch.manual_seed(seed)
     crops = load_crops(data, workers)
     held_out = {m for m in hold_out.split(",") if m}
-    mine = [i for i, s in enumerate(crops.samples) if s.label == "real" or drawn_whole(s)]
+    mine = [i for i, s in enumerate(crops.samples) if s.label == "real" or _drawn_whole(s)]
     learnt = [i for i in mine if crops.samples[i].split == "train" and crops.samples[i].method not in held_out]
     samples = [crops.samples[i] for i in learnt]
     net = UpsamplingNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -93,3 +92,12 @@ def upsampling(
     )
     save_weights(trained.state_dict(), card, out)
     print(out / f"{card.name}.card.json")
+
+
+_WHOLE = ("redraw",)
+"""Forge methods that draw the whole picture anew."""
+
+
+def _drawn_whole(sample: Sample) -> bool:
+    """The whole picture was drawn by a generator or a decoder (as opposed to a photo that was changed in part)."""
+    return sample.label == "fake" and (sample.mask is None or sample.method in _WHOLE)
