@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +21,7 @@ from x2dfd.assessment import CueQuestion, read_questions
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.explain import read_cues
 from x2dfd.files import write_text
+from x2dfd.manifest import read_manifest
 from x2dfd.prompts import CUE_ENDING
 from x2dfd.types import AREAS, ARTIFACTS
 
@@ -437,6 +438,22 @@ def random_questions(n: int, rng: np.random.Generator) -> list[CueQuestion]:
     return [CueQuestion(f"{_UNRELATED[i]} {CUE_ENDING}", None, None, "random") for i in chosen]
 
 
+def some(
+    questions: Sequence[CueQuestion], n: int, cues: Collection[tuple[str, str]], rng: np.random.Generator
+) -> list[CueQuestion]:
+    """`n` of the questions in their order: those on `cues` (area, artifact) first, then others drawn by `rng`.
+
+    An assessment costs pictures x questions; what no picture of the manifest shows can only be asked in vain.
+
+    Raises X2DFDError when there are fewer than `n`.
+    """
+    if n > len(questions):
+        raise X2DFDError(f"there are {len(questions)} questions, not {n}")
+    drawn = rng.permutation(len(questions))
+    first = sorted(drawn, key=lambda i: (questions[i].area, questions[i].artifact) not in cues)  # a stable sort
+    return [questions[i] for i in sorted(first[:n])]
+
+
 def write_questions(path: Path, questions: Sequence[CueQuestion], provenance: Mapping[str, Any] | None = None) -> None:
     """Write questions as JSON, one a line, with where they come from. `read_questions` reads them back."""
     lines = ",\n".join("  " + json.dumps(asdict(q), ensure_ascii=False) for q in questions)
@@ -599,6 +616,7 @@ def connect(base_url: str | None) -> Any:
 
 _EPILOG = """Examples:\n
   python -m data_gen questions --out questions.json --unrelated 30\n
+  python -m data_gen questions --out q136.json --only 120 --cues-of forged/manifest.jsonl --unrelated 16\n
   python -m data_gen questions --out theirs.json --published released_questions.json
 """
 
@@ -614,7 +632,9 @@ def add_commands(app: typer.Typer) -> None:
         count: Annotated[int, typer.Option("--generate", help="add this many questions written by --model")] = 0,
         model: Annotated[str, typer.Option(help="model name at the endpoint")] = "",
         base_url: Annotated[str | None, typer.Option(help="OpenAI-compatible endpoint")] = None,
-        seed: Annotated[int, typer.Option(help="chooses the unrelated questions")] = 0,
+        only: Annotated[int | None, typer.Option(min=1, help="keep this many, before unrelated ones are added")] = None,
+        cues_of: Annotated[Path | None, typer.Option(help="with --only: the cues of this manifest first")] = None,
+        seed: Annotated[int, typer.Option(help="chooses the questions to keep and the unrelated ones")] = 0,
     ) -> None:
         """Write yes/no cue questions: our bank, a published list, or written by a model."""
         chosen = read_published(published) if published else bank()
@@ -624,6 +644,11 @@ def add_commands(app: typer.Typer) -> None:
                 raise X2DFDError("--generate needs --model")
             made = generate(connect(base_url), model, count, known=chosen, seed=seed)
             chosen, provenance = chosen + made.questions, made.provenance()
+        if only is not None:
+            known = (
+                {(c.area, c.artifact) for sample in read_manifest(cues_of) for c in sample.cues} if cues_of else set()
+            )
+            chosen = some(chosen, only, known, np.random.default_rng(seed))
         chosen = chosen + random_questions(unrelated, np.random.default_rng(seed))
         write_questions(out, chosen, provenance)
         cues = {(q.area, q.artifact) for q in chosen if q.area}

@@ -27,6 +27,7 @@ from data_gen.questions import (
     random_questions,
     read_published,
     read_questions,
+    some,
     write_questions,
 )
 from x2dfd.assessment import BANK
@@ -233,3 +234,24 @@ def test_the_command_writes_bank_control_and_published(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text(json.dumps([SEAM["question"], "Is it odd? Answer Yes or No."]))
     result = runner.invoke(app, ["questions", "--out", str(out), "--published", str(tmp_path / "list.json")])
     assert [q.area for q in read_questions(out)] == ["jaw", None] and "1 without a readable cue" in result.output
+
+
+def test_fewer_questions_are_those_that_the_pictures_can_answer(tmp_path: Path) -> None:
+    """Bug prevented: a cut bank that asks about cues which no picture shows, or another one at every call."""
+    manifest = tmp_path / "m.jsonl"
+    row = {"path": "a.png", "label": "fake", "cues": [{"area": "jaw", "artifact": "blending"}]}
+    manifest.write_text(json.dumps(row) + "\n")
+    app = typer.Typer(pretty_exceptions_enable=False)
+    add_commands(app)
+    app.callback()(lambda: None)
+    command = ["questions", "--out", str(tmp_path / "q.json"), "--only", "9", "--cues-of", str(manifest)]
+    result = CliRunner().invoke(app, [*command, "--unrelated", "2"])
+    assert result.exit_code == 0, result.output
+    read = read_questions(tmp_path / "q.json")
+    kept, jaw = read[:-2], [q for q in bank() if (q.area, q.artifact) == ("jaw", "blending")]
+    assert len(kept) == 9 and len(read) == 11 and 0 < len(jaw) < 9
+    assert set(jaw) <= set(kept) <= set(bank())
+    assert kept == some(bank(), 9, {("jaw", "blending")}, np.random.default_rng(0))  # and so in every call
+    assert kept != some(bank(), 9, {("jaw", "blending")}, np.random.default_rng(1))
+    with pytest.raises(X2DFDError, match="there are"):
+        some(bank(), len(bank()) + 1, set(), np.random.default_rng(0))
