@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.progress import track
 
 from data_gen.questions import CueQuestion, bank
 from data_gen.served_writer import Subject, WriterConfig, Written, connect, write_served, writer_card
@@ -27,6 +26,7 @@ from x2dfd.errors import X2DFDError
 from x2dfd.experts import DEFAULT, load_expert
 from x2dfd.files import file_sha256, write_text
 from x2dfd.manifest import Sample
+from x2dfd.progress import progress
 from x2dfd.tower import training_rows, training_view, view_face
 from x2dfd.types import Cue, Evidence
 
@@ -109,7 +109,7 @@ def expert_scores(
             data.samples[i].id: Evidence(name, known[data.samples[i].id]) for i in rows if data.samples[i].id in known
         }
         expert = load_expert(name, weights) if missing else None
-        for start in track(range(0, len(missing), 16), f"{name} scores", disable=len(missing) < 64):
+        for start in progress(range(0, len(missing), 16), f"{name} scores"):
             part = missing[start : start + 16]
             faces = [view_face(data, i, config.view_seed) for i in part]
             if expert is not None:

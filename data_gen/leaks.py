@@ -17,7 +17,6 @@ import hashlib
 import itertools
 import json
 import os
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -31,13 +30,12 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from data_gen.readers import sources_of
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.manifest import Sample, read_manifest
 from x2dfd.media import Picture, load_media
+from x2dfd.progress import progress
 
 NEAR = 8
 """Bits of 64 that may differ between near-duplicates; of the 256 confirming bits four times as many.
@@ -283,16 +281,10 @@ def find_leaks(manifests: Sequence[Path], *, workers: int = 1, near: int = NEAR)
 
 def _look_at(samples: Sequence[Sample], workers: int) -> list[Look]:
     paths = [str(s.path) for s in samples]
-    quiet = not sys.stderr.isatty()
-
-    def bar(looks: Iterable[Look]) -> list[Look]:
-        console = Console(stderr=True)
-        return list(track(looks, "looking", total=len(paths), console=console, disable=quiet, transient=True))
-
     if workers <= 1:
-        return bar(map(look, paths))
+        return list(progress(map(look, paths), "looking", len(paths)))
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:  # a forked copy of running threads hangs
-        return bar(pool.map(look, paths, chunksize=32))
+        return list(progress(pool.map(look, paths, chunksize=32), "looking", len(paths)))
 
 
 def _shared_groups(samples: Sequence[Sample], sides: Sequence[str]) -> dict[str, list[str]]:

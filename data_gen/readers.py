@@ -16,7 +16,6 @@ import io
 import json
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,11 +24,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from x2dfd.errors import SetupError, UnknownName, X2DFDError
 from x2dfd.manifest import Sample, read_manifest
+from x2dfd.progress import progress
 
 Label = Literal["real", "fake"]
 
@@ -537,7 +535,7 @@ def read_datasets(folders: Sequence[Path], images: Path, columns: Columns, *, on
                 table = table.cast_column(columns.image, datasets.Image(decode=False))
             except (ValueError, TypeError, NotImplementedError) as error:
                 raise X2DFDError(f"{folder}: column {columns.image!r} holds no pictures ({error})") from error
-            for i, record in enumerate(_progress(table, f"pictures of {split or folder.name}")):
+            for i, record in enumerate(progress(table, f"pictures of {split or folder.name}")):
                 read.listed += 1
                 path = _store(record[columns.image], images)
                 label = _said(record[columns.label], names, columns, f"{folder.name}: row {i}")
@@ -594,11 +592,6 @@ def _store(image: Mapping[str, Any] | None, folder: Path) -> Path | None:
         temporary.write_bytes(data)
         os.replace(temporary, path)
     return path
-
-
-def _progress(items: Any, title: str, total: int | None = None) -> Iterable[Any]:
-    quiet = not sys.stderr.isatty()
-    return track(items, title, total=total, console=Console(stderr=True), disable=quiet, transient=True)
 
 
 def read_manifests(files: Sequence[Path], *, only: Sequence[str] = ()) -> Read:

@@ -20,7 +20,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-from rich.progress import track
 
 from data_gen.forge import HARMLESS, METHODS, Forgery, Photo, forge
 from x2dfd.errors import InputError, UnknownName, X2DFDError
@@ -28,6 +27,7 @@ from x2dfd.faces import find_faces
 from x2dfd.files import file_sha256, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest, write_manifest
 from x2dfd.media import load_picture
+from x2dfd.progress import progress
 
 REGION = 1.9  # side of the region that is kept, over the longer side of the face's box
 _TRIES = 30  # photos without a usable face are passed over, this many times at most
@@ -301,7 +301,7 @@ def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
     part.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     todo = range(len(rows), config.count)
     with part.open("a", encoding="utf-8") as stream:
-        for row in track(_made(config, out, todo, workers), "forging", total=len(todo), disable=not _terminal()):
+        for row in progress(_made(config, out, todo, workers), "forging", len(todo)):
             rows.append(row)
             stream.write(json.dumps(row) + "\n")
             stream.flush()
@@ -318,9 +318,3 @@ def _made(config: ForgeConfig, out: Path, todo: Sequence[int], workers: int) -> 
     # Spawned, not forked: the copy of a process whose models run threads hangs.
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start, initargs=(config, out)) as pool:
         yield from pool.map(_work, todo, chunksize=8)
-
-
-def _terminal() -> bool:
-    import sys
-
-    return sys.stderr.isatty()

@@ -25,14 +25,13 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from data_gen import questions
 from data_gen.writers import CLEAR_FROM, FAINT_BELOW
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.explain import AREA_WORDS, contradictions, read_cues, said_label
 from x2dfd.files import write_text
+from x2dfd.progress import progress
 from x2dfd.prompts import rationale_start
 from x2dfd.types import Cue
 
@@ -198,9 +197,7 @@ def write_served(client: Any, config: WriterConfig, subjects: Sequence[Subject],
             if s.label == "real" or s.cues
         }
         with cache.open("a", encoding="utf-8") as stream:
-            progress = Console(stderr=True)
-            quiet = not sys.stderr.isatty()
-            for future in track(as_completed(asked), config.name, len(asked), console=progress, disable=quiet):
+            for future in progress(as_completed(asked), config.name, len(asked)):
                 key, one = future.result()
                 written[asked[future]] = one
                 in_a_row = in_a_row + 1 if one.error else 0

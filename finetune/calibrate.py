@@ -16,7 +16,6 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from numpy.typing import NDArray
-from rich.progress import track
 
 from x2dfd.adapter import read_adapter_card
 from x2dfd.calibration import MLLM, Calibration, choose_band, fit_weights, logit
@@ -24,6 +23,7 @@ from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import Detector, load
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.manifest import Sample, manifest_sha256
+from x2dfd.progress import progress
 from x2dfd.tower import view_face
 from x2dfd.types import Evidence, Face
 
@@ -99,7 +99,7 @@ def score_parts(
     """Logits of the MLLM and of each expert: name -> [n], NaN where a score is missing."""
     names = [MLLM, *detector.facts["experts"]]
     table: dict[str, list[float]] = {n: [] for n in names}
-    for start in track(range(0, len(rows), 16), "scoring", disable=not sys.stderr.isatty()):
+    for start in progress(range(0, len(rows), 16), "scoring"):
         faces = [_face(crops, i, view_seed if i % 2 else None) for i in rows[start : start + 16]]
         own, evidence = detector.judge_faces(faces)
         table[MLLM] += own.tolist()

@@ -7,7 +7,6 @@ the prefix, so a pack gives the same loss as its conversations one by one at a f
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -25,6 +23,7 @@ from x2dfd import prompts
 from x2dfd.crops import CropSet
 from x2dfd.errors import X2DFDError
 from x2dfd.files import write_text
+from x2dfd.progress import progress
 from x2dfd.tower import TowerFeatures, training_view
 
 IGNORE = -100
@@ -221,13 +220,13 @@ def cache_tower(
     layers = feature_layers(model)
     key = json.loads(json.dumps({**key, "rows": [int(r) for r in rows], "layers": layers, "seed": seed}))
     folder.mkdir(parents=True, exist_ok=True)
-    progress, path = folder / "progress.json", folder / "patches.npy"
-    state = json.loads(progress.read_text()) if progress.is_file() else {}
+    state_file, path = folder / "progress.json", folder / "patches.npy"
+    state = json.loads(state_file.read_text()) if state_file.is_file() else {}
     done = state["done"] if state.get("key") == key else 0
     patches = np.lib.format.open_memmap(path, "r+") if done else None
     tower, class_token = model.model.vision_tower, model.config.vision_feature_select_strategy == "default"
     here = next(tower.parameters())
-    for at in track(range(done, len(rows)), "tower features", disable=not sys.stderr.isatty()):
+    for at in progress(range(done, len(rows)), "tower features"):
         if here.numel() == 0:
             raise X2DFDError("under ZeRO-3 the tower is in pieces: fill cached_features in a run without it first")
         image = view_image(data, int(rows[at]), seed)
@@ -239,7 +238,7 @@ def cache_tower(
         patches[at] = found.half().cpu().numpy()
         if at % 64 == 63 or at + 1 == len(rows):
             patches.flush()
-            write_text(progress, json.dumps({"key": key, "done": at + 1}))
+            write_text(state_file, json.dumps({"key": key, "done": at + 1}))
     assert patches is not None
     return TowerFeatures(rows, np.zeros((0, 0, 0, 0), np.float16), patches, layers)
 

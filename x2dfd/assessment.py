@@ -23,12 +23,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
 
 from x2dfd.errors import X2DFDError
 from x2dfd.files import write_text
 from x2dfd.manifest import manifest_sha256
+from x2dfd.progress import progress
 from x2dfd.types import Cue
 
 if TYPE_CHECKING:
@@ -337,7 +336,7 @@ def _answers(
     todo = [i for i in chosen if data.samples[i].id not in known]
     fresh: list[_Row] = []
     number = len(list(parts.glob("*.parquet")))
-    for done, i in enumerate(_track(todo, "asking", show), start=1):
+    for done, i in enumerate(progress(todo, "asking") if show else todo, start=1):
         p_yes, said = _ask(model, data.crops[i], texts)
         fresh.append({"id": data.samples[i].id, "crop_sha256": _sha256(data, i), "p_yes": p_yes, "said": said})
         if len(fresh) == PART or done == len(todo):
@@ -354,11 +353,6 @@ def _answers(
 
 def _sha256(data: CropSet, i: int) -> str:
     return hashlib.sha256(data.crops[i].tobytes()).hexdigest()
-
-
-def _track(items: Sequence[int], text: str, show: bool) -> Iterable[int]:
-    disable = not (show and sys.stderr.isatty())
-    return track(items, text, total=len(items), console=Console(stderr=True), disable=disable)
 
 
 # --- statistics -----------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from typer.core import TyperGroup
 import x2dfd
 from x2dfd.errors import InputError, SetupError, X2DFDError
 from x2dfd.files import write_bytes
+from x2dfd.progress import LINE_SECONDS
 from x2dfd.types import Evidence, FaceReport, Failure, Report
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from x2dfd.rows import Rows
 
 NOT_PROOF = "These are statistical estimates, not proof: do not accuse a person or clear a picture on them alone."
-LINE_SECONDS = 30.0  # between two lines of progress, where stderr is no terminal
 COLOURS = {"fake": typer.colors.RED, "real": typer.colors.GREEN, "inconclusive": typer.colors.YELLOW}
 
 

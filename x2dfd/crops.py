@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -16,13 +15,13 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from rich.progress import track
 
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.faces import CROP_SIZE, PREPROCESSING, align, find_faces
 from x2dfd.files import write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest
 from x2dfd.media import load_picture
+from x2dfd.progress import progress
 
 MASK_SIZE = 56
 """Side of a mask on the crop's grid: a quarter of the crop's."""
@@ -138,7 +137,7 @@ def _compute(samples: list[Sample], folder: Path, key: dict[str, str], workers: 
     unusable: dict[str, str] = {}
     n = 0
     results = _cropped([(str(s.path), str(s.mask) if s.mask else None) for s in samples], workers)
-    shown = track(results, "cropping", total=len(samples), disable=not sys.stderr.isatty())
+    shown = progress(results, "cropping", len(samples))
     for sample, result in zip(samples, shown, strict=True):
         if isinstance(result, str):
             unusable[sample.id] = result

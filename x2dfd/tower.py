@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.progress import track
 from torch import Tensor
 
 from x2dfd.crops import CropSet
 from x2dfd.degrade import DEGRADE_VERSION, degrade
 from x2dfd.fetch import require
 from x2dfd.files import file_sha256, write_text
+from x2dfd.progress import progress
 from x2dfd.types import Face
 
 _MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
@@ -128,12 +127,12 @@ def cached_features(
     base = file_sha256(require("base") / "model.safetensors")
     made_by = {"seed": seed, "degrade": DEGRADE_VERSION, "base": base, "bf16": bf16}
     key = {"samples": digest.hexdigest(), "layers": layers, "keep": list(keep), **made_by}
-    progress = folder / "progress.json"
-    state = json.loads(progress.read_text()) if progress.is_file() else {}
+    state_file = folder / "progress.json"
+    state = json.loads(state_file.read_text()) if state_file.is_file() else {}
     done = state.get("done", 0) if state.get("key") == key else 0
     statistics = _memmap(folder / "statistics.npy", bool(done), (n, layers, 2, 768))
     patches = _memmap(folder / "patches.npy", bool(done), (n, len(keep), 196, 768))
-    for start in track(range(done, n, batch), "tower features", disable=not sys.stderr.isatty()):
+    for start in progress(range(done, n, batch), "tower features"):
         stop = min(start + batch, n)
         views = np.stack([training_view(data.crops[i], seed, int(i))[0] for i in rows[start:stop]])
         states = tower_states(torch.from_numpy(views), layers, bf16)
@@ -143,7 +142,7 @@ def cached_features(
         if (start // batch) % 8 == 7 or stop == n:
             for array in (statistics, patches):
                 array.flush()
-            write_text(progress, json.dumps({"key": key, "done": stop}))
+            write_text(state_file, json.dumps({"key": key, "done": stop}))
     return TowerFeatures(rows, statistics, patches, tuple(keep))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -12,7 +11,6 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
-from rich.progress import track
 
 from external_detectors.spectrum_features import features, perceptron
 from external_detectors.train.loop import SOURCE, auc, balance, by_method, by_source, log, source_names
@@ -20,6 +18,7 @@ from external_detectors.weights_io import WEIGHTS, save_weights
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.faces import PREPROCESSING
 from x2dfd.manifest import Sample
+from x2dfd.progress import progress
 from x2dfd.tower import view_face
 from x2dfd.types import Card
 
@@ -102,7 +101,7 @@ def spectrum_noise(
 def _measured(crops: CropSet, rows: list[int], view_seed: int) -> tuple[NDArray[np.float32], list[Sample]]:
     """Features of each picture as it is and as its degraded training view, and the samples they belong to."""
     x, samples = [], []
-    for i in track(rows, "measuring", disable=not sys.stderr.isatty()):
+    for i in progress(rows, "measuring"):
         face = view_face(crops, i, view_seed)
         x += [features(np.asarray(crops.crops[i]), crops.landmarks[i]), features(face.crop, face.crop_landmarks)]
         samples += [crops.samples[i]] * 2
