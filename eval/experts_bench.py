@@ -415,7 +415,7 @@ def missing_experts(panel: Panel, samples: Sequence[Sample], rows: Sequence[Row]
     for here in (c for size in range(len(names), 0, -1) for c in combinations(names, size)):
         weighty = any(calibration.weights[n] > 0 for n in here)
         shipped = [_answer(calibration, {n: scores[n] for n in here}) for scores in scored]
-        fitted = _refitted({n: parts[n] for n in here}, labels, of)
+        fitted = _refitted({n: parts[n] for n in here}, labels, of, calibration.floors)
         patterns["+".join(here)] = {
             "imputed": measured(shipped) if weighty and kept else None,
             "refitted": measured(fitted) if fitted else None,
@@ -429,7 +429,7 @@ def _answer(calibration: Calibration, scores: dict[str, float]) -> Verdict:
 
 
 def _refitted(
-    parts: dict[str, NDArray[np.float64]], labels: m.Labels, samples: Sequence[Sample]
+    parts: dict[str, NDArray[np.float64]], labels: m.Labels, samples: Sequence[Sample], floors: dict[str, float]
 ) -> list[Verdict] | None:
     """Each picture's answer by a calibration that was fitted without its group; None where one cannot be fitted."""
     part, y = folds([s.group for s in samples]), labels.astype(np.float64)
@@ -441,8 +441,8 @@ def _refitted(
         if not 0 < share < 1:
             return None
         even = np.where(y[rest] == 1, 0.5 / share, 0.5 / (1 - share))
-        weights, means, bias = fit_weights({n: v[rest] for n, v in parts.items()}, y[rest], even)
-        draft = Calibration(weights, means, bias, 0.5, 0.5)
+        weights, means, bias = fit_weights({n: v[rest] for n, v in parts.items()}, y[rest], even, floors=floors)
+        draft = Calibration(weights, means, bias, 0.5, 0.5, floors=floors)
         chances = np.array([draft.probability({n: v[i] for n, v in parts.items()}) for i in range(len(samples))])
         low, high = choose_band(chances[rest], y[rest], sources[rest].tolist())
         fitted = replace(draft, low=low, high=high)

@@ -23,6 +23,7 @@ class Clip:
     """P(fake) of each face's aligned crop: synthetic as a whole."""
 
     card: ClassVar[Card] = read_card(WEIGHTS / "clip.card.json")
+    one_sided = True  # its "real" says nothing of a face that was changed in part
 
     def __init__(self, folder: Path = WEIGHTS) -> None:
         self.card = read_card(folder / "clip.card.json")  # type: ignore[misc]

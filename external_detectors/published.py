@@ -183,6 +183,7 @@ class AlignedForensics:
     """
 
     OPTIONS: ClassVar[dict[str, object]] = {"arch": "res50nodown", "norm_type": "resnet", "patch_size": None}
+    one_sided = True  # its "real" says nothing of a face that was changed in part
     card: ClassVar[Card] = Card(
         name="aligned-forensics",
         version="ours-sync",
@@ -299,6 +300,7 @@ class UniversalFakeDetect:
     Raises SetupError when a file is absent or is not what it should be.
     """
 
+    one_sided = True  # its "real" says nothing of a face that was changed in part
     card: ClassVar[Card] = Card(
         name="universal-fake-detect",
         version="fc_weights",

@@ -20,6 +20,7 @@ class Upsampling:
     """P(fake) of each face's aligned crop: drawn by a decoder."""
 
     card: ClassVar[Card] = read_card(WEIGHTS / "upsampling.card.json")
+    one_sided = True  # its "real" says nothing of a face that was changed in part
 
     def __init__(self, folder: Path = WEIGHTS) -> None:
         import torch

@@ -18,7 +18,7 @@ import typer
 from numpy.typing import NDArray
 
 from x2dfd.adapter import read_adapter_card
-from x2dfd.calibration import MLLM, Calibration, choose_band, fit_weights, logit
+from x2dfd.calibration import MLLM, Calibration, choose_band, choose_floor, fit_weights, logit
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import Detector, load
 from x2dfd.errors import SetupError, X2DFDError
@@ -64,16 +64,19 @@ def calibrate(
     detector = load(adapter, mode="paper", experts=names, other_experts=other_experts)
     parts = score_parts(detector, crops, rows, view_seed)
     weights_per_sample = balance(samples)
-    weights, means, bias = fit_weights(parts, labels, weights_per_sample)
+    one_sided = [e.card.name for e in detector.experts if getattr(e, "one_sided", False)]
+    found = {n: choose_floor(parts[n], labels) for n in one_sided}
     # The band is chosen and counted with the numbers that are stored.
+    floors = _rounded({n: v for n, v in found.items() if v is not None})
+    weights, means, bias = fit_weights(parts, labels, weights_per_sample, floors=floors)
     weights, means, bias = _rounded(weights), _rounded(means), round(bias, 6)
-    draft = Calibration(weights, means, bias, 0.5, 0.5)
+    draft = Calibration(weights, means, bias, 0.5, 0.5, floors=floors)
     logits = [_row(parts, k) for k in range(len(samples))]
     chances = np.array([draft.probability(row) for row in logits])
     low, high = choose_band(chances, labels, [s.source for s in samples], false_alarms=false_alarms)
     mllm = 1 / (1 + np.exp(-parts[MLLM]))
     _, mllm_threshold = choose_band(mllm, labels, [s.source for s in samples], false_alarms=false_alarms)
-    result = Calibration(weights, means, bias, low, high, mllm_threshold, {}, disagreement)
+    result = Calibration(weights, means, bias, low, high, mllm_threshold, {}, disagreement, floors)
     said = np.array([result.verdict(p, row).label for p, row in zip(chances.tolist(), logits, strict=True)])
     real = labels == 0
     fitted = {

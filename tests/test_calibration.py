@@ -19,7 +19,7 @@ from finetune.calibrate import _chosen, _face, calibrate
 from tests import tiny
 from tests.tiny import edit_json
 from x2dfd.adapter import AdapterCard
-from x2dfd.calibration import Calibration, choose_band, fit_weights, logit
+from x2dfd.calibration import FLOOR_SHARE, Calibration, choose_band, choose_floor, fit_weights, logit
 from x2dfd.crops import CropSet
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.faces import find_faces
@@ -137,6 +137,25 @@ def test_a_missing_expert_stands_at_its_mean() -> None:
     assert absent == FITTED.probability({"mllm": 2.0, "blending": None})
     assert absent == pytest.approx(FITTED.probability({"mllm": 2.0, "blending": -2.0}))
     assert absent != pytest.approx(FITTED.probability({"mllm": 2.0, "blending": 0.0}), abs=0.05)
+
+
+def test_a_one_sided_part_accuses_but_does_not_clear() -> None:
+    """Bug prevented: an expert for generated faces that talks a face swap down to "real"."""
+    fitted = replace(FITTED, weights={"mllm": 0.5, "clip": 1.0}, floors={"clip": -0.5})
+    at, below, far = (fitted.probability({"mllm": 1.0, "clip": x}) for x in (-0.5, -1.0, -5.0))
+    assert at == below == far < fitted.probability({"mllm": 1.0, "clip": 0.5})
+    assert fitted.spread({"mllm": 1.0, "clip": -5.0}) == fitted.spread({"mllm": 1.0, "clip": -0.5})
+
+
+def test_the_fit_sees_floored_logits() -> None:
+    """Bug prevented: weights and means of other numbers than those that are counted when a verdict is given."""
+    parts, labels = simulate(4000, {"mllm": 0.5, "clip": 1.0}, 0.0)
+    floor = choose_floor(parts["clip"], labels)
+    assert floor is not None
+    assert np.mean(parts["clip"][labels == 0] < floor) == pytest.approx(FLOOR_SHARE, abs=0.01)
+    cut = parts | {"clip": np.maximum(parts["clip"], floor)}
+    assert fit_weights(parts, labels, np.ones(4000), floors={"clip": floor}) == fit_weights(cut, labels, np.ones(4000))
+    assert choose_floor(np.full(4000, np.nan), labels) is None
 
 
 @pytest.mark.parametrize(("p", "bound"), [(0.0, 1e-6), (1.0, 1 - 1e-6), (0.25, 0.25)])

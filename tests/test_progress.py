@@ -13,7 +13,7 @@ def test_a_log_gets_lines_with_rate_and_time_left(
 ) -> None:
     """Bug prevented: an hour of silence in a log; progress on stdout, where the data goes; items lost on the way."""
     clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr("x2dfd.progress.time.monotonic", lambda: next(clock))
     assert list(progress(range(8), "asking")) == list(range(8))
     out, err = capsys.readouterr()
     lines = err.splitlines()

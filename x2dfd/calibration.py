@@ -1,7 +1,8 @@
 """From the MLLM's logit and the experts' logits to one calibrated probability, and when to say "inconclusive".
 
 A regularised logistic with non-negative weights over a handful of logits: small enough to read, stored as JSON with the
-model. A score that is missing stands at its training mean, so it neither accuses nor clears.
+model. A score that is missing stands at its training mean, so it neither accuses nor clears. The "real" of an expert for
+faces that are synthetic as a whole says nothing about a changed mouth: such a part counts from a floor on.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from x2dfd.types import Verdict
 
 MLLM = "mllm"
 _CLIP = 6.0  # logits beyond this say no more about certainty than about saturation
+FLOOR_SHARE = 0.7  # chosen on the calibration split: a higher floor finds more, but trusts more what is new to the part
 DISAGREEMENT = 0.6  # spread that is named as the reason of a verdict that lies in the band
 
 
@@ -43,14 +45,14 @@ class Calibration:
     mllm_threshold: float = 0.5  # P(fake) of the MLLM alone at which mode="paper" says fake
     fitted_on: dict[str, Any] = field(default_factory=dict)  # n, groups, sources, rates promised
     disagreement: float | None = None  # spread of the parts above which there is no verdict; None: it decides nothing
+    floors: dict[str, float] = field(default_factory=dict)  # logit of a one-sided part below which it says no more
 
     def probability(self, logits: Mapping[str, float | None]) -> float:
         """Calibrated P(fake) from raw logits; a part that is absent or None is taken at its mean."""
         total = self.bias
         for name, weight in self.weights.items():
             value = logits.get(name)
-            centred = (self.means[name] if value is None else _bounded(value)) - self.means[name]
-            total += weight * centred
+            total += weight * (0.0 if value is None else self._counted(name, value) - self.means[name])
         return 1 / (1 + math.exp(-total))
 
     def verdict(self, p_fake: float, logits: Mapping[str, float | None]) -> Verdict:
@@ -68,11 +70,14 @@ class Calibration:
         Each part's own P(fake) is read against its mean: which side of its usual answer it is on.
         """
         said = [
-            1 / (1 + math.exp(-(_bounded(value) - self.means[name])))
+            1 / (1 + math.exp(-(self._counted(name, value) - self.means[name])))
             for name, value in logits.items()
             if value is not None and self.weights.get(name, 0) > 0
         ]
         return max(said) - min(said) if said else 0.0
+
+    def _counted(self, name: str, value: float) -> float:
+        return max(_bounded(value), self.floors.get(name, -_CLIP))
 
     def save(self, folder: Path) -> None:
         write_text(folder / "calibration.json", json.dumps(asdict(self), indent=1) + "\n")
@@ -88,6 +93,7 @@ class Calibration:
                 found.low,
                 found.high,
                 *(x for k, w in found.weights.items() for x in (w, found.means[k])),
+                *found.floors.values(),
             ]
             if not all(math.isfinite(x) for x in numbers) or found.low > found.high:
                 raise ValueError("a number is not finite, or the band is upside down")
@@ -107,13 +113,16 @@ def fit_weights(
     labels: NDArray[np.float64],
     sample_weights: NDArray[np.float64],
     ridge: float = 0.02,
+    floors: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, float], dict[str, float], float]:
     """Weights, means and bias of the logistic. `parts`: name -> logits [n], NaN where a score is missing.
 
     Non-negative weights: an expert whose score counts against itself has learnt the calibration split, not forgeries.
-    Projected Newton steps on the ridge-penalised log-likelihood; `sample_weights` balance labels and sources.
+    Projected Newton steps on the ridge-penalised log-likelihood; `sample_weights` balance labels and sources. `floors`:
+    as in `Calibration`; means are those of the floored logits.
     """
     names = list(parts)
+    parts = {n: np.maximum(v, (floors or {}).get(n, -_CLIP)) for n, v in parts.items()}
     # A part that never gave a score gets weight 0; its mean is then of no consequence, but must be a number.
     means = {
         n: float(np.nanmean(np.clip(parts[n], -_CLIP, _CLIP))) if np.isfinite(parts[n]).any() else 0.0 for n in names
@@ -139,6 +148,12 @@ def fit_weights(
         if moved < 1e-8:
             break
     return {n: float(b) for n, b in zip(names, beta, strict=False)}, means, float(beta[-1])
+
+
+def choose_floor(logits: NDArray[np.float64], labels: NDArray[np.float64]) -> float | None:
+    """The floor of a one-sided part: what FLOOR_SHARE of the real pictures stay below. None where it judged none."""
+    reals = logits[(labels == 0) & np.isfinite(logits)]
+    return float(np.clip(np.quantile(reals, FLOOR_SHARE), -_CLIP, _CLIP)) if len(reals) else None
 
 
 def choose_band(

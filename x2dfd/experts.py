@@ -52,7 +52,10 @@ class Shared:
 
 @runtime_checkable
 class Expert(Protocol):
-    """What a plug-in has to be. `__init__` takes no arguments and loads the weights; it may raise SetupError."""
+    """What a plug-in has to be. `__init__` takes no arguments and loads the weights; it may raise SetupError.
+
+    It may have `one_sided = True`: its "real" is no evidence, as a face can be forged in ways that it does not look for.
+    """
 
     card: ClassVar[Card]
 
