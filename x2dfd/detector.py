@@ -201,7 +201,7 @@ class Detector:
         """The parts of a verdict before they are joined: the MLLM's logits [n], and each face's expert evidence."""
         faces = through_codec(faces)
         look = self.mllm.look(np.stack([f.crop for f in faces]))
-        evidence = self._evidence(faces, look)
+        evidence = self.evidence(faces, look)
         return self.mllm.verdict_logits(look, self._questions(evidence)), evidence
 
     # --- the road ---
@@ -259,7 +259,7 @@ class Detector:
             faces = through_codec([s.face for s in part])
             look = self.mllm.look(np.stack([f.crop for f in faces]))
             clock.lap("look")
-            evidence = self._evidence(faces, look)
+            evidence = self.evidence(faces, look)
             clock.lap("experts")
             questions = self._questions(evidence)
             logits = self.mllm.verdict_logits(look, questions)
@@ -288,7 +288,7 @@ class Detector:
                 out.append(_explained(judged, s.face, text) if text else judged)
         return out
 
-    def _evidence(self, faces: Sequence[Face], look: Any) -> list[list[Evidence]]:
+    def evidence(self, faces: Sequence[Face], look: Any) -> list[list[Evidence]]:
         """What each expert says of each face: [face][expert]."""
         shared = Shared(tower_states=look.tower_states if self.facts["base"]["name"] == BASE_NAME else None)
         columns = [expert.judge(faces, shared) for expert in self.experts]
