@@ -258,6 +258,41 @@ def test_figures_by_method() -> None:
     assert loop.by_method(samples[2:], np.array([0.4, 0.9, 0.1])) == {"n_real": 0}
 
 
+def test_a_checkpoint_is_chosen_by_its_worst_method_and_source() -> None:
+    """Bug prevented: a mean over learnt methods that hides the one which got worse, or a camera that looks forged."""
+    rows = [("real", "none", "a")] * 10 + [("real", "none", "b")] * 10 + [("fake", "x", "a")] * 10
+    rows += [("fake", "y", "a")] * 10 + [("fake", "rare", "a")] * 3
+    samples = [Sample(str(i), Path("x"), label, method, source=src) for i, (label, method, src) in enumerate(rows)]  # type: ignore[arg-type]
+    scores = np.array([0.0] * 10 + [0.4] * 10 + [1.0] * 10 + [0.2] * 10 + [-1.0] * 3)
+    assert loop.worst(samples, scores) == pytest.approx(10 / 23, abs=1e-4)  # source b: three and ten fakes lie below
+    lifted = scores + 10 * (np.array([m for _, m, _ in rows]) == "rare")
+    assert loop.worst(samples, lifted) == 0.5  # method y against all reals; what three pictures say decides nothing
+    assert loop.worst(samples[:20] + samples[20:30], lifted[:30]) == 1.0
+    assert loop.worst(samples, lifted, ["x"]) == pytest.approx(13 / 23, abs=1e-4)  # y counts in no method, but in b
+    assert loop.worst(samples[:5], scores[:5]) is None
+
+
+def test_the_best_average_is_kept_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: a checkpoint that was chosen in the log alone."""
+    monkeypatch.setattr(loop, "SAVE_EVERY", 1)
+    monkeypatch.setattr(loop, "log", lambda text: None)
+
+    def trained(worst: dict[int, float], name: str) -> tuple[float, dict[str, Any]]:
+        torch.manual_seed(0)
+        net = torch.nn.Linear(1, 1, bias=False)
+        seen = iter(worst.values())
+        best, figures = loop.fit(
+            net, lambda rng: None, lambda batch: net.weight.sum(), steps=6, lr=0.1, seed=0, state=tmp_path / name,
+            run="r", check=lambda n: {"worst": next(seen)},
+        )  # fmt: skip
+        return next(best.parameters()).item(), figures
+
+    last, figures = trained({2: 0.1, 4: 0.2, 6: 0.3}, "last")
+    assert figures == {"step": 6, "worst": 0.3}
+    early, figures = trained({2: 0.5, 4: 0.2, 6: 0.3}, "early")
+    assert figures == {"step": 2, "worst": 0.5} and early > last  # the loss pulls the weight down
+
+
 def test_upsampling_learns_what_a_decoder_drew_and_leaves_out_what_it_is_told(kinds: Path, tmp_path: Path) -> None:
     """Bug prevented: photos forged in part among its fakes, a left-out generator that was learnt, weights refused."""
     words = ["upsampling", "--data", str(kinds), "--state", str(tmp_path / "s"), "--out", str(tmp_path / "out")]

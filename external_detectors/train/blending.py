@@ -12,7 +12,7 @@ import typer
 from torch import Tensor
 from torch.nn import functional as F
 
-from external_detectors.train.loop import LICENCE, SOURCE, augmented, balanced, by_method, fit, source_names
+from external_detectors.train.loop import LICENCE, SOURCE, augmented, balanced, by_method, fit, source_names, worst
 from external_detectors.weights_io import WEIGHTS, save_weights, to_unit
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.faces import PREPROCESSING
@@ -56,7 +56,9 @@ def blending(
         return _check_blending(trained, checked) if checked is not None else {}
 
     run = json.dumps({"data": manifest_sha256(data), "batch": batch, "lr": lr, "seed": seed})
-    trained = fit(net, batch_of, loss_of, steps=steps, lr=lr, seed=seed, state=state, run=run, check=figures_of)
+    trained, figures = fit(
+        net, batch_of, loss_of, steps=steps, lr=lr, seed=seed, state=state, run=run, check=figures_of
+    )
     card = Card(
         name="blending",
         version="1",
@@ -68,7 +70,7 @@ def blending(
         blind_spot="Faces that are synthetic as a whole have no seam; strong compression and blur hide one.",
         trained_on=f"self-blended images of real photos only ({len(crops.samples)} pictures, {steps} steps of {batch})"
         f"; no fake of any generator; sources: {source_names(s for s in crops.samples if s.split == 'train')}",
-        figures={"calib_auc_by_method": figures_of(trained)},
+        figures=figures,
     )
     card = save_weights(trained.state_dict(), card, out)
     print(out / f"{card.name}.card.json")
@@ -80,4 +82,5 @@ def _check_blending(net: torch.nn.Module, data: CropSet) -> dict[str, Any]:
     with torch.inference_mode():
         parts = np.array_split(indices, max(1, len(indices) // 32))
         scores = [net(to_unit(torch.from_numpy(np.asarray(data.crops[part])))) for part in parts]
-    return by_method([data.samples[i] for i in indices], torch.cat(scores).double().numpy())
+    samples, said = [data.samples[i] for i in indices], torch.cat(scores).double().numpy()
+    return {"calib_auc_by_method": by_method(samples, said), "worst": worst(samples, said)}

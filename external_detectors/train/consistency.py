@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from external_detectors.train.loop import LICENCE, SOURCE, auc, augmented, balanced, by_method, fit, source_names
+from external_detectors.train.loop import LICENCE, SOURCE, auc, augmented, balanced, by_method, fit, source_names, worst
 from external_detectors.weights_io import WEIGHTS, save_weights, to_unit
 from x2dfd.calibration import logit
 from x2dfd.crops import CropSet, load_crops
@@ -72,11 +72,13 @@ def consistency(
         return verdict + naming + placing
 
     def figures_of(trained: torch.nn.Module) -> dict[str, Any]:
-        return truth.figures(trained, "calib")
+        return truth.figures(trained, "calib", held_out)
 
     settings = {"data": manifest_sha256(data), "batch": batch, "lr": lr, "seed": seed, "hold_out": hold_out}
     run = json.dumps(settings | {"start": before.sha256})
-    trained = fit(net, batch_of, loss_of, steps=steps, lr=lr, seed=seed, state=state, run=run, check=figures_of)
+    trained, figures = fit(
+        net, batch_of, loss_of, steps=steps, lr=lr, seed=seed, state=state, run=run, check=figures_of
+    )
     learnt = [truth.samples[k] for k in truth.learnt]
     methods = sorted({s.method.split("+")[0] for s in learnt if s.label == "fake"})
     earlier = f"first: {before.trained_on}. Then: " if go_on else ""
@@ -92,7 +94,7 @@ def consistency(
         "differences out; a kind of change that it was not trained on is found less often and named wrongly.",
         trained_on=f"{earlier}{len(learnt)} pictures, {steps} steps of {batch}: real photos, harmless changes and "
         f"forgeries in part ({', '.join(methods)}); no fake of any generator; sources: {source_names(learnt)}",
-        figures={"held_out": list(held_out), **figures_of(trained)},
+        figures={"held_out": list(held_out), **figures},
     )
     card = save_weights(trained.state_dict(), card, out)
     print(out / f"{card.name}.card.json")
@@ -152,7 +154,7 @@ class LocalTruth:
         cues = torch.from_numpy(self.cues[list(chosen)])
         return torch.from_numpy(np.stack(pixels)), torch.from_numpy(np.stack(areas)), labels, cues, target
 
-    def figures(self, net: torch.nn.Module, split: str) -> dict[str, Any]:
+    def figures(self, net: torch.nn.Module, split: str, held_out: Sequence[str] = ()) -> dict[str, Any]:
         """AUC by method, pixel AUC of the map, and the threshold and F1 of its cues, on undegraded pictures."""
         from external_detectors.consistency_net import POINTS_FROM
 
@@ -172,6 +174,7 @@ class LocalTruth:
         samples = [self.samples[k] for k in chosen]
         scores = torch.cat(fakes).double().numpy()
         table: dict[str, Any] = {"calib_auc_by_method": by_method(samples, scores)}
+        table["worst"] = worst(samples, scores, held_out)
         shown = [k for k, s in enumerate(samples) if s.cues and (self.cues[chosen[k]] > 0).any()]
         table["cue_threshold"] = 0.5
         if shown:

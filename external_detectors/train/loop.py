@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,30 @@ def by_source(samples: list[Sample], scores: NDArray[np.float64]) -> dict[str, f
     return {str(s): round(float((scores[real & (found == s)] >= 0).mean()), 3) for s in sorted(set(found[real]))}
 
 
+ENOUGH = 10
+"""Pictures that a method or a source needs to decide which checkpoint is kept."""
+
+
+def worst(samples: Sequence[Sample], scores: NDArray[np.float64], held_out: Collection[str] = ()) -> float | None:
+    """What a checkpoint is chosen by: the lowest AUC of a method, or of a real source.
+
+    Methods: those in `held_out` where there are any, each against all real pictures; else all. Sources: the real
+    pictures of each against all fakes. The mean over what was learnt would choose what is learnt by heart. None where
+    no method or source has enough pictures.
+    """
+    real = np.array([s.label == "real" for s in samples], bool)
+    methods = np.array([s.method.split("+")[0] for s in samples])
+    sources = np.array([s.source for s in samples])
+    parts = [~real & (methods == m) for m in sorted(set(methods[~real])) if not held_out or m in held_out]
+    pairs = [(part, real) for part in parts] + [(~real, real & (sources == s)) for s in sorted(set(sources[real]))]
+    found = [
+        auc(~real[fakes | reals], scores[fakes | reals])
+        for fakes, reals in pairs
+        if min(fakes.sum(), reals.sum()) >= ENOUGH
+    ]
+    return round(min(v for v in found if v is not None), 4) if found else None
+
+
 SAVE_EVERY = 200
 """Steps between two states on disk; the last step is always saved."""
 
@@ -167,12 +191,13 @@ def fit(
     seed: int,
     state: Path,
     run: str,
-    check: Callable[[torch.nn.Module], object],
-) -> torch.nn.Module:
-    """Train a network, resuming from `state`; returns the moving average of its weights.
+    check: Callable[[torch.nn.Module], dict[str, Any]],
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Train a network, resuming from `state`; returns the best moving average of its weights, and its figures.
 
-    `batch_of` draws a batch (in a thread, while the one before is learnt), `loss_of` gives its loss; `check` is asked
-    about the average now and then, and its answer is logged. Raises X2DFDError for the state of another run.
+    `batch_of` draws a batch (in a thread, while the one before is learnt), `loss_of` gives its loss. `check` is asked
+    about the average now and then, and at the end: its figures are logged, and the highest `worst` among them decides
+    which average is kept; the last, where they have none. Raises X2DFDError for the state of another run.
     """
     average = torch.optim.swa_utils.AveragedModel(
         net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998), use_buffers=True
@@ -182,6 +207,9 @@ def fit(
     saved = state / "state.safetensors"
     modules: dict[str, torch.nn.Module] = {"net": net, "average": average}
     done = restore(saved, run, modules, optimizer) if saved.is_file() else 0
+    best = state / "best.safetensors"
+    if not done:
+        best.unlink(missing_ok=True)  # of a run that has no state is of another run
     if done > steps:
         raise X2DFDError(f"{saved} is {done} steps old, more than --steps {steps}; choose another --state")
     started, losses = time.monotonic(), []
@@ -207,11 +235,33 @@ def fit(
                 left = rate * (steps - step - 1) / 60
                 log(f"step {step + 1}/{steps} loss {np.mean(losses[-50:]):.4f} {rate:.2f} s/step, {left:.0f} min left")
             if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-                checkpoint(saved, step + 1, run, modules, optimizer)
                 if (step + 1) % (2 * SAVE_EVERY) == 0 and step + 1 < steps:
-                    log(json.dumps(check(average.module)))
+                    _keep_better(best, step + 1, average.module, check)
+                checkpoint(saved, step + 1, run, modules, optimizer)
+    figures = _keep_better(best, steps, average.module, check)
     trained: torch.nn.Module = average.module
-    return trained.eval()
+    trained.load_state_dict(load_file(best))
+    return trained.eval(), figures
+
+
+def _keep_better(
+    best: Path, step: int, net: torch.nn.Module, check: Callable[[torch.nn.Module], dict[str, Any]]
+) -> dict[str, Any]:
+    """Writes the weights to `best` unless better ones lie there; the figures of those that lie there then."""
+    from safetensors import safe_open
+
+    figures = {"step": step, **check(net)}
+    log(json.dumps(figures))
+    if best.is_file():
+        with safe_open(best, "pt") as stream:
+            before: dict[str, Any] = json.loads(stream.metadata()["figures"])
+        if before.get("worst") is not None and before["worst"] > (figures.get("worst") or 0.0):
+            return before
+    temporary = best.with_suffix(".tmp")
+    tensors = {k: v.contiguous() for k, v in net.state_dict().items()}
+    save_file(tensors, temporary, {"figures": json.dumps(figures)})
+    temporary.replace(best)
+    return figures
 
 
 def source_names(samples: Iterable[Sample]) -> str:

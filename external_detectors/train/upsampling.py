@@ -20,6 +20,7 @@ from external_detectors.train.loop import (
     by_source,
     fit,
     source_names,
+    worst,
 )
 from external_detectors.weights_io import WEIGHTS, save_weights, to_unit
 from x2dfd.crops import load_crops
@@ -68,10 +69,11 @@ def upsampling(
             said = [trained(to_unit(torch.from_numpy(np.asarray(crops.crops[part])))) for part in parts]
         scores = torch.cat(said).double().numpy() if said else np.zeros(0)
         checked = [crops.samples[i] for i in chosen]
-        return {"calib_auc_by_method": by_method(checked, scores), "real_above_half": by_source(checked, scores)}
+        by = {"calib_auc_by_method": by_method(checked, scores), "real_above_half": by_source(checked, scores)}
+        return by | {"worst": worst(checked, scores, held_out)}
 
     settings = {"data": manifest_sha256(data), "batch": batch, "lr": lr, "seed": seed, "hold_out": sorted(held_out)}
-    trained = fit(
+    trained, figures = fit(
         net, batch_of, loss_of, steps=steps, lr=lr, seed=seed, state=state, run=json.dumps(settings), check=figures_of
     )
     methods = sorted({s.method for s in samples if s.label == "fake"})
@@ -88,7 +90,7 @@ def upsampling(
         "faces that were changed without a decoder.",
         trained_on=f"{len(samples)} pictures, {steps} steps of {batch}: real photos and harmless changes against "
         f"pictures drawn as a whole ({', '.join(methods)}); sources: {source_names(samples)}",
-        figures={"held_out": sorted(held_out), **figures_of(trained)},
+        figures={"held_out": sorted(held_out), **figures},
     )
     save_weights(trained.state_dict(), card, out)
     print(out / f"{card.name}.card.json")
