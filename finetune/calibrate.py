@@ -20,6 +20,7 @@ from rich.progress import track
 
 from x2dfd.adapter import read_adapter_card
 from x2dfd.calibration import MLLM, Calibration, choose_band, fit_weights, logit
+from x2dfd.cli import run_command
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import Detector, load
 from x2dfd.errors import SetupError, X2DFDError
@@ -195,15 +196,5 @@ def _run(
     print(json.dumps({"weights": result.weights, "low": result.low, "high": result.high, **result.fitted_on}, indent=1))
 
 
-def main() -> None:
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(epilog=_EPILOG)(_run)
-    try:
-        app()
-    except X2DFDError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    run_command(_run, _EPILOG)

@@ -31,6 +31,7 @@ from external_detectors.train import loop
 from external_detectors.train import spectrum_noise as train_spectrum
 from x2dfd import crops as crops_module
 from x2dfd import fetch
+from x2dfd.cli import run_command
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.degrade import tone
 from x2dfd.errors import SetupError, X2DFDError
@@ -242,7 +243,7 @@ def test_a_manifest_of_one_label_is_refused(
     ]
     monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stopped:
-        train.main()
+        run_command(train.app)
     told = capsys.readouterr()
     assert stopped.value.code == 1 and told.out == ""
     assert told.err.strip().splitlines()[-1] == f"error: the manifest has no {missing} sample in split 'train'"
