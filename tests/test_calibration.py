@@ -342,7 +342,9 @@ def test_experts_that_were_added_stay_until_they_are_dropped(tmp_path: Path, mon
     """Bug prevented: a second calibration without `--add` silently loses the expert of the first."""
     asked: list[list[str]] = []
     known, labels = simulate(200, {"mllm": 1.0, "blending": 1.0, "clip": 1.0, "mine": 1.0}, 0.0)
-    samples = [Sample(str(i), Path("x"), "fake" if y else "real", source="s", group=str(i)) for i, y in enumerate(labels)]
+    samples = [
+        Sample(str(i), Path("x"), "fake" if y else "real", source="s", group=str(i)) for i, y in enumerate(labels)
+    ]
     samples = [replace(s, split="calib") for s in samples]
     crops = CropSet(samples, np.zeros((200, 1, 1, 3), np.uint8), np.zeros((200, 468, 2), np.float32), {})
 
@@ -352,7 +354,7 @@ def test_experts_that_were_added_stay_until_they_are_dropped(tmp_path: Path, mon
 
     stand_ins = {
         "load_crops": lambda data: crops,
-        "read_adapter_card": lambda folder: AdapterCard("a", "1", "", "", "", "", "", "", experts=("blending",)),
+        "read_adapter_card": lambda folder: AdapterCard("a", "1", "", "", "", "", "", "", experts={"blending": "0"}),
         "load": load,
         "score_parts": lambda *_: {name: known[name] for name in ("mllm", *asked[-1])},
         "manifest_sha256": lambda data: "0" * 64,
