@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from data_gen import catalogue, leaks, questions, read_commands
-from x2dfd.errors import X2DFDError
+from x2dfd.cli import run_command
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -131,13 +130,5 @@ def decoders(
     print(out)
 
 
-def main() -> None:
-    try:
-        app()
-    except X2DFDError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    run_command(app)

@@ -202,6 +202,7 @@ def train(data: Path, steps: int, work: Path, path: Path = WEIGHTS) -> None:
 
     Raises X2DFDError when there are none, or when a decoder diverged.
     """
+    from external_detectors.train.loop import licence_of, next_version
     from x2dfd.crops import load_crops
 
     crops = load_crops(data)
@@ -226,9 +227,9 @@ def train(data: Path, steps: int, work: Path, path: Path = WEIGHTS) -> None:
     sources = ", ".join(sorted({crops.samples[i].source for i in rows}))
     card = Card(
         name="decoders",
-        version="1",
+        version=next_version(path.parent, path.stem),
         source="trained by this project: data_gen/decoders.py",
-        licence="weights: research and evaluation only (trained in part on FFHQ, CC BY-NC-SA 4.0)",
+        licence=licence_of(crops.samples[i] for i in rows),
         sha256=file_sha256(path),
         preprocessing=PREPROCESSING,
         paper="none; the use after Rajan et al., Aligned Datasets Improve Detection of Latent Diffusion-Generated "

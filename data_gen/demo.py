@@ -17,7 +17,7 @@ import typer
 
 from data_gen.forge import METHODS, Photo, forge
 from x2dfd.cli import main as x2dfd_command
-from x2dfd.errors import X2DFDError
+from x2dfd.cli import run_command
 from x2dfd.faces import find_faces
 
 
@@ -50,15 +50,5 @@ def run(out: Annotated[Path, typer.Option(help="folder for the pictures and the 
     x2dfd_command()
 
 
-def main() -> None:
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(run)
-    try:
-        app()
-    except X2DFDError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    run_command(run)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from x2dfd.errors import X2DFDError
+from x2dfd.cli import run_command
 
 _EPILOG = """Examples:\n
   python -m finetune --config finetune/embedded.yaml\n
@@ -77,13 +76,5 @@ def merge(
     print(merged(adapter, out, base))
 
 
-def main() -> None:
-    try:
-        app()
-    except X2DFDError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    run_command(app)

@@ -7,7 +7,6 @@ set from the false alarms of every real source. Writes `calibration.json` into t
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +18,10 @@ from numpy.typing import NDArray
 
 from x2dfd.adapter import read_adapter_card
 from x2dfd.calibration import MLLM, Calibration, choose_band, choose_floor, fit_weights, logit
+from x2dfd.cli import run_command
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import Detector, load
-from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.errors import SetupError, UnknownName, X2DFDError
 from x2dfd.manifest import Sample, manifest_sha256
 from x2dfd.progress import progress
 from x2dfd.tower import view_face
@@ -38,14 +38,16 @@ def calibrate(
     false_alarms: float = 0.05,
     disagreement: float | None = None,
     add: Sequence[str] = (),
+    drop: Sequence[str] = (),
     other_experts: bool = False,
 ) -> Calibration:
     """Score the split, fit, write. Half of the pictures are taken as they are, half as their degraded training view.
 
     `disagreement`: no verdict where the parts are further apart than this; None: their spread decides nothing. `add`:
-    experts that join the fusion though the MLLM was not trained with them: its prompt stays as it was.
-    `other_experts`: take the expert weights that are here, also where the adapter was trained with others. Raises
-    X2DFDError when the split lacks a label.
+    experts that join the fusion though the MLLM was not trained with them: its prompt stays as it was. Those of the
+    present calibration stay, unless they are among `drop`. `other_experts`: take the expert weights that are here, also
+    where the adapter was trained with others. Raises X2DFDError when the split lacks a label, UnknownName for a `drop`
+    that is not an added expert.
     """
     if disagreement is not None and not 0 < disagreement < 1:
         raise X2DFDError(f"disagreement {disagreement}: the spread of probabilities lies between 0 and 1")
@@ -57,10 +59,16 @@ def calibrate(
     if not 0 < labels.sum() < len(labels):
         raise X2DFDError(f"split {split!r} of {data} needs real and fake pictures to calibrate on")
     try:
-        Calibration.load(adapter)
+        earlier = [name for name in Calibration.load(adapter).weights if name != MLLM]
     except SetupError:
+        earlier = []
         (adapter / "calibration.json").unlink(missing_ok=True)  # a broken one would keep the adapter from loading
-    names = list(dict.fromkeys([*read_adapter_card(adapter).experts, *add]))
+    in_prompt = read_adapter_card(adapter).experts
+    added = [name for name in dict.fromkeys([*earlier, *add]) if name not in in_prompt]
+    for name in drop:
+        if name not in added:
+            raise UnknownName("added expert", name, added)
+    names = [*in_prompt, *(name for name in added if name not in drop)]
     detector = load(adapter, mode="paper", experts=names, other_experts=other_experts)
     parts = score_parts(detector, crops, rows, view_seed)
     weights_per_sample = balance(samples)
@@ -178,8 +186,9 @@ def _run(
         float | None, typer.Option(help="no verdict where experts are further apart than this (0..1); default: never")
     ] = None,
     add: Annotated[
-        str, typer.Option(help="experts that join though the MLLM does not know them, comma-separated")
+        str, typer.Option(help="experts that join though the MLLM does not know them, comma-separated; they stay")
     ] = "",
+    drop: Annotated[str, typer.Option(help="experts that joined so and shall not stay, comma-separated")] = "",
     other_experts: Annotated[
         bool, typer.Option(help="take the expert weights that are here, whatever trained it")
     ] = False,
@@ -193,20 +202,11 @@ def _run(
         false_alarms=false_alarms,
         disagreement=disagreement,
         add=[n for n in add.split(",") if n],
+        drop=[n for n in drop.split(",") if n],
         other_experts=other_experts,
     )
     print(json.dumps({"weights": result.weights, "low": result.low, "high": result.high, **result.fitted_on}, indent=1))
 
 
-def main() -> None:
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(epilog=_EPILOG)(_run)
-    try:
-        app()
-    except X2DFDError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    run_command(_run, _EPILOG)

@@ -12,7 +12,6 @@ import gc
 import json
 import platform
 import re
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,6 +30,7 @@ from finetune.memory import GB, Shape, predict, shape_of
 from finetune.models import tune
 from finetune.train import PackTrainer
 from x2dfd import prompts
+from x2dfd.cli import run_command
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.files import write_text
 from x2dfd.mllm import LocalMLLM
@@ -247,15 +247,5 @@ def _run(
     print(json.dumps(found, indent=1))
 
 
-def main() -> None:
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(_run)
-    try:
-        app()
-    except X2DFDError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    run_command(_run)

@@ -8,7 +8,6 @@ line for each number of layers: what `text_layers` of a fine-tuning configuratio
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 
 from data_gen.writers import write_explanation
 from x2dfd import prompts
-from x2dfd.errors import X2DFDError
+from x2dfd.cli import run_command
 from x2dfd.mllm import load_llava
 from x2dfd.types import Cue
 
@@ -84,15 +83,5 @@ def _run(
         print(json.dumps(line), flush=True)
 
 
-def main() -> None:
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(_run)
-    try:
-        app()
-    except X2DFDError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    run_command(_run)

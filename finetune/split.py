@@ -8,7 +8,6 @@ it (`OUT/lora`). Card and calibration stay where they are: the client reads them
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from x2dfd import prompts
 from x2dfd.adapter import EMBEDDED, WEIGHTS, check_adapter, read_adapter_card
-from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.cli import run_command
+from x2dfd.errors import SetupError
 from x2dfd.files import write_text
 from x2dfd.mllm import base_identity, load_llava
 
@@ -62,15 +62,5 @@ def _run(
     print(f"vllm serve {whole} --enable-lora --max-lora-rank {rank} --lora-modules x2dfd={lora}")
 
 
-def main() -> None:
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(_run)
-    try:
-        app()
-    except X2DFDError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    run_command(_run)

@@ -21,7 +21,7 @@ from tests.tiny import edit_json
 from x2dfd.adapter import AdapterCard
 from x2dfd.calibration import FLOOR_SHARE, Calibration, choose_band, choose_floor, fit_weights, logit
 from x2dfd.crops import CropSet
-from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.errors import SetupError, UnknownName, X2DFDError
 from x2dfd.faces import find_faces
 from x2dfd.manifest import Sample
 from x2dfd.tower import training_view
@@ -355,3 +355,37 @@ def test_the_file_counts_verdicts_as_they_will_be_given(tmp_path: Path, monkeypa
     assert strict.fitted_on["inconclusive"] > plain.fitted_on["inconclusive"] + 0.01
     with pytest.raises(X2DFDError, match="between 0 and 1"):
         calibrate(tmp_path, tmp_path, disagreement=1.0)
+
+
+def test_experts_that_were_added_stay_until_they_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: a second calibration without `--add` silently loses the expert of the first."""
+    asked: list[list[str]] = []
+    known, labels = simulate(200, {"mllm": 1.0, "blending": 1.0, "clip": 1.0, "mine": 1.0}, 0.0)
+    samples = [
+        Sample(str(i), Path("x"), "fake" if y else "real", source="s", group=str(i)) for i, y in enumerate(labels)
+    ]
+    samples = [replace(s, split="calib") for s in samples]
+    crops = CropSet(samples, np.zeros((200, 1, 1, 3), np.uint8), np.zeros((200, 468, 2), np.float32), {})
+
+    def load(adapter: Path, **told: Any) -> SimpleNamespace:
+        asked.append(told["experts"])
+        return SimpleNamespace(experts=[])
+
+    stand_ins = {
+        "load_crops": lambda data: crops,
+        "read_adapter_card": lambda folder: AdapterCard("a", "1", "", "", "", "", "", "", experts={"blending": "0"}),
+        "load": load,
+        "score_parts": lambda *_: {name: known[name] for name in ("mllm", *asked[-1])},
+        "manifest_sha256": lambda data: "0" * 64,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(f"finetune.calibrate.{name}", stand_in)
+    calibrate(tmp_path, tmp_path, add=["mine"])
+    calibrate(tmp_path, tmp_path)
+    calibrate(tmp_path, tmp_path, add=["clip"])
+    calibrate(tmp_path, tmp_path, drop=["mine"])
+    assert asked == [["blending", "mine"], ["blending", "mine"], ["blending", "mine", "clip"], ["blending", "clip"]]
+    assert set(Calibration.load(tmp_path).weights) == {"mllm", "blending", "clip"}
+    for name in ("mine", "blending"):  # gone already; and the prompt needs it
+        with pytest.raises(UnknownName, match="added expert"):
+            calibrate(tmp_path, tmp_path, drop=[name])

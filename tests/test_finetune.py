@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import x2dfd
 from data_gen.build import BuildConfig, build
-from finetune.__main__ import main
+from finetune.__main__ import app
 from finetune.config import FinetuneConfig, load_config
 from finetune.data import IGNORE, Collate, CollateRows, Conversation, Packs, Rows, conversation
 from finetune.models import open_base, tune
@@ -27,6 +27,7 @@ from finetune.prune import prune, sample_text
 from tests import tiny
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, lora_b_sum, read_adapter_card
+from x2dfd.cli import run_command
 from x2dfd.crops import load_crops
 from x2dfd.errors import SetupError, UnknownName, X2DFDError
 from x2dfd.experts import BUILTIN
@@ -124,7 +125,7 @@ def test_the_command_line_says_why_without_a_traceback(
     """Exit 1 and one line, whatever the user mistyped."""
     monkeypatch.setattr(sys, "argv", ["finetune", "--config", str(written(tmp_path, "lrr: 1\n"))])
     with pytest.raises(SystemExit) as caught:
-        main()
+        run_command(app)
     assert caught.value.code == 1
     assert capsys.readouterr().err.startswith("error: unknown configuration key 'lrr'; did you mean 'lr'?")
 

@@ -31,10 +31,11 @@ from external_detectors.train import loop
 from external_detectors.train import spectrum_noise as train_spectrum
 from x2dfd import crops as crops_module
 from x2dfd import fetch
+from x2dfd.cli import run_command
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.degrade import tone
 from x2dfd.errors import SetupError, X2DFDError
-from x2dfd.experts import load_expert
+from x2dfd.experts import load_expert, read_card
 from x2dfd.faces import PREPROCESSING, find_faces
 from x2dfd.manifest import Sample, read_manifest
 from x2dfd.types import Cue
@@ -242,7 +243,7 @@ def test_a_manifest_of_one_label_is_refused(
     ]
     monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stopped:
-        train.main()
+        run_command(train.app)
     told = capsys.readouterr()
     assert stopped.value.code == 1 and told.out == ""
     assert told.err.strip().splitlines()[-1] == f"error: the manifest has no {missing} sample in split 'train'"
@@ -563,3 +564,47 @@ def test_a_source_and_a_generator_left_out_are_not_learnt_from(monkeypatch: pyte
     assert ({"two"}, {"b"}) in learnt and ({"one"}, {"a"}) in learnt and ({"one", "two"}, {"a"}) in learnt
     assert found["auc_generator_and_source_left_out"] == {"one / a": 1, "one / b": 1, "two / a": 0, "two / b": 0}
     assert found["false_alarms_of_a_source_left_out"]["a"] == {"rate": 0.0, "n": 25}
+
+
+# --- the card -------------------------------------------------------------------------------------------------------
+
+
+def test_the_licence_line_is_that_of_the_pictures() -> None:
+    """Bug prevented: weights of a user's own CC0 photos said to be bound by FFHQ, or FFHQ's kept quiet about."""
+    free = Sample("1", Path("1"), "real", source="mine", extra={"licence": "CC0"})
+    bound = Sample("2", Path("2"), "real", source="ffhq", extra={"licence": "CC BY-NC-SA 4.0"})
+    silent = Sample("3", Path("3"), "fake", source="web")
+    assert loop.licence_of([free]) == "weights: bound by what they were made of (trained on pictures under: CC0)"
+    line = loop.licence_of([free, bound, silent], start="MIT")
+    assert "CC BY-NC-SA 4.0; CC0" in line and "no licence is stated for the pictures of web" in line
+    assert line.endswith("; start: MIT") and "FFHQ" not in line
+
+
+def test_a_card_says_the_next_version_and_whose_pictures(
+    forged: Path, kinds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: every training of `clip` stamped 3, so that two files of weights go by one version."""
+    assert loop.next_version(tmp_path, "blending") == "1"
+    for state, version in (("1", "1"), ("2", "2")):
+        words = ["--steps", "1", "--state", str(tmp_path / state), "--out", str(tmp_path / "out")]
+        assert _blending(forged, tmp_path, *words).exit_code == 0
+        card = read_card(tmp_path / "out" / "blending.card.json")
+        assert card.version == version
+    assert card.licence.endswith("(no licence is stated for the pictures of s0, s1)")
+
+
+def test_a_limit_draws_from_the_whole_manifest(kinds: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Bug prevented: of a manifest that is sorted by label, only the first label is measured."""
+    chosen: list[list[int]] = []
+
+    def measured(crops: CropSet, rows: list[int], view_seed: int) -> None:
+        chosen.append(rows)
+        raise X2DFDError("enough")
+
+    monkeypatch.setattr(train_spectrum, "_measured", measured)
+    words = ["spectrum-noise", "--data", str(kinds), "--out", str(tmp_path), "--limit", "6"]
+    for seed in ("0", "0", "1"):
+        CliRunner().invoke(train.app, [*words, "--seed", seed])
+    first, again, other = chosen
+    assert first == again == sorted(set(first)) and len(first) == 6
+    assert first != other and max(*first, *other) > 5

@@ -1,8 +1,8 @@
 """From the MLLM's logit and the experts' logits to one calibrated probability, and when to say "inconclusive".
 
 A regularised logistic with non-negative weights over a handful of logits: small enough to read, stored as JSON with the
-model. A score that is missing stands at its training mean, so it neither accuses nor clears. The "real" of an expert for
-faces that are synthetic as a whole says nothing about a changed mouth: such a part counts from a floor on.
+model. A score that is missing stands at its training mean, so it neither accuses nor clears. The "real" of an expert
+for faces that are synthetic as a whole says nothing about a changed mouth: such a part counts from a floor on.
 """
 
 from __future__ import annotations

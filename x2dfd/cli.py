@@ -89,6 +89,22 @@ def main() -> None:
     app(prog_name="x2dfd")
 
 
+def run_command(command: typer.Typer | Callable[..., None], epilog: str | None = None) -> None:
+    """Run the command line of another room: what a user can cause is one line on stderr and exit code 1.
+
+    `command` is an app or the one function that the command is; its `--help` then ends with `epilog`.
+    """
+    if not isinstance(command, typer.Typer):
+        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        single.command(epilog=epilog)(command)
+        command = single
+    try:
+        command()
+    except X2DFDError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
 def _version(asked: bool) -> None:
     if asked:
         try:

@@ -54,7 +54,7 @@ class Shared:
 class Expert(Protocol):
     """What a plug-in has to be. `__init__` takes no arguments and loads the weights; it may raise SetupError.
 
-    It may have `one_sided = True`: its "real" is no evidence, as a face can be forged in ways that it does not look for.
+    It may have `one_sided = True`: its "real" is no evidence, as a face can be forged in ways that it is blind to.
     """
 
     card: ClassVar[Card]

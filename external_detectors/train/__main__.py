@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 import typer
 
 from external_detectors.train import blending, clip, consistency, spectrum_noise, upsampling
 from external_detectors.train.loop import EXAMPLE
-from x2dfd.errors import X2DFDError
+from x2dfd.cli import run_command
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -29,13 +27,5 @@ app.command(name="spectrum-noise", epilog=EXAMPLE.format("spectrum-noise --data 
 )
 
 
-def main() -> None:
-    try:
-        app()
-    except X2DFDError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    run_command(app)

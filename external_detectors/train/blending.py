@@ -12,7 +12,17 @@ import typer
 from torch import Tensor
 from torch.nn import functional as F
 
-from external_detectors.train.loop import LICENCE, SOURCE, augmented, balanced, by_method, fit, source_names, worst
+from external_detectors.train.loop import (
+    SOURCE,
+    augmented,
+    balanced,
+    by_method,
+    fit,
+    licence_of,
+    next_version,
+    source_names,
+    worst,
+)
 from external_detectors.weights_io import WEIGHTS, save_weights, to_unit
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.faces import PREPROCESSING
@@ -59,17 +69,18 @@ def blending(
     trained, figures = fit(
         net, batch_of, loss_of, steps=steps, lr=lr, seed=seed, state=state, run=run, check=figures_of
     )
+    learnt = [s for s in crops.samples if s.split == "train"]
     card = Card(
         name="blending",
-        version="1",
+        version=next_version(out, "blending"),
         source=SOURCE,
-        licence=f"{LICENCE}; start: Apache-2.0",
+        licence=licence_of(learnt, start="" if from_scratch else "EfficientNet-Lite0 of ImageNet, Apache-2.0"),
         sha256="",
         preprocessing=PREPROCESSING,
         paper="Shiohara & Yamasaki, Detecting Deepfakes with Self-Blended Images, CVPR 2022",
         blind_spot="Faces that are synthetic as a whole have no seam; strong compression and blur hide one.",
         trained_on=f"self-blended images of real photos only ({len(crops.samples)} pictures, {steps} steps of {batch})"
-        f"; no fake of any generator; sources: {source_names(s for s in crops.samples if s.split == 'train')}",
+        f"; no fake of any generator; sources: {source_names(learnt)}",
         figures=figures,
     )
     card = save_weights(trained.state_dict(), card, out)

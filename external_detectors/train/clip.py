@@ -17,7 +17,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from external_detectors.train.loop import SOURCE, auc, balance, by_method, by_source, log, source_names
+from external_detectors.train.loop import (
+    SOURCE,
+    auc,
+    balance,
+    by_method,
+    by_source,
+    licence_of,
+    log,
+    next_version,
+    source_names,
+)
 from external_detectors.weights_io import WEIGHTS, save_weights
 from x2dfd.crops import load_crops
 from x2dfd.errors import X2DFDError
@@ -74,19 +84,19 @@ def clip(
             scores = np.where(train & (fold == k), logits(head(train & (fold != k))), scores)
         known = {s.id: round(1 / (1 + math.exp(-v)), 4) for s, v in zip(samples, scores.tolist(), strict=True)}
         write_text(oof, json.dumps({"clip": known}))
+    learnt = [s for s, use in zip(samples, train & mine, strict=True) if use]
     card = Card(
         name="clip",
-        version="3",
+        version=next_version(out, "clip"),
         source=SOURCE,
-        licence="weights: research and evaluation only "
-        "(trained in part on FFHQ, CC BY-NC-SA 4.0, and StyleGAN outputs, CC BY-NC 4.0)",
+        licence=licence_of(learnt),
         sha256="",
         preprocessing=PREPROCESSING,
         paper="after Koutlis & Papadopoulos, Leveraging Representations from Intermediate Encoder-blocks, ECCV 2024",
         blind_spot="Generators unlike the ones it was trained on, above all on photos from sources it does not know: "
         "there it is no better than chance; small, blurred or strongly compressed faces; faces changed in part.",
-        trained_on=f"{int((train & mine).sum())} pictures: real photos and harmless changes against pictures made by "
-        f"generators as a whole; sources: {source_names(s for s, m in zip(samples, train & mine, strict=True) if m)}",
+        trained_on=f"{len(learnt)} pictures: real photos and harmless changes against pictures made by "
+        f"generators as a whole; sources: {source_names(learnt)}",
         figures=figures,
     )
     save_weights({**state, "mean": mean, "std": std}, card, out)

@@ -14,7 +14,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from external_detectors.train.loop import LICENCE, SOURCE, auc, augmented, balanced, by_method, fit, source_names, worst
+from external_detectors.train.loop import (
+    SOURCE,
+    auc,
+    augmented,
+    balanced,
+    by_method,
+    fit,
+    licence_of,
+    next_version,
+    source_names,
+    worst,
+)
 from external_detectors.weights_io import WEIGHTS, save_weights, to_unit
 from x2dfd.calibration import logit
 from x2dfd.crops import CropSet, load_crops
@@ -84,9 +95,9 @@ def consistency(
     earlier = f"first: {before.trained_on}. Then: " if go_on else ""
     card = Card(
         name="consistency",
-        version=str(int(before.version) + 1) if go_on else "1",
+        version=str(int(before.version) + 1) if go_on else next_version(out, "consistency"),
         source=SOURCE,
-        licence=f"{LICENCE}; start: Apache-2.0",
+        licence=licence_of(learnt, start=before.licence),
         sha256="",
         preprocessing=PREPROCESSING,
         paper="none: a network of this project; the start after Shiohara & Yamasaki, CVPR 2022",

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from x2dfd.degrade import degrade
 from x2dfd.errors import X2DFDError
+from x2dfd.experts import read_card
 from x2dfd.manifest import Sample
 
 EXAMPLE = "Example:\n\n  python -m external_detectors.train {}"
 SOURCE = "trained by this project: external_detectors/train"
-LICENCE = "weights: research and evaluation only (trained in part on FFHQ, CC BY-NC-SA 4.0)"
 
 
 def log(text: str) -> None:
@@ -266,3 +266,26 @@ def _keep_better(
 
 def source_names(samples: Iterable[Sample]) -> str:
     return ", ".join(sorted({s.source for s in samples}))
+
+
+def licence_of(samples: Iterable[Sample], start: str = "") -> str:
+    """The licence line of weights, from the column `licence` of the pictures they were trained on.
+
+    `start`: the licence of weights that the training began with. Sources without a licence are named.
+    """
+    stated: set[str] = set()
+    silent: set[str] = set()
+    for sample in samples:
+        text = str(sample.extra.get("licence") or "").strip()
+        (stated if text else silent).add(text or sample.source or "(no source)")
+    parts = ["trained on pictures under: " + "; ".join(sorted(stated))] if stated else []
+    if silent:
+        parts.append(f"no licence is stated for the pictures of {', '.join(sorted(silent))}")
+    return f"weights: bound by what they were made of ({'. '.join(parts)})" + (f"; start: {start}" if start else "")
+
+
+def next_version(folder: Path, name: str) -> str:
+    """One more than the version of the card that lies in `folder`; "1" where there is none, or it has no number."""
+    path = folder / f"{name}.card.json"
+    before = read_card(path).version if path.is_file() else ""
+    return str(int(before) + 1) if before.isdecimal() else "1"

@@ -13,13 +13,23 @@ import typer
 from numpy.typing import NDArray
 
 from external_detectors.spectrum_features import features, perceptron
-from external_detectors.train.loop import SOURCE, auc, balance, by_method, by_source, log, source_names
+from external_detectors.train.loop import (
+    SOURCE,
+    auc,
+    balance,
+    by_method,
+    by_source,
+    licence_of,
+    log,
+    next_version,
+    source_names,
+)
 from external_detectors.weights_io import WEIGHTS, save_weights
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.faces import PREPROCESSING
 from x2dfd.manifest import Sample
 from x2dfd.progress import progress
-from x2dfd.tower import view_face
+from x2dfd.tower import training_rows, view_face
 from x2dfd.types import Card
 
 _CHOICES: tuple[tuple[int, float], ...] = ((0, 1.0), (12, 1.0), (12, 0.1), (32, 1.0), (32, 0.1))
@@ -29,14 +39,17 @@ _CHOICES: tuple[tuple[int, float], ...] = ((0, 1.0), (12, 1.0), (12, 0.1), (32, 
 def spectrum_noise(
     data: Annotated[Path, typer.Option(help="manifest of forgeries, ready-made fakes and real photos")],
     out: Annotated[Path, typer.Option(help="folder for weights and card")] = WEIGHTS,
-    limit: Annotated[int | None, typer.Option(help="at most this many pictures")] = None,
+    limit: Annotated[int | None, typer.Option(help="at most this many pictures, drawn at random")] = None,
+    seed: Annotated[int, typer.Option(help="of that draw")] = 0,
     view_seed: int = 1,
     workers: int = 1,
 ) -> None:
     """A small scikit-learn model on spectrum and noise; its size is chosen on methods left out and the worst source."""
     crops = load_crops(data, workers)
-    rows = [i for i, s in enumerate(crops.samples) if s.split in ("train", "calib")][:limit]
-    x, samples = _measured(crops, rows, view_seed)
+    rows = training_rows(crops)
+    if limit is not None and limit < len(rows):  # a manifest may be sorted by label or source
+        rows = np.sort(np.random.default_rng(seed).choice(rows, limit, replace=False))
+    x, samples = _measured(crops, [int(i) for i in rows], view_seed)
     fake = np.array([s.label == "fake" for s in samples])
     train = np.array([s.split == "train" for s in samples])
     first = np.array([s.method.split("+")[0] for s in samples])
@@ -66,12 +79,12 @@ def spectrum_noise(
     worth, units, penalty, state, left_out, of_source = max(table, key=lambda row: row[0])
     checked = [s for s, t in zip(samples, train, strict=True) if not t]
     scores = perceptron(state, x[~train])
+    learnt = [s for s in samples if s.split == "train"]
     card = Card(
         name="spectrum-noise",
-        version="1",
+        version=next_version(out, "spectrum-noise"),
         source=SOURCE,
-        licence="weights: research and evaluation only "
-        "(trained in part on FFHQ, CC BY-NC-SA 4.0, and StyleGAN outputs, CC BY-NC 4.0)",
+        licence=licence_of(learnt),
         sha256="",
         preprocessing=PREPROCESSING,
         paper="after Durall et al., Watch your Up-Convolution, CVPR 2020, and Fridrich & Kodovsky, Rich Models for "
@@ -79,7 +92,7 @@ def spectrum_noise(
         blind_spot="Strong compression and scaling write a spectrum and a noise of their own; so do filters that are "
         "laid over a forgery afterwards.",
         trained_on=f"two views each of {int(train.sum()) // 2} pictures: real photos and harmless changes against "
-        f"forgeries and generated faces; sources: {source_names(s for s in samples if s.split == 'train')}",
+        f"forgeries and generated faces; sources: {source_names(learnt)}",
         figures={
             "chosen": {
                 "on": "the same pictures",

@@ -19,6 +19,8 @@ from external_detectors.train.loop import (
     by_method,
     by_source,
     fit,
+    licence_of,
+    next_version,
     source_names,
     worst,
 )
@@ -79,10 +81,9 @@ def upsampling(
     methods = sorted({s.method for s in samples if s.label == "fake"})
     card = Card(
         name="upsampling",
-        version="1",
+        version=next_version(out, "upsampling"),
         source=SOURCE,
-        licence="weights: research and evaluation only "
-        "(trained in part on FFHQ, CC BY-NC-SA 4.0, and StyleGAN outputs, CC BY-NC 4.0)",
+        licence=licence_of(samples),
         sha256="",
         preprocessing=PREPROCESSING,
         paper="Tan et al., Rethinking the Up-Sampling Operations in CNN-based Generative Network, CVPR 2024",
