@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 from rich.progress import track
 
-from data_gen.forge import HARMLESS, METHODS, Forgery, Photo, forge
+from data_gen.forge import FORGE_VERSION, HARMLESS, METHODS, Forgery, Photo, forge
 from x2dfd.errors import InputError, UnknownName, X2DFDError
 from x2dfd.faces import find_faces
 from x2dfd.files import file_sha256, write_text
@@ -48,6 +48,7 @@ class ForgeConfig:
     calib: float = 0.0  # share of the train groups that become split `calib`, kept for calibration
     methods: tuple[str, ...] = tuple(METHODS)  # forge methods in use
     splits: tuple[str, ...] = ()  # only these splits of the manifest; empty for all
+    decoders: str | None = None  # weight file of `data_gen decoders`; None for the committed one
 
 
 def split_of(sample: Sample, calib: float) -> str:
@@ -242,9 +243,17 @@ def _pose(photo: Photo) -> np.ndarray[Any, Any]:
 _worker: tuple[_Source, Path] | None = None
 
 
+_DRAWN = {"autoencode", "redraw"}
+"""The methods that need the learnt decoders."""
+
+
 def _start(config: ForgeConfig, out: Path) -> None:
     global _worker
     cv2.setNumThreads(1)
+    if _DRAWN & set(config.methods):
+        from data_gen import decoders
+
+        decoders.use(Path(config.decoders) if config.decoders else None)
     _worker = (_Source(config), out)
 
 
@@ -283,11 +292,15 @@ def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
     _Source(config)  # refuses a bad manifest here, where it is one line; in a worker it would break the pool
     manifest, part = out / "manifest.jsonl", out / "manifest.part.jsonl"
     settings = {**asdict(config), "data": manifest_sha256(config.data), "methods": list(config.methods)}
-    settings["splits"] = list(config.splits)
-    if {"autoencode", "redraw"} & set(config.methods):  # other decoders draw other pictures
-        from data_gen.decoders import WEIGHTS
+    settings |= {"splits": list(config.splits), "version": FORGE_VERSION, "decoders": None}
+    if _DRAWN & set(config.methods):  # other decoders draw other pictures
+        from data_gen.decoders import WEIGHTS, load_bank
 
-        settings["decoders"] = file_sha256(WEIGHTS)
+        weights = Path(config.decoders) if config.decoders else WEIGHTS
+        load_bank(weights)  # refused here, where it is one line
+        settings["decoders"] = file_sha256(weights)
+    elif config.decoders:
+        raise X2DFDError(f"decoders draw for {' and '.join(sorted(_DRAWN))} alone: none of these is among the methods")
     saved = out / "forge.json"
     if saved.is_file() and json.loads(saved.read_text()) != settings:
         raise X2DFDError(f"{out} holds a forge run with other settings; choose another --out")
@@ -313,7 +326,13 @@ def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
 def _made(config: ForgeConfig, out: Path, todo: Sequence[int], workers: int) -> Iterator[dict[str, Any]]:
     if workers <= 1:
         _start(config, out)
-        yield from map(_work, todo)
+        try:
+            yield from map(_work, todo)
+        finally:
+            if config.decoders:  # this process goes on with the committed ones
+                from data_gen import decoders
+
+                decoders.use(None)
         return
     # Spawned, not forked: the copy of a process whose models run threads hangs.
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start, initargs=(config, out)) as pool:
