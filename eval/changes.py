@@ -261,8 +261,8 @@ DEEPERFORENSICS: Suite = {
 """The distortions of DeeperForensics-1.0 (arXiv 2001.03024), levels 1 to 5, with the published parameters.
 
 As far as the public description goes. To the bit: GB. The same operation, but for how halves and sizes are rounded:
-CC and JPEG_pixelate. The same in distribution, from our own random numbers: BW and GNC. Near: CS (the published code has
-an offset of its own in the chroma, which is not part of what we know) and VC (a frame alone, our encoder's settings).
+CC and JPEG_pixelate. The same in distribution, from our own random numbers: BW and GNC. Near: CS (the published code
+has an offset of its own in the chroma, which is not part of what we know) and VC (one frame, our encoder's settings).
 """
 
 DFF: Suite = {
