@@ -100,7 +100,7 @@ class _Source:
 
 
 @lru_cache(maxsize=1500)
-def _photo(path: str, source: str, group: str, side: int) -> Photo | None:
+def load_photo(path: str, source: str, group: str, side: int) -> Photo | None:
     """The region around the largest face, or None when the file cannot be read or has no face."""
     try:
         pixels = load_picture(path).pixels
@@ -139,13 +139,13 @@ def _tighten(photo: Photo, rng: np.random.Generator) -> Photo:
 def _draw_photo(source: _Source, label: str, split: str, rng: np.random.Generator) -> tuple[Sample, Photo]:
     for _ in range(_TRIES):
         sample = source.draw(label, split, rng)
-        photo = _photo(str(sample.path), sample.source, sample.group, source.config.side)
+        photo = load_photo(str(sample.path), sample.source, sample.group, source.config.side)
         if photo is not None:
             return sample, _tighten(photo, rng)
     raise X2DFDError(f"no usable face in {_TRIES} {label} pictures of split {split!r}")
 
 
-def _save_jpeg(path: Path, pixels: np.ndarray[Any, Any], quality: int) -> str:
+def save_jpeg(path: Path, pixels: np.ndarray[Any, Any], quality: int) -> str:
     ok, data = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
     if not ok:
         raise X2DFDError(f"could not encode {path.name}")
@@ -206,7 +206,7 @@ def _item(source: _Source, out: Path, index: int) -> dict[str, Any]:
     row |= {"source": sample.source, "group": sample.group, "split": split, "strength": made.strength}
     if sample.extra.get("licence"):
         row["licence"] = sample.extra["licence"]  # what is made of a photo stands under its licence too
-    row["sha256"] = _save_jpeg(file, made.pixels, quality)
+    row["sha256"] = save_jpeg(file, made.pixels, quality)
     return row
 
 
@@ -223,7 +223,7 @@ def _donor(source: _Source, split: str, target: Sample, face: Photo, rng: np.ran
     for _ in range(_TRIES):
         sample, photo = _draw_photo(source, "real", split, rng)
         if sample.group != target.group and (sample.source == target.source or rng.random() < 0.5):
-            found.append((float(np.abs(_pose(photo) - _pose(face)).max()), sample, photo))
+            found.append((float(np.abs(pose(photo) - pose(face)).max()), sample, photo))
             if found[-1][0] < _POSE_FITS or len(found) == _DONORS:
                 break
     if not found:
@@ -232,7 +232,7 @@ def _donor(source: _Source, split: str, target: Sample, face: Photo, rng: np.ran
     return sample, photo
 
 
-def _pose(photo: Photo) -> np.ndarray[Any, Any]:
+def pose(photo: Photo) -> np.ndarray[Any, Any]:
     """How far the head is turned and tipped: where the nose lies between the ends of the mesh, both about 0.5."""
     p = photo.landmarks
     across, down = p[454] - p[234], p[152] - p[10]

@@ -284,9 +284,9 @@ def test_donors_are_chosen_by_pose(photo: Photo) -> None:
     turned = photo.landmarks.copy()
     turned[1] += (turned[454] - turned[234]) * 0.25  # the nose far to one side
     profile = replace(photo, landmarks=turned)
-    assert np.abs(run_forge._pose(photo) - run_forge._pose(profile)).max() > 0.2
+    assert np.abs(run_forge.pose(photo) - run_forge.pose(profile)).max() > 0.2
     bigger = replace(photo, landmarks=photo.landmarks * 3 + 20)
-    assert np.allclose(run_forge._pose(photo), run_forge._pose(bigger), atol=1e-4)
+    assert np.allclose(run_forge.pose(photo), run_forge.pose(bigger), atol=1e-4)
 
 
 # --- what happens on the way ----------------------------------------------------------------------------------------
