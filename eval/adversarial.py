@@ -8,6 +8,7 @@ is measured is an upper bound. A report, not a claim of robustness: nothing is t
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from eval import metrics as m
@@ -64,17 +67,13 @@ def pgd(
     noise = torch.empty_like(clean).uniform_(-epsilon, epsilon, generator=torch.Generator().manual_seed(seed))
     best, worst = clean.clone(), torch.full((len(clean),), -torch.inf)
     for step in range(steps + 1):
-        at = (clean + noise).clamp(0, 255).requires_grad_(True)
+        at = (clean + noise).clamp(0, 255).round().requires_grad_(True)  # the picture that would be handed in
+        reached = towards * logits(to_unit(at))
+        better = reached.detach() > worst
+        best[better], worst[better] = at.detach()[better], reached.detach()[better]
         if step < steps:
-            gained = towards * logits(to_unit(at))
-            (gradient,) = torch.autograd.grad(gained.sum(), at)
-            moved = noise + epsilon / 4 * gradient.sign()
-            noise = moved.clamp(-epsilon, epsilon).detach()
-        rounded = at.detach().round()
-        with torch.no_grad():
-            reached = towards * logits(to_unit(rounded))
-        better = reached > worst
-        best[better], worst[better] = rounded[better], reached[better]
+            (gradient,) = torch.autograd.grad(reached.sum(), at)
+            noise = (noise + epsilon / 4 * gradient.sign()).clamp(-epsilon, epsilon)
     return np.asarray(best.numpy(), np.uint8)
 
 
@@ -107,9 +106,11 @@ def transfer(
         "clean": {name: _measured(values, values, fake) for name, values in clean.items()},
         "epsilon": {},
     }
+    parts = np.array_split(np.arange(len(faces)), max(1, len(faces) // 8))
     for epsilon in epsilons:
-        parts = np.array_split(np.arange(len(faces)), max(1, len(faces) // 16))
-        changed = np.concatenate([pgd(logits, crops[p], fake[p], epsilon, steps, seed) for p in parts])
+        title, quiet = f"against {attacked}, {epsilon} of 255", not sys.stderr.isatty()
+        work = track(parts, title, console=Console(stderr=True), disable=quiet)
+        changed = np.concatenate([pgd(logits, crops[p], fake[p], epsilon, steps, seed) for p in work])
         seen = [replace(f, crop=c) for f, c in zip(faces, changed, strict=True)]
         result["epsilon"][str(epsilon)] = {
             e.card.name: _measured(clean[e.card.name], _scores(e, seen), fake) for e in experts
@@ -159,7 +160,7 @@ def run(
     out: Annotated[Path, typer.Option(help="JSON file to write")] = Path("build/adversarial.json"),
     attack: Annotated[str, typer.Option(help="expert that the noise is made against")] = "blending",
     experts: Annotated[str, typer.Option(help="those that look at it, comma-separated")] = ",".join(DEFAULT),
-    limit: Annotated[int | None, typer.Option(help="at most this many pictures, drawn at random")] = 40,
+    limit: Annotated[int | None, typer.Option(help="at most this many pictures, drawn at random")] = 20,
     seed: int = 0,
 ) -> None:
     """Attack one expert, look with all of them; a report only."""
