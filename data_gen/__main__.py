@@ -37,6 +37,7 @@ def forge(
     ready_made: Annotated[float, typer.Option(help="share of the manifest's own fakes, passed through")] = 0.0,
     calib: Annotated[float, typer.Option(help="share of train groups put into split `calib`")] = 0.0,
     splits: Annotated[str, typer.Option(help="only these splits, comma-separated; empty for all")] = "",
+    decoders: Annotated[Path | None, typer.Option(help="file of `data_gen decoders` to redraw with")] = None,
     workers: Annotated[int, typer.Option(help="processes")] = 1,
 ) -> None:
     """Forge photos with known cues: image, mask, cues, strength, class, source group."""
@@ -54,6 +55,7 @@ def forge(
         calib=calib,
         methods=tuple(m for m in methods.split(",") if m) or tuple(METHODS),
         splits=tuple(s for s in splits.split(",") if s),
+        decoders=str(decoders) if decoders else None,
     )
     print(run(config, out, workers))
 
@@ -121,7 +123,9 @@ def decoders(
     data: Annotated[Path, typer.Option(help="manifest of `data_gen forge`: its untouched real photos are used")],
     steps: Annotated[int, typer.Option(help="of 16 patches, for each decoder")] = 600,
     work: Annotated[Path, typer.Option(help="finished decoders: a cut-off run goes on")] = Path("build/decoders"),
-    out: Annotated[Path, typer.Option(help="weight file")] = Path("data_gen/weights/decoders.safetensors"),
+    out: Annotated[
+        Path, typer.Option(help="weight file; by default the one that the forge takes, else: forge --decoders FILE")
+    ] = Path(__file__).parent / "weights" / "decoders.safetensors",
 ) -> None:
     """Train the small autoencoders whose decoders redraw faces."""
     from data_gen.decoders import train  # torch

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from data_gen.forge import HARMLESS, METHODS, Forgery, Method, Photo, forge
-from data_gen.run_forge import ForgeConfig, _photo
+from data_gen.run_forge import ForgeConfig, load_photo
 from x2dfd.degrade import tone
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.faces import find_faces
@@ -119,7 +119,7 @@ def _pairs(data: Path, seed: int) -> Iterator[tuple[Photo, Photo]]:
     usable: list[Photo] = []
     for group in turns:
         sample = group[int(rng.integers(len(group)))]
-        photo = _photo(str(sample.path), sample.source, sample.group, ForgeConfig.side)
+        photo = load_photo(str(sample.path), sample.source, sample.group, ForgeConfig.side)
         if photo is None:
             continue
         usable.append(photo)

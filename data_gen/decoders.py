@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -163,24 +164,36 @@ def _patch(crop: NDArray[np.uint8], rng: np.random.Generator, side: int = 96) ->
     return np.ascontiguousarray(patch[:, ::-1] if rng.random() < 0.5 else patch)
 
 
-@lru_cache(maxsize=1)
-def _bank(path: Path) -> dict[str, Autoencoder]:
+_in_use: Path | None = None
+
+
+def use(path: Path | None) -> None:
+    """Have `redraw` take the decoders of another weight file in this process; None for the committed ones."""
+    global _in_use
+    _in_use = path
+
+
+@lru_cache(maxsize=2)
+def load_bank(path: Path) -> dict[str, Autoencoder]:
+    """The decoders of a weight file, by name. Raises SetupError when it is absent or holds something else."""
     if not path.is_file():
-        raise SetupError(f"{path} is missing; reinstall from a checkout")
-    tensors = load_file(path)
-    bank = {}
-    for design in DESIGNS:
-        net = Autoencoder(design)
-        net.load_state_dict(
-            {k.split(".", 1)[1]: v.float() for k, v in tensors.items() if k.split(".", 1)[0] == design.name}
-        )
-        bank[design.name] = net.eval()
+        raise SetupError(f"{path} is missing; reinstall from a checkout, or make it: python -m data_gen decoders")
+    try:
+        tensors = load_file(path)
+        bank = {}
+        for design in DESIGNS:
+            net = Autoencoder(design)
+            own = {k.split(".", 1)[1]: v.float() for k, v in tensors.items() if k.split(".", 1)[0] == design.name}
+            net.load_state_dict(own)
+            bank[design.name] = net.eval()
+    except (SafetensorError, RuntimeError, IndexError) as error:
+        raise SetupError(f"{path} does not hold the forge's decoders: {str(error).splitlines()[0]}") from error
     return bank
 
 
 def redraw(pixels: NDArray[Any], name: str) -> NDArray[np.float32]:
     """The picture [h, w, 3], 0..255, drawn anew by decoder `name`; same shape, float."""
-    net = _bank(WEIGHTS)[name]
+    net = load_bank(_in_use or WEIGHTS)[name]
     stride = 8
     height, width = pixels.shape[:2]
     padded = cv2.copyMakeBorder(

@@ -21,7 +21,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from data_gen.forge import HARMLESS, METHODS, Forgery, Photo, forge
+from data_gen.forge import FORGE_VERSION, HARMLESS, METHODS, Forgery, Photo, forge
 from x2dfd.errors import InputError, UnknownName, X2DFDError
 from x2dfd.faces import find_faces
 from x2dfd.files import file_sha256, write_text
@@ -48,6 +48,7 @@ class ForgeConfig:
     calib: float = 0.0  # share of the train groups that become split `calib`, kept for calibration
     methods: tuple[str, ...] = tuple(METHODS)  # forge methods in use
     splits: tuple[str, ...] = ()  # only these splits of the manifest; empty for all
+    decoders: str | None = None  # weight file of `data_gen decoders`; None for the committed one
 
 
 def split_of(sample: Sample, calib: float) -> str:
@@ -99,7 +100,7 @@ class _Source:
 
 
 @lru_cache(maxsize=1500)
-def _photo(path: str, source: str, group: str, side: int) -> Photo | None:
+def load_photo(path: str, source: str, group: str, side: int) -> Photo | None:
     """The region around the largest face, or None when the file cannot be read or has no face."""
     try:
         pixels = load_picture(path).pixels
@@ -138,13 +139,13 @@ def _tighten(photo: Photo, rng: np.random.Generator) -> Photo:
 def _draw_photo(source: _Source, label: str, split: str, rng: np.random.Generator) -> tuple[Sample, Photo]:
     for _ in range(_TRIES):
         sample = source.draw(label, split, rng)
-        photo = _photo(str(sample.path), sample.source, sample.group, source.config.side)
+        photo = load_photo(str(sample.path), sample.source, sample.group, source.config.side)
         if photo is not None:
             return sample, _tighten(photo, rng)
     raise X2DFDError(f"no usable face in {_TRIES} {label} pictures of split {split!r}")
 
 
-def _save_jpeg(path: Path, pixels: np.ndarray[Any, Any], quality: int) -> str:
+def save_jpeg(path: Path, pixels: np.ndarray[Any, Any], quality: int) -> str:
     ok, data = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
     if not ok:
         raise X2DFDError(f"could not encode {path.name}")
@@ -205,7 +206,7 @@ def _item(source: _Source, out: Path, index: int) -> dict[str, Any]:
     row |= {"source": sample.source, "group": sample.group, "split": split, "strength": made.strength}
     if sample.extra.get("licence"):
         row["licence"] = sample.extra["licence"]  # what is made of a photo stands under its licence too
-    row["sha256"] = _save_jpeg(file, made.pixels, quality)
+    row["sha256"] = save_jpeg(file, made.pixels, quality)
     return row
 
 
@@ -222,7 +223,7 @@ def _donor(source: _Source, split: str, target: Sample, face: Photo, rng: np.ran
     for _ in range(_TRIES):
         sample, photo = _draw_photo(source, "real", split, rng)
         if sample.group != target.group and (sample.source == target.source or rng.random() < 0.5):
-            found.append((float(np.abs(_pose(photo) - _pose(face)).max()), sample, photo))
+            found.append((float(np.abs(pose(photo) - pose(face)).max()), sample, photo))
             if found[-1][0] < _POSE_FITS or len(found) == _DONORS:
                 break
     if not found:
@@ -231,7 +232,7 @@ def _donor(source: _Source, split: str, target: Sample, face: Photo, rng: np.ran
     return sample, photo
 
 
-def _pose(photo: Photo) -> np.ndarray[Any, Any]:
+def pose(photo: Photo) -> np.ndarray[Any, Any]:
     """How far the head is turned and tipped: where the nose lies between the ends of the mesh, both about 0.5."""
     p = photo.landmarks
     across, down = p[454] - p[234], p[152] - p[10]
@@ -242,9 +243,17 @@ def _pose(photo: Photo) -> np.ndarray[Any, Any]:
 _worker: tuple[_Source, Path] | None = None
 
 
+_DRAWN = {"autoencode", "redraw"}
+"""The methods that need the learnt decoders."""
+
+
 def _start(config: ForgeConfig, out: Path) -> None:
     global _worker
     cv2.setNumThreads(1)
+    if _DRAWN & set(config.methods):
+        from data_gen import decoders
+
+        decoders.use(Path(config.decoders) if config.decoders else None)
     _worker = (_Source(config), out)
 
 
@@ -283,11 +292,15 @@ def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
     _Source(config)  # refuses a bad manifest here, where it is one line; in a worker it would break the pool
     manifest, part = out / "manifest.jsonl", out / "manifest.part.jsonl"
     settings = {**asdict(config), "data": manifest_sha256(config.data), "methods": list(config.methods)}
-    settings["splits"] = list(config.splits)
-    if {"autoencode", "redraw"} & set(config.methods):  # other decoders draw other pictures
-        from data_gen.decoders import WEIGHTS
+    settings |= {"splits": list(config.splits), "version": FORGE_VERSION, "decoders": None}
+    if _DRAWN & set(config.methods):  # other decoders draw other pictures
+        from data_gen.decoders import WEIGHTS, load_bank
 
-        settings["decoders"] = file_sha256(WEIGHTS)
+        weights = Path(config.decoders) if config.decoders else WEIGHTS
+        load_bank(weights)  # refused here, where it is one line
+        settings["decoders"] = file_sha256(weights)
+    elif config.decoders:
+        raise X2DFDError(f"decoders draw for {' and '.join(sorted(_DRAWN))} alone: none of these is among the methods")
     saved = out / "forge.json"
     if saved.is_file() and json.loads(saved.read_text()) != settings:
         raise X2DFDError(f"{out} holds a forge run with other settings; choose another --out")
@@ -313,7 +326,13 @@ def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
 def _made(config: ForgeConfig, out: Path, todo: Sequence[int], workers: int) -> Iterator[dict[str, Any]]:
     if workers <= 1:
         _start(config, out)
-        yield from map(_work, todo)
+        try:
+            yield from map(_work, todo)
+        finally:
+            if config.decoders:  # this process goes on with the committed ones
+                from data_gen import decoders
+
+                decoders.use(None)
         return
     # Spawned, not forked: the copy of a process whose models run threads hangs.
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start, initargs=(config, out)) as pool:

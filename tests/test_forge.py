@@ -17,8 +17,8 @@ import pytest
 import skimage.data
 from numpy.typing import NDArray
 
-from data_gen import run_forge
-from data_gen.forge import HARMLESS, METHODS, Forgery, Photo, forge
+from data_gen import decoders, run_forge
+from data_gen.forge import HARMLESS, METHODS, Forgery, Method, Photo, forge, visible
 from data_gen.run_forge import ForgeConfig, run, split_of
 from x2dfd.degrade import codec, degrade, rescale, soft, tone, video_codec
 from x2dfd.errors import UnknownName, X2DFDError
@@ -227,6 +227,48 @@ def test_a_cues_score_is_what_shows_not_what_was_dialled(photo: Photo, donor: Ph
         assert strong > 1.2 * weak, name
 
 
+def test_each_cue_is_measured_by_its_own_effect(photo: Photo) -> None:
+    """Bug prevented: every cue gets the whole change as its score: a face sharpened is "clearly blurred"."""
+    mask = area_mask(photo.landmarks, "skin", photo.pixels.shape) / 255.0
+    sharp = photo.pixels.astype(np.float32)
+    grain = np.random.default_rng(0).standard_normal(sharp.shape) * 15
+    changed = {
+        "blur": soft(sharp, 2.5),
+        "noise": sharp + grain,
+        "colour": sharp * 0.8 + 25,
+        "sharpened": sharp + 1.5 * (sharp - soft(sharp, 1.5)),
+    }
+    for kind, new in changed.items():
+        after = np.clip(np.rint(sharp * (1 - mask[..., None]) + new * mask[..., None]), 0, 255).astype(np.uint8)
+        scores = {cue: visible(photo.pixels, after, mask, cue) for cue in ("blur", "noise", "colour")}
+        for cue, score in scores.items():
+            if cue == kind:
+                assert score > 0.5, (kind, scores)
+            elif (kind, cue) != ("sharpened", "noise"):  # both add fine detail, and look alike
+                assert score < max(0.15, scores.get(kind, 0) / 2), (kind, scores)
+    # Either layer of a blend may be the changed one.
+    outside = np.where(mask[..., None] > 0.5, sharp, soft(sharp, 2.5)).round().astype(np.uint8)
+    assert visible(photo.pixels, outside, mask, "blur") > 0.3
+
+
+def test_a_cue_that_was_undone_is_not_claimed(photo: Photo) -> None:
+    """Bug prevented: a face that is softened, then sharpened beyond what it was, is explained as blurred."""
+
+    def made(sharpen: float, claims: list[tuple[str, str]]) -> set[str]:
+        def make(photo: Photo, donor: Photo | None, strength: float, rng: np.random.Generator) -> Any:
+            new = soft(photo.pixels.astype(np.float32), 1.0)
+            new = np.clip(new + sharpen * (new - soft(new, 2.0)), 0, 255) * 0.8
+            mask = area_mask(photo.landmarks, "skin", photo.pixels.shape) / 255.0
+            return photo.pixels * (1 - mask[..., None]) + new * mask[..., None], mask, claims
+
+        f = forge(photo, Method("test", "FS", make), np.random.default_rng(0), strength=0.5)
+        return {c.artifact for c in f.cues}
+
+    both = [("skin", "blur"), ("skin", "colour")]
+    assert made(0.0, both) == {"blur", "colour"} and made(3.0, both) == {"colour"}
+    assert made(3.0, both[:1]) == {"blur"}  # a forgery without any cue could not be explained at all
+
+
 def test_a_forgery_that_nobody_could_see_is_made_again_stronger(photo: Photo) -> None:
     """Bug prevented: a faint dial on a picture that hides it, called a forgery and explained."""
     flat = replace(photo, pixels=np.full_like(photo.pixels, 120))  # a blur of nothing
@@ -242,9 +284,9 @@ def test_donors_are_chosen_by_pose(photo: Photo) -> None:
     turned = photo.landmarks.copy()
     turned[1] += (turned[454] - turned[234]) * 0.25  # the nose far to one side
     profile = replace(photo, landmarks=turned)
-    assert np.abs(run_forge._pose(photo) - run_forge._pose(profile)).max() > 0.2
+    assert np.abs(run_forge.pose(photo) - run_forge.pose(profile)).max() > 0.2
     bigger = replace(photo, landmarks=photo.landmarks * 3 + 20)
-    assert np.allclose(run_forge._pose(photo), run_forge._pose(bigger), atol=1e-4)
+    assert np.allclose(run_forge.pose(photo), run_forge.pose(bigger), atol=1e-4)
 
 
 # --- what happens on the way ----------------------------------------------------------------------------------------
@@ -420,6 +462,32 @@ def test_rows_say_what_is_on_disk(config: ForgeConfig, photos: Path, tmp_path: P
             assert originals[s.group].label == "real"
     assert min(kinds.values()) >= 3, kinds
     assert any("+" in s.method for s in samples)
+
+
+def test_the_forge_draws_with_the_decoders_it_is_given(
+    config: ForgeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: `data_gen decoders --out FILE` writes what the forge never looks at."""
+    own = tmp_path / "own.safetensors"
+    decoders.save_bank({d.name: decoders.Autoencoder(d) for d in decoders.DESIGNS}, own)
+    config = replace(config, count=2, forged=1.0, ready_made=0, combine=0, methods=("redraw",))
+    run(config, tmp_path / "a")
+    run(replace(config, decoders=str(own)), tmp_path / "b")
+    run(replace(config, decoders=str(own)), tmp_path / "c", workers=2)
+    run(config, tmp_path / "d")
+    a, b, c, d = ([r["sha256"] for r in _rows(tmp_path / name)] for name in "abcd")
+    assert b == c and a == d and not set(a) & set(b)
+    assert json.loads((tmp_path / "b" / "forge.json").read_text())["decoders"] == file_sha256(own)
+    with pytest.raises(X2DFDError, match="other settings"):
+        run(config, tmp_path / "b")
+    (tmp_path / "other.safetensors").write_bytes(b"none of it")
+    for wrong, message in (
+        ({"decoders": str(tmp_path / "other.safetensors")}, "does not hold the forge's decoders"),
+        ({"decoders": str(tmp_path / "absent.safetensors")}, "is missing"),
+        ({"decoders": str(own), "methods": ("relight",)}, "none of these is among the methods"),
+    ):
+        with pytest.raises(X2DFDError, match=message):
+            run(replace(config, **wrong), tmp_path / "e")
 
 
 def test_splits_never_share_a_group_or_a_donor(config: ForgeConfig, photos: Path, tmp_path: Path) -> None:

@@ -1,0 +1,289 @@
+"""CueBench: forgeries whose cues are known, from fixed seeds, on anybody's photos.
+
+    python -m eval.cuebench --photos my_photos/ --out build/cuebench
+    python eval/run_bench.py describe --data build/cuebench/manifest.jsonl --out results/cues
+
+Truth about an explanation is then there for everybody, whatever photos they may use. Which forgeries are made of which
+photo follows from this version, the forge's version and the photos' bytes alone, not from file names or their order. A
+set is whole or refused: `open_set` checks every file against the card.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import cv2
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from data_gen.forge import FORGE_VERSION, HARMLESS, METHODS, Forgery, Photo, forge
+from data_gen.readers import labelled, read_folders
+from data_gen.run_forge import load_photo, pose, save_jpeg
+from x2dfd.cli import run_command
+from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.files import file_sha256, write_bytes, write_text
+from x2dfd.manifest import Sample, manifest_sha256, read_manifest, write_manifest
+
+VERSION = 1
+"""Goes up when the same photos give another set."""
+PER_METHOD = 12  # forgeries of each method; of each harmless change half as many
+SIDE = 384  # longest side of a picture, pixels
+CARD = "cuebench.json"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture of the set: what is done to which photo."""
+
+    name: str  # also the seed
+    method: str  # a method or a harmless change of the forge, or `none`
+    photo: int
+    donor: int | None = None
+
+
+def own_photos(folder: Path) -> Path:
+    """The one portrait that comes with the installed packages, as a manifest: NASA's of Eileen Collins (public domain).
+
+    One person is one group: enough to see that everything works, not enough for an interval or a face swap.
+    """
+    import skimage.data
+
+    # The file itself: encoding it again would be other bytes under another version of the encoder.
+    carried = Path(skimage.data.__file__).parent / "astronaut.png"
+    if not carried.is_file():
+        raise SetupError(f"scikit-image comes without {carried.name} here; give photos of your own with --photos")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(folder / carried.name, carried.read_bytes())
+    row = {"path": carried.name, "label": "real", "source": "nasa", "group": "eileen-collins"}
+    write_manifest(folder / "photos.jsonl", [row | {"licence": "public domain (NASA)"}])
+    return folder / "photos.jsonl"
+
+
+def photos_of(where: Path) -> list[tuple[str, Sample]]:
+    """SHA-256 and row of the real photos of a manifest, or of a folder, in which each is a group of its own.
+
+    Sorted by hash; a file that is not there has the hash "". Raises X2DFDError when there are none.
+    """
+    if where.is_dir():
+        read = read_folders(labelled([str(where)], None), source="photos")
+        hashed = [(file_sha256(s.path), s) for s in read.samples]
+        hashed = [(digest, replace(s, group=f"photo-{digest[:16]}")) for digest, s in hashed]
+    else:
+        real = [s for s in read_manifest(where) if s.label == "real"]
+        hashed = [(file_sha256(s.path) if s.path.is_file() else "", s) for s in real]
+    if not hashed:
+        raise X2DFDError(f"{where}: no real photo in it")
+    return sorted(hashed, key=lambda pair: (pair[0], pair[1].id))
+
+
+def plan(photos: Sequence[Photo], names: Sequence[str], per_method: int = PER_METHOD) -> list[Item]:
+    """What is made: `per_method` of each forge method, half as many of each harmless change, each photo untouched.
+
+    `names` tell the photos apart (hashes). Photos take turns; a method begins with a photo of its own. Methods that
+    need a donor are left out when there is one group only.
+    """
+    n, groups = len(photos), {p.group for p in photos}
+    items = [Item(f"none-{names[k][:12]}", "none", k) for k in range(n)]
+    for name, method in (METHODS | HARMLESS).items():
+        if method.needs_donor and len(groups) < 2:
+            continue
+        start = int(hashlib.sha256(name.encode()).hexdigest(), 16) % n
+        for i in range(per_method if name in METHODS else max(1, per_method // 2)):
+            k = (start + i) % n
+            donor = _donor(photos, k, i) if method.needs_donor else None
+            items.append(Item(f"{name}-{i:03d}-{names[k][:12]}", name, k, donor))
+    return items
+
+
+def _donor(photos: Sequence[Photo], k: int, turn: int) -> int:
+    """Of the next few photos of other groups the one whose head is turned most alike."""
+    others = [
+        j % len(photos) for j in range(k + 1, k + len(photos)) if photos[j % len(photos)].group != photos[k].group
+    ]
+    first = 4 * turn % len(others)
+    few = [others[(first + j) % len(others)] for j in range(min(4, len(others)))]
+    return min(few, key=lambda j: (float(np.abs(pose(photos[j]) - pose(photos[k])).max()), j))
+
+
+def build(
+    photos: Path | None, out: Path, *, per_method: int = PER_METHOD, allow_missing: bool = False
+) -> dict[str, Any]:
+    """Make (or finish) the set in `out`; returns its card. Without `photos`: of the package's own portrait.
+
+    Raises X2DFDError when more than 1 % of the photos have no usable face (unless `allow_missing`: the card counts
+    them), and when `out` holds another set.
+    """
+    if per_method < 1:
+        raise X2DFDError(f"--per-method {per_method}: at least 1")
+    given = photos_of(photos if photos is not None else own_photos(out / "own"))
+    used: list[tuple[str, Sample]] = []
+    usable: list[Photo] = []
+    unusable: list[str] = []
+    for digest, sample in _progress(given, "finding faces"):
+        photo = load_photo(str(sample.path), sample.source, sample.group, SIDE) if digest else None
+        if photo is None:
+            unusable.append(sample.id)
+        elif not used or digest != used[-1][0]:  # the same photo twice is one
+            used.append((digest, sample))
+            usable.append(photo)
+    if len(unusable) > 0.01 * len(given) and not allow_missing:
+        raise X2DFDError(
+            f"{len(unusable)} of {len(given)} photos cannot be read or show no face, such as {unusable[0]}. Take them "
+            "out, or go on without them: --allow-missing"
+        )
+    if not used:
+        raise X2DFDError("none of the photos can be used")
+    items = plan(usable, [d for d, _ in used], per_method)
+    settings = {
+        "version": VERSION,
+        "forge": FORGE_VERSION,
+        "per_method": per_method,
+        "photos": hashlib.sha256("\n".join(f"{d} {s.group} {s.source}" for d, s in used).encode()).hexdigest(),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    started, part = out / "cuebench.part.json", out / "manifest.part.jsonl"
+    for file in (started, out / CARD):
+        if (
+            file.is_file()
+            and {k: v for k, v in json.loads(file.read_text("utf-8")).items() if k in settings} != settings
+        ):
+            raise X2DFDError(f"{out} holds a set of other photos or settings; choose another --out")
+    if (out / CARD).is_file():
+        open_set(out)
+        return dict(json.loads((out / CARD).read_text("utf-8")))
+    write_text(started, json.dumps(settings) + "\n")
+    rows = _done(part)
+    part.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    with part.open("a", encoding="utf-8") as stream:
+        for item in _progress(items[len(rows) :], "forging"):
+            rows.append(_make(item, usable, used[item.photo][1], out))
+            stream.write(json.dumps(rows[-1]) + "\n")
+            stream.flush()
+    write_manifest(out / "manifest.jsonl", rows)
+    left_out = sorted(set(METHODS) - {i.method for i in items})
+    card = settings | _counts(rows) | {
+        "manifest_sha256": manifest_sha256(out / "manifest.jsonl"),
+        "standard_size": per_method == PER_METHOD,
+        "photos_given": len(given),
+        "photos_unusable": len(unusable),
+        "methods_left_out_for_want_of_a_second_group": left_out,
+        "versions": {name: version(name) for name in ("numpy", "opencv-python-headless", "torch")},
+    }  # fmt: skip
+    write_text(out / CARD, json.dumps(card, indent=1) + "\n")
+    part.unlink()
+    started.unlink()
+    return card
+
+
+def _make(item: Item, photos: Sequence[Photo], sample: Sample, out: Path) -> dict[str, Any]:
+    """Make one picture, its mask where it is a forgery, and its row."""
+    photo = photos[item.photo]
+    seed = hashlib.sha256(f"cuebench:{VERSION}:{item.name}".encode()).digest()
+    rng = np.random.default_rng(np.frombuffer(seed, np.uint32))
+    quality = int(rng.integers(88, 99))  # drawn alike for reals and forgeries
+    if item.method == "none":
+        made = Forgery(photo.pixels, np.zeros(photo.pixels.shape[:2], np.uint8), (), "none", "real", 0.0)
+    else:
+        donor = photos[item.donor] if item.donor is not None else None
+        made = forge(photo, (METHODS | HARMLESS)[item.method], rng, donor)
+    row: dict[str, Any] = {"id": item.name, "path": f"images/{item.name}.jpg"}
+    row |= {"label": "real" if made.df_class == "real" else "fake", "method": made.method, "df_class": made.df_class}
+    row |= {"source": sample.source, "group": sample.group, "split": "test", "strength": made.strength}
+    row["cues"] = [asdict(c) for c in made.cues]
+    (out / "images").mkdir(exist_ok=True)
+    if item.method in METHODS:
+        row["mask"] = f"images/{item.name}.mask.png"
+        if not cv2.imwrite(str(out / row["mask"]), made.mask):
+            raise X2DFDError(f"could not write {out / row['mask']}")
+        row["mask_sha256"] = file_sha256(out / row["mask"])
+    if item.donor is not None:
+        row["donor"] = photos[item.donor].group
+    if sample.extra.get("licence"):
+        row["licence"] = sample.extra["licence"]
+    row["sha256"] = save_jpeg(out / row["path"], made.pixels, quality)
+    return row
+
+
+def _counts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def count(values: Any) -> dict[str, int]:
+        return dict(sorted(Counter(values).items()))
+
+    return {
+        "pictures": len(rows),
+        "by_label": count(r["label"] for r in rows),
+        "by_class": count(r["df_class"] for r in rows),
+        "by_method": count(r["method"] for r in rows),
+        "by_cue": count(f"{c['area']}: {c['artifact']}" for r in rows for c in r["cues"]),
+        "by_source": count(r["source"] for r in rows),
+        "groups": len({r["group"] for r in rows}),
+        "licences": sorted({r.get("licence") or "not stated" for r in rows}),
+    }
+
+
+def open_set(folder: Path) -> Path:
+    """The manifest of a set, every picture and mask of which was checked against its hash.
+
+    Raises X2DFDError when the set is unfinished, or anything is missing, changed or left over in the manifest.
+    """
+    card, manifest = folder / CARD, folder / "manifest.jsonl"
+    if not card.is_file():
+        raise X2DFDError(f"{folder} holds no finished CueBench: python -m eval.cuebench --photos none --out {folder}")
+    stated = json.loads(card.read_text("utf-8"))
+    if not manifest.is_file() or manifest_sha256(manifest) != stated["manifest_sha256"]:
+        raise X2DFDError(f"{manifest} is not that of {card}: make the set anew")
+    wrong = [
+        str(path)
+        for s in read_manifest(manifest)
+        for path, sha256 in ((s.path, s.extra["sha256"]), *(((s.mask, s.extra["mask_sha256"]),) if s.mask else ()))
+        if not path.is_file() or file_sha256(path) != sha256
+    ]
+    if wrong:
+        raise X2DFDError(f"{len(wrong)} files of {folder} are missing or changed, such as {wrong[0]}: make it anew")
+    return manifest
+
+
+def _done(part: Path) -> list[dict[str, Any]]:
+    """Rows of a run that was cut off; a half-written last line is dropped."""
+    rows = []
+    for line in part.read_text("utf-8").splitlines() if part.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _progress(items: Any, title: str) -> Any:
+    console = Console(stderr=True)
+    return track(items, title, console=console, disable=not console.is_terminal)
+
+
+def run(
+    photos: Annotated[str, typer.Option(help="folder or manifest of real photos; none: the package's own portrait")],
+    out: Annotated[Path, typer.Option(help="folder for images, masks, manifest.jsonl and its card")],
+    per_method: Annotated[int, typer.Option(help="forgeries of each method")] = PER_METHOD,
+    allow_missing: Annotated[bool, typer.Option(help="go on with more than 1 % unusable photos")] = False,
+) -> None:
+    """Make a CueBench: forgeries with known cues from fixed seeds."""
+    source = None if photos == "none" else Path(photos)
+    card = build(source, out, per_method=per_method, allow_missing=allow_missing)
+    print(json.dumps(card, indent=1))
+    print(out / "manifest.jsonl")
+
+
+_EPILOG = """Examples:\n
+  python -m eval.cuebench --photos none --out build/cuebench\n
+  python -m eval.cuebench --photos my_photos/ --out build/cuebench
+"""
+
+if __name__ == "__main__":
+    run_command(run, _EPILOG)
