@@ -568,13 +568,13 @@ METHODS: dict[str, Method] = {
         Method("smooth_skin", "FE", smooth_skin),
         Method("relight", "FE", relight),
         Method("tone_mismatch", "FE", tone_mismatch),
-        Method("blur_mismatch", "FR", blur_mismatch),
+        Method("blur_mismatch", "FE", blur_mismatch),
         Method("noise_mismatch", "FE", noise_mismatch),
         Method("recompress_area", "FE", recompress_area),
         Method("resynthesise", "EFS", resynthesise),
         Method("redraw", "EFS", redraw),
         Method("inpaint", "FE", inpaint),
-        Method("missing_detail", "FR", missing_detail),
+        Method("missing_detail", "FE", missing_detail),
     )
 }
 

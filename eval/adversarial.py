@@ -8,7 +8,6 @@ is measured is an upper bound. A report, not a claim of robustness: nothing is t
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +17,6 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from eval import metrics as m
@@ -30,6 +27,7 @@ from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.experts import DEFAULT, Expert, load_expert, read_card
 from x2dfd.files import write_text
 from x2dfd.manifest import manifest_sha256
+from x2dfd.progress import progress
 from x2dfd.types import Face
 
 EPSILONS = (2, 4, 8)  # largest change of a value, of 255
@@ -108,8 +106,7 @@ def transfer(
     }
     parts = np.array_split(np.arange(len(faces)), max(1, len(faces) // 8))
     for epsilon in epsilons:
-        title, quiet = f"against {attacked}, {epsilon} of 255", not sys.stderr.isatty()
-        work = track(parts, title, console=Console(stderr=True), disable=quiet)
+        work = progress(parts, f"against {attacked}, {epsilon} of 255")
         changed = np.concatenate([pgd(logits, crops[p], fake[p], epsilon, steps, seed) for p in work])
         seen = [replace(f, crop=c) for f, c in zip(faces, changed, strict=True)]
         result["epsilon"][str(epsilon)] = {

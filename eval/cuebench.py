@@ -22,8 +22,6 @@ from typing import Annotated, Any
 import cv2
 import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import track
 
 from data_gen.forge import FORGE_VERSION, HARMLESS, METHODS, Forgery, Photo, forge
 from data_gen.readers import labelled, read_folders
@@ -32,6 +30,7 @@ from x2dfd.cli import run_command
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.files import file_sha256, write_bytes, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest, write_manifest
+from x2dfd.progress import progress
 
 VERSION = 1
 """Goes up when the same photos give another set."""
@@ -128,7 +127,7 @@ def build(
     used: list[tuple[str, Sample]] = []
     usable: list[Photo] = []
     unusable: list[str] = []
-    for digest, sample in _progress(given, "finding faces"):
+    for digest, sample in progress(given, "finding faces"):
         photo = load_photo(str(sample.path), sample.source, sample.group, SIDE) if digest else None
         if photo is None:
             unusable.append(sample.id)
@@ -164,7 +163,7 @@ def build(
     rows = _done(part)
     part.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     with part.open("a", encoding="utf-8") as stream:
-        for item in _progress(items[len(rows) :], "forging"):
+        for item in progress(items[len(rows) :], "forging"):
             rows.append(_make(item, usable, used[item.photo][1], out))
             stream.write(json.dumps(rows[-1]) + "\n")
             stream.flush()
@@ -260,11 +259,6 @@ def _done(part: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
-
-
-def _progress(items: Any, title: str) -> Any:
-    console = Console(stderr=True)
-    return track(items, title, console=console, disable=not console.is_terminal)
 
 
 def run(
