@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from x2dfd.errors import SetupError
-from x2dfd.files import write_text
+from x2dfd.files import json_sha256, write_text
 from x2dfd.types import Verdict
 
 MLLM = "mllm"
@@ -73,6 +73,11 @@ class Calibration:
             if value is not None and self.weights.get(name, 0) > 0
         ]
         return max(said) - min(said) if said else 0.0
+
+    @property
+    def sha256(self) -> str:
+        """Of everything in it; a refitted one has another."""
+        return json_sha256(asdict(self))
 
     def save(self, folder: Path) -> None:
         write_text(folder / "calibration.json", json.dumps(asdict(self), indent=1) + "\n")
