@@ -236,9 +236,7 @@ def test_no_part_of_a_record_can_be_changed_unseen(
     assert found.outcome == outcome and any(named in line for line in found.differences), found
 
 
-def test_a_broken_file_and_its_copy_hold_and_a_missing_one_is_no_forgery(
-    detector: Detector, tmp_path: Path
-) -> None:
+def test_a_broken_file_and_its_copy_hold_and_a_missing_one_is_no_forgery(detector: Detector, tmp_path: Path) -> None:
     """A wrong path said as "the record does not hold" accuses; a copy under another name is the same file."""
     (tmp_path / "a.jpg").write_text("a letter")
     (tmp_path / "b.jpg").write_text("a letter")

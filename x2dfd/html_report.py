@@ -84,6 +84,11 @@ def render(reports: Sequence[Report | Failure], pictures: Sequence[Pictures]) ->
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge")
+QUIET = (
+    "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+"""What keeps a browser from speaking to its maker's servers by itself."""
 
 
 def printer() -> str:
@@ -106,7 +111,7 @@ def write_pdf(path: str | os.PathLike[str], html: str) -> None:
     with tempfile.TemporaryDirectory(prefix="x2dfd-") as folder:
         page, out = Path(folder) / "page.html", Path(folder) / "page.pdf"
         page.write_text(html, "utf-8")
-        command = [browser, "--headless", "--disable-gpu", "--no-pdf-header-footer", f"--user-data-dir={folder}"]
+        command = [browser, "--headless", *QUIET, "--no-pdf-header-footer", f"--user-data-dir={folder}"]
         command += ["--no-sandbox"] if os.geteuid() == 0 else []  # as root a browser starts in no other way
         command += [f"--print-to-pdf={out}", page.as_uri()]
         try:
@@ -745,7 +750,9 @@ width:{{ "%.1f"|format(s.scale.high - s.scale.low) }}%"></span>
 {% if face.reason %}<p class="small soft">{{ face.reason }}</p>{% endif %}
 <h4>Explanation</h4>
 {% if face.rationale %}<p class="rationale">{{ face.rationale }}</p>
-<p class="small soft">Written by the language model after the answer was scored. It may be wrong in detail.</p>
+<p class="small soft">Written by the language model after the answer was scored. It may be wrong in detail.
+{% if face.kind == "inconclusive" %}No answer is given here: the text argues for the side that is a little\
+ likelier.{% endif %}</p>
 {% else %}<p class="soft">No explanation was asked for.</p>{% endif %}
 {% if face.contradictions %}
 <div class="note" role="note"><p><strong>The explanation contradicts the findings</strong></p>
