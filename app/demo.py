@@ -358,13 +358,18 @@ def build(
         ]
 
         def show(
-            new: Case | None, told: str, files: Sequence[str | None] = (None, None), ready: bool = False
+            new: Case | None,
+            told: str,
+            files: Sequence[str | None] = (None, None),
+            ready: bool = False,
+            first: str = FIRST,
         ) -> tuple[Any, ...]:
             """The values of `shown`; any new file starts a new conversation."""
             faces = choices(new.report) if new else []
             decider = new.face(None) if new else None
-            first = FIRST if new is None else SOON if not ready else "Ask about this result." if faces else NOTHING
             ask_now = ready and bool(faces)
+            if new is not None:
+                first = SOON if not ready else "Ask about this result." if faces else NOTHING
             return (
                 new, [], told,
                 gr.Dropdown(choices=faces, value=decider.index if decider else None, visible=len(faces) > 1),
@@ -388,7 +393,7 @@ def build(
 
         def take(file: str, asked: str) -> Iterator[tuple[Any, ...]]:
             """The verdict at once, then its explanation as it is written."""
-            yield show(None, _draw("waiting"))
+            yield show(None, _draw("waiting"), first=SOON)
             try:
                 judging = model_of(asked)
                 quick = judge(judging, file, rationale=False)

@@ -302,12 +302,13 @@ def case_report() -> str:
         "cllr": 0.65,
     }  # fmt: skip
     ratio = {"value": 9.5, "interval": [4.1, 20.0], "limits": [0.04, 50.0], "run": "detect, abc"}
-    mapped = Evidence("blending", 0.91, "points at jaw", map=((0.0, 1.0), (0.5, 0.0)))
+    evidence = (Evidence("blending", 0.91, "points at jaw", map=((0.0, 1.0), (0.5, 0.0))), *face().evidence)
     second = face(index=1, box=(684.0, 66.0, 106.0, 132.0), verdict=Verdict("inconclusive", 0.5, "in_band"), areas={})
     two = report(
         path="x" * 150 + ".jpg",
         media={"kind": "image", "format": "JPEG", "width": 1024, "height": 512, "bytes": 135500, "exif": {"make": "A"}},
-        faces=(face(evidence=(mapped, *face().evidence), crop=((172.0, 66.0), (278.0, 66.0), (172.0, 198.0))), second),
+        faces=(face(evidence=evidence, crop=((172.0, 66.0), (278.0, 66.0), (172.0, 198.0))), second),
+        evidence=evidence,
         model=report().model | {"validation": validation},
         likelihood_ratio=ratio | {"propositions": ["H1: forged.", "H2: as taken."]},
         provenance={"state": "invalid", "codes": ["assertion.dataHash.mismatch"], "signer": "A " * 90},
@@ -326,6 +327,7 @@ def test_the_case_report_can_be_read_on_every_screen(
     (tmp_path / "report.html").write_text(case_report())
     tab = tabs((tmp_path / "report.html").as_uri(), size, scheme)
     looks_right(tab, "report", scheme)
+    assert tab.get_by_role("columnheader", name="P(fake)").bounding_box()["height"] < 45  # one line
     overlay = tab.locator("image.map")
     expect(overlay).to_be_hidden()
     tab.get_by_role("checkbox", name="Show where a change is suspected").check()

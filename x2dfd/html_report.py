@@ -513,7 +513,8 @@ figure { margin: 0; } figure + figure { margin-top: 1.1rem; }
   width: fit-content; max-width: 100%; }
 .picture img { display: block; max-width: 100%; width: 100%; height: auto; }
 .map { display: none; } figure:has(.switch input:checked) .map { display: inline; }
-figure:has(.switch input:checked) .area { display: none; } .switch { display: block; margin-bottom: .4rem; }
+figure:has(.switch input:checked) :is(.area, .letter) { display: none; }
+.switch { display: block; margin-bottom: .4rem; }
 .picture svg { position: absolute; inset: 0; width: 100%; height: 100%; }
 .picture text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; font-weight: 650; }
 .box { fill: none; vector-effect: non-scaling-stroke; }
@@ -534,7 +535,7 @@ th, td { text-align: left; padding: .4rem .8rem .4rem 0; border-bottom: 1px soli
 thead th { font-size: .84rem; font-weight: 600; color: var(--soft); }
 tbody th { font-weight: 500; }
 .cues { width: auto; min-width: min(100%, 26rem); overflow-wrap: break-word; }
-.answers td { overflow-wrap: normal; white-space: nowrap; }
+.answers td, .answers thead th { overflow-wrap: normal; white-space: nowrap; }
 .number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .experts { list-style: none; margin: 0; padding: 0; display: grid; gap: .85rem; max-width: 46rem; }
 .expert { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: .1rem 1rem; }
@@ -575,6 +576,7 @@ footer { padding-top: 1.5rem; padding-bottom: 2.5rem; color: var(--soft); font-s
   section.file + section.file { break-before: page; border-top: 0; }
   figure, .verdict, tr, .note, dl > * { break-inside: avoid; } h2, h3, h4, dt { break-after: avoid; }
   .picture img { max-height: 14cm; width: auto; }
+  .switch { display: none; } summary { list-style: none; }
   details::details-content { content-visibility: visible; block-size: auto; }
 }
 """
