@@ -28,7 +28,7 @@ from x2dfd.case import NOT_PROOF
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.experts import expert_class
 from x2dfd.explain import contradictions, read_cues
-from x2dfd.html_report import COLOURS, REASONS, overlays, percent, render
+from x2dfd.html_report import COLOURS, PROVENANCE, REASONS, overlays, percent, render
 from x2dfd.media import Video, load_media
 from x2dfd.types import FaceReport, Failure, Report, Verdict
 
@@ -272,7 +272,7 @@ def choices(report: Report) -> list[tuple[str, int]]:
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"percent": percent, "kind": _kind, "blind_spot": _blind_spot}
-    environment.globals |= {"WORDS": WORDS, "NOT_PROOF": NOT_PROOF}
+    environment.globals |= {"WORDS": WORDS, "NOT_PROOF": NOT_PROOF, "PROVENANCE": PROVENANCE}
     return environment.from_string((HERE / "page.jinja").read_text("utf-8"))
 
 

@@ -42,6 +42,7 @@ PROVENANCE = {
     "valid_untrusted": "The file carries intact Content Credentials (C2PA), but their signer is on no trust list.",
     "invalid": "The file carries Content Credentials (C2PA) that do not match it. Ordinary editing can cause this too.",
     "error": "The file's Content Credentials (C2PA) could not be read.",
+    "not_checked": "The file was not checked for Content Credentials (C2PA).",
 }
 
 
@@ -363,7 +364,7 @@ def _provenance(provenance: Mapping[str, Any]) -> tuple[str, str, list[tuple[str
         (name, value) for key, name in names.items() for _, value in _flat(name, provenance.get(key) or "") if value
     ]
     word = state.replace("valid_", "valid, ").replace("_", " ")
-    return word, PROVENANCE.get(state, "The file was not checked for Content Credentials (C2PA)."), rows
+    return word, PROVENANCE.get(state, PROVENANCE["not_checked"]), rows
 
 
 def _file(report: Report) -> Iterator[tuple[str, str]]:
