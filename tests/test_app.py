@@ -235,12 +235,15 @@ def detector() -> FakeDetector:
     return FakeDetector()
 
 
-@pytest.fixture
-def port() -> int:
+def free_port() -> int:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        free: int = taken.getsockname()[1]
-    return free
+        return int(taken.getsockname()[1])
+
+
+@pytest.fixture
+def port() -> int:
+    return free_port()
 
 
 @pytest.fixture
