@@ -269,7 +269,12 @@ def test_verify_computes_as_the_record_says(
 ) -> None:
     """A record of a GPU in bf16 checked in fp32, or one of a served model checked locally, can only fail."""
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(x2dfd, "load", lambda model, **options: asked.append({"model": model} | options) or detector)
+
+    def load(model: Path | None, **options: Any) -> Detector:
+        asked.append({"model": model} | options)
+        return detector
+
+    monkeypatch.setattr(x2dfd, "load", load)
     path = tmp_path / "a.case.json"
     path.write_text(json.dumps(changed(made, _set("model", "runs_on", value="cuda bf16"), sealed=True)))
     there = ["--served", "http://localhost:8000/v1", "--model", "x2dfd", "--adapter", "DIR"]
