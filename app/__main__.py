@@ -1,4 +1,4 @@
-"""`python -m app [--model DIR] [--host ADDRESS] [--port N]`: the chat demo in a browser."""
+"""`python -m app [--model DIR] [--served URL --model NAME] [--host ADDRESS] [--port N]`: the chat demo in a browser."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import x2dfd
 from x2dfd.errors import SetupError, X2DFDError
@@ -27,24 +28,45 @@ def make_examples(folder: Path) -> list[tuple[str, Path]]:
     return [("Try a real photo", real), ("Try its forged twin", forged)]
 
 
-def run(models: Sequence[Path], host: str, port: int) -> None:
-    """Load the first model (none: the embedded one) and serve the page until it is stopped.
+def listed(
+    models: Sequence[str] = (), served: str | None = None, adapter: Path | None = None
+) -> dict[str, Callable[[], Any]]:
+    """What loads each model of the page's list, by its name there: those asked for, then the embedded one.
 
-    The others are loaded when a visitor picks them. Raises X2DFDError for what a user can mend.
+    With `served`, `models` are names at that endpoint, and `adapter` the directory that it serves under the only name.
+    Raises SetupError when these do not fit together.
+    """
+    if served is None and adapter is not None:
+        raise SetupError("--adapter says what an endpoint serves: give --served too, or the directory as --model")
+    if served is not None and (not models or (adapter is not None and len(models) > 1)):
+        raise SetupError("--served needs --model NAME, a name at the endpoint, and just one beside --adapter")
+    found: dict[str, Callable[[], Any]] = {}
+    for model in models:
+        if served is None:
+            found[model] = partial(x2dfd.load, Path(model))
+        else:
+            found[f"{model} at {urlsplit(served).netloc}"] = partial(x2dfd.load, model, served=served, adapter=adapter)
+    return found | {"embedded": x2dfd.load}
+
+
+def run(models: Sequence[str], host: str, port: int, *, served: str | None = None, adapter: Path | None = None) -> None:
+    """Load the first model of the list and serve the page until it is stopped; a visitor's pick loads the others.
+
+    Arguments as for `listed`. Raises X2DFDError for what a user can mend.
     """
     if find_spec("gradio") is None:
         raise SetupError("the demo needs gradio: pip install -c constraints.txt '.[app]'")
     from app.demo import build, launch
 
+    (name, load), *others = listed(models, served, adapter).items()
     if host not in LOOPBACK:
         print(f"note: everyone who can reach {host}:{port} can use this page; it asks for no password", file=sys.stderr)
-    detector = x2dfd.load(models[0] if models else None)
-    others: dict[str, Callable[[], Any]] = {str(model): partial(x2dfd.load, model) for model in models[1:]}
-    if models:
-        others["embedded"] = x2dfd.load
-    name = str(models[0]) if models else "embedded"
+    detector = load()
     with tempfile.TemporaryDirectory(prefix="x2dfd-") as folder:
-        page = build(detector, make_examples(Path(folder)), name=name, others=others)
+        page = build(
+            detector, make_examples(Path(folder)), name=name, others=dict(others),
+            sends_to=urlsplit(served).netloc if served else "",
+        )  # fmt: skip
         print(f"open http://{host}:{port} in a browser; Ctrl+C stops it", file=sys.stderr)
         try:
             launch(page, host, port)
@@ -56,17 +78,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m app",
         description="Upload a photo or a short video, see the verdict and its reasons, ask about it.",
-        epilog="examples: python -m app    python -m app --model build/adapter --port 8000",
+        epilog="examples: python -m app    python -m app --model build/adapter --port 8000    "
+        "python -m app --served http://localhost:8000/v1 --model x2dfd --adapter DIR",
     )
     parser.add_argument(
-        "--model", type=Path, metavar="DIR", action="append", default=[],
-        help="model directory; without it, the embedded model; given again, visitors can pick one of them",
+        "--model", metavar="DIR", action="append", default=[],
+        help="model directory, or with --served a name there; without it, the embedded model; given again, visitors "
+        "can pick one of them",
     )  # fmt: skip
+    parser.add_argument(
+        "--served", metavar="URL",
+        help="OpenAI-compatible endpoint that serves the models; cut-out faces are sent there. Key: OPENAI_API_KEY",
+    )  # fmt: skip
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="the adapter that the endpoint serves as --model")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: 7860)")
     given = parser.parse_args()
     try:
-        run(given.model, given.host, given.port)
+        run(given.model, given.host, given.port, served=given.served, adapter=given.adapter)
     except X2DFDError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

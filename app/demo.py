@@ -1,14 +1,7 @@
 """The Gradio demo: upload a photo or a short video, see the verdict and what it rests on, ask about it.
 
-One endpoint is open to programs; it returns what `x2dfd detect --json` prints, with `path` null:
-
-    from gradio_client import Client, handle_file
-    report = Client("http://127.0.0.1:7860").predict(handle_file("face.jpg"), api_name="/judge")
-    print(report["verdict"]["label"], report["verdict"]["p_fake"])
-
-A file that cannot be judged comes back as `{"path": null, "sha256", "error": {"code", "reason"}}`.
-
-Chat never changes a verdict: answers are text beside the stored report, and the page repeats that report's verdict.
+One endpoint is open to programs (docs/app.md). Chat never changes a verdict: answers are text beside the stored report,
+and the page repeats that report's verdict.
 """
 
 from __future__ import annotations
@@ -35,7 +28,7 @@ from x2dfd.case import NOT_PROOF
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.experts import expert_class
 from x2dfd.explain import contradictions, read_cues
-from x2dfd.html_report import COLOURS, REASONS, overlays, percent, render
+from x2dfd.html_report import COLOURS, PROVENANCE, REASONS, overlays, percent, render
 from x2dfd.media import Video, load_media
 from x2dfd.types import FaceReport, Failure, Report, Verdict
 
@@ -50,6 +43,10 @@ MAX_QUESTION = 500  # characters
 KEEP_S = 3600  # uploads, reports and sessions are deleted after that many seconds
 MAX_SIDE = 1200  # of the picture shown, in pixels
 FIRST = "First choose a photo or a video."
+SOON = "You can ask about the result when its explanation is written."
+NOTHING = "No face was found, so there is nothing to ask about."
+# Screen readers tell what changes in a place that was there before, and not what comes with its own `role="status"`.
+LIVE = "element.setAttribute('aria-live', 'polite')"
 SUGGESTIONS = ("What about the eyes?", "Which technique?", "How sure are you?", "Explain it to my editor")
 
 WORDS = {"fake": "Likely fake", "real": "Likely real", "inconclusive": "Inconclusive", "none": "Not assessed"}
@@ -81,6 +78,7 @@ class Case:
     pictures: Mapping[int | None, str]  # frame number (None: a photo) -> data URI of a JPEG
     model: str = ""  # the name, in the page's list, of the model that judged it and answers about it
     stage: Literal["writing", "stopped", "done"] = "done"  # of the explanation
+    why: str = ""  # it stopped, where it was not the visitor
 
     def face(self, index: int | None) -> FaceReport | None:
         """The face of that index; None asks for the one that decided."""
@@ -178,6 +176,8 @@ def _from_model(detector: Judge, case: Case, face: FaceReport, question: str) ->
         if error.code == "not_found":
             return "The upload has been deleted by now; please upload the file again to ask about it."
         return f"This cannot be answered: {error.reason}."
+    except X2DFDError as error:
+        return f"This cannot be answered: {error}."
     against = contradictions(said, face.verdict.label, face.evidence, read_cues(said))
     notes = "".join(f"\nNote: {note}" for note in against).replace("The rationale", "This answer")
     return (said or "The model has no answer to this.") + notes
@@ -259,7 +259,7 @@ def face_panel(case: Case, index: int | None) -> str:
         "others": [f for f in report.faces if f.frame == frame and f is not face],
         "maps": overlays(face) if face else [],
     }
-    return _draw("panel", report, face, figure, marks, case.stage)
+    return _draw("panel", report, face, figure, marks, case.stage, case.why)
 
 
 def choices(report: Report) -> list[tuple[str, int]]:
@@ -272,7 +272,7 @@ def choices(report: Report) -> list[tuple[str, int]]:
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"percent": percent, "kind": _kind, "blind_spot": _blind_spot}
-    environment.globals |= {"WORDS": WORDS, "NOT_PROOF": NOT_PROOF}
+    environment.globals |= {"WORDS": WORDS, "NOT_PROOF": NOT_PROOF, "PROVENANCE": PROVENANCE}
     return environment.from_string((HERE / "page.jinja").read_text("utf-8"))
 
 
@@ -289,17 +289,18 @@ def build(
     *,
     name: str = "embedded",
     others: Mapping[str, Callable[[], Judge]] | None = None,
+    sends_to: str = "",
 ) -> gr.Blocks:
     """The page around a detector; `examples` are files to click, each with its caption.
 
     `name` is the detector's in the list of models; `others` in that list are loaded when a visitor picks them. The
-    endpoint for programs asks `detector`.
+    endpoint for programs asks `detector`. `sends_to`: the server that gets face crops, which the page has to say.
     """
     loaded: dict[str, Judge] = {name: detector}
     loaders = dict(others or {})
 
     def model_of(asked: str) -> Judge:
-        """Raises KeyError for a name that is not in the list, X2DFDError when the model cannot be loaded."""
+        """Raises X2DFDError when the model cannot be loaded."""
         if asked not in loaded:
             loaded[asked] = loaders[asked]()
         return loaded[asked]
@@ -307,7 +308,7 @@ def build(
     with gr.Blocks(title="Deepfake check (x2dfd)", analytics_enabled=False, delete_cache=(600, KEEP_S)) as page:
         case = gr.State(None, time_to_live=KEEP_S)
         turns = gr.State([], time_to_live=KEEP_S)
-        gr.HTML(_draw("head"))
+        gr.HTML(_draw("head", sends_to))
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
                 models = gr.Dropdown(
@@ -318,21 +319,21 @@ def build(
                 if examples:
                     with gr.Row():
                         tries = [gr.Button(caption, size="sm", icon=str(file)) for caption, file in examples]
-                verdict = gr.HTML()
+                verdict = gr.HTML(js_on_load=LIVE)
+                with gr.Row(visible=False) as downloads:
+                    as_html = gr.DownloadButton("Download the report (HTML)", size="sm")
+                    as_json = gr.DownloadButton("Download the record (JSON)", size="sm")
                 pick = gr.Dropdown(label="Several faces: pick the one to look at", filterable=False, visible=False)
-                live = gr.HTML()
+                live = gr.HTML(elem_classes="live")
                 stop = gr.Button("Stop writing", size="sm", visible=False)
                 panel = gr.HTML()
-                with gr.Row(visible=False) as downloads:
-                    as_html = gr.DownloadButton("Report (HTML)", size="sm")
-                    as_json = gr.DownloadButton("Report (JSON)", size="sm")
             with gr.Column(scale=2, min_width=320, elem_classes="talk"):
                 chat = gr.Chatbot(
-                    label="Ask about the result", height=420, allow_tags=False, render_markdown=False, buttons=["copy"],
+                    label="Ask about the result", height=400, allow_tags=False, render_markdown=False, buttons=["copy"],
                     feedback_options=None, allow_file_downloads=False, placeholder=FIRST,
                 )  # fmt: skip
                 with gr.Row():
-                    asks = [gr.Button(text, size="sm", min_width=120, interactive=False) for text in SUGGESTIONS]
+                    asks = [gr.Button(text, size="sm", min_width=150, interactive=False) for text in SUGGESTIONS]
                 with gr.Row(elem_classes="ask"):
                     question = gr.Textbox(
                         label="Your question", max_length=MAX_QUESTION, scale=4, min_width=180, interactive=False
@@ -357,18 +358,25 @@ def build(
         ]
 
         def show(
-            new: Case | None, told: str, files: Sequence[str | None] = (None, None), ready: bool = False
+            new: Case | None,
+            told: str,
+            files: Sequence[str | None] = (None, None),
+            ready: bool = False,
+            first: str = FIRST,
         ) -> tuple[Any, ...]:
             """The values of `shown`; any new file starts a new conversation."""
             faces = choices(new.report) if new else []
             decider = new.face(None) if new else None
+            ask_now = ready and bool(faces)
+            if new is not None:
+                first = SOON if not ready else "Ask about this result." if faces else NOTHING
             return (
                 new, [], told,
                 gr.Dropdown(choices=faces, value=decider.index if decider else None, visible=len(faces) > 1),
                 face_panel(new, None) if new else "",
                 gr.Row(visible=ready), *files,
-                gr.Chatbot(value=[], placeholder="Ask about this result." if ready else FIRST),
-                gr.Textbox(value="", interactive=ready), *(gr.Button(interactive=ready) for _ in (send, *asks)),
+                gr.Chatbot(value=[], placeholder=first),
+                gr.Textbox(value="", interactive=ask_now), *(gr.Button(interactive=ask_now) for _ in (send, *asks)),
                 "", gr.Button(visible=new is not None and new.stage == "writing"),
             )  # fmt: skip
 
@@ -385,13 +393,13 @@ def build(
 
         def take(file: str, asked: str) -> Iterator[tuple[Any, ...]]:
             """The verdict at once, then its explanation as it is written."""
-            yield show(None, _draw("waiting"))
+            yield show(None, _draw("waiting"), first=SOON)
             try:
                 judging = model_of(asked)
-            except (X2DFDError, KeyError) as error:
+                quick = judge(judging, file, rationale=False)
+            except X2DFDError as error:  # not here, or the server that it runs on is gone
                 yield show(None, _draw("trouble", str(error)))
                 return
-            quick = judge(judging, file, rationale=False)
             if isinstance(quick, Failure):
                 yield show(None, card(quick))
                 return
@@ -403,8 +411,11 @@ def build(
                         yield (*[gr.skip()] * (len(shown) - 2), _draw("live", said), gr.skip())
                     else:
                         yield finished(replace(opened, report=said, stage="done"))
-            except InputError as error:  # deleted meanwhile
-                yield show(None, card(Failure(quick.path, quick.sha256, error.code, error.reason)))
+            except X2DFDError as error:
+                if isinstance(error, InputError) and error.code == "not_found":  # deleted meanwhile
+                    yield show(None, card(Failure(quick.path, quick.sha256, error.code, error.reason)))
+                else:  # the verdict stands without the text
+                    yield finished(replace(opened, stage="stopped", why=str(error)))
 
         def end(now: Case | None) -> tuple[Any, ...]:
             """After `Stop`: the verdict stands, without the explanation."""
@@ -445,7 +456,11 @@ def build(
         def judge_file(file: str | None) -> dict[str, Any]:
             if file is None:
                 raise gr.Error("No file was sent.", print_exception=False)
-            return replace(judge(detector, file), path=None).to_dict()  # clients download whatever has a "path"
+            try:
+                judged = judge(detector, file)
+            except X2DFDError as error:  # the server of the model is gone
+                raise gr.Error(str(error), print_exception=False) from error
+            return replace(judged, path=None).to_dict()  # clients download whatever has a "path"
 
         answer_json = gr.JSON(visible=False)
         gr.Button(visible=False).click(
@@ -463,7 +478,8 @@ def launch(page: gr.Blocks, host: str, port: int, *, block: bool = True) -> str:
         server_name=host, server_port=port, prevent_thread_lock=not block, quiet=True, inbrowser=False, share=False,
         show_error=False, max_file_size=MAX_FILE, allowed_paths=[], state_session_capacity=200, ssr_mode=False,
         enable_monitoring=False, mcp_server=False, run_history=False, footer_links=["api"],
-        theme=gr.themes.Default(primary_hue="slate", neutral_hue="slate"), css_paths=[HERE / "style.css"],
+        theme=gr.themes.Default(primary_hue="slate", neutral_hue="slate").set(body_text_color_subdued="*neutral_600"),
+        css_paths=[HERE / "style.css"],
     )  # fmt: skip
     return str(address)
 

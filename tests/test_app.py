@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import socket
 import sys
 import threading
@@ -234,12 +235,15 @@ def detector() -> FakeDetector:
     return FakeDetector()
 
 
-@pytest.fixture
-def port() -> int:
+def free_port() -> int:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        free: int = taken.getsockname()[1]
-    return free
+        return int(taken.getsockname()[1])
+
+
+@pytest.fixture
+def port() -> int:
+    return free_port()
 
 
 @pytest.fixture
@@ -284,6 +288,7 @@ def test_photo_gives_card_boxes_and_experts(visitor: Visitor) -> None:
     assert "blending 91 % Blind spot: " in panel.text and "swin no score its weights are not here" in panel.text
     assert "The language model's own number 88 %" in panel.text and "The jaw has a soft edge." in panel.text
     assert len(panel.all("span", "bar")) == 3  # an expert without a score has no bar
+    assert "The file was not checked for Content Credentials (C2PA). It plays no part" in panel.text
     assert shown["pick"]["visible"] is False
 
 
@@ -416,6 +421,81 @@ def test_closing_the_text_ends_the_writing(detector: FakeDetector) -> None:
     assert next(writing) == "The" and detector.writing.is_set()
     writing.close()  # type: ignore[attr-defined]
     assert not detector.writing.is_set()
+
+
+def test_a_failing_server_leaves_the_verdict_and_says_why(visitor: Visitor, detector: FakeDetector) -> None:
+    """A model on a server can be gone at any step: "Error" tells nobody, and a verdict that was given must stand."""
+    gone = SetupError("gpu.example:8000 cannot be reached. Is the server up?")
+    detector.breaks = gone
+    told = Page(visitor.show(ONE)["card"]).text
+    assert "cannot be used: gpu.example:8000 cannot be reached" in told
+    done = visitor.use("Run", "click", visitor.upload(ONE))
+    assert not done["success"] and "cannot be reached" in done["output"]["error"]
+    detector.breaks = None
+    detector.explain = detector.chat = _raising(gone)  # type: ignore[method-assign]
+    shown = visitor.show(ONE)
+    assert "Likely fake" in shown["card"] and shown["downloads"]["visible"]
+    assert "The explanation was stopped: gpu.example:8000 cannot be reached" in Page(shown["panel"]).text
+    said = visitor.ask("What about the eyes?")[1].replace("\xa0", " ")
+    assert said.startswith("This cannot be answered: gpu.example") and said.endswith("Likely fake, 93 %.")
+
+
+def _raising(error: Exception) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def test_the_list_holds_adapters_or_what_an_endpoint_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name at an endpoint taken for a folder, or an adapter's calibration on another model's numbers."""
+    asked: list[tuple[Any, dict[str, Any]]] = []
+    monkeypatch.setattr("x2dfd.load", lambda model=None, **options: asked.append((model, options)))
+    served = {"served": "http://127.0.0.1:9/v1", "adapter": Path("DIR")}
+    lists = [
+        command.listed(), command.listed(["one", "two"]), command.listed(["m"], **served),  # type: ignore[arg-type]
+    ]  # fmt: skip
+    assert [list(found) for found in lists] == [
+        ["embedded"], ["one", "two", "embedded"], ["m at 127.0.0.1:9", "embedded"],
+    ]  # fmt: skip
+    for found in lists:
+        for load in found.values():
+            load()
+    models = [model for model, _ in asked]
+    assert models == [None, Path("one"), Path("two"), None, "m", None] and asked[4][1] == served
+    for wrong in ({"adapter": Path("DIR")}, {"served": "u"}, {"models": ["a", "b"], **served}):
+        with pytest.raises(SetupError):
+            command.listed(**wrong)
+
+
+def test_a_served_model_judges_on_the_page_which_names_the_server(
+    folder: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Faces that leave the machine without a word, or a model in the list that cannot be asked."""
+    pytest.importorskip("openai")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("x2dfd.detector.DEFAULT", ())  # experts take long to load, and play no part here
+    from eval.stand_in import Reply, StandIn
+
+    def answer(request: dict[str, Any]) -> Reply:
+        word = Reply(" fake", {" fake": -0.2, " real": -2.0})
+        return word if request["max_tokens"] == 1 else Reply("The jaw looks blurred.")
+
+    with StandIn(answer) as endpoint:
+        models = command.listed(["m"], endpoint.url)
+        name = next(iter(models))
+        page = demo.build(models[name](), name=name, others={}, sends_to=endpoint.url.split("/")[2])
+        try:
+            address = demo.launch(page, "127.0.0.1", port, block=False)
+            assert f"Cut-out faces are sent to {name.removeprefix('m at ')}" in httpx.get(f"{address}config").text
+            visitor = Visitor(address)
+            done = visitor.use(UPLOAD, "upload", visitor.upload(ONE), name)
+            card, panel = (Page(done["output"]["data"][i]).text for i in (2, 4))
+            assert "Likely fake" in card and "not calibrated" in card and "no calibration was fitted" in card
+            assert "The jaw looks blurred." in panel
+            assert visitor.ask("What about the eyes?")[1].startswith("The jaw looks blurred.")
+        finally:
+            page.close(verbose=False)
 
 
 def test_models_can_be_picked(detector: FakeDetector, folder: Path, port: int) -> None:
@@ -572,10 +652,9 @@ def test_other_servers_are_not_asked(visitor: Visitor) -> None:
         assert visitor.http.get(f"/proxy={url}").status_code in (400, 401, 403, 404)
 
 
-def test_no_connection_leaves_the_machine(
-    visitor: Visitor, detector: FakeDetector, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing of a photo may leave: with every other address refused, all of the page's work goes on."""
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The addresses elsewhere that anything has asked for: each is refused."""
     tried: list[Any] = []
     connect = socket.socket.connect
 
@@ -587,6 +666,11 @@ def test_no_connection_leaves_the_machine(
 
     monkeypatch.setattr(socket.socket, "connect", only_here)
     monkeypatch.setattr(socket.socket, "connect_ex", only_here)
+    return tried
+
+
+def test_no_connection_leaves_the_machine(visitor: Visitor, tried: list[Any]) -> None:
+    """Nothing of a photo may leave: with every other address refused, all of the page's work goes on."""
     shown = visitor.show(ONE)
     assert "Likely fake" in shown["card"] and visitor.ask("What about the eyes?")
     assert visitor.http.get("/file=" + shown["html"]["path"]).status_code == 200
@@ -654,12 +738,22 @@ def test_fault_of_ours_shows_no_inside(
 # --- doors ---
 
 
-def test_endpoint_answers_and_server_stops_and_forgets(page: Any, port: int, folder: Path, tmp_path: Path) -> None:
+def test_endpoint_answers_and_server_stops_and_forgets(
+    page: Any, port: int, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The documented call must work as written; what was uploaded must be gone when the app has stopped."""
     from gradio_client import Client, handle_file
 
     address = demo.launch(page, "127.0.0.1", port, block=False)
     try:
+        documented = (Path(demo.__file__).parents[1] / "docs/app.md").read_text("utf-8")
+        [example] = re.findall(r"```python\n(.*?)```", documented, re.S)
+        named = {"http://127.0.0.1:7860": address, "face.jpg": str(_written(tmp_path, ONE))}
+        for there, here in named.items():
+            assert there in example
+            example = example.replace(there, here)
+        exec(example, {})
+        assert capsys.readouterr().out.splitlines()[-1] == "fake 0.93"
         client = Client(address, verbose=False, download_files=str(tmp_path / "downloads"))
         assert list(client.view_api(return_format="dict", print_info=False)["named_endpoints"]) == ["/judge"]
         answer = client.predict(handle_file(str(_written(tmp_path, ONE))), api_name="/judge")
@@ -698,6 +792,34 @@ def test_examples_are_a_photo_and_its_forgery(detector: FakeDetector, folder: Pa
         page.close(verbose=False)
 
 
+@pytest.mark.needs_base
+def test_the_first_verdict_comes_within_five_seconds(
+    folder: Path,
+    port: int,
+    tried: list[Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A visitor who sees nothing for longer goes away. Seconds of work are bounded, as the machine may be shared."""
+    import x2dfd
+
+    monkeypatch.setattr(x2dfd.Detector, "explain", lambda self, report, *_, **__: report)  # comes after the verdict
+    page = demo.build(x2dfd.load())
+    try:
+        visitor = Visitor(demo.launch(page, "127.0.0.1", port, block=False))
+        begin, work = time.perf_counter(), time.process_time()
+        seconds = 0.0
+        for message in visitor.follow(UPLOAD, "upload", visitor.upload(ONE), MODEL_NAME):
+            if not seconds and "Estimated probability" in json.dumps(message):
+                seconds, work = time.perf_counter() - begin, time.process_time() - work
+        with capsys.disabled():
+            print(f"\nfirst verdict {seconds:.2f} s after the upload began, {work:.2f} s of processor time")
+        assert 0 < work < 5
+        assert tried == []  # the embedded model asks nobody either
+    finally:
+        page.close(verbose=False)
+
+
 def test_taken_port_is_said_plainly(detector: FakeDetector, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second start of the demo must say what to do, without a traceback."""
     monkeypatch.setattr("x2dfd.load", lambda model=None: detector)
@@ -712,7 +834,7 @@ def test_taken_port_is_said_plainly(detector: FakeDetector, folder: Path, monkey
 def test_command_ends_with_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A model that is not fetched must not end in a traceback."""
 
-    def load(model: Path | None) -> None:
+    def load(model: Path | None = None) -> None:
         raise SetupError("the base is not here: x2dfd fetch")
 
     monkeypatch.setattr("x2dfd.load", load)

@@ -156,12 +156,94 @@ def test_another_file_and_a_changed_hash_are_found(
     assert case.verify(forged, photo, detector).outcome == "differs"
 
 
-def test_another_model_is_no_proof_of_tampering(made: Record, photo: Path, detector: Detector) -> None:
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("adapter_sha256", "0" * 64), ("calibration_sha256", "0" * 64), ("validation_sha256", None),
+        ("in_prompt", []), ("served", {"host": "h", "model": "m"}), ("runs_on", "cuda bf16"),
+    ],
+)  # fmt: skip
+def test_another_model_is_no_proof_of_tampering(
+    key: str, value: Any, made: Record, photo: Path, detector: Detector
+) -> None:
     """An updated model gives other numbers; calling that a forged record would accuse an honest office."""
-    old = changed(made, _set("model", "adapter_sha256", value="0" * 64), sealed=True)
+    old = changed(made, _set("model", key, value=value), sealed=True)
     found = case.verify(old, photo, detector)
-    assert found.outcome == "other_model" and "adapter_sha256" in found.differences[0]
+    assert found.outcome == "other_version" and any(key in line for line in found.differences), found
     assert case.verify({**old, "seal": "0" * 64}, photo, detector).outcome == "differs"
+
+
+@pytest.fixture
+def like(detector: Detector) -> Callable[..., Detector]:
+    """A detector with the same weights, and another calibration or validation run or other facts."""
+
+    def make(calibration: Calibration | None = None, validation: Validation | None = None, **facts: Any) -> Detector:
+        return Detector(
+            detector.mllm, detector.experts, calibration or detector.calibration, detector.facts | facts,
+            validation=validation or detector.validation,
+        )  # fmt: skip
+
+    return make
+
+
+def test_a_refit_here_is_told_from_a_band_changed_in_the_record(
+    made: Record, photo: Path, detector: Detector, like: Callable[..., Detector], folders: tuple[Path, Path]
+) -> None:
+    """A calibration or a validation run made anew since then does not make the record's author a forger."""
+    assert detector.calibration is not None
+    refitted = like(calibration=replace(detector.calibration, low=0.2))
+    found = case.verify(made, photo, refitted)
+    assert found.outcome == "other_version" and "calibration_sha256" in found.differences[0]
+    validated = like(validation=replace(validation_of(folders[1]), cllr=0.7))
+    found = case.verify(made, photo, validated)
+    assert found.outcome == "other_version" and "validation_sha256" in found.differences[0]
+    moved = changed(made, _set("model", "band", value=[0.2, 0.6]), sealed=True)
+    found = case.verify(moved, photo, detector)
+    assert found.outcome == "differs" and "model.band[0]" in found.differences[0]
+
+
+def test_other_words_here_are_told_from_other_findings(
+    made: Record, photo: Path, detector: Detector, like: Callable[..., Detector], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A blind spot that is worded better today must not read as "does not hold"; nor may one that was cut out pass."""
+    reworded = replace(tiny.Brightness.card, blind_spot="anything but brightness")
+    monkeypatch.setattr(case, "cards", lambda: {tiny.EXPERT: reworded})
+    found = case.verify(made, photo, like(blind_spot="nothing"))
+    assert found.outcome == "other_version" and len(found.differences) == 2
+    assert f"cards.{tiny.EXPERT}.blind_spot" in found.differences[0] and "model.blind_spot" in found.differences[1]
+    lied = changed(made, _set("verdict", "label", value="real"), sealed=True)
+    assert case.verify(lied, photo, detector).outcome == "differs"
+
+
+@pytest.mark.parametrize(
+    ("change", "named", "outcome"),
+    [
+        (lambda m: m["cards"][tiny.EXPERT].update(blind_spot=""), "blind_spot", "other_version"),
+        (lambda m: m.update(statement="This is proof."), "statement", "other_version"),
+        (lambda m: m["limits"].pop("Only faces"), "limits.Only faces", "other_version"),
+        (_set("warnings", value=["none"]), "warnings", "other_version"),
+        (_set("evidence", 0, "note", value="sure"), "evidence[0].note", "other_version"),
+        (lambda m: m["cards"].pop(tiny.EXPERT), f"cards.{tiny.EXPERT}", "differs"),
+        (lambda m: m["cards"][tiny.EXPERT].update(sha256="0" * 64), "sha256", "differs"),
+        (_set("verdict", "reason", value="in_band"), "verdict.reason", "differs"),
+    ],
+)
+def test_no_part_of_a_record_can_be_changed_unseen(
+    change: Callable[[Record], None], named: str, outcome: str, made: Record, photo: Path, detector: Detector
+) -> None:
+    """A record without its limits, or with "this is proof" in it, must not be confirmed."""
+    found = case.verify(changed(made, change, sealed=True), photo, detector)
+    assert found.outcome == outcome and any(named in line for line in found.differences), found
+
+
+def test_a_broken_file_and_its_copy_hold_and_a_missing_one_is_no_forgery(detector: Detector, tmp_path: Path) -> None:
+    """A wrong path said as "the record does not hold" accuses; a copy under another name is the same file."""
+    (tmp_path / "a.jpg").write_text("a letter")
+    (tmp_path / "b.jpg").write_text("a letter")
+    made = json.loads(case.dumps([next(detector.detect_many([tmp_path / "a.jpg"]))]))
+    assert case.verify(made, tmp_path / "b.jpg", detector).outcome == "holds"
+    with pytest.raises(X2DFDError, match="cannot be read"):
+        case.verify(made, tmp_path / "c.jpg", detector)
 
 
 def test_the_command_has_an_exit_code_for_each_outcome(
@@ -178,6 +260,32 @@ def test_the_command_has_an_exit_code_for_each_outcome(
         assert ran.exit_code == code, ran.output
         if code in case.EXIT_CODES.values():
             assert case.EXIT_CODES[json.loads(ran.stdout)["outcome"]] == code
+    path.write_text(json.dumps(made))
+    assert CliRunner().invoke(cli.app, ["verify", str(path), str(tmp_path / "none.jpg")]).exit_code == 1
+
+
+def test_verify_computes_as_the_record_says(
+    made: Record, photo: Path, detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record of a GPU in bf16 checked in fp32, or one of a served model checked locally, can only fail."""
+    asked: list[dict[str, Any]] = []
+
+    def load(model: Path | None, **options: Any) -> Detector:
+        asked.append({"model": model} | options)
+        return detector
+
+    monkeypatch.setattr(x2dfd, "load", load)
+    path = tmp_path / "a.case.json"
+    path.write_text(json.dumps(changed(made, _set("model", "runs_on", value="cuda bf16"), sealed=True)))
+    there = ["--served", "http://localhost:8000/v1", "--model", "x2dfd", "--adapter", "DIR"]
+    for options in ([], ["--device", "cuda:1", "--dtype", "fp16"], there):
+        assert CliRunner().invoke(cli.app, ["verify", str(path), str(photo), *options]).exit_code == 4
+    nothing = dict.fromkeys(("model", "base", "adapter", "served", "device")) | {"mode": "calibrated"}
+    assert asked == [
+        nothing | {"dtype": "bf16"},
+        nothing | {"device": "cuda:1", "dtype": "fp16"},
+        nothing | {"served": there[1], "model": Path("x2dfd"), "adapter": Path("DIR"), "dtype": None},
+    ]
 
 
 def test_detect_writes_page_and_record_and_they_agree(

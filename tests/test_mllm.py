@@ -21,7 +21,7 @@ from tests import tiny
 from x2dfd import prompts
 from x2dfd.errors import SetupError
 from x2dfd.files import file_sha256
-from x2dfd.mllm import CIRCLE, LocalMLLM, _repeats, base_identity, load_llava, said_once
+from x2dfd.mllm import CIRCLE, MAX_NEW_TOKENS, LocalMLLM, _repeats, base_identity, load_llava, said_once
 from x2dfd.types import Cue, Evidence
 
 pytestmark = pytest.mark.needs_base
@@ -217,6 +217,17 @@ def test_the_end_token_ends_the_text_and_is_not_part_of_it(own_tokenizer: LocalM
     text = mllm.write(mllm.look(crops[:1]), [QUESTIONS[0]], [start], max_new_tokens=10, on_text=told.append)
     assert text == [mllm.tokenizer.decode(ids[:3]).strip()]
     assert told == [mllm.tokenizer.decode(ids[:k]).strip() for k in (1, 2, 3, 3)]
+
+
+def test_no_text_is_longer_than_its_bound(
+    mllm: LocalMLLM, crops: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text that comes to no end would hold the model, and every visitor behind, for as long as its context lasts."""
+    told: list[str] = []
+    monkeypatch.setattr("x2dfd.mllm._repeats", lambda ids: False)
+    monkeypatch.setattr(mllm, "_end_ids", set)
+    mllm.write(mllm.look(crops[:1]), [QUESTIONS[0]], [""], on_text=told.append)
+    assert len(told) == MAX_NEW_TOKENS
 
 
 def test_text_that_repeats_itself_ends(tmp_path: Path, crops: NDArray[np.uint8]) -> None:

@@ -6,6 +6,8 @@ import io
 import json
 import socket
 import sys
+import threading
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +18,13 @@ import pytest
 import skimage.data
 from PIL import Image
 
+from tests import tiny
 from x2dfd import provenance
+from x2dfd.calibration import Calibration
 from x2dfd.errors import SetupError
 from x2dfd.html_report import PROVENANCE
-from x2dfd.media import Picture
 from x2dfd.provenance import TRUST, read_provenance
+from x2dfd.types import Report
 
 CAPTURE = "http://cv.iptc.org/newscodes/digitalsourcetype/digitalCapture"
 
@@ -144,11 +148,9 @@ def test_a_damaged_manifest_is_an_error(signer: Signer) -> None:
     assert found["state"] == "error" and found["reason"]
 
 
-def test_nothing_is_fetched(signer: Signer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A file that names a manifest or a revocation list elsewhere would tell its maker who looks at it."""
-
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise AssertionError("a connection was opened")
+def test_nothing_is_fetched(signer: Signer) -> None:
+    """A file that names a manifest elsewhere would tell its maker who looks at it."""
+    import c2pa
 
     content = photo()
     xmp = b"http://ns.adobe.com/xap/1.0/\0" + (
@@ -159,10 +161,28 @@ def test_nothing_is_fetched(signer: Signer, monkeypatch: pytest.MonkeyPatch, tmp
         server.settimeout(0.2)
         part = xmp % b"http://127.0.0.1:%d/m.c2pa" % server.getsockname()[1]
         part = b"\xff\xe1" + (len(part) + 2).to_bytes(2, "big") + part
-        found = read_provenance(content[:2] + part + content[2:], "JPEG")
+        remote = content[:2] + part + content[2:]
+        found = read_provenance(remote, "JPEG")
         assert found["state"] == "error"
         with pytest.raises(TimeoutError):
             server.accept()
+        # The reader does ask where it may: without this the test could not fail.
+        server.settimeout(10)
+        asked: list[bytes] = []
+
+        def refuse() -> None:
+            connection, _ = server.accept()
+            with connection:
+                asked.append(connection.recv(1000))
+                connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+        answering = threading.Thread(target=refuse, daemon=True)
+        answering.start()
+        context = c2pa.Context(c2pa.Settings.from_dict({"verify": {"remote_manifest_fetch": True}}))
+        with pytest.raises(c2pa.C2paError):
+            c2pa.Reader("image/jpeg", io.BytesIO(remote), context=context)
+        answering.join(10)
+        assert asked and asked[0].startswith(b"GET /m.c2pa")
 
 
 class Stub:
@@ -231,15 +251,36 @@ def test_without_the_package_nobody_looked(monkeypatch: pytest.MonkeyPatch) -> N
     assert read_provenance(photo("BMP"), "BMP")["state"] == "not_checked"
 
 
-def test_provenance_never_moves_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An invalid signature is no forgery and a valid one no clearance: p_fake must be the same number beside any."""
+class Even:
+    """A language model that is undecided about every face."""
+
+    name, batch = "even", 4
+
+    def look(self, crops: Any) -> Any:
+        return SimpleNamespace(tower_states=None, size=len(crops))
+
+    def verdict_logits(self, look: Any, questions: Any) -> Any:
+        return np.zeros(look.size)
+
+    def write(self, look: Any, questions: Any, starts: Any, **_: Any) -> list[str]:
+        return [""] * look.size
+
+    def yes_no(self, crop: Any, questions: Any, /) -> Any:
+        raise NotImplementedError
+
+
+def test_provenance_never_moves_the_estimate(monkeypatch: pytest.MonkeyPatch, face_photo: Path) -> None:
+    """An invalid signature is no forgery and a valid one no clearance: everything else of a report stays the same."""
     from x2dfd import detector
 
-    seen: list[Picture] = []
-    for state in ("invalid", "trusted"):
+    parts = ("mllm", tiny.EXPERT)
+    calibration = Calibration(dict.fromkeys(parts, 1.0), dict.fromkeys(parts, 0.0), bias=0.0, low=0.3, high=0.6)
+    facts = {"base": {"name": "even"}, "in_prompt": [tiny.EXPERT], "experts": {}}
+    judge = detector.Detector(Even(), [tiny.Brightness()], calibration, facts)
+    seen: list[Report] = []
+    for state in PROVENANCE:
         monkeypatch.setattr(detector, "read_provenance", lambda source, format, state=state: {"state": state})
-        media = detector._open(photo())
-        assert isinstance(media, Picture)
-        seen.append(media)
-        assert media.provenance == {"state": state}
-    assert np.array_equal(seen[0].pixels, seen[1].pixels) and seen[0].sha256 == seen[1].sha256
+        seen.append(judge.detect(face_photo))
+        assert seen[-1].provenance == {"state": state}
+    assert len(seen) == 6 and seen[0].verdict.p_fake is not None
+    assert all(replace(r, provenance={}, timings={}) == replace(seen[0], provenance={}, timings={}) for r in seen)

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import x2dfd
 from eval.stand_in import Faults, Reply, Request, StandIn, picture_of, question_of
 from tests import tiny
-from x2dfd import cli, prompts, served
+from x2dfd import case, cli, prompts, served
 from x2dfd.assessment import BANK, Assessment
 from x2dfd.calibration import Calibration
 from x2dfd.detector import UNCALIBRATED
@@ -158,6 +158,13 @@ def test_a_served_adapter_gives_the_local_verdict(
         detector = x2dfd.load("tiny", served=endpoint.url, adapter=folders[1])
         ours, wanted = detector.detect(face_photo, rationale=False), local.detect(face_photo, rationale=False)
         assert "continue_final_message" in endpoint.requests[0]
+        record = case.record([ours])
+    # Anywhere that serves it, the record holds; the local model may round otherwise, and is named as another.
+    with StandIn(behind, models=["tiny"], tokenize=behind.tokenize) as elsewhere:
+        again = x2dfd.load("tiny", served=elsewhere.url, adapter=folders[1])
+        found = case.verify(record, face_photo, again)
+        assert found.outcome == "holds" and any("served.host" in note for note in found.notes), found
+    assert case.verify(record, face_photo, local).outcome == "other_version"
     assert ours.verdict.label == wanted.verdict.label and ours.verdict.reason == wanted.verdict.reason
     assert ours.verdict.p_fake == pytest.approx(wanted.verdict.p_fake, abs=1e-4)
     assert ours.faces[0].p_fake_mllm == pytest.approx(wanted.faces[0].p_fake_mllm, abs=1e-3)

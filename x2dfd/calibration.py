@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from x2dfd.errors import SetupError
-from x2dfd.files import write_text
+from x2dfd.files import json_sha256, write_text
 from x2dfd.types import Verdict
 
 MLLM = "mllm"
@@ -78,6 +78,11 @@ class Calibration:
 
     def _counted(self, name: str, value: float) -> float:
         return max(_bounded(value), self.floors.get(name, -_CLIP))
+
+    @property
+    def sha256(self) -> str:
+        """Of everything in it; a refitted one has another."""
+        return json_sha256(asdict(self))
 
     def save(self, folder: Path) -> None:
         write_text(folder / "calibration.json", json.dumps(asdict(self), indent=1) + "\n")

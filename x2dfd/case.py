@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.experts import cards
+from x2dfd.files import json_sha256
 from x2dfd.types import Card, Failure, Report
 
 if TYPE_CHECKING:
@@ -44,16 +45,28 @@ NEXT_STEPS = (
     "Several independent findings weigh more than one number: say which of them you have.",
 )
 
-Outcome = Literal["holds", "differs", "other_model"]
-EXIT_CODES: dict[Outcome, int] = {"holds": 0, "differs": 3, "other_model": 4}
+Outcome = Literal["holds", "differs", "other_version"]
+EXIT_CODES: dict[Outcome, int] = {"holds": 0, "differs": 3, "other_version": 4}
+
+SCORING = (
+    "base", "adapter_sha256", "layers", "prompt_sha256", "crops_through", "experts", "in_prompt", "mode",
+    "calibration_sha256", "validation_sha256",
+)  # fmt: skip
+"""Facts of a model that two answers must share to be compared. Beside them: the name in `served`, and `runs_on`."""
+WORDING = re.compile(
+    r"(model\.(name|blind_spot|licence|held_out)|cards\.[^.]+\.(?!sha256|version)\w+|limits|next_steps|statement|warnings"
+    r"|media\.notes|(faces\[\d+\]\.)?evidence\[\d+\]\.note|faces\[\d+\]\.contradictions"
+    r"|likelihood_ratio\.(reason|propositions)|provenance\.reason|error\.reason)\b"
+)
+"""Places of a record whose text another version of the program may word otherwise; what was found stands elsewhere."""
 
 
 @dataclass(frozen=True)
 class Verification:
     """Whether a record still says what judging the file gives."""
 
-    outcome: Outcome
-    differences: tuple[str, ...]  # what speaks against it, in plain words
+    outcome: Outcome  # `other_version`: what differs can come from another model or wording here, not only from edits
+    differences: tuple[str, ...]  # what does not come out again, in plain words
     notes: tuple[str, ...]  # what could not be compared, and does not count
 
 
@@ -79,8 +92,7 @@ def dumps(results: Sequence[Report | Failure]) -> str:
 
 def seal(made: dict[str, Any]) -> str:
     """SHA-256 over everything but the seal: it shows a careless edit. A forger makes a new one, and meets `verify`."""
-    content = {key: value for key, value in made.items() if key != "seal"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
+    return json_sha256({key: value for key, value in made.items() if key != "seal"})
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -106,37 +118,68 @@ def stated_about(made: dict[str, Any], sha256: str | None) -> dict[str, Any] | N
 
 
 def verify(made: dict[str, Any], file: Path, detector: Detector) -> Verification:
-    """Judge `file` anew and compare with the record. The detector must be in the mode that the record states."""
-    differences, notes = [], []
+    """Judge `file` anew and compare with the record. The detector must be in the mode that the record states.
+
+    A changed finding speaks against the record. Another model, calibration, validation or wording than is here does
+    not: who states one leaves the record unconfirmed.
+    """
+    changed: list[str] = []
+    other: list[str] = []
+    notes: list[str] = []
     if made["seal"] != seal(made):
-        differences.append("the record was changed after it was written: its seal does not fit")
+        changed.append("the record was changed after it was written: its seal does not fit")
     quick = next(iter(detector.detect_many([file], rationale=False)))
+    if isinstance(quick, Failure) and quick.sha256 is None:
+        raise X2DFDError(f"{file} cannot be read ({quick.reason}), so the record cannot be checked")
     stated = stated_about(made, quick.sha256)
     if stated is None:
         known = ", ".join(f"{r.get('path')} ({str(r.get('sha256'))[:12]}…)" for r in made["reports"])
-        told = "the file has SHA-256 " + str(quick.sha256) + f", and the record is about {known or 'no file'}"
-        return Verification("differs", (*differences, told), ())
+        changed.append(f"the file has SHA-256 {quick.sha256}, and the record is about {known or 'no file'}")
+        return _outcome(changed, other, notes)
     if "error" in stated or isinstance(quick, Failure):
-        differences += _differing("", stated, quick.to_dict())
-        return Verification("differs" if differences else "holds", tuple(differences), ())
-    other = list(_differing("", _model(stated), _model(quick.to_dict()), exactly=True))
+        _sort(_differing("", _comparable(stated), _comparable(quick.to_dict())), changed, other)
+        return _outcome(changed, other, notes)
+    models = _scoring(stated), _scoring(quick.to_dict())
+    other += [f"another model answers here: {line}" for _, line in _differing("", *models, exactly=True)]
     if other:
-        lines = [f"another model answers here than the record states: {line}" for line in other]
-        return Verification("differs" if differences else "other_model", (*differences, *lines), ())
+        return _outcome(changed, other, notes)
     try:
         wordy = any(face["rationale"] for face in stated["faces"])
     except (KeyError, TypeError):
         wordy = False
     fresh = detector.explain(quick, file) if wordy else quick
     expected = fresh.to_dict()
-    notes += [f"versions: {line}" for line in _differing("", stated.get("versions"), fresh.versions, exactly=True)]
+    notes += [f"versions: {line}" for _, line in _differing("", stated.get("versions"), fresh.versions, exactly=True)]
+    notes += [
+        f"model: {line}"
+        for key in ("runs_on", "served")
+        for _, line in _differing(key, stated["model"].get(key), fresh.model.get(key), exactly=True)
+    ]
     states = [(r.get("provenance") or {}).get("state") for r in (stated, expected)]
     if "not_checked" in states and states[0] != states[1]:
         notes.append(f"Content Credentials: the record states {states[0]}, and here they are {states[1]}")
         stated, expected = stated | {"provenance": None}, expected | {"provenance": None}
-    differences += _differing("cards", made.get("cards"), _cards_in(made, record([fresh])["cards"]), exactly=True)
-    differences += _differing("", _comparable(stated), _comparable(expected))
-    return Verification("differs" if differences else "holds", tuple(differences), tuple(notes))
+    again = record([fresh])
+    again["cards"] = _cards_in(made, again["cards"])
+    frame = ("statement", "cards", "limits", "next_steps")
+    around = ({key: whole.get(key) for key in frame} for whole in (made, again))
+    _sort(_differing("", *around, exactly=True), changed, other)
+    _sort(_differing("", _comparable(stated), _comparable(expected)), changed, other)
+    return _outcome(changed, other, notes)
+
+
+def _sort(found: Iterable[tuple[str, str]], changed: list[str], other: list[str]) -> None:
+    """Differences of wording to `other`, of findings to `changed`."""
+    for where, line in found:
+        if WORDING.match(where):
+            other.append(f"worded otherwise here: {line}")
+        else:
+            changed.append(line)
+
+
+def _outcome(changed: Sequence[str], other: Sequence[str], notes: Sequence[str]) -> Verification:
+    outcome: Outcome = "differs" if changed else "other_version" if other else "holds"
+    return Verification(outcome, (*changed, *other), tuple(notes))
 
 
 def _cards_in(made: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
@@ -145,25 +188,33 @@ def _cards_in(made: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
     return others | fresh
 
 
-def _model(report: dict[str, Any]) -> dict[str, Any]:
-    """What has to be the same for two answers to be compared: weights, prompt and mode; not the text about them."""
-    keys = ("base", "adapter_sha256", "layers", "prompt_sha256", "crops_through", "experts", "mode")
+def _scoring(report: dict[str, Any]) -> dict[str, Any]:
+    """What has to be the same for two answers to be compared; not the text about it, nor where a server stands."""
     model = report.get("model")
-    return {key: model.get(key) for key in keys} if isinstance(model, dict) else {}
+    if not isinstance(model, dict):
+        return {}
+    served, runs_on = model.get("served"), str(model.get("runs_on"))
+    return {key: model.get(key) for key in SCORING} | {
+        "served": served.get("model") if isinstance(served, dict) else None,
+        "runs_on": "fp32" if runs_on.endswith("fp32") else runs_on,  # shorter numbers round otherwise on other devices
+    }
 
 
 def _comparable(report: dict[str, Any]) -> dict[str, Any]:
-    """Without what another run, place, machine or copy may change: path, times, versions, device."""
+    """Without what another run, place, machine or copy may change: path, times, versions, device, address."""
     kept = {key: value for key, value in report.items() if key not in ("path", "timings", "versions")}
     if isinstance(kept.get("model"), dict):
-        kept["model"] = {key: value for key, value in kept["model"].items() if key != "runs_on"}
+        kept["model"] = {key: value for key, value in kept["model"].items() if key not in ("runs_on", "served")}
     if isinstance(kept.get("media"), dict):
         kept["media"] = {key: value for key, value in kept["media"].items() if key != "modified"}
     return kept
 
 
-def _differing(where: str, stated: Any, found: Any, *, exactly: bool = False) -> Iterator[str]:
-    """Places at which two plain values differ. Numbers may differ by what another batch or processor changes."""
+def _differing(where: str, stated: Any, found: Any, *, exactly: bool = False) -> Iterator[tuple[str, str]]:
+    """Places at which two plain values differ, each with a line about it.
+
+    Numbers may differ by what another batch or processor changes.
+    """
     if isinstance(stated, dict) and isinstance(found, dict):
         for key in [*found, *(k for k in stated if k not in found)]:
             yield from _differing(
@@ -171,14 +222,14 @@ def _differing(where: str, stated: Any, found: Any, *, exactly: bool = False) ->
             )
     elif isinstance(stated, list | tuple) and isinstance(found, list | tuple):
         if len(stated) != len(found):
-            yield f"{where}: the record holds {len(stated)} entries, and here there are {len(found)}"
+            yield where, f"{where}: the record holds {len(stated)} entries, and here there are {len(found)}"
         for i, (a, b) in enumerate(zip(stated, found, strict=False)):
             yield from _differing(f"{where}[{i}]", a, b, exactly=exactly)
     elif _number(stated) and _number(found) and not exactly:
         if not math.isclose(stated, found, rel_tol=1e-3, abs_tol=2e-3):
-            yield f"{where}: the record states {stated}, and here it is {found}"
+            yield where, f"{where}: the record states {stated}, and here it is {found}"
     elif stated != found or isinstance(stated, bool) != isinstance(found, bool):
-        yield f"{where}: the record states {_short(stated)}, and here it is {_short(found)}"
+        yield where, f"{where}: the record states {_short(stated)}, and here it is {_short(found)}"
 
 
 def _number(value: Any) -> bool:
@@ -188,6 +239,13 @@ def _number(value: Any) -> bool:
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=True, default=str)
     return text if len(text) < 100 else f"{text[:96]} …"
+
+
+def precision_stated(made: dict[str, Any]) -> str | None:
+    """The precision in which a model of this machine judged the record's files; None when it names none, or several."""
+    found = {str((r.get("model") or {}).get("runs_on", "")).rpartition(" ")[2] for r in made["reports"]}
+    found -= {""}
+    return found.pop() if len(found) == 1 else None
 
 
 def mode_stated(made: dict[str, Any]) -> Literal["calibrated", "paper"]:

@@ -278,6 +278,7 @@ VERIFY_EXAMPLES = """\b
 Examples:
   x2dfd verify face.case.json face.jpg
   x2dfd verify face.case.json face.jpg --json
+  x2dfd verify face.case.json face.jpg --served http://localhost:8000/v1 --model x2dfd --adapter DIR
 """
 
 
@@ -287,19 +288,31 @@ def verify(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The picture or video that it is about.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Model directory; without it, the embedded model.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Model directory; without it, the embedded model. With --served, a name there."
+        ),
     ] = None,
+    served: Annotated[str | None, typer.Option(metavar="URL", help=SERVED_HELP)] = None,
     base: Annotated[str | None, typer.Option(metavar="NAME", help="Base model, by name or directory.")] = None,
+    adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="Adapter directory for the base model.")] = None,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help=DEVICE_HELP)] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the MLLM; by default what the record states.")] = None,
 ) -> None:
     """Judge a file anew and say whether a case record still tells the truth about it.
 
-    Exit code 0: it holds. 3: file or record was changed, or it does not come out again; each difference is a line.
-    4: another model answers here than the record states. 1: it could not be checked at all.
+    Exit code 0: it holds. 3: file or record was changed, or a finding does not come out again; each difference is a
+    line. 4: another model, calibration, validation run or wording is here than the record states, so it can be neither
+    confirmed nor refuted. 1: it could not be checked at all.
     """
     from x2dfd import case
 
     made = case.read(record)
-    detector = x2dfd.load(model, base=base, mode=case.mode_stated(made))
+    precision = dtype.value if dtype else case.precision_stated(made)
+    detector = x2dfd.load(
+        model, base=base, adapter=adapter, served=served, mode=case.mode_stated(made), device=device,
+        dtype=None if served and dtype is None else precision,
+    )  # fmt: skip
     found = case.verify(made, file, detector)
     if as_json:
         typer.echo(json.dumps(asdict(found)))
@@ -307,7 +320,7 @@ def verify(
         words = {
             "holds": "the record holds",
             "differs": "THE RECORD DOES NOT HOLD",
-            "other_model": "cannot be compared",
+            "other_version": "CANNOT BE CONFIRMED: another version made it, or it was changed to say so",
         }
         typer.echo(words[found.outcome])
         for line in found.differences:

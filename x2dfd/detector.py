@@ -116,9 +116,11 @@ class Detector:
             "mode": mode,
             "threshold": calibration.high if calibration and mode == "calibrated" else _paper_threshold(calibration),
             "band": [calibration.low, calibration.high] if calibration and mode == "calibrated" else None,
+            "calibration_sha256": calibration.sha256 if calibration else None,
         }
         self.validation = validation if validation and validation.fits(self.facts) else None
         self.facts["validation"] = self.validation.summary() if self.validation else None
+        self.facts["validation_sha256"] = self.validation.sha256 if self.validation else None
 
     # --- doors ---
 

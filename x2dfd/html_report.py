@@ -42,6 +42,7 @@ PROVENANCE = {
     "valid_untrusted": "The file carries intact Content Credentials (C2PA), but their signer is on no trust list.",
     "invalid": "The file carries Content Credentials (C2PA) that do not match it. Ordinary editing can cause this too.",
     "error": "The file's Content Credentials (C2PA) could not be read.",
+    "not_checked": "The file was not checked for Content Credentials (C2PA).",
 }
 
 
@@ -84,6 +85,11 @@ def render(reports: Sequence[Report | Failure], pictures: Sequence[Pictures]) ->
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge")
+QUIET = (
+    "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+"""What keeps a browser from speaking to its maker's servers by itself."""
 
 
 def printer() -> str:
@@ -106,7 +112,7 @@ def write_pdf(path: str | os.PathLike[str], html: str) -> None:
     with tempfile.TemporaryDirectory(prefix="x2dfd-") as folder:
         page, out = Path(folder) / "page.html", Path(folder) / "page.pdf"
         page.write_text(html, "utf-8")
-        command = [browser, "--headless", "--disable-gpu", "--no-pdf-header-footer", f"--user-data-dir={folder}"]
+        command = [browser, "--headless", *QUIET, "--no-pdf-header-footer", f"--user-data-dir={folder}"]
         command += ["--no-sandbox"] if os.geteuid() == 0 else []  # as root a browser starts in no other way
         command += [f"--print-to-pdf={out}", page.as_uri()]
         try:
@@ -358,7 +364,7 @@ def _provenance(provenance: Mapping[str, Any]) -> tuple[str, str, list[tuple[str
         (name, value) for key, name in names.items() for _, value in _flat(name, provenance.get(key) or "") if value
     ]
     word = state.replace("valid_", "valid, ").replace("_", " ")
-    return word, PROVENANCE.get(state, "The file was not checked for Content Credentials (C2PA)."), rows
+    return word, PROVENANCE.get(state, PROVENANCE["not_checked"]), rows
 
 
 def _file(report: Report) -> Iterator[tuple[str, str]]:
@@ -508,7 +514,8 @@ figure { margin: 0; } figure + figure { margin-top: 1.1rem; }
   width: fit-content; max-width: 100%; }
 .picture img { display: block; max-width: 100%; width: 100%; height: auto; }
 .map { display: none; } figure:has(.switch input:checked) .map { display: inline; }
-figure:has(.switch input:checked) .area { display: none; } .switch { display: block; margin-bottom: .4rem; }
+figure:has(.switch input:checked) :is(.area, .letter) { display: none; }
+.switch { display: block; margin-bottom: .4rem; }
 .picture svg { position: absolute; inset: 0; width: 100%; height: 100%; }
 .picture text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; font-weight: 650; }
 .box { fill: none; vector-effect: non-scaling-stroke; }
@@ -529,7 +536,7 @@ th, td { text-align: left; padding: .4rem .8rem .4rem 0; border-bottom: 1px soli
 thead th { font-size: .84rem; font-weight: 600; color: var(--soft); }
 tbody th { font-weight: 500; }
 .cues { width: auto; min-width: min(100%, 26rem); overflow-wrap: break-word; }
-.answers td { overflow-wrap: normal; white-space: nowrap; }
+.answers td, .answers thead th { overflow-wrap: normal; white-space: nowrap; }
 .number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .experts { list-style: none; margin: 0; padding: 0; display: grid; gap: .85rem; max-width: 46rem; }
 .expert { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: .1rem 1rem; }
@@ -570,6 +577,7 @@ footer { padding-top: 1.5rem; padding-bottom: 2.5rem; color: var(--soft); font-s
   section.file + section.file { break-before: page; border-top: 0; }
   figure, .verdict, tr, .note, dl > * { break-inside: avoid; } h2, h3, h4, dt { break-after: avoid; }
   .picture img { max-height: 14cm; width: auto; }
+  .switch { display: none; } summary { list-style: none; }
   details::details-content { content-visibility: visible; block-size: auto; }
 }
 """
@@ -745,7 +753,9 @@ width:{{ "%.1f"|format(s.scale.high - s.scale.low) }}%"></span>
 {% if face.reason %}<p class="small soft">{{ face.reason }}</p>{% endif %}
 <h4>Explanation</h4>
 {% if face.rationale %}<p class="rationale">{{ face.rationale }}</p>
-<p class="small soft">Written by the language model after the answer was scored. It may be wrong in detail.</p>
+<p class="small soft">Written by the language model after the answer was scored. It may be wrong in detail.
+{% if face.kind == "inconclusive" %}No answer is given here: the text argues for the side that is a little\
+ likelier.{% endif %}</p>
 {% else %}<p class="soft">No explanation was asked for.</p>{% endif %}
 {% if face.contradictions %}
 <div class="note" role="note"><p><strong>The explanation contradicts the findings</strong></p>

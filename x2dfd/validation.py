@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from x2dfd.errors import SetupError
-from x2dfd.files import write_text
+from x2dfd.files import json_sha256, write_text
 
 FILE = "validation.json"
 PROPOSITIONS = (
@@ -46,6 +46,11 @@ class Validation:
         """How many times as frequent a score like this one is under H1 as under H2, with interval and limits."""
         _, value, low, high = self.steps[max(bisect_right([s[0] for s in self.steps], p_fake) - 1, 0)]
         return {"value": value, "interval": [low, high], "limits": [self.steps[0][1], self.steps[-1][1]]}
+
+    @property
+    def sha256(self) -> str:
+        """Of everything in it, the steps included."""
+        return json_sha256(asdict(self))
 
     def summary(self) -> dict[str, Any]:
         """What a report repeats of it: everything but the steps."""
