@@ -51,7 +51,8 @@ def question_for(sample_id: str, seed: int = 0) -> Paraphrase:
 
 
 _OTHER: dict[Side, Side] = {"fake": "real", "real": "fake"}
-# "No signs of forgery" and "no doubt" begin with "no" and answer nothing yet: a comma, an end or a subject has to follow.
+# "No signs of forgery" and "no doubt" begin with "no" and answer nothing yet: a comma, an end or a subject follows one
+# that does.
 _YES_NO = re.compile(
     r"\W*(yes|yeah|yep|no|nope)\b(?=\W*$|\s*[,.;:!—-]|\s+(?:it|this|that|these|the|i|there|he|she|they|we)\b)",
     re.IGNORECASE,

@@ -141,14 +141,14 @@ def pool_by(
 
 def pool_sbi(
     ids: Sequence[str], labels: Labels, scores: Sequence[float | None]
-) -> tuple[list[str], Labels, Floats, int]:
+) -> tuple[tuple[list[str], Labels, Floats], int]:
     """Pools as the papers after SBI (Shiohara & Yamasaki 2022) do; also returns how many frames had no score.
 
     A frame's score is that of its most suspicious face; a frame without one (None) counts 0.5; the mean over a clip's
     frames is the clip's.
     """
     filled = to_scores([0.5 if s is None else s for s in scores])
-    return *pool_by(ids, labels, filled), sum(s is None for s in scores)
+    return pool_by(ids, labels, filled), sum(s is None for s in scores)
 
 
 def risk_coverage(labels: Labels, scores: Floats, threshold: float = 0.5) -> tuple[Floats, Floats]:
@@ -198,9 +198,7 @@ def delong(labels: Labels, first: Floats, second: Floats) -> dict[str, float | N
         of_fakes.append((every[fakes] - rankdata(scores[fakes])) / n)
         of_reals.append(1 - (every[reals] - rankdata(scores[reals])) / m)
     difference = float(of_fakes[0].mean() - of_fakes[1].mean())
-    spread = [
-        np.var(a - b, ddof=1) / len(a) if len(a) > 1 else np.nan for a, b in (tuple(of_fakes), tuple(of_reals))
-    ]
+    spread = [np.var(a - b, ddof=1) / len(a) if len(a) > 1 else np.nan for a, b in (tuple(of_fakes), tuple(of_reals))]
     error = float(np.sqrt(sum(spread)))
     if not np.isfinite(error) or error == 0:
         return {"difference": difference, "standard_error": None, "z": None, "p": 1.0 if difference == 0 else None}

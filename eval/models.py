@@ -20,13 +20,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from x2dfd.errors import X2DFDError
 from x2dfd.types import Evidence
+
+if TYPE_CHECKING:
+    from x2dfd.detector import Mode
 
 BASELINES = ("majority", "template")
 FUSION = "fusion"
@@ -106,7 +109,7 @@ def open_model(args: argparse.Namespace) -> Opened:
         detector = x2dfd.load(model, served=args.served, adapter=args.adapter, mode=args.mode, experts=some)
     elif args.base:
         folder = None if model == "embedded" else model
-        mode = args.mode or ("calibrated" if folder else "paper")
+        mode: Mode = args.mode or ("calibrated" if folder else "paper")
         some = tools if tools is not None else None if folder else []
         detector = x2dfd.load(base=args.base, adapter=folder, mode=mode, experts=some)
     else:

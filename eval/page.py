@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,13 @@ _OVERALL = {
     "ece_15": "ECE", "ece_15_even": "ECE, even odds", "cllr": "Cllr", "aurc": "AURC",
 }  # fmt: skip
 
+_AT_HALF = {
+    "accuracy": "accuracy at 0.5",
+    "balanced_accuracy": "balanced accuracy at 0.5",
+    "recall_real": "reals called real at 0.5",
+    "recall_fake": "fakes called fake at 0.5",
+}
+
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, first: bool = False, caption: str = ""
            ) -> dict[str, Any]:  # fmt: skip
@@ -106,8 +114,7 @@ def _tables(result: Result) -> Iterator[dict[str, Any]]:
     if whole:
         known = {k: t for k, t in _OVERALL.items() if any(k in s["overall"] for s in whole.values())}
         lines = [[title, *(_number(s["overall"].get(key)) for s in whole.values())] for key, title in known.items()]
-        for key, title in (("accuracy", "accuracy at 0.5"), ("balanced_accuracy", "balanced accuracy at 0.5"),
-                           ("recall_real", "reals called real at 0.5"), ("recall_fake", "fakes called fake at 0.5")):  # fmt: skip
+        for key, title in _AT_HALF.items():
             if any("at_0.5" in s["overall"] for s in whole.values()):
                 lines.append([title, *(_number(s["overall"].get("at_0.5", {}).get(key)) for s in whole.values())])
         lines.append(["scored", *(str(s["n_scored"]) for s in whole.values())])
@@ -117,7 +124,9 @@ def _tables(result: Result) -> Iterator[dict[str, Any]]:
     for name, scorer in scorers.items():
         yield from _of_scorer(name, scorer)
     for change, part in (result.get("robustness") or {}).items():
-        rates = [[column, _number(auc), _number(auc["unchanged"]), str(auc["n"])] for column, auc in part["auc"].items()]
+        rates = [
+            [column, _number(auc), _number(auc["unchanged"]), str(auc["n"])] for column, auc in part["auc"].items()
+        ]
         yield _table(f"Changed: {change}", ["AUC", "changed", "unchanged", "n"], rates, caption=part["what"])
 
 
@@ -138,7 +147,9 @@ def _of_scorer(name: str, scorer: Result) -> Iterator[dict[str, Any]]:
             [who, _number(part, percent=True), marks[part["kept"]], str(part["n"])]
             for who, part in (("all reals", promise["measured"]), *promise["by_source"].items())
         ]
-        allowed = f"Allowed: {_percent(promise['false_alarms_allowed'])}, chosen on split {promise['promised_on']['split']}"
+        allowed = (
+            f"Allowed: {_percent(promise['false_alarms_allowed'])}, chosen on split {promise['promised_on']['split']}"
+        )
         seen = "; these are the same pictures" if promise["seen"] else "; these pictures were not used for it"
         yield _table(f"{name}: false alarms, promised and measured", ["", "measured [95 %]", "", "n"], lines,
                      caption=f"{allowed}{seen}. Broken: the whole interval lies above what was allowed.")  # fmt: skip
@@ -175,7 +186,9 @@ def _of_scorer(name: str, scorer: Result) -> Iterator[dict[str, Any]]:
             [key, _number(part["value"]), part.get("by") or part.get("reason", "")]
             for key, part in text.items() if key != "n"
         ]  # fmt: skip
-        yield _table(f"{name}: text against references", ["", "value", "by, or why not"], lines, caption=f"n = {text['n']}")
+        yield _table(
+            f"{name}: text against references", ["", "value", "by, or why not"], lines, caption=f"n = {text['n']}"
+        )
 
 
 def _number(measured: Any, *, percent: bool = False) -> str:
@@ -202,8 +215,11 @@ def _plots(result: Result) -> Iterator[dict[str, Any]]:
     curves = {name: s["curves"] for name, s in result.get("scorers", {}).items() if s.get("curves", {}).get("roc")}
     if curves:
         yield _plot("roc", lambda ax: _roc(ax, curves), "ROC: fakes found against reals called fake.")
-        calibrated = {n: c for n, c in curves.items() if c["reliability"]}
-        caption = "Calibration: at even odds, how many of the pictures with this P(fake) are fake. A dot's size: pictures."
+        calibrated = {n: c for n, c in curves.items() if c["reliability"] and not n.startswith("expert:")}
+        calibrated = calibrated or {n: c for n, c in curves.items() if c["reliability"]}
+        caption = (
+            "Calibration: at even odds, how many of the pictures with this P(fake) are fake. A dot's size: pictures."
+        )
         yield _plot("reliability", lambda ax: _reliability(ax, calibrated), caption)
         caption = "Risk against coverage: wrong answers among the surest, at 0.5."
         yield _plot("risk", lambda ax: _risk(ax, curves), caption)
@@ -216,23 +232,23 @@ def _plots(result: Result) -> Iterator[dict[str, Any]]:
         ]
         if rows:
             height = 0.8 + 0.27 * len(rows)
-            yield _plot(f"by-{name}", lambda ax, r=rows: _forest(ax, r), f"{name}: AUC by source and method, 95 %.",
-                        size=(7.4, height), wide=True)  # fmt: skip
+            yield _plot(f"by-{name}", partial(_forest, rows=rows), f"{name}: AUC by source and method, 95 %.",
+                        size=(9.5, height), wide=True)  # fmt: skip
             break  # of the first scorer, which is the verdict; the others stand in the tables
     if robust := result.get("robustness"):
         caption = "AUC under changes, on the pictures that keep their face; hollow: the same pictures unchanged."
         columns = list(next(iter(robust.values()))["auc"])
         height = 1.0 + 0.2 * len(robust) * (len(columns) + 1) / 2
-        yield _plot("robustness", lambda ax: _robustness(ax, robust, columns), caption, size=(7.4, height), wide=True)
+        yield _plot("robustness", lambda ax: _robustness(ax, robust, columns), caption, size=(9.5, height), wide=True)
 
 
 def _plot(
-    name: str, draw: Callable[[Any], None], caption: str, *, size: tuple[float, float] = (3.9, 3.7), wide: bool = False
+    name: str, draw: Callable[[Any], None], caption: str, *, size: tuple[float, float] = (3.9, 4.2), wide: bool = False
 ) -> dict[str, Any]:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    style: dict[str, Any] = {
+    style: Any = {
         "svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 9, "text.color": INK,
         "axes.edgecolor": LINE, "axes.labelcolor": SOFT, "xtick.color": SOFT, "ytick.color": SOFT,
         "xtick.labelcolor": SOFT, "ytick.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False,
@@ -261,6 +277,11 @@ def _colour(k: int) -> str:
     return COLOURS[k % len(COLOURS)]
 
 
+def _legend(ax: Any, curves: Result) -> None:
+    """Below the plot, where it hides no curve."""
+    ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=min(2, len(curves)), handlelength=1.4)
+
+
 def _square(ax: Any, x: str, y: str) -> None:
     ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel=x, ylabel=y)
 
@@ -271,7 +292,7 @@ def _roc(ax: Any, curves: Result) -> None:
         ax.plot(x, y, color=_colour(k), lw=2.2 if k == 0 else 1.2, label=name, drawstyle="steps-post")
     ax.plot([0, 1], [0, 1], color=SOFT, lw=0.8, ls=":")
     _square(ax, "reals called fake", "fakes found")
-    ax.legend(loc="lower right")
+    _legend(ax, curves)
 
 
 def _reliability(ax: Any, curves: Result) -> None:
@@ -282,7 +303,7 @@ def _reliability(ax: Any, curves: Result) -> None:
         ax.plot(x, y, color=_colour(k), lw=1.8 if k == 0 else 0.9, label=name)
         ax.scatter(x, y, s=[8 + 160 * v / sum(n) for v in n], color=_colour(k), linewidths=0)
     _square(ax, "P(fake)", "share of fakes")
-    ax.legend(loc="upper left")
+    _legend(ax, curves)
 
 
 def _risk(ax: Any, curves: Result) -> None:
@@ -290,7 +311,7 @@ def _risk(ax: Any, curves: Result) -> None:
         x, y = zip(*curve["risk_coverage"], strict=True)
         ax.plot(x, y, color=_colour(k), lw=2.2 if k == 0 else 1.2, label=name)
     ax.set(xlim=(0, 1.01), ylim=(-0.005, None), xlabel="share answered", ylabel="wrong of those")
-    ax.legend(loc="best")
+    _legend(ax, curves)
 
 
 def _forest(ax: Any, rows: Sequence[tuple[str, Result]]) -> None:

@@ -1,9 +1,9 @@
 """False alarms as promised and as measured: `python eval/risk.py RUN [--allowed 0.05 --delta 0.1]`.
 
-A threshold that 5 % of the calibration's reals reach promises 5 % on the average only: on the next photos it is broken
-about every other time. `bounded_threshold` promises it with confidence 1 - delta (learn then test, Angelopoulos et al.
-2021, arXiv 2110.01052, with the exact binomial test and one fixed sequence of thresholds). The command splits a finished
-run's groups in halves, again and again: a threshold is chosen on one half and counted on the other.
+A threshold that 5 % of the calibration's reals reach promises 5 % on the average only. `bounded_threshold` promises it
+with confidence 1 - delta (learn then test, Angelopoulos et al. 2021, arXiv 2110.01052, with the exact binomial test and
+one fixed sequence of thresholds). The command splits a finished run's groups in halves, again and again: a threshold is
+chosen on one half and counted on the other.
 """
 
 from __future__ import annotations

@@ -232,7 +232,7 @@ def _videos(samples: Sequence[Sample], column: Sequence[float | None], draw: Res
     kept = [(i, value) for i, value in enumerate(column) if value is not None]
     scored = m.to_scores([value for _, value in kept])
     mean = m.pool_by([clips[i] for i, _ in kept], labels[[i for i, _ in kept]], scored)
-    *sbi, without = m.pool_sbi(clips, labels, column)
+    sbi, without = m.pool_sbi(clips, labels, column)
 
     def measured(names: Sequence[str], pooled_labels: m.Labels, pooled: m.Floats) -> Row:
         groups = [group_of[name] for name in names]
@@ -281,9 +281,9 @@ def _gaps(samples: Sequence[Sample], rows: Sequence[Row], column: str, draw: Res
             return None if None in found else float(max(found) - min(found))
 
         at = np.arange(len(scored))
-        known = {str(names[v]): fn(at[place == v]) for v in enough}
+        known = sorted((fn(at[place == v]) or 0.0, str(names[v])) for v in enough)
         measured = draw.measure(gap, at, np.zeros(len(at)), [samples[i].group for i in scored])
-        gaps[what] = measured | {"highest": max(known, key=lambda v: known[v]), "lowest": min(known, key=known.get)}
+        gaps[what] = measured | {"highest": known[-1][1], "lowest": known[0][1]}
     return gaps or None
 
 
@@ -320,19 +320,19 @@ def describe_result(
                 None if row["p_fake"] is None else cues for row, cues in zip(rows, pointed, strict=True)
             ]
     scorers: dict[str, Row] = {}
-    for name, answers in said.items():
-        kept = [i for i, cues in enumerate(answers) if cues is not None and samples[i].label == "fake"]
-        reals = [cues for cues, s in zip(answers, samples, strict=True) if cues is not None and s.label == "real"]
+    for name, heard_of in said.items():
+        kept = [i for i, cues in enumerate(heard_of) if cues is not None and samples[i].label == "fake"]
+        reals = [cues for cues, s in zip(heard_of, samples, strict=True) if cues is not None and s.label == "real"]
         groups = [samples[i].group for i in kept]
         scorers[name] = {"n_scored": len(kept) + len(reals), "n_fake": len(kept), "n_real": len(reals)}
         for what, reduce in (("cues", lambda pairs: pairs), ("areas", lambda pairs: {area for area, _ in pairs})):
             truth = [reduce(pairs_of(samples[i].cues)) for i in kept]
-            heard = [reduce(answers[i]) for i in kept]
+            heard = [reduce(heard_of[i]) for i in kept]
             scorers[name][what] = m.cue_agreement(truth, heard) | {"micro_f1": _micro_f1(truth, heard, groups, draw)}
         methods = [value_of(samples[i], "method") for i in kept]
         scorers[name]["by_method"] = {
             method: _by_method(
-                answers, samples, [i for i, own in zip(kept, methods, strict=True) if own == method], draw
+                heard_of, samples, [i for i, own in zip(kept, methods, strict=True) if own == method], draw
             )
             for method in sorted(set(methods))
         }
@@ -733,7 +733,8 @@ def choose(task: Task, manifest: Path, args: argparse.Namespace) -> tuple[list[S
         "classify": lambda s: bool(s.df_class),
         "locate": lambda s: s.label == "fake" and s.mask is not None,
     }
-    known = [s for s in samples if needs.get(task.name, lambda _: True)(s)]
+    has_truth = needs.get(task.name)
+    known = [s for s in samples if has_truth is None or has_truth(s)]
     skipped, samples = len(samples) - len(known), known
     if not samples:
         truth = {"describe": "cues", "classify": "df_class", "locate": "mask"}[task.name]

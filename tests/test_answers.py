@@ -37,7 +37,7 @@ from eval import answers
     ],
 )
 def test_hard_sentences(text: str, yes: answers.Side, read: str) -> None:
-    """The words "not real" read as real, a reversed question read the wrong way round, a guess where nothing was said."""
+    """Read wrong: "not real" as real, a reversed question the wrong way round, a guess where nothing was said."""
     assert answers.read_decision(text, yes) == read
 
 

@@ -337,7 +337,7 @@ def test_not_a_number_is_refused() -> None:
 
 def test_sbi_pooling_counts_a_frame_without_a_face_as_half() -> None:
     """Dropping such frames is another protocol, several points apart; and max over frames is a third."""
-    names, labels, pooled, missing = m.pool_sbi(
+    (names, labels, pooled), missing = m.pool_sbi(
         ["a", "a", "b", "b"], m.to_labels(["fake", "fake", "real", "real"]), [0.9, None, 0.2, 0.4]
     )
     assert names == ["a", "b"] and labels.tolist() == [1, 0] and missing == 1

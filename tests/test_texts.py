@@ -66,7 +66,7 @@ def test_similarity_names_its_encoder(tmp_path: Path) -> None:
 
     words = sorted({w for r in REFERENCES for t in r for w in t.lower().split()})
     plain = Tokenizer(WordLevel({w: i for i, w in enumerate(["[PAD]", "[UNK]", *words])}, unk_token="[UNK]"))
-    plain.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    plain.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(tmp_path)
     config = BertConfig(
         vocab_size=len(words) + 2, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
