@@ -442,6 +442,8 @@ def run(args: argparse.Namespace) -> Row:
     """Judges, measures, writes the files and returns what `result.json` holds. Raises X2DFDError."""
     task, manifest, out = TASKS[args.task], Path(os.path.abspath(args.data)), Path(args.out)
     models.check(args)
+    if args.model == "template" and task.name != "describe":
+        raise X2DFDError("template is told the label: it is a baseline of describe alone")
     samples, skipped = choose(task, manifest, args)
     draw, sha256 = Resampling(args.bootstrap, args.seed), manifest_sha256(manifest)
     key = {"task": task.name, "version": task.version, "manifest": sha256, "equalise": args.equalise}

@@ -115,7 +115,9 @@ def score(judge: Judge, samples: Sequence[Sample], store: Store) -> tuple[list[R
         say(f"{n}/{len(todo)} images, {pace:.2f} a second, {_clock((len(todo) - n) / pace)} to go")
     if todo:
         done, _ = store.read(origin)
-    return [done[s.id] for s in samples], origin or {"model": {}, "versions": {}}
+    # In one order of names, whether it was stated just now or read back: the same run ends in the same file.
+    origin = json.loads(json.dumps(origin or {"model": {}, "versions": {}}, sort_keys=True))
+    return [done[s.id] for s in samples], origin or {}
 
 
 def _clock(seconds: float) -> str:

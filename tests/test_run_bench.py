@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import x2dfd
-from eval import models, run_bench, scoring, tables
+from eval import models, page, run_bench, scoring, tables
 from x2dfd.types import Cue, Evidence, FaceReport, Failure, Report, Verdict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +77,12 @@ def write_csv(file: Path, rows: list[dict[str, Any]]) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return file
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing the curves takes longer than all the rest; tests/test_page.py looks at them."""
+    monkeypatch.setattr(page, "_plots", lambda result: iter(()))
 
 
 @pytest.fixture
