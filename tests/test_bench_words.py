@@ -17,6 +17,7 @@ from eval.stand_in import Reply, Request, StandIn, question_of
 from tests import tiny
 from tests.test_run_bench import result_of, write_csv
 from x2dfd.experts import BUILTIN
+from x2dfd.manifest import Sample
 
 pytest.importorskip("openai")
 
@@ -199,7 +200,7 @@ def test_experts_without_their_mllm_decide_by_themselves(astronaut: Pixels, tmp_
     assert MLLM not in known and len(known) == len(detector.experts)
     assert report.verdict.p_fake == pytest.approx(Calibration.load(EMBEDDED).probability(known))
     opened = models.Opened("fusion", "fusion", detector, "calibrated")
-    sample = run_bench.Sample("a", tmp_path / "a.png", "real")
+    sample = Sample("a", tmp_path / "a.png", "real")
     Image.fromarray(astronaut).save(sample.path)
     [row], _ = run_bench.judged(opened, [sample], equalise=False, rationale=False, batch_size=1)
     assert row["p_mllm"] is None and row["p_fake"] is not None and row["sha256"]
@@ -214,4 +215,4 @@ def test_text_rows_survive_the_table(photos: Path, tmp_path: Path) -> None:
         assert run("answer", photos, tmp_path / "out", server) == 0
         assert server.answered == asked + 2  # one picture, to see that the model is the same: a score and a text
     assert (tmp_path / "out" / "result.json").read_bytes() == first
-    assert text_tasks.follow_up(run_bench.Sample("a", Path("/a"), "real")) in text_tasks.FOLLOW_UPS
+    assert text_tasks.follow_up(Sample("a", Path("/a"), "real")) in text_tasks.FOLLOW_UPS

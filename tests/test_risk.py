@@ -72,7 +72,8 @@ def test_a_promise_is_measured_on_reals_that_were_assessed() -> None:
     """Rates over all pictures, or unreadable files as kept promises, would look better."""
     samples = [Sample(f"r{i}", Path("/x"), "real", source="a" if i % 2 else "b", group=f"r{i}") for i in range(40)]
     samples += [Sample("f", Path("/x"), "fake", group="f")]
-    rows = [{"said": "fake" if i < 20 else "real"} for i in range(39)] + [{"said": None}, {"said": "fake"}]
+    said: list[str | None] = ["fake" if i < 20 else "real" for i in range(39)]
+    rows = [{"said": s} for s in (*said, None, "fake")]
     found = risk.promise(samples, rows, {"false_alarms_allowed": 0.05, "split": "calib"}, Resampling(200, 0))
     assert found["measured"]["n"] == 39 and found["measured"]["value"] == pytest.approx(20 / 39)
     assert found["measured"]["kept"] is False and set(found["by_source"]) == {"a", "b"} and not found["seen"]
