@@ -441,9 +441,7 @@ def train_apart(every: Sequence[Sample], samples: Sequence[Sample]) -> list[Samp
 def run(args: argparse.Namespace) -> Row:
     """Judges, measures, writes the files and returns what `result.json` holds. Raises X2DFDError."""
     task, manifest, out = TASKS[args.task], Path(os.path.abspath(args.data)), Path(args.out)
-    models.check(args)
-    if args.model == "template" and task.name != "describe":
-        raise X2DFDError("template is told the label: it is a baseline of describe alone")
+    check_model(args)
     samples, skipped = choose(task, manifest, args)
     draw, sha256 = Resampling(args.bootstrap, args.seed), manifest_sha256(manifest)
     key = {"task": task.name, "version": task.version, "manifest": sha256, "equalise": args.equalise}
@@ -485,6 +483,19 @@ def run(args: argparse.Namespace) -> Row:
     write_bytes(out / "result.json", (text + "\n").encode())
     write_text(out / "result.html", page.render(result))
     return result
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """Raises X2DFDError for a model that the task cannot take; before anything is read or opened."""
+    models.check(args)
+    if args.model == "template" and args.task != "describe":
+        raise X2DFDError("template is told the label: it is a baseline of describe alone")
+    if args.task not in ("experts", "locate"):
+        return
+    one = args.model.startswith(models.EXPERT)
+    if args.base or args.served or args.model in models.BASELINES or (one and args.task == "experts"):
+        allowed = "embedded, fusion or an adapter's folder" + (", or expert:NAME" if args.task == "locate" else "")
+        raise X2DFDError(f"{args.task} is about experts: --model {allowed}, and --experts A,B for some of them")
 
 
 def _digest(items: Iterable[Sequence[str | None]]) -> str:
@@ -641,8 +652,6 @@ def _run_experts(run: Run) -> Made:
     names = args.experts.split(",") if args.experts else None
     if args.model.startswith(models.EXPERT):
         names = [args.model.removeprefix(models.EXPERT)]
-    elif args.base or args.served or args.model in models.BASELINES:
-        raise X2DFDError(f"{args.task} is about experts: --model embedded, fusion, expert:NAME or an adapter's folder")
     own = args.model in ("embedded", models.FUSION) or args.model.startswith(models.EXPERT)
     changes = [] if locate else experts_bench.chosen_changes(args.changes)
     panel = experts_bench.Panel.load("embedded" if own else args.model, names)

@@ -374,10 +374,12 @@ def test_scores_of_other_weights_are_not_put_into_a_calibration(
 
 
 @pytest.mark.parametrize("name", ["majority", "expert:clip"])
-def test_a_model_without_a_calibration_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_model_without_a_calibration_is_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`--model expert:clip` would quietly be the embedded model's experts."""
-    with pytest.raises(SystemExit):
-        run_bench.main(["experts", "--data", "m.csv", "--out", str(tmp_path), "--model", name])
+    assert run_bench.main(["experts", "--data", "m.csv", "--out", str(tmp_path), "--model", name]) == 2
+    assert "is about experts" in capsys.readouterr().err
 
 
 def test_a_method_is_unseen_by_the_fusion_only_where_every_part_left_it_out(
