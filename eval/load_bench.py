@@ -46,6 +46,7 @@ class StubDetector:
     def __init__(self, dies_at: int | None = None) -> None:
         self.facts: dict[str, Any] = {"name": "stub", "mode": self.mode, "threshold": 0.6, "band": [0.4, 0.6]}
         self.judged = 0
+        self.last = 0.0  # when, by time.perf_counter()
         self._dies_at = dies_at
 
     def detect_many(
@@ -55,6 +56,7 @@ class StubDetector:
             if self.judged == self._dies_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             self.judged += 1
+            self.last = time.perf_counter()
             digest = hashlib.sha256(source)
             p = int.from_bytes(digest.digest()[:4]) / 2**32
             verdict = Verdict("fake" if p >= 0.6 else "real" if p < 0.4 else "inconclusive", p)
@@ -97,7 +99,8 @@ def judge_all(manifest: Path, out: Path, dies_at: int | None) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     memory.stop.set()
     memory.join()
-    return {"exit": code, "seconds": round(seconds, 1), "judged": stub.judged, "curve": memory.curve}
+    told = {"exit": code, "judged": stub.judged, "judging_seconds": round(stub.last - start, 1)}
+    return told | {"seconds": round(seconds, 1), "curve": memory.curve}
 
 
 def child(manifest: Path, out: Path, dies_at: int | None = None) -> tuple[int, dict[str, Any]]:
@@ -118,22 +121,22 @@ def measure(count: int, folder: Path) -> dict[str, Any]:
     _, resumed = child(manifest, folder / "cut")
     results = [(folder / name / "result.json").read_bytes() for name in ("straight", "cut")]
     result = json.loads(results[0])
-    curve = [(when, mib) for when, mib in straight["curve"] if when > 1]
-    judging = curve[len(curve) // 10 : -max(1, len(curve) // 10)] or curve
+    curve: list[list[float]] = straight["curve"]
+    judging = [mib for when, mib in curve if straight["judging_seconds"] / 10 < when < straight["judging_seconds"]]
     return {
         "task": {"name": "load_bench", "version": 1},
         "pictures": count,
         "failures": result["failures"],
         "scored": result["scorers"]["calibrated"]["n_scored"],
-        "straight": {k: straight[k] for k in ("judged", "seconds")},
-        "pictures_per_second": round(count / straight["seconds"], 1),
+        "straight": {k: straight[k] for k in ("judged", "judging_seconds", "seconds")},
+        "pictures_per_second": round(count / straight["judging_seconds"], 1),
         "killed": {"signal": -killed, "rows_kept": kept},
         "resumed": {k: resumed[k] for k in ("judged", "seconds")},
         "same_result_file": results[0] == results[1],
         "memory_mib": {
-            "after_a_tenth": judging[0][1] if judging else None,
-            "after_nine_tenths": judging[-1][1] if judging else None,
-            "most": max((mib for _, mib in curve), default=None),
+            "after_a_tenth": judging[0] if judging else None,
+            "when_all_were_judged": judging[-1] if judging else None,
+            "most": max((mib for _, mib in curve), default=None),  # rows read back, metrics and intervals included
             "curve": curve[:: max(1, len(curve) // 40)],
         },
         "machine": {"cores": os.cpu_count(), "load": os.getloadavg()[0], "platform": platform.machine()},
