@@ -70,20 +70,16 @@ def bounded_threshold(real_scores: m.Floats, groups: Sequence[str], allowed: flo
     n = len(worst)
     if n == 0 or binom.cdf(0, n, allowed) > delta:
         return None
-    ordered = np.sort(worst)[::-1]
-    chosen = np.nextafter(ordered[0], np.inf)  # nothing reaches it
-    for score in np.unique(ordered)[::-1]:
-        alarms = int((ordered >= score).sum())
-        if binom.cdf(alarms, n, allowed) > delta:
-            break
-        chosen = score
-    return float(chosen)
+    for score in np.unique(worst)[::-1]:
+        if binom.cdf(int((worst >= score).sum()), n, allowed) > delta:
+            return float(np.nextafter(score, np.inf))  # just above the first score that must not be reached
+    return float(worst.min())
 
 
 def mapie_threshold(
     real_scores: m.Floats, groups: Sequence[str], allowed: float, delta: float, grid: m.Floats | None = None
 ) -> float | None:
-    """The same by MAPIE (Hoeffding-Bentkus test), on a grid of thresholds and the same worst scores of groups.
+    """The same by MAPIE, on a grid of thresholds and the same worst scores of groups; None where none is valid.
 
     Raises ImportError where MAPIE is not installed.
     """

@@ -23,7 +23,7 @@ def test_the_bound_by_hand() -> None:
     chosen = risk.bounded_threshold(scores, groups, allowed=0.05, delta=0.1)
     # P(at most 1 of 100 | 5 %) = 0.037 <= 0.1 and P(at most 2) = 0.118 > 0.1: one alarm is allowed.
     assert binom.cdf(1, 100, 0.05) < 0.1 < binom.cdf(2, 100, 0.05)
-    assert chosen == 0.99
+    assert chosen is not None and 0.98 < chosen < 0.98 + 1e-9  # any threshold above the second score will do
     assert risk.bounded_threshold(scores[:20], groups[:20], 0.05, 0.1) is None  # 0.95 ** 20 = 0.36: too few to say
     assert risk.bounded_threshold(np.array([]), [], 0.05, 0.1) is None
 
@@ -55,17 +55,15 @@ def test_ties_are_all_above_or_all_below() -> None:
 
 
 def test_agrees_with_mapie() -> None:
-    """Its bound (Hoeffding-Bentkus) is looser than the exact one by a factor of the risk, never tighter."""
+    """A test of our own under the name of a bound: both have to allow the same number of alarms."""
     pytest.importorskip("mapie", reason="MAPIE is not installed (pip install -e '.[bench]')")
     rng = np.random.default_rng(1)
     for n in (100, 300):
         scores, groups = rng.random(n), [str(i) for i in range(n)]
         ours = risk.bounded_threshold(scores, groups, 0.1, 0.1)
         theirs = risk.mapie_threshold(scores, groups, 0.1, 0.1, np.sort(scores))
-        assert ours is not None and theirs is not None and ours <= theirs
-        allowed_ours, allowed_theirs = int((scores >= ours).sum()), int((scores >= theirs).sum())
-        assert np.e * binom.cdf(allowed_theirs, n, 0.1) <= 0.1 + 1e-9 or allowed_theirs <= allowed_ours
-        assert allowed_ours - allowed_theirs <= max(3, n // 50)
+        assert ours is not None and theirs is not None
+        assert (scores >= ours).sum() == (scores >= theirs).sum() > 0
 
 
 def test_a_promise_is_measured_on_reals_that_were_assessed() -> None:
