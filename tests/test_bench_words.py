@@ -18,6 +18,7 @@ from tests import tiny
 from tests.test_run_bench import result_of, write_csv
 from x2dfd.experts import BUILTIN
 from x2dfd.manifest import Sample
+from x2dfd.prompts import CUE_ENDING
 
 pytest.importorskip("openai")
 
@@ -151,6 +152,21 @@ def test_a_judge_stands_apart_and_is_on_record(photos: Path, tmp_path: Path) -> 
     assert not any("judge" in name or "mark" in name for name in result["headline"])
     assert chat["n_scored"] == 4 and chat["distinct_answers"] == 0.25
     assert {"question", "answer"} <= {f for r in server.requests for f in ("question", "answer")}
+
+
+def test_the_assessment_is_a_task_with_a_result(photos: Path, tmp_path: Path) -> None:
+    """A ranking whose numbers stand in no result file cannot be compared with the next one."""
+    asked = [{"text": f"Is the jaw blurred? {CUE_ENDING}", "area": "jaw", "artifact": "blur", "origin": "bank"}]
+    (tmp_path / "q.json").write_text(json.dumps({"questions": asked}), "utf-8")
+
+    def answers_yes(request: Request) -> Reply:
+        return Reply("Yes", {"Yes": math.log(0.7), "No": math.log(0.2)})
+
+    with StandIn(answers_yes, owned_by="hosted") as server:
+        assert run("assess", photos, tmp_path / "out", server, "--questions", str(tmp_path / "q.json")) == 0
+    result = result_of(tmp_path / "out")
+    assert result["headline"]["cue jaw blur.auc"]["value"] == 0.5 and result["headline"]["cue jaw blur.auc"]["n"] == 4
+    assert result["assessment"]["n_unusable"] == 2 and (tmp_path / "out" / "assessment" / "table.md").is_file()
 
 
 @pytest.mark.parametrize(

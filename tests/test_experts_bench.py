@@ -233,6 +233,16 @@ def test_a_map_is_measured_against_the_mask_beside_two_that_know_nothing(
     assert maps[POINTER]["by_method"]["blend"]["n"] == 6
 
 
+def test_locate_is_the_maps_alone(data: Path, model: Path, tmp_path: Path) -> None:
+    """Reals, and fakes without a mask, counted among what was not found."""
+    words = ["locate", "--data", str(data), "--model", str(model), "--out", str(tmp_path / "out"), "--bootstrap", "20"]
+    assert run_bench.main([*words, "--experts", f"{EXPERT},{POINTER}"]) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text("utf-8"))
+    assert result["data"]["n"] == result["data"]["n_fake"] == 6 and result["skipped_without_mask"] == 8
+    assert f"map:{POINTER}.pixel_auc" in result["headline"] and "map:baseline:oval.iou" in result["headline"]
+    assert "robustness" not in result and result["localisation"]["n_masks"] == 6
+
+
 def test_a_threshold_is_never_chosen_on_its_own_picture() -> None:
     """The best threshold of the very pictures that are measured flatters every map."""
     of = localisation.THRESHOLDS
