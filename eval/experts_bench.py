@@ -31,6 +31,7 @@ from eval.scoring import (
     folds,
     reason_of,
     say,
+    sha256_of,
     slices,
     three_answers,
     value_of,
@@ -202,7 +203,7 @@ Views = dict[str, tuple[Face | None, NDArray[np.bool_] | None]]
 
 
 def _look(sample: Sample, changes: Sequence[str], equal: bool) -> tuple[Row, Views]:
-    row: Row = {"id": sample.id, "reason": None, "error": None}
+    row: Row = {"id": sample.id, "sha256": sha256_of(sample.path), "reason": None, "error": None}
     row |= {"experts": {}, "notes": {}, "changed": {}, "places": {}}
     try:
         original: Pixels = load_picture(sample.path).pixels

@@ -2,14 +2,15 @@
 
     python eval/run_bench.py detect --data manifest.csv --split val --model embedded --out results/val
 
-writes `samples.parquet` (one row a sample) and `result.json` (metrics with intervals, and where they come from). A
-run that was cut off goes on where it stopped; so does one with the same manifest and model and another `--limit` or
-`--bootstrap`.
+writes `samples.parquet` (one row a sample), `result.json` (metrics with intervals, and where they come from) and
+`result.html` (the same with its curves). A run that was cut off goes on where it stopped; so does one with the same
+manifest and model and another `--limit` or `--bootstrap`. Models: eval.models; tasks: `--list`.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -17,8 +18,8 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,13 +30,14 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-import x2dfd  # noqa: E402
-from eval import experts_bench  # noqa: E402
+from eval import answers, curves, experts_bench, models, page, risk, text_tasks, texts  # noqa: E402
 from eval import metrics as m  # noqa: E402
 from eval.changes import CHANGES  # noqa: E402
+from eval.localisation import localisation  # noqa: E402
 from eval.scoring import (  # noqa: E402
     JPEG_QUALITY,
     LONGEST_SIDE,
+    MIN_REALS,
     Layout,
     Resampling,
     Row,
@@ -45,14 +47,16 @@ from eval.scoring import (  # noqa: E402
     reason_of,
     say,
     score,
+    sha256_of,
     slices,
     three_answers,
     value_of,
 )
-from x2dfd.errors import InputError, UnknownName, X2DFDError  # noqa: E402
-from x2dfd.files import write_bytes  # noqa: E402
+from x2dfd.errors import InputError, X2DFDError  # noqa: E402
+from x2dfd.explain import read_cues, said_label  # noqa: E402
+from x2dfd.files import write_bytes, write_text  # noqa: E402
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest  # noqa: E402
-from x2dfd.types import Cue, Failure, Report  # noqa: E402
+from x2dfd.types import DF_CLASSES, Cue, Failure, Report  # noqa: E402
 
 JUDGED = "the judged samples"
 ANSWERS = Layout(
@@ -71,27 +75,19 @@ class Task:
     version: str
     unit: str
     line: str
-    rationale: bool  # whether the model has to write
 
 
 TASKS = {
     task.name: task
     for task in (
-        Task("detect", "2", "image", "real or fake: the verdict, the MLLM alone and every expert, side by side", False),
-        Task(
-            "describe",
-            "2",
-            "image",
-            "cues named in the rationale against those known; experts that point beside it",
-            True,
-        ),
-        Task(
-            "experts",
-            "1",
-            "image",
-            "the experts without the MLLM, their fusion and a baseline; changed pictures; where they point",
-            False,
-        ),
+        Task("detect", "3", "image, clip", "real or fake: the verdict, the MLLM alone and every expert, side by side"),
+        Task("answer", "1", "image", f"real or fake in words (DF-D): {len(answers.QUESTIONS)} wordings, half reversed"),
+        Task("classify", "1", "image", f"which kind of forgery, in words (DF-C): {', '.join(DF_CLASSES)}"),
+        Task("describe", "3", "image", "the rationale: cues against those known, text against reference texts"),
+        Task("locate", "1", "image", "where experts point against the forgery's mask: pixel AUC, IoU"),
+        Task("assess", "1", "image", "which cues the MLLM can see (MFA), by x2dfd assess"),
+        Task("chat", "1", "image", "one follow-up after the verdict (FC); with a judge, its marks apart"),
+        Task("experts", "2", "image", "experts without the MLLM, their fusion, a baseline; changed pictures; maps"),
     )
 }
 
@@ -100,10 +96,10 @@ TASKS = {
 
 
 def judged(
-    detector: Any, samples: Sequence[Sample], *, equalise: bool, rationale: bool, batch_size: int
+    model: models.Opened, samples: Sequence[Sample], *, equalise: bool, rationale: bool, batch_size: int
 ) -> tuple[list[Row], list[Row]]:
     """A row a sample, in order, and the model and versions that the answers state."""
-    answers: dict[str, Report | Failure] = {}
+    told: dict[str, Report | Failure] = {}
     sources: list[Path | bytes] = []
     handed: list[Sample] = []
     for sample in samples:
@@ -111,16 +107,20 @@ def judged(
             sources.append(equalised(sample.path) if equalise else sample.path)
             handed.append(sample)
         except InputError as error:
-            answers[sample.id] = Failure(str(sample.path), None, error.code, error.reason)
-    reports = detector.detect_many(sources, batch_size=batch_size, rationale=rationale) if sources else ()
+            told[sample.id] = Failure(str(sample.path), None, error.code, error.reason)
+    reports = model.detector.detect_many(sources, batch_size=batch_size, rationale=rationale) if sources else ()
     for sample, report in zip(handed, reports, strict=True):
-        answers[sample.id] = report
-    origins = [{"model": a.model, "versions": a.versions} for s in samples if isinstance(a := answers[s.id], Report)]
-    return [to_row(s, answers[s.id]) for s in samples], origins
+        told[sample.id] = report
+    origins = [{"model": a.model, "versions": a.versions} for s in samples if isinstance(a := told[s.id], Report)]
+    rows = [to_row(s, told[s.id]) for s in samples]
+    if not model.writes:  # what stands in the MLLM's place says nothing
+        rows = [row | {"p_mllm": None} for row in rows]
+    return rows, origins
 
 
 def blank_row(sample: Sample) -> Row:
-    row: Row = {"id": sample.id, "p_fake": None, "said": None, "reason": None, "p_mllm": None, "experts": {}}
+    row: Row = {"id": sample.id, "sha256": sha256_of(sample.path), "p_fake": None, "said": None, "reason": None}
+    row |= {"p_mllm": None, "experts": {}}
     return row | {"notes": {}, "rationale": "", "cues": [], "contradictions": [], "pointed": {}, "error": None}
 
 
@@ -129,8 +129,8 @@ def to_row(sample: Sample, answer: Report | Failure) -> Row:
     row = blank_row(sample)
     if isinstance(answer, Failure):
         return row | {"reason": answer.code, "error": f"{answer.reason} [{answer.code}]"}
-    judged = [f for f in answer.faces if f.verdict.p_fake is not None]
-    face = max(judged, key=lambda f: f.verdict.p_fake or 0.0, default=None)
+    with_score = [f for f in answer.faces if f.verdict.p_fake is not None]
+    face = max(with_score, key=lambda f: f.verdict.p_fake or 0.0, default=None)
     return row | {
         "p_fake": answer.verdict.p_fake,
         "said": answer.verdict.label,
@@ -149,9 +149,17 @@ def to_row(sample: Sample, answer: Report | Failure) -> Row:
 
 
 def detect_result(
-    samples: Sequence[Sample], rows: Sequence[Row], verdict: str, by: Sequence[str], draw: Resampling
+    samples: Sequence[Sample],
+    rows: Sequence[Row],
+    verdict: str,
+    by: Sequence[str],
+    draw: Resampling,
+    promised: Row | None = None,
 ) -> Row:
-    """Metrics of the verdict (called `verdict` in the result), of the MLLM alone and of every expert."""
+    """Metrics of the verdict (called `verdict` in the result), of the MLLM alone and of every expert.
+
+    `promised`: what the calibration says of the split it was fitted on; the measured rates are set beside it.
+    """
     columns: dict[str, list[float | None]] = {}
     if verdict:
         columns[verdict] = [row["p_fake"] for row in rows]
@@ -167,9 +175,16 @@ def detect_result(
         scores = m.to_scores([value for _, value in kept])
         said = [rows[i]["said"] for i, _ in kept] if scorer == verdict else None
         scorers[scorer] = {"n_scored": len(kept), "unscored": dict(sorted(missing.items()))}
-        scorers[scorer] |= _scorer([samples[i] for i, _ in kept], scores, said, by, draw)
+        of_kept = [samples[i] for i, _ in kept]
+        scorers[scorer] |= _scorer(of_kept, scores, said, by, draw)
+        if any(s.video for s in samples):
+            scorers[scorer]["videos"] = _videos(samples, column, draw)
+        scorers[scorer]["curves"] = curves.of(m.to_labels(s.label for s in of_kept), scores)
         if scorer == verdict:
             scorers[scorer]["answers"] = three_answers(samples, rows, draw)
+            scorers[scorer]["gaps"] = {c: g for c in by if c != "method" and (g := _gaps(samples, rows, c, draw))}
+            if promised:
+                scorers[scorer]["promise"] = risk.promise(samples, rows, promised, draw)
     headline = {f"{k}.auc": v["overall"]["auc"] | {"n": v["n_scored"]} for k, v in scorers.items()}
     if verdict:
         headline[f"{verdict}.false_alarms"] = scorers[verdict]["answers"]["false_alarms"]
@@ -187,6 +202,7 @@ def _scorer(
         overall[name] = draw.measure(fn, labels, scores, groups)
     overall |= {f"tpr_at_fpr_{rate}": m.tpr_at_fpr(labels, scores, rate) for rate in (0.01, 0.05, 0.1)}
     overall |= {"nll": m.nll(labels, scores), "ece_15": m.ece(labels, scores), "cllr": m.cllr(labels, scores)}
+    overall |= {"ece_15_even": m.ece_at_even_odds(labels, scores), "aurc": m.aurc(labels, scores)}
     overall["at_0.5"] = {
         "accuracy": m.accuracy(labels, scores),
         "balanced_accuracy": m.balanced_accuracy(labels, scores),
@@ -194,14 +210,6 @@ def _scorer(
         "recall_fake": fake_recall,
     }
     result: Row = {"overall": overall, "by": {}}
-    if any(s.video for s in samples):
-        clips = [s.video or s.id for s in samples]
-        names, pooled_labels, pooled = m.pool_by(clips, labels, scores)
-        group_of = dict(zip(clips, groups, strict=True))
-        clip_groups = [group_of[name] for name in names]
-        result["videos"] = {"n": len(names), "pooling": "mean"} | {
-            name: draw.measure(fn, pooled_labels, pooled, clip_groups) for name, fn in (("auc", m.auc), ("eer", m.eer))
-        }
     for column in by:
         table = result["by"][column] = {}
         for value, reals, fakes, against in slices(samples, column):
@@ -216,15 +224,95 @@ def _scorer(
     return result
 
 
+def _videos(samples: Sequence[Sample], column: Sequence[float | None], draw: Resampling) -> Row:
+    """AUC and EER of whole clips, frames pooled by clip id: the mean over scored frames, and as papers after SBI do."""
+    clips = [s.video or s.id for s in samples]
+    labels = m.to_labels(s.label for s in samples)
+    group_of = {clip: s.group for clip, s in zip(clips, samples, strict=True)}
+    kept = [(i, value) for i, value in enumerate(column) if value is not None]
+    scored = m.to_scores([value for _, value in kept])
+    mean = m.pool_by([clips[i] for i, _ in kept], labels[[i for i, _ in kept]], scored)
+    sbi, without = m.pool_sbi(clips, labels, column)
+
+    def measured(names: Sequence[str], pooled_labels: m.Labels, pooled: m.Floats) -> Row:
+        groups = [group_of[name] for name in names]
+        both = {name: draw.measure(fn, pooled_labels, pooled, groups) for name, fn in (("auc", m.auc), ("eer", m.eer))}
+        return {"n": len(names)} | both
+
+    found = measured(*mean) | {"pooling": "mean over the scored frames"}
+    how = "mean over all frames of the most suspicious face, 0.5 without one"
+    return found | {"sbi": measured(*sbi) | {"pooling": how, "frames_without_score": without}}
+
+
+def _gaps(samples: Sequence[Sample], rows: Sequence[Row], column: str, draw: Resampling) -> Row | None:
+    """How far apart the values of a column are: largest minus smallest, with the interval of that difference.
+
+    Of the AUC within a value, its false alarms and what was found of its fakes; over values with at least
+    `MIN_REALS` reals (fakes). A gap is never negative, so chance alone makes one: look at the interval of the parts.
+    """
+    values = [value_of(s, column) for s in samples]
+    scored = [i for i, row in enumerate(rows) if row["p_fake"] is not None and values[i]]
+    if not scored:
+        return None
+    labels = m.to_labels(samples[i].label for i in scored)
+    scores = m.to_scores([rows[i]["p_fake"] for i in scored])
+    fake_said = np.array([rows[i]["said"] == "fake" for i in scored])
+    names, place = np.unique([values[i] for i in scored], return_inverse=True)
+    count = {k: [int(((place == v) & (labels == k)).sum()) for v in range(len(names))] for k in (0, 1)}
+
+    def auc(mine: m.Labels) -> float | None:
+        return m.rank_auc(labels[mine], scores[mine])
+
+    def share(label: int) -> Callable[[m.Labels], float | None]:
+        def of(mine: m.Labels) -> float | None:
+            own = mine[labels[mine] == label]
+            return float(fake_said[own].mean()) if len(own) else None
+
+        return of
+
+    gaps: Row = {}
+    for what, fn, need in (("auc", auc, (0, 1)), ("false_alarms", share(0), (0,)), ("found", share(1), (1,))):
+        enough = [v for v in range(len(names)) if all(count[k][v] >= MIN_REALS for k in need)]
+        if len(enough) < 2:
+            continue
+
+        def gap(index: m.Labels, _: m.Floats, fn: Any = fn, enough: Sequence[int] = enough) -> float | None:
+            found = [fn(index[place[index] == v]) for v in enough]
+            return None if None in found else float(max(found) - min(found))
+
+        at = np.arange(len(scored))
+        known = sorted((fn(at[place == v]) or 0.0, str(names[v])) for v in enough)
+        measured = draw.measure(gap, at, np.zeros(len(at)), [samples[i].group for i in scored])
+        gaps[what] = measured | {"highest": known[-1][1], "lowest": known[0][1]}
+    return gaps or None
+
+
 # ---------------------------------------------------------------- describe
 
 
-def describe_result(samples: Sequence[Sample], rows: Sequence[Row], usual: frozenset[Pair], draw: Resampling) -> Row:
-    """Agreement of the cues said with the cues known; without rows (no model), the baseline alone."""
-    said: dict[str, list[frozenset[Pair] | None]] = {"majority": [usual] * len(samples)}
+def describe_result(
+    samples: Sequence[Sample],
+    rows: Sequence[Row],
+    usual: frozenset[Pair],
+    template: dict[str, str],
+    compare: Callable[[Sequence[Sequence[str]], Sequence[str]], Row],
+    draw: Resampling,
+) -> Row:
+    """Agreement of the cues said with the cues known; without rows (no model), the baselines alone.
+
+    `template`: what the label-conditioned baseline answers to each label. `compare`: text metrics of references and
+    texts.
+    """
+    by_template = {label: pairs_of(read_cues(text)) for label, text in template.items()}
+    said: dict[str, list[frozenset[Pair] | None]] = {
+        "majority": [usual] * len(samples),
+        "template": [by_template[s.label] for s in samples],
+    }
     if rows:
+        # Without an MLLM there is no text; what experts point at stands for itself.
         named = [frozenset((c["area"], c["artifact"]) for c in row["cues"]) for row in rows]
-        said["model"] = [None if row["p_fake"] is None else cues for row, cues in zip(rows, named, strict=True)]
+        if any(row["rationale"] for row in rows):
+            said["model"] = [None if row["p_fake"] is None else cues for row, cues in zip(rows, named, strict=True)]
         # What the text adds to, or loses of, what an expert had pointed at: the MLLM has read that in its question.
         for expert in sorted({name for row in rows for name in row["pointed"]}):
             pointed = [frozenset((a, k) for a, k in row["pointed"].get(expert, ())) for row in rows]
@@ -232,32 +320,43 @@ def describe_result(samples: Sequence[Sample], rows: Sequence[Row], usual: froze
                 None if row["p_fake"] is None else cues for row, cues in zip(rows, pointed, strict=True)
             ]
     scorers: dict[str, Row] = {}
-    for name, answers in said.items():
-        kept = [i for i, cues in enumerate(answers) if cues is not None and samples[i].label == "fake"]
-        reals = [cues for cues, s in zip(answers, samples, strict=True) if cues is not None and s.label == "real"]
+    for name, heard_of in said.items():
+        kept = [i for i, cues in enumerate(heard_of) if cues is not None and samples[i].label == "fake"]
+        reals = [cues for cues, s in zip(heard_of, samples, strict=True) if cues is not None and s.label == "real"]
         groups = [samples[i].group for i in kept]
         scorers[name] = {"n_scored": len(kept) + len(reals), "n_fake": len(kept), "n_real": len(reals)}
         for what, reduce in (("cues", lambda pairs: pairs), ("areas", lambda pairs: {area for area, _ in pairs})):
             truth = [reduce(pairs_of(samples[i].cues)) for i in kept]
-            heard = [reduce(answers[i]) for i in kept]
+            heard = [reduce(heard_of[i]) for i in kept]
             scorers[name][what] = m.cue_agreement(truth, heard) | {"micro_f1": _micro_f1(truth, heard, groups, draw)}
         methods = [value_of(samples[i], "method") for i in kept]
         scorers[name]["by_method"] = {
             method: _by_method(
-                answers, samples, [i for i, own in zip(kept, methods, strict=True) if own == method], draw
+                heard_of, samples, [i for i, own in zip(kept, methods, strict=True) if own == method], draw
             )
             for method in sorted(set(methods))
         }
         scorers[name]["invented_on_reals"] = sum(bool(cues) for cues in reals) / len(reals) if reals else None
-    if rows:
-        texts = [row["rationale"] for row in rows if row["rationale"]]
-        judged = [row for row in rows if row["p_fake"] is not None]
+    if "model" in scorers:
+        written = [row["rationale"] for row in rows if row["rationale"]]
+        with_score = [(row, s.group) for row, s in zip(rows, samples, strict=True) if row["p_fake"] is not None]
+        against = [(bool(row["contradictions"]), group) for row, group in with_score]
+        # Text against score: the words say one label and the verdict the other.
+        labels = [(said_label(row["rationale"]), row["said"], group) for row, group in with_score]
+        apart = [(own != verdict, g) for own, verdict, g in labels if own and verdict != "inconclusive"]
         scorers["model"] |= {
             "unscored": dict(sorted(Counter(reason_of(row, "") for row in rows if row["p_fake"] is None).items())),
-            "without_text": sum(not row["rationale"] for row in judged),
-            "distinct_texts": m.distinct_share(texts),
-            "contradictions": sum(bool(r["contradictions"]) for r in judged) / len(judged) if judged else None,
+            "without_text": sum(not row["rationale"] for row, _ in with_score),
+            "distinct_texts": m.distinct_share(written),
+            "contradictions": sum(hit for hit, _ in against) / len(against) if against else None,
+            "contradictions_interval": draw.rate([h for h, _ in against], [g for _, g in against])["interval"],
+            "disagreement": draw.rate([h for h, _ in apart], [g for _, g in apart]),
         }
+    told = [references(s) for s in samples]
+    for name, line in (("template", [template[s.label] for s in samples]), ("model", [r["rationale"] for r in rows])):
+        if name in scorers:
+            kept = [i for i in range(len(samples)) if told[i] and line[i]]
+            scorers[name]["text"] = {"n": len(kept)} | compare([told[i] for i in kept], [line[i] for i in kept])
     headline: Row = {}
     for name, part in scorers.items():
         headline |= {f"{name}.{what}_f1": part[what]["micro_f1"] | {"n": part["n_fake"]} for what in ("cues", "areas")}
@@ -265,6 +364,33 @@ def describe_result(samples: Sequence[Sample], rows: Sequence[Row], usual: froze
 
 
 Pair = tuple[str, str]
+REFERENCES = 3  # written for a sample that brings none
+
+
+def references(sample: Sample) -> list[str]:
+    """A sample's reference texts; where the manifest has none, texts that the grammar writes of its known cues."""
+    from data_gen.writers import write_explanation
+
+    if given := texts.references_of(sample):
+        return list(given)
+    kind = "real" if sample.label == "real" else sample.df_class
+    if not kind:  # the grammar closes with the class
+        return []
+    seed = int.from_bytes(hashlib.sha256(sample.id.encode()).digest()[:8])
+    return [
+        write_explanation(sample.label, sample.cues, kind, np.random.default_rng([seed, k])) for k in range(REFERENCES)
+    ]
+
+
+def template_texts(every: Sequence[Sample], samples: Sequence[Sample]) -> dict[str, str]:
+    """One answer for all reals and one for all fakes: the commonest reference, or where all differ the first by id.
+
+    Of the train split, where there is one apart; else of the judged samples.
+    """
+    counted: dict[str, Counter[str]] = {"real": Counter(), "fake": Counter()}
+    for sample in sorted(train_apart(every, samples) or samples, key=lambda s: s.id):
+        counted[sample.label].update(references(sample)[:1])
+    return {label: found.most_common(1)[0][0] if found else "" for label, found in counted.items()}
 
 
 def _by_method(
@@ -313,22 +439,24 @@ def train_apart(every: Sequence[Sample], samples: Sequence[Sample]) -> list[Samp
 
 
 def run(args: argparse.Namespace) -> Row:
-    """Judges, measures, writes both files and returns what `result.json` holds. Raises X2DFDError."""
+    """Judges, measures, writes the files and returns what `result.json` holds. Raises X2DFDError."""
     task, manifest, out = TASKS[args.task], Path(os.path.abspath(args.data)), Path(args.out)
+    check_model(args)
     samples, skipped = choose(task, manifest, args)
     draw, sha256 = Resampling(args.bootstrap, args.seed), manifest_sha256(manifest)
-    key = {"task": task.name, "version": task.version, "manifest": sha256, "mode": args.mode, "equalise": args.equalise}
-    made = _run_experts if task.name == "experts" else _run_detector
-    store, rows, origin, measured = made(args, samples, skipped, key, draw)
-
+    key = {"task": task.name, "version": task.version, "manifest": sha256, "equalise": args.equalise}
+    asked = [models.named(v) if v else None for v in (args.model, args.base, args.adapter)]
+    key |= {"model": [*asked, args.served, args.tools, args.mode]}
+    made = RUNNERS[task.name](Run(args, samples, skipped, key, draw))
     labels = Counter(s.label for s in samples)
-    named = args.model in ("majority", "embedded") or args.model.startswith("expert:")
     packages = {name: version(name) for name in ("numpy", "scikit-learn", "pillow", "pyarrow")}
     result = {
         "task": {"name": task.name, "version": task.version, "unit": task.unit},
         "data": {
             "manifest": manifest.name,
             "sha256": sha256,
+            "samples_sha256": _digest([s.id, s.label] for s in samples),
+            "pictures_sha256": _digest([row["id"], row["sha256"]] for row in made.rows),
             "split": args.split,
             "limit": args.limit,
             "n": len(samples),
@@ -336,88 +464,292 @@ def run(args: argparse.Namespace) -> Row:
             "n_fake": labels["fake"],
             "n_groups": len({s.group for s in samples}),
         },
-        "model": {
-            "name": args.model if named else Path(os.path.abspath(args.model)).name,
-            "mode": None if args.model == "majority" or task.name == "experts" else args.mode,
-            "stated": origin["model"] | measured.pop("stated", {}),
-        },
+        "model": {"name": made.model, "mode": made.mode, "stated": made.origin["model"] | made.stated},
         "settings": {
             "equalise": f"JPEG {JPEG_QUALITY}, longest side {LONGEST_SIDE}" if args.equalise else None,
             "seed": args.seed,
             "bootstrap": args.bootstrap,
             "interval": "95 %, percentile, groups drawn with replacement",
-            "scores_of": "the largest face" if task.name == "experts" else "the face that decided the verdict",
+            "scores_of": made.scores_of,
         },
         "code": code_state(),
-        "versions": origin["versions"] | {"python": platform.python_version()} | packages,
+        "versions": made.origin["versions"] | {"python": platform.python_version()} | packages,
         "device": device(),
-        "failures": dict(sorted(Counter(row["reason"] for row in rows if row["error"]).items())),
-        **measured,
+        "failures": dict(sorted(Counter(row["reason"] for row in made.rows if row["error"]).items())),
+        **made.measured,
     }
-    store.finish(samples, rows, origin, manifest.parent)
+    made.store.finish(samples, made.rows, made.origin, manifest.parent)
     text = json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False)
     write_bytes(out / "result.json", (text + "\n").encode())
+    write_text(out / "result.html", page.render(result))
     return result
 
 
-Made = tuple[Store, list[Row], Row, Row]
-"""The store, the rows, their origin, and what was measured."""
+def check_model(args: argparse.Namespace) -> None:
+    """Raises X2DFDError for a model that the task cannot take; before anything is read or opened."""
+    models.check(args)
+    if args.model == "template" and args.task != "describe":
+        raise X2DFDError("template is told the label: it is a baseline of describe alone")
+    if args.task not in ("experts", "locate"):
+        return
+    one = args.model.startswith(models.EXPERT)
+    if args.base or args.served or args.model in models.BASELINES or (one and args.task == "experts"):
+        allowed = "embedded, fusion or an adapter's folder" + (", or expert:NAME" if args.task == "locate" else "")
+        raise X2DFDError(f"{args.task} is about experts: --model {allowed}, and --experts A,B for some of them")
 
 
-def _run_detector(
-    args: argparse.Namespace, samples: Sequence[Sample], skipped: int, key: Row, draw: Resampling
-) -> Made:
-    every = read_manifest(args.data)
-    baseline, expert = args.model == "majority", args.model.startswith("expert:")
-    describing = args.task == "describe"
-    store = Store(Path(args.out), key | {"baseline": baseline}, ANSWERS)
+def _digest(items: Iterable[Sequence[str | None]]) -> str:
+    return hashlib.sha256(json.dumps(sorted(items, key=lambda item: str(item[0]))).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a task is given."""
+
+    args: argparse.Namespace
+    samples: list[Sample]
+    skipped: int  # samples without the truth that the task needs
+    key: Row
+    draw: Resampling
+
+    def store(self, layout: Layout, **more: Any) -> Store:
+        return Store(Path(self.args.out), self.key | more, layout)
+
+    def every(self) -> list[Sample]:
+        return read_manifest(self.args.data)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a task gives back."""
+
+    store: Store
+    rows: list[Row]
+    origin: Row
+    measured: Row
+    model: str
+    mode: str | None = None
+    stated: Row = field(default_factory=dict)  # of the model, beside what its answers state
+    scores_of: str = "the largest face"
+
+
+NO_ORIGIN: Row = {"model": {}, "versions": {}}
+DECIDING = "the face that decided the verdict"
+
+
+def _run_detect(run: Run) -> Made:
+    args, samples = run.args, run.samples
+    model = models.open_model(args)
+    store = run.store(ANSWERS)
     notes: Row = {}
-    if baseline:
-        rows, notes["majority_from"] = majority_rows(every, samples)
-        origin: Row = {"model": {}, "versions": {}}
+    if model.kind == "baseline":
+        rows, notes["majority_from"] = majority_rows(run.every(), samples)
+        measured = detect_result(samples, rows, "majority", args.by, run.draw)
+        return Made(store, rows, NO_ORIGIN, notes | measured, model.name, scores_of=DECIDING)
+    ask = partial(judged, model, equalise=args.equalise, rationale=False, batch_size=args.batch_size)
+    rows, origin = score(ask, samples, store)
+    if model.expert:
+        measured = detect_result(samples, rows, "", args.by, run.draw)
     else:
-        detector = x2dfd.load(None if expert or args.model == "embedded" else args.model, mode=args.mode)
+        verdict = "fusion" if model.kind == "fusion" else model.mode or "calibrated"
+        measured = detect_result(samples, rows, verdict, args.by, run.draw, _promised(model, run))
+    return Made(store, rows, origin, measured, model.name, model.mode, scores_of=DECIDING)
+
+
+def _promised(model: models.Opened, run: Run) -> Row | None:
+    calibration = getattr(model.detector, "calibration", None)
+    if calibration is None or model.mode != "calibrated" or "false_alarms_allowed" not in calibration.fitted_on:
+        return None
+    fitted: Row = calibration.fitted_on
+    same = fitted.get("manifest_sha256") == run.key["manifest"]
+    return fitted | {"seen": same and run.args.split in (None, fitted.get("split"))}
+
+
+def _run_describe(run: Run) -> Made:
+    args, samples = run.args, run.samples
+    every = run.every()
+    usual, counted_in = usual_cues(every, samples)
+    own = sum(bool(texts.references_of(s)) for s in samples)
+    notes: Row = {
+        "skipped_fakes_without_cues": run.skipped,
+        "majority_from": counted_in,
+        "majority": sorted(usual),
+        "references": {
+            "of_the_manifest": own,
+            "written": sum(bool(references(s)) for s in samples) - own,
+            "written_by": f"the grammar of data_gen.writers from the known cues, {REFERENCES} a sample: the embedded "
+            "model was trained on its sentences, which flatters it",
+        },
+    }
+    model = models.open_model(args)
+    store = run.store(ANSWERS)
+    rows: list[Row] = []
+    origin = NO_ORIGIN
+    if model.kind != "baseline":
+        ask = partial(judged, model, equalise=args.equalise, rationale=True, batch_size=args.batch_size)
+        rows, origin = score(ask, samples, store)
+    compare = partial(texts.text_metrics, encoder=args.sentence_encoder, meteor=args.meteor)
+    measured = describe_result(samples, rows, usual, template_texts(every, samples), compare, run.draw)
+    rows = rows or [blank_row(s) for s in samples]
+    return Made(store, rows, origin, notes | measured, model.name, model.mode, scores_of=DECIDING)
+
+
+def _run_words(run: Run) -> Made:
+    """`answer` and `classify`."""
+    args, samples, classes = run.args, run.samples, run.args.task == "classify"
+    model = models.open_model(args)
+    store = run.store(text_tasks.LAYOUT)
+    threshold = 0.5
+    if model.name == "majority":
+        rows, origin = _majority_words(run), NO_ORIGIN
+    else:
+        text_tasks.need_texts(model, args.task)
         ask = partial(
-            judged,
-            detector,
-            equalise=args.equalise,
-            rationale=TASKS[args.task].rationale,
+            text_tasks.ask,
+            model.detector,
+            question=text_tasks.class_question if classes else text_tasks.answer_question,
+            read=text_tasks.read_class if classes else text_tasks.read_answer,
+            equal=args.equalise,
             batch_size=args.batch_size,
         )
         rows, origin = score(ask, samples, store)
-    if describing:
-        usual, counted_in = usual_cues(every, samples)
-        notes |= {"skipped_fakes_without_cues": skipped, "majority_from": counted_in, "majority": sorted(usual)}
-        measured = describe_result(samples, [] if baseline else rows, usual, draw)
-    elif expert:
-        measured = detect_result(samples, only_expert(rows, args.model.removeprefix("expert:")), "", args.by, draw)
+        if model.detector.calibration:
+            threshold = model.detector.calibration.mllm_threshold
+    if classes:
+        measured: Row = {"skipped_without_class": run.skipped} | text_tasks.classify_result(samples, rows, run.draw)
     else:
-        measured = detect_result(samples, rows, "majority" if baseline else args.mode, args.by, draw)
-    return store, rows, origin, notes | measured
+        measured = text_tasks.answer_result(samples, rows, threshold, run.draw)
+    return Made(store, rows, origin, measured, model.name, model.mode)
 
 
-def _run_experts(args: argparse.Namespace, samples: Sequence[Sample], skipped: int, key: Row, draw: Resampling) -> Made:
-    changes = experts_bench.chosen_changes(args.changes)
-    panel = experts_bench.Panel.load(args.model, args.experts.split(",") if args.experts else None)
-    key = key | {"experts": [e.card.name for e in panel.experts], "changes": {n: CHANGES[n].line for n in changes}}
-    store = Store(Path(args.out), key, experts_bench.LAYOUT)
+def _majority_words(run: Run) -> list[Row]:
+    """The commoner label (or class) as everybody's answer."""
+    if run.args.task == "classify":
+        known = [s.df_class for s in train_apart(run.every(), run.samples) or run.samples if s.df_class]
+        said = min(set(known), key=lambda c: (-known.count(c), c))
+        return [text_tasks.blank(s) | {"said": said} for s in run.samples]
+    rows, _ = majority_rows(run.every(), run.samples)
+    return [text_tasks.blank(s) | {k: r[k] for k in ("said", "p_fake")} for s, r in zip(run.samples, rows, strict=True)]
+
+
+def _run_chat(run: Run) -> Made:
+    args = run.args
+    if bool(args.judge) != bool(args.judge_model):
+        raise X2DFDError("--judge URL and --judge-model NAME go together")
+    judge = text_tasks.Judge(args.judge, args.judge_model, args.seed) if args.judge else None
+    model = models.open_model(args)
+    text_tasks.need_texts(model, args.task)
+    store = run.store(text_tasks.LAYOUT, judge=judge.facts() if judge else None)
+    ask = partial(text_tasks.converse, model.detector, equal=args.equalise, judge=judge, batch_size=args.batch_size)
+    rows, origin = score(ask, run.samples, store)
+    measured = text_tasks.chat_result(run.samples, rows, judge, run.draw)
+    return Made(store, rows, origin, measured, model.name, model.mode, scores_of=DECIDING)
+
+
+def _run_experts(run: Run) -> Made:
+    """`experts`, and `locate`, which is its maps alone."""
+    args, samples, locate = run.args, run.samples, run.args.task == "locate"
+    names = args.experts.split(",") if args.experts else None
+    if args.model.startswith(models.EXPERT):
+        names = [args.model.removeprefix(models.EXPERT)]
+    own = args.model in ("embedded", models.FUSION) or args.model.startswith(models.EXPERT)
+    changes = [] if locate else experts_bench.chosen_changes(args.changes)
+    panel = experts_bench.Panel.load("embedded" if own else args.model, names)
+    more = {"experts": [e.card.name for e in panel.experts], "changes": {n: CHANGES[n].line for n in changes}}
+    store = run.store(experts_bench.LAYOUT, **more)
     ask = partial(experts_bench.judge, panel, changes, equal=args.equalise, batch_size=args.batch_size)
     scored, origin = score(ask, samples, store)
     rows = experts_bench.joined_rows(panel, scored)
-    measured = experts_bench.experts_result(panel, samples, rows, changes, args.by, draw)
+    if locate:
+        placed = localisation(samples, rows, run.draw)
+        headline = {
+            f"map:{n}.{what}": part[key] | {"n": part["n"]}
+            for n, part in placed["maps"].items()
+            for what, key in (("pixel_auc", "auc"), ("iou", "iou"))
+        }
+        measured: Row = {"skipped_without_mask": run.skipped, "headline": headline, "localisation": placed}
+    else:
+        measured = experts_bench.experts_result(panel, samples, rows, changes, args.by, run.draw)
     stated = {"fusion": panel.fusion, "held_out": panel.held_out.get(experts_bench.FUSION, [])}
-    return store, rows, origin, {"stated": stated} | measured
+    return Made(store, rows, origin, measured, models.named(args.model), stated=stated)
+
+
+def _run_assess(run: Run) -> Made:
+    """The ranking of `x2dfd assess`, with its files beside the result."""
+    from x2dfd.assessment import BANK, assess, read_questions
+    from x2dfd.crops import load_crops
+    from x2dfd.detector import versions
+
+    args = run.args
+    model = models.open_model(args)
+    text_tasks.need_texts(model, args.task)
+    crops = load_crops(Path(args.data), workers=min(4, os.cpu_count() or 1))
+    found = assess(
+        model.detector.mllm,
+        crops,
+        read_questions(args.questions or BANK),
+        Path(args.out) / "assessment",
+        limit=args.limit,
+        split=args.split,
+        seed=args.seed,
+        manifest_hash=run.key["manifest"],
+    )
+
+    def auc(finding: Any) -> Row:
+        told = finding.deciding
+        n = told.n_positive + told.n_negative
+        return {"value": told.auc, "interval": list(told.interval) if told.interval else None, "n": n}
+
+    headline = {f"cue {f.area} {f.artifact}.auc": auc(f) for f in found.cues}
+    measured = {
+        "headline": headline,
+        "assessment": {
+            "files": "assessment/",
+            "questions_sha256": found.questions_sha256,
+            "n_real": found.n_real,
+            "n_fake": found.n_fake,
+            "n_unusable": found.n_unusable,
+            "strong": [f"{f.area} {f.artifact}" for f in found.cues if f.strong],
+            "rule": found.rule,
+            "ranked_by": found.ranked_by,
+            "control": found.control,
+            "random": found.random,
+        },
+    }
+    origin = {"model": model.detector.facts, "versions": versions()}
+    rows = [blank_row(s) for s in run.samples]
+    scores_of = "the largest face, as load_crops cuts it; pictures are not re-encoded"
+    return Made(run.store(ANSWERS), rows, origin, measured, model.name, model.mode, scores_of=scores_of)
+
+
+RUNNERS: dict[str, Callable[[Run], Made]] = {
+    "detect": _run_detect,
+    "answer": _run_words,
+    "classify": _run_words,
+    "describe": _run_describe,
+    "locate": _run_experts,
+    "assess": _run_assess,
+    "chat": _run_chat,
+    "experts": _run_experts,
+}
 
 
 def choose(task: Task, manifest: Path, args: argparse.Namespace) -> tuple[list[Sample], int]:
-    """The samples to judge, and how many fakes were skipped because `describe` has no truth for them."""
+    """The samples to judge, and how many were skipped because the task has no truth for them."""
     samples = read_manifest(manifest, split=args.split)
     if args.split is None and any(s.split == "train" for s in samples):
         say("no --split given: samples of the train split are judged too")
-    skipped = 0
-    if task.name == "describe":
-        skipped = sum(s.label == "fake" and not s.cues for s in samples)
-        samples = [s for s in samples if s.label == "real" or s.cues]
+    needs: dict[str, Callable[[Sample], bool]] = {
+        "describe": lambda s: s.label == "real" or bool(s.cues),
+        "classify": lambda s: bool(s.df_class),
+        "locate": lambda s: s.label == "fake" and s.mask is not None,
+    }
+    has_truth = needs.get(task.name)
+    known = [s for s in samples if has_truth is None or has_truth(s)]
+    skipped, samples = len(samples) - len(known), known
+    if not samples:
+        truth = {"describe": "cues", "classify": "df_class", "locate": "mask"}[task.name]
+        raise X2DFDError(f"{manifest.name}: no chosen sample has a known {truth}, nothing to {task.name}")
     if args.limit is not None and args.limit < len(samples):
         chosen = np.random.default_rng(args.seed).permutation(len(samples))[: args.limit]
         samples = [samples[i] for i in sorted(chosen)]
@@ -436,14 +768,6 @@ def majority_rows(every: Sequence[Sample], samples: Sequence[Sample]) -> tuple[l
     share = float(np.mean(m.to_labels(s.label for s in train or samples)))
     said = "fake" if share > 0.5 else "real"
     return [blank_row(s) | {"p_fake": share, "said": said} for s in samples], "train split" if train else JUDGED
-
-
-def only_expert(rows: Sequence[Row], name: str) -> list[Row]:
-    """The rows as if this expert were the whole model."""
-    known = {expert for row in rows for expert in row["experts"]}
-    if name not in known:
-        raise UnknownName("expert", name, known)
-    return [row | {"p_mllm": None, "experts": {name: row["experts"].get(name)}} for row in rows]
 
 
 def check_clips(samples: Iterable[Sample]) -> None:
@@ -475,12 +799,27 @@ def device() -> str:
     return str(torch.cuda.get_device_name(0)) if torch and torch.cuda.is_available() else f"cpu ({platform.machine()})"
 
 
-def drift(result: Row, reference: Row) -> list[str]:
+@dataclass(frozen=True)
+class Drift:
+    """The verdict of `--compare`."""
+
+    moved: list[str]  # headline numbers beyond the reference's interval, and samples that were lost or won
+    notes: list[str]  # what differs and explains it: model, versions, code, device
+
+
+def drift(result: Row, reference: Row) -> Drift:
     """What moved by more than its interval; raises X2DFDError when the two results are not about the same samples."""
-    for part, name in (("task", "name"), ("task", "version"), ("data", "sha256"), ("data", "split"), ("data", "limit")):
+    compared = [("task", "name"), ("task", "version"), ("data", "sha256"), ("data", "split"), ("data", "limit")]
+    compared += [("data", "samples_sha256"), ("data", "pictures_sha256"), ("settings", "equalise")]
+    for part, name in compared:
         here, there = result[part][name], reference.get(part, {}).get(name)
         if here != there:
             raise X2DFDError(f"not comparable: {part} {name} is {here} here and {there} in the reference")
+    notes = [
+        f"{name} differs"
+        for name in ("model", "versions", "code", "device", "settings")
+        if result[name] != reference.get(name)
+    ]
     moved = []
     for name in sorted(result["headline"].keys() | reference["headline"].keys()):
         new, old = result["headline"].get(name), reference["headline"].get(name)
@@ -495,7 +834,7 @@ def drift(result: Row, reference: Row) -> list[str]:
             low, high = old["interval"] or (old["value"], old["value"])
             if not low - 1e-9 <= new["value"] <= high + 1e-9:
                 moved.append(f"{name}: {new['value']:.4f}, outside [{low:.4f}, {high:.4f}] of the reference")
-    return moved
+    return Drift(moved, notes)
 
 
 def _line(name: str, measured: Row) -> str:
@@ -507,7 +846,7 @@ def _line(name: str, measured: Row) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 when it ran, 1 on drift from the reference, 2 on what the user has to mend."""
+    """Returns 0 when it ran, 1 on drift from the reference, 2 on what the user has to mend, other samples included."""
     parser = argparse.ArgumentParser(
         prog="run_bench.py",
         description="Scores a model on labelled images.",
@@ -515,16 +854,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="examples:\n"
         "  python eval/run_bench.py detect --data manifest.csv --split val --out results/val\n"
         "  python eval/run_bench.py describe --data forged/manifest.jsonl --model majority --out results/cues\n"
+        "  python eval/run_bench.py answer --data manifest.csv --served http://localhost:8000/v1 --model NAME --out a\n"
         "  python eval/run_bench.py experts --data manifest.csv --changes jpeg50,half --out results/experts",
     )
     parser.add_argument("task", nargs="?", choices=list(TASKS), help="what is asked (see --list)")
     parser.add_argument("--list", action="store_true", help="list the tasks, and the changes of `experts`")
     parser.add_argument("--data", metavar="MANIFEST", help="CSV, JSONL or Parquet with path and label")
-    parser.add_argument("--model", default="embedded", help="embedded, an adapter's folder, expert:NAME or majority")
-    parser.add_argument("--out", metavar="DIR", help="where result.json and samples.parquet go")
+    models.add_arguments(parser)
+    parser.add_argument("--out", metavar="DIR", help="where result.json, result.html and samples.parquet go")
     parser.add_argument("--split", help="judge this split only")
     parser.add_argument("--limit", type=int, metavar="N", help="judge N samples, drawn with the seed")
-    parser.add_argument("--mode", choices=("calibrated", "paper"), default="calibrated")
     parser.add_argument("--by", default="source,method", help="columns to report by (default: source,method)")
     parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples for intervals; 0 for none")
     parser.add_argument("--seed", type=int, default=0)
@@ -534,6 +873,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--changes", metavar="A,B", help="experts: score under these changes too, or none (default: all)"
     )
+    parser.add_argument("--sentence-encoder", type=Path, metavar="DIR", help="describe: encoder for the similarity")
+    parser.add_argument("--meteor", action="store_true", help="describe: METEOR too (Java; a minute and more)")
+    parser.add_argument("--questions", type=Path, metavar="FILE", help="assess: these questions")
+    parser.add_argument("--judge", metavar="URL", help="chat: an OpenAI-compatible endpoint that marks answers")
+    parser.add_argument("--judge-model", metavar="NAME", help="chat: the judge's name there")
     parser.add_argument("--compare", metavar="REF.json", help="exit 1 when a headline number left its interval")
     args = parser.parse_args(argv)
     if args.list:
@@ -546,8 +890,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("TASK, --data and --out are needed (or --list)")
     if args.limit is not None and args.limit < 1:
         parser.error("--limit must be 1 or more")
-    if args.task == "experts" and (args.model == "majority" or args.model.startswith("expert:")):
-        parser.error("experts takes --model embedded or an adapter's folder, and --experts")
     args.by = [column for column in args.by.split(",") if column]
     try:
         reference = _reference(Path(args.compare)) if args.compare else None
@@ -555,12 +897,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(*(_line(name, measured) for name, measured in result["headline"].items()), sep="\n")
         if reference is None:
             return 0
-        moved = drift(result, reference)
+        found = drift(result, reference)
     except X2DFDError as error:
         say(f"error: {error}")
         return 2
-    print("drift: " + ("; ".join(moved) if moved else "none"))
-    return 1 if moved else 0
+    for note in found.notes:
+        print(f"note: {note}")
+    print("drift: " + ("; ".join(found.moved) if found.moved else "none"))
+    return 1 if found.moved else 0
 
 
 def _reference(path: Path) -> Row:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from eval import metrics as m
 from x2dfd.errors import X2DFDError
-from x2dfd.files import write_bytes
+from x2dfd.files import file_sha256, write_bytes
 from x2dfd.manifest import Sample
 
 Row = dict[str, Any]
@@ -68,6 +68,14 @@ def equalised(path: Path) -> bytes:
     return equalise(load_picture(path).pixels)
 
 
+def sha256_of(path: Path) -> str | None:
+    """SHA-256 of a sample's file, so that two runs can tell whether they saw the same bytes; None if unreadable."""
+    try:
+        return file_sha256(path)
+    except OSError:
+        return None  # the row says why: judging it fails for the same reason
+
+
 # ---------------------------------------------------------------- rows on disk
 
 
@@ -92,6 +100,8 @@ def score(judge: Judge, samples: Sequence[Sample], store: Store) -> tuple[list[R
             done, origin = {}, None
             store.start_anew()
     todo = [s for s in samples if s.id not in done]
+    if todo:
+        done = {}  # they are on disk: what is judged does not pile up here
     started = time.monotonic()
     for at in range(0, len(todo), CHUNK):
         rows, origins = judge(todo[at : at + CHUNK])
@@ -100,10 +110,19 @@ def score(judge: Judge, samples: Sequence[Sample], store: Store) -> tuple[list[R
             if stated != origin:
                 raise X2DFDError("the model changed during the run")
         store.add(rows, origin)
-        done |= {row["id"]: row for row in rows}
         n = at + len(rows)
-        say(f"{n}/{len(todo)} images, {n / (time.monotonic() - started):.2f} a second")
-    return [done[s.id] for s in samples], origin or {"model": {}, "versions": {}}
+        pace = n / (time.monotonic() - started)
+        say(f"{n}/{len(todo)} images, {pace:.2f} a second, {_clock((len(todo) - n) / pace)} to go")
+    if todo:
+        done, _ = store.read(origin)
+    # In one order of names, whether it was stated just now or read back: the same run ends in the same file.
+    origin = json.loads(json.dumps(origin or {"model": {}, "versions": {}}, sort_keys=True))
+    return [done[s.id] for s in samples], origin or {}
+
+
+def _clock(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{seconds / 60:.1f} min"
 
 
 def _same(new: Row, old: Row) -> bool:
@@ -118,7 +137,7 @@ def _same(new: Row, old: Row) -> bool:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a task's row holds beside `id` and `experts`."""
+    """What a task's row holds beside `id`, `sha256` and `experts`."""
 
     texts: tuple[str, ...]  # `error` is one of them
     numbers: tuple[str, ...]
@@ -131,10 +150,14 @@ class Store:
     def __init__(self, folder: Path, key: dict[str, Any], layout: Layout) -> None:
         self.folder, self.key, self.layout = folder, key, layout
         self.parts, self.table = folder / "parts", folder / "samples.parquet"
+        self._next: int | None = None  # number of the next part
         self.anew = False  # the table is of another model: it stays until this run is done, but is not read
 
-    def read(self) -> tuple[dict[str, Row], dict[str, Any] | None]:
-        """Rows by id, made under the same key by the latest model, and their origin."""
+    def read(self, origin: dict[str, Any] | None = None) -> tuple[dict[str, Row], dict[str, Any] | None]:
+        """Rows by id, made under the same key by the latest model, and their origin.
+
+        With `origin`, of that model; rows without any origin (nothing could be judged in their part) are of all.
+        """
         found: list[tuple[dict[str, Any], list[Row]]] = []
         if self.table.is_file():
             table = pq.read_table(self.table)
@@ -147,25 +170,26 @@ class Store:
             if head["key"] == self.key and head["anew"]:
                 self.anew = True
             found.append((head, [json.loads(line) for line in lines if line]))
-        found = [(head, rows) for head, rows in found if head.get("key") == self.key and head["origin"]]
+        found = [(head, rows) for head, rows in found if head.get("key") == self.key]
         if self.anew:
             found = [(head, rows) for head, rows in found if head.get("anew")]
-        if not found:
-            return {}, None
-        origin = found[-1][0]["origin"]
-        return {row["id"]: row for head, rows in found if head["origin"] == origin for row in rows}, origin
+        stated = [head["origin"] for head, _ in found if head["origin"]]
+        origin = origin or (stated[-1] if stated else None)
+        return {row["id"]: row for head, rows in found if head["origin"] in (origin, None) for row in rows}, origin
 
     def add(self, rows: Iterable[Row], origin: dict[str, Any] | None) -> None:
         lines = [{"key": self.key, "origin": origin, "anew": self.anew}, *rows]
         text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
         self.parts.mkdir(parents=True, exist_ok=True)
-        number = 1 + max((int(p.stem) for p in self.parts.glob("*.jsonl")), default=0)
-        write_bytes(self.parts / f"{number:06d}.jsonl", text.encode())
+        if self._next is None:
+            self._next = 1 + max((int(p.stem) for p in self.parts.glob("*.jsonl")), default=0)
+        write_bytes(self.parts / f"{self._next:06d}.jsonl", text.encode())
+        self._next += 1
 
     def start_anew(self) -> None:
         """What is stored is not used; the last finished result stays until this run has replaced it."""
         shutil.rmtree(self.parts, ignore_errors=True)
-        self.anew = True
+        self._next, self.anew = None, True
 
     def finish(self, samples: Sequence[Sample], rows: Sequence[Row], origin: dict[str, Any], base: Path) -> None:
         """Writes `samples.parquet` and drops the parts."""
@@ -186,7 +210,7 @@ def _schema(rows: Sequence[Row], layout: Layout) -> pa.Schema:
     experts = sorted({name for row in rows for name in row["experts"]})
     numbers = (*layout.numbers, *(f"expert:{e}" for e in experts))
     fields = [(name, pa.string()) for name in ("id", "path", *_OF_SAMPLE)]
-    fields += [(name, pa.float64()) for name in numbers]
+    fields += [("sha256", pa.string()), *((name, pa.float64()) for name in numbers)]
     return pa.schema(fields + [(name, pa.string()) for name in (*layout.texts, *layout.packed)])
 
 
@@ -200,7 +224,7 @@ def _pack(sample: Sample, row: Row, layout: Layout, base: Path) -> Row:
 
 
 def _unpack(flat: Row, layout: Layout) -> Row:
-    row = {k: flat[k] for k in ("id", *layout.numbers, *layout.texts)}
+    row = {k: flat[k] for k in ("id", "sha256", *layout.numbers, *layout.texts)}
     row |= {k: json.loads(flat[k]) for k in layout.packed}
     return row | {"experts": {k.removeprefix("expert:"): v for k, v in flat.items() if k.startswith("expert:")}}
 

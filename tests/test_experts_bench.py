@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from eval import experts_bench, localisation, run_bench, scoring, tables
+from eval import experts_bench, localisation, page, run_bench, scoring, tables
 from eval import metrics as m
 from eval.changes import CHANGES, FORMAT_SWAP, Change
 from tests.tiny import EXPERT, EXPERT_TARGET, Brightness
@@ -61,6 +61,7 @@ class Pointer:
 def two_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(experts.BUILTIN, EXPERT, EXPERT_TARGET)
     monkeypatch.setitem(experts.BUILTIN, POINTER, POINTER_TARGET)
+    monkeypatch.setattr(page, "_plots", lambda result: iter(()))  # tests/test_page.py looks at them
     monkeypatch.setattr(Pointer, "judged", [])
     monkeypatch.setattr(Pointer, "stop_after", 10**6)
 
@@ -232,6 +233,16 @@ def test_a_map_is_measured_against_the_mask_beside_two_that_know_nothing(
     assert maps[POINTER]["by_method"]["blend"]["n"] == 6
 
 
+def test_locate_is_the_maps_alone(data: Path, model: Path, tmp_path: Path) -> None:
+    """Reals, and fakes without a mask, counted among what was not found."""
+    words = ["locate", "--data", str(data), "--model", str(model), "--out", str(tmp_path / "out"), "--bootstrap", "20"]
+    assert run_bench.main([*words, "--experts", f"{EXPERT},{POINTER}"]) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text("utf-8"))
+    assert result["data"]["n"] == result["data"]["n_fake"] == 6 and result["skipped_without_mask"] == 8
+    assert f"map:{POINTER}.pixel_auc" in result["headline"] and "map:baseline:oval.iou" in result["headline"]
+    assert "robustness" not in result and result["localisation"]["n_masks"] == 6
+
+
 def test_a_threshold_is_never_chosen_on_its_own_picture() -> None:
     """The best threshold of the very pictures that are measured flatters every map."""
     of = localisation.THRESHOLDS
@@ -373,10 +384,12 @@ def test_scores_of_other_weights_are_not_put_into_a_calibration(
 
 
 @pytest.mark.parametrize("name", ["majority", "expert:clip"])
-def test_a_model_without_a_calibration_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_model_without_a_calibration_is_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`--model expert:clip` would quietly be the embedded model's experts."""
-    with pytest.raises(SystemExit):
-        run_bench.main(["experts", "--data", "m.csv", "--out", str(tmp_path), "--model", name])
+    assert run_bench.main(["experts", "--data", "m.csv", "--out", str(tmp_path), "--model", name]) == 2
+    assert "is about experts" in capsys.readouterr().err
 
 
 def test_a_method_is_unseen_by_the_fusion_only_where_every_part_left_it_out(

@@ -333,3 +333,69 @@ def test_not_a_number_is_refused() -> None:
         m.to_scores([0.1, float("nan")])
     with pytest.raises(ValueError, match="unknown"):
         m.to_labels(["fake", "0"])
+
+
+def test_sbi_pooling_counts_a_frame_without_a_face_as_half() -> None:
+    """Dropping such frames is another protocol, several points apart; and max over frames is a third."""
+    (names, labels, pooled), missing = m.pool_sbi(
+        ["a", "a", "b", "b"], m.to_labels(["fake", "fake", "real", "real"]), [0.9, None, 0.2, 0.4]
+    )
+    assert names == ["a", "b"] and labels.tolist() == [1, 0] and missing == 1
+    assert pooled == pytest.approx([0.7, 0.3])
+
+
+def test_risk_and_coverage_by_hand() -> None:
+    """The curve read from the wrong end says that the least sure answers are the best."""
+    labels, scores = m.to_labels(["fake", "real", "fake", "real"]), np.array([0.99, 0.1, 0.4, 0.55])
+    coverage, risk = m.risk_coverage(labels, scores)  # surest: 0.99 right, 0.1 right, 0.4 wrong, 0.55 wrong
+    assert coverage == pytest.approx([0.25, 0.5, 0.75, 1.0]) and risk == pytest.approx([0, 0, 1 / 3, 1 / 2])
+    assert m.aurc(labels, scores) == pytest.approx((1 / 3 + 1 / 2) / 4)
+    tied = m.risk_coverage(m.to_labels(["fake", "real"]), np.array([0.7, 0.7]))
+    assert tied[0].tolist() == [1.0] and tied[1].tolist() == [0.5]  # not 0 first because the fake stands first
+    assert m.aurc(m.to_labels([]), np.array([])) is None
+
+
+def test_delong_by_hand_and_against_resampling() -> None:
+    """A paired test that forgets the pairing finds nothing, or everything."""
+    labels = np.array([1, 1, 0, 0])
+    # First: both fakes above both reals. Second: one pair of four is wrong.
+    found = m.delong(labels, np.array([0.9, 0.8, 0.2, 0.1]), np.array([0.9, 0.3, 0.4, 0.1]))
+    # Components of the second: fakes 1 and 1/2, reals 1/2 and 1: variance 0.125 / 2 on each side.
+    assert found["difference"] == pytest.approx(0.25)
+    assert found["standard_error"] == pytest.approx(np.sqrt(0.125 / 2 + 0.125 / 2))
+    same = m.delong(labels, np.array([0.9, 0.8, 0.2, 0.1]), np.array([9.0, 8.0, 2.0, 1.0]))
+    assert same["difference"] == 0 and same["p"] == 1.0
+    rng = np.random.default_rng(3)
+    y = (rng.random(400) < 0.5).astype(np.int64)
+    a, b = y + rng.normal(0, 1, 400), y + rng.normal(0, 1.5, 400)
+    drawn = [rng.integers(0, 400, 400) for _ in range(400)]
+    spread = np.std([m.rank_auc(y[i], a[i]) - m.rank_auc(y[i], b[i]) for i in drawn])  # type: ignore[operator]
+    assert m.delong(y, a, b)["standard_error"] == pytest.approx(spread, rel=0.15)
+    assert m.delong(np.ones(3, np.int64), a[:3], b[:3])["difference"] is None
+
+
+def test_auc_by_ranks_is_the_auc() -> None:
+    """A faster way that breaks ties differently changes every interval."""
+    rng = np.random.default_rng(0)
+    y, scores = rng.integers(0, 2, 200), rng.integers(0, 9, 200) / 9
+    assert m.rank_auc(y, scores) == pytest.approx(m.auc(y, scores))
+    assert m.rank_auc(np.zeros(3, np.int64), scores[:3]) is None
+
+
+def test_agrees_with_torchmetrics() -> None:
+    """A definition of our own under a known name."""
+    classification = pytest.importorskip(
+        "torchmetrics.functional.classification", reason="torchmetrics is not installed (pip install -e '.[bench]')"
+    )
+    import torch
+
+    rng = np.random.default_rng(5)
+    y = rng.integers(0, 2, 500)
+    p = np.clip(y * 0.3 + rng.random(500) * 0.7, 0, 1)
+    given = torch.tensor(p), torch.tensor(y)
+    assert m.auc(y, p) == pytest.approx(float(classification.binary_auroc(*given)), abs=1e-6)
+    assert m.average_precision(y, p) == pytest.approx(float(classification.binary_average_precision(*given)), abs=1e-6)
+    assert m.accuracy(y, p) == pytest.approx(float(classification.binary_accuracy(*given)), abs=1e-6)
+    # Its ECE is of P(fake) against the label too, with bins of equal width.
+    theirs = classification.binary_calibration_error(*given, n_bins=15, norm="l1")
+    assert m.ece(y, p) == pytest.approx(float(theirs), abs=1e-6)

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import x2dfd
-from eval import run_bench, scoring, tables
+from eval import models, page, run_bench, scoring, tables
 from x2dfd.types import Cue, Evidence, FaceReport, Failure, Report, Verdict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +77,12 @@ def write_csv(file: Path, rows: list[dict[str, Any]]) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return file
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing the curves takes longer than all the rest; tests/test_page.py looks at them."""
+    monkeypatch.setattr(page, "_plots", lambda result: iter(()))
 
 
 @pytest.fixture
@@ -214,7 +220,8 @@ def test_a_killed_run_goes_on_and_ends_the_same(data: Path, tmp_path: Path, monk
     assert len(second.seen) == 1 + 39 - 18  # one to see that the model is the same; three saved chunks of six stay
     straight, cut = ((tmp_path / name / "result.json").read_bytes() for name in ("straight", "cut"))
     assert straight == cut
-    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == ["result.json", "samples.parquet"]
+    written = sorted(p.name for p in (tmp_path / "cut").iterdir())
+    assert written == ["result.html", "result.json", "samples.parquet"]
     third = StandIn()
     bench(monkeypatch, third, *words, "--out", tmp_path / "cut")
     assert len(third.seen) == 1 and (tmp_path / "cut" / "result.json").read_bytes() == straight
@@ -261,19 +268,28 @@ def test_a_lost_sample_is_drift(data: Path, tmp_path: Path, monkeypatch: pytest.
     result = result_of(tmp_path / "out")
     reference = json.loads(json.dumps(result))
     reference["headline"]["calibrated.auc"]["n"] += 1
-    (moved,) = run_bench.drift(result, reference)
+    (moved,) = run_bench.drift(result, reference).moved
     assert "calibrated.auc" in moved
 
 
 def test_one_expert_alone(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`expert:goood` must not quietly report the verdict instead."""
+    """`expert:clpi` must not quietly report the verdict instead, nor an expert's number as that of an MLLM."""
     words = ("detect", "--data", data, "--out", tmp_path / "out", "--model")
+    assert bench(monkeypatch, StandIn(), *words, "expert:clpi") == 2
+    assert "did you mean 'clip'" in capsys.readouterr().err
+
+    class One(StandIn):
+        def judge(self, source: Path | bytes, rationale: bool) -> Report | Failure:
+            report = super().judge(source, rationale)
+            return report if isinstance(report, Failure) else replace(report, evidence=report.evidence[:1])
+
+    monkeypatch.setattr(models, "experts_alone", lambda name: One())
     assert bench(monkeypatch, StandIn(), *words, "expert:good") == 0
     assert list(result_of(tmp_path / "out")["scorers"]) == ["expert:good"]
-    assert bench(monkeypatch, StandIn(), *words, "expert:goood") == 2
-    assert "did you mean 'good'" in capsys.readouterr().err
+    assert bench(monkeypatch, StandIn(), *words, "fusion") == 0
+    assert list(result_of(tmp_path / "out")["scorers"]) == ["fusion", "expert:good"]
 
 
 def test_majority_is_chance(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,7 +359,7 @@ def test_it_runs_as_a_script() -> None:
     script = ROOT / "eval" / "run_bench.py"
     done = subprocess.run([sys.executable, script, "--list"], cwd="/", capture_output=True, text=True, check=True)
     listed = [line.split("\t")[0] for line in done.stdout.splitlines()]
-    assert listed[:3] == ["detect", "describe", "experts"] and "change jpeg50" in listed[3:]
+    assert listed[:8] == list(run_bench.TASKS) and "change jpeg50" in listed[8:]
 
 
 def test_readme_tables_follow_the_results(

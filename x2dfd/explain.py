@@ -323,11 +323,12 @@ def said_label(text: str) -> str | None:
 
     The experts' closing sentence is not counted: `contradictions` looks at it.
     """
-    said = _said(text)
+    said = said_labels(text)
     return said.pop() if len(said) == 1 else None
 
 
-def _said(text: str) -> set[str]:
+def said_labels(text: str) -> set[str]:
+    """Every decision that a text expresses: a subset of {"fake", "real"}; both where it contradicts itself."""
     said: set[str] = set()
     plain = "\n".join(_UNDECIDED.sub(" ", s) for s in _sentences(text))
     for clause in re.split(r"[.;:!\n]|\b(?:but|while|whereas|however|although|though|yet)\b", plain):
@@ -350,7 +351,7 @@ _CLAIM = re.compile(
 def contradictions(text: str, verdict_label: str, evidence: Sequence[Evidence], cues: Sequence[Cue]) -> tuple[str, ...]:
     """Sentences for a reader: where a rationale goes against itself, the verdict, or an expert that it names."""
     found: list[str] = []
-    said, other = _said(text), {"fake": "real", "real": "fake"}.get(verdict_label)
+    said, other = said_labels(text), {"fake": "real", "real": "fake"}.get(verdict_label)
     if len(said) == 2:
         found.append("The rationale says both real and fake.")
     elif other in said:

@@ -1,0 +1,55 @@
+"""Points of the curves that a result's page draws: ROC, calibration, risk against coverage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import roc_curve
+
+from eval import metrics as m
+
+POINTS = 200  # of a curve, at most
+BINS = 10  # of the calibration curve, equal width
+
+
+def of(labels: m.Labels, scores: m.Floats) -> dict[str, Any]:
+    """`roc`: [false alarms, found]; `risk_coverage`: [coverage, risk]; `reliability`: a row a bin that is not empty.
+
+    The reliability counts reals and fakes as equally likely, which is what the probability assumes. Empty where one
+    class is missing.
+    """
+    if not (0 < labels.sum() < len(labels)):
+        return {"roc": [], "risk_coverage": [], "reliability": []}
+    fpr, tpr, _ = roc_curve(labels, scores)
+    coverage, risk = m.risk_coverage(labels, scores)
+    return {
+        "roc": _thinned(fpr, tpr),
+        "risk_coverage": _thinned(coverage, risk),
+        "reliability": reliability(labels, scores) if scores.min() >= 0 and scores.max() <= 1 else [],
+    }
+
+
+def reliability(labels: m.Labels, scores: m.Floats) -> list[dict[str, Any]]:
+    """Per bin of P(fake): its mean, the share of fakes at even odds, and how many pictures."""
+    weight = np.where(labels == 1, 0.5 / max(labels.sum(), 1), 0.5 / max((labels == 0).sum(), 1))
+    place = np.minimum((scores * BINS).astype(np.int64), BINS - 1)
+    rows = []
+    for k in np.unique(place):
+        mine = place == k
+        w = weight[mine]
+        rows.append(
+            {
+                "bin": [round(k / BINS, 4), round((k + 1) / BINS, 4)],
+                "n": int(mine.sum()),
+                "mean": round(float((scores[mine] * w).sum() / w.sum()), 4),
+                "fake": round(float(w[labels[mine] == 1].sum() / w.sum()), 4),
+            }
+        )
+    return rows
+
+
+def _thinned(x: m.Floats, y: m.Floats) -> list[list[float]]:
+    """At most POINTS points, ends included."""
+    at = np.unique(np.linspace(0, len(x) - 1, min(len(x), POINTS)).round().astype(int))
+    return [[round(float(x[i]), 4), round(float(y[i]), 4)] for i in at]

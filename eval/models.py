@@ -1,0 +1,214 @@
+"""What is measured, opened in one place for every task, so that all models get the same samples and preprocessing.
+
+| `--model` | is |
+| --- | --- |
+| `embedded`, a folder | the committed model, or an adapter directory, MLLM and experts together |
+| with `--base NAME` | a LLaVA of the hub or a folder, bare or with `--model DIR` as its adapter |
+| with `--served URL` | a model of an OpenAI-compatible endpoint, zero-shot or with `--adapter DIR` |
+| `expert:NAME` | one expert alone, any that `x2dfd experts` lists |
+| `fusion` | the experts of the embedded model and its calibration, the MLLM missing |
+| `majority`, `template` | baselines that see no picture; `template` is told the label |
+
+`--tools A,B` gives a model without an adapter the scores of these experts as the results of tools (the form of LAVID,
+arXiv 2502.14994, for pictures).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from x2dfd.errors import X2DFDError
+from x2dfd.types import Evidence
+
+if TYPE_CHECKING:
+    from x2dfd.detector import Mode
+
+BASELINES = ("majority", "template")
+FUSION = "fusion"
+EXPERT = "expert:"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model as every task uses it."""
+
+    name: str  # as it stands in the result
+    kind: str  # "model", "served", "fusion", "expert" or "baseline"
+    detector: Any = None  # x2dfd.Detector; None for a baseline
+    mode: str | None = None
+
+    @property
+    def expert(self) -> str | None:
+        return self.name.removeprefix(EXPERT) if self.kind == "expert" else None
+
+    @property
+    def writes(self) -> bool:
+        """Whether there is an MLLM, which can be asked for texts."""
+        return self.kind in ("model", "served")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default="embedded",
+        help="embedded, an adapter's folder, expert:NAME, fusion, majority, template; with --served a name there",
+    )
+    parser.add_argument("--base", metavar="NAME", help="a base model of the hub or a folder, bare or under --model")
+    parser.add_argument("--served", metavar="URL", help="an OpenAI-compatible endpoint that serves --model")
+    parser.add_argument("--adapter", metavar="DIR", help="with --served: the adapter directory it serves")
+    parser.add_argument("--tools", metavar="A,B", help="a model without adapter: these experts' scores as tool results")
+    parser.add_argument("--mode", choices=("calibrated", "paper"), help="default: calibrated where there is one")
+
+
+def named(model: str) -> str:
+    """A model's name without the path of its folder."""
+    own = model in ("embedded", FUSION, *BASELINES) or model.startswith(EXPERT)
+    return model if own else Path(model).absolute().name
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises X2DFDError where the options contradict each other; opens nothing."""
+    bare = args.model in (FUSION, *BASELINES) or args.model.startswith(EXPERT)
+    if bare and (args.base or args.served or args.adapter or args.tools or args.mode):
+        raise X2DFDError(f"--model {args.model} goes without --base, --served, --adapter, --tools and --mode")
+    if args.adapter and not args.served:
+        raise X2DFDError("--adapter goes with --served; without it the adapter's folder is --model")
+    if args.served and args.model == "embedded":
+        raise X2DFDError("--served needs --model NAME: the name that the endpoint gives its model")
+    if args.served and args.base:
+        raise X2DFDError("--served and --base are two models: give one")
+    untrained = args.served or args.base
+    if args.tools and (not untrained or args.adapter or (args.base and args.model != "embedded")):
+        raise X2DFDError("--tools is for a model without adapter (--served or --base): an adapter has its own prompt")
+
+
+def open_model(args: argparse.Namespace) -> Opened:
+    """Raises X2DFDError (SetupError, UnknownName) for what cannot be had."""
+    import x2dfd
+
+    check(args)
+    model: str = args.model
+    if model in BASELINES:
+        return Opened(model, "baseline")
+    if model == FUSION:
+        return Opened(model, "fusion", experts_alone(None), "calibrated")
+    if model.startswith(EXPERT):
+        return Opened(model, "expert", experts_alone(model.removeprefix(EXPERT)), None)
+    tools = args.tools.split(",") if args.tools else None
+    if args.served:
+        # Zero-shot unless tools are given: a bare model is told no scores.
+        some = tools if tools is not None else None if args.adapter else []
+        detector = x2dfd.load(model, served=args.served, adapter=args.adapter, mode=args.mode, experts=some)
+    elif args.base:
+        folder = None if model == "embedded" else model
+        mode: Mode = args.mode or ("calibrated" if folder else "paper")
+        some = tools if tools is not None else None if folder else []
+        detector = x2dfd.load(base=args.base, adapter=folder, mode=mode, experts=some)
+    else:
+        detector = x2dfd.load(None if model == "embedded" else model, mode=args.mode or "calibrated")
+    if tools is not None:
+        detector = with_tools(detector)
+    name = f"base:{named(args.base)}" if args.base and model == "embedded" else named(model)
+    # A stand-in of the tests has no mode of its own.
+    return Opened(name, "served" if args.served else "model", detector, getattr(detector, "mode", "calibrated"))
+
+
+# ---------------------------------------------------------------- experts without an MLLM
+
+
+class NoMLLM:
+    """Stands where the MLLM would: the same number for every face, no text."""
+
+    name = "none"
+    batch = 32
+
+    def __init__(self, logit: float) -> None:
+        self._logit = logit
+
+    def look(self, crops: NDArray[np.uint8]) -> Any:
+        return SimpleNamespace(tower_states=None, size=len(crops))
+
+    def verdict_logits(self, look: Any, questions: Sequence[str]) -> NDArray[np.float64]:
+        return np.full(len(questions), self._logit)
+
+    def write(self, look: Any, questions: Sequence[str], starts: Sequence[str], **_: Any) -> list[str]:
+        return [""] * len(questions)
+
+    def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str], /) -> Any:
+        raise X2DFDError("there is no language model to ask")
+
+
+def experts_alone(name: str | None) -> Any:
+    """A Detector of one expert, or of all that the embedded model's calibration weighs (None), without its MLLM.
+
+    The MLLM stands at its mean, as the calibration treats what is missing. One expert decides by its own score, and
+    has no threshold: what it says is not counted, only its score.
+    """
+    from x2dfd.adapter import EMBEDDED, expert_hashes, read_adapter_card
+    from x2dfd.calibration import MLLM, Calibration
+    from x2dfd.detector import CODEC, Detector
+    from x2dfd.experts import load_expert
+
+    if name is None:
+        card, calibration = read_adapter_card(EMBEDDED), Calibration.load(EMBEDDED)
+        wanted = expert_hashes(card, calibration)
+        experts = [load_expert(n, EMBEDDED / "experts") for n in wanted if calibration.weights.get(n, 0) > 0]
+        if other := [e.card.name for e in experts if wanted[e.card.name] != e.card.sha256]:
+            raise X2DFDError(f"no fusion: the calibration was fitted to other weights of {', '.join(other)}")
+        stated = f"{card.name} {card.version}, experts alone"
+        weights = {n: w for n, w in calibration.weights.items() if n != MLLM}
+    else:
+        experts = [load_expert(name)]
+        calibration = Calibration({name: 1.0}, {name: 0.0, MLLM: 0.0}, 0.0, 0.0, 1.0)
+        stated, weights = f"expert {name}", {name: 1.0}
+    facts: dict[str, Any] = {
+        "name": stated,
+        "base": {"name": "none", "sha256": ""},
+        "adapter_sha256": None,
+        "crops_through": f"{CODEC[0]} {CODEC[1]}",
+        "experts": {e.card.name: f"{e.card.version} {e.card.sha256}" for e in experts},
+        "in_prompt": [],
+        "weights": weights,
+        "held_out": [],
+    }
+    return Detector(NoMLLM(calibration.means.get(MLLM, 0.0)), experts, calibration, facts, "calibrated")
+
+
+# ---------------------------------------------------------------- scores as tool results
+
+
+def tool_results(question: str, evidence: Sequence[Evidence]) -> str:
+    """The question with each expert's score as the result of a tool; the question alone without experts.
+
+    >>> print(tool_results("Is it fake?", [Evidence("blending", 0.812), Evidence("clip", None, "no weights")]))
+    Tool results, each the probability of a forgery by one detector, which can be wrong:
+    blending: 0.812
+    clip: no result (no weights)
+    Is it fake?
+    """
+    if not evidence:
+        return question
+    lines = ["Tool results, each the probability of a forgery by one detector, which can be wrong:"]
+    lines += [f"{e.expert}: {f'no result ({e.note})' if e.score is None else f'{e.score:.3f}'}" for e in evidence]
+    return "\n".join([*lines, question])
+
+
+def with_tools(detector: Any) -> Any:
+    """The same parts, asked with `tool_results` instead of the sentence that X2-DFD trains with."""
+    from x2dfd import prompts
+    from x2dfd.detector import Detector
+
+    class ToolDetector(Detector):
+        def _questions(self, evidence: Sequence[Sequence[Evidence]]) -> list[str]:
+            return [tool_results(prompts.QUESTION, said) for said in evidence]
+
+    facts = {**detector.facts, "asked_with": "tool results"}
+    return ToolDetector(detector.mllm, detector.experts, detector.calibration, facts, detector.mode)

@@ -1,0 +1,360 @@
+"""A result as one self-contained HTML page, with its curves: `python eval/page.py result.json` writes it anew.
+
+No script, no font, no address outside the file. Colours are variables of the page, so that plots follow light and dark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from x2dfd.files import write_text
+
+Result = dict[str, Any]
+
+TEMPLATE = Path(__file__).with_name("result.html.jinja")
+NO_PLOTS = "No curves: matplotlib is not installed (pip install -e '.[bench]')."
+
+# matplotlib draws in these; the page's variables take their place.
+INK, SOFT, LINE, PAPER = "#010101", "#020202", "#030303", "#040404"
+COLOURS = tuple(f"#0500{k:02x}" for k in range(8))
+_VARIABLES = {INK: "ink", SOFT: "soft", LINE: "line", PAPER: "card"} | {c: f"c{k}" for k, c in enumerate(COLOURS)}
+
+
+def render(result: Result) -> str:
+    """The page of what `run_bench.py` puts into `result.json`."""
+    data, task = result["data"], result["task"]
+    settings = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    plots, no_plots = [], ""
+    try:
+        plots = list(_plots(result))
+    except ImportError:
+        no_plots = NO_PLOTS
+    return settings.from_string(TEMPLATE.read_text("utf-8")).render(
+        title=f"{task['name']}: {result['model']['name']}",
+        line=f"{data['n_real']} real and {data['n_fake']} fake in {data['n_groups']} groups, split "
+        f"{data['split'] or 'all'} of {data['manifest']} {data['sha256'][:12]}; 95 % intervals by group bootstrap",
+        warnings=list(_warnings(result)),
+        tables=list(_tables(result)),
+        plots=plots,
+        no_plots=no_plots,
+        origin=list(_origin(result)),
+    )
+
+
+def _warnings(result: Result) -> Iterator[str]:
+    code = result["code"]
+    if code and code["dirty"]:
+        yield "Made from code with changes that are in no commit."
+    if failed := sum(result["failures"].values()):
+        yield f"{failed} files could not be judged; they are in no rate below."
+    for name, scorer in result.get("scorers", {}).items():
+        promise = scorer.get("promise")
+        if promise and promise["seen"]:
+            yield "The calibration was fitted on these pictures: its rates are no test."
+        elif promise and promise["measured"]["kept"] is False:
+            rate = _number(promise["measured"], percent=True)
+            yield f"{name}: false alarms are {rate}, above the {100 * promise['false_alarms_allowed']:.0f} % allowed."
+
+
+def _origin(result: Result) -> Iterator[tuple[str, str]]:
+    task, code, data = result["task"], result["code"], result["data"]
+    yield "Task", f"{task['name']}, version {task['version']}, per {task['unit']}"
+    yield "Code", f"commit {code['commit']}{', changed' if code['dirty'] else ''}" if code else "not a git checkout"
+    yield "Manifest", f"{data['manifest']}, SHA-256 {data['sha256']}"
+    for name, key in (("Samples", "samples_sha256"), ("Pictures", "pictures_sha256")):
+        if key in data:
+            yield name, f"SHA-256 {data[key]}"
+    yield "Device", result["device"]
+    for part in ("settings", "versions"):
+        yield part.capitalize(), ", ".join(f"{k} {v}" for k, v in result[part].items() if v is not None)
+    stated = result["model"]["stated"]
+    yield "Model", json.dumps(stated, ensure_ascii=False) if stated else "none: it sees no picture"
+    if result["failures"]:
+        yield "Not judged", ", ".join(f"{k} {n}" for k, n in result["failures"].items())
+
+
+# ---------------------------------------------------------------- tables
+
+_OVERALL = {
+    "auc": "AUC", "average_precision": "AP", "eer": "EER", "tpr_at_fpr_0.01": "TPR at 1 %",
+    "tpr_at_fpr_0.05": "TPR at 5 %", "tpr_at_fpr_0.1": "TPR at 10 %", "nll": "NLL", "brier": "Brier",
+    "ece_15": "ECE", "ece_15_even": "ECE, even odds", "cllr": "Cllr", "aurc": "AURC",
+}  # fmt: skip
+
+_AT_HALF = {
+    "accuracy": "accuracy at 0.5",
+    "balanced_accuracy": "balanced accuracy at 0.5",
+    "recall_real": "reals called real at 0.5",
+    "recall_fake": "fakes called fake at 0.5",
+}
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, first: bool = False, caption: str = ""
+           ) -> dict[str, Any]:  # fmt: skip
+    return {"title": title, "head": head, "rows": rows, "first": first, "caption": caption}
+
+
+def _tables(result: Result) -> Iterator[dict[str, Any]]:
+    lines = [[name, _number(part), str(part["n"])] for name, part in result["headline"].items()]
+    yield _table("Headline", ["", "value [95 %]", "n"], lines, first=True)
+    scorers: dict[str, Result] = result.get("scorers", {})
+    whole = {name: s for name, s in scorers.items() if "overall" in s}
+    if whole:
+        known = {k: t for k, t in _OVERALL.items() if any(k in s["overall"] for s in whole.values())}
+        lines = [[title, *(_number(s["overall"].get(key)) for s in whole.values())] for key, title in known.items()]
+        for key, title in _AT_HALF.items():
+            if any("at_0.5" in s["overall"] for s in whole.values()):
+                lines.append([title, *(_number(s["overall"].get("at_0.5", {}).get(key)) for s in whole.values())])
+        lines.append(["scored", *(str(s["n_scored"]) for s in whole.values())])
+        unscored = [", ".join(f"{why}: {n}" for why, n in s["unscored"].items()) or "–" for s in whole.values()]
+        lines.append(["not scored", *unscored])
+        yield _table("All metrics, full coverage", ["", *whole], lines)
+    for name, scorer in scorers.items():
+        yield from _of_scorer(name, scorer)
+    for change, part in (result.get("robustness") or {}).items():
+        rates = [
+            [column, _number(auc), _number(auc["unchanged"]), str(auc["n"])] for column, auc in part["auc"].items()
+        ]
+        yield _table(f"Changed: {change}", ["AUC", "changed", "unchanged", "n"], rates, caption=part["what"])
+
+
+def _of_scorer(name: str, scorer: Result) -> Iterator[dict[str, Any]]:
+    if said := scorer.get("answers"):
+        lines = [
+            ["answered", _percent(said["coverage"]), str(said["n"])],
+            ["right of those", _percent(said["accuracy"]), str(said["n_answered"])],
+            ["balanced accuracy of those", _percent(said["balanced_accuracy"]), str(said["n_answered"])],
+            ["reals called fake", _number(said["false_alarms"], percent=True), str(said["false_alarms"]["n"])],
+            ["fakes called real", _number(said["misses"], percent=True), str(said["misses"]["n"])],
+            *([f"inconclusive: {why}", "", str(n)] for why, n in said["inconclusive"].items()),
+        ]
+        yield _table(f"{name}: three answers", ["", "", "n"], lines, caption="After abstention.")
+    if promise := scorer.get("promise"):
+        marks = {True: "kept", False: "broken", None: "no number"}
+        lines = [
+            [who, _number(part, percent=True), marks[part["kept"]], str(part["n"])]
+            for who, part in (("all reals", promise["measured"]), *promise["by_source"].items())
+        ]
+        allowed = (
+            f"Allowed: {_percent(promise['false_alarms_allowed'])}, chosen on split {promise['promised_on']['split']}"
+        )
+        seen = "; these are the same pictures" if promise["seen"] else "; these pictures were not used for it"
+        yield _table(f"{name}: false alarms, promised and measured", ["", "measured [95 %]", "", "n"], lines,
+                     caption=f"{allowed}{seen}. Broken: the whole interval lies above what was allowed.")  # fmt: skip
+    for column, gaps in scorer.get("gaps", {}).items():
+        lines = [
+            [what, _number(gap, percent=what != "auc"), gap["highest"], gap["lowest"]] for what, gap in gaps.items()
+        ]
+        yield _table(f"{name}: gaps between values of {column}", ["", "gap [95 %]", "highest", "lowest"], lines,
+                     caption="Largest minus smallest; never negative, so chance alone makes one.")  # fmt: skip
+    for column, table in scorer.get("by", {}).items():
+        lines = []
+        for value, part in table.items():
+            rates = [_number(part.get(key), percent=True) for key in ("false_alarms", "found")]
+            lines.append([value, _number(part["auc"]), *rates, f"{part['n_fake']} / {part['n_real']}", part["against"]])
+        if lines:
+            head = [column, "AUC [95 %]", "false alarms", "found", "fake / real", "against"]
+            yield _table(f"{name}: by {column}", head, lines)
+    if videos := scorer.get("videos"):
+        lines = [[part["pooling"], _number(part["auc"]), _number(part["eer"]), str(part["n"])]
+                 for part in (videos, videos["sbi"])]  # fmt: skip
+        yield _table(f"{name}: clips", ["pooling", "AUC [95 %]", "EER", "clips"], lines)
+    if confusion := scorer.get("confusion"):
+        columns = list(next(iter(confusion.values())))
+        lines = [[truth, *(str(said[c]) for c in columns)] for truth, said in confusion.items()]
+        yield _table("Confusion", ["true, then said", *columns], lines)
+    if shown := scorer.get("invalid_answers"):
+        yield _table("Answers that could not be read", ["counted wrong"], [[text or "(empty)"] for text in shown])
+    if polarity := scorer.get("by_polarity"):
+        lines = [[what, _number(p["accuracy"]), _number(p["recall_real"]), _number(p["recall_fake"]), str(p["n"])]
+                 for what, p in polarity.items()]  # fmt: skip
+        yield _table("By what yes means", ["", "accuracy", "recall real", "recall fake", "n"], lines)
+    if text := scorer.get("text"):
+        lines = [
+            [key, _number(part["value"]), part.get("by") or part.get("reason", "")]
+            for key, part in text.items() if key != "n"
+        ]  # fmt: skip
+        yield _table(
+            f"{name}: text against references", ["", "value", "by, or why not"], lines, caption=f"n = {text['n']}"
+        )
+
+
+def _number(measured: Any, *, percent: bool = False) -> str:
+    def show(value: float) -> str:
+        return f"{100 * value:.1f} %" if percent else f"{value:.3f}"
+
+    if measured is None or (isinstance(measured, dict) and measured["value"] is None):
+        return "–"
+    if not isinstance(measured, dict):
+        return show(measured)
+    bounds = measured.get("interval")
+    return show(measured["value"]) + (f" [{', '.join(map(show, bounds))}]" if bounds else "")
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+# ---------------------------------------------------------------- plots
+
+
+def _plots(result: Result) -> Iterator[dict[str, Any]]:
+    """Raises ImportError without matplotlib, where there is something to plot."""
+    curves = {name: s["curves"] for name, s in result.get("scorers", {}).items() if s.get("curves", {}).get("roc")}
+    if curves:
+        yield _plot("roc", lambda ax: _roc(ax, curves), "ROC: fakes found against reals called fake.")
+        calibrated = {n: c for n, c in curves.items() if c["reliability"] and not n.startswith("expert:")}
+        calibrated = calibrated or {n: c for n, c in curves.items() if c["reliability"]}
+        caption = (
+            "Calibration: at even odds, how many of the pictures with this P(fake) are fake. A dot's size: pictures."
+        )
+        yield _plot("reliability", lambda ax: _reliability(ax, calibrated), caption)
+        caption = "Risk against coverage: wrong answers among the surest, at 0.5."
+        yield _plot("risk", lambda ax: _risk(ax, curves), caption)
+    for name, scorer in result.get("scorers", {}).items():
+        rows = [
+            (f"{column} {value}", part["auc"])
+            for column, table in scorer.get("by", {}).items()
+            for value, part in table.items()
+            if part["auc"]["value"] is not None
+        ]
+        if rows:
+            height = 0.8 + 0.27 * len(rows)
+            yield _plot(f"by-{name}", partial(_forest, rows=rows), f"{name}: AUC by source and method, 95 %.",
+                        size=(9.5, height), wide=True)  # fmt: skip
+            break  # of the first scorer, which is the verdict; the others stand in the tables
+    if robust := result.get("robustness"):
+        caption = "AUC under changes, on the pictures that keep their face; hollow: the same pictures unchanged."
+        columns = list(next(iter(robust.values()))["auc"])
+        height = 1.0 + 0.2 * len(robust) * (len(columns) + 1) / 2
+        yield _plot("robustness", lambda ax: _robustness(ax, robust, columns), caption, size=(9.5, height), wide=True)
+
+
+def _plot(
+    name: str, draw: Callable[[Any], None], caption: str, *, size: tuple[float, float] = (3.9, 4.2), wide: bool = False
+) -> dict[str, Any]:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    style: Any = {
+        "svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 9, "text.color": INK,
+        "axes.edgecolor": LINE, "axes.labelcolor": SOFT, "xtick.color": SOFT, "ytick.color": SOFT,
+        "xtick.labelcolor": SOFT, "ytick.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False,
+        "grid.color": LINE, "grid.linewidth": 0.6, "legend.frameon": False, "legend.fontsize": 8,
+    }  # fmt: skip
+    with mpl.rc_context(style):
+        figure = Figure(figsize=size, layout="constrained", facecolor="none")
+        axes = figure.add_subplot(facecolor="none")
+        axes.grid(True)
+        axes.set_axisbelow(True)
+        draw(axes)
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = stream.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"#0[0-9a-f]{5}", lambda hit: f"var(--{_VARIABLES[hit[0]]})" if hit[0] in _VARIABLES else hit[0], svg)
+    # Names of clip paths are the plot's own, so that one plot does not cut another.
+    svg = re.sub(r"(\bid=\"|url\(#|href=\"#)", rf"\g<1>{name}-", svg)
+    label = caption.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    return {"svg": svg, "caption": caption, "wide": wide}
+
+
+def _colour(k: int) -> str:
+    return COLOURS[k % len(COLOURS)]
+
+
+def _legend(ax: Any, curves: Result) -> None:
+    """Below the plot, where it hides no curve."""
+    ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=min(2, len(curves)), handlelength=1.4)
+
+
+def _square(ax: Any, x: str, y: str) -> None:
+    ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel=x, ylabel=y)
+
+
+def _roc(ax: Any, curves: Result) -> None:
+    for k, (name, curve) in enumerate(curves.items()):
+        x, y = zip(*curve["roc"], strict=True)
+        ax.plot(x, y, color=_colour(k), lw=2.2 if k == 0 else 1.2, label=name, drawstyle="steps-post")
+    ax.plot([0, 1], [0, 1], color=SOFT, lw=0.8, ls=":")
+    _square(ax, "reals called fake", "fakes found")
+    _legend(ax, curves)
+
+
+def _reliability(ax: Any, curves: Result) -> None:
+    ax.plot([0, 1], [0, 1], color=SOFT, lw=0.8, ls=":")
+    for k, (name, curve) in enumerate(curves.items()):
+        bins = curve["reliability"]
+        x, y, n = [b["mean"] for b in bins], [b["fake"] for b in bins], [b["n"] for b in bins]
+        ax.plot(x, y, color=_colour(k), lw=1.8 if k == 0 else 0.9, label=name)
+        ax.scatter(x, y, s=[8 + 160 * v / sum(n) for v in n], color=_colour(k), linewidths=0)
+    _square(ax, "P(fake)", "share of fakes")
+    _legend(ax, curves)
+
+
+def _risk(ax: Any, curves: Result) -> None:
+    for k, (name, curve) in enumerate(curves.items()):
+        x, y = zip(*curve["risk_coverage"], strict=True)
+        ax.plot(x, y, color=_colour(k), lw=2.2 if k == 0 else 1.2, label=name)
+    ax.set(xlim=(0, 1.01), ylim=(-0.005, None), xlabel="share answered", ylabel="wrong of those")
+    _legend(ax, curves)
+
+
+def _forest(ax: Any, rows: Sequence[tuple[str, Result]]) -> None:
+    for at, (_, auc) in enumerate(rows):
+        low, high = auc["interval"] or (auc["value"], auc["value"])
+        ax.plot([low, high], [at, at], color=_colour(0), lw=2.2, solid_capstyle="round")
+        ax.plot(auc["value"], at, "o", color=_colour(0), ms=6)
+    _rows(ax, [label for label, _ in rows])
+
+
+def _robustness(ax: Any, robust: Result, columns: Sequence[str]) -> None:
+    width = 0.8 / len(columns)
+    for k, column in enumerate(columns):
+        for at, part in enumerate(robust.values()):
+            auc, y = part["auc"][column], at - 0.4 + (k + 0.5) * width
+            if auc["value"] is None:
+                continue
+            low, high = auc["interval"] or (auc["value"], auc["value"])
+            ax.plot([low, high], [y, y], color=_colour(k), lw=1.4)
+            ax.plot(auc["unchanged"], y, "o", mec=_colour(k), mfc="none", ms=4)
+            ax.plot(auc["value"], y, "o", color=_colour(k), ms=4, label=column if at == 0 else None)
+    _rows(ax, list(robust))
+    ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.08), ncols=4)
+
+
+def _rows(ax: Any, labels: Sequence[str]) -> None:
+    ax.axvline(0.5, color=SOFT, lw=0.8, ls=":")
+    ax.set(yticks=range(len(labels)), ylim=(len(labels) - 0.4, -0.6), xlabel="AUC", xlim=(None, 1.01))
+    ax.set_yticklabels(labels)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Writes a result's page beside it.")
+    parser.add_argument("results", type=Path, nargs="+", metavar="result.json")
+    args = parser.parse_args(argv)
+    try:
+        for path in args.results:
+            write_text(path.with_suffix(".html"), render(json.loads(path.read_text("utf-8"))))
+    except (OSError, ValueError, KeyError) as error:
+        print(f"error: not a result file: {error!r}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""How near texts come to reference texts. Every number names its implementation: BLEU of two packages are two metrics.
+
+`references` holds one or more texts a sample (multi-reference: never flattened), `said` one. What cannot run here is
+None with the reason; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.files import file_sha256
+from x2dfd.manifest import Sample
+
+References = Sequence[Sequence[str]]
+Measured = dict[str, Any]
+
+WORDS = "lower-case words"
+_WORD = re.compile(r"\w+(?:['’-]\w+)*")
+
+
+def references_of(sample: Sample) -> tuple[str, ...]:
+    """The texts of a manifest's column `references` (JSON list) or `reference`; () where there is none.
+
+    Raises X2DFDError for a `references` that is no list of texts.
+    """
+    value = sample.extra.get("references")
+    if value not in (None, ""):
+        try:
+            texts = json.loads(value) if isinstance(value, str) else value
+            if not all(isinstance(t, str) for t in texts):
+                raise TypeError("not all are texts")
+        except (TypeError, ValueError) as error:
+            raise X2DFDError(f"{sample.id}: `references` is no JSON list of texts: {error}") from error
+        return tuple(t.strip() for t in texts if t.strip())
+    one = sample.extra.get("reference")
+    return (one.strip(),) if isinstance(one, str) and one.strip() else ()
+
+
+def text_metrics(
+    references: References, said: Sequence[str], *, encoder: Path | None = None, meteor: bool = False
+) -> Measured:
+    """BLEU-1 to 4 and their mean, ROUGE-L, METEOR, CIDEr and sentence similarity: name -> value and `by`, or `reason`.
+
+    `encoder`: a folder of a sentence encoder (Transformers), by which similarity is named. `meteor`: METEOR wants Java,
+    and reads its paraphrase table for a minute or more. All are 0..1, but CIDEr, which is times ten as usual.
+    """
+    if not said:
+        return {}
+    found: Measured = {}
+    for names, make in (
+        (tuple(f"bleu_{n}" for n in range(1, 5)), _bleu),
+        (("rouge_l",), _rouge),
+        (("cider",), _cider),
+        (("meteor",), _meteor if meteor else _not_asked),
+        (("similarity",), lambda r, s: _similarity(r, s, encoder)),
+    ):
+        try:
+            values, by = make(references, said)
+            found |= {n: {"value": v, "by": by} for n, v in zip(names, values, strict=True)}
+        except (ImportError, PackageNotFoundError) as error:
+            lacking = f"{error.name or error} is not installed (pip install -e '.[bench]')"
+            found |= {n: {"value": None, "reason": lacking} for n in names}
+        except SetupError as error:
+            found |= {n: {"value": None, "reason": str(error)} for n in names}
+    bleu = [found[f"bleu_{n}"]["value"] for n in range(1, 5)]
+    if None not in bleu:
+        found["bleu_mean"] = {"value": sum(bleu) / 4, "by": "mean of bleu_1 to bleu_4"}
+    return found
+
+
+Metric = Callable[[References, Sequence[str]], tuple[list[float], str]]
+
+
+def _bleu(references: References, said: Sequence[str]) -> tuple[list[float], str]:
+    from sacrebleu.metrics import BLEU
+
+    streams = [list(column) for column in zip_longest(*references)]  # None where a sample has fewer
+    values = []
+    for order in range(1, 5):
+        bleu = BLEU(max_ngram_order=order, lowercase=True, tokenize="13a", smooth_method="exp")
+        values.append(bleu.corpus_score(list(said), streams).score / 100)
+    return values, f"sacrebleu {version('sacrebleu')}, corpus, 13a, lower case, exp smoothing"
+
+
+def _rouge(references: References, said: Sequence[str]) -> tuple[list[float], str]:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    each = [scorer.score_multi(list(r), s)["rougeL"].fmeasure for r, s in zip(references, said, strict=True)]
+    return [float(np.mean(each))], f"rouge-score {version('rouge-score')}, F1 with stemming, best reference"
+
+
+def _cider(references: References, said: Sequence[str]) -> tuple[list[float], str]:
+    from pycocoevalcap.cider.cider import Cider
+
+    if len(said) < 2:
+        raise SetupError("CIDEr counts words over the references of several samples; here is one")
+    value, _ = Cider().compute_score(*_coco(references, said))
+    by = f"pycocoevalcap {version('pycocoevalcap')}, {WORDS}, document frequencies of these references"
+    return [float(value)], by
+
+
+def _meteor(references: References, said: Sequence[str]) -> tuple[list[float], str]:
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    if shutil.which("java") is None:
+        raise SetupError("METEOR runs in Java, and there is none here")
+    meteor = Meteor()
+    try:
+        value, _ = meteor.compute_score(*_coco(references, said))
+    finally:
+        meteor.meteor_p.kill()
+        meteor.meteor_p.wait()
+        for stream in (meteor.meteor_p.stdin, meteor.meteor_p.stdout, meteor.meteor_p.stderr):
+            stream.close()
+    return [float(value)], f"METEOR 1.5 of pycocoevalcap {version('pycocoevalcap')}, {WORDS}"
+
+
+def _not_asked(references: References, said: Sequence[str]) -> tuple[list[float], str]:
+    raise SetupError("not asked for (--meteor)")
+
+
+def _coco(references: References, said: Sequence[str]) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+    """In the package's form, as words; its own tokenizer wants Java."""
+    return {i: [_words(t) for t in r] for i, r in enumerate(references)}, {i: [_words(s)] for i, s in enumerate(said)}
+
+
+def _words(text: str) -> str:
+    return " ".join(_WORD.findall(text.lower()))
+
+
+def _similarity(references: References, said: Sequence[str], encoder: Path | None) -> tuple[list[float], str]:
+    """Mean over samples of the best cosine between the text and its references."""
+    if encoder is None:
+        raise SetupError("no sentence encoder was given (--sentence-encoder DIR)")
+    weights = encoder / "model.safetensors"
+    if not weights.is_file():
+        raise SetupError(f"{encoder} holds no sentence encoder (no model.safetensors)")
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=True)
+        model = AutoModel.from_pretrained(encoder, local_files_only=True, use_safetensors=True).eval()
+    except (OSError, ValueError) as error:
+        raise SetupError(f"{encoder} holds no sentence encoder ({error})") from error
+
+    def embed(texts: Sequence[str]) -> Any:
+        parts = []
+        for at in range(0, len(texts), 64):
+            batch = tokenizer(list(texts[at : at + 64]), padding=True, truncation=True, return_tensors="pt")
+            with torch.no_grad():
+                states = model(**batch).last_hidden_state  # [n, tokens, width]
+            mask = batch["attention_mask"][..., None]
+            mean = (states * mask).sum(1) / mask.sum(1)
+            parts.append(torch.nn.functional.normalize(mean, dim=1))
+        return torch.cat(parts)
+
+    mine = embed(said)
+    flat = embed([t for r in references for t in r])
+    best, at = [], 0
+    for i, r in enumerate(references):
+        best.append(float((flat[at : at + len(r)] @ mine[i]).max()))
+        at += len(r)
+    by = f"cosine of mean-pooled states of {encoder.name}, model.safetensors {file_sha256(weights)[:12]}"
+    return [float(np.mean(best))], by

@@ -1,0 +1,235 @@
+"""Tasks that are answered in words, and the models behind them: a served stand-in goes the whole way."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from eval import answers, models, page, run_bench, text_tasks
+from eval.stand_in import Reply, Request, StandIn, question_of
+from tests import tiny
+from tests.test_run_bench import result_of, write_csv
+from x2dfd.experts import BUILTIN
+from x2dfd.manifest import Sample
+from x2dfd.prompts import CUE_ENDING
+
+pytest.importorskip("openai")
+
+Pixels = NDArray[np.uint8]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    import openai._base_client as base
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(base, "INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr(base, "MAX_RETRY_DELAY", 0.02)
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing the curves takes longer than all the rest; tests/test_page.py looks at them."""
+    monkeypatch.setattr(page, "_plots", lambda result: iter(()))
+
+
+@pytest.fixture
+def photos(astronaut: Pixels, tmp_path: Path) -> Path:
+    """Two real and two fake pictures of one face, a wall, and a broken file."""
+    rows: list[dict[str, Any]] = []
+    kinds = {"fake": "FS", "real": "real"}
+    for name, pixels, label in (
+        ("a", astronaut, "real"),
+        ("b", astronaut[:, ::-1], "real"),
+        ("c", 255 - (255 - astronaut) // 2, "fake"),
+        ("d", astronaut // 2, "fake"),
+        ("wall", np.full_like(astronaut, 90), "real"),
+    ):
+        Image.fromarray(np.ascontiguousarray(pixels)).save(tmp_path / f"{name}.png")
+        cues = '[{"area": "jaw", "artifact": "blur"}]' if label == "fake" else ""
+        rows.append({"path": f"{name}.png", "label": label, "df_class": kinds[label], "cues": cues, "group": name})
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    rows.append({"path": "broken.png", "label": "fake", "df_class": "", "cues": "", "group": "broken"})
+    return write_csv(tmp_path / "m.csv", rows)
+
+
+def says_yes(request: Request) -> Reply:
+    if request.get("max_tokens") == 1:
+        return Reply("fake", {"fake": math.log(0.8), "real": math.log(0.2)})
+    return Reply("Yes, it is.")
+
+
+def run(task: str, photos: Path, out: Path, server: StandIn | None, *words: str) -> int:
+    asked = ["--served", server.url, "--model", "m"] if server else []
+    return run_bench.main([task, "--data", str(photos), "--out", str(out), "--bootstrap", "20", *asked, *words])
+
+
+def test_a_yes_sayer_is_found_out_in_words(photos: Path, tmp_path: Path) -> None:
+    """Answers read without the question's polarity make "yes" to everything a finder of all fakes."""
+    with StandIn(says_yes, owned_by="hosted") as server:
+        assert run("answer", photos, tmp_path / "out", server) == 0
+    result = result_of(tmp_path / "out")["scorers"]["answers"]
+    assert result["n_scored"] == 4 and result["unscored"] == {"no_face": 1, "not_an_image": 1}
+    expected = [answers.question_for(f"{n}.png").yes == label
+                for n, label in (("a", "real"), ("b", "real"), ("c", "fake"), ("d", "fake"))]  # fmt: skip
+    assert result["accuracy"]["value"] == np.mean(expected) and result["invalid"]["value"] == 0
+    assert result["p_fake"]["auc"]["value"] == 0.5
+    called_real = [answers.question_for(f"{n}.png").yes == "real" for n in "abcd"]
+    assert result["disagreement"]["value"] == np.mean(called_real)  # P(fake) is 0.8 throughout
+    assert server.requests and not any("score" in question_of(r) for r in server.requests)  # zero-shot: no experts
+
+
+def test_an_answer_that_cannot_be_read_is_wrong_and_shown(photos: Path, tmp_path: Path) -> None:
+    """Dropped from the denominator, silence is the best strategy."""
+
+    def mumbles(request: Request) -> Reply:
+        return says_yes(request) if request.get("max_tokens") == 1 else Reply("Hmm, a face.")
+
+    with StandIn(mumbles, owned_by="hosted") as server:
+        assert run("answer", photos, tmp_path / "out", server) == 0
+    result = result_of(tmp_path / "out")["scorers"]["answers"]
+    assert result["accuracy"]["value"] == 0.0 and result["invalid"]["value"] == 1.0
+    assert result["invalid_answers"] == ["Hmm, a face."] * 4
+    assert "Hmm, a face." in (tmp_path / "out" / "result.html").read_text("utf-8")
+
+
+def test_classes_in_words_and_their_confusion(photos: Path, tmp_path: Path) -> None:
+    """A class that the manifest does not state must not be counted, nor an unreadable one be dropped."""
+
+    def swaps(request: Request) -> Reply:
+        if request.get("max_tokens") == 1:
+            return says_yes(request)
+        assert "face reenactment" in question_of(request)
+        return Reply("This is a face swap.")
+
+    with StandIn(swaps, owned_by="hosted") as server:
+        assert run("classify", photos, tmp_path / "out", server) == 0
+    result = result_of(tmp_path / "out")
+    classes = result["scorers"]["classes"]
+    assert result["skipped_without_class"] == 1 and classes["n_scored"] == 4
+    assert classes["accuracy"]["value"] == 0.5 and classes["confusion"]["real"]["FS"] == 2
+    assert classes["macro_f1"]["value"] == pytest.approx((2 * 2 / (2 + 4) + 0) / 2)
+    assert run("classify", photos, tmp_path / "majority", None, "--model", "majority") == 0
+    majority = result_of(tmp_path / "majority")["scorers"]["classes"]
+    assert majority["accuracy"]["value"] == pytest.approx(3 / 5)  # it sees no picture, so the wall is no matter
+
+
+def test_scores_reach_a_served_model_as_tool_results(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A baseline "with tools" that never told the model what the tools said."""
+    monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
+    with StandIn(says_yes, owned_by="hosted") as server:
+        assert run("detect", photos, tmp_path / "out", server, "--tools", tiny.EXPERT) == 0
+    asked = [question_of(r) for r in server.requests]
+    assert len(asked) == 4 and all(q.startswith("Tool results") and f"\n{tiny.EXPERT}: 0." in q for q in asked)
+    result = result_of(tmp_path / "out")
+    assert list(result["scorers"]) == ["paper", "mllm", f"expert:{tiny.EXPERT}"]
+    assert result["model"]["stated"]["asked_with"] == "tool results" and result["model"]["mode"] == "paper"
+
+
+def test_a_judge_stands_apart_and_is_on_record(photos: Path, tmp_path: Path) -> None:
+    """A mark of an unknown model in the headline; a reply that is no mark counted as one."""
+    marks = iter(["5", "2", "no idea", "4"])
+
+    def judge(request: Request) -> Reply:
+        assert request["seed"] == 0 and "Truth:" in question_of(request)
+        return Reply(next(marks))
+
+    with StandIn(says_yes, owned_by="hosted") as server, StandIn(judge, models=("j",)) as second:
+        assert run("chat", photos, tmp_path / "out", server, "--judge", second.url, "--judge-model", "j") == 0
+    result = result_of(tmp_path / "out")
+    chat = result["scorers"]["chat"]
+    assert chat["judge"]["mark"]["value"] == pytest.approx(11 / 3) and chat["judge"]["invalid"] == 1
+    assert {"model", "seed", "prompt", "prompt_sha256", "temperature"} <= chat["judge"].keys()
+    assert not any("judge" in name or "mark" in name for name in result["headline"])
+    assert chat["n_scored"] == 4 and chat["distinct_answers"] == 0.25
+    assert {"question", "answer"} <= {f for r in server.requests for f in ("question", "answer")}
+
+
+def test_the_assessment_is_a_task_with_a_result(photos: Path, tmp_path: Path) -> None:
+    """A ranking whose numbers stand in no result file cannot be compared with the next one."""
+    asked = [{"text": f"Is the jaw blurred? {CUE_ENDING}", "area": "jaw", "artifact": "blur", "origin": "bank"}]
+    (tmp_path / "q.json").write_text(json.dumps({"questions": asked}), "utf-8")
+
+    def answers_yes(request: Request) -> Reply:
+        return Reply("Yes", {"Yes": math.log(0.7), "No": math.log(0.2)})
+
+    with StandIn(answers_yes, owned_by="hosted") as server:
+        assert run("assess", photos, tmp_path / "out", server, "--questions", str(tmp_path / "q.json")) == 0
+    result = result_of(tmp_path / "out")
+    assert result["headline"]["cue jaw blur.auc"]["value"] == 0.5 and result["headline"]["cue jaw blur.auc"]["n"] == 4
+    assert result["assessment"]["n_unusable"] == 2 and (tmp_path / "out" / "assessment" / "table.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["answer", "--model", "fusion"], "writes none"),
+        (["chat", "--model", "majority"], "writes none"),
+        (["detect", "--model", "template"], "told the label"),
+        (["detect", "--model", "fusion", "--mode", "paper"], "goes without"),
+        (["detect", "--served", "http://127.0.0.1:1/v1"], "--model NAME"),
+        (["detect", "--adapter", "x"], "goes with --served"),
+        (["detect", "--tools", "clip"], "without adapter"),
+        (["locate", "--model", "majority"], "is about experts"),
+        (["locate", "--model", "fusion"], "known mask"),
+        (["chat", "--judge", "http://127.0.0.1:1/v1"], "go together"),
+        (["experts", "--model", "majority"], "is about experts"),
+    ],
+)
+def test_what_does_not_go_together_is_told(
+    words: list[str], why: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A baseline that is told the label has AUC 1.0; an option that is dropped without a word."""
+    monkeypatch.setattr(models, "experts_alone", lambda name: None)
+    assert run_bench.main([*words, "--data", str(photos), "--out", str(tmp_path / "out")]) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_the_template_is_beside_every_description(photos: Path, tmp_path: Path) -> None:
+    """ROUGE of a template looks like understanding where no template stands beside it."""
+    assert run("describe", photos, tmp_path / "out", None, "--model", "template") == 0
+    result = result_of(tmp_path / "out")
+    template = result["scorers"]["template"]
+    assert template["cues"]["micro"]["f1"] == 1.0 and template["invented_on_reals"] == 0.0
+    assert template["text"]["n"] == 5 and "bleu_1" in template["text"]
+    assert result["references"]["of_the_manifest"] == 0 and result["references"]["written"] == 5
+
+
+@pytest.mark.needs_base
+def test_experts_without_their_mllm_decide_by_themselves(astronaut: Pixels, tmp_path: Path) -> None:
+    """An absent MLLM that counts as "not fake" would lower every probability of the fusion."""
+    from x2dfd.adapter import EMBEDDED
+    from x2dfd.calibration import MLLM, Calibration, logit
+
+    detector = models.experts_alone(None)
+    report = detector.detect(Image.fromarray(astronaut))
+    known = {e.expert: logit(e.score) for e in report.evidence if e.score is not None}
+    assert MLLM not in known and len(known) == len(detector.experts)
+    assert report.verdict.p_fake == pytest.approx(Calibration.load(EMBEDDED).probability(known))
+    opened = models.Opened("fusion", "fusion", detector, "calibrated")
+    sample = Sample("a", tmp_path / "a.png", "real")
+    Image.fromarray(astronaut).save(sample.path)
+    [row], _ = run_bench.judged(opened, [sample], equalise=False, rationale=False, batch_size=1)
+    assert row["p_mllm"] is None and row["p_fake"] is not None and row["sha256"]
+    json.dumps(detector.facts)
+
+
+def test_text_rows_survive_the_table(photos: Path, tmp_path: Path) -> None:
+    """A second run that asks everything again, or reads back less than it wrote."""
+    with StandIn(says_yes, owned_by="hosted") as server:
+        assert run("answer", photos, tmp_path / "out", server) == 0
+        first, asked = (tmp_path / "out" / "result.json").read_bytes(), server.answered
+        assert run("answer", photos, tmp_path / "out", server) == 0
+        assert server.answered == asked + 2  # one picture, to see that the model is the same: a score and a text
+    assert (tmp_path / "out" / "result.json").read_bytes() == first
+    assert text_tasks.follow_up(Sample("a", Path("/a"), "real")) in text_tasks.FOLLOW_UPS
