@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from eval import metrics as m
-from eval.scoring import Layout, Resampling, Row, common_auc, equalise
+from eval.scoring import Layout, Resampling, Row, common_auc, equalise, micro_f1, sha256_of
 from x2dfd import prompts
 from x2dfd.detector import Detector, through_codec, versions
 from x2dfd.errors import InputError
@@ -46,9 +45,9 @@ _EXCHANGED = tuple(
 """What is pointed at in place of what an expert points at: cues that the forge makes on single areas."""
 
 
-def judge(detector: Detector, samples: Sequence[Sample], *, equal: bool, write: bool) -> tuple[list[Row], list[Row]]:
-    """A row a sample, in order. `write`: texts too, of fakes with known cues at which an expert points."""
-    return [_row(detector, s, equal, write) for s in samples], [{"model": detector.facts, "versions": versions()}]
+def judge(detector: Detector, samples: Sequence[Sample], *, equal: bool) -> tuple[list[Row], list[Row]]:
+    """A row a sample, in order; texts are written of fakes with known cues at which an expert points."""
+    return [_row(detector, s, equal) for s in samples], [{"model": detector.facts, "versions": versions()}]
 
 
 def questions(evidence: Sequence[Evidence], rng: np.random.Generator) -> dict[str, str]:
@@ -82,8 +81,8 @@ def exchanged(evidence: Sequence[Evidence], rng: np.random.Generator) -> tuple[l
     return [replace(e, cues=(cue,) if e.cues else ()) for e in evidence], cue
 
 
-def _row(detector: Detector, sample: Sample, equal: bool, write: bool) -> Row:
-    row: Row = {"id": sample.id, "reason": None, "error": None}
+def _row(detector: Detector, sample: Sample, equal: bool) -> Row:
+    row: Row = {"id": sample.id, "sha256": sha256_of(sample.path), "reason": None, "error": None}
     row |= {"experts": {}, "logits": {}, "told": {}, "named": {}}
     try:
         pixels = load_picture(sample.path).pixels
@@ -101,7 +100,7 @@ def _row(detector: Detector, sample: Sample, equal: bool, write: bool) -> Row:
     row["logits"] = {name: float(detector.mllm.verdict_logits(look, [q])[0]) for name, q in asked.items()}
     blind = detector.mllm.look(np.full_like(face.crop[None], GREY))
     row["logits"]["no picture"] = float(detector.mllm.verdict_logits(blind, [asked["whole"]])[0])
-    other = exchanged(said, rng) if write and sample.label == "fake" and sample.cues else None
+    other = exchanged(said, rng) if sample.label == "fake" and sample.cues else None
     if other:
         start = prompts.rationale_start("fake")
         for name, evidence in (("own", said), ("exchanged", other[0])):
@@ -158,16 +157,7 @@ def _texts(samples: Sequence[Sample], rows: Sequence[Row], written: Sequence[int
         told = [reduce(rows[i]["told"][name]) for i in written]
         there = [reduce([(c.area, c.artifact) for c in samples[i].cues]) for i in written]
         table[what] = {
-            "of what was pointed at": _f1(told, named, groups, draw),
-            "of what is there": _f1(there, named, groups, draw),
+            "of what was pointed at": micro_f1(told, named, groups, draw),
+            "of what is there": micro_f1(there, named, groups, draw),
         }
     return table
-
-
-def _f1(truth: Sequence[set[Any]], named: Sequence[set[Any]], groups: Sequence[str], draw: Resampling) -> Row:
-    counts = np.array([(len(t & s), len(s), len(t)) for t, s in zip(truth, named, strict=True)], dtype=np.int64)
-
-    def f1(index: m.Labels, _: m.Floats) -> float | None:
-        return m.precision_recall_f1(counts.reshape(-1, 3)[index])["f1"]
-
-    return draw.measure(f1, np.arange(len(counts)), np.zeros(len(counts)), groups)

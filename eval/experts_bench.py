@@ -7,7 +7,7 @@ Every number is of the largest face of a picture, for that is the one which a ma
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval import metrics as m
-from eval.changes import CHANGES, FORMAT_SWAP
+from eval.changes import FORMAT_SWAP, Change
 from eval.localisation import localisation, places, truth_on_crop
 from eval.scoring import (
     FOLDS,
@@ -39,7 +39,7 @@ from eval.scoring import (
 from x2dfd.adapter import EMBEDDED, expert_hashes, read_adapter_card
 from x2dfd.calibration import MLLM, Calibration, choose_band, fit_weights, logit
 from x2dfd.detector import CODEC, through_codec, versions
-from x2dfd.errors import InputError, SetupError, UnknownName
+from x2dfd.errors import InputError, SetupError
 from x2dfd.experts import BUILTIN, Expert, load_expert
 from x2dfd.faces import find_faces
 from x2dfd.files import file_sha256
@@ -165,7 +165,7 @@ def _held_out(figures: Row) -> list[str]:
 
 
 def judge(
-    panel: Panel, changes: Sequence[str], samples: Sequence[Sample], *, equal: bool, batch_size: int
+    panel: Panel, changes: Mapping[str, Change], samples: Sequence[Sample], *, equal: bool, batch_size: int
 ) -> tuple[list[Row], list[Row]]:
     """A row a sample, and where they come from. A file that cannot be read is a row with its reason."""
     rows, views = [], []
@@ -202,7 +202,7 @@ Views = dict[str, tuple[Face | None, NDArray[np.bool_] | None]]
 """Change ("" for none) -> the largest face, and where it is forged, on the crop's grid."""
 
 
-def _look(sample: Sample, changes: Sequence[str], equal: bool) -> tuple[Row, Views]:
+def _look(sample: Sample, changes: Mapping[str, Change], equal: bool) -> tuple[Row, Views]:
     row: Row = {"id": sample.id, "sha256": sha256_of(sample.path), "reason": None, "error": None}
     row |= {"experts": {}, "notes": {}, "changed": {}, "places": {}}
     try:
@@ -219,7 +219,7 @@ def _look(sample: Sample, changes: Sequence[str], equal: bool) -> tuple[Row, Vie
             truth = truth_on_crop(sample.mask, original.shape, pixels, face)
         except InputError as error:
             row["notes"]["mask"] = f"mask: {error.code}"
-    return row, {"": (face, truth)} | {n: (_largest(CHANGES[n](pixels, sample.id)), None) for n in changes}
+    return row, {"": (face, truth)} | {n: (_largest(c(pixels, sample.id)), None) for n, c in changes.items()}
 
 
 def _largest(pixels: Pixels) -> Face | None:
@@ -260,7 +260,7 @@ def experts_result(
     panel: Panel,
     samples: Sequence[Sample],
     rows: Sequence[Row],
-    changes: Sequence[str],
+    changes: Mapping[str, Change],
     by: Sequence[str],
     draw: Resampling,
 ) -> Row:
@@ -283,7 +283,7 @@ def experts_result(
     headline = {f"{c}.auc": s["overall"]["auc"] | {"n": s["n_scored"]} for c, s in scorers.items()}
     if FUSION in scorers:
         headline[f"{FUSION}.false_alarms"] = scorers[FUSION]["answers"]["false_alarms"]
-    steady = {name: _changed(panel, samples, rows, name, draw) for name in changes}
+    steady = {name: _changed(panel, samples, rows, change, draw) for name, change in changes.items()}
     headline |= {f"{n}.{c}.auc": auc for n, part in steady.items() for c, auc in part["auc"].items() if c == FUSION}
     placed = localisation(samples, rows, draw)
     headline |= {f"map:{n}.pixel_auc": s["auc"] | {"n": placed["n"]} for n, s in placed["maps"].items()}
@@ -330,14 +330,15 @@ def _measured(
     return result
 
 
-def _changed(panel: Panel, samples: Sequence[Sample], rows: Sequence[Row], name: str, draw: Resampling) -> Row:
+def _changed(panel: Panel, samples: Sequence[Sample], rows: Sequence[Row], change: Change, draw: Resampling) -> Row:
     """A change's AUC and answers, beside those of the same pictures unchanged; and how many faces it cost."""
+    name = change.name
     looked = [i for i, row in enumerate(rows) if name in row["changed"]]
     found = [i for i in looked if rows[i]["changed"][name]]
     lost = {label: sum(samples[i].label == label for i in looked) for label in ("real", "fake")}
     for i in found:
         lost[samples[i].label] -= 1
-    result: Row = {"what": CHANGES[name].line, "had_face": len(looked), "lost_face": lost, "auc": {}}
+    result: Row = {"what": change.line, "had_face": len(looked), "lost_face": lost, "auc": {}}
     for column in panel.columns:
         kept, scores = [], []
         for i in found:
@@ -463,14 +464,3 @@ def disagreement(panel: Panel, samples: Sequence[Sample], rows: Sequence[Row]) -
         said = [_answer(calibration, panel.known(rows[i]["experts"])).label for i in kept]
         table["never" if at is None else str(at)] = m.selective(labels, said)
     return {"in_force": panel.calibration.disagreement, "from_spread": table}
-
-
-def chosen_changes(text: str | None) -> list[str]:
-    """All changes, none ("none"), or those named. Raises UnknownName."""
-    if text is None:
-        return list(CHANGES)
-    names = [] if text == "none" else text.split(",")
-    for name in names:
-        if name not in CHANGES:
-            raise UnknownName("change", name, CHANGES)
-    return [name for name in CHANGES if name in names]

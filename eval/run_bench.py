@@ -30,10 +30,11 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from eval import answers, curves, experts_bench, models, page, risk, text_tasks, texts  # noqa: E402
+from eval import ablation, answers, cuebench, curves, experts_bench, models, page, risk, text_tasks, texts  # noqa: E402
 from eval import metrics as m  # noqa: E402
-from eval.changes import CHANGES  # noqa: E402
+from eval.changes import CHANGES, SUITES, changes_of  # noqa: E402
 from eval.localisation import localisation  # noqa: E402
+from eval.protocols import CORRECT, Compat, pool_clips  # noqa: E402
 from eval.scoring import (  # noqa: E402
     JPEG_QUALITY,
     LONGEST_SIDE,
@@ -44,6 +45,7 @@ from eval.scoring import (  # noqa: E402
     Store,
     common_auc,
     equalised,
+    micro_f1,
     reason_of,
     say,
     score,
@@ -87,6 +89,9 @@ TASKS = {
         Task("locate", "1", "image", "where experts point against the forgery's mask: pixel AUC, IoU"),
         Task("assess", "1", "image", "which cues the MLLM can see (MFA), by x2dfd assess"),
         Task("chat", "1", "image", "one follow-up after the verdict (FC); with a judge, its marks apart"),
+        Task(
+            "ablation", "1", "image", "what the MLLM makes of picture, scores and pointing: parts left out, exchanged"
+        ),
         Task("experts", "2", "image", "experts without the MLLM, their fusion, a baseline; changed pictures; maps"),
     )
 }
@@ -155,10 +160,12 @@ def detect_result(
     by: Sequence[str],
     draw: Resampling,
     promised: Row | None = None,
+    compat: Compat = CORRECT,
 ) -> Row:
     """Metrics of the verdict (called `verdict` in the result), of the MLLM alone and of every expert.
 
-    `promised`: what the calibration says of the split it was fitted on; the measured rates are set beside it.
+    `promised`: what the calibration says of the split it was fitted on; the measured rates are set beside it. `compat`:
+    quirks of stock metrics, whose numbers then stand beside ours.
     """
     columns: dict[str, list[float | None]] = {}
     if verdict:
@@ -178,7 +185,7 @@ def detect_result(
         of_kept = [samples[i] for i, _ in kept]
         scorers[scorer] |= _scorer(of_kept, scores, said, by, draw)
         if any(s.video for s in samples):
-            scorers[scorer]["videos"] = _videos(samples, column, draw)
+            scorers[scorer]["videos"] = _videos(samples, column, draw, compat)
         scorers[scorer]["curves"] = curves.of(m.to_labels(s.label for s in of_kept), scores)
         if scorer == verdict:
             scorers[scorer]["answers"] = three_answers(samples, rows, draw)
@@ -224,7 +231,9 @@ def _scorer(
     return result
 
 
-def _videos(samples: Sequence[Sample], column: Sequence[float | None], draw: Resampling) -> Row:
+def _videos(
+    samples: Sequence[Sample], column: Sequence[float | None], draw: Resampling, compat: Compat = CORRECT
+) -> Row:
     """AUC and EER of whole clips, frames pooled by clip id: the mean over scored frames, and as papers after SBI do."""
     clips = [s.video or s.id for s in samples]
     labels = m.to_labels(s.label for s in samples)
@@ -241,7 +250,13 @@ def _videos(samples: Sequence[Sample], column: Sequence[float | None], draw: Res
 
     found = measured(*mean) | {"pooling": "mean over the scored frames"}
     how = "mean over all frames of the most suspicious face, 0.5 without one"
-    return found | {"sbi": measured(*sbi) | {"pooling": how, "frames_without_score": without}}
+    found["sbi"] = measured(*sbi) | {"pooling": how, "frames_without_score": without}
+    if compat.clips:  # its groups are not ours, so there is nothing to draw an interval from
+        kept_samples = [samples[i] for i, _ in kept]
+        names, pooled_labels, pooled = pool_clips(kept_samples, labels[[i for i, _ in kept]], scored, compat)
+        auc, eer = m.auc(pooled_labels, pooled), m.eer(pooled_labels, pooled)
+        found["stock"] = {"n": len(names), "auc": auc, "eer": eer, "pooling": "by the folder's name alone"}
+    return found
 
 
 def _gaps(samples: Sequence[Sample], rows: Sequence[Row], column: str, draw: Resampling) -> Row | None:
@@ -328,7 +343,7 @@ def describe_result(
         for what, reduce in (("cues", lambda pairs: pairs), ("areas", lambda pairs: {area for area, _ in pairs})):
             truth = [reduce(pairs_of(samples[i].cues)) for i in kept]
             heard = [reduce(heard_of[i]) for i in kept]
-            scorers[name][what] = m.cue_agreement(truth, heard) | {"micro_f1": _micro_f1(truth, heard, groups, draw)}
+            scorers[name][what] = m.cue_agreement(truth, heard) | {"micro_f1": micro_f1(truth, heard, groups, draw)}
         methods = [value_of(samples[i], "method") for i in kept]
         scorers[name]["by_method"] = {
             method: _by_method(
@@ -402,22 +417,13 @@ def _by_method(
     areas = [{area for area, _ in pairs} for pairs in truth], [{area for area, _ in pairs} for pairs in heard]
     return {
         "n": len(chosen),
-        "cues": _micro_f1(truth, heard, groups, draw),
-        "areas": _micro_f1(*areas, groups, draw),
+        "cues": micro_f1(truth, heard, groups, draw),
+        "areas": micro_f1(*areas, groups, draw),
     }
 
 
 def pairs_of(cues: Iterable[Cue]) -> frozenset[Pair]:
     return frozenset((c.area, c.artifact) for c in cues)
-
-
-def _micro_f1(truth: Sequence[Any], said: Sequence[Any], groups: Sequence[str], draw: Resampling) -> dict[str, Any]:
-    counts = np.array([(len(t & s), len(s), len(t)) for t, s in zip(truth, said, strict=True)], dtype=np.int64)
-
-    def f1(index: m.Labels, _: m.Floats) -> float | None:
-        return m.precision_recall_f1(counts.reshape(-1, 3)[index])["f1"]
-
-    return draw.measure(f1, np.arange(len(counts)), np.zeros(len(counts)), groups)
 
 
 def usual_cues(every: Sequence[Sample], samples: Sequence[Sample]) -> tuple[frozenset[Pair], str]:
@@ -441,6 +447,9 @@ def train_apart(every: Sequence[Sample], samples: Sequence[Sample]) -> list[Samp
 def run(args: argparse.Namespace) -> Row:
     """Judges, measures, writes the files and returns what `result.json` holds. Raises X2DFDError."""
     task, manifest, out = TASKS[args.task], Path(os.path.abspath(args.data)), Path(args.out)
+    if manifest.is_dir():
+        manifest = cuebench.open_set(manifest)
+        args.data = str(manifest)
     check_model(args)
     samples, skipped = choose(task, manifest, args)
     draw, sha256 = Resampling(args.bootstrap, args.seed), manifest_sha256(manifest)
@@ -539,20 +548,21 @@ DECIDING = "the face that decided the verdict"
 
 def _run_detect(run: Run) -> Made:
     args, samples = run.args, run.samples
+    compat = Compat.parse(args.compat)
     model = models.open_model(args)
     store = run.store(ANSWERS)
     notes: Row = {}
     if model.kind == "baseline":
         rows, notes["majority_from"] = majority_rows(run.every(), samples)
-        measured = detect_result(samples, rows, "majority", args.by, run.draw)
+        measured = detect_result(samples, rows, "majority", args.by, run.draw, compat=compat)
         return Made(store, rows, NO_ORIGIN, notes | measured, model.name, scores_of=DECIDING)
     ask = partial(judged, model, equalise=args.equalise, rationale=False, batch_size=args.batch_size)
     rows, origin = score(ask, samples, store)
     if model.expert:
-        measured = detect_result(samples, rows, "", args.by, run.draw)
+        measured = detect_result(samples, rows, "", args.by, run.draw, compat=compat)
     else:
         verdict = "fusion" if model.kind == "fusion" else model.mode or "calibrated"
-        measured = detect_result(samples, rows, verdict, args.by, run.draw, _promised(model, run))
+        measured = detect_result(samples, rows, verdict, args.by, run.draw, _promised(model, run), compat)
     return Made(store, rows, origin, measured, model.name, model.mode, scores_of=DECIDING)
 
 
@@ -646,6 +656,19 @@ def _run_chat(run: Run) -> Made:
     return Made(store, rows, origin, measured, model.name, model.mode, scores_of=DECIDING)
 
 
+def _run_ablation(run: Run) -> Made:
+    args = run.args
+    model = models.open_model(args)
+    text_tasks.need_texts(model, args.task)
+    calibration = model.detector.calibration
+    store = run.store(ablation.LAYOUT)
+    ask = partial(ablation.judge, model.detector, equal=args.equalise)
+    rows, origin = score(ask, run.samples, store)
+    threshold = calibration.mllm_threshold if calibration else 0.5
+    measured = ablation.ablation_result(run.samples, rows, threshold, run.draw)
+    return Made(store, rows, origin, measured, model.name, model.mode)
+
+
 def _run_experts(run: Run) -> Made:
     """`experts`, and `locate`, which is its maps alone."""
     args, samples, locate = run.args, run.samples, run.args.task == "locate"
@@ -653,9 +676,9 @@ def _run_experts(run: Run) -> Made:
     if args.model.startswith(models.EXPERT):
         names = [args.model.removeprefix(models.EXPERT)]
     own = args.model in ("embedded", models.FUSION) or args.model.startswith(models.EXPERT)
-    changes = [] if locate else experts_bench.chosen_changes(args.changes)
+    changes = {} if locate else dict(CHANGES) if args.changes is None else changes_of(args.changes)
     panel = experts_bench.Panel.load("embedded" if own else args.model, names)
-    more = {"experts": [e.card.name for e in panel.experts], "changes": {n: CHANGES[n].line for n in changes}}
+    more = {"experts": [e.card.name for e in panel.experts], "changes": {n: c.line for n, c in changes.items()}}
     store = run.store(experts_bench.LAYOUT, **more)
     ask = partial(experts_bench.judge, panel, changes, equal=args.equalise, batch_size=args.batch_size)
     scored, origin = score(ask, samples, store)
@@ -730,6 +753,7 @@ RUNNERS: dict[str, Callable[[Run], Made]] = {
     "locate": _run_experts,
     "assess": _run_assess,
     "chat": _run_chat,
+    "ablation": _run_ablation,
     "experts": _run_experts,
 }
 
@@ -858,8 +882,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "  python eval/run_bench.py experts --data manifest.csv --changes jpeg50,half --out results/experts",
     )
     parser.add_argument("task", nargs="?", choices=list(TASKS), help="what is asked (see --list)")
-    parser.add_argument("--list", action="store_true", help="list the tasks, and the changes of `experts`")
-    parser.add_argument("--data", metavar="MANIFEST", help="CSV, JSONL or Parquet with path and label")
+    parser.add_argument("--list", action="store_true", help="list the tasks, and the changes and suites of `experts`")
+    parser.add_argument(
+        "--data", metavar="MANIFEST", help="CSV, JSONL or Parquet with path and label, or CueBench's folder"
+    )
     models.add_arguments(parser)
     parser.add_argument("--out", metavar="DIR", help="where result.json, result.html and samples.parquet go")
     parser.add_argument("--split", help="judge this split only")
@@ -871,13 +897,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--equalise", action=argparse.BooleanOptionalAction, default=True, help="re-encode all alike")
     parser.add_argument("--experts", metavar="A,B", help="experts: these (default: all of ours, and mesonet if here)")
     parser.add_argument(
-        "--changes", metavar="A,B", help="experts: score under these changes too, or none (default: all)"
+        "--changes",
+        metavar="A,B",
+        help="experts: score under these changes or suites too, or none (default: the changes)",
     )
     parser.add_argument("--sentence-encoder", type=Path, metavar="DIR", help="describe: encoder for the similarity")
     parser.add_argument("--meteor", action="store_true", help="describe: METEOR too (Java; a minute and more)")
     parser.add_argument("--questions", type=Path, metavar="FILE", help="assess: these questions")
     parser.add_argument("--judge", metavar="URL", help="chat: an OpenAI-compatible endpoint that marks answers")
     parser.add_argument("--judge-model", metavar="NAME", help="chat: the judge's name there")
+    parser.add_argument("--compat", default="", metavar="A,B", help="detect: stock quirks (clips) beside ours")
     parser.add_argument("--compare", metavar="REF.json", help="exit 1 when a headline number left its interval")
     args = parser.parse_args(argv)
     if args.list:
@@ -885,6 +914,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{task.name}\tv{task.version}\tper {task.unit}\t{task.line}")
         for change in CHANGES.values():
             print(f"change {change.name}\t{change.line}")
+        for name, suite in SUITES.items():
+            print(f"suite {name}\t{sum(map(len, suite.values()))} changes: {', '.join(suite)}")
         return 0
     if not (args.task and args.data and args.out):
         parser.error("TASK, --data and --out are needed (or --list)")

@@ -290,6 +290,16 @@ def common_auc(samples: Sequence[Sample], columns: dict[str, list[float | None]]
     return {"n": len(kept), "auc": auc}
 
 
+def micro_f1(truth: Sequence[Any], said: Sequence[Any], groups: Sequence[str], draw: Resampling) -> Row:
+    """F1 over (area, artifact) pairs or areas of all samples together, one pair of sets a sample, with its interval."""
+    counts = np.array([(len(t & s), len(s), len(t)) for t, s in zip(truth, said, strict=True)], dtype=np.int64)
+
+    def f1(index: m.Labels, _: m.Floats) -> float | None:
+        return m.precision_recall_f1(counts.reshape(-1, 3)[index])["f1"]
+
+    return draw.measure(f1, np.arange(len(counts)), np.zeros(len(counts)), groups)
+
+
 def folds(groups: Sequence[str], seed: int = 0) -> NDArray[np.int64]:
     """A number 0 .. FOLDS - 1 for each sample [n], the same for all of a group, whatever the order of samples."""
     names, place = np.unique(np.asarray(groups, dtype=str), return_inverse=True)

@@ -84,7 +84,7 @@ def test_a_reader_is_told_from_a_looker(looks: bool, tmp_path: Path, astronaut: 
     """Bug prevented: shares that come out alike whatever the model does; a bad file that stops the run."""
     samples = read_manifest(tiny.write_small_manifest(tmp_path, astronaut))
     (tmp_path / "7.png").write_bytes(b"no picture")
-    rows, _ = judge(detector(looks), samples, equal=False, write=True)
+    rows, _ = judge(detector(looks), samples, equal=False)
     assert [r["error"] is None for r in rows] == [True] * 7 + [False]
     measured = ablation_result(samples, rows, 0.5, DRAW)
     found = measured["ablation"]
@@ -98,4 +98,4 @@ def test_a_reader_is_told_from_a_looker(looks: bool, tmp_path: Path, astronaut: 
     assert texts["n"] == 3  # fakes with cues that can be read
     for name in ("own", "exchanged"):
         assert texts[name]["cues"]["of what was pointed at"]["value"] == (0.0 if looks else 1.0)
-    assert rows == judge(detector(looks), samples, equal=False, write=True)[0]  # nothing is drawn anew
+    assert rows == judge(detector(looks), samples, equal=False)[0]  # nothing is drawn anew

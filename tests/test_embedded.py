@@ -98,7 +98,7 @@ def test_a_follow_up_is_answered_and_changes_nothing(detector: Any, face_photo: 
 def test_the_bench_of_the_experts_sees_what_a_verdict_sees(detector: Any, face_photo: Path) -> None:
     """Bug prevented: crops that skip a step of the detector's are measured as another product."""
     panel = Panel.load("embedded", list(detector.facts["experts"]))
-    [row], _ = judge(panel, (), [Sample("s", face_photo, "real", group="g")], equal=True, batch_size=8)
+    [row], _ = judge(panel, {}, [Sample("s", face_photo, "real", group="g")], equal=True, batch_size=8)
     report = detector.detect(equalised(face_photo), rationale=False)
     told = {e.expert: e.score for e in report.evidence}
     assert len(told) >= 3 and {name: row["experts"][name] for name in told} == pytest.approx(told, abs=1e-3)

@@ -340,7 +340,12 @@ def test_a_clip_id_shared_by_two_clips_is_refused(
     words = ("detect", "--data", data, "--out", tmp_path / "out")
     write_csv(data, [r for r in rows if r["group"]])
     assert bench(monkeypatch, StandIn(), *words) == 0
-    assert result_of(tmp_path / "out")["scorers"]["calibrated"]["videos"]["n"] == 38
+    videos = result_of(tmp_path / "out")["scorers"]["calibrated"]["videos"]
+    assert videos["n"] == 38 and "stock" not in videos
+    assert bench(monkeypatch, StandIn(), *words, "--compat", "clips") == 0
+    stock = result_of(tmp_path / "out")["scorers"]["calibrated"]["videos"]["stock"]
+    assert stock["n"] == len({Path(row["path"]).parent.name for row in rows})  # folders of one name are one clip there
+    assert bench(monkeypatch, StandIn(), *words, "--compat", "clip") == 2
     rows[25]["video"] = rows[24]["video"] = "000_003"
     write_csv(data, rows)
     assert bench(monkeypatch, StandIn(), *words) == 2
@@ -359,7 +364,8 @@ def test_it_runs_as_a_script() -> None:
     script = ROOT / "eval" / "run_bench.py"
     done = subprocess.run([sys.executable, script, "--list"], cwd="/", capture_output=True, text=True, check=True)
     listed = [line.split("\t")[0] for line in done.stdout.splitlines()]
-    assert listed[:8] == list(run_bench.TASKS) and "change jpeg50" in listed[8:]
+    assert listed[: len(run_bench.TASKS)] == list(run_bench.TASKS)
+    assert {"change jpeg50", "suite codec"} <= set(listed[len(run_bench.TASKS) :])
 
 
 def test_readme_tables_follow_the_results(
