@@ -320,9 +320,10 @@ def of_detector(detector: Any, threads: int) -> list[tuple[str, Cases, int | Non
             )  # fmt: skip
 
     sizes = {f"{n} at a time": Case(lambda n=n: judged(n), per=len(pictures)) for n in BATCHES}  # type: ignore[misc]
+    warm = {"verdict": Case(lambda: single(False)), "verdict and rationale": Case(lambda: single(True))}
     first = Case(command, part=lambda: single(False), reads=weights)
     return [
-        ("warm, one face", {"verdict": Case(lambda: single(False)), "verdict and rationale": Case(lambda: single(True))}, None),
+        ("warm, one face", warm, None),
         ("detect, a picture", sizes, 2),
         *(
             (f"expert {e.card.name}, a face", {f"{n} at a time": expert(e, n) for n in AT_ONCE}, None)

@@ -1,0 +1,161 @@
+"""Ray Data and object stores: the same rows as the local runner, also when an actor is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import x2dfd
+from tests import tiny
+from x2dfd import cli, ray_engine, stores
+from x2dfd.errors import InputError, SetupError
+from x2dfd.media import load_media
+from x2dfd.types import Failure, Report, Verdict
+
+
+class Reader:
+    """Reads what it gets, path or bytes, and calls it real."""
+
+    facts: Mapping[str, Any] = {"name": "reader", "mode": "paper"}
+
+    def detect_many(
+        self, sources: Iterable[Path | bytes], *, batch_size: int = 8, rationale: bool = True
+    ) -> Iterator[Report | Failure]:
+        for source in sources:
+            path = str(source) if isinstance(source, Path) else None
+            try:
+                media = load_media(source)
+            except InputError as error:
+                yield Failure(path, None, error.code, error.reason)
+                continue
+            yield Report(
+                path, media.sha256, {}, Verdict("real", 0.1), (), "", (), (), {"state": "absent"}, dict(self.facts), {},
+                {},
+            )  # fmt: skip
+
+
+@pytest.fixture
+def memory(face_photo: Path) -> Iterator[str]:
+    """A store with one picture; the address of its folder."""
+    fsspec = pytest.importorskip("fsspec", reason="the extra [ray] is not installed: no fsspec")
+    files = fsspec.filesystem("memory")
+    files.pipe("/bucket/face.jpg", face_photo.read_bytes())
+    yield "memory://bucket"
+    files.rm("/bucket", recursive=True)
+
+
+def test_a_store_and_a_disk_give_the_same_row(
+    memory: str, face_photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An address must come back as it was given, a missing object as its own row, and a resumed run without judging."""
+    asked: list[Path | bytes] = []
+
+    class Counting(Reader):
+        def detect_many(self, sources: Iterable[Path | bytes], **options: Any) -> Iterator[Report | Failure]:
+            sources = list(sources)
+            asked.extend(sources)
+            yield from super().detect_many(sources, **options)
+
+    monkeypatch.setattr(x2dfd, "load", lambda *_, **__: Counting(), raising=False)
+    places = [f"{memory}/face.jpg", f"{memory}/none.jpg", face_photo.as_uri(), str(face_photo)]
+    manifest, out = tmp_path / "m.csv", tmp_path / "rows.jsonl"
+    manifest.write_text("\n".join(["path", *places]) + "\n")
+    words = ["detect", "--manifest", str(manifest), "--out", str(out), "--remote", "--batch-size", "3"]
+    assert CliRunner().invoke(cli.app, words).exit_code == 0
+    rows = [json.loads(line) for line in out.open()]
+    assert [r["path"] for r in rows] == places
+    assert [r["error_code"] for r in rows] == [None, "not_found", None, None]
+    assert rows[0]["sha256"] == rows[2]["sha256"] == rows[3]["sha256"] and len(asked) == 3
+    assert CliRunner().invoke(cli.app, words).exit_code == 0
+    assert len(asked) == 3, "objects that are unchanged were judged again"
+
+
+def test_no_address_is_read_unasked(memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A manifest from elsewhere must not make the program call a server."""
+
+    def refuse(address: str) -> bytes:
+        raise AssertionError(address)
+
+    monkeypatch.setattr(stores, "read_address", refuse)
+    monkeypatch.setattr(x2dfd, "load", lambda *_, **__: Reader(), raising=False)
+    manifest = tmp_path / "m.csv"
+    manifest.write_text(f"path\n{memory}/face.jpg\n")
+    done = CliRunner().invoke(cli.app, ["detect", "--manifest", str(manifest), "--json"])
+    assert done.exit_code == 0 and json.loads(done.stdout)["error"]["code"] == "not_found"
+    assert CliRunner().invoke(cli.app, ["detect", "a.jpg", "--remote"]).exit_code == 2
+
+
+def test_an_object_too_large_or_of_an_unknown_store_says_so(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An object of gigabytes must not fill the memory; a store without its package is a matter of setting up."""
+    monkeypatch.setattr("x2dfd.media.MAX_BYTES", 100)
+    with pytest.raises(InputError, match="too_large"):
+        stores.read_address(f"{memory}/face.jpg")
+    with pytest.raises(InputError, match="unreadable"):
+        stores.read_address("nonsense://bucket/face.jpg")
+
+
+def test_a_name_that_is_no_utf8_reaches_an_actor() -> None:
+    """Columns hold text; a file name need not be any."""
+    for place in (Path(os.fsdecode(b"/photos/\xff.jpg")), "s3://bucket/ä.jpg"):
+        assert ray_engine._place(ray_engine._raw(place)) == place
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    ray = pytest.importorskip("ray", reason="the extra [ray] is not installed: pip install -e '.[ray]'")
+    pytest.importorskip("ray.data")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=2**27)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.needs_base
+def test_two_actors_of_which_one_is_killed_write_the_rows_of_the_local_runner(
+    cluster: Any, face_photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row lost with its actor, doubled by the second try, or of another model or order than on one machine."""
+    base, photos, killed = tiny.write_base(tmp_path / "base"), tmp_path / "photos", tmp_path / "killed"
+    photos.mkdir()
+    image = Image.open(face_photo)
+    for k in range(4):
+        image.crop((k, k, 512, 512)).save(photos / f"{k}.png")
+    (photos / "text.png").write_text("no picture")
+
+    class Dying(ray_engine.Judge):
+        def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+            if not killed.exists():
+                killed.write_text(str(os.getpid()))
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(batch)
+
+    load = x2dfd.load
+    monkeypatch.setattr(x2dfd, "load", lambda *a, **k: load(*a, **k, experts=[]), raising=False)
+    made = ray_engine.RayDetector
+    monkeypatch.setattr(
+        ray_engine, "RayDetector", lambda options, actors: made({**options, "experts": []}, actors, Dying)
+    )
+    tables = {}
+    for name, more in {"local": [], "ray": ["--engine", "ray", "--actors", "2"]}.items():
+        out = tmp_path / f"{name}.jsonl"
+        words = ["detect", str(photos), "--base", str(base), "--mode", "paper", "--threads", "1", "--no-rationale"]
+        done = CliRunner().invoke(cli.app, [*words, "--out", str(out), "--batch-size", "2", *more])
+        assert done.exit_code == 0, done.output
+        tables[name] = [json.loads(line) for line in out.open()]
+    assert killed.exists()
+    for row in tables["local"] + tables["ray"]:
+        if row["report"]:
+            row["report"].pop("timings")
+            row["p_fake"] = row["report"]["verdict"]["p_fake"]
+    assert tables["ray"] == tables["local"] and len(tables["ray"]) == 5
+    with pytest.raises(SetupError):
+        made({"base": str(tmp_path / "nowhere"), "mode": "paper", "experts": []}, 1)
