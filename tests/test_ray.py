@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -16,8 +17,9 @@ from typer.testing import CliRunner
 import x2dfd
 from tests import tiny
 from x2dfd import cli, ray_engine, stores
-from x2dfd.errors import InputError, SetupError
+from x2dfd.errors import InputError, SetupError, X2DFDError
 from x2dfd.media import load_media
+from x2dfd.ray_llm import VllmScoring, _scored, p_fake
 from x2dfd.types import Failure, Report, Verdict
 
 
@@ -159,3 +161,59 @@ def test_two_actors_of_which_one_is_killed_write_the_rows_of_the_local_runner(
     assert tables["ray"] == tables["local"] and len(tables["ray"]) == 5
     with pytest.raises(SetupError):
         made({"base": str(tmp_path / "nowhere"), "mode": "paper", "experts": []}, 1)
+
+
+class Says:
+    """In the base processor's place: a template that a reader can see through."""
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> str:
+        return "USER: <image>\n" + messages[0]["content"][1]["text"] + " ASSISTANT:"
+
+
+def test_the_vllm_pipeline_asks_with_the_prompt_of_training(tmp_path: Path, astronaut: Any) -> None:
+    """A template or tokenizer call of the engine's own would be another prompt than the model was trained with."""
+    (tmp_path / "adapter_config.json").write_text('{"r": 12}')
+    scoring = VllmScoring("base", lora=tmp_path, gpus=2)
+    config = scoring.config()
+    stages = ("chat_template_stage", "tokenize_stage", "detokenize_stage", "prepare_multimodal_stage")
+    assert not any(config[stage] for stage in stages)
+    assert config["engine_kwargs"]["max_lora_rank"] == 16 and config["engine_kwargs"]["tensor_parallel_size"] == 2
+    assert "enable_lora" not in VllmScoring("base").config()["engine_kwargs"]
+    row = {"id": "a", "crop": astronaut[:224, :224], "question": "Is it? And the clip score is 0.500."}
+    asked = scoring.request(row, Says())
+    assert asked["prompt"] == "USER: <image>\nIs it? And the clip score is 0.500. ASSISTANT: This image is"
+    assert asked["multimodal_data"]["image"].size == (224, 224) and asked["model"] == str(tmp_path)
+    assert asked["id"] == "a" and "crop" not in asked
+
+
+def test_scores_of_vllm_are_read_as_those_of_an_endpoint() -> None:
+    """Swapped labels, or a label off the list taken as certain, would be confident nonsense."""
+    said = {"7": {"logprob": np.log(0.6)}, "9": {"logprob": np.log(0.2)}, "1": {"logprob": np.log(0.1)}}
+    assert p_fake({"logprobs": [said]}, (9, 7)) == pytest.approx(0.75)
+    assert p_fake({"logprobs": [said]}, (8, 7)) == pytest.approx(6 / 7)
+    row = {"id": "a", "prompt": "p", "generated_text": "", "logprobs": [said]}
+    assert _scored(row, (7, 9)) == {"id": "a", "p_fake": pytest.approx(0.25), "reason": None}
+    assert _scored(row, (2, 3)) == {"id": "a", "p_fake": None, "reason": "no_label"}
+    assert _scored({"id": "a", "logprobs": None}, (2, 3))["reason"] == "no_label"
+
+
+@pytest.mark.parametrize("wrong", [{"engines": 0}, {"memory": 1.5}, {"likeliest": 50}, {"max_tokens": 0}])
+def test_settings_that_cannot_work_are_refused_at_once(wrong: dict[str, Any]) -> None:
+    """A cluster's engines take minutes to start before they would say so."""
+    with pytest.raises(X2DFDError, match=next(iter(wrong))):
+        VllmScoring("base", **wrong)
+
+
+def test_a_lora_that_is_not_there_is_said_before_the_cluster_starts(tmp_path: Path) -> None:
+    """The same."""
+    with pytest.raises(SetupError, match=r"finetune\.split"):
+        VllmScoring("base", lora=tmp_path).config()
+
+
+def test_ray_takes_the_configuration() -> None:
+    """A setting that Ray renamed would be found on the first cluster."""
+    pytest.importorskip("ray", reason="the extra [ray] is not installed")
+    pytest.importorskip("aiohttp", reason="ray[llm] is not installed: no aiohttp")
+    from ray.data.llm import vLLMEngineProcessorConfig
+
+    assert vLLMEngineProcessorConfig(**VllmScoring("base").config()).model_source == "base"
