@@ -111,10 +111,11 @@ def test_a_name_that_is_no_utf8_reaches_an_actor() -> None:
 
 
 @pytest.fixture
-def cluster() -> Iterator[Any]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     ray = pytest.importorskip("ray", reason="the extra [ray] is not installed: pip install -e '.[ray]'")
     pytest.importorskip("ray.data")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # by default 15: beside other work they would never come to an end
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=2**27)
     yield ray
     ray.shutdown()

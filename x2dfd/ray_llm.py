@@ -117,7 +117,7 @@ _ENGINES_OWN = (
 
 
 def _scored(row: Mapping[str, Any], labels: tuple[int, int]) -> dict[str, Any]:
-    """The engine's row with P(fake) in place of what the engine said; None and a reason where neither label is there."""
+    """The engine's row with P(fake) in place of what the engine said; None and the reason where no label is there."""
     kept = {key: value for key, value in row.items() if key not in _ENGINES_OWN}
     try:
         return kept | {"p_fake": p_fake(row, labels), "reason": None}
