@@ -142,9 +142,9 @@ def difference(what: str, first: Answers, other: Answers, most: float) -> float:
                 raise X2DFDError(f"{what} gives another {key}: {other[key]!r}, and the first {value!r}")
         else:
             gap = np.abs(np.asarray(value, float) - np.asarray(other[key], float))
+            if not (gap <= most).all():  # nor for NaN
+                raise X2DFDError(f"{what} gives another {key}: by {gap.max():.1e}, and {most:.0e} is allowed")
             largest = max(largest, float(gap.max(initial=0.0)))
-            if not largest <= most:
-                raise X2DFDError(f"{what} gives another {key}: by {largest:.1e}, and {most:.0e} is allowed")
     return largest
 
 

@@ -56,7 +56,7 @@ class RayDetector:
             raise SetupError("--engine ray needs Ray Data: pip install 'x2dfd[ray]'") from error
         self._ray = ray
         self._options, self._actors, self._judge = dict(options), actors, judge
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its progress bars are off
         if not ray.is_initialized():
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
         on_gpu = str(options.get("device") or "").startswith("cuda") or (
@@ -102,8 +102,7 @@ class RayDetector:
             fn_constructor_args=(self._options, rationale),
             batch_size=batch_size,
             compute=data.ActorPoolStrategy(size=self._actors),
-            max_restarts=-1,
-            max_task_retries=TRIES - 1,
+            ray_remote_args_fn=lambda: {"max_task_retries": TRIES - 1},  # restarts of actors have no bound by default
             **self._resources,
         )
         try:
