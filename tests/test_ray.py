@@ -72,7 +72,7 @@ def test_a_store_and_a_disk_give_the_same_row(
     manifest.write_text("\n".join(["path", *places]) + "\n")
     words = ["detect", "--manifest", str(manifest), "--out", str(out), "--remote", "--batch-size", "3"]
     assert CliRunner().invoke(cli.app, words).exit_code == 0
-    rows = [json.loads(line) for line in out.open()]
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [r["path"] for r in rows] == places
     assert [r["error_code"] for r in rows] == [None, "not_found", None, None]
     assert rows[0]["sha256"] == rows[2]["sha256"] == rows[3]["sha256"] and len(asked) == 3
@@ -153,7 +153,7 @@ def test_two_actors_of_which_one_is_killed_write_the_rows_of_the_local_runner(
         words = ["detect", str(photos), "--base", str(base), "--mode", "paper", "--threads", "1", "--no-rationale"]
         done = CliRunner().invoke(cli.app, [*words, "--out", str(out), "--batch-size", "2", *more])
         assert done.exit_code == 0, done.output
-        tables[name] = [json.loads(line) for line in out.open()]
+        tables[name] = [json.loads(line) for line in out.read_text().splitlines()]
     assert killed.exists()
     for row in tables["local"] + tables["ray"]:
         if row["report"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -97,14 +98,17 @@ class RayDetector:
         context.enable_progress_bars = False
         rows = [{"place": _raw(place)} for place in places]
         dataset = data.from_items(rows, override_num_blocks=min(BLOCKS, -(-len(rows) // batch_size)))
-        judged = dataset.map_batches(
-            self._judge,
-            fn_constructor_args=(self._options, rationale),
-            batch_size=batch_size,
-            compute=data.ActorPoolStrategy(size=self._actors),
-            ray_remote_args_fn=lambda: {"max_task_retries": TRIES - 1},  # restarts of actors have no bound by default
-            **self._resources,
-        )
+        with warnings.catch_warnings():
+            # Of its last parameter, which Ray 2.64 drops; until then nothing else bounds the tries of a batch.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            judged = dataset.map_batches(
+                self._judge,
+                fn_constructor_args=(self._options, rationale),
+                batch_size=batch_size,
+                compute=data.ActorPoolStrategy(size=self._actors),
+                **self._resources,
+                max_task_retries=TRIES - 1,
+            )
         try:
             for row in judged.iter_rows():
                 found = json.loads(row["result"])
