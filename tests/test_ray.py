@@ -143,6 +143,7 @@ def test_two_actors_of_which_one_is_killed_write_the_rows_of_the_local_runner(
 
     load = x2dfd.load
     monkeypatch.setattr(x2dfd, "load", lambda *a, **k: load(*a, **k, experts=[]), raising=False)
+    monkeypatch.chdir(tmp_path)  # actors work elsewhere, and a row keeps the path that was given
     made = ray_engine.RayDetector
     monkeypatch.setattr(
         ray_engine, "RayDetector", lambda options, actors: made({**options, "experts": []}, actors, Dying)
@@ -150,7 +151,7 @@ def test_two_actors_of_which_one_is_killed_write_the_rows_of_the_local_runner(
     tables = {}
     for name, more in {"local": [], "ray": ["--engine", "ray", "--actors", "2"]}.items():
         out = tmp_path / f"{name}.jsonl"
-        words = ["detect", str(photos), "--base", str(base), "--mode", "paper", "--threads", "1", "--no-rationale"]
+        words = ["detect", photos.name, "--base", base.name, "--mode", "paper", "--threads", "1", "--no-rationale"]
         done = CliRunner().invoke(cli.app, [*words, "--out", str(out), "--batch-size", "2", *more])
         assert done.exit_code == 0, done.output
         tables[name] = [json.loads(line) for line in out.read_text().splitlines()]

@@ -11,6 +11,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,9 @@ class RayDetector:
             raise SetupError("--engine ray needs Ray Data: pip install 'x2dfd[ray]'") from error
         self._ray = ray
         self._options, self._actors, self._judge = dict(options), actors, judge
+        for name in ("model", "base", "adapter"):
+            if (given := options.get(name)) is not None and Path(given).exists():
+                self._options[name] = str(Path(given).absolute())
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its progress bars are off
         if not ray.is_initialized():
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
@@ -110,20 +114,21 @@ class RayDetector:
                 max_task_retries=TRIES - 1,
             )
         try:
-            for row in judged.iter_rows():
+            for place, row in zip(places, judged.iter_rows(), strict=True):
                 found = json.loads(row["result"])
-                yield (
+                result: Report | Failure = (
                     Failure(found["path"], found["sha256"], **found["error"])
                     if "error" in found
-                    else (Report.from_json(row["result"]))
+                    else Report.from_dict(found)
                 )
+                yield replace(result, path=str(place))
         except self._ray.exceptions.RayError as error:
             raise X2DFDError(f"Ray gave up on a batch: {error}") from error
 
 
 def _raw(place: Place) -> bytes:
-    """As a column holds it: a local name need not be UTF-8."""
-    return b"local:" + os.fsencode(place) if isinstance(place, Path) else b"store:" + place.encode()
+    """As a column holds it: a local name need not be UTF-8, and an actor works in another folder."""
+    return b"local:" + os.fsencode(place.absolute()) if isinstance(place, Path) else b"store:" + place.encode()
 
 
 def _place(raw: bytes) -> Place:
