@@ -420,7 +420,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("build/speed.json"))
     parser.add_argument("--model", type=Path, help="adapter directory; default: the embedded model")
     parser.add_argument("--geometry", choices=("embedded", "llava-7b", "toy"), default="embedded")
-    parser.add_argument("--rounds", type=int, default=7, help="of the quick cases; slow ones have fewer")
+    parser.add_argument("--rounds", type=int, default=5, help="of the quick cases; slow ones have fewer")
     parser.add_argument("--questions", type=int, default=ASKED, help="cue questions about one face")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", choices=("cpu", "cuda"), help="of the two; default: both, where there is CUDA")
