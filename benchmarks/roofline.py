@@ -58,7 +58,7 @@ class Operations(TorchDispatchMode):
     """Counts while it is entered: (FLOPs, bytes) of each operation that has a formula, of this thread."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[tuple[int, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

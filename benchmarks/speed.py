@@ -329,8 +329,8 @@ def of_detector(detector: Any, threads: int) -> list[tuple[str, Cases, int | Non
             (f"expert {e.card.name}, a face", {f"{n} at a time": expert(e, n) for n in AT_ONCE}, None)
             for e in detector.experts
         ),
-        ("decode a JPEG", {"decode": Case(lambda: load_media(data) and None, reads=len(data) + pixels.nbytes)}, None),
-        ("find faces", {"find": Case(lambda: find_faces(pixels) and None, reads=pixels.nbytes)}, None),
+        ("decode a JPEG", {"decode": Case(lambda: {"format": load_media(data).format}, reads=len(data) + pixels.nbytes)}, None),
+        ("find faces", {"find": Case(lambda: {"faces": len(find_faces(pixels))}, reads=pixels.nbytes)}, None),
         ("the command, from its start to the first verdict", {"x2dfd detect": first}, 3),
     ]  # fmt: skip
 

@@ -169,7 +169,8 @@ class Says:
     """In the base processor's place: a template that a reader can see through."""
 
     def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> str:
-        return "USER: <image>\n" + messages[0]["content"][1]["text"] + " ASSISTANT:"
+        text: str = messages[0]["content"][1]["text"]
+        return f"USER: <image>\n{text} ASSISTANT:"
 
 
 def test_the_vllm_pipeline_asks_with_the_prompt_of_training(tmp_path: Path, astronaut: Any) -> None:
