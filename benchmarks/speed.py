@@ -321,6 +321,7 @@ def of_detector(detector: Any, threads: int) -> list[tuple[str, Cases, int | Non
 
     sizes = {f"{n} at a time": Case(lambda n=n: judged(n), per=len(pictures)) for n in BATCHES}  # type: ignore[misc]
     warm = {"verdict": Case(lambda: single(False)), "verdict and rationale": Case(lambda: single(True))}
+    decode = Case(lambda: {"format": load_media(data).format}, reads=len(data) + pixels.nbytes)
     first = Case(command, part=lambda: single(False), reads=weights)
     return [
         ("warm, one face", warm, None),
@@ -329,7 +330,7 @@ def of_detector(detector: Any, threads: int) -> list[tuple[str, Cases, int | Non
             (f"expert {e.card.name}, a face", {f"{n} at a time": expert(e, n) for n in AT_ONCE}, None)
             for e in detector.experts
         ),
-        ("decode a JPEG", {"decode": Case(lambda: {"format": load_media(data).format}, reads=len(data) + pixels.nbytes)}, None),
+        ("decode a JPEG", {"decode": decode}, None),
         ("find faces", {"find": Case(lambda: {"faces": len(find_faces(pixels))}, reads=pixels.nbytes)}, None),
         ("the command, from its start to the first verdict", {"x2dfd detect": first}, 3),
     ]  # fmt: skip
