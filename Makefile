@@ -13,8 +13,8 @@ comma := ,
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 
-TASK ?= detect
-MODEL ?= embedded
+# Further options of `make bench`: --geometry llava-7b, --only cuda, --out FILE.
+BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup fetch check test test-distributed demo road tables tables-check bench clean
@@ -56,8 +56,8 @@ tables: setup ## Write the README's result tables from the result files
 tables-check: setup ## Fail when the README's tables differ from the result files
 	$(PY) -m eval.tables --check
 
-bench: setup fetch ## Score DATA=manifest with TASK and MODEL into build/bench; lists the tasks when DATA is not given
-	$(PY) eval/run_bench.py $(if $(DATA),$(TASK) --data $(DATA) --model $(MODEL) --out build/bench,--list)
+bench: setup fetch ## Time A against B side by side into build/speed.json; needs a quiet machine
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(PY) -m benchmarks.speed --threads $(OMP_NUM_THREADS) $(BENCH_ARGS)
 
 clean: ## Remove what was built; .venv and the cache stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -261,24 +261,46 @@ def _pattern(part: Result | None) -> list[str]:
 
 
 def speed(results: dict[str, Result], *, all_cases: bool = False) -> str:
-    """Seconds of a warm call on one face: the verdict, without and with its rationale, or all that was timed.
-
-    With all cases, also each expert's milliseconds a face and packed against single questions, where they were timed.
-    """
+    """Seconds of a warm call on one face, and of A against B: what was compared with something else, or all of it."""
     blocks = []
     for name, result in _of("speed", results):
-        lines = [["warm, one face", "median s", "10–90 %"], ["---"] * 3]
-        lines += [
-            [case, f"{t['median']:.2f}", f"{t['p10']:.2f}–{t['p90']:.2f}"]
-            for case, t in result["seconds"].items()
-            if all_cases or case.startswith("verdict")
-        ]
-        machine = result["machine"]
-        caption = f"`{name}`: {result['threads']} threads of {machine['cpu']}, {result['rounds']} rounds, fp32."
-        blocks.append(caption + "\n\n" + _table(lines))
-        if all_cases and "expert_ms_a_face" in result:
-            blocks += _speed_of_parts(result)
+        if result["task"]["version"] < 3:
+            blocks.append(_speed_before(name, result, all_cases))
+            continue
+        for device in result["devices"]:
+            head = ["", "s [10–90 %]", "times the first"] + ["of the bound", "largest change"] * all_cases
+            lines = [head, ["---"] * len(head)]
+            for comparison in device["comparisons"]:
+                if not all_cases and comparison["name"].startswith(("expert", "decode", "find", "detect")):
+                    continue
+                for way, found in comparison["ways"].items():
+                    times = found.get("times_first")
+                    cells = [_spread(found["seconds"], ".2f" if found["seconds"]["median"] >= 0.1 else ".4f")]
+                    cells.append(_spread(times, ".1f") if times else "–")
+                    if all_cases:
+                        share, change = found["share_of_bound"], found.get("largest_difference")
+                        cells += ["–" if share is None else f"{100 * share:.0f} %"]
+                        cells += ["–" if change is None else f"{change:.1e}"]
+                    lines.append([f"{comparison['name']}: {way}", *cells])
+            caption = (
+                f"`{name}`: {device['model']} on {device['device']}, {result['threads']} threads of {device['name']}; "
+                f"just measured at {device['matmul_gflop_per_s']:,.0f} GFLOP/s and {device['read_gb_per_s']:.0f} GB/s."
+            )
+            blocks.append(caption + "\n\n" + _table(lines))
     return "\n\n".join(blocks) or "No results yet."
+
+
+def _speed_before(name: str, result: Result, all_cases: bool) -> str:
+    """Of a result before version 3."""
+    lines = [["warm, one face", "median s", "10–90 %"], ["---"] * 3]
+    lines += [
+        [case, f"{t['median']:.2f}", f"{t['p10']:.2f}–{t['p90']:.2f}"]
+        for case, t in result["seconds"].items()
+        if all_cases or case.startswith("verdict")
+    ]
+    caption = f"`{name}`: {result['threads']} threads of {result['machine']['cpu']}, {result['rounds']} rounds, fp32."
+    parts = _speed_of_parts(result) if all_cases and "expert_ms_a_face" in result else []
+    return "\n\n".join([caption, _table(lines), *parts])
 
 
 def _speed_of_parts(result: Result) -> list[str]:

@@ -113,7 +113,7 @@ def build(config: Any, device: torch.device, dtype: torch.dtype, four_bits: bool
 def matmul_rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
     """FLOP a second of a square matrix product."""
     a = torch.randn(side, side, device=device, dtype=dtype)
-    return 2 * side**3 / _seconds(lambda: a @ a, device, 10)
+    return 2 * side**3 / median_seconds(lambda: a @ a, device, 10)
 
 
 def training_rows(
@@ -126,7 +126,7 @@ def training_rows(
     tuned.train()
     rows = []
     for length in lengths:
-        batch = _batch(model.config, config.batch, length, device)
+        batch = random_batch(model.config, config.batch, length, device)
 
         def step(batch: dict[str, Tensor] = batch) -> None:
             with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
@@ -150,7 +150,7 @@ def training_rows(
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats()
-                seconds = _seconds(step, device, steps)
+                seconds = median_seconds(step, device, steps)
             except torch.cuda.OutOfMemoryError:
                 rows.append({**row, "out_of_memory": True})
                 optimizer.zero_grad()
@@ -168,12 +168,14 @@ def judging(model: Any, processor: Any, device: torch.device, rounds: int) -> di
     """Verdicts a second in batches, and cue questions a second about one face, its prefix included."""
     mllm = LocalMLLM(model, processor, "random weights")
     crops = np.random.default_rng(0).integers(0, 256, (VERDICTS, 224, 224, 3), np.uint8)
-    verdict = _seconds(lambda: mllm.verdict_logits(mllm.look(crops), [prompts.QUESTION] * VERDICTS), device, rounds)
-    asked = _seconds(lambda: mllm.yes_no(crops[0], QUESTIONS), device, rounds)
+    verdict = median_seconds(
+        lambda: mllm.verdict_logits(mllm.look(crops), [prompts.QUESTION] * VERDICTS), device, rounds
+    )
+    asked = median_seconds(lambda: mllm.yes_no(crops[0], QUESTIONS), device, rounds)
     return {"verdicts_per_s": round(VERDICTS / verdict, 3), "cue_questions_per_s": round(len(QUESTIONS) / asked, 2)}
 
 
-def _batch(config: Any, rows: int, length: int, device: torch.device) -> dict[str, Tensor]:
+def random_batch(config: Any, rows: int, length: int, device: torch.device) -> dict[str, Tensor]:
     """Random rows of `length` tokens: the picture's, and text of which half is answer."""
     vision = config.vision_config
     image = (vision.image_size // vision.patch_size) ** 2
@@ -189,7 +191,7 @@ def _batch(config: Any, rows: int, length: int, device: torch.device) -> dict[st
     return {k: v.to(device) for k, v in batch.items()}
 
 
-def _seconds(call: Callable[[], object], device: torch.device, times: int) -> float:
+def median_seconds(call: Callable[[], object], device: torch.device, times: int) -> float:
     """Median seconds of a call, after one that warms up."""
     taken = []
     for _ in range(times + 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,21 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import x2dfd
 from tests import tiny
 from x2dfd import prompts
-from x2dfd.adapter import WEIGHTS, check_adapter, lora_b_sum, read_adapter_card, write_adapter_card
+from x2dfd.adapter import (
+    WEIGHTS,
+    _merge_plain,
+    attach,
+    check_adapter,
+    lora_b_sum,
+    read_adapter_card,
+    write_adapter_card,
+)
 from x2dfd.calibration import Calibration
 from x2dfd.errors import SetupError
 from x2dfd.experts import BUILTIN, Shared
@@ -151,8 +161,6 @@ def test_an_unknown_field_in_the_card_is_refused(adapter: Path) -> None:
 
 def test_the_merged_model_is_the_adapted_one(base: Path, made: Path, astronaut: Any) -> None:
     """Merging must add the adapter, projector included, and add it once."""
-    from peft import PeftModel
-
     from x2dfd.adapter import attach
 
     crop = astronaut[:224, 120:344][None]
@@ -169,6 +177,30 @@ def test_the_merged_model_is_the_adapted_one(base: Path, made: Path, astronaut: 
     unmerged = ask(PeftModel.from_pretrained(unmerged_model, str(made)).base_model.model, processor)
     assert merged == pytest.approx(unmerged, abs=1e-4)
     assert abs(merged - before) > 0.01
+
+
+def test_a_plain_adapter_needs_no_peft_and_any_other_goes_there(
+    base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Importing PEFT would outlast the first verdict; merging DoRA or other ranks as plain LoRA would be wrong."""
+
+    def weights(model: Any) -> dict[str, torch.Tensor]:
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    bare, _ = load_llava(base)
+    before, settings = weights(bare), adapter / "adapter_config.json"
+    plain = json.loads(settings.read_text())
+    for change in ({"use_dora": True}, {"rank_pattern": {"q_proj": 2}}, {"init_lora_weights": "pissa"}, {"r": 2}):
+        settings.write_text(json.dumps(plain | change))
+        assert not _merge_plain(bare, adapter)
+    assert all(torch.equal(value, before[name]) for name, value in weights(bare).items())
+    settings.write_text(json.dumps(plain))
+    through_peft = PeftModel.from_pretrained(load_llava(base)[0], str(adapter)).merge_and_unload()
+    monkeypatch.setitem(sys.modules, "peft", None)
+    ours, theirs = weights(attach(bare, adapter)), weights(through_peft)
+    assert set(ours) == set(theirs)
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
+    assert any(not torch.equal(ours[name], before[name]) for name in ours)
 
 
 def test_an_expert_that_joined_at_calibration_judges_but_is_not_in_the_question(
@@ -225,8 +257,6 @@ def test_load_refuses_before_it_judges(adapter: Path, base: Path, monkeypatch: p
 @pytest.mark.needs_base
 def test_a_split_adapter_is_the_same_model(made: Path, base: Path, tmp_path: Path, astronaut: Any) -> None:
     """Engines refuse an adapter that brings a projector; what they are given instead must answer as ours does."""
-    from peft import PeftModel
-
     from finetune.split import split
     from x2dfd.adapter import attach
 

@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 INSTALLED = ("x2dfd", "external_detectors")
-CHECKOUT_ONLY = ("data_gen", "finetune", "eval", "app", "tests")
+CHECKOUT_ONLY = ("data_gen", "finetune", "eval", "app", "benchmarks", "tests")
 HEAVY = {
     "torch", "numpy", "PIL", "cv2", "av", "transformers", "peft", "accelerate", "pyarrow", "pandas", "scipy", "onnx",
     "gguf", "ai_edge_litert", "gradio", "openai", "typer",

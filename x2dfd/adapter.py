@@ -136,6 +136,8 @@ def attach(model: Any, folder: Path) -> Any:
 
     Merged, because one matrix product is quicker than three and the numbers agree to rounding.
     """
+    if _merge_plain(model, folder):
+        return model
     # bitsandbytes warns on import, through peft, of a kernel that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from peft import PeftModel
@@ -143,6 +145,57 @@ def attach(model: Any, folder: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about a property that PEFT reads
         return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+
+
+_PLAIN = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_alpha", "lora_dropout", "megatron_core",
+    "modules_to_save", "peft_version", "qalora_group_size", "r", "revision", "target_modules", "task_type",
+}  # fmt: skip
+"""What an adapter's configuration may say without a bearing on how it is merged."""
+
+
+def _merge_plain(model: Any, folder: Path) -> bool:
+    """Merge a plain LoRA and the modules saved with it, without PEFT, whose import outlasts a verdict.
+
+    False, and the model is as it was, for anything else: DoRA, ranks by pattern, other key names, a quantised base.
+    PEFT's rule: W + alpha / r · B A (LoRA, arXiv 2106.09685).
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        saved = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError):
+        return False  # PEFT says what is wrong
+    said = {key: value for key, value in config.items() if value and key not in _PLAIN}
+    if said != {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}:
+        return False
+    parameters = dict(model.named_parameters())
+    steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []  # a weight; A and B, or its new value
+    for key, value in saved.items():
+        name, other = key.removeprefix("base_model.model."), None
+        shape = tuple(value.shape)
+        if name.endswith(".lora_B.weight"):
+            continue
+        if name.endswith(".lora_A.weight"):
+            other = saved.get(key.replace(".lora_A.", ".lora_B."))
+            if other is None or value.shape[0] != config["r"]:
+                return False
+            name, shape = name.replace(".lora_A.", "."), (other.shape[0], value.shape[1])
+        weight = parameters.pop(name, None)
+        if weight is None or not weight.is_floating_point() or tuple(weight.shape) != shape:
+            return False
+        steps.append((weight, value, other))
+    with torch.no_grad():
+        for weight, value, other in steps:
+            if other is None:
+                weight.copy_(value)
+            else:
+                change = other.float() @ value.float() * (config["lora_alpha"] / config["r"])
+                weight.copy_(weight.float() + change.to(weight.device))
+    return True
 
 
 def probe_crops() -> NDArray[np.uint8]:

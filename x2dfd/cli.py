@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from enum import StrEnum
+from functools import partial
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -34,7 +35,11 @@ if TYPE_CHECKING:
 
     from x2dfd.detector import Detector
     from x2dfd.html_report import Pictures
+    from x2dfd.ray_engine import RayDetector
     from x2dfd.rows import Rows
+    from x2dfd.stores import Place
+
+    Many = Callable[..., Iterator[Report | Failure]]
 
 NOT_PROOF = "These are statistical estimates, not proof: do not accuse a person or clear a picture on them alone."
 COLOURS = {"fake": typer.colors.RED, "real": typer.colors.GREEN, "inconclusive": typer.colors.YELLOW}
@@ -60,6 +65,11 @@ class Dtype(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
+
+
+class Engine(StrEnum):
+    local = "local"
+    ray = "ray"
 
 
 DTYPE_HELP = "Of the MLLM; by default bf16 on CUDA and fp32 on a CPU."
@@ -192,6 +202,14 @@ def detect(
     threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads.")] = None,
     device: Annotated[str | None, typer.Option(metavar="NAME", help=DEVICE_HELP)] = None,
     dtype: Annotated[Dtype | None, typer.Option(help=DTYPE_HELP)] = None,
+    remote: Annotated[
+        bool,
+        typer.Option("--remote", help="Rows of the manifest may be addresses that fsspec opens (s3://, gs:// ...)."),
+    ] = False,
+    engine: Annotated[
+        Engine, typer.Option(help="ray: actors of Ray Data, on the cluster of RAY_ADDRESS or on this machine.")
+    ] = Engine.local,
+    actors: Annotated[int, typer.Option(min=1, metavar="N", help="With --engine ray: how many.")] = 1,
 ) -> None:
     """Say of each picture or video whether its faces look forged, and why.
 
@@ -199,6 +217,8 @@ def detect(
     """
     if bool(paths) == (manifest is not None):
         raise typer.BadParameter("give paths, or --manifest FILE", param_hint="PATH")
+    if remote and (manifest is None or report is not None):
+        raise typer.BadParameter("goes with --manifest, and without --report", param_hint="--remote")
     part, parts = _shard(shard)
     if parts > 1 and report is not None:
         raise typer.BadParameter("each shard would write the same page; make it of the whole", param_hint="--report")
@@ -222,29 +242,44 @@ def detect(
             html_report.printer()  # what is missing is said before anything is judged
     written = [target for target in (page, pdf, record) if target is not None]
 
-    def files() -> Iterator[Path]:
+    def files() -> Iterator[Place]:
         """Found anew each time: a million paths need not stand in memory."""
         # What an earlier run wrote into a searched folder is no picture to judge.
         found = (p for p in find_media(paths or []) if not _ours(p, written, out))
-        return islice(found if manifest is None else manifest_paths(manifest), part - 1, None, parts)
+        chosen: Iterator[Place] = found if manifest is None else manifest_paths(manifest, remote=remote)
+        return islice(chosen, part - 1, None, parts)
 
     total = sum(1 for _ in files())
     if not total:
         typer.echo("no picture or video found", err=True)
-    detector = x2dfd.load(
-        model, base=base, adapter=adapter, served=served, mode=mode.value if mode else None, threads=threads,
-        device=device, dtype=dtype,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "model": model, "base": base, "adapter": adapter, "served": served, "mode": mode.value if mode else None,
+        "threads": threads, "device": device, "dtype": dtype.value if dtype else None,
+    }  # fmt: skip
+    detector: Detector | RayDetector
+    window = batch_size
+    if engine is Engine.ray:
+        from x2dfd.ray_engine import WINDOW, RayDetector
+
+        detector, window = RayDetector(options, actors), WINDOW
+        many: Many = detector.detect_many
+    else:
+        from x2dfd.stores import detect_places
+
+        detector = x2dfd.load(**options)
+        many = partial(detect_places, detector)
     rows: Rows | None = None
     if out is not None:
         from x2dfd.rows import Rows
 
         rows = Rows(out, detector.facts, not no_rationale)
-    kept: list[tuple[Path, Report | Failure]] = []
+    kept: list[tuple[Place, Report | Failure]] = []
     silent = manifest is not None and rows is not None and not as_json
     try:
         with _progress(total) as show:
-            for path, result in _judge(detector, files(), rows, batch_size=batch_size, rationale=not no_rationale):
+            for path, result in _judge(
+                many, files(), rows, window=window, batch_size=batch_size, rationale=not no_rationale
+            ):
                 text = "" if silent else json.dumps(result.to_dict(), allow_nan=False) if as_json else _block(result)
                 show(text, isinstance(result, Failure))
                 if report is not None:
@@ -261,7 +296,7 @@ def detect(
         from x2dfd import case
 
         results = [result for _, result in kept]
-        html = html_report.render(results, [_pictures(path, result) for path, result in kept])
+        html = html_report.render(results, [_pictures(Path(path), result) for path, result in kept])
         for target, text in ((page, html), (record, case.dumps(results))):
             with _writing(target):
                 write_bytes(target, text.encode("utf-8"))
@@ -463,21 +498,19 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON array 
     typer.echo("everything is in place" if not wrong else f"{wrong} to mend", err=True)
 
 
-def _batched(files: Iterable[Path], size: int) -> Iterator[list[Path]]:
-    source = iter(files)
-    while batch := list(islice(source, size)):
-        yield batch
-
-
 def _judge(
-    detector: Detector, files: Iterable[Path], rows: Rows | None, *, batch_size: int, rationale: bool
-) -> Iterator[tuple[Path, Report | Failure]]:
-    """Results in the order of `files`; those that `rows` already holds are not computed again."""
-    for batch in _batched(files, batch_size):
-        asked = [path for path in batch if rows is None or rows.ask(path)]
+    many: Many, files: Iterable[Place], rows: Rows | None, *, window: int, batch_size: int, rationale: bool
+) -> Iterator[tuple[Place, Report | Failure]]:
+    """Results in the order of `files`; those that `rows` already holds are not computed again.
+
+    `window`: files at a time, whose kept rows stand in memory.
+    """
+    source = iter(files)
+    while part := list(islice(source, window)):
+        asked = [path for path in part if rows is None or rows.ask(path)]
         kept = {} if rows is None else {path: row for path in asked if (row := rows.known(path)) is not None}
         pending = [path for path in asked if path not in kept]
-        fresh = iter(detector.detect_many(pending, batch_size=batch_size, rationale=rationale))
+        fresh = iter(many(pending, batch_size=batch_size, rationale=rationale))
         for path in asked:
             result = kept.get(path) or next(fresh)
             if rows is not None and path not in kept:

@@ -7,6 +7,7 @@ import hashlib
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -404,13 +405,15 @@ def load(
     if folder and card and card.weights == WHOLE:
         base = str(folder / WHOLE)
     place, precision = choose_device(device, dtype)
-    llava, processor = load_llava(
-        base,
-        tower_layers=(card.tower_layers or None) if card else None,
-        text_layers=(card.text_layers or None) if card else None,
-        feature_layers=(card.feature_layers or None) if card else None,
-    )
-    identity = base_identity(base)
+    with ThreadPoolExecutor(1) as beside:
+        hashed = beside.submit(base_identity, base)  # meanwhile: most of loading is imports, which keep one core busy
+        llava, processor = load_llava(
+            base,
+            tower_layers=(card.tower_layers or None) if card else None,
+            text_layers=(card.text_layers or None) if card else None,
+            feature_layers=(card.feature_layers or None) if card else None,
+        )
+        identity = hashed.result()
     calibration = None
     if folder and card:
         prompts.set_frame(processor, card.frame)

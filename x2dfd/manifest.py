@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from x2dfd.errors import X2DFDError
+from x2dfd.stores import is_address
 from x2dfd.types import DF_CLASSES, Cue
 
 _COLUMNS = ("id", "path", "label", "method", "df_class", "source", "group", "split", "cues", "mask", "video")
@@ -60,16 +61,17 @@ def read_manifest(path: str | os.PathLike[str], *, split: str | None = None) -> 
     return chosen
 
 
-def manifest_paths(path: str | os.PathLike[str]) -> Iterator[Path]:
+def manifest_paths(path: str | os.PathLike[str], *, remote: bool = False) -> Iterator[Path | str]:
     """The absolute paths of a manifest's rows, one after another; only the column `path` is needed.
 
+    `remote`: an address (s3://bucket/face.jpg) stays one, as a string.
     Raises X2DFDError, with the row's number, on a malformed row or one without a path.
     """
     file = Path(os.path.abspath(path))
     for number, row in _rows(file):
         if not (text := _text(row, "path")):
             raise X2DFDError(f"{file.name}: row {number}: no path (columns: {', '.join(row)})")
-        yield _absolute(file.parent, text)
+        yield text if remote and is_address(text) else _absolute(file.parent, text)
 
 
 def write_manifest(path: str | os.PathLike[str], rows: Iterable[Sample | Mapping[str, Any]]) -> None:

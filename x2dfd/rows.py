@@ -15,11 +15,14 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from x2dfd.errors import X2DFDError
-from x2dfd.files import file_sha256
+from x2dfd.stores import sha256_of
 from x2dfd.types import Failure, Report
+
+if TYPE_CHECKING:
+    from x2dfd.stores import Place
 
 SECONDS = 1.0  # of work that a kill can cost, besides the batch under way
 PART = 1024  # rows of the finished table in memory at a time
@@ -63,7 +66,7 @@ class Rows:
 
     # --- rows ---
 
-    def ask(self, path: Path) -> bool:
+    def ask(self, path: Place) -> bool:
         """Note that the run comes to this file; False when it has come to it before."""
         self._place += 1
         with self._guard():
@@ -71,7 +74,7 @@ class Rows:
         self.doubles += done.rowcount == 0
         return done.rowcount == 1
 
-    def known(self, path: Path) -> Report | None:
+    def known(self, path: Place) -> Report | None:
         """The kept report of that very file, by the same model; a failure is tried again."""
         with self._guard():
             row = self._base.execute(
@@ -82,12 +85,12 @@ class Rows:
         if row is None:
             return None
         try:
-            same = path.is_file() and file_sha256(path) == row[0]
+            same = sha256_of(path) == row[0]
         except OSError:  # not readable: judged again, which gives the reason
             return None
         return Report.from_json(row[1]) if same else None
 
-    def add(self, path: Path, result: Report | Failure) -> None:
+    def add(self, path: Place, result: Report | Failure) -> None:
         """Keep a result, in place of an older one of that path."""
         row: dict[str, Any] = dict.fromkeys(COLUMNS)
         row |= {"path": utf8(path), "sha256": result.sha256, "mode": self._mode, "rationale": self._rationale}

@@ -1,0 +1,86 @@
+"""The least time that the counted operations can take on this machine: the roofline, operation by operation.
+
+Every matrix product, convolution and attention of a call is counted from its shapes while the call runs (FLOPs by
+torch's own formulas; bytes of what goes in and comes out). Its bound is the longer of its FLOPs at the machine's matrix
+rate and its bytes at the machine's reading rate, both measured in the same run; the bound of a call is their sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from finetune.gpu import matmul_rate, median_seconds
+
+READ_SIDE = 8192  # of the square matrix whose product with a vector measures how quickly weights are read
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+FORMULAS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: _attention(
+        q.shape, k.shape, v.shape
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device was just measured at."""
+
+    flop_per_s: float  # of a large square matrix product
+    bytes_per_s: float  # of a matrix read once, for its product with a vector
+
+    @classmethod
+    def measured(cls, device: torch.device, dtype: torch.dtype) -> Rates:
+        weights = torch.ones(READ_SIDE, READ_SIDE, device=device, dtype=dtype)
+        vector = torch.ones(READ_SIDE, device=device, dtype=dtype)
+        reading = median_seconds(lambda: weights @ vector, device, 10)
+        side = 1024 if device.type == "cpu" else 8192
+        return cls(matmul_rate(device, dtype, side), weights.numel() * weights.element_size() / reading)
+
+    def better(self, other: Rates) -> Rates:
+        """The higher of each: a rate that a busy moment lowered would make the bound too easy."""
+        return Rates(max(self.flop_per_s, other.flop_per_s), max(self.bytes_per_s, other.bytes_per_s))
+
+
+class Operations(TorchDispatchMode):
+    """Counts while it is entered: (FLOPs, bytes) of each operation that has a formula, of this thread."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[tuple[int, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        formula = FORMULAS.get(func._overloadpacket)
+        if formula is None:
+            with self:  # under inference_mode a linear layer arrives whole
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        out = func(*args, **kwargs)
+        if formula is not None:
+            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+            self.found.append(
+                (int(formula(*args, **kwargs, out_val=out)), sum(t.numel() * t.element_size() for t in tensors))
+            )
+        return out
+
+    @property
+    def flop(self) -> int:
+        return sum(flop for flop, _ in self.found)
+
+    def bound(self, rates: Rates) -> float:
+        """Seconds."""
+        return sum(max(flop / rates.flop_per_s, size / rates.bytes_per_s) for flop, size in self.found)

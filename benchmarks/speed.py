@@ -1,0 +1,479 @@
+"""Speed, side by side: `make bench`, or `python -m benchmarks.speed --out eval/results/speed.json` for the tables.
+
+What is compared takes turns in one process, on a CPU and on CUDA where there is one; medians with the 10th and 90th
+percentile. Ways of doing the same thing must give the same answers, or the run ends with an error. Beside each time
+stands its bound (benchmarks.roofline) and the share of it that is reached.
+
+`--geometry llava-7b` puts LLaVA-1.5-7B with random weights, which are as fast as trained ones, in the model's place;
+`toy` runs the same code on a toy in seconds. What needs a trained model (faces, experts, the command) is left out then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import x2dfd
+from x2dfd import prompts
+from x2dfd.errors import X2DFDError
+from x2dfd.files import write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+AT_ONCE = (1, 8)  # faces in a call of an expert
+BATCHES = (1, 4, 16)  # pictures in a batch of `detect`
+ASKED, FEW = 100, 16  # cue questions about one face: of an assessment, of one picture's whole story
+FACES = 4  # of the verdicts against the published recipe
+FOLLOW_UP = "What about the eyes?"
+SAME = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}  # by how much answers of two ways may differ
+
+Answers = Mapping[str, Any]  # name -> numbers or text; those of one name must agree between the ways of a comparison
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way of doing something."""
+
+    run: Callable[[], Answers | None]
+    part: Callable[[], object] | None = None  # what is counted in place of `run`, where that takes long
+    parts: int = 1  # so many parts make the whole
+    per: int = 1  # pictures or faces in a run; seconds are of one of them
+    reads: int = 0  # bytes that have to be read or written where no torch operation shows it
+
+
+Cases = dict[str, Case]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every comparison needs."""
+
+    rounds: int
+    rates: Any  # roofline.Rates
+    precision: str = "fp32"
+    finish: Callable[[], object] = lambda: None  # waits for what the device still computes
+
+
+def timed(cases: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each case, `rounds` numbers each: every case once a round, in turning order, so that none has the
+    quieter machine or the warmer cache."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for number in range(rounds):
+        for name in list(cases)[:: -1 if number % 2 else 1]:
+            start = time.perf_counter()
+            cases[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def spread(values: Sequence[float], digits: int = 4) -> dict[str, float]:
+    """Median, p10 and p90."""
+    quantiles = (("median", 50), ("p10", 10), ("p90", 90))
+    return {name: round(float(np.percentile(values, q)), digits) for name, q in quantiles}
+
+
+def compare(name: str, cases: Cases, bench: Bench, rounds: int | None = None) -> dict[str, Any]:
+    """Every way timed and bounded, against the first: how many times as long, and the largest change of an answer.
+
+    Raises X2DFDError when two ways do not give the same.
+    """
+    from benchmarks.roofline import Operations
+
+    print(f"{name} ...", file=sys.stderr, flush=True)
+    bounds: dict[str, tuple[float, float]] = {}  # FLOPs, seconds
+    for way, case in cases.items():  # the round that warms up is the one that is counted
+        with Operations() as operations:
+            (case.part or case.run)()
+        bench.finish()
+        flop, seconds = operations.flop * case.parts, operations.bound(bench.rates) * case.parts
+        bounds[way] = flop / case.per, (seconds + case.reads / bench.rates.bytes_per_s) / case.per
+    answers: dict[str, Answers | None] = {}
+
+    def run(way: str) -> Callable[[], None]:
+        def call() -> None:
+            answers[way] = cases[way].run()
+            bench.finish()
+
+        return call
+
+    rounds = rounds or bench.rounds
+    taken = timed({way: run(way) for way in cases}, rounds)
+    first = next(iter(cases))
+    each = {way: [s / cases[way].per for s in values] for way, values in taken.items()}
+    found: dict[str, Any] = {"name": name, "rounds": rounds, "ways": {}}
+    for way, values in each.items():
+        seconds, (flop, bound) = spread(values, 5), bounds[way]
+        row: dict[str, Any] = {"seconds": seconds, "gflop": round(flop / 1e9, 3), "bound_seconds": round(bound, 6)}
+        row["share_of_bound"] = round(bound / seconds["median"], 3) if seconds["median"] else None
+        if way != first:
+            row["times_first"] = spread([a / b for a, b in zip(values, each[first], strict=True)], 2)
+            mine, its = answers[way], answers[first]
+            if mine is not None and its is not None:
+                row["largest_difference"] = difference(f"{name}: {way}", its, mine, SAME[bench.precision])
+        found["ways"][way] = row
+        share = f"{100 * row['share_of_bound']:.0f} % of the bound" if row["share_of_bound"] else "no bound"
+        times = f", {row['times_first']['median']:.2f} times the first" if "times_first" in row else ""
+        print(f"  {way}: {seconds['median']:.4f} s, {share}{times}", file=sys.stderr, flush=True)
+    return found
+
+
+def difference(what: str, first: Answers, other: Answers, most: float) -> float:
+    """The largest difference of the numbers. Raises X2DFDError when it is above `most`, or when a text differs."""
+    if set(first) != set(other):
+        raise X2DFDError(f"{what} does not answer the same questions")
+    largest = 0.0
+    for key, value in first.items():
+        if isinstance(value, str):
+            if value != other[key]:
+                raise X2DFDError(f"{what} gives another {key}: {other[key]!r}, and the first {value!r}")
+        else:
+            gap = np.abs(np.asarray(value, float) - np.asarray(other[key], float))
+            if not (gap <= most).all():  # nor for NaN
+                raise X2DFDError(f"{what} gives another {key}: by {gap.max():.1e}, and {most:.0e} is allowed")
+            largest = max(largest, float(gap.max(initial=0.0)))
+    return largest
+
+
+# --- the comparisons ------------------------------------------------------------------------------------------------
+
+
+def cue_questions(mllm: Any, crop: NDArray[np.uint8], questions: Sequence[str]) -> Cases:
+    """P(yes) of every question: packed, in batches over copies of the prefix, one by one over it, and each in a stock
+    forward pass of its own, which is what the published code does. All begin with the picture."""
+    import torch
+
+    from x2dfd.mllm import PACK
+
+    def batched() -> Answers:
+        look = mllm.look(crop[None])
+        chances = []
+        for at in range(0, len(questions), PACK):
+            some = questions[at : at + PACK]
+            cache = copy.deepcopy(look.cache)
+            cache.batch_repeat_interleave(len(some))
+            suffixes = [mllm._suffix(q) for q in some]
+            with torch.inference_mode():
+                hidden, _ = mllm._after(replace(look, cache=cache), suffixes, keep=True)
+                last = hidden[torch.arange(len(some)), torch.tensor([len(s) - 1 for s in suffixes])]
+                chances.append(mllm._scores(last, mllm._yes_no_ids).double().softmax(-1)[:, 0].cpu().numpy())
+        return {"P(yes)": np.concatenate(chances)}
+
+    def single(some: Sequence[str]) -> Answers:
+        look = mllm.look(crop[None])
+        return {"P(yes)": np.concatenate([mllm.yes_no_packed(look, [q]).p_yes for q in some])}
+
+    def stock(some: Sequence[str]) -> Answers:
+        return {"P(yes)": mllm.yes_no_plain(crop, some).p_yes}
+
+    sample = list(questions[:: max(1, len(questions) // 4)])[:4]
+    return {
+        "packed": Case(lambda: {"P(yes)": mllm.yes_no(crop, questions).p_yes}),
+        "cached, in batches": Case(batched),
+        "cached, one by one": Case(lambda: single(questions)),
+        "one by one, stock forward pass": Case(
+            lambda: stock(questions), lambda: stock(sample), len(questions) // len(sample)
+        ),
+    }
+
+
+def verdicts(mllm: Any, crops: NDArray[np.uint8], questions: Sequence[str]) -> Cases:
+    """P(fake) of each face: ours in one batch, and the published recipe, per picture.
+
+    The recipe: four tokens by `generate`, the labels' logits read at the fourth, whatever was generated. Where what it
+    generates is no verdict its number says nothing, and there is no answer to compare.
+    """
+
+    import torch
+    from PIL import Image
+
+    def sigmoid(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(1 / (1 + np.exp(-logits)))
+
+    def recipe() -> Answers | None:
+        logits, stated = [], True
+        for crop, question in zip(crops, questions, strict=True):
+            text = prompts.render(mllm.processor, question)
+            inputs = mllm.processor(images=Image.fromarray(crop), text=text, return_tensors="pt")
+            with torch.inference_mode():
+                out = mllm._llava.generate(
+                    **inputs.to(mllm.device, mllm._head.dtype), max_new_tokens=4, min_new_tokens=4, do_sample=False,
+                    return_dict_in_generate=True, output_logits=True,
+                )  # fmt: skip
+            real, fake = out.logits[3][0, list(mllm.label_ids)].double().cpu().tolist()
+            logits.append(fake - real)
+            stated = stated and int(out.sequences[0, -1]) in mllm.label_ids
+        return {"P(fake)": sigmoid(np.array(logits))} if stated else None
+
+    return {
+        "scored label, in a batch": Case(
+            lambda: {"P(fake)": sigmoid(mllm.verdict_logits(mllm.look(crops), questions))}, per=len(crops)
+        ),
+        "published recipe": Case(recipe, per=len(crops)),
+    }
+
+
+def whole_story(mllm: Any, crop: NDArray[np.uint8], question: str, cues: Sequence[str]) -> Cases:
+    """Verdict, rationale, cue questions and a chat turn about one face: on one look, and each on a look of its own."""
+
+    def told(look: Callable[[], Any], apart: bool) -> Answers:
+        logit = float(mllm.verdict_logits(look(), [question])[0])
+        start = prompts.rationale_start("fake" if logit > 0 else "real")
+        [text] = mllm.write(look(), [question], [start])
+        groups = [[c] for c in cues] if apart else [list(cues)]
+        p_yes = np.concatenate([mllm.yes_no_packed(look(), group).p_yes for group in groups])
+        [said] = mllm.write(look(), [question], [""], turns=[(f"{start} {text}".strip(), FOLLOW_UP)])
+        return {"P(fake)": 1 / (1 + np.exp(-logit)), "rationale": text, "P(yes)": p_yes, "answer": said}
+
+    def once() -> Answers:
+        look = mllm.look(crop[None])
+        return told(lambda: look, apart=False)
+
+    return {"one encoding": Case(once), "encoded each time": Case(lambda: told(lambda: mllm.look(crop[None]), True))}
+
+
+def training_step(model: Any, layers: Sequence[int], rows: int = 2, text: int = 128) -> Cases:
+    """A LoRA step: over the tower's cached outputs, and with the tower's pass. The loss is the same."""
+    import torch
+
+    from finetune.config import FinetuneConfig
+    from finetune.gpu import random_batch
+    from finetune.models import CachedTower, tune
+    from finetune.train import PackTrainer
+
+    config = replace(FinetuneConfig("", "", "", base="random", method="lora"), lora_dropout=0.0)
+    tuned, _ = tune(model, config)
+    tuned.train()
+    tower, strategy = model.model.vision_tower, model.config.vision_feature_select_strategy
+    vision, head = model.config.vision_config, model.lm_head.weight
+    image = (vision.image_size // vision.patch_size) ** 2
+    batch = random_batch(model.config, rows, image + text, head.device)
+    words = batch["input_ids"][:, image:]
+    words[words == model.config.image_token_id] += 1
+    batch["pixel_values"] = batch["pixel_values"].to(head.dtype)
+    with torch.inference_mode():
+        states = tower(batch["pixel_values"], output_hidden_states=True).hidden_states
+        first = 1 if strategy == "default" else 0
+        kept = torch.stack([states[k][:, first:] for k in layers], 1).clone()
+    stand_in = CachedTower(tuple(layers), strategy == "default")
+
+    def step(module: Any, pixels: Any) -> Answers:
+        model.model.vision_tower = module
+        loss = PackTrainer.compute_loss(None, tuned, {**batch, "pixel_values": pixels})  # type: ignore[arg-type]
+        loss.backward()
+        tuned.zero_grad()
+        return {"loss": float(loss.detach())}
+
+    cached, computed = lambda: step(stand_in, kept), lambda: step(tower, batch["pixel_values"])
+    return {"cached tower features": Case(cached, per=rows), "tower computed": Case(computed, per=rows)}
+
+
+def of_detector(detector: Any, threads: int) -> list[tuple[str, Cases, int | None]]:
+    """What needs the whole road: (name, ways, rounds, None for as many as asked)."""
+    from PIL import Image, ImageEnhance
+    from skimage.data import astronaut
+
+    from x2dfd.faces import find_faces
+    from x2dfd.fetch import require
+    from x2dfd.media import load_media
+
+    pixels = np.asarray(astronaut(), np.uint8)
+    image = Image.fromarray(pixels)
+    face = find_faces(pixels)[0]
+    pictures = [ImageEnhance.Brightness(image).enhance(0.8 + 0.025 * k) for k in range(max(BATCHES))]
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=95)
+    data = stream.getvalue()
+
+    def judged(size: int) -> Answers:
+        reports = list(detector.detect_many(pictures, batch_size=size, rationale=False))
+        return {"p_fake": [r.verdict.p_fake for r in reports]}
+
+    def single(rationale: bool) -> None:
+        detector.detect(image, rationale=rationale)
+
+    def expert(e: Any, n: int) -> Case:
+        return Case(lambda: {"score": e.judge([face] * n)[0].score}, per=n)
+
+    weights = (require("base") / "model.safetensors").stat().st_size
+
+    def command() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "face.jpg")
+            path.write_bytes(data)
+            subprocess.run(
+                [sys.executable, "-m", "x2dfd.cli", "detect", str(path), "--no-rationale", "--threads", str(threads)],
+                check=True, capture_output=True, cwd=ROOT,
+            )  # fmt: skip
+
+    sizes = {f"{n} at a time": Case(lambda n=n: judged(n), per=len(pictures)) for n in BATCHES}  # type: ignore[misc]
+    warm = {"verdict": Case(lambda: single(False)), "verdict and rationale": Case(lambda: single(True))}
+    decode = Case(lambda: {"format": load_media(data).format}, reads=len(data) + pixels.nbytes)
+    first = Case(command, part=lambda: single(False), reads=weights)
+    return [
+        ("warm, one face", warm, None),
+        ("detect, a picture", sizes, 2),
+        *(
+            (f"expert {e.card.name}, a face", {f"{n} at a time": expert(e, n) for n in AT_ONCE}, None)
+            for e in detector.experts
+        ),
+        ("decode a JPEG", {"decode": decode}, None),
+        ("find faces", {"find": Case(lambda: {"faces": len(find_faces(pixels))}, reads=pixels.nbytes)}, None),
+        ("the command, from its start to the first verdict", {"x2dfd detect": first}, 3),
+    ]  # fmt: skip
+
+
+# --- devices --------------------------------------------------------------------------------------------------------
+
+
+def measure(
+    device: Any, precision: str, threads: int, rounds: int, asked: int, geometry: str, model: Path | None
+) -> dict[str, Any]:
+    """Every comparison on one device."""
+    import torch
+
+    from benchmarks.roofline import Rates
+    from finetune.gpu import QUESTIONS, build, words_processor
+    from finetune.gpu import geometry as random_geometry
+    from x2dfd.assessment import BANK, read_questions
+    from x2dfd.mllm import LocalMLLM, load_llava
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    rates = Rates.measured(device, dtype)
+    finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    bench = Bench(rounds, rates, precision, finish)
+    rng = np.random.default_rng(0)
+    crops = rng.integers(0, 256, (FACES, 224, 224, 3), np.uint8)
+    further: list[tuple[str, Cases, int | None]] = []
+    load_seconds = None
+    if geometry == "embedded":
+        start = time.perf_counter()
+        detector = x2dfd.load(model, threads=threads, device=str(device), dtype=precision)
+        load_seconds = round(time.perf_counter() - start, 3)
+        mllm: Any = detector.mllm
+        name = detector.facts["name"]
+        further = of_detector(detector, threads)
+        from skimage.data import astronaut
+
+        from x2dfd.adapter import EMBEDDED, read_adapter_card
+        from x2dfd.faces import find_faces
+
+        crop = find_faces(np.asarray(astronaut(), np.uint8))[0].crop
+        crops = np.stack([np.clip(crop.astype(np.int16) + 8 * k, 0, 255).astype(np.uint8) for k in range(FACES)])
+        questions = [q.text for q in read_questions(BANK)[:asked]]
+        card = read_adapter_card(model or EMBEDDED)
+        trained, _ = load_llava(
+            None, tower_layers=card.tower_layers or None, text_layers=card.text_layers or None,
+            feature_layers=card.feature_layers or None,
+        )  # fmt: skip
+        trained = trained.to(device, dtype)
+    else:
+        settings = random_geometry(geometry == "toy")
+        trained = build(settings, device, dtype, False)
+        processor = words_processor(settings)
+        trained.config.image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+        mllm = LocalMLLM(trained, processor, f"{geometry}, random weights")
+        name, questions = mllm.name, QUESTIONS[:asked]
+    verdict = [prompts.QUESTION] * FACES
+    layers = trained.config.vision_feature_layer
+    comparisons = [
+        (f"{len(questions)} cue questions", cue_questions(mllm, crops[0], questions), 2),
+        ("verdict, a face", verdicts(mllm, crops, verdict), None),
+        (
+            f"verdict, rationale, {min(FEW, len(questions))} cue questions, a chat turn",
+            whole_story(mllm, crops[0], verdict[0], questions[:FEW]),
+            3,
+        ),
+        *further,
+    ]
+    found = [compare(title, ways, bench, min(r or rounds, rounds)) for title, ways, r in comparisons]
+    # Last: it wraps the model's layers.
+    step = training_step(trained, [layers] if isinstance(layers, int) else layers)
+    found.append(compare("a training step, a picture", step, bench))
+    rates = rates.better(Rates.measured(device, dtype))
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
+    return {
+        "device": f"{device.type} {precision}",
+        "name": place,
+        "model": name,
+        "load_seconds": load_seconds,
+        "matmul_gflop_per_s": round(rates.flop_per_s / 1e9, 2),
+        "read_gb_per_s": round(rates.bytes_per_s / 1e9, 2),
+        "comparisons": found,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Times A against B, interleaved, with bounds.")
+    parser.add_argument("--out", type=Path, default=Path("build/speed.json"))
+    parser.add_argument("--model", type=Path, help="adapter directory; default: the embedded model")
+    parser.add_argument("--geometry", choices=("embedded", "llava-7b", "toy"), default="embedded")
+    parser.add_argument("--rounds", type=int, default=5, help="of the quick cases; slow ones have fewer")
+    parser.add_argument("--questions", type=int, default=ASKED, help="cue questions about one face")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", choices=("cpu", "cuda"), help="of the two; default: both, where there is CUDA")
+    args = parser.parse_args(argv)
+    if args.rounds < 1 or args.questions < 4:
+        parser.error("--rounds must be 1 or more, --questions 4 or more")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+
+    torch.set_num_threads(args.threads)
+    devices = [("cpu", "fp32")] if args.only != "cuda" else []
+    if args.only == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here")
+    if torch.cuda.is_available() and args.only != "cpu":
+        devices += [("cuda", "fp32"), ("cuda", "bf16")] if args.geometry == "embedded" else [("cuda", "bf16")]
+        devices = [d for d in devices if args.geometry != "llava-7b" or d[0] == "cuda"]
+    try:
+        found = [
+            measure(
+                torch.device(place), precision, args.threads, args.rounds, args.questions, args.geometry, args.model
+            )
+            for place, precision in devices
+        ]
+    except X2DFDError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    result: dict[str, Any] = {
+        "task": {"name": "speed", "version": 3},
+        "geometry": args.geometry,
+        "threads": args.threads,
+        "devices": found,
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "load": os.getloadavg()[0], "platform": platform.machine()},
+        "versions": _versions(),
+    }
+    write_text(args.out, json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+def _versions() -> dict[str, str]:
+    from x2dfd.detector import versions
+
+    return versions()
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""The benchmarks: taking turns, ratios of one round, equal answers, bounds from shapes; on a clock that tests read."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import speed
+from benchmarks.roofline import Operations, Rates
+from benchmarks.speed import Bench, Case
+from eval import tables
+from x2dfd.errors import X2DFDError
+
+RATES = Rates(flop_per_s=1e6, bytes_per_s=1e6)
+
+
+@dataclass
+class Clock:
+    """Moves only when something is done."""
+
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def takes(self, seconds: float, answers: Any = None) -> Callable[[], Any]:
+        def call() -> Any:
+            self.now += seconds
+            return answers
+
+        return call
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    return clock
+
+
+def test_cases_take_turns(clock: Clock) -> None:
+    """All of A and then all of B times the machine's mood."""
+    called: list[str] = []
+
+    def case(name: str) -> Callable[[], None]:
+        def call() -> None:
+            called.append(name)
+            clock.now += len(called)
+
+        return call
+
+    seconds = speed.timed({"a": case("a"), "b": case("b")}, 3)
+    assert called == ["a", "b", "b", "a", "a", "b"]
+    assert seconds == {"a": [1.0, 4.0, 5.0], "b": [2.0, 3.0, 6.0]}
+
+
+def test_ways_are_compared_a_picture_and_within_a_round(clock: Clock) -> None:
+    """Eight faces at once in the time of three must not read as slower than one."""
+    found = speed.compare("x", {"1": Case(clock.takes(1.0)), "8": Case(clock.takes(3.0), per=8)}, Bench(5, RATES))
+    assert found["ways"]["8"]["seconds"]["median"] == pytest.approx(3 / 8)
+    assert found["ways"]["8"]["times_first"]["median"] == pytest.approx(0.38, abs=0.01)
+    assert "times_first" not in found["ways"]["1"]
+
+
+def test_a_way_with_other_answers_ends_the_run(clock: Clock) -> None:
+    """A quick wrong answer would win every comparison."""
+
+    def cases(other: Any) -> speed.Cases:
+        first = {"p": np.array([0.5, 0.25]), "text": "The jaw."}
+        return {"a": Case(clock.takes(1.0, first)), "b": Case(clock.takes(1.0, other))}
+
+    same = {"p": np.array([0.5, 0.25 - 5e-5]), "text": "The jaw."}
+    found = speed.compare("x", cases(same), Bench(1, RATES))
+    assert found["ways"]["b"]["largest_difference"] == pytest.approx(5e-5)
+    wrong: list[Any] = [
+        same | {"p": np.array([0.5, 0.26])}, same | {"text": "The eyes."}, {"p": same["p"]},
+        same | {"p": np.array([0.5, np.nan])},
+    ]  # fmt: skip
+    for other in wrong:
+        with pytest.raises(X2DFDError, match="x: b"):
+            speed.compare("x", cases(other), Bench(1, RATES))
+
+
+def test_the_bound_follows_from_shapes_and_rates(clock: Clock) -> None:
+    """Products that the count passes over, or a wrong factor, would make any share of the bound look good."""
+    linear, x = torch.nn.Linear(64, 128), torch.randn(2, 5, 64)
+    query = torch.randn(1, 2, 7, 16)
+    for grad in (torch.inference_mode, torch.enable_grad):
+        with grad(), Operations() as operations:
+            linear(x)
+            torch.nn.functional.scaled_dot_product_attention(query, query, query)
+        assert operations.flop == 2 * 10 * 64 * 128 + 2 * 2 * 2 * 7 * 7 * 16
+    # The layer is bound by its FLOPs at these rates, and by its bytes where products cost nothing.
+    with torch.inference_mode(), Operations() as operations:
+        linear(x)
+    assert operations.bound(RATES) == pytest.approx(0.16384)
+    size = 4 * (10 * 64 + 64 * 128 + 128 + 10 * 128)
+    assert operations.bound(Rates(1e12, 1e6)) == pytest.approx(size / 1e6, rel=0.02)
+
+    def call() -> None:
+        clock.now += 0.5
+        with torch.inference_mode():
+            linear(x)
+
+    case = Case(call, part=lambda: linear(x), parts=3, reads=1000)
+    [way] = speed.compare("x", {"a": case}, Bench(1, RATES))["ways"].values()
+    assert way["bound_seconds"] == pytest.approx(3 * 0.16384 + 0.001, abs=1e-5)
+    assert way["share_of_bound"] == pytest.approx((3 * 0.16384 + 0.001) / 0.5, abs=1e-3)
+
+
+def test_every_comparison_of_a_model_runs_on_a_toy(tmp_path: Path) -> None:
+    """The script has to work the first time that there is a GPU; and the page has to show what it wrote."""
+    out = tmp_path / "speed.json"
+    words = ["--geometry", "toy", "--only", "cpu", "--rounds", "1", "--questions", "4", "--threads", "1"]
+    assert speed.main([*words, "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    [device] = result["devices"]
+    ways = {c["name"]: list(c["ways"]) for c in device["comparisons"]}
+    assert list(ways) == [
+        "4 cue questions",
+        "verdict, a face",
+        "verdict, rationale, 4 cue questions, a chat turn",
+        "a training step, a picture",
+    ]
+    for comparison in device["comparisons"]:
+        for way in comparison["ways"].values():
+            assert way["gflop"] > 0 and way["bound_seconds"] > 0 and way["seconds"]["median"] > 0
+    page = tables.speed({"s": result}, all_cases=True)
+    assert "4 cue questions" in page and "one by one, stock forward pass" in page and "% |" in page
+    short = tables.speed({"s": result})
+    assert "4 cue questions" in short and len(short) < len(page)
+    with pytest.raises(SystemExit):
+        speed.main(["--rounds", "0"])
+
+
+def test_a_result_of_before_stays_readable() -> None:
+    """A committed result must not break the pages before a new one is made."""
+    older = {
+        "task": {"name": "speed", "version": 2}, "threads": 2, "rounds": 3, "machine": {"cpu": "x"},
+        "seconds": {"verdict": {"median": 0.5, "p10": 0.4, "p90": 0.6}},
+    }  # fmt: skip
+    assert "| verdict | 0.50 | 0.40–0.60 |" in tables.speed({"s": older}, all_cases=True)

@@ -1,0 +1,136 @@
+"""Many processes or machines: the same Detector in actors of Ray Data, the same rows as the local runner.
+
+`x2dfd detect … --engine ray` joins the cluster that RAY_ADDRESS names, or starts one on this machine. Scheduling,
+queues and faults are Ray's: an actor that dies is started again and its batch is judged again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.stores import detect_places
+from x2dfd.types import Failure, Report
+
+if TYPE_CHECKING:
+    from x2dfd.stores import Place
+
+WINDOW = 10_000  # files in one dataset: bounds what the driver holds, and is long beside the loading of a model
+TRIES = 4  # of a batch whose actor dies over it; the run then ends, and --out goes on where it stopped
+BLOCKS = 1024  # parts of a dataset at most: a part's rows arrive together
+
+
+class Judge:
+    """What an actor does: loads a detector once, judges batches of paths."""
+
+    def __init__(self, options: Mapping[str, Any], rationale: bool) -> None:
+        import x2dfd
+
+        self._detector = x2dfd.load(**options)
+        self._rationale = rationale
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        places = [_place(raw) for raw in batch["place"].tolist()]
+        results = detect_places(self._detector, places, batch_size=len(places), rationale=self._rationale)
+        return {"result": [json.dumps(r.to_dict(), allow_nan=False) for r in results]}
+
+
+class RayDetector:
+    """In a Detector's place for `detect`: `facts` and `detect_many`. `options` are those of `x2dfd.load`.
+
+    Raises SetupError when ray is missing or when the model does not load in the cluster.
+    """
+
+    def __init__(self, options: Mapping[str, Any], actors: int, judge: type[Judge] = Judge) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            import ray
+            import ray.data
+        except ImportError as error:
+            raise SetupError("--engine ray needs Ray Data: pip install 'x2dfd[ray]'") from error
+        self._ray = ray
+        self._options, self._actors, self._judge = dict(options), actors, judge
+        for name in ("model", "base", "adapter"):
+            if (given := options.get(name)) is not None and Path(given).exists():
+                self._options[name] = str(Path(given).absolute())
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its progress bars are off
+        if not ray.is_initialized():
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+        on_gpu = str(options.get("device") or "").startswith("cuda") or (
+            options.get("device") is None and ray.cluster_resources().get("GPU", 0) > 0
+        )
+        self._resources = {"num_cpus": options.get("threads") or 1, "num_gpus": int(on_gpu)}
+        self.facts: dict[str, Any] = self._asked_facts()
+
+    def _asked_facts(self) -> dict[str, Any]:
+        """Report.model, from where the model will run: this machine need not hold it."""
+        options = self._options
+
+        def facts() -> dict[str, Any]:
+            import x2dfd
+
+            return x2dfd.load(**options).facts
+
+        try:
+            found: dict[str, Any] = self._ray.get(self._ray.remote(**self._resources)(facts).remote())
+        except self._ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, X2DFDError):
+                raise error.cause from None
+            raise
+        return found
+
+    def detect_many(
+        self, places: Iterable[Place], *, batch_size: int = 8, rationale: bool = True
+    ) -> Iterator[Report | Failure]:
+        """As Detector.detect_many, in the order of the places. Raises X2DFDError when a batch fails for good."""
+        source = iter(places)
+        while part := list(islice(source, WINDOW)):
+            yield from self._window(part, batch_size, rationale)
+
+    def _window(self, places: list[Place], batch_size: int, rationale: bool) -> Iterator[Report | Failure]:
+        data = self._ray.data
+        context = data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.enable_progress_bars = False
+        rows = [{"place": _raw(place)} for place in places]
+        dataset = data.from_items(rows, override_num_blocks=min(BLOCKS, -(-len(rows) // batch_size)))
+        with warnings.catch_warnings():
+            # Of its last parameter, which Ray 2.64 drops; until then nothing else bounds the tries of a batch.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            judged = dataset.map_batches(
+                self._judge,
+                fn_constructor_args=(self._options, rationale),
+                batch_size=batch_size,
+                compute=data.ActorPoolStrategy(size=self._actors),
+                **self._resources,
+                max_task_retries=TRIES - 1,
+            )
+        try:
+            for place, row in zip(places, judged.iter_rows(), strict=True):
+                found = json.loads(row["result"])
+                result: Report | Failure = (
+                    Failure(found["path"], found["sha256"], **found["error"])
+                    if "error" in found
+                    else Report.from_dict(found)
+                )
+                yield replace(result, path=str(place))
+        except self._ray.exceptions.RayError as error:
+            raise X2DFDError(f"Ray gave up on a batch: {error}") from error
+
+
+def _raw(place: Place) -> bytes:
+    """As a column holds it: a local name need not be UTF-8, and an actor works in another folder."""
+    return b"local:" + os.fsencode(place.absolute()) if isinstance(place, Path) else b"store:" + place.encode()
+
+
+def _place(raw: bytes) -> Place:
+    kind, name = raw[:6], raw[6:]
+    return Path(os.fsdecode(name)) if kind == b"local:" else name.decode()

@@ -1,0 +1,140 @@
+"""P(fake) of millions of face crops by an MLLM of real size: ray.data.llm with vLLM's engine inside the actors.
+
+Prompts are rendered here, by the base's own processor, as in training; the engine gets text and picture, and gives the
+log-probabilities of one token. Whole reports, with faces, experts and rationale, come from `x2dfd detect --engine ray
+--served URL`. docs/ray.md holds the recipe. Nothing here needs vLLM or Ray until `processor` is called.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from x2dfd import prompts
+from x2dfd.errors import InputError, SetupError, X2DFDError
+
+
+@dataclass(frozen=True)
+class VllmScoring:
+    """What the pipeline is set to. Raises X2DFDError for settings that vLLM would refuse hours later."""
+
+    model: str  # LLaVA directory (base/ of finetune.split) or hub name
+    lora: Path | None = None  # lora/ of finetune.split
+    engines: int = 1  # replicas, each on `gpus` cards
+    gpus: int = 1  # that share one replica (tensor parallel)
+    batch_size: int = 64  # rows sent to an engine at a time
+    max_tokens: int = 1024  # of a prompt, its picture's tokens included
+    memory: float = 0.9  # share of a card's memory that an engine takes
+    likeliest: int = 20  # first tokens whose log-probability is asked for
+
+    def __post_init__(self) -> None:
+        for name in ("engines", "gpus", "batch_size", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise X2DFDError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        if not 0 < self.memory <= 1:
+            raise X2DFDError(f"memory is a share above 0 and up to 1, not {self.memory}")
+        if not 2 <= self.likeliest <= 20:
+            raise X2DFDError(
+                f"likeliest must be from 2 to 20, which vLLM gives without being told, not {self.likeliest}"
+            )
+
+    def rank(self) -> int | None:
+        """Of the LoRA. Raises SetupError when its configuration cannot be read."""
+        if self.lora is None:
+            return None
+        path = self.lora / "adapter_config.json"
+        try:
+            return int(json.loads(path.read_text(encoding="utf-8"))["r"])
+        except (OSError, ValueError, KeyError) as error:
+            raise SetupError(f"{path} cannot be read ({error}); make it: python -m finetune.split") from error
+
+    def config(self) -> dict[str, Any]:
+        """The arguments of ray.data.llm.vLLMEngineProcessorConfig."""
+        engine: dict[str, Any] = {
+            "max_model_len": self.max_tokens,
+            "tensor_parallel_size": self.gpus,
+            "gpu_memory_utilization": self.memory,
+            "enable_prefix_caching": True,
+            "limit_mm_per_prompt": {"image": 1},
+        }
+        rank = self.rank()
+        if rank is not None:
+            engine |= {"enable_lora": True, "max_lora_rank": max(8, 1 << (rank - 1).bit_length())}  # a power of two
+        return {
+            "model_source": self.model,
+            "engine_kwargs": engine,
+            "concurrency": self.engines,
+            "batch_size": self.batch_size,
+            # Text and pixels come ready: another template or tokenizer call would be another prompt.
+            "chat_template_stage": False,
+            "tokenize_stage": False,
+            "detokenize_stage": False,
+            "prepare_multimodal_stage": False,
+        }
+
+    def request(self, row: Mapping[str, Any], base_processor: Any) -> dict[str, Any]:
+        """A row with `crop` [224, 224, 3] and optionally `question` as the engine's input; other columns stay."""
+        from PIL import Image
+
+        question = row.get("question") or prompts.QUESTION
+        asked = {
+            "prompt": prompts.render(base_processor, question, prompts.STEM),
+            "multimodal_data": {"image": Image.fromarray(np.asarray(row["crop"], np.uint8))},
+            "sampling_params": {"max_tokens": 1, "temperature": 0.0, "logprobs": self.likeliest, "detokenize": False},
+        }
+        kept = {key: value for key, value in row.items() if key not in ("crop", "question")}
+        return kept | asked | ({"model": str(self.lora)} if self.lora else {})
+
+    def processor(self) -> Any:
+        """The pipeline: called with a Ray dataset of `crop` columns, it gives one with `p_fake` and `reason`.
+
+        Raises SetupError where ray[llm] is not installed.
+        """
+        try:
+            from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+        except ImportError as error:
+            raise SetupError(f"this needs ray[llm] with vLLM, on a GPU: pip install 'ray[llm]' ({error})") from error
+        from transformers import AutoProcessor
+
+        base: Any = AutoProcessor.from_pretrained(self.model)
+        labels = prompts.first_tokens(base, prompts.STEM, prompts.LABEL_WORDS)
+        return build_processor(
+            vLLMEngineProcessorConfig(**self.config()),
+            preprocess=lambda row: self.request(row, base),
+            postprocess=lambda row: _scored(row, labels),
+        )
+
+
+_ENGINES_OWN = (
+    "prompt", "multimodal_data", "sampling_params", "model", "prompt_token_ids", "num_input_tokens", "generated_tokens",
+    "generated_text", "num_generated_tokens", "embeddings", "metrics", "logprobs", "prompt_logprobs",
+)  # fmt: skip
+
+
+def _scored(row: Mapping[str, Any], labels: tuple[int, int]) -> dict[str, Any]:
+    """The engine's row with P(fake) in place of what the engine said; None and the reason where no label is there."""
+    kept = {key: value for key, value in row.items() if key not in _ENGINES_OWN}
+    try:
+        return kept | {"p_fake": p_fake(row, labels), "reason": None}
+    except InputError as error:
+        return kept | {"p_fake": None, "reason": error.code}
+
+
+def p_fake(row: Mapping[str, Any], labels: tuple[int, int]) -> float:
+    """P(fake) from the log-probabilities of the first token; `labels` are the tokens of real and fake.
+
+    A label that is not among those listed counts as the least likely of them, as with a served model. Raises InputError
+    when neither is there.
+    """
+    first = (row.get("logprobs") or [{}])[0]
+    listed = {int(token): float(said["logprob"]) for token, said in first.items() if said is not None}
+    if not any(label in listed for label in labels):
+        raise InputError("no_label", "neither real nor fake is among the likeliest tokens")
+    least = min(listed.values())
+    real, fake = (listed.get(label, least) for label in labels)
+    return float(1 / (1 + np.exp(real - fake)))

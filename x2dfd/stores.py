@@ -1,0 +1,79 @@
+"""Files in object stores: addresses that fsspec opens (s3://, gs://, hf://, file:// ...), judged as local files are.
+
+They are read only where a caller says so: `x2dfd detect --remote`. A store's package (s3fs, gcsfs ...) and keys are the
+user's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from x2dfd.errors import InputError, SetupError
+from x2dfd.types import Failure, Report
+
+if TYPE_CHECKING:
+    from x2dfd.detector import Detector
+
+    Place = Path | str  # a local path, or an address in a store
+
+
+def is_address(text: str) -> bool:
+    """The text names a file in a store, and no local one."""
+    return "://" in text
+
+
+def read_address(address: str) -> bytes:
+    """The file's bytes. Raises InputError for what the store does not give, SetupError where its package is missing."""
+    from x2dfd.media import MAX_BYTES
+
+    try:
+        import fsspec
+    except ImportError as error:
+        raise SetupError("addresses need the package fsspec: pip install 'x2dfd[ray]'") from error
+    try:
+        with fsspec.open(address, "rb") as file:
+            data: bytes = file.read(MAX_BYTES + 1)
+    except ImportError as error:  # fsspec names the package
+        raise SetupError(str(error)) from error
+    except FileNotFoundError as error:
+        raise InputError("not_found", "there is no such file") from error
+    except Exception as error:  # every store has errors of its own; fsspec gives them no common base
+        raise InputError("unreadable", f"the store does not give the file: {error}") from error
+    if len(data) > MAX_BYTES:
+        raise InputError("file_too_large", f"more than {MAX_BYTES:,} bytes")
+    return data
+
+
+def sha256_of(place: Place) -> str | None:
+    """Of the file's bytes; None when there is no such file. Raises OSError when it cannot be read."""
+    from x2dfd.files import file_sha256
+
+    if isinstance(place, Path):
+        return file_sha256(place) if place.is_file() else None
+    try:
+        return hashlib.sha256(read_address(place)).hexdigest()
+    except InputError as error:
+        raise OSError(error.reason) from error
+
+
+def detect_places(
+    detector: Detector | Any, places: Iterable[Place], *, batch_size: int, rationale: bool
+) -> Iterator[Report | Failure]:
+    """As Detector.detect_many, over local paths and addresses; `path` of a result is the place as it was given."""
+    source = iter(places)
+    while part := list(islice(source, batch_size)):
+        opened: list[Path | bytes | Failure] = []
+        for place in part:
+            try:
+                opened.append(place if isinstance(place, Path) else read_address(place))
+            except InputError as error:
+                opened.append(Failure(str(place), None, error.code, error.reason))
+        readable = [o for o in opened if not isinstance(o, Failure)]
+        found = iter(detector.detect_many(readable, batch_size=batch_size, rationale=rationale))
+        for place, one in zip(part, opened, strict=True):
+            yield one if isinstance(one, Failure) else replace(next(found), path=str(place))
