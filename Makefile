@@ -6,9 +6,9 @@ PY := $(VENV)/bin/python
 OMP_NUM_THREADS ?= 2
 PYTEST_ARGS ?=
 
-# Extras of pyproject.toml to install. `app` and `c2pa` are among them so that their tests run instead of being skipped.
+# Extras of pyproject.toml to install. `app`, `c2pa` and `browser` are among them so that their tests run instead of being skipped.
 # Each choice has its own stamp: `make setup EXTRAS=dev,train`.
-EXTRAS ?= dev,app,c2pa
+EXTRAS ?= dev,app,c2pa,browser
 comma := ,
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
