@@ -260,6 +260,34 @@ def _pattern(part: Result | None) -> list[str]:
     return [_number(part["auc"]), *rates, _percent(part["inconclusive"])]
 
 
+def ablation(results: dict[str, Result]) -> str:
+    """What the MLLM makes of each part of its question: AUC without it, answers and texts when it is exchanged."""
+    blocks = []
+    for name, result in _of("ablation", results):
+        part, data = result["ablation"], result["data"]
+        lines = [["MLLM asked with", "AUC [95 %]", "what it is"], ["---"] * 3]
+        for variant, measured in part["auc"]["auc"].items():
+            lines.append([variant, _number(measured), part["variants"][variant]])
+        against = [["all experts say fake, then all say real", "share of pictures [95 %]"], ["---"] * 2]
+        for what, measured in part["scores against the picture"].items():
+            against.append([what, _number(measured, percent=True)])
+        truths = ("of what was pointed at", "of what is there")
+        texts = [["texts name", *truths], ["---"] * 3]
+        for what in ("areas", "cues"):
+            for told in ("own", "exchanged"):
+                cells = [
+                    _number(part["texts"][told][what][of]) for of in ("of what was pointed at", "of what is there")
+                ]
+                texts.append([f"{what}, {told} pointing", *cells])
+        caption = (
+            f"`{name}`: the MLLM alone, manifest `{data['sha256'][:12]}`, {data['n_real']} real and {data['n_fake']} "
+            f"fake; answers at P(fake) {part['mllm_threshold']:.2f}; texts (F1) of {part['texts']['n']} forgeries at "
+            "which an expert points, explained once as it is and once with another cue in its place."
+        )
+        blocks.append("\n\n".join([caption, _table(lines), _table(against), _table(texts)]))
+    return "\n\n".join(blocks) or "No results yet."
+
+
 def speed(results: dict[str, Result], *, all_cases: bool = False) -> str:
     """Seconds of a warm call on one face, and of A against B: what was compared with something else, or all of it."""
     blocks = []
@@ -376,6 +404,7 @@ def _number(measured: Result, *, percent: bool = False, interval: bool = True) -
 
 
 TABLES: dict[str, Callable[[dict[str, Result]], str]] = {
+    "ablation": ablation,
     "detect": detect,
     "detect-all": partial(detect, all_methods=True),
     "describe": describe,
