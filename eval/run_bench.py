@@ -735,7 +735,10 @@ def _run_assess(run: Run) -> Made:
             "strong": [f"{f.area} {f.artifact}" for f in found.cues if f.strong],
             "rule": found.rule,
             "ranked_by": found.ranked_by,
+            "n_questions": len(found.questions),
+            "n_cues": len(found.cues),
             "control": found.control,
+            "stability": found.stability,
             "random": found.random,
         },
     }
@@ -774,7 +777,8 @@ def choose(task: Task, manifest: Path, args: argparse.Namespace) -> tuple[list[S
     if not samples:
         truth = {"describe": "cues", "classify": "df_class", "locate": "mask"}[task.name]
         raise X2DFDError(f"{manifest.name}: no chosen sample has a known {truth}, nothing to {task.name}")
-    if args.limit is not None and args.limit < len(samples):
+    # `assess` draws its own pictures: as many real ones as fakes.
+    if task.name != "assess" and args.limit is not None and args.limit < len(samples):
         chosen = np.random.default_rng(args.seed).permutation(len(samples))[: args.limit]
         samples = [samples[i] for i in sorted(chosen)]
     if task.name == "describe" and not any(s.cues for s in samples):

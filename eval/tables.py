@@ -260,6 +260,40 @@ def _pattern(part: Result | None) -> list[str]:
     return [_number(part["auc"]), *rates, _percent(part["inconclusive"])]
 
 
+def assess(results: dict[str, Result], best: int = 12) -> str:
+    """What an MLLM can see (MFA): the ranking against chance, and its best cues; one column a result file."""
+    found = _of("assess", results)
+    if not found:
+        return "No results yet."
+    lines = [["", *(f"`{r['model']['name']}`" for _, r in found)], ["---"] * (len(found) + 1)]
+
+    def row(title: str, of: Callable[[Result], str]) -> None:
+        lines.append([title, *(of(r["assessment"]) for _, r in found)])
+
+    row("real / fake pictures", lambda a: f"{a['n_real']} / {a['n_fake']}")
+    row("questions on cues", lambda a: f"{a['n_questions']} on {a['n_cues']}")
+    row("strong cues", lambda a: str(len(a["strong"])))
+    row("AUC of the best cues, mean", lambda a: f"{a['control']['cues']['top_mean_auc']:.3f}")
+    row(
+        "the same with shuffled truth, mean (95th percentile)",
+        lambda a: "{shuffled_mean:.3f} ({shuffled_p95:.3f})".format_map(a["control"]["cues"]),
+    )
+    row("all cue questions, fake against real", lambda a: f"{a['random']['cue_questions']['mean_auc']:.3f}")
+    row("all unrelated questions", lambda a: f"{a['random']['unrelated_questions']['mean_auc']:.3f}")
+    ranked = [
+        sorted(((v["value"] or 0.0, k, v) for k, v in r["headline"].items()), key=lambda x: -x[0])[:best]
+        for _, r in found
+    ]
+    for place in range(best):
+        cells = [
+            f"{part[place][1].removeprefix('cue ').removesuffix('.auc')} {_number(part[place][2])}" for part in ranked
+        ]
+        lines.append([f"{place + 1}", *cells])
+    manifest = found[0][1]["data"]["sha256"][:12]
+    caption = f"AUC of P(yes), manifest `{manifest}`. A cue is {found[0][1]['assessment']['rule']}."
+    return caption + "\n\n" + _table(lines)
+
+
 def ablation(results: dict[str, Result]) -> str:
     """What the MLLM makes of each part of its question: AUC without it, answers and texts when it is exchanged."""
     blocks = []
@@ -405,6 +439,7 @@ def _number(measured: Result, *, percent: bool = False, interval: bool = True) -
 
 TABLES: dict[str, Callable[[dict[str, Result]], str]] = {
     "ablation": ablation,
+    "assess": assess,
     "detect": detect,
     "detect-all": partial(detect, all_methods=True),
     "describe": describe,
