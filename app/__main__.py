@@ -40,6 +40,10 @@ def listed(
         raise SetupError("--adapter says what an endpoint serves: give --served too, or the directory as --model")
     if served is not None and (not models or (adapter is not None and len(models) > 1)):
         raise SetupError("--served needs --model NAME, a name at the endpoint, and just one beside --adapter")
+    if "embedded" in models:
+        raise SetupError(
+            "embedded is the shipped model, which is on the list anyway; write a folder of yours ./embedded"
+        )
     found: dict[str, Callable[[], Any]] = {}
     for model in models:
         if served is None:

@@ -432,6 +432,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     torch.set_num_threads(args.threads)
+    if args.geometry == "llava-7b" and (args.only == "cpu" or not torch.cuda.is_available()):
+        parser.error("llava-7b needs a CUDA device: on a CPU its weights alone are 28 GB")
     devices = [("cpu", "fp32")] if args.only != "cuda" else []
     if args.only == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here")

@@ -802,3 +802,18 @@ def forge(photo: Photo, method: Method, rng: Rng, donor: Photo | None = None, st
         df_class=method.df_class,
         strength=round(power, 3),
     )
+
+
+def joined_cues(before: Pixels, first: Forgery, second: Forgery) -> tuple[Cue, ...]:
+    """The cues of a photo `before` that was forged, and its forgery once more: those that still show.
+
+    The second may hide what the first left (noise, then smoothed skin), so the first's are measured on the last
+    picture. A cue of both counts by the plainer of its scores.
+    """
+    mask = first.mask.astype(np.float32) / 255
+    scores = {(c.area, c.artifact): visible(before, second.pixels, mask, c.artifact) for c in first.cues}
+    for cue in second.cues:
+        pair = (cue.area, cue.artifact)
+        scores[pair] = max(scores.get(pair, 0.0), cue.score or 0.0)
+    least = min(_SHOWS, max(scores.values(), default=0.0))
+    return tuple(Cue(area, artifact, round(s, 3)) for (area, artifact), s in scores.items() if s >= least)

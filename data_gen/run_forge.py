@@ -21,7 +21,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from data_gen.forge import FORGE_VERSION, HARMLESS, METHODS, Forgery, Photo, forge
+from data_gen.forge import FORGE_VERSION, HARMLESS, METHODS, Forgery, Photo, forge, joined_cues
 from x2dfd.errors import InputError, UnknownName, X2DFDError
 from x2dfd.faces import find_faces
 from x2dfd.files import file_sha256, write_text
@@ -187,7 +187,7 @@ def _item(source: _Source, out: Path, index: int) -> dict[str, Any]:
                 made = Forgery(
                     more.pixels,
                     np.maximum(made.mask, more.mask),
-                    tuple({(c.area, c.artifact): c for c in (*made.cues, *more.cues)}.values()),
+                    joined_cues(photo.pixels, made, more),
                     f"{made.method}+{more.method}",
                     made.df_class,
                     max(made.strength, more.strength),

@@ -16,7 +16,7 @@ import numpy as np
 from eval.scoring import Layout, Resampling, Row, common_auc, equalise, micro_f1, sha256_of
 from x2dfd import prompts
 from x2dfd.detector import Detector, through_codec, versions
-from x2dfd.errors import InputError
+from x2dfd.errors import InputError, X2DFDError
 from x2dfd.explain import read_cues
 from x2dfd.faces import find_faces
 from x2dfd.manifest import Sample
@@ -46,7 +46,12 @@ _EXCHANGED = tuple(
 
 
 def judge(detector: Detector, samples: Sequence[Sample], *, equal: bool) -> tuple[list[Row], list[Row]]:
-    """A row a sample, in order; texts are written of fakes with known cues at which an expert points."""
+    """A row a sample, in order; texts are written of fakes with known cues at which an expert points.
+
+    Raises X2DFDError for a model that is told of no expert as the verdict's question tells it: nothing to leave out.
+    """
+    if not detector.facts["in_prompt"] or detector.facts.get("asked_with") == "tool results":
+        raise X2DFDError("ablation takes a model whose question holds experts' scores: an adapter, or --served")
     return [_row(detector, s, equal) for s in samples], [{"model": detector.facts, "versions": versions()}]
 
 
@@ -93,6 +98,15 @@ def _row(detector: Detector, sample: Sample, equal: bool) -> Row:
         return row | {"reason": "no_face"}
     rng = np.random.default_rng(zlib.crc32(sample.id.encode()))  # the same in every run, whatever the order
     (face,) = through_codec([face])
+    try:
+        return row | _asked(detector, sample, face, rng)
+    except InputError as error:  # of a served model
+        return row | {"reason": error.code, "error": f"{error.reason} [{error.code}]"}
+
+
+def _asked(detector: Detector, sample: Sample, face: Face, rng: np.random.Generator) -> Row:
+    """Of one face, what a row keeps of the model's answers."""
+    row: Row = {"logits": {}, "told": {}, "named": {}}
     look = detector.mllm.look(face.crop[None])
     said = [e for e in detector.evidence([face], look)[0] if e.expert in detector.facts["in_prompt"]]
     row["experts"] = {e.expert: e.score for e in said}

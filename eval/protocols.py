@@ -480,6 +480,8 @@ def hidden(
     except (OSError, ValueError, KeyError) as error:
         raise X2DFDError(f"{scores}: not the samples.parquet of a run ({error})") from error
     by_name = {path_parts(r["id"])[-1]: r["p_fake"] for r in table}
+    if len(by_name) < len(table):
+        raise X2DFDError(f"{scores}: {len(table) - len(by_name)} pictures share their file name with another")
     print(json.dumps(write_submission(out, by_name, threshold, unscored)))  # type: ignore[arg-type]
 
 

@@ -457,6 +457,7 @@ def run(args: argparse.Namespace) -> Row:
     asked = [models.named(v) if v else None for v in (args.model, args.base, args.adapter)]
     key |= {"model": [*asked, args.served, args.tools, args.mode]}
     made = RUNNERS[task.name](Run(args, samples, skipped, key, draw))
+    samples = made.samples or samples
     labels = Counter(s.label for s in samples)
     packages = {name: version(name) for name in ("numpy", "scikit-learn", "pillow", "pyarrow")}
     result = {
@@ -540,6 +541,7 @@ class Made:
     mode: str | None = None
     stated: Row = field(default_factory=dict)  # of the model, beside what its answers state
     scores_of: str = "the largest face"
+    samples: list[Sample] | None = None  # where the task chose its own
 
 
 NO_ORIGIN: Row = {"model": {}, "versions": {}}
@@ -635,7 +637,8 @@ def _run_words(run: Run) -> Made:
 def _majority_words(run: Run) -> list[Row]:
     """The commoner label (or class) as everybody's answer."""
     if run.args.task == "classify":
-        known = [s.df_class for s in train_apart(run.every(), run.samples) or run.samples if s.df_class]
+        train = [s for s in train_apart(run.every(), run.samples) if s.df_class]
+        known = [s.df_class for s in train or run.samples if s.df_class]
         said = min(set(known), key=lambda c: (-known.count(c), c))
         return [text_tasks.blank(s) | {"said": said} for s in run.samples]
     rows, _ = majority_rows(run.every(), run.samples)
@@ -699,7 +702,7 @@ def _run_experts(run: Run) -> Made:
 
 def _run_assess(run: Run) -> Made:
     """The ranking of `x2dfd assess`, with its files beside the result."""
-    from x2dfd.assessment import BANK, assess, read_questions
+    from x2dfd.assessment import BANK, assess, chosen_pictures, read_questions
     from x2dfd.crops import load_crops
     from x2dfd.detector import versions
 
@@ -743,9 +746,11 @@ def _run_assess(run: Run) -> Made:
         },
     }
     origin = {"model": model.detector.facts, "versions": versions()}
-    rows = [blank_row(s) for s in run.samples]
+    asked = [crops.samples[i] for i in chosen_pictures(crops, args.split, args.limit, args.seed)]
+    rows = [blank_row(s) for s in asked]
     scores_of = "the largest face, as load_crops cuts it; pictures are not re-encoded"
-    return Made(run.store(ANSWERS), rows, origin, measured, model.name, model.mode, scores_of=scores_of)
+    store = run.store(ANSWERS)
+    return Made(store, rows, origin, measured, model.name, model.mode, scores_of=scores_of, samples=asked)
 
 
 RUNNERS: dict[str, Callable[[Run], Made]] = {

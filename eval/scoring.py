@@ -94,12 +94,16 @@ def score(judge: Judge, samples: Sequence[Sample], store: Store) -> tuple[list[R
     if done:
         rows, origins = judge([probe]) if probe else ([], [])
         if probe and origins[:1] == [origin] and _same(rows[0], done[probe.id]):
-            say(f"going on: {sum(s.id in done for s in samples)} of {len(samples)} samples were judged before")
+            say("going on: samples that were judged before are not judged again")
         else:
             say("the stored samples are not of this model: starting anew")
             done, origin = {}, None
             store.start_anew()
-    todo = [s for s in samples if s.id not in done]
+    # What could not be read is tried again, and so is a file that is another one now.
+    kept = {
+        s.id for s in samples if (row := done.get(s.id)) and not row["error"] and row["sha256"] == sha256_of(s.path)
+    }
+    todo = [s for s in samples if s.id not in kept]
     if todo:
         done = {}  # they are on disk: what is judged does not pile up here
     started = time.monotonic()
@@ -192,7 +196,10 @@ class Store:
         self._next, self.anew = None, True
 
     def finish(self, samples: Sequence[Sample], rows: Sequence[Row], origin: dict[str, Any], base: Path) -> None:
-        """Writes `samples.parquet` and drops the parts."""
+        """Writes `samples.parquet` and drops the parts, but for rows of samples that were judged in another run."""
+        others = {} if self.anew else self.read(origin)[0]
+        for sample in samples:
+            others.pop(sample.id, None)
         packed = [_pack(s, r, self.layout, base) for s, r in zip(samples, rows, strict=True)]
         table = pa.Table.from_pylist(packed, _schema(rows, self.layout))
         head = json.dumps({"key": self.key, "origin": origin}, sort_keys=True)
@@ -201,6 +208,9 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_bytes(self.table, stream.getvalue())
         shutil.rmtree(self.parts, ignore_errors=True)
+        self._next, self.anew = None, False
+        if others:  # a smaller --limit must not throw hours away
+            self.add(others.values(), origin)
 
 
 _OF_SAMPLE = ("label", "source", "method", "df_class", "group", "split", "video")

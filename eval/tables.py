@@ -278,19 +278,25 @@ def assess(results: dict[str, Result], best: int = 12) -> str:
         "the same with shuffled truth, mean (95th percentile)",
         lambda a: "{shuffled_mean:.3f} ({shuffled_p95:.3f})".format_map(a["control"]["cues"]),
     )
-    row("all cue questions, fake against real", lambda a: f"{a['random']['cue_questions']['mean_auc']:.3f}")
-    row("all unrelated questions", lambda a: f"{a['random']['unrelated_questions']['mean_auc']:.3f}")
+    for title, key in (("cue", "cue_questions"), ("unrelated", "unrelated_questions")):
+        row(
+            f"all {title} questions, fake against real",
+            lambda a, key=key: _plain(a["random"][key]["mean_auc"] if a["random"] else None),  # type: ignore[misc]
+        )
     ranked = [
         sorted(((v["value"] or 0.0, k, v) for k, v in r["headline"].items()), key=lambda x: -x[0])[:best]
         for _, r in found
     ]
-    for place in range(best):
+    for place in range(min(best, max(map(len, ranked)))):
         cells = [
-            f"{part[place][1].removeprefix('cue ').removesuffix('.auc')} {_number(part[place][2])}" for part in ranked
+            f"{part[place][1].removeprefix('cue ').removesuffix('.auc')} {_number(part[place][2])}"
+            if place < len(part)
+            else "–"
+            for part in ranked
         ]
         lines.append([f"{place + 1}", *cells])
-    manifest = found[0][1]["data"]["sha256"][:12]
-    caption = f"AUC of P(yes), manifest `{manifest}`. A cue is {found[0][1]['assessment']['rule']}."
+    manifests = ", ".join(sorted({f"`{r['data']['sha256'][:12]}`" for _, r in found}))
+    caption = f"AUC of P(yes), manifest {manifests}. A cue is {found[0][1]['assessment']['rule']}."
     return caption + "\n\n" + _table(lines)
 
 

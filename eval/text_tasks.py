@@ -24,7 +24,7 @@ from x2dfd import prompts
 from x2dfd.errors import InputError, SetupError, X2DFDError
 from x2dfd.explain import said_label
 from x2dfd.manifest import Sample
-from x2dfd.types import DF_CLASSES, Evidence, Report
+from x2dfd.types import DF_CLASSES, Evidence, Face, Report
 
 LAYOUT = Layout(
     texts=("said", "reason", "question", "answer", "error"), numbers=("p_fake",), packed=("notes", "judgement")
@@ -60,7 +60,7 @@ def ask(
     batch_size: int,
 ) -> tuple[list[Row], list[Row]]:
     """A row a sample, and where they come from."""
-    from x2dfd.detector import through_codec, versions
+    from x2dfd.detector import versions
     from x2dfd.faces import find_faces
     from x2dfd.media import load_picture
 
@@ -77,16 +77,36 @@ def ask(
         else:
             row["reason"] = "no_face"
     for at in range(0, len(faces), batch_size):
-        part, of = faces[at : at + batch_size], asked[at : at + batch_size]
-        logits, evidence = detector.judge_faces(part)
-        look = detector.mllm.look(np.stack([f.crop for f in through_codec(part)]))
-        texts = [worded(detector, question(s), said) for (_, s), said in zip(of, evidence, strict=True)]
-        answered = detector.mllm.write(look, texts, [""] * len(texts))
-        for (row, sample), own, said, text, answer in zip(of, logits, evidence, texts, answered, strict=True):
-            row |= {"p_fake": float(1 / (1 + np.exp(-own))), "question": text, "answer": answer}
-            row |= {"said": read(answer, sample), "experts": {e.expert: e.score for e in said}}
-            row["notes"] = {e.expert: e.note for e in said if e.note}
+        _answered_rows(detector, asked[at : at + batch_size], faces[at : at + batch_size], question, read)
     return rows, [{"model": detector.facts, "versions": versions()}]
+
+
+def _answered_rows(
+    detector: Any,
+    asked: Sequence[tuple[Row, Sample]],
+    faces: Sequence[Face],
+    question: Callable[[Sample], str],
+    read: Callable[[str, Sample], str],
+) -> None:
+    """Fills the rows of faces that go through the model together; what one picture causes is its own row's."""
+    from x2dfd.detector import through_codec
+
+    try:
+        logits, evidence = detector.judge_faces(faces)
+        look = detector.mllm.look(np.stack([f.crop for f in through_codec(faces)]))
+        texts = [worded(detector, question(s), said) for (_, s), said in zip(asked, evidence, strict=True)]
+        answered = detector.mllm.write(look, texts, [""] * len(texts))
+    except InputError as error:  # of a served model, about one of these pictures
+        if len(faces) == 1:
+            asked[0][0].update({"reason": error.code, "error": f"{error.reason} [{error.code}]"})
+            return
+        for one, face in zip(asked, faces, strict=True):
+            _answered_rows(detector, [one], [face], question, read)
+        return
+    for (row, sample), own, said, text, answer in zip(asked, logits, evidence, texts, answered, strict=True):
+        row |= {"p_fake": float(1 / (1 + np.exp(-own))), "question": text, "answer": answer}
+        row |= {"said": read(answer, sample), "experts": {e.expert: e.score for e in said}}
+        row["notes"] = {e.expert: e.note for e in said if e.note}
 
 
 def read_answer(text: str, sample: Sample) -> str:

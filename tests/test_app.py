@@ -814,6 +814,7 @@ def test_the_first_verdict_comes_within_five_seconds(
                 seconds, work = time.perf_counter() - begin, time.process_time() - work
         with capsys.disabled():
             print(f"\nfirst verdict {seconds:.2f} s after the upload began, {work:.2f} s of processor time")
+        assert seconds > 0  # it was seen at all
         assert 0 < work < 5
         assert tried == []  # the embedded model asks nobody either
     finally:

@@ -18,14 +18,14 @@ import skimage.data
 from numpy.typing import NDArray
 
 from data_gen import decoders, run_forge
-from data_gen.forge import HARMLESS, METHODS, Forgery, Method, Photo, forge, visible
+from data_gen.forge import HARMLESS, METHODS, Forgery, Method, Photo, forge, joined_cues, visible
 from data_gen.run_forge import ForgeConfig, run, split_of
 from x2dfd.degrade import codec, degrade, rescale, soft, tone, video_codec
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.faces import area_mask, find_faces
 from x2dfd.files import file_sha256
 from x2dfd.manifest import read_manifest, write_manifest
-from x2dfd.types import AREAS, ARTIFACTS
+from x2dfd.types import AREAS, ARTIFACTS, Cue
 
 ROOT = Path(__file__).resolve().parents[1]
 Pixels = NDArray[np.uint8]
@@ -579,3 +579,16 @@ def test_the_command_prints_its_manifest(photos: Path, tmp_path: Path) -> None:
     assert told.returncode == 0, told.stderr
     assert [Path(told.stdout.strip())] == [tmp_path / "o" / "manifest.jsonl"]
     assert len(_rows(tmp_path / "o")) == 2
+
+
+def test_what_a_second_forgery_hides_is_not_claimed(photo: Photo) -> None:
+    """Bug prevented: noise claimed on skin that was smoothed afterwards; a plain cue lost to a faint one."""
+    rng = np.random.default_rng(0)
+    first = forge(photo, METHODS["noise_mismatch"], rng, strength=0.9)
+    kept = joined_cues(photo.pixels, first, replace(first, cues=()))
+    assert [(c.area, c.artifact) for c in kept] == [(c.area, c.artifact) for c in first.cues]
+    undone = Forgery(photo.pixels, first.mask, (Cue("jaw", "blur", 0.8),), "undo", "FE", 1.0)
+    assert joined_cues(photo.pixels, first, undone) == (Cue("jaw", "blur", 0.8),)
+    area, artifact = first.cues[0].area, first.cues[0].artifact
+    faint = Forgery(first.pixels, first.mask, (Cue(area, artifact, 0.01),), "again", "FE", 1.0)
+    assert joined_cues(photo.pixels, first, faint)[0].score == kept[0].score

@@ -70,7 +70,7 @@ def test_a_store_and_a_disk_give_the_same_row(
     places = [f"{memory}/face.jpg", f"{memory}/none.jpg", face_photo.as_uri(), str(face_photo)]
     manifest, out = tmp_path / "m.csv", tmp_path / "rows.jsonl"
     manifest.write_text("\n".join(["path", *places]) + "\n")
-    words = ["detect", "--manifest", str(manifest), "--out", str(out), "--remote", "--batch-size", "3"]
+    words = ["detect", "--manifest", str(manifest), "--out", str(out), "--remote", "memory,file", "--batch-size", "3"]
     assert CliRunner().invoke(cli.app, words).exit_code == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [r["path"] for r in rows] == places
@@ -92,7 +92,11 @@ def test_no_address_is_read_unasked(memory: str, tmp_path: Path, monkeypatch: py
     manifest.write_text(f"path\n{memory}/face.jpg\n")
     done = CliRunner().invoke(cli.app, ["detect", "--manifest", str(manifest), "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout)["error"]["code"] == "not_found"
-    assert CliRunner().invoke(cli.app, ["detect", "a.jpg", "--remote"]).exit_code == 2
+    assert CliRunner().invoke(cli.app, ["detect", "a.jpg", "--remote", "s3"]).exit_code == 2
+    manifest.write_text(f"path\n{memory}/face.jpg\nhttp://169.254.169.254/x\nfilecache::memory://a.jpg\n")
+    asked = ["detect", "--manifest", str(manifest), "--json", "--remote", "s3,filecache"]
+    rows = [json.loads(line) for line in CliRunner().invoke(cli.app, asked).stdout.splitlines()]
+    assert [r["error"]["code"] for r in rows] == ["not_found"] * 3
 
 
 def test_an_object_too_large_or_of_an_unknown_store_says_so(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,6 +227,27 @@ def test_a_killed_run_goes_on_and_ends_the_same(data: Path, tmp_path: Path, monk
     assert len(third.seen) == 1 and (tmp_path / "cut" / "result.json").read_bytes() == straight
 
 
+def test_a_file_that_changed_is_judged_again_and_hours_are_not_thrown_away(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old scores under a new picture's name; an outage that stays an unreadable file; rows lost to a smaller limit."""
+    words = ("detect", "--data", data, "--split", "val", "--out", tmp_path / "out")
+    bench(monkeypatch, StandIn(), *words)
+    rows = [r for r in csv.DictReader(data.read_text("utf-8").splitlines()) if r["split"] == "val"]
+    few = StandIn()
+    bench(monkeypatch, few, *words, "--limit", 5)
+    assert len(few.seen) <= 2 and result_of(tmp_path / "out")["data"]["n"] == 5
+    path = data.parent / rows[7]["path"]
+    before = path.read_bytes()
+    picture(path, 0.77)
+    assert path.read_bytes() != before
+    all_again = StandIn()
+    bench(monkeypatch, all_again, *words)
+    assert len(all_again.seen) <= 1 + 2  # to see that the model is the same, the new picture, and what failed before
+    stored = {r["path"]: r for r in pq.read_table(tmp_path / "out" / "samples.parquet").to_pylist()}
+    assert len(stored) == 40 and stored[rows[7]["path"]]["p_fake"] == pytest.approx(0.77, abs=0.02)
+
+
 @pytest.mark.parametrize("other", [StandIn("w2"), StandIn("w1", shift=0.05)], ids=["hash", "score"])
 def test_rows_of_another_model_are_not_used_again(
     other: StandIn, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

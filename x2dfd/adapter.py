@@ -172,6 +172,10 @@ def _merge_plain(model: Any, folder: Path) -> bool:
     said = {key: value for key, value in config.items() if value and key not in _PLAIN}
     if said != {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}:
         return False
+    if not {"r", "lora_alpha"} <= config.keys():
+        return False
+    if any(".lora_B." in key and key.replace(".lora_B.", ".lora_A.") not in saved for key in saved):
+        return False
     parameters = dict(model.named_parameters())
     steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []  # a weight; A and B, or its new value
     for key, value in saved.items():

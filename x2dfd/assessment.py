@@ -587,7 +587,7 @@ def _findings(
 # --- the assessment -------------------------------------------------------------------------------------------------
 
 
-def _chosen(data: CropSet, split: str | None, limit: int | None, seed: int) -> list[int]:
+def chosen_pictures(data: CropSet, split: str | None, limit: int | None, seed: int) -> list[int]:
     """Images to ask about, in the data's order; with `limit`, half real and half fake as far as they go.
 
     A smaller limit chooses a part of what a larger one chooses.
@@ -633,7 +633,7 @@ def assess(
         raise X2DFDError(f"asked twice: {repeated[0]}")
     if all(q.origin == "random" for q in questions):
         raise X2DFDError("no cue questions to ask")
-    chosen = _chosen(data, split, limit, seed)
+    chosen = chosen_pictures(data, split, limit, seed)
     out.mkdir(parents=True, exist_ok=True)
     rows = _answers(model, data, chosen, texts, out, progress)
     p_yes, said = np.array([r["p_yes"] for r in rows]), np.array([r["said"] for r in rows])  # [n, q]

@@ -203,9 +203,11 @@ def detect(
     device: Annotated[str | None, typer.Option(metavar="NAME", help=DEVICE_HELP)] = None,
     dtype: Annotated[Dtype | None, typer.Option(help=DTYPE_HELP)] = None,
     remote: Annotated[
-        bool,
-        typer.Option("--remote", help="Rows of the manifest may be addresses that fsspec opens (s3://, gs:// ...)."),
-    ] = False,
+        str,
+        typer.Option(
+            metavar="A,B", help="Stores in which rows of the manifest may lie (s3,gs): addresses that fsspec opens."
+        ),
+    ] = "",
     engine: Annotated[
         Engine, typer.Option(help="ray: actors of Ray Data, on the cluster of RAY_ADDRESS or on this machine.")
     ] = Engine.local,
@@ -246,7 +248,7 @@ def detect(
         """Found anew each time: a million paths need not stand in memory."""
         # What an earlier run wrote into a searched folder is no picture to judge.
         found = (p for p in find_media(paths or []) if not _ours(p, written, out))
-        chosen: Iterator[Place] = found if manifest is None else manifest_paths(manifest, remote=remote)
+        chosen: Iterator[Place] = found if manifest is None else manifest_paths(manifest, remote=remote.split(","))
         return islice(chosen, part - 1, None, parts)
 
     total = sum(1 for _ in files())

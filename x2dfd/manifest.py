@@ -13,7 +13,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -61,17 +61,17 @@ def read_manifest(path: str | os.PathLike[str], *, split: str | None = None) -> 
     return chosen
 
 
-def manifest_paths(path: str | os.PathLike[str], *, remote: bool = False) -> Iterator[Path | str]:
+def manifest_paths(path: str | os.PathLike[str], *, remote: Collection[str] = ()) -> Iterator[Path | str]:
     """The absolute paths of a manifest's rows, one after another; only the column `path` is needed.
 
-    `remote`: an address (s3://bucket/face.jpg) stays one, as a string.
+    `remote`: stores (s3, gs ...) whose addresses (s3://bucket/face.jpg) stay such, as strings.
     Raises X2DFDError, with the row's number, on a malformed row or one without a path.
     """
     file = Path(os.path.abspath(path))
     for number, row in _rows(file):
         if not (text := _text(row, "path")):
             raise X2DFDError(f"{file.name}: row {number}: no path (columns: {', '.join(row)})")
-        yield text if remote and is_address(text) else _absolute(file.parent, text)
+        yield text if is_address(text, remote) else _absolute(file.parent, text)
 
 
 def write_manifest(path: str | os.PathLike[str], rows: Iterable[Sample | Mapping[str, Any]]) -> None:

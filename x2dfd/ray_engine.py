@@ -58,16 +58,20 @@ class RayDetector:
             raise SetupError("--engine ray needs Ray Data: pip install 'x2dfd[ray]'") from error
         self._ray = ray
         self._options, self._actors, self._judge = dict(options), actors, judge
-        for name in ("model", "base", "adapter"):
+        served = options.get("served") is not None  # its `model` is a name there, whatever lies here
+        for name in ("base", "adapter") if served else ("model", "base", "adapter"):
             if (given := options.get(name)) is not None and Path(given).exists():
                 self._options[name] = str(Path(given).absolute())
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its progress bars are off
         if not ray.is_initialized():
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-        on_gpu = str(options.get("device") or "").startswith("cuda") or (
-            options.get("device") is None and ray.cluster_resources().get("GPU", 0) > 0
-        )
+        here = ray.cluster_resources()
+        device = options.get("device")
+        on_gpu = not served and (str(device).startswith("cuda") if device else here.get("GPU", 0) > 0)
         self._resources = {"num_cpus": options.get("threads") or 1, "num_gpus": int(on_gpu)}
+        for name, key in (("CPUs", "CPU"), ("GPUs", "GPU")):
+            if (wanted := self._resources[f"num_{key.lower()}s"]) > here.get(key, 0):  # Ray would wait for ever
+                raise SetupError(f"an actor needs {wanted} {name}, and the cluster has {here.get(key, 0):g}")
         self.facts: dict[str, Any] = self._asked_facts()
 
     def _asked_facts(self) -> dict[str, Any]:
@@ -123,6 +127,8 @@ class RayDetector:
                 )
                 yield replace(result, path=str(place))
         except self._ray.exceptions.RayError as error:
+            if isinstance(cause := getattr(error, "cause", None), X2DFDError):
+                raise cause from None
             raise X2DFDError(f"Ray gave up on a batch: {error}") from error
 
 

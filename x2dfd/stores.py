@@ -1,13 +1,13 @@
 """Files in object stores: addresses that fsspec opens (s3://, gs://, hf://, file:// ...), judged as local files are.
 
-They are read only where a caller says so: `x2dfd detect --remote`. A store's package (s3fs, gcsfs ...) and keys are the
-user's own.
+They are read only where a caller names the stores: `x2dfd detect --remote s3,gs`. A store's package (s3fs, gcsfs ...)
+and keys are the user's own.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -22,9 +22,13 @@ if TYPE_CHECKING:
     Place = Path | str  # a local path, or an address in a store
 
 
-def is_address(text: str) -> bool:
-    """The text names a file in a store, and no local one."""
-    return "://" in text
+def is_address(text: str, stores: Collection[str]) -> bool:
+    """The text is an address in one of `stores` (s3, gs ...).
+
+    A manifest may be a stranger's: what it names in any other store, or behind a chain of them, is not opened.
+    """
+    scheme, sign, _ = text.partition("://")
+    return bool(sign) and scheme in stores and "::" not in text
 
 
 def read_address(address: str) -> bytes:

@@ -65,7 +65,8 @@ def blending(
     def figures_of(trained: torch.nn.Module) -> dict[str, Any]:
         return _check_blending(trained, checked) if checked is not None else {}
 
-    run = json.dumps({"data": manifest_sha256(data), "batch": batch, "lr": lr, "seed": seed})
+    settings = {"data": manifest_sha256(data), "batch": batch, "lr": lr, "seed": seed, "from_scratch": from_scratch}
+    run = json.dumps(settings | {"check": manifest_sha256(check) if check else None})
     trained, figures = fit(
         net, batch_of, loss_of, steps=steps, lr=lr, seed=seed, state=state, run=run, check=figures_of
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from external_detectors.train.loop import (
+    CHOSEN_BY,
     SOURCE,
     auc,
     augmented,
@@ -105,7 +106,7 @@ def consistency(
         "differences out; a kind of change that it was not trained on is found less often and named wrongly.",
         trained_on=f"{earlier}{len(learnt)} pictures, {steps} steps of {batch}: real photos, harmless changes and "
         f"forgeries in part ({', '.join(methods)}); no fake of any generator; sources: {source_names(learnt)}",
-        figures={"held_out": list(held_out), **figures},
+        figures={"held_out": list(held_out), "checkpoint": CHOSEN_BY, **figures},
     )
     card = save_weights(trained.state_dict(), card, out)
     print(out / f"{card.name}.card.json")

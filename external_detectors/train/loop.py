@@ -121,6 +121,12 @@ ENOUGH = 10
 """Pictures that a method or a source needs to decide which checkpoint is kept."""
 
 
+CHOSEN_BY = (
+    "the best of the worst method (of those held out, where there are any) and source, on these figures' pictures"
+)
+"""What a card says of its checkpoint: a method that was held out was not learnt, but had a say in the choice."""
+
+
 def worst(samples: Sequence[Sample], scores: NDArray[np.float64], held_out: Collection[str] = ()) -> float | None:
     """What a checkpoint is chosen by: the lowest AUC of a method, or of a real source.
 
@@ -164,7 +170,7 @@ def restore(path: Path, run: str, modules: dict[str, torch.nn.Module], optimizer
 
     with safe_open(path, "pt") as stream:
         metadata = stream.metadata()
-    if metadata.get("run", run) != run:
+    if metadata.get("run") != run:
         raise X2DFDError(f"{path} is the state of a training with other data or settings; choose another --state")
     tensors = load_file(path)
     for name, module in modules.items():

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from external_detectors.train.loop import (
+    CHOSEN_BY,
     SOURCE,
     augmented,
     balanced,
@@ -91,7 +92,7 @@ def upsampling(
         "faces that were changed without a decoder.",
         trained_on=f"{len(samples)} pictures, {steps} steps of {batch}: real photos and harmless changes against "
         f"pictures drawn as a whole ({', '.join(methods)}); sources: {source_names(samples)}",
-        figures={"held_out": sorted(held_out), **figures},
+        figures={"held_out": sorted(held_out), "checkpoint": CHOSEN_BY, **figures},
     )
     save_weights(trained.state_dict(), card, out)
     print(out / f"{card.name}.card.json")
