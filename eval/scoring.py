@@ -94,7 +94,7 @@ def score(judge: Judge, samples: Sequence[Sample], store: Store) -> tuple[list[R
     if done:
         rows, origins = judge([probe]) if probe else ([], [])
         if probe and origins[:1] == [origin] and _same(rows[0], done[probe.id]):
-            say("going on: samples that were judged before are not judged again")
+            say(f"going on: of {len(samples)} samples, those that were judged before are kept")
         else:
             say("the stored samples are not of this model: starting anew")
             done, origin = {}, None
