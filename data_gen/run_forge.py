@@ -263,7 +263,7 @@ def _work(index: int) -> dict[str, Any]:
     return _item(*_worker, index)
 
 
-def _finished(part: Path) -> list[dict[str, Any]]:
+def finished_rows(part: Path) -> list[dict[str, Any]]:
     """Rows of an earlier, cut-off run; a half-written last line is dropped."""
     rows = []
     if part.is_file():
@@ -310,7 +310,7 @@ def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
         return manifest
     out.mkdir(parents=True, exist_ok=True)
     write_text(saved, json.dumps(settings, indent=1) + "\n")
-    rows = _finished(part)
+    rows = finished_rows(part)
     part.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     todo = range(len(rows), config.count)
     with part.open("a", encoding="utf-8") as stream:

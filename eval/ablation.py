@@ -9,16 +9,15 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
+from eval.experts_bench import largest
 from eval.scoring import Layout, Resampling, Row, common_auc, equalise, micro_f1, sha256_of
 from x2dfd import prompts
 from x2dfd.detector import Detector, through_codec, versions
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.explain import read_cues
-from x2dfd.faces import find_faces
 from x2dfd.manifest import Sample
 from x2dfd.media import load_picture
 from x2dfd.types import Cue, Evidence, Face
@@ -91,7 +90,7 @@ def _row(detector: Detector, sample: Sample, equal: bool) -> Row:
     row |= {"experts": {}, "logits": {}, "told": {}, "named": {}}
     try:
         pixels = load_picture(sample.path).pixels
-        face = _largest(load_picture(equalise(pixels)).pixels if equal else pixels)
+        face = largest(load_picture(equalise(pixels)).pixels if equal else pixels)
     except InputError as error:
         return row | {"reason": error.code, "error": f"{error.reason} [{error.code}]"}
     if face is None:
@@ -122,10 +121,6 @@ def _asked(detector: Detector, sample: Sample, face: Face, rng: np.random.Genera
             row["told"][name] = sorted({(c.area, c.artifact) for e in evidence for c in e.cues})
             row["named"][name] = sorted({(c.area, c.artifact) for c in read_cues(text)})
     return row
-
-
-def _largest(pixels: Any) -> Face | None:
-    return next(iter(find_faces(pixels)), None)
 
 
 def ablation_result(samples: Sequence[Sample], rows: Sequence[Row], threshold: float, draw: Resampling) -> Row:

@@ -25,7 +25,7 @@ import typer
 
 from data_gen.forge import FORGE_VERSION, HARMLESS, METHODS, Forgery, Photo, forge
 from data_gen.readers import labelled, read_folders
-from data_gen.run_forge import load_photo, pose, save_jpeg
+from data_gen.run_forge import finished_rows, load_photo, pose, save_jpeg
 from x2dfd.cli import run_command
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.files import file_sha256, write_bytes, write_text
@@ -160,7 +160,7 @@ def build(
         open_set(out)
         return dict(json.loads((out / CARD).read_text("utf-8")))
     write_text(started, json.dumps(settings) + "\n")
-    rows = _done(part)
+    rows = finished_rows(part)
     part.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     with part.open("a", encoding="utf-8") as stream:
         for item in progress(items[len(rows) :], "forging"):
@@ -248,17 +248,6 @@ def open_set(folder: Path) -> Path:
     if wrong:
         raise X2DFDError(f"{len(wrong)} files of {folder} are missing or changed, such as {wrong[0]}: make it anew")
     return manifest
-
-
-def _done(part: Path) -> list[dict[str, Any]]:
-    """Rows of a run that was cut off; a half-written last line is dropped."""
-    rows = []
-    for line in part.read_text("utf-8").splitlines() if part.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
 
 
 def run(

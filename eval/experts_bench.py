@@ -210,7 +210,7 @@ def _look(sample: Sample, changes: Mapping[str, Change], equal: bool) -> tuple[R
         pixels = load_picture(equalise(original)).pixels if equal else original
     except InputError as error:
         return row | {"reason": error.code, "error": f"{error.reason} [{error.code}]"}, {}
-    face = _largest(pixels)
+    face = largest(pixels)
     if face is None:
         return row | {"reason": "no_face"}, {}
     truth = None
@@ -219,10 +219,11 @@ def _look(sample: Sample, changes: Mapping[str, Change], equal: bool) -> tuple[R
             truth = truth_on_crop(sample.mask, original.shape, pixels, face)
         except InputError as error:
             row["notes"]["mask"] = f"mask: {error.code}"
-    return row, {"": (face, truth)} | {n: (_largest(c(pixels, sample.id)), None) for n, c in changes.items()}
+    return row, {"": (face, truth)} | {n: (largest(c(pixels, sample.id)), None) for n, c in changes.items()}
 
 
-def _largest(pixels: Pixels) -> Face | None:
+def largest(pixels: Pixels) -> Face | None:
+    """The largest face of a picture."""
     return next(iter(find_faces(pixels)), None)
 
 
