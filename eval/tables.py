@@ -80,6 +80,8 @@ def describe(results: dict[str, Result], *, all_methods: bool = False) -> str:
         lines = [["", "area F1 [95 %]", "cue F1 [95 %]", "distinct texts", "contradictions", "n fake"], ["---"] * 6]
         held_out = result["model"]["stated"].get("held_out", [])
         for scorer, s in result["scorers"].items():
+            if scorer == "template" and not all_methods:
+                continue
             distinct, against = s.get("distinct_texts"), s.get("contradictions")
             share = "–" if distinct is None else f"{100 * distinct:.0f} %"
             wrong = "–" if against is None else f"{100 * against:.1f} %"
@@ -329,17 +331,14 @@ def ablation(results: dict[str, Result]) -> str:
 
 
 def speed(results: dict[str, Result], *, all_cases: bool = False) -> str:
-    """Seconds of a warm call on one face, and of A against B: what was compared with something else, or all of it."""
+    """Seconds of a warm call on one face or, with `all_cases`, of everything that was set side by side."""
     blocks = []
     for name, result in _of("speed", results):
-        if result["task"]["version"] < 3:
-            blocks.append(_speed_before(name, result, all_cases))
-            continue
         for device in result["devices"]:
             head = ["", "s [10–90 %]", "times the first"] + ["of the bound", "largest change"] * all_cases
             lines = [head, ["---"] * len(head)]
             for comparison in device["comparisons"]:
-                if not all_cases and comparison["name"].startswith(("expert", "decode", "find", "detect")):
+                if not all_cases and not comparison["name"].startswith("warm"):
                     continue
                 for way, found in comparison["ways"].items():
                     times = found.get("times_first")
@@ -356,34 +355,6 @@ def speed(results: dict[str, Result], *, all_cases: bool = False) -> str:
             )
             blocks.append(caption + "\n\n" + _table(lines))
     return "\n\n".join(blocks) or "No results yet."
-
-
-def _speed_before(name: str, result: Result, all_cases: bool) -> str:
-    """Of a result before version 3."""
-    lines = [["warm, one face", "median s", "10–90 %"], ["---"] * 3]
-    lines += [
-        [case, f"{t['median']:.2f}", f"{t['p10']:.2f}–{t['p90']:.2f}"]
-        for case, t in result["seconds"].items()
-        if all_cases or case.startswith("verdict")
-    ]
-    caption = f"`{name}`: {result['threads']} threads of {result['machine']['cpu']}, {result['rounds']} rounds, fp32."
-    parts = _speed_of_parts(result) if all_cases and "expert_ms_a_face" in result else []
-    return "\n\n".join([caption, _table(lines), *parts])
-
-
-def _speed_of_parts(result: Result) -> list[str]:
-    experts, packing = result["expert_ms_a_face"], result["packing"]
-    sizes = sorted({n for part in experts.values() for n in part}, key=int)
-    lines = [["expert, nothing shared", *(f"ms a face, {n} at once [10–90 %]" for n in sizes)]]
-    lines.append(["---"] * len(lines[0]))
-    lines += [[name, *(_spread(part[n], ".1f") for n in sizes)] for name, part in experts.items()]
-    asked = [[f"{packing['questions']} cue questions", "s [10–90 %]", "times packed", "largest change of P(yes)"]]
-    asked.append(["---"] * 4)
-    for name, seconds in packing["seconds"].items():
-        times, change = packing["times_packed"].get(name), packing["largest_difference"].get(name)
-        cells = [_spread(times, ".1f") if times else "–", "–" if change is None else f"{change:.1e}"]
-        asked.append([name, _spread(seconds, ".2f"), *cells])
-    return [_table(lines), _table(asked)]
 
 
 def _spread(part: dict[str, float], form: str) -> str:

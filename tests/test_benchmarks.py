@@ -136,15 +136,6 @@ def test_every_comparison_of_a_model_runs_on_a_toy(tmp_path: Path) -> None:
     page = tables.speed({"s": result}, all_cases=True)
     assert "4 cue questions" in page and "one by one, stock forward pass" in page and "% |" in page
     short = tables.speed({"s": result})
-    assert "4 cue questions" in short and len(short) < len(page)
+    assert "4 cue questions" not in short and "verdict and rationale" in short
     with pytest.raises(SystemExit):
         speed.main(["--rounds", "0"])
-
-
-def test_a_result_of_before_stays_readable() -> None:
-    """A committed result must not break the pages before a new one is made."""
-    older = {
-        "task": {"name": "speed", "version": 2}, "threads": 2, "rounds": 3, "machine": {"cpu": "x"},
-        "seconds": {"verdict": {"median": 0.5, "p10": 0.4, "p90": 0.6}},
-    }  # fmt: skip
-    assert "| verdict | 0.50 | 0.40–0.60 |" in tables.speed({"s": older}, all_cases=True)
