@@ -289,6 +289,6 @@ def changes_of(names: str) -> dict[str, Change]:
         if not name or name == "none":
             continue
         if name not in every and name not in groups:
-            raise UnknownName("change", name, [*every, *groups])
+            raise UnknownName("change", name, [*CHANGES, *groups])  # and their single degrees: too many for a line
         found |= {c.name: c for c in groups.get(name) or [every[name]]}
     return found

@@ -90,19 +90,19 @@ def score(judge: Judge, samples: Sequence[Sample], store: Store) -> tuple[list[R
     anew, and model and scores have to agree.
     """
     done, origin = store.read()
-    probe = next((s for s in samples if s.id in done and done[s.id]["error"] is None), None)
+    # What could not be read is tried again, and so is a file that is another one now.
+    kept = {
+        s.id for s in samples if (row := done.get(s.id)) and not row["error"] and row["sha256"] == sha256_of(s.path)
+    }
+    probe = next((s for s in samples if s.id in kept), None)
     if done:
         rows, origins = judge([probe]) if probe else ([], [])
         if probe and origins[:1] == [origin] and _same(rows[0], done[probe.id]):
             say(f"going on: of {len(samples)} samples, those that were judged before are kept")
         else:
             say("the stored samples are not of this model: starting anew")
-            done, origin = {}, None
+            done, origin, kept = {}, None, set()
             store.start_anew()
-    # What could not be read is tried again, and so is a file that is another one now.
-    kept = {
-        s.id for s in samples if (row := done.get(s.id)) and not row["error"] and row["sha256"] == sha256_of(s.path)
-    }
     todo = [s for s in samples if s.id not in kept]
     if todo:
         done = {}  # they are on disk: what is judged does not pile up here
