@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 
 from data_gen.questions import CueQuestion, bank
 from data_gen.served_writer import Subject, WriterConfig, Written, connect, write_served, writer_card
-from data_gen.writers import class_answer, distinct_n, write_explanation, write_follow_up
+from data_gen.writers import (
+    class_answer,
+    class_choices,
+    decision_question,
+    distinct_n,
+    kind_question,
+    write_explanation,
+    write_follow_up,
+)
 from x2dfd import prompts
 from x2dfd.assessment import read_assessment, strong_cues
 from x2dfd.crops import CropSet, load_crops
@@ -38,11 +46,13 @@ class BuildConfig:
     data: str  # manifest of forgeries with cues (data_gen forge)
     assessment: str | None = None  # assessment.json; without one every cue counts as strong
     experts: tuple[str, ...] = DEFAULT  # in prompt order
+    score_form: str = "numbers"  # how questions give scores, of x2dfd.prompts.SCORE_FORMS
     expert_weights: str | None = None  # folder of other weights than the experts' own
     held_out: tuple[str, ...] = ()  # forge methods kept out of training, for figures on unseen methods
     view_seed: int = 1  # the degradation of each picture; the cached tower features use the same
     corrupt: float = 0.15  # share of injected scores that are wrong or missing in training
-    cue_questions: int = 2  # yes/no cue questions per picture
+    explanations: int = 1  # verdicts with an explanation per fake with known cues: other words, other wrong scores
+    cue_questions: int = 2  # yes/no questions per picture
     follow_ups: float = 0.35  # share of pictures with a second turn after the verdict
     limit: int | None = None  # at most this many pictures, in the manifest's order
     seed: int = 0
@@ -145,15 +155,12 @@ def _records(
     rng: np.random.Generator,
     served: Written | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The conversations about one picture: verdict with scores, verdict without, class, cue questions, a follow-up."""
+    """The conversations about one picture: verdict with scores, verdict without, verdict in a user's words, class,
+    yes/no questions, a follow-up.
+    """
     cues = _told(sample, strong)
     label = sample.label
     df_class = sample.df_class or "real"
-    # Always written: the same random numbers are left for all that follows, whoever explains.
-    explanation = write_explanation(label, tuple(cues), df_class, rng)
-    if served and served.text:
-        explanation = served.text
-    shown = corrupted(evidence, config.corrupt, rng) if sample.split == "train" else evidence
     common = {
         "image": sample.id,
         "row": index,
@@ -166,27 +173,44 @@ def _records(
         "group": sample.group,
         "split": sample.split,
         "method": sample.method,
-        "scores": {e.expert: e.score for e in shown},
-        "pointed": {e.expert: [asdict(c) for c in e.cues] for e in shown if e.cues},
     }
     if config.writer and served:
         common["writer"] = config.writer.name if served.text else "grammar"
 
+    shown: list[Evidence] = []
+
     def record(task: str, question: str, answer: str, *follow_up: str) -> dict[str, Any]:
         said = [f"<image>\n{question}", answer, *follow_up]
         turns = [{"from": ("human", "gpt")[k % 2], "value": value} for k, value in enumerate(said)]
-        return {"id": f"{sample.id}/{task}", "task": task, **common, "conversations": turns}
+        told = {
+            "scores": {e.expert: e.score for e in shown},
+            "pointed": {e.expert: [asdict(c) for c in e.cues] for e in shown if e.cues},
+        }
+        return {"id": f"{sample.id}/{task}", "task": task, **common, **told, "conversations": turns}
 
-    question, answer = prompts.verdict_question(shown), prompts.verdict_answer(label, explanation, shown)
-    yield record("detect", question, answer)
+    for number in range(config.explanations if label == "fake" and cues else 1):
+        shown = corrupted(evidence, config.corrupt, rng) if sample.split == "train" else evidence
+        pointed = [c for e in shown for c in e.cues] if label == "real" else []
+        # Always written: the same random numbers are left for all that follows, whoever explains.
+        explanation = write_explanation(label, tuple(cues), df_class, rng, pointed)
+        if served and served.text:
+            explanation = served.text
+        question = prompts.verdict_question(shown, config.score_form)
+        answer = prompts.verdict_answer(label, explanation, shown)
+        yield record("detect" if number == 0 else f"detect_again{number}", question, answer)
     yield record("detect_plain", prompts.QUESTION, prompts.verdict_answer(label))
-    yield record("classify", prompts.CLASS_QUESTION, class_answer(df_class, rng))
-    for number, (cue_question, yes) in enumerate(_cue_questions(sample, config.cue_questions, rng)):
+    told = prompts.told(shown, config.score_form)
+    yield record("detect_asked", decision_question(rng) + told, prompts.verdict_answer(label))
+    yield record("classify", prompts.CLASS_QUESTION + class_choices(rng) + told, class_answer(df_class, rng))
+    asked = _cue_questions(sample, config.cue_questions, rng)
+    for number, (cue_question, yes) in enumerate(asked):
         yield record(f"cue{number}", cue_question.text, "Yes" if yes else "No")
+    for number in range(max(0, config.cue_questions - len(asked)) or int(rng.random() < 0.3)):
+        kind, yes = kind_question(df_class, rng)
+        yield record(f"kind{number}", f"{kind} {prompts.CUE_ENDING}", "Yes" if yes else "No")
     if rng.random() < config.follow_ups:
-        yield record(
-            "chat", question, answer, *write_follow_up(label, cues, df_class, rng, [c.area for c in sample.cues])
-        )
+        said = write_follow_up(label, cues, df_class, rng, [c.area for c in sample.cues])
+        yield record("chat", question, answer, *said)
 
 
 def _cue_questions(sample: Sample, count: int, rng: np.random.Generator) -> list[tuple[CueQuestion, bool]]:

@@ -191,17 +191,33 @@ _CLASS_CLOSINGS = {
 
 # Of a real picture: what was looked at, and that it is in order. Only areas that nearly every portrait shows.
 _REAL_AREAS = ("forehead", "eyebrows", "eyes", "nose", "mouth", "cheeks", "jaw", "skin", "face-contour", "background")
-_IN_ORDER = (
-    "the texture of {a} runs on without a break", "{a} {keeps} a natural texture", "the texture of {a} is natural",
-    "no seam runs along {a}", "{a} {shows} no boundary or seam", "{a} {is} free of blending marks",
-    "the colour of {a} is consistent with the rest", "{a} {has} the same tone as the rest",
-    "{a} {shows} no colour shift",
-    "the light on {a} is consistent with the rest", "light and shadow fall naturally on {a}",
-    "{a} {is} not blurred against the rest", "{a} {shows} no local blur", "{a} {is} neither warped nor stretched",
-    "{a} {sits} in natural proportion", "the shape of {a} is natural", "{a} {keeps} natural fine detail",
-    "{a} {shows} no lost detail", "{a} {has} the same grain as the rest", "{a} {shows} no added noise",
-    "no grid or block pattern lies over {a}", "{a} {shows} no odd compression",
-)  # fmt: skip
+# By the artifact that each line denies.
+_IN_ORDER: dict[str, tuple[str, ...]] = {
+    "texture": (
+        "the texture of {a} runs on without a break", "{a} {keeps} a natural texture", "the texture of {a} is natural",
+    ),
+    "blending": ("no seam runs along {a}", "{a} {shows} no boundary or seam", "{a} {is} free of blending marks"),
+    "colour": (
+        "the colour of {a} is consistent with the rest", "{a} {has} the same tone as the rest",
+        "{a} {shows} no colour shift",
+    ),
+    "lighting": ("the light on {a} is consistent with the rest", "light and shadow fall naturally on {a}"),
+    "blur": ("{a} {is} not blurred against the rest", "{a} {shows} no local blur"),
+    "geometry": (
+        "{a} {is} neither warped nor stretched", "{a} {sits} in natural proportion", "the shape of {a} is natural",
+    ),
+    "missing-detail": ("{a} {keeps} natural fine detail", "{a} {shows} no lost detail"),
+    "noise": ("{a} {has} the same grain as the rest", "{a} {shows} no added noise"),
+    "frequency": ("no grid or block pattern lies over {a}", "{a} {shows} no repeating pattern"),
+    "compression": ("no grid or block pattern lies over {a}", "{a} {shows} no odd compression"),
+    "asymmetry": ("both sides of {a} agree",),
+    "expression": ("the expression of {a} is natural",),
+}  # fmt: skip
+_ALL_IN_ORDER = tuple(dict.fromkeys(
+    line for artifact, lines in _IN_ORDER.items() if artifact not in ("asymmetry", "expression") for line in lines
+))  # fmt: skip
+"""What can be said of any area."""
+
 _REAL_CLOSINGS = (
     "", "Nothing points to manipulation.", "No sign of manipulation is visible.", "There is no trace of editing.",
     "All of it is consistent.", "It looks like an untouched photo.", "Nothing looks generated.",
@@ -219,18 +235,19 @@ _CLASS_ANSWERS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def write_explanation(label: str, cues: Sequence[Cue], df_class: str, rng: Rng) -> str:
+def write_explanation(label: str, cues: Sequence[Cue], df_class: str, rng: Rng, pointed: Sequence[Cue] = ()) -> str:
     """An explanation of about 12 to 40 words; the same generator state gives the same text.
 
     Fake: the `MAX_CUES` strongest cues, strongest first, one clause each, with words of strength from `cue.score`.
-    Real: one to three areas that are in order; takes no cues. Raises ValueError where label, class and cues disagree.
+    Real: one to three areas that are in order; takes no cues. What experts point at, wrongly then (`pointed`), is
+    denied first. Raises ValueError where label, class and cues disagree.
     """
     if label not in ("fake", "real") or df_class not in DF_CLASSES or (label == "real") != (df_class == "real"):
         raise ValueError(f"label {label!r} and class {df_class!r} do not agree")
     if label == "real":
         if cues:
             raise ValueError("a real picture has no cues")
-        return _write_real(rng)
+        return _write_real(rng, pointed)
     distinct = {(c.area, c.artifact): c for c in sorted(cues, key=lambda c: c.score or 0.0)}
     chosen = sorted(distinct.values(), key=lambda c: -(c.score or 0.0))[:MAX_CUES]
     if not chosen:
@@ -252,6 +269,43 @@ def class_answer(df_class: str, rng: Rng) -> str:
     if df_class not in _CLASS_ANSWERS:
         raise ValueError(f"unknown class {df_class!r} (known: {', '.join(DF_CLASSES)})")
     return _pick(rng, _CLASS_ANSWERS[df_class])
+
+
+# What users may ask instead of the one question, and what "yes" would mean.
+_DECISION_QUESTIONS = (
+    "Is this face fake?", "Is this a deepfake?", "Has someone tampered with this face?",
+    "Does this face come from a generator or an editing tool?", "Is this photo forged?", "Was this face altered?",
+    "Is this face real?", "Is this a genuine photo?", "Is this picture untouched?",
+    "Did a camera take this face as it is?", "Can I believe this photo?", "Is everything in this photo authentic?",
+)  # fmt: skip
+_CLASS_CHOICES = {
+    "FS": "face swap", "FR": "face reenactment", "FE": "face editing", "EFS": "entire face synthesis",
+    "real": "no manipulation",
+}  # fmt: skip
+_KIND_QUESTIONS: dict[str, tuple[str, ...]] = {
+    "FS": ("Was this face swapped for another?", "Is this a face swap?"),
+    "FE": ("Was a part of this face edited?", "Is this face editing?"),
+    "EFS": ("Is this face generated as a whole?", "Is this entire face synthesis?"),
+    "real": ("Is this face free of any manipulation?", "Is this an unmanipulated face?"),
+}
+
+
+def decision_question(rng: Rng) -> str:
+    """A question about real or fake in a user's words; half of them ask for real, half for fake."""
+    return _pick(rng, _DECISION_QUESTIONS)
+
+
+def class_choices(rng: Rng) -> str:
+    """A sentence that offers the classes in random order, or "" as often."""
+    names = [str(n) for n in rng.permutation(list(_CLASS_CHOICES.values()))]
+    return "" if rng.random() < 0.5 else f" Choose one of: {', '.join(names)}."
+
+
+def kind_question(df_class: str, rng: Rng) -> tuple[str, bool]:
+    """A yes/no question about the class of manipulation, and its answer; as often yes as no."""
+    others = [kind for kind in _KIND_QUESTIONS if kind != df_class]
+    yes = bool(df_class in _KIND_QUESTIONS and rng.random() < 0.5)
+    return _pick(rng, _KIND_QUESTIONS[df_class if yes else _pick(rng, others)]), yes
 
 
 _AREA_QUESTIONS = (
@@ -292,7 +346,7 @@ def write_follow_up(
     found = sorted((c for c in cues if c.area == area), key=lambda c: -(c.score or 0.0))[:2]
     if found:
         return question, _tidy([". ".join(_describe(c, df_class, rng) for c in found) + "."])
-    return question, _tidy([_pick(rng, _FINE).format(line=_fill(_pick(rng, _IN_ORDER), name, plural))])
+    return question, _tidy([_pick(rng, _FINE).format(line=_fill(_pick(rng, _ALL_IN_ORDER), name, plural))])
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
@@ -336,16 +390,27 @@ def _fill(template: str, name: str, plural: bool, **words: str) -> str:
     return template.format(a=name, **verbs, **words)
 
 
-def _write_real(rng: Rng) -> str:
+def _write_real(rng: Rng, pointed: Sequence[Cue] = ()) -> str:
+    if pointed:
+        return _tidy([_pick(rng, _JOINS[:3]).join(_deny(c, rng) for c in pointed) + ".", _pick(rng, _REAL_CLOSINGS)])
     count = int(rng.integers(1, 4))
     areas = [str(a) for a in rng.choice(_REAL_AREAS, size=count, replace=False)]
     groups = [areas[:1], areas[1:] or areas]  # two things are said even of a single area
-    lines = rng.choice(_IN_ORDER, size=2, replace=False)
+    lines = rng.choice(_ALL_IN_ORDER, size=2, replace=False)
     parts = []
     for group, line in zip(groups, lines, strict=True):
         plural = len(group) > 1 or _AREA_NAMES[group[0]][0][1]
         parts.append(_fill(str(line), " and ".join(_AREA_NAMES[a][0][0] for a in group), plural))
     return _tidy([_pick(rng, (". ", ", and ", "; ")).join(parts) + ".", _pick(rng, _REAL_CLOSINGS)])
+
+
+def _deny(cue: Cue, rng: Rng) -> str:
+    """One clause that finds no such cue, without capital or full stop."""
+    lines = _IN_ORDER[cue.artifact]
+    if cue.area == "whole-image":
+        lines = tuple(line for line in lines if "the rest" not in line)
+    name, plural = _AREA_NAMES[cue.area][0]
+    return _fill(_pick(rng, lines), name, plural)
 
 
 def _tidy(sentences: Sequence[str]) -> str:

@@ -54,7 +54,7 @@ def judge(detector: Detector, samples: Sequence[Sample], *, equal: bool) -> tupl
     return [_row(detector, s, equal) for s in samples], [{"model": detector.facts, "versions": versions()}]
 
 
-def questions(evidence: Sequence[Evidence], rng: np.random.Generator) -> dict[str, str]:
+def questions(evidence: Sequence[Evidence], rng: np.random.Generator, form: str = "numbers") -> dict[str, str]:
     """Variant -> the question as it is then asked ("no picture" asks that of "whole")."""
     bare = [replace(e, cues=()) for e in evidence]
     drawn = [replace(e, score=float(rng.random())) for e in bare]
@@ -62,13 +62,13 @@ def questions(evidence: Sequence[Evidence], rng: np.random.Generator) -> dict[st
     elsewhere = _EXCHANGED[int(rng.integers(len(_EXCHANGED)))]
     fake = [replace(e, score=0.95, cues=(elsewhere,) if i == pointer else ()) for i, e in enumerate(bare)]
     return {
-        "whole": prompts.verdict_question(evidence),
+        "whole": prompts.verdict_question(evidence, form),
         "no scores": prompts.QUESTION,
-        "scores only": prompts.verdict_question(bare),
+        "scores only": prompts.verdict_question(bare, form),
         "pointing only": prompts.QUESTION + prompts.pointing(evidence),
-        "scores of chance": prompts.verdict_question(drawn),
-        "all say fake": prompts.verdict_question(fake),
-        "all say real": prompts.verdict_question([replace(e, score=0.05) for e in bare]),
+        "scores of chance": prompts.verdict_question(drawn, form),
+        "all say fake": prompts.verdict_question(fake, form),
+        "all say real": prompts.verdict_question([replace(e, score=0.05) for e in bare], form),
     }
 
 
@@ -109,7 +109,8 @@ def _asked(detector: Detector, sample: Sample, face: Face, rng: np.random.Genera
     look = detector.mllm.look(face.crop[None])
     said = [e for e in detector.evidence([face], look)[0] if e.expert in detector.facts["in_prompt"]]
     row["experts"] = {e.expert: e.score for e in said}
-    asked = questions(said, rng)
+    form = detector.facts["score_form"]
+    asked = questions(said, rng, form)
     row["logits"] = {name: float(detector.mllm.verdict_logits(look, [q])[0]) for name, q in asked.items()}
     blind = detector.mllm.look(np.full_like(face.crop[None], GREY))
     row["logits"]["no picture"] = float(detector.mllm.verdict_logits(blind, [asked["whole"]])[0])
@@ -117,7 +118,7 @@ def _asked(detector: Detector, sample: Sample, face: Face, rng: np.random.Genera
     if other:
         start = prompts.rationale_start("fake")
         for name, evidence in (("own", said), ("exchanged", other[0])):
-            (text,) = detector.mllm.write(look, [prompts.verdict_question(evidence)], [start])
+            (text,) = detector.mllm.write(look, [prompts.verdict_question(evidence, form)], [start])
             row["told"][name] = sorted({(c.area, c.artifact) for e in evidence for c in e.cues})
             row["named"][name] = sorted({(c.area, c.artifact) for c in read_cues(text)})
     return row

@@ -176,6 +176,7 @@ def experts_alone(name: str | None) -> Any:
         "crops_through": f"{CODEC[0]} {CODEC[1]}",
         "experts": {e.card.name: f"{e.card.version} {e.card.sha256}" for e in experts},
         "in_prompt": [],
+        "score_form": "numbers",
         "weights": weights,
         "held_out": [],
     }

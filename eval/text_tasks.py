@@ -47,7 +47,7 @@ def worded(detector: Any, question: str, evidence: Sequence[Evidence]) -> str:
     if detector.facts.get("asked_with") == "tool results":
         return tool_results(question, evidence)
     known = [e for e in evidence if e.expert in detector.facts["in_prompt"]]
-    return question + prompts.score_tail(known) + prompts.pointing(known)
+    return question + prompts.told(known, detector.facts["score_form"])
 
 
 def ask(

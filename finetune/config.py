@@ -55,6 +55,8 @@ class FinetuneConfig:
     batch: int = 1  # packs (pictures) a device and step
     accumulate: int = 8  # steps per update
     verdict_weight: float = 4.0  # weight of label and yes/no tokens against one explanation token
+    cue_weight: float = 1.0  # of explanation tokens that name an area, an artifact or a class; by fast tokenizers
+    start: str | None = None  # adapter directory of the same base and layers to start from; None: LoRA at zero
     limit: int | None = None  # pictures of the manifest whose features are cached; as in the training of `clip`
     cached_features: str | None = None  # folder of a frozen tower's features; None computes them while training
     pack: bool = True  # all conversations about a picture in one row, as LLaVA bases can; False: a row each
@@ -114,6 +116,8 @@ def check_config(config: FinetuneConfig) -> None:
         "the embedded base wants pack: true": config.base is None and not config.pack,
         "qlora wants a base of its own; the embedded one is small enough": config.base is None
         and config.method == "qlora",
+        "start: an adapter is continued by lora, qlora or dora, outside of ZeRO-3": config.start is not None
+        and (config.method == "full" or "zero3" in (config.deepspeed or "")),
         "cached features want an adapter, not method: full": config.cached_features is not None
         and config.method == "full",
     }

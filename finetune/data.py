@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from x2dfd import prompts
 from x2dfd.crops import CropSet
 from x2dfd.errors import X2DFDError
+from x2dfd.explain import named_spans
 from x2dfd.files import write_text
 from x2dfd.progress import progress
 from x2dfd.tower import TowerFeatures, training_view
@@ -36,6 +37,7 @@ class Conversation:
     tokens: list[int]  # what follows the picture: the question, earlier turns, then the last answer and its end
     answer: int  # how many of the last tokens are the answer
     heavy: int | None  # position in `tokens` of the label or yes/no token, which weighs more
+    named: tuple[int, ...] = ()  # positions of words that name an area, an artifact or a class
 
 
 def answer_tokens(
@@ -73,14 +75,30 @@ def conversation(processor: Any, record: dict[str, Any], label_ids: Sequence[int
     """One record of the instruction set as tokens."""
     question, turns, gpt = _turns(record)
     before, answer = answer_tokens(processor, question, gpt, turns)
+    named = tuple(len(before) + k for k in _named_tokens(processor, question, gpt, turns, len(answer)))
     heavy = None
     if record["task"].startswith("detect"):
         heavy = next((len(before) + k for k, t in enumerate(answer[:8]) if t in label_ids), None)
         if heavy is None or not gpt.startswith(tuple(prompts.STEM + word for word in prompts.LABEL_WORDS)):
             raise X2DFDError(f"{record['id']}: the answer does not begin with the verdict: {gpt[:40]!r}")
-    elif record["task"].startswith("cue"):
+    elif record["task"].startswith(("cue", "kind")):
         heavy = len(before)
-    return Conversation(before + answer, len(answer), heavy)
+    # "This image is fake": the verdict has its own weight, and the image is no area there.
+    return Conversation(before + answer, len(answer), heavy, tuple(k for k in named if k > (heavy or 0)))
+
+
+def _named_tokens(
+    processor: Any, question: str, answer: str, turns: Sequence[tuple[str, str]], count: int
+) -> list[int]:
+    """Which of an answer's `count` tokens name an area, an artifact or a class; none where offsets are not known."""
+    if not processor.tokenizer.is_fast:
+        return []
+    text = prompts.render(processor, question, answer, turns)
+    offsets = processor.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    first = len(text) - len(answer)
+    places = [(a - first, b - first) for a, b in offsets if b > first][:count]
+    spans = named_spans(answer)
+    return [k for k, (a, b) in enumerate(places) if any(a < end and b > start for start, end in spans)]
 
 
 def read_records(instructions: Path, split: str) -> dict[int, list[dict[str, Any]]]:
@@ -175,7 +193,8 @@ class Rows(Dataset[dict[str, Any]]):
                 item[name] = torch.cat([value, fill.to(value)], 1)
         item["labels"] = torch.cat([torch.full((1, length), IGNORE), answer], 1)
         item["weights"] = (item["labels"] != IGNORE).float()
-        return {**item, "heavy": None if c.heavy is None else length - len(before) + c.heavy}
+        shift = length - len(before)
+        return {**item, "heavy": None if c.heavy is None else shift + c.heavy, "named": [shift + k for k in c.named]}
 
 
 @dataclass(frozen=True)
@@ -184,13 +203,14 @@ class CollateRows:
 
     pad: int
     verdict_weight: float
+    cue_weight: float = 1.0
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         lengths = [i["input_ids"].shape[1] for i in items]
         fills = {"input_ids": self.pad, "labels": IGNORE}
         batch: dict[str, Tensor] = {}
         for name in items[0]:
-            if name == "heavy":
+            if name in ("heavy", "named"):
                 continue
             values = [i[name] for i in items]
             if all(v.shape[:2] == (1, n) for v, n in zip(values, lengths, strict=True)):
@@ -198,6 +218,7 @@ class CollateRows:
                 values = [F.pad(v, p, value=fills.get(name, 0)) for v, p in zip(values, padding, strict=True)]
             batch[name] = torch.cat(values)
         for row, item in enumerate(items):
+            batch["weights"][row, item["named"]] = self.cue_weight
             if item["heavy"] is not None:
                 batch["weights"][row, item["heavy"]] = self.verdict_weight
         _check_labels(batch["labels"])
@@ -262,6 +283,7 @@ class Collate:
 
     pad: int
     verdict_weight: float
+    cue_weight: float = 1.0
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         lengths = [len(i["prefix"]) + sum(len(c.tokens) for c in i["conversations"]) for i in items]
@@ -285,6 +307,7 @@ class Collate:
                 mask[b, 0, at:end, at:end] = torch.ones(end - at, end - at, dtype=torch.bool).tril()
                 labels[b, end - c.answer : end] = ids[b, end - c.answer : end]
                 weights[b, end - c.answer : end] = 1.0
+                weights[b, [at + k for k in c.named]] = self.cue_weight
                 if c.heavy is not None:
                     weights[b, at + c.heavy] = self.verdict_weight
                 at = end

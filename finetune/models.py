@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.config import FinetuneConfig
 from x2dfd import prompts
+from x2dfd.adapter import WEIGHTS, check_contents, read_adapter_card
 from x2dfd.errors import SetupError, X2DFDError
-from x2dfd.mllm import load_llava, quietly
+from x2dfd.mllm import base_identity, load_llava, quietly
 
 PROJECTORS = ("multi_modal_projector", "connector", "merger")
 """What the module between tower and language model is called: LLaVA, InternVL, Gemma; SmolVLM, Idefics; Qwen-VL."""
@@ -107,6 +110,8 @@ def tune(model: Any, config: FinetuneConfig) -> tuple[Any, list[str]]:
             tuned = get_peft_model(model, lora)
         except ValueError as error:
             raise X2DFDError(f"targets {config.targets!r}: {error}") from error
+        if config.start:
+            _start_from(tuned, Path(config.start), config)
         adapted = [n for n, _ in tuned.named_parameters() if "lora_A" in n]
         astray = [n for n in adapted if not n.removeprefix("base_model.model.").startswith(text)]
         if astray:
@@ -116,6 +121,23 @@ def tune(model: Any, config: FinetuneConfig) -> tuple[Any, list[str]]:
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # a step of 2e-5 is lost in 16 bits
     return tuned, whole
+
+
+def _start_from(tuned: Any, folder: Path, config: FinetuneConfig) -> None:
+    """Give LoRA and projector the values of an adapter. Raises X2DFDError where it fits another model."""
+    card = read_adapter_card(folder)
+    check_contents(folder, card)
+    cut = {k: getattr(config, k) for k in ("tower_layers", "text_layers", "feature_layers")}
+    other = [k for k, v in cut.items() if v is not None and getattr(card, k) != v]
+    if other or card.base != base_identity(config.base):
+        raise X2DFDError(f"start: {folder} was trained on another {other[0] if other else 'base'}")
+    state = load_file(folder / WEIGHTS)
+    found: Any = set_peft_model_state_dict(tuned, {k: v.float() for k, v in state.items()})
+    # Of the base every key is missing, as it should be; of what is trained none may be.
+    trained = {n for n, p in tuned.named_parameters() if p.requires_grad}
+    odd = sorted({*found.unexpected_keys, *(trained & set(found.missing_keys))})
+    if odd:
+        raise X2DFDError(f"start: {folder} holds other matrices than these settings train: {odd[0]}")
 
 
 class CachedTower(nn.Module):

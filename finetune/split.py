@@ -33,7 +33,7 @@ def split(adapter: Path, out: Path, base: str | None = None) -> tuple[Path, Path
         text_layers=card.text_layers or None,
         feature_layers=card.feature_layers or None,
     )
-    check_adapter(adapter, card, base_identity(base), prompts.prompt_hash(processor))
+    check_adapter(adapter, card, base_identity(base), prompts.prompt_hash(processor, card.score_form))
     state = load_file(adapter / WEIGHTS)
     projector = {k.split(_PROJECTOR)[1]: v for k, v in state.items() if _PROJECTOR in k}
     matrices = {k: v for k, v in state.items() if _PROJECTOR not in k}

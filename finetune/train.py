@@ -23,7 +23,7 @@ from finetune.config import FinetuneConfig, check_config
 from finetune.data import IGNORE, Collate, CollateRows, Packs, Rows, cache_tower, feature_layers
 from finetune.models import CachedTower, fit_projector, open_base, tune
 from x2dfd import prompts
-from x2dfd.adapter import WEIGHTS, WHOLE, AdapterCard, lora_b_sum, probe_logits, write_adapter_card
+from x2dfd.adapter import WEIGHTS, WHOLE, AdapterCard, lora_b_sum, probe_logits, read_adapter_card, write_adapter_card
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import load
 from x2dfd.errors import X2DFDError
@@ -123,10 +123,10 @@ def train(config: FinetuneConfig) -> Path:
     pad = processor.tokenizer.pad_token_id or 0
     if config.pack:
         packs = Packs(instructions, "train", processor, label_ids, data, features, config.view_seed)
-        collate = Collate(pad, config.verdict_weight)
+        collate = Collate(pad, config.verdict_weight, config.cue_weight)
     else:
         packs = Rows(instructions, "train", processor, label_ids, data, config.view_seed)
-        collate = CollateRows(pad, config.verdict_weight)
+        collate = CollateRows(pad, config.verdict_weight, config.cue_weight)
     tuned, whole = tune(model, config)
     with arguments.main_process_first(local=False):
         last = _last_checkpoint(work, config)
@@ -154,8 +154,10 @@ def train(config: FinetuneConfig) -> Path:
     if config.expert_weights:
         shutil.copytree(config.expert_weights, out / "experts", dirs_exist_ok=True)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    figures = {"final_loss": round(float(np.mean(losses[-10:])), 4) if losses else None}
+    figures: dict[str, Any] = {"final_loss": round(float(np.mean(losses[-10:])), 4) if losses else None}
     figures |= {"pictures": len(set(packs.rows)), "steps": trainer.state.global_step}
+    if config.start:
+        figures["start"] = read_adapter_card(Path(config.start)).sha256
     figures["pictures_a_step"] = config.batch * config.accumulate * arguments.world_size
     card = _card(config, out, processor, model.config, figures)
     (out / "README.md").unlink(missing_ok=True)  # PEFT's empty form; card.json says what is known
@@ -270,6 +272,7 @@ def _card(config: FinetuneConfig, out: Path, processor: Any, model: Any, figures
     """`model`: its configuration."""
     data_card = json.loads((Path(config.instructions).parent / "card.json").read_text(encoding="utf-8"))
     full = config.method == "full"
+    form = data_card["config"].get("score_form", "numbers")  # of instructions of an earlier version
     llava = model.model_type == "llava"
     text = int(model.get_text_config().num_hidden_layers)
     layers = model.vision_feature_layer if llava else ()
@@ -291,7 +294,8 @@ def _card(config: FinetuneConfig, out: Path, processor: Any, model: Any, figures
         text_layers=text if full else config.text_layers or text,
         feature_layers=(layers,) if isinstance(layers, int) else tuple(layers),
         frame=config.frame,
-        prompt_sha256=prompts.prompt_hash(processor),
+        prompt_sha256=prompts.prompt_hash(processor, form),
+        score_form=form,
         experts={name: _expert_sha256(name, out) for name in data_card["config"]["experts"]},
         data_sha256=file_sha256(Path(config.instructions)),
     )

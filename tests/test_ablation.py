@@ -53,7 +53,7 @@ def detector(looks: bool) -> Any:
     return SimpleNamespace(
         mllm=Reader(looks),
         evidence=lambda faces, look: [SAID for _ in faces],
-        facts={"in_prompt": ["blending", "consistency"]},
+        facts={"in_prompt": ["blending", "consistency"], "score_form": "numbers"},
     )
 
 

@@ -156,7 +156,42 @@ def test_the_questions_are_those_of_inference(manifest: Path, tmp_path: Path) ->
         elif record["task"] == "detect_plain":
             assert (asked, answer(record)) == (prompts.QUESTION, f"This image is {record['label']}.")
         elif record["task"] == "classify":
-            assert asked == prompts.CLASS_QUESTION
+            assert asked.startswith(prompts.CLASS_QUESTION) and asked.endswith(
+                prompts.told([Evidence(k, v) for k, v in record["scores"].items()])
+            )
+        elif record["task"] == "detect_asked":
+            assert answer(record) == f"This image is {record['label']}."
+
+
+def test_scores_stand_in_words_where_asked_for(manifest: Path, tmp_path: Path) -> None:
+    """A form that only some questions use would teach the model two languages."""
+    for record in made(manifest, tmp_path, score_form="both"):
+        if record["scores"] and " score is " in question(record):
+            evidence = [Evidence(k, v) for k, v in record["scores"].items()]
+            assert prompts.score_tail(evidence, "both") in question(record)
+    assert json.loads((tmp_path / "card.json").read_text())["config"]["score_form"] == "both"
+
+
+def test_a_fake_is_explained_as_often_as_asked(manifest: Path, tmp_path: Path) -> None:
+    """The same cues in other words and beside other wrong scores; a real picture is no lesson in cues."""
+    records = made(manifest, tmp_path, explanations=3, corrupt=0.5)
+    told: dict[str, list[Record]] = {}
+    for record in records:
+        if record["task"] == "detect" or record["task"].startswith("detect_again"):
+            told.setdefault(record["image"], []).append(record)
+    for mine in told.values():
+        assert len(mine) == (3 if mine[0]["label"] == "fake" else 1)
+        assert len({answer(r) for r in mine}) == len(mine)
+    assert any(len({str(r["scores"]) for r in mine}) > 1 for mine in told.values())
+
+
+def test_questions_about_the_class_have_the_true_answer(manifest: Path, tmp_path: Path) -> None:
+    """A face swap is one, and is no face that was generated as a whole."""
+    found = [r for seed in range(6) for r in made(manifest, tmp_path / str(seed), seed=seed) if "kind" in r["task"]]
+    said = {(question(r).split("\n")[1], r["df_class"], answer(r)) for r in found}
+    assert {(k, a) for q, k, a in said if "swap" in q} == {("FS", "Yes"), ("real", "No")}
+    assert {(k, a) for q, k, a in said if "free of" in q or "unmanipulated" in q} == {("FS", "No"), ("real", "Yes")}
+    assert {a for q, _, a in said if "generated as a whole" in q or "synthesis" in q} == {"No"}
 
 
 def test_out_of_fold_scores_are_used_where_given(manifest: Path, tmp_path: Path) -> None:

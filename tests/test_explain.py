@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from x2dfd.explain import AREA_WORDS, ARTIFACT_WORDS, contradictions, read_cues, said_label
+from x2dfd.explain import AREA_WORDS, ARTIFACT_WORDS, contradictions, named_spans, read_cues, said_label
 from x2dfd.prompts import expert_sentence
 from x2dfd.types import AREAS, ARTIFACTS, Cue, Evidence
 
@@ -224,3 +224,10 @@ def _seconds(text: str) -> float:
     start = time.perf_counter()
     read_cues(text)
     return time.perf_counter() - start
+
+
+def test_what_a_text_names_is_found_where_it_stands() -> None:
+    """A span that is off by a word gives weight to the wrong tokens."""
+    closing = "Additionally, the image shows obvious clip artifacts supporting fake."
+    text = f"A seam follows the jaw. This fits reenactment. {closing}"
+    assert [text[a:b] for a, b in named_spans(text)] == ["seam", "jaw", "reenactment", "obvious clip"]

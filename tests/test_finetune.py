@@ -199,13 +199,13 @@ def test_a_pack_has_the_loss_of_its_conversations(base: Path, packs: Packs) -> N
     model, _ = load_llava(base)
     collate = Collate(0, 4.0)
     sums = [one_by_one(model, packs[k], 4.0) for k in range(3)]
-    assert {len(packs[k]["conversations"]) for k in range(len(packs))} == {5, 6}  # some have a follow-up
+    assert {len(packs[k]["conversations"]) for k in range(len(packs))} <= {6, 7, 8, 9}  # some have a follow-up
     for k, (total, weights) in enumerate(sums):
         assert loss(model, collate([packs[k]])) == pytest.approx(total / weights, rel=1e-5)
     # Two packs of different length in one batch: padding carries neither loss nor weight.
-    together = (sums[0][0] + sums[1][0]) / (sums[0][1] + sums[1][1])
-    assert len(collate([packs[0]])["labels"][0]) != len(collate([packs[1]])["labels"][0])
-    assert loss(model, collate([packs[0], packs[1]])) == pytest.approx(together, rel=1e-5)
+    other = next(k for k in (1, 2) if packs.lengths[k] != packs.lengths[0])
+    together = (sums[0][0] + sums[other][0]) / (sums[0][1] + sums[other][1])
+    assert loss(model, collate([packs[0], packs[other]])) == pytest.approx(together, rel=1e-5)
 
 
 @pytest.mark.needs_base
@@ -215,11 +215,22 @@ def test_the_verdict_token_weighs_more(base: Path, packs: Packs) -> None:
     batch = Collate(0, 7.0)([packs[1]])
     heavy = batch["labels"][batch["weights"] == 7.0]
     words = [tokenizer.decode([t]).strip() for t in heavy.tolist()]
-    assert words[:2] == ["fake", "fake"] and set(words[2:]) <= {"Yes", "No"} and len(words) == 4, words
+    assert words[:3] == ["fake"] * 3 and set(words[3:]) <= {"Yes", "No"} and len(words) in (5, 6), words
     answered = batch["labels"] != IGNORE
     assert bool((batch["weights"][answered] >= 1).all()) and not bool(batch["weights"][~answered].any())
     ends = [c.tokens[-1] for c in packs[1]["conversations"]]
     assert {tokenizer.decode([t]) for t in ends} == {"<|im_end|>"}
+
+
+@pytest.mark.needs_base
+def test_words_that_name_a_cue_weigh_more(base: Path, packs: Packs) -> None:
+    """The grammar's small words are most of a text, and all of them would be learnt before one artifact is."""
+    tokenizer = load_llava(base)[1].tokenizer
+    batch = Collate(0, 7.0, 3.0)([packs[1]])
+    words = [tokenizer.decode([t]).strip().lower() for t in batch["labels"][batch["weights"] == 3.0].tolist()]
+    assert {"jaw", "eyes"} & set(words), words
+    assert not {"this", "is", "fake", "and", ".", "<|im_end|>"} & set(words), words
+    assert torch.equal(batch["labels"], Collate(0, 7.0)([packs[1]])["labels"])
 
 
 @pytest.mark.needs_base
@@ -314,6 +325,23 @@ def test_training_moves_the_adapter_and_nothing_else(
     assert detector.detect(face_photo, rationale=False).faces[0].p_fake_mllm is not None
     with pytest.raises(SetupError, match=r"finetune\.calibrate"):
         x2dfd.load(base=str(base), adapter=out)
+
+
+@pytest.mark.needs_base
+def test_training_starts_from_an_adapter(configured: Callable[..., FinetuneConfig], base: Path, tmp_path: Path) -> None:
+    """A start that is not taken over trains from nothing, and nobody sees it in the loss of a long run."""
+    from finetune.train import train
+
+    first = train(configured(tmp_path / "first"))
+    second = train(configured(tmp_path / "second", start=str(first), lr=1e-9, projector_lr=1e-9, max_steps=1))
+    before, after = load_file(first / WEIGHTS), load_file(second / WEIGHTS)
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[k].float(), after[k].float(), atol=1e-3) for k in before)
+    assert read_adapter_card(second).figures["start"] == read_adapter_card(first).sha256
+    with pytest.raises(X2DFDError, match="other matrices"):
+        train(configured(tmp_path / "third", start=str(first), targets=r".*language_model.*\.(q_proj|v_proj)"))
+    with pytest.raises(X2DFDError, match="start: an adapter"):
+        train(configured(tmp_path / "fourth", start=str(first), method="full"))
 
 
 @pytest.mark.needs_base

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from finetune.data import answer_tokens
 from tests import tiny
 from x2dfd import prompts
-from x2dfd.errors import X2DFDError
+from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.mllm import LocalMLLM, load_llava
 from x2dfd.types import Cue, Evidence
 
@@ -175,7 +175,7 @@ def test_an_empty_answer_cannot_be_trained_on(llava_15: Any, answer: str) -> Non
         ("YES_NO_WORDS", ("yes", "no")),
         ("CLASS_QUESTION", "Which class?"),
         ("CUE_ENDING", "Yes or no?"),
-        ("score_tail", lambda evidence: f" Scores: {len(evidence)}"),
+        ("score_tail", lambda evidence, form="": f" Scores: {len(evidence)}"),
         ("expert_sentence", lambda label, evidence: ""),
         ("verdict_answer", lambda label, text="", evidence=(): label),
         ("rationale_start", lambda label: label),
@@ -193,6 +193,26 @@ def test_the_hash_changes_with_every_form(
     assert prompts.prompt_hash(llava_15) == before
     monkeypatch.setattr(prompts, name, value)
     assert prompts.prompt_hash(llava_15) != before
+
+
+def test_words_of_a_score_agree_with_the_closing_sentence() -> None:
+    """A score called high that no sentence counts as supporting fake would be two standards in one prompt."""
+    for score in np.linspace(0, 1, 1001):
+        e = [Evidence("clip", float(score))]
+        word = prompts.score_word(float(score))
+        assert ("high" in word) == bool(prompts.expert_sentence("fake", e)), score
+        assert ("low" in word) == bool(prompts.expert_sentence("real", e)), score
+    assert prompts.score_tail([Evidence("clip", 0.95), Evidence("x", None)], "words").endswith(
+        "very high, and the x score is N/A."
+    )
+    with pytest.raises(UnknownName, match="score form"):
+        prompts.score_tail([], "digits")
+
+
+@pytest.mark.needs_base
+def test_the_form_of_scores_is_part_of_the_hash(llava_15: Any) -> None:
+    assert len({prompts.prompt_hash(llava_15, form) for form in prompts.SCORE_FORMS}) == 3
+    assert prompts.prompt_hash(llava_15, "numbers") == prompts.prompt_hash(llava_15)
 
 
 @pytest.mark.needs_base

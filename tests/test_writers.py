@@ -70,6 +70,16 @@ def test_a_real_picture_is_described_without_cues() -> None:
         assert any(area.split("-")[-1] in text for area in AREAS), text
 
 
+def test_what_is_pointed_at_wrongly_is_denied() -> None:
+    """A text about other areas leaves the reader with an expert that nobody answers."""
+    rng = np.random.default_rng(3)
+    for area in AREAS:
+        for artifact in ARTIFACTS:
+            text = write_explanation("real", (), "real", rng, [Cue(area, artifact)])
+            assert read_cues(text) == () and said_label(f"This image is real. {text}") == "real", text
+            assert area.split("-")[-1].lower() in text.lower() and "rest" not in text * (area == "whole-image"), text
+
+
 def test_length_suits_a_small_model() -> None:
     """Long answers are where a small model starts to invent."""
     rng = np.random.default_rng(4)

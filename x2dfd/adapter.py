@@ -49,6 +49,7 @@ class AdapterCard(Card):
     feature_layers: tuple[int, ...] = ()  # tower outputs joined as the projector's input
     frame: str | None = None  # chat frame of x2dfd.prompts; None is the base's own
     prompt_sha256: str = ""  # x2dfd.prompts.prompt_hash at training
+    score_form: str = "numbers"  # how its questions give scores, of x2dfd.prompts.SCORE_FORMS
     experts: dict[str, str] = field(default_factory=dict)  # name -> SHA-256 of weights, in the order of the prompt
     data_sha256: str = ""  # of the instruction set
     probes: tuple[float, ...] = ()  # logit of fake against real of each probe picture; loading has to give the same

@@ -302,8 +302,8 @@ class Detector:
 
         Of the others, which joined at calibration, the MLLM knows nothing.
         """
-        known = self.facts["in_prompt"]
-        return [prompts.verdict_question([e for e in said if e.expert in known]) for said in evidence]
+        known, form = self.facts["in_prompt"], self.facts["score_form"]
+        return [prompts.verdict_question([e for e in said if e.expert in known], form) for said in evidence]
 
     def _verdict(self, mllm_logit: float, evidence: Sequence[Evidence]) -> Verdict:
         if self.mode == "paper" or self.calibration is None:
@@ -417,13 +417,14 @@ def load(
     calibration = None
     if folder and card:
         prompts.set_frame(processor, card.frame)
-        check_adapter(folder, card, identity, prompts.prompt_hash(processor))
+        check_adapter(folder, card, identity, prompts.prompt_hash(processor, card.score_form))
         llava = llava if card.weights == WHOLE else attach(llava, folder)
         calibration = (
             Calibration.load(folder) if mode == "calibrated" or (folder / "calibration.json").is_file() else None
         )
     loaded = _experts(folder, card, calibration, mode, experts, other_experts)
-    facts = _facts(card, identity, prompts.prompt_hash(processor), loaded)
+    asked_with = prompts.prompt_hash(processor, card.score_form if card else "numbers")
+    facts = _facts(card, identity, asked_with, loaded)
     facts["runs_on"] = f"{place.type} {precision}"
     # On a CPU the weights stay as they are: bf16 is a matter of the products.
     llava = llava.to(
@@ -499,6 +500,7 @@ def _facts(
         "crops_through": f"{CODEC[0]} {CODEC[1]}",
         "experts": {n: f"{e.card.version} {e.card.sha256}" for n, e in experts.items()},
         "in_prompt": [n for n in experts if not card or n in card.experts],
+        "score_form": card.score_form if card else "numbers",
         "held_out": list(card.held_out) if card else [],
         "blind_spot": card.blind_spot if card else "",
         "licence": card.licence if card else "",

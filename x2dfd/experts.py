@@ -29,7 +29,7 @@ BUILTIN: dict[str, str] = {
     "upsampling": "external_detectors.upsampling:Upsampling",
     "spectrum-noise": "external_detectors.spectrum_noise:SpectrumNoise",
 }
-DEFAULT: tuple[str, ...] = ("blending", "consistency", "clip")
+DEFAULT: tuple[str, ...] = ("consistency", "clip")
 """In this order their scores stand in the prompt."""
 PUBLISHED: dict[str, str] = {
     "mesonet": "external_detectors.mesonet:MesoNet",

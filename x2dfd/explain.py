@@ -185,6 +185,25 @@ def read_cues(text: str) -> tuple[Cue, ...]:
     return tuple(cues.values())
 
 
+_CLOSING = re.compile(r"additionally, the image shows (.+?) artifacts supporting")
+_CLASS_WORDS = re.compile(r"face swap|swapped|reenactment|face editing|face synthesis|generated|no manipulation")
+
+
+def named_spans(text: str) -> list[tuple[int, int]]:
+    """Where a text names an area, an artifact, a class of manipulation, or which experts agree: [start, end) each.
+
+    What a training may weigh more than the words around; whether a clause denies it makes no difference.
+    """
+    low = text.lower()
+    if len(low) != len(text):  # a few letters grow when they are made small
+        return []
+    closing = _CLOSING.search(low)
+    end = closing.start() if closing else len(low)
+    spans = [(m.start, m.end) for m in _marks(low[:end]) if _has([m], "area", "vague", "defect", "trait")]
+    spans += [m.span() for m in _CLASS_WORDS.finditer(low)]
+    return sorted(spans + ([closing.span(1)] if closing else []))
+
+
 def _sentences(text: str) -> list[str]:
     """Sentences in lower case without markdown, list numbers, contractions and what the experts say."""
     text = re.sub(r"(?m)^\s*(?:\d+[.)]|[-•*>#]+)\s+|[*_`#]+", "", text.lower().replace("’", "'"))

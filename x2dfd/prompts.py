@@ -37,6 +37,9 @@ SERVED_RATIONALE = (
 AGREES_BELOW, AGREES_ABOVE = 0.30, 0.70
 """When an expert counts as agreeing with real, with fake (X2-DFD's lo and hi)."""
 
+SCORE_FORMS = ("numbers", "words", "both")
+"""How a question gives a score: 0.812, as X2-DFD does; high; or 0.812 (high). An adapter's card says which."""
+
 _VICUNA = (
     "A chat between a curious {who} and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the {who}'s questions. "
@@ -62,13 +65,25 @@ def set_frame(processor: Any, frame: str | None) -> None:
     processor.chat_template = FRAMES[frame]
 
 
-def score_tail(evidence: Sequence[Evidence]) -> str:
-    """The experts' scores as they stand in the question; "" without experts.
+def score_word(score: float) -> str:
+    """A score in words; low and high begin where an expert counts as agreeing with real, with fake."""
+    if score <= AGREES_BELOW:
+        return "very low" if score < 0.1 else "low"
+    return "unclear" if score < AGREES_ABOVE else "high" if score < 0.9 else "very high"
+
+
+def score_tail(evidence: Sequence[Evidence], form: str = "numbers") -> str:
+    """The experts' scores as they stand in the question, in a form of SCORE_FORMS; "" without experts.
 
     >>> score_tail([Evidence("blending", 0.812), Evidence("diffusion", None)])
     ' And the blending score is 0.812, and the diffusion score is N/A.'
+    >>> score_tail([Evidence("blending", 0.812)], "both")
+    ' And the blending score is 0.812 (high).'
     """
-    shown = ["N/A" if e.score is None else f"{e.score:.3f}" for e in evidence]
+    if form not in SCORE_FORMS:
+        raise UnknownName("score form", form, SCORE_FORMS)
+    ways = {"numbers": "{0:.3f}", "words": "{1}", "both": "{0:.3f} ({1})"}
+    shown = ["N/A" if e.score is None else ways[form].format(e.score, score_word(e.score)) for e in evidence]
     parts = [f"the {e.expert.lower()} score is {score}" for e, score in zip(evidence, shown, strict=True)]
     if len(parts) < 3:
         return f" And {', and '.join(parts)}." if parts else ""
@@ -88,9 +103,14 @@ def pointing(evidence: Sequence[Evidence]) -> str:
     )
 
 
-def verdict_question(evidence: Sequence[Evidence]) -> str:
-    """The question that decides: real or fake, with what the experts say written in (WFS)."""
-    return QUESTION + score_tail(evidence) + pointing(evidence)
+def told(evidence: Sequence[Evidence], form: str = "numbers") -> str:
+    """What any question tells of the experts (WFS): their scores, in a form of SCORE_FORMS, and where they point."""
+    return score_tail(evidence, form) + pointing(evidence)
+
+
+def verdict_question(evidence: Sequence[Evidence], form: str = "numbers") -> str:
+    """The question that decides: real or fake, with what the experts say written in."""
+    return QUESTION + told(evidence, form)
 
 
 def expert_sentence(label: str, evidence: Sequence[Evidence]) -> str:
@@ -167,16 +187,16 @@ def first_tokens(processor: Any, start: str, words: Sequence[str]) -> tuple[int,
     return first[at], second[at]
 
 
-def prompt_hash(processor: Any) -> str:
+def prompt_hash(processor: Any, score_form: str = "numbers") -> str:
     """SHA-256 over the rendered forms of every kind of prompt and answer.
 
     An adapter's card carries the hash it was trained with; loading refuses another.
     """
     some = [Evidence("blending", 0.5), Evidence("clip", None)]
     forms = [
-        render(processor, verdict_question(some), STEM),
+        render(processor, verdict_question(some, score_form), STEM),
         render(processor, verdict_question([])),
-        render(processor, verdict_question([*some, Evidence("x", 1.0)])),
+        render(processor, verdict_question([*some, Evidence("x", 1.0)], score_form)),
         pointing([Evidence("x", 1.0, cues=(Cue("jaw", "blur"), Cue("eyes", "noise"), Cue("skin", "colour")))]),
         render(processor, f"Do you see it? {CUE_ENDING}"),
         render(processor, CLASS_QUESTION),

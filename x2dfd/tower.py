@@ -54,15 +54,11 @@ def load_tower(layers: int) -> Any:
     return model.eval()
 
 
-def tower_states(crops: Tensor, layers: int, bf16: bool = False) -> tuple[Tensor, ...]:
-    """Hidden states of uint8 crops [n, 224, 224, 3]: embeddings and each layer's output, [n, 197, 768].
-
-    `bf16`: matrix products in 16 bits, for the features of a training; more than twice as fast where the processor has
-    units for it. States of the last layer then differ by about 3 %.
-    """
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+def tower_states(crops: Tensor, layers: int) -> tuple[Tensor, ...]:
+    """Hidden states of uint8 crops [n, 224, 224, 3]: embeddings and each layer's output, [n, 197, 768]."""
+    with torch.inference_mode():
         states: tuple[Tensor, ...] = load_tower(layers)(clip_pixels(crops), output_hidden_states=True).hidden_states
-    return tuple(s.float() for s in states)
+    return states
 
 
 def patch_statistics(states: Sequence[Tensor]) -> Tensor:
@@ -115,9 +111,8 @@ def cached_features(
 ) -> TowerFeatures:
     """Features of the given samples, each on its own `training_view`, computed once.
 
-    A cut-off run goes on where it stopped. In bf16 where the processor multiplies it quickly.
+    A cut-off run goes on where it stopped. In fp32: that a processor has units for bf16 does not make it quicker.
     """
-    bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     folder.mkdir(parents=True, exist_ok=True)
     n = len(rows)
     digest = hashlib.sha256()
@@ -125,7 +120,7 @@ def cached_features(
         digest.update(data.samples[i].id.encode() + b"\n")
         digest.update(data.crops[i].data)
     base = file_sha256(require("base") / "model.safetensors")
-    made_by = {"seed": seed, "degrade": DEGRADE_VERSION, "base": base, "bf16": bf16}
+    made_by = {"seed": seed, "degrade": DEGRADE_VERSION, "base": base}
     key = {"samples": digest.hexdigest(), "layers": layers, "keep": list(keep), **made_by}
     state_file = folder / "progress.json"
     state = json.loads(state_file.read_text()) if state_file.is_file() else {}
@@ -135,7 +130,7 @@ def cached_features(
     for start in progress(range(done, n, batch), "tower features"):
         stop = min(start + batch, n)
         views = np.stack([training_view(data.crops[i], seed, int(i))[0] for i in rows[start:stop]])
-        states = tower_states(torch.from_numpy(views), layers, bf16)
+        states = tower_states(torch.from_numpy(views), layers)
         statistics[start:stop] = patch_statistics(states).half().numpy()
         for place, layer in enumerate(keep):
             patches[start:stop, place] = states[layer][:, 1:].half().numpy()
