@@ -8,7 +8,7 @@ part has met them. Beside it the fusion of the shipped one, fitted the same way 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -31,7 +31,7 @@ from x2dfd.types import Card, Evidence, Face
 EXPERT = "consistency"
 SPLIT = "calib"
 VIEW_SEED = 1  # as `finetune.calibrate` degrades half of the pictures
-SEEN = "fitted on all methods"
+SEEN = "with all of these"
 RULE = (
     "Every row is against all real pictures. A forgery by several methods counts where each of them was left out, "
     "under the first; where only some were, nowhere."
@@ -154,8 +154,8 @@ def _views(
 
 def fitted(
     experts: Sequence[Expert], samples: Sequence[Sample], rows: Sequence[Row], without: Collection[str]
-) -> tuple[Calibration, Row]:
-    """The experts' fusion on these rows, but for fakes with a method in `without`, and what it was fitted on.
+) -> Calibration:
+    """The experts' fusion on these rows, but for fakes with a method in `without`.
 
     As `finetune.calibrate` fits it. Raises X2DFDError where a label is lacking then.
     """
@@ -171,7 +171,7 @@ def fitted(
     floors = {n: v for n, v in found.items() if v is not None}
     calibration = fit_calibration(parts, labels, [s.source for s in of], balance(of), floors=floors)
     about = {"n_real": int((labels == 0).sum()), "n_fake": int(labels.sum()), "n_groups": len({s.group for s in of})}
-    return calibration, about | {"without": sorted(without)}
+    return replace(calibration, fitted_on=about | {"without": sorted(without)})
 
 
 # ---------------------------------------------------------------- what is counted
@@ -194,10 +194,10 @@ def left_out_result(
         name = training.name if training else None
         without = {*compared.held_out, *(training.held_out if training else ())}
         experts = compared.experts(name)
-        calibration, about = fitted(experts, calib_samples, calib_rows, without)
+        calibration = fitted(experts, calib_samples, calib_rows, without)
         panel = replace(compared.shipped, experts=experts, calibration=calibration)
         joined[name or SEEN] = joined_rows(panel, rows)
-        fusions[name or SEEN] = _fusion(calibration, about, samples, joined[name or SEEN], draw)
+        fusions[name or SEEN] = _fusion(calibration, samples, joined[name or SEEN], draw)
     not_known = set(compared.shipped.held_out[f"expert:{EXPERT}"])
     found: list[Row] = []
     headline: Row = {}
@@ -250,20 +250,11 @@ def _methods(
     return counts | measured
 
 
-def _fusion(
-    calibration: Calibration, fitted_on: Row, samples: Sequence[Sample], rows: Sequence[Row], draw: Resampling
-) -> Row:
-    reals = [
-        (s.group, row["said"] == "fake")
-        for s, row in zip(samples, rows, strict=True)
-        if s.label == "real" and row["said"]
-    ]
+def _fusion(calibration: Calibration, samples: Sequence[Sample], rows: Sequence[Row], draw: Resampling) -> Row:
+    pairs = zip(samples, rows, strict=True)
+    reals = [(s.group, row["said"] == "fake") for s, row in pairs if s.label == "real" and row["said"]]
     return {
-        "weights": calibration.weights,
-        "floors": calibration.floors,
-        "real_below": calibration.low,
-        "fake_from": calibration.high,
-        "fitted_on": fitted_on,
+        "calibration": asdict(calibration),
         "false_alarms": draw.rate([hit for _, hit in reals], [group for group, _ in reals]),
         "false_alarms_by_source": alarms_by(samples, rows, "source", draw),
     }

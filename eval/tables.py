@@ -263,7 +263,7 @@ def _pattern(part: Result | None) -> list[str]:
 
 
 def left_out(results: dict[str, Result]) -> str:
-    """Methods that `consistency` and the fusion were not shown: AUC beside those that were; false alarms of each fit."""
+    """Methods that `consistency` and the fusion were not shown, beside the same when they were; false alarms."""
     blocks = []
     for name, result in _of("left-out", results):
         found, data, calib = result["left_out"], result["data"], result["calib"]
@@ -283,14 +283,13 @@ def left_out(results: dict[str, Result]) -> str:
         for fusion, part in found["fusions"].items():
             rates = [part["false_alarms"], *(part["false_alarms_by_source"][source] for source in sources)]
             alarms.append([fusion, *(f"{_number(rate, percent=True)} of {rate['n']}" for rate in rates)])
-        others = " ".join(f"`{expert}`: {text}." for expert, text in found["others"].items())
         caption = (
             f"`{name}`: `consistency` trained without some methods, and the fusion (no MLLM) fitted on split "
-            f"{calib['split']} of `{calib['sha256'][:12]}` without them, beside the shipped one and a fusion fitted "
-            f"there on all; manifest `{data['sha256'][:12]}`, split {data['split'] or 'all'}, {data['n_groups']} "
-            f"groups; the largest face of each. {found['rule']} A left-out method was not learnt, but "
-            "had a say in which checkpoint was kept, on other pictures. The other experts are the shipped ones in "
-            f"every fusion. {others}"
+            f"{calib['split']} of `{calib['sha256'][:12]}` without them: unseen. Seen: the shipped one, and its fusion "
+            f"fitted there with them. Manifest `{data['sha256'][:12]}`, split {data['split'] or 'all'}, "
+            f"{data['n_groups']} groups; the largest face of each. {found['rule']} A left-out method was not learnt, "
+            "but had a say in which checkpoint was kept. The other experts are the shipped ones in every fusion. "
+            + " ".join(f"`{expert}`: {text}." for expert, text in found["others"].items())
         )
         if any(training["shipped_did_not_see"] for training in found["trainings"]):
             caption += " ‡ the shipped `consistency` was not trained on it either."
