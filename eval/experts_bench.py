@@ -37,7 +37,7 @@ from eval.scoring import (
     value_of,
 )
 from x2dfd.adapter import EMBEDDED, expert_hashes, read_adapter_card
-from x2dfd.calibration import MLLM, Calibration, choose_band, fit_weights, logit
+from x2dfd.calibration import MLLM, Calibration, fit_calibration, logit
 from x2dfd.detector import CODEC, through_codec, versions
 from x2dfd.errors import InputError, SetupError
 from x2dfd.experts import BUILTIN, Expert, load_expert
@@ -444,12 +444,11 @@ def _refitted(
         if not 0 < share < 1:
             return None
         even = np.where(y[rest] == 1, 0.5 / share, 0.5 / (1 - share))
-        weights, means, bias = fit_weights({n: v[rest] for n, v in parts.items()}, y[rest], even, floors=floors)
-        draft = Calibration(weights, means, bias, 0.5, 0.5, floors=floors)
-        chances = np.array([draft.probability({n: v[i] for n, v in parts.items()}) for i in range(len(samples))])
-        low, high = choose_band(chances[rest], y[rest], sources[rest].tolist())
-        fitted = replace(draft, low=low, high=high)
-        answers |= {int(i): fitted.verdict(float(chances[i]), {}) for i in own}
+        of_rest = {n: v[rest] for n, v in parts.items()}
+        fitted = fit_calibration(of_rest, y[rest], sources[rest].tolist(), even, floors=floors)
+        for i in own:
+            chance = fitted.probability({n: float(v[i]) for n, v in parts.items()})
+            answers[int(i)] = fitted.verdict(chance, {})
     return [answers[i] for i in range(len(samples))]
 
 

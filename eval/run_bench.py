@@ -30,7 +30,19 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from eval import ablation, answers, cuebench, curves, experts_bench, models, page, risk, text_tasks, texts  # noqa: E402
+from eval import (  # noqa: E402
+    ablation,
+    answers,
+    cuebench,
+    curves,
+    experts_bench,
+    left_out,
+    models,
+    page,
+    risk,
+    text_tasks,
+    texts,
+)
 from eval import metrics as m  # noqa: E402
 from eval.changes import CHANGES, SUITES, changes_of  # noqa: E402
 from eval.localisation import localisation  # noqa: E402
@@ -93,6 +105,9 @@ TASKS = {
             "ablation", "1", "image", "what the MLLM makes of picture, scores and pointing: parts left out, exchanged"
         ),
         Task("experts", "2", "image", "experts without the MLLM, their fusion, a baseline; changed pictures; maps"),
+        Task(
+            "left-out", "1", "image", "forge methods that `consistency` was trained without (--weights): it, the fusion"
+        ),
     )
 }
 
@@ -498,12 +513,14 @@ def run(args: argparse.Namespace) -> Row:
 def check_model(args: argparse.Namespace) -> None:
     """Raises X2DFDError for a model that the task cannot take; before anything is read or opened."""
     models.check(args)
+    if any(given != (args.task == "left-out") for given in (bool(args.weights), bool(args.calib))):
+        raise X2DFDError("left-out needs --weights A,B and --calib MANIFEST, and no other task takes them")
     if args.model == "template" and args.task != "describe":
         raise X2DFDError("template is told the label: it is a baseline of describe alone")
-    if args.task not in ("experts", "locate"):
+    if args.task not in ("experts", "locate", "left-out"):
         return
     one = args.model.startswith(models.EXPERT)
-    if args.base or args.served or args.model in models.BASELINES or (one and args.task == "experts"):
+    if args.base or args.served or args.model in models.BASELINES or (one and args.task != "locate"):
         allowed = "embedded, fusion or an adapter's folder" + (", or expert:NAME" if args.task == "locate" else "")
         raise X2DFDError(f"{args.task} is about experts: --model {allowed}, and --experts A,B for some of them")
 
@@ -524,6 +541,9 @@ class Run:
 
     def store(self, layout: Layout, **more: Any) -> Store:
         return Store(Path(self.args.out), self.key | more, layout)
+
+    def trainings(self) -> list[left_out.Training]:
+        return left_out.read_trainings(self.args.weights)
 
     def every(self) -> list[Sample]:
         return read_manifest(self.args.data)
@@ -753,6 +773,20 @@ def _run_assess(run: Run) -> Made:
     return Made(store, rows, origin, measured, model.name, model.mode, scores_of=scores_of, samples=asked)
 
 
+def _run_left_out(run: Run) -> Made:
+    args, samples = run.args, run.samples
+    if len({s.label for s in samples}) < 2:
+        raise X2DFDError("left-out needs real pictures, and fakes by methods that a training left out")
+    compared = left_out.Compared.load("embedded" if args.model == models.FUSION else args.model, run.trainings())
+    store = run.store(experts_bench.LAYOUT, experts=[e.card.name for e in compared.panel.experts])
+    ask = partial(experts_bench.judge, compared.panel, {}, equal=args.equalise, batch_size=args.batch_size)
+    rows, origin = score(ask, samples, store)
+    calib = left_out.score_calibration(compared, Path(args.calib), Path(args.out) / "calib")
+    measured = left_out.left_out_result(compared, samples, rows, calib[0], calib[1], run.draw)
+    notes = {"skipped_fakes_of_other_methods": run.skipped, "calib": calib[2]}
+    return Made(store, rows, origin, notes | measured, models.named(args.model))
+
+
 RUNNERS: dict[str, Callable[[Run], Made]] = {
     "detect": _run_detect,
     "answer": _run_words,
@@ -763,6 +797,7 @@ RUNNERS: dict[str, Callable[[Run], Made]] = {
     "chat": _run_chat,
     "ablation": _run_ablation,
     "experts": _run_experts,
+    "left-out": _run_left_out,
 }
 
 
@@ -776,11 +811,14 @@ def choose(task: Task, manifest: Path, args: argparse.Namespace) -> tuple[list[S
         "classify": lambda s: bool(s.df_class),
         "locate": lambda s: s.label == "fake" and s.mask is not None,
     }
+    if task.name == "left-out":
+        trainings = left_out.read_trainings(args.weights)
+        needs["left-out"] = lambda s: s.label == "real" or any(t.unseen(s) for t in trainings)
     has_truth = needs.get(task.name)
     known = [s for s in samples if has_truth is None or has_truth(s)]
     skipped, samples = len(samples) - len(known), known
     if not samples:
-        truth = {"describe": "cues", "classify": "df_class", "locate": "mask"}[task.name]
+        truth = {"describe": "cues", "classify": "df_class", "locate": "mask", "left-out": "left-out method"}[task.name]
         raise X2DFDError(f"{manifest.name}: no chosen sample has a known {truth}, nothing to {task.name}")
     # `assess` draws its own pictures: as many real ones as fakes.
     if task.name != "assess" and args.limit is not None and args.limit < len(samples):
@@ -888,7 +926,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "  python eval/run_bench.py detect --data manifest.csv --split val --out results/val\n"
         "  python eval/run_bench.py describe --data forged/manifest.jsonl --model majority --out results/cues\n"
         "  python eval/run_bench.py answer --data manifest.csv --served http://localhost:8000/v1 --model NAME --out a\n"
-        "  python eval/run_bench.py experts --data manifest.csv --changes jpeg50,half --out results/experts",
+        "  python eval/run_bench.py experts --data manifest.csv --changes jpeg50,half --out results/experts\n"
+        "  python eval/run_bench.py left-out --data val.jsonl --calib calib.jsonl --weights no_swap,no_blur --out out",
     )
     parser.add_argument("task", nargs="?", choices=list(TASKS), help="what is asked (see --list)")
     parser.add_argument("--list", action="store_true", help="list the tasks, and the changes and suites of `experts`")
@@ -910,6 +949,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="A,B",
         help="experts: score under these changes or suites too, or none (default: the changes)",
     )
+    parser.add_argument("--weights", metavar="A,B", help="left-out: folders of trainings with --hold-out")
+    parser.add_argument("--calib", metavar="MANIFEST", help="left-out: split `calib` of it fits each fusion anew")
     parser.add_argument("--sentence-encoder", type=Path, metavar="DIR", help="describe: encoder for the similarity")
     parser.add_argument("--meteor", action="store_true", help="describe: METEOR too (Java; a minute and more)")
     parser.add_argument("--questions", type=Path, metavar="FILE", help="assess: these questions")
@@ -931,6 +972,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.limit is not None and args.limit < 1:
         parser.error("--limit must be 1 or more")
     args.by = [column for column in args.by.split(",") if column]
+    args.weights = [folder for folder in (args.weights or "").split(",") if folder]
     try:
         reference = _reference(Path(args.compare)) if args.compare else None
         result = run(args)

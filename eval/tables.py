@@ -262,6 +262,41 @@ def _pattern(part: Result | None) -> list[str]:
     return [_number(part["auc"]), *rates, _percent(part["inconclusive"])]
 
 
+def left_out(results: dict[str, Result]) -> str:
+    """Methods that `consistency` and the fusion were not shown, beside the same when they were; false alarms."""
+    blocks = []
+    for name, result in _of("left-out", results):
+        found, data, calib = result["left_out"], result["data"], result["calib"]
+        columns = list(found["trainings"][0]["together"]["auc"])
+        lines = [
+            ["method", *(c.replace("expert", "`consistency`") for c in columns), "fake / real"],
+            ["---"] * (len(columns) + 2),
+        ]
+        for training in found["trainings"]:
+            marked = {m: f"{m}{'‡' if m in training['shipped_did_not_see'] else ''}" for m in training["methods"]}
+            parts = [(marked[method], part) for method, part in training["methods"].items()]
+            for what, part in (*parts, (f"**{training['name']}**", training["together"])):
+                cells = [_number(part["auc"][c]) for c in columns]
+                lines.append([what, *cells, "{n_fake} / {n_real}".format_map(part)])
+        sources = list(next(iter(found["fusions"].values()))["false_alarms_by_source"])
+        alarms = [["false alarms of the fusion", "all", *sources], ["---"] * (len(sources) + 2)]
+        for fusion, part in found["fusions"].items():
+            rates = [part["false_alarms"], *(part["false_alarms_by_source"][source] for source in sources)]
+            alarms.append([fusion, *(f"{_number(rate, percent=True)} of {rate['n']}" for rate in rates)])
+        caption = (
+            f"`{name}`: `consistency` trained without some methods, and the fusion (no MLLM) fitted on split "
+            f"{calib['split']} of `{calib['sha256'][:12]}` without them: unseen. Seen: the shipped one, and its fusion "
+            f"fitted there with them. Manifest `{data['sha256'][:12]}`, split {data['split'] or 'all'}, "
+            f"{data['n_groups']} groups; the largest face of each. {found['rule']} A left-out method was not learnt, "
+            "but had a say in which checkpoint was kept. The other experts are the shipped ones in every fusion. "
+            + " ".join(f"`{expert}`: {text}." for expert, text in found["others"].items())
+        )
+        if any(training["shipped_did_not_see"] for training in found["trainings"]):
+            caption += " ‡ the shipped `consistency` was not trained on it either."
+        blocks += [caption, _table(lines), "At each fusion's own threshold:", _table(alarms)]
+    return "\n\n".join(blocks) or "No results yet."
+
+
 def assess(results: dict[str, Result], best: int = 12) -> str:
     """What an MLLM can see (MFA): the ranking against chance, and its best cues; one column a result file."""
     found = _of("assess", results)
@@ -425,6 +460,7 @@ TABLES: dict[str, Callable[[dict[str, Result]], str]] = {
     "robustness": robustness,
     "localisation": localisation,
     "missing": missing,
+    "left-out": left_out,
     "unseen": unseen,
     "speed": speed,
     "speed-all": partial(speed, all_cases=True),

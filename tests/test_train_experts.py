@@ -74,7 +74,8 @@ def test_training_writes_weights_that_load(forged: Path, tmp_path: Path) -> None
     assert Path(result.stdout.strip()) == tmp_path / "out" / "blending.card.json"
     expert = load_expert("blending", tmp_path / "out")
     assert expert.card.name == "blending" and expert.card.preprocessing == PREPROCESSING
-    assert "16 pictures, 3 steps of 4" in expert.card.trained_on
+    learnt = sum(s.split == "train" for s in read_manifest(forged))
+    assert learnt < 16 and f"({learnt} pictures, 3 steps of 4)" in expert.card.trained_on
     figures = expert.card.figures["calib_auc_by_method"]
     calib = [s for s in read_manifest(forged) if s.split == "calib"]
     assert figures["n_real"] == sum(s.label == "real" for s in calib)
@@ -143,7 +144,9 @@ def test_consistency_learns_areas_artifacts_and_masks(kinds: Path, tmp_path: Pat
 def test_consistency_goes_on_from_its_own_weights_and_leaves_methods_out(kinds: Path, tmp_path: Path) -> None:
     """Bug prevented: a second training that starts from nothing, or figures on a left-out method that was learnt."""
     words = ["consistency", "--data", str(kinds), "--batch", "4", "--out", str(tmp_path / "out")]
-    first = CliRunner().invoke(train.app, [*words, "--steps", "2", "--state", str(tmp_path / "1")])
+    first = CliRunner().invoke(
+        train.app, [*words, "--steps", "2", "--hold-out", "area_warp", "--state", str(tmp_path / "1")]
+    )
     assert first.exit_code == 0, first.output
     before = load_file(tmp_path / "out" / "consistency.safetensors")
     more = ["--go-on", "--start", str(tmp_path / "out"), "--hold-out", "area_warp", "--state", str(tmp_path / "2")]
@@ -156,6 +159,9 @@ def test_consistency_goes_on_from_its_own_weights_and_leaves_methods_out(kinds: 
     card = load_expert("consistency", tmp_path / "out").card
     assert card.version == "2" and card.trained_on.startswith("first: ")
     assert card.figures["held_out"] == ["area_warp"] and "area_warp" not in card.trained_on.split("Then: ")[1]
+    more = ["--go-on", "--start", str(tmp_path / "out"), "--hold-out", "area_warp,blur_mismatch"]
+    seen = CliRunner().invoke(train.app, [*words, *more, "--state", str(tmp_path / "3"), "--steps", "1"])
+    assert isinstance(seen.exception, X2DFDError) and "trained with blur_mismatch" in str(seen.exception)
     truth = train_consistency.LocalTruth(load_crops(kinds), ["area_warp"])
     kept = {m for k in truth.learnt for m in truth.samples[k].method.split("+")}
     assert "area_warp" not in kept and "blur_mismatch" in kept

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,23 @@ def fit_weights(
         if moved < 1e-8:
             break
     return {n: float(b) for n, b in zip(names, beta, strict=False)}, means, float(beta[-1])
+
+
+def fit_calibration(
+    parts: Mapping[str, NDArray[np.float64]],
+    labels: NDArray[np.float64],
+    sources: Sequence[str],
+    sample_weights: NDArray[np.float64],
+    *,
+    floors: Mapping[str, float] | None = None,
+) -> Calibration:
+    """The logistic of `fit_weights` with the band that `choose_band` sets on the same pictures."""
+    weights, means, bias = fit_weights(parts, labels, sample_weights, floors=floors)
+    draft = Calibration(weights, means, bias, 0.5, 0.5, floors=dict(floors or {}))
+    # NaN is no score: such a part stands at its mean.
+    rows = [{n: None if np.isnan(v[k]) else float(v[k]) for n, v in parts.items()} for k in range(len(labels))]
+    low, high = choose_band(np.array([draft.probability(row) for row in rows]), labels, sources)
+    return replace(draft, low=low, high=high)
 
 
 def choose_floor(logits: NDArray[np.float64], labels: NDArray[np.float64]) -> float | None:

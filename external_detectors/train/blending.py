@@ -80,7 +80,7 @@ def blending(
         preprocessing=PREPROCESSING,
         paper="Shiohara & Yamasaki, Detecting Deepfakes with Self-Blended Images, CVPR 2022",
         blind_spot="Faces that are synthetic as a whole have no seam; strong compression and blur hide one.",
-        trained_on=f"self-blended images of real photos only ({len(crops.samples)} pictures, {steps} steps of {batch})"
+        trained_on=f"self-blended images of real photos only ({len(learnt)} pictures, {steps} steps of {batch})"
         f"; no fake of any generator; sources: {source_names(learnt)}",
         figures=figures,
     )

@@ -60,6 +60,8 @@ def consistency(
     truth = LocalTruth(crops, held_out)
     net = ConsistencyNet()
     before = read_card(start / f"{'consistency' if go_on else 'blending'}.card.json")
+    if go_on and (known := sorted(set(held_out) - set(before.figures.get("held_out", ())))):
+        raise X2DFDError(f"--go-on starts from weights that were trained with {', '.join(known)}: nothing is left out")
     if go_on:
         net.load_state_dict(load_weights(before, start))
     else:
