@@ -523,7 +523,10 @@ class Run:
     draw: Resampling
 
     def store(self, layout: Layout, **more: Any) -> Store:
-        return Store(Path(self.args.out), self.key | more, layout)
+        """Raises X2DFDError when `--out` holds rows of other samples alone."""
+        store = Store(Path(self.args.out), self.key | more, layout)
+        store.check(self.samples)
+        return store
 
     def every(self) -> list[Sample]:
         return read_manifest(self.args.data)

@@ -248,6 +248,51 @@ def test_a_file_that_changed_is_judged_again_and_hours_are_not_thrown_away(
     assert len(stored) == 40 and stored[rows[0]["path"]]["p_fake"] == pytest.approx(0.77, abs=0.02)
 
 
+def test_rows_of_other_samples_are_not_thrown_away(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another split, or another manifest, with the --out of a run of hours: its rows were gone without a word."""
+    rows = list(csv.DictReader(data.read_text("utf-8").splitlines()))
+    for row in rows[::2]:
+        row["split"] = "test"
+    write_csv(data, rows)
+    words = ("--data", data, "--out", tmp_path / "out")
+    assert bench(monkeypatch, StandIn(), "detect", *words, "--split", "val") == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    asked = StandIn()
+    for model in ("embedded", "majority"):
+        assert bench(monkeypatch, asked, "detect", *words, "--split", "test", "--model", model) == 2
+        assert f"out holds {len(rows) // 2} rows of other samples" in capsys.readouterr().err
+    other = write_csv(data.parent / "other.csv", [row for row in rows if row["split"] == "test"])
+    assert bench(monkeypatch, asked, "detect", "--data", other, "--out", tmp_path / "out") == 2
+    assert not asked.seen and {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    # Nor are those of a run that was cut off.
+    monkeypatch.setattr(scoring, "CHUNK", 6)
+    cut = ("detect", "--data", data, "--out", tmp_path / "cut", "--split")
+    with pytest.raises(KeyboardInterrupt):
+        bench(monkeypatch, StandIn(stop_after=8), *cut, "val")
+    assert bench(monkeypatch, asked, *cut, "test") == 2
+    assert "cut holds 6 rows of other samples" in capsys.readouterr().err
+    # With some in common, a run goes on as before, and keeps what it was not asked for.
+    assert bench(monkeypatch, asked, "detect", *words) == 0
+    assert len(asked.seen) == 1 + 19  # to see that the model is the same, and those that are new and readable
+
+
+def test_rows_stay_when_all_that_is_asked_has_changed(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One picture was replaced, a run with --limit 1 hit just that one, and the 39 others were gone."""
+    words = ("detect", "--data", data, "--out", tmp_path / "out")
+    bench(monkeypatch, StandIn(), *words)
+    assert bench(monkeypatch, StandIn(), *words, "--limit", 1) == 0
+    (chosen,) = pq.read_table(tmp_path / "out" / "samples.parquet")["path"].to_pylist()
+    picture(data.parent / chosen, 0.3)
+    assert bench(monkeypatch, StandIn(), *words, "--limit", 1) == 2
+    assert "out holds 39 rows of other samples" in capsys.readouterr().err
+    again = StandIn()
+    assert bench(monkeypatch, again, *words) == 0 and len(again.seen) == 2
+
+
 @pytest.mark.parametrize("other", [StandIn("w2"), StandIn("w1", shift=0.05)], ids=["hash", "score"])
 def test_rows_of_another_model_are_not_used_again(
     other: StandIn, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
