@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -74,6 +75,11 @@ def sha256_of(path: Path) -> str | None:
         return file_sha256(path)
     except OSError:
         return None  # the row says why: judging it fails for the same reason
+
+
+def digest(items: Iterable[Sequence[str | None]]) -> str:
+    """SHA-256 of items that begin with an id, whatever their order."""
+    return hashlib.sha256(json.dumps(sorted(items, key=lambda item: str(item[0]))).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------- rows on disk
