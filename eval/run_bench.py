@@ -907,8 +907,8 @@ def _line(name: str, measured: Row) -> str:
     return f"{name}: {measured['value']:.4f}{interval}, n={measured['n']}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 when it ran, 1 on drift from the reference, 2 on what the user has to mend, other samples included."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command's options, checked as far as they can be without opening anything."""
     parser = argparse.ArgumentParser(
         prog="run_bench.py",
         description="Scores a model on labelled images.",
@@ -951,6 +951,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="exit 1 when a headline number left its interval; with REF's samples.parquet beside it, paired tests too",
     )
     args = parser.parse_args(argv)
+    if not args.list and not (args.task and args.data and args.out):
+        parser.error("TASK, --data and --out are needed (or --list)")
+    if args.limit is not None and args.limit < 1:
+        parser.error("--limit must be 1 or more")
+    args.by = [column for column in args.by.split(",") if column]
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0 when it ran, 1 on drift from the reference, 2 on what the user has to mend, other samples included."""
+    args = parse(argv)
     if args.list:
         for task in TASKS.values():
             print(f"{task.name}\tv{task.version}\tper {task.unit}\t{task.line}")
@@ -959,11 +970,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, suite in SUITES.items():
             print(f"suite {name}\t{sum(map(len, suite.values()))} changes: {', '.join(suite)}")
         return 0
-    if not (args.task and args.data and args.out):
-        parser.error("TASK, --data and --out are needed (or --list)")
-    if args.limit is not None and args.limit < 1:
-        parser.error("--limit must be 1 or more")
-    args.by = [column for column in args.by.split(",") if column]
     try:
         # Before the run, which may write to the same folder.
         reference = _reference(Path(args.compare)) if args.compare else None
