@@ -66,7 +66,7 @@ bench: setup fetch ## Time A against B side by side into build/speed.json; needs
 
 bench-models: setup fetch ## Every model over the same pictures (DATA=manifest.csv) into build/models, in one table
 	$(if $(filter build/cuebench,$(DATA)),$(PY) -m eval.cuebench --photos none --out $(DATA))
-	$(PY) eval/side_by_side.py --data $(DATA) --out build/models/$(basename $(notdir $(DATA))) $(BENCH_MODELS_ARGS)
+	$(PY) eval/side_by_side.py --data $(DATA) --out build/models/$(subst /,-,$(basename $(DATA))) $(BENCH_MODELS_ARGS)
 
 clean: ## Remove what was built; .venv and the cache stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
