@@ -35,7 +35,7 @@ from eval import ablation, answers, cuebench, curves, experts_bench, models, pag
 from eval import metrics as m  # noqa: E402
 from eval.changes import CHANGES, SUITES, changes_of  # noqa: E402
 from eval.localisation import localisation  # noqa: E402
-from eval.protocols import CORRECT, Compat, pool_clips  # noqa: E402
+from eval.protocols import CORRECT, PROTOCOLS, Compat, pool_clips  # noqa: E402
 from eval.scoring import (  # noqa: E402
     JPEG_QUALITY,
     LONGEST_SIDE,
@@ -920,7 +920,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "  python eval/run_bench.py experts --data manifest.csv --changes jpeg50,half --out results/experts",
     )
     parser.add_argument("task", nargs="?", choices=list(TASKS), help="what is asked (see --list)")
-    parser.add_argument("--list", action="store_true", help="list the tasks, and the changes and suites of `experts`")
+    parser.add_argument("--list", action="store_true", help="list tasks, changes, protocols and suites")
     parser.add_argument(
         "--data", metavar="MANIFEST", help="CSV, JSONL or Parquet with path and label, or CueBench's folder"
     )
@@ -967,6 +967,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{task.name}\tv{task.version}\tper {task.unit}\t{task.line}")
         for change in CHANGES.values():
             print(f"change {change.name}\t{change.line}")
+        for protocol in PROTOCOLS.values():
+            print(f"protocol {protocol.name}\tv{protocol.version}\t{protocol.line}")
         for name, suite in SUITES.items():
             print(f"suite {name}\t{sum(map(len, suite.values()))} changes: {', '.join(suite)}")
         return 0

@@ -491,7 +491,7 @@ def test_it_runs_as_a_script() -> None:
     done = subprocess.run([sys.executable, script, "--list"], cwd="/", capture_output=True, text=True, check=True)
     listed = [line.split("\t")[0] for line in done.stdout.splitlines()]
     assert listed[: len(run_bench.TASKS)] == list(run_bench.TASKS)
-    assert {"change jpeg50", "suite codec"} <= set(listed[len(run_bench.TASKS) :])
+    assert {"change jpeg50", "suite codec", "protocol df40-p1"} <= set(listed[len(run_bench.TASKS) :])
 
 
 def test_readme_tables_follow_the_results(
