@@ -74,10 +74,26 @@ def named(model: str) -> str:
     return model if own else Path(model).absolute().name
 
 
+def has_mllm(model: str) -> bool:
+    """Whether what is named has an MLLM, which can be asked for texts."""
+    return model not in (FUSION, *BASELINES) and not model.startswith(EXPERT)
+
+
+def label(args: argparse.Namespace) -> str:
+    """A model with all that its options say, but for paths and addresses."""
+    told = [f"adapter {named(args.adapter)}"] if args.adapter else []
+    told += [f"tools {args.tools}"] if args.tools else []
+    told += [args.mode] if args.mode else []
+    return ", ".join([_name(args), *(["served"] if args.served else []), *told])
+
+
+def _name(args: argparse.Namespace) -> str:
+    return f"base:{named(args.base)}" if args.base and args.model == "embedded" else named(args.model)
+
+
 def check(args: argparse.Namespace) -> None:
     """Raises X2DFDError where the options contradict each other; opens nothing."""
-    bare = args.model in (FUSION, *BASELINES) or args.model.startswith(EXPERT)
-    if bare and (args.base or args.served or args.adapter or args.tools or args.mode):
+    if not has_mllm(args.model) and (args.base or args.served or args.adapter or args.tools or args.mode):
         raise X2DFDError(f"--model {args.model} goes without --base, --served, --adapter, --tools and --mode")
     if args.adapter and not args.served:
         raise X2DFDError("--adapter goes with --served; without it the adapter's folder is --model")
@@ -116,9 +132,8 @@ def open_model(args: argparse.Namespace) -> Opened:
         detector = x2dfd.load(None if model == "embedded" else model, mode=args.mode or "calibrated")
     if tools is not None:
         detector = with_tools(detector)
-    name = f"base:{named(args.base)}" if args.base and model == "embedded" else named(model)
     # A stand-in of the tests has no mode of its own.
-    return Opened(name, "served" if args.served else "model", detector, getattr(detector, "mode", "calibrated"))
+    return Opened(_name(args), "served" if args.served else "model", detector, getattr(detector, "mode", "calibrated"))
 
 
 # ---------------------------------------------------------------- experts without an MLLM

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval import metrics as m
+from eval.scoring import digest
 from x2dfd.errors import UnknownName, X2DFDError
 
 
@@ -34,6 +35,28 @@ def read_run(folder: Path, scorer: str) -> dict[str, dict[str, Any]]:
     except (OSError, pa.ArrowException) as error:
         raise X2DFDError(f"{folder}: no finished run of run_bench.py ({error})") from error
     return {row["id"]: {"label": row["label"], "group": row["group"], "score": row[scorer]} for row in rows}
+
+
+def read_scores(folder: Path, result: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Scorer -> rows by id, of every score in the table beside a result file (its content is `result`).
+
+    Raises X2DFDError where there is no table, or it is that of another run.
+    """
+    path = folder / "samples.parquet"
+    if not path.is_file():
+        raise X2DFDError("no samples.parquet beside the reference")
+    try:
+        schema = pq.read_schema(path)
+        seen = pq.read_table(path, columns=["id", "sha256"]).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise X2DFDError(f"{path} cannot be read ({error})") from error
+    head = json.loads((schema.metadata or {}).get(b"x2dfd", b"{}"))
+    model, stated = (part.get("model", {}) for part in (head.get("origin", {}), result))
+    pictures = digest([row["id"], row["sha256"]] for row in seen)
+    same = all(stated.get("stated", {}).get(name) == value for name, value in model.items())
+    if not same or pictures != result.get("data", {}).get("pictures_sha256"):
+        raise X2DFDError("samples.parquet beside the reference is of another run")
+    return {name: read_run(folder, name) for name in schema.names if name.startswith(("p_", "expert:"))}
 
 
 def paired(

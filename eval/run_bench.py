@@ -2,9 +2,10 @@
 
     python eval/run_bench.py detect --data manifest.csv --split val --model embedded --out results/val
 
-writes `samples.parquet` (one row a sample), `result.json` (metrics with intervals, and where they come from) and
-`result.html` (the same with its curves). A run that was cut off goes on where it stopped; so does one with the same
-manifest and model and another `--limit` or `--bootstrap`. Models: eval.models; tasks: `--list`.
+writes `samples.parquet` (one row a sample), `result.json` (metrics with intervals, and where they come from),
+`result.html` (the same with its curves) and, with `--compare`, `comparison.json`. A run that was cut off goes on where
+it stopped; so does one with the same manifest and model and another `--limit` or `--bootstrap`. Models: eval.models;
+tasks: `--list`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from eval import (  # noqa: E402
     left_out,
     models,
     page,
+    paired,
     risk,
     text_tasks,
     texts,
@@ -46,7 +48,7 @@ from eval import (  # noqa: E402
 from eval import metrics as m  # noqa: E402
 from eval.changes import CHANGES, SUITES, changes_of  # noqa: E402
 from eval.localisation import localisation  # noqa: E402
-from eval.protocols import CORRECT, Compat, pool_clips  # noqa: E402
+from eval.protocols import CORRECT, PROTOCOLS, Compat, pool_clips  # noqa: E402
 from eval.scoring import (  # noqa: E402
     JPEG_QUALITY,
     LONGEST_SIDE,
@@ -56,6 +58,7 @@ from eval.scoring import (  # noqa: E402
     Row,
     Store,
     common_auc,
+    digest,
     equalised,
     micro_f1,
     reason_of,
@@ -68,7 +71,7 @@ from eval.scoring import (  # noqa: E402
 )
 from x2dfd.errors import InputError, X2DFDError  # noqa: E402
 from x2dfd.explain import read_cues, said_label  # noqa: E402
-from x2dfd.files import write_bytes, write_text  # noqa: E402
+from x2dfd.files import file_sha256, write_bytes, write_text  # noqa: E402
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest  # noqa: E402
 from x2dfd.types import DF_CLASSES, Cue, Failure, Report  # noqa: E402
 
@@ -480,8 +483,8 @@ def run(args: argparse.Namespace) -> Row:
         "data": {
             "manifest": manifest.name,
             "sha256": sha256,
-            "samples_sha256": _digest([s.id, s.label] for s in samples),
-            "pictures_sha256": _digest([row["id"], row["sha256"]] for row in made.rows),
+            "samples_sha256": digest([s.id, s.label] for s in samples),
+            "pictures_sha256": digest([row["id"], row["sha256"]] for row in made.rows),
             "split": args.split,
             "limit": args.limit,
             "n": len(samples),
@@ -525,10 +528,6 @@ def check_model(args: argparse.Namespace) -> None:
         raise X2DFDError(f"{args.task} is about experts: --model {allowed}, and --experts A,B for some of them")
 
 
-def _digest(items: Iterable[Sequence[str | None]]) -> str:
-    return hashlib.sha256(json.dumps(sorted(items, key=lambda item: str(item[0]))).encode()).hexdigest()
-
-
 @dataclass(frozen=True)
 class Run:
     """What a task is given."""
@@ -540,7 +539,10 @@ class Run:
     draw: Resampling
 
     def store(self, layout: Layout, **more: Any) -> Store:
-        return Store(Path(self.args.out), self.key | more, layout)
+        """Raises X2DFDError when `--out` holds rows of other samples alone."""
+        store = Store(Path(self.args.out), self.key | more, layout)
+        store.check(self.samples)
+        return store
 
     def trainings(self) -> list[left_out.Training]:
         return left_out.read_trainings(self.args.weights)
@@ -908,6 +910,34 @@ def drift(result: Row, reference: Row) -> Drift:
     return Drift(moved, notes)
 
 
+Scores = dict[str, dict[str, dict[str, Any]]]
+"""Scorer -> id -> label, group and score."""
+
+
+def compare(result: Row, out: Path, reference: Row, scores: Scores | X2DFDError) -> Row:
+    """What `comparison.json` holds: the drift, and per scorer the difference of the AUCs, this run's minus the other's.
+
+    `scores`: of the reference's samples, or why there are none. Raises X2DFDError as `drift` does.
+    """
+    found = drift(result, reference)
+    pairs: Row = {}
+    if isinstance(scores, X2DFDError):
+        found.notes.append(f"no paired test: {scores}")
+    else:
+        here, settings = paired.read_scores(out, result), result["settings"]
+        draws = {"n": settings["bootstrap"], "seed": settings["seed"]}
+        both = {name: paired.paired(here[name], scores[name], **draws) for name in here if name in scores}
+        pairs = {name: pair for name, pair in both.items() if None not in pair["auc"]}
+    return {"moved": found.moved, "notes": found.notes, "paired": pairs}
+
+
+def _pair_line(name: str, pair: Row) -> str:
+    bounds, p = pair["difference"]["interval"], pair["delong"]["p"]
+    interval = "" if bounds is None else f" [{bounds[0]:+.4f}, {bounds[1]:+.4f}]"
+    tested = "" if p is None else f", DeLong p={p:.2g}"
+    return f"paired {name}: AUC {pair['difference']['value']:+.4f}{interval}{tested}, n={pair['n']}"
+
+
 def _line(name: str, measured: Row) -> str:
     if measured["value"] is None:
         return f"{name}: not defined"
@@ -916,8 +946,8 @@ def _line(name: str, measured: Row) -> str:
     return f"{name}: {measured['value']:.4f}{interval}, n={measured['n']}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 when it ran, 1 on drift from the reference, 2 on what the user has to mend, other samples included."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command's options, checked as far as they can be without opening anything."""
     parser = argparse.ArgumentParser(
         prog="run_bench.py",
         description="Scores a model on labelled images.",
@@ -930,7 +960,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "  python eval/run_bench.py left-out --data val.jsonl --calib calib.jsonl --weights no_swap,no_blur --out out",
     )
     parser.add_argument("task", nargs="?", choices=list(TASKS), help="what is asked (see --list)")
-    parser.add_argument("--list", action="store_true", help="list the tasks, and the changes and suites of `experts`")
+    parser.add_argument("--list", action="store_true", help="list tasks, changes, protocols and suites")
     parser.add_argument(
         "--data", metavar="MANIFEST", help="CSV, JSONL or Parquet with path and label, or CueBench's folder"
     )
@@ -957,46 +987,69 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--judge", metavar="URL", help="chat: an OpenAI-compatible endpoint that marks answers")
     parser.add_argument("--judge-model", metavar="NAME", help="chat: the judge's name there")
     parser.add_argument("--compat", default="", metavar="A,B", help="detect: stock quirks (clips) beside ours")
-    parser.add_argument("--compare", metavar="REF.json", help="exit 1 when a headline number left its interval")
+    parser.add_argument(
+        "--compare",
+        metavar="REF.json",
+        help="exit 1 when a headline number left its interval; with REF's samples.parquet beside it, paired tests too",
+    )
     args = parser.parse_args(argv)
-    if args.list:
-        for task in TASKS.values():
-            print(f"{task.name}\tv{task.version}\tper {task.unit}\t{task.line}")
-        for change in CHANGES.values():
-            print(f"change {change.name}\t{change.line}")
-        for name, suite in SUITES.items():
-            print(f"suite {name}\t{sum(map(len, suite.values()))} changes: {', '.join(suite)}")
-        return 0
-    if not (args.task and args.data and args.out):
+    if not args.list and not (args.task and args.data and args.out):
         parser.error("TASK, --data and --out are needed (or --list)")
     if args.limit is not None and args.limit < 1:
         parser.error("--limit must be 1 or more")
     args.by = [column for column in args.by.split(",") if column]
     args.weights = [folder for folder in (args.weights or "").split(",") if folder]
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0 when it ran, 1 on drift from the reference, 2 on what the user has to mend, other samples included."""
+    args = parse(argv)
+    if args.list:
+        for task in TASKS.values():
+            print(f"{task.name}\tv{task.version}\tper {task.unit}\t{task.line}")
+        for change in CHANGES.values():
+            print(f"change {change.name}\t{change.line}")
+        for protocol in PROTOCOLS.values():
+            print(f"protocol {protocol.name}\tv{protocol.version}\t{protocol.line}")
+        for name, suite in SUITES.items():
+            print(f"suite {name}\t{sum(map(len, suite.values()))} changes: {', '.join(suite)}")
+        return 0
     try:
+        # Before the run, which may write to the same folder.
         reference = _reference(Path(args.compare)) if args.compare else None
         result = run(args)
         print(*(_line(name, measured) for name, measured in result["headline"].items()), sep="\n")
         if reference is None:
             return 0
-        found = drift(result, reference)
+        stated, scores, sha256 = reference
+        found = compare(result, Path(args.out), stated, scores)
     except X2DFDError as error:
         say(f"error: {error}")
         return 2
-    for note in found.notes:
+    of = {"result_sha256": file_sha256(Path(args.out) / "result.json"), "reference_sha256": sha256}
+    write_text(Path(args.out) / "comparison.json", json.dumps(of | found, ensure_ascii=False, indent=1) + "\n")
+    for name, pair in found["paired"].items():
+        print(_pair_line(name, pair))
+    for note in found["notes"]:
         print(f"note: {note}")
-    print("drift: " + ("; ".join(found.moved) if found.moved else "none"))
-    return 1 if found.moved else 0
+    print("drift: " + ("; ".join(found["moved"]) if found["moved"] else "none"))
+    return 1 if found["moved"] else 0
 
 
-def _reference(path: Path) -> Row:
+def _reference(path: Path) -> tuple[Row, Scores | X2DFDError, str]:
+    """A result file, the scores of the table beside it or why there are none, and the file's SHA-256."""
     try:
         reference = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise X2DFDError(f"{path}: not a result file ({error})") from error
     if not isinstance(reference, dict) or "headline" not in reference:
         raise X2DFDError(f"{path}: not a result file (no headline)")
-    return reference
+    try:
+        scores: Scores | X2DFDError = paired.read_scores(path.parent, reference)
+    except X2DFDError as error:  # the drift can be told without them
+        scores = error
+    return reference, scores, file_sha256(path)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -76,6 +77,11 @@ def sha256_of(path: Path) -> str | None:
         return None  # the row says why: judging it fails for the same reason
 
 
+def digest(items: Iterable[Sequence[str | None]]) -> str:
+    """SHA-256 of items that begin with an id, whatever their order."""
+    return hashlib.sha256(json.dumps(sorted(items, key=lambda item: str(item[0]))).encode()).hexdigest()
+
+
 # ---------------------------------------------------------------- rows on disk
 
 
@@ -87,7 +93,8 @@ def score(judge: Judge, samples: Sequence[Sample], store: Store) -> tuple[list[R
     """Rows of all samples, in order, and their origin.
 
     Rows that `store` holds are used again if the model still is the one that made them: a stored sample is judged
-    anew, and model and scores have to agree.
+    anew, and model and scores have to agree. Raises X2DFDError when no stored sample can be asked and others would be
+    lost.
     """
     done, origin = store.read()
     # What could not be read is tried again, and so is a file that is another one now.
@@ -99,8 +106,15 @@ def score(judge: Judge, samples: Sequence[Sample], store: Store) -> tuple[list[R
         rows, origins = judge([probe]) if probe else ([], [])
         if probe and origins[:1] == [origin] and _same(rows[0], done[probe.id]):
             say(f"going on: of {len(samples)} samples, those that were judged before are kept")
+        elif not probe and (others := len(done.keys() - {s.id for s in samples})):
+            # Nothing tells whether they are of this model, and those of another must not be mixed in.
+            raise X2DFDError(
+                f"{store.folder} holds {others} rows of other samples, which this run would throw away: of its own, "
+                "none can be compared (failed before, or changed). Take another --out, or delete that folder"
+            )
         else:
-            say("the stored samples are not of this model: starting anew")
+            changed = "the stored samples are not of this model" if probe else "no stored sample can be used"
+            say(f"{changed}: starting anew")
             done, origin, kept = {}, None, set()
             store.start_anew()
     todo = [s for s in samples if s.id not in kept]
@@ -156,6 +170,19 @@ class Store:
         self.parts, self.table = folder / "parts", folder / "samples.parquet"
         self._next: int | None = None  # number of the next part
         self.anew = False  # the table is of another model: it stays until this run is done, but is not read
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Raises X2DFDError when rows lie here and none is of these samples: finishing would throw them away."""
+        stored: set[str] = set()
+        if self.table.is_file():
+            stored |= set(pq.read_table(self.table, columns=["id"])["id"].to_pylist())
+        for part in self.parts.glob("*.jsonl"):
+            stored |= {json.loads(line)["id"] for line in part.read_text("utf-8").split("\n")[1:] if line}
+        if stored and stored.isdisjoint(s.id for s in samples):
+            raise X2DFDError(
+                f"{self.folder} holds {len(stored)} rows of other samples, which this run would throw away: take "
+                "another --out, or delete that folder"
+            )
 
     def read(self, origin: dict[str, Any] | None = None) -> tuple[dict[str, Row], dict[str, Any] | None]:
         """Rows by id, made under the same key by the latest model, and their origin.

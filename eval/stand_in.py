@@ -1,7 +1,7 @@
 """A small OpenAI-compatible server, to test what asks one: chat completions with log-probabilities, a model list,
 vLLM's `/tokenize`, and faults on demand.
 
-What it answers is up to a function; nothing here is a model.
+What it answers is up to a function; `Behind` is one that asks a local model.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+if TYPE_CHECKING:
+    from x2dfd.mllm import LocalMLLM
 
 Request = dict[str, Any]
 
@@ -66,7 +69,7 @@ class Faults:
 
 
 class StandIn:
-    """The server, on a free port of this machine, in threads; use it as a context.
+    """The server, on this machine and a free port unless one is given, in threads; use it as a context.
 
     `answer`: from the request's JSON to a Reply. `tokenize`: from messages and the two template options to token ids,
     as vLLM's `/tokenize`; without it that address is not there. `owned_by`: the engine that it passes for.
@@ -82,6 +85,7 @@ class StandIn:
         key: str | None = None,
         faults: Faults | None = None,
         keep: bool = True,
+        port: int = 0,
     ) -> None:
         self.answer, self.models, self.owned_by, self.tokenize = answer, models, owned_by, tokenize
         self.key, self.faults, self.keep = key, faults or Faults(), keep
@@ -168,7 +172,7 @@ class StandIn:
             daemon_threads = True
             request_queue_size = 256
 
-        self._server = Server(("127.0.0.1", 0), Handler)
+        self._server = Server(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
 
     def __enter__(self) -> Self:
@@ -204,3 +208,39 @@ def question_of(request: Request) -> str:
     """The last text that the user said in a request."""
     said = [m["content"] for m in request["messages"] if m["role"] == "user"][-1]
     return str(said if isinstance(said, str) else [p["text"] for p in said if p["type"] == "text"][-1])
+
+
+class Behind:
+    """A local model behind the stand-in: it renders messages with its chat template, as an engine does."""
+
+    def __init__(self, local: LocalMLLM, tell: int = 20) -> None:
+        self.local, self.tell = local, tell
+
+    def _rendered(self, request: Request) -> str:
+        messages = [dict(m) for m in request["messages"]]
+        start = messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""
+        for m in messages:
+            parts = [{"type": "text", "text": m["content"]}] if isinstance(m["content"], str) else m["content"]
+            m["content"] = [{"type": "image"} if p["type"] == "image_url" else p for p in parts]
+        frame: str = self.local.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return frame + (" " if start and not frame[-1].isspace() else "") + start
+
+    def tokenize(self, request: Request) -> list[int]:
+        ids: list[int] = self.local.tokenizer(self._rendered(request))["input_ids"]
+        return ids
+
+    def __call__(self, request: Request) -> Reply:
+        import torch
+
+        text, picture = self._rendered(request), Image.fromarray(picture_of(request))
+        processor, model = self.local.processor, self.local._llava
+        inputs = processor(images=picture, text=text, return_tensors="pt")
+        with torch.inference_mode():
+            if request["max_tokens"] > 1:
+                out = model.generate(**inputs, max_new_tokens=request["max_tokens"], do_sample=False)
+                new = out[0, inputs["input_ids"].shape[1] :]
+                return Reply(self.local.tokenizer.decode(new, skip_special_tokens=True))
+            row = model(**inputs).logits[0, -1].double().log_softmax(-1)
+        ids = request.get("logprob_token_ids") or row.topk(self.tell).indices.tolist()
+        word = self.local.tokenizer.decode([int(row.argmax())])
+        return Reply(word, {self.local.tokenizer.decode([i]): float(row[i]) for i in ids})

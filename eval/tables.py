@@ -100,6 +100,48 @@ def describe(results: dict[str, Result], *, all_methods: bool = False) -> str:
     return "\n\n".join(blocks) or "No results yet."
 
 
+def models(results: dict[str, Result]) -> str:
+    """Models in rows over the same pictures: how well they tell fakes, then what their texts name (side_by_side.py)."""
+    blocks = []
+    for name, result in _of("models", results):
+        for task, table in (("detect", _detected), ("describe", _described)):
+            if not result[task]:
+                continue
+            data, left_out = result["data"][task], [o["model"] for o in result["left_out"] if o["task"] == task]
+            caption = (
+                f"`{name}`, {task}: manifest `{data['sha256'][:12]}`, split {data['split'] or 'all'}, {data['n_real']} "
+                f"real and {data['n_fake']} fake, {data['n_groups']} groups."
+                + (f" Not here: {', '.join(left_out)}." if left_out else "")
+            )
+            blocks.append(caption + "\n\n" + _table(table(result[task])))
+    return "\n\n".join(blocks) or "No results yet."
+
+
+def _detected(rows: Sequence[Result]) -> list[list[str]]:
+    head = ["", "AUC [95 %]", f"less that of {rows[0]['model']}", "AP", "TPR at 5 % FPR", "ECE", "false alarms"]
+    lines = [[*head, "answered", "n"], ["---"] * 9]
+    for row in rows:
+        pair, alarms = row["against_first"], row["false_alarms"]
+        cells = [_number(row["auc"]), _number(pair["difference"]) if pair else "–", _number(row["average_precision"])]
+        cells += [_plain(row[key]) for key in ("tpr_at_fpr_0.05", "ece_15")]
+        cells += [_number(alarms, percent=True) if alarms else "–", _percent(row["answered"])]
+        lines.append([row["model"], *cells, f"{row['n_scored']} of {row['n']}"])
+    return lines
+
+
+def _described(rows: Sequence[Result]) -> list[list[str]]:
+    measured = {"rouge_l": "ROUGE-L", "bleu_mean": "BLEU, mean"}
+    head = ["", "area F1 [95 %]", "cue F1 [95 %]", "distinct texts", "contradictions", *measured.values(), "n fake"]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        text = row["text"] or {}
+        cells = [_number(row["areas_f1"]), _number(row["cues_f1"])]
+        cells += [_percent(row["distinct_texts"]), _percent(row["contradictions"])]
+        cells += [_plain(text.get(key, {}).get("value")) for key in measured]
+        lines.append([row["model"], *cells, str(row["n_fake"])])
+    return lines
+
+
 def experts(results: dict[str, Result]) -> str:
     """Experts, fusion and baselines in columns: all metrics over all, AUC of every slice; then the fusion in full."""
     blocks = []
@@ -461,6 +503,7 @@ TABLES: dict[str, Callable[[dict[str, Result]], str]] = {
     "localisation": localisation,
     "missing": missing,
     "left-out": left_out,
+    "models": models,
     "unseen": unseen,
     "speed": speed,
     "speed-all": partial(speed, all_cases=True),

@@ -51,8 +51,10 @@ def text_metrics(
 ) -> Measured:
     """BLEU-1 to 4 and their mean, ROUGE-L, METEOR, CIDEr and sentence similarity: name -> value and `by`, or `reason`.
 
-    `encoder`: a folder of a sentence encoder (Transformers), by which similarity is named. `meteor`: METEOR wants Java,
-    and reads its paraphrase table for a minute or more. All are 0..1, but CIDEr, which is times ten as usual.
+    `encoder`: a folder of a sentence encoder (Transformers), by which similarity is named. `meteor`: METEOR 1.5 wants
+    Java, and reads its paraphrase table for a minute or more. `meteor_nltk` is another formula, and takes synonyms from
+    WordNet where its data is; `meteor_nltk_exact_stem` is the same without synonyms, and runs everywhere. All are 0..1,
+    but CIDEr, which is times ten as usual.
     """
     if not said:
         return {}
@@ -62,6 +64,8 @@ def text_metrics(
         (("rouge_l",), _rouge),
         (("cider",), _cider),
         (("meteor",), _meteor if meteor else _not_asked),
+        (("meteor_nltk",), _meteor_nltk),
+        (("meteor_nltk_exact_stem",), _meteor_exact_stem),
         (("similarity",), lambda r, s: _similarity(r, s, encoder)),
     ):
         try:
@@ -124,6 +128,39 @@ def _meteor(references: References, said: Sequence[str]) -> tuple[list[float], s
         for stream in (meteor.meteor_p.stdin, meteor.meteor_p.stdout, meteor.meteor_p.stderr):
             stream.close()
     return [float(value)], f"METEOR 1.5 of pycocoevalcap {version('pycocoevalcap')}, {WORDS}"
+
+
+class _NoSynonyms:
+    """Stands where WordNet would."""
+
+    def synsets(self, word: str) -> list[Any]:
+        return []
+
+
+def _meteor_nltk(references: References, said: Sequence[str]) -> tuple[list[float], str]:
+    from nltk.corpus import wordnet
+
+    try:
+        wordnet.ensure_loaded()
+    except LookupError as error:
+        raise SetupError(
+            "WordNet's data is not here, so no synonyms can be matched (meteor_nltk_exact_stem does without): "
+            "python -m nltk.downloader wordnet"
+        ) from error
+    return _nltk(references, said, wordnet, "exact, stem and WordNet synonym matching")
+
+
+def _meteor_exact_stem(references: References, said: Sequence[str]) -> tuple[list[float], str]:
+    return _nltk(references, said, _NoSynonyms(), "exact and stem matching only, no synonyms")
+
+
+def _nltk(references: References, said: Sequence[str], wordnet: Any, how: str) -> tuple[list[float], str]:
+    """Mean over samples of METEOR (Lavie & Agarwal 2007) against the best reference."""
+    from nltk.translate.meteor_score import meteor_score
+
+    told, own = _coco(references, said)
+    each = [meteor_score([t.split() for t in told[i]], own[i][0].split(), wordnet=wordnet) for i in told]
+    return [float(np.mean(each))], f"nltk {version('nltk')}, 2007 formula, {WORDS}, {how}, best reference"
 
 
 def _not_asked(references: References, said: Sequence[str]) -> tuple[list[float], str]:

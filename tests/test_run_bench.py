@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +21,7 @@ from PIL import Image
 
 import x2dfd
 from eval import models, page, run_bench, scoring, tables
+from x2dfd.files import file_sha256
 from x2dfd.types import Cue, Evidence, FaceReport, Failure, Report, Verdict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -248,6 +251,51 @@ def test_a_file_that_changed_is_judged_again_and_hours_are_not_thrown_away(
     assert len(stored) == 40 and stored[rows[0]["path"]]["p_fake"] == pytest.approx(0.77, abs=0.02)
 
 
+def test_rows_of_other_samples_are_not_thrown_away(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another split, or another manifest, with the --out of a run of hours: its rows were gone without a word."""
+    rows = list(csv.DictReader(data.read_text("utf-8").splitlines()))
+    for row in rows[::2]:
+        row["split"] = "test"
+    write_csv(data, rows)
+    words = ("--data", data, "--out", tmp_path / "out")
+    assert bench(monkeypatch, StandIn(), "detect", *words, "--split", "val") == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    asked = StandIn()
+    for model in ("embedded", "majority"):
+        assert bench(monkeypatch, asked, "detect", *words, "--split", "test", "--model", model) == 2
+        assert f"out holds {len(rows) // 2} rows of other samples" in capsys.readouterr().err
+    other = write_csv(data.parent / "other.csv", [row for row in rows if row["split"] == "test"])
+    assert bench(monkeypatch, asked, "detect", "--data", other, "--out", tmp_path / "out") == 2
+    assert not asked.seen and {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    # Nor are those of a run that was cut off.
+    monkeypatch.setattr(scoring, "CHUNK", 6)
+    cut = ("detect", "--data", data, "--out", tmp_path / "cut", "--split")
+    with pytest.raises(KeyboardInterrupt):
+        bench(monkeypatch, StandIn(stop_after=8), *cut, "val")
+    assert bench(monkeypatch, asked, *cut, "test") == 2
+    assert "cut holds 6 rows of other samples" in capsys.readouterr().err
+    # With some in common, a run goes on as before, and keeps what it was not asked for.
+    assert bench(monkeypatch, asked, "detect", *words) == 0
+    assert len(asked.seen) == 1 + 19  # to see that the model is the same, and those that are new and readable
+
+
+def test_rows_stay_when_all_that_is_asked_has_changed(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One picture was replaced, a run with --limit 1 hit just that one, and the 39 others were gone."""
+    words = ("detect", "--data", data, "--out", tmp_path / "out")
+    bench(monkeypatch, StandIn(), *words)
+    assert bench(monkeypatch, StandIn(), *words, "--limit", 1) == 0
+    (chosen,) = pq.read_table(tmp_path / "out" / "samples.parquet")["path"].to_pylist()
+    picture(data.parent / chosen, 0.3)
+    assert bench(monkeypatch, StandIn(), *words, "--limit", 1) == 2
+    assert "out holds 39 rows of other samples" in capsys.readouterr().err
+    again = StandIn()
+    assert bench(monkeypatch, again, *words) == 0 and len(again.seen) == 2
+
+
 @pytest.mark.parametrize("other", [StandIn("w2"), StandIn("w1", shift=0.05)], ids=["hash", "score"])
 def test_rows_of_another_model_are_not_used_again(
     other: StandIn, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -281,6 +329,63 @@ def test_drift_is_an_exit_status(
     assert "mllm.auc" in capsys.readouterr().out.split("drift:")[1]
     assert bench(monkeypatch, StandIn(), *words, "--limit", 30) == 2
     assert "not comparable" in capsys.readouterr().err
+
+
+def test_a_comparison_pairs_the_samples(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A number within the reference's interval can still be a worse model; and pairing the wrong rows finds nothing."""
+
+    class Other(StandIn):
+        def judge(self, source: Path | bytes, rationale: bool) -> Report | Failure:
+            report = super().judge(source, rationale)
+            if isinstance(report, Failure) or report.verdict.p_fake is None:
+                return report
+            p = 0.5 + 0.3 * np.sin(20 * report.verdict.p_fake)  # another order, without ties
+            return replace(report, verdict=replace(report.verdict, p_fake=float(p)))
+
+    words = ("detect", "--data", data, "--out")
+    bench(monkeypatch, StandIn(), *words, tmp_path / "ref")
+    reference = tmp_path / "ref" / "result.json"
+    bench(monkeypatch, Other(), *words, tmp_path / "out", "--compare", reference)
+    assert "paired p_fake: AUC -" in (said := capsys.readouterr().out) and "DeLong p=" in said
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text("utf-8"))
+    assert found["result_sha256"] == file_sha256(tmp_path / "out" / "result.json")
+    assert found["reference_sha256"] == file_sha256(reference)
+
+    # By hand: P(real below fake) for every fake and every real, in both runs (DeLong et al. 1988).
+    tables_of = [
+        {r["id"]: r for r in pq.read_table(tmp_path / name / "samples.parquet").to_pylist()} for name in ("out", "ref")
+    ]
+    ids = [i for i, r in tables_of[0].items() if r["p_fake"] is not None]
+    won = []
+    for table in tables_of:
+        fakes = [table[i]["p_fake"] for i in ids if table[i]["label"] == "fake"]
+        reals = [table[i]["p_fake"] for i in ids if table[i]["label"] == "real"]
+        won.append(np.array([[(f > r) + (f == r) / 2 for r in reals] for f in fakes]))
+    apart = won[0] - won[1]
+    error = np.sqrt(sum(np.var(apart.mean(axis=k), ddof=1) / apart.shape[1 - k] for k in (0, 1)))
+    pair = found["paired"]["p_fake"]
+    assert pair["n"] == len(ids) == 38 and pair["n_first_only"] == pair["n_second_only"] == 0
+    assert pair["difference"]["value"] == pytest.approx(apart.mean()) and apart.mean() < -0.1
+    assert pair["delong"]["standard_error"] == pytest.approx(error)
+    assert pair["delong"]["p"] == pytest.approx(math.erfc(abs(apart.mean()) / error / math.sqrt(2)))
+    low, high = pair["difference"]["interval"]
+    assert low < apart.mean() < high
+    # What did not change is told as such.
+    assert found["paired"]["expert:good"]["difference"] == {"value": 0.0, "interval": [0.0, 0.0]}
+
+    # A table that is not the reference's own, or none: the drift is told, and why there is no test.
+    for spoil in (
+        lambda: (tmp_path / "ref" / "samples.parquet").unlink(),
+        lambda: shutil.copy(tmp_path / "third" / "samples.parquet", tmp_path / "ref"),
+    ):
+        bench(monkeypatch, StandIn("w2"), *words, tmp_path / "third")
+        spoil()
+        capsys.readouterr()
+        bench(monkeypatch, Other(), *words, tmp_path / "out", "--compare", reference)
+        assert "note: no paired test: " in (said := capsys.readouterr().out) and "paired p_fake" not in said
+        assert json.loads((tmp_path / "out" / "comparison.json").read_text("utf-8"))["paired"] == {}
 
 
 def test_a_lost_sample_is_drift(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,7 +491,7 @@ def test_it_runs_as_a_script() -> None:
     done = subprocess.run([sys.executable, script, "--list"], cwd="/", capture_output=True, text=True, check=True)
     listed = [line.split("\t")[0] for line in done.stdout.splitlines()]
     assert listed[: len(run_bench.TASKS)] == list(run_bench.TASKS)
-    assert {"change jpeg50", "suite codec"} <= set(listed[len(run_bench.TASKS) :])
+    assert {"change jpeg50", "suite codec", "protocol df40-p1"} <= set(listed[len(run_bench.TASKS) :])
 
 
 def test_readme_tables_follow_the_results(

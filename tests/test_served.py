@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import x2dfd
-from eval.stand_in import Faults, Reply, Request, StandIn, picture_of, question_of
+from eval.stand_in import Behind, Faults, Reply, Request, StandIn, picture_of, question_of
 from tests import tiny
 from x2dfd import case, cli, prompts, served
 from x2dfd.assessment import BANK, Assessment
@@ -62,42 +62,6 @@ def steady(request: Request) -> Reply:
 
 
 # --- against the local model -----------------------------------------------------------------------------------------
-
-
-class Behind:
-    """A local model behind the stand-in: it renders messages with its chat template, as an engine does."""
-
-    def __init__(self, local: LocalMLLM, tell: int = 20) -> None:
-        self.local, self.tell = local, tell
-
-    def _rendered(self, request: Request) -> str:
-        messages = [dict(m) for m in request["messages"]]
-        start = messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""
-        for m in messages:
-            parts = [{"type": "text", "text": m["content"]}] if isinstance(m["content"], str) else m["content"]
-            m["content"] = [{"type": "image"} if p["type"] == "image_url" else p for p in parts]
-        frame: str = self.local.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return frame + (" " if start and not frame[-1].isspace() else "") + start
-
-    def tokenize(self, request: Request) -> list[int]:
-        ids: list[int] = self.local.tokenizer(self._rendered(request))["input_ids"]
-        return ids
-
-    def __call__(self, request: Request) -> Reply:
-        import torch
-
-        text, picture = self._rendered(request), Image.fromarray(picture_of(request))
-        processor, model = self.local.processor, self.local._llava
-        inputs = processor(images=picture, text=text, return_tensors="pt")
-        with torch.inference_mode():
-            if request["max_tokens"] > 1:
-                out = model.generate(**inputs, max_new_tokens=request["max_tokens"], do_sample=False)
-                new = out[0, inputs["input_ids"].shape[1] :]
-                return Reply(self.local.tokenizer.decode(new, skip_special_tokens=True))
-            row = model(**inputs).logits[0, -1].double().log_softmax(-1)
-        ids = request.get("logprob_token_ids") or row.topk(self.tell).indices.tolist()
-        word = self.local.tokenizer.decode([int(row.argmax())])
-        return Reply(word, {self.local.tokenizer.decode([i]): float(row[i]) for i in ids})
 
 
 @pytest.fixture(scope="module")
