@@ -141,7 +141,11 @@ def _views(
 ) -> tuple[list[Row], list[Row]]:
     """A row a sample: what each expert says of the view that `finetune.calibrate` would show it."""
     facts: Row = {"name": "experts alone", "base": {"name": "none", "sha256": ""}, "in_prompt": [], "held_out": []}
-    facts |= {"adapter_sha256": None, "experts": {e.card.name: e.card.sha256 for e in panel.experts}}
+    facts |= {
+        "adapter_sha256": None,
+        "score_form": "numbers",
+        "experts": {e.card.name: e.card.sha256 for e in panel.experts},
+    }
     detector = Detector(NoMLLM(0.0), panel.experts, None, facts, "paper")
     parts = score_parts(detector, crops, [place[s.id] for s in samples], VIEW_SEED)
     rows = []

@@ -157,8 +157,11 @@ def stand_in(port: int) -> Iterator[str]:
     import x2dfd
     from eval.stand_in import Behind, StandIn
     from x2dfd.adapter import EMBEDDED
+    from x2dfd.mllm import LocalMLLM
 
-    behind = Behind(x2dfd.load().mllm)
+    mllm = x2dfd.load().mllm
+    assert isinstance(mllm, LocalMLLM)
+    behind = Behind(mllm)
     try:
         server = StandIn(behind, models=[STAND_IN], tokenize=behind.tokenize, keep=False, port=port)
     except OSError as error:

@@ -275,7 +275,7 @@ def test_provenance_never_moves_the_estimate(monkeypatch: pytest.MonkeyPatch, fa
 
     parts = ("mllm", tiny.EXPERT)
     calibration = Calibration(dict.fromkeys(parts, 1.0), dict.fromkeys(parts, 0.0), bias=0.0, low=0.3, high=0.6)
-    facts = {"base": {"name": "even"}, "in_prompt": [tiny.EXPERT], "experts": {}}
+    facts = {"base": {"name": "even"}, "in_prompt": [tiny.EXPERT], "score_form": "numbers", "experts": {}}
     judge = detector.Detector(Even(), [tiny.Brightness()], calibration, facts)
     seen: list[Report] = []
     for state in PROVENANCE:
