@@ -187,6 +187,23 @@ def test_greedy_text_is_that_of_generate(mllm: LocalMLLM, crops: NDArray[np.uint
     assert got == [mllm.tokenizer.decode(ids, skip_special_tokens=True).strip()]
 
 
+def test_drawn_texts_are_those_of_their_picture(
+    mllm: LocalMLLM, crops: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text that another picture of the batch, or another run, would change could not be checked by anyone."""
+    start = prompts.rationale_start("fake")
+    greedy = mllm.write(mllm.look(crops[:4]), QUESTIONS, [start] * 4, max_new_tokens=12)
+    monkeypatch.setattr(mllm, "temperature", 1.5)
+    drawn = mllm.write(mllm.look(crops[:4]), QUESTIONS, [start] * 4, max_new_tokens=12)
+    assert drawn != greedy
+    assert drawn == [
+        mllm.write(mllm.look(c[None]), [q], [start], max_new_tokens=12)[0]
+        for c, q in zip(crops, QUESTIONS, strict=False)
+    ]
+    monkeypatch.setattr(mllm, "temperature", 1e-4)
+    assert mllm.write(mllm.look(crops[:4]), QUESTIONS, [start] * 4, max_new_tokens=12) == greedy
+
+
 def test_a_batch_writes_what_each_picture_alone_would_get(mllm: LocalMLLM, crops: NDArray[np.uint8]) -> None:
     """Rows of different length are padded in the middle of the cache; the gap must stay unseen and uncounted."""
     starts = [prompts.rationale_start(label) for label in ("fake", "real", "fake", "real")]

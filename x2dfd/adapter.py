@@ -50,6 +50,7 @@ class AdapterCard(Card):
     frame: str | None = None  # chat frame of x2dfd.prompts; None is the base's own
     prompt_sha256: str = ""  # x2dfd.prompts.prompt_hash at training
     score_form: str = "numbers"  # how its questions give scores, of x2dfd.prompts.SCORE_FORMS
+    temperature: float = 0.0  # of its texts: 0 takes the likeliest word, else they are drawn, with a seed of the face
     experts: dict[str, str] = field(default_factory=dict)  # name -> SHA-256 of weights, in the order of the prompt
     data_sha256: str = ""  # of the instruction set
     probes: tuple[float, ...] = ()  # logit of fake against real of each probe picture; loading has to give the same

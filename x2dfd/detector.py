@@ -430,7 +430,13 @@ def load(
     llava = llava.to(
         place, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision) if place.type == "cuda" else None
     )
-    mllm = LocalMLLM(llava, processor, facts["name"], autocast=place.type == "cpu" and precision == "bf16")
+    mllm = LocalMLLM(
+        llava,
+        processor,
+        facts["name"],
+        autocast=place.type == "cpu" and precision == "bf16",
+        temperature=facts["temperature"],
+    )
     if card and card.probes:
         check_probes(card, probe_logits(mllm), 0.1 if precision == "fp32" else 1.0)
     validation = Validation.load(folder) if folder else None
@@ -460,6 +466,7 @@ def _load_served(
     mllm = ServedMLLM(url, str(model), continues=True if card else None)
     identity = card.base if card else {"name": mllm.name, "sha256": ""}
     facts = _facts(card, identity, card.prompt_sha256 if card else mllm.prompt_sha256, loaded)
+    facts["temperature"] = 0.0  # as every endpoint is asked
     facts["served"] = {"host": mllm.host, "model": str(model)}
     validation = Validation.load(folder) if folder else None
     return Detector(mllm, list(loaded.values()), calibration, facts, mode, validation)
@@ -500,6 +507,7 @@ def _facts(
         "crops_through": f"{CODEC[0]} {CODEC[1]}",
         "experts": {n: f"{e.card.version} {e.card.sha256}" for n, e in experts.items()},
         "in_prompt": [n for n in experts if not card or n in card.experts],
+        "temperature": card.temperature if card else 0.0,
         "score_form": card.score_form if card else "numbers",
         "held_out": list(card.held_out) if card else [],
         "blind_spot": card.blind_spot if card else "",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, get_args
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from x2dfd.files import file_sha256
 
 MAX_NEW_TOKENS = 80
 CIRCLE = 12  # repeated tokens that end an answer; fewer are normal: an area or a colour is named twice
+TOP_P = 0.9  # of what may be drawn, where texts are drawn at all (Holtzman et al., arXiv 1904.09751)
 BATCH = 16  # faces in one pass
 PACK = 25  # cue questions in one pass: bounds the mask's and the activations' size
 
@@ -51,6 +53,7 @@ class Look:
     cache: Any  # transformers' DynamicCache over the prefix, batch n
     length: int  # tokens of the prefix
     tower_states: tuple[Tensor, ...]  # hidden states of the vision tower, embeddings first; fp32, CPU
+    seeds: tuple[int, ...] = ()  # of each picture, from its pixels: what its texts are drawn with
 
     @property
     def size(self) -> int:
@@ -73,12 +76,17 @@ class LocalMLLM:
     """A LLaVA of transformers, with or without an adapter. `name` says which.
 
     `autocast`: matrix products in bf16 over the weights as they are. Labels are scored in fp32 all the same.
+    `temperature`: of texts; 0 takes the likeliest token, else one is drawn with a seed of picture and question, so that
+    the same picture gets the same text, whatever is asked beside it.
     """
 
     batch = BATCH
 
-    def __init__(self, model: Any, processor: Any, name: str, *, autocast: bool = False) -> None:
+    def __init__(
+        self, model: Any, processor: Any, name: str, *, autocast: bool = False, temperature: float = 0.0
+    ) -> None:
         self.autocast = autocast
+        self.temperature = temperature
         self.name = name
         self.processor = processor
         self.tokenizer = processor.tokenizer
@@ -115,7 +123,8 @@ class LocalMLLM:
         embeds = torch.cat([before.expand(len(crops), -1, -1), image], 1)
         cache = DynamicCache(config=self._text.config)
         self._text(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
-        return Look(cache, embeds.shape[1], tuple(s.float().cpu() for s in states))
+        seeds = tuple(crc32(np.ascontiguousarray(c).data) for c in crops)
+        return Look(cache, embeds.shape[1], tuple(s.float().cpu() for s in states), seeds)
 
     def _suffix(self, question: str, start: str = "", turns: Sequence[tuple[str, str]] = ()) -> list[int]:
         return prompts.prompt_tokens(self.processor, prompts.render(self.processor, question, start, turns))[1]
@@ -175,7 +184,7 @@ class LocalMLLM:
         max_new_tokens: int = MAX_NEW_TOKENS,
         on_text: Callable[[str], None] | None = None,
     ) -> list[str]:
-        """Greedy continuation of each picture's answer after its `start`: the new text alone.
+        """The continuation of each picture's answer after its `start`: the new text alone.
 
         `on_text` is told the text so far (of the first picture) after every token. An answer ends when a dozen tokens
         repeat: a small model that goes round in circles has nothing more to say. A sentence that it says twice is kept
@@ -190,8 +199,10 @@ class LocalMLLM:
         open_rows = [True] * n
         ends = self._end_ids()
         added = longest
+        asked = zip(look.seeds, suffixes, strict=True)
+        draws = [torch.Generator().manual_seed(seed ^ crc32(repr(list(s)).encode())) for seed, s in asked]
         for _ in range(max_new_tokens):
-            tokens = (last @ self._head.T).argmax(-1)
+            tokens = self._next(last @ self._head.T, draws)
             for row, token in enumerate(tokens.tolist()):
                 if open_rows[row]:
                     written[row].append(token)
@@ -213,6 +224,15 @@ class LocalMLLM:
             last, positions, added = out.last_hidden_state[:, -1], positions + 1, added + 1
         look.cache.crop(-added)
         return [self._text_of(w) for w in written]
+
+    def _next(self, logits: Tensor, draws: Sequence[torch.Generator]) -> Tensor:
+        """The next token of each picture: [n]. Of unlikely tokens, the last tenth of the probability, none is drawn."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        chances, order = (logits.float() / self.temperature).softmax(-1).cpu().sort(descending=True)
+        kept = chances.where(chances.cumsum(-1) - chances < TOP_P, 0)
+        drawn = [torch.multinomial(row, 1, generator=draw) for row, draw in zip(kept, draws, strict=True)]
+        return order.gather(1, torch.stack(drawn))[:, 0].to(logits.device)
 
     def _text_of(self, tokens: Sequence[int]) -> str:
         return said_once(self.tokenizer.decode(tokens, skip_special_tokens=True).strip())
