@@ -21,6 +21,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -30,6 +31,9 @@ from eval.scoring import Row, say
 from x2dfd.errors import X2DFDError
 from x2dfd.experts import BUILTIN
 from x2dfd.files import write_text
+
+if TYPE_CHECKING:
+    from x2dfd.mllm import LocalMLLM
 
 VERSION = "1"
 ALL = ("embedded", models.FUSION, *(f"{models.EXPERT}{n}" for n in (*BUILTIN, *BESIDE)), *models.BASELINES)
@@ -157,11 +161,9 @@ def stand_in(port: int) -> Iterator[str]:
     import x2dfd
     from eval.stand_in import Behind, StandIn
     from x2dfd.adapter import EMBEDDED
-    from x2dfd.mllm import LocalMLLM
 
-    mllm = x2dfd.load().mllm
-    assert isinstance(mllm, LocalMLLM)
-    behind = Behind(mllm)
+    # Only an address would make it another kind.
+    behind = Behind(cast("LocalMLLM", x2dfd.load().mllm))
     try:
         server = StandIn(behind, models=[STAND_IN], tokenize=behind.tokenize, keep=False, port=port)
     except OSError as error:
