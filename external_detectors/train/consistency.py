@@ -95,7 +95,10 @@ def consistency(
     )
     learnt = [truth.samples[k] for k in truth.learnt]
     methods = sorted({s.method.split("+")[0] for s in learnt if s.label == "fake"})
-    earlier = f"first: {before.trained_on}. Then: " if go_on else ""
+    earlier = f"first: {before.trained_on.removeprefix('first: ')}. Then: " if go_on else ""
+    # What neither the start nor this run has learnt is still unseen.
+    unseen = {*held_out, *(before.figures.get("held_out", ()) if go_on else ())}
+    unseen -= {m for s in learnt for m in s.method.split("+")}
     card = Card(
         name="consistency",
         version=str(int(before.version) + 1) if go_on else next_version(out, "consistency"),
@@ -108,7 +111,7 @@ def consistency(
         "differences out; a kind of change that it was not trained on is found less often and named wrongly.",
         trained_on=f"{earlier}{len(learnt)} pictures, {steps} steps of {batch}: real photos, harmless changes and "
         f"forgeries in part ({', '.join(methods)}); no fake of any generator; sources: {source_names(learnt)}",
-        figures={"held_out": list(held_out), "checkpoint": CHOSEN_BY, **figures},
+        figures={"held_out": sorted(unseen), "checkpoint": CHOSEN_BY, **figures},
     )
     card = save_weights(trained.state_dict(), card, out)
     print(out / f"{card.name}.card.json")
