@@ -47,6 +47,8 @@ class SmallDetector:
         self.given = {"model": model, **given}
         return self
 
+    verdict = Verdict("fake", 0.93)
+
     def detect_many(
         self, sources: Iterable[Path], *, batch_size: int = 8, rationale: bool = True
     ) -> Iterator[Report | Failure]:
@@ -62,7 +64,7 @@ class SmallDetector:
                 digest = hashlib.sha256(source.read_bytes()).hexdigest() if source.exists() else None
                 yield Failure(str(source), digest, error.code, error.reason)
                 continue
-            verdict = Verdict("fake", 0.93)
+            verdict = self.verdict
             evidence = (Evidence("blend", 0.7), Evidence("swin", None, "no weights"))
             cues = (Cue("jaw", "blending"),)
             face = FaceReport(
@@ -114,6 +116,16 @@ def test_person_reads_verdict_rationale_cues_and_experts(run: Run, photos: Path)
     ):
         assert part in done.stdout
     assert "███████░░░" in done.stdout or "#######---" in done.stdout
+
+
+def test_an_explanation_without_an_answer_is_no_answer(
+    run: Run, photos: Path, detector: SmallDetector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text that argues for a forgery, below INCONCLUSIVE, is read as the verdict."""
+    assert "were it" not in run("detect", photos / "a.png").stdout
+    for p_fake, side in ((0.6, "fake"), (0.4, "real")):
+        monkeypatch.setattr(detector, "verdict", Verdict("inconclusive", p_fake))
+        assert f"no answer; were it {side}: The jaw" in run("detect", photos / "a.png").stdout
 
 
 def test_not_proof_is_said_once_on_stderr(run: Run, photos: Path) -> None:
