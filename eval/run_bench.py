@@ -114,6 +114,12 @@ TASKS = {
     )
 }
 
+COMMANDS = {
+    "eval.overlays": "text in the picture that claims real, fake or neither: the share of verdicts that it flips",
+    "eval.adversarial": "noise made against one expert (PGD), and what it does to the others; a report only",
+}
+"""Attacks, which are commands of their own: `python -m NAME --data MANIFEST`."""
+
 
 # ---------------------------------------------------------------- judging
 
@@ -960,7 +966,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "  python eval/run_bench.py left-out --data val.jsonl --calib calib.jsonl --weights no_swap,no_blur --out out",
     )
     parser.add_argument("task", nargs="?", choices=list(TASKS), help="what is asked (see --list)")
-    parser.add_argument("--list", action="store_true", help="list tasks, changes, protocols and suites")
+    parser.add_argument("--list", action="store_true", help="list tasks, changes, protocols, suites and other commands")
     parser.add_argument(
         "--data", metavar="MANIFEST", help="CSV, JSONL or Parquet with path and label, or CueBench's folder"
     )
@@ -1014,6 +1020,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"protocol {protocol.name}\tv{protocol.version}\t{protocol.line}")
         for name, suite in SUITES.items():
             print(f"suite {name}\t{sum(map(len, suite.values()))} changes: {', '.join(suite)}")
+        for name, line in COMMANDS.items():
+            print(f"command python -m {name}\t{line}")
         return 0
     try:
         # Before the run, which may write to the same folder.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import json
 import math
@@ -491,7 +492,10 @@ def test_it_runs_as_a_script() -> None:
     done = subprocess.run([sys.executable, script, "--list"], cwd="/", capture_output=True, text=True, check=True)
     listed = [line.split("\t")[0] for line in done.stdout.splitlines()]
     assert listed[: len(run_bench.TASKS)] == list(run_bench.TASKS)
-    assert {"change jpeg50", "suite codec", "protocol df40-p1"} <= set(listed[len(run_bench.TASKS) :])
+    others = set(listed[len(run_bench.TASKS) :])
+    assert {"change jpeg50", "suite codec", "protocol df40-p1"} <= others
+    assert {f"command python -m eval.{name}" for name in ("overlays", "adversarial")} <= others
+    assert all(importlib.util.find_spec(name) for name in run_bench.COMMANDS)  # a command that is no longer there
 
 
 def test_readme_tables_follow_the_results(
