@@ -97,7 +97,7 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("detect", "3", "image, clip", "real or fake: the verdict, the MLLM alone and every expert, side by side"),
+        Task("detect", "4", "image, clip", "real or fake: the verdict, the MLLM alone and every expert, side by side"),
         Task("answer", "1", "image", f"real or fake in words (DF-D): {len(answers.QUESTIONS)} wordings, half reversed"),
         Task("classify", "1", "image", f"which kind of forgery, in words (DF-C): {', '.join(DF_CLASSES)}"),
         Task("describe", "3", "image", "the rationale: cues against those known, text against reference texts"),
@@ -222,6 +222,17 @@ def detect_result(
     return {"headline": headline, "scorers": scorers, "common": common_auc(samples, columns, draw)}
 
 
+_WITH_INTERVAL: dict[str, m.Metric] = {
+    "auc": m.auc,
+    "average_precision": m.average_precision,
+    "eer": m.eer,
+    "brier": m.brier,
+    **{f"tpr_at_fpr_{rate}": partial(m.tpr_at_fpr, fpr=rate) for rate in (0.01, 0.05, 0.1)},
+    "ece_15": m.ece,
+    "ece_15_even": m.ece_at_even_odds,
+}
+
+
 def _scorer(
     samples: Sequence[Sample], scores: m.Floats, said: list[str] | None, by: Sequence[str], draw: Resampling
 ) -> Row:
@@ -229,11 +240,8 @@ def _scorer(
     real_recall, fake_recall = m.recalls(labels, scores)
     overall: Row = {"n": len(samples), "n_real": int((labels == 0).sum()), "n_fake": int(labels.sum())}
     overall["n_groups"] = len(set(groups))
-    for name, fn in (("auc", m.auc), ("average_precision", m.average_precision), ("eer", m.eer), ("brier", m.brier)):
-        overall[name] = draw.measure(fn, labels, scores, groups)
-    overall |= {f"tpr_at_fpr_{rate}": m.tpr_at_fpr(labels, scores, rate) for rate in (0.01, 0.05, 0.1)}
-    overall |= {"nll": m.nll(labels, scores), "ece_15": m.ece(labels, scores), "cllr": m.cllr(labels, scores)}
-    overall |= {"ece_15_even": m.ece_at_even_odds(labels, scores), "aurc": m.aurc(labels, scores)}
+    overall |= {name: draw.measure(fn, labels, scores, groups) for name, fn in _WITH_INTERVAL.items()}
+    overall |= {"nll": m.nll(labels, scores), "cllr": m.cllr(labels, scores), "aurc": m.aurc(labels, scores)}
     overall["at_0.5"] = {
         "accuracy": m.accuracy(labels, scores),
         "balanced_accuracy": m.balanced_accuracy(labels, scores),

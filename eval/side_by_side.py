@@ -35,7 +35,7 @@ from x2dfd.files import write_text
 if TYPE_CHECKING:
     from x2dfd.mllm import LocalMLLM
 
-VERSION = "1"
+VERSION = "2"
 ALL = ("embedded", models.FUSION, *(f"{models.EXPERT}{n}" for n in (*BUILTIN, *BESIDE)), *models.BASELINES)
 """What is compared unless models are named."""
 TASKS = ("detect", "describe")

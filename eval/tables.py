@@ -123,7 +123,7 @@ def _detected(rows: Sequence[Result]) -> list[list[str]]:
     for row in rows:
         pair, alarms = row["against_first"], row["false_alarms"]
         cells = [_number(row["auc"]), _number(pair["difference"]) if pair else "–", _number(row["average_precision"])]
-        cells += [_plain(row[key]) for key in ("tpr_at_fpr_0.05", "ece_15")]
+        cells += [_number(row[key]) for key in ("tpr_at_fpr_0.05", "ece_15")]
         cells += [_number(alarms, percent=True) if alarms else "–", _percent(row["answered"])]
         lines.append([row["model"], *cells, f"{row['n_scored']} of {row['n']}"])
     return lines

@@ -143,6 +143,10 @@ def test_one_pass_reports_all_scorers_and_counts_what_had_no_score(
     assert scorers["expert:half"]["unscored"].pop(REASON) == 38 - scorers["expert:half"]["n_scored"] > 0
     auc = scorers["calibrated"]["overall"]["auc"]
     assert 0.5 < auc["interval"][0] < auc["value"] < auc["interval"][1]
+    for key in ("tpr_at_fpr_0.01", "tpr_at_fpr_0.05", "tpr_at_fpr_0.1", "ece_15", "ece_15_even"):
+        measured = scorers["calibrated"]["overall"][key]
+        low, high = measured["interval"]
+        assert low <= measured["value"] <= high and low < high
     assert scorers["expert:good"]["overall"]["auc"]["value"] == auc["value"]  # p squared ranks as p does
     assert scorers["mllm"]["overall"]["auc"]["value"] == pytest.approx(1 - auc["value"])
     assert scorers["expert:half"]["overall"]["auc"]["value"] == 0.5
@@ -163,6 +167,17 @@ def test_samples_can_be_recounted_from_the_table(data: Path, tmp_path: Path, mon
     reals = [r["p_fake"] for r in rows if r["label"] == "real" and r["p_fake"] is not None]
     auc = np.mean([(f > r) + (f == r) / 2 for f in fakes for r in reals])
     assert result_of(tmp_path / "out")["headline"]["calibrated.auc"]["value"] == pytest.approx(auc)
+    answers = result_of(tmp_path / "out")["scorers"]["calibrated"]["answers"]
+    answered = [r for r in rows if r["said"] in ("fake", "real")]
+    pairs = [
+        (f["p_fake"] > r["p_fake"]) + (f["p_fake"] == r["p_fake"]) / 2
+        for f in answered for r in answered if (f["label"], r["label"]) == ("fake", "real")
+    ]  # fmt: skip
+    assert len(answered) == answers["n_answered"] < 38 and answers["auc"]["value"] == pytest.approx(np.mean(pairs))
+    bins = [min(int(r["p_fake"] * 15), 14) for r in answered]
+    gaps = [sum((r["label"] == "fake") - r["p_fake"] for r, own in zip(answered, bins, strict=True) if own == k)
+            for k in range(15)]  # fmt: skip
+    assert answers["ece_15"]["value"] == pytest.approx(np.abs(gaps).sum() / len(answered))
     alarms = np.mean([r["said"] == "fake" for r in rows if r["label"] == "real"])
     assert result_of(tmp_path / "out")["headline"]["calibrated.false_alarms"]["value"] == pytest.approx(alarms)
     (broken,) = [r for r in rows if r["error"]]
