@@ -340,38 +340,40 @@ def _gaps(samples: Sequence[Sample], rows: Sequence[Row], column: str, draw: Res
 def describe_result(
     samples: Sequence[Sample],
     rows: Sequence[Row],
-    usual: frozenset[Pair],
+    usual: frozenset[Pair] | None,
     template: dict[str, str],
     compare: Callable[[Sequence[Sequence[str]], Sequence[str]], Row],
     draw: Resampling,
 ) -> Row:
     """Agreement of the cues said with the cues known; without rows (no model), the baselines alone.
 
+    `usual`: the cues that the majority baseline says; None where no cues are known, and texts are compared alone.
     `template`: what the label-conditioned baseline answers to each label. `compare`: text metrics of references and
     texts.
     """
     by_template = {label: pairs_of(read_cues(text)) for label, text in template.items()}
-    said: dict[str, list[frozenset[Pair] | None]] = {
-        "majority": [usual] * len(samples),
-        "template": [by_template[s.label] for s in samples],
-    }
+    said: dict[str, list[frozenset[Pair] | None]] = {"majority": [usual] * len(samples)} if usual is not None else {}
+    said["template"] = [by_template[s.label] for s in samples]
     if rows:
         # Without an MLLM there is no text; what experts point at stands for itself.
         named = [frozenset((c["area"], c["artifact"]) for c in row["cues"]) for row in rows]
         if any(row["rationale"] for row in rows):
             said["model"] = [None if row["p_fake"] is None else cues for row, cues in zip(rows, named, strict=True)]
         # What the text adds to, or loses of, what an expert had pointed at: the MLLM has read that in its question.
-        for expert in sorted({name for row in rows for name in row["pointed"]}):
+        for expert in sorted({name for row in rows for name in row["pointed"] if usual is not None}):
             pointed = [frozenset((a, k) for a, k in row["pointed"].get(expert, ())) for row in rows]
             said[f"expert:{expert}"] = [
                 None if row["p_fake"] is None else cues for row, cues in zip(rows, pointed, strict=True)
             ]
     scorers: dict[str, Row] = {}
     for name, heard_of in said.items():
-        kept = [i for i, cues in enumerate(heard_of) if cues is not None and samples[i].label == "fake"]
+        known = [s.label == "fake" and (bool(s.cues) or usual is None) for s in samples]
+        kept = [i for i, cues in enumerate(heard_of) if cues is not None and known[i]]
         reals = [cues for cues, s in zip(heard_of, samples, strict=True) if cues is not None and s.label == "real"]
         groups = [samples[i].group for i in kept]
         scorers[name] = {"n_scored": len(kept) + len(reals), "n_fake": len(kept), "n_real": len(reals)}
+        if usual is None:
+            continue
         for what, reduce in (("cues", lambda pairs: pairs), ("areas", lambda pairs: {area for area, _ in pairs})):
             truth = [reduce(pairs_of(samples[i].cues)) for i in kept]
             heard = [reduce(heard_of[i]) for i in kept]
@@ -406,12 +408,18 @@ def describe_result(
             scorers[name]["text"] = {"n": len(kept)} | compare([told[i] for i in kept], [line[i] for i in kept])
     headline: Row = {}
     for name, part in scorers.items():
+        if usual is None:
+            for metric in ("bleu_mean", "rouge_l"):
+                value = part["text"].get(metric, {}).get("value")
+                headline[f"{name}.{metric}"] = {"value": value, "interval": None, "n": part["text"]["n"]}
+            continue
         headline |= {f"{name}.{what}_f1": part[what]["micro_f1"] | {"n": part["n_fake"]} for what in ("cues", "areas")}
     return {"headline": headline, "scorers": scorers}
 
 
 Pair = tuple[str, str]
 REFERENCES = 3  # written for a sample that brings none
+SHOWN = 20  # questions of annotations, in the result
 
 
 def references(sample: Sample) -> list[str]:
@@ -616,14 +624,22 @@ def _promised(model: models.Opened, run: Run) -> Row | None:
 def _run_describe(run: Run) -> Made:
     args, samples = run.args, run.samples
     every = run.every()
-    usual, counted_in = usual_cues(every, samples)
+    usual, counted_in = usual_cues(every, samples) if any(s.cues for s in samples) else (None, None)
     own = sum(bool(texts.references_of(s)) for s in samples)
+    asked: Counter[str] = Counter()
+    for sample in samples:
+        asked.update(texts.questions_of(sample))
     notes: Row = {
         "skipped_fakes_without_cues": run.skipped,
         "majority_from": counted_in,
-        "majority": sorted(usual),
+        "majority": None if usual is None else sorted(usual),
         "references": {
             "of_the_manifest": own,
+            "annotations": {
+                "questions": len(asked),
+                "answers": asked.total(),
+                "commonest": dict(sorted(asked.items(), key=lambda item: (-item[1], item[0]))[:SHOWN]),
+            },
             "written": sum(bool(references(s)) for s in samples) - own,
             "written_by": f"the grammar of data_gen.writers from the known cues, {REFERENCES} a sample: the embedded "
             "model was trained on its sentences, which flatters it",
@@ -823,7 +839,7 @@ def choose(task: Task, manifest: Path, args: argparse.Namespace) -> tuple[list[S
     if args.split is None and any(s.split == "train" for s in samples):
         say("no --split given: samples of the train split are judged too")
     needs: dict[str, Callable[[Sample], bool]] = {
-        "describe": lambda s: s.label == "real" or bool(s.cues),
+        "describe": lambda s: s.label == "real" or bool(s.cues or texts.references_of(s)),
         "classify": lambda s: bool(s.df_class),
         "locate": lambda s: s.label == "fake" and s.mask is not None,
     }
@@ -834,14 +850,15 @@ def choose(task: Task, manifest: Path, args: argparse.Namespace) -> tuple[list[S
     known = [s for s in samples if has_truth is None or has_truth(s)]
     skipped, samples = len(samples) - len(known), known
     if not samples:
-        truth = {"describe": "cues", "classify": "df_class", "locate": "mask", "left-out": "left-out method"}[task.name]
-        raise X2DFDError(f"{manifest.name}: no chosen sample has a known {truth}, nothing to {task.name}")
+        wanted = {"describe": "known cues or references", "classify": "a known df_class", "locate": "a known mask"}
+        truth = wanted.get(task.name, "a known left-out method")
+        raise X2DFDError(f"{manifest.name}: no chosen sample has {truth}, nothing to {task.name}")
     # `assess` draws its own pictures: as many real ones as fakes.
     if task.name != "assess" and args.limit is not None and args.limit < len(samples):
         chosen = np.random.default_rng(args.seed).permutation(len(samples))[: args.limit]
         samples = [samples[i] for i in sorted(chosen)]
-    if task.name == "describe" and not any(s.cues for s in samples):
-        raise X2DFDError(f"{manifest.name}: no chosen sample has known cues, nothing to describe")
+    if task.name == "describe" and not any(s.cues or texts.references_of(s) for s in samples):
+        raise X2DFDError(f"{manifest.name}: no chosen sample has known cues or references, nothing to describe")
     check_clips(samples)
     for column in args.by:
         if column not in ("source", "method") and not any(value_of(s, column) for s in samples):

@@ -74,9 +74,15 @@ def detect(results: dict[str, Result], *, all_methods: bool = False) -> str:
 
 
 def describe(results: dict[str, Result], *, all_methods: bool = False) -> str:
-    """Cues and areas named in rationales against the truth, beside the majority baseline; by method if asked."""
+    """Cues and areas named in rationales against the truth, beside the majority baseline; by method if asked.
+
+    Of pictures with reference texts and without known cues, how near the texts come.
+    """
     blocks = []
     for name, result in _of("describe", results):
+        if not any("cues" in s for s in result["scorers"].values()):
+            blocks.append(_near_references(name, result))
+            continue
         lines = [["", "area F1 [95 %]", "cue F1 [95 %]", "distinct texts", "contradictions", "n fake"], ["---"] * 6]
         held_out = result["model"]["stated"].get("held_out", [])
         for scorer, s in result["scorers"].items():
@@ -98,6 +104,24 @@ def describe(results: dict[str, Result], *, all_methods: bool = False) -> str:
         )
         blocks.append(caption + "\n\n" + _table(lines))
     return "\n\n".join(blocks) or "No results yet."
+
+
+_TEXT = {"rouge_l": "ROUGE-L", "bleu_mean": "BLEU, mean"}
+
+
+def _near_references(name: str, result: Result) -> str:
+    lines = [["", *_TEXT.values(), "distinct texts", "contradictions", "n"], ["---"] * (len(_TEXT) + 4)]
+    for scorer, s in result["scorers"].items():
+        cells = [_plain(s["text"].get(key, {}).get("value")) for key in _TEXT]
+        cells += [_percent(s.get("distinct_texts")), _percent(s.get("contradictions"))]
+        lines.append([scorer, *cells, str(s["text"]["n"])])
+    data, asked = result["data"], result["references"]["annotations"]
+    caption = (
+        f"`{name}`: manifest `{data['sha256'][:12]}`, split {data['split'] or 'all'}; no cues are known. Each text "
+        "against all references of its picture"
+        + (f", answers to {asked['questions']} different questions." if asked["questions"] else ".")
+    )
+    return caption + "\n\n" + _table(lines)
 
 
 def models(results: dict[str, Result]) -> str:
@@ -130,14 +154,13 @@ def _detected(rows: Sequence[Result]) -> list[list[str]]:
 
 
 def _described(rows: Sequence[Result]) -> list[list[str]]:
-    measured = {"rouge_l": "ROUGE-L", "bleu_mean": "BLEU, mean"}
-    head = ["", "area F1 [95 %]", "cue F1 [95 %]", "distinct texts", "contradictions", *measured.values(), "n fake"]
+    head = ["", "area F1 [95 %]", "cue F1 [95 %]", "distinct texts", "contradictions", *_TEXT.values(), "n fake"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
         text = row["text"] or {}
-        cells = [_number(row["areas_f1"]), _number(row["cues_f1"])]
+        cells = [_number(f1) if (f1 := row[key]) else "–" for key in ("areas_f1", "cues_f1")]
         cells += [_percent(row["distinct_texts"]), _percent(row["contradictions"])]
-        cells += [_plain(text.get(key, {}).get("value")) for key in measured]
+        cells += [_plain(text.get(key, {}).get("value")) for key in _TEXT]
         lines.append([row["model"], *cells, str(row["n_fake"])])
     return lines
 

@@ -21,8 +21,9 @@ import pytest
 from PIL import Image
 
 import x2dfd
-from eval import models, page, run_bench, scoring, tables
+from eval import models, page, protocols, run_bench, scoring, tables, texts
 from x2dfd.files import file_sha256
+from x2dfd.manifest import write_manifest
 from x2dfd.types import Cue, Evidence, FaceReport, Failure, Report, Verdict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -470,6 +471,53 @@ def test_describe_without_known_cues_is_refused(
     file = write_csv(tmp_path / "m.csv", [{"path": "a.png", "label": "fake"}])
     assert bench(monkeypatch, StandIn(), "describe", "--data", file, "--out", tmp_path / "out") == 2
     assert "known cues" in capsys.readouterr().err
+
+
+def test_annotations_without_cues_are_scored_as_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `eval.protocols annotations` writes was refused; and no cues known is not an F1 of 0."""
+    records: list[dict[str, Any]] = []
+    for i in range(8):
+        picture(tmp_path / f"p/{i}.png", 0.2 + 0.08 * i)
+        record = {"image": f"p/{i}.png", "label": int(i < 4), "question": "Why?"}
+        records.append(record | {"answer": ["Nothing is odd.", "It is a photo."] if i < 4 else ["Its jaw is blended."]})
+    told = "This image is fake: the jaw is blended."
+    records += [record | {"question": "What is odd?", "answer": told} for record in records[4:]]
+    (tmp_path / "a.json").write_text(json.dumps(records), "utf-8")
+    read = protocols.read_annotations(tmp_path / "a.json", [tmp_path], real=["1"], fake=["0"])
+    write_manifest(tmp_path / "a.jsonl", read.samples)
+    compared: list[tuple[list[list[str]], list[str]]] = []
+
+    def exact(references: list[list[str]], said: list[str], **_: Any) -> dict[str, Any]:
+        compared.append((references, said))
+        right = np.mean([text in own for own, text in zip(references, said, strict=True)])
+        return {"rouge_l": {"value": float(right), "by": "a stand-in"}}
+
+    monkeypatch.setattr(texts, "text_metrics", exact)
+    assert bench(monkeypatch, StandIn(), "describe", "--data", tmp_path / "a.jsonl", "--out", tmp_path / "out") == 0
+    result = result_of(tmp_path / "out")
+    of_template, of_model = compared
+    assert of_template[0] == [["Nothing is odd.", "It is a photo."]] * 4 + [["Its jaw is blended.", told]] * 4
+    assert set(of_model[1]) == {told}
+    asked = {"questions": 2, "answers": 4 * 2 + 4 * 2, "commonest": {"Why?": 12, "What is odd?": 4}}
+    assert result["references"]["annotations"] == asked
+    assert (result["references"]["of_the_manifest"], result["references"]["written"]) == (8, 0)
+    assert list(result["scorers"]) == ["template", "model"] and result["majority"] is None
+    model = result["scorers"]["model"]
+    assert not {"cues", "areas", "by_method", "invented_on_reals"} & model.keys()
+    rows = pq.read_table(tmp_path / "out" / "samples.parquet").to_pylist()
+    assert model["text"]["n"] == sum(bool(row["rationale"]) for row in rows) > 1
+    assert list(result["headline"]) == [f"{n}.{k}" for n in ("template", "model") for k in ("bleu_mean", "rouge_l")]
+    assert result["headline"]["model.rouge_l"] == {"value": 1.0, "interval": None, "n": model["text"]["n"]}
+    assert result["headline"]["model.bleu_mean"]["value"] is None  # not measured here, which is no zero
+    table = tables.TABLES["describe"]({"a": result})
+    assert "answers to 2 different questions" in table and "| model | " in table and "F1" not in table
+
+    # Beside pictures with known cues, those without are in the text metrics alone.
+    cued = [replace(s, cues=(Cue("jaw", "blending"),)) if i == 7 else s for i, s in enumerate(read.samples)]
+    write_manifest(tmp_path / "b.jsonl", cued)
+    assert bench(monkeypatch, StandIn(), "describe", "--data", tmp_path / "b.jsonl", "--out", tmp_path / "mixed") == 0
+    model = result_of(tmp_path / "mixed")["scorers"]["model"]
+    assert model["n_fake"] == model["cues"]["n"] == 1 and model["text"]["n"] > 1
 
 
 def test_a_clip_id_shared_by_two_clips_is_refused(
