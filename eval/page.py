@@ -55,6 +55,8 @@ def render(result: Result) -> str:
 
 def _warnings(result: Result) -> Iterator[str]:
     code = result["code"]
+    if change := result["settings"].get("change"):
+        yield f"Every picture was changed before it was judged. {change}."
     if code and code["dirty"]:
         yield "Made from code with changes that are in no commit."
     if failed := sum(result["failures"].values()):

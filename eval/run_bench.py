@@ -46,7 +46,7 @@ from eval import (  # noqa: E402
     texts,
 )
 from eval import metrics as m  # noqa: E402
-from eval.changes import CHANGES, SUITES, changes_of  # noqa: E402
+from eval.changes import CHANGES, SUITES, Change, changes_of  # noqa: E402
 from eval.localisation import localisation  # noqa: E402
 from eval.protocols import CORRECT, PROTOCOLS, Compat, pool_clips  # noqa: E402
 from eval.scoring import (  # noqa: E402
@@ -57,6 +57,7 @@ from eval.scoring import (  # noqa: E402
     Resampling,
     Row,
     Store,
+    changed,
     common_auc,
     digest,
     equalised,
@@ -125,15 +126,24 @@ COMMANDS = {
 
 
 def judged(
-    model: models.Opened, samples: Sequence[Sample], *, equalise: bool, rationale: bool, batch_size: int
+    model: models.Opened,
+    samples: Sequence[Sample],
+    *,
+    equalise: bool,
+    rationale: bool,
+    batch_size: int,
+    change: Change | None = None,
 ) -> tuple[list[Row], list[Row]]:
-    """A row a sample, in order, and the model and versions that the answers state."""
+    """A row a sample, in order, and the model and versions that the answers state. `change`: of every picture."""
     told: dict[str, Report | Failure] = {}
     sources: list[Path | bytes] = []
     handed: list[Sample] = []
     for sample in samples:
         try:
-            sources.append(equalised(sample.path) if equalise else sample.path)
+            if change:
+                sources.append(changed(sample.path, change, sample.id, equal=equalise))
+            else:
+                sources.append(equalised(sample.path) if equalise else sample.path)
             handed.append(sample)
         except InputError as error:
             told[sample.id] = Failure(str(sample.path), None, error.code, error.reason)
@@ -228,6 +238,7 @@ _WITH_INTERVAL: dict[str, m.Metric] = {
     "eer": m.eer,
     "brier": m.brier,
     **{f"tpr_at_fpr_{rate}": partial(m.tpr_at_fpr, fpr=rate) for rate in (0.01, 0.05, 0.1)},
+    # A resample repeats samples, which makes an ECE larger: of few samples, its interval lies too high.
     "ece_15": m.ece,
     "ece_15_even": m.ece_at_even_odds,
 }
@@ -517,6 +528,7 @@ def run(args: argparse.Namespace) -> Row:
         "model": {"name": made.model, "mode": made.mode, "stated": made.origin["model"] | made.stated},
         "settings": {
             "equalise": f"JPEG {JPEG_QUALITY}, longest side {LONGEST_SIDE}" if args.equalise else None,
+            "change": made.change,
             "seed": args.seed,
             "bootstrap": args.bootstrap,
             "interval": "95 %, percentile, groups drawn with replacement",
@@ -540,6 +552,10 @@ def check_model(args: argparse.Namespace) -> None:
     models.check(args)
     if any(given != (args.task == "left-out") for given in (bool(args.weights), bool(args.calib))):
         raise X2DFDError("left-out needs --weights A,B and --calib MANIFEST, and no other task takes them")
+    if args.changes is not None and args.task not in ("detect", "experts"):
+        raise X2DFDError("only experts and detect take --changes")
+    if args.task == "detect":
+        one_change(args)
     if args.model == "template" and args.task != "describe":
         raise X2DFDError("template is told the label: it is a baseline of describe alone")
     if args.task not in ("experts", "locate", "left-out"):
@@ -548,6 +564,17 @@ def check_model(args: argparse.Namespace) -> None:
     if args.base or args.served or args.model in models.BASELINES or (one and args.task != "locate"):
         allowed = "embedded, fusion or an adapter's folder" + (", or expert:NAME" if args.task == "locate" else "")
         raise X2DFDError(f"{args.task} is about experts: --model {allowed}, and --experts A,B for some of them")
+
+
+def one_change(args: argparse.Namespace) -> Change | None:
+    """The change under which `detect` judges. Raises X2DFDError (UnknownName) for more than one."""
+    named = changes_of(args.changes or "")
+    if len(named) > 1:
+        raise X2DFDError(
+            f"detect judges under one change a run, and --changes {args.changes} is {len(named)}, such as "
+            f"{next(iter(named))}: a run and an --out each"
+        )
+    return next(iter(named.values()), None)
 
 
 @dataclass(frozen=True)
@@ -585,6 +612,7 @@ class Made:
     mode: str | None = None
     stated: Row = field(default_factory=dict)  # of the model, beside what its answers state
     scores_of: str = "the largest face"
+    change: str | None = None  # what was done to every picture before it was judged
     samples: list[Sample] | None = None  # where the task chose its own
 
 
@@ -595,21 +623,23 @@ DECIDING = "the face that decided the verdict"
 def _run_detect(run: Run) -> Made:
     args, samples = run.args, run.samples
     compat = Compat.parse(args.compat)
+    change = one_change(args)
+    told = f"{change.name}: {change.line}" if change else None
     model = models.open_model(args)
-    store = run.store(ANSWERS)
+    store = run.store(ANSWERS, **({"change": told} if told else {}))
     notes: Row = {}
     if model.kind == "baseline":
         rows, notes["majority_from"] = majority_rows(run.every(), samples)
         measured = detect_result(samples, rows, "majority", args.by, run.draw, compat=compat)
-        return Made(store, rows, NO_ORIGIN, notes | measured, model.name, scores_of=DECIDING)
-    ask = partial(judged, model, equalise=args.equalise, rationale=False, batch_size=args.batch_size)
+        return Made(store, rows, NO_ORIGIN, notes | measured, model.name, scores_of=DECIDING, change=told)
+    ask = partial(judged, model, equalise=args.equalise, rationale=False, batch_size=args.batch_size, change=change)
     rows, origin = score(ask, samples, store)
     if model.expert:
         measured = detect_result(samples, rows, "", args.by, run.draw, compat=compat)
     else:
         verdict = "fusion" if model.kind == "fusion" else model.mode or "calibrated"
         measured = detect_result(samples, rows, verdict, args.by, run.draw, _promised(model, run), compat)
-    return Made(store, rows, origin, measured, model.name, model.mode, scores_of=DECIDING)
+    return Made(store, rows, origin, measured, model.name, model.mode, scores_of=DECIDING, change=told)
 
 
 def _promised(model: models.Opened, run: Run) -> Row | None:
@@ -914,7 +944,8 @@ class Drift:
 def drift(result: Row, reference: Row) -> Drift:
     """What moved by more than its interval; raises X2DFDError when the two results are not about the same samples."""
     compared = [("task", "name"), ("task", "version"), ("data", "sha256"), ("data", "split"), ("data", "limit")]
-    compared += [("data", "samples_sha256"), ("data", "pictures_sha256"), ("settings", "equalise")]
+    compared += [("data", "samples_sha256"), ("data", "pictures_sha256")]
+    compared += [("settings", "equalise"), ("settings", "change")]
     for part, name in compared:
         here, there = result[part][name], reference.get(part, {}).get(name)
         if here != there:
@@ -988,6 +1019,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "  python eval/run_bench.py describe --data forged/manifest.jsonl --model majority --out results/cues\n"
         "  python eval/run_bench.py answer --data manifest.csv --served http://localhost:8000/v1 --model NAME --out a\n"
         "  python eval/run_bench.py experts --data manifest.csv --changes jpeg50,half --out results/experts\n"
+        "  python eval/run_bench.py detect --data manifest.csv --changes codec/share/once --out results/shared\n"
         "  python eval/run_bench.py left-out --data val.jsonl --calib calib.jsonl --weights no_swap,no_blur --out out",
     )
     parser.add_argument("task", nargs="?", choices=list(TASKS), help="what is asked (see --list)")
@@ -1008,7 +1040,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--changes",
         metavar="A,B",
-        help="experts: score under these changes or suites too, or none (default: the changes)",
+        help="experts: score under these changes or suites too, or none (default: the changes); detect: judge every "
+        "picture under this one (default: as it is)",
     )
     parser.add_argument("--weights", metavar="A,B", help="left-out: folders of trainings with --hold-out")
     parser.add_argument("--calib", metavar="MANIFEST", help="left-out: split `calib` of it fits each fusion anew")

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from eval import metrics as m
+from eval.changes import Change
 from x2dfd.errors import X2DFDError
 from x2dfd.files import file_sha256, write_bytes
 from x2dfd.manifest import Sample
@@ -67,6 +68,21 @@ def equalised(path: Path) -> bytes:
     from x2dfd.media import load_picture
 
     return equalise(load_picture(path).pixels)
+
+
+def changed(path: Path, change: Change, sample_id: str, *, equal: bool) -> bytes:
+    """The file's picture under a change, as PNG; equalised before it, where that is wanted, as in task `experts`.
+
+    Raises InputError for what is not a picture.
+    """
+    from PIL import Image
+
+    from x2dfd.media import load_picture
+
+    pixels = load_picture(equalised(path) if equal else path).pixels
+    stream = io.BytesIO()
+    Image.fromarray(change(pixels, sample_id)).save(stream, "PNG", compress_level=1)
+    return stream.getvalue()
 
 
 def sha256_of(path: Path) -> str | None:

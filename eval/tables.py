@@ -63,7 +63,7 @@ def detect(results: dict[str, Result], *, all_methods: bool = False) -> str:
         caption = (
             f"`{name}`: model `{result['model']['name']}`, manifest `{data['sha256'][:12]}`, "
             f"split {data['split'] or 'all'}, {data['n_real']} real and {data['n_fake']} fake, "
-            f"{data['n_groups']} groups, {failed} not readable. "
+            f"{data['n_groups']} groups, {failed} not readable{_changed(result)}. "
             f"False alarms: reals called fake at the shipped threshold{_answered(first)}."
             + (" † left out of the MLLM's training and the calibration (experts: see their cards)." if held_out else "")
         )
@@ -134,7 +134,7 @@ def models(results: dict[str, Result]) -> str:
             data, left_out = result["data"][task], [o["model"] for o in result["left_out"] if o["task"] == task]
             caption = (
                 f"`{name}`, {task}: manifest `{data['sha256'][:12]}`, split {data['split'] or 'all'}, {data['n_real']} "
-                f"real and {data['n_fake']} fake, {data['n_groups']} groups."
+                f"real and {data['n_fake']} fake, {data['n_groups']} groups{_changed(result)}."
                 + (f" Not here: {', '.join(left_out)}." if left_out else "")
             )
             blocks.append(caption + "\n\n" + _table(table(result[task])))
@@ -485,6 +485,11 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
 
 def _of(task: str, results: dict[str, Result]) -> list[tuple[str, Result]]:
     return [(name, result) for name, result in results.items() if result["task"]["name"] == task]
+
+
+def _changed(result: Result) -> str:
+    change = result["settings"].get("change")
+    return f"; every picture changed before it was judged, {change}" if change else ""
 
 
 def _plain(value: float | None) -> str:

@@ -22,6 +22,9 @@ from PIL import Image
 
 import x2dfd
 from eval import models, page, protocols, run_bench, scoring, tables, texts
+from eval.changes import changes_of
+from eval.validation import validation
+from x2dfd.errors import X2DFDError
 from x2dfd.files import file_sha256
 from x2dfd.manifest import write_manifest
 from x2dfd.types import Cue, Evidence, FaceReport, Failure, Report, Verdict
@@ -145,9 +148,8 @@ def test_one_pass_reports_all_scorers_and_counts_what_had_no_score(
     auc = scorers["calibrated"]["overall"]["auc"]
     assert 0.5 < auc["interval"][0] < auc["value"] < auc["interval"][1]
     for key in ("tpr_at_fpr_0.01", "tpr_at_fpr_0.05", "tpr_at_fpr_0.1", "ece_15", "ece_15_even"):
-        measured = scorers["calibrated"]["overall"][key]
-        low, high = measured["interval"]
-        assert low <= measured["value"] <= high and low < high
+        low, high = scorers["calibrated"]["overall"][key]["interval"]
+        assert 0 <= low < high <= 1
     assert scorers["expert:good"]["overall"]["auc"]["value"] == auc["value"]  # p squared ranks as p does
     assert scorers["mllm"]["overall"]["auc"]["value"] == pytest.approx(1 - auc["value"])
     assert scorers["expert:half"]["overall"]["auc"]["value"] == 0.5
@@ -225,6 +227,53 @@ def test_every_picture_reaches_the_model_in_one_format(
     bench(monkeypatch, plain, "detect", "--data", data, "--out", tmp_path / "raw", "--no-equalise")
     assert all(isinstance(source, Path) for source in plain.seen)
     assert result_of(tmp_path / "raw")["settings"]["equalise"] is None
+
+
+def test_every_picture_is_judged_under_one_change(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scores of unchanged pictures in the result of a change, of another one, or of reals or fakes alone."""
+    words = ("detect", "--data", data, "--out", tmp_path / "out")
+    assert bench(monkeypatch, StandIn(), *words) == 0
+    plain = result_of(tmp_path / "out")
+    shutil.copy(tmp_path / "out" / "result.json", tmp_path / "plain.json")
+    assert plain["settings"]["change"] is None
+    half = StandIn()
+    assert bench(monkeypatch, half, *words, "--changes", "half") == 0
+    assert len(half.seen) == 39  # none of the stored rows is of this change
+    shown = [np.asarray(Image.open(io.BytesIO(source))) for source in half.seen if isinstance(source, bytes)]
+    sizes = [picture.shape for picture in shown]
+    assert sizes == [(20, 30, 3)] * 38 + [(20, 20, 3)]
+    first = data.parent / "p/00.jpg"
+    as_it_was = np.asarray(Image.open(io.BytesIO(scoring.equalised(first))))
+    assert np.array_equal(shown[0], changes_of("half")["half"](as_it_was, "p/00.jpg"))  # as in task `experts`
+    result = result_of(tmp_path / "out")
+    assert result["settings"]["change"].startswith("half: half as wide") and result["failures"] == {"not_an_image": 1}
+    assert result["data"] == plain["data"]  # the manifest's files are the same
+    assert "Every picture was changed" in (tmp_path / "out" / "result.html").read_text("utf-8")
+    assert "changed before it was judged, half: " in tables.TABLES["detect"]({"half": result})
+    again, other = StandIn(), StandIn()
+    bench(monkeypatch, again, *words, "--changes", "half")
+    bench(monkeypatch, other, *words, "--changes", "codec/noise/0.2")
+    assert (len(again.seen), len(other.seen)) == (1, 39)  # one, to see that the model is the same
+    capsys.readouterr()
+    for wrong, why in (
+        (("--changes", "half", "--compare", tmp_path / "plain.json"), "settings change is half"),
+        (("--changes", "half,quarter"), "one change a run"),
+        (("--changes", "deeperforensics/GB"), "is 5, such as deeperforensics/GB/1"),
+        (("--changes", "hafl"), "did you mean 'half'"),
+    ):
+        assert bench(monkeypatch, StandIn(), *words, *wrong) == 2
+        assert why in capsys.readouterr().err
+    assert bench(monkeypatch, StandIn(), "describe", *words[1:], "--changes", "half") == 2
+    assert "only experts and detect take --changes" in capsys.readouterr().err
+
+
+def test_a_changed_run_is_no_validation(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Error rates under a blur, quoted in a report on a picture as it came."""
+    bench(monkeypatch, StandIn(), "detect", "--data", data, "--out", tmp_path / "out", "--changes", "blur")
+    with pytest.raises(X2DFDError, match=r"every picture was changed \(blur: "):
+        validation(tmp_path / "out")
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
