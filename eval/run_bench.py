@@ -377,8 +377,8 @@ def describe_result(
                 None if row["p_fake"] is None else cues for row, cues in zip(rows, pointed, strict=True)
             ]
     scorers: dict[str, Row] = {}
+    known = [s.label == "fake" and (bool(s.cues) or usual is None) for s in samples]
     for name, heard_of in said.items():
-        known = [s.label == "fake" and (bool(s.cues) or usual is None) for s in samples]
         kept = [i for i, cues in enumerate(heard_of) if cues is not None and known[i]]
         reals = [cues for cues, s in zip(heard_of, samples, strict=True) if cues is not None and s.label == "real"]
         groups = [samples[i].group for i in kept]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
@@ -40,9 +41,13 @@ def references_of(sample: Sample) -> tuple[str, ...]:
     return (one.strip(),) if isinstance(one, str) and one.strip() else ()
 
 
-def questions_of(sample: Sample) -> dict[str, int]:
-    """Question -> answers to it, of a sample's annotations; {} where its references are plain texts."""
-    return {question: len(texts) for question, texts in _given(sample) if question is not None}
+def questions_of(sample: Sample) -> Counter[str]:
+    """How many answers a sample's annotations give to each question; none where its references are plain texts."""
+    found: Counter[str] = Counter()
+    for question, texts in _given(sample):
+        if question is not None:
+            found[question] += len(texts)
+    return found
 
 
 def _given(sample: Sample) -> list[tuple[str | None, list[str]]]:
