@@ -55,6 +55,8 @@ def render(result: Result) -> str:
 
 def _warnings(result: Result) -> Iterator[str]:
     code = result["code"]
+    if change := result["settings"].get("change"):
+        yield f"Every picture was changed before it was judged. {change}."
     if code and code["dirty"]:
         yield "Made from code with changes that are in no commit."
     if failed := sum(result["failures"].values()):
@@ -92,6 +94,8 @@ _OVERALL = {
     "tpr_at_fpr_0.05": "TPR at 5 %", "tpr_at_fpr_0.1": "TPR at 10 %", "nll": "NLL", "brier": "Brier",
     "ece_15": "ECE", "ece_15_even": "ECE, even odds", "cllr": "Cllr", "aurc": "AURC",
 }  # fmt: skip
+
+_OF_ANSWERED = ("auc", "ece_15", "ece_15_even")
 
 _AT_HALF = {
     "accuracy": "accuracy at 0.5",
@@ -136,6 +140,7 @@ def _of_scorer(name: str, scorer: Result) -> Iterator[dict[str, Any]]:
             ["answered", _percent(said["coverage"]), str(said["n"])],
             ["right of those", _percent(said["accuracy"]), str(said["n_answered"])],
             ["balanced accuracy of those", _percent(said["balanced_accuracy"]), str(said["n_answered"])],
+            *([f"{_OVERALL[k]} of those", _number(said.get(k)), str(said["n_answered"])] for k in _OF_ANSWERED),
             ["reals called fake", _number(said["false_alarms"], percent=True), str(said["false_alarms"]["n"])],
             ["fakes called real", _number(said["misses"], percent=True), str(said["misses"]["n"])],
             *([f"inconclusive: {why}", "", str(n)] for why, n in said["inconclusive"].items()),

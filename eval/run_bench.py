@@ -46,7 +46,7 @@ from eval import (  # noqa: E402
     texts,
 )
 from eval import metrics as m  # noqa: E402
-from eval.changes import CHANGES, SUITES, changes_of  # noqa: E402
+from eval.changes import CHANGES, SUITES, Change, changes_of  # noqa: E402
 from eval.localisation import localisation  # noqa: E402
 from eval.protocols import CORRECT, PROTOCOLS, Compat, pool_clips  # noqa: E402
 from eval.scoring import (  # noqa: E402
@@ -57,6 +57,7 @@ from eval.scoring import (  # noqa: E402
     Resampling,
     Row,
     Store,
+    changed,
     common_auc,
     digest,
     equalised,
@@ -97,7 +98,7 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("detect", "3", "image, clip", "real or fake: the verdict, the MLLM alone and every expert, side by side"),
+        Task("detect", "4", "image, clip", "real or fake: the verdict, the MLLM alone and every expert, side by side"),
         Task("answer", "1", "image", f"real or fake in words (DF-D): {len(answers.QUESTIONS)} wordings, half reversed"),
         Task("classify", "1", "image", f"which kind of forgery, in words (DF-C): {', '.join(DF_CLASSES)}"),
         Task("describe", "3", "image", "the rationale: cues against those known, text against reference texts"),
@@ -114,20 +115,35 @@ TASKS = {
     )
 }
 
+COMMANDS = {
+    "eval.overlays": "text in the picture that claims real, fake or neither: the share of verdicts that it flips",
+    "eval.adversarial": "noise made against one expert (PGD), and what it does to the others; a report only",
+}
+"""Attacks, which are commands of their own: `python -m NAME --data MANIFEST`."""
+
 
 # ---------------------------------------------------------------- judging
 
 
 def judged(
-    model: models.Opened, samples: Sequence[Sample], *, equalise: bool, rationale: bool, batch_size: int
+    model: models.Opened,
+    samples: Sequence[Sample],
+    *,
+    equalise: bool,
+    rationale: bool,
+    batch_size: int,
+    change: Change | None = None,
 ) -> tuple[list[Row], list[Row]]:
-    """A row a sample, in order, and the model and versions that the answers state."""
+    """A row a sample, in order, and the model and versions that the answers state. `change`: of every picture."""
     told: dict[str, Report | Failure] = {}
     sources: list[Path | bytes] = []
     handed: list[Sample] = []
     for sample in samples:
         try:
-            sources.append(equalised(sample.path) if equalise else sample.path)
+            if change:
+                sources.append(changed(sample.path, change, sample.id, equal=equalise))
+            else:
+                sources.append(equalised(sample.path) if equalise else sample.path)
             handed.append(sample)
         except InputError as error:
             told[sample.id] = Failure(str(sample.path), None, error.code, error.reason)
@@ -216,6 +232,18 @@ def detect_result(
     return {"headline": headline, "scorers": scorers, "common": common_auc(samples, columns, draw)}
 
 
+_WITH_INTERVAL: dict[str, m.Metric] = {
+    "auc": m.auc,
+    "average_precision": m.average_precision,
+    "eer": m.eer,
+    "brier": m.brier,
+    **{f"tpr_at_fpr_{rate}": partial(m.tpr_at_fpr, fpr=rate) for rate in (0.01, 0.05, 0.1)},
+    # A resample repeats samples, which makes an ECE larger: of few samples, its interval lies too high.
+    "ece_15": m.ece,
+    "ece_15_even": m.ece_at_even_odds,
+}
+
+
 def _scorer(
     samples: Sequence[Sample], scores: m.Floats, said: list[str] | None, by: Sequence[str], draw: Resampling
 ) -> Row:
@@ -223,11 +251,8 @@ def _scorer(
     real_recall, fake_recall = m.recalls(labels, scores)
     overall: Row = {"n": len(samples), "n_real": int((labels == 0).sum()), "n_fake": int(labels.sum())}
     overall["n_groups"] = len(set(groups))
-    for name, fn in (("auc", m.auc), ("average_precision", m.average_precision), ("eer", m.eer), ("brier", m.brier)):
-        overall[name] = draw.measure(fn, labels, scores, groups)
-    overall |= {f"tpr_at_fpr_{rate}": m.tpr_at_fpr(labels, scores, rate) for rate in (0.01, 0.05, 0.1)}
-    overall |= {"nll": m.nll(labels, scores), "ece_15": m.ece(labels, scores), "cllr": m.cllr(labels, scores)}
-    overall |= {"ece_15_even": m.ece_at_even_odds(labels, scores), "aurc": m.aurc(labels, scores)}
+    overall |= {name: draw.measure(fn, labels, scores, groups) for name, fn in _WITH_INTERVAL.items()}
+    overall |= {"nll": m.nll(labels, scores), "cllr": m.cllr(labels, scores), "aurc": m.aurc(labels, scores)}
     overall["at_0.5"] = {
         "accuracy": m.accuracy(labels, scores),
         "balanced_accuracy": m.balanced_accuracy(labels, scores),
@@ -326,38 +351,40 @@ def _gaps(samples: Sequence[Sample], rows: Sequence[Row], column: str, draw: Res
 def describe_result(
     samples: Sequence[Sample],
     rows: Sequence[Row],
-    usual: frozenset[Pair],
+    usual: frozenset[Pair] | None,
     template: dict[str, str],
     compare: Callable[[Sequence[Sequence[str]], Sequence[str]], Row],
     draw: Resampling,
 ) -> Row:
     """Agreement of the cues said with the cues known; without rows (no model), the baselines alone.
 
+    `usual`: the cues that the majority baseline says; None where no cues are known, and texts are compared alone.
     `template`: what the label-conditioned baseline answers to each label. `compare`: text metrics of references and
     texts.
     """
     by_template = {label: pairs_of(read_cues(text)) for label, text in template.items()}
-    said: dict[str, list[frozenset[Pair] | None]] = {
-        "majority": [usual] * len(samples),
-        "template": [by_template[s.label] for s in samples],
-    }
+    said: dict[str, list[frozenset[Pair] | None]] = {"majority": [usual] * len(samples)} if usual is not None else {}
+    said["template"] = [by_template[s.label] for s in samples]
     if rows:
         # Without an MLLM there is no text; what experts point at stands for itself.
         named = [frozenset((c["area"], c["artifact"]) for c in row["cues"]) for row in rows]
         if any(row["rationale"] for row in rows):
             said["model"] = [None if row["p_fake"] is None else cues for row, cues in zip(rows, named, strict=True)]
         # What the text adds to, or loses of, what an expert had pointed at: the MLLM has read that in its question.
-        for expert in sorted({name for row in rows for name in row["pointed"]}):
+        for expert in sorted({name for row in rows for name in row["pointed"] if usual is not None}):
             pointed = [frozenset((a, k) for a, k in row["pointed"].get(expert, ())) for row in rows]
             said[f"expert:{expert}"] = [
                 None if row["p_fake"] is None else cues for row, cues in zip(rows, pointed, strict=True)
             ]
     scorers: dict[str, Row] = {}
+    known = [s.label == "fake" and (bool(s.cues) or usual is None) for s in samples]
     for name, heard_of in said.items():
-        kept = [i for i, cues in enumerate(heard_of) if cues is not None and samples[i].label == "fake"]
+        kept = [i for i, cues in enumerate(heard_of) if cues is not None and known[i]]
         reals = [cues for cues, s in zip(heard_of, samples, strict=True) if cues is not None and s.label == "real"]
         groups = [samples[i].group for i in kept]
         scorers[name] = {"n_scored": len(kept) + len(reals), "n_fake": len(kept), "n_real": len(reals)}
+        if usual is None:
+            continue
         for what, reduce in (("cues", lambda pairs: pairs), ("areas", lambda pairs: {area for area, _ in pairs})):
             truth = [reduce(pairs_of(samples[i].cues)) for i in kept]
             heard = [reduce(heard_of[i]) for i in kept]
@@ -392,12 +419,18 @@ def describe_result(
             scorers[name]["text"] = {"n": len(kept)} | compare([told[i] for i in kept], [line[i] for i in kept])
     headline: Row = {}
     for name, part in scorers.items():
+        if usual is None:
+            for metric in ("bleu_mean", "rouge_l"):
+                value = part["text"].get(metric, {}).get("value")
+                headline[f"{name}.{metric}"] = {"value": value, "interval": None, "n": part["text"]["n"]}
+            continue
         headline |= {f"{name}.{what}_f1": part[what]["micro_f1"] | {"n": part["n_fake"]} for what in ("cues", "areas")}
     return {"headline": headline, "scorers": scorers}
 
 
 Pair = tuple[str, str]
 REFERENCES = 3  # written for a sample that brings none
+SHOWN = 20  # questions of annotations, in the result
 
 
 def references(sample: Sample) -> list[str]:
@@ -495,6 +528,7 @@ def run(args: argparse.Namespace) -> Row:
         "model": {"name": made.model, "mode": made.mode, "stated": made.origin["model"] | made.stated},
         "settings": {
             "equalise": f"JPEG {JPEG_QUALITY}, longest side {LONGEST_SIDE}" if args.equalise else None,
+            "change": made.change,
             "seed": args.seed,
             "bootstrap": args.bootstrap,
             "interval": "95 %, percentile, groups drawn with replacement",
@@ -518,6 +552,10 @@ def check_model(args: argparse.Namespace) -> None:
     models.check(args)
     if any(given != (args.task == "left-out") for given in (bool(args.weights), bool(args.calib))):
         raise X2DFDError("left-out needs --weights A,B and --calib MANIFEST, and no other task takes them")
+    if args.changes is not None and args.task not in ("detect", "experts"):
+        raise X2DFDError("only experts and detect take --changes")
+    if args.task == "detect":
+        one_change(args)
     if args.model == "template" and args.task != "describe":
         raise X2DFDError("template is told the label: it is a baseline of describe alone")
     if args.task not in ("experts", "locate", "left-out"):
@@ -526,6 +564,17 @@ def check_model(args: argparse.Namespace) -> None:
     if args.base or args.served or args.model in models.BASELINES or (one and args.task != "locate"):
         allowed = "embedded, fusion or an adapter's folder" + (", or expert:NAME" if args.task == "locate" else "")
         raise X2DFDError(f"{args.task} is about experts: --model {allowed}, and --experts A,B for some of them")
+
+
+def one_change(args: argparse.Namespace) -> Change | None:
+    """The change under which `detect` judges. Raises X2DFDError (UnknownName) for more than one."""
+    named = changes_of(args.changes or "")
+    if len(named) > 1:
+        raise X2DFDError(
+            f"detect judges under one change a run, and --changes {args.changes} is {len(named)}, such as "
+            f"{next(iter(named))}: a run and an --out each"
+        )
+    return next(iter(named.values()), None)
 
 
 @dataclass(frozen=True)
@@ -563,6 +612,7 @@ class Made:
     mode: str | None = None
     stated: Row = field(default_factory=dict)  # of the model, beside what its answers state
     scores_of: str = "the largest face"
+    change: str | None = None  # what was done to every picture before it was judged
     samples: list[Sample] | None = None  # where the task chose its own
 
 
@@ -573,21 +623,23 @@ DECIDING = "the face that decided the verdict"
 def _run_detect(run: Run) -> Made:
     args, samples = run.args, run.samples
     compat = Compat.parse(args.compat)
+    change = one_change(args)
+    told = f"{change.name}: {change.line}" if change else None
     model = models.open_model(args)
-    store = run.store(ANSWERS)
+    store = run.store(ANSWERS, **({"change": told} if told else {}))
     notes: Row = {}
     if model.kind == "baseline":
         rows, notes["majority_from"] = majority_rows(run.every(), samples)
         measured = detect_result(samples, rows, "majority", args.by, run.draw, compat=compat)
-        return Made(store, rows, NO_ORIGIN, notes | measured, model.name, scores_of=DECIDING)
-    ask = partial(judged, model, equalise=args.equalise, rationale=False, batch_size=args.batch_size)
+        return Made(store, rows, NO_ORIGIN, notes | measured, model.name, scores_of=DECIDING, change=told)
+    ask = partial(judged, model, equalise=args.equalise, rationale=False, batch_size=args.batch_size, change=change)
     rows, origin = score(ask, samples, store)
     if model.expert:
         measured = detect_result(samples, rows, "", args.by, run.draw, compat=compat)
     else:
         verdict = "fusion" if model.kind == "fusion" else model.mode or "calibrated"
         measured = detect_result(samples, rows, verdict, args.by, run.draw, _promised(model, run), compat)
-    return Made(store, rows, origin, measured, model.name, model.mode, scores_of=DECIDING)
+    return Made(store, rows, origin, measured, model.name, model.mode, scores_of=DECIDING, change=told)
 
 
 def _promised(model: models.Opened, run: Run) -> Row | None:
@@ -602,14 +654,22 @@ def _promised(model: models.Opened, run: Run) -> Row | None:
 def _run_describe(run: Run) -> Made:
     args, samples = run.args, run.samples
     every = run.every()
-    usual, counted_in = usual_cues(every, samples)
+    usual, counted_in = usual_cues(every, samples) if any(s.cues for s in samples) else (None, None)
     own = sum(bool(texts.references_of(s)) for s in samples)
+    asked: Counter[str] = Counter()
+    for sample in samples:
+        asked.update(texts.questions_of(sample))
     notes: Row = {
         "skipped_fakes_without_cues": run.skipped,
         "majority_from": counted_in,
-        "majority": sorted(usual),
+        "majority": None if usual is None else sorted(usual),
         "references": {
             "of_the_manifest": own,
+            "annotations": {
+                "questions": len(asked),
+                "answers": asked.total(),
+                "commonest": dict(sorted(asked.items(), key=lambda item: (-item[1], item[0]))[:SHOWN]),
+            },
             "written": sum(bool(references(s)) for s in samples) - own,
             "written_by": f"the grammar of data_gen.writers from the known cues, {REFERENCES} a sample: the embedded "
             "model was trained on its sentences, which flatters it",
@@ -809,7 +869,7 @@ def choose(task: Task, manifest: Path, args: argparse.Namespace) -> tuple[list[S
     if args.split is None and any(s.split == "train" for s in samples):
         say("no --split given: samples of the train split are judged too")
     needs: dict[str, Callable[[Sample], bool]] = {
-        "describe": lambda s: s.label == "real" or bool(s.cues),
+        "describe": lambda s: s.label == "real" or bool(s.cues or texts.references_of(s)),
         "classify": lambda s: bool(s.df_class),
         "locate": lambda s: s.label == "fake" and s.mask is not None,
     }
@@ -820,14 +880,15 @@ def choose(task: Task, manifest: Path, args: argparse.Namespace) -> tuple[list[S
     known = [s for s in samples if has_truth is None or has_truth(s)]
     skipped, samples = len(samples) - len(known), known
     if not samples:
-        truth = {"describe": "cues", "classify": "df_class", "locate": "mask", "left-out": "left-out method"}[task.name]
-        raise X2DFDError(f"{manifest.name}: no chosen sample has a known {truth}, nothing to {task.name}")
+        wanted = {"describe": "known cues or references", "classify": "a known df_class", "locate": "a known mask"}
+        truth = wanted.get(task.name, "a known left-out method")
+        raise X2DFDError(f"{manifest.name}: no chosen sample has {truth}, nothing to {task.name}")
     # `assess` draws its own pictures: as many real ones as fakes.
     if task.name != "assess" and args.limit is not None and args.limit < len(samples):
         chosen = np.random.default_rng(args.seed).permutation(len(samples))[: args.limit]
         samples = [samples[i] for i in sorted(chosen)]
-    if task.name == "describe" and not any(s.cues for s in samples):
-        raise X2DFDError(f"{manifest.name}: no chosen sample has known cues, nothing to describe")
+    if task.name == "describe" and not any(s.cues or texts.references_of(s) for s in samples):
+        raise X2DFDError(f"{manifest.name}: no chosen sample has known cues or references, nothing to describe")
     check_clips(samples)
     for column in args.by:
         if column not in ("source", "method") and not any(value_of(s, column) for s in samples):
@@ -883,7 +944,8 @@ class Drift:
 def drift(result: Row, reference: Row) -> Drift:
     """What moved by more than its interval; raises X2DFDError when the two results are not about the same samples."""
     compared = [("task", "name"), ("task", "version"), ("data", "sha256"), ("data", "split"), ("data", "limit")]
-    compared += [("data", "samples_sha256"), ("data", "pictures_sha256"), ("settings", "equalise")]
+    compared += [("data", "samples_sha256"), ("data", "pictures_sha256")]
+    compared += [("settings", "equalise"), ("settings", "change")]
     for part, name in compared:
         here, there = result[part][name], reference.get(part, {}).get(name)
         if here != there:
@@ -957,10 +1019,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "  python eval/run_bench.py describe --data forged/manifest.jsonl --model majority --out results/cues\n"
         "  python eval/run_bench.py answer --data manifest.csv --served http://localhost:8000/v1 --model NAME --out a\n"
         "  python eval/run_bench.py experts --data manifest.csv --changes jpeg50,half --out results/experts\n"
+        "  python eval/run_bench.py detect --data manifest.csv --changes codec/share/once --out results/shared\n"
         "  python eval/run_bench.py left-out --data val.jsonl --calib calib.jsonl --weights no_swap,no_blur --out out",
     )
     parser.add_argument("task", nargs="?", choices=list(TASKS), help="what is asked (see --list)")
-    parser.add_argument("--list", action="store_true", help="list tasks, changes, protocols and suites")
+    parser.add_argument("--list", action="store_true", help="list tasks, changes, protocols, suites and other commands")
     parser.add_argument(
         "--data", metavar="MANIFEST", help="CSV, JSONL or Parquet with path and label, or CueBench's folder"
     )
@@ -977,7 +1040,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--changes",
         metavar="A,B",
-        help="experts: score under these changes or suites too, or none (default: the changes)",
+        help="experts: score under these changes or suites too, or none (default: the changes); detect: judge every "
+        "picture under this one (default: as it is)",
     )
     parser.add_argument("--weights", metavar="A,B", help="left-out: folders of trainings with --hold-out")
     parser.add_argument("--calib", metavar="MANIFEST", help="left-out: split `calib` of it fits each fusion anew")
@@ -1014,6 +1078,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"protocol {protocol.name}\tv{protocol.version}\t{protocol.line}")
         for name, suite in SUITES.items():
             print(f"suite {name}\t{sum(map(len, suite.values()))} changes: {', '.join(suite)}")
+        for name, line in COMMANDS.items():
+            print(f"command python -m {name}\t{line}")
         return 0
     try:
         # Before the run, which may write to the same folder.

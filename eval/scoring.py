@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from eval import metrics as m
+from eval.changes import Change
 from x2dfd.errors import X2DFDError
 from x2dfd.files import file_sha256, write_bytes
 from x2dfd.manifest import Sample
@@ -67,6 +68,21 @@ def equalised(path: Path) -> bytes:
     from x2dfd.media import load_picture
 
     return equalise(load_picture(path).pixels)
+
+
+def changed(path: Path, change: Change, sample_id: str, *, equal: bool) -> bytes:
+    """The file's picture under a change, as PNG; equalised before it, where that is wanted, as in task `experts`.
+
+    Raises InputError for what is not a picture.
+    """
+    from PIL import Image
+
+    from x2dfd.media import load_picture
+
+    pixels = load_picture(equalised(path) if equal else path).pixels
+    stream = io.BytesIO()
+    Image.fromarray(change(pixels, sample_id)).save(stream, "PNG", compress_level=1)
+    return stream.getvalue()
 
 
 def sha256_of(path: Path) -> str | None:
@@ -305,9 +321,16 @@ def value_of(sample: Sample, column: str) -> str:
 
 
 def three_answers(samples: Sequence[Sample], rows: Sequence[Row], draw: Resampling) -> Row:
-    """The three answers, over everything that could be opened: a picture without a face counts as not answered."""
+    """The three answers, over everything that could be opened: a picture without a face counts as not answered.
+
+    AUC and ECE are of the answered pictures alone, as the accuracy is.
+    """
     pairs = [(s, row["said"]) for s, row in zip(samples, rows, strict=True) if row["said"]]
     result = m.selective(m.to_labels(s.label for s, _ in pairs), [said for _, said in pairs])
+    answered = [(s, row["p_fake"]) for s, row in zip(samples, rows, strict=True) if row["said"] in ("fake", "real")]
+    labels, scores = m.to_labels(s.label for s, _ in answered), m.to_scores([p for _, p in answered])
+    for name, fn in (("auc", m.auc), ("ece_15", m.ece), ("ece_15_even", m.ece_at_even_odds)):
+        result[name] = draw.measure(fn, labels, scores, [s.group for s, _ in answered])
     reals = [(s.group, said) for s, said in pairs if s.label == "real"]
     fakes = [(s.group, said) for s, said in pairs if s.label == "fake"]
     result["false_alarms"] = draw.rate([said == "fake" for _, said in reals], [g for g, _ in reals])

@@ -35,7 +35,7 @@ from x2dfd.files import write_text
 if TYPE_CHECKING:
     from x2dfd.mllm import LocalMLLM
 
-VERSION = "1"
+VERSION = "2"
 ALL = ("embedded", models.FUSION, *(f"{models.EXPERT}{n}" for n in (*BUILTIN, *BESIDE)), *models.BASELINES)
 """What is compared unless models are named."""
 TASKS = ("detect", "describe")
@@ -151,7 +151,7 @@ def _described(entry: Entry, result: Row) -> Row:
     scorer = result["scorers"][_own(entry)]
     told = ("n_fake", "n_real", "invented_on_reals", "distinct_texts", "contradictions", "text")
     row = {"model": entry.label, "stated": result["model"]["stated"], "n": result["data"]["n"]}
-    row |= {f"{what}_f1": scorer[what]["micro_f1"] for what in ("areas", "cues")}
+    row |= {f"{what}_f1": scorer[what]["micro_f1"] if what in scorer else None for what in ("areas", "cues")}
     return row | {key: scorer.get(key) for key in told}
 
 

@@ -63,7 +63,7 @@ def detect(results: dict[str, Result], *, all_methods: bool = False) -> str:
         caption = (
             f"`{name}`: model `{result['model']['name']}`, manifest `{data['sha256'][:12]}`, "
             f"split {data['split'] or 'all'}, {data['n_real']} real and {data['n_fake']} fake, "
-            f"{data['n_groups']} groups, {failed} not readable. "
+            f"{data['n_groups']} groups, {failed} not readable{_changed(result)}. "
             f"False alarms: reals called fake at the shipped threshold{_answered(first)}."
             + (" † left out of the MLLM's training and the calibration (experts: see their cards)." if held_out else "")
         )
@@ -74,9 +74,15 @@ def detect(results: dict[str, Result], *, all_methods: bool = False) -> str:
 
 
 def describe(results: dict[str, Result], *, all_methods: bool = False) -> str:
-    """Cues and areas named in rationales against the truth, beside the majority baseline; by method if asked."""
+    """Cues and areas named in rationales against the truth, beside the majority baseline; by method if asked.
+
+    Of pictures with reference texts and without known cues, how near the texts come.
+    """
     blocks = []
     for name, result in _of("describe", results):
+        if not any("cues" in s for s in result["scorers"].values()):
+            blocks.append(_near_references(name, result))
+            continue
         lines = [["", "area F1 [95 %]", "cue F1 [95 %]", "distinct texts", "contradictions", "n fake"], ["---"] * 6]
         held_out = result["model"]["stated"].get("held_out", [])
         for scorer, s in result["scorers"].items():
@@ -100,6 +106,24 @@ def describe(results: dict[str, Result], *, all_methods: bool = False) -> str:
     return "\n\n".join(blocks) or "No results yet."
 
 
+_TEXT = {"rouge_l": "ROUGE-L", "bleu_mean": "BLEU, mean"}
+
+
+def _near_references(name: str, result: Result) -> str:
+    lines = [["", *_TEXT.values(), "distinct texts", "contradictions", "n"], ["---"] * (len(_TEXT) + 4)]
+    for scorer, s in result["scorers"].items():
+        cells = [_plain(s["text"].get(key, {}).get("value")) for key in _TEXT]
+        cells += [_percent(s.get("distinct_texts")), _percent(s.get("contradictions"))]
+        lines.append([scorer, *cells, str(s["text"]["n"])])
+    data, asked = result["data"], result["references"]["annotations"]
+    caption = (
+        f"`{name}`: manifest `{data['sha256'][:12]}`, split {data['split'] or 'all'}; no cues are known. Each text "
+        "against all references of its picture"
+        + (f", answers to {asked['questions']} different questions." if asked["questions"] else ".")
+    )
+    return caption + "\n\n" + _table(lines)
+
+
 def models(results: dict[str, Result]) -> str:
     """Models in rows over the same pictures: how well they tell fakes, then what their texts name (side_by_side.py)."""
     blocks = []
@@ -110,7 +134,7 @@ def models(results: dict[str, Result]) -> str:
             data, left_out = result["data"][task], [o["model"] for o in result["left_out"] if o["task"] == task]
             caption = (
                 f"`{name}`, {task}: manifest `{data['sha256'][:12]}`, split {data['split'] or 'all'}, {data['n_real']} "
-                f"real and {data['n_fake']} fake, {data['n_groups']} groups."
+                f"real and {data['n_fake']} fake, {data['n_groups']} groups{_changed(result)}."
                 + (f" Not here: {', '.join(left_out)}." if left_out else "")
             )
             blocks.append(caption + "\n\n" + _table(table(result[task])))
@@ -123,21 +147,20 @@ def _detected(rows: Sequence[Result]) -> list[list[str]]:
     for row in rows:
         pair, alarms = row["against_first"], row["false_alarms"]
         cells = [_number(row["auc"]), _number(pair["difference"]) if pair else "–", _number(row["average_precision"])]
-        cells += [_plain(row[key]) for key in ("tpr_at_fpr_0.05", "ece_15")]
+        cells += [_number(row[key]) for key in ("tpr_at_fpr_0.05", "ece_15")]
         cells += [_number(alarms, percent=True) if alarms else "–", _percent(row["answered"])]
         lines.append([row["model"], *cells, f"{row['n_scored']} of {row['n']}"])
     return lines
 
 
 def _described(rows: Sequence[Result]) -> list[list[str]]:
-    measured = {"rouge_l": "ROUGE-L", "bleu_mean": "BLEU, mean"}
-    head = ["", "area F1 [95 %]", "cue F1 [95 %]", "distinct texts", "contradictions", *measured.values(), "n fake"]
+    head = ["", "area F1 [95 %]", "cue F1 [95 %]", "distinct texts", "contradictions", *_TEXT.values(), "n fake"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
         text = row["text"] or {}
-        cells = [_number(row["areas_f1"]), _number(row["cues_f1"])]
+        cells = [_number(f1) if (f1 := row[key]) else "–" for key in ("areas_f1", "cues_f1")]
         cells += [_percent(row["distinct_texts"]), _percent(row["contradictions"])]
-        cells += [_plain(text.get(key, {}).get("value")) for key in measured]
+        cells += [_plain(text.get(key, {}).get("value")) for key in _TEXT]
         lines.append([row["model"], *cells, str(row["n_fake"])])
     return lines
 
@@ -462,6 +485,11 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
 
 def _of(task: str, results: dict[str, Result]) -> list[tuple[str, Result]]:
     return [(name, result) for name, result in results.items() if result["task"]["name"] == task]
+
+
+def _changed(result: Result) -> str:
+    change = result["settings"].get("change")
+    return f"; every picture changed before it was judged, {change}" if change else ""
 
 
 def _plain(value: float | None) -> str:

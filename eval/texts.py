@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
@@ -31,19 +32,42 @@ _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 def references_of(sample: Sample) -> tuple[str, ...]:
     """The texts of a manifest's column `references` (JSON list) or `reference`; () where there is none.
 
-    Raises X2DFDError for a `references` that is no list of texts.
+    Where `eval.protocols` wrote annotations there, every answer to every question: a rationale says why a picture is
+    real or fake, which is what they all are about. Raises X2DFDError for other `references`.
     """
-    value = sample.extra.get("references")
-    if value not in (None, ""):
-        try:
-            texts = json.loads(value) if isinstance(value, str) else value
-            if not all(isinstance(t, str) for t in texts):
-                raise TypeError("not all are texts")
-        except (TypeError, ValueError) as error:
-            raise X2DFDError(f"{sample.id}: `references` is no JSON list of texts: {error}") from error
-        return tuple(t.strip() for t in texts if t.strip())
+    if given := _given(sample):
+        return tuple(text for _, texts in given for text in texts)
     one = sample.extra.get("reference")
     return (one.strip(),) if isinstance(one, str) and one.strip() else ()
+
+
+def questions_of(sample: Sample) -> Counter[str]:
+    """How many answers a sample's annotations give to each question; none where its references are plain texts."""
+    found: Counter[str] = Counter()
+    for question, texts in _given(sample):
+        if question is not None:
+            found[question] += len(texts)
+    return found
+
+
+def _given(sample: Sample) -> list[tuple[str | None, list[str]]]:
+    """Question (None of a plain text) and texts, as the column `references` holds them, but for empty ones."""
+    value = sample.extra.get("references")
+    if value in (None, ""):
+        return []
+    try:
+        items = json.loads(value) if isinstance(value, str) else value
+        if not isinstance(items, list):
+            raise TypeError("not a list")
+        read = [(None, [i]) if isinstance(i, str) else (i["question"], i["answers"]) for i in items]
+        if not all(isinstance(q, str | None) and isinstance(t, list) for q, t in read):
+            raise TypeError("a question is no text, or its answers are no list")
+        if not all(isinstance(text, str) for _, texts in read for text in texts):
+            raise TypeError("not all are texts")
+    except (TypeError, ValueError, KeyError) as error:
+        wanted = "no JSON list of texts or of {question, answers}"
+        raise X2DFDError(f"{sample.id}: `references` is {wanted}: {error}") from error
+    return [(question, [text.strip() for text in texts if text.strip()]) for question, texts in read]
 
 
 def text_metrics(

@@ -69,6 +69,8 @@ def validation(run: Path) -> Validation:
         raise X2DFDError(
             f"{run} holds no finished run of `run_bench.py detect` in calibrated mode: {error!r}"
         ) from error
+    if change := result["settings"].get("change"):
+        raise X2DFDError(f"{run}: every picture was changed ({change}), so it says nothing of pictures as they come")
     kept = [row for row in rows if row["p_fake"] is not None]
     scores, labels = m.to_scores([row["p_fake"] for row in kept]), m.to_labels(row["label"] for row in kept)
     if min(labels.sum(), (labels == 0).sum()) < 20:

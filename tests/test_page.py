@@ -38,7 +38,7 @@ def result() -> dict[str, Any]:
     measured = detect_result(samples, rows, "calibrated", ["source", "method"], Resampling(20, 0), promised)
     auc = {"value": 0.7, "interval": [0.6, 0.8], "unchanged": 0.75, "n": 70}
     return {
-        "task": {"name": "detect", "version": "3", "unit": "image"},
+        "task": {"name": "detect", "version": "4", "unit": "image"},
         "data": {"manifest": "m.csv", "sha256": "0" * 64, "samples_sha256": "1" * 64, "pictures_sha256": "2" * 64,
                  "split": None, "limit": None, "n": 80, "n_real": 40, "n_fake": 40, "n_groups": 80},
         "model": {"name": "embedded", "mode": "calibrated", "stated": {"name": "e"}},
@@ -64,6 +64,8 @@ def test_the_page_is_one_file_that_says_what_was_measured(result: dict[str, Any]
     ids = re.findall(r'\bid="([^"]+)"', html)
     assert len(ids) == len(set(ids))
     assert "in no commit" in html and "3 files could not be judged" in html and "above the 0 % allowed" in html
+    answered = result["scorers"]["calibrated"]["answers"]
+    assert f'<th scope="row">AUC of those</th><td>{answered["auc"]["value"]:.3f} [' in html
     assert "prefers-color-scheme: dark" in html and "no_face: 1" in html
 
 

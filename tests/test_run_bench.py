@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import json
 import math
@@ -20,8 +21,12 @@ import pytest
 from PIL import Image
 
 import x2dfd
-from eval import models, page, run_bench, scoring, tables
+from eval import models, page, protocols, run_bench, scoring, tables, texts
+from eval.changes import changes_of
+from eval.validation import validation
+from x2dfd.errors import X2DFDError
 from x2dfd.files import file_sha256
+from x2dfd.manifest import write_manifest
 from x2dfd.types import Cue, Evidence, FaceReport, Failure, Report, Verdict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,6 +147,9 @@ def test_one_pass_reports_all_scorers_and_counts_what_had_no_score(
     assert scorers["expert:half"]["unscored"].pop(REASON) == 38 - scorers["expert:half"]["n_scored"] > 0
     auc = scorers["calibrated"]["overall"]["auc"]
     assert 0.5 < auc["interval"][0] < auc["value"] < auc["interval"][1]
+    for key in ("tpr_at_fpr_0.01", "tpr_at_fpr_0.05", "tpr_at_fpr_0.1", "ece_15", "ece_15_even"):
+        low, high = scorers["calibrated"]["overall"][key]["interval"]
+        assert 0 <= low < high <= 1
     assert scorers["expert:good"]["overall"]["auc"]["value"] == auc["value"]  # p squared ranks as p does
     assert scorers["mllm"]["overall"]["auc"]["value"] == pytest.approx(1 - auc["value"])
     assert scorers["expert:half"]["overall"]["auc"]["value"] == 0.5
@@ -162,6 +170,17 @@ def test_samples_can_be_recounted_from_the_table(data: Path, tmp_path: Path, mon
     reals = [r["p_fake"] for r in rows if r["label"] == "real" and r["p_fake"] is not None]
     auc = np.mean([(f > r) + (f == r) / 2 for f in fakes for r in reals])
     assert result_of(tmp_path / "out")["headline"]["calibrated.auc"]["value"] == pytest.approx(auc)
+    answers = result_of(tmp_path / "out")["scorers"]["calibrated"]["answers"]
+    answered = [r for r in rows if r["said"] in ("fake", "real")]
+    pairs = [
+        (f["p_fake"] > r["p_fake"]) + (f["p_fake"] == r["p_fake"]) / 2
+        for f in answered for r in answered if (f["label"], r["label"]) == ("fake", "real")
+    ]  # fmt: skip
+    assert len(answered) == answers["n_answered"] < 38 and answers["auc"]["value"] == pytest.approx(np.mean(pairs))
+    bins = [min(int(r["p_fake"] * 15), 14) for r in answered]
+    gaps = [sum((r["label"] == "fake") - r["p_fake"] for r, own in zip(answered, bins, strict=True) if own == k)
+            for k in range(15)]  # fmt: skip
+    assert answers["ece_15"]["value"] == pytest.approx(np.abs(gaps).sum() / len(answered))
     alarms = np.mean([r["said"] == "fake" for r in rows if r["label"] == "real"])
     assert result_of(tmp_path / "out")["headline"]["calibrated.false_alarms"]["value"] == pytest.approx(alarms)
     (broken,) = [r for r in rows if r["error"]]
@@ -208,6 +227,53 @@ def test_every_picture_reaches_the_model_in_one_format(
     bench(monkeypatch, plain, "detect", "--data", data, "--out", tmp_path / "raw", "--no-equalise")
     assert all(isinstance(source, Path) for source in plain.seen)
     assert result_of(tmp_path / "raw")["settings"]["equalise"] is None
+
+
+def test_every_picture_is_judged_under_one_change(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scores of unchanged pictures in the result of a change, of another one, or of reals or fakes alone."""
+    words = ("detect", "--data", data, "--out", tmp_path / "out")
+    assert bench(monkeypatch, StandIn(), *words) == 0
+    plain = result_of(tmp_path / "out")
+    shutil.copy(tmp_path / "out" / "result.json", tmp_path / "plain.json")
+    assert plain["settings"]["change"] is None
+    half = StandIn()
+    assert bench(monkeypatch, half, *words, "--changes", "half") == 0
+    assert len(half.seen) == 39  # none of the stored rows is of this change
+    shown = [np.asarray(Image.open(io.BytesIO(source))) for source in half.seen if isinstance(source, bytes)]
+    sizes = [picture.shape for picture in shown]
+    assert sizes == [(20, 30, 3)] * 38 + [(20, 20, 3)]
+    first = data.parent / "p/00.jpg"
+    as_it_was = np.asarray(Image.open(io.BytesIO(scoring.equalised(first))))
+    assert np.array_equal(shown[0], changes_of("half")["half"](as_it_was, "p/00.jpg"))  # as in task `experts`
+    result = result_of(tmp_path / "out")
+    assert result["settings"]["change"].startswith("half: half as wide") and result["failures"] == {"not_an_image": 1}
+    assert result["data"] == plain["data"]  # the manifest's files are the same
+    assert "Every picture was changed" in (tmp_path / "out" / "result.html").read_text("utf-8")
+    assert "changed before it was judged, half: " in tables.TABLES["detect"]({"half": result})
+    again, other = StandIn(), StandIn()
+    bench(monkeypatch, again, *words, "--changes", "half")
+    bench(monkeypatch, other, *words, "--changes", "codec/noise/0.2")
+    assert (len(again.seen), len(other.seen)) == (1, 39)  # one, to see that the model is the same
+    capsys.readouterr()
+    for wrong, why in (
+        (("--changes", "half", "--compare", tmp_path / "plain.json"), "settings change is half"),
+        (("--changes", "half,quarter"), "one change a run"),
+        (("--changes", "deeperforensics/GB"), "is 5, such as deeperforensics/GB/1"),
+        (("--changes", "hafl"), "did you mean 'half'"),
+    ):
+        assert bench(monkeypatch, StandIn(), *words, *wrong) == 2
+        assert why in capsys.readouterr().err
+    assert bench(monkeypatch, StandIn(), "describe", *words[1:], "--changes", "half") == 2
+    assert "only experts and detect take --changes" in capsys.readouterr().err
+
+
+def test_a_changed_run_is_no_validation(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Error rates under a blur, quoted in a report on a picture as it came."""
+    bench(monkeypatch, StandIn(), "detect", "--data", data, "--out", tmp_path / "out", "--changes", "blur")
+    with pytest.raises(X2DFDError, match=r"every picture was changed \(blur: "):
+        validation(tmp_path / "out")
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,6 +522,53 @@ def test_describe_without_known_cues_is_refused(
     assert "known cues" in capsys.readouterr().err
 
 
+def test_annotations_without_cues_are_scored_as_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `eval.protocols annotations` writes was refused; and no cues known is not an F1 of 0."""
+    records: list[dict[str, Any]] = []
+    for i in range(8):
+        picture(tmp_path / f"p/{i}.png", 0.2 + 0.08 * i)
+        record = {"image": f"p/{i}.png", "label": int(i < 4), "question": "Why?"}
+        records.append(record | {"answer": ["Nothing is odd.", "It is a photo."] if i < 4 else ["Its jaw is blended."]})
+    told = "This image is fake: the jaw is blended."
+    records += [record | {"question": "What is odd?", "answer": told} for record in records[4:]]
+    (tmp_path / "a.json").write_text(json.dumps(records), "utf-8")
+    read = protocols.read_annotations(tmp_path / "a.json", [tmp_path], real=["1"], fake=["0"])
+    write_manifest(tmp_path / "a.jsonl", read.samples)
+    compared: list[tuple[list[list[str]], list[str]]] = []
+
+    def exact(references: list[list[str]], said: list[str], **_: Any) -> dict[str, Any]:
+        compared.append((references, said))
+        right = np.mean([text in own for own, text in zip(references, said, strict=True)])
+        return {"rouge_l": {"value": float(right), "by": "a stand-in"}}
+
+    monkeypatch.setattr(texts, "text_metrics", exact)
+    assert bench(monkeypatch, StandIn(), "describe", "--data", tmp_path / "a.jsonl", "--out", tmp_path / "out") == 0
+    result = result_of(tmp_path / "out")
+    of_template, of_model = compared
+    assert of_template[0] == [["Nothing is odd.", "It is a photo."]] * 4 + [["Its jaw is blended.", told]] * 4
+    assert set(of_model[1]) == {told}
+    asked = {"questions": 2, "answers": 4 * 2 + 4 * 2, "commonest": {"Why?": 12, "What is odd?": 4}}
+    assert result["references"]["annotations"] == asked
+    assert (result["references"]["of_the_manifest"], result["references"]["written"]) == (8, 0)
+    assert list(result["scorers"]) == ["template", "model"] and result["majority"] is None
+    model = result["scorers"]["model"]
+    assert not {"cues", "areas", "by_method", "invented_on_reals"} & model.keys()
+    rows = pq.read_table(tmp_path / "out" / "samples.parquet").to_pylist()
+    assert model["text"]["n"] == sum(bool(row["rationale"]) for row in rows) > 1
+    assert list(result["headline"]) == [f"{n}.{k}" for n in ("template", "model") for k in ("bleu_mean", "rouge_l")]
+    assert result["headline"]["model.rouge_l"] == {"value": 1.0, "interval": None, "n": model["text"]["n"]}
+    assert result["headline"]["model.bleu_mean"]["value"] is None  # not measured here, which is no zero
+    table = tables.TABLES["describe"]({"a": result})
+    assert "answers to 2 different questions" in table and "| model | " in table and "F1" not in table
+
+    # Beside pictures with known cues, those without are in the text metrics alone.
+    cued = [replace(s, cues=(Cue("jaw", "blending"),)) if i == 7 else s for i, s in enumerate(read.samples)]
+    write_manifest(tmp_path / "b.jsonl", cued)
+    assert bench(monkeypatch, StandIn(), "describe", "--data", tmp_path / "b.jsonl", "--out", tmp_path / "mixed") == 0
+    model = result_of(tmp_path / "mixed")["scorers"]["model"]
+    assert model["n_fake"] == model["cues"]["n"] == 1 and model["text"]["n"] > 1
+
+
 def test_a_clip_id_shared_by_two_clips_is_refused(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -491,7 +604,10 @@ def test_it_runs_as_a_script() -> None:
     done = subprocess.run([sys.executable, script, "--list"], cwd="/", capture_output=True, text=True, check=True)
     listed = [line.split("\t")[0] for line in done.stdout.splitlines()]
     assert listed[: len(run_bench.TASKS)] == list(run_bench.TASKS)
-    assert {"change jpeg50", "suite codec", "protocol df40-p1"} <= set(listed[len(run_bench.TASKS) :])
+    others = set(listed[len(run_bench.TASKS) :])
+    assert {"change jpeg50", "suite codec", "protocol df40-p1"} <= others
+    assert {f"command python -m eval.{name}" for name in ("overlays", "adversarial")} <= others
+    assert all(importlib.util.find_spec(name) for name in run_bench.COMMANDS)  # a command that is no longer there
 
 
 def test_readme_tables_follow_the_results(

@@ -115,7 +115,8 @@ def test_one_table_of_many_models(
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(rows) + 2 + len(texts) and {len(line) for line in lines[:8]} == {9}
     tiny_line = dict(zip(lines[0], lines[2], strict=True))
-    assert tiny_line["ECE"] == f"{rows['tiny']['ece_15']:.3f}" and tiny_line["n"] == "8 of 8"
+    value, (low, high) = rows["tiny"]["ece_15"]["value"], rows["tiny"]["ece_15"]["interval"]
+    assert tiny_line["ECE"] == f"{value:.3f} [{low:.3f}, {high:.3f}]" and tiny_line["n"] == "8 of 8"
     assert "Not here: expert:mesonet, nobody, served." in table
     assert tables.TABLES["models"]({}) == "No results yet."
 

@@ -29,10 +29,14 @@ def test_references_are_several_or_one_or_none() -> None:
     assert texts.references_of(sample(references=json.dumps(["One.", " ", "Two."]))) == ("One.", "Two.")
     assert texts.references_of(sample(reference="One.")) == ("One.",)
     assert texts.references_of(sample()) == texts.references_of(sample(references="", reference="")) == ()
-    with pytest.raises(X2DFDError, match="JSON list"):
-        texts.references_of(sample(references="{oops"))
-    with pytest.raises(X2DFDError, match="JSON list"):
-        texts.references_of(sample(references=[1]))
+    assert texts.questions_of(sample(references=["One."])) == {}
+    annotated = [{"question": "Why?", "answers": ["One.", " ", "Two."]}, {"question": "", "answers": ["Three."]}]
+    for given in (annotated, json.dumps(annotated)):
+        assert texts.references_of(sample(references=given)) == ("One.", "Two.", "Three.")
+        assert texts.questions_of(sample(references=given)) == {"Why?": 2, "": 1}
+    for wrong in ("{oops", [1], '{"One.": 1}', [{"question": "Why?"}], [{"question": "Why?", "answers": "One."}]):
+        with pytest.raises(X2DFDError, match="JSON list"):
+            texts.references_of(sample(references=wrong))
 
 
 def test_what_does_not_run_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
