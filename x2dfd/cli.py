@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     Many = Callable[..., Iterator[Report | Failure]]
 
 NOT_PROOF = "These are statistical estimates, not proof: do not accuse a person or clear a picture on them alone."
+BATCHES = 16  # at a time: within them the next is decoded while one is judged; bounds the kept rows in memory
 COLOURS = {"fake": typer.colors.RED, "real": typer.colors.GREEN, "inconclusive": typer.colors.YELLOW}
 
 
@@ -259,7 +260,7 @@ def detect(
         "threads": threads, "device": device, "dtype": dtype.value if dtype else None,
     }  # fmt: skip
     detector: Detector | RayDetector
-    window = batch_size
+    window = BATCHES * batch_size
     if engine is Engine.ray:
         from x2dfd.ray_engine import WINDOW, RayDetector
 
