@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -100,6 +101,22 @@ def photos(tmp_path: Path) -> Path:
         picture[0, 0] = ord(name[0])  # three different files
         Image.fromarray(picture).save(folder / name)
     return folder
+
+
+def test_loading_a_model_leaves_the_collector_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: a run over a million files in which no cycle is ever collected, whether the load failed or not."""
+    seen = []
+    monkeypatch.setattr(x2dfd, "load", lambda **_: seen.append(gc.isenabled()), raising=False)
+    cli._load()
+    assert seen == [False] and gc.isenabled()
+
+    def refused(**_: Any) -> None:
+        raise SetupError("no model")
+
+    monkeypatch.setattr(x2dfd, "load", refused, raising=False)
+    with pytest.raises(SetupError):
+        cli._load()
+    assert gc.isenabled()
 
 
 def test_person_reads_verdict_rationale_cues_and_experts(run: Run, photos: Path) -> None:
@@ -395,11 +412,12 @@ def test_shards_together_are_the_whole(run: Run, detector: SmallDetector, photos
 
 
 def test_manifest_streams_in_batches_and_names_what_failed(
-    run: Run, detector: SmallDetector, photos: Path, tmp_path: Path
+    run: Run, detector: SmallDetector, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One row a path, each failure with its reason; a path that is listed twice is judged once."""
     manifest = tmp_path / "m.csv"
     manifest.write_text("path\n" + "".join(f"photos/{n}\n" for n in ("c.png", "gone.png", "a.png", "c.png", "b.png")))
+    monkeypatch.setattr(cli, "BATCHES", 1)
     done = run("detect", "--manifest", manifest, "--out", tmp_path / "t.jsonl", "--batch-size", 2)
     assert done.exit_code == 0 and "1 paths came more than once" in done.stderr
     rows = table(tmp_path / "t.jsonl")

@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import struct
+import threading
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import x2dfd
+import x2dfd.detector as detector_module
 from tests import tiny
 from x2dfd.calibration import Calibration
 from x2dfd.degrade import codec
@@ -275,17 +277,78 @@ def test_a_batch_of_one_is_a_batch_of_eight(detector: Detector, astronaut: Pixel
     assert len({f.p_fake_mllm for r in one if isinstance(r, Report) for f in r.faces}) > 4
 
 
-def test_a_run_is_lazy(detector: Detector, face_photo: Path) -> None:
+def test_a_run_reads_one_batch_ahead(detector: Detector, face_photo: Path) -> None:
     """A folder of a million files must not be opened before the first answer."""
+    read = []
+
+    def sources() -> Iterator[Path]:
+        for number in range(40):
+            read.append(number)
+            yield face_photo
+
+    run = detector.detect_many(sources(), batch_size=2, rationale=False)
+    assert isinstance(next(run), Report) and len(read) == 4
+    run.close()  # type: ignore[attr-defined]
+    assert len(read) == 4 and _decoders() == []
+    with pytest.raises(ValueError, match="batch_size"):
+        next(detector.detect_many([face_photo], batch_size=0))
+
+
+def _decoders() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("x2dfd-decode")]
+
+
+def test_the_next_batch_is_decoded_while_one_is_judged(
+    detector: Detector, astronaut: Pixels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: a model that waits for the disk. What is decoded beside it must be judged as it is alone."""
+    sources = [jpeg(np.roll(astronaut, 9 * k, 1)) for k in range(4)] + [b"no picture"] + [jpeg(collage(astronaut))]
+    alone = [next(iter(detector.detect_many([s], rationale=False))) for s in sources]
+    opened: list[str] = []
+    second = threading.Event()
+    original = detector_module._open
+
+    def noted(source: Any) -> Any:
+        opened.append(threading.current_thread().name)
+        if len(opened) > 2:
+            second.set()
+        return original(source)
+
+    look = detector.mllm.look
+
+    def waits(crops: Pixels) -> Any:
+        assert second.wait(30), "the second batch was not opened while the first was judged"
+        return look(crops)
+
+    monkeypatch.setattr(detector_module, "_open", noted)
+    monkeypatch.setattr(detector.mllm, "look", waits)
+    together = list(detector.detect_many(sources, batch_size=2, rationale=False))
+    assert len(opened) == len(sources) and all(name.startswith("x2dfd-decode") for name in opened)
+    assert [type(r) for r in together] == [Report] * 4 + [Failure, Report]
+    for a, b in zip(alone, together, strict=True):
+        assert a.sha256 == b.sha256
+        if isinstance(a, Report) and isinstance(b, Report):
+            assert [f.box for f in a.faces] == [f.box for f in b.faces]
+            assert [f.p_fake_mllm for f in a.faces] == pytest.approx([f.p_fake_mllm for f in b.faces], abs=1e-4)
+    assert _decoders() == []
+
+
+@pytest.mark.parametrize("error", [OSError("the list ends"), KeyboardInterrupt()])
+def test_a_broken_list_of_files_loses_no_answer_and_leaves_no_thread(
+    detector: Detector, face_photo: Path, error: BaseException
+) -> None:
+    """The list is read ahead: what breaks it there must not take the answers before it along."""
 
     def sources() -> Iterator[Path]:
         yield from [face_photo] * 2
-        raise AssertionError("read on before the first batch was answered")
+        raise error
 
-    first = next(detector.detect_many(sources(), batch_size=2, rationale=False))
-    assert isinstance(first, Report)
-    with pytest.raises(ValueError, match="batch_size"):
-        next(detector.detect_many([face_photo], batch_size=0))
+    rows = []
+    with pytest.raises(type(error)):
+        for row in detector.detect_many(sources(), batch_size=2, rationale=False):
+            rows.append(row)
+    assert len(rows) == (2 if isinstance(error, Exception) else 0)  # Ctrl-C does not wait
+    assert _decoders() == []
 
 
 # --- modes and models ------------------------------------------------------------------------------------------------

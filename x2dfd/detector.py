@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -90,6 +91,16 @@ class _Seen:
     time_s: float | None
 
 
+@dataclass(frozen=True, eq=False)
+class _Ready:
+    """A file as the models take it: decoded, its faces found."""
+
+    media: Picture | Video | Failure
+    seen: list[_Seen]
+    notes: list[str]
+    seconds: dict[str, float]
+
+
 class Detector:
     """MLLM, experts and calibration together. Made by `x2dfd.load`."""
 
@@ -127,25 +138,38 @@ class Detector:
 
     def detect(self, source: Source, *, rationale: bool = True) -> Report:
         """Judge one picture or video (a path, its bytes, or a PIL image). Raises InputError with a reason code."""
-        return next(self._reports([source], rationale))
+        [report] = self._judge([_ready(source)], rationale)
+        assert isinstance(report, Report)
+        return report
 
     def detect_many(
         self, sources: Iterable[Source], *, batch_size: int = 8, rationale: bool = True
     ) -> Iterator[Report | Failure]:
         """Reports in the order of the sources; a file that cannot be judged is a Failure and the run goes on.
 
-        The faces of `batch_size` files go through the models together.
+        The faces of `batch_size` files go through the models together. Meanwhile a thread decodes the next batch and
+        finds its faces, so `sources` is read one batch ahead (in the caller's thread); two batches stand in memory.
         """
         if batch_size < 1:
             raise ValueError("batch_size must be at least 1")
-        waiting: list[Source] = []
-        for source in sources:
-            waiting.append(source)
-            if len(waiting) == batch_size:
-                yield from self._batch(waiting, rationale)
-                waiting = []
-        if waiting:
-            yield from self._batch(waiting, rationale)
+        source = iter(sources)
+        beside = ThreadPoolExecutor(1, "x2dfd-decode")
+        try:
+            # A file each, so that a run that is broken off waits for one file and not for a batch.
+            ahead = [beside.submit(_ready_or_failure, s) for s in islice(source, batch_size)]
+            broken: Exception | None = None
+            while ahead:
+                batch = [one.result() for one in ahead]
+                ahead = []
+                try:
+                    ahead = [beside.submit(_ready_or_failure, s) for s in islice(source, batch_size)]
+                except Exception as error:  # of the caller's iterator: raised in its turn, after this batch's reports
+                    broken = error
+                yield from self._batch(batch, rationale)
+            if broken is not None:
+                raise broken
+        finally:
+            beside.shutdown(cancel_futures=True)
 
     def chat(self, report: Report, question: str, *, source: Source | None = None) -> str:
         """Answer a follow-up about a report. The stored verdict stands, whatever is asked.
@@ -209,50 +233,27 @@ class Detector:
 
     # --- the road ---
 
-    def _batch(self, sources: Sequence[Source], rationale: bool) -> Iterator[Report | Failure]:
-        start = time.perf_counter()
-        opened: list[Picture | Video | Failure] = []
-        for source in sources:
-            try:
-                opened.append(_open(source))
-            except InputError as error:
-                opened.append(_failure(source, error))
-        timings = {"files": len(opened), "decode": time.perf_counter() - start}
+    def _batch(self, batch: Sequence[_Ready], rationale: bool) -> list[Report | Failure]:
         try:
-            results = list(self._judge(opened, rationale, timings))
+            return self._judge(batch, rationale)
         except InputError as error:  # of a served model, about one of these files
-            if len(sources) == 1:
-                results = [_failure(sources[0], error)]
-            else:
-                results = [result for source in sources for result in self._batch([source], rationale)]
-        yield from results
+            if len(batch) > 1:
+                return [result for one in batch for result in self._batch([one], rationale)]
+            media = batch[0].media
+            return [Failure(media.path, media.sha256, error.code, error.reason)]
 
-    def _reports(self, sources: Sequence[Source], rationale: bool) -> Iterator[Report]:
-        start = time.perf_counter()
-        opened = [_open(s) for s in sources]
-        for report in self._judge(opened, rationale, {"files": 1, "decode": time.perf_counter() - start}):
-            if isinstance(report, Report):
-                yield report
-
-    def _judge(
-        self, opened: Sequence[Picture | Video | Failure], rationale: bool, timings: dict[str, float]
-    ) -> Iterator[Report | Failure]:
-        clock = _Clock(timings)
-        seen: list[list[_Seen]] = []
-        warnings: list[list[str]] = []
-        for media in opened:
-            found, notes = _find(media)
-            seen.append(found)
-            warnings.append(notes)
-        clock.lap("faces")
-        faces = self._face_reports([s for found in seen for s in found], rationale, clock)
-        at = 0
-        for media, found, notes in zip(opened, seen, warnings, strict=True):
-            if isinstance(media, Failure):
-                yield media
+    def _judge(self, batch: Sequence[_Ready], rationale: bool) -> list[Report | Failure]:
+        stages = {stage: sum(one.seconds.get(stage, 0.0) for one in batch) for stage in ("decode", "faces")}
+        clock = _Clock({"files": len(batch), **stages})
+        faces = iter(self._face_reports([s for one in batch for s in one.seen], rationale, clock))
+        results: list[Report | Failure] = []
+        for one in batch:
+            if isinstance(one.media, Failure):
+                results.append(one.media)
                 continue
-            yield self._report(media, faces[at : at + len(found)], notes, clock.seconds)
-            at += len(found)
+            own = list(islice(faces, len(one.seen)))
+            results.append(self._report(one.media, own, one.notes, clock.seconds))
+        return results
 
     def _face_reports(self, seen: Sequence[_Seen], rationale: bool, clock: _Clock) -> list[FaceReport]:
         """All faces of a batch through tower, experts, MLLM and calibration."""
@@ -565,9 +566,25 @@ def _open(source: Source) -> Picture | Video:
     return replace(media, provenance=read_provenance(source, media.format))
 
 
-def _find(media: Picture | Video | Failure) -> tuple[list[_Seen], list[str]]:
-    if isinstance(media, Failure):
-        return [], []
+def _ready(source: Source) -> _Ready:
+    """Raises InputError."""
+    seconds: dict[str, float] = {}
+    clock = _Clock(seconds)
+    media = _open(source)
+    clock.lap("decode")
+    seen, notes = _find(media)
+    clock.lap("faces")
+    return _Ready(media, seen, notes, seconds)
+
+
+def _ready_or_failure(source: Source) -> _Ready:
+    try:
+        return _ready(source)
+    except InputError as error:
+        return _Ready(_failure(source, error), [], [], {})
+
+
+def _find(media: Picture | Video) -> tuple[list[_Seen], list[str]]:
     if isinstance(media, Picture):
         faces = find_faces(media.pixels)
         notes = [f"{len(faces) - MAX_FACES} smaller faces were left out"] if len(faces) > MAX_FACES else []

@@ -7,6 +7,7 @@ ai-edge-litert. Mesh point numbers are those of MediaPipe's canonical face model
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -61,7 +62,7 @@ _JAW = (
 
 
 class _Tflite:
-    """One tflite model with one input; returns its outputs by shape."""
+    """One tflite model with one input; returns its outputs by shape. Threads take turns with its one state."""
 
     def __init__(self, file: str) -> None:
         from ai_edge_litert.interpreter import Interpreter
@@ -71,13 +72,15 @@ class _Tflite:
             raise SetupError(f"face model {path} is missing; get a fresh checkout and install it: pip install -e .")
         self._model = Interpreter(model_path=str(path), num_threads=1)
         self._model.allocate_tensors()
+        self._turn = threading.Lock()
         self._input = self._model.get_input_details()[0]["index"]
         self._outputs = [(d["index"], tuple(d["shape"])) for d in self._model.get_output_details()]
 
     def __call__(self, image: Array) -> dict[tuple[int, ...], Array]:
-        self._model.set_tensor(self._input, image[None].astype(np.float32))
-        self._model.invoke()
-        return {shape: self._model.get_tensor(index) for index, shape in self._outputs}
+        with self._turn:
+            self._model.set_tensor(self._input, image[None].astype(np.float32))
+            self._model.invoke()
+            return {shape: self._model.get_tensor(index) for index, shape in self._outputs}
 
 
 @cache

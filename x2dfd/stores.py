@@ -7,9 +7,9 @@ and keys are the user's own.
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,15 +69,21 @@ def detect_places(
     detector: Detector | Any, places: Iterable[Place], *, batch_size: int, rationale: bool
 ) -> Iterator[Report | Failure]:
     """As Detector.detect_many, over local paths and addresses; `path` of a result is the place as it was given."""
-    source = iter(places)
-    while part := list(islice(source, batch_size)):
-        opened: list[Path | bytes | Failure] = []
-        for place in part:
+    asked: deque[tuple[Place, Failure | None]] = deque()
+
+    def readable() -> Iterator[Path | bytes]:
+        for place in places:
             try:
-                opened.append(place if isinstance(place, Path) else read_address(place))
+                source = place if isinstance(place, Path) else read_address(place)
             except InputError as error:
-                opened.append(Failure(str(place), None, error.code, error.reason))
-        readable = [o for o in opened if not isinstance(o, Failure)]
-        found = iter(detector.detect_many(readable, batch_size=batch_size, rationale=rationale))
-        for place, one in zip(part, opened, strict=True):
-            yield one if isinstance(one, Failure) else replace(next(found), path=str(place))
+                asked.append((place, Failure(str(place), None, error.code, error.reason)))
+            else:
+                asked.append((place, None))
+                yield source
+
+    for result in detector.detect_many(readable(), batch_size=batch_size, rationale=rationale):
+        while (failure := asked[0][1]) is not None:
+            asked.popleft()
+            yield failure
+        yield replace(result, path=str(asked.popleft()[0]))
+    yield from (failure for _, failure in asked if failure is not None)

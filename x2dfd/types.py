@@ -156,7 +156,9 @@ class Report:
     provenance: dict[str, Any]  # C2PA state; never merged into p_fake
     model: dict[str, Any]  # names, hashes, layer counts, mode, threshold and band in force
     versions: dict[str, str]
-    timings: dict[str, float]  # seconds per stage, of the whole batch; `files`: how many files the batch held
+    # Seconds per stage, of the whole batch; `files`: how many files it held. Decoding and face finding may have run
+    # while the batch before was judged.
+    timings: dict[str, float]
     warnings: tuple[str, ...] = ()
     likelihood_ratio: dict[str, Any] = field(default_factory=dict)  # `value`, `interval`, `limits`, `run`,
     # `propositions`; or `value` None and the `reason`. Empty in reports of former versions
