@@ -372,7 +372,7 @@ def verify(
 
 def _load(**options: Any) -> Detector:
     """As x2dfd.load, without the garbage collector, which finds nothing in what torch and transformers make while they
-    are imported, and takes a fifth of the command's time to look for it, most of that at its end."""
+    are imported, and takes a fifth of the command's time to look for it, half of that at its end."""
     gc.disable()
     try:
         return x2dfd.load(**options)
