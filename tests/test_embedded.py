@@ -101,7 +101,7 @@ def test_the_bench_of_the_experts_sees_what_a_verdict_sees(detector: Any, face_p
     [row], _ = judge(panel, {}, [Sample("s", face_photo, "real", group="g")], equal=True, batch_size=8)
     report = detector.detect(equalised(face_photo), rationale=False)
     told = {e.expert: e.score for e in report.evidence}
-    assert len(told) >= 3 and {name: row["experts"][name] for name in told} == pytest.approx(told, abs=1e-3)
+    assert len(told) >= 2 and {name: row["experts"][name] for name in told} == pytest.approx(told, abs=1e-3)
     assert {key: report.model[key] for key in ("crops_through", "experts")} == {
         key: panel.facts()[key] for key in ("crops_through", "experts")
     }
