@@ -188,7 +188,9 @@ def _records(
         }
         return {"id": f"{sample.id}/{task}", "task": task, **common, **told, "conversations": turns}
 
-    for number in range(config.explanations if label == "fake" and cues else 1):
+    # A served writer's text is one; our grammar says the same in other words.
+    again = label == "fake" and bool(cues) and not (served and served.text)
+    for number in range(config.explanations if again else 1):
         shown = corrupted(evidence, config.corrupt, rng) if sample.split == "train" else evidence
         pointed = [c for e in shown for c in e.cues] if label == "real" else []
         # Always written: the same random numbers are left for all that follows, whoever explains.

@@ -114,6 +114,8 @@ def train(config: FinetuneConfig) -> Path:
         data = load_crops(Path(config.manifest))
         _check_instructions(config)
     model, processor = open_base(config)
+    if config.cue_weight != 1 and not processor.tokenizer.is_fast:
+        raise X2DFDError("cue_weight wants a tokenizer that knows where its tokens stand in a text: take cue_weight: 1")
     label_ids = prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS)
     with arguments.main_process_first(local=False):
         features = _features(config, model, processor, data)

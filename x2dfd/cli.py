@@ -641,9 +641,8 @@ def _block(result: Report | Failure) -> str:
     if verdict.reason:
         lines.append(_wrapped(f"reason: {verdict.reason.replace('_', ' ')}"))
     if result.rationale:
-        unsure = verdict.label == "inconclusive" and verdict.p_fake is not None
-        side = "fake" if (verdict.p_fake or 0.0) >= 0.5 else "real"
-        lines.append(_wrapped((f"no answer; were it {side}: " if unsure else "") + result.rationale))
+        unsure = f"no answer; were it {verdict.side}: " if verdict.label == "inconclusive" else ""
+        lines.append(_wrapped(unsure + result.rationale))
     if result.cues:
         lines.append(_wrapped("cues: " + ", ".join(f"{cue.area} · {cue.artifact}" for cue in result.cues)))
     if decider is not None:

@@ -188,7 +188,7 @@ class Detector:
             raise InputError("other_picture", "this is not the picture that the report is about")
         face = _find(media)[0][deciding.index].face
         [asked] = self._questions([deciding.evidence])
-        answer = f"{prompts.rationale_start(_said(deciding.verdict))} {deciding.rationale}".strip()
+        answer = f"{prompts.rationale_start(deciding.verdict.side)} {deciding.rationale}".strip()
         look = self.mllm.look(through_codec([face])[0].crop[None])
         return self.mllm.write(look, [asked], [""], turns=[(answer, question)])[0]
 
@@ -211,7 +211,7 @@ class Detector:
             texts = self.mllm.write(
                 self.mllm.look(np.stack([f.crop for f in faces])),
                 self._questions([f.evidence for f in part]),
-                [prompts.rationale_start(_said(f.verdict)) for f in part],
+                [prompts.rationale_start(f.verdict.side) for f in part],
                 on_text=on_text if at == 0 else None,
             )
             told |= {f.index: _explained(f, found[f.index].face, text) for f, text in zip(part, texts, strict=True)}
@@ -272,7 +272,7 @@ class Detector:
             for own, said in zip(logits, evidence, strict=True):
                 verdicts.append(self._verdict(float(own), said))
             if rationale:
-                starts = [prompts.rationale_start(_said(v)) for v in verdicts]
+                starts = [prompts.rationale_start(v.side) for v in verdicts]
                 texts = self.mllm.write(look, questions, starts)
                 clock.lap("rationale")
             for s, own, said, verdict, text in zip(part, logits, evidence, verdicts, texts, strict=True):
@@ -628,13 +628,6 @@ def _corners(face: Face) -> tuple[tuple[float, float], ...]:
 
 def _p_fake(face: FaceReport) -> float:
     return face.verdict.p_fake if face.verdict.p_fake is not None else -1.0
-
-
-def _said(verdict: Verdict) -> str:
-    """The label a rationale is written under: an inconclusive verdict is explained by its likelier side."""
-    if verdict.label != "inconclusive":
-        return verdict.label
-    return "fake" if (verdict.p_fake or 0.0) >= 0.5 else "real"
 
 
 def _paper_threshold(calibration: Calibration | None) -> float:

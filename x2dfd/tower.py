@@ -111,7 +111,7 @@ def cached_features(
 ) -> TowerFeatures:
     """Features of the given samples, each on its own `training_view`, computed once.
 
-    A cut-off run goes on where it stopped. In fp32: that a processor has units for bf16 does not make it quicker.
+    A cut-off run goes on where it stopped.
     """
     folder.mkdir(parents=True, exist_ok=True)
     n = len(rows)

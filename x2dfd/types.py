@@ -69,6 +69,13 @@ class Verdict:
     p_fake: float | None  # calibrated probability; None when nothing could be assessed
     reason: str | None = None  # why inconclusive: `no_face`, `in_band`, `experts_disagree`
 
+    @property
+    def side(self) -> str:
+        """The label a rationale is written under: an inconclusive verdict is explained by its likelier side."""
+        if self.label != "inconclusive":
+            return self.label
+        return "fake" if (self.p_fake or 0.0) >= 0.5 else "real"
+
 
 @dataclass(frozen=True, eq=False)
 class Face:
