@@ -79,6 +79,9 @@ def build(
     hold_out: Annotated[str, typer.Option(help="forge methods kept out of training, comma-separated")] = "",
     corrupt: Annotated[float, typer.Option(help="share of injected scores that are wrong or missing")] = 0.15,
     score_form: Annotated[str, typer.Option(help="how questions give scores: numbers, words or both")] = "numbers",
+    closing: Annotated[
+        bool, typer.Option(help="end explanations in a sentence on the experts that agree; `x2dfd` writes it anyway")
+    ] = True,
     explanations: Annotated[int, typer.Option(help="explained verdicts per fake whose cues are known")] = 1,
     limit: Annotated[int | None, typer.Option(help="at most this many pictures")] = None,
     view_seed: Annotated[int, typer.Option(help="degradation of each picture; the same in finetune")] = 1,
@@ -108,6 +111,7 @@ def build(
         view_seed=view_seed,
         corrupt=corrupt,
         score_form=score_form,
+        closing=closing,
         explanations=explanations,
         limit=limit,
         seed=seed,

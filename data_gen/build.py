@@ -51,6 +51,7 @@ class BuildConfig:
     held_out: tuple[str, ...] = ()  # forge methods kept out of training, for figures on unseen methods
     view_seed: int = 1  # the degradation of each picture; the cached tower features use the same
     corrupt: float = 0.15  # share of injected scores that are wrong or missing in training
+    closing: bool = True  # explanations end in a sentence on the experts that agree, as X2-DFD's do
     explanations: int = 1  # verdicts with an explanation per fake with known cues: other words, other wrong scores
     cue_questions: int = 2  # yes/no questions per picture
     follow_ups: float = 0.35  # share of pictures with a second turn after the verdict
@@ -198,7 +199,7 @@ def _records(
         if served and served.text:
             explanation = served.text
         question = prompts.verdict_question(shown, config.score_form)
-        answer = prompts.verdict_answer(label, explanation, shown)
+        answer = prompts.verdict_answer(label, explanation, shown if config.closing else ())
         yield record("detect" if number == 0 else f"detect_again{number}", question, answer)
     yield record("detect_plain", prompts.QUESTION, prompts.verdict_answer(label))
     told = prompts.told(shown, config.score_form)

@@ -1,7 +1,9 @@
 """The grammar that writes training explanations: what stands after "This image is fake." or "This image is real."
 
-A small language model learns these sentences, so they are short and plain and name area and artifact early. Whatever is
-written here, `x2dfd.explain.read_cues` reads back as exactly the cues that were given: nothing is claimed beyond them.
+A small language model learns these sentences, so they are short and plain, and every clause about a cue begins with the
+two words by which a question calls it ("mouth blur: the mouth is smudged"): such a model copies a word sooner than its
+meaning (LOG.md). Whatever is written here, `x2dfd.explain.read_cues` reads back as exactly the cues that were given:
+nothing is claimed beyond them.
 """
 
 from __future__ import annotations
@@ -139,7 +141,7 @@ _SEEN_AT: dict[tuple[str, str], tuple[str, ...]] = {
 }  # fmt: skip
 
 _WHOLE_FACE = (
-    "the face as a whole looks generated: the whole image has {an} synthetic texture",
+    "the face as a whole looks generated, and the whole image has {an} plastic texture",
     "the face as a whole looks synthetic, and the texture of the whole image is {adv} unnatural",
     "the whole image looks generated, with {an} plastic texture",
     "the face as a whole looks generated, and the whole image is {adv} too smooth",
@@ -159,8 +161,8 @@ _NOWHERE_EFS = (
     "Nothing here was pasted in: the whole face looks made by a generator.",
 )
 
-_OPENINGS = ("", "", "", "", "on a close look, ", "most telling, ", "one can see that ", "what stands out: ")
-_JOINS = ("; ", ", and ", ". ", ". Also, ", ", while ")
+_OPENINGS = ("", "", "", "", "on a close look, ", "most telling, ")
+_JOINS = ("; ", "; ", ". ", ". Also, ")
 
 _MEANS: dict[str, tuple[str, ...]] = {
     "texture": ("A filter or a generator seems to have worked there.",),
@@ -369,7 +371,7 @@ def _degree(score: float | None) -> int:
 
 
 def _describe(cue: Cue, df_class: str, rng: Rng) -> str:
-    """One clause that names the cue, without capital or full stop."""
+    """One clause about the cue, without capital or full stop: what a question calls it, then what one would see."""
     templates = _SEEN[cue.artifact]
     special = _SEEN_AT.get((cue.area, cue.artifact), ())
     if df_class == "EFS" and (cue.area, cue.artifact) == ("whole-image", "texture"):
@@ -382,7 +384,8 @@ def _describe(cue: Cue, df_class: str, rng: Rng) -> str:
     adjective = _pick(rng, adjectives)
     names = _AREA_NAMES[cue.area]
     name, plural = names[0] if rng.random() < 0.6 else names[int(rng.integers(len(names)))]
-    return _fill(_pick(rng, templates), name, plural, adj=adjective, an=f"a {adjective}", adv=_pick(rng, adverbs))
+    seen = _fill(_pick(rng, templates), name, plural, adj=adjective, an=f"a {adjective}", adv=_pick(rng, adverbs))
+    return f"{cue.area} {cue.artifact}: {seen}"
 
 
 def _fill(template: str, name: str, plural: bool, **words: str) -> str:

@@ -80,7 +80,7 @@ JUDGED = "the judged samples"
 ANSWERS = Layout(
     texts=("said", "reason", "rationale", "error"),
     numbers=("p_fake", "p_mllm"),
-    packed=("notes", "cues", "contradictions", "pointed"),
+    packed=("notes", "cues", "contradictions", "pointed", "p_faces"),
 )
 """What a row of `detect` and `describe` holds, beside the sample and the experts' scores."""
 
@@ -98,7 +98,7 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("detect", "4", "image, clip", "real or fake: the verdict, the MLLM alone and every expert, side by side"),
+        Task("detect", "5", "image, face, clip", "real or fake: the verdict, the MLLM alone and every expert, side by side"),
         Task("answer", "1", "image", f"real or fake in words (DF-D): {len(answers.QUESTIONS)} wordings, half reversed"),
         Task("classify", "1", "image", f"which kind of forgery, in words (DF-C): {', '.join(DF_CLASSES)}"),
         Task("describe", "3", "image", "the rationale: cues against those known, text against reference texts"),
@@ -160,7 +160,8 @@ def judged(
 def blank_row(sample: Sample) -> Row:
     row: Row = {"id": sample.id, "sha256": sha256_of(sample.path), "p_fake": None, "said": None, "reason": None}
     row |= {"p_mllm": None, "experts": {}}
-    return row | {"notes": {}, "rationale": "", "cues": [], "contradictions": [], "pointed": {}, "error": None}
+    row |= {"notes": {}, "rationale": "", "cues": [], "contradictions": [], "pointed": {}, "p_faces": []}
+    return row | {"error": None}
 
 
 def to_row(sample: Sample, answer: Report | Failure) -> Row:
@@ -181,6 +182,7 @@ def to_row(sample: Sample, answer: Report | Failure) -> Row:
         "cues": [asdict(c) for c in answer.cues],
         "contradictions": list(face.contradictions) if face else [],
         "pointed": {e.expert: [[c.area, c.artifact] for c in e.cues] for e in answer.evidence if e.cues},
+        "p_faces": [f.verdict.p_fake for f in with_score],
     }
 
 
@@ -223,6 +225,8 @@ def detect_result(
         scorers[scorer]["curves"] = curves.of(m.to_labels(s.label for s in of_kept), scores)
         if scorer == verdict:
             scorers[scorer]["answers"] = three_answers(samples, rows, draw)
+            if any(len(row["p_faces"]) > 1 for row in rows):
+                scorers[scorer]["faces"] = _faces(samples, rows, draw)
             scorers[scorer]["gaps"] = {c: g for c in by if c != "method" and (g := _gaps(samples, rows, c, draw))}
             if promised:
                 scorers[scorer]["promise"] = risk.promise(samples, rows, promised, draw)
@@ -272,6 +276,16 @@ def _scorer(
                 part["found"] = draw.rate([said[i] == "fake" for i in fakes], [groups[i] for i in fakes])
             table[value] = part
     return result
+
+
+def _faces(samples: Sequence[Sample], rows: Sequence[Row], draw: Resampling) -> Row:
+    """AUC and EER of every face that was found, each with its picture's label, as protocols over all faces count."""
+    found = [(s, p) for s, row in zip(samples, rows, strict=True) for p in row["p_faces"]]
+    labels, scores = m.to_labels(s.label for s, _ in found), m.to_scores([p for _, p in found])
+    groups = [s.group for s, _ in found]
+    several = sum(len(row["p_faces"]) > 1 and s.label == "fake" for s, row in zip(samples, rows, strict=True))
+    result: Row = {"n": len(found), "fake_pictures_with_several": several, "label": "that of the picture"}
+    return result | {name: draw.measure(fn, labels, scores, groups) for name, fn in (("auc", m.auc), ("eer", m.eer))}
 
 
 def _videos(

@@ -172,6 +172,18 @@ def test_scores_stand_in_words_where_asked_for(manifest: Path, tmp_path: Path) -
     assert json.loads((tmp_path / "card.json").read_text())["config"]["score_form"] == "both"
 
 
+def test_the_sentence_on_experts_can_be_left_to_the_code(manifest: Path, tmp_path: Path) -> None:
+    known = {tiny.EXPERT: {f"s{i}": (0.05, 0.95)[i % 2] for i in range(100)}}
+    plain, short = (detect(made(manifest, tmp_path / str(c), known, corrupt=0.0, closing=c)) for c in (True, False))
+    cut = 0
+    for one, other in zip(plain, short, strict=True):
+        evidence = [Evidence(k, v) for k, v in one["scores"].items()]
+        closing = prompts.expert_sentence(one["label"], evidence)
+        assert answer(one) == answer(other) + closing
+        cut += bool(closing)
+    assert cut
+
+
 def test_a_fake_is_explained_as_often_as_asked(manifest: Path, tmp_path: Path) -> None:
     """The same cues in other words and beside other wrong scores; a real picture is no lesson in cues."""
     records = made(manifest, tmp_path, explanations=3, corrupt=0.5)

@@ -26,6 +26,7 @@ from PIL import Image
 import x2dfd
 import x2dfd.detector as detector_module
 from tests import tiny
+from x2dfd import prompts
 from x2dfd.calibration import Calibration
 from x2dfd.degrade import codec
 from x2dfd.detector import CODEC, Detector
@@ -368,6 +369,24 @@ def test_paper_mode_gives_the_mllms_own_number(
     calibrated = detector.detect(face_photo, rationale=False)
     assert calibrated.faces[0].p_fake_mllm == paper.faces[0].p_fake_mllm
     assert calibrated.verdict.p_fake != pytest.approx(paper.verdict.p_fake, abs=1e-3)
+
+
+def test_what_a_text_says_of_experts_is_true(
+    detector: Detector, face_photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the model wrote of them: their scores are known. In the paper's mode its words stay as they are."""
+    wrong = "Nothing is odd. Additionally, the image shows {} {} artifacts supporting {}."
+    quick = detector.detect(face_photo, rationale=False)
+    side, names = quick.verdict.side, [e.expert for e in quick.evidence]
+    assert names
+    text = wrong.format("very few" if side == "real" else "obvious", " and ".join([*names, "nobody"]), side)
+    monkeypatch.setattr(detector.mllm, "write", lambda look, *_, **__: [text] * look.size)
+    for report in (detector.detect(face_photo), detector.explain(quick, face_photo)):
+        said = prompts.expert_sentence(side, report.evidence)
+        assert report.rationale == "Nothing is odd." + said and not report.faces[0].contradictions
+    monkeypatch.setattr(detector, "mode", "paper")
+    paper = detector.detect(face_photo)
+    assert paper.rationale == text and any("nobody" in c for c in paper.faces[0].contradictions)
 
 
 def test_a_model_without_calibration_gives_no_percentage(

@@ -84,6 +84,26 @@ def test_only_experts_that_agree_with_the_label_are_named(
     assert prompts.expert_sentence(label, evidence) == sentence
 
 
+@pytest.mark.parametrize(
+    ("written", "label", "score", "closed"),
+    [
+        ("A seam. Additionally, the image shows obvious clip artifacts supporting fake.", "fake", 0.1, "A seam."),
+        ("A seam. Additionally, the image shows very few clip artifacts supporting real.", "fake", 0.9,
+         "A seam. Additionally, the image shows obvious clip artifacts supporting fake."),
+        ("A seam. Additionally, the image shows obvious clip arti", "fake", None, "A seam."),
+        ("Additionally, the image shows obvious clip artifacts supporting fake. A seam.", "fake", None, "A seam."),
+        ("No seam.", "real", 0.2, "No seam. Additionally, the image shows very few clip artifacts supporting real."),
+        ("Additionally, a seam shows.", "fake", None, "Additionally, a seam shows."),
+        ("", "fake", 0.9, "Additionally, the image shows obvious clip artifacts supporting fake."),
+    ],
+)  # fmt: skip
+def test_what_is_said_of_experts_follows_from_their_scores(
+    written: str, label: str, score: float | None, closed: str
+) -> None:
+    """A model that calls a low score obvious misleads a reader who cannot see the numbers; what it saw stays."""
+    assert prompts.closed(written, label, [Evidence("clip", score)]) == closed
+
+
 def test_an_answer_is_verdict_explanation_experts() -> None:
     """The label token is read right after the stem; anything before it would be scored instead."""
     assert prompts.verdict_answer("real") == "This image is real."

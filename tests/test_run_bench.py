@@ -187,6 +187,42 @@ def test_samples_can_be_recounted_from_the_table(data: Path, tmp_path: Path, mon
     assert broken["path"] == "p/broken.jpg" and broken["p_fake"] is None and broken["said"] is None
 
 
+def test_every_face_is_counted_where_a_picture_shows_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group photo is judged by its most suspicious face: how well single faces are told apart does not show there."""
+
+    class Group(StandIn):
+        def judge(self, source: Path | bytes, rationale: bool) -> Report | Failure:
+            report = super().judge(source, rationale)
+            assert isinstance(report, Report)
+            face = report.faces[0]
+            calm = replace(face, index=1, verdict=Verdict("real", 0.05))
+            return replace(report, faces=(face, calm))
+
+    levels = {"real": (0.1, 0.3), "fake": (0.2, 0.7)}
+    rows = []
+    for label, pair in levels.items():
+        for level in pair:
+            picture(tmp_path / f"{level}.png", level)
+            rows.append({"path": f"{level}.png", "label": label})
+    data = write_csv(tmp_path / "m.csv", rows)
+    assert bench(monkeypatch, Group(), "detect", "--data", data, "--no-equalise", "--out", tmp_path / "out") == 0
+    scorer = result_of(tmp_path / "out")["scorers"]["calibrated"]
+    assert scorer["overall"]["auc"]["value"] == pytest.approx(0.75)
+    assert scorer["faces"]["n"] == 8 and scorer["faces"]["fake_pictures_with_several"] == 2
+    higher = sum((f > r) + (f == r) / 2 for f in (0.2, 0.7, 0.05, 0.05) for r in (0.1, 0.3, 0.05, 0.05))
+    assert scorer["faces"]["auc"]["value"] == pytest.approx(higher / 16)
+    assert "every face" in (tmp_path / "out/result.html").read_text("utf-8")
+
+
+def test_one_face_a_picture_needs_no_table_of_faces(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert bench(monkeypatch, StandIn(), "detect", "--data", data, "--out", tmp_path / "out") == 0
+    assert "faces" not in result_of(tmp_path / "out")["scorers"]["calibrated"]
+
+
 def test_a_slice_says_whom_it_was_compared_with(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """AUC 0.99 of GAN faces against film frames is not AUC against the photos that the GAN imitates."""
     bench(monkeypatch, StandIn(), "detect", "--data", data, "--out", tmp_path / "out")

@@ -214,7 +214,9 @@ class Detector:
                 [prompts.rationale_start(f.verdict.side) for f in part],
                 on_text=on_text if at == 0 else None,
             )
-            told |= {f.index: _explained(f, found[f.index].face, text) for f, text in zip(part, texts, strict=True)}
+            told |= {
+                f.index: self._explained(f, found[f.index].face, text) for f, text in zip(part, texts, strict=True)
+            }
         deciding = told[order[0].index] if order else None
         return replace(
             report,
@@ -289,8 +291,19 @@ class Detector:
                     frame=s.frame,
                     time_s=s.time_s,
                 )
-                out.append(_explained(judged, s.face, text) if text else judged)
+                out.append(self._explained(judged, s.face, text) if text else judged)
         return out
+
+    def _explained(self, judged: FaceReport, face: Face, text: str) -> FaceReport:
+        """With the rationale, the cues that it names, where they lie, and what it contradicts.
+
+        What it says of the experts follows from their scores and is not left to the model, but in the paper's mode.
+        """
+        if self.mode == "calibrated":
+            text = prompts.closed(text, judged.verdict.side, judged.evidence)
+        cues = read_cues(text)
+        against = contradictions(text, judged.verdict.label, judged.evidence, cues)
+        return replace(judged, rationale=text, cues=cues, contradictions=against, areas=_areas(face, cues))
 
     def evidence(self, faces: Sequence[Face], look: Any) -> list[list[Evidence]]:
         """What each expert says of each face: [face][expert]."""
@@ -596,13 +609,6 @@ def _find(media: Picture | Video) -> tuple[list[_Seen], list[str]]:
         seen += [_Seen(f, frame.index, frame.time_s) for f in faces[:FRAME_FACES]]
     notes = [f"{left_out} smaller faces were left out; a frame's {FRAME_FACES} largest are judged"] if left_out else []
     return [replace(s, face=replace(s.face, index=i)) for i, s in enumerate(seen)], notes
-
-
-def _explained(judged: FaceReport, face: Face, text: str) -> FaceReport:
-    """With the rationale, the cues that it names, where they lie, and what it contradicts."""
-    cues = read_cues(text)
-    against = contradictions(text, judged.verdict.label, judged.evidence, cues)
-    return replace(judged, rationale=text, cues=cues, contradictions=against, areas=_areas(face, cues))
 
 
 def _areas(face: Face, cues: Sequence[Any]) -> dict[str, list[list[list[float]]]]:

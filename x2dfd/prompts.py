@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -120,6 +121,20 @@ def expert_sentence(label: str, evidence: Sequence[Evidence]) -> str:
         return f" Additionally, the image shows obvious {_listed(names)} artifacts supporting fake." if names else ""
     names = [e.expert.lower() for e in evidence if e.score is not None and e.score <= AGREES_BELOW]
     return f" Additionally, the image shows very few {_listed(names)} artifacts supporting real." if names else ""
+
+
+_WRITTEN = re.compile(
+    r"\s*Additionally, the image shows (?:obvious|very few)\b.*?(?:supporting (?:fake|real)\.|$)", re.DOTALL
+)
+
+
+def closed(text: str, label: str, evidence: Sequence[Evidence]) -> str:
+    """A rationale whose sentence on the experts follows from their scores, in place of what a model wrote of them.
+
+    >>> closed("A seam. Additionally, the image shows obvious clip artifacts supporting fake.", "fake", [])
+    'A seam.'
+    """
+    return (_WRITTEN.sub("", text) + expert_sentence(label, evidence)).strip()
 
 
 def verdict_answer(label: str, explanation: str = "", evidence: Sequence[Evidence] = ()) -> str:
