@@ -286,6 +286,7 @@ def of_detector(detector: Any, threads: int) -> list[tuple[str, Cases, int | Non
     from PIL import Image, ImageEnhance
     from skimage.data import astronaut
 
+    from x2dfd.experts import BUILTIN, load_expert
     from x2dfd.faces import find_faces
     from x2dfd.fetch import require
     from x2dfd.media import load_media
@@ -327,8 +328,8 @@ def of_detector(detector: Any, threads: int) -> list[tuple[str, Cases, int | Non
         ("warm, one face", warm, None),
         ("detect, a picture", sizes, 2),
         *(
-            (f"expert {e.card.name}, a face", {f"{n} at a time": expert(e, n) for n in AT_ONCE}, None)
-            for e in detector.experts
+            (f"expert {name}, a face", {f"{n} at a time": expert(load_expert(name), n) for n in AT_ONCE}, None)
+            for name in BUILTIN
         ),
         ("decode a JPEG", {"decode": decode}, None),
         ("find faces", {"find": Case(lambda: {"faces": len(find_faces(pixels))}, reads=pixels.nbytes)}, None),

@@ -174,8 +174,9 @@ def _of_scorer(name: str, scorer: Result) -> Iterator[dict[str, Any]]:
             yield _table(f"{name}: by {column}", head, lines)
     if faces := scorer.get("faces"):
         line = [_number(faces["auc"]), _number(faces["eer"]), str(faces["n"]), str(faces["fake_pictures_with_several"])]
-        yield _table(f"{name}: every face", ["AUC [95 %]", "EER", "faces", "fakes with several"], [line],
-                     caption="A face has its picture's label: in a forged group, faces nobody touched count as fake.")  # fmt: skip
+        head = ["AUC [95 %]", "EER", "faces", "fakes with several"]
+        told = "With their pictures' labels: in a forged group, faces that nobody touched count as fake."
+        yield _table(f"{name}: every face", head, [line], caption=told)
     if videos := scorer.get("videos"):
         lines = [[part["pooling"], _number(part["auc"]), _number(part["eer"]), str(part["n"])]
                  for part in (videos, videos["sbi"])]  # fmt: skip

@@ -98,13 +98,13 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("detect", "5", "image, face, clip", "real or fake: the verdict, the MLLM alone and every expert, side by side"),
+        Task("detect", "5", "image, face, clip", "real or fake: verdict, MLLM alone, every expert, side by side"),
         Task("answer", "1", "image", f"real or fake in words (DF-D): {len(answers.QUESTIONS)} wordings, half reversed"),
         Task("classify", "1", "image", f"which kind of forgery, in words (DF-C): {', '.join(DF_CLASSES)}"),
-        Task("describe", "3", "image", "the rationale: cues against those known, text against reference texts"),
+        Task("describe", "4", "image", "the rationale: cues against those known, text against reference texts"),
         Task("locate", "1", "image", "where experts point against the forgery's mask: pixel AUC, IoU"),
         Task("assess", "1", "image", "which cues the MLLM can see (MFA), by x2dfd assess"),
-        Task("chat", "1", "image", "one follow-up after the verdict (FC); with a judge, its marks apart"),
+        Task("chat", "2", "image", "one follow-up after the verdict (FC); with a judge, its marks apart"),
         Task(
             "ablation", "1", "image", "what the MLLM makes of picture, scores and pointing: parts left out, exchanged"
         ),

@@ -434,6 +434,7 @@ def speed(results: dict[str, Result], *, all_cases: bool = False) -> str:
     """Seconds of a warm call on one face or, with `all_cases`, of everything that was set side by side."""
     blocks = []
     for name, result in _of("speed", results):
+        measured = any(device["device"].startswith("cuda") for device in result["devices"])
         for device in result["devices"]:
             head = ["", "s [10–90 %]", "times the first"] + ["of the bound", "largest change"] * all_cases
             lines = [head, ["---"] * len(head)]
@@ -453,6 +454,8 @@ def speed(results: dict[str, Result], *, all_cases: bool = False) -> str:
                 f"`{name}`: {device['model']} on {device['device']}, {result['threads']} threads of {device['name']}; "
                 f"just measured at {device['matmul_gflop_per_s']:,.0f} GFLOP/s and {device['read_gb_per_s']:.0f} GB/s."
             )
+            if not measured:
+                caption += " On CUDA, this model and LLaVA-1.5-7B's geometry: not measured."
             blocks.append(caption + "\n\n" + _table(lines))
     return "\n\n".join(blocks) or "No results yet."
 

@@ -137,5 +137,8 @@ def test_every_comparison_of_a_model_runs_on_a_toy(tmp_path: Path) -> None:
     assert "4 cue questions" in page and "one by one, stock forward pass" in page and "% |" in page
     short = tables.speed({"s": result})
     assert "4 cue questions" not in short  # a page for the hurried says what a warm call takes, and a toy has none
+    assert "On CUDA" in page and "not measured" in page and "not measured" in short
+    on_cuda = result | {"devices": [device, device | {"device": "cuda bf16"}]}
+    assert "not measured" not in tables.speed({"s": on_cuda})
     with pytest.raises(SystemExit):
         speed.main(["--rounds", "0"])

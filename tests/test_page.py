@@ -32,13 +32,13 @@ def result() -> dict[str, Any]:
         said = None if p is None else "fake" if p > 0.6 else "real" if p < 0.4 else "inconclusive"
         rows.append(
             {"p_fake": p, "said": said or "inconclusive", "reason": None if p else "no_face", "p_mllm": p,
-             "experts": {"clip": p}, "notes": {}}
+             "experts": {"clip": p}, "notes": {}, "p_faces": []}
         )  # fmt: skip
     promised = {"false_alarms_allowed": 0.001, "split": "calib", "seen": False}
     measured = detect_result(samples, rows, "calibrated", ["source", "method"], Resampling(20, 0), promised)
     auc = {"value": 0.7, "interval": [0.6, 0.8], "unchanged": 0.75, "n": 70}
     return {
-        "task": {"name": "detect", "version": "4", "unit": "image"},
+        "task": {"name": "detect", "version": "5", "unit": "image"},
         "data": {"manifest": "m.csv", "sha256": "0" * 64, "samples_sha256": "1" * 64, "pictures_sha256": "2" * 64,
                  "split": None, "limit": None, "n": 80, "n_real": 40, "n_fake": 40, "n_groups": 80},
         "model": {"name": "embedded", "mode": "calibrated", "stated": {"name": "e"}},

@@ -187,9 +187,7 @@ def test_samples_can_be_recounted_from_the_table(data: Path, tmp_path: Path, mon
     assert broken["path"] == "p/broken.jpg" and broken["p_fake"] is None and broken["said"] is None
 
 
-def test_every_face_is_counted_where_a_picture_shows_several(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_face_is_counted_where_a_picture_shows_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A group photo is judged by its most suspicious face: how well single faces are told apart does not show there."""
 
     class Group(StandIn):

@@ -102,7 +102,7 @@ def test_the_area_is_named_in_its_own_word_and_early() -> None:
 
 
 def test_a_clause_begins_with_what_the_question_calls_it() -> None:
-    """A small model copies "mouth blur" from what an expert points at; that "smudged" means the same it hardly learns."""
+    """A small model copies "mouth blur" from what an expert points at; that "smudged" means it, hardly ever."""
     for cues, _, text in examples(300, seed=9):
         pointed = pointing([Evidence("consistency", 0.9, cues=tuple(cues))]).lower()
         for cue in cues:

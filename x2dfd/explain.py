@@ -167,7 +167,8 @@ def read_cues(text: str) -> tuple[Cue, ...]:
     """The (area, artifact) pairs that a text asserts, in order of appearance, each once.
 
     A clause that denies an artifact, or finds it natural, gives none. Words of degree set the score to 0.25 (faint),
-    0.6 (visible) or 0.9 (clear), the first that a pair gets; otherwise it is None. The experts' closing sentence (see `prompts`) is no cue.
+    0.6 (visible) or 0.9 (clear), the first that a pair gets; otherwise it is None. The experts' closing sentence (see
+    `prompts`) is no cue.
     """
     cues: dict[tuple[str, str], Cue] = {}
     areas: list[str] = []
