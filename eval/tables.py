@@ -430,6 +430,25 @@ def ablation(results: dict[str, Result]) -> str:
     return "\n\n".join(blocks) or "No results yet."
 
 
+def trained(results: dict[str, Result]) -> str:
+    """Trainings with parts of the method left out: the MLLM alone, and what its texts name (trained_ablation.py)."""
+    blocks = []
+    for name, result in _of("trained", results):
+        part, data, made = result["trained"], result["data"], result["settings"]
+        lines = [["trained with", "AUC [95 %]", "area F1 [95 %]", "cue F1 [95 %]", "what it is"], ["---"] * 5]
+        for variant, auc in part["auc"].items():
+            texts = part["texts"].get(variant)
+            named = [_number(texts[what]) if texts else "–" for what in ("areas", "cues")]
+            lines.append([variant, _number(auc), *named, part["variants"][variant]])
+        caption = (
+            f"`{name}`: {made['steps']} steps of {made['pictures_a_step']} pictures each, from no adapter; the MLLM "
+            f"alone on manifest `{data['sha256'][:12]}`, {data['n_real']} real and {data['n_fake']} fake; texts of "
+            f"{part['n_texts']} forgeries with known cues, all explained as fakes."
+        )
+        blocks.append(caption + "\n\n" + _table(lines))
+    return "\n\n".join(blocks) or "No results yet."
+
+
 def speed(results: dict[str, Result], *, all_cases: bool = False) -> str:
     """Seconds of a warm call on one face or, with `all_cases`, of everything that was set side by side."""
     blocks = []
@@ -535,6 +554,7 @@ TABLES: dict[str, Callable[[dict[str, Result]], str]] = {
     "missing": missing,
     "left-out": left_out,
     "models": models,
+    "trained": trained,
     "unseen": unseen,
     "speed": speed,
     "speed-all": partial(speed, all_cases=True),
