@@ -117,9 +117,10 @@ TASKS = {
 
 COMMANDS = {
     "eval.overlays": "text in the picture that claims real, fake or neither: the share of verdicts that it flips",
+    "eval.trained_ablation": "trainings without explanations, without experts, with other scores or layers, in one table",
     "eval.adversarial": "noise made against one expert (PGD), and what it does to the others; a report only",
 }
-"""Attacks, which are commands of their own: `python -m NAME --data MANIFEST`."""
+"""What is a command of its own: `python -m NAME --data MANIFEST ...`."""
 
 
 # ---------------------------------------------------------------- judging

@@ -122,6 +122,17 @@ def test_a_resumed_training_equals_an_uninterrupted_one(
     assert all(torch.allclose(states[0][k].double(), states[1][k].double(), atol=1e-6) for k in states[0])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_training_uses_the_gpu_that_is_there(kinds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A day on the CPU beside an idle card; a state that only the same device can read."""
+    words = ["upsampling", "--data", str(kinds), "--batch", "4", "--out", str(tmp_path / "out")]
+    words += ["--state", str(tmp_path / "state"), "--steps"]
+    assert CliRunner().invoke(train.app, [*words, "2"]).exit_code == 0
+    assert torch.cuda.max_memory_allocated() > 0
+    monkeypatch.setattr(loop, "training_device", lambda: torch.device("cpu"))
+    assert CliRunner().invoke(train.app, [*words, "2"]).exit_code == 0
+
+
 def test_consistency_learns_areas_artifacts_and_masks(kinds: Path, tmp_path: Path) -> None:
     """Bug prevented: weights that the expert refuses; cues, masks or areas that do not follow the mirrored picture."""
     words = ["consistency", "--data", str(kinds), "--state", str(tmp_path / "state"), "--out", str(tmp_path / "out")]
@@ -289,7 +300,7 @@ def test_the_best_average_is_kept_not_the_last(tmp_path: Path, monkeypatch: pyte
         net = torch.nn.Linear(1, 1, bias=False)
         seen = iter(worst.values())
         best, figures = loop.fit(
-            net, lambda rng: None, lambda batch: net.weight.sum(), steps=6, lr=0.1, seed=0, state=tmp_path / name,
+            net, lambda rng: (), lambda batch: net.weight.sum(), steps=6, lr=0.1, seed=0, state=tmp_path / name,
             run="r", check=lambda n: {"worst": next(seen)},
         )  # fmt: skip
         return next(best.parameters()).item(), figures

@@ -77,7 +77,7 @@ def consistency(
         pixels, areas, labels, cues, masks = drawn
         fake, named, where = net(to_unit(pixels), areas.float() / 255)
         verdict = F.binary_cross_entropy_with_logits(fake, labels * 0.96 + 0.02)
-        known = (cues >= 0) & (truth.allowed > 0)
+        known = (cues >= 0) & (net.allowed > 0)
         each = F.binary_cross_entropy_with_logits(named, (cues > 0).float(), reduction="none")
         # Cues are rare: one or two among a hundred pairs.
         naming = (each * known * (1 + 5 * (cues > 0))).sum() / known.sum().clamp(min=1) * 12

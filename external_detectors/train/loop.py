@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -187,9 +188,14 @@ def restore(path: Path, run: str, modules: dict[str, torch.nn.Module], optimizer
     return int(metadata["step"])
 
 
+def training_device() -> torch.device:
+    """A CUDA device where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def fit(
     net: torch.nn.Module,
-    batch_of: Callable[[np.random.Generator], Any],
+    batch_of: Callable[[np.random.Generator], tuple[Tensor, ...]],
     loss_of: Callable[[Any], Tensor],
     *,
     steps: int,
@@ -203,8 +209,11 @@ def fit(
 
     `batch_of` draws a batch (in a thread, while the one before is learnt), `loss_of` gives its loss. `check` is asked
     about the average now and then, and at the end: its figures are logged, and the highest `worst` among them decides
-    which average is kept; the last, where they have none. Raises X2DFDError for the state of another run.
+    which average is kept; the last, where they have none. The network learns on `training_device()`, where a batch is
+    moved to; it is checked and returned on the CPU. Raises X2DFDError for the state of another run.
     """
+    place = training_device()
+    net = net.to(place)
     average = torch.optim.swa_utils.AveragedModel(
         net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998), use_buffers=True
     )
@@ -223,7 +232,7 @@ def fit(
         # A generator a step: a resumed run draws what the uninterrupted one would.
         ahead = pool.submit(batch_of, np.random.default_rng([seed, done]))
         for step in range(done, steps):
-            batch = ahead.result()
+            batch = tuple(part.to(place) for part in ahead.result())
             ahead = pool.submit(batch_of, np.random.default_rng([seed, step + 1]))
             for group in optimizer.param_groups:
                 warm, progress = min(1.0, (step + 1) / 100), step / steps
@@ -245,7 +254,7 @@ def fit(
                     _keep_better(best, step + 1, average.module, check)
                 checkpoint(saved, step + 1, run, modules, optimizer)
     figures = _keep_better(best, steps, average.module, check)
-    trained: torch.nn.Module = average.module
+    trained: torch.nn.Module = average.module.cpu()
     trained.load_state_dict(load_file(best))
     return trained.eval(), figures
 
@@ -256,6 +265,7 @@ def _keep_better(
     """Writes the weights to `best` unless better ones lie there; the figures of those that lie there then."""
     from safetensors import safe_open
 
+    net = net if next(net.parameters()).device.type == "cpu" else copy.deepcopy(net).cpu()
     figures = {"step": step, **check(net)}
     log(json.dumps(figures))
     if best.is_file():
