@@ -117,7 +117,7 @@ TASKS = {
 
 COMMANDS = {
     "eval.overlays": "text in the picture that claims real, fake or neither: the share of verdicts that it flips",
-    "eval.trained_ablation": "trainings without explanations, without experts, with other scores or layers, in one table",
+    "eval.trained_ablation": "trainings without explanations, without experts, with other scores or layers; one table",
     "eval.adversarial": "noise made against one expert (PGD), and what it does to the others; a report only",
 }
 """What is a command of its own: `python -m NAME --data MANIFEST ...`."""
