@@ -29,8 +29,23 @@ ROOT = Path(__file__).parent.parent
 pytestmark = [pytest.mark.distributed, pytest.mark.needs_base]
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_processes_train_one_adapter(stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def launched(launcher: str, port: int) -> list[str]:
+    """The command line that starts two processes, as docs/finetune.md has it; on a machine without a GPU."""
+    beside = Path(sys.executable).parent
+    return {
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", f"--master_port={port}"],
+        "accelerate": [
+            str(beside / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+            "--mixed_precision", "no", "--dynamo_backend", "no", f"--main_process_port={port}",
+        ],
+        "deepspeed": [str(beside / "deepspeed"), "--num_gpus", "2", f"--master_port={port}"],
+    }[launcher]  # fmt: skip
+
+
+@pytest.mark.parametrize(("launcher", "stage"), [("torchrun", 2), ("torchrun", 3), ("accelerate", 2), ("deepspeed", 2)])
+def test_two_processes_train_one_adapter(
+    launcher: str, stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Under ZeRO-3 each process holds pieces: saved without gathering, the adapter is empty and still loads."""
     pytest.importorskip("deepspeed")
     monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
@@ -48,10 +63,9 @@ def test_two_processes_train_one_adapter(stage: int, tmp_path: Path, monkeypatch
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, str(ROOT / "tests" / "two_processes.py"), str(tmp_path / "config.json")],
+        [*launched(launcher, port), str(ROOT / "tests" / "two_processes.py"), str(tmp_path / "config.json")],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
