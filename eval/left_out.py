@@ -1,12 +1,14 @@
 """Task `left-out`: forge methods that nobody showed to the expert `consistency`, found by it and by the fusion.
 
-Trainings of it with `--hold-out A,B` stand beside the shipped one, on the same pictures. For each of them the fusion is
+Trainings of it with `--hold-out A,B` stand beside the shipped one, and beside one another of the same length that knew
+what they did not, on the same pictures. For each of them the fusion is
 fitted anew, the MLLM left out, on a calibration split without the same methods: no part that learns from forgeries in
 part has met them. Beside it the fusion of the shipped one, fitted the same way on all of that split.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -57,6 +59,18 @@ class Training:
         if not named or not isinstance(named, list) or not all(isinstance(n, str) for n in named):
             raise X2DFDError(f"{folder.name}: its card names no method that it was trained without (--hold-out)")
         return cls(folder, card, frozenset(named))
+
+    @property
+    def length(self) -> str:
+        """How long it was trained, as its card says; "" where it does not."""
+        found = re.findall(r"\d+ steps of \d+", self.card.trained_on)
+        return ", then ".join(found)
+
+    def peer(self, others: Sequence[Training]) -> Training | None:
+        """The first training after this one, in a circle, that was as long and knew all that this one did not."""
+        at = others.index(self)
+        as_long = (t for t in (*others[at + 1 :], *others[:at]) if self.length and t.length == self.length)
+        return next((t for t in as_long if not t.held_out & self.held_out), None)
 
     @property
     def name(self) -> str:
@@ -189,7 +203,10 @@ def left_out_result(
     calib_rows: Sequence[Row],
     draw: Resampling,
 ) -> Row:
-    """A row a left-out method: AUC of expert and fusion that knew it and that did not; false alarms of each fusion."""
+    """A row a left-out method: AUC of expert and fusion that knew it and that did not; false alarms of each fusion.
+
+    "seen" is the shipped one, "seen, as long" a training as long as the one that did not see it, where there is one.
+    """
     if shared := {s.group for s in samples} & {s.group for s in calib_samples}:
         raise X2DFDError(f"{len(shared)} groups are judged and calibrated on, such as {min(shared)!r}: split them")
     fusions: Row = {}
@@ -212,6 +229,11 @@ def left_out_result(
             "fusion seen": [row["p_fake"] for row in joined[SEEN]],
             "fusion unseen": [row["p_fake"] for row in joined[training.name]],
         }
+        if peer := training.peer(compared.trainings):
+            values |= {
+                "expert seen, as long": [row["experts"].get(peer.name) for row in rows],
+                "fusion seen, as long": [row["p_fake"] for row in joined[peer.name]],
+            }
         methods = {method: _methods(training, samples, values, method, draw) for method in sorted(training.held_out)}
         for method, part in methods.items():
             if not part["n_fake"]:
@@ -225,6 +247,7 @@ def left_out_result(
                 "version": training.card.version,
                 "sha256": training.card.sha256,
                 "trained_on": training.card.trained_on,
+                "as_long": peer.name if peer else None,
                 "checkpoint": training.card.figures.get("checkpoint"),
                 "methods": methods,
                 "together": together,

@@ -332,7 +332,9 @@ def left_out(results: dict[str, Result]) -> str:
     blocks = []
     for name, result in _of("left-out", results):
         found, data, calib = result["left_out"], result["data"], result["calib"]
-        columns = list(found["trainings"][0]["together"]["auc"])
+        order = ("expert seen", "expert seen, as long", "expert unseen")
+        order += tuple(c.replace("expert", "fusion") for c in order)
+        columns = [c for c in order if any(c in training["together"]["auc"] for training in found["trainings"])]
         lines = [
             ["method", *(c.replace("expert", "`consistency`") for c in columns), "fake / real"],
             ["---"] * (len(columns) + 2),
@@ -341,7 +343,7 @@ def left_out(results: dict[str, Result]) -> str:
             marked = {m: f"{m}{'‡' if m in training['shipped_did_not_see'] else ''}" for m in training["methods"]}
             parts = [(marked[method], part) for method, part in training["methods"].items()]
             for what, part in (*parts, (f"**{training['name']}**", training["together"])):
-                cells = [_number(part["auc"][c]) for c in columns]
+                cells = [_number(part["auc"][c]) if c in part["auc"] else "–" for c in columns]
                 lines.append([what, *cells, "{n_fake} / {n_real}".format_map(part)])
         sources = list(next(iter(found["fusions"].values()))["false_alarms_by_source"])
         alarms = [["false alarms of the fusion", "all", *sources], ["---"] * (len(sources) + 2)]
@@ -351,7 +353,8 @@ def left_out(results: dict[str, Result]) -> str:
         caption = (
             f"`{name}`: `consistency` trained without some methods, and the fusion (no MLLM) fitted on split "
             f"{calib['split']} of `{calib['sha256'][:12]}` without them: unseen. Seen: the shipped one, and its fusion "
-            f"fitted there with them. Manifest `{data['sha256'][:12]}`, split {data['split'] or 'all'}, "
+            "fitted there with them; as long: another of these trainings, that knew them. "
+            f"Manifest `{data['sha256'][:12]}`, split {data['split'] or 'all'}, "
             f"{data['n_groups']} groups; the largest face of each. {found['rule']} A left-out method was not learnt, "
             "but had a say in which checkpoint was kept. The other experts are the shipped ones in every fusion. "
             + " ".join(f"`{expert}`: {text}." for expert, text in found["others"].items())

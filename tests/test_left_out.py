@@ -71,10 +71,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def training(folder: Path, held_out: Sequence[str]) -> Path:
+def training(folder: Path, held_out: Sequence[str], trained_on: str = "") -> Path:
     folder.mkdir(parents=True)
     figures = {"held_out": list(held_out), "checkpoint": "the last"}
-    write_card(folder / f"{NAME}.card.json", replace(Tint.card, sha256="d" * 64, figures=figures))
+    write_card(
+        folder / f"{NAME}.card.json", replace(Tint.card, sha256="d" * 64, figures=figures, trained_on=trained_on)
+    )
     return folder
 
 
@@ -200,11 +202,30 @@ def test_the_table_says_seen_and_unseen(out: Path) -> None:
     lines = tables.TABLES["left-out"]({"left_out": result}).splitlines()
     assert "| method | `consistency` seen | `consistency` unseen | fusion seen | fusion unseen | fake / real |" in lines
     red = result["left_out"]["trainings"][0]["methods"]["red"]
-    cells = [f"{v['value']:.3f} [{v['interval'][0]:.3f}, {v['interval'][1]:.3f}]" for v in red["auc"].values()]
+    order = ("expert seen", "expert unseen", "fusion seen", "fusion unseen")
+    in_order = (red["auc"][column] for column in order)
+    cells = [f"{v['value']:.3f} [{v['interval'][0]:.3f}, {v['interval'][1]:.3f}]" for v in in_order]
     assert f"| red | {' | '.join(cells)} | 3 / 8 |" in lines
     assert any(line.startswith("| other‡ |") and line.endswith("| 4 / 8 |") for line in lines)  # and "other+red"
     assert any(line.startswith("| **without other, red** |") for line in lines)
     assert any(line.startswith("| without other, red |") and line.count(" of 4") == 2 for line in lines)
+
+
+def test_a_training_as_long_that_knew_the_method_stands_beside(
+    data: tuple[Path, Path], model: Path, tmp_path: Path
+) -> None:
+    """A short training without a method against the shipped one: that it was short would pass for what it lacked."""
+    folders = [training(tmp_path / name, [name], "9 pictures, 5 steps of 2") for name in ("red", "blue")]
+    folders.append(training(tmp_path / "long", ["other"], "9 pictures, 50 steps of 2"))
+    assert bench(data, model, tmp_path / "out", *folders) == 0
+    result = result_of(tmp_path / "out")
+    red, blue, other = result["left_out"]["trainings"]
+    assert (red["as_long"], blue["as_long"], other["as_long"]) == ("without blue", "without red", None)
+    auc = red["methods"]["red"]["auc"]
+    assert auc["expert seen, as long"]["value"] == 1.0 > auc["expert unseen"]["value"]
+    assert auc["fusion seen, as long"]["value"] == 1.0
+    [line] = [x for x in tables.TABLES["left-out"]({"r": result}).splitlines() if x.startswith("| other‡ ")]
+    assert line.count(" – ") == 2  # none was as long
 
 
 def test_what_would_give_figures_of_nothing_is_refused(
