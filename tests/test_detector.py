@@ -384,6 +384,10 @@ def test_what_a_text_says_of_experts_is_true(
     for report in (detector.detect(face_photo), detector.explain(quick, face_photo)):
         said = prompts.expert_sentence(side, report.evidence)
         assert report.rationale == "Nothing is odd." + said and not report.faces[0].contradictions
+    torn = "Jaw noise: the jaw looks melted."
+    monkeypatch.setattr(detector.mllm, "write", lambda look, *_, **__: [torn] * look.size)
+    assert detector.detect(face_photo).rationale.startswith("Jaw noise looks off.")
+    monkeypatch.setattr(detector.mllm, "write", lambda look, *_, **__: [text] * look.size)
     monkeypatch.setattr(detector, "mode", "paper")
     paper = detector.detect(face_photo)
     assert paper.rationale == text and any("nobody" in c for c in paper.faces[0].contradictions)

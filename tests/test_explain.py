@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from x2dfd.explain import AREA_WORDS, ARTIFACT_WORDS, contradictions, named_spans, read_cues, said_label
+from x2dfd.explain import AREA_WORDS, ARTIFACT_WORDS, contradictions, mended, named_spans, read_cues, said_label
 from x2dfd.prompts import expert_sentence
 from x2dfd.types import AREAS, ARTIFACTS, Cue, Evidence
 
@@ -231,3 +231,29 @@ def test_what_a_text_names_is_found_where_it_stands() -> None:
     closing = "Additionally, the image shows obvious clip artifacts supporting fake."
     text = f"A seam follows the jaw. This fits reenactment. {closing}"
     assert [text[a:b] for a, b in named_spans(text)] == ["seam", "jaw", "reenactment", "obvious clip"]
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("Jaw noise: the jaw looks clearly melted. This is a sign.", "Jaw noise looks off. This is a sign."),
+        ("Jaw noise: it is grainy; cheeks blending: the cheeks look smudged.",
+         "Jaw noise: it is grainy; cheeks blending looks off."),
+        ("Skin colour: the jaw is off in colour.", "Skin colour looks off."),  # another area
+        ("Jaw blending: a line.", "Jaw blending: a line."),  # nothing that could be read as another
+        ("On a close look, face-contour blending: a seam runs along the face contour.",) * 2,
+        ("Mouth blur: the mouth is smudged and a seam runs along the jaw.",) * 2,  # it says that too, not instead
+        ("What I see: the jaw is melted.",) * 2,
+    ],
+)  # fmt: skip
+def test_a_clause_whose_halves_disagree_keeps_its_first(text: str, kept: str) -> None:
+    """ "Jaw noise: the jaw looks melted" tells a reader two things, and one of them is nowhere."""
+    assert mended(text) == kept
+
+
+def test_every_mended_clause_names_its_cue() -> None:
+    for area in AREAS:
+        for artifact in ARTIFACTS:
+            other = "the nose is warped" if area != "nose" else "the jaw is warped"
+            text = mended(f"{area} {artifact}: {other}.".capitalize())
+            assert text.endswith(" looks off.") and pairs(text) == [(area, artifact)], text

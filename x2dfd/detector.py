@@ -37,7 +37,7 @@ from x2dfd.calibration import MLLM, Calibration, logit
 from x2dfd.degrade import codec
 from x2dfd.errors import InputError, SetupError, UnknownName
 from x2dfd.experts import DEFAULT, Expert, Shared, load_expert
-from x2dfd.explain import contradictions, read_cues
+from x2dfd.explain import contradictions, mended, read_cues
 from x2dfd.faces import area_polygons, find_faces
 from x2dfd.fetch import BASE_NAME
 from x2dfd.media import Picture, Video, load_media, media_summary
@@ -297,10 +297,11 @@ class Detector:
     def _explained(self, judged: FaceReport, face: Face, text: str) -> FaceReport:
         """With the rationale, the cues that it names, where they lie, and what it contradicts.
 
-        What it says of the experts follows from their scores and is not left to the model, but in the paper's mode.
+        But in the paper's mode, what is said of the experts follows from their scores and is not left to the model, and
+        a clause whose halves disagree keeps its first.
         """
         if self.mode == "calibrated":
-            text = prompts.closed(text, judged.verdict.side, judged.evidence)
+            text = prompts.closed(mended(text), judged.verdict.side, judged.evidence)
         cues = read_cues(text)
         against = contradictions(text, judged.verdict.label, judged.evidence, cues)
         return replace(judged, rationale=text, cues=cues, contradictions=against, areas=_areas(face, cues))
