@@ -332,8 +332,8 @@ def left_out(results: dict[str, Result]) -> str:
     blocks = []
     for name, result in _of("left-out", results):
         found, data, calib = result["left_out"], result["data"], result["calib"]
-        order = ("expert seen", "expert seen, as long", "expert unseen")
-        order += tuple(c.replace("expert", "fusion") for c in order)
+        kinds = ("seen", "seen, as long", "unseen")
+        order = [f"{whose} {kind}" for whose in ("expert", "fusion") for kind in kinds]
         columns = [c for c in order if any(c in training["together"]["auc"] for training in found["trainings"])]
         lines = [
             ["method", *(c.replace("expert", "`consistency`") for c in columns), "fake / real"],

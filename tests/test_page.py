@@ -20,7 +20,8 @@ from x2dfd.manifest import Sample
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
     rng = np.random.default_rng(0)
-    samples, rows = [], []
+    samples: list[Sample] = []
+    rows: list[dict[str, Any]] = []
     for i in range(80):
         fake = i % 2 == 1
         source = "<script>x</script>" if i % 4 < 2 else "film"

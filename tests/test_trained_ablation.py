@@ -81,8 +81,12 @@ def test_random_cues_are_not_the_true_ones() -> None:
 
 
 def test_the_figures_by_hand() -> None:
-    samples = [Sample(f"s{i}", Path("x"), label, group=f"g{i}") for i, label in enumerate(("fake", "fake", "real"))]
-    samples[0] = Sample("s0", Path("x"), "fake", group="g0", cues=(Cue("jaw", "blending"), Cue("eyes", "blur")))
+    cues = (Cue("jaw", "blending"), Cue("eyes", "blur"))
+    samples = [
+        Sample("s0", Path("x"), "fake", group="g0", cues=cues),
+        Sample("s1", Path("x"), "fake", group="g1"),
+        Sample("s2", Path("x"), "real", group="g2"),
+    ]
     asked = [Asked(s, None, ()) for s in samples]  # type: ignore[arg-type]
     said = [[["jaw", "blur"]], [["skin", "noise"]], []]
     rows = {WHOLE: [{"logit": v, "named": n, "text": "t"} for v, n in zip((2.0, -1.0, 0.0), said, strict=True)]}

@@ -83,7 +83,8 @@ def consistency(
         naming = (each * known * (1 + 5 * (cues > 0))).sum() / known.sum().clamp(min=1) * 12
         # A mask is half there or not at all: real pictures have an empty one.
         placing = F.binary_cross_entropy_with_logits(where, masks, reduction="none").mean()
-        return verdict + naming + placing
+        total: Tensor = verdict + naming + placing
+        return total
 
     def figures_of(trained: torch.nn.Module) -> dict[str, Any]:
         return truth.figures(trained, "calib", held_out)
