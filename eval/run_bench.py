@@ -80,7 +80,7 @@ JUDGED = "the judged samples"
 ANSWERS = Layout(
     texts=("said", "reason", "rationale", "error"),
     numbers=("p_fake", "p_mllm"),
-    packed=("notes", "cues", "contradictions", "pointed", "p_faces"),
+    packed=("notes", "cues", "contradictions", "pointed", "each_face"),
 )
 """What a row of `detect` and `describe` holds, beside the sample and the experts' scores."""
 
@@ -161,7 +161,7 @@ def judged(
 def blank_row(sample: Sample) -> Row:
     row: Row = {"id": sample.id, "sha256": sha256_of(sample.path), "p_fake": None, "said": None, "reason": None}
     row |= {"p_mllm": None, "experts": {}}
-    row |= {"notes": {}, "rationale": "", "cues": [], "contradictions": [], "pointed": {}, "p_faces": []}
+    row |= {"notes": {}, "rationale": "", "cues": [], "contradictions": [], "pointed": {}, "each_face": []}
     return row | {"error": None}
 
 
@@ -183,7 +183,7 @@ def to_row(sample: Sample, answer: Report | Failure) -> Row:
         "cues": [asdict(c) for c in answer.cues],
         "contradictions": list(face.contradictions) if face else [],
         "pointed": {e.expert: [[c.area, c.artifact] for c in e.cues] for e in answer.evidence if e.cues},
-        "p_faces": [f.verdict.p_fake for f in with_score],
+        "each_face": [f.verdict.p_fake for f in with_score],
     }
 
 
@@ -226,7 +226,7 @@ def detect_result(
         scorers[scorer]["curves"] = curves.of(m.to_labels(s.label for s in of_kept), scores)
         if scorer == verdict:
             scorers[scorer]["answers"] = three_answers(samples, rows, draw)
-            if any(len(row["p_faces"]) > 1 for row in rows):
+            if any(len(row["each_face"]) > 1 for row in rows):
                 scorers[scorer]["faces"] = _faces(samples, rows, draw)
             scorers[scorer]["gaps"] = {c: g for c in by if c != "method" and (g := _gaps(samples, rows, c, draw))}
             if promised:
@@ -281,10 +281,10 @@ def _scorer(
 
 def _faces(samples: Sequence[Sample], rows: Sequence[Row], draw: Resampling) -> Row:
     """AUC and EER of every face that was found, each with its picture's label, as protocols over all faces count."""
-    found = [(s, p) for s, row in zip(samples, rows, strict=True) for p in row["p_faces"]]
+    found = [(s, p) for s, row in zip(samples, rows, strict=True) for p in row["each_face"]]
     labels, scores = m.to_labels(s.label for s, _ in found), m.to_scores([p for _, p in found])
     groups = [s.group for s, _ in found]
-    several = sum(len(row["p_faces"]) > 1 and s.label == "fake" for s, row in zip(samples, rows, strict=True))
+    several = sum(len(row["each_face"]) > 1 and s.label == "fake" for s, row in zip(samples, rows, strict=True))
     result: Row = {"n": len(found), "fake_pictures_with_several": several, "label": "that of the picture"}
     return result | {name: draw.measure(fn, labels, scores, groups) for name, fn in (("auc", m.auc), ("eer", m.eer))}
 

@@ -33,7 +33,7 @@ def result() -> dict[str, Any]:
         said = None if p is None else "fake" if p > 0.6 else "real" if p < 0.4 else "inconclusive"
         rows.append(
             {"p_fake": p, "said": said or "inconclusive", "reason": None if p else "no_face", "p_mllm": p,
-             "experts": {"clip": p}, "notes": {}, "p_faces": []}
+             "experts": {"clip": p}, "notes": {}, "each_face": []}
         )  # fmt: skip
     promised = {"false_alarms_allowed": 0.001, "split": "calib", "seen": False}
     measured = detect_result(samples, rows, "calibrated", ["source", "method"], Resampling(20, 0), promised)
