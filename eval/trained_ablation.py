@@ -218,12 +218,13 @@ def run_variant(
 
 
 def measured(
-    asked: Sequence[Asked], rows: Mapping[str, Sequence[Row]], fusion: Sequence[float], draw: Resampling
+    asked: Sequence[Asked], rows: Mapping[str, Sequence[Row]], fusion: Sequence[float | None], draw: Resampling
 ) -> Row:
     """AUC of every variant on the same pictures, and what their texts name of what is there."""
     samples = [a.sample for a in asked]
     columns: dict[str, list[float | None]] = {n: [r["logit"] for r in of] for n, of in rows.items()}
-    columns[FUSION] = list(fusion)
+    if None not in fusion:  # else the experts' weights are not those that were calibrated: there is no fusion
+        columns[FUSION] = list(fusion)
     auc = common_auc(samples, columns, draw)
     known = [i for i, s in enumerate(samples) if s.label == "fake" and s.cues]
     groups = [samples[i].group for i in known]
@@ -296,7 +297,8 @@ def run(args: argparse.Namespace) -> Row:
         done = args.out / name.replace(" ", "_") / "answers.json"
         if name in wanted or (done.is_file() and _same(json.loads(done.read_text("utf-8"))["key"], key)):
             rows |= run_variant(name, config, asked, args.out, key)
-    fusion = [_fusion(panel, a) for a in asked]
+    joined = [panel.joined({e.expert: e.score for e in a.evidence}) for a in asked]
+    fusion = [answer.p_fake if answer else None for answer in joined]
     draw = Resampling(args.bootstrap, args.seed)
     labels = Counter(a.sample.label for a in asked)
     return {
@@ -317,11 +319,6 @@ def run(args: argparse.Namespace) -> Row:
 
 def _same(key: Row, wanted: Mapping[str, Any]) -> bool:
     return {k: v for k, v in key.items() if k != "adapter"} == dict(wanted)
-
-
-def _fusion(panel: Panel, asked: Asked) -> float:
-    answer = panel.joined({e.expert: e.score for e in asked.evidence})
-    return answer.p_fake if answer and answer.p_fake is not None else 0.5
 
 
 if __name__ == "__main__":
