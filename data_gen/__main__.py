@@ -32,7 +32,7 @@ def forge(
     seed: Annotated[int, typer.Option(help="same seed, same bytes, on any number of workers")] = 0,
     methods: Annotated[str, typer.Option(help="comma-separated forge methods; empty for all")] = "",
     forged: Annotated[float, typer.Option(help="share of forgeries; the others stay real")] = 0.55,
-    harmless: Annotated[float, typer.Option(help="share of harmless changes among what stays real")] = 0.5,
+    harmless: Annotated[float, typer.Option(help="share of harmless changes, the same under every label")] = 0.5,
     combine: Annotated[float, typer.Option(help="share of forgeries with a second manipulation")] = 0.0,
     ready_made: Annotated[float, typer.Option(help="share of the manifest's own fakes, passed through")] = 0.0,
     calib: Annotated[float, typer.Option(help="share of train groups put into split `calib`")] = 0.0,

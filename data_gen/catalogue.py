@@ -508,7 +508,7 @@ _PAGE = """\
 <header>
 <h1>Catalogue of the forge</h1>
 <p>What <code>python -m data_gen forge</code> does to a photo: {{ forgeries|length }} forgeries whose masks and cues \
-are known, and {{ harmless|length }} harmless changes that stay labelled real. Each is shown at three strengths, \
+are known, and {{ harmless|length }} harmless changes that change no label. Each is shown at three strengths, \
 from the same state of the random generator. Point at a changed picture, or tap it, to see the original in its \
 place.</p>
 <nav aria-label="Methods">{{ link(forgeries) }}{{ link(harmless) }}</nav>

@@ -1,8 +1,9 @@
 """Forgeries of real photos whose manipulation is known: image, mask, cues, strength, class.
 
 Every method is a function `(photo, donor, strength, rng) -> (pixels, mask, cues)`; it says what it did, so that an
-explanation can be scored against the truth. `HARMLESS` methods change a photo as phones, apps and platforms do; they
-stay labelled real, so that "processed" is not learned as "fake".
+explanation can be scored against the truth. `HARMLESS` methods change a photo as phones, apps and platforms do. They
+change no label and are laid over real photos and forgeries alike (`changed`): so "processed" is learnt neither as
+"fake" nor as "real".
 
 Self-blending follows Shiohara & Yamasaki, "Detecting Deepfakes with Self-Blended Images" (CVPR 2022). The other methods
 are ours.
@@ -11,7 +12,7 @@ are ours.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import cv2
@@ -578,7 +579,7 @@ METHODS: dict[str, Method] = {
     )
 }
 
-# --- harmless changes: they stay labelled real ---------------------------------------------------------------------
+# --- harmless changes: a real photo stays real under them, a forgery stays a forgery ---------------------------------------------------------------------
 
 
 def _everywhere(pixels: Array, photo: Photo) -> Made:
@@ -646,12 +647,69 @@ def glasses(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Mad
 
 
 def caption(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
-    """A caption or a watermark, as platforms add."""
-    out, size = photo.pixels.copy(), photo.pixels.shape
-    text = "".join(rng.choice(list("ABCDEFGHIKLMNOPRSTUVWXYZ 0123456789"), size=int(rng.integers(5, 14))))
-    at = (int(rng.uniform(0, 0.5) * size[1]), int(rng.choice([0.06, 0.97]) * size[0]))
-    cv2.putText(out, text, at, cv2.FONT_HERSHEY_SIMPLEX, size[1] / 600 + 0.2, (255, 255, 255), 1, cv2.LINE_AA)
+    """A small line of text or a watermark, as platforms add."""
+    shade = (255, 255, 255) if rng.random() < 0.7 else (0, 0, 0)
+    out = photo.pixels.copy()
+    _write(out, _words(rng, 5, 14), _pick_float(rng, 0.06, 0.97), 0.02 + 0.04 * rng.random(), shade, "plain", rng)
     return _everywhere(out, photo)
+
+
+def big_text(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
+    """Words across the picture, the face too, at any height: memes, subtitles, stamps of news channels."""
+    out = photo.pixels.copy()
+    light = rng.random() < 0.6
+    shade = tuple(int(c) for c in (rng.integers(200, 256, 3) if light else rng.integers(0, 60, 3)))
+    style = _pick(rng, "plain", "outlined", "outlined", "bar")
+    place, tall = rng.uniform(0.05, 0.97), 0.03 + 0.09 * strength
+    for line in range(int(rng.integers(1, 3))):
+        _write(out, _words(rng, 4, 26), place + 1.6 * line * tall, tall, shade, style, rng)
+    return _everywhere(out, photo)
+
+
+def sticker(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
+    """A flat shape in front of a part of the face: a sticker, a microphone, a mark of an app."""
+    out, size = photo.pixels.copy(), _face_size(photo)
+    centre = photo.landmarks[int(rng.integers(len(photo.landmarks)))]
+    half = [max(2, round(float(v) * size)) for v in rng.uniform(0.06, 0.12 + 0.14 * strength, 2)]
+    x, y = int(centre[0]), int(centre[1])
+    shades = [tuple(int(c) for c in rng.integers(0, 256, 3)) for _ in range(2)]
+    edge = max(1, round(rng.uniform(0.005, 0.02) * size))
+    turn = float(rng.uniform(0, 180))
+    for shade, thick in ((shades[0], cv2.FILLED), (shades[1], edge)):
+        if strength < 0.5:
+            cv2.ellipse(out, (x, y), (half[0], half[1]), turn, 0, 360, shade, thick, cv2.LINE_AA)
+        else:
+            cv2.rectangle(out, (x - half[0], y - half[1]), (x + half[0], y + half[1]), shade, thick, cv2.LINE_AA)
+    return _everywhere(out, photo)
+
+
+def _words(rng: Rng, least: int, most: int) -> str:
+    letters = list("ABCDEFGHIKLMNOPRSTUVWXYZabcdefghiklmnoprstuvwxyz 0123456789 .!:")
+    return "".join(rng.choice(letters, size=int(rng.integers(least, most))))
+
+
+def _pick_float(rng: Rng, *values: float) -> float:
+    return float(rng.choice(values))
+
+
+def _write(
+    out: Pixels, text: str, place: float, tall: float, shade: tuple[int, ...], style: str, rng: Rng
+) -> None:
+    """Text into the picture: its base line at `place`, letters `tall`, both of the picture's height; cut at the edge."""
+    height, width = out.shape[:2]
+    font = int(rng.choice([cv2.FONT_HERSHEY_SIMPLEX, cv2.FONT_HERSHEY_DUPLEX, cv2.FONT_HERSHEY_COMPLEX]))
+    (wide, up), below = cv2.getTextSize(text, font, 1.0, 1)
+    scale = tall * height / up
+    thick = max(1, round(scale * rng.uniform(1, 2.5)))
+    x = round(float(rng.uniform(min(0.0, width - wide * scale), max(0.0, width - wide * scale))))
+    y = round(place * height)
+    if style == "bar":
+        bar = slice(max(0, y - round(1.3 * up * scale)), max(0, y + round(below * scale) + 1))
+        out[bar] = 0 if sum(shade) > 380 else 255
+    elif style == "outlined":
+        other = (0, 0, 0) if sum(shade) > 380 else (255, 255, 255)
+        cv2.putText(out, text, (x, y), font, scale, other, 3 * thick, cv2.LINE_AA)
+    cv2.putText(out, text, (x, y), font, scale, shade, thick, cv2.LINE_AA)
 
 
 def screenshot(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
@@ -690,13 +748,15 @@ HARMLESS: dict[str, Method] = {
         Method("make_up", "real", make_up),
         Method("glasses", "real", glasses),
         Method("caption", "real", caption),
+        Method("big_text", "real", big_text),
+        Method("sticker", "real", sticker),
         Method("screenshot", "real", screenshot),
         Method("share_twice", "real", share_twice),
     )
 }
 
 
-FORGE_VERSION = 2
+FORGE_VERSION = 3
 """Goes up when the same seed gives another picture or another truth about it: a run of an older one is not gone on."""
 
 _PLAIN = {
@@ -817,3 +877,35 @@ def joined_cues(before: Pixels, first: Forgery, second: Forgery) -> tuple[Cue, .
         scores[pair] = max(scores.get(pair, 0.0), cue.score or 0.0)
     least = min(_SHOWS, max(scores.values(), default=0.0))
     return tuple(Cue(area, artifact, round(s, 3)) for (area, artifact), s in scores.items() if s >= least)
+
+
+def changed(photo: Photo, made: Forgery, method: Method, rng: Rng) -> Forgery:
+    """A forgery of `photo` under a harmless change; the truth about it is what still shows.
+
+    The photo itself takes the same change with the same draws, so that what the two still differ by is the forgery's
+    doing: a cue's score falls with its own effect, one that is hidden is dropped (the plainest stays), and the mask
+    ends where nothing differs any more, as under a sticker. A change that would cover the whole forgery is not made.
+    """
+    power, draws = float(rng.uniform(0, 1)), int(rng.integers(2**63))
+    before, after = (
+        np.clip(np.rint(method.make(replace(photo, pixels=p), None, power, np.random.default_rng(draws))[0]), 0, 255)
+        for p in (photo.pixels, made.pixels)
+    )
+    before, after = before.astype(np.uint8), after.astype(np.uint8)
+    mask = made.mask.astype(np.float32) / 255
+    scores = []
+    for cue in made.cues:
+        was = visible(photo.pixels, made.pixels, mask, cue.artifact)
+        scores.append(min(1.0, (cue.score or 0.0) * visible(before, after, mask, cue.artifact) / max(was, 1e-6)))
+    least = min(_SHOWS, max(scores, default=0.0))
+    same = (before == after).all(-1).astype(np.uint8)  # pixels agree here and there by chance: only patches count
+    covered = cv2.morphologyEx(same, cv2.MORPH_OPEN, np.ones((5, 5), np.uint8)) > 0
+    left = np.where(covered, 0, made.mask).astype(np.uint8)
+    if made.mask.any() and left.max() < 128:
+        return made
+    return replace(
+        made,
+        pixels=after,
+        mask=left,
+        cues=tuple(replace(c, score=round(s, 3)) for c, s in zip(made.cues, scores, strict=True) if s >= least),
+    )

@@ -21,7 +21,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from data_gen.forge import FORGE_VERSION, HARMLESS, METHODS, Forgery, Photo, forge, joined_cues
+from data_gen.forge import FORGE_VERSION, HARMLESS, METHODS, Forgery, Photo, changed, forge, joined_cues
 from x2dfd.errors import InputError, UnknownName, X2DFDError
 from x2dfd.faces import find_faces
 from x2dfd.files import file_sha256, write_text
@@ -41,8 +41,8 @@ class ForgeConfig:
     count: int  # how many pictures in all
     seed: int = 0
     side: int = 384  # longest side of the kept region, pixels
-    forged: float = 0.55  # share of forgeries; of the rest, `harmless` are changed harmlessly and the others untouched
-    harmless: float = 0.5  # share of harmless changes among the pictures that stay real
+    forged: float = 0.55  # share of forgeries; the others stay real
+    harmless: float = 0.5  # share of harmless changes, the same among reals, forgeries and ready-made fakes
     combine: float = 0.0  # share of forgeries that carry a second manipulation
     ready_made: float = 0.0  # share of pictures that are the manifest's own fakes, passed through
     calib: float = 0.0  # share of the train groups that become split `calib`, kept for calibration
@@ -167,8 +167,8 @@ def _item(source: _Source, out: Path, index: int) -> dict[str, Any]:
     if kind < config.ready_made:
         split = source.draw_split("fake", rng)
         sample, photo = _draw_photo(source, "fake", split, rng)
-        # What such a picture shows where is not known, so it has no cues.
-        row |= {"label": "fake", "method": sample.method, "df_class": sample.df_class, "cues": []}
+        # What such a picture shows where is not known: it has no cues and no mask.
+        row |= {"label": "fake", "method": sample.method, "df_class": sample.df_class}
         made = Forgery(photo.pixels, np.zeros(photo.pixels.shape[:2], np.uint8), (), sample.method, "EFS", 1.0)
     else:
         split = source.draw_split("real", rng)
@@ -192,17 +192,26 @@ def _item(source: _Source, out: Path, index: int) -> dict[str, Any]:
                     made.df_class,
                     max(made.strength, more.strength),
                 )
-            mask = file.with_suffix(".mask.png")
-            if not cv2.imwrite(str(mask), made.mask):
-                raise X2DFDError(f"could not write {mask}")
-            row |= {"label": "fake", "mask": str(Path(row["path"]).with_suffix(".mask.png"))}
-        elif kind < config.forged + (1 - config.forged) * config.harmless:
-            made = forge(photo, HARMLESS[str(rng.choice(list(HARMLESS)))], rng)
-            row |= {"label": "real"}
+            row |= {"label": "fake"}
         else:
             made = Forgery(photo.pixels, np.zeros(photo.pixels.shape[:2], np.uint8), (), "none", "real", 0.0)
             row |= {"label": "real"}
-        row |= {"method": made.method, "df_class": made.df_class, "cues": [asdict(c) for c in made.cues]}
+        row |= {"method": made.method, "df_class": made.df_class}
+    # With the same odds for every label: what stood on real photos alone would be learnt as a mark of them.
+    if rng.random() < config.harmless:
+        change = HARMLESS[str(rng.choice(list(HARMLESS)))]
+        row |= {"harmless": change.name}
+        if row["label"] == "real":
+            made = forge(photo, change, rng)
+            row |= {"method": made.method}
+        else:
+            made = changed(photo, made, change, rng)
+    if made.mask.any():
+        mask = file.with_suffix(".mask.png")
+        if not cv2.imwrite(str(mask), made.mask):
+            raise X2DFDError(f"could not write {mask}")
+        row |= {"mask": str(Path(row["path"]).with_suffix(".mask.png"))}
+    row |= {"cues": [asdict(c) for c in made.cues]}
     row |= {"source": sample.source, "group": sample.group, "split": split, "strength": made.strength}
     if sample.extra.get("licence"):
         row["licence"] = sample.extra["licence"]  # what is made of a photo stands under its licence too

@@ -11,6 +11,7 @@ set is whole or refused: `open_set` checks every file against the card.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ import cv2
 import numpy as np
 import typer
 
-from data_gen.forge import FORGE_VERSION, HARMLESS, METHODS, Forgery, Photo, forge
+from data_gen.forge import FORGE_VERSION, HARMLESS, METHODS, Forgery, Photo, changed, forge
 from data_gen.readers import labelled, read_folders
 from data_gen.run_forge import finished_rows, load_photo, pose, save_jpeg
 from x2dfd.cli import run_command
@@ -32,7 +33,7 @@ from x2dfd.files import file_sha256, write_bytes, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest, write_manifest
 from x2dfd.progress import progress
 
-VERSION = 1
+VERSION = 2
 """Goes up when the same photos give another set."""
 PER_METHOD = 12  # forgeries of each method; of each harmless change half as many
 SIDE = 384  # longest side of a picture, pixels
@@ -47,6 +48,7 @@ class Item:
     method: str  # a method or a harmless change of the forge, or `none`
     photo: int
     donor: int | None = None
+    harmless: str | None = None  # what is laid over a forgery
 
 
 def own_photos(folder: Path) -> Path:
@@ -88,9 +90,10 @@ def plan(photos: Sequence[Photo], names: Sequence[str], per_method: int = PER_ME
     """What is made: `per_method` of each forge method, half as many of each harmless change, each photo untouched.
 
     `names` tell the photos apart (hashes). Photos take turns; a method begins with a photo of its own. Methods that
-    need a donor are left out when there is one group only.
+    need a donor are left out when there is one group only. Harmless changes lie over every second forgery, in turns
+    too: else they would tell a real picture.
     """
-    n, groups = len(photos), {p.group for p in photos}
+    n, groups, turns = len(photos), {p.group for p in photos}, itertools.cycle(HARMLESS)
     items = [Item(f"none-{names[k][:12]}", "none", k) for k in range(n)]
     for name, method in (METHODS | HARMLESS).items():
         if method.needs_donor and len(groups) < 2:
@@ -99,7 +102,8 @@ def plan(photos: Sequence[Photo], names: Sequence[str], per_method: int = PER_ME
         for i in range(per_method if name in METHODS else max(1, per_method // 2)):
             k = (start + i) % n
             donor = _donor(photos, k, i) if method.needs_donor else None
-            items.append(Item(f"{name}-{i:03d}-{names[k][:12]}", name, k, donor))
+            over = next(turns) if name in METHODS and i % 2 else None
+            items.append(Item(f"{name}-{i:03d}-{names[k][:12]}", name, k, donor, over))
     return items
 
 
@@ -194,10 +198,14 @@ def _make(item: Item, photos: Sequence[Photo], sample: Sample, out: Path) -> dic
     else:
         donor = photos[item.donor] if item.donor is not None else None
         made = forge(photo, (METHODS | HARMLESS)[item.method], rng, donor)
+    if item.harmless is not None:
+        made = changed(photo, made, HARMLESS[item.harmless], rng)
     row: dict[str, Any] = {"id": item.name, "path": f"images/{item.name}.jpg"}
     row |= {"label": "real" if made.df_class == "real" else "fake", "method": made.method, "df_class": made.df_class}
     row |= {"source": sample.source, "group": sample.group, "split": "test", "strength": made.strength}
     row["cues"] = [asdict(c) for c in made.cues]
+    if over := item.harmless or (item.method if item.method in HARMLESS else None):
+        row["harmless"] = over
     (out / "images").mkdir(exist_ok=True)
     if item.method in METHODS:
         row["mask"] = f"images/{item.name}.mask.png"

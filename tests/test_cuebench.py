@@ -58,6 +58,16 @@ def test_the_packages_own_portrait_gives_a_set_that_says_how_small_it_is(tmp_pat
     assert card["by_cue"] and sum(card["by_cue"].values()) == sum(len(s.cues) for s in samples)
 
 
+def test_harmless_changes_lie_over_forgeries_too(photos: Path, tmp_path: Path) -> None:
+    """Bug prevented: a model that takes text or grain for a mark of real photos looks good."""
+    build(photos, tmp_path, per_method=2)
+    samples = read_manifest(open_set(tmp_path))
+    fakes = [s for s in samples if s.label == "fake"]
+    over = [s.extra.get("harmless") for s in fakes]
+    assert sum(h is not None for h in over) == len(fakes) / 2 and len(set(over)) > len(HARMLESS) / 2
+    assert all(s.extra.get("harmless") == s.method for s in samples if s.label == "real" and s.method != "none")
+
+
 def test_the_set_follows_from_the_photos_not_from_their_names(photos: Path, whole: Path, tmp_path: Path) -> None:
     """Bug prevented: two people with the same photos compare numbers on different forgeries."""
     assert {s.method for s in read_manifest(open_set(whole))} == set(METHODS) | set(HARMLESS) | {"none"}

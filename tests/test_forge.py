@@ -18,7 +18,7 @@ import skimage.data
 from numpy.typing import NDArray
 
 from data_gen import decoders, run_forge
-from data_gen.forge import HARMLESS, METHODS, Forgery, Method, Photo, forge, joined_cues, visible
+from data_gen.forge import HARMLESS, METHODS, Forgery, Method, Photo, changed, forge, joined_cues, visible
 from data_gen.run_forge import ForgeConfig, run, split_of
 from x2dfd.degrade import codec, degrade, rescale, soft, tone, video_codec
 from x2dfd.errors import UnknownName, X2DFDError
@@ -155,7 +155,8 @@ def test_change_grows_with_strength(made: dict[tuple[str, float], list[Forgery]]
 @pytest.mark.parametrize("name", [*METHODS, *HARMLESS])
 def test_a_changed_face_is_still_a_face(made: dict[tuple[str, float], list[Forgery]], photo: Photo, name: str) -> None:
     """Bug prevented: a method that wrecks the picture, so that a detector learns wreckage."""
-    for f in made[name, 1.0]:
+    covers = name in ("big_text", "sticker")  # at full strength they may hide a face, as words and hands do
+    for f in made[name, 0.0 if covers else 1.0]:
         [face] = find_faces(f.pixels)
         assert np.linalg.norm(face.landmarks - photo.landmarks, axis=1).mean() < 0.1 * _face_size(photo)
         assert _change(f, photo).mean() < 60
@@ -450,6 +451,7 @@ def test_rows_say_what_is_on_disk(config: ForgeConfig, photos: Path, tmp_path: P
         assert s.source == originals[s.group].source
         kind = "real" if s.label == "real" else "forged" if s.mask else "ready"
         kinds[kind] += 1
+        assert s.extra.get("harmless") in (None, *HARMLESS)
         if kind == "forged":
             mask = cv2.imread(str(s.mask), cv2.IMREAD_UNCHANGED)
             assert mask is not None and mask.shape == picture.shape[:2] and mask.max() > 25
@@ -458,10 +460,61 @@ def test_rows_say_what_is_on_disk(config: ForgeConfig, photos: Path, tmp_path: P
             assert (s.method, s.df_class) == ("stylegan", "EFS") and originals[s.group].label == "fake"
             assert s.cues == ()  # what it shows where, nobody knows
         else:
-            assert not s.cues and s.mask is None and s.method in (*HARMLESS, "none")
+            assert not s.cues and s.mask is None and s.method == (s.extra.get("harmless") or "none")
             assert originals[s.group].label == "real"
     assert min(kinds.values()) >= 3, kinds
     assert any("+" in s.method for s in samples)
+
+
+def test_harmless_changes_have_the_same_odds_under_every_label(config: ForgeConfig, tmp_path: Path) -> None:
+    """Bug prevented: text, glasses or grain on real photos alone, which is then learnt as a mark of real photos."""
+    mixed = replace(config, count=150, ready_made=0.3, methods=("smooth_skin", "noise_mismatch"))
+    samples = read_manifest(run(replace(mixed, harmless=0.5), tmp_path / "half"))
+    kinds = {
+        "real": [s for s in samples if s.label == "real"],
+        "forged": [s for s in samples if s.label == "fake" and s.mask],
+        "ready": [s for s in samples if s.label == "fake" and not s.mask],
+    }
+    for kind, mine in kinds.items():
+        share = np.mean([s.extra.get("harmless") is not None for s in mine])
+        assert len(mine) > 20 and abs(share - 0.5) < 4 * 0.5 / np.sqrt(len(mine)), (kind, share)
+        assert len({s.extra.get("harmless") for s in mine}) > 5
+    for share in (0.0, 1.0):
+        samples = read_manifest(run(replace(mixed, count=12, harmless=share), tmp_path / str(share)))
+        assert all((s.extra.get("harmless") is not None) == bool(share) for s in samples)
+
+
+def test_under_a_harmless_change_the_truth_is_what_still_shows(photo: Photo) -> None:
+    """Bug prevented: a cue that a blur has taken, a mask of what a sticker hides."""
+    rng = np.random.default_rng(4)
+    noisy = forge(photo, METHODS["noise_mismatch"], rng, strength=1.0)
+    scores = {}
+    for name in ("soft_focus", "glasses"):
+        found = [changed(photo, noisy, HARMLESS[name], np.random.default_rng(k)) for k in range(6)]
+        scores[name] = float(np.mean([c.score or 0 for f in found for c in f.cues]))
+        assert all(f.cues and (f.method, f.df_class) == (noisy.method, noisy.df_class) for f in found)
+    before = float(np.mean([c.score or 0 for c in noisy.cues]))
+    assert scores["soft_focus"] < 0.6 * before and scores["glasses"] > 0.8 * before
+    # Where a flat shape covers the forgery, the mask has a hole of that shape; elsewhere it is the old one.
+    found = [changed(photo, noisy, HARMLESS["sticker"], np.random.default_rng(k)) for k in range(12)]
+    holes = [(f.mask == 0) & (noisy.mask > 0) for f in found]
+    assert max(h.mean() for h in holes) > 0.005
+    for f, hole in zip(found, holes, strict=True):
+        assert np.array_equal(f.mask[~hole], noisy.mask[~hole])
+        assert (f.pixels[hole] == f.pixels[hole][:1]).all() or len(np.unique(f.pixels[hole], axis=0)) < 400
+    # The same change over the photo itself: what the two differ by is the forgery.
+    text = changed(photo, noisy, HARMLESS["big_text"], np.random.default_rng(3))
+    assert (text.pixels != noisy.pixels).any() and np.array_equal(noisy.pixels.shape, text.pixels.shape)
+
+
+def test_a_change_that_covers_the_whole_forgery_is_not_made(photo: Photo) -> None:
+    """Bug prevented: a picture called fake of which no forged pixel is left."""
+
+    def wall(photo: Photo, donor: Photo | None, strength: float, rng: np.random.Generator) -> Any:
+        return np.full(photo.pixels.shape, 90.0), np.zeros(photo.pixels.shape[:2]), []
+
+    made = forge(photo, METHODS["smooth_skin"], np.random.default_rng(1), strength=1.0)
+    assert changed(photo, made, Method("wall", "real", wall), np.random.default_rng(1)) is made
 
 
 def test_the_forge_draws_with_the_decoders_it_is_given(
