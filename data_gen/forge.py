@@ -579,7 +579,7 @@ METHODS: dict[str, Method] = {
     )
 }
 
-# --- harmless changes: a real photo stays real under them, a forgery stays a forgery ---------------------------------------------------------------------
+# --- harmless changes: a real photo stays real under them, a forgery stays a forgery ---------------------------------
 
 
 def _everywhere(pixels: Array, photo: Photo) -> Made:
@@ -692,10 +692,8 @@ def _pick_float(rng: Rng, *values: float) -> float:
     return float(rng.choice(values))
 
 
-def _write(
-    out: Pixels, text: str, place: float, tall: float, shade: tuple[int, ...], style: str, rng: Rng
-) -> None:
-    """Text into the picture: its base line at `place`, letters `tall`, both of the picture's height; cut at the edge."""
+def _write(out: Pixels, text: str, place: float, tall: float, shade: tuple[int, ...], style: str, rng: Rng) -> None:
+    """Text into the picture: base line at `place`, letters `tall`, shares of the picture's height; cut at the edge."""
     height, width = out.shape[:2]
     font = int(rng.choice([cv2.FONT_HERSHEY_SIMPLEX, cv2.FONT_HERSHEY_DUPLEX, cv2.FONT_HERSHEY_COMPLEX]))
     (wide, up), below = cv2.getTextSize(text, font, 1.0, 1)
