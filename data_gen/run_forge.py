@@ -212,11 +212,18 @@ def _item(source: _Source, out: Path, index: int) -> dict[str, Any]:
             raise X2DFDError(f"could not write {mask}")
         row |= {"mask": str(Path(row["path"]).with_suffix(".mask.png"))}
     row |= {"cues": [asdict(c) for c in made.cues]}
+    if made.cues:
+        row |= {"shows": shows(max(c.score or 0.0 for c in made.cues))}
     row |= {"source": sample.source, "group": sample.group, "split": split, "strength": made.strength}
     if sample.extra.get("licence"):
         row["licence"] = sample.extra["licence"]  # what is made of a photo stands under its licence too
     row["sha256"] = save_jpeg(file, made.pixels, quality)
     return row
+
+
+def shows(score: float) -> str:
+    """The score of a forgery's plainest cue in a word, to report figures by (`run_bench.py --by shows`)."""
+    return "faint" if score < 0.25 else "clear" if score < 0.5 else "plain"
 
 
 _DONORS = 4  # candidates that are compared by pose

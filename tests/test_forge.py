@@ -455,6 +455,7 @@ def test_rows_say_what_is_on_disk(config: ForgeConfig, photos: Path, tmp_path: P
         if kind == "forged":
             mask = cv2.imread(str(s.mask), cv2.IMREAD_UNCHANGED)
             assert mask is not None and mask.shape == picture.shape[:2] and mask.max() > 25
+            assert s.extra["shows"] == run_forge.shows(max(c.score or 0 for c in s.cues))
             assert s.cues and set(s.method.split("+")) <= set(METHODS) and originals[s.group].label == "real"
         elif kind == "ready":
             assert (s.method, s.df_class) == ("stylegan", "EFS") and originals[s.group].label == "fake"
