@@ -40,7 +40,7 @@ from x2dfd.adapter import EMBEDDED, expert_hashes, read_adapter_card
 from x2dfd.calibration import MLLM, Calibration, fit_calibration, logit
 from x2dfd.detector import CODEC, through_codec, versions
 from x2dfd.errors import InputError, SetupError
-from x2dfd.experts import BUILTIN, Expert, load_expert
+from x2dfd.experts import BUILTIN, Expert, ask, load_expert
 from x2dfd.faces import find_faces
 from x2dfd.files import file_sha256
 from x2dfd.manifest import Sample
@@ -117,7 +117,8 @@ class Panel:
             "real_below": calibration.low,
             "fake_from": calibration.high,
         }
-        unseen = [m for m in card.held_out if all(m in held_out[f"expert:{n}"] for n in weighty if n in here)]
+        joined = [e for e in experts if e.card.name in weighty]
+        unseen = [m for m in card.held_out if all(_unseen(m, e.card.figures) for e in joined)]
         return cls(experts, tuple(reasons), calibration, fusion, {FUSION: unseen} | held_out)
 
     @property
@@ -161,6 +162,12 @@ def _held_out(figures: Row) -> list[str]:
     return sorted(named) if isinstance(named, list | tuple) and all(isinstance(n, str) for n in named) else []
 
 
+def _unseen(method: str, figures: Row) -> bool:
+    """Whether a card says that a method was left out, or lists what was learnt without it."""
+    learnt = figures.get("learnt")
+    return method in _held_out(figures) or (isinstance(learnt, list) and method not in learnt)
+
+
 # ---------------------------------------------------------------- judging
 
 
@@ -179,7 +186,7 @@ def judge(
     maps: list[dict[str, Any]] = [{} for _ in faces]
     for expert in panel.experts:
         for at in range(0, len(faces), batch_size):
-            for place, said in enumerate(expert.judge(faces[at : at + batch_size]), start=at):
+            for place, said in enumerate(ask(expert, faces[at : at + batch_size]), start=at):
                 scores[place][expert.card.name] = said.score
                 if said.score is None:
                     notes[place][expert.card.name] = said.note or "no score"

@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from external_detectors.published import card_of, judge_crops, published_file, resized
+from external_detectors.published import card_of, published_file, resized
+from external_detectors.weights_io import judge_crops
 from x2dfd.errors import SetupError
 from x2dfd.experts import Shared
 from x2dfd.faces import PREPROCESSING

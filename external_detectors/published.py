@@ -8,17 +8,16 @@ read with the restricted unpickler, and every name and shape is checked.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from external_detectors.weights_io import judge_crops
 from x2dfd.errors import SetupError
 from x2dfd.experts import Shared
 from x2dfd.faces import CROP_SIZE, PREPROCESSING
@@ -46,31 +45,6 @@ def published_file(card: Card, given: Path | None, name: str) -> Path:
 def card_of(card: Card, path: Path) -> Card:
     """The card of the file that is loaded: with its name and SHA-256, which stand in reports and calibrations."""
     return replace(card, weights=path.name, sha256=file_sha256(path))
-
-
-def judge_crops(
-    name: str, faces: Sequence[Face], score: Callable[[Tensor], Tensor], at_once: int = 8
-) -> list[Evidence]:
-    """One Evidence a face; None with a reason where the crop is not one of ours or the network gives no number.
-
-    `score` takes crops [n, CROP_SIZE, CROP_SIZE, 3] uint8, `at_once` or fewer, and returns P(fake) [n].
-    """
-    fits = [f.crop.shape == (CROP_SIZE, CROP_SIZE, 3) and f.crop.dtype == np.uint8 for f in faces]
-    crops = [face.crop for face, fit in zip(faces, fits, strict=True) if fit]
-    scores: list[float] = []
-    with torch.inference_mode():
-        for start in range(0, len(crops), at_once):
-            scores += score(torch.from_numpy(np.stack(crops[start : start + at_once]))).tolist()
-    told = iter(scores)
-    evidence = []
-    for fit in fits:
-        p_fake = next(told) if fit else math.nan
-        if math.isfinite(p_fake):
-            evidence.append(Evidence(name, p_fake))
-        else:
-            note = "the network gave no number" if fit else f"the crop is not {CROP_SIZE} px RGB in 8 bits"
-            evidence.append(Evidence(name, None, note))
-    return evidence
 
 
 def resized(crops: Tensor, side: int) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from external_detectors.weights_io import WEIGHTS, load_weights, score_crops
+from external_detectors.weights_io import WEIGHTS, judge_crops, load_weights, to_unit
 from x2dfd.experts import Shared, read_card
 from x2dfd.types import Card, Evidence, Face
 
@@ -33,4 +33,4 @@ class Upsampling:
         self._net.eval()
 
     def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
-        return score_crops(self._net, self.card.name, faces)
+        return judge_crops(self.card.name, faces, lambda crops: self._net(to_unit(crops)).sigmoid())

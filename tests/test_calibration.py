@@ -111,6 +111,17 @@ def test_a_missing_score_in_fitting_is_its_mean() -> None:
     assert got[1]["blending"] == pytest.approx(np.nanmean(holed["blending"]), abs=1e-6)
 
 
+def test_a_missing_score_neither_accuses_nor_clears_where_most_pictures_are_fakes() -> None:
+    """A plain mean over twice as many fakes as reals, in place of a score, says fake of whatever has none."""
+    rng = np.random.default_rng(8)
+    labels = np.repeat([0.0, 1.0], [300, 1500])
+    parts = {"mllm": rng.normal(2 * labels - 1, 1.0)}
+    even = np.where(labels == 1, 1 / 1500, 1 / 300)
+    weights, means, bias = fit_weights(parts, labels, even)
+    assert means["mllm"] == pytest.approx(np.average(parts["mllm"], weights=even))
+    assert Calibration(weights, means, bias, 0.4, 0.6).probability({}) == pytest.approx(0.5, abs=0.05)
+
+
 def test_a_part_that_never_scored_is_left_out() -> None:
     """An expert that failed on all pictures would turn every probability into NaN."""
     parts, labels = simulate(500, {"mllm": 1.0}, 0.0)
@@ -144,7 +155,9 @@ def test_a_one_sided_part_accuses_but_does_not_clear() -> None:
     fitted = replace(FITTED, weights={"mllm": 0.5, "clip": 1.0}, floors={"clip": -0.5})
     at, below, far = (fitted.probability({"mllm": 1.0, "clip": x}) for x in (-0.5, -1.0, -5.0))
     assert at == below == far < fitted.probability({"mllm": 1.0, "clip": 0.5})
-    assert fitted.spread({"mllm": 1.0, "clip": -5.0}) == fitted.spread({"mllm": 1.0, "clip": -0.5})
+    # At its floor it abstains: that it found no generated face contradicts nobody.
+    assert fitted.spread({"mllm": 9.0, "clip": -5.0}) == fitted.spread({"mllm": 9.0, "clip": -0.5}) == 0.0
+    assert fitted.spread({"mllm": -9.0, "clip": 3.0}) > 0.9
 
 
 def test_the_fit_sees_floored_logits() -> None:
@@ -246,6 +259,21 @@ def test_small_sources_are_pooled_when_no_source_is_large() -> None:
     _, high = choose_band(p, labels, [f"s{i // 6}" for i in range(120)])
     assert (p[:60] >= high).mean() <= 0.05
     assert high > 0.9
+
+
+def test_small_sources_beside_a_large_one_bound_the_alarms_together() -> None:
+    """A camera with a dozen pictures has a say as soon as a few like it make twenty."""
+    rng = np.random.default_rng(1)
+    large, small, fakes = rng.uniform(0, 0.4, 100), rng.uniform(0.3, 0.8, 24), rng.uniform(0.6, 1, 60)
+    p, labels = np.concatenate([large, small, fakes]), np.repeat([0.0, 1.0], [124, 60])
+    sources = ["large"] * 100 + ["selfie"] * 12 + ["studio"] * 12 + [""] * 60
+    _, high = choose_band(p, labels, sources)
+    assert (small >= high).mean() <= 0.05
+    # Too few even together: they count among all reals.
+    _, high = choose_band(
+        np.delete(p, slice(105, 124)), np.delete(labels, slice(105, 124)), ["large"] * 105 + [""] * 60
+    )
+    assert high <= 0.8
 
 
 def test_well_separated_scores_leave_hardly_any_band() -> None:

@@ -9,10 +9,11 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -23,7 +24,18 @@ from external_detectors.weights_io import WEIGHTS, load_weights, save_weights
 from x2dfd import experts
 from x2dfd.degrade import degrade
 from x2dfd.errors import SetupError, UnknownName, X2DFDError
-from x2dfd.experts import BUILTIN, DEFAULT, PUBLISHED, Expert, Shared, expert_class, load_expert, read_card, write_card
+from x2dfd.experts import (
+    BUILTIN,
+    DEFAULT,
+    PUBLISHED,
+    Expert,
+    Shared,
+    ask,
+    expert_class,
+    load_expert,
+    read_card,
+    write_card,
+)
 from x2dfd.faces import PADDING, PREPROCESSING, find_faces
 from x2dfd.files import file_sha256, write_text
 from x2dfd.types import Card, Evidence, Face
@@ -129,6 +141,54 @@ def test_contract_odd_crops_do_not_raise(name: str, faces: list[Face]) -> None:
     assert len(evidence) == 3
     assert all(e.note if e.score is None else 0 <= e.score <= 1 for e in evidence)
     assert all(np.array_equal(a, b) for a, b in zip(odd, before, strict=True))
+
+
+class _Plugin:
+    """An expert of somebody else's, that keeps its word or does not."""
+
+    card: ClassVar[Card] = Card("odd", "1", "here", "MIT", "", PREPROCESSING, "no paper", "everything")
+
+    def __init__(self, said: Callable[[int], list[Evidence]]) -> None:
+        self.said = said
+
+    def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
+        return self.said(len(faces))
+
+
+def _raises(n: int) -> list[Evidence]:
+    raise KeyError("lens")
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (_raises, "KeyError: 'lens'"),
+        (lambda n: [Evidence("odd", 0.5)] * (n - 1), "1 answers for 2 faces"),
+        (lambda n: [Evidence("odd", math.nan)] * n, "nan is no probability"),
+        (lambda n: [Evidence("odd", 1.7)] * n, "1.7 is no probability"),
+    ],
+)
+def test_an_expert_that_breaks_its_word_has_no_score_and_says_why(
+    said: Callable[[int], list[Evidence]], reason: str, faces: list[Face]
+) -> None:
+    """Bug prevented: one plug-in ends the run for all, or its NaN counts as the surest "fake"."""
+    evidence = ask(_Plugin(said), faces[:2])
+    assert [e.score for e in evidence] == [None, None] and all(reason in (e.note or "") for e in evidence)
+    assert [e.score for e in ask(_Plugin(lambda n: [Evidence("odd", 0.2)] * n), faces[:2])] == [0.2, 0.2]
+
+
+def test_a_plugin_that_cannot_be_imported_is_listed_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: a slip in somebody's file takes `x2dfd experts` and `x2dfd doctor` down."""
+    (tmp_path / "slip_of_syntax.py").write_text("class Odd(:\n")
+    (tmp_path / "slip_of_name.py").write_text("missing_name\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ours = experts._targets()
+    monkeypatch.setattr(experts, "_targets", lambda: ours | {"a": "slip_of_syntax:Odd", "b": "slip_of_name:Odd"})
+    found = experts.cards()
+    assert isinstance(found["a"], SetupError) and isinstance(found["b"], SetupError)
+    assert "missing_name" in str(found["b"]) and isinstance(found["consistency"], Card)
 
 
 # --- weights --------------------------------------------------------------------------------------------------------

@@ -477,8 +477,8 @@ def test_harmless_changes_have_the_same_odds_under_every_label(config: ForgeConf
         "ready": [s for s in samples if s.label == "fake" and not s.mask],
     }
     for kind, mine in kinds.items():
-        share = np.mean([s.extra.get("harmless") is not None for s in mine])
-        assert len(mine) > 20 and abs(share - 0.5) < 4 * 0.5 / np.sqrt(len(mine)), (kind, share)
+        changed_share = np.mean([s.extra.get("harmless") is not None for s in mine])
+        assert len(mine) > 20 and abs(changed_share - 0.5) < 4 * 0.5 / np.sqrt(len(mine)), (kind, changed_share)
         assert len({s.extra.get("harmless") for s in mine}) > 5
     for share in (0.0, 1.0):
         samples = read_manifest(run(replace(mixed, count=12, harmless=share), tmp_path / str(share)))

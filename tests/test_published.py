@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from external_detectors import published
 from external_detectors.mesonet import Meso4, MesoInception4, MesoNet, load_mesonet
 from external_detectors.published import AlignedForensics, ResNet50NoDown, SwinV2Blending, UniversalFakeDetect
+from external_detectors.weights_io import judge_crops
 from x2dfd import experts
 from x2dfd.errors import SetupError
 from x2dfd.experts import BUILTIN, DEFAULT, PUBLISHED, load_expert
@@ -216,7 +217,7 @@ def test_a_face_without_a_usable_crop_or_answer_is_none_with_a_reason(tmp_path: 
     first, middle, last = expert.judge([grey(90), odd, grey(255)])
     assert middle.score is None and "crop" in (middle.note or "")
     assert [first, last] == expert.judge([grey(90), grey(255)])
-    [broken] = published.judge_crops("x", [grey(1)], lambda crops: torch.full((len(crops),), torch.nan))
+    [broken] = judge_crops("x", [grey(1)], lambda crops: torch.full((len(crops),), torch.nan))
     assert broken.score is None and broken.note
 
 

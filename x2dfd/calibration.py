@@ -24,6 +24,7 @@ from x2dfd.types import Verdict
 MLLM = "mllm"
 _CLIP = 6.0  # logits beyond this say no more about certainty than about saturation
 FLOOR_SHARE = 0.7  # chosen on the calibration split: a higher floor finds more, but trusts more what is new to the part
+SMALL = 20  # real pictures that a source needs for a threshold of its own
 DISAGREEMENT = 0.6  # spread that is named as the reason of a verdict that lies in the band
 
 
@@ -67,12 +68,13 @@ class Calibration:
     def spread(self, logits: Mapping[str, float | None]) -> float:
         """The largest difference between what parts with a weight say by themselves, 0..1; 0 where fewer than two do.
 
-        Each part's own P(fake) is read against its mean: which side of its usual answer it is on.
+        Each part's own P(fake) is read against its mean: which side of its usual answer it is on. A one-sided part at
+        its floor says nothing, so it contradicts nobody.
         """
         said = [
             1 / (1 + math.exp(-(self._counted(name, value) - self.means[name])))
             for name, value in logits.items()
-            if value is not None and self.weights.get(name, 0) > 0
+            if value is not None and self.weights.get(name, 0) > 0 and value > self.floors.get(name, -math.inf)
         ]
         return max(said) - min(said) if said else 0.0
 
@@ -128,13 +130,10 @@ def fit_weights(
     """
     names = list(parts)
     parts = {n: np.maximum(v, (floors or {}).get(n, -_CLIP)) for n, v in parts.items()}
-    # A part that never gave a score gets weight 0; its mean is then of no consequence, but must be a number.
-    means = {
-        n: float(np.nanmean(np.clip(parts[n], -_CLIP, _CLIP))) if np.isfinite(parts[n]).any() else 0.0 for n in names
-    }
+    w = sample_weights / sample_weights.sum()
+    means = {n: _mean(np.clip(parts[n], -_CLIP, _CLIP), w) for n in names}
     x = np.stack([np.nan_to_num(np.clip(parts[n], -_CLIP, _CLIP) - means[n], nan=0.0) for n in names], 1)
     x = np.concatenate([x, np.ones((len(x), 1))], 1)
-    w = sample_weights / sample_weights.sum()
     beta = np.zeros(x.shape[1])
     penalty = np.array([ridge] * len(names) + [0.0])
     active = np.ones(x.shape[1], bool)
@@ -153,6 +152,15 @@ def fit_weights(
         if moved < 1e-8:
             break
     return {n: float(b) for n, b in zip(names, beta, strict=False)}, means, float(beta[-1])
+
+
+def _mean(logits: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
+    """Weighted mean of the scores that there are; 0 where there are none (such a part gets no weight).
+
+    Weighted as the fit is: where most of the pictures are fakes, a plain mean in place of a missing score accuses.
+    """
+    there = np.isfinite(logits)
+    return float(np.average(logits[there], weights=weights[there])) if weights[there].sum() > 0 else 0.0
 
 
 def fit_calibration(
@@ -188,17 +196,18 @@ def choose_band(
 ) -> tuple[float, float]:
     """(low, high): at most `false_alarms` of each real source at or above `high`; `misses` of the fakes below `low`.
 
-    The worst real source with at least 20 pictures sets `high`, which is never below 0.5; where none has as many, all
-    real pictures together do. `low` never lies above `high`, nor above 0.5.
+    The worst real source sets `high`, which is never below 0.5. Sources with fewer than SMALL real pictures count
+    together as one, or with all real pictures where they still are too few. `low` never lies above `high`, nor above
+    0.5.
     """
     names = np.array(sources)
-    highs = []
-    for source in sorted(set(names[labels == 0])):
-        scores = p_fake[(labels == 0) & (names == source)]
-        if len(scores) >= 20:
-            highs.append(_quantile_above(scores, false_alarms))
-    high = max(highs) if highs else _quantile_above(p_fake[labels == 0], false_alarms)
-    high = max(high, 0.5)
+    groups = [p_fake[(labels == 0) & (names == source)] for source in sorted(set(names[labels == 0]))]
+    highs = [_quantile_above(scores, false_alarms) for scores in groups if len(scores) >= SMALL]
+    small = [scores for scores in groups if len(scores) < SMALL]
+    if small:
+        together = np.concatenate(small)
+        highs.append(_quantile_above(together if len(together) >= SMALL else p_fake[labels == 0], false_alarms))
+    high = max([*highs, 0.5])
     low = min(float(np.quantile(p_fake[labels == 1], misses, method="lower")), 0.5, high)
     return low, high
 

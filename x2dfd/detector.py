@@ -36,7 +36,7 @@ from x2dfd.adapter import (
 from x2dfd.calibration import MLLM, Calibration, logit
 from x2dfd.degrade import codec
 from x2dfd.errors import InputError, SetupError, UnknownName
-from x2dfd.experts import DEFAULT, Expert, Shared, load_expert
+from x2dfd.experts import DEFAULT, Expert, Shared, ask, load_expert
 from x2dfd.explain import contradictions, mended, read_cues
 from x2dfd.faces import area_polygons, find_faces
 from x2dfd.fetch import BASE_NAME
@@ -309,7 +309,7 @@ class Detector:
     def evidence(self, faces: Sequence[Face], look: Any) -> list[list[Evidence]]:
         """What each expert says of each face: [face][expert]."""
         shared = Shared(tower_states=look.tower_states if self.facts["base"]["name"] == BASE_NAME else None)
-        columns = [expert.judge(faces, shared) for expert in self.experts]
+        columns = [ask(expert, faces, shared) for expert in self.experts]
         return [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in faces]
 
     def _questions(self, evidence: Sequence[Sequence[Evidence]]) -> list[str]:

@@ -87,7 +87,7 @@ def expert_class(name: str) -> type[Expert]:
     module, _, attribute = targets[name].partition(":")
     try:
         found: type[Expert] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise SetupError(f"expert {name!r} cannot be imported from {targets[name]}: {error}") from error
     return found
 
@@ -106,6 +106,26 @@ def load_expert(name: str, folder: Path | None = None) -> Expert:
     return found()
 
 
+def ask(expert: Expert, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
+    """What the expert says of each face: `judge`, held to its word.
+
+    A plug-in may be anybody's: where it raises, answers for another number of faces, or scores outside of [0, 1], the
+    face has no score of it and a note that says why, and the others' answers stand.
+    """
+    name = expert.card.name
+    try:
+        said = list(expert.judge(faces, shared))
+    except Exception as error:  # whatever it may be, it is told with every face
+        return [Evidence(name, None, f"the expert failed: {type(error).__name__}: {error}")] * len(faces)
+    if len(said) != len(faces):
+        return [Evidence(name, None, f"the expert gave {len(said)} answers for {len(faces)} faces")] * len(faces)
+    return [e if e.score is None or 0 <= e.score <= 1 else _no_chance(e) for e in said]
+
+
+def _no_chance(evidence: Evidence) -> Evidence:
+    return Evidence(evidence.expert, None, f"the expert's score {evidence.score} is no probability")
+
+
 def cards() -> dict[str, Card | SetupError]:
     """The card of every registered expert, without loading weights; the reason where a plug-in cannot be imported."""
     found: dict[str, Card | SetupError] = {}
@@ -114,6 +134,8 @@ def cards() -> dict[str, Card | SetupError]:
             found[name] = expert_class(name).card
         except SetupError as error:
             found[name] = error
+        except Exception as error:  # a plug-in's file may fail in any way when it is run; ours go on
+            found[name] = SetupError(f"expert {name!r} cannot be used: {type(error).__name__}: {error}")
     return found
 
 

@@ -125,6 +125,8 @@ def cached_features(
     state_file = folder / "progress.json"
     state = json.loads(state_file.read_text()) if state_file.is_file() else {}
     done = state.get("done", 0) if state.get("key") == key else 0
+    if not done:
+        state_file.unlink(missing_ok=True)  # before the arrays are emptied: it vouches for what they hold
     statistics = _memmap(folder / "statistics.npy", bool(done), (n, layers, 2, 768))
     patches = _memmap(folder / "patches.npy", bool(done), (n, len(keep), 196, 768))
     for start in progress(range(done, n, batch), "tower features"):

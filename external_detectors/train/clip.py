@@ -85,6 +85,7 @@ def clip(
         known = {s.id: round(1 / (1 + math.exp(-v)), 4) for s, v in zip(samples, scores.tolist(), strict=True)}
         write_text(oof, json.dumps({"clip": known}))
     learnt = [s for s, use in zip(samples, train & mine, strict=True) if use]
+    figures["learnt"] = sorted({s.method for s in learnt if s.label == "fake"})
     card = Card(
         name="clip",
         version=next_version(out, "clip"),
@@ -104,8 +105,8 @@ def clip(
 
 
 def _synthetic(sample: Sample) -> bool:
-    """The whole picture comes from a generator (as opposed to a photo that was changed)."""
-    return sample.label == "fake" and sample.mask is None
+    """The whole picture comes from a generator (as opposed to a photo that was changed, or one that a mask is for)."""
+    return sample.label == "fake" and sample.df_class == "EFS" and sample.mask is None
 
 
 def _unseen(
@@ -144,7 +145,8 @@ def _unseen(
                 continue
             scored = logits(head(train & ~gone & ~hidden))
             tested = hidden | (real & gone)
-            both[f"{generator} / {left}"] = round(float(auc(hidden[tested], scored[tested]) or 0), 4)
+            value = auc(hidden[tested], scored[tested])
+            both[f"{generator} / {left}"] = None if value is None else round(value, 4)
     return {"false_alarms_of_a_source_left_out": alarms, "auc_generator_and_source_left_out": both}
 
 

@@ -104,4 +104,4 @@ _WHOLE = ("redraw",)
 
 def _drawn_whole(sample: Sample) -> bool:
     """The whole picture was drawn by a generator or a decoder (as opposed to a photo that was changed in part)."""
-    return sample.label == "fake" and (sample.mask is None or sample.method in _WHOLE)
+    return sample.label == "fake" and sample.df_class == "EFS" and (sample.mask is None or sample.method in _WHOLE)
