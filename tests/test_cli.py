@@ -398,17 +398,23 @@ def test_killed_run_loses_and_doubles_no_row(many: Path, tmp_path: Path, kind: s
 
 
 def test_shards_together_are_the_whole(run: Run, detector: SmallDetector, photos: Path, tmp_path: Path) -> None:
-    """Several processes over one list: each file once, each process its own table."""
+    """Several processes over one list: each file once, each process its own table; a new file moves no other."""
+    for n in "defghij":
+        shutil.copy(photos / "a.png", photos / f"{n}.png")
     manifest = tmp_path / "m.jsonl"
-    manifest.write_text("".join(json.dumps({"path": f"photos/{n}.png"}) + "\n" for n in "abc"))
-    for i in (1, 2):
-        done = run("detect", "--manifest", manifest, "--out", tmp_path / "t.parquet", "--shard", f"{i}/2")
-        assert done.exit_code == 0 and done.stdout == "" and f"t.{i}-of-2.parquet" in done.stderr
-    assert sorted(detector.judged) == ["a.png", "b.png", "c.png"]
-    found = [[Path(row["path"]).name for row in table(tmp_path / f"t.{i}-of-2.parquet")] for i in (1, 2)]
-    assert found == [["a.png", "c.png"], ["b.png"]]
-    run("detect", photos, "--shard", "2/2")
-    assert detector.judged[3:] == ["b.png"]
+
+    def shards(names: str, out: str) -> list[list[str]]:
+        manifest.write_text("".join(json.dumps({"path": f"photos/{n}.png"}) + "\n" for n in names))
+        for i in (1, 2):
+            done = run("detect", "--manifest", manifest, "--out", tmp_path / f"{out}.parquet", "--shard", f"{i}/2")
+            assert done.exit_code == 0 and done.stdout == "" and f"{out}.{i}-of-2.parquet" in done.stderr
+        return [[Path(row["path"]).stem for row in table(tmp_path / f"{out}.{i}-of-2.parquet")] for i in (1, 2)]
+
+    one, two = shards("bcdefghij", "t")
+    assert sorted(one + two) == list("bcdefghij") and one and two
+    assert sorted(Path(name).stem for name in detector.judged) == list("bcdefghij")
+    more = shards("abcdefghij", "u")
+    assert [[n for n in part if n != "a"] for part in more] == [one, two]
 
 
 def test_manifest_streams_in_batches_and_names_what_failed(

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import x2dfd
 from tests import tiny
 from x2dfd import cli, ray_engine, stores
-from x2dfd.errors import InputError, SetupError, X2DFDError
+from x2dfd.errors import InputError, SetupError, UnknownName, X2DFDError
 from x2dfd.media import load_media
 from x2dfd.ray_llm import VllmScoring, _scored, p_fake
 from x2dfd.types import Failure, Report, Verdict
@@ -167,6 +167,26 @@ def test_two_actors_of_which_one_is_killed_write_the_rows_of_the_local_runner(
     assert tables["ray"] == tables["local"] and len(tables["ray"]) == 5
     with pytest.raises(SetupError):
         made({"base": str(tmp_path / "nowhere"), "mode": "paper", "experts": []}, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.needs_base
+def test_what_a_user_did_wrong_comes_back_as_one_line(cluster: Any, face_photo: Path, tmp_path: Path) -> None:
+    """A wrong model on an actor must not end in Ray's own trace, nor a need that no machine can meet in waiting."""
+
+    class Wrong(ray_engine.Judge):
+        def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+            raise UnknownName("lens", "wide", ["wider"])
+
+    base = tiny.write_base(tmp_path / "base")
+    options = {"base": str(base), "mode": "paper", "experts": []}
+    engine = ray_engine.RayDetector(options, 1, Wrong)
+    with pytest.raises(UnknownName, match="did you mean 'wider'"):
+        list(engine.detect_many([face_photo]))
+    with pytest.raises(SetupError, match="largest machine here has 3"):
+        ray_engine.RayDetector(options | {"threads": 4}, 1)
+    with pytest.raises(UnknownName, match="mode"):
+        ray_engine.RayDetector(options | {"mode": "papier"}, 1)
 
 
 class Says:

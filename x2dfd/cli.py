@@ -19,6 +19,7 @@ from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from zlib import crc32
 
 import typer
 from typer.core import TyperGroup
@@ -251,7 +252,8 @@ def detect(
         # What an earlier run wrote into a searched folder is no picture to judge.
         found = (p for p in find_media(paths or []) if not _ours(p, written, out))
         chosen: Iterator[Place] = found if manifest is None else manifest_paths(manifest, remote=remote.split(","))
-        return islice(chosen, part - 1, None, parts)
+        # By name, not by position: a folder that grew between two starts must not move files from part to part.
+        return chosen if parts == 1 else (p for p in chosen if crc32(os.fsencode(str(p))) % parts == part - 1)
 
     total = sum(1 for _ in files())
     if not total:
@@ -281,11 +283,11 @@ def detect(
     silent = manifest is not None and rows is not None and not as_json
     try:
         with _progress(total) as show:
-            for path, result in _judge(
+            for path, result, fresh in _judge(
                 many, files(), rows, window=window, batch_size=batch_size, rationale=not no_rationale
             ):
                 text = "" if silent else json.dumps(result.to_dict(), allow_nan=False) if as_json else _block(result)
-                show(text, isinstance(result, Failure))
+                show(text, isinstance(result, Failure), fresh)
                 if report is not None:
                     kept.append((path, result))
         if rows is not None:
@@ -515,8 +517,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON array 
 
 def _judge(
     many: Many, files: Iterable[Place], rows: Rows | None, *, window: int, batch_size: int, rationale: bool
-) -> Iterator[tuple[Place, Report | Failure]]:
-    """Results in the order of `files`; those that `rows` already holds are not computed again.
+) -> Iterator[tuple[Place, Report | Failure, bool]]:
+    """Results in the order of `files`, and whether each is new: those that `rows` holds are not computed again.
 
     `window`: files at a time, whose kept rows stand in memory.
     """
@@ -530,7 +532,7 @@ def _judge(
             result = kept.get(path) or next(fresh)
             if rows is not None and path not in kept:
                 rows.add(path, result)
-            yield path, result
+            yield path, result, path not in kept
 
 
 @contextlib.contextmanager
@@ -574,29 +576,29 @@ def _pictures(path: Path, result: Report | Failure) -> Pictures:
 
 
 @contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[str, bool], None]]:
+def _progress(total: int) -> Iterator[Callable[[str, bool, bool], None]]:
     """Rate and time left on stderr: a bar on a terminal, else a line now and then.
 
-    Yields what is called for each file, with its text for stdout ("" for none) and whether it failed.
+    Yields what is called for each file, with its text for stdout ("" for none), whether it failed, and whether it was
+    judged just now: rows of an earlier run say nothing of the rate.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    console = Console(stderr=True)
     start = last = time.monotonic()
-    done = failed = 0
+    done = failed = judged = 0
 
     def told() -> str:
         seconds = max(time.monotonic() - start, 1e-9)
-        left = time.strftime("%H:%M:%S", time.gmtime((total - done) * seconds / max(done, 1)))
-        days = int((total - done) * seconds / max(done, 1)) // 86_400
-        return f"{done / seconds:.1f}/s, {f'{days} d ' if days else ''}{left} left, {failed} failed"
+        if not judged:
+            return f"{done:,} from an earlier run"
+        ahead = (total - done) * seconds / judged
+        left = time.strftime("%H:%M:%S", time.gmtime(ahead))
+        days = int(ahead) // 86_400
+        return f"{judged / seconds:.1f}/s, {f'{days} d ' if days else ''}{left} left, {failed} failed"
 
-    if not console.is_terminal:
+    if not sys.stderr.isatty():  # rich is a quarter of a second to import
 
-        def line(text: str, failure: bool) -> None:
-            nonlocal done, failed, last
-            done, failed = done + 1, failed + failure
+        def line(text: str, failure: bool, fresh: bool) -> None:
+            nonlocal done, failed, judged, last
+            done, failed, judged = done + 1, failed + failure, judged + fresh
             if text:
                 typer.echo(text)
             if time.monotonic() - last >= LINE_SECONDS:
@@ -605,14 +607,18 @@ def _progress(total: int) -> Iterator[Callable[[str, bool], None]]:
 
         yield line
         return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    console = Console(stderr=True)
     # Redirecting would send the data to stderr with the bar.
     columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     bar: Progress = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
     task = bar.add_task("", total=total)
 
-    def show(text: str, failure: bool) -> None:
-        nonlocal done, failed
-        done, failed = done + 1, failed + failure
+    def show(text: str, failure: bool, fresh: bool) -> None:
+        nonlocal done, failed, judged
+        done, failed, judged = done + 1, failed + failure, judged + fresh
         if text:
             bar.stop()  # clears the bar, so that it does not mix with the text
             typer.echo(text)

@@ -13,6 +13,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -93,9 +94,10 @@ class _Seen:
 
 @dataclass(frozen=True, eq=False)
 class _Ready:
-    """A file as the models take it: decoded, its faces found."""
+    """A file as the models take it: decoded, its faces found, and its pixels let go."""
 
     media: Picture | Video | Failure
+    summary: dict[str, Any]  # Report.media
     seen: list[_Seen]
     notes: list[str]
     seconds: dict[str, float]
@@ -120,6 +122,8 @@ class Detector:
                 "this model has no calibration; use mode='paper', or fit one: python -m finetune.calibrate"
             )
         self.mllm = mllm
+        self._kept: tuple[bytes, Any] | None = None
+        self._keeping = Lock()
         self.experts = list(experts)
         self.calibration = calibration
         self.mode = mode
@@ -189,8 +193,8 @@ class Detector:
         face = _find(media)[0][deciding.index].face
         [asked] = self._questions([deciding.evidence])
         answer = f"{prompts.rationale_start(deciding.verdict.side)} {deciding.rationale}".strip()
-        look = self.mllm.look(through_codec([face])[0].crop[None])
-        return self.mllm.write(look, [asked], [""], turns=[(answer, question)])[0]
+        with self._look(through_codec([face])[0].crop[None]) as look:
+            return self.mllm.write(look, [asked], [""], turns=[(answer, question)])[0]
 
     def explain(self, report: Report, source: Source, *, on_text: Callable[[str], None] | None = None) -> Report:
         """The same report with its rationales, cues and contradictions; verdicts and scores stay as they are.
@@ -208,12 +212,13 @@ class Detector:
         for at in range(0, len(order), self.mllm.batch):
             part = order[at : at + self.mllm.batch]
             faces = through_codec([found[f.index].face for f in part])
-            texts = self.mllm.write(
-                self.mllm.look(np.stack([f.crop for f in faces])),
-                self._questions([f.evidence for f in part]),
-                [prompts.rationale_start(f.verdict.side) for f in part],
-                on_text=on_text if at == 0 else None,
-            )
+            with self._look(np.stack([f.crop for f in faces])) as look:
+                texts = self.mllm.write(
+                    look,
+                    self._questions([f.evidence for f in part]),
+                    [prompts.rationale_start(f.verdict.side) for f in part],
+                    on_text=on_text if at == 0 else None,
+                )
             told |= {
                 f.index: self._explained(f, found[f.index].face, text) for f, text in zip(part, texts, strict=True)
             }
@@ -229,11 +234,30 @@ class Detector:
     def judge_faces(self, faces: Sequence[Face]) -> tuple[NDArray[np.float64], list[list[Evidence]]]:
         """The parts of a verdict before they are joined: the MLLM's logits [n], and each face's expert evidence."""
         faces = through_codec(faces)
-        look = self.mllm.look(np.stack([f.crop for f in faces]))
-        evidence = self.evidence(faces, look)
-        return self.mllm.verdict_logits(look, self._questions(evidence)), evidence
+        with self._look(np.stack([f.crop for f in faces])) as look:
+            evidence = self.evidence(faces, look)
+            return self.mllm.verdict_logits(look, self._questions(evidence)), evidence
 
     # --- the road ---
+
+    @contextlib.contextmanager
+    def _look(self, crops: NDArray[np.uint8]) -> Iterator[Any]:
+        """The MLLM's look at crops [n, s, s, 3], for the `with` block alone: what is asked of it writes into its cache.
+
+        The last look at a single face is kept: verdict, explanation and follow-ups are mostly about the same one, and
+        share its encoding. A look at many would keep gigabytes of a large model's cache.
+        """
+        key = hashlib.sha256(np.ascontiguousarray(crops).data).digest()
+        with self._keeping:  # taken out, so that no two threads have it
+            kept, self._kept = self._kept, None
+        look = kept[1] if kept is not None and kept[0] == key else None
+        del kept
+        if look is None:
+            look = self.mllm.look(crops)
+        yield look
+        if len(crops) == 1:  # not where an error left it half written: then this line is not reached
+            with self._keeping:
+                self._kept = (key, look)
 
     def _batch(self, batch: Sequence[_Ready], rationale: bool) -> list[Report | Failure]:
         try:
@@ -254,7 +278,7 @@ class Detector:
                 results.append(one.media)
                 continue
             own = list(islice(faces, len(one.seen)))
-            results.append(self._report(one.media, own, one.notes, clock.seconds))
+            results.append(self._report(one.media, one.summary, own, one.notes, clock.seconds))
         return results
 
     def _face_reports(self, seen: Sequence[_Seen], rationale: bool, clock: _Clock) -> list[FaceReport]:
@@ -263,20 +287,20 @@ class Detector:
         for start in range(0, len(seen), self.mllm.batch):
             part = seen[start : start + self.mllm.batch]
             faces = through_codec([s.face for s in part])
-            look = self.mllm.look(np.stack([f.crop for f in faces]))
-            clock.lap("look")
-            evidence = self.evidence(faces, look)
-            clock.lap("experts")
-            questions = self._questions(evidence)
-            logits = self.mllm.verdict_logits(look, questions)
-            clock.lap("verdict")
-            verdicts, texts = [], [""] * len(part)
-            for own, said in zip(logits, evidence, strict=True):
-                verdicts.append(self._verdict(float(own), said))
-            if rationale:
-                starts = [prompts.rationale_start(v.side) for v in verdicts]
-                texts = self.mllm.write(look, questions, starts)
-                clock.lap("rationale")
+            with self._look(np.stack([f.crop for f in faces])) as look:
+                clock.lap("look")
+                evidence = self.evidence(faces, look)
+                clock.lap("experts")
+                questions = self._questions(evidence)
+                logits = self.mllm.verdict_logits(look, questions)
+                clock.lap("verdict")
+                verdicts, texts = [], [""] * len(part)
+                for own, said in zip(logits, evidence, strict=True):
+                    verdicts.append(self._verdict(float(own), said))
+                if rationale:
+                    starts = [prompts.rationale_start(v.side) for v in verdicts]
+                    texts = self.mllm.write(look, questions, starts)
+                    clock.lap("rationale")
             for s, own, said, verdict, text in zip(part, logits, evidence, verdicts, texts, strict=True):
                 judged = FaceReport(
                     index=s.face.index,
@@ -328,13 +352,18 @@ class Detector:
         return self.calibration.verdict(self.calibration.probability(logits), logits)
 
     def _report(
-        self, media: Picture | Video, faces: Sequence[FaceReport], warnings: Sequence[str], timings: dict[str, float]
+        self,
+        media: Picture | Video,
+        summary: dict[str, Any],
+        faces: Sequence[FaceReport],
+        warnings: Sequence[str],
+        timings: dict[str, float],
     ) -> Report:
         verdict, deciding = self._overall(media, faces)
         return Report(
             path=media.path,
             sha256=media.sha256,
-            media=media_summary(media),
+            media=summary,
             verdict=verdict,
             faces=tuple(faces),
             rationale=deciding.rationale if deciding else "",
@@ -588,14 +617,18 @@ def _ready(source: Source) -> _Ready:
     clock.lap("decode")
     seen, notes = _find(media)
     clock.lap("faces")
-    return _Ready(media, seen, notes, seconds)
+    summary = media_summary(media)
+    # Two batches stand in memory: of a camera's photo 150 MB each, and the models look at the crops alone.
+    if isinstance(media, Picture):
+        return _Ready(replace(media, pixels=np.empty((0, 0, 3), np.uint8)), summary, seen, notes, seconds)
+    return _Ready(replace(media, frames=()), summary, seen, notes, seconds)
 
 
 def _ready_or_failure(source: Source) -> _Ready:
     try:
         return _ready(source)
     except InputError as error:
-        return _Ready(_failure(source, error), [], [], {})
+        return _Ready(_failure(source, error), {}, [], [], {})
 
 
 def _find(media: Picture | Video) -> tuple[list[_Seen], list[str]]:

@@ -25,13 +25,20 @@ class InputError(X2DFDError):
         self.code = code
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, str]]:
+        return InputError, (self.code, self.reason)  # between processes: what __init__ takes, not the message
+
 
 class UnknownName(X2DFDError):
     """A name that is not registered, with the nearest names that are."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         names = sorted(known)
+        self._made_of = (kind, name, names)
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         super().__init__(f"unknown {kind} {name!r}{hint} (known: {', '.join(names) or 'none'})")
         self.name = name
+
+    def __reduce__(self) -> tuple[type[UnknownName], tuple[str, str, list[str]]]:
+        return UnknownName, self._made_of

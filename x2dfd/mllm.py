@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, get_args
 from zlib import crc32
@@ -52,12 +52,17 @@ class Look:
 
     cache: Any  # transformers' DynamicCache over the prefix, batch n
     length: int  # tokens of the prefix
-    tower_states: tuple[Tensor, ...]  # hidden states of the vision tower, embeddings first; fp32, CPU
+    states: tuple[Tensor, ...]  # hidden states of the vision tower, embeddings first, where they were computed
     seeds: tuple[int, ...] = ()  # of each picture, from its pixels: what its texts are drawn with
 
     @property
     def size(self) -> int:
-        return int(self.tower_states[0].shape[0])
+        return int(self.states[0].shape[0])
+
+    @property
+    def tower_states(self) -> tuple[Tensor, ...]:
+        """For the experts that read them: fp32 on the CPU. Moved when asked for: of a 7B model they are 60 MB a face."""
+        return tuple(s.float().cpu() for s in self.states)
 
 
 def _inference(method: Callable[P, T]) -> Callable[P, T]:
@@ -96,6 +101,8 @@ class LocalMLLM:
         self.device = self._head.device
         self.label_ids = prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS)  # real, fake
         self._yes_no_ids = prompts.first_tokens(processor, "", prompts.YES_NO_WORDS)
+        # A hundred cue questions are the same for every picture. Nobody writes into what it returns.
+        self._rendered = lru_cache(maxsize=1024)(self._render)
         self._before_image, _ = prompts.prompt_tokens(processor, prompts.render(processor, prompts.QUESTION))
 
     def save(self, folder: Path) -> None:
@@ -124,9 +131,12 @@ class LocalMLLM:
         cache = DynamicCache(config=self._text.config)
         self._text(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
         seeds = tuple(crc32(np.ascontiguousarray(c).data) for c in crops)
-        return Look(cache, embeds.shape[1], tuple(s.float().cpu() for s in states), seeds)
+        return Look(cache, embeds.shape[1], tuple(states), seeds)
 
     def _suffix(self, question: str, start: str = "", turns: Sequence[tuple[str, str]] = ()) -> list[int]:
+        return self._rendered(question, start, tuple(turns))
+
+    def _render(self, question: str, start: str, turns: tuple[tuple[str, str], ...]) -> list[int]:
         return prompts.prompt_tokens(self.processor, prompts.render(self.processor, question, start, turns))[1]
 
     def _after(self, look: Look, suffixes: Sequence[Sequence[int]], keep: bool = False) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from x2dfd.stores import Place
 
 WINDOW = 10_000  # files in one dataset: bounds what the driver holds, and is long beside the loading of a model
+AHEAD = 4  # batches that an actor is given at once: it decodes one while it judges the one before
 TRIES = 4  # of a batch whose actor dies over it; the run then ends, and --out goes on where it stopped
 BLOCKS = 1024  # parts of a dataset at most: a part's rows arrive together
 
@@ -31,15 +32,16 @@ BLOCKS = 1024  # parts of a dataset at most: a part's rows arrive together
 class Judge:
     """What an actor does: loads a detector once, judges batches of paths."""
 
-    def __init__(self, options: Mapping[str, Any], rationale: bool) -> None:
+    def __init__(self, options: Mapping[str, Any], rationale: bool, batch_size: int) -> None:
         import x2dfd
 
         self._detector = x2dfd.load(**options)
         self._rationale = rationale
+        self._batch_size = batch_size
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         places = [_place(raw) for raw in batch["place"].tolist()]
-        results = detect_places(self._detector, places, batch_size=len(places), rationale=self._rationale)
+        results = detect_places(self._detector, places, batch_size=self._batch_size, rationale=self._rationale)
         return {"result": [json.dumps(r.to_dict(), allow_nan=False) for r in results]}
 
 
@@ -69,9 +71,11 @@ class RayDetector:
         device = options.get("device")
         on_gpu = not served and (str(device).startswith("cuda") if device else here.get("GPU", 0) > 0)
         self._resources = {"num_cpus": options.get("threads") or 1, "num_gpus": int(on_gpu)}
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         for name, key in (("CPUs", "CPU"), ("GPUs", "GPU")):
-            if (wanted := self._resources[f"num_{key.lower()}s"]) > here.get(key, 0):  # Ray would wait for ever
-                raise SetupError(f"an actor needs {wanted} {name}, and the cluster has {here.get(key, 0):g}")
+            largest = max((node.get(key, 0) for node in nodes), default=0)
+            if (wanted := self._resources[f"num_{key.lower()}s"]) > largest:  # Ray would wait for ever
+                raise SetupError(f"an actor needs {wanted} {name}, and the largest machine here has {largest:g}")
         self.facts: dict[str, Any] = self._asked_facts()
 
     def _asked_facts(self) -> dict[str, Any]:
@@ -96,7 +100,8 @@ class RayDetector:
     ) -> Iterator[Report | Failure]:
         """As Detector.detect_many, in the order of the places. Raises X2DFDError when a batch fails for good."""
         source = iter(places)
-        while part := list(islice(source, WINDOW)):
+        # Each window loads the models anew: the more actors, the more files they share.
+        while part := list(islice(source, max(WINDOW, 1000 * self._actors))):
             yield from self._window(part, batch_size, rationale)
 
     def _window(self, places: list[Place], batch_size: int, rationale: bool) -> Iterator[Report | Failure]:
@@ -104,15 +109,18 @@ class RayDetector:
         context = data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
+        context.raise_original_map_exception = True  # or a wrong model's one line comes wrapped in Ray's own error
         rows = [{"place": _raw(place)} for place in places]
-        dataset = data.from_items(rows, override_num_blocks=min(BLOCKS, -(-len(rows) // batch_size)))
+        # Whole batches, so that a face stands beside the same ones as in the local runner; of few, every actor gets some.
+        at_once = batch_size * max(1, min(AHEAD, -(-len(rows) // (batch_size * self._actors))))
+        dataset = data.from_items(rows, override_num_blocks=min(BLOCKS, -(-len(rows) // at_once)))
         with warnings.catch_warnings():
             # Of its last parameter, which Ray 2.64 drops; until then nothing else bounds the tries of a batch.
             warnings.simplefilter("ignore", DeprecationWarning)
             judged = dataset.map_batches(
                 self._judge,
-                fn_constructor_args=(self._options, rationale),
-                batch_size=batch_size,
+                fn_constructor_args=(self._options, rationale, batch_size),
+                batch_size=at_once,
                 compute=data.ActorPoolStrategy(size=self._actors),
                 **self._resources,
                 max_task_retries=TRIES - 1,

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 SECONDS = 1.0  # of work that a kill can cost, besides the batch under way
 PART = 1024  # rows of the finished table in memory at a time
-SUFFIXES = (".parquet", ".jsonl")
 
 COLUMNS = {
     "path": "string", "sha256": "string", "label": "string", "p_fake": "double", "reason": "string",
