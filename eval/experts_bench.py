@@ -7,7 +7,7 @@ Every number is of the largest face of a picture, for that is the one which a ma
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -36,9 +36,11 @@ from eval.scoring import (
     three_answers,
     value_of,
 )
+from finetune.calibrate import balance
 from x2dfd.adapter import EMBEDDED, expert_hashes, read_adapter_card
 from x2dfd.calibration import MLLM, Calibration, fit_calibration, logit
-from x2dfd.detector import CODEC, through_codec, versions
+from x2dfd.degrade import CODEC
+from x2dfd.detector import through_codec, versions
 from x2dfd.errors import InputError, SetupError
 from x2dfd.experts import BUILTIN, Expert, ask, load_expert
 from x2dfd.faces import find_faces
@@ -439,7 +441,7 @@ def _answer(calibration: Calibration, scores: dict[str, float]) -> Verdict:
 
 
 def _refitted(
-    parts: dict[str, NDArray[np.float64]], labels: m.Labels, samples: Sequence[Sample], floors: dict[str, float]
+    parts: dict[str, NDArray[np.float64]], labels: m.Labels, samples: Sequence[Sample], one_sided: Iterable[str]
 ) -> list[Verdict] | None:
     """Each picture's answer by a calibration that was fitted without its group; None where one cannot be fitted."""
     part, y = folds([s.group for s in samples]), labels.astype(np.float64)
@@ -447,12 +449,10 @@ def _refitted(
     answers: dict[int, Verdict] = {}
     for fold in sorted(set(part.tolist())):
         rest, own = np.flatnonzero(part != fold), np.flatnonzero(part == fold)
-        share = y[rest].mean() if len(rest) else 0.0
-        if not 0 < share < 1:
+        if len(set(y[rest])) < 2:
             return None
-        even = np.where(y[rest] == 1, 0.5 / share, 0.5 / (1 - share))
-        of_rest = {n: v[rest] for n, v in parts.items()}
-        fitted = fit_calibration(of_rest, y[rest], sources[rest].tolist(), even, floors=floors)
+        of_rest, even = {n: v[rest] for n, v in parts.items()}, balance([samples[int(i)] for i in rest])
+        fitted = fit_calibration(of_rest, y[rest], sources[rest].tolist(), even, one_sided=one_sided)
         for i in own:
             chance = fitted.probability({n: float(v[i]) for n, v in parts.items()})
             answers[int(i)] = fitted.verdict(chance, {})

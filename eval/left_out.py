@@ -22,7 +22,7 @@ from eval.models import NoMLLM
 from eval.scoring import Layout, Resampling, Row, Store, common_auc, say, score, sha256_of, value_of
 from finetune.calibrate import balance, score_parts
 from x2dfd.adapter import EMBEDDED, read_adapter_card
-from x2dfd.calibration import MLLM, Calibration, choose_floor, fit_calibration, logit
+from x2dfd.calibration import MLLM, Calibration, fit_calibration, logit
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import Detector, versions
 from x2dfd.errors import X2DFDError
@@ -185,9 +185,8 @@ def fitted(
     names = [e.card.name for e in experts]
     scores = {n: [rows[k]["experts"].get(n) for k in kept] for n in names}
     parts = {n: np.array([np.nan if v is None else logit(v) for v in of_name]) for n, of_name in scores.items()}
-    found = {e.card.name: choose_floor(parts[e.card.name], labels) for e in experts if getattr(e, "one_sided", False)}
-    floors = {n: v for n, v in found.items() if v is not None}
-    calibration = fit_calibration(parts, labels, [s.source for s in of], balance(of), floors=floors)
+    one_sided = [e.card.name for e in experts if getattr(e, "one_sided", False)]
+    calibration = fit_calibration(parts, labels, [s.source for s in of], balance(of), one_sided=one_sided)
     about = {"n_real": int((labels == 0).sum()), "n_fake": int(labels.sum()), "n_groups": len({s.group for s in of})}
     return replace(calibration, fitted_on=about | {"without": sorted(without)})
 

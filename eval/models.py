@@ -169,7 +169,8 @@ def experts_alone(name: str | None) -> Any:
     """
     from x2dfd.adapter import EMBEDDED, expert_hashes, read_adapter_card
     from x2dfd.calibration import MLLM, Calibration
-    from x2dfd.detector import CODEC, Detector
+    from x2dfd.degrade import CODEC
+    from x2dfd.detector import Detector
     from x2dfd.experts import load_expert
 
     if name is None:

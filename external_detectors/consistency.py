@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from external_detectors.weights_io import WEIGHTS, load_weights, to_unit
+from external_detectors.weights_io import WEIGHTS, load_weights
 from x2dfd.errors import SetupError
 from x2dfd.experts import Shared, read_card
 from x2dfd.types import ARTIFACTS, Card, Cue, Evidence, Face
@@ -39,19 +39,16 @@ class Consistency:
         import torch
         from torch.nn import functional as F
 
-        from external_detectors.consistency_net import LIKELY, MAX_CUES, POINTS_FROM, POOLED, area_grid
+        from external_detectors.consistency_net import LIKELY, MAX_CUES, POINTS_FROM, POOLED, area_grid, both_ways
 
         if not faces:
             return []
         crops = torch.from_numpy(np.stack([f.crop for f in faces]))
-        areas = torch.from_numpy(np.stack([area_grid(f.crop_landmarks) for f in faces])).float() / 255
+        areas = torch.from_numpy(np.stack([area_grid(f.crop_landmarks) for f in faces]))
         with torch.inference_mode():
-            # The mirrored face too, and the mean of both: half of the noise that a codec brings cancels out.
-            fake, cues, where = self._net(to_unit(torch.cat([crops, crops.flip(2)])), torch.cat([areas, areas.flip(3)]))
-            scores = fake.view(2, -1).mean(0).sigmoid().tolist()
-            chances = cues.unflatten(0, (2, -1)).mean(0).sigmoid().flatten(1)
-            there, mirrored = where.chunk(2)
-            maps = F.avg_pool2d(((there + mirrored.flip(2)) / 2).sigmoid()[:, None], 2)[:, 0].tolist()  # [n, 14, 14]
+            fake, cues, where = both_ways(self._net, crops, areas)
+            scores, chances = fake.sigmoid().tolist(), cues.sigmoid().flatten(1)
+            maps = F.avg_pool2d(where.sigmoid()[:, None], 2)[:, 0].tolist()  # [n, 14, 14]
         out = []
         for score, chance, rows in zip(scores, chances, maps, strict=True):
             best = chance.topk(MAX_CUES)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from external_detectors.lite0 import Lite0
+from external_detectors.weights_io import to_unit
 from x2dfd.faces import CROP_SIZE, area_mask
 from x2dfd.types import AREAS, ARTIFACTS
 
@@ -89,6 +90,17 @@ class ConsistencyNet(nn.Module):
         joined = torch.cat([self.dropout(deep), cues.amax(1).clamp(min=-8) / 4, said / 4], 1)
         fake: Tensor = self.decide(joined)[:, 0]
         return fake, cues, where
+
+
+def both_ways(net: nn.Module, crops: Tensor, areas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The network's logits (verdict, cues, map) on uint8 crops and area grids: the mean of each face and its mirror.
+
+    Half of the noise that a codec brings cancels out.
+    """
+    grids = areas.float() / 255
+    fake, cues, where = net(to_unit(torch.cat([crops, crops.flip(2)])), torch.cat([grids, grids.flip(3)]))
+    there, mirrored = where.chunk(2)
+    return fake.view(2, -1).mean(0), cues.unflatten(0, (2, -1)).mean(0), (there + mirrored.flip(2)) / 2
 
 
 def start_from(net: ConsistencyNet, state: dict[str, Any]) -> None:

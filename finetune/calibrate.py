@@ -18,7 +18,15 @@ import typer
 from numpy.typing import NDArray
 
 from x2dfd.adapter import read_adapter_card
-from x2dfd.calibration import MLLM, Calibration, choose_band, choose_floor, fit_weights, logit
+from x2dfd.calibration import (
+    MLLM,
+    Calibration,
+    alarms_of_sources_left_out,
+    choose_band,
+    fit_calibration,
+    logit,
+    rows_of,
+)
 from x2dfd.cli import run_command
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import Detector, load
@@ -74,19 +82,14 @@ def calibrate(
     parts = score_parts(detector, crops, rows, view_seed)
     weights_per_sample = balance(samples)
     one_sided = [e.card.name for e in detector.experts if getattr(e, "one_sided", False)]
-    found = {n: choose_floor(parts[n], labels) for n in one_sided}
-    # The band is chosen and counted with the numbers that are stored.
-    floors = _rounded({n: v for n, v in found.items() if v is not None})
-    weights, means, bias = fit_weights(parts, labels, weights_per_sample, floors=floors)
-    weights, means, bias = _rounded(weights), _rounded(means), round(bias, 6)
-    draft = Calibration(weights, means, bias, 0.5, 0.5, floors=floors)
-    logits = [_row(parts, k) for k in range(len(samples))]
-    chances = np.array([draft.probability(row) for row in logits])
-    low, high = choose_band(chances, labels, [s.source for s in samples], false_alarms=false_alarms)
+    sources = [s.source for s in samples]
+    fitting: Any = {"one_sided": one_sided, "false_alarms": false_alarms}
+    fit = fit_calibration(parts, labels, sources, weights_per_sample, **fitting)
     mllm = 1 / (1 + np.exp(-parts[MLLM]))
-    _, mllm_threshold = choose_band(mllm, labels, [s.source for s in samples], false_alarms=false_alarms)
-    result = Calibration(weights, means, bias, low, high, mllm_threshold, {}, disagreement, floors)
-    said = np.array([result.verdict(p, row).label for p, row in zip(chances.tolist(), logits, strict=True)])
+    _, mllm_threshold = choose_band(mllm, labels, sources, false_alarms=false_alarms)
+    result = replace(fit, mllm_threshold=mllm_threshold, disagreement=disagreement)
+    logits = rows_of(parts)
+    said = np.array([result.verdict(result.probability(row), row).label for row in logits])
     real = labels == 0
     fitted = {
         "manifest_sha256": manifest_sha256(data),
@@ -96,6 +99,9 @@ def calibrate(
         "groups": len({s.group for s in samples}),
         "false_alarms_allowed": false_alarms,
         "false_alarms_per_source": _rates(said == "fake", samples, real),
+        "false_alarms_of_a_source_left_out": alarms_of_sources_left_out(
+            parts, labels, sources, weights_per_sample, **fitting
+        ),
         "inconclusive": round(float((said == "inconclusive").mean()), 4),
         "experts": {e.card.name: e.card.sha256 for e in detector.experts},
         "fakes_found": round(float((said[~real] == "fake").mean()), 4),
@@ -159,10 +165,6 @@ def _logit(evidence: Evidence) -> float:
     return float("nan") if evidence.score is None else logit(evidence.score)
 
 
-def _row(parts: dict[str, NDArray[np.float64]], k: int) -> dict[str, float | None]:
-    return {n: None if np.isnan(v[k]) else float(v[k]) for n, v in parts.items()}
-
-
 def _rates(said_fake: NDArray[np.bool_], samples: Sequence[Sample], real: NDArray[np.bool_]) -> dict[str, Any]:
     sources = np.array([s.source for s in samples])
     return {
@@ -172,10 +174,6 @@ def _rates(said_fake: NDArray[np.bool_], samples: Sequence[Sample], real: NDArra
         }
         for src in sorted(set(sources[real]))
     }
-
-
-def _rounded(values: dict[str, float]) -> dict[str, float]:
-    return {k: round(v, 6) for k, v in values.items()}
 
 
 _EPILOG = """Example:\n

@@ -19,7 +19,16 @@ from finetune.calibrate import _chosen, _face, calibrate
 from tests import tiny
 from tests.tiny import edit_json
 from x2dfd.adapter import AdapterCard
-from x2dfd.calibration import FLOOR_SHARE, Calibration, choose_band, choose_floor, fit_weights, logit
+from x2dfd.calibration import (
+    FLOOR_SHARE,
+    Calibration,
+    alarms_of_sources_left_out,
+    choose_band,
+    choose_floor,
+    fit_calibration,
+    fit_weights,
+    logit,
+)
 from x2dfd.crops import CropSet
 from x2dfd.errors import SetupError, UnknownName, X2DFDError
 from x2dfd.faces import find_faces
@@ -280,6 +289,21 @@ def test_well_separated_scores_leave_hardly_any_band() -> None:
     """A band where none is needed would withhold verdicts that are certain."""
     p = np.concatenate([np.linspace(0, 0.1, 100), np.linspace(0.9, 1, 100)])
     assert choose_band(p, np.repeat([0.0, 1.0], [100, 100]), ["a"] * 200) == (0.5, 0.5)
+
+
+def test_the_alarms_of_a_camera_that_was_not_calibrated_on_are_counted_without_it() -> None:
+    """The promise of at most 5 % holds for the cameras it was made on; what of another is what users ask."""
+    rng = np.random.default_rng(2)
+    logits = np.concatenate([rng.normal(-2, 1, 100), rng.normal(1.5, 1, 40), rng.normal(3, 1, 140)])
+    labels = np.repeat([0.0, 1.0], [140, 140])
+    sources = ["usual"] * 100 + ["odd"] * 40 + ["usual"] * 140
+    with_it = fit_calibration({"mllm": logits}, labels, sources, np.ones(280))
+    odd = [with_it.probability({"mllm": v}) for v in logits[100:140]]
+    assert np.mean(np.array(odd) >= with_it.high) <= 0.05
+    told = alarms_of_sources_left_out({"mllm": logits}, labels, sources, np.ones(280))
+    assert told["odd"]["rate"] > 0.3 and told["odd"]["n"] == 40
+    # Without the usual one there is nothing to fit to: no fakes are left.
+    assert set(told) == {"odd"}
 
 
 # --- the file --------------------------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ import x2dfd.detector as detector_module
 from tests import tiny
 from x2dfd import prompts
 from x2dfd.calibration import Calibration
-from x2dfd.degrade import codec
-from x2dfd.detector import CODEC, Detector
+from x2dfd.degrade import CODEC, codec
+from x2dfd.detector import Detector
 from x2dfd.errors import InputError, SetupError, UnknownName
 from x2dfd.experts import BUILTIN
 from x2dfd.faces import find_faces
@@ -489,6 +489,42 @@ def test_chat_looks_at_the_reports_own_picture_only(detector: Detector, astronau
     with pytest.raises(InputError) as caught:
         detector.chat(detector.detect(other), question)  # judged from bytes: there is no file to look at again
     assert caught.value.code == "no_picture"
+
+
+def test_one_encoding_serves_verdict_explanation_and_chat(
+    detector: Detector, astronaut: Pixels, face_photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would encode the picture anew; and a kept look that a text was left in would change the next answer."""
+    looks: list[int] = []
+    look = detector.mllm.look
+
+    def counted(crops: Pixels) -> Any:
+        looks.append(len(crops))
+        return look(crops)
+
+    def story() -> tuple[Any, ...]:
+        report = detector.detect(face_photo, rationale=False)
+        told = detector.explain(report, face_photo)
+        return report.verdict, told.rationale, detector.chat(told, "What about the eyes?")
+
+    monkeypatch.setattr(detector, "_kept", None)
+    monkeypatch.setattr(detector.mllm, "look", counted)
+    first = story()
+    assert looks == [1]
+    assert story() == first and looks == [1]
+    other = detector.detect(jpeg(np.ascontiguousarray(astronaut[:, ::-1])), rationale=False)
+    assert other.faces and looks == [1, 1]
+    monkeypatch.setattr(detector, "_kept", None)
+    assert story() == first
+    # A text that is stopped half way leaves its tokens in the look: it is not kept.
+    report = detector.detect(face_photo, rationale=False)
+
+    def stop(_: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        detector.explain(report, face_photo, on_text=stop)
+    assert detector._kept is None and story() == first
 
 
 def test_chat_looks_at_the_face_that_decided(

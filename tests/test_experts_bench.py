@@ -328,16 +328,16 @@ def test_a_refit_does_not_see_the_group_it_answers() -> None:
     samples, rows = scored(60)
     parts = {"fair": np.array([logit(row["experts"]["fair"]) for row in rows])}
     labels = m.to_labels(s.label for s in samples)
-    before = experts_bench._refitted(parts, labels, samples, {})
+    before = experts_bench._refitted(parts, labels, samples, [])
     part = scoring.folds([s.group for s in samples])
     own = np.flatnonzero(part == 0)
     other = labels.copy()
     other[own] = 1 - other[own]
-    after = experts_bench._refitted(parts, other, samples, {})
+    after = experts_bench._refitted(parts, other, samples, [])
     assert before is not None and after is not None
     assert [before[i] for i in own] == [after[i] for i in own]
     assert any(before[i] != after[i] for i in np.flatnonzero(part != 0))
-    assert experts_bench._refitted(parts, np.zeros_like(labels), samples, {}) is None
+    assert experts_bench._refitted(parts, np.zeros_like(labels), samples, []) is None
 
 
 def test_what_withholding_by_disagreement_costs_is_told() -> None:

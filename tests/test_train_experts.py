@@ -33,7 +33,7 @@ from x2dfd import crops as crops_module
 from x2dfd import fetch
 from x2dfd.cli import run_command
 from x2dfd.crops import CropSet, load_crops
-from x2dfd.degrade import tone
+from x2dfd.degrade import CODEC, codec, tone
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.experts import load_expert, read_card
 from x2dfd.faces import PREPROCESSING, find_faces
@@ -134,7 +134,7 @@ def test_training_uses_the_gpu_that_is_there(kinds: Path, tmp_path: Path, monkey
 
 
 def test_consistency_learns_areas_artifacts_and_masks(kinds: Path, tmp_path: Path) -> None:
-    """Bug prevented: weights that the expert refuses; cues, masks or areas that do not follow the mirrored picture."""
+    """Bug prevented: weights that the expert refuses; a threshold chosen on other pictures than those in use."""
     words = ["consistency", "--data", str(kinds), "--state", str(tmp_path / "state"), "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(train.app, [*words, "--steps", "3", "--batch", "4"])
     assert result.exit_code == 0, result.output
@@ -150,6 +150,8 @@ def test_consistency_learns_areas_artifacts_and_masks(kinds: Path, tmp_path: Pat
         _, areas, labels, cues, mask = truth.batch([k], rng)
         assert labels.tolist() == [1.0] and (cues != 0).any()
         assert areas.shape[1] == len(POOLED) and mask.any()
+    shown = truth.crops.crops[truth.rows[k]]
+    assert np.array_equal(truth.batch([k], None)[0][0].numpy(), codec(np.asarray(shown), *CODEC))
 
 
 def test_consistency_goes_on_from_its_own_weights_and_leaves_methods_out(kinds: Path, tmp_path: Path) -> None:
@@ -288,6 +290,11 @@ def test_a_checkpoint_is_chosen_by_its_worst_method_and_source() -> None:
     assert loop.worst(samples[:20] + samples[20:30], lifted[:30]) == 1.0
     assert loop.worst(samples, lifted, ["x"]) == pytest.approx(13 / 23, abs=1e-4)  # y counts in no method, but in b
     assert loop.worst(samples[:5], scores[:5]) is None
+    # Of eight parts the lowest two: one method at chance does not decide alone.
+    many = [Sample(str(i), Path("x"), "real", "none", source="a") for i in range(10)]
+    many += [Sample(f"{m}{i}", Path("x"), "fake", m, source="a") for m in "pqrstuv" for i in range(10)]
+    told = np.array([0.0] * 10 + [v for m in range(7) for v in [-1.0 if m == 0 else 0.0 if m == 1 else 1.0] * 10])
+    assert loop.worst(many, told) == pytest.approx((0.0 + 0.5) / 2)
 
 
 def test_the_best_average_is_kept_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -561,7 +568,7 @@ def test_a_source_and_a_generator_left_out_are_not_learnt_from(monkeypatch: pyte
     """Bug prevented: figures on unseen cameras and generators from a head that saw them."""
     samples = [
         Sample(
-            f"{k}", Path("x"), "fake" if m else "real", m, source=s, group=f"{k}", split="calib" if k % 5 else "train"
+            f"{k}", Path("x"), "fake" if m else "real", m, "EFS" if m else "", s, f"{k}", "calib" if k % 5 else "train"
         )
         for k, (m, s) in enumerate(
             [(m, s) for m, s in (("", "a"), ("", "b"), ("one", "one"), ("two", "two")) for _ in range(25)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -169,15 +169,65 @@ def fit_calibration(
     sources: Sequence[str],
     sample_weights: NDArray[np.float64],
     *,
-    floors: Mapping[str, float] | None = None,
+    one_sided: Iterable[str] = (),
+    false_alarms: float = 0.05,
 ) -> Calibration:
-    """The logistic of `fit_weights` with the band that `choose_band` sets on the same pictures."""
+    """The logistic of `fit_weights`, and the band that `choose_band` sets on the same pictures.
+
+    `one_sided`: the parts that get a floor. The band is chosen with the numbers that are stored: six decimals.
+    """
+    found = {n: choose_floor(parts[n], labels) for n in one_sided if n in parts}
+    floors = _rounded({n: v for n, v in found.items() if v is not None})
     weights, means, bias = fit_weights(parts, labels, sample_weights, floors=floors)
-    draft = Calibration(weights, means, bias, 0.5, 0.5, floors=dict(floors or {}))
-    # NaN is no score: such a part stands at its mean.
-    rows = [{n: None if np.isnan(v[k]) else float(v[k]) for n, v in parts.items()} for k in range(len(labels))]
-    low, high = choose_band(np.array([draft.probability(row) for row in rows]), labels, sources)
+    draft = Calibration(_rounded(weights), _rounded(means), round(bias, 6), 0.5, 0.5, floors=floors)
+    chances = np.array([draft.probability(row) for row in rows_of(parts)])
+    low, high = choose_band(chances, labels, sources, false_alarms=false_alarms)
     return replace(draft, low=low, high=high)
+
+
+def rows_of(parts: Mapping[str, NDArray[np.float64]]) -> list[dict[str, float | None]]:
+    """The logits of each picture, by part; None where the array has NaN: no score."""
+    columns = {n: v.tolist() for n, v in parts.items()}
+    n = len(next(iter(columns.values()), ()))
+    return [{name: None if math.isnan(v[k]) else v[k] for name, v in columns.items()} for k in range(n)]
+
+
+def alarms_of_sources_left_out(
+    parts: Mapping[str, NDArray[np.float64]],
+    labels: NDArray[np.float64],
+    sources: Sequence[str],
+    sample_weights: NDArray[np.float64],
+    *,
+    one_sided: Iterable[str] = (),
+    false_alarms: float = 0.05,
+) -> dict[str, dict[str, float]]:
+    """What is promised of a camera that was not there: for each source of reals, fitted without its pictures.
+
+    The rate at which its real pictures are called fake then, and the share that gets no verdict. The experts and the
+    MLLM may have learnt from the source all the same: it is the calibration alone that has not seen it.
+    """
+    names, told = np.array(sources), {}
+    for source in sorted(set(names[labels == 0])):
+        rest, own = names != source, (names == source) & (labels == 0)
+        if len(set(labels[rest])) < 2:
+            continue
+        fitted = fit_calibration(
+            {n: v[rest] for n, v in parts.items()},
+            labels[rest],
+            names[rest].tolist(),
+            sample_weights[rest],
+            one_sided=one_sided,
+            false_alarms=false_alarms,
+        )
+        rows = rows_of({n: v[own] for n, v in parts.items()})
+        said = [fitted.verdict(fitted.probability(row), row).label for row in rows]
+        shares = {"rate": said.count("fake") / len(said), "inconclusive": said.count("inconclusive") / len(said)}
+        told[str(source)] = _rounded(shares) | {"n": len(said)}
+    return told
+
+
+def _rounded(values: Mapping[str, float]) -> dict[str, float]:
+    return {k: round(v, 6) for k, v in values.items()}
 
 
 def choose_floor(logits: NDArray[np.float64], labels: NDArray[np.float64]) -> float | None:

@@ -42,6 +42,11 @@ def rescale(pixels: Array, factor: float, up: int = cv2.INTER_LINEAR, down: int 
     return np.asarray(cv2.resize(small, (width, height), interpolation=up))
 
 
+CODEC = (".jpg", 90)
+"""What every face crop goes through before a model sees it: a PNG and its JPEG then look nearly the same. Trainings see
+crops through codecs of all qualities."""
+
+
 def codec(pixels: Array, kind: str, quality: int) -> Pixels:
     """Through a real codec and back. `kind`: ".jpg" or ".webp"."""
     flag = cv2.IMWRITE_JPEG_QUALITY if kind == ".jpg" else cv2.IMWRITE_WEBP_QUALITY

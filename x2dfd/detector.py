@@ -35,7 +35,7 @@ from x2dfd.adapter import (
     read_adapter_card,
 )
 from x2dfd.calibration import MLLM, Calibration, logit
-from x2dfd.degrade import codec
+from x2dfd.degrade import CODEC, codec
 from x2dfd.errors import InputError, SetupError, UnknownName
 from x2dfd.experts import DEFAULT, Expert, Shared, ask, load_expert
 from x2dfd.explain import contradictions, mended, read_cues
@@ -52,9 +52,6 @@ Source = str | Path | bytes | Image
 
 VIDEO_FRAMES = 8
 FRAME_FACES = 4  # of one frame of a video
-CODEC = (".jpg", 90)
-"""What every face crop goes through before a model sees it: a PNG and its JPEG then look nearly the same. Trainings see
-crops through codecs of all qualities (x2dfd.degrade)."""
 MAX_FACES = 24  # in one picture; the smaller ones are left out with a warning
 
 

@@ -61,7 +61,7 @@ class Look:
 
     @property
     def tower_states(self) -> tuple[Tensor, ...]:
-        """For the experts that read them: fp32 on the CPU. Moved when asked for: of a 7B model they are 60 MB a face."""
+        """For the experts that read them: fp32 on the CPU. Moved when asked for: of a 7B model 60 MB a face."""
         return tuple(s.float().cpu() for s in self.states)
 
 

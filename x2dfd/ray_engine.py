@@ -111,7 +111,7 @@ class RayDetector:
         context.enable_progress_bars = False
         context.raise_original_map_exception = True  # or a wrong model's one line comes wrapped in Ray's own error
         rows = [{"place": _raw(place)} for place in places]
-        # Whole batches, so that a face stands beside the same ones as in the local runner; of few, every actor gets some.
+        # Whole batches, so that a face stands beside the same ones as in the local runner; of few, all actors get some.
         at_once = batch_size * max(1, min(AHEAD, -(-len(rows) // (batch_size * self._actors))))
         dataset = data.from_items(rows, override_num_blocks=min(BLOCKS, -(-len(rows) // at_once)))
         with warnings.catch_warnings():

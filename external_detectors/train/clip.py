@@ -158,7 +158,10 @@ def _fit_head(
     Raises X2DFDError when a label is absent.
     """
     if not (use & positive).any() or not (use & ~positive).any():
-        raise X2DFDError("a head needs real and fake pictures in split `train`; forge some, or pass ready-made fakes")
+        raise X2DFDError(
+            "a head needs real and fake pictures in split `train`; forge some, or pass ready-made fakes "
+            "(df_class EFS, no mask)"
+        )
     weight, bias = _logistic(x[torch.from_numpy(use)], positive[use], balance(use, positive, samples)[use], ridge)
     return {"weight": weight, "bias": bias.reshape(1)}
 

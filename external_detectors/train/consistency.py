@@ -30,6 +30,7 @@ from external_detectors.train.loop import (
 from external_detectors.weights_io import WEIGHTS, save_weights, to_unit
 from x2dfd.calibration import logit
 from x2dfd.crops import CropSet, load_crops
+from x2dfd.degrade import CODEC, codec
 from x2dfd.errors import X2DFDError
 from x2dfd.faces import PREPROCESSING
 from x2dfd.manifest import manifest_sha256
@@ -147,7 +148,10 @@ class LocalTruth:
         self.allowed = torch.from_numpy(((self.cues[self.learnt] > 0).sum(0) >= 10).astype(np.float32))
 
     def batch(self, chosen: Sequence[int], rng: np.random.Generator | None) -> tuple[Tensor, ...]:
-        """Pixels, area grids, labels, cues (1, 0, or -1 for neither) and masks; degraded with a generator."""
+        """Pixels, area grids, labels, cues (1, 0, or -1 for neither) and masks.
+
+        Degraded with a generator; else through the codec that every crop in use goes through.
+        """
         import cv2
 
         from external_detectors.consistency_net import GRID, area_grid
@@ -158,6 +162,8 @@ class LocalTruth:
             view, matrix = np.asarray(self.crops.crops[row]), np.eye(2, 3)
             if rng is not None:
                 view, matrix = augmented(view, rng)
+            else:
+                view = codec(view, *CODEC)
             mask = np.asarray(self.masks[row])
             # The same move on the mask's grid; a cell's centre lies between the crop's pixels.
             step = view.shape[0] / mask.shape[0]
@@ -174,8 +180,8 @@ class LocalTruth:
         return torch.from_numpy(np.stack(pixels)), torch.from_numpy(np.stack(areas)), labels, cues, target
 
     def figures(self, net: torch.nn.Module, split: str, held_out: Sequence[str] = ()) -> dict[str, Any]:
-        """AUC by method, pixel AUC of the map, and the threshold and F1 of its cues, on undegraded pictures."""
-        from external_detectors.consistency_net import POINTS_FROM
+        """AUC by method, pixel AUC of the map, and the threshold and F1 of its cues, on pictures as they are in use."""
+        from external_detectors.consistency_net import POINTS_FROM, both_ways
 
         chosen = [k for k, s in enumerate(self.samples) if s.split == split]
         if not chosen:
@@ -185,7 +191,7 @@ class LocalTruth:
         with torch.inference_mode():
             for start in range(0, len(chosen), 32):
                 pixels, areas, _, _, masks = self.batch(chosen[start : start + 32], None)
-                fake, named, where = net(to_unit(pixels), areas.float() / 255)
+                fake, named, where = both_ways(net, pixels, areas)
                 fakes.append(fake)
                 chances.append(named.sigmoid())
                 maps.append(where)
