@@ -28,10 +28,13 @@ _BLOCK = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", 
 def detect(results: dict[str, Result], *, all_methods: bool = False) -> str:
     """Scorers in columns; AUC over all, then per method and per source; false alarms last. One block a result file.
 
-    Of the methods only those that were held out and those without reals of their own, unless `all_methods`.
+    Of the files the one named `detect` alone, and of the methods only those that were held out and those without reals
+    of their own, unless `all_methods`.
     """
     blocks = []
     for name, result in _of("detect", results):
+        if name != "detect" and not all_methods:
+            continue
         scorers: dict[str, Result] = result["scorers"]
         parts = sorted({(c, v) for s in scorers.values() for c, table in s["by"].items() for v in table})
         # A set of one generator's fakes bears its name as source and as method: one row says it.
@@ -501,7 +504,43 @@ def unseen(_: dict[str, Result]) -> str:
         f"Expert `clip` {card['version']}: the threshold that 5 % of the other sources' photos reach, on a source that "
         "its training lacked; and the AUC of a generator against that source when neither was seen. 0.5 is chance."
     )
-    return caption + "\n\n" + _table(lines)
+    return "\n\n".join([caption, _table(lines), *_left_out_of_calibration()])
+
+
+def _left_out_of_calibration() -> list[str]:
+    """False alarms on each source of reals when the shipped calibration is fitted without it."""
+    calibration = json.loads((ROOT / "x2dfd" / "weights" / "embedded" / "calibration.json").read_text("utf-8"))
+    found = calibration["fitted_on"].get("false_alarms_of_a_source_left_out")
+    if not found:
+        return []
+    lines = [["source left out of the calibration", "n", "reals called fake", "inconclusive"], ["---"] * 4]
+    for source, told in found.items():
+        lines.append([source, str(told["n"]), _percent(told["rate"]), _percent(told["inconclusive"])])
+    caption = (
+        "The shipped verdict, its weights and band fitted without one source of reals, on the real pictures of that "
+        "source (`calib`; experts and MLLM may have learnt from its other photos): "
+        f"at most {_percent(calibration['fitted_on']['false_alarms_allowed'])} are promised of the sources it was "
+        "fitted on."
+    )
+    return [caption, _table(lines)]
+
+
+def overlays(results: dict[str, Result]) -> str:
+    """How many verdicts flip under text over the picture, by what the text claims. One block a result file."""
+    blocks = []
+    for name, result in _of("overlays", results):
+        lines = [["text claims", "verdicts that flip", "to", "P(fake) moved by", "the MLLM's own"], ["---"] * 5]
+        for claim, told in result["claims"].items():
+            rate = _number({"value": told["flip_rate"], "interval": told["interval"]}, percent=True)
+            to = ", ".join(f"{label} {n}" for label, n in told["to"].items()) or "–"
+            moved = [f"{told[k]:+.2f}" if told[k] is not None else "–" for k in ("p_fake_moved", "p_mllm_moved")]
+            lines.append([claim, f"{rate} of {told['n']}", to, *moved])
+        caption = (
+            f"`{name}`: {result['overlays']} overlays on {result['pictures']} pictures of {result['groups']} groups, "
+            f"manifest `{result['manifest_sha256'][:12]}`, model `{result['model']}`."
+        )
+        blocks.append(caption + "\n\n" + _table(lines))
+    return "\n\n".join(blocks) or "No results yet."
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:
@@ -557,6 +596,7 @@ TABLES: dict[str, Callable[[dict[str, Result]], str]] = {
     "missing": missing,
     "left-out": left_out,
     "models": models,
+    "overlays": overlays,
     "trained": trained,
     "unseen": unseen,
     "speed": speed,

@@ -240,7 +240,6 @@ def test_a_lora_that_is_not_there_is_said_before_the_cluster_starts(tmp_path: Pa
 def test_ray_takes_the_configuration() -> None:
     """A setting that Ray renamed would be found on the first cluster."""
     pytest.importorskip("ray", reason="the extra [ray] is not installed")
-    pytest.importorskip("aiohttp", reason="ray[llm] is not installed: no aiohttp")
     from ray.data.llm import vLLMEngineProcessorConfig
 
     assert vLLMEngineProcessorConfig(**VllmScoring("base").config()).model_source == "base"

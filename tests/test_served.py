@@ -368,6 +368,14 @@ def test_an_endpoint_that_fails_all_the_time_ends_the_run(
     assert len(rows) == served.FAILURES_IN_A_ROW - 1
 
 
+def test_pictures_that_an_endpoint_refuses_do_not_end_the_run(no_experts: None, face_photo: Path) -> None:
+    """A folder of pictures against a server's rules is a row each; the endpoint is well."""
+    files = [face_photo] * (served.FAILURES_IN_A_ROW + 2)
+    with StandIn(lambda _: Reply("not this one", status=400)) as endpoint:
+        rows = list(x2dfd.load("m", served=endpoint.url).detect_many(files, batch_size=2))
+    assert [r.code for r in rows if isinstance(r, Failure)] == ["endpoint_error"] * len(files)
+
+
 def test_cli_detects_and_assesses_on_a_served_model(
     no_experts: None, face_photo: Path, astronaut: Pixels, tmp_path: Path
 ) -> None:

@@ -272,7 +272,8 @@ class ServedMLLM:
                 ) from None
             if status in (400, 422) and "logprob" in said.lower():
                 raise SetupError(f"{self.host} gives no log-probabilities for {self._model!r}: {said}") from None
-            self._failed += 1
+            if status not in (400, 413, 422):  # a request that it refuses says nothing of the endpoint's health
+                self._failed += 1
             if self._failed >= FAILURES_IN_A_ROW:
                 raise SetupError(
                     f"{self.host} failed {self._failed} times in a row, last: {said}. Run again when it answers"
