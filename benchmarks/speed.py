@@ -34,11 +34,22 @@ import x2dfd
 from x2dfd import prompts
 from x2dfd.errors import X2DFDError
 from x2dfd.files import write_text
+from x2dfd.types import Cue, Evidence
 
 ROOT = Path(__file__).resolve().parent.parent
 AT_ONCE = (1, 8)  # faces in a call of an expert
 BATCHES = (1, 4, 16)  # pictures in a batch of `detect`
 ASKED, FEW = 100, 16  # cue questions about one face: of an assessment, of one picture's whole story
+SAID = (
+    (
+        Evidence("consistency", 0.93, cues=(Cue("mouth", "blur", 0.9), Cue("jaw", "blending", 0.6))),
+        Evidence("clip", 0.1),
+    ),
+    (Evidence("consistency", 0.08), Evidence("clip", 0.12)),
+    (Evidence("consistency", 0.71, cues=(Cue("eyes", "colour", 0.8),)), Evidence("clip", 0.64)),
+    (Evidence("consistency", None, "no score"), Evidence("clip", 0.97)),
+)
+"""What experts say of the faces whose verdicts are timed."""
 FACES = 4  # of the verdicts against the published recipe
 FOLLOW_UP = "What about the eyes?"
 SAME = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}  # by how much answers of two ways may differ
@@ -377,7 +388,7 @@ def measure(
         detector = x2dfd.load(model, threads=threads, device=str(device), dtype=precision)
         load_seconds = round(time.perf_counter() - start, 3)
         mllm: Any = detector.mllm
-        name = detector.facts["name"]
+        name, form = detector.facts["name"], detector.facts["score_form"]
         further = of_detector(detector, threads)
         from skimage.data import astronaut
 
@@ -399,8 +410,9 @@ def measure(
         processor = words_processor(settings)
         trained.config.image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
         mllm = LocalMLLM(trained, processor, f"{geometry}, random weights")
-        name, questions = mllm.name, QUESTIONS[:asked]
-    verdict = [prompts.QUESTION] * FACES
+        name, questions, form = mllm.name, QUESTIONS[:asked], "numbers"
+    # As long, and as unlike in length, as real questions are.
+    verdict = [prompts.verdict_question(SAID[k % len(SAID)], form) for k in range(FACES)]
     layers = trained.config.vision_feature_layer
     comparisons = [
         (f"{len(questions)} cue questions", cue_questions(mllm, crops[0], questions), 2),

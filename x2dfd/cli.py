@@ -248,7 +248,7 @@ def detect(
     written = [target for target in (page, pdf, record) if target is not None]
 
     def files() -> Iterator[Place]:
-        """Found anew each time: a million paths need not stand in memory."""
+        """Found anew each time: no more than the names of a folder stand in memory."""
         # What an earlier run wrote into a searched folder is no picture to judge.
         found = (p for p in find_media(paths or []) if not _ours(p, written, out))
         chosen: Iterator[Place] = found if manifest is None else manifest_paths(manifest, remote=remote.split(","))

@@ -181,19 +181,21 @@ def find_media(paths: Iterable[str | Path]) -> Iterator[Path]:
 
 def _walk(folder: Path, root: Path) -> Iterator[Path]:
     try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        names = sorted(os.listdir(folder))  # names alone: of a million files scandir's entries are hundreds of MB
     except OSError:
         yield folder  # loading it fails with a reason, which is the row that the user needs
         return
-    for entry in entries:
-        if entry.name.startswith("."):
+    for name in names:
+        if name.startswith("."):
             continue
-        path = folder / entry.name
-        if entry.is_dir(follow_symlinks=False):
+        path = folder / name
+        try:
+            mode = os.lstat(path).st_mode
+        except OSError:  # gone since it was listed
+            continue
+        if stat.S_ISDIR(mode):
             yield from _walk(path, root)
-        elif entry.is_file(follow_symlinks=False) or (
-            entry.is_symlink() and path.is_file() and path.resolve().is_relative_to(root)
-        ):
+        elif stat.S_ISREG(mode) or (stat.S_ISLNK(mode) and path.is_file() and path.resolve().is_relative_to(root)):
             yield path
 
 

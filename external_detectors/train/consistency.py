@@ -111,7 +111,7 @@ def consistency(
         paper="none: a network of this project; the start after Shiohara & Yamasaki, CVPR 2022",
         blind_spot="A face that a generator made as a whole is consistent with itself; strong compression levels "
         "differences out; a kind of change that it was not trained on is found less often and named wrongly; "
-        "text laid over a face makes it look untouched.",
+        "what covers the changed part, a text or a sticker, hides it.",
         trained_on=f"{earlier}{len(learnt)} pictures, {steps} steps of {batch}: real photos, harmless changes and "
         f"forgeries in part ({', '.join(methods)}); no fake of any generator; sources: {source_names(learnt)}",
         figures={"held_out": sorted(unseen), "checkpoint": CHOSEN_BY, **figures},
