@@ -340,8 +340,8 @@ def of_detector(detector: Any, threads: int) -> list[tuple[str, Cases, int | Non
                     run.communicate()
                 else:
                     run.kill()  # who asked has the answer; what follows is the interpreter's end
-            if "p=" not in told:
-                raise X2DFDError(f"the command gave no verdict; its first line: {told!r}")
+            if "p=" not in told or (whole and run.returncode):
+                raise X2DFDError(f"the command ended with {run.returncode}; its first line: {told!r}")
 
     sizes = {f"{n} at a time": Case(lambda n=n: judged(n), per=len(pictures)) for n in BATCHES}  # type: ignore[misc]
     warm = {"verdict": Case(lambda: single(False)), "verdict and rationale": Case(lambda: single(True))}

@@ -200,12 +200,12 @@ def _item(source: _Source, out: Path, index: int) -> dict[str, Any]:
     # With the same odds for every label: what stood on real photos alone would be learnt as a mark of them.
     if rng.random() < config.harmless:
         change = HARMLESS[str(rng.choice(list(HARMLESS)))]
-        row |= {"harmless": change.name}
+        before = made
+        made = forge(photo, change, rng) if row["label"] == "real" else changed(photo, made, change, rng)
         if row["label"] == "real":
-            made = forge(photo, change, rng)
             row |= {"method": made.method}
-        else:
-            made = changed(photo, made, change, rng)
+        if made is not before:  # a forgery that it would cover wholly stays as it was
+            row |= {"harmless": change.name}
     if made.mask.any():
         mask = file.with_suffix(".mask.png")
         if not cv2.imwrite(str(mask), made.mask):

@@ -198,13 +198,15 @@ def _make(item: Item, photos: Sequence[Photo], sample: Sample, out: Path) -> dic
     else:
         donor = photos[item.donor] if item.donor is not None else None
         made = forge(photo, (METHODS | HARMLESS)[item.method], rng, donor)
+    over = item.method if item.method in HARMLESS else None
     if item.harmless is not None:
-        made = changed(photo, made, HARMLESS[item.harmless], rng)
+        forged, made = made, changed(photo, made, HARMLESS[item.harmless], rng)
+        over = item.harmless if made is not forged else None
     row: dict[str, Any] = {"id": item.name, "path": f"images/{item.name}.jpg"}
     row |= {"label": "real" if made.df_class == "real" else "fake", "method": made.method, "df_class": made.df_class}
     row |= {"source": sample.source, "group": sample.group, "split": "test", "strength": made.strength}
     row["cues"] = [asdict(c) for c in made.cues]
-    if over := item.harmless or (item.method if item.method in HARMLESS else None):
+    if over is not None:
         row["harmless"] = over
     (out / "images").mkdir(exist_ok=True)
     if item.method in METHODS:

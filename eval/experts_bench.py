@@ -7,7 +7,7 @@ Every number is of the largest face of a picture, for that is the one which a ma
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -441,7 +441,7 @@ def _answer(calibration: Calibration, scores: dict[str, float]) -> Verdict:
 
 
 def _refitted(
-    parts: dict[str, NDArray[np.float64]], labels: m.Labels, samples: Sequence[Sample], one_sided: Iterable[str]
+    parts: dict[str, NDArray[np.float64]], labels: m.Labels, samples: Sequence[Sample], one_sided: Collection[str]
 ) -> list[Verdict] | None:
     """Each picture's answer by a calibration that was fitted without its group; None where one cannot be fitted."""
     part, y = folds([s.group for s in samples]), labels.astype(np.float64)

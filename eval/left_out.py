@@ -141,7 +141,7 @@ def score_calibration(compared: Compared, data: Path, out: Path) -> tuple[list[S
     samples = [sample for sample in crops.samples if sample.split == SPLIT]
     names = [e.card.name for e in compared.panel.experts]
     sha256 = manifest_sha256(data)
-    key = {"manifest": sha256, "split": SPLIT, "view_seed": VIEW_SEED, "experts": names}
+    key = {"manifest": sha256, "split": SPLIT, "view_seed": VIEW_SEED, "views": "by id", "experts": names}
     store = Store(out, key, LAYOUT)
     place = {sample.id: i for i, sample in enumerate(crops.samples)}
     rows, origin = score(partial(_views, compared.panel, crops, place), samples, store)

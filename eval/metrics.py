@@ -207,9 +207,19 @@ def delong(labels: Labels, first: Floats, second: Floats) -> dict[str, float | N
 
 
 def bootstrap_interval(
-    fn: Metric, labels: Labels, scores: Floats, groups: Sequence[str], n: int = 1000, seed: int = 0, level: float = 0.95
+    fn: Metric,
+    labels: Labels,
+    scores: Floats,
+    groups: Sequence[str],
+    n: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+    centred: bool = False,
 ) -> Interval | None:
     """Percentile interval of `fn(labels, scores)` when whole groups are drawn with replacement, `n` times.
+
+    `centred`: moved so that the value of all samples is its median: for a mean of absolute gaps (ECE), which grows with
+    the noise that resampling adds, and would lie below its own interval.
 
     Frames of a clip and forgeries of a photo are not independent: they come and go together. Resamples in which `fn`
     is not defined are left out; None when that is more than half of them, or when there are fewer than two groups.
@@ -237,8 +247,7 @@ def bootstrap_interval(
         return None
     tail = (1 - level) / 2
     low, middle, high = np.quantile(values, [tail, 0.5, 1 - tail])
-    if fn is ece_at_even_odds and (own := fn(labels, scores)) is not None:
-        # A mean of absolute gaps grows with the noise that resampling adds: the interval is moved back by it.
+    if centred and (own := fn(labels, scores)) is not None:
         low, high = (np.clip(v + own - middle, 0, 1) for v in (low, high))
     return float(low), float(high)
 

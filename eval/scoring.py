@@ -41,7 +41,7 @@ class Resampling:
     seed: int
 
     def measure(self, fn: m.Metric, labels: m.Labels, scores: m.Floats, groups: Sequence[str]) -> dict[str, Any]:
-        interval = m.bootstrap_interval(fn, labels, scores, groups, self.n, self.seed)
+        interval = m.bootstrap_interval(fn, labels, scores, groups, self.n, self.seed, centred=fn is m.ece_at_even_odds)
         return {"value": fn(labels, scores), "interval": list(interval) if interval else None}
 
     def rate(self, hits: Sequence[bool], groups: Sequence[str]) -> dict[str, Any]:

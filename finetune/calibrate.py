@@ -100,7 +100,7 @@ def calibrate(
         "false_alarms_allowed": false_alarms,
         "false_alarms_per_source": _rates(said == "fake", samples, real),
         "false_alarms_of_a_source_left_out": alarms_of_sources_left_out(
-            parts, labels, sources, weights_per_sample, **fitting
+            parts, labels, sources, weights_per_sample, disagreement=disagreement, **fitting
         ),
         "inconclusive": round(float((said == "inconclusive").mean()), 4),
         "experts": {e.card.name: e.card.sha256 for e in detector.experts},
@@ -114,9 +114,13 @@ def calibrate(
 def score_parts(
     detector: Detector, crops: CropSet, rows: Sequence[int], view_seed: int
 ) -> dict[str, NDArray[np.float64]]:
-    """Logits of the MLLM and of each expert: name -> [n], NaN where a score is missing."""
+    """Logits of the MLLM and of each expert: name -> [n], NaN where a score is missing.
+
+    Raises X2DFDError when one has no score at all.
+    """
     names = [MLLM, *detector.facts["experts"]]
     table: dict[str, list[float]] = {n: [] for n in names}
+    notes: dict[str, str] = {}
     for start in progress(range(0, len(rows), 16), "scoring"):
         part = rows[start : start + 16]
         faces = [_face(crops, i, view_seed if _degraded(crops.samples[i].id) else None) for i in part]
@@ -125,6 +129,13 @@ def score_parts(
         for said in evidence:
             for e in said:
                 table[e.expert].append(_logit(e))
+                if e.score is None and e.note:
+                    notes[e.expert] = e.note
+    for name in names:
+        if not np.isfinite(table[name]).any():  # it would get no weight, and nobody would know why
+            raise X2DFDError(
+                f"{name} gave no score for any of {len(rows)} pictures: {notes.get(name, 'no reason given')}"
+            )
     return {n: np.array(v) for n, v in table.items()}
 
 

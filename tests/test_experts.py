@@ -38,7 +38,7 @@ from x2dfd.experts import (
 )
 from x2dfd.faces import PADDING, PREPROCESSING, find_faces
 from x2dfd.files import file_sha256, write_text
-from x2dfd.types import Card, Evidence, Face
+from x2dfd.types import Card, Cue, Evidence, Face
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADS = ("clip",)  # those that look through the base's tower
@@ -163,7 +163,8 @@ def _raises(n: int) -> list[Evidence]:
     ("said", "reason"),
     [
         (_raises, "KeyError: 'lens'"),
-        (lambda n: [Evidence("odd", 0.5)] * (n - 1), "1 answers for 2 faces"),
+        (lambda n: [Evidence("odd", 0.5)] * (n - 1), "0 answers for 1 faces"),
+        (lambda n: ["0.5"] * n, "str in place of Evidence"),
         (lambda n: [Evidence("odd", math.nan)] * n, "nan is no probability"),
         (lambda n: [Evidence("odd", 1.7)] * n, "1.7 is no probability"),
     ],
@@ -175,6 +176,28 @@ def test_an_expert_that_breaks_its_word_has_no_score_and_says_why(
     evidence = ask(_Plugin(said), faces[:2])
     assert [e.score for e in evidence] == [None, None] and all(reason in (e.note or "") for e in evidence)
     assert [e.score for e in ask(_Plugin(lambda n: [Evidence("odd", 0.2)] * n), faces[:2])] == [0.2, 0.2]
+
+
+def test_one_face_that_an_expert_cannot_judge_does_not_silence_it_for_the_others(faces: list[Face]) -> None:
+    """Bug prevented: what is said of a face depends on the files beside it; a set-up error becomes a row that stays."""
+
+    def judge(shown: Sequence[Face]) -> list[Evidence]:
+        if any(f.index == 1 for f in shown):
+            raise ValueError("too dark")
+        bad = (Cue("eyes", "blur", math.nan),)
+        return [Evidence("another name", np.float32(0.25), cues=bad) for _ in shown]  # type: ignore[arg-type]
+
+    plugin = _Plugin(lambda n: [])
+    plugin.judge = lambda shown, shared=None: judge(shown)  # type: ignore[method-assign, assignment]
+    said = ask(plugin, faces[:3])
+    assert [e.score for e in said] == [0.25, None, 0.25] and "too dark" in (said[1].note or "")
+    assert {e.expert for e in said} == {"odd"} and said[0].cues == () and type(said[0].score) is float
+
+    def wrong(n: int) -> list[Evidence]:
+        raise SetupError("fetch it")
+
+    with pytest.raises(SetupError, match="fetch it"):
+        ask(_Plugin(wrong), faces[:2])
 
 
 def test_a_plugin_that_cannot_be_imported_is_listed_with_its_reason(

@@ -239,6 +239,19 @@ def test_the_fast_way_through_resamples_is_the_slow_one(fn: m.Metric) -> None:
     assert m.bootstrap_interval(fn, labels, scores, groups, n=200) == pytest.approx(slow)
 
 
+def test_a_calibration_error_lies_in_its_own_interval() -> None:
+    """Resampled gaps are larger than the sample's own: the plain percentiles leave its value out."""
+    rng = np.random.default_rng(0)
+    p = rng.uniform(0, 1, 150)
+    labels = (rng.random(150) < p).astype(np.int64)
+    groups = [str(i) for i in range(150)]
+    value = m.ece_at_even_odds(labels, p)
+    plain = m.bootstrap_interval(m.ece_at_even_odds, labels, p, groups, n=300)
+    moved = m.bootstrap_interval(m.ece_at_even_odds, labels, p, groups, n=300, centred=True)
+    assert value is not None and plain is not None and moved is not None
+    assert moved[0] < value < moved[1] and moved[0] < plain[0] and moved[1] < plain[1]
+
+
 def test_a_share_that_is_just_allowed_is_allowed() -> None:
     """One alarm in twenty is 5 %, in the quick way through resamples as in the slow one."""
     labels = np.repeat([0, 1], [20, 4])

@@ -183,7 +183,7 @@ def test_what_a_user_did_wrong_comes_back_as_one_line(cluster: Any, face_photo: 
     engine = ray_engine.RayDetector(options, 1, Wrong)
     with pytest.raises(UnknownName, match="did you mean 'wider'"):
         list(engine.detect_many([face_photo]))
-    with pytest.raises(SetupError, match="largest machine here has 3"):
+    with pytest.raises(SetupError, match="needs 4 CPUs and 0 GPUs of one machine; those of the cluster have 3 and 0"):
         ray_engine.RayDetector(options | {"threads": 4}, 1)
     with pytest.raises(UnknownName, match="mode"):
         ray_engine.RayDetector(options | {"mode": "papier"}, 1)

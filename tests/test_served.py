@@ -373,7 +373,10 @@ def test_pictures_that_an_endpoint_refuses_do_not_end_the_run(no_experts: None, 
     files = [face_photo] * (served.FAILURES_IN_A_ROW + 2)
     with StandIn(lambda _: Reply("not this one", status=400)) as endpoint:
         rows = list(x2dfd.load("m", served=endpoint.url).detect_many(files, batch_size=2))
-    assert [r.code for r in rows if isinstance(r, Failure)] == ["endpoint_error"] * len(files)
+        assert [r.code for r in rows if isinstance(r, Failure)] == ["endpoint_error"] * len(files)
+        # But a model that takes no pictures at all is a matter of setting up, not a million rows.
+        with pytest.raises(SetupError, match="refused the first"):
+            list(x2dfd.load("m", served=endpoint.url).detect_many([face_photo] * (2 * served.REFUSALS_FIRST)))
 
 
 def test_cli_detects_and_assesses_on_a_served_model(

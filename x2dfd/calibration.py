@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -169,7 +169,7 @@ def fit_calibration(
     sources: Sequence[str],
     sample_weights: NDArray[np.float64],
     *,
-    one_sided: Iterable[str] = (),
+    one_sided: Collection[str] = (),
     false_alarms: float = 0.05,
 ) -> Calibration:
     """The logistic of `fit_weights`, and the band that `choose_band` sets on the same pictures.
@@ -198,8 +198,9 @@ def alarms_of_sources_left_out(
     sources: Sequence[str],
     sample_weights: NDArray[np.float64],
     *,
-    one_sided: Iterable[str] = (),
+    one_sided: Collection[str] = (),
     false_alarms: float = 0.05,
+    disagreement: float | None = None,
 ) -> dict[str, dict[str, float]]:
     """What is promised of a camera that was not there: for each source of reals, fitted without its pictures.
 
@@ -211,14 +212,18 @@ def alarms_of_sources_left_out(
         rest, own = names != source, (names == source) & (labels == 0)
         if len(set(labels[rest])) < 2:
             continue
+        weights = sample_weights[rest].copy()
+        for label in (0, 1):  # reals and fakes weigh a half each, as before
+            weights[labels[rest] == label] /= 2 * weights[labels[rest] == label].sum()
         fitted = fit_calibration(
             {n: v[rest] for n, v in parts.items()},
             labels[rest],
             names[rest].tolist(),
-            sample_weights[rest],
+            weights,
             one_sided=one_sided,
             false_alarms=false_alarms,
         )
+        fitted = replace(fitted, disagreement=disagreement)
         rows = rows_of({n: v[own] for n, v in parts.items()})
         said = [fitted.verdict(fitted.probability(row), row).label for row in rows]
         shares = {"rate": said.count("fake") / len(said), "inconclusive": said.count("inconclusive") / len(said)}

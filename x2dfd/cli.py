@@ -253,7 +253,7 @@ def detect(
         found = (p for p in find_media(paths or []) if not _ours(p, written, out))
         chosen: Iterator[Place] = found if manifest is None else manifest_paths(manifest, remote=remote.split(","))
         # By name, not by position: a folder that grew between two starts must not move files from part to part.
-        return chosen if parts == 1 else (p for p in chosen if crc32(os.fsencode(str(p))) % parts == part - 1)
+        return chosen if parts == 1 else (p for p in chosen if _part_of(p, manifest, parts) == part)
 
     total = sum(1 for _ in files())
     if not total:
@@ -265,9 +265,10 @@ def detect(
     detector: Detector | RayDetector
     window = BATCHES * batch_size
     if engine is Engine.ray:
-        from x2dfd.ray_engine import WINDOW, RayDetector
+        from x2dfd.ray_engine import RayDetector
 
-        detector, window = RayDetector(options, actors), WINDOW
+        detector = RayDetector(options, actors)
+        window = detector.window
         many: Many = detector.detect_many
     else:
         from x2dfd.stores import detect_places
@@ -388,6 +389,14 @@ def _shard(text: str | None) -> tuple[int, int]:
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise typer.BadParameter(f"{text} is not I/N with I from 1 to N", param_hint="--shard")
     return int(found[1]), int(found[2])
+
+
+def _part_of(place: Place, manifest: Path | None, parts: int) -> int:
+    """Which of N parts a file belongs to: by its name below the manifest, so that a folder may be mounted elsewhere."""
+    name = str(place)
+    if manifest is not None and isinstance(place, Path) and place.is_relative_to(folder := manifest.absolute().parent):
+        name = str(place.relative_to(folder))
+    return crc32(name.encode("utf-8", "surrogatepass")) % parts + 1
 
 
 def _ours(path: Path, written: Sequence[Path], out: Path | None) -> bool:
@@ -597,8 +606,9 @@ def _progress(total: int) -> Iterator[Callable[[str, bool, bool], None]]:
     if not sys.stderr.isatty():  # rich is a quarter of a second to import
 
         def line(text: str, failure: bool, fresh: bool) -> None:
-            nonlocal done, failed, judged, last
+            nonlocal done, failed, judged, last, start
             done, failed, judged = done + 1, failed + failure, judged + fresh
+            start = start if judged else time.monotonic()
             if text:
                 typer.echo(text)
             if time.monotonic() - last >= LINE_SECONDS:
@@ -617,8 +627,9 @@ def _progress(total: int) -> Iterator[Callable[[str, bool, bool], None]]:
     task = bar.add_task("", total=total)
 
     def show(text: str, failure: bool, fresh: bool) -> None:
-        nonlocal done, failed, judged
+        nonlocal done, failed, judged, start
         done, failed, judged = done + 1, failed + failure, judged + fresh
+        start = start if judged else time.monotonic()
         if text:
             bar.stop()  # clears the bar, so that it does not mix with the text
             typer.echo(text)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
@@ -87,8 +88,10 @@ def expert_class(name: str) -> type[Expert]:
     module, _, attribute = targets[name].partition(":")
     try:
         found: type[Expert] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, SyntaxError) as error:
-        raise SetupError(f"expert {name!r} cannot be imported from {targets[name]}: {error}") from error
+    except Exception as error:  # a plug-in's file may fail in any way when it is run
+        raise SetupError(
+            f"expert {name!r} cannot be imported from {targets[name]}: {type(error).__name__}: {error}"
+        ) from error
     return found
 
 
@@ -109,21 +112,47 @@ def load_expert(name: str, folder: Path | None = None) -> Expert:
 def ask(expert: Expert, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
     """What the expert says of each face: `judge`, held to its word.
 
-    A plug-in may be anybody's: where it raises, answers for another number of faces, or scores outside of [0, 1], the
-    face has no score of it and a note that says why, and the others' answers stand.
+    A plug-in may be anybody's. Where it raises or answers something else than one Evidence a face, the faces are asked
+    one by one; one that fails still, or that is scored outside of [0, 1], has no score of it and a note that says why.
+    An X2DFDError (a set-up that is wrong for every face) and the end of the memory are raised on: both may be mended,
+    and a row without the score would stay.
     """
     name = expert.card.name
     try:
-        said = list(expert.judge(faces, shared))
-    except Exception as error:  # whatever it may be, it is told with every face
+        return _checked(name, list(expert.judge(faces, shared)), len(faces))
+    except (X2DFDError, MemoryError):
+        raise
+    except Exception as error:  # whatever it may be, it is told with the face
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported here
+            raise
+        if len(faces) > 1:
+            return [said for k, face in enumerate(faces) for said in ask(expert, [face], _of_face(shared, k))]
         return [Evidence(name, None, f"the expert failed: {type(error).__name__}: {error}")] * len(faces)
-    if len(said) != len(faces):
-        return [Evidence(name, None, f"the expert gave {len(said)} answers for {len(faces)} faces")] * len(faces)
-    return [e if e.score is None or 0 <= e.score <= 1 else _no_chance(e) for e in said]
 
 
-def _no_chance(evidence: Evidence) -> Evidence:
-    return Evidence(evidence.expert, None, f"the expert's score {evidence.score} is no probability")
+def _of_face(shared: Shared | None, k: int) -> Shared | None:
+    if shared is None or shared.tower_states is None:
+        return shared
+    return Shared(tower_states=tuple(states[k : k + 1] for states in shared.tower_states))
+
+
+def _checked(name: str, said: list[Evidence], n: int) -> list[Evidence]:
+    """The answers under the expert's own name, with plain numbers. Raises ValueError and TypeError."""
+    if len(said) != n:
+        raise ValueError(f"{len(said)} answers for {n} faces")
+    found = []
+    for e in said:
+        if not isinstance(e, Evidence):
+            raise TypeError(f"{type(e).__name__} in place of Evidence")
+        score = None if e.score is None else float(e.score)
+        if score is not None and not 0 <= score <= 1:
+            found.append(Evidence(name, None, f"the expert's score {score} is no probability"))
+            continue
+        numbers = [c.score for c in e.cues if c.score is not None] + [v for row in e.map for v in row]
+        if not all(map(math.isfinite, numbers)):
+            e = replace(e, cues=(), map=(), note="what it pointed at was no number and is left out")
+        found.append(replace(e, expert=name, score=score))
+    return found
 
 
 def cards() -> dict[str, Card | SetupError]:
@@ -134,8 +163,8 @@ def cards() -> dict[str, Card | SetupError]:
             found[name] = expert_class(name).card
         except SetupError as error:
             found[name] = error
-        except Exception as error:  # a plug-in's file may fail in any way when it is run; ours go on
-            found[name] = SetupError(f"expert {name!r} cannot be used: {type(error).__name__}: {error}")
+        except AttributeError as error:
+            found[name] = SetupError(f"expert {name!r} has no card: {error}")
     return found
 
 
@@ -153,10 +182,12 @@ def write_card(path: Path, card: Card) -> None:
 
 
 def availability(name: str) -> str | None:
-    """None when the expert can be loaded, else the command that gets what it lacks."""
+    """None when the expert can be loaded, else the command that gets what it lacks, or the reason."""
     try:
         load_expert(name)
     except SetupError as error:
         text = str(error)
         return text.rsplit(": ", 1)[-1] if "x2dfd fetch" in text else text
+    except Exception as error:  # a plug-in may fail in any way; the list of the others is still wanted
+        return f"{type(error).__name__}: {error}"
     return None

@@ -191,7 +191,10 @@ def _walk(folder: Path, root: Path) -> Iterator[Path]:
         path = folder / name
         try:
             mode = os.lstat(path).st_mode
-        except OSError:  # gone since it was listed
+        except FileNotFoundError:  # gone since it was listed
+            continue
+        except OSError:
+            yield path  # loading it fails with a reason
             continue
         if stat.S_ISDIR(mode):
             yield from _walk(path, root)

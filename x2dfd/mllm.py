@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, get_args
 from zlib import crc32
@@ -102,7 +102,7 @@ class LocalMLLM:
         self.label_ids = prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS)  # real, fake
         self._yes_no_ids = prompts.first_tokens(processor, "", prompts.YES_NO_WORDS)
         # A hundred cue questions are the same for every picture. Nobody writes into what it returns.
-        self._rendered = lru_cache(maxsize=1024)(self._render)
+        self._rendered = lru_cache(maxsize=1024)(partial(_after_image, processor))
         self._before_image, _ = prompts.prompt_tokens(processor, prompts.render(processor, prompts.QUESTION))
 
     def save(self, folder: Path) -> None:
@@ -134,10 +134,7 @@ class LocalMLLM:
         return Look(cache, embeds.shape[1], tuple(states), seeds)
 
     def _suffix(self, question: str, start: str = "", turns: Sequence[tuple[str, str]] = ()) -> list[int]:
-        return self._rendered(question, start, tuple(turns))
-
-    def _render(self, question: str, start: str, turns: tuple[tuple[str, str], ...]) -> list[int]:
-        return prompts.prompt_tokens(self.processor, prompts.render(self.processor, question, start, turns))[1]
+        return _after_image(self.processor, question, start, turns) if turns else self._rendered(question, start)
 
     def _after(self, look: Look, suffixes: Sequence[Sequence[int]], keep: bool = False) -> tuple[Tensor, Tensor]:
         """One suffix a picture, right-padded: hidden states [n, s, d] and the attention mask over the cache [n, p + s].
@@ -305,6 +302,11 @@ class LocalMLLM:
     def _yes_or_no(self, token: int) -> str:
         word = self.tokenizer.decode([token]).strip().lower()
         return word if word in ("yes", "no") else "other"
+
+
+def _after_image(processor: Any, question: str, start: str = "", turns: Sequence[tuple[str, str]] = ()) -> list[int]:
+    """The tokens of a prompt that follow the picture."""
+    return prompts.prompt_tokens(processor, prompts.render(processor, question, start, turns))[1]
 
 
 def said_once(text: str) -> str:

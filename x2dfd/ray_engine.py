@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 WINDOW = 10_000  # files in one dataset: bounds what the driver holds, and is long beside the loading of a model
 AHEAD = 4  # batches that an actor is given at once: it decodes one while it judges the one before
+A_MODEL = 1000  # files for which it is worth to load the models once
 TRIES = 4  # of a batch whose actor dies over it; the run then ends, and --out goes on where it stopped
 BLOCKS = 1024  # parts of a dataset at most: a part's rows arrive together
 
@@ -40,7 +41,7 @@ class Judge:
         self._batch_size = batch_size
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        places = [_place(raw) for raw in batch["place"].tolist()]
+        places = [_place(bytes(raw)) for one in batch["places"] for raw in one]
         results = detect_places(self._detector, places, batch_size=self._batch_size, rationale=self._rationale)
         return {"result": [json.dumps(r.to_dict(), allow_nan=False) for r in results]}
 
@@ -60,6 +61,7 @@ class RayDetector:
             raise SetupError("--engine ray needs Ray Data: pip install 'x2dfd[ray]'") from error
         self._ray = ray
         self._options, self._actors, self._judge = dict(options), actors, judge
+        self.window = max(WINDOW, A_MODEL * actors)  # files in one dataset; each dataset loads the models anew
         served = options.get("served") is not None  # its `model` is a name there, whatever lies here
         for name in ("base", "adapter") if served else ("model", "base", "adapter"):
             if (given := options.get(name)) is not None and Path(given).exists():
@@ -71,11 +73,15 @@ class RayDetector:
         device = options.get("device")
         on_gpu = not served and (str(device).startswith("cuda") if device else here.get("GPU", 0) > 0)
         self._resources = {"num_cpus": options.get("threads") or 1, "num_gpus": int(on_gpu)}
+        cpus, gpus = self._resources["num_cpus"], self._resources["num_gpus"]
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        for name, key in (("CPUs", "CPU"), ("GPUs", "GPU")):
-            largest = max((node.get(key, 0) for node in nodes), default=0)
-            if (wanted := self._resources[f"num_{key.lower()}s"]) > largest:  # Ray would wait for ever
-                raise SetupError(f"an actor needs {wanted} {name}, and the largest machine here has {largest:g}")
+        if not any(
+            node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes
+        ):  # Ray would wait for ever
+            has = "; ".join(f"{node.get('CPU', 0):g} and {node.get('GPU', 0):g}" for node in nodes) or "none"
+            raise SetupError(
+                f"an actor needs {cpus} CPUs and {gpus} GPUs of one machine; those of the cluster have {has}"
+            )
         self.facts: dict[str, Any] = self._asked_facts()
 
     def _asked_facts(self) -> dict[str, Any]:
@@ -100,8 +106,7 @@ class RayDetector:
     ) -> Iterator[Report | Failure]:
         """As Detector.detect_many, in the order of the places. Raises X2DFDError when a batch fails for good."""
         source = iter(places)
-        # Each window loads the models anew: the more actors, the more files they share.
-        while part := list(islice(source, max(WINDOW, 1000 * self._actors))):
+        while part := list(islice(source, self.window)):
             yield from self._window(part, batch_size, rationale)
 
     def _window(self, places: list[Place], batch_size: int, rationale: bool) -> Iterator[Report | Failure]:
@@ -110,9 +115,10 @@ class RayDetector:
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         context.raise_original_map_exception = True  # or a wrong model's one line comes wrapped in Ray's own error
-        rows = [{"place": _raw(place)} for place in places]
-        # Whole batches, so that a face stands beside the same ones as in the local runner; of few, all actors get some.
-        at_once = batch_size * max(1, min(AHEAD, -(-len(rows) // (batch_size * self._actors))))
+        # A row is a batch, so that a face stands beside the same ones as in the local runner.
+        raw = [_raw(place) for place in places]
+        rows = [{"places": raw[k : k + batch_size]} for k in range(0, len(raw), batch_size)]
+        at_once = max(1, min(AHEAD, len(rows) // self._actors))  # of few, every actor gets some
         dataset = data.from_items(rows, override_num_blocks=min(BLOCKS, -(-len(rows) // at_once)))
         with warnings.catch_warnings():
             # Of its last parameter, which Ray 2.64 drops; until then nothing else bounds the tries of a batch.

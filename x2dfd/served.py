@@ -32,6 +32,7 @@ CONCURRENCY = 32  # requests under way at a time
 TOP = 20  # likeliest first tokens that are asked for; what hosted APIs give at most
 MAX_TOKENS = 200
 FAILURES_IN_A_ROW = 8
+REFUSALS_FIRST = 50  # of requests before any is answered: it refuses all
 """So many requests that failed one after another, each after its retries, end the run: the endpoint is down."""
 CONTINUES = ("vllm", "sglang")
 """Engines (`owned_by` in their model list) that go on with an answer that was begun for them, as training did."""
@@ -86,7 +87,8 @@ class ServedMLLM:
         self._openai = openai
         self._key = os.environ.get("OPENAI_API_KEY", "")
         self._root = url.rstrip("/").removesuffix("/v1")
-        self._failed = 0
+        self._failed = self._refused = 0
+        self._answered = False
         # A loop in a thread of its own: it also works where the caller runs one (notebooks, the demo), and keeps
         # connections open from call to call.
         self._loop = asyncio.new_event_loop()
@@ -272,7 +274,14 @@ class ServedMLLM:
                 ) from None
             if status in (400, 422) and "logprob" in said.lower():
                 raise SetupError(f"{self.host} gives no log-probabilities for {self._model!r}: {said}") from None
-            if status not in (400, 413, 422):  # a request that it refuses says nothing of the endpoint's health
+            if status in (400, 413, 422):  # what refuses a request is up and well, but may refuse every one
+                self._failed, self._refused = 0, self._refused + 1
+                if self._refused >= REFUSALS_FIRST and not self._answered:
+                    raise SetupError(
+                        f"{self.host} refused the first {self._refused} requests, last: {said}. Does {self._model!r} "
+                        "take pictures, and is its context long enough?"
+                    ) from None
+            else:
                 self._failed += 1
             if self._failed >= FAILURES_IN_A_ROW:
                 raise SetupError(
@@ -285,7 +294,7 @@ class ServedMLLM:
             raise SetupError(
                 f"{self.host} cannot be reached ({self._said(error.__cause__ or error)}). Is the server up?"
             ) from None
-        self._failed = 0
+        self._failed, self._answered = 0, True
         return reply
 
     def _said(self, error: BaseException) -> str:
