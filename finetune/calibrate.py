@@ -21,7 +21,7 @@ from x2dfd.adapter import read_adapter_card
 from x2dfd.calibration import (
     MLLM,
     Calibration,
-    alarms_of_sources_left_out,
+    chances_of_sources_left_out,
     choose_band,
     fit_calibration,
     logit,
@@ -83,8 +83,8 @@ def calibrate(
     weights_per_sample = balance(samples)
     one_sided = [e.card.name for e in detector.experts if getattr(e, "one_sided", False)]
     sources = [s.source for s in samples]
-    fitting: Any = {"one_sided": one_sided, "false_alarms": false_alarms}
-    fit = fit_calibration(parts, labels, sources, weights_per_sample, **fitting)
+    fit = fit_calibration(parts, labels, sources, weights_per_sample, one_sided=one_sided, false_alarms=false_alarms)
+    unseen = chances_of_sources_left_out(parts, labels, sources, weights_per_sample, one_sided=one_sided)
     mllm = 1 / (1 + np.exp(-parts[MLLM]))
     _, mllm_threshold = choose_band(mllm, labels, sources, false_alarms=false_alarms)
     result = replace(fit, mllm_threshold=mllm_threshold, disagreement=disagreement)
@@ -99,9 +99,14 @@ def calibrate(
         "groups": len({s.group for s in samples}),
         "false_alarms_allowed": false_alarms,
         "false_alarms_per_source": _rates(said == "fake", samples, real),
-        "false_alarms_of_a_source_left_out": alarms_of_sources_left_out(
-            parts, labels, sources, weights_per_sample, disagreement=disagreement, **fitting
-        ),
+        "false_alarms_of_a_source_left_out": {
+            source: {
+                "rate": round(float((p >= result.high).mean()), 4),
+                "inconclusive": round(float(((p >= result.low) & (p < result.high)).mean()), 4),
+                "n": len(p),
+            }
+            for source, p in unseen.items()
+        },
         "inconclusive": round(float((said == "inconclusive").mean()), 4),
         "experts": {e.card.name: e.card.sha256 for e in detector.experts},
         "fakes_found": round(float((said[~real] == "fake").mean()), 4),

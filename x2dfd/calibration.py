@@ -24,6 +24,7 @@ from x2dfd.types import Verdict
 MLLM = "mllm"
 _CLIP = 6.0  # logits beyond this say no more about certainty than about saturation
 FLOOR_SHARE = 0.7  # chosen on the calibration split: a higher floor finds more, but trusts more what is new to the part
+UNSEEN = 2.0  # times the allowed false alarms, on a source of reals that the weights were fitted without
 SMALL = 20  # real pictures that a source needs for a threshold of its own
 DISAGREEMENT = 0.6  # spread that is named as the reason of a verdict that lies in the band
 
@@ -172,40 +173,45 @@ def fit_calibration(
     one_sided: Collection[str] = (),
     false_alarms: float = 0.05,
 ) -> Calibration:
-    """The logistic of `fit_weights`, and the band that `choose_band` sets on the same pictures.
+    """The logistic of `fit_weights`, and a band for the cameras that were there and for one that was not.
 
-    `one_sided`: the parts that get a floor. The band is chosen with the numbers that are stored: six decimals.
+    `choose_band` sets it on the same pictures. Then `high` rises until of each source of real pictures at most UNSEEN
+    times as many are called fake where the weights were fitted without that source. `one_sided`: the parts that get a
+    floor. The band is chosen with the numbers that are stored: six decimals.
     """
+    fitted = _fitted(parts, labels, sample_weights, one_sided)
+    chances = np.array([fitted.probability(row) for row in rows_of(parts)])
+    low, high = choose_band(chances, labels, sources, false_alarms=false_alarms)
+    unseen = chances_of_sources_left_out(parts, labels, sources, sample_weights, one_sided=one_sided)
+    if unseen:
+        high = max(high, _bounding(unseen, UNSEEN * false_alarms))
+    return replace(fitted, low=low, high=high)
+
+
+def _fitted(
+    parts: Mapping[str, NDArray[np.float64]],
+    labels: NDArray[np.float64],
+    sample_weights: NDArray[np.float64],
+    one_sided: Collection[str],
+) -> Calibration:
     found = {n: choose_floor(parts[n], labels) for n in one_sided if n in parts}
     floors = _rounded({n: v for n, v in found.items() if v is not None})
     weights, means, bias = fit_weights(parts, labels, sample_weights, floors=floors)
-    draft = Calibration(_rounded(weights), _rounded(means), round(bias, 6), 0.5, 0.5, floors=floors)
-    chances = np.array([draft.probability(row) for row in rows_of(parts)])
-    low, high = choose_band(chances, labels, sources, false_alarms=false_alarms)
-    return replace(draft, low=low, high=high)
+    return Calibration(_rounded(weights), _rounded(means), round(bias, 6), 0.5, 0.5, floors=floors)
 
 
-def rows_of(parts: Mapping[str, NDArray[np.float64]]) -> list[dict[str, float | None]]:
-    """The logits of each picture, by part; None where the array has NaN: no score."""
-    columns = {n: v.tolist() for n, v in parts.items()}
-    n = len(next(iter(columns.values()), ()))
-    return [{name: None if math.isnan(v[k]) else v[k] for name, v in columns.items()} for k in range(n)]
-
-
-def alarms_of_sources_left_out(
+def chances_of_sources_left_out(
     parts: Mapping[str, NDArray[np.float64]],
     labels: NDArray[np.float64],
     sources: Sequence[str],
     sample_weights: NDArray[np.float64],
     *,
     one_sided: Collection[str] = (),
-    false_alarms: float = 0.05,
-    disagreement: float | None = None,
-) -> dict[str, dict[str, float]]:
-    """What is promised of a camera that was not there: for each source of reals, fitted without its pictures.
+) -> dict[str, NDArray[np.float64]]:
+    """P(fake) of each source's real pictures where weights, means and floors were fitted without the source.
 
-    The rate at which its real pictures are called fake then, and the share that gets no verdict. The experts and the
-    MLLM may have learnt from the source all the same: it is the calibration alone that has not seen it.
+    The experts and the MLLM may have learnt from the source all the same: it is the calibration alone that has not seen
+    it. A source without which a label is lacking is left out.
     """
     names, told = np.array(sources), {}
     for source in sorted(set(names[labels == 0])):
@@ -215,20 +221,18 @@ def alarms_of_sources_left_out(
         weights = sample_weights[rest].copy()
         for label in (0, 1):  # reals and fakes weigh a half each, as before
             weights[labels[rest] == label] /= 2 * weights[labels[rest] == label].sum()
-        fitted = fit_calibration(
-            {n: v[rest] for n, v in parts.items()},
-            labels[rest],
-            names[rest].tolist(),
-            weights,
-            one_sided=one_sided,
-            false_alarms=false_alarms,
+        fitted = _fitted({n: v[rest] for n, v in parts.items()}, labels[rest], weights, one_sided)
+        told[str(source)] = np.array(
+            [fitted.probability(row) for row in rows_of({n: v[own] for n, v in parts.items()})]
         )
-        fitted = replace(fitted, disagreement=disagreement)
-        rows = rows_of({n: v[own] for n, v in parts.items()})
-        said = [fitted.verdict(fitted.probability(row), row).label for row in rows]
-        shares = {"rate": said.count("fake") / len(said), "inconclusive": said.count("inconclusive") / len(said)}
-        told[str(source)] = _rounded(shares) | {"n": len(said)}
     return told
+
+
+def rows_of(parts: Mapping[str, NDArray[np.float64]]) -> list[dict[str, float | None]]:
+    """The logits of each picture, by part; None where the array has NaN: no score."""
+    columns = {n: v.tolist() for n, v in parts.items()}
+    n = len(next(iter(columns.values()), ()))
+    return [{name: None if math.isnan(v[k]) else v[k] for name, v in columns.items()} for k in range(n)]
 
 
 def _rounded(values: Mapping[str, float]) -> dict[str, float]:
@@ -256,15 +260,21 @@ def choose_band(
     0.5.
     """
     names = np.array(sources)
-    groups = [p_fake[(labels == 0) & (names == source)] for source in sorted(set(names[labels == 0]))]
-    highs = [_quantile_above(scores, false_alarms) for scores in groups if len(scores) >= SMALL]
-    small = [scores for scores in groups if len(scores) < SMALL]
-    if small:
-        together = np.concatenate(small)
-        highs.append(_quantile_above(together if len(together) >= SMALL else p_fake[labels == 0], false_alarms))
-    high = max([*highs, 0.5])
+    reals = {str(s): p_fake[(labels == 0) & (names == s)] for s in sorted(set(names[labels == 0]))}
+    high = max(_bounding(reals, false_alarms), 0.5)
     low = min(float(np.quantile(p_fake[labels == 1], misses, method="lower")), 0.5, high)
     return low, high
+
+
+def _bounding(reals: Mapping[str, NDArray[np.float64]], false_alarms: float) -> float:
+    """Smallest threshold that at most `false_alarms` of each source's scores reach."""
+    highs = [_quantile_above(scores, false_alarms) for scores in reals.values() if len(scores) >= SMALL]
+    small = [scores for scores in reals.values() if len(scores) < SMALL]
+    if small:
+        together = np.concatenate(small)
+        every = together if len(together) >= SMALL else np.concatenate(list(reals.values()))
+        highs.append(_quantile_above(every, false_alarms))
+    return max(highs)
 
 
 def _quantile_above(scores: NDArray[np.float64], share: float) -> float:
