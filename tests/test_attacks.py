@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from eval import tables
 from eval.adversarial import attackable, faces_of, pgd, transfer
 from eval.overlays import OVERLAYS, flips
 from external_detectors.weights_io import to_unit
@@ -173,5 +174,7 @@ def test_flips_are_counted_by_what_the_text_claims(astronaut: Pixels, face_photo
     assert (claims["fake"]["flip_rate"], claims["fake"]["interval"][0]) == (0.0, 0.0)
     assert (claims["neutral"]["n"], claims["neutral"]["unscored"], claims["neutral"]["flip_rate"]) == (30, 10, 0.0)
     assert claims["all"]["flip_rate"] == pytest.approx(20 / 190)
+    page = tables.overlays({"o": {"task": {"name": "overlays"}, "manifest_sha256": "ab" * 32, "model": "m"} | found})
+    assert "| real | 25.0 %" in page and "of 80 | real 20 | -0.20 | -0.20 |" in page and "| – | +0.00" in page
     with pytest.raises(X2DFDError, match="no sample gets a verdict"):
         flips(Reader(frozenset(), frozenset([pixels.tobytes()])), [sample])

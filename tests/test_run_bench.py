@@ -285,7 +285,7 @@ def test_every_picture_is_judged_under_one_change(
     assert result["settings"]["change"].startswith("half: half as wide") and result["failures"] == {"not_an_image": 1}
     assert result["data"] == plain["data"]  # the manifest's files are the same
     assert "Every picture was changed" in (tmp_path / "out" / "result.html").read_text("utf-8")
-    assert "changed before it was judged, half: " in tables.TABLES["detect"]({"half": result})
+    assert "changed before it was judged, half: " in tables.TABLES["detect-all"]({"half": result})
     again, other = StandIn(), StandIn()
     bench(monkeypatch, again, *words, "--changes", "half")
     bench(monkeypatch, other, *words, "--changes", "codec/noise/0.2")

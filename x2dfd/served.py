@@ -254,6 +254,7 @@ class ServedMLLM:
 
         async with self._slots:
             reply = await self._guarded(create)
+        self._answered = True
         if not getattr(reply, "choices", None) or getattr(reply.choices[0], "message", None) is None:
             raise InputError("endpoint_reply", f"{self.host} answered with something that is no chat completion")
         return reply
@@ -294,7 +295,7 @@ class ServedMLLM:
             raise SetupError(
                 f"{self.host} cannot be reached ({self._said(error.__cause__ or error)}). Is the server up?"
             ) from None
-        self._failed, self._answered = 0, True
+        self._failed = 0
         return reply
 
     def _said(self, error: BaseException) -> str:
