@@ -83,7 +83,7 @@ def build(
         bool, typer.Option(help="end explanations in a sentence on the experts that agree; `x2dfd` writes it anyway")
     ] = True,
     explanations: Annotated[int, typer.Option(help="explained verdicts per fake whose cues are known")] = 1,
-    limit: Annotated[int | None, typer.Option(help="at most this many pictures")] = None,
+    limit: Annotated[int | None, typer.Option(help="at most this many pictures, drawn by id")] = None,
     view_seed: Annotated[int, typer.Option(help="degradation of each picture; the same in finetune")] = 1,
     seed: int = 0,
     writer_model: Annotated[str, typer.Option(help="a served model writes the explanations, not our grammar")] = "",

@@ -55,7 +55,7 @@ class BuildConfig:
     explanations: int = 1  # verdicts with an explanation per fake with known cues: other words, other wrong scores
     cue_questions: int = 2  # yes/no questions per picture
     follow_ups: float = 0.35  # share of pictures with a second turn after the verdict
-    limit: int | None = None  # at most this many pictures, in the manifest's order
+    limit: int | None = None  # at most this many pictures, drawn by their ids
     seed: int = 0
     writer: WriterConfig | None = None  # a served model that writes the explanations; None: the grammar
 

@@ -38,6 +38,7 @@ from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.experts import load_expert, read_card
 from x2dfd.faces import PREPROCESSING, find_faces
 from x2dfd.manifest import Sample, read_manifest
+from x2dfd.tower import training_rows
 from x2dfd.types import Cue
 
 
@@ -562,6 +563,17 @@ def test_heads_train_where_a_method_is_all_there_is(kinds: Path, tmp_path: Path)
     assert set(scores) == {s.id for s in samples}
     made, real = ([scores[s.id] for s in samples if s.method == method] for method in ("stylegan1", "none"))
     assert np.mean(made) > np.mean(real) + 0.2
+
+
+def test_a_limit_draws_from_a_manifest_that_is_sorted() -> None:
+    """Bug prevented: the first thousand rows of a sorted manifest are all real; or another draw in each stage."""
+    samples = [
+        Sample(str(i), Path("x"), "real" if i < 50 else "fake", split="train" if i % 5 else "val") for i in range(100)
+    ]
+    data = CropSet(samples, np.zeros((100, 1, 1, 3), np.uint8), np.zeros((100, 468, 2), np.float32), {})
+    few, more = training_rows(data, 20), training_rows(data, 40)
+    assert set(few) < set(more) < set(training_rows(data)) and list(few) == sorted(few) and len(few) == 20
+    assert 4 < sum(samples[i].label == "real" for i in few) < 16
 
 
 def test_a_source_and_a_generator_left_out_are_not_learnt_from(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,8 +96,14 @@ def view_face(data: CropSet, i: int, view_seed: int) -> Face:
 
 
 def training_rows(data: CropSet, limit: int | None = None) -> NDArray[np.intp]:
-    """The samples of splits `train` and `calib`, in the manifest's order; at most `limit` of them."""
-    return np.array([i for i, s in enumerate(data.samples) if s.split in ("train", "calib")][:limit], int)
+    """The samples of splits `train` and `calib`, in the manifest's order; at most `limit` of them, drawn by their ids.
+
+    A manifest may be sorted by label or source: its first rows would be one of them.
+    """
+    rows = [i for i, s in enumerate(data.samples) if s.split in ("train", "calib")]
+    if limit is not None and limit < len(rows):
+        rows = sorted(sorted(rows, key=lambda i: hashlib.sha256(data.samples[i].id.encode()).digest())[:limit])
+    return np.array(rows, int)
 
 
 def cached_features(

@@ -43,7 +43,7 @@ def clip(
     out: Annotated[Path, typer.Option(help="folder for weights and card")] = WEIGHTS,
     oof: Annotated[Path | None, typer.Option(help="also write out-of-fold scores of the samples here (JSON)")] = None,
     keep: Annotated[str, typer.Option(help="layers whose patches are cached too, for the MLLM's training")] = "",
-    limit: Annotated[int | None, typer.Option(help="at most this many pictures")] = None,
+    limit: Annotated[int | None, typer.Option(help="at most this many pictures, drawn by their ids")] = None,
     ridge: Annotated[float, typer.Option(help="penalty on the head's weights")] = 0.1,
     view_seed: int = 1,
     workers: int = 1,
