@@ -28,8 +28,8 @@ _BLOCK = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", 
 def detect(results: dict[str, Result], *, all_methods: bool = False) -> str:
     """Scorers in columns; AUC over all, then per method and per source; false alarms last. One block a result file.
 
-    Of the files the one named `detect` alone, and of the methods only those that were held out and those without reals
-    of their own, unless `all_methods`.
+    Of the files the one named `detect` alone, of the columns method and source, and of the methods only those that were
+    held out and those without reals of their own, unless `all_methods`.
     """
     blocks = []
     for name, result in _of("detect", results):
@@ -42,6 +42,7 @@ def detect(results: dict[str, Result], *, all_methods: bool = False) -> str:
         held_out = result["model"]["stated"].get("held_out", [])
         if not all_methods:
             made = next(iter(scorers.values()))["by"].get("method", {})
+            parts = [(c, v) for c, v in parts if c in ("method", "source")]
             parts = [(c, v) for c, v in parts if c != "method" or v in held_out or made[v]["against"] != "own reals"]
         lines = [["AUC", *scorers, "fake / real"], ["---"] * (len(scorers) + 2)]
         first = next(iter(scorers.values()))
