@@ -456,7 +456,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
 
+    from eval.run_bench import code_state
+
     torch.set_num_threads(args.threads)
+    load = os.getloadavg()[0]  # what else ran when it began; afterwards it is the bench's own
     if args.geometry == "llava-7b" and (args.only == "cpu" or not torch.cuda.is_available()):
         parser.error("llava-7b needs a CUDA device: on a CPU its weights alone are 28 GB")
     devices = [("cpu", "fp32")] if args.only != "cuda" else []
@@ -480,7 +483,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "geometry": args.geometry,
         "threads": args.threads,
         "devices": found,
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "load": os.getloadavg()[0], "platform": platform.machine()},
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "load_before": load, "platform": platform.machine()},
+        "code": code_state(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "versions": _versions(),
     }
     write_text(args.out, json.dumps(result, indent=1) + "\n")

@@ -544,6 +544,38 @@ def overlays(results: dict[str, Result]) -> str:
     return "\n\n".join(blocks) or "No results yet."
 
 
+def load(results: dict[str, Result]) -> str:
+    """A million rows through the runner, and ten thousand requests to an endpoint that fails: what came of them."""
+    blocks = []
+    for name, result in _of("load_rows", results):
+        curve, rows = result["memory_mib"]["curve"], result["rows"]
+        at = [min(curve, key=lambda point: abs(point[0] - share * result["seconds"])) for share in _SHARES]
+        lines = [["of the time", *(f"{100 * share:.0f} %" for share in _SHARES)], ["---"] * (len(_SHARES) + 1)]
+        lines.append(["memory, MiB", *(f"{mib:.0f}" for _, mib in at)])
+        order = "whole and in order" if result["whole_and_in_order"] else "NOT whole, or not in order"
+        caption = (
+            f"`{name}`: {rows:,} rows by a model that only pretends, {order}; {result['failures']:,} of them failures "
+            f"with their reason; {result['rows_per_second']:,} rows/s; {result['memory_mib']['most']:.0f} MiB at most."
+        )
+        blocks.append(caption + "\n\n" + _table(lines))
+    for name, result in _of("load_served", results):
+        faults = ", ".join(f"{n} {what}" for what, n in result["server"]["faults"].items())
+        curve, n = result["memory_mib"]["curve"], result["requests"]
+        at = [min(curve, key=lambda point: abs(point[0] - share * n)) for share in _SHARES]
+        lines = [["of the requests", *(f"{100 * share:.0f} %" for share in _SHARES)], ["---"] * (len(_SHARES) + 1)]
+        lines.append(["memory, MiB", *(f"{mib:.0f}" for _, mib in at)])
+        caption = (
+            f"`{name}`: {n:,} requests, {result['concurrency']} at a time, to a stand-in endpoint ({faults}); "
+            f"{result['wrong_or_lost']} wrong or lost; {result['requests_per_second']:.1f} a second."
+        )
+        blocks.append(caption + "\n\n" + _table(lines))
+    return "\n\n".join(blocks) or "No results yet."
+
+
+_SHARES = (0.01, 0.1, 0.25, 0.5, 0.75, 1.0)
+"""Where the tables of memory look."""
+
+
 def _table(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
@@ -596,6 +628,7 @@ TABLES: dict[str, Callable[[dict[str, Result]], str]] = {
     "localisation": localisation,
     "missing": missing,
     "left-out": left_out,
+    "load": load,
     "models": models,
     "overlays": overlays,
     "trained": trained,
