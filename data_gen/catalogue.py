@@ -73,7 +73,9 @@ IMITATES = {
     "shallow_depth": "Head sharp, background out of focus: portrait lenses and portrait modes.",
     "make_up": "Painted lips and lids: worn, not forged.",
     "glasses": "Frames in front of the eyes: an odd thing on a face is no forgery of it.",
-    "caption": "Lettering over the picture, as platforms and broadcasters add.",
+    "caption": "A small line of text or a watermark, as platforms add.",
+    "big_text": "Words across the picture and the face: memes, subtitles, stamps of broadcasters.",
+    "sticker": "A flat shape in front of a part of the face: a sticker, a microphone, a mark of an app.",
     "screenshot": "Scaled and sharpened on a screen, bars of an app at the edge.",
     "share_twice": "Scaled and compressed twice, as a message that was passed on.",
 }

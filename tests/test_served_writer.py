@@ -281,9 +281,18 @@ def test_the_strongest_cue_is_the_strongest() -> None:
 # --- the request -----------------------------------------------------------------------------------------------------
 
 
+def first_two(manifest: Path, folder: Path) -> Path:
+    """A manifest of the first two pictures: a limit would draw others."""
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()[:2]]
+    rows = [row | {"path": str(manifest.parent / row["path"])} for row in rows]
+    (folder / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "two.jsonl"
+
+
 def test_the_model_sees_the_training_view_and_the_truth(manifest: Path, tmp_path: Path, endpoint: Endpoint) -> None:
     """Bug prevented: the text speaks of another picture than the one it is trained with, or of a guess."""
-    made(manifest, tmp_path, endpoint.writer(concurrency=1), limit=2)
+    manifest = first_two(manifest, tmp_path)
+    made(manifest, tmp_path, endpoint.writer(concurrency=1))
     data = load_crops(manifest)
     assert len(endpoint.requests) == 2
     for i, request in enumerate(endpoint.requests):
@@ -415,15 +424,15 @@ def test_rejected_pictures_are_not_asked_for_again(manifest: Path, tmp_path: Pat
 
 def test_another_model_picture_or_truth_is_asked_for_anew(manifest: Path, tmp_path: Path, endpoint: Endpoint) -> None:
     """Bug prevented: the card names a model that never wrote the texts; a text outlives the picture it was about."""
-    made(manifest, tmp_path, endpoint.writer(), limit=2)
-    made(manifest, tmp_path, endpoint.writer(model="n"), limit=2)
+    manifest = first_two(manifest, tmp_path)
+    made(manifest, tmp_path, endpoint.writer())
+    made(manifest, tmp_path, endpoint.writer(model="n"))
     assert len(endpoint.requests) == 4
-    made(manifest, tmp_path, endpoint.writer(model="n"), limit=2, view_seed=2)
+    made(manifest, tmp_path, endpoint.writer(model="n"), view_seed=2)
     assert len(endpoint.requests) == 6
     changed = json.loads(manifest.read_text().splitlines()[1])
-    changed |= {"path": str(manifest.parent / changed["path"]), "cues": changed["cues"][:1]}
+    changed |= {"cues": changed["cues"][:1]}
     same = json.loads(manifest.read_text().splitlines()[0])
-    same["path"] = str(manifest.parent / same["path"])
     (tmp_path / "other.jsonl").write_text("".join(json.dumps(s) + "\n" for s in (same, changed)))
     made(tmp_path / "other.jsonl", tmp_path, endpoint.writer(model="n"), view_seed=2)
     assert len(endpoint.requests) == 7 and is_fake(endpoint.requests[-1])
