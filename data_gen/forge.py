@@ -650,7 +650,7 @@ def caption(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Mad
     """A small line of text or a watermark, as platforms add."""
     shade = (255, 255, 255) if rng.random() < 0.7 else (0, 0, 0)
     out = photo.pixels.copy()
-    _write(out, _words(rng, 5, 14), _pick_float(rng, 0.06, 0.97), 0.02 + 0.04 * rng.random(), shade, "plain", rng)
+    _write(out, _words(rng, 5, 14), float(rng.choice((0.06, 0.97))), 0.02 + 0.04 * rng.random(), shade, "plain", rng)
     return _everywhere(out, photo)
 
 
@@ -686,10 +686,6 @@ def sticker(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Mad
 def _words(rng: Rng, least: int, most: int) -> str:
     letters = list("ABCDEFGHIKLMNOPRSTUVWXYZabcdefghiklmnoprstuvwxyz 0123456789 .!:")
     return "".join(rng.choice(letters, size=int(rng.integers(least, most))))
-
-
-def _pick_float(rng: Rng, *values: float) -> float:
-    return float(rng.choice(values))
 
 
 def _write(out: Pixels, text: str, place: float, tall: float, shade: tuple[int, ...], style: str, rng: Rng) -> None:

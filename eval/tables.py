@@ -499,7 +499,7 @@ def unseen(_: dict[str, Result]) -> str:
     lines = [["real source left out", "n", "false alarms at 5 %", *(f"AUC, {g} left out too" for g in generators)]]
     lines.append(["---"] * len(lines[0]))
     for source, found in alarms.items():
-        aucs = [f"{both[f'{g} / {source}']:.3f}" if f"{g} / {source}" in both else "–" for g in generators]
+        aucs = [_plain(both.get(f"{g} / {source}")) for g in generators]
         lines.append([source, str(found["n"]), f"{100 * found['rate']:.1f} %", *aucs])
     caption = (
         f"Expert `clip` {card['version']}: the threshold that 5 % of the other sources' photos reach, on a source that "
@@ -518,8 +518,8 @@ def _left_out_of_calibration() -> list[str]:
     for source, told in found.items():
         lines.append([source, str(told["n"]), _percent(told["rate"]), _percent(told["inconclusive"])])
     caption = (
-        "The shipped verdict, its weights and band fitted without one source of reals, on the real pictures of that "
-        "source (`calib`; experts and MLLM may have learnt from its other photos): "
+        "The shipped band with weights and floors that were fitted without one source of reals, on the real pictures of "
+        "that source (`calib`; experts and MLLM may have learnt from its other photos): "
         f"at most {_percent(calibration['fitted_on']['false_alarms_allowed'])} are promised of the sources it was "
         "fitted on."
     )

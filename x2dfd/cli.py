@@ -603,7 +603,7 @@ def _progress(total: int) -> Iterator[Callable[[str, bool, bool], None]]:
         days = int(ahead) // 86_400
         return f"{judged / seconds:.1f}/s, {f'{days} d ' if days else ''}{left} left, {failed} failed"
 
-    if not sys.stderr.isatty():  # rich is a quarter of a second to import
+    if not sys.stderr.isatty():  # then rich need not be imported
 
         def line(text: str, failure: bool, fresh: bool) -> None:
             nonlocal done, failed, judged, last, start
