@@ -518,8 +518,8 @@ def _left_out_of_calibration() -> list[str]:
     for source, told in found.items():
         lines.append([source, str(told["n"]), _percent(told["rate"]), _percent(told["inconclusive"])])
     caption = (
-        "The shipped band with weights and floors that were fitted without one source of reals, on the real pictures of "
-        "that source (`calib`; experts and MLLM may have learnt from its other photos): "
+        "The shipped band with weights and floors that were fitted without one source of reals, on the real pictures "
+        "of that source (`calib`; experts and MLLM may have learnt from its other photos): "
         f"at most {_percent(calibration['fitted_on']['false_alarms_allowed'])} are promised of the sources it was "
         "fitted on."
     )
