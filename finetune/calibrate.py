@@ -31,6 +31,7 @@ from x2dfd.cli import run_command
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import Detector, load
 from x2dfd.errors import SetupError, UnknownName, X2DFDError
+from x2dfd.experts import load_expert
 from x2dfd.manifest import Sample, manifest_sha256
 from x2dfd.progress import progress
 from x2dfd.tower import view_face
@@ -49,14 +50,16 @@ def calibrate(
     add: Sequence[str] = (),
     drop: Sequence[str] = (),
     other_experts: bool = False,
+    unseen: Path | None = None,
 ) -> Calibration:
     """Score the split, fit, write. Half of the pictures are taken as they are, half as their degraded training view.
 
     `disagreement`: no verdict where the parts are further apart than this; None: their spread decides nothing. `add`:
     experts that join the fusion though the MLLM was not trained with them: its prompt stays as it was. Those of the
     present calibration stay, unless they are among `drop`. `other_experts`: take the expert weights that are here, also
-    where the adapter was trained with others. Raises X2DFDError when the split lacks a label, UnknownName for a `drop`
-    that is not an added expert.
+    where the adapter was trained with others. `unseen`: a folder with, for a source of photos or a generator, a folder
+    of experts that were trained without it; the fit then also knows what they say of pictures new to them. Raises
+    X2DFDError when the split lacks a label, UnknownName for a `drop` that is not an added expert.
     """
     if disagreement is not None and not 0 < disagreement < 1:
         raise X2DFDError(f"disagreement {disagreement}: the spread of probabilities lies between 0 and 1")
@@ -83,8 +86,11 @@ def calibrate(
     weights_per_sample = balance(samples)
     one_sided = [e.card.name for e in detector.experts if getattr(e, "one_sided", False)]
     sources = [s.source for s in samples]
-    fit = fit_calibration(parts, labels, sources, weights_per_sample, one_sided=one_sided, false_alarms=false_alarms)
-    unseen = chances_of_sources_left_out(parts, labels, sources, weights_per_sample, one_sided=one_sided)
+    new = score_unseen(detector, parts, crops, rows, unseen, view_seed) if unseen is not None else None
+    fit = fit_calibration(
+        parts, labels, sources, weights_per_sample, one_sided=one_sided, false_alarms=false_alarms, unseen=new
+    )
+    of_unseen = chances_of_sources_left_out(parts, labels, sources, weights_per_sample, one_sided=one_sided, unseen=new)
     mllm = 1 / (1 + np.exp(-parts[MLLM]))
     _, mllm_threshold = choose_band(mllm, labels, sources, false_alarms=false_alarms)
     result = replace(fit, mllm_threshold=mllm_threshold, disagreement=disagreement)
@@ -105,9 +111,12 @@ def calibrate(
                 "inconclusive": round(float(((p >= result.low) & (p < result.high)).mean()), 4),
                 "n": len(p),
             }
-            for source, p in unseen.items()
+            for source, p in of_unseen.items()
         },
         "inconclusive": round(float((said == "inconclusive").mean()), 4),
+        "fitted_also_unseen": sorted(
+            {s.origin for s in samples if unseen is not None and (unseen / s.origin).is_dir()}
+        ),
         "experts": {e.card.name: e.card.sha256 for e in detector.experts},
         "fakes_found": round(float((said[~real] == "fake").mean()), 4),
     }
@@ -142,6 +151,43 @@ def score_parts(
                 f"{name} gave no score for any of {len(rows)} pictures: {notes.get(name, 'no reason given')}"
             )
     return {n: np.array(v) for n, v in table.items()}
+
+
+def score_unseen(
+    detector: Detector,
+    parts: dict[str, NDArray[np.float64]],
+    crops: CropSet,
+    rows: Sequence[int],
+    folder: Path,
+    view_seed: int,
+) -> dict[str, NDArray[np.float64]]:
+    """`score_parts` as if each picture's source or generator were new: by the experts in `folder`/origin, where it is.
+
+    The MLLM is asked anew with what they say. A picture whose origin has no folder keeps its `parts`: none of the
+    experts learnt from it. Raises X2DFDError where the card of such an expert does not say that the origin was held
+    out, or where no picture has a folder; SetupError for weights that cannot be read.
+    """
+    told = {name: values.copy() for name, values in parts.items()}
+    origins = [crops.samples[i].origin for i in rows]
+    known = [origin for origin in sorted(set(origins)) if origin and (folder / origin).is_dir()]
+    if not known:
+        raise X2DFDError(f"{folder}: no folder for any of {', '.join(sorted(set(origins)))}")
+    for origin in known:
+        place = folder / origin
+        names = [e.card.name for e in detector.experts if (place / f"{e.card.name}.card.json").is_file()]
+        if not names:
+            raise X2DFDError(f"{place} holds no weights of {', '.join(e.card.name for e in detector.experts)}")
+        others = {name: load_expert(name, place) for name in names}
+        for name, expert in others.items():
+            if origin not in expert.card.figures.get("held_out", ()):
+                raise X2DFDError(f"{place}: the card of {name!r} does not say that it was trained without {origin}")
+        mine = [k for k, name in enumerate(origins) if name == origin]
+        experts = [others.get(e.card.name, e) for e in detector.experts]
+        asked = Detector(detector.mllm, experts, None, detector.facts, "paper")
+        of_mine = score_parts(asked, crops, [rows[k] for k in mine], view_seed)
+        for name, values in of_mine.items():
+            told[name][mine] = values
+    return told
 
 
 def balance(samples: Sequence[Sample]) -> NDArray[np.float64]:
@@ -213,6 +259,10 @@ def _run(
     other_experts: Annotated[
         bool, typer.Option(help="take the expert weights that are here, whatever trained it")
     ] = False,
+    unseen: Annotated[
+        Path | None,
+        typer.Option(help="a folder per source or generator, with experts trained without it (train clip --left-out)"),
+    ] = None,
 ) -> None:
     """Fit the calibrated probability and the inconclusive band."""
     result = calibrate(
@@ -225,6 +275,7 @@ def _run(
         add=[n for n in add.split(",") if n],
         drop=[n for n in drop.split(",") if n],
         other_experts=other_experts,
+        unseen=unseen,
     )
     print(json.dumps({"weights": result.weights, "low": result.low, "high": result.high, **result.fitted_on}, indent=1))
 

@@ -15,7 +15,7 @@ import skimage.data
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
-from finetune.calibrate import _chosen, _face, calibrate
+from finetune.calibrate import _chosen, _face, calibrate, score_unseen
 from tests import tiny
 from tests.tiny import edit_json
 from x2dfd.adapter import AdapterCard
@@ -308,6 +308,73 @@ def test_a_camera_that_was_not_calibrated_on_bounds_the_alarms_too() -> None:
     assert (told["odd"] >= fitted.high).mean() <= 0.1 and (seen >= fitted.high).mean() <= 0.05
     low, high = choose_band(np.array([fitted.probability({"mllm": a, "clip": b}) for a, b in logits]), labels, sources)
     assert fitted.high > high and fitted.low == low
+
+
+def test_a_part_that_knows_only_what_it_has_met_gets_no_weight() -> None:
+    """Bug prevented: an expert that recognises the development pictures accuses every camera that is new to it."""
+    parts, labels = simulate(2000, {"mllm": 1.0, "clip": 2.0}, 0.0)
+    sources, even = ["a", "b"] * 1000, np.ones(2000)
+    seen = fit_calibration(parts, labels, sources, even)
+    assert fit_calibration(parts, labels, sources, even, unseen=parts) == seen  # as good on what is new to it
+    unseen = parts | {"clip": np.full(2000, 3.0)}  # what it does not know it calls fake
+    new = fit_calibration(parts, labels, sources, even, unseen=unseen)
+    lost = parts | {"clip": -parts["clip"]}
+    none = fit_calibration(parts, labels, sources, even, unseen=lost)
+    assert 0.1 * seen.weights["clip"] < new.weights["clip"] < 0.8 * seen.weights["clip"]
+    assert none.weights["clip"] == 0.0 and none.weights["mllm"] > 0.4
+    # The bound on a camera that was left out is taken from what the parts say of it then.
+    told = chances_of_sources_left_out(parts, labels, sources, even, unseen=unseen)
+    assert max((p >= new.high).mean() for p in told.values()) <= 0.1
+    assert np.mean(told["a"]) > np.mean(chances_of_sources_left_out(parts, labels, sources, even)["a"])
+
+
+def test_each_picture_is_judged_by_weights_that_never_saw_its_origin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: "unseen" scores from experts that learnt from the source, or a prompt that holds theirs."""
+    kinds = [("real", "none", "a"), ("real", "none", "b"), ("fake", "gan", "made"), ("fake", "swap", "a")]
+    samples = [
+        Sample(str(k), Path("x"), label, method, "EFS" if method == "gan" else "", source, str(k), "calib")  # type: ignore[arg-type]
+        for k, (label, method, source) in enumerate(kinds * 2)
+    ]
+    crops = CropSet(samples, np.zeros((8, 1, 1, 3), np.uint8), np.zeros((8, 468, 2), np.float32), {})
+
+    def expert(sha256: str, held_out: list[str]) -> SimpleNamespace:
+        card = replace(tiny.Brightness.card, sha256=sha256, figures={"held_out": held_out})
+        return SimpleNamespace(card=card)
+
+    def load(name: str, folder: Path) -> SimpleNamespace:
+        return expert(folder.name, [folder.name] if folder.name != "b" else [])
+
+    asked: list[tuple[str, list[int]]] = []
+
+    def scored(detector: Any, _: CropSet, rows: list[int], seed: int) -> dict[str, Floats]:
+        asked.append((detector.experts[0].card.sha256, rows))
+        return {name: np.full(len(rows), 1.0 + len(asked)) for name in ("mllm", tiny.EXPERT)}
+
+    monkeypatch.setattr("finetune.calibrate.load_expert", load)
+    monkeypatch.setattr("finetune.calibrate.score_parts", scored)
+    monkeypatch.setattr(
+        "finetune.calibrate.Detector", lambda mllm, experts, *_: SimpleNamespace(mllm=mllm, experts=experts)
+    )
+    shipped = SimpleNamespace(mllm=None, experts=[expert("shipped", [])], facts={})
+    parts = {name: np.zeros(7) for name in ("mllm", tiny.EXPERT)}
+    rows = [0, 1, 2, 3, 4, 6, 7]  # crops; the scores stand in this order
+    with pytest.raises(X2DFDError, match="no folder for any of a, b, gan"):
+        score_unseen(shipped, parts, crops, rows, tmp_path, 1)  # type: ignore[arg-type]
+    for origin in ("a", "gan"):
+        (tmp_path / origin).mkdir()
+        (tmp_path / origin / f"{tiny.EXPERT}.card.json").touch()
+    told = score_unseen(shipped, parts, crops, rows, tmp_path, 1)  # type: ignore[arg-type]
+    assert asked == [("a", [0, 3, 4, 7]), ("gan", [2, 6])]
+    for name in ("mllm", tiny.EXPERT):
+        assert told[name].tolist() == [2, 0, 3, 2, 2, 3, 2] and not parts[name].any()
+    (tmp_path / "b").mkdir()
+    with pytest.raises(X2DFDError, match="holds no weights"):
+        score_unseen(shipped, parts, crops, rows, tmp_path, 1)  # type: ignore[arg-type]
+    (tmp_path / "b" / f"{tiny.EXPERT}.card.json").touch()
+    with pytest.raises(X2DFDError, match="does not say that it was trained without b"):
+        score_unseen(shipped, parts, crops, rows, tmp_path, 1)  # type: ignore[arg-type]
 
 
 # --- the file --------------------------------------------------------------------------------------------------------

@@ -533,7 +533,7 @@ def kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for i in range(12):
         view = np.clip(tone(pixels[:, ::-1] if i % 2 else pixels, 0.5, np.random.default_rng(i)), 0, 255)
         cv2.imwrite(str(tmp_path / f"{i}.png"), view[..., ::-1].astype(np.uint8))
-        lines.append(f"{i}.png,{'fake,stylegan1,EFS' if i % 3 == 2 else 'real,none,real'},made,person{i},train")
+        lines.append(f"{i}.png,{'fake,stylegan1,EFS' if i % 3 == 2 else 'real,none,real'},made{i // 6},person{i},train")
     (tmp_path / "photos.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def features(crops: Any, rows: Any, folder: Path, layers: int, keep: Any, seed: int) -> tower.TowerFeatures:
@@ -547,7 +547,8 @@ def kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _clip(data: Path, out: Path) -> Result:
-    return CliRunner().invoke(train.app, ["clip", "--data", str(data), "--out", str(out), "--oof", str(out / "oof")])
+    more = ["--oof", str(out / "oof"), "--left-out", str(out / "left")]
+    return CliRunner().invoke(train.app, ["clip", "--data", str(data), "--out", str(out), *more])
 
 
 def test_heads_train_where_a_method_is_all_there_is(kinds: Path, tmp_path: Path) -> None:
@@ -563,6 +564,12 @@ def test_heads_train_where_a_method_is_all_there_is(kinds: Path, tmp_path: Path)
     assert set(scores) == {s.id for s in samples}
     made, real = ([scores[s.id] for s in samples if s.method == method] for method in ("stylegan1", "none"))
     assert np.mean(made) > np.mean(real) + 0.2
+    # Weights that never saw a source; without the only generator there are none, and that is said.
+    assert {p.name for p in (tmp_path / "out" / "left").iterdir()} == {"made0", "made1"}
+    assert "without stylegan1 there is nothing" in done.output
+    cards = [read_card(tmp_path / place / "clip.card.json") for place in ("out", "out/left/made0", "out/left/made1")]
+    assert [c.figures.get("held_out") for c in cards] == [None, ["made0"], ["made1"]]
+    assert len({c.sha256 for c in cards}) == 3
 
 
 def test_a_limit_draws_from_a_manifest_that_is_sorted() -> None:

@@ -172,19 +172,23 @@ def fit_calibration(
     *,
     one_sided: Collection[str] = (),
     false_alarms: float = 0.05,
+    unseen: Mapping[str, NDArray[np.float64]] | None = None,
 ) -> Calibration:
     """The logistic of `fit_weights`, and a band for the cameras that were there and for one that was not.
 
     `choose_band` sets it on the same pictures. Then `high` rises until of each source of real pictures at most UNSEEN
     times as many are called fake where the weights were fitted without that source. `one_sided`: the parts that get a
     floor. The band is chosen with the numbers that are stored: six decimals.
+
+    `unseen`: the same pictures' logits from parts that had not met each one's camera or generator. The weights are then
+    fitted on both by halves: a part that is good only where it has been before gets the weight that it has elsewhere.
     """
-    fitted = _fitted(parts, labels, sample_weights, one_sided)
+    fitted = _fitted(parts, labels, sample_weights, one_sided, unseen)
     chances = np.array([fitted.probability(row) for row in rows_of(parts)])
     low, high = choose_band(chances, labels, sources, false_alarms=false_alarms)
-    unseen = chances_of_sources_left_out(parts, labels, sources, sample_weights, one_sided=one_sided)
-    if unseen:
-        high = max(high, _bounding(unseen, UNSEEN * false_alarms))
+    told = chances_of_sources_left_out(parts, labels, sources, sample_weights, one_sided=one_sided, unseen=unseen)
+    if told:
+        high = max(high, _bounding(told, UNSEEN * false_alarms))
     return replace(fitted, low=low, high=high)
 
 
@@ -193,7 +197,11 @@ def _fitted(
     labels: NDArray[np.float64],
     sample_weights: NDArray[np.float64],
     one_sided: Collection[str],
+    unseen: Mapping[str, NDArray[np.float64]] | None,
 ) -> Calibration:
+    if unseen is not None:
+        parts = {n: np.concatenate([v, unseen[n]]) for n, v in parts.items()}
+        labels, sample_weights = np.tile(labels, 2), np.tile(sample_weights, 2)
     found = {n: choose_floor(parts[n], labels) for n in one_sided if n in parts}
     floors = _rounded({n: v for n, v in found.items() if v is not None})
     weights, means, bias = fit_weights(parts, labels, sample_weights, floors=floors)
@@ -207,11 +215,12 @@ def chances_of_sources_left_out(
     sample_weights: NDArray[np.float64],
     *,
     one_sided: Collection[str] = (),
+    unseen: Mapping[str, NDArray[np.float64]] | None = None,
 ) -> dict[str, NDArray[np.float64]]:
     """P(fake) of each source's real pictures where weights, means and floors were fitted without the source.
 
-    The experts and the MLLM may have learnt from the source all the same: it is the calibration alone that has not seen
-    it. A source without which a label is lacking is left out.
+    The experts and the MLLM may have learnt from the source all the same, except where `unseen` has what they say
+    without: it is the calibration alone that has not seen it. A source without which a label is lacking is left out.
     """
     names, told = np.array(sources), {}
     for source in sorted(set(names[labels == 0])):
@@ -221,10 +230,10 @@ def chances_of_sources_left_out(
         weights = sample_weights[rest].copy()
         for label in (0, 1):  # reals and fakes weigh a half each, as before
             weights[labels[rest] == label] /= 2 * weights[labels[rest] == label].sum()
-        fitted = _fitted({n: v[rest] for n, v in parts.items()}, labels[rest], weights, one_sided)
-        told[str(source)] = np.array(
-            [fitted.probability(row) for row in rows_of({n: v[own] for n, v in parts.items()})]
-        )
+        others = None if unseen is None else {n: v[rest] for n, v in unseen.items()}
+        fitted = _fitted({n: v[rest] for n, v in parts.items()}, labels[rest], weights, one_sided, others)
+        met = rows_of({n: v[own] for n, v in (unseen or parts).items()})
+        told[str(source)] = np.array([fitted.probability(row) for row in met])
     return told
 
 

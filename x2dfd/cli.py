@@ -643,14 +643,12 @@ def _progress(total: int) -> Iterator[Callable[[str, bool, bool], None]]:
 
 def _block(result: Report | Failure) -> str:
     """What a person reads of one file."""
-    from x2dfd.html_report import deciding_face
-
     name = _printable(result.path or "(bytes)")
     if isinstance(result, Failure):
         return f"{_word('ERROR', None)}  {result.code}  {name}\n" + _wrapped(result.reason) + "\n"
     verdict = result.verdict
     number = f"p={verdict.p_fake:.2f}" if verdict.p_fake is not None else "p=none"
-    decider = deciding_face(result)
+    decider = result.decider
     which = f"face {decider.index + 1}/{_faces_beside(decider, result)}" if decider else f"{len(result.faces)} faces"
     if decider is not None and decider.frame is not None:
         which += f" frame {decider.frame}"

@@ -178,7 +178,7 @@ class Detector:
         The model looks at the picture again: `source`, by default the file of the report's path. Raises InputError
         when there is none or when it is another one.
         """
-        deciding = deciding_face(report)
+        deciding = report.decider
         if deciding is None:
             return "No face was assessed in this file, so there is nothing to say about a forgery."
         source = report.path if source is None else source
@@ -204,7 +204,7 @@ class Detector:
             raise InputError("other_picture", "this is not the picture that the report is about")
         start = time.perf_counter()
         found = _find(media)[0]
-        order = sorted(report.faces, key=lambda f: -_p_fake(f))  # the one that decided first: its text is streamed
+        order = sorted(report.faces, key=FaceReport.suspicion, reverse=True)  # the text of the first is streamed
         told: dict[int, FaceReport] = {}
         for at in range(0, len(order), self.mllm.batch):
             part = order[at : at + self.mllm.batch]
@@ -392,12 +392,12 @@ class Detector:
         """Picture: the most suspicious face. Video: the mean over frames of each frame's most suspicious face."""
         if not faces:
             return Verdict("inconclusive", None, "no_face"), None
-        deciding = max(faces, key=_p_fake)
+        deciding = max(faces, key=FaceReport.suspicion)
         if isinstance(media, Picture):
             return deciding.verdict, deciding
         frames: dict[int | None, float] = {}
         for face in faces:
-            frames[face.frame] = max(frames.get(face.frame, 0.0), _p_fake(face))
+            frames[face.frame] = max(frames.get(face.frame, 0.0), face.suspicion())
         p = float(np.mean(list(frames.values())))
         if self.mode == "paper" or self.calibration is None:
             return Verdict("fake" if p >= self.facts["threshold"] else "real", p), deciding
@@ -580,11 +580,6 @@ def _logits(face: FaceReport) -> dict[str, float | None]:
     return _parts(logit(face.p_fake_mllm if face.p_fake_mllm is not None else 0.5), face.evidence)
 
 
-def deciding_face(report: Report) -> FaceReport | None:
-    """The face whose rationale, cues and evidence the report repeats: the most suspicious one."""
-    return max(report.faces, key=_p_fake, default=None)
-
-
 class _Clock:
     """Seconds per stage, added up."""
 
@@ -661,10 +656,6 @@ def _corners(face: Face) -> tuple[tuple[float, float], ...]:
     affine, *_ = np.linalg.lstsq(points, face.landmarks, rcond=None)  # [3, 2]: crop pixels to picture pixels
     corners = np.array([[0.0, 0.0, 1.0], [size, 0.0, 1.0], [0.0, size, 1.0]]) @ affine
     return tuple((round(float(x), 1), round(float(y), 1)) for x, y in corners)
-
-
-def _p_fake(face: FaceReport) -> float:
-    return face.verdict.p_fake if face.verdict.p_fake is not None else -1.0
 
 
 def _paper_threshold(calibration: Calibration | None) -> float:

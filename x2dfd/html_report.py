@@ -53,12 +53,6 @@ def percent(p: float | None) -> str:
     return "< 1 %" if p < 0.005 else "> 99 %" if p > 0.995 else f"{100 * p:.0f} %"
 
 
-def deciding_face(report: Report) -> FaceReport | None:
-    """The face whose rationale and evidence the report repeats; the most suspicious of those that match."""
-    told = [f for f in report.faces if (f.rationale, f.evidence) == (report.rationale, report.evidence)]
-    return max(told, key=lambda face: face.verdict.p_fake or 0.0, default=None)
-
-
 def render(reports: Sequence[Report | Failure], pictures: Sequence[Pictures]) -> str:
     """The HTML page for `reports`, a section each.
 
@@ -138,7 +132,7 @@ def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) 
     model, verdict = report.model, report.verdict
     band = model.get("band")
     calibrated = model.get("mode") != "paper"
-    decider = deciding_face(report)
+    decider = report.decider
     frames = _frames(report.faces)
     full = [face for face in report.faces if face.frame is None or face.frame in frames]
     files = int(report.timings.get("files", 1))

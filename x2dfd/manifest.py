@@ -42,6 +42,16 @@ class Sample:
     video: str | None = None  # unique id of the clip that this frame belongs to
     extra: dict[str, Any] = field(default_factory=dict)  # the other columns, untouched
 
+    @property
+    def synthetic(self) -> bool:
+        """The whole picture comes from a generator: it is no photo that was changed, with a mask of where."""
+        return self.label == "fake" and self.df_class == "EFS" and self.mask is None
+
+    @property
+    def origin(self) -> str:
+        """What one has seen before, or not: the generator of a picture made as a whole, else the photo's source."""
+        return self.method if self.synthetic else self.source
+
 
 def read_manifest(path: str | os.PathLike[str], *, split: str | None = None) -> list[Sample]:
     """Reads and checks a whole manifest; with `split`, returns only the samples of that split.

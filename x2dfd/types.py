@@ -133,6 +133,10 @@ class FaceReport:
     frame: int | None = None  # frame number in a video
     time_s: float | None = None  # its time in seconds
 
+    def suspicion(self) -> float:
+        """P(fake) to order faces by; below all others where there is no estimate."""
+        return -1.0 if self.verdict.p_fake is None else self.verdict.p_fake
+
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         return cls(
@@ -170,6 +174,11 @@ class Report:
     likelihood_ratio: dict[str, Any] = field(default_factory=dict)  # `value`, `interval`, `limits`, `run`,
     # `propositions`; or `value` None and the `reason`. Empty in reports of former versions
 
+    @property
+    def decider(self) -> FaceReport | None:
+        """The face that decided, the most suspicious one; the report repeats its rationale, cues and evidence."""
+        return max(self.faces, key=FaceReport.suspicion, default=None)
+
     def to_dict(self) -> dict[str, Any]:
         """As plain values. A map stands once, with its face; the evidence repeated from that face goes without."""
         data = asdict(self)
@@ -187,7 +196,7 @@ class Report:
         evidence = tuple(Evidence.from_dict(e) for e in data["evidence"])
         if not any("map" in e for e in data["evidence"]):  # `to_dict` left them out
             same = [f for f in faces if tuple(replace(e, map=()) for e in f.evidence) == evidence]
-            evidence = max(same, key=lambda f: f.verdict.p_fake or 0.0).evidence if same else evidence
+            evidence = max(same, key=FaceReport.suspicion).evidence if same else evidence
         return cls(
             **{
                 **data,

@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +43,9 @@ def clip(
     features: Annotated[Path | None, typer.Option(help="folder of cached tower features; default: by the data")] = None,
     out: Annotated[Path, typer.Option(help="folder for weights and card")] = WEIGHTS,
     oof: Annotated[Path | None, typer.Option(help="also write out-of-fold scores of the samples here (JSON)")] = None,
+    left_out: Annotated[
+        Path | None, typer.Option(help="also write, a folder for each source and generator, weights that never saw it")
+    ] = None,
     keep: Annotated[str, typer.Option(help="layers whose patches are cached too, for the MLLM's training")] = "",
     limit: Annotated[int | None, typer.Option(help="at most this many pictures, drawn by their ids")] = None,
     ridge: Annotated[float, typer.Option(help="penalty on the head's weights")] = 0.1,
@@ -55,7 +59,7 @@ def clip(
     crops = load_crops(data, workers)
     rows = training_rows(crops, limit)
     if oof is None and not keep:  # photos that were forged in part are the other experts' task
-        rows = np.array([i for i in rows if crops.samples[i].label == "real" or _synthetic(crops.samples[i])], int)
+        rows = np.array([i for i in rows if crops.samples[i].label == "real" or crops.samples[i].synthetic], int)
     layers = [int(k) for k in keep.split(",") if k]
     cached = cached_features(crops, rows, features or data.parent / ".tower", TOWER_LAYERS, layers, view_seed)
     samples = [crops.samples[i] for i in cached.rows]
@@ -64,7 +68,7 @@ def clip(
     mean, std = raw[torch.from_numpy(train)].mean(0), raw[torch.from_numpy(train)].std(0) + 1e-4
     x = raw.sub_(mean).div_(std)
     fake = np.array([s.label == "fake" for s in samples])
-    whole = np.array([_synthetic(s) for s in samples])
+    whole = np.array([s.synthetic for s in samples])
     mine = ~fake | whole  # photos that were forged in part are the other experts' task
 
     def head(use: NDArray[np.bool_]) -> dict[str, torch.Tensor]:
@@ -101,12 +105,15 @@ def clip(
         figures=figures,
     )
     save_weights({**state, "mean": mean, "std": std}, card, out)
+    if left_out is not None:
+        for name in sorted({s.origin for s in learnt}):
+            rest = train & mine & np.array([s.origin != name for s in samples])
+            if fake[rest].all() or not fake[rest].any():
+                log(f"without {name} there is nothing to learn from")
+                continue
+            of_rest = replace(card, trained_on=f"as {card.version}, without {name}", figures={"held_out": [name]})
+            save_weights({**head(rest), "mean": mean, "std": std}, of_rest, left_out / name)
     print(out / "clip.card.json")
-
-
-def _synthetic(sample: Sample) -> bool:
-    """The whole picture comes from a generator (as opposed to a photo that was changed, or one that a mask is for)."""
-    return sample.label == "fake" and sample.df_class == "EFS" and sample.mask is None
 
 
 def _unseen(
@@ -121,7 +128,7 @@ def _unseen(
     """
     source = np.array([s.source for s in samples])
     real = np.array([s.label == "real" for s in samples])
-    whole = np.array([_synthetic(s) for s in samples])
+    whole = np.array([s.synthetic for s in samples])
     method = np.array([s.method for s in samples])
     sources = [s for s, n in Counter(source[real]).most_common() if n >= 20]
     generators = [m for m, n in Counter(method[whole]).most_common() if n >= 20]
