@@ -1,6 +1,7 @@
-"""Task `experts`: the experts without the MLLM, side by side: how well, how steady under changes, and how well placed.
+"""Task `experts`: the experts side by side: how well, how steady under changes, and how well placed.
 
-Columns are the experts, their fusion (the model's calibration with the MLLM missing) and one single-feature baseline.
+Columns are the experts, their fusion (the model's calibration, the MLLM missing) and one single-feature baseline; with
+`--with-mllm` the MLLM has a column too, and the fusion is the whole model's verdict.
 Every number is of the largest face of a picture, for that is the one which a mask is of.
 """
 
@@ -40,7 +41,7 @@ from finetune.calibrate import balance
 from x2dfd.adapter import EMBEDDED, expert_hashes, read_adapter_card
 from x2dfd.calibration import MLLM, Calibration, fit_calibration, logit
 from x2dfd.degrade import CODEC
-from x2dfd.detector import through_codec, versions
+from x2dfd.detector import Detector, through_codec, versions
 from x2dfd.errors import InputError, SetupError
 from x2dfd.experts import BUILTIN, Expert, ask, load_expert
 from x2dfd.faces import find_faces
@@ -91,12 +92,14 @@ class Panel:
     fusion: Row  # what the result says of it
     held_out: dict[str, list[str]]  # column -> forge methods that its card names as left out of training; fusion: what
     # the calibration and every expert that weighs left out
+    whole: Detector | None = None  # the model with its MLLM, whose own P(fake) joins the experts'
 
     @classmethod
-    def load(cls, model: str, names: Sequence[str] | None) -> Panel:
+    def load(cls, model: str, names: Sequence[str] | None, whole: Detector | None = None) -> Panel:
         """`model`: "embedded" or an adapter directory: whose calibration, and whose experts' weights.
 
-        Raises X2DFDError for what is not an adapter directory, not an expert, or named and not to be had.
+        `whole`: the same model with its MLLM; without it the fusion is that of the experts. Raises X2DFDError for what
+        is not an adapter directory, not an expert, or named and not to be had.
         """
         folder = EMBEDDED if model == "embedded" else Path(model)
         card, calibration = read_adapter_card(folder), Calibration.load(folder)
@@ -106,26 +109,27 @@ class Panel:
         held_out = {f"expert:{e.card.name}": _held_out(e.card.figures) for e in experts}
         wanted = expert_hashes(card, calibration)
         other = [e.card.name for e in experts if wanted.get(e.card.name, e.card.sha256) != e.card.sha256]
-        weighty = [n for n, w in calibration.weights.items() if n != MLLM and w > 0]
-        here = {e.card.name for e in experts}
+        weighty = [n for n, w in calibration.weights.items() if w > 0]
+        here = {e.card.name for e in experts} | ({MLLM} if whole else set())
         fusion: Row = {"of": f"{card.name} {card.version}", "calibration": file_sha256(folder / "calibration.json")}
         if other or not here & set(weighty):
             lacking = f"calibrated with other weights of {', '.join(other)}" if other else "none of its experts is here"
             say(f"no fusion: {lacking}")
-            return cls(experts, tuple(reasons), None, fusion | {"left_out": lacking}, held_out)
+            return cls(experts, tuple(reasons), None, fusion | {"left_out": lacking}, held_out, whole)
         fusion |= {
             "weights": calibration.weights,
-            "missing": [MLLM, *(n for n in weighty if n not in here)],
+            "missing": [n for n in weighty if n not in here],
             "real_below": calibration.low,
             "fake_from": calibration.high,
         }
         joined = [e for e in experts if e.card.name in weighty]
         unseen = [m for m in card.held_out if all(_unseen(m, e.card.figures) for e in joined)]
-        return cls(experts, tuple(reasons), calibration, fusion, {FUSION: unseen} | held_out)
+        return cls(experts, tuple(reasons), calibration, fusion, {FUSION: unseen} | held_out, whole)
 
     @property
     def columns(self) -> list[str]:
         joined = [FUSION] if self.calibration else []
+        joined += [MLLM] if self.whole else []
         return [*joined, *(f"expert:{e.card.name}" for e in self.experts), SHARPNESS]
 
     def facts(self) -> Row:
@@ -134,6 +138,7 @@ class Panel:
             "experts": {e.card.name: f"{e.card.version} {e.card.sha256}" for e in self.experts},
             "experts_left_out": list(self.left_out),
             "crops_through": f"{CODEC[0]} {CODEC[1]}",
+            **({MLLM: {k: self.whole.facts[k] for k in ("name", "base", "adapter_sha256")}} if self.whole else {}),
             SHARPNESS: SHARPNESS_IS,
         }
 
@@ -154,8 +159,8 @@ class Panel:
         return _answer(self.calibration, known)
 
     def known(self, scores: Row) -> dict[str, float]:
-        """The experts' scores that are there."""
-        return {n: scores[n] for e in self.experts if scores.get(n := e.card.name) is not None}
+        """The scores that are there, of the experts and of the MLLM."""
+        return {n: scores[n] for n in (MLLM, *(e.card.name for e in self.experts)) if scores.get(n) is not None}
 
 
 def _held_out(figures: Row) -> list[str]:
@@ -182,10 +187,16 @@ def judge(
         row, seen = _look(sample, changes, equal)
         rows.append(row)
         views.append(seen)
-    faces = through_codec([face for seen in views for face, *_ in seen.values() if face])
+    found = [face for seen in views for face, *_ in seen.values() if face]
+    faces = through_codec(found)
     scores: list[Row] = [{SHARPNESS: sharpness(face.crop)} for face in faces]
     notes: list[dict[str, str]] = [{} for _ in faces]
     maps: list[dict[str, Any]] = [{} for _ in faces]
+    if panel.whole:
+        for at in range(0, len(found), batch_size):
+            own, _ = panel.whole.judge_faces(found[at : at + batch_size])
+            for place, value in enumerate((1 / (1 + np.exp(-own))).tolist(), start=at):
+                scores[place][MLLM] = value
     for expert in panel.experts:
         for at in range(0, len(faces), batch_size):
             for place, said in enumerate(ask(expert, faces[at : at + batch_size]), start=at):
@@ -408,7 +419,8 @@ def missing_experts(panel: Panel, samples: Sequence[Sample], rows: Sequence[Row]
     calibration = panel.calibration
     if calibration is None:
         return None
-    names = [e.card.name for e in panel.experts if e.card.name in calibration.weights]
+    names = [MLLM] if panel.whole else []
+    names += [e.card.name for e in panel.experts if e.card.name in calibration.weights]
     kept = [i for i, row in enumerate(rows) if all(row["experts"].get(n) is not None for n in names)]
     of, scored = [samples[i] for i in kept], [rows[i]["experts"] for i in kept]
     labels = m.to_labels(s.label for s in of)

@@ -108,7 +108,7 @@ TASKS = {
         Task(
             "ablation", "1", "image", "what the MLLM makes of picture, scores and pointing: parts left out, exchanged"
         ),
-        Task("experts", "2", "image", "experts without the MLLM, their fusion, a baseline; changed pictures; maps"),
+        Task("experts", "2", "image", "experts, their fusion, a baseline; changed pictures; maps"),
         Task(
             "left-out", "1", "image", "forge methods that `consistency` was trained without (--weights): it, the fusion"
         ),
@@ -573,6 +573,8 @@ def check_model(args: argparse.Namespace) -> None:
         one_change(args)
     if args.model == "template" and args.task != "describe":
         raise X2DFDError("template is told the label: it is a baseline of describe alone")
+    if args.with_mllm and (args.task != "experts" or args.model == models.FUSION):
+        raise X2DFDError("--with-mllm is for the task experts, of a model that has an MLLM")
     if args.task not in ("experts", "locate", "left-out"):
         return
     one = args.model.startswith(models.EXPERT)
@@ -777,8 +779,10 @@ def _run_experts(run: Run) -> Made:
         names = [args.model.removeprefix(models.EXPERT)]
     own = args.model in ("embedded", models.FUSION) or args.model.startswith(models.EXPERT)
     changes = {} if locate else dict(CHANGES) if args.changes is None else changes_of(args.changes)
-    panel = experts_bench.Panel.load("embedded" if own else args.model, names)
+    whole = models.open_model(args).detector if args.with_mllm else None
+    panel = experts_bench.Panel.load("embedded" if own else args.model, names, whole)
     more = {"experts": [e.card.name for e in panel.experts], "changes": {n: c.line for n, c in changes.items()}}
+    more |= {"mllm": panel.facts()["mllm"]} if whole else {}
     store = run.store(experts_bench.LAYOUT, **more)
     ask = partial(experts_bench.judge, panel, changes, equal=args.equalise, batch_size=args.batch_size)
     scored, origin = score(ask, samples, store)
@@ -1058,6 +1062,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="experts: score under these changes or suites too, or none (default: the changes); detect: judge every "
         "picture under this one (default: as it is)",
     )
+    parser.add_argument("--with-mllm", action="store_true", help="experts: the MLLM too; the fusion is the whole model")
     parser.add_argument("--weights", metavar="A,B", help="left-out: folders of trainings with --hold-out")
     parser.add_argument("--calib", metavar="MANIFEST", help="left-out: split `calib` of it fits each fusion anew")
     parser.add_argument("--sentence-encoder", type=Path, metavar="DIR", help="describe: encoder for the similarity")

@@ -195,7 +195,8 @@ def experts(results: dict[str, Result]) -> str:
         data, failed = result["data"], sum(result["failures"].values())
         missing = ", ".join(result["model"]["stated"]["experts_left_out"])
         caption = (
-            f"`{name}`: fusion of `{result['model']['name']}` without its MLLM, manifest `{data['sha256'][:12]}`, "
+            f"`{name}`: `fusion` is the verdict of `{result['model']['name']}`{_lacks(scorers)}, manifest "
+            f"`{data['sha256'][:12]}`, "
             f"split {data['split'] or 'all'}, {data['n_real']} real and {data['n_fake']} fake, {data['n_groups']} "
             f"groups, {failed} not readable; the largest face of each. {SHARPNESS_LINE} "
             "ECE: reals and fakes weigh a half each. † left out of training, as its card says (fusion: out of the "
@@ -207,6 +208,10 @@ def experts(results: dict[str, Result]) -> str:
         if "fusion" in scorers:
             blocks += _fusion(scorers["fusion"], parts)
     return "\n\n".join(blocks) or "No results yet."
+
+
+def _lacks(scorers: Result) -> str:
+    return "" if "mllm" in scorers else " without its MLLM"
 
 
 _MEASURES = {
@@ -304,14 +309,14 @@ def missing(results: dict[str, Result]) -> str:
         if not found:
             continue
         keys = ("false alarms", "found", "inconclusive")
-        lines = [["experts here", "AUC, at their means", *keys, "AUC, refitted", *keys], ["---"] * 9]
+        lines = [["here", "AUC, at their means", *keys, "AUC, refitted", *keys], ["---"] * 9]
         lines += [
             [here, *(cell for part in (p["imputed"], p["refitted"]) for cell in _pattern(part))]
             for here, p in found["patterns"].items()
         ]
         blocks += [
-            f"`{name}`, {found['n']} pictures that all experts could score. A missing expert (and the MLLM, which is "
-            "missing throughout) stands at its mean, as shipped; beside it weights and band refitted to what is left, "
+            f"`{name}`, {found['n']} pictures that all could score{_lacks(result['scorers'])}. What is missing stands "
+            "at its mean, as shipped; beside it weights and band refitted to what is left, "
             f"on the other groups of {found['folds']} parts.",
             _table(lines),
         ]

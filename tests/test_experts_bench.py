@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import cv2
@@ -312,6 +313,24 @@ def test_the_fusion_without_each_expert() -> None:
     both, fair = patterns["good+fair"]["imputed"], patterns["fair"]["imputed"]
     assert both["auc"]["value"] > patterns["good"]["imputed"]["auc"]["value"] > fair["auc"]["value"]
     assert fair["inconclusive"] > both["inconclusive"]  # with less evidence, fewer verdicts
+
+
+def test_with_the_mllm_the_fusion_is_the_whole_verdict() -> None:
+    """Bug prevented: a table of "the fusion" that leaves out the part which weighs most."""
+    samples, rows = scored()
+    for row in rows:  # of the experts' errors it makes none
+        row["experts"][MLLM] = 0.99 - row["experts"]["good"] / 2
+    alone = panel_of({"good": 1.0})
+    whole = replace(alone, whole=SimpleNamespace())  # type: ignore[arg-type]
+    assert alone.columns[:2] == ["fusion", "expert:good"] and whole.columns[:2] == ["fusion", MLLM]
+    answer = whole.joined(rows[0]["experts"])
+    assert answer is not None and whole.calibration is not None
+    logits: dict[str, float | None] = {n: logit(rows[0]["experts"][n]) for n in (MLLM, "good")}
+    assert answer.p_fake == pytest.approx(whole.calibration.probability(logits))
+    found = experts_bench.missing_experts(whole, samples, experts_bench.joined_rows(whole, rows), DRAW)
+    assert found is not None and list(found["patterns"]) == [f"{MLLM}+good", MLLM, "good"]
+    worse, best = (found["patterns"][k]["imputed"]["auc"]["value"] for k in (MLLM, "good"))
+    assert worse < 0.5 < best
 
 
 def test_only_pictures_that_all_could_score_are_compared() -> None:
