@@ -161,7 +161,7 @@ def answer(detector: Judge, case: Case, index: int | None, question: str) -> str
     if HOW_SURE.search(question):
         said = how_sure(report, face)
     elif WHO_SAID.search(question):
-        said = who_said(face)
+        said = who_said(report, face)
     elif report.media.get("kind") == "video":
         said = f"About a video, only its report can be quoted: {face.rationale or 'it holds no explanation.'}"
     else:
@@ -199,12 +199,14 @@ def how_sure(report: Report, face: FaceReport) -> str:
     return " ".join(said)
 
 
-def who_said(face: FaceReport) -> str:
+def who_said(report: Report, face: FaceReport) -> str:
     """Each expert's score, a line each."""
     if not face.evidence:
         return "No expert was asked about this face."
     lines = [
-        f"- {e.expert}: " + (f"no score ({e.note or 'no reason was given'})" if e.score is None else percent(e.score))
+        f"- {e.expert}: "
+        + (f"no score ({e.note or 'no reason was given'})" if e.score is None else percent(e.score))
+        + (" (no weight of its own in the verdict)" if e.expert in report.uncounted else "")
         for e in face.evidence
     ]
     own = "" if face.p_fake_mllm is None else f"\n- the language model itself: {percent(face.p_fake_mllm)}"

@@ -230,6 +230,14 @@ def test_two_faces_keep_their_areas_apart() -> None:
     assert seen.text.count("decides the file's answer") == 1
 
 
+def test_an_expert_that_does_not_count_says_so() -> None:
+    """Bug prevented: a reader who takes a score without weight for the reason of the verdict."""
+    told = report(model={**report().model, "weights": {"mllm": 0.5, "blend": 1.0, "mesonet": 0.0}})
+    assert html_report.UNCOUNTED not in page(report()).text
+    assert told.uncounted == {"mesonet"} and f"mesonet 22 % {html_report.UNCOUNTED}" in page(told).text
+    assert page(told).text.count(html_report.UNCOUNTED) == 1
+
+
 def test_expert_without_a_score_is_listed_with_its_reason_and_without_a_bar() -> None:
     """An expert that could not judge must be neither hidden nor drawn as 0 %."""
     seen = page(report())

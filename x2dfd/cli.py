@@ -663,7 +663,7 @@ def _block(result: Report | Failure) -> str:
     if decider is not None:
         lines += [_wrapped(f"contradiction: {text}") for text in decider.contradictions]
     width = max((len(evidence.expert) for evidence in result.evidence), default=0)
-    lines += [_bar(evidence, width) for evidence in result.evidence]
+    lines += [_bar(e, width) + ("  (no weight of its own)" * (e.expert in result.uncounted)) for e in result.evidence]
     lines += [_wrapped(f"warning: {text}") for text in result.warnings]
     return "\n".join(lines) + "\n"
 

@@ -129,6 +129,7 @@ class Detector:
             "mode": mode,
             "threshold": calibration.high if calibration and mode == "calibrated" else _paper_threshold(calibration),
             "band": [calibration.low, calibration.high] if calibration and mode == "calibrated" else None,
+            "weights": calibration.weights if calibration and mode == "calibrated" else None,
             "calibration_sha256": calibration.sha256 if calibration else None,
         }
         self.validation = validation if validation and validation.fits(self.facts) else None

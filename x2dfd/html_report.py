@@ -46,6 +46,9 @@ PROVENANCE = {
 }
 
 
+UNCOUNTED = "Has no weight of its own in the verdict; the language model has read it."
+
+
 def percent(p: float | None) -> str:
     """A probability for people; never rounded to certainty."""
     if p is None:
@@ -73,6 +76,7 @@ def render(reports: Sequence[Report | Failure], pictures: Sequence[Pictures]) ->
         steps=NEXT_STEPS,
         sections=sections,
         not_proof=NOT_PROOF,
+        uncounted=UNCOUNTED,
         generated=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
     return html.encode("utf-8", "backslashreplace").decode("utf-8")  # file names may hold bytes that are no UTF-8
@@ -221,6 +225,7 @@ def _face(face: FaceReport, decides: bool, report: Report, blind_spots: Mapping[
     prefix = _prefix(face, report.faces)
     letters = {area: prefix + letter for area, letter, _ in _areas(face)}
     rows = [(e.expert, e.score, e.note, blind_spots.get(e.expert)) for e in face.evidence]
+    counted = [name not in report.uncounted for name, *_ in rows]
     return {
         "number": face.index + 1,
         "alone": len(report.faces) == 1,
@@ -234,7 +239,11 @@ def _face(face: FaceReport, decides: bool, report: Report, blind_spots: Mapping[
         "contradictions": face.contradictions,
         "cues": [(letters.get(c.area, ""), c.area, c.artifact, c.score) for c in face.cues],
         "measured": any(cue.score is not None for cue in face.cues),
-        "scored": [(name, 100 * score, note, blind) for name, score, note, blind in rows if score is not None],
+        "scored": [
+            (name, 100 * score, note, blind, counts)
+            for (name, score, note, blind), counts in zip(rows, counted, strict=True)
+            if score is not None
+        ],
         "unscored": [
             (name, note or "no reason was given", blind) for name, score, note, blind in rows if score is None
         ],
@@ -771,10 +780,11 @@ width:{{ "%.1f"|format(s.scale.high - s.scale.low) }}%"></span>
 {% if face.scored %}
 <h4>What each expert says (its own probability of forgery)</h4>
 <ul class="experts">
-{% for name, score, note, blind in face.scored %}
+{% for name, score, note, blind, counts in face.scored %}
 <li class="expert"><b>{{ name }}</b><span class="number">{{ "%.0f %%"|format(score) }}</span>
 <div class="bar" aria-hidden="true"><span style="width:{{ "%.1f"|format(score) }}%"></span></div>
 {% if note %}<p>{{ note }}</p>{% endif %}
+{% if not counts %}<p>{{ uncounted }}</p>{% endif %}
 {% if blind %}<p>Blind spot: {{ blind }}</p>{% endif %}</li>
 {% endfor %}
 </ul>

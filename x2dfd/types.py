@@ -179,6 +179,11 @@ class Report:
         """The face that decided, the most suspicious one; the report repeats its rationale, cues and evidence."""
         return max(self.faces, key=FaceReport.suspicion, default=None)
 
+    @property
+    def uncounted(self) -> frozenset[str]:
+        """Experts without a weight of their own in the verdict: only the MLLM has read what they say."""
+        return frozenset(name for name, weight in (self.model.get("weights") or {}).items() if weight == 0)
+
     def to_dict(self) -> dict[str, Any]:
         """As plain values. A map stands once, with its face; the evidence repeated from that face goes without."""
         data = asdict(self)
