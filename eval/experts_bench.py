@@ -124,7 +124,8 @@ class Panel:
         }
         joined = [e for e in experts if e.card.name in weighty]
         unseen = [m for m in card.held_out if all(_unseen(m, e.card.figures) for e in joined)]
-        return cls(experts, tuple(reasons), calibration, fusion, {FUSION: unseen} | held_out, whole)
+        of_mllm = {MLLM: list(card.held_out)} if whole else {}
+        return cls(experts, tuple(reasons), calibration, fusion, {FUSION: unseen} | of_mllm | held_out, whole)
 
     @property
     def columns(self) -> list[str]:
@@ -138,7 +139,11 @@ class Panel:
             "experts": {e.card.name: f"{e.card.version} {e.card.sha256}" for e in self.experts},
             "experts_left_out": list(self.left_out),
             "crops_through": f"{CODEC[0]} {CODEC[1]}",
-            **({MLLM: {k: self.whole.facts[k] for k in ("name", "base", "adapter_sha256")}} if self.whole else {}),
+            **(
+                {MLLM: {k: self.whole.facts[k] for k in ("name", "base", "adapter_sha256", "prompt_sha256", "runs_on")}}
+                if self.whole
+                else {}
+            ),
             SHARPNESS: SHARPNESS_IS,
         }
 

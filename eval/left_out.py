@@ -161,7 +161,7 @@ def _views(
         "experts": {e.card.name: e.card.sha256 for e in panel.experts},
     }
     detector = Detector(NoMLLM(0.0), panel.experts, None, facts, "paper")
-    parts = score_parts(detector, crops, [place[s.id] for s in samples], VIEW_SEED)
+    parts = score_parts(detector, crops, [place[s.id] for s in samples], VIEW_SEED, all_score=False)
     rows = []
     for k, sample in enumerate(samples):
         row: Row = {"id": sample.id, "sha256": sha256_of(sample.path), "reason": None, "error": None, "notes": {}}
@@ -175,7 +175,7 @@ def fitted(
 ) -> Calibration:
     """The experts' fusion on these rows, but for fakes with a method in `without`.
 
-    As `finetune.calibrate` fits it. Raises X2DFDError where a label is lacking then.
+    As `finetune.calibrate` fits it without --unseen. Raises X2DFDError where a label is lacking then.
     """
     kept = [k for k, s in enumerate(samples) if s.label == "real" or not set(s.method.split("+")) & set(without)]
     of = [samples[k] for k in kept]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -180,11 +180,11 @@ def experts_alone(name: str | None) -> Any:
         if other := [e.card.name for e in experts if wanted[e.card.name] != e.card.sha256]:
             raise X2DFDError(f"no fusion: the calibration was fitted to other weights of {', '.join(other)}")
         stated = f"{card.name} {card.version}, experts alone"
-        weights = {n: w for n, w in calibration.weights.items() if n != MLLM}
+        calibration = replace(calibration, weights={n: w for n, w in calibration.weights.items() if n != MLLM})
     else:
         experts = [load_expert(name)]
         calibration = Calibration({name: 1.0}, {name: 0.0, MLLM: 0.0}, 0.0, 0.0, 1.0)
-        stated, weights = f"expert {name}", {name: 1.0}
+        stated = f"expert {name}"
     facts: dict[str, Any] = {
         "name": stated,
         "base": {"name": "none", "sha256": ""},
@@ -193,7 +193,6 @@ def experts_alone(name: str | None) -> Any:
         "experts": {e.card.name: f"{e.card.version} {e.card.sha256}" for e in experts},
         "in_prompt": [],
         "score_form": "numbers",
-        "weights": weights,
         "held_out": [],
     }
     return Detector(NoMLLM(calibration.means.get(MLLM, 0.0)), experts, calibration, facts, "calibrated")

@@ -573,8 +573,8 @@ def check_model(args: argparse.Namespace) -> None:
         one_change(args)
     if args.model == "template" and args.task != "describe":
         raise X2DFDError("template is told the label: it is a baseline of describe alone")
-    if args.with_mllm and (args.task != "experts" or args.model == models.FUSION):
-        raise X2DFDError("--with-mllm is for the task experts, of a model that has an MLLM")
+    if args.with_mllm and (args.task != "experts" or args.experts or args.mode or not models.has_mllm(args.model)):
+        raise X2DFDError("--with-mllm is for the task experts, all of them, of a calibrated model that has an MLLM")
     if args.task not in ("experts", "locate", "left-out"):
         return
     one = args.model.startswith(models.EXPERT)

@@ -316,7 +316,8 @@ def missing(results: dict[str, Result]) -> str:
         ]
         blocks += [
             f"`{name}`, {found['n']} pictures that all could score{_lacks(result['scorers'])}. What is missing stands "
-            "at its mean, as shipped; beside it weights and band refitted to what is left, "
+            "at its mean, as shipped (an MLLM that is here has read all experts); beside it weights and band refitted "
+            "to what is left, "
             f"on the other groups of {found['folds']} parts.",
             _table(lines),
         ]
@@ -524,11 +525,18 @@ def _left_out_of_calibration() -> list[str]:
         lines.append([source, str(told["n"]), _percent(told["rate"]), _percent(told["inconclusive"])])
     caption = (
         "The shipped band with weights and floors that were fitted without one source of reals, on the real pictures "
-        "of that source (`calib`; experts and MLLM may have learnt from its other photos): "
+        f"of that source (`calib`; {_who_knew(calibration['fitted_on'])} may have learnt from its other photos): "
         f"at most {_percent(calibration['fitted_on']['false_alarms_allowed'])} are promised of the sources it was "
         "fitted on."
     )
     return [caption, _table(lines)]
+
+
+def _who_knew(fitted_on: Result) -> str:
+    without = {name for experts in fitted_on.get("fitted_also_unseen", {}).values() for name in experts}
+    kept = [name for name in fitted_on["experts"] if name not in without]
+    rest = " and ".join([*(f"`{name}`" for name in kept), "the MLLM"])
+    return rest + "".join(f", not `{name}`," for name in sorted(without))
 
 
 def overlays(results: dict[str, Result]) -> str:

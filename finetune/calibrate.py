@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +31,7 @@ from x2dfd.cli import run_command
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import Detector, load
 from x2dfd.errors import SetupError, UnknownName, X2DFDError
-from x2dfd.experts import load_expert
+from x2dfd.experts import Expert, load_expert
 from x2dfd.manifest import Sample, manifest_sha256
 from x2dfd.progress import progress
 from x2dfd.tower import view_face
@@ -58,8 +58,9 @@ def calibrate(
     experts that join the fusion though the MLLM was not trained with them: its prompt stays as it was. Those of the
     present calibration stay, unless they are among `drop`. `other_experts`: take the expert weights that are here, also
     where the adapter was trained with others. `unseen`: a folder with, for a source of photos or a generator, a folder
-    of experts that were trained without it; the fit then also knows what they say of pictures new to them. Raises
-    X2DFDError when the split lacks a label, UnknownName for a `drop` that is not an added expert.
+    of experts that were trained without it; the fit then also knows what they say of pictures new to them. An origin
+    without a folder is taken as it is: train without every one that the experts have learnt from. Raises X2DFDError
+    when the split lacks a label, UnknownName for a `drop` that is not an added expert.
     """
     if disagreement is not None and not 0 < disagreement < 1:
         raise X2DFDError(f"disagreement {disagreement}: the spread of probabilities lies between 0 and 1")
@@ -82,11 +83,13 @@ def calibrate(
             raise UnknownName("added expert", name, added)
     names = [*in_prompt, *(name for name in added if name not in drop)]
     detector = load(adapter, mode="paper", experts=names, other_experts=other_experts)
+    origins = {s.origin for s in samples}
+    without = experts_without(unseen, origins, [e.card.name for e in detector.experts]) if unseen is not None else {}
     parts = score_parts(detector, crops, rows, view_seed)
     weights_per_sample = balance(samples)
     one_sided = [e.card.name for e in detector.experts if getattr(e, "one_sided", False)]
     sources = [s.source for s in samples]
-    new = score_unseen(detector, parts, crops, rows, unseen, view_seed) if unseen is not None else None
+    new = score_unseen(detector, parts, crops, rows, without, view_seed) if without else None
     fit = fit_calibration(
         parts, labels, sources, weights_per_sample, one_sided=one_sided, false_alarms=false_alarms, unseen=new
     )
@@ -114,9 +117,7 @@ def calibrate(
             for source, p in of_unseen.items()
         },
         "inconclusive": round(float((said == "inconclusive").mean()), 4),
-        "fitted_also_unseen": sorted(
-            {s.origin for s in samples if unseen is not None and (unseen / s.origin).is_dir()}
-        ),
+        "fitted_also_unseen": {o: {n: e.card.sha256 for n, e in experts.items()} for o, experts in without.items()},
         "experts": {e.card.name: e.card.sha256 for e in detector.experts},
         "fakes_found": round(float((said[~real] == "fake").mean()), 4),
     }
@@ -126,11 +127,11 @@ def calibrate(
 
 
 def score_parts(
-    detector: Detector, crops: CropSet, rows: Sequence[int], view_seed: int
+    detector: Detector, crops: CropSet, rows: Sequence[int], view_seed: int, *, all_score: bool = True
 ) -> dict[str, NDArray[np.float64]]:
     """Logits of the MLLM and of each expert: name -> [n], NaN where a score is missing.
 
-    Raises X2DFDError when one has no score at all.
+    Raises X2DFDError when one has no score at all, if `all_score`: of a part of the pictures it need not.
     """
     names = [MLLM, *detector.facts["experts"]]
     table: dict[str, list[float]] = {n: [] for n in names}
@@ -145,7 +146,7 @@ def score_parts(
                 table[e.expert].append(_logit(e))
                 if e.score is None and e.note:
                     notes[e.expert] = e.note
-    for name in names:
+    for name in names if all_score else ():
         if not np.isfinite(table[name]).any():  # it would get no weight, and nobody would know why
             raise X2DFDError(
                 f"{name} gave no score for any of {len(rows)} pictures: {notes.get(name, 'no reason given')}"
@@ -153,38 +154,45 @@ def score_parts(
     return {n: np.array(v) for n, v in table.items()}
 
 
+def experts_without(folder: Path, origins: Collection[str], names: Collection[str]) -> dict[str, dict[str, Expert]]:
+    """The experts in `folder`/origin that were trained without that source or generator: origin -> name -> expert.
+
+    Raises X2DFDError where a folder has none of `names`, where a card does not say that the origin was held out, or
+    where no origin has a folder; SetupError for weights that cannot be read.
+    """
+    found: dict[str, dict[str, Expert]] = {}
+    for origin in sorted({o for o in origins if o and (folder / o).is_dir()}):
+        here = [name for name in names if (folder / origin / f"{name}.card.json").is_file()]
+        found[origin] = {name: load_expert(name, folder / origin) for name in here}
+        for name, expert in found[origin].items():
+            held_out = expert.card.figures.get("held_out")
+            if not isinstance(held_out, list) or origin not in held_out:
+                raise X2DFDError(f"{folder / origin}: the card of {name!r} does not say that it never saw {origin}")
+        if not here:
+            raise X2DFDError(f"{folder / origin} holds no weights of {', '.join(names)}")
+    if not found:
+        raise X2DFDError(f"{folder}: no folder for any of {', '.join(sorted(set(origins)))}")
+    return found
+
+
 def score_unseen(
     detector: Detector,
     parts: dict[str, NDArray[np.float64]],
     crops: CropSet,
     rows: Sequence[int],
-    folder: Path,
+    without: Mapping[str, Mapping[str, Expert]],
     view_seed: int,
 ) -> dict[str, NDArray[np.float64]]:
-    """`score_parts` as if each picture's source or generator were new: by the experts in `folder`/origin, where it is.
+    """`score_parts` with each picture's source or generator new to the experts in `without`, the MLLM asked anew.
 
-    The MLLM is asked anew with what they say. A picture whose origin has no folder keeps its `parts`: none of the
-    experts learnt from it. Raises X2DFDError where the card of such an expert does not say that the origin was held
-    out, or where no picture has a folder; SetupError for weights that cannot be read.
+    What stands there for no expert, or for no origin, keeps its score, whether or not it learnt from that origin.
     """
     told = {name: values.copy() for name, values in parts.items()}
-    origins = [crops.samples[i].origin for i in rows]
-    known = [origin for origin in sorted(set(origins)) if origin and (folder / origin).is_dir()]
-    if not known:
-        raise X2DFDError(f"{folder}: no folder for any of {', '.join(sorted(set(origins)))}")
-    for origin in known:
-        place = folder / origin
-        names = [e.card.name for e in detector.experts if (place / f"{e.card.name}.card.json").is_file()]
-        if not names:
-            raise X2DFDError(f"{place} holds no weights of {', '.join(e.card.name for e in detector.experts)}")
-        others = {name: load_expert(name, place) for name in names}
-        for name, expert in others.items():
-            if origin not in expert.card.figures.get("held_out", ()):
-                raise X2DFDError(f"{place}: the card of {name!r} does not say that it was trained without {origin}")
-        mine = [k for k, name in enumerate(origins) if name == origin]
+    for origin, others in without.items():
+        mine = [k for k, i in enumerate(rows) if crops.samples[i].origin == origin]
         experts = [others.get(e.card.name, e) for e in detector.experts]
         asked = Detector(detector.mllm, experts, None, detector.facts, "paper")
-        of_mine = score_parts(asked, crops, [rows[k] for k in mine], view_seed)
+        of_mine = score_parts(asked, crops, [rows[k] for k in mine], view_seed, all_score=False)
         for name, values in of_mine.items():
             told[name][mine] = values
     return told

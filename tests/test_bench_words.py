@@ -183,6 +183,10 @@ def test_the_assessment_is_a_task_with_a_result(photos: Path, tmp_path: Path) ->
         (["locate", "--model", "fusion"], "known mask"),
         (["chat", "--judge", "http://127.0.0.1:1/v1"], "go together"),
         (["experts", "--model", "majority"], "is about experts"),
+        (["experts", "--with-mllm", "--model", "fusion"], "that has an MLLM"),
+        (["experts", "--with-mllm", "--experts", "clip"], "all of them"),
+        (["experts", "--with-mllm", "--mode", "paper"], "of a calibrated model"),
+        (["detect", "--with-mllm"], "is for the task experts"),
     ],
 )
 def test_what_does_not_go_together_is_told(

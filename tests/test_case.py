@@ -173,6 +173,13 @@ def test_another_model_is_no_proof_of_tampering(
     assert case.verify({**old, "seal": "0" * 64}, photo, detector).outcome == "differs"
 
 
+def test_a_record_from_before_weights_were_told_still_holds(made: Record, photo: Path, detector: Detector) -> None:
+    """Bug prevented: a new fact of the model turns every honest older record into a forged one."""
+    assert made["reports"][0]["model"]["weights"] == detector.facts["weights"]
+    old = changed(made, lambda m: m["reports"][0]["model"].pop("weights"), sealed=True)
+    assert case.verify(old, photo, detector) == case.Verification("holds", (), ())
+
+
 @pytest.fixture
 def like(detector: Detector) -> Callable[..., Detector]:
     """A detector with the same weights, and another calibration or validation run or other facts."""

@@ -318,7 +318,7 @@ def test_the_fusion_without_each_expert() -> None:
 def test_with_the_mllm_the_fusion_is_the_whole_verdict() -> None:
     """Bug prevented: a table of "the fusion" that leaves out the part which weighs most."""
     samples, rows = scored()
-    for row in rows:  # of the experts' errors it makes none
+    for row in rows:  # the wrong way round
         row["experts"][MLLM] = 0.99 - row["experts"]["good"] / 2
     alone = panel_of({"good": 1.0})
     whole = replace(alone, whole=SimpleNamespace())  # type: ignore[arg-type]

@@ -180,8 +180,9 @@ def fit_calibration(
     times as many are called fake where the weights were fitted without that source. `one_sided`: the parts that get a
     floor. The band is chosen with the numbers that are stored: six decimals.
 
-    `unseen`: the same pictures' logits from parts that had not met each one's camera or generator. The weights are then
-    fitted on both by halves: a part that is good only where it has been before gets the weight that it has elsewhere.
+    `unseen`: the same pictures' logits where the parts that could be trained without each one's camera or generator
+    were. Weights, means and floors are then fitted on both by halves, and the bound on a source left out is taken from
+    what they say of it: a part that is good only where it has been before gets the weight that it has elsewhere.
     """
     fitted = _fitted(parts, labels, sample_weights, one_sided, unseen)
     chances = np.array([fitted.probability(row) for row in rows_of(parts)])
@@ -219,8 +220,8 @@ def chances_of_sources_left_out(
 ) -> dict[str, NDArray[np.float64]]:
     """P(fake) of each source's real pictures where weights, means and floors were fitted without the source.
 
-    The experts and the MLLM may have learnt from the source all the same, except where `unseen` has what they say
-    without: it is the calibration alone that has not seen it. A source without which a label is lacking is left out.
+    The experts and the MLLM may have learnt from the source all the same, but for those that `unseen` has without: it
+    is the calibration alone that has not seen it. A source without which a label is lacking is left out.
     """
     names, told = np.array(sources), {}
     for source in sorted(set(names[labels == 0])):
@@ -232,7 +233,7 @@ def chances_of_sources_left_out(
             weights[labels[rest] == label] /= 2 * weights[labels[rest] == label].sum()
         others = None if unseen is None else {n: v[rest] for n, v in unseen.items()}
         fitted = _fitted({n: v[rest] for n, v in parts.items()}, labels[rest], weights, one_sided, others)
-        met = rows_of({n: v[own] for n, v in (unseen or parts).items()})
+        met = rows_of({n: v[own] for n, v in (parts if unseen is None else unseen).items()})
         told[str(source)] = np.array([fitted.probability(row) for row in met])
     return told
 

@@ -200,11 +200,14 @@ def _scoring(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+_ELSEWHERE = ("runs_on", "served", "weights")  # the calibration's hash stands for the weights, which are younger
+
+
 def _comparable(report: dict[str, Any]) -> dict[str, Any]:
     """Without what another run, place, machine or copy may change: path, times, versions, device, address."""
     kept = {key: value for key, value in report.items() if key not in ("path", "timings", "versions")}
     if isinstance(kept.get("model"), dict):
-        kept["model"] = {key: value for key, value in kept["model"].items() if key not in ("runs_on", "served")}
+        kept["model"] = {key: value for key, value in kept["model"].items() if key not in _ELSEWHERE}
     if isinstance(kept.get("media"), dict):
         kept["media"] = {key: value for key, value in kept["media"].items() if key != "modified"}
     return kept

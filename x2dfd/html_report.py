@@ -46,7 +46,7 @@ PROVENANCE = {
 }
 
 
-UNCOUNTED = "Has no weight of its own in the verdict; the language model has read it."
+UNCOUNTED = "Has no weight of its own in the verdict."
 
 
 def percent(p: float | None) -> str:

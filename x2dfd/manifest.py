@@ -50,7 +50,7 @@ class Sample:
     @property
     def origin(self) -> str:
         """What one has seen before, or not: the generator of a picture made as a whole, else the photo's source."""
-        return self.method if self.synthetic else self.source
+        return self.method.split("+")[0] if self.synthetic else self.source
 
 
 def read_manifest(path: str | os.PathLike[str], *, split: str | None = None) -> list[Sample]:

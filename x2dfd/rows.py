@@ -198,9 +198,12 @@ def work_file(path: Path) -> Path:
     return path.with_name(path.name + ".work")
 
 
+_SAID = ("validation", "blind_spot", "licence", "weights")  # `calibration_sha256` stands for the weights
+
+
 def model_hash(model: Mapping[str, Any]) -> str:
     """SHA-256 of Report.model, without what is only said about the model: that moves no answer."""
-    moves = {key: value for key, value in model.items() if key not in ("validation", "blind_spot", "licence")}
+    moves = {key: value for key, value in model.items() if key not in _SAID}
     return hashlib.sha256(json.dumps(moves, sort_keys=True).encode()).hexdigest()
 
 

@@ -181,7 +181,7 @@ class Report:
 
     @property
     def uncounted(self) -> frozenset[str]:
-        """Experts without a weight of their own in the verdict: only the MLLM has read what they say."""
+        """Experts without a weight of their own in a calibrated verdict; none in reports of former versions."""
         return frozenset(name for name, weight in (self.model.get("weights") or {}).items() if weight == 0)
 
     def to_dict(self) -> dict[str, Any]:

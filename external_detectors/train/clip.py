@@ -104,14 +104,14 @@ def clip(
         f"generators as a whole; sources: {source_names(learnt)}",
         figures=figures,
     )
-    save_weights({**state, "mean": mean, "std": std}, card, out)
+    card = save_weights({**state, "mean": mean, "std": std}, card, out)
     if left_out is not None:
-        for name in sorted({s.origin for s in learnt}):
+        for name in sorted({s.origin for s in learnt} - {""}):
             rest = train & mine & np.array([s.origin != name for s in samples])
             if fake[rest].all() or not fake[rest].any():
                 log(f"without {name} there is nothing to learn from")
                 continue
-            of_rest = replace(card, trained_on=f"as {card.version}, without {name}", figures={"held_out": [name]})
+            of_rest = replace(card, trained_on=f"as {card.sha256}, without {name}", figures={"held_out": [name]})
             save_weights({**head(rest), "mean": mean, "std": std}, of_rest, left_out / name)
     print(out / "clip.card.json")
 
