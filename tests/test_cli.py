@@ -146,6 +146,14 @@ def test_an_explanation_without_an_answer_is_no_answer(
         assert f"no answer; were it {side}: The jaw" in run("detect", photos / "a.png").stdout
 
 
+def test_an_expert_without_a_weight_is_marked(run: Run, photos: Path, detector: SmallDetector) -> None:
+    """A score near one beside INCONCLUSIVE is a riddle where the expert does not count."""
+    assert "no weight of its own" not in run("detect", photos / "a.png").stdout
+    detector.model["weights"] = {"blend": 0.0, "swin": 1.0}
+    lines = [x for x in run("detect", photos / "a.png").stdout.splitlines() if "no weight of its own" in x]
+    assert len(lines) == 1 and lines[0].split()[0] == "blend"
+
+
 def test_not_proof_is_said_once_on_stderr(run: Run, photos: Path) -> None:
     """On stdout it would be data; after every file nobody would read it."""
     done = run("detect", photos)
