@@ -366,8 +366,8 @@ def left_out(results: dict[str, Result]) -> str:
             "fitted there with them; as long: another of these trainings, that knew them. "
             f"Manifest `{data['sha256'][:12]}`, split {data['split'] or 'all'}, "
             f"{data['n_groups']} groups; the largest face of each. {found['rule']} A left-out method was not learnt, "
-            "but had a say in which checkpoint was kept. The other experts are the shipped ones in every fusion, which is "
-            "fitted on what they say of origins that they know. "
+            "but had a say in which checkpoint was kept. The other experts are the shipped ones in every fusion, "
+            "which is fitted on what they say of origins that they know. "
             + " ".join(f"`{expert}`: {text}." for expert, text in found["others"].items())
         )
         if any(training["shipped_did_not_see"] for training in found["trainings"]):

@@ -323,6 +323,17 @@ def test_no_face_is_not_real(visitor: Visitor) -> None:
     assert visitor.ask("What about the eyes?", None)[1].endswith("chat cannot change: Not assessed.")
 
 
+def test_an_expert_without_a_weight_is_named_so(detector: FakeDetector, tmp_path: Path) -> None:
+    """A score of 91 % beside "likely real" is a riddle where the expert does not count."""
+    (tmp_path / "one.jpg").write_bytes(ONE)
+    [told] = detector.detect_many([str(tmp_path / "one.jpg")])
+    assert isinstance(told, Report)
+    assert "no weight" not in demo.who_said(told, told.faces[0])
+    told = replace(told, model={**told.model, "weights": {"mllm": 1.0, "blending": 0.0, "clip": 0.4}})
+    lines = demo.who_said(told, told.faces[0]).splitlines()
+    assert [line for line in lines if "no weight" in line] == ["- blending: 91 % (no weight of its own in the verdict)"]
+
+
 def test_faces_can_be_switched(visitor: Visitor, detector: FakeDetector) -> None:
     """The second face's story must not stand under the first face's number, in the panel or in the chat."""
     shown = visitor.show(TWO)
