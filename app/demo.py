@@ -52,7 +52,7 @@ SUGGESTIONS = ("What about the eyes?", "Which technique?", "How sure are you?", 
 WORDS = {"fake": "Likely fake", "real": "Likely real", "inconclusive": "Inconclusive", "none": "Not assessed"}
 MEANINGS = {
     "fake": "To the models, the face looks more like the forged faces they know than like real ones.",
-    "real": "The models found none of the forgeries they know. A forgery of an unknown kind can look like this too.",
+    "real": "Taken together, the models found no forgery of a kind they know. An unknown kind can look like this too.",
 }
 # Questions that the report answers exactly; a language model could only garble the numbers.
 HOW_SURE = re.compile(r"\b(how (sure|certain|confident|likely)|probabilit|percent|confidence|certainty)", re.I)

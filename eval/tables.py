@@ -536,8 +536,8 @@ def _left_out_of_calibration() -> list[str]:
 def _who_knew(fitted_on: Result) -> str:
     without = {name for experts in fitted_on.get("fitted_also_unseen", {}).values() for name in experts}
     kept = [name for name in fitted_on["experts"] if name not in without]
-    rest = " and ".join([*(f"`{name}`" for name in kept), "the MLLM"])
-    return rest + "".join(f", not `{name}`," for name in sorted(without))
+    rest = ", ".join(f"`{name}`" for name in kept) + (" and " if kept else "") + "the MLLM"
+    return rest + (f", not {' or '.join(f'`{name}`' for name in sorted(without))}," if without else "")
 
 
 def overlays(results: dict[str, Result]) -> str:

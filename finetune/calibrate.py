@@ -185,7 +185,8 @@ def score_unseen(
 ) -> dict[str, NDArray[np.float64]]:
     """`score_parts` with each picture's source or generator new to the experts in `without`, the MLLM asked anew.
 
-    What stands there for no expert, or for no origin, keeps its score, whether or not it learnt from that origin.
+    An expert without weights for an origin, and every picture of an origin that is not in `without`, keeps its score,
+    also where it learnt from that origin.
     """
     told = {name: values.copy() for name, values in parts.items()}
     for origin, others in without.items():

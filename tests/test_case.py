@@ -178,6 +178,8 @@ def test_a_record_from_before_weights_were_told_still_holds(made: Record, photo:
     assert made["reports"][0]["model"]["weights"] == detector.facts["weights"]
     old = changed(made, lambda m: m["reports"][0]["model"].pop("weights"), sealed=True)
     assert case.verify(old, photo, detector) == case.Verification("holds", (), ())
+    edited = changed(made, lambda m: m["reports"][0]["model"]["weights"].update(mllm=0.0), sealed=True)
+    assert case.verify(edited, photo, detector).outcome == "differs"
 
 
 @pytest.fixture

@@ -319,11 +319,12 @@ class Detector:
     def _explained(self, judged: FaceReport, face: Face, text: str) -> FaceReport:
         """With the rationale, the cues that it names, where they lie, and what it contradicts.
 
-        But in the paper's mode, what is said of the experts follows from their scores and is not left to the model, and
-        a clause whose halves disagree keeps its first.
+        But in the paper's mode, what is said of the experts follows from the scores of those that have a weight and is
+        not left to the model, and a clause whose halves disagree keeps its first.
         """
-        if self.mode == "calibrated":
-            text = prompts.closed(mended(text), judged.verdict.side, judged.evidence)
+        if self.mode == "calibrated" and self.calibration:
+            counted = [e for e in judged.evidence if self.calibration.weights.get(e.expert, 0) > 0]
+            text = prompts.closed(mended(text), judged.verdict.side, counted)
         cues = read_cues(text)
         against = contradictions(text, judged.verdict.label, judged.evidence, cues)
         return replace(judged, rationale=text, cues=cues, contradictions=against, areas=_areas(face, cues))

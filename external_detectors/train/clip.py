@@ -44,7 +44,8 @@ def clip(
     out: Annotated[Path, typer.Option(help="folder for weights and card")] = WEIGHTS,
     oof: Annotated[Path | None, typer.Option(help="also write out-of-fold scores of the samples here (JSON)")] = None,
     left_out: Annotated[
-        Path | None, typer.Option(help="also write, a folder for each source and generator, weights that never saw it")
+        Path | None,
+        typer.Option(help="also write, a folder for each source and generator, a head that never learnt it"),
     ] = None,
     keep: Annotated[str, typer.Option(help="layers whose patches are cached too, for the MLLM's training")] = "",
     limit: Annotated[int | None, typer.Option(help="at most this many pictures, drawn by their ids")] = None,
