@@ -384,6 +384,11 @@ def test_what_a_text_says_of_experts_is_true(
     for report in (detector.detect(face_photo), detector.explain(quick, face_photo)):
         said = prompts.expert_sentence(side, report.evidence)
         assert report.rationale == "Nothing is odd." + said and not report.faces[0].contradictions
+    assert detector.calibration is not None  # an expert without a weight supports no verdict
+    with monkeypatch.context() as patch:
+        mute = replace(detector.calibration, weights=detector.calibration.weights | dict.fromkeys(names, 0.0))
+        patch.setattr(detector, "calibration", mute)
+        assert detector.detect(face_photo).rationale == "Nothing is odd."
     torn = "Jaw noise: the jaw looks melted."
     monkeypatch.setattr(detector.mllm, "write", lambda look, *_, **__: [torn] * look.size)
     assert detector.detect(face_photo).rationale.startswith("Jaw noise looks off.")
