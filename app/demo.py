@@ -28,7 +28,7 @@ from x2dfd.case import NOT_PROOF
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.experts import expert_class
 from x2dfd.explain import contradictions, read_cues
-from x2dfd.html_report import COLOURS, PROVENANCE, REASONS, overlays, percent, render
+from x2dfd.html_report import COLOURS, PROVENANCE, REASONS, UNCOUNTED, overlays, percent, render
 from x2dfd.media import Video, load_media
 from x2dfd.types import FaceReport, Failure, Report, Verdict
 
@@ -83,7 +83,7 @@ class Case:
     def face(self, index: int | None) -> FaceReport | None:
         """The face of that index; None asks for the one that decided."""
         found = [f for f in self.report.faces if f.index == index]
-        return found[0] if found else max(self.report.faces, key=lambda f: f.verdict.p_fake or 0.0, default=None)
+        return found[0] if found else self.report.decider
 
 
 # --- judging ---
@@ -274,7 +274,7 @@ def choices(report: Report) -> list[tuple[str, int]]:
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"percent": percent, "kind": _kind, "blind_spot": _blind_spot}
-    environment.globals |= {"WORDS": WORDS, "NOT_PROOF": NOT_PROOF, "PROVENANCE": PROVENANCE}
+    environment.globals |= {"WORDS": WORDS, "NOT_PROOF": NOT_PROOF, "PROVENANCE": PROVENANCE, "UNCOUNTED": UNCOUNTED}
     return environment.from_string((HERE / "page.jinja").read_text("utf-8"))
 
 

@@ -31,6 +31,7 @@ import app.__main__ as command
 from app import demo
 from x2dfd import case as case_record
 from x2dfd.errors import InputError, SetupError
+from x2dfd.html_report import UNCOUNTED
 from x2dfd.media import load_media, media_summary
 from x2dfd.types import Cue, Evidence, FaceReport, Failure, Report, Verdict
 
@@ -332,6 +333,8 @@ def test_an_expert_without_a_weight_is_named_so(detector: FakeDetector, tmp_path
     told = replace(told, model={**told.model, "weights": {"mllm": 1.0, "blending": 0.0, "clip": 0.4}})
     lines = demo.who_said(told, told.faces[0]).splitlines()
     assert [line for line in lines if "no weight" in line] == ["- blending: 91 % (no weight of its own in the verdict)"]
+    panel = Page(demo.face_panel(demo.Case(told, "one.jpg", {None: ""}), 0)).text
+    assert panel.count(UNCOUNTED) == 1 and f"blending 91 % {UNCOUNTED}" in panel.replace("\xa0", " ")
 
 
 def test_faces_can_be_switched(visitor: Visitor, detector: FakeDetector) -> None:
