@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -72,7 +73,14 @@ def calibrate(
     if not 0 < labels.sum() < len(labels):
         raise X2DFDError(f"split {split!r} of {data} needs real and fake pictures to calibrate on")
     try:
-        earlier = [name for name in Calibration.load(adapter).weights if name != MLLM]
+        present = Calibration.load(adapter)
+        earlier = [name for name in present.weights if name != MLLM]
+        if unseen is None and present.fitted_on.get("fitted_also_unseen"):
+            print(
+                "note: the present calibration also knew what experts say of cameras and generators that they never "
+                "met; without --unseen this one takes them as if nothing were new to them",
+                file=sys.stderr,
+            )
     except SetupError:
         earlier = []
         (adapter / "calibration.json").unlink(missing_ok=True)  # a broken one would keep the adapter from loading

@@ -451,7 +451,9 @@ def test_methods_kept_for_figures_on_unseen_ones_are_not_calibrated_on() -> None
     assert _chosen(crops, "calib", None, ("relight",)) == [0, 1]
 
 
-def test_the_file_counts_verdicts_as_they_will_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_counts_verdicts_as_they_will_be_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Alarms and finds counted before disagreement withholds some promise what nobody will see."""
     parts, labels = simulate(400, {"mllm": 1.0, "blending": 2.0}, 0.0)
     samples = [
@@ -494,6 +496,9 @@ def test_the_file_counts_verdicts_as_they_will_be_given(tmp_path: Path, monkeypa
     new = calibrate(tmp_path, tmp_path, unseen=tmp_path / "left")
     assert new.fitted_on["fitted_also_unseen"] == {"s": {tiny.EXPERT: "e" * 64}}
     assert new.weights["blending"] < 0.1 < plain.weights["blending"]
+    assert not capsys.readouterr().err
+    calibrate(tmp_path, tmp_path)  # it would trust the expert again, and nobody would know why
+    assert "without --unseen" in capsys.readouterr().err
 
 
 def test_experts_that_were_added_stay_until_they_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
