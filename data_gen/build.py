@@ -30,6 +30,7 @@ from data_gen.writers import (
 from x2dfd import prompts
 from x2dfd.assessment import read_assessment, strong_cues
 from x2dfd.crops import CropSet, load_crops
+from x2dfd.detector import through_codec
 from x2dfd.errors import X2DFDError
 from x2dfd.experts import DEFAULT, load_expert
 from x2dfd.files import file_sha256, write_text
@@ -122,7 +123,7 @@ def expert_scores(
         expert = load_expert(name, weights) if missing else None
         for start in progress(range(0, len(missing), 16), f"{name} scores"):
             part = missing[start : start + 16]
-            faces = [view_face(data, i, config.view_seed) for i in part]
+            faces = through_codec([view_face(data, i, config.view_seed) for i in part])
             if expert is not None:
                 found |= {data.samples[i].id: e for i, e in zip(part, expert.judge(faces), strict=True)}
         for i in rows:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +30,7 @@ from x2dfd.calibration import (
 )
 from x2dfd.cli import run_command
 from x2dfd.crops import CropSet, load_crops
-from x2dfd.detector import Detector, load
+from x2dfd.detector import Detector, LanguageModel, load
 from x2dfd.errors import SetupError, UnknownName, X2DFDError
 from x2dfd.experts import Expert, load_expert
 from x2dfd.manifest import Sample, manifest_sha256
@@ -59,9 +59,10 @@ def calibrate(
     experts that join the fusion though the MLLM was not trained with them: its prompt stays as it was. Those of the
     present calibration stay, unless they are among `drop`. `other_experts`: take the expert weights that are here, also
     where the adapter was trained with others. `unseen`: a folder with, for a source of photos or a generator, a folder
-    of experts that were trained without it; the fit then also knows what they say of pictures new to them. An origin
-    without a folder is taken as it is: train without every one that the experts have learnt from. Raises X2DFDError
-    when the split lacks a label, UnknownName for a `drop` that is not an added expert.
+    of experts that were trained without it, and with adapters that were (`left_out`); the fit then also knows what they
+    say of pictures new to them. An origin that nothing was trained without is taken as it is: train without every one
+    that experts and MLLM have learnt from. Raises X2DFDError when the split lacks a label, UnknownName for a `drop`
+    that is not an added expert.
     """
     if disagreement is not None and not 0 < disagreement < 1:
         raise X2DFDError(f"disagreement {disagreement}: the spread of probabilities lies between 0 and 1")
@@ -92,7 +93,9 @@ def calibrate(
     names = [*in_prompt, *(name for name in added if name not in drop)]
     detector = load(adapter, mode="paper", experts=names, other_experts=other_experts)
     origins = {s.origin for s in samples}
-    without = experts_without(unseen, origins, [e.card.name for e in detector.experts]) if unseen is not None else {}
+    without: dict[str, Without] = {}
+    if unseen is not None:
+        without = trained_without(unseen, origins, [e.card.name for e in detector.experts], detector)
     parts = score_parts(detector, crops, rows, view_seed)
     weights_per_sample = balance(samples)
     one_sided = [e.card.name for e in detector.experts if getattr(e, "one_sided", False)]
@@ -125,7 +128,7 @@ def calibrate(
             for source, p in of_unseen.items()
         },
         "inconclusive": round(float((said == "inconclusive").mean()), 4),
-        "fitted_also_unseen": {o: {n: e.card.sha256 for n, e in experts.items()} for o, experts in without.items()},
+        "fitted_also_unseen": {o: w.hashes() for o, w in without.items()},
         "experts": {e.card.name: e.card.sha256 for e in detector.experts},
         "fakes_found": round(float((said[~real] == "fake").mean()), 4),
     }
@@ -162,25 +165,53 @@ def score_parts(
     return {n: np.array(v) for n, v in table.items()}
 
 
-def experts_without(folder: Path, origins: Collection[str], names: Collection[str]) -> dict[str, dict[str, Expert]]:
-    """The experts in `folder`/origin that were trained without that source or generator: origin -> name -> expert.
+@dataclass(frozen=True)
+class Without:
+    """What was trained without a source or generator."""
 
-    Raises X2DFDError where a folder has none of `names`, where a card does not say that the origin was held out, or
-    where no origin has a folder; SetupError for weights that cannot be read.
+    experts: Mapping[str, Expert]
+    mllm: LanguageModel | None = None
+    adapter: str = ""  # SHA-256 of the MLLM's
+
+    def hashes(self) -> dict[str, str]:
+        return {n: e.card.sha256 for n, e in self.experts.items()} | ({MLLM: self.adapter} if self.mllm else {})
+
+
+def trained_without(
+    folder: Path, origins: Collection[str], names: Collection[str], detector: Detector
+) -> dict[str, Without]:
+    """By source or generator: the experts in `folder`/origin that never saw it, and the MLLM of the adapter in `folder`
+    whose card has it among `left_out`.
+
+    Raises X2DFDError where a folder has none of `names`, where a card does not say that the origin was held out, where
+    an adapter is asked otherwise than `detector`'s or another was trained without the same origin, or where nothing was
+    trained without any of `origins`; SetupError for weights that cannot be read.
     """
-    found: dict[str, dict[str, Expert]] = {}
+    experts: dict[str, dict[str, Expert]] = {}
     for origin in sorted({o for o in origins if o and (folder / o).is_dir()}):
         here = [name for name in names if (folder / origin / f"{name}.card.json").is_file()]
-        found[origin] = {name: load_expert(name, folder / origin) for name in here}
-        for name, expert in found[origin].items():
+        experts[origin] = {name: load_expert(name, folder / origin) for name in here}
+        for name, expert in experts[origin].items():
             held_out = expert.card.figures.get("held_out")
             if not isinstance(held_out, list) or origin not in held_out:
                 raise X2DFDError(f"{folder / origin}: the card of {name!r} does not say that it never saw {origin}")
         if not here:
             raise X2DFDError(f"{folder / origin} holds no weights of {', '.join(names)}")
-    if not found:
-        raise X2DFDError(f"{folder}: no folder for any of {', '.join(sorted(set(origins)))}")
-    return found
+    models: dict[str, tuple[LanguageModel, str]] = {}
+    for adapter in sorted(p.parent for p in folder.glob("*/adapter_config.json")):
+        left_out = [o for o in read_adapter_card(adapter).left_out if o in origins]
+        if not left_out:
+            raise X2DFDError(f"{adapter}: its card does not say that it never saw any of {', '.join(sorted(origins))}")
+        if twice := [o for o in left_out if o in models]:
+            raise X2DFDError(f"{adapter}: another adapter in {folder} was trained without {twice[0]} too; keep one")
+        other = load(adapter, mode="paper", experts=())
+        for key in ("base", "prompt_sha256", "score_form", "tower"):
+            if other.facts[key] != detector.facts[key]:
+                raise X2DFDError(f"{adapter} differs from the calibrated one in {key}: it tells nothing of that one")
+        models |= {o: (other.mllm, other.facts["adapter_sha256"]) for o in left_out}
+    if not experts and not models:
+        raise X2DFDError(f"{folder}: nothing in it was trained without any of {', '.join(sorted(set(origins)))}")
+    return {o: Without(experts.get(o, {}), *models.get(o, ())) for o in sorted({*experts, *models})}
 
 
 def score_unseen(
@@ -188,10 +219,10 @@ def score_unseen(
     parts: dict[str, NDArray[np.float64]],
     crops: CropSet,
     rows: Sequence[int],
-    without: Mapping[str, Mapping[str, Expert]],
+    without: Mapping[str, Without],
     view_seed: int,
 ) -> dict[str, NDArray[np.float64]]:
-    """`score_parts` with each picture's source or generator new to the experts in `without`, the MLLM asked anew.
+    """`score_parts` with each picture's source or generator new to what is in `without`, the MLLM asked anew.
 
     An expert without weights for an origin, and every picture of an origin that is not in `without`, keeps its score,
     also where it learnt from that origin.
@@ -199,8 +230,8 @@ def score_unseen(
     told = {name: values.copy() for name, values in parts.items()}
     for origin, others in without.items():
         mine = [k for k, i in enumerate(rows) if crops.samples[i].origin == origin]
-        experts = [others.get(e.card.name, e) for e in detector.experts]
-        asked = Detector(detector.mllm, experts, None, detector.facts, "paper")
+        experts = [others.experts.get(e.card.name, e) for e in detector.experts]
+        asked = Detector(others.mllm or detector.mllm, experts, None, detector.facts, "paper")
         of_mine = score_parts(asked, crops, [rows[k] for k in mine], view_seed, all_score=False)
         for name, values in of_mine.items():
             told[name][mine] = values
@@ -278,7 +309,7 @@ def _run(
     ] = False,
     unseen: Annotated[
         Path | None,
-        typer.Option(help="a folder per source or generator, with experts trained without it (train clip --left-out)"),
+        typer.Option(help="folder with experts and adapters that were trained without some sources and generators"),
     ] = None,
 ) -> None:
     """Fit the calibrated probability and the inconclusive band."""

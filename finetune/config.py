@@ -13,9 +13,12 @@ from x2dfd.errors import UnknownName, X2DFDError
 LANGUAGE_LINEARS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 """LoRA's targets: every linear layer of the language model, and none of the tower or the projector."""
 
+TOWER_LINEARS = r".*vision_tower.*\.(q_proj|k_proj|v_proj|out_proj)"
+"""LoRA's further targets with `tower: lora`: attention alone, which is a third of what the whole tower would weigh."""
+
 CHOICES = {
     "method": ("lora", "qlora", "dora", "full"),
-    "tower": ("frozen", "norms"),
+    "tower": ("frozen", "norms", "lora"),
     "base_dtype": ("float32", "bfloat16"),
     "attention": ("sdpa", "eager", "flash_attention_2"),
 }
@@ -45,7 +48,7 @@ class FinetuneConfig:
     lora_dropout: float = 0.05
     targets: str = LANGUAGE_LINEARS  # regular expression over module names; inside the language model
     projector: str | None = None  # name of the projector's module; None finds it
-    tower: str = "frozen"  # or norms: its normalisation layers are trained, at the projector's rate
+    tower: str = "frozen"  # or norms: its normalisation layers are trained, at the projector's rate; lora: LoRA too
     lr: float = 2e-4  # of the LoRA matrices
     projector_lr: float = 2e-5  # of the projector
     weight_decay: float = 0.0
@@ -57,6 +60,7 @@ class FinetuneConfig:
     verdict_weight: float = 4.0  # weight of label and yes/no tokens against one explanation token
     cue_weight: float = 1.0  # of explanation tokens that name an area, an artifact or a class; by fast tokenizers
     start: str | None = None  # adapter directory of the same base and layers to start from; None: LoRA at zero
+    left_out: tuple[str, ...] = ()  # sources and generators (Sample.origin) of which no picture is trained on
     limit: int | None = None  # pictures of the manifest whose features are cached; as in the training of `clip`
     cached_features: str | None = None  # folder of a frozen tower's features; None computes them while training
     pack: bool = True  # all conversations about a picture in one row, as LLaVA bases can; False: a row each
@@ -67,6 +71,7 @@ class FinetuneConfig:
     base_dtype: str = "float32"  # of the frozen base; bfloat16 halves its memory and wants bf16
     checkpointing: bool = False  # activations computed twice rather than kept
     deepspeed: str | None = None  # DeepSpeed's JSON: finetune/zero2.json, finetune/zero3.json
+    workers: int = 0  # processes that read pictures ahead; 0 reads them in the training's own
     bf16: bool = False  # matrix products in 16 bits; quick only where the processor or GPU has units for them
     save_steps: int = 100  # updates between checkpoints; a cut-off run resumes from the last
     seed: int = 0
@@ -144,7 +149,8 @@ def _typed(key: str, value: Any, kind: str) -> Any:
     if plain == "float" and isinstance(value, str | int) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):  # it is refused below
             return float(value)  # YAML reads 2e-4 as text
-    if plain.startswith("tuple") and isinstance(value, list) and all(type(v) is int for v in value):
+    of = str if plain.startswith("tuple[str") else int
+    if plain.startswith("tuple") and isinstance(value, list) and all(type(v) is of for v in value):
         return tuple(value)
     if {"int": int, "float": float, "str": str, "bool": bool}.get(plain) is type(value):
         return value

@@ -21,11 +21,11 @@ from torch.utils.data import Dataset
 
 from x2dfd import prompts
 from x2dfd.crops import CropSet
-from x2dfd.errors import X2DFDError
+from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.explain import named_spans
 from x2dfd.files import write_text
 from x2dfd.progress import progress
-from x2dfd.tower import TowerFeatures, training_view
+from x2dfd.tower import TowerFeatures, seen_view
 
 IGNORE = -100
 
@@ -101,13 +101,22 @@ def _named_tokens(
     return [k for k, (a, b) in enumerate(places) if any(a < end and b > start for start, end in spans)]
 
 
-def read_records(instructions: Path, split: str) -> dict[int, list[dict[str, Any]]]:
-    """The instruction records of a split by their picture's row. Raises X2DFDError when there are none."""
+def read_records(
+    instructions: Path, split: str, data: CropSet, left_out: Sequence[str] = ()
+) -> dict[int, list[dict[str, Any]]]:
+    """The instruction records of a split by their picture's row, without the sources and generators `left_out`.
+
+    Raises X2DFDError when there are none, UnknownName for an origin that the data does not hold.
+    """
+    origins = {s.origin for s in data.samples}
+    for origin in left_out:
+        if origin not in origins:
+            raise UnknownName("source or generator", origin, origins)
     by_row: dict[int, list[dict[str, Any]]] = {}
     with instructions.open(encoding="utf-8") as stream:
         for line in stream:
             record = json.loads(line)
-            if record["split"] == split:
+            if record["split"] == split and data.samples[record["row"]].origin not in left_out:
                 by_row.setdefault(record["row"], []).append(record)
     if not by_row:
         raise X2DFDError(f"{instructions}: no picture of split {split!r} to train on")
@@ -115,10 +124,10 @@ def read_records(instructions: Path, split: str) -> dict[int, list[dict[str, Any
 
 
 def view_image(data: CropSet, row: int, seed: int) -> Any:
-    """A picture's training view as a PIL image."""
+    """A picture's training view, as a model in use would see it, as a PIL image."""
     from PIL import Image
 
-    return Image.fromarray(training_view(data.crops[row], seed, row)[0])
+    return Image.fromarray(seen_view(data.crops[row], seed, row))
 
 
 class Packs(Dataset[dict[str, Any]]):
@@ -133,8 +142,9 @@ class Packs(Dataset[dict[str, Any]]):
         data: CropSet,
         features: TowerFeatures | None,
         view_seed: int,
+        left_out: Sequence[str] = (),
     ) -> None:
-        by_row = read_records(instructions, split)
+        by_row = read_records(instructions, split, data, left_out)
         where = {int(r): k for k, r in enumerate(features.rows)} if features is not None else {}
         self.rows = list(by_row)
         absent = [r for r in self.rows if r not in where] if features is not None else []
@@ -166,9 +176,16 @@ class Rows(Dataset[dict[str, Any]]):
     """One item a conversation, as the base's own processor makes it: for bases whose pictures cannot be packed."""
 
     def __init__(
-        self, instructions: Path, split: str, processor: Any, label_ids: Sequence[int], data: CropSet, view_seed: int
+        self,
+        instructions: Path,
+        split: str,
+        processor: Any,
+        label_ids: Sequence[int],
+        data: CropSet,
+        view_seed: int,
+        left_out: Sequence[str] = (),
     ) -> None:
-        by_row = read_records(instructions, split)
+        by_row = read_records(instructions, split, data, left_out)
         self.rows = [row for row, records in by_row.items() for _ in records]
         self._records = [record for records in by_row.values() for record in records]
         self._tokens = [conversation(processor, record, label_ids) for record in self._records]

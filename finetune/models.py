@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finetune.config import FinetuneConfig
+from finetune.config import TOWER_LINEARS, FinetuneConfig
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, check_contents, read_adapter_card
 from x2dfd.errors import SetupError, X2DFDError
@@ -102,7 +103,7 @@ def tune(model: Any, config: FinetuneConfig) -> tuple[Any, list[str]]:
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
-            target_modules=config.targets,
+            target_modules=f"{config.targets}|{TOWER_LINEARS}" if config.tower == "lora" else config.targets,
             use_dora=config.method == "dora",
             modules_to_save=[n.removeprefix("model.") for n in whole],
         )
@@ -112,8 +113,11 @@ def tune(model: Any, config: FinetuneConfig) -> tuple[Any, list[str]]:
             raise X2DFDError(f"targets {config.targets!r}: {error}") from error
         if config.start:
             _start_from(tuned, Path(config.start), config)
-        adapted = [n for n, _ in tuned.named_parameters() if "lora_A" in n]
-        astray = [n for n in adapted if not n.removeprefix("base_model.model.").startswith(text)]
+        adapted = [n.removeprefix("base_model.model.") for n, _ in tuned.named_parameters() if "lora_A" in n]
+        of_tower = re.compile(TOWER_LINEARS)
+        if config.tower == "lora" and not any(of_tower.match(n) for n in adapted):
+            raise X2DFDError("tower: lora fits a tower of CLIP's kind alone, and this model has none")
+        astray = [n for n in adapted if not n.startswith(text) and not (config.tower == "lora" and of_tower.match(n))]
         if astray:
             raise X2DFDError(f"targets {config.targets!r} reach outside of {text}: {astray[0]}")
     if config.base_dtype != "float32" and not config.deepspeed:  # DeepSpeed keeps fp32 masters of its own
@@ -135,7 +139,10 @@ def _start_from(tuned: Any, folder: Path, config: FinetuneConfig) -> None:
     found: Any = set_peft_model_state_dict(tuned, {k: v.float() for k, v in state.items()})
     # Of the base every key is missing, as it should be; of what is trained none may be.
     trained = {n for n, p in tuned.named_parameters() if p.requires_grad}
-    odd = sorted({*found.unexpected_keys, *(trained & set(found.missing_keys))})
+    absent = trained & set(found.missing_keys)
+    if config.tower == "lora" and card.tower != "lora":  # the tower's matrices begin at zero
+        absent = {n for n in absent if not re.match(TOWER_LINEARS, n)}
+    odd = sorted({*found.unexpected_keys, *absent})
     if odd:
         raise X2DFDError(f"start: {folder} holds other matrices than these settings train: {odd[0]}")
 

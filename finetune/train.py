@@ -31,7 +31,7 @@ from x2dfd.experts import expert_class, read_card
 from x2dfd.faces import PREPROCESSING
 from x2dfd.files import file_sha256, write_text
 from x2dfd.mllm import base_identity
-from x2dfd.tower import TowerFeatures, cached_features, tower_states, training_rows, training_view
+from x2dfd.tower import TowerFeatures, cached_features, seen_view, tower_states, training_rows
 
 
 class Bucketed(LengthGroupedSampler):
@@ -124,10 +124,10 @@ def train(config: FinetuneConfig) -> Path:
     collate: Collate | CollateRows
     pad = processor.tokenizer.pad_token_id or 0
     if config.pack:
-        packs = Packs(instructions, "train", processor, label_ids, data, features, config.view_seed)
+        packs = Packs(instructions, "train", processor, label_ids, data, features, config.view_seed, config.left_out)
         collate = Collate(pad, config.verdict_weight, config.cue_weight)
     else:
-        packs = Rows(instructions, "train", processor, label_ids, data, config.view_seed)
+        packs = Rows(instructions, "train", processor, label_ids, data, config.view_seed, config.left_out)
         collate = CollateRows(pad, config.verdict_weight, config.cue_weight)
     tuned, whole = tune(model, config)
     with arguments.main_process_first(local=False):
@@ -194,6 +194,7 @@ def _arguments(config: FinetuneConfig, work: Path) -> TrainingArguments:
         bf16=config.bf16,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False,
+        dataloader_num_workers=config.workers,
         disable_tqdm=None,
         activation_checkpointing=config.checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
@@ -212,7 +213,7 @@ def _features(config: FinetuneConfig, model: Any, processor: Any, data: CropSet)
         raise X2DFDError("the embedded base needs positive feature_layers")
     if config.base is None and not config.cached_features:
         rows = training_rows(data)
-        some = [training_view(data.crops[i], config.view_seed, int(i))[0] for i in rows[:: max(1, len(rows) // 64)]]
+        some = [seen_view(data.crops[i], config.view_seed, int(i)) for i in rows[:: max(1, len(rows) // 64)]]
         states = tower_states(torch.from_numpy(np.stack(some)), max(layers))
         fit_projector(model, torch.stack([states[k][:, 1:] for k in layers], 1).clone())
         return None
@@ -291,6 +292,8 @@ def _card(config: FinetuneConfig, out: Path, processor: Any, model: Any, figures
         trained_on=config.trained_on,
         figures=figures,
         held_out=tuple(data_card["config"]["held_out"]),
+        left_out=config.left_out,
+        tower=config.tower,
         base=base_identity(out / WHOLE if full else config.base),
         tower_layers=int(model.vision_config.num_hidden_layers) if llava else 0,
         text_layers=text if full else config.text_layers or text,

@@ -15,7 +15,7 @@ import skimage.data
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
-from finetune.calibrate import _chosen, _face, calibrate, experts_without, score_unseen
+from finetune.calibrate import Without, _chosen, _face, calibrate, score_unseen, trained_without
 from tests import tiny
 from tests.tiny import edit_json
 from x2dfd.adapter import AdapterCard
@@ -328,9 +328,7 @@ def test_a_part_that_knows_only_what_it_has_met_gets_no_weight() -> None:
     assert np.mean(told["a"]) > 0.5 > np.mean(chances_of_sources_left_out(parts, labels, sources, even)["a"])
 
 
-def test_each_picture_is_judged_by_weights_that_never_saw_its_origin(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_picture_is_judged_by_what_never_saw_its_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: "unseen" scores from experts that learnt from the source, or a prompt that holds theirs."""
     kinds = [("real", "none", "a"), ("real", "none", "b"), ("fake", "gan", "made"), ("fake", "swap", "a")]
     samples = [
@@ -346,11 +344,11 @@ def test_each_picture_is_judged_by_weights_that_never_saw_its_origin(
     def load(name: str, folder: Path) -> SimpleNamespace:
         return expert(folder.name, [folder.name] if folder.name != "b" else [])
 
-    asked: list[tuple[str, list[int]]] = []
+    asked: list[tuple[str, str, list[int]]] = []
 
     def scored(detector: Any, _: CropSet, rows: list[int], seed: int, *, all_score: bool) -> dict[str, Floats]:
         assert not all_score  # an expert may abstain on all of one source
-        asked.append((detector.experts[0].card.sha256, rows))
+        asked.append((detector.mllm, detector.experts[0].card.sha256, rows))
         return {name: np.full(len(rows), 1.0 + len(asked)) for name in ("mllm", tiny.EXPERT)}
 
     monkeypatch.setattr("finetune.calibrate.load_expert", load)
@@ -358,27 +356,61 @@ def test_each_picture_is_judged_by_weights_that_never_saw_its_origin(
     monkeypatch.setattr(
         "finetune.calibrate.Detector", lambda mllm, experts, *_: SimpleNamespace(mllm=mllm, experts=experts)
     )
-    shipped = SimpleNamespace(mllm=None, experts=[expert("shipped", [])], facts={})
+    facts = {"base": "x", "prompt_sha256": "y", "score_form": "words", "tower": "frozen"}
+    shipped = SimpleNamespace(mllm="shipped", experts=[expert("shipped", [])], facts=facts)
+    adapters = {"half": ["b", "gan", "elsewhere"]}
+    monkeypatch.setattr(
+        "finetune.calibrate.read_adapter_card", lambda path: SimpleNamespace(left_out=adapters[path.name])
+    )
+    monkeypatch.setattr(
+        "finetune.calibrate.load",
+        lambda path, mode, experts: SimpleNamespace(
+            mllm=path.name, facts=facts | {"adapter_sha256": f"of {path.name}"}
+        ),
+    )
     parts = {name: np.zeros(7) for name in ("mllm", tiny.EXPERT)}
     rows = [0, 1, 2, 3, 4, 6, 7]  # crops; the scores stand in this order
     origins = [s.origin for s in samples] + [""]
-    with pytest.raises(X2DFDError, match="no folder for any of , a, b, gan"):
-        experts_without(tmp_path, origins, [tiny.EXPERT])
+
+    def trained() -> dict[str, Without]:
+        return trained_without(tmp_path, origins, [tiny.EXPERT], shipped)  # type: ignore[arg-type]
+
+    with pytest.raises(X2DFDError, match="trained without any of , a, b, gan"):
+        trained()
     for origin in ("a", "gan"):
         (tmp_path / origin).mkdir()
         (tmp_path / origin / f"{tiny.EXPERT}.card.json").touch()
-    without = experts_without(tmp_path, origins, [tiny.EXPERT])
-    assert {o: list(named) for o, named in without.items()} == {"a": [tiny.EXPERT], "gan": [tiny.EXPERT]}
+    without = trained()
+    assert {o: list(w.experts) for o, w in without.items()} == {"a": [tiny.EXPERT], "gan": [tiny.EXPERT]}
     told = score_unseen(shipped, parts, crops, rows, without, 1)  # type: ignore[arg-type]
-    assert asked == [("a", [0, 3, 4, 7]), ("gan", [2, 6])]
+    assert asked == [("shipped", "a", [0, 3, 4, 7]), ("shipped", "gan", [2, 6])]
     for name in ("mllm", tiny.EXPERT):
         assert told[name].tolist() == [2, 0, 3, 2, 2, 3, 2] and not parts[name].any()
+    asked.clear()
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "adapter_config.json").touch()
+    without = trained()
+    assert [w.hashes() for w in without.values()] == [
+        {tiny.EXPERT: "a"}, {"mllm": "of half"}, {tiny.EXPERT: "gan", "mllm": "of half"}
+    ]  # fmt: skip
+    score_unseen(shipped, parts, crops, rows, without, 1)  # type: ignore[arg-type]
+    assert asked == [("shipped", "a", [0, 3, 4, 7]), ("half", "shipped", [1]), ("half", "gan", [2, 6])]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "adapter_config.json").touch()
+    for left_out, reason in ([], "does not say that it never saw any"), (["gan"], "trained without gan too"):
+        adapters["other"] = left_out
+        with pytest.raises(X2DFDError, match=reason):
+            trained()
+    adapters["other"] = ["a"]
+    shipped.facts = facts | {"tower": "lora"}
+    with pytest.raises(X2DFDError, match="half differs from the calibrated one in tower"):
+        trained()
     (tmp_path / "b").mkdir()
     with pytest.raises(X2DFDError, match="holds no weights"):
-        experts_without(tmp_path, origins, [tiny.EXPERT])
+        trained()
     (tmp_path / "b" / f"{tiny.EXPERT}.card.json").touch()
     with pytest.raises(X2DFDError, match="does not say that it never saw b"):
-        experts_without(tmp_path, origins, [tiny.EXPERT])
+        trained()
 
 
 # --- the file --------------------------------------------------------------------------------------------------------

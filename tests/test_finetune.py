@@ -490,6 +490,11 @@ def test_what_is_trained_is_what_was_said(configured: Callable[..., FinetuneConf
         "norm" in n and "vision_tower" in n for n in moved
     )  # 3 layers and ends
     assert all(any(w in n for w in whole) for n in moved)
+    with pytest.raises(X2DFDError, match=r"outside of model\.language_model"):
+        tune(open_base(configured(tmp_path))[0], configured(tmp_path, tower="lora", targets=r".*(q_proj|fc1)"))
+    tuned, _ = tune(open_base(configured(tmp_path))[0], configured(tmp_path, tower="lora"))
+    moved = [n for n, p in tuned.named_parameters() if p.requires_grad and "vision_tower" in n]
+    assert len(moved) == 3 * 4 * 2 and all("lora_" in n and "self_attn" in n for n in moved)
 
 
 @pytest.mark.needs_base

@@ -54,11 +54,13 @@ class AdapterCard(Card):
     experts: dict[str, str] = field(default_factory=dict)  # name -> SHA-256 of weights, in the order of the prompt
     data_sha256: str = ""  # of the instruction set
     probes: tuple[float, ...] = ()  # logit of fake against real of each probe picture; loading has to give the same
+    left_out: tuple[str, ...] = ()  # sources and generators of which it was trained on no picture
+    tower: str = "frozen"  # norms or lora where its training changed the vision tower, which is then nobody else's
     held_out: tuple[str, ...] = ()  # forge methods that the instruction set leaves out, for figures on unseen ones
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> AdapterCard:
-        lists = {key: tuple(data.get(key, ())) for key in ("feature_layers", "held_out", "probes")}
+        lists = {key: tuple(data.get(key, ())) for key in ("feature_layers", "held_out", "left_out", "probes")}
         if isinstance(data.get("text_layers"), list):
             lists["text_layers"] = tuple(data["text_layers"])
         return cls(**{**data, **lists})

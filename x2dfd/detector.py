@@ -331,7 +331,9 @@ class Detector:
 
     def evidence(self, faces: Sequence[Face], look: Any) -> list[list[Evidence]]:
         """What each expert says of each face: [face][expert]."""
-        shared = Shared(tower_states=look.tower_states if self.facts["base"]["name"] == BASE_NAME else None)
+        # An adapter that changed the tower has it for itself: experts are trained on what the base's own gives.
+        same = self.facts["base"]["name"] == BASE_NAME and self.facts.get("tower", "frozen") == "frozen"
+        shared = Shared(tower_states=look.tower_states if same else None)
         columns = [ask(expert, faces, shared) for expert in self.experts]
         return [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in faces]
 
@@ -546,6 +548,7 @@ def _facts(
         "base": base,
         "adapter_sha256": card.sha256 if card else None,
         "layers": _layers(card) if card else None,
+        "tower": card.tower if card else "frozen",
         "prompt_sha256": prompt_sha256,
         "crops_through": f"{CODEC[0]} {CODEC[1]}",
         "experts": {n: f"{e.card.version} {e.card.sha256}" for n, e in experts.items()},

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from x2dfd.crops import CropSet
-from x2dfd.degrade import DEGRADE_VERSION, degrade
+from x2dfd.degrade import CODEC, DEGRADE_VERSION, codec, degrade
 from x2dfd.fetch import require
 from x2dfd.files import file_sha256, write_text
 from x2dfd.progress import progress
@@ -85,6 +85,11 @@ def training_view(crop: NDArray[np.uint8], seed: int, i: int) -> tuple[NDArray[n
     return (np.ascontiguousarray(view[:, ::-1]) if flipped else view), flipped
 
 
+def seen_view(crop: NDArray[np.uint8], seed: int, i: int) -> NDArray[np.uint8]:
+    """Sample i's training view through the codec that every crop goes through in use."""
+    return codec(training_view(crop, seed, i)[0], *CODEC)
+
+
 def view_face(data: CropSet, i: int, view_seed: int) -> Face:
     """Sample i's training view as a Face, for experts that are asked about it."""
     view, flipped = training_view(data.crops[i], view_seed, i)
@@ -126,7 +131,7 @@ def cached_features(
         digest.update(data.samples[i].id.encode() + b"\n")
         digest.update(data.crops[i].data)
     base = file_sha256(require("base") / "model.safetensors")
-    made_by = {"seed": seed, "degrade": DEGRADE_VERSION, "base": base}
+    made_by = {"seed": seed, "degrade": DEGRADE_VERSION, "codec": list(CODEC), "base": base}
     key = {"samples": digest.hexdigest(), "layers": layers, "keep": list(keep), **made_by}
     state_file = folder / "progress.json"
     state = json.loads(state_file.read_text()) if state_file.is_file() else {}
@@ -137,7 +142,7 @@ def cached_features(
     patches = _memmap(folder / "patches.npy", bool(done), (n, len(keep), 196, 768))
     for start in progress(range(done, n, batch), "tower features"):
         stop = min(start + batch, n)
-        views = np.stack([training_view(data.crops[i], seed, int(i))[0] for i in rows[start:stop]])
+        views = np.stack([seen_view(data.crops[i], seed, int(i)) for i in rows[start:stop]])
         states = tower_states(torch.from_numpy(views), layers)
         statistics[start:stop] = patch_statistics(states).half().numpy()
         for place, layer in enumerate(keep):
