@@ -110,7 +110,7 @@ def main() -> None:
     assess: Words = ["--data", forged, "--out", out / "mfa", "--questions", out / "questions.json", "--limit", 6]
     stage("assess: which cues can the model see?", "-m", "x2dfd.cli", "assess", *assess)
     build: Words = ["--data", forged, "--out", out / "instructions", "--assessment", out / "mfa" / "assessment.json"]
-    build += ["--expert-weights", experts, "--oof", out / "oof.json"]
+    build += ["--experts", "consistency,clip", "--expert-weights", experts, "--oof", out / "oof.json"]
     stage("build: the instruction set", "-m", "data_gen", "build", *build)
     settings = {
         "instructions": out / "instructions" / "instructions.jsonl",

@@ -488,8 +488,33 @@ def speed(results: dict[str, Result], *, all_cases: bool = False) -> str:
                 f"just measured at {device['matmul_gflop_per_s']:,.0f} GFLOP/s and {device['read_gb_per_s']:.0f} GB/s."
             )
             if not measured:
-                caption += " On CUDA, this model and LLaVA-1.5-7B's geometry: not measured."
+                caption += " On CUDA as a whole: not measured (parts of it: LOG.md)."
             blocks.append(caption + "\n\n" + _table(lines))
+    return "\n\n".join(blocks) or "No results yet."
+
+
+def gpu(results: dict[str, Result]) -> str:
+    """Training and judging with LLaVA-1.5-7B's geometry on a GPU, by `finetune.gpu`."""
+    blocks = []
+    for name, result in _of("gpu", results):
+        lines = [
+            ["", "tokens a row", "activations", "steps/s", "tokens/s", "of the matrix rate", "peak GB", "predicted"]
+        ]
+        lines.append(["---"] * len(lines[0]))
+        for row in result["training"]:
+            cells = [row["method"], str(row["tokens"]), "computed twice" if row["checkpointing"] else "kept"]
+            if row.get("out_of_memory"):
+                cells += ["out of memory", "–", "–", "–"]
+            else:
+                cells += [f"{row['steps_per_s']:.2f}", f"{row['tokens_per_s']:,.0f}"]
+                cells += [_percent(row["share_of_matmul_rate"]), f"{row['peak_gb'] or 0:.1f}"]
+            lines.append([*cells, f"{row['predicted_gb']:.1f}"])
+        caption = (
+            f"`{name}`: {result['geometry']}, {result['dtype']}, on {result['device']}, whose matrix product ran at "
+            f"{result['matmul_tflops']:.0f} TFLOP/s just before; {result['training'][0]['batch']} rows a step. Verdicts in "
+            f"batches: {result['verdicts_per_s']:.1f} a second; cue questions: {result['cue_questions_per_s']:.0f} a second."
+        )
+        blocks.append(caption + "\n\n" + _table(lines))
     return "\n\n".join(blocks) or "No results yet."
 
 
@@ -641,6 +666,7 @@ TABLES: dict[str, Callable[[dict[str, Result]], str]] = {
     "robustness": robustness,
     "localisation": localisation,
     "missing": missing,
+    "gpu": gpu,
     "left-out": left_out,
     "load": load,
     "models": models,

@@ -30,8 +30,8 @@ BUILTIN: dict[str, str] = {
     "upsampling": "external_detectors.upsampling:Upsampling",
     "spectrum-noise": "external_detectors.spectrum_noise:SpectrumNoise",
 }
-DEFAULT: tuple[str, ...] = ("consistency", "clip")
-"""In this order their scores stand in the prompt."""
+DEFAULT: tuple[str, ...] = ("consistency",)
+"""Those that add something where they have not been (LOG.md); in this order their scores stand in the prompt."""
 PUBLISHED: dict[str, str] = {
     "mesonet": "external_detectors.mesonet:MesoNet",
     "aligned-forensics": "external_detectors.published:AlignedForensics",
