@@ -511,8 +511,9 @@ def gpu(results: dict[str, Result]) -> str:
             lines.append([*cells, f"{row['predicted_gb']:.1f}"])
         caption = (
             f"`{name}`: {result['geometry']}, {result['dtype']}, on {result['device']}, whose matrix product ran at "
-            f"{result['matmul_tflops']:.0f} TFLOP/s just before; {result['training'][0]['batch']} rows a step. Verdicts in "
-            f"batches: {result['verdicts_per_s']:.1f} a second; cue questions: {result['cue_questions_per_s']:.0f} a second."
+            f"{result['matmul_tflops']:.0f} TFLOP/s just before; {result['training'][0]['batch']} rows a step. "
+            f"Verdicts in batches: {result['verdicts_per_s']:.1f} a second; "
+            f"cue questions: {result['cue_questions_per_s']:.0f} a second."
         )
         blocks.append(caption + "\n\n" + _table(lines))
     return "\n\n".join(blocks) or "No results yet."
