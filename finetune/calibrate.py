@@ -104,7 +104,12 @@ def calibrate(
     fit = fit_calibration(
         parts, labels, sources, weights_per_sample, one_sided=one_sided, false_alarms=false_alarms, unseen=new
     )
-    of_unseen = chances_of_sources_left_out(parts, labels, sources, weights_per_sample, one_sided=one_sided, unseen=new)
+    reals, fakes = (
+        chances_of_sources_left_out(
+            parts, labels, sources, weights_per_sample, one_sided=one_sided, unseen=new, fakes=fakes
+        )
+        for fakes in (False, True)
+    )
     mllm = 1 / (1 + np.exp(-parts[MLLM]))
     _, mllm_threshold = choose_band(mllm, labels, sources, false_alarms=false_alarms)
     result = replace(fit, mllm_threshold=mllm_threshold, disagreement=disagreement)
@@ -125,7 +130,15 @@ def calibrate(
                 "inconclusive": round(float(((p >= result.low) & (p < result.high)).mean()), 4),
                 "n": len(p),
             }
-            for source, p in of_unseen.items()
+            for source, p in reals.items()
+        },
+        "fakes_of_a_source_left_out": {
+            source: {
+                "called_real": round(float((p < result.low).mean()), 4),
+                "found": round(float((p >= result.high).mean()), 4),
+                "n": len(p),
+            }
+            for source, p in fakes.items()
         },
         "inconclusive": round(float((said == "inconclusive").mean()), 4),
         "fitted_also_unseen": {o: w.hashes() for o, w in without.items()},

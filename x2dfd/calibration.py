@@ -24,7 +24,9 @@ from x2dfd.types import Verdict
 MLLM = "mllm"
 _CLIP = 6.0  # logits beyond this say no more about certainty than about saturation
 FLOOR_SHARE = 0.7  # chosen on the calibration split: a higher floor finds more, but trusts more what is new to the part
-UNSEEN = 2.0  # times the allowed false alarms, on a source of reals that the weights were fitted without
+UNSEEN = 2.0  # times the allowed false alarms and misses, on a source that the weights were fitted without
+UNSEEN_SHARE = 0.8  # of a fit: nearly every picture that is brought comes from a camera that nobody trained on
+MISSES = 0.10  # share of the fakes that may be called real
 SMALL = 20  # real pictures that a source needs for a threshold of its own
 DISAGREEMENT = 0.6  # spread that is named as the reason of a verdict that lies in the band
 
@@ -177,19 +179,28 @@ def fit_calibration(
     """The logistic of `fit_weights`, and a band for the cameras that were there and for one that was not.
 
     `choose_band` sets it on the same pictures. Then `high` rises until of each source of real pictures at most UNSEEN
-    times as many are called fake where the weights were fitted without that source. `one_sided`: the parts that get a
+    times as many are called fake where the weights were fitted without that source, and `low` falls until of each
+    source's fakes, a generator's too, at most UNSEEN times as many are called real. `one_sided`: the parts that get a
     floor. The band is chosen with the numbers that are stored: six decimals.
 
     `unseen`: the same pictures' logits where the parts that could be trained without each one's camera or generator
-    were. Weights, means and floors are then fitted on both by halves, and the bound on a source left out is taken from
-    what they say of it: a part that is good only where it has been before gets the weight that it has elsewhere.
+    were. They have UNSEEN_SHARE of the weight in the fit of weights, means and floors, and the bounds on a source left
+    out are taken from what they say of it: a part that is good only where it has been before gets the weight that it
+    has elsewhere.
     """
     fitted = _fitted(parts, labels, sample_weights, one_sided, unseen)
     chances = np.array([fitted.probability(row) for row in rows_of(parts)])
     low, high = choose_band(chances, labels, sources, false_alarms=false_alarms)
-    told = chances_of_sources_left_out(parts, labels, sources, sample_weights, one_sided=one_sided, unseen=unseen)
-    if told:
-        high = max(high, _bounding(told, UNSEEN * false_alarms))
+    reals, fakes = (
+        chances_of_sources_left_out(
+            parts, labels, sources, sample_weights, one_sided=one_sided, unseen=unseen, fakes=fakes
+        )
+        for fakes in (False, True)
+    )
+    if reals:
+        high = max(high, _bounding(reals, UNSEEN * false_alarms))
+    if fakes:
+        low = min(low, max(0.0, 1 - _bounding({s: 1 - p for s, p in fakes.items()}, UNSEEN * MISSES)))
     return replace(fitted, low=low, high=high)
 
 
@@ -202,7 +213,8 @@ def _fitted(
 ) -> Calibration:
     if unseen is not None:
         parts = {n: np.concatenate([v, unseen[n]]) for n, v in parts.items()}
-        labels, sample_weights = np.tile(labels, 2), np.tile(sample_weights, 2)
+        labels = np.tile(labels, 2)
+        sample_weights = np.concatenate([(1 - UNSEEN_SHARE) * sample_weights, UNSEEN_SHARE * sample_weights])
     found = {n: choose_floor(parts[n], labels) for n in one_sided if n in parts}
     floors = _rounded({n: v for n, v in found.items() if v is not None})
     weights, means, bias = fit_weights(parts, labels, sample_weights, floors=floors)
@@ -217,15 +229,16 @@ def chances_of_sources_left_out(
     *,
     one_sided: Collection[str] = (),
     unseen: Mapping[str, NDArray[np.float64]] | None = None,
+    fakes: bool = False,
 ) -> dict[str, NDArray[np.float64]]:
-    """P(fake) of each source's real pictures where weights, means and floors were fitted without the source.
+    """P(fake) of each source's real pictures, or `fakes`, where weights, means and floors were fitted without it.
 
     The experts and the MLLM may have learnt from the source all the same, but for those that `unseen` has without: it
     is the calibration alone that has not seen it. A source without which a label is lacking is left out.
     """
     names, told = np.array(sources), {}
-    for source in sorted(set(names[labels == 0])):
-        rest, own = names != source, (names == source) & (labels == 0)
+    for source in sorted(set(names[labels == fakes])):
+        rest, own = names != source, (names == source) & (labels == fakes)
         if len(set(labels[rest])) < 2:
             continue
         weights = sample_weights[rest].copy()
@@ -261,7 +274,7 @@ def choose_band(
     sources: Sequence[str],
     *,
     false_alarms: float = 0.05,
-    misses: float = 0.10,
+    misses: float = MISSES,
 ) -> tuple[float, float]:
     """(low, high): at most `false_alarms` of each real source at or above `high`; `misses` of the fakes below `low`.
 
