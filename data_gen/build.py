@@ -36,7 +36,7 @@ from x2dfd.experts import DEFAULT, load_expert
 from x2dfd.files import file_sha256, write_text
 from x2dfd.manifest import Sample
 from x2dfd.progress import progress
-from x2dfd.tower import training_rows, training_view, view_face
+from x2dfd.tower import seen_view, training_rows, view_face
 from x2dfd.types import Cue, Evidence
 
 
@@ -141,7 +141,7 @@ def _subject(data: CropSet, i: int, strong: set[tuple[str, str]] | None, view_se
     sample = data.samples[i]
 
     def view() -> NDArray[np.uint8]:
-        return training_view(data.crops[i], view_seed, i)[0]
+        return seen_view(data.crops[i], view_seed, i)
 
     return Subject(
         sample.id, view, sample.label, sample.df_class or "real", tuple(_told(sample, strong)), tuple(sample.cues)

@@ -488,7 +488,7 @@ def speed(results: dict[str, Result], *, all_cases: bool = False) -> str:
                 f"just measured at {device['matmul_gflop_per_s']:,.0f} GFLOP/s and {device['read_gb_per_s']:.0f} GB/s."
             )
             if not measured:
-                caption += " On CUDA as a whole: not measured (parts of it: LOG.md)."
+                caption += " On CUDA as a whole: not measured (LLaVA-1.5-7B: table `gpu`)."
             blocks.append(caption + "\n\n" + _table(lines))
     return "\n\n".join(blocks) or "No results yet."
 
@@ -507,7 +507,7 @@ def gpu(results: dict[str, Result]) -> str:
                 cells += ["out of memory", "–", "–", "–"]
             else:
                 cells += [f"{row['steps_per_s']:.2f}", f"{row['tokens_per_s']:,.0f}"]
-                cells += [_percent(row["share_of_matmul_rate"]), f"{row['peak_gb'] or 0:.1f}"]
+                cells += [_percent(row["share_of_matmul_rate"]), f"{row['peak_gb']:.1f}" if row["peak_gb"] else "–"]
             lines.append([*cells, f"{row['predicted_gb']:.1f}"])
         caption = (
             f"`{name}`: {result['geometry']}, {result['dtype']}, on {result['device']}, whose matrix product ran at "
@@ -566,11 +566,12 @@ def _left_out_of_calibration() -> list[str]:
 
 
 def _who_knew(fitted_on: Result) -> str:
-    without = {name for parts in fitted_on.get("fitted_also_unseen", {}).values() for name in parts}
-    names = {"mllm": "the MLLM"} | {name: f"`{name}`" for name in fitted_on["experts"]}
-    knew, new = ([shown for name, shown in names.items() if (name in without) is kind] for kind in (False, True))
-    said = [f"{' and '.join(knew)} may have learnt from its other photos"] * bool(knew)
-    return ", ".join([*said, *[f"{' and '.join(new)} never met it"] * bool(new)])
+    """Of each part, which of these sources and generators it was asked about without having learnt from them."""
+    told = []
+    for name, shown in {"mllm": "the MLLM", **{n: f"`{n}`" for n in fitted_on["experts"]}}.items():
+        new = sorted(o for o, parts in fitted_on.get("fitted_also_unseen", {}).items() if name in parts)
+        told.append(f"{shown} had learnt from {'others alone: ' + ', '.join(new) + ' were left out' if new else 'all'}")
+    return "; ".join(told)
 
 
 def overlays(results: dict[str, Result]) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from x2dfd.adapter import read_adapter_card
+from x2dfd.adapter import AdapterCard, read_adapter_card
 from x2dfd.calibration import (
     MLLM,
     Calibration,
@@ -78,8 +78,8 @@ def calibrate(
         earlier = [name for name in present.weights if name != MLLM]
         if unseen is None and present.fitted_on.get("fitted_also_unseen"):
             print(
-                "note: the present calibration also knew what experts say of cameras and generators that they never "
-                "met; without --unseen this one takes them as if nothing were new to them",
+                "note: the present calibration also knew what experts and MLLM say of cameras and generators that they "
+                "never met; without --unseen this one takes them as if nothing were new to them",
                 file=sys.stderr,
             )
     except SetupError:
@@ -95,7 +95,7 @@ def calibrate(
     origins = {s.origin for s in samples}
     without: dict[str, Without] = {}
     if unseen is not None:
-        without = trained_without(unseen, origins, [e.card.name for e in detector.experts], detector)
+        without = trained_without(unseen, origins, [e.card.name for e in detector.experts], read_adapter_card(adapter))
     parts = score_parts(detector, crops, rows, view_seed)
     weights_per_sample = balance(samples)
     one_sided = [e.card.name for e in detector.experts if getattr(e, "one_sided", False)]
@@ -183,26 +183,35 @@ class Without:
     """What was trained without a source or generator."""
 
     experts: Mapping[str, Expert]
-    mllm: LanguageModel | None = None
-    adapter: str = ""  # SHA-256 of the MLLM's
+    adapter: Path | None = None
 
     def hashes(self) -> dict[str, str]:
-        return {n: e.card.sha256 for n, e in self.experts.items()} | ({MLLM: self.adapter} if self.mllm else {})
+        mllm = {} if self.adapter is None else {MLLM: read_adapter_card(self.adapter).sha256}
+        return {n: e.card.sha256 for n, e in self.experts.items()} | mllm
+
+
+SAME = (
+    "base", "tower_layers", "text_layers", "feature_layers", "frame", "prompt_sha256", "score_form", "experts", "tower",
+    "held_out",
+)  # fmt: skip
+"""What adapters must have in common for one to tell what another would say."""
 
 
 def trained_without(
-    folder: Path, origins: Collection[str], names: Collection[str], detector: Detector
+    folder: Path, origins: Collection[str], names: Collection[str], card: AdapterCard
 ) -> dict[str, Without]:
-    """By source or generator: the experts in `folder`/origin that never saw it, and the MLLM of the adapter in `folder`
-    whose card has it among `left_out`.
+    """By source or generator: the experts in `folder`/origin that never saw it, and the adapter in `folder` whose card
+    has it among `left_out`.
 
     Raises X2DFDError where a folder has none of `names`, where a card does not say that the origin was held out, where
-    an adapter is asked otherwise than `detector`'s or another was trained without the same origin, or where nothing was
-    trained without any of `origins`; SetupError for weights that cannot be read.
+    an adapter is asked otherwise than that of `card` or another was trained without the same origin, or where nothing
+    was trained without any of `origins`; SetupError for weights that cannot be read.
     """
     experts: dict[str, dict[str, Expert]] = {}
     for origin in sorted({o for o in origins if o and (folder / o).is_dir()}):
         here = [name for name in names if (folder / origin / f"{name}.card.json").is_file()]
+        if not here and (folder / origin / "card.json").is_file():
+            continue  # an adapter that was named so
         experts[origin] = {name: load_expert(name, folder / origin) for name in here}
         for name, expert in experts[origin].items():
             held_out = expert.card.figures.get("held_out")
@@ -210,21 +219,22 @@ def trained_without(
                 raise X2DFDError(f"{folder / origin}: the card of {name!r} does not say that it never saw {origin}")
         if not here:
             raise X2DFDError(f"{folder / origin} holds no weights of {', '.join(names)}")
-    models: dict[str, tuple[LanguageModel, str]] = {}
-    for adapter in sorted(p.parent for p in folder.glob("*/adapter_config.json")):
-        left_out = [o for o in read_adapter_card(adapter).left_out if o in origins]
+    models: dict[str, Path] = {}
+    for adapter in sorted(p.parent for p in folder.glob("*/card.json")):
+        other = read_adapter_card(adapter)
+        left_out = [o for o in other.left_out if o in origins]
         if not left_out:
             raise X2DFDError(f"{adapter}: its card does not say that it never saw any of {', '.join(sorted(origins))}")
         if twice := [o for o in left_out if o in models]:
             raise X2DFDError(f"{adapter}: another adapter in {folder} was trained without {twice[0]} too; keep one")
-        other = load(adapter, mode="paper", experts=())
-        for key in ("base", "prompt_sha256", "score_form", "tower"):
-            if other.facts[key] != detector.facts[key]:
+        for key in SAME:
+            if getattr(other, key) != getattr(card, key):
                 raise X2DFDError(f"{adapter} differs from the calibrated one in {key}: it tells nothing of that one")
-        models |= {o: (other.mllm, other.facts["adapter_sha256"]) for o in left_out}
+        models |= dict.fromkeys(left_out, adapter)
     if not experts and not models:
         raise X2DFDError(f"{folder}: nothing in it was trained without any of {', '.join(sorted(set(origins)))}")
-    return {o: Without(experts.get(o, {}), *models.get(o, ())) for o in sorted({*experts, *models})}
+    found = {o: Without(experts.get(o, {}), models.get(o)) for o in {*experts, *models}}
+    return dict(sorted(found.items(), key=lambda item: (str(item[1].adapter), item[0])))
 
 
 def score_unseen(
@@ -241,10 +251,14 @@ def score_unseen(
     also where it learnt from that origin.
     """
     told = {name: values.copy() for name, values in parts.items()}
-    for origin, others in without.items():
+    loaded: tuple[Path | None, LanguageModel] = (None, detector.mllm)
+    for origin, others in without.items():  # those of one adapter follow each other: it is loaded once
+        if others.adapter != loaded[0]:
+            model = load(others.adapter, mode="paper", experts=()) if others.adapter else detector
+            loaded = (others.adapter, model.mllm)
         mine = [k for k, i in enumerate(rows) if crops.samples[i].origin == origin]
         experts = [others.experts.get(e.card.name, e) for e in detector.experts]
-        asked = Detector(others.mllm or detector.mllm, experts, None, detector.facts, "paper")
+        asked = Detector(loaded[1], experts, None, detector.facts, "paper")
         of_mine = score_parts(asked, crops, [rows[k] for k in mine], view_seed, all_score=False)
         for name, values in of_mine.items():
             told[name][mine] = values

@@ -13,8 +13,8 @@ from x2dfd.errors import UnknownName, X2DFDError
 LANGUAGE_LINEARS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 """LoRA's targets: every linear layer of the language model, and none of the tower or the projector."""
 
-TOWER_LINEARS = r".*vision_tower.*\.(q_proj|k_proj|v_proj|out_proj)"
-"""LoRA's further targets with `tower: lora`: attention alone, which is a third of what the whole tower would weigh."""
+TOWER_LINEARS = r".*vision_tower.*\.layers\.(LAYERS)\..*(q_proj|k_proj|v_proj|out_proj)"
+"""LoRA's further targets with `tower: lora`, LAYERS being numbers: attention, a third of what all of it would weigh."""
 
 CHOICES = {
     "method": ("lora", "qlora", "dora", "full"),
@@ -123,6 +123,9 @@ def check_config(config: FinetuneConfig) -> None:
         and config.method == "qlora",
         "start: an adapter is continued by lora, qlora or dora, outside of ZeRO-3": config.start is not None
         and (config.method == "full" or "zero3" in (config.deepspeed or "")),
+        "method: full trains no LoRA in the tower: take tower: frozen or norms": config.method == "full"
+        and config.tower == "lora",
+        "workers: 0 or more": config.workers < 0,
         "cached features want an adapter, not method: full": config.cached_features is not None
         and config.method == "full",
     }

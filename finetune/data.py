@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from x2dfd import prompts
 from x2dfd.crops import CropSet
+from x2dfd.degrade import CODEC, DEGRADE_VERSION
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.explain import named_spans
 from x2dfd.files import write_text
@@ -106,9 +107,11 @@ def read_records(
 ) -> dict[int, list[dict[str, Any]]]:
     """The instruction records of a split by their picture's row, without the sources and generators `left_out`.
 
-    Raises X2DFDError when there are none, UnknownName for an origin that the data does not hold.
+    A picture whose face comes from a donor of such a source goes too. Raises X2DFDError when there are none,
+    UnknownName for an origin that the data does not hold.
     """
     origins = {s.origin for s in data.samples}
+    of_group = {s.group: s.source for s in data.samples if not s.synthetic}
     for origin in left_out:
         if origin not in origins:
             raise UnknownName("source or generator", origin, origins)
@@ -116,7 +119,9 @@ def read_records(
     with instructions.open(encoding="utf-8") as stream:
         for line in stream:
             record = json.loads(line)
-            if record["split"] == split and data.samples[record["row"]].origin not in left_out:
+            sample = data.samples[record["row"]]
+            seen = {sample.origin, of_group.get(str(sample.extra.get("donor")))}
+            if record["split"] == split and not seen & set(left_out):
                 by_row.setdefault(record["row"], []).append(record)
     if not by_row:
         raise X2DFDError(f"{instructions}: no picture of split {split!r} to train on")
@@ -256,7 +261,8 @@ def cache_tower(
     Another `key` (base, layers, manifest) begins anew; a cut-off run goes on where it stopped.
     """
     layers = feature_layers(model)
-    key = json.loads(json.dumps({**key, "rows": [int(r) for r in rows], "layers": layers, "seed": seed}))
+    made_by = {"seed": seed, "degrade": DEGRADE_VERSION, "codec": CODEC}
+    key = json.loads(json.dumps({**key, "rows": [int(r) for r in rows], "layers": layers, **made_by}))
     folder.mkdir(parents=True, exist_ok=True)
     state_file, path = folder / "progress.json", folder / "patches.npy"
     state = json.loads(state_file.read_text()) if state_file.is_file() else {}

@@ -92,6 +92,7 @@ def tune(model: Any, config: FinetuneConfig) -> tuple[Any, list[str]]:
     if config.tower == "norms":
         outside = [(n, m) for n, m in model.named_modules() if not n.startswith((text, projector))]
         whole += [n for n, m in outside if type(m).__name__.endswith("Norm")]
+    of_tower = re.compile(TOWER_LINEARS.replace("LAYERS", "|".join(map(str, range(_tower_depth(model))))))
     torch.manual_seed(config.seed)
     if config.method == "full":
         model.requires_grad_(False)
@@ -103,7 +104,7 @@ def tune(model: Any, config: FinetuneConfig) -> tuple[Any, list[str]]:
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
-            target_modules=f"{config.targets}|{TOWER_LINEARS}" if config.tower == "lora" else config.targets,
+            target_modules=f"{config.targets}|{of_tower.pattern}" if config.tower == "lora" else config.targets,
             use_dora=config.method == "dora",
             modules_to_save=[n.removeprefix("model.") for n in whole],
         )
@@ -114,9 +115,10 @@ def tune(model: Any, config: FinetuneConfig) -> tuple[Any, list[str]]:
         if config.start:
             _start_from(tuned, Path(config.start), config)
         adapted = [n.removeprefix("base_model.model.") for n, _ in tuned.named_parameters() if "lora_A" in n]
-        of_tower = re.compile(TOWER_LINEARS)
         if config.tower == "lora" and not any(of_tower.match(n) for n in adapted):
             raise X2DFDError("tower: lora fits a tower of CLIP's kind alone, and this model has none")
+        if not any(n.startswith(text) for n in adapted):
+            raise X2DFDError(f"targets {config.targets!r} name nothing in {text}")
         astray = [n for n in adapted if not n.startswith(text) and not (config.tower == "lora" and of_tower.match(n))]
         if astray:
             raise X2DFDError(f"targets {config.targets!r} reach outside of {text}: {astray[0]}")
@@ -127,6 +129,15 @@ def tune(model: Any, config: FinetuneConfig) -> tuple[Any, list[str]]:
     return tuned, whole
 
 
+def _tower_depth(model: Any) -> int:
+    """How many of the tower's layers the projector reads from: what lies behind them learns nothing."""
+    vision = getattr(model.config, "vision_config", None)
+    depth = int(getattr(vision, "num_hidden_layers", 0))
+    layers = getattr(model.config, "vision_feature_layer", -1)
+    wanted = [layers] if isinstance(layers, int) else list(layers)
+    return max((k if k >= 0 else depth + 1 + k for k in wanted), default=depth)
+
+
 def _start_from(tuned: Any, folder: Path, config: FinetuneConfig) -> None:
     """Give LoRA and projector the values of an adapter. Raises X2DFDError where it fits another model."""
     card = read_adapter_card(folder)
@@ -135,13 +146,15 @@ def _start_from(tuned: Any, folder: Path, config: FinetuneConfig) -> None:
     other = [k for k, v in cut.items() if v is not None and getattr(card, k) != v]
     if other or card.base != base_identity(config.base):
         raise X2DFDError(f"start: {folder} was trained on another {other[0] if other else 'base'}")
+    if known := sorted(set(config.left_out) - set(card.left_out)):
+        raise X2DFDError(f"start: {folder} has learnt from {known[0]}, which left_out names: take start: null")
     state = load_file(folder / WEIGHTS)
     found: Any = set_peft_model_state_dict(tuned, {k: v.float() for k, v in state.items()})
     # Of the base every key is missing, as it should be; of what is trained none may be.
     trained = {n for n, p in tuned.named_parameters() if p.requires_grad}
     absent = trained & set(found.missing_keys)
     if config.tower == "lora" and card.tower != "lora":  # the tower's matrices begin at zero
-        absent = {n for n in absent if not re.match(TOWER_LINEARS, n)}
+        absent = {n for n in absent if "vision_tower" not in n}
     odd = sorted({*found.unexpected_keys, *absent})
     if odd:
         raise X2DFDError(f"start: {folder} holds other matrices than these settings train: {odd[0]}")

@@ -27,6 +27,8 @@ _PROJECTOR = "multi_modal_projector."
 def split(adapter: Path, out: Path, base: str | None = None) -> tuple[Path, Path, int]:
     """Write both folders; returns them and the rank that the engine must allow. Raises SetupError as loading does."""
     card = read_adapter_card(adapter)
+    if card.tower != "frozen":
+        raise SetupError(f"{adapter} changes the vision tower, which engines serve as it is: python -m finetune merge")
     model, processor = load_llava(
         base,
         tower_layers=card.tower_layers or None,

@@ -212,8 +212,8 @@ def _features(config: FinetuneConfig, model: Any, processor: Any, data: CropSet)
     if config.base is None and any(layer < 1 for layer in layers):
         raise X2DFDError("the embedded base needs positive feature_layers")
     if config.base is None and not config.cached_features:
-        rows = training_rows(data)
-        some = [seen_view(data.crops[i], config.view_seed, int(i)) for i in rows[:: max(1, len(rows) // 64)]]
+        known = [int(i) for i in training_rows(data) if data.samples[i].origin not in config.left_out]
+        some = [seen_view(data.crops[i], config.view_seed, int(i)) for i in known[:: max(1, len(known) // 64)]]
         states = tower_states(torch.from_numpy(np.stack(some)), max(layers))
         fit_projector(model, torch.stack([states[k][:, 1:] for k in layers], 1).clone())
         return None
@@ -261,7 +261,7 @@ def _last_checkpoint(work: Path, config: FinetuneConfig) -> str | None:
 def _with_defaults(run: dict[str, Any]) -> dict[str, Any]:
     """A run of an earlier version, which knew fewer keys."""
     defaults = {f.name: f.default for f in fields(FinetuneConfig) if f.default is not MISSING}
-    return {**run, "config": defaults | run["config"]}
+    return {**run, "config": json.loads(json.dumps(defaults)) | run["config"]}
 
 
 def _to_half(path: Path) -> None:

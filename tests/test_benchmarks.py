@@ -89,6 +89,16 @@ def test_a_way_with_other_answers_ends_the_run(clock: Clock) -> None:
             speed.compare("x", cases(other), Bench(1, RATES))
 
 
+def test_in_16_bits_another_word_is_named_and_does_not_end_the_run(clock: Clock) -> None:
+    """Two words may be as likely there; numbers that differ still end it."""
+    first, other = ({"p": np.array([p]), "text": text} for p, text in ((0.5, "The jaw."), (0.52, "The eyes.")))
+    ways = {"a": Case(clock.takes(1.0, first)), "b": Case(clock.takes(1.0, other))}
+    assert speed.compare("x", ways, Bench(1, RATES, "bf16"))["ways"]["b"]["other_texts"] == ["text"]
+    ways["b"] = Case(clock.takes(1.0, other | {"p": np.array([0.6])}))
+    with pytest.raises(X2DFDError, match="x: b"):
+        speed.compare("x", ways, Bench(1, RATES, "bf16"))
+
+
 def test_the_bound_follows_from_shapes_and_rates(clock: Clock) -> None:
     """Products that the count passes over, or a wrong factor, would make any share of the bound look good."""
     linear, x = torch.nn.Linear(64, 128), torch.randn(2, 5, 64)

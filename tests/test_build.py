@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from data_gen.build import BuildConfig, build, corrupted
+from data_gen.build import BuildConfig, build, corrupted, expert_scores
 from data_gen.questions import bank
 from tests import tiny
 from x2dfd import prompts
@@ -25,6 +25,7 @@ from x2dfd.experts import BUILTIN
 from x2dfd.explain import read_cues
 from x2dfd.files import file_sha256
 from x2dfd.manifest import Sample, read_manifest, write_manifest
+from x2dfd.tower import seen_view
 from x2dfd.types import Cue, Evidence
 
 CUES = {("jaw", "blending"), ("eyes", "blur"), ("skin", "colour")}  # of the fakes of the small manifest
@@ -308,3 +309,18 @@ def test_a_fake_of_unknown_class_and_an_empty_set_are_refused(manifest: Path, tm
     with pytest.raises(X2DFDError, match="no usable picture"):
         made(tmp_path / "test.jsonl", tmp_path / "none")
     assert not (tmp_path / "none" / "instructions.jsonl").exists()
+
+
+def test_experts_judge_training_views_through_the_codec(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: scores in training of crops that no expert in use gets to see."""
+    data = load_crops(manifest)
+    seen: list[NDArray[np.uint8]] = []
+
+    class Looker(tiny.Brightness):
+        def judge(self, faces: Any, shared: Any = None) -> list[Evidence]:
+            seen.extend(f.crop for f in faces)
+            return super().judge(faces, shared)
+
+    monkeypatch.setattr("data_gen.build.load_expert", lambda *_: Looker())
+    expert_scores(data, [0, 1], BuildConfig(str(manifest), experts=(tiny.EXPERT,)), {})
+    assert all((a == seen_view(data.crops[i], 1, i)).all() for i, a in enumerate(seen)) and len(seen) == 2

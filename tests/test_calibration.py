@@ -373,24 +373,17 @@ def test_each_picture_is_judged_by_what_never_saw_its_origin(tmp_path: Path, mon
     monkeypatch.setattr(
         "finetune.calibrate.Detector", lambda mllm, experts, *_: SimpleNamespace(mllm=mllm, experts=experts)
     )
-    facts = {"base": "x", "prompt_sha256": "y", "score_form": "words", "tower": "frozen"}
-    shipped = SimpleNamespace(mllm="shipped", experts=[expert("shipped", [])], facts=facts)
-    adapters = {"half": ["b", "gan", "elsewhere"]}
-    monkeypatch.setattr(
-        "finetune.calibrate.read_adapter_card", lambda path: SimpleNamespace(left_out=adapters[path.name])
-    )
-    monkeypatch.setattr(
-        "finetune.calibrate.load",
-        lambda path, mode, experts: SimpleNamespace(
-            mllm=path.name, facts=facts | {"adapter_sha256": f"of {path.name}"}
-        ),
-    )
+    shipped = SimpleNamespace(mllm="shipped", experts=[expert("shipped", [])], facts={})
+    card = AdapterCard("a", "1", "", "", "of shipped", "", "", "", score_form="words")
+    adapters = {"half": replace(card, left_out=("b", "gan", "elsewhere"), sha256="of half")}
+    monkeypatch.setattr("finetune.calibrate.read_adapter_card", lambda path: adapters[path.name])
+    monkeypatch.setattr("finetune.calibrate.load", lambda path, mode, experts: SimpleNamespace(mllm=path.name))
     parts = {name: np.zeros(7) for name in ("mllm", tiny.EXPERT)}
     rows = [0, 1, 2, 3, 4, 6, 7]  # crops; the scores stand in this order
     origins = [s.origin for s in samples] + [""]
 
     def trained() -> dict[str, Without]:
-        return trained_without(tmp_path, origins, [tiny.EXPERT], shipped)  # type: ignore[arg-type]
+        return trained_without(tmp_path, origins, [tiny.EXPERT], card)
 
     with pytest.raises(X2DFDError, match="trained without any of , a, b, gan"):
         trained()
@@ -405,23 +398,27 @@ def test_each_picture_is_judged_by_what_never_saw_its_origin(tmp_path: Path, mon
         assert told[name].tolist() == [2, 0, 3, 2, 2, 3, 2] and not parts[name].any()
     asked.clear()
     (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "adapter_config.json").touch()
+    (tmp_path / "half" / "card.json").touch()
     without = trained()
-    assert [w.hashes() for w in without.values()] == [
-        {tiny.EXPERT: "a"}, {"mllm": "of half"}, {tiny.EXPERT: "gan", "mllm": "of half"}
-    ]  # fmt: skip
+    assert {o: w.hashes() for o, w in without.items()} == {
+        "a": {tiny.EXPERT: "a"}, "b": {"mllm": "of half"}, "gan": {tiny.EXPERT: "gan", "mllm": "of half"}
+    }  # fmt: skip
     score_unseen(shipped, parts, crops, rows, without, 1)  # type: ignore[arg-type]
-    assert asked == [("shipped", "a", [0, 3, 4, 7]), ("half", "shipped", [1]), ("half", "gan", [2, 6])]
+    assert sorted(asked) == [("half", "gan", [2, 6]), ("half", "shipped", [1]), ("shipped", "a", [0, 3, 4, 7])]
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "adapter_config.json").touch()
-    for left_out, reason in ([], "does not say that it never saw any"), (["gan"], "trained without gan too"):
-        adapters["other"] = left_out
+    (tmp_path / "other" / "card.json").touch()
+    for left_out, reason in ((), "does not say that it never saw any"), (("gan",), "trained without gan too"):
+        adapters["other"] = replace(card, left_out=left_out)
         with pytest.raises(X2DFDError, match=reason):
             trained()
-    adapters["other"] = ["a"]
-    shipped.facts = facts | {"tower": "lora"}
-    with pytest.raises(X2DFDError, match="half differs from the calibrated one in tower"):
-        trained()
+    for changed in {"tower": "lora"}, {"experts": {"clip": "x"}}, {"text_layers": 3}:
+        adapters["other"] = replace(card, left_out=("a",), **changed)
+        with pytest.raises(X2DFDError, match=f"other differs from the calibrated one in {next(iter(changed))}"):
+            trained()
+    adapters["other"] = replace(card, left_out=("a",))
+    (tmp_path / "other").rename(tmp_path / "a2")
+    adapters["a2"] = adapters["other"]
+    assert trained()["a"].adapter == tmp_path / "a2"
     (tmp_path / "b").mkdir()
     with pytest.raises(X2DFDError, match="holds no weights"):
         trained()

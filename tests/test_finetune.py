@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -29,10 +30,12 @@ from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, lora_b_sum, read_adapter_card
 from x2dfd.cli import run_command
 from x2dfd.crops import load_crops
+from x2dfd.degrade import CODEC, codec
 from x2dfd.errors import SetupError, UnknownName, X2DFDError
 from x2dfd.experts import BUILTIN
 from x2dfd.files import file_sha256
 from x2dfd.mllm import LocalMLLM, base_identity, load_llava
+from x2dfd.tower import seen_view, training_view
 
 ROOM = Path(__file__).parent.parent / "finetune"
 REQUIRED = ("instructions=i.jsonl", "manifest=m.jsonl", "out=o")
@@ -325,6 +328,76 @@ def test_training_moves_the_adapter_and_nothing_else(
     assert detector.detect(face_photo, rationale=False).faces[0].p_fake_mllm is not None
     with pytest.raises(SetupError, match=r"finetune\.calibrate"):
         x2dfd.load(base=str(base), adapter=out)
+
+
+@pytest.mark.needs_base
+def test_a_tower_that_learns_is_this_adapters_own(
+    configured: Callable[..., FinetuneConfig], base: Path, tmp_path: Path, face_photo: Path
+) -> None:
+    """Bug prevented: a tower said to be tuned that is not; a frozen adapter that cannot be continued so."""
+    from finetune.split import split
+    from finetune.train import train
+
+    first = train(configured(tmp_path / "first"))
+    out = train(configured(tmp_path / "tower", start=str(first), tower="lora"))
+    of_tower = {k: v for k, v in load_file(out / WEIGHTS).items() if "vision_tower" in k}
+    assert len(of_tower) == 3 * 4 * 2 and all(float(v.abs().sum()) > 0 for v in of_tower.values())
+    assert (read_adapter_card(first).tower, read_adapter_card(out).tower) == ("frozen", "lora")
+    assert x2dfd.load(base=str(base), adapter=out, mode="paper").facts["tower"] == "lora"  # its probes are the same
+    with pytest.raises(SetupError, match="changes the vision tower"):
+        split(out, tmp_path / "split", str(base))
+    for given, reason in (
+        ({"method": "full"}, "no LoRA in the tower"), ({"targets": "nothing"}, "name nothing in"),
+        ({"workers": -1}, "workers: 0 or more"),
+    ):  # fmt: skip
+        with pytest.raises(X2DFDError, match=reason):
+            train(configured(tmp_path / "wrong", tower="lora", **given))
+
+
+@pytest.mark.needs_base
+def test_what_is_left_out_is_not_trained_on(
+    configured: Callable[..., FinetuneConfig], small: tuple[Path, Path], base: Path, tmp_path: Path
+) -> None:
+    """Bug prevented: figures on a source that the model knows after all, by its photos, by donors, or by its start."""
+    from finetune.data import read_records
+    from finetune.train import train
+
+    data = load_crops(small[0])
+    sources = ["film", "gan", "ffhq", "film", "film", "ffhq", "film", "film"]
+    changes: list[dict[str, Any]] = [{"source": s} for s in sources]
+    changes[1] |= {"label": "fake", "df_class": "EFS", "method": "gan", "mask": None}
+    changes[3] |= {"extra": {"donor": "g2"}}  # a film's face swapped for one of ffhq
+    known = replace(data, samples=[replace(s, **c) for s, c in zip(data.samples, changes, strict=True)])
+    assert list(read_records(small[1], "train", known)) == [0, 1, 2, 3, 4, 5]
+    assert list(read_records(small[1], "train", known, ("ffhq",))) == [0, 1, 4]
+    assert list(read_records(small[1], "train", known, ("gan",))) == [0, 2, 3, 4, 5]
+    with pytest.raises(UnknownName, match="ffqh"):
+        read_records(small[1], "train", known, ("ffqh",))
+    with pytest.raises(X2DFDError, match="no picture"):
+        train(configured(tmp_path / "none", left_out=("generated",)))
+    first = train(configured(tmp_path / "first"))
+    with pytest.raises(X2DFDError, match="has learnt from generated"):
+        tune(load_llava(base)[0], configured(tmp_path / "second", start=str(first), left_out=("generated",)))
+
+
+@pytest.mark.needs_base
+def test_a_run_of_an_earlier_version_goes_on(configured: Callable[..., FinetuneConfig], tmp_path: Path) -> None:
+    """Bug prevented: a key that is new makes every run that was cut off before it "another training"."""
+    from finetune.train import train
+
+    config = configured(tmp_path / "adapter", workers=1)
+    train(config)
+    path = tmp_path / "adapter" / "checkpoints" / "run.json"
+    kept = {k: v for k, v in json.loads(path.read_text())["config"].items() if k not in ("left_out", "tower")}
+    tiny.edit_json(path, config=kept)
+    train(config)
+
+
+def test_a_model_in_training_sees_what_one_in_use_sees() -> None:
+    """Bug prevented: training on crops without the codec that every crop goes through in use."""
+    crop = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
+    view = training_view(crop, 1, 0)[0]
+    assert (seen_view(crop, 1, 0) == codec(view, *CODEC)).all() and (seen_view(crop, 1, 0) != view).any()
 
 
 @pytest.mark.needs_base

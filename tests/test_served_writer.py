@@ -48,7 +48,7 @@ from x2dfd.crops import load_crops
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.experts import BUILTIN
 from x2dfd.explain import read_cues
-from x2dfd.tower import training_view
+from x2dfd.tower import seen_view
 from x2dfd.types import Cue
 
 KEY = "sk-of-the-test-0123456789"
@@ -297,7 +297,7 @@ def test_the_model_sees_the_training_view_and_the_truth(manifest: Path, tmp_path
     assert len(endpoint.requests) == 2
     for i, request in enumerate(endpoint.requests):
         view = np.asarray(Image.open(io.BytesIO(picture_of(request))))
-        np.testing.assert_array_equal(view, training_view(data.crops[i], 1, i)[0])
+        np.testing.assert_array_equal(view, seen_view(data.crops[i], 1, i))
         assert request["model"] == "m"
         assert request["messages"][0] == {"role": "system", "content": SYSTEM}
         assert is_fake(request) == (data.samples[i].label == "fake")
@@ -461,7 +461,7 @@ def test_a_request_that_fails_is_left_to_the_grammar_and_asked_again(
 ) -> None:
     """Bug prevented: one 500 or one time-out of thousands ends the build, or is cached as the model's last word."""
     data = load_crops(manifest)
-    odd = [Image.fromarray(training_view(data.crops[i], 1, i)[0]).tobytes() for i in (0, 1)]
+    odd = [Image.fromarray(seen_view(data.crops[i], 1, i)).tobytes() for i in (0, 1)]
 
     def reply(request: Request) -> str | int:
         seen = Image.open(io.BytesIO(picture_of(request))).tobytes()

@@ -185,8 +185,8 @@ def fit_calibration(
 
     `unseen`: the same pictures' logits where the parts that could be trained without each one's camera or generator
     were. They have UNSEEN_SHARE of the weight in the fit of weights, means and floors, and the bounds on a source left
-    out are taken from what they say of it: a part that is good only where it has been before gets the weight that it
-    has elsewhere.
+    out are taken from what they say of it: such a part gets the weight that it has where it has not been before. One
+    that was not trained without them keeps the advantage.
     """
     fitted = _fitted(parts, labels, sample_weights, one_sided, unseen)
     chances = np.array([fitted.probability(row) for row in rows_of(parts)])

@@ -120,7 +120,7 @@ def cached_features(
     seed: int = 0,
     batch: int = 16,
 ) -> TowerFeatures:
-    """Features of the given samples, each on its own `training_view`, computed once.
+    """Features of the given samples, each on its own `seen_view`, computed once.
 
     A cut-off run goes on where it stopped.
     """
