@@ -2,7 +2,7 @@
 
     python -m eval.trained_ablation --instructions build/instructions/instructions.jsonl \\
         --manifest build/forged/manifest.jsonl --data build/val/manifest.jsonl --config finetune/embedded.yaml \\
-        --set cached_features=build/forged/.tower --set batch=1 --set accumulate=4 --set bf16=false \\
+        --set cached_features=build/forged/.tower --set batch=1 --set accumulate=4 --set bf16=false --set workers=0 \\
         --set max_steps=150 --out build/trained_ablation
 
 Explanations (SFS) and what experts say (WFS) are left out of an instruction set's verdicts, one at a time and together;
