@@ -619,6 +619,7 @@ def test_the_licence_line_is_that_of_the_pictures() -> None:
     silent = Sample("3", Path("3"), "fake", source="web")
     assert loop.licence_of([free]) == "weights: bound by what they were made of (trained on pictures under: CC0)"
     line = loop.licence_of([free, bound, silent], start="MIT")
+    assert loop.licence_of([free], start=loop.licence_of([free], start="MIT")) == loop.licence_of([free], start="MIT")
     assert "CC BY-NC-SA 4.0; CC0" in line and "no licence is stated for the pictures of web" in line
     assert line.endswith("; start: MIT") and "FFHQ" not in line
 

@@ -289,7 +289,8 @@ def source_names(samples: Iterable[Sample]) -> str:
 def licence_of(samples: Iterable[Sample], start: str = "") -> str:
     """The licence line of weights, from the column `licence` of the pictures they were trained on.
 
-    `start`: the licence of weights that the training began with. Sources without a licence are named.
+    `start`: the licence of weights that the training began with; what it repeats is said once. Sources without a
+    licence are named.
     """
     stated: set[str] = set()
     silent: set[str] = set()
@@ -299,7 +300,11 @@ def licence_of(samples: Iterable[Sample], start: str = "") -> str:
     parts = ["trained on pictures under: " + "; ".join(sorted(stated))] if stated else []
     if silent:
         parts.append(f"no licence is stated for the pictures of {', '.join(sorted(silent))}")
-    return f"weights: bound by what they were made of ({'. '.join(parts)})" + (f"; start: {start}" if start else "")
+    return "; start: ".join(
+        dict.fromkeys(
+            [f"weights: bound by what they were made of ({'. '.join(parts)})", *filter(None, start.split("; start: "))]
+        )
+    )
 
 
 def next_version(folder: Path, name: str) -> str:
