@@ -488,7 +488,7 @@ def speed(results: dict[str, Result], *, all_cases: bool = False) -> str:
                 f"just measured at {device['matmul_gflop_per_s']:,.0f} GFLOP/s and {device['read_gb_per_s']:.0f} GB/s."
             )
             if not measured:
-                caption += " On CUDA as a whole: not measured (LLaVA-1.5-7B: table `gpu`)."
+                caption += " On CUDA as a whole: not measured (LLaVA-1.5-7B on a GPU: eval/RESULTS.md)."
             blocks.append(caption + "\n\n" + _table(lines))
     return "\n\n".join(blocks) or "No results yet."
 
@@ -566,11 +566,11 @@ def _left_out_of_calibration() -> list[str]:
 
 
 def _who_knew(fitted_on: Result) -> str:
-    """Of each part, which of these sources and generators it was asked about without having learnt from them."""
+    """Of each part, about which of these sources and generators one was asked that was trained without them."""
     told = []
     for name, shown in {"mllm": "the MLLM", **{n: f"`{n}`" for n in fitted_on["experts"]}}.items():
         new = sorted(o for o, parts in fitted_on.get("fitted_also_unseen", {}).items() if name in parts)
-        told.append(f"{shown} had learnt from {'others alone: ' + ', '.join(new) + ' were left out' if new else 'all'}")
+        told.append(f"{shown} {'trained without it for ' + ', '.join(new) if new else 'as shipped'}")
     return "; ".join(told)
 
 

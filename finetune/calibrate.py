@@ -1,7 +1,8 @@
 """`python -m finetune.calibrate --adapter DIR --data MANIFEST`: fit the last step on a split kept for it.
 
 MLLM logit and expert logits of split `calib` become one probability (x2dfd.calibration), and the inconclusive band is
-set from the false alarms of every real source. Writes `calibration.json` into the adapter directory.
+set from false alarms on every real source and fakes called real, also of sources that the fit left out. Writes
+`calibration.json` into the adapter directory.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def predict(config: FinetuneConfig, found: Shape, gpus: int, tokens: int = TOKEN
     rows = config.batch * tokens
     wide = 2 if config.bf16 else 4
     # Of a token in one layer: what the backward pass reads again, and LoRA's inputs in fp32, of q, k, v and of gate and
-    # up one each. On an H200 the peak was 4 to 8 % below (eval/results/gpu.json). A tower that learns is not counted.
+    # up one each. On an H200 the peak was 4 to 14 % below (eval/results/gpu.json). A tower that learns is not counted.
     layer = wide * (10 * found.hidden + 4 * found.inner) + 4 * (3 * found.hidden + found.inner)
     kept = found.layers * wide * found.hidden + layer if config.checkpointing else found.layers * layer
     parts = {
