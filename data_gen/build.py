@@ -36,7 +36,7 @@ from x2dfd.experts import DEFAULT, load_expert
 from x2dfd.files import file_sha256, write_text
 from x2dfd.manifest import Sample
 from x2dfd.progress import progress
-from x2dfd.tower import seen_view, training_rows, view_face
+from x2dfd.tower import VIEWS, seen_view, training_rows, view_face
 from x2dfd.types import Cue, Evidence
 
 
@@ -69,6 +69,10 @@ def build(config: BuildConfig, out: Path, out_of_fold: Mapping[str, Mapping[str,
     who wrote, and `written.jsonl` keeps all answers. Raises X2DFDError when the class of a fake is not known, or when
     nothing is left to build from.
     """
+    if unasked := sorted(set(out_of_fold or {}) - set(config.experts)):
+        raise X2DFDError(
+            f"out-of-fold scores of {', '.join(unasked)}: not among the experts {', '.join(config.experts)}"
+        )
     client = connect(config.writer) if config.writer else None
     data = load_crops(Path(config.data))
     strong = set(strong_cues(read_assessment(Path(config.assessment)))) if config.assessment else None
@@ -265,6 +269,7 @@ def _card(records: Sequence[dict[str, Any]], config: BuildConfig, out: Path) -> 
     return {
         "config": {k: v for k, v in asdict(config).items() if k != "writer"},  # an address may hold a key
         "manifest_sha256": file_sha256(Path(config.data)),
+        "views": VIEWS,
         "instructions_sha256": file_sha256(out / "instructions.jsonl"),
         "pictures": len(main),
         "records": dict(sorted(Counter(r["task"].rstrip("0123456789") for r in records).items())),

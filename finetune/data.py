@@ -21,12 +21,11 @@ from torch.utils.data import Dataset
 
 from x2dfd import prompts
 from x2dfd.crops import CropSet
-from x2dfd.degrade import CODEC, DEGRADE_VERSION
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.explain import named_spans
 from x2dfd.files import write_text
 from x2dfd.progress import progress
-from x2dfd.tower import TowerFeatures, seen_view
+from x2dfd.tower import VIEWS, TowerFeatures, seen_view
 
 IGNORE = -100
 
@@ -261,7 +260,7 @@ def cache_tower(
     Another `key` (base, layers, manifest) begins anew; a cut-off run goes on where it stopped.
     """
     layers = feature_layers(model)
-    made_by = {"seed": seed, "degrade": DEGRADE_VERSION, "codec": CODEC}
+    made_by = {"seed": seed, **VIEWS}
     key = json.loads(json.dumps({**key, "rows": [int(r) for r in rows], "layers": layers, **made_by}))
     folder.mkdir(parents=True, exist_ok=True)
     state_file, path = folder / "progress.json", folder / "patches.npy"

@@ -31,7 +31,7 @@ from x2dfd.experts import expert_class, read_card
 from x2dfd.faces import PREPROCESSING
 from x2dfd.files import file_sha256, write_text
 from x2dfd.mllm import base_identity
-from x2dfd.tower import TowerFeatures, cached_features, seen_view, tower_states, training_rows
+from x2dfd.tower import VIEWS, TowerFeatures, cached_features, seen_view, tower_states, training_rows
 
 
 class Bucketed(LengthGroupedSampler):
@@ -239,6 +239,8 @@ def _check_instructions(config: FinetuneConfig) -> None:
         raise X2DFDError(f"{path}, the card of the instructions, cannot be read: {error}") from error
     if made_from["manifest_sha256"] != file_sha256(Path(config.manifest)):
         raise X2DFDError(f"{config.instructions} were built from another manifest than {config.manifest}")
+    if made_from.get("views") != VIEWS:
+        raise X2DFDError(f"{config.instructions} tell scores of other views of the pictures: run data_gen build again")
     if made_from["config"]["view_seed"] != config.view_seed:
         raise X2DFDError(f"{config.instructions} were built with view_seed {made_from['config']['view_seed']}")
 

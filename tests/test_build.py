@@ -207,6 +207,12 @@ def test_questions_about_the_class_have_the_true_answer(manifest: Path, tmp_path
     assert {a for q, _, a in said if "generated as a whole" in q or "synthesis" in q} == {"No"}
 
 
+def test_out_of_fold_scores_of_an_expert_that_is_not_asked_are_refused(manifest: Path, tmp_path: Path) -> None:
+    """Bug prevented: an hour's scores that nobody reads, since another expert is the default now."""
+    with pytest.raises(X2DFDError, match="scores of clip: not among the experts"):
+        made(manifest, tmp_path / "o", {"clip": {"s0": 0.1}})
+
+
 def test_out_of_fold_scores_are_used_where_given(manifest: Path, tmp_path: Path) -> None:
     """An expert's scores on its own training pictures are too good: the MLLM would learn to obey it."""
     plain = {r["image"]: r["scores"][tiny.EXPERT] for r in detect(made(manifest, tmp_path / "a", corrupt=0.0))}

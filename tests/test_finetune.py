@@ -444,6 +444,12 @@ def test_instructions_of_another_manifest_are_refused(
         train(configured(tmp_path / "adapter", manifest=str(other)))
     with pytest.raises(X2DFDError, match="view_seed"):
         train(configured(tmp_path / "adapter", view_seed=5))
+    card = small[1].parent / "card.json"
+    before = card.read_text()
+    tiny.edit_json(card, views={"degrade": 2})  # as it was before the codec
+    with pytest.raises(X2DFDError, match="other views"):
+        train(configured(tmp_path / "adapter"))
+    card.write_text(before)
 
 
 @pytest.mark.needs_base

@@ -25,6 +25,9 @@ from x2dfd.files import file_sha256, write_text
 from x2dfd.progress import progress
 from x2dfd.types import Face
 
+VIEWS = {"degrade": DEGRADE_VERSION, "codec": list(CODEC)}
+"""What made training views what they are; caches and instruction sets of other views are not taken."""
+
 _MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 _STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 
@@ -131,7 +134,7 @@ def cached_features(
         digest.update(data.samples[i].id.encode() + b"\n")
         digest.update(data.crops[i].data)
     base = file_sha256(require("base") / "model.safetensors")
-    made_by = {"seed": seed, "degrade": DEGRADE_VERSION, "codec": list(CODEC), "base": base}
+    made_by = {"seed": seed, **VIEWS, "base": base}
     key = {"samples": digest.hexdigest(), "layers": layers, "keep": list(keep), **made_by}
     state_file = folder / "progress.json"
     state = json.loads(state_file.read_text()) if state_file.is_file() else {}
