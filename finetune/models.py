@@ -22,6 +22,9 @@ PROJECTORS = ("multi_modal_projector", "connector", "merger")
 """What the module between tower and language model is called: LLaVA, InternVL, Gemma; SmolVLM, Idefics; Qwen-VL."""
 
 
+NO_TOWER = "tower: lora fits a tower of CLIP's kind in a LLaVA alone, and this model has none"
+
+
 def open_base(config: FinetuneConfig) -> tuple[Any, Any]:
     """The base model, quantised for qlora, and its processor. Raises SetupError when they cannot be read."""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -92,7 +95,7 @@ def tune(model: Any, config: FinetuneConfig) -> tuple[Any, list[str]]:
     if config.tower == "norms":
         outside = [(n, m) for n, m in model.named_modules() if not n.startswith((text, projector))]
         whole += [n for n, m in outside if type(m).__name__.endswith("Norm")]
-    of_tower = re.compile(TOWER_LINEARS.replace("LAYERS", "|".join(map(str, range(_tower_depth(model))))))
+    of_tower = _tower_linears(model) if config.tower == "lora" else None
     torch.manual_seed(config.seed)
     if config.method == "full":
         model.requires_grad_(False)
@@ -104,7 +107,7 @@ def tune(model: Any, config: FinetuneConfig) -> tuple[Any, list[str]]:
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
-            target_modules=f"{config.targets}|{of_tower.pattern}" if config.tower == "lora" else config.targets,
+            target_modules=f"{config.targets}|{of_tower.pattern}" if of_tower else config.targets,
             use_dora=config.method == "dora",
             modules_to_save=[n.removeprefix("model.") for n in whole],
         )
@@ -115,11 +118,11 @@ def tune(model: Any, config: FinetuneConfig) -> tuple[Any, list[str]]:
         if config.start:
             _start_from(tuned, Path(config.start), config)
         adapted = [n.removeprefix("base_model.model.") for n, _ in tuned.named_parameters() if "lora_A" in n]
-        if config.tower == "lora" and not any(of_tower.match(n) for n in adapted):
-            raise X2DFDError("tower: lora fits a tower of CLIP's kind alone, and this model has none")
+        if of_tower and not any(of_tower.match(n) for n in adapted):
+            raise X2DFDError(NO_TOWER)
         if not any(n.startswith(text) for n in adapted):
             raise X2DFDError(f"targets {config.targets!r} name nothing in {text}")
-        astray = [n for n in adapted if not n.startswith(text) and not (config.tower == "lora" and of_tower.match(n))]
+        astray = [n for n in adapted if not n.startswith(text) and not (of_tower and of_tower.match(n))]
         if astray:
             raise X2DFDError(f"targets {config.targets!r} reach outside of {text}: {astray[0]}")
     if config.base_dtype != "float32" and not config.deepspeed:  # DeepSpeed keeps fp32 masters of its own
@@ -129,13 +132,17 @@ def tune(model: Any, config: FinetuneConfig) -> tuple[Any, list[str]]:
     return tuned, whole
 
 
-def _tower_depth(model: Any) -> int:
-    """How many of the tower's layers the projector reads from: what lies behind them learns nothing."""
-    vision = getattr(model.config, "vision_config", None)
-    depth = int(getattr(vision, "num_hidden_layers", 0))
-    layers = getattr(model.config, "vision_feature_layer", -1)
-    wanted = [layers] if isinstance(layers, int) else list(layers)
-    return max((k if k >= 0 else depth + 1 + k for k in wanted), default=depth)
+def _tower_linears(model: Any) -> re.Pattern[str]:
+    """LoRA's targets in the tower's layers that the projector reads from: what lies behind them would learn nothing.
+
+    Raises X2DFDError where there is no such tower.
+    """
+    depth = getattr(getattr(model.config, "vision_config", None), "num_hidden_layers", None)
+    read = getattr(model.config, "vision_feature_layer", None)
+    if not isinstance(depth, int) or read is None:
+        raise X2DFDError(NO_TOWER)
+    last = max(k if k >= 0 else depth + 1 + k for k in ([read] if isinstance(read, int) else read))
+    return re.compile(TOWER_LINEARS.replace("LAYERS", "|".join(map(str, range(last)))))
 
 
 def _start_from(tuned: Any, folder: Path, config: FinetuneConfig) -> None:

@@ -13,8 +13,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar, cast
+from typing import Any
 
 import av
 import cv2
@@ -34,10 +33,9 @@ from x2dfd.detector import Detector
 from x2dfd.errors import InputError, SetupError, UnknownName
 from x2dfd.experts import BUILTIN
 from x2dfd.faces import find_faces
-from x2dfd.fetch import BASE_NAME
 from x2dfd.media import Picture, find_media, load_media
 from x2dfd.mllm import base_identity
-from x2dfd.types import Card, Cue, Evidence, Face, Failure, Report
+from x2dfd.types import Cue, Evidence, Failure, Report
 
 pytestmark = pytest.mark.needs_base
 
@@ -592,30 +590,3 @@ def test_a_file_that_may_not_be_read_is_a_row(detector: Detector, face_photo: Pa
         rows[0] = Failure(str(hidden), None, "unreadable", "as root")
     assert [type(r) for r in rows] == [Failure, Failure, Report]
     assert list(find_media([long])) == [long]
-
-
-@pytest.mark.parametrize(("tower", "shared"), [("frozen", True), ("lora", False), ("norms", False)])
-def test_a_changed_tower_is_not_shared_with_experts(tower: str, shared: bool) -> None:
-    """An expert trained on what the base's tower gives reads noise in another's."""
-    seen: list[Any] = []
-
-    class Reader:
-        card: ClassVar[Card] = tiny.Brightness.card
-
-        def judge(self, faces: Any, shared: Any = None) -> list[Evidence]:
-            seen.append(shared.tower_states)
-            return [Evidence(self.card.name, 0.5) for _ in faces]
-
-    facts = {"base": {"name": BASE_NAME}, "in_prompt": [], "score_form": "numbers", "experts": {}, "tower": tower}
-    judge = Detector(cast(Any, None), [Reader()], None, facts, "paper")
-    face = Face(
-        0,
-        (0, 0, 8, 8),
-        np.zeros((468, 2), np.float32),
-        1.0,
-        np.zeros((224, 224, 3), np.uint8),
-        np.zeros((468, 2), np.float32),
-        0.0,
-    )
-    judge.evidence([face], SimpleNamespace(tower_states=(torch.ones(1, 2, 3),)))
-    assert (seen[0] is not None) is shared

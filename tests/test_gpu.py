@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,14 @@ def test_memory_follows_from_the_settings(seven: Shape) -> None:
     assert kept["activations"] < plain["activations"] / 5
     whole = predict(config(method="full"), replace(seven, trained=seven.total), 1)
     assert whole["total"] > 100 * GB
+
+
+def test_what_is_predicted_is_a_little_more_than_was_measured(seven: Shape) -> None:
+    """A preset that does not fit ends out of memory; one that asks for half as much again wants a dearer card."""
+    measured = json.loads((ROOM.parent / "eval" / "results" / "gpu.json").read_text())
+    for row in measured["training"]:
+        tried = config(method=row["method"], batch=row["batch"], checkpointing=row["checkpointing"])
+        assert 1.0 < predict(tried, seven, 1, row["tokens"])["total"] / GB / row["peak_gb"] < 1.17, row
 
 
 def test_a_preset_fits_its_card_and_a_larger_card_is_no_slower(seven: Shape) -> None:

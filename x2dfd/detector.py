@@ -331,9 +331,7 @@ class Detector:
 
     def evidence(self, faces: Sequence[Face], look: Any) -> list[list[Evidence]]:
         """What each expert says of each face: [face][expert]."""
-        # An adapter that changed the tower has it for itself: experts are trained on what the base's own gives.
-        same = self.facts["base"]["name"] == BASE_NAME and self.facts.get("tower", "frozen") == "frozen"
-        shared = Shared(tower_states=look.tower_states if same else None)
+        shared = Shared(tower_states=look.tower_states if self.facts["base"]["name"] == BASE_NAME else None)
         columns = [ask(expert, faces, shared) for expert in self.experts]
         return [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in faces]
 
@@ -481,6 +479,7 @@ def load(
         facts["name"],
         autocast=place.type == "cpu" and precision == "bf16",
         temperature=facts["temperature"],
+        own_tower=card is not None and card.tower != "frozen",
     )
     if card and card.probes:
         check_probes(card, probe_logits(mllm), 0.1 if precision == "fp32" else 1.0)
@@ -548,7 +547,6 @@ def _facts(
         "base": base,
         "adapter_sha256": card.sha256 if card else None,
         "layers": _layers(card) if card else None,
-        "tower": card.tower if card else "frozen",
         "prompt_sha256": prompt_sha256,
         "crops_through": f"{CODEC[0]} {CODEC[1]}",
         "experts": {n: f"{e.card.version} {e.card.sha256}" for n, e in experts.items()},
