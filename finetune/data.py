@@ -101,9 +101,11 @@ def _named_tokens(
     return [k for k, (a, b) in enumerate(places) if any(a < end and b > start for start, end in spans)]
 
 
-def read_records(
-    instructions: Path, split: str, data: CropSet, left_out: Sequence[str] = ()
-) -> dict[int, list[dict[str, Any]]]:
+Records = dict[int, list[dict[str, Any]]]
+"""The conversations about each picture, by its row in the manifest's CropSet."""
+
+
+def read_records(instructions: Path, split: str, data: CropSet, left_out: Sequence[str] = ()) -> Records:
     """The instruction records of a split by their picture's row, without the sources and generators `left_out`.
 
     A picture whose face comes from a donor of such a source goes too. Raises X2DFDError when there are none,
@@ -114,7 +116,7 @@ def read_records(
     for origin in left_out:
         if origin not in origins:
             raise UnknownName("source or generator", origin, origins)
-    by_row: dict[int, list[dict[str, Any]]] = {}
+    by_row: Records = {}
     with instructions.open(encoding="utf-8") as stream:
         for line in stream:
             record = json.loads(line)
@@ -139,16 +141,13 @@ class Packs(Dataset[dict[str, Any]]):
 
     def __init__(
         self,
-        instructions: Path,
-        split: str,
+        by_row: Records,
         processor: Any,
         label_ids: Sequence[int],
         data: CropSet,
         features: TowerFeatures | None,
         view_seed: int,
-        left_out: Sequence[str] = (),
     ) -> None:
-        by_row = read_records(instructions, split, data, left_out)
         where = {int(r): k for k, r in enumerate(features.rows)} if features is not None else {}
         self.rows = list(by_row)
         absent = [r for r in self.rows if r not in where] if features is not None else []
@@ -180,16 +179,8 @@ class Rows(Dataset[dict[str, Any]]):
     """One item a conversation, as the base's own processor makes it: for bases whose pictures cannot be packed."""
 
     def __init__(
-        self,
-        instructions: Path,
-        split: str,
-        processor: Any,
-        label_ids: Sequence[int],
-        data: CropSet,
-        view_seed: int,
-        left_out: Sequence[str] = (),
+        self, by_row: Records, processor: Any, label_ids: Sequence[int], data: CropSet, view_seed: int
     ) -> None:
-        by_row = read_records(instructions, split, data, left_out)
         self.rows = [row for row, records in by_row.items() for _ in records]
         self._records = [record for records in by_row.values() for record in records]
         self._tokens = [conversation(processor, record, label_ids) for record in self._records]

@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
 from finetune.config import FinetuneConfig, check_config
-from finetune.data import IGNORE, Collate, CollateRows, Packs, Rows, cache_tower, feature_layers
+from finetune.data import IGNORE, Collate, CollateRows, Packs, Rows, cache_tower, feature_layers, read_records
 from finetune.models import CachedTower, fit_projector, open_base, tune
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, WHOLE, AdapterCard, lora_b_sum, probe_logits, read_adapter_card, write_adapter_card
@@ -119,15 +119,15 @@ def train(config: FinetuneConfig) -> Path:
     label_ids = prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS)
     with arguments.main_process_first(local=False):
         features = _features(config, model, processor, data)
-    instructions = Path(config.instructions)
+    records = read_records(Path(config.instructions), "train", data, config.left_out)
     packs: Packs | Rows
     collate: Collate | CollateRows
     pad = processor.tokenizer.pad_token_id or 0
     if config.pack:
-        packs = Packs(instructions, "train", processor, label_ids, data, features, config.view_seed, config.left_out)
+        packs = Packs(records, processor, label_ids, data, features, config.view_seed)
         collate = Collate(pad, config.verdict_weight, config.cue_weight)
     else:
-        packs = Rows(instructions, "train", processor, label_ids, data, config.view_seed, config.left_out)
+        packs = Rows(records, processor, label_ids, data, config.view_seed)
         collate = CollateRows(pad, config.verdict_weight, config.cue_weight)
     tuned, whole = tune(model, config)
     with arguments.main_process_first(local=False):

@@ -22,7 +22,7 @@ import x2dfd
 from data_gen.build import BuildConfig, build
 from finetune.__main__ import app
 from finetune.config import FinetuneConfig, load_config
-from finetune.data import IGNORE, Collate, CollateRows, Conversation, Packs, Rows, conversation
+from finetune.data import IGNORE, Collate, CollateRows, Conversation, Packs, Rows, conversation, read_records
 from finetune.models import open_base, tune
 from finetune.prune import prune, sample_text
 from tests import tiny
@@ -168,7 +168,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def packs(base: Path, small: tuple[Path, Path]) -> Packs:
     model, processor = load_llava(base)
     labels = LocalMLLM(model, processor, "tiny").label_ids
-    return Packs(small[1], "train", processor, labels, load_crops(small[0]), None, 1)
+    data = load_crops(small[0])
+    return Packs(read_records(small[1], "train", data), processor, labels, data, None, 1)
 
 
 def loss(model: Any, batch: dict[str, Tensor]) -> float:
@@ -273,7 +274,7 @@ def test_what_there_is_nothing_to_learn_from_is_refused(base: Path, small: tuple
     with pytest.raises(X2DFDError, match="does not begin with the verdict"):
         conversation(processor, record, LocalMLLM(*load_llava(base), "tiny").label_ids)
     with pytest.raises(X2DFDError, match="split 'nowhere'"):
-        Packs(small[1], "nowhere", processor, (1, 2), load_crops(small[0]), None, 1)
+        read_records(small[1], "nowhere", load_crops(small[0]))
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -343,13 +344,9 @@ def test_a_tower_that_learns_is_this_adapters_own(
     of_tower = {k: v for k, v in load_file(out / WEIGHTS).items() if "vision_tower" in k}
     assert len(of_tower) == 3 * 4 * 2 and all(float(v.abs().sum()) > 0 for v in of_tower.values())
     assert (read_adapter_card(first).tower, read_adapter_card(out).tower) == ("frozen", "lora")
-    for adapter, shares in (
-        (first, True),
-        (out, False),
-    ):  # an expert trained on the base's tower reads noise in another's
-        look = x2dfd.load(base=str(base), adapter=adapter, mode="paper").mllm.look(
-            probe_crops()
-        )  # its probes are the same
+    # An expert trained on the base's tower reads noise in another's; and loading finds the probes as they were.
+    for adapter, shares in (first, True), (out, False):
+        look = x2dfd.load(base=str(base), adapter=adapter, mode="paper").mllm.look(probe_crops())
         assert (look.tower_states is not None) is shares
     with pytest.raises(SetupError, match="changes the vision tower"):
         split(out, tmp_path / "split", str(base))
@@ -366,7 +363,6 @@ def test_what_is_left_out_is_not_trained_on(
     configured: Callable[..., FinetuneConfig], small: tuple[Path, Path], base: Path, tmp_path: Path
 ) -> None:
     """Bug prevented: figures on a source that the model knows after all, by its photos, by donors, or by its start."""
-    from finetune.data import read_records
     from finetune.train import train
 
     data = load_crops(small[0])
@@ -588,7 +584,8 @@ def test_rows_have_the_loss_of_packs(base: Path, small: tuple[Path, Path], packs
     """Bases that cannot be packed learn from the same tokens with the same weights."""
     model, processor = load_llava(base)
     labels = prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS)
-    rows = Rows(small[1], "train", processor, labels, load_crops(small[0]), 1)
+    data = load_crops(small[0])
+    rows = Rows(read_records(small[1], "train", data), processor, labels, data, 1)
     of_first = [rows[k] for k in range(len(rows)) if rows.rows[k] == packs.rows[0]]
     packed, plain = Collate(0, 4.0)([packs[0]]), CollateRows(0, 4.0)(of_first)
     assert loss(model, plain) == pytest.approx(loss(model, packed), rel=1e-5)
@@ -624,13 +621,13 @@ def test_cached_features_of_any_llava_are_the_towers(
     config = configured(tmp_path / "adapter", cached_features=str(tmp_path / "cache"))
     data, (model, processor) = load_crops(small[0]), open_base(config)
     labels = prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS)
-    plain = Packs(small[1], "train", processor, labels, data, None, 1)
+    plain = Packs(read_records(small[1], "train", data), processor, labels, data, None, 1)
     direct = loss(model, Collate(0, 4.0)([plain[2]]))
     for _ in range(2):
         model, _ = open_base(config)
         features = _features(config, model, processor, data)
         written = (tmp_path / "cache" / "patches.npy").stat().st_mtime_ns
-        cached = Packs(small[1], "train", processor, labels, data, features, 1)
+        cached = Packs(read_records(small[1], "train", data), processor, labels, data, features, 1)
         assert loss(model, Collate(0, 4.0)([cached[2]])) == pytest.approx(direct, rel=1e-3)
     assert (tmp_path / "cache" / "patches.npy").stat().st_mtime_ns == written
 
