@@ -48,7 +48,9 @@ class Shared:
     """What has already been computed for a batch of faces, so that an expert need not compute it again."""
 
     tower_states: tuple[Tensor, ...] | None = None
-    """Hidden states of the base's CLIP tower, embeddings first: each [n, 1 + patches, 768], fp32."""
+    """Hidden states of a CLIP tower of the base's shape, embeddings first: each [n, 1 + patches, 768], fp32."""
+    tower: str = ""
+    """SHA-256 of the additions that the tower carries; "" for the base's own tower."""
 
 
 @runtime_checkable
@@ -133,7 +135,7 @@ def ask(expert: Expert, faces: Sequence[Face], shared: Shared | None = None) -> 
 def _of_face(shared: Shared | None, k: int) -> Shared | None:
     if shared is None or shared.tower_states is None:
         return shared
-    return Shared(tower_states=tuple(states[k : k + 1] for states in shared.tower_states))
+    return replace(shared, tower_states=tuple(states[k : k + 1] for states in shared.tower_states))
 
 
 def _checked(name: str, said: list[Evidence], n: int) -> list[Evidence]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from x2dfd.crops import CropSet
 from x2dfd.degrade import CODEC, DEGRADE_VERSION, codec, degrade
+from x2dfd.errors import SetupError
 from x2dfd.fetch import require
 from x2dfd.files import file_sha256, write_text
 from x2dfd.progress import progress
@@ -28,20 +29,54 @@ from x2dfd.types import Face
 VIEWS = {"degrade": DEGRADE_VERSION, "codec": list(CODEC)}
 """What made training views what they are; caches and instruction sets of other views are not taken."""
 
+WIDTH = 768
+"""Of the tower's hidden states: CLIP ViT-B."""
+
 _MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 _STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 
 
 def clip_pixels(crops: Tensor) -> Tensor:
     """uint8 crops [n, 224, 224, 3] to CLIP's input [n, 3, 224, 224]; the same numbers as CLIP's image processor."""
-    return ((crops.float() / 255 - _MEAN) / _STD).permute(0, 3, 1, 2).contiguous()
+    mean, std = _MEAN.to(crops.device), _STD.to(crops.device)
+    return ((crops.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+
+
+@torch.no_grad()
+def add_to_tower(tower: torch.nn.Module, additions: Mapping[str, Tensor]) -> None:
+    """Put a training's additions into the weights of a CLIP vision model, so that they cost nothing in use.
+
+    `additions`: by the tower's own names, a parameter's new value, or a pair `<module>.lora_A.weight` [r, in] and
+    `<module>.lora_B.weight` [out, r] whose product is added to `<module>.weight` (LoRA, arXiv 2106.09685; its scale is
+    in B). Additions to layers that the tower does not have are left. Raises SetupError for any other name or shape.
+    """
+    parameters = dict(tower.named_parameters())
+    kept = len(tower.encoder.layers)  # type: ignore[arg-type, union-attr]
+    for name, value in additions.items():
+        if name.endswith(LORA_B):
+            continue
+        target = name.replace(LORA_A, ".weight")
+        if target.startswith("encoder.layers.") and int(target.split(".")[2]) >= kept:
+            continue
+        weight, change = parameters.get(target), value.float()
+        if name.endswith(LORA_A):
+            if (up := additions.get(name.replace(LORA_A, LORA_B))) is None or up.shape[1] != value.shape[0]:
+                raise SetupError(f"the tower's additions hold no fitting lora_B for {target}")
+            change = up.float() @ value.float()
+        if weight is None or weight.shape != change.shape:
+            raise SetupError(f"the tower has no {target} of shape {tuple(change.shape)}: these additions fit another")
+        change = change.to(weight)
+        weight.copy_(weight + change if name.endswith(LORA_A) else change)
 
 
 @cache
-def load_tower(layers: int) -> Any:
-    """The first `layers` layers of the base's CLIP vision model, fp32, eval.
+def load_tower(layers: int, additions: Path | None = None) -> Any:
+    """The first `layers` layers of the base's CLIP vision model, fp32, eval; with the weight file `additions` in it.
 
-    Raises SetupError when it is not fetched.
+    Raises SetupError when the base is not fetched, or when the additions do not fit.
     """
     from safetensors import safe_open
     from transformers import CLIPVisionModel, LlavaConfig
@@ -54,13 +89,28 @@ def load_tower(layers: int) -> Any:
     with safe_open(folder / "model.safetensors", "pt") as stream:
         state = {k: stream.get_tensor(prefix + k).float() for k in model.state_dict()}
     model.load_state_dict(state, strict=True)
+    if additions is not None:
+        add_to_tower(model, read_additions(additions))
     return model.eval()
 
 
-def tower_states(crops: Tensor, layers: int) -> tuple[Tensor, ...]:
+def read_additions(path: Path) -> dict[str, Tensor]:
+    """What a weight file of the forensic tower adds to the tower, by the tower's own names. Raises SetupError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise SetupError(f"the tower's weights {path} cannot be read: {error}; reinstall x2dfd") from error
+    return {k.removeprefix("tower."): v for k, v in weights.items() if k.startswith("tower.")}
+
+
+def tower_states(crops: Tensor, layers: int, additions: Path | None = None) -> tuple[Tensor, ...]:
     """Hidden states of uint8 crops [n, 224, 224, 3]: embeddings and each layer's output, [n, 197, 768]."""
     with torch.inference_mode():
-        states: tuple[Tensor, ...] = load_tower(layers)(clip_pixels(crops), output_hidden_states=True).hidden_states
+        tower = load_tower(layers, additions)
+        states: tuple[Tensor, ...] = tower(clip_pixels(crops), output_hidden_states=True).hidden_states
     return states
 
 

@@ -1,0 +1,77 @@
+"""Expert `tower`: the forensic tower's own verdict, its cues and its map.
+
+Blind spot: reenactment that moves little but the mouth, generators that leave no trace at 224 pixels. The network is
+the base's CLIP ViT-B/16 with additions that this project trained end to end (external_detectors.train.tower). The
+embedded model reads the same pass of it, so beside that model it costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from external_detectors.weights_io import load_weights
+from x2dfd.adapter import EMBEDDED
+from x2dfd.errors import SetupError
+from x2dfd.experts import Shared, read_card
+from x2dfd.fetch import require
+from x2dfd.types import ARTIFACTS, Card, Cue, Evidence, Face
+
+WEIGHTS = EMBEDDED / "experts"
+"""The tower lies with the embedded model, whose tower it is."""
+
+
+class Tower:
+    """P(fake) of each face's aligned crop, the likeliest kind of fake, the likeliest cues, and a map."""
+
+    card: ClassVar[Card] = read_card(WEIGHTS / "tower.card.json")
+
+    def __init__(self, folder: Path = WEIGHTS) -> None:
+        from external_detectors.tower_net import TowerHeads
+
+        self.card = read_card(folder / "tower.card.json")  # type: ignore[misc]
+        weights = load_weights(self.card, folder)
+        self._heads = TowerHeads()
+        self._heads.load_state_dict({k: v for k, v in weights.items() if not k.startswith("tower.")})
+        self._heads.eval()
+        self._folder = folder
+        require("base")  # said now, not at the first face
+        if not isinstance(self.card.figures.get("cue_threshold"), float):
+            raise SetupError(f"the card of expert 'tower' in {folder} names no cue_threshold; reinstall x2dfd")
+        self._threshold = float(self.card.figures["cue_threshold"])
+
+    def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
+        import numpy as np
+        import torch
+        from torch.nn import functional as F
+
+        from external_detectors.consistency_net import MAX_CUES, POINTS_FROM, POOLED, area_grid
+        from external_detectors.tower_net import KINDS, LAYERS
+        from x2dfd.tower import tower_states
+
+        if not faces:
+            return []
+        states = shared.tower_states if shared and shared.tower == self.card.sha256 else None
+        if states is None or len(states) <= max(LAYERS):
+            crops = torch.from_numpy(np.stack([f.crop for f in faces]))
+            states = tower_states(crops, max(LAYERS), self._folder / self.card.weights)
+        areas = torch.from_numpy(np.stack([area_grid(f.crop_landmarks) for f in faces]))
+        with torch.inference_mode():
+            seen = self._heads(states, areas.float() / 255)
+            maps = F.avg_pool2d(seen.map.sigmoid()[:, None], 2)[:, 0].tolist()  # [n, 14, 14]
+            kinds = seen.kinds[:, 1:].argmax(1).tolist()
+            chances = seen.cues.sigmoid().flatten(1)
+        out = []
+        for score, kind, chance, rows in zip(seen.fake.sigmoid().tolist(), kinds, chances, maps, strict=True):
+            best = chance.topk(MAX_CUES)
+            pairs = [(divmod(k, len(ARTIFACTS)), p) for p, k in zip(*(t.tolist() for t in best), strict=True)]
+            found = tuple(
+                Cue(POOLED[area], ARTIFACTS[artifact], round(p, 3))
+                for (area, artifact), p in pairs
+                if score >= POINTS_FROM and p >= self._threshold
+            )
+            grid = tuple(tuple(round(v, 3) for v in row) for row in rows)
+            note = f"likest to {KINDS[kind + 1]}" if score >= POINTS_FROM else None
+            out.append(Evidence(self.card.name, float(score), note, found, grid))
+        return out

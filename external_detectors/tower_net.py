@@ -1,0 +1,83 @@
+"""The heads on the forensic tower, shared by its training and its use.
+
+The tower is the base's CLIP ViT-B/16 with trained additions (LoRA, arXiv 2106.09685; or layer norms). Four of its
+layers are read: statistics over all patches decide real or fake and the kind of fake, patches pooled inside the areas
+of the face mesh name what is wrong where, and every patch says whether the picture was changed there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from external_detectors.consistency_net import GRID, POOLED
+from x2dfd.tower import WIDTH
+from x2dfd.types import ARTIFACTS
+
+LAYERS = (3, 6, 9, 12)
+"""Outputs of the tower that the heads read; 1 is the first layer's."""
+
+KINDS = ("real", "EFS", "FS", "FR", "FE")
+"""Classes of the second head, as in DFA-Bench: bona fide, entire synthesis, swap, reenactment, editing."""
+
+_PATCHES = 14  # a side
+_POOLED = WIDTH * len(LAYERS)
+_CUE = 64
+
+
+class Seen(NamedTuple):
+    """Logits of n faces."""
+
+    fake: Tensor  # [n]
+    kinds: Tensor  # [n, KINDS]
+    cues: Tensor  # [n, POOLED, ARTIFACTS]
+    map: Tensor  # [n, GRID, GRID]
+
+
+class TowerHeads(nn.Module):
+    """Hidden states of the tower, embeddings first, each [n, 1 + 196, 768], and area grids [n, areas, 28, 28] in 0..1
+    to `Seen`."""
+
+    allowed: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        features = 2 * _POOLED + WIDTH
+        self.norm = nn.LayerNorm(features)
+        self.fake = nn.Linear(features, 1)
+        self.cls = nn.Linear(features, len(KINDS))
+        self.map = nn.Linear(_POOLED, (GRID // _PATCHES) ** 2)
+        self.mix = nn.Linear(_POOLED, _CUE)
+        self.name = nn.Sequential(
+            nn.Linear(4 * _CUE + len(POOLED), 128), nn.ReLU(), nn.Dropout(0.1), nn.Linear(128, len(ARTIFACTS))
+        )
+        self.dropout = nn.Dropout(0.3)
+        # Pairs that training knew; of the others nothing is said.
+        self.register_buffer("allowed", torch.zeros(len(POOLED), len(ARTIFACTS)))
+
+    def forward(self, states: Sequence[Tensor], areas: Tensor) -> Seen:
+        read = [F.layer_norm(states[layer].float(), (WIDTH,)) for layer in LAYERS]
+        patches = [r[:, 1:] for r in read]
+        spread = [p.var(1).add(1e-6).sqrt() for p in patches]
+        statistics = [s for p, v in zip(patches, spread, strict=True) for s in (p.mean(1), v)]
+        f = self.dropout(self.norm(torch.cat([read[-1][:, 0], *statistics], 1)))
+        each = torch.cat(patches, 2)  # [n, 196, 4 * 768]
+        cells = self.map(each).unflatten(1, (_PATCHES, _PATCHES)).unflatten(3, (2, 2))  # [n, 14, 14, 2, 2]
+        where = cells.permute(0, 1, 3, 2, 4).reshape(-1, GRID, GRID)
+        return Seen(self.fake(f)[:, 0], self.cls(f), self._cues(each, areas), where)
+
+    def _cues(self, patches: Tensor, areas: Tensor) -> Tensor:
+        """What an area looks like, compared with the skin and with the surroundings: [n, areas, artifacts]."""
+        share = F.avg_pool2d(areas, GRID // _PATCHES).flatten(2)
+        share = share / share.sum(2, keepdim=True).clamp(min=1e-3)  # [n, areas, 196]
+        mixed = self.mix(patches)
+        mean = share @ mixed  # [n, areas, 64]
+        spread = (share @ mixed.square() - mean.square()).clamp(min=1e-6).sqrt()
+        skin, around = (mean[:, POOLED.index(a)].unsqueeze(1) for a in ("skin", "background"))
+        which = torch.eye(len(POOLED), dtype=mean.dtype, device=mean.device).expand(len(mean), -1, -1)
+        cues: Tensor = self.name(torch.cat([mean, spread, mean - skin, mean - around, which], 2))
+        return cues.masked_fill(self.allowed == 0, -12.0)

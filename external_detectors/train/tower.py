@@ -1,0 +1,447 @@
+"""Training of the forensic tower: the base's CLIP ViT-B/16, trained end to end to see forgeries.
+
+Small additions to the tower (LoRA on every linear layer) and the heads on it learn several targets at once: real or
+fake, the kind of fake, area × artifact cues, and a map of where. The data are manifests: photos, ready-made fakes,
+forgeries of `data_gen forge` with their masks and cues; photos are also blended with themselves, anew every time.
+The clock ends a training, so that one on a CPU and one on a GPU are the same command; it resumes. Averages of the
+weights are compared on what was left out, and the best of them is kept: more steps can make the unseen worse.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import cv2
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
+
+from external_detectors.consistency_net import GRID, POOLED, area_grid
+from external_detectors.tower_net import KINDS, LAYERS, Seen, TowerHeads
+from external_detectors.train.consistency import CUE_SEEN_FROM
+from external_detectors.train.loop import (
+    CHOSEN_BY,
+    SOURCE,
+    augmented,
+    by_method,
+    by_source,
+    licence_of,
+    log,
+    next_version,
+    source_names,
+    training_device,
+    worst,
+)
+from external_detectors.train.self_blend import self_blend
+from external_detectors.weights_io import WEIGHTS, save_weights
+from x2dfd.crops import CropSet, load_crops
+from x2dfd.degrade import CODEC, codec, video_codec
+from x2dfd.errors import UnknownName, X2DFDError
+from x2dfd.faces import PREPROCESSING
+from x2dfd.files import file_sha256
+from x2dfd.manifest import Sample, manifest_sha256
+from x2dfd.tower import LORA_A, LORA_B, clip_pixels, load_tower
+from x2dfd.types import ARTIFACTS, Card
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+FAKES, BLENDED = 0.34, 0.27  # share of fakes among what is drawn, and of photos that are blended with themselves:
+# together half of what is seen is fake
+VIDEO = 0.2  # share of views that go through H.264 beside what `degrade` does
+CLIP = 8  # pictures that a clip or person counts as, however many there are
+KEPT = "allowed"  # a buffer of the heads, not a weight
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What makes a training what it is: a cut-off run resumes only under the same."""
+
+    data: tuple[str, ...]  # hashes of the manifests
+    leave_out: tuple[str, ...]
+    start: str  # hash of the weights that it starts from; "" for the bare base
+    minutes: float
+    batch: int
+    lr: float
+    rank: int
+    seed: int
+
+
+class Net(nn.Module):
+    """Tower with LoRA, and heads."""
+
+    def __init__(self, rank: int, seed: int) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        super().__init__()
+        torch.manual_seed(seed)
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(LINEARS))
+        self.tower: Any = get_peft_model(load_tower.__wrapped__(max(LAYERS)), config)
+        self.heads = TowerHeads()
+
+    def forward(self, crops: Tensor, areas: Tensor) -> Seen:
+        states = self.tower(clip_pixels(crops), output_hidden_states=True).hidden_states
+        seen: Seen = self.heads(states, areas.float() / 255)
+        return seen
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self.named_parameters() if p.requires_grad}
+
+
+def weights_of(state: dict[str, Tensor], scale: float = 2.0) -> dict[str, Tensor]:
+    """Trained parameters by the names in the weight file: `tower.…lora_A.weight`, LoRA's scale put into B; heads."""
+    found = {}
+    for name, value in state.items():
+        short = name.replace("tower.base_model.model.", "tower.").replace(".default.", ".").removeprefix("heads.")
+        found[short] = value * scale if short.endswith(LORA_B) else value
+    return found
+
+
+def start_from(net: Net, weights: dict[str, Tensor], scale: float = 2.0) -> None:
+    """Give the net the values of a weight file; heads that the file lacks keep their random start.
+
+    Raises X2DFDError for a weight that the net does not have in that shape.
+    """
+    own: dict[str, Tensor] = dict(net.trained()) | {f"heads.{KEPT}": net.heads.allowed}
+    by_short = {short: own[name] for name in own for short in weights_of({name: own[name]})}
+    with torch.no_grad():
+        for short, value in weights.items():
+            if short not in by_short or by_short[short].shape != value.shape:
+                raise X2DFDError(f"the start holds {short} of shape {tuple(value.shape)}, which this tower lacks")
+            by_short[short].copy_(value / scale if short.endswith(LORA_B) else value)
+
+
+class Pictures(IterableDataset[tuple[Any, ...]]):
+    """Endless training samples: view, label, kind, map, cues (1, 0, or -1 for unknown), area grid."""
+
+    def __init__(self, sets: Sequence[CropSet], leave_out: Sequence[str], seed: int) -> None:
+        origins = {s.origin for crops in sets for s in crops.samples}
+        for name in leave_out:
+            if name not in origins:
+                raise UnknownName("source or generator", name, origins)
+        self.sets, self.seed = sets, seed
+        every = [(k, i) for k, crops in enumerate(sets) for i in range(len(crops.samples))]
+        kept_out = {(k, i) for k, i in every if origin_of(sets[k].samples[i], sets) & set(leave_out)}
+        self.rows = [(k, i) for k, i in every if self.at(k, i).split in ("", "train") and (k, i) not in kept_out]
+        new = [(k, i) for k, i in every if (k, i) in kept_out and self.at(k, i).origin in leave_out]
+        known = [(k, i) for k, i in every if self.at(k, i).split == "val" and (k, i) not in kept_out]
+        self.judged = _some(new, 240) + _some(known, 240)
+        self.odds = _odds([self.at(k, i) for k, i in self.rows])
+
+    def at(self, k: int, i: int) -> Sample:
+        return self.sets[k].samples[i]
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        worker = torch.utils.data.get_worker_info()
+        rng = np.random.default_rng([self.seed, worker.id if worker else 0])
+        cv2.setNumThreads(1)
+        climb = np.cumsum(self.odds)
+        while True:
+            at = min(int(np.searchsorted(climb, rng.random() * climb[-1])), len(self.rows) - 1)
+            yield self.sample(*self.rows[at], rng)
+
+    def sample(self, k: int, i: int, rng: np.random.Generator | None) -> tuple[Any, ...]:
+        """One picture as training sees it; without a generator as it is in use."""
+        crops, s = self.sets[k], self.at(k, i)
+        view, points = np.ascontiguousarray(crops.crops[i]), crops.landmarks[i]
+        label, kind = s.label == "fake", s.df_class if s.label == "fake" and s.df_class in KINDS else s.label
+        kind = "EFS" if kind == "fake" else kind
+        mask = np.full((GRID, GRID), float(label), np.float32)
+        cues = np.full((len(POOLED), len(ARTIFACTS)), -1 if label else 0, np.int8)
+        if label and s.mask is not None and crops.masks is not None:
+            mask = cv2.resize(np.asarray(crops.masks[i]), (GRID, GRID), interpolation=cv2.INTER_AREA) / np.float32(255)
+            cues[:] = 0 if s.cues else -1
+            for cue in s.cues:
+                if cue.area in POOLED:
+                    seen = cue.score is None or cue.score >= CUE_SEEN_FROM
+                    cues[POOLED.index(cue.area), ARTIFACTS.index(cue.artifact)] = 1 if seen else -1
+        if rng is None:
+            view, moved = codec(view, *CODEC), np.eye(2, 3)
+        else:
+            if not label and rng.random() < BLENDED:
+                view, soft_mask = self_blend(view, points, rng)
+                mask = cv2.resize(soft_mask, (GRID, GRID), interpolation=cv2.INTER_AREA)
+                label, kind, cues[:] = True, "FS", -1
+            view, moved = augmented(view, rng)
+            if rng.random() < VIDEO:
+                view = video_codec(view, int(rng.integers(20, 38)))
+            view = codec(view, *CODEC)
+        step = view.shape[0] / GRID  # the same move on the map's grid, whose cells lie between the crop's pixels
+        centre = np.full(2, (step - 1) / 2)
+        small = moved.copy()
+        small[:, 2] = (moved[:, :2] @ centre + moved[:, 2] - centre) / step
+        mask = cv2.warpAffine(np.ascontiguousarray(mask, np.float32), small, (GRID, GRID), borderMode=cv2.BORDER_REPLICATE)
+        areas = area_grid(cv2.transform(points[None], moved)[0].astype(np.float32))
+        return view, np.float32(label), KINDS.index(kind), (mask > 0.25).astype(np.float32), cues, areas
+
+
+def origin_of(sample: Sample, sets: Sequence[CropSet]) -> set[str]:
+    """What a picture shows of: its generator or its photo's source, its donor's, and its forge methods."""
+    donor = str(sample.extra.get("donor") or "")
+    of_donor = {s.source for crops in sets for s in crops.samples if donor and s.group == donor and not s.synthetic}
+    return {sample.origin, *of_donor, *sample.method.split("+")}
+
+
+def _some(rows: list[tuple[int, int]], n: int) -> list[tuple[int, int]]:
+    """At most n of them, the same every time."""
+    if len(rows) <= n:
+        return rows
+    return [rows[k] for k in np.sort(np.random.default_rng(0).choice(len(rows), n, replace=False))]
+
+
+def _odds(samples: Sequence[Sample]) -> NDArray[np.float64]:
+    """FAKES of the weight to fakes; in each label the root of the size of a source or method; a clip's frames share."""
+    keys = [(s.label, s.source if s.label == "real" else s.method.split("+")[0]) for s in samples]
+    sizes, groups = Counter(keys), Counter(s.group for s in samples)
+    odds = np.array(
+        [sizes[k] ** -0.5 * min(1.0, CLIP / groups[s.group]) for k, s in zip(keys, samples, strict=True)]
+    )
+    fake = np.array([k[0] == "fake" for k in keys])
+    if not fake.any() or fake.all():
+        raise X2DFDError("the manifests hold no real or no fake picture of split `train`")
+    odds[fake] *= FAKES / odds[fake].sum()
+    odds[~fake] *= (1 - FAKES) / odds[~fake].sum()
+    return odds
+
+
+def loss_of(seen: Seen, label: Tensor, kind: Tensor, mask: Tensor, cues: Tensor, allowed: Tensor) -> Tensor:
+    """Verdict, kind, map and cues together."""
+    verdict = F.binary_cross_entropy_with_logits(seen.fake.float(), label * 0.94 + 0.03)
+    placing = F.binary_cross_entropy_with_logits(seen.map.float(), mask)
+    known = (cues >= 0) & (allowed > 0)
+    each = F.binary_cross_entropy_with_logits(seen.cues.float(), (cues > 0).float(), reduction="none")
+    # Cues are rare: one or two among a hundred pairs.
+    naming = (each * known * (1 + 5 * (cues > 0))).sum() / known.sum().clamp(min=1) * 12
+    total: Tensor = verdict + 0.3 * F.cross_entropy(seen.kinds.float(), kind) + 0.5 * placing + 0.5 * naming
+    return total
+
+
+def tower(
+    data: Annotated[list[Path], typer.Option(help="manifest of photos and fakes; give it again for more")],
+    out: Annotated[Path, typer.Option(help="folder for weights and card")],
+    state: Annotated[Path, typer.Option(help="folder for the resumable state")] = Path("build/tower"),
+    start: Annotated[Path | None, typer.Option(help="weight file to start from; none: the bare base")] = None,
+    leave_out: Annotated[str, typer.Option(help="sources, generators and methods kept out, comma-separated")] = "",
+    minutes: Annotated[float, typer.Option(help="of training; the clock ends it")] = 10.0,
+    batch: int = 16,
+    lr: float = 2e-4,
+    rank: int = 16,
+    seed: int = 0,
+    workers: Annotated[int, typer.Option(help="processes that make the views")] = 1,
+    checks: Annotated[int, typer.Option(help="how many averages are compared on what was left out")] = 3,
+    crop_workers: int = 1,
+) -> None:
+    """The forensic tower: real or fake, kind of fake, cues and map from one pass."""
+    sets = [load_crops(path, crop_workers) for path in data]
+    left_out = tuple(name for name in leave_out.split(",") if name)
+    pictures = Pictures(sets, left_out, seed)
+    settings = Settings(
+        tuple(manifest_sha256(path) for path in data),
+        left_out,
+        file_sha256(start) if start else "",
+        minutes,
+        batch,
+        lr,
+        rank,
+        seed,
+    )
+    net = Net(rank, seed)
+    if start is not None:
+        start_from(net, {k: v.float() for k, v in load_file(start).items()})
+    net.heads.allowed.copy_(_allowed(pictures))
+    log(f"{len(pictures.rows)} pictures to learn from, {len(pictures.judged)} to choose by")
+    kept, figures = _learn(net, pictures, settings, state, workers, checks)
+    learnt = [pictures.at(k, i) for k, i in pictures.rows]
+    card = Card(
+        name="tower",
+        version=next_version(out, "tower"),
+        source=SOURCE,
+        licence=licence_of(learnt),
+        sha256="",
+        preprocessing=PREPROCESSING,
+        paper="LoRA, arXiv 2106.09685, on CLIP, arXiv 2103.00020; self-blending after Shiohara & Yamasaki, CVPR 2022",
+        blind_spot="Reenactment that moves little but the mouth, and generators that leave no trace at 224 pixels; on "
+        "video frames and on retouched portraits of sources that it does not know it is readier to say fake.",
+        trained_on=f"{len(learnt)} pictures; sources: {source_names(learnt)}",
+        figures={"left_out": list(left_out), "settings": asdict(settings), "checkpoint": CHOSEN_BY, **figures},
+    )
+    save_weights(weights_of(kept), card, out)
+    print(out / "tower.card.json")
+
+
+def _allowed(pictures: Pictures) -> Tensor:
+    """Pairs of area and artifact that ten pictures or more show; of the others nothing is ever said."""
+    shown = np.zeros((len(POOLED), len(ARTIFACTS)))
+    for k, i in pictures.rows:
+        for cue in pictures.at(k, i).cues:
+            if cue.area in POOLED and (cue.score is None or cue.score >= CUE_SEEN_FROM):
+                shown[POOLED.index(cue.area), ARTIFACTS.index(cue.artifact)] += 1
+    return torch.from_numpy((shown >= 10).astype(np.float32))
+
+
+def _learn(
+    net: Net, pictures: Pictures, settings: Settings, state: Path, workers: int, checks: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Train until the clock ends it; returns the best average of the trained weights and its figures."""
+    place = training_device()
+    net = _in_16_bits(net.to(place))
+    trained = net.trained()
+    body = [p for n, p in trained.items() if n.startswith("tower.")]
+    heads = [p for n, p in trained.items() if not n.startswith("tower.")]
+    groups = [{"params": body, "base": settings.lr}, {"params": heads, "base": 2.5 * settings.lr}]
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=0.02)
+    average = {n: p.detach().clone() for n, p in trained.items()}
+    state.mkdir(parents=True, exist_ok=True)
+    saved, seconds = state / "state.safetensors", settings.minutes * 60
+    spent, step, best = _resume(saved, settings, trained, average, optimizer)
+    pictures.seed = settings.seed * 1_000_003 + step  # a resumed run draws others than it has drawn
+    loader = DataLoader(
+        pictures,
+        settings.batch,
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
+        prefetch_factor=4 if workers else None,
+        pin_memory=place.type == "cuda",
+    )
+    drawn, losses, begun = iter(loader), [], time.monotonic() - spent
+    next_check = len(best["tried"]) + 1
+    net.train()
+    while (spent := time.monotonic() - begun) < seconds:
+        views, label, kind, mask, cues, areas = (part.to(place, non_blocking=True) for part in next(drawn))
+        rate = min(1.0, (step + 1) / 60) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * spent / seconds)))
+        for group in optimizer.param_groups:
+            group["lr"] = group["base"] * rate
+        with torch.autocast(place.type, torch.bfloat16):
+            seen = net(views, areas)
+        loss = loss_of(seen, label, kind, mask, cues, net.heads.allowed)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
+        optimizer.step()
+        step += 1
+        decay = min(0.998, (step + 1) / (step + 20))
+        for name, value in trained.items():
+            average[name].lerp_(value.detach(), 1 - decay)
+        losses.append(float(loss.detach()))
+        if step % 20 == 0:
+            log(f"{spent:.0f} of {seconds:.0f} s, step {step}, loss {np.mean(losses[-40:]):.4f}")
+        if spent >= seconds * next_check / (checks + 1) and next_check < checks + 1:
+            best = _better(net, trained, average, pictures, step, best, state)
+            next_check += 1
+            _save(saved, settings, spent, step, best, trained, average, optimizer)
+    best = _better(net, trained, average, pictures, step, best, state)
+    kept = load_file(state / "best.safetensors")
+    return kept, {"steps": step, "pictures_seen": step * settings.batch, **best["figures"], "tried": best["tried"]}
+
+
+def _in_16_bits(net: Net) -> Net:
+    """The frozen linear layers in bf16: autocast would convert them at every step."""
+    for module in net.tower.modules():
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            module.to(torch.bfloat16)
+    return net
+
+
+def _better(
+    net: Net,
+    trained: dict[str, nn.Parameter],
+    average: dict[str, Tensor],
+    pictures: Pictures,
+    step: int,
+    best: dict[str, Any],
+    state: Path,
+) -> dict[str, Any]:
+    """Judges the average on what was left out; the weights go to `best.safetensors` when they are the best so far."""
+    now = {n: p.detach().clone() for n, p in trained.items()}
+    _put(trained, average)
+    net.eval()
+    samples = [pictures.at(k, i) for k, i in pictures.judged]
+    scores = score(net, pictures)
+    figures = {"auc": by_method(samples, scores), "above_nought": by_source(samples, scores)}
+    value = worst(samples, scores)
+    log(json.dumps({"step": step, "worst": value, **figures}))
+    tried = [*best["tried"], {"step": step, "worst": value}]
+    if best["worst"] is None or (value or 0.0) >= best["worst"]:
+        best = {"worst": value, "figures": {"step": step, "worst": value, **figures}}
+        tensors = {n: v.detach().cpu().contiguous() for n, v in average.items()}
+        save_file(tensors | {f"heads.{KEPT}": net.heads.allowed.cpu()}, state / "best.part.safetensors")
+        (state / "best.part.safetensors").replace(state / "best.safetensors")
+    _put(trained, now)
+    net.train()
+    return {**best, "tried": tried}
+
+
+def score(net: Net, pictures: Pictures) -> NDArray[np.float64]:
+    """Logits of the pictures that are kept to choose by, as they are in use: [n]."""
+    place = next(net.heads.parameters()).device
+    found: list[Tensor] = []
+    with torch.inference_mode(), torch.autocast(place.type, torch.bfloat16):
+        for at in range(0, len(pictures.judged), 32):
+            part = [pictures.sample(k, i, None) for k, i in pictures.judged[at : at + 32]]
+            views, areas = (torch.from_numpy(np.stack([p[c] for p in part])).to(place) for c in (0, 5))
+            found.append(net(views, areas).fake.float().cpu())
+    return torch.cat(found).double().numpy() if found else np.zeros(0)
+
+
+def _put(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(values[name])
+
+
+def _save(
+    path: Path,
+    settings: Settings,
+    spent: float,
+    step: int,
+    best: dict[str, Any],
+    trained: dict[str, nn.Parameter],
+    average: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """The training's state, whole or not at all."""
+    tensors = {f"now.{n}": p.detach() for n, p in trained.items()} | {f"average.{n}": v for n, v in average.items()}
+    for number, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{k}": v for k, v in values.items()}
+    metadata = {"run": json.dumps(asdict(settings)), "spent": str(spent), "step": str(step), "best": json.dumps(best)}
+    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path.with_suffix(".part"), metadata)
+    path.with_suffix(".part").replace(path)
+
+
+def _resume(
+    path: Path,
+    settings: Settings,
+    trained: dict[str, nn.Parameter],
+    average: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> tuple[float, int, dict[str, Any]]:
+    """Seconds spent, steps done and the best so far. Raises X2DFDError for the state of another run."""
+    from safetensors import safe_open
+
+    if not path.is_file():
+        return 0.0, 0, {"worst": None, "figures": {}, "tried": []}
+    with safe_open(path, "pt") as stream:
+        metadata = stream.metadata()
+    if json.loads(metadata["run"]) != json.loads(json.dumps(asdict(settings))):
+        raise X2DFDError(f"{path} is the state of a training with other data or settings; choose another --state")
+    tensors = load_file(path)
+    _put(trained, {n: tensors[f"now.{n}"] for n in trained})
+    for name, value in average.items():
+        value.copy_(tensors[f"average.{name}"])
+    held = optimizer.state_dict()
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, number, field = key.split(".", 2)
+            held["state"].setdefault(int(number), {})[field] = value
+    optimizer.load_state_dict(held)
+    return float(metadata["spent"]), int(metadata["step"]), json.loads(metadata["best"])
