@@ -100,17 +100,13 @@ def main() -> None:
     forge: Words = ["-m", "data_gen", "forge", "--data", photos, "--out", out / "forged", "--count", arguments.count]
     stage("forge: photos to forgeries with known cues", *forge, "--ready-made", 0.2, "--calib", 0.3, "--workers", 2)
     train: Words = ["-m", "external_detectors.train"]
-    blending: Words = ["blending", "--data", forged, "--out", experts, "--state", out / "blending", "--from-scratch"]
-    stage("expert: blending", *train, *blending, "--steps", 8, "--batch", 8)
     local: Words = ["consistency", "--data", forged, "--out", experts, "--state", out / "consistency"]
-    stage("expert: consistency", *train, *local, "--start", experts, "--steps", 8, "--batch", 8)
-    heads: Words = ["clip", "--data", forged, "--out", experts, "--oof", out / "oof.json", "--keep", "5,8,11"]
-    stage("expert: clip, and the tower's features", *train, *heads)
+    stage("expert: consistency", *train, *local, "--from-scratch", "--steps", 8, "--batch", 8)
     stage("questions", "-m", "data_gen", "questions", "--out", out / "questions.json")
     assess: Words = ["--data", forged, "--out", out / "mfa", "--questions", out / "questions.json", "--limit", 6]
     stage("assess: which cues can the model see?", "-m", "x2dfd.cli", "assess", *assess)
     build: Words = ["--data", forged, "--out", out / "instructions", "--assessment", out / "mfa" / "assessment.json"]
-    build += ["--experts", "consistency,clip", "--expert-weights", experts, "--oof", out / "oof.json"]
+    build += ["--experts", "consistency", "--expert-weights", experts]
     stage("build: the instruction set", "-m", "data_gen", "build", *build)
     settings = {
         "instructions": out / "instructions" / "instructions.jsonl",

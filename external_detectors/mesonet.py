@@ -8,19 +8,17 @@ Afchar, Nozick, Yamagishi & Echizen, "MesoNet: a Compact Facial Video Forgery De
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from external_detectors.published import card_of, published_file, resized
-from external_detectors.weights_io import judge_crops
+from external_detectors.published import Published, resized
 from x2dfd.errors import SetupError
-from x2dfd.experts import Shared
 from x2dfd.faces import PREPROCESSING
-from x2dfd.types import Card, Evidence, Face
+from x2dfd.types import Card
 
 SIDE = 256
 _LAYERS: dict[str, type[nn.Module]] = {
@@ -184,13 +182,13 @@ def _fill(path: Path, found: dict[str, list[Mapping[str, Any]]]) -> Meso4 | Meso
     return net
 
 
-class MesoNet:
+class MesoNet(Published):
     """P(fake) of each face's aligned crop: 1 less the network's output, which is P(real).
 
-    `weights`: any of the four published files; `MesoInception_DF.h5` in the cache if not given. Raises SetupError when
-    it is absent or is not MesoNet's, or h5py is not installed.
+    Any of the four published files will do under this name. It takes h5py to read them.
     """
 
+    FILE = "MesoInception_DF.h5"
     card: ClassVar[Card] = Card(
         name="mesonet",
         version="2018",
@@ -202,16 +200,12 @@ class MesoNet:
         blind_spot="Forgeries unlike the face swaps (or, with the F2F weights, the reenactments) of 2018; it was "
         "trained on crops of its own, not on ours.",
         trained_on="faces of web videos: Deepfakes (DF) or Face2Face (F2F) against film and TV",
+        covers=("FS", "FR"),
     )
 
-    def __init__(self, weights: Path | None = None) -> None:
-        path = published_file(self.card, weights, "MesoInception_DF.h5")
-        self._net = load_mesonet(path)
-        self.card = card_of(self.card, path)  # type: ignore[misc]
+    def open(self, path: Path) -> Meso4 | MesoInception4:
+        return load_mesonet(path)
 
-    def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
-        def score(crops: Tensor) -> Tensor:
-            logits: Tensor = self._net(resized(crops, SIDE))
-            return (-logits).sigmoid()  # 1 - P(real)
-
-        return judge_crops(self.card.name, faces, score)
+    def p_fake(self, crops: Tensor) -> Tensor:
+        logits: Tensor = self._net(resized(crops, SIDE))
+        return (-logits).sigmoid()  # 1 - P(real)

@@ -1,14 +1,14 @@
 """Experts with published weights: AlignedForensics, the SwinV2 blending detector of X2-DFD, UniversalFakeDetect.
 
 Blind spot: each knows the forgeries that its authors trained on, and none of them was trained on our crops.
-Nothing of these weights comes with this package, and nothing is downloaded unless the caller names the hub. A user who
-has them puts them into `experts/` of the cache folder, or gives the path. They are files of third parties: tensors are
-read with the restricted unpickler, and every name and shape is checked.
+Nothing of these weights comes with this package, and nothing is downloaded. A user who has them puts them into
+`experts/` of the cache folder, or gives another folder. They are files of third parties: tensors are read with the
+restricted unpickler, and every name and shape is checked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,13 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from external_detectors.weights_io import judge_crops
+from external_detectors.crop_expert import CropExpert
 from x2dfd.errors import SetupError
-from x2dfd.experts import Shared
 from x2dfd.faces import CROP_SIZE, PREPROCESSING
 from x2dfd.fetch import cache_dir
 from x2dfd.files import file_sha256
-from x2dfd.types import Card, Evidence, Face
+from x2dfd.types import Card
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_L = "openai/clip-vit-large-patch14"
@@ -31,20 +30,30 @@ CLIP_L = "openai/clip-vit-large-patch14"
 # --- what the published experts share (MesoNet too) -----------------------------------------------------------------
 
 
-def published_file(card: Card, given: Path | None, name: str) -> Path:
-    """The weight file: the one given, or `experts/<name>` in the cache. Raises SetupError: what to put where."""
-    path = given or cache_dir() / "experts" / name
-    if not path.is_file():
-        raise SetupError(
-            f"weights of expert {card.name!r} are not here: "
-            f"put {name} of {card.source}, licence {card.licence}, at {path}"
-        )
-    return path
+class Published(CropExpert):
+    """An expert whose weights are a third party's file, which a user has put into a folder.
 
+    `folder`: where the file lies; `experts/` of the cache if not given. Raises SetupError when the file is absent or is
+    not what it should be.
+    """
 
-def card_of(card: Card, path: Path) -> Card:
-    """The card of the file that is loaded: with its name and SHA-256, which stand in reports and calibrations."""
-    return replace(card, weights=path.name, sha256=file_sha256(path))
+    FILE: ClassVar[str]
+    """The file's name in the release."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        path = (folder or cache_dir() / "experts") / self.FILE
+        if not path.is_file():
+            raise SetupError(
+                f"weights of expert {self.card.name!r} are not here: "
+                f"put {self.FILE} of {self.card.source}, licence {self.card.licence}, at {path}"
+            )
+        self._net = self.open(path)
+        # Name and SHA-256 of the file stand in reports and calibrations.
+        self.card = replace(self.card, weights=path.name, sha256=file_sha256(path))  # type: ignore[misc]
+
+    def open(self, path: Path) -> Any:
+        """The network with the weights of `path`, set to judging. Raises SetupError."""
+        raise NotImplementedError
 
 
 def resized(crops: Tensor, side: int) -> Tensor:
@@ -146,16 +155,16 @@ class ResNet50NoDown(nn.Module):
         return logits
 
 
-class AlignedForensics:
+class AlignedForensics(Published):
     """P(fake) of each face's aligned crop by AlignedForensics "Ours-Sync".
 
-    `weights`: the checkpoint, a dict of `model`, `optimizer` and `total_steps`; if not given, `ours-sync.pth` in the
-    cache. `options`: which network it is, as a mapping or as the YAML file of the release; if not given, the YAML file
-    beside the weights (`ours-sync.yaml`). It must say `arch: res50nodown`, `norm_type: resnet`, `patch_size: null`. It
-    is asked for because the same tensors fit plain `res50` as well, which then gives other scores without any error.
-    Raises SetupError when a file is absent or is not what it should be.
+    The checkpoint is a dict of `model`, `optimizer` and `total_steps`. The YAML file of the release has to lie beside
+    it (`ours-sync.yaml`) and to say `arch: res50nodown`, `norm_type: resnet`, `patch_size: null`: the same tensors fit
+    plain `res50` as well, which then gives other scores without any error.
     """
 
+    FILE = "ours-sync.pth"
+    at_once = 2  # a map of the first layer takes 51 MB a face
     OPTIONS: ClassVar[dict[str, object]] = {"arch": "res50nodown", "norm_type": "resnet", "patch_size": None}
     one_sided = True  # its "real" says nothing of a face that was changed in part
     card: ClassVar[Card] = Card(
@@ -169,57 +178,51 @@ class AlignedForensics:
         blind_spot="Forgeries that did not pass through the decoder of a latent diffusion model: swaps, edits by hand, "
         "most GANs; and it was trained on whole pictures, not on resampled face crops.",
         trained_on="real photos and their reconstructions by a latent diffusion autoencoder",
+        covers=("EFS",),
     )
 
-    def __init__(self, weights: Path | None = None, options: Mapping[str, object] | Path | None = None) -> None:
-        path = published_file(self.card, weights, "ours-sync.pth")
-        self._check_options(path.with_suffix(".yaml") if options is None else options)
+    def open(self, path: Path) -> nn.Module:
+        self._check_options(path.with_suffix(".yaml"))
         checkpoint = read_checkpoint(path)
         if not isinstance(checkpoint, dict) or set(checkpoint) != {"model", "optimizer", "total_steps"}:
             raise SetupError(f"{path} is not a dict of model, optimizer and total_steps, as the release's is")
-        self._net = ResNet50NoDown()
-        load_strictly(self._net, checkpoint["model"], path)
-        self.card = card_of(self.card, path)  # type: ignore[misc]
+        net = ResNet50NoDown()
+        load_strictly(net, checkpoint["model"], path)
+        return net
 
     @classmethod
-    def _check_options(cls, options: Mapping[str, object] | Path) -> None:
-        needed = "arch: res50nodown, norm_type: resnet, patch_size: null"
-        origin = "options"
-        if isinstance(options, Path):
-            import yaml  # comes with transformers
+    def _check_options(cls, path: Path) -> None:
+        import yaml  # comes with transformers
 
-            origin = str(options)
-            try:
-                options = yaml.safe_load(options.read_text(encoding="utf-8"))
-            except (OSError, ValueError, yaml.YAMLError) as error:
-                raise SetupError(
-                    f"the tensors of expert {cls.card.name!r} do not tell their network, "
-                    f"so put a text file with the lines {needed} at {origin} ({type(error).__name__})"
-                ) from error
+        needed = "arch: res50nodown, norm_type: resnet, patch_size: null"
+        try:
+            options = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise SetupError(
+                f"the tensors of expert {cls.card.name!r} do not tell their network, "
+                f"so put a text file with the lines {needed} at {path} ({type(error).__name__})"
+            ) from error
         stated = options if isinstance(options, Mapping) else {}
         for key, value in cls.OPTIONS.items():
             if key not in stated or stated[key] != value:
                 found = f"{key}: {stated[key]}" if key in stated else f"no {key}"
-                raise SetupError(f"{origin} says {found}; expert {cls.card.name!r} is {needed} and nothing else")
+                raise SetupError(f"{path} says {found}; expert {cls.card.name!r} is {needed} and nothing else")
 
-    def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
-        def score(crops: Tensor) -> Tensor:
-            p_fake: Tensor = self._net(imagenet_normalised(resized(crops, CROP_SIZE))).sigmoid()
-            return p_fake
-
-        return judge_crops(self.card.name, faces, score, at_once=2)  # a map of the first layer takes 51 MB a face
+    def p_fake(self, crops: Tensor) -> Tensor:
+        logits: Tensor = self._net(imagenet_normalised(resized(crops, CROP_SIZE)))
+        return logits.sigmoid()
 
 
 # --- the blending detector of X2-DFD --------------------------------------------------------------------------------
 
 
-class SwinV2Blending:
-    """P(fake) of each face's aligned crop by the blending detector released with X2-DFD: SwinV2-B of timm, two classes.
+class SwinV2Blending(Published):
+    """P(fake) of each face's aligned crop by the blending detector released with X2-DFD: SwinV2-B, two classes.
 
-    `weights`: the state dict; `best_gf.pth` in the cache if not given. Raises SetupError when it is absent, is not
-    that network's, or timm is not installed.
+    The network is timm's, which has to be installed.
     """
 
+    FILE = "best_gf.pth"
     NETWORK: ClassVar[str] = "swinv2_base_window16_256"
     card: ClassVar[Card] = Card(
         name="swinv2-blending",
@@ -231,10 +234,10 @@ class SwinV2Blending:
         paper="X2-DFD: A framework for eXplainable and eXtendable Deepfake Detection, arXiv 2410.06126",
         blind_spot="A face that is synthetic as a whole has no seam, and heavy compression hides one.",
         trained_on="blended faces made from real ones, as far as the paper says",
+        covers=("FS",),
     )
 
-    def __init__(self, weights: Path | None = None) -> None:
-        path = published_file(self.card, weights, "best_gf.pth")
+    def open(self, path: Path) -> nn.Module:
         try:
             import timm
         except ImportError as error:
@@ -243,37 +246,33 @@ class SwinV2Blending:
                 "torch: pip install timm"
             ) from error
         try:
-            self._net: nn.Module = timm.create_model(self.NETWORK, pretrained=False, num_classes=2)
+            net: nn.Module = timm.create_model(self.NETWORK, pretrained=False, num_classes=2)
         except RuntimeError as error:  # timm's answer to a name that it does not know
             raise SetupError(f"this timm has no {self.NETWORK} ({error}): pip install --upgrade timm") from error
         state = read_checkpoint(path)
         if isinstance(state, dict):
             # Some versions of timm store these masks, others compute them. They follow from the window size alone.
-            kept = self._net.state_dict()
+            kept = net.state_dict()
             state = {k: v for k, v in state.items() if k in kept or not str(k).endswith(".attn_mask")}
-        load_strictly(self._net, state, path)
-        self.card = card_of(self.card, path)  # type: ignore[misc]
+        load_strictly(net, state, path)
+        return net
 
-    def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
-        def score(crops: Tensor) -> Tensor:
-            logits: Tensor = self._net(imagenet_normalised(resized(crops, 256)))  # [n, 2]: real, fake
-            return logits.softmax(1)[:, 1]
-
-        return judge_crops(self.card.name, faces, score)
+    def p_fake(self, crops: Tensor) -> Tensor:
+        logits: Tensor = self._net(imagenet_normalised(resized(crops, 256)))  # [n, 2]: real, fake
+        return logits.softmax(1)[:, 1]
 
 
 # --- UniversalFakeDetect --------------------------------------------------------------------------------------------
 
 
-class UniversalFakeDetect:
+class UniversalFakeDetect(Published):
     """P(fake) of each face's aligned crop by a linear head on the image embedding of CLIP ViT-L/14.
 
-    `weights`: the head, a dict of `weight` [1, 768] and `bias` [1] (or `fc.weight`, `fc.bias`); if not given,
-    `fc_weights.pth` in the cache. `tower`: a folder with CLIP as transformers saves it (`model.safetensors`), or the
-    hub's name of it (CLIP_L), which alone may download; if not given, `clip-vit-large-patch14/` in the cache.
-    Raises SetupError when a file is absent or is not what it should be.
+    The file is the head, a dict of `weight` [1, 768] and `bias` [1] (or `fc.weight`, `fc.bias`). CLIP has to lie beside
+    it as transformers saves it, in the folder `clip-vit-large-patch14`.
     """
 
+    FILE = "fc_weights.pth"
     one_sided = True  # its "real" says nothing of a face that was changed in part
     card: ClassVar[Card] = Card(
         name="universal-fake-detect",
@@ -285,26 +284,25 @@ class UniversalFakeDetect:
         paper="Ojha et al., Towards Universal Fake Image Detectors that Generalize Across Generative Models, CVPR 2023",
         blind_spot="Local forgeries: it looks at the picture as a whole, and knows best what resembles ProGAN.",
         trained_on="ProGAN images and LSUN photos",
+        covers=("EFS",),
     )
 
-    def __init__(self, weights: Path | None = None, tower: Path | str | None = None) -> None:
-        path = published_file(self.card, weights, "fc_weights.pth")
+    def open(self, path: Path) -> nn.Module:
         state = read_checkpoint(path)
         if isinstance(state, dict):
             state = {str(k).removeprefix("fc."): v for k, v in state.items()}
-        self._head = nn.Linear(768, 1)
-        load_strictly(self._head, state, path)
-        self._tower = self._load_tower(tower or cache_dir() / "experts" / CLIP_L.partition("/")[2])
-        self.card = card_of(self.card, path)  # type: ignore[misc]
+        head = nn.Linear(768, 1)
+        load_strictly(head, state, path)
+        self._tower = self._load_tower(path.parent / CLIP_L.partition("/")[2])
+        return head
 
     @classmethod
-    def _load_tower(cls, tower: Path | str) -> Any:
+    def _load_tower(cls, tower: Path) -> Any:
         from transformers import CLIPVisionModelWithProjection
 
         from x2dfd.mllm import quietly
 
-        hub = tower == CLIP_L
-        if not hub and not all((Path(tower) / name).is_file() for name in ("config.json", "model.safetensors")):
+        if not all((tower / name).is_file() for name in ("config.json", "model.safetensors")):
             raise SetupError(
                 f"CLIP ViT-L/14 for expert {cls.card.name!r} is not here: "
                 f"put config.json and model.safetensors of {CLIP_L}, licence MIT, into {tower}"
@@ -314,11 +312,11 @@ class UniversalFakeDetect:
                 loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
                     str(tower),
                     dtype=torch.float32,
-                    local_files_only=not hub,
+                    local_files_only=True,
                     use_safetensors=True,
                     output_loading_info=True,
                 )
-        except Exception as error:  # not CLIP, a damaged file, no network: each raises its own
+        except Exception as error:  # not CLIP, a damaged file: each raises its own
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise SetupError(f"CLIP ViT-L/14 cannot be loaded from {tower}: {reason}") from error
         model, told = loaded
@@ -330,12 +328,9 @@ class UniversalFakeDetect:
                              f"of a {model.config.image_size} px picture, expected 768 of {CROP_SIZE}")  # fmt: skip
         return model.eval().requires_grad_(False)
 
-    def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
+    def p_fake(self, crops: Tensor) -> Tensor:
         from x2dfd.tower import clip_pixels
 
-        def score(crops: Tensor) -> Tensor:
-            embedding = self._tower(pixel_values=clip_pixels(crops)).image_embeds  # [n, 768], not normalised
-            p_fake: Tensor = self._head(embedding)[:, 0].sigmoid()
-            return p_fake
-
-        return judge_crops(self.card.name, faces, score)
+        embedding = self._tower(pixel_values=clip_pixels(crops)).image_embeds  # [n, 768], not normalised
+        logits: Tensor = self._net(embedding)[:, 0]
+        return logits.sigmoid()

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.experts import write_card
-from x2dfd.faces import CROP_SIZE, PREPROCESSING
+from x2dfd.faces import PREPROCESSING
 from x2dfd.files import file_sha256
-from x2dfd.types import Card, Evidence, Face
+from x2dfd.types import Card
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -54,31 +51,6 @@ def save_weights(state: dict[str, Tensor], card: Card, folder: Path = WEIGHTS) -
     card = replace(card, weights=name, sha256=file_sha256(folder / name))
     write_card(folder / f"{card.name}.card.json", card)
     return card
-
-
-def judge_crops(
-    name: str, faces: Sequence[Face], score: Callable[[Tensor], Tensor], at_once: int = 8
-) -> list[Evidence]:
-    """One Evidence a face; None with a reason where the crop is not one of ours or the network gives no number.
-
-    `score` takes crops [n, CROP_SIZE, CROP_SIZE, 3] uint8, `at_once` or fewer, and returns P(fake) [n].
-    """
-    fits = [f.crop.shape == (CROP_SIZE, CROP_SIZE, 3) and f.crop.dtype == np.uint8 for f in faces]
-    crops = [face.crop for face, fit in zip(faces, fits, strict=True) if fit]
-    scores: list[float] = []
-    with torch.inference_mode():
-        for start in range(0, len(crops), at_once):
-            scores += score(torch.from_numpy(np.stack(crops[start : start + at_once]))).tolist()
-    told = iter(scores)
-    evidence = []
-    for fit in fits:
-        p_fake = next(told) if fit else math.nan
-        if math.isfinite(p_fake):
-            evidence.append(Evidence(name, p_fake))
-        else:
-            note = "the network gave no number" if fit else f"the crop is not {CROP_SIZE} px RGB in 8 bits"
-            evidence.append(Evidence(name, None, note))
-    return evidence
 
 
 def to_unit(crops: Tensor) -> Tensor:

@@ -19,8 +19,6 @@ import x2dfd
 from external_detectors.weights_io import WEIGHTS, load_weights
 from x2dfd.assessment import (
     BANK,
-    COVERS,
-    PART,
     CueQuestion,
     assess,
     chart,
@@ -32,11 +30,11 @@ from x2dfd.assessment import (
     spearman,
     strong_cues,
     table,
-    uncovered,
 )
+from x2dfd.assessment.ask import PART
 from x2dfd.crops import CropSet
-from x2dfd.errors import X2DFDError
-from x2dfd.experts import BUILTIN, read_card
+from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.experts import read_card
 from x2dfd.manifest import Sample
 from x2dfd.types import AREAS, ARTIFACTS, Cue
 
@@ -296,21 +294,23 @@ def test_weak_cues_that_nobody_covers_are_named(tmp_path: Path) -> None:
     nose = CueQuestion("Is there a seam at the nose? Answer Yes or No.", "nose", "blending", "bank")
     result = assess(Fake(samples, knows_the_seam), data, [SEAM, eyes, nose], tmp_path)
     assert result.uncovered == (("eyes", "lighting"),)
-    assert next(f for f in result.cues if f.area == "nose").experts == ("blending", "consistency")
+    assert next(f for f in result.cues if f.area == "nose").experts == ("consistency",)
     assert "eyes · lighting" in table(result).split("covered by no expert:")[1].splitlines()[0]
-    assert uncovered([("jaw", "blending"), ("teeth", "lighting")]) == [("teeth", "lighting")]
 
 
-def test_cover_table_speaks_of_real_experts_and_cues() -> None:
-    """Bug prevented: a misspelt expert or cue in the table covers nothing, in silence."""
-    assert set(COVERS) <= set(BUILTIN)
-    for pairs in COVERS.values():
-        assert all(a in ("*", *AREAS) and b in ("*", *ARTIFACTS) for a, b in pairs)
-    assert experts_for("whole-image", "texture") == ("clip", "consistency", "upsampling", "spectrum-noise")
+def test_cards_say_what_experts_cover() -> None:
+    """Bug prevented: a misspelt cue in a card covers nothing, in silence; a plug-in cannot cover a cue."""
+    plain = read_card(WEIGHTS / "consistency.card.json")
+    with pytest.raises(ValueError, match="blendin"):
+        replace(plain, covers=("blendin",))
+    mine = replace(plain, name="mine", covers=("jaw lighting", "noise", "EFS"))
+    cards = {"consistency": plain, "mine": mine, "broken": SetupError("not here")}
+    assert experts_for("jaw", "lighting", cards) == ("mine",)
+    assert experts_for("nose", "lighting", cards) == ()
+    assert experts_for("nose", "noise", cards) == ("consistency", "mine")
     # What the committed network was never taught it cannot cover.
-    allowed = load_weights(read_card(WEIGHTS / "consistency.card.json"))["allowed"]
-    taught = {artifact for k, artifact in enumerate(ARTIFACTS) if allowed[:, k].any()}
-    assert {artifact for _, artifact in COVERS["consistency"]} == taught
+    allowed = load_weights(plain)["allowed"]
+    assert set(plain.covers) == {artifact for k, artifact in enumerate(ARTIFACTS) if allowed[:, k].any()}
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------

@@ -21,14 +21,11 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from data_gen.run_forge import ForgeConfig, run
-from external_detectors.consistency_net import POOLED
-from external_detectors.lite0 import Lite0, from_imagenet
-from external_detectors.spectrum_features import features, perceptron
+from external_detectors.consistency_net import POOLED, ConsistencyNet
+from external_detectors.lite0 import imagenet_state, lite0
 from external_detectors.train import __main__ as train
-from external_detectors.train import clip as train_clip
 from external_detectors.train import consistency as train_consistency
 from external_detectors.train import loop
-from external_detectors.train import spectrum_noise as train_spectrum
 from x2dfd import crops as crops_module
 from x2dfd import fetch
 from x2dfd.cli import run_command
@@ -37,9 +34,9 @@ from x2dfd.degrade import CODEC, codec, tone
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.experts import load_expert, read_card
 from x2dfd.faces import PREPROCESSING, find_faces
-from x2dfd.manifest import Sample, read_manifest
+from x2dfd.manifest import Sample
 from x2dfd.tower import training_rows
-from x2dfd.types import Cue
+from x2dfd.types import ARTIFACTS, Cue
 
 
 @pytest.fixture(scope="module")
@@ -56,39 +53,16 @@ def forged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(config, folder / "out")
 
 
-def _blending(data: Path, work: Path, *words: str) -> Result:
-    options = ["--data", str(data), "--state", str(work / "state"), "--out", str(work / "out"), "--from-scratch"]
-    return CliRunner().invoke(train.app, ["blending", *options, "--batch", "4", *words])
+def _trained(data: Path, work: Path, *words: str) -> Result:
+    options = ["--data", str(data), "--state", str(work / "state"), "--out", str(work / "out"), "--batch", "4"]
+    return CliRunner().invoke(train.app, ["consistency", *options, *words])
 
 
 def _weights(work: Path) -> dict[str, Tensor]:
-    return load_file(work / "out" / "blending.safetensors")
+    return load_file(work / "out" / "consistency.safetensors")
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
-
-
-def test_training_writes_weights_that_load(forged: Path, tmp_path: Path) -> None:
-    """Bug prevented: hours of training end in a file that the expert does not accept."""
-    result = _blending(forged, tmp_path, "--steps", "3", "--check", str(forged))
-    assert result.exit_code == 0, result.output
-    assert Path(result.stdout.strip()) == tmp_path / "out" / "blending.card.json"
-    expert = load_expert("blending", tmp_path / "out")
-    assert expert.card.name == "blending" and expert.card.preprocessing == PREPROCESSING
-    learnt = sum(s.split == "train" for s in read_manifest(forged))
-    assert learnt < 16 and f"({learnt} pictures, 3 steps of 4)" in expert.card.trained_on
-    figures = expert.card.figures["calib_auc_by_method"]
-    calib = [s for s in read_manifest(forged) if s.split == "calib"]
-    assert figures["n_real"] == sum(s.label == "real" for s in calib)
-    [face] = find_faces(np.array(skimage.data.astronaut()))
-    [evidence] = expert.judge([face])
-    assert evidence.score is not None and 0 <= evidence.score <= 1
-    # Three steps moved the weights, and the average follows them.
-    torch.manual_seed(0)
-    start = Lite0().state_dict()
-    moved = _weights(tmp_path)
-    assert set(moved) == set(start)
-    assert any((moved[k].float() - start[k]).abs().max() > 1e-4 for k in start if k.endswith("weight"))
 
 
 def test_a_resumed_training_equals_an_uninterrupted_one(
@@ -96,7 +70,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(
 ) -> None:
     """Bug prevented: after a restart other batches, other dropout, a cold optimizer or a forgotten average."""
     monkeypatch.setattr(loop, "SAVE_EVERY", 2)
-    assert _blending(forged, tmp_path / "whole", "--steps", "4").exit_code == 0
+    assert _trained(forged, tmp_path / "whole", "--steps", "4", "--from-scratch").exit_code == 0
     save = loop.checkpoint
 
     def killed_after_saving(*arguments: Any) -> None:
@@ -105,7 +79,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "checkpoint", killed_after_saving)
-        assert _blending(forged, tmp_path / "cut", "--steps", "4").exit_code != 0
+        assert _trained(forged, tmp_path / "cut", "--steps", "4", "--from-scratch").exit_code != 0
     assert not (tmp_path / "cut" / "out").exists()
     steps: list[int] = []
 
@@ -114,7 +88,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(
         save(path, step, *rest)
 
     monkeypatch.setattr(loop, "checkpoint", noted)
-    assert _blending(forged, tmp_path / "cut", "--steps", "4").exit_code == 0
+    assert _trained(forged, tmp_path / "cut", "--steps", "4", "--from-scratch").exit_code == 0
     assert steps == [4]
     whole, cut = _weights(tmp_path / "whole"), _weights(tmp_path / "cut")
     assert set(whole) == set(cut)
@@ -126,20 +100,25 @@ def test_a_resumed_training_equals_an_uninterrupted_one(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_training_uses_the_gpu_that_is_there(kinds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A day on the CPU beside an idle card; a state that only the same device can read."""
-    words = ["upsampling", "--data", str(kinds), "--batch", "4", "--out", str(tmp_path / "out")]
-    words += ["--state", str(tmp_path / "state"), "--steps"]
-    assert CliRunner().invoke(train.app, [*words, "2"]).exit_code == 0
+    assert _trained(kinds, tmp_path, "--steps", "2", "--from-scratch").exit_code == 0
     assert torch.cuda.max_memory_allocated() > 0
     monkeypatch.setattr(loop, "training_device", lambda: torch.device("cpu"))
-    assert CliRunner().invoke(train.app, [*words, "2"]).exit_code == 0
+    assert _trained(kinds, tmp_path, "--steps", "2", "--from-scratch").exit_code == 0
 
 
 def test_consistency_learns_areas_artifacts_and_masks(kinds: Path, tmp_path: Path) -> None:
     """Bug prevented: weights that the expert refuses; a threshold chosen on other pictures than those in use."""
-    words = ["consistency", "--data", str(kinds), "--state", str(tmp_path / "state"), "--out", str(tmp_path / "out")]
-    result = CliRunner().invoke(train.app, [*words, "--steps", "3", "--batch", "4"])
+    result = _trained(kinds, tmp_path, "--steps", "3", "--from-scratch")
     assert result.exit_code == 0, result.output
+    assert Path(result.stdout.strip()) == tmp_path / "out" / "consistency.card.json"
     expert = load_expert("consistency", tmp_path / "out")
+    assert expert.card.preprocessing == PREPROCESSING and "3 steps of 4" in expert.card.trained_on
+    # Three steps moved the weights, and the average follows them.
+    torch.manual_seed(0)
+    start, moved = ConsistencyNet().state_dict(), _weights(tmp_path)
+    assert expert.card.covers == tuple(a for k, a in enumerate(ARTIFACTS) if moved["allowed"][:, k].any())
+    assert set(moved) == set(start)
+    assert any((moved[k].float() - start[k]).abs().max() > 1e-4 for k in start if k.endswith("weight"))
     assert {"cue_threshold", "calib_auc_by_method"} <= set(expert.card.figures)
     [face] = find_faces(np.array(skimage.data.astronaut()))
     [said] = expert.judge([face])
@@ -157,28 +136,34 @@ def test_consistency_learns_areas_artifacts_and_masks(kinds: Path, tmp_path: Pat
 
 def test_consistency_goes_on_from_its_own_weights_and_leaves_methods_out(kinds: Path, tmp_path: Path) -> None:
     """Bug prevented: a second training that starts from nothing, or figures on a left-out method that was learnt."""
-    words = ["consistency", "--data", str(kinds), "--batch", "4", "--out", str(tmp_path / "out")]
-    first = CliRunner().invoke(
-        train.app, [*words, "--steps", "2", "--hold-out", "area_warp", "--state", str(tmp_path / "1")]
-    )
+    first = _trained(kinds, tmp_path, "--from-scratch", "--steps", "2", "--hold-out", "area_warp")
     assert first.exit_code == 0, first.output
-    before = load_file(tmp_path / "out" / "consistency.safetensors")
-    more = ["--go-on", "--start", str(tmp_path / "out"), "--hold-out", "area_warp", "--state", str(tmp_path / "2")]
+    before = _weights(tmp_path)
+    again = ["--start", str(tmp_path / "out"), "--steps", "1", "--hold-out"]
     # A step that does not move anything: what is written then is what was started from.
-    second = CliRunner().invoke(train.app, [*words, *more, "--steps", "1", "--lr", "0"])
+    second = _trained(kinds, tmp_path, *again, "area_warp", "--lr", "0", "--state", str(tmp_path / "2"))
     assert second.exit_code == 0, second.output
-    after = load_file(tmp_path / "out" / "consistency.safetensors")
+    after = _weights(tmp_path)
     moved = [k for k in before if "running" not in k and "num_batches" not in k and k != "allowed"]
     assert all(torch.equal(before[k], after[k]) for k in moved)
     card = load_expert("consistency", tmp_path / "out").card
     assert card.version == "2" and card.trained_on.startswith("first: ")
     assert card.figures["held_out"] == ["area_warp"] and "area_warp" not in card.trained_on.split("Then: ")[1]
-    more = ["--go-on", "--start", str(tmp_path / "out"), "--hold-out", "area_warp,blur_mismatch"]
-    seen = CliRunner().invoke(train.app, [*words, *more, "--state", str(tmp_path / "3"), "--steps", "1"])
+    seen = _trained(kinds, tmp_path, *again, "area_warp,blur_mismatch", "--state", str(tmp_path / "3"))
     assert isinstance(seen.exception, X2DFDError) and "trained with blur_mismatch" in str(seen.exception)
     truth = train_consistency.LocalTruth(load_crops(kinds), ["area_warp"])
     kept = {m for k in truth.learnt for m in truth.samples[k].method.split("+")}
     assert "area_warp" not in kept and "blur_mismatch" in kept
+
+
+def test_consistency_starts_imagenet_state(kinds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: a training that starts from random weights because nothing was said."""
+    torch.save(_published(), tmp_path / "efficientnet-lite0.pth")
+    monkeypatch.setattr(train_consistency, "require", lambda name: tmp_path)
+    assert _trained(kinds, tmp_path, "--steps", "1", "--lr", "0").exit_code == 0
+    wanted, found = imagenet_state(tmp_path / "efficientnet-lite0.pth"), _weights(tmp_path)
+    assert all(torch.equal(found[f"trunk.{k}"], v.half()) for k, v in wanted.items() if k.endswith("weight"))
+    assert "EfficientNet-Lite0" in load_expert("consistency", tmp_path / "out").card.licence
 
 
 def test_masks_and_areas_follow_the_picture_that_was_mirrored_and_turned() -> None:
@@ -224,7 +209,7 @@ def test_one_threshold_serves_pairs_and_areas() -> None:
 
 def test_the_state_of_another_training_is_refused(forged: Path, tmp_path: Path) -> None:
     """Bug prevented: weights of the last run's data and steps, under a card that tells of this one's."""
-    assert _blending(forged, tmp_path, "--steps", "2").exit_code == 0
+    assert _trained(forged, tmp_path, "--steps", "2", "--from-scratch").exit_code == 0
     before = _weights(tmp_path)
     other = tmp_path / "other"
     shutil.copytree(forged.parent, other)
@@ -236,7 +221,7 @@ def test_the_state_of_another_training_is_refused(forged: Path, tmp_path: Path) 
         (other / "manifest.jsonl", ("--steps", "3"), "other data or settings"),
         (forged, ("--steps", "1"), "more than --steps 1"),
     ):
-        result = _blending(data, tmp_path, *words)
+        result = _trained(data, tmp_path, *words, "--from-scratch")
         assert isinstance(result.exception, X2DFDError) and message in str(result.exception)
     assert all(torch.equal(v, before[k]) for k, v in _weights(tmp_path).items())
 
@@ -247,21 +232,13 @@ def test_a_manifest_of_one_label_is_refused(
 ) -> None:
     """Bug prevented: an expert trained on one class, or a traceback instead of the reason."""
     rows = [json.loads(line) for line in forged.read_text("utf-8").splitlines()]
-    kept = [r | {"path": str(forged.parent / r["path"])} for r in rows if r["label"] == label]
+    # A fake of another split keeps its mask: without any there is nothing to learn areas from.
+    kept = [r if r["label"] == label else r | {"split": "calib", "group": "other " + r["group"]} for r in rows]
     data = tmp_path / "one_label.jsonl"
-    data.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "mask"}) + "\n" for r in kept), "utf-8")
-    command = [
-        "train",
-        "blending",
-        "--from-scratch",
-        "--steps",
-        "1",
-        "--data",
-        str(data),
-        "--state",
-        str(tmp_path / "s"),
-    ]
-    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path / "out")])
+    places = [{k: str(forged.parent / r[k]) for k in ("path", "mask") if k in r} for r in kept]
+    data.write_text("".join(json.dumps(r | p) + "\n" for r, p in zip(kept, places, strict=True)), "utf-8")
+    words = ["consistency", "--from-scratch", "--steps", "1", "--data", str(data), "--state", str(tmp_path / "s")]
+    monkeypatch.setattr(sys, "argv", ["train", *words, "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stopped:
         run_command(train.app)
     told = capsys.readouterr()
@@ -319,75 +296,13 @@ def test_the_best_average_is_kept_not_the_last(tmp_path: Path, monkeypatch: pyte
     assert figures == {"step": 2, "worst": 0.5} and early > last  # the loss pulls the weight down
 
 
-def test_upsampling_learns_what_a_decoder_drew_and_leaves_out_what_it_is_told(kinds: Path, tmp_path: Path) -> None:
-    """Bug prevented: photos forged in part among its fakes, a left-out generator that was learnt, weights refused."""
-    words = ["upsampling", "--data", str(kinds), "--state", str(tmp_path / "s"), "--out", str(tmp_path / "out")]
-    done = CliRunner().invoke(train.app, [*words, "--steps", "2", "--batch", "4"])
-    assert done.exit_code == 0, done.output
-    expert = load_expert("upsampling", tmp_path / "out")
-    assert "(stylegan1)" in expert.card.trained_on
-    [face] = find_faces(np.array(skimage.data.astronaut()))
-    [said] = expert.judge([face])
-    assert said.score is not None and 0 <= said.score <= 1
-    more = ["--state", str(tmp_path / "other"), "--steps", "2", "--hold-out", "stylegan1"]
-    none_left = CliRunner().invoke(train.app, [*words, *more])
-    assert isinstance(none_left.exception, X2DFDError) and "no fake sample" in str(none_left.exception)
-
-
-def test_a_neighbour_residual_is_what_the_first_pixel_of_a_block_does_not_say() -> None:
-    """Bug prevented: another block grid than the one that training saw."""
-    from external_detectors.upsampling_net import neighbour_residual
-
-    x = torch.tensor([[[[1.0, 2, 5, 5], [3, 4, 5, 9], [0, 0, 7, 6], [0, 1, 7, 7]]]])
-    want = torch.tensor([[[[0.0, 1, 0, 0], [2, 3, 0, 4], [0, 0, 0, -1], [0, 1, 0, 0]]]])
-    assert torch.equal(neighbour_residual(x), want)
-
-
-def test_spectrum_noise_keeps_plain_numbers_that_say_what_scikit_learn_said(kinds: Path, tmp_path: Path) -> None:
-    """Bug prevented: an export that leaves out the scaling, the hidden layer or the sign."""
-    words = ["spectrum-noise", "--data", str(kinds), "--out", str(tmp_path / "out")]
-    done = CliRunner().invoke(train.app, words)
-    assert done.exit_code == 0, done.output
-    expert = load_expert("spectrum-noise", tmp_path / "out")
-    [face] = find_faces(np.array(skimage.data.astronaut()))
-    [said] = expert.judge([face])
-    assert said.score is not None and 0 <= said.score <= 1
-    rng = np.random.default_rng(0)
-    x = rng.normal(2, 3, (400, 5)).astype(np.float32)
-    fake = x[:, 1] * x[:, 2] > 4
-    samples = [Sample(str(i), Path("x"), "fake" if f else "real", "m", group=str(i)) for i, f in enumerate(fake)]
-    state = train_spectrum._fit(x, fake, np.ones(400, bool), samples, 12, 0.01)
-    assert (loop.auc(fake, perceptron(state, x)) or 0) > 0.9
-    plain = train_spectrum._fit(x, fake, np.ones(400, bool), samples, 0, 1.0)
-    assert (loop.auc(fake, perceptron(plain, x)) or 0) > 0.5
-
-
-def test_spectrum_features_know_noise_blur_and_a_grid() -> None:
-    """Bug prevented: numbers that do not move when what they measure does."""
-    [face] = find_faces(np.array(skimage.data.astronaut()))
-    plain = features(face.crop, face.crop_landmarks)
-    again = features(face.crop.copy(), face.crop_landmarks)
-    assert np.array_equal(plain, again) and np.isfinite(plain).all()
-    soft = np.asarray(cv2.GaussianBlur(face.crop, (0, 0), 1.5), np.uint8)
-    grid = face.crop.copy()
-    grid[::4, ::4] = np.clip(grid[::4, ::4].astype(int) + 25, 0, 255)
-    for changed in (soft, grid):
-        assert np.abs(features(changed, face.crop_landmarks) - plain).max() > 1
-    # Rings above the middle lose power when blurred: the ring against the mean, and the mean of all.
-    assert features(soft, face.crop_landmarks)[[14, 28]].sum() < plain[[14, 28]].sum() - 1
-
-
 # --- EfficientNet-Lite0 ---------------------------------------------------------------------------------------------
 
 
 def _published() -> OrderedDict[str, Tensor]:
     """As the published file: the network's tensors in its order under other names, then the classifier."""
     torch.manual_seed(1)
-    named = [
-        (k, v + (0.01 if v.is_floating_point() else 1))
-        for k, v in Lite0().state_dict().items()
-        if not k.startswith("classifier.")
-    ]
+    named = [(k, v + (0.01 if v.is_floating_point() else 1)) for k, v in lite0().state_dict().items()]
     tensors = OrderedDict((f"_blocks.{i}.{k.rsplit('.', 1)[1]}", v) for i, (k, v) in enumerate(named))
     tensors["_fc.weight"], tensors["_fc.bias"] = torch.zeros(1000, 1280), torch.zeros(1000)
     return tensors
@@ -397,7 +312,7 @@ def test_lite0_takes_the_published_tensors(tmp_path: Path) -> None:
     """Bug prevented: tensors mapped to their neighbours, or silently left at their random start."""
     published = _published()
     torch.save(published, tmp_path / "x.pth")
-    mine = [v for k, v in from_imagenet(tmp_path / "x.pth").state_dict().items() if not k.startswith("classifier.")]
+    mine = list(imagenet_state(tmp_path / "x.pth").values())
     theirs = [v for k, v in published.items() if not k.startswith("_fc.")]
     assert len(mine) == len(theirs) and all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
@@ -420,15 +335,15 @@ def test_lite0_refuses_what_is_not_its_file(tmp_path: Path) -> None:
     ):
         torch.save(wrong, path)
         with pytest.raises(SetupError, match=message):
-            from_imagenet(path)
+            imagenet_state(path)
     torch.save(torch.zeros(3), path)
     with pytest.raises(SetupError, match="x2dfd fetch lite0"):
-        from_imagenet(path)
+        imagenet_state(path)
     path.write_bytes(b"<html>not found</html>")
     with pytest.raises(SetupError, match="x2dfd fetch lite0"):
-        from_imagenet(path)
+        imagenet_state(path)
     with pytest.raises(SetupError, match="x2dfd fetch lite0"):
-        from_imagenet(tmp_path / "absent.pth")
+        imagenet_state(tmp_path / "absent.pth")
 
 
 class _Malicious:
@@ -445,7 +360,7 @@ def test_code_in_a_weight_file_does_not_run(tmp_path: Path) -> None:
     torch.save({"a": _Malicious(tmp_path / "ran")}, tmp_path / "y.pth")
     for name in ("x.pth", "y.pth"):
         with pytest.raises(SetupError, match="plain tensors"):
-            from_imagenet(tmp_path / name)
+            imagenet_state(tmp_path / name)
     assert not (tmp_path / "ran").exists()
 
 
@@ -453,7 +368,8 @@ def test_code_in_a_weight_file_does_not_run(tmp_path: Path) -> None:
 def test_lite0_knows_imagenet() -> None:
     """Bug prevented: another padding, order or activation than the network was trained with."""
     path = fetch.require("lite0") / "efficientnet-lite0.pth"
-    net, classifier = from_imagenet(path).eval(), torch.load(path, map_location="cpu", weights_only=True)
+    net, classifier = lite0().eval(), torch.load(path, map_location="cpu", weights_only=True)
+    net.load_state_dict(imagenet_state(path))
     for name, classes in (("chelsea", (281, 282, 285)), ("coffee", (504, 967, 968)), ("rocket", (657, 744))):
         picture = np.asarray(getattr(skimage.data, name)())
         side = min(picture.shape[:2])
@@ -461,7 +377,7 @@ def test_lite0_knows_imagenet() -> None:
         square = cv2.resize(picture[top : top + side, left : left + side], (224, 224), interpolation=cv2.INTER_AREA)
         x = (torch.from_numpy(np.asarray(square)).permute(2, 0, 1)[None].float() - 127) / 128
         with torch.inference_mode():
-            logits = net.features(x).mean((2, 3)) @ classifier["_fc.weight"].T + classifier["_fc.bias"]
+            logits = net(x).mean((2, 3)) @ classifier["_fc.weight"].T + classifier["_fc.bias"]
         assert int(logits.argmax()) in classes, name
 
 
@@ -518,14 +434,9 @@ def test_a_manifest_without_a_usable_face_is_an_error(mixed: Path) -> None:
         load_crops(mixed)
 
 
-# --- the heads on the tower -----------------------------------------------------------------------------------------
-
-
 @pytest.fixture
-def kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A manifest of two forge methods, often combined, and one generator's faces; features that know the label."""
-    from x2dfd import tower
-
+def kinds(tmp_path: Path) -> Path:
+    """A manifest of two forge methods, often combined, and one generator's faces."""
     pixels, lines = (
         np.array(skimage.data.astronaut()[10:310, 80:380]),
         ["path,label,method,df_class,source,group,split"],
@@ -536,40 +447,8 @@ def kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         lines.append(f"{i}.png,{'fake,stylegan1,EFS' if i % 3 == 2 else 'real,none,real'},made{i // 6},person{i},train")
     (tmp_path / "photos.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    def features(crops: Any, rows: Any, folder: Path, layers: int, keep: Any, seed: int) -> tower.TowerFeatures:
-        statistics = np.random.default_rng(seed).normal(0, 0.3, (len(rows), layers, 2, 1)).astype(np.float16)
-        statistics[:, :, 0] += np.array([[[3.0 * (crops.samples[i].label == "fake")]] for i in rows], np.float16)
-        return tower.TowerFeatures(rows, statistics, np.zeros((len(rows), 0, 196, 768), np.float16), ())
-
-    monkeypatch.setattr(tower, "cached_features", features)
     config = ForgeConfig(data=str(tmp_path / "photos.csv"), count=40, side=224, methods=("area_warp", "blur_mismatch"))
     return run(replace(config, ready_made=0.3, combine=0.5, calib=0.4), tmp_path / "forged")
-
-
-def _clip(data: Path, out: Path) -> Result:
-    more = ["--oof", str(out / "oof"), "--left-out", str(out / "left")]
-    return CliRunner().invoke(train.app, ["clip", "--data", str(data), "--out", str(out), *more])
-
-
-def test_heads_train_where_a_method_is_all_there_is(kinds: Path, tmp_path: Path) -> None:
-    """Bug prevented: leaving the only generator out leaves nothing to learn from, and the whole training ends."""
-    done = _clip(kinds, tmp_path / "out")
-    assert done.exit_code == 0, done.output
-    figures = json.loads((tmp_path / "out" / "clip.card.json").read_text())["figures"]
-    assert (
-        figures["auc_generator_and_source_left_out"] == {}
-    )  # one generator, one source: nothing is left to learn from
-    scores = json.loads((tmp_path / "out" / "oof").read_text())["clip"]
-    samples = load_crops(kinds).samples
-    assert set(scores) == {s.id for s in samples}
-    made, real = ([scores[s.id] for s in samples if s.method == method] for method in ("stylegan1", "none"))
-    assert np.mean(made) > np.mean(real) + 0.2
-    # Weights that never saw a source; without the only generator there are none, and that is said.
-    assert {p.name for p in (tmp_path / "out" / "left").iterdir()} == {"made0", "made1"}
-    assert "without stylegan1 there is nothing" in done.output
-    cards = [read_card(tmp_path / place / "clip.card.json") for place in ("out", "out/left/made0", "out/left/made1")]
-    assert [c.figures.get("held_out") for c in cards] == [None, ["made0"], ["made1"]]
-    assert len({c.sha256 for c in cards}) == 3
 
 
 def test_a_limit_draws_from_a_manifest_that_is_sorted() -> None:
@@ -581,32 +460,6 @@ def test_a_limit_draws_from_a_manifest_that_is_sorted() -> None:
     few, more = training_rows(data, 20), training_rows(data, 40)
     assert set(few) < set(more) < set(training_rows(data)) and list(few) == sorted(few) and len(few) == 20
     assert 4 < sum(samples[i].label == "real" for i in few) < 16
-
-
-def test_a_source_and_a_generator_left_out_are_not_learnt_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bug prevented: figures on unseen cameras and generators from a head that saw them."""
-    samples = [
-        Sample(
-            f"{k}", Path("x"), "fake" if m else "real", m, "EFS" if m else "", s, f"{k}", "calib" if k % 5 else "train"
-        )
-        for k, (m, s) in enumerate(
-            [(m, s) for m, s in (("", "a"), ("", "b"), ("one", "one"), ("two", "two")) for _ in range(25)]
-        )
-    ]
-    learnt: list[tuple[set[str], set[str]]] = []
-
-    def head(use: Any) -> dict[str, Tensor]:
-        used = [s for s, u in zip(samples, use, strict=True) if u]
-        learnt.append(({s.method for s in used if s.method}, {s.source for s in used if not s.method}))
-        return {}
-
-    def logits(state: dict[str, Tensor]) -> Any:
-        return np.array([{"": 0.0, "one": 1.0, "two": -1.0}[s.method] for s in samples])
-
-    found = train_clip._unseen(head, logits, samples)
-    assert ({"two"}, {"b"}) in learnt and ({"one"}, {"a"}) in learnt and ({"one", "two"}, {"a"}) in learnt
-    assert found["auc_generator_and_source_left_out"] == {"one / a": 1, "one / b": 1, "two / a": 0, "two / b": 0}
-    assert found["false_alarms_of_a_source_left_out"]["a"] == {"rate": 0.0, "n": 25}
 
 
 # --- the card -------------------------------------------------------------------------------------------------------
@@ -624,31 +477,12 @@ def test_the_licence_line_is_that_of_the_pictures() -> None:
     assert line.endswith("; start: MIT") and "FFHQ" not in line
 
 
-def test_a_card_says_the_next_version_and_whose_pictures(
-    forged: Path, kinds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Bug prevented: every training of `clip` stamped 3, so that two files of weights go by one version."""
-    assert loop.next_version(tmp_path, "blending") == "1"
-    for state, version in (("1", "1"), ("2", "2")):
-        words = ["--steps", "1", "--state", str(tmp_path / state), "--out", str(tmp_path / "out")]
-        assert _blending(forged, tmp_path, *words).exit_code == 0
-        card = read_card(tmp_path / "out" / "blending.card.json")
+def test_a_card_says_the_next_version_and_whose_pictures(forged: Path, tmp_path: Path) -> None:
+    """Bug prevented: every training stamped with one version, so that two files of weights go by it."""
+    assert loop.next_version(tmp_path, "consistency") == "1"
+    for version in ("1", "2"):
+        words = ["--steps", "1", "--state", str(tmp_path / version), "--from-scratch"]
+        assert _trained(forged, tmp_path, *words).exit_code == 0
+        card = read_card(tmp_path / "out" / "consistency.card.json")
         assert card.version == version
     assert card.licence.endswith("(no licence is stated for the pictures of s0, s1)")
-
-
-def test_a_limit_draws_from_the_whole_manifest(kinds: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Bug prevented: of a manifest that is sorted by label, only the first label is measured."""
-    chosen: list[list[int]] = []
-
-    def measured(crops: CropSet, rows: list[int], view_seed: int) -> None:
-        chosen.append(rows)
-        raise X2DFDError("enough")
-
-    monkeypatch.setattr(train_spectrum, "_measured", measured)
-    words = ["spectrum-noise", "--data", str(kinds), "--out", str(tmp_path), "--limit", "6"]
-    for seed in ("0", "0", "1"):
-        CliRunner().invoke(train.app, [*words, "--seed", seed])
-    first, again, other = chosen
-    assert first == again == sorted(set(first)) and len(first) == 6
-    assert first != other and max(*first, *other) > 5

@@ -60,7 +60,8 @@ class AdapterCard(Card):
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> AdapterCard:
-        lists = {key: tuple(data.get(key, ())) for key in ("feature_layers", "held_out", "left_out", "probes")}
+        keys = ("covers", "feature_layers", "held_out", "left_out", "probes")
+        lists = {key: tuple(data.get(key, ())) for key in keys}
         if isinstance(data.get("text_layers"), list):
             lists["text_layers"] = tuple(data["text_layers"])
         return cls(**{**data, **lists})

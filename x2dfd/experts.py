@@ -8,6 +8,7 @@ asked for.
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import math
 from collections.abc import Sequence
@@ -24,11 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BUILTIN: dict[str, str] = {
-    "blending": "external_detectors.blending:Blending",
     "consistency": "external_detectors.consistency:Consistency",
-    "clip": "external_detectors.clip:Clip",
-    "upsampling": "external_detectors.upsampling:Upsampling",
-    "spectrum-noise": "external_detectors.spectrum_noise:SpectrumNoise",
 }
 DEFAULT: tuple[str, ...] = ("consistency",)
 """Those that add something where they have not been (LOG.md); in this order their scores stand in the prompt."""
@@ -55,9 +52,11 @@ class Shared:
 
 @runtime_checkable
 class Expert(Protocol):
-    """What a plug-in has to be. `__init__` takes no arguments and loads the weights; it may raise SetupError.
+    """What a plug-in has to be. Its constructor loads the weights and may raise SetupError.
 
-    It may have `one_sided = True`: its "real" is no evidence, as a face can be forged in ways that it is blind to.
+    Without an argument it loads the expert's own weights. An expert whose weights may be replaced takes `folder: Path`,
+    the folder that holds `<name>.card.json` and the file that this card names. It may have `one_sided = True`: its
+    "real" is no evidence, as a face can be forged in ways that it is blind to.
     """
 
     card: ClassVar[Card]
@@ -103,12 +102,11 @@ def load_expert(name: str, folder: Path | None = None) -> Expert:
     Raises UnknownName, SetupError.
     """
     found = expert_class(name)
-    if folder is not None and (folder / f"{name}.card.json").is_file():
-        try:
-            return found(folder)  # type: ignore[call-arg]
-        except TypeError as error:
-            raise SetupError(f"expert {name!r} takes no other weights: {error}") from error
-    return found()
+    if folder is None or not (folder / f"{name}.card.json").is_file():
+        return found()
+    if not inspect.signature(found).parameters:
+        raise SetupError(f"expert {name!r} takes no other weights, and {folder} holds a card of it")
+    return found(folder)  # type: ignore[call-arg]
 
 
 def ask(expert: Expert, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:

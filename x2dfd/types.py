@@ -105,14 +105,24 @@ class Card:
     weights: str = ""  # file name beside the card
     trained_on: str = ""  # data, in words
     figures: dict[str, Any] = field(default_factory=dict)  # measured, with n and interval
+    covers: tuple[str, ...] = ()  # what an expert speaks of: artifacts, "AREA ARTIFACT" pairs, classes of forgeries
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an entry of `covers` outside of the vocabulary."""
+        pairs = {f"{area} {artifact}" for area in AREAS for artifact in ARTIFACTS}
+        if unknown := set(self.covers) - pairs - {*ARTIFACTS, *DF_CLASSES}:
+            raise ValueError(f"covers {sorted(unknown)}, which is no artifact, pair or class")
+
+    def covers_cue(self, area: str, artifact: str) -> bool:
+        return artifact in self.covers or f"{area} {artifact}" in self.covers
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "covers": list(self.covers)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Raises TypeError on a missing or unknown field: a card is complete or it is not a card."""
-        return cls(**data)
+        return cls(**{**data, "covers": tuple(data.get("covers", ()))})
 
 
 @dataclass(frozen=True)

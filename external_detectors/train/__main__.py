@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from external_detectors.train import blending, clip, consistency, spectrum_noise, upsampling
+from external_detectors.train import consistency
 from external_detectors.train.loop import EXAMPLE
 from x2dfd.cli import run_command
 
@@ -16,14 +16,8 @@ def _train() -> None:
     """Train an expert; weights and card are written whole or not at all."""
 
 
-app.command(epilog=EXAMPLE.format("blending --data build/sbi/manifest.jsonl --steps 2400"))(blending.blending)
 app.command(epilog=EXAMPLE.format("consistency --data build/local/manifest.jsonl --steps 1600"))(
     consistency.consistency
-)
-app.command(epilog=EXAMPLE.format("clip --data build/forged/manifest.jsonl"))(clip.clip)
-app.command(epilog=EXAMPLE.format("upsampling --data build/forged/manifest.jsonl"))(upsampling.upsampling)
-app.command(name="spectrum-noise", epilog=EXAMPLE.format("spectrum-noise --data build/forged/manifest.jsonl"))(
-    spectrum_noise.spectrum_noise
 )
 
 

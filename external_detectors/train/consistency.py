@@ -27,46 +27,49 @@ from external_detectors.train.loop import (
     source_names,
     worst,
 )
-from external_detectors.weights_io import WEIGHTS, save_weights, to_unit
+from external_detectors.weights_io import WEIGHTS, load_weights, save_weights, to_unit
 from x2dfd.calibration import logit
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.degrade import CODEC, codec
 from x2dfd.errors import X2DFDError
+from x2dfd.experts import read_card
 from x2dfd.faces import PREPROCESSING
+from x2dfd.fetch import require
 from x2dfd.manifest import manifest_sha256
 from x2dfd.types import ARTIFACTS, Card
+
+IMAGENET = "EfficientNet-Lite0 of ImageNet, Apache-2.0"
 
 
 def consistency(
     data: Annotated[Path, typer.Option(help="manifest of forgeries with cues and masks (data_gen forge)")],
     state: Annotated[Path, typer.Option(help="folder for the resumable state")] = Path("build/consistency"),
     out: Annotated[Path, typer.Option(help="folder for weights and card")] = WEIGHTS,
-    start: Annotated[Path, typer.Option(help="folder of the weights that it starts from")] = WEIGHTS,
-    go_on: Annotated[bool, typer.Option(help="start from its own weights in --start instead of `blending`")] = False,
+    start: Annotated[Path | None, typer.Option(help="folder of its own weights to start from; else ImageNet's")] = None,
     hold_out: Annotated[str, typer.Option(help="forge methods kept out of training, comma-separated")] = "",
     steps: int = 1600,
     batch: int = 24,
     lr: float = 6e-4,
     seed: int = 0,
     workers: int = 1,
+    from_scratch: Annotated[bool, typer.Option(help="start from random weights (for tests)")] = False,
 ) -> None:
     """The area-wise network on photos that were forged in part: label, area x artifact pairs, and mask."""
-    from external_detectors.consistency_net import ConsistencyNet, start_from
-    from external_detectors.weights_io import load_weights
-    from x2dfd.experts import read_card
+    from external_detectors.consistency_net import ConsistencyNet
+    from external_detectors.lite0 import imagenet_state
 
     torch.manual_seed(seed)
     crops = load_crops(data, workers)
     held_out = tuple(m for m in hold_out.split(",") if m)
     truth = LocalTruth(crops, held_out)
     net = ConsistencyNet()
-    before = read_card(start / f"{'consistency' if go_on else 'blending'}.card.json")
-    if go_on and (known := sorted(set(held_out) - set(before.figures.get("held_out", ())))):
-        raise X2DFDError(f"--go-on starts from weights that were trained with {', '.join(known)}: nothing is left out")
-    if go_on:
+    before = read_card(start / "consistency.card.json") if start else None
+    if start and before:
+        if known := sorted(set(held_out) - set(before.figures.get("held_out", ()))):
+            raise X2DFDError(f"{start} holds weights that were trained with {', '.join(known)}: nothing is left out")
         net.load_state_dict(load_weights(before, start))
-    else:
-        start_from(net, load_weights(before, start))
+    elif not from_scratch:
+        net.trunk.load_state_dict(imagenet_state(require("lite0") / "efficientnet-lite0.pth"))
     net.allowed.copy_(truth.allowed)
     net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -91,30 +94,31 @@ def consistency(
         return truth.figures(trained, "calib", held_out)
 
     settings = {"data": manifest_sha256(data), "batch": batch, "lr": lr, "seed": seed, "hold_out": hold_out}
-    run = json.dumps(settings | {"start": before.sha256})
+    run = json.dumps(settings | {"start": before.sha256 if before else "scratch" if from_scratch else "imagenet"})
     trained, figures = fit(
         net, batch_of, loss_of, steps=steps, lr=lr, seed=seed, state=state, run=run, check=figures_of
     )
     learnt = [truth.samples[k] for k in truth.learnt]
     methods = sorted({s.method.split("+")[0] for s in learnt if s.label == "fake"})
-    earlier = f"first: {before.trained_on.removeprefix('first: ')}. Then: " if go_on else ""
+    earlier = f"first: {before.trained_on.removeprefix('first: ')}. Then: " if before else ""
     # What neither the start nor this run has learnt is still unseen.
-    unseen = {*held_out, *(before.figures.get("held_out", ()) if go_on else ())}
+    unseen = {*held_out, *(before.figures.get("held_out", ()) if before else ())}
     unseen -= {m for s in learnt for m in s.method.split("+")}
     card = Card(
         name="consistency",
-        version=str(int(before.version) + 1) if go_on else next_version(out, "consistency"),
+        version=str(int(before.version) + 1) if before else next_version(out, "consistency"),
         source=SOURCE,
-        licence=licence_of(learnt, start=before.licence),
+        licence=licence_of(learnt, start=before.licence if before else "" if from_scratch else IMAGENET),
         sha256="",
         preprocessing=PREPROCESSING,
-        paper="none: a network of this project; the start after Shiohara & Yamasaki, CVPR 2022",
+        paper="none: a network of this project",
         blind_spot="A face that a generator made as a whole is consistent with itself; strong compression levels "
         "differences out; a kind of change that it was not trained on is found less often and named wrongly; "
         "what covers the changed part, a text or a sticker, hides it.",
         trained_on=f"{earlier}{len(learnt)} pictures, {steps} steps of {batch}: real photos, harmless changes and "
         f"forgeries in part ({', '.join(methods)}); no fake of any generator; sources: {source_names(learnt)}",
         figures={"held_out": sorted(unseen), "checkpoint": CHOSEN_BY, **figures},
+        covers=tuple(a for k, a in enumerate(ARTIFACTS) if truth.allowed[:, k].any()),
     )
     card = save_weights(trained.state_dict(), card, out)
     print(out / f"{card.name}.card.json")

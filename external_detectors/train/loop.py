@@ -80,23 +80,6 @@ def auc(labels: NDArray[np.bool_], scores: NDArray[np.float64]) -> float | None:
     return float(greater)
 
 
-def balance(
-    use: NDArray[np.bool_], positive: NDArray[np.bool_], samples: Sequence[Sample], by_method: bool = False
-) -> NDArray[np.float64]:
-    """Weights that give both labels a half, and within each label the root of each source's size.
-
-    With `by_method`, positives are grouped by their (first) method instead of their source. Zero outside of `use`.
-    """
-    weights = np.zeros(len(samples))
-    for side in (use & positive, use & ~positive):
-        keys = np.array([s.method.split("+")[0] if by_method and s.label == "fake" else s.source for s in samples])
-        for key in set(keys[side]):
-            mine = side & (keys == key)
-            weights[mine] = mine.sum() ** -0.5
-        weights[side] /= weights[side].sum() * 2
-    return weights
-
-
 def by_method(samples: list[Sample], scores: NDArray[np.float64]) -> dict[str, Any]:
     """AUC of each method's fakes (by the first method where two were combined) against all real ones, with counts."""
     real = np.array([s.label == "real" for s in samples])
@@ -109,13 +92,6 @@ def by_method(samples: list[Sample], scores: NDArray[np.float64]) -> dict[str, A
             table[method] = {"auc": round(value, 4), "n_fake": int((methods == method).sum())}
     table["n_real"] = int(real.sum())
     return table
-
-
-def by_source(samples: list[Sample], scores: NDArray[np.float64]) -> dict[str, float]:
-    """The share of real pictures of each source whose logit is above nought: false alarms at one half."""
-    real = np.array([s.label == "real" for s in samples])
-    found = np.array([s.source for s in samples])
-    return {str(s): round(float((scores[real & (found == s)] >= 0).mean()), 3) for s in sorted(set(found[real]))}
 
 
 ENOUGH = 10

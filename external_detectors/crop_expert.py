@@ -1,0 +1,48 @@
+"""The base class of experts that look at aligned crops with one network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from x2dfd.experts import Shared
+from x2dfd.faces import CROP_SIZE
+from x2dfd.types import Card, Evidence, Face
+
+
+class CropExpert:
+    """Asks a network about batches of crops. A subclass loads it in `__init__(folder)` and defines `p_fake` or `look`.
+
+    A face has no score, and a note that says why, where its crop is not one of ours or the network gives no number.
+    """
+
+    card: ClassVar[Card]
+    at_once: ClassVar[int] = 8
+    """Most faces in a batch."""
+
+    def p_fake(self, crops: Tensor) -> Tensor:
+        """P(fake) [n] of crops [n, CROP_SIZE, CROP_SIZE, 3] uint8."""
+        raise NotImplementedError
+
+    def look(self, crops: Tensor, faces: Sequence[Face]) -> list[Evidence]:
+        """What the network says of the faces whose crops [n, CROP_SIZE, CROP_SIZE, 3] uint8 are given."""
+        return [Evidence(self.card.name, score) for score in self.p_fake(crops).tolist()]
+
+    def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
+        name = self.card.name
+        said = [Evidence(name, None, f"the crop is not {CROP_SIZE} px RGB in 8 bits")] * len(faces)
+        usable = [k for k, f in enumerate(faces) if f.crop.shape == (CROP_SIZE, CROP_SIZE, 3)]
+        usable = [k for k in usable if faces[k].crop.dtype == np.uint8]
+        for start in range(0, len(usable), self.at_once):
+            part = usable[start : start + self.at_once]
+            with torch.inference_mode():
+                found = self.look(torch.from_numpy(np.stack([faces[k].crop for k in part])), [faces[k] for k in part])
+            for k, evidence in zip(part, found, strict=True):
+                known = evidence.score is not None and math.isfinite(evidence.score)
+                said[k] = evidence if known else Evidence(name, None, "the network gave no number")
+        return said

@@ -1,0 +1,229 @@
+"""Model feature assessment (MFA): which forgery cues a multimodal LLM can see.
+
+Every yes/no question is put to the model about every labelled face; questions and cues are ranked by how well P(yes)
+separates. MFA is from X2-DFD (arXiv 2410.06126), which ranks by the hard answer; beside that stand here the AUC of
+P(yes), intervals by group bootstrap, the images where a cue is *truly* present, and two controls: shuffled truth and
+questions that have nothing to do with forgery.
+
+Files written: `answers.parquet` (a row an image), `assessment.json`, `table.md`, `assessment.png`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from x2dfd.assessment.ask import (
+    BANK,
+    Answerer,
+    Answers,
+    CueQuestion,
+    Floats,
+    ask_all,
+    chosen_pictures,
+    read_questions,
+)
+from x2dfd.assessment.rank import (
+    MIN_PRESENT,
+    RANKED_BY,
+    RESAMPLES,
+    RULE,
+    RULE_TOP_K,
+    Bools,
+    Entry,
+    Finding,
+    Ranking,
+    Separation,
+    Truth,
+    experts_for,
+    findings,
+    group_weights,
+    spearman,
+    top_mean,
+)
+from x2dfd.assessment.report import Assessment, chart, read_assessment, strong_cues, table
+from x2dfd.errors import X2DFDError
+from x2dfd.experts import cards
+from x2dfd.files import write_text
+from x2dfd.manifest import manifest_sha256
+
+if TYPE_CHECKING:
+    from x2dfd.crops import CropSet
+
+__all__ = [
+    "BANK",
+    "Answerer",
+    "Answers",
+    "Assessment",
+    "CueQuestion",
+    "Finding",
+    "Separation",
+    "assess",
+    "chart",
+    "chosen_pictures",
+    "experts_for",
+    "group_weights",
+    "read_assessment",
+    "read_questions",
+    "run_assess",
+    "spearman",
+    "strong_cues",
+    "table",
+]
+
+
+def assess(
+    model: Answerer,
+    data: CropSet,
+    questions: Sequence[CueQuestion],
+    out: Path,
+    *,
+    limit: int | None = None,
+    split: str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    top_k: int | None = None,
+    manifest_hash: str | None = None,
+) -> Assessment:
+    """Ask every question about every image, rank questions and cues, and write all of it into `out`.
+
+    A killed run goes on where it stopped and ends with the same files. Questions of origin `random` are the control;
+    they are not ranked among the others. `top_k`: call the first k strong, as in the paper, instead of by `RULE`.
+    Raises X2DFDError without both classes, without questions, for a repeated question, and when `out` holds answers
+    of another model or question set.
+    """
+    texts = [q.text for q in questions]
+    if repeated := sorted({t for t in texts if texts.count(t) > 1}):
+        raise X2DFDError(f"asked twice: {repeated[0]}")
+    if all(q.origin == "random" for q in questions):
+        raise X2DFDError("no cue questions to ask")
+    chosen = chosen_pictures(data, split, limit, seed)
+    out.mkdir(parents=True, exist_ok=True)
+    rows = ask_all(model, data, chosen, texts, out, progress)
+    p_yes, said = np.array([r["p_yes"] for r in rows]), np.array([r["said"] for r in rows])  # [n, q]
+
+    truth = _truth(data, chosen)
+    entries = [_entry([q], [j], p_yes, truth) for j, q in enumerate(questions)]
+    by_cue: dict[tuple[str, str], list[int]] = {}
+    for j, q in enumerate(questions):
+        if q.area is not None and q.artifact is not None and q.origin != "random":
+            by_cue.setdefault((q.area, q.artifact), []).append(j)
+    rankings = {
+        "cues": Ranking(
+            [_entry([questions[j] for j in js], js, p_yes, truth) for js in by_cue.values()], truth, seed, top_k
+        ),
+        "questions": Ranking([e for e in entries if e.question.origin != "random"], truth, seed, top_k),
+        "unrelated": Ranking([e for e in entries if e.question.origin == "random"], truth, seed, top_k),
+    }
+    weights, known = group_weights(truth.groups, RESAMPLES, seed), cards()
+    found = {
+        kind: findings(ranking, truth, said == "yes", said == "no", weights, top_k, kind == "cues", known)
+        for kind, ranking in rankings.items()
+    }
+    result = Assessment(
+        model=model.name,
+        manifest_sha256=manifest_hash,
+        questions_sha256=hashlib.sha256(json.dumps([asdict(q) for q in questions]).encode()).hexdigest(),
+        split=split,
+        limit=limit,
+        seed=seed,
+        n_real=int((~truth.fake).sum()),
+        n_fake=int(truth.fake.sum()),
+        n_groups=len(set(truth.groups)),
+        n_unusable=len(data.unusable),
+        n_unknown_truth=int((~truth.known).sum()),
+        ranked_by=RANKED_BY,
+        rule=RULE if top_k is None else RULE_TOP_K,
+        cues=found["cues"],
+        questions=found["questions"],
+        unrelated=found["unrelated"],
+        control={kind: rankings[kind].control() for kind in ("cues", "questions")},
+        stability={kind: rankings[kind].stability() for kind in ("cues", "questions")},
+        random=_beside_random(found["questions"], found["unrelated"], rankings["questions"].k),
+        uncovered=tuple(
+            (f.area, f.artifact) for f in found["cues"] if not f.strong and not f.experts and f.area and f.artifact
+        ),
+    )
+    write_text(
+        out / "assessment.json", json.dumps(result.to_dict(), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    )
+    write_text(out / "table.md", table(result))
+    return result
+
+
+def _truth(data: CropSet, chosen: Sequence[int]) -> Truth:
+    samples = [data.samples[i] for i in chosen]
+    pairs: dict[tuple[str, str], Bools] = {}
+    for n, sample in enumerate(samples):
+        for cue in sample.cues:
+            pairs.setdefault((cue.area, cue.artifact), np.zeros(len(samples), bool))[n] = True
+    return Truth(
+        fake=np.array([s.label == "fake" for s in samples]),
+        pairs=pairs,
+        known=np.array([s.label == "real" or bool(s.cues) for s in samples]),
+        groups=[s.group for s in samples],
+    )
+
+
+def _entry(questions: Sequence[CueQuestion], columns: list[int], p_yes: Floats, truth: Truth) -> Entry:
+    q = questions[0]
+    cue = (q.area, q.artifact) if q.area is not None and q.artifact is not None else None
+    enough = cue is not None and min(int(side.sum()) for side in truth.sides(cue)) >= MIN_PRESENT
+    origin = ", ".join(dict.fromkeys(q.origin for q in questions))
+    return Entry(
+        CueQuestion(q.text, q.area, q.artifact, origin), columns, p_yes[:, columns].mean(1), cue if enough else None
+    )
+
+
+def _beside_random(ours: Sequence[Finding], unrelated: Sequence[Finding], k: int) -> dict[str, Any] | None:
+    """Cue questions and unrelated ones, fake against real; of both the same share is called best."""
+    if not unrelated:
+        return None
+
+    def figures(of: Sequence[Finding]) -> dict[str, Any]:
+        aucs = np.array([np.nan if f.overall.auc is None else f.overall.auc for f in of])
+        best = max(1, round(len(of) * k / len(ours)))
+        return {
+            "n": len(of),
+            "best": best,
+            "mean_auc": top_mean(aucs, len(aucs)),
+            "best_mean_auc": top_mean(aucs, best),
+        }
+
+    return {"cue_questions": figures(ours), "unrelated_questions": figures(unrelated)}
+
+
+def run_assess(
+    data: Path,
+    out: Path,
+    questions: Path | None = None,
+    limit: int | None = None,
+    split: str | None = None,
+    model: str | None = None,
+    seed: int = 0,
+    base: str | None = None,
+    served: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> None:
+    """The command `x2dfd assess`: load, assess, write, and print what a person wants to know first."""
+    asked = read_questions(questions or BANK)
+    import x2dfd
+    from x2dfd.crops import load_crops
+
+    crops = load_crops(data, workers=min(4, os.cpu_count() or 1))
+    # Whether a verdict is calibrated does not matter here, and calibration comes later on the road.
+    mllm = x2dfd.load(model, base=base, served=served, experts=[], mode="paper", device=device, dtype=dtype).mllm
+    a = assess(mllm, crops, asked, out, limit=limit, split=split, seed=seed, manifest_hash=manifest_sha256(data))
+    if not chart(a, out / "assessment.png"):
+        print("no chart: matplotlib is not installed (pip install -e '.[bench]')", file=sys.stderr)
+    print(table(a).split("\n## ", 1)[0].strip())
+    print(f"\n{out / 'table.md'}\n{out / 'assessment.json'}")

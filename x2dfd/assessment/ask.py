@@ -1,0 +1,185 @@
+"""The questions of an assessment, the pictures they are asked about, and the answers, kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from x2dfd.errors import X2DFDError
+from x2dfd.progress import progress
+from x2dfd.types import Cue
+
+if TYPE_CHECKING:
+    from x2dfd.crops import CropSet
+
+BANK = Path(__file__).parents[1] / "questions.json"
+"""The questions that are asked when no others are given."""
+
+PART = 16  # images whose answers a killed run can lose
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class CueQuestion:
+    """A yes/no question about one face."""
+
+    text: str
+    area: str | None  # of the cue that a yes asserts; None for a control, or when a published text names none
+    artifact: str | None
+    origin: str  # bank | random | published:FILE | generated:MODEL
+
+    def __post_init__(self) -> None:
+        if (self.area is None) != (self.artifact is None):
+            raise ValueError(f"half a cue: {self.area} x {self.artifact}")
+        if self.area is not None and self.artifact is not None:
+            Cue(self.area, self.artifact)
+
+
+class Answers(Protocol):
+    """What a model says to q questions."""
+
+    @property
+    def p_yes(self) -> Floats: ...  # [q], softmax over the Yes and No tokens
+    @property
+    def said(self) -> tuple[str, ...]: ...  # q times the greedy answer: "yes", "no" or "other"
+
+
+class Answerer(Protocol):
+    """Any MLLM that answers yes/no questions about one aligned face crop [224, 224, 3]."""
+
+    name: str
+
+    def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str], /) -> Answers: ...
+
+
+def read_questions(path: Path) -> list[CueQuestion]:
+    """Read a question file of `python -m data_gen questions`. Raises X2DFDError when it is not one."""
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        questions = [CueQuestion(**q) for q in data["questions"]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise X2DFDError(
+            f"{path}: not a question file ({error}); a published list becomes one by "
+            f"`python -m data_gen questions --published {path} --out FILE`"
+        ) from error
+    if not questions:
+        raise X2DFDError(f"{path}: no questions")
+    return questions
+
+
+def chosen_pictures(data: CropSet, split: str | None, limit: int | None, seed: int) -> list[int]:
+    """Images to ask about, in the data's order; with `limit`, half real and half fake as far as they go.
+
+    A smaller limit chooses a part of what a larger one chooses.
+    """
+    rng = np.random.default_rng([seed, 0])
+    sides = {
+        label: [i for i, s in enumerate(data.samples) if s.label == label and split in (None, s.split)]
+        for label in ("real", "fake")
+    }
+    if empty := [label for label, side in sides.items() if not side]:
+        where = f" in split {split!r}" if split else ""
+        raise X2DFDError(f"an assessment compares real and fake; there is no usable {empty[0]} image{where}")
+    if limit is not None and limit < 2:
+        raise X2DFDError("--limit must be at least 2: one real, one fake")
+    order = sorted(
+        (turn, label, i) for label, side in sides.items() for turn, i in enumerate(rng.permutation(side).tolist())
+    )
+    return sorted(i for _, _, i in order[:limit])
+
+
+_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("crop_sha256", pa.string()),
+        ("p_yes", pa.list_(pa.float64())),
+        ("said", pa.list_(pa.string())),
+    ]
+)
+_Row = dict[str, Any]
+
+
+def _save_rows(path: Path, rows: Sequence[_Row], key: dict[str, str]) -> None:
+    temporary = path.with_suffix(".tmp")
+    table = pa.Table.from_pylist(list(rows), schema=_SCHEMA.with_metadata(key))
+    pq.write_table(table, temporary, use_dictionary=["said"])
+    os.replace(temporary, path)
+
+
+def _saved_rows(out: Path, key: dict[str, str]) -> dict[str, _Row]:
+    """Answers of earlier runs in `out`, by image id."""
+    rows: dict[str, _Row] = {}
+    for file in [out / "answers.parquet", *sorted((out / "answers.parts").glob("*.parquet"))]:
+        if not file.is_file():
+            continue
+        table = pq.read_table(file)
+        metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+        if any(metadata.get(k) != v for k, v in key.items()):
+            raise X2DFDError(f"{out} holds answers of another model or to other questions; choose another --out")
+        rows.update({r["id"]: r for r in table.to_pylist()})
+    return rows
+
+
+def _ask(model: Answerer, crop: NDArray[np.uint8], texts: Sequence[str]) -> tuple[list[float], list[str]]:
+    answers = model.yes_no(np.ascontiguousarray(crop), texts)
+    p_yes, said = np.asarray(answers.p_yes, np.float64), list(answers.said)
+    if p_yes.shape != (len(texts),) or len(said) != len(texts):
+        raise X2DFDError(
+            f"{model.name} gave {p_yes.shape} probabilities and {len(said)} answers to {len(texts)} questions"
+        )
+    if not (np.isfinite(p_yes).all() and (p_yes >= 0).all() and (p_yes <= 1).all()):
+        raise X2DFDError(f"{model.name} gave a P(yes) outside [0, 1]")
+    if strange := set(said) - {"yes", "no", "other"}:
+        raise X2DFDError(f"{model.name} gave answers other than yes, no, other: {sorted(strange)}")
+    return p_yes.tolist(), said
+
+
+def ask_all(
+    model: Answerer, data: CropSet, chosen: Sequence[int], texts: Sequence[str], out: Path, show: bool
+) -> list[_Row]:
+    """Answers for the chosen images, in their order; what an earlier run saved is not asked again."""
+    parts = out / "answers.parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    key = {"model": model.name, "questions": json.dumps(list(texts), ensure_ascii=False)}
+    saved = _saved_rows(out, key)
+    known = {
+        s.id: saved[s.id]
+        for i, s in enumerate(data.samples)
+        if s.id in saved and saved[s.id]["crop_sha256"] == _sha256(data, i)
+    }
+    again = next((i for i in chosen if data.samples[i].id in known), None)
+    if again is not None:  # two models may go by one name
+        p_yes, _ = _ask(model, data.crops[again], texts)
+        if not np.allclose(p_yes, known[data.samples[again].id]["p_yes"], rtol=0, atol=1e-3):
+            raise X2DFDError(f"{out} holds answers of another model named {model.name!r}; choose another --out")
+    todo = [i for i in chosen if data.samples[i].id not in known]
+    fresh: list[_Row] = []
+    number = len(list(parts.glob("*.parquet")))
+    for done, i in enumerate(progress(todo, "asking") if show else todo, start=1):
+        p_yes, said = _ask(model, data.crops[i], texts)
+        fresh.append({"id": data.samples[i].id, "crop_sha256": _sha256(data, i), "p_yes": p_yes, "said": said})
+        if len(fresh) == PART or done == len(todo):
+            _save_rows(parts / f"{number:06d}.parquet", fresh, key)
+            known.update({r["id"]: r for r in fresh})
+            number, fresh = number + 1, []
+    # Answers beyond the chosen images stay: a smaller --limit must not throw hours away.
+    _save_rows(out / "answers.parquet", [known[s.id] for s in data.samples if s.id in known], key)
+    for file in parts.glob("*"):
+        file.unlink()
+    parts.rmdir()
+    return [known[data.samples[i].id] for i in chosen]
+
+
+def _sha256(data: CropSet, i: int) -> str:
+    return hashlib.sha256(data.crops[i].tobytes()).hexdigest()
