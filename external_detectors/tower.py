@@ -11,57 +11,61 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from external_detectors.consistency_net import MAX_CUES, POINTS_FROM, POOLED, area_grid
+from external_detectors.crop_expert import CropExpert
+from external_detectors.tower_net import KINDS, LAYERS, TowerHeads
 from external_detectors.weights_io import load_weights
 from x2dfd.adapter import EMBEDDED
 from x2dfd.errors import SetupError
 from x2dfd.experts import Shared, read_card
 from x2dfd.fetch import require
+from x2dfd.tower import tower_states
 from x2dfd.types import ARTIFACTS, Card, Cue, Evidence, Face
 
 WEIGHTS = EMBEDDED / "experts"
-"""The tower lies with the embedded model, whose tower it is."""
+"""They lie with the embedded model, whose tower this is."""
 
 
-class Tower:
+class Tower(CropExpert):
     """P(fake) of each face's aligned crop, the likeliest kind of fake, the likeliest cues, and a map."""
 
     card: ClassVar[Card] = read_card(WEIGHTS / "tower.card.json")
+    at_once = 16
 
     def __init__(self, folder: Path = WEIGHTS) -> None:
-        from external_detectors.tower_net import TowerHeads
-
         self.card = read_card(folder / "tower.card.json")  # type: ignore[misc]
         weights = load_weights(self.card, folder)
         self._heads = TowerHeads()
         self._heads.load_state_dict({k: v for k, v in weights.items() if not k.startswith("tower.")})
         self._heads.eval()
-        self._folder = folder
+        self._additions = folder / self.card.weights
         require("base")  # said now, not at the first face
         if not isinstance(self.card.figures.get("cue_threshold"), float):
             raise SetupError(f"the card of expert 'tower' in {folder} names no cue_threshold; reinstall x2dfd")
         self._threshold = float(self.card.figures["cue_threshold"])
 
     def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
-        import numpy as np
-        import torch
-        from torch.nn import functional as F
-
-        from external_detectors.consistency_net import MAX_CUES, POINTS_FROM, POOLED, area_grid
-        from external_detectors.tower_net import KINDS, LAYERS
-        from x2dfd.tower import tower_states
-
-        if not faces:
-            return []
+        """From the states of a pass that the embedded model has made of these very crops, else from one of its own."""
         states = shared.tower_states if shared and shared.tower == self.card.sha256 else None
         if states is None or len(states) <= max(LAYERS):
-            crops = torch.from_numpy(np.stack([f.crop for f in faces]))
-            states = tower_states(crops, max(LAYERS), self._folder / self.card.weights)
-        areas = torch.from_numpy(np.stack([area_grid(f.crop_landmarks) for f in faces]))
+            return super().judge(faces, shared)
         with torch.inference_mode():
-            seen = self._heads(states, areas.float() / 255)
-            maps = F.avg_pool2d(seen.map.sigmoid()[:, None], 2)[:, 0].tolist()  # [n, 14, 14]
-            kinds = seen.kinds[:, 1:].argmax(1).tolist()
-            chances = seen.cues.sigmoid().flatten(1)
+            return self._said(states, faces)
+
+    def look(self, crops: Tensor, faces: Sequence[Face]) -> list[Evidence]:
+        return self._said(tower_states(crops, max(LAYERS), self._additions), faces)
+
+    def _said(self, states: Sequence[Tensor], faces: Sequence[Face]) -> list[Evidence]:
+        areas = torch.from_numpy(np.stack([area_grid(f.crop_landmarks) for f in faces]))
+        seen = self._heads(states, areas.float() / 255)
+        maps = F.avg_pool2d(seen.map.sigmoid()[:, None], 2)[:, 0].tolist()  # [n, 14, 14]
+        kinds = seen.kinds[:, 1:].argmax(1).tolist()
+        chances = seen.cues.sigmoid().flatten(1)
         out = []
         for score, kind, chance, rows in zip(seen.fake.sigmoid().tolist(), kinds, chances, maps, strict=True):
             best = chance.topk(MAX_CUES)

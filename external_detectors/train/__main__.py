@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from external_detectors.train import consistency
+from external_detectors.train import consistency, tower
 from external_detectors.train.loop import EXAMPLE
 from x2dfd.cli import run_command
 
@@ -18,6 +18,9 @@ def _train() -> None:
 
 app.command(epilog=EXAMPLE.format("consistency --data build/local/manifest.jsonl --steps 1600"))(
     consistency.consistency
+)
+app.command(epilog=EXAMPLE.format("tower --data photos.csv --data build/forged/manifest.jsonl --out build/tower"))(
+    tower.tower
 )
 
 

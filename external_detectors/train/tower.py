@@ -36,7 +36,6 @@ from external_detectors.train.loop import (
     SOURCE,
     augmented,
     by_method,
-    by_source,
     licence_of,
     log,
     next_version,
@@ -340,7 +339,7 @@ def _learn(
             next_check += 1
             _save(saved, settings, spent, step, best, trained, average, optimizer)
     best = _better(net, trained, average, pictures, step, best, state)
-    kept = load_file(state / "best.safetensors")
+    kept = load_file(state / f"average-{best['figures']['step']}.safetensors")
     return kept, {"steps": step, "pictures_seen": step * settings.batch, **best["figures"], "tried": best["tried"]}
 
 
@@ -361,21 +360,20 @@ def _better(
     best: dict[str, Any],
     state: Path,
 ) -> dict[str, Any]:
-    """Judges the average on what was left out; the weights go to `best.safetensors` when they are the best so far."""
+    """Judges the average on what was left out, and keeps it as `average-STEP.safetensors`."""
     now = {n: p.detach().clone() for n, p in trained.items()}
     _put(trained, average)
     net.eval()
     samples = [pictures.at(k, i) for k, i in pictures.judged]
     scores = score(net, pictures)
-    figures = {"auc": by_method(samples, scores), "above_nought": by_source(samples, scores)}
+    figures = {"auc": by_method(samples, scores), "above_nought": _above_nought(samples, scores)}
     value = worst(samples, scores)
     log(json.dumps({"step": step, "worst": value, **figures}))
     tried = [*best["tried"], {"step": step, "worst": value}]
+    tensors = {n: v.detach().cpu().contiguous() for n, v in average.items()}
+    save_file(tensors | {f"heads.{KEPT}": net.heads.allowed.cpu()}, state / f"average-{step}.safetensors")
     if best["worst"] is None or (value or 0.0) >= best["worst"]:
         best = {"worst": value, "figures": {"step": step, "worst": value, **figures}}
-        tensors = {n: v.detach().cpu().contiguous() for n, v in average.items()}
-        save_file(tensors | {f"heads.{KEPT}": net.heads.allowed.cpu()}, state / "best.part.safetensors")
-        (state / "best.part.safetensors").replace(state / "best.safetensors")
     _put(trained, now)
     net.train()
     return {**best, "tried": tried}
@@ -391,6 +389,13 @@ def score(net: Net, pictures: Pictures) -> NDArray[np.float64]:
             views, areas = (torch.from_numpy(np.stack([p[c] for p in part])).to(place) for c in (0, 5))
             found.append(net(views, areas).fake.float().cpu())
     return torch.cat(found).double().numpy() if found else np.zeros(0)
+
+
+def _above_nought(samples: Sequence[Sample], scores: NDArray[np.float64]) -> dict[str, float]:
+    """The share of each source's real pictures whose logit is above nought: false alarms at one half."""
+    real = np.array([s.label == "real" for s in samples], bool)
+    found = np.array([s.source for s in samples])
+    return {str(s): round(float((scores[real & (found == s)] >= 0).mean()), 3) for s in sorted(set(found[real]))}
 
 
 def _put(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
