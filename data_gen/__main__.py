@@ -75,6 +75,9 @@ def build(
     assessment: Annotated[Path | None, typer.Option(help="assessment.json: only its strong cues are explained")] = None,
     experts: Annotated[str, typer.Option(help="comma-separated, in prompt order; empty for the default set")] = "",
     expert_weights: Annotated[Path | None, typer.Option(help="folder of other weights than the experts' own")] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="folder for the tower's outputs, which finetune takes as cached_features")
+    ] = None,
     oof: Annotated[Path | None, typer.Option(help="out-of-fold scores (external_detectors.train clip --oof)")] = None,
     hold_out: Annotated[str, typer.Option(help="forge methods kept out of training, comma-separated")] = "",
     corrupt: Annotated[float, typer.Option(help="share of injected scores that are wrong or missing")] = 0.15,
@@ -107,6 +110,7 @@ def build(
         assessment=str(assessment) if assessment else None,
         experts=tuple(e for e in experts.split(",") if e) or DEFAULT,
         expert_weights=str(expert_weights) if expert_weights else None,
+        features=str(features) if features else None,
         held_out=tuple(m for m in hold_out.split(",") if m),
         view_seed=view_seed,
         corrupt=corrupt,

@@ -32,11 +32,11 @@ from x2dfd.assessment import read_assessment, strong_cues
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import through_codec
 from x2dfd.errors import X2DFDError
-from x2dfd.experts import DEFAULT, load_expert
+from x2dfd.experts import DEFAULT, Expert, Shared, load_expert
 from x2dfd.files import file_sha256, write_text
 from x2dfd.manifest import Sample
 from x2dfd.progress import progress
-from x2dfd.tower import VIEWS, seen_view, training_rows, view_face
+from x2dfd.tower import HEAD_LAYERS, VIEWS, TowerFeatures, cached_features, seen_view, training_rows, view_face
 from x2dfd.types import Cue, Evidence
 
 
@@ -49,6 +49,7 @@ class BuildConfig:
     experts: tuple[str, ...] = DEFAULT  # in prompt order
     score_form: str = "numbers"  # how questions give scores, of x2dfd.prompts.SCORE_FORMS
     expert_weights: str | None = None  # folder of other weights than the experts' own
+    features: str | None = None  # folder for the forensic tower's outputs, which `finetune` takes as cached_features
     held_out: tuple[str, ...] = ()  # forge methods kept out of training, for figures on unseen methods
     view_seed: int = 1  # the degradation of each picture; the cached tower features use the same
     corrupt: float = 0.15  # share of injected scores that are wrong or missing in training
@@ -125,14 +126,29 @@ def expert_scores(
             data.samples[i].id: Evidence(name, known[data.samples[i].id]) for i in rows if data.samples[i].id in known
         }
         expert = load_expert(name, weights) if missing else None
+        passed = _passed(data, rows, config, expert) if name == "tower" and expert and missing == rows else None
         for start in progress(range(0, len(missing), 16), f"{name} scores"):
             part = missing[start : start + 16]
             faces = through_codec([view_face(data, i, config.view_seed) for i in part])
+            shared = Shared(passed.states(slice(start, start + 16)), expert.card.sha256) if passed and expert else None
             if expert is not None:
-                found |= {data.samples[i].id: e for i, e in zip(part, expert.judge(faces), strict=True)}
+                found |= {data.samples[i].id: e for i, e in zip(part, expert.judge(faces, shared), strict=True)}
         for i in rows:
             table[data.samples[i].id].append(found[data.samples[i].id])
     return table
+
+
+def _passed(data: CropSet, rows: Sequence[int], config: BuildConfig, expert: Expert) -> TowerFeatures | None:
+    """The forensic tower's one pass over the training views, kept for the training of the MLLM, where it is asked."""
+    if config.features is None:
+        return None
+    from external_detectors.tower import WEIGHTS
+
+    additions = Path(config.expert_weights or WEIGHTS) / expert.card.weights
+    layers = max(HEAD_LAYERS)
+    return cached_features(
+        data, np.array(rows), Path(config.features), layers, HEAD_LAYERS, config.view_seed, additions=additions
+    )
 
 
 def _told(sample: Sample, strong: set[tuple[str, str]] | None) -> list[Cue]:

@@ -18,13 +18,13 @@ from torch.nn import functional as F
 
 from external_detectors.consistency_net import MAX_CUES, POINTS_FROM, POOLED, area_grid
 from external_detectors.crop_expert import CropExpert
-from external_detectors.tower_net import KINDS, LAYERS, TowerHeads
+from external_detectors.tower_net import KINDS, TowerHeads
 from external_detectors.weights_io import load_weights
 from x2dfd.adapter import EMBEDDED
 from x2dfd.errors import SetupError
 from x2dfd.experts import Shared, read_card
 from x2dfd.fetch import require
-from x2dfd.tower import tower_states
+from x2dfd.tower import HEAD_LAYERS, tower_states
 from x2dfd.types import ARTIFACTS, Card, Cue, Evidence, Face
 
 WEIGHTS = EMBEDDED / "experts"
@@ -52,13 +52,13 @@ class Tower(CropExpert):
     def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
         """From the states of a pass that the embedded model has made of these very crops, else from one of its own."""
         states = shared.tower_states if shared and shared.tower == self.card.sha256 else None
-        if states is None or len(states) <= max(LAYERS):
+        if states is None or len(states) <= max(HEAD_LAYERS):
             return super().judge(faces, shared)
         with torch.inference_mode():
             return self._said(states, faces)
 
     def look(self, crops: Tensor, faces: Sequence[Face]) -> list[Evidence]:
-        return self._said(tower_states(crops, max(LAYERS), self._additions), faces)
+        return self._said(tower_states(crops, max(HEAD_LAYERS), self._additions), faces)
 
     def _said(self, states: Sequence[Tensor], faces: Sequence[Face]) -> list[Evidence]:
         areas = torch.from_numpy(np.stack([area_grid(f.crop_landmarks) for f in faces]))

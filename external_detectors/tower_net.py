@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from external_detectors.consistency_net import GRID, POOLED
+from x2dfd.tower import HEAD_LAYERS as LAYERS
 from x2dfd.tower import WIDTH
 from x2dfd.types import ARTIFACTS
-
-LAYERS = (3, 6, 9, 12)
-"""Outputs of the tower that the heads read; 1 is the first layer's."""
 
 KINDS = ("real", "EFS", "FS", "FR", "FE")
 """Classes of the second head, as in DFA-Bench: bona fide, entire synthesis, swap, reenactment, editing."""

@@ -18,7 +18,7 @@ TOWER_LINEARS = r".*vision_tower.*\.layers\.(LAYERS)\..*(q_proj|k_proj|v_proj|ou
 
 CHOICES = {
     "method": ("lora", "qlora", "dora", "full"),
-    "tower": ("frozen", "norms", "lora"),
+    "tower": ("frozen", "norms", "lora", "forensic"),
     "base_dtype": ("float32", "bfloat16"),
     "attention": ("sdpa", "eager", "flash_attention_2"),
 }
@@ -48,7 +48,8 @@ class FinetuneConfig:
     lora_dropout: float = 0.05
     targets: str = LANGUAGE_LINEARS  # regular expression over module names; inside the language model
     projector: str | None = None  # name of the projector's module; None finds it
-    tower: str = "frozen"  # or norms: its normalisation layers are trained, at the projector's rate; lora: LoRA too
+    tower: str = "frozen"  # or norms: its normalisation layers are trained, at the projector's rate; lora: LoRA too;
+    # forensic: frozen, with what the expert `tower` in `expert_weights` adds to it
     lr: float = 2e-4  # of the LoRA matrices
     projector_lr: float = 2e-5  # of the projector
     weight_decay: float = 0.0
@@ -116,7 +117,10 @@ def check_config(config: FinetuneConfig) -> None:
     clashes = {
         "base_dtype: bfloat16 wants bf16: true": config.base_dtype == "bfloat16" and not config.bf16,
         "flash attention knows no packs: take pack: false": config.attention == "flash_attention_2" and config.pack,
-        "cached features want tower: frozen": config.cached_features is not None and config.tower != "frozen",
+        "cached features want tower: frozen or forensic": config.cached_features is not None
+        and config.tower not in ("frozen", "forensic"),
+        "tower: forensic wants expert_weights with the expert `tower`": config.tower == "forensic"
+        and not (Path(config.expert_weights or "") / "tower.safetensors").is_file(),
         "cached features want pack: true": config.cached_features is not None and not config.pack,
         "the embedded base wants pack: true": config.base is None and not config.pack,
         "qlora wants a base of its own; the embedded one is small enough": config.base is None

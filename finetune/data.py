@@ -147,6 +147,7 @@ class Packs(Dataset[dict[str, Any]]):
         data: CropSet,
         features: TowerFeatures | None,
         view_seed: int,
+        layers: Sequence[int] = (),
     ) -> None:
         where = {int(r): k for k, r in enumerate(features.rows)} if features is not None else {}
         self.rows = list(by_row)
@@ -156,6 +157,7 @@ class Packs(Dataset[dict[str, Any]]):
         self.conversations = [[conversation(processor, r, label_ids) for r in records] for records in by_row.values()]
         self.lengths = [sum(len(c.tokens) for c in pack) for pack in self.conversations]
         self._data, self._features, self._where, self._seed = data, features, where, view_seed
+        self._layers = layers
         self._image_processor = processor.image_processor
         self._before, _ = prompts.prompt_tokens(processor, prompts.render(processor, prompts.QUESTION))
         self._image_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
@@ -167,7 +169,7 @@ class Packs(Dataset[dict[str, Any]]):
     def __getitem__(self, k: int) -> dict[str, Any]:
         row = self.rows[k]
         if self._features is not None:
-            pixels = torch.from_numpy(np.asarray(self._features.patches[self._where[row]], np.float32))
+            pixels = torch.from_numpy(self._features.patches(self._where[row], self._layers))
         else:
             image = view_image(self._data, row, self._seed)
             pixels = self._image_processor(image, return_tensors="pt")["pixel_values"][0]
@@ -274,7 +276,7 @@ def cache_tower(
             patches.flush()
             write_text(state_file, json.dumps({"key": key, "done": at + 1}))
     assert patches is not None
-    return TowerFeatures(rows, np.zeros((0, 0, 0, 0), np.float16), patches, layers)
+    return TowerFeatures(rows, patches, layers, class_token=False)
 
 
 def feature_layers(model: Any) -> tuple[int, ...]:

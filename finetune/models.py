@@ -17,6 +17,7 @@ from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, check_contents, read_adapter_card
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.mllm import base_identity, load_llava, quietly
+from x2dfd.tower import add_to_tower, read_additions
 
 PROJECTORS = ("multi_modal_projector", "connector", "merger")
 """What the module between tower and language model is called: LLaVA, InternVL, Gemma; SmolVLM, Idefics; Qwen-VL."""
@@ -49,7 +50,14 @@ def open_base(config: FinetuneConfig) -> tuple[Any, Any]:
     except (OSError, ValueError, ImportError) as error:
         raise SetupError(f"{config.base or 'the embedded base'} cannot be loaded for training: {error}") from error
     prompts.set_frame(processor, config.frame)
+    if (additions := additions_of(config)) is not None:
+        add_to_tower(model.model.vision_tower, read_additions(additions))
     return model, processor
+
+
+def additions_of(config: FinetuneConfig) -> Path | None:
+    """The weight file of the forensic tower, with `tower: forensic`."""
+    return Path(str(config.expert_weights)) / "tower.safetensors" if config.tower == "forensic" else None
 
 
 def _nf4(base: str, bf16: bool) -> Any:
@@ -150,7 +158,8 @@ def _start_from(tuned: Any, folder: Path, config: FinetuneConfig) -> None:
     card = read_adapter_card(folder)
     check_contents(folder, card)
     cut = {k: getattr(config, k) for k in ("tower_layers", "text_layers", "feature_layers")}
-    other = [k for k, v in cut.items() if v is not None and getattr(card, k) != v]
+    # How deep the tower is matters to nobody: the projector reads the same layers.
+    other = [k for k, v in cut.items() if k != "tower_layers" and v is not None and getattr(card, k) != v]
     if other or card.base != base_identity(config.base):
         raise X2DFDError(f"start: {folder} was trained on another {other[0] if other else 'base'}")
     if known := sorted(set(config.left_out) - set(card.left_out)):

@@ -21,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from finetune.config import FinetuneConfig, check_config
 from finetune.data import IGNORE, Collate, CollateRows, Packs, Rows, cache_tower, feature_layers, read_records
-from finetune.models import CachedTower, fit_projector, open_base, tune
+from finetune.models import CachedTower, additions_of, fit_projector, open_base, tune
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, WHOLE, AdapterCard, lora_b_sum, probe_logits, read_adapter_card, write_adapter_card
 from x2dfd.crops import CropSet, load_crops
@@ -31,7 +31,7 @@ from x2dfd.experts import expert_class, read_card
 from x2dfd.faces import PREPROCESSING
 from x2dfd.files import file_sha256, write_text
 from x2dfd.mllm import base_identity
-from x2dfd.tower import VIEWS, TowerFeatures, cached_features, seen_view, tower_states, training_rows
+from x2dfd.tower import HEAD_LAYERS, VIEWS, TowerFeatures, cached_features, seen_view, tower_states, training_rows
 
 
 class Bucketed(LengthGroupedSampler):
@@ -124,7 +124,7 @@ def train(config: FinetuneConfig) -> Path:
     collate: Collate | CollateRows
     pad = processor.tokenizer.pad_token_id or 0
     if config.pack:
-        packs = Packs(records, processor, label_ids, data, features, config.view_seed)
+        packs = Packs(records, processor, label_ids, data, features, config.view_seed, feature_layers(model))
         collate = Collate(pad, config.verdict_weight, config.cue_weight)
     else:
         packs = Rows(records, processor, label_ids, data, config.view_seed)
@@ -214,15 +214,17 @@ def _features(config: FinetuneConfig, model: Any, processor: Any, data: CropSet)
     if config.base is None and not config.cached_features:
         known = [int(i) for i in training_rows(data) if data.samples[i].origin not in config.left_out]
         some = [seen_view(data.crops[i], config.view_seed, int(i)) for i in known[:: max(1, len(known) // 64)]]
-        states = tower_states(torch.from_numpy(np.stack(some)), max(layers))
+        states = tower_states(torch.from_numpy(np.stack(some)), max(layers), additions_of(config))
         fit_projector(model, torch.stack([states[k][:, 1:] for k in layers], 1).clone())
         return None
     assert config.cached_features is not None
     rows, folder = training_rows(data, config.limit), Path(config.cached_features)
     if config.base is None:
         tower = model.config.vision_config.num_hidden_layers
-        features = cached_features(data, rows, folder, tower, layers, config.view_seed)
-        fit_projector(model, torch.from_numpy(features.patches[:: max(1, len(rows) // 64)].astype("float32")))
+        kept = HEAD_LAYERS if config.tower == "forensic" else layers  # the expert `tower` read the same pass
+        features = cached_features(data, rows, folder, tower, kept, config.view_seed, additions=additions_of(config))
+        some = features.patches(slice(None, None, max(1, len(rows) // 64)), layers)
+        fit_projector(model, torch.from_numpy(some))
     else:
         key = {"base": base_identity(config.base), "manifest": file_sha256(Path(config.manifest))}
         features = cache_tower(model, processor, data, rows, folder, key, config.view_seed)

@@ -36,6 +36,9 @@ WEIGHTS = "adapter_model.safetensors"
 WHOLE = "model"
 """What a card calls its weights when they are no adapter but the whole model: the folder beside the card."""
 
+FORENSIC, TOWER = "forensic", "experts/tower.safetensors"
+"""What a card calls a tower with the additions of the expert `tower`, and where they lie beside it."""
+
 PROBES = 3  # pictures whose scores a card keeps
 
 
@@ -55,7 +58,8 @@ class AdapterCard(Card):
     data_sha256: str = ""  # of the instruction set
     probes: tuple[float, ...] = ()  # logit of fake against real of each probe picture; loading has to give the same
     left_out: tuple[str, ...] = ()  # sources and generators of which it was trained on no picture
-    tower: str = "frozen"  # norms or lora where its training changed the vision tower, which is then nobody else's
+    tower: str = "frozen"  # norms or lora where its training changed the vision tower, which is then nobody else's;
+    # forensic where the tower carries the additions of its expert `tower` (external_detectors.train.tower)
     held_out: tuple[str, ...] = ()  # forge methods that the instruction set leaves out, for figures on unseen ones
 
     @classmethod
@@ -150,6 +154,23 @@ def attach(model: Any, folder: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about a property that PEFT reads
         return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+
+
+def add_tower(llava: Any, folder: Path, card: AdapterCard) -> str | None:
+    """Put the forensic tower's additions into a LLaVA's vision tower, where the card says that it was trained on them.
+
+    Returns what `x2dfd.mllm.Look.tower` is of this adapter. Raises SetupError when the additions are not those of the
+    card, or fit another tower.
+    """
+    from x2dfd.tower import add_to_tower, read_additions
+
+    if card.tower != FORENSIC:
+        return "" if card.tower == "frozen" else None
+    path = folder / TOWER
+    if not path.is_file() or (sha256 := file_sha256(path)) != card.experts.get("tower"):
+        raise SetupError(f"{path} is not the tower that {card.name} was trained on; copy the whole directory again")
+    add_to_tower(llava.model.vision_tower, read_additions(path))
+    return sha256
 
 
 _PLAIN = {

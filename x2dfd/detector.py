@@ -26,6 +26,7 @@ from x2dfd.adapter import (
     EMBEDDED,
     WHOLE,
     AdapterCard,
+    add_tower,
     attach,
     check_adapter,
     check_contents,
@@ -331,7 +332,8 @@ class Detector:
 
     def evidence(self, faces: Sequence[Face], look: Any) -> list[list[Evidence]]:
         """What each expert says of each face: [face][expert]."""
-        shared = Shared(tower_states=look.tower_states if self.facts["base"]["name"] == BASE_NAME else None)
+        ours = self.facts["base"]["name"] == BASE_NAME
+        shared = Shared(look.tower_states, look.tower or "") if ours else Shared()
         columns = [ask(expert, faces, shared) for expert in self.experts]
         return [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in faces]
 
@@ -458,8 +460,10 @@ def load(
         )
         identity = hashed.result()
     calibration = None
+    tower: str | None = ""
     if folder and card:
         prompts.set_frame(processor, card.frame)
+        tower = add_tower(llava, folder, card)
         check_adapter(folder, card, identity, prompts.prompt_hash(processor, card.score_form))
         llava = llava if card.weights == WHOLE else attach(llava, folder)
         calibration = (
@@ -479,7 +483,7 @@ def load(
         facts["name"],
         autocast=place.type == "cpu" and precision == "bf16",
         temperature=facts["temperature"],
-        own_tower=card is not None and card.tower != "frozen",
+        tower=tower,
     )
     if card and card.probes:
         check_probes(card, probe_logits(mllm), 0.1 if precision == "fp32" else 1.0)

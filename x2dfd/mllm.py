@@ -54,7 +54,7 @@ class Look:
     length: int  # tokens of the prefix
     states: tuple[Tensor, ...]  # hidden states of the vision tower, embeddings first, where they were computed
     seeds: tuple[int, ...] = ()  # of each picture, from its pixels: what its texts are drawn with
-    own_tower: bool = False  # an adapter changed it
+    tower: str | None = ""  # SHA-256 of the tower's additions; "" without, None where the adapter changed it itself
 
     @property
     def size(self) -> int:
@@ -64,9 +64,9 @@ class Look:
     def tower_states(self) -> tuple[Tensor, ...] | None:
         """For the experts that read them: fp32 on the CPU. Moved when asked for: of a 7B model 60 MB a face.
 
-        None of a changed tower: experts were trained on what the base's own gives.
+        None of a tower that an adapter changed itself: no expert was trained on what it gives.
         """
-        return None if self.own_tower else tuple(s.float().cpu() for s in self.states)
+        return None if self.tower is None else tuple(s.float().cpu() for s in self.states)
 
 
 def _inference(method: Callable[P, T]) -> Callable[P, T]:
@@ -86,7 +86,7 @@ class LocalMLLM:
 
     `autocast`: matrix products in bf16 over the weights as they are. Labels are scored in fp32 all the same.
     `temperature`: of texts; 0 takes the likeliest token, else one is drawn with a seed of picture and question, so that
-    the same picture gets the same text, whatever is asked beside it. `own_tower`: its training changed the tower.
+    the same picture gets the same text, whatever is asked beside it. `tower`: as in `Look`.
     """
 
     batch = BATCH
@@ -99,11 +99,11 @@ class LocalMLLM:
         *,
         autocast: bool = False,
         temperature: float = 0.0,
-        own_tower: bool = False,
+        tower: str | None = "",
     ) -> None:
         self.autocast = autocast
         self.temperature = temperature
-        self.own_tower = own_tower
+        self.tower = tower
         self.name = name
         self.processor = processor
         self.tokenizer = processor.tokenizer
@@ -143,7 +143,7 @@ class LocalMLLM:
         cache = DynamicCache(config=self._text.config)
         self._text(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
         seeds = tuple(crc32(np.ascontiguousarray(c).data) for c in crops)
-        return Look(cache, embeds.shape[1], tuple(states), seeds, self.own_tower)
+        return Look(cache, embeds.shape[1], tuple(states), seeds, self.tower)
 
     def _suffix(self, question: str, start: str = "", turns: Sequence[tuple[str, str]] = ()) -> list[int]:
         return _after_image(self.processor, question, start, turns) if turns else self._rendered(question, start)

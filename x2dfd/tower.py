@@ -32,6 +32,10 @@ VIEWS = {"degrade": DEGRADE_VERSION, "codec": list(CODEC)}
 WIDTH = 768
 """Of the tower's hidden states: CLIP ViT-B."""
 
+HEAD_LAYERS = (3, 6, 9, 12)
+"""Whose outputs the forensic tower's heads read, and the embedded model's projector but for the first; 1 is the first
+layer's."""
+
 _MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 _STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 
@@ -114,20 +118,24 @@ def tower_states(crops: Tensor, layers: int, additions: Path | None = None) -> t
     return states
 
 
-def patch_statistics(states: Sequence[Tensor]) -> Tensor:
-    """Mean and standard deviation over the patch tokens of each layer's output: [n, layers, 2, 768]."""
-    patches = torch.stack(list(states[1:]), 1)[:, :, 1:]
-    return torch.stack([patches.mean(2), patches.std(2)], 2)
-
-
 @dataclass(frozen=True, eq=False)
 class TowerFeatures:
-    """Features of some samples of a CropSet."""
+    """What a tower gives for some samples of a CropSet."""
 
     rows: NDArray[np.intp]  # [n]: which samples of the CropSet, in order
-    statistics: NDArray[np.float16]  # [n, layers, 2, 768]
-    patches: NDArray[np.float16]  # [n, len(keep), 196, 768]
-    keep: tuple[int, ...]  # which layers' patches are kept; 1 is the first layer's output
+    tokens: NDArray[np.float16]  # [n, len(keep), class token where there is one + patches, hidden]
+    keep: tuple[int, ...]  # which layers' outputs are kept; 1 is the first layer's
+    class_token: bool = True
+
+    def patches(self, places: slice | int, layers: Sequence[int]) -> NDArray[np.float32]:
+        """The patch tokens of some of the kept layers: [n, layers, patches, hidden], or without n for one place."""
+        chosen = [self.keep.index(layer) for layer in layers]
+        return np.asarray(self.tokens[places][..., chosen, int(self.class_token) :, :], np.float32)
+
+    def states(self, places: slice) -> tuple[Tensor, ...]:
+        """As `tower_states`; of a layer that is not kept an empty tensor stands there."""
+        found = dict(zip(self.keep, torch.from_numpy(self.tokens[places].astype(np.float32)).unbind(1), strict=True))
+        return tuple(found.get(layer, torch.empty(0)) for layer in range(max(self.keep) + 1))
 
 
 def training_view(crop: NDArray[np.uint8], seed: int, i: int) -> tuple[NDArray[np.uint8], bool]:
@@ -172,8 +180,9 @@ def cached_features(
     keep: Sequence[int],
     seed: int = 0,
     batch: int = 16,
+    additions: Path | None = None,
 ) -> TowerFeatures:
-    """Features of the given samples, each on its own `seen_view`, computed once.
+    """Features of the given samples, each on its own `seen_view`, computed once, by the tower with its `additions`.
 
     A cut-off run goes on where it stopped.
     """
@@ -184,27 +193,30 @@ def cached_features(
         digest.update(data.samples[i].id.encode() + b"\n")
         digest.update(data.crops[i].data)
     base = file_sha256(require("base") / "model.safetensors")
-    made_by = {"seed": seed, **VIEWS, "base": base}
+    made_by = {"seed": seed, **VIEWS, "base": base, "additions": file_sha256(additions) if additions else None}
     key = {"samples": digest.hexdigest(), "layers": layers, "keep": list(keep), **made_by}
     state_file = folder / "progress.json"
     state = json.loads(state_file.read_text()) if state_file.is_file() else {}
     done = state.get("done", 0) if state.get("key") == key else 0
     if not done:
         state_file.unlink(missing_ok=True)  # before the arrays are emptied: it vouches for what they hold
-    statistics = _memmap(folder / "statistics.npy", bool(done), (n, layers, 2, 768))
-    patches = _memmap(folder / "patches.npy", bool(done), (n, len(keep), 196, 768))
+    tokens = _memmap(folder / "tokens.npy", bool(done), (n, len(keep), 197, WIDTH))
     for start in progress(range(done, n, batch), "tower features"):
         stop = min(start + batch, n)
         views = np.stack([seen_view(data.crops[i], seed, int(i)) for i in rows[start:stop]])
-        states = tower_states(torch.from_numpy(views), layers)
-        statistics[start:stop] = patch_statistics(states).half().numpy()
+        with torch.autocast("cpu", torch.bfloat16, enabled=quick_in_16_bits("cpu")):
+            states = tower_states(torch.from_numpy(views), layers, additions)
         for place, layer in enumerate(keep):
-            patches[start:stop, place] = states[layer][:, 1:].half().numpy()
+            tokens[start:stop, place] = states[layer].half().numpy()
         if (start // batch) % 8 == 7 or stop == n:
-            for array in (statistics, patches):
-                array.flush()
+            tokens.flush()
             write_text(state_file, json.dumps({"key": key, "done": stop}))
-    return TowerFeatures(rows, statistics, patches, tuple(keep))
+    return TowerFeatures(rows, tokens, tuple(keep))
+
+
+def quick_in_16_bits(device: str) -> bool:
+    """Whether products in bf16 are quicker there than in fp32: on CUDA, and on a CPU with units for them."""
+    return device == "cuda" or bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def _memmap(path: Path, resume: bool, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.float16]]:

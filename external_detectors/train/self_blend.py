@@ -84,7 +84,9 @@ def _changed(x: Pixels, rng: Rng) -> Pixels:
     if rng.random() < 0.5:
         out = (out - 110) * (1 + rng.uniform(-0.2, 0.2)) + 110
     if rng.random() < 0.5:
-        out = rescale(out.astype(np.float32), rng.uniform(0.3, 0.9), int(rng.choice([cv2.INTER_LINEAR, cv2.INTER_CUBIC])))
+        out = rescale(
+            out.astype(np.float32), rng.uniform(0.3, 0.9), int(rng.choice([cv2.INTER_LINEAR, cv2.INTER_CUBIC]))
+        )
     elif rng.random() < 0.5:
         amount = rng.uniform(0.3, 1.2)
         out = out * (1 + amount) - amount * soft(out.astype(np.float32), 1.5)

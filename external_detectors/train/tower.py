@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from external_detectors.consistency_net import GRID, POOLED, area_grid
-from external_detectors.tower_net import KINDS, LAYERS, Seen, TowerHeads
+from external_detectors.tower_net import KINDS, Seen, TowerHeads
 from external_detectors.train.consistency import CUE_SEEN_FROM
 from external_detectors.train.loop import (
     CHOSEN_BY,
@@ -44,14 +44,14 @@ from external_detectors.train.loop import (
     worst,
 )
 from external_detectors.train.self_blend import self_blend
-from external_detectors.weights_io import WEIGHTS, save_weights
+from external_detectors.weights_io import save_weights
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.degrade import CODEC, codec, video_codec
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.faces import PREPROCESSING
 from x2dfd.files import file_sha256
 from x2dfd.manifest import Sample, manifest_sha256
-from x2dfd.tower import LORA_A, LORA_B, clip_pixels, load_tower
+from x2dfd.tower import HEAD_LAYERS, LORA_B, clip_pixels, load_tower, quick_in_16_bits
 from x2dfd.types import ARTIFACTS, Card
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
@@ -85,7 +85,7 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(LINEARS))
-        self.tower: Any = get_peft_model(load_tower.__wrapped__(max(LAYERS)), config)
+        self.tower: Any = get_peft_model(load_tower.__wrapped__(max(HEAD_LAYERS)), config)
         self.heads = TowerHeads()
 
     def forward(self, crops: Tensor, areas: Tensor) -> Seen:
@@ -179,7 +179,9 @@ class Pictures(IterableDataset[tuple[Any, ...]]):
         centre = np.full(2, (step - 1) / 2)
         small = moved.copy()
         small[:, 2] = (moved[:, :2] @ centre + moved[:, 2] - centre) / step
-        mask = cv2.warpAffine(np.ascontiguousarray(mask, np.float32), small, (GRID, GRID), borderMode=cv2.BORDER_REPLICATE)
+        mask = cv2.warpAffine(
+            np.ascontiguousarray(mask, np.float32), small, (GRID, GRID), borderMode=cv2.BORDER_REPLICATE
+        )
         areas = area_grid(cv2.transform(points[None], moved)[0].astype(np.float32))
         return view, np.float32(label), KINDS.index(kind), (mask > 0.25).astype(np.float32), cues, areas
 
@@ -202,9 +204,7 @@ def _odds(samples: Sequence[Sample]) -> NDArray[np.float64]:
     """FAKES of the weight to fakes; in each label the root of the size of a source or method; a clip's frames share."""
     keys = [(s.label, s.source if s.label == "real" else s.method.split("+")[0]) for s in samples]
     sizes, groups = Counter(keys), Counter(s.group for s in samples)
-    odds = np.array(
-        [sizes[k] ** -0.5 * min(1.0, CLIP / groups[s.group]) for k, s in zip(keys, samples, strict=True)]
-    )
+    odds = np.array([sizes[k] ** -0.5 * min(1.0, CLIP / groups[s.group]) for k, s in zip(keys, samples, strict=True)])
     fake = np.array([k[0] == "fake" for k in keys])
     if not fake.any() or fake.all():
         raise X2DFDError("the manifests hold no real or no fake picture of split `train`")
@@ -293,7 +293,9 @@ def _learn(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Train until the clock ends it; returns the best average of the trained weights and its figures."""
     place = training_device()
-    net = _in_16_bits(net.to(place))
+    net = net.to(place)
+    if quick_in_16_bits(place.type):
+        _in_16_bits(net)
     trained = net.trained()
     body = [p for n, p in trained.items() if n.startswith("tower.")]
     heads = [p for n, p in trained.items() if not n.startswith("tower.")]
@@ -320,7 +322,7 @@ def _learn(
         rate = min(1.0, (step + 1) / 60) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * spent / seconds)))
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * rate
-        with torch.autocast(place.type, torch.bfloat16):
+        with torch.autocast(place.type, torch.bfloat16, enabled=quick_in_16_bits(place.type)):
             seen = net(views, areas)
         loss = loss_of(seen, label, kind, mask, cues, net.heads.allowed)
         optimizer.zero_grad(set_to_none=True)
@@ -343,12 +345,11 @@ def _learn(
     return kept, {"steps": step, "pictures_seen": step * settings.batch, **best["figures"], "tried": best["tried"]}
 
 
-def _in_16_bits(net: Net) -> Net:
+def _in_16_bits(net: Net) -> None:
     """The frozen linear layers in bf16: autocast would convert them at every step."""
     for module in net.tower.modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
             module.to(torch.bfloat16)
-    return net
 
 
 def _better(
@@ -383,7 +384,7 @@ def score(net: Net, pictures: Pictures) -> NDArray[np.float64]:
     """Logits of the pictures that are kept to choose by, as they are in use: [n]."""
     place = next(net.heads.parameters()).device
     found: list[Tensor] = []
-    with torch.inference_mode(), torch.autocast(place.type, torch.bfloat16):
+    with torch.inference_mode(), torch.autocast(place.type, torch.bfloat16, enabled=quick_in_16_bits(place.type)):
         for at in range(0, len(pictures.judged), 32):
             part = [pictures.sample(k, i, None) for k, i in pictures.judged[at : at + 32]]
             views, areas = (torch.from_numpy(np.stack([p[c] for p in part])).to(place) for c in (0, 5))
