@@ -100,24 +100,25 @@ def main() -> None:
     forge: Words = ["-m", "data_gen", "forge", "--data", photos, "--out", out / "forged", "--count", arguments.count]
     stage("forge: photos to forgeries with known cues", *forge, "--ready-made", 0.2, "--calib", 0.3, "--workers", 2)
     train: Words = ["-m", "external_detectors.train"]
-    local: Words = ["consistency", "--data", forged, "--out", experts, "--state", out / "consistency"]
-    stage("expert: consistency", *train, *local, "--from-scratch", "--steps", 8, "--batch", 8)
+    eye: Words = ["tower", "--data", photos, "--data", forged, "--out", experts, "--state", out / "tower"]
+    stage("expert: tower", *train, *eye, "--minutes", 0.5, "--batch", 4, "--checks", 0, "--workers", 0)
     stage("questions", "-m", "data_gen", "questions", "--out", out / "questions.json")
     assess: Words = ["--data", forged, "--out", out / "mfa", "--questions", out / "questions.json", "--limit", 6]
     stage("assess: which cues can the model see?", "-m", "x2dfd.cli", "assess", *assess)
     build: Words = ["--data", forged, "--out", out / "instructions", "--assessment", out / "mfa" / "assessment.json"]
-    build += ["--experts", "consistency", "--expert-weights", experts]
+    features = out / "forged" / ".tower"
+    build += ["--experts", "tower", "--expert-weights", experts, "--features", features]
     stage("build: the instruction set", "-m", "data_gen", "build", *build)
     settings = {
         "instructions": out / "instructions" / "instructions.jsonl",
         "manifest": forged,
         "expert_weights": experts,
-        "cached_features": out / "forged" / ".tower",
+        "cached_features": features,
         "out": adapter,
     }
     chosen = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     stage("fine-tune", "-m", "finetune", "--config", "finetune/road.yaml", *chosen)
-    stage("calibrate", "-m", "finetune.calibrate", "--adapter", adapter, "--data", forged)
+    stage("calibrate", "-m", "x2dfd.cli", "calibrate", "--adapter", adapter, "--data", forged)
     bench: Words = ["--data", forged, "--split", "val", "--model", adapter, "--out", out / "bench", "--bootstrap", 200]
     stage("score", "eval/run_bench.py", "detect", *bench)
     picture = sorted((out / "forged" / "images").rglob("*.jpg"))[0]

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from external_detectors.consistency_net import MAX_CUES, POINTS_FROM, POOLED, area_grid
 from external_detectors.crop_expert import CropExpert
-from external_detectors.tower_net import KINDS, TowerHeads
+from external_detectors.tower_net import TowerHeads
 from external_detectors.weights_io import load_weights
 from x2dfd.adapter import EMBEDDED
 from x2dfd.errors import SetupError
@@ -64,10 +64,10 @@ class Tower(CropExpert):
         areas = torch.from_numpy(np.stack([area_grid(f.crop_landmarks) for f in faces]))
         seen = self._heads(states, areas.float() / 255)
         maps = F.avg_pool2d(seen.map.sigmoid()[:, None], 2)[:, 0].tolist()  # [n, 14, 14]
-        kinds = seen.kinds[:, 1:].argmax(1).tolist()
+        whole = seen.kinds[:, 1:].softmax(1)[:, 0].tolist()  # of a fake: P(EFS)
         chances = seen.cues.sigmoid().flatten(1)
         out = []
-        for score, kind, chance, rows in zip(seen.fake.sigmoid().tolist(), kinds, chances, maps, strict=True):
+        for score, share, chance, rows in zip(seen.fake.sigmoid().tolist(), whole, chances, maps, strict=True):
             best = chance.topk(MAX_CUES)
             pairs = [(divmod(k, len(ARTIFACTS)), p) for p, k in zip(*(t.tolist() for t in best), strict=True)]
             found = tuple(
@@ -76,6 +76,7 @@ class Tower(CropExpert):
                 if score >= POINTS_FROM and p >= self._threshold
             )
             grid = tuple(tuple(round(v, 3) for v in row) for row in rows)
-            note = f"likest to {KINDS[kind + 1]}" if score >= POINTS_FROM else None
-            out.append(Evidence(self.card.name, float(score), note, found, grid))
+            kinds = {"whole": score * share, "part": score * (1 - share)}
+            note = "points at " + ", ".join(f"{c.area} {c.artifact}" for c in found) if found else None
+            out.append(Evidence(self.card.name, float(score), note, found, grid, kinds))
         return out

@@ -496,6 +496,49 @@ def assess(
     run_assess(data, out, questions, limit, split, str(model) if model else None, seed, base, served, device, dtype)
 
 
+CALIBRATE_EXAMPLES = """\b
+Examples:
+  x2dfd calibrate --adapter build/adapter --data build/forged/manifest.jsonl
+  x2dfd calibrate --adapter build/adapter --data photos.csv --data build/forged/manifest.jsonl --unseen build/unseen
+"""
+
+
+@app.command(epilog=CALIBRATE_EXAMPLES)
+def calibrate(
+    adapter: Annotated[Path, typer.Option(metavar="DIR", help="Adapter directory; calibration.json is written there.")],
+    data: Annotated[list[Path], typer.Option(metavar="MANIFEST", help="Labelled pictures; give it again for more.")],
+    split: Annotated[str, typer.Option(help="The split that was kept for it.")] = "calib",
+    limit: Annotated[int | None, typer.Option(min=2, metavar="N", help="Most pictures of a manifest.")] = None,
+    experts: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Experts that join, comma-separated; default: the prompt's.")
+    ] = None,
+    unseen: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folders of expert weights that were trained without some sources."),
+    ] = None,
+    false_alarms: Annotated[float, typer.Option(min=0, max=1, help="Most of a source's photos called fake.")] = 0.05,
+    other_experts: Annotated[
+        bool, typer.Option("--other-experts", help="Take the expert weights that are here, whatever the card names.")
+    ] = False,
+) -> None:
+    """Fit the probability and the range without an answer, the last step of a training."""
+    from x2dfd.calibrate import calibrate as run
+
+    names = None if experts is None else [name for name in experts.split(",") if name]
+    fitted = run(
+        adapter,
+        data,
+        split=split,
+        limit=limit,
+        experts=names,
+        unseen=unseen,
+        false_alarms=false_alarms,
+        other_experts=other_experts,
+    )
+    told = {"weights": fitted.weights, "low": fitted.low, "high": fitted.high, **fitted.fitted_on}
+    typer.echo(json.dumps(told, indent=1))
+
+
 DOCTOR_EXAMPLES = """\b
 Examples:
   x2dfd doctor

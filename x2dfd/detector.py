@@ -35,7 +35,7 @@ from x2dfd.adapter import (
     probe_logits,
     read_adapter_card,
 )
-from x2dfd.calibration import MLLM, Calibration, logit
+from x2dfd.calibration import MLLM, Calibration, parts_of
 from x2dfd.degrade import CODEC, codec
 from x2dfd.errors import InputError, SetupError, UnknownName
 from x2dfd.experts import DEFAULT, Expert, Shared, ask, load_expert
@@ -51,6 +51,7 @@ from x2dfd.validation import PROPOSITIONS, Validation
 Mode = Literal["calibrated", "paper"]
 Source = str | Path | bytes | Image
 
+CLIP_SHARE = 3  # a clip is judged by the worst of this many parts of its frames
 VIDEO_FRAMES = 8
 FRAME_FACES = 4  # of one frame of a video
 MAX_FACES = 24  # in one picture; the smaller ones are left out with a warning
@@ -116,9 +117,7 @@ class Detector:
         if mode not in get_args(Mode):
             raise UnknownName("mode", mode, get_args(Mode))
         if mode == "calibrated" and calibration is None:
-            raise SetupError(
-                "this model has no calibration; use mode='paper', or fit one: python -m finetune.calibrate"
-            )
+            raise SetupError("this model has no calibration; use mode='paper', or fit one: x2dfd calibrate")
         self.mllm = mllm
         self._kept: tuple[bytes, Any] | None = None
         self._keeping = Lock()
@@ -136,6 +135,11 @@ class Detector:
         self.validation = validation if validation and validation.fits(self.facts) else None
         self.facts["validation"] = self.validation.summary() if self.validation else None
         self.facts["validation_sha256"] = self.validation.sha256 if self.validation else None
+
+    @property
+    def _asks_mllm(self) -> bool:
+        """Whether a verdict needs the MLLM's own number; else it is asked for rationales alone."""
+        return self.mode == "paper" or self.calibration is None or self.calibration.weights.get(MLLM, 0.0) > 0
 
     # --- doors ---
 
@@ -291,11 +295,13 @@ class Detector:
                 evidence = self.evidence(faces, look)
                 clock.lap("experts")
                 questions = self._questions(evidence)
-                logits = self.mllm.verdict_logits(look, questions)
-                clock.lap("verdict")
+                logits: list[float | None] = [None] * len(part)
+                if rationale or self._asks_mllm:
+                    logits = [float(v) for v in self.mllm.verdict_logits(look, questions)]
+                    clock.lap("verdict")
                 verdicts, texts = [], [""] * len(part)
                 for own, said in zip(logits, evidence, strict=True):
-                    verdicts.append(self._verdict(float(own), said))
+                    verdicts.append(self._verdict(own, said))
                 if rationale:
                     starts = [prompts.rationale_start(v.side) for v in verdicts]
                     texts = self.mllm.write(look, questions, starts)
@@ -306,7 +312,7 @@ class Detector:
                     box=s.face.box,
                     confidence=s.face.confidence,
                     verdict=verdict,
-                    p_fake_mllm=float(1 / (1 + np.exp(-own))),
+                    p_fake_mllm=None if own is None else float(1 / (1 + np.exp(-own))),
                     rationale="",
                     cues=(),
                     evidence=tuple(said),
@@ -331,11 +337,9 @@ class Detector:
         return replace(judged, rationale=text, cues=cues, contradictions=against, areas=_areas(face, cues))
 
     def evidence(self, faces: Sequence[Face], look: Any) -> list[list[Evidence]]:
-        """What each expert says of each face: [face][expert]."""
+        """What each expert says of each face: [face][expert]. The embedded model's pass of the tower serves them."""
         ours = self.facts["base"]["name"] == BASE_NAME
-        shared = Shared(look.tower_states, look.tower or "") if ours else Shared()
-        columns = [ask(expert, faces, shared) for expert in self.experts]
-        return [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in faces]
+        return evidence_of(self.experts, faces, Shared(look.tower_states, look.tower or "") if ours else None)
 
     def _questions(self, evidence: Sequence[Sequence[Evidence]]) -> list[str]:
         """Each face's question, with what the experts that the adapter was trained with say of it.
@@ -345,12 +349,13 @@ class Detector:
         known, form = self.facts["in_prompt"], self.facts["score_form"]
         return [prompts.verdict_question([e for e in said if e.expert in known], form) for said in evidence]
 
-    def _verdict(self, mllm_logit: float, evidence: Sequence[Evidence]) -> Verdict:
+    def _verdict(self, mllm_logit: float | None, evidence: Sequence[Evidence]) -> Verdict:
         if self.mode == "paper" or self.calibration is None:
-            p = float(1 / (1 + np.exp(-mllm_logit)))
+            p = float(1 / (1 + np.exp(-(mllm_logit or 0.0))))
             return Verdict("fake" if p >= self.facts["threshold"] else "real", p)
-        logits = _parts(mllm_logit, evidence)
-        return self.calibration.verdict(self.calibration.probability(logits), logits)
+        covers = {e.card.name: e.card.covers for e in self.experts}
+        parts = parts_of(mllm_logit, evidence, covers)
+        return self.calibration.verdict(self.calibration.probability(parts), _kind(evidence))
 
     def _report(
         self,
@@ -393,7 +398,8 @@ class Detector:
         return found | {"run": self.validation.run, "propositions": list(PROPOSITIONS)}
 
     def _overall(self, media: Picture | Video, faces: Sequence[FaceReport]) -> tuple[Verdict, FaceReport | None]:
-        """Picture: the most suspicious face. Video: the mean over frames of each frame's most suspicious face."""
+        """Picture: the most suspicious face. Video: the mean of the most suspicious third of the frames, each judged by
+        its most suspicious face, so that a forged stretch is found in a clip that is mostly real."""
         if not faces:
             return Verdict("inconclusive", None, "no_face"), None
         deciding = max(faces, key=FaceReport.suspicion)
@@ -402,10 +408,11 @@ class Detector:
         frames: dict[int | None, float] = {}
         for face in faces:
             frames[face.frame] = max(frames.get(face.frame, 0.0), face.suspicion())
-        p = float(np.mean(list(frames.values())))
+        worst = sorted(frames.values(), reverse=True)
+        p = float(np.mean(worst[: -(-len(worst) // CLIP_SHARE)]))
         if self.mode == "paper" or self.calibration is None:
             return Verdict("fake" if p >= self.facts["threshold"] else "real", p), deciding
-        return self.calibration.verdict(p, _logits(deciding)), deciding
+        return self.calibration.verdict(p, deciding.verdict.kind), deciding
 
 
 def load(
@@ -574,17 +581,20 @@ def _check_experts(wanted: Mapping[str, str], loaded: Sequence[Expert], names: S
         if wanted.get(name, expert.card.sha256) != expert.card.sha256:
             raise SetupError(
                 f"the adapter goes with other weights of expert {name!r} than are here: put those back that its card "
-                "and calibration name, or fit it to these: python -m finetune.calibrate --other-experts"
+                "and calibration name, or fit it to these: x2dfd calibrate --other-experts"
             )
 
 
-def _parts(mllm_logit: float, evidence: Sequence[Evidence]) -> dict[str, float | None]:
-    """What the calibration joins, by name."""
-    return {MLLM: mllm_logit} | {e.expert: None if e.score is None else logit(e.score) for e in evidence}
+def evidence_of(experts: Sequence[Expert], faces: Sequence[Face], shared: Shared | None = None) -> list[list[Evidence]]:
+    """What each expert says of each face: [face][expert]. The crops are taken as they are."""
+    columns = [ask(expert, faces, shared) for expert in experts]
+    return [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in faces]
 
 
-def _logits(face: FaceReport) -> dict[str, float | None]:
-    return _parts(logit(face.p_fake_mllm if face.p_fake_mllm is not None else 0.5), face.evidence)
+def _kind(evidence: Sequence[Evidence]) -> str | None:
+    """The likelier kind of fake, by the first expert that tells the kinds apart."""
+    told = next((e.kinds for e in evidence if e.kinds), None)
+    return max(told, key=lambda kind: told[kind]) if told else None
 
 
 class _Clock:

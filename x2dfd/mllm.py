@@ -46,15 +46,16 @@ class YesNo:
     said: tuple[str, ...]  # the greedy first token: "yes", "no" or "other"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Look:
-    """A batch of pictures after their one pass through tower and language model."""
+    """A batch of pictures after their one pass through the tower; the language model's follows when it is asked."""
 
-    cache: Any  # transformers' DynamicCache over the prefix, batch n
-    length: int  # tokens of the prefix
+    image: Tensor  # [n, patches, hidden]: the projector's output
     states: tuple[Tensor, ...]  # hidden states of the vision tower, embeddings first, where they were computed
     seeds: tuple[int, ...] = ()  # of each picture, from its pixels: what its texts are drawn with
     tower: str | None = ""  # SHA-256 of the tower's additions; "" without, None where the adapter changed it itself
+    cache: Any = None  # transformers' DynamicCache over the prefix, batch n, once it was computed
+    length: int = 0  # tokens of the prefix
 
     @property
     def size(self) -> int:
@@ -128,7 +129,6 @@ class LocalMLLM:
     def look(self, crops: NDArray[np.uint8]) -> Look:
         """Encode aligned face crops [n, 224, 224, 3] once."""
         from PIL import Image
-        from transformers import DynamicCache
 
         images = [Image.fromarray(c) for c in crops]
         pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"].to(self._head)
@@ -138,12 +138,23 @@ class LocalMLLM:
         first = 1 if self._llava.config.vision_feature_select_strategy == "default" else 0
         features = torch.cat([states[i][:, first:] for i in layers], -1)
         image = self._llava.model.multi_modal_projector(features)  # [n, patches, hidden]
-        before = self._text.embed_tokens(torch.tensor(self._before_image, device=self.device))
-        embeds = torch.cat([before.expand(len(crops), -1, -1), image], 1)
-        cache = DynamicCache(config=self._text.config)
-        self._text(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
         seeds = tuple(crc32(np.ascontiguousarray(c).data) for c in crops)
-        return Look(cache, embeds.shape[1], tuple(states), seeds, self.tower)
+        return Look(image, tuple(states), seeds, self.tower)
+
+    def _prefix(self, look: Look) -> Look:
+        """The look with the language model's pass over what stands before the question; computed once.
+
+        A verdict that does not need the language model never pays for it.
+        """
+        from transformers import DynamicCache
+
+        if look.cache is None:
+            before = self._text.embed_tokens(torch.tensor(self._before_image, device=self.device))
+            embeds = torch.cat([before.expand(look.size, -1, -1), look.image], 1)
+            cache = DynamicCache(config=self._text.config)
+            self._text(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+            look.cache, look.length = cache, embeds.shape[1]
+        return look
 
     def _suffix(self, question: str, start: str = "", turns: Sequence[tuple[str, str]] = ()) -> list[int]:
         return _after_image(self.processor, question, start, turns) if turns else self._rendered(question, start)
@@ -153,7 +164,7 @@ class LocalMLLM:
 
         The cache is cut back to the prefix unless `keep`.
         """
-        longest = max(map(len, suffixes))
+        look, longest = self._prefix(look), max(map(len, suffixes))
         ids = torch.zeros(len(suffixes), longest, dtype=torch.long)
         mask = torch.ones(len(suffixes), look.length + longest, dtype=torch.long)
         for row, suffix in enumerate(suffixes):
@@ -271,6 +282,7 @@ class LocalMLLM:
         """As `yes_no`, on a look at one picture."""
         if look.size != 1:
             raise ValueError(f"packed questions are about one picture, not {look.size}")
+        look = self._prefix(look)
         chances: list[Tensor] = []
         said: list[str] = []
         for start in range(0, len(questions), PACK):

@@ -28,6 +28,9 @@ ARTIFACTS: tuple[str, ...] = (
 DF_CLASSES: tuple[str, ...] = ("FS", "FR", "FE", "EFS", "real")
 """Face swapping, face reenactment, face editing, entire face synthesis, bona fide (arXiv 2501.01164)."""
 
+KINDS: tuple[str, ...] = ("whole", "part")
+"""How a fake was made: the face as a whole by a generator (EFS), or a photo that was changed in part (FS, FR, FE)."""
+
 Label = Literal["fake", "real", "inconclusive"]
 
 
@@ -54,6 +57,7 @@ class Evidence:
     cues: tuple[Cue, ...] = ()  # what it points at, most likely first, with the probability; most experts cannot
     map: tuple[tuple[float, ...], ...] = field(default=(), repr=False)  # rows of a square grid over the aligned crop:
     # P(changed) there; empty where the expert draws none
+    kinds: dict[str, float] = field(default_factory=dict)  # P(fake of each of KINDS), where it tells them apart
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
@@ -67,7 +71,8 @@ class Verdict:
 
     label: Label
     p_fake: float | None  # calibrated probability; None when nothing could be assessed
-    reason: str | None = None  # why inconclusive: `no_face`, `in_band`, `experts_disagree`
+    reason: str | None = None  # why inconclusive: `no_face`, `in_band`
+    kind: str | None = None  # of KINDS: what it would be if fake; None for "real", and where nothing tells them apart
 
     @property
     def side(self) -> str:

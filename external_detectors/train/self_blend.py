@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
-from x2dfd.degrade import Pixels, Rng, codec, rescale, soft
+from x2dfd.degrade import Array, Pixels, Rng, codec, rescale, soft
 
 _MOUTH = (61, 291, 17, 0, 57, 287, 200, 164)
 """Mesh points around the mouth."""
 
 
-def self_blend(crop: Pixels, landmarks: NDArray[np.float32], rng: Rng) -> tuple[Pixels, NDArray[np.float32]]:
+def self_blend(crop: Pixels, landmarks: Array, rng: Rng) -> tuple[Pixels, Array]:
     """A forged crop [s, s, 3], and how much of the copy stands at each pixel [s, s], 0..1.
 
     `landmarks`: [468, 2] in the crop's pixels.
     """
     size = crop.shape[0]
-    mask = np.zeros((size, size), np.float32)
+    mask: Array = np.zeros((size, size), np.float32)
     hull = cv2.convexHull(np.ascontiguousarray(_region(landmarks, rng), np.float32))
     cv2.fillConvexPoly(mask, hull.astype(np.int32), 1.0)
     bend = [_field(size, rng) * rng.uniform(1, 9) for _ in range(2)]
@@ -32,7 +31,8 @@ def self_blend(crop: Pixels, landmarks: NDArray[np.float32], rng: Rng) -> tuple[
     if rng.random() < 0.5:  # a harder edge inside of the soft one
         mask = soft(np.clip((mask - 0.3) * 2.5, 0, 1), rng.uniform(0.8, 3))
     mask *= np.float32(rng.choice([0.25, 0.5, 0.75, 1, 1, 1]))
-    inner, outer = crop, crop
+    inner: Array = crop
+    outer: Array = crop
     if rng.random() < 0.5:
         inner = _changed(inner, rng)
     else:
@@ -46,39 +46,39 @@ def self_blend(crop: Pixels, landmarks: NDArray[np.float32], rng: Rng) -> tuple[
     return np.asarray(cv2.blendLinear(inner, outer, mask, 1 - mask), np.uint8), mask
 
 
-def _region(points: NDArray[np.float32], rng: Rng) -> NDArray[np.float32]:
+def _region(points: Array, rng: Rng) -> Array:
     """The mesh points whose hull is replaced: the face, its lower part, its middle, the mouth, a disc anywhere."""
     kind = rng.random()
     if kind < 0.35:
-        return points[points[:, 1] > np.percentile(points[:, 1], rng.uniform(5, 45))]
+        return np.asarray(points[points[:, 1] > np.percentile(points[:, 1], rng.uniform(5, 45))])
     if kind < 0.48:
         width = np.ptp(points[:, 0]) * rng.uniform(0.2, 0.45)
-        return points[np.abs(points[:, 0] - np.median(points[:, 0])) < width]
+        return np.asarray(points[np.abs(points[:, 0] - np.median(points[:, 0])) < width])
     if kind < 0.6:
         mouth = points[list(_MOUTH)]
         return np.asarray((mouth - mouth.mean(0)) * rng.uniform(1.0, 1.5) + mouth.mean(0), np.float32)
     if kind < 0.68:
         centre = points[rng.integers(len(points))]
         reach = np.ptp(points[:, 1]) * rng.uniform(0.15, 0.35)
-        return points[((points - centre) ** 2).sum(1) < reach**2]
+        return np.asarray(points[((points - centre) ** 2).sum(1) < reach**2])
     return points
 
 
-def _field(size: int, rng: Rng) -> NDArray[np.float32]:
+def _field(size: int, rng: Rng) -> Array:
     """A smooth random field [size, size] in about -1..1."""
     return np.asarray(
         cv2.resize(rng.uniform(-1, 1, (9, 9)).astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
     )
 
 
-def _warped(x: NDArray[np.generic], dx: NDArray[np.float32], dy: NDArray[np.float32]) -> NDArray[np.generic]:
+def _warped(x: Array, dx: Array, dy: Array) -> Array:
     yy, xx = np.mgrid[: x.shape[0], : x.shape[1]].astype(np.float32)
     return np.asarray(cv2.remap(x, xx + dx, yy + dy, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT))
 
 
 def _changed(x: Pixels, rng: Rng) -> Pixels:
     """A copy that differs as another photo of the same face would: colour, contrast, sharpness, noise, codec."""
-    out = x.astype(np.float32)
+    out: Array = x.astype(np.float32)
     if rng.random() < 0.8:
         out = out * (1 + rng.uniform(-0.12, 0.12, 3)) + rng.uniform(-18, 18, 3)
     if rng.random() < 0.5:

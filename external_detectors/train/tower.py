@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from external_detectors.consistency_net import GRID, POOLED, area_grid
+from external_detectors.consistency_net import GRID, MAX_CUES, POOLED, area_grid
 from external_detectors.tower_net import KINDS, Seen, TowerHeads
 from external_detectors.train.consistency import CUE_SEEN_FROM
 from external_detectors.train.loop import (
@@ -155,7 +155,7 @@ class Pictures(IterableDataset[tuple[Any, ...]]):
         view, points = np.ascontiguousarray(crops.crops[i]), crops.landmarks[i]
         label, kind = s.label == "fake", s.df_class if s.label == "fake" and s.df_class in KINDS else s.label
         kind = "EFS" if kind == "fake" else kind
-        mask = np.full((GRID, GRID), float(label), np.float32)
+        mask: NDArray[Any] = np.full((GRID, GRID), float(label), np.float32)
         cues = np.full((len(POOLED), len(ARTIFACTS)), -1 if label else 0, np.int8)
         if label and s.mask is not None and crops.masks is not None:
             mask = cv2.resize(np.asarray(crops.masks[i]), (GRID, GRID), interpolation=cv2.INTER_AREA) / np.float32(255)
@@ -342,7 +342,9 @@ def _learn(
             _save(saved, settings, spent, step, best, trained, average, optimizer)
     best = _better(net, trained, average, pictures, step, best, state)
     kept = load_file(state / f"average-{best['figures']['step']}.safetensors")
-    return kept, {"steps": step, "pictures_seen": step * settings.batch, **best["figures"], "tried": best["tried"]}
+    _put(trained, {n: kept[n].to(place) for n in trained})
+    figures = {"steps": step, "pictures_seen": step * settings.batch, **best["figures"], "tried": best["tried"]}
+    return kept, {**figures, **cue_threshold(net, pictures)}
 
 
 def _in_16_bits(net: Net) -> None:
@@ -382,14 +384,43 @@ def _better(
 
 def score(net: Net, pictures: Pictures) -> NDArray[np.float64]:
     """Logits of the pictures that are kept to choose by, as they are in use: [n]."""
+    return seen_by(net, pictures, pictures.judged).fake.double().numpy()
+
+
+def seen_by(net: Net, pictures: Pictures, rows: Sequence[tuple[int, int]]) -> Seen:
+    """What the net says of pictures as they are in use, on the CPU."""
     place = next(net.heads.parameters()).device
-    found: list[Tensor] = []
+    net.eval()
+    found: list[Seen] = []
     with torch.inference_mode(), torch.autocast(place.type, torch.bfloat16, enabled=quick_in_16_bits(place.type)):
-        for at in range(0, len(pictures.judged), 32):
-            part = [pictures.sample(k, i, None) for k, i in pictures.judged[at : at + 32]]
+        for at in range(0, len(rows), 32):
+            part = [pictures.sample(k, i, None) for k, i in rows[at : at + 32]]
             views, areas = (torch.from_numpy(np.stack([p[c] for p in part])).to(place) for c in (0, 5))
-            found.append(net(views, areas).fake.float().cpu())
-    return torch.cat(found).double().numpy() if found else np.zeros(0)
+            found.append(Seen(*(v.float().cpu() for v in net(views, areas))))
+    if not found:
+        return Seen(*(torch.zeros(0) for _ in Seen._fields))
+    return Seen(*(torch.cat(list(column)) for column in zip(*found, strict=True)))
+
+
+def cue_threshold(net: Net, pictures: Pictures) -> dict[str, Any]:
+    """From which chance on a cue is named: the best F1 over (area, artifact) on forgeries that training did not see.
+
+    Those of split `calib`, which data_gen forge keeps for such a choice; 0.5 where there are none.
+    """
+    every = [(k, i) for k, crops in enumerate(pictures.sets) for i in range(len(crops.samples))]
+    rows = _some([(k, i) for k, i in every if pictures.at(k, i).split == "calib" and pictures.at(k, i).cues], 300)
+    if not rows:
+        return {"cue_threshold": 0.5}
+    chances = seen_by(net, pictures, rows).cues.sigmoid().flatten(1)
+    truth = torch.stack([torch.from_numpy(pictures.sample(k, i, None)[4]).flatten() for k, i in rows])
+    best = chances.topk(MAX_CUES)
+    found = {}
+    for threshold in np.arange(0.1, 0.95, 0.05):
+        said = torch.zeros_like(chances).scatter(1, best.indices, (best.values >= threshold).float())
+        right = float((said * (truth > 0)).sum())
+        found[round(float(threshold), 2)] = 2 * right / max(float(said.sum() + (truth > 0).sum()), 1e-9)
+    chosen = max(found, key=lambda t: found[t])
+    return {"cue_threshold": chosen, "cue_f1": round(found[chosen], 4), "cue_n": len(rows)}
 
 
 def _above_nought(samples: Sequence[Sample], scores: NDArray[np.float64]) -> dict[str, float]:

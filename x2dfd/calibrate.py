@@ -1,0 +1,185 @@
+"""`x2dfd calibrate`: what experts and MLLM say of labelled pictures becomes one probability and a band.
+
+A camera or a generator that a part has learnt from flatters it. So calibration prefers what is new: with `unseen`, the
+pictures of sources that an expert's other weights were trained without are judged by those weights. A part that has
+none such is asked about split `calib` as it is, and the MLLM then has no say: nobody knows how it would do elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from x2dfd.adapter import read_adapter_card
+from x2dfd.calibration import FALSE_ALARMS, MLLM, Calibration, Floats, fit_calibration, kind_of, parts_of, probabilities
+from x2dfd.crops import CropSet, load_crops
+from x2dfd.detector import Detector, evidence_of, load, through_codec
+from x2dfd.errors import X2DFDError
+from x2dfd.experts import Expert, load_expert
+from x2dfd.manifest import Sample, manifest_sha256
+from x2dfd.progress import progress
+from x2dfd.tower import view_face
+from x2dfd.types import KINDS, Face
+
+AT_ONCE = 16
+
+Row = dict[str, dict[str, float | None]]
+"""Logits of one picture, by kind of fake and part."""
+
+
+def calibrate(
+    adapter: Path,
+    data: Sequence[Path],
+    *,
+    split: str = "calib",
+    limit: int | None = None,
+    view_seed: int = 1,
+    false_alarms: float = FALSE_ALARMS,
+    experts: Sequence[str] | None = None,
+    unseen: Path | None = None,
+    other_experts: bool = False,
+) -> Calibration:
+    """Score, fit, write `calibration.json` into the adapter directory.
+
+    `experts`: those that join, by default those of the prompt. `unseen`: a folder of folders with an expert's weights
+    that were trained without some sources or generators (`left_out` in the card); of these every picture counts but
+    those of split `val`, of all others the pictures of `split`. Half of the pictures are taken as they are, half as
+    their degraded training view. `other_experts`: take the expert weights that are here, also where the adapter was
+    trained with others. Raises X2DFDError when a label is lacking.
+    """
+    card = read_adapter_card(adapter)
+    (adapter / "calibration.json").unlink(missing_ok=True)  # one of other experts would keep the adapter from loading
+    names = list(experts) if experts is not None else list(card.experts)
+    detector = load(adapter, mode="paper", experts=names, other_experts=other_experts)
+    strangers = _strangers(unseen, names) if unseen else []
+    samples: list[Sample] = []
+    rows: list[Row] = []
+    for path in data:
+        crops = load_crops(path)
+        known = [s.method.split("+") for s in crops.samples]
+        usable = [i for i in range(len(crops.samples)) if not set(known[i]) & set(card.held_out)]
+        for expert, left_out in [(None, set()), *strangers]:
+            mine = [i for i in usable if _whose(crops.samples[i], split, strangers) == left_out]
+            if limit is not None and len(mine) > limit:
+                mine = sorted(int(i) for i in np.random.default_rng(0).choice(mine, limit, replace=False))
+            rows += _scores(detector, crops, mine, view_seed, expert)
+            samples += [crops.samples[i] for i in mine]
+    fakes = np.array([s.label == "fake" for s in samples], bool)
+    if not 0 < fakes.sum() < len(fakes):
+        raise X2DFDError(f"split {split!r} needs real and fake pictures to calibrate on")
+    parts = _columns(rows, None if strangers else MLLM)
+    kinds = [kind_of(s.df_class) if s.label == "fake" else "" for s in samples]
+    result = fit_calibration(parts, kinds, [_bounded_with(s) for s in samples], false_alarms=false_alarms)
+    facts = _facts(result, parts, samples, fakes)
+    facts |= {
+        "manifests": [manifest_sha256(path) for path in data],
+        "split": split,
+        "false_alarms_allowed": false_alarms,
+        "experts": {e.card.name: e.card.sha256 for e in detector.experts},
+        "unseen": [{"expert": e.card.name, "sha256": e.card.sha256, "left_out": sorted(o)} for e, o in strangers],
+    }
+    result = replace(result, mllm_threshold=_mllm_threshold(rows, fakes, false_alarms), fitted_on=facts)
+    result.save(adapter)
+    return result
+
+
+def _strangers(folder: Path, names: Sequence[str]) -> list[tuple[Expert, set[str]]]:
+    """Experts that were trained without something, and what. Raises X2DFDError where a card does not say so."""
+    found: list[tuple[Expert, set[str]]] = []
+    for path in sorted(folder.glob("*/*.card.json")):
+        name = path.name.removesuffix(".card.json")
+        if name not in names:
+            continue
+        expert = load_expert(name, path.parent)
+        left_out = set(expert.card.figures.get("left_out", ()))
+        if not left_out or any(left_out & other for _, other in found):
+            raise X2DFDError(f"{path}: its `left_out` is empty, or names what another's does")
+        found.append((expert, left_out))
+    if not found:
+        raise X2DFDError(f"{folder}: no folder in it holds weights of {', '.join(names)}")
+    return found
+
+
+def _whose(sample: Sample, split: str, strangers: Sequence[tuple[Expert, set[str]]]) -> set[str] | None:
+    """What was left out of the expert that has to judge the picture: nothing for one of `split`; None: nobody."""
+    for _, left_out in strangers:
+        if sample.origin in left_out:
+            return left_out if sample.split != "val" else None
+    return set() if sample.split == split else None
+
+
+def _scores(
+    detector: Detector, crops: CropSet, rows: Sequence[int], view_seed: int, stranger: Expert | None
+) -> list[Row]:
+    """By kind and part, the logits of each picture. With a `stranger` in place of the detector's expert of its name."""
+    asked = [stranger if stranger and e.card.name == stranger.card.name else e for e in detector.experts]
+    covers = {e.card.name: e.card.covers for e in asked}
+    found = []
+    for start in progress(range(0, len(rows), AT_ONCE), "scoring"):
+        faces = [face_of(crops, i, view_seed) for i in rows[start : start + AT_ONCE]]
+        if stranger:
+            logits, evidence = np.full(len(faces), np.nan), evidence_of(asked, through_codec(faces))
+        else:
+            logits, evidence = detector.judge_faces(faces)
+        for own, said in zip(logits, evidence, strict=True):
+            parts = parts_of(None if np.isnan(own) else float(own), said, covers)
+            found.append({kind: dict(of) for kind, of in parts.items()})
+    return found
+
+
+def face_of(crops: CropSet, i: int, view_seed: int) -> Face:
+    """Sample i: by its id as it is, or as its degraded training view. A manifest may put reals and fakes by turns."""
+    if hashlib.sha256(crops.samples[i].id.encode()).digest()[0] % 2:
+        return view_face(crops, i, view_seed)
+    crop, points = np.asarray(crops.crops[i]), crops.landmarks[i]
+    size = float(crop.shape[0])
+    return Face(0, (0.0, 0.0, size, size), points, 1.0, crop, points, 0.0)
+
+
+def _columns(rows: Sequence[Row], mllm: str | None) -> dict[str, dict[str, Floats]]:
+    """By kind and part an array, NaN where a score is missing; of the MLLM only where it is wanted."""
+    names = {kind: sorted({n for row in rows for n in row[kind] if n != MLLM or mllm}) for kind in KINDS}
+    return {
+        kind: {n: np.array([np.nan if (v := row[kind].get(n)) is None else v for row in rows]) for n in names[kind]}
+        for kind in KINDS
+    }
+
+
+def _bounded_with(sample: Sample) -> str:
+    """What a picture's false alarms or misses are counted with: its source; of a fake, its generator or its source."""
+    return sample.origin if sample.label == "fake" and sample.synthetic else sample.source
+
+
+def _mllm_threshold(rows: Sequence[Row], fakes: NDArray[np.bool_], share: float) -> float:
+    """The MLLM's own P(fake) that so many of the reals reach, for mode="paper"; 0.5 where it was not asked."""
+    own = [row[KINDS[0]].get(MLLM) for row in rows]
+    reals = [1 / (1 + np.exp(-v)) for v, fake in zip(own, fakes, strict=True) if v is not None and not fake]
+    return round(float(np.quantile(reals, 1 - share)), 6) if reals else 0.5
+
+
+def _facts(
+    result: Calibration, parts: dict[str, dict[str, Floats]], samples: Sequence[Sample], fakes: NDArray[np.bool_]
+) -> dict[str, Any]:
+    chances = probabilities(result, parts, len(samples))
+    said = np.array([result.verdict(float(p)).label for p in chances])
+    names = np.array([_bounded_with(s) for s in samples])
+
+    def rates(label: str, rows: NDArray[np.bool_]) -> dict[str, Any]:
+        found = {str(n): said[rows & (names == n)] == label for n in sorted(set(names[rows]))}
+        return {n: {"rate": round(float(hits.mean()), 4), "n": len(hits)} for n, hits in found.items()}
+
+    return {
+        "n_real": int((~fakes).sum()),
+        "n_fake": int(fakes.sum()),
+        "groups": len({s.group for s in samples}),
+        "false_alarms": rates("fake", ~fakes),
+        "misses": rates("real", fakes),
+        "answered": round(float((said != "inconclusive").mean()), 4),
+        "fakes_found": round(float((said[fakes] == "fake").mean()), 4),
+    }
