@@ -34,6 +34,7 @@ class Seen(NamedTuple):
     kinds: Tensor  # [n, KINDS]
     cues: Tensor  # [n, POOLED, ARTIFACTS]
     map: Tensor  # [n, GRID, GRID]
+    photo: Tensor  # [n]: a photograph, forged or not, against a drawing, a painting, a render
 
 
 class TowerHeads(nn.Module):
@@ -48,6 +49,7 @@ class TowerHeads(nn.Module):
         self.norm = nn.LayerNorm(features)
         self.fake = nn.Linear(features, 1)
         self.cls = nn.Linear(features, len(KINDS))
+        self.photo = nn.Linear(features, 1)
         self.map = nn.Linear(_POOLED, (GRID // _PATCHES) ** 2)
         self.mix = nn.Linear(_POOLED, _CUE)
         self.name = nn.Sequential(
@@ -66,7 +68,7 @@ class TowerHeads(nn.Module):
         each = torch.cat(patches, 2)  # [n, 196, 4 * 768]
         cells = self.map(each).unflatten(1, (_PATCHES, _PATCHES)).unflatten(3, (2, 2))  # [n, 14, 14, 2, 2]
         where = cells.permute(0, 1, 3, 2, 4).reshape(-1, GRID, GRID)
-        return Seen(self.fake(f)[:, 0], self.cls(f), self._cues(each, areas), where)
+        return Seen(self.fake(f)[:, 0], self.cls(f), self._cues(each, areas), where, self.photo(f)[:, 0])
 
     def _cues(self, patches: Tensor, areas: Tensor) -> Tensor:
         """What an area looks like, compared with the skin and with the surroundings: [n, areas, artifacts]."""

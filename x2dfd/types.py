@@ -58,6 +58,7 @@ class Evidence:
     map: tuple[tuple[float, ...], ...] = field(default=(), repr=False)  # rows of a square grid over the aligned crop:
     # P(changed) there; empty where the expert draws none
     kinds: dict[str, float] = field(default_factory=dict)  # P(fake of each of KINDS), where it tells them apart
+    no_photo: float | None = None  # P(a drawing, a painting or a render: no photograph at all), where it can tell
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:

@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from external_detectors.consistency_net import GRID, MAX_CUES, POOLED, area_grid
 from external_detectors.tower_net import KINDS, Seen, TowerHeads
 from external_detectors.train.consistency import CUE_SEEN_FROM
+from external_detectors.train.drawing import drawing
 from external_detectors.train.loop import (
     CHOSEN_BY,
     SOURCE,
@@ -57,6 +58,7 @@ from x2dfd.types import ARTIFACTS, Card
 LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 FAKES, BLENDED = 0.34, 0.27  # share of fakes among what is drawn, and of photos that are blended with themselves:
 # together half of what is seen is fake
+DRAWN = 0.05  # share of views that are made a drawing: no photograph, and neither real nor fake
 VIDEO = 0.2  # share of views that go through H.264 beside what `degrade` does
 CLIP = 8  # pictures that a clip or person counts as, however many there are
 KEPT = "allowed"  # a buffer of the heads, not a weight
@@ -74,6 +76,7 @@ class Settings:
     lr: float
     rank: int
     seed: int
+    heads_only: bool
 
 
 class Net(nn.Module):
@@ -93,6 +96,10 @@ class Net(nn.Module):
         seen: Seen = self.heads(states, areas.float() / 255)
         return seen
 
+    def own(self) -> dict[str, nn.Parameter]:
+        """What a weight file holds: LoRA and heads."""
+        return {n: p for n, p in self.named_parameters() if "lora_" in n or n.startswith("heads.")}
+
     def trained(self) -> dict[str, nn.Parameter]:
         return {n: p for n, p in self.named_parameters() if p.requires_grad}
 
@@ -111,7 +118,7 @@ def start_from(net: Net, weights: dict[str, Tensor], scale: float = 2.0) -> None
 
     Raises X2DFDError for a weight that the net does not have in that shape.
     """
-    own: dict[str, Tensor] = dict(net.trained()) | {f"heads.{KEPT}": net.heads.allowed}
+    own: dict[str, Tensor] = dict(net.own()) | {f"heads.{KEPT}": net.heads.allowed}
     by_short = {short: own[name] for name in own for short in weights_of({name: own[name]})}
     with torch.no_grad():
         for short, value in weights.items():
@@ -121,7 +128,7 @@ def start_from(net: Net, weights: dict[str, Tensor], scale: float = 2.0) -> None
 
 
 class Pictures(IterableDataset[tuple[Any, ...]]):
-    """Endless training samples: view, label, kind, map, cues (1, 0, or -1 for unknown), area grid."""
+    """Endless training samples: view, label, kind, map, cues (1, 0, or -1: unknown), area grid, photograph or not."""
 
     def __init__(self, sets: Sequence[CropSet], leave_out: Sequence[str], seed: int) -> None:
         origins = {s.origin for crops in sets for s in crops.samples}
@@ -164,10 +171,13 @@ class Pictures(IterableDataset[tuple[Any, ...]]):
                 if cue.area in POOLED:
                     seen = cue.score is None or cue.score >= CUE_SEEN_FROM
                     cues[POOLED.index(cue.area), ARTIFACTS.index(cue.artifact)] = 1 if seen else -1
+        photo = True
         if rng is None:
             view, moved = codec(view, *CODEC), np.eye(2, 3)
         else:
-            if not label and rng.random() < BLENDED:
+            if rng.random() < DRAWN:
+                view, photo = drawing(view, rng), False
+            elif not label and rng.random() < BLENDED:
                 view, soft_mask = self_blend(view, points, rng)
                 mask = cv2.resize(soft_mask, (GRID, GRID), interpolation=cv2.INTER_AREA)
                 label, kind, cues[:] = True, "FS", -1
@@ -183,7 +193,8 @@ class Pictures(IterableDataset[tuple[Any, ...]]):
             np.ascontiguousarray(mask, np.float32), small, (GRID, GRID), borderMode=cv2.BORDER_REPLICATE
         )
         areas = area_grid(cv2.transform(points[None], moved)[0].astype(np.float32))
-        return view, np.float32(label), KINDS.index(kind), (mask > 0.25).astype(np.float32), cues, areas
+        where = (mask > 0.25).astype(np.float32)
+        return view, np.float32(label), KINDS.index(kind), where, cues, areas, np.float32(photo)
 
 
 def origin_of(sample: Sample, sets: Sequence[CropSet]) -> set[str]:
@@ -213,15 +224,23 @@ def _odds(samples: Sequence[Sample]) -> NDArray[np.float64]:
     return odds
 
 
-def loss_of(seen: Seen, label: Tensor, kind: Tensor, mask: Tensor, cues: Tensor, allowed: Tensor) -> Tensor:
-    """Verdict, kind, map and cues together."""
+def loss_of(
+    seen: Seen, label: Tensor, kind: Tensor, mask: Tensor, cues: Tensor, photo: Tensor, allowed: Tensor
+) -> Tensor:
+    """Photograph or not; of photographs verdict, kind, map and cues together."""
+    shown = F.binary_cross_entropy_with_logits(seen.photo.float(), photo * 0.98 + 0.01)
+    there = photo > 0
+    if not there.any():
+        return shown
+    seen, label, kind, mask, cues = Seen(*(v[there] for v in seen)), label[there], kind[there], mask[there], cues[there]
     verdict = F.binary_cross_entropy_with_logits(seen.fake.float(), label * 0.94 + 0.03)
     placing = F.binary_cross_entropy_with_logits(seen.map.float(), mask)
     known = (cues >= 0) & (allowed > 0)
     each = F.binary_cross_entropy_with_logits(seen.cues.float(), (cues > 0).float(), reduction="none")
     # Cues are rare: one or two among a hundred pairs.
     naming = (each * known * (1 + 5 * (cues > 0))).sum() / known.sum().clamp(min=1) * 12
-    total: Tensor = verdict + 0.3 * F.cross_entropy(seen.kinds.float(), kind) + 0.5 * placing + 0.5 * naming
+    naming_kind = F.cross_entropy(seen.kinds.float(), kind)
+    total: Tensor = verdict + 0.3 * naming_kind + 0.5 * placing + 0.5 * naming + 0.5 * shown
     return total
 
 
@@ -236,6 +255,7 @@ def tower(
     lr: float = 2e-4,
     rank: int = 16,
     seed: int = 0,
+    heads_only: Annotated[bool, typer.Option("--heads-only", help="leave the tower as the start has it")] = False,
     workers: Annotated[int, typer.Option(help="processes that make the views")] = 1,
     checks: Annotated[int, typer.Option(help="how many averages are compared on what was left out")] = 3,
     crop_workers: int = 1,
@@ -253,11 +273,14 @@ def tower(
         lr,
         rank,
         seed,
+        heads_only,
     )
     net = Net(rank, seed)
     if start is not None:
         start_from(net, {k: v.float() for k, v in load_file(start).items()})
     net.heads.allowed.copy_(_allowed(pictures))
+    if heads_only:
+        net.tower.requires_grad_(False)
     log(f"{len(pictures.rows)} pictures to learn from, {len(pictures.judged)} to choose by")
     kept, figures = _learn(net, pictures, settings, state, workers, checks)
     learnt = [pictures.at(k, i) for k, i in pictures.rows]
@@ -274,7 +297,7 @@ def tower(
         trained_on=f"{len(learnt)} pictures; sources: {source_names(learnt)}",
         figures={"left_out": list(left_out), "settings": asdict(settings), "checkpoint": CHOSEN_BY, **figures},
     )
-    save_weights(weights_of(kept), card, out)
+    save_weights(weights_of({n: p.detach().cpu() for n, p in net.own().items()} | kept), card, out)
     print(out / "tower.card.json")
 
 
@@ -318,13 +341,13 @@ def _learn(
     next_check = len(best["tried"]) + 1
     net.train()
     while (spent := time.monotonic() - begun) < seconds:
-        views, label, kind, mask, cues, areas = (part.to(place, non_blocking=True) for part in next(drawn))
+        views, label, kind, mask, cues, areas, photo = (part.to(place, non_blocking=True) for part in next(drawn))
         rate = min(1.0, (step + 1) / 60) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * spent / seconds)))
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * rate
         with torch.autocast(place.type, torch.bfloat16, enabled=quick_in_16_bits(place.type)):
             seen = net(views, areas)
-        loss = loss_of(seen, label, kind, mask, cues, net.heads.allowed)
+        loss = loss_of(seen, label, kind, mask, cues, photo, net.heads.allowed)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(list(trained.values()), 1.0)

@@ -1,0 +1,63 @@
+"""Drawings made of photos: what a training shows as "no photograph at all".
+
+Painted, posterised, sketched and smooth-shaded versions by OpenCV's non-photorealistic filters (Gastal & Oliveira,
+"Domain Transform for Edge-Aware Image and Video Processing", SIGGRAPH 2011, and mean shift).
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from x2dfd.degrade import Array, Pixels, Rng, soft
+
+
+def drawing(crop: Pixels, rng: Rng) -> Pixels:
+    """A crop [s, s, 3] as somebody might have drawn or painted it, in a way drawn at random."""
+    ways = (_painted, _sketched, _cartoon, _flat, _shaded)
+    out = ways[int(rng.integers(len(ways)))](crop, rng)
+    if rng.random() < 0.3:  # other colours than skin has
+        shifted = cv2.cvtColor(out, cv2.COLOR_RGB2HSV).astype(np.int16)
+        shifted[..., 0] = (shifted[..., 0] + int(rng.integers(180))) % 180
+        out = cv2.cvtColor(np.clip(shifted, 0, 255).astype(np.uint8), cv2.COLOR_HSV2RGB)
+    return np.asarray(out, np.uint8)
+
+
+def _painted(x: Pixels, rng: Rng) -> Array:
+    return np.asarray(cv2.stylization(x, sigma_s=rng.uniform(20, 80), sigma_r=rng.uniform(0.3, 0.7)))
+
+
+def _sketched(x: Pixels, rng: Rng) -> Array:
+    grey, colour = cv2.pencilSketch(
+        x, sigma_s=rng.uniform(20, 80), sigma_r=rng.uniform(0.03, 0.1), shade_factor=rng.uniform(0.02, 0.06)
+    )
+    return np.asarray(cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB) if rng.random() < 0.5 else colour)
+
+
+def _cartoon(x: Pixels, rng: Rng) -> Array:
+    """Flat colours with dark outlines."""
+    flat = _flat(x, rng)
+    grey = cv2.medianBlur(cv2.cvtColor(x, cv2.COLOR_RGB2GRAY), 5)
+    lines = cv2.adaptiveThreshold(
+        grey, 255, cv2.ADAPTIVE_THRESH_MEAN_C, cv2.THRESH_BINARY, int(rng.choice([7, 9, 11])), int(rng.integers(2, 6))
+    )
+    return np.asarray(np.minimum(flat, soft(lines, 0.6)[..., None]), np.uint8)
+
+
+def _flat(x: Pixels, rng: Rng) -> Array:
+    """A handful of colours, in patches."""
+    smooth = cv2.pyrMeanShiftFiltering(x, int(rng.integers(6, 14)), int(rng.integers(15, 40)))
+    levels = int(rng.integers(4, 9))
+    return (
+        np.asarray((np.floor(smooth / 256.0 * levels) + 0.5) * (255 / levels), np.float32).clip(0, 255).astype(np.uint8)
+    )
+
+
+def _shaded(x: Pixels, rng: Rng) -> Array:
+    """Without pores or grain and with strong colours, as a render is."""
+    out = x
+    for _ in range(int(rng.integers(2, 5))):
+        out = np.asarray(cv2.bilateralFilter(out, 9, rng.uniform(30, 70), rng.uniform(5, 9)), np.uint8)
+    hsv = cv2.cvtColor(out, cv2.COLOR_RGB2HSV).astype(np.float32)
+    hsv[..., 1] *= rng.uniform(1.2, 1.9)
+    return np.asarray(cv2.cvtColor(np.clip(hsv, 0, 255).astype(np.uint8), cv2.COLOR_HSV2RGB))
