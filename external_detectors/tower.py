@@ -66,8 +66,10 @@ class Tower(CropExpert):
         maps = F.avg_pool2d(seen.map.sigmoid()[:, None], 2)[:, 0].tolist()  # [n, 14, 14]
         whole = seen.kinds[:, 1:].softmax(1)[:, 0].tolist()  # of a fake: P(EFS)
         chances = seen.cues.sigmoid().flatten(1)
+        drawn = seen.photo.neg().sigmoid().tolist()
         out = []
-        for score, share, chance, rows in zip(seen.fake.sigmoid().tolist(), whole, chances, maps, strict=True):
+        scores = seen.fake.sigmoid().tolist()
+        for score, share, no_photo, chance, rows in zip(scores, whole, drawn, chances, maps, strict=True):
             best = chance.topk(MAX_CUES)
             pairs = [(divmod(k, len(ARTIFACTS)), p) for p, k in zip(*(t.tolist() for t in best), strict=True)]
             found = tuple(
@@ -78,5 +80,5 @@ class Tower(CropExpert):
             grid = tuple(tuple(round(v, 3) for v in row) for row in rows)
             kinds = {"whole": score * share, "part": score * (1 - share)}
             note = "points at " + ", ".join(f"{c.area} {c.artifact}" for c in found) if found else None
-            out.append(Evidence(self.card.name, float(score), note, found, grid, kinds))
+            out.append(Evidence(self.card.name, float(score), note, found, grid, kinds, no_photo))
         return out

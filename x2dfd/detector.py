@@ -51,6 +51,7 @@ from x2dfd.validation import PROPOSITIONS, Validation
 Mode = Literal["calibrated", "paper"]
 Source = str | Path | bytes | Image
 
+NO_PHOTO = 0.9  # P(a drawing, a painting, a render) from which a face is not assessed: nobody took that photo
 CLIP_SHARE = 3  # a clip is judged by the worst of this many parts of its frames
 VIDEO_FRAMES = 8
 FRAME_FACES = 4  # of one frame of a video
@@ -350,6 +351,8 @@ class Detector:
         return [prompts.verdict_question([e for e in said if e.expert in known], form) for said in evidence]
 
     def _verdict(self, mllm_logit: float | None, evidence: Sequence[Evidence]) -> Verdict:
+        if any(e.no_photo is not None and e.no_photo >= NO_PHOTO for e in evidence):
+            return Verdict("inconclusive", None, "not_a_photograph")
         if self.mode == "paper" or self.calibration is None:
             p = float(1 / (1 + np.exp(-(mllm_logit or 0.0))))
             return Verdict("fake" if p >= self.facts["threshold"] else "real", p)

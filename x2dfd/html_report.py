@@ -33,9 +33,8 @@ COLOURS = ("#e69f00", "#56b4e9", "#00a878", "#f0e442", "#4d8fe0", "#e0663a", "#d
 
 REASONS = {
     "no_face": "No face was found, so nothing was assessed. This says nothing about whether the picture is real.",
-    "in_band": "The estimate lies in the range in which the models are wrong too often to give an answer. Most real "
-    "photos end here: that no sign of forgery was found does not exclude a generator that nothing here knows.",
-    "experts_disagree": "The models contradict each other, and the estimate lies in the range without an answer.",
+    "in_band": "The estimate lies in the range in which the models are wrong too often to give an answer.",
+    "not_a_photograph": "This looks like a drawing, a painting or a render. Forgery detection applies to photos only.",
 }
 PROVENANCE = {
     "absent": "The file carries no Content Credentials (C2PA). Most files do not; this is no sign of forgery.",

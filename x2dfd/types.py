@@ -72,7 +72,7 @@ class Verdict:
 
     label: Label
     p_fake: float | None  # calibrated probability; None when nothing could be assessed
-    reason: str | None = None  # why inconclusive: `no_face`, `in_band`
+    reason: str | None = None  # why inconclusive: `no_face`, `in_band`, `not_a_photograph`
     kind: str | None = None  # of KINDS: what it would be if fake; None for "real", and where nothing tells them apart
 
     @property

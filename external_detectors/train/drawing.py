@@ -1,6 +1,6 @@
 """Drawings made of photos: what a training shows as "no photograph at all".
 
-Painted, posterised, sketched and smooth-shaded versions by OpenCV's non-photorealistic filters (Gastal & Oliveira,
+Painted, posterised, outlined and sketched versions by OpenCV's non-photorealistic filters (Gastal & Oliveira,
 "Domain Transform for Edge-Aware Image and Video Processing", SIGGRAPH 2011, and mean shift).
 """
 
@@ -14,7 +14,7 @@ from x2dfd.degrade import Array, Pixels, Rng, soft
 
 def drawing(crop: Pixels, rng: Rng) -> Pixels:
     """A crop [s, s, 3] as somebody might have drawn or painted it, in a way drawn at random."""
-    ways = (_painted, _sketched, _cartoon, _flat, _shaded)
+    ways = (_painted, _sketched, _cartoon, _flat)
     out = ways[int(rng.integers(len(ways)))](crop, rng)
     if rng.random() < 0.3:  # other colours than skin has
         shifted = cv2.cvtColor(out, cv2.COLOR_RGB2HSV).astype(np.int16)
@@ -51,13 +51,3 @@ def _flat(x: Pixels, rng: Rng) -> Array:
     return (
         np.asarray((np.floor(smooth / 256.0 * levels) + 0.5) * (255 / levels), np.float32).clip(0, 255).astype(np.uint8)
     )
-
-
-def _shaded(x: Pixels, rng: Rng) -> Array:
-    """Without pores or grain and with strong colours, as a render is."""
-    out = x
-    for _ in range(int(rng.integers(2, 5))):
-        out = np.asarray(cv2.bilateralFilter(out, 9, rng.uniform(30, 70), rng.uniform(5, 9)), np.uint8)
-    hsv = cv2.cvtColor(out, cv2.COLOR_RGB2HSV).astype(np.float32)
-    hsv[..., 1] *= rng.uniform(1.2, 1.9)
-    return np.asarray(cv2.cvtColor(np.clip(hsv, 0, 255).astype(np.uint8), cv2.COLOR_HSV2RGB))
