@@ -63,8 +63,6 @@ def forge(
 _BUILD_EPILOG = """Examples:\n
   python -m data_gen build --data build/forged/manifest.jsonl --out build/instructions\n
   python -m data_gen build --data build/forged/manifest.jsonl --out build/instructions --assessment build/mfa.json\n
-  python -m data_gen build --data build/forged/manifest.jsonl --out build/instructions --writer-model qwen3-vl \
---writer-url http://localhost:8000/v1
 """
 
 
@@ -75,7 +73,6 @@ def build(
     assessment: Annotated[Path | None, typer.Option(help="assessment.json: only its strong cues are explained")] = None,
     experts: Annotated[str, typer.Option(help="comma-separated, in prompt order; empty for the default set")] = "",
     expert_weights: Annotated[Path | None, typer.Option(help="folder of other weights than the experts' own")] = None,
-    oof: Annotated[Path | None, typer.Option(help="out-of-fold scores (external_detectors.train clip --oof)")] = None,
     hold_out: Annotated[str, typer.Option(help="forge methods kept out of training, comma-separated")] = "",
     corrupt: Annotated[float, typer.Option(help="share of injected scores that are wrong or missing")] = 0.15,
     score_form: Annotated[str, typer.Option(help="how questions give scores: numbers, words or both")] = "numbers",
@@ -86,20 +83,10 @@ def build(
     limit: Annotated[int | None, typer.Option(help="at most this many pictures, drawn by id")] = None,
     view_seed: Annotated[int, typer.Option(help="degradation of each picture; the same in finetune")] = 1,
     seed: int = 0,
-    writer_model: Annotated[str, typer.Option(help="a served model writes the explanations, not our grammar")] = "",
-    writer_url: Annotated[str, typer.Option(help="its OpenAI-compatible endpoint: all pictures are sent there")] = "",
-    writer_concurrency: Annotated[int, typer.Option(help="requests at a time")] = 4,
 ) -> None:
-    """Instruction data from the forgeries' truth, the ranking and the experts' scores.
-
-    Explanations come from our grammar, or from a served model that is told the truth and checked against it
-    (--writer-model and --writer-url; key in OPENAI_API_KEY).
-    """
-    import json
-
+    """Instruction data from the forgeries' truth, the ranking and the experts' scores."""
     from data_gen.build import BuildConfig
     from data_gen.build import build as run_build
-    from data_gen.served_writer import WriterConfig
     from x2dfd.experts import DEFAULT
 
     config = BuildConfig(
@@ -115,9 +102,8 @@ def build(
         explanations=explanations,
         limit=limit,
         seed=seed,
-        writer=WriterConfig(writer_model, writer_url, writer_concurrency) if writer_model or writer_url else None,
     )
-    print(run_build(config, out, json.loads(oof.read_text()) if oof else None))
+    print(run_build(config, out))
 
 
 questions.add_commands(app)

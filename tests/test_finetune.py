@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -24,7 +23,6 @@ from finetune.__main__ import app
 from finetune.config import FinetuneConfig, load_config
 from finetune.data import IGNORE, Collate, CollateRows, Conversation, Packs, Rows, conversation, read_records
 from finetune.models import open_base, tune
-from finetune.prune import prune, sample_text
 from tests import tiny
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, lora_b_sum, probe_crops, read_adapter_card
@@ -644,22 +642,6 @@ def test_rows_of_like_length_share_a_batch() -> None:
     assert sum(len(kinds) > 1 for kinds in mixed) <= 6  # of 100; at random it would be 88
     sampler.set_epoch(1)
     assert list(sampler) != order
-
-
-def test_pruning_drops_one_layer_at_a_time(tmp_path: Path) -> None:
-    """Bug prevented: a list of kept layers that no loss was measured on, or a loss of other layers than it names."""
-    model, processor = load_llava(tiny.write_base(tmp_path / "base", text_layers=3))
-    ids = sample_text(processor)
-    steps = list(prune(model, ids, 1))
-    assert [len(kept) for kept, *_ in steps] == [3, 2, 1] and steps[0][0] == [0, 1, 2]
-    assert all(set(after) < set(before) for (before, *_), (after, *_) in itertools.pairwise(steps))
-    assert steps[1][1] <= steps[1][2]  # the first two are among those that were tried
-    for kept, cost, _ in steps:
-        short, _ = load_llava(tmp_path / "base", text_layers=kept)
-        with torch.inference_mode():
-            hidden = short.model.language_model(input_ids=ids, use_cache=False).last_hidden_state
-            logits = (hidden @ short.lm_head.weight.T)[0, :-1]
-        assert float(F.cross_entropy(logits, ids[0, 1:])) == pytest.approx(cost, abs=1e-4)
 
 
 def test_layers_may_be_a_number_or_a_list(tmp_path: Path) -> None:
