@@ -18,8 +18,9 @@ import skimage.data
 from numpy.typing import NDArray
 
 from data_gen import decoders, run_forge
-from data_gen.forge import HARMLESS, METHODS, Forgery, Method, Photo, changed, forge, joined_cues, visible
+from data_gen.forge import HARMLESS, METHODS, Forgery, Method, Photo, changed, forge, joined_cues
 from data_gen.run_forge import ForgeConfig, run, split_of
+from data_gen.visibility import visible
 from x2dfd.degrade import codec, degrade, rescale, soft, tone, video_codec
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.faces import area_mask, find_faces
