@@ -38,10 +38,14 @@ def forge(
     calib: Annotated[float, typer.Option(help="share of train groups put into split `calib`")] = 0.0,
     splits: Annotated[str, typer.Option(help="only these splits, comma-separated; empty for all")] = "",
     decoders: Annotated[Path | None, typer.Option(help="file of `data_gen decoders` to redraw with")] = None,
+    redraw: Annotated[
+        Path | None, typer.Option(help="folder of TAESD's weights: adds latent_redraw and latent_face to all methods")
+    ] = None,
+    video: Annotated[float, typer.Option(help="share of pictures put through H.264, the same under every label")] = 0.0,
     workers: Annotated[int, typer.Option(help="processes")] = 1,
 ) -> None:
     """Forge photos with known cues: image, mask, cues, strength, class, source group."""
-    from data_gen.forge import METHODS
+    from data_gen.forge import LATENT, METHODS
     from data_gen.run_forge import ForgeConfig, run
 
     config = ForgeConfig(
@@ -53,9 +57,11 @@ def forge(
         combine=combine,
         ready_made=ready_made,
         calib=calib,
-        methods=tuple(m for m in methods.split(",") if m) or tuple(METHODS),
+        methods=tuple(m for m in methods.split(",") if m) or (*METHODS, *(LATENT if redraw else ())),
         splits=tuple(s for s in splits.split(",") if s),
         decoders=str(decoders) if decoders else None,
+        redraw=str(redraw) if redraw else None,
+        video=video,
     )
     print(run(config, out, workers))
 

@@ -65,6 +65,7 @@ IMITATES = {
     "redraw": "The whole picture from a learnt decoder: all of it synthetic, all else like its photo.",
     "inpaint": "A feature or a patch of skin erased and filled in from its surroundings.",
     "missing_detail": "Lashes, pupils, teeth or lip lines melted together, as generators render what is fine.",
+    "mouth": "The mouth of another frame, or the own one opened, closed or moved: reenactment of the lower face.",
     "global_tone": "Brightness, contrast and colour of the whole picture changed: a filter, another white balance.",
     "phone_hdr": "More local contrast and sharpness everywhere, as phone cameras add.",
     "denoise": "A camera's noise reduction: skin and background alike.",

@@ -13,12 +13,23 @@ import cv2
 import numpy as np
 
 from data_gen.harmless import HARMLESS
-from data_gen.methods import METHODS
-from data_gen.tools import Forgery, Method, Photo, Pixels, Rng
+from data_gen.methods import LATENT, METHODS
+from data_gen.tools import Forgery, Method, Photo, Pixels, Rng, grown_mask
 from data_gen.visibility import SEEN_FROM, SHOWS, visible
 from x2dfd.types import Cue
 
-__all__ = ["FORGE_VERSION", "HARMLESS", "METHODS", "Forgery", "Method", "Photo", "changed", "forge", "joined_cues"]
+__all__ = [
+    "FORGE_VERSION",
+    "HARMLESS",
+    "LATENT",
+    "METHODS",
+    "Forgery",
+    "Method",
+    "Photo",
+    "changed",
+    "forge",
+    "joined_cues",
+]
 
 FORGE_VERSION = 4
 """Goes up when the same seed gives another picture or another truth about it: a run of an older one is not gone on."""
@@ -35,7 +46,8 @@ def forge(photo: Photo, method: Method, rng: Rng, donor: Photo | None = None, st
     while True:
         made, mask, pairs = method.make(photo, donor, power, rng)
         pixels = np.clip(np.rint(made), 0, 255).astype(np.uint8)
-        scores = [visible(photo.pixels, pixels, mask, k) for _, k in pairs]
+        inside = [mask * grown_mask(photo, a) if method.by_area and k != "blending" else mask for a, k in pairs]
+        scores = [visible(photo.pixels, pixels, m, k) for m, (_, k) in zip(inside, pairs, strict=True)]
         least = min(SHOWS, max(scores, default=0.0))  # the plainest cue stays
         cues = tuple(Cue(a, k, round(s, 3)) for s, (a, k) in zip(scores, pairs, strict=True) if s >= least)
         if strength is not None or not cues or power >= 1 or max(c.score or 0 for c in cues) >= SEEN_FROM:

@@ -18,7 +18,7 @@ from data_gen.tools import (
     oval_mask,
     pick,
 )
-from x2dfd.degrade import codec, rescale, soft, tone
+from x2dfd.degrade import codec, rescale, soft, tone, video_codec
 
 
 def _everywhere(pixels: Array, photo: Photo) -> Made:
@@ -189,3 +189,13 @@ HARMLESS: dict[str, Method] = {
         Method("share_twice", "real", share_twice),
     )
 }
+
+
+def through_video(change: Method | None) -> Method:
+    """A harmless change, or none, and then the whole frame through H.264, as a video's frames are."""
+
+    def make(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
+        pixels = change.make(photo, donor, strength, rng)[0] if change else photo.pixels
+        return _everywhere(video_codec(np.clip(np.rint(pixels), 0, 255), int(rng.integers(18, 38))), photo)
+
+    return Method(f"{change.name}+video" if change else "video", "real", make)

@@ -28,6 +28,7 @@ from data_gen.tools import (
     oval_mask,
     pick,
     remap,
+    shows_teeth,
     shrunk,
     smooth_noise,
     tps_maps,
@@ -317,12 +318,81 @@ def inpaint(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Mad
 
 def missing_detail(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
     """Lashes, pupils, teeth or lip lines melted: a median filter keeps edges and eats detail."""
-    open_mouth = grown_mask(photo, "teeth").sum() > 0.004 * face_size(photo) ** 2
-    area = pick(rng, "eyes", "eyes", "teeth") if open_mouth else pick(rng, "eyes", "mouth")
+    area = pick(rng, "eyes", "eyes", "teeth") if shows_teeth(photo) else pick(rng, "eyes", "mouth")
     k = max(3, round((0.02 + 0.04 * strength) * face_size(photo)) // 2 * 2 + 1)
     new = cv2.medianBlur(photo.pixels, min(k, 21))
     alpha = soft(grown_mask(photo, area, 0.015), 0.008 * face_size(photo))
     return blend(photo.pixels, new, alpha), alpha, [(area, "missing-detail")]
+
+
+_LIPS = [61, 291, 13, 14, 0, 17, 39, 269, 181, 405]
+_AROUND_MOUTH = [164, 206, 426, 216, 436, 210, 430, 199, 61, 291]
+_HELD = [*OVAL, 33, 133, 263, 362, 1, 6, 168, 50, 280]
+
+
+def mouth(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
+    """Another mouth in place of the own one, as reenactment of a video's lower face does.
+
+    The mouth comes from a donor, another frame of the clip as a rule, or it is the own one, opened, closed or moved.
+    """
+    size, p = face_size(photo), photo.landmarks.astype(float)
+    teeth = shows_teeth(photo)
+    if donor is not None:  # held outside of the mouth alone: the donor's keeps its shape
+        new = fit_donor(photo, donor, np.array(_HELD))
+        cues, teeth = [("mouth", "blending")], teeth and shows_teeth(donor)
+    else:
+        delta = np.zeros((len(_LIPS), 2))
+        amount = (0.03 + 0.05 * strength) * size
+        kind = pick(rng, "open", "close", "move")
+        if kind == "move":
+            delta += rng.choice([-1, 1], 2) * amount * rng.uniform(0.3, 1.0, 2)
+        else:
+            gap = amount if kind == "open" else -min(amount, 0.9 * float(np.linalg.norm(p[14] - p[13])) + 0.01 * size)
+            delta[[3, 5, 8, 9], 1] += gap  # the lower lip
+        points = np.concatenate([p[_HELD], p[_LIPS]])
+        moved = points + np.concatenate([np.zeros((len(_HELD), 2)), delta])
+        new = remap(photo.pixels, tps_maps(moved, points, photo.pixels.shape)).astype(np.float32)
+        cues, teeth = [("mouth", "blending"), ("mouth", "expression")], teeth and kind != "close"
+    hull = cv2.convexHull(photo.landmarks[_AROUND_MOUTH].round().astype(np.int32))
+    area = np.zeros(photo.pixels.shape[:2], np.uint8)
+    cv2.fillConvexPoly(area, hull, 255)
+    k = 2 * max(1, round(rng.uniform(0.01, 0.04) * size)) + 1
+    area = np.asarray(cv2.dilate(area, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (k, k))), np.uint8)
+    alpha = soft(area.astype(np.float32) / 255, rng.uniform(0.015, 0.05) * size)
+    new = match_colour(new, photo.pixels, alpha, float(np.clip(1.1 - 0.6 * strength, 0, 1)))
+    if donor is not None or rng.random() < 0.5:  # a renderer works at a low resolution
+        new = rescale(new, min(0.95, rng.uniform(64, 160) * (1.3 - 0.8 * strength) / size))
+        cues += [("mouth", "blur"), *([("teeth", "blur")] if teeth else [])]
+    return blend(photo.pixels, new, alpha), alpha, cues
+
+
+def _through_latents(photo: Photo, strength: float, rng: Rng) -> Array:
+    """The picture drawn by a latent-diffusion decoder; of a smaller picture such a decoder keeps less."""
+    from data_gen import latent
+
+    name, plain = pick(rng, *latent.names()), rng.random() < 0.5
+    pixels: Array = photo.pixels.astype(np.float32)
+    factor = 1 - 0.45 * strength if plain else 1.1 - 0.45 * strength
+    height, width = pixels.shape[:2]
+    scaled = cv2.resize(pixels, (round(width * factor), round(height * factor)), interpolation=cv2.INTER_AREA)
+    drawn = latent.redraw(scaled, name)
+    return np.asarray(cv2.resize(drawn, (width, height), interpolation=cv2.INTER_CUBIC))
+
+
+_DRAWN_BADLY = [("eyes", "missing-detail"), ("mouth", "missing-detail"), ("teeth", "missing-detail")]
+
+
+def latent_redraw(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
+    """The whole picture from the decoder of a latent-diffusion model, and like its photo in all else."""
+    new = _through_latents(photo, strength, rng)
+    return new, np.ones(photo.pixels.shape[:2], np.float32), [("whole-image", "texture"), *_DRAWN_BADLY]
+
+
+def latent_face(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
+    """The face alone from such a decoder, blended in: what inpainting and face editing by diffusion leave."""
+    new = _through_latents(photo, strength, rng)
+    alpha = soft(oval_mask(photo), rng.uniform(0.01, 0.05) * face_size(photo))
+    return blend(photo.pixels, new, alpha), alpha, [("skin", "texture"), *_DRAWN_BADLY]
 
 
 METHODS: dict[str, Method] = {
@@ -344,5 +414,15 @@ METHODS: dict[str, Method] = {
         Method("redraw", "EFS", redraw),
         Method("inpaint", "FE", inpaint),
         Method("missing_detail", "FE", missing_detail),
+        Method("mouth", "FR", mouth, same_group=True, by_area=True),
     )
 }
+
+LATENT: dict[str, Method] = {
+    m.name: m
+    for m in (
+        Method("latent_redraw", "EFS", latent_redraw, by_area=True),
+        Method("latent_face", "FE", latent_face, by_area=True),
+    )
+}
+"""Methods that draw with the weights of `data_gen.latent`, which a user has to bring."""

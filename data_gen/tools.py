@@ -51,6 +51,8 @@ class Method:
     df_class: Literal["FS", "FR", "FE", "EFS", "real"]
     make: Callable[[Photo, Photo | None, float, Rng], Made]
     needs_donor: bool = False
+    same_group: bool = False  # a donor, where there is one, is another picture of the same person, clip or photo
+    by_area: bool = False  # each cue but a seam is measured inside its own area: the method changes several at once
 
 
 def face_size(photo: Photo) -> float:
@@ -66,6 +68,10 @@ def grown_mask(photo: Photo, area: str, grow: float = 0.0) -> Array:
         kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * pixels + 1, 2 * pixels + 1))
         mask = np.asarray(cv2.dilate(mask, kernel) if grow > 0 else cv2.erode(mask, kernel), np.uint8)
     return mask.astype(np.float32) / 255.0
+
+
+def shows_teeth(photo: Photo) -> bool:
+    return bool(grown_mask(photo, "teeth").sum() > 0.004 * face_size(photo) ** 2)
 
 
 def blend(base: Array, new: Array, mask: Array) -> Array:
