@@ -21,7 +21,7 @@ import x2dfd
 from data_gen.build import BuildConfig, build
 from finetune.__main__ import app
 from finetune.config import FinetuneConfig, load_config
-from finetune.data import IGNORE, Collate, CollateRows, Conversation, Packs, Rows, conversation, read_records
+from finetune.data import IGNORE, Collate, Conversation, Packs, conversation, read_records
 from finetune.models import open_base, tune
 from tests import tiny
 from x2dfd import prompts
@@ -381,19 +381,6 @@ def test_what_is_left_out_is_not_trained_on(
         tune(load_llava(base)[0], configured(tmp_path / "second", start=str(first), left_out=("generated",)))
 
 
-@pytest.mark.needs_base
-def test_a_run_of_an_earlier_version_goes_on(configured: Callable[..., FinetuneConfig], tmp_path: Path) -> None:
-    """Bug prevented: a key that is new makes every run that was cut off before it "another training"."""
-    from finetune.train import train
-
-    config = configured(tmp_path / "adapter", workers=1)
-    train(config)
-    path = tmp_path / "adapter" / "checkpoints" / "run.json"
-    kept = {k: v for k, v in json.loads(path.read_text())["config"].items() if k not in ("left_out", "tower")}
-    tiny.edit_json(path, config=kept)
-    train(config)
-
-
 def test_a_model_in_training_sees_what_one_in_use_sees() -> None:
     """Bug prevented: training on crops without the codec that every crop goes through in use."""
     crop = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
@@ -508,7 +495,6 @@ def test_a_cut_off_run_ends_where_an_unbroken_one_does(
     [
         ("method=lorra", "unknown method 'lorra'; did you mean 'lora'"),
         ("base_dtype=bfloat16", "wants bf16"),
-        ("pack=false", "embedded base wants pack"),
         ("method=qlora", "qlora wants a base"),
     ],
 )
@@ -577,36 +563,11 @@ def test_what_is_trained_is_what_was_said(configured: Callable[..., FinetuneConf
     assert len(moved) == 3 * 4 * 2 and all("lora_" in n and "self_attn" in n for n in moved)
 
 
-@pytest.mark.needs_base
-def test_rows_have_the_loss_of_packs(base: Path, small: tuple[Path, Path], packs: Packs) -> None:
-    """Bases that cannot be packed learn from the same tokens with the same weights."""
-    model, processor = load_llava(base)
-    labels = prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS)
-    data = load_crops(small[0])
-    rows = Rows(read_records(small[1], "train", data), processor, labels, data, 1)
-    of_first = [rows[k] for k in range(len(rows)) if rows.rows[k] == packs.rows[0]]
-    packed, plain = Collate(0, 4.0)([packs[0]]), CollateRows(0, 4.0)(of_first)
-    assert loss(model, plain) == pytest.approx(loss(model, packed), rel=1e-5)
-    assert float(plain["weights"].sum()) == float(packed["weights"].sum())
-    none = {**of_first[0], "labels": torch.full_like(of_first[0]["labels"], IGNORE)}
-    with pytest.raises(X2DFDError, match="empty label mask"):
-        CollateRows(0, 4.0)([none])
-
-
-@pytest.mark.needs_base
-def test_another_kind_of_base_is_trained_row_by_row(configured: Callable[..., FinetuneConfig], tmp_path: Path) -> None:
-    """Any image-text-to-text model, through its own processor; one that cannot be packed says so."""
-    from peft import PeftModel
-    from transformers import AutoModelForImageTextToText
-
-    from finetune.train import train
-
-    other = tiny.write_next_base(tmp_path / "next")
-    with pytest.raises(X2DFDError, match="pack: false"):
-        train(configured(tmp_path / "adapter", base=str(other)))
-    out = train(configured(tmp_path / "adapter", base=str(other), pack=False, batch=2, max_steps=2))
-    assert lora_b_sum(out) > 0 and read_adapter_card(out).figures["pictures"] == 6
-    PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(other), str(out))
+def test_another_kind_of_base_is_refused(tmp_path: Path) -> None:
+    """Bug prevented: packs of LLaVA's tokens fed to a model that places pictures otherwise."""
+    (tmp_path / "config.json").write_text('{"model_type": "llava_next"}', encoding="utf-8")
+    with pytest.raises(X2DFDError, match="'llava_next' model, and only LLaVA"):
+        open_base(load_config(None, [*REQUIRED, f"base={tmp_path}"]))
 
 
 @pytest.mark.needs_base
