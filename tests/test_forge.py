@@ -667,8 +667,9 @@ def test_a_mouth_needs_no_donor_and_changes_nothing_else(photo: Photo, donor: Ph
         for other in (None, donor):
             made = forge(photo, METHODS["mouth"], np.random.default_rng(seed), other, strength=0.8)
             assert {c.area for c in made.cues} <= {"mouth", "teeth"} and made.df_class == "FR"
-            inside = _grown(area_mask(photo.landmarks, "mouth", photo.pixels.shape), photo, 0.25)
-            assert made.mask.any() and not made.mask[~inside].any()
+            inside = _grown(area_mask(photo.landmarks, "mouth", photo.pixels.shape), photo, 0.45)
+            eyes = area_mask(photo.landmarks, "eyes", photo.pixels.shape) > 0
+            assert made.mask.max() == 255 and not made.mask[~inside].any() and not made.mask[eyes].any()
 
 
 def test_a_mouth_comes_from_another_frame_of_the_clip(
