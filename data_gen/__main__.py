@@ -38,10 +38,14 @@ def forge(
     calib: Annotated[float, typer.Option(help="share of train groups put into split `calib`")] = 0.0,
     splits: Annotated[str, typer.Option(help="only these splits, comma-separated; empty for all")] = "",
     decoders: Annotated[Path | None, typer.Option(help="file of `data_gen decoders` to redraw with")] = None,
+    redraw: Annotated[
+        Path | None, typer.Option(help="folder of TAESD's weights: adds latent_redraw and latent_face to all methods")
+    ] = None,
+    video: Annotated[float, typer.Option(help="share of pictures put through H.264, the same under every label")] = 0.0,
     workers: Annotated[int, typer.Option(help="processes")] = 1,
 ) -> None:
     """Forge photos with known cues: image, mask, cues, strength, class, source group."""
-    from data_gen.forge import METHODS
+    from data_gen.forge import LATENT, METHODS
     from data_gen.run_forge import ForgeConfig, run
 
     config = ForgeConfig(
@@ -53,9 +57,11 @@ def forge(
         combine=combine,
         ready_made=ready_made,
         calib=calib,
-        methods=tuple(m for m in methods.split(",") if m) or tuple(METHODS),
+        methods=tuple(m for m in methods.split(",") if m) or (*METHODS, *(LATENT if redraw else ())),
         splits=tuple(s for s in splits.split(",") if s),
         decoders=str(decoders) if decoders else None,
+        redraw=str(redraw) if redraw else None,
+        video=video,
     )
     print(run(config, out, workers))
 
@@ -63,8 +69,6 @@ def forge(
 _BUILD_EPILOG = """Examples:\n
   python -m data_gen build --data build/forged/manifest.jsonl --out build/instructions\n
   python -m data_gen build --data build/forged/manifest.jsonl --out build/instructions --assessment build/mfa.json\n
-  python -m data_gen build --data build/forged/manifest.jsonl --out build/instructions --writer-model qwen3-vl \
---writer-url http://localhost:8000/v1
 """
 
 
@@ -78,7 +82,6 @@ def build(
     features: Annotated[
         Path | None, typer.Option(help="folder for the tower's outputs, which finetune takes as cached_features")
     ] = None,
-    oof: Annotated[Path | None, typer.Option(help="out-of-fold scores (external_detectors.train clip --oof)")] = None,
     hold_out: Annotated[str, typer.Option(help="forge methods kept out of training, comma-separated")] = "",
     corrupt: Annotated[float, typer.Option(help="share of injected scores that are wrong or missing")] = 0.15,
     score_form: Annotated[str, typer.Option(help="how questions give scores: numbers, words or both")] = "numbers",
@@ -89,20 +92,10 @@ def build(
     limit: Annotated[int | None, typer.Option(help="at most this many pictures, drawn by id")] = None,
     view_seed: Annotated[int, typer.Option(help="degradation of each picture; the same in finetune")] = 1,
     seed: int = 0,
-    writer_model: Annotated[str, typer.Option(help="a served model writes the explanations, not our grammar")] = "",
-    writer_url: Annotated[str, typer.Option(help="its OpenAI-compatible endpoint: all pictures are sent there")] = "",
-    writer_concurrency: Annotated[int, typer.Option(help="requests at a time")] = 4,
 ) -> None:
-    """Instruction data from the forgeries' truth, the ranking and the experts' scores.
-
-    Explanations come from our grammar, or from a served model that is told the truth and checked against it
-    (--writer-model and --writer-url; key in OPENAI_API_KEY).
-    """
-    import json
-
+    """Instruction data from the forgeries' truth, the ranking and the experts' scores."""
     from data_gen.build import BuildConfig
     from data_gen.build import build as run_build
-    from data_gen.served_writer import WriterConfig
     from x2dfd.experts import DEFAULT
 
     config = BuildConfig(
@@ -119,9 +112,8 @@ def build(
         explanations=explanations,
         limit=limit,
         seed=seed,
-        writer=WriterConfig(writer_model, writer_url, writer_concurrency) if writer_model or writer_url else None,
     )
-    print(run_build(config, out, json.loads(oof.read_text()) if oof else None))
+    print(run_build(config, out))
 
 
 questions.add_commands(app)

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data_gen.questions import CueQuestion, bank
-from data_gen.served_writer import Subject, WriterConfig, Written, connect, write_served, writer_card
 from data_gen.writers import (
     class_answer,
     class_choices,
@@ -36,8 +34,8 @@ from x2dfd.experts import DEFAULT, Expert, Shared, load_expert
 from x2dfd.files import file_sha256, write_text
 from x2dfd.manifest import Sample
 from x2dfd.progress import progress
-from x2dfd.tower import HEAD_LAYERS, VIEWS, TowerFeatures, cached_features, seen_view, training_rows, view_face
-from x2dfd.types import Cue, Evidence
+from x2dfd.tower import HEAD_LAYERS, VIEWS, TowerFeatures, cached_features, training_rows, view_face
+from x2dfd.types import Evidence
 
 
 @dataclass(frozen=True)
@@ -59,22 +57,13 @@ class BuildConfig:
     follow_ups: float = 0.35  # share of pictures with a second turn after the verdict
     limit: int | None = None  # at most this many pictures, drawn by their ids
     seed: int = 0
-    writer: WriterConfig | None = None  # a served model that writes the explanations; None: the grammar
 
 
-def build(config: BuildConfig, out: Path, out_of_fold: Mapping[str, Mapping[str, float]] | None = None) -> Path:
+def build(config: BuildConfig, out: Path) -> Path:
     """Write `instructions.jsonl`, a Parquet copy, and `card.json` with counts into `out`; returns the JSONL's path.
 
-    `out_of_fold`: expert -> sample id -> score of a model that did not see the sample; used instead of the expert
-    itself, whose scores on its own training pictures would be too good to be true. With `config.writer`, records say
-    who wrote, and `written.jsonl` keeps all answers. Raises X2DFDError when the class of a fake is not known, or when
-    nothing is left to build from.
+    Raises X2DFDError when the class of a fake is not known, or when nothing is left to build from.
     """
-    if unasked := sorted(set(out_of_fold or {}) - set(config.experts)):
-        raise X2DFDError(
-            f"out-of-fold scores of {', '.join(unasked)}: not among the experts {', '.join(config.experts)}"
-        )
-    client = connect(config.writer) if config.writer else None
     data = load_crops(Path(config.data))
     strong = set(strong_cues(read_assessment(Path(config.assessment)))) if config.assessment else None
     rows = [int(i) for i in training_rows(data, config.limit)]
@@ -83,58 +72,41 @@ def build(config: BuildConfig, out: Path, out_of_fold: Mapping[str, Mapping[str,
         raise X2DFDError(
             f"{config.data}: {len(unclear)} fakes without df_class (FS, FR, FE, EFS), such as {unclear[0]}"
         )
-    scores = expert_scores(data, rows, config, out_of_fold or {})
+    scores = expert_scores(data, rows, config)
     kept = [
         i
         for i in rows
         if data.samples[i].split != "train" or not set(data.samples[i].method.split("+")) & set(config.held_out)
     ]
-    written: list[Written] = []
-    if config.writer:
-        subjects = [_subject(data, i, strong, config.view_seed) for i in kept]
-        written = write_served(client, config.writer, subjects, out / "written.jsonl")
     records: list[dict[str, Any]] = []
-    for k, i in enumerate(kept):
+    for i in kept:
         sample = data.samples[i]
         rng = np.random.default_rng([config.seed, i])
-        served = written[k] if config.writer else None
-        records += list(_records(sample, i, scores[sample.id], strong, config, rng, served))
+        records += list(_records(sample, i, scores[sample.id], strong, config, rng))
     if not records:
         raise X2DFDError(f"{config.data}: no usable picture of split train or calib to build from")
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
     write_text(out / "instructions.jsonl", text)
     _write_parquet(out / "instructions.parquet", records)
-    card = _card(records, config, out)
-    if config.writer:
-        card["writer"] = writer_card(config.writer, written, records)
-    write_text(out / "card.json", json.dumps(card, indent=1, ensure_ascii=False) + "\n")
+    write_text(out / "card.json", json.dumps(_card(records, config, out), indent=1, ensure_ascii=False) + "\n")
     return out / "instructions.jsonl"
 
 
-def expert_scores(
-    data: CropSet, rows: Sequence[int], config: BuildConfig, out_of_fold: Mapping[str, Mapping[str, float]]
-) -> dict[str, list[Evidence]]:
+def expert_scores(data: CropSet, rows: Sequence[int], config: BuildConfig) -> dict[str, list[Evidence]]:
     """What each expert says of each sample's training view: sample id -> evidence in prompt order."""
     table: dict[str, list[Evidence]] = {data.samples[i].id: [] for i in rows}
     weights = Path(config.expert_weights) if config.expert_weights else None
     if weights is not None and not any((weights / f"{name}.card.json").is_file() for name in config.experts):
         raise X2DFDError(f"{weights} holds no card of {', '.join(config.experts)}")
     for name in config.experts:
-        known = out_of_fold.get(name, {})
-        missing = [i for i in rows if data.samples[i].id not in known]
-        found = {
-            data.samples[i].id: Evidence(name, known[data.samples[i].id]) for i in rows if data.samples[i].id in known
-        }
-        expert = load_expert(name, weights) if missing else None
-        passed = _passed(data, rows, config, expert) if name == "tower" and expert and missing == rows else None
-        for start in progress(range(0, len(missing), 16), f"{name} scores"):
-            part = missing[start : start + 16]
+        expert = load_expert(name, weights)
+        passed = _passed(data, rows, config, expert) if name == "tower" else None
+        for start in progress(range(0, len(rows), 16), f"{name} scores"):
+            part = rows[start : start + 16]
             faces = through_codec([view_face(data, i, config.view_seed) for i in part])
-            shared = Shared(passed.states(slice(start, start + 16)), expert.card.sha256) if passed and expert else None
-            if expert is not None:
-                found |= {data.samples[i].id: e for i, e in zip(part, expert.judge(faces, shared), strict=True)}
-        for i in rows:
-            table[data.samples[i].id].append(found[data.samples[i].id])
+            shared = Shared(passed.states(slice(start, start + 16)), expert.card.sha256) if passed else None
+            for i, evidence in zip(part, expert.judge(faces, shared), strict=True):
+                table[data.samples[i].id].append(evidence)
     return table
 
 
@@ -151,23 +123,6 @@ def _passed(data: CropSet, rows: Sequence[int], config: BuildConfig, expert: Exp
     )
 
 
-def _told(sample: Sample, strong: set[tuple[str, str]] | None) -> list[Cue]:
-    """The cues that an explanation may name: those that are there and that the model can see."""
-    return [c for c in sample.cues if strong is None or (c.area, c.artifact) in strong]
-
-
-def _subject(data: CropSet, i: int, strong: set[tuple[str, str]] | None, view_seed: int) -> Subject:
-    """Sample i as a served writer gets it."""
-    sample = data.samples[i]
-
-    def view() -> NDArray[np.uint8]:
-        return seen_view(data.crops[i], view_seed, i)
-
-    return Subject(
-        sample.id, view, sample.label, sample.df_class or "real", tuple(_told(sample, strong)), tuple(sample.cues)
-    )
-
-
 def _records(
     sample: Sample,
     index: int,
@@ -175,12 +130,12 @@ def _records(
     strong: set[tuple[str, str]] | None,
     config: BuildConfig,
     rng: np.random.Generator,
-    served: Written | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The conversations about one picture: verdict with scores, verdict without, verdict in a user's words, class,
     yes/no questions, a follow-up.
     """
-    cues = _told(sample, strong)
+    # An explanation names cues that are there and that the model can see.
+    cues = [c for c in sample.cues if strong is None or (c.area, c.artifact) in strong]
     label = sample.label
     df_class = sample.df_class or "real"
     common = {
@@ -196,9 +151,6 @@ def _records(
         "split": sample.split,
         "method": sample.method,
     }
-    if config.writer and served:
-        common["writer"] = config.writer.name if served.text else "grammar"
-
     shown: list[Evidence] = []
 
     def record(task: str, question: str, answer: str, *follow_up: str) -> dict[str, Any]:
@@ -210,15 +162,10 @@ def _records(
         }
         return {"id": f"{sample.id}/{task}", "task": task, **common, **told, "conversations": turns}
 
-    # A served writer's text is one; our grammar says the same in other words.
-    again = label == "fake" and bool(cues) and not (served and served.text)
-    for number in range(config.explanations if again else 1):
+    for number in range(config.explanations if label == "fake" and cues else 1):
         shown = corrupted(evidence, config.corrupt, rng) if sample.split == "train" else evidence
         pointed = [c for e in shown for c in e.cues] if label == "real" else []
-        # Always written: the same random numbers are left for all that follows, whoever explains.
         explanation = write_explanation(label, tuple(cues), df_class, rng, pointed)
-        if served and served.text:
-            explanation = served.text
         question = prompts.verdict_question(shown, config.score_form)
         answer = prompts.verdict_answer(label, explanation, shown if config.closing else ())
         yield record("detect" if number == 0 else f"detect_again{number}", question, answer)
@@ -283,7 +230,7 @@ def _card(records: Sequence[dict[str, Any]], config: BuildConfig, out: Path) -> 
 
     cues = Counter(f"{c['area']} x {c['artifact']}" for r in main for c in r["cues"])
     return {
-        "config": {k: v for k, v in asdict(config).items() if k != "writer"},  # an address may hold a key
+        "config": asdict(config),
         "manifest_sha256": file_sha256(Path(config.data)),
         "views": VIEWS,
         "instructions_sha256": file_sha256(out / "instructions.jsonl"),

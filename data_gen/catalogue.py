@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 import zlib
 from collections import defaultdict
@@ -47,38 +48,8 @@ CLASSES = {
     "EFS": "entire face synthesis",
     "real": "stays real",
 }
-IMITATES = {
-    "self_blend": "The photo blended with an altered copy of itself: the seam and mismatch that any face swap leaves"
-    " (Shiohara and Yamasaki, CVPR 2022).",
-    "swap": "Another person's face fitted onto this one, matched in colour and blended in, as face-swap programs do.",
-    "autoencode": "The face drawn anew at a low resolution, moved a little, blended in: autoencoder swaps of videos.",
-    "transplant": "Another person's eyes, mouth, nose or eyebrows alone, pasted in as photo editors do.",
-    "area_warp": "One feature enlarged, shrunk or moved, as liquify tools and beauty filters do.",
-    "expression": "Mouth or eyebrows pulled into another expression, as reenactment does.",
-    "smooth_skin": "Skin ironed smooth, as retouching apps and many generators do.",
-    "relight": "Light on the face from a side that its surroundings know nothing of.",
-    "tone_mismatch": "One area in another colour or brightness: a part that comes from another picture.",
-    "blur_mismatch": "One area less sharp than the rest: a part made at a lower resolution.",
-    "noise_mismatch": "One area with a grain of its own: pasted content brings another camera's noise, or none.",
-    "recompress_area": "One area compressed harder than the rest: a part that was saved before it was pasted.",
-    "resynthesise": "The face or the whole picture rebuilt from fewer numbers, with a generator's traces.",
-    "redraw": "The whole picture from a learnt decoder: all of it synthetic, all else like its photo.",
-    "inpaint": "A feature or a patch of skin erased and filled in from its surroundings.",
-    "missing_detail": "Lashes, pupils, teeth or lip lines melted together, as generators render what is fine.",
-    "global_tone": "Brightness, contrast and colour of the whole picture changed: a filter, another white balance.",
-    "phone_hdr": "More local contrast and sharpness everywhere, as phone cameras add.",
-    "denoise": "A camera's noise reduction: skin and background alike.",
-    "soft_focus": "The whole picture a little out of focus: a missed shot, a cheap lens.",
-    "film_grain": "The same grain over the whole picture: film, or little light.",
-    "shallow_depth": "Head sharp, background out of focus: portrait lenses and portrait modes.",
-    "make_up": "Painted lips and lids: worn, not forged.",
-    "glasses": "Frames in front of the eyes: an odd thing on a face is no forgery of it.",
-    "caption": "A small line of text or a watermark, as platforms add.",
-    "big_text": "Words across the picture and the face: memes, subtitles, stamps of broadcasters.",
-    "sticker": "A flat shape in front of a part of the face: a sticker, a microphone, a mark of an app.",
-    "screenshot": "Scaled and sharpened on a screen, bars of an app at the edge.",
-    "share_twice": "Scaled and compressed twice, as a message that was passed on.",
-}
+_WORDS = Path(__file__).parent / "words"
+IMITATES: dict[str, str] = json.loads((_WORDS / "imitates.json").read_text("utf-8"))
 """What each method imitates, in a sentence."""
 
 
@@ -151,7 +122,7 @@ def catalogue(data: Path | None = None, seed: int = 0) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    page = environment.from_string(_PAGE.replace("/*STYLE*/", _STYLE))
+    page = environment.from_string((_WORDS / "catalogue.html.jinja").read_text("utf-8"))
     html = page.render(forgeries=sections[0], harmless=sections[1], amplify=AMPLIFY, full=round(255 / AMPLIFY))
     return html.encode("utf-8", "backslashreplace").decode("utf-8")  # a source may be named in bytes that are no UTF-8
 
@@ -375,157 +346,3 @@ def add_commands(app: typer.Typer) -> None:
         contact_sheet(run, count, tile, seed).save(buffer, _FORMATS[out.suffix.lower()], quality=92)
         write(out, buffer.getvalue())
         print(out)
-
-
-_STYLE = """
-:root {
-  color-scheme: light dark;
-  --page: #f6f6f3; --card: #ffffff; --ink: #1c2430; --soft: #566072; --line: #dfe1e4; --quiet: #eef0f2;
-  --fake: #a8281e; --fake-bg: #fbeceb; --real: #1c6b40; --real-bg: #e9f5ee; --focus: #4a6c97;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #13161b; --card: #1b2027; --ink: #e6e9ed; --soft: #a3adba; --line: #323a45; --quiet: #272e37;
-    --fake: #ff9d92; --fake-bg: #3a1f1e; --real: #86d8a5; --real-bg: #18301f; --focus: #86a9d6;
-  }
-}
-* { box-sizing: border-box; }
-html { -webkit-text-size-adjust: 100%; }
-body {
-  margin: 0; background: var(--page); color: var(--ink); overflow-wrap: anywhere;
-  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
-}
-main, body > header { max-width: 72rem; margin: 0 auto; padding: 0 1.25rem; }
-body > header { padding-top: 2.25rem; } main { padding-bottom: 3rem; }
-h1 { font-size: 1.35rem; font-weight: 650; margin: 0; }
-h2 { font-size: 1.15rem; font-weight: 650; margin: 2.5rem 0 .25rem; }
-h3 { font-size: 1.05rem; font-weight: 650; margin: 0; }
-p { margin: .4rem 0; max-width: 46rem; }
-a { color: inherit; text-underline-offset: .15em; }
-.soft { color: var(--soft); } .small { font-size: .875rem; }
-nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem .9rem; margin: .5rem 0; padding: 0; }
-nav ul { font-size: .9rem; }
-.card {
-  background: var(--card); border: 1px solid var(--line); border-radius: .75rem; padding: 1.1rem 1.25rem 1.25rem;
-  margin-top: 1.25rem; scroll-margin-top: 1rem;
-}
-.card header { display: flex; flex-wrap: wrap; align-items: center; gap: .3rem .75rem; }
-.class { font-size: .8rem; font-weight: 600; border-radius: 1rem; padding: .1rem .65rem; }
-.class.fake { color: var(--fake); background: var(--fake-bg); }
-.class.real { color: var(--real); background: var(--real-bg); }
-.grid { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: .6rem .75rem; margin-top: .8rem; }
-.head { font-size: .84rem; font-weight: 600; color: var(--soft); align-self: end; }
-.head b { color: var(--ink); }
-figure { margin: 0; }
-.picture { display: block; border-radius: .4rem; overflow: hidden; background: var(--quiet); line-height: 0; }
-.picture img { display: block; width: 100%; height: auto; }
-.flip { background: var(--original) 0 0 / 100% 100%; cursor: pointer; }
-.flip:hover img, .flip:focus img { opacity: 0; }
-.flip:focus-visible, a:focus-visible { outline: 2px solid var(--focus); outline-offset: 2px; }
-figcaption, .label { font-size: .84rem; color: var(--soft); }
-figcaption { margin-top: .3rem; }
-.label strong { display: block; color: var(--ink); font-weight: 600; }
-.label figure { margin-top: .6rem; max-width: 60%; }
-.cues { list-style: none; margin: 0; padding: 0; font-size: .875rem; }
-.cues b { font-weight: 600; } .number { color: var(--soft); font-variant-numeric: tabular-nums; white-space: nowrap; }
-@media (max-width: 44rem) {
-  main, body > header { padding-left: .75rem; padding-right: .75rem; }
-  .card { padding: .9rem .8rem 1rem; }
-  .grid { grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .4rem; }
-  .grid > .label, .grid > .head.first { grid-column: 1 / -1; }
-  .head.first { display: none; } .head { order: -1; }
-  .label.original { order: -2; } .label.original .picture { max-width: 14rem; }
-  .label { margin-top: .5rem; } .label strong { display: inline; } .label figure { max-width: 33%; }
-  .cues, figcaption { font-size: .8rem; }
-}
-@media print {
-  :root { color-scheme: light; --page: #ffffff; --card: #ffffff; --ink: #000000; --soft: #444444; --line: #bbbbbb; }
-  body { font-size: 10pt; } .card { break-inside: avoid; }
-}
-"""
-
-_PAGE = """\
-{% macro link(cards) %}
-<ul>{% for c in cards %}<li><a href="#{{ c.name }}">{{ c.name }}</a></li>{% endfor %}</ul>
-{% endmacro %}
-{% macro card(c) %}
-<article class="card" id="{{ c.name }}" aria-labelledby="name-{{ c.name }}" style="--original: url({{ c.original }})">
-<header><h3 id="name-{{ c.name }}">{{ c.name }}</h3>
-<span class="class {{ "real" if c.df_class == "real" else "fake" }}">\
-{{ c.class_words }}{% if c.df_class != "real" %} ({{ c.df_class }}){% endif %}</span></header>
-<p>{{ c.imitates }}</p>
-<div class="grid">
-<div class="head first">Original</div>
-{% for s in c.columns %}<div class="head"><b>{{ s.word }}</b> {{ s.strength }}</div>
-{% endfor %}
-<figure class="label original">\
-<span class="picture"><img src="{{ c.original }}" alt="{{ c.name }}: the original"></span>
-<figcaption>Photo: <bdi>{{ c.source }}</bdi></figcaption></figure>
-{% for s in c.columns %}
-<figure><span class="picture flip" tabindex="0">\
-<img src="{{ s.picture }}" alt="{{ c.name }}, {{ s.word }}: the changed picture"></span></figure>
-{% endfor %}
-{% if c.columns[0].mask %}
-<div class="label"><strong>Mask</strong> line at half of its weight
-{% if c.donor %}
-<figure><span class="picture"><img src="{{ c.donor }}" alt="{{ c.name }}: the donor"></span>
-<figcaption>Donor: <bdi>{{ c.donor_source }}</bdi></figcaption></figure>
-{% endif %}
-</div>
-{% for s in c.columns %}
-<figure><span class="picture"><img src="{{ s.mask }}"\
- alt="{{ c.name }}, {{ s.word }}: the mask, {{ s.masked }} % of the picture"></span></figure>
-{% endfor %}
-{% endif %}
-<div class="label"><strong>Difference</strong> to the original, {{ amplify }} times</div>
-{% for s in c.columns %}
-<figure><span class="picture"><img src="{{ s.difference }}"\
- alt="{{ c.name }}, {{ s.word }}: the difference to the original"></span>
-<figcaption>{{ s.change }} levels{% if s.mask %} under the mask{% endif %}, mean</figcaption></figure>
-{% endfor %}
-{% if c.columns[0].cues %}
-<div class="label"><strong>Cues</strong> area: artifact, score</div>
-{% for s in c.columns %}
-<ul class="cues" aria-label="Cues, {{ s.word }}">
-{% for area, artifact, score in s.cues %}
-<li><b>{{ area }}</b>: {{ artifact }} <span class="number">{{ "%.2f"|format(score) }}</span></li>
-{% endfor %}
-</ul>
-{% endfor %}
-{% endif %}
-</div>
-</article>
-{% endmacro %}
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"\
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>x2dfd: catalogue of the forge</title>
-<style>/*STYLE*/</style>
-</head>
-<body>
-<header>
-<h1>Catalogue of the forge</h1>
-<p>What <code>python -m data_gen forge</code> does to a photo: {{ forgeries|length }} forgeries whose masks and cues \
-are known, and {{ harmless|length }} harmless changes that change no label. Each is shown at three strengths, \
-from the same state of the random generator. Point at a changed picture, or tap it, to see the original in its \
-place.</p>
-<nav aria-label="Methods">{{ link(forgeries) }}{{ link(harmless) }}</nav>
-</header>
-<main>
-<h2>Forgeries</h2>
-<p class="soft">Shown around the face. The mask says where new content stands; the difference is black where nothing \
-changed and brightest from {{ full }} of 255 grey levels on. A cue is what a careful eye could point at: an area, what \
-is wrong there, and how clearly it shows, from 0 to 1.</p>
-{% for c in forgeries %}{{ card(c) }}{% endfor %}
-<h2>Harmless changes</h2>
-<p class="soft">As phones, apps and platforms change photos. They stay labelled real, so that \"processed\" is not \
-learned as \"fake\"; they have neither mask nor cues.</p>
-{% for c in harmless %}{{ card(c) }}{% endfor %}
-</main>
-</body>
-</html>
-"""

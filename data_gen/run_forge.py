@@ -21,7 +21,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from data_gen.forge import FORGE_VERSION, HARMLESS, METHODS, Forgery, Photo, changed, forge, joined_cues
+from data_gen.forge import FORGE_VERSION, HARMLESS, LATENT, METHODS, Forgery, Photo, changed, forge, joined_cues
+from data_gen.harmless import through_video
 from x2dfd.errors import InputError, UnknownName, X2DFDError
 from x2dfd.faces import find_faces
 from x2dfd.files import file_sha256, write_text
@@ -49,6 +50,8 @@ class ForgeConfig:
     methods: tuple[str, ...] = tuple(METHODS)  # forge methods in use
     splits: tuple[str, ...] = ()  # only these splits of the manifest; empty for all
     decoders: str | None = None  # weight file of `data_gen decoders`; None for the committed one
+    redraw: str | None = None  # folder of TAESD's weights, for the methods `latent_redraw` and `latent_face`
+    video: float = 0.0  # share of pictures that go through H.264 as a whole, the same under every label
 
 
 def split_of(sample: Sample, calib: float) -> str:
@@ -175,14 +178,16 @@ def _item(source: _Source, out: Path, index: int) -> dict[str, Any]:
         sample, photo = _draw_photo(source, "real", split, rng)
         kind = (kind - config.ready_made) / (1 - config.ready_made)
         if kind < config.forged:
-            method = METHODS[str(rng.choice(config.methods))]
+            method = _ALL[str(rng.choice(config.methods))]
             donor = None
             if method.needs_donor:
                 other, donor = _donor(source, split, sample, photo, rng)
                 row |= {"donor": other.group}
+            elif method.same_group:
+                donor = _sibling(source, split, sample, rng)
             made = forge(photo, method, rng, donor)
             if rng.random() < config.combine:
-                second = METHODS[str(rng.choice([m for m in config.methods if not METHODS[m].needs_donor]))]
+                second = _ALL[str(rng.choice([m for m in config.methods if not _ALL[m].needs_donor]))]
                 more = forge(Photo(made.pixels, photo.landmarks, photo.source, photo.group), second, rng)
                 made = Forgery(
                     more.pixels,
@@ -198,8 +203,10 @@ def _item(source: _Source, out: Path, index: int) -> dict[str, Any]:
             row |= {"label": "real"}
         row |= {"method": made.method, "df_class": made.df_class}
     # With the same odds for every label: what stood on real photos alone would be learnt as a mark of them.
-    if rng.random() < config.harmless:
-        change = HARMLESS[str(rng.choice(list(HARMLESS)))]
+    change = HARMLESS[str(rng.choice(list(HARMLESS)))] if rng.random() < config.harmless else None
+    if config.video and rng.random() < config.video:
+        change = through_video(change)
+    if change:
         before = made
         made = forge(photo, change, rng) if row["label"] == "real" else changed(photo, made, change, rng)
         if row["label"] == "real":
@@ -248,6 +255,17 @@ def _donor(source: _Source, split: str, target: Sample, face: Photo, rng: np.ran
     return sample, photo
 
 
+def _sibling(source: _Source, split: str, target: Sample, rng: np.random.Generator) -> Photo | None:
+    """Another picture of the same group, another frame of the clip as a rule; None where no usable one is."""
+    group = source.tree["real"][split][target.source][target.group]
+    others = [s for s in group if s.path != target.path]
+    for k in rng.permutation(len(others))[:_DONORS]:
+        sample = others[int(k)]
+        if (photo := load_photo(str(sample.path), sample.source, sample.group, source.config.side)) is not None:
+            return photo
+    return None
+
+
 def pose(photo: Photo) -> np.ndarray[Any, Any]:
     """How far the head is turned and tipped: where the nose lies between the ends of the mesh, both about 0.5."""
     p = photo.landmarks
@@ -259,6 +277,7 @@ def pose(photo: Photo) -> np.ndarray[Any, Any]:
 _worker: tuple[_Source, Path] | None = None
 
 
+_ALL = METHODS | LATENT
 _DRAWN = {"autoencode", "redraw"}
 """The methods that need the learnt decoders."""
 
@@ -270,6 +289,10 @@ def _start(config: ForgeConfig, out: Path) -> None:
         from data_gen import decoders
 
         decoders.use(Path(config.decoders) if config.decoders else None)
+    if config.redraw:
+        from data_gen import latent
+
+        latent.use(Path(config.redraw))
     _worker = (_Source(config), out)
 
 
@@ -298,12 +321,12 @@ def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
     does not exist.
     """
     for name in config.methods:
-        if name not in METHODS:
-            raise UnknownName("forge method", name, METHODS)
-    for share in ("forged", "harmless", "combine", "ready_made", "calib"):
+        if name not in _ALL:
+            raise UnknownName("forge method", name, _ALL)
+    for share in ("forged", "harmless", "combine", "ready_made", "calib", "video"):
         if not 0 <= getattr(config, share) <= 1:
             raise X2DFDError(f"{share} is a share, from 0 to 1; it is {getattr(config, share)}")
-    if config.combine and all(METHODS[name].needs_donor for name in config.methods):
+    if config.combine and all(_ALL[name].needs_donor for name in config.methods):
         raise X2DFDError(f"nothing to combine with: {', '.join(config.methods)} need a donor; add another method")
     _Source(config)  # refuses a bad manifest here, where it is one line; in a worker it would break the pool
     manifest, part = out / "manifest.jsonl", out / "manifest.part.jsonl"
@@ -317,6 +340,12 @@ def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
         settings["decoders"] = file_sha256(weights)
     elif config.decoders:
         raise X2DFDError(f"decoders draw for {' and '.join(sorted(_DRAWN))} alone: none of these is among the methods")
+    if bool(config.redraw) != bool(set(LATENT) & set(config.methods)):
+        raise X2DFDError(f"a folder to redraw with and the methods {' and '.join(LATENT)} go together")
+    if config.redraw:
+        from data_gen import latent
+
+        settings["redraw"] = list(latent.load(Path(config.redraw)))  # by name: each is pinned
     saved = out / "forge.json"
     if saved.is_file() and json.loads(saved.read_text()) != settings:
         raise X2DFDError(f"{out} holds a forge run with other settings; choose another --out")

@@ -20,7 +20,6 @@ CHOICES = {
     "method": ("lora", "qlora", "dora", "full"),
     "tower": ("frozen", "norms", "lora", "forensic"),
     "base_dtype": ("float32", "bfloat16"),
-    "attention": ("sdpa", "eager", "flash_attention_2"),
 }
 """What a key of the configuration may be."""
 
@@ -32,7 +31,7 @@ class FinetuneConfig:
     instructions: str  # instructions.jsonl of `data_gen build`
     manifest: str  # the manifest the instructions were built from
     out: str  # adapter directory to write
-    base: str | None = None  # directory or hub name of an image-text-to-text model; None is the embedded base
+    base: str | None = None  # directory or hub name of a LLaVA; None is the embedded base
     method: str = "lora"  # lora; qlora: on a base in NF4 (bitsandbytes); dora; full: every language weight
     name: str = "x2dfd-embedded"  # the adapter's name in its card
     version: str = "1"  # the adapter's version in its card
@@ -47,7 +46,6 @@ class FinetuneConfig:
     lora_alpha: int = 32  # scale is alpha / r
     lora_dropout: float = 0.05
     targets: str = LANGUAGE_LINEARS  # regular expression over module names; inside the language model
-    projector: str | None = None  # name of the projector's module; None finds it
     tower: str = "frozen"  # or norms: its normalisation layers are trained, at the projector's rate; lora: LoRA too;
     # forensic: frozen, with what the expert `tower` in `expert_weights` adds to it
     lr: float = 2e-4  # of the LoRA matrices
@@ -62,11 +60,9 @@ class FinetuneConfig:
     cue_weight: float = 1.0  # of explanation tokens that name an area, an artifact or a class; by fast tokenizers
     start: str | None = None  # adapter directory of the same base and layers to start from; None: LoRA at zero
     left_out: tuple[str, ...] = ()  # sources and generators (Sample.origin) of which no picture is trained on
-    limit: int | None = None  # pictures of the manifest whose features are cached; as in the training of `clip`
+    limit: int | None = None  # at most this many pictures of the manifest have their features cached
     cached_features: str | None = None  # folder of a frozen tower's features; None computes them while training
-    pack: bool = True  # all conversations about a picture in one row, as LLaVA bases can; False: a row each
-    bucket: bool = True  # rows of like length share a batch
-    attention: str = "sdpa"  # or eager; flash_attention_2 where it is installed, with pack: false
+    bucket: bool = True  # packs of like length share a batch
     frame: str | None = None  # a chat frame of x2dfd.prompts (train_consistent); None is the base's own
     view_seed: int = 1  # degradation of each picture; must be the one the instructions were built with
     base_dtype: str = "float32"  # of the frozen base; bfloat16 halves its memory and wants bf16
@@ -116,13 +112,10 @@ def check_config(config: FinetuneConfig) -> None:
             raise UnknownName(key, getattr(config, key), known)
     clashes = {
         "base_dtype: bfloat16 wants bf16: true": config.base_dtype == "bfloat16" and not config.bf16,
-        "flash attention knows no packs: take pack: false": config.attention == "flash_attention_2" and config.pack,
         "cached features want tower: frozen or forensic": config.cached_features is not None
         and config.tower not in ("frozen", "forensic"),
         "tower: forensic wants expert_weights with the expert `tower`": config.tower == "forensic"
         and not (Path(config.expert_weights or "") / "tower.safetensors").is_file(),
-        "cached features want pack: true": config.cached_features is not None and not config.pack,
-        "the embedded base wants pack: true": config.base is None and not config.pack,
         "qlora wants a base of its own; the embedded one is small enough": config.base is None
         and config.method == "qlora",
         "start: an adapter is continued by lora, qlora or dora, outside of ZeRO-3": config.start is not None

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from x2dfd import prompts
@@ -177,73 +176,6 @@ class Packs(Dataset[dict[str, Any]]):
         return {"pixel_values": pixels, "prefix": prefix, "conversations": self.conversations[k]}
 
 
-class Rows(Dataset[dict[str, Any]]):
-    """One item a conversation, as the base's own processor makes it: for bases whose pictures cannot be packed."""
-
-    def __init__(
-        self, by_row: Records, processor: Any, label_ids: Sequence[int], data: CropSet, view_seed: int
-    ) -> None:
-        self.rows = [row for row, records in by_row.items() for _ in records]
-        self._records = [record for records in by_row.values() for record in records]
-        self._tokens = [conversation(processor, record, label_ids) for record in self._records]
-        self.lengths = [len(c.tokens) for c in self._tokens]
-        self._processor, self._data, self._seed = processor, data, view_seed
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, k: int) -> dict[str, Any]:
-        question, turns, _ = _turns(self._records[k])
-        prompt, c = prompts.render(self._processor, question, turns=turns), self._tokens[k]
-        image = view_image(self._data, self.rows[k], self._seed)
-        item = dict(self._processor(images=[image], text=[prompt], return_tensors="pt"))
-        before, answer = c.tokens[: -c.answer], torch.tensor([c.tokens[-c.answer :]])
-        if item["input_ids"][0, -len(before) :].tolist() != before:
-            raise X2DFDError("this processor changes the words after the picture; answers cannot be masked")
-        length = item["input_ids"].shape[1]
-        for name, value in item.items():  # all that goes along with the tokens grows with them
-            if value.shape[:2] == (1, length):
-                fill = answer if name == "input_ids" else torch.full_like(answer, int(name == "attention_mask"))
-                item[name] = torch.cat([value, fill.to(value)], 1)
-        item["labels"] = torch.cat([torch.full((1, length), IGNORE), answer], 1)
-        item["weights"] = (item["labels"] != IGNORE).float()
-        shift = length - len(before)
-        return {**item, "heavy": None if c.heavy is None else shift + c.heavy, "named": [shift + k for k in c.named]}
-
-
-@dataclass(frozen=True)
-class CollateRows:
-    """Rows to one batch, padded on the right."""
-
-    pad: int
-    verdict_weight: float
-    cue_weight: float = 1.0
-
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        lengths = [i["input_ids"].shape[1] for i in items]
-        fills = {"input_ids": self.pad, "labels": IGNORE}
-        batch: dict[str, Tensor] = {}
-        for name in items[0]:
-            if name in ("heavy", "named"):
-                continue
-            values = [i[name] for i in items]
-            if all(v.shape[:2] == (1, n) for v, n in zip(values, lengths, strict=True)):
-                padding = [(0, max(lengths) - n) for n in lengths]
-                values = [F.pad(v, p, value=fills.get(name, 0)) for v, p in zip(values, padding, strict=True)]
-            batch[name] = torch.cat(values)
-        for row, item in enumerate(items):
-            batch["weights"][row, item["named"]] = self.cue_weight
-            if item["heavy"] is not None:
-                batch["weights"][row, item["heavy"]] = self.verdict_weight
-        _check_labels(batch["labels"])
-        return batch
-
-
-def _check_labels(labels: Tensor) -> None:
-    if not (labels != IGNORE).any():
-        raise X2DFDError("an empty label mask: this batch has nothing to learn from")
-
-
 @torch.inference_mode()
 def cache_tower(
     model: Any, processor: Any, data: CropSet, rows: NDArray[np.intp], folder: Path, key: dict[str, Any], seed: int
@@ -326,7 +258,8 @@ class Collate:
                 if c.heavy is not None:
                     weights[b, at + c.heavy] = self.verdict_weight
                 at = end
-        _check_labels(labels)
+        if not (labels != IGNORE).any():
+            raise X2DFDError("an empty label mask: this batch has nothing to learn from")
         return {
             "input_ids": ids,
             "position_ids": positions,

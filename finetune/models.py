@@ -16,37 +16,28 @@ from finetune.config import TOWER_LINEARS, FinetuneConfig
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, check_contents, read_adapter_card
 from x2dfd.errors import SetupError, X2DFDError
-from x2dfd.mllm import base_identity, load_llava, quietly
+from x2dfd.mllm import base_identity, load_llava
 from x2dfd.tower import add_to_tower, read_additions
 
-PROJECTORS = ("multi_modal_projector", "connector", "merger")
-"""What the module between tower and language model is called: LLaVA, InternVL, Gemma; SmolVLM, Idefics; Qwen-VL."""
-
+PROJECTOR = "model.multi_modal_projector"
+"""LLaVA's module between tower and language model."""
 
 NO_TOWER = "tower: lora fits a tower of CLIP's kind in a LLaVA alone, and this model has none"
 
 
 def open_base(config: FinetuneConfig) -> tuple[Any, Any]:
     """The base model, quantised for qlora, and its processor. Raises SetupError when they cannot be read."""
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig
 
-    dtype = getattr(torch, config.base_dtype)
-    options: dict[str, Any] = {"attn_implementation": config.attention}
+    options: dict[str, Any] = {"dtype": getattr(torch, config.base_dtype)}
     cut = {k: getattr(config, k) for k in ("tower_layers", "text_layers", "feature_layers")}
     try:
         kind = "llava" if config.base is None else AutoConfig.from_pretrained(config.base).model_type
+        if kind != "llava":
+            raise X2DFDError(f"{config.base} is a {kind!r} model, and only LLaVA models are trained here")
         if config.method == "qlora" and config.base is not None:
             options["quantization_config"] = _nf4(config.base, config.bf16)
-        if kind == "llava" or config.base is None:
-            model, processor = load_llava(config.base, **cut, dtype=dtype, **options)
-        elif config.pack:
-            raise X2DFDError(f"{config.base} is a {kind!r} model, and packs fit LLaVA's tokens only: take pack: false")
-        elif any(v is not None for v in cut.values()):
-            raise X2DFDError(f"layers can be left out of a LLaVA base only, and {config.base} is a {kind!r} model")
-        else:
-            with quietly():
-                model = AutoModelForImageTextToText.from_pretrained(config.base, dtype=dtype, **options)
-            processor = AutoProcessor.from_pretrained(config.base)
+        model, processor = load_llava(config.base, **cut, **options)
     except (OSError, ValueError, ImportError) as error:
         raise SetupError(f"{config.base or 'the embedded base'} cannot be loaded for training: {error}") from error
     prompts.set_frame(processor, config.frame)
@@ -83,25 +74,15 @@ def part_name(model: nn.Module, part: nn.Module) -> str:
     return next(str(name) for name, module in model.named_modules() if module is part)
 
 
-def projector_name(model: nn.Module, given: str | None) -> str:
-    """The name of the projector's module. Raises X2DFDError when it is not one."""
-    names = [str(n) for n, _ in model.named_modules()]
-    found = [n for n in names if (n.endswith(given) if given else n.rsplit(".", 1)[-1] in PROJECTORS)]
-    if len(found) != 1:
-        raise X2DFDError(f"which module is the projector? Found {found or 'none'}; name it: --set projector=NAME")
-    return found[0]
-
-
 def tune(model: Any, config: FinetuneConfig) -> tuple[Any, list[str]]:
     """The model with just what is trained unfrozen, and the names of the modules that learn at `projector_lr`.
 
     Projector and norms are trained whole; of the language model LoRA matrices, or everything. Raises X2DFDError when
     `targets` names a module outside of the language model, or none.
     """
-    text, projector = part_name(model, model.get_decoder()), projector_name(model, config.projector)
-    whole = [projector]
+    text, whole = part_name(model, model.get_decoder()), [PROJECTOR]
     if config.tower == "norms":
-        outside = [(n, m) for n, m in model.named_modules() if not n.startswith((text, projector))]
+        outside = [(n, m) for n, m in model.named_modules() if not n.startswith((text, PROJECTOR))]
         whole += [n for n, m in outside if type(m).__name__.endswith("Norm")]
     of_tower = _tower_linears(model) if config.tower == "lora" else None
     torch.manual_seed(config.seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
 from finetune.config import FinetuneConfig, check_config
-from finetune.data import IGNORE, Collate, CollateRows, Packs, Rows, cache_tower, feature_layers, read_records
+from finetune.data import IGNORE, Collate, Packs, cache_tower, feature_layers, read_records
 from finetune.models import CachedTower, additions_of, fit_projector, open_base, tune
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, WHOLE, AdapterCard, lora_b_sum, probe_logits, read_adapter_card, write_adapter_card
@@ -101,34 +101,19 @@ def train(config: FinetuneConfig) -> Path:
     check_config(config)
     out = Path(config.out)
     work = out / "checkpoints"
-    if config.deepspeed and not torch.cuda.is_available():  # which transformers leaves out on a CPU
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend="gloo")
     arguments = _arguments(config, work)  # before the model: under ZeRO-3 it is loaded in pieces
-    if config.base is None and is_deepspeed_zero3_enabled():
-        raise X2DFDError("the embedded base is too small for ZeRO-3 to help: take finetune/zero2.json, or none")
-    if config.method == "qlora" and is_deepspeed_zero3_enabled():
-        raise X2DFDError("weights in four bits cannot be shared out: take finetune/zero2.json with qlora")
     with arguments.main_process_first(local=False):  # the first makes the files, the others read them
         data = load_crops(Path(config.manifest))
         _check_instructions(config)
     model, processor = open_base(config)
     if config.cue_weight != 1 and not processor.tokenizer.is_fast:
         raise X2DFDError("cue_weight wants a tokenizer that knows where its tokens stand in a text: take cue_weight: 1")
-    label_ids = prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS)
     with arguments.main_process_first(local=False):
         features = _features(config, model, processor, data)
+    label_ids = prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS)
     records = read_records(Path(config.instructions), "train", data, config.left_out)
-    packs: Packs | Rows
-    collate: Collate | CollateRows
-    pad = processor.tokenizer.pad_token_id or 0
-    if config.pack:
-        packs = Packs(records, processor, label_ids, data, features, config.view_seed, feature_layers(model))
-        collate = Collate(pad, config.verdict_weight, config.cue_weight)
-    else:
-        packs = Rows(records, processor, label_ids, data, config.view_seed)
-        collate = CollateRows(pad, config.verdict_weight, config.cue_weight)
+    packs = Packs(records, processor, label_ids, data, features, config.view_seed, feature_layers(model))
+    collate = Collate(processor.tokenizer.pad_token_id or 0, config.verdict_weight, config.cue_weight)
     tuned, whole = tune(model, config)
     with arguments.main_process_first(local=False):
         last = _last_checkpoint(work, config)
@@ -141,7 +126,20 @@ def train(config: FinetuneConfig) -> Path:
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of all processes together, on the first
     if arguments.process_index != 0:
         return out
+    _save(config, out, model, tuned, processor, state)
     write_text(out / "log.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
+    card = _card(config, out, processor, model.config, _figures(config, trainer, packs))
+    write_adapter_card(out, card)
+    # What x2dfd.load takes has to give these numbers ever after.
+    del trainer, tuned, model, state, features
+    unset_hf_deepspeed_config()  # the other processes have gone: what is loaded now is this one's alone
+    loaded = load(base=config.base, adapter=out, mode="paper", experts=(), device="cpu", dtype="fp32")
+    write_adapter_card(out, replace(card, probes=probe_logits(loaded.mllm)))
+    return out
+
+
+def _save(config: FinetuneConfig, out: Path, model: Any, tuned: Any, processor: Any, state: dict[str, Tensor]) -> None:
+    """The trained weights, and the experts' that travel along. Raises X2DFDError when training moved nothing."""
     if config.method == "full":
         model.save_pretrained(out / WHOLE, state_dict=state)
         processor.save_pretrained(out / WHOLE)
@@ -150,30 +148,32 @@ def train(config: FinetuneConfig) -> Path:
         tuned.peft_config["default"].base_model_name_or_path = base_identity(config.base)["name"]
         # The vocabulary is not touched; left to itself, PEFT would ask a hub about it.
         tuned.save_pretrained(str(out), state_dict=state, save_embedding_layers=False)
+        (out / "README.md").unlink(missing_ok=True)  # PEFT's empty form; card.json says what is known
         _to_half(out / WEIGHTS)
         if lora_b_sum(out) <= 0:
             raise X2DFDError(f"{out}: training left every lora_B at zero; more steps or a higher lr are needed")
     if config.expert_weights:
         shutil.copytree(config.expert_weights, out / "experts", dirs_exist_ok=True)
+
+
+def _figures(config: FinetuneConfig, trainer: PackTrainer, packs: Packs) -> dict[str, Any]:
+    """What the card says of the run."""
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     figures: dict[str, Any] = {"final_loss": round(float(np.mean(losses[-10:])), 4) if losses else None}
-    figures |= {"pictures": len(set(packs.rows)), "steps": trainer.state.global_step}
+    figures |= {"pictures": len(packs), "steps": trainer.state.global_step}
     if config.start:
         figures["start"] = read_adapter_card(Path(config.start)).sha256
-    figures["pictures_a_step"] = config.batch * config.accumulate * arguments.world_size
-    card = _card(config, out, processor, model.config, figures)
-    (out / "README.md").unlink(missing_ok=True)  # PEFT's empty form; card.json says what is known
-    write_adapter_card(out, card)
-    if model.config.model_type == "llava":  # what x2dfd.load takes: it has to give these numbers ever after
-        del trainer, tuned, model, state, features
-        unset_hf_deepspeed_config()  # the others have gone: what is loaded now is this process's alone
-        loaded = load(base=config.base, adapter=out, mode="paper", experts=(), device="cpu", dtype="fp32")
-        write_adapter_card(out, replace(card, probes=probe_logits(loaded.mllm)))
-    return out
+    figures["pictures_a_step"] = config.batch * config.accumulate * trainer.args.world_size
+    return figures
 
 
 def _arguments(config: FinetuneConfig, work: Path) -> TrainingArguments:
-    return TrainingArguments(
+    """Trainer's settings. Raises X2DFDError for what ZeRO-3 cannot share out."""
+    if config.deepspeed and not torch.cuda.is_available():  # which transformers leaves out on a CPU
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")
+    arguments = TrainingArguments(
         output_dir=str(work),
         per_device_train_batch_size=config.batch,
         gradient_accumulation_steps=config.accumulate,
@@ -202,6 +202,11 @@ def _arguments(config: FinetuneConfig, work: Path) -> TrainingArguments:
         # Conversations differ in length, but every trained weight takes part in every step.
         ddp_find_unused_parameters=False,
     )
+    if config.base is None and is_deepspeed_zero3_enabled():
+        raise X2DFDError("the embedded base is too small for ZeRO-3 to help: take finetune/zero2.json, or none")
+    if config.method == "qlora" and is_deepspeed_zero3_enabled():
+        raise X2DFDError("weights in four bits cannot be shared out: take finetune/zero2.json with qlora")
+    return arguments
 
 
 def _features(config: FinetuneConfig, model: Any, processor: Any, data: CropSet) -> TowerFeatures | None:
@@ -223,8 +228,8 @@ def _features(config: FinetuneConfig, model: Any, processor: Any, data: CropSet)
         tower = model.config.vision_config.num_hidden_layers
         kept = HEAD_LAYERS if config.tower == "forensic" else layers  # the expert `tower` read the same pass
         features = cached_features(data, rows, folder, tower, kept, config.view_seed, additions=additions_of(config))
-        some = features.patches(slice(None, None, max(1, len(rows) // 64)), layers)
-        fit_projector(model, torch.from_numpy(some))
+        few = features.patches(slice(None, None, max(1, len(rows) // 64)), layers)
+        fit_projector(model, torch.from_numpy(few))
     else:
         key = {"base": base_identity(config.base), "manifest": file_sha256(Path(config.manifest))}
         features = cache_tower(model, processor, data, rows, folder, key, config.view_seed)
@@ -256,16 +261,10 @@ def _last_checkpoint(work: Path, config: FinetuneConfig) -> str | None:
     if not key.is_file():
         work.mkdir(parents=True, exist_ok=True)
         write_text(key, json.dumps(run, indent=1) + "\n")
-    elif _with_defaults(json.loads(key.read_text(encoding="utf-8"))) != run:
+    elif json.loads(key.read_text(encoding="utf-8")) != run:
         raise X2DFDError(f"{work} holds a training with other settings or data; choose another out, or delete it")
     last: str | None = get_last_checkpoint(str(work))
     return last
-
-
-def _with_defaults(run: dict[str, Any]) -> dict[str, Any]:
-    """A run of an earlier version, which knew fewer keys."""
-    defaults = {f.name: f.default for f in fields(FinetuneConfig) if f.default is not MISSING}
-    return {**run, "config": json.loads(json.dumps(defaults)) | run["config"]}
 
 
 def _to_half(path: Path) -> None:
@@ -279,10 +278,9 @@ def _card(config: FinetuneConfig, out: Path, processor: Any, model: Any, figures
     """`model`: its configuration."""
     data_card = json.loads((Path(config.instructions).parent / "card.json").read_text(encoding="utf-8"))
     full = config.method == "full"
-    form = data_card["config"].get("score_form", "numbers")  # of instructions of an earlier version
-    llava = model.model_type == "llava"
+    form = data_card["config"]["score_form"]
     text = int(model.get_text_config().num_hidden_layers)
-    layers = model.vision_feature_layer if llava else ()
+    layers = model.vision_feature_layer
     return AdapterCard(
         name=config.name,
         version=config.version,
@@ -299,7 +297,7 @@ def _card(config: FinetuneConfig, out: Path, processor: Any, model: Any, figures
         left_out=config.left_out,
         tower=config.tower,
         base=base_identity(out / WHOLE if full else config.base),
-        tower_layers=int(model.vision_config.num_hidden_layers) if llava else 0,
+        tower_layers=int(model.vision_config.num_hidden_layers),
         text_layers=text if full else config.text_layers or text,
         feature_layers=(layers,) if isinstance(layers, int) else tuple(layers),
         frame=config.frame,

@@ -45,9 +45,9 @@ def known_expert(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
 
 
-def made(manifest: Path, out: Path, oof: dict[str, dict[str, float]] | None = None, **given: Any) -> list[Record]:
+def made(manifest: Path, out: Path, **given: Any) -> list[Record]:
     settings = {"data": str(manifest), "experts": (tiny.EXPERT,), **given}
-    path = build(BuildConfig(**settings), out, oof)
+    path = build(BuildConfig(**settings), out)
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -173,9 +173,12 @@ def test_scores_stand_in_words_where_asked_for(manifest: Path, tmp_path: Path) -
     assert json.loads((tmp_path / "card.json").read_text())["config"]["score_form"] == "both"
 
 
-def test_the_sentence_on_experts_can_be_left_to_the_code(manifest: Path, tmp_path: Path) -> None:
-    known = {tiny.EXPERT: {f"s{i}": (0.05, 0.95)[i % 2] for i in range(100)}}
-    plain, short = (detect(made(manifest, tmp_path / str(c), known, corrupt=0.0, closing=c)) for c in (True, False))
+def test_the_sentence_on_experts_can_be_left_to_the_code(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {f"s{i}": [Evidence(tiny.EXPERT, (0.05, 0.95)[i % 2])] for i in range(100)}
+    monkeypatch.setattr("data_gen.build.expert_scores", lambda *_: known)
+    plain, short = (detect(made(manifest, tmp_path / str(c), corrupt=0.0, closing=c)) for c in (True, False))
     cut = 0
     for one, other in zip(plain, short, strict=True):
         evidence = [Evidence(k, v) for k, v in one["scores"].items()]
@@ -205,22 +208,6 @@ def test_questions_about_the_class_have_the_true_answer(manifest: Path, tmp_path
     assert {(k, a) for q, k, a in said if "swap" in q} == {("FS", "Yes"), ("real", "No")}
     assert {(k, a) for q, k, a in said if "free of" in q or "unmanipulated" in q} == {("FS", "No"), ("real", "Yes")}
     assert {a for q, _, a in said if "generated as a whole" in q or "synthesis" in q} == {"No"}
-
-
-def test_out_of_fold_scores_of_an_expert_that_is_not_asked_are_refused(manifest: Path, tmp_path: Path) -> None:
-    """Bug prevented: an hour's scores that nobody reads, since another expert is the default now."""
-    with pytest.raises(X2DFDError, match="scores of clip: not among the experts"):
-        made(manifest, tmp_path / "o", {"clip": {"s0": 0.1}})
-
-
-def test_out_of_fold_scores_are_used_where_given(manifest: Path, tmp_path: Path) -> None:
-    """An expert's scores on its own training pictures are too good: the MLLM would learn to obey it."""
-    plain = {r["image"]: r["scores"][tiny.EXPERT] for r in detect(made(manifest, tmp_path / "a", corrupt=0.0))}
-    oof = {tiny.EXPERT: {"s0": 0.111, "s1": 0.222}}
-    found = {r["image"]: r["scores"][tiny.EXPERT] for r in detect(made(manifest, tmp_path / "b", oof, corrupt=0.0))}
-    assert (found.pop("s0"), found.pop("s1")) == (0.111, 0.222)
-    assert found == {k: v for k, v in plain.items() if k not in ("s0", "s1")}
-    assert plain["s0"] != 0.111
 
 
 def test_calibration_pictures_keep_their_true_scores(manifest: Path, tmp_path: Path) -> None:
@@ -328,5 +315,5 @@ def test_experts_judge_training_views_through_the_codec(manifest: Path, monkeypa
             return super().judge(faces, shared)
 
     monkeypatch.setattr("data_gen.build.load_expert", lambda *_: Looker())
-    expert_scores(data, [0, 1], BuildConfig(str(manifest), experts=(tiny.EXPERT,)), {})
+    expert_scores(data, [0, 1], BuildConfig(str(manifest), experts=(tiny.EXPERT,)))
     assert all((a == seen_view(data.crops[i], 1, i)).all() for i, a in enumerate(seen)) and len(seen) == 2

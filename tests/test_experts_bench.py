@@ -402,11 +402,11 @@ def test_scores_of_other_weights_are_not_put_into_a_calibration(
     assert EXPERT in result["model"]["stated"]["fusion"]["left_out"]
 
 
-@pytest.mark.parametrize("name", ["majority", "expert:clip"])
+@pytest.mark.parametrize("name", ["majority", "expert:consistency"])
 def test_a_model_without_a_calibration_is_refused(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`--model expert:clip` would quietly be the embedded model's experts."""
+    """`--model expert:consistency` would quietly be the embedded model's experts."""
     assert run_bench.main(["experts", "--data", "m.csv", "--out", str(tmp_path), "--model", name]) == 2
     assert "is about experts" in capsys.readouterr().err
 

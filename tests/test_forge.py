@@ -15,13 +15,17 @@ import cv2
 import numpy as np
 import pytest
 import skimage.data
+import torch
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 
-from data_gen import decoders, run_forge
-from data_gen.forge import HARMLESS, METHODS, Forgery, Method, Photo, changed, forge, joined_cues, visible
+from data_gen import decoders, latent, run_forge
+from data_gen.forge import HARMLESS, LATENT, METHODS, Forgery, Method, Photo, changed, forge, joined_cues
 from data_gen.run_forge import ForgeConfig, run, split_of
+from data_gen.tools import shows_teeth
+from data_gen.visibility import visible
 from x2dfd.degrade import codec, degrade, rescale, soft, tone, video_codec
-from x2dfd.errors import UnknownName, X2DFDError
+from x2dfd.errors import SetupError, UnknownName, X2DFDError
 from x2dfd.faces import area_mask, find_faces
 from x2dfd.files import file_sha256
 from x2dfd.manifest import read_manifest, write_manifest
@@ -652,3 +656,120 @@ def test_what_a_second_forgery_hides_is_not_claimed(photo: Photo) -> None:
     area, artifact = first.cues[0].area, first.cues[0].artifact
     faint = Forgery(first.pixels, first.mask, (Cue(area, artifact, 0.01),), "again", "FE", 1.0)
     assert joined_cues(photo.pixels, first, faint)[0].score == kept[0].score
+
+
+# --- mouths, latent spaces, video -----------------------------------------------------------------------------------
+
+
+def test_a_mouth_needs_no_donor_and_changes_nothing_else(photo: Photo, donor: Photo) -> None:
+    """Bug prevented: reenactment that only clips can be made with, or that moves the eyes."""
+    for seed in range(6):
+        for other in (None, donor):
+            made = forge(photo, METHODS["mouth"], np.random.default_rng(seed), other, strength=0.8)
+            assert {c.area for c in made.cues} <= {"mouth", "teeth"} and made.df_class == "FR"
+            inside = _grown(area_mask(photo.landmarks, "mouth", photo.pixels.shape), photo, 0.45)
+            eyes = area_mask(photo.landmarks, "eyes", photo.pixels.shape) > 0
+            assert made.mask.max() == 255 and not made.mask[~inside].any() and not made.mask[eyes].any()
+
+
+def test_a_mouth_comes_from_another_frame_of_the_clip(
+    config: ForgeConfig, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: a mouth of another person, or of the very same frame, where the clip has others."""
+    rows = [json.loads(line) for line in photos.read_text("utf-8").splitlines()]
+    reals = [r for r in rows if r["label"] == "real" and r.get("split") != "test"][:4]
+    clip = [r | {"group": "clip", "source": "s", "split": "train"} for r in reals]
+    data = photos.with_name("clip.jsonl")
+    data.write_text("".join(json.dumps(r) + "\n" for r in clip), encoding="utf-8")
+    given: list[tuple[Photo, Photo | None]] = []
+
+    def noted(photo: Photo, method: Method, rng: Any, donor: Photo | None = None) -> Forgery:
+        given.append((photo, donor))
+        return forge(photo, method, rng, donor)
+
+    monkeypatch.setattr(run_forge, "forge", noted)
+    mouths = replace(config, data=str(data), count=6, forged=1.0, ready_made=0, combine=0, calib=0, harmless=0)
+    run(replace(mouths, methods=("mouth",)), tmp_path / "a")
+    assert all(d is not None and d.group == p.group and d.pixels is not p.pixels for p, d in given)
+    data.write_text(json.dumps(clip[0]) + "\n", encoding="utf-8")
+    given.clear()
+    run(replace(mouths, methods=("mouth",)), tmp_path / "b")
+    assert given and all(d is None for _, d in given)
+
+
+@pytest.fixture
+def taesd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with random weights in the layout of TAESD's files."""
+    torch.manual_seed(0)
+    folder = tmp_path / "taesd"
+    folder.mkdir()
+    for part, net in (("encoder", latent.encoder(4)), ("decoder", latent.decoder(4))):
+        save_file({k: v.bfloat16() for k, v in net.state_dict().items()}, folder / f"taesd_{part}.safetensors")
+        monkeypatch.setitem(latent.SHA256, f"taesd_{part}", file_sha256(folder / f"taesd_{part}.safetensors"))
+    latent.load.cache_clear()
+    return folder
+
+
+def test_latent_networks_have_the_published_layout() -> None:
+    """Bug prevented: layers in another order, so that no published file loads."""
+    nets = (latent.encoder(16), latent.decoder(4))
+    into, out = ({k: tuple(v.shape) for k, v in net.state_dict().items()} for net in nets)
+    assert len(into) == len(out) == 67
+    assert [f"{k}.bias" in into for k in (0, 2, 6, 10, 14)] == [True, False, False, False, True]
+    assert into["14.weight"] == (16, 64, 3, 3) and into["13.conv.4.bias"] == (64,)
+    assert [f"{k}.bias" in out for k in (1, 7, 12, 17, 19)] == [True, False, False, False, True]
+    assert out["1.weight"] == (64, 4, 3, 3) and out["19.weight"] == (3, 64, 3, 3) and "18.conv.0.weight" in out
+
+
+def test_a_redraw_in_a_latent_space_speaks_of_what_shows(
+    config: ForgeConfig, taesd: Path, tmp_path: Path, photo: Photo
+) -> None:
+    """Bug prevented: cues where nothing changed; a run that says nothing of the weights it drew with."""
+    config = replace(config, count=4, side=96, forged=1.0, ready_made=0, combine=0, redraw=str(taesd))
+    run(replace(config, methods=tuple(LATENT)), tmp_path / "a")
+    run(replace(config, methods=tuple(LATENT)), tmp_path / "b", workers=2)
+    rows = _rows(tmp_path / "a")
+    assert [r["sha256"] for r in rows] == [r["sha256"] for r in _rows(tmp_path / "b")]
+    assert {(r["method"], r["df_class"]) for r in rows} <= {("latent_redraw", "EFS"), ("latent_face", "FE")}
+    assert json.loads((tmp_path / "a" / "forge.json").read_text())["redraw"] == ["taesd"]
+    latent.use(taesd)
+    whole, face = (forge(photo, LATENT[m], np.random.default_rng(1), strength=0.5) for m in LATENT)
+    assert whole.mask.min() == 255 and face.mask[0, 0] == 0
+    assert {c.area for c in face.cues} <= {"skin", "eyes", "mouth", "teeth"} and len(face.cues) > 1
+    assert not any(c.area == "teeth" for c in face.cues) or shows_teeth(photo)
+
+
+def test_weights_to_redraw_with_are_the_pinned_ones(config: ForgeConfig, taesd: Path, tmp_path: Path) -> None:
+    """Bug prevented: a file from anywhere draws the training set, or a missing half is made up."""
+    config = replace(config, methods=("latent_face",), redraw=str(taesd))
+    for wrong, message in (
+        ({"redraw": None}, "go together"),
+        ({"methods": ("relight",)}, "go together"),
+        ({"redraw": str(tmp_path)}, "holds no autoencoder"),
+    ):
+        with pytest.raises(X2DFDError, match=message):
+            run(replace(config, **wrong), tmp_path / "e")
+    with (taesd / "taesd_decoder.safetensors").open("ab") as stream:
+        stream.write(b"x")
+    latent.load.cache_clear()
+    with pytest.raises(SetupError, match="SHA-256"):
+        run(config, tmp_path / "e")
+    (taesd / "taesd_decoder.safetensors").unlink()
+    with pytest.raises(SetupError, match="go together"):
+        run(config, tmp_path / "e")
+
+
+def test_video_comes_over_every_label_alike(config: ForgeConfig, tmp_path: Path) -> None:
+    """Bug prevented: H.264 that stands on fakes alone and is learnt as their mark, or cues that it has wiped away."""
+    config = replace(config, count=40, harmless=0.5, combine=0.0)
+    run(replace(config, video=0.5), tmp_path / "half")
+    rows = _rows(tmp_path / "half")
+    hit = {
+        label: [("video" in r.get("harmless", "")) for r in rows if r["label"] == label] for label in ("real", "fake")
+    }
+    assert all(0.15 < np.mean(v) < 0.85 for v in hit.values())
+    names = {r["harmless"] for r in rows if "harmless" in r}
+    assert "video" in names and any(n.endswith("+video") for n in names) and names & set(HARMLESS)
+    run(replace(config, video=0.0), tmp_path / "none")
+    plain = {r["id"]: r for r in _rows(tmp_path / "none")}
+    assert not any("video" in r.get("harmless", "") for r in plain.values())

@@ -134,47 +134,6 @@ def write_base(
     return folder
 
 
-def write_next_base(folder: Path) -> Path:
-    """A LLaVA-1.6 checkpoint with random weights: pictures in tiles, so that their tokens depend on their size."""
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaNextConfig,
-        LlavaNextForConditionalGeneration,
-        LlavaNextImageProcessorPil,
-        LlavaNextProcessor,
-    )
-
-    base = processor_of_base()
-    grid = [[112, 224], [224, 112], [224, 224]]
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=112, patch_size=16
-    )
-    text = LlamaConfig(
-        vocab_size=len(base.tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    image_token = base.tokenizer.convert_tokens_to_ids(base.image_token)
-    config = LlavaNextConfig(
-        vision_config=vision, text_config=text, image_token_index=image_token, image_grid_pinpoints=grid,
-        vision_feature_layer=-1, vision_feature_select_strategy="default",
-    )  # fmt: skip
-    torch.manual_seed(7)
-    LlavaNextForConditionalGeneration(config).save_pretrained(folder)
-    LlavaNextProcessor(
-        image_processor=LlavaNextImageProcessorPil(
-            size={"shortest_edge": 112}, crop_size={"height": 112, "width": 112}, image_grid_pinpoints=grid
-        ),
-        tokenizer=base.tokenizer,
-        patch_size=16,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token=base.image_token,
-        chat_template=base.chat_template,
-    ).save_pretrained(folder)
-    return folder
-
-
 def write_adapter(folder: Path, base: Path, experts: Sequence[str] = (EXPERT,)) -> Path:
     """An adapter directory as `python -m finetune` leaves it: random LoRA, the projector, card, calibration."""
     from peft import LoraConfig, get_peft_model

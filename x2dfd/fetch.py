@@ -105,7 +105,7 @@ PARTS: dict[str, Part] = {
         ),
         Part(
             "lite0",
-            "EfficientNet-Lite0 ImageNet weights; only needed to train the blending expert",
+            "EfficientNet-Lite0 ImageNet weights; only needed to train the expert `consistency`",
             (_LITE0,),
             "Apache-2.0",
             19,

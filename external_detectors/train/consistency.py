@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -90,14 +91,10 @@ def consistency(
         total: Tensor = verdict + naming + placing
         return total
 
-    def figures_of(trained: torch.nn.Module) -> dict[str, Any]:
-        return truth.figures(trained, "calib", held_out)
-
     settings = {"data": manifest_sha256(data), "batch": batch, "lr": lr, "seed": seed, "hold_out": hold_out}
     run = json.dumps(settings | {"start": before.sha256 if before else "scratch" if from_scratch else "imagenet"})
-    trained, figures = fit(
-        net, batch_of, loss_of, steps=steps, lr=lr, seed=seed, state=state, run=run, check=figures_of
-    )
+    check = partial(truth.figures, split="calib", held_out=held_out)
+    trained, figures = fit(net, batch_of, loss_of, steps=steps, lr=lr, seed=seed, state=state, run=run, check=check)
     learnt = [truth.samples[k] for k in truth.learnt]
     methods = sorted({s.method.split("+")[0] for s in learnt if s.label == "fake"})
     earlier = f"first: {before.trained_on.removeprefix('first: ')}. Then: " if before else ""

@@ -161,6 +161,39 @@ _GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
+def _panel(axes: Any, findings: Sequence[Finding], colour: str, limits: Interval, bar: float | None) -> None:
+    """One area's bars; `bar`: what the best reach by chance."""
+    for place, f in enumerate(findings):
+        auc = f.deciding.auc or 0.0
+        axes.barh(place, auc - 0.5, left=0.5, height=0.72, color=colour, alpha=1.0 if f.strong else 0.28)
+        if f.deciding.interval:
+            axes.plot(f.deciding.interval, (place, place), color="#222222", linewidth=0.9, solid_capstyle="butt")
+        face = "#222222" if f.decided_by == "present" else "white"
+        axes.plot(
+            auc,
+            place,
+            "o",
+            markersize=3.2,
+            markerfacecolor=face,
+            markeredgecolor="#222222",
+            markeredgewidth=0.7,
+        )
+    axes.set_yticks(range(len(findings)), [f"{f.area} · {f.artifact}" for f in findings], fontsize=8.5)
+    for label, f in zip(axes.get_yticklabels(), findings, strict=True):
+        label.set_color("#111111" if f.strong else "#777777")
+    axes.set_xlim(*limits)
+    axes.set_ylim(len(findings) - 0.4, -0.6)
+    axes.axvline(0.5, color="#888888", linewidth=0.8)
+    if bar is not None:
+        axes.axvline(bar, color="#b00020", linewidth=1.0, linestyle=(0, (4, 2)))
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=8, length=2, color="#999999")
+    axes.xaxis.grid(True, color="#e5e5e5", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(False)
+
+
 def chart(a: Assessment, path: Path) -> bool:
     """Draw the cues' AUC with intervals, by area; False when matplotlib is not installed."""
     try:
@@ -209,37 +242,7 @@ def chart(a: Assessment, path: Path) -> bool:
             axes = figure.add_axes((left, y - unit * (len(findings) + 1), width, unit * len(findings)))
             y -= unit * (len(findings) + 2.5)
             axes.set_title(title, loc="left", fontsize=10.5, weight="bold", color=colour, pad=4)
-            for place, f in enumerate(findings):
-                auc = f.deciding.auc or 0.0
-                axes.barh(place, auc - 0.5, left=0.5, height=0.72, color=colour, alpha=1.0 if f.strong else 0.28)
-                if f.deciding.interval:
-                    axes.plot(
-                        f.deciding.interval, (place, place), color="#222222", linewidth=0.9, solid_capstyle="butt"
-                    )
-                face = "#222222" if f.decided_by == "present" else "white"
-                axes.plot(
-                    auc,
-                    place,
-                    "o",
-                    markersize=3.2,
-                    markerfacecolor=face,
-                    markeredgecolor="#222222",
-                    markeredgewidth=0.7,
-                )
-            axes.set_yticks(range(len(findings)), [f"{f.area} · {f.artifact}" for f in findings], fontsize=8.5)
-            for label, f in zip(axes.get_yticklabels(), findings, strict=True):
-                label.set_color("#111111" if f.strong else "#777777")
-            axes.set_xlim(low, high)
-            axes.set_ylim(len(findings) - 0.4, -0.6)
-            axes.axvline(0.5, color="#888888", linewidth=0.8)
-            if control["shuffled_p95"] is not None:
-                axes.axvline(control["shuffled_p95"], color="#b00020", linewidth=1.0, linestyle=(0, (4, 2)))
-            axes.tick_params(axis="y", length=0)
-            axes.tick_params(axis="x", labelsize=8, length=2, color="#999999")
-            axes.xaxis.grid(True, color="#e5e5e5", linewidth=0.6)
-            axes.set_axisbelow(True)
-            for side in ("top", "right", "left", "bottom"):
-                axes.spines[side].set_visible(False)
+            _panel(axes, findings, colour, (low, high), control["shuffled_p95"])
     figure.text(
         0.02,
         0.22 / height,

@@ -1,0 +1,135 @@
+"""Tiny autoencoders that speak the latent spaces of latent-diffusion models: a real photo, drawn by such a decoder.
+
+The weights are those of TAESD by Ollin Boer Bohan (MIT). They do not come with this project and are never downloaded: a
+user names a folder that holds `<name>_encoder.safetensors` and `<name>_decoder.safetensors` of one of them or more.
+Photos redrawn this way stay aligned with their originals: same person, same light, same camera (the idea of Rajan et
+al., "Aligned Datasets Improve Detection of Latent Diffusion-Generated Images", ICLR 2025).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from x2dfd.errors import SetupError
+from x2dfd.files import file_sha256
+
+CHANNELS = {"taesd": 4, "taesdxl": 4, "taef1": 16}
+"""Channels of the latent space: of Stable Diffusion 1 and 2, of SDXL, of FLUX.1."""
+
+SHA256 = {
+    "taesd_encoder": "a6b8c0fda4aad50784e543389e0239c72c5e31e9775c9e612ea8333bf3a77dcb",
+    "taesd_decoder": "d903e7cc3ae58f21d985a3498a841fa8b230edccff7ac5d27607b0c557945c6f",
+    "taesdxl_encoder": "3d78013286676a1a51074831230f90972e573698fe4b11416d6f28e0cd5bbe7e",
+    "taesdxl_decoder": "ae5256b046b01d577279ed93a55bbb1fb2689e55aa14cfc0f7f841e0160202a5",
+    "taef1_encoder": "19f5a854ce575fd0a1c0a52938410cf5fb4dc4b8ae71c8887533646d8fe47030",
+    "taef1_decoder": "bb41500b646d5b8b592b7f3ca5d20d888c3075e209d178d99af609cd7e02a1d4",
+}
+"""Of the files, without `.safetensors`. Other files are refused: the same run has to give the same pictures."""
+
+STRIDE = 8  # pixels of the picture a latent cell, along one side
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(_conv(64), nn.ReLU(), _conv(64), nn.ReLU(), _conv(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.conv(x) + x)
+
+
+class _Clamp(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x / 3) * 3
+
+
+def _conv(inputs: int, outputs: int = 64, stride: int = 1, bias: bool = True) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=bias)
+
+
+def encoder(channels: int) -> nn.Sequential:
+    """[n, 3, h, w] in 0..1, sides divisible by STRIDE, to latents [n, channels, h/8, w/8]."""
+    layers: list[nn.Module] = [_conv(3), _Block()]
+    for _ in range(3):
+        layers += [_conv(64, stride=2, bias=False), _Block(), _Block(), _Block()]
+    return nn.Sequential(*layers, _conv(64, channels))
+
+
+def decoder(channels: int) -> nn.Sequential:
+    """Latents [n, channels, h, w] to pictures [n, 3, 8h, 8w], in 0..1 but for a little."""
+    layers: list[nn.Module] = [_Clamp(), _conv(channels), nn.ReLU()]
+    for _ in range(3):
+        layers += [_Block(), _Block(), _Block(), nn.Upsample(scale_factor=2), _conv(64, bias=False)]
+    return nn.Sequential(*layers, _Block(), _conv(64, 3))
+
+
+@lru_cache(maxsize=2)
+def load(folder: Path) -> dict[str, nn.Sequential]:
+    """The autoencoders of a folder, by name: encoder and decoder in a row.
+
+    Raises SetupError when there is none, or a file is not the pinned one.
+    """
+    found: dict[str, nn.Sequential] = {}
+    for name, channels in CHANNELS.items():
+        parts = {f"{name}_encoder": encoder(channels), f"{name}_decoder": decoder(channels)}
+        paths = {part: folder / f"{part}.safetensors" for part in parts}
+        if not any(path.is_file() for path in paths.values()):
+            continue
+        for part, net in parts.items():
+            if not paths[part].is_file():
+                raise SetupError(f"{paths[part]} is missing: an encoder and its decoder go together")
+            if file_sha256(paths[part]) != SHA256[part]:
+                raise SetupError(f"{paths[part]} is not the file of TAESD that this version knows (SHA-256 differs)")
+            try:
+                net.load_state_dict({k: v.float() for k, v in load_file(paths[part]).items()})
+            except (SafetensorError, RuntimeError) as error:
+                raise SetupError(f"{paths[part]} does not hold TAESD's tensors: {error}") from error
+        found[name] = nn.Sequential(*parts.values()).eval().requires_grad_(False)
+    if not found:
+        names = ", ".join(f"{name}_encoder.safetensors and {name}_decoder.safetensors" for name in CHANNELS)
+        raise SetupError(f"{folder} holds no autoencoder to redraw with; put there {names} of TAESD (MIT), or a pair")
+    return found
+
+
+_in_use: Path | None = None
+
+
+def use(folder: Path | None) -> None:
+    """Have `redraw` take the autoencoders of this folder in this process."""
+    global _in_use
+    _in_use = folder
+
+
+def names() -> list[str]:
+    """The autoencoders in use. Raises SetupError where none are."""
+    if _in_use is None:
+        raise SetupError("redrawing in a latent space needs weights: data_gen forge --redraw DIR")
+    return list(load(_in_use))
+
+
+def redraw(pixels: NDArray[Any], name: str) -> NDArray[np.float32]:
+    """The picture [h, w, 3], 0..255, encoded and decoded by `name`; same shape, float."""
+    if name not in names() or _in_use is None:
+        raise SetupError(f"{_in_use} holds no {name}")
+    height, width = pixels.shape[:2]
+    padded = cv2.copyMakeBorder(
+        np.asarray(pixels, np.float32), 0, -height % STRIDE, 0, -width % STRIDE, cv2.BORDER_REPLICATE
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums in another order would be other bytes
+    try:
+        with torch.inference_mode():
+            drawn = load(_in_use)[name](torch.from_numpy(padded).permute(2, 0, 1)[None].contiguous() / 255)
+    finally:
+        torch.set_num_threads(threads)
+    return np.ascontiguousarray((drawn[0].permute(1, 2, 0).clamp(0, 1) * 255).numpy()[:height, :width])
