@@ -101,10 +101,11 @@ def expert_scores(data: CropSet, rows: Sequence[int], config: BuildConfig) -> di
     for name in config.experts:
         expert = load_expert(name, weights)
         passed = _passed(data, rows, config, expert) if name == "tower" else None
+        tower: str = getattr(expert, "tower", "")
         for start in progress(range(0, len(rows), 16), f"{name} scores"):
             part = rows[start : start + 16]
             faces = through_codec([view_face(data, i, config.view_seed) for i in part])
-            shared = Shared(passed.states(slice(start, start + 16)), expert.card.sha256) if passed else None
+            shared = Shared(passed.states(slice(start, start + 16)), tower) if passed else None
             for i, evidence in zip(part, expert.judge(faces, shared), strict=True):
                 table[data.samples[i].id].append(evidence)
     return table

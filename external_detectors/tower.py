@@ -24,7 +24,7 @@ from x2dfd.adapter import EMBEDDED
 from x2dfd.errors import SetupError
 from x2dfd.experts import Shared, read_card
 from x2dfd.fetch import require
-from x2dfd.tower import HEAD_LAYERS, tower_states
+from x2dfd.tower import HEAD_LAYERS, additions_sha256, read_additions, tower_states
 from x2dfd.types import ARTIFACTS, Card, Cue, Evidence, Face
 
 WEIGHTS = EMBEDDED / "experts"
@@ -44,6 +44,7 @@ class Tower(CropExpert):
         self._heads.load_state_dict({k: v for k, v in weights.items() if not k.startswith("tower.")})
         self._heads.eval()
         self._additions = folder / self.card.weights
+        self.tower = additions_sha256(read_additions(self._additions))
         require("base")  # said now, not at the first face
         if not isinstance(self.card.figures.get("cue_threshold"), float):
             raise SetupError(f"the card of expert 'tower' in {folder} names no cue_threshold; reinstall x2dfd")
@@ -51,7 +52,7 @@ class Tower(CropExpert):
 
     def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
         """From the states of a pass that the embedded model has made of these very crops, else from one of its own."""
-        states = shared.tower_states if shared and shared.tower == self.card.sha256 else None
+        states = shared.tower_states if shared and shared.tower == self.tower else None
         if states is None or len(states) <= max(HEAD_LAYERS):
             return super().judge(faces, shared)
         with torch.inference_mode():

@@ -31,7 +31,17 @@ from x2dfd.experts import expert_class, read_card
 from x2dfd.faces import PREPROCESSING
 from x2dfd.files import file_sha256, write_text
 from x2dfd.mllm import base_identity
-from x2dfd.tower import HEAD_LAYERS, VIEWS, TowerFeatures, cached_features, seen_view, tower_states, training_rows
+from x2dfd.tower import (
+    HEAD_LAYERS,
+    VIEWS,
+    TowerFeatures,
+    additions_sha256,
+    cached_features,
+    read_additions,
+    seen_view,
+    tower_states,
+    training_rows,
+)
 
 
 class Bucketed(LengthGroupedSampler):
@@ -152,6 +162,8 @@ def _save(config: FinetuneConfig, out: Path, model: Any, tuned: Any, processor: 
         _to_half(out / WEIGHTS)
         if lora_b_sum(out) <= 0:
             raise X2DFDError(f"{out}: training left every lora_B at zero; more steps or a higher lr are needed")
+    if (ranking := _data_card(config)["config"]["assessment"]) is not None:
+        shutil.copyfile(ranking, out / "assessment.json")
     if config.expert_weights:
         shutil.copytree(config.expert_weights, out / "experts", dirs_exist_ok=True)
 
@@ -274,9 +286,15 @@ def _to_half(path: Path) -> None:
     temporary.replace(path)
 
 
+def _data_card(config: FinetuneConfig) -> dict[str, Any]:
+    """The card of the instruction set."""
+    card: dict[str, Any] = json.loads((Path(config.instructions).parent / "card.json").read_text(encoding="utf-8"))
+    return card
+
+
 def _card(config: FinetuneConfig, out: Path, processor: Any, model: Any, figures: dict[str, Any]) -> AdapterCard:
     """`model`: its configuration."""
-    data_card = json.loads((Path(config.instructions).parent / "card.json").read_text(encoding="utf-8"))
+    data_card = _data_card(config)
     full = config.method == "full"
     form = data_card["config"]["score_form"]
     text = int(model.get_text_config().num_hidden_layers)
@@ -296,6 +314,8 @@ def _card(config: FinetuneConfig, out: Path, processor: Any, model: Any, figures
         held_out=tuple(data_card["config"]["held_out"]),
         left_out=config.left_out,
         tower=config.tower,
+        tower_sha256=additions_sha256(read_additions(additions)) if (additions := additions_of(config)) else "",
+        assessment_sha256=file_sha256(out / "assessment.json") if (out / "assessment.json").is_file() else "",
         base=base_identity(out / WHOLE if full else config.base),
         tower_layers=int(model.vision_config.num_hidden_layers),
         text_layers=text if full else config.text_layers or text,

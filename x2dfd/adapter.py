@@ -60,6 +60,8 @@ class AdapterCard(Card):
     left_out: tuple[str, ...] = ()  # sources and generators of which it was trained on no picture
     tower: str = "frozen"  # norms or lora where its training changed the vision tower, which is then nobody else's;
     # forensic where the tower carries the additions of its expert `tower` (external_detectors.train.tower)
+    tower_sha256: str = ""  # of a forensic tower's additions (x2dfd.tower.additions_sha256)
+    assessment_sha256: str = ""  # of assessment.json beside it: the ranking whose strong cues it was taught to explain
     held_out: tuple[str, ...] = ()  # forge methods that the instruction set leaves out, for figures on unseen ones
 
     @classmethod
@@ -162,14 +164,16 @@ def add_tower(llava: Any, folder: Path, card: AdapterCard) -> str | None:
     Returns what `x2dfd.mllm.Look.tower` is of this adapter. Raises SetupError when the additions are not those of the
     card, or fit another tower.
     """
-    from x2dfd.tower import add_to_tower, read_additions
+    from x2dfd.tower import add_to_tower, additions_sha256, read_additions
 
     if card.tower != FORENSIC:
         return "" if card.tower == "frozen" else None
     path = folder / TOWER
-    if not path.is_file() or (sha256 := file_sha256(path)) != card.experts.get("tower"):
+    additions = read_additions(path)
+    sha256 = additions_sha256(additions)
+    if sha256 != card.tower_sha256:
         raise SetupError(f"{path} is not the tower that {card.name} was trained on; copy the whole directory again")
-    add_to_tower(llava.model.vision_tower, read_additions(path))
+    add_to_tower(llava.model.vision_tower, additions)
     return sha256
 
 

@@ -110,6 +110,14 @@ def read_additions(path: Path) -> dict[str, Tensor]:
     return {k.removeprefix("tower."): v for k, v in weights.items() if k.startswith("tower.")}
 
 
+def additions_sha256(additions: Mapping[str, Tensor]) -> str:
+    """Names the tower that carries them: heads that change leave it the same."""
+    digest = hashlib.sha256()
+    for name in sorted(additions):
+        digest.update(name.encode() + b"\n" + additions[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def tower_states(crops: Tensor, layers: int, additions: Path | None = None) -> tuple[Tensor, ...]:
     """Hidden states of uint8 crops [n, 224, 224, 3]: embeddings and each layer's output, [n, 197, 768]."""
     with torch.inference_mode():
@@ -193,7 +201,8 @@ def cached_features(
         digest.update(data.samples[i].id.encode() + b"\n")
         digest.update(data.crops[i].data)
     base = file_sha256(require("base") / "model.safetensors")
-    made_by = {"seed": seed, **VIEWS, "base": base, "additions": file_sha256(additions) if additions else None}
+    made_by: dict[str, Any] = {"seed": seed, **VIEWS, "base": base}
+    made_by["additions"] = additions_sha256(read_additions(additions)) if additions else None
     key = {"samples": digest.hexdigest(), "layers": layers, "keep": list(keep), **made_by}
     state_file = folder / "progress.json"
     state = json.loads(state_file.read_text()) if state_file.is_file() else {}
