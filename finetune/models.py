@@ -138,9 +138,10 @@ def _start_from(tuned: Any, folder: Path, config: FinetuneConfig) -> None:
     """Give LoRA and projector the values of an adapter. Raises X2DFDError where it fits another model."""
     card = read_adapter_card(folder)
     check_contents(folder, card)
-    cut = {k: getattr(config, k) for k in ("tower_layers", "text_layers", "feature_layers")}
-    # How deep the tower is matters to nobody: the projector reads the same layers.
-    other = [k for k, v in cut.items() if k != "tower_layers" and v is not None and getattr(card, k) != v]
+    # The tower's depth matters to nobody, and a projector soon reads its neighbours in place of the layers it knew.
+    other = ["text_layers"] if config.text_layers not in (None, card.text_layers) else []
+    if config.feature_layers is not None and len(config.feature_layers) != len(card.feature_layers):
+        other.append("feature_layers")
     if other or card.base != base_identity(config.base):
         raise X2DFDError(f"start: {folder} was trained on another {other[0] if other else 'base'}")
     if known := sorted(set(config.left_out) - set(card.left_out)):
