@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BUILTIN: dict[str, str] = {
+    "tower": "external_detectors.tower:Tower",
     "consistency": "external_detectors.consistency:Consistency",
 }
-DEFAULT: tuple[str, ...] = ("consistency",)
+DEFAULT: tuple[str, ...] = ("tower",)
 """Those that add something where they have not been (LOG.md); in this order their scores stand in the prompt."""
 PUBLISHED: dict[str, str] = {
     "mesonet": "external_detectors.mesonet:MesoNet",

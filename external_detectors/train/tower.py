@@ -295,6 +295,13 @@ def tower(
         blind_spot="Reenactment that moves little but the mouth, and generators that leave no trace at 224 pixels; on "
         "video frames and on retouched portraits of sources that it does not know it is readier to say fake.",
         trained_on=f"{len(learnt)} pictures; sources: {source_names(learnt)}",
+        covers=(
+            "EFS",
+            "FS",
+            "FR",
+            "FE",
+            *(f"{POOLED[a]} {ARTIFACTS[r]}" for a, r in net.heads.allowed.nonzero().tolist()),
+        ),
         figures={"left_out": list(left_out), "settings": asdict(settings), "checkpoint": CHOSEN_BY, **figures},
     )
     save_weights(weights_of({n: p.detach().cpu() for n, p in net.own().items()} | kept), card, out)
