@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from x2dfd.errors import SetupError
-from x2dfd.files import json_sha256, write_text
+from x2dfd.files import bad_rate, check_fields, json_sha256, parse_json, write_text
 from x2dfd.types import Verdict
 
 MLLM = "mllm"
@@ -28,6 +28,8 @@ UNSEEN = 2.0  # times the allowed false alarms and misses, on a source that the 
 UNSEEN_SHARE = 0.8  # of a fit: nearly every picture that is brought comes from a camera that nobody trained on
 MISSES = 0.10  # share of the fakes that may be called real
 SMALL = 20  # real pictures that a source needs for a threshold of its own
+_MAX_LOGIT = 700.0  # exp of more is no float
+RATES = ("rate", "inconclusive", "called_real", "found", "false_alarms_allowed")  # in `fitted_on`, at any depth
 DISAGREEMENT = 0.6  # spread that is named as the reason of a verdict that lies in the band
 
 
@@ -97,21 +99,33 @@ class Calibration:
         """Raises SetupError when the file is absent, incomplete or contradicts itself."""
         path = folder / "calibration.json"
         try:
-            found = cls(**json.loads(path.read_text(encoding="utf-8")))
-            numbers = [
-                found.bias,
-                found.low,
-                found.high,
-                *(x for k, w in found.weights.items() for x in (w, found.means[k])),
-                *found.floors.values(),
-            ]
-            if not all(math.isfinite(x) for x in numbers) or found.low > found.high:
-                raise ValueError("a number is not finite, or the band is upside down")
-            if found.disagreement is not None and not 0 < found.disagreement < 1:
-                raise ValueError("the disagreement is no number between 0 and 1")
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            data = parse_json(path.read_bytes())
+            check_fields(cls, data)
+            found = cls(**data)
+            found._check()
+        except (OSError, ValueError) as error:
             raise SetupError(f"{path} cannot be read: {error}. Make it: python -m finetune.calibrate") from error
         return found
+
+    def _check(self) -> None:
+        """Raises ValueError for numbers that no fit gives."""
+        # `choose_band` may set a threshold 1e-6 above a score of 1.
+        if not 0 <= self.low <= self.high <= 1 + 1e-6:
+            raise ValueError(f"its band from {self.low} to {self.high} is none of probabilities")
+        if not 0 <= self.mllm_threshold <= 1:
+            raise ValueError(f"its mllm_threshold {self.mllm_threshold} is no probability")
+        if self.disagreement is not None and not 0 < self.disagreement < 1:
+            raise ValueError("the disagreement is no number between 0 and 1")
+        if lacking := sorted(self.weights.keys() - self.means.keys()):
+            raise ValueError(f"it has no mean of {lacking[0]!r}")
+        reach = abs(self.bias) + sum(abs(w) * (_CLIP + abs(self.means[name])) for name, w in self.weights.items())
+        if min(self.weights.values(), default=0) < 0 or reach > _MAX_LOGIT:
+            raise ValueError("a weight is negative, or its numbers are too large for a probability")
+        experts = self.fitted_on.get("experts", {})
+        if not isinstance(experts, dict) or not all(isinstance(sha256, str) for sha256 in experts.values()):
+            raise ValueError("`fitted_on.experts` names no weights by their SHA-256")
+        if (wrong := bad_rate(self.fitted_on, RATES)) is not None:
+            raise ValueError(f"`fitted_on.{wrong}` is no rate from 0 to 1")
 
 
 def _bounded(value: float) -> float:

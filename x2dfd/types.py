@@ -9,6 +9,8 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from x2dfd.files import check_fields
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -111,7 +113,8 @@ class Card:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Raises TypeError on a missing or unknown field: a card is complete or it is not a card."""
+        """Raises ValueError on a missing, unknown or misshapen field: a card is complete or it is not a card."""
+        check_fields(cls, data)
         return cls(**data)
 
 
