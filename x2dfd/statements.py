@@ -1,4 +1,4 @@
-"""What a picture's metadata say of how it was made: IPTC digital source type, generators' settings, names of software.
+"""What a file's metadata say of how it was made: IPTC digital source type, generators' settings, names of software.
 
 Read from XMP, EXIF, PNG text and JPEG comments, each with its place in the file. Anyone can write such a statement and
 anyone can remove it, so it is evidence of its own and never part of the estimate. Its absence says nothing.
@@ -26,7 +26,7 @@ GENERATED = "generated"  # made with a generator
 PARTLY = "part_generated"  # a generator made a part of it, or reworked it
 SOURCE = "source"  # anything else that is said of the origin
 
-LEAD = "By its own statement, this file was made with an image generator."
+LEAD = "By its own statement, this file was made with an AI generator."
 CAVEAT = (
     "Such a statement can be removed from a file, and it can be added to any file. It is evidence of its own and plays "
     "no part in the estimate."
@@ -73,13 +73,15 @@ class _Text:
 
 
 def read_statements(source: str | Path | bytes, format: str) -> list[dict[str, str]]:
-    """What the metadata of a picture say of how it was made, in the order of the file: `kind`, `says`, `where`.
+    """What the metadata of a file say of how it was made, in the order of the file: `kind`, `says`, `where`.
 
-    `format` as in `Report.media`; other formats than JPEG, PNG, WebP and TIFF give none. `kind` is one of GENERATED,
-    PARTLY and SOURCE. What a file holds never raises; OSError where it cannot be read.
+    `format` as in `Report.media`. JPEG, PNG, WebP and TIFF are read in full; of AVIF, HEIF, GIF and MP4 XMP alone, and
+    of other formats nothing. `kind` is one of GENERATED, PARTLY and SOURCE. What a file holds never raises; OSError
+    where it cannot be read.
     """
     readers: dict[str, Callable[[BinaryIO], Iterator[_Text]]] = {
         "JPEG": _jpeg, "PNG": _png, "WEBP": _webp, "TIFF": _tiff,
+        "AVIF": _searched, "HEIF": _searched, "GIF": _searched, "mov": _searched,
     }  # fmt: skip
     if format not in readers:
         return []
@@ -190,15 +192,22 @@ def _labelled(said: str, where: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _said_in_xmp(text: _Text) -> Iterator[tuple[str, str, str]]:
-    for value in _xmp_values(text.text, "DigitalSource(?:file)?Type"):
-        yield (*source_type(value), text.place.replace("XMP", "XMP DigitalSourceType", 1))
+    def place(name: str) -> str:
+        return text.place.replace("XMP", f"XMP {name}", 1)
+
+    types = [source_type(value) for value in _xmp_values(text.text, "DigitalSource(?:file)?Type")]
+    for kind, says in types:
+        yield kind, says, place("DigitalSourceType")
+    whole = not types or any(kind == GENERATED for kind, _ in types)  # a composite names the system of its part
     for value in _xmp_values(text.text, "AISystemUsed"):
-        yield GENERATED, f"made with the AI system {plain(value)}", text.place.replace("XMP", "XMP AISystemUsed", 1)
-    for name in ("CreatorTool", "Credit", "softwareAgent"):
+        yield GENERATED if whole else PARTLY, f"names the AI system {plain(value)}", place("AISystemUsed")
+    for name in ("CreatorTool", "Credit"):
         for value in _xmp_values(text.text, name):
-            yield from _named(value, text.place.replace("XMP", f"XMP {name}", 1))
+            yield from _named(value, place(name))
+    for value in filter(generator_named, _xmp_values(text.text, "softwareAgent")):  # of a step in the file's history
+        yield PARTLY, f"names a generator that edited it: {plain(value)}", place("softwareAgent")
     for value in _xmp_values(text.text, "AIGC"):
-        yield from _labelled(value, text.place.replace("XMP", "XMP AIGC", 1))
+        yield from _labelled(value, place("AIGC"))
 
 
 def _xmp_values(text: str, name: str) -> Iterator[str]:
@@ -333,6 +342,16 @@ def _webp(file: BinaryIO) -> Iterator[_Text]:
         elif head[:4] == b"XMP ":
             yield _Text("XMP", f"XMP, byte {start}", _decoded(_at(file, start, size)))
         at = start + size + size % 2
+
+
+def _searched(file: BinaryIO) -> Iterator[_Text]:
+    """XMP in a container that is not walked here: found by its tags in the first and in the last megabyte."""
+    for start in dict.fromkeys((0, max(file.seek(0, os.SEEK_END) - _MAX_TEXT, 0))):
+        data = _at(file, start, _MAX_TEXT)
+        first = data.find(b"<x:xmpmeta")
+        last = data.find(b"</x:xmpmeta>", max(first, 0))
+        if 0 <= first < last:
+            yield _Text("XMP", f"XMP, byte {start + first}", _decoded(data[first:last]))
 
 
 def _tiff(file: BinaryIO) -> Iterator[_Text]:
