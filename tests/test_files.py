@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,8 @@ def test_shapes_are_checked_at_each_level() -> None:
             check_fields(Shapes, good | change)
     with pytest.raises(ValueError, match="no 'share'"):
         check_fields(Shapes, {"name": "a"})
-    for other in ([], "a", None, 1):
+    others: tuple[Any, ...] = ([], "a", None, 1)
+    for other in others:
         with pytest.raises(ValueError, match="not an object"):
             check_fields(Shapes, other)
 
@@ -97,7 +99,8 @@ def test_rates_are_from_zero_to_one() -> None:
     """Bug prevented: false alarms of -3 are quoted in a report."""
     good = {"a": {"rate": 0, "interval": [0.1, 0.2], "n": 500}, "b": [{"rate": 1.0}, {"rate": None}]}
     assert bad_rate(good, ("rate", "interval")) is None
-    for bad in (-3, 1.1, "0.5", True, float("nan"), [0.2], {}):
+    wrong: tuple[Any, ...] = (-3, 1.1, "0.5", True, float("nan"), [0.2], {})
+    for bad in wrong:
         assert bad_rate({"b": [good["a"], {"rate": bad}]}, ("rate", "interval")) == "b.1.rate"
     assert bad_rate({"interval": [0.3, 0.2]}, ("rate", "interval")) == "interval"
 
@@ -106,9 +109,10 @@ def test_rates_are_from_zero_to_one() -> None:
 def test_a_card_that_troubles_is_one_line(name: str, tmp_path: Path) -> None:
     """Bug prevented: a card from elsewhere ends `x2dfd experts` or loading with a traceback."""
     (tmp_path / "card.json").write_text(HOSTILE[name])
-    for reading in (lambda: read_card(tmp_path / "card.json"), lambda: read_adapter_card(tmp_path)):
+    reading: tuple[Callable[[Path], Card], ...] = (lambda folder: read_card(folder / "card.json"), read_adapter_card)
+    for read in reading:
         with pytest.raises(SetupError) as caught:
-            reading()
+            read(tmp_path)
         assert isinstance(caught.value, X2DFDError) and "\n" not in str(caught.value)
 
 

@@ -161,12 +161,13 @@ def test_what_an_ingredient_states_is_stated(signer: Signer) -> None:
     assert stated(before) == [
         ("generated", "Content Credentials, c2pa.actions.v2, action 1 (c2pa.created), digitalSourceType")
     ]
-    opened = {"action": "c2pa.opened", "parameters": {"ingredientIds": ["xmp:iid:1"]}}
+    opened: dict[str, Any] = {"action": "c2pa.opened", "parameters": {"ingredientIds": ["xmp:iid:1"]}}
     edited = signer.sign(photo(), program="an editor", actions=[opened], of=(before, "parentOf"))
     place = 'Content Credentials, ingredient "before.jpg", c2pa.actions.v2, action 1 (c2pa.created), digitalSourceType'
     assert ("generated", place) in stated(edited)
     assert read_provenance(edited, "JPEG")["generator"] == "an editor"
-    placed = [{"action": "c2pa.created", "digitalSourceType": CAPTURE}, opened | {"action": "c2pa.placed"}]
+    captured: dict[str, Any] = {"action": "c2pa.created", "digitalSourceType": CAPTURE}
+    placed = [captured, opened | {"action": "c2pa.placed"}]
     composed = signer.sign(photo(), actions=placed, of=(before, "componentOf"))
     assert ("part_generated", place) in stated(composed) and "generated" not in dict(stated(composed))
     again = signer.sign(photo(), actions=[opened], of=(edited, "parentOf"))

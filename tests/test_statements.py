@@ -256,9 +256,11 @@ def test_a_text_of_the_file_cannot_steer_what_is_shown() -> None:
 
 
 def _bomb() -> bytes:
-    return zlib.compress(b"<x>" + b" DigitalSourceType " * 5_000_000, 9)
+    return zlib.compress(b"<x>" + b" DigitalSourceType " * 500_000, 9)
 
 
+BROKEN = zlib.compress(bytes(990_000), 9)[:-6] + b"\xff" * 20
+TAGS = b"II*\0\x08\0\0\0\x00\x14" + struct.pack("<HHLL", 305, 2, 60_000, 4_000) * 5120
 HOSTILE: dict[str, tuple[str, Any]] = {
     "packed": ("PNG", lambda: with_chunk(saved("PNG"), b"zTXt", b"parameters\0\0" + _bomb())),
     "packed XMP": ("PNG", lambda: with_chunk(saved("PNG"), b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + _bomb())),
@@ -274,6 +276,18 @@ HOSTILE: dict[str, tuple[str, Any]] = {
     "open tags": ("WEBP", lambda: saved("WEBP", xmp=(b"Credit>" + b"<" + b"a" * 99 + b">") * 9_000)),
     "steps": ("PNG", lambda: with_chunk(saved("PNG"), b"tEXt", b"parameters\0" + b"Steps: 1, " * 99_000)),
     "tags": ("TIFF", lambda: b"II*\0\x08\0\0\0\xff\xff" + struct.pack("<HHLL", 305, 2, 1_000_000, 0) * 65_535),
+    "tags over zeros": (
+        "TIFF",
+        lambda: b"II*\0\x08\0\0\0\xff\xff" + struct.pack("<HHLL", 305, 2, 900_000, 900_000) * 65_535 + bytes(1_000_000),
+    ),
+    "EXIF again and again": (
+        "JPEG",
+        lambda: b"\xff\xd8" + (b"\xff\xe1\xff\xf0Exif\0\0" + (TAGS + bytes(65_518))[:65_512]) * 500 + b"\xff\xd9",
+    ),
+    "packed and broken": (
+        "PNG",
+        lambda: saved("PNG")[:33] + chunk(b"zTXt", b"Raw profile type exif\0\0" + BROKEN) * 9000,
+    ),
     "circle": ("TIFF", lambda: b"II*\0\x08\0\0\0\x01\0" + struct.pack("<HHLL", 34665, 4, 1, 8) + bytes(4)),
 }
 

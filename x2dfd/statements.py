@@ -58,6 +58,7 @@ _TYPES = {name.lower(): (name, *rest) for name, rest in SOURCE_TYPES.items()}
 
 _MAX_TEXT = 1_000_000  # bytes of one piece of text, unpacked
 _MAX_ALL = 4_000_000  # characters of all of them together
+_MAX_READ = 16_000_000  # bytes of a file, unpacked ones too
 _MAX_PIECES = 10_000  # chunks, segments or tags that are looked at
 MAX_STATEMENTS = 50
 _WORDS = 200  # characters that are quoted of a text in the file
@@ -79,14 +80,14 @@ def read_statements(source: str | Path | bytes, format: str) -> list[dict[str, s
     of other formats nothing. `kind` is one of GENERATED, PARTLY and SOURCE. What a file holds never raises; OSError
     where it cannot be read.
     """
-    readers: dict[str, Callable[[BinaryIO], Iterator[_Text]]] = {
+    readers: dict[str, Callable[[_Bytes], Iterator[_Text]]] = {
         "JPEG": _jpeg, "PNG": _png, "WEBP": _webp, "TIFF": _tiff,
         "AVIF": _searched, "HEIF": _searched, "GIF": _searched, "mov": _searched,
     }  # fmt: skip
     if format not in readers:
         return []
     with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
-        said = (statement for text in _bounded(readers[format](file)) for statement in _said(text))
+        said = (statement for text in _bounded(readers[format](_Bytes(file))) for statement in _said(text))
         found = list(islice(dict.fromkeys(islice(said, 4 * MAX_STATEMENTS)), MAX_STATEMENTS))
     return [{"kind": kind, "says": says, "where": where} for kind, says, where in found]
 
@@ -242,17 +243,34 @@ def _bounded(texts: Iterator[_Text]) -> Iterator[_Text]:
         yield text
 
 
-def _at(file: BinaryIO, at: int, size: int) -> bytes:
-    file.seek(at)
-    return file.read(min(size, _MAX_TEXT))
+class _Bytes:
+    """A file of which so much is read, and then no more: tags that all name the same megabyte cost it once each."""
+
+    def __init__(self, file: BinaryIO, left: int = _MAX_READ) -> None:
+        self.file, self.left = file, left
+
+    def at(self, at: int, size: int) -> bytes:
+        self.file.seek(at)
+        data = self.file.read(max(min(size, _MAX_TEXT, self.left), 0))
+        self.left -= len(data)
+        return data
+
+    def unpacked(self, data: bytes) -> bytes:
+        """Out of zlib's form; nothing where it is broken, which costs as much as the longest text."""
+        try:
+            found = zlib.decompressobj().decompress(data, _MAX_TEXT)
+        except zlib.error:
+            found = b""
+        self.left -= len(found) or _MAX_TEXT
+        return found
 
 
-def _jpeg(file: BinaryIO) -> Iterator[_Text]:
+def _jpeg(file: _Bytes) -> Iterator[_Text]:
     """Up to the first scan."""
     more: list[bytes] = []  # XMP that goes on in further segments
     at = 2
     for _ in range(_MAX_PIECES):
-        head = _at(file, at, 4)
+        head = file.at(at, 4)
         if len(head) < 4 or head[0] != 0xFF or head[1] in (0xD9, 0xDA):
             break
         if head[1] in (0x01, 0xFF) or 0xD0 <= head[1] <= 0xD8:  # fill, or a marker without a length
@@ -260,7 +278,7 @@ def _jpeg(file: BinaryIO) -> Iterator[_Text]:
             continue
         start, end = at + 4, at + 2 + int.from_bytes(head[2:], "big")
         if head[1] == 0xE1:
-            data = _at(file, start, end - start)
+            data = file.at(start, end - start)
             if data.startswith(b"Exif\0\0"):
                 yield from _exif(file, start + 6, end)
             elif data.startswith(_XMP):
@@ -268,32 +286,32 @@ def _jpeg(file: BinaryIO) -> Iterator[_Text]:
             elif data.startswith(_XMP_MORE):
                 more.append(data[len(_XMP_MORE) + 40 :])  # after the whole's hash, length and this part's place in it
         elif head[1] == 0xFE:
-            yield _Text("comment", f"JPEG comment, byte {start}", _decoded(_at(file, start, end - start)))
+            yield _Text("comment", f"JPEG comment, byte {start}", _decoded(file.at(start, end - start)))
         at = max(end, at + 2)
     if more:
         yield _Text("XMP", "XMP, in its extension", _decoded(b"".join(more)[:_MAX_TEXT]))
 
 
-def _png(file: BinaryIO) -> Iterator[_Text]:
+def _png(file: _Bytes) -> Iterator[_Text]:
     at = 8
     for _ in range(_MAX_PIECES):
-        head = _at(file, at, 8)
+        head = file.at(at, 8)
         if len(head) < 8 or head[4:] == b"IEND":
             return
         size, kind, start = int.from_bytes(head[:4], "big"), head[4:], at + 8
         if kind == b"eXIf":
             yield from _exif(file, start, start + size)
         elif kind in (b"tEXt", b"zTXt", b"iTXt"):
-            keyword, _, rest = _at(file, start, size).partition(b"\0")
-            name, text = plain(keyword.decode("latin-1")), _png_text(kind, rest)
+            keyword, _, rest = file.at(start, size).partition(b"\0")
+            name, text = plain(keyword.decode("latin-1")), _png_text(file, kind, rest)
             if name == "XML:com.adobe.xmp" or name.startswith("Raw profile type"):
-                yield from _profile(name, text, start)
+                yield from _profile(file, name, text, start)
             else:
                 yield _Text(name, f'PNG text "{name}", byte {start}', text)
         at = start + size + 4
 
 
-def _png_text(kind: bytes, rest: bytes) -> str:
+def _png_text(file: _Bytes, kind: bytes, rest: bytes) -> str:
     """The text of a chunk after its keyword; what cannot be unpacked is empty."""
     packed = kind == b"zTXt"
     if kind == b"iTXt":
@@ -302,10 +320,7 @@ def _png_text(kind: bytes, rest: bytes) -> str:
     elif packed:
         rest = rest[1:]  # method
     if packed:
-        try:
-            rest = zlib.decompressobj().decompress(rest, _MAX_TEXT)
-        except zlib.error:
-            return ""
+        rest = file.unpacked(rest)
     if kind == b"iTXt":
         return rest.decode("utf-8", "replace")
     try:
@@ -314,53 +329,56 @@ def _png_text(kind: bytes, rest: bytes) -> str:
         return rest.decode("latin-1")
 
 
-def _profile(name: str, text: str, at: int) -> Iterator[_Text]:
+def _profile(file: _Bytes, name: str, text: str, at: int) -> Iterator[_Text]:
     """XMP in PNG text, as it is or as ImageMagick writes it: a name, a length and hexadecimal digits."""
-    if name.startswith("Raw profile type"):
-        try:
-            data = bytes.fromhex("".join(text.split()[2:]))
-        except ValueError:
-            return
-        if data.startswith(b"Exif\0\0"):
-            for found in _exif(io.BytesIO(data), 6, len(data)):
-                yield _Text(found.field, f'{found.place.split(",")[0]}, in PNG text "{name}", byte {at}', found.text)
-            return
-        text = _decoded(data.removeprefix(_XMP))
-    yield _Text("XMP", f"XMP, byte {at}", text)
+    if not name.startswith("Raw profile type"):
+        yield _Text("XMP", f"XMP, byte {at}", text)
+        return
+    try:
+        data = bytes.fromhex("".join(text.split()[2:]))
+    except ValueError:
+        return
+    if not data.startswith(b"Exif\0\0"):
+        yield _Text("XMP", f"XMP, byte {at}", _decoded(data.removeprefix(_XMP)))
+        return
+    inner = _Bytes(io.BytesIO(data), file.left)
+    for found in _exif(inner, 6, len(data)):
+        yield _Text(found.field, f'{found.place.split(",")[0]}, in PNG text "{name}", byte {at}', found.text)
+    file.left = inner.left
 
 
-def _webp(file: BinaryIO) -> Iterator[_Text]:
+def _webp(file: _Bytes) -> Iterator[_Text]:
     at = 12
     for _ in range(_MAX_PIECES):
-        head = _at(file, at, 8)
+        head = file.at(at, 8)
         if len(head) < 8:
             return
         size, start = int.from_bytes(head[4:], "little"), at + 8
         if head[:4] == b"EXIF":
-            skip = 6 if _at(file, start, 6) == b"Exif\0\0" else 0
+            skip = 6 if file.at(start, 6) == b"Exif\0\0" else 0
             yield from _exif(file, start + skip, start + size)
         elif head[:4] == b"XMP ":
-            yield _Text("XMP", f"XMP, byte {start}", _decoded(_at(file, start, size)))
+            yield _Text("XMP", f"XMP, byte {start}", _decoded(file.at(start, size)))
         at = start + size + size % 2
 
 
-def _searched(file: BinaryIO) -> Iterator[_Text]:
+def _searched(file: _Bytes) -> Iterator[_Text]:
     """XMP in a container that is not walked here: found by its tags in the first and in the last megabyte."""
-    for start in dict.fromkeys((0, max(file.seek(0, os.SEEK_END) - _MAX_TEXT, 0))):
-        data = _at(file, start, _MAX_TEXT)
+    for start in dict.fromkeys((0, max(file.file.seek(0, os.SEEK_END) - _MAX_TEXT, 0))):
+        data = file.at(start, _MAX_TEXT)
         first = data.find(b"<x:xmpmeta")
         last = data.find(b"</x:xmpmeta>", max(first, 0))
         if 0 <= first < last:
             yield _Text("XMP", f"XMP, byte {start + first}", _decoded(data[first:last]))
 
 
-def _tiff(file: BinaryIO) -> Iterator[_Text]:
-    return _exif(file, 0, file.seek(0, os.SEEK_END))
+def _tiff(file: _Bytes) -> Iterator[_Text]:
+    return _exif(file, 0, file.file.seek(0, os.SEEK_END))
 
 
-def _exif(file: BinaryIO, base: int, end: int) -> Iterator[_Text]:
+def _exif(file: _Bytes, base: int, end: int) -> Iterator[_Text]:
     """The texts in the first directory of a TIFF that stands from `base` to `end`, and in its EXIF directory."""
-    head = _at(file, base, 8)
+    head = file.at(base, 8)
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(head[:4])
     if order is None or len(head) < 8:
         return
@@ -369,15 +387,15 @@ def _exif(file: BinaryIO, base: int, end: int) -> Iterator[_Text]:
         if not queue:
             return
         at = base + queue.pop()
-        count = struct.unpack(order + "H", _at(file, at, 2).ljust(2, b"\0"))[0]
-        entries = _at(file, at + 2, min(12 * count, end - at - 2)) if at + 2 < end else b""
+        count = struct.unpack(order + "H", file.at(at, 2).ljust(2, b"\0"))[0]
+        entries = file.at(at + 2, min(12 * count, end - at - 2)) if at + 2 < end else b""
         for i in range(min(len(entries) // 12, _MAX_PIECES)):
             tag, kind, size, value = struct.unpack_from(order + "HHLL", entries, 12 * i)
             if tag == 34665:  # the EXIF directory
                 queue = [value]
             elif tag in _TAGS and kind in _TEXT_TYPES:
                 start = at + 2 + 12 * i + 8 if size <= 4 else base + value
-                data = _at(file, start, min(size, end - start)) if start < end else b""
+                data = file.at(start, min(size, end - start)) if start < end else b""
                 place = f"XMP, byte {start}" if tag == 700 else f"EXIF {_TAGS[tag]}, byte {start}"
                 yield _Text(_TAGS[tag], place, _tag_text(tag, data))
 
