@@ -123,7 +123,9 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise X2DFDError(f"no such manifest: {file}")
     readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
     if file.suffix.lower() not in readers:
-        raise X2DFDError(f"{file.name}: a manifest ends in .csv, .tsv, .jsonl or .parquet")
+        raise X2DFDError(
+            f"{file.name}: a manifest ends in .csv, .tsv, .jsonl or .parquet; a spreadsheet is saved as CSV UTF-8"
+        )
     try:
         yield from readers[file.suffix.lower()](file)
     except UnicodeDecodeError as error:

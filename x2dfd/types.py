@@ -167,7 +167,7 @@ class Report:
     rationale: str  # of the face that decided
     cues: tuple[Cue, ...]  # of the face that decided
     evidence: tuple[Evidence, ...]  # of the face that decided
-    provenance: dict[str, Any]  # C2PA state; never merged into p_fake
+    provenance: dict[str, Any]  # C2PA state, and `statements`: what the file says of how it was made; never in p_fake
     model: dict[str, Any]  # names, hashes, layer counts, mode, threshold and band in force
     versions: dict[str, str]
     # Seconds per stage, of the whole batch; `files`: how many files it held. Decoding and face finding may have run
