@@ -30,6 +30,7 @@ from x2dfd.experts import expert_class
 from x2dfd.explain import contradictions, read_cues
 from x2dfd.html_report import COLOURS, PROVENANCE, REASONS, UNCOUNTED, overlays, percent, render
 from x2dfd.media import Video, load_media
+from x2dfd.statements import CAVEAT, LEAD, of_generator
 from x2dfd.types import FaceReport, Failure, Report, Verdict
 
 if TYPE_CHECKING:
@@ -275,6 +276,7 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"percent": percent, "kind": _kind, "blind_spot": _blind_spot}
     environment.globals |= {"WORDS": WORDS, "NOT_PROOF": NOT_PROOF, "PROVENANCE": PROVENANCE, "UNCOUNTED": UNCOUNTED}
+    environment.globals |= {"LEAD": LEAD, "CAVEAT": CAVEAT, "of_generator": of_generator}
     return environment.from_string((HERE / "page.jinja").read_text("utf-8"))
 
 

@@ -60,17 +60,28 @@ _INDEX_METHODS = {
 _FF_KEYS = {FFPP, "FF-DF", "FF-F2F", "FF-FS", "FF-NT", "FaceShifter"}
 
 
+_TAKEN_BACK = {
+    "not", "non", "no", "un", "never", "isnt", "anti", "semi", "half", "part", "partly", "pseudo", "quasi", "near",
+    "nearly", "almost", "hyper", "photo", "sur", "ultra", "real", "fake",
+}  # fmt: skip
+"""Words before `real` or `fake` that make it something else."""
+
+
 def index_label(name: str, declared: Mapping[str, Label] | None = None) -> tuple[Label, str]:
     """Label and method that a class name of a DeepfakeBench index stands for.
 
     The format's rule is "ends in real: 0, anything else: 1"; we ask for the known fakes by name (or DF40's
-    `METHOD_Fake`), so that a misspelt or foreign class is an error and not a fake.
+    `METHOD_Fake`), so that a misspelt or foreign class is an error and not a fake. A name that takes its last word back
+    (`not-real`, `semi_real`, `fake_real`) is neither.
     """
     if declared and name in declared:
         return declared[name], ""
-    if re.search("(?:^|[-_])real$", name, re.IGNORECASE):
+    *before, last = re.split("[-_ ]+", name.lower())
+    if _TAKEN_BACK.intersection(before):
+        last = ""
+    if last == "real":
         return "real", ""
-    if name in _INDEX_METHODS or re.search("_fake$", name, re.IGNORECASE):
+    if name in _INDEX_METHODS or (last == "fake" and name.lower().endswith("_fake")):
         return "fake", _INDEX_METHODS.get(name) or name[: -len("_fake")]
     raise X2DFDError(f"class {name!r} of the index is neither real nor fake by its format: say --label {name}=fake")
 
@@ -234,7 +245,8 @@ def read_celebdf(
 ) -> Read:
     """Celeb-DF v1 or v2: the clips of List_of_testing_videos.txt become split `test` (in that list, 1 is REAL).
 
-    `everything` adds the other clips, without a split: they show the people of the test clips.
+    `everything` adds the other clips, without a split. They show the people of the test clips, so `finish` refuses them
+    unless it divides anew or groups by clip.
     """
     if source not in ("Celeb-DF-v1", CELEBDF):
         raise UnknownName("data set", source, ("Celeb-DF-v1", CELEBDF))

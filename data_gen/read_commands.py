@@ -215,7 +215,13 @@ def add_commands(app: typer.Typer) -> None:
         source: Source = CELEBDF,
         media: Media = Media.frames,
         test_list: Annotated[Path | None, typer.Option(help="List_of_testing_videos.txt (default: in ROOT)")] = None,
-        everything: Annotated[bool, typer.Option("--all", help="also clips outside the list, without a split")] = False,
+        everything: Annotated[
+            bool,
+            typer.Option(
+                "--all",
+                help="also clips outside the list; they show the people in it: with --shares or --group clip",
+            ),
+        ] = False,
         frames: Frames = None,
         shares: Shares = "",
         group: Grouping = Group.identity,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import re
 from collections import Counter
@@ -26,6 +25,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from x2dfd.errors import SetupError, UnknownName, X2DFDError
+from x2dfd.files import parse_json
 from x2dfd.manifest import Sample, read_manifest
 from x2dfd.progress import progress
 
@@ -186,7 +186,7 @@ def finish(
 
     samples = list(unique.values())
     if group is Group.clip:
-        groups = [s.video or s.group or s.id for s in samples]
+        groups = [_clip(s) or s.group or s.id for s in samples]
     else:
         nodes = [_nodes(s) for s in samples]
         names = components(nodes)
@@ -196,10 +196,11 @@ def finish(
     done = []
     for s, name in zip(samples, groups, strict=True):
         s = replace(s, group=name, split=split_by_hash(name, shares) if shares else s.split)
-        if s.split and splits.setdefault(name, s.split) != s.split:
+        if splits.setdefault(name, s.split) != s.split:
+            places = " and in ".join(repr(n) if n else "no split" for n in (splits[name], s.split))
             raise X2DFDError(
-                f"the source's splits share people or clips: group {name!r} is in {splits[name]!r} and in {s.split!r} "
-                f"({s.id}). Read one split (--only), divide anew (--shares), or keep only the frames of each clip "
+                f"the source's splits share people or clips: group {name!r} is in {places} ({s.id}). "
+                "Read one split (--only), divide anew (--shares), or keep only the frames of each clip "
                 "together (--group clip)"
             )
         ids[s.id] += 1
@@ -212,7 +213,7 @@ def sources_of(sample: Sample) -> list[str]:
     value = sample.extra.get("sources") or []
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError:
             value = None
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
@@ -221,7 +222,18 @@ def sources_of(sample: Sample) -> list[str]:
 
 
 def _nodes(sample: Sample) -> list[str]:
-    return sources_of(sample) or [sample.group or sample.video or sample.id]
+    return sources_of(sample) or [sample.group or _clip(sample) or sample.id]
+
+
+def _clip(sample: Sample) -> str:
+    """The clip without the label that `row` writes into its id; "" when there is none.
+
+    What is real and what is fake in one folder is scored apart, but it is one clip: neither may leak into the other's
+    side of a split.
+    """
+    start = f"{sample.source}/{sample.label}/"
+    video = sample.video or ""
+    return f"{sample.source}/{video[len(start) :]}" if video.startswith(start) else video
 
 
 def summary(out: Path, samples: Sequence[Sample], notes: Sequence[str]) -> str:
@@ -413,7 +425,7 @@ def listed_frames(
 
 def load_json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text("utf-8-sig"))
+        return parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise X2DFDError(f"{file}: not a JSON file ({error})") from error
 

@@ -33,6 +33,7 @@ from x2dfd import case as case_record
 from x2dfd.errors import InputError, SetupError
 from x2dfd.html_report import UNCOUNTED
 from x2dfd.media import load_media, media_summary
+from x2dfd.statements import CAVEAT, LEAD
 from x2dfd.types import Cue, Evidence, FaceReport, Failure, Report, Verdict
 
 ASTRONAUT = np.asarray(data.astronaut())
@@ -613,6 +614,22 @@ def test_hostile_text_stays_text(visitor: Visitor, detector: FakeDetector) -> No
     assert "alert(2)" in Page(shown["panel"]).text and "{{ 7*7 }}" in Page(shown["panel"]).text
     for text in visitor.ask(HOSTILE):  # the chatbot draws its text as HTML
         assert "<" not in text and "&lt;script&gt;" in text
+
+
+def test_what_the_file_states_leads_the_card_and_is_apart(detector: FakeDetector, tmp_path: Path) -> None:
+    """Bug prevented: a generator's own recipe in the file is nowhere on the page, or passes for the estimate."""
+    [report] = detector.detect_many([str(_written(tmp_path, ONE))])
+    assert isinstance(report, Report)
+    made = {"kind": "generated", "says": HOSTILE, "where": 'PNG text "parameters", byte 41'}
+    part = {"kind": "part_generated", "says": "a composite", "where": "XMP, byte 9"}
+    stated = replace(report, provenance={"state": "absent", "statements": [part, made]})
+    text = Page(demo.card(stated)).text
+    assert text.index(LEAD) < text.index("alert(2)") < text.index("Estimated probability")
+    assert "can be removed" in text and "can be added" in text and "a composite" not in text
+    assert LEAD not in Page(demo.card(report)).text and not Page(demo.card(stated)).all("script")
+    case, _ = demo.open_case(stated, str(_written(tmp_path, ONE)))
+    panel = Page(demo.face_panel(case, 0)).text
+    assert "a composite (XMP, byte 9)" in panel and "alert(2)" in panel and CAVEAT in panel
 
 
 def test_only_uploads_are_judged(visitor: Visitor, detector: FakeDetector, tmp_path: Path) -> None:

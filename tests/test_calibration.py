@@ -443,7 +443,14 @@ def test_a_saved_calibration_comes_back_whole(tmp_path: Path) -> None:
         json.dumps({**FITTED.__dict__, "means": {"mllm": 0.0}}), json.dumps({**FITTED.__dict__, "bias": "0.2"}),
         json.dumps({**FITTED.__dict__, "weights": ["mllm"]}), json.dumps({**FITTED.__dict__, "bias": float("nan")}),
         json.dumps({**FITTED.__dict__, "low": 0.9}), json.dumps({**FITTED.__dict__, "disagreement": 1.5}),
-        json.dumps({**FITTED.__dict__, "disagreement": "0.6"}),
+        json.dumps({**FITTED.__dict__, "disagreement": "0.6"}), "[" * 100_000,
+        json.dumps({**FITTED.__dict__, "high": 9}),
+        json.dumps({**FITTED.__dict__, "low": -5}), json.dumps({**FITTED.__dict__, "mllm_threshold": 2}),
+        json.dumps({**FITTED.__dict__, "weights": {"mllm": -1.0}}), json.dumps({**FITTED.__dict__, "bias": 1e300}),
+        json.dumps({**FITTED.__dict__, "floors": {"mllm": "low"}}), json.dumps({**FITTED.__dict__, "fitted_on": []}),
+        json.dumps({**FITTED.__dict__, "fitted_on": {"experts": ["clip"]}}),
+        json.dumps({**FITTED.__dict__, "fitted_on": {"false_alarms_per_source": {"ffhq": {"rate": -3, "n": 9}}}}),
+        json.dumps(FITTED.__dict__).replace('"bias"', '"high": 0.5, "bias"'),
     ],
 )  # fmt: skip
 def test_a_broken_file_is_refused_with_the_command_that_mends_it(tmp_path: Path, broken: str) -> None:

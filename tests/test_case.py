@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from typer.testing import CliRunner
 
 import x2dfd
@@ -180,6 +181,54 @@ def test_a_record_from_before_weights_were_told_still_holds(made: Record, photo:
     assert case.verify(old, photo, detector) == case.Verification("holds", (), ())
     edited = changed(made, lambda m: m["reports"][0]["model"]["weights"].update(mllm=0.0), sealed=True)
     assert case.verify(edited, photo, detector).outcome == "differs"
+
+
+def test_what_the_file_states_is_part_of_the_record(made: Record, tmp_path: Path, detector: Detector) -> None:
+    """Bug prevented: a record whose author cut out "made with a generator" holds; an honest older one does not."""
+    assert made["reports"][0]["provenance"]["statements"] == []
+    info = PngInfo()
+    info.add_text("Software", "NovelAI")
+    import skimage.data
+
+    Image.fromarray(skimage.data.astronaut()).save(tmp_path / "made.png", pnginfo=info)
+    honest: Record = json.loads(case.dumps([detector.detect(tmp_path / "made.png")]))
+    assert len(honest["reports"][0]["provenance"]["statements"]) == 1
+    assert case.verify(honest, tmp_path / "made.png", detector).outcome == "holds"
+    cut = changed(honest, _set("provenance", "statements", value=[]), sealed=True)
+    assert case.verify(cut, tmp_path / "made.png", detector).outcome == "differs"
+    unlisted = changed(honest, lambda m: m["reports"][0]["provenance"].pop("statements"), sealed=True)
+    found = case.verify(unlisted, tmp_path / "made.png", detector)
+    assert found.outcome == "other_version" and "states how it was made" in found.differences[0]
+    unchecked = changed(cut, _set("provenance", "state", value="not_checked"), sealed=True)
+    assert case.verify(unchecked, tmp_path / "made.png", detector).outcome == "differs"
+
+
+def test_a_record_from_before_statements_still_holds(made: Record, photo: Path, detector: Detector) -> None:
+    """Bug prevented: a new finding turns every honest older record into a forged one."""
+    old = changed(made, lambda m: m["reports"][0]["provenance"].pop("statements"), sealed=True)
+    assert case.verify(old, photo, detector) == case.Verification("holds", (), ())
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, '{"format": ' + "9" * 5000 + "}", '{"format": "a", "format": "b"}', "[]", "null", "{}", "\xff"],
+)
+def test_a_record_that_troubles_is_one_line(tmp_path: Path, text: str) -> None:
+    """Bug prevented: a record from elsewhere ends `verify` with a traceback."""
+    (tmp_path / "a.case.json").write_text(text, "latin-1")
+    with pytest.raises(X2DFDError, match="is no case record") as caught:
+        case.read(tmp_path / "a.case.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_record_of_other_shapes_is_one_line(tmp_path: Path, made: Record) -> None:
+    """Bug prevented: cards as a list, or a mode that is one, are met in the middle of `verify`."""
+    for key, value in (("cards", []), ("reports", [[]]), ("reports", [{"model": 3}]), ("reports", {}), ("seal", 3)):
+        (tmp_path / "a.case.json").write_text(json.dumps(made | {key: value}))
+        with pytest.raises(X2DFDError, match="is no case record"):
+            case.read(tmp_path / "a.case.json")
+    with pytest.raises(SetupError, match="modes"):
+        case.mode_stated(changed(made, _set("model", "mode", value=["paper"]), sealed=True))
 
 
 @pytest.fixture
@@ -350,7 +399,15 @@ def test_validation_files_are_checked(tmp_path: Path, folders: tuple[Path, Path]
     assert Validation.load(tmp_path) is None
     validation.save(tmp_path)
     assert Validation.load(tmp_path) == validation
-    for broken in ("{", json.dumps(asdict(validation) | {"steps": [[0, 2, 1, 3], [0.5, 1, 1, 1]]}), "[]"):
+    good, rates = asdict(validation), asdict(validation)["rates"]
+    wrong: tuple[dict[str, Any], ...] = (
+        {"steps": [[0, 2, 1, 3], [0.5, 1, 1, 1]]}, {"steps": []}, {"steps": [[0, 2, 3, 4]]}, {"steps": [[-1, 2, 1, 3]]},
+        {"steps": [[0, "2", 1, 3]]}, {"steps": {}}, {"cllr": -1}, {"n_real": 0}, {"methods": "swap"}, {"model": []},
+        {"rates": rates | {"false_alarms": {"value": -3, "n": 50}}}, {"rates": {}}, {"rates": rates | {"misses": 0.1}},
+        {"rates": rates | {"misses": {"value": 0.1, "n": 50, "interval": [0.5, 0.2]}}},
+        {"rates": rates | {"auc": {"value": 9}}}, {"odd": 1},
+    )  # fmt: skip
+    for broken in ("{", "[]", "[" * 100_000, *(json.dumps(good | change) for change in wrong)):
         (tmp_path / "validation.json").write_text(broken)
         with pytest.raises(SetupError, match=r"eval\.validation"):
             Validation.load(tmp_path)

@@ -40,6 +40,7 @@ class SmallDetector:
         self.model: dict[str, Any] = {"adapter": "aa", "mode": "calibrated", "band": [0.4, 0.7], "threshold": 0.5}
         self.dies_at: str | None = None
         self.given: dict[str, Any] = {}
+        self.provenance: dict[str, Any] = {"state": "absent"}
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -77,7 +78,7 @@ class SmallDetector:
             yield Report(
                 path=str(source), sha256=media.sha256, media={"width": 512, "height": 512}, verdict=verdict,
                 faces=(face,), rationale=face.rationale, cues=cues, evidence=evidence,
-                provenance={"state": "absent"}, model=self.model, versions={}, timings={},
+                provenance=self.provenance, model=self.model, versions={}, timings={},
             )  # fmt: skip
 
 
@@ -144,6 +145,25 @@ def test_an_explanation_without_an_answer_is_no_answer(
     for p_fake, side in ((0.6, "fake"), (0.4, "real")):
         monkeypatch.setattr(detector, "verdict", Verdict("inconclusive", p_fake))
         assert f"no answer; were it {side}: The jaw" in run("detect", photos / "a.png").stdout
+
+
+def test_what_the_file_states_leads_and_is_apart(run: Run, photos: Path, detector: SmallDetector) -> None:
+    """Bug prevented: "made with a generator" stands below twenty lines of estimate, or passes for a part of it."""
+    before = run("detect", photos / "a.png").stdout
+    assert "stated in the file" not in before
+    made = {"kind": "generated", "says": "settings: x\x1b[2J", "where": 'PNG text "parameters", byte 41'}
+    source = {"kind": "source", "says": "digital source type print: digitised", "where": "XMP, byte 9"}
+    detector.provenance = {"state": "absent", "statements": [source, made]}
+    lines = run("detect", photos / "a.png").stdout.splitlines()
+    at = lines.index(before.splitlines()[0])
+    text = " ".join(" ".join(lines[:at]).split())
+    assert text.startswith("By its own statement, this file was made with an AI generator.")
+    assert "can be removed" in text and "can be added" in text and "no part in the estimate" in text
+    assert text.endswith('stated in the file: settings: x\\x1b[2J (PNG text "parameters", byte 41)')
+    assert lines[at : at + len(before.splitlines()) - 1] == before.splitlines()[:-1]
+    assert "digital source type print" in lines[-2] or "digital source type print" in lines[-1]
+    row = json.loads(run("detect", photos / "a.png", "--json").stdout)
+    assert row["provenance"]["statements"] == [source, made] and row["verdict"]["p_fake"] == 0.93
 
 
 def test_an_expert_without_a_weight_is_marked(run: Run, photos: Path, detector: SmallDetector) -> None:
@@ -440,9 +460,13 @@ def test_manifest_streams_in_batches_and_names_what_failed(
     assert [row["error_code"] for row in rows] == [None, "not_found", None, None] and rows[1]["error_reason"]
     assert Report.from_json(rows[0]["report"]).path == str(photos / "c.png")
     assert max(detector.batches) == 2
-    for text, told in (("label\nreal\n", "no path"), ("path\na,b\n", "row 1"), ("path\n", "no picture")):
+    for text, told, code in (
+        ("label\nreal\n", "no path", 1), ("path\na,b\n", "row 1", 1), ("path,path\na,b\n", "stands twice", 1),
+        ("path\n", "no picture", 0),
+    ):  # fmt: skip
         manifest.write_text(text)
-        assert told in run("detect", "--manifest", manifest, "--out", tmp_path / "u.jsonl").stderr
+        done = run("detect", "--manifest", manifest, "--out", tmp_path / "u.jsonl")
+        assert told in done.stderr and done.exit_code == code
 
 
 def test_two_runs_on_one_table_do_not_mix(run: Run, photos: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from skimage import data
 from x2dfd import html_report
 from x2dfd.errors import SetupError
 from x2dfd.files import write_bytes
+from x2dfd.statements import LEAD
 from x2dfd.types import Card, Cue, Evidence, FaceReport, Failure, Report, Verdict
 
 ASTRONAUT = data.astronaut()
@@ -366,6 +367,20 @@ def test_file_facts_cards_and_credentials_stand_on_the_page() -> None:
         assert fact in shown.text
     assert shown.text.count("alert(2)") == 3 + 1 and not shown.all("script")  # once more among the technical details
     assert "clip, version" in shown.text and "Next steps for the reader" in shown.text
+
+
+def test_what_the_file_states_leads_the_page_and_is_apart() -> None:
+    """Bug prevented: a generator's own recipe in the file is a technical detail, or moves the number."""
+    made = {"kind": "generated", "says": HOSTILE, "where": 'PNG text "parameters", byte 41'}
+    part = {"kind": "part_generated", "says": "digital source type compositeSynthetic", "where": "XMP, byte 9"}
+    before, shown = page(report()), page(report(provenance={"state": "absent", "statements": [part, made]}))
+    lead, answer = shown.text.index(LEAD), shown.text.index("Estimated probability")
+    assert lead < shown.text.index("alert(2)") < answer and 'PNG text "parameters", byte 41' in shown.text[lead:answer]
+    assert "can be removed" in shown.text[lead:answer] and "can be added" in shown.text[lead:answer]
+    assert "compositeSynthetic" in shown.text[answer:] and "compositeSynthetic" not in shown.text[:answer]
+    assert LEAD not in before.text and not shown.all("script")
+    only_part = page(report(provenance={"state": "absent", "statements": [part]}))
+    assert LEAD not in only_part.text and "compositeSynthetic" in only_part.text
 
 
 def test_pdf_comes_from_a_printer_or_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from x2dfd.errors import X2DFDError
-from x2dfd.manifest import Sample, manifest_sha256, read_manifest, write_manifest
+from x2dfd.manifest import Sample, manifest_paths, manifest_sha256, read_manifest, write_manifest
 from x2dfd.types import Cue
 
 ROWS: list[dict[str, Any]] = [
@@ -110,6 +110,102 @@ def test_a_fault_is_named_with_its_row(tmp_path: Path, lines: list[str], said: s
     """A row that is skipped or guessed at ends as a wrong number that nobody can trace."""
     with pytest.raises(X2DFDError, match=said):
         read_manifest(as_csv(tmp_path, lines))
+
+
+def paths_of(file: Path) -> list[str]:
+    """As both ways of reading give them, below the manifest's folder."""
+    read = [s.path for s in read_manifest(file)]
+    assert list(manifest_paths(file)) == read
+    return [str(path.relative_to(file.parent)) for path in read]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "paths"),
+    [
+        ("semicolon.csv", b"path;label\r\na,b.jpg;fake\r\n", ["a,b.jpg"]),
+        ("told.csv", b"sep=;\r\nlabel;path\r\nfake;a.jpg\r\n", ["a.jpg"]),
+        ("tabs.csv", b"label\tpath\nfake\ta;b.jpg\n", ["a;b.jpg"]),
+        ("tabs.tsv", b"label\tpath\nfake\ta.jpg\n", ["a.jpg"]),
+        ("quoted.csv", b'"path";"label"\n"a;b.jpg";"real"\n', ["a;b.jpg"]),
+        ("comma.csv", b"path,label\na;b.jpg,real\n", ["a;b.jpg"]),
+        ("spaces.csv", b"path, label\na b.jpg, real\n", ["a b.jpg"]),
+        ("lead.csv", b'path,label\n" lead.jpg",fake\ntrail.jpg ,real\n', [" lead.jpg", "trail.jpg "]),
+        ("bom.csv", b"\xef\xbb\xbfpath,label\na.jpg,fake\n", ["a.jpg"]),
+        ("utf16.csv", "path,label\r\nä.jpg,fake\r\n".encode("utf-16"), ["ä.jpg"]),
+        ("utf16be.csv", b"\xfe\xff" + "path\tlabel\nä.jpg\tfake\n".encode("utf-16-be"), ["ä.jpg"]),
+        ("bom.jsonl", b'\xef\xbb\xbf{"path": " a.jpg", "label": "fake"}\n', [" a.jpg"]),
+        ("utf16.jsonl", '{"path": "ä.jpg", "label": "fake"}\n'.encode("utf-16"), ["ä.jpg"]),
+        ("windows.csv", b"path,label\nsub\\a.jpg,fake\nsub/b.jpg,fake\n", ["sub/a.jpg", "sub/b.jpg"]),
+    ],
+)
+def test_lists_as_other_programs_save_them_are_read(
+    tmp_path: Path, name: str, content: bytes, paths: list[str]
+) -> None:
+    """Bug prevented: a spreadsheet's list has "no path", or a name loses its space and is "no such file"."""
+    (tmp_path / name).write_bytes(content)
+    assert paths_of(tmp_path / name) == paths
+
+
+def test_bytes_in_parquet_are_text(tmp_path: Path) -> None:
+    """Bug prevented: every file of the list is called b'face.jpg', and none is found."""
+    rows = {"path": [b"a.jpg", b"\xff.jpg"], "label": [b"fake", b"real"], "group": [b"g", b"h"], "more": [b"x", b"y"]}
+    pq.write_table(pa.table({k: pa.array(v, pa.binary()) for k, v in rows.items()}), tmp_path / "b.parquet")
+    assert paths_of(tmp_path / "b.parquet") == ["a.jpg", "\udcff.jpg"]
+    first = read_manifest(tmp_path / "b.parquet")[0]
+    assert (first.label, first.group, first.extra) == ("fake", "g", {"more": b"x"})
+    pq.write_table(pa.table({"path": ["a.jpg"], "label": pa.array([b"\xff"], pa.binary())}), tmp_path / "c.parquet")
+    with pytest.raises(X2DFDError, match=r"row 1.*'label' holds bytes"):
+        read_manifest(tmp_path / "c.parquet")
+    twice = pa.Table.from_arrays(
+        [pa.array(["a.jpg"]), pa.array(["real"]), pa.array(["fake"])], ["path", "label", "label"]
+    )
+    pq.write_table(twice, tmp_path / "d.parquet")
+    with pytest.raises(X2DFDError, match="'label' stands twice"):
+        read_manifest(tmp_path / "d.parquet")
+
+
+def test_a_backslash_in_a_name_that_is_there_stays(tmp_path: Path) -> None:
+    """Bug prevented: a file whose name holds a backslash is looked for in a folder that is not there."""
+    (tmp_path / "a\\b.jpg").touch()
+    assert paths_of(as_csv(tmp_path, ["path,label", "a\\b.jpg,real"])) == ["a\\b.jpg"]
+    file = as_csv(tmp_path, ["path,label", "C:\\photos\\a.jpg,real"])
+    for reading in (lambda: read_manifest(file), lambda: list(manifest_paths(file))):
+        with pytest.raises(X2DFDError, match=r"row 1.*drive: write paths below"):
+            reading()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", b"path,label,label\na.jpg,real,fake\n", "'label' stands twice"),
+        ("a.csv", b"path,label\n\xe4.jpg,real\n", "save it as UTF-8"),
+        ("a.csv", "path,label\na.jpg,real\n".encode("utf-16-le"), "without a byte order mark: save it as UTF-8"),
+        ("a.csv", b"path,label\na\0.jpg,real\n", "row 1.*NUL"),
+        ("a.jsonl", b'{"path": "a", "label": "real", "label": "fake"}', "row 1.*'label' stands twice"),
+        ("a.jsonl", b'{"path": "a", "label": ' + b"[" * 100_000, "row 1.*nested too deeply"),
+        ("a.jsonl", b'{"path": "a", "label": ' + b"9" * 5000 + b"}", "row 1.*5000 digits"),
+        ("a.jsonl", b'{"path": ["a"], "label": "real"}', "row 1.*'path' holds no text"),
+        ("a.jsonl", b'{"path": "a", "label": "real", "group": {"a": 1}}', "row 1.*'group' holds no text"),
+        ("a.jsonl", b'[{"path": "a", "label": "real"}]', "row 1.*a line holds one object"),
+        ("a.jsonl", b'{"path": "a", "label": "fake", "cues": [{"area": "jaw", "artifact": ["x"]}]}', "row 1.*cues"),
+        ("a.jsonl", b'{"path": "a", "label": "fake", "cues": {"area": "jaw"}}', "row 1.*cues"),
+        ("a.jsonl", b'{"path": "a", "label": "fake", "cues": 7}', "row 1.*cues"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line_with_the_mend(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    """Bug prevented: a traceback, a guess which of two labels counts, or a message that says not what to change."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(X2DFDError, match=said) as caught:
+        read_manifest(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_group_that_is_only_in_part_in_a_split_is_refused(tmp_path: Path) -> None:
+    """Bug prevented: the row without a split is tested on, or trained on, beside its twin on the other side."""
+    file = as_csv(tmp_path, ["path,label,group,split", "a.png,real,g,train", "b.png,fake,g,"])
+    with pytest.raises(X2DFDError, match="row 2: group 'g' is in no split, in row 1 it is in 'train'"):
+        read_manifest(file, split="train")
+    read_manifest(as_csv(tmp_path, ["path,label,group,split", "a.png,real,g,", "b.png,fake,g,", "c.png,real,h,val"]))
 
 
 def test_broken_files_are_errors_of_ours(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import skimage.data
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from tests import tiny
 from x2dfd import provenance
@@ -77,7 +79,17 @@ class Signer:
         self.anchors = certificate("an authority", authority, True)
         self.chain = certificate("a camera", self.key, False) + self.anchors
 
-    def sign(self, content: bytes, mime: str = "image/jpeg") -> bytes:
+    def sign(
+        self,
+        content: bytes,
+        mime: str = "image/jpeg",
+        *,
+        program: str = "a <b>test</b>",
+        actions: Sequence[dict[str, Any]] = ({"action": "c2pa.created", "digitalSourceType": CAPTURE},),
+        more: Sequence[dict[str, Any]] = (),
+        of: tuple[bytes, str] | None = None,
+    ) -> bytes:
+        """`content` with a manifest; `more` assertions beside the actions, `of` an ingredient and its relationship."""
         import c2pa
         from cryptography.hazmat.primitives import hashes
         from cryptography.hazmat.primitives.asymmetric import ec
@@ -87,14 +99,17 @@ class Signer:
             return b"".join(n.to_bytes(32, "big") for n in decode_dss_signature(self.key.sign(data, ec.ECDSA(sha))))
 
         sha = hashes.SHA256()
-        action = {"action": "c2pa.created", "digitalSourceType": CAPTURE}
         manifest = {
-            "claim_generator_info": [{"name": "a <b>test</b>", "version": "1"}],
-            "assertions": [{"label": "c2pa.actions", "data": {"actions": [action]}}],
+            "claim_generator_info": [{"name": program, "version": "1"}],
+            "assertions": [{"label": "c2pa.actions", "data": {"actions": list(actions)}}, *more],
         }
         out = io.BytesIO()
         with c2pa.Signer.from_callback(raw, c2pa.C2paSigningAlg.ES256, self.chain) as signer:
-            c2pa.Builder(manifest).sign(signer, mime, io.BytesIO(content), out)
+            builder = c2pa.Builder(manifest)
+            if of is not None:
+                named = json.dumps({"title": "before.jpg", "relationship": of[1], "instance_id": "xmp:iid:1"})
+                builder.add_ingredient(named, "image/jpeg", io.BytesIO(of[0]))
+            builder.sign(signer, mime, io.BytesIO(content), out)
         return out.getvalue()
 
 
@@ -130,13 +145,111 @@ def test_a_signer_on_the_trust_list_is_trusted(signer: Signer, tmp_path: Path, m
         read_provenance(signed, "JPEG")
 
 
+IPTC = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+TRAINED = IPTC + "trainedAlgorithmicMedia"
+CREATED = {"action": "c2pa.created", "digitalSourceType": TRAINED}
+
+
+def stated(data: bytes) -> list[tuple[str, str]]:
+    """Kind and place of each statement."""
+    return [(s["kind"], s["where"]) for s in read_provenance(data, "JPEG")["statements"]]
+
+
+def test_what_an_ingredient_states_is_stated(signer: Signer) -> None:
+    """Bug prevented: a generated picture that went through an editor reads as the editor's alone."""
+    before = signer.sign(photo(), program="a generator", actions=[CREATED])
+    assert stated(before) == [
+        ("generated", "Content Credentials, c2pa.actions.v2, action 1 (c2pa.created), digitalSourceType")
+    ]
+    opened: dict[str, Any] = {"action": "c2pa.opened", "parameters": {"ingredientIds": ["xmp:iid:1"]}}
+    edited = signer.sign(photo(), program="an editor", actions=[opened], of=(before, "parentOf"))
+    place = 'Content Credentials, ingredient "before.jpg", c2pa.actions.v2, action 1 (c2pa.created), digitalSourceType'
+    assert ("generated", place) in stated(edited)
+    assert read_provenance(edited, "JPEG")["generator"] == "an editor"
+    captured: dict[str, Any] = {"action": "c2pa.created", "digitalSourceType": CAPTURE}
+    placed = [captured, opened | {"action": "c2pa.placed"}]
+    composed = signer.sign(photo(), actions=placed, of=(before, "componentOf"))
+    assert ("part_generated", place) in stated(composed) and "generated" not in dict(stated(composed))
+    again = signer.sign(photo(), actions=[opened], of=(edited, "parentOf"))
+    assert any(kind == "generated" and where.count("ingredient") == 2 for kind, where in stated(again))
+
+
+def test_an_action_that_changes_a_part_is_no_statement_about_the_whole(signer: Signer) -> None:
+    """Bug prevented: a photo with a generated sky leads as "made with a generator", or its fill is not told at all."""
+    captured = {"action": "c2pa.created", "digitalSourceType": CAPTURE}
+    for change in (
+        {"digitalSourceType": IPTC + "trainedAlgorithmicMedia"},
+        {"digitalSourceType": IPTC + "compositeWithTrainedAlgorithmicMedia"},
+        {"softwareAgent": {"name": "Adobe Firefly"}},
+        {"parameters": {"description": "filled by Adobe Firefly"}},
+    ):
+        found = stated(signer.sign(photo(), actions=[captured, {"action": "c2pa.edited"} | change]))
+        assert [kind for kind, _ in found] == ["source", "part_generated"], change
+        assert "action 2 (c2pa.edited)" in found[1][1]
+
+
+def test_other_assertions_and_the_program_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: a generator that writes the type in another assertion, or only its own name, states nothing."""
+    data = {"@context": {"iptc": "http://iptc.org/std/Iptc4xmpExt/2008-02-29/"}, "iptc:DigitalSourceType": TRAINED}
+    made_so = {"action": "c2pa.created", "parameters": {"com.example.made": {"digitalSourceType": TRAINED}}}
+    for manifest, where in (
+        ({"assertions": [{"label": "org.example.iptc", "data": data}]}, "org.example.iptc, iptc:DigitalSourceType"),
+        (
+            {"assertions": [{"label": "c2pa.actions", "data": {"actions": [made_so]}}]},
+            "c2pa.actions, action 1 (c2pa.created), parameters.com.example.made.digitalSourceType",
+        ),
+        ({"claim_generator_info": [{"name": "DALL-E"}]}, "the claim's program"),
+        ({"claim_generator": "Adobe Firefly 1.0"}, "the claim's program"),
+    ):
+        stands_in(monkeypatch, json.dumps({"active_manifest": "a", "manifests": {"a": manifest}}))
+        assert stated(photo()) == [("generated", f"Content Credentials, {where}")]
+    stands_in(monkeypatch, json.dumps({"active_manifest": "a", "manifests": {"a": {"claim_generator": "Photoshop"}}}))
+    assert stated(photo()) == []
+
+
+def stands_in(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """A valid file whose manifests the reader gives as `text`."""
+    stub = Stub("Trusted")
+    monkeypatch.setattr(stub, "json", lambda: text)
+    monkeypatch.setattr(provenance, "find_spec", lambda name: True)
+    monkeypatch.setitem(sys.modules, "c2pa", stub)
+
+
+def test_metadata_are_read_where_the_reader_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: what a file states in plain text is silent where c2pa-python is not installed."""
+    info = PngInfo()
+    info.add_text("Software", "NovelAI")
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(buffer, "PNG", pnginfo=info)
+    monkeypatch.setattr(provenance, "find_spec", lambda name: None)
+    found = read_provenance(buffer.getvalue(), "PNG")
+    assert found["state"] == "not_checked" and found["statements"][0]["kind"] == "generated"
+
+
+def test_a_store_that_troubles_leaves_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: manifests of another shape, in circles or too deep end the run, or change the state."""
+    manifests: list[Any] = [
+        {"ingredients": [{"active_manifest": "a"}] * 3},
+        {"assertions": {"label": 1}, "ingredients": [3], "claim_generator_info": 4},
+        {"assertions": [{"label": "c2pa.actions", "data": [1]}, 7]},
+        {"assertions": [{"label": "c2pa.actions", "data": {"actions": {"a": 1}}}]},
+        {"assertions": [{"label": "c2pa.actions", "data": {"actions": [3, {"digitalSourceType": 7}]}}]},
+    ]
+    shapes = [{"active_manifest": "a", "manifests": {"a": manifest}} for manifest in manifests]
+    others: list[Any] = [[], {"manifests": []}, {"active_manifest": ["a"], "manifests": {}}]
+    for text in (*map(json.dumps, shapes + others), "[" * 100_000, "{"):
+        stands_in(monkeypatch, text)
+        found = read_provenance(photo(), "JPEG")
+        assert found["state"] == "trusted" and all(s["kind"] == "source" for s in found["statements"])
+
+
 def test_changed_pixels_are_invalid_and_missing_credentials_absent(signer: Signer) -> None:
     """Silence read as a broken signature accuses; a broken signature read as silence hides an edit."""
     signed = bytearray(signer.sign(photo()))
     signed[-500] ^= 0x55
     found = read_provenance(bytes(signed), "JPEG")
     assert found["state"] == "invalid" and "assertion.dataHash.mismatch" in found["codes"]
-    assert read_provenance(photo(), "JPEG") == {"state": "absent"}
+    assert read_provenance(photo(), "JPEG") == {"state": "absent", "statements": []}
 
 
 def test_a_damaged_manifest_is_an_error(signer: Signer) -> None:
@@ -211,6 +324,9 @@ class Stub:
 
     def __exit__(self, *_: object) -> None: ...
 
+    def json(self) -> str:
+        return "{}"
+
     def get_validation_state(self) -> Any:
         return self.answer
 
@@ -270,7 +386,7 @@ class Even:
 
 
 def test_provenance_never_moves_the_estimate(monkeypatch: pytest.MonkeyPatch, face_photo: Path) -> None:
-    """An invalid signature is no forgery and a valid one no clearance: everything else of a report stays the same."""
+    """Bug prevented: a signature, or what the file states of itself, moves a number that was fitted without it."""
     from x2dfd import detector
 
     parts = ("mllm", tiny.EXPERT)
@@ -279,8 +395,9 @@ def test_provenance_never_moves_the_estimate(monkeypatch: pytest.MonkeyPatch, fa
     judge = detector.Detector(Even(), [tiny.Brightness()], calibration, facts)
     seen: list[Report] = []
     for state in PROVENANCE:
-        monkeypatch.setattr(detector, "read_provenance", lambda source, format, state=state: {"state": state})
+        told = {"state": state, "statements": [{"kind": "generated", "says": state, "where": "XMP, byte 9"}]}
+        monkeypatch.setattr(detector, "read_provenance", lambda source, format, told=told: told)
         seen.append(judge.detect(face_photo))
-        assert seen[-1].provenance == {"state": state}
+        assert seen[-1].provenance == told and Report.from_json(seen[-1].to_json()).provenance == told
     assert len(seen) == 6 and seen[0].verdict.p_fake is not None
     assert all(replace(r, provenance={}, timings={}) == replace(seen[0], provenance={}, timings={}) for r in seen)

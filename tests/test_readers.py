@@ -186,6 +186,25 @@ def test_clips_of_two_methods_with_one_name_stay_two_clips(tmp_path: Path) -> No
     check_clips(samples)
 
 
+def test_real_and_fake_of_one_folder_are_one_group(tmp_path: Path) -> None:
+    """Bug prevented: two lists share their folders, and a clip's real frames train what its fake ones test."""
+    given = []
+    for label, frames in (("real", (1, 2)), ("fake", (3, 4))):
+        paths = [f"{clip:03d}/{n}.png" for clip in range(20) for n in frames]
+        for place in paths:
+            touch(tmp_path / place)
+        given.append((as_json(tmp_path / f"{label}.json", {"images": [{"image_path": p} for p in paths]}), label, ""))
+    for group in Group:
+        read = read_x2dfd_lists(given, roots=[tmp_path], source="s", clips=True)  # type: ignore[arg-type]
+        samples = finish(read, shares=SHARES, group=group)
+        sides = {s.path.parent: {o.split for o in samples if o.path.parent == s.path.parent} for s in samples}
+        assert len(sides) == 20 and all(len(split) == 1 for split in sides.values())
+        assert len({s.video for s in samples}) == 40  # scored apart all the same
+        write_manifest(tmp_path / "set.jsonl", samples)
+        again = finish(read_manifests([tmp_path / "set.jsonl"]), shares=SHARES, group=group)
+        assert {s.path: s.group for s in again} == {s.path: s.group for s in samples}
+
+
 def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     """Bug prevented: a data set laid out with links reads as empty, or a link to its own parent never ends."""
     png(tmp_path / "store/a.png")
@@ -436,7 +455,8 @@ def test_labels_of_an_index_are_asserted(tmp_path: Path) -> None:
     assert index_label("FF-F2F") == ("fake", "Face2Face")
     assert index_label("Real3DPortrait_Fake") == ("fake", "Real3DPortrait")
     assert index_label("odd", {"odd": "real"}) == ("real", "")
-    for name in ("FF-raal", "surreal", "unreal", "fakes", ""):
+    taken_back = ("not-real", "Not_Real", "non-real", "semi-real", "fake_real", "not_fake", "half_Fake")
+    for name in ("FF-raal", "surreal", "unreal", "fakes", "", *taken_back):
         with pytest.raises(X2DFDError, match="neither real nor fake"):
             index_label(name)
     touch(tmp_path / "v/1.png")
@@ -674,10 +694,12 @@ def test_celebdf_clips_outside_the_list_are_no_training_split(tmp_path: Path) ->
     """Bug prevented: the other clips, taken for training, show the people of the test clips."""
     celebdf(tmp_path)
     out = tmp_path / "set.jsonl"
-    assert command("celebdf", tmp_path, "--all", "--out", out).exit_code == 0
-    samples = read_manifest(out)
-    assert {s.id.split("/")[3]: s.split for s in samples}["id3_0007"] == ""
-    assert {s.group for s in samples if "id3" in s.id} == {"Celeb-DF/id2"}
+    refused = str(command("celebdf", tmp_path, "--all", "--out", out).exception)
+    assert "'Celeb-DF/id2' is in 'test' and in no split" in refused and "--shares" in refused and not out.exists()
+    assert command("celebdf", tmp_path, "--all", "--group", "clip", "--out", out).exit_code == 0
+    assert {s.id.split("/")[3]: s.split for s in read_manifest(out)}["id3_0007"] == ""
+    assert command("celebdf", tmp_path, "--all", "--shares", "train=0.5,test=0.5", "--out", out).exit_code == 0
+    assert len({(s.group, s.split) for s in read_manifest(out) if "id" in s.id.split("/")[3]}) == 1
     for line in ("1 elsewhere/1.mp4", "real Celeb-real/id2_0001.mp4", "Celeb-real/id2_0001.mp4"):
         (tmp_path / "List_of_testing_videos.txt").write_text(line)
         with pytest.raises(X2DFDError, match="line 1"):

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from x2dfd.calibration import Calibration
 from x2dfd.errors import SetupError
 from x2dfd.faces import CROP_SIZE, PREPROCESSING
-from x2dfd.files import file_sha256, write_text
+from x2dfd.files import check_fields, file_sha256, parse_json, write_text
 from x2dfd.prompts import QUESTION
 from x2dfd.types import Card
 
@@ -66,6 +66,7 @@ class AdapterCard(Card):
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> AdapterCard:
+        check_fields(cls, data)
         keys = ("covers", "feature_layers", "held_out", "left_out", "probes")
         lists = {key: tuple(data.get(key, ())) for key in keys}
         if isinstance(data.get("text_layers"), list):
@@ -76,8 +77,8 @@ class AdapterCard(Card):
 def read_adapter_card(folder: Path) -> AdapterCard:
     """Raises SetupError when `folder` is no adapter directory."""
     try:
-        return AdapterCard.from_dict(json.loads((folder / "card.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # not there, not JSON, or not an object
+        return AdapterCard.from_dict(parse_json((folder / "card.json").read_bytes()))
+    except (OSError, ValueError) as error:  # not there, not JSON, or not a card
         raise SetupError(f"{folder} is not an adapter directory of x2dfd: card.json: {error}") from error
 
 
@@ -195,14 +196,18 @@ def _merge_plain(model: Any, folder: Path) -> bool:
     from safetensors.torch import load_file
 
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = parse_json((folder / "adapter_config.json").read_bytes())
         saved = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, SafetensorError):
         return False  # PEFT says what is wrong
+    except ValueError as error:
+        raise SetupError(f"{folder}: adapter_config.json cannot be read ({error}); copy the directory again") from error
+    if not isinstance(config, dict):
+        raise SetupError(f"{folder}: adapter_config.json holds no object; copy the directory again")
     said = {key: value for key, value in config.items() if value and key not in _PLAIN}
     if said != {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}:
         return False
-    if not {"r", "lora_alpha"} <= config.keys():
+    if not all(type(config.get(key)) in (int, float) and config[key] > 0 for key in ("r", "lora_alpha")):
         return False
     if any(".lora_B." in key and key.replace(".lora_B.", ".lora_A.") not in saved for key in saved):
         return False

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from x2dfd.errors import SetupError
-from x2dfd.files import json_sha256, write_text
+from x2dfd.files import bad_rate, check_fields, json_sha256, parse_json, write_text
 from x2dfd.types import KINDS, Evidence, Verdict
 
 MLLM = "mllm"
@@ -27,6 +27,8 @@ FALSE_ALARMS = 0.05  # share of a source's real pictures that may be called fake
 MISSES = 0.10  # share of the fakes of one kind and source that may be called real
 SMALL = 20  # pictures that a source needs for a threshold of its own
 _CLIP = 6.0  # logits beyond this say no more about certainty than about saturation
+_MAX_LOGIT = 700.0  # exp of more is no float
+RATES = ("rate", "answered", "fakes_found", "false_alarms_allowed")  # in `fitted_on`, at any depth
 
 Floats = NDArray[np.float64]
 Parts = Mapping[str, Mapping[str, float | None]]
@@ -118,20 +120,34 @@ class Calibration:
         """Raises SetupError when the file is absent, incomplete or contradicts itself."""
         path = folder / "calibration.json"
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            kinds = {str(k): Logistic(**v) for k, v in data["kinds"].items()}
-            found = cls(**{**data, "kinds": kinds})
-            if not kinds or set(kinds) - set(KINDS):
-                raise ValueError(f"the kinds of fake are {', '.join(KINDS)}")
-            numbers = [x for one in kinds.values() for k, w in one.weights.items() for x in (w, one.means[k])]
-            numbers += [one.bias for one in kinds.values()]
-            if not all(math.isfinite(x) for x in numbers):
-                raise ValueError("a number is not finite")
-            if not 0 <= found.low <= found.high <= 1 + 1e-6 or not 0 <= found.mllm_threshold <= 1 + 1e-6:
-                raise ValueError("the band is no part of 0 to 1, or upside down")
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            data = parse_json(path.read_bytes())
+            check_fields(cls, data)
+            found = cls(**{**data, "kinds": {kind: Logistic(**one) for kind, one in data["kinds"].items()}})
+            found._check()
+        except (OSError, ValueError) as error:
             raise SetupError(f"{path} cannot be read: {error}. Make it: x2dfd calibrate") from error
         return found
+
+    def _check(self) -> None:
+        """Raises ValueError for numbers that no fit gives."""
+        # `choose_band` may set a threshold 1e-6 above a score of 1.
+        if not 0 <= self.low <= self.high <= 1 + 1e-6:
+            raise ValueError(f"its band from {self.low} to {self.high} is none of probabilities")
+        if not 0 <= self.mllm_threshold <= 1:
+            raise ValueError(f"its mllm_threshold {self.mllm_threshold} is no probability")
+        if not self.kinds or self.kinds.keys() - set(KINDS):
+            raise ValueError(f"its kinds of fake are {', '.join(self.kinds) or 'none'}, not {', '.join(KINDS)}")
+        for one in self.kinds.values():
+            if lacking := sorted(one.weights.keys() - one.means.keys()):
+                raise ValueError(f"it has no mean of {lacking[0]!r}")
+            reach = abs(one.bias) + sum(abs(w) * (_CLIP + abs(one.means[name])) for name, w in one.weights.items())
+            if min(one.weights.values(), default=0) < 0 or not reach <= _MAX_LOGIT:
+                raise ValueError("a weight is negative, or its numbers are too large for a probability")
+        experts = self.fitted_on.get("experts", {})
+        if not isinstance(experts, dict) or not all(isinstance(sha256, str) for sha256 in experts.values()):
+            raise ValueError("`fitted_on.experts` names no weights by their SHA-256")
+        if (wrong := bad_rate(self.fitted_on, RATES)) is not None:
+            raise ValueError(f"`fitted_on.{wrong}` is no rate from 0 to 1")
 
 
 def _bounded(value: float) -> float:

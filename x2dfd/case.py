@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.experts import cards
-from x2dfd.files import json_sha256
+from x2dfd.files import json_sha256, parse_json
+from x2dfd.provenance import CREDENTIALS
 from x2dfd.types import Card, Failure, Report
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ SCORING = (
 WORDING = re.compile(
     r"(model\.(name|blind_spot|licence|held_out)|cards\.[^.]+\.(?!sha256|version)\w+|limits|next_steps|statement|warnings"
     r"|media\.notes|(faces\[\d+\]\.)?evidence\[\d+\]\.note|faces\[\d+\]\.contradictions"
-    r"|likelihood_ratio\.(reason|propositions)|provenance\.reason|error\.reason)\b"
+    r"|likelihood_ratio\.(reason|propositions)|provenance\.(reason|statements\[\d+\]\.says)|error\.reason)\b"
 )
 """Places of a record whose text another version of the program may word otherwise; what was found stands elsewhere."""
 
@@ -98,13 +99,15 @@ def seal(made: dict[str, Any]) -> str:
 def read(path: Path) -> dict[str, Any]:
     """A case record. Raises X2DFDError when the file is none."""
     try:
-        made = json.loads(path.read_text("utf-8"))
+        made = parse_json(path.read_bytes())
         if made["format"] != FORMAT or not isinstance(made["reports"], list) or not isinstance(made["seal"], str):
             raise ValueError("it is of another format")
         for report in made["reports"]:
             shapes = {"model": dict, "media": dict, "provenance": dict, "faces": list}
             if not all(isinstance(report.get(key, kind()), kind) for key, kind in shapes.items()):
                 raise ValueError("a report in it has another shape")
+        if not isinstance(made.get("cards", {}), dict):
+            raise ValueError("its cards have another shape")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise X2DFDError(
             f"{path} is no case record ({error!r}); `x2dfd detect FILE --report NAME.html` writes NAME.case.json"
@@ -149,6 +152,9 @@ def verify(made: dict[str, Any], file: Path, detector: Detector) -> Verification
         wordy = False
     fresh = detector.explain(quick, file) if wordy else quick
     expected = fresh.to_dict()
+    if "statements" not in (stated.get("provenance") or {}):  # of a former version, which did not list them
+        said = expected["provenance"].pop("statements", [])
+        other += ["the file states how it was made, and the record does not say so"] if said else []
     if "weights" not in stated["model"]:  # of a former version, which did not state them; their hash agrees
         expected["model"] = {k: v for k, v in expected["model"].items() if k != "weights"}
     notes += [f"versions: {line}" for _, line in _differing("", stated.get("versions"), fresh.versions, exactly=True)]
@@ -160,7 +166,7 @@ def verify(made: dict[str, Any], file: Path, detector: Detector) -> Verification
     states = [(r.get("provenance") or {}).get("state") for r in (stated, expected)]
     if "not_checked" in states and states[0] != states[1]:
         notes.append(f"Content Credentials: the record states {states[0]}, and here they are {states[1]}")
-        stated, expected = stated | {"provenance": None}, expected | {"provenance": None}
+        stated, expected = _without_credentials(stated), _without_credentials(expected)
     again = record([fresh])
     again["cards"] = _cards_in(made, again["cards"])
     frame = ("statement", "cards", "limits", "next_steps")
@@ -168,6 +174,14 @@ def verify(made: dict[str, Any], file: Path, detector: Detector) -> Verification
     _sort(_differing("", *around, exactly=True), changed, other)
     _sort(_differing("", _comparable(stated), _comparable(expected)), changed, other)
     return _outcome(changed, other, notes)
+
+
+def _without_credentials(report: dict[str, Any]) -> dict[str, Any]:
+    """The report with nothing of its provenance but what the metadata state."""
+    said = (report.get("provenance") or {}).get("statements")
+    listed = said if isinstance(said, list) else []
+    kept = [s for s in listed if not (isinstance(s, dict) and str(s.get("where")).startswith(CREDENTIALS))]
+    return report | {"provenance": {"statements": kept}}
 
 
 def _sort(found: Iterable[tuple[str, str]], changed: list[str], other: list[str]) -> None:
@@ -252,9 +266,10 @@ def precision_stated(made: dict[str, Any]) -> str | None:
 
 def mode_stated(made: dict[str, Any]) -> Literal["calibrated", "paper"]:
     """The mode in which the record's files were judged. Raises SetupError when it states two, or none that is known."""
-    modes = {(r.get("model") or {}).get("mode") for r in made["reports"] if isinstance(r, dict) and "error" not in r}
+    # A mode may be anything that JSON holds, a list too, which no set does.
+    modes = {json.dumps((r.get("model") or {}).get("mode")).strip('"') for r in made["reports"] if "error" not in r}
     if modes <= {"calibrated"}:
         return "calibrated"
     if modes == {"paper"}:
         return "paper"
-    raise SetupError(f"the record states the modes {sorted(map(str, modes))}; it cannot be judged anew in one run")
+    raise SetupError(f"the record states the modes {sorted(modes)}; it cannot be judged anew in one run")

@@ -28,6 +28,7 @@ import x2dfd
 from x2dfd.errors import InputError, SetupError, X2DFDError
 from x2dfd.files import write_bytes
 from x2dfd.progress import LINE_SECONDS
+from x2dfd.statements import CAVEAT, LEAD, of_generator
 from x2dfd.types import Evidence, FaceReport, Failure, Report
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def detect(
     ] = None,
     manifest: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="CSV, JSONL or Parquet with a column `path`, in place of PATHs."),
+        typer.Option(metavar="FILE", help="CSV, TSV, JSONL or Parquet with a column `path`, in place of PATHs."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per file on stdout.")] = False,
     report: Annotated[
@@ -695,7 +696,9 @@ def _block(result: Report | Failure) -> str:
     which = f"face {decider.index + 1}/{_faces_beside(decider, result)}" if decider else f"{len(result.faces)} faces"
     if decider is not None and decider.frame is not None:
         which += f" frame {decider.frame}"
-    lines = [f"{_word(verdict.label.upper(), verdict.label)}  {number}  {which}  {name}"]
+    said = of_generator(result.provenance)
+    lines = [_wrapped(f"{LEAD} {CAVEAT}"), *map(_stated, said)] if said else []
+    lines.append(f"{_word(verdict.label.upper(), verdict.label)}  {number}  {which}  {name}")
     if verdict.reason:
         lines.append(_wrapped(f"reason: {verdict.reason.replace('_', ' ')}"))
     if result.rationale:
@@ -708,7 +711,12 @@ def _block(result: Report | Failure) -> str:
     width = max((len(evidence.expert) for evidence in result.evidence), default=0)
     lines += [_bar(e, width) + ("  (no weight of its own)" * (e.expert in result.uncounted)) for e in result.evidence]
     lines += [_wrapped(f"warning: {text}") for text in result.warnings]
+    lines += [_stated(s) for s in result.provenance.get("statements", ()) if s not in said]
     return "\n".join(lines) + "\n"
+
+
+def _stated(statement: dict[str, str]) -> str:
+    return _wrapped(_printable(f"stated in the file: {statement['says']} ({statement['where']})"))
 
 
 def _faces_beside(face: FaceReport, report: Report) -> int:

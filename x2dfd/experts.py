@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from x2dfd.errors import SetupError, UnknownName, X2DFDError
-from x2dfd.files import write_text
+from x2dfd.files import parse_json, write_text
 from x2dfd.types import Card, Evidence, Face
 
 if TYPE_CHECKING:
@@ -172,8 +172,8 @@ def cards() -> dict[str, Card | SetupError]:
 def read_card(path: Path) -> Card:
     """A card file (JSON). Raises SetupError when it is absent or incomplete."""
     try:
-        return Card.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:  # not there, not JSON or not UTF-8, not a card
+        return Card.from_dict(parse_json(path.read_bytes()))
+    except (OSError, ValueError) as error:  # not there, not JSON or not UTF-8, not a card
         raise SetupError(f"card {path} cannot be read: {error}") from error
 
 

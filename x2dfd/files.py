@@ -1,13 +1,142 @@
-"""Files: hashed, and written whole or not at all."""
+"""Files: hashed, written whole or not at all, and JSON from elsewhere read with care."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
+from collections.abc import Collection
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+MAX_DEPTH = 100  # of lists and objects in one another
+MAX_DIGITS = 300  # of a whole number: a longer one is none that a float holds
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON from elsewhere as plain values; bytes are UTF-8, with a BOM or without.
+
+    Raises ValueError with one line of reason for what is not JSON, and for what would trouble whoever goes on with the
+    values: nesting beyond MAX_DEPTH, whole numbers of more than MAX_DIGITS digits, a key twice in one object.
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8-sig")
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_int=_bounded_int)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        _check_depth(value)
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice[:60]!r} stands twice in one object")
+    return found
+
+
+def _bounded_int(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return
+    raise ValueError("it is nested too deeply")
+
+
+def check_fields(kind: Any, data: Any) -> None:
+    """Raises ValueError, with the place, unless plain values out of a file fit the dataclass `kind`.
+
+    They have its fields and no others, each of its type; a list stands for a tuple, and numbers are finite.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"not an object but {type(data).__name__}")
+    types = _types(kind)
+    for one in fields(kind):
+        if one.name in data:
+            _check_type(data[one.name], types[one.name], one.name)
+        elif one.default is MISSING and one.default_factory is MISSING:
+            raise ValueError(f"it has no {one.name!r}")
+    if unknown := sorted(data.keys() - types.keys()):
+        raise ValueError(f"it has {unknown[0][:60]!r}, which is not known here")
+
+
+_types = cache(get_type_hints)
+
+
+def _check_type(value: Any, wanted: Any, where: str) -> None:
+    origin, inside = get_origin(wanted), get_args(wanted)
+    if origin in (Union, UnionType):
+        if not any(_fits(value, one) for one in inside):
+            raise ValueError(f"{where!r} holds {_short(value)}")
+    elif origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where!r} is no object but {_short(value)}")
+        for key, inner in value.items():
+            _check_type(inner, inside[1], f"{where}.{key}"[:80])
+    elif origin is tuple:
+        if not isinstance(value, list | tuple) or (inside[-1] is not Ellipsis and len(value) != len(inside)):
+            raise ValueError(f"{where!r} is no list of the right length but {_short(value)}")
+        for place, inner in enumerate(value):
+            _check_type(inner, inside[0 if inside[-1] is Ellipsis else place], f"{where}[{place}]")
+    elif is_dataclass(wanted):
+        check_fields(wanted, value)
+    elif wanted is float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{where!r} is no finite number but {_short(value)}")
+    elif wanted is not Any and (not isinstance(value, wanted) or isinstance(value, bool) is not (wanted is bool)):
+        raise ValueError(f"{where!r} is no {wanted.__name__} but {_short(value)}")
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    try:
+        _check_type(value, wanted, "")
+    except ValueError:
+        return False
+    return True
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def bad_rate(data: Any, names: Collection[str], where: str = "") -> str | None:
+    """The place of the first value under one of `names`, at any depth, that is no rate.
+
+    A rate is a number from 0 to 1, two of them in order as its interval, or None where there is none.
+    """
+    inner = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list | tuple) else ()
+    for key, value in inner:
+        place = f"{where}.{key}".lstrip(".")
+        if key in names:
+            ends = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+            numbers = all(type(end) in (int, float) and 0 <= end <= 1 for end in ends)
+            if value is not None and not (numbers and ends[0] <= ends[-1]):
+                return place
+        elif (found := bad_rate(value, names, place)) is not None:
+            return found
+    return None
 
 
 def file_sha256(path: Path) -> str:

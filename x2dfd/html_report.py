@@ -20,6 +20,7 @@ from x2dfd.case import LIMITS, NEXT_STEPS, NOT_PROOF
 from x2dfd.errors import SetupError
 from x2dfd.experts import cards
 from x2dfd.files import write_bytes
+from x2dfd.statements import CAVEAT, LEAD, of_generator
 from x2dfd.types import Card, FaceReport, Failure, Report, Verdict
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ def render(reports: Sequence[Report | Failure], pictures: Sequence[Pictures]) ->
         steps=NEXT_STEPS,
         sections=sections,
         not_proof=NOT_PROOF,
+        lead=LEAD,
+        caveat=CAVEAT,
         uncounted=UNCOUNTED,
         generated=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
@@ -156,6 +159,8 @@ def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) 
             for face in report.faces
             if face not in full
         ],
+        "generator": of_generator(report.provenance),
+        "statements": report.provenance.get("statements") or (),
         "provenance": _provenance(report.provenance),
         "file": list(_file(report)),
         "ratio": _ratio(report),
@@ -165,7 +170,7 @@ def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) 
             ("SHA-256 of the file", report.sha256),
             *_flat("Media", report.media),
             *_flat("Model", model),
-            *_flat("Provenance", report.provenance),
+            *_flat("Provenance", {key: value for key, value in report.provenance.items() if key != "statements"}),
             *_flat("Versions", report.versions),
             *((f"Seconds{batch}: {k}", f"{seconds:.2f}") for k, seconds in report.timings.items() if k != "files"),
         ],
@@ -532,6 +537,7 @@ figcaption { margin-top: .5rem; font-size: .84rem; color: var(--soft); }
 .rationale { font-size: 1.05rem; margin: .3rem 0; white-space: pre-line; }
 .note { border-left: .25rem solid var(--inconclusive); background: var(--inconclusive-bg);
   border-radius: 0 .4rem .4rem 0; padding: .65rem .9rem; margin: .9rem 0; }
+.stated { margin: .2rem 0 .5rem; padding-left: 1.1rem; }
 .note ul { margin: .2rem 0 0; padding-left: 1.1rem; } .note p { margin: 0; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 caption { text-align: left; color: var(--soft); font-size: .84rem; padding-bottom: .3rem; }
@@ -595,6 +601,10 @@ _PAGE = """\
 <path d="M9.2 9.3a2.9 2.9 0 1 1 4.2 2.6c-1 .5-1.4 1.1-1.4 2M12 17v.1"/>
 {% else %}<circle cx="12" cy="12" r="9.5"/><path d="M7.5 12h9"/>
 {% endif %}</svg>
+{% endmacro %}
+{% macro stated(statements) %}
+<ul class="stated">{% for t in statements %}<li>{{ t.says }} <span class="soft small">({{ t.where }})</span></li>
+{% endfor %}</ul>
 {% endmacro %}
 {% macro facts(rows) %}
 <details>
@@ -694,6 +704,10 @@ _PAGE = """\
 </div>
 {% endif %}
 <div>
+{% if s.generator %}
+<div class="note" role="note"><p><strong>{{ lead }}</strong> {{ caveat }}</p>
+{{ stated(s.generator) }}</div>
+{% endif %}
 <div class="card verdict {{ s.kind }}">
 <p class="answer {{ s.kind }}">{{ icon(s.kind) }} {{ s.word }}</p>
 {% if s.scale %}
@@ -732,6 +746,9 @@ width:{{ "%.1f"|format(s.scale.high - s.scale.low) }}%"></span>
 <div class="card">
 <h3>Provenance: {{ s.provenance[0] }}</h3>
 <p class="small soft">{{ s.provenance[1] }} It plays no part in the estimate.</p>
+{% if s.statements %}<h4>What the file states of how it was made</h4>
+{{ stated(s.statements) }}
+<p class="small soft">{{ caveat }}</p>{% endif %}
 {% if s.provenance[2] %}<dl class="facts">
 {% for name, value in s.provenance[2] %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}
 </dl>{% endif %}

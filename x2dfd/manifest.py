@@ -1,24 +1,29 @@
-"""Manifests: lists of labelled files, as CSV, JSONL or Parquet.
+"""Manifests: lists of labelled files, as CSV (also TSV, and with semicolons), JSONL or Parquet.
 
 One row a file, at least `path` and `label` (`real` or `fake`). Also read: `id, method, df_class, source, group,
 split, cues, mask, video`; every other column is kept in `Sample.extra`. Relative paths start at the manifest's
-folder.
+folder. A path is taken as it is written, spaces included; one with backslashes that names no file here is read as
+Windows writes it. Text is UTF-8, or UTF-16 with its byte order mark.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
+import itertools
 import json
 import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, cast
+from pathlib import Path, PureWindowsPath
+from typing import Any, Literal, TextIO, cast
 
 from x2dfd.errors import X2DFDError
+from x2dfd.files import check_fields, parse_json
 from x2dfd.stores import is_address
 from x2dfd.types import DF_CLASSES, Cue
 
@@ -56,8 +61,9 @@ class Sample:
 def read_manifest(path: str | os.PathLike[str], *, split: str | None = None) -> list[Sample]:
     """Reads and checks a whole manifest; with `split`, returns only the samples of that split.
 
-    Raises X2DFDError, with the row's number (1 = the first record), on a missing column, an unknown label, a
-    duplicate path or id, a malformed row, a group that stands in two splits, and on an empty file or an empty split.
+    Raises X2DFDError, with the row's number (1 = the first record), on a missing column or one that stands twice, an
+    unknown label, a duplicate path or id, a malformed row, a group that stands in two splits or only in part in one,
+    and on an empty file or an empty split.
     Whether the files exist is not checked: a file that cannot be opened is one failed sample, not a failed run.
     """
     file = Path(os.path.abspath(path))
@@ -79,9 +85,10 @@ def manifest_paths(path: str | os.PathLike[str], *, remote: Collection[str] = ()
     """
     file = Path(os.path.abspath(path))
     for number, row in _rows(file):
-        if not (text := _text(row, "path")):
-            raise X2DFDError(f"{file.name}: row {number}: no path (columns: {', '.join(row)})")
-        yield text if is_address(text, remote) else _absolute(file.parent, text)
+        where = f"{file.name}: row {number}"
+        if not (text := _path(where, row, "path")):
+            raise X2DFDError(f"{where}: no path (columns: {', '.join(row)})")
+        yield text if is_address(text, remote) else _absolute(where, file.parent, text)
 
 
 def write_manifest(path: str | os.PathLike[str], rows: Iterable[Sample | Mapping[str, Any]]) -> None:
@@ -114,36 +121,69 @@ def manifest_sha256(path: str | os.PathLike[str]) -> str:
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if not file.is_file():
         raise X2DFDError(f"no such manifest: {file}")
-    readers = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
+    readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
     if file.suffix.lower() not in readers:
-        raise X2DFDError(f"{file.name}: a manifest ends in .csv, .jsonl or .parquet")
+        raise X2DFDError(
+            f"{file.name}: a manifest ends in .csv, .tsv, .jsonl or .parquet; a spreadsheet is saved as CSV UTF-8"
+        )
     try:
         yield from readers[file.suffix.lower()](file)
     except UnicodeDecodeError as error:
-        raise X2DFDError(f"{file.name}: not UTF-8 text ({error.reason})") from error
+        raise X2DFDError(
+            f"{file.name}: not UTF-8 text ({error.reason}): save it as UTF-8 (in a spreadsheet: as CSV UTF-8)"
+        ) from error
+    except OSError as error:
+        raise X2DFDError(f"{file}: cannot be read ({error.strerror or error})") from error
+
+
+def _opened(file: Path) -> TextIO:
+    """The text of a manifest, as UTF-8 or, where a byte order mark says so, as UTF-16."""
+    with file.open("rb") as stream:
+        marked = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return file.open(encoding="utf-16" if marked else "utf-8-sig", newline="")
 
 
 def _csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, strict=True)
+    with _opened(file) as stream:
+        header = stream.readline()
+        if header.startswith("sep="):  # a spreadsheet's remark
+            header = stream.readline()
+        delimiter = next((d for d in ",;\t" if "path" in map(_unquoted, header.split(d))), ",")
+        # Where the header's names have a space after the comma, the spaces of the rows are no part of a path either.
+        reader = csv.reader(
+            itertools.chain([header], stream),
+            delimiter=delimiter,
+            skipinitialspace=f"{delimiter} " in header,
+            strict=True,
+        )
         try:
-            for number, row in enumerate(reader, start=1):
-                if None in row or None in row.values():
+            names = [name.strip() for name in next(reader, [])]
+            if "\0" in header:
+                raise X2DFDError(f"{file.name}: UTF-16 text without a byte order mark: save it as UTF-8")
+            if twice := [name for name, n in Counter(names).items() if n > 1]:
+                raise X2DFDError(f"{file.name}: the column {twice[0]!r} stands twice in the header")
+            for number, cells in enumerate((cells for cells in reader if cells), start=1):
+                if len(cells) != len(names):
                     raise X2DFDError(f"{file.name}: row {number}: not as many fields as the header names")
-                yield number, dict(row)
+                yield number, dict(zip(names, cells, strict=True))
         except csv.Error as error:
             raise X2DFDError(f"{file.name}: line {reader.line_num}: {error}") from error
 
 
+def _unquoted(cell: str) -> str:
+    return cell.strip().strip('"')
+
+
 def _jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with file.open(encoding="utf-8") as stream:
+    with _opened(file) as stream:
         for number, line in enumerate((text for text in stream if text.strip()), start=1):
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise X2DFDError(f"{file.name}: row {number}: not JSON ({error.msg})") from error
+                row = parse_json(line)
+            except ValueError as error:
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+                raise X2DFDError(f"{file.name}: row {number}: not JSON ({reason})") from error
             if not isinstance(row, dict):
-                raise X2DFDError(f"{file.name}: row {number}: not a JSON object")
+                raise X2DFDError(f"{file.name}: row {number}: not a JSON object: a line holds one object")
             yield number, row
 
 
@@ -153,6 +193,8 @@ def _parquet(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
     try:
         with pq.ParquetFile(file) as table:
+            if twice := [name for name, n in Counter(table.schema_arrow.names).items() if n > 1]:
+                raise X2DFDError(f"{file.name}: the column {twice[0]!r} stands twice")
             yield from enumerate((row for batch in table.iter_batches(4096) for row in batch.to_pylist()), start=1)
     except (pa.ArrowException, OSError) as error:
         raise X2DFDError(f"{file.name}: not a Parquet file ({error})") from error
@@ -163,7 +205,7 @@ def _check(file: Path, rows: Iterable[tuple[int, dict[str, Any]]]) -> list[Sampl
     samples: list[Sample] = []
     paths: dict[Path, int] = {}
     ids: dict[str, int] = {}
-    splits: dict[str, tuple[str, int]] = {}
+    splits: dict[str, tuple[str, int]] = {}  # of each group: its split, and the row that said so
     for number, row in rows:
         where = f"{file.name}: row {number}"
         sample = _sample(where, file.parent, row)
@@ -171,12 +213,10 @@ def _check(file: Path, rows: Iterable[tuple[int, dict[str, Any]]]) -> list[Sampl
             raise X2DFDError(f"{where}: same path as row {paths[sample.path]}: {row['path']}")
         if sample.id in ids:
             raise X2DFDError(f"{where}: same id as row {ids[sample.id]}: {sample.id}")
-        if sample.split:
-            split, first = splits.setdefault(sample.group, (sample.split, number))
-            if split != sample.split:
-                raise X2DFDError(
-                    f"{where}: group {sample.group!r} is in {sample.split!r}, in row {first} it is in {split!r}"
-                )
+        split, first = splits.setdefault(sample.group, (sample.split, number))
+        if split != sample.split:
+            here, there = (f"in {name!r}" if name else "in no split" for name in (sample.split, split))
+            raise X2DFDError(f"{where}: group {sample.group!r} is {here}, in row {first} it is {there}")
         paths[sample.path] = ids[sample.id] = number
         samples.append(sample)
     if not samples:
@@ -188,51 +228,81 @@ def _sample(where: str, folder: Path, row: dict[str, Any]) -> Sample:
     for column in ("path", "label"):
         if column not in row:
             raise X2DFDError(f"{where}: no column {column!r} (columns: {', '.join(row)})")
-    path = _text(row, "path")
+    path = _path(where, row, "path")
     if not path:
         raise X2DFDError(f"{where}: empty path")
-    label = _text(row, "label")
+    texts = {column: _text(where, row, column) for column in _COLUMNS if column not in ("path", "mask", "cues")}
+    label = texts["label"]
     if label not in ("real", "fake"):
         raise X2DFDError(f"{where}: label {row['label']!r} is neither 'real' nor 'fake'")
-    df_class = _text(row, "df_class")
+    df_class = texts["df_class"]
     if df_class and (df_class not in DF_CLASSES or (df_class == "real") != (label == "real")):
         raise X2DFDError(
             f"{where}: df_class {df_class!r} does not fit label {label!r} (known: {', '.join(DF_CLASSES)})"
         )
-    identity = _text(row, "id") or path
-    mask = _text(row, "mask")
+    identity = texts["id"] or path
+    mask = _path(where, row, "mask")
     return Sample(
         id=identity,
-        path=_absolute(folder, path),
+        path=_absolute(where, folder, path),
         label=cast(Literal["real", "fake"], label),
-        method=_text(row, "method"),
+        method=texts["method"],
         df_class=df_class,
-        source=_text(row, "source"),
-        group=_text(row, "group") or identity,
-        split=_text(row, "split"),
+        source=texts["source"],
+        group=texts["group"] or identity,
+        split=texts["split"],
         cues=_cues(where, row.get("cues")),
-        mask=_absolute(folder, mask) if mask else None,
-        video=_text(row, "video") or None,
+        mask=_absolute(where, folder, mask) if mask else None,
+        video=texts["video"] or None,
         extra={k: v for k, v in row.items() if k not in _COLUMNS},
     )
 
 
-def _text(row: dict[str, Any], column: str) -> str:
+def _text(where: str, row: dict[str, Any], column: str) -> str:
+    """What stands in a column, without the spaces around it; "" where nothing does."""
     value = row.get(column)
+    if isinstance(value, bytes):  # as Parquet files without a text type hold it
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise X2DFDError(f"{where}: column {column!r} holds bytes that are no UTF-8 text") from error
+    if isinstance(value, dict | list):
+        raise X2DFDError(f"{where}: column {column!r} holds no text")
     # A Parquet file that went through pandas writes a missing text as NaN.
     return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value).strip()
+
+
+def _path(where: str, row: dict[str, Any], column: str) -> str:
+    """A path as it is written: a file's name may begin or end with a space, and need be no UTF-8."""
+    value = row.get(column)
+    if isinstance(value, bytes):
+        value = os.fsdecode(value)
+    if not isinstance(value, str):
+        return _text(where, row, column)
+    return value if value.strip() else ""
 
 
 def _cues(where: str, value: Any) -> tuple[Cue, ...]:
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return ()
     try:
-        return tuple(Cue(**cue) for cue in (json.loads(value) if isinstance(value, str) else value))
+        cues = parse_json(value) if isinstance(value, str | bytes) else value
+        for cue in cues:
+            check_fields(Cue, cue)
+        return tuple(Cue(**cue) for cue in cues)
     except (TypeError, ValueError) as error:
         raise X2DFDError(f'{where}: cues are not [{{"area": ..., "artifact": ...}}]: {error}') from error
 
 
-def _absolute(folder: Path, path: str) -> Path:
+def _absolute(where: str, folder: Path, path: str) -> Path:
+    if "\0" in path:
+        raise X2DFDError(f"{where}: a path holds a NUL character")
+    if "\\" in path and os.sep == "/" and not os.path.lexists(folder / path):  # written on Windows
+        if PureWindowsPath(path).drive:
+            raise X2DFDError(
+                f"{where}: {path} is a path of another machine, with a drive: write paths below the manifest's folder"
+            )
+        path = path.replace("\\", "/")
     return Path(os.path.abspath(folder / path))
 
 

@@ -1,22 +1,37 @@
-"""Content Credentials (C2PA): what a file's own signed history says, read offline and kept apart from the estimate.
+"""What a file says of its origin, read offline and kept apart from the estimate: Content Credentials and metadata.
 
-Five states and a sixth for "nobody looked": `absent`, `valid_untrusted`, `trusted`, `invalid`, `error`, `not_checked`.
+Content Credentials (C2PA) have five states and a sixth for "nobody looked": `absent`, `valid_untrusted`, `trusted`,
+`invalid`, `error`, `not_checked`.
 Silence is no sign of forgery, a valid signature is no sign of truth, and an invalid one may come from ordinary editing.
 The reader is c2pa-python (extra `[c2pa]`); nothing is fetched: no remote manifest, no revocation list, no trust list.
 A trust list of your own (PEM) is named by the environment variable `X2DFD_C2PA_TRUST`; without it nobody is trusted.
+What both say of how the file was made are its statements: `x2dfd.statements`.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from x2dfd.errors import SetupError
+from x2dfd.files import parse_json
+from x2dfd.statements import (
+    GENERATED,
+    MAX_STATEMENTS,
+    PARTLY,
+    SOURCE,
+    generator_named,
+    plain,
+    read_statements,
+    source_type,
+)
 
+CREDENTIALS = "Content Credentials"  # where a statement stands that is not in the metadata
 TRUST = "X2DFD_C2PA_TRUST"
 MEND = "pip install -c constraints.txt '.[c2pa]'"
 MIME = {
@@ -25,16 +40,29 @@ MIME = {
 }  # fmt: skip
 """Formats (as `media` names them) that can carry Content Credentials, and the names the reader knows them by."""
 _STATES = {"Trusted": "trusted", "Valid": "valid_untrusted", "Invalid": "invalid"}
-_WORDS = 200  # characters of a text that stands in the file
+_MAX_STORE = 20_000_000  # characters of the reader's JSON in which statements are looked for
+_MAX_MANIFESTS = 100  # and assertions of each
+_MAX_VALUES = 10_000  # of one assertion
 
 
 def read_provenance(source: str | Path | bytes, format: str) -> dict[str, Any]:
-    """The C2PA state of a file that `media` could read, with the reader's own codes; what a file holds never raises.
+    """The C2PA state of a file that `media` could read, and all that it states of how it was made.
 
-    `format` as in `Report.media`. The result has `state`, and where they apply `codes` (failures and remarks of the
-    validation, C2PA specification 2.x), `signer`, `generator`, `signed`, `source_types` (IPTC digital source types that
-    the claim states) and `reason`. Raises SetupError when the trust list that the environment names cannot be read.
+    `format` as in `Report.media`. The result has `state`, `statements` (each with `kind`, `says`, `where`), and where
+    they apply `codes` (failures and remarks of the validation, C2PA specification 2.x), `signer`, `generator`,
+    `signed`, `source_types` (IPTC digital source types that the claim states) and `reason`. What a file holds never
+    raises. Raises SetupError when the trust list that the environment names cannot be read.
     """
+    found = _credentials(source, format)
+    try:
+        stated = read_statements(source, format)
+    except OSError as error:  # gone since it was decoded
+        found.setdefault("reason", f"the metadata cannot be read: {error.strerror}")
+        stated = []
+    return found | {"statements": [*stated, *found.get("statements", [])][:MAX_STATEMENTS]}
+
+
+def _credentials(source: str | Path | bytes, format: str) -> dict[str, Any]:
     if find_spec("c2pa") is None:
         return {"state": "not_checked", "reason": f"the package c2pa-python is not installed: {MEND}"}
     if format not in MIME:
@@ -60,7 +88,7 @@ def read_provenance(source: str | Path | bytes, format: str) -> dict[str, Any]:
     except c2pa.C2paError.ManifestNotFound:
         return {"state": "absent"}
     except (c2pa.C2paError, OSError, ValueError) as error:
-        return {"state": "error", "reason": _plain(str(error))}
+        return {"state": "error", "reason": plain(str(error))}
 
 
 def _stated(reader: Any) -> dict[str, Any]:
@@ -76,17 +104,105 @@ def _stated(reader: Any) -> dict[str, Any]:
         "generator": ", ".join(names) or manifest.get("claim_generator"),
         "signed": signature.get("time"),
     }
-    found |= {key: _plain(str(value)) for key, value in facts.items() if value}
+    found |= {key: plain(str(value)) for key, value in facts.items() if value}
     types = sorted(
         {
-            _plain(str(action["digitalSourceType"]).rsplit("/", 1)[-1])
-            for assertion in manifest.get("assertions") or ()
-            if str(assertion.get("label", "")).startswith("c2pa.actions")
-            for action in (assertion.get("data") or {}).get("actions", ())
+            plain(str(action["digitalSourceType"]).rsplit("/", 1)[-1])
+            for assertion in map(_object, _list(manifest.get("assertions")))
+            for action in _actions(assertion)
             if action.get("digitalSourceType")
         }
     )
-    return found | ({"source_types": types} if types else {})
+    return found | ({"source_types": types} if types else {}) | {"statements": _statements(reader)}
+
+
+def _statements(reader: Any) -> list[dict[str, str]]:
+    """What the manifest and those of its ingredients say of how the file was made, nearest first."""
+    text = reader.json()
+    try:
+        store = _object(parse_json(text if len(text) <= _MAX_STORE else ""))
+    except ValueError as error:  # the state stands all the same
+        return [{"kind": SOURCE, "says": f"could not be searched: {plain(str(error))}", "where": CREDENTIALS}]
+    manifests = _object(store.get("manifests"))
+    found: dict[tuple[str, str, str], None] = {}
+    queue: list[tuple[Any, str, bool]] = [(store.get("active_manifest"), CREDENTIALS, False)]
+    seen: list[Any] = []
+    while queue and len(seen) < _MAX_MANIFESTS and len(found) < MAX_STATEMENTS:
+        label, place, part = queue.pop(0)
+        if label in seen or not isinstance(label, str):
+            continue
+        seen.append(label)
+        manifest = _object(manifests.get(label))
+        said = list(_in_manifest(manifest))
+        programs = [str(_object(g).get("name")) for g in _list(manifest.get("claim_generator_info"))]
+        programs += [str(manifest.get("claim_generator", ""))]
+        if not said and (named := next(filter(generator_named, programs), None)):
+            said = [(GENERATED, f"names a generator: {plain(named)}", "the claim's program")]
+        for kind, says, where in said:
+            found[PARTLY if part and kind == GENERATED else kind, says, f"{place}, {where}"] = None
+        for ingredient in map(_object, _list(manifest.get("ingredients"))):
+            name = plain(str(ingredient.get("title") or "without a title"))
+            # The file goes on from its parent; any other ingredient is a part of it.
+            other = part or ingredient.get("relationship") != "parentOf"
+            queue.append((ingredient.get("active_manifest"), f'{place}, ingredient "{name}"', other))
+    return [{"kind": kind, "says": says, "where": where} for kind, says, where in found]
+
+
+def _in_manifest(manifest: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """What the assertions of one manifest say: kind, words, and the place in it."""
+    for assertion in map(_object, _list(manifest.get("assertions"))[:_MAX_MANIFESTS]):
+        label, actions = plain(str(assertion.get("label"))), _actions(assertion)
+        for number, action in enumerate(actions, 1):
+            name = plain(str(action.get("action")))
+            yield from _in_action(action, name, f"{label}, action {number} ({name})")
+        for key, value in _values(None if actions else assertion.get("data")):
+            if _is_source_type(key):
+                yield (*source_type(value), f"{label}, {plain(key)}")
+
+
+def _actions(assertion: dict[str, Any]) -> list[dict[str, Any]]:
+    if not str(assertion.get("label")).startswith("c2pa.actions"):
+        return []
+    return [_object(action) for action in _list(_object(assertion.get("data")).get("actions"))]
+
+
+def _in_action(action: dict[str, Any], name: str, where: str) -> Iterator[tuple[str, str, str]]:
+    whole = name == "c2pa.created"  # any other action changes a part of what was there
+    told = False
+    for key, value in _values(action):
+        if _is_source_type(key):
+            kind, says = source_type(value)
+            told = True
+            yield kind if whole or kind != GENERATED else PARTLY, says, f"{where}, {plain(key)}"
+        elif not told and key.split(".")[0] in ("softwareAgent", "parameters") and generator_named(value):
+            yield GENERATED if whole else PARTLY, f"names a generator: {plain(value)}", f"{where}, {plain(key)}"
+
+
+def _values(data: Any) -> Iterator[tuple[str, str]]:
+    """The texts in plain values, each with the keys that lead to it; those of C2PA's own schema hold no dots."""
+    queue = [("", data)]
+    for _ in range(_MAX_VALUES):
+        if not queue:
+            return
+        key, value = queue.pop(0)
+        if isinstance(value, str):
+            yield key, value
+        elif isinstance(value, dict):
+            queue += [(f"{key}.{name}".lstrip("."), inner) for name, inner in value.items()]
+        elif isinstance(value, list):
+            queue += [(key, inner) for inner in value]
+
+
+def _is_source_type(key: str) -> bool:
+    return re.split(r"[.:]", key)[-1].lower() == "digitalsourcetype"
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else ()
 
 
 def _codes(results: dict[str, Any]) -> Iterator[str]:
@@ -96,8 +212,3 @@ def _codes(results: dict[str, Any]) -> Iterator[str]:
     for part in parts:
         for kind in ("failure", "informational"):
             yield from (str(entry["code"]) for entry in part.get(kind) or () if entry.get("code"))
-
-
-def _plain(text: str) -> str:
-    """Text out of the file: one printable line of bounded length."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:_WORDS]

@@ -9,6 +9,8 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from x2dfd.files import check_fields
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -127,7 +129,8 @@ class Card:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Raises TypeError on a missing or unknown field: a card is complete or it is not a card."""
+        """Raises ValueError on a missing, unknown or misshapen field: a card is complete or it is not a card."""
+        check_fields(cls, data)
         return cls(**{**data, "covers": tuple(data.get("covers", ()))})
 
 
@@ -180,7 +183,7 @@ class Report:
     rationale: str  # of the face that decided
     cues: tuple[Cue, ...]  # of the face that decided
     evidence: tuple[Evidence, ...]  # of the face that decided
-    provenance: dict[str, Any]  # C2PA state; never merged into p_fake
+    provenance: dict[str, Any]  # C2PA state, and `statements`: what the file says of how it was made; never in p_fake
     model: dict[str, Any]  # names, hashes, layer counts, mode, threshold and band in force
     versions: dict[str, str]
     # Seconds per stage, of the whole batch; `files`: how many files it held. Decoding and face finding may have run

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from x2dfd.errors import SetupError
-from x2dfd.files import json_sha256, write_text
+from x2dfd.files import bad_rate, check_fields, json_sha256, parse_json, write_text
 
 FILE = "validation.json"
 PROPOSITIONS = (
@@ -68,11 +68,27 @@ class Validation:
         if not path.is_file():
             return None
         try:
-            data = json.loads(path.read_text("utf-8"))
-            steps = tuple((float(a), float(b), float(c), float(d)) for a, b, c, d in data["steps"])
-            begins, ratios = [s[0] for s in steps], [s[1] for s in steps]
-            if begins != sorted(begins) or ratios != sorted(ratios) or ratios[0] <= 0:
-                raise ValueError("its likelihood ratios do not rise with the score")
-            return cls(**{**data, "steps": steps, "methods": tuple(data["methods"]), "sources": tuple(data["sources"])})
-        except (OSError, ValueError, TypeError, LookupError) as error:
-            raise SetupError(f"{path} cannot be read: {error!r}. Make it: python -m eval.validation") from error
+            data = parse_json(path.read_bytes())
+            check_fields(cls, data)
+            lists = {key: tuple(data[key]) for key in ("methods", "sources")}
+            found = cls(**{**data, **lists, "steps": tuple(tuple(map(float, step)) for step in data["steps"])})
+            found._check()
+        except (OSError, ValueError) as error:
+            raise SetupError(f"{path} cannot be read: {error}. Make it: python -m eval.validation") from error
+        return found
+
+    def _check(self) -> None:
+        """Raises ValueError for numbers that no run gives."""
+        begins, ratios = [s[0] for s in self.steps], [s[1] for s in self.steps]
+        if not ratios or begins != sorted(begins) or ratios != sorted(ratios):
+            raise ValueError("its likelihood ratios do not rise with the score")
+        if not all(0 <= begin <= 1 and 0 < low <= ratio <= high for begin, ratio, low, high in self.steps):
+            raise ValueError("a step holds no likelihood ratio with its interval")
+        if min(self.n_real, self.n_fake, self.n_groups) < 1 or self.cllr < 0:
+            raise ValueError("a count or the cost is no number of a run")
+        for name in ("false_alarms", "misses", "answered"):
+            rate = self.rates.get(name)
+            if not isinstance(rate, dict) or not {"value", "n"} <= rate.keys():
+                raise ValueError(f"`rates.{name}` has no value of so many pictures")
+        if (wrong := bad_rate(self.rates, ("value", "interval"))) is not None:
+            raise ValueError(f"`rates.{wrong}` is not from 0 to 1")

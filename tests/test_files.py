@@ -1,0 +1,132 @@
+"""JSON from elsewhere: what no honest file holds is one line, and so is a value of another shape."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from x2dfd.adapter import read_adapter_card
+from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.experts import read_card
+from x2dfd.files import MAX_DEPTH, bad_rate, check_fields, parse_json
+from x2dfd.types import Card
+
+DEEP = "[" * 100_000
+HOSTILE = {
+    "deep": DEEP + "]" * 100_000,
+    "deep and cut": DEEP,
+    "deep objects": '{"a":' * 5000 + "1" + "}" * 5000,
+    "deeper than is read": '{"name": ' + "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1) + "}",
+    "huge number": '{"name": ' + "9" * 5000 + "}",
+    "twice": '{"name": "a", "name": "b"}',
+    "no JSON": "name: a",
+}
+CARD = Card("a", "1", "here", "MIT", "0" * 64, "none", "no paper", "everything", figures={"n": 3})
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_json_that_troubles_is_a_value_error(name: str) -> None:
+    """Bug prevented: RecursionError or OverflowError, in the parser or in who goes on, ends the run."""
+    for text in (HOSTILE[name], b"\xef\xbb\xbf" + HOSTILE[name].encode()):
+        with pytest.raises(ValueError) as caught:
+            parse_json(text)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+    assert "'name' stands twice" in _reason(HOSTILE["twice"])
+    assert "5000 digits" in _reason(HOSTILE["huge number"])
+
+
+def _reason(text: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        parse_json(text)
+    return str(caught.value)
+
+
+def test_honest_json_is_read_as_it_is() -> None:
+    """Bug prevented: brackets in a text, or many of them side by side, are taken for depth."""
+    value = {"a": "[" * 1000, "b": [[1, 2.5, None, True]] * 500, "c": 2**64, "d": {"e": {}}, "f": "ü"}
+    assert parse_json(json.dumps(value)) == value
+    assert parse_json("\ufeff{}".encode()) == {}
+    with pytest.raises(ValueError):
+        parse_json(b"\xff\xfe{\0}\0")
+
+
+@dataclass
+class Shapes:
+    name: str
+    share: float
+    steps: tuple[tuple[float, float], ...] = ()
+    layers: int | tuple[int, ...] = 0
+    hashes: dict[str, str] = field(default_factory=dict)
+    frame: str | None = None
+
+
+def test_shapes_are_checked_at_each_level() -> None:
+    """Bug prevented: a list where a number should be is found far away, in the middle of a verdict."""
+    good: dict[str, Any] = {"name": "a", "share": 1, "steps": [[0, 1.5]], "layers": [1, 2], "hashes": {"x": "y"}}
+    check_fields(Shapes, good)
+    for change, said in (
+        ({"name": 3}, "'name' is no str"),
+        ({"name": None}, "'name' is no str"),
+        ({"share": "0.5"}, "'share' is no finite number"),
+        ({"share": True}, "'share' is no finite number"),
+        ({"share": float("nan")}, "'share' is no finite number"),
+        ({"steps": {"0": 1}}, "'steps' is no list"),
+        ({"steps": [[0, 1], [0]]}, r"'steps\[1\]' is no list of the right length"),
+        ({"steps": [[0, "x"]]}, r"'steps\[0\]\[1\]' is no finite number"),
+        ({"layers": [1, 2.5]}, "'layers' holds"),
+        ({"layers": False}, "'layers' holds"),
+        ({"hashes": ["x"]}, "'hashes' is no object"),
+        ({"hashes": {"x": ["y"]}}, "'hashes.x' is no str"),
+        ({"frame": 1}, "'frame' holds"),
+        ({"more": 1}, "'more', which is not known"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            check_fields(Shapes, good | change)
+    with pytest.raises(ValueError, match="no 'share'"):
+        check_fields(Shapes, {"name": "a"})
+    others: tuple[Any, ...] = ([], "a", None, 1)
+    for other in others:
+        with pytest.raises(ValueError, match="not an object"):
+            check_fields(Shapes, other)
+
+
+def test_rates_are_from_zero_to_one() -> None:
+    """Bug prevented: false alarms of -3 are quoted in a report."""
+    good = {"a": {"rate": 0, "interval": [0.1, 0.2], "n": 500}, "b": [{"rate": 1.0}, {"rate": None}]}
+    assert bad_rate(good, ("rate", "interval")) is None
+    wrong: tuple[Any, ...] = (-3, 1.1, "0.5", True, float("nan"), [0.2], {})
+    for bad in wrong:
+        assert bad_rate({"b": [good["a"], {"rate": bad}]}, ("rate", "interval")) == "b.1.rate"
+    assert bad_rate({"interval": [0.3, 0.2]}, ("rate", "interval")) == "interval"
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_card_that_troubles_is_one_line(name: str, tmp_path: Path) -> None:
+    """Bug prevented: a card from elsewhere ends `x2dfd experts` or loading with a traceback."""
+    (tmp_path / "card.json").write_text(HOSTILE[name])
+    reading: tuple[Callable[[Path], Card], ...] = (lambda folder: read_card(folder / "card.json"), read_adapter_card)
+    for read in reading:
+        with pytest.raises(SetupError) as caught:
+            read(tmp_path)
+        assert isinstance(caught.value, X2DFDError) and "\n" not in str(caught.value)
+
+
+def test_a_card_of_other_shapes_is_refused(tmp_path: Path) -> None:
+    """Bug prevented: `experts` as a list is joined to a mapping when the model is loaded."""
+    good = CARD.to_dict()
+    path = tmp_path / "card.json"
+    path.write_text(json.dumps(good))
+    assert read_card(path) == CARD and read_adapter_card(tmp_path).experts == {}
+    changes: tuple[dict[str, Any], ...] = (
+        {"experts": ["consistency"]}, {"base": "x"}, {"probes": [1, "2"]}, {"text_layers": {}}, {"sha256": 1},
+        {"odd": 1},
+    )  # fmt: skip
+    for change in changes:
+        path.write_text(json.dumps(good | change))
+        with pytest.raises(SetupError, match=next(iter(change))):
+            read_adapter_card(tmp_path)
