@@ -7,20 +7,19 @@ ratios by what so many pictures can support. Intervals: 95 %, groups drawn with 
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pyarrow.parquet as pq
+import typer
 from sklearn.isotonic import IsotonicRegression
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval import metrics as m
 from x2dfd.adapter import EMBEDDED
+from x2dfd.cli import run_command
 from x2dfd.errors import X2DFDError
 from x2dfd.validation import FILE, Validation
 
@@ -87,7 +86,7 @@ def validation(run: Path) -> Validation:
         rates={
             "false_alarms": answers["false_alarms"],
             "misses": answers["misses"],
-            "answered": {"value": answers["coverage"], "n": answers["n"]},
+            "answered": answers["coverage"],
             "auc": overall["auc"],
         },
         cllr=round(overall["cllr"], 4),
@@ -95,23 +94,16 @@ def validation(run: Path) -> Validation:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.validation", description=(__doc__ or "").split("\n\n")[1])
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="where run_bench.py detect wrote")
-    parser.add_argument(
-        "--model", type=Path, default=EMBEDDED, metavar="DIR", help="adapter directory; default: embedded"
-    )
-    given = parser.parse_args(argv)
-    try:
-        found = validation(given.run)
-        found.save(given.model)
-    except X2DFDError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def main(
+    run: Annotated[Path, typer.Option(help="where run_bench.py detect wrote")],
+    model: Annotated[Path, typer.Option(help="adapter directory; default: embedded")] = EMBEDDED,
+) -> None:
+    """What a validation run says goes beside the model's weights."""
+    found = validation(run)
+    found.save(model)
     limits = found.likelihood_ratio(0.0)["limits"]
-    print(f"{given.model / FILE}: {len(found.steps)} steps, likelihood ratios from {limits[0]} to {limits[1]}")
-    return 0
+    print(f"{model / FILE}: {len(found.steps)} steps, likelihood ratios from {limits[0]} to {limits[1]}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)
