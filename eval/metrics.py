@@ -161,27 +161,6 @@ def aurc(labels: Labels, scores: Floats) -> float | None:
     return float((np.diff(coverage, prepend=0.0) * risk).sum())
 
 
-def selective(labels: Labels, said: Sequence[str]) -> dict[str, Any]:
-    """What is right when a system may decline: `said` holds `fake`, `real` or `inconclusive`.
-
-    `coverage` is the share answered; accuracies are over what was answered; `false_alarms` is the share of all reals
-    called fake and `misses` the share of all fakes called real, so that declining lowers both.
-    """
-    answer = np.asarray(said, dtype=str)
-    real, fake = labels == 0, labels == 1
-    answered = answer != "inconclusive"
-    guess = (answer[answered] == "fake").astype(np.float64)
-    return {
-        "n": len(labels),
-        "n_answered": int(answered.sum()),
-        "coverage": float(answered.mean()) if len(labels) else None,
-        "accuracy": accuracy(labels[answered], guess),
-        "balanced_accuracy": balanced_accuracy(labels[answered], guess),
-        "false_alarms": float(np.mean(answer[real] == "fake")) if real.any() else None,
-        "misses": float(np.mean(answer[fake] == "real")) if fake.any() else None,
-    }
-
-
 def overlap(truth: NDArray[np.bool_], said: NDArray[np.bool_]) -> float | None:
     """Intersection over union of two masks of one shape; None where nothing is true."""
     return float((truth & said).sum() / (truth | said).sum()) if truth.any() else None

@@ -225,7 +225,8 @@ def speed(name: str, result: Result, *, every: bool = False) -> Iterator[Table]:
             f"which was measured at {device['matmul_gflop_per_s']:,.0f} GFLOP/s and {device['read_gb_per_s']:.0f} GB/s."
         )
         head = ["", "s [10–90 %]", "times the first", *(["of the bound", "largest change"] * every), "rounds"]
-        yield Table(title, head, rows)
+        if rows:
+            yield Table(title, head, rows)
 
 
 def _spread(part: dict[str, float], form: str) -> str:
