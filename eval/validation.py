@@ -18,6 +18,7 @@ import typer
 from sklearn.isotonic import IsotonicRegression
 
 from eval import metrics as m
+from eval.stats import Floats, Labels
 from x2dfd.adapter import EMBEDDED
 from x2dfd.cli import run_command
 from x2dfd.errors import X2DFDError
@@ -26,7 +27,7 @@ from x2dfd.validation import FILE, Validation
 DRAWS = 1000
 
 
-def log_ratios(scores: m.Floats, labels: m.Labels, at: m.Floats) -> m.Floats:
+def log_ratios(scores: Floats, labels: Labels, at: Floats) -> Floats:
     """log10 of the bounded PAV likelihood ratio at the scores `at`."""
     n_real, n_fake = int((labels == 0).sum()), int(labels.sum())
     x = np.concatenate([[-1.0], scores, [2.0]])
@@ -37,7 +38,7 @@ def log_ratios(scores: m.Floats, labels: m.Labels, at: m.Floats) -> m.Floats:
 
 
 def steps(
-    scores: m.Floats, labels: m.Labels, groups: Sequence[str], draws: int = DRAWS, seed: int = 0
+    scores: Floats, labels: Labels, groups: Sequence[str], draws: int = DRAWS, seed: int = 0
 ) -> list[tuple[float, float, float, float]]:
     """(from this score on, likelihood ratio, lower, upper end of its interval), rising."""
     ordered = np.unique(scores)
@@ -45,7 +46,7 @@ def steps(
     first = np.flatnonzero(np.diff(np.round(whole, 6), prepend=np.nan) != 0)
     names, place = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     rng = np.random.default_rng(seed)
-    drawn: list[m.Floats] = []
+    drawn: list[Floats] = []
     while len(drawn) < draws:
         count = rng.multinomial(len(names), np.full(len(names), 1 / len(names)))[place]
         chosen = np.repeat(np.arange(len(scores)), count)

@@ -21,14 +21,15 @@ import pyarrow.parquet as pq
 from scipy.stats import binom
 
 from eval import metrics as m
+from eval.stats import Floats, Labels
 from x2dfd.calibration import choose_band
 from x2dfd.errors import X2DFDError
 
 HALVES = 200
-Chooser = Callable[[m.Floats, m.Labels, Sequence[str], Sequence[str]], float | None]
+Chooser = Callable[[Floats, Labels, Sequence[str], Sequence[str]], float | None]
 
 
-def bounded_threshold(real_scores: m.Floats, groups: Sequence[str], allowed: float, delta: float) -> float | None:
+def bounded_threshold(real_scores: Floats, groups: Sequence[str], allowed: float, delta: float) -> float | None:
     """The lowest threshold t such that, with confidence 1 - delta, at most `allowed` of real photos score t or more.
 
     A group counts by its highest score, once: pictures of a group are not independent. So what is bounded is the share
@@ -61,10 +62,10 @@ def halves(
     groups, sources = np.array([r["group"] for r in kept]), np.array([r["source"] or "" for r in kept])
     names = np.unique(groups)
 
-    def shipped(s: m.Floats, y: m.Labels, _: Sequence[str], src: Sequence[str]) -> float | None:
+    def shipped(s: Floats, y: Labels, _: Sequence[str], src: Sequence[str]) -> float | None:
         return choose_band(s, y.astype(np.float64), src, false_alarms=allowed)[1]
 
-    def bounded(s: m.Floats, y: m.Labels, g: Sequence[str], _: Sequence[str]) -> float | None:
+    def bounded(s: Floats, y: Labels, g: Sequence[str], _: Sequence[str]) -> float | None:
         own = y == 0
         return bounded_threshold(s[own], np.asarray(g)[own].tolist(), allowed, delta)
 

@@ -22,7 +22,7 @@ def names(at: np.ndarray) -> list[str]:
 def covered_rate(trials: int, share: float) -> float:
     """The exact chance that the interval of `trials` equal groups holds the true share."""
     hits = np.arange(trials + 1)
-    bounds = [stats.binomial_interval(k, trials) for k in hits]
+    bounds = [stats.binomial_interval(float(k), trials) for k in hits]
     return float(sum(binom.pmf(k, trials, share) for k in hits if bounds[k][0] <= share <= bounds[k][1]))
 
 
@@ -132,7 +132,7 @@ def test_the_interval_of_a_ratio_covers_as_often_as_it_says() -> None:
         at = np.repeat(np.arange(30), 2)
         right = rng.binomial(3, rng.beta(3, 3, 30)[at])
         items = 2 * right + rng.binomial(4, 0.5, 60)
-        found = stats.ratio(2.0 * right, items.astype(np.float64), names(at))
+        found = stats.ratio((2.0 * right).astype(np.float64), items.astype(np.float64), names(at))
         assert found.interval is not None and found.value is not None
         held.append(found.interval[0] <= 3 / 5 <= found.interval[1])
     assert 0.925 <= np.mean(held) <= 0.98
