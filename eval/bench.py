@@ -28,6 +28,8 @@ from x2dfd.files import file_sha256, write_bytes, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
+CODE = ("--", ".", ":!*.md", ":!eval/results")
+"""What a result is made from, to git."""
 Result = dict[str, Any]
 """What `result.json` holds."""
 
@@ -164,17 +166,21 @@ def check_clips(samples: Iterable[Sample]) -> None:
 def hashes(choice: models.Choice, stated: dict[str, Any]) -> dict[str, Any]:
     """SHA-256 of what gave the answers: base weights, adapter, experts' weights, prompt, calibration; None without."""
     calibration = choice.folder / "calibration.json" if choice.folder else None
+    whole = stated | (stated.get("mllm") or {})  # task `experts` states its MLLM apart
     return {
-        "base": (stated.get("base") or {}).get("sha256") or None,
-        "adapter": stated.get("adapter_sha256"),
-        "experts": {name: told.split()[-1] for name, told in (stated.get("experts") or {}).items()},
-        "prompt": stated.get("prompt_sha256"),
+        "base": (whole.get("base") or {}).get("sha256") or None,
+        "adapter": whole.get("adapter_sha256"),
+        "experts": {name: told.split()[-1] for name, told in (whole.get("experts") or {}).items()},
+        "prompt": whole.get("prompt_sha256"),
         "calibration": file_sha256(calibration) if calibration and calibration.is_file() else None,
     }
 
 
 def code_state() -> dict[str, Any] | None:
-    """Commit, and whether tracked files differ from it; None outside a git checkout."""
+    """Commit, and whether tracked files differ from it; None outside a git checkout.
+
+    Documents and result files change no number, and a run must not make the next one dirty: they do not count.
+    """
     git = shutil.which("git")
     if git is None:
         return None
@@ -182,7 +188,7 @@ def code_state() -> dict[str, Any] | None:
     def ask(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([git, "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
 
-    commit, status = ask("rev-parse", "HEAD"), ask("status", "--porcelain", "--untracked-files=no")
+    commit, status = ask("rev-parse", "HEAD"), ask("status", "--porcelain", "--untracked-files=no", *CODE)
     if commit.returncode or status.returncode:
         return None
     return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}

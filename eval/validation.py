@@ -25,6 +25,7 @@ from x2dfd.errors import X2DFDError
 from x2dfd.validation import FILE, Validation
 
 DRAWS = 1000
+MIN_GROUPS = 20
 
 
 def log_ratios(scores: Floats, labels: Labels, at: Floats) -> Floats:
@@ -73,8 +74,11 @@ def validation(run: Path) -> Validation:
         raise X2DFDError(f"{run}: every picture was changed ({change}), so it says nothing of pictures as they come")
     kept = [row for row in rows if row["p_fake"] is not None]
     scores, labels = m.to_scores([row["p_fake"] for row in kept]), m.to_labels(row["label"] for row in kept)
-    if min(labels.sum(), (labels == 0).sum()) < 20:
-        raise X2DFDError(f"{run}: fewer than 20 real or 20 fake pictures with a score support no likelihood ratio")
+    groups = [{row["group"] for row, own in zip(kept, labels, strict=True) if own == label} for label in (0, 1)]
+    if min(map(len, groups)) < MIN_GROUPS:
+        raise X2DFDError(
+            f"{run}: fewer than {MIN_GROUPS} groups of real or of fake pictures support no likelihood ratio"
+        )
     return Validation(
         run=f"{result['task']['name']}, manifest {data['sha256'][:12]}, split {data['split'] or 'all'}",
         manifest_sha256=data["sha256"],
