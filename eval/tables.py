@@ -48,7 +48,7 @@ class Table:
         """The table, and what its signs mean."""
         lines = [[*self.columns], ["---"] * len(self.columns), *([shown(c) for c in row] for row in self.rows)]
         text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-        few = any(isinstance(c, Measured) and c.note == TOO_FEW for row in self.rows for c in row)
+        few = any(FEW_MARK in cell for cells in lines for cell in cells) and f"{FEW_MARK} {TOO_FEW}" not in self.title
         note = f" {FEW_MARK} {TOO_FEW}." if few else ""
         return f"{self.title}{note}\n\n{text}"
 
@@ -89,7 +89,7 @@ Parts = Sequence[tuple[str, str]]
 def detect(name: str, result: Result, *, every: bool = False) -> Iterator[Table]:
     """Scorers in columns; AUC over all, then by method and source, each with its counts; false alarms last.
 
-    `every`: further columns of the manifest too.
+    `every`: further columns of the manifest too, and methods that were trained on, beside reals of the same source.
     """
     scorers: dict[str, Result] = result["scorers"]
     held_out = result["model"]["stated"].get("held_out", [])
@@ -98,6 +98,8 @@ def detect(name: str, result: Result, *, every: bool = False) -> Iterator[Table]
     rows: list[list[Cell]] = [["**all**", *_aucs(scorers), *_counts(overall["auc"], overall)]]
     for column, value in _parts(first["by"], every):
         known = first["by"][column][value]
+        if column == "method" and not (every or value in held_out or known["against"] != "own reals"):
+            continue
         marks = ("" if known["against"] == "own reals" else "*") + ("†" if value in held_out else "")
         found = [_figure((s["by"].get(column, {}).get(value) or {}).get("auc")) for s in scorers.values()]
         rows.append([f"{column} {value}{marks}", *found, *_counts(known["auc"], known)])
