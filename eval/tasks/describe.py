@@ -169,7 +169,8 @@ def _agreement(samples: Sequence[Sample], said: Said, cues_are_known: bool) -> P
     """Of fakes, cues and areas against those known, by method too; of reals, how often cues were invented."""
     known = [s.label == "fake" and (bool(s.cues) or not cues_are_known) for s in samples]
     kept = [i for i, cues in enumerate(said) if cues is not None and known[i]]
-    reals = [(bool(cues), s.group) for cues, s in zip(said, samples, strict=True) if cues is not None and s.label == "real"]  # fmt: skip # noqa: E501
+    pairs_said = zip(said, samples, strict=True)
+    reals = [(bool(cues), s.group) for cues, s in pairs_said if cues is not None and s.label == "real"]
     result: Part = {"n_scored": len(kept) + len(reals), "n_fake": len(kept), "n_real": len(reals)}
     if not cues_are_known:
         return result
