@@ -58,3 +58,7 @@ def run(manifest: Path, out: Path, *options: str, dies_at: int | None = None) ->
     finally:
         vars(x2dfd)["load"] = loaded
     return stub
+
+
+class Killed(BaseException):
+    """The process ends here, as far as a test can make it."""

@@ -16,10 +16,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from eval import command, localisation, page, rows, scoring, tables
+from eval import command, localisation, page, scoring, tables
 from eval.changes import CHANGES, FORMAT_SWAP, Change
 from eval.rows import SampleRow
 from eval.tasks import experts as experts_bench
+from tests.stub import Killed
 from tests.tiny import EXPERT, EXPERT_TARGET, Brightness
 from x2dfd import experts
 from x2dfd.adapter import AdapterCard, write_adapter_card
@@ -46,7 +47,7 @@ class Pointer:
 
     def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
         if len(self.judged) >= self.stop_after:
-            raise KeyboardInterrupt
+            raise Killed
         self.judged.append(len(faces))
         return [self._of(face) for face in faces]
 
@@ -173,11 +174,11 @@ def test_a_killed_run_goes_on_and_ends_the_same(
     data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Eleven looks at each of thousands of pictures must not be lost with the process."""
-    monkeypatch.setattr(rows, "CHUNK", 4)
+    monkeypatch.setattr("eval.rows.CHUNK", 4)
     straight = bench(data, model, tmp_path / "straight", "--changes", "half")
     Pointer.judged.clear()
     monkeypatch.setattr(Pointer, "stop_after", 2)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         bench(data, model, tmp_path / "cut", "--changes", "half")
     monkeypatch.setattr(Pointer, "stop_after", 10**6)
     Pointer.judged.clear()

@@ -19,10 +19,11 @@ import pytest
 from PIL import Image
 
 import x2dfd
-from eval import command, compare, models, page, protocols, rows, scoring, stats, tables, texts
+from eval import command, compare, models, page, protocols, scoring, stats, tables, texts
 from eval.bench import TASKS
 from eval.changes import changes_of
 from eval.validation import validation
+from tests.stub import Killed
 from x2dfd.errors import X2DFDError
 from x2dfd.files import file_sha256
 from x2dfd.manifest import write_manifest
@@ -44,7 +45,7 @@ class StandIn:
     ) -> Iterator[Report | Failure]:
         for source in sources:
             if self.left == 0:
-                raise KeyboardInterrupt
+                raise Killed
             self.left -= 1
             self.seen.append(source)
             yield self.judge(source, rationale)
@@ -311,10 +312,10 @@ def test_a_changed_run_is_no_validation(data: Path, tmp_path: Path, monkeypatch:
 
 def test_a_killed_run_goes_on_and_ends_the_same(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of hours must not start anew, and what it ends with must not depend on where it was cut off."""
-    monkeypatch.setattr(rows, "CHUNK", 6)
+    monkeypatch.setattr("eval.rows.CHUNK", 6)
     words = ("detect", "--data", data, "--split", "val")
     bench(monkeypatch, StandIn(), *words, "--out", tmp_path / "straight")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         bench(monkeypatch, StandIn(stop_after=20), *words, "--out", tmp_path / "cut")
     assert not (tmp_path / "cut" / "result.json").exists()
     second = StandIn()
@@ -369,9 +370,9 @@ def test_rows_of_other_samples_are_not_thrown_away(
     assert bench(monkeypatch, asked, "detect", "--data", other, "--out", tmp_path / "out") == 2
     assert not asked.seen and {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
     # Nor are those of a run that was cut off.
-    monkeypatch.setattr(rows, "CHUNK", 6)
+    monkeypatch.setattr("eval.rows.CHUNK", 6)
     cut = ("detect", "--data", data, "--out", tmp_path / "cut", "--split")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         bench(monkeypatch, StandIn(stop_after=8), *cut, "val")
     assert bench(monkeypatch, asked, *cut, "test") == 2
     assert "cut holds 6 rows of other samples" in capsys.readouterr().err
@@ -400,11 +401,11 @@ def test_rows_of_another_model_are_not_used_again(
     other: StandIn, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The new model's result made of the old model's scores, also when its run was cut off in between."""
-    monkeypatch.setattr(rows, "CHUNK", 6)
+    monkeypatch.setattr("eval.rows.CHUNK", 6)
     words = ("detect", "--data", data, "--out")
     bench(monkeypatch, StandIn(), *words, tmp_path / "out")
     other.left = 1 + 10
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         bench(monkeypatch, other, *words, tmp_path / "out")
     other.left = 1000
     bench(monkeypatch, other, *words, tmp_path / "out")
