@@ -51,7 +51,7 @@ def run(options: Options) -> Result:
     samples, skipped = choose(task, manifest, options)
     asked = Run(options, manifest, manifest_sha256(manifest), task.version, samples, skipped)
     made = task.run(asked)
-    result = as_json(_result(asked, task, made))
+    result: Result = as_json(_result(asked, task, made))
     made.store.finish(made.samples or samples, made.rows, made.origin, manifest.parent)
     text = json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False)
     write_bytes(options.out / "result.json", (text + "\n").encode())

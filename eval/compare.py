@@ -77,9 +77,11 @@ def paired(first: dict[str, Seen], second: dict[str, Seen]) -> Pair:
     other = [i for i in common if (first[i].label, first[i].group) != (second[i].label, second[i].group)]
     if other:
         raise X2DFDError(f"the runs know {len(other)} samples by another label or group, such as {other[0]}")
-    kept = [i for i in common if None not in (first[i].score, second[i].score)]
+    scores = [(i, first[i].score, second[i].score) for i in common]
+    both = [(i, x, y) for i, x, y in scores if x is not None and y is not None]
+    kept = [i for i, _, _ in both]
     labels = m.to_labels(first[i].label for i in kept)
-    a, b = (m.to_scores([run[i].score for i in kept]) for run in (first, second))
+    a, b = m.to_scores([x for _, x, _ in both]), m.to_scores([y for _, _, y in both])
     return Pair(
         len(kept),
         len(first.keys() - second.keys()),

@@ -106,8 +106,10 @@ Judge = Callable[[Sequence[Sample]], tuple[list[SampleRow], list[Origin]]]
 """Judges samples: their rows, in order, and the origins that the answers state."""
 
 
-def score(judge: Judge, samples: Sequence[Sample], store: Store) -> tuple[list[SampleRow], Origin]:
-    """Rows of all samples, in order, and their origin.
+def score(
+    judge: Judge, samples: Sequence[Sample], store: Store, *, joined: bool = False
+) -> tuple[list[SampleRow], Origin]:
+    """Rows of all samples, in order, and their origin. `joined`: `p_fake` is not the judge's, but made of the scores.
 
     Rows that `store` holds are used again if the model still is the one that made them: a stored sample is judged
     anew, and model and scores have to agree. Raises X2DFDError when no stored sample can be asked and others would be
@@ -116,7 +118,7 @@ def score(judge: Judge, samples: Sequence[Sample], store: Store) -> tuple[list[S
     done, origin = store.read()
     # What could not be read is tried again, and so is a file that is another one now.
     kept = {s.id for s in samples if (row := done.get(s.id)) and not row.error and row.sha256 == sha256_of(s.path)}
-    if done and not _still(judge, samples, store, done, origin, kept):
+    if done and not _still(judge, samples, store, done, origin, kept, joined):
         origin, kept = None, set()
         store.start_anew()
     todo = [s for s in samples if s.id not in kept]
@@ -145,11 +147,12 @@ def _still(
     done: dict[str, SampleRow],
     origin: Origin | None,
     kept: set[str],
+    joined: bool,
 ) -> bool:
     """Whether the stored rows are of this model."""
     probe = next((s for s in samples if s.id in kept), None)
     rows, origins = judge([probe]) if probe else ([], [])
-    if probe and origins[:1] == [origin] and _same(rows[0], done[probe.id]):
+    if probe and origins[:1] == [origin] and _same(rows[0], done[probe.id], joined):
         say(f"resuming: of {len(samples)} samples, those that were judged before are kept")
         return True
     if not probe and (others := len(done.keys() - {s.id for s in samples})):
@@ -168,12 +171,13 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{seconds / 60:.1f} min"
 
 
-def _same(new: SampleRow, old: SampleRow) -> bool:
+def _same(new: SampleRow, old: SampleRow, joined: bool) -> bool:
     def close(a: float | None, b: float | None) -> bool:
         return a is b if a is None or b is None else abs(a - b) < 1e-3
 
     names = new.experts.keys() | old.experts.keys()
-    return close(new.p_fake, old.p_fake) and all(close(new.experts.get(n), old.experts.get(n)) for n in names)
+    agree = all(close(new.experts.get(n), old.experts.get(n)) for n in names)
+    return agree and (joined or close(new.p_fake, old.p_fake))
 
 
 # ---------------------------------------------------------------- on disk

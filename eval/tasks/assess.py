@@ -34,8 +34,8 @@ def run(run: Run) -> Made:
         told = finding.deciding
         return Measured(told.auc, told.interval, told.n_positive + told.n_negative)
 
-    whole = ("questions_sha256", "n_real", "n_fake", "n_unusable", "rule", "ranked_by")
-    whole += ("control", "stability", "random")
+    whole = ["questions_sha256", "n_real", "n_fake", "n_unusable", "rule", "ranked_by"]
+    whole += ["control", "stability", "random"]
     measured = {
         "headline": {f"cue {f.area} {f.artifact}.auc": auc(f) for f in found.cues},
         "assessment": {

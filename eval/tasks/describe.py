@@ -98,7 +98,7 @@ class Baselines:
             return cls(None, None, template)
         train = [s for s in train if s.cues]
         cues = Counter(tuple(sorted(pairs_of(s.cues))) for s in (train or samples) if s.cues)
-        usual = frozenset(min(cues, key=lambda c: (-cues[c], c)))
+        usual = frozenset(min(cues.items(), key=lambda item: (-item[1], item[0]))[0])
         return cls(usual, "train split" if train else JUDGED, template)
 
 

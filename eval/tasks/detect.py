@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -193,9 +192,9 @@ def _gaps(samples: Sequence[Sample], rows: Sequence[SampleRow], column: str) -> 
     fake_said = [rows[i].said == "fake" for i in of.at]
     groups = np.array([values[i] for i in of.at])
 
-    def rate(label: int) -> Callable[[Any], Measured]:
-        def measure(own: Any) -> Measured:
-            mine = own[of.labels[own] == label]
+    def rate(label: int) -> Callable[[Sequence[int]], Measured]:
+        def measure(own: Sequence[int]) -> Measured:
+            mine = [i for i in own if of.labels[i] == label]
             return stats.rate([fake_said[i] for i in mine], [of.groups[i] for i in mine])
 
         return measure
@@ -206,7 +205,7 @@ def _gaps(samples: Sequence[Sample], rows: Sequence[SampleRow], column: str) -> 
         for value in sorted(set(groups.tolist())):
             own = np.flatnonzero(groups == value)
             if all((of.labels[own] == label).sum() >= MIN_REALS for label in need):
-                figures[value] = measure(own)  # type: ignore[operator]
+                figures[value] = measure(own.tolist())
         if len(figures) >= 2:
             ordered = sorted(figures, key=lambda v: figures[v].value or 0.0)
             low, high = figures[ordered[0]], figures[ordered[-1]]

@@ -68,7 +68,7 @@ def run(run: Run) -> Made:
     more |= {"mllm": panel.facts()["mllm"]} if whole else {}
     store = run.store(**more)
     ask_all = partial(judge, panel, changes, equal=options.equalise, batch_size=options.batch_size)
-    rows, origin = score(ask_all, samples, store)
+    rows, origin = score(ask_all, samples, store, joined=True)
     join(panel, rows)
     if locate:
         placed = localisation(samples, rows)
