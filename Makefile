@@ -16,13 +16,8 @@ NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 
 # Further options of `make bench`: --geometry llava-7b, --only cuda, --out FILE.
 BENCH_ARGS ?=
 
-# What `make bench-models` scores: a manifest, or by default forgeries of the package's own portrait (one person: no
-# interval means anything there). Further options, such as --split val --stand-in 8765: BENCH_MODELS_ARGS.
-DATA ?= build/cuebench
-BENCH_MODELS_ARGS ?=
-
 .DEFAULT_GOAL := help
-.PHONY: help setup fetch check test test-distributed demo road tables tables-check bench bench-models clean
+.PHONY: help setup fetch check test test-distributed demo road tables tables-check bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -63,10 +58,6 @@ tables-check: setup ## Fail when the README's tables differ from the result file
 
 bench: setup fetch ## Time A against B side by side into build/speed.json; needs a quiet machine
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(PY) -m benchmarks.speed --threads $(OMP_NUM_THREADS) $(BENCH_ARGS)
-
-bench-models: setup fetch ## Every model over the same pictures (DATA=manifest.csv) into build/models, in one table
-	$(if $(filter build/cuebench,$(DATA)),$(PY) -m eval.cuebench --photos none --out $(DATA))
-	$(PY) eval/side_by_side.py --data $(DATA) --out build/models/$(subst /,-,$(basename $(DATA))) $(BENCH_MODELS_ARGS)
 
 clean: ## Remove what was built; .venv and the cache stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

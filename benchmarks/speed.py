@@ -10,7 +10,6 @@ differ; it is said). Beside each time stands its bound (benchmarks.roofline) and
 
 from __future__ import annotations
 
-import argparse
 import copy
 import io
 import itertools
@@ -23,15 +22,18 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 from numpy.typing import NDArray
 
 import x2dfd
 from x2dfd import prompts
+from x2dfd.cli import run_command
 from x2dfd.errors import X2DFDError
 from x2dfd.files import write_text
 from x2dfd.types import Cue, Evidence
@@ -52,6 +54,21 @@ FOLLOW_UP = "What about the eyes?"
 SAME = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}  # by how much answers of two ways may differ
 
 Answers = Mapping[str, Any]  # name -> numbers or text; those of one name must agree between the ways of a comparison
+
+
+class Geometry(StrEnum):
+    """The model that is timed."""
+
+    embedded = "embedded"
+    llava_7b = "llava-7b"
+    toy = "toy"
+
+
+class Place(StrEnum):
+    """A kind of device."""
+
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 @dataclass(frozen=True)
@@ -366,7 +383,7 @@ def of_detector(detector: Any, threads: int) -> list[tuple[str, Cases, int | Non
 
 
 def measure(
-    device: Any, precision: str, threads: int, rounds: int, asked: int, geometry: str, model: Path | None
+    device: Any, precision: str, threads: int, rounds: int, asked: int, geometry: Geometry, model: Path | None
 ) -> dict[str, Any]:
     """Every comparison on one device."""
     import torch
@@ -384,13 +401,14 @@ def measure(
     rng = np.random.default_rng(0)
     crops = rng.integers(0, 256, (FACES, 224, 224, 3), np.uint8)
     further: list[tuple[str, Cases, int | None]] = []
-    load_seconds = None
+    load_seconds, weights = None, None
     if geometry == "embedded":
         start = time.perf_counter()
         detector = x2dfd.load(model, threads=threads, device=str(device), dtype=precision)
         load_seconds = round(time.perf_counter() - start, 3)
         mllm: Any = detector.mllm
         name, form = detector.facts["name"], detector.facts["score_form"]
+        weights = {"base": detector.facts["base"]["sha256"], "adapter": detector.facts["adapter_sha256"]}
         further = of_detector(detector, threads)
         from skimage.data import astronaut
 
@@ -436,6 +454,7 @@ def measure(
         "device": f"{device.type} {precision}",
         "name": place,
         "model": name,
+        "hashes": weights,
         "load_seconds": load_seconds,
         "matmul_gflop_per_s": round(rates.flop_per_s / 1e9, 2),
         "read_gb_per_s": round(rates.bytes_per_s / 1e9, 2),
@@ -443,56 +462,53 @@ def measure(
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Times A against B, interleaved, with bounds.")
-    parser.add_argument("--out", type=Path, default=Path("build/speed.json"))
-    parser.add_argument("--model", type=Path, help="adapter directory; default: the embedded model")
-    parser.add_argument("--geometry", choices=("embedded", "llava-7b", "toy"), default="embedded")
-    parser.add_argument("--rounds", type=int, default=5, help="of the quick cases; slow ones have fewer")
-    parser.add_argument("--questions", type=int, default=ASKED, help="cue questions about one face")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", choices=("cpu", "cuda"), help="of the two; default: both, where there is CUDA")
-    args = parser.parse_args(argv)
-    if args.rounds < 1 or args.questions < 4:
-        parser.error("--rounds must be 1 or more, --questions 4 or more")
+def run(
+    out: Annotated[Path, typer.Option(help="result file")] = Path("build/speed.json"),
+    model: Annotated[Path | None, typer.Option(help="adapter directory; default: the embedded model")] = None,
+    geometry: Annotated[Geometry, typer.Option(help="embedded, or one with random weights")] = Geometry.embedded,
+    rounds: Annotated[int, typer.Option(min=1, help="of the quick cases; slow ones have fewer")] = 5,
+    questions: Annotated[int, typer.Option(min=4, help="cue questions about one face")] = ASKED,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    only: Annotated[Place | None, typer.Option(help="of the two; default: both, where there is CUDA")] = None,
+) -> None:
+    """Time A against B, interleaved, with bounds."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
 
-    from eval.run_bench import code_state
+    from eval.bench import code_state
 
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(threads)
     load = os.getloadavg()[0]  # what else ran when it began; afterwards it is the bench's own
-    if args.geometry == "llava-7b" and (args.only == "cpu" or not torch.cuda.is_available()):
-        parser.error("llava-7b needs a CUDA device: on a CPU its weights alone are 28 GB")
-    devices = [("cpu", "fp32")] if args.only != "cuda" else []
-    if args.only == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no CUDA device here")
-    if torch.cuda.is_available() and args.only != "cpu":
-        devices += [("cuda", "fp32"), ("cuda", "bf16")] if args.geometry == "embedded" else [("cuda", "bf16")]
-        devices = [d for d in devices if args.geometry != "llava-7b" or d[0] == "cuda"]
-    try:
-        found = [
-            measure(
-                torch.device(place), precision, args.threads, args.rounds, args.questions, args.geometry, args.model
-            )
-            for place, precision in devices
-        ]
-    except X2DFDError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    devices = _devices(geometry, only, torch.cuda.is_available())
+    found = [
+        measure(torch.device(place), precision, threads, rounds, questions, geometry, model)
+        for place, precision in devices
+    ]
     result: dict[str, Any] = {
-        "task": {"name": "speed", "version": 4},
-        "geometry": args.geometry,
-        "threads": args.threads,
+        "task": {"name": "speed", "version": 5},
+        "geometry": geometry.value,
+        "threads": threads,
         "devices": found,
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "load_before": load, "platform": platform.machine()},
         "code": code_state(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "versions": _versions(),
     }
-    write_text(args.out, json.dumps(result, indent=1) + "\n")
+    write_text(out, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
-    return 0
+
+
+def _devices(geometry: Geometry, only: Place | None, cuda: bool) -> list[tuple[str, str]]:
+    """Device and precision of each run. Raises X2DFDError for a device that is not here."""
+    if geometry is Geometry.llava_7b and (only is Place.cpu or not cuda):
+        raise X2DFDError("llava-7b needs a CUDA device: on a CPU its weights alone are 28 GB")
+    if only is Place.cuda and not cuda:
+        raise X2DFDError("there is no CUDA device here")
+    devices = [] if only is Place.cuda or geometry is Geometry.llava_7b else [("cpu", "fp32")]
+    if cuda and only is not Place.cpu:
+        devices += [("cuda", "fp32")] if geometry is Geometry.embedded else []
+        devices.append(("cuda", "bf16"))
+    return devices
 
 
 def _versions() -> dict[str, str]:
@@ -510,4 +526,4 @@ def _cpu() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(run)

@@ -8,12 +8,13 @@ import numpy as np
 from sklearn.metrics import roc_curve
 
 from eval import metrics as m
+from eval.stats import Floats, Labels
 
 POINTS = 200  # of a curve, at most
 BINS = 10  # of the calibration curve, equal width
 
 
-def of(labels: m.Labels, scores: m.Floats) -> dict[str, Any]:
+def of(labels: Labels, scores: Floats) -> dict[str, Any]:
     """`roc`: [false alarms, found]; `risk_coverage`: [coverage, risk]; `reliability`: a row a bin that is not empty.
 
     The reliability counts reals and fakes as equally likely, which is what the probability assumes. Empty where one
@@ -30,7 +31,7 @@ def of(labels: m.Labels, scores: m.Floats) -> dict[str, Any]:
     }
 
 
-def reliability(labels: m.Labels, scores: m.Floats) -> list[dict[str, Any]]:
+def reliability(labels: Labels, scores: Floats) -> list[dict[str, Any]]:
     """Per bin of P(fake): its mean, the share of fakes at even odds, and how many pictures."""
     weight = np.where(labels == 1, 0.5 / max(labels.sum(), 1), 0.5 / max((labels == 0).sum(), 1))
     place = np.minimum((scores * BINS).astype(np.int64), BINS - 1)
@@ -49,7 +50,7 @@ def reliability(labels: m.Labels, scores: m.Floats) -> list[dict[str, Any]]:
     return rows
 
 
-def _thinned(x: m.Floats, y: m.Floats) -> list[list[float]]:
+def _thinned(x: Floats, y: Floats) -> list[list[float]]:
     """At most POINTS points, ends included."""
     at = np.unique(np.linspace(0, len(x) - 1, min(len(x), POINTS)).round().astype(int))
     return [[round(float(x[i]), 4), round(float(y[i]), 4)] for i in at]

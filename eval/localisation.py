@@ -12,7 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval import metrics as m
-from eval.scoring import FOLDS, Resampling, Row, folds, value_of
+from eval import stats
+from eval.rows import SampleRow
+from eval.scoring import FOLDS, Part, folds, value_of
+from eval.stats import Floats
 from x2dfd.crops import MASK_SIZE, mask_on_crop
 from x2dfd.errors import InputError
 from x2dfd.faces import CROP_SIZE, area_polygons
@@ -41,7 +44,7 @@ def truth_on_crop(path: Path, shape: Sequence[int], pixels: Pixels, face: Face) 
     return np.asarray(truth)
 
 
-def places(maps: dict[str, Any], face: Face, truth: NDArray[np.bool_]) -> Row:
+def places(maps: dict[str, Any], face: Face, truth: NDArray[np.bool_]) -> Part:
     """How well each map, and two that know nothing of the forgery, say where it is."""
     drawn = {name: np.asarray(rows, np.float32) for name, rows in maps.items()}
     grids = {
@@ -52,7 +55,7 @@ def places(maps: dict[str, Any], face: Face, truth: NDArray[np.bool_]) -> Row:
     labels = truth.ravel().astype(np.int64)
     return {
         name: {
-            "auc": _short(m.auc(labels, grid.ravel().astype(np.float64))),
+            "auc": _short(stats.auc(labels, grid.ravel().astype(np.float64))),
             "iou": [_short(m.overlap(truth, grid >= t)) for t in THRESHOLDS],
         }
         for name, grid in grids.items()
@@ -79,32 +82,30 @@ def _centre() -> NDArray[np.float32]:
     return np.exp(-square / (2 * CENTRE_SIGMA**2)).astype(np.float32)
 
 
-def localisation(samples: Sequence[Sample], rows: Sequence[Row], draw: Resampling) -> Row:
+def localisation(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Part:
     """Pixel AUC and IoU of each map over the masked fakes, mean over pictures; overall and by method.
 
     A picture's IoU is at the threshold that has the best mean IoU on the other groups of `FOLDS` parts: a map whose
     numbers are all low loses nothing by that, and no threshold is chosen on the picture it is measured on.
     """
     masked = [i for i, s in enumerate(samples) if s.label == "fake" and s.mask is not None]
-    kept = [i for i in masked if rows[i]["places"]]
-    out = Counter(_unplaced(rows[i]) for i in masked if not rows[i]["places"])
-    names = sorted({name for i in kept for name in rows[i]["places"]}, key=lambda n: (n in (OVAL, CENTRE), n))
-    maps: Row = {}
+    kept = [i for i in masked if rows[i].places]
+    out = Counter(_unplaced(rows[i]) for i in masked if not rows[i].places)
+    names = sorted({name for i in kept for name in rows[i].places}, key=lambda n: (n in (OVAL, CENTRE), n))
+    maps: Part = {}
     for name in names:
-        own = [i for i in kept if name in rows[i]["places"]]
-        aucs = m.to_scores([rows[i]["places"][name]["auc"] for i in own])
-        curves = np.array([rows[i]["places"][name]["iou"] for i in own])
+        own = [i for i in kept if name in rows[i].places]
+        aucs = m.to_scores([rows[i].places[name]["auc"] for i in own])
+        curves = np.array([rows[i].places[name]["iou"] for i in own])
         groups, methods = [samples[i].group for i in own], [value_of(samples[i], "method") for i in own]
         ious, thresholds = _at_thresholds_of_others(curves, folds(groups))
 
         def mean_of(
-            chosen: Sequence[int], aucs: m.Floats = aucs, ious: m.Floats = ious, groups: Sequence[str] = groups
-        ) -> Row:
-            blank, mine = np.zeros(len(chosen), np.int64), [groups[k] for k in chosen]
-            found = {"auc": aucs, "iou": ious}
-            return {"n": len(chosen)} | {
-                n: draw.measure(m.mean, blank, v[list(chosen)], mine) for n, v in found.items()
-            }
+            chosen: Sequence[int], aucs: Floats = aucs, ious: Floats = ious, groups: Sequence[str] = groups
+        ) -> Part:
+            mine = [groups[k] for k in chosen]
+            figures = {what: stats.mean(v[list(chosen)], mine) for what, v in (("auc", aucs), ("iou", ious))}
+            return {"n": len(chosen)} | figures
 
         maps[name] = mean_of(range(len(own))) | {
             "thresholds": thresholds,
@@ -129,7 +130,7 @@ def localisation(samples: Sequence[Sample], rows: Sequence[Row], draw: Resamplin
     }
 
 
-def _at_thresholds_of_others(curves: m.Floats, part: NDArray[np.int64]) -> tuple[m.Floats, list[float]]:
+def _at_thresholds_of_others(curves: Floats, part: NDArray[np.int64]) -> tuple[Floats, list[float]]:
     """IoU of each picture [n] from its curve [n, thresholds], and the thresholds used; 0.5 where there is no other."""
     at = np.full(len(curves), THRESHOLDS.index(0.5))
     for fold in set(part.tolist()):
@@ -139,5 +140,5 @@ def _at_thresholds_of_others(curves: m.Floats, part: NDArray[np.int64]) -> tuple
     return curves[np.arange(len(curves)), at], sorted({THRESHOLDS[k] for k in at})
 
 
-def _unplaced(row: Row) -> str:
-    return str(row["notes"].get("mask") or row["reason"] or "no map")
+def _unplaced(row: SampleRow) -> str:
+    return str(row.notes.get("mask") or row.reason or "no map")

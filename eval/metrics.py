@@ -1,24 +1,19 @@
 """Metrics as pure functions over numpy arrays.
 
 `labels` are 1 for fake and 0 for real, `scores` are P(fake), both of shape [n]. What is not defined (one class only,
-no samples) is None, never NaN. The definitions of AUC, EER and AP are those of DeepfakeBench.
+no samples) is None, never NaN. AUC and all intervals: `eval.stats`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from functools import partial
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import norm, rankdata
-from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score, roc_curve
+from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_curve
 
-Floats = NDArray[np.float64]
-Labels = NDArray[np.int64]
-Metric = Callable[[Labels, Floats], float | None]
-Interval = tuple[float, float]
+from eval.stats import Floats, Labels
 
 # A probability of exactly 0 or 1 that is wrong would cost infinitely much; this bounds the cost at 13.8 nats.
 _EPS = 1e-6
@@ -28,26 +23,22 @@ def _both(labels: Labels) -> bool:
     return bool(np.any(labels == 1) and np.any(labels == 0))
 
 
-def auc(labels: Labels, scores: Floats) -> float | None:
-    """Area under the ROC curve, trapezoids, ties count half."""
-    return float(roc_auc_score(labels, scores)) if _both(labels) else None
-
-
 def average_precision(labels: Labels, scores: Floats) -> float | None:
     """Average precision with fake as the positive class, no interpolation."""
     return float(average_precision_score(labels, scores)) if _both(labels) else None
 
 
 def eer(labels: Labels, scores: Floats) -> float | None:
-    """Equal error rate: the FPR at the ROC point with the smallest |FNR - FPR|, no interpolation, as DeepfakeBench
-    has it.
+    """Equal error rate: the mean of FPR and FNR at the ROC point where they are nearest to each other.
 
-    The curve is scikit-learn's default one, which leaves out points on a straight line.
+    DeepfakeBench gives the FPR of that point alone, which calls a scorer that says the same of everything perfect.
+    Where few scores are tied the two agree to about one over the number of samples.
     """
     if not _both(labels):
         return None
     fpr, tpr, _ = roc_curve(labels, scores)
-    return float(fpr[np.nanargmin(np.abs((1 - tpr) - fpr))])
+    nearest = np.argmin(np.abs((1 - tpr) - fpr))
+    return float((fpr[nearest] + 1 - tpr[nearest]) / 2)
 
 
 def tpr_at_fpr(labels: Labels, scores: Floats, fpr: float) -> float | None:
@@ -88,19 +79,15 @@ def brier(labels: Labels, scores: Floats) -> float | None:
 
 
 def ece(labels: Labels, scores: Floats, bins: int = 15) -> float | None:
-    """Expected calibration error of P(fake), bins of equal width: sum of share x |mean label - mean score|."""
-    if not len(labels):
-        return None
-    place = np.minimum((scores * bins).astype(np.int64), bins - 1)
-    gap = np.bincount(place, weights=labels - scores, minlength=bins)
-    return float(np.abs(gap).sum() / len(labels))
+    """Expected calibration error of P(fake), bins of equal width, reals and fakes weighing a half each.
 
-
-def ece_at_even_odds(labels: Labels, scores: Floats, bins: int = 15) -> float | None:
-    """`ece` when reals and fakes weigh a half each: of a probability that assumes them equally likely beforehand."""
+    The probability takes both answers for equally likely, so the share of fakes in a manifest must not count.
+    """
     if not _both(labels):
         return None
-    return _resampled_ece(labels, scores, np.ones((1, len(labels)), np.int64), bins)[0]
+    weight = np.where(labels == 1, 0.5 / labels.sum(), 0.5 / (labels == 0).sum())
+    place = np.minimum((scores * bins).astype(np.int64), bins - 1)
+    return float(np.abs(np.bincount(place, weights=weight * (labels - scores), minlength=bins)).sum())
 
 
 def cllr(labels: Labels, scores: Floats, prior: float = 0.5) -> float | None:
@@ -172,189 +159,6 @@ def aurc(labels: Labels, scores: Floats) -> float | None:
         return None
     coverage, risk = risk_coverage(labels, scores)
     return float((np.diff(coverage, prepend=0.0) * risk).sum())
-
-
-def rank_auc(labels: Labels, scores: Floats) -> float | None:
-    """`auc` by ranks (Mann & Whitney): the same number, several times as fast on few samples."""
-    n_fake = int(labels.sum())
-    n_real = len(labels) - n_fake
-    if not n_fake or not n_real:
-        return None
-    return float((rankdata(scores)[labels == 1].sum() - n_fake * (n_fake + 1) / 2) / (n_fake * n_real))
-
-
-def delong(labels: Labels, first: Floats, second: Floats) -> dict[str, float | None]:
-    """Difference of two AUCs on the same samples, its standard error, z, and two-sided p (DeLong et al. 1988).
-
-    Takes samples as independent, which frames of a clip are not: the group bootstrap is the one to trust there.
-    """
-    if not _both(labels):
-        return {"difference": None, "standard_error": None, "z": None, "p": None}
-    fakes, reals = labels == 1, labels == 0
-    m, n = int(fakes.sum()), int(reals.sum())
-    of_fakes, of_reals = [], []  # structural components: P(real below this fake), P(fake above this real)
-    for scores in (first, second):
-        every = rankdata(scores)
-        of_fakes.append((every[fakes] - rankdata(scores[fakes])) / n)
-        of_reals.append(1 - (every[reals] - rankdata(scores[reals])) / m)
-    difference = float(of_fakes[0].mean() - of_fakes[1].mean())
-    spread = [np.var(a - b, ddof=1) / len(a) if len(a) > 1 else np.nan for a, b in (tuple(of_fakes), tuple(of_reals))]
-    error = float(np.sqrt(sum(spread)))
-    if not np.isfinite(error) or error == 0:
-        return {"difference": difference, "standard_error": None, "z": None, "p": 1.0 if difference == 0 else None}
-    z = difference / error
-    return {"difference": difference, "standard_error": error, "z": z, "p": float(2 * norm.sf(abs(z)))}
-
-
-def bootstrap_interval(
-    fn: Metric,
-    labels: Labels,
-    scores: Floats,
-    groups: Sequence[str],
-    n: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-    centred: bool = False,
-) -> Interval | None:
-    """Percentile interval of `fn(labels, scores)` when whole groups are drawn with replacement, `n` times.
-
-    `centred`: moved so that the value of all samples is its median: for a mean of absolute gaps (ECE), which grows with
-    the noise that resampling adds, and would lie below its own interval.
-
-    Frames of a clip and forgeries of a photo are not independent: they come and go together. Resamples in which `fn`
-    is not defined are left out; None when that is more than half of them, or when there are fewer than two groups.
-    Does not depend on the order of the samples.
-    """
-    names, place = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-    if len(names) < 2 or n < 1:
-        return None
-    order = np.lexsort((scores, labels, place))  # so that ties in floating-point sums fall alike in every order
-    labels, scores, place = labels[order], scores[order], place[order]
-    draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=n)
-    values: list[float] = []
-    quick = _quick(fn)
-    # In blocks, because [n, samples] weights of a large run would not fit into memory.
-    for block in np.array_split(draws, max(1, n * len(labels) // 5_000_000 + 1)):
-        if quick is not None:
-            values.extend(quick(labels, scores, block[:, place]))
-            continue
-        for weights in block[:, place]:
-            chosen = np.repeat(np.arange(len(labels)), weights)
-            value = fn(labels[chosen], scores[chosen])
-            if value is not None:
-                values.append(value)
-    if len(values) * 2 < n:
-        return None
-    tail = (1 - level) / 2
-    low, middle, high = np.quantile(values, [tail, 0.5, 1 - tail])
-    if centred and (own := fn(labels, scores)) is not None:
-        low, high = (np.clip(v + own - middle, 0, 1) for v in (low, high))
-    return float(low), float(high)
-
-
-def _quick(fn: Metric) -> Callable[[Labels, Floats, NDArray[np.int64]], list[float]] | None:
-    """The metric over all rows of weights [resamples, samples] at once, where it is one of those that can."""
-    if isinstance(fn, partial) and fn.func is tpr_at_fpr and not fn.args and set(fn.keywords) == {"fpr"}:
-        return partial(_resampled_tpr, fpr=fn.keywords["fpr"])
-    known: dict[Metric, Callable[[Labels, Floats, NDArray[np.int64]], list[float]]] = {
-        auc: _resampled_auc,
-        average_precision: _resampled_precision,
-        ece_at_even_odds: _resampled_ece,
-    }
-    return known.get(fn)
-
-
-def _ranked(labels: Labels, scores: Floats, weights: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Fakes and reals at each distinct score, ascending: [resamples, distinct scores] each.
-
-    Resamples with one class only are left out.
-    """
-    order = np.argsort(scores, kind="stable")
-    ranked = weights[:, order]
-    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf) > 0)  # first sample of each distinct score
-    fakes = np.add.reduceat(ranked * labels[order], starts, axis=1)
-    reals = np.add.reduceat(ranked, starts, axis=1) - fakes
-    both = (fakes.sum(axis=1) > 0) & (reals.sum(axis=1) > 0)
-    return fakes[both], reals[both]
-
-
-def _resampled_auc(labels: Labels, scores: Floats, weights: NDArray[np.int64]) -> list[float]:
-    fakes, reals = _ranked(labels, scores, weights)
-    below = np.cumsum(reals, axis=1) - reals
-    won = (fakes * (below + reals / 2)).sum(axis=1)
-    return [float(v) for v in won / (fakes.sum(axis=1) * reals.sum(axis=1))]
-
-
-def _resampled_precision(labels: Labels, scores: Floats, weights: NDArray[np.int64]) -> list[float]:
-    fakes, reals = _ranked(labels, scores, weights)
-    found, called = (np.cumsum(x[:, ::-1], axis=1) for x in (fakes, fakes + reals))
-    summed = (fakes[:, ::-1] * (found / np.maximum(called, 1))).sum(axis=1)
-    return [float(v) for v in summed / fakes.sum(axis=1)]
-
-
-def _resampled_tpr(labels: Labels, scores: Floats, weights: NDArray[np.int64], fpr: float) -> list[float]:
-    fakes, reals = _ranked(labels, scores, weights)
-    found, alarms = (np.cumsum(x[:, ::-1], axis=1) for x in (fakes, reals))
-    allowed = alarms / alarms[:, -1:] <= fpr
-    return [float(v) for v in (found * allowed).max(axis=1) / found[:, -1]]
-
-
-def _resampled_ece(labels: Labels, scores: Floats, weights: NDArray[np.int64], bins: int = 15) -> list[float]:
-    """Expected calibration error with half of the weight on each class."""
-    place = np.minimum((scores * bins).astype(np.int64), bins - 1)
-    binned = np.equal.outer(place, np.arange(bins))  # [samples, bins]
-    gaps = []
-    for label in (0, 1):
-        own = weights * (labels == label)
-        with np.errstate(invalid="ignore"):  # a resample without this class becomes NaN and is left out below
-            gaps.append(own @ (binned * (label - scores)[:, None]) / own.sum(axis=1, keepdims=True))
-    errors = np.abs(gaps[0] + gaps[1]).sum(axis=1) / 2
-    return [float(v) for v in errors[np.isfinite(errors)]]
-
-
-def rate_interval(
-    hits: NDArray[np.bool_], groups: Sequence[str], n: int = 1000, seed: int = 0, level: float = 0.95
-) -> Interval | None:
-    """Interval of a share, by group bootstrap.
-
-    A share of exactly 0 or 1 never varies under resampling; its open side is then the exact binomial (Clopper-
-    Pearson) bound with the number of groups as the number of trials.
-    """
-    share = hits.mean() if len(hits) else 0.5
-    if share in (0.0, 1.0):
-        bound = float(((1 - level) / 2) ** (1 / len(set(groups))))
-        return (0.0, 1 - bound) if share == 0 else (bound, 1.0)
-    return bootstrap_interval(_mean_label, hits.astype(np.int64), hits.astype(np.float64), groups, n, seed, level)
-
-
-def _mean_label(labels: Labels, scores: Floats) -> float | None:
-    return float(labels.mean()) if len(labels) else None
-
-
-def selective(labels: Labels, said: Sequence[str]) -> dict[str, Any]:
-    """What is right when a system may decline: `said` holds `fake`, `real` or `inconclusive`.
-
-    `coverage` is the share answered; accuracies are over what was answered; `false_alarms` is the share of all reals
-    called fake and `misses` the share of all fakes called real, so that declining lowers both.
-    """
-    answer = np.asarray(said, dtype=str)
-    real, fake = labels == 0, labels == 1
-    answered = answer != "inconclusive"
-    guess = (answer[answered] == "fake").astype(np.float64)
-    return {
-        "n": len(labels),
-        "n_answered": int(answered.sum()),
-        "coverage": float(answered.mean()) if len(labels) else None,
-        "accuracy": accuracy(labels[answered], guess),
-        "balanced_accuracy": balanced_accuracy(labels[answered], guess),
-        "false_alarms": float(np.mean(answer[real] == "fake")) if real.any() else None,
-        "misses": float(np.mean(answer[fake] == "real")) if fake.any() else None,
-    }
-
-
-def mean(_: Labels, values: Floats) -> float | None:
-    """The mean of values that are not scores, for intervals of what is measured a picture; labels do not count."""
-    return float(values.mean()) if len(values) else None
 
 
 def overlap(truth: NDArray[np.bool_], said: NDArray[np.bool_]) -> float | None:

@@ -15,7 +15,6 @@ arXiv 2502.14994, for pictures).
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from x2dfd.adapter import EMBEDDED
 from x2dfd.errors import X2DFDError
 from x2dfd.types import Evidence
 
@@ -34,6 +34,32 @@ if TYPE_CHECKING:
 BASELINES = ("majority", "template")
 FUSION = "fusion"
 EXPERT = "expert:"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which model is measured, as the options of the command name it."""
+
+    model: str = "embedded"  # embedded, an adapter's folder, expert:NAME, fusion, a baseline, or a served name
+    base: str | None = None  # a base model of the hub or a folder, bare or under `model`
+    served: str | None = None  # an OpenAI-compatible endpoint that serves `model`
+    adapter: str | None = None  # with `served`: the adapter directory that it serves
+    tools: str | None = None  # of a model without an adapter: these experts' scores as tool results
+    mode: Mode | None = None  # default: calibrated where there is a calibration
+
+    @property
+    def folder(self) -> Path | None:
+        """The adapter directory, if one is named."""
+        if self.adapter or self.served or self.model in (FUSION, *BASELINES) or self.model.startswith(EXPERT):
+            return Path(self.adapter) if self.adapter else EMBEDDED if self.model == FUSION else None
+        if self.model == "embedded":
+            return None if self.base else EMBEDDED
+        return Path(self.model)
+
+    def key(self) -> list[str | None]:
+        """What tells rows of one choice from those of another, without paths."""
+        names = [named(v) if v else None for v in (self.model, self.base, self.adapter)]
+        return [*names, self.served, self.tools, self.mode]
 
 
 @dataclass(frozen=True)
@@ -55,19 +81,6 @@ class Opened:
         return self.kind in ("model", "served")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        default="embedded",
-        help="embedded, an adapter's folder, expert:NAME, fusion, majority, template; with --served a name there",
-    )
-    parser.add_argument("--base", metavar="NAME", help="a base model of the hub or a folder, bare or under --model")
-    parser.add_argument("--served", metavar="URL", help="an OpenAI-compatible endpoint that serves --model")
-    parser.add_argument("--adapter", metavar="DIR", help="with --served: the adapter directory it serves")
-    parser.add_argument("--tools", metavar="A,B", help="a model without adapter: these experts' scores as tool results")
-    parser.add_argument("--mode", choices=("calibrated", "paper"), help="default: calibrated where there is one")
-
-
 def named(model: str) -> str:
     """A model's name without the path of its folder."""
     own = model in ("embedded", FUSION, *BASELINES) or model.startswith(EXPERT)
@@ -79,61 +92,62 @@ def has_mllm(model: str) -> bool:
     return model not in (FUSION, *BASELINES) and not model.startswith(EXPERT)
 
 
-def label(args: argparse.Namespace) -> str:
+def label(choice: Choice) -> str:
     """A model with all that its options say, but for paths and addresses."""
-    told = [f"adapter {named(args.adapter)}"] if args.adapter else []
-    told += [f"tools {args.tools}"] if args.tools else []
-    told += [args.mode] if args.mode else []
-    return ", ".join([_name(args), *(["served"] if args.served else []), *told])
+    told = [f"adapter {named(choice.adapter)}"] if choice.adapter else []
+    told += [f"tools {choice.tools}"] if choice.tools else []
+    told += [choice.mode] if choice.mode else []
+    return ", ".join([_name(choice), *(["served"] if choice.served else []), *told])
 
 
-def _name(args: argparse.Namespace) -> str:
-    return f"base:{named(args.base)}" if args.base and args.model == "embedded" else named(args.model)
+def _name(choice: Choice) -> str:
+    return f"base:{named(choice.base)}" if choice.base and choice.model == "embedded" else named(choice.model)
 
 
-def check(args: argparse.Namespace) -> None:
+def check(choice: Choice) -> None:
     """Raises X2DFDError where the options contradict each other; opens nothing."""
-    if not has_mllm(args.model) and (args.base or args.served or args.adapter or args.tools or args.mode):
-        raise X2DFDError(f"--model {args.model} goes without --base, --served, --adapter, --tools and --mode")
-    if args.adapter and not args.served:
+    if not has_mllm(choice.model) and (choice.base or choice.served or choice.adapter or choice.tools or choice.mode):
+        raise X2DFDError(f"--model {choice.model} goes without --base, --served, --adapter, --tools and --mode")
+    if choice.adapter and not choice.served:
         raise X2DFDError("--adapter goes with --served; without it the adapter's folder is --model")
-    if args.served and args.model == "embedded":
+    if choice.served and choice.model == "embedded":
         raise X2DFDError("--served needs --model NAME: the name that the endpoint gives its model")
-    if args.served and args.base:
+    if choice.served and choice.base:
         raise X2DFDError("--served and --base are two models: give one")
-    untrained = args.served or args.base
-    if args.tools and (not untrained or args.adapter or (args.base and args.model != "embedded")):
+    untrained = choice.served or choice.base
+    if choice.tools and (not untrained or choice.adapter or (choice.base and choice.model != "embedded")):
         raise X2DFDError("--tools is for a model without adapter (--served or --base): an adapter has its own prompt")
 
 
-def open_model(args: argparse.Namespace) -> Opened:
+def open_model(choice: Choice) -> Opened:
     """Raises X2DFDError (SetupError, UnknownName) for what cannot be had."""
     import x2dfd
 
-    check(args)
-    model: str = args.model
+    check(choice)
+    model = choice.model
     if model in BASELINES:
         return Opened(model, "baseline")
     if model == FUSION:
         return Opened(model, "fusion", experts_alone(None), "calibrated")
     if model.startswith(EXPERT):
         return Opened(model, "expert", experts_alone(model.removeprefix(EXPERT)), None)
-    tools = args.tools.split(",") if args.tools else None
-    if args.served:
+    tools = choice.tools.split(",") if choice.tools else None
+    if choice.served:
         # Zero-shot unless tools are given: a bare model is told no scores.
-        some = tools if tools is not None else None if args.adapter else []
-        detector = x2dfd.load(model, served=args.served, adapter=args.adapter, mode=args.mode, experts=some)
-    elif args.base:
+        some = tools if tools is not None else None if choice.adapter else []
+        detector = x2dfd.load(model, served=choice.served, adapter=choice.adapter, mode=choice.mode, experts=some)
+    elif choice.base:
         folder = None if model == "embedded" else model
-        mode: Mode = args.mode or ("calibrated" if folder else "paper")
+        mode: Mode = choice.mode or ("calibrated" if folder else "paper")
         some = tools if tools is not None else None if folder else []
-        detector = x2dfd.load(base=args.base, adapter=folder, mode=mode, experts=some)
+        detector = x2dfd.load(base=choice.base, adapter=folder, mode=mode, experts=some)
     else:
-        detector = x2dfd.load(None if model == "embedded" else model, mode=args.mode or "calibrated")
+        detector = x2dfd.load(None if model == "embedded" else model, mode=choice.mode or "calibrated")
     if tools is not None:
         detector = with_tools(detector)
     # A stand-in of the tests has no mode of its own.
-    return Opened(_name(args), "served" if args.served else "model", detector, getattr(detector, "mode", "calibrated"))
+    mode_of = getattr(detector, "mode", "calibrated")
+    return Opened(_name(choice), "served" if choice.served else "model", detector, mode_of)
 
 
 # ---------------------------------------------------------------- experts without an MLLM
@@ -167,7 +181,7 @@ def experts_alone(name: str | None) -> Any:
     The MLLM stands at its mean, as the calibration treats what is missing. One expert decides by its own score, and
     has no threshold: what it says is not counted, only its score.
     """
-    from x2dfd.adapter import EMBEDDED, expert_hashes, read_adapter_card
+    from x2dfd.adapter import expert_hashes, read_adapter_card
     from x2dfd.calibration import MLLM, Calibration
     from x2dfd.degrade import CODEC
     from x2dfd.detector import Detector

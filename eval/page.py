@@ -1,25 +1,23 @@
-"""A result as one self-contained HTML page, with its curves: `python eval/page.py result.json` writes it anew.
+"""A result as one self-contained HTML page, with its curves.
 
 No script, no font, no address outside the file. Colours are variables of the page, so that plots follow light and dark.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from x2dfd.files import write_text
+from eval.stats import Measured
+from eval.tables import percent, shown
 
 Result = dict[str, Any]
 
@@ -44,7 +42,7 @@ def render(result: Result) -> str:
     return settings.from_string(TEMPLATE.read_text("utf-8")).render(
         title=f"{task['name']}: {result['model']['name']}",
         line=f"{data['n_real']} real and {data['n_fake']} fake in {data['n_groups']} groups, split "
-        f"{data['split'] or 'all'} of {data['manifest']} {data['sha256'][:12]}; 95 % intervals by group bootstrap",
+        f"{data['split'] or 'all'} of {data['manifest']} {data['sha256'][:12]}; 95 % intervals by groups",
         warnings=list(_warnings(result)),
         tables=list(_tables(result)),
         plots=plots,
@@ -66,7 +64,7 @@ def _warnings(result: Result) -> Iterator[str]:
         if promise and promise["seen"]:
             yield "The calibration was fitted on these pictures: its rates are no test."
         elif promise and promise["measured"]["kept"] is False:
-            rate = _number(promise["measured"], percent=True)
+            rate = percent(promise["measured"])
             yield f"{name}: false alarms are {rate}, above the {100 * promise['false_alarms_allowed']:.0f} % allowed."
 
 
@@ -92,10 +90,8 @@ def _origin(result: Result) -> Iterator[tuple[str, str]]:
 _OVERALL = {
     "auc": "AUC", "average_precision": "AP", "eer": "EER", "tpr_at_fpr_0.01": "TPR at 1 %",
     "tpr_at_fpr_0.05": "TPR at 5 %", "tpr_at_fpr_0.1": "TPR at 10 %", "nll": "NLL", "brier": "Brier",
-    "ece_15": "ECE", "ece_15_even": "ECE, even odds", "cllr": "Cllr", "aurc": "AURC",
+    "ece": "ECE", "cllr": "Cllr", "aurc": "AURC",
 }  # fmt: skip
-
-_OF_ANSWERED = ("auc", "ece_15", "ece_15_even")
 
 _AT_HALF = {
     "accuracy": "accuracy at 0.5",
@@ -105,116 +101,116 @@ _AT_HALF = {
 }
 
 
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, first: bool = False, caption: str = ""
-           ) -> dict[str, Any]:  # fmt: skip
-    return {"title": title, "head": head, "rows": rows, "first": first, "caption": caption}
+@dataclass(frozen=True)
+class Grid:
+    """A table of the page: its cells are texts."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+    first: bool = False  # stands above the curves
 
 
-def _tables(result: Result) -> Iterator[dict[str, Any]]:
-    lines = [[name, _number(part), str(part["n"])] for name, part in result["headline"].items()]
-    yield _table("Headline", ["", "value [95 %]", "n"], lines, first=True)
+def _grid(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "") -> Grid:
+    """Cells may be texts, numbers and figures of a result file."""
+    return Grid(title, head, [[_cell(c) for c in row] for row in rows], caption)
+
+
+def _cell(cell: Any) -> str:
+    return shown(Measured.read(cell) if isinstance(cell, dict) else cell)
+
+
+def _counted(part: Result) -> list[Any]:
+    """A rate and what it rests on."""
+    return [percent(part), part["n"], part["groups"]]
+
+
+def _tables(result: Result) -> Iterator[Grid]:
+    lines = [[name, part, part["n"], part["groups"]] for name, part in result["headline"].items()]
+    yield replace(_grid("Headline", ["", "value [95 %]", "n", "groups"], lines), first=True)
     scorers: dict[str, Result] = result.get("scorers", {})
     whole = {name: s for name, s in scorers.items() if "overall" in s}
     if whole:
-        known = {k: t for k, t in _OVERALL.items() if any(k in s["overall"] for s in whole.values())}
-        lines = [[title, *(_number(s["overall"].get(key)) for s in whole.values())] for key, title in known.items()]
-        for key, title in _AT_HALF.items():
-            if any("at_0.5" in s["overall"] for s in whole.values()):
-                lines.append([title, *(_number(s["overall"].get("at_0.5", {}).get(key)) for s in whole.values())])
-        lines.append(["scored", *(str(s["n_scored"]) for s in whole.values())])
-        unscored = [", ".join(f"{why}: {n}" for why, n in s["unscored"].items()) or "–" for s in whole.values()]
-        lines.append(["not scored", *unscored])
-        yield _table("All metrics, full coverage", ["", *whole], lines)
+        overall = [s["overall"] for s in whole.values()]
+        known = {key: text for key, text in _OVERALL.items() if any(key in o for o in overall)}
+        lines = [[text, *(o.get(key) for o in overall)] for key, text in known.items()]
+        lines += [[text, *(o.get("at_0.5", {}).get(key) for o in overall)] for key, text in _AT_HALF.items()]
+        lines.append(["scored", *(s["n_scored"] for s in whole.values())])
+        lines.append(["groups", *(o["n_groups"] for o in overall)])
+        missing = [", ".join(f"{why}: {n}" for why, n in s["unscored"].items()) or "–" for s in whole.values()]
+        yield _grid("All metrics, full coverage", ["", *whole], [*lines, ["not scored", *missing]])
     for name, scorer in scorers.items():
         yield from _of_scorer(name, scorer)
     for change, part in (result.get("robustness") or {}).items():
-        rates = [
-            [column, _number(auc), _number(auc["unchanged"]), str(auc["n"])] for column, auc in part["auc"].items()
-        ]
-        yield _table(f"Changed: {change}", ["AUC", "changed", "unchanged", "n"], rates, caption=part["what"])
+        before = part["unchanged"]
+        lines = [[name, auc, before[name], auc["n"], auc["groups"]] for name, auc in part["auc"].items()]
+        yield _grid(f"Changed: {change}", ["AUC", "changed", "unchanged", "n", "groups"], lines, part["what"])
 
 
-def _of_scorer(name: str, scorer: Result) -> Iterator[dict[str, Any]]:
+def _of_scorer(name: str, scorer: Result) -> Iterator[Grid]:
     if said := scorer.get("answers"):
-        lines = [
-            ["answered", _percent(said["coverage"]), str(said["n"])],
-            ["right of those", _percent(said["accuracy"]), str(said["n_answered"])],
-            ["balanced accuracy of those", _percent(said["balanced_accuracy"]), str(said["n_answered"])],
-            *([f"{_OVERALL[k]} of those", _number(said.get(k)), str(said["n_answered"])] for k in _OF_ANSWERED),
-            ["reals called fake", _number(said["false_alarms"], percent=True), str(said["false_alarms"]["n"])],
-            ["fakes called real", _number(said["misses"], percent=True), str(said["misses"]["n"])],
-            *([f"inconclusive: {why}", "", str(n)] for why, n in said["inconclusive"].items()),
-        ]
-        yield _table(f"{name}: three answers", ["", "", "n"], lines, caption="After abstention.")
+        rates = {"answered": "coverage", "right of those": "accuracy", "reals called fake": "false_alarms",
+                 "fakes called real": "misses"}  # fmt: skip
+        lines = [[text, *_counted(said[key])] for text, key in rates.items()]
+        of_those = {"balanced accuracy": "balanced_accuracy", "AUC": "auc", "ECE": "ece"}
+        lines += [[f"{text} of those", said[key], said["n_answered"], ""] for text, key in of_those.items()]
+        lines += [[f"inconclusive: {why}", "", n, ""] for why, n in said["inconclusive"].items()]
+        yield _grid(f"{name}: three answers", ["", "", "n", "groups"], lines, "After abstention.")
     if promise := scorer.get("promise"):
-        marks = {True: "kept", False: "broken", None: "no number"}
-        lines = [
-            [who, _number(part, percent=True), marks[part["kept"]], str(part["n"])]
-            for who, part in (("all reals", promise["measured"]), *promise["by_source"].items())
-        ]
-        allowed = (
-            f"Allowed: {_percent(promise['false_alarms_allowed'])}, chosen on split {promise['promised_on']['split']}"
+        marks = {True: "kept", False: "broken", None: "no interval"}
+        of = {"all reals": promise["measured"]} | promise["by_source"]
+        lines = [[who, marks[part["kept"]], *_counted(part)] for who, part in of.items()]
+        seen = "these are the same pictures" if promise["seen"] else "these pictures were not used for it"
+        caption = (
+            f"Allowed: {100 * promise['false_alarms_allowed']:.1f} %, chosen on split "
+            f"{promise['promised_on']['split']}; {seen}. Broken: the whole interval lies above what was allowed."
         )
-        seen = "; these are the same pictures" if promise["seen"] else "; these pictures were not used for it"
-        yield _table(f"{name}: false alarms, promised and measured", ["", "measured [95 %]", "", "n"], lines,
-                     caption=f"{allowed}{seen}. Broken: the whole interval lies above what was allowed.")  # fmt: skip
+        head = ["", "", "measured [95 %]", "n", "groups"]
+        yield _grid(f"{name}: false alarms, promised and measured", head, lines, caption)
     for column, gaps in scorer.get("gaps", {}).items():
         lines = [
-            [what, _number(gap, percent=what != "auc"), gap["highest"], gap["lowest"]] for what, gap in gaps.items()
+            [what, gap["value"], gap["highest"], gap["figures"][1], gap["lowest"], gap["figures"][0]]
+            for what, gap in gaps.items()
         ]
-        yield _table(f"{name}: gaps between values of {column}", ["", "gap [95 %]", "highest", "lowest"], lines,
-                     caption="Largest minus smallest; never negative, so chance alone makes one.")  # fmt: skip
+        caption = "Largest minus smallest; never negative, so chance alone makes one: look at the two intervals."
+        head = ["", "gap", "highest", "[95 %]", "lowest", "[95 %]"]
+        yield _grid(f"{name}: gaps between values of {column}", head, lines, caption)
     for column, table in scorer.get("by", {}).items():
         lines = []
         for value, part in table.items():
-            rates = [_number(part.get(key), percent=True) for key in ("false_alarms", "found")]
-            lines.append([value, _number(part["auc"]), *rates, f"{part['n_fake']} / {part['n_real']}", part["against"]])
+            rates_of = [percent(part.get(key)) for key in ("false_alarms", "found")]
+            counts = [f"{part['n_fake']} / {part['n_real']}", part["auc"]["groups"], part["against"]]
+            lines.append([value, part["auc"], *rates_of, *counts])
         if lines:
-            head = [column, "AUC [95 %]", "false alarms", "found", "fake / real", "against"]
-            yield _table(f"{name}: by {column}", head, lines)
+            head = [column, "AUC [95 %]", "false alarms", "found", "fake / real", "groups", "against"]
+            yield _grid(f"{name}: by {column}", head, lines)
+    yield from _clips_and_words(name, scorer)
+
+
+def _clips_and_words(name: str, scorer: Result) -> Iterator[Grid]:
+    """What only some tasks or manifests have."""
     if faces := scorer.get("faces"):
-        line = [_number(faces["auc"]), _number(faces["eer"]), str(faces["n"]), str(faces["fake_pictures_with_several"])]
+        line = [faces["auc"], faces["eer"], faces["n"], faces["fake_pictures_with_several"]]
         head = ["AUC [95 %]", "EER", "faces", "fakes with several"]
-        told = "With their pictures' labels: in a forged group, faces that nobody touched count as fake."
-        yield _table(f"{name}: every face", head, [line], caption=told)
+        caption = "With their pictures' labels: in a forged group, faces that nobody touched count as fake."
+        yield _grid(f"{name}: every face", head, [line], caption)
     if videos := scorer.get("videos"):
-        lines = [[part["pooling"], _number(part["auc"]), _number(part["eer"]), str(part["n"])]
-                 for part in (videos, videos["sbi"])]  # fmt: skip
-        yield _table(f"{name}: clips", ["pooling", "AUC [95 %]", "EER", "clips"], lines)
+        lines = [[v["pooling"], v["auc"], v["eer"], v["n"], v["auc"]["groups"]] for v in (videos, videos["sbi"])]
+        yield _grid(f"{name}: clips", ["pooling", "AUC [95 %]", "EER", "clips", "groups"], lines)
     if confusion := scorer.get("confusion"):
         columns = list(next(iter(confusion.values())))
-        lines = [[truth, *(str(said[c]) for c in columns)] for truth, said in confusion.items()]
-        yield _table("Confusion", ["true, then said", *columns], lines)
-    if shown := scorer.get("invalid_answers"):
-        yield _table("Answers that could not be read", ["counted wrong"], [[text or "(empty)"] for text in shown])
+        lines = [[truth, *(said[c] for c in columns)] for truth, said in confusion.items()]
+        yield _grid("Confusion", ["true, then said", *columns], lines)
+    if invalid := scorer.get("invalid_answers"):
+        yield _grid("Answers that could not be read", ["counted wrong"], [[text or "(empty)"] for text in invalid])
     if polarity := scorer.get("by_polarity"):
-        lines = [[what, _number(p["accuracy"]), _number(p["recall_real"]), _number(p["recall_fake"]), str(p["n"])]
-                 for what, p in polarity.items()]  # fmt: skip
-        yield _table("By what yes means", ["", "accuracy", "recall real", "recall fake", "n"], lines)
+        keys = ("accuracy", "recall_real", "recall_fake", "n")
+        lines = [[what, *(p[key] for key in keys)] for what, p in polarity.items()]
+        yield _grid("By what yes means", ["", *(key.replace("_", " ") for key in keys)], lines)
     if text := scorer.get("text"):
-        lines = [
-            [key, _number(part["value"]), part.get("by") or part.get("reason", "")]
-            for key, part in text.items() if key != "n"
-        ]  # fmt: skip
-        yield _table(
-            f"{name}: text against references", ["", "value", "by, or why not"], lines, caption=f"n = {text['n']}"
-        )
-
-
-def _number(measured: Any, *, percent: bool = False) -> str:
-    def show(value: float) -> str:
-        return f"{100 * value:.1f} %" if percent else f"{value:.3f}"
-
-    if measured is None or (isinstance(measured, dict) and measured["value"] is None):
-        return "–"
-    if not isinstance(measured, dict):
-        return show(measured)
-    bounds = measured.get("interval")
-    return show(measured["value"]) + (f" [{', '.join(map(show, bounds))}]" if bounds else "")
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
+        lines = [[k, p["value"], p.get("by") or p.get("reason", "")] for k, p in text.items() if k != "n"]
+        yield _grid(f"{name}: text against references", ["", "value", "by, or why not"], lines, f"n = {text['n']}")
 
 
 # ---------------------------------------------------------------- plots
@@ -341,7 +337,7 @@ def _robustness(ax: Any, robust: Result, columns: Sequence[str]) -> None:
                 continue
             low, high = auc["interval"] or (auc["value"], auc["value"])
             ax.plot([low, high], [y, y], color=_colour(k), lw=1.4)
-            ax.plot(auc["unchanged"], y, "o", mec=_colour(k), mfc="none", ms=4)
+            ax.plot(part["unchanged"][column], y, "o", mec=_colour(k), mfc="none", ms=4)
             ax.plot(auc["value"], y, "o", color=_colour(k), ms=4, label=column if at == 0 else None)
     _rows(ax, list(robust))
     ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.08), ncols=4)
@@ -351,20 +347,3 @@ def _rows(ax: Any, labels: Sequence[str]) -> None:
     ax.axvline(0.5, color=SOFT, lw=0.8, ls=":")
     ax.set(yticks=range(len(labels)), ylim=(len(labels) - 0.4, -0.6), xlabel="AUC", xlim=(None, 1.01))
     ax.set_yticklabels(labels)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Writes a result's page beside it.")
-    parser.add_argument("results", type=Path, nargs="+", metavar="result.json")
-    args = parser.parse_args(argv)
-    try:
-        for path in args.results:
-            write_text(path.with_suffix(".html"), render(json.loads(path.read_text("utf-8"))))
-    except (OSError, ValueError, KeyError) as error:
-        print(f"error: not a result file: {error!r}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

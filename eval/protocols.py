@@ -37,7 +37,7 @@ from data_gen.readers import (
     read_x2dfd_lists,
     row,
 )
-from eval.metrics import Floats, Labels
+from eval.stats import Floats, Labels
 from x2dfd.cli import run_command
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.files import write_bytes, write_text

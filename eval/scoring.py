@@ -1,55 +1,36 @@
-"""What every benchmark task needs: pictures made alike, rows kept on disk while a run goes on, slices, intervals."""
+"""What several tasks need: pictures made alike, the slices of a set, and what is counted in each."""
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
-import shutil
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from eval import metrics as m
+from eval import stats
 from eval.changes import Change
-from x2dfd.errors import X2DFDError
-from x2dfd.files import file_sha256, write_bytes
+from eval.rows import SampleRow
+from eval.stats import Floats, Labels, Measured
 from x2dfd.manifest import Sample
+from x2dfd.media import load_picture
 
-Row = dict[str, Any]
+Part = dict[str, Any]
+"""A part of a result file: names to numbers, texts, `Measured` figures and further parts. JSON when it is written."""
+Column = Sequence[float | None]
+"""A scorer's P(fake) of each sample, None where it has none."""
 
 MIN_REALS = 10  # fewer reals of its own, and a slice is compared with all reals
-CHUNK = 32  # samples between two saves
 FOLDS = 5  # parts of the groups, where something is chosen on the others
 LONGEST_SIDE, JPEG_QUALITY = 1024, 90  # what every image goes through with --equalise
 
 
-@dataclass(frozen=True)
-class Resampling:
-    """How intervals are made."""
-
-    n: int
-    seed: int
-
-    def measure(self, fn: m.Metric, labels: m.Labels, scores: m.Floats, groups: Sequence[str]) -> dict[str, Any]:
-        interval = m.bootstrap_interval(fn, labels, scores, groups, self.n, self.seed, centred=fn is m.ece_at_even_odds)
-        return {"value": fn(labels, scores), "interval": list(interval) if interval else None}
-
-    def rate(self, hits: Sequence[bool], groups: Sequence[str]) -> dict[str, Any]:
-        if not hits:
-            return {"value": None, "interval": None, "n": 0}
-        array = np.asarray(hits, dtype=np.bool_)
-        interval = m.rate_interval(array, groups, self.n, self.seed) if self.n else None
-        return {"value": float(array.mean()), "interval": list(interval) if interval else None, "n": len(hits)}
+# ---------------------------------------------------------------- pictures
 
 
 def equalise(pixels: NDArray[np.uint8]) -> bytes:
@@ -65,8 +46,6 @@ def equalise(pixels: NDArray[np.uint8]) -> bytes:
 
 def equalised(path: Path) -> bytes:
     """The file's picture, equalised. Raises InputError for what is not a picture."""
-    from x2dfd.media import load_picture
-
     return equalise(load_picture(path).pixels)
 
 
@@ -77,216 +56,64 @@ def changed(path: Path, change: Change, sample_id: str, *, equal: bool) -> bytes
     """
     from PIL import Image
 
-    from x2dfd.media import load_picture
-
     pixels = load_picture(equalised(path) if equal else path).pixels
     stream = io.BytesIO()
     Image.fromarray(change(pixels, sample_id)).save(stream, "PNG", compress_level=1)
     return stream.getvalue()
 
 
-def sha256_of(path: Path) -> str | None:
-    """SHA-256 of a sample's file, so that two runs can tell whether they saw the same bytes; None if unreadable."""
-    try:
-        return file_sha256(path)
-    except OSError:
-        return None  # the row says why: judging it fails for the same reason
-
-
-def digest(items: Iterable[Sequence[str | None]]) -> str:
-    """SHA-256 of items that begin with an id, whatever their order."""
-    return hashlib.sha256(json.dumps(sorted(items, key=lambda item: str(item[0]))).encode()).hexdigest()
-
-
-# ---------------------------------------------------------------- rows on disk
-
-
-Judge = Callable[[Sequence[Sample]], tuple[list[Row], list[dict[str, Any]]]]
-"""Judges samples: their rows, in order, and the origins (model and versions) that the answers state."""
-
-
-def score(judge: Judge, samples: Sequence[Sample], store: Store) -> tuple[list[Row], dict[str, Any]]:
-    """Rows of all samples, in order, and their origin.
-
-    Rows that `store` holds are used again if the model still is the one that made them: a stored sample is judged
-    anew, and model and scores have to agree. Raises X2DFDError when no stored sample can be asked and others would be
-    lost.
-    """
-    done, origin = store.read()
-    # What could not be read is tried again, and so is a file that is another one now.
-    kept = {
-        s.id for s in samples if (row := done.get(s.id)) and not row["error"] and row["sha256"] == sha256_of(s.path)
-    }
-    probe = next((s for s in samples if s.id in kept), None)
-    if done:
-        rows, origins = judge([probe]) if probe else ([], [])
-        if probe and origins[:1] == [origin] and _same(rows[0], done[probe.id]):
-            say(f"going on: of {len(samples)} samples, those that were judged before are kept")
-        elif not probe and (others := len(done.keys() - {s.id for s in samples})):
-            # Nothing tells whether they are of this model, and those of another must not be mixed in.
-            raise X2DFDError(
-                f"{store.folder} holds {others} rows of other samples, which this run would throw away: of its own, "
-                "none can be compared (failed before, or changed). Take another --out, or delete that folder"
-            )
-        else:
-            changed = "the stored samples are not of this model" if probe else "no stored sample can be used"
-            say(f"{changed}: starting anew")
-            done, origin, kept = {}, None, set()
-            store.start_anew()
-    todo = [s for s in samples if s.id not in kept]
-    if todo:
-        done = {}  # they are on disk: what is judged does not pile up here
-    started = time.monotonic()
-    for at in range(0, len(todo), CHUNK):
-        rows, origins = judge(todo[at : at + CHUNK])
-        for stated in origins:
-            origin = origin or stated
-            if stated != origin:
-                raise X2DFDError("the model changed during the run")
-        store.add(rows, origin)
-        n = at + len(rows)
-        pace = n / (time.monotonic() - started)
-        say(f"{n}/{len(todo)} images, {pace:.2f} a second, {_clock((len(todo) - n) / pace)} to go")
-    if todo:
-        done, _ = store.read(origin)
-    # In one order of names, whether it was stated just now or read back: the same run ends in the same file.
-    origin = json.loads(json.dumps(origin or {"model": {}, "versions": {}}, sort_keys=True))
-    return [done[s.id] for s in samples], origin or {}
-
-
-def _clock(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{seconds / 60:.1f} min"
-
-
-def _same(new: Row, old: Row) -> bool:
-    def close(a: float | None, b: float | None) -> bool:
-        return a is b if a is None or b is None else abs(a - b) < 1e-3
-
-    names = new["experts"].keys() | old["experts"].keys()
-    # A judge that gives no p_fake leaves it to be made of the stored scores.
-    agree = all(close(new["experts"].get(n), old["experts"].get(n)) for n in names)
-    return agree and ("p_fake" not in new or close(new["p_fake"], old["p_fake"]))
+# ---------------------------------------------------------------- samples, scores, slices
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What a task's row holds beside `id`, `sha256` and `experts`."""
+class Scored:
+    """The samples that a scorer could score: labels [n], scores [n], groups [n]."""
 
-    texts: tuple[str, ...]  # `error` is one of them
-    numbers: tuple[str, ...]
-    packed: tuple[str, ...]  # lists and tables, in a Parquet table as JSON
+    samples: list[Sample]
+    labels: Labels
+    scores: Floats
+    groups: list[str]
+    at: list[int]  # their places among all samples
 
+    @classmethod
+    def of(cls, samples: Sequence[Sample], column: Column) -> Scored:
+        at = [i for i, value in enumerate(column) if value is not None]
+        kept = [samples[i] for i in at]
+        scores = m.to_scores([value for value in column if value is not None])
+        return cls(kept, m.to_labels(s.label for s in kept), scores, [s.group for s in kept], at)
 
-class Store:
-    """Judged rows on disk: parts while a run goes on, `samples.parquet` when it is done."""
+    def auc(self, chosen: Sequence[int] | None = None) -> Measured:
+        """Of all, or of some."""
+        own = range(len(self.samples)) if chosen is None else chosen
+        at = np.asarray(own, np.int64)
+        return stats.measured_auc(self.labels[at], self.scores[at], [self.groups[i] for i in own])
 
-    def __init__(self, folder: Path, key: dict[str, Any], layout: Layout) -> None:
-        self.folder, self.key, self.layout = folder, key, layout
-        self.parts, self.table = folder / "parts", folder / "samples.parquet"
-        self._next: int | None = None  # number of the next part
-        self.anew = False  # the table is of another model: it stays until this run is done, but is not read
-
-    def check(self, samples: Sequence[Sample]) -> None:
-        """Raises X2DFDError when rows lie here and none is of these samples: finishing would throw them away."""
-        stored: set[str] = set()
-        if self.table.is_file():
-            stored |= set(pq.read_table(self.table, columns=["id"])["id"].to_pylist())
-        for part in self.parts.glob("*.jsonl"):
-            stored |= {json.loads(line)["id"] for line in part.read_text("utf-8").split("\n")[1:] if line}
-        if stored and stored.isdisjoint(s.id for s in samples):
-            raise X2DFDError(
-                f"{self.folder} holds {len(stored)} rows of other samples, which this run would throw away: take "
-                "another --out, or delete that folder"
-            )
-
-    def read(self, origin: dict[str, Any] | None = None) -> tuple[dict[str, Row], dict[str, Any] | None]:
-        """Rows by id, made under the same key by the latest model, and their origin.
-
-        With `origin`, of that model; rows without any origin (nothing could be judged in their part) are of all.
-        """
-        found: list[tuple[dict[str, Any], list[Row]]] = []
-        if self.table.is_file():
-            table = pq.read_table(self.table)
-            head = json.loads((table.schema.metadata or {}).get(b"x2dfd", b"{}"))
-            own = head.get("key") == self.key
-            found.append((head, [_unpack(row, self.layout) for row in table.to_pylist()] if own else []))
-        for part in sorted(self.parts.glob("*.jsonl")):
-            first, *lines = part.read_text("utf-8").split("\n")
-            head = json.loads(first)
-            if head["key"] == self.key and head["anew"]:
-                self.anew = True
-            found.append((head, [json.loads(line) for line in lines if line]))
-        found = [(head, rows) for head, rows in found if head.get("key") == self.key]
-        if self.anew:
-            found = [(head, rows) for head, rows in found if head.get("anew")]
-        stated = [head["origin"] for head, _ in found if head["origin"]]
-        origin = origin or (stated[-1] if stated else None)
-        return {row["id"]: row for head, rows in found if head["origin"] in (origin, None) for row in rows}, origin
-
-    def add(self, rows: Iterable[Row], origin: dict[str, Any] | None) -> None:
-        lines = [{"key": self.key, "origin": origin, "anew": self.anew}, *rows]
-        text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
-        self.parts.mkdir(parents=True, exist_ok=True)
-        if self._next is None:
-            self._next = 1 + max((int(p.stem) for p in self.parts.glob("*.jsonl")), default=0)
-        write_bytes(self.parts / f"{self._next:06d}.jsonl", text.encode())
-        self._next += 1
-
-    def start_anew(self) -> None:
-        """What is stored is not used; the last finished result stays until this run has replaced it."""
-        shutil.rmtree(self.parts, ignore_errors=True)
-        self._next, self.anew = None, True
-
-    def finish(self, samples: Sequence[Sample], rows: Sequence[Row], origin: dict[str, Any], base: Path) -> None:
-        """Writes `samples.parquet` and drops the parts, but for rows of samples that were judged in another run."""
-        others = {} if self.anew else self.read(origin)[0]
-        for sample in samples:
-            others.pop(sample.id, None)
-        packed = [_pack(s, r, self.layout, base) for s, r in zip(samples, rows, strict=True)]
-        table = pa.Table.from_pylist(packed, _schema(rows, self.layout))
-        head = json.dumps({"key": self.key, "origin": origin}, sort_keys=True)
-        stream = io.BytesIO()
-        pq.write_table(table.replace_schema_metadata({"x2dfd": head}), stream)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(self.table, stream.getvalue())
-        shutil.rmtree(self.parts, ignore_errors=True)
-        self._next, self.anew = None, False
-        if others:  # a smaller --limit must not throw hours away
-            self.add(others.values(), origin)
+    def counts(self) -> Part:
+        n_fake = int(self.labels.sum())
+        return {"n": len(self.samples), "n_real": len(self.samples) - n_fake, "n_fake": n_fake,
+                "n_groups": len(set(self.groups))}  # fmt: skip
 
 
-_OF_SAMPLE = ("label", "source", "method", "df_class", "group", "split", "video")
+@dataclass(frozen=True)
+class Slice:
+    """Samples with one value of a column: which reals are compared with which fakes, and whose they are."""
+
+    value: str
+    reals: list[int]
+    fakes: list[int]
+    against: str  # own reals, all reals, all fakes
+
+    def rates(self, said: Sequence[str], groups: Sequence[str]) -> dict[str, Measured]:
+        """The share of its own reals, and of its own fakes, that were called fake."""
+        found = {}
+        for name, own, other in (("false_alarms", self.reals, "all reals"), ("found", self.fakes, "all fakes")):
+            if self.against != other:
+                found[name] = stats.rate([said[i] == "fake" for i in own], [groups[i] for i in own])
+        return found
 
 
-def _schema(rows: Sequence[Row], layout: Layout) -> pa.Schema:
-    experts = sorted({name for row in rows for name in row["experts"]})
-    numbers = (*layout.numbers, *(f"expert:{e}" for e in experts))
-    fields = [(name, pa.string()) for name in ("id", "path", *_OF_SAMPLE)]
-    fields += [("sha256", pa.string()), *((name, pa.float64()) for name in numbers)]
-    return pa.schema(fields + [(name, pa.string()) for name in (*layout.texts, *layout.packed)])
-
-
-def _pack(sample: Sample, row: Row, layout: Layout, base: Path) -> Row:
-    flat = {k: v for k, v in row.items() if k != "experts"} | {f"expert:{k}": v for k, v in row["experts"].items()}
-    flat |= {k: json.dumps(row[k], ensure_ascii=False) for k in layout.packed}
-    flat |= {k: getattr(sample, k) for k in _OF_SAMPLE}
-    # Results are handed on: where the data lay on this machine is nobody's business.
-    inside = sample.path.is_relative_to(base)
-    return flat | {"path": sample.path.relative_to(base).as_posix() if inside else sample.path.name}
-
-
-def _unpack(flat: Row, layout: Layout) -> Row:
-    row = {k: flat[k] for k in ("id", "sha256", *layout.numbers, *layout.texts)}
-    row |= {k: json.loads(flat[k]) for k in layout.packed}
-    return row | {"experts": {k.removeprefix("expert:"): v for k, v in flat.items() if k.startswith("expert:")}}
-
-
-# ---------------------------------------------------------------- what is counted
-
-
-def slices(samples: Sequence[Sample], column: str) -> Iterator[tuple[str, list[int], list[int], str]]:
-    """For each value of a column: which reals are compared with which fakes, and whose they are.
+def slices(samples: Sequence[Sample], column: str) -> Iterator[Slice]:
+    """The slices of a column.
 
     `method`: the fakes of the method against the reals of the sources that these fakes come from. Any other column:
     reals and fakes with that value. Fakes with fewer than 10 such reals are compared with all reals, reals without
@@ -305,11 +132,11 @@ def slices(samples: Sequence[Sample], column: str) -> Iterator[tuple[str, list[i
         else:
             reals = [i for i in all_reals if values[i] == value]
         if not fakes:
-            yield value, reals, all_fakes, "all fakes"
+            yield Slice(value, reals, all_fakes, "all fakes")
         elif len(reals) < MIN_REALS:
-            yield value, all_reals, fakes, "all reals"
+            yield Slice(value, all_reals, fakes, "all reals")
         else:
-            yield value, reals, fakes, "own reals"
+            yield Slice(value, reals, fakes, "own reals")
 
 
 def value_of(sample: Sample, column: str) -> str:
@@ -320,55 +147,91 @@ def value_of(sample: Sample, column: str) -> str:
     return "" if value is None else str(value)
 
 
-def three_answers(samples: Sequence[Sample], rows: Sequence[Row], draw: Resampling) -> Row:
+def folds(groups: Sequence[str], seed: int = 0) -> NDArray[np.int64]:
+    """A number 0 .. FOLDS - 1 for each sample [n], the same for all of a group, whatever the order of samples."""
+    at = stats.placed(groups)
+    return np.random.default_rng(seed).permutation(int(at.max(initial=-1)) + 1)[at] % FOLDS
+
+
+def train_apart(every: Sequence[Sample], samples: Sequence[Sample]) -> list[Sample]:
+    """The train split, or nothing when some of it is judged."""
+    judged = {s.id for s in samples}
+    train = [s for s in every if s.split == "train"]
+    return [] if any(s.id in judged for s in train) else train
+
+
+# ---------------------------------------------------------------- what is counted
+
+
+def three_answers(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Part:
     """The three answers, over everything that could be opened: a picture without a face counts as not answered.
 
     AUC and ECE are of the answered pictures alone, as the accuracy is.
     """
-    pairs = [(s, row["said"]) for s, row in zip(samples, rows, strict=True) if row["said"]]
-    result = m.selective(m.to_labels(s.label for s, _ in pairs), [said for _, said in pairs])
-    answered = [(s, row["p_fake"]) for s, row in zip(samples, rows, strict=True) if row["said"] in ("fake", "real")]
-    labels, scores = m.to_labels(s.label for s, _ in answered), m.to_scores([p for _, p in answered])
-    for name, fn in (("auc", m.auc), ("ece_15", m.ece), ("ece_15_even", m.ece_at_even_odds)):
-        result[name] = draw.measure(fn, labels, scores, [s.group for s, _ in answered])
-    reals = [(s.group, said) for s, said in pairs if s.label == "real"]
-    fakes = [(s.group, said) for s, said in pairs if s.label == "fake"]
-    result["false_alarms"] = draw.rate([said == "fake" for _, said in reals], [g for g, _ in reals])
-    result["misses"] = draw.rate([said == "real" for _, said in fakes], [g for g, _ in fakes])
-    reasons = Counter(row["reason"] or "no reason" for row in rows if row["said"] == "inconclusive")
-    return result | {"inconclusive": dict(sorted(reasons.items()))}
+    pairs = [(s, row) for s, row in zip(samples, rows, strict=True) if row.said]
+    answered = [(s, row) for s, row in pairs if row.said != "inconclusive"]
+
+    def rate(chosen: Sequence[tuple[Sample, SampleRow]], hits: Sequence[bool]) -> Measured:
+        return stats.rate(hits, [s.group for s, _ in chosen])
+
+    reals, fakes = ([p for p in pairs if p[0].label == label] for label in ("real", "fake"))
+    of = Scored.of([s for s, _ in answered], [row.p_fake for _, row in answered])
+    reasons = Counter(row.reason or "no reason" for _, row in pairs if row.said == "inconclusive")
+    guessed = m.to_scores([row.said == "fake" for _, row in answered])
+    return {
+        "n": len(pairs),
+        "n_answered": len(answered),
+        "coverage": rate(pairs, [row.said != "inconclusive" for _, row in pairs]),
+        "accuracy": rate(answered, [row.said == s.label for s, row in answered]),
+        "balanced_accuracy": m.balanced_accuracy(m.to_labels(s.label for s, _ in answered), guessed),
+        "auc": of.auc(),
+        "ece": m.ece(of.labels, of.scores),
+        "false_alarms": rate(reals, [row.said == "fake" for _, row in reals]),
+        "misses": rate(fakes, [row.said == "real" for _, row in fakes]),
+        "inconclusive": dict(sorted(reasons.items())),
+    }
 
 
-def common_auc(samples: Sequence[Sample], columns: dict[str, list[float | None]], draw: Resampling) -> Row:
+def alarms_by(samples: Sequence[Sample], rows: Sequence[SampleRow], column: str) -> dict[str, Measured]:
+    """For each value of a column: the share of its reals that were called fake. One without a face was not."""
+    reals = [(value_of(s, column), s, row) for s, row in zip(samples, rows, strict=True) if s.label == "real"]
+    table = {}
+    for value in sorted({v for v, _, row in reals if row.said} - {""}):
+        own = [(s.group, row.said == "fake") for v, s, row in reals if v == value and row.said]
+        table[value] = stats.rate([hit for _, hit in own], [group for group, _ in own])
+    return table
+
+
+def common_auc(samples: Sequence[Sample], columns: Mapping[str, Column]) -> Part:
     """AUC on the samples that every scorer could score, so that the scorers can be compared."""
     kept = [i for i in range(len(samples)) if all(column[i] is not None for column in columns.values())]
-    labels, groups = m.to_labels(samples[i].label for i in kept), [samples[i].group for i in kept]
-    auc: Row = {}
-    for scorer, column in columns.items():
-        scores = m.to_scores([value for i in kept if (value := column[i]) is not None])
-        auc[scorer] = draw.measure(m.auc, labels, scores, groups)
-    return {"n": len(kept), "auc": auc}
+    own = [samples[i] for i in kept]
+    return {"n": len(kept), "auc": {n: Scored.of(own, [c[i] for i in kept]).auc() for n, c in columns.items()}}
 
 
-def micro_f1(truth: Sequence[Any], said: Sequence[Any], groups: Sequence[str], draw: Resampling) -> Row:
-    """F1 over (area, artifact) pairs or areas of all samples together, one pair of sets a sample, with its interval."""
-    counts = np.array([(len(t & s), len(s), len(t)) for t, s in zip(truth, said, strict=True)], dtype=np.int64)
-
-    def f1(index: m.Labels, _: m.Floats) -> float | None:
-        return m.precision_recall_f1(counts.reshape(-1, 3)[index])["f1"]
-
-    return draw.measure(f1, np.arange(len(counts)), np.zeros(len(counts)), groups)
+def micro_f1(truth: Sequence[Any], said: Sequence[Any], groups: Sequence[str]) -> Measured:
+    """F1 over (area, artifact) pairs or areas of all samples together, one pair of sets a sample."""
+    right = np.array([2.0 * len(t & s) for t, s in zip(truth, said, strict=True)])
+    items = np.array([float(len(t) + len(s)) for t, s in zip(truth, said, strict=True)])
+    return stats.ratio(right, items, groups)
 
 
-def folds(groups: Sequence[str], seed: int = 0) -> NDArray[np.int64]:
-    """A number 0 .. FOLDS - 1 for each sample [n], the same for all of a group, whatever the order of samples."""
-    names, place = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-    return np.random.default_rng(seed).permutation(len(names))[place] % FOLDS
+def unscored(rows: Sequence[SampleRow], column: Column, scorer: str = "") -> dict[str, int]:
+    """Why samples have no score, each reason with its count."""
+    return dict(sorted(Counter(r.why(scorer) for r, v in zip(rows, column, strict=True) if v is None).items()))
 
 
-def reason_of(row: Row, scorer: str) -> str:
-    return str(row["notes"].get(scorer.removeprefix("expert:")) or row["reason"] or "no score")
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def point_metrics(of: Scored, *, probability: bool = True) -> Part:
+    """The metrics of a ranking and, of a probability, of its calibration. Those without an interval are numbers."""
+    tpr = {f"tpr_at_fpr_{fpr}": m.tpr_at_fpr(of.labels, of.scores, fpr) for fpr in (0.01, 0.05, 0.1)}
+    found: Part = {"auc": of.auc(), "average_precision": m.average_precision(of.labels, of.scores)}
+    found |= {"eer": m.eer(of.labels, of.scores)} | tpr
+    if not probability:
+        return found
+    found |= {"brier": stats.mean((of.scores - of.labels) ** 2, of.groups), "ece": m.ece(of.labels, of.scores)}
+    for name, fn in (("nll", m.nll), ("cllr", m.cllr), ("aurc", m.aurc)):
+        found[name] = fn(of.labels, of.scores)
+    real, fake = m.recalls(of.labels, of.scores)
+    accuracy = {"accuracy": m.accuracy(of.labels, of.scores)}
+    accuracy |= {"balanced_accuracy": m.balanced_accuracy(of.labels, of.scores)}
+    return found | {"at_0.5": accuracy | {"recall_real": real, "recall_fake": fake}}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -70,15 +69,11 @@ def _given(sample: Sample) -> list[tuple[str | None, list[str]]]:
     return [(question, [text.strip() for text in texts if text.strip()]) for question, texts in read]
 
 
-def text_metrics(
-    references: References, said: Sequence[str], *, encoder: Path | None = None, meteor: bool = False
-) -> Measured:
-    """BLEU-1 to 4 and their mean, ROUGE-L, METEOR, CIDEr and sentence similarity: name -> value and `by`, or `reason`.
+def text_metrics(references: References, said: Sequence[str], *, encoder: Path | None = None) -> Measured:
+    """BLEU-1 to 4 and their mean, ROUGE-L, CIDEr and sentence similarity: name -> value and `by`, or `reason`.
 
-    `encoder`: a folder of a sentence encoder (Transformers), by which similarity is named. `meteor`: METEOR 1.5 wants
-    Java, and reads its paraphrase table for a minute or more. `meteor_nltk` is another formula, and takes synonyms from
-    WordNet where its data is; `meteor_nltk_exact_stem` is the same without synonyms, and runs everywhere. All are 0..1,
-    but CIDEr, which is times ten as usual.
+    `encoder`: a folder of a sentence encoder (Transformers), by which similarity is named. All are 0..1, but CIDEr,
+    which is times ten as usual.
     """
     if not said:
         return {}
@@ -87,9 +82,6 @@ def text_metrics(
         (tuple(f"bleu_{n}" for n in range(1, 5)), _bleu),
         (("rouge_l",), _rouge),
         (("cider",), _cider),
-        (("meteor",), _meteor if meteor else _not_asked),
-        (("meteor_nltk",), _meteor_nltk),
-        (("meteor_nltk_exact_stem",), _meteor_exact_stem),
         (("similarity",), lambda r, s: _similarity(r, s, encoder)),
     ):
         try:
@@ -136,59 +128,6 @@ def _cider(references: References, said: Sequence[str]) -> tuple[list[float], st
     value, _ = Cider().compute_score(*_coco(references, said))
     by = f"pycocoevalcap {version('pycocoevalcap')}, {WORDS}, document frequencies of these references"
     return [float(value)], by
-
-
-def _meteor(references: References, said: Sequence[str]) -> tuple[list[float], str]:
-    from pycocoevalcap.meteor.meteor import Meteor
-
-    if shutil.which("java") is None:
-        raise SetupError("METEOR runs in Java, and there is none here")
-    meteor = Meteor()
-    try:
-        value, _ = meteor.compute_score(*_coco(references, said))
-    finally:
-        meteor.meteor_p.kill()
-        meteor.meteor_p.wait()
-        for stream in (meteor.meteor_p.stdin, meteor.meteor_p.stdout, meteor.meteor_p.stderr):
-            stream.close()
-    return [float(value)], f"METEOR 1.5 of pycocoevalcap {version('pycocoevalcap')}, {WORDS}"
-
-
-class _NoSynonyms:
-    """Stands where WordNet would."""
-
-    def synsets(self, word: str) -> list[Any]:
-        return []
-
-
-def _meteor_nltk(references: References, said: Sequence[str]) -> tuple[list[float], str]:
-    from nltk.corpus import wordnet
-
-    try:
-        wordnet.ensure_loaded()
-    except LookupError as error:
-        raise SetupError(
-            "WordNet's data is not here, so no synonyms can be matched (meteor_nltk_exact_stem does without): "
-            "python -m nltk.downloader wordnet"
-        ) from error
-    return _nltk(references, said, wordnet, "exact, stem and WordNet synonym matching")
-
-
-def _meteor_exact_stem(references: References, said: Sequence[str]) -> tuple[list[float], str]:
-    return _nltk(references, said, _NoSynonyms(), "exact and stem matching only, no synonyms")
-
-
-def _nltk(references: References, said: Sequence[str], wordnet: Any, how: str) -> tuple[list[float], str]:
-    """Mean over samples of METEOR (Lavie & Agarwal 2007) against the best reference."""
-    from nltk.translate.meteor_score import meteor_score
-
-    told, own = _coco(references, said)
-    each = [meteor_score([t.split() for t in told[i]], own[i][0].split(), wordnet=wordnet) for i in told]
-    return [float(np.mean(each))], f"nltk {version('nltk')}, 2007 formula, {WORDS}, {how}, best reference"
-
-
-def _not_asked(references: References, said: Sequence[str]) -> tuple[list[float], str]:
-    raise SetupError("not asked for (--meteor)")
 
 
 def _coco(references: References, said: Sequence[str]) -> tuple[dict[int, list[str]], dict[int, list[str]]]:

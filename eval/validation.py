@@ -7,27 +7,28 @@ ratios by what so many pictures can support. Intervals: 95 %, groups drawn with 
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pyarrow.parquet as pq
+import typer
 from sklearn.isotonic import IsotonicRegression
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from eval import metrics as m
+from eval.stats import Floats, Labels
 from x2dfd.adapter import EMBEDDED
+from x2dfd.cli import run_command
 from x2dfd.errors import X2DFDError
 from x2dfd.validation import FILE, Validation
 
 DRAWS = 1000
+MIN_GROUPS = 20
 
 
-def log_ratios(scores: m.Floats, labels: m.Labels, at: m.Floats) -> m.Floats:
+def log_ratios(scores: Floats, labels: Labels, at: Floats) -> Floats:
     """log10 of the bounded PAV likelihood ratio at the scores `at`."""
     n_real, n_fake = int((labels == 0).sum()), int(labels.sum())
     x = np.concatenate([[-1.0], scores, [2.0]])
@@ -38,7 +39,7 @@ def log_ratios(scores: m.Floats, labels: m.Labels, at: m.Floats) -> m.Floats:
 
 
 def steps(
-    scores: m.Floats, labels: m.Labels, groups: Sequence[str], draws: int = DRAWS, seed: int = 0
+    scores: Floats, labels: Labels, groups: Sequence[str], draws: int = DRAWS, seed: int = 0
 ) -> list[tuple[float, float, float, float]]:
     """(from this score on, likelihood ratio, lower, upper end of its interval), rising."""
     ordered = np.unique(scores)
@@ -46,7 +47,7 @@ def steps(
     first = np.flatnonzero(np.diff(np.round(whole, 6), prepend=np.nan) != 0)
     names, place = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     rng = np.random.default_rng(seed)
-    drawn: list[m.Floats] = []
+    drawn: list[Floats] = []
     while len(drawn) < draws:
         count = rng.multinomial(len(names), np.full(len(names), 1 / len(names)))[place]
         chosen = np.repeat(np.arange(len(scores)), count)
@@ -73,8 +74,11 @@ def validation(run: Path) -> Validation:
         raise X2DFDError(f"{run}: every picture was changed ({change}), so it says nothing of pictures as they come")
     kept = [row for row in rows if row["p_fake"] is not None]
     scores, labels = m.to_scores([row["p_fake"] for row in kept]), m.to_labels(row["label"] for row in kept)
-    if min(labels.sum(), (labels == 0).sum()) < 20:
-        raise X2DFDError(f"{run}: fewer than 20 real or 20 fake pictures with a score support no likelihood ratio")
+    groups = [{row["group"] for row, own in zip(kept, labels, strict=True) if own == label} for label in (0, 1)]
+    if min(map(len, groups)) < MIN_GROUPS:
+        raise X2DFDError(
+            f"{run}: fewer than {MIN_GROUPS} groups of real or of fake pictures support no likelihood ratio"
+        )
     return Validation(
         run=f"{result['task']['name']}, manifest {data['sha256'][:12]}, split {data['split'] or 'all'}",
         manifest_sha256=data["sha256"],
@@ -87,7 +91,7 @@ def validation(run: Path) -> Validation:
         rates={
             "false_alarms": answers["false_alarms"],
             "misses": answers["misses"],
-            "answered": {"value": answers["coverage"], "n": answers["n"]},
+            "answered": answers["coverage"],
             "auc": overall["auc"],
         },
         cllr=round(overall["cllr"], 4),
@@ -95,23 +99,16 @@ def validation(run: Path) -> Validation:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.validation", description=(__doc__ or "").split("\n\n")[1])
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="where run_bench.py detect wrote")
-    parser.add_argument(
-        "--model", type=Path, default=EMBEDDED, metavar="DIR", help="adapter directory; default: embedded"
-    )
-    given = parser.parse_args(argv)
-    try:
-        found = validation(given.run)
-        found.save(given.model)
-    except X2DFDError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def main(
+    run: Annotated[Path, typer.Option(help="where run_bench.py detect wrote")],
+    model: Annotated[Path, typer.Option(help="adapter directory; default: embedded")] = EMBEDDED,
+) -> None:
+    """What a validation run says goes beside the model's weights."""
+    found = validation(run)
+    found.save(model)
     limits = found.likelihood_ratio(0.0)["limits"]
-    print(f"{given.model / FILE}: {len(found.steps)} steps, likelihood ratios from {limits[0]} to {limits[1]}")
-    return 0
+    print(f"{model / FILE}: {len(found.steps)} steps, likelihood ratios from {limits[0]} to {limits[1]}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

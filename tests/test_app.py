@@ -490,7 +490,7 @@ def test_a_served_model_judges_on_the_page_which_names_the_server(
     pytest.importorskip("openai")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("x2dfd.detector.DEFAULT", ())  # experts take long to load, and play no part here
-    from eval.stand_in import Reply, StandIn
+    from tests.stand_in import Reply, StandIn
 
     def answer(request: dict[str, Any]) -> Reply:
         word = Reply(" fake", {" fake": -0.2, " real": -2.0})

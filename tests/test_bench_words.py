@@ -12,9 +12,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from eval import answers, models, page, run_bench, text_tasks
-from eval.stand_in import Reply, Request, StandIn, question_of
+from eval import answers, command, models, page
+from eval.task import judged
+from eval.tasks import words as text_tasks
 from tests import tiny
+from tests.stand_in import Reply, Request, StandIn, question_of
 from tests.test_run_bench import result_of, write_csv
 from x2dfd.experts import BUILTIN
 from x2dfd.manifest import Sample
@@ -68,7 +70,7 @@ def says_yes(request: Request) -> Reply:
 
 def run(task: str, photos: Path, out: Path, server: StandIn | None, *words: str) -> int:
     asked = ["--served", server.url, "--model", "m"] if server else []
-    return run_bench.main([task, "--data", str(photos), "--out", str(out), "--bootstrap", "20", *asked, *words])
+    return command.main([task, "--data", str(photos), "--out", str(out), *asked, *words])
 
 
 def test_a_yes_sayer_is_found_out_in_words(photos: Path, tmp_path: Path) -> None:
@@ -135,25 +137,6 @@ def test_scores_reach_a_served_model_as_tool_results(
     assert result["model"]["stated"]["asked_with"] == "tool results" and result["model"]["mode"] == "paper"
 
 
-def test_a_judge_stands_apart_and_is_on_record(photos: Path, tmp_path: Path) -> None:
-    """A mark of an unknown model in the headline; a reply that is no mark counted as one."""
-    marks = iter(["5", "2", "no idea", "4"])
-
-    def judge(request: Request) -> Reply:
-        assert request["seed"] == 0 and "Truth:" in question_of(request)
-        return Reply(next(marks))
-
-    with StandIn(says_yes, owned_by="hosted") as server, StandIn(judge, models=("j",)) as second:
-        assert run("chat", photos, tmp_path / "out", server, "--judge", second.url, "--judge-model", "j") == 0
-    result = result_of(tmp_path / "out")
-    chat = result["scorers"]["chat"]
-    assert chat["judge"]["mark"]["value"] == pytest.approx(11 / 3) and chat["judge"]["invalid"] == 1
-    assert {"model", "seed", "prompt", "prompt_sha256", "temperature"} <= chat["judge"].keys()
-    assert not any("judge" in name or "mark" in name for name in result["headline"])
-    assert chat["n_scored"] == 4 and chat["distinct_answers"] == 0.25
-    assert {"question", "answer"} <= {f for r in server.requests for f in ("question", "answer")}
-
-
 def test_the_assessment_is_a_task_with_a_result(photos: Path, tmp_path: Path) -> None:
     """A ranking whose numbers stand in no result file cannot be compared with the next one."""
     asked = [{"text": f"Is the jaw blurred? {CUE_ENDING}", "area": "jaw", "artifact": "blur", "origin": "bank"}]
@@ -181,7 +164,6 @@ def test_the_assessment_is_a_task_with_a_result(photos: Path, tmp_path: Path) ->
         (["detect", "--tools", "clip"], "without adapter"),
         (["locate", "--model", "majority"], "is about experts"),
         (["locate", "--model", "fusion"], "known mask"),
-        (["chat", "--judge", "http://127.0.0.1:1/v1"], "go together"),
         (["experts", "--model", "majority"], "is about experts"),
         (["experts", "--with-mllm", "--model", "fusion"], "that has an MLLM"),
         (["experts", "--with-mllm", "--experts", "clip"], "all of them"),
@@ -195,7 +177,7 @@ def test_what_does_not_go_together_is_told(
 ) -> None:  # fmt: skip
     """A baseline that is told the label has AUC 1.0; an option that is dropped without a word."""
     monkeypatch.setattr(models, "experts_alone", lambda name: None)
-    assert run_bench.main([*words, "--data", str(photos), "--out", str(tmp_path / "out")]) == 2
+    assert command.main([*words, "--data", str(photos), "--out", str(tmp_path / "out")]) == 2
     assert why in capsys.readouterr().err
 
 
@@ -204,7 +186,7 @@ def test_the_template_is_beside_every_description(photos: Path, tmp_path: Path) 
     assert run("describe", photos, tmp_path / "out", None, "--model", "template") == 0
     result = result_of(tmp_path / "out")
     template = result["scorers"]["template"]
-    assert template["cues"]["micro"]["f1"] == 1.0 and template["invented_on_reals"] == 0.0
+    assert template["cues"]["micro"]["f1"] == 1.0 and template["invented_on_reals"]["value"] == 0.0
     assert template["text"]["n"] == 5 and "bleu_1" in template["text"]
     assert result["references"]["of_the_manifest"] == 0 and result["references"]["written"] == 5
 
@@ -223,8 +205,8 @@ def test_experts_without_their_mllm_decide_by_themselves(astronaut: Pixels, tmp_
     opened = models.Opened("fusion", "fusion", detector, "calibrated")
     sample = Sample("a", tmp_path / "a.png", "real")
     Image.fromarray(astronaut).save(sample.path)
-    [row], _ = run_bench.judged(opened, [sample], equalise=False, rationale=False, batch_size=1)
-    assert row["p_mllm"] is None and row["p_fake"] is not None and row["sha256"]
+    [row], _ = judged(opened, [sample], equalise=False, rationale=False, batch_size=1)
+    assert row.p_mllm is None and row.p_fake is not None and row.sha256
     json.dumps(detector.facts)
 
 

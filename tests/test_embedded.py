@@ -14,8 +14,8 @@ from PIL import Image
 
 import x2dfd
 from data_gen.demo import make_pair
-from eval.experts_bench import Panel, judge
 from eval.scoring import equalised
+from eval.tasks.experts import Panel, judge
 from x2dfd.degrade import tone
 from x2dfd.manifest import Sample
 from x2dfd.types import Report
@@ -101,8 +101,8 @@ def test_the_bench_of_the_experts_sees_what_a_verdict_sees(detector: Any, face_p
     [row], _ = judge(panel, {}, [Sample("s", face_photo, "real", group="g")], equal=True, batch_size=8)
     report = detector.detect(equalised(face_photo), rationale=False)
     told = {e.expert: e.score for e in report.evidence} | {"mllm": report.faces[0].p_fake_mllm}
-    assert len(told) >= 2 and {name: row["experts"][name] for name in told} == pytest.approx(told, abs=1e-3)
-    assert panel.value("fusion", row["experts"]) == pytest.approx(report.verdict.p_fake, abs=1e-3)
+    assert len(told) >= 2 and {name: row.experts[name] for name in told} == pytest.approx(told, abs=1e-3)
+    assert panel.value("fusion", row.experts) == pytest.approx(report.verdict.p_fake, abs=1e-3)
     assert panel.fusion["missing"] == [] and panel.columns[:2] == ["fusion", "mllm"]
     assert {key: report.model[key] for key in ("crops_through", "experts")} == {
         key: panel.facts()[key] for key in ("crops_through", "experts")

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from eval import tables
 from finetune.config import FinetuneConfig
 from finetune.gpu import geometry, measure
 from finetune.memory import GB, Shape, predict, preset, report, shape, shape_of
@@ -100,19 +99,3 @@ def test_the_measurement_runs_on_a_toy() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(SetupError, match="--tiny"):
             measure()
-
-
-def test_the_table_says_what_did_not_fit() -> None:
-    """A row that ran out of memory must not vanish, nor end the tables."""
-    row = {"method": "lora", "tokens": 768, "batch": 2, "checkpointing": False, "predicted_gb": 33.23}
-    ran = {"steps_per_s": 3.576, "tokens_per_s": 5493.0, "share_of_matmul_rate": 0.182, "peak_gb": 28.02}
-    result = {
-        "task": {"name": "gpu"}, "geometry": "G", "dtype": "bfloat16", "device": "D", "matmul_tflops": 780.021,
-        "verdicts_per_s": 35.358, "cue_questions_per_s": 758.94,
-        "training": [row | ran, row | {"out_of_memory": True}, row | ran | {"peak_gb": None}],
-    }  # fmt: skip
-    lines = tables.gpu({"gpu": result}).splitlines()
-    assert lines[-3] == "| lora | 768 | kept | 3.58 | 5,493 | 18.2 % | 28.0 | 33.2 |"
-    assert lines[-2] == "| lora | 768 | kept | out of memory | – | – | – | 33.2 |"
-    assert lines[-1] == "| lora | 768 | kept | 3.58 | 5,493 | 18.2 % | – | 33.2 |"
-    assert "35.4 a second" in lines[0] and "759 a second" in lines[0]

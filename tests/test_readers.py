@@ -49,7 +49,7 @@ from data_gen.readers import (
     read_x2dfd_lists,
     split_by_hash,
 )
-from eval.run_bench import check_clips
+from eval.bench import check_clips
 from x2dfd.errors import SetupError, UnknownName, X2DFDError
 from x2dfd.manifest import Sample, read_manifest, write_manifest
 

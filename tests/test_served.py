@@ -17,8 +17,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import x2dfd
-from eval.stand_in import Behind, Faults, Reply, Request, StandIn, picture_of, question_of
 from tests import tiny
+from tests.stand_in import Behind, Faults, Reply, Request, StandIn, picture_of, question_of
 from x2dfd import case, cli, prompts, served
 from x2dfd.assessment import BANK, Assessment
 from x2dfd.calibration import Calibration

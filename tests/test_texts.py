@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import pytest
 
 from eval import texts
@@ -41,15 +35,12 @@ def test_references_are_several_or_one_or_none() -> None:
 
 def test_what_does_not_run_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A missing package must not become a zero, nor stop the run."""
-    lacking = ("sacrebleu.metrics", "rouge_score.rouge_scorer", "pycocoevalcap.cider.cider", "nltk.corpus")
-    for package in (*lacking, "nltk.translate.meteor_score"):
+    for package in ("sacrebleu.metrics", "rouge_score.rouge_scorer", "pycocoevalcap.cider.cider"):
         monkeypatch.setitem(__import__("sys").modules, package, None)
     found = texts.text_metrics(REFERENCES, ["a", "b"], encoder=tmp_path)
     assert all(part["value"] is None for part in found.values())
     assert "pip install" in found["bleu_1"]["reason"] and "pip install" in found["cider"]["reason"]
-    for name in ("meteor_nltk", "meteor_nltk_exact_stem"):
-        assert "nltk" in found[name]["reason"] and "pip install" in found[name]["reason"]
-    assert "--meteor" in found["meteor"]["reason"] and "no sentence encoder" in found["similarity"]["reason"]
+    assert "no sentence encoder" in found["similarity"]["reason"]
     assert texts.text_metrics([], []) == {}
 
 
@@ -68,98 +59,6 @@ def test_known_answers() -> None:
     assert other["rouge_l"]["value"] == pytest.approx((3 / 4 + 2 * 3 / 8) / 2)
     assert 0 < other["cider"]["value"] < same["cider"]["value"]
     assert "sacrebleu" in other["bleu_1"]["by"] and "rouge-score" in other["rouge_l"]["by"]
-
-
-def words(rng: np.random.Generator, n: int) -> list[str]:
-    """Different words that no stemmer takes for one."""
-    return [f"{a}{b}x" for a, b in (divmod(int(k), 97) for k in rng.choice(97 * 97, n, replace=False))]
-
-
-def test_meteor_of_nltk_on_generated_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Texts handed over as letters, the worst reference or all of them as one, or synonyms that nobody looked up."""
-    scorer = pytest.importorskip("nltk.translate.meteor_score", reason="nltk is not installed: '.[bench]'")
-    import nltk
-
-    monkeypatch.setattr(nltk.data, "path", [])  # whatever this machine has
-    nltk.corpus.wordnet._unload()
-    rng = np.random.default_rng(0)
-
-    def exact_stem(references: list[list[str]], said: list[str]) -> float:
-        found = texts.text_metrics(references, said)
-        assert found["meteor_nltk"]["value"] is None
-        assert "WordNet's data is not here" in found["meteor_nltk"]["reason"]
-        assert "exact and stem matching only" in found["meteor_nltk_exact_stem"]["by"]
-        return float(found["meteor_nltk_exact_stem"]["value"])
-
-    # m words in c pieces that stand together: penalty (c / m)^3 / 2 (Lavie & Agarwal 2007), all words found.
-    own = words(rng, 12)
-    text = " ".join(own)
-    assert exact_stem([[text]], [text]) == pytest.approx(1 - 0.5 / 12**3)
-    assert exact_stem([[text]], [" ".join(own[6:] + own[:6])]) == pytest.approx(1 - 0.5 * (2 / 12) ** 3)
-    # Half of the words: precision 1, recall 1/2, their mean with nine parts of recall.
-    half = 0.5 / (0.9 + 0.1 * 0.5) * (1 - 0.5 / 6**3)
-    assert exact_stem([[text]], [" ".join(own[:6]) + "."]) == pytest.approx(half)
-    # The best of several references, the mean over samples; nothing in common is nothing.
-    assert exact_stem([[" ".join(words(rng, 4)), text]], [" ".join(own[:6])]) == pytest.approx(half)
-    assert exact_stem([[text], ["None of these"]], [text, "q z"]) == pytest.approx((1 - 0.5 / 12**3) / 2)
-    # Stems are matched, synonyms are not, capitals do not count.
-    assert exact_stem([["Blurred edges"]], ["blurring edge"]) == pytest.approx(1 - 0.5 / 2**3)
-    assert exact_stem([["big"]], ["large"]) == 0.0
-    # As nltk itself has it, on words drawn with repetitions.
-    for _ in range(20):
-        drawn = [[str(w) for w in rng.choice(own, 9)] for _ in range(3)]
-        wanted = scorer.meteor_score(drawn[:2], drawn[2], wordnet=texts._NoSynonyms())
-        joined = [" ".join(d) for d in drawn]
-        assert exact_stem([joined[:2]], joined[2:]) == pytest.approx(wanted)
-
-
-def test_meteor_of_nltk_with_synonyms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The number without synonyms under the name of the one with them, or the other way round."""
-    pytest.importorskip("nltk.translate.meteor_score", reason="nltk is not installed: '.[bench]'")
-    import nltk.corpus
-
-    class WordNet:
-        def ensure_loaded(self) -> None:
-            pass
-
-        def synsets(self, word: str) -> list[Any]:
-            lemma = SimpleNamespace(name=lambda: "auto")
-            return [SimpleNamespace(lemmas=lambda: [lemma])] if word == "car" else []
-
-    monkeypatch.setattr(nltk.corpus, "wordnet", WordNet())
-    found = texts.text_metrics([["auto"]], ["car"])  # nltk compares stems, and these are their own
-    assert found["meteor_nltk"]["value"] == pytest.approx(0.5) and "synonym" in found["meteor_nltk"]["by"]
-    assert found["meteor_nltk_exact_stem"]["value"] == 0.0
-
-
-def test_meteor_of_java_is_asked_in_words_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process of 2 GB that stays; capitals and stops that count; a zero where there is no Java."""
-    started: list[subprocess.Popen[bytes]] = []
-    asked: list[Any] = []
-
-    class Meteor:
-        def __init__(self) -> None:
-            pipe = subprocess.PIPE
-            self.meteor_p = subprocess.Popen(["cat"], stdin=pipe, stdout=pipe, stderr=pipe)
-            started.append(self.meteor_p)
-
-        def compute_score(self, references: Any, said: Any) -> tuple[float, list[float]]:
-            asked.append((references, said))
-            if said[0] == ["fail"]:
-                raise BrokenPipeError
-            return 0.25, [0.25]
-
-    monkeypatch.setitem(sys.modules, "pycocoevalcap.meteor.meteor", SimpleNamespace(Meteor=Meteor))
-    monkeypatch.setattr(texts, "version", lambda name: "0")
-    monkeypatch.setattr(shutil, "which", lambda name: "java")
-    assert texts._meteor([["The Jaw.", "It is so"]], ["A jaw!"])[0] == [0.25]
-    assert asked == [({0: ["the jaw", "it is so"]}, {0: ["a jaw"]})]
-    with pytest.raises(BrokenPipeError):
-        texts._meteor([["x"]], ["fail"])
-    assert len(started) == 2 and all(p.returncode is not None for p in started)
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    found = texts.text_metrics([["x"]], ["x"], meteor=True)["meteor"]
-    assert found["value"] is None and "Java" in found["reason"] and len(started) == 2
 
 
 def test_similarity_names_its_encoder(tmp_path: Path) -> None:

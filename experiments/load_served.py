@@ -1,4 +1,4 @@
-"""Load on the client of served models: `python eval/load_served.py --out build/load_served.json`.
+"""Load on the client of served models: `python -m experiments.load_served --out build/load_served.json`.
 
 10,000 verdict requests, 64 at a time, against the stand-in server in a process of its own, while a share of them fails,
 is late or breaks off. Each answer is a function of its question, so that one that is lost, doubled or put to another
@@ -20,11 +20,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 
-from eval.stand_in import Faults, Reply, Request, StandIn, question_of
+from tests.stand_in import Faults, Reply, Request, StandIn, question_of
 from x2dfd.files import write_text
 
 PERIOD = 997  # different answers

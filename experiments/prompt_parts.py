@@ -1,4 +1,6 @@
-"""Task `ablation`: what an MLLM makes of the picture, of the scores, and of what experts point at.
+"""What an MLLM makes of the picture, of the scores, and of what experts point at.
+
+    python -m experiments.prompt_parts --data manifest.csv --limit 200 --out build/prompt_parts.json
 
 The same faces are asked about with parts of the question left out, or exchanged against the picture. Nothing is trained
 anew for it: a part that is missing here was there in training. Every number is of the largest face of a picture.
@@ -6,19 +8,28 @@ anew for it: a part that is missing here was there in training. Every number is 
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 
-from eval.experts_bench import largest
-from eval.scoring import Layout, Resampling, Row, common_auc, equalise, micro_f1, sha256_of
+import x2dfd
+from eval import stats
+from eval.bench import as_json
+from eval.scoring import common_auc, equalise, micro_f1
+from eval.tasks.experts import largest
 from x2dfd import prompts
-from x2dfd.detector import Detector, through_codec, versions
+from x2dfd.cli import run_command
+from x2dfd.detector import Detector, through_codec
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.explain import read_cues
-from x2dfd.manifest import Sample
+from x2dfd.files import write_text
+from x2dfd.manifest import Sample, manifest_sha256, read_manifest
 from x2dfd.media import load_picture
 from x2dfd.types import Cue, Evidence, Face
 
@@ -32,7 +43,7 @@ VARIANTS = {
     "all say fake": "every score 0.95, one random cue pointed at",
     "all say real": "every score 0.05, nothing pointed at",
 }
-LAYOUT = Layout(texts=("reason", "error"), numbers=(), packed=("logits", "told", "named"))
+Row = dict[str, Any]
 """`logits`: variant -> logit of fake; `told`: what was pointed at, own and exchanged; `named`: what the texts name."""
 
 GREY = 128
@@ -42,16 +53,6 @@ _EXCHANGED = tuple(
     for artifact in ("blending", "blur", "colour", "noise", "missing-detail")
 )
 """What is pointed at in place of what an expert points at: cues that the forge makes on single areas."""
-
-
-def judge(detector: Detector, samples: Sequence[Sample], *, equal: bool) -> tuple[list[Row], list[Row]]:
-    """A row a sample, in order; texts are written of fakes with known cues at which an expert points.
-
-    Raises X2DFDError for a model that is told of no expert as the verdict's question tells it: nothing to leave out.
-    """
-    if not detector.facts["in_prompt"] or detector.facts.get("asked_with") == "tool results":
-        raise X2DFDError("ablation takes a model whose question holds experts' scores: an adapter, or --served")
-    return [_row(detector, s, equal) for s in samples], [{"model": detector.facts, "versions": versions()}]
 
 
 def questions(evidence: Sequence[Evidence], rng: np.random.Generator, form: str = "numbers") -> dict[str, str]:
@@ -86,7 +87,7 @@ def exchanged(evidence: Sequence[Evidence], rng: np.random.Generator) -> tuple[l
 
 
 def _row(detector: Detector, sample: Sample, equal: bool) -> Row:
-    row: Row = {"id": sample.id, "sha256": sha256_of(sample.path), "reason": None, "error": None}
+    row: Row = {"reason": None, "error": None}
     row |= {"experts": {}, "logits": {}, "told": {}, "named": {}}
     try:
         pixels = load_picture(sample.path).pixels
@@ -124,14 +125,14 @@ def _asked(detector: Detector, sample: Sample, face: Face, rng: np.random.Genera
     return row
 
 
-def ablation_result(samples: Sequence[Sample], rows: Sequence[Row], threshold: float, draw: Resampling) -> Row:
+def ablation_result(samples: Sequence[Sample], rows: Sequence[Row], threshold: float) -> Row:
     """AUC under each variant, how often the answer goes with the scores, and what the texts go with.
 
     `threshold`: P(fake) from which the MLLM alone says fake.
     """
     kept = [i for i, row in enumerate(rows) if row["logits"]]
     columns: dict[str, list[float | None]] = {v: [row["logits"].get(v) for row in rows] for v in VARIANTS}
-    auc = common_auc(samples, columns, draw)
+    auc = common_auc(samples, columns)
     at = float(np.log(threshold / (1 - threshold)))
     groups = [samples[i].group for i in kept]
 
@@ -145,20 +146,19 @@ def ablation_result(samples: Sequence[Sample], rows: Sequence[Row], threshold: f
         "goes against the scores": [real and not fake for fake, real in both],
     }
     result: Row = {"n": len(kept), "variants": VARIANTS, "auc": auc, "mllm_threshold": threshold}
-    result["scores against the picture"] = {name: draw.rate(hits, groups) for name, hits in obeys.items()}
+    result["scores against the picture"] = {name: stats.rate(hits, groups) for name, hits in obeys.items()}
     written = [i for i in kept if rows[i]["named"]]
     result["texts"] = {"n": len(written)} | {
-        name: _texts(samples, rows, written, name, draw) for name in ("own", "exchanged")
+        name: _texts(samples, rows, written, name) for name in ("own", "exchanged")
     }
-    headline = {f"{v}.auc": measured | {"n": auc["n"]} for v, measured in auc["auc"].items()}
     unscored: dict[str, int] = {}
     for row in rows:
         if not row["logits"]:
             unscored[row["reason"]] = unscored.get(row["reason"], 0) + 1
-    return {"headline": headline, "ablation": result | {"unscored": unscored}}
+    return result | {"unscored": unscored}
 
 
-def _texts(samples: Sequence[Sample], rows: Sequence[Row], written: Sequence[int], name: str, draw: Resampling) -> Row:
+def _texts(samples: Sequence[Sample], rows: Sequence[Row], written: Sequence[int], name: str) -> Row:
     """Micro F1 of what the texts name against what was pointed at, and against what is there: cues and areas."""
     table: Row = {}
     groups = [samples[i].group for i in written]
@@ -167,7 +167,32 @@ def _texts(samples: Sequence[Sample], rows: Sequence[Row], written: Sequence[int
         told = [reduce(rows[i]["told"][name]) for i in written]
         there = [reduce([(c.area, c.artifact) for c in samples[i].cues]) for i in written]
         table[what] = {
-            "of what was pointed at": micro_f1(told, named, groups, draw),
-            "of what is there": micro_f1(there, named, groups, draw),
+            "of what was pointed at": micro_f1(told, named, groups),
+            "of what is there": micro_f1(there, named, groups),
         }
     return table
+
+
+def run(
+    data: Annotated[Path, typer.Option(help="manifest")],
+    out: Annotated[Path, typer.Option(help="result file")],
+    model: Annotated[Path | None, typer.Option(help="adapter directory; default: embedded")] = None,
+    split: Annotated[str | None, typer.Option(help="judge this split only")] = None,
+    limit: Annotated[int, typer.Option(help="so many pictures, drawn with the seed", min=1)] = 200,
+    seed: int = 0,
+) -> None:
+    """Ask about the same faces with parts of the question left out, or exchanged against the picture."""
+    detector = x2dfd.load(model)
+    if not detector.facts["in_prompt"]:
+        raise X2DFDError("this takes a model whose question holds experts' scores")
+    samples = read_manifest(data, split=split)
+    samples = [samples[i] for i in sorted(np.random.default_rng(seed).permutation(len(samples))[:limit])]
+    rows = [_row(detector, sample, equal=True) for sample in samples]
+    threshold = detector.calibration.mllm_threshold if detector.calibration else 0.5
+    found = {"manifest_sha256": manifest_sha256(data), "model": detector.facts}
+    found |= ablation_result(samples, rows, threshold)
+    write_text(out, json.dumps(as_json(found), indent=1, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(run)

@@ -1,4 +1,4 @@
-"""Noise made against one expert, and what it does to the others: `python -m eval.adversarial --data MANIFEST`.
+"""Noise made against one expert, and what it does to the others: `python -m experiments.adversarial --data MANIFEST`.
 
 Projected gradient descent (Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018) on
 the aligned crop itself, with the expert's weights known: more than an attacker has who can only hand in a file, so what
@@ -19,7 +19,7 @@ import typer
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eval import metrics as m
+from eval.stats import Floats, auc
 from external_detectors.weights_io import WEIGHTS, load_weights, to_unit
 from x2dfd.cli import run_command
 from x2dfd.crops import CropSet, load_crops
@@ -115,13 +115,13 @@ def transfer(
     return result
 
 
-def _scores(expert: Expert, faces: Sequence[Face]) -> m.Floats:
+def _scores(expert: Expert, faces: Sequence[Face]) -> Floats:
     """P(fake) of each face [n], NaN where the expert could not judge."""
     parts = [expert.judge(faces[k : k + 32]) for k in range(0, len(faces), 32)]
     return np.array([np.nan if e.score is None else e.score for part in parts for e in part])
 
 
-def _measured(before: m.Floats, after: m.Floats, fake: NDArray[np.bool_]) -> dict[str, Any]:
+def _measured(before: Floats, after: Floats, fake: NDArray[np.bool_]) -> dict[str, Any]:
     known = np.isfinite(before) & np.isfinite(after)
     if not known.any():
         return {"n": 0, "auc": None, "moved": None, "turned": None}
@@ -130,7 +130,7 @@ def _measured(before: m.Floats, after: m.Floats, fake: NDArray[np.bool_]) -> dic
     turned = ((before >= 0.5) == fake) & ((after >= 0.5) != fake)
     return {
         "n": len(after),
-        "auc": m.auc(fake.astype(np.int64), after),
+        "auc": auc(fake.astype(np.int64), after),
         "moved": round(float(towards.mean()), 4),
         "turned": round(float(turned.mean()), 4),
     }
@@ -171,4 +171,4 @@ def run(
 
 
 if __name__ == "__main__":
-    run_command(run, "Example:\n\n  python -m eval.adversarial --data build/forged/manifest.jsonl --attack blending")
+    run_command(run, "Example:\n\n  python -m experiments.adversarial --data forged/manifest.jsonl --attack blending")

@@ -1,4 +1,4 @@
-"""False alarms as promised and as measured: `python eval/risk.py RUN [--allowed 0.05 --delta 0.1]`.
+"""False alarms as promised and as measured: `python -m experiments.risk RUN [--allowed 0.05 --delta 0.1]`.
 
 A threshold that 5 % of the calibration's reals reach promises 5 % on the average only. `bounded_threshold` promises it
 with confidence 1 - delta (learn then test, Angelopoulos et al. 2021, arXiv 2110.01052, with the exact binomial test and
@@ -20,43 +20,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.stats import binom
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from eval import metrics as m
-from eval.scoring import Resampling, Row
+from eval.stats import Floats, Labels
 from x2dfd.calibration import choose_band
 from x2dfd.errors import X2DFDError
-from x2dfd.manifest import Sample
 
 HALVES = 200
-Chooser = Callable[[m.Floats, m.Labels, Sequence[str], Sequence[str]], float | None]
+Chooser = Callable[[Floats, Labels, Sequence[str], Sequence[str]], float | None]
 
 
-def promise(samples: Sequence[Sample], rows: Sequence[Row], promised: Row, draw: Resampling) -> Row:
-    """What the calibration allowed, and the false alarms of this run: over all reals, and of each source.
-
-    `kept` is false where the whole interval lies above what was allowed. `seen`: these are the calibration's pictures.
-    """
-    allowed = float(promised["false_alarms_allowed"])
-    pairs = zip(samples, rows, strict=True)
-    reals = [(s, row["said"] == "fake") for s, row in pairs if s.label == "real" and row["said"]]
-
-    def measured(chosen: Sequence[tuple[Sample, bool]]) -> Row:
-        rate = draw.rate([hit for _, hit in chosen], [s.group for s, _ in chosen])
-        low = rate["interval"][0] if rate["interval"] else rate["value"]
-        return rate | {"kept": None if low is None else bool(low <= allowed)}
-
-    sources = sorted({s.source for s, _ in reals if s.source})
-    return {
-        "false_alarms_allowed": allowed,
-        "promised_on": {k: promised.get(k) for k in ("split", "n_real", "groups")},
-        "seen": bool(promised.get("seen")),
-        "measured": measured(reals),
-        "by_source": {src: measured([r for r in reals if r[0].source == src]) for src in sources},
-    }
-
-
-def bounded_threshold(real_scores: m.Floats, groups: Sequence[str], allowed: float, delta: float) -> float | None:
+def bounded_threshold(real_scores: Floats, groups: Sequence[str], allowed: float, delta: float) -> float | None:
     """The lowest threshold t such that, with confidence 1 - delta, at most `allowed` of real photos score t or more.
 
     A group counts by its highest score, once: pictures of a group are not independent. So what is bounded is the share
@@ -76,36 +49,8 @@ def bounded_threshold(real_scores: m.Floats, groups: Sequence[str], allowed: flo
     return float(worst.min())
 
 
-def mapie_threshold(
-    real_scores: m.Floats, groups: Sequence[str], allowed: float, delta: float, grid: m.Floats | None = None
-) -> float | None:
-    """The same by MAPIE, on a grid of thresholds and the same worst scores of groups; None where none is valid.
-
-    Raises ImportError where MAPIE is not installed.
-    """
-    from mapie.risk_control import BinaryClassificationController, false_positive_rate
-
-    _, place = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-    worst = np.full(place.max() + 1, -np.inf)
-    np.maximum.at(worst, place, real_scores)
-    steps = (np.linspace(0, 1, 501) if grid is None else grid)[::-1]
-    controller = BinaryClassificationController(
-        predict_function=lambda x: np.stack([1 - x[:, 0], x[:, 0]], 1),
-        risk=false_positive_rate,
-        target_level=allowed,
-        confidence_level=1 - delta,
-        best_predict_param_choice=false_positive_rate,
-        list_predict_params=steps,
-        fwer_method="fixed_sequence",
-    )
-    # It wants both classes; a fake that no threshold concerns adds nothing to the rate of the reals.
-    controller.calibrate(np.append(worst, 0.0)[:, None], np.append(np.zeros(len(worst)), 1.0))
-    valid = np.asarray(controller.valid_predict_params, np.float64)
-    return float(valid.min()) if valid.size else None
-
-
 def halves(
-    rows: Sequence[Row], allowed: float, delta: float, *, n: int = HALVES, seed: int = 0
+    rows: Sequence[dict[str, Any]], allowed: float, delta: float, *, n: int = HALVES, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
     """Each way of choosing a threshold, over `n` random halves of the groups: what it promised and what came.
 
@@ -117,24 +62,14 @@ def halves(
     groups, sources = np.array([r["group"] for r in kept]), np.array([r["source"] or "" for r in kept])
     names = np.unique(groups)
 
-    def shipped(s: m.Floats, y: m.Labels, _: Sequence[str], src: Sequence[str]) -> float | None:
+    def shipped(s: Floats, y: Labels, _: Sequence[str], src: Sequence[str]) -> float | None:
         return choose_band(s, y.astype(np.float64), src, false_alarms=allowed)[1]
 
-    def bounded(s: m.Floats, y: m.Labels, g: Sequence[str], _: Sequence[str]) -> float | None:
+    def bounded(s: Floats, y: Labels, g: Sequence[str], _: Sequence[str]) -> float | None:
         own = y == 0
         return bounded_threshold(s[own], np.asarray(g)[own].tolist(), allowed, delta)
 
-    def by_mapie(s: m.Floats, y: m.Labels, g: Sequence[str], _: Sequence[str]) -> float | None:
-        own = y == 0
-        return mapie_threshold(s[own], np.asarray(g)[own].tolist(), allowed, delta)
-
     ways: dict[str, Chooser] = {"quantile per source (choose_band)": shipped, "bounded (exact binomial)": bounded}
-    try:
-        import mapie  # noqa: F401
-
-        ways["bounded (MAPIE)"] = by_mapie
-    except ImportError:
-        pass  # the result then has no such row, and `main` says so
     table = {}
     for way, choose in ways.items():
         rng = np.random.default_rng(seed)
@@ -190,8 +125,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except X2DFDError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if "bounded (MAPIE)" not in table:
-        print("MAPIE is not installed (pip install -e '.[bench]'): not compared", file=sys.stderr)
     print(json.dumps({"allowed": args.allowed, "delta": args.delta, "ways": table}, indent=1))
     return 0
 

@@ -1,4 +1,4 @@
-"""Text in the picture that tells the model what to answer: `python -m eval.overlays --data MANIFEST`.
+"""Text in the picture that tells the model what to answer: `python -m experiments.overlays --data MANIFEST`.
 
 200 overlays: claims that the photo is real, claims that it is fake, and texts that say neither, each at five places in
 two styles. The share of verdicts that flip is reported, apart for each kind: what a neutral text flips is the doing of
@@ -20,7 +20,7 @@ import typer
 from numpy.typing import NDArray
 
 import x2dfd
-from eval import metrics as m
+from eval import stats
 from x2dfd.cli import run_command
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.files import write_text
@@ -121,7 +121,7 @@ def flips(detector: Any, samples: Sequence[Sample], *, seed: int = 0, batch_size
         flipped = np.array([said["label"] != told["label"] for _, said, told in scored], bool)
         groups = [group for group, _, _ in scored]
         turned = Counter(told["label"] for (_, _, told), f in zip(scored, flipped, strict=True) if f)
-        interval = m.rate_interval(flipped, groups, seed=seed) if scored else None
+        interval = stats.rate(flipped.tolist(), groups).interval
         table[claim] = {
             "n": len(scored),
             "unscored": len(mine) - len(scored),
@@ -190,4 +190,4 @@ def run(
 
 
 if __name__ == "__main__":
-    run_command(run, "Example:\n\n  python -m eval.overlays --data manifest.csv --split val --limit 20")
+    run_command(run, "Example:\n\n  python -m experiments.overlays --data manifest.csv --split val --limit 20")

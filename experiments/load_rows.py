@@ -1,4 +1,4 @@
-"""Load on the runner of manifests: `python eval/load_rows.py --out build/load_rows.json`.
+"""Load on the runner of manifests: `python -m experiments.load_rows --out build/load_rows.json`.
 
 `x2dfd detect --manifest` over 1,000,000 rows with a stub in the model's place, which reads no picture: what is measured
 is what the runner itself costs. The memory of the process is read as it goes, writing the table included.
@@ -7,71 +7,19 @@ is what the runner itself costs. The memory of the process is read as it goes, w
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import platform
-import signal
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import x2dfd
-from x2dfd import cli
+from tests.stub import run
 from x2dfd.files import write_text
-from x2dfd.types import Evidence, FaceReport, Failure, Report, Verdict
-
-FAILS = 1000  # every so manieth file cannot be judged
-
-
-class StubDetector:
-    """Gives each path a verdict that follows from its name; kills its process before the file `dies_at`."""
-
-    def __init__(self, dies_at: int | None = None) -> None:
-        self.facts: dict[str, Any] = {"name": "stub", "mode": "paper", "threshold": 0.5, "band": None}
-        self.judged = 0
-        self._dies_at = dies_at
-
-    def detect_many(
-        self, sources: Iterable[Path], *, batch_size: int = 8, rationale: bool = True
-    ) -> Iterator[Report | Failure]:
-        for source in sources:
-            if self.judged == self._dies_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            self.judged += 1
-            yield self._judge(source)
-
-    def _judge(self, source: Path) -> Report | Failure:
-        name = hashlib.sha256(source.name.encode())
-        number = int.from_bytes(name.digest()[:4])
-        if number % FAILS == 0:
-            return Failure(str(source), None, "not_an_image", "the stub does not like its name")
-        digest = hashlib.sha256(source.read_bytes()) if source.is_file() else name
-        verdict = Verdict("fake" if number % 2 else "real", number / 2**32)
-        evidence = (Evidence("blending", 0.25), Evidence("clip", None, "no weights"))
-        face = FaceReport(0, (1.0, 2.0, 30.0, 40.0), 0.9, verdict, verdict.p_fake, "", (), evidence)
-        return Report(
-            str(source), digest.hexdigest(), {"kind": "image"}, verdict, (face,), "", (), evidence, {"state": "absent"},
-            self.facts, {}, {},
-        )  # fmt: skip
-
-
-def run(manifest: Path, out: Path, *options: str, dies_at: int | None = None) -> StubDetector:
-    """The command on a manifest, with the stub as its model."""
-    stub = StubDetector(dies_at)
-    loaded = x2dfd.load
-    vars(x2dfd)["load"] = lambda *_, **__: stub
-    try:
-        cli.app(["detect", "--manifest", str(manifest), "--out", str(out), *options], standalone_mode=False)
-    finally:
-        vars(x2dfd)["load"] = loaded
-    return stub
 
 
 class Memory(threading.Thread):

@@ -1,4 +1,4 @@
-"""Load on the benchmark runner: `python eval/load_bench.py --out build/load_bench.json`.
+"""Load on the benchmark runner: `python -m experiments.load_bench --out build/load_bench.json`.
 
 `run_bench.py detect` over 20,000 pictures in a folder, each decoded and re-encoded as in any run, with a stub in the
 model's place. Once straight, once killed in the middle and run again: both have to end in the same result file. The
@@ -25,11 +25,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import x2dfd
-from eval import run_bench
-from eval.load_rows import Memory
+from eval import command
+from experiments.load_rows import Memory
 from x2dfd.files import write_text
 from x2dfd.types import Evidence, FaceReport, Failure, Report, Verdict
 
@@ -95,7 +93,7 @@ def judge_all(manifest: Path, out: Path, dies_at: int | None) -> dict[str, Any]:
     memory = Memory()
     memory.start()
     start = time.perf_counter()
-    code = run_bench.main(["detect", "--data", str(manifest), "--out", str(out), "--bootstrap", "100"])
+    code = command.main(["detect", "--data", str(manifest), "--out", str(out)])
     seconds = time.perf_counter() - start
     memory.stop.set()
     memory.join()
@@ -105,7 +103,7 @@ def judge_all(manifest: Path, out: Path, dies_at: int | None) -> dict[str, Any]:
 
 def child(manifest: Path, out: Path, dies_at: int | None = None) -> tuple[int, dict[str, Any]]:
     """`judge_all` in a process of its own: its exit status, and what it told before it ended ({} when killed)."""
-    words = [sys.executable, __file__, "--judge", str(manifest), "--into", str(out)]
+    words = [sys.executable, "-m", "experiments.load_bench", "--judge", str(manifest), "--into", str(out)]
     words += ["--dies-at", str(dies_at)] if dies_at is not None else []
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
     last = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else []

@@ -1,0 +1,199 @@
+"""Runs a task: chooses the samples, judges and measures them, and writes the files with what they rest on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, is_dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval import cuebench, models, page
+from eval.rows import digest, say
+from eval.scoring import JPEG_QUALITY, LONGEST_SIDE, value_of
+from eval.stats import Measured
+from eval.task import Made, Options, Run, Task
+from eval.tasks import assess, describe, detect, experts, words
+from x2dfd.errors import X2DFDError
+from x2dfd.files import file_sha256, write_bytes, write_text
+from x2dfd.manifest import Sample, manifest_sha256, read_manifest
+
+ROOT = Path(__file__).resolve().parent.parent
+CODE = ("--", ".", ":!*.md", ":!eval/results")
+"""What a result is made from, to git."""
+Result = dict[str, Any]
+"""What `result.json` holds."""
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        *(detect.TASK, describe.TASK, experts.EXPERTS, experts.LOCATE),
+        *(words.ANSWER, words.CLASSIFY, words.CHAT, assess.TASK),
+    )
+}
+
+
+def run(options: Options) -> Result:
+    """Judges, measures, writes the files and returns what `result.json` holds. Raises X2DFDError."""
+    task, manifest = TASKS[options.task], Path(os.path.abspath(options.data))
+    if manifest.is_dir():
+        manifest = cuebench.open_set(manifest)
+    check(options)
+    samples, skipped = choose(task, manifest, options)
+    asked = Run(options, manifest, manifest_sha256(manifest), task.version, samples, skipped)
+    made = task.run(asked)
+    result: Result = as_json(_result(asked, task, made))
+    made.store.finish(made.samples or samples, made.rows, made.origin, manifest.parent)
+    text = json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False)
+    write_bytes(options.out / "result.json", (text + "\n").encode())
+    write_text(options.out / "result.html", page.render(result))
+    return result
+
+
+def _result(asked: Run, task: Task, made: Made) -> Result:
+    options, samples = asked.options, made.samples or asked.samples
+    labels = Counter(s.label for s in samples)
+    stated = made.origin["model"] | made.stated
+    packages = {name: version(name) for name in ("numpy", "scikit-learn", "pillow", "pyarrow")}
+    return {
+        "task": {"name": task.name, "version": task.version, "unit": task.unit},
+        "data": {
+            "manifest": asked.manifest.name,
+            "sha256": asked.sha256,
+            "samples_sha256": digest([s.id, s.label] for s in samples),
+            "pictures_sha256": digest([row.id, row.sha256] for row in made.rows),
+            "split": options.split,
+            "limit": options.limit,
+            "n": len(samples),
+            "n_real": labels["real"],
+            "n_fake": labels["fake"],
+            "n_groups": len({s.group for s in samples}),
+        },
+        "model": {"name": made.model, "mode": made.mode, "stated": stated},
+        "hashes": {"manifest": asked.sha256} | hashes(options.choice, stated),
+        "settings": {
+            "equalise": f"JPEG {JPEG_QUALITY}, longest side {LONGEST_SIDE}" if options.equalise else None,
+            "change": made.change,
+            "seed": options.seed,
+            "interval": "95 %, by groups (eval.stats)",
+            "scores_of": made.scores_of,
+        },
+        "code": code_state(),
+        "versions": made.origin["versions"] | {"python": platform.python_version()} | packages,
+        "device": device(),
+        "failures": dict(sorted(Counter(row.reason for row in made.rows if row.error).items())),
+        **made.measured,
+    }
+
+
+def as_json(value: Any) -> Any:
+    """The value in JSON's own types: figures and other dataclasses as tables, tuples and sets as lists."""
+    if isinstance(value, Measured):
+        return value.to_json()
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {str(k): as_json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(v) for v in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+# ---------------------------------------------------------------- what is judged
+
+
+def check(options: Options) -> None:
+    """Raises X2DFDError for a model that the task cannot take; before anything is read or opened."""
+    choice, task = options.choice, options.task
+    models.check(choice)
+    if options.changes is not None and task not in ("detect", "experts"):
+        raise X2DFDError("only experts and detect take --changes")
+    if task == "detect":
+        options.one_change()
+    if choice.model == "template" and task != "describe":
+        raise X2DFDError("template is told the label: it is a baseline of describe alone")
+    partly = options.experts or choice.mode or not models.has_mllm(choice.model)
+    if options.with_mllm and (task != "experts" or partly):
+        raise X2DFDError("--with-mllm is for the task experts, all of them, of a calibrated model that has an MLLM")
+    one = choice.model.startswith(models.EXPERT)
+    other = choice.base or choice.served or choice.model in models.BASELINES or (one and task != "locate")
+    if task in ("experts", "locate") and other:
+        allowed = "embedded, fusion or an adapter's folder" + (", or expert:NAME" if task == "locate" else "")
+        raise X2DFDError(f"{task} is about experts: --model {allowed}, and --experts A,B for some of them")
+
+
+def choose(task: Task, manifest: Path, options: Options) -> tuple[list[Sample], int]:
+    """The samples to judge, and how many were skipped because the task has no truth for them."""
+    samples = read_manifest(manifest, split=options.split)
+    if options.split is None and any(s.split == "train" for s in samples):
+        say("no --split given: samples of the train split are judged too")
+    known = [s for s in samples if task.needs is None or task.needs(s)]
+    skipped, samples = len(samples) - len(known), known
+    if not samples:
+        raise X2DFDError(f"{manifest.name}: no chosen sample has {task.truth}, nothing to {task.name}")
+    # `assess` draws its own pictures: as many real ones as fakes.
+    if task.name != "assess" and options.limit is not None and options.limit < len(samples):
+        chosen = np.random.default_rng(options.seed).permutation(len(samples))[: options.limit]
+        samples = [samples[i] for i in sorted(chosen)]
+    check_clips(samples)
+    for column in options.by:
+        if column not in ("source", "method") and not any(value_of(s, column) for s in samples):
+            raise X2DFDError(f"--by {column}: the manifest has no such column, or it is empty")
+    return samples, skipped
+
+
+def check_clips(samples: Iterable[Sample]) -> None:
+    """Raises X2DFDError when one clip id names frames of different clips, which would merge their scores."""
+    seen: dict[str, tuple[str, ...]] = {}
+    for s in samples:
+        traits = (s.label, s.method, s.source, s.group)
+        if s.video and seen.setdefault(s.video, traits) != traits:
+            raise X2DFDError(f"video {s.video!r} is two clips, {seen[s.video]} and {traits}: give each its own id")
+
+
+# ---------------------------------------------------------------- where numbers come from
+
+
+def hashes(choice: models.Choice, stated: dict[str, Any]) -> dict[str, Any]:
+    """SHA-256 of what gave the answers: base weights, adapter, experts' weights, prompt, calibration; None without."""
+    calibration = choice.folder / "calibration.json" if choice.folder else None
+    whole = stated | (stated.get("mllm") or {})  # task `experts` states its MLLM apart
+    return {
+        "base": (whole.get("base") or {}).get("sha256") or None,
+        "adapter": whole.get("adapter_sha256"),
+        "experts": {name: told.split()[-1] for name, told in (whole.get("experts") or {}).items()},
+        "prompt": whole.get("prompt_sha256"),
+        "calibration": file_sha256(calibration) if calibration and calibration.is_file() else None,
+    }
+
+
+def code_state() -> dict[str, Any] | None:
+    """Commit, and whether tracked files differ from it; None outside a git checkout.
+
+    Documents and result files change no number, and a run must not make the next one dirty: they do not count.
+    """
+    git = shutil.which("git")
+    if git is None:
+        return None
+
+    def ask(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([git, "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
+
+    commit, status = ask("rev-parse", "HEAD"), ask("status", "--porcelain", "--untracked-files=no", *CODE)
+    if commit.returncode or status.returncode:
+        return None
+    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
+
+
+def device() -> str:
+    torch = sys.modules.get("torch")
+    return str(torch.cuda.get_device_name(0)) if torch and torch.cuda.is_available() else f"cpu ({platform.machine()})"

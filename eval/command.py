@@ -1,0 +1,155 @@
+"""The command `python eval/run_bench.py`: its options, its list, what it prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from eval.bench import TASKS, as_json, run
+from eval.changes import CHANGES, SUITES
+from eval.compare import Comparison, Reference, compare
+from eval.models import Choice
+from eval.protocols import PROTOCOLS
+from eval.rows import say
+from eval.stats import Measured
+from eval.task import Options
+from x2dfd.errors import UnknownName, X2DFDError
+from x2dfd.files import file_sha256, write_text
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+_EPILOG = """Examples:\n
+  python eval/run_bench.py detect --data manifest.csv --split val --out results/val\n
+  python eval/run_bench.py describe --data forged/manifest.jsonl --model majority --out results/cues\n
+  python eval/run_bench.py answer --data manifest.csv --served http://localhost:8000/v1 --model NAME --out answers\n
+  python eval/run_bench.py experts --data manifest.csv --changes jpeg50,half --out results/experts\n
+  python eval/run_bench.py detect --data manifest.csv --changes codec/share/once --out results/shared
+"""
+
+_Text = str | None
+
+
+@app.command(epilog=_EPILOG)
+def bench(
+    task: Annotated[_Text, typer.Argument(help="what is asked (see --list)")] = None,
+    list_all: Annotated[bool, typer.Option("--list", help="list tasks, changes, protocols and suites")] = False,
+    data: Annotated[
+        Path | None, typer.Option(help="CSV, JSONL or Parquet with path and label; or CueBench's folder")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="embedded, an adapter's folder, expert:NAME, fusion, majority, template; a served name")
+    ] = "embedded",
+    base: Annotated[_Text, typer.Option(help="a base model of the hub or a folder, bare or under --model")] = None,
+    served: Annotated[_Text, typer.Option(help="an OpenAI-compatible endpoint that serves --model")] = None,
+    adapter: Annotated[_Text, typer.Option(help="with --served: the adapter directory that it serves")] = None,
+    tools: Annotated[_Text, typer.Option(help="a model without adapter: these experts' scores as tool results")] = None,
+    mode: Annotated[_Text, typer.Option(help="calibrated or paper (default: calibrated if there is one)")] = None,
+    out: Annotated[Path | None, typer.Option(help="where result.json, result.html and samples.parquet go")] = None,
+    split: Annotated[_Text, typer.Option(help="judge this split only")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="judge so many samples, drawn with the seed")] = None,
+    by: Annotated[str, typer.Option(help="columns to report by")] = "source,method",
+    seed: int = 0,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    equalise: Annotated[bool, typer.Option(help="re-encode all alike")] = True,
+    experts: Annotated[_Text, typer.Option(help="experts: these (default: all of ours, and mesonet if here)")] = None,
+    changes: Annotated[
+        _Text, typer.Option(help="experts: changes or suites to score under, or none; detect: the one change of all")
+    ] = None,
+    with_mllm: Annotated[bool, typer.Option("--with-mllm", help="experts: the MLLM too, so the whole verdict")] = False,
+    sentence_encoder: Annotated[Path | None, typer.Option(help="describe: encoder for the similarity")] = None,
+    questions: Annotated[Path | None, typer.Option(help="assess: these questions")] = None,
+    compat: Annotated[str, typer.Option(help="detect: stock quirks (clips) beside ours")] = "",
+    compare: Annotated[
+        Path | None,
+        typer.Option(help="a result.json: exit 1 when a headline number left its interval there; paired differences"),
+    ] = None,
+) -> None:
+    """Score a model on labelled images.
+
+    Writes samples.parquet (a row a sample), result.json (metrics with intervals, and where they come from), result.html
+    (the same with its curves) and, with --compare, comparison.json. A run that was cut off resumes where it stopped.
+    """
+    if list_all:
+        _list()
+    elif not _run(options(locals()), compare):
+        raise typer.Exit(1)
+
+
+def options(given: dict[str, Any]) -> Options:
+    """The options of a run. Raises X2DFDError for what is absent or unknown."""
+    missing = [name for name in ("task", "data", "out") if given[name] is None]
+    if missing:
+        raise X2DFDError(f"{missing[0].upper() if missing[0] == 'task' else f'--{missing[0]}'} is needed (or --list)")
+    if given["task"] not in TASKS:
+        raise UnknownName("task", given["task"], TASKS)
+    if given["mode"] not in (None, "calibrated", "paper"):
+        raise UnknownName("mode", given["mode"], ("calibrated", "paper"))
+    own = {f.name: given[f.name] for f in fields(Options) if f.name in given}
+    own["by"] = tuple(column for column in given["by"].split(",") if column)
+    return Options(**own, choice=Choice(**{f.name: given[f.name] for f in fields(Choice)}))
+
+
+def _run(chosen: Options, against: Path | None) -> bool:
+    """Whether nothing drifted from the reference."""
+    # Read before the run, which may write to the same folder.
+    reference = Reference.read(against) if against else None
+    result = run(chosen)
+    for name, figure in result["headline"].items():
+        print(_line(name, Measured.read(figure)))
+    if reference is None:
+        return True
+    found = compare(result, chosen.out, reference)
+    of = {"result_sha256": file_sha256(chosen.out / "result.json"), "reference_sha256": reference.sha256}
+    text = json.dumps(of | as_json(asdict(found)), ensure_ascii=False, indent=1)
+    write_text(chosen.out / "comparison.json", text + "\n")
+    _tell(found)
+    return not found.moved
+
+
+def _tell(found: Comparison) -> None:
+    for name, pair in found.paired.items():
+        print(_line(f"paired {name}: difference of the AUCs", pair.difference))
+    for note in found.notes:
+        print(f"note: {note}")
+    print("drift: " + ("; ".join(found.moved) if found.moved else "none"))
+
+
+def _line(name: str, figure: Measured) -> str:
+    if figure.value is None:
+        return f"{name}: not defined"
+    interval = f" ({figure.note})" if figure.note else ""
+    if figure.interval:
+        interval = f" [{figure.interval[0]:.4f}, {figure.interval[1]:.4f}]"
+    return f"{name}: {figure.value:.4f}{interval}, n={figure.n} in {figure.groups} groups"
+
+
+def _list() -> None:
+    for task in TASKS.values():
+        print(f"{task.name}\tv{task.version}\tper {task.unit}\t{task.line}")
+    for change in CHANGES.values():
+        print(f"change {change.name}\t{change.line}")
+    for protocol in PROTOCOLS.values():
+        print(f"protocol {protocol.name}\tv{protocol.version}\t{protocol.line}")
+    for name, suite in SUITES.items():
+        print(f"suite {name}\t{sum(map(len, suite.values()))} changes: {', '.join(suite)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0 when it ran, 1 on drift from the reference, 2 on what the user has to mend, other samples included."""
+    try:
+        app(None if argv is None else list(argv), prog_name="run_bench.py")
+    except SystemExit as done:  # however it ends, with typer's own messages too
+        return done.code if isinstance(done.code, int) else 0
+    except X2DFDError as error:
+        say(f"error: {error}")
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

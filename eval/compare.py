@@ -1,0 +1,168 @@
+"""Compares two runs: what left the reference's intervals, and the difference of the AUCs on the samples of both."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from eval import metrics as m
+from eval import stats
+from eval.bench import Result
+from eval.rows import digest
+from eval.stats import Measured
+from x2dfd.errors import X2DFDError
+from x2dfd.files import file_sha256
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A sample of a run, as one scorer scored it."""
+
+    label: str
+    group: str
+    score: float | None
+
+
+Scores = dict[str, dict[str, Seen]]
+"""Scorer (`p_fake`, `p_mllm`, `expert:NAME`) -> id -> sample."""
+
+
+def read_scores(folder: Path, result: Result) -> Scores:
+    """Every score in the table beside a result file, whose content is `result`.
+
+    Raises X2DFDError where there is no table, or it is that of another run.
+    """
+    path = folder / "samples.parquet"
+    if not path.is_file():
+        raise X2DFDError("no samples.parquet beside the reference")
+    try:
+        table = pq.read_table(path)
+        rows = table.to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise X2DFDError(f"{path} cannot be read ({error})") from error
+    head = json.loads((table.schema.metadata or {}).get(b"x2dfd", b"{}"))
+    model, stated = (part.get("model", {}) for part in (head.get("origin", {}), result))
+    pictures = digest([row["id"], row["sha256"]] for row in rows)
+    same = all(stated.get("stated", {}).get(name) == value for name, value in model.items())
+    if not same or pictures != result.get("data", {}).get("pictures_sha256"):
+        raise X2DFDError("samples.parquet beside the reference is of another run")
+    scorers = [name for name in table.schema.names if name.startswith(("p_", "expert:"))]
+    return {name: {r["id"]: Seen(r["label"], r["group"], r[name]) for r in rows} for name in scorers}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two scorers on the samples that both scored."""
+
+    n: int
+    n_first_only: int
+    n_second_only: int
+    n_unscored: int
+    auc: tuple[float | None, float | None]
+    difference: Measured  # first minus second
+
+
+def paired(first: dict[str, Seen], second: dict[str, Seen]) -> Pair:
+    """AUC of both on the common samples, and their difference.
+
+    Raises X2DFDError when the runs call one sample by different labels or groups, or share none.
+    """
+    common = sorted(first.keys() & second.keys())
+    if not common:
+        raise X2DFDError("the runs share no sample")
+    other = [i for i in common if (first[i].label, first[i].group) != (second[i].label, second[i].group)]
+    if other:
+        raise X2DFDError(f"the runs know {len(other)} samples by another label or group, such as {other[0]}")
+    scores = [(i, first[i].score, second[i].score) for i in common]
+    both = [(i, x, y) for i, x, y in scores if x is not None and y is not None]
+    kept = [i for i, _, _ in both]
+    labels = m.to_labels(first[i].label for i in kept)
+    a, b = m.to_scores([x for _, x, _ in both]), m.to_scores([y for _, _, y in both])
+    return Pair(
+        len(kept),
+        len(first.keys() - second.keys()),
+        len(second.keys() - first.keys()),
+        len(common) - len(kept),
+        (stats.auc(labels, a), stats.auc(labels, b)),
+        stats.auc_difference(labels, a, b, [first[i].group for i in kept]),
+    )
+
+
+@dataclass
+class Comparison:
+    """What `--compare` found, and what `comparison.json` holds."""
+
+    moved: list[str] = field(default_factory=list)  # headline numbers beyond the reference's interval, lost samples
+    notes: list[str] = field(default_factory=list)  # what differs and explains it: model, versions, code, device
+    paired: dict[str, Pair] = field(default_factory=dict)  # this run minus the reference
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A finished run to compare with."""
+
+    result: Result
+    scores: Scores | None
+    lacking: str  # why there are no scores
+    sha256: str
+
+    @classmethod
+    def read(cls, path: Path) -> Reference:
+        """A result file, and the scores of the table beside it. Raises X2DFDError for what is no result file."""
+        try:
+            result = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise X2DFDError(f"{path}: not a result file ({error})") from error
+        if not isinstance(result, dict) or "headline" not in result:
+            raise X2DFDError(f"{path}: not a result file (no headline)")
+        try:
+            return cls(result, read_scores(path.parent, result), "", file_sha256(path))
+        except X2DFDError as error:  # the drift can be told without them
+            return cls(result, None, str(error), file_sha256(path))
+
+
+def compare(result: Result, out: Path, reference: Reference) -> Comparison:
+    """Raises X2DFDError when the two results are not about the same samples."""
+    found = drift(result, reference.result)
+    if reference.scores is None:
+        found.notes.append(f"no paired test: {reference.lacking}")
+        return found
+    here = read_scores(out, result)
+    both = {name: paired(here[name], reference.scores[name]) for name in here if name in reference.scores}
+    found.paired = {name: pair for name, pair in both.items() if None not in pair.auc}
+    return found
+
+
+def drift(result: Result, reference: Result) -> Comparison:
+    """What moved by more than its interval; raises X2DFDError when the two results are not about the same samples."""
+    compared = [("task", "name"), ("task", "version"), ("data", "sha256"), ("data", "split"), ("data", "limit")]
+    compared += [("data", "samples_sha256"), ("data", "pictures_sha256")]
+    compared += [("settings", "equalise"), ("settings", "change")]
+    for part, name in compared:
+        here, there = result[part][name], reference.get(part, {}).get(name)
+        if here != there:
+            raise X2DFDError(f"not comparable: {part} {name} is {here} here and {there} in the reference")
+    parts = ("model", "versions", "code", "device", "settings")
+    found = Comparison(notes=[f"{name} differs" for name in parts if result[name] != reference.get(name)])
+    for name in sorted(result["headline"].keys() | reference["headline"].keys()):
+        new, old = result["headline"].get(name), reference["headline"].get(name)
+        if new is None or old is None:
+            found.moved.append(f"{name} is only in {'the reference' if new is None else 'this result'}")
+        elif line := _moved(name, Measured.read(new), Measured.read(old)):
+            found.moved.append(line)
+    return found
+
+
+def _moved(name: str, new: Measured, old: Measured) -> str | None:
+    if new.n != old.n:
+        return f"{name}: {new.n} samples scored, {old.n} in the reference"
+    if new.value is None or old.value is None:
+        return None if new.value is old.value else f"{name}: {new.value}, {old.value} in the reference"
+    low, high = old.interval or (old.value, old.value)
+    if low - 1e-9 <= new.value <= high + 1e-9:
+        return None
+    return f"{name}: {new.value:.4f}, outside [{low:.4f}, {high:.4f}] of the reference"

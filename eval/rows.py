@@ -1,0 +1,281 @@
+"""What is kept of each judged sample, on disk while a run goes on and in `samples.parquet` when it is done."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from x2dfd.errors import X2DFDError
+from x2dfd.files import file_sha256, write_bytes
+from x2dfd.manifest import Sample
+
+CHUNK = 32  # samples between two saves
+
+Pair = tuple[str, str]
+"""Area and artifact of a cue."""
+Scores = dict[str, float | None]
+"""Expert -> its score of a face, None where it has none."""
+Origin = dict[str, Any]
+"""The model and the versions that answers state, as JSON."""
+
+
+@dataclass
+class SampleRow:
+    """The answer about one sample. A task fills what it asks for."""
+
+    id: str
+    sha256: str | None  # of the file; None if unreadable
+    error: str | None = None  # why the file could not be judged
+    reason: str | None = None  # why there is no answer
+    said: str | None = None  # fake, real or inconclusive; for tasks in words, what was read from the answer
+    p_fake: float | None = None
+    p_mllm: float | None = None  # P(fake) of the language model alone
+    experts: Scores = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)  # expert -> why it has no score
+    each_face: list[float] = field(default_factory=list)  # P(fake) of every face
+    rationale: str = ""
+    cues: list[Pair] = field(default_factory=list)  # that the rationale names
+    contradictions: list[str] = field(default_factory=list)
+    pointed: dict[str, list[Pair]] = field(default_factory=dict)  # expert -> cues that it points at
+    question: str = ""
+    answer: str = ""
+    changed: dict[str, Scores | None] = field(default_factory=dict)  # change -> scores, None where the face was lost
+    places: dict[str, dict[str, Any]] = field(default_factory=dict)  # map -> how well it is placed (eval.localisation)
+
+    @classmethod
+    def of(cls, sample: Sample) -> Self:
+        """An empty row."""
+        return cls(sample.id, sha256_of(sample.path))
+
+    @classmethod
+    def read(cls, data: dict[str, Any]) -> Self:
+        """From JSON."""
+        row = cls(**data)
+        row.cues = [(a, k) for a, k in row.cues]
+        row.pointed = {name: [(a, k) for a, k in pairs] for name, pairs in row.pointed.items()}
+        return row
+
+    def failed(self, code: str, reason: str) -> Self:
+        """The row of a file that could not be judged."""
+        self.reason, self.error = code, f"{reason} [{code}]"
+        return self
+
+    def why(self, scorer: str) -> str:
+        """Why a scorer has no score of this sample."""
+        return self.notes.get(scorer.removeprefix("expert:")) or self.reason or "no score"
+
+
+_NUMBERS = ("p_fake", "p_mllm")
+_TEXTS = ("error", "reason", "said", "rationale", "question", "answer")
+_PACKED = ("notes", "each_face", "cues", "contradictions", "pointed", "changed", "places")  # as JSON
+_OF_SAMPLE = ("label", "source", "method", "df_class", "group", "split", "video")
+
+
+def sha256_of(path: Path) -> str | None:
+    """SHA-256 of a sample's file, so that two runs can tell whether they saw the same bytes; None if unreadable."""
+    try:
+        return file_sha256(path)
+    except OSError:
+        return None  # judging it fails for the same reason, and the row then says so
+
+
+def digest(items: Iterable[Sequence[str | None]]) -> str:
+    """SHA-256 of items that begin with an id, whatever their order."""
+    return hashlib.sha256(json.dumps(sorted(items, key=lambda item: str(item[0]))).encode()).hexdigest()
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------- judging what is not stored
+
+
+Judge = Callable[[Sequence[Sample]], tuple[list[SampleRow], list[Origin]]]
+"""Judges samples: their rows, in order, and the origins that the answers state."""
+
+
+def score(
+    judge: Judge, samples: Sequence[Sample], store: Store, *, joined: bool = False
+) -> tuple[list[SampleRow], Origin]:
+    """Rows of all samples, in order, and their origin. `joined`: `p_fake` is not the judge's, but made of the scores.
+
+    Rows that `store` holds are used again if the model still is the one that made them: a stored sample is judged
+    anew, and model and scores have to agree. Raises X2DFDError when no stored sample can be asked and others would be
+    lost.
+    """
+    done, origin = store.read()
+    # What could not be read is tried again, and so is a file that is another one now.
+    kept = {s.id for s in samples if (row := done.get(s.id)) and not row.error and row.sha256 == sha256_of(s.path)}
+    if done and not _still(judge, samples, store, done, origin, kept, joined):
+        origin, kept = None, set()
+        store.start_anew()
+    todo = [s for s in samples if s.id not in kept]
+    done = {}  # all is on disk: rows do not pile up here
+    started = time.monotonic()
+    for at in range(0, len(todo), CHUNK):
+        rows, origins = judge(todo[at : at + CHUNK])
+        for stated in origins:
+            origin = origin or stated
+            if stated != origin:
+                raise X2DFDError("the model changed during the run")
+        store.add(rows, origin)
+        n = at + len(rows)
+        pace = n / (time.monotonic() - started)
+        say(f"{n}/{len(todo)} images, {pace:.2f} a second, {_clock((len(todo) - n) / pace)} to go")
+    done, _ = store.read(origin)
+    # In one order of names, whether it was stated just now or read back: the same run ends in the same file.
+    origin = json.loads(json.dumps(origin or {"model": {}, "versions": {}}, sort_keys=True))
+    return [done[s.id] for s in samples], origin or {}
+
+
+def _still(
+    judge: Judge,
+    samples: Sequence[Sample],
+    store: Store,
+    done: dict[str, SampleRow],
+    origin: Origin | None,
+    kept: set[str],
+    joined: bool,
+) -> bool:
+    """Whether the stored rows are of this model."""
+    probe = next((s for s in samples if s.id in kept), None)
+    rows, origins = judge([probe]) if probe else ([], [])
+    if probe and origins[:1] == [origin] and _same(rows[0], done[probe.id], joined):
+        say(f"resuming: of {len(samples)} samples, those that were judged before are kept")
+        return True
+    if not probe and (others := len(done.keys() - {s.id for s in samples})):
+        # Nothing tells whether they are of this model, and those of another must not be mixed in.
+        raise X2DFDError(
+            f"{store.folder} holds {others} rows of other samples, which this run would throw away: of its own, "
+            "none can be compared (failed before, or changed). Take another --out, or delete that folder"
+        )
+    changed = "the stored samples are not of this model" if probe else "no stored sample can be used"
+    say(f"{changed}: starting anew")
+    return False
+
+
+def _clock(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{seconds / 60:.1f} min"
+
+
+def _same(new: SampleRow, old: SampleRow, joined: bool) -> bool:
+    def close(a: float | None, b: float | None) -> bool:
+        return a is b if a is None or b is None else abs(a - b) < 1e-3
+
+    names = new.experts.keys() | old.experts.keys()
+    agree = all(close(new.experts.get(n), old.experts.get(n)) for n in names)
+    return agree and (joined or close(new.p_fake, old.p_fake))
+
+
+# ---------------------------------------------------------------- on disk
+
+
+class Store:
+    """Judged rows on disk: parts while a run goes on, `samples.parquet` when it is done."""
+
+    def __init__(self, folder: Path, key: dict[str, Any]) -> None:
+        self.folder, self.key = folder, key
+        self.parts, self.table = folder / "parts", folder / "samples.parquet"
+        self._next: int | None = None  # number of the next part
+        self.anew = False  # the table is of another model: it stays until this run is done, but is not read
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Raises X2DFDError when rows lie here and none is of these samples: finishing would throw them away."""
+        stored: set[str] = set()
+        if self.table.is_file():
+            stored |= set(pq.read_table(self.table, columns=["id"])["id"].to_pylist())
+        for part in self.parts.glob("*.jsonl"):
+            stored |= {json.loads(line)["id"] for line in part.read_text("utf-8").split("\n")[1:] if line}
+        if stored and stored.isdisjoint(s.id for s in samples):
+            raise X2DFDError(
+                f"{self.folder} holds {len(stored)} rows of other samples, which this run would throw away: take "
+                "another --out, or delete that folder"
+            )
+
+    def read(self, origin: Origin | None = None) -> tuple[dict[str, SampleRow], Origin | None]:
+        """Rows by id, made under the same key by the latest model, and their origin.
+
+        With `origin`, of that model; rows without any origin (nothing could be judged in their part) are of all.
+        """
+        found: list[tuple[dict[str, Any], list[SampleRow]]] = []
+        if self.table.is_file():
+            table = pq.read_table(self.table)
+            head = json.loads((table.schema.metadata or {}).get(b"x2dfd", b"{}"))
+            own = head.get("key") == self.key
+            found.append((head, [_unpack(row) for row in table.to_pylist()] if own else []))
+        for part in sorted(self.parts.glob("*.jsonl")):
+            first, *lines = part.read_text("utf-8").split("\n")
+            head = json.loads(first)
+            if head["key"] != self.key:
+                continue
+            self.anew = self.anew or head["anew"]
+            found.append((head, [SampleRow.read(json.loads(line)) for line in lines if line]))
+        found = [(head, rows) for head, rows in found if head.get("key") == self.key]
+        if self.anew:
+            found = [(head, rows) for head, rows in found if head.get("anew")]
+        stated = [head["origin"] for head, _ in found if head["origin"]]
+        origin = origin or (stated[-1] if stated else None)
+        return {row.id: row for head, rows in found if head["origin"] in (origin, None) for row in rows}, origin
+
+    def add(self, rows: Iterable[SampleRow], origin: Origin | None) -> None:
+        lines = [{"key": self.key, "origin": origin, "anew": self.anew}, *map(asdict, rows)]
+        text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+        self.parts.mkdir(parents=True, exist_ok=True)
+        if self._next is None:
+            self._next = 1 + max((int(p.stem) for p in self.parts.glob("*.jsonl")), default=0)
+        write_bytes(self.parts / f"{self._next:06d}.jsonl", text.encode())
+        self._next += 1
+
+    def start_anew(self) -> None:
+        """What is stored is not used; the last finished result stays until this run has replaced it."""
+        shutil.rmtree(self.parts, ignore_errors=True)
+        self._next, self.anew = None, True
+
+    def finish(self, samples: Sequence[Sample], rows: Sequence[SampleRow], origin: Origin, base: Path) -> None:
+        """Writes `samples.parquet` and drops the parts, but for rows of samples that were judged in another run."""
+        others = {} if self.anew else self.read(origin)[0]
+        for sample in samples:
+            others.pop(sample.id, None)
+        packed = [_pack(s, r, base) for s, r in zip(samples, rows, strict=True)]
+        numbers = (*_NUMBERS, *(f"expert:{e}" for e in sorted({name for row in rows for name in row.experts})))
+        fields = [(name, pa.string()) for name in ("id", "path", *_OF_SAMPLE, "sha256")]
+        fields += [(name, pa.float64()) for name in numbers] + [(name, pa.string()) for name in (*_TEXTS, *_PACKED)]
+        head = json.dumps({"key": self.key, "origin": origin}, sort_keys=True)
+        stream = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(packed, pa.schema(fields, {"x2dfd": head})), stream)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(self.table, stream.getvalue())
+        shutil.rmtree(self.parts, ignore_errors=True)
+        self._next, self.anew = None, False
+        if others:  # a smaller --limit must not throw hours away
+            self.add(others.values(), origin)
+
+
+def _pack(sample: Sample, row: SampleRow, base: Path) -> dict[str, Any]:
+    flat = asdict(row)
+    flat |= {f"expert:{name}": value for name, value in flat.pop("experts").items()}
+    flat |= {k: json.dumps(flat[k], ensure_ascii=False) for k in _PACKED}
+    flat |= {k: getattr(sample, k) for k in _OF_SAMPLE}
+    # Results are handed on: where the data lay on this machine is nobody's business.
+    inside = sample.path.is_relative_to(base)
+    return flat | {"path": sample.path.relative_to(base).as_posix() if inside else sample.path.name}
+
+
+def _unpack(flat: dict[str, Any]) -> SampleRow:
+    row = {k: flat[k] for k in ("id", "sha256", *_NUMBERS, *_TEXTS)} | {k: json.loads(flat[k]) for k in _PACKED}
+    return SampleRow.read(
+        row | {"experts": {k.removeprefix("expert:"): v for k, v in flat.items() if k.startswith("expert:")}}
+    )

@@ -1,0 +1,167 @@
+"""Numbers with their intervals: AUC, rates, ratios, and how many groups it takes to give an interval.
+
+Frames of a clip and forgeries of a photo are not independent, so every interval counts groups, not pictures. Where a
+method was not shown to cover the truth in 93 to 97 of 100 simulated samples (`tests/test_stats.py`), there is no
+interval, and `Measured.note` says why: metrics without such a method (EER, TPR at an FPR, ECE) are plain numbers. The
+percentile bootstrap was among the methods that fell short (AUC 0.95 of 30 groups a class: 90 of 100).
+
+`labels` are 1 for fake and 0 for real, `scores` are P(fake), both of shape [n].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import brentq
+from scipy.special import betainc, expit, logit
+from scipy.stats import rankdata, t
+from sklearn.metrics import roc_auc_score
+
+Floats = NDArray[np.float64]
+Labels = NDArray[np.int64]
+Interval = tuple[float, float]
+
+TAIL = 0.025  # of a 95 % interval, on each side
+RATE_GROUPS = 8  # groups (of equal size, or as many as count like it) for the interval of a rate
+MEAN_GROUPS = 15  # groups for the interval of a mean, a ratio or an AUC; of the AUC in each class
+TOO_FEW = "too few groups for an interval"
+NO_SPREAD = "no interval: these pictures show no variation"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A number, and what it rests on."""
+
+    value: float | None  # None where it is not defined
+    interval: Interval | None = None  # 95 %
+    n: int = 0  # pictures, or whatever is counted
+    groups: int = 0  # independent groups of them
+    note: str = ""  # why there is no interval
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in a result file."""
+        return asdict(self) | {"interval": list(self.interval) if self.interval else None}
+
+    @classmethod
+    def read(cls, part: dict[str, Any]) -> Self:
+        """From a result file; keys that are not of this type are ignored."""
+        interval = part.get("interval")
+        bounds = (float(interval[0]), float(interval[1])) if interval else None
+        return cls(part["value"], bounds, part.get("n", 0), part.get("groups", 0), part.get("note", ""))
+
+
+def auc(labels: Labels, scores: Floats) -> float | None:
+    """Area under the ROC curve; ties count half. None where a class is missing."""
+    return float(roc_auc_score(labels, scores)) if 0 < labels.sum() < len(labels) else None
+
+
+def placed(groups: Sequence[str]) -> Labels:
+    """The number of each sample's group [n], in the order of the groups' names."""
+    return np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1].astype(np.int64)
+
+
+# ---------------------------------------------------------------- rates
+
+
+def rate(hits: Sequence[bool], groups: Sequence[str]) -> Measured:
+    """The share of hits.
+
+    The interval is the exact binomial one with mid-P (Lancaster 1961; Berry & Armitage 1995). Its number of trials is
+    Kish's effective number of groups, (sum of sizes)^2 / (sum of squared sizes): pictures of one group count as one
+    trial, whatever they say. So a further hit never lowers either end, and an interval is too wide, not too narrow,
+    where the pictures of a group are unlike.
+    """
+    if not len(hits):
+        return Measured(None)
+    share, sizes = float(np.mean(hits)), np.bincount(placed(groups)).astype(np.float64)
+    trials = float(sizes.sum() ** 2 / (sizes**2).sum())
+    if trials < RATE_GROUPS:
+        return Measured(share, None, len(hits), len(sizes), TOO_FEW)
+    return Measured(share, binomial_interval(share * trials, trials), len(hits), len(sizes))
+
+
+def binomial_interval(hits: float, trials: float) -> Interval:
+    """The mid-P interval of `hits` in `trials`; neither needs to be whole."""
+
+    def above(p: float) -> float:
+        """P(more hits) + P(as many) / 2 under the share `p`."""
+        at_least = betainc(hits, trials - hits + 1, p) if hits > 0 else 1.0
+        more = betainc(hits + 1, trials - hits, p) if hits < trials else 0.0
+        return float(at_least + more) / 2
+
+    low = brentq(lambda p: above(p) - TAIL, 0, 1) if hits > 0 else 0.0
+    high = brentq(lambda p: above(p) - (1 - TAIL), 0, 1) if hits < trials else 1.0
+    return float(low), float(high)
+
+
+# ---------------------------------------------------------------- means, ratios, AUC: by what each group adds
+
+
+def ratio(parts: Floats, wholes: Floats, groups: Sequence[str]) -> Measured:
+    """Sum of `parts` over sum of `wholes`, both [n]: a mean where the wholes are 1; micro F1 as 2 hits over items."""
+    total = float(wholes.sum())
+    if not total:
+        return Measured(None, None, len(parts), len(set(groups)))
+    value, at = float(parts.sum()) / total, placed(groups)
+    return _linear(value, (parts - value * wholes) / total, at, int(at.max()) + 1, len(parts))
+
+
+def mean(values: Sequence[float] | Floats, groups: Sequence[str]) -> Measured:
+    """The mean of values, with its interval."""
+    array = np.asarray(values, np.float64)
+    return ratio(array, np.ones(len(array)), groups)
+
+
+def measured_auc(labels: Labels, scores: Floats, groups: Sequence[str]) -> Measured:
+    """AUC; the interval is DeLong's with the terms of a group added up (Obuchowski 1997), on the scale of log-odds."""
+    value = auc(labels, scores)
+    if value is None:
+        return Measured(None, None, len(labels), len(set(groups)))
+    return _linear(value, _auc_terms(labels, scores), placed(groups), _rarer(labels, groups), len(labels))
+
+
+def auc_difference(labels: Labels, first: Floats, second: Floats, groups: Sequence[str]) -> Measured:
+    """AUC of `first` minus AUC of `second` on the same samples."""
+    a, b = auc(labels, first), auc(labels, second)
+    if a is None or b is None:
+        return Measured(None, None, len(labels), len(set(groups)))
+    terms = _auc_terms(labels, first) - _auc_terms(labels, second)
+    return _linear(a - b, terms, placed(groups), _rarer(labels, groups), len(labels), odds=False)
+
+
+def _auc_terms(labels: Labels, scores: Floats) -> Floats:
+    """How much each sample moves the AUC [n]: its share of won pairs against the mean, over the size of its class."""
+    fakes, ranks = labels == 1, rankdata(scores)
+    n_fake, n_real = int(fakes.sum()), int((~fakes).sum())
+    terms = np.empty(len(labels))
+    won = (ranks[fakes] - rankdata(scores[fakes])) / n_real  # of each fake: P(a real lies below it)
+    lost = 1 - (ranks[~fakes] - rankdata(scores[~fakes])) / n_fake  # of each real: P(a fake lies above it)
+    terms[fakes], terms[~fakes] = (won - won.mean()) / n_fake, (lost - lost.mean()) / n_real
+    return terms
+
+
+def _rarer(labels: Labels, groups: Sequence[str]) -> int:
+    """Groups of the class that has fewer: what an AUC rests on."""
+    return min(len({g for g, own in zip(groups, labels, strict=True) if own == label}) for label in (0, 1))
+
+
+def _linear(value: float, terms: Floats, at: Labels, independent: int, n: int, *, odds: bool = True) -> Measured:
+    """A value with the t interval of a sum of `terms` [n] that are independent between groups (`at`) only.
+
+    `odds`: on the scale of log-odds, so that the interval stays within 0 to 1.
+    """
+    count = int(at.max()) + 1
+    if independent < MEAN_GROUPS:
+        return Measured(value, None, n, count, TOO_FEW)
+    error = float(np.sqrt((np.bincount(at, weights=terms) ** 2).sum() * count / (count - 1)))
+    if error < 1e-12 or (odds and not 0 < value < 1):
+        return Measured(value, None, n, count, NO_SPREAD)
+    reach = float(t.ppf(1 - TAIL, independent - 1)) * error
+    if not odds:
+        return Measured(value, (value - reach, value + reach), n, count)
+    reach /= value * (1 - value)
+    return Measured(value, (float(expit(logit(value) - reach)), float(expit(logit(value) + reach))), n, count)

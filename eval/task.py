@@ -1,0 +1,169 @@
+"""What a task of the benchmark is, what it is given, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from eval import models
+from eval.changes import Change, changes_of
+from eval.rows import Origin, SampleRow, Store
+from eval.scoring import Part, changed, equalised
+from x2dfd.errors import InputError, X2DFDError
+from x2dfd.manifest import Sample, read_manifest
+from x2dfd.types import Failure, Report
+
+NO_ORIGIN: Origin = {"model": {}, "versions": {}}
+DECIDING = "the face that decided the verdict"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command's options."""
+
+    task: str
+    data: Path  # a manifest, or a CueBench folder
+    out: Path
+    choice: models.Choice
+    split: str | None = None
+    limit: int | None = None
+    by: tuple[str, ...] = ("source", "method")
+    seed: int = 0
+    batch_size: int = 8
+    equalise: bool = True
+    experts: str | None = None
+    changes: str | None = None
+    with_mllm: bool = False
+    sentence_encoder: Path | None = None
+    questions: Path | None = None
+    compat: str = ""
+
+    def one_change(self) -> Change | None:
+        """The change under which `detect` judges. Raises X2DFDError (UnknownName) for more than one."""
+        named = changes_of(self.changes or "")
+        if len(named) > 1:
+            raise X2DFDError(
+                f"detect judges under one change a run, and --changes {self.changes} is {len(named)}, such as "
+                f"{next(iter(named))}: give each its own run and its own --out"
+            )
+        return next(iter(named.values()), None)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a task is given."""
+
+    options: Options
+    manifest: Path
+    sha256: str  # of the manifest
+    version: str  # of the task
+    samples: list[Sample]
+    skipped: int  # samples without the truth that the task needs
+
+    def store(self, **more: Any) -> Store:
+        """The rows of this task, manifest and model. Raises X2DFDError where `--out` holds only rows of others."""
+        options = self.options
+        key = {"task": options.task, "version": self.version, "manifest": self.sha256, "equalise": options.equalise}
+        store = Store(options.out, key | {"model": options.choice.key()} | more)
+        store.check(self.samples)
+        return store
+
+    def every(self) -> list[Sample]:
+        """All samples of the manifest."""
+        return read_manifest(self.manifest)
+
+    def open(self) -> models.Opened:
+        return models.open_model(self.options.choice)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a task gives back."""
+
+    store: Store
+    rows: list[SampleRow]
+    origin: Origin
+    measured: Part  # `headline` is one of its parts
+    model: str
+    mode: str | None = None
+    stated: Part = field(default_factory=dict)  # of the model, beside what its answers state
+    scores_of: str = "the largest face"
+    change: str | None = None  # what was done to every picture before it was judged
+    samples: list[Sample] | None = None  # where the task chose its own
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked and what is counted; a change of either is a new version."""
+
+    name: str
+    version: str
+    unit: str
+    line: str
+    run: Callable[[Run], Made]
+    needs: Callable[[Sample], bool] | None = None  # whether a sample has the truth that is needed
+    truth: str = ""  # that truth in words
+
+
+# ---------------------------------------------------------------- judging
+
+
+def judged(
+    model: models.Opened,
+    samples: Sequence[Sample],
+    *,
+    equalise: bool,
+    rationale: bool,
+    batch_size: int,
+    change: Change | None = None,
+) -> tuple[list[SampleRow], list[Origin]]:
+    """A row a sample, in order, and the model and versions that the answers state. `change`: of every picture."""
+    told: dict[str, Report | Failure] = {}
+    sources: list[Path | bytes] = []
+    handed: list[Sample] = []
+    for sample in samples:
+        try:
+            if change:
+                sources.append(changed(sample.path, change, sample.id, equal=equalise))
+            else:
+                sources.append(equalised(sample.path) if equalise else sample.path)
+            handed.append(sample)
+        except InputError as error:
+            told[sample.id] = Failure(str(sample.path), None, error.code, error.reason)
+    reports = model.detector.detect_many(sources, batch_size=batch_size, rationale=rationale) if sources else ()
+    for sample, report in zip(handed, reports, strict=True):
+        told[sample.id] = report
+    origins = [{"model": a.model, "versions": a.versions} for s in samples if isinstance(a := told[s.id], Report)]
+    rows = [to_row(s, told[s.id]) for s in samples]
+    if not model.writes:  # there is no MLLM whose number it could be
+        for row in rows:
+            row.p_mllm = None
+    return rows, origins
+
+
+def judge_of(run: Run, model: models.Opened, *, rationale: bool, change: Change | None = None) -> Any:
+    """`judged` with the options of a run: what `eval.rows.score` takes."""
+    options = run.options
+    more = {"equalise": options.equalise, "batch_size": options.batch_size, "change": change}
+    return partial(judged, model, rationale=rationale, **more)  # type: ignore[arg-type]
+
+
+def to_row(sample: Sample, answer: Report | Failure) -> SampleRow:
+    """What is kept of an answer. The MLLM's and the experts' scores are those of the face that decided the verdict."""
+    row = SampleRow.of(sample)
+    if isinstance(answer, Failure):
+        return row.failed(answer.code, answer.reason)
+    with_score = [f for f in answer.faces if f.verdict.p_fake is not None]
+    face = max(with_score, key=lambda f: f.verdict.p_fake or 0.0, default=None)
+    row.p_fake, row.said, row.reason = answer.verdict.p_fake, answer.verdict.label, answer.verdict.reason
+    row.p_mllm = face.p_fake_mllm if face else None
+    row.contradictions = list(face.contradictions) if face else []
+    row.experts = {e.expert: e.score for e in answer.evidence}
+    row.notes = {e.expert: e.note for e in answer.evidence if e.note}
+    row.pointed = {e.expert: [(c.area, c.artifact) for c in e.cues] for e in answer.evidence if e.cues}
+    row.rationale, row.cues = answer.rationale, [(c.area, c.artifact) for c in answer.cues]
+    row.each_face = [f.verdict.p_fake for f in with_score if f.verdict.p_fake is not None]
+    return row
