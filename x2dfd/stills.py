@@ -268,6 +268,8 @@ def sample_bits(opened: Opened) -> int:
     return 16 if image.mode.startswith("I") else 8
 
 
+_STRIP = 4_000_000  # pixels that are converted at a time
+
 # What undoes each EXIF orientation: quarter turns counterclockwise, after an optional left-right mirror.
 _TURN: dict[int, tuple[bool, int]] = {
     2: (True, 0), 3: (False, 2), 4: (True, 2), 5: (True, 1), 6: (False, 3), 7: (True, 3), 8: (False, 1),
@@ -283,17 +285,21 @@ def rgb(image: Image.Image, bits: int, inverted: bool, orientation: int, notes: 
             image.info["icc_profile"] = profile
     elif bits == 16 and image.format in ("PNG", "TIFF"):
         notes.append("16bit_to_8bit")
-    with pillow(notes):
-        colour, alpha = _split_alpha(image)
-        colour = _to_srgb(colour, image.info.get("icc_profile"), notes)
-        if colour.mode == "CMYK":
-            notes.append("cmyk_to_rgb")
-        if colour.mode != "RGB":
-            colour = colour.convert("RGB")
-        if alpha is not None and alpha.getextrema()[0] != 255:
-            notes.append("alpha_on_white")
-            colour = Image.composite(colour, Image.new("RGB", colour.size, "white"), alpha)
-    pixels = np.array(colour, dtype=np.uint8)  # [H, W, 3]
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(_STRIP // image.width, 1)
+    for top in range(0, image.height, rows):  # whole copies of a large picture in every mode would take a gigabyte
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        with pillow(notes):
+            colour, alpha = _split_alpha(strip)
+            colour = _to_srgb(colour, image.info.get("icc_profile"), notes)
+            if colour.mode == "CMYK":
+                notes.append("cmyk_to_rgb")
+            if colour.mode != "RGB":
+                colour = colour.convert("RGB")
+            if alpha is not None and alpha.getextrema()[0] != 255:
+                notes.append("alpha_on_white")
+                colour = Image.composite(colour, Image.new("RGB", colour.size, "white"), alpha)
+            pixels[top : top + rows] = np.asarray(colour)
     if orientation in _TURN:
         notes.append(f"exif_orientation:{orientation}")
         mirror, turns = _TURN[orientation]
