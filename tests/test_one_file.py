@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -100,6 +101,19 @@ def test_an_interrupt_and_a_wrong_set_up_end_the_run(
     raise_once(monkeypatch, stage, kind)
     with pytest.raises((KeyboardInterrupt, SetupError)):
         list(detector.detect_many(pictures))
+
+
+def test_a_wrong_set_up_is_none_of_the_clip(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Face models that are missing would make every video 'cannot be read', as its frames are looked at inside."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width = stream.height = 64
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    raise_once(monkeypatch, "x2dfd.detector.find_faces", lambda: SetupError("the face models are missing"))
+    with pytest.raises(SetupError):
+        detector.detect(buffer.getvalue())
 
 
 def test_a_clip_whose_frames_break_the_face_finder_is_a_row(

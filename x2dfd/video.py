@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from x2dfd import hdr
-from x2dfd.errors import InputError
+from x2dfd.errors import InputError, X2DFDError
 from x2dfd.sniffing import MAX_PIXELS, Budget, Metered, check_size, has_index, plain, read
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def _container(file: Metered, name: str) -> Iterator[tuple[InputContainer, Video
             if stream.codec_context.width and stream.codec_context.height:
                 check_size(stream.codec_context.width, stream.codec_context.height)
             yield container, stream
-    except InputError:
+    except X2DFDError:
         raise
     except Exception as error:  # FFmpeg's errors, and an IndexError where a track appears on the way
         reason = plain(getattr(error, "strerror", None) or str(error) or type(error).__name__)
