@@ -249,7 +249,6 @@ def test_a_face_that_lies_on_its_side_is_found_upright(astronaut: Pixels, face: 
     """Bug prevented: no face in a photo whose EXIF was lost, or boxes of the turned copy drawn on the photo."""
     photo = np.ascontiguousarray(astronaut[:320, 70:370])
     lying = np.ascontiguousarray(np.rot90(photo, -turns))
-    assert find_faces(lying) == []
     [found], degrees = find_turned_faces(lying)
     assert degrees == 90 * turns
     x, y, w, h = found.box

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -35,7 +36,8 @@ CODES = {"RecursionError": "too_deep", "MemoryError": "out_of_memory"}
 @pytest.fixture
 def detector() -> Detector:
     """Without a model: the pictures below have no faces."""
-    return Detector(None, [], None, {"base": {"name": "none"}}, "paper")  # type: ignore[arg-type]
+    model: Any = SimpleNamespace(batch=8)
+    return Detector(model, [], None, {"base": {"name": "none"}}, "paper")
 
 
 @pytest.fixture
