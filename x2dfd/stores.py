@@ -6,7 +6,6 @@ and keys are the user's own.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import sys
 from collections import deque
@@ -76,8 +75,11 @@ def _piped(path: str) -> bytes:
     from x2dfd.media import MAX_BYTES
 
     try:
-        with contextlib.nullcontext(sys.stdin.buffer) if path == STDIN else open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        if path == STDIN:
+            data = sys.stdin.buffer.read(MAX_BYTES + 1)
+        else:
+            with open(path, "rb") as file:
+                data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise InputError("unreadable", f"the pipe cannot be read: {error.strerror}") from error
     if len(data) > MAX_BYTES:
