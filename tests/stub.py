@@ -25,7 +25,7 @@ class StubDetector:
         self._dies_at = dies_at
 
     def detect_many(
-        self, sources: Iterable[Path], *, batch_size: int = 8, rationale: bool = True
+        self, sources: Iterable[Path], *, batch_size: int = 8, rationale: bool = True, frames: int = 32
     ) -> Iterator[Report | Failure]:
         for source in sources:
             if self.judged == self._dies_at:

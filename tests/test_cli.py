@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from skimage import data
 from typer.testing import CliRunner
 
 import x2dfd
-from x2dfd import cli
+from x2dfd import cli, stores
 from x2dfd.errors import InputError, SetupError
 from x2dfd.media import load_media
 from x2dfd.types import Card, Cue, Evidence, FaceReport, Failure, Report, Verdict
@@ -53,9 +54,9 @@ class SmallDetector:
     verdict = Verdict("fake", 0.93)
 
     def detect_many(
-        self, sources: Iterable[Path], *, batch_size: int = 8, rationale: bool = True
+        self, sources: Iterable[Path], *, batch_size: int = 8, rationale: bool = True, frames: int = 32
     ) -> Iterator[Report | Failure]:
-        self.given |= {"batch_size": batch_size, "rationale": rationale}
+        self.given |= {"batch_size": batch_size, "rationale": rationale, "frames": frames}
         self.batches.append(len(sources := list(sources)))
         for source in sources:
             if self.dies_at == source.name:
@@ -199,6 +200,73 @@ def test_missing_and_bad_files_are_rows(run: Run, photos: Path, tmp_path: Path) 
     assert shown.exit_code == 0 and shown.stdout.startswith("ERROR  not_found  ")
 
 
+def test_a_missing_path_is_said_before_a_model_loads(
+    run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: half a minute of loading before a slip of the keyboard is told."""
+    told: list[str] = []
+    monkeypatch.setattr(x2dfd, "load", lambda **_: told.append("loaded"))
+    done = run("detect", tmp_path / "gone.jpg", "--json")
+    assert done.exit_code == 0 and not told
+    assert json.loads(done.stdout)["error"]["code"] == "not_found"
+    assert f"{tmp_path / 'gone.jpg'}: there is no such file" in done.stderr
+    assert json.loads(run("detect", "http://localhost/a.jpg", "--json").stdout)["error"]["code"] == "url_not_allowed"
+
+
+def test_standard_input_and_a_named_pipe_are_judged(
+    detector: SmallDetector, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: `curl … | x2dfd detect -` looks for a file of that name."""
+    monkeypatch.chdir(tmp_path)
+    content = (photos / "a.png").read_bytes()
+    stores._piped.cache_clear()
+    monkeypatch.setattr(detector, "detect_many", lambda sources, **_: map(report_of, sources))
+    words = ["detect", "-", "--json", "--out", "rows.jsonl"]
+    done = CliRunner().invoke(cli.app, words, input=content)
+    assert done.exit_code == 0, done.output
+    row = json.loads(done.stdout)
+    assert (row["path"], row["sha256"]) == ("-", hashlib.sha256(content).hexdigest())
+    os.mkfifo("pipe")
+    writer = threading.Thread(target=Path("pipe").write_bytes, args=(content,))
+    writer.start()
+    row = json.loads(CliRunner().invoke(cli.app, ["detect", "pipe", "--json"]).stdout)
+    writer.join()
+    assert (row["path"], row["sha256"]) == ("pipe", hashlib.sha256(content).hexdigest())
+
+
+def report_of(source: Path | bytes) -> Report:
+    media = load_media(source)
+    return Report(
+        None, media.sha256, {}, Verdict("inconclusive", None, "no_face"), (), "", (), (), {"state": "absent"},
+        {"mode": "paper"}, {}, {},
+    )  # fmt: skip
+
+
+def test_links_that_lead_out_are_told(run: Run, photos: Path, tmp_path: Path) -> None:
+    """Bug prevented: a folder of links gives 'no picture found', and nobody knows why."""
+    folder = tmp_path / "links"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        (folder / name).symlink_to(photos / name)
+    done = run("detect", folder, photos / "c.png", "--json")
+    assert len(done.stdout.splitlines()) == 1
+    assert f"left out, as links that lead out of their folder: {folder / 'a.png'} and 1 more" in done.stderr
+
+
+def test_names_that_are_not_utf8_are_kept_apart(run: Run, tmp_path: Path) -> None:
+    """Bug prevented: a name with a stray byte shares its row with the name that spells that byte out."""
+    spelled = (rb"x\xff.png", rb"x\udcff.png", b"x\xff.png", b"x\\\xff.png")
+    names = [Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))) for name in spelled]
+    for k, name in enumerate(names):
+        picture = data.astronaut()
+        picture[0, 0] = k
+        Image.fromarray(picture).save(name)
+    out = tmp_path / "rows.jsonl"
+    assert run("detect", *names, "--out", out).exit_code == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len({row["path"] for row in rows}) == len({row["sha256"] for row in rows}) == len(names)
+
+
 def test_text_from_outside_cannot_steer_the_terminal(run: Run, photos: Path) -> None:
     """An escape sequence in a file name or a rationale could hide the verdict or type commands."""
     strange = photos / "x\x1b[2J\u202egpj.png"
@@ -250,15 +318,15 @@ def test_options_reach_the_detector(run: Run, detector: SmallDetector, photos: P
     """An option that is read and dropped gives the answer of another model."""
     run("detect", photos / "a.png", "--model", "M", "--base", "B", "--adapter", "A", "--mode", "paper",
         "--threads", 3, "--batch-size", 5, "--no-rationale", "--served", "U", "--device", "cuda:1",
-        "--dtype", "bf16")  # fmt: skip
+        "--dtype", "bf16", "--frames", 7)  # fmt: skip
     assert detector.given == {
         "model": Path("M"), "base": "B", "adapter": Path("A"), "mode": "paper", "threads": 3,
-        "batch_size": 5, "rationale": False, "served": "U", "device": "cuda:1", "dtype": "bf16",
+        "batch_size": 5, "rationale": False, "served": "U", "device": "cuda:1", "dtype": "bf16", "frames": 7,
     }  # fmt: skip
     run("detect", photos / "a.png")
     assert detector.given == {
         "model": None, "base": None, "adapter": None, "mode": None, "threads": None, "batch_size": 8,
-        "rationale": True, "served": None, "device": None, "dtype": None,
+        "rationale": True, "served": None, "device": None, "dtype": None, "frames": 32,
     }  # fmt: skip
 
 

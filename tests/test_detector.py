@@ -309,11 +309,11 @@ def test_the_next_batch_is_decoded_while_one_is_judged(
     second = threading.Event()
     original = detector_module._open
 
-    def noted(source: Any) -> Any:
+    def noted(*given: Any) -> Any:
         opened.append(threading.current_thread().name)
         if len(opened) > 2:
             second.set()
-        return original(source)
+        return original(*given)
 
     look = detector.mllm.look
 

@@ -11,7 +11,7 @@ import pytest
 import skimage.data
 from numpy.typing import NDArray
 
-from x2dfd.faces import CROP_SIZE, PADDING, align, area_mask, area_polygons, find_faces
+from x2dfd.faces import CROP_SIZE, PADDING, align, area_mask, area_polygons, find_faces, find_turned_faces
 from x2dfd.types import AREAS, Face
 
 Pixels = NDArray[np.uint8]
@@ -242,3 +242,26 @@ def test_a_large_picture_gives_the_crop_of_the_small_one(astronaut: Pixels) -> N
     assert np.abs(near.crop.astype(float) - far.crop).mean() < 9
     rough = [float(np.abs(cv2.Laplacian(f.crop.astype(np.float32), cv2.CV_32F)).mean()) for f in (near, far)]
     assert rough[0] < 1.3 * rough[1]
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_a_face_that_lies_on_its_side_is_found_upright(astronaut: Pixels, face: Face, turns: int) -> None:
+    """Bug prevented: no face in a photo whose EXIF was lost, or boxes of the turned copy drawn on the photo."""
+    photo = np.ascontiguousarray(astronaut[:320, 70:370])
+    lying = np.ascontiguousarray(np.rot90(photo, -turns))
+    [found], degrees = find_turned_faces(lying)
+    assert degrees == 90 * turns
+    x, y, w, h = found.box
+    shown = np.zeros(photo.shape[:2])
+    shown[68:177, 108:203] = 1  # the astronaut's face, as BOX says, in the cut-out
+    where = np.rot90(shown, -turns)
+    assert where[round(y) : round(y + h), round(x) : round(x + w)].mean() > 0.8
+    assert abs(_tilt(found.crop_landmarks)) < 0.5
+    assert np.abs(found.crop.astype(int) - face.crop).mean() < 12
+    assert np.linalg.norm(found.crop_landmarks - face.crop_landmarks, axis=1).mean() < 4
+
+
+def test_no_turn_shows_a_face_where_there_is_none() -> None:
+    """Bug prevented: three more looks at a landscape, three more chances to see a face in it."""
+    for picture in (skimage.data.coffee(), skimage.data.rocket(), skimage.data.chelsea()):
+        assert find_turned_faces(np.ascontiguousarray(picture[:300, :400])) == ([], 0)

@@ -658,9 +658,12 @@ def test_lost_end_is_noted() -> None:
 
 def test_decoding_stays_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """One key frame at the start of an endless clip must not keep a process busy for hours, nor fill its memory."""
-    import x2dfd.media as media
+    import x2dfd.video as media
 
-    data = clip("avi")  # decoded in sequence, as a clip without key frames would be
+    data = clip("avi")
+    monkeypatch.setattr(
+        media._Decoder, "approach", lambda self, target: None
+    )  # as if its first key frame were its only
     monkeypatch.setattr(media, "_MAX_DECODED_PIXELS", 20 * 128 * 64)
     video = load_media(data, max_frames=5)
     assert isinstance(video, Video)
@@ -743,3 +746,46 @@ def test_find_media(tmp_path: Path) -> None:
     assert [path.relative_to(tmp_path).as_posix() for path in found] == [
         "in/a/notes.txt", "in/a/z.png", "in/b.jpg", "in/same.jpg", "out/secret.jpg", "missing.jpg",
     ]  # fmt: skip
+
+
+def test_links_out_of_a_folder_are_told(tmp_path: Path) -> None:
+    """A folder of links to photos elsewhere gave nothing and no reason."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "photo.jpg").write_bytes(b"x")
+    (tmp_path / "in" / "out.jpg").symlink_to("../photo.jpg")
+    (tmp_path / "in" / "broken.jpg").symlink_to("nowhere")
+    told: list[Path] = []
+    assert list(find_media([tmp_path / "in"], left_out=told.append)) == []
+    assert [path.name for path in told] == ["broken.jpg", "out.jpg"]
+
+
+def test_a_folder_thousands_deep(tmp_path: Path) -> None:
+    """Walking it by recursion ended the whole run; a path that no system call takes is a row of its own."""
+    here = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(3000):
+        os.mkdir("d", dir_fd=here)
+        below = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    (tmp_path / "z.jpg").write_bytes(b"x")
+    try:
+        deep, photo = find_media([tmp_path])
+        assert photo.name == "z.jpg" and len(str(deep)) > 4000
+        assert code_of(deep) == "not_found"
+    finally:
+        subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)
+
+
+@pytest.mark.parametrize("seconds", [-(10**12), 10**12])
+def test_dates_that_no_calendar_holds(tmp_path: Path, photo: Image.Image, seconds: int) -> None:
+    """A file of the year 33,658, as some archives unpack them, ended the run with OverflowError."""
+    path = tmp_path / "a.png"
+    photo.save(path)
+    try:
+        os.utime(path, (seconds, seconds))
+    except OSError:
+        pytest.skip("this file system does not hold such a date")
+    if abs(path.stat().st_mtime) < 10**11:
+        pytest.skip("this file system does not hold such a date")
+    assert "modified" not in media_summary(load_media(path))

@@ -29,7 +29,7 @@ class Reader:
     facts: Mapping[str, Any] = {"name": "reader", "mode": "paper"}
 
     def detect_many(
-        self, sources: Iterable[Path | bytes], *, batch_size: int = 8, rationale: bool = True
+        self, sources: Iterable[Path | bytes], *, batch_size: int = 8, rationale: bool = True, frames: int = 32
     ) -> Iterator[Report | Failure]:
         for source in sources:
             path = str(source) if isinstance(source, Path) else None

@@ -15,7 +15,7 @@ from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.experts import cards
 from x2dfd.files import json_sha256, parse_json
 from x2dfd.provenance import CREDENTIALS
-from x2dfd.types import Card, Failure, Report
+from x2dfd.types import Card, Failure, Report, frames_asked
 
 if TYPE_CHECKING:
     from x2dfd.detector import Detector
@@ -120,6 +120,15 @@ def stated_about(made: dict[str, Any], sha256: str | None) -> dict[str, Any] | N
     return next((r for r in made["reports"] if isinstance(r, dict) and r.get("sha256") == sha256), None)
 
 
+def _frames_stated(stated: dict[str, Any]) -> int | None:
+    """How many frames of a clip the report is about; None of a picture, and where it is no number."""
+    try:
+        asked = frames_asked(stated["media"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+    return asked if asked is not None and 1 <= asked <= 1000 else None
+
+
 def verify(made: dict[str, Any], file: Path, detector: Detector) -> Verification:
     """Judge `file` anew and compare with the record. The detector must be in the mode that the record states.
 
@@ -139,6 +148,9 @@ def verify(made: dict[str, Any], file: Path, detector: Detector) -> Verification
         known = ", ".join(f"{r.get('path')} ({str(r.get('sha256'))[:12]}…)" for r in made["reports"])
         changed.append(f"the file has SHA-256 {quick.sha256}, and the record is about {known or 'no file'}")
         return _outcome(changed, other, notes)
+    asked = _frames_stated(stated)
+    if isinstance(quick, Report) and asked and asked != frames_asked(quick.media):
+        quick = next(iter(detector.detect_many([file], rationale=False, frames=asked)))
     if "error" in stated or isinstance(quick, Failure):
         _sort(_differing("", _comparable(stated), _comparable(quick.to_dict())), changed, other)
         return _outcome(changed, other, notes)

@@ -12,7 +12,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import StrEnum
 from functools import partial
 from importlib import metadata
@@ -29,7 +29,7 @@ from x2dfd.errors import InputError, SetupError, X2DFDError
 from x2dfd.files import write_bytes
 from x2dfd.progress import LINE_SECONDS
 from x2dfd.statements import CAVEAT, LEAD, of_generator
-from x2dfd.types import Evidence, FaceReport, Failure, Report
+from x2dfd.types import Evidence, FaceReport, Failure, Report, frames_asked
 
 if TYPE_CHECKING:
     import numpy as np
@@ -155,7 +155,8 @@ Examples:
 @app.command(epilog=DETECT_EXAMPLES)
 def detect(
     paths: Annotated[
-        list[Path] | None, typer.Argument(metavar="[PATH...]", help="Pictures, videos, or folders of them.")
+        list[Path] | None,
+        typer.Argument(metavar="[PATH...]", help="Pictures, videos, or folders of them; - is standard input."),
     ] = None,
     manifest: Annotated[
         Path | None,
@@ -202,6 +203,9 @@ def detect(
         ),
     ] = None,
     no_rationale: Annotated[bool, typer.Option("--no-rationale", help="Verdicts only; quicker.")] = False,
+    frames: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Frames of a video or an animation, spread evenly over it.")
+    ] = 32,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Files judged at a time.")] = 8,
     threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads.")] = None,
     device: Annotated[str | None, typer.Option(metavar="NAME", help=DEVICE_HELP)] = None,
@@ -237,7 +241,14 @@ def detect(
             raise typer.BadParameter(f"{target} cannot be written", param_hint=option)
     from x2dfd.manifest import manifest_paths
     from x2dfd.media import find_media
+    from x2dfd.stores import is_pipe
 
+    pipes = [path for path in paths or () if is_pipe(path)]
+    if pipes and engine is Engine.ray:
+        raise typer.BadParameter("actors cannot read this command's pipes", param_hint="--engine")
+    absent = {p: _absence(p) for p in paths or () if p not in pipes and not os.path.lexists(p)}
+    for path, failure in absent.items():  # before a model is loaded
+        typer.echo(f"{_printable(str(path))}: {failure.reason}", err=True)
     page = pdf = record = None
     if report is not None:
         from x2dfd import html_report
@@ -248,29 +259,41 @@ def detect(
             html_report.printer()  # what is missing is said before anything is judged
     written = [target for target in (page, pdf, record) if target is not None]
 
-    def files() -> Iterator[Place]:
+    links: list[Path] = []
+
+    def files(left_out: Callable[[Path], object] = lambda path: None) -> Iterator[Place]:
         """Found anew each time: no more than the names of a folder stand in memory."""
         # What an earlier run wrote into a searched folder is no picture to judge.
-        found = (p for p in find_media(paths or []) if not _ours(p, written, out))
+        found = (
+            str(p) if p in pipes else p
+            for p in find_media(paths or [], left_out=left_out)
+            if not _ours(p, written, out)
+        )
         chosen: Iterator[Place] = found if manifest is None else manifest_paths(manifest, remote=remote.split(","))
         # By name, not by position: a folder that grew between two starts must not move files from part to part.
         return chosen if parts == 1 else (p for p in chosen if _part_of(p, manifest, parts) == part)
 
-    total = sum(1 for _ in files())
+    total = sum(1 for _ in files(links.append))
     if not total:
         typer.echo("no picture or video found", err=True)
+    if links:
+        more = f" and {len(links) - 1} more" if len(links) > 1 else ""
+        typer.echo(f"left out, as links that lead out of their folder: {_printable(str(links[0]))}{more}", err=True)
     options: dict[str, Any] = {
         "model": model, "base": base, "adapter": adapter, "served": served, "mode": mode.value if mode else None,
         "threads": threads, "device": device, "dtype": dtype.value if dtype else None,
     }  # fmt: skip
     detector: Detector | RayDetector
     window = BATCHES * batch_size
-    if engine is Engine.ray:
+    many: Many
+    if absent and all(path in absent for path in paths or ()) and out is None:
+        many = partial(_rows_of, absent)
+    elif engine is Engine.ray:
         from x2dfd.ray_engine import RayDetector
 
         detector = RayDetector(options, actors)
         window = detector.window
-        many: Many = detector.detect_many
+        many = detector.detect_many
     else:
         from x2dfd.stores import detect_places
 
@@ -286,7 +309,11 @@ def detect(
     try:
         with _progress(total) as show:
             for path, result, fresh in _judge(
-                many, files(), rows, window=window, batch_size=batch_size, rationale=not no_rationale
+                partial(many, batch_size=batch_size, rationale=not no_rationale, frames=frames),
+                files(),
+                rows,
+                frames,
+                window,
             ):
                 text = "" if silent else json.dumps(result.to_dict(), allow_nan=False) if as_json else _block(result)
                 show(text, isinstance(result, Failure), fresh)
@@ -372,6 +399,22 @@ def verify(
             typer.echo(f"note: {_printable(line)}", err=True)
     if found.outcome != "holds":
         raise typer.Exit(case.EXIT_CODES[found.outcome])
+
+
+def _absence(path: Path) -> Failure:
+    """The row of a path where nothing is, for which no model need be loaded."""
+    from x2dfd.media import load_media
+
+    try:
+        load_media(path)
+    except InputError as error:
+        return Failure(str(path), None, error.code, error.reason)
+    return Failure(str(path), None, "not_found", "it came and went while it was looked for")
+
+
+def _rows_of(absent: dict[Path, Failure], places: Iterable[Place], **_: Any) -> Iterator[Report | Failure]:
+    """In the place of Detector.detect_many, where none of the paths exists."""
+    return (absent[Path(place)] for place in places)
 
 
 def _load(**options: Any) -> Detector:
@@ -569,7 +612,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON array 
 
 
 def _judge(
-    many: Many, files: Iterable[Place], rows: Rows | None, *, window: int, batch_size: int, rationale: bool
+    many: Many, files: Iterable[Place], rows: Rows | None, frames: int, window: int
 ) -> Iterator[tuple[Place, Report | Failure, bool]]:
     """Results in the order of `files`, and whether each is new: those that `rows` holds are not computed again.
 
@@ -578,9 +621,10 @@ def _judge(
     source = iter(files)
     while part := list(islice(source, window)):
         asked = [path for path in part if rows is None or rows.ask(path)]
-        kept = {} if rows is None else {path: row for path in asked if (row := rows.known(path)) is not None}
+        known = {} if rows is None else {path: row for path in asked if (row := rows.known(path)) is not None}
+        kept = {path: row for path, row in known.items() if frames_asked(row.media) in (None, frames)}
         pending = [path for path in asked if path not in kept]
-        fresh = iter(many(pending, batch_size=batch_size, rationale=rationale))
+        fresh = iter(many(pending))
         for path in asked:
             result = kept.get(path) or next(fresh)
             if rows is not None and path not in kept:
@@ -601,14 +645,26 @@ def _pictures(path: Path, result: Report | Failure) -> Pictures:
     import numpy as np
     from PIL import Image
 
-    from x2dfd.detector import VIDEO_FRAMES
     from x2dfd.html_report import MAX_SIDE
-    from x2dfd.media import Picture, load_media
+    from x2dfd.media import Frame, Picture, load_media
+    from x2dfd.stores import is_pipe, read_address
 
     if isinstance(result, Failure):
         return None
+
+    def small(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        image = Image.fromarray(pixels)  # shrunk at once: a thousand camera photos would fill the memory
+        image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+        return np.asarray(image, dtype=np.uint8)
+
+    wanted = {face.frame for face in result.faces}
+
+    def keep(frame: Frame) -> Frame:
+        return replace(frame, pixels=small(frame.pixels) if frame.index in wanted else frame.pixels[:0])
+
     try:
-        media = load_media(path, max_frames=VIDEO_FRAMES)
+        source = read_address(str(path)) if is_pipe(path) else path
+        media = load_media(source, max_frames=frames_asked(result.media) or 1, keep=keep)
     except InputError as error:
         typer.echo(f"{_printable(str(path))}: no picture in the page: {error}", err=True)
         return None
@@ -617,15 +673,9 @@ def _pictures(path: Path, result: Report | Failure) -> Pictures:
         typer.echo(f"{_printable(str(path))}: no picture in the page: the file changed meanwhile", err=True)
         return None
 
-    def small(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        image = Image.fromarray(pixels)  # shrunk at once: a thousand camera photos would fill the memory
-        image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-        return np.asarray(image, dtype=np.uint8)
-
     if isinstance(media, Picture):
         return small(media.pixels)
-    wanted = {face.frame for face in result.faces}
-    return {frame.index: small(frame.pixels) for frame in media.frames if frame.index in wanted}
+    return {frame.index: frame.pixels for frame in media.frames if frame.index in wanted}
 
 
 @contextlib.contextmanager

@@ -37,15 +37,15 @@ from x2dfd.adapter import (
 )
 from x2dfd.calibration import MLLM, Calibration, parts_of
 from x2dfd.degrade import CODEC, codec
-from x2dfd.errors import InputError, SetupError, UnknownName
+from x2dfd.errors import InputError, SetupError, UnknownName, one_file
 from x2dfd.experts import DEFAULT, Expert, Shared, ask, load_expert
 from x2dfd.explain import contradictions, mended, read_cues
-from x2dfd.faces import area_polygons, find_faces
+from x2dfd.faces import area_polygons, find_faces, find_turned_faces
 from x2dfd.fetch import BASE_NAME
-from x2dfd.media import Picture, Video, load_media, media_summary
+from x2dfd.media import Frame, Picture, Video, load_media, media_summary
 from x2dfd.mllm import LocalMLLM, YesNo, base_identity, choose_device, load_llava
 from x2dfd.provenance import read_provenance
-from x2dfd.types import Evidence, Face, FaceReport, Failure, Report, Verdict
+from x2dfd.types import Evidence, Face, FaceReport, Failure, Report, Verdict, frames_asked
 from x2dfd.validation import PROPOSITIONS, Validation
 
 Mode = Literal["calibrated", "paper"]
@@ -53,8 +53,9 @@ Source = str | Path | bytes | Image
 
 NO_PHOTO = 0.9  # P(a drawing, a painting, a render) from which a face is not assessed: nobody took that photo
 CLIP_SHARE = 3  # a clip is judged by the worst of this many parts of its frames
-VIDEO_FRAMES = 8
+VIDEO_FRAMES = 32  # of a clip, spread evenly: a tenth of it that was changed holds three of them
 FRAME_FACES = 4  # of one frame of a video
+TURN_EVERY = 4  # frames: of a clip without a face so far, these are also looked at on their side and on their head
 MAX_FACES = 24  # in one picture; the smaller ones are left out with a warning
 
 
@@ -144,33 +145,36 @@ class Detector:
 
     # --- doors ---
 
-    def detect(self, source: Source, *, rationale: bool = True) -> Report:
-        """Judge one picture or video (a path, its bytes, or a PIL image). Raises InputError with a reason code."""
-        [report] = self._judge([_ready(source)], rationale)
+    def detect(self, source: Source, *, rationale: bool = True, frames: int = VIDEO_FRAMES) -> Report:
+        """Judge one picture or video (a path, its bytes, or a PIL image); of a video, `frames` spread evenly over it.
+
+        Raises InputError with a reason code, whatever the file makes a library raise.
+        """
+        [report] = self._judge([_ready(source, frames)], rationale)
         assert isinstance(report, Report)
         return report
 
     def detect_many(
-        self, sources: Iterable[Source], *, batch_size: int = 8, rationale: bool = True
+        self, sources: Iterable[Source], *, batch_size: int = 8, rationale: bool = True, frames: int = VIDEO_FRAMES
     ) -> Iterator[Report | Failure]:
         """Reports in the order of the sources; a file that cannot be judged is a Failure and the run goes on.
 
         The faces of `batch_size` files go through the models together. Meanwhile a thread decodes the next batch and
         finds its faces, so `sources` is read one batch ahead (in the caller's thread); two batches stand in memory.
         """
-        if batch_size < 1:
-            raise ValueError("batch_size must be at least 1")
+        if batch_size < 1 or frames < 1:
+            raise ValueError("batch_size and frames must be at least 1")
         source = iter(sources)
         beside = ThreadPoolExecutor(1, "x2dfd-decode")
         try:
             # A file each, so that a run that is broken off waits for one file and not for a batch.
-            ahead = [beside.submit(_ready_or_failure, s) for s in islice(source, batch_size)]
+            ahead = [beside.submit(_ready_or_failure, s, frames) for s in islice(source, batch_size)]
             broken: Exception | None = None
             while ahead:
                 batch = [one.result() for one in ahead]
                 ahead = []
                 try:
-                    ahead = [beside.submit(_ready_or_failure, s) for s in islice(source, batch_size)]
+                    ahead = [beside.submit(_ready_or_failure, s, frames) for s in islice(source, batch_size)]
                 except Exception as error:  # of the caller's iterator: raised in its turn, after this batch's reports
                     broken = error
                 yield from self._batch(batch, rationale)
@@ -191,10 +195,7 @@ class Detector:
         source = report.path if source is None else source
         if source is None:
             raise InputError("no_picture", "a follow-up needs the picture that the report is about")
-        media = load_media(source, max_frames=VIDEO_FRAMES)
-        if report.sha256 != media.sha256:
-            raise InputError("other_picture", "this is not the picture that the report is about")
-        face = _find(media)[0][deciding.index].face
+        face = _found_again(report, source)[deciding.index].face
         [asked] = self._questions([deciding.evidence])
         answer = f"{prompts.rationale_start(deciding.verdict.side)} {deciding.rationale}".strip()
         with self._look(through_codec([face])[0].crop[None]) as look:
@@ -206,11 +207,8 @@ class Detector:
         `source` is the file that the report is about. `on_text` is told the text so far of the face that decided, token
         by token. Raises InputError when it is another file.
         """
-        media = load_media(source, max_frames=VIDEO_FRAMES)
-        if report.sha256 != media.sha256:
-            raise InputError("other_picture", "this is not the picture that the report is about")
         start = time.perf_counter()
-        found = _find(media)[0]
+        found = _found_again(report, source)
         order = sorted(report.faces, key=FaceReport.suspicion, reverse=True)  # the text of the first is streamed
         told: dict[int, FaceReport] = {}
         for at in range(0, len(order), self.mllm.batch):
@@ -613,48 +611,99 @@ class _Clock:
         self._last = now
 
 
-def _open(source: Source) -> Picture | Video:
+class _Search:
+    """Finds the faces of a file; of a clip while it is decoded, so that one frame at a time stands in memory."""
+
+    def __init__(self) -> None:
+        self.seen: list[_Seen] = []
+        self.turned = 0  # degrees counterclockwise that set the picture upright, where the file does not say so
+        self.seconds = 0.0
+        self._left_out = 0
+        self._frames = 0
+
+    def picture(self, picture: Picture) -> None:
+        faces = self._faces(picture.pixels, turning=True)
+        self._left_out = len(faces[MAX_FACES:])
+        self.seen = [_Seen(face, None, None) for face in faces[:MAX_FACES]]
+
+    def frame(self, frame: Frame) -> Frame:
+        """The frame without its pixels."""
+        unfound = not self.seen and self._frames % TURN_EVERY == 0
+        faces = self._faces(frame.pixels, turning=unfound or bool(self.turned))
+        self._frames += 1
+        self._left_out += len(faces[FRAME_FACES:])
+        for face in faces[:FRAME_FACES]:
+            self.seen.append(_Seen(replace(face, index=len(self.seen)), frame.index, frame.time_s))
+        return replace(frame, pixels=_NO_PIXELS)
+
+    def _faces(self, pixels: NDArray[np.uint8], turning: bool) -> list[Face]:
+        start = time.perf_counter()
+        with one_file("finding faces"):
+            faces = find_faces(pixels)
+            if turning and not faces:
+                turns = (self.turned // 90,) if self.turned else (1, 2, 3)
+                faces, turned = find_turned_faces(pixels, turns)
+                self.turned = self.turned or turned
+        self.seconds += time.perf_counter() - start
+        return faces
+
+    def notes(self) -> list[str]:
+        """Report.warnings."""
+        notes = []
+        if self._left_out:
+            largest = f"; a frame's {FRAME_FACES} largest are judged" if self._frames else ""
+            notes.append(f"{self._left_out} smaller faces were left out{largest}")
+        if self.turned:
+            side = "on its head" if self.turned == 180 else "on its side"
+            notes.append(f"the picture stands {side} and does not say so: faces were looked for in all four turns")
+        return notes
+
+
+_NO_PIXELS = np.empty((0, 0, 3), np.uint8)
+
+
+def _open(source: Source, frames: int, keep: Callable[[Frame], Frame]) -> Picture | Video:
     """Decoded, with what the file's Content Credentials say."""
-    media = load_media(source, max_frames=VIDEO_FRAMES)
+    media = load_media(source, max_frames=frames, keep=keep)
     if isinstance(source, Image):
         return media
-    return replace(media, provenance=read_provenance(source, media.format))
+    with one_file("reading Content Credentials"):
+        return replace(media, provenance=read_provenance(source, media.format))
 
 
-def _ready(source: Source) -> _Ready:
-    """Raises InputError."""
-    seconds: dict[str, float] = {}
-    clock = _Clock(seconds)
-    media = _open(source)
-    clock.lap("decode")
-    seen, notes = _find(media)
-    clock.lap("faces")
+def _ready(source: Source, frames: int) -> _Ready:
+    """Raises InputError, whatever the file makes a library raise; see `errors.one_file`."""
+    search = _Search()
+    start = time.perf_counter()
+    media = _open(source, frames, search.frame)
+    decoded = time.perf_counter() - start - search.seconds
+    if isinstance(media, Picture):
+        search.picture(media)
     summary = media_summary(media)
+    if search.turned:
+        summary["notes"].append(f"faces_turned:{search.turned}")
     # Two batches stand in memory: of a camera's photo 150 MB each, and the models look at the crops alone.
     if isinstance(media, Picture):
-        return _Ready(replace(media, pixels=np.empty((0, 0, 3), np.uint8)), summary, seen, notes, seconds)
-    return _Ready(replace(media, frames=()), summary, seen, notes, seconds)
+        media = replace(media, pixels=_NO_PIXELS)
+    return _Ready(media, summary, search.seen, search.notes(), {"decode": decoded, "faces": search.seconds})
 
 
-def _ready_or_failure(source: Source) -> _Ready:
+def _ready_or_failure(source: Source, frames: int) -> _Ready:
     try:
-        return _ready(source)
+        return _ready(source, frames)
     except InputError as error:
         return _Ready(_failure(source, error), {}, [], [], {})
 
 
-def _find(media: Picture | Video) -> tuple[list[_Seen], list[str]]:
+def _found_again(report: Report, source: Source) -> list[_Seen]:
+    """The faces of a report's file, in the report's order. Raises InputError, also where it is another file."""
+    search = _Search()
+    media = load_media(source, max_frames=frames_asked(report.media) or 1, keep=search.frame)
+    if report.sha256 != media.sha256:
+        raise InputError("other_picture", "this is not the picture that the report is about")
     if isinstance(media, Picture):
-        faces = find_faces(media.pixels)
-        notes = [f"{len(faces) - MAX_FACES} smaller faces were left out"] if len(faces) > MAX_FACES else []
-        return [_Seen(f, None, None) for f in faces[:MAX_FACES]], notes
-    seen, left_out = [], 0
-    for frame in media.frames:
-        faces = find_faces(frame.pixels)
-        left_out += len(faces[FRAME_FACES:])
-        seen += [_Seen(f, frame.index, frame.time_s) for f in faces[:FRAME_FACES]]
-    notes = [f"{left_out} smaller faces were left out; a frame's {FRAME_FACES} largest are judged"] if left_out else []
-    return [replace(s, face=replace(s.face, index=i)) for i, s in enumerate(seen)], notes
+        search.picture(media)
+    return search.seen
 
 
 def _areas(face: Face, cues: Sequence[Any]) -> dict[str, list[list[list[float]]]]:

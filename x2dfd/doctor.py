@@ -46,6 +46,7 @@ def diagnose() -> list[Check]:
     looks: tuple[tuple[str, Callable[[], Iterator[Check]]], ...] = (
         ("python", _python),
         ("libraries", _libraries),
+        ("heic", _heic),
         ("torch", _torch),
         ("torchvision", _torchvision),
         ("face models", _face_models),
@@ -91,6 +92,15 @@ def _libraries() -> Iterator[Check]:
         fits = name not in wanted or wanted[name].contains(version, prereleases=True)
         detail = version if fits else f"{version}, but {needs} is needed"
         yield Check(name, fits, detail, None if fits else f'pip install "{needs}"')
+
+
+def _heic() -> Iterator[Check]:
+    from x2dfd.stills import HEIC_MEND
+
+    if importlib.util.find_spec("pillow_heif") is None:
+        yield Check("heic", None, "pillow-heif is not installed: photos in HEIC are refused", HEIC_MEND)
+    else:
+        yield Check("heic", True, f"pillow-heif {importlib.metadata.version('pillow-heif')}")
 
 
 def _torch() -> Iterator[Check]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class X2DFDError(Exception):
@@ -42,3 +43,24 @@ class UnknownName(X2DFDError):
 
     def __reduce__(self) -> tuple[type[UnknownName], tuple[str, str, list[str]]]:
         return UnknownName, self._made_of
+
+
+@contextmanager
+def one_file(doing: str) -> Iterator[None]:
+    """The one place where what a file makes a library raise becomes an InputError, so that a run goes on without it.
+
+    Libraries fed with hostile bytes raise nearly anything, SystemExit of a plug-in included. What this project raises
+    on purpose passes (a SetupError is wrong for every file), and so does a user's interrupt. Codes: `out_of_memory`,
+    `too_deep`, `failed`.
+    """
+    try:
+        yield
+    except (X2DFDError, KeyboardInterrupt, GeneratorExit):
+        raise
+    except MemoryError as error:
+        raise InputError("out_of_memory", f"{doing} needs more memory than there is") from error
+    except RecursionError as error:
+        raise InputError("too_deep", f"{doing} failed: the file is nested too deeply") from error
+    except BaseException as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError("failed", f"{doing} failed unexpectedly ({said})") from error

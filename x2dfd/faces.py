@@ -229,10 +229,42 @@ def align(pixels: Array, landmarks: Array, margin: float = MARGIN) -> tuple[NDAr
 
 
 def find_faces(pixels: NDArray[np.uint8]) -> list[Face]:
-    """All faces of a picture, largest first. No face is an empty list, not an error.
+    """All upright faces of a picture, largest first. No face is an empty list, not an error.
 
     `pixels`: [H, W, 3] uint8 RGB.
     """
+    return _faces(pixels, _meshes(pixels))
+
+
+def find_turned_faces(pixels: NDArray[np.uint8], turns: Sequence[int] = (1, 2, 3)) -> tuple[list[Face], int]:
+    """As `find_faces`, for a picture that lies on its side or on its head and does not say so.
+
+    The quarter `turns` are tried one after the other; of those that show faces, the one with the surest is taken.
+    Returns also the degrees, counterclockwise, that would set the picture upright: 90, 180, 270, or 0 where no turn
+    shows a face. Boxes and landmarks are in the given picture's pixels; crops are upright.
+    """
+    best: tuple[float, list[tuple[Array, float]], int] = (0.0, [], 0)
+    for turn in turns:
+        found = _meshes(np.ascontiguousarray(np.rot90(pixels, turn)))
+        sure = max((score for _, score in found), default=0.0)
+        if sure > best[0]:
+            best = (sure, [(_turned_back(points, turn, pixels.shape), score) for points, score in found], turn)
+    return _faces(pixels, best[1]), 90 * best[2]
+
+
+def _turned_back(points: Array, turns: int, shape: Sequence[int]) -> Array:
+    """Points [n, 2] of the picture that np.rot90(pixels, turns) gives, in `pixels`, which has that shape."""
+    height, width = shape[:2]
+    x, y = points[:, 0], points[:, 1]
+    if turns == 1:
+        return np.stack([width - 1 - y, x], 1)
+    if turns == 2:
+        return np.stack([width - 1 - x, height - 1 - y], 1)
+    return np.stack([y, height - 1 - x], 1)
+
+
+def _meshes(pixels: NDArray[np.uint8]) -> list[tuple[Array, float]]:
+    """Mesh points [468, 2] and the detector's score of each upright face, largest first."""
     found: list[tuple[Array, float]] = []
     for row in _candidates(pixels):
         box, keys = row[1:5], row[5:].reshape(6, 2)
@@ -256,8 +288,12 @@ def find_faces(pixels: NDArray[np.uint8]) -> list[Face]:
             continue
         found.append((points, float(row[0])))
     found.sort(key=lambda f: -float(np.prod(f[0].max(0) - f[0].min(0))))
+    return found
+
+
+def _faces(pixels: NDArray[np.uint8], meshes: Sequence[tuple[Array, float]]) -> list[Face]:
     faces = []
-    for index, (points, score) in enumerate(found):
+    for index, (points, score) in enumerate(meshes):
         crop, matrix = align(pixels, points)
         low, high = points.min(0), points.max(0)
         faces.append(

@@ -33,16 +33,16 @@ BLOCKS = 1024  # parts of a dataset at most: a part's rows arrive together
 class Judge:
     """What an actor does: loads a detector once, judges batches of paths."""
 
-    def __init__(self, options: Mapping[str, Any], rationale: bool, batch_size: int) -> None:
+    def __init__(self, options: Mapping[str, Any], judging: Mapping[str, Any]) -> None:
+        """`judging`: options of Detector.detect_many."""
         import x2dfd
 
         self._detector = x2dfd.load(**options)
-        self._rationale = rationale
-        self._batch_size = batch_size
+        self._judging = dict(judging)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         places = [_place(bytes(raw)) for one in batch["places"] for raw in one]
-        results = detect_places(self._detector, places, batch_size=self._batch_size, rationale=self._rationale)
+        results = detect_places(self._detector, places, **self._judging)
         return {"result": [json.dumps(r.to_dict(), allow_nan=False) for r in results]}
 
 
@@ -102,14 +102,14 @@ class RayDetector:
         return found
 
     def detect_many(
-        self, places: Iterable[Place], *, batch_size: int = 8, rationale: bool = True
+        self, places: Iterable[Place], *, batch_size: int = 8, **judging: Any
     ) -> Iterator[Report | Failure]:
         """As Detector.detect_many, in the order of the places. Raises X2DFDError when a batch fails for good."""
         source = iter(places)
         while part := list(islice(source, self.window)):
-            yield from self._window(part, batch_size, rationale)
+            yield from self._window(part, batch_size, judging)
 
-    def _window(self, places: list[Place], batch_size: int, rationale: bool) -> Iterator[Report | Failure]:
+    def _window(self, places: list[Place], batch_size: int, judging: Mapping[str, Any]) -> Iterator[Report | Failure]:
         data = self._ray.data
         context = data.DataContext.get_current()
         context.execution_options.preserve_order = True
@@ -125,7 +125,7 @@ class RayDetector:
             warnings.simplefilter("ignore", DeprecationWarning)
             judged = dataset.map_batches(
                 self._judge,
-                fn_constructor_args=(self._options, rationale, batch_size),
+                fn_constructor_args=(self._options, {**judging, "batch_size": batch_size}),
                 batch_size=at_once,
                 compute=data.ActorPoolStrategy(size=self._actors),
                 **self._resources,

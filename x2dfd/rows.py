@@ -208,8 +208,14 @@ def model_hash(model: Mapping[str, Any]) -> str:
 
 
 def utf8(path: str | Path) -> str:
-    """A path that Parquet can hold, also where the name has bytes that are no UTF-8."""
-    return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
+    """A path that Parquet can hold, also where the name has bytes that are no UTF-8; no two paths give the same.
+
+    Such a byte becomes a backslash and `udc..`. A name that spells that out has its backslashes doubled.
+    """
+    text = str(path)
+    if "\\udc" in text or any("\udc80" <= c <= "\udcff" for c in text):
+        text = text.replace("\\", "\\\\")
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _schema() -> Any:

@@ -7,9 +7,11 @@ and keys are the user's own.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,9 @@ from x2dfd.types import Failure, Report
 if TYPE_CHECKING:
     from x2dfd.detector import Detector
 
-    Place = Path | str  # a local path, or an address in a store
+    Place = Path | str  # a local path, or an address in a store, or a pipe's path
+
+STDIN = "-"
 
 
 def is_address(text: str, stores: Collection[str]) -> bool:
@@ -35,6 +39,8 @@ def read_address(address: str) -> bytes:
     """The file's bytes. Raises InputError for what the store does not give, SetupError where its package is missing."""
     from x2dfd.media import MAX_BYTES
 
+    if "://" not in address:
+        return _piped(address)
     try:
         import fsspec
     except ImportError as error:
@@ -53,6 +59,34 @@ def read_address(address: str) -> bytes:
     return data
 
 
+def is_pipe(path: Path) -> bool:
+    """`-` (standard input, where no file has that name) or a named pipe, both of which can be read only once."""
+    if str(path) == STDIN:
+        return not path.exists()
+    try:
+        return path.is_fifo()
+    except OSError:
+        return False
+
+
+@cache
+def _piped(path: str) -> bytes:
+    """What came through a pipe, kept: it is judged, hashed and shown. Raises InputError."""
+    from x2dfd.media import MAX_BYTES
+
+    try:
+        if path == STDIN:
+            data = sys.stdin.buffer.read(MAX_BYTES + 1)
+        else:
+            with open(path, "rb") as file:
+                data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise InputError("unreadable", f"the pipe cannot be read: {error.strerror}") from error
+    if len(data) > MAX_BYTES:
+        raise InputError("file_too_large", f"more than {MAX_BYTES:,} bytes")
+    return data
+
+
 def sha256_of(place: Place) -> str | None:
     """Of the file's bytes; None when there is no such file. Raises OSError when it cannot be read."""
     from x2dfd.files import file_sha256
@@ -65,10 +99,9 @@ def sha256_of(place: Place) -> str | None:
         raise OSError(error.reason) from error
 
 
-def detect_places(
-    detector: Detector | Any, places: Iterable[Place], *, batch_size: int, rationale: bool
-) -> Iterator[Report | Failure]:
-    """As Detector.detect_many, over local paths and addresses; `path` of a result is the place as it was given."""
+def detect_places(detector: Detector | Any, places: Iterable[Place], **options: Any) -> Iterator[Report | Failure]:
+    """As Detector.detect_many with its `options`, over local paths and addresses; `path` of a result is the place as
+    it was given."""
     asked: deque[tuple[Place, Failure | None]] = deque()
 
     def readable() -> Iterator[Path | bytes]:
@@ -81,7 +114,7 @@ def detect_places(
                 asked.append((place, None))
                 yield source
 
-    for result in detector.detect_many(readable(), batch_size=batch_size, rationale=rationale):
+    for result in detector.detect_many(readable(), **options):
         while (failure := asked[0][1]) is not None:
             asked.popleft()
             yield failure

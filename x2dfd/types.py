@@ -6,6 +6,7 @@ This file imports neither torch nor numpy, so that `import x2dfd` stays instant.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -235,6 +236,13 @@ class Report:
     @classmethod
     def from_json(cls, text: str) -> Self:
         return cls.from_dict(json.loads(text))
+
+
+def frames_asked(media: Mapping[str, Any]) -> int | None:
+    """How many frames the clip of a `Report.media` was sampled at; None for a picture."""
+    if media.get("kind") != "video":
+        return None
+    return int(media.get("frames_asked", 8))  # as many as former versions took without saying so
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,140 @@
+"""What looking at one file may cost: inputs built to keep a parser busy end early, in any format."""
+
+from __future__ import annotations
+
+import io
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from x2dfd import sniffing, stills
+from x2dfd.errors import InputError
+from x2dfd.media import MAX_PIXELS, load_media, load_picture
+
+SECONDS = 5.0  # of CPU, generously: each took a fraction of one when it was written, and 15 or more before
+
+
+def jpeg(side: int = 64) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side), (90, 60, 30)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def chunk(kind: bytes, body: bytes = b"") -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def box(kind: bytes, body: bytes = b"") -> bytes:
+    return struct.pack(">I", 8 + len(body)) + kind + body
+
+
+PNG = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 20, 20, 8, 2, 0, 0, 0))
+MP4 = box(b"ftyp", b"isom" + bytes(12))
+EXIF = b"\xff\xe1\xff\xff" + b"Exif\0\0" + bytes(65_527)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(lambda: jpeg()[:2] + b"\xff" * 30_000_000 + jpeg()[2:], id="jpeg-fill-bytes"),
+        pytest.param(lambda: jpeg()[:2] + b"\xff" * 30_000_000, id="jpeg-only-fill-bytes"),
+        pytest.param(lambda: jpeg()[:2] + EXIF * 400 + jpeg()[2:], id="jpeg-exif-joined-piece-by-piece"),
+        pytest.param(lambda: PNG + chunk(b"abCd") * 3_000_000, id="png-empty-chunks"),
+        pytest.param(lambda: PNG + chunk(b"IDAT") * 3_000_000, id="png-empty-data"),
+        pytest.param(lambda: MP4 + box(b"free") * 4_000_000, id="mp4-boxes"),
+        pytest.param(lambda: MP4 + box(b"moov", box(b"free") * 4_000_000), id="mp4-boxes-in-the-index"),
+    ],
+)
+def test_endless_pieces_end_early(data: Callable[[], bytes]) -> None:
+    """Pillow walks such a JPEG byte by byte and such a PNG chunk by chunk, in Python and under its lock."""
+    made = data()
+    start = time.process_time()
+    with pytest.raises(InputError) as caught:
+        load_media(made)
+    assert time.process_time() - start < SECONDS
+    assert caught.value.code == "corrupt"
+
+
+def test_ordinary_files_stay_far_below_the_limit() -> None:
+    """A limit that an ordinary file comes near to refuses someone's holiday photo."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (1500, 1500, 3), np.uint8))
+    for format in ("JPEG", "PNG", "TIFF", "WEBP"):
+        buffer = io.BytesIO()
+        noise.save(buffer, format)
+        opened = stills.open_image(io.BytesIO(buffer.getvalue()), format)
+        before = opened.budget.pieces
+        stills.decode(opened, None)
+        whole = sniffing.Budget.of(len(buffer.getvalue())).pieces
+        assert whole - opened.budget.pieces < whole / 10 and before > 0
+
+
+def test_looking_through_a_video_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers of endless empty elements are walked in C; the clock is asked with each read."""
+    monkeypatch.setattr("x2dfd.video._SECONDS", 0.0)
+    monkeypatch.setattr("x2dfd.video._SECONDS_A_BYTE", 0.0)
+    with pytest.raises(InputError, match="too long to look through"):
+        load_media(b"\x1a\x45\xdf\xa3\x80" + b"\x18\x53\x80\x67\x01" + b"\xff" * 7 + b"\xec\x80" * 200_000)
+
+
+@pytest.mark.parametrize("kind", ["16-bit", "alpha"])
+def test_a_small_tiff_of_many_pixels_stays_within_memory(kind: str) -> None:
+    """Whole copies in floating point, or in every mode on the way, took 1.5 GB for a file of 200 KB."""
+    size = (7100, 7000)
+    grey = Image.fromarray(np.full(size[::-1], 60_000, np.uint16))
+    picture = grey if kind == "16-bit" else Image.new("RGBA", size, (1, 2, 3, 100))
+    buffer = io.BytesIO()
+    picture.save(buffer, "TIFF", compression="tiff_adobe_deflate")
+    program = (
+        "import resource, sys\nfrom x2dfd.media import load_media\n"
+        "load_media(sys.stdin.buffer.read())\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, input=buffer.getvalue(), capture_output=True, check=True, cwd=Path.cwd())
+    assert int(done.stdout) < 800_000  # KiB, with 60,000 for Python itself
+
+
+@pytest.mark.parametrize("size", [(8160, 6144), (12_000, 9_000)])
+def test_a_large_photo_is_decoded_at_reduced_size(size: tuple[int, int]) -> None:
+    """Telephones make 50 and 108 megapixels; refusing them refuses the very file that a forensic check needs."""
+    assert size[0] * size[1] > MAX_PIXELS
+    buffer = io.BytesIO()
+    picture = Image.new("RGB", size, (200, 40, 40))
+    picture.paste((40, 40, 200), (size[0] // 2, 0, *size))
+    picture.save(buffer, "JPEG", quality=50)
+    seen = load_picture(buffer.getvalue())
+    assert seen.pixels.shape == (size[1] // 2, size[0] // 2, 3)
+    assert np.abs(seen.pixels[10, 10].astype(int) - [200, 40, 40]).max() < 12
+    assert np.abs(seen.pixels[-10, -10].astype(int) - [40, 40, 200]).max() < 12
+    assert seen.notes == (f"reduced_from:{size[0]}x{size[1]}",)
+
+
+def test_a_jpeg_bomb_is_still_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reduced decoding is no door for a header that claims a billion pixels, nor for a hundred scans of a large one."""
+    data = bytearray(jpeg())
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", 40_000, 40_000)
+    with pytest.raises(InputError) as caught:
+        load_picture(bytes(data))
+    assert caught.value.code == "too_many_pixels"
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "JPEG", progressive=True)
+    monkeypatch.setattr(sniffing, "_MAX_SCANNED_PIXELS", 64 * 64 * 9)
+    with pytest.raises(InputError, match="scans"):
+        load_picture(buffer.getvalue())
+
+
+def test_heic_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The photo of every iPhone: 'unsupported' alone leaves its owner without a next step."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(InputError, match=r"x2dfd\[heic\]") as caught:
+        load_media(b"\0\0\0\x20ftypheic\0\0\0\0mif1heic" + bytes(80))
+    assert caught.value.code == "unsupported_format"

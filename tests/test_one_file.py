@@ -1,0 +1,130 @@
+"""Nothing that one file holds ends a run: whatever it makes a library raise, at whatever stage, is its own row."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import x2dfd
+from x2dfd import cli
+from x2dfd.detector import Detector
+from x2dfd.errors import InputError, SetupError
+from x2dfd.types import Failure, Report
+
+STAGES = ["x2dfd.media.sniff", "x2dfd.detector.find_faces", "x2dfd.detector.read_provenance"]
+KINDS: dict[str, Callable[[], BaseException]] = {
+    "IndexError": lambda: IndexError("list index out of range"),
+    "RecursionError": RecursionError,
+    "MemoryError": MemoryError,
+    "SystemExit": lambda: SystemExit(3),
+    "OSError": lambda: OSError(5, "Input/output error"),
+    "UnicodeDecodeError": lambda: UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+}
+CODES = {"RecursionError": "too_deep", "MemoryError": "out_of_memory"}
+
+
+@pytest.fixture
+def detector() -> Detector:
+    """Without a model: the pictures below have no faces."""
+    model: Any = SimpleNamespace(batch=8)
+    return Detector(model, [], None, {"base": {"name": "none"}}, "paper")
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    paths = [tmp_path / name for name in ("bad.png", "good.png")]
+    for shade, path in enumerate(paths):
+        Image.new("RGB", (40, 40), (shade, 90, 90)).save(path)
+    return paths
+
+
+def raise_once(monkeypatch: pytest.MonkeyPatch, stage: str, kind: Callable[[], BaseException]) -> None:
+    """The first call of the stage raises; the others do their work."""
+    module, _, name = stage.rpartition(".")
+    original = getattr(__import__(module, fromlist=[name]), name)
+    calls: list[int] = []
+
+    def first_fails(*given: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise kind()
+        return original(*given, **named)
+
+    monkeypatch.setattr(stage, first_fails)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_whatever_a_file_makes_a_library_raise_is_its_row(
+    stage: str, kind: str, detector: Detector, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small FLV raised IndexError inside PyAV: `detect` ended with a traceback and every resume stopped there."""
+    code = CODES.get(kind, "failed")
+    with monkeypatch.context() as patch:
+        raise_once(patch, stage, KINDS[kind])
+        with pytest.raises(InputError) as caught:
+            detector.detect(pictures[0])
+        assert caught.value.code == code and caught.value.reason
+    with monkeypatch.context() as patch:
+        raise_once(patch, stage, KINDS[kind])
+        bad, good = detector.detect_many(pictures)
+        assert isinstance(bad, Failure) and bad.code == code and bad.sha256 and isinstance(good, Report)
+    with monkeypatch.context() as patch:
+        patch.setattr(x2dfd, "load", lambda **_: detector)
+        raise_once(patch, stage, KINDS[kind])
+        out = tmp_path / "rows.jsonl"
+        done = CliRunner().invoke(cli.app, ["detect", *map(str, pictures), "--json", "--out", str(out)])
+        assert done.exit_code == 0, done.output
+        rows = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [row.get("error", {}).get("code") for row in rows] == [code, None]
+        assert [json.loads(line)["error_code"] for line in out.read_text().splitlines()] == [code, None]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, lambda: SetupError("the trust list cannot be read")])
+def test_an_interrupt_and_a_wrong_set_up_end_the_run(
+    stage: str,
+    kind: Callable[[], BaseException],
+    detector: Detector,
+    pictures: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A user who stops a run, or whose set-up is wrong for every file, must not get a thousand rows of it."""
+    raise_once(monkeypatch, stage, kind)
+    with pytest.raises((KeyboardInterrupt, SetupError)):
+        list(detector.detect_many(pictures))
+
+
+def test_a_wrong_set_up_is_none_of_the_clip(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Face models that are missing would make every video 'cannot be read', as its frames are looked at inside."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width = stream.height = 64
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    raise_once(monkeypatch, "x2dfd.detector.find_faces", lambda: SetupError("the face models are missing"))
+    with pytest.raises(SetupError):
+        detector.detect(buffer.getvalue())
+
+
+def test_a_clip_whose_frames_break_the_face_finder_is_a_row(
+    detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Faces of a clip are found inside its decoder: their failure must not be told as one of decoding."""
+    frames = [Image.fromarray(np.full((40, 40, 3), 20 * i, np.uint8)) for i in range(3)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+    raise_once(monkeypatch, "x2dfd.detector.find_faces", KINDS["IndexError"])
+    [row] = detector.detect_many([buffer.getvalue()])
+    assert isinstance(row, Failure) and row.code == "failed" and "finding faces" in row.reason

@@ -1,0 +1,69 @@
+"""Moving pictures (GIF, APNG, WebP, AVIF) as clips, by Pillow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from PIL import Image
+
+from x2dfd.errors import InputError
+from x2dfd.stills import Opened, exif_summary, pillow, rgb, sample_bits
+from x2dfd.video import Frame, Gathered, Video, positions
+
+MOVING = frozenset({"GIF", "PNG", "WEBP", "AVIF"})
+"""Formats whose many pictures are a clip; the pages of a TIFF and the views of a JPEG (MPO) are not."""
+
+_MAX_PIXELS = 2_000_000_000  # of all frames up to the last sampled one, each of which is decoded: about 20 s
+_UNTIMED_S = 0.1  # a frame without a duration, as browsers show it
+
+
+@dataclass
+class _Clock:
+    """Where in the animation its reader stands."""
+
+    index: int = -1
+    begins_s: float = 0.0
+    ends_s: float = 0.0
+
+    def advance(self, image: Image.Image) -> None:
+        """To the next frame. Raises what Pillow raises."""
+        self.index += 1
+        image.seek(self.index)
+        image.load()
+        self.begins_s = self.ends_s
+        self.ends_s += float(image.info.get("duration") or 0) / 1000 or _UNTIMED_S
+
+
+def load_animation(opened: Opened, max_frames: int, keep: Callable[[Frame], Frame], path: str | None) -> Video:
+    """Up to `max_frames` evenly spaced frames, each upright, in sRGB and on white. Raises InputError."""
+    image, notes = opened.image, opened.notes
+    reachable = min(opened.n_frames, max(_MAX_PIXELS // (image.width * image.height), 1))
+    if reachable < opened.n_frames:
+        notes.append("decoding_limit_reached")
+    depth = sample_bits(opened)
+    gathered = Gathered(keep, notes)
+    clock = _Clock()
+    for target in positions(reachable, max_frames):
+        try:
+            with pillow(notes):
+                while clock.index < target:
+                    clock.advance(image)
+                shown = image.copy()
+        except InputError as error:
+            if not gathered.frames:
+                raise
+            notes.append(f"undecodable_from_frame:{clock.index}:{error.code}")
+            break
+        if not gathered.add(Frame(target, clock.begins_s, rgb(shown, depth, False, opened.orientation, notes))):
+            break
+    exif = exif_summary(opened)
+    return gathered.video(
+        sha256=opened.sha256,
+        format=opened.name,
+        n_frames=opened.n_frames,
+        duration_s=clock.ends_s if clock.index + 1 == opened.n_frames else None,
+        asked=max_frames,
+        path=path,
+        file={"exif": exif} if exif else {},
+    )

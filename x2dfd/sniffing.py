@@ -1,0 +1,325 @@
+"""What a file is, by its first bytes, and whether it is built to keep a decoder busy; nothing is decoded here.
+
+A name never counts. Formats come from an allow-list, and what looking at one file may cost is bounded once for all of
+them: see `Budget`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import time
+from dataclasses import dataclass
+from typing import BinaryIO, NoReturn
+
+from x2dfd.errors import InputError
+
+MAX_PIXELS = 50_000_000
+"""Per picture and per video frame, checked before decoding."""
+MIN_SIDE = 16
+"""Pixels; nothing smaller can hold a face."""
+MAX_BYTES = 500_000_000
+"""Per file."""
+
+_PIECES = 2_000_000  # at most, of a file of any size
+_PASSES = 4  # over the file's bytes, before a picture is decoded
+_MAX_JPEG_SCANS = 100  # a progressive photo has about ten; every scan costs a pass over all coefficients
+_MAX_SCANNED_PIXELS = 2_000_000_000  # pixels times scans
+_MAX_GIF_BLOCKS = 2_000_000
+
+
+@dataclass
+class Budget:
+    """What looking at one file may cost, whatever its format: pieces that are walked one by one, and bytes copied.
+
+    A piece is what a parser handles by itself: a read, a chunk, a box, a tag. A format that costs more a piece pays
+    more for it, so that the whole stays within about two seconds.
+    """
+
+    pieces: int
+    copied: int
+
+    @classmethod
+    def of(cls, size: int) -> Budget:
+        """For a file of `size` bytes: a GIF of full blocks needs half of these pieces, and nothing needs more."""
+        return cls(min(50_000 + size // 64, _PIECES), _PASSES * size + 1_000_000)
+
+    def spend(self, pieces: int, copied: int = 0) -> None:
+        """Raises InputError where the file costs more than it may."""
+        self.pieces -= pieces
+        self.copied -= copied
+        if self.pieces < 0:
+            raise InputError("corrupt", "the file is cut into more pieces than a picture or a video has")
+        if self.copied < 0:
+            raise InputError("corrupt", "the file's parts claim more data than it holds")
+
+
+class Metered:
+    """A file whose every read is paid for; parsers that walk endless small pieces end here, in whatever library.
+
+    `seconds` of this thread's CPU may pass between the first read and the last; None where decoding counts its pixels.
+    """
+
+    def __init__(self, file: BinaryIO, budget: Budget, seconds: float | None = None) -> None:
+        self._file, self._budget = file, budget
+        self._until = None if seconds is None else time.thread_time() + seconds
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self._budget.spend(1, len(data))
+        if self._until is not None and time.thread_time() > self._until:
+            raise InputError("bad_video", "the file takes too long to look through")
+        return data
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+def plain(text: str, limit: int = 120) -> str:
+    """Text out of a file or a parser, safe to print on one line."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:limit]
+
+
+def check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise InputError("too_many_pixels", f"{width} x {height} pixels; at most {MAX_PIXELS:,} are decoded")
+    if min(width, height) < MIN_SIDE:
+        raise InputError("too_small", f"{width} x {height} pixels; a side has at least {MIN_SIDE}")
+
+
+def check_bytes(size: int) -> None:
+    if size == 0:
+        raise InputError("empty_file", "the file is empty")
+    if size > MAX_BYTES:
+        raise InputError("file_too_large", f"{size:,} bytes; at most {MAX_BYTES:,} are read")
+
+
+def read(file: BinaryIO | Metered, size: int = -1) -> bytes:
+    try:
+        return file.read(size)
+    except OSError as error:
+        raise InputError("unreadable", f"the file cannot be read: {error.strerror}") from error
+
+
+# Image formats by their first bytes. WEBP, AVIF and HEIF are told apart below.
+_IMAGES: tuple[tuple[bytes, str], ...] = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"GIF87a", "GIF"),
+    (b"GIF89a", "GIF"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"II+\0\x08\0\0\0", "TIFF"),
+    (b"MM\0+\0\x08\0\0", "TIFF"),
+)  # fmt: skip
+_VIDEOS: tuple[tuple[bytes, str], ...] = (
+    (b"\x1a\x45\xdf\xa3", "matroska"),
+    (b"FLV\x01", "flv"),
+    (b"OggS\0", "ogg"),
+)
+_REFUSED: tuple[tuple[bytes, str], ...] = (
+    (b"%PDF", "PDF"),
+    (b"8BPS", "PSD"),
+    (b"\0\0\0\x0cjP  ", "JPEG 2000"),
+    (b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (b"\0\0\x01\0", "ICO"),
+    (b"%!PS", "EPS"),
+    (b"\0\0\x01\xba", "MPEG program stream"),
+    (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "ASF/WMV"),
+)
+_HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
+
+
+def sniff(file: BinaryIO) -> tuple[str, str]:
+    """("image" or "video", format), from the first bytes; raises InputError for everything else."""
+    head = read(file, 1024)
+    file.seek(0)
+    for magic, name in _IMAGES:
+        if head.startswith(magic):
+            return "image", name
+    if head.startswith(b"BM") and head[6:10] == b"\0\0\0\0":  # "BM" alone also begins many a text
+        return "image", "BMP"
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return "image", "WEBP"
+    if head.startswith(b"RIFF") and head[8:12] in (b"AVI ", b"AVIX"):
+        return "video", "avi"
+    for magic, name in _VIDEOS:
+        if head.startswith(magic):
+            return "video", name
+    if head[4:8] == b"ftyp":
+        end = max(16, min(int.from_bytes(head[:4], "big"), len(head)))
+        brands = {head[8:12]} | {head[i : i + 4] for i in range(16, end, 4)}
+        if brands & {b"avif", b"avis"}:
+            return "image", "AVIF"
+        if head[8:12] in _HEIF_BRANDS:
+            return "image", "HEIF"
+        return "video", "mov"
+    # QuickTime before `ftyp`; a first byte from 0x20 on is text, as the box would be larger than any file read here
+    if head[4:8] in (b"moov", b"mdat", b"wide", b"free", b"skip") and head[0] < 0x20:
+        return "video", "mov"
+    for offset, step in ((0, 188), (4, 192)):  # plain, and with a time stamp before each packet
+        if head[offset::step][:3] == b"GGG":
+            return "video", "mpegts"
+    for magic, name in _REFUSED:
+        if head.startswith(magic):
+            raise InputError("unsupported_format", f"{name} is not supported")
+    raise InputError("not_an_image", "the content is neither a picture nor a video that can be read")
+
+
+def check_structure(data: bytes, name: str, budget: Budget, notes: list[str]) -> int | None:
+    """Refuse files built to keep a decoder busy. The number of pictures, where Pillow would count them slowly."""
+    if name == "GIF":
+        frames, whole = _count_gif_frames(data, budget)
+        if not whole:
+            notes.append("frames_not_all_counted")
+        return max(frames, 1)
+    if name == "JPEG":
+        walk_ifds(_check_jpeg(data, budget), budget)
+        return None
+    if name == "TIFF":
+        return max(walk_ifds(data, budget).pages, 1)
+    return None
+
+
+def _corrupt(reason: str) -> NoReturn:
+    raise InputError("corrupt", reason)
+
+
+_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")  # a JPEG marker with a length: no stuffing, fill or restart
+_FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15; the others are tables
+_MAX_EXIF = 20_000_000  # bytes; Pillow joins the segments one by one, each time copying all before it
+
+
+def _check_jpeg(data: bytes, budget: Budget) -> bytes:
+    """Limit scans and segments; return the EXIF blob, joined over its segments as Pillow joins it."""
+    exif: list[bytes] = []
+    scans, pixels, at = 0, 0, 2
+    while True:
+        marker = _MARKER.search(data, at)
+        if marker is None or marker[1] == b"\xd9":
+            return b"".join(exif)
+        if scans == 0 and marker.start() - at > 65_536:
+            _corrupt("the JPEG's segments do not follow each other")
+        budget.spend(20)
+        at = marker.end()
+        end = at + max(int.from_bytes(data[at : at + 2], "big"), 2)
+        if marker[1] == b"\xe1" and data[at + 2 : at + 8] == b"Exif\0\0":
+            exif.append(data[at + 8 : end])
+            if 65_536 * len(exif) > _MAX_EXIF:
+                _corrupt("the JPEG's EXIF is cut into too many segments")
+        if marker[1][0] in _FRAME_HEADERS:
+            pixels = int.from_bytes(data[at + 3 : at + 5], "big") * int.from_bytes(data[at + 5 : at + 7], "big")
+        scans += marker[1] == b"\xda"
+        if scans > _MAX_JPEG_SCANS or scans * pixels > _MAX_SCANNED_PIXELS:
+            _corrupt(f"the JPEG has {scans} scans or more of {pixels:,} pixels")
+        at = end
+
+
+def _count_gif_frames(data: bytes, budget: Budget) -> tuple[int, bool]:
+    """Frames in a GIF, and whether the whole file was walked; nothing is decoded."""
+
+    def colours(at: int) -> int:
+        flags = data[at] if at < len(data) else 0
+        return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
+
+    frames = blocks = 0
+    at = 13 + colours(10)
+    while at < len(data) and data[at] in b",!":  # image, extension
+        remark = data[at] == ord("!")
+        if not remark:
+            frames += 1
+            at += 11 + colours(at + 9)
+        else:
+            at += 2
+        while at < len(data) and data[at]:
+            at += data[at] + 1
+            blocks += 1
+            if remark:  # Pillow joins a comment's blocks one by one
+                budget.spend(20)
+            if blocks > _MAX_GIF_BLOCKS:
+                return frames, False
+        at += 1
+    return frames, True
+
+
+@dataclass(frozen=True)
+class Directories:
+    pages: int  # directories in the main chain
+    orientation: int  # 1 when not given
+
+
+_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+_SUB_DIRECTORIES = (34665, 34853, 40965)  # Exif, GPS, interoperability: those that Pillow follows
+
+
+def walk_ifds(blob: bytes, budget: Budget) -> Directories:
+    """Walk the tag directories of a TIFF or an EXIF blob without reading any tag's data (TIFF 6.0, BigTIFF).
+
+    What the tags claim is paid for: tags that all point at the same megabytes would make Pillow copy them once each.
+    """
+    order = {b"II": "<", b"MM": ">"}.get(blob[:2])
+    if order is None or len(blob) < 16:
+        return Directories(0, 1)
+    big = struct.unpack_from(order + "H", blob, 2)[0] == 43
+    count_format, tag_format, next_format = ("Q", "HHQQ", "Q") if big else ("H", "HHLL", "L")
+    step, word, inline = (20, 8, 8) if big else (12, 4, 4)
+    pages, orientation = 0, 1
+    queue = [(struct.unpack_from(order + next_format, blob, 8 if big else 4)[0], True)]
+    seen: set[int] = set()
+    while queue:
+        at, is_page = queue.pop()
+        start = at + struct.calcsize(order + count_format)
+        if at == 0 or at in seen or start > len(blob):
+            continue
+        seen.add(at)
+        pages += is_page
+        n = min(struct.unpack_from(order + count_format, blob, at)[0], (len(blob) - start) // step)
+        budget.spend(4 * (n + 1))
+        for tag, kind, count, value in struct.iter_unpack(order + tag_format, blob[start : start + n * step]):
+            size = count * _TYPE_BYTES.get(kind, 0)
+            if inline < size <= len(blob):  # longer than the file: refused by whoever reads it
+                budget.spend(0, size)
+            if tag in _SUB_DIRECTORIES:
+                queue.append((value, False))
+            elif tag == 274 and is_page and pages == 1 and kind == 3:
+                orientation = value >> (8 * inline - 16) if order == ">" else value & 0xFFFF
+        end = start + n * step
+        if is_page and end + word <= len(blob):
+            queue.append((struct.unpack_from(order + next_format, blob, end)[0], True))
+    return Directories(pages, orientation)
+
+
+# Boxes that hold boxes, as far down as an endless list of them would be walked.
+_BOXES = frozenset(
+    {b"moov", b"trak", b"mdia", b"minf", b"stbl", b"udta", b"edts", b"dinf", b"mvex", b"moof", b"traf", b"meta"}
+)
+
+
+def has_index(file: BinaryIO, size: int, budget: Budget) -> bool:
+    """Whether an MP4 or MOV has the box that says where its frames lie; refuses one of endless boxes (ISO 14496-12)."""
+    found = False
+    parts = [(0, size)]
+    while parts:
+        at, end = parts.pop()
+        while at + 8 <= end:
+            budget.spend(20)
+            file.seek(at)
+            head = read(file, 16)
+            length, kind, start = int.from_bytes(head[:4], "big"), head[4:8], at + 8
+            if length == 1:
+                length, start = int.from_bytes(head[8:], "big"), at + 16
+            elif length == 0:  # to the end
+                length = end - at
+            if length < start - at:
+                break
+            found = found or kind in (b"moov", b"moof")
+            if kind in _BOXES:
+                parts.append((start, min(at + length, end)))
+            at += length
+    return found

@@ -1,0 +1,360 @@
+"""A picture's pixels out of its bytes, by Pillow: upright, in sRGB, on white, and the notes of what that changed."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+import logging
+import os
+import re
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageCms, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError, features
+
+from x2dfd.errors import InputError
+from x2dfd.sniffing import (
+    MAX_PIXELS,
+    Budget,
+    Metered,
+    check_bytes,
+    check_size,
+    check_structure,
+    plain,
+    read,
+    walk_ifds,
+)
+
+MAX_REDUCED_PIXELS = 260_000_000
+"""Of a JPEG, which can be decoded at a half, a quarter or an eighth of its size; telephones make up to 200 million."""
+HEIC_MEND = "pip install 'x2dfd[heic]'"
+
+# Pillow reports some broken TIFFs through logging; without a handler Python would print them on stderr.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+
+def _not_checked() -> dict[str, Any]:
+    return {"state": "not_checked"}
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A decoded picture."""
+
+    pixels: NDArray[np.uint8]  # [H, W, 3] RGB, EXIF orientation applied
+    sha256: str  # of the file's bytes; for an image object see the note `hash_of_pixels`
+    format: str  # "JPEG", "PNG", ...; "PIL" for an image object
+    n_frames: int  # pictures in the file; the first one is decoded
+    notes: tuple[str, ...]  # what decoding changed: "exif_orientation:6", "alpha_on_white", ...
+    path: str | None  # as given by the caller; None for bytes and image objects
+    file: dict[str, Any] = field(default_factory=dict)  # of the file: `bytes`, `modified` (of a path), `exif`
+    provenance: dict[str, Any] = field(default_factory=_not_checked)  # see x2dfd.provenance
+
+
+_PILLOW = threading.RLock()  # warning filters are global to the process: two threads would restore each other's
+
+
+@contextmanager
+def pillow(notes: list[str]) -> Iterator[None]:
+    """Run Pillow: its warnings become notes, its many exceptions one InputError."""
+    with _PILLOW, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        except InputError:
+            raise
+        except Image.DecompressionBombError as error:
+            raise InputError("too_many_pixels", f"more pixels than the {MAX_PIXELS:,} that are decoded") from error
+        except UnidentifiedImageError as error:
+            raise InputError("corrupt", "the picture's header cannot be read") from error
+        except MemoryError as error:
+            raise InputError("unreadable", "not enough memory to decode the picture") from error
+        except Exception as error:  # a parser fed with hostile bytes raises nearly anything
+            reason = plain(f"{type(error).__name__}: {error}")
+            cut = isinstance(error, EOFError) or "truncated" in reason.lower()
+            raise InputError("truncated" if cut else "corrupt", f"decoding failed ({reason})") from error
+    # too many pixels is no remark: the caller's own check refuses them
+    bombs = Image.DecompressionBombWarning
+    notes += [f"warning:{plain(str(w.message))}" for w in caught if not issubclass(w.category, bombs)]
+
+
+# Its messages begin with the file's name, which is Pillow's, or with the function or the codec that complains.
+_LIBTIFF = re.compile(
+    rb"tempfile\.tif|\w*(TIFF|Decode|Setup|Predictor|JPEG|LZW|ZIP|LZMA|ZSTD|WebP|Fax|Luv|PixarLog)\w*[:,]"
+)
+
+
+@contextmanager
+def _libtiff_messages(notes: list[str]) -> Iterator[None]:
+    """libtiff prints on file descriptor 2 from C, and its complaints are all that tells of damage: note the first."""
+    sys.stderr.flush()
+    try:
+        kept = os.dup(2)
+    except OSError:  # a service without stderr
+        yield
+        return
+    with tempfile.TemporaryFile() as messages, open(kept, "wb") as stderr:
+        os.dup2(messages.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            messages.seek(0)
+            lines = messages.read().splitlines(keepends=True)
+            ours = [line for line in lines if _LIBTIFF.match(line)]
+            stderr.writelines(line for line in lines if line not in ours)  # another thread's
+            notes += [f"warning:{plain(line.decode(errors='replace'))}" for line in ours[:1]]
+
+
+@dataclass(eq=False)
+class Opened:
+    """An image file whose header was read and checked, and none of its pixels."""
+
+    image: Image.Image
+    data: bytes
+    name: str  # format
+    n_frames: int
+    orientation: int  # of EXIF, where Pillow leaves turning to us
+    budget: Budget
+    notes: list[str]
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+
+def open_image(file: BinaryIO, name: str) -> Opened:
+    """Read the whole file, check how it is built, and read its header. Raises InputError."""
+    data = read(file)
+    check_bytes(len(data))
+    _require_decoder(name)
+    notes: list[str] = []
+    budget = Budget.of(len(data))
+    n_frames = check_structure(data, name, budget, notes)
+    metered = cast(BinaryIO, Metered(io.BytesIO(data), budget))
+    with pillow(notes):
+        # Image.open would refuse from 179 million pixels on, of a JPEG too
+        image = JpegImagePlugin.jpeg_factory(metered) if name == "JPEG" else Image.open(metered, formats=[name])
+        _reduce(image, notes)
+        check_size(*image.size)
+        if n_frames is None:
+            n_frames = int(getattr(image, "n_frames", 1))
+        orientation = 1
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            _check_tiff(image)
+        else:
+            orientation = walk_ifds(_exif_blob(image), budget).orientation
+    return Opened(image, data, name, n_frames, orientation, budget, notes)
+
+
+def _reduce(image: Image.Image, notes: list[str]) -> None:
+    """Have a JPEG of more than MAX_PIXELS decoded at the largest fraction of its size that is not above."""
+    width, height = image.size
+    if not isinstance(image, JpegImagePlugin.JpegImageFile) or not MAX_PIXELS < width * height <= MAX_REDUCED_PIXELS:
+        return
+    part = next(part for part in (2, 4, 8) if width * height <= MAX_PIXELS * part**2)
+    image.draft(None, (width // part, height // part))
+    notes.append(f"reduced_from:{width}x{height}")
+
+
+def decode(opened: Opened, path: str | None) -> Picture:
+    """The file's first picture."""
+    image, notes = opened.image, opened.notes
+    if opened.n_frames > 1:
+        notes.append(f"first_of_{opened.n_frames}_frames")
+    depth = sample_bits(opened)
+    inverted = False
+    with pillow(notes):
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            inverted = image.tag_v2.get(262) == 0  # WhiteIsZero
+            turned = image.tag_v2.get(274, 1)  # by Pillow, while loading; other formats it leaves as they are
+            with _libtiff_messages(notes):
+                image.load()
+            if turned in _TURN:
+                notes.append(f"exif_orientation:{turned}")
+        else:
+            image.load()
+        exif = exif_summary(opened)
+    pixels = rgb(image, depth, inverted, opened.orientation, notes)
+    remarks = tuple(dict.fromkeys(notes))
+    return Picture(pixels, opened.sha256, opened.name, opened.n_frames, remarks, path, {"exif": exif} if exif else {})
+
+
+_EXIF = {271: "make", 272: "model", 305: "software", 306: "changed", 36867: "taken", 36868: "digitised"}
+"""Tags of EXIF 3.0 that are quoted. Names, comments, serial numbers and coordinates are not: they are about people."""
+
+
+def _exif_blob(image: Image.Image) -> bytes:
+    """EXIF as Pillow will parse it when asked; ImageMagick hides it in a PNG's text."""
+    raw = image.info.get("Raw profile type exif", "")
+    blob: bytes = image.info.get("exif") or bytes.fromhex("".join(str(raw).split("\n")[3:]))
+    return blob.removeprefix(b"Exif\0\0")
+
+
+def exif_summary(opened: Opened) -> dict[str, str]:
+    """Camera, software and times as the file states them (anyone can write them), and whether it states a place."""
+    try:
+        if opened.name == "PNG":  # whose EXIF may stand behind its pixels
+            walk_ifds(_exif_blob(opened.image), opened.budget)
+        tags = opened.image.getexif()
+        found = dict(tags) | dict(tags.get_ifd(0x8769))
+        place = bool(tags.get_ifd(0x8825))
+    except Exception as error:  # a parser fed with hostile bytes raises nearly anything; the picture itself was read
+        opened.notes.append(f"exif_unreadable:{type(error).__name__}")
+        return {}
+    said = {name: plain(str(found[tag]), 80) for tag, name in _EXIF.items() if found.get(tag)}
+    return said | ({"place": "stated, not copied here"} if place else {})
+
+
+def from_image(image: Image.Image) -> Picture:
+    """The hash covers what decides the pixels: mode, size, palette, transparency, profile, orientation and raw data."""
+    notes = ["hash_of_pixels"]
+    check_size(*image.size)
+    with pillow(notes):
+        image.load()
+        orientation = image.getexif().get(274, 1)
+        palette = (image.palette.mode, image.palette.tobytes()) if image.palette else None
+        profile = image.info.get("icc_profile")
+        facts = (image.mode, image.size, palette, image.info.get("transparency"), profile, orientation)
+        digest = hashlib.sha256(repr(facts).encode())
+        digest.update(image.tobytes())
+    pixels = rgb(image, 16, False, orientation, notes)
+    return Picture(pixels, digest.hexdigest(), "PIL", 1, tuple(dict.fromkeys(notes)), None)
+
+
+def _require_decoder(name: str) -> None:
+    if name == "HEIF":
+        try:
+            importlib.import_module("pillow_heif").register_heif_opener()
+        except ImportError as error:
+            reason = f"HEIC needs the package pillow-heif ({HEIC_MEND}), or save the photo as JPEG"
+            raise InputError("unsupported_format", reason) from error
+    if name in ("WEBP", "AVIF") and not features.check(name.lower()):
+        raise InputError("unsupported_format", f"this installation of Pillow cannot read {name}")
+    if name not in Image.OPEN:
+        Image.init()
+    if name not in Image.OPEN:  # Image.open would answer with a bare KeyError
+        raise InputError("unsupported_format", f"this installation of Pillow cannot read {name}")
+
+
+_TIFF_COMPRESSIONS = (1, 2, 3, 4, 5, 7, 8, 32773, 32946)  # none, CCITT, LZW, JPEG, deflate, PackBits: no rare decoder
+
+
+def _check_tiff(image: TiffImagePlugin.TiffImageFile) -> None:
+    compression = image.tag_v2.get(259, 1)
+    if compression not in _TIFF_COMPRESSIONS:
+        raise InputError("unsupported_format", f"TIFF compression {compression} is not supported")
+    width, height = image.tag_v2.get(322, 1), image.tag_v2.get(323, 1)
+    if width * height > MAX_PIXELS:
+        raise InputError("too_many_pixels", f"tiles of {width} x {height} pixels")
+
+
+def sample_bits(opened: Opened) -> int:
+    """Bits of a sample as stored; Pillow halves 16-bit colour without a word."""
+    image = opened.image
+    if opened.name == "PNG":
+        return opened.data[24]
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return int(max(image.tag_v2.get(258, (8,))))
+    return 16 if image.mode.startswith("I") else 8
+
+
+_STRIP = 4_000_000  # pixels that are converted at a time
+
+# What undoes each EXIF orientation: quarter turns counterclockwise, after an optional left-right mirror.
+_TURN: dict[int, tuple[bool, int]] = {
+    2: (True, 0), 3: (False, 2), 4: (True, 2), 5: (True, 1), 6: (False, 3), 7: (True, 3), 8: (False, 1),
+}  # fmt: skip
+
+
+def rgb(image: Image.Image, bits: int, inverted: bool, orientation: int, notes: list[str]) -> NDArray[np.uint8]:
+    """[H, W, 3] RGB, upright, in sRGB, on white."""
+    if image.mode.startswith("I") or image.mode == "F":
+        profile = image.info.get("icc_profile")
+        image = Image.fromarray(_to_8_bit(image, bits, inverted, notes))
+        if profile:
+            image.info["icc_profile"] = profile
+    elif bits == 16 and image.format in ("PNG", "TIFF"):
+        notes.append("16bit_to_8bit")
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(_STRIP // image.width, 1)
+    for top in range(0, image.height, rows):  # whole copies of a large picture in every mode would take a gigabyte
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        with pillow(notes):
+            colour, alpha = _split_alpha(strip)
+            colour = _to_srgb(colour, image.info.get("icc_profile"), notes)
+            if colour.mode == "CMYK":
+                notes.append("cmyk_to_rgb")
+            if colour.mode != "RGB":
+                colour = colour.convert("RGB")
+            if alpha is not None and alpha.getextrema()[0] != 255:
+                notes.append("alpha_on_white")
+                colour = Image.composite(colour, Image.new("RGB", colour.size, "white"), alpha)
+            pixels[top : top + rows] = np.asarray(colour)
+    if orientation in _TURN:
+        notes.append(f"exif_orientation:{orientation}")
+        mirror, turns = _TURN[orientation]
+        pixels = np.ascontiguousarray(np.rot90(pixels[:, ::-1] if mirror else pixels, turns))
+    return pixels
+
+
+def _to_8_bit(image: Image.Image, bits: int, inverted: bool, notes: list[str]) -> NDArray[np.uint8]:
+    """[H, W] grey from integers of up to 16 bits, or from floats between 0 and 1."""
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    if image.mode == "F":
+        if not (low >= 0 and high <= 1):  # also when either is NaN
+            raise InputError("unsupported_format", "floating-point samples outside 0 to 1 have no agreed white")
+        notes.append("float_to_8bit")
+        wide = (row.astype(np.float64) for row in values)
+        # Row by row here and below: the whole in floats, or as an index, takes eight times the memory.
+        return np.stack([np.round((1.0 - row if inverted else row) * 255).astype(np.uint8) for row in wide])
+    if low < 0 or high > 65_535 or bits > 16:
+        raise InputError("unsupported_format", "integer samples of more than 16 bits have no agreed white")
+    notes.append(f"{12 if bits == 12 else 16}bit_to_8bit")
+    shades = np.minimum(np.arange(65_536) / (4095.0 if bits == 12 else 65_535.0), 1.0)
+    if inverted:
+        shades = 1.0 - shades
+    table = np.round(shades * 255).astype(np.uint8)
+    return np.stack([table[row] for row in values])
+
+
+def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Colour as L, RGB or CMYK, and the alpha channel if there is one."""
+    if image.mode in ("La", "RGBa"):
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    if image.mode in ("RGBA", "PA") or "transparency" in image.info:
+        whole = image.convert("RGBA")
+        return whole.convert("RGB"), whole.getchannel("A")
+    if image.mode == "LA":
+        return image.getchannel("L"), image.getchannel("A")
+    return (image if image.mode in ("L", "RGB", "CMYK") else image.convert("RGB")), None
+
+
+def _to_srgb(image: Image.Image, profile_bytes: bytes | None, notes: list[str]) -> Image.Image:
+    if not profile_bytes:
+        return image
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(profile_bytes))
+        name = plain(ImageCms.getProfileDescription(profile), 60)
+        if "srgb" in name.lower():
+            return image  # a round trip would only add rounding
+        if profile.profile.xcolor_space.strip() == "RGB":
+            image = image.convert("RGB")  # grey pictures often carry the camera's colour profile
+        converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
+        notes.append(f"icc_ignored:{plain(str(error), 60)}")
+        return image
+    if converted is None:  # only in-place conversion answers None
+        raise RuntimeError("profileToProfile gave no image")
+    notes.append(f"icc_to_srgb:{name}")
+    return converted
