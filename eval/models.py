@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from x2dfd.adapter import EMBEDDED
 from x2dfd.errors import X2DFDError
-from x2dfd.types import Evidence
+from x2dfd.types import KINDS, Evidence
 
 if TYPE_CHECKING:
     from x2dfd.detector import Mode
@@ -175,14 +175,21 @@ class NoMLLM:
         raise X2DFDError("there is no language model to ask")
 
 
+def without_mllm(weights: dict[str, float]) -> dict[str, float]:
+    """A logistic's weights but that of the MLLM, which then counts as its mean."""
+    from x2dfd.calibration import MLLM
+
+    return {n: w for n, w in weights.items() if n != MLLM}
+
+
 def experts_alone(name: str | None) -> Any:
     """A Detector of one expert, or of all that the embedded model's calibration weighs (None), without its MLLM.
 
-    The MLLM stands at its mean, as the calibration treats what is missing. One expert decides by its own score, and
+    The MLLM counts as its mean, as the calibration treats what is missing. One expert decides by its own score, and
     has no threshold: what it says is not counted, only its score.
     """
     from x2dfd.adapter import expert_hashes, read_adapter_card
-    from x2dfd.calibration import MLLM, Calibration
+    from x2dfd.calibration import Calibration, Logistic
     from x2dfd.degrade import CODEC
     from x2dfd.detector import Detector
     from x2dfd.experts import load_expert
@@ -194,10 +201,11 @@ def experts_alone(name: str | None) -> Any:
         if other := [e.card.name for e in experts if wanted[e.card.name] != e.card.sha256]:
             raise X2DFDError(f"no fusion: the calibration was fitted to other weights of {', '.join(other)}")
         stated = f"{card.name} {card.version}, experts alone"
-        calibration = replace(calibration, weights={n: w for n, w in calibration.weights.items() if n != MLLM})
+        kinds = {k: replace(one, weights=without_mllm(one.weights)) for k, one in calibration.kinds.items()}
+        calibration = replace(calibration, kinds=kinds)
     else:
         experts = [load_expert(name)]
-        calibration = Calibration({name: 1.0}, {name: 0.0, MLLM: 0.0}, 0.0, 0.0, 1.0)
+        calibration = Calibration({KINDS[1]: Logistic({name: 1.0}, {name: 0.0}, 0.0)}, 0.0, 1.0)
         stated = f"expert {name}"
     facts: dict[str, Any] = {
         "name": stated,
@@ -209,7 +217,7 @@ def experts_alone(name: str | None) -> Any:
         "score_form": "numbers",
         "held_out": [],
     }
-    return Detector(NoMLLM(calibration.means.get(MLLM, 0.0)), experts, calibration, facts, "calibrated")
+    return Detector(NoMLLM(0.0), experts, calibration, facts, "calibrated")
 
 
 # ---------------------------------------------------------------- scores as tool results

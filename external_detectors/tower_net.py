@@ -60,17 +60,23 @@ class TowerHeads(nn.Module):
         self.register_buffer("allowed", torch.zeros(len(POOLED), len(ARTIFACTS)))
 
     def forward(self, states: Sequence[Tensor], areas: Tensor) -> Seen:
+        read = [F.layer_norm(states[layer].float(), (WIDTH,))[:, 1:] for layer in LAYERS]
+        f = self.dropout(self.norm(self.statistics(states)))
+        each = torch.cat(read, 2)  # [n, 196, 4 * 768]
+        cells = self.map(each).unflatten(1, (_PATCHES, _PATCHES)).unflatten(3, (2, 2))  # [n, 14, 14, 2, 2]
+        where = cells.permute(0, 1, 3, 2, 4).reshape(-1, GRID, GRID)
+        return Seen(self.fake(f)[:, 0], self.cls(f), self.cues(each, areas), where, self.photo(f)[:, 0])
+
+    def statistics(self, states: Sequence[Tensor]) -> Tensor:
+        """The last class token, and mean and deviation over the patches of each layer: [n, 6912]."""
         read = [F.layer_norm(states[layer].float(), (WIDTH,)) for layer in LAYERS]
         patches = [r[:, 1:] for r in read]
         spread = [p.var(1).add(1e-6).sqrt() for p in patches]
-        statistics = [s for p, v in zip(patches, spread, strict=True) for s in (p.mean(1), v)]
-        f = self.dropout(self.norm(torch.cat([read[-1][:, 0], *statistics], 1)))
-        each = torch.cat(patches, 2)  # [n, 196, 4 * 768]
-        cells = self.map(each).unflatten(1, (_PATCHES, _PATCHES)).unflatten(3, (2, 2))  # [n, 14, 14, 2, 2]
-        where = cells.permute(0, 1, 3, 2, 4).reshape(-1, GRID, GRID)
-        return Seen(self.fake(f)[:, 0], self.cls(f), self._cues(each, areas), where, self.photo(f)[:, 0])
+        return torch.cat(
+            [read[-1][:, 0], *(s for p, v in zip(patches, spread, strict=True) for s in (p.mean(1), v))], 1
+        )
 
-    def _cues(self, patches: Tensor, areas: Tensor) -> Tensor:
+    def cues(self, patches: Tensor, areas: Tensor) -> Tensor:
         """What an area looks like, compared with the skin and with the surroundings: [n, areas, artifacts]."""
         share = F.avg_pool2d(areas, GRID // _PATCHES).flatten(2)
         share = share / share.sum(2, keepdim=True).clamp(min=1e-3)  # [n, areas, 196]

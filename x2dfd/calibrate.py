@@ -107,9 +107,13 @@ def _strangers(folder: Path, names: Sequence[str]) -> list[tuple[Expert, set[str
 
 
 def _whose(sample: Sample, split: str, strangers: Sequence[tuple[Expert, set[str]]]) -> set[str] | None:
-    """What was left out of the expert that has to judge the picture: nothing for one of `split`; None: nobody."""
+    """What was left out of the expert that has to judge the picture: nothing for one of `split`; None: nobody.
+
+    A generator's pictures are always judged by the adapter's own expert: what one that never met it says tells how
+    blind it is, and would forbid every "real" (LOG.md gives the figures).
+    """
     for _, left_out in strangers:
-        if sample.origin in left_out:
+        if sample.origin in left_out and not sample.synthetic:
             return left_out if sample.split != "val" else None
     return set() if sample.split == split else None
 

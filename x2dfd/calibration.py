@@ -49,15 +49,14 @@ def kind_of(df_class: str) -> str:
 def parts_of(mllm_logit: float | None, evidence: Sequence[Evidence], covers: Mapping[str, Sequence[str]]) -> Parts:
     """The logits that the logistics of both kinds join.
 
-    An expert that tells the kinds apart gives a score for each; one whose card says which classes it covers speaks of
-    their kinds alone (`covers`: name -> classes); the MLLM and every other expert speak of both.
+    An expert whose card says which classes it covers speaks of their kinds alone (`covers`: name -> classes); the MLLM
+    and every other expert speak of both.
     """
     found: dict[str, dict[str, float | None]] = {kind: {MLLM: mllm_logit} for kind in KINDS}
     for e in evidence:
         classes = [c for c in covers.get(e.expert, ()) if c in ("EFS", "FS", "FR", "FE")]
         for kind in {kind_of(c) for c in classes} or KINDS:
-            score = e.kinds.get(kind, e.score)
-            found[kind][e.expert] = None if score is None else logit(score)
+            found[kind][e.expert] = None if e.score is None else logit(e.score)
     return found
 
 

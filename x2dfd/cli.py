@@ -247,8 +247,8 @@ def detect(
     if pipes and engine is Engine.ray:
         raise typer.BadParameter("actors cannot read this command's pipes", param_hint="--engine")
     absent = {p: _absence(p) for p in paths or () if p not in pipes and not os.path.lexists(p)}
-    for path, failure in absent.items():  # before a model is loaded
-        typer.echo(f"{_printable(str(path))}: {failure.reason}", err=True)
+    for missing, failure in absent.items():  # before a model is loaded
+        typer.echo(f"{_printable(str(missing))}: {failure.reason}", err=True)
     page = pdf = record = None
     if report is not None:
         from x2dfd import html_report

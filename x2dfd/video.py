@@ -396,7 +396,7 @@ def _shown(frame: VideoFrame, pixel_shape: Fraction | None, notes: list[str]) ->
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return pixels
-    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
     across = abs(b) + abs(c) > abs(a) + abs(d)
     right, down = (c < 0, b < 0) if across else (a < 0, d < 0)
     if note := _TURNS[across, right, down]:

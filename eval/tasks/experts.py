@@ -34,7 +34,7 @@ from eval.scoring import (
 from eval.task import Made, Run, Task
 from eval.tasks.detect import by_slice
 from x2dfd.adapter import EMBEDDED, expert_hashes, read_adapter_card
-from x2dfd.calibration import MLLM, Calibration, logit
+from x2dfd.calibration import MLLM, Calibration, logit, parts_of
 from x2dfd.degrade import CODEC
 from x2dfd.detector import Detector, through_codec, versions
 from x2dfd.errors import InputError, SetupError
@@ -43,7 +43,7 @@ from x2dfd.faces import find_faces
 from x2dfd.files import file_sha256
 from x2dfd.manifest import Sample
 from x2dfd.media import load_picture
-from x2dfd.types import Face, Verdict
+from x2dfd.types import Evidence, Face, Verdict
 
 Pixels = NDArray[np.uint8]
 
@@ -190,8 +190,11 @@ class Panel:
         known = self.known(scores)
         if self.calibration is None or not any(self.calibration.weights.get(name, 0) > 0 for name in known):
             return None
-        logits = {name: logit(score) for name, score in known.items()}
-        return self.calibration.verdict(self.calibration.probability(logits), logits)
+        own = known.pop(MLLM, None)
+        covers = {e.card.name: e.card.covers for e in self.experts}
+        evidence = [Evidence(name, score) for name, score in known.items()]
+        parts = parts_of(None if own is None else logit(own), evidence, covers)
+        return self.calibration.verdict(self.calibration.probability(parts))
 
     def known(self, scores: Scores) -> dict[str, float]:
         """The scores that are there, of the experts and of the MLLM."""

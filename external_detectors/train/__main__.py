@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from external_detectors.train import consistency, tower
+from external_detectors.train import consistency, heads, tower
 from external_detectors.train.loop import EXAMPLE
 from x2dfd.cli import run_command
 
@@ -21,6 +21,9 @@ app.command(epilog=EXAMPLE.format("consistency --data build/local/manifest.jsonl
 )
 app.command(epilog=EXAMPLE.format("tower --data photos.csv --data build/forged/manifest.jsonl --out build/tower"))(
     tower.tower
+)
+app.command(epilog=EXAMPLE.format("heads --data build/forged/manifest.jsonl --start build/tower --features F --out O"))(
+    heads.heads
 )
 
 

@@ -76,7 +76,6 @@ class Settings:
     lr: float
     rank: int
     seed: int
-    heads_only: bool
 
 
 class Net(nn.Module):
@@ -255,7 +254,6 @@ def tower(
     lr: float = 2e-4,
     rank: int = 16,
     seed: int = 0,
-    heads_only: Annotated[bool, typer.Option("--heads-only", help="leave the tower as the start has it")] = False,
     workers: Annotated[int, typer.Option(help="processes that make the views")] = 1,
     checks: Annotated[int, typer.Option(help="how many averages are compared on what was left out")] = 3,
     crop_workers: int = 1,
@@ -273,14 +271,11 @@ def tower(
         lr,
         rank,
         seed,
-        heads_only,
     )
     net = Net(rank, seed)
     if start is not None:
         start_from(net, {k: v.float() for k, v in load_file(start).items()})
     net.heads.allowed.copy_(_allowed(pictures))
-    if heads_only:
-        net.tower.requires_grad_(False)
     log(f"{len(pictures.rows)} pictures to learn from, {len(pictures.judged)} to choose by")
     kept, figures = _learn(net, pictures, settings, state, workers, checks)
     learnt = [pictures.at(k, i) for k, i in pictures.rows]
@@ -304,7 +299,7 @@ def tower(
         ),
         figures={"left_out": list(left_out), "settings": asdict(settings), "checkpoint": CHOSEN_BY, **figures},
     )
-    save_weights(weights_of({n: p.detach().cpu() for n, p in net.own().items()} | kept), card, out)
+    save_weights(weights_of(kept), card, out)
     print(out / "tower.card.json")
 
 

@@ -1,0 +1,211 @@
+"""Training of two of the forensic tower's heads, cues and "no photograph", on features that are computed once.
+
+The tower and its verdict stay as they are: a head that names what is wrong needs many looks at few pictures, which
+would teach the tower those pictures by heart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from external_detectors.consistency_net import MAX_CUES, POOLED, area_grid
+from external_detectors.tower_net import TowerHeads
+from external_detectors.train.consistency import CUE_SEEN_FROM
+from external_detectors.train.drawing import drawing
+from external_detectors.train.loop import log, next_version
+from external_detectors.weights_io import load_weights, save_weights
+from x2dfd.crops import CropSet, load_crops
+from x2dfd.degrade import CODEC, codec
+from x2dfd.errors import X2DFDError
+from x2dfd.experts import read_card
+from x2dfd.progress import progress
+from x2dfd.tower import (
+    HEAD_LAYERS,
+    TowerFeatures,
+    cached_features,
+    quick_in_16_bits,
+    tower_states,
+    training_rows,
+    view_face,
+)
+from x2dfd.types import ARTIFACTS
+
+BATCH = 64
+DRAWINGS = 400  # and as many photos, real and forged
+
+
+def heads(
+    data: Annotated[Path, typer.Option(help="manifest of forgeries with cues and masks (data_gen forge)")],
+    start: Annotated[Path, typer.Option(help="folder of the tower's weights and card")],
+    features: Annotated[Path, typer.Option(help="folder for its outputs, which build and finetune take too")],
+    out: Annotated[Path, typer.Option(help="folder for weights and card")],
+    epochs: int = 25,
+    lr: float = 1e-3,
+    view_seed: int = 1,
+    seed: int = 0,
+    limit: Annotated[int | None, typer.Option(help="at most this many pictures, drawn by id")] = None,
+) -> None:
+    """The heads of the tower for cues and for what is no photograph; the verdict stays as it was."""
+    torch.manual_seed(seed)
+    card = read_card(start / "tower.card.json")
+    weights = load_weights(card, start)
+    net = TowerHeads()
+    found = net.load_state_dict({k: v for k, v in weights.items() if not k.startswith("tower.")}, strict=False)
+    if unknown := [k for k in found.unexpected_keys]:
+        raise X2DFDError(f"{start}: {unknown[0]} is no part of the heads")
+    additions = start / card.weights
+    crops = load_crops(data)
+    rows = training_rows(crops, limit)
+    cache = cached_features(crops, rows, features, max(HEAD_LAYERS), HEAD_LAYERS, view_seed, additions=additions)
+    truth, areas = _truth(crops, rows, view_seed)
+    splits = np.array([crops.samples[i].split for i in rows])
+    net.allowed.copy_(((truth[splits == "train"] > 0).sum(0) >= 10).float())
+    figures = _learn_cues(net, cache, truth, areas, splits, epochs, lr, seed)
+    figures |= _learn_photo(net, crops, rows[splits == "train"], additions, seed)
+    pairs = [f"{POOLED[a]} {ARTIFACTS[r]}" for a, r in net.allowed.nonzero().tolist()]
+    state = {k: v for k, v in weights.items() if k.startswith("tower.")} | net.state_dict()
+    made = replace(
+        card,
+        version=next_version(out, "tower"),
+        covers=("EFS", "FS", "FR", "FE", *pairs),
+        figures={**card.figures, **figures},
+    )
+    save_weights(state, made, out)
+    print(out / "tower.card.json")
+
+
+def _truth(crops: CropSet, rows: NDArray[np.intp], view_seed: int) -> tuple[Tensor, Tensor]:
+    """Cues of each picture, 1, 0, or -1 for unknown: [n, areas, artifacts]; and the area grids of its view."""
+    truth = np.zeros((len(rows), len(POOLED), len(ARTIFACTS)), np.int8)
+    for k, i in enumerate(rows):
+        sample = crops.samples[i]
+        if sample.label == "fake" and not sample.cues:
+            truth[k] = -1
+        for cue in sample.cues:
+            if cue.area in POOLED:
+                seen = cue.score is None or cue.score >= CUE_SEEN_FROM
+                truth[k, POOLED.index(cue.area), ARTIFACTS.index(cue.artifact)] = 1 if seen else -1
+    views = [view_face(crops, int(i), view_seed).crop_landmarks for i in progress(rows, "area grids")]
+    return torch.from_numpy(truth), torch.from_numpy(np.stack([area_grid(points) for points in views]))
+
+
+def _learn_cues(
+    net: TowerHeads,
+    cache: TowerFeatures,
+    truth: Tensor,
+    areas: Tensor,
+    splits: NDArray[np.str_],
+    epochs: int,
+    lr: float,
+    seed: int,
+) -> dict[str, Any]:
+    """Trains the cue head; keeps the epoch with the best F1 on split `calib`, and the threshold that gives it."""
+    parts = [net.mix, net.name]
+    optimizer = torch.optim.AdamW([p for part in parts for p in part.parameters()], lr=lr, weight_decay=0.05)
+    known = (truth >= 0).flatten(1).any(1).numpy()
+    learnt, kept = np.flatnonzero((splits == "train") & known), np.flatnonzero((splits == "calib") & known)
+    rng, best = np.random.default_rng(seed), {"cue_f1": -1.0, "cue_threshold": 0.5}
+    state = [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]
+    for epoch in progress(range(epochs), "cue head"):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * 0.5 * (1 + np.cos(np.pi * epoch / epochs))
+        net.train()
+        order = rng.permutation(learnt)
+        for at in range(0, len(order), BATCH):
+            chosen = np.sort(order[at : at + BATCH])
+            named = _cues(net, cache, areas, chosen)
+            target = truth[chosen]
+            use = (target >= 0) & (net.allowed > 0)
+            each = F.binary_cross_entropy_with_logits(named, (target > 0).float(), reduction="none")
+            loss = (each * use * (1 + 5 * (target > 0))).sum() / use.sum().clamp(min=1) * 12
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        figures = _f1(net, cache, truth, areas, kept)
+        log(f"epoch {epoch + 1}: {figures}")
+        if figures["cue_f1"] > best["cue_f1"]:
+            best, state = figures, [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]
+    for part, values in zip(parts, state, strict=True):
+        part.load_state_dict(values)
+    return {**best, "cue_n": len(kept), "cue_epochs": epochs}
+
+
+def _cues(net: TowerHeads, cache: TowerFeatures, areas: Tensor, chosen: NDArray[np.intp]) -> Tensor:
+    """Logits of the cues: [n, areas, artifacts]."""
+    read = [torch.from_numpy(cache.tokens[chosen, k, 1:].astype(np.float32)) for k in range(len(HEAD_LAYERS))]
+    patches = torch.cat([F.layer_norm(r, r.shape[-1:]) for r in read], 2)
+    return net.cues(patches, areas[chosen].float() / 255)
+
+
+@torch.inference_mode()
+def _f1(
+    net: TowerHeads, cache: TowerFeatures, truth: Tensor, areas: Tensor, rows: NDArray[np.intp]
+) -> dict[str, float]:
+    """The best F1 over (area, artifact) of forgeries with known cues, naming at most MAX_CUES, and its threshold."""
+    net.eval()
+    shown = rows[(truth[rows] > 0).flatten(1).any(1).numpy()]
+    if not len(shown):
+        return {"cue_f1": 0.0, "cue_threshold": 0.5}
+    chances = torch.cat([_cues(net, cache, areas, shown[k : k + BATCH]) for k in range(0, len(shown), BATCH)])
+    chances, right = chances.sigmoid().flatten(1), (truth[shown] > 0).flatten(1)
+    unsure = (truth[shown] < 0).flatten(1)  # too faint to be asked for: neither right nor wrong
+    best = chances.topk(MAX_CUES)
+    found: dict[float, float] = {}
+    for threshold in np.arange(0.1, 0.95, 0.05).round(2):
+        said = torch.zeros_like(chances).scatter(1, best.indices, (best.values >= threshold).float()) * ~unsure
+        found[float(threshold)] = float(2 * (said * right).sum() / (said.sum() + right.sum()).clamp(min=1))
+    threshold = max(found, key=lambda t: found[t])
+    return {"cue_f1": round(found[threshold], 4), "cue_threshold": threshold}
+
+
+def _learn_photo(net: TowerHeads, crops: CropSet, rows: NDArray[np.intp], additions: Path, seed: int) -> dict[str, Any]:
+    """Fits the head that tells a photograph from a drawing; a quarter of the pictures is kept to judge it."""
+    rng = np.random.default_rng(seed)
+    chosen = rng.choice(rows, min(len(rows), 2 * DRAWINGS), replace=False)
+    drawn = np.arange(len(chosen)) % 2 == 1
+    found = []
+    for at in progress(range(0, len(chosen), 16), "drawings"):
+        part = [np.ascontiguousarray(crops.crops[i]) for i in chosen[at : at + 16]]
+        views = [drawing(c, rng) if d else c for c, d in zip(part, drawn[at : at + 16], strict=True)]
+        pixels = torch.from_numpy(np.stack([codec(v, *CODEC) for v in views]))
+        with torch.autocast("cpu", torch.bfloat16, enabled=quick_in_16_bits("cpu")):
+            found.append(net.statistics(tower_states(pixels, max(HEAD_LAYERS), additions)))
+    net.eval()
+    with torch.inference_mode():
+        x = net.norm(torch.cat(found).float())
+    kept = np.arange(len(chosen)) % 4 >= 2
+    weight, bias = _ridge_logistic(x[~kept], torch.from_numpy(~drawn[~kept]).float())
+    with torch.no_grad():
+        net.photo.weight.copy_(weight[None])
+        net.photo.bias.copy_(bias)
+        said = (net.photo(x[kept])[:, 0] < np.log(1 / 9)).numpy()  # P(no photograph) of 0.9 and more
+    return {
+        "drawings_found": round(float(said[drawn[kept]].mean()), 4),
+        "photos_called_drawings": round(float(said[~drawn[kept]].mean()), 4),
+        "drawings_n": int(kept.sum()),
+    }
+
+
+def _ridge_logistic(x: Tensor, y: Tensor, ridge: float = 1e-2) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a ridge-penalised logistic of x [n, d] and y [n] in {0, 1}, by L-BFGS."""
+    x = x.clone()  # out of inference mode
+    weight, bias = torch.zeros(x.shape[1], requires_grad=True), torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.binary_cross_entropy_with_logits(x @ weight + bias, y) + ridge / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weight.detach(), bias.detach()
