@@ -327,7 +327,7 @@ def test_training_moves_the_adapter_and_nothing_else(
     assert saved["lr"] == 1e-2 and saved["max_steps"] == 3
     detector = x2dfd.load(base=str(base), adapter=out, mode="paper")
     assert detector.detect(face_photo, rationale=False).faces[0].p_fake_mllm is not None
-    with pytest.raises(SetupError, match=r"finetune\.calibrate"):
+    with pytest.raises(SetupError, match="x2dfd calibrate"):
         x2dfd.load(base=str(base), adapter=out)
 
 
