@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from x2dfd.errors import SetupError, UnknownName, X2DFDError
 from x2dfd.files import write_text
-from x2dfd.types import Card, Evidence, Face
+from x2dfd.types import KINDS, Card, Evidence, Face
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,10 +148,13 @@ def _checked(name: str, said: list[Evidence], n: int) -> list[Evidence]:
         if score is not None and not 0 <= score <= 1:
             found.append(Evidence(name, None, f"the expert's score {score} is no probability"))
             continue
+        kinds = {k: float(v) for k, v in e.kinds.items() if score is not None}
+        if not all(k in KINDS and 0 <= v <= 1 for k, v in kinds.items()):
+            kinds, e = {}, replace(e, note="what it said of the kinds of fakes was no probability and is left out")
         numbers = [c.score for c in e.cues if c.score is not None] + [v for row in e.map for v in row]
         if not all(map(math.isfinite, numbers)):
             e = replace(e, cues=(), map=(), note="what it pointed at was no number and is left out")
-        found.append(replace(e, expert=name, score=score))
+        found.append(replace(e, expert=name, score=score, kinds=kinds))
     return found
 
 
