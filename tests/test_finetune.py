@@ -512,6 +512,7 @@ def test_a_cut_off_run_ends_where_an_unbroken_one_does(
         ("base_dtype=bfloat16", "wants bf16"),
         ("pack=false", "embedded base wants pack"),
         ("method=qlora", "qlora wants a base"),
+        ("tower=forensic", "expert_weights with the expert `tower`"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(given: str, reason: str) -> None:
