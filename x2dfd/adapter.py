@@ -166,6 +166,8 @@ def add_tower(llava: Any, folder: Path, card: AdapterCard) -> str | None:
 
     if card.tower != FORENSIC:
         return "" if card.tower == "frozen" else None
+    if card.weights == WHOLE:
+        return card.tower_sha256  # the whole model was written with the additions in its tower
     path = folder / TOWER
     if not path.is_file() or (sha256 := file_sha256(path)) != card.experts.get("tower"):
         raise SetupError(f"{path} is not the tower that {card.name} was trained on; copy the whole directory again")
