@@ -55,8 +55,8 @@ class Expert(Protocol):
     """What a plug-in has to be. Its constructor loads the weights and may raise SetupError.
 
     Without an argument it loads the expert's own weights. An expert whose weights may be replaced takes `folder: Path`,
-    the folder that holds `<name>.card.json` and the file that this card names. It may have `one_sided = True`: its
-    "real" is no evidence, as a face can be forged in ways that it is blind to.
+    the folder that holds `<name>.card.json` and the file that this card names. Where the card
+    names classes of forgeries in `covers`, its "real" clears a face of their kinds alone.
     """
 
     card: ClassVar[Card]
