@@ -287,6 +287,39 @@ def test_features_kept_by_the_build_are_those_of_a_fresh_pass(
     assert told[9] == pytest.approx(said.score, abs=0.02)
 
 
+def test_features_are_made_once_and_anew_for_another_tower(
+    small: None, weights: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: a cut-off pass that starts again, or the features of one tower taken for another's."""
+    data = load_crops(photos)
+    passes: list[Path | None] = []
+
+    def passed(crops: Tensor, layers: int, additions: Path | None = None) -> tuple[Tensor, ...]:
+        passes.append(additions)
+        light = float(crops.float().mean()) / 255
+        return tuple(torch.full((len(crops), 197, clip.WIDTH), light + layer) for layer in range(layers + 1))
+
+    def features(additions: Path | None = None) -> list[float]:
+        passes.clear()
+        found = cached_features(data, np.arange(10), tmp_path, 4, (2, 4), seed=1, batch=1, additions=additions)
+        return [float(token) for token in found.patches(slice(None), [4])[:, 0, 0, 0]]
+
+    def cut_off(*given: Any) -> tuple[Tensor, ...]:
+        if len(passes) == 8:
+            raise KeyboardInterrupt
+        return passed(*given)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(clip, "tower_states", cut_off)
+        features()
+    monkeypatch.setattr(clip, "tower_states", passed)
+    wanted = [4 + float(seen_view(data.crops[i], 1, i).mean()) / 255 for i in range(10)]
+    assert features() == pytest.approx(wanted, abs=5e-3) and len(passes) == 2  # eight were on disk
+    assert features() == pytest.approx(wanted, abs=5e-3) and not passes
+    features(weights / "tower.safetensors")
+    assert passes == [weights / "tower.safetensors"] * 10
+
+
 # --- its training ----------------------------------------------------------------------------------------------------
 
 
