@@ -193,7 +193,7 @@ def test_additions_that_fit_another_tower_are_refused() -> None:
     add_to_tower(tower, {f"{deep}.lora_A.weight": torch.ones(2, 32), f"{deep}.lora_B.weight": torch.ones(48, 2)})
     assert all(torch.equal(value, before[name]) for name, value in tower.named_parameters())
     add_to_tower(tower, {"pre_layrnorm.bias": torch.full((32,), 0.5)})
-    assert float(tower.get_parameter("pre_layrnorm.bias").min()) == 0.5
+    assert bool((tower.get_parameter("pre_layrnorm.bias") == 0.5).all())
 
 
 def test_weights_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
@@ -331,7 +331,7 @@ def test_a_blend_leaves_alone_what_its_mask_leaves_out(face: Face, monkeypatch: 
     for seed in range(20):
         made, mask = self_blend.self_blend(face.crop, face.crop_landmarks, np.random.default_rng(seed))
         assert made.shape == face.crop.shape and made.dtype == np.uint8
-        assert mask.shape == face.crop.shape[:2] and mask.min() >= 0 and 0.1 < mask.max() <= 1
+        assert mask.shape == face.crop.shape[:2] and mask.min() >= 0 and 0.1 < mask.max() <= 1 + 1e-6
         assert np.abs(made - photo)[mask == 0].max() <= 1
         moved.append(np.abs(made - photo)[mask > 0.2].mean() if (mask > 0.2).any() else 0.0)
     assert np.mean(moved) > 2
