@@ -384,7 +384,8 @@ def test_each_picture_is_judged_by_what_never_saw_its_origin(adapter: Path, phot
     assert facts["unseen"] == [{"expert": tiny.EXPERT, "sha256": "c" * 64, "left_out": ["gan", "new"]}]
     assert facts["experts"] == {tiny.EXPERT: tiny.Brightness.card.sha256}
     assert json.loads(done.stdout)["low"] == fitted.low
-    report = x2dfd.calibrate.load(adapter).detect(photos.parent / "1.png", rationale=False)
+    detector = load(adapter, base=str(adapter.parent / "base"))
+    report = detector.detect(photos.parent / "1.png", rationale=False)
     assert report.verdict.p_fake is not None and report.faces[0].p_fake_mllm is None
 
 
