@@ -166,7 +166,6 @@ class AlignedForensics(Published):
     FILE = "ours-sync.pth"
     at_once = 2  # a map of the first layer takes 51 MB a face
     OPTIONS: ClassVar[dict[str, object]] = {"arch": "res50nodown", "norm_type": "resnet", "patch_size": None}
-    one_sided = True  # its "real" says nothing of a face that was changed in part
     card: ClassVar[Card] = Card(
         name="aligned-forensics",
         version="ours-sync",
@@ -273,7 +272,6 @@ class UniversalFakeDetect(Published):
     """
 
     FILE = "fc_weights.pth"
-    one_sided = True  # its "real" says nothing of a face that was changed in part
     card: ClassVar[Card] = Card(
         name="universal-fake-detect",
         version="fc_weights",

@@ -211,12 +211,9 @@ def test_an_expert_that_joined_at_calibration_judges_but_is_not_in_the_question(
     monkeypatch.setitem(BUILTIN, "darkness", "tests.test_adapter:Darkness")
     before = Calibration.load(adapter)
     fitted = {"experts": {tiny.EXPERT: "b" * 64, "darkness": "c" * 64}}
-    extended = replace(
-        before,
-        weights=before.weights | {"darkness": 1.0},
-        means=before.means | {"darkness": 0.0},
-        fitted_on=fitted,
-    )
+    [(kind, one)] = before.kinds.items()
+    joined = replace(one, weights=one.weights | {"darkness": 1.0}, means=one.means | {"darkness": 0.0})
+    extended = replace(before, kinds={kind: joined}, fitted_on=fitted)
     extended.save(adapter)
     detector = x2dfd.load(base=str(base), adapter=adapter)
     assert [e.card.name for e in detector.experts] == [tiny.EXPERT, "darkness"]

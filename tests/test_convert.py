@@ -196,6 +196,27 @@ def test_a_merged_model_judges_as_base_and_adapter_do(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.needs_base
+def test_a_merged_tower_holds_its_additions_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: a whole model whose tower gets the forensic additions again when it is loaded, or never."""
+    from x2dfd.tower import additions_sha256
+
+    monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
+    base = tiny.write_base(tmp_path / "base")
+    folder = tiny.write_adapter(tmp_path / "adapter", base)
+    where, plain = "encoder.layers.0.self_attn.q_proj", probe_logits(x2dfd.load(base=str(base), adapter=folder).mllm)
+    torch.manual_seed(1)
+    additions = {f"{where}.lora_A.weight": torch.randn(2, 32), f"{where}.lora_B.weight": torch.randn(32, 2)}
+    (folder / "experts").mkdir()
+    save_file({f"tower.{name}": value for name, value in additions.items()}, folder / "experts" / "tower.safetensors")
+    tiny.edit_card(folder, tower="forensic", tower_sha256=additions_sha256(additions))
+    scores = probe_logits(x2dfd.load(base=str(base), adapter=folder).mllm)
+    assert scores != pytest.approx(plain, abs=1e-2)
+    tiny.edit_card(folder, probes=scores)
+    merged = x2dfd.load(merge(folder, tmp_path / "merged", str(base))).mllm
+    assert probe_logits(merged) == pytest.approx(scores, abs=1e-3)
+
+
+@pytest.mark.needs_base
 def test_a_merge_that_moves_the_probes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is left that could be taken for the model."""
     monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)

@@ -170,6 +170,17 @@ def test_an_expert_that_breaks_its_word_has_no_score_and_says_why(
     assert [e.score for e in ask(_Plugin(lambda n: [Evidence("odd", 0.2)] * n), faces[:2])] == [0.2, 0.2]
 
 
+@pytest.mark.parametrize("kinds", [{"whole": math.nan}, {"part": 1.2}, {"gan": 0.5}])
+def test_kinds_of_fakes_that_are_no_probabilities_are_left_out(kinds: dict[str, float], faces: list[Face]) -> None:
+    """Bug prevented: a plug-in's NaN makes the probability NaN, which is neither below nor above a bound: "real"."""
+    [said] = ask(_Plugin(lambda n: [Evidence("odd", 0.5, kinds=kinds)] * n), faces[:1])
+    assert said.score == 0.5 and said.kinds == {} and "kinds" in (said.note or "")
+    [silent] = ask(_Plugin(lambda n: [Evidence("odd", None, "dark", kinds={"whole": 0.9})] * n), faces[:1])
+    assert silent.kinds == {} and silent.note == "dark"
+    [kept] = ask(_Plugin(lambda n: [Evidence("odd", 0.5, kinds={"whole": 0.1, "part": 0.4})] * n), faces[:1])
+    assert kept.kinds == {"whole": 0.1, "part": 0.4} and kept.note is None
+
+
 def test_one_face_that_an_expert_cannot_judge_does_not_silence_it_for_the_others(faces: list[Face]) -> None:
     """Bug prevented: what is said of a face depends on the files beside it; a set-up error becomes a row that stays."""
 

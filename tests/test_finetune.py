@@ -325,7 +325,7 @@ def test_training_moves_the_adapter_and_nothing_else(
     assert saved["lr"] == 1e-2 and saved["max_steps"] == 3
     detector = x2dfd.load(base=str(base), adapter=out, mode="paper")
     assert detector.detect(face_photo, rationale=False).faces[0].p_fake_mllm is not None
-    with pytest.raises(SetupError, match=r"finetune\.calibrate"):
+    with pytest.raises(SetupError, match="x2dfd calibrate"):
         x2dfd.load(base=str(base), adapter=out)
 
 
@@ -496,6 +496,7 @@ def test_a_cut_off_run_ends_where_an_unbroken_one_does(
         ("method=lorra", "unknown method 'lorra'; did you mean 'lora'"),
         ("base_dtype=bfloat16", "wants bf16"),
         ("method=qlora", "qlora wants a base"),
+        ("tower=forensic", "expert_weights with the expert `tower`"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(given: str, reason: str) -> None:

@@ -136,10 +136,11 @@ def test_packed_questions_are_about_one_picture(mllm: LocalMLLM, crops: NDArray[
 
 def test_asking_leaves_the_prefix_as_it_was(mllm: LocalMLLM, crops: NDArray[np.uint8]) -> None:
     """What one question leaves in the cache, the next one would read."""
+    assert mllm.look(crops[:1]).cache is None  # the language model has not run yet
     look = mllm.look(crops[:1])
-    keys = look.cache.layers[0].keys.clone()
     cues = [q.text for q in bank()[:30]]
     first = mllm.verdict_logits(look, QUESTIONS[:1]), mllm.yes_no_packed(look, cues).p_yes
+    keys = look.cache.layers[0].keys.clone()
     text = mllm.write(look, QUESTIONS[:1], ["This image is fake."], max_new_tokens=5)
     second = mllm.verdict_logits(look, QUESTIONS[:1]), mllm.yes_no_packed(look, cues).p_yes
     for a, b in zip(first, second, strict=True):

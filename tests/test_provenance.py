@@ -22,7 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from tests import tiny
 from x2dfd import provenance
-from x2dfd.calibration import Calibration
+from x2dfd.calibration import Calibration, Logistic
 from x2dfd.errors import SetupError
 from x2dfd.html_report import PROVENANCE
 from x2dfd.provenance import TRUST, read_provenance
@@ -390,7 +390,8 @@ def test_provenance_never_moves_the_estimate(monkeypatch: pytest.MonkeyPatch, fa
     from x2dfd import detector
 
     parts = ("mllm", tiny.EXPERT)
-    calibration = Calibration(dict.fromkeys(parts, 1.0), dict.fromkeys(parts, 0.0), bias=0.0, low=0.3, high=0.6)
+    one = Logistic(dict.fromkeys(parts, 1.0), dict.fromkeys(parts, 0.0), bias=0.0)
+    calibration = Calibration({"part": one}, low=0.3, high=0.6)
     facts = {"base": {"name": "even"}, "in_prompt": [tiny.EXPERT], "score_form": "numbers", "experts": {}}
     judge = detector.Detector(Even(), [tiny.Brightness()], calibration, facts)
     seen: list[Report] = []

@@ -19,7 +19,7 @@ from PIL import Image
 from finetune.config import LANGUAGE_LINEARS
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, AdapterCard, write_adapter_card
-from x2dfd.calibration import Calibration
+from x2dfd.calibration import Calibration, Logistic
 from x2dfd.experts import Shared
 from x2dfd.faces import PREPROCESSING
 from x2dfd.fetch import require
@@ -165,14 +165,9 @@ def write_adapter(folder: Path, base: Path, experts: Sequence[str] = (EXPERT,)) 
         experts=dict.fromkeys(experts, Brightness.card.sha256),
     )
     write_adapter_card(folder, card)
-    parts = ("mllm", *experts)
-    Calibration(
-        weights=dict.fromkeys(parts, 0.1) | {EXPERT: 4.0},
-        means=dict.fromkeys(parts, 0.0) | {EXPERT: -0.4},
-        bias=0.0,
-        low=0.3,
-        high=0.6,
-    ).save(folder)
+    weights = dict.fromkeys(("mllm", *experts), 0.1) | {EXPERT: 4.0}
+    means = dict.fromkeys(weights, 0.0) | {EXPERT: -0.4}
+    Calibration({"part": Logistic(weights, means, bias=0.0)}, low=0.3, high=0.6).save(folder)
     return folder
 
 

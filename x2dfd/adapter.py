@@ -169,6 +169,8 @@ def add_tower(llava: Any, folder: Path, card: AdapterCard) -> str | None:
 
     if card.tower != FORENSIC:
         return "" if card.tower == "frozen" else None
+    if card.weights == WHOLE:
+        return card.tower_sha256  # the whole model was written with the additions in its tower
     path = folder / TOWER
     additions = read_additions(path)
     sha256 = additions_sha256(additions)

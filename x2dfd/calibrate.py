@@ -8,7 +8,8 @@ none such is asked about split `calib` as it is, and the MLLM then has no say: n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,9 @@ def calibrate(
     trained with others. Raises X2DFDError when a label is lacking.
     """
     card = read_adapter_card(adapter)
-    (adapter / "calibration.json").unlink(missing_ok=True)  # one of other experts would keep the adapter from loading
     names = list(experts) if experts is not None else list(card.experts)
-    detector = load(adapter, mode="paper", experts=names, other_experts=other_experts)
+    with _aside(adapter / "calibration.json"):  # one of other experts would keep the adapter from loading
+        detector = load(adapter, mode="paper", experts=names, other_experts=other_experts)
     strangers = _strangers(unseen, names) if unseen else []
     samples: list[Sample] = []
     rows: list[Row] = []
@@ -87,6 +88,18 @@ def calibrate(
     result = replace(result, mllm_threshold=_mllm_threshold(rows, fakes, false_alarms), fitted_on=facts)
     result.save(adapter)
     return result
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[None]:
+    """Without the file for the `with` block: a run that fails later must not have lost it."""
+    kept = path.read_bytes() if path.is_file() else None
+    path.unlink(missing_ok=True)
+    try:
+        yield
+    finally:
+        if kept is not None:
+            path.write_bytes(kept)
 
 
 def _strangers(folder: Path, names: Sequence[str]) -> list[tuple[Expert, set[str]]]:

@@ -254,7 +254,7 @@ def choose_band(
     low = min(1 - _above(1 - scores, misses) for scores in _by_source(p_fake[fake], names[fake]))
     if low > high:
         low = high = (low + high) / 2
-    return round(max(low, 0.0), 6), round(min(high, 1.0), 6)
+    return round(max(low, 0.0), 6), round(high, 6)  # above 1 where a source's photos reach 1: nothing is fake then
 
 
 def _by_source(scores: Floats, names: NDArray[np.str_]) -> list[Floats]:

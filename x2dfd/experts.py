@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from x2dfd.errors import SetupError, UnknownName, X2DFDError
 from x2dfd.files import parse_json, write_text
-from x2dfd.types import Card, Evidence, Face
+from x2dfd.types import KINDS, Card, Evidence, Face
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,8 +56,8 @@ class Expert(Protocol):
     """What a plug-in has to be. Its constructor loads the weights and may raise SetupError.
 
     Without an argument it loads the expert's own weights. An expert whose weights may be replaced takes `folder: Path`,
-    the folder that holds `<name>.card.json` and the file that this card names. It may have `one_sided = True`: its
-    "real" is no evidence, as a face can be forged in ways that it is blind to.
+    the folder that holds `<name>.card.json` and the file that this card names. Where the card
+    names classes of forgeries in `covers`, its "real" clears a face of their kinds alone.
     """
 
     card: ClassVar[Card]
@@ -149,10 +149,13 @@ def _checked(name: str, said: list[Evidence], n: int) -> list[Evidence]:
         if score is not None and not 0 <= score <= 1:
             found.append(Evidence(name, None, f"the expert's score {score} is no probability"))
             continue
+        kinds = {k: float(v) for k, v in e.kinds.items() if score is not None}
+        if not all(k in KINDS and 0 <= v <= 1 for k, v in kinds.items()):
+            kinds, e = {}, replace(e, note="what it said of the kinds of fakes was no probability and is left out")
         numbers = [c.score for c in e.cues if c.score is not None] + [v for row in e.map for v in row]
         if not all(map(math.isfinite, numbers)):
             e = replace(e, cues=(), map=(), note="what it pointed at was no number and is left out")
-        found.append(replace(e, expert=name, score=score))
+        found.append(replace(e, expert=name, score=score, kinds=kinds))
     return found
 
 

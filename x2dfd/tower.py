@@ -61,6 +61,8 @@ def add_to_tower(tower: torch.nn.Module, additions: Mapping[str, Tensor]) -> Non
     kept = len(tower.encoder.layers)  # type: ignore[arg-type, union-attr]
     for name, value in additions.items():
         if name.endswith(LORA_B):
+            if name.replace(LORA_B, LORA_A) not in additions:
+                raise SetupError(f"the tower's additions hold {name} without its lora_A")
             continue
         target = name.replace(LORA_A, ".weight")
         if target.startswith("encoder.layers.") and int(target.split(".")[2]) >= kept:

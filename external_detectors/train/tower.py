@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -130,17 +130,18 @@ class Pictures(IterableDataset[tuple[Any, ...]]):
     """Endless training samples: view, label, kind, map, cues (1, 0, or -1: unknown), area grid, photograph or not."""
 
     def __init__(self, sets: Sequence[CropSet], leave_out: Sequence[str], seed: int) -> None:
-        origins = {s.origin for crops in sets for s in crops.samples}
+        known = {name for crops in sets for s in crops.samples for name in _own_origins(s)}
         for name in leave_out:
-            if name not in origins:
-                raise UnknownName("source or generator", name, origins)
+            if name not in known:
+                raise UnknownName("source, generator or method", name, known)
         self.sets, self.seed = sets, seed
         every = [(k, i) for k, crops in enumerate(sets) for i in range(len(crops.samples))]
-        kept_out = {(k, i) for k, i in every if origin_of(sets[k].samples[i], sets) & set(leave_out)}
+        donors = {s.group: s.source for crops in sets for s in crops.samples if not s.synthetic}
+        kept_out = {(k, i) for k, i in every if origins_of(sets[k].samples[i], donors) & set(leave_out)}
         self.rows = [(k, i) for k, i in every if self.at(k, i).split in ("", "train") and (k, i) not in kept_out]
-        new = [(k, i) for k, i in every if (k, i) in kept_out and self.at(k, i).origin in leave_out]
-        known = [(k, i) for k, i in every if self.at(k, i).split == "val" and (k, i) not in kept_out]
-        self.judged = _some(new, 240) + _some(known, 240)
+        new = [(k, i) for k, i in every if _own_origins(self.at(k, i)) & set(leave_out)]
+        old = [(k, i) for k, i in every if self.at(k, i).split == "val" and (k, i) not in kept_out]
+        self.judged = _some(new, 240) + _some(old, 240)
         self.odds = _odds([self.at(k, i) for k, i in self.rows])
 
     def at(self, k: int, i: int) -> Sample:
@@ -196,11 +197,17 @@ class Pictures(IterableDataset[tuple[Any, ...]]):
         return view, np.float32(label), KINDS.index(kind), where, cues, areas, np.float32(photo)
 
 
-def origin_of(sample: Sample, sets: Sequence[CropSet]) -> set[str]:
-    """What a picture shows of: its generator or its photo's source, its donor's, and its forge methods."""
-    donor = str(sample.extra.get("donor") or "")
-    of_donor = {s.source for crops in sets for s in crops.samples if donor and s.group == donor and not s.synthetic}
-    return {sample.origin, *of_donor, *sample.method.split("+")}
+def origins_of(sample: Sample, donors: Mapping[str, str]) -> set[str]:
+    """What a picture shows of: its generator or its photo's source, its donor's, and its forge methods.
+
+    `donors`: group of a photo -> its source.
+    """
+    donor = donors.get(str(sample.extra.get("donor") or ""))
+    return _own_origins(sample) | ({donor} if donor else set())
+
+
+def _own_origins(sample: Sample) -> set[str]:
+    return {sample.origin, *sample.method.split("+")} - {""}
 
 
 def _some(rows: list[tuple[int, int]], n: int) -> list[tuple[int, int]]:
