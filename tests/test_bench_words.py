@@ -195,13 +195,13 @@ def test_the_template_is_beside_every_description(photos: Path, tmp_path: Path) 
 def test_experts_without_their_mllm_decide_by_themselves(astronaut: Pixels, tmp_path: Path) -> None:
     """An absent MLLM that counts as "not fake" would lower every probability of the fusion."""
     from x2dfd.adapter import EMBEDDED
-    from x2dfd.calibration import MLLM, Calibration, logit
+    from x2dfd.calibration import Calibration, parts_of
 
     detector = models.experts_alone(None)
     report = detector.detect(Image.fromarray(astronaut))
-    known = {e.expert: logit(e.score) for e in report.evidence if e.score is not None}
-    assert MLLM not in known and len(known) == len(detector.experts)
-    assert report.verdict.p_fake == pytest.approx(Calibration.load(EMBEDDED).probability(known))
+    assert len(report.evidence) == len(detector.experts)
+    parts = parts_of(None, report.evidence, {e.card.name: e.card.covers for e in detector.experts})
+    assert report.verdict.p_fake == pytest.approx(Calibration.load(EMBEDDED).probability(parts))
     opened = models.Opened("fusion", "fusion", detector, "calibrated")
     sample = Sample("a", tmp_path / "a.png", "real")
     Image.fromarray(astronaut).save(sample.path)

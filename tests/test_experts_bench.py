@@ -24,7 +24,7 @@ from tests.stub import Killed
 from tests.tiny import EXPERT, EXPERT_TARGET, Brightness
 from x2dfd import experts
 from x2dfd.adapter import AdapterCard, write_adapter_card
-from x2dfd.calibration import MLLM, Calibration, logit
+from x2dfd.calibration import MLLM, Calibration, Logistic, logit
 from x2dfd.crops import MASK_SIZE
 from x2dfd.errors import SetupError
 from x2dfd.experts import Shared
@@ -79,7 +79,8 @@ def model(tmp_path: Path) -> Path:
     )  # fmt: skip
     write_adapter_card(folder, card)
     weights = {MLLM: 0.5, EXPERT: 4.0, POINTER: 0.0}
-    Calibration(weights, {MLLM: 1.0, EXPERT: -0.4, POINTER: 0.0}, 0.0, 0.4, 0.6).save(folder)
+    logistic = Logistic(weights, {MLLM: 1.0, EXPERT: -0.4, POINTER: 0.0}, 0.0)
+    Calibration({"part": logistic}, 0.4, 0.6).save(folder)
     return folder
 
 
@@ -272,14 +273,14 @@ def test_with_the_mllm_the_fusion_is_the_whole_verdict() -> None:
     class Named:
         card = replace(Brightness.card, name="good")
 
-    calibration = Calibration({MLLM: 0.5, "good": 1.0}, {MLLM: 2.0, "good": 0.0}, 0.0, 0.3, 0.7)
+    calibration = Calibration({"part": Logistic({MLLM: 0.5, "good": 1.0}, {MLLM: 2.0, "good": 0.0}, 0.0)}, 0.3, 0.7)
     alone = experts_bench.Panel([Named()], (), calibration, {}, {})  # type: ignore[list-item]
     whole = replace(alone, whole=SimpleNamespace())  # type: ignore[arg-type]
     assert alone.columns[:2] == ["fusion", "expert:good"] and whole.columns[:2] == ["fusion", MLLM]
     row = SampleRow("a", None, experts={MLLM: 0.2, "good": 0.9})
     experts_bench.join(whole, [row])
     logits: dict[str, float | None] = {MLLM: logit(0.2), "good": logit(0.9)}
-    assert row.p_fake == pytest.approx(calibration.probability(logits)) and row.said is not None
+    assert row.p_fake == pytest.approx(calibration.probability({"part": logits})) and row.said is not None
     # What could be opened and has no answer was not assessed, which is not "real".
     blind = SampleRow("b", None, experts={"good": None}, reason="no_face")
     experts_bench.join(alone, [blind])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from eval import metrics
+from eval import stats
 from eval.protocols import (
     HIDDEN,
     PROTOCOLS,
@@ -84,7 +84,7 @@ def test_equal_folder_names_merge_under_compat_and_only_there(df40: list[Sample]
         assert (len(names), int(clip_labels.sum())) == (REALS + FAKES, FAKES) == (1066, 888)
         stock_names, stock_labels, stock_scores = pool_clips(df40, labels, scores, Compat(clips=True))
         assert (len(stock_names), int(stock_labels.sum())) == (888, 710)
-        right, stock = metrics.auc(clip_labels, clip_scores), metrics.auc(stock_labels, stock_scores)
+        right, stock = stats.auc(clip_labels, clip_scores), stats.auc(stock_labels, stock_scores)
         assert right is not None and stock is not None
         gaps.append(right - stock)
     assert np.mean(gaps) > 0.08  # how many points depends on how scores are drawn

@@ -105,10 +105,10 @@ def test_interlaced_clips_are_deinterlaced() -> None:
     data = clip(woven, "mpeg2video", "matroska", flags=interlaced)
     video = video_of(data, 4)
     assert video.notes == ("deinterlaced",)
-    for frame in video.frames:
-        rows = frame.pixels[16:80].astype(int).mean(2)
+    for shown in video.frames:
+        rows = shown.pixels[16:80].astype(int).mean(2)
         combed = np.abs(2 * rows[1:-1] - rows[:-2] - rows[2:]).mean()
-        was = woven[frame.index][16:80].astype(int).mean(2)
+        was = woven[shown.index][16:80].astype(int).mean(2)
         assert combed < 0.3 * np.abs(2 * was[1:-1] - was[:-2] - was[2:]).mean()
 
 

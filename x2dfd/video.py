@@ -393,7 +393,7 @@ def _shown(frame: VideoFrame, pixel_shape: Fraction | None, notes: list[str]) ->
         pixels = hdr.to_bt709(deep, transfer, primaries)
     else:
         pixels = np.asarray(frame.to_ndarray(format="rgb24", width=width, height=height), dtype=np.uint8)
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return pixels
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
