@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from eval import stats
+from eval import metrics, stats
 from eval.protocols import (
     HIDDEN,
     PROTOCOLS,
