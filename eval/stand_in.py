@@ -233,7 +233,7 @@ class Behind:
         import torch
 
         text, picture = self._rendered(request), Image.fromarray(picture_of(request))
-        processor, model = self.local.processor, self.local._llava
+        processor, model = self.local.processor, self.local._model
         inputs = processor(images=picture, text=text, return_tensors="pt")
         with torch.inference_mode():
             if request["max_tokens"] > 1:

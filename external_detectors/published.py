@@ -301,7 +301,7 @@ class UniversalFakeDetect:
     def _load_tower(cls, tower: Path | str) -> Any:
         from transformers import CLIPVisionModelWithProjection
 
-        from x2dfd.mllm import quietly
+        from x2dfd.loading import quietly
 
         hub = tower == CLIP_L
         if not hub and not all((Path(tower) / name).is_file() for name in ("config.json", "model.safetensors")):

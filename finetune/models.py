@@ -16,7 +16,7 @@ from finetune.config import TOWER_LINEARS, FinetuneConfig
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, check_contents, read_adapter_card
 from x2dfd.errors import SetupError, X2DFDError
-from x2dfd.mllm import base_identity, load_llava, quietly
+from x2dfd.loading import base_identity, load_model, quietly
 
 PROJECTORS = ("multi_modal_projector", "connector", "merger")
 """What the module between tower and language model is called: LLaVA, InternVL, Gemma; SmolVLM, Idefics; Qwen-VL."""
@@ -37,7 +37,7 @@ def open_base(config: FinetuneConfig) -> tuple[Any, Any]:
         if config.method == "qlora" and config.base is not None:
             options["quantization_config"] = _nf4(config.base, config.bf16)
         if kind == "llava" or config.base is None:
-            model, processor = load_llava(config.base, **cut, dtype=dtype, **options)
+            model, processor = load_model(config.base, **cut, dtype=dtype, **options)
         elif config.pack:
             raise X2DFDError(f"{config.base} is a {kind!r} model, and packs fit LLaVA's tokens only: take pack: false")
         elif any(v is not None for v in cut.values()):

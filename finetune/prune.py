@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from data_gen.writers import write_explanation
 from x2dfd import prompts
 from x2dfd.cli import run_command
-from x2dfd.mllm import load_llava
+from x2dfd.loading import load_model
 from x2dfd.types import Cue
 
 _PLAIN = (
@@ -77,7 +77,7 @@ def _run(
     least: Annotated[int, typer.Option(help="go down to this many layers", min=1)] = 8,
 ) -> None:
     """Drop language layers one by one, always the one that costs the least loss on text."""
-    model, processor = load_llava(base)
+    model, processor = load_model(base)
     for kept, cost, first in prune(model, sample_text(processor), least):
         line = {"layers": len(kept), "loss": round(cost, 4), "loss_of_the_first": round(first, 4), "kept": kept}
         print(json.dumps(line), flush=True)

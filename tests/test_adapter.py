@@ -34,7 +34,8 @@ from x2dfd.errors import SetupError
 from x2dfd.experts import BUILTIN, Shared
 from x2dfd.faces import find_faces
 from x2dfd.files import file_sha256
-from x2dfd.mllm import LocalMLLM, base_identity, load_llava
+from x2dfd.loading import base_identity, load_model
+from x2dfd.mllm import LocalMLLM
 from x2dfd.types import Evidence, Face
 
 pytestmark = pytest.mark.needs_base
@@ -170,10 +171,10 @@ def test_the_merged_model_is_the_adapted_one(base: Path, made: Path, astronaut: 
         mllm = LocalMLLM(model, processor, "tiny")
         return float(mllm.verdict_logits(mllm.look(crop), question)[0])
 
-    plain, processor = load_llava(base)
+    plain, processor = load_model(base)
     before = ask(plain, processor)
     merged = ask(attach(plain, made), processor)
-    unmerged_model, _ = load_llava(base)
+    unmerged_model, _ = load_model(base)
     unmerged = ask(PeftModel.from_pretrained(unmerged_model, str(made)).base_model.model, processor)
     assert merged == pytest.approx(unmerged, abs=1e-4)
     assert abs(merged - before) > 0.01
@@ -187,7 +188,7 @@ def test_a_plain_adapter_needs_no_peft_and_any_other_goes_there(
     def weights(model: Any) -> dict[str, torch.Tensor]:
         return {name: value.clone() for name, value in model.state_dict().items()}
 
-    bare, _ = load_llava(base)
+    bare, _ = load_model(base)
     before, settings = weights(bare), adapter / "adapter_config.json"
     plain = json.loads(settings.read_text())
     for change in ({"use_dora": True}, {"rank_pattern": {"q_proj": 2}}, {"init_lora_weights": "pissa"}, {"r": 2}):
@@ -195,7 +196,7 @@ def test_a_plain_adapter_needs_no_peft_and_any_other_goes_there(
         assert not _merge_plain(bare, adapter)
     assert all(torch.equal(value, before[name]) for name, value in weights(bare).items())
     settings.write_text(json.dumps(plain))
-    through_peft = PeftModel.from_pretrained(load_llava(base)[0], str(adapter)).merge_and_unload()
+    through_peft = PeftModel.from_pretrained(load_model(base)[0], str(adapter)).merge_and_unload()
     monkeypatch.setitem(sys.modules, "peft", None)
     ours, theirs = weights(attach(bare, adapter)), weights(through_peft)
     assert set(ours) == set(theirs)
@@ -268,9 +269,9 @@ def test_a_split_adapter_is_the_same_model(made: Path, base: Path, tmp_path: Pat
         mllm = LocalMLLM(model, processor, "tiny")
         return float(mllm.verdict_logits(mllm.look(crop), [prompts.QUESTION])[0])
 
-    plain, processor = load_llava(base)
+    plain, processor = load_model(base)
     wanted = ask(attach(plain, made), processor)
-    served, processor = load_llava(whole)
+    served, processor = load_model(whole)
     assert abs(ask(served, processor) - wanted) > 0.01
-    both = PeftModel.from_pretrained(load_llava(whole)[0], str(lora)).merge_and_unload()
+    both = PeftModel.from_pretrained(load_model(whole)[0], str(lora)).merge_and_unload()
     assert ask(both, processor) == pytest.approx(wanted, abs=1e-5)

@@ -208,7 +208,7 @@ def test_a_merge_that_moves_the_probes_is_refused(tmp_path: Path, monkeypatch: p
 
     def spoilt(self: LocalMLLM, where: Path) -> None:
         with torch.no_grad():
-            self._llava.model.language_model.norm.weight.mul_(-1)
+            self._model.model.language_model.norm.weight.mul_(-1)
         plain(self, where)
 
     monkeypatch.setattr(LocalMLLM, "save", spoilt)

@@ -34,7 +34,7 @@ from x2dfd.errors import InputError, SetupError, UnknownName
 from x2dfd.experts import BUILTIN
 from x2dfd.faces import find_faces
 from x2dfd.media import Picture, find_media, load_media
-from x2dfd.mllm import base_identity
+from x2dfd.loading import base_identity
 from x2dfd.types import Cue, Evidence, Failure, Report
 
 pytestmark = pytest.mark.needs_base

@@ -34,7 +34,8 @@ from x2dfd.degrade import CODEC, codec
 from x2dfd.errors import SetupError, UnknownName, X2DFDError
 from x2dfd.experts import BUILTIN
 from x2dfd.files import file_sha256
-from x2dfd.mllm import LocalMLLM, base_identity, load_llava
+from x2dfd.loading import base_identity, load_model
+from x2dfd.mllm import LocalMLLM
 from x2dfd.tower import seen_view, training_view
 
 ROOM = Path(__file__).parent.parent / "finetune"
@@ -166,7 +167,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def packs(base: Path, small: tuple[Path, Path]) -> Packs:
-    model, processor = load_llava(base)
+    model, processor = load_model(base)
     labels = LocalMLLM(model, processor, "tiny").label_ids
     data = load_crops(small[0])
     return Packs(read_records(small[1], "train", data), processor, labels, data, None, 1)
@@ -200,7 +201,7 @@ def one_by_one(model: Any, item: dict[str, Any], weight: float) -> tuple[float, 
 @pytest.mark.needs_base
 def test_a_pack_has_the_loss_of_its_conversations(base: Path, packs: Packs) -> None:
     """A conversation that sees its neighbour copies the answer from it: the loss falls and nothing is learnt."""
-    model, _ = load_llava(base)
+    model, _ = load_model(base)
     collate = Collate(0, 4.0)
     sums = [one_by_one(model, packs[k], 4.0) for k in range(3)]
     assert {len(packs[k]["conversations"]) for k in range(len(packs))} <= {6, 7, 8, 9}  # some have a follow-up
@@ -215,7 +216,7 @@ def test_a_pack_has_the_loss_of_its_conversations(base: Path, packs: Packs) -> N
 @pytest.mark.needs_base
 def test_the_verdict_token_weighs_more(base: Path, packs: Packs) -> None:
     """One token decides the verdict; among eighty of explanation it would hardly count."""
-    tokenizer = load_llava(base)[1].tokenizer
+    tokenizer = load_model(base)[1].tokenizer
     batch = Collate(0, 7.0)([packs[1]])
     heavy = batch["labels"][batch["weights"] == 7.0]
     words = [tokenizer.decode([t]).strip() for t in heavy.tolist()]
@@ -229,7 +230,7 @@ def test_the_verdict_token_weighs_more(base: Path, packs: Packs) -> None:
 @pytest.mark.needs_base
 def test_words_that_name_a_cue_weigh_more(base: Path, packs: Packs) -> None:
     """The grammar's small words are most of a text, and all of them would be learnt before one artifact is."""
-    tokenizer = load_llava(base)[1].tokenizer
+    tokenizer = load_model(base)[1].tokenizer
     batch = Collate(0, 7.0, 3.0)([packs[1]])
     words = [tokenizer.decode([t]).strip().lower() for t in batch["labels"][batch["weights"] == 3.0].tolist()]
     assert {"jaw", "eyes"} & set(words), words
@@ -240,7 +241,7 @@ def test_words_that_name_a_cue_weigh_more(base: Path, packs: Packs) -> None:
 @pytest.mark.needs_base
 def test_a_follow_up_is_trained_on_the_prompt_that_chat_asks(base: Path, small: tuple[Path, Path]) -> None:
     """Earlier turns are context, not to be learnt again; a frame of its own for chat would be one nobody asks in."""
-    processor = load_llava(base)[1]
+    processor = load_model(base)[1]
     records = [json.loads(line) for line in small[1].read_text().splitlines()]
     chat = next(r for r in records if r["task"] == "chat")
     asked, said, following, reply = (turn["value"] for turn in chat["conversations"])
@@ -265,14 +266,14 @@ def test_what_there_is_nothing_to_learn_from_is_refused(base: Path, small: tuple
     item = packs[0]
     with pytest.raises(X2DFDError, match="empty label mask"):
         Collate(0, 4.0)([{**item, "conversations": [Conversation([1, 2, 3], 0, None)]}])
-    processor = load_llava(base)[1]
+    processor = load_model(base)[1]
     record = json.loads(small[1].read_text().splitlines()[0])
     record["conversations"][1]["value"] = ""
     with pytest.raises(X2DFDError, match="empty answer"):
         conversation(processor, record, (1, 2))
     record["conversations"][1]["value"] = "I think that it is fake."
     with pytest.raises(X2DFDError, match="does not begin with the verdict"):
-        conversation(processor, record, LocalMLLM(*load_llava(base), "tiny").label_ids)
+        conversation(processor, record, LocalMLLM(*load_model(base), "tiny").label_ids)
     with pytest.raises(X2DFDError, match="split 'nowhere'"):
         read_records(small[1], "nowhere", load_crops(small[0]))
 
@@ -380,7 +381,7 @@ def test_what_is_left_out_is_not_trained_on(
         train(configured(tmp_path / "none", left_out=("generated",)))
     first = train(configured(tmp_path / "first"))
     with pytest.raises(X2DFDError, match="has learnt from generated"):
-        tune(load_llava(base)[0], configured(tmp_path / "second", start=str(first), left_out=("generated",)))
+        tune(load_model(base)[0], configured(tmp_path / "second", start=str(first), left_out=("generated",)))
 
 
 @pytest.mark.needs_base
@@ -464,7 +465,7 @@ def test_training_lowers_its_loss(
 
     from finetune.train import train
 
-    model, _ = load_llava(base)
+    model, _ = load_model(base)
     batch = Collate(0, 4.0)([packs[k] for k in range(len(packs))])
     before = loss(model, batch)
     out = train(configured(tmp_path / "adapter", max_steps=8, batch=3, save_steps=100))
@@ -582,7 +583,7 @@ def test_what_is_trained_is_what_was_said(configured: Callable[..., FinetuneConf
 @pytest.mark.needs_base
 def test_rows_have_the_loss_of_packs(base: Path, small: tuple[Path, Path], packs: Packs) -> None:
     """Bases that cannot be packed learn from the same tokens with the same weights."""
-    model, processor = load_llava(base)
+    model, processor = load_model(base)
     labels = prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS)
     data = load_crops(small[0])
     rows = Rows(read_records(small[1], "train", data), processor, labels, data, 1)
@@ -648,14 +649,14 @@ def test_rows_of_like_length_share_a_batch() -> None:
 
 def test_pruning_drops_one_layer_at_a_time(tmp_path: Path) -> None:
     """Bug prevented: a list of kept layers that no loss was measured on, or a loss of other layers than it names."""
-    model, processor = load_llava(tiny.write_base(tmp_path / "base", text_layers=3))
+    model, processor = load_model(tiny.write_base(tmp_path / "base", text_layers=3))
     ids = sample_text(processor)
     steps = list(prune(model, ids, 1))
     assert [len(kept) for kept, *_ in steps] == [3, 2, 1] and steps[0][0] == [0, 1, 2]
     assert all(set(after) < set(before) for (before, *_), (after, *_) in itertools.pairwise(steps))
     assert steps[1][1] <= steps[1][2]  # the first two are among those that were tried
     for kept, cost, _ in steps:
-        short, _ = load_llava(tmp_path / "base", text_layers=kept)
+        short, _ = load_model(tmp_path / "base", text_layers=kept)
         with torch.inference_mode():
             hidden = short.model.language_model(input_ids=ids, use_cache=False).last_hidden_state
             logits = (hidden @ short.lm_head.weight.T)[0, :-1]

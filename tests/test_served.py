@@ -25,7 +25,8 @@ from x2dfd.calibration import Calibration
 from x2dfd.detector import UNCALIBRATED
 from x2dfd.errors import InputError, SetupError, UnknownName, X2DFDError
 from x2dfd.experts import BUILTIN
-from x2dfd.mllm import LocalMLLM, load_llava
+from x2dfd.loading import load_model
+from x2dfd.mllm import LocalMLLM
 from x2dfd.served import ServedMLLM
 from x2dfd.types import Failure, Report
 
@@ -87,7 +88,7 @@ def known_expert() -> Iterator[None]:
 
 def test_a_served_bare_model_answers_as_the_local_one(folders: tuple[Path, Path], crops: Pixels) -> None:
     """Another prompt, another token or another picture at the endpoint would be another detector."""
-    local = LocalMLLM(*load_llava(folders[0]), "tiny")
+    local = LocalMLLM(*load_model(folders[0]), "tiny")
     questions = [prompts.QUESTION, f"{prompts.QUESTION} And the x score is 0.500.", prompts.QUESTION]
     cues = [f"Is number {i} odd? {prompts.CUE_ENDING}" for i in range(3)]
     behind = Behind(local)

@@ -115,6 +115,8 @@ class Calibration:
 
 
 def _bounded(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is no logit: a score that is missing is None")
     return max(-_CLIP, min(_CLIP, value))
 
 
