@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from x2dfd import prompts
-from x2dfd.loading import FAMILIES, _processor_class
+from x2dfd.loading import FAMILIES, processor_class, put_together
 
 _PARTS = "{% for p in m['content'] %}{% if p['type'] == 'image' %}PICTURE{% else %}{{ p['text'] }}{% endif %}{% endfor %}"
 CHATML = (
@@ -105,7 +105,7 @@ def tokenizer(
 
 
 def _processor(kind: str, *parts: Any, template: str | None, **settings: Any) -> Any:
-    return _processor_class(FAMILIES[kind])(*parts, chat_template=template, **settings)
+    return put_together(processor_class(FAMILIES[kind]), parts, {"chat_template": template, **settings})
 
 
 def _ids(processor: Any, *tokens: str) -> list[int]:
@@ -123,6 +123,13 @@ def _text(processor: Any, **more: Any) -> dict[str, Any]:
         "tie_word_embeddings": False,
         **more,
     }
+
+
+def plain_processor(template: str) -> Any:
+    """A processor that renders a chat template; `<image>` is its picture."""
+    from transformers import CLIPImageProcessorPil
+
+    return _processor("llava", CLIPImageProcessorPil(), tokenizer(["<image>"], bos="<s>"), template=template)
 
 
 def _llava() -> tuple[Any, Any]:

@@ -132,6 +132,56 @@ def test_an_adapter_that_holds_nothing_is_refused(adapter: Path, check: Callable
         check(adapter)
 
 
+@pytest.mark.parametrize(
+    ("value", "told"), [(torch.zeros(0), "are empty"), (torch.full((4, 64), torch.inf), "not finite")]
+)
+def test_one_spoilt_matrix_is_refused(
+    adapter: Path, check: Callable[[Path], None], value: torch.Tensor, told: str
+) -> None:
+    """ZeRO-3 leaves empty tensors where it saved its pieces, fp16 leaves infinities; either once loaded."""
+    state = load_file(adapter / WEIGHTS)
+    state[next(k for k in state if "q_proj.lora_A" in k)] = value
+    save_file(state, adapter / WEIGHTS)
+    tiny.edit_card(adapter, sha256=file_sha256(adapter / WEIGHTS))
+    with pytest.raises(SetupError, match=told):
+        check(adapter)
+
+
+@pytest.mark.parametrize(
+    ("gone", "told"),
+    [
+        (lambda k: ".layers.1." in k, r"lacks 7 .*layers\.1\."),
+        (lambda k: "k_proj.lora_B" in k, r"lacks 2 .*k_proj"),
+        (lambda k: "multi_modal_projector" in k, r"lacks 4 .*linear_1\.bias"),
+        (lambda k: "linear_2" in k, r"lacks 2 .*linear_2\.bias"),
+    ],
+    ids=["layer", "lora_B", "projector", "half projector"],
+)
+def test_an_adapter_with_parts_missing_is_refused(
+    base: Path, adapter: Path, gone: Callable[[str], bool], told: str
+) -> None:
+    """PEFT warns at most: the model then answers with half of what it learnt, or through a random projector."""
+    state = {k: v for k, v in load_file(adapter / WEIGHTS).items() if not gone(k)}
+    save_file(state, adapter / WEIGHTS)
+    with pytest.raises(SetupError, match=told):
+        attach(load_model(base)[0], adapter)
+
+
+def test_matrices_for_other_names_are_refused(base: Path, adapter: Path) -> None:
+    """LoRA under LLaVA's own names fits no module, and PEFT applies nothing."""
+    state = {k.replace("model.language_model.", "model."): v for k, v in load_file(adapter / WEIGHTS).items()}
+    save_file(state, adapter / WEIGHTS)
+    with pytest.raises(SetupError, match=r"apply to nothing.*finetune convert"):
+        attach(load_model(base)[0], adapter)
+
+
+def test_a_broken_file_under_a_matching_card_is_one_line(adapter: Path, check: Callable[[Path], None]) -> None:
+    (adapter / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:200])
+    tiny.edit_card(adapter, sha256=file_sha256(adapter / WEIGHTS))
+    with pytest.raises(SetupError, match="cannot be read"):
+        check(adapter)
+
+
 def test_the_card_comes_back_whole(adapter: Path, tmp_path: Path) -> None:
     """Order of experts, tuples and non-ASCII text survive JSON."""
     tiny.edit_card(adapter, feature_layers=(5, 8, 11), experts={"z": "1", "a": "2"}, trained_on="Gesichter für Tests")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,29 @@ def test_what_would_be_lost_or_run_is_refused(
         llava_settings({"target_modules": ".*q_proj"}, "b")
     with pytest.raises(SetupError, match="belongs to no LLaVA adapter"):
         renamed({"base_model.model.lm_head.weight": torch.zeros(1)}, True)
+
+
+@pytest.mark.parametrize(
+    ("gone", "told"),
+    [
+        (lambda k: ".layers.1." in k, "lacks 14 of 28 matrices"),
+        (lambda k: "mm_projector.2" in k, "lacks 2 of 4 tensors"),
+    ],
+    ids=["layer", "projector"],
+)
+def test_a_published_adapter_with_parts_missing_is_refused(
+    base: Path, adapter: Path, tmp_path: Path, gone: Callable[[str], bool], told: str
+) -> None:
+    """Converted, it would look whole."""
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / SETTINGS).write_text(json.dumps(settings(4)))
+    save_file({k: v for k, v in load_file(adapter / WEIGHTS).items() if not gone(k)}, bad / WEIGHTS)
+    others = torch.load(adapter / OTHERS, weights_only=True)
+    torch.save({k: v for k, v in others.items() if not gone(k)}, bad / OTHERS)
+    with pytest.raises(SetupError, match=told):
+        to_hub(bad, tmp_path / "out", base=str(base))
+    assert not (tmp_path / "out").exists()
 
 
 # --- merging ---------------------------------------------------------------------------------------------------------

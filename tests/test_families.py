@@ -7,6 +7,8 @@ passes here.
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +25,7 @@ from x2dfd.adapter import WEIGHTS, AdapterCard, write_adapter_card
 from x2dfd.errors import SetupError
 from x2dfd.faces import PREPROCESSING
 from x2dfd.files import file_sha256
-from x2dfd.loading import FAMILIES, _processor_class, base_identity, load_model
+from x2dfd.loading import FAMILIES, processor_class, base_identity, load_model
 from x2dfd.mllm import LocalMLLM
 from x2dfd.types import Evidence
 
@@ -45,7 +47,7 @@ class Kind(NamedTuple):
 def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kind:
     key = families.KINDS[request.param][0]
     try:
-        _processor_class(FAMILIES[key])
+        processor_class(FAMILIES[key])
     except SetupError as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp(key)
@@ -174,3 +176,55 @@ def test_one_begin_token(kind: Kind) -> None:
 
 
 # --- what cannot be asked is refused in one line that says what to use -------------------------------------------------
+
+
+def refusal(folder: Path, **config: Any) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SetupError) as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"model_type": "internvl_chat"}, "-hf"),
+        ({"model_type": "llava_llama"}, "llava-hf/"),
+        ({"model_type": "llama"}, "qwen3_vl"),
+        ({"model_type": "no-such-kind"}, "docs/served.md"),
+        ({}, "model type"),
+    ],
+)
+def test_an_unknown_kind_is_one_line_that_says_what_to_use(tmp_path: Path, config: dict[str, Any], told: str) -> None:
+    """transformers' own message is forty lines, and the first is empty."""
+    assert told in refusal(tmp_path / "model", **config)
+
+
+def test_a_package_that_is_missing_is_named() -> None:
+    """Pixtral's processor needs torchvision: the traceback of an import does not say that it can be installed."""
+    with pytest.raises(SetupError, match="pip install no_such_package"):
+        processor_class(replace(FAMILIES["llava"], needs=("no_such_package",)))
+
+
+def test_a_base_without_a_chat_template_is_refused(tmp_path: Path) -> None:
+    """A pretrained base would be asked in a made-up form."""
+    families.write_model(tmp_path, "Gemma 3")
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(SetupError, match="-it, -Instruct"):
+        load_model(tmp_path)
+
+
+def test_the_date_does_not_change_the_prompt() -> None:
+    """Mistral's template tells the model what day it is, and an adapter's prompt hash would differ tomorrow."""
+    processor = families.plain_processor(families.TODAY + families.INST.replace("PICTURE", "<image>"))
+    assert "Today is" not in prompts.render(processor, prompts.QUESTION)
+    assert prompts.prompt_hash(processor) == prompts.prompt_hash(processor)
+
+
+def test_a_model_that_thinks_first_is_refused() -> None:
+    """Its answer begins inside its thoughts: the stem would be one of them."""
+    thinks = families.CHATML.replace("assistant\n{%", "assistant\n<think>\n{%").replace("SYSTEM", "")
+    with pytest.raises(SetupError, match="Instruct"):
+        prompts.render(families.plain_processor(thinks.replace("PICTURE", "<image>")), prompts.QUESTION, prompts.STEM)

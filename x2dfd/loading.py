@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -87,10 +88,10 @@ def load_processor(folder: str | Path) -> Any:
 
     try:
         family = family_of(AutoConfig.from_pretrained(folder))
-        stock = _processor_class(family)
+        stock = processor_class(family)
         with quietly():
             parts = [AutoImageProcessor.from_pretrained(folder, backend="pil"), AutoTokenizer.from_pretrained(folder)]
-            processor = stock.from_args_and_dict(parts, stock.get_processor_dict(folder)[0])
+            processor = put_together(stock, parts, stock.get_processor_dict(folder)[0])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise SetupError(f"the processor of {folder} cannot be read: {_first_line(error)}") from error
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
@@ -99,7 +100,13 @@ def load_processor(folder: str | Path) -> Any:
     return processor
 
 
-def _processor_class(family: Family) -> Any:
+def put_together(stock: Any, parts: Sequence[Any], settings: dict[str, Any]) -> Any:
+    """A processor of a class of `processor_class` from its image processor and its tokenizer."""
+    videos = [None] if "video_processor" in inspect.signature(stock).parameters else []
+    return stock.from_args_and_dict([*parts, *videos], settings)
+
+
+def processor_class(family: Family) -> Any:
     """The stock class, which takes pictures and no videos: what reads videos needs torchvision."""
     try:
         found: Any = getattr(
@@ -107,9 +114,11 @@ def _processor_class(family: Family) -> Any:
         )
         for package in family.needs:
             importlib.import_module(package)
-    except ImportError as error:
-        package = error.name or " ".join(family.needs)
-        raise SetupError(f"{family.processor} of transformers needs {package}: pip install {package}") from error
+    except (ImportError, RuntimeError) as error:  # torchvision for another build of torch raises RuntimeError
+        package = " ".join(family.needs) or str(getattr(error, "name", "another version of torchvision"))
+        raise SetupError(
+            f"{family.processor} of transformers needs {package}, made for this torch: pip install {package}"
+        ) from error
     parts = ["image_processor", "tokenizer"]
     if found.get_attributes() == parts:
         return found

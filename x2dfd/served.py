@@ -410,7 +410,10 @@ class ServedMLLM:
             except self._openai.NotFoundError:  # not every endpoint has one; the first question will tell
                 return None
 
-        found = {m.id: m for m in getattr(await self._guarded(listed), "data", None) or ()}
+        try:
+            found = {str(m.id): m for m in getattr(await self._guarded(listed), "data", None) or ()}
+        except (InputError, AttributeError, TypeError) as error:
+            raise SetupError(f"{self.host} has a model list that cannot be read: {error}") from None
         if not found:
             return None
         listed_as = self._model if self._model in found else self._model.rpartition(":")[0]  # SGLang's BASE:ADAPTER
