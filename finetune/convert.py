@@ -85,7 +85,10 @@ def check_complete(
     It would load and do less than it was trained to. `state`, `others`: in LLaVA's layout. Raises SetupError.
     """
     wanted = {
-        (n, target, half) for n in range(layers) for target in settings["target_modules"] for half in ("lora_A", "lora_B")
+        (n, target, half)
+        for n in range(layers)
+        for target in settings["target_modules"]
+        for half in ("lora_A", "lora_B")
     }
     found = {
         (int(part[4]), part[6], part[7])
@@ -95,7 +98,7 @@ def check_complete(
     if missing := sorted(wanted - found):
         layer, target, half = missing[0]
         raise SetupError(
-            f"{where} lacks {len(missing)} of {len(wanted)} matrices of a base with {layers} layers, the first {half} of "
+            f"{where} lacks {len(missing)} of {len(wanted)} matrices of a base with {layers} layers, first {half} of "
             f"{target} in layer {layer}: another base, or an incomplete copy"
         )
     projector = [f"{NAMES[k][0]}{part}" for k in (1, 2) for part in ("weight", "bias")]

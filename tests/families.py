@@ -16,7 +16,9 @@ import torch
 from x2dfd import prompts
 from x2dfd.loading import FAMILIES, processor_class, put_together
 
-_PARTS = "{% for p in m['content'] %}{% if p['type'] == 'image' %}PICTURE{% else %}{{ p['text'] }}{% endif %}{% endfor %}"
+_PARTS = (
+    "{% for p in m['content'] %}{% if p['type'] == 'image' %}PICTURE{% else %}{{ p['text'] }}{% endif %}{% endfor %}"
+)
 CHATML = (
     "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}SYSTEM{% endif %}"
     "<|im_start|>{{ m['role'] }}\n" + _PARTS + "<|im_end|>\n{% endfor %}"
@@ -219,9 +221,7 @@ def _qwen(kind: str) -> tuple[Any, Any]:
             "SYSTEM", "" if kind == "qwen3_vl" else "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         ).replace("PICTURE", "<|vision_start|><|image_pad|><|vision_end|>"),
     )
-    image, video, start, end = _ids(
-        processor, "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
-    )
+    image, video, start, end = _ids(processor, "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
     tokens = {
         "image_token_id": image, "video_token_id": video, "vision_start_token_id": start, "vision_end_token_id": end,
         "tie_word_embeddings": False,

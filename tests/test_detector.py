@@ -33,8 +33,8 @@ from x2dfd.detector import Detector
 from x2dfd.errors import InputError, SetupError, UnknownName
 from x2dfd.experts import BUILTIN
 from x2dfd.faces import find_faces
-from x2dfd.media import Picture, find_media, load_media
 from x2dfd.loading import base_identity
+from x2dfd.media import Picture, find_media, load_media
 from x2dfd.types import Cue, Evidence, Failure, Report
 
 pytestmark = pytest.mark.needs_base
@@ -499,7 +499,12 @@ def test_chat_looks_at_the_reports_own_picture_only(detector: Detector, astronau
 @pytest.mark.parametrize("mode", ["paper", "calibrated"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_logit_that_is_not_finite_is_no_verdict(
-    folders: tuple[Path, Path], known_expert: None, face_photo: Path, monkeypatch: pytest.MonkeyPatch, mode: Any, value: float
+    folders: tuple[Path, Path],
+    known_expert: None,
+    face_photo: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: Any,
+    value: float,
 ) -> None:
     """NaN compares as "real" against a threshold, and was once clipped to the strongest "fake"."""
     broken = x2dfd.load(base=str(folders[0]), adapter=folders[1], mode=mode)

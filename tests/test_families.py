@@ -1,4 +1,4 @@
-"""Every family of models is asked as transformers itself asks it: the stock model with the stock processor is the oracle.
+"""Every family of models is asked as transformers itself asks it: its model with its processor is the oracle.
 
 Without this, a family would load with another's processor, see its picture at other positions or through other masks,
 and give a plausible number that is not the model's. `python -m eval.families` makes the table of docs/models.md of what
@@ -25,7 +25,7 @@ from x2dfd.adapter import WEIGHTS, AdapterCard, write_adapter_card
 from x2dfd.errors import SetupError
 from x2dfd.faces import PREPROCESSING
 from x2dfd.files import file_sha256
-from x2dfd.loading import FAMILIES, processor_class, base_identity, load_model
+from x2dfd.loading import FAMILIES, base_identity, load_model, processor_class
 from x2dfd.mllm import LocalMLLM
 from x2dfd.types import Evidence
 
@@ -175,7 +175,7 @@ def test_one_begin_token(kind: Kind) -> None:
         assert (before + after).count(token) == 1
 
 
-# --- what cannot be asked is refused in one line that says what to use -------------------------------------------------
+# --- what cannot be asked is refused in one line that says what to use -----------------------------------------------
 
 
 def refusal(folder: Path, **config: Any) -> str:

@@ -24,8 +24,8 @@ from x2dfd.experts import Shared
 from x2dfd.faces import PREPROCESSING
 from x2dfd.fetch import require
 from x2dfd.files import file_sha256
-from x2dfd.manifest import Sample, write_manifest
 from x2dfd.loading import base_identity, load_model
+from x2dfd.manifest import Sample, write_manifest
 from x2dfd.types import Card, Cue, Evidence, Face
 
 EXPERT = "brightness"

@@ -41,8 +41,8 @@ from x2dfd.experts import DEFAULT, Expert, Shared, ask, load_expert
 from x2dfd.explain import contradictions, mended, read_cues
 from x2dfd.faces import area_polygons, find_faces
 from x2dfd.fetch import BASE_NAME
-from x2dfd.media import Picture, Video, load_media, media_summary
 from x2dfd.loading import TORCH_DTYPES, Bits, base_identity, choose_device, load_model, reading
+from x2dfd.media import Picture, Video, load_media, media_summary
 from x2dfd.mllm import NOT_FINITE, LocalMLLM, YesNo
 from x2dfd.provenance import read_provenance
 from x2dfd.types import Evidence, Face, FaceReport, Failure, Report, Verdict

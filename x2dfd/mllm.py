@@ -29,9 +29,7 @@ CIRCLE = 12  # repeated tokens that end an answer; fewer are normal: an area or 
 TOP_P = 0.9  # of what may be drawn, where texts are drawn at all (Holtzman et al., arXiv 1904.09751)
 BATCH = 16  # faces in one pass
 PACK = 25  # cue questions in one pass: bounds the mask's and the activations' size
-NOT_FINITE = (
-    "the model's numbers are not finite: a broken adapter, or too large for 16 bits; take --dtype bf16 or fp32"
-)
+NOT_FINITE = "the model's numbers are not finite: a broken adapter, or too large for 16 bits; take --dtype bf16 or fp32"
 
 
 P = ParamSpec("P")
@@ -241,16 +239,25 @@ class LocalMLLM:
         if apart is not None:
             near &= ~apart
         config = self._text.config
-        kinds = set(getattr(config, "layer_types", None) or ())
-        mask: Any = near[:, None]
+        mask: Any = self._mask(near)
         if window := getattr(config, "sliding_window", None):
-            within = mask & (places[:, None] > queries[..., None] - window)[:, None]
+            within = self._mask(near & (places[:, None] > queries[..., None] - window))
+            kinds = getattr(config, "layer_types", None)
             mask = {"full_attention": mask, "sliding_attention": within} if kinds else within
         out = self._text(
             input_ids=ids, position_ids=queries + shift, attention_mask=mask, past_key_values=cache, use_cache=True
         )
         hidden: Tensor = out.last_hidden_state
         return hidden
+
+    def _mask(self, seen: Tensor) -> Tensor:
+        """Which tokens [n, s, k] a token may look at, as the model's attention takes it: [n, 1, s, k]."""
+        if self._text.config._attn_implementation != "eager":  # Gemma 2's is, whose attention has a soft cap
+            return seen[:, None]
+        dtype = self._model.dtype
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[
+            :, None
+        ]
 
     # --- verdict ---
 

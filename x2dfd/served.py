@@ -15,6 +15,7 @@ import ipaddress
 import json
 import math
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
@@ -460,9 +461,9 @@ class ServedMLLM:
 
 def _http_client(openai: Any, host: str, timeout: float) -> Any:
     """openai's HTTP client that follows no redirect, takes no proxy to this machine, and reads no endless reply."""
-    import httpx
-
     stock: Any = openai.DefaultAsyncHttpxClient
+    # The library that it comes from: httpx, or httpx2 in newer releases of openai.
+    httpx: Any = sys.modules[stock.__mro__[1].__module__.partition(".")[0]]
 
     class Bounded(stock):  # type: ignore[misc]
         async def send(self, request: Any, **options: Any) -> Any:
@@ -526,4 +527,3 @@ def _logprobs(reply: _Reply, words: Sequence[str]) -> tuple[float | None, float 
 def _bare(token: str) -> str:
     """A token as a word: without the signs that tokenizers put for a space."""
     return token.strip(" \u2581\u0120\n").lower()
-
