@@ -64,9 +64,9 @@ class Look:
     def tower_states(self) -> tuple[Tensor, ...] | None:
         """For the experts that read them: fp32 on the CPU. Moved when asked for: of a 7B model 60 MB a face.
 
-        None of a changed tower: experts were trained on what the base's own gives.
+        None of a changed tower: experts were trained on what the base's own gives. None of another family's.
         """
-        return None if self.own_tower else tuple(s.float().cpu() for s in self.states)
+        return None if self.own_tower or not self.states else tuple(s.float().cpu() for s in self.states)
 
 
 class Suffix(NamedTuple):
@@ -209,14 +209,12 @@ class LocalMLLM:
         steps = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
         asked = torch.tensor([[s.asked] for s in suffixes], device=self.device)
         ends = torch.tensor([[len(s.tokens)] for s in suffixes], device=self.device)
-        rows = torch.arange(len(suffixes), device=self.device) % look.size  # many questions about one picture
         further = {
             "input_ids": ids,
             "attention_mask": (steps < ends).long(),
             "token_type_ids": (steps >= asked).long(),
         }
-        inputs = {k: v[rows] for k, v in look.inputs.items()}
-        inputs |= {k: torch.cat([inputs[k], v], 1) for k, v in further.items()}
+        inputs = look.inputs | {k: torch.cat([look.inputs[k], v], 1) for k, v in further.items()}
         cache = DynamicCache()
         hidden = self._model.model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
         return cache, hidden[:, look.length :]
@@ -254,10 +252,8 @@ class LocalMLLM:
         """Which tokens [n, s, k] a token may look at, as the model's attention takes it: [n, 1, s, k]."""
         if self._text.config._attn_implementation != "eager":  # Gemma 2's is, whose attention has a soft cap
             return seen[:, None]
-        dtype = self._model.dtype
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[
-            :, None
-        ]
+        least = torch.finfo(self._model.dtype).min
+        return torch.zeros_like(seen, dtype=self._model.dtype).masked_fill(~seen, least)[:, None]
 
     # --- verdict ---
 
