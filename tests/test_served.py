@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import math
+import shutil
 import socket
 import threading
 import time
@@ -24,6 +25,7 @@ import x2dfd
 from eval.stand_in import Behind, Faults, Reply, Request, StandIn, picture_of, question_of
 from tests import tiny
 from x2dfd import case, cli, prompts, served
+from x2dfd.adapter import probe_logits
 from x2dfd.assessment import BANK, Assessment
 from x2dfd.calibration import Calibration
 from x2dfd.detector import UNCALIBRATED
@@ -142,6 +144,21 @@ def test_a_served_adapter_gives_the_local_verdict(
     assert same == {k: v for k, v in wanted.model.items() if k != "runs_on"}
     assert ours.model["served"]["model"] == "tiny"
     assert Report.from_json(ours.to_json()) == ours
+
+
+def test_an_endpoint_with_other_weights_is_refused(
+    folders: tuple[Path, Path], known_expert: None, tmp_path: Path
+) -> None:
+    """The adapter's calibration would be put on another model's numbers, and nothing would say so."""
+    local = x2dfd.load(base=str(folders[0]), adapter=folders[1]).mllm
+    assert isinstance(local, LocalMLLM)
+    adapter = Path(shutil.copytree(folders[1], tmp_path / "adapter"))
+    tiny.edit_card(adapter, probes=probe_logits(local))
+    own, bare = Behind(local), Behind(LocalMLLM(*load_model(folders[0]), "bare"))
+    with StandIn(own, tokenize=own.tokenize) as endpoint:
+        x2dfd.load("m", served=endpoint.url, adapter=adapter)
+    with StandIn(bare, tokenize=bare.tokenize) as endpoint, pytest.raises(SetupError, match="probe pictures score"):
+        x2dfd.load("m", served=endpoint.url, adapter=adapter)
 
 
 def test_a_damaged_adapter_is_refused_before_anything_is_asked(folders: tuple[Path, Path], tmp_path: Path) -> None:

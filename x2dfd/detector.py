@@ -518,6 +518,8 @@ def _load_served(
     mode = mode or ("calibrated" if calibration else "paper")
     loaded = _experts(folder, card, calibration, mode, experts)
     mllm = ServedMLLM(url, str(model), continues=True if card else None)
+    if card and card.probes:  # an engine rounds and resizes otherwise; another model or prompt moves them further
+        check_probes(card, probe_logits(mllm), 1.0)
     identity = card.base if card else {"name": mllm.name, "sha256": ""}
     facts = _facts(card, identity, card.prompt_sha256 if card else mllm.prompt_sha256, loaded)
     facts["temperature"] = 0.0  # as every endpoint is asked
