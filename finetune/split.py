@@ -27,7 +27,7 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def split(adapter: Path, out: Path, base: str | None = None) -> tuple[Path, Path, int]:
-    """Write both folders; returns them and the rank that the engine must allow. Raises SetupError as loading does."""
+    """Write both folders; returns them and the adapter's rank. Raises SetupError as loading does."""
     card = read_adapter_card(adapter)
     if card.tower != "frozen":
         raise SetupError(f"{adapter} changes the vision tower, which engines serve as it is: python -m finetune merge")
@@ -57,8 +57,7 @@ def split(adapter: Path, out: Path, base: str | None = None) -> tuple[Path, Path
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     config |= {"modules_to_save": None, "base_model_name_or_path": str(whole)}
     write_text(lora / "adapter_config.json", json.dumps(config, indent=1) + "\n")
-    rank = int(config["r"])
-    return whole, lora, next((r for r in RANKS if r >= rank), rank)
+    return whole, lora, int(config["r"])
 
 
 def _run(
@@ -68,7 +67,8 @@ def _run(
 ) -> None:
     """Split an adapter into a base and a LoRA that vLLM and SGLang can serve."""
     whole, lora, rank = split(adapter, out, base)
-    print(f"vllm serve {whole} --enable-lora --max-lora-rank {rank} --lora-modules x2dfd={lora}")
+    allowed = next((r for r in RANKS if r >= rank), rank)
+    print(f"vllm serve {whole} --enable-lora --max-lora-rank {allowed} --lora-modules x2dfd={lora}")
 
 
 if __name__ == "__main__":

@@ -16,11 +16,13 @@ from torch import Tensor
 import x2dfd
 from finetune.convert import NEWER, OTHERS, SETTINGS, hub_settings, llava_settings, renamed, to_hub, to_llava
 from finetune.merge import merge
+from finetune.split import split
 from tests import tiny
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, probe_logits, read_adapter_card
 from x2dfd.errors import SetupError, UnknownName
 from x2dfd.experts import BUILTIN
+from x2dfd.loading import load_processor
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 INERT = {"lora_bias": False, "use_qalora": False, "qalora_group_size": 16}
@@ -196,6 +198,13 @@ def test_a_published_adapter_with_parts_missing_is_refused(
     with pytest.raises(SetupError, match=told):
         to_hub(bad, tmp_path / "out", base=str(base))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_with_a_chat_frame_splits_with_it(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """It was refused for its prompts' hash; and an engine without the frame would ask in the base's own."""
+    to_hub(adapter, tmp_path / "hub", base=str(base))
+    whole, _, rank = split(tmp_path / "hub", tmp_path / "split", str(base))
+    assert rank == 4 and load_processor(whole).chat_template == prompts.FRAMES["train_consistent"]
 
 
 # --- merging ---------------------------------------------------------------------------------------------------------

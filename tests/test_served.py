@@ -428,7 +428,7 @@ def test_a_model_that_thinks_first_is_refused(crops: Pixels, text: str) -> None:
 
 def test_labels_that_are_next_to_impossible_are_no_verdict(crops: Pixels) -> None:
     """The ratio of two chances of one in a hundred thousand is noise."""
-    with StandIn(lambda _: Reply("I", {"I": -0.001, "fake": -11.0, "real": -12.0})) as endpoint:
+    with StandIn(lambda _: Reply("I", {"I": -0.001, "fake": -11.0, "real": -12.0}), owned_by="somebody") as endpoint:
         error = caught(endpoint.url, crops)
     assert isinstance(error, InputError) and error.code == "no_label"
 

@@ -33,7 +33,7 @@ from x2dfd.mllm import YesNo
 CONCURRENCY = 32  # requests under way at a time
 TOP = 20  # likeliest first tokens that are asked for; what hosted APIs give at most
 FEW = 5  # what some give at most
-LEAST = math.log(1e-4)  # a label that is less likely than this is no answer
+LEAST = math.log(1e-4)  # a label that is less likely than this is no answer of a model that is told in words
 MAX_TOKENS = 200
 REPLY_BYTES = 8 << 20  # of one reply; twenty log-probabilities take a few thousand
 FAILURES_IN_A_ROW = 8
@@ -202,7 +202,8 @@ class ServedMLLM:
             messages = self._messages(url, question, prompts.STEM, instruction=prompts.SERVED_VERDICT)
             reply = await self._first_token(messages, self._label_ids)
             real, fake = _logprobs(reply, prompts.LABEL_WORDS)
-            if real is None or fake is None or max(real, fake) < LEAST:
+            # Where the answer was begun for it, the labels are compared however unlikely both are, as locally.
+            if real is None or fake is None or (max(real, fake) < LEAST and not self.continues):
                 raise InputError(
                     "no_label", f"{self.name} begins with {reply.text[:40]!r}: neither real nor fake is likely"
                 )
