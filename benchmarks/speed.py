@@ -241,7 +241,7 @@ def verdicts(mllm: Any, crops: NDArray[np.uint8], questions: Sequence[str]) -> C
             text = prompts.render(mllm.processor, question)
             inputs = mllm.processor(images=Image.fromarray(crop), text=text, return_tensors="pt")
             with torch.inference_mode():
-                out = mllm._llava.generate(
+                out = mllm._model.generate(
                     **inputs.to(mllm.device, mllm._head.dtype), max_new_tokens=4, min_new_tokens=4, do_sample=False,
                     return_dict_in_generate=True, output_logits=True,
                 )  # fmt: skip
@@ -392,7 +392,8 @@ def measure(
     from finetune.gpu import QUESTIONS, build, words_processor
     from finetune.gpu import geometry as random_geometry
     from x2dfd.assessment import BANK, read_questions
-    from x2dfd.mllm import LocalMLLM, load_llava
+    from x2dfd.loading import load_model
+    from x2dfd.mllm import LocalMLLM
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     rates = Rates.measured(device, dtype)
@@ -419,7 +420,7 @@ def measure(
         crops = np.stack([np.clip(crop.astype(np.int16) + 8 * k, 0, 255).astype(np.uint8) for k in range(FACES)])
         questions = [q.text for q in read_questions(BANK)[:asked]]
         card = read_adapter_card(model or EMBEDDED)
-        trained, _ = load_llava(
+        trained, _ = load_model(
             None, tower_layers=card.tower_layers or None, text_layers=card.text_layers or None,
             feature_layers=card.feature_layers or None,
         )  # fmt: skip

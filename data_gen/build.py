@@ -35,7 +35,7 @@ from x2dfd.files import file_sha256, write_text
 from x2dfd.manifest import Sample
 from x2dfd.progress import progress
 from x2dfd.tower import HEAD_LAYERS, VIEWS, TowerFeatures, cached_features, training_rows, view_face
-from x2dfd.types import Evidence
+from x2dfd.types import AREAS, ARTIFACTS, Evidence
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def build(config: BuildConfig, out: Path) -> Path:
     Raises X2DFDError when the class of a fake is not known, or when nothing is left to build from.
     """
     data = load_crops(Path(config.data))
-    strong = set(strong_cues(read_assessment(Path(config.assessment)))) if config.assessment else None
+    strong = _explained(config)
     rows = [int(i) for i in training_rows(data, config.limit)]
     unclear = [data.samples[i].id for i in rows if data.samples[i].label == "fake" and not data.samples[i].df_class]
     if unclear:
@@ -90,6 +90,18 @@ def build(config: BuildConfig, out: Path) -> Path:
     _write_parquet(out / "instructions.parquet", records)
     write_text(out / "card.json", json.dumps(_card(records, config, out), indent=1, ensure_ascii=False) + "\n")
     return out / "instructions.jsonl"
+
+
+def _explained(config: BuildConfig) -> set[tuple[str, str]] | None:
+    """The cues that explanations may name: the ranking's strong ones (SFS), and those that an expert of the prompt
+    covers and so points at (WFS); None without a ranking: all of them."""
+    if config.assessment is None:
+        return None
+    weights = Path(config.expert_weights) if config.expert_weights else None
+    asked = [load_expert(name, weights).card for name in config.experts]
+    pairs = {(area, artifact) for area in AREAS for artifact in ARTIFACTS}
+    covered = {(a, r) for a, r in pairs if any(card.covers_cue(a, r) for card in asked)}
+    return set(strong_cues(read_assessment(Path(config.assessment)))) | covered
 
 
 def expert_scores(data: CropSet, rows: Sequence[int], config: BuildConfig) -> dict[str, list[Evidence]]:

@@ -298,7 +298,7 @@ class UniversalFakeDetect(Published):
     def _load_tower(cls, tower: Path) -> Any:
         from transformers import CLIPVisionModelWithProjection
 
-        from x2dfd.mllm import quietly
+        from x2dfd.loading import quietly
 
         if not all((tower / name).is_file() for name in ("config.json", "model.safetensors")):
             raise SetupError(

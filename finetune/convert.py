@@ -17,12 +17,12 @@ from torch import Tensor
 
 from finetune.config import LANGUAGE_LINEARS
 from x2dfd import prompts
-from x2dfd.adapter import WEIGHTS, AdapterCard, lora_b_sum, write_adapter_card
+from x2dfd.adapter import WEIGHTS, AdapterCard, check_tensors, write_adapter_card
 from x2dfd.errors import SetupError
 from x2dfd.experts import expert_class
 from x2dfd.faces import PREPROCESSING
 from x2dfd.files import file_sha256, write_text
-from x2dfd.mllm import base_identity
+from x2dfd.loading import base_identity, load_processor
 
 OTHERS = "non_lora_trainables.bin"
 SETTINGS = "adapter_config.json"
@@ -77,6 +77,35 @@ def hub_settings(settings: Mapping[str, Any], base: str) -> dict[str, Any]:
     }
 
 
+def check_complete(
+    state: Mapping[str, Tensor], others: Mapping[str, Tensor], settings: Mapping[str, Any], layers: int, where: Path
+) -> None:
+    """Refuse a published adapter that lacks matrices of its targets in any of a base's `layers`, or half its projector.
+
+    It would load and do less than it was trained to. `state`, `others`: in LLaVA's layout. Raises SetupError.
+    """
+    wanted = {
+        (n, target, half)
+        for n in range(layers)
+        for target in settings["target_modules"]
+        for half in ("lora_A", "lora_B")
+    }
+    found = {
+        (int(part[4]), part[6], part[7])
+        for part in (key.split(".") for key in state)
+        if len(part) == 9 and part[3] == "layers" and part[4].isdigit()
+    }
+    if missing := sorted(wanted - found):
+        layer, target, half = missing[0]
+        raise SetupError(
+            f"{where} lacks {len(missing)} of {len(wanted)} matrices of a base with {layers} layers, first {half} of "
+            f"{target} in layer {layer}: another base, or an incomplete copy"
+        )
+    projector = [f"{NAMES[k][0]}{part}" for k in (1, 2) for part in ("weight", "bias")]
+    if absent := [k for k in projector if k not in others]:
+        raise SetupError(f"{where.parent / OTHERS} lacks {len(absent)} of 4 tensors of the projector: {absent[0]}")
+
+
 def llava_settings(settings: Mapping[str, Any], base: str) -> dict[str, Any]:
     """PEFT's settings for LLaVA's own code. Raises SetupError for targets that `hub_settings` would not write."""
     start, sign, words = str(settings["target_modules"]).rpartition("(")
@@ -101,23 +130,26 @@ def to_hub(
     reason; `out` must not hold an adapter yet.
     """
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
-    from transformers import LlavaProcessor
+    from transformers import AutoConfig
 
     settings = _settings(source)
     try:
         state = load_file(source / WEIGHTS)
         others = torch.load(source / OTHERS, map_location="cpu", weights_only=True)
-        processor = LlavaProcessor.from_pretrained(base)
-    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        processor = load_processor(base)
+        layers = int(AutoConfig.from_pretrained(base).text_config.num_hidden_layers)
+    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
         raise SetupError(f"{source} on {base} cannot be read: {error}") from error
     prompts.set_frame(processor, frame)
     # Saved by another version, the projector's names lack PEFT's wrapper.
     others = {k if k.startswith("base_model.") else f"base_model.model.{k}": v for k, v in others.items()}
     identity = base_identity(base)
-    _write(out, renamed({**state, **others}, True), hub_settings(settings, identity["name"]))
-    if not lora_b_sum(out) > 0:
-        raise SetupError(f"{source / WEIGHTS}: every lora_B is zero, so the adapter does nothing")
+    both, target_settings = renamed({**state, **others}, True), hub_settings(settings, identity["name"])
+    check_tensors(both, source / WEIGHTS)
+    check_complete(state, others, settings, layers, source / WEIGHTS)
+    _write(out, both, target_settings)
     card = AdapterCard(
         name=source.resolve().name,
         version="published",

@@ -9,7 +9,8 @@ from pathlib import Path
 from x2dfd.adapter import WHOLE, check_probes, probe_logits, read_adapter_card, write_adapter_card
 from x2dfd.detector import load
 from x2dfd.errors import SetupError
-from x2dfd.mllm import LocalMLLM, base_identity
+from x2dfd.loading import base_identity
+from x2dfd.mllm import LocalMLLM
 
 
 def merge(adapter: Path, out: Path, base: str | None = None) -> Path:

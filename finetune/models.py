@@ -16,7 +16,7 @@ from finetune.config import TOWER_LINEARS, FinetuneConfig
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, check_contents, read_adapter_card
 from x2dfd.errors import SetupError, X2DFDError
-from x2dfd.mllm import base_identity, load_llava
+from x2dfd.loading import base_identity, load_model
 from x2dfd.tower import add_to_tower, read_additions
 
 PROJECTOR = "model.multi_modal_projector"
@@ -37,7 +37,7 @@ def open_base(config: FinetuneConfig) -> tuple[Any, Any]:
             raise X2DFDError(f"{config.base} is a {kind!r} model, and only LLaVA models are trained here")
         if config.method == "qlora" and config.base is not None:
             options["quantization_config"] = _nf4(config.base, config.bf16)
-        model, processor = load_llava(config.base, **cut, **options)
+        model, processor = load_model(config.base, **cut, **options)
     except (OSError, ValueError, ImportError) as error:
         raise SetupError(f"{config.base or 'the embedded base'} cannot be loaded for training: {error}") from error
     prompts.set_frame(processor, config.frame)

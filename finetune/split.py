@@ -11,38 +11,44 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from safetensors.torch import load_file, save_file
 
 from x2dfd import prompts
-from x2dfd.adapter import EMBEDDED, WEIGHTS, check_adapter, read_adapter_card
+from x2dfd.adapter import EMBEDDED, PEFT_PREFIX, WEIGHTS, check_adapter, check_fit, read_adapter_card
 from x2dfd.cli import run_command
 from x2dfd.errors import SetupError
 from x2dfd.files import write_text
-from x2dfd.mllm import base_identity, load_llava
+from x2dfd.loading import base_identity, load_model
 
-_PROJECTOR = "multi_modal_projector."
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as --max-lora-rank."""
 
 
 def split(adapter: Path, out: Path, base: str | None = None) -> tuple[Path, Path, int]:
-    """Write both folders; returns them and the rank that the engine must allow. Raises SetupError as loading does."""
+    """Write both folders; returns them and the adapter's rank. Raises SetupError as loading does."""
     card = read_adapter_card(adapter)
     if card.tower != "frozen":
         raise SetupError(f"{adapter} changes the vision tower, which engines serve as it is: python -m finetune merge")
-    model, processor = load_llava(
+    model, processor = load_model(
         base,
         tower_layers=card.tower_layers or None,
         text_layers=card.text_layers or None,
         feature_layers=card.feature_layers or None,
     )
+    prompts.set_frame(processor, card.frame)  # and the engine's chats have it too
     check_adapter(adapter, card, base_identity(base), prompts.prompt_hash(processor, card.score_form))
+    check_fit(model, adapter)
     state = load_file(adapter / WEIGHTS)
-    projector = {k.split(_PROJECTOR)[1]: v for k, v in state.items() if _PROJECTOR in k}
-    matrices = {k: v for k, v in state.items() if _PROJECTOR not in k}
-    if odd := [k for k in matrices if "lora_A" not in k and "lora_B" not in k]:
-        raise SetupError(f"{adapter / WEIGHTS} holds more than LoRA and a projector: {', '.join(odd[:3])}")
-    if projector:
-        model.model.multi_modal_projector.load_state_dict(projector)
+    matrices = {k: v for k, v in state.items() if ".lora_A." in k or ".lora_B." in k}
+    whole_tensors = {k.removeprefix(PEFT_PREFIX): v for k, v in state.items() if k not in matrices}
+    own = dict(model.named_parameters())
+    if odd := sorted(whole_tensors.keys() - own.keys()):
+        raise SetupError(f"{adapter / WEIGHTS} holds more than LoRA and whole modules: {', '.join(odd[:3])}")
+    with torch.no_grad():
+        for name, value in whole_tensors.items():
+            own[name].copy_(value)
     whole, lora = out / "base", out / "lora"
     model.save_pretrained(whole)
     processor.save_pretrained(whole)
@@ -57,11 +63,12 @@ def split(adapter: Path, out: Path, base: str | None = None) -> tuple[Path, Path
 def _run(
     out: Annotated[Path, typer.Option(help="folder for base/ and lora/")],
     adapter: Annotated[Path, typer.Option(help="adapter directory; default: that of the embedded model")] = EMBEDDED,
-    base: Annotated[str | None, typer.Option(help="LLaVA directory or hub name; default: the embedded base")] = None,
+    base: Annotated[str | None, typer.Option(help="base directory or hub name; default: the embedded base")] = None,
 ) -> None:
     """Split an adapter into a base and a LoRA that vLLM and SGLang can serve."""
     whole, lora, rank = split(adapter, out, base)
-    print(f"vllm serve {whole} --enable-lora --max-lora-rank {rank} --lora-modules x2dfd={lora}")
+    allowed = next((r for r in RANKS if r >= rank), rank)
+    print(f"vllm serve {whole} --enable-lora --max-lora-rank {allowed} --lora-modules x2dfd={lora}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from x2dfd.errors import X2DFDError
 from x2dfd.experts import expert_class, read_card
 from x2dfd.faces import PREPROCESSING
 from x2dfd.files import file_sha256, write_text
-from x2dfd.mllm import base_identity
+from x2dfd.loading import base_identity
 from x2dfd.tower import (
     HEAD_LAYERS,
     VIEWS,

@@ -211,7 +211,10 @@ def question_of(request: Request) -> str:
 
 
 class Behind:
-    """A local model behind the stand-in: it renders messages with its chat template, as an engine does."""
+    """A local model behind the stand-in: it renders messages with its chat template, as an engine does.
+
+    And as an engine it adds no begin token to a chat that asks for none.
+    """
 
     def __init__(self, local: LocalMLLM, tell: int = 20) -> None:
         self.local, self.tell = local, tell
@@ -226,15 +229,19 @@ class Behind:
         return frame + (" " if start and not frame[-1].isspace() else "") + start
 
     def tokenize(self, request: Request) -> list[int]:
-        ids: list[int] = self.local.tokenizer(self._rendered(request))["input_ids"]
+        """As vLLM does: a plain prompt gets the tokenizer's begin token, a chat does where it is asked for."""
+        text = request["prompt"] if "prompt" in request else self._rendered(request)
+        adds = request.get("add_special_tokens", "prompt" in request)
+        ids: list[int] = self.local.tokenizer(text, add_special_tokens=adds)["input_ids"]
         return ids
 
     def __call__(self, request: Request) -> Reply:
         import torch
 
         text, picture = self._rendered(request), Image.fromarray(picture_of(request))
-        processor, model = self.local.processor, self.local._llava
-        inputs = processor(images=picture, text=text, return_tensors="pt")
+        processor, model = self.local.processor, self.local._model
+        adds = request.get("add_special_tokens", False)
+        inputs = processor(images=picture, text=text, return_tensors="pt", add_special_tokens=adds)
         with torch.inference_mode():
             if request["max_tokens"] > 1:
                 out = model.generate(**inputs, max_new_tokens=request["max_tokens"], do_sample=False)

@@ -34,7 +34,8 @@ from x2dfd.errors import SetupError
 from x2dfd.experts import BUILTIN, Shared
 from x2dfd.faces import find_faces
 from x2dfd.files import file_sha256
-from x2dfd.mllm import LocalMLLM, base_identity, load_llava
+from x2dfd.loading import base_identity, load_model
+from x2dfd.mllm import LocalMLLM
 from x2dfd.types import Evidence, Face
 
 pytestmark = pytest.mark.needs_base
@@ -131,6 +132,56 @@ def test_an_adapter_that_holds_nothing_is_refused(adapter: Path, check: Callable
         check(adapter)
 
 
+@pytest.mark.parametrize(
+    ("value", "told"), [(torch.zeros(0), "are empty"), (torch.full((4, 64), torch.inf), "not finite")]
+)
+def test_one_spoilt_matrix_is_refused(
+    adapter: Path, check: Callable[[Path], None], value: torch.Tensor, told: str
+) -> None:
+    """ZeRO-3 leaves empty tensors where it saved its pieces, fp16 leaves infinities; either once loaded."""
+    state = load_file(adapter / WEIGHTS)
+    state[next(k for k in state if "q_proj.lora_A" in k)] = value
+    save_file(state, adapter / WEIGHTS)
+    tiny.edit_card(adapter, sha256=file_sha256(adapter / WEIGHTS))
+    with pytest.raises(SetupError, match=told):
+        check(adapter)
+
+
+@pytest.mark.parametrize(
+    ("gone", "told"),
+    [
+        (lambda k: ".layers.1." in k, r"lacks 7 .*layers\.1\."),
+        (lambda k: "k_proj.lora_B" in k, r"lacks 2 .*k_proj"),
+        (lambda k: "multi_modal_projector" in k, r"lacks 4 .*linear_1\.bias"),
+        (lambda k: "linear_2" in k, r"lacks 2 .*linear_2\.bias"),
+    ],
+    ids=["layer", "lora_B", "projector", "half projector"],
+)
+def test_an_adapter_with_parts_missing_is_refused(
+    base: Path, adapter: Path, gone: Callable[[str], bool], told: str
+) -> None:
+    """PEFT warns at most: the model then answers with half of what it learnt, or through a random projector."""
+    state = {k: v for k, v in load_file(adapter / WEIGHTS).items() if not gone(k)}
+    save_file(state, adapter / WEIGHTS)
+    with pytest.raises(SetupError, match=told):
+        attach(load_model(base)[0], adapter)
+
+
+def test_matrices_for_other_names_are_refused(base: Path, adapter: Path) -> None:
+    """LoRA under LLaVA's own names fits no module, and PEFT applies nothing."""
+    state = {k.replace("model.language_model.", "model."): v for k, v in load_file(adapter / WEIGHTS).items()}
+    save_file(state, adapter / WEIGHTS)
+    with pytest.raises(SetupError, match=r"apply to nothing.*finetune convert"):
+        attach(load_model(base)[0], adapter)
+
+
+def test_a_broken_file_under_a_matching_card_is_one_line(adapter: Path, check: Callable[[Path], None]) -> None:
+    (adapter / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:200])
+    tiny.edit_card(adapter, sha256=file_sha256(adapter / WEIGHTS))
+    with pytest.raises(SetupError, match="cannot be read"):
+        check(adapter)
+
+
 def test_the_card_comes_back_whole(adapter: Path, tmp_path: Path) -> None:
     """Order of experts, tuples and non-ASCII text survive JSON."""
     tiny.edit_card(adapter, feature_layers=(5, 8, 11), experts={"z": "1", "a": "2"}, trained_on="Gesichter für Tests")
@@ -170,10 +221,10 @@ def test_the_merged_model_is_the_adapted_one(base: Path, made: Path, astronaut: 
         mllm = LocalMLLM(model, processor, "tiny")
         return float(mllm.verdict_logits(mllm.look(crop), question)[0])
 
-    plain, processor = load_llava(base)
+    plain, processor = load_model(base)
     before = ask(plain, processor)
     merged = ask(attach(plain, made), processor)
-    unmerged_model, _ = load_llava(base)
+    unmerged_model, _ = load_model(base)
     unmerged = ask(PeftModel.from_pretrained(unmerged_model, str(made)).base_model.model, processor)
     assert merged == pytest.approx(unmerged, abs=1e-4)
     assert abs(merged - before) > 0.01
@@ -187,7 +238,7 @@ def test_a_plain_adapter_needs_no_peft_and_any_other_goes_there(
     def weights(model: Any) -> dict[str, torch.Tensor]:
         return {name: value.clone() for name, value in model.state_dict().items()}
 
-    bare, _ = load_llava(base)
+    bare, _ = load_model(base)
     before, settings = weights(bare), adapter / "adapter_config.json"
     plain = json.loads(settings.read_text())
     for change in ({"use_dora": True}, {"rank_pattern": {"q_proj": 2}}, {"init_lora_weights": "pissa"}, {"r": 2}):
@@ -195,7 +246,7 @@ def test_a_plain_adapter_needs_no_peft_and_any_other_goes_there(
         assert not _merge_plain(bare, adapter)
     assert all(torch.equal(value, before[name]) for name, value in weights(bare).items())
     settings.write_text(json.dumps(plain))
-    through_peft = PeftModel.from_pretrained(load_llava(base)[0], str(adapter)).merge_and_unload()
+    through_peft = PeftModel.from_pretrained(load_model(base)[0], str(adapter)).merge_and_unload()
     monkeypatch.setitem(sys.modules, "peft", None)
     ours, theirs = weights(attach(bare, adapter)), weights(through_peft)
     assert set(ours) == set(theirs)
@@ -265,9 +316,9 @@ def test_a_split_adapter_is_the_same_model(made: Path, base: Path, tmp_path: Pat
         mllm = LocalMLLM(model, processor, "tiny")
         return float(mllm.verdict_logits(mllm.look(crop), [prompts.QUESTION])[0])
 
-    plain, processor = load_llava(base)
+    plain, processor = load_model(base)
     wanted = ask(attach(plain, made), processor)
-    served, processor = load_llava(whole)
+    served, processor = load_model(whole)
     assert abs(ask(served, processor) - wanted) > 0.01
-    both = PeftModel.from_pretrained(load_llava(whole)[0], str(lora)).merge_and_unload()
+    both = PeftModel.from_pretrained(load_model(whole)[0], str(lora)).merge_and_unload()
     assert ask(both, processor) == pytest.approx(wanted, abs=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from torch import Tensor
 import x2dfd
 from finetune.convert import NEWER, OTHERS, SETTINGS, hub_settings, llava_settings, renamed, to_hub, to_llava
 from finetune.merge import merge
+from finetune.split import split
 from tests import tiny
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, probe_logits, read_adapter_card
 from x2dfd.errors import SetupError, UnknownName
 from x2dfd.experts import BUILTIN
+from x2dfd.loading import load_processor
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 INERT = {"lora_bias": False, "use_qalora": False, "qalora_group_size": 16}
@@ -174,6 +177,36 @@ def test_what_would_be_lost_or_run_is_refused(
         renamed({"base_model.model.lm_head.weight": torch.zeros(1)}, True)
 
 
+@pytest.mark.parametrize(
+    ("gone", "told"),
+    [
+        (lambda k: ".layers.1." in k, "lacks 14 of 28 matrices"),
+        (lambda k: "mm_projector.2" in k, "lacks 2 of 4 tensors"),
+    ],
+    ids=["layer", "projector"],
+)
+def test_a_published_adapter_with_parts_missing_is_refused(
+    base: Path, adapter: Path, tmp_path: Path, gone: Callable[[str], bool], told: str
+) -> None:
+    """Converted, it would look whole."""
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / SETTINGS).write_text(json.dumps(settings(4)))
+    save_file({k: v for k, v in load_file(adapter / WEIGHTS).items() if not gone(k)}, bad / WEIGHTS)
+    others = torch.load(adapter / OTHERS, weights_only=True)
+    torch.save({k: v for k, v in others.items() if not gone(k)}, bad / OTHERS)
+    with pytest.raises(SetupError, match=told):
+        to_hub(bad, tmp_path / "out", base=str(base))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_with_a_chat_frame_splits_with_it(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """It was refused for its prompts' hash; and an engine without the frame would ask in the base's own."""
+    to_hub(adapter, tmp_path / "hub", base=str(base))
+    whole, _, rank = split(tmp_path / "hub", tmp_path / "split", str(base))
+    assert rank == 4 and load_processor(whole).chat_template == prompts.FRAMES["train_consistent"]
+
+
 # --- merging ---------------------------------------------------------------------------------------------------------
 
 
@@ -229,7 +262,7 @@ def test_a_merge_that_moves_the_probes_is_refused(tmp_path: Path, monkeypatch: p
 
     def spoilt(self: LocalMLLM, where: Path) -> None:
         with torch.no_grad():
-            self._llava.model.language_model.norm.weight.mul_(-1)
+            self._model.model.language_model.norm.weight.mul_(-1)
         plain(self, where)
 
     monkeypatch.setattr(LocalMLLM, "save", spoilt)

@@ -33,8 +33,9 @@ from x2dfd.detector import Detector
 from x2dfd.errors import InputError, SetupError, UnknownName
 from x2dfd.experts import BUILTIN
 from x2dfd.faces import find_faces
+from x2dfd.loading import base_identity
 from x2dfd.media import Picture, find_media, load_media
-from x2dfd.mllm import LocalMLLM, base_identity
+from x2dfd.mllm import LocalMLLM
 from x2dfd.types import Cue, Evidence, Failure, Report, Verdict
 
 pytestmark = pytest.mark.needs_base
@@ -568,6 +569,28 @@ def test_chat_looks_at_the_reports_own_picture_only(detector: Detector, astronau
     with pytest.raises(InputError) as caught:
         detector.chat(detector.detect(other), question)  # judged from bytes: there is no file to look at again
     assert caught.value.code == "no_picture"
+
+
+@pytest.mark.parametrize("mode", ["paper", "calibrated"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_logit_that_is_not_finite_is_no_verdict(
+    folders: tuple[Path, Path],
+    known_expert: None,
+    face_photo: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: Any,
+    value: float,
+) -> None:
+    """NaN compares as "real" against a threshold, and was once clipped to the strongest "fake"."""
+    broken = x2dfd.load(base=str(folders[0]), adapter=folders[1], mode=mode)
+    monkeypatch.setattr(broken.mllm, "verdict_logits", lambda look, questions: np.full(len(questions), value))
+    with pytest.raises(InputError) as caught:
+        broken.detect(face_photo)
+    assert caught.value.code == "no_score"
+    [row] = broken.detect_many([face_photo])
+    assert isinstance(row, Failure) and row.code == "no_score"
+    with pytest.raises(ValueError, match="no logit"):
+        Calibration.load(folders[1]).probability({"whole": {MLLM: value}, "part": {MLLM: value}})
 
 
 def test_one_encoding_serves_verdict_explanation_and_chat(

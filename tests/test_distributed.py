@@ -22,7 +22,7 @@ from finetune.config import FinetuneConfig
 from tests import tiny
 from x2dfd.adapter import WEIGHTS, lora_b_sum, probe_logits, read_adapter_card
 from x2dfd.experts import BUILTIN
-from x2dfd.mllm import load_llava
+from x2dfd.loading import load_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,7 +52,7 @@ def test_two_processes_train_one_adapter(
     base = tiny.write_base(tmp_path / "base", tiny.processor_of_base())
     manifest = tiny.write_small_manifest(tmp_path / "data", np.asarray(skimage.data.astronaut()))
     instructions = build(BuildConfig(str(manifest), experts=(tiny.EXPERT,), cue_questions=2), tmp_path / "instructions")
-    before = load_llava(base)[0].state_dict()
+    before = load_model(base)[0].state_dict()
     out = tmp_path / "adapter"
     config = FinetuneConfig(
         str(instructions), str(manifest), str(out), base=str(base), lora_r=4, lora_alpha=8, lora_dropout=0.0, lr=1e-2,

@@ -32,7 +32,8 @@ from x2dfd.degrade import CODEC, codec
 from x2dfd.errors import SetupError, UnknownName, X2DFDError
 from x2dfd.experts import BUILTIN
 from x2dfd.files import file_sha256
-from x2dfd.mllm import LocalMLLM, base_identity, load_llava
+from x2dfd.loading import base_identity, load_model
+from x2dfd.mllm import LocalMLLM
 from x2dfd.tower import seen_view, training_view
 
 ROOM = Path(__file__).parent.parent / "finetune"
@@ -164,7 +165,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def packs(base: Path, small: tuple[Path, Path]) -> Packs:
-    model, processor = load_llava(base)
+    model, processor = load_model(base)
     labels = LocalMLLM(model, processor, "tiny").label_ids
     data = load_crops(small[0])
     return Packs(read_records(small[1], "train", data), processor, labels, data, None, 1)
@@ -198,7 +199,7 @@ def one_by_one(model: Any, item: dict[str, Any], weight: float) -> tuple[float, 
 @pytest.mark.needs_base
 def test_a_pack_has_the_loss_of_its_conversations(base: Path, packs: Packs) -> None:
     """A conversation that sees its neighbour copies the answer from it: the loss falls and nothing is learnt."""
-    model, _ = load_llava(base)
+    model, _ = load_model(base)
     collate = Collate(0, 4.0)
     sums = [one_by_one(model, packs[k], 4.0) for k in range(3)]
     assert {len(packs[k]["conversations"]) for k in range(len(packs))} <= {6, 7, 8, 9}  # some have a follow-up
@@ -213,7 +214,7 @@ def test_a_pack_has_the_loss_of_its_conversations(base: Path, packs: Packs) -> N
 @pytest.mark.needs_base
 def test_the_verdict_token_weighs_more(base: Path, packs: Packs) -> None:
     """One token decides the verdict; among eighty of explanation it would hardly count."""
-    tokenizer = load_llava(base)[1].tokenizer
+    tokenizer = load_model(base)[1].tokenizer
     batch = Collate(0, 7.0)([packs[1]])
     heavy = batch["labels"][batch["weights"] == 7.0]
     words = [tokenizer.decode([t]).strip() for t in heavy.tolist()]
@@ -227,7 +228,7 @@ def test_the_verdict_token_weighs_more(base: Path, packs: Packs) -> None:
 @pytest.mark.needs_base
 def test_words_that_name_a_cue_weigh_more(base: Path, packs: Packs) -> None:
     """The grammar's small words are most of a text, and all of them would be learnt before one artifact is."""
-    tokenizer = load_llava(base)[1].tokenizer
+    tokenizer = load_model(base)[1].tokenizer
     batch = Collate(0, 7.0, 3.0)([packs[1]])
     words = [tokenizer.decode([t]).strip().lower() for t in batch["labels"][batch["weights"] == 3.0].tolist()]
     assert {"jaw", "eyes"} & set(words), words
@@ -238,7 +239,7 @@ def test_words_that_name_a_cue_weigh_more(base: Path, packs: Packs) -> None:
 @pytest.mark.needs_base
 def test_a_follow_up_is_trained_on_the_prompt_that_chat_asks(base: Path, small: tuple[Path, Path]) -> None:
     """Earlier turns are context, not to be learnt again; a frame of its own for chat would be one nobody asks in."""
-    processor = load_llava(base)[1]
+    processor = load_model(base)[1]
     records = [json.loads(line) for line in small[1].read_text().splitlines()]
     chat = next(r for r in records if r["task"] == "chat")
     asked, said, following, reply = (turn["value"] for turn in chat["conversations"])
@@ -263,14 +264,14 @@ def test_what_there_is_nothing_to_learn_from_is_refused(base: Path, small: tuple
     item = packs[0]
     with pytest.raises(X2DFDError, match="empty label mask"):
         Collate(0, 4.0)([{**item, "conversations": [Conversation([1, 2, 3], 0, None)]}])
-    processor = load_llava(base)[1]
+    processor = load_model(base)[1]
     record = json.loads(small[1].read_text().splitlines()[0])
     record["conversations"][1]["value"] = ""
     with pytest.raises(X2DFDError, match="empty answer"):
         conversation(processor, record, (1, 2))
     record["conversations"][1]["value"] = "I think that it is fake."
     with pytest.raises(X2DFDError, match="does not begin with the verdict"):
-        conversation(processor, record, LocalMLLM(*load_llava(base), "tiny").label_ids)
+        conversation(processor, record, LocalMLLM(*load_model(base), "tiny").label_ids)
     with pytest.raises(X2DFDError, match="split 'nowhere'"):
         read_records(small[1], "nowhere", load_crops(small[0]))
 
@@ -378,7 +379,7 @@ def test_what_is_left_out_is_not_trained_on(
         train(configured(tmp_path / "none", left_out=("generated",)))
     first = train(configured(tmp_path / "first"))
     with pytest.raises(X2DFDError, match="has learnt from generated"):
-        tune(load_llava(base)[0], configured(tmp_path / "second", start=str(first), left_out=("generated",)))
+        tune(load_model(base)[0], configured(tmp_path / "second", start=str(first), left_out=("generated",)))
 
 
 def test_a_model_in_training_sees_what_one_in_use_sees() -> None:
@@ -449,7 +450,7 @@ def test_training_lowers_its_loss(
 
     from finetune.train import train
 
-    model, _ = load_llava(base)
+    model, _ = load_model(base)
     batch = Collate(0, 4.0)([packs[k] for k in range(len(packs))])
     before = loss(model, batch)
     out = train(configured(tmp_path / "adapter", max_steps=8, batch=3, save_steps=100))

@@ -21,7 +21,8 @@ from tests import tiny
 from x2dfd import prompts
 from x2dfd.errors import SetupError
 from x2dfd.files import file_sha256
-from x2dfd.mllm import CIRCLE, MAX_NEW_TOKENS, LocalMLLM, _repeats, base_identity, load_llava, said_once
+from x2dfd.loading import base_identity, load_model
+from x2dfd.mllm import CIRCLE, MAX_NEW_TOKENS, LocalMLLM, _repeats, said_once
 from x2dfd.types import Cue, Evidence
 
 pytestmark = pytest.mark.needs_base
@@ -41,7 +42,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def mllm(base: Path) -> LocalMLLM:
-    return LocalMLLM(*load_llava(base), "tiny")
+    return LocalMLLM(*load_model(base), "tiny")
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def stock_logits(mllm: LocalMLLM, crop: NDArray[np.uint8], text: str) -> NDArray
     """Next-token logits of transformers' own model on the processor's own inputs."""
     inputs = mllm.processor(images=Image.fromarray(crop), text=text, return_tensors="pt")
     with torch.inference_mode():
-        return np.asarray(mllm._llava(**inputs).logits[0, -1].double().numpy())
+        return np.asarray(mllm._model(**inputs).logits[0, -1].double().numpy())
 
 
 def fake_minus_real(mllm: LocalMLLM, logits: NDArray[np.float64]) -> float:
@@ -93,7 +94,7 @@ def test_verdict_logits_are_those_of_the_stock_model(mllm: LocalMLLM, crops: NDA
 def test_a_base_with_a_begin_token_scores_as_the_stock_model(tmp_path: Path, crops: NDArray[np.uint8]) -> None:
     """LLaVA-1.5's prompts begin with "<s>" and its spaces are part of its words; both have to survive the split."""
     base = tiny.write_base(tmp_path / "base", tiny.processor_of_llava_15())
-    llava = LocalMLLM(*load_llava(base), "tiny-1.5")
+    llava = LocalMLLM(*load_model(base), "tiny-1.5")
     text = prompts.render(llava.processor, QUESTIONS[1], prompts.STEM)
     real, fake = llava.label_ids
     assert [llava.tokenizer.convert_ids_to_tokens(i) for i in (real, fake)] == ["▁real", "▁fake"]
@@ -161,7 +162,7 @@ def test_several_feature_layers_are_joined_as_the_stock_model_does(base: Path, c
         state[key] = torch.randn(len(state[key]), 2 * 32) * 0.2
         save_file(state, folder / "model.safetensors", {"format": "pt"})
         (folder / "config.json").write_text(json.dumps({**config, "vision_feature_layer": [1, 3]}))
-    mllm = LocalMLLM(*load_llava(folder), "joined")
+    mllm = LocalMLLM(*load_model(folder), "joined")
     got = mllm.verdict_logits(mllm.look(crops[:1]), QUESTIONS[:1])
     text = prompts.render(mllm.processor, QUESTIONS[0], prompts.STEM)
     assert got[0] == pytest.approx(fake_minus_real(mllm, stock_logits(mllm, crops[0], text)), abs=1e-4)
@@ -175,7 +176,7 @@ def generated(mllm: LocalMLLM, crop: NDArray[np.uint8], question: str, start: st
     text = prompts.render(mllm.processor, question, start)
     inputs = mllm.processor(images=Image.fromarray(crop), text=text, return_tensors="pt")
     with torch.inference_mode():
-        whole = mllm._llava.generate(**inputs, max_new_tokens=10, do_sample=False)
+        whole = mllm._model.generate(**inputs, max_new_tokens=10, do_sample=False)
     return [int(t) for t in whole[0, inputs["input_ids"].shape[1] :]]
 
 
@@ -250,7 +251,7 @@ def test_no_text_is_longer_than_its_bound(
 
 def test_text_that_repeats_itself_ends(tmp_path: Path, crops: NDArray[np.uint8]) -> None:
     """A small model that loops would fill the report with one phrase."""
-    parrot = LocalMLLM(*load_llava(tiny.write_base(tmp_path / "base", text_layers=1, parrot=True)), "parrot")
+    parrot = LocalMLLM(*load_model(tiny.write_base(tmp_path / "base", text_layers=1, parrot=True)), "parrot")
     told: list[str] = []
     text = parrot.write(parrot.look(crops[:1]), [QUESTIONS[0]], ["This image is fake."], on_text=told.append)
     assert text == ["."]
@@ -267,7 +268,7 @@ def test_a_sentence_is_said_once() -> None:
 
 def test_no_training_text_would_be_cut_off() -> None:
     """A guard against circles that fires on a colour named twice takes the last cue from the rationale."""
-    tokenizer = load_llava()[1].tokenizer
+    tokenizer = load_model()[1].tokenizer
     rng = np.random.default_rng(0)
     cues = [Cue("jaw", "blending", score=0.5), Cue("skin", "noise", score=0.5), Cue("skin", "blur", score=0.5)]
     for label, known, df_class in (("fake", cues, "FS"), ("real", [], "real")):
@@ -281,8 +282,8 @@ def test_no_training_text_would_be_cut_off() -> None:
 
 def test_dropped_layers_are_the_last_ones(base: Path, crops: NDArray[np.uint8]) -> None:
     """A shorter model is the first layers of the long one, not a random one."""
-    short, _ = load_llava(base, tower_layers=2, text_layers=1, feature_layers=[2])
-    whole, _ = load_llava(base)
+    short, _ = load_model(base, tower_layers=2, text_layers=1, feature_layers=[2])
+    whole, _ = load_model(base)
     assert len(short.model.language_model.layers) == 1
     kept = short.state_dict()
     assert len(kept) < len(whole.state_dict())
@@ -291,14 +292,14 @@ def test_dropped_layers_are_the_last_ones(base: Path, crops: NDArray[np.uint8]) 
 
 def test_chosen_layers_are_those_that_were_asked_for(base: Path, crops: NDArray[np.uint8]) -> None:
     """Other layers than the adapter was trained on, or a cache that files two layers' keys under one number."""
-    model, processor = load_llava(base, text_layers=[1])
-    whole, _ = load_llava(base)
+    model, processor = load_model(base, text_layers=[1])
+    whole, _ = load_model(base)
     (layer,) = model.model.language_model.layers
     theirs = whole.model.language_model.layers[1].state_dict()
     assert all(torch.equal(v, theirs[k]) for k, v in layer.state_dict().items())
     assert model.config.text_config.num_hidden_layers == 1
-    turned = LocalMLLM(*load_llava(base, text_layers=[1, 0]), "turned")
-    straight = LocalMLLM(*load_llava(base, text_layers=[0, 1]), "straight")
+    turned = LocalMLLM(*load_model(base, text_layers=[1, 0]), "turned")
+    straight = LocalMLLM(*load_model(base, text_layers=[0, 1]), "straight")
     logits = [m.verdict_logits(m.look(crops[:2]), [QUESTIONS[0]] * 2) for m in (turned, straight)]
     assert np.abs(logits[0] - logits[1]).max() > 1e-4
     usual = LocalMLLM(whole, processor, "usual")
@@ -307,7 +308,7 @@ def test_chosen_layers_are_those_that_were_asked_for(base: Path, crops: NDArray[
     assert np.allclose(packed, turned.yes_no_plain(crops[0], QUESTIONS[:3]).p_yes, atol=1e-4)
     for odd in ([], [2], [-1], [0, 0]):
         with pytest.raises(SetupError, match="text layers"):
-            load_llava(base, text_layers=odd)
+            load_model(base, text_layers=odd)
 
 
 @pytest.mark.parametrize(
@@ -329,24 +330,24 @@ def test_missing_weights_are_refused(changed: Any, key: str, named: str) -> None
             del state[k]
 
     with pytest.raises(SetupError, match=named):
-        load_llava(changed(drop))
+        load_model(changed(drop))
 
 
 def test_a_missing_head_is_refused_where_it_is_not_the_embedding(tmp_path: Path) -> None:
     """An untied head that is not in the file would be random: label logits of noise."""
     folder = tiny.write_base(tmp_path / "base", text_layers=1, tied=False)
-    load_llava(folder)
+    load_model(folder)
     state = load_file(folder / "model.safetensors")
     (head,) = (k for k in state if "lm_head" in k)
     save_file({k: v for k, v in state.items() if k != head}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(SetupError, match="lm_head"):
-        load_llava(folder)
+        load_model(folder)
 
 
 def test_left_over_weights_are_refused(changed: Any) -> None:
     """Weights that find no place belong to another model."""
     with pytest.raises(SetupError, match="odd_one"):
-        load_llava(changed(lambda state: state.update({"model.language_model.odd_one.weight": torch.zeros(2)})))
+        load_model(changed(lambda state: state.update({"model.language_model.odd_one.weight": torch.zeros(2)})))
 
 
 def test_weights_of_another_shape_are_refused(changed: Any) -> None:
@@ -357,15 +358,15 @@ def test_weights_of_another_shape_are_refused(changed: Any) -> None:
         state[key] = torch.zeros(64, 99)
 
     with pytest.raises(SetupError, match="linear_1"):
-        load_llava(changed(widen))
+        load_model(changed(widen))
 
 
 def test_more_layers_than_there_are_is_refused(base: Path) -> None:
     """The layers that do not exist would be random."""
     with pytest.raises(SetupError, match=r"layers\.2"):
-        load_llava(base, text_layers=3)
+        load_model(base, text_layers=3)
     with pytest.raises(SetupError, match="feature layers"):
-        load_llava(base, tower_layers=2, feature_layers=[3])
+        load_model(base, tower_layers=2, feature_layers=[3])
 
 
 def test_what_is_no_llava_is_refused_with_the_reason(base: Path, tmp_path: Path) -> None:
@@ -374,17 +375,17 @@ def test_what_is_no_llava_is_refused_with_the_reason(base: Path, tmp_path: Path)
     other.mkdir()
     (other / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(SetupError, match="'llama' model"):
-        load_llava(other)
+        load_model(other)
     with pytest.raises(SetupError, match="cannot be loaded"):
-        load_llava(tmp_path / "nowhere")
+        load_model(tmp_path / "nowhere")
     cut = shutil.copytree(base, tmp_path / "cut")
     whole = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(SetupError, match="cannot be loaded"):
-        load_llava(cut)
+        load_model(cut)
     (cut / "model.safetensors").unlink()
     with pytest.raises(SetupError, match="cannot be loaded"):
-        load_llava(cut)
+        load_model(cut)
 
 
 def test_only_the_embedded_base_may_lack_its_projector(
@@ -398,12 +399,12 @@ def test_only_the_embedded_base_may_lack_its_projector(
 
     folder = changed(drop)
     with pytest.raises(SetupError, match="multi_modal_projector"):
-        load_llava(folder)
+        load_model(folder)
     (folder / "base.json").write_text("{}")
     folder.rename(tmp_path / "x2dfd-base-v1")
     monkeypatch.setenv("X2DFD_CACHE", str(tmp_path))
-    first, _ = load_llava()
-    second, _ = load_llava()
+    first, _ = load_model()
+    second, _ = load_model()
     weight = first.model.multi_modal_projector.linear_1.weight
     assert torch.equal(weight, second.model.multi_modal_projector.linear_1.weight)  # the same random start each time
     weights = tmp_path / "x2dfd-base-v1" / "model.safetensors"
@@ -415,7 +416,7 @@ def test_words_that_begin_with_one_token_are_refused(
     base: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: tuple[str, str]
 ) -> None:
     """Their logits are the same number: every picture would get 0.5."""
-    model, processor = load_llava(base)
+    model, processor = load_model(base)
     monkeypatch.setattr(prompts, name, words)
     with pytest.raises(SetupError, match="same token"):
         LocalMLLM(model, processor, "tiny")

@@ -14,7 +14,8 @@ from finetune.data import answer_tokens
 from tests import tiny
 from x2dfd import prompts
 from x2dfd.errors import UnknownName, X2DFDError
-from x2dfd.mllm import LocalMLLM, load_llava
+from x2dfd.loading import load_model
+from x2dfd.mllm import LocalMLLM
 from x2dfd.types import Cue, Evidence
 
 BLENDING, DIFFUSION = Evidence("blending", 0.812), Evidence("diffusion", 0.153)
@@ -138,7 +139,7 @@ def test_tokens_around_the_picture_are_those_of_the_stock_processor(llava_15: An
 
 def _same_string(base: Path, crop: NDArray[np.uint8]) -> None:
     """What the language model is fed when it scores and when it writes is the beginning of what it was trained on."""
-    model, processor = load_llava(base)
+    model, processor = load_model(base)
     mllm = LocalMLLM(model, processor, "tiny")
     fed: list[list[int]] = []
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+import shutil
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +25,14 @@ import x2dfd
 from tests import tiny
 from tests.stand_in import Behind, Faults, Reply, Request, StandIn, picture_of, question_of
 from x2dfd import case, cli, prompts, served
+from x2dfd.adapter import probe_logits
 from x2dfd.assessment import BANK, Assessment
 from x2dfd.calibration import Calibration
 from x2dfd.detector import UNCALIBRATED
 from x2dfd.errors import InputError, SetupError, UnknownName, X2DFDError
 from x2dfd.experts import BUILTIN
-from x2dfd.mllm import LocalMLLM, load_llava
+from x2dfd.loading import load_model
+from x2dfd.mllm import LocalMLLM
 from x2dfd.served import ServedMLLM
 from x2dfd.types import Failure, Report
 
@@ -87,7 +94,7 @@ def known_expert() -> Iterator[None]:
 
 def test_a_served_bare_model_answers_as_the_local_one(folders: tuple[Path, Path], crops: Pixels) -> None:
     """Another prompt, another token or another picture at the endpoint would be another detector."""
-    local = LocalMLLM(*load_llava(folders[0]), "tiny")
+    local = LocalMLLM(*load_model(folders[0]), "tiny")
     questions = [prompts.QUESTION, f"{prompts.QUESTION} And the x score is 0.500.", prompts.QUESTION]
     cues = [f"Is number {i} odd? {prompts.CUE_ENDING}" for i in range(3)]
     behind = Behind(local)
@@ -137,6 +144,21 @@ def test_a_served_adapter_gives_the_local_verdict(
     assert same == {k: v for k, v in wanted.model.items() if k != "runs_on"}
     assert ours.model["served"]["model"] == "tiny"
     assert Report.from_json(ours.to_json()) == ours
+
+
+def test_an_endpoint_with_other_weights_is_refused(
+    folders: tuple[Path, Path], known_expert: None, tmp_path: Path
+) -> None:
+    """The adapter's calibration would be put on another model's numbers, and nothing would say so."""
+    local = x2dfd.load(base=str(folders[0]), adapter=folders[1]).mllm
+    assert isinstance(local, LocalMLLM)
+    adapter = Path(shutil.copytree(folders[1], tmp_path / "adapter"))
+    tiny.edit_card(adapter, probes=probe_logits(local))
+    own, bare = Behind(local), Behind(LocalMLLM(*load_model(folders[0]), "bare"))
+    with StandIn(own, tokenize=own.tokenize) as endpoint:
+        x2dfd.load("m", served=endpoint.url, adapter=adapter)
+    with StandIn(bare, tokenize=bare.tokenize) as endpoint, pytest.raises(SetupError, match="probe pictures score"):
+        x2dfd.load("m", served=endpoint.url, adapter=adapter)
 
 
 def test_a_damaged_adapter_is_refused_before_anything_is_asked(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -268,6 +290,161 @@ def test_an_error_says_what_is_wrong_and_never_the_key(
     assert (caught.value.code if isinstance(caught.value, InputError) else "setup") == kind
     assert told in str(caught.value) and "\n" not in str(caught.value)
     assert KEY not in str(caught.value) and KEY not in caplog.text
+
+
+@contextlib.contextmanager
+def odd(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]:
+    """The address of an endpoint that answers every question by writing to the connection itself."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(404)
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            with contextlib.suppress(ConnectionError):
+                answer(self)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def writes(handler: BaseHTTPRequestHandler, body: bytes = b"", status: int = 200, **headers: str) -> None:
+    handler.send_response(status)
+    for name, value in {"Content-Type": "application/json", **headers}.items():
+        handler.send_header(name, value)
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def caught(url: str, crops: Pixels, **options: Any) -> X2DFDError:
+    """What asking once raises."""
+    model = ServedMLLM(url, "m", retries=0, **options)
+    with pytest.raises(X2DFDError) as raised:
+        model.verdict_logits(model.look(crops[:1]), ["?"])
+    return raised.value
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b'{"a":' * 100_000,
+        b"[]",
+        b"3",
+        b'{"choices": []}',
+        b'{"choices": {"a": 1}}',
+        b'{"choices": [{"message": null}]}',
+        b'{"choices": [{"message": {"content": "x"}, "logprobs": {"content": [3]}}]}',
+        b'{"choices": [{"message": {"content": "x"}, "logprobs": {"content": [{"token": "a", "logprob": "b"}]}}]}',
+    ],
+    ids=["empty", "cut", "deep", "list", "number", "no choice", "choices", "no message", "tokens", "logprob"],
+)
+def test_a_malformed_reply_is_one_row(crops: Pixels, body: bytes) -> None:
+    """A traceback, or a number read from it, would be worse than none."""
+    with odd(lambda handler: writes(handler, body)) as url:
+        error = caught(url, crops)
+    assert isinstance(error, InputError) and error.code == "endpoint_reply", error
+    assert "\n" not in str(error) and len(str(error)) < 200
+
+
+def test_a_reply_without_end_is_given_up(crops: Pixels) -> None:
+    """Endpoints are others' machines: neither a flood nor a drip of bytes may hold a run."""
+
+    def flood(handler: BaseHTTPRequestHandler) -> None:
+        writes(handler)
+        for _ in range(served.REPLY_BYTES // (1 << 20) * 8):
+            handler.wfile.write(bytes(1 << 20))
+
+    def drip(handler: BaseHTTPRequestHandler) -> None:
+        writes(handler)
+        for _ in range(400):
+            handler.wfile.write(b" ")
+            handler.wfile.flush()
+            time.sleep(0.05)
+
+    with odd(flood) as url:
+        error = caught(url, crops)
+    assert isinstance(error, InputError) and "larger than 8 MB" in str(error)
+    with odd(drip) as url:
+        error = caught(url, crops, timeout=0.5)
+    assert isinstance(error, InputError) and error.code == "endpoint_timeout"
+
+
+def test_faces_are_sent_nowhere_else(crops: Pixels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where an endpoint redirects to, nor through a proxy when the server is this machine."""
+    with StandIn(steady) as other:
+        with odd(lambda handler: writes(handler, status=307, Location=other.url + "/chat/completions")) as url:
+            error = caught(url, crops)
+        assert isinstance(error, SetupError) and "sends elsewhere" in str(error)
+        assert not other.requests
+        monkeypatch.delenv("NO_PROXY")
+        monkeypatch.delenv("no_proxy", raising=False)
+        with odd(lambda handler: writes(handler, status=502)) as proxy:
+            for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+                monkeypatch.setenv(name, proxy)
+            model = ServedMLLM(other.url, "m")
+            assert model.verdict_logits(model.look(crops[:1]), ["?"])[0] == pytest.approx(math.log(2))
+
+
+def test_an_endpoint_is_asked_as_it_wants_to_be(crops: Pixels) -> None:
+    """Newer hosted models take other parameters than vLLM; what one refusal taught is not asked again."""
+
+    def particular(request: Request) -> Reply:
+        if "max_tokens" in request:
+            return Reply("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", status=400)
+        if "temperature" in request:
+            return Reply("Unsupported value: 'temperature' does not support 0.", status=400)
+        if request["top_logprobs"] > 5:
+            return Reply("Invalid 'top_logprobs': at most 5", status=400)
+        return Reply(" fake", {" fake": math.log(0.6), " real": math.log(0.3)})
+
+    with StandIn(particular) as endpoint:
+        model = ServedMLLM(endpoint.url, "m")
+        look = model.look(crops)
+        assert model.verdict_logits(look, ["?"] * 3) == pytest.approx([math.log(2)] * 3)
+        before = len(endpoint.requests)
+        model.verdict_logits(look, ["?"] * 3)
+        assert len(endpoint.requests) == before + 3
+
+
+@pytest.mark.parametrize("text", ["<think>", "<think>\nOkay"])
+def test_a_model_that_thinks_first_is_refused(crops: Pixels, text: str) -> None:
+    """Its first token is no verdict, whatever probability the labels have beside it."""
+    with StandIn(lambda _: Reply(text, {text: -0.001, "fake": -11.0, "real": -12.0})) as endpoint:
+        error = caught(endpoint.url, crops)
+    assert isinstance(error, SetupError) and "thinks before it answers" in str(error)
+
+
+def test_labels_that_are_next_to_impossible_are_no_verdict(crops: Pixels) -> None:
+    """The ratio of two chances of one in a hundred thousand is noise."""
+    with StandIn(lambda _: Reply("I", {"I": -0.001, "fake": -11.0, "real": -12.0}), owned_by="somebody") as endpoint:
+        error = caught(endpoint.url, crops)
+    assert isinstance(error, InputError) and error.code == "no_label"
+
+
+def test_a_chat_gets_the_begin_token_of_training(crops: Pixels, tmp_path: Path, needs_base_once: None) -> None:
+    """An engine adds none to a chat template that has none, as LLaVA-1.5's, and would score another prompt."""
+    local = LocalMLLM(*load_model(tiny.write_base(tmp_path, tiny.processor_of_llava_15())), "tiny")
+    behind = Behind(local)
+    with StandIn(behind, tokenize=behind.tokenize) as endpoint:
+        model = ServedMLLM(endpoint.url, "m")
+        np.testing.assert_allclose(
+            model.verdict_logits(model.look(crops), ["?"] * 3),
+            local.verdict_logits(local.look(crops), ["?"] * 3),
+            atol=1e-3,
+        )
+        assert all(request["add_special_tokens"] for request in endpoint.requests)
 
 
 def test_the_key_is_the_environments_and_sent_only_to_the_endpoint(

@@ -24,8 +24,8 @@ from x2dfd.experts import Shared
 from x2dfd.faces import PREPROCESSING
 from x2dfd.fetch import require
 from x2dfd.files import file_sha256
+from x2dfd.loading import base_identity, load_model
 from x2dfd.manifest import Sample, write_manifest
-from x2dfd.mllm import base_identity, load_llava
 from x2dfd.types import Card, Cue, Evidence, Face
 
 EXPERT = "brightness"
@@ -138,7 +138,7 @@ def write_adapter(folder: Path, base: Path, experts: Sequence[str] = (EXPERT,)) 
     """An adapter directory as `python -m finetune` leaves it: random LoRA, the projector, card, calibration."""
     from peft import LoraConfig, get_peft_model
 
-    model, processor = load_llava(base)
+    model, processor = load_model(base)
     targets = LoraConfig(r=4, lora_alpha=8, target_modules=LANGUAGE_LINEARS, modules_to_save=["multi_modal_projector"])
     torch.manual_seed(3)
     tuned = get_peft_model(model, targets)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ from x2dfd.prompts import QUESTION
 from x2dfd.types import Card
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from x2dfd.detector import LanguageModel
 
 EMBEDDED = Path(__file__).parent / "weights" / "embedded"
@@ -38,6 +41,8 @@ WHOLE = "model"
 
 FORENSIC, TOWER = "forensic", "experts/tower.safetensors"
 """What a card calls a tower with the additions of the expert `tower`, and where they lie beside it."""
+PEFT_PREFIX = "base_model.model."
+"""What PEFT writes before the name of every tensor."""
 
 PROBES = 3  # pictures whose scores a card keeps
 
@@ -88,10 +93,24 @@ def write_adapter_card(folder: Path, card: AdapterCard) -> None:
 
 def lora_b_sum(folder: Path) -> float:
     """Sum of |lora_B| over all layers. Zero means that nothing was trained, or that saving lost it."""
-    from safetensors import safe_open
+    return float(sum(v.float().abs().sum() for k, v in _read_weights(folder / WEIGHTS).items() if "lora_B" in k))
 
-    with safe_open(folder / WEIGHTS, "pt") as stream:
-        return float(sum(stream.get_tensor(k).float().abs().sum() for k in stream.keys() if "lora_B" in k))  # noqa: SIM118
+
+def check_tensors(state: Mapping[str, Tensor], where: Path) -> None:
+    """Refuse an adapter's tensors that say nothing: empty, not finite, or with every lora_B zero. Raises SetupError."""
+    empty = [k for k, v in state.items() if v.numel() == 0]
+    if empty:
+        raise SetupError(
+            f"{where}: {len(empty)} tensors are empty ({empty[0]}): saved in pieces by ZeRO-3; gather them first "
+            "(zero_to_fp32.py beside the checkpoint), or save with stage3_gather_16bit_weights_on_model_save"
+        )
+    odd = [k for k, v in state.items() if not v.isfinite().all()]
+    if odd:
+        raise SetupError(f"{where}: {len(odd)} tensors hold numbers that are not finite ({odd[0]}); train it again")
+    if not any(bool(v.any()) for k, v in state.items() if "lora_B" in k):
+        raise SetupError(
+            f"{where}: every lora_B is zero, so the adapter does nothing; train or save it again: python -m finetune"
+        )
 
 
 def check_adapter(folder: Path, card: AdapterCard, base: dict[str, str], prompt_sha256: str) -> None:
@@ -117,7 +136,7 @@ def check_adapter(folder: Path, card: AdapterCard, base: dict[str, str], prompt_
 
 
 def check_contents(folder: Path, card: AdapterCard) -> None:
-    """The part of `check_adapter` that needs no base model: weight file, crops, lora_B."""
+    """The part of `check_adapter` that needs no base model: weight file, crops, and that its tensors say something."""
     weights = folder / WEIGHTS
     if card.weights != WHOLE and not weights.is_file():
         raise SetupError(f"{folder} has no {WEIGHTS}; copy the whole directory, or train it: python -m finetune")
@@ -128,10 +147,8 @@ def check_contents(folder: Path, card: AdapterCard) -> None:
             f"the adapter was trained on other crops ({card.preprocessing}) than this version makes ({PREPROCESSING}). "
             "Install the version that made it, or train it again: python -m finetune"
         )
-    if card.weights != WHOLE and not lora_b_sum(folder) > 0:  # written so that NaN is refused too
-        raise SetupError(
-            f"{weights}: every lora_B is zero, so the adapter does nothing; train or save it again: python -m finetune"
-        )
+    if card.weights != WHOLE:
+        check_tensors(_read_weights(weights), weights)
 
 
 def expert_hashes(card: AdapterCard, calibration: Calibration | None) -> dict[str, str]:
@@ -143,12 +160,26 @@ def expert_hashes(card: AdapterCard, calibration: Calibration | None) -> dict[st
     return card.experts | fitted
 
 
-def attach(model: Any, folder: Path) -> Any:
-    """The base model with the adapter merged into its weights.
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """Raises SetupError when the file is broken."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
-    Merged, because one matrix product is quicker than three and the numbers agree to rounding.
+    try:
+        return load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise SetupError(f"{path} cannot be read: {error}; copy the directory again") from error
+
+
+def attach(model: Any, folder: Path) -> Any:
+    """The base model with the adapter merged into its weights; beside them where those are quantised.
+
+    Merged, because one matrix product is quicker than three and the numbers agree to rounding. Raises SetupError when
+    the adapter has not just what its configuration says that it changes of this model.
     """
-    if _merge_plain(model, folder):
+    check_fit(model, folder)
+    quantised = bool(getattr(model, "is_quantized", False))
+    if not quantised and _merge_plain(model, folder):
         return model
     # bitsandbytes warns on import, through peft, of a kernel that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -156,7 +187,55 @@ def attach(model: Any, folder: Path) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about a property that PEFT reads
-        return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        tuned: Any = PeftModel.from_pretrained(model, str(folder))
+        return tuned.base_model.model if quantised else tuned.merge_and_unload()
+
+
+def check_fit(model: Any, folder: Path) -> None:
+    """Refuse an adapter that lacks layers or modules which its configuration names, or that would apply nothing.
+
+    PEFT warns of either at most. Raises SetupError with the names.
+    """
+    config = _adapter_config(folder)
+    names = {key.removeprefix(PEFT_PREFIX) for key in _read_weights(folder / WEIGHTS)}
+    halves = {n.rpartition(".lora_")[0]: n for n in names if ".lora_" in n}
+    lone = [n for n in names if ".lora_A." in n and n.replace(".lora_A.", ".lora_B.") not in names]
+    modules = dict(model.named_modules())
+    if astray := sorted(n for part, n in halves.items() if part not in modules):
+        llavas = astray[0].startswith("model.layers.")
+        mend = "LLaVA's own names; convert it: python -m finetune convert" if llavas else "names of another base"
+        raise SetupError(f"{folder / WEIGHTS}: {len(astray)} matrices would apply to nothing ({astray[0]}): {mend}")
+    missing = {n.replace(".lora_A.", ".lora_B.") for n in lone}
+    if not config.get("layers_to_transform") and not config.get("exclude_modules"):
+        missing |= {n for n in _targets(config, modules) if n not in halves}
+    for kept in config.get("modules_to_save") or ():
+        inside = {n for n in modules if n == kept or n.endswith(f".{kept}")}
+        missing |= {f"{n}.{k}" for n in inside for k, _ in modules[n].named_parameters()} - names
+    if missing:
+        raise SetupError(
+            f"{folder / WEIGHTS} lacks {len(missing)} of the parts that its configuration names "
+            f"({sorted(missing)[0]}); copy the directory again, or save the adapter again"
+        )
+
+
+def _targets(config: Mapping[str, Any], modules: Mapping[str, Any]) -> list[str]:
+    """The linear layers that an adapter's `target_modules` name: an expression, or ends of names (PEFT's rule)."""
+    targets = config.get("target_modules") or []
+    if targets == "all-linear":
+        return []
+    linear = [n for n, m in modules.items() if getattr(getattr(m, "weight", None), "ndim", 0) == 2]
+    if isinstance(targets, str):
+        return [n for n in linear if re.fullmatch(targets, n)]
+    return [n for n in linear if any(n == t or n.endswith(f".{t}") for t in targets)]
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        found.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise SetupError(f"{folder} is not an adapter directory: adapter_config.json: {error}") from error
+    return found
 
 
 def add_tower(llava: Any, folder: Path, card: AdapterCard) -> str | None:

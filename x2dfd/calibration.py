@@ -69,9 +69,12 @@ class Logistic:
     bias: float
 
     def __call__(self, logits: Mapping[str, float | None]) -> float:
+        """The probability. Raises ValueError for a logit that is not finite."""
         total = self.bias
         for name, weight in self.weights.items():
             value = logits.get(name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} gave {value}, which is no logit")
             total += 0.0 if value is None else weight * (_bounded(value) - self.means[name])
         return 1 / (1 + math.exp(-total))
 
@@ -150,6 +153,8 @@ class Calibration:
 
 
 def _bounded(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is no logit: a score that is missing is None")
     return max(-_CLIP, min(_CLIP, value))
 
 

@@ -42,8 +42,9 @@ from x2dfd.experts import DEFAULT, Expert, Shared, ask, load_expert
 from x2dfd.explain import contradictions, mended, read_cues
 from x2dfd.faces import area_polygons, find_faces, find_turned_faces
 from x2dfd.fetch import BASE_NAME
+from x2dfd.loading import TORCH_DTYPES, Bits, base_identity, choose_device, load_model, reading
 from x2dfd.media import Frame, Picture, Video, load_media, media_summary
-from x2dfd.mllm import LocalMLLM, YesNo, base_identity, choose_device, load_llava
+from x2dfd.mllm import NOT_FINITE, LocalMLLM, YesNo
 from x2dfd.provenance import read_provenance
 from x2dfd.types import Evidence, Face, FaceReport, Failure, Report, Verdict, frames_asked
 from x2dfd.validation import PROPOSITIONS, Validation
@@ -238,7 +239,7 @@ class Detector:
         faces = through_codec(faces)
         with self._look(np.stack([f.crop for f in faces])) as look:
             evidence = self.evidence(faces, look)
-            return self.mllm.verdict_logits(look, self._questions(evidence)), evidence
+            return self._mllm_logits(look, self._questions(evidence)), evidence
 
     # --- the road ---
 
@@ -296,7 +297,7 @@ class Detector:
                 questions = self._questions(evidence)
                 logits: list[float | None] = [None] * len(part)
                 if rationale or self._asks_mllm:
-                    logits = [float(v) for v in self.mllm.verdict_logits(look, questions)]
+                    logits = [float(v) for v in self._mllm_logits(look, questions)]
                     clock.lap("verdict")
                 verdicts, texts = [], [""] * len(part)
                 for own, said in zip(logits, evidence, strict=True):
@@ -347,6 +348,13 @@ class Detector:
         """
         known, form = self.facts["in_prompt"], self.facts["score_form"]
         return [prompts.verdict_question([e for e in said if e.expert in known], form) for said in evidence]
+
+    def _mllm_logits(self, look: Any, questions: Sequence[str]) -> NDArray[np.float64]:
+        """Logit of fake against real: [n]. Raises InputError when one is not finite: that is no verdict."""
+        logits = self.mllm.verdict_logits(look, questions)
+        if not np.isfinite(logits).all():
+            raise InputError("no_score", NOT_FINITE)
+        return logits
 
     def _verdict(self, mllm_logit: float | None, evidence: Sequence[Evidence]) -> Verdict:
         if any(e.no_photo is not None and e.no_photo >= NO_PHOTO for e in evidence):
@@ -428,6 +436,8 @@ def load(
     other_experts: bool = False,
     device: str | None = None,
     dtype: str | None = None,
+    device_map: str | None = None,
+    bits: Bits | None = None,
 ) -> Detector:
     """A detector that is ready to use.
 
@@ -437,14 +447,15 @@ def load(
     calibration. `mode`: calibrated, but paper for a served model without an adapter. `experts`: some of those that the
     adapter was trained or calibrated with, or, with mode="paper", any; `other_experts`: also other weights than those,
     as calibration does. `device` and `dtype` of a local MLLM (cpu, cuda, cuda:1 ...; fp32, bf16, fp16): by default a
-    CUDA device with bf16 where there is one, else the CPU with fp32; experts stay on the CPU. Raises SetupError with
-    what mends it.
+    CUDA device with bf16 where there is one, else the CPU with fp32; experts stay on the CPU. `device_map`: spreads a
+    large model over devices, as in transformers ("auto"); `bits`: reads its weights in 4 or 8 bits (bitsandbytes).
+    Raises SetupError with what mends it.
     """
     if threads is not None:
         torch.set_num_threads(threads)
     if served is not None:
-        if device or dtype:
-            raise SetupError("a served model computes where its server runs: give no device and no dtype")
+        if device or dtype or device_map or bits:
+            raise SetupError("a served model computes where its server runs: give no device, dtype, map and bits")
         return _load_served(served, model, base, adapter, mode, experts)
     mode = mode or "calibrated"
     if model and adapter:
@@ -460,8 +471,9 @@ def load(
     place, precision = choose_device(device, dtype)
     with ThreadPoolExecutor(1) as beside:
         hashed = beside.submit(base_identity, base)  # meanwhile: most of loading is imports, which keep one core busy
-        llava, processor = load_llava(
+        loaded_model, processor = load_model(
             base,
+            **reading(base, place, precision, device_map, bits),
             tower_layers=(card.tower_layers or None) if card else None,
             text_layers=(card.text_layers or None) if card else None,
             feature_layers=(card.feature_layers or None) if card else None,
@@ -471,22 +483,20 @@ def load(
     tower: str | None = ""
     if folder and card:
         prompts.set_frame(processor, card.frame)
-        tower = add_tower(llava, folder, card)
+        tower = add_tower(loaded_model, folder, card)
         check_adapter(folder, card, identity, prompts.prompt_hash(processor, card.score_form))
-        llava = llava if card.weights == WHOLE else attach(llava, folder)
+        loaded_model = loaded_model if card.weights == WHOLE else attach(loaded_model, folder)
         calibration = (
             Calibration.load(folder) if mode == "calibrated" or (folder / "calibration.json").is_file() else None
         )
     loaded = _experts(folder, card, calibration, mode, experts, other_experts)
     asked_with = prompts.prompt_hash(processor, card.score_form if card else "numbers")
     facts = _facts(card, identity, asked_with, loaded)
-    facts["runs_on"] = f"{place.type} {precision}"
-    # On a CPU the weights stay as they are: bf16 is a matter of the products.
-    llava = llava.to(
-        place, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision) if place.type == "cuda" else None
-    )
+    facts["runs_on"] = f"{place.type} {precision}" + (f", {bits}-bit weights" if bits else "")
+    if device_map is None and bits is None:
+        loaded_model = loaded_model.to(place, TORCH_DTYPES[precision] if place.type == "cuda" else None)
     mllm = LocalMLLM(
-        llava,
+        loaded_model,
         processor,
         facts["name"],
         autocast=place.type == "cpu" and precision == "bf16",
@@ -494,7 +504,7 @@ def load(
         tower=tower,
     )
     if card and card.probes:
-        check_probes(card, probe_logits(mllm), 0.1 if precision == "fp32" else 1.0)
+        check_probes(card, probe_logits(mllm), 0.1 if precision == "fp32" and not bits else 1.0)
     validation = Validation.load(folder) if folder else None
     return Detector(mllm, list(loaded.values()), calibration, facts, mode, validation)
 
@@ -520,6 +530,8 @@ def _load_served(
     mode = mode or ("calibrated" if calibration else "paper")
     loaded = _experts(folder, card, calibration, mode, experts)
     mllm = ServedMLLM(url, str(model), continues=True if card else None)
+    if card and card.probes:  # an engine rounds and resizes otherwise; another model or prompt moves them further
+        check_probes(card, probe_logits(mllm), 1.0)
     identity = card.base if card else {"name": mllm.name, "sha256": ""}
     facts = _facts(card, identity, card.prompt_sha256 if card else mllm.prompt_sha256, loaded)
     facts["temperature"] = 0.0  # as every endpoint is asked

@@ -7,13 +7,11 @@ afterwards runs over that cache, the many cue questions packed into few passes u
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache, partial, wraps
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar, get_args
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 from zlib import crc32
 
 import numpy as np
@@ -22,18 +20,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from x2dfd import prompts
-from x2dfd.errors import SetupError, UnknownName
-from x2dfd.fetch import BASE_NAME, require
-from x2dfd.files import file_sha256
+from x2dfd.errors import InputError, SetupError
+from x2dfd.loading import family_of
 
 MAX_NEW_TOKENS = 80
 CIRCLE = 12  # repeated tokens that end an answer; fewer are normal: an area or a colour is named twice
 TOP_P = 0.9  # of what may be drawn, where texts are drawn at all (Holtzman et al., arXiv 1904.09751)
 BATCH = 16  # faces in one pass
 PACK = 25  # cue questions in one pass: bounds the mask's and the activations' size
+NOT_FINITE = "the model's numbers are not finite: a broken adapter, or too large for 16 bits; take --dtype bf16 or fp32"
 
 
-Dtype = Literal["fp32", "bf16", "fp16"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -48,26 +45,48 @@ class YesNo:
 
 @dataclass(eq=False)
 class Look:
-    """A batch of pictures after their one pass through the tower; the language model's follows when it is asked."""
+    """A batch of pictures after their one pass through tower and language model.
 
-    image: Tensor  # [n, patches, hidden]: the projector's output
+    Of a LLaVA through the tower alone: the language model's pass follows when it is first asked something.
+    """
+
+    cache: Any  # transformers' DynamicCache over the prefix, batch n; None before, and where the family shares none
+    length: int  # tokens of the prefix
     states: tuple[Tensor, ...]  # hidden states of the vision tower, embeddings first, where they were computed
-    seeds: tuple[int, ...] = ()  # of each picture, from its pixels: what its texts are drawn with
+    seeds: tuple[int, ...]  # of each picture, from its pixels: what its texts are drawn with
     tower: str | None = ""  # SHA-256 of the tower's additions; "" without, None where the adapter changed it itself
-    cache: Any = None  # transformers' DynamicCache over the prefix, batch n, once it was computed
-    length: int = 0  # tokens of the prefix
+    shift: int = 0  # position of a token after the prefix, less the tokens before it: a picture may take few positions
+    inputs: dict[str, Tensor] = field(default_factory=dict)  # what a family that shares no prefix is asked with
+    image: Tensor | None = None  # [n, tokens, hidden]: the projector's output that the language model has not seen yet
 
     @property
     def size(self) -> int:
-        return int(self.states[0].shape[0])
+        return len(self.seeds)
 
     @property
     def tower_states(self) -> tuple[Tensor, ...] | None:
         """For the experts that read them: fp32 on the CPU. Moved when asked for: of a 7B model 60 MB a face.
 
-        None of a tower that an adapter changed itself: no expert was trained on what it gives.
+        None of a tower that an adapter changed itself, for no expert was trained on it; none of another family's.
         """
-        return None if self.tower is None else tuple(s.float().cpu() for s in self.states)
+        return None if self.tower is None or not self.states else tuple(s.float().cpu() for s in self.states)
+
+
+class Suffix(NamedTuple):
+    """What follows the picture in a prompt."""
+
+    tokens: list[int]
+    asked: int  # how many of them are the question; the rest begins the answer
+
+
+@dataclass
+class _Begun:
+    """A batch of answers under way."""
+
+    last: Tensor  # [n, d], hidden state of each row's last token
+    cache: Any
+    places: Tensor  # [n, k], of each cached token: which one of its row it is; -1 where it is none
+    shift: int
 
 
 def _inference(method: Callable[P, T]) -> Callable[P, T]:
@@ -83,7 +102,7 @@ def _inference(method: Callable[P, T]) -> Callable[P, T]:
 
 
 class LocalMLLM:
-    """A LLaVA of transformers, with or without an adapter. `name` says which.
+    """An image-text-to-text model of transformers, with or without an adapter. `name` says which.
 
     `autocast`: matrix products in bf16 over the weights as they are. Labels are scored in fp32 all the same.
     `temperature`: of texts; 0 takes the likeliest token, else one is drawn with a seed of picture and question, so that
@@ -108,98 +127,185 @@ class LocalMLLM:
         self.name = name
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self._llava = model.eval()
-        self._text = model.model.language_model
-        self._head: Tensor = model.lm_head.weight
-        self.device = self._head.device
+        self._model = model.eval()
+        self._family = family_of(model.config)
+        self._text = model.get_decoder()
+        self._head: Tensor = model.get_output_embeddings().weight
+        self._softcap: float | None = getattr(self._text.config, "final_logit_softcapping", None)
+        self.device: torch.device = model.get_input_embeddings().weight.device
         self.label_ids = prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS)  # real, fake
         self._yes_no_ids = prompts.first_tokens(processor, "", prompts.YES_NO_WORDS)
         # A hundred cue questions are the same for every picture. Nobody writes into what it returns.
         self._rendered = lru_cache(maxsize=1024)(partial(_after_image, processor))
-        self._before_image, _ = prompts.prompt_tokens(processor, prompts.render(processor, prompts.QUESTION))
 
     def save(self, folder: Path) -> None:
-        """Write model and processor as a directory that `load_llava` takes."""
-        self._llava.save_pretrained(folder)
+        """Write model and processor as a directory that `load_model` takes."""
+        self._model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
     # --- the shared prefix ---
 
     @_inference
     def look(self, crops: NDArray[np.uint8]) -> Look:
-        """Encode aligned face crops [n, 224, 224, 3] once."""
-        from PIL import Image
-
-        images = [Image.fromarray(c) for c in crops]
-        pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"].to(self._head)
-        states = self._llava.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-        layers = self._llava.config.vision_feature_layer
-        layers = [layers] if isinstance(layers, int) else layers
-        first = 1 if self._llava.config.vision_feature_select_strategy == "default" else 0
-        features = torch.cat([states[i][:, first:] for i in layers], -1)
-        image = self._llava.model.multi_modal_projector(features)  # [n, patches, hidden]
-        seeds = tuple(crc32(np.ascontiguousarray(c).data) for c in crops)
-        return Look(image, tuple(states), seeds, self.tower)
-
-    def _prefix(self, look: Look) -> Look:
-        """The look with the language model's pass over what stands before the question; computed once.
-
-        A verdict that does not need the language model never pays for it.
-        """
+        """Encode aligned face crops [n, s, s, 3] once."""
         from transformers import DynamicCache
 
-        if look.cache is None:
-            before = self._text.embed_tokens(torch.tensor(self._before_image, device=self.device))
-            embeds = torch.cat([before.expand(look.size, -1, -1), look.image], 1)
-            cache = DynamicCache(config=self._text.config)
-            self._text(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
-            look.cache, look.length = cache, embeds.shape[1]
-        return look
+        seeds = tuple(crc32(np.ascontiguousarray(c).data) for c in crops)
+        inputs = self._prefix(crops)
+        length = inputs["input_ids"].shape[1]
+        if not self._family.shares:
+            return Look(None, length, (), seeds, self.tower, self._family.first_position, inputs)
+        if self._model.config.model_type == "llava":
+            return self._seen(inputs["pixel_values"], length, seeds)
+        cache = DynamicCache()  # every layer keeps every token: those with a window are given it by their mask
+        self._model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        deltas = getattr(self._model.model, "rope_deltas", None)  # Qwen-VL: crops of one size have the same
+        shift = self._family.first_position if deltas is None else int(deltas.flatten()[0])
+        return Look(cache, length, (), seeds, self.tower, shift)
 
-    def _suffix(self, question: str, start: str = "", turns: Sequence[tuple[str, str]] = ()) -> list[int]:
+    def _seen(self, pixels: Tensor, length: int, seeds: tuple[int, ...]) -> Look:
+        """A LLaVA's tower and projector alone: many a verdict needs no more."""
+        config = self._model.config
+        states = self._model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+        layers = config.vision_feature_layer
+        layers = [layers] if isinstance(layers, int) else layers
+        first = 1 if config.vision_feature_select_strategy == "default" else 0
+        image = self._model.model.multi_modal_projector(torch.cat([states[i][:, first:] for i in layers], -1))
+        return Look(None, length, tuple(states), seeds, self.tower, image=image)
+
+    def _read(self, look: Look) -> None:
+        """The language model's pass over what stands before the question, where it has not been made."""
+        from transformers import DynamicCache
+
+        if look.image is None:
+            return
+        tokens, _ = prompts.prompt_tokens(self.processor, prompts.render(self.processor, prompts.QUESTION))
+        before = self._text.embed_tokens(torch.tensor(tokens, device=self.device)).expand(look.size, -1, -1)
+        cache = DynamicCache()
+        self._text(inputs_embeds=torch.cat([before, look.image], 1), past_key_values=cache, use_cache=True)
+        look.cache, look.image = cache, None
+
+    def _prefix(self, crops: NDArray[np.uint8]) -> dict[str, Tensor]:
+        """What the stock processor makes of pictures and prompt, up to the end of the picture."""
+        inputs = self._inputs(crops, prompts.QUESTION)
+        after = self._suffix(prompts.QUESTION).tokens
+        total = inputs["input_ids"].shape[1]
+        if inputs["input_ids"][0, total - len(after) :].tolist() != after:
+            raise SetupError(f"{self.name}: this processor changes the words after the picture; they cannot be scored")
+        text = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+        return {k: v[:, : total - len(after)] if k in text else v for k, v in inputs.items()}
+
+    def _inputs(self, crops: NDArray[np.uint8], question: str) -> dict[str, Tensor]:
+        """The stock processor's inputs for one question about each picture."""
+        from PIL import Image
+
+        text = prompts.stock_text(self.processor, question)
+        found = self.processor(
+            images=[[Image.fromarray(c)] for c in crops],
+            text=[text] * len(crops),
+            return_tensors="pt",
+            add_special_tokens=not prompts.begins(self.processor, text),
+        )
+        found.pop("labels", None)  # PaliGemma's processor is made for training
+        return dict(found.to(self.device, self._model.dtype))
+
+    def _suffix(self, question: str, start: str = "", turns: Sequence[tuple[str, str]] = ()) -> Suffix:
         return _after_image(self.processor, question, start, turns) if turns else self._rendered(question, start)
 
-    def _after(self, look: Look, suffixes: Sequence[Sequence[int]], keep: bool = False) -> tuple[Tensor, Tensor]:
-        """One suffix a picture, right-padded: hidden states [n, s, d] and the attention mask over the cache [n, p + s].
+    def _after(self, look: Look, suffixes: Sequence[Suffix]) -> _Begun:
+        """One suffix a picture, right-padded. The look's cache holds them until it is cut back to the prefix."""
+        self._read(look)
+        lengths = torch.tensor([len(s.tokens) for s in suffixes])
+        steps = torch.arange(int(lengths.max()))
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(s.tokens) for s in suffixes], batch_first=True)
+        own = (look.length + steps).where(steps < lengths[:, None], -1)
+        places = torch.cat([torch.arange(look.length).expand(len(suffixes), -1), own], 1).to(self.device)
+        ids = ids.to(self.device)
+        if look.cache is None:
+            cache, hidden = self._whole(look, suffixes, ids)
+        else:
+            cache, queries = look.cache, (look.length + steps).expand_as(own).to(self.device)
+            hidden = self._further(ids, queries, cache, places, look.shift)
+        last = hidden[torch.arange(len(suffixes)), lengths - 1]
+        return _Begun(last, cache, places, look.shift)
 
-        The cache is cut back to the prefix unless `keep`.
+    def _whole(self, look: Look, suffixes: Sequence[Suffix], ids: Tensor) -> tuple[Any, Tensor]:
+        """Picture and suffixes in one pass of the stock model: its cache, and the suffixes' hidden states [n, s, d]."""
+        from transformers import DynamicCache
+
+        steps = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
+        asked = torch.tensor([[s.asked] for s in suffixes], device=self.device)
+        ends = torch.tensor([[len(s.tokens)] for s in suffixes], device=self.device)
+        further = {
+            "input_ids": ids,
+            "attention_mask": (steps < ends).long(),
+            "token_type_ids": (steps >= asked).long(),
+        }
+        inputs = look.inputs | {k: torch.cat([look.inputs[k], v], 1) for k, v in further.items()}
+        cache = DynamicCache()
+        hidden = self._model.model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
+        return cache, hidden[:, look.length :]
+
+    def _further(
+        self,
+        ids: Tensor,
+        queries: Tensor,
+        cache: Any,
+        places: Tensor,
+        shift: int,
+        apart: Tensor | None = None,
+    ) -> Tensor:
+        """The language model over further tokens [n, s], the last of `places` [n, k]: hidden states [n, s, d].
+
+        Each sees what stands before it in its row, and nothing of what `apart` [s, k] bars. `queries`: which token of
+        the row each is, [n, s].
         """
-        look, longest = self._prefix(look), max(map(len, suffixes))
-        ids = torch.zeros(len(suffixes), longest, dtype=torch.long)
-        mask = torch.ones(len(suffixes), look.length + longest, dtype=torch.long)
-        for row, suffix in enumerate(suffixes):
-            ids[row, : len(suffix)] = torch.tensor(suffix)
-            mask[row, look.length + len(suffix) :] = 0
-        mask = mask.to(self.device)
-        hidden = self._text(
-            input_ids=ids.to(self.device),
-            position_ids=(look.length + torch.arange(longest, device=self.device)).expand(len(suffixes), -1),
-            attention_mask=mask,
-            past_key_values=look.cache,
-            use_cache=True,
-        ).last_hidden_state
-        if not keep:
-            look.cache.crop(-longest)
-        return hidden, mask
+        near = (places[:, None] >= 0) & (places[:, None] <= queries[..., None])  # [n, s, k]
+        if apart is not None:
+            near &= ~apart
+        config = self._text.config
+        mask: Any = self._mask(near)
+        if window := getattr(config, "sliding_window", None):
+            within = self._mask(near & (places[:, None] > queries[..., None] - window))
+            kinds = getattr(config, "layer_types", None)
+            mask = {"full_attention": mask, "sliding_attention": within} if kinds else within
+        out = self._text(
+            input_ids=ids, position_ids=queries + shift, attention_mask=mask, past_key_values=cache, use_cache=True
+        )
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+    def _mask(self, seen: Tensor) -> Tensor:
+        """Which tokens [n, s, k] a token may look at, as the model's attention takes it: [n, 1, s, k]."""
+        if self._text.config._attn_implementation != "eager":  # Gemma 2's is, whose attention has a soft cap
+            return seen[:, None]
+        least = torch.finfo(self._model.dtype).min
+        return torch.zeros_like(seen, dtype=self._model.dtype).masked_fill(~seen, least)[:, None]
 
     # --- verdict ---
 
     @_inference
     def verdict_logits(self, look: Look, questions: Sequence[str]) -> NDArray[np.float64]:
-        """Logit of fake against real for each picture's own question: [n].
+        """Logit of fake against real for each picture's own question: [n]. NaN where the model's numbers overflow.
 
         The next-token distribution after the forced stem "This image is", restricted to the two labels.
         """
-        suffixes = [self._suffix(q, prompts.STEM) for q in questions]
-        hidden, _ = self._after(look, suffixes)
-        last = hidden[torch.arange(len(suffixes)), torch.tensor([len(s) - 1 for s in suffixes])]
-        real, fake = self._scores(last, self.label_ids).unbind(1)
+        begun = self._after(look, [self._suffix(q, prompts.STEM) for q in questions])
+        self._cut_back(look)
+        real, fake = self._scores(begun.last, self.label_ids).unbind(1)
         return np.asarray((fake - real).double().cpu().numpy())
+
+    def _cut_back(self, look: Look) -> None:
+        if look.cache is not None:
+            look.cache.crop(look.length - look.cache.get_seq_length())
 
     def _scores(self, hidden: Tensor, ids: Sequence[int]) -> Tensor:
         """Logits of two tokens in fp32: in 16 bits their difference would move in steps of a tenth."""
         with torch.autocast(self.device.type, enabled=False):
-            return hidden.float() @ self._head[list(ids)].float().T
+            return self._capped(hidden.to(self._head.device).float() @ self._head[list(ids)].float().T)
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        return logits if self._softcap is None else (logits / self._softcap).tanh() * self._softcap
 
     # --- text ---
 
@@ -221,18 +327,16 @@ class LocalMLLM:
         once.
         """
         suffixes = [self._suffix(q, s, turns) for q, s in zip(questions, starts, strict=True)]
-        hidden, mask = self._after(look, suffixes, keep=True)
-        longest, n = hidden.shape[1], len(suffixes)
-        positions = torch.tensor([look.length + len(s) for s in suffixes], device=self.device)
-        last = hidden[torch.arange(n), positions - look.length - 1]
+        begun = self._after(look, suffixes)
+        n = len(suffixes)
+        queries = torch.tensor([[look.length + len(s.tokens)] for s in suffixes], device=self.device)
         written: list[list[int]] = [[] for _ in range(n)]
         open_rows = [True] * n
         ends = self._end_ids()
-        added = longest
         asked = zip(look.seeds, suffixes, strict=True)
-        draws = [torch.Generator().manual_seed(seed ^ crc32(repr(list(s)).encode())) for seed, s in asked]
+        draws = [torch.Generator().manual_seed(seed ^ crc32(repr(s.tokens).encode())) for seed, s in asked]
         for _ in range(max_new_tokens):
-            tokens = self._next(last @ self._head.T, draws)
+            tokens = self._next(self._logits(begun.last), draws)
             for row, token in enumerate(tokens.tolist()):
                 if open_rows[row]:
                     written[row].append(token)
@@ -243,17 +347,15 @@ class LocalMLLM:
                 on_text(self._text_of(written[0]))
             if not any(open_rows):
                 break
-            mask = torch.cat([mask, mask.new_ones(n, 1)], 1)
-            out = self._text(
-                input_ids=tokens[:, None],
-                position_ids=positions[:, None],
-                attention_mask=mask,
-                past_key_values=look.cache,
-                use_cache=True,
-            )
-            last, positions, added = out.last_hidden_state[:, -1], positions + 1, added + 1
-        look.cache.crop(-added)
+            begun.places = torch.cat([begun.places, queries], 1)
+            begun.last = self._further(tokens[:, None], queries, begun.cache, begun.places, begun.shift)[:, -1]
+            queries = queries + 1
+        self._cut_back(look)
         return [self._text_of(w) for w in written]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Of every token, in the model's precision: [n, vocabulary]."""
+        return self._capped(hidden.to(self._head.device) @ self._head.T).to(self.device)
 
     def _next(self, logits: Tensor, draws: Sequence[torch.Generator]) -> Tensor:
         """The next token of each picture: [n]. Of unlikely tokens, the last tenth of the probability, none is drawn."""
@@ -269,12 +371,17 @@ class LocalMLLM:
 
     def _end_ids(self) -> set[int]:
         ends = {self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids("<|im_end|>")}
+        said = getattr(self._model.generation_config, "eos_token_id", None)
+        ends |= set(said) if isinstance(said, list | tuple) else {said}
         return {e for e in ends if e is not None and e != self.tokenizer.unk_token_id}
 
     # --- cue questions ---
 
     def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str]) -> YesNo:
-        """Every question about one face crop, in packed passes over one prefix."""
+        """Every question about one face crop, in packed passes over one prefix.
+
+        One by one where the family shares no prefix. Raises InputError when the model's numbers are not finite.
+        """
         return self.yes_no_packed(self.look(crop[None]), questions)
 
     @_inference
@@ -282,43 +389,41 @@ class LocalMLLM:
         """As `yes_no`, on a look at one picture."""
         if look.size != 1:
             raise ValueError(f"packed questions are about one picture, not {look.size}")
-        look = self._prefix(look)
+        self._read(look)
         chances: list[Tensor] = []
         said: list[str] = []
-        for start in range(0, len(questions), PACK):
-            suffixes = [self._suffix(q) for q in questions[start : start + PACK]]
-            lengths = [len(s) for s in suffixes]
-            total = sum(lengths)
-            block = torch.repeat_interleave(torch.arange(len(suffixes)), torch.tensor(lengths))
-            own = (block[:, None] == block[None]) & torch.ones(total, total, dtype=torch.bool).tril()
-            mask = torch.cat([torch.ones(total, look.length, dtype=torch.bool), own], 1)[None, None]
-            hidden = self._text(
-                input_ids=torch.tensor([[t for s in suffixes for t in s]], device=self.device),
-                position_ids=look.length + torch.cat([torch.arange(k) for k in lengths])[None].to(self.device),
-                attention_mask=mask.to(self.device),
-                past_key_values=look.cache,
-                use_cache=True,
-            ).last_hidden_state[0]
-            look.cache.crop(-total)
-            last = hidden[torch.tensor(lengths).cumsum(0) - 1]
-            logits = last @ self._head.T  # [questions, vocabulary]
-            exact = logits.dtype == torch.float32
-            scores = logits[:, list(self._yes_no_ids)] if exact else self._scores(last, self._yes_no_ids)
-            chances.append(scores.double().softmax(-1)[:, 0].cpu())
+        pack = PACK if look.cache is not None else 1
+        for start in range(0, len(questions), pack):
+            suffixes = [self._suffix(q) for q in questions[start : start + pack]]
+            last = self._packed(look, [s.tokens for s in suffixes]) if pack > 1 else self._after(look, suffixes).last
+            logits = self._logits(last)  # [questions, vocabulary]
+            chances.append(self._scores(last, self._yes_no_ids).double().softmax(-1)[:, 0].cpu())
             said += [self._yes_or_no(t) for t in logits.argmax(-1).tolist()]
-        return YesNo(torch.cat(chances).numpy() if chances else np.zeros(0), tuple(said))
+        p_yes = torch.cat(chances).numpy() if chances else np.zeros(0)
+        if not np.isfinite(p_yes).all():
+            raise InputError("no_score", NOT_FINITE)
+        return YesNo(p_yes, tuple(said))
+
+    def _packed(self, look: Look, suffixes: Sequence[list[int]]) -> Tensor:
+        """Many suffixes of one picture behind each other, none of which sees another: their last hidden states."""
+        lengths = torch.tensor([len(s) for s in suffixes])
+        block = torch.repeat_interleave(torch.arange(len(suffixes)), lengths)
+        apart = torch.cat([torch.zeros(len(block), look.length, dtype=torch.bool), block[:, None] != block[None]], 1)
+        queries = look.length + torch.cat([torch.arange(k) for k in lengths.tolist()])
+        places = torch.cat([torch.arange(look.length), queries])[None].to(self.device)
+        ids = torch.tensor([[t for s in suffixes for t in s]], device=self.device)
+        hidden = self._further(
+            ids, queries[None].to(self.device), look.cache, places, look.shift, apart.to(self.device)
+        )
+        self._cut_back(look)
+        return hidden[0, lengths.cumsum(0) - 1]
 
     @_inference
     def yes_no_plain(self, crop: NDArray[np.uint8], questions: Sequence[str]) -> YesNo:
         """The same one by one through the stock forward pass: slow; the oracle of the packed pass."""
-        from PIL import Image
-
         p_yes, said = [], []
         for question in questions:
-            inputs = self.processor(
-                images=Image.fromarray(crop), text=prompts.render(self.processor, question), return_tensors="pt"
-            ).to(self.device, self._head.dtype)
-            logits = self._llava(**inputs).logits[0, -1].float()
+            logits = self._model(**self._inputs(crop[None], question)).logits[0, -1].float()
             p_yes.append(float(logits[list(self._yes_no_ids)].double().softmax(-1)[0]))
             said.append(self._yes_or_no(int(logits.argmax())))
         return YesNo(np.array(p_yes), tuple(said))
@@ -328,9 +433,12 @@ class LocalMLLM:
         return word if word in ("yes", "no") else "other"
 
 
-def _after_image(processor: Any, question: str, start: str = "", turns: Sequence[tuple[str, str]] = ()) -> list[int]:
+def _after_image(processor: Any, question: str, start: str = "", turns: Sequence[tuple[str, str]] = ()) -> Suffix:
     """The tokens of a prompt that follow the picture."""
-    return prompts.prompt_tokens(processor, prompts.render(processor, question, start, turns))[1]
+    asked, whole = (
+        prompts.prompt_tokens(processor, prompts.render(processor, question, begun, turns))[1] for begun in ("", start)
+    )
+    return Suffix(whole, len(asked) if start else len(whole))
 
 
 def said_once(text: str) -> str:
@@ -342,145 +450,3 @@ def _repeats(tokens: Sequence[int]) -> bool:
     """The last `CIRCLE` tokens stood there before."""
     tail = list(tokens[-CIRCLE:])
     return any(list(tokens[i : i + CIRCLE]) == tail for i in range(len(tokens) - CIRCLE))
-
-
-def choose_device(device: str | None, dtype: str | None) -> tuple[torch.device, Dtype]:
-    """Where and how to compute: by default a CUDA device with bf16 where there is one, else the CPU with fp32.
-
-    Raises SetupError for a device that is not there or that does not compute so, and UnknownName.
-    """
-    if dtype is not None and dtype not in get_args(Dtype):
-        raise UnknownName("dtype", dtype, get_args(Dtype))
-    try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise SetupError(f"{device!r} is no device; give cpu, cuda, or cuda:1 and so on") from error
-    if place.type == "cuda" and (not torch.cuda.is_available() or (place.index or 0) >= torch.cuda.device_count()):
-        raise SetupError(f"there is no {place} here (torch {torch.__version__}); take --device cpu")
-    if place.type not in ("cpu", "cuda"):
-        raise SetupError(f"{place.type} is not supported; take cpu or cuda")
-    if place.type == "cpu":
-        if dtype == "fp16":
-            raise SetupError("fp16 needs a CUDA device; take fp32, or bf16")
-        return place, "bf16" if dtype == "bf16" else "fp32"
-    if dtype is None:
-        return place, "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return place, "fp32" if dtype == "fp32" else "bf16" if dtype == "bf16" else "fp16"
-
-
-def load_llava(
-    base: str | Path | None = None,
-    *,
-    tower_layers: int | None = None,
-    text_layers: int | Sequence[int] | None = None,
-    feature_layers: Sequence[int] | None = None,
-    dtype: torch.dtype = torch.float32,
-    **options: Any,
-) -> tuple[Any, Any]:
-    """A LLaVA model and its processor: the embedded base (None), a directory, or a hub name.
-
-    Only the first `tower_layers` and `text_layers` layers are kept (or, given as a list, just those language layers:
-    which ones go matters more than how many), and the tower's outputs after `feature_layers` are joined as the
-    projector's input. The embedded base has no projector: it starts at random (seed 0) until an adapter
-    brings one. `options`: further ones of `from_pretrained` (attn_implementation, quantization_config).
-    Raises SetupError when the model cannot be read, is no LLaVA, or when anything else is missing, left
-    over or of another shape.
-    """
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, LlavaForConditionalGeneration, LlavaProcessor
-
-    folder = require("base") if base is None else base
-    unreadable = f"{folder} cannot be loaded; give a LLaVA directory or hub name (llava-hf/llava-1.5-7b-hf ...)"
-    try:
-        config: Any = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise SetupError(f"{unreadable}: {error}") from error
-    if config.model_type != "llava":
-        raise SetupError(f"{folder} is a {config.model_type!r} model; {unreadable}")
-    if tower_layers is not None:
-        config.vision_config.num_hidden_layers = tower_layers
-    chosen = None if text_layers is None or isinstance(text_layers, int) else [int(k) for k in text_layers]
-    known = range(config.text_config.num_hidden_layers)
-    if chosen is not None and (not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(known)):
-        raise SetupError(f"text layers {chosen} of {len(known)}: each once, and only those that there are")
-    if isinstance(text_layers, int):
-        config.text_config.num_hidden_layers = text_layers
-        if getattr(config.text_config, "layer_types", None):
-            config.text_config.layer_types = config.text_config.layer_types[:text_layers]
-    if feature_layers is not None:
-        config.vision_feature_layer = list(feature_layers)
-    layers = config.vision_feature_layer
-    tower = int(config.vision_config.num_hidden_layers)
-    if any(not -tower <= layer <= tower for layer in ([layers] if isinstance(layers, int) else layers)):
-        raise SetupError(f"feature layers {layers} of a tower with {tower} layers: there are none such")
-    stock: Any = LlavaForConditionalGeneration
-    try:
-        with quietly(), torch.random.fork_rng():  # dropped layers are expected; what is not is checked below
-            torch.manual_seed(0)
-            model, info = stock.from_pretrained(
-                folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
-            )
-        processor = LlavaProcessor.from_pretrained(folder)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise SetupError(f"{unreadable}: {error}") from error
-    # The embedded base has no projector.
-    odd = {k for k in info["missing_keys"] if base is not None or "multi_modal_projector" not in k}
-    odd |= {k for k in info["unexpected_keys"] if not _dropped(k, config)}
-    odd |= {str(k[0]) for k in info["mismatched_keys"]}
-    if odd:
-        raise SetupError(f"{folder} does not fit its configuration: {', '.join(sorted(odd)[:4])} ({len(odd)} in all)")
-    if chosen is not None:
-        _keep_text_layers(model, chosen)
-    return model, processor
-
-
-def _keep_text_layers(model: Any, chosen: Sequence[int]) -> None:
-    """Leave only the language layers of the given numbers, in that order."""
-    text = model.model.language_model
-    text.layers = torch.nn.ModuleList([text.layers[k] for k in chosen])
-    for place, layer in enumerate(text.layers):
-        layer.self_attn.layer_idx = place  # where its keys and values stand in the cache
-    for config in (text.config, model.config.text_config):
-        if len(getattr(config, "layer_types", None) or ()) > len(chosen):
-            config.layer_types = [config.layer_types[k] for k in chosen]
-        config.num_hidden_layers = len(chosen)
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Without the progress bar and the loading report of transformers."""
-    from transformers.utils import logging
-
-    level, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if progress:
-            logging.enable_progress_bar()
-
-
-def _dropped(key: str, config: Any) -> bool:
-    """The key belongs to a layer that the configuration leaves out."""
-    for part, kept in (("vision_tower", config.vision_config), ("language_model", config.text_config)):
-        if part in key and ".layers." in key:
-            return int(key.split(".layers.")[1].split(".")[0]) >= int(kept.num_hidden_layers)
-    return False
-
-
-def base_identity(base: str | Path | None) -> dict[str, str]:
-    """Name and SHA-256 of a base model's weights; the hash is "" for a hub name (its revision stands for it)."""
-    import hashlib
-
-    if base is None:
-        return {"name": BASE_NAME, "sha256": file_sha256(require("base") / "model.safetensors")}
-    files = sorted(Path(base).glob("*.safetensors")) if Path(base).is_dir() else []
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return {"name": str(base) if not files else Path(base).name, "sha256": digest.hexdigest() if files else ""}

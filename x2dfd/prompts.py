@@ -162,12 +162,48 @@ def conversation(question: str, turns: Sequence[tuple[str, str]] = ()) -> list[d
     return messages
 
 
+def framed(processor: Any, messages: list[dict[str, Any]], *, answer_next: bool) -> str:
+    """Chat messages as text in the base model's chat template, the next answer's header included where `answer_next`.
+
+    A template that asks for the date gets a system message of ours instead: its own would change the prompts every day.
+    """
+    if "strftime_now" in str(processor.chat_template):
+        messages = [{"role": "system", "content": [{"type": "text", "text": SERVED_SYSTEM}]}, *messages]
+    text: str = processor.apply_chat_template(messages, add_generation_prompt=answer_next, tokenize=False)
+    return text
+
+
 def render(processor: Any, question: str, start: str = "", turns: Sequence[tuple[str, str]] = ()) -> str:
-    """The prompt as text, in the base model's chat template, with the answer begun by `start`."""
-    messages = conversation(question, turns)
-    frame: str = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    # LLaVA-1.5's frame ends in "ASSISTANT:", its answers begin with a space.
-    return frame + (" " if start and not frame[-1].isspace() else "") + start
+    """The prompt as text, in the base model's chat template, with the answer begun by `start`.
+
+    Without a template (PaliGemma) it is the plain form of that family: picture, begin token, lines. Raises SetupError
+    for a model that thinks before it answers: what it begins with is no verdict.
+    """
+    if not processor.chat_template:
+        lines = [question, *(line for turn in turns for line in turn)]
+        return "\n".join([processor.image_token + processor.tokenizer.bos_token + lines[0], *lines[1:], start])
+    frame = framed(processor, conversation(question, turns), answer_next=True)
+    if frame.rstrip().endswith("<think>"):
+        raise SetupError("this model thinks before it answers, so no verdict can be scored: take its Instruct variant")
+    if not start or frame[-1].isspace():
+        return frame + start
+    # LLaVA-1.5's frame ends in "ASSISTANT:", its answers begin with a space; Mistral's in "[/INST]", and they do not.
+    said = {"role": "assistant", "content": [{"type": "text", "text": start}]}
+    whole = framed(processor, [*conversation(question, turns), said], answer_next=False)
+    return frame + ("" if whole.startswith(frame + start) else " ") + start
+
+
+def stock_text(processor: Any, question: str, turns: Sequence[tuple[str, str]] = ()) -> str:
+    """What the base's own processor takes beside the picture so that its tokens are those of `render`."""
+    if processor.chat_template:
+        return render(processor, question, turns=turns)
+    return str(processor.image_token) + "\n".join([question, *(line for turn in turns for line in turn)])
+
+
+def begins(processor: Any, prompt: str) -> bool:
+    """The prompt has its begin token written out, as many chat templates do: a tokenizer must not add a second."""
+    bos = processor.tokenizer.bos_token
+    return bool(bos) and prompt.removeprefix(processor.image_token).startswith(bos)
 
 
 def prompt_tokens(processor: Any, prompt: str) -> tuple[list[int], list[int]]:
@@ -175,7 +211,7 @@ def prompt_tokens(processor: Any, prompt: str) -> tuple[list[int], list[int]]:
 
     The prompt is tokenised whole, as the processor does it: with the tokenizer's own begin token, where it has one.
     """
-    ids: list[int] = processor.tokenizer(prompt)["input_ids"]
+    ids: list[int] = processor.tokenizer(prompt, add_special_tokens=not begins(processor, prompt))["input_ids"]
     image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     if image not in ids:
         raise ValueError(f"the prompt holds no {processor.image_token}")

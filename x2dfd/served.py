@@ -11,13 +11,15 @@ import asyncio
 import base64
 import hashlib
 import io
+import ipaddress
 import json
 import math
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -30,7 +32,10 @@ from x2dfd.mllm import YesNo
 
 CONCURRENCY = 32  # requests under way at a time
 TOP = 20  # likeliest first tokens that are asked for; what hosted APIs give at most
+FEW = 5  # what some give at most
+LEAST = math.log(1e-4)  # a label that is less likely than this is no answer of a model that is told in words
 MAX_TOKENS = 200
+REPLY_BYTES = 8 << 20  # of one reply; twenty log-probabilities take a few thousand
 FAILURES_IN_A_ROW = 8
 REFUSALS_FIRST = 50  # of requests before any is answered: it refuses all
 """So many requests that failed one after another, each after its retries, end the run: the endpoint is down."""
@@ -52,6 +57,56 @@ class Pictures:
         return len(self.urls)
 
 
+@dataclass(frozen=True)
+class _Reply:
+    """What is read of a chat completion."""
+
+    text: str
+    first: dict[str, float]  # log-probability of each token that it could have begun with; {} when it tells none
+
+    @classmethod
+    def of(cls, reply: Any) -> _Reply:
+        """Raises AttributeError, TypeError, ValueError, KeyError or IndexError where it has another shape."""
+        choice = reply.choices[0]
+        content = getattr(getattr(choice, "logprobs", None), "content", None) or ()
+        listed = [*(content[0].top_logprobs or ()), content[0]] if content else []
+        first = {str(t.token): float(t.logprob) for t in listed}
+        text = str(choice.message.content or "")
+        if any(getattr(choice.message, k, None) for k in ("reasoning_content", "reasoning")):
+            text = f"{THINKS}{text}"
+        return cls(text, {token: p for token, p in first.items() if math.isfinite(p)})
+
+
+THINKS = "<think>"
+"""What a reasoning model begins with."""
+
+
+@dataclass(frozen=True)
+class _Wire:
+    """How an endpoint wants to be asked, where endpoints differ."""
+
+    limit: str = "max_tokens"
+    temperature: bool = True
+    top: int = TOP
+
+    def options(self, tokens: int, scored: bool) -> dict[str, Any]:
+        options: dict[str, Any] = {self.limit: tokens}
+        if self.temperature:
+            options["temperature"] = 0
+        return options | ({"logprobs": True, "top_logprobs": self.top} if scored else {})
+
+    def after(self, refusal: str) -> _Wire:
+        """How to ask again after a refusal; the same where nothing of it is known."""
+        said = refusal.lower()
+        if "max_completion_tokens" in said and self.limit == "max_tokens":
+            return replace(self, limit="max_completion_tokens")
+        if "temperature" in said and self.temperature:
+            return replace(self, temperature=False)
+        if "top_logprobs" in said and self.top > FEW:
+            return replace(self, top=FEW)
+        return self
+
+
 class ServedMLLM:
     """A model of an OpenAI-compatible endpoint. `name` says which.
 
@@ -70,7 +125,9 @@ class ServedMLLM:
         retries: int = 5,
         timeout: float = 60.0,
     ) -> None:
-        """`continues`: None asks the endpoint. `timeout`: seconds one try may take; `retries` with growing pauses."""
+        """`continues`: None asks the endpoint. `timeout`: seconds one try may take, the reading of its reply included;
+        `retries` with growing pauses.
+        """
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
             raise SetupError(
@@ -87,6 +144,8 @@ class ServedMLLM:
         self._openai = openai
         self._key = os.environ.get("OPENAI_API_KEY", "")
         self._root = url.rstrip("/").removesuffix("/v1")
+        self._wire = _Wire()
+        self._adds_begin = False
         self._failed = self._refused = 0
         self._answered = False
         # A loop in a thread of its own: it also works where the caller runs one (notebooks, the demo), and keeps
@@ -95,7 +154,11 @@ class ServedMLLM:
         threading.Thread(target=_serve, args=(self._loop,), daemon=True, name="x2dfd-served").start()
         self._slots = asyncio.Semaphore(concurrency)
         self._client = openai.AsyncOpenAI(
-            base_url=url, api_key=self._key or "none", timeout=timeout, max_retries=retries
+            base_url=url,
+            api_key=self._key or "none",
+            timeout=timeout,
+            max_retries=retries,
+            http_client=_http_client(openai, parts.hostname, timeout),
         )
         self.close = weakref.finalize(self, _close, self._loop, self._client)
         engine = self._run(self._engine())
@@ -139,9 +202,10 @@ class ServedMLLM:
             messages = self._messages(url, question, prompts.STEM, instruction=prompts.SERVED_VERDICT)
             reply = await self._first_token(messages, self._label_ids)
             real, fake = _logprobs(reply, prompts.LABEL_WORDS)
-            if real is None or fake is None:
+            # Where the answer was begun for it, the labels are compared however unlikely both are, as locally.
+            if real is None or fake is None or (max(real, fake) < LEAST and not self.continues):
                 raise InputError(
-                    "no_label", f"{self.name} begins with {_text(reply)[:40]!r}: neither real nor fake is likely"
+                    "no_label", f"{self.name} begins with {reply.text[:40]!r}: neither real nor fake is likely"
                 )
             return fake - real
 
@@ -161,8 +225,8 @@ class ServedMLLM:
 
         async def one(url: str, question: str, start: str) -> str:
             messages = self._messages(url, question, start, turns=turns)
-            reply = await self._ask(messages, max_tokens=max_new_tokens)
-            return _text(reply).strip().removeprefix(start).strip()
+            reply = await self._ask(messages, max_new_tokens)
+            return reply.text.strip().removeprefix(start).strip()
 
         asked = zip(look.urls, questions, starts, strict=True)
         texts = self._all([one(u, q, s) for u, q, s in asked])
@@ -177,7 +241,7 @@ class ServedMLLM:
         async def one(question: str) -> tuple[float, str]:
             reply = await self._first_token(self._messages(url, question), self._yes_no_ids)
             yes, no = _logprobs(reply, prompts.YES_NO_WORDS)
-            word = _bare(_text(reply)).rstrip(".,!")
+            word = _bare(reply.text).rstrip(".,!")
             p = 0.5 if yes is None or no is None else 1 / (1 + math.exp(min(no - yes, 700.0)))
             return p, word if word in ("yes", "no") else "other"
 
@@ -231,42 +295,70 @@ class ServedMLLM:
 
         return self._run(together())
 
-    async def _first_token(self, messages: list[dict[str, Any]], ids: list[int] | None) -> Any:
+    async def _first_token(self, messages: list[dict[str, Any]], ids: list[int] | None) -> _Reply:
         """A reply of one token with its log-probabilities: of the tokens `ids`, where the engine knows how."""
-        extra = {"logprob_token_ids": ids} if ids else {}
-        reply = await self._ask(messages, extra, max_tokens=1, logprobs=True, top_logprobs=TOP)
-        if not _first(reply):
+        reply = await self._ask(messages, 1, {"logprob_token_ids": ids} if ids else {}, scored=True)
+        if reply.text.lstrip().startswith(THINKS):
+            raise SetupError(
+                f"{self._model!r} thinks before it answers, so nothing can be scored: serve its Instruct variant, or "
+                "switch thinking off at the server"
+            )
+        if not reply.first:
             raise SetupError(
                 f"{self.host} gives no log-probabilities for {self._model!r}, so nothing can be scored: serve it with "
                 "vLLM or SGLang, or choose a model whose API has logprobs"
             )
         return reply
 
-    async def _ask(self, messages: list[dict[str, Any]], extra: dict[str, Any] | None = None, **options: Any) -> Any:
+    async def _ask(
+        self, messages: list[dict[str, Any]], tokens: int, extra: dict[str, Any] | None = None, *, scored: bool = False
+    ) -> _Reply:
         body = dict(extra or {})
         if messages[-1]["role"] == "assistant":
             body |= {"continue_final_message": True, "add_generation_prompt": False}
+        if self._adds_begin:
+            body["add_special_tokens"] = True
 
-        def create() -> Any:
-            return self._client.chat.completions.create(
-                model=self._model, messages=messages, temperature=0, extra_body=body or None, **options
-            )
+        async def create() -> Any:
+            while True:
+                wire = self._wire
+                try:
+                    return await self._client.chat.completions.create(
+                        model=self._model, messages=messages, extra_body=body or None, **wire.options(tokens, scored)
+                    )
+                except (self._openai.BadRequestError, self._openai.UnprocessableEntityError) as error:
+                    if self._wire == wire:  # another request may have learnt it meanwhile
+                        self._wire = wire.after(str(error))
+                    if self._wire == wire:
+                        raise
 
         async with self._slots:
             reply = await self._guarded(create)
+        try:
+            read = _Reply.of(reply)
+        except (AttributeError, TypeError, ValueError, KeyError, IndexError):
+            raise InputError(
+                "endpoint_reply", f"{self.host} answered with something that is no chat completion"
+            ) from None
         self._answered = True
-        if not getattr(reply, "choices", None) or getattr(reply.choices[0], "message", None) is None:
-            raise InputError("endpoint_reply", f"{self.host} answered with something that is no chat completion")
-        return reply
+        return read
 
     async def _guarded(self, call: Callable[[], Any]) -> Any:
         """The reply, or what became of it in our own errors: SetupError ends a run, InputError is one file's row."""
         api = self._openai
         try:
             reply = await call()
-        except (api.APITimeoutError, api.APIStatusError, api.APIResponseValidationError, ValueError) as error:
+        except (ValueError, RecursionError):  # of the JSON parser, about what the endpoint wrote
+            self._count_failure("a reply that is no JSON")
+            raise InputError("endpoint_reply", f"{self.host} answered with something that is no JSON") from None
+        except (api.APITimeoutError, api.APIStatusError, api.APIResponseValidationError) as error:
             said = self._said(error)
             status = getattr(error, "status_code", None)
+            if status is not None and 300 <= status < 400:
+                raise SetupError(
+                    f"{self.host} sends elsewhere, to {error.response.headers.get('location')}; face crops are sent "
+                    "where you say alone: give that address, if you trust it"
+                ) from None
             if status in (401, 403):
                 raise SetupError(f"{self.host} refuses the key: set OPENAI_API_KEY ({said})") from None
             if status == 404:
@@ -283,11 +375,7 @@ class ServedMLLM:
                         "take pictures, and is its context long enough?"
                     ) from None
             else:
-                self._failed += 1
-            if self._failed >= FAILURES_IN_A_ROW:
-                raise SetupError(
-                    f"{self.host} failed {self._failed} times in a row, last: {said}. Run again when it answers"
-                ) from None
+                self._count_failure(said)
             if isinstance(error, api.APITimeoutError):
                 raise InputError("endpoint_timeout", f"{self.host} gave no answer in time") from None
             raise InputError("endpoint_error", f"{self.host}: {said}") from None
@@ -297,6 +385,14 @@ class ServedMLLM:
             ) from None
         self._failed = 0
         return reply
+
+    def _count_failure(self, said: str) -> None:
+        """Raises SetupError after so many that the endpoint must be down."""
+        self._failed += 1
+        if self._failed >= FAILURES_IN_A_ROW:
+            raise SetupError(
+                f"{self.host} failed {self._failed} times in a row, last: {said}. Run again when it answers"
+            ) from None
 
     def _said(self, error: BaseException) -> str:
         text = f"{type(error).__name__}: {error}"
@@ -316,7 +412,10 @@ class ServedMLLM:
             except self._openai.NotFoundError:  # not every endpoint has one; the first question will tell
                 return None
 
-        found = {m.id: m for m in getattr(await self._guarded(listed), "data", None) or ()}
+        try:
+            found = {str(m.id): m for m in getattr(await self._guarded(listed), "data", None) or ()}
+        except (InputError, AttributeError, TypeError) as error:
+            raise SetupError(f"{self.host} has a model list that cannot be read: {error}") from None
         if not found:
             return None
         listed_as = self._model if self._model in found else self._model.rpartition(":")[0]  # SGLang's BASE:ADAPTER
@@ -342,10 +441,58 @@ class ServedMLLM:
             ids = [a[at] for a in after if a[:at] == before and len(a) > at]
             return ids if len(set(ids)) == len(words) else None
 
+        async def begin_token(**options: Any) -> list[int]:
+            reply: Any = await self._client.with_options(max_retries=1).post(
+                f"{self._root}/tokenize", cast_to=object, body={"model": self._model, "prompt": "a", **options}
+            )
+            return [int(t) for t in reply["tokens"]]
+
         try:
-            return await first(prompts.STEM, prompts.LABEL_WORDS), await first("", prompts.YES_NO_WORDS)
-        except (self._openai.OpenAIError, KeyError, TypeError, ValueError):
+            ids = await first(prompts.STEM, prompts.LABEL_WORDS), await first("", prompts.YES_NO_WORDS)
+        except (self._openai.OpenAIError, KeyError, TypeError, ValueError, RecursionError):
             return None, None  # then they are looked for among the likeliest tokens
+        try:
+            plain, bare = await begin_token(), await begin_token(add_special_tokens=False)
+            # Training's prompts begin with what the tokenizer adds. A chat endpoint adds nothing to its template.
+            self._adds_begin = plain[1:] == bare and (await tokens(""))[0] != plain[0]
+        except (self._openai.OpenAIError, KeyError, TypeError, ValueError, IndexError, RecursionError):
+            pass  # it tokenises chats alone, so nothing is known of what its tokenizer adds
+        return ids
+
+
+def _http_client(openai: Any, host: str, timeout: float) -> Any:
+    """openai's HTTP client that follows no redirect, takes no proxy to this machine, and reads no endless reply."""
+    stock: Any = openai.DefaultAsyncHttpxClient
+    # The library that it comes from: httpx, or httpx2 in newer releases of openai.
+    httpx: Any = sys.modules[stock.__mro__[1].__module__.partition(".")[0]]
+
+    class Bounded(stock):  # type: ignore[misc]
+        async def send(self, request: Any, **options: Any) -> Any:
+            try:
+                async with asyncio.timeout(timeout):
+                    response = await super().send(request, **{**options, "stream": True})
+                    try:
+                        body = b""
+                        async for part in response.aiter_bytes():
+                            body += part
+                            if len(body) > REPLY_BYTES:
+                                said = f"the reply is larger than {REPLY_BYTES >> 20} MB"
+                                return httpx.Response(413, json={"error": {"message": said}}, request=request)
+                    finally:
+                        await response.aclose()
+            except TimeoutError as error:
+                raise httpx.ReadTimeout("the whole reply took too long", request=request) from error
+            kept = [(k, v) for k, v in response.headers.items() if k not in ("content-encoding", "content-length")]
+            return httpx.Response(response.status_code, headers=kept, content=body, request=request)
+
+    return Bounded(timeout=timeout, trust_env=not _is_loopback(host), follow_redirects=False)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
@@ -361,20 +508,12 @@ def _close(loop: asyncio.AbstractEventLoop, client: Any) -> None:
     asyncio.run_coroutine_threadsafe(end(), loop)
 
 
-def _first(reply: Any) -> dict[str, float]:
-    """Log-probability of each token that the reply could have begun with; {} when it tells none."""
-    content = getattr(getattr(reply.choices[0], "logprobs", None), "content", None)
-    if not content:
-        return {}
-    return {str(t.token): float(t.logprob) for t in (*(content[0].top_logprobs or ()), content[0])}
-
-
-def _logprobs(reply: Any, words: Sequence[str]) -> tuple[float | None, float | None]:
+def _logprobs(reply: _Reply, words: Sequence[str]) -> tuple[float | None, float | None]:
     """Log-probability of each of two words: of its spellings together, or else of the tokens that begin it.
 
     When only one is there, the other gets the least of those listed: it cannot be likelier than that.
     """
-    listed = _first(reply)
+    listed = reply.first
     found: list[float | None] = []
     for word in map(_bare, words):
         whole = [p for token, p in listed.items() if _bare(token) == word]
@@ -389,7 +528,3 @@ def _logprobs(reply: Any, words: Sequence[str]) -> tuple[float | None, float | N
 def _bare(token: str) -> str:
     """A token as a word: without the signs that tokenizers put for a space."""
     return token.strip(" \u2581\u0120\n").lower()
-
-
-def _text(reply: Any) -> str:
-    return str(reply.choices[0].message.content or "")

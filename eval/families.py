@@ -1,0 +1,59 @@
+"""`python -m eval.families JUNIT.xml`: the table of docs/models.md, from what the tests of the families gave.
+
+    pytest tests/test_families.py --junitxml=build/families.xml
+    python -m eval.families build/families.xml
+
+The tests compare with transformers' own model and processor, on checkpoints with random weights. A cell says what its
+test gave: a tick where it passed, what is missing where it was skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+DOCS = Path(__file__).parent.parent / "docs" / "models.md"
+COLUMNS = {
+    "test_verdict": "verdict",
+    "test_cues": "cue questions",
+    "test_rationale": "rationale",
+    "test_adapter": "LoRA adapter",
+    "test_one_begin_token": "one begin token",
+}
+BLOCK = re.compile(r"(<!-- families -->\n).*?(<!-- /families -->)", re.DOTALL)
+
+
+def table(junit: Path) -> str:
+    """The Markdown table of a run's JUnit file. Raises SystemExit where a test failed or was not run."""
+    found: dict[str, dict[str, str]] = {}
+    for case in ElementTree.parse(junit).iter("testcase"):
+        test, bracket, family = str(case.get("name")).rstrip("]").partition("[")
+        if test not in COLUMNS or not bracket:
+            continue
+        if case.find("failure") is not None or case.find("error") is not None:
+            raise SystemExit(f"{family}: {test} failed; a table is made of a run that passed")
+        skipped = case.find("skipped")
+        needs = re.search(r"pip install (.+?)$", skipped.get("message") or "") if skipped is not None else None
+        found.setdefault(family, {})[test] = "✓" if skipped is None else f"needs {needs[1]}" if needs else "not run"
+    if not found or any(row.keys() != COLUMNS.keys() for row in found.values()):
+        raise SystemExit(f"{junit} does not hold a whole run of tests/test_families.py")
+    lines = [["family", *COLUMNS.values()], ["---"] * (1 + len(COLUMNS))]
+    lines += [[family, *(row[test] for test in COLUMNS)] for family, row in found.items()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("junit", type=Path)
+    made = table(parser.parse_args(argv).junit)
+    text, count = BLOCK.subn(lambda block: f"{block[1]}{made}{block[2]}", DOCS.read_text(encoding="utf-8"))
+    if count != 1:
+        raise SystemExit(f"{DOCS} has no one place for the table")
+    DOCS.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,345 @@
+"""How an image-text-to-text model and its processor come from a directory or a hub name: checked, whatever the family.
+
+Models are those of transformers. So are their processors, put together from the parts that need no torchvision: scores
+do not depend on whether it is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from x2dfd.errors import SetupError, UnknownName
+from x2dfd.fetch import BASE_NAME, require
+from x2dfd.files import file_sha256
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+Bits = Literal[4, 8]
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is particular about a kind of model."""
+
+    processor: str  # its processor's class, and the module of transformers.models that holds it
+    module: str
+    shares: bool = True  # nothing of the picture's pass depends on the question, so that it is done once
+    chat: bool = True  # it has a chat template
+    first_position: int = 0  # of its tokens
+    needs: tuple[str, ...] = ()  # packages without which transformers has no such processor
+
+
+FAMILIES = {
+    "llava": Family("LlavaProcessor", "llava"),
+    "llava_next": Family("LlavaNextProcessor", "llava_next"),
+    "llava_onevision": Family("LlavaOnevisionProcessor", "llava_onevision"),
+    "qwen2_vl": Family("Qwen2VLProcessor", "qwen2_vl"),
+    "qwen2_5_vl": Family("Qwen2_5_VLProcessor", "qwen2_5_vl"),
+    "qwen3_vl": Family("Qwen3VLProcessor", "qwen3_vl"),
+    "internvl": Family("InternVLProcessor", "internvl"),
+    "idefics3": Family("Idefics3Processor", "idefics3"),
+    "smolvlm": Family("SmolVLMProcessor", "smolvlm", needs=("num2words",)),
+    "gemma3": Family("Gemma3Processor", "gemma3"),
+    # The question stands before the answer as the picture does: both see each other.
+    "paligemma": Family("PaliGemmaProcessor", "paligemma", shares=False, chat=False, first_position=1),
+    "pixtral": Family("PixtralProcessor", "pixtral", needs=("torchvision",)),
+    "mistral3": Family("PixtralProcessor", "pixtral", needs=("torchvision",)),
+}
+"""By `model_type`; a LLaVA with Pixtral's tower is "pixtral"."""
+
+ELSEWHERE = {
+    "internvl_chat": "take its conversion for transformers, whose name ends in -hf (OpenGVLab/InternVL3-1B-hf ...)",
+    "llava_llama": "take its conversion for transformers (llava-hf/llava-1.5-7b-hf ...)",
+    "llava_mistral": "take its conversion for transformers (llava-hf/llava-v1.6-mistral-7b-hf ...)",
+    "llava_qwen": "take its conversion for transformers (llava-hf/llava-onevision-qwen2-7b-ov-hf ...)",
+}
+"""What to use instead of layouts that transformers does not have."""
+
+
+def family_of(config: Any) -> Family:
+    """The family of a model's configuration, an object or what its config.json holds. Raises SetupError."""
+    said: dict[str, Any] = config if isinstance(config, dict) else config.to_dict()
+    kind = str(said.get("model_type"))
+    if kind == "llava" and (said.get("vision_config") or {}).get("model_type") == "pixtral":
+        kind = "pixtral"
+    if kind not in FAMILIES:
+        instead = ELSEWHERE.get(kind, f"give one of {', '.join(sorted(FAMILIES))}, or serve it (docs/served.md)")
+        raise SetupError(f"a {kind!r} model cannot be loaded here: {instead}")
+    return FAMILIES[kind]
+
+
+def load_processor(folder: str | Path) -> Any:
+    """A model's own processor, from a directory or a hub name, with its chat template.
+
+    Its image processor is the one that computes with Pillow, and it has none for videos. Raises SetupError with what to
+    install, or when the model is of no known family or has no chat template.
+    """
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+
+    try:
+        family = family_of(AutoConfig.from_pretrained(folder))
+        stock = processor_class(family)
+        with quietly():
+            parts = [AutoImageProcessor.from_pretrained(folder, backend="pil"), AutoTokenizer.from_pretrained(folder)]
+            processor = put_together(stock, parts, stock.get_processor_dict(folder)[0])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SetupError(f"the processor of {folder} cannot be read: {_first_line(error)}") from error
+    processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
+    if family.chat and not processor.chat_template:
+        raise SetupError(f"{folder} has no chat template: take the variant that was tuned for chat (-it, -Instruct)")
+    return processor
+
+
+def put_together(stock: Any, parts: Sequence[Any], settings: dict[str, Any]) -> Any:
+    """A processor of a class of `processor_class` from its image processor and its tokenizer."""
+    videos = [None] if "video_processor" in inspect.signature(stock).parameters else []
+    return stock.from_args_and_dict([*parts, *videos], settings)
+
+
+def processor_class(family: Family) -> Any:
+    """The stock class, which takes pictures and no videos: what reads videos needs torchvision."""
+    try:
+        found: Any = getattr(
+            importlib.import_module(f"transformers.models.{family.module}.processing_{family.module}"), family.processor
+        )
+        for package in family.needs:
+            importlib.import_module(package)
+    except (ImportError, RuntimeError) as error:  # torchvision for another build of torch raises RuntimeError
+        package = " ".join(family.needs) or str(getattr(error, "name", "another version of torchvision"))
+        raise SetupError(
+            f"{family.processor} of transformers needs {package}, made for this torch: pip install {package}"
+        ) from error
+    parts = ["image_processor", "tokenizer"]
+    if found.get_attributes() == parts:
+        return found
+    return type(found.__name__, (found,), {"get_attributes": classmethod(lambda _: parts), "__module__": __name__})
+
+
+def load_model(
+    base: str | Path | None = None,
+    *,
+    tower_layers: int | None = None,
+    text_layers: int | Sequence[int] | None = None,
+    feature_layers: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """An image-text-to-text model and its processor: the embedded base (None), a directory, or a hub name.
+
+    Of a LLaVA only the first `tower_layers` and `text_layers` layers are kept (or, given as a list, just those language
+    layers: which ones go matters more than how many), and the tower's outputs after `feature_layers` are joined as the
+    projector's input. The embedded base has no projector: it starts at random (seed 0) until an adapter brings one.
+    `options`: further ones of `from_pretrained` (attn_implementation, quantization_config, device_map).
+    Raises SetupError when the model cannot be read, is of no known family, or when anything else is missing, left over
+    or of another shape.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    folder = require("base") if base is None else base
+    try:
+        said, _ = _config_dict(folder)
+        family_of(said)
+        config: Any = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise SetupError(f"{folder} cannot be loaded; give a directory or a hub name: {_first_line(error)}") from error
+    chosen = _cut(config, folder, tower_layers, text_layers, feature_layers)
+    try:
+        with quietly(), torch.random.fork_rng():  # dropped layers are expected; what is not is checked below
+            torch.manual_seed(0)
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise SetupError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+    model, info = loaded
+    if any(p.is_meta for p in model.parameters()):
+        raise SetupError(f"{folder} does not fit into the memory of its devices: take bits=4, or more devices")
+    processor = load_processor(folder)
+    # The embedded base has no projector.
+    odd = {k for k in info["missing_keys"] if base is not None or "multi_modal_projector" not in k}
+    odd |= {k for k in info["unexpected_keys"] if not _dropped(k, config)}
+    odd |= {str(k[0]) for k in info["mismatched_keys"]}
+    if odd:
+        raise SetupError(f"{folder} does not fit its configuration: {', '.join(sorted(odd)[:4])} ({len(odd)} in all)")
+    if chosen is not None:
+        _keep_text_layers(model, chosen)
+    return model, processor
+
+
+def _config_dict(folder: str | Path) -> tuple[dict[str, Any], Any]:
+    from transformers import PreTrainedConfig
+
+    found: tuple[dict[str, Any], Any] = PreTrainedConfig.get_config_dict(folder)
+    if "model_type" not in found[0]:
+        raise OSError(f"{folder} has no config.json that names a model type")
+    return found
+
+
+def _cut(
+    config: Any,
+    folder: str | Path,
+    tower_layers: int | None,
+    text_layers: int | Sequence[int] | None,
+    feature_layers: Sequence[int] | None,
+) -> list[int] | None:
+    """Write the cuts into the configuration; returns the language layers that are kept by their numbers."""
+    if tower_layers is None and text_layers is None and feature_layers is None and config.model_type != "llava":
+        return None
+    if config.model_type != "llava":
+        raise SetupError(f"layers can be left out of a LLaVA alone, and {folder} is a {config.model_type!r} model")
+    if tower_layers is not None:
+        config.vision_config.num_hidden_layers = tower_layers
+    chosen = None if text_layers is None or isinstance(text_layers, int) else [int(k) for k in text_layers]
+    known = range(config.text_config.num_hidden_layers)
+    if chosen is not None and (not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(known)):
+        raise SetupError(f"text layers {chosen} of {len(known)}: each once, and only those that there are")
+    if isinstance(text_layers, int):
+        config.text_config.num_hidden_layers = text_layers
+        if getattr(config.text_config, "layer_types", None):
+            config.text_config.layer_types = config.text_config.layer_types[:text_layers]
+    if feature_layers is not None:
+        config.vision_feature_layer = list(feature_layers)
+    layers = config.vision_feature_layer
+    tower = int(config.vision_config.num_hidden_layers)
+    if any(not -tower <= layer <= tower for layer in ([layers] if isinstance(layers, int) else layers)):
+        raise SetupError(f"feature layers {layers} of a tower with {tower} layers: there are none such")
+    return chosen
+
+
+def _keep_text_layers(model: Any, chosen: Sequence[int]) -> None:
+    """Leave only the language layers of the given numbers, in that order."""
+    text = model.model.language_model
+    text.layers = torch.nn.ModuleList([text.layers[k] for k in chosen])
+    for place, layer in enumerate(text.layers):
+        layer.self_attn.layer_idx = place  # where its keys and values stand in the cache
+    for config in (text.config, model.config.text_config):
+        if len(getattr(config, "layer_types", None) or ()) > len(chosen):
+            config.layer_types = [config.layer_types[k] for k in chosen]
+        config.num_hidden_layers = len(chosen)
+
+
+def _dropped(key: str, config: Any) -> bool:
+    """The key belongs to a layer that the configuration leaves out."""
+    if config.model_type != "llava":
+        return False
+    for part, kept in (("vision_tower", config.vision_config), ("language_model", config.text_config)):
+        if part in key and ".layers." in key:
+            return int(key.split(".layers.")[1].split(".")[0]) >= int(kept.num_hidden_layers)
+    return False
+
+
+def reading(
+    base: str | Path | None, place: torch.device, precision: Dtype, device_map: str | None, bits: Bits | None
+) -> dict[str, Any]:
+    """The options of `load_model` with which a base is read as it will be computed with: a 7B in fp32 takes 28 GB.
+
+    The embedded base is read in fp32: it is small, and what an adapter adds to it is rounded once. `device_map`: as in
+    transformers ("auto" spreads a model over all GPUs). Raises SetupError.
+    """
+    if base is None and (device_map or bits):
+        raise SetupError("the embedded model is small: it is read whole, on one device")
+    if base is None:
+        return {}
+    options: dict[str, Any] = {"dtype": TORCH_DTYPES[precision]}
+    if device_map:
+        options["device_map"] = device_map
+    if bits:
+        options["quantization_config"] = in_bits(base, bits, TORCH_DTYPES[precision])
+        options.setdefault("device_map", {"": str(place)})
+    return options
+
+
+def in_bits(base: str | Path, bits: Bits, compute: torch.dtype) -> Any:
+    """The `quantization_config` that reads a base's language layers in 4 (NF4) or 8 bits.
+
+    Tower, projector and head are too few to be worth it. Raises SetupError for other bits, or without bitsandbytes.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
+
+    if bits not in get_args(Bits):
+        raise SetupError(f"weights are read in 4 or 8 bits, not in {bits}")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise SetupError(f"weights in {bits} bits need bitsandbytes: pip install bitsandbytes")
+    with torch.device("meta"):
+        skeleton: Any = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(base))
+    text = next(name for name, module in skeleton.named_modules() if module is skeleton.get_decoder())
+    kept = [n for n, _ in skeleton.named_children() if n != "model"]
+    kept += [f"model.{n}" for n, _ in skeleton.model.named_children() if f"model.{n}" != text]
+    return BitsAndBytesConfig(
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=kept,
+    )
+
+
+def choose_device(device: str | None, dtype: str | None) -> tuple[torch.device, Dtype]:
+    """Where and how to compute: by default a CUDA device with bf16 where there is one, else the CPU with fp32.
+
+    Raises SetupError for a device that is not there or that does not compute so, and UnknownName.
+    """
+    if dtype is not None and dtype not in get_args(Dtype):
+        raise UnknownName("dtype", dtype, get_args(Dtype))
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise SetupError(f"{device!r} is no device; give cpu, cuda, or cuda:1 and so on") from error
+    if place.type == "cuda" and (not torch.cuda.is_available() or (place.index or 0) >= torch.cuda.device_count()):
+        raise SetupError(f"there is no {place} here (torch {torch.__version__}); take --device cpu")
+    if place.type not in ("cpu", "cuda"):
+        raise SetupError(f"{place.type} is not supported; take cpu or cuda")
+    if place.type == "cpu":
+        if dtype == "fp16":
+            raise SetupError("fp16 needs a CUDA device; take fp32, or bf16")
+        return place, "bf16" if dtype == "bf16" else "fp32"
+    if dtype is None:
+        return place, "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return place, "fp32" if dtype == "fp32" else "bf16" if dtype == "bf16" else "fp16"
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the progress bar and the loading report of transformers."""
+    from transformers.utils import logging
+
+    level, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if progress:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, in one line: some of transformers begin with an empty one."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def base_identity(base: str | Path | None) -> dict[str, str]:
+    """Name and SHA-256 of a base model's weights; the hash is "" for a hub name (its revision stands for it)."""
+    if base is None:
+        return {"name": BASE_NAME, "sha256": file_sha256(require("base") / "model.safetensors")}
+    files = sorted(Path(base).glob("*.safetensors")) if Path(base).is_dir() else []
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return {"name": str(base) if not files else Path(base).name, "sha256": digest.hexdigest() if files else ""}
