@@ -550,11 +550,7 @@ def test_chat_cannot_change_the_verdict(visitor: Visitor, detector: FakeDetector
     visitor.show(ONE)
     said = visitor.ask(question)[1].replace("\xa0", " ")
     assert said.endswith("Stored verdict, which chat cannot change: Likely fake, 93 %.")
-    if detector.asked:
-        assert "Note: This answer says real, the verdict is fake." in said
-        assert detector.asked[0][0].verdict == Verdict("fake", 0.93)
-    else:
-        assert "real, 1 %" not in said and "0.0" not in said and ("blending: 91 %" in said or "is 93 %" in said)
+    assert "You are right" not in said and "real, 1 %" not in said and "0.0" not in said and "93 %" in said
     assert "that this face is forged is 93 %" in visitor.ask("How sure are you?")[3].replace("\xa0", " ")
 
 
@@ -563,7 +559,7 @@ def test_numbers_come_from_the_report_and_not_from_the_model(visitor: Visitor, d
     visitor.show(ONE)
     visitor.ask("How sure are you?")
     _, sure, _, who = (text.replace("\xa0", " ") for text in visitor.ask("Which expert said what?"))
-    assert "93 %" in sure and "Below 35 %" in sure and "above 72 %" in sure and "88 %" in sure
+    assert "93 %" in sure and "Below 35 %" in sure and "from 72 % on" in sure and "88 %" in sure
     assert "- blending: 91 %" in who and "- clip: 22 %" in who and "- swin: no score (its weights are not here)" in who
     assert not detector.asked
     assert visitor.ask("What about the eyes?")[5].startswith("The eyes show nothing unusual.") and detector.asked

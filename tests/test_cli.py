@@ -124,7 +124,7 @@ def test_person_reads_verdict_rationale_cues_and_experts(run: Run, photos: Path)
     """The block must hold the answer and its grounds, an expert without a score included."""
     done = run("detect", photos / "a.png")
     assert done.exit_code == 0
-    assert done.stdout.splitlines()[0] == f"FAKE  p=0.93  face 1/1  {photos / 'a.png'}"
+    assert done.stdout.splitlines()[0] == f"Likely fake  p=0.93  face 1/1  {photos / 'a.png'}"
     for part in (
         "blended",
         "jaw · blending",

@@ -153,7 +153,7 @@ def test_page_asks_nothing_from_anywhere() -> None:
     [
         (Verdict("fake", 0.93), "Likely fake", "fake"),
         (Verdict("real", 0.06), "Likely real", "real"),
-        (Verdict("inconclusive", 0.5, "in_band"), "Inconclusive", "inconclusive"),
+        (Verdict("inconclusive", 0.5, "in_band"), "No answer", "inconclusive"),
         (Verdict("inconclusive", None, "no_face"), "Not assessed", "none"),
     ],
 )
@@ -385,3 +385,22 @@ def test_pdf_comes_from_a_printer_or_says_what_to_install(tmp_path: Path, monkey
     with pytest.raises(SetupError, match="could not print"):
         html_report.write_pdf(out, "other")
     assert out.read_bytes() == b"%PDF<p>page</p>"
+
+
+def test_control_and_direction_characters_are_spelled_out() -> None:
+    """Bug prevented: a name with a right-to-left mark shows `photo\u202egpj.exe` as a JPEG's."""
+    html = html_report.render([report(path="photo\u202egpj.exe \x1b[31m")], [None])
+    assert "photo\\u202egpj.exe \\x1b[31m" in html and "\u202e" not in html and "\x1b" not in html
+
+
+def test_the_answer_and_what_to_do_next_stand_before_what_is_folded() -> None:
+    """Bug prevented: next steps at the end of a page that nobody scrolls through."""
+    html = html_report.render([report(verdict=Verdict("fake", 0.93, None, "part"))], [ASTRONAUT])
+    first, *_ = html.split("<details")
+    assert "Likely fake: changed in part" in first and "reverse image search" in first and "blending leaves" in first
+
+
+def test_many_files_have_an_index_and_a_folded_section_each() -> None:
+    many = page(*[report(path=f"{i}.jpg") for i in range(33)], pictures=[None] * 33)
+    assert len(many.all("details", **{"class": "file"})) == 33
+    assert {a["href"] for a in many.all("a")} >= {f"#open-{i}" for i in range(1, 34)}

@@ -352,7 +352,7 @@ _UNDECIDED = re.compile(
     r"\b(?:than|unlike|of|in|from|for|with|as \w+ as)(?: an?| any| the)? (?:real|genuine|authentic) (?=\w)|"
     r"(?:\b(?:an?|any) |^)(?:real|genuine|authentic|un\w+ed) \w+ (?:would|does|do|never)\b|"
     r"\b(?:fake|artificial) (?:eyelash|lash|nail|tan|teeth|smile|light)\w*|"
-    r"\b(?:no|little|hardly any|without|without a|without any|beyond|beyond any|not|never) (?:doubt|question)(?: that)?\b|"
+    r"\b(?:no|little|hardly any|(?:without|beyond)(?: an?y?)?|not|never) (?:doubt|question)(?: that)?\b|"
     r"\bnot only\b|\bnot (?:unlikely|impossible|improbable)\b"
 )
 _DENIES = re.compile(
@@ -362,7 +362,8 @@ _DENIES = re.compile(
 )
 # "That it is real is doubtful": the denial comes after what it denies.
 _DENIED_AFTER = re.compile(
-    r"^\W*(?:\w+ ){0,2}?(?:is|seems|looks|appears) (?:\w+ )?(?:unlikely|improbable|doubtful|false|untrue|wrong|in doubt)\b"
+    r"^\W*(?:\w+ ){0,2}?(?:is|seems|looks|appears) (?:\w+ )?"
+    r"(?:unlikely|improbable|doubtful|false|untrue|wrong|in doubt)\b"
 )
 
 
@@ -392,13 +393,13 @@ def said_labels(text: str) -> set[str]:
 
 
 _WHOLE = re.compile(
-    r"\b(?:no camera|(?:a|an image|some) generator (?:made|drew)|made (?:as a whole )?by a generator|(?:from|of) an? (?:image )?"
-    r"generator|(?:looks?|is|are|appears?|seems?) (?:\w+ )?(?:generated|synthetic)|(?:entire|entirely|fully|wholly|completely) "
-    r"(?:face synthesis|synthetic|generated)|face synthesis|generated as a whole)\b"
+    r"\b(?:no camera|(?:a|an image|some) generator (?:made|drew)|made (?:as a whole )?by a generator|"
+    r"(?:from|of) an? (?:image )?generator|(?:looks?|is|are|appears?|seems?) (?:\w+ )?(?:generated|synthetic)|"
+    r"(?:entirely|fully|wholly|completely) (?:synthetic|generated)|face synthesis|generated as a whole)\b"
 )
 _PART = re.compile(
-    r"\b(?:face[- ]?swap\w*|swapped|re-?enact\w*|edit(?:ed|ing)|pasted|changed in part|retouch\w*|put on top|painted over|"
-    r"two (?:sources|layers)|(?:another|other) (?:source|file)|moved afterwards|changed by hand)\b"
+    r"\b(?:face[- ]?swap\w*|swapped|re-?enact\w*|edit(?:ed|ing)|pasted|changed in part|retouch\w*|put on top|"
+    r"painted over|two (?:sources|layers)|(?:another|other) (?:source|file)|moved afterwards|changed by hand)\b"
 )
 
 

@@ -22,8 +22,8 @@ _LANGUAGES = (
     r"russian|ukrainian|turkish|arabic|chinese|mandarin|japanese|korean|hindi|swedish|czech|greek|hebrew"
 )
 _FOREIGN = re.compile(
-    r"[\u0370-\u1fff\u3040-\u9fff\uac00-\ud7af]|\b(?:warum|wieso|ist das|was soll|wer ist|pourquoi|est-ce|qui est|por qu[eé]|"
-    r"es (?:real|falso|verdad)|qui[eé]n|perch[eé]|[eè] (?:vero|falso)|porqu[eê]|waarom|dlaczego|czy|neden)\b",
+    r"[\u0370-\u1fff\u3040-\u9fff\uac00-\ud7af]|"
+    r"\b(?:warum|wieso|ist das|was soll|wer ist|pourquoi|est-ce|qui est|por qu[eé]|es (?:real|falso|verdad)|qui[eé]n|perch[eé]|[eè] (?:vero|falso)|porqu[eê]|waarom|dlaczego|czy|neden)\b",
     re.IGNORECASE,
 )
 
@@ -189,31 +189,52 @@ _ANSWERS: dict[str, Callable[[Report, FaceReport], str]] = {
     "verdict": _verdict,
 }
 _INTENTS = tuple(
-    (name, re.compile(asked))
-    for name, asked in (
-        ("language", rf"\b(?:in|into|speak|to) (?:{_LANGUAGES})\b|\btranslat|\b(?:other|another|my) language\b"),
-        ("sure", r"\bhow (?:sure|certain|confident|likely|reliable|accurate)|\bprobabilit|\bpercent|\bconfiden|\bcertain|"
-                 r"\bare you sure\b|\bcould (?:it|you|this) be wrong\b|\btrust (?:you|this|the)\b"),
-        ("experts", r"\b(?:experts?|detectors?|scores?|blind spots?)\b"),
-        ("technique", r"\bwh(?:ich|at) (?:technique|kind|sort|type|tool|program|software|app|ai|generator|model|method)\b|"
-                      r"\bhow was (?:it|this|that|he|she) (?:made|done|faked|forged|edited|changed|generated)\b|"
-                      r"\bwhat was (?:done|changed|edited)\b|\bwho (?:made|faked|forged|created|did)\b|\bface ?swap\b|"
-                      r"\b(?:midjourney|stable diffusion|dall-?e|gan)\b"),
-        ("who", r"\bwho(?:'s| is| are| was)\b|\bwhose\b|\bname of\b|\brecogni[sz]e\b|\bidentify\b|\bis (?:this|that|it) (?:mr|mrs|"
-                r"ms|president|senator)\b"),
-        ("person", r"\bhow old (?:is|are|was)\b|\b(?:his|her|their) age\b|\bethnic|\brace\b|\bnationalit|\bfeels?\b|"
-                   r"\bin love\b|\b(?:beautiful|attractive|handsome|honest|lying)\b"),
-        ("taken", r"\b(?:when|where) (?:was|is|were) (?:it|this|that|the \w+) (?:taken|shot|made|from)\b|\bwhich camera\b|"
-                  r"\bmetadata\b|\bexif\b|\bc2pa\b|\bcontent credentials\b"),
-        ("publish", r"\bpublish|\bprint (?:it|this)\b|\b(?:post|share|accuse|sue|prove|proof|court|evidence|police|report)\b"),
-        ("do", r"\bwhat (?:should|can|do|must|shall|could) (?:i|we|one)\b|\bwhat (?:now|next)\b|\bnext steps?\b|"
-               r"\bhow (?:can|do|could|should) (?:i|we) (?:check|verify|find out|confirm|know|test)\b"),
-        ("cause", r"\bfilters?\b|\bmake-?up\b|\bcompress|\bjpe?g\b|\bwhatsapp\b|\bold (?:photo|picture|image|camera|scan)|"
-                  r"\bscan|\bblurr?y|\blow (?:quality|resolution)|\bscreenshot|\bresiz|\bphotoshop|\bretouch|\bbeauty\b|"
-                  r"\bblack and white\b|\bsmall (?:photo|picture|image|copy)\b|\blighting\b"),
-        ("where", r"\b(?:which|what) (?:area|part|place|region|spot)|\bwhere\b|\bshow me\b"),
-        ("why", r"\bwhy\b|\bwhat makes you\b|\breasons?\b|\bexplain\b|\bhow (?:do|can|did) you (?:know|tell)\b|"
-                r"\bwhat did you (?:see|look|find)|\bconvince\b"),
-        ("verdict", r"\b(?:real|fake|genuine|authentic|forged|deep-?fake|manipulated|generated|true|verdict|answer)\b"),
-    )
+    (name, re.compile(rf"\b(?:{'|'.join(asked)})"))
+    for name, asked in {
+        "language": (rf"(?:in|into|speak|to) (?:{_LANGUAGES})\b", "translat", r"(?:other|another|my) language\b"),
+        "sure": (
+            "how (?:sure|certain|confident|likely|reliable|accurate)", "probabilit", "percent", "confiden", "certain",
+            r"are you sure\b", r"could (?:it|you|this) be wrong\b", r"trust (?:you|this|the)\b",
+        ),
+        "experts": (r"(?:experts?|detectors?|scores?|blind spots?)\b",),
+        "technique": (
+            r"wh(?:ich|at) (?:technique|kind|sort|type|tool|program|software|app|ai|generator|model|method)\b",
+            r"how was (?:it|this|that|he|she) (?:made|done|faked|forged|edited|changed|generated)\b",
+            r"what was (?:done|changed|edited)\b", r"who (?:made|faked|forged|created|did)\b", r"face ?swap\b",
+            r"(?:midjourney|stable diffusion|dall-?e|gan)\b",
+        ),
+        "who": (
+            r"who(?:'s| is| are| was)\b", r"whose\b", r"name of\b", r"recogni[sz]e\b", r"identify\b",
+            r"is (?:this|that|it) (?:mr|mrs|ms|president|senator)\b",
+        ),
+        "person": (
+            r"how old (?:is|are|was)\b", r"(?:his|her|their) age\b", "ethnic", r"race\b", "nationalit", r"feels?\b",
+            r"in love\b", r"(?:beautiful|attractive|handsome|honest|lying)\b",
+        ),
+        "taken": (
+            r"(?:when|where) (?:was|is|were) (?:it|this|that|the \w+) (?:taken|shot|made|from)\b", r"which camera\b",
+            r"metadata\b", r"exif\b", r"c2pa\b", r"content credentials\b",
+        ),
+        "publish": (
+            "publish", r"print (?:it|this)\b", r"(?:post|share|accuse|sue|prove|proof|court|evidence|police)\b",
+        ),
+        "do": (
+            r"what (?:should|can|do|must|shall|could) (?:i|we|one)\b", r"what (?:now|next)\b", r"next steps?\b",
+            r"how (?:can|do|could|should) (?:i|we) (?:check|verify|find out|confirm|know|test)\b",
+        ),
+        "cause": (
+            r"filters?\b", r"make-?up\b", "compress", r"jpe?g\b", r"whatsapp\b", "scan", "blurr?y", "retouch",
+            "old (?:photo|picture|image|camera)", r"low (?:quality|resolution)\b", "screenshot", "resiz", "photoshop",
+            r"beauty\b", r"black and white\b", r"small (?:photo|picture|image|copy)\b",
+        ),
+        "where": (r"(?:which|what) (?:area|part|place|region|spot)", r"where\b", r"show me\b"),
+        "why": (
+            r"why\b", r"what makes you\b", r"reasons?\b", r"explain\b", r"how (?:do|can|did) you (?:know|tell)\b",
+            "what did you (?:see|look|find)", r"convince\b",
+        ),
+        "verdict": (
+            r"(?:real|fake|genuine|authentic|forged|deep-?fake|manipulated|generated|true|verdict|answer)\b",
+        ),
+    }.items()
 )  # fmt: skip
+"""In the order in which they are tried."""

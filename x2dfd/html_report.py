@@ -21,7 +21,7 @@ from x2dfd.answer import LIMITS, NEXT_STEPS, NOT_PROOF, percent, shown
 from x2dfd.errors import SetupError
 from x2dfd.experts import cards
 from x2dfd.files import write_bytes
-from x2dfd.types import Card, FaceReport, Failure, Report, Verdict
+from x2dfd.types import Card, FaceReport, Failure, Report
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -143,7 +143,13 @@ def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) 
         "figures": list(_figures(report, picture)),
         "faces": [_face(face, face is decider, report, blind_spots) for face in full],
         "briefly": [
-            (_moment(face), face.index + 1, answer.status(face.verdict), answer.word(face.verdict), percent(face.verdict.p_fake))
+            (
+                _moment(face),
+                face.index + 1,
+                answer.status(face.verdict),
+                answer.word(face.verdict),
+                percent(face.verdict.p_fake),
+            )
             for face in report.faces
             if face not in full
         ],
@@ -270,7 +276,9 @@ def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], 
              "chip_x": max(0.0, min(x, width - chip)),
              "chip_y": y - 1.5 * text if y > 1.5 * text else min(y + h, height - 1.5 * text)}
         )  # fmt: skip
-    spoken = "; ".join(f"face {f.index + 1}: {answer.word(f.verdict).lower()}, {percent(f.verdict.p_fake)}" for f in faces)
+    spoken = "; ".join(
+        f"face {f.index + 1}: {answer.word(f.verdict).lower()}, {percent(f.verdict.p_fake)}" for f in faces
+    )
     return {
         "uri": _jpeg_uri(pixels),
         "alt": f"{what}{Path(report.path or 'picture').name}, {spoken or 'no face found'}",
