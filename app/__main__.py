@@ -65,7 +65,8 @@ def run(
 ) -> None:
     """Load the first model of the list and serve the page until it is stopped; a visitor's pick loads the others.
 
-    Arguments as for `listed` and `app.demo.launch`. Uploads are removed when it stops. Raises X2DFDError for what a user can mend.
+    Arguments as for `listed` and `app.demo.launch`. Uploads are removed when it stops.
+    Raises X2DFDError for what a user can mend.
     """
     if find_spec("gradio") is None:
         raise SetupError("the demo needs gradio: pip install -c constraints.txt '.[app]'")

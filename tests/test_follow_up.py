@@ -37,9 +37,9 @@ def test_no_sign_is_named_on_a_photo_that_is_not_called_fake(verdict: Verdict) -
 
 
 def test_a_text_of_another_kind_of_fake_gives_way_to_the_facts() -> None:
-    text = readable(
-        "This looks like a face that no camera ever took.", Verdict("fake", 0.9, None, "part"), POINTS, NOBODY
-    )
+    whole = "This looks like a face that no camera ever took."
+    assert readable(whole, Verdict("fake", 0.9, None, "whole"), POINTS, NOBODY) == whole
+    text = readable(whole, Verdict("fake", 0.9, None, "part"), POINTS, NOBODY)
     assert text == "A part of the photo looks changed. A seam runs along the jaw."
 
 

@@ -23,7 +23,8 @@ _LANGUAGES = (
 )
 _FOREIGN = re.compile(
     r"[\u0370-\u1fff\u3040-\u9fff\uac00-\ud7af]|"
-    r"\b(?:warum|wieso|ist das|was soll|wer ist|pourquoi|est-ce|qui est|por qu[eé]|es (?:real|falso|verdad)|qui[eé]n|perch[eé]|[eè] (?:vero|falso)|porqu[eê]|waarom|dlaczego|czy|neden)\b",
+    r"\b(?:warum|wieso|ist das|was soll|wer ist|pourquoi|est-ce|qui est|por qu[eé]|es (?:real|falso|verdad)|qui[eé]n|"
+    r"perch[eé]|[eè] (?:vero|falso)|porqu[eê]|waarom|dlaczego|czy|neden)\b",
     re.IGNORECASE,
 )
 
