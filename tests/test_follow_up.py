@@ -59,7 +59,8 @@ def test_a_rationale_without_an_answer_says_for_what_it_argues() -> None:
 @pytest.mark.parametrize(
     ("question", "asked"),
     [
-        ("Why?", "why"), ("Which area?", "where"), ("How sure are you?", "sure"), ("Is it just a beauty filter?", "cause"),
+        ("Why?", "why"), ("Which area?", "where"), ("How sure are you?", "sure"),
+        ("Is it just a beauty filter?", "cause"),
         ("Could it be JPEG compression?", "cause"), ("Is it an old photo?", "cause"), ("What should I do?", "do"),
         ("Who is this?", "who"), ("Can I publish it?", "publish"), ("Answer in German", "language"),
         ("Warum ist das falsch?", "language"), ("How old is she?", "person"), ("Which technique?", "technique"),
