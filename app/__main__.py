@@ -77,7 +77,8 @@ def run(
         print(f"note: everyone who can reach {host}:{port} can use this page; it asks for no password", file=sys.stderr)
     detector = load()
     with tempfile.TemporaryDirectory(prefix="x2dfd-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "uploads")  # gone with the folder, whenever it stops
+        # Gone with the folder when it stops, unless whoever starts it names another place.
+        os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(folder) / "uploads"))
         page = build(
             detector, make_examples(Path(folder)), name=name, others=dict(others),
             sends_to=urlsplit(served).netloc if served else "",

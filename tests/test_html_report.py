@@ -365,7 +365,7 @@ def test_file_facts_cards_and_credentials_stand_on_the_page() -> None:
     ):
         assert fact in shown.text
     assert shown.text.count("alert(2)") == 3 + 1 and not shown.all("script")  # once more among the technical details
-    assert "clip, version" in shown.text and "Next steps for the reader" in shown.text
+    assert "clip, version" in shown.text and "What to do next" in shown.text
 
 
 def test_pdf_comes_from_a_printer_or_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
