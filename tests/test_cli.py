@@ -71,7 +71,8 @@ class SmallDetector:
             cues = (Cue("jaw", "blending"),)
             face = FaceReport(
                 index=0, box=(170.0, 60.0, 110.0, 140.0), confidence=0.9, verdict=verdict, p_fake_mllm=0.8,
-                rationale="The jaw\x1b[31m shows a <b>blended</b> seam." if rationale else "", cues=cues, evidence=evidence,
+                rationale="The jaw\x1b[31m shows a <b>blended</b> seam." if rationale else "",
+                cues=cues, evidence=evidence,
                 contradictions=("The experts see nothing at the jaw.",),
             )  # fmt: skip
             yield Report(
