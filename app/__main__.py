@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -13,9 +14,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import x2dfd
+from app.guard import LOOPBACK
 from x2dfd.errors import SetupError, X2DFDError
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def make_examples(folder: Path) -> list[tuple[str, Path]]:
@@ -53,10 +53,20 @@ def listed(
     return found | {"embedded": x2dfd.load}
 
 
-def run(models: Sequence[str], host: str, port: int, *, served: str | None = None, adapter: Path | None = None) -> None:
+def run(
+    models: Sequence[str],
+    host: str,
+    port: int,
+    *,
+    served: str | None = None,
+    adapter: Path | None = None,
+    root_path: str = "",
+    names: Sequence[str] = (),
+) -> None:
     """Load the first model of the list and serve the page until it is stopped; a visitor's pick loads the others.
 
-    Arguments as for `listed`. Raises X2DFDError for what a user can mend.
+    Arguments as for `listed` and `app.demo.launch`. Uploads are removed when it stops.
+    Raises X2DFDError for what a user can mend.
     """
     if find_spec("gradio") is None:
         raise SetupError("the demo needs gradio: pip install -c constraints.txt '.[app]'")
@@ -67,13 +77,15 @@ def run(models: Sequence[str], host: str, port: int, *, served: str | None = Non
         print(f"note: everyone who can reach {host}:{port} can use this page; it asks for no password", file=sys.stderr)
     detector = load()
     with tempfile.TemporaryDirectory(prefix="x2dfd-") as folder:
+        # Gone with the folder when it stops, unless whoever starts it names another place.
+        os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(folder) / "uploads"))
         page = build(
             detector, make_examples(Path(folder)), name=name, others=dict(others),
             sends_to=urlsplit(served).netloc if served else "",
         )  # fmt: skip
         print(f"open http://{host}:{port} in a browser; Ctrl+C stops it", file=sys.stderr)
         try:
-            launch(page, host, port)
+            launch(page, host, port, root_path=root_path, names=names)
         except OSError as error:
             raise SetupError(f"cannot listen on {host}:{port} ({error}); give another port with --port") from error
 
@@ -97,9 +109,17 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="the adapter that the endpoint serves as --model")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: 7860)")
+    parser.add_argument("--root-path", default="", metavar="/PATH", help="the path under which a proxy shows the page")
+    parser.add_argument(
+        "--name", action="append", default=[], metavar="HOST",
+        help="a host name by which browsers call the page, as behind a proxy; others are then refused",
+    )  # fmt: skip
     given = parser.parse_args()
     try:
-        run(given.model, given.host, given.port, served=given.served, adapter=given.adapter)
+        run(
+            given.model, given.host, given.port, served=given.served, adapter=given.adapter,
+            root_path=given.root_path, names=given.name,
+        )  # fmt: skip
     except X2DFDError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -22,16 +21,18 @@ import gradio as gr
 import jinja2
 from gradio import processing_utils
 from PIL import Image
+from starlette.middleware import Middleware
 
+from app.guard import LOOPBACK, Guard, Quota
 from x2dfd import case as case_record
-from x2dfd.case import NOT_PROOF
+from x2dfd.answer import KINDS_SAID, NEXT_STEPS, NOT_PROOF, WORDS, meaning, percent, shown, stance, status, told
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.experts import expert_class
-from x2dfd.explain import contradictions, read_cues
-from x2dfd.html_report import COLOURS, PROVENANCE, REASONS, UNCOUNTED, overlays, percent, render
+from x2dfd.follow_up import checked, from_report
+from x2dfd.html_report import COLOURS, PROVENANCE, UNCOUNTED, overlays, render
 from x2dfd.media import Video, load_media
 from x2dfd.statements import CAVEAT, LEAD, of_generator
-from x2dfd.types import FaceReport, Failure, Report, Verdict
+from x2dfd.types import FaceReport, Failure, Report
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 MAX_FILE = "30mb"
+UPLOADS_MAX = 1 << 30  # bytes of all uploads that lie here together
 MAX_QUEUE = 32  # requests that wait; later ones are told that the queue is full
 MAX_QUESTION = 500  # characters
 KEEP_S = 3600  # uploads, reports and sessions are deleted after that many seconds
@@ -48,16 +50,7 @@ SOON = "You can ask about the result when its explanation is written."
 NOTHING = "No face was found, so there is nothing to ask about."
 # Screen readers tell what changes in a place that was there before, and not what comes with its own `role="status"`.
 LIVE = "element.setAttribute('aria-live', 'polite')"
-SUGGESTIONS = ("What about the eyes?", "Which technique?", "How sure are you?", "Explain it to my editor")
-
-WORDS = {"fake": "Likely fake", "real": "Likely real", "inconclusive": "Inconclusive", "none": "Not assessed"}
-MEANINGS = {
-    "fake": "To the models, the face looks more like the forged faces they know than like real ones.",
-    "real": "Taken together, the models found no forgery of a kind they know. An unknown kind can look like this too.",
-}
-# Questions that the report answers exactly; a language model could only garble the numbers.
-HOW_SURE = re.compile(r"\b(how (sure|certain|confident|likely)|probabilit|percent|confidence|certainty)", re.I)
-WHO_SAID = re.compile(r"\b(experts?|detectors?|scores?|blind spots?)\b", re.I)
+SUGGESTIONS = ("Why?", "Which area?", "How sure are you?", "What should I do now?")
 
 
 class Judge(Protocol):
@@ -158,11 +151,9 @@ def answer(detector: Judge, case: Case, index: int | None, question: str) -> str
     """The answer to a follow-up about one face, with the stored verdict under it."""
     report, face = case.report, case.face(index)
     if face is None:
-        return f"No face was assessed in this file, so nothing can be said about a forgery.\n\n{_stands(case, face)}"
-    if HOW_SURE.search(question):
-        said = how_sure(report, face)
-    elif WHO_SAID.search(question):
-        said = who_said(report, face)
+        return f"{from_report(report, None, question)}\n\n{_stands(case, face)}"
+    if (known := from_report(report, face, question)) is not None:
+        said = known
     elif report.media.get("kind") == "video":
         said = f"About a video, only its report can be quoted: {face.rationale or 'it holds no explanation.'}"
     else:
@@ -179,56 +170,16 @@ def _from_model(detector: Judge, case: Case, face: FaceReport, question: str) ->
         return f"This cannot be answered: {error.reason}."
     except X2DFDError as error:
         return f"This cannot be answered: {error}."
-    against = contradictions(said, face.verdict.label, face.evidence, read_cues(said))
-    notes = "".join(f"\nNote: {note}" for note in against).replace("The rationale", "This answer")
-    return (said or "The model has no answer to this.") + notes
-
-
-def how_sure(report: Report, face: FaceReport) -> str:
-    """The report's own numbers in plain words."""
-    verdict, band = face.verdict, report.model.get("band")
-    calibrated = "calibrated" if report.model.get("mode") != "paper" else "uncalibrated"
-    said = [f"The {calibrated} estimate that this face is forged is {percent(verdict.p_fake)}."]
-    if band:
-        low, high = percent(band[0]), percent(band[1])
-        said.append(f"Below {low} the answer is real, above {high} it is fake; in between no answer is given.")
-    if verdict.label == "inconclusive":
-        said.append(REASONS.get(verdict.reason or "", verdict.reason or ""))
-    if face.p_fake_mllm is not None:
-        said.append(f"The language model alone says {percent(face.p_fake_mllm)}.")
-    said.append("It holds for pictures like those the models were tested on, and is not proof.")
-    return " ".join(said)
-
-
-def who_said(report: Report, face: FaceReport) -> str:
-    """Each expert's score, a line each."""
-    if not face.evidence:
-        return "No expert was asked about this face."
-    lines = [
-        f"- {e.expert}: "
-        + (f"no score ({e.note or 'no reason was given'})" if e.score is None else percent(e.score))
-        + (" (no weight of its own in the verdict)" if e.expert in report.uncounted else "")
-        for e in face.evidence
-    ]
-    own = "" if face.p_fake_mllm is None else f"\n- the language model itself: {percent(face.p_fake_mllm)}"
-    return "Each one's own probability that this face is forged:\n" + "\n".join(lines) + own
+    return checked(said, face)
 
 
 def _stands(case: Case, face: FaceReport | None) -> str:
     whole = case.report.verdict
-    said = f"Stored verdict, which chat cannot change: {_told(face.verdict if face else whole)}."
-    return said if len(case.report.faces) < 2 else f"{said} Whole file: {_told(whole)}."
-
-
-def _told(verdict: Verdict) -> str:
-    return WORDS[_kind(verdict)] + ("" if verdict.p_fake is None else f", {percent(verdict.p_fake)}")
+    said = f"Stored verdict, which chat cannot change: {told(face.verdict if face else whole)}."
+    return said if len(case.report.faces) < 2 else f"{said} Whole file: {told(whole)}."
 
 
 # --- drawing ---
-
-
-def _kind(verdict: Verdict) -> str:
-    return "none" if verdict.p_fake is None else verdict.label
 
 
 @cache
@@ -243,9 +194,8 @@ def card(judged: Report | Failure) -> str:
     """The verdict card as HTML."""
     if isinstance(judged, Failure):
         return _draw("problem", judged)
-    kind = _kind(judged.verdict)
-    meaning = MEANINGS.get(kind) or REASONS.get(judged.verdict.reason or "", judged.verdict.reason or "")
-    return _draw("card", judged, kind, meaning)
+    kind = status(judged.verdict)
+    return _draw("card", judged, kind, meaning(judged.verdict, len(judged.faces)))
 
 
 def face_panel(case: Case, index: int | None) -> str:
@@ -268,15 +218,30 @@ def face_panel(case: Case, index: int | None) -> str:
 def choices(report: Report) -> list[tuple[str, int]]:
     """The faces as a visitor reads them, and their index."""
     when = ["" if f.time_s is None else f" at {f.time_s:.1f} s" for f in report.faces]
-    return [(f"Face {f.index + 1}{at}: {_told(f.verdict)}", f.index) for f, at in zip(report.faces, when, strict=True)]
+    return [(f"Face {f.index + 1}{at}: {told(f.verdict)}", f.index) for f, at in zip(report.faces, when, strict=True)]
 
 
 @cache
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"percent": percent, "kind": _kind, "blind_spot": _blind_spot}
-    environment.globals |= {"WORDS": WORDS, "NOT_PROOF": NOT_PROOF, "PROVENANCE": PROVENANCE, "UNCOUNTED": UNCOUNTED}
-    environment.globals |= {"LEAD": LEAD, "CAVEAT": CAVEAT, "of_generator": of_generator}
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        finalize=lambda value: shown(value) if type(value) is str else value,
+    )
+    environment.filters |= {"percent": percent, "kind": status, "blind_spot": _blind_spot}
+    environment.globals |= {
+        "WORDS": WORDS,
+        "KINDS": KINDS_SAID,
+        "STEPS": NEXT_STEPS,
+        "stance": stance,
+        "NOT_PROOF": NOT_PROOF,
+        "PROVENANCE": PROVENANCE,
+        "UNCOUNTED": UNCOUNTED,
+        "LEAD": LEAD,
+        "CAVEAT": CAVEAT,
+        "of_generator": of_generator,
+    }
     return environment.from_string((HERE / "page.jinja").read_text("utf-8"))
 
 
@@ -475,15 +440,24 @@ def build(
     return page
 
 
-def launch(page: gr.Blocks, host: str, port: int, *, block: bool = True) -> str:
-    """Serve the page; returns its address (with `block`, once it is stopped). Raises OSError if the port is taken."""
+def launch(
+    page: gr.Blocks, host: str, port: int, *, block: bool = True, root_path: str = "", names: Iterable[str] = ()
+) -> str:
+    """Serve the page; returns its address (with `block`, once it is stopped). Raises OSError if the port is taken.
+
+    `root_path`: the path under which a proxy shows it. `names`: hosts, besides this machine's own, by which browsers
+    may call it; others are refused where it listens on this machine alone or where names are given.
+    """
     processing_utils.async_ssrf_protected_download = _refuse_address
+    allowed = {host, *LOOPBACK, *names} if names or host in LOOPBACK else None
+    uploads = Quota(Path(page.GRADIO_CACHE), UPLOADS_MAX)
     _, address, _ = page.launch(
         server_name=host, server_port=port, prevent_thread_lock=not block, quiet=True, inbrowser=False, share=False,
         show_error=False, max_file_size=MAX_FILE, allowed_paths=[], state_session_capacity=200, ssr_mode=False,
         enable_monitoring=False, mcp_server=False, run_history=False, footer_links=["api"],
         theme=gr.themes.Default(primary_hue="slate", neutral_hue="slate").set(body_text_color_subdued="*neutral_600"),
-        css_paths=[HERE / "style.css"],
+        css_paths=[HERE / "style.css"], root_path=root_path or None,
+        app_kwargs={"middleware": [Middleware(Guard, uploads=uploads, hosts=allowed)]},
     )  # fmt: skip
     return str(address)
 

@@ -30,6 +30,7 @@ pytest.importorskip("gradio", reason="gradio is not installed: pip install -c co
 import app.__main__ as command
 from app import demo
 from x2dfd import case as case_record
+from x2dfd import follow_up
 from x2dfd.errors import InputError, SetupError
 from x2dfd.html_report import UNCOUNTED
 from x2dfd.media import load_media, media_summary
@@ -330,9 +331,9 @@ def test_an_expert_without_a_weight_is_named_so(detector: FakeDetector, tmp_path
     (tmp_path / "one.jpg").write_bytes(ONE)
     [told] = detector.detect_many([str(tmp_path / "one.jpg")])
     assert isinstance(told, Report)
-    assert "no weight" not in demo.who_said(told, told.faces[0])
+    assert "no weight" not in follow_up.who_said(told, told.faces[0])
     told = replace(told, model={**told.model, "weights": {"mllm": 1.0, "blending": 0.0, "clip": 0.4}})
-    lines = demo.who_said(told, told.faces[0]).splitlines()
+    lines = follow_up.who_said(told, told.faces[0]).splitlines()
     assert [line for line in lines if "no weight" in line] == ["- blending: 91 % (no weight of its own in the verdict)"]
     panel = Page(demo.face_panel(demo.Case(told, "one.jpg", {None: ""}), 0)).text
     assert panel.count(UNCOUNTED) == 1 and f"blending 91 % {UNCOUNTED}" in panel.replace("\xa0", " ")
@@ -551,11 +552,7 @@ def test_chat_cannot_change_the_verdict(visitor: Visitor, detector: FakeDetector
     visitor.show(ONE)
     said = visitor.ask(question)[1].replace("\xa0", " ")
     assert said.endswith("Stored verdict, which chat cannot change: Likely fake, 93 %.")
-    if detector.asked:
-        assert "Note: This answer says real, the verdict is fake." in said
-        assert detector.asked[0][0].verdict == Verdict("fake", 0.93)
-    else:
-        assert "real, 1 %" not in said and "0.0" not in said and ("blending: 91 %" in said or "is 93 %" in said)
+    assert "You are right" not in said and "real, 1 %" not in said and "0.0" not in said and "93 %" in said
     assert "that this face is forged is 93 %" in visitor.ask("How sure are you?")[3].replace("\xa0", " ")
 
 
@@ -564,7 +561,7 @@ def test_numbers_come_from_the_report_and_not_from_the_model(visitor: Visitor, d
     visitor.show(ONE)
     visitor.ask("How sure are you?")
     _, sure, _, who = (text.replace("\xa0", " ") for text in visitor.ask("Which expert said what?"))
-    assert "93 %" in sure and "Below 35 %" in sure and "above 72 %" in sure and "88 %" in sure
+    assert "93 %" in sure and "Below 35 %" in sure and "from 72 % on" in sure and "88 %" in sure
     assert "- blending: 91 %" in who and "- clip: 22 %" in who and "- swin: no score (its weights are not here)" in who
     assert not detector.asked
     assert visitor.ask("What about the eyes?")[5].startswith("The eyes show nothing unusual.") and detector.asked
@@ -656,6 +653,29 @@ def test_addresses_are_not_fetched(visitor: Visitor, detector: FakeDetector) -> 
             done = visitor.use(label, event, *values)
             assert not done["success"] and "Addresses are not fetched" in done["output"]["error"]
     assert detector.judged == 0
+
+
+def test_pages_of_other_sites_and_other_names_are_refused(address: str) -> None:
+    """Bug prevented: a site that a visitor has open sends files here, or reads this page under a name of its own."""
+    assert httpx.get(f"{address}config").status_code == 200
+    assert httpx.get(f"{address}config", headers={"host": "evil.example"}).status_code == 403
+    foreign = {"origin": "https://evil.example"}
+    sent = httpx.post(f"{address}gradio_api/upload", files={"files": ("a.jpg", b"x")}, headers=foreign)
+    assert sent.status_code == 403
+
+
+def test_uploads_beyond_the_quota_are_refused(page: Any, folder: Path, port: int, monkeypatch: Any) -> None:
+    """Bug prevented: a disk filled with uploads that nobody judges."""
+    monkeypatch.setattr(demo, "UPLOADS_MAX", 1)
+    address = demo.launch(page, "127.0.0.1", port, block=False)
+    try:
+        codes = [
+            httpx.post(f"{address}gradio_api/upload", files={"files": (name, b"some bytes")}).status_code
+            for name in ("a.jpg", "b.jpg")
+        ]
+    finally:
+        page.close()
+    assert codes == [200, 507]
 
 
 def test_no_file_of_the_server_is_served(visitor: Visitor, tmp_path: Path) -> None:

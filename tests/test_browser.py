@@ -316,12 +316,12 @@ def test_the_case_report_can_be_read_on_every_screen(
     tab = tabs((tmp_path / "report.html").as_uri(), size, scheme)
     looks_right(tab, "report", scheme)
     assert tab.get_by_role("columnheader", name="P(fake)").bounding_box()["height"] < 45  # one line
+    tab.locator("details.file > summary").first.click()
     overlay = tab.locator("image.map")
     expect(overlay).to_be_hidden()
     tab.get_by_role("checkbox", name="Show where a change is suspected").check()
     expect(overlay).to_be_visible()
-    for part in tab.locator("summary").all():
-        part.click()
+    tab.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true })")
     looks_right(tab, "report-open", scheme)
 
 
@@ -334,7 +334,7 @@ def test_the_case_report_is_printed_whole(browser: Any, tmp_path: Path) -> None:
     html_report.write_pdf(tmp_path / "closed.pdf", closed)
     assert pdf.startswith(b"%PDF") and pdf.rstrip().endswith(b"%%EOF")
     pages = [len(re.findall(rb"/Type\s*/Page\b", data)) for data in (pdf, (tmp_path / "closed.pdf").read_bytes())]
-    assert 3 <= pages[1] < pages[0], pages
+    assert pages[1] < pages[0] and pages[0] >= 3, pages
     if SHOTS:
         Path(SHOTS).mkdir(parents=True, exist_ok=True)
         (Path(SHOTS) / "report.pdf").write_bytes(pdf)

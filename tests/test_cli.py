@@ -73,7 +73,8 @@ class SmallDetector:
             cues = (Cue("jaw", "blending"),)
             face = FaceReport(
                 index=0, box=(170.0, 60.0, 110.0, 140.0), confidence=0.9, verdict=verdict, p_fake_mllm=0.8,
-                rationale="The jaw\x1b[31m looks <b>blended</b>." if rationale else "", cues=cues, evidence=evidence,
+                rationale="The jaw\x1b[31m shows a <b>blended</b> seam." if rationale else "",
+                cues=cues, evidence=evidence,
                 contradictions=("The experts see nothing at the jaw.",),
             )  # fmt: skip
             yield Report(
@@ -126,7 +127,7 @@ def test_person_reads_verdict_rationale_cues_and_experts(run: Run, photos: Path)
     """The block must hold the answer and its grounds, an expert without a score included."""
     done = run("detect", photos / "a.png")
     assert done.exit_code == 0
-    assert done.stdout.splitlines()[0] == f"FAKE  p=0.93  face 1/1  {photos / 'a.png'}"
+    assert done.stdout.splitlines()[0] == f"Likely fake  p=0.93  face 1/1  {photos / 'a.png'}"
     for part in (
         "blended",
         "jaw · blending",
@@ -141,11 +142,17 @@ def test_person_reads_verdict_rationale_cues_and_experts(run: Run, photos: Path)
 def test_an_explanation_without_an_answer_is_no_answer(
     run: Run, photos: Path, detector: SmallDetector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A text that argues for a forgery, below INCONCLUSIVE, is read as the verdict."""
-    assert "were it" not in run("detect", photos / "a.png").stdout
+    """Bug prevented: a text that argues for a forgery, read as the verdict where none was given."""
+    assert "the text argues" not in run("detect", photos / "a.png").stdout
     for p_fake, side in ((0.6, "fake"), (0.4, "real")):
-        monkeypatch.setattr(detector, "verdict", Verdict("inconclusive", p_fake))
-        assert f"no answer; were it {side}: The jaw" in run("detect", photos / "a.png").stdout
+        monkeypatch.setattr(detector, "verdict", Verdict("inconclusive", p_fake, "in_band"))
+        told = " ".join(run("detect", photos / "a.png").stdout.split())
+        assert told.startswith("No answer") and "wrong too often to give an answer" in told
+        assert f"the text argues only for the likelier side ({side}); no answer was given" in told
+
+
+def test_every_answer_says_what_to_do_next(run: Run, photos: Path) -> None:
+    assert "next: reverse image search, first publication" in run("detect", photos / "a.png").stdout
 
 
 def test_what_the_file_states_leads_and_is_apart(run: Run, photos: Path, detector: SmallDetector) -> None:

@@ -26,7 +26,6 @@ from PIL import Image
 import x2dfd
 import x2dfd.detector as detector_module
 from tests import tiny
-from x2dfd import prompts
 from x2dfd.calibration import MLLM, Calibration, Logistic
 from x2dfd.degrade import CODEC, codec
 from x2dfd.detector import Detector
@@ -36,6 +35,7 @@ from x2dfd.faces import find_faces
 from x2dfd.loading import base_identity
 from x2dfd.media import Picture, find_media, load_media
 from x2dfd.mllm import LocalMLLM
+from x2dfd.texts import readable
 from x2dfd.types import Cue, Evidence, Failure, Report, Verdict
 
 pytestmark = pytest.mark.needs_base
@@ -447,30 +447,20 @@ def test_paper_mode_gives_the_mllms_own_number(
     assert calibrated.verdict.p_fake != pytest.approx(paper.verdict.p_fake, abs=1e-3)
 
 
-def test_what_a_text_says_of_experts_is_true(
+def test_texts_are_mended_but_in_the_papers_mode(
     detector: Detector, face_photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the model wrote of them: their scores are known. In the paper's mode its words stay as they are."""
-    wrong = "Nothing is odd. Additionally, the image shows {} {} artifacts supporting {}."
+    """Bug prevented: the model's words about experts, which it garbles, in what a person reads."""
     quick = detector.detect(face_photo, rationale=False)
-    side, names = quick.verdict.side, [e.expert for e in quick.evidence]
-    assert names
-    text = wrong.format("very few" if side == "real" else "obvious", " and ".join([*names, "nobody"]), side)
+    verdict, names = quick.verdict, [e.expert for e in quick.evidence]
+    text = "The eyes keep natural fine detail. Additionally, the image shows "
+    text += f"obvious {names[0]} artifacts supporting fake."
     monkeypatch.setattr(detector.mllm, "write", lambda look, *_, **__: [text] * look.size)
     for report in (detector.detect(face_photo), detector.explain(quick, face_photo)):
-        said = prompts.expert_sentence(side, report.evidence)
-        assert report.rationale == "Nothing is odd." + said and not report.faces[0].contradictions
-    assert detector.calibration is not None  # an expert without a weight supports no verdict
-    with monkeypatch.context() as patch:
-        patch.setattr(detector, "calibration", weighing(detector.calibration, dict.fromkeys(names, 0.0)))
-        assert detector.detect(face_photo).rationale == "Nothing is odd."
-    torn = "Jaw noise: the jaw looks melted."
-    monkeypatch.setattr(detector.mllm, "write", lambda look, *_, **__: [torn] * look.size)
-    assert detector.detect(face_photo).rationale.startswith("Jaw noise looks off.")
-    monkeypatch.setattr(detector.mllm, "write", lambda look, *_, **__: [text] * look.size)
+        assert report.rationale == readable(text, verdict, quick.faces[0].evidence, quick.uncounted)
+        assert "Additionally" not in report.rationale and not report.faces[0].contradictions
     monkeypatch.setattr(detector, "mode", "paper")
-    paper = detector.detect(face_photo)
-    assert paper.rationale == text and any("nobody" in c for c in paper.faces[0].contradictions)
+    assert detector.detect(face_photo).rationale == text
 
 
 def test_a_model_without_calibration_gives_no_percentage(

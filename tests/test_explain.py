@@ -8,7 +8,16 @@ import time
 
 import pytest
 
-from x2dfd.explain import AREA_WORDS, ARTIFACT_WORDS, contradictions, mended, named_spans, read_cues, said_label
+from x2dfd.explain import (
+    AREA_WORDS,
+    ARTIFACT_WORDS,
+    contradictions,
+    mended,
+    named_spans,
+    read_cues,
+    said_kind,
+    said_label,
+)
 from x2dfd.prompts import expert_sentence
 from x2dfd.types import AREAS, ARTIFACTS, Cue, Evidence
 
@@ -167,6 +176,14 @@ def test_the_experts_sentence_gives_no_cues(label: str, score: float) -> None:
         ("This image is real. It was manipulated.", None),
         ("The nose is warped.", None),
         ("Really unrealistic.", None),
+        ("It is unlikely to be real.", "fake"),
+        ("This is anything but real.", "fake"),
+        ("I doubt that it is real.", "fake"),
+        ("I doubt that this was manipulated.", "real"),
+        ("There is little doubt that this is fake.", "fake"),
+        ("I do not doubt that it is real.", "real"),
+        ("That this photo is real is unlikely.", "fake"),
+        ("It is not unlikely to be fake.", "fake"),
     ],
 )
 def test_the_decision_of_a_text(text: str, label: str | None) -> None:
@@ -188,7 +205,8 @@ def test_a_rationale_in_accord_is_not_reported() -> None:
     evidence = [Evidence("blending", 0.9), Evidence("clip", 0.5), Evidence("noise", None)]
     text = "This image is fake. A clear seam runs along the jaw." + expert_sentence("fake", evidence)
     assert contradictions(text, "fake", evidence, read_cues(text)) == ()
-    assert contradictions(text, "inconclusive", evidence, read_cues(text)) == ()
+    (only,) = contradictions(text, "inconclusive", evidence, read_cues(text))
+    assert only == "The rationale says fake, and no answer is given."
 
 
 def test_a_rationale_against_an_expert_is_reported() -> None:
@@ -257,3 +275,12 @@ def test_every_mended_clause_names_its_cue() -> None:
             other = "the nose is warped" if area != "nose" else "the jaw is warped"
             text = mended(f"{area} {artifact}: {other}.".capitalize())
             assert text.endswith(" looks off.") and pairs(text) == [(area, artifact)], text
+
+
+def test_the_kind_of_fake_of_a_text() -> None:
+    """Bug prevented: "a face that no camera ever took" under a photo that was changed in part."""
+    whole, part = "This looks like a face that no camera ever took.", "This fits a face swap."
+    assert (said_kind(whole), said_kind(part), said_kind(f"{whole} {part}")) == ("whole", "part", None)
+    (only,) = contradictions(whole, "fake", [], (), "part")
+    assert only == "The rationale speaks of a face made as a whole, the verdict does not."
+    assert contradictions(whole, "fake", [], (), "whole") == ()

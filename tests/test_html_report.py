@@ -154,7 +154,7 @@ def test_page_asks_nothing_from_anywhere() -> None:
     [
         (Verdict("fake", 0.93), "Likely fake", "fake"),
         (Verdict("real", 0.06), "Likely real", "real"),
-        (Verdict("inconclusive", 0.5, "in_band"), "Inconclusive", "inconclusive"),
+        (Verdict("inconclusive", 0.5, "in_band"), "No answer", "inconclusive"),
         (Verdict("inconclusive", None, "no_face"), "Not assessed", "none"),
     ],
 )
@@ -357,7 +357,7 @@ def test_file_facts_cards_and_credentials_stand_on_the_page() -> None:
     """An editor has to see which file was judged, with which weights, and what its credentials say."""
     media = {**report().media, "bytes": 1234567, "modified": "2024-05-06T07:08:09+00:00", "exif": {"make": HOSTILE}}
     provenance = {"state": "invalid", "codes": ["assertion.dataHash.mismatch"], "signer": HOSTILE}
-    shown = page(report(media=media, provenance=provenance, faces=(face(evidence=(Evidence("clip", 0.2),)),)))
+    shown = page(report(media=media, provenance=provenance, faces=(face(evidence=(Evidence("consistency", 0.2),)),)))
     for fact in (
         "1,234,567 bytes, 512 x 512 pixels",
         "2024-05-06T07:08:09+00:00",
@@ -366,7 +366,7 @@ def test_file_facts_cards_and_credentials_stand_on_the_page() -> None:
     ):
         assert fact in shown.text
     assert shown.text.count("alert(2)") == 3 + 1 and not shown.all("script")  # once more among the technical details
-    assert "clip, version" in shown.text and "Next steps for the reader" in shown.text
+    assert "consistency, version" in shown.text and "What to do next" in shown.text
 
 
 def test_what_the_file_states_leads_the_page_and_is_apart() -> None:
@@ -400,3 +400,22 @@ def test_pdf_comes_from_a_printer_or_says_what_to_install(tmp_path: Path, monkey
     with pytest.raises(SetupError, match="could not print"):
         html_report.write_pdf(out, "other")
     assert out.read_bytes() == b"%PDF<p>page</p>"
+
+
+def test_control_and_direction_characters_are_spelled_out() -> None:
+    """Bug prevented: a name with a right-to-left mark shows `photo\u202egpj.exe` as a JPEG's."""
+    html = html_report.render([report(path="photo\u202egpj.exe \x1b[31m")], [None])
+    assert "photo\\u202egpj.exe \\x1b[31m" in html and "\u202e" not in html and "\x1b" not in html
+
+
+def test_the_answer_and_what_to_do_next_stand_before_what_is_folded() -> None:
+    """Bug prevented: next steps at the end of a page that nobody scrolls through."""
+    html = html_report.render([report(verdict=Verdict("fake", 0.93, None, "part"))], [ASTRONAUT])
+    first, *_ = html.split("<details")
+    assert "Likely fake: changed in part" in first and "reverse image search" in first and "blending leaves" in first
+
+
+def test_many_files_have_an_index_and_a_folded_section_each() -> None:
+    many = page(*[report(path=f"{i}.jpg") for i in range(33)], pictures=[None] * 33)
+    assert len(many.all("details", **{"class": "file"})) == 33
+    assert {a["href"] for a in many.all("a")} >= {f"#open-{i}" for i in range(1, 34)}

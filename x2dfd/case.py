@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from x2dfd.answer import LIMITS, NEXT_STEPS, NOT_PROOF
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.experts import cards
 from x2dfd.files import json_sha256, parse_json
@@ -21,31 +22,6 @@ if TYPE_CHECKING:
     from x2dfd.detector import Detector
 
 FORMAT = "x2dfd case record 1"
-NOT_PROOF = "This is a statistical estimate, not proof: do not accuse a person or clear a picture on it alone."
-LIMITS = {
-    "The estimate": "A probability fitted on pictures with known answers, forged and real taken as equally likely "
-    "beforehand. It holds for pictures like those; for other cameras, other kinds of forgery or heavy compression it "
-    "can be off in either direction.",
-    "The likelihood ratio": "How many times as frequent such a score is among the forged as among the real pictures of "
-    "one named run. It says nothing of how likely a forgery was before the picture was looked at, and it is bounded by "
-    "what a run of that size can support.",
-    "Inconclusive": "A real answer: the models are wrong too often at such scores. It means neither slightly fake nor "
-    "slightly real.",
-    "The explanation": "Text from a language model that was told the answer and the experts' scores. Look at the named "
-    "areas yourself.",
-    "Experts": "Separate detectors with different blind spots. Each sees some kinds of forgery and misses others, so "
-    "they may disagree.",
-    "Only faces": "Bodies, backgrounds, captions and the context of a picture are not examined. A real photo can still "
-    "mislead.",
-}
-NEXT_STEPS = (
-    "Look for the earliest copy by reverse image search, and see who published it.",
-    "Ask for the original file from the camera, and judge that: copies lose traces and Content Credentials.",
-    "Compare with other pictures of the same person, place and moment.",
-    "Look at the named areas at full size, and let a person who knows the face look too.",
-    "Several independent findings weigh more than one number: say which of them you have.",
-)
-
 Outcome = Literal["holds", "differs", "other_version"]
 EXIT_CODES: dict[Outcome, int] = {"holds": 0, "differs": 3, "other_version": 4}
 

@@ -25,6 +25,7 @@ import typer
 from typer.core import TyperGroup
 
 import x2dfd
+from x2dfd import answer
 from x2dfd.errors import InputError, SetupError, X2DFDError
 from x2dfd.files import write_bytes
 from x2dfd.progress import LINE_SECONDS
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 
     Many = Callable[..., Iterator[Report | Failure]]
 
-NOT_PROOF = "These are statistical estimates, not proof: do not accuse a person or clear a picture on them alone."
 BATCHES = 16  # at a time: within them the next is decoded while one is judged; bounds the kept rows in memory
 COLOURS = {"fake": typer.colors.RED, "real": typer.colors.GREEN, "inconclusive": typer.colors.YELLOW}
 
@@ -341,7 +341,7 @@ def detect(
         for target in written:
             typer.echo(f"wrote {_printable(str(target))}", err=True)
     if total and not as_json:
-        typer.echo(NOT_PROOF, err=True)
+        typer.echo(answer.NOT_PROOF, err=True)
 
 
 VERIFY_EXAMPLES = """\b
@@ -748,12 +748,12 @@ def _block(result: Report | Failure) -> str:
         which += f" frame {decider.frame}"
     said = of_generator(result.provenance)
     lines = [_wrapped(f"{LEAD} {CAVEAT}"), *map(_stated, said)] if said else []
-    lines.append(f"{_word(verdict.label.upper(), verdict.label)}  {number}  {which}  {name}")
-    if verdict.reason:
-        lines.append(_wrapped(f"reason: {verdict.reason.replace('_', ' ')}"))
+    lines.append(f"{_word(answer.word(verdict), verdict.label)}  {number}  {which}  {name}")
+    lines.append(_wrapped(answer.meaning(verdict, len(result.faces))))
     if result.rationale:
-        unsure = f"no answer; were it {verdict.side}: " if verdict.label == "inconclusive" else ""
-        lines.append(_wrapped(unsure + result.rationale))
+        lines.append(_wrapped(f"why: {result.rationale}"))
+        if verdict.label == "inconclusive":
+            lines.append(_wrapped(f"the text {answer.stance(verdict, result.rationale)}"))
     if result.cues:
         lines.append(_wrapped("cues: " + ", ".join(f"{cue.area} · {cue.artifact}" for cue in result.cues)))
     if decider is not None:
@@ -762,6 +762,7 @@ def _block(result: Report | Failure) -> str:
     lines += [_bar(e, width) + ("  (no weight of its own)" * (e.expert in result.uncounted)) for e in result.evidence]
     lines += [_wrapped(f"warning: {text}") for text in result.warnings]
     lines += [_stated(s) for s in result.provenance.get("statements", ()) if s not in said]
+    lines.append(_wrapped(f"next: {answer.NEXT_BRIEFLY}"))
     return "\n".join(lines) + "\n"
 
 

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from x2dfd import prompts
+from x2dfd import follow_up, prompts
 from x2dfd.adapter import (
     EMBEDDED,
     WHOLE,
@@ -39,13 +39,14 @@ from x2dfd.calibration import MLLM, Calibration, parts_of
 from x2dfd.degrade import CODEC, codec
 from x2dfd.errors import InputError, SetupError, UnknownName, one_file
 from x2dfd.experts import DEFAULT, Expert, Shared, ask, load_expert
-from x2dfd.explain import contradictions, mended, read_cues
+from x2dfd.explain import contradictions, read_cues
 from x2dfd.faces import area_polygons, find_faces, find_turned_faces
 from x2dfd.fetch import BASE_NAME
 from x2dfd.loading import TORCH_DTYPES, Bits, base_identity, choose_device, load_model, reading
 from x2dfd.media import Frame, Picture, Video, load_media, media_summary
 from x2dfd.mllm import NOT_FINITE, LocalMLLM, YesNo
 from x2dfd.provenance import read_provenance
+from x2dfd.texts import readable
 from x2dfd.types import Evidence, Face, FaceReport, Failure, Report, Verdict, frames_asked
 from x2dfd.validation import PROPOSITIONS, Validation
 
@@ -187,12 +188,13 @@ class Detector:
     def chat(self, report: Report, question: str, *, source: Source | None = None) -> str:
         """Answer a follow-up about a report. The stored verdict stands, whatever is asked.
 
-        The model looks at the picture again: `source`, by default the file of the report's path. Raises InputError
-        when there is none or when it is another one.
+        What the report's facts answer is answered from them. Else the model looks at the picture again: `source`, by
+        default the file of the report's path; what it says against the verdict is left out, but in the paper's mode.
+        Raises InputError when there is no such picture, or when it is another one.
         """
         deciding = report.decider
-        if deciding is None:
-            return "No face was assessed in this file, so there is nothing to say about a forgery."
+        if (known := follow_up.from_report(report, deciding, question)) is not None or deciding is None:
+            return known or follow_up.NO_FACE
         source = report.path if source is None else source
         if source is None:
             raise InputError("no_picture", "a follow-up needs the picture that the report is about")
@@ -200,7 +202,8 @@ class Detector:
         [asked] = self._questions([deciding.evidence])
         answer = f"{prompts.rationale_start(deciding.verdict.side)} {deciding.rationale}".strip()
         with self._look(through_codec([face])[0].crop[None]) as look:
-            return self.mllm.write(look, [asked], [""], turns=[(answer, question)])[0]
+            said = self.mllm.write(look, [asked], [""], turns=[(answer, question)])[0]
+        return said if self.mode == "paper" else follow_up.checked(said, deciding)
 
     def explain(self, report: Report, source: Source, *, on_text: Callable[[str], None] | None = None) -> Report:
         """The same report with its rationales, cues and contradictions; verdicts and scores stay as they are.
@@ -220,7 +223,7 @@ class Detector:
                     look,
                     self._questions([f.evidence for f in part]),
                     [prompts.rationale_start(f.verdict.side) for f in part],
-                    on_text=on_text if at == 0 else None,
+                    on_text=on_text if at == 0 and part[0].verdict.label != "inconclusive" else None,
                 )
             told |= {
                 f.index: self._explained(f, found[f.index].face, text) for f, text in zip(part, texts, strict=True)
@@ -324,16 +327,16 @@ class Detector:
         return out
 
     def _explained(self, judged: FaceReport, face: Face, text: str) -> FaceReport:
-        """With the rationale, the cues that it names, where they lie, and what it contradicts.
+        """With the rationale as people read it, the cues that it names, where they lie, and what it contradicts.
 
-        But in the paper's mode, what is said of the experts follows from the scores of those that have a weight and is
-        not left to the model, and a clause whose halves disagree keeps its first.
+        In the paper's mode the text stays as the model wrote it.
         """
+        verdict = judged.verdict
         if self.mode == "calibrated" and self.calibration:
-            counted = [e for e in judged.evidence if self.calibration.weights.get(e.expert, 0) > 0]
-            text = prompts.closed(mended(text), judged.verdict.side, counted)
+            uncounted = frozenset(name for name, weight in self.calibration.weights.items() if weight == 0)
+            text = readable(text, verdict, judged.evidence, uncounted)
         cues = read_cues(text)
-        against = contradictions(text, judged.verdict.label, judged.evidence, cues)
+        against = contradictions(text, verdict.label, judged.evidence, cues, verdict.kind)
         return replace(judged, rationale=text, cues=cues, contradictions=against, areas=_areas(face, cues))
 
     def evidence(self, faces: Sequence[Face], look: Any) -> list[list[Evidence]]:

@@ -352,11 +352,18 @@ _UNDECIDED = re.compile(
     r"\b(?:than|unlike|of|in|from|for|with|as \w+ as)(?: an?| any| the)? (?:real|genuine|authentic) (?=\w)|"
     r"(?:\b(?:an?|any) |^)(?:real|genuine|authentic|un\w+ed) \w+ (?:would|does|do|never)\b|"
     r"\b(?:fake|artificial) (?:eyelash|lash|nail|tan|teeth|smile|light)\w*|"
-    r"\b(?:no|without|without a) (?:doubt|question)\b|\bnot only\b"
+    r"\b(?:no|little|hardly any|(?:without|beyond)(?: an?y?)?|not|never) (?:doubt|question)(?: that)?\b|"
+    r"\bnot only\b|\bnot (?:unlikely|impossible|improbable)\b"
 )
 _DENIES = re.compile(
     r"\b(?:no|not|never|without|neither|nor|none|nothing|free of|free from|absence of|lacks?|hardly|few|little|"
-    r"rather than|instead of|far from|too \w+ to be)\b"
+    r"rather than|instead of|far from|too \w+ to be|unlikely|improbable|implausible|impossible|"
+    r"doubt(?:s|ed|ful)?|fail(?:s|ed)? to|pretend\w*)\b"
+)
+# "That it is real is doubtful": the denial comes after what it denies.
+_DENIED_AFTER = re.compile(
+    r"^\W*(?:\w+ ){0,2}?(?:is|seems|looks|appears) (?:\w+ )?"
+    r"(?:unlikely|improbable|doubtful|false|untrue|wrong|in doubt)\b"
 )
 
 
@@ -372,16 +379,56 @@ def said_label(text: str) -> str | None:
 def said_labels(text: str) -> set[str]:
     """Every decision that a text expresses: a subset of {"fake", "real"}; both where it contradicts itself."""
     said: set[str] = set()
-    plain = "\n".join(_UNDECIDED.sub(" ", s) for s in _sentences(text))
+    plain = "\n".join(_UNDECIDED.sub(" ", s.replace("anything but", "not")) for s in _sentences(text))
     for clause in re.split(r"[.;:!\n]|\b(?:but|while|whereas|however|although|though|yet)\b", plain):
         at, last = 0, ("", False)
         for match in _SAID.finditer(clause):
             side, between = "fake" if match["fake"] else "real", clause[at : match.start()]
             if last[0] != side or len(re.findall(r"\w+", between)) > 1:  # else a list: "not forged, edited or faked"
                 last = side, bool(_DENIES.search(between.rpartition(",")[2]))
-            said.add({"fake": "real", "real": "fake"}[side] if last[1] else side)
+            denied = last[1] != bool(_DENIED_AFTER.match(clause[match.end() :]))
+            said.add({"fake": "real", "real": "fake"}[side] if denied else side)
             at = match.end()
     return said
+
+
+_WHOLE = re.compile(
+    r"\b(?:no camera|(?:a|an image|some) generator (?:made|drew)|made (?:as a whole )?by a generator|"
+    r"(?:from|of) an? (?:image )?generator|(?:looks?|is|are|appears?|seems?) (?:\w+ )?(?:generated|synthetic)|"
+    r"(?:entirely|fully|wholly|completely) (?:synthetic|generated)|face synthesis|generated as a whole)\b"
+)
+_PART = re.compile(
+    r"\b(?:face[- ]?swap\w*|swapped|re-?enact\w*|edit(?:ed|ing)|pasted|changed in part|retouch\w*|put on top|"
+    r"painted over|two (?:sources|layers)|(?:another|other) (?:source|file)|moved afterwards|changed by hand)\b"
+)
+
+
+def said_kind(text: str) -> str | None:
+    """The kind of fake that a text speaks of, of x2dfd.types.KINDS; None when of none or of both."""
+    found = set()
+    for sentence in _sentences(text):
+        if _WHOLE.search(sentence):
+            found.add("whole")  # "nothing was pasted in: the whole face is made by a generator"
+        elif _PART.search(sentence):
+            found.add("part")
+    return found.pop() if len(found) == 1 else None
+
+
+def in_order(sentence: str) -> bool:
+    """Whether a sentence calls a named area natural, and names nothing that could be wrong, not even to deny it."""
+    marks = list(_marks(sentence.lower()))
+    return (
+        _has(marks, "area")
+        and _has(marks, "calm")
+        and not _has(_settle(marks, sentence.lower()), "defect", "off", "not")
+        and not read_cues(sentence)
+        and "fake" not in said_labels(sentence)
+    )
+
+
+def named_areas(text: str) -> list[str]:
+    """The areas that a text names plainly, in order of appearance."""
+    return list(dict.fromkeys(m.means["area"] for m in _marks(text.lower()) if "area" in m.means))
 
 
 _CLAIM = re.compile(
@@ -390,14 +437,21 @@ _CLAIM = re.compile(
 )
 
 
-def contradictions(text: str, verdict_label: str, evidence: Sequence[Evidence], cues: Sequence[Cue]) -> tuple[str, ...]:
-    """Sentences for a reader: where a rationale goes against itself, the verdict, or an expert that it names."""
+def contradictions(
+    text: str, verdict_label: str, evidence: Sequence[Evidence], cues: Sequence[Cue], kind: str | None = None
+) -> tuple[str, ...]:
+    """Sentences for a reader: where a rationale goes against itself, the verdict, its kind, or an expert it names."""
     found: list[str] = []
     said, other = said_labels(text), {"fake": "real", "real": "fake"}.get(verdict_label)
     if len(said) == 2:
         found.append("The rationale says both real and fake.")
     elif other in said:
         found.append(f"The rationale says {other}, the verdict is {verdict_label}.")
+    elif verdict_label == "inconclusive" and said:
+        found.append(f"The rationale says {min(said)}, and no answer is given.")
+    if verdict_label == "fake" and kind and said_kind(text) not in (None, kind):
+        other_kind = {"whole": "a change in part", "part": "a face made as a whole"}[kind]
+        found.append(f"The rationale speaks of {other_kind}, the verdict does not.")
     if verdict_label == "real" and cues:
         named = ", ".join(f"{c.area} {c.artifact}" for c in cues)
         found.append(f"The verdict is real, but the rationale names artifacts: {named}.")

@@ -204,6 +204,12 @@ class Report:
         """Experts without a weight of their own in a calibrated verdict; none in reports of former versions."""
         return frozenset(name for name, weight in (self.model.get("weights") or {}).items() if weight == 0)
 
+    def __str__(self) -> str:
+        """The answer for a person, with what the rationale argues for."""
+        from x2dfd.answer import summary
+
+        return summary(self)
+
     def to_dict(self) -> dict[str, Any]:
         """As plain values. A map stands once, with its face; the evidence repeated from that face goes without."""
         data = asdict(self)

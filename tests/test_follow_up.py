@@ -1,0 +1,82 @@
+"""Texts and follow-ups keep to the report, whatever the language model wrote."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from tests.test_html_report import face, report
+from x2dfd import follow_up
+from x2dfd.answer import stance
+from x2dfd.explain import read_cues, said_labels
+from x2dfd.texts import cue_clause, readable
+from x2dfd.types import AREAS, ARTIFACTS, Cue, Evidence, Verdict
+
+POINTS = (Evidence("tower", 0.96, cues=(Cue("jaw", "blending", 0.8),)), Evidence("other", 0.1))
+NOBODY: frozenset[str] = frozenset()
+
+
+def test_every_clause_reads_back_as_its_cue() -> None:
+    for area, artifact in product(AREAS, ARTIFACTS):
+        assert read_cues(cue_clause(Cue(area, artifact)).capitalize() + ".") == (Cue(area, artifact),)
+
+
+@pytest.mark.parametrize("verdict", [Verdict("real", 0.1), Verdict("inconclusive", 0.6, "in_band", "part")])
+def test_no_sign_is_named_on_a_photo_that_is_not_called_fake(verdict: Verdict) -> None:
+    """Bug prevented: a seam, present or denied, in the text under a real or an undecided photo."""
+    wrong = "A seam runs along the jaw. The eyebrows show no colour shift. The eyes keep natural fine detail. "
+    wrong += (
+        "No manipulation: the photo is real. Additionally, the image shows obvious tower artifacts supporting fake."
+    )
+    text = readable(wrong, verdict, POINTS, NOBODY)
+    assert not read_cues(text) and not said_labels(text)
+    assert not any(word in text for word in ("seam", "shift", "Additionally", "photo is real"))
+    assert ("The eyes keep natural fine detail." in text) == (verdict.label == "real")
+    assert ("nothing decided" in text) == (verdict.label == "inconclusive")
+
+
+def test_a_text_of_another_kind_of_fake_gives_way_to_the_facts() -> None:
+    whole = "This looks like a face that no camera ever took."
+    assert readable(whole, Verdict("fake", 0.9, None, "whole"), POINTS, NOBODY) == whole
+    text = readable(whole, Verdict("fake", 0.9, None, "part"), POINTS, NOBODY)
+    assert text == "A part of the photo looks changed. A seam runs along the jaw."
+
+
+def test_disagreement_needs_two_that_count() -> None:
+    undecided = Verdict("inconclusive", 0.6, "in_band")
+    assert "disagree" in readable("", undecided, POINTS, NOBODY)
+    assert "disagree" not in readable("", undecided, POINTS, frozenset({"other"}))
+
+
+def test_a_rationale_without_an_answer_says_for_what_it_argues() -> None:
+    undecided = Verdict("inconclusive", 0.6, "in_band")
+    assert "only for the likelier side (fake)" in stance(undecided, "A seam runs along the jaw.")
+    assert "for no side" in stance(undecided, readable("", undecided, POINTS, NOBODY))
+    assert "(argues for the answer: likely fake)" in str(report())
+
+
+@pytest.mark.parametrize(
+    ("question", "asked"),
+    [
+        ("Why?", "why"), ("Which area?", "where"), ("How sure are you?", "sure"),
+        ("Is it just a beauty filter?", "cause"),
+        ("Could it be JPEG compression?", "cause"), ("Is it an old photo?", "cause"), ("What should I do?", "do"),
+        ("Who is this?", "who"), ("Can I publish it?", "publish"), ("Answer in German", "language"),
+        ("Warum ist das falsch?", "language"), ("How old is she?", "person"), ("Which technique?", "technique"),
+        ("Say that this is real.", "verdict"), ("What is the weather?", None),
+    ],
+)  # fmt: skip
+def test_what_is_asked(question: str, asked: str | None) -> None:
+    assert follow_up.intent(question) == asked
+
+
+@pytest.mark.parametrize("label", ["fake", "real", "inconclusive"])
+def test_no_answer_goes_against_the_verdict(label: str) -> None:
+    """Bug prevented: "No manipulation: the photo is real." about a photo on which nothing was decided."""
+    verdict = {"fake": Verdict("fake", 0.9), "real": Verdict("real", 0.1), "inconclusive": Verdict("inconclusive", 0.5)}
+    one = face(verdict=verdict[label])
+    wrong = "No manipulation: the photo is real." if label != "real" else "A clear seam runs along the jaw."
+    assert follow_up.checked(wrong, one) == follow_up.REFUSED
+    kept = "The eyes keep natural fine detail."
+    assert follow_up.checked(f"{kept} {wrong}", one) == kept

@@ -1,0 +1,241 @@
+"""Follow-up questions: what is asked, and the answer where the report's own facts give it.
+
+A language model of this size garbles numbers and invents grounds, so it is asked only about what it sees; what neither
+it nor the report can know is said to be unknown.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from x2dfd.answer import KINDS_SAID, NEXT_STEPS, NOT_PROOF, percent, reason, stance, told
+from x2dfd.explain import named_areas
+from x2dfd.texts import against, area_name, cue_clause
+from x2dfd.types import FaceReport, Report
+
+NO_FACE = "No face was assessed in this file, so nothing can be said about a forgery."
+REFUSED = "The language model's answer went against the report, so it is not shown."
+
+_LANGUAGES = (
+    r"german|deutsch|french|fran[cç]ais|spanish|espa[nñ]ol|italian|italiano|portuguese|portugu[eê]s|dutch|polish|"
+    r"russian|ukrainian|turkish|arabic|chinese|mandarin|japanese|korean|hindi|swedish|czech|greek|hebrew"
+)
+_FOREIGN = re.compile(
+    r"[\u0370-\u1fff\u3040-\u9fff\uac00-\ud7af]|"
+    r"\b(?:warum|wieso|ist das|was soll|wer ist|pourquoi|est-ce|qui est|por qu[eé]|es (?:real|falso|verdad)|qui[eé]n|"
+    r"perch[eé]|[eè] (?:vero|falso)|porqu[eê]|waarom|dlaczego|czy|neden)\b",
+    re.IGNORECASE,
+)
+
+
+def intent(question: str) -> str | None:
+    """What a question asks for: a key of `_ANSWERS`; None when it asks for something else."""
+    if _FOREIGN.search(question):
+        return "language"
+    low = question.lower()
+    return next((name for name, asked in _INTENTS if asked.search(low)), None)
+
+
+def from_report(report: Report, face: FaceReport | None, question: str) -> str | None:
+    """The answer that the report's facts give about a face; None where only a look at the picture could help."""
+    asked = intent(question)
+    if face is None:
+        return _do(report, face) if asked in ("do", "publish") else NO_FACE
+    areas = named_areas(question)
+    if asked in (None, "where", "why") and areas and (said := _of_areas(face, areas)):
+        return said
+    if asked == "where" and areas:
+        return None
+    return _ANSWERS[asked](report, face) if asked else None
+
+
+def checked(said: str, face: FaceReport) -> str:
+    """What the language model answered, without the sentences that go against the face's verdict."""
+    sentences = re.findall(r"\S[^.!?\n]*(?:[.!?]+|$)", said)
+    kept = [s for s in sentences if not against(s, face.verdict)]
+    return " ".join(kept) if kept else REFUSED if sentences else "The language model has no answer to this."
+
+
+def _of_areas(face: FaceReport, areas: list[str]) -> str | None:
+    """What the report names at one of these areas."""
+    found = [c for c in face.cues if c.area in areas]
+    if face.verdict.label != "fake" or not found:
+        return None
+    return "The report names there: " + "; ".join(cue_clause(c) for c in found) + "."
+
+
+def _why(report: Report, face: FaceReport) -> str:
+    if face.verdict.p_fake is None:
+        return reason(face.verdict) or ""
+    leading = max(
+        (e for e in face.evidence if e.score is not None and e.expert not in report.uncounted),
+        key=lambda e: abs((e.score or 0.0) - 0.5),
+        default=None,
+    )
+    parts = [face.rationale or f"{told(face.verdict)}: the report holds no explanation."]
+    if face.verdict.label == "inconclusive":
+        parts.append(f"This text {stance(face.verdict, face.rationale)}.")
+    if leading is not None:
+        parts.append(f"The clearest of the experts that count is {leading.expert}, with {percent(leading.score)}.")
+    return " ".join(parts)
+
+
+def _where(report: Report, face: FaceReport) -> str:
+    drawn = next((e.expert for e in face.evidence if e.map), None)
+    on_map = f" The map of the {drawn} expert, on the picture, shows where it suspects a change." if drawn else ""
+    if face.verdict.label != "fake":
+        return "No area: the face is not called fake, so none is pointed at." + (
+            " What the map shows is a hint at most." if drawn else ""
+        )
+    if not face.cues:
+        return "No single area: the report names none." + on_map
+    areas = list(dict.fromkeys(area_name(c.area) for c in face.cues))
+    return f"The report points at {', '.join(areas)}: " + "; ".join(cue_clause(c) for c in face.cues) + "." + on_map
+
+
+def how_sure(report: Report, face: FaceReport) -> str:
+    """The report's own numbers in plain words."""
+    verdict, band = face.verdict, report.model.get("band")
+    if verdict.p_fake is None:
+        return f"There is no estimate. {reason(verdict)}"
+    calibrated = "calibrated" if report.model.get("mode") != "paper" else "uncalibrated"
+    said = [f"The {calibrated} estimate that this face is forged is {percent(verdict.p_fake)}."]
+    if band:
+        low, high = percent(band[0]), percent(band[1])
+        said.append(f"Below {low} the answer is real, from {high} on it is fake; in between no answer is given.")
+    if (why := reason(verdict)) is not None:
+        said.append(why)
+    if face.p_fake_mllm is not None:
+        said.append(f"The language model alone says {percent(face.p_fake_mllm)}.")
+    said.append("It holds for pictures like those the models were tested on, and is not proof.")
+    return " ".join(said)
+
+
+def who_said(report: Report, face: FaceReport) -> str:
+    """Each expert's score, a line each."""
+    if not face.evidence:
+        return "No expert was asked about this face."
+    lines = [
+        f"- {e.expert}: "
+        + (f"no score ({e.note or 'no reason was given'})" if e.score is None else percent(e.score))
+        + (" (no weight of its own in the verdict)" if e.expert in report.uncounted else "")
+        for e in face.evidence
+    ]
+    own = "" if face.p_fake_mllm is None else f"\n- the language model itself: {percent(face.p_fake_mllm)}"
+    return "Each one's own probability that this face is forged:\n" + "\n".join(lines) + own
+
+
+def _technique(report: Report, face: FaceReport) -> str:
+    if face.verdict.label != "fake":
+        return "None is named: the face is not called fake."
+    kinds = next((e.kinds for e in face.evidence if e.kinds), {})
+    shares = ", ".join(f"{KINDS_SAID[k]} {percent(p)}" for k, p in kinds.items() if k in KINDS_SAID)
+    kind = KINDS_SAID.get(face.verdict.kind or "")
+    said = f"It looks {kind}" + (f" (by the expert that tells them apart: {shares})." if shares else ".")
+    return (said if kind else "The report does not tell how it was made.") + (
+        " Which program or which person made it cannot be told from the picture."
+    )
+
+
+def _other_cause(report: Report, face: FaceReport) -> str:
+    if face.verdict.label == "fake" and face.verdict.kind != "whole":
+        said = "It can be: beauty filters and retouching change a photo in part, and the models do not tell them apart"
+        said += " from a forgery meant to deceive."
+    elif face.verdict.label == "fake":
+        said = "A filter or compression seldom makes a face look generated as a whole, but it is not excluded."
+    else:
+        said = "Compression, scans, screenshots and small copies wipe out traces, so a forgery can pass unseen in them."
+    return said + " Judge the original file: if the answer changes, the copy's history was the cause."
+
+
+def _do(report: Report, face: FaceReport | None) -> str:
+    return "What to do next:\n" + "\n".join(f"- {step}" for step in NEXT_STEPS)
+
+
+def _publish(report: Report, face: FaceReport | None) -> str:
+    return f"Not on this alone, neither the picture as true nor the claim that it is fake. {NOT_PROOF}\n" + _do(
+        report, face
+    )
+
+
+def _verdict(report: Report, face: FaceReport) -> str:
+    why = reason(face.verdict)
+    return f"The answer is: {told(face.verdict)}." + (f" {why}" if why else "")
+
+
+def _fixed(text: str) -> Callable[[Report, FaceReport], str]:
+    return lambda report, face: text
+
+
+def _language(report: Report, face: FaceReport) -> str:
+    return f"I can answer in English only. To translate: {told(face.verdict)}. {NOT_PROOF}"
+
+
+_ANSWERS: dict[str, Callable[[Report, FaceReport], str]] = {
+    "language": _language,
+    "who": _fixed("I cannot say: people are not identified here. A reverse image search may lead to a caption."),
+    "person": _fixed("I cannot say: age, origin, feelings and character are not judged here, only signs of forgery."),
+    "taken": _fixed(
+        "The picture does not tell. What the file states of its origin stands in the report; anyone can write it."
+    ),
+    "publish": _publish,
+    "do": _do,
+    "cause": _other_cause,
+    "sure": how_sure,
+    "experts": who_said,
+    "technique": _technique,
+    "where": _where,
+    "why": _why,
+    "verdict": _verdict,
+}
+_INTENTS = tuple(
+    (name, re.compile(rf"\b(?:{'|'.join(asked)})"))
+    for name, asked in {
+        "language": (rf"(?:in|into|speak|to) (?:{_LANGUAGES})\b", "translat", r"(?:other|another|my) language\b"),
+        "sure": (
+            "how (?:sure|certain|confident|likely|reliable|accurate)", "probabilit", "percent", "confiden", "certain",
+            r"are you sure\b", r"could (?:it|you|this) be wrong\b", r"trust (?:you|this|the)\b",
+        ),
+        "experts": (r"(?:experts?|detectors?|scores?|blind spots?)\b",),
+        "technique": (
+            r"wh(?:ich|at) (?:technique|kind|sort|type|tool|program|software|app|ai|generator|model|method)\b",
+            r"how was (?:it|this|that|he|she) (?:made|done|faked|forged|edited|changed|generated)\b",
+            r"what was (?:done|changed|edited)\b", r"who (?:made|faked|forged|created|did)\b", r"face ?swap\b",
+            r"(?:midjourney|stable diffusion|dall-?e|gan)\b",
+        ),
+        "who": (
+            r"who(?:'s| is| are| was)\b", r"whose\b", r"name of\b", r"recogni[sz]e\b", r"identify\b",
+            r"is (?:this|that|it) (?:mr|mrs|ms|president|senator)\b",
+        ),
+        "person": (
+            r"how old (?:is|are|was)\b", r"(?:his|her|their) age\b", "ethnic", r"race\b", "nationalit", r"feels?\b",
+            r"in love\b", r"(?:beautiful|attractive|handsome|honest|lying)\b",
+        ),
+        "taken": (
+            r"(?:when|where) (?:was|is|were) (?:it|this|that|the \w+) (?:taken|shot|made|from)\b", r"which camera\b",
+            r"metadata\b", r"exif\b", r"c2pa\b", r"content credentials\b",
+        ),
+        "publish": (
+            "publish", r"print (?:it|this)\b", r"(?:post|share|accuse|sue|prove|proof|court|evidence|police)\b",
+        ),
+        "do": (
+            r"what (?:should|can|do|must|shall|could) (?:i|we|one)\b", r"what (?:now|next)\b", r"next steps?\b",
+            r"how (?:can|do|could|should) (?:i|we) (?:check|verify|find out|confirm|know|test)\b",
+        ),
+        "cause": (
+            r"filters?\b", r"make-?up\b", "compress", r"jpe?g\b", r"whatsapp\b", "scan", "blurr?y", "retouch",
+            "old (?:photo|picture|image|camera)", r"low (?:quality|resolution)\b", "screenshot", "resiz", "photoshop",
+            r"beauty\b", r"black and white\b", r"small (?:photo|picture|image|copy)\b",
+        ),
+        "where": (r"(?:which|what) (?:area|part|place|region|spot)", r"where\b", r"show me\b"),
+        "why": (
+            r"why\b", r"what makes you\b", r"reasons?\b", r"explain\b", r"how (?:do|can|did) you (?:know|tell)\b",
+            "what did you (?:see|look|find)", r"convince\b",
+        ),
+        "verdict": (
+            r"(?:real|fake|genuine|authentic|forged|deep-?fake|manipulated|generated|true|verdict|answer)\b",
+        ),
+    }.items()
+)  # fmt: skip
+"""In the order in which they are tried."""

@@ -1,0 +1,88 @@
+"""The rationale that a person reads: what the language model wrote, less what the report's own facts refute.
+
+In the calibrated mode no text names a sign of forgery on a photo that is not called fake, none goes against the verdict
+or its kind, and the sentence on the experts that X2-DFD trains (`x2dfd.prompts.expert_sentence`) is left out: the
+experts' scores stand beside the text. What is missing then is written here, from the report.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from x2dfd import prompts
+from x2dfd.answer import disagreement, percent
+from x2dfd.explain import in_order, mended, read_cues, said_kind, said_labels
+from x2dfd.types import Cue, Evidence, Verdict
+
+MAX_NAMED = 3  # cues in a text; more than that nobody checks
+CUE_FROM = 0.5  # probability from which what an expert points at is named
+_SEEN = {
+    "texture": "the texture of {a} is unnatural",
+    "lighting": "the light on {a} is odd",
+    "blending": "a seam runs along {a}",
+    "blur": "a blur lies over {a}",
+    "colour": "the colour of {a} is odd",
+    "asymmetry": "the two sides of {a} are different",
+    "geometry": "the shape of {a} is distorted",
+    "missing-detail": "fine detail is missing in {a}",
+    "expression": "the expression of {a} is unnatural",
+    "noise": "a layer of noise covers {a}",
+    "frequency": "a regular pattern runs through {a}",
+    "compression": "square blocks show in {a}",
+}
+LOOKED_AT = "The face was looked at as a whole, for the traces of generators, and area by area, for changes"
+
+
+def area_name(area: str) -> str:
+    """ "the jaw", "the face contour", "the whole image"."""
+    return f"the {area.replace('-', ' ')}"
+
+
+def cue_clause(cue: Cue) -> str:
+    """What one would see of a cue, without capital or full stop; `read_cues` reads the cue back from it."""
+    return _SEEN[cue.artifact].format(a=area_name(cue.area))
+
+
+def readable(text: str, verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozenset[str]) -> str:
+    """What people read of a face in place of the language model's `text`. `uncounted`: experts without a weight."""
+    if verdict.label == "inconclusive":
+        return undecided(verdict, evidence, uncounted)
+    own = prompts.closed(text, verdict.label, ())  # without any sentence on the experts
+    sentences = re.findall(r"\S[^.!?\n]*(?:[.!?]+|$)", own if verdict.label == "real" else mended(own))
+    if verdict.label == "real":
+        calm = [s for s in sentences if in_order(s)]
+        return " ".join([f"{LOOKED_AT}, and both were found in order.", *calm])
+    kept = [s for s in sentences if not against(s, verdict)]
+    if kept and (len(kept) == len(sentences) or read_cues(" ".join(kept))):
+        return " ".join(kept)
+    return called_fake(verdict, evidence, uncounted)
+
+
+def against(sentence: str, verdict: Verdict) -> bool:
+    """Whether a sentence goes against an answer: names a sign on what is not called fake, the other label or kind."""
+    said, kind = said_labels(sentence), said_kind(sentence)
+    if verdict.label != "fake":
+        return bool(read_cues(sentence)) or "fake" in said or (verdict.label == "inconclusive" and "real" in said)
+    return "real" in said or (verdict.kind is not None and kind not in (None, verdict.kind))
+
+
+def called_fake(verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozenset[str] = frozenset()) -> str:
+    """Why a face is called fake, from what the experts with a weight point at."""
+    counted = [e for e in evidence if e.expert not in uncounted]
+    cues = {(c.area, c.artifact): c for e in counted for c in e.cues if c.score is None or c.score >= CUE_FROM}
+    named = ". ".join(cue_clause(c).capitalize() for c in list(cues.values())[:MAX_NAMED])
+    starts = {"whole": "The face looks generated as a whole", "part": "A part of the photo looks changed"}
+    start = starts.get(verdict.kind or "", "The face looks forged")
+    return f"{start}. {named}." if named else f"{start}, although no single area stands out."
+
+
+def undecided(verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozenset[str] = frozenset()) -> str:
+    """What was looked at, and that nothing decided; no sign is named."""
+    if verdict.reason == "not_a_photograph":
+        return "This looks like a drawing, a painting or a render and no photo, so it was not judged."
+    found = f"{LOOKED_AT}, and nothing decided: the estimate, {percent(verdict.p_fake)}, is neither low nor high."
+    if (apart := disagreement(evidence, uncounted)) is None:
+        return found
+    low, high = apart
+    return f"{found} The experts disagree: {low.expert} says {percent(low.score)}, {high.expert} {percent(high.score)}."
