@@ -25,7 +25,7 @@ from x2dfd.types import KINDS, Evidence, Verdict
 MLLM = "mllm"
 FALSE_ALARMS = 0.05  # share of a source's real pictures that may be called fake
 MISSES = 0.10  # share of the fakes of one kind and source that may be called real
-SMALL = 20  # pictures that a source needs for a threshold of its own
+SMALL = 50  # pictures that a source needs for a threshold of its own: of fewer, a tenth are two or three
 _CLIP = 6.0  # logits beyond this say no more about certainty than about saturation
 _MAX_LOGIT = 700.0  # exp of more is no float
 RATES = ("rate", "answered", "fakes_found", "false_alarms_allowed")  # in `fitted_on`, at any depth
