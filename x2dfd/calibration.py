@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +225,9 @@ def fit_calibration(
             continue
         own = {n: v[rows] for n, v in parts[kind].items() if np.isfinite(v[rows]).any()}
         logistics[kind] = fit_logistic(own, labels, balance(labels, np.array(sources)[rows].tolist()))
+    # Each was fitted as if every second picture were of its kind: the kinds share the half that is fake.
+    share = math.log(max(1, len(logistics)))
+    logistics = {kind: replace(one, bias=round(one.bias - share, 6)) for kind, one in logistics.items()}
     fitted = Calibration(logistics, 0.5, 0.5)
     chances = probabilities(fitted, parts, len(of))
     low, high = choose_band(chances, of != "", sources, false_alarms=false_alarms, misses=misses)
