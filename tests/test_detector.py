@@ -219,7 +219,7 @@ def test_all_faces_are_reported_and_the_most_suspicious_decides(detector: Detect
     assert len({f.rationale for f in report.faces}) > 1
 
 
-def test_a_video_is_the_mean_of_its_worst_third(detector: Detector, astronaut: Pixels) -> None:
+def test_a_short_video_is_the_mean_of_its_three_worst_frames(detector: Detector, astronaut: Pixels) -> None:
     """One odd frame must not decide a clip, and each face must say which frame it is from."""
     report = detector.detect(clip(astronaut, [-30, -20, 0, 10, 70, 90]), rationale=False)
     assert report.media["kind"] == "video"
@@ -229,7 +229,7 @@ def test_a_video_is_the_mean_of_its_worst_third(detector: Detector, astronaut: P
     assert times == pytest.approx([0.2 * i for i in range(6)], abs=0.01)
     chances = [f.verdict.p_fake or 0.0 for f in report.faces]
     assert np.ptp(chances) > 0.1
-    assert report.verdict.p_fake == pytest.approx(np.mean(sorted(chances)[-2:]), abs=1e-9)
+    assert report.verdict.p_fake == pytest.approx(np.mean(sorted(chances)[-3:]), abs=1e-9)
     assert report.evidence == report.faces[int(np.argmax(chances))].evidence
 
 
@@ -246,8 +246,8 @@ def test_a_forged_stretch_of_a_clip_is_not_averaged_away(detector: Detector, ast
         return detector._overall(video, [*faces, *beside])[0]
 
     known = judged([0.99] * 10 + [0.05] * 90)
-    assert np.mean([0.99] * 10 + [0.05] * 90) < 0.15 and known.label != "real"
-    assert known.p_fake == pytest.approx((10 * 0.99 + 24 * 0.05) / 34)
+    assert np.mean([0.99] * 10 + [0.05] * 90) < 0.15 and known.label == "fake"
+    assert known.p_fake == pytest.approx(0.99)
     assert judged([0.99] * 25 + [0.05] * 75).label == "fake"
     assert judged([0.99] + [0.05] * 99).label == judged([0.05] * 100).label == "real"
 

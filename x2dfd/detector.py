@@ -54,7 +54,7 @@ Mode = Literal["calibrated", "paper"]
 Source = str | Path | bytes | Image
 
 NO_PHOTO = 0.9  # P(a drawing, a painting, a render) from which a face is not assessed: nobody took that photo
-CLIP_SHARE = 3  # a clip is judged by the worst of this many parts of its frames
+CLIP_SHARE, CLIP_LEAST = 0.1, 3  # a clip is judged by this share of its frames, and by so many of them at least
 VIDEO_FRAMES = 32  # of a clip, spread evenly: a tenth of it that was changed holds three of them
 FRAME_FACES = 4  # of one frame of a video
 TURN_EVERY = 4  # frames: of a clip without a face so far, these are also looked at on their side and on their head
@@ -410,7 +410,7 @@ class Detector:
         return found | {"run": self.validation.run, "propositions": list(PROPOSITIONS)}
 
     def _overall(self, media: Picture | Video, faces: Sequence[FaceReport]) -> tuple[Verdict, FaceReport | None]:
-        """Picture: the most suspicious face. Video: the mean of the most suspicious third of the frames, each judged by
+        """Picture: the most suspicious face. Video: the mean of the most suspicious tenth of the frames, each judged by
         its most suspicious face, so that a forged stretch is found in a clip that is mostly real."""
         if not faces:
             return Verdict("inconclusive", None, "no_face"), None
@@ -421,7 +421,7 @@ class Detector:
         for face in faces:
             frames[face.frame] = max(frames.get(face.frame, 0.0), face.suspicion())
         worst = sorted(frames.values(), reverse=True)
-        p = float(np.mean(worst[: -(-len(worst) // CLIP_SHARE)]))
+        p = float(np.mean(worst[: max(CLIP_LEAST, int(CLIP_SHARE * len(worst)))]))
         if self.mode == "paper" or self.calibration is None:
             return Verdict("fake" if p >= self.facts["threshold"] else "real", p), deciding
         return self.calibration.verdict(p, deciding.verdict.kind), deciding
