@@ -37,7 +37,7 @@ WHOLE = "model"
 """The entry `weights` of a card whose folder holds a whole model, in a folder of this name, and no adapter."""
 
 FORENSIC, TOWER = "forensic", "experts/tower.safetensors"
-"""The entry `tower` of a card whose tower has the additions of the expert `tower`, and the file that holds them."""
+"""What a card calls a tower with the additions of the expert `tower`, and where they lie beside it."""
 
 PROBES = 3  # pictures whose scores a card keeps
 
