@@ -1,1 +1,1 @@
-"""The experts: one file each, their weights and cards in `weights/`, their training in `train.py`."""
+"""The experts: one file each, their weights and cards in `weights/`, their training in `train/`."""

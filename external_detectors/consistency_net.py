@@ -20,26 +20,26 @@ from x2dfd.faces import CROP_SIZE, area_mask
 from x2dfd.types import AREAS, ARTIFACTS
 
 POOLED = tuple(a for a in AREAS if a != "accessories")
-"""Areas that the mesh can place; `whole-image` is the whole crop."""
+"""Areas that the face mesh locates; `whole-image` is the whole crop."""
 
 GRID = 28
 """Side of the feature grid and of the map: eight pixels of the crop a cell."""
 
 POINTS_FROM = 0.5
-"""P(fake) from which it points at anything: of a face that it finds in order, its likeliest cues mean nothing."""
+"""Smallest P(fake) at which cues are named: the likeliest cues of a face that looks real mean nothing."""
 
 MAX_CUES = 3
-"""Of how many pairs it speaks at most."""
+"""Most cues that are named for one face."""
 
 LIKELY = 0.1
-"""The likeliest pair is named even below the threshold of the others, but not below this."""
+"""Lowest probability at which the likeliest cue is named; all others need the threshold of the card."""
 
 _FINE, _COARSE = 9, 15  # modules of the trunk after which features have stride 8 (40 channels) and 16 (112 channels)
 _WIDTH = 96
 
 
 def area_grid(landmarks: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """How much of each cell lies in each area, 0..255: [areas, GRID, GRID], from landmarks in crop pixels [468, 2]."""
+    """The share of each cell in each area, 0..255: [areas, GRID, GRID], from landmarks in crop pixels [468, 2]."""
     double = 2 * GRID
     points = landmarks * (double / CROP_SIZE)
     masks = [area_mask(points, area, (double, double)) for area in POOLED]
@@ -65,7 +65,7 @@ class ConsistencyNet(nn.Module):
         )
         self.decide = nn.Linear(1280 + len(ARTIFACTS) + 2, 1)
         self.dropout = nn.Dropout(0.2)
-        # Pairs that training knew; of the others nothing is said.
+        # Cues that training has shown; no other is ever named.
         self.register_buffer("allowed", torch.zeros(len(POOLED), len(ARTIFACTS)))
 
     def forward(self, x: Tensor, areas: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,14 +23,14 @@ class CropExpert:
 
     card: ClassVar[Card]
     at_once: ClassVar[int] = 8
-    """Most faces in a batch."""
+    """Largest number of faces in a batch."""
 
     def p_fake(self, crops: Tensor) -> Tensor:
         """P(fake) [n] of crops [n, CROP_SIZE, CROP_SIZE, 3] uint8."""
         raise NotImplementedError
 
     def look(self, crops: Tensor, faces: Sequence[Face]) -> list[Evidence]:
-        """What the network says of the faces whose crops [n, CROP_SIZE, CROP_SIZE, 3] uint8 are given."""
+        """The evidence for faces with the given crops, [n, CROP_SIZE, CROP_SIZE, 3] uint8."""
         return [Evidence(self.card.name, score) for score in self.p_fake(crops).tolist()]
 
     def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:

@@ -33,8 +33,8 @@ CLIP_L = "openai/clip-vit-large-patch14"
 class Published(CropExpert):
     """An expert whose weights are a third party's file, which a user has put into a folder.
 
-    `folder`: where the file lies; `experts/` of the cache if not given. Raises SetupError when the file is absent or is
-    not what it should be.
+    `folder`: where the file lies; `experts/` of the cache if not given. Raises SetupError when the file is absent or
+    does not fit.
     """
 
     FILE: ClassVar[str]
@@ -48,7 +48,7 @@ class Published(CropExpert):
                 f"put {self.FILE} of {self.card.source}, licence {self.card.licence}, at {path}"
             )
         self._net = self.open(path)
-        # Name and SHA-256 of the file stand in reports and calibrations.
+        # Reports and calibrations name the file and its SHA-256.
         self.card = replace(self.card, weights=path.name, sha256=file_sha256(path))  # type: ignore[misc]
 
     def open(self, path: Path) -> Any:
@@ -68,7 +68,7 @@ def imagenet_normalised(pixels: Tensor) -> Tensor:
 
 
 def read_checkpoint(path: Path) -> Any:
-    """What a third party's `.pth` holds. Raises SetupError when it is damaged or holds more than plain tensors."""
+    """Read a third party's `.pth`. Raises SetupError when it is damaged or holds more than plain tensors."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file trips the unpickler in any way; code in it is refused, never run

@@ -28,7 +28,7 @@ from x2dfd.tower import HEAD_LAYERS, additions_sha256, read_additions, tower_sta
 from x2dfd.types import ARTIFACTS, Card, Cue, Evidence, Face
 
 WEIGHTS = EMBEDDED / "experts"
-"""They lie with the embedded model, whose tower this is."""
+"""The weights belong to the embedded model, which shares this tower."""
 
 
 class Tower(CropExpert):
@@ -45,13 +45,13 @@ class Tower(CropExpert):
         self._heads.eval()
         self._additions = folder / self.card.weights
         self.tower = additions_sha256(read_additions(self._additions))
-        require("base")  # said now, not at the first face
+        require("base")  # fail now, not at the first face
         if not isinstance(self.card.figures.get("cue_threshold"), float):
             raise SetupError(f"the card of expert 'tower' in {folder} names no cue_threshold; reinstall x2dfd")
         self._threshold = float(self.card.figures["cue_threshold"])
 
     def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
-        """From the states of a pass that the embedded model has made of these very crops, else from one of its own."""
+        """Reuse the embedded model's pass over these crops where there is one, else run a pass of its own."""
         states = shared.tower_states if shared and shared.tower == self.tower else None
         if states is None or len(states) <= max(HEAD_LAYERS):
             return super().judge(faces, shared)

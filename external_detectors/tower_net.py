@@ -56,7 +56,7 @@ class TowerHeads(nn.Module):
             nn.Linear(4 * _CUE + len(POOLED), 128), nn.ReLU(), nn.Dropout(0.1), nn.Linear(128, len(ARTIFACTS))
         )
         self.dropout = nn.Dropout(0.3)
-        # Pairs that training knew; of the others nothing is said.
+        # Cues that training has shown; no other is ever named.
         self.register_buffer("allowed", torch.zeros(len(POOLED), len(ARTIFACTS)))
 
     def forward(self, states: Sequence[Tensor], areas: Tensor) -> Seen:

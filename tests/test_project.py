@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.util
@@ -16,13 +17,17 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from x2dfd.experts import Expert, ask
+from x2dfd.types import Face
+
 ROOT = Path(__file__).resolve().parents[1]
 INSTALLED = ("x2dfd", "external_detectors")
-CHECKOUT_ONLY = ("data_gen", "finetune", "eval", "app", "benchmarks", "tests")
+CHECKOUT_ONLY = ("data_gen", "finetune", "eval", "app", "benchmarks", "examples", "experiments", "tests")
 HEAVY = {
     "torch", "numpy", "PIL", "cv2", "av", "transformers", "peft", "accelerate", "pyarrow", "pandas", "scipy", "onnx",
     "gguf", "ai_edge_litert", "gradio", "openai", "typer",
@@ -89,6 +94,58 @@ def test_torchvision_is_absent() -> None:
     assert importlib.util.find_spec("torchvision") is None
     assert "torchvision" not in pins()
     assert "torchvision" not in {canonical(requirement.name) for requirement in requirements()}
+
+
+# --- rooms ----------------------------------------------------------------------------------------------------------
+
+KNOWN_EXCEPTIONS = {
+    ("app/__main__.py", "data_gen"): "offers the demo's two pictures, which the forge makes",
+    ("benchmarks/speed.py", "eval"): "its result file states its origin as those of the bench do",
+}
+"""Imports that the table of rooms does not allow, each with the reason why it is there all the same."""
+
+
+def allowed_imports() -> dict[str, set[str]]:
+    """Room -> the rooms that it may import, from the table of docs/architecture.md, in the order of its rows."""
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    rows = re.findall(r"^\| `([a-z0-9_]+)/` \|.*\|([^|]*)\|$", text, re.MULTILINE)
+    return {room: set(re.findall(r"`([a-z0-9_]+)`", cell)) for room, cell in rows}
+
+
+def rooms_imported(path: Path, rooms: set[str]) -> set[str]:
+    """The rooms that a file imports anywhere, also inside of functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found.add(node.module.partition(".")[0])
+    return found & rooms
+
+
+def test_table_of_rooms_has_no_circle_and_misses_no_room() -> None:
+    """Bug prevented: two rooms that need each other, so that neither can be read or used alone."""
+    allowed = allowed_imports()
+    rooms = {path.relative_to(ROOT).parts[0] for path in tree() if path.suffix == ".py" and path.parent != ROOT}
+    assert rooms - allowed.keys() == {"docs", "tests"}
+    above: set[str] = set()
+    for room, imports in allowed.items():
+        assert imports <= above, f"{room} may import {sorted(imports - above)}, which stands below it"
+        above.add(room)
+
+
+def test_rooms_import_what_the_table_allows() -> None:
+    """Bug prevented: an arrow up, such as the library importing the benchmark, which then drags all of it along."""
+    allowed = allowed_imports()
+    found = set()
+    for path in tree():
+        room = path.relative_to(ROOT).parts[0]
+        if path.suffix == ".py" and room in allowed:
+            extra = rooms_imported(path, set(allowed)) - allowed[room] - {room}
+            found |= {(path.relative_to(ROOT).as_posix(), other) for other in extra}
+    assert found - KNOWN_EXCEPTIONS.keys() == set()
+    outlived = {(name, room) for name, room in KNOWN_EXCEPTIONS if (ROOT / name).is_file()} - found
+    assert outlived == set(), "no exceptions any more: take them off the list"
 
 
 # --- wheel ----------------------------------------------------------------------------------------------------------
@@ -218,3 +275,37 @@ def test_documented_make_targets_exist() -> None:
     readme = set(re.findall(r"(?:^|`)make ([a-z-]+)", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE))
     assert {"test", "demo"} <= ci
     assert ci | readme <= targets
+
+
+PAGES = ("README.md", "GLOSSARY.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/index.md", "docs/architecture.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_documents_lead_somewhere(page: str) -> None:
+    """Bug prevented: a file moves, and the page that names it sends its reader nowhere."""
+    path = ROOT / page
+    links = re.findall(r"(?<!!)\[[^\]]*\]\(([^)\s#]+)", path.read_text("utf-8"))
+    assert links
+    assert [link for link in links if "://" not in link and not (path.parent / link).exists()] == []
+
+
+def test_tree_of_the_readme_exists() -> None:
+    """Bug prevented: the README shows a newcomer files that are gone."""
+    readme = (ROOT / "README.md").read_text("utf-8")
+    block = re.search(r"^## The tree\n+```\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    assert block
+    names = [name for line in block[1].splitlines() for name in re.split(r"\s{2,}", line)[0].split(", ")]
+    assert {room for room in allowed_imports() if f"{room}/" not in names} == set()
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_expert_of_the_readme_is_one() -> None:
+    """Bug prevented: the expert that a reader copies lacks something that the registry wants."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    space: dict[str, Any] = {}
+    exec(compile(blocks[1], "README.md", "exec"), space)
+    expert, crop = space["Sharpness"](), np.zeros((224, 224, 3), np.uint8)
+    points = np.zeros((468, 2), np.float32)
+    face = Face(0, (0.0, 0.0, 224.0, 224.0), points, 1.0, crop, points, 0.0)
+    assert isinstance(expert, Expert)
+    assert [said.score for said in ask(expert, [face, face])] == [1.0, 1.0]  # nothing is sharp in it

@@ -2,7 +2,7 @@
 
 - `adapter_config.json`, `adapter_model.safetensors`: PEFT's own files, LoRA on the language model, and the projector
 - or `model/`, where every weight was trained: a model directory of its own
-- `card.json`: what it was trained on, for and with; see AdapterCard
+- `card.json`: its data, base, prompts and experts; see AdapterCard
 - `calibration.json`: x2dfd.calibration
 """
 
@@ -37,7 +37,7 @@ EMBEDDED = Path(__file__).parent / "weights" / "embedded"
 
 WEIGHTS = "adapter_model.safetensors"
 WHOLE = "model"
-"""What a card calls its weights when they are no adapter but the whole model: the folder beside the card."""
+"""The entry `weights` of a card whose folder holds a whole model, in a folder of this name, and no adapter."""
 
 FORENSIC, TOWER = "forensic", "experts/tower.safetensors"
 """What a card calls a tower with the additions of the expert `tower`, and where they lie beside it."""
@@ -263,7 +263,7 @@ _PLAIN = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_alpha", "lora_dropout", "megatron_core",
     "modules_to_save", "peft_version", "qalora_group_size", "r", "revision", "target_modules", "task_type",
 }  # fmt: skip
-"""What an adapter's configuration may say without a bearing on how it is merged."""
+"""Keys of an adapter's configuration that do not change how it is merged."""
 
 
 def _merge_plain(model: Any, folder: Path) -> bool:

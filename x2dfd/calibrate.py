@@ -1,8 +1,8 @@
-"""`x2dfd calibrate`: what experts and MLLM say of labelled pictures becomes one probability and a band.
+"""`x2dfd calibrate`: the scores of experts and MLLM on labelled pictures become one probability and a band.
 
-A camera or a generator that a part has learnt from flatters it. So calibration prefers what is new: with `unseen`, the
-pictures of sources that an expert's other weights were trained without are judged by those weights. A part that has
-none such is asked about split `calib` as it is, and the MLLM then has no say: nobody knows how it would do elsewhere.
+A detector looks too good on the cameras and generators that it was trained on. So calibration prefers held-out sources:
+with `unseen`, pictures of a source are judged by expert weights that were trained without it. All other pictures come
+from split `calib`, and the MLLM then gets no weight, as its errors on new sources are unknown.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _aside(path: Path) -> Iterator[None]:
 
 
 def _strangers(folder: Path, names: Sequence[str]) -> list[tuple[Expert, set[str]]]:
-    """Experts that were trained without something, and what. Raises X2DFDError where a card does not say so."""
+    """Experts with held-out sources, and those sources. Raises X2DFDError where a card names none."""
     found: list[tuple[Expert, set[str]]] = []
     for path in sorted(folder.glob("*/*.card.json")):
         name = path.name.removesuffix(".card.json")
@@ -151,7 +151,7 @@ def _scores(
 
 
 def face_of(crops: CropSet, i: int, view_seed: int) -> Face:
-    """Sample i: by its id as it is, or as its degraded training view. A manifest may put reals and fakes by turns."""
+    """Sample i, as it is or as its augmented view. The id decides, as a manifest may alternate real and fake."""
     if hashlib.sha256(crops.samples[i].id.encode()).digest()[0] % 2:
         return view_face(crops, i, view_seed)
     crop, points = np.asarray(crops.crops[i]), crops.landmarks[i]
@@ -169,12 +169,12 @@ def _columns(rows: Sequence[Row], mllm: str | None) -> dict[str, dict[str, Float
 
 
 def _bounded_with(sample: Sample) -> str:
-    """What a picture's false alarms or misses are counted with: its source; of a fake, its generator or its source."""
+    """The name under which errors on a picture are counted: its source, or the generator of a synthetic fake."""
     return sample.origin if sample.label == "fake" and sample.synthetic else sample.source
 
 
 def _mllm_threshold(rows: Sequence[Row], fakes: NDArray[np.bool_], share: float) -> float:
-    """The MLLM's own P(fake) that so many of the reals reach, for mode="paper"; 0.5 where it was not asked."""
+    """The MLLM's own P(fake) that a `share` of the real pictures reach, for mode="paper"; 0.5 without scores."""
     own = [row[KINDS[0]].get(MLLM) for row in rows]
     reals = [1 / (1 + np.exp(-v)) for v, fake in zip(own, fakes, strict=True) if v is not None and not fake]
     return round(float(np.quantile(reals, 1 - share)), 6) if reals else 0.5

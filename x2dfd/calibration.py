@@ -1,4 +1,4 @@
-"""Calibration: one probability out of what the experts and the MLLM say, when to abstain, and how both are fitted.
+"""Calibration: one probability from the scores of experts and MLLM, the rule when to abstain, and the fit of both.
 
 A face may be made as a whole, or changed in part. Each kind has a regularised logistic of its own, with non-negative
 weights over a handful of logits, and the two are joined by a noisy-or: an expert that knows one kind cannot clear the
@@ -32,7 +32,7 @@ RATES = ("rate", "answered", "fakes_found", "false_alarms_allowed")  # in `fitte
 
 Floats = NDArray[np.float64]
 Parts = Mapping[str, Mapping[str, float | None]]
-"""By kind of fake, what each part says of it as a logit; None where it has no score."""
+"""By kind of fake and by name, the logit that an expert or the MLLM gives for it; None where there is no score."""
 
 
 def logit(p: float) -> float:
@@ -100,7 +100,7 @@ class Calibration:
         return {kind: logistic(parts[kind]) for kind, logistic in self.kinds.items()}
 
     def probability(self, parts: Parts) -> float:
-        """P(fake): that it is not neither."""
+        """P(fake): one minus the probability that the face is a fake of no kind (noisy-or)."""
         return 1 - math.prod(1 - p for p in self.by_kind(parts).values())
 
     def verdict(self, p_fake: float, kind: str | None = None) -> Verdict:
@@ -111,7 +111,7 @@ class Calibration:
 
     @property
     def sha256(self) -> str:
-        """Of everything in it; a refitted one has another."""
+        """Hash of the whole rule and of the facts about its fit."""
         return json_sha256(asdict(self))
 
     def save(self, folder: Path) -> None:

@@ -1,6 +1,6 @@
-"""What happens to pictures on their way: tone, size, blur, codecs.
+"""Degradations of pictures: tone, size, blur, noise, codecs.
 
-One piece for the forge, for training augmentation and for perturbation tests, so that they mean the same thing.
+The forge, the augmentation of trainings and the tests of robustness share them, so that they mean the same thing.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def rescale(pixels: Array, factor: float, up: int = cv2.INTER_LINEAR, down: int 
 
 
 CODEC = (".jpg", 90)
-"""What every face crop goes through before a model sees it: a PNG and its JPEG then look nearly the same. Trainings see
-crops through codecs of all qualities."""
+"""Every face crop goes through this codec before a model sees it, so that a PNG and its JPEG look nearly the same.
+Trainings use codecs of all qualities."""
 
 
 def codec(pixels: Array, kind: str, quality: int) -> Pixels:
@@ -83,7 +83,7 @@ def video_codec(pixels: Array, crf: int) -> Pixels:
 
 
 def degrade(pixels: Pixels, rng: Rng) -> Pixels:
-    """What happens to any picture on its way, alike for both labels: size, blur, noise, codec. Size is kept.
+    """Random scaling, blur, noise and codec, the same for both labels. The size is kept.
 
     Used wherever training data is made, so that neither format nor resolution gives the label away.
     """

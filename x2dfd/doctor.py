@@ -1,4 +1,4 @@
-"""What this installation has, what it lacks, and the command that mends it."""
+"""The checks of `x2dfd doctor`: the installation, its weights, and a command for everything that is missing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REINSTALL = "pip install --force-reinstall --no-deps -e .  (in a fresh checkout)
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at."""
+    """The result of one check."""
 
     name: str
     ok: bool | None  # None: neither needed nor wrong
@@ -39,7 +39,7 @@ class Check:
 
 
 def diagnose() -> list[Check]:
-    """Looks at the installation, the weights and the machine; reads local files only, and what it finds never raises.
+    """Check the installation, the weights and the machine. Reads local files only; a finding never raises.
 
     Imports torch, to learn its thread count and whether it sees a GPU.
     """

@@ -29,7 +29,7 @@ BUILTIN: dict[str, str] = {
     "consistency": "external_detectors.consistency:Consistency",
 }
 DEFAULT: tuple[str, ...] = ("tower",)
-"""Those that add something where they have not been (LOG.md); in this order their scores stand in the prompt."""
+"""Experts that improve verdicts on held-out sources (LOG.md), in the order of their scores in the prompt."""
 PUBLISHED: dict[str, str] = {
     "mesonet": "external_detectors.mesonet:MesoNet",
     "aligned-forensics": "external_detectors.published:AlignedForensics",
@@ -43,7 +43,7 @@ GROUP = "x2dfd.experts"
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """What has already been computed for a batch of faces, so that an expert need not compute it again."""
+    """Results for a batch of faces that an expert may reuse."""
 
     tower_states: tuple[Tensor, ...] | None = None
     """Hidden states of a CLIP tower of the base's shape, embeddings first: each [n, 1 + patches, 768], fp32."""
@@ -53,7 +53,7 @@ class Shared:
 
 @runtime_checkable
 class Expert(Protocol):
-    """What a plug-in has to be. Its constructor loads the weights and may raise SetupError.
+    """The interface of a plug-in. Its constructor loads the weights and may raise SetupError.
 
     Without an argument it loads the expert's own weights. An expert whose weights may be replaced takes `folder: Path`,
     the folder that holds `<name>.card.json` and the file that this card names. Where the card
@@ -111,7 +111,7 @@ def load_expert(name: str, folder: Path | None = None) -> Expert:
 
 
 def ask(expert: Expert, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
-    """What the expert says of each face: `judge`, held to its word.
+    """The expert's evidence for each face: `judge`, with its answers checked.
 
     A plug-in may be anybody's. Where it raises or answers something else than one Evidence a face, the faces are asked
     one by one; one that fails still, or that is scored outside of [0, 1], has no score of it and a note that says why.

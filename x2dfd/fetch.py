@@ -117,7 +117,7 @@ PARTS: dict[str, Part] = {
 
 
 def cache_dir() -> Path:
-    """Where fetched parts live: X2DFD_CACHE, or `x2dfd` in the user's cache directory."""
+    """The folder of fetched parts: X2DFD_CACHE, or `x2dfd` in the user's cache directory."""
     chosen = os.environ.get("X2DFD_CACHE")
     if chosen:
         return Path(chosen).expanduser()

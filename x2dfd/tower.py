@@ -1,6 +1,7 @@
-"""The base's CLIP tower by itself: hidden states for the `clip` expert, and cached features for training.
+"""The vision tower of the base: loading it with or without additions, its hidden states, and cached features.
 
-Trainings keep the tower frozen, so its features of a manifest are computed once, on degraded crops, and kept on disk.
+Fine-tuning keeps the tower frozen, so the features of a manifest are computed once, on augmented crops,
+and kept on disk.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from x2dfd.progress import progress
 from x2dfd.types import Face
 
 VIEWS = {"degrade": DEGRADE_VERSION, "codec": list(CODEC)}
-"""What made training views what they are; caches and instruction sets of other views are not taken."""
+"""The settings of augmented views. Caches and instruction sets that were made with others are refused."""
 
 WIDTH = 768
-"""Of the tower's hidden states: CLIP ViT-B."""
+"""Width of the tower's hidden states (CLIP ViT-B)."""
 
 HEAD_LAYERS = (3, 6, 9, 12)
-"""Whose outputs the forensic tower's heads read, and the embedded model's projector but for the first; 1 is the first
-layer's."""
+"""Layers whose outputs the heads of the forensic tower read; 1 is the first layer. The projector of the embedded model
+reads all but the first of them."""
 
 _MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 _STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
@@ -101,7 +102,7 @@ def load_tower(layers: int, additions: Path | None = None) -> Any:
 
 
 def read_additions(path: Path) -> dict[str, Tensor]:
-    """What a weight file of the forensic tower adds to the tower, by the tower's own names. Raises SetupError."""
+    """The additions in a weight file of the forensic tower, by the tower's own names. Raises SetupError."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -113,7 +114,7 @@ def read_additions(path: Path) -> dict[str, Tensor]:
 
 
 def additions_sha256(additions: Mapping[str, Tensor]) -> str:
-    """Names the tower that carries them: heads that change leave it the same."""
+    """A hash that identifies the tower with these additions. It does not depend on the heads."""
     digest = hashlib.sha256()
     for name in sorted(additions):
         digest.update(name.encode() + b"\n" + additions[name].contiguous().numpy().tobytes())
@@ -130,7 +131,7 @@ def tower_states(crops: Tensor, layers: int, additions: Path | None = None) -> t
 
 @dataclass(frozen=True, eq=False)
 class TowerFeatures:
-    """What a tower gives for some samples of a CropSet."""
+    """The outputs of a tower for some samples of a CropSet."""
 
     rows: NDArray[np.intp]  # [n]: which samples of the CropSet, in order
     tokens: NDArray[np.float16]  # [n, len(keep), class token where there is one + patches, hidden]
@@ -143,7 +144,7 @@ class TowerFeatures:
         return np.asarray(self.tokens[places][..., chosen, int(self.class_token) :, :], np.float32)
 
     def states(self, places: slice) -> tuple[Tensor, ...]:
-        """As `tower_states`; of a layer that is not kept an empty tensor stands there."""
+        """Like `tower_states`, with an empty tensor for every layer that is not kept."""
         found = dict(zip(self.keep, torch.from_numpy(self.tokens[places].astype(np.float32)).unbind(1), strict=True))
         return tuple(found.get(layer, torch.empty(0)) for layer in range(max(self.keep) + 1))
 
@@ -194,7 +195,7 @@ def cached_features(
 ) -> TowerFeatures:
     """Features of the given samples, each on its own `seen_view`, computed once, by the tower with its `additions`.
 
-    A cut-off run goes on where it stopped.
+    A run that was cut off resumes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     n = len(rows)
@@ -226,7 +227,7 @@ def cached_features(
 
 
 def quick_in_16_bits(device: str) -> bool:
-    """Whether products in bf16 are quicker there than in fp32: on CUDA, and on a CPU with units for them."""
+    """True where products in bf16 are quicker than in fp32: on CUDA, and on a CPU with units for them."""
     return device == "cuda" or bool(torch.cpu._is_avx512_bf16_supported())
 
 

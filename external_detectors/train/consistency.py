@@ -122,11 +122,11 @@ def consistency(
 
 
 CUE_SEEN_FROM = 0.15
-"""Cues of a lower score are neither asked for nor punished: few eyes would see them."""
+"""Cues with a lower score are neither targets nor errors, as few people would see them."""
 
 
 class LocalTruth:
-    """Where and how the pictures of a forge run were changed, as the area-wise network's targets."""
+    """The targets of the network: cues and masks of the pictures of a forge run."""
 
     def __init__(self, crops: CropSet, held_out: Sequence[str] = ()) -> None:
         from external_detectors.consistency_net import POOLED
@@ -143,7 +143,7 @@ class LocalTruth:
                     raise X2DFDError(f"{sample.id}: the mesh cannot place {cue.area!r}, so it cannot be learnt")
                 seen = cue.score is None or cue.score >= CUE_SEEN_FROM
                 self.cues[k, POOLED.index(cue.area), ARTIFACTS.index(cue.artifact)] = 1 if seen else -1
-        # Of a combination with a method that is left out, the whole picture is.
+        # A picture that combines methods is held out if one of them is.
         hidden = [bool(set(s.method.split("+")) & set(held_out)) for s in self.samples]
         self.learnt = [k for k, s in enumerate(self.samples) if s.split == "train" and not hidden[k]]
         self.allowed = torch.from_numpy(((self.cues[self.learnt] > 0).sum(0) >= 10).astype(np.float32))

@@ -1,4 +1,4 @@
-"""Drawings made of photos: what a training shows as "no photograph at all".
+"""Drawings made from photos, as training examples of pictures that are no photographs.
 
 Painted, posterised, outlined and sketched versions by OpenCV's non-photorealistic filters (Gastal & Oliveira,
 "Domain Transform for Edge-Aware Image and Video Processing", SIGGRAPH 2011, and mean shift).
@@ -13,7 +13,7 @@ from x2dfd.degrade import Array, Pixels, Rng, soft
 
 
 def drawing(crop: Pixels, rng: Rng) -> Pixels:
-    """A crop [s, s, 3] as somebody might have drawn or painted it, in a way drawn at random."""
+    """A crop [s, s, 3] in the style of a drawing or a painting; the style is chosen at random."""
     ways = (_painted, _sketched, _cartoon, _flat)
     out = ways[int(rng.integers(len(ways)))](crop, rng)
     if rng.random() < 0.3:  # other colours than skin has

@@ -1,4 +1,4 @@
-"""What every expert's training shares: balanced draws, degraded views, a resumable loop, figures by method."""
+"""Shared by the trainings of all experts: balanced draws, augmented views, a resumable loop, figures by method."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def log(text: str) -> None:
 
 
 def balanced(samples: Sequence[Sample], rng: np.random.Generator, split: str, by_method: bool = False) -> Iterator[int]:
-    """Endless indices: label by turns, then source by the root of its size, then a random sample of it.
+    """Endless indices: labels alternate, a source is drawn by the root of its size, and a sample of it at random.
 
     With `by_method`, fakes are drawn by their (first) method instead of their source.
     """
@@ -102,11 +102,11 @@ CHOSEN_BY = (
     "the best mean over the worst quarter of methods (of those held out, where there are any) and sources, on these "
     "figures' pictures"
 )
-"""What a card says of its checkpoint: a method that was held out was not learnt, but had a say in the choice."""
+"""The note in a card on its checkpoint: held-out methods were not trained on, but they took part in this choice."""
 
 
 def worst(samples: Sequence[Sample], scores: NDArray[np.float64], held_out: Collection[str] = ()) -> float | None:
-    """What a checkpoint is chosen by: the mean of the lowest quarter of the AUCs of methods and of real sources.
+    """The figure that chooses a checkpoint: the mean of the lowest quarter of the AUCs of methods and of real sources.
 
     Methods: those in `held_out` where there are any, each against all real pictures; else all. Sources: the real
     pictures of each against all fakes. The mean over what was learnt would choose what is learnt by heart; the lowest

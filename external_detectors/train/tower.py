@@ -66,7 +66,7 @@ KEPT = "allowed"  # a buffer of the heads, not a weight
 
 @dataclass(frozen=True)
 class Settings:
-    """What makes a training what it is: a cut-off run resumes only under the same."""
+    """The settings of a training. A run that was cut off resumes only with the same ones."""
 
     data: tuple[str, ...]  # hashes of the manifests
     leave_out: tuple[str, ...]
@@ -96,7 +96,7 @@ class Net(nn.Module):
         return seen
 
     def own(self) -> dict[str, nn.Parameter]:
-        """What a weight file holds: LoRA and heads."""
+        """The parameters in a weight file: LoRA and heads."""
         return {n: p for n, p in self.named_parameters() if "lora_" in n or n.startswith("heads.")}
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -157,7 +157,7 @@ class Pictures(IterableDataset[tuple[Any, ...]]):
             yield self.sample(*self.rows[at], rng)
 
     def sample(self, k: int, i: int, rng: np.random.Generator | None) -> tuple[Any, ...]:
-        """One picture as training sees it; without a generator as it is in use."""
+        """One picture, augmented by the generator; without a generator as it is in use."""
         crops, s = self.sets[k], self.at(k, i)
         view, points = np.ascontiguousarray(crops.crops[i]), crops.landmarks[i]
         label, kind = s.label == "fake", s.df_class if s.label == "fake" and s.df_class in KINDS else s.label
@@ -311,7 +311,7 @@ def tower(
 
 
 def _allowed(pictures: Pictures) -> Tensor:
-    """Pairs of area and artifact that ten pictures or more show; of the others nothing is ever said."""
+    """Pairs of area and artifact that ten pictures or more show; no other is ever named."""
     shown = np.zeros((len(POOLED), len(ARTIFACTS)))
     for k, i in pictures.rows:
         for cue in pictures.at(k, i).cues:
@@ -395,7 +395,7 @@ def _better(
     best: dict[str, Any],
     state: Path,
 ) -> dict[str, Any]:
-    """Judges the average on what was left out, and keeps it as `average-STEP.safetensors`."""
+    """Score the average on the held-out pictures, and keep it as `average-STEP.safetensors`."""
     now = {n: p.detach().clone() for n, p in trained.items()}
     _put(trained, average)
     net.eval()
@@ -420,7 +420,7 @@ def score(net: Net, pictures: Pictures) -> NDArray[np.float64]:
 
 
 def seen_by(net: Net, pictures: Pictures, rows: Sequence[tuple[int, int]]) -> Seen:
-    """What the net says of pictures as they are in use, on the CPU."""
+    """The outputs of the net, on the CPU, for pictures without augmentation."""
     place = next(net.heads.parameters()).device
     net.eval()
     found: list[Seen] = []
@@ -435,7 +435,7 @@ def seen_by(net: Net, pictures: Pictures, rows: Sequence[tuple[int, int]]) -> Se
 
 
 def cue_threshold(net: Net, pictures: Pictures) -> dict[str, Any]:
-    """From which chance on a cue is named: the best F1 over (area, artifact) on forgeries that training did not see.
+    """The probability from which a cue is named: it has the best F1 over cues on forgeries that training did not see.
 
     Those of split `calib`, which data_gen forge keeps for such a choice; 0.5 where there are none.
     """
