@@ -138,8 +138,8 @@ def test_a_photo_gets_a_whole_report(detector: Detector, face_photo: Path) -> No
             "warnings"} <= set(said)  # fmt: skip
     assert set(said["verdict"]) == {"label", "p_fake", "reason", "kind"}
     assert {"box", "verdict", "p_fake_mllm", "rationale", "cues", "evidence"} <= set(said["faces"][0])
-    assert set(said["evidence"][0]) == {"expert", "score", "note", "cues", "kinds"}
-    assert set(said["faces"][0]["evidence"][0]) == {"expert", "score", "note", "cues", "map", "kinds"}
+    assert set(said["evidence"][0]) == {"expert", "score", "note", "cues", "kinds", "no_photo"}
+    assert set(said["faces"][0]["evidence"][0]) == {*said["evidence"][0], "map"}
     assert said["provenance"]["state"]
     assert said["path"] == str(face_photo)
 
@@ -294,7 +294,7 @@ def test_a_verdict_names_the_kind_that_an_expert_saw(
         monkeypatch.setattr(tiny.Brightness, "judge", lambda self, faces, *_, said=said: [said] * len(faces))
         found = detector.detect(face_photo, rationale=False).verdict
         assert (found.label, found.kind) == ("fake", kind)
-        assert found.p_fake == pytest.approx(1 - (1 - 0.9) * (1 - 0.05))
+        assert found.p_fake == pytest.approx(1 - (1 - 0.95) ** 2)
     clear = Evidence(tiny.EXPERT, 0.02, kinds={"whole": 0.01, "part": 0.01})
     monkeypatch.setattr(tiny.Brightness, "judge", lambda self, faces, *_: [clear] * len(faces))
     assert detector.detect(face_photo, rationale=False).verdict.kind is None

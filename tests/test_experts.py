@@ -22,6 +22,7 @@ import torch
 
 from external_detectors.weights_io import WEIGHTS, load_weights, save_weights
 from x2dfd import experts
+from x2dfd.adapter import EMBEDDED
 from x2dfd.degrade import degrade
 from x2dfd.errors import SetupError, UnknownName, X2DFDError
 from x2dfd.experts import (
@@ -220,18 +221,23 @@ def test_a_plugin_that_cannot_be_imported_is_listed_with_its_reason(
 # --- weights --------------------------------------------------------------------------------------------------------
 
 
+def _home(name: str) -> Path:
+    """Where an expert's own weights stand: the tower's are a part of the embedded model."""
+    return EMBEDDED / "experts" if name == "tower" else WEIGHTS
+
+
 def _copied(name: str, folder: Path) -> Path:
     """An expert's card and weights in `folder`; returns the weight file."""
-    card = read_card(WEIGHTS / f"{name}.card.json")
-    shutil.copy(WEIGHTS / f"{name}.card.json", folder)
-    return Path(shutil.copy(WEIGHTS / card.weights, folder))
+    card = read_card(_home(name) / f"{name}.card.json")
+    shutil.copy(_home(name) / f"{name}.card.json", folder)
+    return Path(shutil.copy(_home(name) / card.weights, folder))
 
 
 @every_builtin
 def test_weights_are_those_of_the_card(name: str) -> None:
     """Bug prevented: weights replaced without their card, so that reports name the wrong ones."""
     card = expert_class(name).card
-    assert card.sha256 == file_sha256(WEIGHTS / card.weights)
+    assert card.sha256 == file_sha256(_home(name) / card.weights)
     assert card.preprocessing == PREPROCESSING
     assert card.trained_on and card.figures
 

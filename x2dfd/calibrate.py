@@ -49,8 +49,8 @@ def calibrate(
     """Score, fit, write `calibration.json` into the adapter directory.
 
     `experts`: those that join, by default those of the prompt. `unseen`: a folder of folders with an expert's weights
-    that were trained without some sources or generators (`left_out` in the card); of these every picture counts but
-    those of split `val`, of all others the pictures of `split`. Half of the pictures are taken as they are, half as
+    that were trained without some sources (`left_out` in the card); of these every picture counts but those of split
+    `val`, of all others the pictures of `split`. Half of the pictures are taken as they are, half as
     their degraded training view. `other_experts`: take the expert weights that are here, also where the adapter was
     trained with others. Raises X2DFDError when a label is lacking.
     """
