@@ -3,8 +3,9 @@
     python -m experiments.left_out --tower build/unseen/one --data photos.csv --data build/forged/manifest.jsonl
 
 A tower that was trained with `external_detectors.train tower --leave-out NAMES` is asked about the pictures of NAMES,
-as they are in use. The table holds AUC by generator and forge method against the real pictures of the sources that were
-left out, and the share of each such source's photos above the given logit. LOG.md names the runs.
+half of them as they are and half degraded, but for split `val`, which chose the tower's checkpoint. The table holds the
+AUC by generator and forge method against the real photos of the sources that were left out, and the share of each such
+source's photos above the given logit. LOG.md names the runs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from x2dfd.calibration import logit
 from x2dfd.cli import run_command
 from x2dfd.crops import load_crops
 from x2dfd.detector import evidence_of, through_codec
+from x2dfd.errors import X2DFDError
 from x2dfd.manifest import Sample
 from x2dfd.progress import progress
 
@@ -40,7 +42,8 @@ def left_out(
         crops = load_crops(path)
         rows: dict[str, list[int]] = {}
         for i, sample in enumerate(crops.samples):
-            if sample.origin in names and (sample.label == "real" or sample.synthetic or sample.mask is not None):
+            own = {sample.origin, *(sample.method.split("+") if sample.label == "fake" else ())}
+            if own & names and sample.split not in ("val", "test"):
                 rows.setdefault(_row(sample), []).append(i)
         for name, mine in rows.items():
             if len(mine) > limit:
@@ -49,6 +52,10 @@ def left_out(
                 faces = through_codec([face_of(crops, i, 1) for i in mine[start : start + AT_ONCE]])
                 said = evidence_of([expert], faces)
                 scores.setdefault(name, []).extend(logit(e.score) for [e] in said if e.score is not None)
+    if not any(name.startswith("real") for name in scores):
+        raise X2DFDError(
+            "none of what the tower was trained without is a source of real photos: nothing to compare with"
+        )
     reals = np.concatenate([np.array(v) for k, v in scores.items() if k.startswith("real")])
     for name, found in sorted(scores.items()):
         if name.startswith("real"):

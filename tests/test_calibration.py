@@ -116,12 +116,13 @@ def test_a_missing_score_neither_accuses_nor_clears_where_most_pictures_are_fake
 # --- two kinds of fakes ----------------------------------------------------------------------------------------------
 
 
-def test_probability_is_a_noisy_or_that_a_reader_can_compute() -> None:
+def test_the_odds_of_the_kinds_add_up() -> None:
     """The number is small enough to compute by hand; so it is."""
     parts = {"whole": {"tower": 1.5, MLLM: 9.0}, "part": {MLLM: 2.0, "tower": -1.0, "idle": 5.0}}
     whole = 1 / (1 + math.exp(-(0.2 + 0.8 * (1.5 + 1.0))))
     part = 1 / (1 + math.exp(-(-0.4 + 0.5 * (2.0 - 1.0) + 1.0 * (-1.0 + 2.0))))
-    assert FITTED.probability(parts) == pytest.approx(1 - (1 - whole) * (1 - part))
+    odds = whole / (1 - whole) + part / (1 - part)
+    assert FITTED.probability(parts) == pytest.approx(odds / (1 + odds))
     assert FITTED.by_kind(parts) == pytest.approx({"whole": whole, "part": part})
     assert FITTED.weights == {"tower": 1.0, MLLM: 0.5, "idle": 0.0}
     sure = [{kind: {MLLM: by, "tower": by} for kind in ("whole", "part")} for by in (6.0, 99.0)]
@@ -164,7 +165,9 @@ def test_each_kind_is_fitted_on_its_own_fakes() -> None:
     alone = fit_calibration({k: {n: v[of != "whole"] for n, v in p.items()} for k, p in parts.items()},
                             [k for k in kinds if k != "whole"], ["a"] * (2 * n))  # fmt: skip
     assert set(alone.kinds) == {"part"}  # nothing is said of a kind that was not there
-    assert (kind_of("EFS"), *map(kind_of, ("FS", "FR", "FE", ""))) == ("whole", "part", "part", "part", "part")
+    assert (kind_of("EFS"), *map(kind_of, ("FS", "FR", "FE"))) == ("whole", "part", "part", "part")
+    with pytest.raises(ValueError, match="no class of fakes"):
+        kind_of("")
 
 
 def test_a_part_that_never_scored_has_no_say() -> None:

@@ -49,9 +49,9 @@ def calibrate(
     """Score, fit, write `calibration.json` into the adapter directory.
 
     `experts`: those that join, by default those of the prompt. `unseen`: a folder of folders with an expert's weights
-    that were trained without some sources (`left_out` in the card); of these every picture counts but those of split
-    `val`, of all others the pictures of `split`. Half of the pictures are taken as they are, half as
-    their degraded training view. `other_experts`: take the expert weights that are here, also where the adapter was
+    that were trained without some sources (`left_out` in the card); of these every picture counts but those of splits
+    `val` and `test`, of all others the pictures of `split`. Half of the pictures are taken as they are, half as their
+    degraded training view. `other_experts`: take the expert weights that are here, also where the adapter was
     trained with others. Raises X2DFDError when a label is lacking.
     """
     card = read_adapter_card(adapter)
@@ -71,6 +71,8 @@ def calibrate(
                 mine = sorted(int(i) for i in np.random.default_rng(0).choice(mine, limit, replace=False))
             rows += _scores(detector, crops, mine, view_seed, expert)
             samples += [crops.samples[i] for i in mine]
+    if unclear := [s.id for s in samples if s.label == "fake" and s.df_class not in ("EFS", "FS", "FR", "FE")]:
+        raise X2DFDError(f"{len(unclear)} fakes without df_class (FS, FR, FE, EFS), such as {unclear[0]}")
     fakes = np.array([s.label == "fake" for s in samples], bool)
     if not 0 < fakes.sum() < len(fakes):
         raise X2DFDError(f"split {split!r} needs real and fake pictures to calibrate on")
@@ -127,7 +129,7 @@ def _whose(sample: Sample, split: str, strangers: Sequence[tuple[Expert, set[str
     """
     for _, left_out in strangers:
         if sample.origin in left_out and not sample.synthetic:
-            return left_out if sample.split != "val" else None
+            return left_out if sample.split not in ("val", "test") else None
     return set() if sample.split == split else None
 
 

@@ -1,9 +1,9 @@
 """Calibration: one probability from the scores of experts and MLLM, the rule when to abstain, and the fit of both.
 
 A face may be made as a whole, or changed in part. Each kind has a regularised logistic of its own, with non-negative
-weights over a handful of logits, and the two are joined by a noisy-or: an expert that knows one kind cannot clear the
-other. Small enough to read, stored as JSON with the model. A score that is missing counts as its mean where the
-logistic was fitted, so it neither accuses nor clears.
+weights over a handful of logits, and the odds of the two add up: an expert that knows one kind cannot clear the other.
+Small enough to read, stored as JSON with the model. A score that is missing counts as its mean where the logistic was
+fitted, so it neither accuses nor clears.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def logit(p: float) -> float:
 
 
 def kind_of(df_class: str) -> str:
-    """The kind of a fake of a class: EFS is made as a whole, every other one is changed in part."""
+    """The kind of a fake of a class: EFS is made as a whole, every other one is changed in part. Raises ValueError."""
+    if df_class not in ("EFS", "FS", "FR", "FE"):
+        raise ValueError(f"{df_class!r} is no class of fakes")
     return KINDS[0] if df_class == "EFS" else KINDS[1]
 
 
@@ -100,8 +102,9 @@ class Calibration:
         return {kind: logistic(parts[kind]) for kind, logistic in self.kinds.items()}
 
     def probability(self, parts: Parts) -> float:
-        """P(fake): one minus the probability that the face is a fake of no kind (noisy-or)."""
-        return 1 - math.prod(1 - p for p in self.by_kind(parts).values())
+        """P(fake): the kinds exclude each other, so that their odds against a real photo add up."""
+        odds = sum(p / max(1 - p, 1e-12) for p in self.by_kind(parts).values())
+        return odds / (1 + odds)
 
     def verdict(self, p_fake: float, kind: str | None = None) -> Verdict:
         """Fake (of the likelier `kind`, where it is known), real, or inconclusive."""
@@ -269,8 +272,7 @@ def _by_source(scores: Floats, names: NDArray[np.str_]) -> list[Floats]:
     sources = [scores[names == name] for name in sorted(set(names))]
     large = [s for s in sources if len(s) >= SMALL]
     small = [s for s in sources if len(s) < SMALL]
-    together = np.concatenate(small) if small else np.zeros(0)
-    return [*large, together] if len(together) >= SMALL or not large else large
+    return [*large, np.concatenate(small)] if small else large
 
 
 def _above(scores: Floats, share: float) -> float:

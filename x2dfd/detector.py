@@ -223,7 +223,7 @@ class Detector:
                     look,
                     self._questions([f.evidence for f in part]),
                     [prompts.rationale_start(f.verdict.side) for f in part],
-                    on_text=on_text if at == 0 and part[0].verdict.label != "inconclusive" else None,
+                    on_text=on_text if at == 0 and part[0].verdict.label == "fake" else None,  # others are mended much
                 )
             told |= {
                 f.index: self._explained(f, found[f.index].face, text) for f, text in zip(part, texts, strict=True)
@@ -417,9 +417,12 @@ class Detector:
         deciding = max(faces, key=FaceReport.suspicion)
         if isinstance(media, Picture):
             return deciding.verdict, deciding
+        if deciding.verdict.p_fake is None:  # nothing in it was assessed: drawings
+            return deciding.verdict, deciding
         frames: dict[int | None, float] = {}
         for face in faces:
-            frames[face.frame] = max(frames.get(face.frame, 0.0), face.suspicion())
+            if face.verdict.p_fake is not None:
+                frames[face.frame] = max(frames.get(face.frame, 0.0), face.verdict.p_fake)
         worst = sorted(frames.values(), reverse=True)
         p = float(np.mean(worst[: max(CLIP_LEAST, int(CLIP_SHARE * len(worst)))]))
         if self.mode == "paper" or self.calibration is None:

@@ -209,7 +209,8 @@ _INTENTS = tuple(
             r"is (?:this|that|it) (?:mr|mrs|ms|president|senator)\b",
         ),
         "person": (
-            r"how old (?:is|are|was)\b", r"(?:his|her|their) age\b", "ethnic", r"race\b", "nationalit", r"feels?\b",
+            r"how old (?:is|are|was)\b", r"(?:his|her|their) age\b", "ethnic", r"race\b", "nationalit",
+            r"(?:he|she|they) feels?\b",
             r"in love\b", r"(?:beautiful|attractive|handsome|honest|lying)\b",
         ),
         "taken": (
@@ -217,7 +218,8 @@ _INTENTS = tuple(
             r"metadata\b", r"exif\b", r"c2pa\b", r"content credentials\b",
         ),
         "publish": (
-            "publish", r"print (?:it|this)\b", r"(?:post|share|accuse|sue|prove|proof|court|evidence|police)\b",
+            "publish", r"print (?:it|this)\b", r"(?:post|share|accuse|sue|court|police)\b",
+            r"as (?:a )?(?:proof|evidence)\b",
         ),
         "do": (
             r"what (?:should|can|do|must|shall|could) (?:i|we|one)\b", r"what (?:now|next)\b", r"next steps?\b",
@@ -231,7 +233,7 @@ _INTENTS = tuple(
         "where": (r"(?:which|what) (?:area|part|place|region|spot)", r"where\b", r"show me\b"),
         "why": (
             r"why\b", r"what makes you\b", r"reasons?\b", r"explain\b", r"how (?:do|can|did) you (?:know|tell)\b",
-            "what did you (?:see|look|find)", r"convince\b",
+            "what did you (?:see|look|find)", r"convince\b", r"(?:proof|evidence)\b",
         ),
         "verdict": (
             r"(?:real|fake|genuine|authentic|forged|deep-?fake|manipulated|generated|true|verdict|answer)\b",

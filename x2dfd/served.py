@@ -51,6 +51,7 @@ class Pictures:
 
     urls: tuple[str, ...]  # data:image/png;base64,...
     tower_states: None = None  # the endpoint keeps its vision tower to itself
+    tower: None = None
 
     @property
     def size(self) -> int:

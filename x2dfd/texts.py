@@ -81,7 +81,9 @@ def undecided(verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozens
     """What was looked at, and that nothing decided; no sign is named."""
     if verdict.reason == "not_a_photograph":
         return "This looks like a drawing, a painting or a render and no photo, so it was not judged."
-    found = f"{LOOKED_AT}, and nothing decided: the estimate, {percent(verdict.p_fake)}, is neither low nor high."
+    found = (
+        f"{LOOKED_AT}, and nothing decided: the estimate, {percent(verdict.p_fake)}, lies between the two thresholds."
+    )
     if (apart := disagreement(evidence, uncounted)) is None:
         return found
     low, high = apart

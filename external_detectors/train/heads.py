@@ -168,7 +168,7 @@ def _f1(
 
 
 def _learn_photo(net: TowerHeads, crops: CropSet, rows: NDArray[np.intp], additions: Path, seed: int) -> dict[str, Any]:
-    """Fits the head that tells a photograph from a drawing; a quarter of the pictures is kept to judge it."""
+    """Fits the head that tells a photograph from a drawing; half of the pictures is kept to judge it."""
     rng = np.random.default_rng(seed)
     chosen = rng.choice(rows, min(len(rows), 2 * DRAWINGS), replace=False)
     drawn = np.arange(len(chosen)) % 2 == 1

@@ -135,12 +135,17 @@ class Pictures(IterableDataset[tuple[Any, ...]]):
             if name not in known:
                 raise UnknownName("source, generator or method", name, known)
         self.sets, self.seed = sets, seed
+        fakes = [s for crops in sets for s in crops.samples if s.label == "fake"]
+        if unclear := [s.id for s in fakes if s.df_class not in KINDS[1:]]:
+            raise X2DFDError(f"{len(unclear)} fakes without df_class (FS, FR, FE, EFS), such as {unclear[0]}")
         every = [(k, i) for k, crops in enumerate(sets) for i in range(len(crops.samples))]
         donors = {s.group: s.source for crops in sets for s in crops.samples if not s.synthetic}
         kept_out = {(k, i) for k, i in every if origins_of(sets[k].samples[i], donors) & set(leave_out)}
         self.rows = [(k, i) for k, i in every if self.at(k, i).split in ("", "train") and (k, i) not in kept_out]
-        new = [(k, i) for k, i in every if _own_origins(self.at(k, i)) & set(leave_out)]
-        old = [(k, i) for k, i in every if self.at(k, i).split == "val" and (k, i) not in kept_out]
+        # Of what is left out, split `val` alone has a say in the choice: the rest is to report on and to calibrate.
+        judges = [(k, i) for k, i in every if self.at(k, i).split == "val"]
+        new = [(k, i) for k, i in judges if _own_origins(self.at(k, i)) & set(leave_out)]
+        old = [(k, i) for k, i in judges if (k, i) not in kept_out]
         self.judged = _some(new, 240) + _some(old, 240)
         self.odds = _odds([self.at(k, i) for k, i in self.rows])
 
@@ -160,8 +165,7 @@ class Pictures(IterableDataset[tuple[Any, ...]]):
         """One picture, augmented by the generator; without a generator as it is in use."""
         crops, s = self.sets[k], self.at(k, i)
         view, points = np.ascontiguousarray(crops.crops[i]), crops.landmarks[i]
-        label, kind = s.label == "fake", s.df_class if s.label == "fake" and s.df_class in KINDS else s.label
-        kind = "EFS" if kind == "fake" else kind
+        label, kind = s.label == "fake", s.df_class if s.label == "fake" else "real"
         mask: NDArray[Any] = np.full((GRID, GRID), float(label), np.float32)
         cues = np.full((len(POOLED), len(ARTIFACTS)), -1 if label else 0, np.int8)
         if label and s.mask is not None and crops.masks is not None:
@@ -193,7 +197,7 @@ class Pictures(IterableDataset[tuple[Any, ...]]):
             np.ascontiguousarray(mask, np.float32), small, (GRID, GRID), borderMode=cv2.BORDER_REPLICATE
         )
         areas = area_grid(cv2.transform(points[None], moved)[0].astype(np.float32))
-        where = (mask > 0.25).astype(np.float32)
+        where = (mask > 0.25 * max(float(mask.max()), 1e-6)).astype(np.float32)  # a faint blend has a place too
         return view, np.float32(label), KINDS.index(kind), where, cues, areas, np.float32(photo)
 
 
