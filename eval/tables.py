@@ -89,8 +89,8 @@ Parts = Sequence[tuple[str, str]]
 def detect(name: str, result: Result, *, every: bool = False) -> Iterator[Table]:
     """Scorers in columns; AUC over all, then by method and source, each with its counts; false alarms last.
 
-    `every`: further columns of the manifest too, sources of few groups, and methods that were trained on, beside reals
-    of the same source.
+    `every`: further columns of the manifest too, what has too few groups for an interval, and methods that were trained
+    on, beside reals of the same source.
     """
     scorers: dict[str, Result] = result["scorers"]
     held_out = result["model"]["stated"].get("held_out", [])
@@ -101,7 +101,7 @@ def detect(name: str, result: Result, *, every: bool = False) -> Iterator[Table]
         known = first["by"][column][value]
         if column == "method" and not (every or value in held_out or known["against"] != "own reals"):
             continue
-        if column == "source" and not every and known["auc"]["interval"] is None:
+        if not (every or value in held_out) and known["auc"]["interval"] is None:
             continue
         marks = ("" if known["against"] == "own reals" else "*") + ("†" if value in held_out else "")
         found = [_figure((s["by"].get(column, {}).get(value) or {}).get("auc")) for s in scorers.values()]
