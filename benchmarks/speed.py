@@ -197,10 +197,10 @@ def cue_questions(mllm: Any, crop: NDArray[np.uint8], questions: Sequence[str]) 
             some = questions[at : at + PACK]
             suffixes = [mllm._suffix(q) for q in some]
             with torch.inference_mode():
-                cache = copy.deepcopy(mllm._prefix(look).cache)
+                mllm._read(look)
+                cache = copy.deepcopy(look.cache)
                 cache.batch_repeat_interleave(len(some))
-                hidden, _ = mllm._after(replace(look, cache=cache), suffixes, keep=True)
-                last = hidden[torch.arange(len(some)), torch.tensor([len(s) - 1 for s in suffixes])]
+                last = mllm._after(replace(look, cache=cache), suffixes).last
                 chances.append(mllm._scores(last, mllm._yes_no_ids).double().softmax(-1)[:, 0].cpu().numpy())
         return {"P(yes)": np.concatenate(chances)}
 
