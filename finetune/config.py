@@ -115,7 +115,7 @@ def check_config(config: FinetuneConfig) -> None:
         "cached features want tower: frozen or forensic": config.cached_features is not None
         and config.tower not in ("frozen", "forensic"),
         "tower: forensic wants expert_weights with the expert `tower`": config.tower == "forensic"
-        and not (Path(config.expert_weights or "") / "tower.safetensors").is_file(),
+        and config.expert_weights is None,
         "qlora wants a base of its own; the embedded one is small enough": config.base is None
         and config.method == "qlora",
         "start: an adapter is continued by lora, qlora or dora, outside of ZeRO-3": config.start is not None

@@ -156,7 +156,7 @@ class Packs(Dataset[dict[str, Any]]):
         self.conversations = [[conversation(processor, r, label_ids) for r in records] for records in by_row.values()]
         self.lengths = [sum(len(c.tokens) for c in pack) for pack in self.conversations]
         self._data, self._features, self._where, self._seed = data, features, where, view_seed
-        self._layers = layers
+        self._layers = tuple(layers) or (features.keep if features is not None else ())
         self._image_processor = processor.image_processor
         self._before, _ = prompts.prompt_tokens(processor, prompts.render(processor, prompts.QUESTION))
         self._image_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
