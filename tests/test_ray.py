@@ -192,6 +192,8 @@ def test_what_a_user_did_wrong_comes_back_as_one_line(cluster: Any, face_photo: 
 class Says:
     """In the base processor's place: a template that a reader can see through."""
 
+    chat_template = "USER: <image>"
+
     def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> str:
         text: str = messages[0]["content"][1]["text"]
         return f"USER: <image>\n{text} ASSISTANT:"
