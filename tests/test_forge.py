@@ -145,7 +145,11 @@ def test_change_grows_with_strength(made: dict[tuple[str, float], list[Forgery]]
 
     def much(f: Forgery) -> float:
         inside = f.mask > 0
-        if name in ("swap", "transplant", "mouth"):  # what is put in is the change; strength withdraws the match of its colour
+        if name in (
+            "swap",
+            "transplant",
+            "mouth",
+        ):  # what is put in is the change; strength withdraws the match of its colour
             return float(np.abs(f.pixels[inside].mean(0) - photo.pixels[inside].mean(0)).max())
         if name == "resynthesise":  # the mask is at times the face and at times the picture: look at the face
             inside = area_mask(photo.landmarks, "skin", inside.shape) > 0
