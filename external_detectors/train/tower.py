@@ -298,9 +298,9 @@ def tower(
         sha256="",
         preprocessing=PREPROCESSING,
         paper="LoRA, arXiv 2106.09685, on CLIP, arXiv 2103.00020; self-blending after Shiohara & Yamasaki, CVPR 2022",
-        blind_spot="Generators of a family that it never met, whose faces look like photos to it, and reenactment that moves "
-        "little but the mouth; on video frames and on retouched portraits of sources that it does not know it is readier "
-        "to say fake.",
+        blind_spot="Generators of a family that it never met, whose faces look like photos to it, and reenactment that "
+        "moves little but the mouth; on video frames and on retouched portraits of sources that it does not know it is "
+        "readier to say fake.",
         trained_on=f"{len(learnt)} pictures; sources: {source_names(learnt)}",
         covers=(
             "EFS",
