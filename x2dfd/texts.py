@@ -34,6 +34,12 @@ _SEEN = {
 LOOKED_AT = "The face was looked at as a whole, for the traces of generators, and area by area, for changes"
 
 
+def looked_at(evidence: Sequence[Evidence], uncounted: frozenset[str]) -> str:
+    """What the experts with a weight looked at: both kinds of fakes, where one of them tells the kinds apart."""
+    both = any(e.kinds for e in evidence if e.expert not in uncounted)
+    return LOOKED_AT if both else "The face was looked at"
+
+
 def area_name(area: str) -> str:
     """ "the jaw", "the face contour", "the whole image"."""
     return f"the {area.replace('-', ' ')}"
@@ -52,7 +58,8 @@ def readable(text: str, verdict: Verdict, evidence: Sequence[Evidence], uncounte
     sentences = re.findall(r"\S[^.!?\n]*(?:[.!?]+|$)", own if verdict.label == "real" else mended(own))
     if verdict.label == "real":
         calm = [s for s in sentences if in_order(s)]
-        return " ".join([f"{LOOKED_AT}, and both were found in order.", *calm])
+        whole = looked_at(evidence, uncounted)
+        return " ".join([f"{whole}, and {'both were' if whole == LOOKED_AT else 'it was'} found in order.", *calm])
     kept = [s for s in sentences if not against(s, verdict)]
     if kept and (len(kept) == len(sentences) or read_cues(" ".join(kept))):
         return " ".join(kept)
@@ -81,9 +88,8 @@ def undecided(verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozens
     """What was looked at, and that nothing decided; no sign is named."""
     if verdict.reason == "not_a_photograph":
         return "This looks like a drawing, a painting or a render and no photo, so it was not judged."
-    found = (
-        f"{LOOKED_AT}, and nothing decided: the estimate, {percent(verdict.p_fake)}, lies between the two thresholds."
-    )
+    found = f"{looked_at(evidence, uncounted)}, and nothing decided: "
+        f"the estimate, {percent(verdict.p_fake)}, lies between the two thresholds."
     if (apart := disagreement(evidence, uncounted)) is None:
         return found
     low, high = apart

@@ -1,7 +1,7 @@
 """The vision tower of the base: loading it with or without additions, its hidden states, and cached features.
 
-Fine-tuning keeps the tower frozen, so the features of a manifest are computed once, on augmented crops,
-and kept on disk.
+Where a training keeps the tower frozen, the features of a manifest are computed once, on augmented crops, and kept on
+disk.
 """
 
 from __future__ import annotations
