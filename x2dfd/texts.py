@@ -88,8 +88,8 @@ def undecided(verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozens
     """What was looked at, and that nothing decided; no sign is named."""
     if verdict.reason == "not_a_photograph":
         return "This looks like a drawing, a painting or a render and no photo, so it was not judged."
-    found = f"{looked_at(evidence, uncounted)}, and nothing decided: "
-        f"the estimate, {percent(verdict.p_fake)}, lies between the two thresholds."
+    estimate = f"the estimate, {percent(verdict.p_fake)}, lies between the two thresholds."
+    found = f"{looked_at(evidence, uncounted)}, and nothing decided: {estimate}"
     if (apart := disagreement(evidence, uncounted)) is None:
         return found
     low, high = apart
