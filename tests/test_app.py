@@ -29,6 +29,7 @@ pytest.importorskip("gradio", reason="gradio is not installed: pip install -c co
 
 import app.__main__ as command
 from app import demo
+from tests.raising import raises
 from x2dfd import case as case_record
 from x2dfd import follow_up
 from x2dfd.errors import InputError, SetupError
@@ -881,7 +882,7 @@ def test_taken_port_is_said_plainly(detector: FakeDetector, folder: Path, monkey
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(SetupError, match="--port"):
+        with raises("port_unavailable", "--port"):
             command.run([], "127.0.0.1", taken.getsockname()[1])
 
 
@@ -895,4 +896,4 @@ def test_command_ends_with_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(sys, "argv", ["app", "--port", "1"])
     with pytest.raises(SystemExit) as stop:
         command.main()
-    assert stop.value.code == 1 and capsys.readouterr().err == "error: the base is not here: x2dfd fetch\n"
+    assert stop.value.code == 1 and capsys.readouterr().err == "error [setup]: the base is not here: x2dfd fetch\n"

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from data_gen.build import BuildConfig, build, corrupted, expert_scores
 from data_gen.questions import bank
 from tests import tiny
+from tests.raising import raises
 from x2dfd import prompts
 from x2dfd.assessment import CueQuestion, assess
 from x2dfd.crops import CropSet, load_crops
-from x2dfd.errors import X2DFDError
 from x2dfd.experts import BUILTIN
 from x2dfd.explain import read_cues
 from x2dfd.files import file_sha256
@@ -293,13 +293,13 @@ def test_a_fake_of_unknown_class_and_an_empty_set_are_refused(manifest: Path, tm
     samples = read_manifest(manifest)
     loose = [{"id": s.id, "path": str(s.path), "label": s.label, "split": "train"} for s in samples[:3]]
     write_manifest(tmp_path / "loose.jsonl", loose)
-    with pytest.raises(X2DFDError, match="1 fakes without df_class"):
+    with raises("df_class_missing", "1 fakes"):
         made(tmp_path / "loose.jsonl", tmp_path / "out")
     write_manifest(tmp_path / "real.jsonl", [loose[0], loose[2]])
     records = made(tmp_path / "real.jsonl", tmp_path / "out")
     assert {r["df_class"] for r in records} == {"real"}
     write_manifest(tmp_path / "test.jsonl", [{**r, "split": "test"} for r in loose])
-    with pytest.raises(X2DFDError, match="no usable picture"):
+    with raises("no_usable_picture", "test.jsonl"):
         made(tmp_path / "test.jsonl", tmp_path / "none")
     assert not (tmp_path / "none" / "instructions.jsonl").exists()
 

@@ -305,7 +305,7 @@ def test_setup_error_is_one_line_and_exit_code_1(run: Run, photos: Path, monkeyp
     monkeypatch.setattr(x2dfd, "load", load)
     done = run("detect", photos)
     assert (done.exit_code, done.stdout) == (1, "")
-    assert done.stderr == "error: the base model is not here: x2dfd fetch\n"
+    assert done.stderr == "error [setup]: the base model is not here: x2dfd fetch\n"
 
 
 @pytest.mark.parametrize(
@@ -550,7 +550,7 @@ def test_two_runs_on_one_table_do_not_mix(run: Run, photos: Path, tmp_path: Path
 
     first = Rows(tmp_path / "t.parquet", {"mode": "paper"}, True)
     done = run("detect", photos, "--out", tmp_path / "t.parquet")
-    assert done.exit_code == 1 and done.stderr.startswith("error: another run writes")
+    assert done.exit_code == 1 and done.stderr.startswith("error [table_locked]: ")
     first.close()
     assert run("detect", photos, "--out", tmp_path / "t.parquet").exit_code == 0
 

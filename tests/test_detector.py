@@ -26,6 +26,7 @@ from PIL import Image
 import x2dfd
 import x2dfd.detector as detector_module
 from tests import tiny
+from tests.raising import raises
 from x2dfd.calibration import MLLM, Calibration, Logistic
 from x2dfd.degrade import CODEC, codec
 from x2dfd.detector import Detector
@@ -470,13 +471,13 @@ def test_a_model_without_calibration_gives_no_percentage(
     base, made = folders
     adapter = Path(shutil.copytree(made, tmp_path / "adapter"))
     (adapter / "calibration.json").unlink()
-    with pytest.raises(SetupError, match="x2dfd calibrate"):
+    with raises("calibration_unreadable", "x2dfd calibrate"):
         x2dfd.load(base=str(base), adapter=adapter)
-    with pytest.raises(SetupError, match="mode='paper'"):
+    with raises("calibration_missing", "mode='paper'"):
         x2dfd.load(base=str(base), experts=[])
     bare = x2dfd.load(base=str(base), experts=[], mode="paper").detect(face_photo, rationale=False)
     assert bare.evidence == () and bare.verdict.p_fake == bare.faces[0].p_fake_mllm
-    with pytest.raises(UnknownName, match="did you mean 'paper'"):
+    with raises("unknown_name", "did you mean 'paper'"):
         x2dfd.load(base=str(base), experts=[], mode="papers")  # type: ignore[arg-type]
 
 
@@ -489,7 +490,7 @@ def test_a_cpu_computes_in_fp32_unless_told(
     short = x2dfd.load(base=str(base), adapter=adapter, device="cpu", dtype="bf16").detect(face_photo)
     if not torch.cuda.is_available():
         assert detector.detect(face_photo).faces == plain.faces
-        with pytest.raises(SetupError, match="--device cpu"):
+        with raises("device_missing", "--device cpu"):
             x2dfd.load(base=str(base), adapter=adapter, device="cuda")
     assert plain.model["runs_on"] == "cpu fp32" and short.model["runs_on"] == "cpu bf16"
     exact, near = plain.faces[0].p_fake_mllm, short.faces[0].p_fake_mllm

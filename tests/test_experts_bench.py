@@ -20,6 +20,7 @@ from eval import command, localisation, page, scoring, tables
 from eval.changes import CHANGES, FORMAT_SWAP, Change
 from eval.rows import SampleRow
 from eval.tasks import experts as experts_bench
+from tests.raising import raises
 from tests.stub import Killed
 from tests.tiny import EXPERT, EXPERT_TARGET, Brightness
 from x2dfd import experts
@@ -301,10 +302,10 @@ def test_ours_and_mesonet_are_scored_where_they_can_be_loaded(monkeypatch: pytes
     monkeypatch.setattr(experts_bench, "load_expert", load)
     found, reasons = experts_bench.load_experts(None)
     assert [e.card.name for e in found] == [EXPERT] and "mesonet" in reasons
-    with pytest.raises(SetupError, match="mesonet"):
+    with raises("setup", "mesonet"):
         experts_bench.load_experts(["mesonet"])
     monkeypatch.setattr(experts_bench, "load_expert", lambda name, folder=None: load("none"))
-    with pytest.raises(SetupError, match="no expert"):
+    with raises("no_expert"):
         experts_bench.load_experts(None)
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 import x2dfd
 from tests import families
+from tests.raising import raises
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, AdapterCard, write_adapter_card
 from x2dfd.errors import SetupError
@@ -204,7 +205,7 @@ def test_an_unknown_kind_is_one_line_that_says_what_to_use(tmp_path: Path, confi
 
 def test_a_package_that_is_missing_is_named() -> None:
     """Pixtral's processor needs torchvision: the traceback of an import does not say that it can be installed."""
-    with pytest.raises(SetupError, match="pip install no_such_package"):
+    with raises("package_missing", "pip install no_such_package"):
         processor_class(replace(FAMILIES["llava"], needs=("no_such_package",)))
 
 
@@ -212,7 +213,7 @@ def test_a_base_without_a_chat_template_is_refused(tmp_path: Path) -> None:
     """A pretrained base would be asked in a made-up form."""
     families.write_model(tmp_path, "Gemma 3")
     (tmp_path / "chat_template.jinja").unlink()
-    with pytest.raises(SetupError, match="-it, -Instruct"):
+    with raises("chat_template_missing", "-it, -Instruct"):
         load_model(tmp_path)
 
 
@@ -226,5 +227,5 @@ def test_the_date_does_not_change_the_prompt() -> None:
 def test_a_model_that_thinks_first_is_refused() -> None:
     """Its answer begins inside its thoughts: the stem would be one of them."""
     thinks = families.CHATML.replace("assistant\n{%", "assistant\n<think>\n{%").replace("SYSTEM", "")
-    with pytest.raises(SetupError, match="Instruct"):
+    with raises("model_thinks", "Instruct"):
         prompts.render(families.plain_processor(thinks.replace("PICTURE", "<image>")), prompts.QUESTION, prompts.STEM)

@@ -14,7 +14,7 @@ from finetune.config import FinetuneConfig
 from finetune.gpu import geometry, measure
 from finetune.memory import GB, Shape, predict, preset, report, shape, shape_of
 from tests import tiny
-from x2dfd.errors import SetupError
+from tests.raising import raises
 
 ROOM = Path(__file__).parent.parent / "finetune"
 
@@ -82,7 +82,7 @@ def test_a_dry_run_loads_nothing_and_says_it_all(tmp_path: Path) -> None:
     found = shape(config(base=str(base), method="dora"))
     assert f"{found.trained:,} parameters (dora)" in text and f"{found.total:,} parameters" in text
     assert all(f"{card} GB" in text for card in (12, 24, 40, 80)) and "predicted" in text
-    with pytest.raises(SetupError, match="no configuration"):
+    with raises("base_unreadable", "nowhere"):
         report(config(base=str(tmp_path / "nowhere")))
 
 
@@ -97,5 +97,5 @@ def test_the_measurement_runs_on_a_toy() -> None:
     assert all(r["steps_per_s"] > 0 and r["share_of_matmul_rate"] > 0 and r["predicted_gb"] > 0 for r in rows)
     assert found["verdicts_per_s"] > 0 and found["cue_questions_per_s"] > 0 and found["matmul_tflops"] > 0
     if not torch.cuda.is_available():
-        with pytest.raises(SetupError, match="--tiny"):
+        with raises("cuda_missing", "--tiny"):
             measure()

@@ -23,8 +23,8 @@ from eval import command, compare, models, page, protocols, scoring, stats, tabl
 from eval.bench import TASKS
 from eval.changes import changes_of
 from eval.validation import validation
+from tests.raising import raises
 from tests.stub import Killed
-from x2dfd.errors import X2DFDError
 from x2dfd.files import file_sha256
 from x2dfd.manifest import write_manifest
 from x2dfd.types import Cue, Evidence, FaceReport, Failure, Report, Verdict
@@ -306,7 +306,7 @@ def test_every_picture_is_judged_under_one_change(
 def test_a_changed_run_is_no_validation(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Error rates under a blur, quoted in a report on a picture as it came."""
     bench(monkeypatch, StandIn(), "detect", "--data", data, "--out", tmp_path / "out", "--changes", "blur")
-    with pytest.raises(X2DFDError, match=r"every picture was changed \(blur: "):
+    with raises("pictures_changed", "blur"):
         validation(tmp_path / "out")
 
 
