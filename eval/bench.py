@@ -116,16 +116,16 @@ def check(options: Options) -> None:
     choice, task = options.choice, options.task
     models.check(choice)
     if options.changes is not None and task not in ("detect", "experts"):
-        raise X2DFDError("only experts and detect take --changes", code="option_not_for_task")
+        raise X2DFDError("only experts and detect take --changes", code="changes_not_for_task")
     if task == "detect":
         options.one_change()
     if choice.model == "template" and task != "describe":
-        raise X2DFDError("template is told the label: it is a baseline of describe alone", code="option_not_for_task")
+        raise X2DFDError("template is told the label: it is a baseline of describe alone", code="template_knows_label")
     partly = options.experts or choice.mode or not models.has_mllm(choice.model)
     if options.with_mllm and (task != "experts" or partly):
         raise X2DFDError(
             "--with-mllm is for the task experts, all of them, of a calibrated model that has an MLLM",
-            code="option_not_for_task",
+            code="with_mllm_not_for_run",
         )
     one = choice.model.startswith(models.EXPERT)
     other = choice.base or choice.served or choice.model in models.BASELINES or (one and task != "locate")
@@ -133,7 +133,7 @@ def check(options: Options) -> None:
         allowed = "embedded, fusion or an adapter's folder" + (", or expert:NAME" if task == "locate" else "")
         raise X2DFDError(
             f"{task} is about experts: --model {allowed}, and --experts A,B for some of them",
-            code="option_not_for_task",
+            code="model_not_for_task",
         )
 
 

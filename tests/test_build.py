@@ -148,7 +148,9 @@ def test_cue_questions_have_the_true_answer(manifest: Path, tmp_path: Path) -> N
 
 def test_the_questions_are_those_of_inference(manifest: Path, tmp_path: Path) -> None:
     """What is trained on must be what is asked; the score stands in the question and in the record alike."""
-    for record in made(manifest, tmp_path):
+    records = made(manifest, tmp_path)
+    assert {"detect", "detect_plain", "classify", "detect_asked"} <= {record["task"] for record in records}
+    for record in records:
         asked = question(record).removeprefix("<image>\n")
         if record["task"] == "detect":
             evidence = [Evidence(k, v) for k, v in record["scores"].items()]
@@ -166,10 +168,11 @@ def test_the_questions_are_those_of_inference(manifest: Path, tmp_path: Path) ->
 
 def test_scores_stand_in_words_where_asked_for(manifest: Path, tmp_path: Path) -> None:
     """A form that only some questions use would teach the model two languages."""
-    for record in made(manifest, tmp_path, score_form="both"):
-        if record["scores"] and " score is " in question(record):
-            evidence = [Evidence(k, v) for k, v in record["scores"].items()]
-            assert prompts.score_tail(evidence, "both") in question(record)
+    told = [r for r in made(manifest, tmp_path, score_form="both") if r["scores"] and " score is " in question(r)]
+    assert told
+    for record in told:
+        evidence = [Evidence(k, v) for k, v in record["scores"].items()]
+        assert prompts.score_tail(evidence, "both") in question(record)
     assert json.loads((tmp_path / "card.json").read_text())["config"]["score_form"] == "both"
 
 

@@ -535,13 +535,13 @@ def test_manifest_streams_in_batches_and_names_what_failed(
     assert [row["error_code"] for row in rows] == [None, "not_found", None, None] and rows[1]["error_reason"]
     assert Report.from_json(rows[0]["report"]).path == str(photos / "c.png")
     assert max(detector.batches) == 2
-    for text, told, code in (
-        ("label\nreal\n", "no path", 1), ("path\na,b\n", "row 1", 1), ("path,path\na,b\n", "stands twice", 1),
-        ("path\n", "no picture", 0),
+    for text, told, status in (
+        ("label\nreal\n", "[manifest_path_missing]", 1), ("path\na,b\n", "row 1", 1),
+        ("path,path\na,b\n", "[manifest_column_twice]", 1), ("path\n", "no picture", 0),
     ):  # fmt: skip
         manifest.write_text(text)
         done = run("detect", "--manifest", manifest, "--out", tmp_path / "u.jsonl")
-        assert told in done.stderr and done.exit_code == code
+        assert told in done.stderr and done.exit_code == status
 
 
 def test_two_runs_on_one_table_do_not_mix(run: Run, photos: Path, tmp_path: Path) -> None:
