@@ -290,6 +290,7 @@ class Darkness(tiny.Brightness):
         return [Evidence("darkness", 1 - float(f.crop.mean()) / 255) for f in faces]
 
 
+@pytest.mark.slow
 def test_load_refuses_before_it_judges(adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks are worth nothing if the front door does not call them."""
     monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
@@ -303,6 +304,7 @@ def test_load_refuses_before_it_judges(adapter: Path, base: Path, monkeypatch: p
         x2dfd.load(base=str(base), adapter=adapter)
 
 
+@pytest.mark.slow
 @pytest.mark.needs_base
 def test_a_split_adapter_is_the_same_model(made: Path, base: Path, tmp_path: Path, astronaut: Any) -> None:
     """Engines refuse an adapter that brings a projector; what they are given instead must answer as ours does."""

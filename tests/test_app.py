@@ -486,6 +486,7 @@ def test_the_list_holds_adapters_or_what_an_endpoint_serves(monkeypatch: pytest.
             command.listed(**wrong)
 
 
+@pytest.mark.slow
 def test_a_served_model_judges_on_the_page_which_names_the_server(
     folder: Path, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -516,6 +517,7 @@ def test_a_served_model_judges_on_the_page_which_names_the_server(
             page.close(verbose=False)
 
 
+@pytest.mark.slow
 def test_models_can_be_picked(detector: FakeDetector, folder: Path, port: int) -> None:
     """The picked model must judge and answer, one that cannot be loaded must say why, and no other name is loaded."""
     second = FakeDetector()
@@ -540,6 +542,7 @@ def test_models_can_be_picked(detector: FakeDetector, folder: Path, port: int) -
 # --- chat ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "question",
     [
@@ -570,6 +573,7 @@ def test_numbers_come_from_the_report_and_not_from_the_model(visitor: Visitor, d
     assert visitor.ask("What about the eyes?")[5].startswith("The eyes show nothing unusual.") and detector.asked
 
 
+@pytest.mark.slow
 def test_new_photo_starts_a_new_conversation(visitor: Visitor) -> None:
     """Answers about the last photo must not stand beside the next one."""
     visitor.show(ONE)
@@ -744,6 +748,7 @@ def test_logs_hold_no_picture_and_no_name(
     assert not [word for word in ("base64,", "JFIF", "jane-roe", "\xff\xd8") if word in logged]
 
 
+@pytest.mark.slow
 def test_uploads_are_deleted_after_their_time(page: Any, folder: Path) -> None:
     """The page promises that a photo is gone after about an hour."""
     from gradio import route_utils
@@ -763,6 +768,7 @@ def test_too_large_an_upload_is_refused(visitor: Visitor, folder: Path) -> None:
     assert not [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size > 2**20]
 
 
+@pytest.mark.slow
 def test_burst_is_told_that_the_queue_is_full(visitor: Visitor, detector: FakeDetector) -> None:
     """Gradio's queue has no end by default: 200 requests would all wait, and the last for an hour."""
     file = visitor.upload(ONE)
@@ -833,6 +839,7 @@ def test_nothing_is_shared_recorded_or_reported(page: Any, address: str) -> None
     assert page.delete_cache == (600, demo.KEEP_S)
 
 
+@pytest.mark.slow
 def test_examples_are_a_photo_and_its_forgery(detector: FakeDetector, folder: Path, tmp_path: Path, port: int) -> None:
     """A first visitor without a photo at hand must have something to click that works."""
     examples = command.make_examples(tmp_path / "examples")
@@ -846,6 +853,7 @@ def test_examples_are_a_photo_and_its_forgery(detector: FakeDetector, folder: Pa
         page.close(verbose=False)
 
 
+@pytest.mark.slow
 @pytest.mark.needs_base
 def test_the_first_verdict_comes_within_five_seconds(
     folder: Path,

@@ -230,6 +230,7 @@ def test_shuffled_truth_ranks_at_chance(tmp_path: Path) -> None:
     assert abs(control["shuffled_mean"] - 0.5) < 0.05 < control["shuffled_p95"] - 0.45
 
 
+@pytest.mark.slow
 def test_luck_is_not_strong(tmp_path: Path) -> None:
     """Bug prevented: the best of many guesses is taught as a strong cue. The control must see the same luck."""
     samples, data = make(100)
@@ -423,6 +424,7 @@ def test_question_files_are_checked(tmp_path: Path) -> None:
 # --- for people -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_chart_is_drawn_and_can_do_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: an assessment of hours that ends in a traceback for want of a drawing library."""
     pytest.importorskip("matplotlib")
@@ -446,6 +448,7 @@ def test_import_is_light() -> None:
     assert run.stdout.strip() == "False"
 
 
+@pytest.mark.slow
 def test_the_command_from_manifest_to_files(
     astronaut: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -126,6 +126,7 @@ def test_the_bound_follows_from_shapes_and_rates(clock: Clock) -> None:
     assert way["share_of_bound"] == pytest.approx((3 * 0.16384 + 0.001) / 0.5, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_every_comparison_of_a_model_runs_on_a_toy(tmp_path: Path) -> None:
     """The script has to work the first time that there is a GPU; and the page has to show what it wrote."""
     out = tmp_path / "speed.json"

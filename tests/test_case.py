@@ -347,6 +347,7 @@ def test_verify_computes_as_the_record_says(
     ]
 
 
+@pytest.mark.slow
 def test_detect_writes_page_and_record_and_they_agree(
     report: Report, detector: Detector, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,6 +365,7 @@ def test_detect_writes_page_and_record_and_they_agree(
     assert ran.exit_code == 1 and "no printer" in ran.output and not list(tmp_path.glob("other*"))
 
 
+@pytest.mark.slow
 def test_explaining_later_gives_what_explaining_at_once_gives(report: Report, detector: Detector, photo: Path) -> None:
     """The app shows the verdict first: the explanation that follows must be the record's, and move nothing."""
     heard: list[str] = []

@@ -141,6 +141,7 @@ def test_the_difference_is_to_the_original_shown(page: _Page) -> None:
     assert told == sorted(told) and told[0] < told[2]
 
 
+@pytest.mark.slow
 def test_same_seed_same_page(few: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: two runs that differ; a method added to the forge that changes the examples of all others."""
     one = catalogue(seed=5)
@@ -289,6 +290,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert page.read_bytes() == b"good" and [p.name for p in tmp_path.iterdir()] == ["page.html"]
 
 
+@pytest.mark.slow
 def test_the_commands_print_what_they_wrote(few: None, run: Path, tmp_path: Path) -> None:
     """Bug prevented: a command that is not registered, or writes a format that the name does not say."""
     sheet, page = tmp_path / "new" / "sheet.png", tmp_path / "new" / "page.html"

@@ -478,6 +478,7 @@ def table(path: Path) -> list[dict[str, Any]]:
     return [row | {"report": row["report"] and json.dumps(row["report"])} for row in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 def test_killed_run_loses_and_doubles_no_row(many: Path, tmp_path: Path, kind: str) -> None:
     """kill -9 twice in the middle: the table must be that of a run that nobody disturbed."""

@@ -118,6 +118,7 @@ def test_there_and_back_nothing_changes(base: Path, adapter: Path, tmp_path: Pat
         to_hub(adapter, tmp_path / "hub", base=str(base))
 
 
+@pytest.mark.slow
 def test_a_converted_adapter_judges_in_both_frames(base: Path, adapter: Path, tmp_path: Path) -> None:
     """The released code asks in other words than it trained with: both can be had, and they are not the same."""
     bare = probe_logits(x2dfd.load(base=str(base), mode="paper", experts=()).mllm)
@@ -228,6 +229,7 @@ def test_a_merged_model_judges_as_base_and_adapter_do(tmp_path: Path, monkeypatc
         merge(folder, out, str(base))
 
 
+@pytest.mark.slow
 @pytest.mark.needs_base
 def test_a_merged_tower_holds_its_additions_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: a whole model whose tower gets the forensic additions again when it is loaded, or never."""
@@ -249,6 +251,7 @@ def test_a_merged_tower_holds_its_additions_once(tmp_path: Path, monkeypatch: py
     assert probe_logits(merged) == pytest.approx(scores, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.needs_base
 def test_a_merge_that_moves_the_probes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is left that could be taken for the model."""

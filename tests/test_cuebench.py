@@ -68,6 +68,7 @@ def test_harmless_changes_lie_over_forgeries_too(photos: Path, tmp_path: Path) -
     assert all(s.extra.get("harmless") == s.method for s in samples if s.label == "real" and s.method != "none")
 
 
+@pytest.mark.slow
 def test_the_set_follows_from_the_photos_not_from_their_names(photos: Path, whole: Path, tmp_path: Path) -> None:
     """Bug prevented: two people with the same photos compare numbers on different forgeries."""
     assert {s.method for s in read_manifest(open_set(whole))} == set(METHODS) | set(HARMLESS) | {"none"}
@@ -82,6 +83,7 @@ def test_the_set_follows_from_the_photos_not_from_their_names(photos: Path, whol
     assert cards[0]["photos"] == cards[1]["photos"] and cards[0]["manifest_sha256"] == cards[1]["manifest_sha256"]
 
 
+@pytest.mark.slow
 def test_a_set_that_was_cut_off_is_refused_and_goes_on(
     photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,7 @@ def test_decoders_differ() -> None:
     assert all(np.abs(a - b).mean() > 1 for i, a in enumerate(drawn) for b in drawn[:i])
 
 
+@pytest.mark.slow
 def test_training_goes_on_where_it_was_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: decoders trained twice, or fakes among the photos that they learn from."""
     lines = ["path,label,method,split"]

@@ -235,6 +235,7 @@ def test_a_short_video_is_the_mean_of_its_three_worst_frames(detector: Detector,
     assert report.evidence == report.faces[int(np.argmax(chances))].evidence
 
 
+@pytest.mark.slow
 def test_a_forged_stretch_of_a_clip_is_not_averaged_away(detector: Detector, astronaut: Pixels) -> None:
     """Bug prevented: ten forged frames of a hundred, and the mean of all frames says real; or one frame decides."""
     report = detector.detect(clip(astronaut, [0]), rationale=False)
@@ -482,6 +483,7 @@ def test_a_model_without_calibration_gives_no_percentage(
         x2dfd.load(base=str(base), experts=[], mode="papers")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_cpu_computes_in_fp32_unless_told(
     detector: Detector, folders: tuple[Path, Path], known_expert: None, face_photo: Path
 ) -> None:

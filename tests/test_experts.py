@@ -361,6 +361,7 @@ def test_listing_names_imports_nothing() -> None:
     assert told.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_an_installed_plugin_is_found_and_keeps_the_contract(tmp_path: Path) -> None:
     """Bug prevented: the documented way to add an expert does not work for anybody but us."""
     shutil.copytree(

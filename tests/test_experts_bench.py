@@ -160,6 +160,7 @@ def test_a_second_run_scores_one_picture_and_says_the_same(data: Path, model: Pa
     assert sum(Pointer.judged) == 2  # a picture and its change
 
 
+@pytest.mark.slow
 def test_a_new_calibration_is_joined_to_the_stored_scores(data: Path, model: Path, tmp_path: Path) -> None:
     """Another band must show at once, without hours of scoring; numbers of the experts stay."""
     first = bench(data, model, tmp_path / "out", "--changes", "half")
@@ -172,6 +173,7 @@ def test_a_new_calibration_is_joined_to_the_stored_scores(data: Path, model: Pat
     assert second["scorers"][f"expert:{EXPERT}"] == first["scorers"][f"expert:{EXPERT}"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_the_same(
     data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,6 +330,7 @@ def test_a_model_without_a_calibration_is_refused(
     assert "error [model_not_for_task]: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_method_is_unseen_by_the_fusion_only_where_every_part_left_it_out(
     data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,6 +107,7 @@ def stock_verdict(kind: Kind, model: Any, crop: NDArray[np.uint8], question: str
     return float(fake - real)
 
 
+@pytest.mark.slow
 def test_verdict(kind: Kind, crops: NDArray[np.uint8]) -> None:
     """Not just alike but the stock numbers, of pictures in a batch whose questions differ in length."""
     got = kind.mllm.verdict_logits(kind.mllm.look(crops), QUESTIONS)
@@ -115,6 +116,7 @@ def test_verdict(kind: Kind, crops: NDArray[np.uint8]) -> None:
     assert abs(want[0] - want[1]) > 1e-2
 
 
+@pytest.mark.slow
 def test_cues(kind: Kind, crops: NDArray[np.uint8]) -> None:
     """Packed questions would see each other, or stand at each other's positions."""
     got = kind.mllm.yes_no(crops[0], CUES)
@@ -125,6 +127,7 @@ def test_cues(kind: Kind, crops: NDArray[np.uint8]) -> None:
     assert np.allclose(kind.mllm.yes_no_plain(crops[0], CUES).p_yes, want, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_rationale(kind: Kind, crops: NDArray[np.uint8]) -> None:
     """The text is what the stock model goes on to write, and the look can be asked again afterwards."""
     look, start = kind.mllm.look(crops), prompts.rationale_start("fake")
@@ -140,6 +143,7 @@ def test_rationale(kind: Kind, crops: NDArray[np.uint8]) -> None:
     assert np.allclose(again, kind.mllm.verdict_logits(kind.mllm.look(crops), QUESTIONS), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_adapter(kind: Kind, crops: NDArray[np.uint8], tmp_path: Path) -> None:
     """A PEFT adapter for the family loads through the front door, and is PEFT's own numbers."""
     from peft import LoraConfig, get_peft_model
@@ -167,6 +171,7 @@ def test_adapter(kind: Kind, crops: NDArray[np.uint8], tmp_path: Path) -> None:
     assert not np.allclose(got, kind.mllm.verdict_logits(kind.mllm.look(crops), QUESTIONS), atol=1e-2)
 
 
+@pytest.mark.slow
 def test_one_begin_token(kind: Kind) -> None:
     """A template that writes the begin token, and a tokenizer that adds it, would give two."""
     bos = kind.processor.tokenizer.bos_token

@@ -332,6 +332,7 @@ def test_training_moves_the_adapter_and_nothing_else(
         x2dfd.load(base=str(base), adapter=out)
 
 
+@pytest.mark.slow
 @pytest.mark.needs_base
 def test_a_tower_that_learns_is_this_adapters_own(
     configured: Callable[..., FinetuneConfig], base: Path, tmp_path: Path, face_photo: Path
@@ -360,6 +361,7 @@ def test_a_tower_that_learns_is_this_adapters_own(
             train(configured(tmp_path / "wrong", tower="lora", **given))
 
 
+@pytest.mark.slow
 @pytest.mark.needs_base
 def test_what_is_left_out_is_not_trained_on(
     configured: Callable[..., FinetuneConfig], small: tuple[Path, Path], base: Path, tmp_path: Path
@@ -392,6 +394,7 @@ def test_a_model_in_training_sees_what_one_in_use_sees() -> None:
     assert (seen_view(crop, 1, 0) == codec(view, *CODEC)).all() and (seen_view(crop, 1, 0) != view).any()
 
 
+@pytest.mark.slow
 @pytest.mark.needs_base
 def test_training_starts_from_an_adapter(configured: Callable[..., FinetuneConfig], base: Path, tmp_path: Path) -> None:
     """A start that is not taken over trains from nothing, and nobody sees it in the loss of a long run."""
@@ -409,6 +412,7 @@ def test_training_starts_from_an_adapter(configured: Callable[..., FinetuneConfi
         train(configured(tmp_path / "fourth", start=str(first), method="full"))
 
 
+@pytest.mark.slow
 @pytest.mark.needs_base
 def test_another_run_is_not_resumed(
     configured: Callable[..., FinetuneConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -449,6 +453,7 @@ def test_instructions_of_another_manifest_are_refused(
     card.write_text(before)
 
 
+@pytest.mark.slow
 @pytest.mark.needs_base
 def test_training_lowers_its_loss(
     configured: Callable[..., FinetuneConfig], base: Path, packs: Packs, tmp_path: Path
@@ -465,6 +470,7 @@ def test_training_lowers_its_loss(
     assert loss(PeftModel.from_pretrained(model, str(out)), batch) < before - 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.needs_base
 def test_a_cut_off_run_ends_where_an_unbroken_one_does(
     configured: Callable[..., FinetuneConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -514,6 +520,7 @@ def test_settings_that_exclude_each_other_are_refused(given: str, code: str, fac
         load_config(None, [*REQUIRED, given])
 
 
+@pytest.mark.slow
 @pytest.mark.needs_base
 @pytest.mark.parametrize("method", ["dora", "qlora", "full"])
 def test_every_method_gives_a_model_that_loads(
@@ -580,6 +587,7 @@ def test_another_kind_of_base_is_refused(tmp_path: Path) -> None:
         open_base(load_config(None, [*REQUIRED, f"base={tmp_path}"]))
 
 
+@pytest.mark.slow
 @pytest.mark.needs_base
 def test_cached_features_of_any_llava_are_the_towers(
     configured: Callable[..., FinetuneConfig], base: Path, small: tuple[Path, Path], tmp_path: Path

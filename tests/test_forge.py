@@ -377,6 +377,7 @@ def _rows(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "manifest.jsonl").read_text("utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_gives_the_same_bytes(config: ForgeConfig, tmp_path: Path) -> None:
     """Bug prevented: a generator shared by items, so that the order of work changes the data."""
     run(config, tmp_path / "one", workers=1)
@@ -398,6 +399,7 @@ def test_what_is_made_of_a_photo_keeps_its_licence(config: ForgeConfig, tmp_path
     assert [row.get("licence") for row in _rows(tmp_path / "without")] == [None] * 3
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_stopped(
     config: ForgeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -474,6 +476,7 @@ def test_rows_say_what_is_on_disk(config: ForgeConfig, photos: Path, tmp_path: P
     assert any("+" in s.method for s in samples)
 
 
+@pytest.mark.slow
 def test_harmless_changes_have_the_same_odds_under_every_label(config: ForgeConfig, tmp_path: Path) -> None:
     """Bug prevented: text, glasses or grain on real photos alone, which is then learnt as a mark of real photos."""
     mixed = replace(config, count=150, ready_made=0.3, methods=("smooth_skin", "noise_mismatch"))
@@ -531,6 +534,7 @@ def test_a_change_that_covers_the_whole_forgery_is_not_made(photo: Photo) -> Non
     assert changed(photo, made, Method("wall", "real", wall), np.random.default_rng(1)) is made
 
 
+@pytest.mark.slow
 def test_the_forge_draws_with_the_decoders_it_is_given(
     config: ForgeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -557,6 +561,7 @@ def test_the_forge_draws_with_the_decoders_it_is_given(
             run(replace(config, **wrong), tmp_path / "e")
 
 
+@pytest.mark.slow
 def test_splits_never_share_a_group_or_a_donor(config: ForgeConfig, photos: Path, tmp_path: Path) -> None:
     """Bug prevented: a test identity that was seen in training, as a photo or as the face that was pasted in."""
     split_by_group = {s.group: split_of(s, config.calib) for s in read_manifest(photos)}
@@ -723,6 +728,7 @@ def test_latent_networks_have_the_published_layout() -> None:
     assert out["1.weight"] == (64, 4, 3, 3) and out["19.weight"] == (3, 64, 3, 3) and "18.conv.0.weight" in out
 
 
+@pytest.mark.slow
 def test_a_redraw_in_a_latent_space_speaks_of_what_shows(
     config: ForgeConfig, taesd: Path, tmp_path: Path, photo: Photo
 ) -> None:
@@ -763,6 +769,7 @@ def test_weights_to_redraw_with_are_the_pinned_ones(config: ForgeConfig, taesd: 
         run(config, tmp_path / "e")
 
 
+@pytest.mark.slow
 def test_video_comes_over_every_label_alike(config: ForgeConfig, tmp_path: Path) -> None:
     """Bug prevented: H.264 that stands on fakes alone and is learnt as their mark, or cues that it has wiped away."""
     config = replace(config, count=40, harmless=0.5, combine=0.0)

@@ -111,6 +111,7 @@ def test_a_dry_run_loads_nothing_and_says_it_all(tmp_path: Path) -> None:
         report(config(base=str(tmp_path / "nowhere")))
 
 
+@pytest.mark.slow
 def test_the_measurement_runs_on_a_toy() -> None:
     """The script has to work the first time that there is a GPU."""
     pytest.importorskip("bitsandbytes")

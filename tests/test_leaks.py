@@ -82,6 +82,7 @@ def test_the_finer_hash_has_the_last_word() -> None:
         near_pairs(coarse, fine, np.array([0, 1]), 16)
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_pictures_take_seconds() -> None:
     """Bug prevented: five billion comparisons in Python for a set of ordinary size."""
     rng = np.random.default_rng(0)

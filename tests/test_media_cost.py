@@ -86,6 +86,7 @@ def test_looking_through_a_video_has_an_end(monkeypatch: pytest.MonkeyPatch) -> 
         load_media(b"\x1a\x45\xdf\xa3\x80" + b"\x18\x53\x80\x67\x01" + b"\xff" * 7 + b"\xec\x80" * 200_000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["16-bit", "alpha"])
 def test_a_small_tiff_of_many_pixels_stays_within_memory(kind: str) -> None:
     """Whole copies in floating point, or in every mode on the way, took 1.5 GB for a file of 200 KB."""
@@ -104,6 +105,7 @@ def test_a_small_tiff_of_many_pixels_stays_within_memory(kind: str) -> None:
     assert int(done.stdout) < 800_000  # KiB, with 60,000 for Python itself
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(8160, 6144), (12_000, 9_000)])
 def test_a_large_photo_is_decoded_at_reduced_size(size: tuple[int, int]) -> None:
     """Telephones make 50 and 108 megapixels; refusing them refuses the very file that a forensic check needs."""

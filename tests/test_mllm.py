@@ -266,6 +266,7 @@ def test_a_sentence_is_said_once() -> None:
     assert said_once("No end") == "No end" and said_once("") == ""
 
 
+@pytest.mark.slow
 def test_no_training_text_would_be_cut_off() -> None:
     """A guard against circles that fires on a colour named twice takes the last cue from the rationale."""
     tokenizer = load_model()[1].tokenizer

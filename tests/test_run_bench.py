@@ -310,6 +310,7 @@ def test_a_changed_run_is_no_validation(data: Path, tmp_path: Path, monkeypatch:
         validation(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_the_same(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of hours must not start anew, and what it ends with must not depend on where it was cut off."""
     monkeypatch.setattr("eval.rows.CHUNK", 6)
@@ -397,6 +398,7 @@ def test_rows_stay_when_all_that_is_asked_has_changed(
     assert bench(monkeypatch, again, *words) == 0 and len(again.seen) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [StandIn("w2"), StandIn("w1", shift=0.05)], ids=["hash", "score"])
 def test_rows_of_another_model_are_not_used_again(
     other: StandIn, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

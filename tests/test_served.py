@@ -243,6 +243,7 @@ def test_answers_come_in_order_and_no_more_at_a_time_than_allowed(crops: Pixels)
 # --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("owned_by", ["vllm", "somebody"])
 def test_faults_are_survived(crops: Pixels, owned_by: str) -> None:
     """One answer in three fails, is late or breaks off: none may be lost or belong to another question."""
@@ -359,6 +360,7 @@ def test_a_malformed_reply_is_one_row(crops: Pixels, body: bytes) -> None:
     assert "\n" not in str(error) and len(str(error)) < 200
 
 
+@pytest.mark.slow
 def test_a_reply_without_end_is_given_up(crops: Pixels) -> None:
     """Endpoints are others' machines: neither a flood nor a drip of bytes may hold a run."""
 
@@ -557,6 +559,7 @@ def test_pictures_that_an_endpoint_refuses_do_not_end_the_run(no_experts: None, 
             list(x2dfd.load("m", served=endpoint.url).detect_many([face_photo] * (2 * served.REFUSALS_FIRST)))
 
 
+@pytest.mark.slow
 def test_cli_detects_and_assesses_on_a_served_model(
     no_experts: None, face_photo: Path, astronaut: Pixels, tmp_path: Path
 ) -> None:

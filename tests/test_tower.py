@@ -396,6 +396,7 @@ def test_a_sample_says_where_it_was_changed_and_what_it_is(photos: Path) -> None
             assert share == float(label == "fake") and named == ([-1] if label == "fake" else [0])
 
 
+@pytest.mark.slow
 def test_a_training_ends_by_the_clock_and_goes_on_where_it_was_cut_off(
     small: None, photos: Path, face: Face, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ def _weights(work: Path) -> dict[str, Tensor]:
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_resumed_training_equals_an_uninterrupted_one(
     forged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +108,7 @@ def test_training_uses_the_gpu_that_is_there(kinds: Path, tmp_path: Path, monkey
     assert _trained(kinds, tmp_path, "--steps", "2", "--from-scratch").exit_code == 0
 
 
+@pytest.mark.slow
 def test_consistency_learns_areas_artifacts_and_masks(kinds: Path, tmp_path: Path) -> None:
     """Bug prevented: weights that the expert refuses; a threshold chosen on other pictures than those in use."""
     result = _trained(kinds, tmp_path, "--steps", "3", "--from-scratch")
@@ -135,6 +137,7 @@ def test_consistency_learns_areas_artifacts_and_masks(kinds: Path, tmp_path: Pat
     assert np.array_equal(truth.batch([k], None)[0][0].numpy(), codec(np.asarray(shown), *CODEC))
 
 
+@pytest.mark.slow
 def test_consistency_goes_on_from_its_own_weights_and_leaves_methods_out(kinds: Path, tmp_path: Path) -> None:
     """Bug prevented: a second training that starts from nothing, or figures on a left-out method that was learnt."""
     first = _trained(kinds, tmp_path, "--from-scratch", "--steps", "2", "--hold-out", "area_warp")
@@ -413,6 +416,7 @@ def test_crops_belong_to_their_samples(mixed: Path) -> None:
     assert data.where(label="real", split="calib").tolist() == []
 
 
+@pytest.mark.slow
 def test_crops_are_computed_once_and_anew_for_another_manifest(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: yesterday's crops under today's labels, or a wait at every start."""
     first = np.array(load_crops(mixed, workers=2).crops)
