@@ -494,19 +494,11 @@ def test_a_pickle_with_code_is_refused_and_not_run(
     assert not marker.exists()
 
 
-@pytest.mark.parametrize(
-    ("content", "code"),
-    [
-        (b"", "checkpoint_unreadable"),
-        (b"weights\n", "checkpoint_unreadable"),
-        (b"PK\x03\x04 cut off", "checkpoint_unreadable"),
-        (b"\x80\x02}q\x00.", "checkpoint_malformed"),
-    ],
-)
-def test_a_file_that_is_no_checkpoint_is_refused(content: bytes, code: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"", b"weights\n", b"PK\x03\x04 cut off", b"\x80\x02}q\x00."])
+def test_a_file_that_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
     """Bug prevented: a traceback out of the unpickler for a page of HTML saved as .pth."""
     save_checkpoint(tmp_path, {}).write_bytes(content)
-    with raises(code, tmp_path):
+    with raises("checkpoint_unreadable", tmp_path):
         AlignedForensics(tmp_path)
 
 
