@@ -15,7 +15,12 @@ def raises(code: str, *facts: object) -> Iterator[pytest.ExceptionInfo[X2DFDErro
     """The block ends in an X2DFDError of this code, whose text holds each fact: a path, a number, a name, a command."""
     with pytest.raises(X2DFDError) as caught:
         yield caught
-    told = str(caught.value)
-    assert caught.value.code == code, f"{caught.value.code!r} instead of {code!r}: {told}"
-    absent = [str(fact) for fact in facts if str(fact) not in told]
-    assert not absent, f"{absent} not in: {told}"
+    says(caught.value, code, *facts)
+
+
+def says(error: BaseException | None, code: str, *facts: object) -> None:
+    """The same of an error that was caught already, such as the exception of a command's result."""
+    assert isinstance(error, X2DFDError), repr(error)
+    assert error.code == code, f"{error.code!r} instead of {code!r}: {error}"
+    absent = [str(fact) for fact in facts if str(fact) not in str(error)]
+    assert not absent, f"{absent} not in: {error}"
