@@ -342,7 +342,7 @@ def test_lite0_refuses_what_is_not_its_file(tmp_path: Path) -> None:
         with raises(code, "x2dfd fetch lite0"):
             imagenet_state(path)
     torch.save(torch.zeros(3), path)
-    with raises("checkpoint_unreadable", "x2dfd fetch lite0"):
+    with raises("checkpoint_layers_differ", "x2dfd fetch lite0"):
         imagenet_state(path)
     path.write_bytes(b"<html>not found</html>")
     with raises("checkpoint_unreadable", "x2dfd fetch lite0"):
