@@ -31,7 +31,7 @@ from tests.raising import raises
 from x2dfd.calibration import MLLM, Calibration, Logistic
 from x2dfd.degrade import CODEC, codec
 from x2dfd.detector import Detector
-from x2dfd.errors import InputError, SetupError, UnknownName
+from x2dfd.errors import SetupError, UnknownName
 from x2dfd.experts import BUILTIN
 from x2dfd.faces import find_faces
 from x2dfd.loading import base_identity
@@ -553,16 +553,13 @@ def test_chat_looks_at_the_reports_own_picture_only(detector: Detector, astronau
     question = "What about the eyes?"
     assert detector.chat(report, question) == detector.chat(report, question, source=face_photo.read_bytes())
     other = jpeg(np.ascontiguousarray(astronaut[:, ::-1]))
-    with pytest.raises(InputError) as caught:
+    with raises("other_picture"):
         detector.chat(report, question, source=other)
-    assert caught.value.code == "other_picture"
     face_photo.write_bytes(other)  # the file of the report was replaced meanwhile
-    with pytest.raises(InputError) as caught:
+    with raises("other_picture"):
         detector.chat(report, question)
-    assert caught.value.code == "other_picture"
-    with pytest.raises(InputError) as caught:
+    with raises("no_picture"):
         detector.chat(detector.detect(other), question)  # judged from bytes: there is no file to look at again
-    assert caught.value.code == "no_picture"
 
 
 @pytest.mark.parametrize("mode", ["paper", "calibrated"])
@@ -578,9 +575,8 @@ def test_a_logit_that_is_not_finite_is_no_verdict(
     """NaN compares as "real" against a threshold, and was once clipped to the strongest "fake"."""
     broken = x2dfd.load(base=str(folders[0]), adapter=folders[1], mode=mode)
     monkeypatch.setattr(broken.mllm, "verdict_logits", lambda look, questions: np.full(len(questions), value))
-    with pytest.raises(InputError) as caught:
+    with raises("no_score"):
         broken.detect(face_photo)
-    assert caught.value.code == "no_score"
     [row] = broken.detect_many([face_photo])
     assert isinstance(row, Failure) and row.code == "no_score"
     with pytest.raises(ValueError, match="no logit"):

@@ -126,9 +126,8 @@ def test_a_jpeg_bomb_is_still_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     data = bytearray(jpeg())
     at = data.index(b"\xff\xc0") + 5
     data[at : at + 4] = struct.pack(">HH", 40_000, 40_000)
-    with pytest.raises(InputError) as caught:
+    with raises("too_many_pixels"):
         load_picture(bytes(data))
-    assert caught.value.code == "too_many_pixels"
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64)).save(buffer, "JPEG", progressive=True)
     monkeypatch.setattr(sniffing, "_MAX_SCANNED_PIXELS", 64 * 64 * 9)
