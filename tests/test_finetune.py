@@ -565,7 +565,7 @@ def test_what_is_trained_is_what_was_said(configured: Callable[..., FinetuneConf
     model, _ = open_base(configured(tmp_path))
     with raises("targets_outside_text", "model.language_model"):
         tune(model, configured(tmp_path, targets=r".*(q_proj|fc1)"))
-    with raises("targets_match_nothing", "'nothing'"):
+    with raises("targets_invalid", "'nothing'"):
         tune(open_base(configured(tmp_path))[0], configured(tmp_path, targets="nothing"))
     tuned, whole = tune(open_base(configured(tmp_path))[0], configured(tmp_path, tower="norms"))
     moved = [n for n, p in tuned.named_parameters() if p.requires_grad and "lora" not in n and "projector" not in n]
