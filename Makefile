@@ -17,7 +17,7 @@ NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fetch check test test-distributed demo road tables tables-check bench clean
+.PHONY: help setup fetch check test test-all test-distributed demo road tables tables-check bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -37,8 +37,11 @@ check: setup ## Lint, format and types
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-test: setup fetch check ## All checks, then the tests
+test: setup fetch check ## All checks, then the tests that are not marked slow
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(PY) -m pytest $(PYTEST_ARGS)
+
+test-all: setup fetch check ## All checks and all tests, the slow ones too: what CI runs
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(PY) -m pytest -m "not distributed" $(PYTEST_ARGS)
 
 test-distributed: setup fetch ## Trainings of two processes under DeepSpeed (with EXTRAS=dev,train)
 	$(PY) -c 'import deepspeed' || { echo "needs the extra: make test-distributed EXTRAS=dev,train" >&2; exit 1; }

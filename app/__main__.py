@@ -37,12 +37,19 @@ def listed(
     Raises SetupError when these do not fit together.
     """
     if served is None and adapter is not None:
-        raise SetupError("--adapter says what an endpoint serves: give --served too, or the directory as --model")
+        raise SetupError(
+            "--adapter says what an endpoint serves: give --served too, or the directory as --model",
+            code="adapter_without_served",
+        )
     if served is not None and (not models or (adapter is not None and len(models) > 1)):
-        raise SetupError("--served needs --model NAME, a name at the endpoint, and just one beside --adapter")
+        raise SetupError(
+            "--served needs --model NAME, a name at the endpoint, and just one beside --adapter",
+            code="served_name_missing",
+        )
     if "embedded" in models:
         raise SetupError(
-            "embedded is the shipped model, which is on the list anyway; write a folder of yours ./embedded"
+            "embedded is the shipped model, which is on the list anyway; write a folder of yours ./embedded",
+            code="name_reserved",
         )
     found: dict[str, Callable[[], Any]] = {}
     for model in models:
@@ -69,7 +76,7 @@ def run(
     Raises X2DFDError for what a user can mend.
     """
     if find_spec("gradio") is None:
-        raise SetupError("the demo needs gradio: pip install -c constraints.txt '.[app]'")
+        raise SetupError("the demo needs gradio: pip install -c constraints.txt '.[app]'", code="package_missing")
     from app.demo import build, launch
 
     (name, load), *others = listed(models, served, adapter).items()
@@ -87,7 +94,9 @@ def run(
         try:
             launch(page, host, port, root_path=root_path, names=names)
         except OSError as error:
-            raise SetupError(f"cannot listen on {host}:{port} ({error}); give another port with --port") from error
+            raise SetupError(
+                f"cannot listen on {host}:{port} ({error}); give another port with --port", code="port_unavailable"
+            ) from error
 
 
 def main() -> None:
@@ -121,7 +130,7 @@ def main() -> None:
             root_path=given.root_path, names=given.name,
         )  # fmt: skip
     except X2DFDError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error.line, file=sys.stderr)
         sys.exit(1)
 
 

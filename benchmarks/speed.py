@@ -153,7 +153,7 @@ def compare(name: str, cases: Cases, bench: Bench, rounds: int | None = None) ->
                 row["largest_difference"] = difference(f"{name}: {way}", its, mine, SAME[bench.precision])
                 row["other_texts"] = other_texts(its, mine)
                 if row["other_texts"] and bench.precision == "fp32":
-                    raise X2DFDError(f"{name}: {way} gives another {row['other_texts'][0]}")
+                    raise X2DFDError(f"{name}: {way} gives another {row['other_texts'][0]}", code="results_differ")
         found["ways"][way] = row
         share = f"{100 * row['share_of_bound']:.0f} % of the bound" if row["share_of_bound"] else "no bound"
         times = f", {row['times_first']['median']:.2f} times the first" if "times_first" in row else ""
@@ -164,13 +164,15 @@ def compare(name: str, cases: Cases, bench: Bench, rounds: int | None = None) ->
 def difference(what: str, first: Answers, other: Answers, most: float) -> float:
     """The largest difference of the numbers. Raises X2DFDError when it is above `most`."""
     if set(first) != set(other):
-        raise X2DFDError(f"{what} does not answer the same questions")
+        raise X2DFDError(f"{what} does not answer the same questions", code="results_differ")
     largest = 0.0
     for key, value in first.items():
         if not isinstance(value, str):
             gap = np.abs(np.asarray(value, float) - np.asarray(other[key], float))
             if not (gap <= most).all():  # nor for NaN
-                raise X2DFDError(f"{what} gives another {key}: by {gap.max():.1e}, and {most:.0e} is allowed")
+                raise X2DFDError(
+                    f"{what} gives another {key}: by {gap.max():.1e}, and {most:.0e} is allowed", code="results_differ"
+                )
             largest = max(largest, float(gap.max(initial=0.0)))
     return largest
 
@@ -360,7 +362,9 @@ def of_detector(detector: Any, threads: int) -> list[tuple[str, Cases, int | Non
                 else:
                     run.kill()  # who asked has the answer; what follows is the interpreter's end
             if "p=" not in told or (whole and run.returncode):
-                raise X2DFDError(f"the command ended with {run.returncode}; its first line: {told!r}")
+                raise X2DFDError(
+                    f"the command ended with {run.returncode}; its first line: {told!r}", code="command_failed"
+                )
 
     sizes = {f"{n} at a time": Case(lambda n=n: judged(n), per=len(pictures)) for n in BATCHES}  # type: ignore[misc]
     warm = {"verdict": Case(lambda: single(False)), "verdict and rationale": Case(lambda: single(True))}
@@ -502,9 +506,9 @@ def run(
 def _devices(geometry: Geometry, only: Place | None, cuda: bool) -> list[tuple[str, str]]:
     """Device and precision of each run. Raises X2DFDError for a device that is not here."""
     if geometry is Geometry.llava_7b and (only is Place.cpu or not cuda):
-        raise X2DFDError("llava-7b needs a CUDA device: on a CPU its weights alone are 28 GB")
+        raise X2DFDError("llava-7b needs a CUDA device: on a CPU its weights alone are 28 GB", code="cuda_missing")
     if only is Place.cuda and not cuda:
-        raise X2DFDError("there is no CUDA device here")
+        raise X2DFDError("there is no CUDA device here", code="cuda_missing")
     devices = [] if only is Place.cuda or geometry is Geometry.llava_7b else [("cpu", "fp32")]
     if cuda and only is not Place.cpu:
         devices += [("cuda", "fp32")] if geometry is Geometry.embedded else []

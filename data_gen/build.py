@@ -70,7 +70,8 @@ def build(config: BuildConfig, out: Path) -> Path:
     unclear = [data.samples[i].id for i in rows if data.samples[i].label == "fake" and not data.samples[i].df_class]
     if unclear:
         raise X2DFDError(
-            f"{config.data}: {len(unclear)} fakes without df_class (FS, FR, FE, EFS), such as {unclear[0]}"
+            f"{config.data}: {len(unclear)} fakes without df_class (FS, FR, FE, EFS), such as {unclear[0]}",
+            code="df_class_missing",
         )
     scores = expert_scores(data, rows, config)
     kept = [
@@ -84,7 +85,9 @@ def build(config: BuildConfig, out: Path) -> Path:
         rng = np.random.default_rng([config.seed, i])
         records += list(_records(sample, i, scores[sample.id], strong, config, rng))
     if not records:
-        raise X2DFDError(f"{config.data}: no usable picture of split train or calib to build from")
+        raise X2DFDError(
+            f"{config.data}: no usable picture of split train or calib to build from", code="no_usable_picture"
+        )
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
     write_text(out / "instructions.jsonl", text)
     _write_parquet(out / "instructions.parquet", records)
@@ -109,7 +112,7 @@ def expert_scores(data: CropSet, rows: Sequence[int], config: BuildConfig) -> di
     table: dict[str, list[Evidence]] = {data.samples[i].id: [] for i in rows}
     weights = Path(config.expert_weights) if config.expert_weights else None
     if weights is not None and not any((weights / f"{name}.card.json").is_file() for name in config.experts):
-        raise X2DFDError(f"{weights} holds no card of {', '.join(config.experts)}")
+        raise X2DFDError(f"{weights} holds no card of {', '.join(config.experts)}", code="expert_card_missing")
     for name in config.experts:
         expert = load_expert(name, weights)
         passed = _passed(data, rows, config, expert) if name == "tower" else None

@@ -61,7 +61,9 @@ def _portrait() -> Iterator[tuple[Photo, Photo]]:
     try:
         from skimage.data import astronaut
     except ImportError as error:
-        raise SetupError("without --data the catalogue needs scikit-image: pip install -e '.[bench]'") from error
+        raise SetupError(
+            "without --data the catalogue needs scikit-image: pip install -e '.[bench]'", code="package_missing"
+        ) from error
     pixels = np.ascontiguousarray(astronaut()[:250, 110:360], np.uint8)
     photo = Photo(pixels, find_faces(pixels)[0].landmarks, "NASA portrait, scikit-image", "portrait")
     # A fixed seed: the donor is the same whatever the examples.
@@ -99,7 +101,9 @@ def _pairs(data: Path, seed: int) -> Iterator[tuple[Photo, Photo]]:
         if len(usable) > 1:
             yield photo, usable[-2]
     if len(usable) < 2:
-        raise X2DFDError(f"{data}: {len(usable)} real photos of different groups show a face; two are needed")
+        raise X2DFDError(
+            f"{data}: {len(usable)} real photos of different groups show a face; two are needed", code="too_few_photos"
+        )
     while True:
         for i, photo in enumerate(usable):
             yield photo, usable[i - 1]
@@ -242,7 +246,10 @@ def contact_sheet(run: Path, count: int = 48, tile: int = 160, seed: int = 0) ->
     strip = 3 * text
     width, height = columns * (tile + gap) + gap, rows * (tile + strip + gap) + gap
     if width * height > MAX_PIXELS:
-        raise X2DFDError(f"a sheet of {width} x {height} pixels is too large: fewer --count or a smaller --tile")
+        raise X2DFDError(
+            f"a sheet of {width} x {height} pixels is too large: fewer --count or a smaller --tile",
+            code="sheet_too_large",
+        )
     sheet = Image.new("RGB", (width, height), "#1b2027")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(text)
     for i, sample in enumerate(samples):
@@ -275,14 +282,14 @@ def _tile(sample: Sample, side: int) -> Pixels:
     try:
         pixels = load_picture(sample.path).pixels
     except X2DFDError as error:
-        raise X2DFDError(f"{sample.path}: {error}") from error
+        raise X2DFDError(f"{sample.path}: {error}", code="picture_unreadable") from error
     if sample.mask is None:
         return _fit(pixels, side)
     mask = cv2.imread(str(sample.mask), cv2.IMREAD_GRAYSCALE) if sample.mask.is_file() else None
     if mask is None:
-        raise X2DFDError(f"{sample.mask}: no such mask, or not readable")
+        raise X2DFDError(f"{sample.mask}: no such mask, or not readable", code="mask_unreadable")
     if mask.shape != pixels.shape[:2]:
-        raise X2DFDError(f"{sample.mask}: a mask of another size than its picture")
+        raise X2DFDError(f"{sample.mask}: a mask of another size than its picture", code="mask_size_differs")
     return _outlined(_fit(pixels, side), _fit(np.asarray(mask, np.uint8), side))
 
 
@@ -304,7 +311,7 @@ def write(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, data)
     except OSError as error:
-        raise X2DFDError(f"cannot write {path}: {error.strerror or error}") from error
+        raise X2DFDError(f"cannot write {path}: {error.strerror or error}", code="cannot_write") from error
 
 
 _CATALOGUE_EPILOG = """Examples:\n
@@ -341,7 +348,7 @@ def add_commands(app: typer.Typer) -> None:
     ) -> None:
         """Random pictures of a forge run on one sheet, its methods taking turns, masks outlined."""
         if out.suffix.lower() not in _FORMATS:
-            raise X2DFDError(f"{out}: a sheet is written as {', '.join(_FORMATS)}")
+            raise X2DFDError(f"{out}: a sheet is written as {', '.join(_FORMATS)}", code="sheet_format_unknown")
         buffer = io.BytesIO()
         contact_sheet(run, count, tile, seed).save(buffer, _FORMATS[out.suffix.lower()], quality=92)
         write(out, buffer.getvalue())

@@ -177,7 +177,10 @@ def use(path: Path | None) -> None:
 def load_bank(path: Path) -> dict[str, Autoencoder]:
     """The decoders of a weight file, by name. Raises SetupError when it is absent or holds something else."""
     if not path.is_file():
-        raise SetupError(f"{path} is missing; reinstall from a checkout, or make it: python -m data_gen decoders")
+        raise SetupError(
+            f"{path} is missing; reinstall from a checkout, or make it: python -m data_gen decoders",
+            code="decoders_missing",
+        )
     try:
         tensors = load_file(path)
         bank = {}
@@ -187,7 +190,9 @@ def load_bank(path: Path) -> dict[str, Autoencoder]:
             net.load_state_dict(own)
             bank[design.name] = net.eval()
     except (SafetensorError, RuntimeError, IndexError) as error:
-        raise SetupError(f"{path} does not hold the forge's decoders: {str(error).splitlines()[0]}") from error
+        raise SetupError(
+            f"{path} does not hold the forge's decoders: {str(error).splitlines()[0]}", code="decoders_unreadable"
+        ) from error
     return bank
 
 
@@ -223,7 +228,7 @@ def train(data: Path, steps: int, work: Path, path: Path = WEIGHTS) -> None:
         [i for i, s in enumerate(crops.samples) if (s.label, s.split) == ("real", "train") and s.method in ("none", "")]
     )
     if not len(rows):
-        raise X2DFDError(f"{data}: no untouched real picture in split `train`")
+        raise X2DFDError(f"{data}: no untouched real picture in split `train`", code="no_real_picture")
     work.mkdir(parents=True, exist_ok=True)
     nets, fidelity = {}, {}
     checked = [i for i, s in enumerate(crops.samples) if (s.label, s.split) == ("real", "calib")][:60]
@@ -268,7 +273,7 @@ def save_bank(nets: dict[str, Autoencoder], path: Path = WEIGHTS) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"{n}.{k}": v.half().contiguous() for n, net in nets.items() for k, v in net.state_dict().items()}
     if any(not v.isfinite().all() for v in tensors.values()):
-        raise X2DFDError("a decoder diverged; nothing is written")
+        raise X2DFDError("a decoder diverged; nothing is written", code="decoder_diverged")
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary)
     temporary.chmod(0o644)

@@ -87,17 +87,27 @@ def load(folder: Path) -> dict[str, nn.Sequential]:
             continue
         for part, net in parts.items():
             if not paths[part].is_file():
-                raise SetupError(f"{paths[part]} is missing: an encoder and its decoder go together")
+                raise SetupError(
+                    f"{paths[part]} is missing: an encoder and its decoder go together", code="autoencoder_incomplete"
+                )
             if file_sha256(paths[part]) != SHA256[part]:
-                raise SetupError(f"{paths[part]} is not the file of TAESD that this version knows (SHA-256 differs)")
+                raise SetupError(
+                    f"{paths[part]} is not the file of TAESD that this version knows (SHA-256 differs)",
+                    code="autoencoder_hash_differs",
+                )
             try:
                 net.load_state_dict({k: v.float() for k, v in load_file(paths[part]).items()})
             except (SafetensorError, RuntimeError) as error:
-                raise SetupError(f"{paths[part]} does not hold TAESD's tensors: {error}") from error
+                raise SetupError(
+                    f"{paths[part]} does not hold TAESD's tensors: {error}", code="autoencoder_unreadable"
+                ) from error
         found[name] = nn.Sequential(*parts.values()).eval().requires_grad_(False)
     if not found:
         names = ", ".join(f"{name}_encoder.safetensors and {name}_decoder.safetensors" for name in CHANNELS)
-        raise SetupError(f"{folder} holds no autoencoder to redraw with; put there {names} of TAESD (MIT), or a pair")
+        raise SetupError(
+            f"{folder} holds no autoencoder to redraw with; put there {names} of TAESD (MIT), or a pair",
+            code="autoencoder_missing",
+        )
     return found
 
 
@@ -113,14 +123,16 @@ def use(folder: Path | None) -> None:
 def names() -> list[str]:
     """The autoencoders in use. Raises SetupError where none are."""
     if _in_use is None:
-        raise SetupError("redrawing in a latent space needs weights: data_gen forge --redraw DIR")
+        raise SetupError(
+            "redrawing in a latent space needs weights: data_gen forge --redraw DIR", code="autoencoder_missing"
+        )
     return list(load(_in_use))
 
 
 def redraw(pixels: NDArray[Any], name: str) -> NDArray[np.float32]:
     """The picture [h, w, 3], 0..255, encoded and decoded by `name`; same shape, float."""
     if name not in names() or _in_use is None:
-        raise SetupError(f"{_in_use} holds no {name}")
+        raise SetupError(f"{_in_use} holds no {name}", code="autoencoder_missing")
     height, width = pixels.shape[:2]
     padded = cv2.copyMakeBorder(
         np.asarray(pixels, np.float32), 0, -height % STRIDE, 0, -width % STRIDE, cv2.BORDER_REPLICATE

@@ -83,7 +83,10 @@ def index_label(name: str, declared: Mapping[str, Label] | None = None) -> tuple
         return "real", ""
     if name in _INDEX_METHODS or (last == "fake" and name.lower().endswith("_fake")):
         return "fake", _INDEX_METHODS.get(name) or name[: -len("_fake")]
-    raise X2DFDError(f"class {name!r} of the index is neither real nor fake by its format: say --label {name}=fake")
+    raise X2DFDError(
+        f"class {name!r} of the index is neither real nor fake by its format: say --label {name}=fake",
+        code="class_unlabelled",
+    )
 
 
 def index_source(key: str) -> str:
@@ -122,7 +125,9 @@ def read_deepfakebench(
                     read.lacks(part, f"{clip} of {part} (no list of frames)")
                     continue
                 if index_label(said := str(record.get("label", name)), labels)[0] != label:
-                    raise X2DFDError(f"{part}: {clip}: says label {said!r}, but stands under {name!r}")
+                    raise X2DFDError(
+                        f"{part}: {clip}: says label {said!r}, but stands under {name!r}", code="label_contradicts"
+                    )
                 for path, place, listed in listed_frames(read, reroot, part, paths, frames):
                     if collected:  # DF40 lays each method out in a folder of its own
                         method = next((m for m in listed if df_class("fake", m) == collected[1]), "")
@@ -160,10 +165,13 @@ def _level(clips: dict[str, Any], where: str, wanted: str, stem: str, key: str) 
     if not filled:
         return wanted, {}
     if not wanted and len(filled) > 1:
-        raise X2DFDError(f"{where}: holds the levels {', '.join(filled)}: choose one with --compression")
+        raise X2DFDError(
+            f"{where}: holds the levels {', '.join(filled)}: choose one with --compression",
+            code="compression_ambiguous",
+        )
     level = wanted or filled[0]
     if level not in filled:
-        raise X2DFDError(f"{where}: no level {level} (levels: {', '.join(filled)})")
+        raise X2DFDError(f"{where}: no level {level} (levels: {', '.join(filled)})", code="compression_unknown")
     return level, mapping(clips[level], f"{where}: {level}")
 
 
@@ -216,7 +224,7 @@ def read_ffpp(
                 continue
             pairs = load_json((lists or root) / f"{split}.json")
             if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
-                raise X2DFDError(f'{split}.json: not pairs of ids, [["071", "054"], ...]')
+                raise X2DFDError(f'{split}.json: not pairs of ids, [["071", "054"], ...]', code="list_malformed")
             for a, b in pairs:
                 for name in (a, b):
                     add(originals.get(name), name, "real", FFPP, split=split)
@@ -254,7 +262,7 @@ def read_celebdf(
     try:
         lines = [line.split(maxsplit=1) for line in file.read_text("utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise X2DFDError(f"{file}: cannot be read ({error})") from error
+        raise X2DFDError(f"{file}: cannot be read ({error})", code="list_unreadable") from error
     read = Read()
     clips = {folder: clips_in(root / folder, media) for folder in _CELEB_FOLDERS if (root / folder).is_dir()}
     tested: set[tuple[str, str]] = set()
@@ -277,9 +285,14 @@ def read_celebdf(
     for number, line in enumerate(lines, start=1):
         folder, _, name = line[-1].strip().replace("\\", "/").partition("/")
         if len(line) != 2 or line[0] not in ("0", "1") or folder not in _CELEB_FOLDERS or not name:
-            raise X2DFDError(f"{file.name}: line {number}: not `1 YouTube-real/00170.mp4`: {' '.join(line)}")
+            raise X2DFDError(
+                f"{file.name}: line {number}: not `1 YouTube-real/00170.mp4`: {' '.join(line)}", code="list_malformed"
+            )
         if (line[0] == "1") != (_CELEB_FOLDERS[folder] == "real"):
-            raise X2DFDError(f"{file.name}: line {number}: {line[0]} for {folder}; in this list 1 is real and 0 fake")
+            raise X2DFDError(
+                f"{file.name}: line {number}: {line[0]} for {folder}; in this list 1 is real and 0 fake",
+                code="label_contradicts",
+            )
         tested.add((folder, Path(name).stem))
     for folder, name in sorted(tested, key=lambda t: (t[0], natural(t[1]))):
         add(folder, name, "test")
@@ -330,7 +343,7 @@ def _dfdc_json(file: Path) -> list[_DfdcRow]:
     for name, entry in mapping(load_json(file), file.name).items():
         label = names.get(entry.get("label")) if isinstance(entry, dict) else None
         if label is None:
-            raise X2DFDError(f"{file}: {name}: no label REAL or FAKE")
+            raise X2DFDError(f"{file}: {name}: no label REAL or FAKE", code="label_missing")
         rows.append((name, label, str(entry.get("split") or ""), str(entry.get("original") or "")))
     return rows
 
@@ -343,8 +356,11 @@ def _dfdc_csv(file: Path) -> list[_DfdcRow]:
             for number, row in enumerate(csv.DictReader(stream, strict=True), start=1):
                 label = names.get(row.get("label"))
                 if label is None or not row.get("filename"):
-                    raise X2DFDError(f"{file}: row {number}: not filename,label with label 0 (real) or 1 (fake)")
+                    raise X2DFDError(
+                        f"{file}: row {number}: not filename,label with label 0 (real) or 1 (fake)",
+                        code="list_malformed",
+                    )
                 rows.append((row["filename"], label, "", ""))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise X2DFDError(f"{file}: cannot be read ({error})") from error
+        raise X2DFDError(f"{file}: cannot be read ({error})", code="list_unreadable") from error
     return rows

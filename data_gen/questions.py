@@ -61,7 +61,7 @@ def random_questions(n: int, rng: np.random.Generator) -> list[CueQuestion]:
     """
     known = _WORDS["unrelated"]
     if not 0 <= n <= len(known):
-        raise X2DFDError(f"there are {len(known)} unrelated questions, not {n}")
+        raise X2DFDError(f"there are {len(known)} unrelated questions, not {n}", code="too_few_questions")
     chosen = sorted(rng.permutation(len(known))[:n].tolist())
     return [CueQuestion(f"{known[i]} {CUE_ENDING}", None, None, "random") for i in chosen]
 
@@ -76,7 +76,7 @@ def some(
     Raises X2DFDError when there are fewer than `n`.
     """
     if n > len(questions):
-        raise X2DFDError(f"there are {len(questions)} questions, not {n}")
+        raise X2DFDError(f"there are {len(questions)} questions, not {n}", code="too_few_questions")
     drawn = rng.permutation(len(questions))
     first = sorted(drawn, key=lambda i: (questions[i].area, questions[i].artifact) not in cues)  # a stable sort
     return [questions[i] for i in sorted(first[:n])]
@@ -99,9 +99,11 @@ def read_published(path: Path) -> list[CueQuestion]:
         entries = json.loads(path.read_text("utf-8"))
         texts = [e if isinstance(e, str) else e["question"] for e in entries]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise X2DFDError(f"{path}: not a list of questions ({error!r})") from error
+        raise X2DFDError(f"{path}: not a list of questions ({error!r})", code="questions_malformed") from error
     if not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-        raise X2DFDError(f"{path}: not a list of questions (empty, or an entry that is no text)")
+        raise X2DFDError(
+            f"{path}: not a list of questions (empty, or an entry that is no text)", code="questions_malformed"
+        )
     questions = []
     for text in _unique(" ".join(t.split()) for t in texts):
         cue = next(iter(read_cues(text.removesuffix(CUE_ENDING))), None)
@@ -211,7 +213,10 @@ def generate(
                 taken.append(CueQuestion(text, area, artifact, f"generated:{model}"))
     if len(taken) < n:
         reasons = "; ".join(f"{r['question'][:80]!r}: {r['reason']}" for r in rejected[-3:])
-        raise X2DFDError(f"{model} gave {len(taken)} usable questions of {n} (last rejected: {reasons or 'none'})")
+        raise X2DFDError(
+            f"{model} gave {len(taken)} usable questions of {n} (last rejected: {reasons or 'none'})",
+            code="generation_short",
+        )
     return Generated(taken, model, PROMPT, rejected)
 
 
@@ -233,11 +238,15 @@ def connect(base_url: str | None) -> Any:
     try:
         import openai
     except ImportError as error:
-        raise SetupError("generating questions needs the package openai: pip install -e '.[serve]'") from error
+        raise SetupError(
+            "generating questions needs the package openai: pip install -e '.[serve]'", code="package_missing"
+        ) from error
     try:
         return openai.OpenAI(base_url=base_url)
     except openai.OpenAIError as error:
-        raise SetupError(f"{error}\nset the key of the endpoint: export OPENAI_API_KEY=...") from error
+        raise SetupError(
+            f"{error}\nset the key of the endpoint: export OPENAI_API_KEY=...", code="key_missing"
+        ) from error
 
 
 # --- command --------------------------------------------------------------------------------------------------------
@@ -269,7 +278,7 @@ def add_commands(app: typer.Typer) -> None:
         provenance: dict[str, Any] = {}
         if count:
             if not model:
-                raise X2DFDError("--generate needs --model")
+                raise X2DFDError("--generate needs --model", code="option_missing")
             made = generate(connect(base_url), model, count, known=chosen, seed=seed)
             chosen, provenance = chosen + made.questions, made.provenance()
         if only is not None:

@@ -63,9 +63,11 @@ def add_commands(app: typer.Typer) -> None:
         allow_missing: bool = False,
     ) -> None:
         if out.suffix != ".jsonl":
-            raise X2DFDError(f"{out}: the manifest is written as JSON lines, call it .jsonl")
+            raise X2DFDError(
+                f"{out}: the manifest is written as JSON lines, call it .jsonl", code="manifest_format_unknown"
+            )
         if shares and split:
-            raise X2DFDError("--shares divides, --split does not: choose one")
+            raise X2DFDError("--shares divides, --split does not: choose one", code="options_conflict")
         parts = parse_shares(shares) if shares else None
         read = reader()
         samples = finish(read, shares=parts, split=split, group=group, allow_missing=allow_missing)
@@ -165,7 +167,7 @@ def add_commands(app: typer.Typer) -> None:
         for text in label or ():
             name, _, value = text.rpartition("=")
             if value not in ("real", "fake"):
-                raise X2DFDError(f"--label {text}: write CLASS=real or CLASS=fake")
+                raise X2DFDError(f"--label {text}: write CLASS=real or CLASS=fake", code="option_malformed")
             labels[name] = "real" if value == "real" else "fake"
         write(
             out,

@@ -124,7 +124,9 @@ def parse_shares(text: str) -> dict[str, float]:
     except ValueError:
         shares = {}
     if not shares or "" in shares or min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6:
-        raise X2DFDError(f"shares {text!r}: write train=0.8,val=0.1,test=0.1, positive and 1 in sum")
+        raise X2DFDError(
+            f"shares {text!r}: write train=0.8,val=0.1,test=0.1, positive and 1 in sum", code="shares_malformed"
+        )
     return shares
 
 
@@ -161,7 +163,8 @@ def finish(
         raise X2DFDError(
             f"{lost} of {read.listed} are missing ({parts}), such as {', '.join(read.examples)}. Is the root right? "
             + "".join(f"{note}. " for note in read.notes)
-            + "To go on without them: --allow-missing"
+            + "To go on without them: --allow-missing",
+            code="files_missing",
         )
     if lost:
         read.notes.append(f"missing: {lost} of {read.listed} ({lost / read.listed:.2%}), such as {read.examples[0]}")
@@ -173,14 +176,15 @@ def finish(
         first = unique.setdefault(s.path, s)
         for what, a, b in (("label", first.label, s.label), ("method", first.method, s.method)):
             if a and b and a != b:
-                raise X2DFDError(f"{s.path}: {what} {a!r} ({first.id}) and {b!r} ({s.id})")
+                raise X2DFDError(f"{s.path}: {what} {a!r} ({first.id}) and {b!r} ({s.id})", code="samples_contradict")
         if first.split != s.split:
             raise X2DFDError(
                 f"{s.path} is in the splits {first.split!r} and {s.split!r} of its source. Read one of them (--only), "
-                "or divide anew (--shares)"
+                "or divide anew (--shares)",
+                code="split_contradicts",
             )
     if not unique:
-        raise X2DFDError("nothing to write: no file found")
+        raise X2DFDError("nothing to write: no file found", code="nothing_found")
     if repeated := len(read.samples) - len(unique):
         read.notes.append(f"listed more than once, kept once: {repeated}")
 
@@ -201,7 +205,8 @@ def finish(
             raise X2DFDError(
                 f"the source's splits share people or clips: group {name!r} is in {places} ({s.id}). "
                 "Read one split (--only), divide anew (--shares), or keep only the frames of each clip "
-                "together (--group clip)"
+                "together (--group clip)",
+                code="group_across_splits",
             )
         ids[s.id] += 1
         done.append(replace(s, id=f"{s.id}~{ids[s.id]}") if ids[s.id] > 1 else s)
@@ -217,7 +222,9 @@ def sources_of(sample: Sample) -> list[str]:
         except ValueError:
             value = None
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise X2DFDError(f"{sample.id}: sources {sample.extra['sources']!r} is no list of names")
+        raise X2DFDError(
+            f"{sample.id}: sources {sample.extra['sources']!r} is no list of names", code="sources_malformed"
+        )
     return value
 
 
@@ -259,13 +266,13 @@ def entries(folder: Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as found:
             return sorted(found, key=lambda e: natural(e.name))
     except OSError as error:
-        raise X2DFDError(f"{folder}: cannot be read ({error.strerror})") from error
+        raise X2DFDError(f"{folder}: cannot be read ({error.strerror})", code="folder_unreadable") from error
 
 
 def _files(folder: Path) -> tuple[list[Path], Counter[str]]:
     """Pictures and videos below a folder in natural order, links followed, and how many other files by suffix."""
     if not folder.is_dir():
-        raise X2DFDError(f"no such folder: {folder}")
+        raise X2DFDError(f"no such folder: {folder}", code="folder_missing")
     found: list[Path] = []
     other: Counter[str] = Counter()
     seen: set[str] = set()
@@ -366,7 +373,7 @@ class Reroot:
     def __init__(self, roots: Sequence[Path]) -> None:
         for root in roots:
             if not root.is_dir():
-                raise X2DFDError(f"no such folder: {root}")
+                raise X2DFDError(f"no such folder: {root}", code="folder_missing")
         below = ("", "rgb", "DF40", "DF40_train")
         self.bases = [(root, base) for root in roots for b in below if (base := root / b).is_dir()]
         self.mappings: list[tuple[tuple[str, ...], Path, Path]] = []  # stripped prefix, root, base; shortest first
@@ -427,13 +434,13 @@ def load_json(file: Path) -> Any:
     try:
         return parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise X2DFDError(f"{file}: not a JSON file ({error})") from error
+        raise X2DFDError(f"{file}: not a JSON file ({error})", code="not_json") from error
 
 
 def mapping(value: Any, where: str) -> dict[str, Any]:
     """The value, if it is a JSON object."""
     if not isinstance(value, dict):
-        raise X2DFDError(f"{where}: not an object but {type(value).__name__}")
+        raise X2DFDError(f"{where}: not an object but {type(value).__name__}", code="not_an_object")
     return value
 
 
@@ -457,7 +464,9 @@ def read_folders(
 ) -> Read:
     """Folders of pictures or videos, all of one label each; with `clips`, pictures of one folder are one clip."""
     if not given:
-        raise X2DFDError("say what the folders hold: --real DIR, --fake DIR or --fake METHOD=DIR")
+        raise X2DFDError(
+            "say what the folders hold: --real DIR, --fake DIR or --fake METHOD=DIR", code="option_missing"
+        )
     read = Read()
     top = Path(os.path.commonpath([os.path.abspath(p.parent) for p, _, _ in given]))
     for folder, label, method in given:
@@ -465,7 +474,7 @@ def read_folders(
         if other:
             read.notes.append(f"{folder}: no picture or video, left out: {dict(other.most_common(5))}")
         if not files:
-            raise X2DFDError(f"{folder}: no picture or video in it")
+            raise X2DFDError(f"{folder}: no picture or video in it", code="folder_empty")
         by_place: dict[Path, list[Path]] = {}
         for f in files:
             by_place.setdefault(f.parent if clips and f.suffix.lower() in _PICTURES else f, []).append(f)
@@ -490,7 +499,10 @@ def read_x2dfd_lists(
     Without `roots`, the list's own Description is the root when there is such a folder, else the list's folder.
     """
     if not given:
-        raise X2DFDError("a list of X2-DFD holds no labels, and a file's name is none: say --real LIST or --fake LIST")
+        raise X2DFDError(
+            "a list of X2-DFD holds no labels, and a file's name is none: say --real LIST or --fake LIST",
+            code="option_missing",
+        )
     read = Read()
     for file, label, method in given:
         data = load_json(file)
@@ -498,7 +510,9 @@ def read_x2dfd_lists(
             paths = [str(entry["image_path"]) for entry in data["images"]]
             own = Path(str(data.get("Description") or "."))
         except (TypeError, KeyError, AttributeError) as error:
-            raise X2DFDError(f'{file}: not {{"Description": ..., "images": [{{"image_path": ...}}]}}') from error
+            raise X2DFDError(
+                f'{file}: not {{"Description": ..., "images": [{{"image_path": ...}}]}}', code="list_malformed"
+            ) from error
         reroot = Reroot(roots or [own if own.is_absolute() and own.is_dir() else file.parent])
         for path, place, _ in listed_frames(read, reroot, file.name, paths, frames if clips else None):
             read.samples.append(row(path, place, label, source=source, method=method, clip=clips))
@@ -527,15 +541,21 @@ def read_datasets(folders: Sequence[Path], images: Path, columns: Columns, *, on
     try:
         import datasets
     except ImportError as error:
-        raise SetupError("reading a saved data set needs the package datasets: pip install 'x2dfd[train]'") from error
+        raise SetupError(
+            "reading a saved data set needs the package datasets: pip install 'x2dfd[train]'", code="package_missing"
+        ) from error
     if not columns.real and not columns.fake:
-        raise X2DFDError("say which values are real and which fake: --real-value 0 --fake-value 1")
+        raise X2DFDError(
+            "say which values are real and which fake: --real-value 0 --fake-value 1", code="option_missing"
+        )
     read = Read(only)
     for folder in folders:
         try:
             loaded = datasets.load_from_disk(str(folder))
         except (OSError, ValueError) as error:
-            raise X2DFDError(f"{folder}: not a data set saved with save_to_disk ({error})") from error
+            raise X2DFDError(
+                f"{folder}: not a data set saved with save_to_disk ({error})", code="dataset_unreadable"
+            ) from error
         for split, table in (loaded if isinstance(loaded, dict) else {"": loaded}).items():
             if not read.takes(split):
                 continue
@@ -546,7 +566,9 @@ def read_datasets(folders: Sequence[Path], images: Path, columns: Columns, *, on
             try:
                 table = table.cast_column(columns.image, datasets.Image(decode=False))
             except (ValueError, TypeError, NotImplementedError) as error:
-                raise X2DFDError(f"{folder}: column {columns.image!r} holds no pictures ({error})") from error
+                raise X2DFDError(
+                    f"{folder}: column {columns.image!r} holds no pictures ({error})", code="column_without_pictures"
+                ) from error
             for i, record in enumerate(progress(table, f"pictures of {split or folder.name}")):
                 read.listed += 1
                 path = _store(record[columns.image], images)
@@ -582,7 +604,8 @@ def _said(value: Any, names: Sequence[str] | None, columns: Columns, where: str)
     real, fake = bool(said & set(columns.real)), bool(said & set(columns.fake))
     if real == fake:
         raise X2DFDError(
-            f"{where}: label {'/'.join(sorted(said))} is {'both real and' if real else 'neither real nor'} fake"
+            f"{where}: label {'/'.join(sorted(said))} is {'both real and' if real else 'neither real nor'} fake",
+            code="label_unclear",
         )
     return "real" if real else "fake"
 

@@ -75,11 +75,17 @@ class _Source:
             by_source = self.tree[s.label].setdefault(split, {}).setdefault(s.source, {})
             by_source.setdefault(s.group, []).append(s)
             if split_by_group.setdefault(s.group, split) != split:
-                raise X2DFDError(f"{config.data}: group {s.group!r} is in {split!r} and in {split_by_group[s.group]!r}")
+                raise X2DFDError(
+                    f"{config.data}: group {s.group!r} is in {split!r} and in {split_by_group[s.group]!r}",
+                    code="group_across_splits",
+                )
         if not self.tree["real"]:
-            raise X2DFDError(f"{config.data}: no real photos to forge from")
+            raise X2DFDError(f"{config.data}: no real photos to forge from", code="no_real_picture")
         if config.ready_made and not self.tree["fake"]:
-            raise X2DFDError(f"{config.data}: no fakes to pass through, but their share is {config.ready_made}")
+            raise X2DFDError(
+                f"{config.data}: no fakes to pass through, but their share is {config.ready_made}",
+                code="no_fake_picture",
+            )
         # Frames of one clip are near copies: a group counts as ten pictures at most.
         self.sizes = {
             (label, split): {name: sum(min(len(g), 10) for g in groups.values()) for name, groups in sources.items()}
@@ -145,13 +151,13 @@ def _draw_photo(source: _Source, label: str, split: str, rng: np.random.Generato
         photo = load_photo(str(sample.path), sample.source, sample.group, source.config.side)
         if photo is not None:
             return sample, _tighten(photo, rng)
-    raise X2DFDError(f"no usable face in {_TRIES} {label} pictures of split {split!r}")
+    raise X2DFDError(f"no usable face in {_TRIES} {label} pictures of split {split!r}", code="no_usable_face")
 
 
 def save_jpeg(path: Path, pixels: np.ndarray[Any, Any], quality: int) -> str:
     ok, data = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
     if not ok:
-        raise X2DFDError(f"could not encode {path.name}")
+        raise X2DFDError(f"could not encode {path.name}", code="cannot_write")
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(data.tobytes())
     os.replace(temporary, path)
@@ -216,7 +222,7 @@ def _item(source: _Source, out: Path, index: int) -> dict[str, Any]:
     if made.mask.any():
         mask = file.with_suffix(".mask.png")
         if not cv2.imwrite(str(mask), made.mask):
-            raise X2DFDError(f"could not write {mask}")
+            raise X2DFDError(f"could not write {mask}", code="cannot_write")
         row |= {"mask": str(Path(row["path"]).with_suffix(".mask.png"))}
     row |= {"cues": [asdict(c) for c in made.cues]}
     if made.cues:
@@ -325,9 +331,14 @@ def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
             raise UnknownName("forge method", name, _ALL)
     for share in ("forged", "harmless", "combine", "ready_made", "calib", "video"):
         if not 0 <= getattr(config, share) <= 1:
-            raise X2DFDError(f"{share} is a share, from 0 to 1; it is {getattr(config, share)}")
+            raise X2DFDError(
+                f"{share} is a share, from 0 to 1; it is {getattr(config, share)}", code="share_out_of_range"
+            )
     if config.combine and all(_ALL[name].needs_donor for name in config.methods):
-        raise X2DFDError(f"nothing to combine with: {', '.join(config.methods)} need a donor; add another method")
+        raise X2DFDError(
+            f"nothing to combine with: {', '.join(config.methods)} need a donor; add another method",
+            code="donor_methods_alone",
+        )
     _Source(config)  # refuses a bad manifest here, where it is one line; in a worker it would break the pool
     manifest, part = out / "manifest.jsonl", out / "manifest.part.jsonl"
     settings = {**asdict(config), "data": manifest_sha256(config.data), "methods": list(config.methods)}
@@ -339,18 +350,23 @@ def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
         load_bank(weights)  # refused here, where it is one line
         settings["decoders"] = file_sha256(weights)
     elif config.decoders:
-        raise X2DFDError(f"decoders draw for {' and '.join(sorted(_DRAWN))} alone: none of these is among the methods")
+        raise X2DFDError(
+            f"decoders draw for {' and '.join(sorted(_DRAWN))} alone: none of these is among the methods",
+            code="decoders_unused",
+        )
     if bool(config.redraw) != bool(set(LATENT) & set(config.methods)):
-        raise X2DFDError(f"a folder to redraw with and the methods {' and '.join(LATENT)} go together")
+        raise X2DFDError(
+            f"a folder to redraw with and the methods {' and '.join(LATENT)} go together", code="redraw_incomplete"
+        )
     if config.redraw:
         from data_gen import latent
 
         settings["redraw"] = list(latent.load(Path(config.redraw)))  # by name: each is pinned
     saved = out / "forge.json"
     if saved.is_file() and json.loads(saved.read_text()) != settings:
-        raise X2DFDError(f"{out} holds a forge run with other settings; choose another --out")
+        raise X2DFDError(f"{out} holds a forge run with other settings; choose another --out", code="settings_differ")
     if manifest.is_file() and not saved.is_file():
-        raise X2DFDError(f"{manifest} is not of a forge run; choose another --out")
+        raise X2DFDError(f"{manifest} is not of a forge run; choose another --out", code="not_a_forge_run")
     if manifest.is_file():
         return manifest
     out.mkdir(parents=True, exist_ok=True)

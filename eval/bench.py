@@ -116,19 +116,25 @@ def check(options: Options) -> None:
     choice, task = options.choice, options.task
     models.check(choice)
     if options.changes is not None and task not in ("detect", "experts"):
-        raise X2DFDError("only experts and detect take --changes")
+        raise X2DFDError("only experts and detect take --changes", code="changes_not_for_task")
     if task == "detect":
         options.one_change()
     if choice.model == "template" and task != "describe":
-        raise X2DFDError("template is told the label: it is a baseline of describe alone")
+        raise X2DFDError("template is told the label: it is a baseline of describe alone", code="template_knows_label")
     partly = options.experts or choice.mode or not models.has_mllm(choice.model)
     if options.with_mllm and (task != "experts" or partly):
-        raise X2DFDError("--with-mllm is for the task experts, all of them, of a calibrated model that has an MLLM")
+        raise X2DFDError(
+            "--with-mllm is for the task experts, all of them, of a calibrated model that has an MLLM",
+            code="with_mllm_not_for_run",
+        )
     one = choice.model.startswith(models.EXPERT)
     other = choice.base or choice.served or choice.model in models.BASELINES or (one and task != "locate")
     if task in ("experts", "locate") and other:
         allowed = "embedded, fusion or an adapter's folder" + (", or expert:NAME" if task == "locate" else "")
-        raise X2DFDError(f"{task} is about experts: --model {allowed}, and --experts A,B for some of them")
+        raise X2DFDError(
+            f"{task} is about experts: --model {allowed}, and --experts A,B for some of them",
+            code="model_not_for_task",
+        )
 
 
 def choose(task: Task, manifest: Path, options: Options) -> tuple[list[Sample], int]:
@@ -139,7 +145,9 @@ def choose(task: Task, manifest: Path, options: Options) -> tuple[list[Sample], 
     known = [s for s in samples if task.needs is None or task.needs(s)]
     skipped, samples = len(samples) - len(known), known
     if not samples:
-        raise X2DFDError(f"{manifest.name}: no chosen sample has {task.truth}, nothing to {task.name}")
+        raise X2DFDError(
+            f"{manifest.name}: no chosen sample has {task.truth}, nothing to {task.name}", code="nothing_to_measure"
+        )
     # `assess` draws its own pictures: as many real ones as fakes.
     if task.name != "assess" and options.limit is not None and options.limit < len(samples):
         chosen = np.random.default_rng(options.seed).permutation(len(samples))[: options.limit]
@@ -147,7 +155,7 @@ def choose(task: Task, manifest: Path, options: Options) -> tuple[list[Sample], 
     check_clips(samples)
     for column in options.by:
         if column not in ("source", "method") and not any(value_of(s, column) for s in samples):
-            raise X2DFDError(f"--by {column}: the manifest has no such column, or it is empty")
+            raise X2DFDError(f"--by {column}: the manifest has no such column, or it is empty", code="column_missing")
     return samples, skipped
 
 
@@ -157,7 +165,10 @@ def check_clips(samples: Iterable[Sample]) -> None:
     for s in samples:
         traits = (s.label, s.method, s.source, s.group)
         if s.video and seen.setdefault(s.video, traits) != traits:
-            raise X2DFDError(f"video {s.video!r} is two clips, {seen[s.video]} and {traits}: give each its own id")
+            raise X2DFDError(
+                f"video {s.video!r} is two clips, {seen[s.video]} and {traits}: give each its own id",
+                code="clips_share_id",
+            )
 
 
 # ---------------------------------------------------------------- where numbers come from

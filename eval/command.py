@@ -85,7 +85,10 @@ def options(given: dict[str, Any]) -> Options:
     """The options of a run. Raises X2DFDError for what is absent or unknown."""
     missing = [name for name in ("task", "data", "out") if given[name] is None]
     if missing:
-        raise X2DFDError(f"{missing[0].upper() if missing[0] == 'task' else f'--{missing[0]}'} is needed (or --list)")
+        raise X2DFDError(
+            f"{missing[0].upper() if missing[0] == 'task' else f'--{missing[0]}'} is needed (or --list)",
+            code="option_missing",
+        )
     if given["task"] not in TASKS:
         raise UnknownName("task", given["task"], TASKS)
     if given["mode"] not in (None, "calibrated", "paper"):
@@ -147,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as done:  # however it ends, with typer's own messages too
         return done.code if isinstance(done.code, int) else 0
     except X2DFDError as error:
-        say(f"error: {error}")
+        say(error.line)
     return 2
 
 

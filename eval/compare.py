@@ -38,18 +38,18 @@ def read_scores(folder: Path, result: Result) -> Scores:
     """
     path = folder / "samples.parquet"
     if not path.is_file():
-        raise X2DFDError("no samples.parquet beside the reference")
+        raise X2DFDError("no samples.parquet beside the reference", code="scores_missing")
     try:
         table = pq.read_table(path)
         rows = table.to_pylist()
     except (OSError, pa.ArrowException) as error:
-        raise X2DFDError(f"{path} cannot be read ({error})") from error
+        raise X2DFDError(f"{path} cannot be read ({error})", code="scores_unreadable") from error
     head = json.loads((table.schema.metadata or {}).get(b"x2dfd", b"{}"))
     model, stated = (part.get("model", {}) for part in (head.get("origin", {}), result))
     pictures = digest([row["id"], row["sha256"]] for row in rows)
     same = all(stated.get("stated", {}).get(name) == value for name, value in model.items())
     if not same or pictures != result.get("data", {}).get("pictures_sha256"):
-        raise X2DFDError("samples.parquet beside the reference is of another run")
+        raise X2DFDError("samples.parquet beside the reference is of another run", code="scores_of_another_run")
     scorers = [name for name in table.schema.names if name.startswith(("p_", "expert:"))]
     return {name: {r["id"]: Seen(r["label"], r["group"], r[name]) for r in rows} for name in scorers}
 
@@ -73,10 +73,12 @@ def paired(first: dict[str, Seen], second: dict[str, Seen]) -> Pair:
     """
     common = sorted(first.keys() & second.keys())
     if not common:
-        raise X2DFDError("the runs share no sample")
+        raise X2DFDError("the runs share no sample", code="no_shared_sample")
     other = [i for i in common if (first[i].label, first[i].group) != (second[i].label, second[i].group)]
     if other:
-        raise X2DFDError(f"the runs know {len(other)} samples by another label or group, such as {other[0]}")
+        raise X2DFDError(
+            f"the runs know {len(other)} samples by another label or group, such as {other[0]}", code="samples_differ"
+        )
     scores = [(i, first[i].score, second[i].score) for i in common]
     both = [(i, x, y) for i, x, y in scores if x is not None and y is not None]
     kept = [i for i, _, _ in both]
@@ -116,9 +118,9 @@ class Reference:
         try:
             result = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
-            raise X2DFDError(f"{path}: not a result file ({error})") from error
+            raise X2DFDError(f"{path}: not a result file ({error})", code="not_a_result") from error
         if not isinstance(result, dict) or "headline" not in result:
-            raise X2DFDError(f"{path}: not a result file (no headline)")
+            raise X2DFDError(f"{path}: not a result file (no headline)", code="not_a_result")
         try:
             return cls(result, read_scores(path.parent, result), "", file_sha256(path))
         except X2DFDError as error:  # the drift can be told without them
@@ -145,7 +147,9 @@ def drift(result: Result, reference: Result) -> Comparison:
     for part, name in compared:
         here, there = result[part][name], reference.get(part, {}).get(name)
         if here != there:
-            raise X2DFDError(f"not comparable: {part} {name} is {here} here and {there} in the reference")
+            raise X2DFDError(
+                f"not comparable: {part} {name} is {here} here and {there} in the reference", code="not_comparable"
+            )
     parts = ("model", "versions", "code", "device", "settings")
     found = Comparison(notes=[f"{name} differs" for name in parts if result[name] != reference.get(name)])
     for name in sorted(result["headline"].keys() | reference["headline"].keys()):

@@ -61,7 +61,10 @@ def own_photos(folder: Path) -> Path:
     # The file itself: encoding it again would be other bytes under another version of the encoder.
     carried = Path(skimage.data.__file__).parent / "astronaut.png"
     if not carried.is_file():
-        raise SetupError(f"scikit-image comes without {carried.name} here; give photos of your own with --photos")
+        raise SetupError(
+            f"scikit-image comes without {carried.name} here; give photos of your own with --photos",
+            code="photos_missing",
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / carried.name, carried.read_bytes())
     row = {"path": carried.name, "label": "real", "source": "nasa", "group": "eileen-collins"}
@@ -82,7 +85,7 @@ def photos_of(where: Path) -> list[tuple[str, Sample]]:
         real = [s for s in read_manifest(where) if s.label == "real"]
         hashed = [(file_sha256(s.path) if s.path.is_file() else "", s) for s in real]
     if not hashed:
-        raise X2DFDError(f"{where}: no real photo in it")
+        raise X2DFDError(f"{where}: no real photo in it", code="no_real_picture")
     return sorted(hashed, key=lambda pair: (pair[0], pair[1].id))
 
 
@@ -126,7 +129,7 @@ def build(
     them), and when `out` holds another set.
     """
     if per_method < 1:
-        raise X2DFDError(f"--per-method {per_method}: at least 1")
+        raise X2DFDError(f"--per-method {per_method}: at least 1", code="number_out_of_range")
     given = photos_of(photos if photos is not None else own_photos(out / "own"))
     used: list[tuple[str, Sample]] = []
     usable: list[Photo] = []
@@ -141,10 +144,11 @@ def build(
     if len(unusable) > 0.01 * len(given) and not allow_missing:
         raise X2DFDError(
             f"{len(unusable)} of {len(given)} photos cannot be read or show no face, such as {unusable[0]}. Take them "
-            "out, or go on without them: --allow-missing"
+            "out, or go on without them: --allow-missing",
+            code="photos_unusable",
         )
     if not used:
-        raise X2DFDError("none of the photos can be used")
+        raise X2DFDError("none of the photos can be used", code="no_usable_picture")
     items = plan(usable, [d for d, _ in used], per_method)
     settings = {
         "version": VERSION,
@@ -159,7 +163,9 @@ def build(
             file.is_file()
             and {k: v for k, v in json.loads(file.read_text("utf-8")).items() if k in settings} != settings
         ):
-            raise X2DFDError(f"{out} holds a set of other photos or settings; choose another --out")
+            raise X2DFDError(
+                f"{out} holds a set of other photos or settings; choose another --out", code="settings_differ"
+            )
     if (out / CARD).is_file():
         open_set(out)
         return dict(json.loads((out / CARD).read_text("utf-8")))
@@ -212,7 +218,7 @@ def _make(item: Item, photos: Sequence[Photo], sample: Sample, out: Path) -> dic
     if item.method in METHODS:
         row["mask"] = f"images/{item.name}.mask.png"
         if not cv2.imwrite(str(out / row["mask"]), made.mask):
-            raise X2DFDError(f"could not write {out / row['mask']}")
+            raise X2DFDError(f"could not write {out / row['mask']}", code="cannot_write")
         row["mask_sha256"] = file_sha256(out / row["mask"])
     if item.donor is not None:
         row["donor"] = photos[item.donor].group
@@ -245,10 +251,13 @@ def open_set(folder: Path) -> Path:
     """
     card, manifest = folder / CARD, folder / "manifest.jsonl"
     if not card.is_file():
-        raise X2DFDError(f"{folder} holds no finished CueBench: python -m eval.cuebench --photos none --out {folder}")
+        raise X2DFDError(
+            f"{folder} holds no finished CueBench: python -m eval.cuebench --photos none --out {folder}",
+            code="cuebench_unfinished",
+        )
     stated = json.loads(card.read_text("utf-8"))
     if not manifest.is_file() or manifest_sha256(manifest) != stated["manifest_sha256"]:
-        raise X2DFDError(f"{manifest} is not that of {card}: make the set anew")
+        raise X2DFDError(f"{manifest} is not that of {card}: make the set anew", code="cuebench_manifest_differs")
     wrong = [
         str(path)
         for s in read_manifest(manifest)
@@ -256,7 +265,10 @@ def open_set(folder: Path) -> Path:
         if not path.is_file() or file_sha256(path) != sha256
     ]
     if wrong:
-        raise X2DFDError(f"{len(wrong)} files of {folder} are missing or changed, such as {wrong[0]}: make it anew")
+        raise X2DFDError(
+            f"{len(wrong)} files of {folder} are missing or changed, such as {wrong[0]}: make it anew",
+            code="cuebench_files_differ",
+        )
     return manifest
 
 

@@ -107,16 +107,26 @@ def _name(choice: Choice) -> str:
 def check(choice: Choice) -> None:
     """Raises X2DFDError where the options contradict each other; opens nothing."""
     if not has_mllm(choice.model) and (choice.base or choice.served or choice.adapter or choice.tools or choice.mode):
-        raise X2DFDError(f"--model {choice.model} goes without --base, --served, --adapter, --tools and --mode")
+        raise X2DFDError(
+            f"--model {choice.model} goes without --base, --served, --adapter, --tools and --mode",
+            code="options_conflict",
+        )
     if choice.adapter and not choice.served:
-        raise X2DFDError("--adapter goes with --served; without it the adapter's folder is --model")
+        raise X2DFDError(
+            "--adapter goes with --served; without it the adapter's folder is --model", code="options_conflict"
+        )
     if choice.served and choice.model == "embedded":
-        raise X2DFDError("--served needs --model NAME: the name that the endpoint gives its model")
+        raise X2DFDError(
+            "--served needs --model NAME: the name that the endpoint gives its model", code="option_missing"
+        )
     if choice.served and choice.base:
-        raise X2DFDError("--served and --base are two models: give one")
+        raise X2DFDError("--served and --base are two models: give one", code="options_conflict")
     untrained = choice.served or choice.base
     if choice.tools and (not untrained or choice.adapter or (choice.base and choice.model != "embedded")):
-        raise X2DFDError("--tools is for a model without adapter (--served or --base): an adapter has its own prompt")
+        raise X2DFDError(
+            "--tools is for a model without adapter (--served or --base): an adapter has its own prompt",
+            code="options_conflict",
+        )
 
 
 def open_model(choice: Choice) -> Opened:
@@ -172,7 +182,7 @@ class NoMLLM:
         return [""] * len(questions)
 
     def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str], /) -> Any:
-        raise X2DFDError("there is no language model to ask")
+        raise X2DFDError("there is no language model to ask", code="no_language_model")
 
 
 def without_mllm(weights: dict[str, float]) -> dict[str, float]:
@@ -199,7 +209,10 @@ def experts_alone(name: str | None) -> Any:
         wanted = expert_hashes(card, calibration)
         experts = [load_expert(n, EMBEDDED / "experts") for n in wanted if calibration.weights.get(n, 0) > 0]
         if other := [e.card.name for e in experts if wanted[e.card.name] != e.card.sha256]:
-            raise X2DFDError(f"no fusion: the calibration was fitted to other weights of {', '.join(other)}")
+            raise X2DFDError(
+                f"no fusion: the calibration was fitted to other weights of {', '.join(other)}",
+                code="expert_weights_differ",
+            )
         stated = f"{card.name} {card.version}, experts alone"
         kinds = {k: replace(one, weights=without_mllm(one.weights)) for k, one in calibration.kinds.items()}
         calibration = replace(calibration, kinds=kinds)

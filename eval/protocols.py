@@ -173,7 +173,9 @@ def index_sets(
     """
     chosen = tuple(sets) or protocol.sets
     if not chosen:
-        raise X2DFDError(f"{protocol.name} names no index files of its own: give them with --sets A,B")
+        raise X2DFDError(
+            f"{protocol.name} names no index files of its own: give them with --sets A,B", code="option_missing"
+        )
     for name in sets:
         if protocol.sets and name not in protocol.sets:
             raise UnknownName(f"set of {protocol.name}", name, protocol.sets)
@@ -181,7 +183,8 @@ def index_sets(
     if absent:
         raise X2DFDError(
             f"{protocol.name}: not in {indices}: {', '.join(f'{n}.json' for n in absent)}. Some sets alone are another "
-            f"protocol; to score them, name those that are there with --sets"
+            f"protocol; to score them, name those that are there with --sets",
+            code="index_missing",
         )
     found = {}
     for name in chosen:
@@ -278,23 +281,28 @@ def read_annotations(
     [{"question", "answers": [...]}].
     """
     if not real or not fake:
-        raise X2DFDError("say which values of the label mean real and fake: --real-value 1 --fake-value 0")
+        raise X2DFDError(
+            "say which values of the label mean real and fake: --real-value 1 --fake-value 0", code="option_missing"
+        )
     records = load_json(file)
     if not isinstance(records, list) or not records:
-        raise X2DFDError(f"{file.name}: not a list of records")
+        raise X2DFDError(f"{file.name}: not a list of records", code="list_malformed")
     references: dict[tuple[str, ...], dict[str, list[str]]] = {}
     labels: dict[tuple[str, ...], Label] = {}
     for number, record in enumerate(records, start=1):
         where = f"{file.name}: record {number}"
         if not isinstance(record, dict) or not isinstance(record.get(image), str) or label not in record:
-            raise X2DFDError(f"{where}: no {image!r} or no {label!r}")
+            raise X2DFDError(f"{where}: no {image!r} or no {label!r}", code="field_missing")
         parts = path_parts(record[image])
         value = str(record[label])
         if (value in real) == (value in fake):
-            raise X2DFDError(f"{where}: label {value!r} is {'both' if value in real else 'neither'} real and fake")
+            raise X2DFDError(
+                f"{where}: label {value!r} is {'both' if value in real else 'neither'} real and fake",
+                code="label_unclear",
+            )
         said: Label = "real" if value in real else "fake"
         if labels.setdefault(parts, said) != said:
-            raise X2DFDError(f"{where}: {record[image]} is real here and fake there")
+            raise X2DFDError(f"{where}: {record[image]} is real here and fake there", code="label_contradicts")
         for asked, told in _exchanges(record, question, answer, where):
             answers = references.setdefault(parts, {}).setdefault(asked, [])
             answers += [a for a in told if a not in answers]
@@ -315,14 +323,14 @@ def _exchanges(record: dict[str, Any], question: str, answer: str, where: str) -
         told = record.get(answer)
         told = [told] if isinstance(told, str) else told
         if not isinstance(told, list) or not told or not all(isinstance(t, str) and t.strip() for t in told):
-            raise X2DFDError(f"{where}: neither conversations nor an {answer!r}")
+            raise X2DFDError(f"{where}: neither conversations nor an {answer!r}", code="exchange_malformed")
         return [(str(record.get(question) or ""), [t.strip() for t in told])]
     if not isinstance(turns, list) or len(turns) % 2 or not all(isinstance(t, dict) for t in turns):
-        raise X2DFDError(f"{where}: conversations are not pairs of question and answer")
+        raise X2DFDError(f"{where}: conversations are not pairs of question and answer", code="exchange_malformed")
     pairs = []
     for asked, told in zip(turns[::2], turns[1::2], strict=True):
         if asked.get("from") != "human" or told.get("from") != "gpt":
-            raise X2DFDError(f"{where}: conversations are not turns of human and gpt")
+            raise X2DFDError(f"{where}: conversations are not turns of human and gpt", code="exchange_malformed")
         text = str(asked.get("value", "")).replace("<image>", "").strip()
         pairs.append((text, [str(told.get("value", "")).strip()]))
     return pairs
@@ -343,17 +351,21 @@ def write_submission(
     is absent or without an answer, or `out` is no zip.
     """
     if out.suffix != ".zip":
-        raise X2DFDError(f"{out}: the benchmark takes a .zip")
+        raise X2DFDError(f"{out}: the benchmark takes a .zip", code="not_a_zip")
     absent = [name for name in HIDDEN if name not in scores]
     if absent or len(scores) != len(HIDDEN):
         odd = len(scores) - len(HIDDEN) + len(absent)
         raise X2DFDError(
             f"the hidden benchmark has the 1000 pictures 0000.png to 0999.png; not scored: {len(absent)}"
-            f"{f', such as {absent[0]}' if absent else ''}; of other names: {odd}"
+            f"{f', such as {absent[0]}' if absent else ''}; of other names: {odd}",
+            code="submission_incomplete",
         )
     silent = [name for name in HIDDEN if scores[name] is None]
     if silent and not unscored:
-        raise X2DFDError(f"{len(silent)} pictures have no score, such as {silent[0]}: give an answer with --unscored")
+        raise X2DFDError(
+            f"{len(silent)} pictures have no score, such as {silent[0]}: give an answer with --unscored",
+            code="scores_missing",
+        )
     answers = {
         name: unscored if (p := scores[name]) is None else "fake" if p >= threshold else "real" for name in HIDDEN
     }
@@ -398,9 +410,9 @@ def write(
         raise UnknownName("protocol", name, PROTOCOLS)
     protocol, quirks, roots = PROTOCOLS[name], Compat.parse(compat), root or []
     if (name in ("celebdf", "dfd") or (name == "ffpp" and indices is None)) and len(roots) != 1:
-        raise X2DFDError(f"{name} is read from its folders: give one --root")
+        raise X2DFDError(f"{name} is read from its folders: give one --root", code="option_missing")
     if protocol.sets and indices is None and name != "ffpp":
-        raise X2DFDError(f"{name} is read from index files: give --indices and --root")
+        raise X2DFDError(f"{name} is read from index files: give --indices and --root", code="option_missing")
     if (protocol.sets and indices is not None) or name == "df40-p4":
         chosen = [s for s in sets.split(",") if s]
         found = index_sets(
@@ -423,7 +435,7 @@ def write(
             "x2dfd": lambda: read_x2dfd_lists(labelled(real, fake), roots=roots, clips=True),
         }
         if name == "dfdc" and not files:
-            raise X2DFDError("dfdc is read from its label files: give --files metadata.json")
+            raise X2DFDError("dfdc is read from its label files: give --files metadata.json", code="option_missing")
 
         def read_all() -> Read:
             read = readers[name]()
@@ -478,10 +490,13 @@ def hidden(
     try:
         table = pq.read_table(scores, columns=["id", "p_fake"]).to_pylist()
     except (OSError, ValueError, KeyError) as error:
-        raise X2DFDError(f"{scores}: not the samples.parquet of a run ({error})") from error
+        raise X2DFDError(f"{scores}: not the samples.parquet of a run ({error})", code="scores_unreadable") from error
     by_name = {path_parts(r["id"])[-1]: r["p_fake"] for r in table}
     if len(by_name) < len(table):
-        raise X2DFDError(f"{scores}: {len(table) - len(by_name)} pictures share their file name with another")
+        raise X2DFDError(
+            f"{scores}: {len(table) - len(by_name)} pictures share their file name with another",
+            code="file_name_shared",
+        )
     print(json.dumps(write_submission(out, by_name, threshold, unscored)))  # type: ignore[arg-type]
 
 

@@ -129,7 +129,7 @@ def score(
         for stated in origins:
             origin = origin or stated
             if stated != origin:
-                raise X2DFDError("the model changed during the run")
+                raise X2DFDError("the model changed during the run", code="model_changed")
         store.add(rows, origin)
         n = at + len(rows)
         pace = n / (time.monotonic() - started)
@@ -159,7 +159,8 @@ def _still(
         # Nothing tells whether they are of this model, and those of another must not be mixed in.
         raise X2DFDError(
             f"{store.folder} holds {others} rows of other samples, which this run would throw away: of its own, "
-            "none can be compared (failed before, or changed). Take another --out, or delete that folder"
+            "none can be compared (failed before, or changed). Take another --out, or delete that folder",
+            code="rows_of_other_samples",
         )
     changed = "the stored samples are not of this model" if probe else "no stored sample can be used"
     say(f"{changed}: starting anew")
@@ -202,7 +203,8 @@ class Store:
         if stored and stored.isdisjoint(s.id for s in samples):
             raise X2DFDError(
                 f"{self.folder} holds {len(stored)} rows of other samples, which this run would throw away: take "
-                "another --out, or delete that folder"
+                "another --out, or delete that folder",
+                code="rows_of_other_samples",
             )
 
     def read(self, origin: Origin | None = None) -> tuple[dict[str, SampleRow], Origin | None]:

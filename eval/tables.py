@@ -299,12 +299,15 @@ def filled(text: str, results: dict[str, Result]) -> str:
 
     def block(match: re.Match[str]) -> str:
         if match["name"] not in TABLES:
-            raise X2DFDError(f"unknown table {match['name']!r} (known: {', '.join(TABLES)})")
+            raise X2DFDError(f"unknown table {match['name']!r} (known: {', '.join(TABLES)})", code="table_unknown")
         return f"{match[1]}{table(match['name'], results)}\n{match[3]}"
 
     new, n = _BLOCK.subn(block, text)
     if n != text.count("<!-- table:"):
-        raise X2DFDError("a table marker is not closed by <!-- /table -->, or does not stand on a line of its own")
+        raise X2DFDError(
+            "a table marker is not closed by <!-- /table -->, or does not stand on a line of its own",
+            code="table_not_closed",
+        )
     return new
 
 
@@ -334,7 +337,7 @@ def main(
         found = {p.stem: json.loads(p.read_text("utf-8")) for p in sorted(results.glob("*.json"))}
         texts = {page: page.read_text("utf-8") for page in pages or [ROOT / "README.md", ROOT / "eval" / "RESULTS.md"]}
     except (OSError, ValueError) as error:
-        raise X2DFDError(str(error)) from error
+        raise X2DFDError(str(error), code="not_a_result") from error
     wrong = [fault for name, result in found.items() for fault in faults(name, result)]
     for page, old in texts.items():
         new = filled(old, found)

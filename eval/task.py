@@ -47,7 +47,8 @@ class Options:
         if len(named) > 1:
             raise X2DFDError(
                 f"detect judges under one change a run, and --changes {self.changes} is {len(named)}, such as "
-                f"{next(iter(named))}: give each its own run and its own --out"
+                f"{next(iter(named))}: give each its own run and its own --out",
+                code="changes_too_many",
             )
         return next(iter(named.values()), None)
 

@@ -65,7 +65,7 @@ def _given(sample: Sample) -> list[tuple[str | None, list[str]]]:
             raise TypeError("not all are texts")
     except (TypeError, ValueError, KeyError) as error:
         wanted = "no JSON list of texts or of {question, answers}"
-        raise X2DFDError(f"{sample.id}: `references` is {wanted}: {error}") from error
+        raise X2DFDError(f"{sample.id}: `references` is {wanted}: {error}", code="references_malformed") from error
     return [(question, [text.strip() for text in texts if text.strip()]) for question, texts in read]
 
 
@@ -124,7 +124,9 @@ def _cider(references: References, said: Sequence[str]) -> tuple[list[float], st
     from pycocoevalcap.cider.cider import Cider
 
     if len(said) < 2:
-        raise SetupError("CIDEr counts words over the references of several samples; here is one")
+        raise SetupError(
+            "CIDEr counts words over the references of several samples; here is one", code="too_few_samples"
+        )
     value, _ = Cider().compute_score(*_coco(references, said))
     by = f"pycocoevalcap {version('pycocoevalcap')}, {WORDS}, document frequencies of these references"
     return [float(value)], by
@@ -142,10 +144,10 @@ def _words(text: str) -> str:
 def _similarity(references: References, said: Sequence[str], encoder: Path | None) -> tuple[list[float], str]:
     """Mean over samples of the best cosine between the text and its references."""
     if encoder is None:
-        raise SetupError("no sentence encoder was given (--sentence-encoder DIR)")
+        raise SetupError("no sentence encoder was given (--sentence-encoder DIR)", code="sentence_encoder_missing")
     weights = encoder / "model.safetensors"
     if not weights.is_file():
-        raise SetupError(f"{encoder} holds no sentence encoder (no model.safetensors)")
+        raise SetupError(f"{encoder} holds no sentence encoder (no model.safetensors)", code="sentence_encoder_missing")
     import torch
     from transformers import AutoModel, AutoTokenizer
 
@@ -153,7 +155,9 @@ def _similarity(references: References, said: Sequence[str], encoder: Path | Non
         tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=True)
         model = AutoModel.from_pretrained(encoder, local_files_only=True, use_safetensors=True).eval()
     except (OSError, ValueError) as error:
-        raise SetupError(f"{encoder} holds no sentence encoder ({error})") from error
+        raise SetupError(
+            f"{encoder} holds no sentence encoder ({error})", code="sentence_encoder_unreadable"
+        ) from error
 
     def embed(texts: Sequence[str]) -> Any:
         parts = []

@@ -68,16 +68,21 @@ def validation(run: Path) -> Validation:
         answers, overall = scorer["answers"], scorer["overall"]
     except (OSError, ValueError, KeyError) as error:
         raise X2DFDError(
-            f"{run} holds no finished run of `run_bench.py detect` in calibrated mode: {error!r}"
+            f"{run} holds no finished run of `run_bench.py detect` in calibrated mode: {error!r}",
+            code="not_a_finished_run",
         ) from error
     if change := result["settings"].get("change"):
-        raise X2DFDError(f"{run}: every picture was changed ({change}), so it says nothing of pictures as they come")
+        raise X2DFDError(
+            f"{run}: every picture was changed ({change}), so it says nothing of pictures as they come",
+            code="pictures_changed",
+        )
     kept = [row for row in rows if row["p_fake"] is not None]
     scores, labels = m.to_scores([row["p_fake"] for row in kept]), m.to_labels(row["label"] for row in kept)
     groups = [{row["group"] for row, own in zip(kept, labels, strict=True) if own == label} for label in (0, 1)]
     if min(map(len, groups)) < MIN_GROUPS:
         raise X2DFDError(
-            f"{run}: fewer than {MIN_GROUPS} groups of real or of fake pictures support no likelihood ratio"
+            f"{run}: fewer than {MIN_GROUPS} groups of real or of fake pictures support no likelihood ratio",
+            code="too_few_groups",
         )
     return Validation(
         run=f"{result['task']['name']}, manifest {data['sha256'][:12]}, split {data['split'] or 'all'}",

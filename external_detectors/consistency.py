@@ -43,7 +43,10 @@ class Consistency(CropExpert):
         self._net.load_state_dict(load_weights(self.card, folder))
         self._net.eval()
         if not isinstance(self.card.figures.get("cue_threshold"), float):
-            raise SetupError(f"the card of expert 'consistency' in {folder} names no cue_threshold; reinstall x2dfd")
+            raise SetupError(
+                f"the card of expert 'consistency' in {folder} names no cue_threshold; reinstall x2dfd",
+                code="cue_threshold_missing",
+            )
         self._threshold = float(self.card.figures["cue_threshold"])
 
     def look(self, crops: Tensor, faces: Sequence[Face]) -> list[Evidence]:

@@ -70,13 +70,17 @@ def imagenet_state(path: Path) -> dict[str, Tensor]:
     try:  # a third party's file: read with the restricted unpickler, which refuses code
         published = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise SetupError(f"{path.name} is not a file of plain tensors ({type(error).__name__}); {mend}") from error
+        raise SetupError(
+            f"{path.name} is not a file of plain tensors ({type(error).__name__}); {mend}", code="checkpoint_unreadable"
+        ) from error
     order = [k for k in published if not k.startswith("_fc.")] if isinstance(published, dict) else []
     state = lite0().state_dict()
     if len(order) != len(state):
-        raise SetupError(f"{path.name}: {len(order)} tensors where Lite0 has {len(state)}; {mend}")
+        raise SetupError(
+            f"{path.name}: {len(order)} tensors where Lite0 has {len(state)}; {mend}", code="checkpoint_layers_differ"
+        )
     for theirs, mine in zip(order, list(state), strict=True):  # both lists run in the order of the network
         if published[theirs].shape != state[mine].shape or theirs.rsplit(".", 1)[1] != mine.rsplit(".", 1)[1]:
-            raise SetupError(f"{path.name}: {theirs} does not fit {mine}; {mend}")
+            raise SetupError(f"{path.name}: {theirs} does not fit {mine}; {mend}", code="checkpoint_shape_differs")
         state[mine] = published[theirs]
     return state

@@ -126,7 +126,9 @@ def _keras_layers(path: Path, file: Any) -> dict[str, list[Mapping[str, Any]]]:
         # conv2d_5/conv2d_5/kernel:0
         found = re.fullmatch(rf"(?P<layer>({'|'.join(_LAYERS)})(?:_(\d+))?)/(?P=layer)/(\w+):0", name)
         if found is None:
-            raise SetupError(f"{path} has {name} left over: it does not hold weights of MesoNet")
+            raise SetupError(
+                f"{path} has {name} left over: it does not hold weights of MesoNet", code="checkpoint_left_over"
+            )
         _, kind, number, tensor = found.groups()
         numbered[kind].setdefault(int(number or 0), {})[tensor] = item
 
@@ -143,12 +145,16 @@ def load_mesonet(path: Path) -> Meso4 | MesoInception4:
     try:
         import h5py
     except ImportError as error:
-        raise SetupError(f"expert 'mesonet' reads HDF5 files with h5py ({error}): pip install h5py") from error
+        raise SetupError(
+            f"expert 'mesonet' reads HDF5 files with h5py ({error}): pip install h5py", code="package_missing"
+        ) from error
     try:
         with h5py.File(path, "r") as file:
             return _fill(path, _keras_layers(path, file))
     except (OSError, RuntimeError, ValueError, KeyError) as error:  # no HDF5, or a damaged one
-        raise SetupError(f"{path} is not a readable HDF5 file ({error}); get it again") from error
+        raise SetupError(
+            f"{path} is not a readable HDF5 file ({error}); get it again", code="checkpoint_unreadable"
+        ) from error
 
 
 def _fill(path: Path, found: dict[str, list[Mapping[str, Any]]]) -> Meso4 | MesoInception4:
@@ -159,23 +165,38 @@ def _fill(path: Path, found: dict[str, list[Mapping[str, Any]]]) -> Meso4 | Meso
         if first is not None and first.shape == tuple(_slots(layers["conv2d"][0])["kernel"].shape):
             break
     else:
-        raise SetupError(f"{path} begins neither as Meso4 nor as MesoInception4: it does not hold weights of MesoNet")
+        raise SetupError(
+            f"{path} begins neither as Meso4 nor as MesoInception4: it does not hold weights of MesoNet",
+            code="network_unknown",
+        )
     name = type(net).__name__
     for kind, ours in layers.items():
         if len(ours) != len(found[kind]):
-            raise SetupError(f"{path} has {len(found[kind])} layers {kind} where {name} has {len(ours)}")
+            raise SetupError(
+                f"{path} has {len(found[kind])} layers {kind} where {name} has {len(ours)}",
+                code="checkpoint_layers_differ",
+            )
         for number, (layer, theirs) in enumerate(zip(ours, found[kind], strict=True), start=1):
             slots = _slots(layer)
             if set(slots) != set(theirs):
                 odd = ", ".join(sorted(set(slots) ^ set(theirs)))
-                raise SetupError(f"{path}: layer {number} of {kind} has missing or left-over tensors: {odd}")
+                raise SetupError(
+                    f"{path}: layer {number} of {kind} has missing or left-over tensors: {odd}",
+                    code="checkpoint_layers_differ",
+                )
             for tensor, slot in slots.items():
                 shape, kept = theirs[tensor].shape, tuple(slot.shape)
                 if shape != kept or theirs[tensor].dtype.kind != "f":
-                    raise SetupError(f"{path}: {tensor} of layer {number} of {kind} is {shape}, {name} has {kept}")
+                    raise SetupError(
+                        f"{path}: {tensor} of layer {number} of {kind} is {shape}, {name} has {kept}",
+                        code="checkpoint_shape_differs",
+                    )
                 value = torch.from_numpy(theirs[tensor][()].astype("float32"))
                 if not value.isfinite().all():
-                    raise SetupError(f"{path}: {tensor} of layer {number} of {kind} is not finite; get it again")
+                    raise SetupError(
+                        f"{path}: {tensor} of layer {number} of {kind} is not finite; get it again",
+                        code="checkpoint_not_finite",
+                    )
                 with torch.no_grad():
                     slot.copy_(value)
     net.eval().requires_grad_(False)

@@ -45,7 +45,8 @@ class Published(CropExpert):
         if not path.is_file():
             raise SetupError(
                 f"weights of expert {self.card.name!r} are not here: "
-                f"put {self.FILE} of {self.card.source}, licence {self.card.licence}, at {path}"
+                f"put {self.FILE} of {self.card.source}, licence {self.card.licence}, at {path}",
+                code="weights_missing",
             )
         self._net = self.open(path)
         # Reports and calibrations name the file and its SHA-256.
@@ -73,25 +74,36 @@ def read_checkpoint(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file trips the unpickler in any way; code in it is refused, never run
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SetupError(f"{path} is not a checkpoint of plain tensors ({reason}); get it again") from error
+        raise SetupError(
+            f"{path} is not a checkpoint of plain tensors ({reason}); get it again", code="checkpoint_unreadable"
+        ) from error
 
 
 def load_strictly(net: nn.Module, state: object, path: Path) -> None:
     """Put `state` into `net` and set it to judging. Raises SetupError unless every name and shape is the network's."""
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise SetupError(f"{path} holds no table of tensors where one is expected; get it again")
+        raise SetupError(
+            f"{path} holds no table of tensors where one is expected; get it again", code="checkpoint_malformed"
+        )
     wanted = net.state_dict()
     for name in wanted:
         if name not in state:
-            raise SetupError(f"{path} lacks {name}: it is not the network that this expert needs")
+            raise SetupError(
+                f"{path} lacks {name}: it is not the network that this expert needs", code="checkpoint_incomplete"
+            )
     for name, value in state.items():
         if name not in wanted:
-            raise SetupError(f"{path} has {name} left over: it is not the network that this expert needs")
+            raise SetupError(
+                f"{path} has {name} left over: it is not the network that this expert needs",
+                code="checkpoint_left_over",
+            )
         if value.shape != wanted[name].shape or value.is_floating_point() != wanted[name].is_floating_point():
             found, needed = (f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in (value, wanted[name]))
-            raise SetupError(f"{path}: {name} is {found} where {needed} is expected")
+            raise SetupError(f"{path}: {name} is {found} where {needed} is expected", code="checkpoint_shape_differs")
         if not value.isfinite().all():
-            raise SetupError(f"{path}: {name} holds numbers that are not finite; get it again")
+            raise SetupError(
+                f"{path}: {name} holds numbers that are not finite; get it again", code="checkpoint_not_finite"
+            )
     net.load_state_dict(state)
     net.eval().requires_grad_(False)
 
@@ -184,7 +196,10 @@ class AlignedForensics(Published):
         self._check_options(path.with_suffix(".yaml"))
         checkpoint = read_checkpoint(path)
         if not isinstance(checkpoint, dict) or set(checkpoint) != {"model", "optimizer", "total_steps"}:
-            raise SetupError(f"{path} is not a dict of model, optimizer and total_steps, as the release's is")
+            raise SetupError(
+                f"{path} is not a dict of model, optimizer and total_steps, as the release's is",
+                code="checkpoint_malformed",
+            )
         net = ResNet50NoDown()
         load_strictly(net, checkpoint["model"], path)
         return net
@@ -199,13 +214,17 @@ class AlignedForensics(Published):
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise SetupError(
                 f"the tensors of expert {cls.card.name!r} do not tell their network, "
-                f"so put a text file with the lines {needed} at {path} ({type(error).__name__})"
+                f"so put a text file with the lines {needed} at {path} ({type(error).__name__})",
+                code="network_unstated",
             ) from error
         stated = options if isinstance(options, Mapping) else {}
         for key, value in cls.OPTIONS.items():
             if key not in stated or stated[key] != value:
                 found = f"{key}: {stated[key]}" if key in stated else f"no {key}"
-                raise SetupError(f"{path} says {found}; expert {cls.card.name!r} is {needed} and nothing else")
+                raise SetupError(
+                    f"{path} says {found}; expert {cls.card.name!r} is {needed} and nothing else",
+                    code="network_differs",
+                )
 
     def p_fake(self, crops: Tensor) -> Tensor:
         logits: Tensor = self._net(imagenet_normalised(resized(crops, CROP_SIZE)))
@@ -242,12 +261,15 @@ class SwinV2Blending(Published):
         except ImportError as error:
             raise SetupError(
                 f"expert {self.card.name!r} needs timm for its network ({error}), with a torchvision that fits your "
-                "torch: pip install timm"
+                "torch: pip install timm",
+                code="package_missing",
             ) from error
         try:
             net: nn.Module = timm.create_model(self.NETWORK, pretrained=False, num_classes=2)
         except RuntimeError as error:  # timm's answer to a name that it does not know
-            raise SetupError(f"this timm has no {self.NETWORK} ({error}): pip install --upgrade timm") from error
+            raise SetupError(
+                f"this timm has no {self.NETWORK} ({error}): pip install --upgrade timm", code="package_too_old"
+            ) from error
         state = read_checkpoint(path)
         if isinstance(state, dict):
             # Some versions of timm store these masks, others compute them. They follow from the window size alone.
@@ -303,7 +325,8 @@ class UniversalFakeDetect(Published):
         if not all((tower / name).is_file() for name in ("config.json", "model.safetensors")):
             raise SetupError(
                 f"CLIP ViT-L/14 for expert {cls.card.name!r} is not here: "
-                f"put config.json and model.safetensors of {CLIP_L}, licence MIT, into {tower}"
+                f"put config.json and model.safetensors of {CLIP_L}, licence MIT, into {tower}",
+                code="weights_missing",
             )
         try:
             with quietly():  # the text tower of a whole CLIP is left over; what is missing is checked below
@@ -316,14 +339,22 @@ class UniversalFakeDetect(Published):
                 )
         except Exception as error:  # not CLIP, a damaged file: each raises its own
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise SetupError(f"CLIP ViT-L/14 cannot be loaded from {tower}: {reason}") from error
+            raise SetupError(
+                f"CLIP ViT-L/14 cannot be loaded from {tower}: {reason}", code="tower_unreadable"
+            ) from error
         model, told = loaded
         absent = sorted(told["missing_keys"])  # transformers fills these with random numbers
         if absent or told["mismatched_keys"]:
-            raise SetupError(f"{tower} is not CLIP's image tower with its projection: {absent or 'other shapes'}")
+            raise SetupError(
+                f"{tower} is not CLIP's image tower with its projection: {absent or 'other shapes'}",
+                code="tower_incomplete",
+            )
         if (model.config.projection_dim, model.config.image_size) != (768, CROP_SIZE):
-            raise SetupError(f"{tower} is not CLIP ViT-L/14: its embedding has {model.config.projection_dim} numbers "
-                             f"of a {model.config.image_size} px picture, expected 768 of {CROP_SIZE}")  # fmt: skip
+            raise SetupError(
+                f"{tower} is not CLIP ViT-L/14: its embedding has {model.config.projection_dim} numbers "
+                f"of a {model.config.image_size} px picture, expected 768 of {CROP_SIZE}",
+                code="tower_differs",
+            )
         return model.eval().requires_grad_(False)
 
     def p_fake(self, crops: Tensor) -> Tensor:

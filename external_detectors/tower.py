@@ -47,7 +47,10 @@ class Tower(CropExpert):
         self.tower = additions_sha256(read_additions(self._additions))
         require("base")  # fail now, not at the first face
         if not isinstance(self.card.figures.get("cue_threshold"), float):
-            raise SetupError(f"the card of expert 'tower' in {folder} names no cue_threshold; reinstall x2dfd")
+            raise SetupError(
+                f"the card of expert 'tower' in {folder} names no cue_threshold; reinstall x2dfd",
+                code="cue_threshold_missing",
+            )
         self._threshold = float(self.card.figures["cue_threshold"])
 
     def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:

@@ -83,15 +83,17 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> FinetuneCon
     values: dict[str, Any] = {}
     if path is not None:
         if not path.is_file():
-            raise X2DFDError(f"no such configuration: {path}")
+            raise X2DFDError(f"no such configuration: {path}", code="config_not_found")
         read = _yaml(path.read_text(encoding="utf-8"), str(path))
         if not isinstance(read, dict | None):
-            raise X2DFDError(f"{path}: a configuration is a list of `key: value`, not {type(read).__name__}")
+            raise X2DFDError(
+                f"{path}: a configuration is a list of `key: value`, not {type(read).__name__}", code="config_malformed"
+            )
         values = read or {}
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign:
-            raise X2DFDError(f"--set takes key=value, not {override!r}")
+            raise X2DFDError(f"--set takes key=value, not {override!r}", code="override_malformed")
         values[key.strip()] = _yaml(text, f"--set {override}")
     for key, value in values.items():
         if key not in known:
@@ -100,7 +102,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> FinetuneCon
     try:
         config = FinetuneConfig(**values)
     except TypeError as error:
-        raise X2DFDError(f"configuration incomplete: {error}") from error
+        raise X2DFDError(f"configuration incomplete: {error}", code="config_incomplete") from error
     check_config(config)
     return config
 
@@ -128,7 +130,7 @@ def check_config(config: FinetuneConfig) -> None:
     }
     wrong = [reason for reason, holds in clashes.items() if holds]
     if wrong:
-        raise X2DFDError(f"configuration: {'; '.join(wrong)}")
+        raise X2DFDError(f"configuration: {'; '.join(wrong)}", code="config_invalid")
 
 
 def _yaml(text: str, where: str) -> Any:
@@ -137,7 +139,7 @@ def _yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise X2DFDError(f"{where}: not YAML: {error}") from error
+        raise X2DFDError(f"{where}: not YAML: {error}", code="config_not_yaml") from error
 
 
 def _typed(key: str, value: Any, kind: str) -> Any:
@@ -154,4 +156,4 @@ def _typed(key: str, value: Any, kind: str) -> Any:
         return tuple(value)
     if {"int": int, "float": float, "str": str, "bool": bool}.get(plain) is type(value):
         return value
-    raise X2DFDError(f"configuration key {key!r} wants {kind}, got {value!r}")
+    raise X2DFDError(f"configuration key {key!r} wants {kind}, got {value!r}", code="config_wrong_type")

@@ -47,7 +47,9 @@ def renamed(state: Mapping[str, Tensor], to_hub: bool) -> dict[str, Tensor]:
     for key, value in state.items():
         found = [new + key.removeprefix(old) for old, new in pairs if key.startswith(old)]
         if not found:
-            raise SetupError(f"{key} belongs to no {'LLaVA' if to_hub else 'hub'} adapter of X2-DFD")
+            raise SetupError(
+                f"{key} belongs to no {'LLaVA' if to_hub else 'hub'} adapter of X2-DFD", code="tensor_unknown"
+            )
         out[found[0]] = value
     return out
 
@@ -61,12 +63,15 @@ def hub_settings(settings: Mapping[str, Any], base: str) -> dict[str, Any]:
     said = {k: settings[k] for k in NEWER if k in settings and (grouped or k != "qalora_group_size")}
     used = [k for k, value in said.items() if value]
     if used:
-        raise SetupError(f"{SETTINGS}: {', '.join(used)} is in use, and would be lost")
+        raise SetupError(f"{SETTINGS}: {', '.join(used)} is in use, and would be lost", code="setting_unsupported")
     linears = LANGUAGE_LINEARS.rsplit("(", 1)[1].rstrip(")").split("|")
     targets = settings["target_modules"]
     odd = sorted(set(targets) - set(linears)) if isinstance(targets, list) else [targets]
     if odd:
-        raise SetupError(f"{SETTINGS}: target modules {', '.join(odd)} are not linear layers of the language model")
+        raise SetupError(
+            f"{SETTINGS}: target modules {', '.join(odd)} are not linear layers of the language model",
+            code="targets_unsupported",
+        )
     kept = {k: v for k, v in settings.items() if k not in NEWER}
     expression = LANGUAGE_LINEARS.rsplit("(", 1)[0] + f"({'|'.join(sorted(targets))})"
     return {
@@ -99,18 +104,25 @@ def check_complete(
         layer, target, half = missing[0]
         raise SetupError(
             f"{where} lacks {len(missing)} of {len(wanted)} matrices of a base with {layers} layers, first {half} of "
-            f"{target} in layer {layer}: another base, or an incomplete copy"
+            f"{target} in layer {layer}: another base, or an incomplete copy",
+            code="adapter_incomplete",
         )
     projector = [f"{NAMES[k][0]}{part}" for k in (1, 2) for part in ("weight", "bias")]
     if absent := [k for k in projector if k not in others]:
-        raise SetupError(f"{where.parent / OTHERS} lacks {len(absent)} of 4 tensors of the projector: {absent[0]}")
+        raise SetupError(
+            f"{where.parent / OTHERS} lacks {len(absent)} of 4 tensors of the projector: {absent[0]}",
+            code="projector_incomplete",
+        )
 
 
 def llava_settings(settings: Mapping[str, Any], base: str) -> dict[str, Any]:
     """PEFT's settings for LLaVA's own code. Raises SetupError for targets that `hub_settings` would not write."""
     start, sign, words = str(settings["target_modules"]).rpartition("(")
     if start != LANGUAGE_LINEARS.rsplit("(", 1)[0] or not sign:
-        raise SetupError(f"{SETTINGS}: targets {settings['target_modules']!r} have no counterpart in LLaVA's layout")
+        raise SetupError(
+            f"{SETTINGS}: targets {settings['target_modules']!r} have no counterpart in LLaVA's layout",
+            code="targets_without_counterpart",
+        )
     kept = {k: v for k, v in settings.items() if k not in NEWER}
     return {
         **kept,
@@ -141,7 +153,7 @@ def to_hub(
         processor = load_processor(base)
         layers = int(AutoConfig.from_pretrained(base).text_config.num_hidden_layers)
     except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
-        raise SetupError(f"{source} on {base} cannot be read: {error}") from error
+        raise SetupError(f"{source} on {base} cannot be read: {error}", code="adapter_unreadable") from error
     prompts.set_frame(processor, frame)
     # Saved by another version, the projector's names lack PEFT's wrapper.
     others = {k if k.startswith("base_model.") else f"base_model.model.{k}": v for k, v in others.items()}
@@ -181,7 +193,7 @@ def to_llava(source: Path, out: Path, *, base: str) -> None:
     try:
         state = renamed(load_file(source / WEIGHTS), False)
     except OSError as error:
-        raise SetupError(f"{source} cannot be read: {error}") from error
+        raise SetupError(f"{source} cannot be read: {error}", code="adapter_unreadable") from error
     lora = {k: v for k, v in state.items() if ".lora_" in k}
     _write(out, lora, llava_settings(settings, base))
     torch.save({k: v for k, v in state.items() if k not in lora}, out / f".{OTHERS}")
@@ -192,9 +204,9 @@ def _settings(source: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads((source / SETTINGS).read_text(encoding="utf-8"))
         if found["peft_type"] != "LORA":
-            raise SetupError(f"{source / SETTINGS}: {found['peft_type']} is not LORA")
+            raise SetupError(f"{source / SETTINGS}: {found['peft_type']} is not LORA", code="not_lora")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SetupError(f"{source / SETTINGS} cannot be read: {error!r}") from error
+        raise SetupError(f"{source / SETTINGS} cannot be read: {error!r}", code="adapter_config_unreadable") from error
     return found
 
 
@@ -202,7 +214,7 @@ def _write(out: Path, state: dict[str, Tensor], settings: dict[str, Any]) -> Non
     from safetensors.torch import save_file
 
     if (out / WEIGHTS).exists():
-        raise SetupError(f"{out} holds an adapter already; choose another folder")
+        raise SetupError(f"{out} holds an adapter already; choose another folder", code="folder_taken")
     out.mkdir(parents=True, exist_ok=True)
     save_file(state, out / f".{WEIGHTS}", {"format": "pt"})
     write_text(out / SETTINGS, json.dumps(settings, indent=1) + "\n")

@@ -48,15 +48,20 @@ def answer_tokens(
     answer is empty.
     """
     if not answer.strip():
-        raise X2DFDError(f"an empty answer has nothing to learn from: {question!r}")
+        raise X2DFDError(f"an empty answer has nothing to learn from: {question!r}", code="answer_empty")
     said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
     whole: str = processor.apply_chat_template([*prompts.conversation(question, turns), said], tokenize=False)
     if not whole.startswith(prompts.render(processor, question, answer, turns)):
-        raise X2DFDError("this chat template does not continue its own prompt; answers cannot be masked")
+        raise X2DFDError(
+            "this chat template does not continue its own prompt; answers cannot be masked", code="template_unmaskable"
+        )
     _, before = prompts.prompt_tokens(processor, prompts.render(processor, question, turns=turns))
     _, ids = prompts.prompt_tokens(processor, whole.rstrip())
     if ids[: len(before)] != before:
-        raise X2DFDError("this tokenizer joins prompt and answer in one token; answers cannot be masked")
+        raise X2DFDError(
+            "this tokenizer joins prompt and answer in one token; answers cannot be masked",
+            code="tokenizer_joins_answer",
+        )
     tokenizer = processor.tokenizer
     if ids[-1] not in (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")):
         ids = [*ids, tokenizer.eos_token_id]
@@ -79,7 +84,9 @@ def conversation(processor: Any, record: dict[str, Any], label_ids: Sequence[int
     if record["task"].startswith("detect"):
         heavy = next((len(before) + k for k, t in enumerate(answer[:8]) if t in label_ids), None)
         if heavy is None or not gpt.startswith(tuple(prompts.STEM + word for word in prompts.LABEL_WORDS)):
-            raise X2DFDError(f"{record['id']}: the answer does not begin with the verdict: {gpt[:40]!r}")
+            raise X2DFDError(
+                f"{record['id']}: the answer does not begin with the verdict: {gpt[:40]!r}", code="verdict_not_first"
+            )
     elif record["task"].startswith(("cue", "kind")):
         heavy = len(before)
     # "This image is fake": the verdict has its own weight, and the image is no area there.
@@ -124,7 +131,7 @@ def read_records(instructions: Path, split: str, data: CropSet, left_out: Sequen
             if record["split"] == split and not seen & set(left_out):
                 by_row.setdefault(record["row"], []).append(record)
     if not by_row:
-        raise X2DFDError(f"{instructions}: no picture of split {split!r} to train on")
+        raise X2DFDError(f"{instructions}: no picture of split {split!r} to train on", code="split_empty")
     return dict(sorted(by_row.items()))
 
 
@@ -152,7 +159,10 @@ class Packs(Dataset[dict[str, Any]]):
         self.rows = list(by_row)
         absent = [r for r in self.rows if r not in where] if features is not None else []
         if absent:
-            raise X2DFDError(f"{len(absent)} of {len(self.rows)} pictures have no cached features; give a larger limit")
+            raise X2DFDError(
+                f"{len(absent)} of {len(self.rows)} pictures have no cached features; give a larger limit",
+                code="features_missing",
+            )
         self.conversations = [[conversation(processor, r, label_ids) for r in records] for records in by_row.values()]
         self.lengths = [sum(len(c.tokens) for c in pack) for pack in self.conversations]
         self._data, self._features, self._where, self._seed = data, features, where, view_seed
@@ -196,7 +206,10 @@ def cache_tower(
     here = next(tower.parameters())
     for at in progress(range(done, len(rows)), "tower features"):
         if here.numel() == 0:
-            raise X2DFDError("under ZeRO-3 the tower is in pieces: fill cached_features in a run without it first")
+            raise X2DFDError(
+                "under ZeRO-3 the tower is in pieces: fill cached_features in a run without it first",
+                code="zero3_unsupported",
+            )
         image = view_image(data, int(rows[at]), seed)
         pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"].to(here)
         states = tower(pixels, output_hidden_states=True).hidden_states
@@ -259,7 +272,7 @@ class Collate:
                     weights[b, at + c.heavy] = self.verdict_weight
                 at = end
         if not (labels != IGNORE).any():
-            raise X2DFDError("an empty label mask: this batch has nothing to learn from")
+            raise X2DFDError("an empty label mask: this batch has nothing to learn from", code="label_mask_empty")
         return {
             "input_ids": ids,
             "position_ids": positions,

@@ -180,7 +180,7 @@ def random_batch(config: Any, rows: int, length: int, device: torch.device) -> d
     vision = config.vision_config
     image = (vision.image_size // vision.patch_size) ** 2
     if length <= image:
-        raise X2DFDError(f"a row of {length} tokens has no room for a picture of {image}")
+        raise X2DFDError(f"a row of {length} tokens has no room for a picture of {image}", code="row_too_short")
     ids = torch.randint(5, 1000, (rows, length), generator=torch.Generator().manual_seed(0))
     ids[:, :image] = config.image_token_id
     labels = ids.clone()
@@ -208,7 +208,10 @@ def median_seconds(call: Callable[[], object], device: torch.device, times: int)
 def measure(tiny: bool = False) -> dict[str, Any]:
     """Everything, as one JSON object. Raises SetupError without a GPU, unless `tiny`."""
     if not tiny and not torch.cuda.is_available():
-        raise SetupError("no CUDA GPU here; --tiny runs the same on a toy geometry: python -m finetune.gpu --tiny")
+        raise SetupError(
+            "no CUDA GPU here; --tiny runs the same on a toy geometry: python -m finetune.gpu --tiny",
+            code="cuda_missing",
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     settings = geometry(tiny)

@@ -55,7 +55,9 @@ def shape(config: FinetuneConfig) -> Shape:
     try:
         settings: Any = AutoConfig.from_pretrained(require("base") if config.base is None else config.base)
     except (OSError, ValueError) as error:
-        raise SetupError(f"{config.base} has no configuration that can be read: {error}") from error
+        raise SetupError(
+            f"{config.base} has no configuration that can be read: {error}", code="base_unreadable"
+        ) from error
     if config.tower_layers is not None:
         settings.vision_config.num_hidden_layers = config.tower_layers
     text = settings.get_text_config()

@@ -21,9 +21,12 @@ def merge(adapter: Path, out: Path, base: str | None = None) -> Path:
     """
     card = read_adapter_card(adapter)
     if not card.probes:
-        raise SetupError(f"{adapter / 'card.json'} has no probe scores to check a merged model by; train it again")
+        raise SetupError(
+            f"{adapter / 'card.json'} has no probe scores to check a merged model by; train it again",
+            code="probes_missing",
+        )
     if out.exists():
-        raise SetupError(f"{out} is there already; choose another folder")
+        raise SetupError(f"{out} is there already; choose another folder", code="folder_taken")
     mllm = load(base=base, adapter=adapter, mode="paper", experts=(), device="cpu", dtype="fp32").mllm
     assert isinstance(mllm, LocalMLLM)
     draft = out.with_name(f".{out.name}.part")

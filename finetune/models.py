@@ -34,12 +34,16 @@ def open_base(config: FinetuneConfig) -> tuple[Any, Any]:
     try:
         kind = "llava" if config.base is None else AutoConfig.from_pretrained(config.base).model_type
         if kind != "llava":
-            raise X2DFDError(f"{config.base} is a {kind!r} model, and only LLaVA models are trained here")
+            raise X2DFDError(
+                f"{config.base} is a {kind!r} model, and only LLaVA models are trained here", code="not_llava"
+            )
         if config.method == "qlora" and config.base is not None:
             options["quantization_config"] = _nf4(config.base, config.bf16)
         model, processor = load_model(config.base, **cut, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise SetupError(f"{config.base or 'the embedded base'} cannot be loaded for training: {error}") from error
+        raise SetupError(
+            f"{config.base or 'the embedded base'} cannot be loaded for training: {error}", code="base_unreadable"
+        ) from error
     prompts.set_frame(processor, config.frame)
     if (additions := additions_of(config)) is not None:
         add_to_tower(model.model.vision_tower, read_additions(additions))
@@ -103,17 +107,19 @@ def tune(model: Any, config: FinetuneConfig) -> tuple[Any, list[str]]:
         try:
             tuned = get_peft_model(model, lora)
         except ValueError as error:
-            raise X2DFDError(f"targets {config.targets!r}: {error}") from error
+            raise X2DFDError(f"targets {config.targets!r}: {error}", code="targets_invalid") from error
         if config.start:
             _start_from(tuned, Path(config.start), config)
         adapted = [n.removeprefix("base_model.model.") for n, _ in tuned.named_parameters() if "lora_A" in n]
         if of_tower and not any(of_tower.match(n) for n in adapted):
-            raise X2DFDError(NO_TOWER)
+            raise X2DFDError(NO_TOWER, code="tower_missing")
         if not any(n.startswith(text) for n in adapted):
-            raise X2DFDError(f"targets {config.targets!r} name nothing in {text}")
+            raise X2DFDError(f"targets {config.targets!r} name nothing in {text}", code="targets_match_nothing")
         astray = [n for n in adapted if not n.startswith(text) and not (of_tower and of_tower.match(n))]
         if astray:
-            raise X2DFDError(f"targets {config.targets!r} reach outside of {text}: {astray[0]}")
+            raise X2DFDError(
+                f"targets {config.targets!r} reach outside of {text}: {astray[0]}", code="targets_outside_text"
+            )
     if config.base_dtype != "float32" and not config.deepspeed:  # DeepSpeed keeps fp32 masters of its own
         for parameter in tuned.parameters():
             if parameter.requires_grad:
@@ -129,7 +135,7 @@ def _tower_linears(model: Any) -> re.Pattern[str]:
     depth = getattr(getattr(model.config, "vision_config", None), "num_hidden_layers", None)
     read = getattr(model.config, "vision_feature_layer", None)
     if not isinstance(depth, int) or read is None:
-        raise X2DFDError(NO_TOWER)
+        raise X2DFDError(NO_TOWER, code="tower_missing")
     last = max(k if k >= 0 else depth + 1 + k for k in ([read] if isinstance(read, int) else read))
     return re.compile(TOWER_LINEARS.replace("LAYERS", "|".join(map(str, range(last)))))
 
@@ -143,9 +149,14 @@ def _start_from(tuned: Any, folder: Path, config: FinetuneConfig) -> None:
     if config.feature_layers is not None and len(config.feature_layers) != len(card.feature_layers):
         other.append("feature_layers")
     if other or card.base != base_identity(config.base):
-        raise X2DFDError(f"start: {folder} was trained on another {other[0] if other else 'base'}")
+        raise X2DFDError(
+            f"start: {folder} was trained on another {other[0] if other else 'base'}", code="start_base_differs"
+        )
     if known := sorted(set(config.left_out) - set(card.left_out)):
-        raise X2DFDError(f"start: {folder} has learnt from {known[0]}, which left_out names: take start: null")
+        raise X2DFDError(
+            f"start: {folder} has learnt from {known[0]}, which left_out names: take start: null",
+            code="start_knows_left_out",
+        )
     state = load_file(folder / WEIGHTS)
     found: Any = set_peft_model_state_dict(tuned, {k: v.float() for k, v in state.items()})
     # Of the base every key is missing, as it should be; of what is trained none may be.
@@ -155,7 +166,9 @@ def _start_from(tuned: Any, folder: Path, config: FinetuneConfig) -> None:
         absent = {n for n in absent if "vision_tower" not in n}
     odd = sorted({*found.unexpected_keys, *absent})
     if odd:
-        raise X2DFDError(f"start: {folder} holds other matrices than these settings train: {odd[0]}")
+        raise X2DFDError(
+            f"start: {folder} holds other matrices than these settings train: {odd[0]}", code="start_matrices_differ"
+        )
 
 
 class CachedTower(nn.Module):

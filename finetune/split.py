@@ -30,7 +30,10 @@ def split(adapter: Path, out: Path, base: str | None = None) -> tuple[Path, Path
     """Write both folders; returns them and the adapter's rank. Raises SetupError as loading does."""
     card = read_adapter_card(adapter)
     if card.tower != "frozen":
-        raise SetupError(f"{adapter} changes the vision tower, which engines serve as it is: python -m finetune merge")
+        raise SetupError(
+            f"{adapter} changes the vision tower, which engines serve as it is: python -m finetune merge",
+            code="tower_changed",
+        )
     model, processor = load_model(
         base,
         tower_layers=card.tower_layers or None,
@@ -45,7 +48,9 @@ def split(adapter: Path, out: Path, base: str | None = None) -> tuple[Path, Path
     whole_tensors = {k.removeprefix(PEFT_PREFIX): v for k, v in state.items() if k not in matrices}
     own = dict(model.named_parameters())
     if odd := sorted(whole_tensors.keys() - own.keys()):
-        raise SetupError(f"{adapter / WEIGHTS} holds more than LoRA and whole modules: {', '.join(odd[:3])}")
+        raise SetupError(
+            f"{adapter / WEIGHTS} holds more than LoRA and whole modules: {', '.join(odd[:3])}", code="tensor_unknown"
+        )
     with torch.no_grad():
         for name, value in whole_tensors.items():
             own[name].copy_(value)

@@ -117,7 +117,10 @@ def train(config: FinetuneConfig) -> Path:
         _check_instructions(config)
     model, processor = open_base(config)
     if config.cue_weight != 1 and not processor.tokenizer.is_fast:
-        raise X2DFDError("cue_weight wants a tokenizer that knows where its tokens stand in a text: take cue_weight: 1")
+        raise X2DFDError(
+            "cue_weight wants a tokenizer that knows where its tokens stand in a text: take cue_weight: 1",
+            code="cue_weight_unsupported",
+        )
     with arguments.main_process_first(local=False):
         features = _features(config, model, processor, data)
     label_ids = prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS)
@@ -161,7 +164,9 @@ def _save(config: FinetuneConfig, out: Path, model: Any, tuned: Any, processor: 
         (out / "README.md").unlink(missing_ok=True)  # PEFT's empty form; card.json says what is known
         _to_half(out / WEIGHTS)
         if lora_b_sum(out) <= 0:
-            raise X2DFDError(f"{out}: training left every lora_B at zero; more steps or a higher lr are needed")
+            raise X2DFDError(
+                f"{out}: training left every lora_B at zero; more steps or a higher lr are needed", code="lora_b_zero"
+            )
     if (ranking := _data_card(config)["config"]["assessment"]) is not None:
         shutil.copyfile(ranking, out / "assessment.json")
     if config.expert_weights:
@@ -215,9 +220,14 @@ def _arguments(config: FinetuneConfig, work: Path) -> TrainingArguments:
         ddp_find_unused_parameters=False,
     )
     if config.base is None and is_deepspeed_zero3_enabled():
-        raise X2DFDError("the embedded base is too small for ZeRO-3 to help: take finetune/zero2.json, or none")
+        raise X2DFDError(
+            "the embedded base is too small for ZeRO-3 to help: take finetune/zero2.json, or none",
+            code="zero3_unsupported",
+        )
     if config.method == "qlora" and is_deepspeed_zero3_enabled():
-        raise X2DFDError("weights in four bits cannot be shared out: take finetune/zero2.json with qlora")
+        raise X2DFDError(
+            "weights in four bits cannot be shared out: take finetune/zero2.json with qlora", code="zero3_unsupported"
+        )
     return arguments
 
 
@@ -227,7 +237,7 @@ def _features(config: FinetuneConfig, model: Any, processor: Any, data: CropSet)
         return None
     layers = feature_layers(model)
     if config.base is None and any(layer < 1 for layer in layers):
-        raise X2DFDError("the embedded base needs positive feature_layers")
+        raise X2DFDError("the embedded base needs positive feature_layers", code="feature_layers_invalid")
     if config.base is None and not config.cached_features:
         known = [int(i) for i in training_rows(data) if data.samples[i].origin not in config.left_out]
         some = [seen_view(data.crops[i], config.view_seed, int(i)) for i in known[:: max(1, len(known) // 64)]]
@@ -255,13 +265,23 @@ def _check_instructions(config: FinetuneConfig) -> None:
     try:
         made_from = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise X2DFDError(f"{path}, the card of the instructions, cannot be read: {error}") from error
+        raise X2DFDError(
+            f"{path}, the card of the instructions, cannot be read: {error}", code="instructions_unreadable"
+        ) from error
     if made_from["manifest_sha256"] != file_sha256(Path(config.manifest)):
-        raise X2DFDError(f"{config.instructions} were built from another manifest than {config.manifest}")
+        raise X2DFDError(
+            f"{config.instructions} were built from another manifest than {config.manifest}", code="manifest_differs"
+        )
     if made_from.get("views") != VIEWS:
-        raise X2DFDError(f"{config.instructions} tell scores of other views of the pictures: run data_gen build again")
+        raise X2DFDError(
+            f"{config.instructions} tell scores of other views of the pictures: run data_gen build again",
+            code="views_differ",
+        )
     if made_from["config"]["view_seed"] != config.view_seed:
-        raise X2DFDError(f"{config.instructions} were built with view_seed {made_from['config']['view_seed']}")
+        raise X2DFDError(
+            f"{config.instructions} were built with view_seed {made_from['config']['view_seed']}",
+            code="view_seed_differs",
+        )
 
 
 def _last_checkpoint(work: Path, config: FinetuneConfig) -> str | None:
@@ -274,7 +294,10 @@ def _last_checkpoint(work: Path, config: FinetuneConfig) -> str | None:
         work.mkdir(parents=True, exist_ok=True)
         write_text(key, json.dumps(run, indent=1) + "\n")
     elif json.loads(key.read_text(encoding="utf-8")) != run:
-        raise X2DFDError(f"{work} holds a training with other settings or data; choose another out, or delete it")
+        raise X2DFDError(
+            f"{work} holds a training with other settings or data; choose another out, or delete it",
+            code="settings_differ",
+        )
     last: str | None = get_last_checkpoint(str(work))
     return last
 

@@ -29,6 +29,7 @@ pytest.importorskip("gradio", reason="gradio is not installed: pip install -c co
 
 import app.__main__ as command
 from app import demo
+from tests.raising import raises
 from x2dfd import case as case_record
 from x2dfd import follow_up
 from x2dfd.errors import InputError, SetupError
@@ -485,6 +486,7 @@ def test_the_list_holds_adapters_or_what_an_endpoint_serves(monkeypatch: pytest.
             command.listed(**wrong)
 
 
+@pytest.mark.slow
 def test_a_served_model_judges_on_the_page_which_names_the_server(
     folder: Path, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -515,6 +517,7 @@ def test_a_served_model_judges_on_the_page_which_names_the_server(
             page.close(verbose=False)
 
 
+@pytest.mark.slow
 def test_models_can_be_picked(detector: FakeDetector, folder: Path, port: int) -> None:
     """The picked model must judge and answer, one that cannot be loaded must say why, and no other name is loaded."""
     second = FakeDetector()
@@ -539,6 +542,7 @@ def test_models_can_be_picked(detector: FakeDetector, folder: Path, port: int) -
 # --- chat ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "question",
     [
@@ -569,6 +573,7 @@ def test_numbers_come_from_the_report_and_not_from_the_model(visitor: Visitor, d
     assert visitor.ask("What about the eyes?")[5].startswith("The eyes show nothing unusual.") and detector.asked
 
 
+@pytest.mark.slow
 def test_new_photo_starts_a_new_conversation(visitor: Visitor) -> None:
     """Answers about the last photo must not stand beside the next one."""
     visitor.show(ONE)
@@ -743,6 +748,7 @@ def test_logs_hold_no_picture_and_no_name(
     assert not [word for word in ("base64,", "JFIF", "jane-roe", "\xff\xd8") if word in logged]
 
 
+@pytest.mark.slow
 def test_uploads_are_deleted_after_their_time(page: Any, folder: Path) -> None:
     """The page promises that a photo is gone after about an hour."""
     from gradio import route_utils
@@ -762,6 +768,7 @@ def test_too_large_an_upload_is_refused(visitor: Visitor, folder: Path) -> None:
     assert not [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size > 2**20]
 
 
+@pytest.mark.slow
 def test_burst_is_told_that_the_queue_is_full(visitor: Visitor, detector: FakeDetector) -> None:
     """Gradio's queue has no end by default: 200 requests would all wait, and the last for an hour."""
     file = visitor.upload(ONE)
@@ -832,6 +839,7 @@ def test_nothing_is_shared_recorded_or_reported(page: Any, address: str) -> None
     assert page.delete_cache == (600, demo.KEEP_S)
 
 
+@pytest.mark.slow
 def test_examples_are_a_photo_and_its_forgery(detector: FakeDetector, folder: Path, tmp_path: Path, port: int) -> None:
     """A first visitor without a photo at hand must have something to click that works."""
     examples = command.make_examples(tmp_path / "examples")
@@ -845,6 +853,7 @@ def test_examples_are_a_photo_and_its_forgery(detector: FakeDetector, folder: Pa
         page.close(verbose=False)
 
 
+@pytest.mark.slow
 @pytest.mark.needs_base
 def test_the_first_verdict_comes_within_five_seconds(
     folder: Path,
@@ -881,7 +890,7 @@ def test_taken_port_is_said_plainly(detector: FakeDetector, folder: Path, monkey
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(SetupError, match="--port"):
+        with raises("port_unavailable", "--port"):
             command.run([], "127.0.0.1", taken.getsockname()[1])
 
 
@@ -895,4 +904,4 @@ def test_command_ends_with_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(sys, "argv", ["app", "--port", "1"])
     with pytest.raises(SystemExit) as stop:
         command.main()
-    assert stop.value.code == 1 and capsys.readouterr().err == "error: the base is not here: x2dfd fetch\n"
+    assert stop.value.code == 1 and capsys.readouterr().err == "error [setup]: the base is not here: x2dfd fetch\n"

@@ -153,32 +153,32 @@ def test_the_assessment_is_a_task_with_a_result(photos: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("words", "why"),
+    ("words", "code"),
     [
-        (["answer", "--model", "fusion"], "writes none"),
-        (["chat", "--model", "majority"], "writes none"),
-        (["detect", "--model", "template"], "told the label"),
-        (["detect", "--model", "fusion", "--mode", "paper"], "goes without"),
-        (["detect", "--served", "http://127.0.0.1:1/v1"], "--model NAME"),
-        (["detect", "--adapter", "x"], "goes with --served"),
-        (["detect", "--tools", "clip"], "without adapter"),
-        (["locate", "--model", "majority"], "is about experts"),
-        (["locate", "--model", "fusion"], "known mask"),
-        (["experts", "--model", "majority"], "is about experts"),
-        (["experts", "--with-mllm", "--model", "fusion"], "that has an MLLM"),
-        (["experts", "--with-mllm", "--experts", "clip"], "all of them"),
-        (["experts", "--with-mllm", "--mode", "paper"], "of a calibrated model"),
-        (["detect", "--with-mllm"], "is for the task experts"),
+        (["answer", "--model", "fusion"], "model_without_words"),
+        (["chat", "--model", "majority"], "model_without_words"),
+        (["detect", "--model", "template"], "template_knows_label"),
+        (["detect", "--model", "fusion", "--mode", "paper"], "options_conflict"),
+        (["detect", "--served", "http://127.0.0.1:1/v1"], "option_missing"),
+        (["detect", "--adapter", "x"], "options_conflict"),
+        (["detect", "--tools", "clip"], "options_conflict"),
+        (["locate", "--model", "majority"], "model_not_for_task"),
+        (["locate", "--model", "fusion"], "nothing_to_measure"),
+        (["experts", "--model", "majority"], "model_not_for_task"),
+        (["experts", "--with-mllm", "--model", "fusion"], "with_mllm_not_for_run"),
+        (["experts", "--with-mllm", "--experts", "clip"], "with_mllm_not_for_run"),
+        (["experts", "--with-mllm", "--mode", "paper"], "with_mllm_not_for_run"),
+        (["detect", "--with-mllm"], "with_mllm_not_for_run"),
     ],
 )
 def test_what_does_not_go_together_is_told(
-    words: list[str], why: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    words: list[str], code: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """A baseline that is told the label has AUC 1.0; an option that is dropped without a word."""
     monkeypatch.setattr(models, "experts_alone", lambda name: None)
     assert command.main([*words, "--data", str(photos), "--out", str(tmp_path / "out")]) == 2
-    assert why in capsys.readouterr().err
+    assert f"error [{code}]: " in capsys.readouterr().err
 
 
 def test_the_template_is_beside_every_description(photos: Path, tmp_path: Path) -> None:

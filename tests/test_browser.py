@@ -30,6 +30,8 @@ from x2dfd import html_report
 from x2dfd.html_report import BROWSERS, QUIET, render
 from x2dfd.types import Evidence, Failure, Verdict
 
+pytestmark = pytest.mark.slow  # a browser, and a page with its server for nearly every test
+
 SHOTS = os.environ.get("X2DFD_SCREENSHOTS")
 DESK, PHONE = (1280, 900), (390, 844)
 EXPLAINED = "The jaw has a soft edge."

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from data_gen.build import BuildConfig, build, corrupted, expert_scores
 from data_gen.questions import bank
 from tests import tiny
+from tests.raising import raises
 from x2dfd import prompts
 from x2dfd.assessment import CueQuestion, assess
 from x2dfd.crops import CropSet, load_crops
-from x2dfd.errors import X2DFDError
 from x2dfd.experts import BUILTIN
 from x2dfd.explain import read_cues
 from x2dfd.files import file_sha256
@@ -148,7 +148,9 @@ def test_cue_questions_have_the_true_answer(manifest: Path, tmp_path: Path) -> N
 
 def test_the_questions_are_those_of_inference(manifest: Path, tmp_path: Path) -> None:
     """What is trained on must be what is asked; the score stands in the question and in the record alike."""
-    for record in made(manifest, tmp_path):
+    records = made(manifest, tmp_path)
+    assert {"detect", "detect_plain", "classify", "detect_asked"} <= {record["task"] for record in records}
+    for record in records:
         asked = question(record).removeprefix("<image>\n")
         if record["task"] == "detect":
             evidence = [Evidence(k, v) for k, v in record["scores"].items()]
@@ -166,10 +168,11 @@ def test_the_questions_are_those_of_inference(manifest: Path, tmp_path: Path) ->
 
 def test_scores_stand_in_words_where_asked_for(manifest: Path, tmp_path: Path) -> None:
     """A form that only some questions use would teach the model two languages."""
-    for record in made(manifest, tmp_path, score_form="both"):
-        if record["scores"] and " score is " in question(record):
-            evidence = [Evidence(k, v) for k, v in record["scores"].items()]
-            assert prompts.score_tail(evidence, "both") in question(record)
+    told = [r for r in made(manifest, tmp_path, score_form="both") if r["scores"] and " score is " in question(r)]
+    assert told
+    for record in told:
+        evidence = [Evidence(k, v) for k, v in record["scores"].items()]
+        assert prompts.score_tail(evidence, "both") in question(record)
     assert json.loads((tmp_path / "card.json").read_text())["config"]["score_form"] == "both"
 
 
@@ -293,13 +296,13 @@ def test_a_fake_of_unknown_class_and_an_empty_set_are_refused(manifest: Path, tm
     samples = read_manifest(manifest)
     loose = [{"id": s.id, "path": str(s.path), "label": s.label, "split": "train"} for s in samples[:3]]
     write_manifest(tmp_path / "loose.jsonl", loose)
-    with pytest.raises(X2DFDError, match="1 fakes without df_class"):
+    with raises("df_class_missing", "1 fakes"):
         made(tmp_path / "loose.jsonl", tmp_path / "out")
     write_manifest(tmp_path / "real.jsonl", [loose[0], loose[2]])
     records = made(tmp_path / "real.jsonl", tmp_path / "out")
     assert {r["df_class"] for r in records} == {"real"}
     write_manifest(tmp_path / "test.jsonl", [{**r, "split": "test"} for r in loose])
-    with pytest.raises(X2DFDError, match="no usable picture"):
+    with raises("no_usable_picture", "test.jsonl"):
         made(tmp_path / "test.jsonl", tmp_path / "none")
     assert not (tmp_path / "none" / "instructions.jsonl").exists()
 

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import x2dfd.calibrate
 from tests import tiny
+from tests.raising import raises
 from x2dfd import cli
 from x2dfd.calibrate import calibrate, face_of
 from x2dfd.calibration import (
@@ -38,7 +39,6 @@ from x2dfd.calibration import (
 )
 from x2dfd.crops import CropSet
 from x2dfd.detector import load
-from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.experts import BUILTIN, Shared, read_card, write_card
 from x2dfd.faces import find_faces
 from x2dfd.manifest import Sample, write_manifest
@@ -299,9 +299,9 @@ PARTLY = SAVED["kinds"]["part"]
 def test_a_broken_file_is_refused_with_the_command_that_mends_it(tmp_path: Path, broken: str) -> None:
     """A calibration that is half there, or of a former shape, must fail when it is loaded and not within a run."""
     (tmp_path / "calibration.json").write_text(broken)
-    with pytest.raises(SetupError, match="x2dfd calibrate"):
+    with raises("calibration_unreadable", "x2dfd calibrate"):
         Calibration.load(tmp_path)
-    with pytest.raises(SetupError, match="x2dfd calibrate"):
+    with raises("calibration_unreadable", "absent", "x2dfd calibrate"):
         Calibration.load(tmp_path / "absent")
 
 
@@ -406,15 +406,15 @@ def test_without_strangers_the_split_alone_is_asked(adapter: Path, photos: Path)
 def test_a_calibration_that_fails_leaves_the_last_one(adapter: Path, photos: Path, tmp_path: Path) -> None:
     """Bug prevented: a wrong split or folder, and the adapter has no calibration any more."""
     before = (adapter / "calibration.json").read_bytes()
-    with pytest.raises(X2DFDError, match="split 'test' needs real and fake"):
+    with raises("no_picture_of_label", "'test'"):
         calibrate(adapter, [photos], split="test")
-    with pytest.raises(X2DFDError, match="no folder in it holds weights"):
+    with raises("left_out_missing", "nothing"):
         calibrate(adapter, [photos], unseen=tmp_path / "nothing")
     for names, said in ((("c",), ()), (("d", "e"), ("gan",))):
         folder = tmp_path / "".join(names)
         for name in names:
             stranger(folder, name, *said)
-        with pytest.raises(X2DFDError, match="`left_out` is empty, or names what another's does"):
+        with raises("left_out_invalid", folder):
             calibrate(adapter, [photos], unseen=folder)
     assert (adapter / "calibration.json").read_bytes() == before
     assert sorted(p.name for p in adapter.glob("calib*")) == ["calibration.json"]

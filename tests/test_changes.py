@@ -7,8 +7,8 @@ import pytest
 from numpy.typing import NDArray
 
 from eval.changes import CHANGES, DEEPERFORENSICS, SUITES, Change, changes_of
+from tests.raising import raises
 from x2dfd.degrade import codec
-from x2dfd.errors import UnknownName
 
 Pixels = NDArray[np.uint8]
 EVERY = {name: change for suite in SUITES for name, change in changes_of(suite).items()}
@@ -84,5 +84,5 @@ def test_names_are_suites_kinds_or_changes() -> None:
     assert len(changes_of("deeperforensics")) == 35 and len(changes_of("deeperforensics/GB")) == 5
     assert changes_of("none") == {} and changes_of("screenshot") == {"screenshot": CHANGES["screenshot"]}
     assert len(EVERY) == sum(len(changes_of(s)) for s in SUITES)  # no name twice
-    with pytest.raises(UnknownName, match="did you mean 'deeperforensics/GB'"):
+    with raises("unknown_name", "did you mean 'deeperforensics/GB'"):
         changes_of("deeperforensic/GB")

@@ -305,7 +305,7 @@ def test_setup_error_is_one_line_and_exit_code_1(run: Run, photos: Path, monkeyp
     monkeypatch.setattr(x2dfd, "load", load)
     done = run("detect", photos)
     assert (done.exit_code, done.stdout) == (1, "")
-    assert done.stderr == "error: the base model is not here: x2dfd fetch\n"
+    assert done.stderr == "error [setup]: the base model is not here: x2dfd fetch\n"
 
 
 @pytest.mark.parametrize(
@@ -478,6 +478,7 @@ def table(path: Path) -> list[dict[str, Any]]:
     return [row | {"report": row["report"] and json.dumps(row["report"])} for row in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 def test_killed_run_loses_and_doubles_no_row(many: Path, tmp_path: Path, kind: str) -> None:
     """kill -9 twice in the middle: the table must be that of a run that nobody disturbed."""
@@ -535,13 +536,13 @@ def test_manifest_streams_in_batches_and_names_what_failed(
     assert [row["error_code"] for row in rows] == [None, "not_found", None, None] and rows[1]["error_reason"]
     assert Report.from_json(rows[0]["report"]).path == str(photos / "c.png")
     assert max(detector.batches) == 2
-    for text, told, code in (
-        ("label\nreal\n", "no path", 1), ("path\na,b\n", "row 1", 1), ("path,path\na,b\n", "stands twice", 1),
-        ("path\n", "no picture", 0),
+    for text, told, status in (
+        ("label\nreal\n", "[manifest_path_missing]", 1), ("path\na,b\n", "row 1", 1),
+        ("path,path\na,b\n", "[manifest_column_twice]", 1), ("path\n", "no picture", 0),
     ):  # fmt: skip
         manifest.write_text(text)
         done = run("detect", "--manifest", manifest, "--out", tmp_path / "u.jsonl")
-        assert told in done.stderr and done.exit_code == code
+        assert told in done.stderr and done.exit_code == status
 
 
 def test_two_runs_on_one_table_do_not_mix(run: Run, photos: Path, tmp_path: Path) -> None:
@@ -550,7 +551,7 @@ def test_two_runs_on_one_table_do_not_mix(run: Run, photos: Path, tmp_path: Path
 
     first = Rows(tmp_path / "t.parquet", {"mode": "paper"}, True)
     done = run("detect", photos, "--out", tmp_path / "t.parquet")
-    assert done.exit_code == 1 and done.stderr.startswith("error: another run writes")
+    assert done.exit_code == 1 and done.stderr.startswith("error [table_locked]: ")
     first.close()
     assert run("detect", photos, "--out", tmp_path / "t.parquet").exit_code == 0
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eval.compare import Seen, paired
-from x2dfd.errors import X2DFDError
+from tests.raising import raises
 
 
 def run(seed: int, spread: float) -> dict[str, Seen]:
@@ -35,7 +35,7 @@ def test_only_what_both_scored_is_compared() -> None:
 
 def test_other_labels_are_refused() -> None:
     """The label polarity of two manifests differs, and the comparison would be of nothing."""
-    with pytest.raises(X2DFDError, match="another label"):
+    with raises("samples_differ", 1):
         paired({"a": Seen("fake", "g", 0.1)}, {"a": Seen("real", "g", 0.1)})
-    with pytest.raises(X2DFDError, match="share no sample"):
+    with raises("no_shared_sample"):
         paired({"a": Seen("fake", "g", 0.1)}, {"b": Seen("fake", "g", 0.1)})

@@ -18,9 +18,9 @@ from finetune.convert import NEWER, OTHERS, SETTINGS, hub_settings, llava_settin
 from finetune.merge import merge
 from finetune.split import split
 from tests import tiny
+from tests.raising import raises
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, probe_logits, read_adapter_card
-from x2dfd.errors import SetupError, UnknownName
 from x2dfd.experts import BUILTIN
 from x2dfd.loading import load_processor
 
@@ -114,10 +114,11 @@ def test_there_and_back_nothing_changes(base: Path, adapter: Path, tmp_path: Pat
         assert all(before[k].dtype == after[k].dtype and torch.equal(before[k], after[k]) for k in before)
     plain = {k: v for k, v in settings(4).items() if k not in NEWER}
     assert json.loads((tmp_path / "back" / SETTINGS).read_text()) == plain
-    with pytest.raises(SetupError, match="holds an adapter already"):
+    with raises("folder_taken", "hub"):
         to_hub(adapter, tmp_path / "hub", base=str(base))
 
 
+@pytest.mark.slow
 def test_a_converted_adapter_judges_in_both_frames(base: Path, adapter: Path, tmp_path: Path) -> None:
     """The released code asks in other words than it trained with: both can be had, and they are not the same."""
     bare = probe_logits(x2dfd.load(base=str(base), mode="paper", experts=()).mllm)
@@ -134,7 +135,7 @@ def test_a_converted_adapter_judges_in_both_frames(base: Path, adapter: Path, tm
             "ASSISTANT: This image is"
         )
     assert len({bare, *found.values()}) == 3
-    with pytest.raises(UnknownName, match="train_consistent"):
+    with raises("unknown_name", "train_consistent"):
         to_hub(adapter, tmp_path / "other", base=str(base), frame="train_consistant")
 
 
@@ -163,30 +164,30 @@ def test_what_would_be_lost_or_run_is_refused(
     (bad / SETTINGS).write_text(json.dumps(settings(4)))
     (bad / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes())
     torch.save({"x": _Trap()}, bad / OTHERS)
-    with pytest.raises(SetupError, match="cannot be read"):
+    with raises("adapter_unreadable"):
         to_hub(bad, tmp_path / "out", base=str(base))
     assert not (tmp_path / "trapped").exists() and not (tmp_path / "out").exists()
     for used in ({"lora_bias": True}, {"use_qalora": True}, {"target_parameters": ["experts"]}):
-        with pytest.raises(SetupError, match=next(iter(used))):
+        with raises("setting_unsupported", next(iter(used))):
             hub_settings({**settings(4), **used}, "b")
-    with pytest.raises(SetupError, match="lm_head"):
+    with raises("targets_unsupported", "lm_head"):
         hub_settings({**settings(4), "target_modules": ["q_proj", "lm_head"]}, "b")
-    with pytest.raises(SetupError, match="no counterpart"):
+    with raises("targets_without_counterpart", ".*q_proj"):
         llava_settings({"target_modules": ".*q_proj"}, "b")
-    with pytest.raises(SetupError, match="belongs to no LLaVA adapter"):
+    with raises("tensor_unknown", "lm_head"):
         renamed({"base_model.model.lm_head.weight": torch.zeros(1)}, True)
 
 
 @pytest.mark.parametrize(
-    ("gone", "told"),
+    ("gone", "code", "fact"),
     [
-        (lambda k: ".layers.1." in k, "lacks 14 of 28 matrices"),
-        (lambda k: "mm_projector.2" in k, "lacks 2 of 4 tensors"),
+        (lambda k: ".layers.1." in k, "adapter_incomplete", "14 of 28"),
+        (lambda k: "mm_projector.2" in k, "projector_incomplete", "2 of 4"),
     ],
     ids=["layer", "projector"],
 )
 def test_a_published_adapter_with_parts_missing_is_refused(
-    base: Path, adapter: Path, tmp_path: Path, gone: Callable[[str], bool], told: str
+    base: Path, adapter: Path, tmp_path: Path, gone: Callable[[str], bool], code: str, fact: str
 ) -> None:
     """Converted, it would look whole."""
     bad = tmp_path / "bad"
@@ -195,7 +196,7 @@ def test_a_published_adapter_with_parts_missing_is_refused(
     save_file({k: v for k, v in load_file(adapter / WEIGHTS).items() if not gone(k)}, bad / WEIGHTS)
     others = torch.load(adapter / OTHERS, weights_only=True)
     torch.save({k: v for k, v in others.items() if not gone(k)}, bad / OTHERS)
-    with pytest.raises(SetupError, match=told):
+    with raises(code, fact):
         to_hub(bad, tmp_path / "out", base=str(base))
     assert not (tmp_path / "out").exists()
 
@@ -216,7 +217,7 @@ def test_a_merged_model_judges_as_base_and_adapter_do(tmp_path: Path, monkeypatc
     monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
     base = tiny.write_base(tmp_path / "base")
     folder = tiny.write_adapter(tmp_path / "adapter", base)
-    with pytest.raises(SetupError, match="no probe scores"):
+    with raises("probes_missing"):
         merge(folder, tmp_path / "merged", str(base))
     scores = probe_logits(x2dfd.load(base=str(base), adapter=folder).mllm)
     tiny.edit_card(folder, probes=scores)
@@ -224,10 +225,11 @@ def test_a_merged_model_judges_as_base_and_adapter_do(tmp_path: Path, monkeypatc
     detector = x2dfd.load(out)  # with calibration and experts, without the base
     assert probe_logits(detector.mllm) == pytest.approx(scores, abs=1e-3)
     assert list(detector.facts["experts"]) == [tiny.EXPERT] and read_adapter_card(out).probes == scores
-    with pytest.raises(SetupError, match="there already"):
+    with raises("folder_taken", out):
         merge(folder, out, str(base))
 
 
+@pytest.mark.slow
 @pytest.mark.needs_base
 def test_a_merged_tower_holds_its_additions_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: a whole model whose tower gets the forensic additions again when it is loaded, or never."""
@@ -249,6 +251,7 @@ def test_a_merged_tower_holds_its_additions_once(tmp_path: Path, monkeypatch: py
     assert probe_logits(merged) == pytest.approx(scores, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.needs_base
 def test_a_merge_that_moves_the_probes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is left that could be taken for the model."""
@@ -266,6 +269,6 @@ def test_a_merge_that_moves_the_probes_is_refused(tmp_path: Path, monkeypatch: p
         plain(self, where)
 
     monkeypatch.setattr(LocalMLLM, "save", spoilt)
-    with pytest.raises(SetupError, match="probe pictures score"):
+    with raises("probes_differ"):
         merge(folder, tmp_path / "merged", str(base))
     assert not (tmp_path / "merged").exists() and not list(tmp_path.glob(".merged*"))

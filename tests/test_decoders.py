@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from data_gen import decoders
 from data_gen.decoders import DESIGNS, Autoencoder, redraw
-from x2dfd.errors import SetupError, X2DFDError
+from tests.raising import raises
 from x2dfd.experts import read_card
 from x2dfd.files import file_sha256
 
@@ -50,6 +50,7 @@ def test_decoders_differ() -> None:
     assert all(np.abs(a - b).mean() > 1 for i, a in enumerate(drawn) for b in drawn[:i])
 
 
+@pytest.mark.slow
 def test_training_goes_on_where_it_was_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: decoders trained twice, or fakes among the photos that they learn from."""
     lines = ["path,label,method,split"]
@@ -78,7 +79,7 @@ def test_training_goes_on_where_it_was_cut_off(tmp_path: Path, monkeypatch: pyte
     card = read_card(tmp_path / "d.card.json")
     assert card.sha256 == file_sha256(out) and card.figures["n"] == 1
     (tmp_path / "f.csv").write_text("path,label,method,split\n0.png,real,denoise,train\n", encoding="utf-8")
-    with pytest.raises(X2DFDError, match="no untouched real"):
+    with raises("no_real_picture"):
         decoders.train(tmp_path / "f.csv", 2, tmp_path / "work", out)
 
 
@@ -92,5 +93,5 @@ def test_the_committed_decoders_are_those_of_their_card() -> None:
 def test_missing_decoders_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: a traceback where the weight file was not checked out."""
     monkeypatch.setattr(decoders, "WEIGHTS", tmp_path / "none.safetensors")
-    with pytest.raises(SetupError, match="is missing"):
+    with raises("decoders_missing", "python -m data_gen decoders"):
         redraw(ASTRONAUT, DESIGNS[0].name)

@@ -59,6 +59,7 @@ def test_the_readme_begins_with_lines_that_run(
     assert len(said[1].split()) >= 4 and any("Evidence(" in line for line in said)
 
 
+@pytest.mark.slow
 def test_a_batch_gives_what_each_picture_gives_alone(detector: Any, photos: list[Image.Image]) -> None:
     """Bug prevented: padding or a neighbour's face moves a verdict."""
     alone = [p_fake(detector.detect(photo, rationale=False)) for photo in photos]
@@ -67,6 +68,7 @@ def test_a_batch_gives_what_each_picture_gives_alone(detector: Any, photos: list
     assert max(alone) - min(alone) > 0.01  # they do differ
 
 
+@pytest.mark.slow
 def test_the_file_format_hardly_moves_the_probability(detector: Any, photos: list[Image.Image], tmp_path: Path) -> None:
     """Bug prevented: a detector of JPEG against PNG."""
     files = []
@@ -95,6 +97,7 @@ def test_a_follow_up_is_answered_and_changes_nothing(detector: Any, face_photo: 
     assert said == detector.chat(report, "What about the eyes?")
 
 
+@pytest.mark.slow
 def test_the_bench_of_the_experts_sees_what_a_verdict_sees(detector: Any, face_photo: Path) -> None:
     """Bug prevented: crops that skip a step of the detector's are measured as another product."""
     panel = Panel.load("embedded", list(detector.facts["experts"]), detector)

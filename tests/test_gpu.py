@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from finetune.config import FinetuneConfig
-from finetune.gpu import geometry, measure
+from finetune.gpu import build, geometry, measure, random_batch
 from finetune.memory import GB, Shape, predict, preset, report, shape, shape_of
+from finetune.models import tune
+from finetune.train import PackTrainer
 from tests import tiny
-from x2dfd.errors import SetupError
+from tests.raising import raises
 
 ROOM = Path(__file__).parent.parent / "finetune"
 
@@ -53,9 +56,31 @@ def test_memory_follows_from_the_settings(seven: Shape) -> None:
     assert whole["total"] > 100 * GB
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_predicted_bytes_are_those_of_tensors_that_a_step_leaves(method: str) -> None:
+    """Weights, gradients and moments counted from a model that took a step, not from the formula's own constants."""
+    cpu, settings = torch.device("cpu"), geometry(tiny=True)
+    used = config(method=method, base_dtype="float32", bf16=False)
+    tuned, _ = tune(build(settings, cpu, torch.float32, False), used)
+    learning = [p for p in tuned.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning)
+    PackTrainer.compute_loss(cast(Any, None), tuned, random_batch(settings, 1, 48, cpu)).backward()
+    optimizer.step()
+
+    def size(tensors: Iterable[torch.Tensor]) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    parts = predict(used, shape_of(settings, used), 1, 48)
+    assert parts["weights"] + parts["trained copies"] == size(tuned.parameters())
+    assert parts["gradients"] == size(p.grad for p in learning if p.grad is not None)
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert parts["AdamW"] == size(moments)
+
+
 def test_what_is_predicted_is_a_little_more_than_was_measured(seven: Shape) -> None:
     """A preset that does not fit ends out of memory; one that asks for half as much again wants a dearer card."""
     measured = json.loads((ROOM.parent / "eval" / "results" / "gpu.json").read_text())
+    assert len(measured["training"]) >= 4
     for row in measured["training"]:
         tried = config(method=row["method"], batch=row["batch"], checkpointing=row["checkpointing"])
         assert 1.0 < predict(tried, seven, 1, row["tokens"])["total"] / GB / row["peak_gb"] < 1.17, row
@@ -82,10 +107,11 @@ def test_a_dry_run_loads_nothing_and_says_it_all(tmp_path: Path) -> None:
     found = shape(config(base=str(base), method="dora"))
     assert f"{found.trained:,} parameters (dora)" in text and f"{found.total:,} parameters" in text
     assert all(f"{card} GB" in text for card in (12, 24, 40, 80)) and "predicted" in text
-    with pytest.raises(SetupError, match="no configuration"):
+    with raises("base_unreadable", "nowhere"):
         report(config(base=str(tmp_path / "nowhere")))
 
 
+@pytest.mark.slow
 def test_the_measurement_runs_on_a_toy() -> None:
     """The script has to work the first time that there is a GPU."""
     pytest.importorskip("bitsandbytes")
@@ -97,5 +123,5 @@ def test_the_measurement_runs_on_a_toy() -> None:
     assert all(r["steps_per_s"] > 0 and r["share_of_matmul_rate"] > 0 and r["predicted_gb"] > 0 for r in rows)
     assert found["verdicts_per_s"] > 0 and found["cue_questions_per_s"] > 0 and found["matmul_tflops"] > 0
     if not torch.cuda.is_available():
-        with pytest.raises(SetupError, match="--tiny"):
+        with raises("cuda_missing", "--tiny"):
             measure()

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from skimage import data
 
+from tests.raising import raises
 from x2dfd import html_report
 from x2dfd.errors import SetupError
 from x2dfd.files import write_bytes
@@ -387,7 +388,7 @@ def test_pdf_comes_from_a_printer_or_says_what_to_install(tmp_path: Path, monkey
     """A missing browser must not end in a traceback, and a browser that fails must not leave half a file."""
     out = tmp_path / "a.pdf"
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(SetupError, match="install chromium"):
+    with raises("browser_missing", "install chromium"):
         html_report.write_pdf(out, "<p>")
     browser = tmp_path / "chromium"
     lines = "import sys; from pathlib import Path; page = Path(sys.argv[-1].removeprefix('file://')).read_bytes()"
@@ -397,7 +398,7 @@ def test_pdf_comes_from_a_printer_or_says_what_to_install(tmp_path: Path, monkey
     html_report.write_pdf(out, "<p>page</p>")
     assert out.read_bytes() == b"%PDF<p>page</p>"
     browser.write_text(f"#!{sys.executable}\nraise SystemExit(9)\n")
-    with pytest.raises(SetupError, match="could not print"):
+    with raises("print_failed"):
         html_report.write_pdf(out, "other")
     assert out.read_bytes() == b"%PDF<p>page</p>"
 

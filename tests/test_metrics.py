@@ -233,6 +233,7 @@ def test_risk_and_coverage_by_hand() -> None:
     assert m.aurc(m.to_labels([]), np.array([])) is None
 
 
+@pytest.mark.slow
 def test_agrees_with_torchmetrics() -> None:
     """A definition of our own under a known name."""
     classification = pytest.importorskip(

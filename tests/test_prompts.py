@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from finetune.data import answer_tokens
 from tests import tiny
+from tests.raising import raises
 from x2dfd import prompts
-from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.loading import load_model
 from x2dfd.mllm import LocalMLLM
 from x2dfd.types import Cue, Evidence
@@ -183,7 +183,7 @@ def test_the_string_trained_on_is_the_string_inferred_on_with_llava_15(
 @pytest.mark.parametrize("answer", ["", "  ", "\n"])
 def test_an_empty_answer_cannot_be_trained_on(llava_15: Any, answer: str) -> None:
     """Its loss would be that of the end token alone: the model would learn to say nothing."""
-    with pytest.raises(X2DFDError, match="nothing to learn"):
+    with raises("answer_empty", "'Q'"):
         answer_tokens(llava_15, "Q", answer)
 
 
@@ -226,7 +226,7 @@ def test_words_of_a_score_agree_with_the_closing_sentence() -> None:
     assert prompts.score_tail([Evidence("clip", 0.95), Evidence("x", None)], "words").endswith(
         "very high, and the x score is N/A."
     )
-    with pytest.raises(UnknownName, match="score form"):
+    with raises("unknown_name", "digits"):
         prompts.score_tail([], "digits")
 
 

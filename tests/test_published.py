@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from external_detectors import published
 from external_detectors.mesonet import Meso4, MesoInception4, MesoNet, load_mesonet
 from external_detectors.published import AlignedForensics, ResNet50NoDown, SwinV2Blending, UniversalFakeDetect
+from tests.raising import raises
 from x2dfd import experts
 from x2dfd.errors import SetupError
 from x2dfd.experts import BUILTIN, DEFAULT, PUBLISHED, load_expert
@@ -218,23 +219,56 @@ def _replace(file: h5py.File, name: str, value: Array) -> None:
     file[name] = value
 
 
-CHANGES: dict[str, tuple[Change, str]] = {
-    "missing tensor": (lambda f: f.__delitem__("conv2d_9/conv2d_9/bias:0"), "missing or left-over tensors: bias"),
-    "missing layer": (lambda f: f.__delitem__("conv2d_11"), "3 layers conv2d where Meso4 has 4"),
-    "one layer more": (lambda f: f.copy("dense_8/dense_8", f.create_group("dense_10"), "dense_10"), "3 layers dense"),
-    "foreign tensor": (lambda f: f.create_dataset("conv2d_8/conv2d_8/scale:0", (8,), "f4"), "tensors: scale"),
-    "foreign layer": (lambda f: f.create_dataset("lstm_1/lstm_1/kernel:0", (8,), "f4"), "left over"),
-    "whole model": (lambda f: f.move("conv2d_8", "model_weights/conv2d_8"), "left over"),
-    "misshaped": (lambda f: _replace(f, "conv2d_9/conv2d_9/kernel:0", np.zeros((3, 3, 8, 8), "f4")), r"\(3, 3, 8, 8\)"),
-    "dense first": (lambda f: _replace(f, "dense_8/dense_8/kernel:0", np.zeros((16, 1024), "f4")), r"\(16, 1024\)"),
-    "integers": (lambda f: _replace(f, "dense_8/dense_8/bias:0", np.zeros(16, "i4")), "bias"),
-    "not finite": (lambda f: _replace(f, "dense_8/dense_8/bias:0", np.full(16, np.nan, "f4")), "not finite"),
-    "other network": (lambda f: _replace(f, "conv2d_8/conv2d_8/kernel:0", np.zeros((7, 7, 3, 8), "f4")), "neither"),
+CHANGES: dict[str, tuple[Change, str, str]] = {
+    "missing tensor": (lambda f: f.__delitem__("conv2d_9/conv2d_9/bias:0"), "checkpoint_layers_differ", "bias"),
+    "missing layer": (lambda f: f.__delitem__("conv2d_11"), "checkpoint_layers_differ", "conv2d"),
+    "one layer more": (
+        lambda f: f.copy("dense_8/dense_8", f.create_group("dense_10"), "dense_10"),
+        "checkpoint_layers_differ",
+        "dense",
+    ),
+    "foreign tensor": (
+        lambda f: f.create_dataset("conv2d_8/conv2d_8/scale:0", (8,), "f4"),
+        "checkpoint_layers_differ",
+        "scale",
+    ),
+    "foreign layer": (
+        lambda f: f.create_dataset("lstm_1/lstm_1/kernel:0", (8,), "f4"),
+        "checkpoint_left_over",
+        "lstm_1",
+    ),
+    "whole model": (lambda f: f.move("conv2d_8", "model_weights/conv2d_8"), "checkpoint_left_over", "model_weights"),
+    "misshaped": (
+        lambda f: _replace(f, "conv2d_9/conv2d_9/kernel:0", np.zeros((3, 3, 8, 8), "f4")),
+        "checkpoint_shape_differs",
+        "(3, 3, 8, 8)",
+    ),
+    "dense first": (
+        lambda f: _replace(f, "dense_8/dense_8/kernel:0", np.zeros((16, 1024), "f4")),
+        "checkpoint_shape_differs",
+        "(16, 1024)",
+    ),
+    "integers": (
+        lambda f: _replace(f, "dense_8/dense_8/bias:0", np.zeros(16, "i4")),
+        "checkpoint_shape_differs",
+        "bias",
+    ),
+    "not finite": (
+        lambda f: _replace(f, "dense_8/dense_8/bias:0", np.full(16, np.nan, "f4")),
+        "checkpoint_not_finite",
+        "bias",
+    ),
+    "other network": (
+        lambda f: _replace(f, "conv2d_8/conv2d_8/kernel:0", np.zeros((7, 7, 3, 8), "f4")),
+        "network_unknown",
+        "Meso4",
+    ),
     "inception's beginning": (
         lambda f: _replace(f, "conv2d_8/conv2d_8/kernel:0", np.zeros((1, 1, 3, 1), "f4")),
+        "checkpoint_layers_differ",
         "MesoInception4 has 16",
     ),
-    "empty": (lambda f: f.clear(), "neither"),
+    "empty": (lambda f: f.clear(), "network_unknown", "Meso4"),
 }
 
 
@@ -242,10 +276,10 @@ CHANGES: dict[str, tuple[Change, str]] = {
 def test_mesonet_refuses_other_weights(what: str, tmp_path: Path) -> None:
     """Bug prevented: a file that fits in part loads, and the rest stays random."""
     path = write_weights(tmp_path / FILES["mesonet"], "Meso4")
-    change, told = CHANGES[what]
+    change, code, fact = CHANGES[what]
     with h5py.File(path, "r+") as file:
         change(file)
-    with pytest.raises(SetupError, match=told):
+    with raises(code, fact):
         MesoNet(path.parent)
 
 
@@ -253,7 +287,7 @@ def test_mesonet_refuses_other_weights(what: str, tmp_path: Path) -> None:
 def test_mesonet_refuses_what_is_no_hdf5(content: bytes, tmp_path: Path) -> None:
     """Bug prevented: an OSError of h5py as a traceback."""
     (tmp_path / FILES["mesonet"]).write_bytes(content)
-    with pytest.raises(SetupError, match="not a readable HDF5 file"):
+    with raises("checkpoint_unreadable", tmp_path):
         MesoNet(tmp_path)
 
 
@@ -261,7 +295,7 @@ def test_mesonet_without_h5py_says_how_to_get_it(tmp_path: Path, monkeypatch: py
     """Bug prevented: an ImportError for an optional package; h5py needed by those who do not use MesoNet."""
     path = write_weights(tmp_path / FILES["mesonet"], "Meso4")
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(SetupError, match="pip install h5py"):
+    with raises("package_missing", "pip install h5py"):
         MesoNet(path.parent)
     assert isinstance(experts.cards()["mesonet"], Card)
 
@@ -337,18 +371,18 @@ def test_aligned_forensics_needs_to_be_told_its_network(tmp_path: Path) -> None:
         ("patch_size: null", "patch_size: 224"),
     ):
         options.write_text(OPTIONS.replace(stated, told))
-        with pytest.raises(SetupError, match=f"{told.replace('null', 'None')}; .* is arch: res50nodown"):
+        with raises("network_differs", told.replace("null", "None"), "arch: res50nodown"):
             AlignedForensics(tmp_path)
     for key in ("arch", "norm_type", "patch_size"):
         options.write_text("\n".join(line for line in OPTIONS.splitlines() if not line.startswith(key)))
-        with pytest.raises(SetupError, match=f"no {key}"):
+        with raises("network_differs", f"no {key}"):
             AlignedForensics(tmp_path)
     for text in ("- res50nodown\n", "", "a: [", "a: !!python/name:os.x"):
         options.write_text(text)
         with pytest.raises(SetupError):
             AlignedForensics(tmp_path)
     options.unlink()
-    with pytest.raises(SetupError, match=r"do not tell their network.*arch: res50nodown.*ours-sync\.yaml"):
+    with raises("network_unstated", "arch: res50nodown", "ours-sync.yaml"):
         AlignedForensics(tmp_path)
 
 
@@ -404,30 +438,30 @@ def test_resnet_does_not_downsample_early() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "code", "fact"),
     [
-        ({"layer3.5.bn2.running_var": None}, r"lacks layer3\.5\.bn2\.running_var"),
-        ({"layer5.0.conv1.weight": torch.zeros(1)}, r"layer5\.0\.conv1\.weight left over"),
-        ({"fc.weight": torch.zeros(1000, 2048)}, r"fc\.weight is float32 \[1000, 2048\] where float32 \[1, 2048\]"),
-        ({"fc.bias": torch.zeros(1, dtype=torch.int64)}, r"fc\.bias is int64"),
-        ({"fc.bias": torch.tensor([torch.nan])}, "not finite"),
-        ({"fc.bias": [0.0]}, "no table of tensors"),
+        ({"layer3.5.bn2.running_var": None}, "checkpoint_incomplete", "layer3.5.bn2.running_var"),
+        ({"layer5.0.conv1.weight": torch.zeros(1)}, "checkpoint_left_over", "layer5.0.conv1.weight"),
+        ({"fc.weight": torch.zeros(1000, 2048)}, "checkpoint_shape_differs", "float32 [1000, 2048]"),
+        ({"fc.bias": torch.zeros(1, dtype=torch.int64)}, "checkpoint_shape_differs", "int64"),
+        ({"fc.bias": torch.tensor([torch.nan])}, "checkpoint_not_finite", "fc.bias"),
+        ({"fc.bias": [0.0]}, "checkpoint_malformed", ""),
     ],
 )
-def test_aligned_forensics_refuses_other_tensors(change: dict[str, Any], told: str, tmp_path: Path) -> None:
+def test_aligned_forensics_refuses_other_tensors(change: dict[str, Any], code: str, fact: str, tmp_path: Path) -> None:
     """Bug prevented: a checkpoint that fits in part loads, and the rest stays random."""
     state = {name: value for name, value in (blank_state() | change).items() if value is not None}
-    with pytest.raises(SetupError, match=told):
+    with raises(code, fact):
         AlignedForensics(save_checkpoint(tmp_path, state).parent)
 
 
 def test_aligned_forensics_refuses_other_checkpoints(tmp_path: Path) -> None:
     """Bug prevented: a bare state dict, of which nobody knows what it is, or a list instead of tensors."""
     path = save_checkpoint(tmp_path, [1, 2])
-    with pytest.raises(SetupError, match="no table of tensors"):
+    with raises("checkpoint_malformed"):
         AlignedForensics(tmp_path)
     torch.save(blank_state(), path)
-    with pytest.raises(SetupError, match="not a dict of model, optimizer and total_steps"):
+    with raises("checkpoint_malformed", "total_steps"):
         AlignedForensics(tmp_path)
 
 
@@ -455,7 +489,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(
     else:
         path.write_bytes(pickle.dumps(content, protocol=2))
     (cache / "ours-sync.yaml").write_text(OPTIONS)
-    with pytest.raises(SetupError, match="not a checkpoint of plain tensors"):
+    with raises("checkpoint_unreadable"):
         load_expert(name)
     assert not marker.exists()
 
@@ -464,7 +498,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(
 def test_a_file_that_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
     """Bug prevented: a traceback out of the unpickler for a page of HTML saved as .pth."""
     save_checkpoint(tmp_path, {}).write_bytes(content)
-    with pytest.raises(SetupError, match=r"not a checkpoint|not a dict"):
+    with raises("checkpoint_unreadable", tmp_path):
         AlignedForensics(tmp_path)
 
 
@@ -515,20 +549,20 @@ def test_swinv2_squashes_normalises_and_reads_class_one(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "code", "fact"),
     [
-        ({"head.bias": None}, r"lacks head\.bias"),
-        ({"norm.weight": torch.zeros(3)}, r"norm\.weight left over"),
-        ({"head.weight": torch.zeros(1000, 3)}, r"\[1000, 3\]"),
+        ({"head.bias": None}, "checkpoint_incomplete", "head.bias"),
+        ({"norm.weight": torch.zeros(3)}, "checkpoint_left_over", "norm.weight"),
+        ({"head.weight": torch.zeros(1000, 3)}, "checkpoint_shape_differs", "[1000, 3]"),
     ],
 )
 def test_swinv2_refuses_other_tensors(
-    change: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: dict[str, Any], code: str, fact: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bug prevented: `strict=False` in disguise: leaving out attention masks must not let anything else through."""
     monkeypatch.setitem(sys.modules, "timm", stand_in_timm())
     torch.save({k: v for k, v in (SWIN | change).items() if v is not None}, tmp_path / FILES["swinv2-blending"])
-    with pytest.raises(SetupError, match=told):
+    with raises(code, fact):
         SwinV2Blending(tmp_path)
 
 
@@ -536,10 +570,10 @@ def test_swinv2_without_timm_or_with_an_old_one_says_so(tmp_path: Path, monkeypa
     """Bug prevented: an ImportError for an optional package."""
     torch.save(SWIN, tmp_path / FILES["swinv2-blending"])
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(SetupError, match=r"needs timm .*pip install timm"):
+    with raises("package_missing", "pip install timm"):
         SwinV2Blending(tmp_path)
     monkeypatch.setitem(sys.modules, "timm", stand_in_timm(known="resnet50"))
-    with pytest.raises(SetupError, match="this timm has no swinv2_base_window16_256"):
+    with raises("package_too_old", "swinv2_base_window16_256"):
         SwinV2Blending(tmp_path)
 
 
@@ -599,24 +633,24 @@ def test_ufd_refuses_other_heads_and_towers(tmp_path: Path) -> None:
     clip = save_clip(tmp_path / CLIP_L)
     weights = load_file(clip / "model.safetensors")
     save_file({k: v for k, v in weights.items() if "projection" not in k}, clip / "model.safetensors", {"format": "pt"})
-    with pytest.raises(SetupError, match=r"visual_projection\.weight"):
+    with raises("tower_incomplete", "visual_projection.weight"):
         UniversalFakeDetect(tmp_path)
     (clip / "model.safetensors").write_text("not weights")
-    with pytest.raises(SetupError, match="cannot be loaded"):
+    with raises("tower_unreadable", clip):
         UniversalFakeDetect(tmp_path)
-    with pytest.raises(SetupError, match="512 numbers"):
+    with raises("tower_differs", 512):
         UniversalFakeDetect(save_clip(clip, embedding=512).parent)
-    for state in ({"weight": torch.zeros(1, 512), "bias": torch.zeros(1)}, {"weight": torch.zeros(1, 768)}):
+    narrow, bare = {"weight": torch.zeros(1, 512), "bias": torch.zeros(1)}, {"weight": torch.zeros(1, 768)}
+    for state, code in ((narrow, "checkpoint_shape_differs"), (bare, "checkpoint_incomplete")):
         torch.save(state, fc)
-        with pytest.raises(SetupError, match=r"weight is float32|lacks bias"):
+        with raises(code):
             UniversalFakeDetect(tmp_path)
 
 
 def test_ufd_does_not_download_its_tower(cache: Path) -> None:
     """Bug prevented: 1.7 GB downloaded by listing the experts."""
     torch.save({"weight": torch.zeros(1, 768), "bias": torch.zeros(1)}, cache / FILES["universal-fake-detect"])
-    told = rf"put config\.json and model\.safetensors of openai/{CLIP_L}, licence MIT, into {cache / CLIP_L}"
-    with pytest.raises(SetupError, match=told):
+    with raises("weights_missing", "config.json", "model.safetensors", f"openai/{CLIP_L}", cache / CLIP_L):
         UniversalFakeDetect()
 
 

@@ -30,8 +30,8 @@ from data_gen.questions import (
     some,
     write_questions,
 )
+from tests.raising import raises
 from x2dfd.assessment import BANK
-from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.explain import read_cues
 from x2dfd.faces import find_faces
 from x2dfd.types import AREAS, ARTIFACTS
@@ -103,7 +103,7 @@ def test_unrelated_questions_have_nothing_to_do_with_forgery() -> None:
     for q in questions:
         assert q.area is None and q.origin == "random" and q.text.endswith("? Answer Yes or No.")
         assert read_cues(q.text) == ()
-    with pytest.raises(X2DFDError, match="not 1000"):
+    with raises("too_few_questions", 1000):
         random_questions(1000, np.random.default_rng(0))
 
 
@@ -143,7 +143,7 @@ def test_published_lists_get_cues_where_they_name_one(shape: str, tmp_path: Path
 def test_other_lists_are_refused(text: str, tmp_path: Path) -> None:
     """Bug prevented: an empty question set that assesses nothing, or a traceback for a wrong file."""
     (tmp_path / "list.json").write_text(text)
-    with pytest.raises(X2DFDError, match="not a list of questions"):
+    with raises("questions_malformed", "list.json"):
         read_published(tmp_path / "list.json")
 
 
@@ -206,14 +206,14 @@ def test_generation_asks_again_and_says_how_it_asked() -> None:
 
 def test_generation_that_falls_short_is_an_error() -> None:
     """Bug prevented: a set smaller than asked for passes as whole."""
-    with pytest.raises(X2DFDError, match="gave 1 usable questions of 3"):
+    with raises("generation_short", "1 usable", 3):
         generate(Client(json.dumps({"questions": [SEAM]}), "{}"), "m", 3)
 
 
 def test_without_openai_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: an ImportError traceback, or the package needed for the plain bank."""
     monkeypatch.setitem(__import__("sys").modules, "openai", None)
-    with pytest.raises(SetupError, match="pip install"):
+    with raises("package_missing", "pip install"):
         connect("http://localhost:1/v1")
 
 
@@ -253,5 +253,5 @@ def test_fewer_questions_are_those_that_the_pictures_can_answer(tmp_path: Path) 
     assert set(jaw) <= set(kept) <= set(bank())
     assert kept == some(bank(), 9, {("jaw", "blending")}, np.random.default_rng(0))  # and so in every call
     assert kept != some(bank(), 9, {("jaw", "blending")}, np.random.default_rng(1))
-    with pytest.raises(X2DFDError, match="there are"):
+    with raises("too_few_questions", len(bank())):
         some(bank(), len(bank()) + 1, set(), np.random.default_rng(0))

@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 
 import x2dfd
 from tests import tiny
+from tests.raising import raises
 from x2dfd import cli, ray_engine, stores
-from x2dfd.errors import InputError, SetupError, UnknownName, X2DFDError
+from x2dfd.errors import InputError, SetupError, UnknownName
 from x2dfd.media import load_media
 from x2dfd.ray_llm import VllmScoring, _scored, p_fake
 from x2dfd.types import Failure, Report, Verdict
@@ -102,9 +103,9 @@ def test_no_address_is_read_unasked(memory: str, tmp_path: Path, monkeypatch: py
 def test_an_object_too_large_or_of_an_unknown_store_says_so(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An object of gigabytes must not fill the memory; a store without its package is a matter of setting up."""
     monkeypatch.setattr("x2dfd.media.MAX_BYTES", 100)
-    with pytest.raises(InputError, match="too_large"):
+    with raises("file_too_large"):
         stores.read_address(f"{memory}/face.jpg")
-    with pytest.raises(InputError, match="unreadable"):
+    with raises("unreadable"):
         stores.read_address("nonsense://bucket/face.jpg")
 
 
@@ -181,11 +182,11 @@ def test_what_a_user_did_wrong_comes_back_as_one_line(cluster: Any, face_photo: 
     base = tiny.write_base(tmp_path / "base")
     options = {"base": str(base), "mode": "paper", "experts": []}
     engine = ray_engine.RayDetector(options, 1, Wrong)
-    with pytest.raises(UnknownName, match="did you mean 'wider'"):
+    with raises("unknown_name", "did you mean 'wider'"):
         list(engine.detect_many([face_photo]))
-    with pytest.raises(SetupError, match="needs 4 CPUs and 0 GPUs of one machine; those of the cluster have 3 and 0"):
+    with raises("cluster_too_small", "4 CPUs", "3 and 0"):
         ray_engine.RayDetector(options | {"threads": 4}, 1)
-    with pytest.raises(UnknownName, match="mode"):
+    with raises("unknown_name", "mode"):
         ray_engine.RayDetector(options | {"mode": "papier"}, 1)
 
 
@@ -229,13 +230,13 @@ def test_scores_of_vllm_are_read_as_those_of_an_endpoint() -> None:
 @pytest.mark.parametrize("wrong", [{"engines": 0}, {"memory": 1.5}, {"likeliest": 50}, {"max_tokens": 0}])
 def test_settings_that_cannot_work_are_refused_at_once(wrong: dict[str, Any]) -> None:
     """A cluster's engines take minutes to start before they would say so."""
-    with pytest.raises(X2DFDError, match=next(iter(wrong))):
+    with raises("number_out_of_range", next(iter(wrong))):
         VllmScoring("base", **wrong)
 
 
 def test_a_lora_that_is_not_there_is_said_before_the_cluster_starts(tmp_path: Path) -> None:
     """The same."""
-    with pytest.raises(SetupError, match=r"finetune\.split"):
+    with raises("split_unreadable", "finetune.split"):
         VllmScoring("base", lora=tmp_path).config()
 
 

@@ -23,8 +23,8 @@ from eval import command, compare, models, page, protocols, scoring, stats, tabl
 from eval.bench import TASKS
 from eval.changes import changes_of
 from eval.validation import validation
+from tests.raising import raises
 from tests.stub import Killed
-from x2dfd.errors import X2DFDError
 from x2dfd.files import file_sha256
 from x2dfd.manifest import write_manifest
 from x2dfd.types import Cue, Evidence, FaceReport, Failure, Report, Verdict
@@ -291,25 +291,26 @@ def test_every_picture_is_judged_under_one_change(
     bench(monkeypatch, other, *words, "--changes", "codec/noise/0.2")
     assert (len(again.seen), len(other.seen)) == (1, 39)  # one, to see that the model is the same
     capsys.readouterr()
-    for wrong, why in (
-        (("--changes", "half", "--compare", tmp_path / "plain.json"), "settings change is half"),
-        (("--changes", "half,quarter"), "one change a run"),
-        (("--changes", "deeperforensics/GB"), "is 5, such as deeperforensics/GB/1"),
-        (("--changes", "hafl"), "did you mean 'half'"),
+    for wrong, code, fact in (
+        (("--changes", "half", "--compare", tmp_path / "plain.json"), "not_comparable", "half"),
+        (("--changes", "half,quarter"), "changes_too_many", "2"),
+        (("--changes", "deeperforensics/GB"), "changes_too_many", "5, such as deeperforensics/GB/1"),
+        (("--changes", "hafl"), "unknown_name", "did you mean 'half'"),
     ):
         assert bench(monkeypatch, StandIn(), *words, *wrong) == 2
-        assert why in capsys.readouterr().err
+        assert f"error [{code}]: " in (said := capsys.readouterr().err) and fact in said
     assert bench(monkeypatch, StandIn(), "describe", *words[1:], "--changes", "half") == 2
-    assert "only experts and detect take --changes" in capsys.readouterr().err
+    assert "error [changes_not_for_task]: " in capsys.readouterr().err
 
 
 def test_a_changed_run_is_no_validation(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Error rates under a blur, quoted in a report on a picture as it came."""
     bench(monkeypatch, StandIn(), "detect", "--data", data, "--out", tmp_path / "out", "--changes", "blur")
-    with pytest.raises(X2DFDError, match=r"every picture was changed \(blur: "):
+    with raises("pictures_changed", "blur"):
         validation(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_the_same(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of hours must not start anew, and what it ends with must not depend on where it was cut off."""
     monkeypatch.setattr("eval.rows.CHUNK", 6)
@@ -365,7 +366,8 @@ def test_rows_of_other_samples_are_not_thrown_away(
     asked = StandIn()
     for model in ("embedded", "majority"):
         assert bench(monkeypatch, asked, "detect", *words, "--split", "test", "--model", model) == 2
-        assert f"out holds {len(rows) // 2} rows of other samples" in capsys.readouterr().err
+        assert f"out holds {len(rows) // 2} rows" in (said := capsys.readouterr().err)
+        assert "error [rows_of_other_samples]: " in said
     other = write_csv(data.parent / "other.csv", [row for row in rows if row["split"] == "test"])
     assert bench(monkeypatch, asked, "detect", "--data", other, "--out", tmp_path / "out") == 2
     assert not asked.seen and {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
@@ -375,7 +377,7 @@ def test_rows_of_other_samples_are_not_thrown_away(
     with pytest.raises(Killed):
         bench(monkeypatch, StandIn(stop_after=8), *cut, "val")
     assert bench(monkeypatch, asked, *cut, "test") == 2
-    assert "cut holds 6 rows of other samples" in capsys.readouterr().err
+    assert "cut holds 6 rows" in capsys.readouterr().err
     # With some in common, a run goes on as before, and keeps what it was not asked for.
     assert bench(monkeypatch, asked, "detect", *words) == 0
     assert len(asked.seen) == 1 + 19  # to see that the model is the same, and those that are new and readable
@@ -391,11 +393,12 @@ def test_rows_stay_when_all_that_is_asked_has_changed(
     (chosen,) = pq.read_table(tmp_path / "out" / "samples.parquet")["path"].to_pylist()
     picture(data.parent / chosen, 0.3)
     assert bench(monkeypatch, StandIn(), *words, "--limit", 1) == 2
-    assert "out holds 39 rows of other samples" in capsys.readouterr().err
+    assert "out holds 39 rows" in capsys.readouterr().err
     again = StandIn()
     assert bench(monkeypatch, again, *words) == 0 and len(again.seen) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [StandIn("w2"), StandIn("w1", shift=0.05)], ids=["hash", "score"])
 def test_rows_of_another_model_are_not_used_again(
     other: StandIn, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -428,7 +431,7 @@ def test_drift_is_an_exit_status(
     assert bench(monkeypatch, StandIn(), *words) == 1
     assert "mllm.auc" in capsys.readouterr().out.split("drift:")[1]
     assert bench(monkeypatch, StandIn(), *words, "--limit", 30) == 2
-    assert "not comparable" in capsys.readouterr().err
+    assert "error [not_comparable]: " in capsys.readouterr().err
 
 
 def test_a_comparison_pairs_the_samples(
@@ -548,7 +551,7 @@ def test_describe_without_known_cues_is_refused(
     """Agreement with an empty truth is not a zero and not a one."""
     file = write_csv(tmp_path / "m.csv", [{"path": "a.png", "label": "fake"}])
     assert bench(monkeypatch, StandIn(), "describe", "--data", file, "--out", tmp_path / "out") == 2
-    assert "known cues" in capsys.readouterr().err
+    assert "error [nothing_to_measure]: " in capsys.readouterr().err
 
 
 def test_annotations_without_cues_are_scored_as_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -618,7 +621,7 @@ def test_a_clip_id_shared_by_two_clips_is_refused(
     rows[25]["video"] = rows[24]["video"] = "000_003"
     write_csv(data, rows)
     assert bench(monkeypatch, StandIn(), *words) == 2
-    assert "'000_003' is two clips" in capsys.readouterr().err
+    assert "error [clips_share_id]: " in (said := capsys.readouterr().err) and "'000_003'" in said
 
 
 def test_the_limit_is_not_the_head_of_the_list(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

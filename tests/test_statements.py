@@ -302,6 +302,7 @@ def test_a_hostile_file_costs_little(name: str) -> None:
     assert time.process_time() - start < 2 and len(found) <= MAX_STATEMENTS
 
 
+@pytest.mark.slow
 def test_damaged_metadata_never_raise() -> None:
     """Bug prevented: a length or an offset that is no longer true ends the run of a thousand files."""
     wild = random.Random(0)

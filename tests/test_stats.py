@@ -26,6 +26,7 @@ def covered_rate(trials: int, share: float) -> float:
     return float(sum(binom.pmf(k, trials, share) for k in hits if bounds[k][0] <= share <= bounds[k][1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trials", [8, 15, 30])
 def test_the_interval_of_a_rate_covers_as_often_as_it_says(trials: int) -> None:
     """Eight film clips had an interval that held the truth 84 times in 100.
@@ -97,6 +98,7 @@ def clustered(rng: np.random.Generator, count: int, size: int, auc: float) -> tu
     return labels, spread + math.sqrt(2) * norm.ppf(auc) * labels, names(at)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "auc"), [(15, 0.6), (15, 0.8), (30, 0.8), (60, 0.9)])
 def test_the_interval_of_an_auc_covers_as_often_as_it_says(count: int, auc: float) -> None:
     """The percentile bootstrap of thirty groups held an AUC of 0.95 ninety times in a hundred."""
@@ -109,6 +111,7 @@ def test_the_interval_of_an_auc_covers_as_often_as_it_says(count: int, auc: floa
     assert len(held) > 390 and 0.925 <= np.mean(held) <= 0.98  # 400 draws: two standard errors about 93 to 97
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_difference_covers_as_often_as_it_says() -> None:
     """Unpaired, the difference of two models on the same pictures drowns in that of the pictures."""
     rng = np.random.default_rng(4)
@@ -124,6 +127,7 @@ def test_the_interval_of_a_difference_covers_as_often_as_it_says() -> None:
     assert 0.925 <= np.mean(held) <= 0.98 and np.median(widths) < 0.1
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_ratio_covers_as_often_as_it_says() -> None:
     """Micro F1 counts items, and items of one picture and pictures of one photo go together."""
     rng = np.random.default_rng(5)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from eval import texts
-from x2dfd.errors import X2DFDError
+from tests.raising import raises
 from x2dfd.manifest import Sample
 
 REFERENCES = [["The jaw is blurred.", "The line of the jaw is soft."], ["The eyes differ in size."]]
@@ -29,7 +29,7 @@ def test_references_are_several_or_one_or_none() -> None:
         assert texts.references_of(sample(references=given)) == ("One.", "Two.", "Three.")
         assert texts.questions_of(sample(references=given)) == {"Why?": 2, "": 1}
     for wrong in ("{oops", [1], '{"One.": 1}', [{"question": "Why?"}], [{"question": "Why?", "answers": "One."}]):
-        with pytest.raises(X2DFDError, match="JSON list"):
+        with raises("references_malformed", "JSON list"):
             texts.references_of(sample(references=wrong))
 
 

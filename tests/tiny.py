@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -91,7 +94,24 @@ def processor_of_llava_15() -> Any:
 def write_base(
     folder: Path, processor: Any | None = None, *, text_layers: int = 2, tied: bool = True, parrot: bool = False
 ) -> Path:
-    """A LLaVA checkpoint: CLIP with 3 layers, Llama with `text_layers`; a parrot repeats its last token for ever."""
+    """A LLaVA checkpoint: CLIP with 3 layers, Llama with `text_layers`; a parrot repeats its last token for ever.
+
+    The usual one is made once for all tests and copied.
+    """
+    if processor is None and text_layers == 2 and tied and not parrot:
+        shutil.copytree(_usual_base().name, folder, dirs_exist_ok=True)
+        return folder
+    return _make_base(folder, processor, text_layers, tied, parrot)
+
+
+@cache
+def _usual_base() -> tempfile.TemporaryDirectory[str]:
+    place = tempfile.TemporaryDirectory()  # gone with the process
+    _make_base(Path(place.name), None, 2, True, False)
+    return place
+
+
+def _make_base(folder: Path, processor: Any | None, text_layers: int, tied: bool, parrot: bool) -> Path:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     processor = processor or processor_of_base()

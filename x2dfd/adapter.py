@@ -84,7 +84,9 @@ def read_adapter_card(folder: Path) -> AdapterCard:
     try:
         return AdapterCard.from_dict(parse_json((folder / "card.json").read_bytes()))
     except (OSError, ValueError) as error:  # not there, not JSON, or not a card
-        raise SetupError(f"{folder} is not an adapter directory of x2dfd: card.json: {error}") from error
+        raise SetupError(
+            f"{folder} is not an adapter directory of x2dfd: card.json: {error}", code="not_an_adapter"
+        ) from error
 
 
 def write_adapter_card(folder: Path, card: AdapterCard) -> None:
@@ -102,14 +104,19 @@ def check_tensors(state: Mapping[str, Tensor], where: Path) -> None:
     if empty:
         raise SetupError(
             f"{where}: {len(empty)} tensors are empty ({empty[0]}): saved in pieces by ZeRO-3; gather them first "
-            "(zero_to_fp32.py beside the checkpoint), or save with stage3_gather_16bit_weights_on_model_save"
+            "(zero_to_fp32.py beside the checkpoint), or save with stage3_gather_16bit_weights_on_model_save",
+            code="adapter_in_pieces",
         )
     odd = [k for k, v in state.items() if not v.isfinite().all()]
     if odd:
-        raise SetupError(f"{where}: {len(odd)} tensors hold numbers that are not finite ({odd[0]}); train it again")
+        raise SetupError(
+            f"{where}: {len(odd)} tensors hold numbers that are not finite ({odd[0]}); train it again",
+            code="weights_not_finite",
+        )
     if not any(bool(v.any()) for k, v in state.items() if "lora_B" in k):
         raise SetupError(
-            f"{where}: every lora_B is zero, so the adapter does nothing; train or save it again: python -m finetune"
+            f"{where}: every lora_B is zero, so the adapter does nothing; train or save it again: python -m finetune",
+            code="lora_b_zero",
         )
 
 
@@ -126,12 +133,14 @@ def check_adapter(folder: Path, card: AdapterCard, base: dict[str, str], prompt_
         raise SetupError(
             f"the adapter was trained on {made_for['name']} ({made_for['sha256'][:12] or 'no hash'}), "
             f"the base here is {base['name']} ({base['sha256'][:12] or 'no hash'}). "
-            "Get the right base: x2dfd fetch base --force"
+            "Get the right base: x2dfd fetch base --force",
+            code="base_differs",
         )
     if card.prompt_sha256 != prompt_sha256:
         raise SetupError(
             f"the adapter was trained with other prompts ({card.prompt_sha256[:12]}) than this version asks "
-            f"({prompt_sha256[:12]}). Install the version that made it, or train it again: python -m finetune"
+            f"({prompt_sha256[:12]}). Install the version that made it, or train it again: python -m finetune",
+            code="prompt_hash_differs",
         )
 
 
@@ -139,13 +148,20 @@ def check_contents(folder: Path, card: AdapterCard) -> None:
     """The part of `check_adapter` that needs no base model: weight file, crops, and that its tensors say something."""
     weights = folder / WEIGHTS
     if card.weights != WHOLE and not weights.is_file():
-        raise SetupError(f"{folder} has no {WEIGHTS}; copy the whole directory, or train it: python -m finetune")
+        raise SetupError(
+            f"{folder} has no {WEIGHTS}; copy the whole directory, or train it: python -m finetune",
+            code="weights_missing",
+        )
     if card.weights != WHOLE and file_sha256(weights) != card.sha256:
-        raise SetupError(f"{weights} is not the file of its card (SHA-256 differs); copy the directory again")
+        raise SetupError(
+            f"{weights} is not the file of its card (SHA-256 differs); copy the directory again",
+            code="weights_hash_differs",
+        )
     if card.preprocessing != PREPROCESSING:
         raise SetupError(
             f"the adapter was trained on other crops ({card.preprocessing}) than this version makes ({PREPROCESSING}). "
-            "Install the version that made it, or train it again: python -m finetune"
+            "Install the version that made it, or train it again: python -m finetune",
+            code="crops_differ",
         )
     if card.weights != WHOLE:
         check_tensors(_read_weights(weights), weights)
@@ -168,7 +184,9 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, ValueError, SafetensorError) as error:
-        raise SetupError(f"{path} cannot be read: {error}; copy the directory again") from error
+        raise SetupError(
+            f"{path} cannot be read: {error}; copy the directory again", code="weights_unreadable"
+        ) from error
 
 
 def attach(model: Any, folder: Path) -> Any:
@@ -204,7 +222,10 @@ def check_fit(model: Any, folder: Path) -> None:
     if astray := sorted(n for part, n in halves.items() if part not in modules):
         llavas = astray[0].startswith("model.layers.")
         mend = "LLaVA's own names; convert it: python -m finetune convert" if llavas else "names of another base"
-        raise SetupError(f"{folder / WEIGHTS}: {len(astray)} matrices would apply to nothing ({astray[0]}): {mend}")
+        raise SetupError(
+            f"{folder / WEIGHTS}: {len(astray)} matrices would apply to nothing ({astray[0]}): {mend}",
+            code="adapter_does_not_fit",
+        )
     missing = {n.replace(".lora_A.", ".lora_B.") for n in lone}
     if not config.get("layers_to_transform") and not config.get("exclude_modules"):
         missing |= {n for n in _targets(config, modules) if n not in halves}
@@ -214,7 +235,8 @@ def check_fit(model: Any, folder: Path) -> None:
     if missing:
         raise SetupError(
             f"{folder / WEIGHTS} lacks {len(missing)} of the parts that its configuration names "
-            f"({sorted(missing)[0]}); copy the directory again, or save the adapter again"
+            f"({sorted(missing)[0]}); copy the directory again, or save the adapter again",
+            code="adapter_incomplete",
         )
 
 
@@ -234,7 +256,9 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         found.keys()
     except (OSError, ValueError, AttributeError) as error:
-        raise SetupError(f"{folder} is not an adapter directory: adapter_config.json: {error}") from error
+        raise SetupError(
+            f"{folder} is not an adapter directory: adapter_config.json: {error}", code="not_an_adapter"
+        ) from error
     return found
 
 
@@ -254,7 +278,10 @@ def add_tower(llava: Any, folder: Path, card: AdapterCard) -> str | None:
     additions = read_additions(path)
     sha256 = additions_sha256(additions)
     if sha256 != card.tower_sha256:
-        raise SetupError(f"{path} is not the tower that {card.name} was trained on; copy the whole directory again")
+        raise SetupError(
+            f"{path} is not the tower that {card.name} was trained on; copy the whole directory again",
+            code="tower_hash_differs",
+        )
     add_to_tower(llava.model.vision_tower, additions)
     return sha256
 
@@ -282,9 +309,14 @@ def _merge_plain(model: Any, folder: Path) -> bool:
     except (OSError, SafetensorError):
         return False  # PEFT says what is wrong
     except ValueError as error:
-        raise SetupError(f"{folder}: adapter_config.json cannot be read ({error}); copy the directory again") from error
+        raise SetupError(
+            f"{folder}: adapter_config.json cannot be read ({error}); copy the directory again",
+            code="adapter_config_unreadable",
+        ) from error
     if not isinstance(config, dict):
-        raise SetupError(f"{folder}: adapter_config.json holds no object; copy the directory again")
+        raise SetupError(
+            f"{folder}: adapter_config.json holds no object; copy the directory again", code="adapter_config_unreadable"
+        )
     said = {key: value for key, value in config.items() if value and key not in _PLAIN}
     if said != {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}:
         return False
@@ -343,7 +375,8 @@ def check_probes(card: AdapterCard, found: Sequence[float], tolerance: float = 0
     if not all(abs(a - b) <= tolerance for a, b in zip(card.probes, found, strict=bool(card.probes))):
         raise SetupError(
             f"the probe pictures score {_shown(found)} here, and {_shown(card.probes)} when {card.name} was made: "
-            "base, adapter or library differ. Install the versions that made it, or train it again: python -m finetune"
+            "base, adapter or library differ. Install the versions that made it, or train it again: python -m finetune",
+            code="probes_differ",
         )
 
 

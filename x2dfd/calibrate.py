@@ -72,10 +72,12 @@ def calibrate(
             rows += _scores(detector, crops, mine, view_seed, expert)
             samples += [crops.samples[i] for i in mine]
     if unclear := [s.id for s in samples if s.label == "fake" and s.df_class not in ("EFS", "FS", "FR", "FE")]:
-        raise X2DFDError(f"{len(unclear)} fakes without df_class (FS, FR, FE, EFS), such as {unclear[0]}")
+        raise X2DFDError(
+            f"{len(unclear)} fakes without df_class (FS, FR, FE, EFS), such as {unclear[0]}", code="df_class_missing"
+        )
     fakes = np.array([s.label == "fake" for s in samples], bool)
     if not 0 < fakes.sum() < len(fakes):
-        raise X2DFDError(f"split {split!r} needs real and fake pictures to calibrate on")
+        raise X2DFDError(f"split {split!r} needs real and fake pictures to calibrate on", code="no_picture_of_label")
     parts = _columns(rows, None if strangers else MLLM)
     kinds = [kind_of(s.df_class) if s.label == "fake" else "" for s in samples]
     result = fit_calibration(parts, kinds, [_bounded_with(s) for s in samples], false_alarms=false_alarms)
@@ -114,10 +116,10 @@ def _strangers(folder: Path, names: Sequence[str]) -> list[tuple[Expert, set[str
         expert = load_expert(name, path.parent)
         left_out = set(expert.card.figures.get("left_out", ()))
         if not left_out or any(left_out & other for _, other in found):
-            raise X2DFDError(f"{path}: its `left_out` is empty, or names what another's does")
+            raise X2DFDError(f"{path}: its `left_out` is empty, or names what another's does", code="left_out_invalid")
         found.append((expert, left_out))
     if not found:
-        raise X2DFDError(f"{folder}: no folder in it holds weights of {', '.join(names)}")
+        raise X2DFDError(f"{folder}: no folder in it holds weights of {', '.join(names)}", code="left_out_missing")
     return found
 
 

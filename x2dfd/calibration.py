@@ -130,7 +130,9 @@ class Calibration:
             found = cls(**{**data, "kinds": {kind: Logistic(**one) for kind, one in data["kinds"].items()}})
             found._check()
         except (OSError, ValueError) as error:
-            raise SetupError(f"{path} cannot be read: {error}. Make it: x2dfd calibrate") from error
+            raise SetupError(
+                f"{path} cannot be read: {error}. Make it: x2dfd calibrate", code="calibration_unreadable"
+            ) from error
         return found
 
     def _check(self) -> None:

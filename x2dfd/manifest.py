@@ -73,7 +73,7 @@ def read_manifest(path: str | os.PathLike[str], *, split: str | None = None) -> 
     chosen = [s for s in samples if s.split == split]
     if not chosen:
         known = ", ".join(sorted({s.split for s in samples if s.split})) or "none"
-        raise X2DFDError(f"{file.name}: no sample of split {split!r} (splits: {known})")
+        raise X2DFDError(f"{file.name}: no sample of split {split!r} (splits: {known})", code="split_empty")
     return chosen
 
 
@@ -87,7 +87,7 @@ def manifest_paths(path: str | os.PathLike[str], *, remote: Collection[str] = ()
     for number, row in _rows(file):
         where = f"{file.name}: row {number}"
         if not (text := _path(where, row, "path")):
-            raise X2DFDError(f"{where}: no path (columns: {', '.join(row)})")
+            raise X2DFDError(f"{where}: no path (columns: {', '.join(row)})", code="manifest_path_missing")
         yield text if is_address(text, remote) else _absolute(where, file.parent, text)
 
 
@@ -120,20 +120,22 @@ def manifest_sha256(path: str | os.PathLike[str]) -> str:
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if not file.is_file():
-        raise X2DFDError(f"no such manifest: {file}")
+        raise X2DFDError(f"no such manifest: {file}", code="manifest_not_found")
     readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
     if file.suffix.lower() not in readers:
         raise X2DFDError(
-            f"{file.name}: a manifest ends in .csv, .tsv, .jsonl or .parquet; a spreadsheet is saved as CSV UTF-8"
+            f"{file.name}: a manifest ends in .csv, .tsv, .jsonl or .parquet; a spreadsheet is saved as CSV UTF-8",
+            code="manifest_format_unknown",
         )
     try:
         yield from readers[file.suffix.lower()](file)
     except UnicodeDecodeError as error:
         raise X2DFDError(
-            f"{file.name}: not UTF-8 text ({error.reason}): save it as UTF-8 (in a spreadsheet: as CSV UTF-8)"
+            f"{file.name}: not UTF-8 text ({error.reason}): save it as UTF-8 (in a spreadsheet: as CSV UTF-8)",
+            code="manifest_not_utf8",
         ) from error
     except OSError as error:
-        raise X2DFDError(f"{file}: cannot be read ({error.strerror or error})") from error
+        raise X2DFDError(f"{file}: cannot be read ({error.strerror or error})", code="manifest_unreadable") from error
 
 
 def _opened(file: Path) -> TextIO:
@@ -159,15 +161,22 @@ def _csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             names = [name.strip() for name in next(reader, [])]
             if "\0" in header:
-                raise X2DFDError(f"{file.name}: UTF-16 text without a byte order mark: save it as UTF-8")
+                raise X2DFDError(
+                    f"{file.name}: UTF-16 text without a byte order mark: save it as UTF-8", code="manifest_not_utf8"
+                )
             if twice := [name for name, n in Counter(names).items() if n > 1]:
-                raise X2DFDError(f"{file.name}: the column {twice[0]!r} stands twice in the header")
+                raise X2DFDError(
+                    f"{file.name}: the column {twice[0]!r} stands twice in the header", code="manifest_column_twice"
+                )
             for number, cells in enumerate((cells for cells in reader if cells), start=1):
                 if len(cells) != len(names):
-                    raise X2DFDError(f"{file.name}: row {number}: not as many fields as the header names")
+                    raise X2DFDError(
+                        f"{file.name}: row {number}: not as many fields as the header names",
+                        code="manifest_row_malformed",
+                    )
                 yield number, dict(zip(names, cells, strict=True))
         except csv.Error as error:
-            raise X2DFDError(f"{file.name}: line {reader.line_num}: {error}") from error
+            raise X2DFDError(f"{file.name}: line {reader.line_num}: {error}", code="manifest_row_malformed") from error
 
 
 def _unquoted(cell: str) -> str:
@@ -181,9 +190,14 @@ def _jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 row = parse_json(line)
             except ValueError as error:
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-                raise X2DFDError(f"{file.name}: row {number}: not JSON ({reason})") from error
+                raise X2DFDError(
+                    f"{file.name}: row {number}: not JSON ({reason})", code="manifest_row_malformed"
+                ) from error
             if not isinstance(row, dict):
-                raise X2DFDError(f"{file.name}: row {number}: not a JSON object: a line holds one object")
+                raise X2DFDError(
+                    f"{file.name}: row {number}: not a JSON object: a line holds one object",
+                    code="manifest_row_malformed",
+                )
             yield number, row
 
 
@@ -194,10 +208,10 @@ def _parquet(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with pq.ParquetFile(file) as table:
             if twice := [name for name, n in Counter(table.schema_arrow.names).items() if n > 1]:
-                raise X2DFDError(f"{file.name}: the column {twice[0]!r} stands twice")
+                raise X2DFDError(f"{file.name}: the column {twice[0]!r} stands twice", code="manifest_column_twice")
             yield from enumerate((row for batch in table.iter_batches(4096) for row in batch.to_pylist()), start=1)
     except (pa.ArrowException, OSError) as error:
-        raise X2DFDError(f"{file.name}: not a Parquet file ({error})") from error
+        raise X2DFDError(f"{file.name}: not a Parquet file ({error})", code="manifest_unreadable") from error
 
 
 def _check(file: Path, rows: Iterable[tuple[int, dict[str, Any]]]) -> list[Sample]:
@@ -210,35 +224,42 @@ def _check(file: Path, rows: Iterable[tuple[int, dict[str, Any]]]) -> list[Sampl
         where = f"{file.name}: row {number}"
         sample = _sample(where, file.parent, row)
         if sample.path in paths:
-            raise X2DFDError(f"{where}: same path as row {paths[sample.path]}: {row['path']}")
+            raise X2DFDError(
+                f"{where}: same path as row {paths[sample.path]}: {row['path']}", code="manifest_path_twice"
+            )
         if sample.id in ids:
-            raise X2DFDError(f"{where}: same id as row {ids[sample.id]}: {sample.id}")
+            raise X2DFDError(f"{where}: same id as row {ids[sample.id]}: {sample.id}", code="manifest_id_twice")
         split, first = splits.setdefault(sample.group, (sample.split, number))
         if split != sample.split:
             here, there = (f"in {name!r}" if name else "in no split" for name in (sample.split, split))
-            raise X2DFDError(f"{where}: group {sample.group!r} is {here}, in row {first} it is {there}")
+            raise X2DFDError(
+                f"{where}: group {sample.group!r} is {here}, in row {first} it is {there}", code="group_across_splits"
+            )
         paths[sample.path] = ids[sample.id] = number
         samples.append(sample)
     if not samples:
-        raise X2DFDError(f"{file.name}: no rows")
+        raise X2DFDError(f"{file.name}: no rows", code="manifest_empty")
     return samples
 
 
 def _sample(where: str, folder: Path, row: dict[str, Any]) -> Sample:
     for column in ("path", "label"):
         if column not in row:
-            raise X2DFDError(f"{where}: no column {column!r} (columns: {', '.join(row)})")
+            raise X2DFDError(
+                f"{where}: no column {column!r} (columns: {', '.join(row)})", code="manifest_column_missing"
+            )
     path = _path(where, row, "path")
     if not path:
-        raise X2DFDError(f"{where}: empty path")
+        raise X2DFDError(f"{where}: empty path", code="manifest_path_missing")
     texts = {column: _text(where, row, column) for column in _COLUMNS if column not in ("path", "mask", "cues")}
     label = texts["label"]
     if label not in ("real", "fake"):
-        raise X2DFDError(f"{where}: label {row['label']!r} is neither 'real' nor 'fake'")
+        raise X2DFDError(f"{where}: label {row['label']!r} is neither 'real' nor 'fake'", code="manifest_label_unknown")
     df_class = texts["df_class"]
     if df_class and (df_class not in DF_CLASSES or (df_class == "real") != (label == "real")):
         raise X2DFDError(
-            f"{where}: df_class {df_class!r} does not fit label {label!r} (known: {', '.join(DF_CLASSES)})"
+            f"{where}: df_class {df_class!r} does not fit label {label!r} (known: {', '.join(DF_CLASSES)})",
+            code="manifest_df_class_wrong",
         )
     identity = texts["id"] or path
     mask = _path(where, row, "mask")
@@ -265,9 +286,11 @@ def _text(where: str, row: dict[str, Any], column: str) -> str:
         try:
             value = value.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise X2DFDError(f"{where}: column {column!r} holds bytes that are no UTF-8 text") from error
+            raise X2DFDError(
+                f"{where}: column {column!r} holds bytes that are no UTF-8 text", code="manifest_value_not_text"
+            ) from error
     if isinstance(value, dict | list):
-        raise X2DFDError(f"{where}: column {column!r} holds no text")
+        raise X2DFDError(f"{where}: column {column!r} holds no text", code="manifest_value_not_text")
     # A Parquet file that went through pandas writes a missing text as NaN.
     return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value).strip()
 
@@ -291,16 +314,19 @@ def _cues(where: str, value: Any) -> tuple[Cue, ...]:
             check_fields(Cue, cue)
         return tuple(Cue(**cue) for cue in cues)
     except (TypeError, ValueError) as error:
-        raise X2DFDError(f'{where}: cues are not [{{"area": ..., "artifact": ...}}]: {error}') from error
+        raise X2DFDError(
+            f'{where}: cues are not [{{"area": ..., "artifact": ...}}]: {error}', code="manifest_cues_malformed"
+        ) from error
 
 
 def _absolute(where: str, folder: Path, path: str) -> Path:
     if "\0" in path:
-        raise X2DFDError(f"{where}: a path holds a NUL character")
+        raise X2DFDError(f"{where}: a path holds a NUL character", code="manifest_path_invalid")
     if "\\" in path and os.sep == "/" and not os.path.lexists(folder / path):  # written on Windows
         if PureWindowsPath(path).drive:
             raise X2DFDError(
-                f"{where}: {path} is a path of another machine, with a drive: write paths below the manifest's folder"
+                f"{where}: {path} is a path of another machine, with a drive: write paths below the manifest's folder",
+                code="manifest_path_foreign",
             )
         path = path.replace("\\", "/")
     return Path(os.path.abspath(folder / path))

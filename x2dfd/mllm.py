@@ -191,7 +191,10 @@ class LocalMLLM:
         after = self._suffix(prompts.QUESTION).tokens
         total = inputs["input_ids"].shape[1]
         if inputs["input_ids"][0, total - len(after) :].tolist() != after:
-            raise SetupError(f"{self.name}: this processor changes the words after the picture; they cannot be scored")
+            raise SetupError(
+                f"{self.name}: this processor changes the words after the picture; they cannot be scored",
+                code="processor_changes_words",
+            )
         text = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
         return {k: v[:, : total - len(after)] if k in text else v for k, v in inputs.items()}
 

@@ -184,7 +184,10 @@ def render(processor: Any, question: str, start: str = "", turns: Sequence[tuple
         return "\n".join([processor.image_token + processor.tokenizer.bos_token + lines[0], *lines[1:], start])
     frame = framed(processor, conversation(question, turns), answer_next=True)
     if frame.rstrip().endswith("<think>"):
-        raise SetupError("this model thinks before it answers, so no verdict can be scored: take its Instruct variant")
+        raise SetupError(
+            "this model thinks before it answers, so no verdict can be scored: take its Instruct variant",
+            code="model_thinks",
+        )
     if not start or frame[-1].isspace():
         return frame + start
     # LLaVA-1.5's frame ends in "ASSISTANT:", its answers begin with a space; Mistral's in "[/INST]", and they do not.
@@ -230,10 +233,14 @@ def first_tokens(processor: Any, start: str, words: Sequence[str]) -> tuple[int,
     )
     at = len(before)
     if first[:at] != before or second[:at] != before:
-        raise SetupError(f"this tokenizer joins {words[0]!r} or {words[1]!r} with what precedes; it cannot be scored")
+        raise SetupError(
+            f"this tokenizer joins {words[0]!r} or {words[1]!r} with what precedes; it cannot be scored",
+            code="tokenizer_joins_words",
+        )
     if first[at] == second[at]:
         raise SetupError(
-            f"this tokenizer begins {words[0]!r} and {words[1]!r} with the same token; it cannot be scored"
+            f"this tokenizer begins {words[0]!r} and {words[1]!r} with the same token; it cannot be scored",
+            code="tokenizer_words_alike",
         )
     return first[at], second[at]
 

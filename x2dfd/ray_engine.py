@@ -58,7 +58,7 @@ class RayDetector:
             import ray
             import ray.data
         except ImportError as error:
-            raise SetupError("--engine ray needs Ray Data: pip install 'x2dfd[ray]'") from error
+            raise SetupError("--engine ray needs Ray Data: pip install 'x2dfd[ray]'", code="package_missing") from error
         self._ray = ray
         self._options, self._actors, self._judge = dict(options), actors, judge
         self.window = max(WINDOW, A_MODEL * actors)  # files in one dataset; each dataset loads the models anew
@@ -80,7 +80,8 @@ class RayDetector:
         ):  # Ray would wait for ever
             has = "; ".join(f"{node.get('CPU', 0):g} and {node.get('GPU', 0):g}" for node in nodes) or "none"
             raise SetupError(
-                f"an actor needs {cpus} CPUs and {gpus} GPUs of one machine; those of the cluster have {has}"
+                f"an actor needs {cpus} CPUs and {gpus} GPUs of one machine; those of the cluster have {has}",
+                code="cluster_too_small",
             )
         self.facts: dict[str, Any] = self._asked_facts()
 
@@ -143,7 +144,7 @@ class RayDetector:
         except self._ray.exceptions.RayError as error:
             if isinstance(cause := getattr(error, "cause", None), X2DFDError):
                 raise cause from None
-            raise X2DFDError(f"Ray gave up on a batch: {error}") from error
+            raise X2DFDError(f"Ray gave up on a batch: {error}", code="batch_failed") from error
 
 
 def _raw(place: Place) -> bytes:

@@ -35,12 +35,13 @@ class VllmScoring:
     def __post_init__(self) -> None:
         for name in ("engines", "gpus", "batch_size", "max_tokens"):
             if getattr(self, name) < 1:
-                raise X2DFDError(f"{name} must be 1 or more, not {getattr(self, name)}")
+                raise X2DFDError(f"{name} must be 1 or more, not {getattr(self, name)}", code="number_out_of_range")
         if not 0 < self.memory <= 1:
-            raise X2DFDError(f"memory is a share above 0 and up to 1, not {self.memory}")
+            raise X2DFDError(f"memory is a share above 0 and up to 1, not {self.memory}", code="number_out_of_range")
         if not 2 <= self.likeliest <= 20:
             raise X2DFDError(
-                f"likeliest must be from 2 to 20, which vLLM gives without being told, not {self.likeliest}"
+                f"likeliest must be from 2 to 20, which vLLM gives without being told, not {self.likeliest}",
+                code="number_out_of_range",
             )
 
     def rank(self) -> int | None:
@@ -51,7 +52,9 @@ class VllmScoring:
         try:
             return int(json.loads(path.read_text(encoding="utf-8"))["r"])
         except (OSError, ValueError, KeyError) as error:
-            raise SetupError(f"{path} cannot be read ({error}); make it: python -m finetune.split") from error
+            raise SetupError(
+                f"{path} cannot be read ({error}); make it: python -m finetune.split", code="split_unreadable"
+            ) from error
 
     def config(self) -> dict[str, Any]:
         """The arguments of ray.data.llm.vLLMEngineProcessorConfig."""
@@ -98,7 +101,9 @@ class VllmScoring:
         try:
             from ray.data.llm import build_processor, vLLMEngineProcessorConfig
         except ImportError as error:
-            raise SetupError(f"this needs ray[llm] with vLLM, on a GPU: pip install 'ray[llm]' ({error})") from error
+            raise SetupError(
+                f"this needs ray[llm] with vLLM, on a GPU: pip install 'ray[llm]' ({error})", code="package_missing"
+            ) from error
         from transformers import AutoProcessor
 
         base: Any = AutoProcessor.from_pretrained(self.model)

@@ -177,7 +177,9 @@ class Rows:
             self._base.execute("ROLLBACK")
             self._base.close()
             self.work.unlink(missing_ok=True)
-            raise X2DFDError(f"{self.path} is no table of x2dfd: move it away or give another --out") from error
+            raise X2DFDError(
+                f"{self.path} is no table of x2dfd: move it away or give another --out", code="table_foreign"
+            ) from error
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
@@ -185,12 +187,16 @@ class Rows:
             yield
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
-                raise X2DFDError(f"another run writes {self.path}: wait for it, or give another --out") from error
-            raise X2DFDError(f"cannot write {self.work}: {error}") from error
+                raise X2DFDError(
+                    f"another run writes {self.path}: wait for it, or give another --out", code="table_locked"
+                ) from error
+            raise X2DFDError(f"cannot write {self.work}: {error}", code="cannot_write") from error
         except sqlite3.DatabaseError as error:
-            raise X2DFDError(f"{self.work} is damaged ({error}): remove it, and the run starts anew") from error
+            raise X2DFDError(
+                f"{self.work} is damaged ({error}): remove it, and the run starts anew", code="table_damaged"
+            ) from error
         except OSError as error:
-            raise X2DFDError(f"cannot write {self.path}: {error.strerror or error}") from error
+            raise X2DFDError(f"cannot write {self.path}: {error.strerror or error}", code="cannot_write") from error
 
 
 def work_file(path: Path) -> Path:

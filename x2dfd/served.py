@@ -132,12 +132,15 @@ class ServedMLLM:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
             raise SetupError(
-                "a served model needs an address such as http://localhost:8000/v1; a key belongs in OPENAI_API_KEY"
+                "a served model needs an address such as http://localhost:8000/v1; a key belongs in OPENAI_API_KEY",
+                code="address_missing",
             )
         try:
             import openai
         except ImportError as error:
-            raise SetupError("a served model needs the package openai: pip install 'x2dfd[serve]'") from error
+            raise SetupError(
+                "a served model needs the package openai: pip install 'x2dfd[serve]'", code="package_missing"
+            ) from error
         self.name = f"served:{model}"
         self.host = parts.netloc
         self.batch = concurrency  # faces that are asked about together
@@ -302,12 +305,14 @@ class ServedMLLM:
         if reply.text.lstrip().startswith(THINKS):
             raise SetupError(
                 f"{self._model!r} thinks before it answers, so nothing can be scored: serve its Instruct variant, or "
-                "switch thinking off at the server"
+                "switch thinking off at the server",
+                code="model_thinks",
             )
         if not reply.first:
             raise SetupError(
                 f"{self.host} gives no log-probabilities for {self._model!r}, so nothing can be scored: serve it with "
-                "vLLM or SGLang, or choose a model whose API has logprobs"
+                "vLLM or SGLang, or choose a model whose API has logprobs",
+                code="log_probabilities_missing",
             )
         return reply
 
@@ -358,22 +363,30 @@ class ServedMLLM:
             if status is not None and 300 <= status < 400:
                 raise SetupError(
                     f"{self.host} sends elsewhere, to {error.response.headers.get('location')}; face crops are sent "
-                    "where you say alone: give that address, if you trust it"
+                    "where you say alone: give that address, if you trust it",
+                    code="redirected",
                 ) from None
             if status in (401, 403):
-                raise SetupError(f"{self.host} refuses the key: set OPENAI_API_KEY ({said})") from None
+                raise SetupError(
+                    f"{self.host} refuses the key: set OPENAI_API_KEY ({said})", code="key_refused"
+                ) from None
             if status == 404:
                 raise SetupError(
-                    f"{self.host} has no model {self._model!r}, or no such address (it ends in /v1 mostly): {said}"
+                    f"{self.host} has no model {self._model!r}, or no such address (it ends in /v1 mostly): {said}",
+                    code="model_not_served",
                 ) from None
             if status in (400, 422) and "logprob" in said.lower():
-                raise SetupError(f"{self.host} gives no log-probabilities for {self._model!r}: {said}") from None
+                raise SetupError(
+                    f"{self.host} gives no log-probabilities for {self._model!r}: {said}",
+                    code="log_probabilities_missing",
+                ) from None
             if status in (400, 413, 422):  # what refuses a request is up and well, but may refuse every one
                 self._failed, self._refused = 0, self._refused + 1
                 if self._refused >= REFUSALS_FIRST and not self._answered:
                     raise SetupError(
                         f"{self.host} refused the first {self._refused} requests, last: {said}. Does {self._model!r} "
-                        "take pictures, and is its context long enough?"
+                        "take pictures, and is its context long enough?",
+                        code="requests_refused",
                     ) from None
             else:
                 self._count_failure(said)
@@ -382,7 +395,8 @@ class ServedMLLM:
             raise InputError("endpoint_error", f"{self.host}: {said}") from None
         except api.APIConnectionError as error:
             raise SetupError(
-                f"{self.host} cannot be reached ({self._said(error.__cause__ or error)}). Is the server up?"
+                f"{self.host} cannot be reached ({self._said(error.__cause__ or error)}). Is the server up?",
+                code="endpoint_unreachable",
             ) from None
         self._failed = 0
         return reply
@@ -392,7 +406,8 @@ class ServedMLLM:
         self._failed += 1
         if self._failed >= FAILURES_IN_A_ROW:
             raise SetupError(
-                f"{self.host} failed {self._failed} times in a row, last: {said}. Run again when it answers"
+                f"{self.host} failed {self._failed} times in a row, last: {said}. Run again when it answers",
+                code="endpoint_failing",
             ) from None
 
     def _said(self, error: BaseException) -> str:
@@ -416,7 +431,9 @@ class ServedMLLM:
         try:
             found = {str(m.id): m for m in getattr(await self._guarded(listed), "data", None) or ()}
         except (InputError, AttributeError, TypeError) as error:
-            raise SetupError(f"{self.host} has a model list that cannot be read: {error}") from None
+            raise SetupError(
+                f"{self.host} has a model list that cannot be read: {error}", code="endpoint_malformed"
+            ) from None
         if not found:
             return None
         listed_as = self._model if self._model in found else self._model.rpartition(":")[0]  # SGLang's BASE:ADAPTER

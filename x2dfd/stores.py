@@ -44,12 +44,14 @@ def read_address(address: str) -> bytes:
     try:
         import fsspec
     except ImportError as error:
-        raise SetupError("addresses need the package fsspec: pip install 'x2dfd[ray]'") from error
+        raise SetupError(
+            "addresses need the package fsspec: pip install 'x2dfd[ray]'", code="package_missing"
+        ) from error
     try:
         with fsspec.open(address, "rb") as file:
             data: bytes = file.read(MAX_BYTES + 1)
     except ImportError as error:  # fsspec names the package
-        raise SetupError(str(error)) from error
+        raise SetupError(str(error), code="address_invalid") from error
     except FileNotFoundError as error:
         raise InputError("not_found", "there is no such file") from error
     except Exception as error:  # every store has errors of its own; fsspec gives them no common base

@@ -63,7 +63,7 @@ def add_to_tower(tower: torch.nn.Module, additions: Mapping[str, Tensor]) -> Non
     for name, value in additions.items():
         if name.endswith(LORA_B):
             if name.replace(LORA_B, LORA_A) not in additions:
-                raise SetupError(f"the tower's additions hold {name} without its lora_A")
+                raise SetupError(f"the tower's additions hold {name} without its lora_A", code="tower_incomplete")
             continue
         target = name.replace(LORA_A, ".weight")
         if target.startswith("encoder.layers.") and int(target.split(".")[2]) >= kept:
@@ -71,10 +71,13 @@ def add_to_tower(tower: torch.nn.Module, additions: Mapping[str, Tensor]) -> Non
         weight, change = parameters.get(target), value.float()
         if name.endswith(LORA_A):
             if (up := additions.get(name.replace(LORA_A, LORA_B))) is None or up.shape[1] != value.shape[0]:
-                raise SetupError(f"the tower's additions hold no fitting lora_B for {target}")
+                raise SetupError(f"the tower's additions hold no fitting lora_B for {target}", code="tower_incomplete")
             change = up.float() @ value.float()
         if weight is None or weight.shape != change.shape:
-            raise SetupError(f"the tower has no {target} of shape {tuple(change.shape)}: these additions fit another")
+            raise SetupError(
+                f"the tower has no {target} of shape {tuple(change.shape)}: these additions fit another",
+                code="tower_does_not_fit",
+            )
         change = change.to(weight)
         weight.copy_(weight + change if name.endswith(LORA_A) else change)
 
@@ -109,7 +112,9 @@ def read_additions(path: Path) -> dict[str, Tensor]:
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise SetupError(f"the tower's weights {path} cannot be read: {error}; reinstall x2dfd") from error
+        raise SetupError(
+            f"the tower's weights {path} cannot be read: {error}; reinstall x2dfd", code="tower_unreadable"
+        ) from error
     return {k.removeprefix("tower."): v for k, v in weights.items() if k.startswith("tower.")}
 
 

@@ -74,7 +74,9 @@ class Validation:
             found = cls(**{**data, **lists, "steps": tuple(tuple(map(float, step)) for step in data["steps"])})
             found._check()
         except (OSError, ValueError) as error:
-            raise SetupError(f"{path} cannot be read: {error}. Make it: python -m eval.validation") from error
+            raise SetupError(
+                f"{path} cannot be read: {error}. Make it: python -m eval.validation", code="validation_unreadable"
+            ) from error
         return found
 
     def _check(self) -> None:

@@ -33,7 +33,10 @@ Compare = Callable[[Sequence[Sequence[str]], Sequence[str]], Part]
 def run(run: Run) -> Made:
     samples, every = run.samples, run.every()
     if not any(s.cues or texts.references_of(s) for s in samples):
-        raise X2DFDError(f"{run.manifest.name}: no chosen sample has known cues or references, nothing to describe")
+        raise X2DFDError(
+            f"{run.manifest.name}: no chosen sample has known cues or references, nothing to describe",
+            code="nothing_to_measure",
+        )
     baselines = Baselines.of(every, samples)
     own = sum(bool(texts.references_of(s)) for s in samples)
     asked: Counter[str] = Counter()

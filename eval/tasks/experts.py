@@ -107,7 +107,7 @@ def load_experts(names: Sequence[str] | None, folder: Path | None = None) -> tup
         except SetupError as error:
             reasons[name] = str(error)
     if not found:
-        raise SetupError("no expert can be loaded: " + "; ".join(reasons.values()))
+        raise SetupError("no expert can be loaded: " + "; ".join(reasons.values()), code="no_expert")
     return found, reasons
 
 

@@ -70,7 +70,7 @@ def run_chat(run: Run) -> Made:
 def need_texts(model: Any, task: str) -> None:
     """Raises X2DFDError for a model that writes nothing."""
     if not model.writes:
-        raise X2DFDError(f"{task} asks for words, and {model.name} writes none")
+        raise X2DFDError(f"{task} asks for words, and {model.name} writes none", code="model_without_words")
 
 
 _WORDINGS = f"real or fake in words (DF-D): {len(answers.QUESTIONS)} wordings, half reversed"

@@ -67,7 +67,10 @@ def consistency(
     before = read_card(start / "consistency.card.json") if start else None
     if start and before:
         if known := sorted(set(held_out) - set(before.figures.get("held_out", ()))):
-            raise X2DFDError(f"{start} holds weights that were trained with {', '.join(known)}: nothing is left out")
+            raise X2DFDError(
+                f"{start} holds weights that were trained with {', '.join(known)}: nothing is left out",
+                code="start_knows_left_out",
+            )
         net.load_state_dict(load_weights(before, start))
     elif not from_scratch:
         net.trunk.load_state_dict(imagenet_state(require("lite0") / "efficientnet-lite0.pth"))
@@ -132,7 +135,7 @@ class LocalTruth:
         from external_detectors.consistency_net import POOLED
 
         if crops.masks is None or not any(s.mask for s in crops.samples):
-            raise X2DFDError("no masks: this expert learns from forgeries of `data_gen forge`")
+            raise X2DFDError("no masks: this expert learns from forgeries of `data_gen forge`", code="masks_missing")
         self.crops, self.masks = crops, crops.masks
         self.rows = [i for i, s in enumerate(crops.samples) if s.label == "real" or s.mask]
         self.samples = [crops.samples[i] for i in self.rows]
@@ -140,7 +143,10 @@ class LocalTruth:
         for k, sample in enumerate(self.samples):
             for cue in sample.cues:
                 if cue.area not in POOLED:
-                    raise X2DFDError(f"{sample.id}: the mesh cannot place {cue.area!r}, so it cannot be learnt")
+                    raise X2DFDError(
+                        f"{sample.id}: the mesh cannot place {cue.area!r}, so it cannot be learnt",
+                        code="cue_unplaceable",
+                    )
                 seen = cue.score is None or cue.score >= CUE_SEEN_FROM
                 self.cues[k, POOLED.index(cue.area), ARTIFACTS.index(cue.artifact)] = 1 if seen else -1
         # A picture that combines methods is held out if one of them is.

@@ -61,7 +61,7 @@ def heads(
     net = TowerHeads()
     found = net.load_state_dict({k: v for k, v in weights.items() if not k.startswith("tower.")}, strict=False)
     if unknown := [k for k in found.unexpected_keys]:
-        raise X2DFDError(f"{start}: {unknown[0]} is no part of the heads")
+        raise X2DFDError(f"{start}: {unknown[0]} is no part of the heads", code="tensor_unknown")
     additions = start / card.weights
     crops = load_crops(data)
     rows = training_rows(crops, limit)

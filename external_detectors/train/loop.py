@@ -45,7 +45,7 @@ def balanced(samples: Sequence[Sample], rng: np.random.Generator, split: str, by
             key = sample.method.split("+")[0] if by_method and label == "fake" else sample.source
             sources.setdefault(key, []).append(int(i))
         if not sources:
-            raise X2DFDError(f"the manifest has no {label} sample in split {split!r}")
+            raise X2DFDError(f"the manifest has no {label} sample in split {split!r}", code="no_picture_of_label")
         weights = np.array([len(v) ** 0.5 for v in sources.values()])
         pools.append(([np.array(v) for v in sources.values()], weights / weights.sum()))
     while True:
@@ -150,7 +150,10 @@ def restore(path: Path, run: str, modules: dict[str, torch.nn.Module], optimizer
     with safe_open(path, "pt") as stream:
         metadata = stream.metadata()
     if metadata.get("run") != run:
-        raise X2DFDError(f"{path} is the state of a training with other data or settings; choose another --state")
+        raise X2DFDError(
+            f"{path} is the state of a training with other data or settings; choose another --state",
+            code="training_state_differs",
+        )
     tensors = load_file(path)
     for name, module in modules.items():
         prefix = f"{name}."
@@ -204,7 +207,10 @@ def fit(
     if not done:
         best.unlink(missing_ok=True)  # of a run that has no state is of another run
     if done > steps:
-        raise X2DFDError(f"{saved} is {done} steps old, more than --steps {steps}; choose another --state")
+        raise X2DFDError(
+            f"{saved} is {done} steps old, more than --steps {steps}; choose another --state",
+            code="training_state_too_old",
+        )
     started, losses = time.monotonic(), []
     with ThreadPoolExecutor(1) as pool:
         # A generator a step: a resumed run draws what the uninterrupted one would.

@@ -122,7 +122,10 @@ def start_from(net: Net, weights: dict[str, Tensor], scale: float = 2.0) -> None
     with torch.no_grad():
         for short, value in weights.items():
             if short not in by_short or by_short[short].shape != value.shape:
-                raise X2DFDError(f"the start holds {short} of shape {tuple(value.shape)}, which this tower lacks")
+                raise X2DFDError(
+                    f"the start holds {short} of shape {tuple(value.shape)}, which this tower lacks",
+                    code="start_does_not_fit",
+                )
             by_short[short].copy_(value / scale if short.endswith(LORA_B) else value)
 
 
@@ -137,7 +140,10 @@ class Pictures(IterableDataset[tuple[Any, ...]]):
         self.sets, self.seed = sets, seed
         fakes = [s for crops in sets for s in crops.samples if s.label == "fake"]
         if unclear := [s.id for s in fakes if s.df_class not in KINDS[1:]]:
-            raise X2DFDError(f"{len(unclear)} fakes without df_class (FS, FR, FE, EFS), such as {unclear[0]}")
+            raise X2DFDError(
+                f"{len(unclear)} fakes without df_class (FS, FR, FE, EFS), such as {unclear[0]}",
+                code="df_class_missing",
+            )
         every = [(k, i) for k, crops in enumerate(sets) for i in range(len(crops.samples))]
         donors = {s.group: s.source for crops in sets for s in crops.samples if not s.synthetic}
         kept_out = {(k, i) for k, i in every if origins_of(sets[k].samples[i], donors) & set(leave_out)}
@@ -228,7 +234,7 @@ def _odds(samples: Sequence[Sample]) -> NDArray[np.float64]:
     odds = np.array([sizes[k] ** -0.5 * min(1.0, CLIP / groups[s.group]) for k, s in zip(keys, samples, strict=True)])
     fake = np.array([k[0] == "fake" for k in keys])
     if not fake.any() or fake.all():
-        raise X2DFDError("the manifests hold no real or no fake picture of split `train`")
+        raise X2DFDError("the manifests hold no real or no fake picture of split `train`", code="no_picture_of_label")
     odds[fake] *= FAKES / odds[fake].sum()
     odds[~fake] *= (1 - FAKES) / odds[~fake].sum()
     return odds
@@ -507,7 +513,10 @@ def _resume(
     with safe_open(path, "pt") as stream:
         metadata = stream.metadata()
     if json.loads(metadata["run"]) != json.loads(json.dumps(asdict(settings))):
-        raise X2DFDError(f"{path} is the state of a training with other data or settings; choose another --state")
+        raise X2DFDError(
+            f"{path} is the state of a training with other data or settings; choose another --state",
+            code="training_state_differs",
+        )
     tensors = load_file(path)
     _put(trained, {n: tensors[f"now.{n}"] for n in trained})
     for name, value in average.items():

@@ -102,9 +102,9 @@ def assess(
     """
     texts = [q.text for q in questions]
     if repeated := sorted({t for t in texts if texts.count(t) > 1}):
-        raise X2DFDError(f"asked twice: {repeated[0]}")
+        raise X2DFDError(f"asked twice: {repeated[0]}", code="question_twice")
     if all(q.origin == "random" for q in questions):
-        raise X2DFDError("no cue questions to ask")
+        raise X2DFDError("no cue questions to ask", code="no_questions")
     chosen = chosen_pictures(data, split, limit, seed)
     out.mkdir(parents=True, exist_ok=True)
     rows = ask_all(model, data, chosen, texts, out, progress)

@@ -71,10 +71,11 @@ def read_questions(path: Path) -> list[CueQuestion]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise X2DFDError(
             f"{path}: not a question file ({error}); a published list becomes one by "
-            f"`python -m data_gen questions --published {path} --out FILE`"
+            f"`python -m data_gen questions --published {path} --out FILE`",
+            code="questions_malformed",
         ) from error
     if not questions:
-        raise X2DFDError(f"{path}: no questions")
+        raise X2DFDError(f"{path}: no questions", code="no_questions")
     return questions
 
 
@@ -90,9 +91,12 @@ def chosen_pictures(data: CropSet, split: str | None, limit: int | None, seed: i
     }
     if empty := [label for label, side in sides.items() if not side]:
         where = f" in split {split!r}" if split else ""
-        raise X2DFDError(f"an assessment compares real and fake; there is no usable {empty[0]} image{where}")
+        raise X2DFDError(
+            f"an assessment compares real and fake; there is no usable {empty[0]} image{where}",
+            code="no_picture_of_label",
+        )
     if limit is not None and limit < 2:
-        raise X2DFDError("--limit must be at least 2: one real, one fake")
+        raise X2DFDError("--limit must be at least 2: one real, one fake", code="limit_too_small")
     order = sorted(
         (turn, label, i) for label, side in sides.items() for turn, i in enumerate(rng.permutation(side).tolist())
     )
@@ -126,7 +130,10 @@ def _saved_rows(out: Path, key: dict[str, str]) -> dict[str, _Row]:
         table = pq.read_table(file)
         metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
         if any(metadata.get(k) != v for k, v in key.items()):
-            raise X2DFDError(f"{out} holds answers of another model or to other questions; choose another --out")
+            raise X2DFDError(
+                f"{out} holds answers of another model or to other questions; choose another --out",
+                code="answers_of_another_run",
+            )
         rows.update({r["id"]: r for r in table.to_pylist()})
     return rows
 
@@ -136,12 +143,15 @@ def _ask(model: Answerer, crop: NDArray[np.uint8], texts: Sequence[str]) -> tupl
     p_yes, said = np.asarray(answers.p_yes, np.float64), list(answers.said)
     if p_yes.shape != (len(texts),) or len(said) != len(texts):
         raise X2DFDError(
-            f"{model.name} gave {p_yes.shape} probabilities and {len(said)} answers to {len(texts)} questions"
+            f"{model.name} gave {p_yes.shape} probabilities and {len(said)} answers to {len(texts)} questions",
+            code="answers_malformed",
         )
     if not (np.isfinite(p_yes).all() and (p_yes >= 0).all() and (p_yes <= 1).all()):
-        raise X2DFDError(f"{model.name} gave a P(yes) outside [0, 1]")
+        raise X2DFDError(f"{model.name} gave a P(yes) outside [0, 1]", code="answers_malformed")
     if strange := set(said) - {"yes", "no", "other"}:
-        raise X2DFDError(f"{model.name} gave answers other than yes, no, other: {sorted(strange)}")
+        raise X2DFDError(
+            f"{model.name} gave answers other than yes, no, other: {sorted(strange)}", code="answers_malformed"
+        )
     return p_yes.tolist(), said
 
 
@@ -162,7 +172,10 @@ def ask_all(
     if again is not None:  # two models may go by one name
         p_yes, _ = _ask(model, data.crops[again], texts)
         if not np.allclose(p_yes, known[data.samples[again].id]["p_yes"], rtol=0, atol=1e-3):
-            raise X2DFDError(f"{out} holds answers of another model named {model.name!r}; choose another --out")
+            raise X2DFDError(
+                f"{out} holds answers of another model named {model.name!r}; choose another --out",
+                code="answers_of_another_model",
+            )
     todo = [i for i in chosen if data.samples[i].id not in known]
     fresh: list[_Row] = []
     number = len(list(parts.glob("*.parquet")))

@@ -62,7 +62,9 @@ def read_assessment(path: Path) -> Assessment:
     try:
         return Assessment.from_dict(json.loads(file.read_text("utf-8")))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise X2DFDError(f"{file}: not an assessment ({error!r}); make one: x2dfd assess --data … --out …") from error
+        raise X2DFDError(
+            f"{file}: not an assessment ({error!r}); make one: x2dfd assess --data … --out …", code="not_an_assessment"
+        ) from error
 
 
 def strong_cues(assessment: Assessment) -> list[tuple[str, str]]:
