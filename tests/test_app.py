@@ -28,12 +28,12 @@ from skimage import data
 pytest.importorskip("gradio", reason="gradio is not installed: pip install -c constraints.txt '.[app]'")
 
 import app.__main__ as command
-from app import demo
+from app import demo, pieces
 from x2dfd import case as case_record
 from x2dfd import follow_up
 from x2dfd.errors import InputError, SetupError
 from x2dfd.html_report import UNCOUNTED
-from x2dfd.media import load_media, media_summary
+from x2dfd.media import Frame, Video, load_media, media_summary
 from x2dfd.statements import CAVEAT, LEAD
 from x2dfd.types import Cue, Evidence, FaceReport, Failure, Report, Verdict
 
@@ -85,7 +85,13 @@ class FakeDetector:
         self.may_go = threading.Event()
         self.may_go.set()
 
-    def detect_many(self, sources: Iterable[str], *, rationale: bool = True) -> Iterator[Report | Failure]:
+    def detect_many(
+        self,
+        sources: Iterable[str],
+        *,
+        rationale: bool = True,
+        on_progress: Callable[[Frame | FaceReport], None] | None = None,
+    ) -> Iterator[Report | Failure]:
         for source in sources:
             self.judged += 1
             self.may_go.wait(20)
@@ -98,6 +104,16 @@ class FakeDetector:
                 continue
             facts = media_summary(media)
             faces = self.faces(rationale)[: facts["width"] // 512]
+            if isinstance(media, Video):  # a face in each frame, more suspicious from one to the next
+                faces = tuple(
+                    replace(faces[0], index=i, frame=frame.index, time_s=frame.time_s, verdict=Verdict("fake", p))
+                    for i, frame in enumerate(media.frames)
+                    if (p := 0.3 + 0.6 * i / len(media.frames))
+                )
+                for told in (*media.frames, *faces):
+                    if on_progress:
+                        on_progress(told)
+                        self.slow()
             first = faces[0] if faces else None
             yield Report(
                 path=source,
@@ -114,6 +130,9 @@ class FakeDetector:
                 timings={},
             )
 
+    def slow(self) -> None:
+        """Between two frames."""
+
     def faces(self, rationale: bool) -> tuple[FaceReport, ...]:
         text = self.rationale if rationale else ""
         return (face(0, 172, 0.93, text), face(1, 684, 0.08, text and "This one looks natural."))
@@ -129,7 +148,8 @@ class FakeDetector:
                     time.sleep(0.01)
         finally:
             self.writing.clear()
-        faces = self.faces(True)[: len(report.faces)]
+        texts = (self.rationale, "This one looks natural.")
+        faces = tuple(replace(f, rationale=texts[f.index % 2]) for f in report.faces)
         return replace(report, faces=faces, rationale=faces[0].rationale, cues=faces[0].cues)
 
     def chat(self, report: Report, question: str, *, source: str | None = None) -> str:
@@ -146,7 +166,8 @@ class Visitor:
         self.http = httpx.Client(base_url=f"{address.rstrip('/')}/gradio_api", timeout=30)
         config = httpx.get(f"{address.rstrip('/')}/config").json()
         self.labels = {
-            c["id"]: c["props"].get("label") or c["props"].get("value") or c["type"] for c in config["components"]
+            c["id"]: next(filter(None, map(c["props"].get, ("elem_id", "label", "value"))), c["type"])
+            for c in config["components"]
         }
         self.events: dict[tuple[str, str], dict[str, Any]] = {}
         self.cancels = {
@@ -163,20 +184,24 @@ class Visitor:
         answer.raise_for_status()
         return {"path": answer.json()[0], "meta": {"_type": "gradio.FileData"}}
 
-    def join(self, label: str, event: str, *values: Any) -> httpx.Response:
-        body = {"data": list(values), "fn_index": self.events[label, event]["id"], "session_hash": self.session}
+    def join(self, label: str, event: str, *values: Any, told: Any = None) -> httpx.Response:
+        """`told`: what the page sends of the event itself, as which row was clicked."""
+        body = {
+            "data": list(values), "fn_index": self.events[label, event]["id"], "session_hash": self.session,
+            "event_data": told,
+        }  # fmt: skip
         joined = self.http.post("/queue/join", json=body)
         self.last_event = joined.json().get("event_id")
         return joined
 
-    def use(self, label: str, event: str, *values: Any) -> dict[str, Any]:
+    def use(self, label: str, event: str, *values: Any, told: Any = None) -> dict[str, Any]:
         """The message that ends the event: `success`, and `output` with the values or the error."""
-        *_, last = self.follow(label, event, *values)
+        *_, last = self.follow(label, event, *values, told=told)
         return last
 
-    def follow(self, label: str, event: str, *values: Any) -> Iterator[dict[str, Any]]:
+    def follow(self, label: str, event: str, *values: Any, told: Any = None) -> Iterator[dict[str, Any]]:
         """Every message of the event, until the one that ends it."""
-        self.join(label, event, *values).raise_for_status()
+        self.join(label, event, *values, told=told).raise_for_status()
         with self.http.stream("GET", "/queue/data", params={"session_hash": self.session}) as stream:
             for line in stream.iter_lines():
                 message = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
@@ -187,7 +212,7 @@ class Visitor:
 
     def show(self, content: bytes, name: str = "photo.jpg") -> dict[str, Any]:
         """What the page holds after a file was chosen."""
-        done = self.use(UPLOAD, "upload", self.upload(content, name), MODEL_NAME)
+        done = self.use(UPLOAD, "upload", [self.upload(content, name)], MODEL_NAME)
         assert done["success"], done
         names = ("case", "turns", "card", "pick", "panel", "downloads", "html", "json", "chat", "question")
         return dict(zip(names, done["output"]["data"], strict=False))
@@ -206,7 +231,7 @@ class Visitor:
 
 
 MODEL_NAME = "embedded"
-UPLOAD = "A photo or a short video (up to 30 MB)"
+UPLOAD = "Photos or short videos (up to 30 MB each)"
 
 
 class Page(HTMLParser):
@@ -336,7 +361,7 @@ def test_an_expert_without_a_weight_is_named_so(detector: FakeDetector, tmp_path
     lines = follow_up.who_said(told, told.faces[0]).splitlines()
     [line] = [line for line in lines if "no weight" in line]
     assert line == "- consistency: 91 % (no weight of its own in the verdict)"
-    panel = Page(demo.face_panel(demo.Case(told, "one.jpg", {None: ""}), 0)).text
+    panel = Page(pieces.face_panel(pieces.Case(told, "one.jpg", {None: ""}), 0)).text
     assert panel.count(UNCOUNTED) == 1 and f"consistency 91 % {UNCOUNTED}" in panel.replace("\xa0", " ")
 
 
@@ -361,9 +386,9 @@ def test_video_is_shown_by_its_frame(detector: FakeDetector, tmp_path: Path) -> 
     assert isinstance(report, Report)
     faces = tuple(replace(report.faces[0], index=i, frame=8 * i, time_s=float(i)) for i in (0, 1))
     report = replace(report, faces=faces, media={**report.media, "kind": "video"})
-    case = demo.Case(report, "gone.mp4", {0: "data:image/jpeg;base64,AAAA", 8: "data:image/jpeg;base64,BBBB"})
-    assert Page(demo.face_panel(case, 1)).all("img")[0]["src"] == "data:image/jpeg;base64,BBBB"
-    assert demo.choices(case.report)[1][0].startswith("Face 2 at 1.0 s")
+    case = pieces.Case(report, "gone.mp4", {0: "data:image/jpeg;base64,AAAA", 8: "data:image/jpeg;base64,BBBB"})
+    assert Page(pieces.face_panel(case, 1)).all("img")[0]["src"] == "data:image/jpeg;base64,BBBB"
+    assert pieces.choices(case.report)[1][0].startswith("Face 2 at 1.0 s")
     assert "only its report can be quoted: The jaw" in demo.answer(detector, case, 1, "What about the eyes?")
 
 
@@ -390,7 +415,7 @@ def test_map_can_be_switched_on(visitor: Visitor) -> None:
 def test_verdict_comes_first_and_the_explanation_streams_in(visitor: Visitor, detector: FakeDetector) -> None:
     """Nobody should wait seconds for a text before the verdict; a text that is drawn as HTML would run."""
     detector.rationale = f"The jaw {HOSTILE} has an edge"
-    messages = list(visitor.follow(UPLOAD, "upload", visitor.upload(ONE), MODEL_NAME))
+    messages = list(visitor.follow(UPLOAD, "upload", [visitor.upload(ONE)], MODEL_NAME))
     sent = [json.dumps(m["output"]) for m in messages if m.get("msg") == "process_generating"]
     verdict = next(i for i, text in enumerate(sent) if "Likely fake" in text)
     texts = [i for i, text in enumerate(sent) if "being written" in text and "The jaw" in text]
@@ -402,10 +427,10 @@ def test_verdict_comes_first_and_the_explanation_streams_in(visitor: Visitor, de
 def test_stop_ends_the_writing_and_keeps_the_verdict(visitor: Visitor, detector: FakeDetector) -> None:
     """A visitor who has seen enough must not hold the model; the verdict and its report stay."""
     detector.endless = True
-    visitor.join(UPLOAD, "upload", visitor.upload(ONE), MODEL_NAME).raise_for_status()
+    visitor.join(UPLOAD, "upload", [visitor.upload(ONE)], MODEL_NAME).raise_for_status()
     assert detector.writing.wait(20)
-    cancelled = [d["id"] for (label, event), d in visitor.events.items() if (label, event) == (UPLOAD, "upload")]
-    assert visitor.cancels["Stop writing"] == cancelled
+    cancelled = [visitor.events[name]["id"] for name in ((UPLOAD, "upload"), ("tries", "select"), ("results", "select"))]
+    assert visitor.cancels["Stop"] == cancelled
     listening = threading.Thread(target=visitor.drain, daemon=True)
     listening.start()
     time.sleep(0.3)
@@ -424,9 +449,9 @@ def test_stopped_explanation_is_said(detector: FakeDetector, tmp_path: Path) -> 
     """ "The explanation is being written" for ever would keep a visitor waiting."""
     [report] = detector.detect_many([str(_written(tmp_path, ONE))], rationale=False)
     assert isinstance(report, Report)
-    stopped = demo.Case(report, "x.jpg", {None: "data:image/jpeg;base64,AAAA"}, stage="stopped")
-    assert "was stopped" in demo.face_panel(stopped, 0)
-    assert "being written" in demo.face_panel(replace(stopped, stage="writing"), 0)
+    stopped = pieces.Case(report, "x.jpg", {None: "data:image/jpeg;base64,AAAA"}, stage="stopped")
+    assert "was stopped" in pieces.face_panel(stopped, 0)
+    assert "being written" in pieces.face_panel(replace(stopped, stage="writing"), 0)
 
 
 def test_closing_the_text_ends_the_writing(detector: FakeDetector) -> None:
@@ -506,7 +531,7 @@ def test_a_served_model_judges_on_the_page_which_names_the_server(
             address = demo.launch(page, "127.0.0.1", port, block=False)
             assert f"Cut-out faces are sent to {name.removeprefix('m at ')}" in httpx.get(f"{address}config").text
             visitor = Visitor(address)
-            done = visitor.use(UPLOAD, "upload", visitor.upload(ONE), name)
+            done = visitor.use(UPLOAD, "upload", [visitor.upload(ONE)], name)
             card, panel = (Page(done["output"]["data"][i]).text for i in (2, 4))
             assert "Likely fake" in card and "not calibrated" in card and "no calibration was fitted" in card
             assert "The jaw looks blurred." in panel
@@ -525,13 +550,13 @@ def test_models_can_be_picked(detector: FakeDetector, folder: Path, port: int) -
     page = demo.build(detector, name="one", others={"two": lambda: second, "three": broken})
     try:
         visitor = Visitor(demo.launch(page, "127.0.0.1", port, block=False))
-        done = visitor.use(UPLOAD, "upload", visitor.upload(ONE), "two")
+        done = visitor.use(UPLOAD, "upload", [visitor.upload(ONE)], "two")
         assert done["success"] and (detector.judged, second.judged) == (0, 1)
         visitor.ask("What about the eyes?")
         assert second.asked and not detector.asked
-        told = visitor.use(UPLOAD, "upload", visitor.upload(ONE), "three")["output"]["data"][2]
+        told = visitor.use(UPLOAD, "upload", [visitor.upload(ONE)], "three")["output"]["data"][2]
         assert "x2dfd fetch" in told and "cannot be used" in told
-        assert not visitor.use(UPLOAD, "upload", visitor.upload(ONE), "four")["success"]
+        assert not visitor.use(UPLOAD, "upload", [visitor.upload(ONE)], "four")["success"]
     finally:
         page.close(verbose=False)
 
@@ -603,9 +628,9 @@ def test_hostile_text_stays_text(visitor: Visitor, detector: FakeDetector) -> No
     file = visitor.upload(ONE)["path"]
     [report] = detector.detect_many([file])
     assert isinstance(report, Report)
-    case, _ = demo.open_case(replace(report, path=HOSTILE, warnings=(HOSTILE,)), file)
+    case, _ = pieces.open_case(replace(report, path=HOSTILE, warnings=(HOSTILE,)), file)
     failure = Failure(HOSTILE, None, HOSTILE, HOSTILE)
-    for html in (shown["card"], shown["panel"], demo.card(case.report), demo.face_panel(case, 0), demo.card(failure)):
+    for html in (shown["card"], shown["panel"], pieces.card(case.report), pieces.face_panel(case, 0), pieces.card(failure)):
         seen = Page(html)
         assert not seen.all("script")
         assert not [name for _, attrs in seen.tags for name in attrs if name.startswith("on")]
@@ -622,12 +647,12 @@ def test_what_the_file_states_leads_the_card_and_is_apart(detector: FakeDetector
     made = {"kind": "generated", "says": HOSTILE, "where": 'PNG text "parameters", byte 41'}
     part = {"kind": "part_generated", "says": "a composite", "where": "XMP, byte 9"}
     stated = replace(report, provenance={"state": "absent", "statements": [part, made]})
-    text = Page(demo.card(stated)).text
+    text = Page(pieces.card(stated)).text
     assert text.index(LEAD) < text.index("alert(2)") < text.index("Estimated probability")
     assert "can be removed" in text and "can be added" in text and "a composite" not in text
-    assert LEAD not in Page(demo.card(report)).text and not Page(demo.card(stated)).all("script")
-    case, _ = demo.open_case(stated, str(_written(tmp_path, ONE)))
-    panel = Page(demo.face_panel(case, 0)).text
+    assert LEAD not in Page(pieces.card(report)).text and not Page(pieces.card(stated)).all("script")
+    case, _ = pieces.open_case(stated, str(_written(tmp_path, ONE)))
+    panel = Page(pieces.face_panel(case, 0)).text
     assert "a composite (XMP, byte 9)" in panel and "alert(2)" in panel and CAVEAT in panel
 
 
@@ -637,7 +662,7 @@ def test_only_uploads_are_judged(visitor: Visitor, detector: FakeDetector, tmp_p
     for path in (own, f"../../../..{own}", "photo.jpg"):
         for label, event in ((UPLOAD, "upload"), ("Run", "click")):
             file = {"path": path, "url": path, "meta": {"_type": "gradio.FileData"}}
-            done = visitor.use(label, event, *([file, MODEL_NAME] if event == "upload" else [file]))
+            done = visitor.use(label, event, *([[file], MODEL_NAME] if event == "upload" else [file]))
             assert not done["success"] and done["output"]["error"] is None
     assert detector.judged == 0
 
@@ -647,7 +672,7 @@ def test_addresses_are_not_fetched(visitor: Visitor, detector: FakeDetector) -> 
     for url in ("http://127.0.0.1:9/a.jpg", "https://192.0.2.7/a.jpg", "http://example.org/a.jpg"):
         file = {"path": url, "url": url, "meta": {"_type": "gradio.FileData"}}
         sent = (
-            (UPLOAD, "upload", [file, MODEL_NAME]),
+            (UPLOAD, "upload", [[file], MODEL_NAME]),
             ("Run", "click", [file]),
             ("Ask", "click", [file, None, None, None]),
         )
@@ -781,7 +806,7 @@ def test_fault_of_ours_shows_no_inside(
     """A traceback in the page tells a stranger paths and versions; a log with the picture in it keeps a face."""
     visitor.show(ONE)
     detector.breaks = RuntimeError("secret detail")
-    done = visitor.use(UPLOAD, "upload", visitor.upload(ONE), MODEL_NAME)
+    done = visitor.use(UPLOAD, "upload", [visitor.upload(ONE)], MODEL_NAME)
     assert not done["success"] and "secret" not in json.dumps(done)
     logged = "".join(capfd.readouterr())
     assert "secret detail" in logged  # the operator sees it
@@ -835,11 +860,11 @@ def test_nothing_is_shared_recorded_or_reported(page: Any, address: str) -> None
 def test_examples_are_a_photo_and_its_forgery(detector: FakeDetector, folder: Path, tmp_path: Path, port: int) -> None:
     """A first visitor without a photo at hand must have something to click that works."""
     examples = command.make_examples(tmp_path / "examples")
-    assert [path.name for _, path in examples] == ["real.jpg", "forged.jpg"]
+    assert [path.name for _, path in examples] == ["real.jpg", "forged.jpg", "blurred.jpg", "cat.jpg", "clip.mp4"]
     page = demo.build(detector, examples)
     try:
         visitor = Visitor(demo.launch(page, "127.0.0.1", port, block=False))
-        done = visitor.use("Try its forged twin", "click", None, MODEL_NAME)
+        done = visitor.use("tries", "select", MODEL_NAME, told={"index": 1})
         assert done["success"] and "Likely fake" in done["output"]["data"][2]
     finally:
         page.close(verbose=False)
@@ -862,7 +887,7 @@ def test_the_first_verdict_comes_within_five_seconds(
         visitor = Visitor(demo.launch(page, "127.0.0.1", port, block=False))
         begin, work = time.perf_counter(), time.process_time()
         seconds = 0.0
-        for message in visitor.follow(UPLOAD, "upload", visitor.upload(ONE), MODEL_NAME):
+        for message in visitor.follow(UPLOAD, "upload", [visitor.upload(ONE)], MODEL_NAME):
             if not seconds and "Estimated probability" in json.dumps(message):
                 seconds, work = time.perf_counter() - begin, time.process_time() - work
         with capsys.disabled():
