@@ -7,7 +7,7 @@ and the page repeats that report's verdict.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from html import escape
@@ -20,7 +20,7 @@ import gradio as gr
 from gradio import processing_utils
 from starlette.middleware import Middleware
 
-from app.guard import LOOPBACK, Guard, Quota
+from app.guard import Guard, Quota
 from app.pieces import STRIP, THUMB, Case, Progress, card, choices, curve, draw, face_panel, jpeg_uri, open_case, table
 from x2dfd import case as case_record
 from x2dfd.answer import told
@@ -97,7 +97,7 @@ class _Stopped(Exception):
     """The visitor wants no more."""
 
 
-def _beside(work: Callable[[Callable[[Any], None]], Any]) -> Iterator[Any]:
+def _beside(work: Callable[[Callable[[Any], None]], Any]) -> Generator[Any, None, None]:
     """What `work` tells while it runs in a thread, then what it returns. Closing the iterator ends it at its next word.
 
     It has ended when the iterator is closed: the next request must not share the model with it.
@@ -130,7 +130,7 @@ def _beside(work: Callable[[Callable[[Any], None]], Any]) -> Iterator[Any]:
         thread.join()
 
 
-def judging(detector: Judge, file: str) -> Iterator[Progress | Report | Failure]:
+def judging(detector: Judge, file: str) -> Generator[Progress | Report | Failure, None, None]:
     """How far the work on a clip is, frame by frame, then the report, without explanations."""
     end = time.monotonic() + TIMEOUT_S
     progress = Progress()
@@ -138,7 +138,9 @@ def judging(detector: Judge, file: str) -> Iterator[Progress | Report | Failure]
     def work(listen: Callable[[Progress], None]) -> Report | Failure:
         def heard(what: Frame | FaceReport) -> None:
             if time.monotonic() > end:
-                raise InputError("timeout", f"it took longer than {TIMEOUT_S} seconds; a shorter or smaller clip may do")
+                raise InputError(
+                    "timeout", f"it took longer than {TIMEOUT_S} seconds; a shorter or smaller clip may do"
+                )
             if isinstance(what, Frame):
                 progress.frame(what.index, what.pixels)
             else:
@@ -150,10 +152,10 @@ def judging(detector: Judge, file: str) -> Iterator[Progress | Report | Failure]
     return _beside(work)
 
 
-def explaining(detector: Judge, report: Report, file: str) -> Iterator[str | Report]:
+def explaining(detector: Judge, report: Report, file: str) -> Generator[str | Report, None, None]:
     """The explanation's text as it grows, then the report that holds it. Closing the iterator ends the writing."""
     some = tuple(sorted(report.faces, key=FaceReport.suspicion, reverse=True)[:MAX_EXPLAINED])
-    with closing(_beside(lambda on: detector.explain(replace(report, faces=some), file, on_text=on))) as said:  # type: ignore[type-var]
+    with closing(_beside(lambda on: detector.explain(replace(report, faces=some), file, on_text=on))) as said:
         for one in said:
             if isinstance(one, Report):
                 written = {face.index: face for face in one.faces}
@@ -240,7 +242,12 @@ def _lay_out(examples: Sequence[tuple[str, Path]], models: Sequence[str], sends_
         with gr.Column(scale=3, min_width=320):
             choose = gr.Dropdown(models, value=models[0], label="Model", filterable=False, visible=len(models) > 1)
             upload = gr.File(label="Photos or short videos (up to 30 MB each)", height=170, file_count="multiple")
-            tries = gr.HTML(draw("examples", [(text, _thumb(file)) for text, file in examples]), js_on_load=PICK, elem_classes="live", elem_id="tries")
+            tries = gr.HTML(
+                draw("examples", [(text, _thumb(file)) for text, file in examples]),
+                js_on_load=PICK,
+                elem_classes="live",
+                elem_id="tries",
+            )
             results = gr.HTML(js_on_load=PICK, elem_classes="live", elem_id="results")
             verdict = gr.HTML(js_on_load=LIVE)
             with gr.Row(visible=False) as downloads:
@@ -356,7 +363,7 @@ class _Events:
             judge_by = self.model(asked)
             for file in few:
                 yield {p.live: draw("progress", Path(file).name if len(few) > 1 else "", None, None)}
-                with closing(judging(judge_by, file)) as steps:  # type: ignore[type-var]
+                with closing(judging(judge_by, file)) as steps:
                     for step in steps:
                         if isinstance(step, Progress):
                             yield {p.live: self.progress(step, Path(file).name if len(few) > 1 else "")}
@@ -399,14 +406,12 @@ class _Events:
             return
         yield {self.parts.verdict: card(quick)}
         try:
-            opened = replace(
-                open_case(quick, row.file)[0], model=row.model, stage="writing" if quick.faces else "done"
-            )
+            opened = replace(open_case(quick, row.file)[0], model=row.model, stage="writing" if quick.faces else "done")
             yield self.show(opened, card(quick))
             if not quick.faces:
                 yield self.finished(opened)
                 return
-            with closing(explaining(self.model(row.model), quick, row.file)) as texts:  # type: ignore[type-var]
+            with closing(explaining(self.model(row.model), quick, row.file)) as texts:
                 for said in texts:
                     if isinstance(said, str):
                         yield {self.parts.live: draw("live", said)}
@@ -514,11 +519,9 @@ def launch(
 ) -> str:
     """Serve the page; returns its address (with `block`, once it is stopped). Raises OSError if the port is taken.
 
-    `root_path`: the path under which a proxy shows it. `names`: hosts, besides this machine's own, by which browsers
-    may call it; others are refused where it listens on this machine alone or where names are given.
+    `root_path`: the path under which a proxy shows it. `names`: as for `app.guard.Guard`.
     """
     processing_utils.async_ssrf_protected_download = _refuse_address
-    allowed = {host, *LOOPBACK, *names} if names or host in LOOPBACK else None
     uploads = Quota(Path(page.GRADIO_CACHE), UPLOADS_MAX)
     _, address, _ = page.launch(
         server_name=host, server_port=port, prevent_thread_lock=not block, quiet=True, inbrowser=False, share=False,
@@ -526,7 +529,7 @@ def launch(
         enable_monitoring=False, mcp_server=False, run_history=False, footer_links=["api"],
         theme=gr.themes.Default(primary_hue="slate", neutral_hue="slate").set(body_text_color_subdued="*neutral_600"),
         css_paths=[Path(__file__).parent / "style.css"], root_path=root_path or None,
-        app_kwargs={"middleware": [Middleware(Guard, uploads=uploads, hosts=allowed)]},
+        app_kwargs={"middleware": [Middleware(Guard, uploads=uploads, here=host, names=frozenset(names))]},
     )  # fmt: skip
     return str(address)
 

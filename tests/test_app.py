@@ -8,8 +8,11 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import re
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -32,7 +35,7 @@ from app import demo, pieces
 from x2dfd import case as case_record
 from x2dfd import follow_up
 from x2dfd.errors import InputError, SetupError
-from x2dfd.html_report import UNCOUNTED
+from x2dfd.html_report import UNCOUNTED, points_at
 from x2dfd.media import Frame, Video, load_media, media_summary
 from x2dfd.statements import CAVEAT, LEAD
 from x2dfd.types import Cue, Evidence, FaceReport, Failure, Report, Verdict
@@ -110,10 +113,14 @@ class FakeDetector:
                     for i, frame in enumerate(media.frames)
                     if (p := 0.3 + 0.6 * i / len(media.frames))
                 )
-                for told in (*media.frames, *faces):
-                    if on_progress:
+                try:
+                    for told in (*media.frames, *faces) if on_progress else ():
+                        assert on_progress
                         on_progress(told)
                         self.slow()
+                except InputError as error:
+                    yield Failure(source, media.sha256, error.code, error.reason)
+                    continue
             first = faces[0] if faces else None
             yield Report(
                 path=source,
@@ -399,17 +406,95 @@ def _written(folder: Path, content: bytes) -> Path:
     return path
 
 
-def test_map_can_be_switched_on(visitor: Visitor) -> None:
-    """A map laid elsewhere than the face, or over the other face, points at a place nobody measured."""
+def clip(path: Path, frames: int = 10) -> bytes:
+    """A clip of one face."""
+    import av
+
+    with av.open(path, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=5, width=512, height=512)
+        stream.pix_fmt = "yuv420p"
+        for _ in range(frames):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(ASTRONAUT)))
+        container.mux(stream.encode(None))
+    return path.read_bytes()
+
+
+VERDICT, CURVE, TABLE = 2, -3, -1  # places among the outputs of a new file
+
+
+def test_several_files_stand_in_a_table_and_each_opens(visitor: Visitor, detector: FakeDetector) -> None:
+    """Bug prevented: of several files only one is judged, or a row opens another file's card."""
+    files = [visitor.upload(c, n) for c, n in ((ONE, "one.jpg"), (NONE, "none.jpg"), (b"text", "letter.jpg"))]
+    done = visitor.use(UPLOAD, "upload", files, MODEL_NAME)
+    assert done["success"] and detector.judged == 3
+    opened = {}
+    for index in (2, 1, 0):
+        steps = [m for m in visitor.follow("results", "select", None, told={"index": index}) if "output" in m]
+        opened[index] = Page(steps[-1]["output"]["data"][VERDICT]).text
+        table = Page(steps[0]["output"]["data"][TABLE])
+        assert [a["data-pick"] for a in table.all("tr") if "aria-current" in a] == [str(index)]
+    assert "Likely fake" in opened[0] and "Not assessed" in opened[1] and "Not judged" in opened[2]
+    assert "3 files: 1 likely fake, 1 not assessed, 1 not judged" in table.text
+    assert table.text.index("one.jpg") < table.text.index("none.jpg") < table.text.index("letter.jpg")
+    assert visitor.ask("How sure are you?")  # of the open one
+    for wrong in ({"index": 3}, {"index": -1}, {"index": "0"}, {}, None):
+        assert "Likely" not in json.dumps(visitor.use("results", "select", None, told=wrong))
+
+
+def test_more_files_than_are_judged_at_once_are_named(
+    visitor: Visitor, detector: FakeDetector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: a hundred files hold the model for everyone, or some are dropped in silence."""
+    monkeypatch.setattr(demo, "MAX_FILES", 2)
+    done = visitor.use(UPLOAD, "upload", [visitor.upload(ONE, f"{i}.jpg") for i in range(3)], MODEL_NAME)
+    assert detector.judged == 2 and "1 more file was left out" in done["output"]["data"][VERDICT]
+
+
+def test_a_clip_shows_its_frames_as_they_are_judged_and_a_curve(
+    visitor: Visitor, detector: FakeDetector, tmp_path: Path
+) -> None:
+    """Bug prevented: a page that says nothing for the time that a clip takes; a tap that shows another frame."""
+    detector.slow = lambda: time.sleep(0.1)  # type: ignore[method-assign]
+    sent = [visitor.upload(clip(tmp_path / "clip.mp4"), "clip.mp4")]
+    messages = list(visitor.follow(UPLOAD, "upload", sent, MODEL_NAME))
+    said = [json.dumps(m["output"]) for m in messages if m.get("msg") == "process_generating"]
+    assert any("Looked for faces in" in text for text in said)
+    assert any(re.search(r"Judged \d+ of 10 frames", text) for text in said)
+    curve = Page(messages[-1]["output"]["data"][CURVE])
+    taps = curve.all("button")
+    assert [tap["data-pick"] for tap in taps] == [str(i) for i in range(10)]
+    assert taps[3]["title"] == "0.6 s: 48 %" and [t["data-pick"] for t in taps if "aria-current" in t] == ["9"]
+    picked, panel, redrawn = visitor.use("over-time", "select", None, told={"index": 3})["output"]["data"]
+    assert picked == 3 and "Face 4" in Page(panel).text
+    assert [t["data-pick"] for t in Page(redrawn).all("button") if "aria-current" in t] == ["3"]
+
+
+def test_a_clip_that_takes_too_long_is_given_up(
+    visitor: Visitor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: one visitor's clip holds the model, which all share, without end."""
+    monkeypatch.setattr(demo, "TIMEOUT_S", 0)
+    shown = visitor.show(clip(tmp_path / "clip.mp4"), "clip.mp4")
+    assert "Not judged" in shown["card"] and "longer than 0 seconds" in shown["card"]
+    assert "Likely fake" in visitor.show(ONE)["card"]
+
+
+def test_map_is_shown_where_it_points_at_something(visitor: Visitor, detector: FakeDetector) -> None:
+    """A map laid elsewhere than the face, or over the other face, points at a place nobody measured; one that is on
+    unasked over a face that is not called fake speaks against the answer."""
     panel = Page(visitor.show(TWO)["panel"])
     [shown] = panel.all("image", "map")
     assert shown["transform"] == "matrix(53.0000 0.0000 0.0000 66.0000 172.0000 66.0000)" and shown["width"] == "2"
     assert (shown["href"] or "").startswith("data:image/png;base64,")
     [switch] = panel.all("input", "of-maps")
-    assert "checked" not in switch and "map of: consistency" in panel.text
+    assert "checked" in switch and "map of: consistency" in panel.text
     done = visitor.use("Several faces: pick the one to look at", "input", None, 1)
     other = Page(done["output"]["data"][0])
     assert not other.all("image") and not other.all("input", "of-maps")
+    face = detector.faces(True)[0]
+    faint = replace(face.evidence[0], map=((0.0, 0.4), (0.3, 0.0)))
+    for unclear in (replace(face, evidence=(faint,)), replace(face, verdict=Verdict("inconclusive", 0.6, "in_band"))):
+        assert points_at(face) and not points_at(unclear)
 
 
 def test_verdict_comes_first_and_the_explanation_streams_in(visitor: Visitor, detector: FakeDetector) -> None:
@@ -429,7 +514,9 @@ def test_stop_ends_the_writing_and_keeps_the_verdict(visitor: Visitor, detector:
     detector.endless = True
     visitor.join(UPLOAD, "upload", [visitor.upload(ONE)], MODEL_NAME).raise_for_status()
     assert detector.writing.wait(20)
-    cancelled = [visitor.events[name]["id"] for name in ((UPLOAD, "upload"), ("tries", "select"), ("results", "select"))]
+    cancelled = [
+        visitor.events[name]["id"] for name in ((UPLOAD, "upload"), ("tries", "select"), ("results", "select"))
+    ]
     assert visitor.cancels["Stop"] == cancelled
     listening = threading.Thread(target=visitor.drain, daemon=True)
     listening.start()
@@ -461,7 +548,7 @@ def test_closing_the_text_ends_the_writing(detector: FakeDetector) -> None:
     assert isinstance(report, Report)
     writing = demo.explaining(detector, report, "x.jpg")
     assert next(writing) == "The" and detector.writing.is_set()
-    writing.close()  # type: ignore[attr-defined]
+    writing.close()
     assert not detector.writing.is_set()
 
 
@@ -630,7 +717,14 @@ def test_hostile_text_stays_text(visitor: Visitor, detector: FakeDetector) -> No
     assert isinstance(report, Report)
     case, _ = pieces.open_case(replace(report, path=HOSTILE, warnings=(HOSTILE,)), file)
     failure = Failure(HOSTILE, None, HOSTILE, HOSTILE)
-    for html in (shown["card"], shown["panel"], pieces.card(case.report), pieces.face_panel(case, 0), pieces.card(failure)):
+    for html in (
+        shown["card"],
+        shown["panel"],
+        pieces.card(case.report),
+        pieces.face_panel(case, 0),
+        pieces.card(failure),
+        pieces.table([(HOSTILE, case.report), (HOSTILE, failure)], 2),
+    ):
         seen = Page(html)
         assert not seen.all("script")
         assert not [name for _, attrs in seen.tags for name in attrs if name.startswith("on")]
@@ -686,9 +780,24 @@ def test_pages_of_other_sites_and_other_names_are_refused(address: str) -> None:
     """Bug prevented: a site that a visitor has open sends files here, or reads this page under a name of its own."""
     assert httpx.get(f"{address}config").status_code == 200
     assert httpx.get(f"{address}config", headers={"host": "evil.example"}).status_code == 403
-    foreign = {"origin": "https://evil.example"}
-    sent = httpx.post(f"{address}gradio_api/upload", files={"files": ("a.jpg", b"x")}, headers=foreign)
-    assert sent.status_code == 403
+    for foreign in ("https://evil.example", "http://127.0.0.1:1", "null"):
+        sent = httpx.post(f"{address}gradio_api/upload", files={"files": ("a.jpg", b"x")}, headers={"origin": foreign})
+        assert sent.status_code == 403, foreign
+    own = {"origin": address.rstrip("/")}
+    assert httpx.get(f"{address}config", headers=own).status_code == 200
+
+
+def test_no_path_of_the_server_is_shown(detector: FakeDetector, folder: Path, tmp_path: Path, port: int) -> None:
+    """Bug prevented: the page's settings name folders, and with them a user, of the machine that runs it."""
+    page = demo.build(detector, command.make_examples(tmp_path / "examples"))
+    try:
+        address = demo.launch(page, "127.0.0.1", port, block=False)
+        for part in ("config", "gradio_api/info", ""):
+            shown = httpx.get(address + part).text
+            for path in (tmp_path, folder, Path.home(), Path(demo.__file__).parents[1], Path(sys.prefix)):
+                assert str(path) not in shown, (part, path)
+    finally:
+        page.close(verbose=False)
 
 
 def test_uploads_beyond_the_quota_are_refused(page: Any, folder: Path, port: int, monkeypatch: Any) -> None:
@@ -921,3 +1030,32 @@ def test_command_ends_with_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     with pytest.raises(SystemExit) as stop:
         command.main()
     assert stop.value.code == 1 and capsys.readouterr().err == "error: the base is not here: x2dfd fetch\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT], ids=["service", "ctrl-c"])
+def test_a_stop_removes_uploads_and_samples(stop: signal.Signals, port: int, tmp_path: Path) -> None:
+    """Bug prevented: a service manager's stop leaves visitors' photos in the temporary folder for good."""
+    start = (
+        "import sys, x2dfd, app.__main__ as command\n"
+        "from tests.test_app import FakeDetector\n"
+        f"x2dfd.load = FakeDetector; sys.argv = ['app', '--port', '{port}']; command.main()"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "GRADIO_TEMP_DIR"} | {"TMPDIR": str(tmp_path)}
+    root = Path(demo.__file__).parents[1]
+    running = subprocess.Popen([sys.executable, "-c", start], cwd=root, env=environment)
+    try:
+        deadline = time.monotonic() + 200
+        while True:
+            try:
+                Visitor(f"http://127.0.0.1:{port}").upload(ONE)
+                break
+            except httpx.TransportError:
+                assert running.poll() is None and time.monotonic() < deadline
+                time.sleep(0.5)
+        assert list(tmp_path.rglob("photo.jpg")) and list(tmp_path.rglob("forged.jpg"))
+        running.send_signal(stop)
+        running.wait(60)
+    finally:
+        running.kill()
+    assert [path for path in tmp_path.rglob("*") if path.suffix in (".jpg", ".mp4")] == []

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
@@ -176,16 +176,17 @@ class Detector:
         if batch_size < 1 or frames < 1:
             raise ValueError("batch_size and frames must be at least 1")
         source = iter(sources)
+        ready = partial(_ready_or_failure, frames=frames, on_progress=on_progress)
         beside = ThreadPoolExecutor(1, "x2dfd-decode")
         try:
             # A file each, so that a run that is broken off waits for one file and not for a batch.
-            ahead = [beside.submit(_ready_or_failure, s, frames, on_progress) for s in islice(source, batch_size)]
+            ahead = [beside.submit(ready, s) for s in islice(source, batch_size)]
             broken: Exception | None = None
             while ahead:
                 batch = [one.result() for one in ahead]
                 ahead = []
                 try:
-                    ahead = [beside.submit(_ready_or_failure, s, frames, on_progress) for s in islice(source, batch_size)]
+                    ahead = [beside.submit(ready, s) for s in islice(source, batch_size)]
                 except Exception as error:  # of the caller's iterator: raised in its turn, after this batch's reports
                     broken = error
                 yield from self._batch(batch, rationale, on_progress)
