@@ -237,6 +237,8 @@ class _Parts:
 
 def _lay_out(examples: Sequence[tuple[str, Path]], models: Sequence[str], sends_to: str) -> _Parts:
     case, turns, rows = (gr.State(empty, time_to_live=KEEP_S) for empty in (None, [], []))
+    # Gradio's own look for what stands in HTML draws buttons and tables of its kind, bold and boxed.
+    pickable: dict[str, Any] = {"js_on_load": PICK, "elem_classes": "live", "apply_default_css": False}
     gr.HTML(draw("head", sends_to))
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
@@ -244,16 +246,15 @@ def _lay_out(examples: Sequence[tuple[str, Path]], models: Sequence[str], sends_
             upload = gr.File(label="Photos or short videos (up to 30 MB each)", height=170, file_count="multiple")
             tries = gr.HTML(
                 draw("examples", [(text, _thumb(file)) for text, file in examples]),
-                js_on_load=PICK,
-                elem_classes="live",
                 elem_id="tries",
+                **pickable,
             )
-            results = gr.HTML(js_on_load=PICK, elem_classes="live", elem_id="results")
+            results = gr.HTML(elem_id="results", **pickable)
             verdict = gr.HTML(js_on_load=LIVE)
             with gr.Row(visible=False) as downloads:
                 as_html = gr.DownloadButton("Download the report (HTML)", size="sm")
                 as_json = gr.DownloadButton("Download the record (JSON)", size="sm")
-            over_time = gr.HTML(js_on_load=PICK, elem_classes="live", elem_id="over-time")
+            over_time = gr.HTML(elem_id="over-time", **pickable)
             pick = gr.Dropdown(label="Several faces: pick the one to look at", filterable=False, visible=False)
             live = gr.HTML(elem_classes="live")
             stop = gr.Button("Stop", size="sm", visible=False)
@@ -476,9 +477,10 @@ def build(
     with gr.Blocks(title="Deepfake check (x2dfd)", analytics_enabled=False, delete_cache=(600, KEEP_S)) as page:
         p = _lay_out(examples, [name, *others], sends_to)
         events = _Events(p, page.GRADIO_CACHE, {name: detector}, others, [file for _, file in examples])
-        inner = {**private, **model, "show_progress_on": p.verdict}
+        # A click while another file is under way is not lost: it comes next.
+        inner = {**private, **model, "show_progress_on": p.verdict, "trigger_mode": "always_last"}
         working = [
-            p.upload.upload(events.take, [p.upload, p.models], p.shown, trigger_mode="always_last", **inner),
+            p.upload.upload(events.take, [p.upload, p.models], p.shown, **inner),
             p.tries.select(events.try_example, p.models, p.shown, **inner),
             p.table.select(events.open_row, p.rows, p.shown, **inner),
         ]
@@ -527,7 +529,10 @@ def launch(
         server_name=host, server_port=port, prevent_thread_lock=not block, quiet=True, inbrowser=False, share=False,
         show_error=False, max_file_size=MAX_FILE, allowed_paths=[], state_session_capacity=200, ssr_mode=False,
         enable_monitoring=False, mcp_server=False, run_history=False, footer_links=["api"],
-        theme=gr.themes.Default(primary_hue="slate", neutral_hue="slate").set(body_text_color_subdued="*neutral_600"),
+        theme=gr.themes.Default(primary_hue="slate", neutral_hue="slate").set(
+            body_text_color_subdued="*neutral_600", button_small_text_size="*text_md",
+            link_text_color_dark="*neutral_200",
+        ),
         css_paths=[Path(__file__).parent / "style.css"], root_path=root_path or None,
         app_kwargs={"middleware": [Middleware(Guard, uploads=uploads, here=host, names=frozenset(names))]},
     )  # fmt: skip

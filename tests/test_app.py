@@ -34,6 +34,7 @@ import app.__main__ as command
 from app import demo, pieces
 from x2dfd import case as case_record
 from x2dfd import follow_up
+from x2dfd.answer import status
 from x2dfd.errors import InputError, SetupError
 from x2dfd.html_report import UNCOUNTED, points_at
 from x2dfd.media import Frame, Video, load_media, media_summary
@@ -171,7 +172,7 @@ class Visitor:
 
     def __init__(self, address: str) -> None:
         self.http = httpx.Client(base_url=f"{address.rstrip('/')}/gradio_api", timeout=30)
-        config = httpx.get(f"{address.rstrip('/')}/config").json()
+        config = httpx.get(f"{address.rstrip('/')}/config", timeout=30).json()
         self.labels = {
             c["id"]: next(filter(None, map(c["props"].get, ("elem_id", "label", "value"))), c["type"])
             for c in config["components"]
@@ -960,7 +961,7 @@ def test_endpoint_answers_and_server_stops_and_forgets(
 
 def test_nothing_is_shared_recorded_or_reported(page: Any, address: str) -> None:
     """Defaults of the framework record runs in the browser, open a monitor, and report use."""
-    config = httpx.get(f"{address.rstrip('/')}/config").json()
+    config = httpx.get(f"{address.rstrip('/')}/config", timeout=30).json()
     assert config["analytics_enabled"] is False and config["run_history"] is False
     assert page.share is False and page.allowed_paths == [] and page.enable_monitoring is False
     assert page.delete_cache == (600, demo.KEEP_S)
@@ -979,9 +980,11 @@ def test_examples_are_a_photo_and_its_forgery(detector: FakeDetector, folder: Pa
         page.close(verbose=False)
 
 
+@pytest.mark.slow
 @pytest.mark.needs_base
-def test_the_first_verdict_comes_within_five_seconds(
+def test_the_first_verdict_comes_soon(
     folder: Path,
+    tmp_path: Path,
     port: int,
     tried: list[Any],
     capsys: pytest.CaptureFixture[str],
@@ -991,21 +994,37 @@ def test_the_first_verdict_comes_within_five_seconds(
     import x2dfd
 
     monkeypatch.setattr(x2dfd.Detector, "explain", lambda self, report, *_, **__: report)  # comes after the verdict
+    command.make_examples(tmp_path)
     page = demo.build(x2dfd.load())
     try:
         visitor = Visitor(demo.launch(page, "127.0.0.1", port, block=False))
-        begin, work = time.perf_counter(), time.process_time()
-        seconds = 0.0
-        for message in visitor.follow(UPLOAD, "upload", [visitor.upload(ONE)], MODEL_NAME):
-            if not seconds and "Estimated probability" in json.dumps(message):
-                seconds, work = time.perf_counter() - begin, time.process_time() - work
-        with capsys.disabled():
-            print(f"\nfirst verdict {seconds:.2f} s after the upload began, {work:.2f} s of processor time")
-        assert seconds > 0  # it was seen at all
-        assert 0 < work < 5
+        for name, most in (("forged.jpg", 5), ("clip.mp4", 20)):
+            sent = [visitor.upload((tmp_path / name).read_bytes(), name)]
+            begin, work = time.perf_counter(), time.process_time()
+            after: dict[str, tuple[float, float]] = {}  # what is first seen after so many seconds, and so much work
+            for message in visitor.follow(UPLOAD, "upload", sent, MODEL_NAME):
+                for sign in ("Looked for faces in", "Judged", "Estimated probability"):
+                    if sign in json.dumps(message):
+                        after.setdefault(sign, (time.perf_counter() - begin, time.process_time() - work))
+            with capsys.disabled():
+                print(f"\n{name}: " + ", ".join(f"{s!r} {a:.1f} s ({b:.1f} s of work)" for s, (a, b) in after.items()))
+            assert after["Estimated probability"][1] < most
+            assert name != "clip.mp4" or after["Looked for faces in"][1] < 1
         assert tried == []  # the embedded model asks nobody either
     finally:
         page.close(verbose=False)
+
+
+@pytest.mark.slow
+@pytest.mark.needs_base
+def test_the_examples_show_each_answer(tmp_path: Path) -> None:
+    """Bug prevented: a visitor who wants to see what "No answer" looks like finds no picture that gets it."""
+    import x2dfd
+
+    examples = [str(path) for _, path in command.make_examples(tmp_path)]
+    judged = x2dfd.load().detect_many(examples, rationale=False, frames=9)
+    said = [status(report.verdict) for report in judged if isinstance(report, Report)]
+    assert said == ["real", "fake", "inconclusive", "none", "fake"]
 
 
 def test_taken_port_is_said_plainly(detector: FakeDetector, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
