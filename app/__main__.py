@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -19,13 +20,38 @@ from x2dfd.errors import SetupError, X2DFDError
 
 
 def make_examples(folder: Path) -> list[tuple[str, Path]]:
-    """A real photo and its forged twin to click, made from the portrait that scikit-image carries; none without it."""
+    """Files to click, one for each answer and a clip, made from pictures that scikit-image carries; none without it."""
     if find_spec("skimage") is None:
         return []
+    from PIL import Image, ImageFilter
+    from skimage.data import chelsea
+
     from data_gen.demo import make_pair
 
     real, forged = make_pair(folder)
-    return [("Try a real photo", real), ("Try its forged twin", forged)]
+    blurred, cat, clip = folder / "blurred.jpg", folder / "cat.jpg", folder / "clip.mp4"
+    with Image.open(real) as photo:
+        photo.filter(ImageFilter.GaussianBlur(2.5)).save(blurred, quality=95)
+    Image.fromarray(chelsea()).save(cat, quality=95)
+    _write_clip(clip, real, forged)
+    return [
+        ("a real photo", real), ("its forged twin", forged), ("a blurred copy", blurred), ("a cat", cat),
+        ("a clip, forged in its middle", clip),
+    ]  # fmt: skip
+
+
+def _write_clip(path: Path, real: Path, forged: Path, seconds: int = 5, rate: int = 12) -> None:
+    """The photo as a clip, with its forged twin in the middle third."""
+    import av
+    from PIL import Image
+
+    with Image.open(real) as photo, Image.open(forged) as twin, av.open(path, "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate, width=photo.width, height=photo.height)
+        stream.pix_fmt, stream.bit_rate = "yuv420p", 4_000_000
+        for number in range(seconds * rate):
+            shown = twin if seconds * rate <= 3 * number < 2 * seconds * rate else photo
+            container.mux(stream.encode(av.VideoFrame.from_image(shown)))
+        container.mux(stream.encode(None))
 
 
 def listed(
@@ -124,6 +150,8 @@ def main() -> None:
         help="a host name by which browsers call the page, as behind a proxy; others are then refused",
     )  # fmt: skip
     given = parser.parse_args()
+    # A service manager's stop must end it as Ctrl+C does: uploads and samples are removed.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         run(
             given.model, given.host, given.port, served=given.served, adapter=given.adapter,
@@ -132,6 +160,8 @@ def main() -> None:
     except X2DFDError as error:
         print(error.line, file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:  # before the page was up
+        sys.exit(130)
 
 
 if __name__ == "__main__":

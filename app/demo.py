@@ -1,4 +1,4 @@
-"""The Gradio demo: upload a photo or a short video, see the verdict and what it rests on, ask about it.
+"""The Gradio demo: upload photos or short videos, see the verdicts and what they rest on, ask about them.
 
 One endpoint is open to programs (docs/app.md). Chat never changes a verdict: answers are text beside the stored report,
 and the page repeats that report's verdict.
@@ -6,57 +6,60 @@ and the page repeats that report's verdict.
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cache
 from html import escape
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Thread
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Protocol
 
 import gradio as gr
-import jinja2
 from gradio import processing_utils
-from PIL import Image
 from starlette.middleware import Middleware
 
-from app.guard import LOOPBACK, Guard, Quota
+from app.guard import Guard, Quota
+from app.pieces import STRIP, THUMB, Case, Progress, card, choices, curve, draw, face_panel, jpeg_uri, open_case, table
 from x2dfd import case as case_record
-from x2dfd.answer import KINDS_SAID, NEXT_STEPS, NOT_PROOF, WORDS, meaning, percent, shown, stance, status, told
+from x2dfd.answer import told
 from x2dfd.errors import InputError, X2DFDError
-from x2dfd.experts import expert_class
 from x2dfd.follow_up import checked, from_report
-from x2dfd.html_report import COLOURS, PROVENANCE, UNCOUNTED, overlays, render
-from x2dfd.media import Video, load_media
-from x2dfd.statements import CAVEAT, LEAD, of_generator
+from x2dfd.html_report import render
+from x2dfd.media import Frame, Video, load_media
 from x2dfd.types import FaceReport, Failure, Report
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-HERE = Path(__file__).parent
 MAX_FILE = "30mb"
+MAX_FILES = 32  # that are judged at once; more are left out, which is said
 UPLOADS_MAX = 1 << 30  # bytes of all uploads that lie here together
 MAX_QUEUE = 32  # requests that wait; later ones are told that the queue is full
 MAX_QUESTION = 500  # characters
+MAX_EXPLAINED = 8  # faces of a file that get a text, the most suspicious ones: a clip has one in each of 32 frames
 KEEP_S = 3600  # uploads, reports and sessions are deleted after that many seconds
-MAX_SIDE = 1200  # of the picture shown, in pixels
+TIMEOUT_S = 120  # for the verdict on one clip
 FIRST = "First choose a photo or a video."
 SOON = "You can ask about the result when its explanation is written."
 NOTHING = "No face was found, so there is nothing to ask about."
+SUGGESTIONS = ("Why?", "Which area?", "How sure are you?", "What should I do now?")
 # Screen readers tell what changes in a place that was there before, and not what comes with its own `role="status"`.
 LIVE = "element.setAttribute('aria-live', 'polite')"
-SUGGESTIONS = ("Why?", "Which area?", "How sure are you?", "What should I do now?")
+PICK = """element.addEventListener('click', event => {
+  const picked = event.target.closest('[data-pick]');
+  if (picked) trigger('select', {index: Number(picked.dataset.pick)});
+})"""
 
 
 class Judge(Protocol):
     """What the demo needs of `x2dfd.Detector`."""
 
-    def detect_many(self, sources: Iterable[str], *, rationale: bool = True) -> Iterator[Report | Failure]: ...
+    def detect_many(
+        self,
+        sources: Iterable[str],
+        *,
+        rationale: bool = True,
+        on_progress: Callable[[Frame | FaceReport], None] | None = None,
+    ) -> Iterator[Report | Failure]: ...
 
     def explain(self, report: Report, source: str, *, on_text: Callable[[str], None] | None = None) -> Report: ...
 
@@ -64,28 +67,26 @@ class Judge(Protocol):
 
 
 @dataclass(frozen=True)
-class Case:
-    """A judged file, kept for one visitor."""
+class Row:
+    """A file that was judged, one of several."""
 
-    report: Report
-    file: str  # where the upload lies until it is deleted
-    pictures: Mapping[int | None, str]  # frame number (None: a photo) -> data URI of a JPEG
-    model: str = ""  # the name, in the page's list, of the model that judged it and answers about it
-    stage: Literal["writing", "stopped", "done"] = "done"  # of the explanation
-    why: str = ""  # it stopped, where it was not the visitor
-
-    def face(self, index: int | None) -> FaceReport | None:
-        """The face of that index; None asks for the one that decided."""
-        found = [f for f in self.report.faces if f.index == index]
-        return found[0] if found else self.report.decider
+    file: str
+    judged: Report | Failure
+    model: str  # that judged it
 
 
 # --- judging ---
 
 
-def judge(detector: Judge, file: str, *, rationale: bool = True) -> Report | Failure:
+def judge(
+    detector: Judge,
+    file: str,
+    *,
+    rationale: bool = True,
+    on_progress: Callable[[Frame | FaceReport], None] | None = None,
+) -> Report | Failure:
     """The report on an uploaded file, under the name the visitor gave it; never raises for the file's content."""
-    [judged] = detector.detect_many([file], rationale=rationale)
+    [judged] = detector.detect_many([file], rationale=rationale, on_progress=on_progress)
     if isinstance(judged, Report):  # the copy here was made when it was uploaded
         media = {key: value for key, value in judged.media.items() if key != "modified"}
         judged = replace(judged, media=media)
@@ -93,55 +94,73 @@ def judge(detector: Judge, file: str, *, rationale: bool = True) -> Report | Fai
 
 
 class _Stopped(Exception):
-    """The visitor wants no more text."""
+    """The visitor wants no more."""
 
 
-def explaining(detector: Judge, report: Report, file: str) -> Iterator[str | Report]:
-    """The explanation's text as it grows, then the report that holds it. Closing the iterator ends the writing."""
-    told: SimpleQueue[str | Report | BaseException] = SimpleQueue()
+def _beside(work: Callable[[Callable[[Any], None]], Any]) -> Generator[Any, None, None]:
+    """What `work` tells while it runs in a thread, then what it returns. Closing the iterator ends it at its next word.
+
+    It has ended when the iterator is closed: the next request must not share the model with it.
+    """
+    said: SimpleQueue[tuple[bool, Any]] = SimpleQueue()
     stopped = Event()
 
-    def listen(text: str) -> None:
+    def listen(what: Any) -> None:
         if stopped.is_set():
             raise _Stopped
-        told.put(text)
+        said.put((False, what))
 
-    def work() -> None:
+    def run() -> None:
         try:
-            told.put(detector.explain(report, file, on_text=listen))
+            said.put((True, work(listen)))
         except BaseException as error:  # goes on in the thread that listens
-            told.put(error)
+            said.put((True, error))
 
-    thread = Thread(target=work, daemon=True)
+    thread = Thread(target=run, daemon=True)
     thread.start()
     try:
-        while isinstance(said := told.get(), str):
-            yield said
-        if isinstance(said, BaseException):
-            raise said
-        yield said
+        done = False
+        while not done:
+            done, what = said.get()
+            if isinstance(what, BaseException):
+                raise what
+            yield what
     finally:
         stopped.set()
-        thread.join()  # a token at most: the next request must not share the model with this one
+        thread.join()
 
 
-def open_case(report: Report, file: str) -> tuple[Case, Any]:
-    """The case, and its pixels as `html_report.render` takes them."""
-    from x2dfd.detector import VIDEO_FRAMES
+def judging(detector: Judge, file: str) -> Generator[Progress | Report | Failure, None, None]:
+    """How far the work on a clip is, frame by frame, then the report, without explanations."""
+    end = time.monotonic() + TIMEOUT_S
+    progress = Progress()
 
-    media = load_media(file, max_frames=VIDEO_FRAMES)
-    if isinstance(media, Video):
-        frames = {frame.index: frame.pixels for frame in media.frames}
-        return Case(report, file, {number: _jpeg_uri(pixels) for number, pixels in frames.items()}), frames
-    return Case(report, file, {None: _jpeg_uri(media.pixels)}), media.pixels
+    def work(listen: Callable[[Progress], None]) -> Report | Failure:
+        def heard(what: Frame | FaceReport) -> None:
+            if time.monotonic() > end:
+                raise InputError(
+                    "timeout", f"it took longer than {TIMEOUT_S} seconds; a shorter or smaller clip may do"
+                )
+            if isinstance(what, Frame):
+                progress.frame(what.index, what.pixels)
+            else:
+                progress.face(what)
+            listen(progress)
+
+        return judge(detector, file, rationale=False, on_progress=heard)
+
+    return _beside(work)
 
 
-def _jpeg_uri(pixels: NDArray[np.uint8]) -> str:
-    image = Image.fromarray(pixels)
-    image.thumbnail((MAX_SIDE, MAX_SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+def explaining(detector: Judge, report: Report, file: str) -> Generator[str | Report, None, None]:
+    """The explanation's text as it grows, then the report that holds it. Closing the iterator ends the writing."""
+    some = tuple(sorted(report.faces, key=FaceReport.suspicion, reverse=True)[:MAX_EXPLAINED])
+    with closing(_beside(lambda on: detector.explain(replace(report, faces=some), file, on_text=on))) as said:
+        for one in said:
+            if isinstance(one, Report):
+                written = {face.index: face for face in one.faces}
+                one = replace(one, faces=tuple(written.get(face.index, face) for face in report.faces))
+            yield one
 
 
 # --- answering ---
@@ -179,77 +198,263 @@ def _stands(case: Case, face: FaceReport | None) -> str:
     return said if len(case.report.faces) < 2 else f"{said} Whole file: {told(whole)}."
 
 
-# --- drawing ---
-
-
-@cache
-def _blind_spot(expert: str) -> str:
-    try:
-        return expert_class(expert).card.blind_spot
-    except X2DFDError:  # a report may name an expert that is not installed here
-        return ""
-
-
-def card(judged: Report | Failure) -> str:
-    """The verdict card as HTML."""
-    if isinstance(judged, Failure):
-        return _draw("problem", judged)
-    kind = status(judged.verdict)
-    return _draw("card", judged, kind, meaning(judged.verdict, len(judged.faces)))
-
-
-def face_panel(case: Case, index: int | None) -> str:
-    """The picture with all its boxes, and what is said of one face, as HTML."""
-    report, face = case.report, case.face(index)
-    frame = face.frame if face else next(iter(case.pictures))
-    width, height = (float(report.media[side]) for side in ("width", "height"))
-    named = list(dict.fromkeys(c.area for c in face.cues if face.areas.get(c.area))) if face else []
-    marks = {area: (chr(ord("A") + i), COLOURS[i % len(COLOURS)]) for i, area in enumerate(named)}
-    figure = {
-        "uri": case.pictures.get(frame),
-        "size": (width, height),
-        "text": max(width, height) * 0.034,
-        "others": [f for f in report.faces if f.frame == frame and f is not face],
-        "maps": overlays(face) if face else [],
-    }
-    return _draw("panel", report, face, figure, marks, case.stage, case.why)
-
-
-def choices(report: Report) -> list[tuple[str, int]]:
-    """The faces as a visitor reads them, and their index."""
-    when = ["" if f.time_s is None else f" at {f.time_s:.1f} s" for f in report.faces]
-    return [(f"Face {f.index + 1}{at}: {told(f.verdict)}", f.index) for f, at in zip(report.faces, when, strict=True)]
-
-
-@cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        finalize=lambda value: shown(value) if type(value) is str else value,
-    )
-    environment.filters |= {"percent": percent, "kind": status, "blind_spot": _blind_spot}
-    environment.globals |= {
-        "WORDS": WORDS,
-        "KINDS": KINDS_SAID,
-        "STEPS": NEXT_STEPS,
-        "stance": stance,
-        "NOT_PROOF": NOT_PROOF,
-        "PROVENANCE": PROVENANCE,
-        "UNCOUNTED": UNCOUNTED,
-        "LEAD": LEAD,
-        "CAVEAT": CAVEAT,
-        "of_generator": of_generator,
-    }
-    return environment.from_string((HERE / "page.jinja").read_text("utf-8"))
-
-
-def _draw(macro: str, *values: Any) -> str:
-    return str(getattr(_template().module, macro)(*values))
-
-
 # --- the page ---
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The components of the page that its events read or change."""
+
+    case: gr.State  # Case | None: what is open
+    turns: gr.State  # the conversation about it
+    rows: gr.State  # list[Row], where several files were chosen
+    models: gr.Dropdown
+    upload: gr.File
+    tries: gr.HTML
+    table: gr.HTML
+    verdict: gr.HTML
+    curve: gr.HTML
+    downloads: gr.Row
+    as_html: gr.DownloadButton
+    as_json: gr.DownloadButton
+    pick: gr.Dropdown
+    live: gr.HTML
+    stop: gr.Button
+    panel: gr.HTML
+    chat: gr.Chatbot
+    asks: tuple[gr.Button, ...]
+    question: gr.Textbox
+    send: gr.Button
+
+    @property
+    def shown(self) -> list[Any]:
+        """All that a new file changes."""
+        return [
+            self.case, self.turns, self.verdict, self.pick, self.panel, self.downloads, self.as_html, self.as_json,
+            self.chat, self.question, self.send, *self.asks, self.live, self.stop, self.curve, self.rows, self.table,
+        ]  # fmt: skip
+
+
+def _lay_out(examples: Sequence[tuple[str, Path]], models: Sequence[str], sends_to: str) -> _Parts:
+    case, turns, rows = (gr.State(empty, time_to_live=KEEP_S) for empty in (None, [], []))
+    # Gradio's own look for what stands in HTML draws buttons and tables of its kind, bold and boxed.
+    pickable: dict[str, Any] = {"js_on_load": PICK, "elem_classes": "live", "apply_default_css": False}
+    gr.HTML(draw("head", sends_to))
+    with gr.Row():
+        with gr.Column(scale=3, min_width=320):
+            choose = gr.Dropdown(models, value=models[0], label="Model", filterable=False, visible=len(models) > 1)
+            upload = gr.File(label="Photos or short videos (up to 30 MB each)", height=170, file_count="multiple")
+            tries = gr.HTML(
+                draw("examples", [(text, _thumb(file)) for text, file in examples]),
+                elem_id="tries",
+                **pickable,
+            )
+            results = gr.HTML(elem_id="results", **pickable)
+            verdict = gr.HTML(js_on_load=LIVE)
+            with gr.Row(visible=False) as downloads:
+                as_html = gr.DownloadButton("Download the report (HTML)", size="sm")
+                as_json = gr.DownloadButton("Download the record (JSON)", size="sm")
+            over_time = gr.HTML(elem_id="over-time", **pickable)
+            pick = gr.Dropdown(label="Several faces: pick the one to look at", filterable=False, visible=False)
+            live = gr.HTML(elem_classes="live")
+            stop = gr.Button("Stop", size="sm", visible=False)
+            panel = gr.HTML()
+        with gr.Column(scale=2, min_width=320, elem_classes="talk"):
+            chat = gr.Chatbot(
+                label="Ask about the result", height=400, allow_tags=False, render_markdown=False, buttons=["copy"],
+                feedback_options=None, allow_file_downloads=False, placeholder=FIRST,
+            )  # fmt: skip
+            with gr.Row():
+                asks = tuple(gr.Button(text, size="sm", min_width=150, interactive=False) for text in SUGGESTIONS)
+            with gr.Row(elem_classes="ask"):
+                question = gr.Textbox(
+                    label="Your question", max_length=MAX_QUESTION, scale=4, min_width=180, interactive=False
+                )
+                send = gr.Button("Ask", variant="primary", scale=1, min_width=80, interactive=False)
+    return _Parts(
+        case, turns, rows, choose, upload, tries, results, verdict, over_time, downloads, as_html, as_json, pick, live,
+        stop, panel, chat, asks, question, send,
+    )  # fmt: skip
+
+
+def _thumb(file: Path) -> str:
+    """A small picture of a photo or a clip."""
+    media = load_media(file, max_frames=1)
+    return jpeg_uri(media.frames[0].pixels if isinstance(media, Video) else media.pixels, THUMB)
+
+
+def _picked(event: gr.EventData, count: int) -> int | None:
+    """The number of what was clicked, of `count` things; None for whatever else a client sends."""
+    index = event._data.get("index") if isinstance(event._data, dict) else None
+    return index if type(index) is int and 0 <= index < count else None
+
+
+Shown = dict[Any, Any]  # components and their new values; what is not in it stays as it is
+
+
+class _Events:
+    """What happens on the page; each method gives what its components then show."""
+
+    def __init__(
+        self,
+        parts: _Parts,
+        folder: str,
+        loaded: dict[str, Judge],
+        loaders: Mapping[str, Callable[[], Judge]],
+        examples: Sequence[Path],
+    ) -> None:
+        self.parts, self.folder, self.examples = parts, folder, examples
+        self._loaded, self._loaders = loaded, loaders
+
+    def model(self, asked: str) -> Judge:
+        """Raises X2DFDError when the model cannot be loaded."""
+        if asked not in self._loaded:
+            self._loaded[asked] = self._loaders[asked]()
+        return self._loaded[asked]
+
+    def show(
+        self,
+        case: Case | None,
+        card: str,
+        files: Sequence[str | None] = (None, None),
+        ready: bool = False,
+        first: str = FIRST,
+    ) -> Shown:
+        """One file, or none; it starts a new conversation. The table of several files stays."""
+        p = self.parts
+        faces = choices(case.report) if case else []
+        decider = case.face(None) if case else None
+        ask_now = ready and bool(faces)
+        if case is not None:
+            first = SOON if not ready else "Ask about this result." if faces else NOTHING
+        return {
+            p.case: case, p.turns: [], p.verdict: card, p.curve: curve(case, None) if case else "",
+            p.pick: gr.Dropdown(choices=faces, value=decider.index if decider else None, visible=len(faces) > 1),
+            p.panel: face_panel(case, None) if case else "",
+            p.downloads: gr.Row(visible=ready), p.as_html: files[0], p.as_json: files[1],
+            p.chat: gr.Chatbot(value=[], placeholder=first),
+            p.question: gr.Textbox(value="", interactive=ask_now),
+            **{button: gr.Button(interactive=ask_now) for button in (p.send, *p.asks)},
+            p.live: "", p.stop: gr.Button(visible=case is not None and case.stage == "writing"),
+        }  # fmt: skip
+
+    def nothing(self, first: str = FIRST) -> Shown:
+        return self.show(None, "", first=first) | {self.parts.rows: [], self.parts.table: ""}
+
+    def finished(self, done: Case) -> Shown:
+        """The same with its reports to download."""
+        pixels = open_case(done.report, done.file)[1]
+        made = (("html", render([done.report], [pixels])), ("case.json", case_record.dumps([done.report])))
+        files = [
+            processing_utils.save_bytes_to_cache(data.encode(), f"x2dfd-report.{kind}", self.folder)
+            for kind, data in made
+        ]
+        return self.show(done, card(done.report), files, ready=True)
+
+    def take(self, files: list[str] | None, asked: str) -> Iterator[Shown]:
+        """The verdicts, one file after the other; a single file is then opened, several stand in a table."""
+        p = self.parts
+        if not files:
+            yield self.nothing()
+            return
+        few, rows = files[:MAX_FILES], list[Row]()
+        start = self.nothing(first=SOON if len(few) == 1 else "Pick a file of the table, then ask about it.")
+        yield start | {p.verdict: draw("waiting", len(few)), p.stop: gr.Button(visible=True)}
+        try:
+            judge_by = self.model(asked)
+            for file in few:
+                yield {p.live: draw("progress", Path(file).name if len(few) > 1 else "", None, None)}
+                with closing(judging(judge_by, file)) as steps:
+                    for step in steps:
+                        if isinstance(step, Progress):
+                            yield {p.live: self.progress(step, Path(file).name if len(few) > 1 else "")}
+                        else:
+                            rows.append(Row(file, step, asked))
+                if len(few) > 1:
+                    yield {p.rows: rows, p.table: _table(rows, len(few))}
+        except X2DFDError as error:  # not here, or the server that it runs on is gone
+            yield {p.verdict: draw("trouble", str(error)), p.live: "", p.stop: gr.Button(visible=False)}
+            return
+        if len(rows) == 1:
+            yield from self._open(rows[0])
+        else:
+            left_out = len(files) - len(few)
+            yield {p.verdict: draw("pick_one", left_out), p.live: "", p.stop: gr.Button(visible=False)}
+
+    @staticmethod
+    def progress(step: Progress, name: str) -> str:
+        frames = [(number, uri, step.judged.get(number)) for number, uri in list(step.frames.items())]
+        judged = [frame for frame in frames if frame[2] is not None]
+        return draw("progress", name, (len(frames), len(judged)), (judged or frames)[-STRIP:])
+
+    def try_example(self, asked: str, event: gr.EventData) -> Iterator[Shown]:
+        number = _picked(event, len(self.examples))
+        yield from self.take(None if number is None else [str(self.examples[number])], asked)
+
+    def open_row(self, rows: list[Row], event: gr.EventData) -> Iterator[Shown]:
+        """The card of one file of the table."""
+        number = _picked(event, len(rows))
+        if number is None:
+            return
+        yield {self.parts.table: _table(rows, len(rows), number), self.parts.verdict: draw("waiting", 1)}
+        yield from self._open(rows[number])
+
+    def _open(self, row: Row) -> Iterator[Shown]:
+        """The verdict at once, then its explanation as it is written."""
+        quick = row.judged
+        if isinstance(quick, Failure):
+            yield self.show(None, card(quick))
+            return
+        yield {self.parts.verdict: card(quick)}
+        try:
+            opened = replace(open_case(quick, row.file)[0], model=row.model, stage="writing" if quick.faces else "done")
+            yield self.show(opened, card(quick))
+            if not quick.faces:
+                yield self.finished(opened)
+                return
+            with closing(explaining(self.model(row.model), quick, row.file)) as texts:
+                for said in texts:
+                    if isinstance(said, str):
+                        yield {self.parts.live: draw("live", said)}
+                    else:
+                        yield self.finished(replace(opened, report=said, stage="done"))
+        except X2DFDError as error:
+            if isinstance(error, InputError) and error.code == "not_found":  # deleted meanwhile
+                yield self.show(None, card(Failure(quick.path, quick.sha256, error.code, error.reason)))
+            else:  # the verdict stands without the text
+                yield self.finished(replace(opened, stage="stopped", why=str(error)))
+
+    def end(self, now: Case | None) -> Shown:
+        """After `Stop`: a verdict stands, without the explanation; so does the table as far as it came."""
+        return self.finished(replace(now, stage="stopped")) if now else self.show(None, draw("ended"))
+
+    def look_at(self, now: Case | None, index: int | None) -> Shown:
+        """Another face of the open file."""
+        if now is None:
+            return {self.parts.panel: ""}
+        return {self.parts.panel: face_panel(now, index), self.parts.curve: curve(now, index)}
+
+    def tap(self, now: Case | None, event: gr.EventData) -> Shown:
+        """The frame at a point of the curve."""
+        index = _picked(event, len(now.report.faces) if now else 0)
+        return {self.parts.pick: index, **self.look_at(now, index)} if index is not None else {}
+
+    def ask(
+        self, text: str, now: Case | None, index: int | None, said: list[dict[str, str]]
+    ) -> Iterator[tuple[Any, ...]]:
+        text = text.strip()[:MAX_QUESTION]
+        if now is None or not text:
+            yield said, said, ""
+            return
+        # The chatbot draws even plain text as HTML: an <img> in it would be fetched by the visitor's browser.
+        said = [*said, {"role": "user", "content": escape(text)}]
+        yield said, said, ""
+        said = [*said, {"role": "assistant", "content": escape(answer(self.model(now.model), now, index, text))}]
+        yield said, said, ""
+
+
+def _table(rows: Sequence[Row], total: int, now: int | None = None) -> str:
+    return table([(Path(row.file).name, row.judged) for row in rows], total, now)
 
 
 def build(
@@ -265,162 +470,33 @@ def build(
     `name` is the detector's in the list of models; `others` in that list are loaded when a visitor picks them. The
     endpoint for programs asks `detector`. `sends_to`: the server that gets face crops, which the page has to say.
     """
-    loaded: dict[str, Judge] = {name: detector}
-    loaders = dict(others or {})
-
-    def model_of(asked: str) -> Judge:
-        """Raises X2DFDError when the model cannot be loaded."""
-        if asked not in loaded:
-            loaded[asked] = loaders[asked]()
-        return loaded[asked]
-
+    others = others or {}
+    # One model, one request at a time, whichever button it comes from.
+    model: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+    private: dict[str, Any] = {"api_visibility": "private"}
     with gr.Blocks(title="Deepfake check (x2dfd)", analytics_enabled=False, delete_cache=(600, KEEP_S)) as page:
-        case = gr.State(None, time_to_live=KEEP_S)
-        turns = gr.State([], time_to_live=KEEP_S)
-        gr.HTML(_draw("head", sends_to))
-        with gr.Row():
-            with gr.Column(scale=3, min_width=320):
-                models = gr.Dropdown(
-                    [name, *loaders], value=name, label="Model", filterable=False, visible=bool(loaders)
-                )
-                upload = gr.File(label="A photo or a short video (up to 30 MB)", height=170)
-                tries = []
-                if examples:
-                    with gr.Row():
-                        tries = [gr.Button(caption, size="sm", icon=str(file)) for caption, file in examples]
-                verdict = gr.HTML(js_on_load=LIVE)
-                with gr.Row(visible=False) as downloads:
-                    as_html = gr.DownloadButton("Download the report (HTML)", size="sm")
-                    as_json = gr.DownloadButton("Download the record (JSON)", size="sm")
-                pick = gr.Dropdown(label="Several faces: pick the one to look at", filterable=False, visible=False)
-                live = gr.HTML(elem_classes="live")
-                stop = gr.Button("Stop writing", size="sm", visible=False)
-                panel = gr.HTML()
-            with gr.Column(scale=2, min_width=320, elem_classes="talk"):
-                chat = gr.Chatbot(
-                    label="Ask about the result", height=400, allow_tags=False, render_markdown=False, buttons=["copy"],
-                    feedback_options=None, allow_file_downloads=False, placeholder=FIRST,
-                )  # fmt: skip
-                with gr.Row():
-                    asks = [gr.Button(text, size="sm", min_width=150, interactive=False) for text in SUGGESTIONS]
-                with gr.Row(elem_classes="ask"):
-                    question = gr.Textbox(
-                        label="Your question", max_length=MAX_QUESTION, scale=4, min_width=180, interactive=False
-                    )
-                    send = gr.Button("Ask", variant="primary", scale=1, min_width=80, interactive=False)
-
-        shown = [
-            case,
-            turns,
-            verdict,
-            pick,
-            panel,
-            downloads,
-            as_html,
-            as_json,
-            chat,
-            question,
-            send,
-            *asks,
-            live,
-            stop,
+        p = _lay_out(examples, [name, *others], sends_to)
+        events = _Events(p, page.GRADIO_CACHE, {name: detector}, others, [file for _, file in examples])
+        # A click while another file is under way is not lost: it comes next.
+        inner = {**private, **model, "show_progress_on": p.verdict, "trigger_mode": "always_last"}
+        working = [
+            p.upload.upload(events.take, [p.upload, p.models], p.shown, **inner),
+            p.tries.select(events.try_example, p.models, p.shown, **inner),
+            p.table.select(events.open_row, p.rows, p.shown, **inner),
         ]
-
-        def show(
-            new: Case | None,
-            told: str,
-            files: Sequence[str | None] = (None, None),
-            ready: bool = False,
-            first: str = FIRST,
-        ) -> tuple[Any, ...]:
-            """The values of `shown`; any new file starts a new conversation."""
-            faces = choices(new.report) if new else []
-            decider = new.face(None) if new else None
-            ask_now = ready and bool(faces)
-            if new is not None:
-                first = SOON if not ready else "Ask about this result." if faces else NOTHING
-            return (
-                new, [], told,
-                gr.Dropdown(choices=faces, value=decider.index if decider else None, visible=len(faces) > 1),
-                face_panel(new, None) if new else "",
-                gr.Row(visible=ready), *files,
-                gr.Chatbot(value=[], placeholder=first),
-                gr.Textbox(value="", interactive=ask_now), *(gr.Button(interactive=ask_now) for _ in (send, *asks)),
-                "", gr.Button(visible=new is not None and new.stage == "writing"),
-            )  # fmt: skip
-
-        def finished(done: Case) -> tuple[Any, ...]:
-            """The same with its reports to download."""
-            pixels = open_case(done.report, done.file)[1]
-            files = [
-                processing_utils.save_bytes_to_cache(data.encode(), f"x2dfd-report.{kind}", page.GRADIO_CACHE)
-                for kind, data in (
-                    ("html", render([done.report], [pixels])), ("case.json", case_record.dumps([done.report]))
-                )
-            ]  # fmt: skip
-            return show(done, card(done.report), files, ready=True)
-
-        def take(file: str, asked: str) -> Iterator[tuple[Any, ...]]:
-            """The verdict at once, then its explanation as it is written."""
-            yield show(None, _draw("waiting"), first=SOON)
-            try:
-                judging = model_of(asked)
-                quick = judge(judging, file, rationale=False)
-            except X2DFDError as error:  # not here, or the server that it runs on is gone
-                yield show(None, _draw("trouble", str(error)))
-                return
-            if isinstance(quick, Failure):
-                yield show(None, card(quick))
-                return
-            opened = replace(open_case(quick, file)[0], model=asked, stage="writing" if quick.faces else "done")
-            yield show(opened, card(quick))
-            try:
-                for said in explaining(judging, quick, file) if quick.faces else (quick,):
-                    if isinstance(said, str):
-                        yield (*[gr.skip()] * (len(shown) - 2), _draw("live", said), gr.skip())
-                    else:
-                        yield finished(replace(opened, report=said, stage="done"))
-            except X2DFDError as error:
-                if isinstance(error, InputError) and error.code == "not_found":  # deleted meanwhile
-                    yield show(None, card(Failure(quick.path, quick.sha256, error.code, error.reason)))
-                else:  # the verdict stands without the text
-                    yield finished(replace(opened, stage="stopped", why=str(error)))
-
-        def end(now: Case | None) -> tuple[Any, ...]:
-            """After `Stop`: the verdict stands, without the explanation."""
-            return finished(replace(now, stage="stopped")) if now else show(None, "")
-
-        def ask(
-            text: str, now: Case | None, index: int | None, said: list[dict[str, str]]
-        ) -> Iterator[tuple[Any, ...]]:
-            text = text.strip()[:MAX_QUESTION]
-            if now is None or not text:
-                yield said, said, ""
-                return
-            # The chatbot draws even plain text as HTML: an <img> in it would be fetched by the visitor's browser.
-            said = [*said, {"role": "user", "content": escape(text)}]
-            yield said, said, ""
-            said = [*said, {"role": "assistant", "content": escape(answer(model_of(now.model), now, index, text))}]
-            yield said, said, ""
-
-        # One model, one request at a time, whichever button it comes from.
-        model: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
-        inner: dict[str, Any] = {"api_visibility": "private", "show_progress_on": verdict}
-        writing = [upload.upload(take, [upload, models], shown, trigger_mode="always_last", **inner, **model)]
-        upload.clear(lambda: show(None, ""), None, shown, queue=False, api_visibility="private")
-        for button, (_, file) in zip(tries, examples, strict=True):
-            writing.append(button.click(take, [gr.State(str(file)), models], shown, **inner, **model))
-            button.click(lambda: None, None, upload, queue=False, api_visibility="private")
-        stop.click(end, case, shown, cancels=writing, queue=False, api_visibility="private")
-        pick.input(
-            lambda now, index: face_panel(now, index) if now else "", [case, pick], panel, api_visibility="private"
-        )
-        for trigger, source in ((send.click, question), (question.submit, question), *((b.click, b) for b in asks)):
+        p.tries.select(lambda: None, None, p.upload, queue=False, **private)
+        p.upload.clear(events.nothing, None, p.shown, queue=False, **private)
+        p.stop.click(events.end, p.case, p.shown, cancels=working, queue=False, **private)
+        p.pick.input(events.look_at, [p.case, p.pick], [p.panel, p.curve], **private)
+        p.curve.select(events.tap, p.case, [p.pick, p.panel, p.curve], **private)
+        for trigger, source in (
+            (p.send.click, p.question), (p.question.submit, p.question), *((b.click, b) for b in p.asks)
+        ):  # fmt: skip
             trigger(
-                ask, [source, case, pick, turns], [chat, turns, question], show_progress_on=chat,
-                api_visibility="private", **model,
+                events.ask, [source, p.case, p.pick, p.turns], [p.chat, p.turns, p.question], show_progress_on=p.chat,
+                **private, **model,
             )  # fmt: skip
-        chat.clear(lambda: [], None, turns, queue=False, api_visibility="private")
+        p.chat.clear(lambda: [], None, p.turns, queue=False, **private)
 
         def judge_file(file: str | None) -> dict[str, Any]:
             if file is None:
@@ -431,9 +507,9 @@ def build(
                 raise gr.Error(str(error), print_exception=False) from error
             return replace(judged, path=None).to_dict()  # clients download whatever has a "path"
 
-        answer_json = gr.JSON(visible=False)
+        sent, answered = gr.File(visible=False, label="file"), gr.JSON(visible=False)
         gr.Button(visible=False).click(
-            judge_file, upload, answer_json, api_name="judge", **model,
+            judge_file, sent, answered, api_name="judge", **model,
             api_description="Judge one photo or short video; returns the report as `x2dfd detect --json` prints it.",
         )  # fmt: skip
     page.queue(max_size=MAX_QUEUE, default_concurrency_limit=1)
@@ -445,19 +521,20 @@ def launch(
 ) -> str:
     """Serve the page; returns its address (with `block`, once it is stopped). Raises OSError if the port is taken.
 
-    `root_path`: the path under which a proxy shows it. `names`: hosts, besides this machine's own, by which browsers
-    may call it; others are refused where it listens on this machine alone or where names are given.
+    `root_path`: the path under which a proxy shows it. `names`: as for `app.guard.Guard`.
     """
     processing_utils.async_ssrf_protected_download = _refuse_address
-    allowed = {host, *LOOPBACK, *names} if names or host in LOOPBACK else None
     uploads = Quota(Path(page.GRADIO_CACHE), UPLOADS_MAX)
     _, address, _ = page.launch(
         server_name=host, server_port=port, prevent_thread_lock=not block, quiet=True, inbrowser=False, share=False,
         show_error=False, max_file_size=MAX_FILE, allowed_paths=[], state_session_capacity=200, ssr_mode=False,
         enable_monitoring=False, mcp_server=False, run_history=False, footer_links=["api"],
-        theme=gr.themes.Default(primary_hue="slate", neutral_hue="slate").set(body_text_color_subdued="*neutral_600"),
-        css_paths=[HERE / "style.css"], root_path=root_path or None,
-        app_kwargs={"middleware": [Middleware(Guard, uploads=uploads, hosts=allowed)]},
+        theme=gr.themes.Default(primary_hue="slate", neutral_hue="slate").set(
+            body_text_color_subdued="*neutral_600", button_small_text_size="*text_md",
+            link_text_color_dark="*neutral_200",
+        ),
+        css_paths=[Path(__file__).parent / "style.css"], root_path=root_path or None,
+        app_kwargs={"middleware": [Middleware(Guard, uploads=uploads, here=host, names=frozenset(names))]},
     )  # fmt: skip
     return str(address)
 

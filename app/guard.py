@@ -29,10 +29,16 @@ class Quota:
 class Guard:
     """Refuses requests that another site's page makes (DNS rebinding, forged forms) and uploads beyond the quota."""
 
-    def __init__(self, app: App, *, uploads: Quota, hosts: set[str] | None) -> None:
+    def __init__(self, app: App, *, uploads: Quota, here: str, names: frozenset[str]) -> None:
+        """`here`: the address it listens on; `names`: under which browsers call it, as behind a proxy.
+
+        Other hosts are refused where it listens on this machine alone or where names are given; pages of other sites
+        always are.
+        """
         self.app = app
         self.uploads = uploads
-        self.hosts = hosts  # names under which it may be called; None: any, but from a page of the same host
+        self.names = names
+        self.hosts = {here, *LOOPBACK, *names} if names or here in LOOPBACK else None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -50,8 +56,9 @@ class Guard:
         host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
         if self.hosts is not None and host not in self.hosts:
             return "this page is not served under that name"
-        origin = headers.get("origin")
-        if origin is not None and (urlsplit(origin).hostname or "") not in {host, *(self.hosts or ())}:
+        origin = urlsplit(headers.get("origin", f"//{headers.get('host', '')}"))  # "null" has no host at all
+        # Another port of the same host is another site; a proxy that shows the page has a name of its own.
+        if origin.netloc != headers.get("host", "") and (origin.hostname or "") not in self.names:
             return "requests from pages of another site are refused"
         return None
 

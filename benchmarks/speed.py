@@ -531,4 +531,4 @@ def _cpu() -> str:
 
 
 if __name__ == "__main__":
-    run_command(run)
+    run_command(run, "Example:\n\n  python -m benchmarks.speed --out build/speed.json")

@@ -51,4 +51,4 @@ def run(out: Annotated[Path, typer.Option(help="folder for the pictures and the 
 
 
 if __name__ == "__main__":
-    run_command(run)
+    run_command(run, "Example:\n\n  python -m data_gen.demo --out build/demo")

@@ -43,6 +43,7 @@ Source = Annotated[str, typer.Option(help="name of the data set or camera")]
 Clips = Annotated[bool, typer.Option("--clips", help="pictures in one folder are frames of one clip")]
 Level = Annotated[str, typer.Option(help="raw, c23 or c40")]
 
+EXAMPLE = "Example:\n\n  python -m data_gen read {}"
 _EPILOG = """Examples:\n
   python -m data_gen read folder --real photos/ --fake StyleGAN2=generated/ --out set.jsonl\n
   python -m data_gen read deepfakebench Celeb-DF-v2.json --root datasets/ --only test --frames 32 --out celeb.jsonl
@@ -74,7 +75,7 @@ def add_commands(app: typer.Typer) -> None:
         write_manifest(out, samples)
         print(summary(out, samples, read.notes))
 
-    @kinds.command()
+    @kinds.command(epilog=EXAMPLE.format("folder --real photos --fake forged --out photos.jsonl"))
     def folder(
         out: Out,
         real: Real = None,
@@ -88,7 +89,10 @@ def add_commands(app: typer.Typer) -> None:
         """Folders of pictures or videos; you say which are real and which fake."""
         write(out, lambda: read_folders(labelled(real, fake), source=source, clips=clips, frames=frames), shares, split)
 
-    @kinds.command("x2dfd-list")
+    @kinds.command(
+        "x2dfd-list",
+        epilog=EXAMPLE.format("x2dfd-list --real real.json --fake fake.json --root data --out lists.jsonl"),
+    )
     def x2dfd_list(
         out: Out,
         lists: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
@@ -112,7 +116,7 @@ def add_commands(app: typer.Typer) -> None:
             allow_missing=allow_missing,
         )
 
-    @kinds.command("datasets")
+    @kinds.command("datasets", epilog=EXAMPLE.format("datasets build/saved --out saved.jsonl"))
     def saved_datasets(
         paths: Annotated[list[Path], typer.Argument(metavar="DIR...", help="folders written by save_to_disk")],
         out: Out,
@@ -148,7 +152,7 @@ def add_commands(app: typer.Typer) -> None:
             allow_missing=allow_missing,
         )
 
-    @kinds.command()
+    @kinds.command(epilog=EXAMPLE.format("deepfakebench FaceForensics++.json --root data --out ffpp.jsonl"))
     def deepfakebench(
         indices: Annotated[list[Path], typer.Argument(metavar="INDEX.json...")],
         out: Out,
@@ -180,7 +184,7 @@ def add_commands(app: typer.Typer) -> None:
             allow_missing,
         )
 
-    @kinds.command()
+    @kinds.command(epilog=EXAMPLE.format("ffpp FaceForensics++ --out ffpp.jsonl"))
     def ffpp(
         root: Annotated[Path, typer.Argument(help="folder with original_sequences/ and manipulated_sequences/")],
         out: Out,
@@ -210,7 +214,7 @@ def add_commands(app: typer.Typer) -> None:
             allow_missing=allow_missing,
         )
 
-    @kinds.command()
+    @kinds.command(epilog=EXAMPLE.format("celebdf Celeb-DF-v2 --out celebdf.jsonl"))
     def celebdf(
         root: Annotated[Path, typer.Argument(help="folder with Celeb-real/, YouTube-real/, Celeb-synthesis/")],
         out: Out,
@@ -240,7 +244,7 @@ def add_commands(app: typer.Typer) -> None:
             allow_missing=allow_missing,
         )
 
-    @kinds.command()
+    @kinds.command(epilog=EXAMPLE.format("dfdc dfdc_train_part_0/metadata.json --out dfdc.jsonl"))
     def dfdc(
         files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="metadata.json or labels.csv")],
         out: Out,
@@ -254,7 +258,7 @@ def add_commands(app: typer.Typer) -> None:
         """DFDC: clips beside their metadata.json or labels.csv."""
         write(out, lambda: read_dfdc(files, media=media, frames=frames), shares, split, group, allow_missing)
 
-    @kinds.command()
+    @kinds.command(epilog=EXAMPLE.format("manifest a.csv b.jsonl --out both.jsonl"))
     def manifest(
         files: Annotated[list[Path], typer.Argument(metavar="MANIFEST...", help=".csv, .jsonl or .parquet")],
         out: Out,

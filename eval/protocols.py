@@ -383,7 +383,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 _Many = list[str] | None
 
 
-@app.command("list")
+@app.command("list", epilog="Example:\n\n  python -m eval.protocols list")
 def list_protocols() -> None:
     """The protocols, their sets and what a model may be trained on."""
     for p in PROTOCOLS.values():

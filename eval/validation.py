@@ -116,4 +116,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "Example:\n\n  python -m eval.validation --run build/run --model build/adapter")

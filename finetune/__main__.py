@@ -42,7 +42,9 @@ def run(
     print(train(settings))
 
 
-@app.command()
+@app.command(
+    epilog="Example:\n\n  python -m finetune convert build/published build/adapter --base llava-hf/llava-1.5-7b-hf"
+)
 def convert(
     source: Annotated[Path, typer.Argument(help="adapter directory")],
     out: Annotated[Path, typer.Argument(help="directory to write")],
@@ -64,7 +66,7 @@ def convert(
     print(out)
 
 
-@app.command()
+@app.command(epilog="Example:\n\n  python -m finetune merge build/adapter build/merged")
 def merge(
     adapter: Annotated[Path, typer.Argument(help="adapter directory")],
     out: Annotated[Path, typer.Argument(help="directory to write")],

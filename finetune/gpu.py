@@ -253,4 +253,4 @@ def _run(
 
 
 if __name__ == "__main__":
-    run_command(_run)
+    run_command(_run, "Example:\n\n  python -m finetune.gpu --out build/gpu.json")

@@ -77,4 +77,4 @@ def _run(
 
 
 if __name__ == "__main__":
-    run_command(_run)
+    run_command(_run, "Example:\n\n  python -m finetune.split --adapter build/adapter --out build/served")

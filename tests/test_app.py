@@ -8,8 +8,11 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import re
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -28,13 +31,14 @@ from skimage import data
 pytest.importorskip("gradio", reason="gradio is not installed: pip install -c constraints.txt '.[app]'")
 
 import app.__main__ as command
-from app import demo
+from app import demo, pieces
 from tests.raising import raises
 from x2dfd import case as case_record
 from x2dfd import follow_up
+from x2dfd.answer import status
 from x2dfd.errors import InputError, SetupError
-from x2dfd.html_report import UNCOUNTED
-from x2dfd.media import load_media, media_summary
+from x2dfd.html_report import UNCOUNTED, points_at
+from x2dfd.media import Frame, Video, load_media, media_summary
 from x2dfd.statements import CAVEAT, LEAD
 from x2dfd.types import Cue, Evidence, FaceReport, Failure, Report, Verdict
 
@@ -86,7 +90,13 @@ class FakeDetector:
         self.may_go = threading.Event()
         self.may_go.set()
 
-    def detect_many(self, sources: Iterable[str], *, rationale: bool = True) -> Iterator[Report | Failure]:
+    def detect_many(
+        self,
+        sources: Iterable[str],
+        *,
+        rationale: bool = True,
+        on_progress: Callable[[Frame | FaceReport], None] | None = None,
+    ) -> Iterator[Report | Failure]:
         for source in sources:
             self.judged += 1
             self.may_go.wait(20)
@@ -99,6 +109,20 @@ class FakeDetector:
                 continue
             facts = media_summary(media)
             faces = self.faces(rationale)[: facts["width"] // 512]
+            if isinstance(media, Video):  # a face in each frame, more suspicious from one to the next
+                faces = tuple(
+                    replace(faces[0], index=i, frame=frame.index, time_s=frame.time_s, verdict=Verdict("fake", p))
+                    for i, frame in enumerate(media.frames)
+                    if (p := 0.3 + 0.6 * i / len(media.frames))
+                )
+                try:
+                    for told in (*media.frames, *faces) if on_progress else ():
+                        assert on_progress
+                        on_progress(told)
+                        self.slow()
+                except InputError as error:
+                    yield Failure(source, media.sha256, error.code, error.reason)
+                    continue
             first = faces[0] if faces else None
             yield Report(
                 path=source,
@@ -115,6 +139,9 @@ class FakeDetector:
                 timings={},
             )
 
+    def slow(self) -> None:
+        """Between two frames."""
+
     def faces(self, rationale: bool) -> tuple[FaceReport, ...]:
         text = self.rationale if rationale else ""
         return (face(0, 172, 0.93, text), face(1, 684, 0.08, text and "This one looks natural."))
@@ -130,7 +157,8 @@ class FakeDetector:
                     time.sleep(0.01)
         finally:
             self.writing.clear()
-        faces = self.faces(True)[: len(report.faces)]
+        texts = (self.rationale, "This one looks natural.")
+        faces = tuple(replace(f, rationale=texts[f.index % 2]) for f in report.faces)
         return replace(report, faces=faces, rationale=faces[0].rationale, cues=faces[0].cues)
 
     def chat(self, report: Report, question: str, *, source: str | None = None) -> str:
@@ -145,9 +173,10 @@ class Visitor:
 
     def __init__(self, address: str) -> None:
         self.http = httpx.Client(base_url=f"{address.rstrip('/')}/gradio_api", timeout=30)
-        config = httpx.get(f"{address.rstrip('/')}/config").json()
+        config = httpx.get(f"{address.rstrip('/')}/config", timeout=30).json()
         self.labels = {
-            c["id"]: c["props"].get("label") or c["props"].get("value") or c["type"] for c in config["components"]
+            c["id"]: next(filter(None, map(c["props"].get, ("elem_id", "label", "value"))), c["type"])
+            for c in config["components"]
         }
         self.events: dict[tuple[str, str], dict[str, Any]] = {}
         self.cancels = {
@@ -164,20 +193,24 @@ class Visitor:
         answer.raise_for_status()
         return {"path": answer.json()[0], "meta": {"_type": "gradio.FileData"}}
 
-    def join(self, label: str, event: str, *values: Any) -> httpx.Response:
-        body = {"data": list(values), "fn_index": self.events[label, event]["id"], "session_hash": self.session}
+    def join(self, label: str, event: str, *values: Any, told: Any = None) -> httpx.Response:
+        """`told`: what the page sends of the event itself, as which row was clicked."""
+        body = {
+            "data": list(values), "fn_index": self.events[label, event]["id"], "session_hash": self.session,
+            "event_data": told,
+        }  # fmt: skip
         joined = self.http.post("/queue/join", json=body)
         self.last_event = joined.json().get("event_id")
         return joined
 
-    def use(self, label: str, event: str, *values: Any) -> dict[str, Any]:
+    def use(self, label: str, event: str, *values: Any, told: Any = None) -> dict[str, Any]:
         """The message that ends the event: `success`, and `output` with the values or the error."""
-        *_, last = self.follow(label, event, *values)
+        *_, last = self.follow(label, event, *values, told=told)
         return last
 
-    def follow(self, label: str, event: str, *values: Any) -> Iterator[dict[str, Any]]:
+    def follow(self, label: str, event: str, *values: Any, told: Any = None) -> Iterator[dict[str, Any]]:
         """Every message of the event, until the one that ends it."""
-        self.join(label, event, *values).raise_for_status()
+        self.join(label, event, *values, told=told).raise_for_status()
         with self.http.stream("GET", "/queue/data", params={"session_hash": self.session}) as stream:
             for line in stream.iter_lines():
                 message = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
@@ -188,7 +221,7 @@ class Visitor:
 
     def show(self, content: bytes, name: str = "photo.jpg") -> dict[str, Any]:
         """What the page holds after a file was chosen."""
-        done = self.use(UPLOAD, "upload", self.upload(content, name), MODEL_NAME)
+        done = self.use(UPLOAD, "upload", [self.upload(content, name)], MODEL_NAME)
         assert done["success"], done
         names = ("case", "turns", "card", "pick", "panel", "downloads", "html", "json", "chat", "question")
         return dict(zip(names, done["output"]["data"], strict=False))
@@ -207,7 +240,7 @@ class Visitor:
 
 
 MODEL_NAME = "embedded"
-UPLOAD = "A photo or a short video (up to 30 MB)"
+UPLOAD = "Photos or short videos (up to 30 MB each)"
 
 
 class Page(HTMLParser):
@@ -337,7 +370,7 @@ def test_an_expert_without_a_weight_is_named_so(detector: FakeDetector, tmp_path
     lines = follow_up.who_said(told, told.faces[0]).splitlines()
     [line] = [line for line in lines if "no weight" in line]
     assert line == "- consistency: 91 % (no weight of its own in the verdict)"
-    panel = Page(demo.face_panel(demo.Case(told, "one.jpg", {None: ""}), 0)).text
+    panel = Page(pieces.face_panel(pieces.Case(told, "one.jpg", {None: ""}), 0)).text
     assert panel.count(UNCOUNTED) == 1 and f"consistency 91 % {UNCOUNTED}" in panel.replace("\xa0", " ")
 
 
@@ -362,9 +395,9 @@ def test_video_is_shown_by_its_frame(detector: FakeDetector, tmp_path: Path) -> 
     assert isinstance(report, Report)
     faces = tuple(replace(report.faces[0], index=i, frame=8 * i, time_s=float(i)) for i in (0, 1))
     report = replace(report, faces=faces, media={**report.media, "kind": "video"})
-    case = demo.Case(report, "gone.mp4", {0: "data:image/jpeg;base64,AAAA", 8: "data:image/jpeg;base64,BBBB"})
-    assert Page(demo.face_panel(case, 1)).all("img")[0]["src"] == "data:image/jpeg;base64,BBBB"
-    assert demo.choices(case.report)[1][0].startswith("Face 2 at 1.0 s")
+    case = pieces.Case(report, "gone.mp4", {0: "data:image/jpeg;base64,AAAA", 8: "data:image/jpeg;base64,BBBB"})
+    assert Page(pieces.face_panel(case, 1)).all("img")[0]["src"] == "data:image/jpeg;base64,BBBB"
+    assert pieces.choices(case.report)[1][0].startswith("Face 2 at 1.0 s")
     assert "only its report can be quoted: The jaw" in demo.answer(detector, case, 1, "What about the eyes?")
 
 
@@ -375,23 +408,101 @@ def _written(folder: Path, content: bytes) -> Path:
     return path
 
 
-def test_map_can_be_switched_on(visitor: Visitor) -> None:
-    """A map laid elsewhere than the face, or over the other face, points at a place nobody measured."""
+def clip(path: Path, frames: int = 10) -> bytes:
+    """A clip of one face."""
+    import av
+
+    with av.open(path, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=5, width=512, height=512)
+        stream.pix_fmt = "yuv420p"
+        for _ in range(frames):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(ASTRONAUT)))
+        container.mux(stream.encode(None))
+    return path.read_bytes()
+
+
+VERDICT, CURVE, TABLE = 2, -3, -1  # places among the outputs of a new file
+
+
+def test_several_files_stand_in_a_table_and_each_opens(visitor: Visitor, detector: FakeDetector) -> None:
+    """Bug prevented: of several files only one is judged, or a row opens another file's card."""
+    files = [visitor.upload(c, n) for c, n in ((ONE, "one.jpg"), (NONE, "none.jpg"), (b"text", "letter.jpg"))]
+    done = visitor.use(UPLOAD, "upload", files, MODEL_NAME)
+    assert done["success"] and detector.judged == 3
+    opened = {}
+    for index in (2, 1, 0):
+        steps = [m for m in visitor.follow("results", "select", None, told={"index": index}) if "output" in m]
+        opened[index] = Page(steps[-1]["output"]["data"][VERDICT]).text
+        table = Page(steps[0]["output"]["data"][TABLE])
+        assert [a["data-pick"] for a in table.all("tr") if "aria-current" in a] == [str(index)]
+    assert "Likely fake" in opened[0] and "Not assessed" in opened[1] and "Not judged" in opened[2]
+    assert "3 files: 1 likely fake, 1 not assessed, 1 not judged" in table.text
+    assert table.text.index("one.jpg") < table.text.index("none.jpg") < table.text.index("letter.jpg")
+    assert visitor.ask("How sure are you?")  # of the open one
+    for wrong in ({"index": 3}, {"index": -1}, {"index": "0"}, {}, None):
+        assert "Likely" not in json.dumps(visitor.use("results", "select", None, told=wrong))
+
+
+def test_more_files_than_are_judged_at_once_are_named(
+    visitor: Visitor, detector: FakeDetector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: a hundred files hold the model for everyone, or some are dropped in silence."""
+    monkeypatch.setattr(demo, "MAX_FILES", 2)
+    done = visitor.use(UPLOAD, "upload", [visitor.upload(ONE, f"{i}.jpg") for i in range(3)], MODEL_NAME)
+    assert detector.judged == 2 and "1 more file was left out" in done["output"]["data"][VERDICT]
+
+
+def test_a_clip_shows_its_frames_as_they_are_judged_and_a_curve(
+    visitor: Visitor, detector: FakeDetector, tmp_path: Path
+) -> None:
+    """Bug prevented: a page that says nothing for the time that a clip takes; a tap that shows another frame."""
+    detector.slow = lambda: time.sleep(0.1)  # type: ignore[method-assign]
+    sent = [visitor.upload(clip(tmp_path / "clip.mp4"), "clip.mp4")]
+    messages = list(visitor.follow(UPLOAD, "upload", sent, MODEL_NAME))
+    said = [json.dumps(m["output"]) for m in messages if m.get("msg") == "process_generating"]
+    assert any("Looked for faces in" in text for text in said)
+    assert any(re.search(r"Judged \d+ of 10 frames", text) for text in said)
+    curve = Page(messages[-1]["output"]["data"][CURVE])
+    taps = curve.all("button")
+    assert [tap["data-pick"] for tap in taps] == [str(i) for i in range(10)]
+    assert taps[3]["title"] == "0.6 s: 48 %" and [t["data-pick"] for t in taps if "aria-current" in t] == ["9"]
+    picked, panel, redrawn = visitor.use("over-time", "select", None, told={"index": 3})["output"]["data"]
+    assert picked == 3 and "Face 4" in Page(panel).text
+    assert [t["data-pick"] for t in Page(redrawn).all("button") if "aria-current" in t] == ["3"]
+
+
+def test_a_clip_that_takes_too_long_is_given_up(
+    visitor: Visitor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: one visitor's clip holds the model, which all share, without end."""
+    monkeypatch.setattr(demo, "TIMEOUT_S", 0)
+    shown = visitor.show(clip(tmp_path / "clip.mp4"), "clip.mp4")
+    assert "Not judged" in shown["card"] and "longer than 0 seconds" in shown["card"]
+    assert "Likely fake" in visitor.show(ONE)["card"]
+
+
+def test_map_is_shown_where_it_points_at_something(visitor: Visitor, detector: FakeDetector) -> None:
+    """A map laid elsewhere than the face, or over the other face, points at a place nobody measured; one that is on
+    unasked over a face that is not called fake speaks against the answer."""
     panel = Page(visitor.show(TWO)["panel"])
     [shown] = panel.all("image", "map")
     assert shown["transform"] == "matrix(53.0000 0.0000 0.0000 66.0000 172.0000 66.0000)" and shown["width"] == "2"
     assert (shown["href"] or "").startswith("data:image/png;base64,")
     [switch] = panel.all("input", "of-maps")
-    assert "checked" not in switch and "map of: consistency" in panel.text
+    assert "checked" in switch and "map of: consistency" in panel.text
     done = visitor.use("Several faces: pick the one to look at", "input", None, 1)
     other = Page(done["output"]["data"][0])
     assert not other.all("image") and not other.all("input", "of-maps")
+    face = detector.faces(True)[0]
+    faint = replace(face.evidence[0], map=((0.0, 0.4), (0.3, 0.0)))
+    for unclear in (replace(face, evidence=(faint,)), replace(face, verdict=Verdict("inconclusive", 0.6, "in_band"))):
+        assert points_at(face) and not points_at(unclear)
 
 
 def test_verdict_comes_first_and_the_explanation_streams_in(visitor: Visitor, detector: FakeDetector) -> None:
     """Nobody should wait seconds for a text before the verdict; a text that is drawn as HTML would run."""
     detector.rationale = f"The jaw {HOSTILE} has an edge"
-    messages = list(visitor.follow(UPLOAD, "upload", visitor.upload(ONE), MODEL_NAME))
+    messages = list(visitor.follow(UPLOAD, "upload", [visitor.upload(ONE)], MODEL_NAME))
     sent = [json.dumps(m["output"]) for m in messages if m.get("msg") == "process_generating"]
     verdict = next(i for i, text in enumerate(sent) if "Likely fake" in text)
     texts = [i for i, text in enumerate(sent) if "being written" in text and "The jaw" in text]
@@ -403,10 +514,12 @@ def test_verdict_comes_first_and_the_explanation_streams_in(visitor: Visitor, de
 def test_stop_ends_the_writing_and_keeps_the_verdict(visitor: Visitor, detector: FakeDetector) -> None:
     """A visitor who has seen enough must not hold the model; the verdict and its report stay."""
     detector.endless = True
-    visitor.join(UPLOAD, "upload", visitor.upload(ONE), MODEL_NAME).raise_for_status()
+    visitor.join(UPLOAD, "upload", [visitor.upload(ONE)], MODEL_NAME).raise_for_status()
     assert detector.writing.wait(20)
-    cancelled = [d["id"] for (label, event), d in visitor.events.items() if (label, event) == (UPLOAD, "upload")]
-    assert visitor.cancels["Stop writing"] == cancelled
+    cancelled = [
+        visitor.events[name]["id"] for name in ((UPLOAD, "upload"), ("tries", "select"), ("results", "select"))
+    ]
+    assert visitor.cancels["Stop"] == cancelled
     listening = threading.Thread(target=visitor.drain, daemon=True)
     listening.start()
     time.sleep(0.3)
@@ -425,9 +538,9 @@ def test_stopped_explanation_is_said(detector: FakeDetector, tmp_path: Path) -> 
     """ "The explanation is being written" for ever would keep a visitor waiting."""
     [report] = detector.detect_many([str(_written(tmp_path, ONE))], rationale=False)
     assert isinstance(report, Report)
-    stopped = demo.Case(report, "x.jpg", {None: "data:image/jpeg;base64,AAAA"}, stage="stopped")
-    assert "was stopped" in demo.face_panel(stopped, 0)
-    assert "being written" in demo.face_panel(replace(stopped, stage="writing"), 0)
+    stopped = pieces.Case(report, "x.jpg", {None: "data:image/jpeg;base64,AAAA"}, stage="stopped")
+    assert "was stopped" in pieces.face_panel(stopped, 0)
+    assert "being written" in pieces.face_panel(replace(stopped, stage="writing"), 0)
 
 
 def test_closing_the_text_ends_the_writing(detector: FakeDetector) -> None:
@@ -437,7 +550,7 @@ def test_closing_the_text_ends_the_writing(detector: FakeDetector) -> None:
     assert isinstance(report, Report)
     writing = demo.explaining(detector, report, "x.jpg")
     assert next(writing) == "The" and detector.writing.is_set()
-    writing.close()  # type: ignore[attr-defined]
+    writing.close()
     assert not detector.writing.is_set()
 
 
@@ -508,7 +621,7 @@ def test_a_served_model_judges_on_the_page_which_names_the_server(
             address = demo.launch(page, "127.0.0.1", port, block=False)
             assert f"Cut-out faces are sent to {name.removeprefix('m at ')}" in httpx.get(f"{address}config").text
             visitor = Visitor(address)
-            done = visitor.use(UPLOAD, "upload", visitor.upload(ONE), name)
+            done = visitor.use(UPLOAD, "upload", [visitor.upload(ONE)], name)
             card, panel = (Page(done["output"]["data"][i]).text for i in (2, 4))
             assert "Likely fake" in card and "not calibrated" in card and "no calibration was fitted" in card
             assert "The jaw looks blurred." in panel
@@ -528,13 +641,13 @@ def test_models_can_be_picked(detector: FakeDetector, folder: Path, port: int) -
     page = demo.build(detector, name="one", others={"two": lambda: second, "three": broken})
     try:
         visitor = Visitor(demo.launch(page, "127.0.0.1", port, block=False))
-        done = visitor.use(UPLOAD, "upload", visitor.upload(ONE), "two")
+        done = visitor.use(UPLOAD, "upload", [visitor.upload(ONE)], "two")
         assert done["success"] and (detector.judged, second.judged) == (0, 1)
         visitor.ask("What about the eyes?")
         assert second.asked and not detector.asked
-        told = visitor.use(UPLOAD, "upload", visitor.upload(ONE), "three")["output"]["data"][2]
+        told = visitor.use(UPLOAD, "upload", [visitor.upload(ONE)], "three")["output"]["data"][2]
         assert "x2dfd fetch" in told and "cannot be used" in told
-        assert not visitor.use(UPLOAD, "upload", visitor.upload(ONE), "four")["success"]
+        assert not visitor.use(UPLOAD, "upload", [visitor.upload(ONE)], "four")["success"]
     finally:
         page.close(verbose=False)
 
@@ -608,9 +721,16 @@ def test_hostile_text_stays_text(visitor: Visitor, detector: FakeDetector) -> No
     file = visitor.upload(ONE)["path"]
     [report] = detector.detect_many([file])
     assert isinstance(report, Report)
-    case, _ = demo.open_case(replace(report, path=HOSTILE, warnings=(HOSTILE,)), file)
+    case, _ = pieces.open_case(replace(report, path=HOSTILE, warnings=(HOSTILE,)), file)
     failure = Failure(HOSTILE, None, HOSTILE, HOSTILE)
-    for html in (shown["card"], shown["panel"], demo.card(case.report), demo.face_panel(case, 0), demo.card(failure)):
+    for html in (
+        shown["card"],
+        shown["panel"],
+        pieces.card(case.report),
+        pieces.face_panel(case, 0),
+        pieces.card(failure),
+        pieces.table([(HOSTILE, case.report), (HOSTILE, failure)], 2),
+    ):
         seen = Page(html)
         assert not seen.all("script")
         assert not [name for _, attrs in seen.tags for name in attrs if name.startswith("on")]
@@ -627,12 +747,12 @@ def test_what_the_file_states_leads_the_card_and_is_apart(detector: FakeDetector
     made = {"kind": "generated", "says": HOSTILE, "where": 'PNG text "parameters", byte 41'}
     part = {"kind": "part_generated", "says": "a composite", "where": "XMP, byte 9"}
     stated = replace(report, provenance={"state": "absent", "statements": [part, made]})
-    text = Page(demo.card(stated)).text
+    text = Page(pieces.card(stated)).text
     assert text.index(LEAD) < text.index("alert(2)") < text.index("Estimated probability")
     assert "can be removed" in text and "can be added" in text and "a composite" not in text
-    assert LEAD not in Page(demo.card(report)).text and not Page(demo.card(stated)).all("script")
-    case, _ = demo.open_case(stated, str(_written(tmp_path, ONE)))
-    panel = Page(demo.face_panel(case, 0)).text
+    assert LEAD not in Page(pieces.card(report)).text and not Page(pieces.card(stated)).all("script")
+    case, _ = pieces.open_case(stated, str(_written(tmp_path, ONE)))
+    panel = Page(pieces.face_panel(case, 0)).text
     assert "a composite (XMP, byte 9)" in panel and "alert(2)" in panel and CAVEAT in panel
 
 
@@ -642,7 +762,7 @@ def test_only_uploads_are_judged(visitor: Visitor, detector: FakeDetector, tmp_p
     for path in (own, f"../../../..{own}", "photo.jpg"):
         for label, event in ((UPLOAD, "upload"), ("Run", "click")):
             file = {"path": path, "url": path, "meta": {"_type": "gradio.FileData"}}
-            done = visitor.use(label, event, *([file, MODEL_NAME] if event == "upload" else [file]))
+            done = visitor.use(label, event, *([[file], MODEL_NAME] if event == "upload" else [file]))
             assert not done["success"] and done["output"]["error"] is None
     assert detector.judged == 0
 
@@ -652,7 +772,7 @@ def test_addresses_are_not_fetched(visitor: Visitor, detector: FakeDetector) -> 
     for url in ("http://127.0.0.1:9/a.jpg", "https://192.0.2.7/a.jpg", "http://example.org/a.jpg"):
         file = {"path": url, "url": url, "meta": {"_type": "gradio.FileData"}}
         sent = (
-            (UPLOAD, "upload", [file, MODEL_NAME]),
+            (UPLOAD, "upload", [[file], MODEL_NAME]),
             ("Run", "click", [file]),
             ("Ask", "click", [file, None, None, None]),
         )
@@ -666,9 +786,24 @@ def test_pages_of_other_sites_and_other_names_are_refused(address: str) -> None:
     """Bug prevented: a site that a visitor has open sends files here, or reads this page under a name of its own."""
     assert httpx.get(f"{address}config").status_code == 200
     assert httpx.get(f"{address}config", headers={"host": "evil.example"}).status_code == 403
-    foreign = {"origin": "https://evil.example"}
-    sent = httpx.post(f"{address}gradio_api/upload", files={"files": ("a.jpg", b"x")}, headers=foreign)
-    assert sent.status_code == 403
+    for foreign in ("https://evil.example", "http://127.0.0.1:1", "null"):
+        sent = httpx.post(f"{address}gradio_api/upload", files={"files": ("a.jpg", b"x")}, headers={"origin": foreign})
+        assert sent.status_code == 403, foreign
+    own = {"origin": address.rstrip("/")}
+    assert httpx.get(f"{address}config", headers=own).status_code == 200
+
+
+def test_no_path_of_the_server_is_shown(detector: FakeDetector, folder: Path, tmp_path: Path, port: int) -> None:
+    """Bug prevented: the page's settings name folders, and with them a user, of the machine that runs it."""
+    page = demo.build(detector, command.make_examples(tmp_path / "examples"))
+    try:
+        address = demo.launch(page, "127.0.0.1", port, block=False)
+        for part in ("config", "gradio_api/info", ""):
+            shown = httpx.get(address + part).text
+            for path in (tmp_path, folder, Path.home(), Path(demo.__file__).parents[1], Path(sys.prefix)):
+                assert str(path) not in shown, (part, path)
+    finally:
+        page.close(verbose=False)
 
 
 def test_uploads_beyond_the_quota_are_refused(page: Any, folder: Path, port: int, monkeypatch: Any) -> None:
@@ -788,7 +923,7 @@ def test_fault_of_ours_shows_no_inside(
     """A traceback in the page tells a stranger paths and versions; a log with the picture in it keeps a face."""
     visitor.show(ONE)
     detector.breaks = RuntimeError("secret detail")
-    done = visitor.use(UPLOAD, "upload", visitor.upload(ONE), MODEL_NAME)
+    done = visitor.use(UPLOAD, "upload", [visitor.upload(ONE)], MODEL_NAME)
     assert not done["success"] and "secret" not in json.dumps(done)
     logged = "".join(capfd.readouterr())
     assert "secret detail" in logged  # the operator sees it
@@ -833,7 +968,7 @@ def test_endpoint_answers_and_server_stops_and_forgets(
 
 def test_nothing_is_shared_recorded_or_reported(page: Any, address: str) -> None:
     """Defaults of the framework record runs in the browser, open a monitor, and report use."""
-    config = httpx.get(f"{address.rstrip('/')}/config").json()
+    config = httpx.get(f"{address.rstrip('/')}/config", timeout=30).json()
     assert config["analytics_enabled"] is False and config["run_history"] is False
     assert page.share is False and page.allowed_paths == [] and page.enable_monitoring is False
     assert page.delete_cache == (600, demo.KEEP_S)
@@ -843,11 +978,11 @@ def test_nothing_is_shared_recorded_or_reported(page: Any, address: str) -> None
 def test_examples_are_a_photo_and_its_forgery(detector: FakeDetector, folder: Path, tmp_path: Path, port: int) -> None:
     """A first visitor without a photo at hand must have something to click that works."""
     examples = command.make_examples(tmp_path / "examples")
-    assert [path.name for _, path in examples] == ["real.jpg", "forged.jpg"]
+    assert [path.name for _, path in examples] == ["real.jpg", "forged.jpg", "blurred.jpg", "cat.jpg", "clip.mp4"]
     page = demo.build(detector, examples)
     try:
         visitor = Visitor(demo.launch(page, "127.0.0.1", port, block=False))
-        done = visitor.use("Try its forged twin", "click", None, MODEL_NAME)
+        done = visitor.use("tries", "select", MODEL_NAME, told={"index": 1})
         assert done["success"] and "Likely fake" in done["output"]["data"][2]
     finally:
         page.close(verbose=False)
@@ -855,8 +990,9 @@ def test_examples_are_a_photo_and_its_forgery(detector: FakeDetector, folder: Pa
 
 @pytest.mark.slow
 @pytest.mark.needs_base
-def test_the_first_verdict_comes_within_five_seconds(
+def test_the_first_verdict_comes_soon(
     folder: Path,
+    tmp_path: Path,
     port: int,
     tried: list[Any],
     capsys: pytest.CaptureFixture[str],
@@ -866,21 +1002,37 @@ def test_the_first_verdict_comes_within_five_seconds(
     import x2dfd
 
     monkeypatch.setattr(x2dfd.Detector, "explain", lambda self, report, *_, **__: report)  # comes after the verdict
+    command.make_examples(tmp_path)
     page = demo.build(x2dfd.load())
     try:
         visitor = Visitor(demo.launch(page, "127.0.0.1", port, block=False))
-        begin, work = time.perf_counter(), time.process_time()
-        seconds = 0.0
-        for message in visitor.follow(UPLOAD, "upload", visitor.upload(ONE), MODEL_NAME):
-            if not seconds and "Estimated probability" in json.dumps(message):
-                seconds, work = time.perf_counter() - begin, time.process_time() - work
-        with capsys.disabled():
-            print(f"\nfirst verdict {seconds:.2f} s after the upload began, {work:.2f} s of processor time")
-        assert seconds > 0  # it was seen at all
-        assert 0 < work < 5
+        for name, most in (("forged.jpg", 5), ("clip.mp4", 20)):
+            sent = [visitor.upload((tmp_path / name).read_bytes(), name)]
+            begin, work = time.perf_counter(), time.process_time()
+            after: dict[str, tuple[float, float]] = {}  # what is first seen after so many seconds, and so much work
+            for message in visitor.follow(UPLOAD, "upload", sent, MODEL_NAME):
+                for sign in ("Looked for faces in", "Judged", "Estimated probability"):
+                    if sign in json.dumps(message):
+                        after.setdefault(sign, (time.perf_counter() - begin, time.process_time() - work))
+            with capsys.disabled():
+                print(f"\n{name}: " + ", ".join(f"{s!r} {a:.1f} s ({b:.1f} s of work)" for s, (a, b) in after.items()))
+            assert after["Estimated probability"][1] < most
+            assert name != "clip.mp4" or after["Looked for faces in"][1] < 1
         assert tried == []  # the embedded model asks nobody either
     finally:
         page.close(verbose=False)
+
+
+@pytest.mark.slow
+@pytest.mark.needs_base
+def test_the_examples_show_each_answer(tmp_path: Path) -> None:
+    """Bug prevented: a visitor who wants to see what "No answer" looks like finds no picture that gets it."""
+    import x2dfd
+
+    examples = [str(path) for _, path in command.make_examples(tmp_path)]
+    judged = x2dfd.load().detect_many(examples, rationale=False, frames=9)
+    said = [status(report.verdict) for report in judged if isinstance(report, Report)]
+    assert said == ["real", "fake", "inconclusive", "none", "fake"]
 
 
 def test_taken_port_is_said_plainly(detector: FakeDetector, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -905,3 +1057,32 @@ def test_command_ends_with_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     with pytest.raises(SystemExit) as stop:
         command.main()
     assert stop.value.code == 1 and capsys.readouterr().err == "error [setup]: the base is not here: x2dfd fetch\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT], ids=["service", "ctrl-c"])
+def test_a_stop_removes_uploads_and_samples(stop: signal.Signals, port: int, tmp_path: Path) -> None:
+    """Bug prevented: a service manager's stop leaves visitors' photos in the temporary folder for good."""
+    start = (
+        "import sys, x2dfd, app.__main__ as command\n"
+        "from tests.test_app import FakeDetector\n"
+        f"x2dfd.load = FakeDetector; sys.argv = ['app', '--port', '{port}']; command.main()"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "GRADIO_TEMP_DIR"} | {"TMPDIR": str(tmp_path)}
+    root = Path(demo.__file__).parents[1]
+    running = subprocess.Popen([sys.executable, "-c", start], cwd=root, env=environment)
+    try:
+        deadline = time.monotonic() + 200
+        while True:
+            try:
+                Visitor(f"http://127.0.0.1:{port}").upload(ONE)
+                break
+            except httpx.TransportError:
+                assert running.poll() is None and time.monotonic() < deadline
+                time.sleep(0.5)
+        assert list(tmp_path.rglob("photo.jpg")) and list(tmp_path.rglob("forged.jpg"))
+        running.send_signal(stop)
+        running.wait(60)
+    finally:
+        running.kill()
+    assert [path for path in tmp_path.rglob("*") if path.suffix in (".jpg", ".mp4")] == []

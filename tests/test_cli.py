@@ -654,6 +654,16 @@ def test_help_ends_with_two_examples(run: Run, command: list[str]) -> None:
         assert program == "x2dfd" and name in (command or ["detect", "doctor"])
 
 
+@pytest.mark.parametrize(("typed", "offered"), [("det", "detect"), ("detect --no-r", "--no-rationale")])
+def test_the_shell_completes_commands_and_options(typed: str, offered: str) -> None:
+    """Bug prevented: `x2dfd --install-completion` installs what completes nothing."""
+    words = f"x2dfd {typed}"
+    asked = {"_X2DFD_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    code = "from x2dfd.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | asked, capture_output=True, text=True)
+    assert offered in done.stdout.split(), done.stderr
+
+
 def test_help_needs_no_torch() -> None:
     """Help that takes seconds, or fails where torch is broken, is no help."""
     code = (

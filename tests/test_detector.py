@@ -235,6 +235,32 @@ def test_a_short_video_is_the_mean_of_its_three_worst_frames(detector: Detector,
     assert report.evidence == report.faces[int(np.argmax(chances))].evidence
 
 
+def test_work_on_a_clip_is_told_frame_by_frame_and_can_be_ended(detector: Detector, astronaut: Pixels) -> None:
+    """Bug prevented: a page shows nothing while a clip is judged, tells of frames that were not, or cannot give up."""
+    sent = clip(astronaut, [-20, 0, 20])
+    told: list[Any] = []
+    [report] = detector.detect_many([sent], rationale=False, on_progress=told.append)
+    assert isinstance(report, Report)
+    frames, faces = told[:3], told[3:]
+    assert [frame.index for frame in frames] == report.media["frames"] and frames[0].pixels.size
+    assert tuple(faces) == report.faces
+
+    def give_up(_: Any) -> None:
+        raise InputError("timeout", "too long")
+
+    failed, fine = detector.detect_many([sent, jpeg(astronaut)], rationale=False, batch_size=1, on_progress=give_up)
+    assert isinstance(failed, Failure) and isinstance(fine, Failure) and failed.code == fine.code == "timeout"
+
+
+def test_a_face_cut_by_the_edge_is_said(detector: Detector, astronaut: Pixels) -> None:
+    """Bug prevented: half a face is judged as if it were a whole one, and nobody is told."""
+    whole = detector.detect(jpeg(astronaut), rationale=False)
+    x, _, width, _ = (round(v) for v in whole.faces[0].box)
+    cut = detector.detect(jpeg(np.ascontiguousarray(astronaut[:, : x + width // 2 + width // 8])), rationale=False)
+    assert cut.faces and any("cut by the edge" in warning for warning in cut.warnings)
+    assert not any("cut by the edge" in warning for warning in whole.warnings)
+
+
 @pytest.mark.slow
 def test_a_forged_stretch_of_a_clip_is_not_averaged_away(detector: Detector, astronaut: Pixels) -> None:
     """Bug prevented: ten forged frames of a hundred, and the mean of all frames says real; or one frame decides."""

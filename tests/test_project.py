@@ -301,6 +301,29 @@ def test_tree_of_the_readme_exists() -> None:
     assert [name for name in names if not (ROOT / name).exists()] == []
 
 
+def test_every_help_shows_an_example() -> None:
+    """Bug prevented: a command whose options are listed, and nobody knows how to call it."""
+    without = []
+    rooms = [room for room in (*INSTALLED, *CHECKOUT_ONLY) if room not in ("tests", "experiments")]
+    for path in (ROOT / "road.py", *(path for room in rooms for path in (ROOT / room).rglob("*.py"))):
+        module = ast.parse(path.read_text("utf-8"))
+        in_docstring = "\n    python " in (ast.get_docstring(module) or "")  # which argparse is given whole
+        for call in (node for node in ast.walk(module) if isinstance(node, ast.Call)):
+            named = {keyword.arg for keyword in call.keywords}
+            match call.func:
+                case ast.Attribute(attr="command"):
+                    shows = "epilog" in named
+                case ast.Attribute(attr="ArgumentParser"):
+                    shows = "epilog" in named or in_docstring
+                case ast.Name(id="run_command"):  # an app's commands have their own
+                    shows = len(call.args) > 1 or (isinstance(call.args[0], ast.Name) and call.args[0].id == "app")
+                case _:
+                    continue
+            if not shows:
+                without.append(f"{path.relative_to(ROOT)}:{call.lineno}")
+    assert without == []
+
+
 def test_expert_of_the_readme_is_one() -> None:
     """Bug prevented: the expert that a reader copies lacks something that the registry wants."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)

@@ -135,6 +135,31 @@ def test_xmp_of_other_containers_is_found_where_it_stands() -> None:
     assert read_statements(b"<x:xmpmeta" * 300_000, "mov") == []
 
 
+@pytest.mark.parametrize(("format", "name"), [("matroska", "matroska"), ("avi", "avi"), ("mov", "mp4")])
+def test_tags_of_videos_are_read(format: str, name: str) -> None:
+    """Bug prevented: a generated clip states its settings in a tag, and nothing of it is said."""
+    av = pytest.importorskip("av")
+    graph = json.dumps({"prompt": json.dumps({"3": {"class_type": "KSampler"}})})
+    for text, program in ((WEB_UI.splitlines()[-1], "Stable Diffusion web UI"), (graph, "ComfyUI"), ("a holiday", "")):
+        buffer = io.BytesIO()
+        with av.open(buffer, "w", format=name) as container:
+            container.metadata["comment"] = text
+            stream = container.add_stream("mpeg4", rate=5, width=64, height=64)
+            stream.pix_fmt = "yuv420p"
+            container.mux(stream.encode(av.VideoFrame(64, 64, "yuv420p")))
+            container.mux(stream.encode(None))
+        said = read_statements(buffer.getvalue(), format)
+        assert [s["kind"] for s in said] == [GENERATED] * bool(program), (said, program)
+        assert all(program in s["says"] and s["where"].lower() == 'tag "comment"' for s in said)
+        assert read_statements(buffer.getvalue()[:40], format) == []
+
+
+def test_the_comment_of_a_gif_is_read() -> None:
+    assert read_statements(saved("GIF", comment=WEB_UI.encode()), "GIF")[0]["where"] == "GIF comment"
+    assert read_statements(saved("GIF", comment=b"made by hand"), "GIF") == []
+    assert read_statements(b"GIF89a\1", "GIF") == []
+
+
 def test_a_composite_is_called_what_it_is() -> None:
     """Bug prevented: a photo with a retouched sky leads its page as "made with a generator"."""
     assert source_type(IPTC + "compositeWithTrainedAlgorithmicMedia")[0] == PARTLY

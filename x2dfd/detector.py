@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
@@ -52,12 +52,13 @@ from x2dfd.validation import PROPOSITIONS, Validation
 
 Mode = Literal["calibrated", "paper"]
 Source = str | Path | bytes | Image
-
+Told = Callable[[Frame | FaceReport], None]
 NO_PHOTO = 0.9  # P(a drawing, a painting, a render) from which a face is not assessed: nobody took that photo
 CLIP_SHARE, CLIP_LEAST = 0.1, 3  # a clip is judged by this share of its frames, and by so many of them at least
 VIDEO_FRAMES = 32  # of a clip, spread evenly: a tenth of it that was changed holds three of them
 FRAME_FACES = 4  # of one frame of a video
 TURN_EVERY = 4  # frames: of a clip without a face so far, these are also looked at on their side and on their head
+CUT_OFF = 0.05  # of a face's width: what reaches over the edge by more is said to be cut
 MAX_FACES = 24  # in one picture; the smaller ones are left out with a warning
 
 
@@ -160,29 +161,38 @@ class Detector:
         return report
 
     def detect_many(
-        self, sources: Iterable[Source], *, batch_size: int = 8, rationale: bool = True, frames: int = VIDEO_FRAMES
+        self,
+        sources: Iterable[Source],
+        *,
+        batch_size: int = 8,
+        rationale: bool = True,
+        frames: int = VIDEO_FRAMES,
+        on_progress: Told | None = None,
     ) -> Iterator[Report | Failure]:
         """Reports in the order of the sources; a file that cannot be judged is a Failure and the run goes on.
 
         The faces of `batch_size` files go through the models together. Meanwhile a thread decodes the next batch and
         finds its faces, so `sources` is read one batch ahead (in the caller's thread); two batches stand in memory.
+        `on_progress` is told of each frame of a video once its faces are found, in that thread, and of each face once
+        it is judged; an InputError that it raises ends the work on that file, or on the batch.
         """
         if batch_size < 1 or frames < 1:
             raise ValueError("batch_size and frames must be at least 1")
         source = iter(sources)
+        ready = partial(_ready_or_failure, frames=frames, on_progress=on_progress)
         beside = ThreadPoolExecutor(1, "x2dfd-decode")
         try:
             # A file each, so that a run that is broken off waits for one file and not for a batch.
-            ahead = [beside.submit(_ready_or_failure, s, frames) for s in islice(source, batch_size)]
+            ahead = [beside.submit(ready, s) for s in islice(source, batch_size)]
             broken: Exception | None = None
             while ahead:
                 batch = [one.result() for one in ahead]
                 ahead = []
                 try:
-                    ahead = [beside.submit(_ready_or_failure, s, frames) for s in islice(source, batch_size)]
+                    ahead = [beside.submit(ready, s) for s in islice(source, batch_size)]
                 except Exception as error:  # of the caller's iterator: raised in its turn, after this batch's reports
                     broken = error
-                yield from self._batch(batch, rationale)
+                yield from self._batch(batch, rationale, on_progress)
             if broken is not None:
                 raise broken
         finally:
@@ -268,19 +278,21 @@ class Detector:
             with self._keeping:
                 self._kept = (key, look)
 
-    def _batch(self, batch: Sequence[_Ready], rationale: bool) -> list[Report | Failure]:
+    def _batch(self, batch: Sequence[_Ready], rationale: bool, on_progress: Told | None) -> list[Report | Failure]:
         try:
-            return self._judge(batch, rationale)
+            return self._judge(batch, rationale, on_progress)
         except InputError as error:  # of a served model, about one of these files
             if len(batch) > 1:
-                return [result for one in batch for result in self._batch([one], rationale)]
+                return [result for one in batch for result in self._batch([one], rationale, on_progress)]
             media = batch[0].media
             return [Failure(media.path, media.sha256, error.code, error.reason)]
 
-    def _judge(self, batch: Sequence[_Ready], rationale: bool) -> list[Report | Failure]:
+    def _judge(
+        self, batch: Sequence[_Ready], rationale: bool, on_progress: Told | None = None
+    ) -> list[Report | Failure]:
         stages = {stage: sum(one.seconds.get(stage, 0.0) for one in batch) for stage in ("decode", "faces")}
         clock = _Clock({"files": len(batch), **stages})
-        faces = iter(self._face_reports([s for one in batch for s in one.seen], rationale, clock))
+        faces = iter(self._face_reports([s for one in batch for s in one.seen], rationale, clock, on_progress))
         results: list[Report | Failure] = []
         for one in batch:
             if isinstance(one.media, Failure):
@@ -290,7 +302,9 @@ class Detector:
             results.append(self._report(one.media, one.summary, own, one.notes, clock.seconds))
         return results
 
-    def _face_reports(self, seen: Sequence[_Seen], rationale: bool, clock: _Clock) -> list[FaceReport]:
+    def _face_reports(
+        self, seen: Sequence[_Seen], rationale: bool, clock: _Clock, on_progress: Told | None
+    ) -> list[FaceReport]:
         """All faces of a batch through tower, experts, MLLM and calibration."""
         out: list[FaceReport] = []
         for start in range(0, len(seen), self.mllm.batch):
@@ -327,6 +341,8 @@ class Detector:
                     time_s=s.time_s,
                 )
                 out.append(self._explained(judged, s.face, text) if text else judged)
+                if on_progress:
+                    on_progress(out[-1])
         return out
 
     def _explained(self, judged: FaceReport, face: Face, text: str) -> FaceReport:
@@ -647,12 +663,14 @@ class _Clock:
 class _Search:
     """Finds the faces of a file; of a clip while it is decoded, so that one frame at a time stands in memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_progress: Told | None = None) -> None:
         self.seen: list[_Seen] = []
+        self._on_progress = on_progress
         self.turned = 0  # degrees counterclockwise that set the picture upright, where the file does not say so
         self.seconds = 0.0
         self._left_out = 0
         self._frames = 0
+        self._cut = 0  # pictures or frames whose largest face reaches over the edge
 
     def picture(self, picture: Picture) -> None:
         faces = self._faces(picture.pixels, turning=True)
@@ -667,6 +685,8 @@ class _Search:
         self._left_out += len(faces[FRAME_FACES:])
         for face in faces[:FRAME_FACES]:
             self.seen.append(_Seen(replace(face, index=len(self.seen)), frame.index, frame.time_s))
+        if self._on_progress:
+            self._on_progress(frame)
         return replace(frame, pixels=_NO_PIXELS)
 
     def _faces(self, pixels: NDArray[np.uint8], turning: bool) -> list[Face]:
@@ -677,6 +697,7 @@ class _Search:
                 turns = (self.turned // 90,) if self.turned else (1, 2, 3)
                 faces, turned = find_turned_faces(pixels, turns)
                 self.turned = self.turned or turned
+        self._cut += bool(faces) and _reaches_out(faces[0], pixels.shape[1], pixels.shape[0])
         self.seconds += time.perf_counter() - start
         return faces
 
@@ -686,10 +707,19 @@ class _Search:
         if self._left_out:
             largest = f"; a frame's {FRAME_FACES} largest are judged" if self._frames else ""
             notes.append(f"{self._left_out} smaller faces were left out{largest}")
+        if self._cut:
+            where = f" in {self._cut} of {self._frames} frames" if self._frames else ""
+            notes.append(f"the largest face is cut by the edge of the picture{where}: what lies outside was not judged")
         if self.turned:
             side = "on its head" if self.turned == 180 else "on its side"
             notes.append(f"the picture stands {side} and does not say so: faces were looked for in all four turns")
         return notes
+
+
+def _reaches_out(face: Face, width: int, height: int) -> bool:
+    """Whether the face's mesh reaches over the edge of its picture by more than the mesh's own error."""
+    (left, top), (right, bottom) = face.landmarks.min(0), face.landmarks.max(0)
+    return bool(max(-left, -top, right - width, bottom - height) > CUT_OFF * (right - left))
 
 
 _NO_PIXELS = np.empty((0, 0, 3), np.uint8)
@@ -704,9 +734,9 @@ def _open(source: Source, frames: int, keep: Callable[[Frame], Frame]) -> Pictur
         return replace(media, provenance=read_provenance(source, media.format))
 
 
-def _ready(source: Source, frames: int) -> _Ready:
+def _ready(source: Source, frames: int, on_progress: Told | None = None) -> _Ready:
     """Raises InputError, whatever the file makes a library raise; see `errors.one_file`."""
-    search = _Search()
+    search = _Search(on_progress)
     start = time.perf_counter()
     media = _open(source, frames, search.frame)
     decoded = time.perf_counter() - start - search.seconds
@@ -721,9 +751,9 @@ def _ready(source: Source, frames: int) -> _Ready:
     return _Ready(media, summary, search.seen, search.notes(), {"decode": decoded, "faces": search.seconds})
 
 
-def _ready_or_failure(source: Source, frames: int) -> _Ready:
+def _ready_or_failure(source: Source, frames: int, on_progress: Told | None) -> _Ready:
     try:
-        return _ready(source, frames)
+        return _ready(source, frames, on_progress)
     except InputError as error:
         return _Ready(_failure(source, error), {}, [], [], {})
 

@@ -296,6 +296,7 @@ def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], 
         "text": text,
         "shapes": shapes,
         "maps": maps,
+        "map_on": any(points_at(face) for face in faces),
         "mapped_by": ", ".join(dict.fromkeys(str(m["expert"]) for m in maps)),
         "boxes": boxes,
         "legend": [(key, *rest) for key, rest in legend.items()],
@@ -307,6 +308,11 @@ def overlays(face: FaceReport) -> list[dict[str, str | float]]:
     if len(face.crop) != 3:
         return []
     return [_map(face.crop, e.map, e.expert) for e in face.evidence if _square(e.map)]
+
+
+def points_at(face: FaceReport) -> bool:
+    """Whether a map of a face that is called fake points at something: then it is shown before anyone asks."""
+    return face.verdict.label == "fake" and any(value >= 0.5 for e in face.evidence for row in e.map for value in row)
 
 
 def _square(rows: Sequence[Sequence[float]]) -> bool:

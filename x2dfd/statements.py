@@ -1,7 +1,8 @@
 """What a file's metadata say of how it was made: IPTC digital source type, generators' settings, names of software.
 
-Read from XMP, EXIF, PNG text and JPEG comments, each with its place in the file. Anyone can write such a statement and
-anyone can remove it, so it is evidence of its own and never part of the estimate. Its absence says nothing.
+Read from XMP, EXIF, PNG text, comments of JPEG and GIF and tags of videos, each with its place in the file. Anyone can
+write such a statement and anyone can remove it, so it is evidence of its own and never part of the estimate. That none
+is there says nothing.
 
 Formats: PNG (ISO/IEC 15948), JPEG (ISO/IEC 10918-1), WebP (RFC 9649), TIFF 6.0 and EXIF 3.0, XMP (ISO 16684-1). The
 digital source types are IPTC's (cv.iptc.org/newscodes/digitalsourcetype). XMP is searched as text and never parsed as
@@ -21,6 +22,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from x2dfd.errors import InputError
 
 GENERATED = "generated"  # made with a generator
 PARTLY = "part_generated"  # a generator made a part of it, or reworked it
@@ -76,13 +79,14 @@ class _Text:
 def read_statements(source: str | Path | bytes, format: str) -> list[dict[str, str]]:
     """What the metadata of a file say of how it was made, in the order of the file: `kind`, `says`, `where`.
 
-    `format` as in `Report.media`. JPEG, PNG, WebP and TIFF are read in full; of AVIF, HEIF, GIF and MP4 XMP alone, and
-    of other formats nothing. `kind` is one of GENERATED, PARTLY and SOURCE. What a file holds never raises; OSError
-    where it cannot be read.
+    `format` as in `Report.media`. JPEG, PNG, WebP and TIFF are read in full; of AVIF, HEIF, GIF, MP4, Matroska and AVI
+    XMP, the comment of a GIF and the tags of a video; of other formats nothing. `kind` is one of GENERATED, PARTLY and
+    SOURCE. What a file holds never raises; OSError where it cannot be read.
     """
     readers: dict[str, Callable[[_Bytes], Iterator[_Text]]] = {
         "JPEG": _jpeg, "PNG": _png, "WEBP": _webp, "TIFF": _tiff,
-        "AVIF": _searched, "HEIF": _searched, "GIF": _searched, "mov": _searched,
+        "AVIF": _searched, "HEIF": _searched, "GIF": _gif, "mov": _video("mov"), "matroska": _video("matroska"),
+        "avi": _video("avi"),
     }  # fmt: skip
     if format not in readers:
         return []
@@ -120,7 +124,7 @@ _NAMES = re.compile(
 )
 """Generators by their own names. `Imagen` and `Gemini` alone are also other things."""
 
-_NAMING = {"software", "source", "creator", "generator", "make", "model"}
+_NAMING = {"software", "encoder", "source", "creator", "generator", "make", "model"}
 """Fields that name what made the file; in a caption or a prompt the same name says nothing."""
 
 _JOB = re.compile(r"\bJob ID: ?[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b")
@@ -154,6 +158,12 @@ def _settings(text: _Text) -> str | None:
         return f"Stable Diffusion web UI ({found[0]})"
     if '"class_type"' in said and (field == "prompt" or said.startswith("prompt:")):
         return "ComfyUI (the graph that was run)"
+    if (
+        field == "comment"
+        and re.match(r'\s*\{"(?:prompt|workflow)"', said)
+        and ("class_type" in said or "nodes" in said)
+    ):
+        return "ComfyUI (what was run, as a video's comment)"
     if '"nodes"' in said and (field == "workflow" or said.startswith("workflow:")):
         return "ComfyUI (the workflow)"
     if '"sui_image_params"' in said:
@@ -370,6 +380,36 @@ def _searched(file: _Bytes) -> Iterator[_Text]:
         last = data.find(b"</x:xmpmeta>", max(first, 0))
         if 0 <= first < last:
             yield _Text("XMP", f"XMP, byte {start + first}", _decoded(data[first:last]))
+
+
+def _gif(file: _Bytes) -> Iterator[_Text]:
+    from PIL import Image
+
+    yield from _searched(file)
+    file.file.seek(0)
+    try:
+        with Image.open(file.file, formats=["GIF"]) as opened:
+            comment = opened.info.get("comment", b"")
+    except (OSError, ValueError, SyntaxError):  # damaged: nothing can be said of it
+        return
+    yield _Text("comment", "GIF comment", _decoded(comment[:_MAX_TEXT]))
+
+
+def _video(name: str) -> Callable[[_Bytes], Iterator[_Text]]:
+    """XMP and the tags of a container of that name."""
+
+    def read(file: _Bytes) -> Iterator[_Text]:
+        from x2dfd.video import container_tags
+
+        yield from _searched(file)
+        try:
+            tags = container_tags(file.file, name)
+        except InputError:  # it could not be decoded either, which its row says
+            return
+        for key, value in tags.items():  # `com.apple.quicktime.software`
+            yield _Text(key.rpartition(".")[2], f'tag "{plain(key)}"', value[:_MAX_TEXT])
+
+    return read
 
 
 def _tiff(file: _Bytes) -> Iterator[_Text]:

@@ -1,8 +1,10 @@
 """The rationale that a person reads: what the language model wrote, less what the report's own facts refute.
 
-In the calibrated mode no text names a sign of forgery on a photo that is not called fake, none goes against the verdict
-or its kind, and the sentence on the experts that X2-DFD trains (`x2dfd.prompts.expert_sentence`) is left out: the
-experts' scores stand beside the text. What is missing then is written here, from the report.
+In the calibrated mode no text names a sign of forgery on a photo that is not called fake, and none goes against the
+verdict or its kind. Left out are also what names no sign ("Face editing leaves such traces."), a cue's name before the
+sentence that says it ("Jaw blur: the jaw ..."), and the sentence on the experts that X2-DFD trains
+(`x2dfd.prompts.expert_sentence`): the experts' scores stand beside the text. What is missing then is written here, from
+the report.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Sequence
 from x2dfd import prompts
 from x2dfd.answer import disagreement, percent
 from x2dfd.explain import in_order, mended, read_cues, said_kind, said_labels
-from x2dfd.types import Cue, Evidence, Verdict
+from x2dfd.types import AREAS, ARTIFACTS, Cue, Evidence, Verdict
 
 MAX_NAMED = 3  # cues in a text; more than that nobody checks
 CUE_FROM = 0.5  # probability from which what an expert points at is named
@@ -31,13 +33,15 @@ _SEEN = {
     "frequency": "a regular pattern runs through {a}",
     "compression": "square blocks show in {a}",
 }
-LOOKED_AT = "The face was looked at as a whole, for the traces of generators, and area by area, for changes"
+_STARTS = {"whole": "The face looks generated as a whole", "part": "A part of the photo looks changed"}
+_LABEL = re.compile(rf"\b(?:{'|'.join(AREAS)}) (?:{'|'.join(ARTIFACTS)}): ", re.IGNORECASE)
 
 
 def looked_at(evidence: Sequence[Evidence], uncounted: frozenset[str]) -> str:
     """What the experts with a weight looked at: both kinds of fakes, where one of them tells the kinds apart."""
     both = any(e.kinds for e in evidence if e.expert not in uncounted)
-    return LOOKED_AT if both else "The face was looked at"
+    how = " as a whole, for traces of generators, and area by area, for changes" if both else ""
+    return f"The face was checked{how}."
 
 
 def area_name(area: str) -> str:
@@ -57,39 +61,49 @@ def readable(text: str, verdict: Verdict, evidence: Sequence[Evidence], uncounte
     own = prompts.closed(text, verdict.label, ())  # without any sentence on the experts
     sentences = re.findall(r"\S[^.!?\n]*(?:[.!?]+|$)", own if verdict.label == "real" else mended(own))
     if verdict.label == "real":
-        calm = [s for s in sentences if in_order(s)]
-        whole = looked_at(evidence, uncounted)
-        return " ".join([f"{whole}, and {'both were' if whole == LOOKED_AT else 'it was'} found in order.", *calm])
-    kept = [s for s in sentences if not against(s, verdict)]
-    if kept and (len(kept) == len(sentences) or read_cues(" ".join(kept))):
-        return " ".join(kept)
-    return called_fake(verdict, evidence, uncounted)
+        return " ".join([looked_at(evidence, uncounted), "Nothing was found.", *filter(in_order, sentences)])
+    seen = [_unlabelled(s) for s in sentences if read_cues(s) and not against(s, verdict)]
+    return " ".join([f"{_start(verdict)}.", *seen]) if seen else called_fake(verdict, evidence, uncounted)
+
+
+def _unlabelled(sentence: str) -> str:
+    """Without the cue's name in front, where the rest says the same: it would be read twice."""
+    rest = _LABEL.sub("", sentence)
+    same = {(c.area, c.artifact) for c in read_cues(rest)} == {(c.area, c.artifact) for c in read_cues(sentence)}
+    return rest[:1].upper() + rest[1:] if same else sentence
+
+
+def _start(verdict: Verdict) -> str:
+    return _STARTS.get(verdict.kind or "", "The face looks forged")
 
 
 def against(sentence: str, verdict: Verdict) -> bool:
     """Whether a sentence goes against an answer: names a sign on what is not called fake, the other label or kind."""
-    said, kind = said_labels(sentence), said_kind(sentence)
+    said, kind, cues = said_labels(sentence), said_kind(sentence), read_cues(sentence)
     if verdict.label != "fake":
-        return bool(read_cues(sentence)) or "fake" in said or (verdict.label == "inconclusive" and "real" in said)
-    return "real" in said or (verdict.kind is not None and kind not in (None, verdict.kind))
+        return bool(cues) or "fake" in said or (verdict.label == "inconclusive" and "real" in said)
+    return "real" in said or (verdict.kind is not None and kind not in (None, verdict.kind)) or _joined(cues, verdict)
+
+
+def _joined(cues: Sequence[Cue], verdict: Verdict) -> bool:
+    """Whether cues name a seam in a face that is called generated as a whole: it has none."""
+    return verdict.kind == "whole" and any(c.artifact == "blending" for c in cues)
 
 
 def called_fake(verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozenset[str] = frozenset()) -> str:
     """Why a face is called fake, from what the experts with a weight point at."""
-    counted = [e for e in evidence if e.expert not in uncounted]
-    cues = {(c.area, c.artifact): c for e in counted for c in e.cues if c.score is None or c.score >= CUE_FROM}
+    counted = [c for e in evidence if e.expert not in uncounted for c in e.cues if not _joined([c], verdict)]
+    cues = {(c.area, c.artifact): c for c in counted if c.score is None or c.score >= CUE_FROM}
     named = ". ".join(cue_clause(c).capitalize() for c in list(cues.values())[:MAX_NAMED])
-    starts = {"whole": "The face looks generated as a whole", "part": "A part of the photo looks changed"}
-    start = starts.get(verdict.kind or "", "The face looks forged")
-    return f"{start}. {named}." if named else f"{start}, although no single area stands out."
+    return f"{_start(verdict)}. {named}." if named else f"{_start(verdict)}, although no single area stands out."
 
 
 def undecided(verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozenset[str] = frozenset()) -> str:
     """What was looked at, and that nothing decided; no sign is named."""
     if verdict.reason == "not_a_photograph":
         return "This looks like a drawing, a painting or a render and no photo, so it was not judged."
-    estimate = f"the estimate, {percent(verdict.p_fake)}, lies between the two thresholds."
-    found = f"{looked_at(evidence, uncounted)}, and nothing decided: {estimate}"
+    estimate = f"The estimate, {percent(verdict.p_fake)}, lies between the two thresholds, so there is no answer."
+    found = f"{looked_at(evidence, uncounted)} {estimate}"
     if (apart := disagreement(evidence, uncounted)) is None:
         return found
     low, high = apart

@@ -167,6 +167,12 @@ def load_video(
     )
 
 
+def container_tags(file: BinaryIO, container_name: str) -> dict[str, str]:
+    """The tags of a video's container and of its track (`comment`, `encoder` ...). Raises InputError."""
+    with _container(Metered(file, Budget(_PIECES, _PIECES << 15), _SECONDS), container_name) as (container, stream):
+        return {**stream.metadata, **container.metadata}
+
+
 @contextmanager
 def _container(file: Metered, name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its main video stream; whatever PyAV raises inside becomes `bad_video`."""

@@ -1,0 +1,175 @@
+"""The pieces of the page as HTML, each drawn by a macro of page.jinja, and what a visitor's case holds."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import jinja2
+from PIL import Image
+
+from x2dfd.answer import KINDS_SAID, NEXT_STEPS, NOT_PROOF, WORDS, meaning, percent, shown, stance, status, told
+from x2dfd.errors import X2DFDError
+from x2dfd.experts import expert_class
+from x2dfd.html_report import COLOURS, PROVENANCE, UNCOUNTED, overlays, points_at
+from x2dfd.media import Video, load_media
+from x2dfd.statements import CAVEAT, LEAD, of_generator
+from x2dfd.types import FaceReport, Failure, Report, frames_asked
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+MAX_SIDE = 1200  # of the picture shown, in pixels
+STRIP = 8  # frames that are shown while a clip is judged, the last ones
+THUMB = 160  # of a frame there, in pixels
+
+
+@dataclass(frozen=True)
+class Case:
+    """A judged file, kept for one visitor."""
+
+    report: Report
+    file: str  # where the upload lies until it is deleted
+    pictures: Mapping[int | None, str]  # frame number (None: a photo) -> data URI of a JPEG
+    model: str = ""  # the name, in the page's list, of the model that judged it and answers about it
+    stage: Literal["writing", "stopped", "done"] = "done"  # of the explanation
+    why: str = ""  # it stopped, where it was not the visitor
+
+    def face(self, index: int | None) -> FaceReport | None:
+        """The face of that index; None asks for the one that decided."""
+        found = [f for f in self.report.faces if f.index == index]
+        return found[0] if found else self.report.decider
+
+
+@dataclass
+class Progress:
+    """How far the work on a clip is."""
+
+    frames: dict[int, str] = field(default_factory=dict)  # those looked through -> data URI of a small JPEG
+    judged: dict[int, FaceReport] = field(default_factory=dict)  # the most suspicious face of each judged one
+
+    def frame(self, index: int, pixels: NDArray[np.uint8]) -> None:
+        self.frames[index] = jpeg_uri(pixels, THUMB)
+
+    def face(self, face: FaceReport) -> None:
+        if face.frame is not None:
+            before = self.judged.get(face.frame, face)
+            self.judged[face.frame] = max(before, face, key=FaceReport.suspicion)
+
+
+def open_case(report: Report, file: str) -> tuple[Case, Any]:
+    """The case, and its pixels as `html_report.render` takes them. Raises InputError where the upload is gone."""
+    media = load_media(file, max_frames=frames_asked(report.media) or 1)
+    if isinstance(media, Video):
+        frames = {frame.index: frame.pixels for frame in media.frames}
+        return Case(report, file, {number: jpeg_uri(pixels) for number, pixels in frames.items()}), frames
+    return Case(report, file, {None: jpeg_uri(media.pixels)}), media.pixels
+
+
+def jpeg_uri(pixels: NDArray[np.uint8], side: int = MAX_SIDE) -> str:
+    """A picture [H, W, 3] as a data URI, its longer side at most `side` pixels."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def card(judged: Report | Failure) -> str:
+    """The verdict card."""
+    if isinstance(judged, Failure):
+        return draw("problem", judged)
+    kind = status(judged.verdict)
+    return draw("card", judged, kind, meaning(judged.verdict, len(judged.faces)))
+
+
+def face_panel(case: Case, index: int | None) -> str:
+    """The picture with all its boxes, and what is said of one face."""
+    report, face = case.report, case.face(index)
+    frame = face.frame if face else next(iter(case.pictures))
+    width, height = (float(report.media[side]) for side in ("width", "height"))
+    named = list(dict.fromkeys(c.area for c in face.cues if face.areas.get(c.area))) if face else []
+    marks = {area: (chr(ord("A") + i), COLOURS[i % len(COLOURS)]) for i, area in enumerate(named)}
+    figure = {
+        "uri": case.pictures.get(frame),
+        "size": (width, height),
+        "text": max(width, height) * 0.034,
+        "others": [f for f in report.faces if f.frame == frame and f is not face],
+        "maps": overlays(face) if face else [],
+        "map_on": face is not None and points_at(face),
+    }
+    return draw("panel", report, face, figure, marks, case.stage, case.why)
+
+
+def curve(case: Case, index: int | None) -> str:
+    """A clip's probability over its frames, each a button that shows the frame; nothing for a photo."""
+    numbers = [number for number in case.pictures if number is not None]
+    if len(numbers) < 2:
+        return ""
+    frames = Progress()
+    for face in case.report.faces:
+        frames.face(face)
+    now = case.face(index)
+    steps = [
+        {"face": face, "left": 100 * at / len(numbers), "width": 100 / len(numbers), "now": now and number == now.frame}
+        for at, number in enumerate(numbers)
+        if (face := frames.judged.get(number)) is not None and face.verdict.p_fake is not None
+    ]
+    return draw("curve", steps, case.report.model.get("band")) if steps else ""
+
+
+def table(files: Sequence[tuple[str, Report | Failure]], total: int, now: int | None = None) -> str:
+    """The results of several files, a row each; `now`: the row whose card is open."""
+    verdicts = [None if isinstance(judged, Failure) else judged.verdict for _, judged in files]
+    said = [WORDS[status(v)] if v else "Not judged" for v in verdicts]
+    counts = ", ".join(f"{said.count(word)} {word.lower()}" for word in dict.fromkeys(said))
+    return draw("table", list(zip(files, verdicts, strict=True)), total, now, counts)
+
+
+def choices(report: Report) -> list[tuple[str, int]]:
+    """The faces as a visitor reads them, and their index."""
+    when = ["" if f.time_s is None else f" at {f.time_s:.1f} s" for f in report.faces]
+    return [(f"Face {f.index + 1}{at}: {told(f.verdict)}", f.index) for f, at in zip(report.faces, when, strict=True)]
+
+
+@cache
+def _blind_spot(expert: str) -> str:
+    try:
+        return expert_class(expert).card.blind_spot
+    except X2DFDError:  # a report may name an expert that is not installed here
+        return ""
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        finalize=lambda value: shown(value) if type(value) is str else value,
+    )
+    environment.filters |= {"percent": percent, "kind": status, "blind_spot": _blind_spot}
+    environment.globals |= {
+        "WORDS": WORDS,
+        "KINDS": KINDS_SAID,
+        "STEPS": NEXT_STEPS,
+        "stance": stance,
+        "NOT_PROOF": NOT_PROOF,
+        "PROVENANCE": PROVENANCE,
+        "UNCOUNTED": UNCOUNTED,
+        "LEAD": LEAD,
+        "CAVEAT": CAVEAT,
+        "of_generator": of_generator,
+    }
+    return environment.from_string((Path(__file__).parent / "page.jinja").read_text("utf-8"))
+
+
+def draw(macro: str, *values: Any) -> str:
+    """A macro of page.jinja with its values, every one of them text."""
+    return str(getattr(_template().module, macro)(*values))
