@@ -70,14 +70,12 @@ def pillow(notes: list[str]) -> Iterator[None]:
         warnings.simplefilter("always")
         try:
             yield
-        except InputError:
+        except (InputError, MemoryError):
             raise
         except Image.DecompressionBombError as error:
             raise InputError("too_many_pixels", f"more pixels than the {MAX_PIXELS:,} that are decoded") from error
         except UnidentifiedImageError as error:
             raise InputError("corrupt", "the picture's header cannot be read") from error
-        except MemoryError as error:
-            raise InputError("unreadable", "not enough memory to decode the picture") from error
         except Exception as error:  # a parser fed with hostile bytes raises nearly anything
             reason = plain(f"{type(error).__name__}: {error}")
             cut = isinstance(error, EOFError) or "truncated" in reason.lower()
