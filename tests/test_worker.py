@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +20,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import x2dfd
-from x2dfd import cli, worker
+from x2dfd import cli, experts, worker
 from x2dfd.errors import InputError, SetupError, UnknownName
 from x2dfd.media import Picture, load_media
+from x2dfd.types import Face
 from x2dfd.worker import Worker, isolated, isolating
 
 SECONDS = 1.0
@@ -83,7 +85,8 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next(small: Worker, monkey
 def test_a_process_that_was_killed_between_two_files_is_replaced(small: Worker) -> None:
     """The system's out-of-memory killer takes it while nothing runs: the next file is not to blame."""
     os.kill(small.call(os.getpid), signal.SIGKILL)
-    small._process.join()
+    assert small._process is not None
+    small._process.wait()
     assert small.call(str, "here") == "here"
 
 
@@ -141,12 +144,6 @@ def test_a_file_is_decoded_elsewhere_only_while_isolating(tmp_path: Path) -> Non
     assert decoder(b"x")[1] == os.getpid()
 
 
-def detector() -> Detector:
-    """Without a model: the pictures here have no faces."""
-    model: Any = SimpleNamespace(batch=8)
-    return Detector(model, [], None, {"base": {"name": "none"}}, "paper")
-
-
 def slow_gif() -> bytes:
     """About 20 seconds of decoding."""
     buffer = io.BytesIO()
@@ -190,3 +187,63 @@ def test_a_batch_goes_on_past_a_file_that_costs_too_much(
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row.get("error", {}).get("code") for row in rows] == [None, code, None]
     assert page.is_file() and worker._files is None
+
+
+# --- plug-ins ---
+
+PLUGIN = """
+import os, time
+import numpy as np
+from x2dfd.types import Card, Cue, Evidence
+
+class Odd:
+    card = Card("odd", "1", "a test", "none", "", "", "", "everything")
+
+    def judge(self, faces, shared=None):
+        print("on stdout, where the command's data stand")
+        what = int(faces[0].crop[0, 0, 0])
+        if what == 1:
+            time.sleep(600)
+        if what == 2:
+            os.abort()
+        if what == 3:
+            raise ValueError("not this one")
+        return [Evidence("odd", np.float32(0.25), "seen", (Cue("jaw", "blur"),)) for _ in faces]
+"""
+
+
+@pytest.fixture
+def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> experts.PlugIn:
+    """An installed package that registers an expert."""
+    (tmp_path / "odd_plugin.py").write_text(PLUGIN)
+    info = tmp_path / "odd_plugin-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: odd-plugin\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[x2dfd.experts]\nodd = odd_plugin:Odd\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = experts.load_expert("odd")
+    assert isinstance(found, experts.PlugIn) and found.card.name == "odd"
+    found._worker.clock = 10.0
+    return found
+
+
+def face(what: int) -> Face:
+    crop, points = np.full((8, 8, 3), what, np.uint8), np.zeros((468, 2), np.float32)
+    return Face(0, (0.0, 0.0, 8.0, 8.0), points, 0.9, crop, points, 0.0)
+
+
+def test_a_plug_in_that_hangs_or_dies_gives_no_score_and_the_reason(odd: experts.PlugIn) -> None:
+    """A batch of a thousand photos stood still for one plug-in, and a crash in its native code ended the run."""
+    [good, same] = experts.ask(odd, [face(0), face(0)])
+    assert good == same and good.score == 0.25 and good.cues and "odd_plugin" not in sys.modules
+    [failed, fine] = experts.ask(odd, [face(3), face(0)])
+    assert failed.score is None and "not this one" in (failed.note or "") and fine.score == 0.25
+    start = time.monotonic()
+    [hung] = experts.ask(odd, [face(1)])
+    assert hung.score is None and "10 seconds" in (hung.note or "") and time.monotonic() - start < 100
+    assert experts.ask(odd, [face(0)])[0].score == 0.25
+    died = experts.ask(odd, [face(2), face(0)])
+    assert [e.score for e in died] == [None, None] and "SIGABRT" in (died[0].note or "")
+    start = time.monotonic()
+    [left_out] = experts.ask(odd, [face(1)])
+    assert left_out.score is None and left_out.note and time.monotonic() - start < 1

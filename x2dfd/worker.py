@@ -13,14 +13,17 @@ import contextlib
 import functools
 import importlib
 import io
-import multiprocessing
+import os
 import pickle
+import resource
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import RLock
@@ -31,7 +34,7 @@ from x2dfd.errors import InputError, SetupError, X2DFDError, one_file
 SECONDS = 300.0  # of CPU for one call: a clip at the limit of `x2dfd.video` takes minutes
 MEMORY = 3 << 30  # bytes of address space beyond what the process takes when it is ready
 START_SECONDS = 300.0  # of the clock, until a new process has imported what it needs
-_CLOCK = 2  # seconds of the clock for each of CPU: what sleeps or waits for a lock uses none
+_CLOCK = 2.0  # seconds of the clock for each of CPU: what sleeps or waits for a lock uses none
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -40,31 +43,43 @@ T = TypeVar("T")
 class Worker:
     """One process that runs functions, one at a time; it is replaced when it dies or has to be killed.
 
-    `seconds` of CPU and `memory` bytes bound one call (None: no bound); memory and CPU are not bounded on Windows, nor
-    memory on macOS: there the clock alone ends a call, after twice as many seconds. `doing` names the work for readers,
-    `module` is imported before the bounds begin.
+    One call may take `seconds` of CPU and `memory` bytes (on Linux; None: any number), and `clock` seconds whatever it
+    does. `doing` names the work for readers; `module` is imported before the bounds begin.
     """
 
-    def __init__(self, seconds: float, memory: int | None, *, doing: str, module: str = "x2dfd.errors") -> None:
+    def __init__(
+        self,
+        seconds: float | None,
+        memory: int | None,
+        *,
+        clock: float | None = None,
+        doing: str,
+        module: str = "x2dfd.errors",
+    ) -> None:
         self.seconds, self.memory, self.doing, self.module = seconds, memory, doing, module
+        self.clock = clock or _CLOCK * (seconds or SECONDS)
         self._turn = RLock()
-        self._process: Any = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
         self._ready = False
 
     def start(self) -> None:
         """Begin to start the process, where it is not there; `call` waits until it is ready."""
         with self._turn:
-            if self._process is not None and self._process.is_alive():
+            if self._process is not None and self._process.poll() is None:
                 return
             self.close()
-            spawning = multiprocessing.get_context("spawn")  # a fork would copy the model, and locks that threads hold
-            self._pipe, theirs = spawning.Pipe()
-            # a daemon: it ends with this process, and where that is killed, at the end of its pipe
-            self._process = spawning.Process(
-                target=_serve, args=(theirs, self.module, self.seconds, self.memory), daemon=True
+            # Not by multiprocessing: a fork would copy the model, and a spawn runs the caller's script once more.
+            self._pipe, theirs = Pipe()
+            given = [str(theirs.fileno()), self.module, str(self.seconds or 0), str(self.memory or 0)]
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, *given],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # data of the command stand there
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                process_group=0,  # Ctrl+C is for this process, which ends the other
             )
-            self._process.start()
             theirs.close()
             self._ready = False
 
@@ -73,7 +88,7 @@ class Worker:
         with self._turn:
             if self._process is not None:
                 self._process.kill()
-                self._process.join()
+                self._process.wait()
                 self._process = None
             if self._pipe is not None:
                 self._pipe.close()
@@ -92,8 +107,8 @@ class Worker:
                 self._wait_until_ready()
                 assert self._pipe is not None
                 self._pipe.send((function, args, named, self.doing))
-                if not self._pipe.poll(_CLOCK * self.seconds):
-                    raise InputError("too_slow", f"{self.doing} took longer than {_CLOCK * self.seconds:g} seconds")
+                if not self._pipe.poll(self.clock):
+                    raise InputError("too_slow", f"{self.doing} took longer than {self.clock:g} seconds")
                 answer = self._pipe.recv_bytes()
                 whole = True
             except (EOFError, OSError) as error:
@@ -124,13 +139,16 @@ class Worker:
 
     def _fate(self) -> InputError:
         """Why the process is gone."""
-        self._process.join(10)
-        code = self._process.exitcode
-        if code == -getattr(signal, "SIGXCPU", 0) and code:
+        assert self._process is not None
+        try:
+            code = self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            return InputError("decoder_died", f"{self.doing} closed its pipe")
+        if code == -signal.SIGXCPU:
             return InputError("too_slow", f"{self.doing} took more than {self.seconds:g} seconds of CPU")
         how = f"exit code {code}"
-        if code is not None and code < 0:
-            with contextlib.suppress(ValueError):
+        if code < 0:
+            with contextlib.suppress(ValueError):  # a signal without a name
                 how = signal.Signals(-code).name
         return InputError("decoder_died", f"{self.doing} ended its process ({how})")
 
@@ -161,17 +179,18 @@ class _Records(pickle.Unpickler):
 # --- inside the process ---
 
 
-def _serve(pipe: Connection, module: str, seconds: float, memory: int | None) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches the whole group; the parent decides
+def _serve(pipe: Connection, module: str, seconds: float, memory: int) -> None:
     importlib.import_module(module)
-    _bound_memory(memory)
+    if memory and sys.platform == "linux":
+        _bound_memory(memory)
     pipe.send_bytes(b"ready")
     while True:
         try:
             function, args, named, doing = pipe.recv()
         except (EOFError, OSError):  # the parent is gone
             return
-        _bound_cpu(seconds)
+        if seconds:
+            _bound_cpu(seconds)
         try:
             with one_file(doing):
                 answer = pickle.dumps((False, function(*args, **named)), protocol=5)
@@ -181,11 +200,7 @@ def _serve(pipe: Connection, module: str, seconds: float, memory: int | None) ->
         del function, args, named, answer
 
 
-def _bound_memory(memory: int | None) -> None:
-    if memory is None or not sys.platform.startswith("linux"):
-        return
-    import resource
-
+def _bound_memory(memory: int) -> None:
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + memory, taken + memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash must not leave gigabytes behind
@@ -193,11 +208,8 @@ def _bound_memory(memory: int | None) -> None:
 
 def _bound_cpu(seconds: float) -> None:
     """So many seconds from now on."""
-    with contextlib.suppress(ImportError):  # Windows
-        import resource
-
-        _, most = resource.getrlimit(resource.RLIMIT_CPU)
-        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + seconds) + 1, most))
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + seconds) + 1, most))
 
 
 # --- files ---
@@ -231,3 +243,7 @@ def isolated(function: Callable[P, T]) -> Callable[P, T]:
         return _files.call(call, *args, **named)
 
     return call
+
+
+if __name__ == "__main__":
+    _serve(Connection(int(sys.argv[1])), sys.argv[2], float(sys.argv[3]), int(sys.argv[4]))
