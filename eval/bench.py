@@ -22,7 +22,7 @@ from eval.rows import digest, say
 from eval.scoring import JPEG_QUALITY, LONGEST_SIDE, value_of
 from eval.stats import Measured
 from eval.task import Made, Options, Run, Task
-from eval.tasks import assess, describe, detect, experts, words
+from eval.tasks import assess, demographics, describe, detect, experts, words
 from x2dfd.errors import X2DFDError
 from x2dfd.files import file_sha256, write_bytes, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest
@@ -37,7 +37,7 @@ TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         *(detect.TASK, describe.TASK, experts.EXPERTS, experts.LOCATE),
-        *(words.ANSWER, words.CLASSIFY, words.CHAT, assess.TASK),
+        *(words.ANSWER, words.CLASSIFY, words.CHAT, assess.TASK, demographics.TASK),
     )
 }
 

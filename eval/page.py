@@ -142,6 +142,10 @@ def _tables(result: Result) -> Iterator[Grid]:
         yield _grid("All metrics, full coverage", ["", *whole], [*lines, ["not scored", *missing]])
     for name, scorer in scorers.items():
         yield from _of_scorer(name, scorer)
+    within = {f"tone, {source}": part for source, part in result.get("tone_within_source", {}).items()}
+    for column, values in (result.get("by", {}) | within).items():
+        lines = [[v, *_counted(p["false_alarms"]), p["above_the_others"]] for v, p in values.items()]
+        yield _grid(f"False alarms by {column}", [column, "false alarms", "n", "groups", "above the others"], lines)
     for change, part in (result.get("robustness") or {}).items():
         before = part["unchanged"]
         lines = [[name, auc, before[name], auc["n"], auc["groups"]] for name, auc in part["auc"].items()]

@@ -125,7 +125,13 @@ def png(shade: int = 0) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_file_is_decoded_elsewhere_only_while_isolating(tmp_path: Path) -> None:
+@pytest.fixture
+def light(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that starts quickly: these files are decoded and not judged."""
+    monkeypatch.setattr(worker, "INTAKE", "x2dfd.media")
+
+
+def test_a_file_is_decoded_elsewhere_only_while_isolating(tmp_path: Path, light: None) -> None:
     """Pixels that were decoded there are those decoded here, to write on as well."""
     path = tmp_path / "a.png"
     path.write_bytes(png())
@@ -166,26 +172,36 @@ def large_png() -> bytes:
         pytest.param(large_png, (60.0, 150 << 20), "out_of_memory", id="large"),
     ],
 )
-def test_a_batch_goes_on_past_a_file_that_costs_too_much(
-    bad: Any, bounds: tuple[float, int | None], code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_file_that_costs_too_much_is_ended(
+    bad: Any, bounds: tuple[float, int | None], code: str, light: None
 ) -> None:
+    """A picture within every limit of size can still take minutes, or more memory than a small machine has."""
+    with isolating(*bounds):
+        with pytest.raises(InputError) as caught:
+            load_media(bad())
+        assert caught.value.code == code
+        assert isinstance(load_media(png()), Picture)
+
+
+@pytest.mark.slow  # of the detector's imports, in two processes
+def test_a_batch_goes_on_past_a_file_that_ends_its_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is one row with a code, beside the other files' rows; the page of the run is made in spite of it."""
-    paths = [tmp_path / name for name in ("a.png", "bad", "c.png")]
-    for shade, path in enumerate(paths):
-        path.write_bytes(bad() if path.name == "bad" else png(shade))
     from x2dfd.detector import Detector
 
+    paths = [tmp_path / name for name in ("a.png", "bad", "c.png")]
+    for shade, path in enumerate(paths):
+        path.write_bytes(slow_gif() if path.name == "bad" else png(shade))
     model: Any = SimpleNamespace(batch=8)  # not asked: the pictures have no faces
     detector = Detector(model, [], None, {"base": {"name": "none"}}, "paper")
     monkeypatch.setattr(x2dfd, "load", lambda **_: detector)
-    monkeypatch.setattr(cli, "isolating", lambda: isolating(*bounds))
+    monkeypatch.setattr(cli, "isolating", lambda: isolating(8.0))
     page = tmp_path / "page.html"
     done = CliRunner().invoke(
         cli.app, ["detect", "--isolate", "--json", "--report", str(page), *map(str, paths)], catch_exceptions=False
     )
     assert done.exit_code == 0, done.output
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row.get("error", {}).get("code") for row in rows] == [None, code, None]
+    assert [row.get("error", {}).get("code") for row in rows] == [None, "too_slow", None]
     assert page.is_file() and worker._files is None
 
 

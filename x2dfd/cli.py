@@ -12,7 +12,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from enum import StrEnum
 from functools import partial
 from importlib import metadata
@@ -31,11 +31,9 @@ from x2dfd.files import write_bytes
 from x2dfd.progress import LINE_SECONDS
 from x2dfd.statements import CAVEAT, LEAD, of_generator
 from x2dfd.types import Evidence, FaceReport, Failure, Report, frames_asked
-from x2dfd.worker import isolated, isolating
+from x2dfd.worker import isolating
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from rich.progress import Progress
 
     from x2dfd.detector import Detector
@@ -656,13 +654,14 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _pictures(path: Path, result: Report | Failure) -> Pictures:
     """The pixels that the HTML page shows; None when the file can no longer be read."""
+    from x2dfd.html_report import shrunk
     from x2dfd.stores import is_pipe, read_address
 
     if isinstance(result, Failure):
         return None
     try:
         source = read_address(str(path)) if is_pipe(path) else path
-        sha256, pictures = _shrunk(source, frames_asked(result.media) or 1, {face.frame for face in result.faces})
+        sha256, pictures = shrunk(source, frames_asked(result.media) or 1, {face.frame for face in result.faces})
     except InputError as error:
         typer.echo(f"{_printable(str(path))}: no picture in the page: {error}", err=True)
         return None
@@ -670,29 +669,6 @@ def _pictures(path: Path, result: Report | Failure) -> Pictures:
         typer.echo(f"{_printable(str(path))}: no picture in the page: the file changed meanwhile", err=True)
         return None
     return pictures
-
-
-@isolated
-def _shrunk(source: Path | bytes, frames: int, wanted: set[int | None]) -> tuple[str, Pictures]:
-    """The file's hash, and the picture or the wanted ones of its frames as large as the page shows them."""
-    import numpy as np
-    from PIL import Image
-
-    from x2dfd.html_report import MAX_SIDE
-    from x2dfd.media import Frame, Picture, load_media
-
-    def small(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        image = Image.fromarray(pixels)  # shrunk at once: a thousand camera photos would fill the memory
-        image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-        return np.asarray(image, dtype=np.uint8)
-
-    def keep(frame: Frame) -> Frame:
-        return replace(frame, pixels=small(frame.pixels) if frame.index in wanted else frame.pixels[:0])
-
-    media = load_media(source, max_frames=frames, keep=keep)
-    if isinstance(media, Picture):
-        return media.sha256, small(media.pixels)
-    return media.sha256, {frame.index: frame.pixels for frame in media.frames if frame.index in wanted}
 
 
 @contextlib.contextmanager
