@@ -50,7 +50,7 @@ UNCOUNTED = "Has no weight of its own in the verdict."
 
 @isolated
 def shrunk(source: Path | bytes, frames: int, wanted: set[int | None]) -> tuple[str, Pictures]:
-    """The file's SHA-256, and the picture, or those of a clip's `frames` whose numbers are wanted, as the page has them.
+    """The file's SHA-256, and the picture, or the wanted ones of a clip's `frames`, as the page has them.
 
     Raises InputError.
     """
