@@ -87,7 +87,7 @@ def pillow(notes: list[str]) -> Iterator[None]:
 
 # Its messages begin with the file's name, which is Pillow's, or with the function or the codec that complains.
 _LIBTIFF = re.compile(
-    rb"tempfile\.tif|\w*(TIFF|Decode|Setup|Predictor|JPEG|LZW|ZIP|LZMA|ZSTD|WebP|Fax|Luv|PixarLog)\w*[:,]"
+    rb"tempfile\.tif|\w*(TIFF|Strip|Decode|Setup|Predictor|JPEG|LZW|ZIP|LZMA|ZSTD|WebP|Fax|Luv|PixarLog)\w*[:,]"
 )
 
 
