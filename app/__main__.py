@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -118,6 +119,8 @@ def main() -> None:
         help="a host name by which browsers call the page, as behind a proxy; others are then refused",
     )  # fmt: skip
     given = parser.parse_args()
+    # A service manager's stop must end it as Ctrl+C does: uploads and samples are removed.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         run(
             given.model, given.host, given.port, served=given.served, adapter=given.adapter,
@@ -126,6 +129,8 @@ def main() -> None:
     except X2DFDError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:  # before the page was up
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from eval import cuebench, models, page
+from eval import cuebench, looks, models, page
 from eval.rows import digest, say
 from eval.scoring import JPEG_QUALITY, LONGEST_SIDE, value_of
 from eval.stats import Measured
@@ -52,6 +52,8 @@ def run(options: Options) -> Result:
     asked = Run(options, manifest, manifest_sha256(manifest), task.version, samples, skipped)
     made = task.run(asked)
     result: Result = as_json(_result(asked, task, made))
+    if options.reporting is not None:
+        result["reporting"] = looks.count(options.reporting, result)
     made.store.finish(made.samples or samples, made.rows, made.origin, manifest.parent)
     text = json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False)
     write_bytes(options.out / "result.json", (text + "\n").encode())

@@ -57,6 +57,8 @@ def _warnings(result: Result) -> Iterator[str]:
         yield f"Every picture was changed before it was judged. {change}."
     if code and code["dirty"]:
         yield "Made from code with changes that are in no commit."
+    if (look := result.get("reporting", {}).get("look", 1)) > 1:
+        yield f"This version's look number {look} at a reporting set, of which each version has one."
     if failed := sum(result["failures"].values()):
         yield f"{failed} files could not be judged; they are in no rate below."
     for name, scorer in result.get("scorers", {}).items():
