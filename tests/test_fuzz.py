@@ -1,4 +1,4 @@
-"""Two seconds of mutants for each parser: `make fuzz` runs more of them."""
+"""Some hundred mutants for each parser, and not for long: `make fuzz` runs more of them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tests import fuzz
 @pytest.mark.parametrize("name", fuzz.TARGETS)
 def test_no_mutant_crashes_hangs_or_eats_memory(name: str) -> None:
     """A small FLV ended a run with a traceback; a deeply nested card did the same to every command."""
-    found = fuzz.run(name, seconds=2.0)
-    assert found.mutants > 3 and found.read and not found.findings, [what for what, _ in found.findings]
+    found = fuzz.run(name, most=500, seconds=5.0)
+    assert found.read and not found.findings, [what for what, _ in found.findings]
 
 
 def test_a_finding_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
