@@ -66,6 +66,7 @@ def test_a_theora_clip_without_its_tables_is_an_error(pages: int) -> None:
     assert caught.value.code in ("bad_video", "unsupported_format")
 
 
+@pytest.mark.slow
 def test_a_clip_of_a_million_frames_is_refused_soon() -> None:
     """Its table of frames alone took minutes and a gigabyte."""
 
