@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -83,17 +84,14 @@ class Worker:
             )
             theirs.close()
             self._ready = False
+            self._end = weakref.finalize(self, _end, self._process, self._pipe)  # at the latest when this one ends
 
     def close(self) -> None:
         """End the process, whatever it does."""
         with self._turn:
             if self._process is not None:
-                self._process.kill()
-                self._process.wait()
-                self._process = None
-            if self._pipe is not None:
-                self._pipe.close()
-                self._pipe = None
+                self._end()
+                self._process = self._pipe = None
 
     def call(self, function: Callable[..., T], /, *args: Any, **named: Any) -> T:
         """What the function gives or raises there. It must have a module's name, and its values must be picklable.
@@ -152,6 +150,12 @@ class Worker:
             with contextlib.suppress(ValueError):  # a signal without a name
                 how = signal.Signals(-code).name
         return InputError("decoder_died", f"{self.doing} ended its process ({how})")
+
+
+def _end(process: subprocess.Popen[bytes], pipe: Connection) -> None:
+    process.kill()
+    process.wait()
+    pipe.close()
 
 
 class _Records(pickle.Unpickler):
