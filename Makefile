@@ -15,9 +15,10 @@ NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 
 
 # Further options of `make bench`: --geometry llava-7b, --only cuda, --out FILE.
 BENCH_ARGS ?=
+FUZZ_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fetch check test test-all test-distributed demo road tables tables-check bench clean
+.PHONY: help setup fetch check test test-all test-distributed demo road tables tables-check bench fuzz clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -61,6 +62,9 @@ tables-check: setup ## Fail when the README's tables differ from the result file
 
 bench: setup fetch ## Time A against B side by side into build/speed.json; needs a quiet machine
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(PY) -m benchmarks.speed --threads $(OMP_NUM_THREADS) $(BENCH_ARGS)
+
+fuzz: setup fetch ## Mutants of small files against every parser; FUZZ_ARGS='jpeg --mutants 20000 --seed 1'
+	$(PY) -m tests.fuzz --out build/fuzz $(FUZZ_ARGS)
 
 clean: ## Remove what was built; .venv and the cache stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -17,6 +17,9 @@ from urllib.parse import urlsplit
 import x2dfd
 from app.guard import LOOPBACK
 from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.worker import isolating
+
+UPLOAD_SECONDS = 120.0  # of CPU to decode one upload
 
 
 def make_examples(folder: Path) -> list[tuple[str, Path]]:
@@ -109,7 +112,7 @@ def run(
     if host not in LOOPBACK:
         print(f"note: everyone who can reach {host}:{port} can use this page; it asks for no password", file=sys.stderr)
     detector = load()
-    with tempfile.TemporaryDirectory(prefix="x2dfd-") as folder:
+    with tempfile.TemporaryDirectory(prefix="x2dfd-") as folder, isolating(UPLOAD_SECONDS):
         # Gone with the folder when it stops, unless whoever starts it names another place.
         os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(folder) / "uploads"))
         page = build(

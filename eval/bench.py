@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from eval import cuebench, models, page
+from eval import cuebench, looks, models, page
 from eval.rows import digest, say
 from eval.scoring import JPEG_QUALITY, LONGEST_SIDE, value_of
 from eval.stats import Measured
 from eval.task import Made, Options, Run, Task
-from eval.tasks import assess, describe, detect, experts, words
+from eval.tasks import assess, demographics, describe, detect, experts, words
 from x2dfd.errors import X2DFDError
 from x2dfd.files import file_sha256, write_bytes, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest
@@ -37,7 +37,7 @@ TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         *(detect.TASK, describe.TASK, experts.EXPERTS, experts.LOCATE),
-        *(words.ANSWER, words.CLASSIFY, words.CHAT, assess.TASK),
+        *(words.ANSWER, words.CLASSIFY, words.CHAT, assess.TASK, demographics.TASK),
     )
 }
 
@@ -52,6 +52,8 @@ def run(options: Options) -> Result:
     asked = Run(options, manifest, manifest_sha256(manifest), task.version, samples, skipped)
     made = task.run(asked)
     result: Result = as_json(_result(asked, task, made))
+    if options.reporting is not None:
+        result["reporting"] = looks.count(options.reporting, result)
     made.store.finish(made.samples or samples, made.rows, made.origin, manifest.parent)
     text = json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False)
     write_bytes(options.out / "result.json", (text + "\n").encode())

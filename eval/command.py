@@ -65,6 +65,10 @@ def bench(
     sentence_encoder: Annotated[Path | None, typer.Option(help="describe: encoder for the similarity")] = None,
     questions: Annotated[Path | None, typer.Option(help="assess: these questions")] = None,
     compat: Annotated[str, typer.Option(help="detect: stock quirks (clips) beside ours")] = "",
+    reporting: Annotated[
+        Path | None,
+        typer.Option(help="this is a reporting set: count the look in this ledger (eval/results/looks.jsonl)"),
+    ] = None,
     compare: Annotated[
         Path | None,
         typer.Option(help="a result.json: exit 1 when a headline number left its interval there; paired differences"),

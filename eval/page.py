@@ -57,6 +57,8 @@ def _warnings(result: Result) -> Iterator[str]:
         yield f"Every picture was changed before it was judged. {change}."
     if code and code["dirty"]:
         yield "Made from code with changes that are in no commit."
+    if (look := result.get("reporting", {}).get("look", 1)) > 1:
+        yield f"This version's look number {look} at a reporting set, of which each version has one."
     if failed := sum(result["failures"].values()):
         yield f"{failed} files could not be judged; they are in no rate below."
     for name, scorer in result.get("scorers", {}).items():
@@ -142,6 +144,10 @@ def _tables(result: Result) -> Iterator[Grid]:
         yield _grid("All metrics, full coverage", ["", *whole], [*lines, ["not scored", *missing]])
     for name, scorer in scorers.items():
         yield from _of_scorer(name, scorer)
+    within = {f"tone, {source}": part for source, part in result.get("tone_within_source", {}).items()}
+    for column, values in (result.get("by", {}) | within).items():
+        lines = [[v, *_counted(p["false_alarms"]), p["above_the_others"]] for v, p in values.items()]
+        yield _grid(f"False alarms by {column}", [column, "false alarms", "n", "groups", "above the others"], lines)
     for change, part in (result.get("robustness") or {}).items():
         before = part["unchanged"]
         lines = [[name, auc, before[name], auc["n"], auc["groups"]] for name, auc in part["auc"].items()]

@@ -98,6 +98,22 @@ def binomial_interval(hits: float, trials: float) -> Interval:
     return float(low), float(high)
 
 
+def rate_difference(first: Measured, second: Measured) -> Measured:
+    """A rate minus another, of different groups.
+
+    The interval is made of the two rates' own (Newcombe 1998, method 10); none where one of them has none.
+    """
+    n, groups = first.n + second.n, first.groups + second.groups
+    if first.value is None or second.value is None:
+        return Measured(None, None, n, groups)
+    value = first.value - second.value
+    if first.interval is None or second.interval is None:
+        return Measured(value, None, n, groups, TOO_FEW)
+    down = np.hypot(first.value - first.interval[0], second.interval[1] - second.value)
+    up = np.hypot(first.interval[1] - first.value, second.value - second.interval[0])
+    return Measured(value, (value - float(down), value + float(up)), n, groups)
+
+
 # ---------------------------------------------------------------- means, ratios, AUC: by what each group adds
 
 

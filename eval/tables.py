@@ -320,6 +320,8 @@ def faults(name: str, result: Result) -> list[str]:
     found = [] if code else ["it does not say from which commit it was made"]
     if code and code["dirty"]:
         found.append("it was made from code with changes that are in no commit")
+    if (look := result.get("reporting", {}).get("look", 1)) > 1:
+        found.append(f"it is look number {look} of one version at a reporting set")
     wanted = ["manifest"] if task in DATA_TASKS else []
     if result.get("model", {}).get("name") == "embedded":
         wanted += ["base", "adapter", "calibration"] if task != "experts" else ["calibration"]

@@ -40,6 +40,7 @@ class Options:
     sentence_encoder: Path | None = None
     questions: Path | None = None
     compat: str = ""
+    reporting: Path | None = None  # the ledger of looks, where this is a reporting set
 
     def one_change(self) -> Change | None:
         """The change under which `detect` judges. Raises X2DFDError (UnknownName) for more than one."""

@@ -31,7 +31,7 @@ from tests.raising import raises
 from x2dfd.calibration import MLLM, Calibration, Logistic
 from x2dfd.degrade import CODEC, codec
 from x2dfd.detector import Detector
-from x2dfd.errors import SetupError, UnknownName
+from x2dfd.errors import InputError, SetupError, UnknownName
 from x2dfd.experts import BUILTIN
 from x2dfd.faces import find_faces
 from x2dfd.loading import base_identity

@@ -687,6 +687,28 @@ def test_a_result_of_unknown_origin_is_not_quoted(change: dict[str, Any], why: s
     assert why in "; ".join(tables.faults("val", result | change))
 
 
+def test_looks_at_a_reporting_set_are_counted(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Versions 4 to 6 were compared on the very set that is reported: the best of several looks is no measurement."""
+    ledger = tmp_path / "looks.jsonl"
+
+    def look(weights: str, out: str) -> dict[str, Any]:
+        words = ["detect", "--data", data, "--split", "val", "--reporting", ledger, "--out", tmp_path / out]
+        assert bench(monkeypatch, StandIn(weights), *words) == 0
+        return result_of(tmp_path / out)
+
+    first, again = look("w1", "a"), look("w1", "b")
+    assert first["reporting"] == again["reporting"] == {"versions": ["embedded"], "look": 1}
+    assert len(ledger.read_text().splitlines()) == 1
+    other = look("w2", "c")
+    assert other["reporting"]["look"] == 2 and "look number 2" in (tmp_path / "c" / "result.html").read_text()
+    assert "look number 2" in "; ".join(tables.faults("val", other)) and not [
+        fault for fault in tables.faults("val", first) if "look" in fault
+    ]
+    ledger.write_text("[1]\n")
+    words = ["detect", "--data", data, "--reporting", ledger, "--out", tmp_path / "d"]
+    assert bench(monkeypatch, StandIn(), *words) == 2
+
+
 def test_what_was_not_measured_says_so() -> None:
     """An empty table, or the last one, where a result file is gone."""
     assert {tables.table(name, {}) for name in tables.TABLES} == {tables.NOT_MEASURED}

@@ -37,6 +37,33 @@ def test_the_interval_of_a_rate_covers_as_often_as_it_says(trials: int) -> None:
     assert 0.93 <= np.mean(chances) <= 0.97 and min(chances) > 0.9
 
 
+@pytest.mark.parametrize(("first", "second"), [(8, 8), (8, 40), (30, 60)])
+def test_the_interval_of_a_gap_between_rates_covers_as_often_as_it_says(first: int, second: int) -> None:
+    """Two groups of people with the same rate must not look treated differently; small rates may cover more."""
+
+    def figures(trials: int) -> list[Measured]:
+        return [
+            Measured(k / trials, stats.binomial_interval(float(k), float(trials)), trials, trials)
+            for k in range(trials + 1)
+        ]
+
+    gaps = [[stats.rate_difference(a, b).interval for b in figures(second)] for a in figures(first)]
+    chances = []
+    for p in (0.05, 0.2, 0.4):
+        for q in (0.05, 0.2, 0.4):
+            weight = np.outer(binom.pmf(range(first + 1), first, p), binom.pmf(range(second + 1), second, q))
+            held = [[i is not None and i[0] <= p - q <= i[1] for i in row] for row in gaps]
+            chances.append(float((weight * held).sum()))
+    assert min(chances) >= 0.93 and np.mean(chances) <= 0.985
+
+
+def test_a_gap_needs_both_rates() -> None:
+    few, many = stats.rate([True] * 3, ["a", "b", "c"]), stats.rate([False] * 30, names(np.arange(30)))
+    gap = stats.rate_difference(few, many)
+    assert (gap.value, gap.interval, gap.note, gap.n, gap.groups) == (1.0, None, TOO_FEW, 33, 33)
+    assert stats.rate_difference(few, stats.rate([], [])).value is None
+
+
 def test_the_interval_of_a_rate_counts_groups_of_any_size() -> None:
     """Thirty frames of one clip counted as thirty pictures: an interval a fifth as wide as it should be."""
     rng = np.random.default_rng(0)

@@ -12,7 +12,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from enum import StrEnum
 from functools import partial
 from importlib import metadata
@@ -31,10 +31,9 @@ from x2dfd.files import write_bytes
 from x2dfd.progress import LINE_SECONDS
 from x2dfd.statements import CAVEAT, LEAD, of_generator
 from x2dfd.types import Evidence, FaceReport, Failure, Report, frames_asked
+from x2dfd.worker import isolating
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from rich.progress import Progress
 
     from x2dfd.detector import Detector
@@ -152,6 +151,7 @@ Examples:
 
 @app.command(epilog=DETECT_EXAMPLES)
 def detect(
+    context: typer.Context,
     paths: Annotated[
         list[Path] | None,
         typer.Argument(metavar="[PATH...]", help="Pictures, videos, or folders of them; - is standard input."),
@@ -218,6 +218,14 @@ def detect(
         Engine, typer.Option(help="ray: actors of Ray Data, on the cluster of RAY_ADDRESS or on this machine.")
     ] = Engine.local,
     actors: Annotated[int, typer.Option(min=1, metavar="N", help="With --engine ray: how many.")] = 1,
+    isolate: Annotated[
+        bool,
+        typer.Option(
+            "--isolate",
+            help="Decode in a process of its own with bounded memory and CPU: a file that crashes or hangs a decoder "
+            "is a row.",
+        ),
+    ] = False,
 ) -> None:
     """Say of each picture or video whether its faces look forged, and why.
 
@@ -244,6 +252,8 @@ def detect(
     pipes = [path for path in paths or () if is_pipe(path)]
     if pipes and engine is Engine.ray:
         raise typer.BadParameter("actors cannot read this command's pipes", param_hint="--engine")
+    if isolate and engine is Engine.ray:
+        raise typer.BadParameter("an actor is a process of its own already", param_hint="--isolate")
     absent = {p: _absence(p) for p in paths or () if p not in pipes and not os.path.lexists(p)}
     for missing, failure in absent.items():  # before a model is loaded
         typer.echo(f"{_printable(str(missing))}: {failure.reason}", err=True)
@@ -295,6 +305,8 @@ def detect(
     else:
         from x2dfd.stores import detect_places
 
+        if isolate:
+            context.with_resource(isolating())
         detector = _load(**options)
         many = partial(detect_places, detector)
     rows: Rows | None = None
@@ -640,40 +652,21 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _pictures(path: Path, result: Report | Failure) -> Pictures:
     """The pixels that the HTML page shows; None when the file can no longer be read."""
-    import numpy as np
-    from PIL import Image
-
-    from x2dfd.html_report import MAX_SIDE
-    from x2dfd.media import Frame, Picture, load_media
+    from x2dfd.html_report import shrunk
     from x2dfd.stores import is_pipe, read_address
 
     if isinstance(result, Failure):
         return None
-
-    def small(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        image = Image.fromarray(pixels)  # shrunk at once: a thousand camera photos would fill the memory
-        image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-        return np.asarray(image, dtype=np.uint8)
-
-    wanted = {face.frame for face in result.faces}
-
-    def keep(frame: Frame) -> Frame:
-        return replace(frame, pixels=small(frame.pixels) if frame.index in wanted else frame.pixels[:0])
-
     try:
         source = read_address(str(path)) if is_pipe(path) else path
-        media = load_media(source, max_frames=frames_asked(result.media) or 1, keep=keep)
+        sha256, pictures = shrunk(source, frames_asked(result.media) or 1, {face.frame for face in result.faces})
     except InputError as error:
         typer.echo(f"{_printable(str(path))}: no picture in the page: {error}", err=True)
         return None
-
-    if media.sha256 != result.sha256:
+    if sha256 != result.sha256:
         typer.echo(f"{_printable(str(path))}: no picture in the page: the file changed meanwhile", err=True)
         return None
-
-    if isinstance(media, Picture):
-        return small(media.pixels)
-    return {frame.index: frame.pixels for frame in media.frames if frame.index in wanted}
+    return pictures
 
 
 @contextlib.contextmanager

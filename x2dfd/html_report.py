@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from x2dfd.experts import cards
 from x2dfd.files import write_bytes
 from x2dfd.statements import CAVEAT, LEAD, of_generator
 from x2dfd.types import Card, FaceReport, Failure, Report
+from x2dfd.worker import isolated
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,6 +46,30 @@ PROVENANCE = {
 
 
 UNCOUNTED = "Has no weight of its own in the verdict."
+
+
+@isolated
+def shrunk(source: Path | bytes, frames: int, wanted: set[int | None]) -> tuple[str, Pictures]:
+    """The file's SHA-256, and the picture, or the wanted ones of a clip's `frames`, as the page has them.
+
+    Raises InputError.
+    """
+    from PIL import Image
+
+    from x2dfd.media import Frame, Picture, load_media
+
+    def small(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        image = Image.fromarray(pixels)  # shrunk at once: a thousand camera photos would fill the memory
+        image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+        return np.asarray(image, dtype=np.uint8)
+
+    def keep(frame: Frame) -> Frame:
+        return replace(frame, pixels=small(frame.pixels) if frame.index in wanted else frame.pixels[:0])
+
+    media = load_media(source, max_frames=frames, keep=keep)
+    if isinstance(media, Picture):
+        return media.sha256, small(media.pixels)
+    return media.sha256, {frame.index: frame.pixels for frame in media.frames if frame.index in wanted}
 
 
 def render(reports: Sequence[Report | Failure], pictures: Sequence[Pictures]) -> str:

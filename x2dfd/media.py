@@ -6,7 +6,7 @@ no playlist or link inside a file is followed.
 
 Codes: `not_found`, `not_a_file`, `unreadable`, `empty_file`, `file_too_large`, `url_not_allowed`, `not_an_image`,
 `unsupported_format`, `too_many_pixels`, `too_small`, `truncated`, `corrupt`, `bad_video`, `is_video`, and those of
-`errors.one_file`.
+`errors.one_file` and `x2dfd.worker`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from x2dfd.errors import InputError, one_file
 from x2dfd.sniffing import MAX_BYTES, MAX_PIXELS, MIN_SIDE, check_bytes, sniff
 from x2dfd.stills import MAX_REDUCED_PIXELS, Picture, decode, from_image, open_image
 from x2dfd.video import MAX_VIDEO_FRAMES, Frame, Video, load_video
+from x2dfd.worker import isolated
 
 __all__ = [
     "MAX_BYTES",
@@ -51,6 +52,7 @@ __all__ = [
 Source = str | Path | bytes | Image.Image
 
 
+@isolated
 def load_media(
     source: Source, *, max_frames: int = 16, keep: Callable[[Frame], Frame] = lambda frame: frame
 ) -> Picture | Video:
@@ -58,7 +60,8 @@ def load_media(
 
     `source` is a local path, the file's bytes, or a PIL image. `keep` is called with each frame as it is decoded, and
     what it gives back stands in `Video.frames`: a caller that needs no pixels there, or smaller ones, holds one frame
-    at a time. Raises InputError for whatever cannot be judged, and what `keep` raises.
+    at a time; under `worker.isolating` it is a module's function. Raises InputError for whatever cannot be judged,
+    and what `keep` raises.
     """
     if max_frames < 1:
         raise ValueError("max_frames must be at least 1")

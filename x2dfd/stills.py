@@ -70,14 +70,12 @@ def pillow(notes: list[str]) -> Iterator[None]:
         warnings.simplefilter("always")
         try:
             yield
-        except InputError:
+        except (InputError, MemoryError):
             raise
         except Image.DecompressionBombError as error:
             raise InputError("too_many_pixels", f"more pixels than the {MAX_PIXELS:,} that are decoded") from error
         except UnidentifiedImageError as error:
             raise InputError("corrupt", "the picture's header cannot be read") from error
-        except MemoryError as error:
-            raise InputError("unreadable", "not enough memory to decode the picture") from error
         except Exception as error:  # a parser fed with hostile bytes raises nearly anything
             reason = plain(f"{type(error).__name__}: {error}")
             cut = isinstance(error, EOFError) or "truncated" in reason.lower()
@@ -89,7 +87,7 @@ def pillow(notes: list[str]) -> Iterator[None]:
 
 # Its messages begin with the file's name, which is Pillow's, or with the function or the codec that complains.
 _LIBTIFF = re.compile(
-    rb"tempfile\.tif|\w*(TIFF|Decode|Setup|Predictor|JPEG|LZW|ZIP|LZMA|ZSTD|WebP|Fax|Luv|PixarLog)\w*[:,]"
+    rb"tempfile\.tif|\w*(TIFF|Strip|Decode|Setup|Predictor|JPEG|LZW|ZIP|LZMA|ZSTD|WebP|Fax|Luv|PixarLog)\w*[:,]"
 )
 
 

