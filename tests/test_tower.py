@@ -311,7 +311,7 @@ def test_features_are_made_once_and_anew_for_another_tower(
     data = load_crops(photos)
     passes: list[Path | None] = []
 
-    def passed(crops: Tensor, layers: int, additions: Path | None = None) -> tuple[Tensor, ...]:
+    def passed(crops: Tensor, layers: int, additions: Path | None = None, *_: Any) -> tuple[Tensor, ...]:
         passes.append(additions)
         light = float(crops.float().mean()) / 255
         return tuple(torch.full((len(crops), 197, clip.WIDTH), light + layer) for layer in range(layers + 1))

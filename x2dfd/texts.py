@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from x2dfd import prompts
 from x2dfd.answer import disagreement, percent
-from x2dfd.explain import in_order, mended, read_cues, said_kind, said_labels
+from x2dfd.explain import mended, read_cues, said_kind, said_labels
 from x2dfd.types import Cue, Evidence, Verdict
 
 MAX_NAMED = 3  # cues in a text; more than that nobody checks
@@ -54,12 +54,11 @@ def readable(text: str, verdict: Verdict, evidence: Sequence[Evidence], uncounte
     """What people read of a face in place of the language model's `text`. `uncounted`: experts without a weight."""
     if verdict.label == "inconclusive":
         return undecided(verdict, evidence, uncounted)
-    own = prompts.closed(text, verdict.label, ())  # without any sentence on the experts
-    sentences = re.findall(r"\S[^.!?\n]*(?:[.!?]+|$)", own if verdict.label == "real" else mended(own))
     if verdict.label == "real":
-        calm = [s for s in sentences if in_order(s)]
         whole = looked_at(evidence, uncounted)
-        return " ".join([f"{whole}, and {'both were' if whole == LOOKED_AT else 'it was'} found in order.", *calm])
+        return f"{whole}, and {'both were' if whole == LOOKED_AT else 'it was'} found in order."
+    own = prompts.closed(text, verdict.label, ())  # without any sentence on the experts
+    sentences = re.findall(r"\S[^.!?\n]*(?:[.!?]+|$)", mended(own))
     kept = [s for s in sentences if not against(s, verdict)]
     if kept and (len(kept) == len(sentences) or read_cues(" ".join(kept))):
         return " ".join(kept)
