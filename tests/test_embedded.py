@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +62,15 @@ def test_the_readme_begins_with_lines_that_run(
     said = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"(real|fake|inconclusive) 0\.\d+", said[0])
     assert len(said[1].split()) >= 4 and any("Evidence(" in line for line in said)
+
+
+def test_a_verdict_imports_no_more_than_it_reads(face_photo: Path) -> None:
+    """Bug prevented: a first verdict that waits for libraries of the language model, which it does not ask."""
+    code = f"import json, sys, x2dfd; x2dfd.load().detect({str(face_photo)!r}); "
+    code += "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    heavy = {"transformers", "tokenizers", "peft", "accelerate", "scipy", "pyarrow", "pandas", "matplotlib"}
+    assert heavy.isdisjoint(json.loads(done.stdout))
 
 
 def test_the_language_model_comes_only_for_a_text(face_photo: Path) -> None:
