@@ -411,7 +411,7 @@ def measure(
         start = time.perf_counter()
         detector = x2dfd.load(model, threads=threads, device=str(device), dtype=precision)
         load_seconds = round(time.perf_counter() - start, 3)
-        mllm: Any = detector.mllm
+        mllm: Any = getattr(detector.mllm, "whole", detector.mllm)
         name, form = detector.facts["name"], detector.facts["score_form"]
         weights = {"base": detector.facts["base"]["sha256"], "adapter": detector.facts["adapter_sha256"]}
         further = of_detector(detector, threads)

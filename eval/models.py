@@ -173,7 +173,7 @@ class NoMLLM:
         self._logit = logit
 
     def look(self, crops: NDArray[np.uint8]) -> Any:
-        return SimpleNamespace(tower_states=None, size=len(crops))
+        return SimpleNamespace(tower_states=None, size=len(crops), part=lambda rows: self.look(crops[rows]))
 
     def verdict_logits(self, look: Any, questions: Sequence[str]) -> NDArray[np.float64]:
         return np.full(len(questions), self._logit)

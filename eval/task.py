@@ -140,9 +140,9 @@ def judged(
         told[sample.id] = report
     origins = [{"model": a.model, "versions": a.versions} for s in samples if isinstance(a := told[s.id], Report)]
     rows = [to_row(s, told[s.id]) for s in samples]
-    if not model.writes:  # there is no MLLM whose number it could be
+    if not model.writes:  # there is no MLLM whose number and text it could be
         for row in rows:
-            row.p_mllm = None
+            row.p_mllm, row.rationale, row.cues = None, "", []
     return rows, origins
 
 

@@ -246,7 +246,7 @@ def test_a_plain_adapter_needs_no_peft_and_any_other_goes_there(
     plain = json.loads(settings.read_text())
     for change in ({"use_dora": True}, {"rank_pattern": {"q_proj": 2}}, {"init_lora_weights": "pissa"}, {"r": 2}):
         settings.write_text(json.dumps(plain | change))
-        assert not _merge_plain(bare, adapter)
+        assert not _merge_plain(bare, adapter, load_file(adapter / WEIGHTS))
     assert all(torch.equal(value, before[name]) for name, value in weights(bare).items())
     settings.write_text(json.dumps(plain))
     through_peft = PeftModel.from_pretrained(load_model(base)[0], str(adapter)).merge_and_unload()

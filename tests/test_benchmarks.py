@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import speed
+from benchmarks import quality, speed
 from benchmarks.roofline import Operations, Rates
 from benchmarks.speed import Bench, Case
 from eval import tables
 from tests.raising import raises
+from x2dfd.errors import X2DFDError
+from x2dfd.eye import _linear
 
 RATES = Rates(flop_per_s=1e6, bytes_per_s=1e6)
 
@@ -147,3 +149,41 @@ def test_every_comparison_of_a_model_runs_on_a_toy(tmp_path: Path) -> None:
     assert "4 cue questions" in page and "one by one, stock forward pass" in page and "% |" in page
     # A page for the hurried says what a warm call takes, and a toy has none.
     assert tables.table("speed", {"speed": result}) == tables.NOT_MEASURED
+
+
+def test_ways_take_turns_and_a_probe_meets_no_source_twice(tmp_path: Path) -> None:
+    """Bug prevented: a peer whose AUC comes from pictures of the sources that it was fitted on, or out of order."""
+    faces: Any = list(range(20))
+    asked: list[str] = []
+
+    def way(name: str) -> Callable[[Any], Any]:
+        def score(part: Any) -> Any:
+            asked.append(name)
+            return np.array(part, float)
+
+        return score
+
+    given, seconds = quality.in_turns({"a": way("a"), "b": way("b")}, faces)
+    assert given["a"].tolist() == given["b"].tolist() == faces and set(seconds) == {"a", "b"}
+    assert asked == ["a", "b", "a", "b", "b", "a", "a", "b"]
+    # The first feature tells the label within a source, and the contrary in the next one: no source helps another.
+    sources = np.repeat(["s", "t"], 40)
+    fake = np.tile([True, False], 40)
+    features = np.where(fake == (sources == "s"), 1.0, -1.0)[:, None]
+    chances = quality.probe(features, fake, list(sources))
+    assert chances[fake].mean() < chances[~fake].mean()
+    with pytest.raises(X2DFDError):
+        quality.probe(features, fake, ["s"] * 80)
+    ways = [quality.Way("a", 0.1, 344.0, 0.9, 80), quality.Way("b", 1.0, 700.0, 0.8, 80)]
+    quality.plot(ways, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5000
+    assert quality.table(ways).splitlines()[2] == "| a | 0.100 | 344 | 0.900 |"
+
+
+def test_products_of_onednn_are_counted() -> None:
+    """Bug prevented: a bound of next to nothing, since the tower's products are no longer MKL's."""
+    weights = {f"x.{part}": torch.ones(shape) for part, shape in (("weight", (3, 4)), ("bias", (3,)))}
+    linear = _linear(weights, torch.float32, "x")
+    with Operations() as operations, torch.inference_mode():
+        linear(torch.ones(1, 5, 4))
+    assert operations.flop == 2 * 5 * 4 * 3

@@ -664,12 +664,14 @@ def test_the_shell_completes_commands_and_options(typed: str, offered: str) -> N
     assert offered in done.stdout.split(), done.stderr
 
 
-def test_help_needs_no_torch() -> None:
-    """Help that takes seconds, or fails where torch is broken, is no help."""
+@pytest.mark.parametrize("words", [["--help"], ["detect", "--help"], ["detect", "missing.jpg"]])
+def test_what_needs_no_model_imports_none(words: list[str], tmp_path: Path) -> None:
+    """Bug prevented: seconds until a command says its help, or that a path is wrong; neither where torch is broken."""
     code = (
-        "import sys; from typer.testing import CliRunner; from x2dfd.cli import app\n"
-        "assert CliRunner().invoke(app, ['detect', '--help']).exit_code == 0\n"
-        "print([name for name in ('torch', 'transformers', 'numpy', 'pyarrow') if name in sys.modules])"
+        "import json, sys; from typer.testing import CliRunner; from x2dfd.cli import app\n"
+        f"assert CliRunner().invoke(app, {words!r}).exit_code == 0\n"
+        "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    heavy = {"torch", "transformers", "numpy", "PIL", "cv2", "av", "pyarrow", "scipy", "safetensors", "fastapi"}
+    assert heavy.isdisjoint(json.loads(done.stdout))

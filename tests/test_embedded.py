@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,10 @@ import x2dfd
 from data_gen.demo import make_pair
 from eval.scoring import equalised
 from eval.tasks.experts import Panel, judge
-from x2dfd.degrade import tone
+from x2dfd.degrade import CODEC, codec, tone
+from x2dfd.faces import find_faces
 from x2dfd.manifest import Sample
+from x2dfd.prompts import QUESTION
 from x2dfd.types import Report
 
 pytestmark = pytest.mark.needs_base
@@ -57,6 +62,29 @@ def test_the_readme_begins_with_lines_that_run(
     said = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"(real|fake|inconclusive) 0\.\d+", said[0])
     assert len(said[1].split()) >= 4 and any("Evidence(" in line for line in said)
+
+
+def test_a_verdict_imports_no_more_than_it_reads(face_photo: Path) -> None:
+    """Bug prevented: a first verdict that waits for libraries of the language model, which it does not ask."""
+    code = f"import json, sys, x2dfd; x2dfd.load().detect({str(face_photo)!r}); "
+    code += "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    heavy = {"transformers", "tokenizers", "peft", "accelerate", "scipy", "pyarrow", "pandas", "matplotlib"}
+    assert heavy.isdisjoint(json.loads(done.stdout))
+
+
+def test_the_language_model_comes_only_for_a_text(face_photo: Path) -> None:
+    """Bug prevented: seconds of loading what no verdict reads; or a text of a model that saw another tower's states."""
+    fresh = x2dfd.load()
+    report = fresh.detect(face_photo)
+    assert report.verdict.label == "real" and report.rationale and report.faces[0].p_fake_mllm is None
+    lazy: Any = fresh.mllm
+    assert lazy._loaded is None
+    [face] = find_faces(np.asarray(Image.open(face_photo)))
+    crop = codec(face.crop, *CODEC)[None]
+    mine = lazy.verdict_logits(lazy.look(crop), [QUESTION])
+    assert lazy._loaded is not None
+    assert mine == pytest.approx(lazy.whole.verdict_logits(lazy.whole.look(crop), [QUESTION]), abs=1e-3)
 
 
 @pytest.mark.slow

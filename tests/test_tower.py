@@ -81,9 +81,11 @@ def small(base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in ("x2dfd.tower", "external_detectors.tower", "external_detectors.train.tower", "data_gen.build"):
         monkeypatch.setattr(f"{module}.HEAD_LAYERS", LAYERS)
     monkeypatch.setattr(tower_net, "LAYERS", LAYERS)
-    clip.load_tower.cache_clear()
+    for loaded in (clip.load_tower, clip.load_eye):
+        loaded.cache_clear()
     yield
-    clip.load_tower.cache_clear()
+    for loaded in (clip.load_tower, clip.load_eye):
+        loaded.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +230,21 @@ def test_an_adapter_takes_the_tower_that_it_was_trained_on(small: None, weights:
     assert add_tower(llava, tmp_path, frozen) == "" and add_tower(llava, tmp_path, own) is None
 
 
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_the_quick_pass_is_that_of_transformers(small: None, weights: Path, dtype: torch.dtype, most: float) -> None:
+    """Bug prevented: a verdict by a tower that is not the one that was trained, only as quick as it."""
+    crops = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for additions in (None, weights / "tower.safetensors"):
+        with torch.inference_mode():
+            model = clip.load_tower(max(LAYERS), additions)
+            wanted = model(clip.clip_pixels(crops), output_hidden_states=True).hidden_states
+        found = tower_states(crops, max(LAYERS), additions, dtype)
+        assert len(found) == len(wanted) == max(LAYERS) + 1
+        for mine, its in zip(found, wanted, strict=True):
+            assert mine.dtype == torch.float32 and float((mine - its).abs().max()) <= most
+    assert not torch.allclose(found[-1], tower_states(crops, max(LAYERS))[-1], atol=0.1)  # the additions count
+
+
 # --- the expert ------------------------------------------------------------------------------------------------------
 
 
@@ -297,7 +314,7 @@ def test_features_are_made_once_and_anew_for_another_tower(
     data = load_crops(photos)
     passes: list[Path | None] = []
 
-    def passed(crops: Tensor, layers: int, additions: Path | None = None) -> tuple[Tensor, ...]:
+    def passed(crops: Tensor, layers: int, additions: Path | None = None, *_: Any) -> tuple[Tensor, ...]:
         passes.append(additions)
         light = float(crops.float().mean()) / 255
         return tuple(torch.full((len(crops), 197, clip.WIDTH), light + layer) for layer in range(layers + 1))

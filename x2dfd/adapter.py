@@ -195,9 +195,9 @@ def attach(model: Any, folder: Path) -> Any:
     Merged, because one matrix product is quicker than three and the numbers agree to rounding. Raises SetupError when
     the adapter has not just what its configuration says that it changes of this model.
     """
-    check_fit(model, folder)
+    saved = check_fit(model, folder)
     quantised = bool(getattr(model, "is_quantized", False))
-    if not quantised and _merge_plain(model, folder):
+    if not quantised and _merge_plain(model, folder, saved):
         return model
     # bitsandbytes warns on import, through peft, of a kernel that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -209,13 +209,14 @@ def attach(model: Any, folder: Path) -> Any:
         return tuned.base_model.model if quantised else tuned.merge_and_unload()
 
 
-def check_fit(model: Any, folder: Path) -> None:
+def check_fit(model: Any, folder: Path) -> dict[str, Tensor]:
     """Refuse an adapter that lacks layers or modules which its configuration names, or that would apply nothing.
 
-    PEFT warns of either at most. Raises SetupError with the names.
+    PEFT warns of either at most. Returns the adapter's tensors. Raises SetupError with the names.
     """
     config = _adapter_config(folder)
-    names = {key.removeprefix(PEFT_PREFIX) for key in _read_weights(folder / WEIGHTS)}
+    saved = _read_weights(folder / WEIGHTS)
+    names = {key.removeprefix(PEFT_PREFIX) for key in saved}
     halves = {n.rpartition(".lora_")[0]: n for n in names if ".lora_" in n}
     lone = [n for n in names if ".lora_A." in n and n.replace(".lora_A.", ".lora_B.") not in names]
     modules = dict(model.named_modules())
@@ -238,6 +239,7 @@ def check_fit(model: Any, folder: Path) -> None:
             f"({sorted(missing)[0]}); copy the directory again, or save the adapter again",
             code="adapter_incomplete",
         )
+    return saved
 
 
 def _targets(config: Mapping[str, Any], modules: Mapping[str, Any]) -> list[str]:
@@ -268,22 +270,26 @@ def add_tower(llava: Any, folder: Path, card: AdapterCard) -> str | None:
     Returns what `x2dfd.mllm.Look.tower` is of this adapter. Raises SetupError when the additions are not those of the
     card, or fit another tower.
     """
-    from x2dfd.tower import add_to_tower, additions_sha256, read_additions
+    from x2dfd.tower import add_to_tower
 
     if card.tower != FORENSIC:
         return "" if card.tower == "frozen" else None
-    if card.weights == WHOLE:
-        return card.tower_sha256  # the whole model was written with the additions in its tower
-    path = folder / TOWER
-    additions = read_additions(path)
-    sha256 = additions_sha256(additions)
-    if sha256 != card.tower_sha256:
+    if card.weights != WHOLE:  # a whole model was written with the additions in its tower
+        add_to_tower(llava.model.vision_tower, checked_additions(folder, card))
+    return card.tower_sha256
+
+
+def checked_additions(folder: Path, card: AdapterCard) -> dict[str, Tensor]:
+    """The tower's additions beside an adapter. Raises SetupError when they are not those of its card."""
+    from x2dfd.tower import additions_sha256, read_additions
+
+    additions = read_additions(folder / TOWER)
+    if additions_sha256(additions) != card.tower_sha256:
         raise SetupError(
-            f"{path} is not the tower that {card.name} was trained on; copy the whole directory again",
+            f"{folder / TOWER} is not the tower that {card.name} was trained on; copy the whole directory again",
             code="tower_hash_differs",
         )
-    add_to_tower(llava.model.vision_tower, additions)
-    return sha256
+    return additions
 
 
 _PLAIN = {
@@ -293,21 +299,16 @@ _PLAIN = {
 """Keys of an adapter's configuration that do not change how it is merged."""
 
 
-def _merge_plain(model: Any, folder: Path) -> bool:
+def _merge_plain(model: Any, folder: Path, saved: Mapping[str, Tensor]) -> bool:
     """Merge a plain LoRA and the modules saved with it, without PEFT, whose import outlasts a verdict.
 
     False, and the model is as it was, for anything else: DoRA, ranks by pattern, other key names, a quantised base.
     PEFT's rule: W + alpha / r · B A (LoRA, arXiv 2106.09685).
     """
     import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     try:
         config = parse_json((folder / "adapter_config.json").read_bytes())
-        saved = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError):
-        return False  # PEFT says what is wrong
     except ValueError as error:
         raise SetupError(
             f"{folder}: adapter_config.json cannot be read ({error}); copy the directory again",

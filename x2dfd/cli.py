@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from x2dfd.detector import Detector
     from x2dfd.html_report import Pictures
     from x2dfd.ray_engine import RayDetector
+    from x2dfd.remote import ServerDetector
     from x2dfd.rows import Rows
     from x2dfd.stores import Place
 
@@ -226,6 +227,10 @@ def detect(
             "is a row.",
         ),
     ] = False,
+    server: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Of an `x2dfd serve`, which gets the files and judges them."),
+    ] = None,
 ) -> None:
     """Say of each picture or video whether its faces look forged, and why.
 
@@ -246,7 +251,7 @@ def detect(
         if target is not None and (target.is_dir() or not os.access(target.parent, os.W_OK)):
             raise typer.BadParameter(f"{target} cannot be written", param_hint=option)
     from x2dfd.manifest import manifest_paths
-    from x2dfd.media import find_media
+    from x2dfd.paths import find_media
     from x2dfd.stores import is_pipe
 
     pipes = [path for path in paths or () if is_pipe(path)]
@@ -291,7 +296,7 @@ def detect(
         "model": model, "base": base, "adapter": adapter, "served": served, "mode": mode.value if mode else None,
         "threads": threads, "device": device, "dtype": dtype.value if dtype else None,
     }  # fmt: skip
-    detector: Detector | RayDetector
+    detector: Detector | RayDetector | ServerDetector
     window = BATCHES * batch_size
     many: Many
     if absent and all(path in absent for path in paths or ()) and out is None:
@@ -303,11 +308,12 @@ def detect(
         window = detector.window
         many = detector.detect_many
     else:
+        from x2dfd.remote import ServerDetector
         from x2dfd.stores import detect_places
 
         if isolate:
             context.with_resource(isolating())
-        detector = _load(**options)
+        detector = _load(**options) if server is None else ServerDetector(server)
         many = partial(detect_places, detector)
     rows: Rows | None = None
     if out is not None:
@@ -413,10 +419,11 @@ def verify(
 
 def _absence(path: Path) -> Failure:
     """The row of a path where nothing is, for which no model need be loaded."""
-    from x2dfd.media import load_media
+    from x2dfd.paths import open_source
 
     try:
-        load_media(path)
+        with open_source(path):
+            pass
     except InputError as error:
         return Failure(str(path), None, error.code, error.reason)
     return Failure(str(path), None, "not_found", "it came and went while it was looked for")
@@ -462,6 +469,30 @@ def _ours(path: Path, written: Sequence[Path], out: Path | None) -> bool:
     stem = re.escape(re.sub(r"\.\d+-of-\d+$", "", out.stem))
     name = re.compile(rf"{stem}(\.\d+-of-\d+)?{re.escape(out.suffix)}(\.work(-journal)?)?")
     return name.fullmatch(path.name) is not None and path.parent.resolve() == out.parent.resolve()
+
+
+SERVE_EXAMPLES = """\b
+Examples:
+  x2dfd serve
+  x2dfd detect face.jpg --server http://127.0.0.1:8417
+"""
+
+
+@app.command(epilog=SERVE_EXAMPLES)
+def serve(
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Model directory; without it, the embedded model.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; whoever reaches it may ask.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8417,
+    threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads.")] = None,
+) -> None:
+    """Keep a model warm and answer over HTTP: POST a file to /detect, read /openapi.json for the rest."""
+    from x2dfd.serve import serve as run
+
+    detector = _load(model=model, threads=threads)
+    typer.echo(f"http://{host}:{port}", err=True)
+    run(detector, host, port)
 
 
 EXPERTS_EXAMPLES = """\b

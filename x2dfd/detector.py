@@ -42,11 +42,12 @@ from x2dfd.experts import DEFAULT, Expert, Shared, ask, load_expert
 from x2dfd.explain import contradictions, read_cues
 from x2dfd.faces import area_polygons, find_faces, find_turned_faces
 from x2dfd.fetch import BASE_NAME
-from x2dfd.loading import TORCH_DTYPES, Bits, base_identity, choose_device, load_model, reading
+from x2dfd.loading import TORCH_DTYPES, Bits, Dtype, base_identity, choose_device, load_model, reading
 from x2dfd.media import Frame, Picture, Video, load_media, media_summary
 from x2dfd.mllm import NOT_FINITE, LocalMLLM, YesNo
 from x2dfd.provenance import read_provenance
 from x2dfd.texts import readable
+from x2dfd.tower_first import tower_decides, tower_first
 from x2dfd.types import Evidence, Face, FaceReport, Failure, Report, Verdict, frames_asked
 from x2dfd.validation import PROPOSITIONS, Validation
 from x2dfd.worker import isolated
@@ -231,17 +232,18 @@ class Detector:
         told: dict[int, FaceReport] = {}
         for at in range(0, len(order), self.mllm.batch):
             part = order[at : at + self.mllm.batch]
-            faces = through_codec([found[f.index].face for f in part])
-            with self._look(np.stack([f.crop for f in faces])) as look:
-                texts = self.mllm.write(
-                    look,
-                    self._questions([f.evidence for f in part]),
-                    [prompts.rationale_start(f.verdict.side) for f in part],
-                    on_text=on_text if at == 0 and part[0].verdict.label == "fake" else None,  # others are mended much
-                )
-            told |= {
-                f.index: self._explained(f, found[f.index].face, text) for f, text in zip(part, texts, strict=True)
-            }
+            texts = dict.fromkeys((f.index for f in part), "")
+            if asked := [f for f in part if self._written(f.verdict)]:
+                crops = np.stack([f.crop for f in through_codec([found[f.index].face for f in asked])])
+                with self._look(crops) as look:
+                    written = self.mllm.write(
+                        look,
+                        self._questions([f.evidence for f in asked]),
+                        [prompts.rationale_start(f.verdict.side) for f in asked],
+                        on_text=on_text if at == 0 and part[0].verdict.label == "fake" else None,  # others are mended
+                    )
+                texts |= {f.index: text for f, text in zip(asked, written, strict=True)}
+            told |= {f.index: self._explained(f, found[f.index].face, texts[f.index]) for f in part}
         deciding = told[order[0].index] if order else None
         return replace(
             report,
@@ -317,15 +319,20 @@ class Detector:
                 clock.lap("experts")
                 questions = self._questions(evidence)
                 logits: list[float | None] = [None] * len(part)
-                if rationale or self._asks_mllm:
+                if self._asks_mllm:
                     logits = [float(v) for v in self._mllm_logits(look, questions)]
                     clock.lap("verdict")
-                verdicts, texts = [], [""] * len(part)
-                for own, said in zip(logits, evidence, strict=True):
-                    verdicts.append(self._verdict(own, said))
-                if rationale:
-                    starts = [prompts.rationale_start(v.side) for v in verdicts]
-                    texts = self.mllm.write(look, questions, starts)
+                verdicts = [self._verdict(own, said) for own, said in zip(logits, evidence, strict=True)]
+                texts = [""] * len(part)
+                if asked := [k for k, v in enumerate(verdicts) if rationale and self._written(v)]:
+                    some = look if len(asked) == len(part) else look.part(asked)
+                    theirs = [questions[k] for k in asked]
+                    if not self._asks_mllm:
+                        for k, own in zip(asked, self._mllm_logits(some, theirs), strict=True):
+                            logits[k] = float(own)
+                    starts = [prompts.rationale_start(verdicts[k].side) for k in asked]
+                    for k, text in zip(asked, self.mllm.write(some, theirs, starts), strict=True):
+                        texts[k] = text
                     clock.lap("rationale")
             for s, own, said, verdict, text in zip(part, logits, evidence, verdicts, texts, strict=True):
                 judged = FaceReport(
@@ -341,10 +348,14 @@ class Detector:
                     frame=s.frame,
                     time_s=s.time_s,
                 )
-                out.append(self._explained(judged, s.face, text) if text else judged)
+                out.append(self._explained(judged, s.face, text) if rationale else judged)
                 if on_progress:
                     on_progress(out[-1])
         return out
+
+    def _written(self, verdict: Verdict) -> bool:
+        """Whether the MLLM writes of a face; of one that is not called fake, people read what was looked at alone."""
+        return self.mode == "paper" or self.calibration is None or verdict.label == "fake"
 
     def _explained(self, judged: FaceReport, face: Face, text: str) -> FaceReport:
         """With the rationale as people read it, the cues that it names, where they lie, and what it contradicts.
@@ -503,9 +514,35 @@ def load(
     if folder and card and card.weights == WHOLE:
         base = str(folder / WHOLE)
     place, precision = choose_device(device, dtype)
+    calibration = None
+    if folder and card and (mode == "calibrated" or (folder / "calibration.json").is_file()):
+        calibration = Calibration.load(folder)
+    local = partial(_local, folder, card, base, place, precision, device_map, bits)
+    mllm: LanguageModel
+    if folder and card and base is None and place.type == "cpu" and tower_decides(card, calibration, mode):
+        mllm, identity, asked_with = tower_first(folder, card, precision, lambda: local()[0])
+    else:
+        mllm, identity, asked_with = local()
+    loaded = _experts(folder, card, calibration, mode, experts, other_experts)
+    facts = _facts(card, identity, asked_with, loaded)
+    facts["runs_on"] = f"{place.type} {precision}" + (f", {bits}-bit weights" if bits else "")
+    validation = Validation.load(folder) if folder else None
+    return Detector(mllm, list(loaded.values()), calibration, facts, mode, validation)
+
+
+def _local(
+    folder: Path | None,
+    card: AdapterCard | None,
+    base: str | None,
+    place: torch.device,
+    precision: Dtype,
+    device_map: str | None,
+    bits: Bits | None,
+) -> tuple[LocalMLLM, dict[str, str], str]:
+    """The MLLM with its adapter, checked; the identity of its base; the hash of its prompts."""
     with ThreadPoolExecutor(1) as beside:
         hashed = beside.submit(base_identity, base)  # meanwhile: most of loading is imports, which keep one core busy
-        loaded_model, processor = load_model(
+        model, processor = load_model(
             base,
             **reading(base, place, precision, device_map, bits),
             tower_layers=(card.tower_layers or None) if card else None,
@@ -513,34 +550,29 @@ def load(
             feature_layers=(card.feature_layers or None) if card else None,
         )
         identity = hashed.result()
-    calibration = None
     tower: str | None = ""
     if folder and card:
         prompts.set_frame(processor, card.frame)
-        tower = add_tower(loaded_model, folder, card)
+        tower = add_tower(model, folder, card)
         check_adapter(folder, card, identity, prompts.prompt_hash(processor, card.score_form))
-        loaded_model = loaded_model if card.weights == WHOLE else attach(loaded_model, folder)
-        calibration = (
-            Calibration.load(folder) if mode == "calibrated" or (folder / "calibration.json").is_file() else None
-        )
-    loaded = _experts(folder, card, calibration, mode, experts, other_experts)
-    asked_with = prompts.prompt_hash(processor, card.score_form if card else "numbers")
-    facts = _facts(card, identity, asked_with, loaded)
-    facts["runs_on"] = f"{place.type} {precision}" + (f", {bits}-bit weights" if bits else "")
+        model = model if card.weights == WHOLE else attach(model, folder)
     if device_map is None and bits is None:
-        loaded_model = loaded_model.to(place, TORCH_DTYPES[precision] if place.type == "cuda" else None)
+        model = model.to(place, TORCH_DTYPES[precision] if place.type == "cuda" else None)
     mllm = LocalMLLM(
-        loaded_model,
+        model,
         processor,
-        facts["name"],
+        _name(card, identity),
         autocast=place.type == "cpu" and precision == "bf16",
-        temperature=facts["temperature"],
+        temperature=card.temperature if card else 0.0,
         tower=tower,
     )
     if card and card.probes:
         check_probes(card, probe_logits(mllm), 0.1 if precision == "fp32" and not bits else 1.0)
-    validation = Validation.load(folder) if folder else None
-    return Detector(mllm, list(loaded.values()), calibration, facts, mode, validation)
+    return mllm, identity, prompts.prompt_hash(processor, card.score_form if card else "numbers")
+
+
+def _name(card: AdapterCard | None, identity: dict[str, str]) -> str:
+    return f"{card.name} {card.version}" if card else identity["name"]
 
 
 def _load_served(
@@ -604,7 +636,7 @@ def _facts(
 ) -> dict[str, Any]:
     """What a report says of the model."""
     return {
-        "name": f"{card.name} {card.version}" if card else base["name"],
+        "name": _name(card, base),
         "base": base,
         "adapter_sha256": card.sha256 if card else None,
         "layers": _layers(card) if card else None,

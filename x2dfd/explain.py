@@ -414,18 +414,6 @@ def said_kind(text: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def in_order(sentence: str) -> bool:
-    """Whether a sentence calls a named area natural, and names nothing that could be wrong, not even to deny it."""
-    marks = list(_marks(sentence.lower()))
-    return (
-        _has(marks, "area")
-        and _has(marks, "calm")
-        and not _has(_settle(marks, sentence.lower()), "defect", "off", "not")
-        and not read_cues(sentence)
-        and "fake" not in said_labels(sentence)
-    )
-
-
 def named_areas(text: str) -> list[str]:
     """The areas that a text names plainly, in order of appearance."""
     return list(dict.fromkeys(m.means["area"] for m in _marks(text.lower()) if "area" in m.means))

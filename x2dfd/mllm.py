@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial, wraps
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -57,11 +57,17 @@ class Look:
     tower: str | None = ""  # SHA-256 of the tower's additions; "" without, None where the adapter changed it itself
     shift: int = 0  # position of a token after the prefix, less the tokens before it: a picture may take few positions
     inputs: dict[str, Tensor] = field(default_factory=dict)  # what a family that shares no prefix is asked with
-    image: Tensor | None = None  # [n, tokens, hidden]: the projector's output that the language model has not seen yet
 
     @property
     def size(self) -> int:
         return len(self.seeds)
+
+    def part(self, rows: Sequence[int]) -> Look:
+        """The look at some of the pictures; this one is used up."""
+        if self.cache is not None:
+            self.cache.batch_select_indices(torch.tensor(rows, device=self.cache.layers[0].keys.device))
+        states, seeds = tuple(s[list(rows)] for s in self.states), tuple(self.seeds[k] for k in rows)
+        return replace(self, states=states, seeds=seeds, inputs={k: v[list(rows)] for k, v in self.inputs.items()})
 
     @property
     def tower_states(self) -> tuple[Tensor, ...] | None:
@@ -150,7 +156,7 @@ class LocalMLLM:
         """Encode aligned face crops [n, s, s, 3] once."""
         from transformers import DynamicCache
 
-        seeds = tuple(crc32(np.ascontiguousarray(c).data) for c in crops)
+        seeds = seeds_of(crops)
         inputs = self._prefix(crops)
         length = inputs["input_ids"].shape[1]
         if not self._family.shares:
@@ -164,26 +170,26 @@ class LocalMLLM:
         return Look(cache, length, (), seeds, self.tower, shift)
 
     def _seen(self, pixels: Tensor, length: int, seeds: tuple[int, ...]) -> Look:
-        """A LLaVA's tower and projector alone: many a verdict needs no more."""
-        config = self._model.config
+        """A LLaVA's tower alone: many a verdict needs no more."""
         states = self._model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+        return Look(None, length, tuple(states), seeds, self.tower)
+
+    def _read(self, look: Look) -> None:
+        """Projector and language model over what stands before the question, where they have not seen it."""
+        from transformers import DynamicCache
+
+        if look.cache is not None or not look.states:
+            return
+        config = self._model.config
         layers = config.vision_feature_layer
         layers = [layers] if isinstance(layers, int) else layers
         first = 1 if config.vision_feature_select_strategy == "default" else 0
-        image = self._model.model.multi_modal_projector(torch.cat([states[i][:, first:] for i in layers], -1))
-        return Look(None, length, tuple(states), seeds, self.tower, image=image)
-
-    def _read(self, look: Look) -> None:
-        """The language model's pass over what stands before the question, where it has not been made."""
-        from transformers import DynamicCache
-
-        if look.image is None:
-            return
+        image = self._model.model.multi_modal_projector(torch.cat([look.states[i][:, first:] for i in layers], -1))
         tokens, _ = prompts.prompt_tokens(self.processor, prompts.render(self.processor, prompts.QUESTION))
         before = self._text.embed_tokens(torch.tensor(tokens, device=self.device)).expand(look.size, -1, -1)
         cache = DynamicCache()
-        self._text(inputs_embeds=torch.cat([before, look.image], 1), past_key_values=cache, use_cache=True)
-        look.cache, look.image = cache, None
+        self._text(inputs_embeds=torch.cat([before, image], 1), past_key_values=cache, use_cache=True)
+        look.cache, look.length = cache, len(tokens) + image.shape[1]
 
     def _prefix(self, crops: NDArray[np.uint8]) -> dict[str, Tensor]:
         """What the stock processor makes of pictures and prompt, up to the end of the picture."""
@@ -434,6 +440,11 @@ class LocalMLLM:
     def _yes_or_no(self, token: int) -> str:
         word = self.tokenizer.decode([token]).strip().lower()
         return word if word in ("yes", "no") else "other"
+
+
+def seeds_of(crops: NDArray[np.uint8]) -> tuple[int, ...]:
+    """`Look.seeds` of crops [n, s, s, 3]."""
+    return tuple(crc32(np.ascontiguousarray(c).data) for c in crops)
 
 
 def _after_image(processor: Any, question: str, start: str = "", turns: Sequence[tuple[str, str]] = ()) -> Suffix:

@@ -57,6 +57,10 @@ class Pictures:
     def size(self) -> int:
         return len(self.urls)
 
+    def part(self, rows: Sequence[int]) -> Pictures:
+        """Some of the pictures."""
+        return Pictures(tuple(self.urls[k] for k in rows))
+
 
 @dataclass(frozen=True)
 class _Reply:

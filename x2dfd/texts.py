@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from x2dfd import prompts
 from x2dfd.answer import disagreement, percent
-from x2dfd.explain import in_order, mended, read_cues, said_kind, said_labels
+from x2dfd.explain import mended, read_cues, said_kind, said_labels
 from x2dfd.types import AREAS, ARTIFACTS, Cue, Evidence, Verdict
 
 MAX_NAMED = 3  # cues in a text; more than that nobody checks
@@ -58,10 +58,9 @@ def readable(text: str, verdict: Verdict, evidence: Sequence[Evidence], uncounte
     """What people read of a face in place of the language model's `text`. `uncounted`: experts without a weight."""
     if verdict.label == "inconclusive":
         return undecided(verdict, evidence, uncounted)
-    own = prompts.closed(text, verdict.label, ())  # without any sentence on the experts
-    sentences = re.findall(r"\S[^.!?\n]*(?:[.!?]+|$)", own if verdict.label == "real" else mended(own))
     if verdict.label == "real":
-        return " ".join([looked_at(evidence, uncounted), "Nothing was found.", *filter(in_order, sentences)])
+        return f"{looked_at(evidence, uncounted)} Nothing was found."
+    sentences = re.findall(r"\S[^.!?\n]*(?:[.!?]+|$)", mended(prompts.closed(text, verdict.label, ())))
     seen = [_unlabelled(s) for s in sentences if read_cues(s) and not against(s, verdict)]
     return " ".join([f"{_start(verdict)}.", *seen]) if seen else called_fake(verdict, evidence, uncounted)
 

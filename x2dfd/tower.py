@@ -22,6 +22,7 @@ from torch import Tensor
 from x2dfd.crops import CropSet
 from x2dfd.degrade import CODEC, DEGRADE_VERSION, codec, degrade
 from x2dfd.errors import SetupError
+from x2dfd.eye import Eye
 from x2dfd.fetch import require
 from x2dfd.files import file_sha256, write_text
 from x2dfd.progress import progress
@@ -48,25 +49,35 @@ def clip_pixels(crops: Tensor) -> Tensor:
 
 
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+PREFIX = "model.vision_tower."
+"""What stands before the tower's names in a LLaVA's weight file."""
+
+
+def layer_of(name: str) -> int:
+    """The number of the layer that a weight of the tower belongs to; -1 for one outside of the layers."""
+    return int(name.split(".")[2]) if name.startswith("encoder.layers.") else -1
+
+
+def add_to_tower(tower: torch.nn.Module, additions: Mapping[str, Tensor]) -> None:
+    """As `add_to_parameters`, of a CLIP vision model."""
+    add_to_parameters(dict(tower.named_parameters()), len(tower.encoder.layers), additions)  # type: ignore[arg-type, union-attr]
 
 
 @torch.no_grad()
-def add_to_tower(tower: torch.nn.Module, additions: Mapping[str, Tensor]) -> None:
-    """Put a training's additions into the weights of a CLIP vision model, so that they cost nothing in use.
+def add_to_parameters(parameters: Mapping[str, Tensor], layers: int, additions: Mapping[str, Tensor]) -> None:
+    """Put a training's additions into the weights of a tower of so many layers, so that they cost nothing in use.
 
     `additions`: by the tower's own names, a parameter's new value, or a pair `<module>.lora_A.weight` [r, in] and
     `<module>.lora_B.weight` [out, r] whose product is added to `<module>.weight` (LoRA, arXiv 2106.09685; its scale is
     in B). Additions to layers that the tower does not have are left. Raises SetupError for any other name or shape.
     """
-    parameters = dict(tower.named_parameters())
-    kept = len(tower.encoder.layers)  # type: ignore[arg-type, union-attr]
     for name, value in additions.items():
         if name.endswith(LORA_B):
             if name.replace(LORA_B, LORA_A) not in additions:
                 raise SetupError(f"the tower's additions hold {name} without its lora_A", code="tower_incomplete")
             continue
         target = name.replace(LORA_A, ".weight")
-        if target.startswith("encoder.layers.") and int(target.split(".")[2]) >= kept:
+        if layer_of(target) >= layers:
             continue
         weight, change = parameters.get(target), value.float()
         if name.endswith(LORA_A):
@@ -95,9 +106,8 @@ def load_tower(layers: int, additions: Path | None = None) -> Any:
     config: Any = LlavaConfig.from_pretrained(folder).vision_config
     config.num_hidden_layers = layers
     model = CLIPVisionModel(config)
-    prefix = "model.vision_tower."
     with safe_open(folder / "model.safetensors", "pt") as stream:
-        state = {k: stream.get_tensor(prefix + k).float() for k in model.state_dict()}
+        state = {k: stream.get_tensor(PREFIX + k).float() for k in model.state_dict()}
     model.load_state_dict(state, strict=True)
     if additions is not None:
         add_to_tower(model, read_additions(additions))
@@ -126,12 +136,27 @@ def additions_sha256(additions: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def tower_states(crops: Tensor, layers: int, additions: Path | None = None) -> tuple[Tensor, ...]:
-    """Hidden states of uint8 crops [n, 224, 224, 3]: embeddings and each layer's output, [n, 197, 768]."""
+@cache
+def load_eye(layers: int, additions: Path | None = None, dtype: torch.dtype = torch.float32) -> Eye:
+    """As `load_tower`, for inference on a CPU. `dtype` (fp32 or bf16): of its matrix products."""
+    from safetensors import safe_open
+
+    folder = require("base")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vision_config"]
+    with safe_open(folder / "model.safetensors", "pt") as stream:  # a memory map: what is not asked for is not read
+        names = [k.removeprefix(PREFIX) for k in stream.keys() if k.startswith(PREFIX)]  # noqa: SIM118
+        weights = {k: stream.get_tensor(PREFIX + k).float() for k in names if layer_of(k) < layers}
+    if additions is not None:
+        add_to_parameters(weights, layers, read_additions(additions))
+    return Eye(weights, layers, config.get("num_attention_heads", 12), dtype)
+
+
+def tower_states(
+    crops: Tensor, layers: int, additions: Path | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, ...]:
+    """Hidden states of uint8 crops [n, 224, 224, 3]: embeddings and each layer's output, [n, 197, 768], fp32."""
     with torch.inference_mode():
-        tower = load_tower(layers, additions)
-        states: tuple[Tensor, ...] = tower(clip_pixels(crops), output_hidden_states=True).hidden_states
-    return states
+        return load_eye(layers, additions, dtype)(clip_pixels(crops))
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,8 +246,8 @@ def cached_features(
     for start in progress(range(done, n, batch), "tower features"):
         stop = min(start + batch, n)
         views = np.stack([seen_view(data.crops[i], seed, int(i)) for i in rows[start:stop]])
-        with torch.autocast("cpu", torch.bfloat16, enabled=quick_in_16_bits("cpu")):
-            states = tower_states(torch.from_numpy(views), layers, additions)
+        dtype = torch.bfloat16 if quick_in_16_bits("cpu") else torch.float32
+        states = tower_states(torch.from_numpy(views), layers, additions, dtype)
         for place, layer in enumerate(keep):
             tokens[start:stop, place] = states[layer].half().numpy()
         if (start // batch) % 8 == 7 or stop == n:

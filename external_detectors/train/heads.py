@@ -177,8 +177,8 @@ def _learn_photo(net: TowerHeads, crops: CropSet, rows: NDArray[np.intp], additi
         part = [np.ascontiguousarray(crops.crops[i]) for i in chosen[at : at + 16]]
         views = [drawing(c, rng) if d else c for c, d in zip(part, drawn[at : at + 16], strict=True)]
         pixels = torch.from_numpy(np.stack([codec(v, *CODEC) for v in views]))
-        with torch.autocast("cpu", torch.bfloat16, enabled=quick_in_16_bits("cpu")):
-            found.append(net.statistics(tower_states(pixels, max(HEAD_LAYERS), additions)))
+        dtype = torch.bfloat16 if quick_in_16_bits("cpu") else torch.float32
+        found.append(net.statistics(tower_states(pixels, max(HEAD_LAYERS), additions, dtype)))
     net.eval()
     with torch.inference_mode():
         x = net.norm(torch.cat(found).float())

@@ -1,0 +1,126 @@
+"""The warm server and who asks it: the same answers, and nothing for strangers."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.stub import StubDetector
+from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.remote import ServerDetector, is_loopback
+from x2dfd.types import Failure, Report
+
+uvicorn: Any = pytest.importorskip("uvicorn")
+pytest.importorskip("fastapi")
+testclient: Any = pytest.importorskip("fastapi.testclient")
+
+from x2dfd import serve  # noqa: E402
+
+
+class Stub:
+    """Judges bytes by their length."""
+
+    facts: dict[str, Any] = StubDetector().facts
+
+    def detect_many(self, sources: Iterable[bytes], **options: Any) -> Iterator[Report | Failure]:
+        for data in sources:
+            if len(data) < 2000:
+                yield Failure(None, "0" * 64, "not_an_image", "too short")
+            else:
+                report = StubDetector()._judge(Path(str(len(data))))
+                assert isinstance(report, Report)
+                yield report
+
+
+@pytest.fixture
+def client() -> Any:
+    stub: Any = Stub()
+    return testclient.TestClient(serve.application(stub), base_url="http://127.0.0.1:8417")
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    """A server on a port of its own."""
+    stub: Any = Stub()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(serve.application(stub), log_level="error"))
+        thread = threading.Thread(target=lambda: server.run(sockets=[taken]), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+def test_the_server_says_what_the_detector_says(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: another answer over HTTP, or pictures that a proxy sees on their way to this machine."""
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody answers there
+    remote = ServerDetector(url)
+    assert remote.facts == Stub.facts
+    photo, bad = tmp_path / "photo.jpg", tmp_path / "bad.jpg"
+    photo.write_bytes(b"x" * 2001)
+    bad.write_bytes(b"no picture")
+    said, broken, absent = remote.detect_many([photo, bad, tmp_path / "missing.jpg"], rationale=False)
+    assert said == next(Stub().detect_many([photo.read_bytes()]))
+    assert isinstance(broken, Failure) and broken.code == "not_an_image" and broken.sha256
+    assert isinstance(absent, Failure) and absent.code == "not_found"
+
+
+def test_strangers_are_refused(client: Any) -> None:
+    """Bug prevented: a web page that asks the server of whoever reads it, by its address or by a name made for it."""
+    assert client.get("/model").status_code == 200
+    assert client.get("/model", headers={"Origin": "http://localhost:8417"}).status_code == 200
+    for header in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Host": ""}):
+        for answer in (client.get("/model", headers=header), client.post("/detect", content=b"x", headers=header)):
+            assert answer.status_code == 403 and answer.json()["error"]["code"] == "foreign_host"
+
+
+def test_an_upload_is_bounded(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: one large or many small uploads that fill the memory."""
+    monkeypatch.setattr(serve, "MAX_UPLOAD", 1000)
+    assert client.post("/detect", content=b"x" * 1001).status_code == 413
+    assert client.post("/detect", content=b"x" * 1000).status_code == 422  # taken in, and no picture
+    assert client.post("/detect?frames=0", content=b"x").status_code == 422
+    monkeypatch.setattr(serve, "AT_ONCE", 0)
+    assert client.post("/detect", content=b"x").status_code == 503
+
+
+def test_the_server_describes_itself(client: Any) -> None:
+    """Bug prevented: an interface that nobody can generate a client from."""
+    described = client.get("/openapi.json").json()
+    body = described["paths"]["/detect"]["post"]["requestBody"]
+    assert "application/octet-stream" in body["content"] and {"/detect", "/model"} == set(described["paths"])
+
+
+def test_no_server_is_one_line(tmp_path: Path) -> None:
+    """Bug prevented: a traceback, or an empty table, where the server was not started."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening
+        with pytest.raises(X2DFDError):
+            ServerDetector(f"http://127.0.0.1:{taken.getsockname()[1]}")
+    for url in ("ftp://127.0.0.1", "127.0.0.1:8417", "http://"):
+        with pytest.raises(SetupError):
+            ServerDetector(url)
+
+
+def test_only_loopback_goes_past_the_proxy() -> None:
+    """Bug prevented: a name that only looks like this machine."""
+    assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "localhost")))
+    assert not any(map(is_loopback, ("127.0.0.1.example", "0.0.0.0", "10.0.0.1", "localhost.example")))
+
+
+def test_a_server_on_a_name_answers_under_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: a server that listens for others and refuses them all."""
+    asked: list[Any] = []
+    monkeypatch.setattr(serve.uvicorn, "run", lambda app, **options: asked.append(app))
+    stub: Any = SimpleNamespace(facts={"name": "stub"})
+    serve.serve(stub, "192.0.2.7", 80)
+    other = testclient.TestClient(asked[0], base_url="http://192.0.2.7")
+    assert other.get("/model").json() == {"name": "stub"}

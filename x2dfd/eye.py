@@ -1,0 +1,73 @@
+"""The vision tower's pass alone, which is all that most verdicts need: no transformers, whose import outlasts one.
+
+`x2dfd.tower.load_tower` gives the same tower as a model of transformers, for trainings; the tests compare the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Layer = Callable[[Tensor], Tensor]
+
+
+class Eye:
+    """CLIP's vision tower (Radford et al., arXiv 2103.00020) for inference on a CPU.
+
+    In fp32 its products are oneDNN's: those of MKL, which torch takes otherwise, are half as quick on AMD's processors.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], layers: int, heads: int, dtype: torch.dtype) -> None:
+        """`weights`: fp32, by the names of CLIP in transformers; `dtype` (fp32 or bf16): of the matrix products."""
+        self._kernel = weights["embeddings.patch_embedding.weight"]
+        self._first = weights["embeddings.class_embedding"]
+        self._places = weights["embeddings.position_embedding.weight"]
+        self._before = _norm(weights, "pre_layrnorm")
+        self._layers = [_layer(weights, f"encoder.layers.{k}", heads, dtype) for k in range(layers)]
+
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Embeddings and each layer's output [n, 1 + patches, width], fp32, of CLIP's input [n, 3, side, side]."""
+        patches = F.conv2d(pixels, self._kernel, stride=self._kernel.shape[2:]).flatten(2).transpose(1, 2)
+        x = torch.cat([self._first.expand(len(patches), 1, -1), patches], 1) + self._places
+        states = [self._before(x)]
+        for layer in self._layers:
+            states.append(layer(states[-1]))
+        return tuple(states)
+
+
+def _layer(weights: Mapping[str, Tensor], name: str, heads: int, dtype: torch.dtype) -> Layer:
+    asked = _linear(weights, dtype, *(f"{name}.self_attn.{k}_proj" for k in "qkv"))
+    out, wide, back = (_linear(weights, dtype, f"{name}.{k}") for k in ("self_attn.out_proj", "mlp.fc1", "mlp.fc2"))
+    before, between = _norm(weights, f"{name}.layer_norm1"), _norm(weights, f"{name}.layer_norm2")
+
+    def run(x: Tensor) -> Tensor:
+        n, tokens, width = x.shape
+        q, k, v = asked(before(x)).view(n, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        x = x + out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width))
+        h = wide(between(x))
+        return x + back(h * torch.sigmoid(1.702 * h))
+
+    return run
+
+
+def _norm(weights: Mapping[str, Tensor], name: str) -> Layer:
+    weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
+    return lambda x: F.layer_norm(x, weight.shape, weight, bias)
+
+
+def _linear(weights: Mapping[str, Tensor], dtype: torch.dtype, *names: str) -> Layer:
+    """Linear layers side by side; their results in `dtype`."""
+    weight, bias = (torch.cat([weights[f"{n}.{part}"] for n in names]) for part in ("weight", "bias"))
+    if dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        weight, bias = weight.to(dtype), bias.to(dtype)
+        return lambda x: F.linear(x.to(dtype), weight, bias)
+    packed, added = weight.to_mkldnn(), bias.to_mkldnn()
+
+    def run(x: Tensor) -> Tensor:
+        made: Tensor = torch.ops.aten.mkldnn_linear(x.to_mkldnn(), packed, added).to_dense()
+        return made
+
+    return run

@@ -1,0 +1,110 @@
+"""Local files by their names: found, and opened or refused, before anything that decodes is imported."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from x2dfd.errors import InputError
+from x2dfd.sniffing import check_bytes
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:")  # two letters or more: "C:" is a drive
+
+
+@contextmanager
+def open_source(source: str | Path | bytes) -> Iterator[tuple[BinaryIO, str | None]]:
+    """A local file, or bytes as one, and its path. Raises InputError, of the codes of x2dfd.media."""
+    if isinstance(source, bytes):
+        check_bytes(len(source))
+        yield io.BytesIO(source), None
+        return
+    path = str(source)
+    local = os.path.lexists(path) if "\0" not in path else False
+    if "://" in path or (_SCHEME.match(path) and not local):
+        raise InputError("url_not_allowed", "only local files are read; fetch the address first")
+    try:
+        info = os.stat(path)
+        # asked before opening: opening a pipe would wait for its other end
+        if not stat.S_ISREG(info.st_mode):
+            raise InputError("not_a_file", "this is not a regular file")
+        check_bytes(info.st_size)
+        file = open(path, "rb")  # noqa: SIM115 - closed below; only the opening belongs inside this try
+    except ValueError as error:  # a NUL in the name
+        raise InputError("not_found", "there is no such file") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError("not_found", "the path is longer than this system can open") from error
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            raise InputError("not_found", "there is no such file") from error
+        raise InputError("unreadable", f"the file cannot be read: {error.strerror}") from error
+    with file:
+        yield file, path
+
+
+def find_media(
+    paths: Iterable[str | Path], *, left_out: Callable[[Path], object] = lambda path: None
+) -> Iterator[Path]:
+    """Yield files as they are, and every regular file under each folder, in sorted order.
+
+    Hidden files and folders are left out, and so are links that lead out of the folder or to another folder; of such a
+    link `left_out` is told. Text files and the like are yielded too: they become rows with an error, not silence. The
+    same holds for a path that does not exist and for a folder that may not be read.
+    """
+    for given in paths:
+        path = Path(given)
+        try:
+            folder = path.is_dir()
+        except OSError:  # below a folder that may not be read, or a name that is too long
+            folder = False
+        if folder:
+            yield from _walk(path, left_out)
+        else:
+            yield path
+
+
+def _walk(top: Path, left_out: Callable[[Path], object]) -> Iterator[Path]:
+    root = top.resolve()
+    names = _names(top)
+    if names is None:
+        yield top  # loading it fails with a reason, which is the row that the user needs
+        return
+    open_folders = [(top, names)]  # not by recursion: a folder may be thousands deep
+    while open_folders:
+        folder, names = open_folders[-1]
+        if not names:
+            open_folders.pop()
+            continue
+        path = folder / names.pop()
+        try:
+            mode = os.lstat(path).st_mode
+        except FileNotFoundError:  # gone since it was listed
+            continue
+        except OSError:
+            yield path  # as above
+            continue
+        if stat.S_ISDIR(mode):
+            below = _names(path)
+            if below is None:
+                yield path
+            else:
+                open_folders.append((path, below))
+        elif stat.S_ISLNK(mode) and not (path.is_file() and path.resolve().is_relative_to(root)):
+            left_out(path)
+        elif stat.S_ISREG(mode) or stat.S_ISLNK(mode):
+            yield path
+
+
+def _names(folder: Path) -> list[str] | None:
+    """What is to be looked at in a folder, from last to first; None where it may not be read."""
+    try:
+        names = os.listdir(folder)  # names alone: of a million files scandir's entries are hundreds of MB
+    except OSError:
+        return None
+    return sorted((name for name in names if not name.startswith(".")), reverse=True)

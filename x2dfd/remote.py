@@ -1,0 +1,84 @@
+"""Asking an `x2dfd serve` in the place of a detector of one's own: nothing heavy is imported, no model loaded."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlencode, urlsplit
+from urllib.request import ProxyHandler, Request, build_opener
+
+from x2dfd.errors import InputError, SetupError, X2DFDError
+from x2dfd.files import parse_json
+from x2dfd.paths import open_source
+from x2dfd.types import Failure, Report
+
+MAX_UPLOAD = 100_000_000  # bytes; it stands in the server's memory
+PATIENCE = 600.0  # seconds for an answer: a long clip on a busy machine
+
+
+class ServerDetector:
+    """In a Detector's place for `detect`: asks a server. Raises X2DFDError when there is none."""
+
+    def __init__(self, url: str) -> None:
+        if urlsplit(url).scheme not in ("http", "https") or host_of(url) is None:
+            raise SetupError(f"{url} is no server: give http://127.0.0.1:8417 as `x2dfd serve` prints it")
+        self._url = url.rstrip("/")
+        # A proxy would be handed the pictures on their way to this machine.
+        self._open = build_opener(*([ProxyHandler({})] if is_loopback(str(host_of(url))) else [])).open
+        self.facts: Mapping[str, Any] = self._asked("/model", None)
+
+    def detect_many(
+        self, sources: Iterable[Path | bytes], *, batch_size: int = 8, rationale: bool = True, frames: int = 32
+    ) -> Iterator[Report | Failure]:
+        """As Detector.detect_many, one file after the other."""
+        options = urlencode({"rationale": rationale, "frames": frames})
+        for source in sources:
+            try:
+                with open_source(source) as (file, _):
+                    data = file.read(MAX_UPLOAD + 1)
+                if len(data) > MAX_UPLOAD:
+                    raise InputError("file_too_large", f"a server takes {MAX_UPLOAD:,} bytes at most")
+            except InputError as error:
+                yield Failure(None if isinstance(source, bytes) else str(source), None, error.code, error.reason)
+                continue
+            said = self._asked(f"/detect?{options}", data)
+            if "error" in said:
+                yield Failure(None, said.get("sha256"), said["error"]["code"], said["error"]["reason"])
+            else:
+                yield Report.from_dict(said)
+
+    def _asked(self, path: str, data: bytes | None) -> dict[str, Any]:
+        kind = {"Content-Type": "application/octet-stream"}
+        try:
+            try:
+                with self._open(Request(self._url + path, data, kind), timeout=PATIENCE) as reply:
+                    said = parse_json(reply.read())
+            except HTTPError as error:
+                if error.code != 422:
+                    raise
+                said = parse_json(error.read())
+        except (URLError, OSError, ValueError) as error:
+            raise X2DFDError(f"{self._url} does not answer ({error}); start it: x2dfd serve") from error
+        if not isinstance(said, dict):
+            raise X2DFDError(f"{self._url} is no x2dfd: it answers {json.dumps(said)[:60]}")
+        return said
+
+
+def host_of(address: str) -> str | None:
+    """The host of an address, in lower case; None where it is none."""
+    try:
+        return urlsplit(address).hostname
+    except ValueError:
+        return None
+
+
+def is_loopback(host: str) -> bool:
+    """The name or number is of this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,82 @@
+"""`x2dfd serve`: a warm detector behind HTTP, for this machine alone unless told otherwise.
+
+A file is posted as it is to /detect; the answer is the object of `x2dfd detect --json`. /openapi.json describes it all.
+Importing this module raises SetupError where FastAPI is missing.
+"""
+
+from collections.abc import Awaitable, Callable, Collection
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from x2dfd.errors import SetupError
+from x2dfd.remote import MAX_UPLOAD, host_of, is_loopback
+from x2dfd.types import Failure, Report
+
+try:
+    import uvicorn
+    from fastapi import FastAPI, Query, Request
+    from fastapi.concurrency import run_in_threadpool
+    from fastapi.responses import JSONResponse
+except ImportError as error:
+    raise SetupError("x2dfd serve needs FastAPI and uvicorn: pip install 'x2dfd[serve-http]'") from error
+
+if TYPE_CHECKING:
+    from x2dfd.detector import Detector
+
+AT_ONCE = 8  # uploads in memory; further ones are told to come again
+HERE = ("127.0.0.1", "localhost", "::1")
+FILE = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}, "required": True}
+
+
+def application(detector: "Detector", hosts: Collection[str] = HERE) -> FastAPI:
+    """The server. `hosts`: the names under which it answers; a page of any other origin is refused."""
+    turn = Lock()
+    uploads = 0
+
+    async def ours(request: Request, go_on: Callable[[Request], Awaitable[Any]]) -> Any:
+        # A page elsewhere could post here through its reader's browser, or point its own name at this address.
+        asked = [f"//{request.headers.get('host', '')}", *request.headers.getlist("origin")]
+        if not all(host_of(address) in hosts for address in asked):
+            return _refused(403, "foreign_host", "this server answers under its own address alone")
+        return await go_on(request)
+
+    def model() -> dict[str, Any]:
+        """What answers here."""
+        return detector.facts
+
+    def judge(data: bytes, rationale: bool, frames: int) -> Report | Failure:
+        with turn:
+            return next(iter(detector.detect_many([data], rationale=rationale, frames=frames)))
+
+    async def detect(request: Request, rationale: bool = True, frames: int = Query(32, ge=1)) -> Any:
+        """Judge the posted picture or video. 422: it cannot be judged, with the reason in `error`."""
+        nonlocal uploads
+        if uploads >= AT_ONCE:
+            return _refused(503, "busy", "too many files at once: ask again later")
+        uploads += 1
+        try:
+            data = bytearray()
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > MAX_UPLOAD:
+                    return _refused(413, "file_too_large", f"more than {MAX_UPLOAD:,} bytes")
+            result = await run_in_threadpool(judge, bytes(data), rationale, frames)
+        finally:
+            uploads -= 1
+        return JSONResponse(result.to_dict(), 422 if isinstance(result, Failure) else 200)
+
+    app = FastAPI(title="x2dfd", docs_url=None, redoc_url=None)  # those pages load scripts from elsewhere
+    app.middleware("http")(ours)
+    app.add_api_route("/model", model)
+    app.add_api_route("/detect", detect, methods=["POST"], openapi_extra={"requestBody": FILE})
+    return app
+
+
+def _refused(status: int, code: str, reason: str) -> JSONResponse:
+    return JSONResponse({"error": {"code": code, "reason": reason}}, status)
+
+
+def serve(detector: "Detector", host: str, port: int) -> None:
+    """Answer until interrupted."""
+    hosts = HERE if is_loopback(host) else (*HERE, host)
+    uvicorn.run(application(detector, hosts), host=host, port=port, log_level="warning")

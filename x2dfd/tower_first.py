@@ -1,0 +1,79 @@
+"""The embedded model while its tower alone is needed: most verdicts, and the whole start of the command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from x2dfd.adapter import FORENSIC, TOWER, WHOLE, AdapterCard, check_adapter, checked_additions
+from x2dfd.calibration import MLLM, Calibration
+from x2dfd.loading import TORCH_DTYPES, Dtype, base_identity
+from x2dfd.mllm import BATCH, LocalMLLM, Look, YesNo, seeds_of
+from x2dfd.tower import load_eye, tower_states
+
+
+class TowerFirst:
+    """In the place of the embedded LocalMLLM: looks with the tower alone, and loads the rest when it is first asked."""
+
+    batch = BATCH
+
+    def __init__(
+        self, name: str, see: Callable[[Tensor], tuple[Tensor, ...]], tower: str, load: Callable[[], LocalMLLM]
+    ) -> None:
+        """`see`: hidden states of uint8 crops; `tower`: as in `Look`."""
+        self.name = name
+        self._see, self._tower, self._load = see, tower, load
+        self._loaded: LocalMLLM | None = None
+        self._loading = Lock()
+
+    @property
+    def whole(self) -> LocalMLLM:
+        """The whole model. Raises SetupError where it cannot be loaded."""
+        with self._loading:
+            self._loaded = self._loaded or self._load()
+        return self._loaded
+
+    def look(self, crops: NDArray[np.uint8]) -> Look:
+        """Aligned face crops [n, s, s, 3] through the tower."""
+        return Look(None, 0, self._see(torch.from_numpy(crops)), seeds_of(crops), self._tower)
+
+    def verdict_logits(self, look: Look, questions: Sequence[str]) -> NDArray[np.float64]:
+        """As of LocalMLLM."""
+        return self.whole.verdict_logits(look, questions)
+
+    def write(self, look: Look, questions: Sequence[str], starts: Sequence[str], **options: Any) -> list[str]:
+        """As of LocalMLLM."""
+        return self.whole.write(look, questions, starts, **options)
+
+    def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str], /) -> YesNo:
+        """As of LocalMLLM."""
+        return self.whole.yes_no(crop, questions)
+
+
+def tower_decides(card: AdapterCard, calibration: Calibration | None, mode: str) -> bool:
+    """Whether a verdict reads nothing of the MLLM but its forensic tower."""
+    asked = mode == "paper" or calibration is None or calibration.weights.get(MLLM, 0.0) > 0
+    return not asked and card.tower == FORENSIC and card.weights != WHOLE
+
+
+def tower_first(
+    folder: Path, card: AdapterCard, precision: Dtype, whole: Callable[[], LocalMLLM]
+) -> tuple[TowerFirst, dict[str, str], str]:
+    """As `_local`, with the tower alone. What is checked of the rest is the files; the `whole` checks how they fit."""
+    with ThreadPoolExecutor(1) as beside:
+        hashed = beside.submit(base_identity, None)  # meanwhile: reading the tower's weights
+        checked_additions(folder, card)
+        see = partial(tower_states, layers=card.tower_layers, additions=folder / TOWER, dtype=TORCH_DTYPES[precision])
+        load_eye(card.tower_layers, folder / TOWER, TORCH_DTYPES[precision])  # a base that is not there is said now
+        identity = hashed.result()
+    check_adapter(folder, card, identity, card.prompt_sha256)
+    return TowerFirst(f"{card.name} {card.version}", see, card.tower_sha256, whole), identity, card.prompt_sha256
