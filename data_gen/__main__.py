@@ -91,6 +91,10 @@ def build(
     explanations: Annotated[int, typer.Option(help="explained verdicts per fake whose cues are known")] = 1,
     limit: Annotated[int | None, typer.Option(help="at most this many pictures, drawn by id")] = None,
     view_seed: Annotated[int, typer.Option(help="degradation of each picture; the same in finetune")] = 1,
+    format: Annotated[
+        str | None,
+        typer.Option(help="as another stack trains on it too, with its pictures: llava, sharegpt, messages"),
+    ] = None,
     seed: int = 0,
 ) -> None:
     """Instruction data from the forgeries' truth, the ranking and the experts' scores."""
@@ -111,6 +115,7 @@ def build(
         closing=closing,
         explanations=explanations,
         limit=limit,
+        format=format,
         seed=seed,
     )
     print(run_build(config, out))
