@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -258,8 +259,12 @@ def test_faults_are_survived(crops: Pixels, owned_by: str) -> None:
     assert min(faults.counts.values()) > 0 and endpoint.answered >= 60 + faults.counts["errors"] + faults.counts["cut"]
 
 
+def always(reply: Reply) -> Callable[[Request], Reply]:
+    return lambda _: reply
+
+
 def refused(status: int, text: str = "no") -> Callable[[Request], Reply]:
-    return lambda _: Reply(text, status=status)
+    return always(Reply(text, status=status))
 
 
 @pytest.mark.parametrize(
@@ -379,7 +384,7 @@ def gives_few(crops: Pixels) -> None:
 
 
 def gives_none(crops: Pixels) -> None:
-    for answer in (lambda _: Reply(" fake"), refused(400, "logprobs are not supported")):
+    for answer in (always(Reply(" fake")), refused(400, "logprobs are not supported")):
         with StandIn(answer) as endpoint:
             error = caught(endpoint.url, crops)
         assert isinstance(error, SetupError) and "log-probabilities" in str(error)
@@ -389,7 +394,7 @@ def thinks(crops: Pixels) -> None:
     """Its first token is no verdict, whatever probability the labels have beside it, and its text no rationale."""
     reasons = b'{"choices": [{"message": {"content": "", "reasoning_content": "Okay"}}]}'
     for text in ("<think>", "<think>\nOkay"):
-        with StandIn(lambda _, text=text: Reply(text, {text: -0.001, "fake": -11.0, "real": -12.0})) as endpoint:
+        with StandIn(always(Reply(text, {text: -0.001, "fake": -11.0, "real": -12.0}))) as endpoint:
             error = caught(endpoint.url, crops)
             assert isinstance(error, SetupError) and "thinks before it answers" in str(error)
             model = ServedMLLM(endpoint.url, "m")
@@ -420,7 +425,7 @@ def is_this_machine(crops: Pixels) -> None:
 
 def writes_no_chat_completion(crops: Pixels) -> None:
     for body in MALFORMED:
-        with odd(lambda handler, body=body: writes(handler, body)) as url:
+        with odd(partial(writes, body=body)) as url:
             error = caught(url, crops)
         assert isinstance(error, InputError) and error.code == "endpoint_reply", (body[:80], error)
         assert "\n" not in str(error) and len(str(error)) < 200
