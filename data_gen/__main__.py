@@ -121,6 +121,24 @@ def build(
     print(run_build(config, out))
 
 
+@app.command(epilog="Example:\n\n  python -m data_gen adopt train.json --pictures images/ --out build/instructions")
+def adopt(
+    source: Annotated[Path, typer.Argument(help="conversations as LLaVA, LLaMA-Factory or ms-swift train on them")],
+    out: Annotated[Path, typer.Option(help="folder for instructions.jsonl, manifest.jsonl and card.json")],
+    pictures: Annotated[
+        Path | None, typer.Option(help="where relative paths start; the file's folder if not given")
+    ] = None,
+    experts: Annotated[
+        str,
+        typer.Option(help="whose scores its questions give, ALIAS=NAME where these call one otherwise: blending=NAME"),
+    ] = "",
+) -> None:
+    """Another stack's conversations as an instruction set that finetune takes."""
+    from data_gen.adopt import adopt as run_adopt
+
+    print(run_adopt(source, out, pictures=pictures, experts=experts))
+
+
 questions.add_commands(app)
 read_commands.add_commands(app)
 leaks.add_commands(app)

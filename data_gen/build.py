@@ -94,7 +94,7 @@ def build(config: BuildConfig, out: Path) -> Path:
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
     write_text(out / "instructions.jsonl", text)
     _write_parquet(out / "instructions.parquet", records)
-    write_text(out / "card.json", json.dumps(_card(records, config, out), indent=1, ensure_ascii=False) + "\n")
+    write_text(out / "card.json", json.dumps(data_card(records, config, out), indent=1, ensure_ascii=False) + "\n")
     if config.format is not None:
         export(records, data, config.view_seed, out, config.format)
     return out / "instructions.jsonl"
@@ -241,7 +241,7 @@ def _write_parquet(path: Path, records: Sequence[dict[str, Any]]) -> None:
     temporary.replace(path)
 
 
-def _card(records: Sequence[dict[str, Any]], config: BuildConfig, out: Path) -> dict[str, Any]:
+def data_card(records: Sequence[dict[str, Any]], config: BuildConfig, out: Path) -> dict[str, Any]:
     """Data card: counts per task, split, source, licence, label, method, class and cue; how varied the texts are."""
     main = [r for r in records if r["task"] == "detect"]
     answers = [r["conversations"][1]["value"] for r in main]

@@ -78,10 +78,11 @@ def _exported(record: Record, form: str, folder: Path) -> Record:
 def read(path: Path, pictures: Path | None = None) -> list[Record]:
     """The conversations of a file in any of FORMATS, as records of an instruction set.
 
-    Each has `id`, `task` (`detect` where the last answer begins with a verdict, else `chat`), `system` (or ""),
-    `images` (paths, in the order of their marks; none for talk without a picture) and `conversations`: human and gpt
-    in turn, the last an answer. Where no question has a mark, the pictures come first. `pictures`: the folder that
-    relative paths start at; the file's own where not given. Raises X2DFDError with the record that is wrong.
+    Each has `id`, `task` (`detect` where the last answer begins with a verdict, else `chat`), `label` and `system`
+    ("" where nothing is said), `images` (paths, in the order of their marks; none for talk without a picture) and
+    `conversations`: human and gpt in turn, the last an answer. Where no question has a mark, the pictures come first.
+    `pictures`: the folder that relative paths start at; the file's own where not given. Raises X2DFDError with the
+    record that is wrong.
     """
     found: list[Record] = []
     for number, raw in enumerate(_parsed(path)):
@@ -132,14 +133,19 @@ def _record(name: str, raw: Any, root: Path) -> Record:
         said[0] = ("human", f"{MARK}\n" * len(images) + said[0][1])
     elif marks != len(images):
         raise ValueError(f"{marks} marks {MARK} for {len(images)} pictures")
-    verdict = said[-1][1].startswith(tuple(prompts.STEM + word for word in prompts.LABEL_WORDS))
     return {
         "id": name,
-        "task": "detect" if verdict else "chat",
+        "task": task_of(said[-1][1]),
+        "label": str(raw.get("label") or ""),
         "system": system,
         "images": images,
         "conversations": [{"from": who, "value": text} for who, text in said],
     }
+
+
+def task_of(answer: str) -> str:
+    """What an answer makes of its record: `detect` where it begins with a verdict, else `chat`."""
+    return "detect" if answer.startswith(tuple(prompts.STEM + word for word in prompts.LABEL_WORDS)) else "chat"
 
 
 def _speaker(turn: Any) -> str:

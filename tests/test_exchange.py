@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_gen.adopt import adopt
 from data_gen.build import BuildConfig, build
 from data_gen.exchange import FORMATS, read, write
+from finetune.config import FinetuneConfig
+from finetune.data import read_records
+from finetune.train import train
 from tests import tiny
+from x2dfd.adapter import read_adapter_card
 from x2dfd.crops import load_crops
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.experts import BUILTIN
@@ -191,6 +197,89 @@ def test_files_that_hold_no_conversations_are_refused(tmp_path: Path) -> None:
         (tmp_path / "set.json").write_text(text)
         with pytest.raises(X2DFDError, match=r"set\.json"):
             read(tmp_path / "set.json")
+
+
+# --- trained on here -------------------------------------------------------------------------------------------------
+
+
+def about(image: str, *said: str, **more: Any) -> Record:
+    return {"image": image, "conversations": talk(*said), **more}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory, built: tuple[Path, Path]) -> Path:
+    """A folder with photos of a face and of none, and conversations about them as X2-DFD writes them."""
+    folder = tmp_path_factory.mktemp("photos")
+    for name in ("0.png", "1.png"):
+        (folder / name).write_bytes((built[0].parent / name).read_bytes())
+    Image.new("RGB", (64, 64)).save(folder / "none.png")
+    scored = "<image>\nIs this image real or fake? And the blending score is 0.812."
+    records = [
+        about("0.png", scored, "This image is real."),
+        about("1.png", scored, "This image is fake. The jaw.", "Why?", "The edge of the jaw."),
+        about("1.png", "Is the jaw blurred? <image>", "Yes"),
+        about("none.png", "<image>\nIs this image real or fake?", "This image is real."),
+    ]
+    (folder / "train.json").write_text(json.dumps(records))
+    return folder
+
+
+def test_conversations_become_a_set_of_ours(photos: Path, tmp_path: Path) -> None:
+    """Faces as in use, labels as said, and a picture in one row however many conversations are about it."""
+    made = adopt(photos / "train.json", tmp_path / "set", experts=f"blending={tiny.EXPERT}")
+    data = load_crops(tmp_path / "set" / "manifest.jsonl")
+    assert [(s.path.name, s.label) for s in data.samples] == [("0.png", "real"), ("1.png", "fake")]
+    rows = read_records(made, "train", data)
+    assert [[r["task"] for r in records] for records in rows.values()] == [["detect"], ["detect", "chat", "chat"]]
+    assert [
+        r["conversations"][-1]["value"] for r in rows[1]
+    ] == [  # each answer is learnt, and what stood before it read
+        "This image is fake. The jaw.",
+        "The edge of the jaw.",
+        "Yes",
+    ]
+    assert rows[1][2]["conversations"][0]["value"] == "<image>\nIs the jaw blurred?"
+    card = json.loads((tmp_path / "set" / "card.json").read_text())
+    assert card["config"]["experts"] == [tiny.EXPERT] and card["aliases"] == {tiny.EXPERT: "blending"}
+    assert (card["pictures"], card["without_a_face"]) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        (about("a.png", "Hm?", "Yes", images=[]), "no verdict, and no `label`"),
+        (about("a.png", "Hm?", "This image is fake.", label="real"), "it has fake, real"),
+        (about("a.png", "And the seam score is 0.5.", "This image is fake."), "--experts"),
+        (about("a.png", "Hm?", "This image is fake.", system="Be brief."), "system prompt"),
+        (about("a.png", "Hm?", "Yes", "<image>?", "This image is fake."), "later question"),
+        ({"conversations": talk("Hm?", "This image is fake.")}, "0 pictures"),
+        ({"conversations": talk("Hm?", "This image is fake."), "images": ["a.png", "b.png"]}, "2 pictures"),
+    ],
+)
+def test_what_the_prompts_have_no_place_for_is_refused(tmp_path: Path, record: Record, told: str) -> None:
+    """Trained on all the same, the model would be asked otherwise in use than it learnt."""
+    with pytest.raises(X2DFDError, match=told):
+        adopt(written(tmp_path, record), tmp_path / "set")
+
+
+@pytest.mark.slow
+def test_training_takes_conversations_as_they_are(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a row, a split or a card of ours; and the adapter is asked as its conversations asked."""
+    monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
+    base = tiny.write_base(tmp_path / "base", tiny.processor_of_llava_15(), tied=False)
+    settings = {"base": str(base), "lora_r": 4, "lr": 1e-2, "accumulate": 1, "max_steps": 2}
+    plain = FinetuneConfig(str(photos / "train.json"), str(photos), str(tmp_path / "adapter"), **settings)  # type: ignore[arg-type]
+    with pytest.raises(X2DFDError, match="--experts"):
+        train(plain)
+    made = adopt(photos / "train.json", tmp_path / "set", experts=f"blending={tiny.EXPERT}")
+    train(replace(plain, instructions=str(made), manifest=str(made.parent / "manifest.jsonl")))
+    card = read_adapter_card(tmp_path / "adapter")
+    assert list(card.experts) == [tiny.EXPERT] and card.aliases == {tiny.EXPERT: "blending"}
+    unscored = written(tmp_path, about(str(photos / "1.png"), "Hm?", "This image is fake."))
+    train(replace(plain, instructions=str(unscored), manifest=str(photos), out=str(tmp_path / "bare")))
+    assert read_adapter_card(tmp_path / "bare").experts == {}
 
 
 def test_a_format_that_there_is_not_is_refused_before_the_work(tmp_path: Path) -> None:
