@@ -26,9 +26,9 @@ def adopt(path: Path, out: Path, *, pictures: Path | None = None, experts: str =
 
     `out` gets `instructions.jsonl`, a record an answer, `card.json` and `manifest.jsonl`, all of split `train`. A
     picture's label is the verdict that an answer about it begins with, or its records' `label`. `pictures`: as in
-    `exchange.read`. `experts`: whose scores the questions give, as in `x2dfd.experts.aliased`. Pictures without a usable
-    face are left out, and the card counts them. Raises X2DFDError for a conversation that this project's prompts have no
-    place for.
+    `exchange.read`. `experts`: whose scores the questions give, as in `x2dfd.experts.aliased`. Pictures without a
+    usable face are left out, and the card counts them. Raises X2DFDError for a conversation that this project's prompts
+    have no place for.
     """
     records = read(path, pictures)
     names, aliases = aliased(experts)

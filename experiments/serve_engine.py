@@ -80,8 +80,9 @@ def main() -> None:
             print(json.dumps({**rows, "largest difference": far}, indent=1))
             x2dfd.load("x2dfd", served=url, adapter=given.adapter, mode="paper", experts=())
         finally:
-            os.killpg(server.pid, signal.SIGTERM)
-            server.wait(60)
+            if server.poll() is None:
+                os.killpg(server.pid, signal.SIGTERM)
+                server.wait(60)
 
 
 if __name__ == "__main__":
