@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.errors import SetupError, X2DFDError, first_line
 from x2dfd.experts import write_card
 from x2dfd.faces import PREPROCESSING
 from x2dfd.files import file_sha256
@@ -187,7 +187,7 @@ def load_bank(path: Path) -> dict[str, Autoencoder]:
             net.load_state_dict(own)
             bank[design.name] = net.eval()
     except (SafetensorError, RuntimeError, IndexError) as error:
-        raise SetupError(f"{path} does not hold the forge's decoders: {str(error).splitlines()[0]}") from error
+        raise SetupError(f"{path} does not hold the forge's decoders: {first_line(error)}") from error
     return bank
 
 
