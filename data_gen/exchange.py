@@ -107,7 +107,7 @@ def _parsed(path: Path) -> list[Any]:
         if text.lstrip().startswith("["):
             whole: list[Any] = json.loads(text)
             return whole
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]  # a text may hold other line ends
     except (OSError, ValueError, RecursionError) as error:
         raise X2DFDError(f"{path} is neither a JSON list nor JSON Lines of conversations: {error}") from error
 

@@ -129,7 +129,8 @@ def written(folder: Path, *records: Record, lines: bool = False) -> Path:
     for name in ("a.png", "b.png"):
         Image.new("RGB", (8, 8)).save(folder / name)
     path = folder / "set.json"
-    path.write_text("\n".join(map(json.dumps, records)) if lines else json.dumps(records))
+    said = [json.dumps(record, ensure_ascii=False) for record in records]
+    path.write_text("\n".join(said) if lines else f"[{','.join(said)}]", encoding="utf-8")
     return path
 
 
@@ -151,7 +152,7 @@ def test_one_several_and_no_picture_are_read(tmp_path: Path, lines: bool) -> Non
                 {"role": "assistant", "content": "Hello."},
             ]
         },
-        {"conversations": talk("Unmarked?", "Yes", "Why?", "So."), "images": ["b.png"], "system": "Be brief."},
+        {"conversations": talk("Unmarked?", "Yes", "Why?", "So.\u2028"), "images": ["b.png"], "system": "Be brief."},
         lines=lines,
     )
     one, two, none, unmarked = read(path)
