@@ -91,6 +91,10 @@ def build(
     explanations: Annotated[int, typer.Option(help="explained verdicts per fake whose cues are known")] = 1,
     limit: Annotated[int | None, typer.Option(help="at most this many pictures, drawn by id")] = None,
     view_seed: Annotated[int, typer.Option(help="degradation of each picture; the same in finetune")] = 1,
+    format: Annotated[
+        str | None,
+        typer.Option(help="as another stack trains on it too, with its pictures: llava, sharegpt, messages"),
+    ] = None,
     seed: int = 0,
 ) -> None:
     """Instruction data from the forgeries' truth, the ranking and the experts' scores."""
@@ -111,9 +115,28 @@ def build(
         closing=closing,
         explanations=explanations,
         limit=limit,
+        format=format,
         seed=seed,
     )
     print(run_build(config, out))
+
+
+@app.command(epilog="Example:\n\n  python -m data_gen adopt train.json --pictures images/ --out build/instructions")
+def adopt(
+    source: Annotated[Path, typer.Argument(help="conversations as LLaVA, LLaMA-Factory or ms-swift train on them")],
+    out: Annotated[Path, typer.Option(help="folder for instructions.jsonl, manifest.jsonl and card.json")],
+    pictures: Annotated[
+        Path | None, typer.Option(help="where relative paths start; the file's folder if not given")
+    ] = None,
+    experts: Annotated[
+        str,
+        typer.Option(help="whose scores its questions give, ALIAS=NAME where these call one otherwise: blending=NAME"),
+    ] = "",
+) -> None:
+    """Another stack's conversations as an instruction set that finetune takes."""
+    from data_gen.adopt import adopt as run_adopt
+
+    print(run_adopt(source, out, pictures=pictures, experts=experts))
 
 
 questions.add_commands(app)

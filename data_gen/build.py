@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from data_gen.exchange import FORMATS
+from data_gen.exchange import write as export
 from data_gen.questions import CueQuestion, bank
 from data_gen.writers import (
     class_answer,
@@ -29,7 +31,7 @@ from x2dfd import prompts
 from x2dfd.assessment import read_assessment, strong_cues
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import through_codec
-from x2dfd.errors import X2DFDError
+from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.experts import DEFAULT, Expert, Shared, load_expert
 from x2dfd.files import file_sha256, write_text
 from x2dfd.manifest import Sample
@@ -56,14 +58,18 @@ class BuildConfig:
     cue_questions: int = 2  # yes/no questions per picture
     follow_ups: float = 0.35  # share of pictures with a second turn after the verdict
     limit: int | None = None  # at most this many pictures, drawn by their ids
+    format: str | None = None  # written as another stack trains on it too, of data_gen.exchange.FORMATS
     seed: int = 0
 
 
 def build(config: BuildConfig, out: Path) -> Path:
     """Write `instructions.jsonl`, a Parquet copy, and `card.json` with counts into `out`; returns the JSONL's path.
 
-    Raises X2DFDError when the class of a fake is not known, or when nothing is left to build from.
+    Raises X2DFDError when the class of a fake is not known, or when nothing is left to build from, and UnknownName for
+    a format that there is not.
     """
+    if config.format is not None and config.format not in FORMATS:
+        raise UnknownName("format", config.format, FORMATS)
     data = load_crops(Path(config.data))
     strong = _explained(config)
     rows = [int(i) for i in training_rows(data, config.limit)]
@@ -91,7 +97,9 @@ def build(config: BuildConfig, out: Path) -> Path:
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
     write_text(out / "instructions.jsonl", text)
     _write_parquet(out / "instructions.parquet", records)
-    write_text(out / "card.json", json.dumps(_card(records, config, out), indent=1, ensure_ascii=False) + "\n")
+    write_text(out / "card.json", json.dumps(data_card(records, config, out), indent=1, ensure_ascii=False) + "\n")
+    if config.format is not None:
+        export(records, data, config.view_seed, out, config.format)
     return out / "instructions.jsonl"
 
 
@@ -236,7 +244,7 @@ def _write_parquet(path: Path, records: Sequence[dict[str, Any]]) -> None:
     temporary.replace(path)
 
 
-def _card(records: Sequence[dict[str, Any]], config: BuildConfig, out: Path) -> dict[str, Any]:
+def data_card(records: Sequence[dict[str, Any]], config: BuildConfig, out: Path) -> dict[str, Any]:
     """Data card: counts per task, split, source, licence, label, method, class and cue; how varied the texts are."""
     main = [r for r in records if r["task"] == "detect"]
     answers = [r["conversations"][1]["value"] for r in main]

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.errors import SetupError, X2DFDError, first_line
 from x2dfd.experts import write_card
 from x2dfd.faces import PREPROCESSING
 from x2dfd.files import file_sha256
@@ -191,7 +191,7 @@ def load_bank(path: Path) -> dict[str, Autoencoder]:
             bank[design.name] = net.eval()
     except (SafetensorError, RuntimeError, IndexError) as error:
         raise SetupError(
-            f"{path} does not hold the forge's decoders: {str(error).splitlines()[0]}", code="decoders_unreadable"
+            f"{path} does not hold the forge's decoders: {first_line(error)}", code="decoders_unreadable"
         ) from error
     return bank
 

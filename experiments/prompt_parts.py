@@ -108,7 +108,7 @@ def _asked(detector: Detector, sample: Sample, face: Face, rng: np.random.Genera
     """Of one face, what a row keeps of the model's answers."""
     row: Row = {"logits": {}, "told": {}, "named": {}}
     look = detector.mllm.look(face.crop[None])
-    said = [e for e in detector.evidence([face], look)[0] if e.expert in detector.facts["in_prompt"]]
+    said = detector.told(detector.evidence([face], look)[0])
     row["experts"] = {e.expert: e.score for e in said}
     form = detector.facts["score_form"]
     asked = questions(said, rng, form)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from external_detectors.crop_expert import CropExpert
-from x2dfd.errors import SetupError
+from x2dfd.errors import SetupError, first_line
 from x2dfd.faces import CROP_SIZE, PREPROCESSING
 from x2dfd.fetch import cache_dir
 from x2dfd.files import file_sha256
@@ -73,9 +73,9 @@ def read_checkpoint(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file trips the unpickler in any way; code in it is refused, never run
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SetupError(
-            f"{path} is not a checkpoint of plain tensors ({reason}); get it again", code="checkpoint_unreadable"
+            f"{path} is not a checkpoint of plain tensors ({first_line(error)}); get it again",
+            code="checkpoint_unreadable",
         ) from error
 
 
@@ -338,9 +338,8 @@ class UniversalFakeDetect(Published):
                     output_loading_info=True,
                 )
         except Exception as error:  # not CLIP, a damaged file: each raises its own
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise SetupError(
-                f"CLIP ViT-L/14 cannot be loaded from {tower}: {reason}", code="tower_unreadable"
+                f"CLIP ViT-L/14 cannot be loaded from {tower}: {first_line(error)}", code="tower_unreadable"
             ) from error
         model, told = loaded
         absent = sorted(told["missing_keys"])  # transformers fills these with random numbers

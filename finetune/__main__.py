@@ -51,16 +51,21 @@ def convert(
     base: Annotated[str, typer.Option(help="the base's name or directory in the target layout")],
     to: Annotated[str, typer.Option(help="layout: hub, or llava for LLaVA's own code")] = "hub",
     frame: Annotated[str, typer.Option(help="train_consistent, or official_infer")] = "train_consistent",
-    experts: Annotated[str, typer.Option(help="names, with commas, in the order of the prompt")] = "",
+    experts: Annotated[
+        str,
+        typer.Option(help="in the order of the prompt, ALIAS=NAME where it calls one otherwise: blending=NAME,NAME"),
+    ] = "",
 ) -> None:
-    """Published X2-DFD adapters (LLaVA's layout) to the hub's layout, and back."""
+    """Published X2-DFD adapters (LLaVA's layout, or a checkpoint of its training) to the hub's layout, and back."""
     from finetune.convert import to_hub, to_llava
     from x2dfd.errors import UnknownName
+    from x2dfd.experts import aliased
 
     if to not in ("hub", "llava"):
         raise UnknownName("layout", to, ("hub", "llava"))
     if to == "hub":
-        to_hub(source, out, base=base, frame=frame, experts=tuple(n for n in experts.split(",") if n))
+        names, aliases = aliased(experts)
+        to_hub(source, out, base=base, frame=frame, experts=names, aliases=aliases)
     else:
         to_llava(source, out, base=base)
     print(out)

@@ -28,8 +28,8 @@ CHOICES = {
 class FinetuneConfig:
     """Everything that decides what a training gives; saved beside its weights."""
 
-    instructions: str  # instructions.jsonl of `data_gen build`
-    manifest: str  # the manifest the instructions were built from
+    instructions: str  # instructions.jsonl of `data_gen build`, or conversations of another stack (data_gen.exchange)
+    manifest: str  # the manifest the instructions were built from; of conversations, the folder of their pictures
     out: str  # adapter directory to write
     base: str | None = None  # directory or hub name of a LLaVA; None is the embedded base
     method: str = "lora"  # lora; qlora: on a base in NF4 (bitsandbytes); dora; full: every language weight

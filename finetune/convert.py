@@ -8,7 +8,6 @@ LLaVA's own code keeps LoRA under `model.layers.N`, and the projector, which is 
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,16 @@ from typing import Any
 from torch import Tensor
 
 from finetune.config import LANGUAGE_LINEARS
+from finetune.published import PROJECTOR, read_trained
 from x2dfd import prompts
-from x2dfd.adapter import WEIGHTS, AdapterCard, check_tensors, write_adapter_card
+from x2dfd.adapter import PEFT_PREFIX, WEIGHTS, AdapterCard, check_tensors, write_adapter_card
 from x2dfd.errors import SetupError
-from x2dfd.experts import expert_class
+from x2dfd.experts import load_expert
 from x2dfd.faces import PREPROCESSING
 from x2dfd.files import file_sha256, write_text
 from x2dfd.loading import base_identity, load_processor
 
-OTHERS = "non_lora_trainables.bin"
+OTHERS = PROJECTOR[0]
 SETTINGS = "adapter_config.json"
 NAMES = (
     ("base_model.model.model.layers.", "base_model.model.model.language_model.layers."),
@@ -110,8 +110,7 @@ def check_complete(
     projector = [f"{NAMES[k][0]}{part}" for k in (1, 2) for part in ("weight", "bias")]
     if absent := [k for k in projector if k not in others]:
         raise SetupError(
-            f"{where.parent / OTHERS} lacks {len(absent)} of 4 tensors of the projector: {absent[0]}",
-            code="projector_incomplete",
+            f"{where} lacks {len(absent)} of 4 tensors of the projector: {absent[0]}", code="projector_incomplete"
         )
 
 
@@ -132,35 +131,53 @@ def llava_settings(settings: Mapping[str, Any], base: str) -> dict[str, Any]:
     }
 
 
+def check_shapes(state: Mapping[str, Tensor], config: Any, where: Path) -> None:
+    """Refuse tensors, in the hub's layout, that do not fit the base of a configuration. Raises SetupError."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        base: Any = AutoModelForImageTextToText.from_config(config)
+    shapes = {name: tuple(p.shape) for name, p in base.named_parameters()}
+    for key, value in state.items():
+        part, half, _ = key.removeprefix(PEFT_PREFIX).partition(".lora_")
+        wanted, found = shapes.get(f"{part}.weight" if half else part), tuple(value.shape)
+        if half and wanted is not None and len(found) == 2:  # A: [rank, in], B: [out, rank]
+            wanted = (found[0], wanted[1]) if ".lora_A." in key else (wanted[0], found[1])
+        if found != wanted:
+            raise SetupError(f"{where}: {key} is {list(found)} where the base has {wanted and list(wanted)}")
+
+
 def to_hub(
-    source: Path, out: Path, *, base: str, frame: str = "train_consistent", experts: tuple[str, ...] = ()
+    source: Path,
+    out: Path,
+    *,
+    base: str,
+    frame: str = "train_consistent",
+    experts: tuple[str, ...] = (),
+    aliases: Mapping[str, str] | None = None,
 ) -> AdapterCard:
-    """Convert a published adapter directory; returns the card that is written.
+    """Convert a published adapter directory, or a checkpoint of its training; returns the card that is written.
 
     `base`: the hub's LLaVA that it fits (its processor is read, for the prompt's hash); `frame`: see
-    `x2dfd.prompts.FRAMES`; `experts`: whose scores stand in its prompt, in that order. Raises SetupError with the
-    reason; `out` must not hold an adapter yet.
+    `x2dfd.prompts.FRAMES`; `experts`: whose scores stand in its prompt, in that order, with the weights that are here;
+    `aliases`: what the prompt calls some of them. Raises SetupError with the reason; `out` must hold no adapter yet.
     """
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
     from transformers import AutoConfig
 
     settings = _settings(source)
+    state, others = read_trained(source)
     try:
-        state = load_file(source / WEIGHTS)
-        others = torch.load(source / OTHERS, map_location="cpu", weights_only=True)
-        processor = load_processor(base)
-        layers = int(AutoConfig.from_pretrained(base).text_config.num_hidden_layers)
-    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
-        raise SetupError(f"{source} on {base} cannot be read: {error}", code="adapter_unreadable") from error
+        processor, config = load_processor(base), AutoConfig.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise SetupError(f"{base} cannot be read: {error}", code="adapter_unreadable") from error
     prompts.set_frame(processor, frame)
-    # Saved by another version, the projector's names lack PEFT's wrapper.
-    others = {k if k.startswith("base_model.") else f"base_model.model.{k}": v for k, v in others.items()}
     identity = base_identity(base)
     both, target_settings = renamed({**state, **others}, True), hub_settings(settings, identity["name"])
-    check_tensors(both, source / WEIGHTS)
-    check_complete(state, others, settings, layers, source / WEIGHTS)
+    check_tensors(both, source)
+    check_complete(state, others, settings, int(config.text_config.num_hidden_layers), source)
+    check_shapes(both, config, source)
+    used = {name: load_expert(name).card.sha256 for name in experts}
     _write(out, both, target_settings)
     card = AdapterCard(
         name=source.resolve().name,
@@ -175,7 +192,8 @@ def to_hub(
         base=identity,
         frame=frame,
         prompt_sha256=prompts.prompt_hash(processor),
-        experts={name: expert_class(name).card.sha256 for name in experts},
+        experts=used,
+        aliases=dict(aliases or {}),
     )
     write_adapter_card(out, card)
     return card

@@ -21,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from finetune.config import FinetuneConfig, check_config
 from finetune.data import IGNORE, Collate, Packs, cache_tower, feature_layers, read_records
+from finetune.foreign import adopted
 from finetune.models import CachedTower, additions_of, fit_projector, open_base, tune
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, WHOLE, AdapterCard, lora_b_sum, probe_logits, read_adapter_card, write_adapter_card
@@ -109,6 +110,7 @@ def train(config: FinetuneConfig) -> Path:
     Raises X2DFDError (SetupError for what is missing) with the reason.
     """
     check_config(config)
+    config = adopted(config)
     out = Path(config.out)
     work = out / "checkpoints"
     arguments = _arguments(config, work)  # before the model: under ZeRO-3 it is loaded in pieces
@@ -336,6 +338,7 @@ def _card(config: FinetuneConfig, out: Path, processor: Any, model: Any, figures
         figures=figures,
         held_out=tuple(data_card["config"]["held_out"]),
         left_out=config.left_out,
+        aliases=data_card.get("aliases", {}),
         tower=config.tower,
         tower_sha256=additions_sha256(read_additions(additions)) if (additions := additions_of(config)) else "",
         assessment_sha256=file_sha256(out / "assessment.json") if (out / "assessment.json").is_file() else "",

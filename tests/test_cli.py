@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -630,6 +631,19 @@ def test_doctor_names_what_is_missing_and_its_command(
     assert str(tmp_path / "cache") in checks["cache"]["detail"]
     shown = run("doctor")
     assert shown.exit_code == 0 and "mend: x2dfd fetch tower" in shown.stdout
+
+
+def test_doctor_says_which_families_can_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is missing shows at the first model otherwise, after gigabytes have been read."""
+    from x2dfd import doctor, loading
+
+    lacking = replace(loading.FAMILIES["llava"], needs=("no_such_package",))
+    monkeypatch.setattr(loading, "FAMILIES", {"llava": loading.FAMILIES["llava"]})
+    [whole] = doctor._families()
+    assert (whole.ok, whole.detail, whole.mend) == (True, "llava", None)
+    monkeypatch.setattr(loading, "FAMILIES", {"llava": loading.FAMILIES["llava"], "pixtral": lacking})
+    [some] = doctor._families()
+    assert some.ok is None and some.detail == "llava; pixtral lacks no_such_package" and "[hub]" in str(some.mend)
 
 
 def test_doctor_finds_a_damaged_face_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

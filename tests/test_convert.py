@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 import x2dfd
+from finetune.__main__ import app
 from finetune.convert import NEWER, OTHERS, SETTINGS, hub_settings, llava_settings, renamed, to_hub, to_llava
 from finetune.merge import merge
 from finetune.split import split
@@ -21,8 +25,10 @@ from tests import tiny
 from tests.raising import raises
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, probe_logits, read_adapter_card
-from x2dfd.experts import BUILTIN
+from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.experts import BUILTIN, Shared, aliased
 from x2dfd.loading import load_processor
+from x2dfd.types import Evidence, Face, Report
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 INERT = {"lora_bias": False, "use_qalora": False, "qalora_group_size": 16}
@@ -176,6 +182,126 @@ def test_what_would_be_lost_or_run_is_refused(
         llava_settings({"target_modules": ".*q_proj"}, "b")
     with raises("tensor_unknown", "lm_head"):
         renamed({"base_model.model.lm_head.weight": torch.zeros(1)}, True)
+
+
+def test_older_files_of_lora_and_projector_are_the_same_adapter(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """An older PEFT writes a .bin, and LLaVA's own code names the projector without PEFT's wrapper."""
+    older = tmp_path / "older"
+    older.mkdir()
+    (older / SETTINGS).write_text(json.dumps(settings(4)))
+    torch.save(load_file(adapter / WEIGHTS), older / "adapter_model.bin")
+    projector = torch.load(adapter / OTHERS, weights_only=True)
+    torch.save({k.removeprefix("base_model.model."): v for k, v in projector.items()}, older / "mm_projector.bin")
+    made = [to_hub(source, tmp_path / f"hub{k}", base=str(base)) for k, source in enumerate((adapter, older))]
+    assert made[0].sha256 == made[1].sha256
+    for name in ("adapter_model.bin", "mm_projector.bin"):
+        torch.save({"x": _Trap()}, older / name)
+        with pytest.raises(SetupError, match=f"{name} cannot be read"):
+            to_hub(older, tmp_path / "out", base=str(base))
+        (older / name).unlink()
+        with pytest.raises(SetupError, match="has no file of the"):
+            to_hub(older, tmp_path / "out", base=str(base))
+        torch.save(load_file(adapter / WEIGHTS), older / "adapter_model.bin")
+
+
+def test_an_adapter_of_another_size_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Of a 13B it has other shapes, and PEFT says so only when the base is there."""
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    (wide / SETTINGS).write_text(json.dumps(settings(4)))
+    state = load_file(adapter / WEIGHTS)
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+    save_file(state | {name: torch.ones(4, 80)}, wide / WEIGHTS)
+    (wide / OTHERS).write_bytes((adapter / OTHERS).read_bytes())
+    with pytest.raises(SetupError, match=r"up_proj.lora_A.weight is \[4, 80\] where the base has \[4, 64\]"):
+        to_hub(wide, tmp_path / "out", base=str(base))
+
+
+def zero_checkpoint(folder: Path, state: dict[str, Tensor], odd: Any = None) -> Path:
+    """A ZeRO-2 checkpoint of two processes, as DeepSpeed lays it out: the trained weights flat, in halves."""
+    part = folder / "global_step7"
+    part.mkdir(parents=True)
+    (folder / "latest").write_text("global_step7")
+    flat = torch.cat([v.float().flatten() for v in state.values()])
+    flat = torch.cat([flat, flat.new_zeros(-len(flat) % 4)])
+    told = {
+        "buffer_names": [], "module": {}, "shared_params": {}, "ds_version": "0.18.0", "odd": odd,
+        "param_shapes": [OrderedDict((k, v.shape) for k, v in state.items())],
+    }  # fmt: skip
+    torch.save(told, part / "mp_rank_00_model_states.pt")
+    for rank, half in enumerate(flat.chunk(2)):
+        kept = {"zero_stage": 2, "partition_count": [2], "single_partition_of_fp32_groups": [half.clone()]}
+        torch.save({"optimizer_state_dict": kept}, part / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    return folder
+
+
+def test_a_zero_checkpoint_is_gathered_without_running_what_it_holds(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off before it saved an adapter, a training under DeepSpeed leaves pickles in pieces."""
+    pytest.importorskip("deepspeed")
+    monkeypatch.chdir(tmp_path)
+    whole = load_file(adapter / WEIGHTS) | torch.load(adapter / OTHERS, weights_only=True)
+    live = {
+        k.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."): v for k, v in whole.items()
+    }
+    source = zero_checkpoint(tmp_path / "checkpoint-7", live)
+    (source / SETTINGS).write_text(json.dumps(settings(4)))
+    to_hub(source, tmp_path / "hub", base=str(base))
+    found = renamed(load_file(tmp_path / "hub" / WEIGHTS), False)
+    assert found.keys() == whole.keys() and all(torch.equal(found[k], whole[k].float()) for k in whole)
+    bad = zero_checkpoint(tmp_path / "bad", live, _Trap())
+    (bad / SETTINGS).write_text(json.dumps(settings(4)))
+    with pytest.raises(SetupError, match="checkpoint of ZeRO cannot be read"):
+        to_hub(bad, tmp_path / "out", base=str(base))
+    assert not (tmp_path / "trapped").exists() and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+class Darkness(tiny.Brightness):
+    """A second expert."""
+
+    card = replace(tiny.Brightness.card, name="darkness")
+
+    def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
+        return [Evidence("darkness", 1 - float(f.crop.mean()) / 255) for f in faces]
+
+
+def test_a_published_adapter_is_asked_as_it_was_trained(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, face_photo: Path
+) -> None:
+    """It was trained on "the blending score" and knows no "swinv2-blending"; a report names the experts themselves."""
+    monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
+    monkeypatch.setitem(BUILTIN, "darkness", "tests.test_convert:Darkness")
+    out = tmp_path / "hub"
+    asked_with = ["--base", str(base), "--experts", f"blending={tiny.EXPERT},diffusion=darkness"]
+    done = CliRunner().invoke(app, ["convert", str(adapter), str(out), *asked_with])
+    assert done.exit_code == 0, done.output
+    assert read_adapter_card(out).aliases == {tiny.EXPERT: "blending", "darkness": "diffusion"}
+    detector = x2dfd.load(base=str(base), adapter=out, mode="paper")
+    plain, asked = detector.mllm.verdict_logits, list[str]()
+
+    def heard(look: Any, questions: Sequence[str]) -> Any:
+        asked.extend(questions)
+        return plain(look, questions)
+
+    monkeypatch.setattr(detector.mllm, "verdict_logits", heard)
+    monkeypatch.setattr(detector.mllm, "write", lambda *_: ["It shows obvious blending artifacts supporting fake."])
+    report = detector.detect(face_photo)
+    first, second = report.evidence
+    assert (first.expert, second.expert) == (tiny.EXPERT, "darkness")
+    assert asked == [
+        f"Is this image real or fake? And the blending score is {first.score:.3f}, "
+        f"and the diffusion score is {second.score:.3f}."
+    ]
+    assert not any("no blending expert" in line for line in report.faces[0].contradictions)
+    assert Report.from_json(report.to_json()) == report
+
+
+@pytest.mark.parametrize("text", ["a=x,a=y", "x,a=x", "x=y,x"])
+def test_experts_of_one_name_are_refused(text: str) -> None:
+    """A prompt would give two scores of one expert."""
+    with pytest.raises(X2DFDError, match="a name of its own"):
+        aliased(text)
 
 
 @pytest.mark.parametrize(

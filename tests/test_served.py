@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from x2dfd.adapter import probe_logits
 from x2dfd.assessment import BANK, Assessment
 from x2dfd.calibration import Calibration
 from x2dfd.detector import UNCALIBRATED
-from x2dfd.errors import InputError, X2DFDError
+from x2dfd.errors import InputError, SetupError
 from x2dfd.experts import BUILTIN
 from x2dfd.loading import load_model
 from x2dfd.mllm import LocalMLLM
@@ -259,8 +260,12 @@ def test_faults_are_survived(crops: Pixels, owned_by: str) -> None:
     assert min(faults.counts.values()) > 0 and endpoint.answered >= 60 + faults.counts["errors"] + faults.counts["cut"]
 
 
+def always(reply: Reply) -> Callable[[Request], Reply]:
+    return lambda _: reply
+
+
 def refused(status: int, text: str = "no") -> Callable[[Request], Reply]:
-    return lambda _: Reply(text, status=status)
+    return always(Reply(text, status=status))
 
 
 @pytest.mark.parametrize(
@@ -335,32 +340,99 @@ def caught(url: str, crops: Pixels, **options: Any) -> X2DFDError:
     return raised.value
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"",
-        b"{",
-        b'{"a":' * 100_000,
-        b"[]",
-        b"3",
-        b'{"choices": []}',
-        b'{"choices": {"a": 1}}',
-        b'{"choices": [{"message": null}]}',
-        b'{"choices": [{"message": {"content": "x"}, "logprobs": {"content": [3]}}]}',
-        b'{"choices": [{"message": {"content": "x"}, "logprobs": {"content": [{"token": "a", "logprob": "b"}]}}]}',
-    ],
-    ids=["empty", "cut", "deep", "list", "number", "no choice", "choices", "no message", "tokens", "logprob"],
+FAKE = {" fake": math.log(0.6), " real": math.log(0.3)}
+MALFORMED = (
+    b"",
+    b"{",
+    b'{"a":' * 100_000,
+    b"[]",
+    b"3",
+    b'{"choices": []}',
+    b'{"choices": {"a": 1}}',
+    b'{"choices": [{"message": null}]}',
+    b'{"choices": [{"message": {"content": "x"}, "logprobs": {"content": [3]}}]}',
+    b'{"choices": [{"message": {"content": "x"}, "logprobs": {"content": [{"token": "a", "logprob": "b"}]}}]}',
 )
-def test_a_malformed_reply_is_one_row(crops: Pixels, body: bytes) -> None:
-    """A traceback, or a number read from it, would be worse than none."""
-    with odd(lambda handler: writes(handler, body)) as url:
-        error = caught(url, crops)
-    assert isinstance(error, InputError) and error.code == "endpoint_reply", error
-    assert "\n" not in str(error) and len(str(error)) < 200
 
 
-@pytest.mark.slow
-def test_a_reply_without_end_is_given_up(crops: Pixels) -> None:
+def learnt(crops: Pixels, refusal: str, *, unless: Callable[[Request], bool]) -> None:
+    """What one refusal taught is not asked again."""
+
+    def particular(request: Request) -> Reply:
+        return Reply(" fake", FAKE) if unless(request) else Reply(refusal, status=400)
+
+    with StandIn(particular) as endpoint:
+        model = ServedMLLM(endpoint.url, "m")
+        look = model.look(crops)
+        assert model.verdict_logits(look, ["?"] * 3) == pytest.approx([math.log(2)] * 3)
+        before = len(endpoint.requests)
+        model.verdict_logits(look, ["?"] * 3)
+        assert len(endpoint.requests) == before + 3
+
+
+def takes_another_limit(crops: Pixels) -> None:
+    refusal = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+    learnt(crops, refusal, unless=lambda request: "max_tokens" not in request)
+
+
+def refuses_a_temperature(crops: Pixels) -> None:
+    refusal = "Unsupported value: 'temperature' does not support 0."
+    learnt(crops, refusal, unless=lambda request: "temperature" not in request)
+
+
+def gives_few(crops: Pixels) -> None:
+    learnt(crops, "Invalid 'top_logprobs': at most 5", unless=lambda request: request["top_logprobs"] <= 5)
+
+
+def gives_none(crops: Pixels) -> None:
+    for answer in (always(Reply(" fake")), refused(400, "logprobs are not supported")):
+        with StandIn(answer) as endpoint:
+            error = caught(endpoint.url, crops)
+        assert isinstance(error, SetupError) and "log-probabilities" in str(error)
+
+
+def thinks(crops: Pixels) -> None:
+    """Its first token is no verdict, whatever probability the labels have beside it, and its text no rationale."""
+    reasons = b'{"choices": [{"message": {"content": "", "reasoning_content": "Okay"}}]}'
+    for text in ("<think>", "<think>\nOkay"):
+        with StandIn(always(Reply(text, {text: -0.001, "fake": -11.0, "real": -12.0}))) as endpoint:
+            error = caught(endpoint.url, crops)
+            assert isinstance(error, SetupError) and "thinks before it answers" in str(error)
+            model = ServedMLLM(endpoint.url, "m")
+            with pytest.raises(SetupError, match="thinks before it answers"):
+                model.write(model.look(crops[:1]), ["?"], ["This image is fake."])
+    with odd(lambda handler: writes(handler, reasons)) as url:
+        assert "thinks before it answers" in str(caught(url, crops))
+
+
+def redirects(crops: Pixels) -> None:
+    with StandIn(steady) as other:
+        with odd(lambda handler: writes(handler, status=307, Location=other.url + "/chat/completions")) as url:
+            error = caught(url, crops)
+        assert isinstance(error, SetupError) and "sends elsewhere" in str(error)
+        assert not other.requests
+
+
+def is_this_machine(crops: Pixels) -> None:
+    with StandIn(steady) as endpoint, pytest.MonkeyPatch.context() as patch:
+        patch.delenv("NO_PROXY")
+        patch.delenv("no_proxy", raising=False)
+        with odd(lambda handler: writes(handler, status=502)) as proxy:
+            for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+                patch.setenv(name, proxy)
+            model = ServedMLLM(endpoint.url, "m")
+            assert model.verdict_logits(model.look(crops[:1]), ["?"])[0] == pytest.approx(math.log(2))
+
+
+def writes_no_chat_completion(crops: Pixels) -> None:
+    for body in MALFORMED:
+        with odd(partial(writes, body=body)) as url:
+            error = caught(url, crops)
+        assert isinstance(error, InputError) and error.code == "endpoint_reply", (body[:80], error)
+        assert "\n" not in str(error) and len(str(error)) < 200
+
+
+def never_ends(crops: Pixels) -> None:
     """Endpoints are others' machines: neither a flood nor a drip of bytes may hold a run."""
 
     def flood(handler: BaseHTTPRequestHandler) -> None:
@@ -383,49 +455,68 @@ def test_a_reply_without_end_is_given_up(crops: Pixels) -> None:
     assert isinstance(error, InputError) and error.code == "endpoint_timeout"
 
 
-def test_faces_are_sent_nowhere_else(crops: Pixels, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither where an endpoint redirects to, nor through a proxy when the server is this machine."""
-    with StandIn(steady) as other:
-        with odd(lambda handler: writes(handler, status=307, Location=other.url + "/chat/completions")) as url:
-            error = caught(url, crops)
-        assert error.code == "redirected" and other.url in str(error)
-        assert not other.requests
-        monkeypatch.delenv("NO_PROXY")
-        monkeypatch.delenv("no_proxy", raising=False)
-        with odd(lambda handler: writes(handler, status=502)) as proxy:
-            for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
-                monkeypatch.setenv(name, proxy)
-            model = ServedMLLM(other.url, "m")
-            assert model.verdict_logits(model.look(crops[:1]), ["?"])[0] == pytest.approx(math.log(2))
+def counts_requests(crops: Pixels) -> None:
+    """Tries count, not questions: those that are made again are refused too."""
+    begun: list[float] = []
+
+    def counting(request: Request) -> Reply:
+        begun.append(time.monotonic())
+        return Reply("slow down", status=429) if len(begun) == 2 else steady(request)
+
+    with StandIn(counting) as endpoint:
+        model = ServedMLLM(endpoint.url, "m", requests_per_minute=600)
+        assert len(model.verdict_logits(model.look(crops), ["?"] * 3)) == 3
+        with pytest.raises(SetupError, match="above 0"):
+            ServedMLLM(endpoint.url, "m", requests_per_minute=0)
+    assert len(begun) == 4 and begun[3] - begun[0] > 0.25
 
 
-def test_an_endpoint_is_asked_as_it_wants_to_be(crops: Pixels) -> None:
-    """Newer hosted models take other parameters than vLLM; what one refusal taught is not asked again."""
+ODD: tuple[tuple[str, str, Callable[[Pixels], None]], ...] = (
+    ("takes `max_completion_tokens` alone", "asked again so, and from then on", takes_another_limit),
+    ("refuses `temperature: 0`", "asked again without, and from then on", refuses_a_temperature),
+    ("gives 5 log-probabilities at most", "asked again for 5, and from then on", gives_few),
+    ("gives no log-probabilities", "refused: nothing can be scored", gives_none),
+    (
+        "thinks before it answers (`<think>`, `reasoning_content`)",
+        "refused: serve the Instruct variant, or switch thinking off at the server",
+        thinks,
+    ),
+    ("redirects, to wherever", "refused with that address; face crops go where you say alone", redirects),
+    (
+        "is this machine (localhost, 127.0.0.0/8, ::1)",
+        "reached without the proxies of the environment",
+        is_this_machine,
+    ),
+    (
+        "answers with broken, deeply nested or misshapen JSON",
+        "that file's row, `endpoint_reply`",
+        writes_no_chat_completion,
+    ),
+    (
+        "sends more than 8 MB, or drips",
+        "given up: `endpoint_error`; `endpoint_timeout` after 60 s for the reply as a whole",
+        never_ends,
+    ),
+    (
+        "allows so many requests a minute",
+        "`requests_per_minute` spreads all tries evenly; a 429 is tried again later",
+        counts_requests,
+    ),
+)
+"""What endpoints differ in, how that is met, and what shows it: docs/served.md has the first two as its table."""
 
-    def particular(request: Request) -> Reply:
-        if "max_tokens" in request:
-            return Reply("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", status=400)
-        if "temperature" in request:
-            return Reply("Unsupported value: 'temperature' does not support 0.", status=400)
-        if request["top_logprobs"] > 5:
-            return Reply("Invalid 'top_logprobs': at most 5", status=400)
-        return Reply(" fake", {" fake": math.log(0.6), " real": math.log(0.3)})
 
-    with StandIn(particular) as endpoint:
-        model = ServedMLLM(endpoint.url, "m")
-        look = model.look(crops)
-        assert model.verdict_logits(look, ["?"] * 3) == pytest.approx([math.log(2)] * 3)
-        before = len(endpoint.requests)
-        model.verdict_logits(look, ["?"] * 3)
-        assert len(endpoint.requests) == before + 3
+@pytest.mark.parametrize("shown", [row[2] for row in ODD], ids=[row[2].__name__ for row in ODD])
+def test_an_odd_endpoint_is_met_as_the_table_says(crops: Pixels, shown: Callable[[Pixels], None]) -> None:
+    """A traceback, a run without end, or a number read from what is none."""
+    shown(crops)
 
 
-@pytest.mark.parametrize("text", ["<think>", "<think>\nOkay"])
-def test_a_model_that_thinks_first_is_refused(crops: Pixels, text: str) -> None:
-    """Its first token is no verdict, whatever probability the labels have beside it."""
-    with StandIn(lambda _: Reply(text, {text: -0.001, "fake": -11.0, "real": -12.0})) as endpoint:
-        error = caught(endpoint.url, crops)
-    assert error.code == "model_thinks"
+def test_the_docs_have_that_table() -> None:
+    """A row that no test shows is a promise."""
+    text = (Path(__file__).parent.parent / "docs" / "served.md").read_text(encoding="utf-8")
+    rows = text.split("| an endpoint that | is met so |\n|---|---|\n")[1].split("\n\n")[0]
+    assert rows == "\n".join(f"| {differs} | {met} |" for differs, met, _ in ODD)
 
 
 def test_labels_that_are_next_to_impossible_are_no_verdict(crops: Pixels) -> None:

@@ -60,6 +60,9 @@ class AdapterCard(Card):
     score_form: str = "numbers"  # how its questions give scores, of x2dfd.prompts.SCORE_FORMS
     temperature: float = 0.0  # of its texts: 0 takes the likeliest word, else they are drawn, with a seed of the face
     experts: dict[str, str] = field(default_factory=dict)  # name -> SHA-256 of weights, in the order of the prompt
+    aliases: dict[str, str] = field(
+        default_factory=dict
+    )  # name -> what the prompt calls it, where that is another name
     data_sha256: str = ""  # of the instruction set
     probes: tuple[float, ...] = ()  # logit of fake against real of each probe picture; loading has to give the same
     left_out: tuple[str, ...] = ()  # sources and generators of which it was trained on no picture

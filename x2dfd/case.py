@@ -26,8 +26,8 @@ Outcome = Literal["holds", "differs", "other_version"]
 EXIT_CODES: dict[Outcome, int] = {"holds": 0, "differs": 3, "other_version": 4}
 
 SCORING = (
-    "base", "adapter_sha256", "layers", "prompt_sha256", "crops_through", "experts", "in_prompt", "score_form",
-    "temperature", "mode", "calibration_sha256", "validation_sha256",
+    "base", "adapter_sha256", "layers", "prompt_sha256", "crops_through", "experts", "in_prompt", "aliases",
+    "score_form", "temperature", "mode", "calibration_sha256", "validation_sha256",
 )  # fmt: skip
 """Facts of a model that two answers must share to be compared. Beside them: the name in `served`, and `runs_on`."""
 WORDING = re.compile(

@@ -367,7 +367,7 @@ class Detector:
             uncounted = frozenset(name for name, weight in self.calibration.weights.items() if weight == 0)
             text = readable(text, verdict, judged.evidence, uncounted)
         cues = read_cues(text)
-        against = contradictions(text, verdict.label, judged.evidence, cues, verdict.kind)
+        against = contradictions(text, verdict.label, self._named(judged.evidence), cues, verdict.kind)
         return replace(judged, rationale=text, cues=cues, contradictions=against, areas=_areas(face, cues))
 
     def evidence(self, faces: Sequence[Face], look: Any) -> list[list[Evidence]]:
@@ -376,12 +376,19 @@ class Detector:
         return evidence_of(self.experts, faces, Shared(look.tower_states, look.tower or "") if ours else None)
 
     def _questions(self, evidence: Sequence[Sequence[Evidence]]) -> list[str]:
-        """Each face's question, with what the experts that the adapter was trained with say of it.
+        """Each face's question, with what the MLLM is told of it."""
+        return [prompts.verdict_question(self.told(said), self.facts["score_form"]) for said in evidence]
 
-        Of the others, which joined at calibration, the MLLM knows nothing.
+    def told(self, evidence: Sequence[Evidence]) -> list[Evidence]:
+        """What the MLLM is told: of the experts that the adapter was trained with, under the names of its prompt.
+
+        Of the others, which joined at calibration, it knows nothing.
         """
-        known, form = self.facts["in_prompt"], self.facts["score_form"]
-        return [prompts.verdict_question([e for e in said if e.expert in known], form) for said in evidence]
+        return self._named([e for e in evidence if e.expert in self.facts["in_prompt"]])
+
+    def _named(self, evidence: Sequence[Evidence]) -> list[Evidence]:
+        aliases = self.facts.get("aliases", {})
+        return [replace(e, expert=aliases.get(e.expert, e.expert)) for e in evidence]
 
     def _mllm_logits(self, look: Any, questions: Sequence[str]) -> NDArray[np.float64]:
         """Logit of fake against real: [n]. Raises InputError when one is not finite: that is no verdict."""
@@ -644,6 +651,7 @@ def _facts(
         "crops_through": f"{CODEC[0]} {CODEC[1]}",
         "experts": {n: f"{e.card.version} {e.card.sha256}" for n, e in experts.items()},
         "in_prompt": [n for n in experts if not card or n in card.experts],
+        **({"aliases": card.aliases} if card and card.aliases else {}),
         "temperature": card.temperature if card else 0.0,
         "score_form": card.score_form if card else "numbers",
         "held_out": list(card.held_out) if card else [],

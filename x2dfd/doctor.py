@@ -49,6 +49,7 @@ def diagnose() -> list[Check]:
         ("heic", _heic),
         ("torch", _torch),
         ("torchvision", _torchvision),
+        ("model families", _families),
         ("face models", _face_models),
         ("base model", _parts),
         ("embedded model", _embedded),
@@ -116,17 +117,31 @@ def _torch() -> Iterator[Check]:
 
 def _torchvision() -> Iterator[Check]:
     if importlib.util.find_spec("torchvision") is None:
-        yield Check("torchvision", True, "absent, as it should be")
+        yield Check("torchvision", True, "absent; few families need it")
         return
     try:
         importlib.import_module("torchvision")
     except Exception as error:  # a build for another torch fails in several ways
-        detail = f"installed but broken ({type(error).__name__}: {error}): LLaVA cannot be loaded beside it"
-        yield Check("torchvision", False, detail, "pip uninstall torchvision")
+        detail = f"installed for another torch ({type(error).__name__}: {error}): LLaVA cannot be loaded beside it"
+        yield Check("torchvision", False, detail, "pip uninstall torchvision, or take it from the index of torch")
     else:
-        yield Check(
-            "torchvision", None, "installed and loads; it is not used, and a build for another torch breaks LLaVA"
-        )
+        yield Check("torchvision", True, f"{importlib.metadata.version('torchvision')}, loads")
+
+
+def _families() -> Iterator[Check]:
+    """Which models of the hub can be loaded here: those whose processor can be imported."""
+    from x2dfd.errors import SetupError
+    from x2dfd.loading import FAMILIES, processor_class
+
+    absent: dict[str, str] = {}
+    for name, family in FAMILIES.items():
+        try:
+            processor_class(family)
+        except SetupError as error:
+            absent[name] = ", ".join(family.needs) or str(error)
+    ready = ", ".join(name for name in FAMILIES if name not in absent)
+    detail = ready + "".join(f"; {name} lacks {what}" for name, what in absent.items())
+    yield Check("model families", not absent or None, detail, "pip install 'x2dfd[hub]'" if absent else None)
 
 
 def _face_models() -> Iterator[Check]:

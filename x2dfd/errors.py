@@ -65,6 +65,11 @@ class UnknownName(X2DFDError):
         return UnknownName, self._made_of
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line: some of transformers begin with an empty one."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 @contextmanager
 def one_file(doing: str) -> Iterator[None]:
     """The one place where what a file makes a library raise becomes an InputError, so that a run goes on without it.

@@ -170,6 +170,22 @@ def _ask_there(name: str, folder: Path | None, faces: list[Face], shared: Shared
     return ask(_there(name, folder), faces, shared)
 
 
+def aliased(text: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Names of experts, and what a prompt calls those that it calls otherwise, from "alias=name,name".
+
+    Raises X2DFDError where two would have one name. Whether there is such an expert is not asked here.
+
+    >>> aliased("blending=swinv2-blending,tower")
+    (('swinv2-blending', 'tower'), {'swinv2-blending': 'blending'})
+    """
+    pairs = [part.strip().rpartition("=") for part in text.split(",") if part.strip()]
+    names = tuple(name for _, _, name in pairs)
+    called = [alias or name for alias, _, name in pairs]
+    if len(set(names)) < len(names) or len(set(called)) < len(called):
+        raise X2DFDError(f"experts {text!r}: each once, and each under a name of its own")
+    return names, {name: alias for alias, _, name in pairs if alias}
+
+
 def ask(expert: Expert, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
     """The expert's evidence for each face: `judge`, with its answers checked.
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from x2dfd.errors import SetupError, UnknownName
+from x2dfd.errors import SetupError, UnknownName, first_line
 from x2dfd.fetch import BASE_NAME, require
 from x2dfd.files import file_sha256
 
@@ -94,7 +94,7 @@ def load_processor(folder: str | Path) -> Any:
             processor = put_together(stock, parts, stock.get_processor_dict(folder)[0])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise SetupError(
-            f"the processor of {folder} cannot be read: {_first_line(error)}", code="processor_unreadable"
+            f"the processor of {folder} cannot be read: {first_line(error)}", code="processor_unreadable"
         ) from error
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
     if family.chat and not processor.chat_template:
@@ -159,7 +159,7 @@ def load_model(
         config: Any = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise SetupError(
-            f"{folder} cannot be loaded; give a directory or a hub name: {_first_line(error)}", code="model_unreadable"
+            f"{folder} cannot be loaded; give a directory or a hub name: {first_line(error)}", code="model_unreadable"
         ) from error
     chosen = _cut(config, folder, tower_layers, text_layers, feature_layers)
     try:
@@ -169,7 +169,7 @@ def load_model(
                 folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise SetupError(f"{folder} cannot be loaded: {_first_line(error)}", code="model_unreadable") from error
+        raise SetupError(f"{folder} cannot be loaded: {first_line(error)}", code="model_unreadable") from error
     model, info = loaded
     if any(p.is_meta for p in model.parameters()):
         raise SetupError(
@@ -353,11 +353,6 @@ def quietly() -> Iterator[None]:
         logging.set_verbosity(level)
         if progress:
             logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    """What an error says, in one line: some of transformers begin with an empty one."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def base_identity(base: str | Path | None) -> dict[str, str]:

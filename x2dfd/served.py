@@ -129,10 +129,13 @@ class ServedMLLM:
         concurrency: int = CONCURRENCY,
         retries: int = 5,
         timeout: float = 60.0,
+        requests_per_minute: float | None = None,
     ) -> None:
         """`continues`: None asks the endpoint. `timeout`: seconds one try may take, the reading of its reply included;
-        `retries` with growing pauses.
+        `retries` with growing pauses. `requests_per_minute`: no more than so many tries, evenly; None: no limit.
         """
+        if requests_per_minute is not None and requests_per_minute <= 0:
+            raise SetupError(f"requests per minute: a number above 0, not {requests_per_minute}")
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
             raise SetupError(
@@ -166,7 +169,7 @@ class ServedMLLM:
             api_key=self._key or "none",
             timeout=timeout,
             max_retries=retries,
-            http_client=_http_client(openai, parts.hostname, timeout),
+            http_client=_http_client(openai, parts.hostname, timeout, 60 / (requests_per_minute or math.inf)),
         )
         self.close = weakref.finalize(self, _close, self._loop, self._client)
         engine = self._run(self._engine())
@@ -306,12 +309,6 @@ class ServedMLLM:
     async def _first_token(self, messages: list[dict[str, Any]], ids: list[int] | None) -> _Reply:
         """A reply of one token with its log-probabilities: of the tokens `ids`, where the engine knows how."""
         reply = await self._ask(messages, 1, {"logprob_token_ids": ids} if ids else {}, scored=True)
-        if reply.text.lstrip().startswith(THINKS):
-            raise SetupError(
-                f"{self._model!r} thinks before it answers, so nothing can be scored: serve its Instruct variant, or "
-                "switch thinking off at the server",
-                code="model_thinks",
-            )
         if not reply.first:
             raise SetupError(
                 f"{self.host} gives no log-probabilities for {self._model!r}, so nothing can be scored: serve it with "
@@ -350,6 +347,11 @@ class ServedMLLM:
             raise InputError(
                 "endpoint_reply", f"{self.host} answered with something that is no chat completion"
             ) from None
+        if read.text.lstrip().startswith(THINKS):
+            raise SetupError(
+                f"{self._model!r} thinks before it answers, so nothing can be scored: serve its Instruct variant, or "
+                "switch thinking off at the server"
+            )
         self._answered = True
         return read
 
@@ -482,14 +484,23 @@ class ServedMLLM:
         return ids
 
 
-def _http_client(openai: Any, host: str, timeout: float) -> Any:
-    """openai's HTTP client that follows no redirect, takes no proxy to this machine, and reads no endless reply."""
+def _http_client(openai: Any, host: str, timeout: float, pause: float) -> Any:
+    """openai's HTTP client that follows no redirect, takes no proxy to this machine, and reads no endless reply.
+
+    Tries, first and later ones, begin `pause` seconds apart.
+    """
     stock: Any = openai.DefaultAsyncHttpxClient
     # The library that it comes from: httpx, or httpx2 in newer releases of openai.
     httpx: Any = sys.modules[stock.__mro__[1].__module__.partition(".")[0]]
 
     class Bounded(stock):  # type: ignore[misc]
+        turn = 0.0  # when the next try may begin
+
         async def send(self, request: Any, **options: Any) -> Any:
+            now = asyncio.get_running_loop().time()
+            begin = max(now, self.turn)
+            self.turn = begin + pause
+            await asyncio.sleep(begin - now)
             try:
                 async with asyncio.timeout(timeout):
                     response = await super().send(request, **{**options, "stream": True})

@@ -104,8 +104,7 @@ def worded(detector: Any, question: str, evidence: Sequence[Evidence]) -> str:
     """The question with what the model is told of the experts: as in its verdict's question, or as tool results."""
     if detector.facts.get("asked_with") == "tool results":
         return tool_results(question, evidence)
-    known = [e for e in evidence if e.expert in detector.facts["in_prompt"]]
-    return question + prompts.told(known, detector.facts["score_form"])
+    return question + prompts.told(detector.told(evidence), detector.facts["score_form"])
 
 
 def ask(

@@ -1,0 +1,89 @@
+"""Does a real engine give the numbers of the local model? Splits an adapter, serves it with vLLM, asks both.
+
+python -m experiments.serve_engine --vllm ENV/bin/vllm --base BASE --adapter DIR --out build/engine
+
+`--vllm` is the command of an environment of its own: engines pin other libraries. On a CPU, vLLM's CPU build.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+
+import x2dfd
+from finetune.split import split
+from x2dfd import prompts
+from x2dfd.adapter import probe_crops
+from x2dfd.served import ServedMLLM
+
+CUES = [f"Is the {area} blurred? {prompts.CUE_ENDING}" for area in ("jaw", "nose", "skin")]
+
+
+def wait(url: str, server: subprocess.Popen[bytes], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if server.poll() is not None:
+            sys.exit(f"the engine ended with {server.returncode}")
+        try:
+            urllib.request.urlopen(f"{url}/models", timeout=5).read()
+            return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(2)
+    sys.exit("the engine did not answer in time")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vllm", required=True)
+    parser.add_argument("--base", required=True)
+    parser.add_argument("--adapter", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("build/engine"))
+    parser.add_argument("--port", type=int, default=8010)
+    parser.add_argument("--options", default="", help="further ones of vllm serve")
+    parser.add_argument("--seconds", type=float, default=600.0, help="for the engine to start")
+    given = parser.parse_args()
+    local = x2dfd.load(
+        base=given.base, adapter=given.adapter, mode="paper", experts=(), device="cpu", dtype="fp32"
+    ).mllm
+    whole, lora, rank = split(given.adapter, given.out, given.base)
+    command = [given.vllm, "serve", str(whole), "--enable-lora", "--max-lora-rank", str(max(8, rank)), "--port"]
+    command += [str(given.port), "--lora-modules", f"x2dfd={lora}", "--limit-mm-per-prompt", '{"image": 1}']
+    command += ["--max-logprobs", "20", *shlex.split(given.options)]
+    url = f"http://127.0.0.1:{given.port}/v1"
+    with (given.out / "engine.log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        try:
+            wait(url, server, given.seconds)
+            engine = ServedMLLM(url, "x2dfd", continues=True)
+            crops = probe_crops()
+            questions = [prompts.QUESTION] * len(crops)
+            rows = {
+                "verdict": [m.verdict_logits(m.look(crops), questions).tolist() for m in (local, engine)],
+                "p_yes": [m.yes_no(crops[0], CUES).p_yes.tolist() for m in (local, engine)],
+                "texts": [
+                    m.write(m.look(crops), questions, [prompts.rationale_start("fake")] * len(crops), max_new_tokens=8)
+                    for m in (local, engine)
+                ],
+            }
+            far = {k: float(np.abs(np.subtract(*rows[k])).max()) for k in ("verdict", "p_yes")}
+            print(json.dumps({**rows, "largest difference": far}, indent=1))
+            x2dfd.load("x2dfd", served=url, adapter=given.adapter, mode="paper", experts=())
+        finally:
+            if server.poll() is None:
+                os.killpg(server.pid, signal.SIGTERM)
+                server.wait(60)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What a training with LLaVA's own code left in a folder: LoRA and projector, in whichever of its files they are.
+
+- LoRA: `adapter_model.safetensors`, or `adapter_model.bin` of an older PEFT
+- the projector: `non_lora_trainables.bin`, or `mm_projector.bin` of a training of the projector alone
+- both: a checkpoint of DeepSpeed's ZeRO (`latest` names its folder), where the projector has no file of its own
+
+A third party's pickle is read by the restricted unpickler alone.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from x2dfd.adapter import PEFT_PREFIX, WEIGHTS
+from x2dfd.errors import SetupError
+
+LORA = (WEIGHTS, "adapter_model.bin")
+PROJECTOR = ("non_lora_trainables.bin", "mm_projector.bin")
+ZERO = "latest"
+"""The file beside DeepSpeed's checkpoints that names the newest."""
+
+State = dict[str, Tensor]
+
+
+def read_trained(folder: Path) -> tuple[State, State]:
+    """LoRA's matrices and the projector, under LLaVA's names within PEFT's wrapper. Raises SetupError."""
+    projector = next((folder / name for name in PROJECTOR if (folder / name).is_file()), None)
+    if projector is None and (folder / ZERO).is_file():
+        both = _gathered(folder)
+        lora = {k.replace(".default.", "."): v for k, v in both.items() if ".lora_" in k}
+        return lora, {k: v for k, v in both.items() if ".lora_" not in k}
+    matrices = next((folder / name for name in LORA if (folder / name).is_file()), None)
+    if matrices is None or projector is None:
+        lacking, names = ("LoRA", LORA) if matrices is None else ("projector", PROJECTOR)
+        raise SetupError(f"{folder} has no file of the {lacking} ({' or '.join(names)}), and no checkpoint of ZeRO")
+    return _tensors(matrices), {_wrapped(k): v for k, v in _tensors(projector).items()}
+
+
+def _wrapped(name: str) -> str:
+    """A name as PEFT writes it: some versions of LLaVA's code leave its prefix out."""
+    return name if name.startswith("base_model.") else PEFT_PREFIX + name
+
+
+def _tensors(path: Path) -> State:
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        raise SetupError(f"{path} cannot be read as a table of tensors: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+        raise SetupError(f"{path} holds no table of tensors")
+    return found
+
+
+def _gathered(folder: Path) -> State:
+    """The trained weights of a ZeRO checkpoint, put together in fp32 by DeepSpeed."""
+    try:
+        with _restricted():
+            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+            gathered: State = get_fp32_state_dict_from_zero_checkpoint(str(folder), exclude_frozen_parameters=True)
+    except ImportError as error:
+        raise SetupError(
+            f"{folder} holds a checkpoint of ZeRO, which DeepSpeed puts together: pip install 'x2dfd[train]'"
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        raise SetupError(f"{folder}: its checkpoint of ZeRO cannot be read: {error}") from error
+    return {_wrapped(k): v for k, v in gathered.items()}
+
+
+@contextmanager
+def _restricted() -> Iterator[None]:
+    """torch.load reads tensors and plain values alone, whatever DeepSpeed asks of it, and what it is known to write."""
+    import torch
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
