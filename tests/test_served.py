@@ -31,7 +31,7 @@ from x2dfd.adapter import probe_logits
 from x2dfd.assessment import BANK, Assessment
 from x2dfd.calibration import Calibration
 from x2dfd.detector import UNCALIBRATED
-from x2dfd.errors import InputError, SetupError
+from x2dfd.errors import InputError, SetupError, X2DFDError
 from x2dfd.experts import BUILTIN
 from x2dfd.loading import load_model
 from x2dfd.mllm import LocalMLLM

@@ -260,7 +260,8 @@ def isolated(function: Callable[P, T]) -> Callable[P, T]:
     def call(*args: P.args, **named: P.kwargs) -> T:
         if _files is None or not any(isinstance(given, str | Path | bytes) for given in args):
             return function(*args, **named)
-        return _files.call(call, *args, **named)
+        given: dict[str, Any] = dict(named)  # `on_progress` among them
+        return _files.call(call, *args, **given)
 
     return call
 
