@@ -50,7 +50,7 @@ def _write_clip(path: Path, real: Path, forged: Path, seconds: int = 5, rate: in
 
     with Image.open(real) as photo, Image.open(forged) as twin, av.open(path, "w") as container:
         stream = container.add_stream("mpeg4", rate=rate, width=photo.width, height=photo.height)
-        stream.pix_fmt, stream.bit_rate = "yuv420p", 4_000_000
+        stream.pix_fmt, stream.bit_rate = "yuv420p", 12_000_000
         for number in range(seconds * rate):
             shown = twin if seconds * rate <= 3 * number < 2 * seconds * rate else photo
             container.mux(stream.encode(av.VideoFrame.from_image(shown)))
@@ -154,7 +154,7 @@ def main() -> None:
     )  # fmt: skip
     given = parser.parse_args()
     # A service manager's stop must end it as Ctrl+C does: uploads and samples are removed.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run(
             given.model, given.host, given.port, served=given.served, adapter=given.adapter,
