@@ -15,7 +15,6 @@ import importlib
 import io
 import os
 import pickle
-import resource
 import signal
 import subprocess
 import sys
@@ -221,15 +220,26 @@ def _serve(pipe: Connection, module: str, seconds: float, memory: int) -> None:
 
 
 def _bound_memory(memory: int) -> None:
+    import resource  # not on Windows, where this module is imported all the same
+
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + memory, taken + memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash must not leave gigabytes behind
+    _limit(resource.RLIMIT_AS, taken + memory)
+    _limit(resource.RLIMIT_CORE, 0)  # a crash must not leave gigabytes behind
 
 
 def _bound_cpu(seconds: float) -> None:
     """So many seconds from now on."""
-    _, most = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + seconds) + 1, most))
+    import resource
+
+    _limit(resource.RLIMIT_CPU, int(time.process_time() + seconds) + 1)
+
+
+def _limit(which: int, to: int) -> None:
+    """Never above what the system allows."""
+    import resource
+
+    _, most = resource.getrlimit(which)
+    resource.setrlimit(which, (to if most == resource.RLIM_INFINITY else min(to, most), most))
 
 
 # --- files ---
