@@ -31,8 +31,8 @@ def test_no_sign_is_named_on_a_photo_that_is_not_called_fake(verdict: Verdict) -
     )
     text = readable(wrong, verdict, POINTS, NOBODY)
     assert not read_cues(text) and not said_labels(text)
-    assert not any(word in text for word in ("seam", "shift", "Additionally", "photo is real"))
-    assert ("The eyes keep natural fine detail." in text) == (verdict.label == "real")
+    assert not any(word in text for word in ("seam", "shift", "Additionally", "photo is real", "fine detail"))
+    assert ("Nothing was found." in text) == (verdict.label == "real")
     assert ("there is no answer" in text) == (verdict.label == "inconclusive")
 
 
