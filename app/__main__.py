@@ -1,4 +1,4 @@
-"""`python -m app [--model DIR] [--served URL --model NAME] [--host ADDRESS] [--port N]`: the chat demo in a browser."""
+"""`python -m app [--model SPEC] [--host ADDRESS] [--port N]`: the chat demo in a browser."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Unpack, get_args
 
 import x2dfd
 from app.guard import LOOPBACK
 from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.model_spec import Bits, Dtype, LoadOptions, Mode, ModelSpec
+
+if TYPE_CHECKING:
+    from x2dfd.detector import Detector
 
 
 def make_examples(folder: Path) -> list[tuple[str, Path]]:
@@ -28,28 +31,22 @@ def make_examples(folder: Path) -> list[tuple[str, Path]]:
     return [("Try a real photo", real), ("Try its forged twin", forged)]
 
 
-def listed(
-    models: Sequence[str] = (), served: str | None = None, adapter: Path | None = None
-) -> dict[str, Callable[[], Any]]:
+def listed(models: Sequence[str] = (), **loading: Unpack[LoadOptions]) -> dict[str, Callable[[], Detector]]:
     """What loads each model of the page's list, by its name there: those asked for, then the embedded one.
 
-    With `served`, `models` are names at that endpoint, and `adapter` the directory that it serves under the only name.
+    Models of this machine and of endpoints do not stand in one list: the page says whether faces leave it.
     Raises SetupError when these do not fit together.
     """
-    if served is None and adapter is not None:
-        raise SetupError("--adapter says what an endpoint serves: give --served too, or the directory as --model")
-    if served is not None and (not models or (adapter is not None and len(models) > 1)):
-        raise SetupError("--served needs --model NAME, a name at the endpoint, and just one beside --adapter")
-    if "embedded" in models:
-        raise SetupError(
-            "embedded is the shipped model, which is on the list anyway; write a folder of yours ./embedded"
-        )
-    found: dict[str, Callable[[], Any]] = {}
-    for model in models:
-        if served is None:
-            found[model] = partial(x2dfd.load, Path(model))
-        else:
-            found[f"{model} at {urlsplit(served).netloc}"] = partial(x2dfd.load, model, served=served, adapter=adapter)
+    specs = [ModelSpec.parse(model) for model in models]
+    if any(spec.embedded for spec in specs):
+        raise SetupError("embedded is on the list anyway: name only the other models")
+    hosts = {spec.host for spec in specs}
+    if len(hosts) > 1:
+        raise SetupError("models of one list stand on this machine, or at one endpoint")
+    found: dict[str, Callable[[], Detector]] = {
+        f"{spec.name} at {spec.host}" if spec.host else text: partial(x2dfd.load, spec, **loading)
+        for text, spec in zip(models, specs, strict=True)
+    }
     return found | {"embedded": x2dfd.load}
 
 
@@ -58,8 +55,7 @@ def run(
     host: str,
     port: int,
     *,
-    served: str | None = None,
-    adapter: Path | None = None,
+    loading: LoadOptions | None = None,
     root_path: str = "",
     names: Sequence[str] = (),
 ) -> None:
@@ -72,7 +68,7 @@ def run(
         raise SetupError("the demo needs gradio: pip install -c constraints.txt '.[app]'")
     from app.demo import build, launch
 
-    (name, load), *others = listed(models, served, adapter).items()
+    (name, load), *others = listed(models, **(loading or {})).items()
     if host not in LOOPBACK:
         print(f"note: everyone who can reach {host}:{port} can use this page; it asks for no password", file=sys.stderr)
     detector = load()
@@ -81,7 +77,7 @@ def run(
         os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(folder) / "uploads"))
         page = build(
             detector, make_examples(Path(folder)), name=name, others=dict(others),
-            sends_to=urlsplit(served).netloc if served else "",
+            sends_to=ModelSpec.parse(models[0]).host if models else "",
         )  # fmt: skip
         print(f"open http://{host}:{port} in a browser; Ctrl+C stops it", file=sys.stderr)
         try:
@@ -95,18 +91,19 @@ def main() -> None:
         prog="python -m app",
         description="Upload a photo or a short video, see the verdict and its reasons, ask about it.",
         epilog="examples: python -m app    python -m app --model build/adapter --port 8000    "
-        "python -m app --served http://localhost:8000/v1 --model x2dfd --adapter DIR",
+        "python -m app --model x2dfd@http://localhost:8000/v1+DIR",
     )
     parser.add_argument(
-        "--model", metavar="DIR", action="append", default=[],
-        help="model directory, or with --served a name there; without it, the embedded model; given again, visitors "
-        "can pick one of them",
+        "--model", metavar="SPEC", action="append", default=[],
+        help="embedded (the default), an adapter directory, hub:NAME, hub:NAME+DIR, NAME@http://HOST/v1 or "
+        "NAME@http://HOST/v1+DIR; given again, visitors can pick one of them. An endpoint gets the cut-out faces; its "
+        "key is read from OPENAI_API_KEY",
     )  # fmt: skip
-    parser.add_argument(
-        "--served", metavar="URL",
-        help="OpenAI-compatible endpoint that serves the models; cut-out faces are sent there. Key: OPENAI_API_KEY",
-    )  # fmt: skip
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="the adapter that the endpoint serves as --model")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; by default CUDA, where there is one")
+    parser.add_argument("--dtype", choices=get_args(Dtype), help="of the MLLM")
+    parser.add_argument("--bits", type=int, choices=get_args(Bits), help="read a large MLLM's weights in so many bits")
+    parser.add_argument("--device-map", metavar="auto", help="spread a large MLLM over all GPUs")
+    parser.add_argument("--mode", choices=get_args(Mode), help="paper: the MLLM's own P(fake)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: 7860)")
     parser.add_argument("--root-path", default="", metavar="/PATH", help="the path under which a proxy shows the page")
@@ -115,10 +112,13 @@ def main() -> None:
         help="a host name by which browsers call the page, as behind a proxy; others are then refused",
     )  # fmt: skip
     given = parser.parse_args()
+    loading: LoadOptions = {
+        "mode": given.mode, "device": given.device, "dtype": given.dtype, "bits": given.bits,
+        "device_map": given.device_map,
+    }  # fmt: skip
     try:
         run(
-            given.model, given.host, given.port, served=given.served, adapter=given.adapter,
-            root_path=given.root_path, names=given.name,
+            given.model, given.host, given.port, loading=loading, root_path=given.root_path, names=given.name,
         )  # fmt: skip
     except X2DFDError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -22,6 +22,7 @@ from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.explain import read_cues
 from x2dfd.files import write_text
 from x2dfd.manifest import read_manifest
+from x2dfd.model_spec import ModelSpec
 from x2dfd.prompts import CUE_ENDING
 from x2dfd.types import AREAS, ARTIFACTS
 
@@ -225,8 +226,8 @@ def _entries(content: str, rejected: list[dict[str, str]]) -> list[dict[str, Any
         return []
 
 
-def connect(base_url: str | None) -> Any:
-    """A client for an OpenAI-compatible endpoint; key and default address come from OPENAI_API_KEY, OPENAI_BASE_URL.
+def connect(base_url: str) -> Any:
+    """A client for an OpenAI-compatible endpoint; its key comes from OPENAI_API_KEY.
 
     Raises SetupError when `openai` is not installed or there is no key.
     """
@@ -258,8 +259,7 @@ def add_commands(app: typer.Typer) -> None:
         published: Annotated[Path | None, typer.Option(help="read this published list instead of our bank")] = None,
         unrelated: Annotated[int, typer.Option(help="add this many unrelated control questions")] = 0,
         count: Annotated[int, typer.Option("--generate", help="add this many questions written by --model")] = 0,
-        model: Annotated[str, typer.Option(help="model name at the endpoint")] = "",
-        base_url: Annotated[str | None, typer.Option(help="OpenAI-compatible endpoint")] = None,
+        model: Annotated[str, typer.Option(metavar="NAME@URL", help="a model of an OpenAI-compatible endpoint")] = "",
         only: Annotated[int | None, typer.Option(min=1, help="keep this many, before unrelated ones are added")] = None,
         cues_of: Annotated[Path | None, typer.Option(help="with --only: the cues of this manifest first")] = None,
         seed: Annotated[int, typer.Option(help="chooses the questions to keep and the unrelated ones")] = 0,
@@ -268,9 +268,10 @@ def add_commands(app: typer.Typer) -> None:
         chosen = read_published(published) if published else bank()
         provenance: dict[str, Any] = {}
         if count:
-            if not model:
-                raise X2DFDError("--generate needs --model")
-            made = generate(connect(base_url), model, count, known=chosen, seed=seed)
+            spec = ModelSpec.parse(model)
+            if spec.name is None or spec.url is None or spec.adapter is not None:
+                raise X2DFDError("--generate needs --model NAME@http://HOST/v1")
+            made = generate(connect(spec.url), spec.name, count, known=chosen, seed=seed)
             chosen, provenance = chosen + made.questions, made.provenance()
         if only is not None:
             known = (

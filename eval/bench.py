@@ -121,13 +121,12 @@ def check(options: Options) -> None:
         options.one_change()
     if choice.model == "template" and task != "describe":
         raise X2DFDError("template is told the label: it is a baseline of describe alone")
-    partly = options.experts or choice.mode or not models.has_mllm(choice.model)
+    partly = options.experts or choice.loading.get("mode") or not choice.has_mllm
     if options.with_mllm and (task != "experts" or partly):
         raise X2DFDError("--with-mllm is for the task experts, all of them, of a calibrated model that has an MLLM")
-    one = choice.model.startswith(models.EXPERT)
-    other = choice.base or choice.served or choice.model in models.BASELINES or (one and task != "locate")
+    other = choice.folder is None and not (choice.expert and task == "locate")
     if task in ("experts", "locate") and other:
-        allowed = "embedded, fusion or an adapter's folder" + (", or expert:NAME" if task == "locate" else "")
+        allowed = "embedded, fusion or an adapter directory" + (", or expert:NAME" if task == "locate" else "")
         raise X2DFDError(f"{task} is about experts: --model {allowed}, and --experts A,B for some of them")
 
 

@@ -66,14 +66,13 @@ def convert(
 
 @app.command()
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="adapter directory")],
-    out: Annotated[Path, typer.Argument(help="directory to write")],
-    base: Annotated[str | None, typer.Option(help="LLaVA directory or hub name; default: the embedded base")] = None,
+    model: Annotated[str, typer.Option(metavar="SPEC", help="adapter directory DIR, or hub:NAME+DIR")],
+    out: Annotated[Path, typer.Option(help="directory to write")],
 ) -> None:
     """Merge an adapter into its base; refused when the card's probe pictures score otherwise afterwards."""
     from finetune.merge import merge as merged
 
-    print(merged(adapter, out, base))
+    print(merged(model, out))
 
 
 if __name__ == "__main__":

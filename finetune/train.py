@@ -25,12 +25,13 @@ from finetune.models import CachedTower, additions_of, fit_projector, open_base,
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, WHOLE, AdapterCard, lora_b_sum, probe_logits, read_adapter_card, write_adapter_card
 from x2dfd.crops import CropSet, load_crops
-from x2dfd.detector import load
 from x2dfd.errors import X2DFDError
 from x2dfd.experts import expert_class, read_card
 from x2dfd.faces import PREPROCESSING
 from x2dfd.files import file_sha256, write_text
 from x2dfd.loading import base_identity
+from x2dfd.model_spec import ModelSpec
+from x2dfd.opening import load
 from x2dfd.tower import (
     HEAD_LAYERS,
     VIEWS,
@@ -143,7 +144,7 @@ def train(config: FinetuneConfig) -> Path:
     # What x2dfd.load takes has to give these numbers ever after.
     del trainer, tuned, model, state, features
     unset_hf_deepspeed_config()  # the other processes have gone: what is loaded now is this one's alone
-    loaded = load(base=config.base, adapter=out, mode="paper", experts=(), device="cpu", dtype="fp32")
+    loaded = load(ModelSpec(base=config.base, adapter=out), mode="paper", experts=(), device="cpu", dtype="fp32")
     write_adapter_card(out, replace(card, probes=probe_logits(loaded.mllm)))
     return out
 

@@ -34,6 +34,7 @@ from x2dfd import follow_up
 from x2dfd.errors import InputError, SetupError
 from x2dfd.html_report import UNCOUNTED
 from x2dfd.media import load_media, media_summary
+from x2dfd.model_spec import ModelSpec
 from x2dfd.statements import CAVEAT, LEAD
 from x2dfd.types import Cue, Evidence, FaceReport, Failure, Report, Verdict
 
@@ -468,21 +469,21 @@ def test_the_list_holds_adapters_or_what_an_endpoint_serves(monkeypatch: pytest.
     """A name at an endpoint taken for a folder, or an adapter's calibration on another model's numbers."""
     asked: list[tuple[Any, dict[str, Any]]] = []
     monkeypatch.setattr("x2dfd.load", lambda model=None, **options: asked.append((model, options)))
-    served = {"served": "http://127.0.0.1:9/v1", "adapter": Path("DIR")}
-    lists = [
-        command.listed(), command.listed(["one", "two"]), command.listed(["m"], **served),  # type: ignore[arg-type]
-    ]  # fmt: skip
+    served = "m@http://127.0.0.1:9/v1+DIR"
+    lists = [command.listed(), command.listed(["one", "two"]), command.listed([served], device="cpu")]
     assert [list(found) for found in lists] == [
         ["embedded"], ["one", "two", "embedded"], ["m at 127.0.0.1:9", "embedded"],
     ]  # fmt: skip
     for found in lists:
         for load in found.values():
             load()
-    models = [model for model, _ in asked]
-    assert models == [None, Path("one"), Path("two"), None, "m", None] and asked[4][1] == served
-    for wrong in ({"adapter": Path("DIR")}, {"served": "u"}, {"models": ["a", "b"], **served}):
+    assert [model for model, _ in asked] == [
+        None, ModelSpec(adapter=Path("one")), ModelSpec(adapter=Path("two")), None, ModelSpec.parse(served), None,
+    ]  # fmt: skip
+    assert asked[4][1] == {"device": "cpu"}
+    for wrong in (["one", served], ["embedded"], [served, "m@http://127.0.0.1:10/v1"]):
         with pytest.raises(SetupError):
-            command.listed(**wrong)
+            command.listed(wrong)
 
 
 def test_a_served_model_judges_on_the_page_which_names_the_server(
@@ -491,7 +492,7 @@ def test_a_served_model_judges_on_the_page_which_names_the_server(
     """Faces that leave the machine without a word, or a model in the list that cannot be asked."""
     pytest.importorskip("openai")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("x2dfd.detector.DEFAULT", ())  # experts take long to load, and play no part here
+    monkeypatch.setattr("x2dfd.opening.DEFAULT", ())  # experts take long to load, and play no part here
     from tests.stand_in import Reply, StandIn
 
     def answer(request: dict[str, Any]) -> Reply:
@@ -499,7 +500,7 @@ def test_a_served_model_judges_on_the_page_which_names_the_server(
         return word if request["max_tokens"] == 1 else Reply("The jaw looks blurred.")
 
     with StandIn(answer) as endpoint:
-        models = command.listed(["m"], endpoint.url)
+        models = command.listed([f"m@{endpoint.url}"])
         name = next(iter(models))
         page = demo.build(models[name](), name=name, others={}, sends_to=endpoint.url.split("/")[2])
         try:

@@ -69,7 +69,7 @@ def says_yes(request: Request) -> Reply:
 
 
 def run(task: str, photos: Path, out: Path, server: StandIn | None, *words: str) -> int:
-    asked = ["--served", server.url, "--model", "m"] if server else []
+    asked = ["--model", f"m@{server.url}"] if server else []
     return command.main([task, "--data", str(photos), "--out", str(out), *asked, *words])
 
 
@@ -159,8 +159,8 @@ def test_the_assessment_is_a_task_with_a_result(photos: Path, tmp_path: Path) ->
         (["chat", "--model", "majority"], "writes none"),
         (["detect", "--model", "template"], "told the label"),
         (["detect", "--model", "fusion", "--mode", "paper"], "goes without"),
-        (["detect", "--served", "http://127.0.0.1:1/v1"], "--model NAME"),
-        (["detect", "--adapter", "x"], "goes with --served"),
+        (["detect", "--model", "expert:clip", "--device", "cpu"], "goes without"),
+        (["detect", "--model", "hub:"], "is no model"),
         (["detect", "--tools", "clip"], "without adapter"),
         (["locate", "--model", "majority"], "is about experts"),
         (["locate", "--model", "fusion"], "known mask"),
@@ -207,7 +207,7 @@ def test_experts_without_their_mllm_decide_by_themselves(astronaut: Pixels, tmp_
     Image.fromarray(astronaut).save(sample.path)
     [row], _ = judged(opened, [sample], equalise=False, rationale=False, batch_size=1)
     assert row.p_mllm is None and row.p_fake is not None and row.sha256
-    json.dumps(detector.facts)
+    json.dumps(detector.info.to_dict())
 
 
 def test_text_rows_survive_the_table(photos: Path, tmp_path: Path) -> None:

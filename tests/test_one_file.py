@@ -21,7 +21,7 @@ from x2dfd.detector import Detector
 from x2dfd.errors import InputError, SetupError
 from x2dfd.types import Failure, Report
 
-STAGES = ["x2dfd.media.sniff", "x2dfd.detector.find_faces", "x2dfd.detector.read_provenance"]
+STAGES = ["x2dfd.media.sniff", "x2dfd.intake.find_faces", "x2dfd.intake.read_provenance"]
 KINDS: dict[str, Callable[[], BaseException]] = {
     "IndexError": lambda: IndexError("list index out of range"),
     "RecursionError": RecursionError,
@@ -80,7 +80,7 @@ def test_whatever_a_file_makes_a_library_raise_is_its_row(
         bad, good = detector.detect_many(pictures)
         assert isinstance(bad, Failure) and bad.code == code and bad.sha256 and isinstance(good, Report)
     with monkeypatch.context() as patch:
-        patch.setattr(x2dfd, "load", lambda **_: detector)
+        patch.setattr(x2dfd, "load", lambda *_, **__: detector)
         raise_once(patch, stage, KINDS[kind])
         out = tmp_path / "rows.jsonl"
         done = CliRunner().invoke(cli.app, ["detect", *map(str, pictures), "--json", "--out", str(out)])
@@ -113,7 +113,7 @@ def test_a_wrong_set_up_is_none_of_the_clip(detector: Detector, monkeypatch: pyt
         stream.width = stream.height = 64
         container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
         container.mux(stream.encode())
-    raise_once(monkeypatch, "x2dfd.detector.find_faces", lambda: SetupError("the face models are missing"))
+    raise_once(monkeypatch, "x2dfd.intake.find_faces", lambda: SetupError("the face models are missing"))
     with pytest.raises(SetupError):
         detector.detect(buffer.getvalue())
 
@@ -125,6 +125,6 @@ def test_a_clip_whose_frames_break_the_face_finder_is_a_row(
     frames = [Image.fromarray(np.full((40, 40, 3), 20 * i, np.uint8)) for i in range(3)]
     buffer = io.BytesIO()
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
-    raise_once(monkeypatch, "x2dfd.detector.find_faces", KINDS["IndexError"])
+    raise_once(monkeypatch, "x2dfd.intake.find_faces", KINDS["IndexError"])
     [row] = detector.detect_many([buffer.getvalue()])
     assert isinstance(row, Failure) and row.code == "failed" and "finding faces" in row.reason

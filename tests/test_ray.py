@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,13 @@ from x2dfd import cli, ray_engine, stores
 from x2dfd.errors import InputError, SetupError, UnknownName, X2DFDError
 from x2dfd.media import load_media
 from x2dfd.ray_llm import VllmScoring, _scored, p_fake
-from x2dfd.types import Failure, Report, Verdict
+from x2dfd.types import Failure, ModelInfo, Report, Verdict
 
 
 class Reader:
     """Reads what it gets, path or bytes, and calls it real."""
 
-    facts: Mapping[str, Any] = {"name": "reader", "mode": "paper"}
+    info = ModelInfo("reader", {}, mode="paper")
 
     def detect_many(
         self, sources: Iterable[Path | bytes], *, batch_size: int = 8, rationale: bool = True, frames: int = 32
@@ -39,8 +39,8 @@ class Reader:
                 yield Failure(path, None, error.code, error.reason)
                 continue
             yield Report(
-                path, media.sha256, {}, Verdict("real", 0.1), (), "", (), (), {"state": "absent"}, dict(self.facts), {},
-                {},
+                path, media.sha256, {}, Verdict("real", 0.1), (), "", (), (), {"state": "absent"},
+                self.info.to_dict(), {}, {},
             )  # fmt: skip
 
 
@@ -150,12 +150,22 @@ def test_two_actors_of_which_one_is_killed_write_the_rows_of_the_local_runner(
     monkeypatch.chdir(tmp_path)  # actors work elsewhere, and a row keeps the path that was given
     made = ray_engine.RayDetector
     monkeypatch.setattr(
-        ray_engine, "RayDetector", lambda options, actors: made({**options, "experts": []}, actors, Dying)
+        ray_engine, "RayDetector", lambda model, options, actors: made(model, {**options, "experts": []}, actors, Dying)
     )
     tables = {}
     for name, more in {"local": [], "ray": ["--engine", "ray", "--actors", "2"]}.items():
         out = tmp_path / f"{name}.jsonl"
-        words = ["detect", photos.name, "--base", base.name, "--mode", "paper", "--threads", "1", "--no-rationale"]
+        words = [
+            "detect",
+            photos.name,
+            "--model",
+            f"hub:{base.name}",
+            "--mode",
+            "paper",
+            "--threads",
+            "1",
+            "--no-rationale",
+        ]
         done = CliRunner().invoke(cli.app, [*words, "--out", str(out), "--batch-size", "2", *more])
         assert done.exit_code == 0, done.output
         tables[name] = [json.loads(line) for line in out.read_text().splitlines()]

@@ -30,7 +30,7 @@ from x2dfd.types import Card
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from x2dfd.detector import LanguageModel
+    from x2dfd.mllm import LanguageModel
 
 EMBEDDED = Path(__file__).parent / "weights" / "embedded"
 """The committed adapter of the embedded model."""

@@ -14,6 +14,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+Json = dict[str, Any]
+"""A JSON object: plain values by name."""
+
 MAX_DEPTH = 100  # of lists and objects in one another
 MAX_DIGITS = 300  # of a whole number: a longer one is none that a float holds
 

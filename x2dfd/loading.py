@@ -14,16 +14,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
 from x2dfd.errors import SetupError, UnknownName
 from x2dfd.fetch import BASE_NAME, require
 from x2dfd.files import file_sha256
+from x2dfd.model_spec import Bits, Dtype
 
-Dtype = Literal["fp32", "bf16", "fp16"]
-Bits = Literal[4, 8]
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial, wraps
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 from zlib import crc32
 
 import numpy as np
@@ -70,6 +70,26 @@ class Look:
         None of a tower that an adapter changed itself, for no expert was trained on it; none of another family's.
         """
         return None if self.tower is None or not self.states else tuple(s.float().cpu() for s in self.states)
+
+
+class LanguageModel(Protocol):
+    """What a Detector asks of an MLLM, local (LocalMLLM) or served (x2dfd.served)."""
+
+    name: str
+    batch: int  # faces that go through it together
+
+    def look(self, crops: NDArray[np.uint8]) -> Any: ...  # [n, h, w, 3]; has `tower_states`, or None for them
+    def verdict_logits(self, look: Any, questions: Sequence[str]) -> NDArray[np.float64]: ...
+    def write(
+        self,
+        look: Any,
+        questions: Sequence[str],
+        starts: Sequence[str],
+        *,
+        turns: Sequence[tuple[str, str]] = (),
+        on_text: Callable[[str], None] | None = None,
+    ) -> list[str]: ...
+    def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str], /) -> YesNo: ...
 
 
 class Suffix(NamedTuple):

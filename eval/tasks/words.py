@@ -16,7 +16,7 @@ import numpy as np
 
 from eval import answers, stats
 from eval import metrics as m
-from eval.models import tool_results
+from eval.models import TOOL_RESULTS, tool_results
 from eval.rows import Origin, SampleRow, score
 from eval.scoring import Part, Scored, equalised, train_apart, unscored
 from eval.stats import Measured
@@ -102,10 +102,10 @@ def _majority_classes(run: Run) -> list[SampleRow]:
 
 def worded(detector: Any, question: str, evidence: Sequence[Evidence]) -> str:
     """The question with what the model is told of the experts: as in its verdict's question, or as tool results."""
-    if detector.facts.get("asked_with") == "tool results":
+    if detector.info.asked_with == TOOL_RESULTS:
         return tool_results(question, evidence)
-    known = [e for e in evidence if e.expert in detector.facts["in_prompt"]]
-    return question + prompts.told(known, detector.facts["score_form"])
+    known = [e for e in evidence if e.expert in detector.info.in_prompt]
+    return question + prompts.told(known, detector.info.score_form)
 
 
 def ask(
@@ -138,7 +138,7 @@ def ask(
             row.reason = "no_face"
     for at in range(0, len(faces), batch_size):
         _answered_rows(detector, asked[at : at + batch_size], faces[at : at + batch_size], question, read)
-    return rows, [{"model": detector.facts, "versions": versions()}]
+    return rows, [{"model": detector.info.to_dict(), "versions": versions()}]
 
 
 def _answered_rows(
@@ -299,7 +299,7 @@ def converse(detector: Any, samples: Sequence[Sample], *, equal: bool) -> tuple[
             continue
         row.p_fake, row.said = report.verdict.p_fake, report.verdict.label
         row.experts = {e.expert: e.score for e in report.evidence}
-    return rows, [{"model": detector.facts, "versions": versions()}]
+    return rows, [{"model": detector.info.to_dict(), "versions": versions()}]
 
 
 def chat_result(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Part:

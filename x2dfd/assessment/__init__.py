@@ -54,6 +54,7 @@ from x2dfd.errors import X2DFDError
 from x2dfd.experts import cards
 from x2dfd.files import write_text
 from x2dfd.manifest import manifest_sha256
+from x2dfd.model_spec import LoadOptions, ModelSpec
 
 if TYPE_CHECKING:
     from x2dfd.crops import CropSet
@@ -207,12 +208,9 @@ def run_assess(
     questions: Path | None = None,
     limit: int | None = None,
     split: str | None = None,
-    model: str | None = None,
+    model: str | ModelSpec = "embedded",
     seed: int = 0,
-    base: str | None = None,
-    served: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
+    loading: LoadOptions | None = None,
 ) -> None:
     """The command `x2dfd assess`: load, assess, write, and print what a person wants to know first."""
     asked = read_questions(questions or BANK)
@@ -221,7 +219,8 @@ def run_assess(
 
     crops = load_crops(data, workers=min(4, os.cpu_count() or 1))
     # Whether a verdict is calibrated does not matter here, and calibration comes later on the road.
-    mllm = x2dfd.load(model, base=base, served=served, experts=[], mode="paper", device=device, dtype=dtype).mllm
+    options: LoadOptions = {**(loading or {}), "experts": [], "mode": "paper"}
+    mllm = x2dfd.load(model, **options).mllm
     a = assess(mllm, crops, asked, out, limit=limit, split=split, seed=seed, manifest_hash=manifest_sha256(data))
     if not chart(a, out / "assessment.png"):
         print("no chart: matplotlib is not installed (pip install -e '.[bench]')", file=sys.stderr)
