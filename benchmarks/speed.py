@@ -501,13 +501,13 @@ def run(
     print(json.dumps(result, indent=1))
 
 
-def _devices(geometry: Geometry, only: Place | None, cuda: bool) -> list[tuple[str, str]]:
+def _devices(geometry: Geometry, only: Place | None, cuda: bool) -> list[tuple[str, Dtype]]:
     """Device and precision of each run. Raises X2DFDError for a device that is not here."""
     if geometry is Geometry.llava_7b and (only is Place.cpu or not cuda):
         raise X2DFDError("llava-7b needs a CUDA device: on a CPU its weights alone are 28 GB")
     if only is Place.cuda and not cuda:
         raise X2DFDError("there is no CUDA device here")
-    devices = [] if only is Place.cuda or geometry is Geometry.llava_7b else [("cpu", "fp32")]
+    devices: list[tuple[str, Dtype]] = [] if only is Place.cuda or geometry is Geometry.llava_7b else [("cpu", "fp32")]
     if cuda and only is not Place.cpu:
         devices += [("cuda", "fp32")] if geometry is Geometry.embedded else []
         devices.append(("cuda", "bf16"))

@@ -494,7 +494,8 @@ def test_a_cpu_computes_in_fp32_unless_told(
     assert plain.model["runs_on"] == "cpu fp32" and short.model["runs_on"] == "cpu bf16"
     exact, near = plain.faces[0].p_fake_mllm, short.faces[0].p_fake_mllm
     assert exact != near and near == pytest.approx(exact, abs=0.05)
-    for device, dtype, error in (("cpu", "fp16", SetupError), ("tpu", None, SetupError), (None, "fp8", UnknownName)):
+    wrong: Any = (("cpu", "fp16", SetupError), ("tpu", None, SetupError), (None, "fp8", UnknownName))
+    for device, dtype, error in wrong:
         with pytest.raises(error):
             x2dfd.load(f"hub:{base}+{adapter}", device=device, dtype=dtype)
 

@@ -19,7 +19,7 @@ import x2dfd
 from x2dfd import cli
 from x2dfd.detector import Detector
 from x2dfd.errors import InputError, SetupError
-from x2dfd.types import Failure, Report
+from x2dfd.types import Failure, ModelInfo, Report
 
 STAGES = ["x2dfd.media.sniff", "x2dfd.intake.find_faces", "x2dfd.intake.read_provenance"]
 KINDS: dict[str, Callable[[], BaseException]] = {
@@ -37,7 +37,7 @@ CODES = {"RecursionError": "too_deep", "MemoryError": "out_of_memory"}
 def detector() -> Detector:
     """Without a model: the pictures below have no faces."""
     model: Any = SimpleNamespace(batch=8)
-    return Detector(model, [], None, {"base": {"name": "none"}}, "paper")
+    return Detector(model, [], None, ModelInfo("none", {"name": "none"}), "paper")
 
 
 @pytest.fixture

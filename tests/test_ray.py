@@ -19,6 +19,7 @@ from tests import tiny
 from x2dfd import cli, ray_engine, stores
 from x2dfd.errors import InputError, SetupError, UnknownName, X2DFDError
 from x2dfd.media import load_media
+from x2dfd.model_spec import LoadOptions, ModelSpec
 from x2dfd.ray_llm import VllmScoring, _scored, p_fake
 from x2dfd.types import Failure, ModelInfo, Report, Verdict
 
@@ -149,23 +150,15 @@ def test_two_actors_of_which_one_is_killed_write_the_rows_of_the_local_runner(
     monkeypatch.setattr(x2dfd, "load", lambda *a, **k: load(*a, **k, experts=[]), raising=False)
     monkeypatch.chdir(tmp_path)  # actors work elsewhere, and a row keeps the path that was given
     made = ray_engine.RayDetector
-    monkeypatch.setattr(
-        ray_engine, "RayDetector", lambda model, options, actors: made(model, {**options, "experts": []}, actors, Dying)
-    )
+
+    def without_experts(model: ModelSpec, options: LoadOptions, actors: int) -> ray_engine.RayDetector:
+        return made(model, options | {"experts": []}, actors, Dying)
+
+    monkeypatch.setattr(ray_engine, "RayDetector", without_experts)
     tables = {}
     for name, more in {"local": [], "ray": ["--engine", "ray", "--actors", "2"]}.items():
         out = tmp_path / f"{name}.jsonl"
-        words = [
-            "detect",
-            photos.name,
-            "--model",
-            f"hub:{base.name}",
-            "--mode",
-            "paper",
-            "--threads",
-            "1",
-            "--no-rationale",
-        ]
+        words = ["detect", photos.name, "--model", f"hub:{base.name}", "--threads", "1", "--no-rationale"]
         done = CliRunner().invoke(cli.app, [*words, "--out", str(out), "--batch-size", "2", *more])
         assert done.exit_code == 0, done.output
         tables[name] = [json.loads(line) for line in out.read_text().splitlines()]
@@ -176,7 +169,7 @@ def test_two_actors_of_which_one_is_killed_write_the_rows_of_the_local_runner(
             row["p_fake"] = row["report"]["verdict"]["p_fake"]
     assert tables["ray"] == tables["local"] and len(tables["ray"]) == 5
     with pytest.raises(SetupError):
-        made({"base": str(tmp_path / "nowhere"), "mode": "paper", "experts": []}, 1)
+        made(ModelSpec(base=str(tmp_path / "nowhere")), {"experts": []}, 1)
 
 
 @pytest.mark.slow
@@ -189,14 +182,14 @@ def test_what_a_user_did_wrong_comes_back_as_one_line(cluster: Any, face_photo: 
             raise UnknownName("lens", "wide", ["wider"])
 
     base = tiny.write_base(tmp_path / "base")
-    options = {"base": str(base), "mode": "paper", "experts": []}
-    engine = ray_engine.RayDetector(options, 1, Wrong)
+    spec, options = ModelSpec(base=str(base)), LoadOptions(experts=[])
+    engine = ray_engine.RayDetector(spec, options, 1, Wrong)
     with pytest.raises(UnknownName, match="did you mean 'wider'"):
         list(engine.detect_many([face_photo]))
     with pytest.raises(SetupError, match="needs 4 CPUs and 0 GPUs of one machine; those of the cluster have 3 and 0"):
-        ray_engine.RayDetector(options | {"threads": 4}, 1)
+        ray_engine.RayDetector(spec, options | {"threads": 4}, 1)
     with pytest.raises(UnknownName, match="mode"):
-        ray_engine.RayDetector(options | {"mode": "papier"}, 1)
+        ray_engine.RayDetector(spec, options | {"mode": "papier"}, 1)  # type: ignore[arg-type]
 
 
 class Says:
