@@ -15,7 +15,7 @@ from html import escape
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Thread
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import gradio as gr
 import jinja2
@@ -28,6 +28,7 @@ from x2dfd import case as case_record
 from x2dfd.answer import KINDS_SAID, NEXT_STEPS, NOT_PROOF, WORDS, meaning, percent, shown, stance, status, told
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.experts import expert_class
+from x2dfd.files import Json
 from x2dfd.follow_up import checked, from_report
 from x2dfd.html_report import COLOURS, PROVENANCE, UNCOUNTED, overlays, render
 from x2dfd.media import Video, load_media
@@ -37,6 +38,8 @@ from x2dfd.types import FaceReport, Failure, Report
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from x2dfd.html_report import Pictures
 
 HERE = Path(__file__).parent
 MAX_FILE = "30mb"
@@ -125,7 +128,7 @@ def explaining(detector: Judge, report: Report, file: str) -> Iterator[str | Rep
         thread.join()  # a token at most: the next request must not share the model with this one
 
 
-def open_case(report: Report, file: str) -> tuple[Case, Any]:
+def open_case(report: Report, file: str) -> tuple[Case, Pictures]:
     """The case, and its pixels as `html_report.render` takes them."""
     from x2dfd.detector import VIDEO_FRAMES
 
@@ -245,7 +248,7 @@ def _template() -> jinja2.Template:
     return environment.from_string((HERE / "page.jinja").read_text("utf-8"))
 
 
-def _draw(macro: str, *values: Any) -> str:
+def _draw(macro: str, *values: object) -> str:
     return str(getattr(_template().module, macro)(*values))
 
 
@@ -332,7 +335,7 @@ def build(
             files: Sequence[str | None] = (None, None),
             ready: bool = False,
             first: str = FIRST,
-        ) -> tuple[Any, ...]:
+        ) -> tuple[object, ...]:
             """The values of `shown`; any new file starts a new conversation."""
             faces = choices(new.report) if new else []
             decider = new.face(None) if new else None
@@ -349,7 +352,7 @@ def build(
                 "", gr.Button(visible=new is not None and new.stage == "writing"),
             )  # fmt: skip
 
-        def finished(done: Case) -> tuple[Any, ...]:
+        def finished(done: Case) -> tuple[object, ...]:
             """The same with its reports to download."""
             pixels = open_case(done.report, done.file)[1]
             files = [
@@ -360,7 +363,7 @@ def build(
             ]  # fmt: skip
             return show(done, card(done.report), files, ready=True)
 
-        def take(file: str, asked: str) -> Iterator[tuple[Any, ...]]:
+        def take(file: str, asked: str) -> Iterator[tuple[object, ...]]:
             """The verdict at once, then its explanation as it is written."""
             yield show(None, _draw("waiting"), first=SOON)
             try:
@@ -386,13 +389,13 @@ def build(
                 else:  # the verdict stands without the text
                     yield finished(replace(opened, stage="stopped", why=str(error)))
 
-        def end(now: Case | None) -> tuple[Any, ...]:
+        def end(now: Case | None) -> tuple[object, ...]:
             """After `Stop`: the verdict stands, without the explanation."""
             return finished(replace(now, stage="stopped")) if now else show(None, "")
 
         def ask(
             text: str, now: Case | None, index: int | None, said: list[dict[str, str]]
-        ) -> Iterator[tuple[Any, ...]]:
+        ) -> Iterator[tuple[object, ...]]:
             text = text.strip()[:MAX_QUESTION]
             if now is None or not text:
                 yield said, said, ""
@@ -404,8 +407,8 @@ def build(
             yield said, said, ""
 
         # One model, one request at a time, whichever button it comes from.
-        model: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
-        inner: dict[str, Any] = {"api_visibility": "private", "show_progress_on": verdict}
+        model: Json = {"concurrency_id": "model", "concurrency_limit": 1}
+        inner: Json = {"api_visibility": "private", "show_progress_on": verdict}
         writing = [upload.upload(take, [upload, models], shown, trigger_mode="always_last", **inner, **model)]
         upload.clear(lambda: show(None, ""), None, shown, queue=False, api_visibility="private")
         for button, (_, file) in zip(tries, examples, strict=True):
@@ -422,7 +425,7 @@ def build(
             )  # fmt: skip
         chat.clear(lambda: [], None, turns, queue=False, api_visibility="private")
 
-        def judge_file(file: str | None) -> dict[str, Any]:
+        def judge_file(file: str | None) -> Json:
             if file is None:
                 raise gr.Error("No file was sent.", print_exception=False)
             try:

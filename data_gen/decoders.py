@@ -13,7 +13,6 @@ import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -26,7 +25,7 @@ from torch.nn import functional as F
 
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.experts import write_card
-from x2dfd.faces import PREPROCESSING
+from x2dfd.faces import PREPROCESSING, Array
 from x2dfd.files import file_sha256
 from x2dfd.manifest import manifest_sha256
 from x2dfd.types import Card
@@ -191,7 +190,7 @@ def load_bank(path: Path) -> dict[str, Autoencoder]:
     return bank
 
 
-def redraw(pixels: NDArray[Any], name: str) -> NDArray[np.float32]:
+def redraw(pixels: Array, name: str) -> NDArray[np.float32]:
     """The picture [h, w, 3], 0..255, drawn anew by decoder `name`; same shape, float."""
     net = load_bank(_in_use or WEIGHTS)[name]
     stride = 8

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from x2dfd.errors import SetupError
+from x2dfd.faces import Array
 from x2dfd.files import file_sha256
 
 CHANNELS = {"taesd": 4, "taesdxl": 4, "taef1": 16}
@@ -117,7 +117,7 @@ def names() -> list[str]:
     return list(load(_in_use))
 
 
-def redraw(pixels: NDArray[Any], name: str) -> NDArray[np.float32]:
+def redraw(pixels: Array, name: str) -> NDArray[np.float32]:
     """The picture [h, w, 3], 0..255, encoded and decoded by `name`; same shape, float."""
     if name not in names() or _in_use is None:
         raise SetupError(f"{_in_use} holds no {name}")

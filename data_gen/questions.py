@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
@@ -20,11 +20,15 @@ import typer
 from x2dfd.assessment import CueQuestion, read_questions
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.explain import read_cues
-from x2dfd.files import write_text
+from x2dfd.files import Json, write_text
 from x2dfd.manifest import read_manifest
 from x2dfd.model_spec import ModelSpec
 from x2dfd.prompts import CUE_ENDING
 from x2dfd.types import AREAS, ARTIFACTS
+
+if TYPE_CHECKING:
+    import openai
+
 
 __all__ = [
     "CueQuestion",
@@ -40,7 +44,7 @@ __all__ = [
     "write_questions",
 ]
 
-_WORDS: dict[str, Any] = json.loads((Path(__file__).parent / "words" / "questions.json").read_text("utf-8"))
+_WORDS: Json = json.loads((Path(__file__).parent / "words" / "questions.json").read_text("utf-8"))
 """`bank`: wordings by area and artifact, for pairs that a careful viewer could speak of, several where the forge makes
 the cue often; `unrelated`: questions that have nothing to do with forgery."""
 
@@ -83,7 +87,7 @@ def some(
     return [questions[i] for i in sorted(first[:n])]
 
 
-def write_questions(path: Path, questions: Sequence[CueQuestion], provenance: Mapping[str, Any] | None = None) -> None:
+def write_questions(path: Path, questions: Sequence[CueQuestion], provenance: Json | None = None) -> None:
     """Write questions as JSON, one a line, with where they come from. `read_questions` reads them back."""
     lines = ",\n".join("  " + json.dumps(asdict(q), ensure_ascii=False) for q in questions)
     origin = json.dumps(provenance or {}, ensure_ascii=False)
@@ -145,7 +149,7 @@ class Generated:
     prompt: str  # the template; the vocabulary and the questions so far are filled in
     rejected: list[dict[str, str]]  # {"question", "reason"} of what was not taken
 
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> Json:
         return {"model": self.model, "prompt": self.prompt, "rejected": self.rejected}
 
 
@@ -168,7 +172,7 @@ def fault(text: str, area: str, artifact: str) -> str | None:
 
 
 def generate(
-    client: Any,
+    client: openai.OpenAI,
     model: str,
     n: int,
     *,
@@ -216,7 +220,7 @@ def generate(
     return Generated(taken, model, PROMPT, rejected)
 
 
-def _entries(content: str, rejected: list[dict[str, str]]) -> list[dict[str, Any]]:
+def _entries(content: str, rejected: list[dict[str, str]]) -> list[Json]:
     """The objects of a reply; a reply that is not the JSON asked for is one rejection."""
     body = re.sub(r"^\s*```\w*|```\s*$", "", content)  # many models fence their JSON whatever they are told
     try:
@@ -226,7 +230,7 @@ def _entries(content: str, rejected: list[dict[str, str]]) -> list[dict[str, Any
         return []
 
 
-def connect(base_url: str) -> Any:
+def connect(base_url: str) -> openai.OpenAI:
     """A client for an OpenAI-compatible endpoint; its key comes from OPENAI_API_KEY.
 
     Raises SetupError when `openai` is not installed or there is no key.
@@ -266,7 +270,7 @@ def add_commands(app: typer.Typer) -> None:
     ) -> None:
         """Write yes/no cue questions: our bank, a published list, or written by a model."""
         chosen = read_published(published) if published else bank()
-        provenance: dict[str, Any] = {}
+        provenance: Json = {}
         if count:
             spec = ModelSpec.parse(model)
             if spec.name is None or spec.url is None or spec.adapter is not None:

@@ -20,12 +20,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from PIL import Image
 
 from x2dfd.errors import SetupError, UnknownName, X2DFDError
-from x2dfd.files import parse_json
+from x2dfd.files import Json, parse_json
 from x2dfd.manifest import Sample, read_manifest
 from x2dfd.progress import progress
 
@@ -51,12 +51,15 @@ def df_class(label: Label, method: str) -> str:
     return "real" if label == "real" else _DF_CLASS.get(re.sub(r"[^a-z0-9]", "", method.lower()), "")
 
 
-def natural(name: str) -> tuple[Any, ...]:
+T = TypeVar("T")
+
+
+def natural(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key under which `9.png` stands before `10.png`, and `seed1128.png` is no error."""
     return (*((0, int(t), "") if t.isdecimal() else (1, 0, t) for t in re.split(r"(\d+)", name)), (2, 0, name))
 
 
-def evenly(items: Sequence[Any], n: int | None) -> list[Any]:
+def evenly(items: Sequence[T], n: int | None) -> list[T]:
     """`n` items spread evenly over all of them, the first and the last among them; all when there are not more."""
     if n is None or n >= len(items):
         return list(items)
@@ -303,7 +306,7 @@ def row(
     name of the folder alone is shared by a real clip and its forgeries.
     """
     video = f"{source}/{label}/{place if path.suffix.lower() in _VIDEOS else place.rpartition('/')[0]}"
-    more: dict[str, Any] = {k: v for k, v in extra.items() if v}
+    more: Json = {k: v for k, v in extra.items() if v}
     if sources:
         more["sources"] = list(sources)
     return Sample(
@@ -430,7 +433,7 @@ def load_json(file: Path) -> Any:
         raise X2DFDError(f"{file}: not a JSON file ({error})") from error
 
 
-def mapping(value: Any, where: str) -> dict[str, Any]:
+def mapping(value: object, where: str) -> Json:
     """The value, if it is a JSON object."""
     if not isinstance(value, dict):
         raise X2DFDError(f"{where}: not an object but {type(value).__name__}")
@@ -574,7 +577,7 @@ def read_datasets(folders: Sequence[Path], images: Path, columns: Columns, *, on
     return read
 
 
-def _said(value: Any, names: Sequence[str] | None, columns: Columns, where: str) -> Label:
+def _said(value: object, names: Sequence[str] | None, columns: Columns, where: str) -> Label:
     """The label that the user gives to a value, by the value itself or by its class name."""
     said = {str(value)}
     if names and isinstance(value, int) and 0 <= value < len(names):
@@ -587,7 +590,7 @@ def _said(value: Any, names: Sequence[str] | None, columns: Columns, where: str)
     return "real" if real else "fake"
 
 
-def _store(image: Mapping[str, Any] | None, folder: Path) -> Path | None:
+def _store(image: Json | None, folder: Path) -> Path | None:
     """Writes a picture's bytes as they are, named by their SHA-256; None when it is none."""
     try:
         data = image and (image["bytes"] or (Path(image["path"]).read_bytes() if image["path"] else None))

@@ -24,13 +24,13 @@ from eval.stats import Measured
 from eval.task import Made, Options, Run, Task
 from eval.tasks import assess, describe, detect, experts, words
 from x2dfd.errors import X2DFDError
-from x2dfd.files import file_sha256, write_bytes, write_text
+from x2dfd.files import Json, file_sha256, write_bytes, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("--", ".", ":!*.md", ":!eval/results")
 """What a result is made from, to git."""
-Result = dict[str, Any]
+Result = Json
 """What `result.json` holds."""
 
 TASKS: dict[str, Task] = {
@@ -162,7 +162,7 @@ def check_clips(samples: Iterable[Sample]) -> None:
 # ---------------------------------------------------------------- where numbers come from
 
 
-def hashes(choice: models.Choice, stated: dict[str, Any]) -> dict[str, Any]:
+def hashes(choice: models.Choice, stated: Json) -> Json:
     """SHA-256 of what gave the answers: base weights, adapter, experts' weights, prompt, calibration; None without."""
     calibration = choice.folder / "calibration.json" if choice.folder else None
     whole = stated | (stated.get("mllm") or {})  # task `experts` states its MLLM apart
@@ -175,7 +175,7 @@ def hashes(choice: models.Choice, stated: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def code_state() -> dict[str, Any] | None:
+def code_state() -> Json | None:
     """Commit, and whether tracked files differ from it; None outside a git checkout.
 
     Documents and result files change no number, and a run must not make the next one dirty: they do not count.

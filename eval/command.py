@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -21,7 +21,7 @@ from eval.stats import Measured
 from eval.task import Options
 from x2dfd import options as load
 from x2dfd.errors import UnknownName, X2DFDError
-from x2dfd.files import file_sha256, write_text
+from x2dfd.files import Json, file_sha256, write_text
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -83,7 +83,7 @@ def bench(
         raise typer.Exit(1)
 
 
-def options(given: dict[str, Any]) -> Options:
+def options(given: Json) -> Options:
     """The options of a run. Raises X2DFDError for what is absent or unknown."""
     missing = [name for name in ("task", "data", "out") if given[name] is None]
     if missing:

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
@@ -133,6 +132,15 @@ def open_model(choice: Choice) -> Opened:
 # ---------------------------------------------------------------- experts without an MLLM
 
 
+@dataclass(frozen=True)
+class Unseen:
+    """Its look at faces, of which it sees nothing."""
+
+    size: int
+    tower_states: None = None
+    tower: None = None
+
+
 class NoMLLM:
     """Stands where the MLLM would: the same number for every face, no text."""
 
@@ -142,8 +150,8 @@ class NoMLLM:
     def __init__(self, logit: float) -> None:
         self._logit = logit
 
-    def look(self, crops: NDArray[np.uint8]) -> SimpleNamespace:
-        return SimpleNamespace(tower_states=None, size=len(crops))
+    def look(self, crops: NDArray[np.uint8]) -> Unseen:
+        return Unseen(len(crops))
 
     def verdict_logits(self, look: object, questions: Sequence[str]) -> NDArray[np.float64]:
         return np.full(len(questions), self._logit)

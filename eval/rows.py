@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from x2dfd.errors import X2DFDError
-from x2dfd.files import file_sha256, write_bytes
+from x2dfd.files import Json, file_sha256, write_bytes
 from x2dfd.manifest import Sample
 
 CHUNK = 32  # samples between two saves
@@ -26,7 +26,7 @@ Pair = tuple[str, str]
 """Area and artifact of a cue."""
 Scores = dict[str, float | None]
 """Expert -> its score of a face, None where it has none."""
-Origin = dict[str, Any]
+Origin = Json
 """The model and the versions that answers state, as JSON."""
 
 
@@ -51,7 +51,7 @@ class SampleRow:
     question: str = ""
     answer: str = ""
     changed: dict[str, Scores | None] = field(default_factory=dict)  # change -> scores, None where the face was lost
-    places: dict[str, dict[str, Any]] = field(default_factory=dict)  # map -> how well it is placed (eval.localisation)
+    places: dict[str, Json] = field(default_factory=dict)  # map -> how well it is placed (eval.localisation)
 
     @classmethod
     def of(cls, sample: Sample) -> Self:
@@ -59,7 +59,7 @@ class SampleRow:
         return cls(sample.id, sha256_of(sample.path))
 
     @classmethod
-    def read(cls, data: dict[str, Any]) -> Self:
+    def read(cls, data: Json) -> Self:
         """From JSON."""
         row = cls(**data)
         row.cues = [(a, k) for a, k in row.cues]
@@ -186,7 +186,7 @@ def _same(new: SampleRow, old: SampleRow, joined: bool) -> bool:
 class Store:
     """Judged rows on disk: parts while a run goes on, `samples.parquet` when it is done."""
 
-    def __init__(self, folder: Path, key: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, key: Json) -> None:
         self.folder, self.key = folder, key
         self.parts, self.table = folder / "parts", folder / "samples.parquet"
         self._next: int | None = None  # number of the next part
@@ -210,7 +210,7 @@ class Store:
 
         With `origin`, of that model; rows without any origin (nothing could be judged in their part) are of all.
         """
-        found: list[tuple[dict[str, Any], list[SampleRow]]] = []
+        found: list[tuple[Json, list[SampleRow]]] = []
         if self.table.is_file():
             table = pq.read_table(self.table)
             head = json.loads((table.schema.metadata or {}).get(b"x2dfd", b"{}"))
@@ -264,7 +264,7 @@ class Store:
             self.add(others.values(), origin)
 
 
-def _pack(sample: Sample, row: SampleRow, base: Path) -> dict[str, Any]:
+def _pack(sample: Sample, row: SampleRow, base: Path) -> Json:
     flat = asdict(row)
     flat |= {f"expert:{name}": value for name, value in flat.pop("experts").items()}
     flat |= {k: json.dumps(flat[k], ensure_ascii=False) for k in _PACKED}
@@ -274,7 +274,7 @@ def _pack(sample: Sample, row: SampleRow, base: Path) -> dict[str, Any]:
     return flat | {"path": sample.path.relative_to(base).as_posix() if inside else sample.path.name}
 
 
-def _unpack(flat: dict[str, Any]) -> SampleRow:
+def _unpack(flat: Json) -> SampleRow:
     row = {k: flat[k] for k in ("id", "sha256", *_NUMBERS, *_TEXTS)} | {k: json.loads(flat[k]) for k in _PACKED}
     return SampleRow.read(
         row | {"experts": {k.removeprefix("expert:"): v for k, v in flat.items() if k.startswith("expert:")}}

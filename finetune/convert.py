@@ -11,7 +11,6 @@ import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from x2dfd.adapter import WEIGHTS, AdapterCard, check_tensors, write_adapter_car
 from x2dfd.errors import SetupError
 from x2dfd.experts import expert_class
 from x2dfd.faces import PREPROCESSING
-from x2dfd.files import file_sha256, write_text
+from x2dfd.files import Json, file_sha256, write_text
 from x2dfd.loading import base_identity, load_processor
 
 OTHERS = "non_lora_trainables.bin"
@@ -52,7 +51,7 @@ def renamed(state: Mapping[str, Tensor], to_hub: bool) -> dict[str, Tensor]:
     return out
 
 
-def hub_settings(settings: Mapping[str, Any], base: str) -> dict[str, Any]:
+def hub_settings(settings: Json, base: str) -> Json:
     """PEFT's settings for the hub's layout. Raises SetupError when a newer key is in use, or a target is foreign to it.
 
     `["q_proj", ...]` would reach into the tower there: the targets become an expression over the language model.
@@ -78,7 +77,7 @@ def hub_settings(settings: Mapping[str, Any], base: str) -> dict[str, Any]:
 
 
 def check_complete(
-    state: Mapping[str, Tensor], others: Mapping[str, Tensor], settings: Mapping[str, Any], layers: int, where: Path
+    state: Mapping[str, Tensor], others: Mapping[str, Tensor], settings: Json, layers: int, where: Path
 ) -> None:
     """Refuse a published adapter that lacks matrices of its targets in any of a base's `layers`, or half its projector.
 
@@ -106,7 +105,7 @@ def check_complete(
         raise SetupError(f"{where.parent / OTHERS} lacks {len(absent)} of 4 tensors of the projector: {absent[0]}")
 
 
-def llava_settings(settings: Mapping[str, Any], base: str) -> dict[str, Any]:
+def llava_settings(settings: Json, base: str) -> Json:
     """PEFT's settings for LLaVA's own code. Raises SetupError for targets that `hub_settings` would not write."""
     start, sign, words = str(settings["target_modules"]).rpartition("(")
     if start != LANGUAGE_LINEARS.rsplit("(", 1)[0] or not sign:
@@ -188,9 +187,9 @@ def to_llava(source: Path, out: Path, *, base: str) -> None:
     (out / f".{OTHERS}").replace(out / OTHERS)
 
 
-def _settings(source: Path) -> dict[str, Any]:
+def _settings(source: Path) -> Json:
     try:
-        found: dict[str, Any] = json.loads((source / SETTINGS).read_text(encoding="utf-8"))
+        found: Json = json.loads((source / SETTINGS).read_text(encoding="utf-8"))
         if found["peft_type"] != "LORA":
             raise SetupError(f"{source / SETTINGS}: {found['peft_type']} is not LORA")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -198,7 +197,7 @@ def _settings(source: Path) -> dict[str, Any]:
     return found
 
 
-def _write(out: Path, state: dict[str, Tensor], settings: dict[str, Any]) -> None:
+def _write(out: Path, state: dict[str, Tensor], settings: Json) -> None:
     from safetensors.torch import save_file
 
     if (out / WEIGHTS).exists():

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -22,8 +23,9 @@ from x2dfd import prompts
 from x2dfd.crops import CropSet
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.explain import named_spans
-from x2dfd.files import write_text
+from x2dfd.files import Json, write_text
 from x2dfd.progress import progress
+from x2dfd.prompts import Processor
 from x2dfd.tower import VIEWS, TowerFeatures, seen_view
 
 IGNORE = -100
@@ -40,7 +42,7 @@ class Conversation:
 
 
 def answer_tokens(
-    processor: Any, question: str, answer: str, turns: Sequence[tuple[str, str]] = ()
+    processor: Processor, question: str, answer: str, turns: Sequence[tuple[str, str]] = ()
 ) -> tuple[list[int], list[int]]:
     """Tokens of the prompt after the picture, and of the last answer with its end.
 
@@ -63,14 +65,14 @@ def answer_tokens(
     return before, ids[len(before) :]
 
 
-def _turns(record: dict[str, Any]) -> tuple[str, list[tuple[str, str]], str]:
+def _turns(record: Json) -> tuple[str, list[tuple[str, str]], str]:
     """First question, the (answer, next question) turns after it, and the last answer."""
     first, *between, answer = (turn["value"] for turn in record["conversations"])
     question = first.removeprefix("<image>").removeprefix("\n")
     return question, list(zip(between[::2], between[1::2], strict=True)), answer
 
 
-def conversation(processor: Any, record: dict[str, Any], label_ids: Sequence[int]) -> Conversation:
+def conversation(processor: Processor, record: Json, label_ids: Sequence[int]) -> Conversation:
     """One record of the instruction set as tokens."""
     question, turns, gpt = _turns(record)
     before, answer = answer_tokens(processor, question, gpt, turns)
@@ -87,7 +89,7 @@ def conversation(processor: Any, record: dict[str, Any], label_ids: Sequence[int
 
 
 def _named_tokens(
-    processor: Any, question: str, answer: str, turns: Sequence[tuple[str, str]], count: int
+    processor: Processor, question: str, answer: str, turns: Sequence[tuple[str, str]], count: int
 ) -> list[int]:
     """Which of an answer's `count` tokens name an area, an artifact or a class; none where offsets are not known."""
     if not processor.tokenizer.is_fast:
@@ -100,7 +102,7 @@ def _named_tokens(
     return [k for k, (a, b) in enumerate(places) if any(a < end and b > start for start, end in spans)]
 
 
-Records = dict[int, list[dict[str, Any]]]
+Records = dict[int, list[Json]]
 """The conversations about each picture, by its row in the manifest's CropSet."""
 
 
@@ -128,20 +130,18 @@ def read_records(instructions: Path, split: str, data: CropSet, left_out: Sequen
     return dict(sorted(by_row.items()))
 
 
-def view_image(data: CropSet, row: int, seed: int) -> Any:
+def view_image(data: CropSet, row: int, seed: int) -> Image.Image:
     """A picture's training view, as a model in use would see it, as a PIL image."""
-    from PIL import Image
-
     return Image.fromarray(seen_view(data.crops[row], seed, row))
 
 
-class Packs(Dataset[dict[str, Any]]):
+class Packs(Dataset[Json]):
     """One item a picture, with all its conversations."""
 
     def __init__(
         self,
         by_row: Records,
-        processor: Any,
+        processor: Processor,
         label_ids: Sequence[int],
         data: CropSet,
         features: TowerFeatures | None,
@@ -165,7 +165,7 @@ class Packs(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, k: int) -> dict[str, Any]:
+    def __getitem__(self, k: int) -> Json:
         row = self.rows[k]
         if self._features is not None:
             pixels = torch.from_numpy(self._features.patches(self._where[row], self._layers))
@@ -178,7 +178,7 @@ class Packs(Dataset[dict[str, Any]]):
 
 @torch.inference_mode()
 def cache_tower(
-    model: Any, processor: Any, data: CropSet, rows: NDArray[np.intp], folder: Path, key: dict[str, Any], seed: int
+    model: Any, processor: Processor, data: CropSet, rows: NDArray[np.intp], folder: Path, key: Json, seed: int
 ) -> TowerFeatures:
     """What a LLaVA's own frozen tower gives for the training views, computed once and kept in 16 bits.
 
@@ -217,7 +217,7 @@ def feature_layers(model: Any) -> tuple[int, ...]:
     return (layers,) if isinstance(layers, int) else tuple(layers)
 
 
-def _image_tokens(processor: Any) -> int:
+def _image_tokens(processor: Processor) -> int:
     side = processor.image_processor.crop_size or processor.image_processor.size
     patches = (side["height"] // processor.patch_size) * (side["width"] // processor.patch_size)
     extra = processor.num_additional_image_tokens
@@ -232,7 +232,7 @@ class Collate:
     verdict_weight: float
     cue_weight: float = 1.0
 
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, items: Sequence[Json]) -> dict[str, Tensor]:
         lengths = [len(i["prefix"]) + sum(len(c.tokens) for c in i["conversations"]) for i in items]
         n, total = len(items), max(lengths)
         ids = torch.full((n, total), self.pad)

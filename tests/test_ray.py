@@ -212,7 +212,8 @@ def test_the_vllm_pipeline_asks_with_the_prompt_of_training(tmp_path: Path, astr
     assert config["engine_kwargs"]["max_lora_rank"] == 16 and config["engine_kwargs"]["tensor_parallel_size"] == 2
     assert "enable_lora" not in VllmScoring("base").config()["engine_kwargs"]
     row = {"id": "a", "crop": astronaut[:224, :224], "question": "Is it? And the clip score is 0.500."}
-    asked = scoring.request(row, Says())
+    says: Any = Says()
+    asked = scoring.request(row, says)
     assert asked["prompt"] == "USER: <image>\nIs it? And the clip score is 0.500. ASSISTANT: This image is"
     assert asked["multimodal_data"]["image"].size == (224, 224) and asked["model"] == str(tmp_path)
     assert asked["id"] == "a" and "crop" not in asked

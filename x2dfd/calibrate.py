@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +22,7 @@ from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import Detector, evidence_of, through_codec
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.experts import Expert, load_expert
+from x2dfd.files import Json
 from x2dfd.manifest import Sample, manifest_sha256
 from x2dfd.model_spec import LoadOptions, ModelSpec
 from x2dfd.opening import load
@@ -191,12 +191,12 @@ def _mllm_threshold(rows: Sequence[Row], fakes: NDArray[np.bool_], share: float)
 
 def _facts(
     result: Calibration, parts: dict[str, dict[str, Floats]], samples: Sequence[Sample], fakes: NDArray[np.bool_]
-) -> dict[str, Any]:
+) -> Json:
     chances = probabilities(result, parts, len(samples))
     said = np.array([result.verdict(float(p)).label for p in chances])
     names = np.array([_bounded_with(s) for s in samples])
 
-    def rates(label: str, rows: NDArray[np.bool_]) -> dict[str, Any]:
+    def rates(label: str, rows: NDArray[np.bool_]) -> Json:
         found = {str(n): said[rows & (names == n)] == label for n in sorted(set(names[rows]))}
         return {n: {"rate": round(float(hits.mean()), 4), "n": len(hits)} for n, hits in found.items()}
 

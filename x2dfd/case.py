@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, TypeGuard, get_args
 
 from x2dfd.answer import LIMITS, NEXT_STEPS, NOT_PROOF
 from x2dfd.errors import SetupError, X2DFDError
@@ -215,7 +215,7 @@ def _comparable(report: Json) -> Json:
     return kept
 
 
-def _differing(where: str, stated: Any, found: Any, *, exactly: bool = False) -> Iterator[tuple[str, str]]:
+def _differing(where: str, stated: object, found: object, *, exactly: bool = False) -> Iterator[tuple[str, str]]:
     """Places at which two plain values differ, each with a line about it.
 
     Numbers may differ by what another batch or processor changes.
@@ -237,11 +237,11 @@ def _differing(where: str, stated: Any, found: Any, *, exactly: bool = False) ->
         yield where, f"{where}: the record states {_short(stated)}, and here it is {_short(found)}"
 
 
-def _number(value: Any) -> bool:
+def _number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value, ensure_ascii=True, default=str)
     return text if len(text) < 100 else f"{text[:96]} …"
 

@@ -13,7 +13,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from threading import Lock
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ from x2dfd.fetch import BASE_NAME
 from x2dfd.files import Json
 from x2dfd.intake import Ready, Seen, Source, found_again, ready, ready_or_failure
 from x2dfd.media import Picture, Video
-from x2dfd.mllm import NOT_FINITE, LanguageModel
+from x2dfd.mllm import NOT_FINITE, LanguageModel, Looked
 from x2dfd.model_spec import Mode
 from x2dfd.texts import readable
 from x2dfd.types import Cue, Evidence, Face, FaceReport, Failure, ModelInfo, Report, Verdict
@@ -65,7 +65,7 @@ class Detector:
         if mode == "calibrated" and calibration is None:
             raise SetupError("this model has no calibration; use mode='paper', or fit one: x2dfd calibrate")
         self.mllm = mllm
-        self._kept: tuple[bytes, Any] | None = None
+        self._kept: tuple[bytes, Looked] | None = None
         self._keeping = Lock()
         self.experts = list(experts)
         self.calibration = calibration
@@ -195,7 +195,7 @@ class Detector:
     # --- the road ---
 
     @contextlib.contextmanager
-    def _look(self, crops: NDArray[np.uint8]) -> Iterator[Any]:
+    def _look(self, crops: NDArray[np.uint8]) -> Iterator[Looked]:
         """The MLLM's look at crops [n, s, s, 3], for the `with` block alone: what is asked of it writes into its cache.
 
         The last look at a single face is kept: verdict, explanation and follow-ups are mostly about the same one, and
@@ -287,7 +287,7 @@ class Detector:
         against = contradictions(text, verdict.label, judged.evidence, cues, verdict.kind)
         return replace(judged, rationale=text, cues=cues, contradictions=against, areas=_areas(face, cues))
 
-    def evidence(self, faces: Sequence[Face], look: Any) -> list[list[Evidence]]:
+    def evidence(self, faces: Sequence[Face], look: Looked) -> list[list[Evidence]]:
         """What each expert says of each face: [face][expert]. The embedded model's pass of the tower serves them."""
         ours = self.info.base["name"] == BASE_NAME
         return evidence_of(self.experts, faces, Shared(look.tower_states, look.tower or "") if ours else None)
@@ -303,7 +303,7 @@ class Detector:
     def _questions(self, evidence: Sequence[Sequence[Evidence]]) -> list[str]:
         return [self._question(said) for said in evidence]
 
-    def _mllm_logits(self, look: Any, questions: Sequence[str]) -> NDArray[np.float64]:
+    def _mllm_logits(self, look: Looked, questions: Sequence[str]) -> NDArray[np.float64]:
         """Logit of fake against real: [n]. Raises InputError when one is not finite: that is no verdict."""
         logits = self.mllm.verdict_logits(look, questions)
         if not np.isfinite(logits).all():

@@ -38,7 +38,7 @@ def parse_json(text: str | bytes) -> Any:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> Json:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -53,7 +53,7 @@ def _bounded_int(digits: str) -> int:
     return int(digits)
 
 
-def _check_depth(value: Any) -> None:
+def _check_depth(value: object) -> None:
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         level = [
@@ -67,7 +67,7 @@ def _check_depth(value: Any) -> None:
     raise ValueError("it is nested too deeply")
 
 
-def check_fields(kind: Any, data: Any) -> None:
+def check_fields(kind: Any, data: object) -> None:
     """Raises ValueError, with the place, unless plain values out of a file fit the dataclass `kind`.
 
     They have its fields and no others, each of its type; a list stands for a tuple, and numbers are finite.
@@ -87,7 +87,7 @@ def check_fields(kind: Any, data: Any) -> None:
 _types = cache(get_type_hints)
 
 
-def _check_type(value: Any, wanted: Any, where: str) -> None:
+def _check_type(value: object, wanted: Any, where: str) -> None:
     origin, inside = get_origin(wanted), get_args(wanted)
     if origin in (Union, UnionType):
         if not any(_fits(value, one) for one in inside):
@@ -111,7 +111,7 @@ def _check_type(value: Any, wanted: Any, where: str) -> None:
         raise ValueError(f"{where!r} is no {wanted.__name__} but {_short(value)}")
 
 
-def _fits(value: Any, wanted: Any) -> bool:
+def _fits(value: object, wanted: Any) -> bool:
     try:
         _check_type(value, wanted, "")
     except ValueError:
@@ -119,12 +119,12 @@ def _fits(value: Any, wanted: Any) -> bool:
     return True
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def bad_rate(data: Any, names: Collection[str], where: str = "") -> str | None:
+def bad_rate(data: object, names: Collection[str], where: str = "") -> str | None:
     """The place of the first value under one of `names`, at any depth, that is no rate.
 
     A rate is a number from 0 to 1, two of them in order as its interval, or None where there is none.
@@ -148,7 +148,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def json_sha256(value: Any) -> str:
+def json_sha256(value: object) -> str:
     """SHA-256 of plain values, in hexadecimal: the same whatever the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 

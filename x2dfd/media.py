@@ -22,12 +22,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from PIL import Image
 
 from x2dfd.animations import MOVING, load_animation
 from x2dfd.errors import InputError, one_file
+from x2dfd.files import Json
 from x2dfd.sniffing import MAX_BYTES, MAX_PIXELS, MIN_SIDE, check_bytes, sniff
 from x2dfd.stills import MAX_REDUCED_PIXELS, Picture, decode, from_image, open_image
 from x2dfd.video import MAX_VIDEO_FRAMES, Frame, Video, load_video
@@ -90,7 +91,7 @@ def load_picture(source: Source) -> Picture:
             return replace(picture, file=_file_facts(file, path) | picture.file)
 
 
-def media_summary(media: Picture | Video) -> dict[str, Any]:
+def media_summary(media: Picture | Video) -> Json:
     """What `Report.media` holds: kind, format, width, height, n_frames, notes; for a video also duration, which
     frames were sampled, and how many were asked for.
 
@@ -102,7 +103,7 @@ def media_summary(media: Picture | Video) -> dict[str, Any]:
     else:
         height, width = media.height, media.width
         kind = "video"
-    summary: dict[str, Any] = {
+    summary: Json = {
         "kind": kind,
         "format": media.format,
         "width": width,
@@ -150,11 +151,11 @@ def _open(source: str | Path | bytes) -> Iterator[tuple[BinaryIO, str | None]]:
         yield file, path
 
 
-def _file_facts(file: BinaryIO, path: str | None) -> dict[str, Any]:
+def _file_facts(file: BinaryIO, path: str | None) -> Json:
     if path is None:
         return {"bytes": file.seek(0, os.SEEK_END)}
     info = os.fstat(file.fileno())
-    facts: dict[str, Any] = {"bytes": info.st_size}
+    facts: Json = {"bytes": info.st_size}
     with contextlib.suppress(OverflowError, ValueError, OSError):  # before year 1 or after 9999: no date at all
         facts["modified"] = datetime.fromtimestamp(int(info.st_mtime), UTC).isoformat()
     return facts

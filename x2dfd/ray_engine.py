@@ -10,15 +10,16 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.files import Json
 from x2dfd.model_spec import LoadOptions, ModelSpec
-from x2dfd.stores import detect_places
+from x2dfd.stores import Judging, detect_places
 from x2dfd.types import Failure, ModelInfo, Report
 
 if TYPE_CHECKING:
@@ -34,14 +35,14 @@ BLOCKS = 1024  # parts of a dataset at most: a part's rows arrive together
 class Judge:
     """What an actor does: loads a detector once, judges batches of paths."""
 
-    def __init__(self, model: ModelSpec, options: LoadOptions, judging: Mapping[str, Any]) -> None:
+    def __init__(self, model: ModelSpec, options: LoadOptions, judging: Judging) -> None:
         """`judging`: options of Detector.detect_many."""
         import x2dfd
 
         self._detector = x2dfd.load(model, **options)
-        self._judging = dict(judging)
+        self._judging = judging
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+    def __call__(self, batch: Json) -> dict[str, list[str]]:
         places = [_place(bytes(raw)) for one in batch["places"] for raw in one]
         results = detect_places(self._detector, places, **self._judging)
         return {"result": [json.dumps(r.to_dict(), allow_nan=False) for r in results]}
@@ -99,20 +100,21 @@ class RayDetector:
         return found
 
     def detect_many(
-        self, places: Iterable[Place], *, batch_size: int = 8, **judging: Any
+        self, places: Iterable[Place], *, batch_size: int = 8, rationale: bool = True, frames: int = 32
     ) -> Iterator[Report | Failure]:
         """As Detector.detect_many, in the order of the places. Raises X2DFDError when a batch fails for good."""
         source = iter(places)
         while part := list(islice(source, self.window)):
-            yield from self._window(part, batch_size, judging)
+            yield from self._window(part, {"batch_size": batch_size, "rationale": rationale, "frames": frames})
 
-    def _window(self, places: list[Place], batch_size: int, judging: Mapping[str, Any]) -> Iterator[Report | Failure]:
+    def _window(self, places: list[Place], judging: Judging) -> Iterator[Report | Failure]:
         data = self._ray.data
         context = data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         context.raise_original_map_exception = True  # or a wrong model's one line comes wrapped in Ray's own error
         # A row is a batch, so that a face stands beside the same ones as in the local runner.
+        batch_size = judging["batch_size"]
         raw = [_raw(place) for place in places]
         rows = [{"places": raw[k : k + batch_size]} for k in range(0, len(raw), batch_size)]
         at_once = max(1, min(AHEAD, len(rows) // self._actors))  # of few, every actor gets some
@@ -122,7 +124,7 @@ class RayDetector:
             warnings.simplefilter("ignore", DeprecationWarning)
             judged = dataset.map_batches(
                 self._judge,
-                fn_constructor_args=(self._model, self._options, {**judging, "batch_size": batch_size}),
+                fn_constructor_args=(self._model, self._options, judging),
                 batch_size=at_once,
                 compute=data.ActorPoolStrategy(size=self._actors),
                 **self._resources,

@@ -8,7 +8,6 @@ log-probabilities of one token. Whole reports, with faces, experts and rationale
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ import numpy as np
 
 from x2dfd import prompts
 from x2dfd.errors import InputError, SetupError, X2DFDError
+from x2dfd.files import Json
+from x2dfd.prompts import Processor
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,9 @@ class VllmScoring:
         except (OSError, ValueError, KeyError) as error:
             raise SetupError(f"{path} cannot be read ({error}); make it: python -m finetune.split") from error
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Json:
         """The arguments of ray.data.llm.vLLMEngineProcessorConfig."""
-        engine: dict[str, Any] = {
+        engine: Json = {
             "max_model_len": self.max_tokens,
             "tensor_parallel_size": self.gpus,
             "gpu_memory_utilization": self.memory,
@@ -77,7 +78,7 @@ class VllmScoring:
             "prepare_multimodal_stage": False,
         }
 
-    def request(self, row: Mapping[str, Any], base_processor: Any) -> dict[str, Any]:
+    def request(self, row: Json, base_processor: Processor) -> Json:
         """A row with `crop` [224, 224, 3] and optionally `question` as the engine's input; other columns stay."""
         from PIL import Image
 
@@ -116,7 +117,7 @@ _ENGINES_OWN = (
 )  # fmt: skip
 
 
-def _scored(row: Mapping[str, Any], labels: tuple[int, int]) -> dict[str, Any]:
+def _scored(row: Json, labels: tuple[int, int]) -> Json:
     """The engine's row with P(fake) in place of what the engine said; None and the reason where no label is there."""
     kept = {key: value for key, value in row.items() if key not in _ENGINES_OWN}
     try:
@@ -125,7 +126,7 @@ def _scored(row: Mapping[str, Any], labels: tuple[int, int]) -> dict[str, Any]:
         return kept | {"p_fake": None, "reason": error.code}
 
 
-def p_fake(row: Mapping[str, Any], labels: tuple[int, int]) -> float:
+def p_fake(row: Json, labels: tuple[int, int]) -> float:
     """P(fake) from the log-probabilities of the first token; `labels` are the tokens of real and fake.
 
     A label that is not among those listed counts as the least likely of them, as with a served model. Raises InputError

@@ -23,7 +23,7 @@ from x2dfd.crops import CropSet
 from x2dfd.degrade import CODEC, DEGRADE_VERSION, codec, degrade
 from x2dfd.errors import SetupError
 from x2dfd.fetch import require
-from x2dfd.files import file_sha256, write_text
+from x2dfd.files import Json, file_sha256, write_text
 from x2dfd.progress import progress
 from x2dfd.types import Face
 
@@ -204,7 +204,7 @@ def cached_features(
         digest.update(data.samples[i].id.encode() + b"\n")
         digest.update(data.crops[i].data)
     base = file_sha256(require("base") / "model.safetensors")
-    made_by: dict[str, Any] = {"seed": seed, **VIEWS, "base": base}
+    made_by: Json = {"seed": seed, **VIEWS, "base": base}
     made_by["additions"] = additions_sha256(read_additions(additions)) if additions else None
     key = {"samples": digest.hexdigest(), "layers": layers, "keep": list(keep), **made_by}
     state_file = folder / "progress.json"
@@ -231,7 +231,7 @@ def quick_in_16_bits(device: str) -> bool:
     return device == "cuda" or bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def _memmap(path: Path, resume: bool, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.float16]]:
+def _memmap(path: Path, resume: bool, shape: tuple[int, ...]) -> np.memmap[tuple[int, ...], np.dtype[np.float16]]:
     if resume:
         return np.lib.format.open_memmap(path, "r+")
     return np.lib.format.open_memmap(path, "w+", np.float16, shape)

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -40,7 +39,7 @@ from x2dfd.detector import Detector, through_codec, versions
 from x2dfd.errors import InputError, SetupError
 from x2dfd.experts import BUILTIN, Expert, ask, load_expert
 from x2dfd.faces import find_faces
-from x2dfd.files import file_sha256
+from x2dfd.files import Json, file_sha256
 from x2dfd.manifest import Sample
 from x2dfd.media import load_picture
 from x2dfd.types import Evidence, Face, Verdict
@@ -225,7 +224,7 @@ def judge(
     faces = through_codec(found)
     scores: list[Scores] = [{SHARPNESS: sharpness(face.crop)} for face in faces]
     notes: list[dict[str, str]] = [{} for _ in faces]
-    maps: list[dict[str, Any]] = [{} for _ in faces]
+    maps: list[Json] = [{} for _ in faces]
     if panel.whole:
         for at in range(0, len(found), batch_size):
             own, _ = panel.whole.judge_faces(found[at : at + batch_size])

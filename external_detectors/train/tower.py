@@ -50,7 +50,7 @@ from x2dfd.crops import CropSet, load_crops
 from x2dfd.degrade import CODEC, codec, video_codec
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.faces import PREPROCESSING
-from x2dfd.files import file_sha256
+from x2dfd.files import Json, file_sha256
 from x2dfd.manifest import Sample, manifest_sha256
 from x2dfd.tower import HEAD_LAYERS, LORA_B, clip_pixels, load_tower, quick_in_16_bits
 from x2dfd.types import ARTIFACTS, Card
@@ -327,7 +327,7 @@ def _allowed(pictures: Pictures) -> Tensor:
 
 def _learn(
     net: Net, pictures: Pictures, settings: Settings, state: Path, workers: int, checks: int
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> tuple[dict[str, Tensor], Json]:
     """Train until the clock ends it; returns the best average of the trained weights and its figures."""
     place = training_device()
     net = net.to(place)
@@ -397,9 +397,9 @@ def _better(
     average: dict[str, Tensor],
     pictures: Pictures,
     step: int,
-    best: dict[str, Any],
+    best: Json,
     state: Path,
-) -> dict[str, Any]:
+) -> Json:
     """Score the average on the held-out pictures, and keep it as `average-STEP.safetensors`."""
     now = {n: p.detach().clone() for n, p in trained.items()}
     _put(trained, average)
@@ -439,7 +439,7 @@ def seen_by(net: Net, pictures: Pictures, rows: Sequence[tuple[int, int]]) -> Se
     return Seen(*(torch.cat(list(column)) for column in zip(*found, strict=True)))
 
 
-def cue_threshold(net: Net, pictures: Pictures) -> dict[str, Any]:
+def cue_threshold(net: Net, pictures: Pictures) -> Json:
     """The probability from which a cue is named: it has the best F1 over cues on forgeries that training did not see.
 
     Those of split `calib`, which data_gen forge keeps for such a choice; 0.5 where there are none.
@@ -478,7 +478,7 @@ def _save(
     settings: Settings,
     spent: float,
     step: int,
-    best: dict[str, Any],
+    best: Json,
     trained: dict[str, nn.Parameter],
     average: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
@@ -498,7 +498,7 @@ def _resume(
     trained: dict[str, nn.Parameter],
     average: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
-) -> tuple[float, int, dict[str, Any]]:
+) -> tuple[float, int, Json]:
     """Seconds spent, steps done and the best so far. Raises X2DFDError for the state of another run."""
     from safetensors import safe_open
 

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -52,7 +52,7 @@ from x2dfd.assessment.rank import (
 from x2dfd.assessment.report import Assessment, chart, read_assessment, strong_cues, table
 from x2dfd.errors import X2DFDError
 from x2dfd.experts import cards
-from x2dfd.files import write_text
+from x2dfd.files import Json, write_text
 from x2dfd.manifest import manifest_sha256
 from x2dfd.model_spec import LoadOptions, ModelSpec
 
@@ -184,12 +184,12 @@ def _entry(questions: Sequence[CueQuestion], columns: list[int], p_yes: Floats, 
     )
 
 
-def _beside_random(ours: Sequence[Finding], unrelated: Sequence[Finding], k: int) -> dict[str, Any] | None:
+def _beside_random(ours: Sequence[Finding], unrelated: Sequence[Finding], k: int) -> Json | None:
     """Cue questions and unrelated ones, fake against real; of both the same share is called best."""
     if not unrelated:
         return None
 
-    def figures(of: Sequence[Finding]) -> dict[str, Any]:
+    def figures(of: Sequence[Finding]) -> Json:
         aucs = np.array([np.nan if f.overall.auc is None else f.overall.auc for f in of])
         best = max(1, round(len(of) * k / len(ours)))
         return {

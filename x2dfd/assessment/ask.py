@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from x2dfd.errors import X2DFDError
+from x2dfd.files import Json
 from x2dfd.progress import progress
 from x2dfd.types import Cue
 
@@ -107,7 +108,7 @@ _SCHEMA = pa.schema(
         ("said", pa.list_(pa.string())),
     ]
 )
-_Row = dict[str, Any]
+_Row = Json
 
 
 def _save_rows(path: Path, rows: Sequence[_Row], key: dict[str, str]) -> None:
