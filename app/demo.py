@@ -255,6 +255,170 @@ def _draw(macro: str, *values: object) -> str:
 # --- the page ---
 
 
+class Models:
+    """The page's list of models, each loaded when it is first asked for."""
+
+    def __init__(self, name: str, detector: Judge, others: Mapping[str, Callable[[], Judge]]) -> None:
+        self.names = [name, *others]
+        self._loaded, self._loaders = {name: detector}, others
+
+    def __getitem__(self, asked: str) -> Judge:
+        """Raises X2DFDError when the model cannot be loaded."""
+        if asked not in self._loaded:
+            self._loaded[asked] = self._loaders[asked]()
+        return self._loaded[asked]
+
+
+class Widgets:
+    """What stands on the page. Made inside of `gr.Blocks`."""
+
+    def __init__(self, names: Sequence[str], examples: Sequence[tuple[str, Path]], sends_to: str) -> None:
+        self.case = gr.State(None, time_to_live=KEEP_S)
+        self.turns = gr.State([], time_to_live=KEEP_S)
+        gr.HTML(_draw("head", sends_to))
+        with gr.Row():
+            with gr.Column(scale=3, min_width=320):
+                self._left(names, examples)
+            with gr.Column(scale=2, min_width=320, elem_classes="talk"):
+                self._right()
+
+    def _left(self, names: Sequence[str], examples: Sequence[tuple[str, Path]]) -> None:
+        """The file, the verdict and what it rests on."""
+        self.models = gr.Dropdown(list(names), value=names[0], label="Model", filterable=False, visible=len(names) > 1)
+        self.upload = gr.File(label="A photo or a short video (up to 30 MB)", height=170)
+        self.tries: list[gr.Button] = []
+        if examples:
+            with gr.Row():
+                self.tries = [gr.Button(caption, size="sm", icon=str(file)) for caption, file in examples]
+        self.verdict = gr.HTML(js_on_load=LIVE)
+        with gr.Row(visible=False) as self.downloads:
+            self.as_html = gr.DownloadButton("Download the report (HTML)", size="sm")
+            self.as_json = gr.DownloadButton("Download the record (JSON)", size="sm")
+        self.pick = gr.Dropdown(label="Several faces: pick the one to look at", filterable=False, visible=False)
+        self.live = gr.HTML(elem_classes="live")
+        self.stop = gr.Button("Stop writing", size="sm", visible=False)
+        self.panel = gr.HTML()
+
+    def _right(self) -> None:
+        """The conversation."""
+        self.chat = gr.Chatbot(
+            label="Ask about the result", height=400, allow_tags=False, render_markdown=False, buttons=["copy"],
+            feedback_options=None, allow_file_downloads=False, placeholder=FIRST,
+        )  # fmt: skip
+        with gr.Row():
+            self.asks = [gr.Button(text, size="sm", min_width=150, interactive=False) for text in SUGGESTIONS]
+        with gr.Row(elem_classes="ask"):
+            self.question = gr.Textbox(
+                label="Your question", max_length=MAX_QUESTION, scale=4, min_width=180, interactive=False
+            )
+            self.send = gr.Button("Ask", variant="primary", scale=1, min_width=80, interactive=False)
+
+    @property
+    def shown(self) -> list[gr.components.Component | gr.Row]:
+        """What a judged file changes, in the order of `Acts.show`."""
+        return [
+            self.case, self.turns, self.verdict, self.pick, self.panel, self.downloads, self.as_html, self.as_json,
+            self.chat, self.question, self.send, *self.asks, self.live, self.stop,
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Acts:
+    """What the page does. Each returns the new values of widgets."""
+
+    models: Models
+    cache: str  # where Gradio keeps files to download
+
+    def show(
+        self,
+        new: Case | None,
+        told: str,
+        files: Sequence[str | None] = (None, None),
+        ready: bool = False,
+        first: str = FIRST,
+    ) -> tuple[object, ...]:
+        """The values of `Widgets.shown`; any new file starts a new conversation."""
+        faces = choices(new.report) if new else []
+        decider = new.face(None) if new else None
+        ask_now = ready and bool(faces)
+        if new is not None:
+            first = SOON if not ready else "Ask about this result." if faces else NOTHING
+        return (
+            new, [], told,
+            gr.Dropdown(choices=faces, value=decider.index if decider else None, visible=len(faces) > 1),
+            face_panel(new, None) if new else "",
+            gr.Row(visible=ready), *files,
+            gr.Chatbot(value=[], placeholder=first),
+            gr.Textbox(value="", interactive=ask_now),
+            *(gr.Button(interactive=ask_now) for _ in range(1 + len(SUGGESTIONS))),
+            "", gr.Button(visible=new is not None and new.stage == "writing"),
+        )  # fmt: skip
+
+    def finished(self, done: Case) -> tuple[object, ...]:
+        """The same with its reports to download."""
+        pixels = open_case(done.report, done.file)[1]
+        files = [
+            processing_utils.save_bytes_to_cache(data.encode(), f"x2dfd-report.{kind}", self.cache)
+            for kind, data in (
+                ("html", render([done.report], [pixels])), ("case.json", case_record.dumps([done.report]))
+            )
+        ]  # fmt: skip
+        return self.show(done, card(done.report), files, ready=True)
+
+    def take(self, file: str, asked: str) -> Iterator[tuple[object, ...]]:
+        """The verdict at once, then its explanation as it is written."""
+        yield (waiting := self.show(None, _draw("waiting"), first=SOON))
+        try:
+            judging = self.models[asked]
+            quick = judge(judging, file, rationale=False)
+        except X2DFDError as error:  # not here, or the server that it runs on is gone
+            yield self.show(None, _draw("trouble", str(error)))
+            return
+        if isinstance(quick, Failure):
+            yield self.show(None, card(quick))
+            return
+        opened = replace(open_case(quick, file)[0], model=asked, stage="writing" if quick.faces else "done")
+        yield self.show(opened, card(quick))
+        try:
+            for said in explaining(judging, quick, file) if quick.faces else (quick,):
+                if isinstance(said, str):
+                    yield (*[gr.skip()] * (len(waiting) - 2), _draw("live", said), gr.skip())
+                else:
+                    yield self.finished(replace(opened, report=said, stage="done"))
+        except X2DFDError as error:
+            if isinstance(error, InputError) and error.code == "not_found":  # deleted meanwhile
+                yield self.show(None, card(Failure(quick.path, quick.sha256, error.code, error.reason)))
+            else:  # the verdict stands without the text
+                yield self.finished(replace(opened, stage="stopped", why=str(error)))
+
+    def end(self, now: Case | None) -> tuple[object, ...]:
+        """After `Stop`: the verdict stands, without the explanation."""
+        return self.finished(replace(now, stage="stopped")) if now else self.show(None, "")
+
+    def ask(
+        self, text: str, now: Case | None, index: int | None, said: list[dict[str, str]]
+    ) -> Iterator[tuple[object, ...]]:
+        text = text.strip()[:MAX_QUESTION]
+        if now is None or not text:
+            yield said, said, ""
+            return
+        # The chatbot draws even plain text as HTML: an <img> in it would be fetched by the visitor's browser.
+        said = [*said, {"role": "user", "content": escape(text)}]
+        yield said, said, ""
+        said = [*said, {"role": "assistant", "content": escape(answer(self.models[now.model], now, index, text))}]
+        yield said, said, ""
+
+    def judge_file(self, file: str | None) -> Json:
+        """The endpoint for programs; it asks the first model of the list."""
+        if file is None:
+            raise gr.Error("No file was sent.", print_exception=False)
+        try:
+            judged = judge(self.models[self.models.names[0]], file)
+        except X2DFDError as error:  # the server of the model is gone
+            raise gr.Error(str(error), print_exception=False) from error
+        return replace(judged, path=None).to_dict()  # clients download whatever has a "path"
+
+
 def build(
     detector: Judge,
     examples: Sequence[tuple[str, Path]] = (),
@@ -268,179 +432,42 @@ def build(
     `name` is the detector's in the list of models; `others` in that list are loaded when a visitor picks them. The
     endpoint for programs asks `detector`. `sends_to`: the server that gets face crops, which the page has to say.
     """
-    loaded: dict[str, Judge] = {name: detector}
-    loaders = dict(others or {})
-
-    def model_of(asked: str) -> Judge:
-        """Raises X2DFDError when the model cannot be loaded."""
-        if asked not in loaded:
-            loaded[asked] = loaders[asked]()
-        return loaded[asked]
-
+    models = Models(name, detector, others or {})
     with gr.Blocks(title="Deepfake check (x2dfd)", analytics_enabled=False, delete_cache=(600, KEEP_S)) as page:
-        case = gr.State(None, time_to_live=KEEP_S)
-        turns = gr.State([], time_to_live=KEEP_S)
-        gr.HTML(_draw("head", sends_to))
-        with gr.Row():
-            with gr.Column(scale=3, min_width=320):
-                models = gr.Dropdown(
-                    [name, *loaders], value=name, label="Model", filterable=False, visible=bool(loaders)
-                )
-                upload = gr.File(label="A photo or a short video (up to 30 MB)", height=170)
-                tries = []
-                if examples:
-                    with gr.Row():
-                        tries = [gr.Button(caption, size="sm", icon=str(file)) for caption, file in examples]
-                verdict = gr.HTML(js_on_load=LIVE)
-                with gr.Row(visible=False) as downloads:
-                    as_html = gr.DownloadButton("Download the report (HTML)", size="sm")
-                    as_json = gr.DownloadButton("Download the record (JSON)", size="sm")
-                pick = gr.Dropdown(label="Several faces: pick the one to look at", filterable=False, visible=False)
-                live = gr.HTML(elem_classes="live")
-                stop = gr.Button("Stop writing", size="sm", visible=False)
-                panel = gr.HTML()
-            with gr.Column(scale=2, min_width=320, elem_classes="talk"):
-                chat = gr.Chatbot(
-                    label="Ask about the result", height=400, allow_tags=False, render_markdown=False, buttons=["copy"],
-                    feedback_options=None, allow_file_downloads=False, placeholder=FIRST,
-                )  # fmt: skip
-                with gr.Row():
-                    asks = [gr.Button(text, size="sm", min_width=150, interactive=False) for text in SUGGESTIONS]
-                with gr.Row(elem_classes="ask"):
-                    question = gr.Textbox(
-                        label="Your question", max_length=MAX_QUESTION, scale=4, min_width=180, interactive=False
-                    )
-                    send = gr.Button("Ask", variant="primary", scale=1, min_width=80, interactive=False)
-
-        shown = [
-            case,
-            turns,
-            verdict,
-            pick,
-            panel,
-            downloads,
-            as_html,
-            as_json,
-            chat,
-            question,
-            send,
-            *asks,
-            live,
-            stop,
-        ]
-
-        def show(
-            new: Case | None,
-            told: str,
-            files: Sequence[str | None] = (None, None),
-            ready: bool = False,
-            first: str = FIRST,
-        ) -> tuple[object, ...]:
-            """The values of `shown`; any new file starts a new conversation."""
-            faces = choices(new.report) if new else []
-            decider = new.face(None) if new else None
-            ask_now = ready and bool(faces)
-            if new is not None:
-                first = SOON if not ready else "Ask about this result." if faces else NOTHING
-            return (
-                new, [], told,
-                gr.Dropdown(choices=faces, value=decider.index if decider else None, visible=len(faces) > 1),
-                face_panel(new, None) if new else "",
-                gr.Row(visible=ready), *files,
-                gr.Chatbot(value=[], placeholder=first),
-                gr.Textbox(value="", interactive=ask_now), *(gr.Button(interactive=ask_now) for _ in (send, *asks)),
-                "", gr.Button(visible=new is not None and new.stage == "writing"),
-            )  # fmt: skip
-
-        def finished(done: Case) -> tuple[object, ...]:
-            """The same with its reports to download."""
-            pixels = open_case(done.report, done.file)[1]
-            files = [
-                processing_utils.save_bytes_to_cache(data.encode(), f"x2dfd-report.{kind}", page.GRADIO_CACHE)
-                for kind, data in (
-                    ("html", render([done.report], [pixels])), ("case.json", case_record.dumps([done.report]))
-                )
-            ]  # fmt: skip
-            return show(done, card(done.report), files, ready=True)
-
-        def take(file: str, asked: str) -> Iterator[tuple[object, ...]]:
-            """The verdict at once, then its explanation as it is written."""
-            yield show(None, _draw("waiting"), first=SOON)
-            try:
-                judging = model_of(asked)
-                quick = judge(judging, file, rationale=False)
-            except X2DFDError as error:  # not here, or the server that it runs on is gone
-                yield show(None, _draw("trouble", str(error)))
-                return
-            if isinstance(quick, Failure):
-                yield show(None, card(quick))
-                return
-            opened = replace(open_case(quick, file)[0], model=asked, stage="writing" if quick.faces else "done")
-            yield show(opened, card(quick))
-            try:
-                for said in explaining(judging, quick, file) if quick.faces else (quick,):
-                    if isinstance(said, str):
-                        yield (*[gr.skip()] * (len(shown) - 2), _draw("live", said), gr.skip())
-                    else:
-                        yield finished(replace(opened, report=said, stage="done"))
-            except X2DFDError as error:
-                if isinstance(error, InputError) and error.code == "not_found":  # deleted meanwhile
-                    yield show(None, card(Failure(quick.path, quick.sha256, error.code, error.reason)))
-                else:  # the verdict stands without the text
-                    yield finished(replace(opened, stage="stopped", why=str(error)))
-
-        def end(now: Case | None) -> tuple[object, ...]:
-            """After `Stop`: the verdict stands, without the explanation."""
-            return finished(replace(now, stage="stopped")) if now else show(None, "")
-
-        def ask(
-            text: str, now: Case | None, index: int | None, said: list[dict[str, str]]
-        ) -> Iterator[tuple[object, ...]]:
-            text = text.strip()[:MAX_QUESTION]
-            if now is None or not text:
-                yield said, said, ""
-                return
-            # The chatbot draws even plain text as HTML: an <img> in it would be fetched by the visitor's browser.
-            said = [*said, {"role": "user", "content": escape(text)}]
-            yield said, said, ""
-            said = [*said, {"role": "assistant", "content": escape(answer(model_of(now.model), now, index, text))}]
-            yield said, said, ""
-
-        # One model, one request at a time, whichever button it comes from.
-        model: Json = {"concurrency_id": "model", "concurrency_limit": 1}
-        inner: Json = {"api_visibility": "private", "show_progress_on": verdict}
-        writing = [upload.upload(take, [upload, models], shown, trigger_mode="always_last", **inner, **model)]
-        upload.clear(lambda: show(None, ""), None, shown, queue=False, api_visibility="private")
-        for button, (_, file) in zip(tries, examples, strict=True):
-            writing.append(button.click(take, [gr.State(str(file)), models], shown, **inner, **model))
-            button.click(lambda: None, None, upload, queue=False, api_visibility="private")
-        stop.click(end, case, shown, cancels=writing, queue=False, api_visibility="private")
-        pick.input(
-            lambda now, index: face_panel(now, index) if now else "", [case, pick], panel, api_visibility="private"
-        )
-        for trigger, source in ((send.click, question), (question.submit, question), *((b.click, b) for b in asks)):
-            trigger(
-                ask, [source, case, pick, turns], [chat, turns, question], show_progress_on=chat,
-                api_visibility="private", **model,
-            )  # fmt: skip
-        chat.clear(lambda: [], None, turns, queue=False, api_visibility="private")
-
-        def judge_file(file: str | None) -> Json:
-            if file is None:
-                raise gr.Error("No file was sent.", print_exception=False)
-            try:
-                judged = judge(detector, file)
-            except X2DFDError as error:  # the server of the model is gone
-                raise gr.Error(str(error), print_exception=False) from error
-            return replace(judged, path=None).to_dict()  # clients download whatever has a "path"
-
-        answer_json = gr.JSON(visible=False)
-        gr.Button(visible=False).click(
-            judge_file, upload, answer_json, api_name="judge", **model,
-            api_description="Judge one photo or short video; returns the report as `x2dfd detect --json` prints it.",
-        )  # fmt: skip
+        _connect(Widgets(models.names, examples, sends_to), Acts(models, page.GRADIO_CACHE), examples)
     page.queue(max_size=MAX_QUEUE, default_concurrency_limit=1)
     return page
+
+
+def _connect(on: Widgets, acts: Acts, examples: Sequence[tuple[str, Path]]) -> None:
+    """Which act follows on what a visitor does."""
+    # One model, one request at a time, whichever button it comes from.
+    model: Json = {"concurrency_id": "model", "concurrency_limit": 1}
+    inner: Json = {"api_visibility": "private", "show_progress_on": on.verdict}
+    quick: Json = {"queue": False, "api_visibility": "private"}
+    shown = on.shown
+    writing = [on.upload.upload(acts.take, [on.upload, on.models], shown, trigger_mode="always_last", **inner, **model)]
+    on.upload.clear(lambda: acts.show(None, ""), None, shown, **quick)
+    for button, (_, file) in zip(on.tries, examples, strict=True):
+        writing.append(button.click(acts.take, [gr.State(str(file)), on.models], shown, **inner, **model))
+        button.click(lambda: None, None, on.upload, **quick)
+    on.stop.click(acts.end, on.case, shown, cancels=writing, **quick)
+    on.pick.input(
+        lambda now, index: face_panel(now, index) if now else "",
+        [on.case, on.pick], on.panel, api_visibility="private",
+    )  # fmt: skip
+    for trigger, source in (
+        (on.send.click, on.question), (on.question.submit, on.question), *((b.click, b) for b in on.asks),
+    ):  # fmt: skip
+        trigger(
+            acts.ask, [source, on.case, on.pick, on.turns], [on.chat, on.turns, on.question],
+            show_progress_on=on.chat, api_visibility="private", **model,
+        )  # fmt: skip
+    on.chat.clear(lambda: [], None, on.turns, **quick)
+    gr.Button(visible=False).click(
+        acts.judge_file, on.upload, gr.JSON(visible=False), api_name="judge", **model,
+        api_description="Judge one photo or short video; returns the report as `x2dfd detect --json` prints it.",
+    )  # fmt: skip
 
 
 def launch(
