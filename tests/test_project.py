@@ -167,6 +167,33 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+SOURCE = ("x2dfd", "data_gen", "finetune", "external_detectors", "eval", "app", "benchmarks")
+LONGEST_FUNCTION, LONGEST_FILE, MOST_ANY = 80, 600, 150
+
+
+def test_functions_and_files_stay_short() -> None:
+    """Bug prevented: a function or a file that nobody reads whole grows by a line at a time."""
+    long: list[str] = []
+    for path in (p for p in tree() if p.suffix == ".py" and p.relative_to(ROOT).parts[0] in SOURCE):
+        text, name = path.read_text("utf-8"), path.relative_to(ROOT).as_posix()
+        if (lines := text.count("\n")) > LONGEST_FILE:
+            long.append(f"{name}: {lines} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > LONGEST_FUNCTION:
+                    long.append(f"{name}: {node.name}, {lines} lines")
+    assert not long
+
+
+def test_values_have_types() -> None:
+    """Bug prevented: what crosses from room to room is checked by nobody, one `Any` at a time."""
+    rooms = set(SOURCE) - {"benchmarks"}
+    paths = [p for p in tree() if p.suffix == ".py" and p.relative_to(ROOT).parts[0] in rooms]
+    lines = [line for path in paths for line in path.read_text("utf-8").splitlines()]
+    assert sum(bool(re.search(r"\bAny\b", line)) for line in lines) < MOST_ANY
+
+
 def test_wheel_installs_the_two_packages_and_nothing_else(wheel: Path) -> None:
     """Bug prevented: a package named `eval`, `app` or `tests` lands in a user's site-packages."""
     with zipfile.ZipFile(wheel) as archive:

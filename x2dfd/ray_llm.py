@@ -2,7 +2,7 @@
 
 Prompts are rendered here, by the base's own processor, as in training; the engine gets text and picture, and gives the
 log-probabilities of one token. Whole reports, with faces, experts and rationale, come from `x2dfd detect --engine ray
---served URL`. docs/ray.md holds the recipe. Nothing here needs vLLM or Ray until `processor` is called.
+--model NAME@URL`. docs/ray.md holds the recipe. Nothing here needs vLLM or Ray until `processor` is called.
 """
 
 from __future__ import annotations
