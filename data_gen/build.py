@@ -30,7 +30,7 @@ from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import through_codec
 from x2dfd.errors import X2DFDError
 from x2dfd.experts import DEFAULT, Expert, Shared, load_expert
-from x2dfd.files import Json, file_sha256, write_text
+from x2dfd.files import Json, file_sha256, whole, write_text
 from x2dfd.manifest import Sample
 from x2dfd.progress import progress
 from x2dfd.tower import HEAD_LAYERS, VIEWS, TowerFeatures, cached_features, training_rows, view_face
@@ -227,9 +227,8 @@ def _write_parquet(path: Path, records: Sequence[Json]) -> None:
         {**r, "cues": json.dumps(r["cues"]), "scores": json.dumps(r["scores"]), "pointed": json.dumps(r["pointed"])}
         for r in records
     ]
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(pa.Table.from_pylist(flat), temporary)
-    temporary.replace(path)
+    with whole(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(flat), temporary)
 
 
 def _card(records: Sequence[Json], config: BuildConfig, out: Path) -> Json:

@@ -25,6 +25,7 @@ from data_gen.readers import (
 from data_gen.saved_sets import Columns, read_datasets
 from x2dfd.errors import X2DFDError
 from x2dfd.manifest import write_manifest
+from x2dfd.options import names
 
 # --- commands -------------------------------------------------------------------------------------------------------
 
@@ -198,7 +199,7 @@ def ffpp(
     allow_missing: AllowMissing = False,
 ) -> None:
     """FaceForensics++ with its own splits, which keep a pair and both of its sources together."""
-    chosen = [m for m in methods.split(",") if m]
+    chosen = names(methods)
     _write(
         out,
         lambda: read_ffpp(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from data_gen.forge import FORGE_VERSION, HARMLESS, LATENT, METHODS, Forgery, Ph
 from data_gen.harmless import through_video
 from x2dfd.errors import InputError, UnknownName, X2DFDError
 from x2dfd.faces import Array, find_faces
-from x2dfd.files import Json, file_sha256, write_text
+from x2dfd.files import Json, file_sha256, write_bytes, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest, write_manifest
 from x2dfd.media import load_picture
 from x2dfd.progress import progress
@@ -152,9 +151,7 @@ def save_jpeg(path: Path, pixels: NDArray[np.uint8], quality: int) -> str:
     ok, data = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
     if not ok:
         raise X2DFDError(f"could not encode {path.name}")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(data.tobytes())
-    os.replace(temporary, path)
+    write_bytes(path, data.tobytes())
     return hashlib.sha256(data.tobytes()).hexdigest()
 
 

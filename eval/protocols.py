@@ -42,6 +42,7 @@ from x2dfd.cli import run_command
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.files import Json, write_bytes, write_text
 from x2dfd.manifest import Sample, manifest_sha256, write_manifest
+from x2dfd.options import names
 
 FRAMES = 32
 """Frames a clip in DeepfakeBench and DF40; fewer or more are other numbers."""
@@ -112,11 +113,11 @@ class Compat:
     @classmethod
     def parse(cls, text: str) -> Compat:
         """`clips,frames`; raises UnknownName."""
-        names = [n for n in text.split(",") if n]
-        for name in names:
+        chosen = names(text)
+        for name in chosen:
             if name not in cls.__dataclass_fields__:
                 raise UnknownName("quirk", name, cls.__dataclass_fields__)
-        return cls(**dict.fromkeys(names, True))
+        return cls(**dict.fromkeys(chosen, True))
 
 
 CORRECT = Compat()
@@ -402,7 +403,7 @@ def write(
     if protocol.sets and indices is None and name != "ffpp":
         raise X2DFDError(f"{name} is read from index files: give --indices and --root")
     if (protocol.sets and indices is not None) or name == "df40-p4":
-        chosen = [s for s in sets.split(",") if s]
+        chosen = names(sets)
         found = index_sets(
             protocol, indices or Path("."), roots, sets=chosen, frames=frames, compression=compression, compat=quirks,
             allow_missing=allow_missing,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from x2dfd.cli import run_command
+from x2dfd.options import names
 
 _EPILOG = """Examples:\n
   python -m finetune --config finetune/embedded.yaml\n
@@ -58,7 +59,7 @@ def convert(
     if to not in ("hub", "llava"):
         raise UnknownName("layout", to, ("hub", "llava"))
     if to == "hub":
-        to_hub(source, out, base=base, frame=frame, experts=tuple(n for n in experts.split(",") if n))
+        to_hub(source, out, base=base, frame=frame, experts=names(experts))
     else:
         to_llava(source, out, base=base)
     print(out)

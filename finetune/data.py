@@ -23,10 +23,10 @@ from x2dfd import prompts
 from x2dfd.crops import CropSet
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.explain import named_spans
-from x2dfd.files import Json, write_text
+from x2dfd.files import Json
 from x2dfd.progress import progress
 from x2dfd.prompts import Processor
-from x2dfd.tower import VIEWS, TowerFeatures, seen_view
+from x2dfd.tower import VIEWS, CachedArray, TowerFeatures, seen_view
 
 IGNORE = -100
 
@@ -186,15 +186,11 @@ def cache_tower(
     """
     layers = feature_layers(model)
     made_by = {"seed": seed, **VIEWS}
-    key = json.loads(json.dumps({**key, "rows": [int(r) for r in rows], "layers": layers, **made_by}))
-    folder.mkdir(parents=True, exist_ok=True)
-    state_file, path = folder / "progress.json", folder / "patches.npy"
-    state = json.loads(state_file.read_text()) if state_file.is_file() else {}
-    done = state["done"] if state.get("key") == key else 0
-    patches = np.lib.format.open_memmap(path, "r+") if done else None
+    key = {**key, "rows": [int(r) for r in rows], "layers": layers, **made_by}
+    cache, patches = CachedArray(folder, "patches.npy", key), None
     tower, class_token = model.model.vision_tower, model.config.vision_feature_select_strategy == "default"
     here = next(tower.parameters())
-    for at in progress(range(done, len(rows)), "tower features"):
+    for at in progress(range(cache.done, len(rows)), "tower features"):
         if here.numel() == 0:
             raise X2DFDError("under ZeRO-3 the tower is in pieces: fill cached_features in a run without it first")
         image = view_image(data, int(rows[at]), seed)
@@ -202,13 +198,11 @@ def cache_tower(
         states = tower(pixels, output_hidden_states=True).hidden_states
         found = torch.cat([states[k][:, int(class_token) :] for k in layers])  # [layers, patches, hidden]
         if patches is None:
-            patches = np.lib.format.open_memmap(path, "w+", np.float16, (len(rows), *found.shape))
+            patches = cache.open((len(rows), *found.shape))
         patches[at] = found.half().cpu().numpy()
         if at % 64 == 63 or at + 1 == len(rows):
-            patches.flush()
-            write_text(state_file, json.dumps({"key": key, "done": at + 1}))
-    assert patches is not None
-    return TowerFeatures(rows, patches, layers, class_token=False)
+            cache.save(patches, at + 1)
+    return TowerFeatures(rows, cache.open(()) if patches is None else patches, layers, class_token=False)
 
 
 def feature_layers(model: Any) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ from x2dfd.crops import CropSet, load_crops
 from x2dfd.errors import X2DFDError
 from x2dfd.experts import expert_class, read_card
 from x2dfd.faces import PREPROCESSING
-from x2dfd.files import Json, file_sha256, write_text
+from x2dfd.files import Json, file_sha256, whole, write_text
 from x2dfd.loading import base_identity
 from x2dfd.model_spec import ModelSpec
 from x2dfd.opening import load
@@ -285,9 +285,8 @@ def _last_checkpoint(work: Path, config: FinetuneConfig) -> str | None:
 
 def _to_half(path: Path) -> None:
     state = load_file(path)
-    temporary = path.with_suffix(".tmp")
-    save_file({k: v.half().contiguous() for k, v in state.items()}, temporary, {"format": "pt"})
-    temporary.replace(path)
+    with whole(path) as temporary:
+        save_file({k: v.half().contiguous() for k, v in state.items()}, temporary, {"format": "pt"})
 
 
 def _data_card(config: FinetuneConfig) -> Json:

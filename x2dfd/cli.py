@@ -179,7 +179,7 @@ def detect(
             loading=options.load_options(mode, device, dtype, bits, device_map, threads),
             out=out,
             report=report,
-            remote=[store for store in remote.split(",") if store],
+            remote=options.names(remote),
             part=part,
             parts=parts,
             actors=actors if engine is Engine.ray else None,
@@ -357,7 +357,7 @@ def calibrate(
     """Fit the probability and the range without an answer, the last step of a training."""
     from x2dfd.calibrate import calibrate as run
 
-    names = None if experts is None else [name for name in experts.split(",") if name]
+    names = None if experts is None else options.names(experts)
     fitted = run(
         model,
         data,

@@ -15,7 +15,6 @@ import itertools
 import json
 import math
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Literal, TextIO, cast
 
 from x2dfd.errors import X2DFDError
-from x2dfd.files import Json, check_fields, parse_json
+from x2dfd.files import Json, check_fields, parse_json, write_text
 from x2dfd.stores import is_address
 from x2dfd.types import DF_CLASSES, Cue
 
@@ -100,16 +99,7 @@ def write_manifest(path: str | os.PathLike[str], rows: Iterable[Sample | Json]) 
     file = Path(os.path.abspath(path))
     records = [_record(r, file.parent) if isinstance(r, Sample) else dict(r) for r in rows]
     _check(file, enumerate(records, start=1))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            out.writelines(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_text(file, "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records))
 
 
 def manifest_sha256(path: str | os.PathLike[str]) -> str:

@@ -42,6 +42,11 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, metavar="N", he
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
 
 
+def names(text: str | None) -> tuple[str, ...]:
+    """The names of an option that lists them with commas."""
+    return tuple(name for part in (text or "").split(",") if (name := part.strip()))
+
+
 def load_options(
     mode: Mode | None = None,
     device: str | None = None,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x2dfd.errors import X2DFDError
-from x2dfd.files import Json
+from x2dfd.files import Json, whole
 from x2dfd.stores import sha256_of
 from x2dfd.types import Failure, Report
 
@@ -130,15 +129,10 @@ class Rows:
     def finish(self) -> None:
         """Write the table whole, this run's files first and in their order, and remove the working file."""
         self.save()
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        writer = _write_jsonl if self.path.suffix == ".jsonl" else _write_parquet
         with self._guard():
-            try:
-                writer = _write_jsonl if self.path.suffix == ".jsonl" else _write_parquet
+            with whole(self.path) as temporary:
                 writer(temporary, self._in_order())
-                os.replace(temporary, self.path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
             self.close()
             for name in ("", "-journal"):
                 self.work.with_name(self.work.name + name).unlink(missing_ok=True)

@@ -38,6 +38,7 @@ from x2dfd.faces import PREPROCESSING
 from x2dfd.fetch import require
 from x2dfd.files import Json
 from x2dfd.manifest import manifest_sha256
+from x2dfd.options import names
 from x2dfd.types import ARTIFACTS, Card
 
 IMAGENET = "EfficientNet-Lite0 of ImageNet, Apache-2.0"
@@ -62,7 +63,7 @@ def consistency(
 
     torch.manual_seed(seed)
     crops = load_crops(data, workers)
-    held_out = tuple(m for m in hold_out.split(",") if m)
+    held_out = names(hold_out)
     truth = LocalTruth(crops, held_out)
     net = ConsistencyNet()
     before = read_card(start / "consistency.card.json") if start else None

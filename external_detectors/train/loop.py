@@ -20,7 +20,7 @@ from torch import Tensor
 from x2dfd.degrade import degrade
 from x2dfd.errors import X2DFDError
 from x2dfd.experts import read_card
-from x2dfd.files import Json
+from x2dfd.files import Json, whole
 from x2dfd.manifest import Sample
 
 EXAMPLE = "Example:\n\n  python -m external_detectors.train {}"
@@ -138,9 +138,8 @@ def checkpoint(
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{k}": v for k, v in state.items()}
     tensors["generator"] = torch.get_rng_state()
-    temporary = path.with_suffix(".tmp")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"step": str(step), "run": run})
-    temporary.replace(path)
+    with whole(path) as temporary:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"step": str(step), "run": run})
 
 
 def restore(path: Path, run: str, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> int:
@@ -249,10 +248,8 @@ def _keep_better(best: Path, step: int, net: torch.nn.Module, check: Callable[[t
             before: Json = json.loads(stream.metadata()["figures"])
         if before.get("worst") is not None and before["worst"] > (figures.get("worst") or 0.0):
             return before
-    temporary = best.with_suffix(".tmp")
-    tensors = {k: v.contiguous() for k, v in net.state_dict().items()}
-    save_file(tensors, temporary, {"figures": json.dumps(figures)})
-    temporary.replace(best)
+    with whole(best) as temporary:
+        save_file({k: v.contiguous() for k, v in net.state_dict().items()}, temporary, {"figures": json.dumps(figures)})
     return figures
 
 

@@ -50,8 +50,9 @@ from x2dfd.crops import CropSet, load_crops
 from x2dfd.degrade import CODEC, codec, video_codec
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.faces import PREPROCESSING
-from x2dfd.files import Json, file_sha256
+from x2dfd.files import Json, file_sha256, whole
 from x2dfd.manifest import Sample, manifest_sha256
+from x2dfd.options import names
 from x2dfd.tower import HEAD_LAYERS, LORA_B, clip_pixels, load_tower, quick_in_16_bits
 from x2dfd.types import ARTIFACTS, Card
 
@@ -271,7 +272,7 @@ def tower(
 ) -> None:
     """The forensic tower: real or fake, kind of fake, cues and map from one pass."""
     sets = [load_crops(path, crop_workers) for path in data]
-    left_out = tuple(name for name in leave_out.split(",") if name)
+    left_out = names(leave_out)
     pictures = Pictures(sets, left_out, seed)
     settings = Settings(
         tuple(manifest_sha256(path) for path in data),
@@ -488,8 +489,8 @@ def _save(
     for number, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{k}": v for k, v in values.items()}
     metadata = {"run": json.dumps(asdict(settings)), "spent": str(spent), "step": str(step), "best": json.dumps(best)}
-    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path.with_suffix(".part"), metadata)
-    path.with_suffix(".part").replace(path)
+    with whole(path) as temporary:
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
 
 
 def _resume(

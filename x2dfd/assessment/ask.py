@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from x2dfd.errors import X2DFDError
-from x2dfd.files import Json
+from x2dfd.files import Json, whole
 from x2dfd.progress import progress
 from x2dfd.types import Cue
 
@@ -112,10 +111,9 @@ _Row = Json
 
 
 def _save_rows(path: Path, rows: Sequence[_Row], key: dict[str, str]) -> None:
-    temporary = path.with_suffix(".tmp")
     table = pa.Table.from_pylist(list(rows), schema=_SCHEMA.with_metadata(key))
-    pq.write_table(table, temporary, use_dictionary=["said"])
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        pq.write_table(table, temporary, use_dictionary=["said"])
 
 
 def _saved_rows(out: Path, key: dict[str, str]) -> dict[str, _Row]:
