@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from x2dfd.types import Face
 
 ROOT = Path(__file__).resolve().parents[1]
 INSTALLED = ("x2dfd", "external_detectors")
+SOURCE = ("x2dfd", "data_gen", "finetune", "external_detectors", "eval", "app", "benchmarks")
 CHECKOUT_ONLY = ("data_gen", "finetune", "eval", "app", "benchmarks", "examples", "experiments", "tests")
 HEAVY = {
     "torch", "numpy", "PIL", "cv2", "av", "transformers", "peft", "accelerate", "pyarrow", "pandas", "scipy", "onnx",
@@ -147,27 +149,31 @@ def test_rooms_import_what_the_table_allows() -> None:
     assert outlived == set(), "no exceptions any more: take them off the list"
 
 
-# --- wheel ----------------------------------------------------------------------------------------------------------
+def modules_imported(path: Path) -> set[str]:
+    """Names that a module imports when it is imported itself, or for its types: not inside of functions."""
+    found: set[str] = set()
+    todo: list[ast.AST] = [ast.parse(path.read_text("utf-8"))]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Module | ast.If | ast.Try):
+            todo += node.body
+    return found
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built offline from a copy: a build in the checkout would pick up stale files from build/."""
-    source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
-        shutil.copy(ROOT / name, source)
-    for room in (*INSTALLED, *CHECKOUT_ONLY):
-        shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
-    out = tmp_path_factory.mktemp("wheel")
-    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-index", "--no-build-isolation"]
-    command = [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", str(out), str(source)]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    [path] = out.glob("*.whl")
-    return path
+def test_no_module_needs_itself() -> None:
+    """Bug prevented: two modules that need each other, so that neither can be read, tested or moved alone."""
+    paths = {
+        path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
+        for path in tree()
+        if path.suffix == ".py" and path.name != "__init__.py" and path.relative_to(ROOT).parts[0] in SOURCE
+    }
+    TopologicalSorter({name: modules_imported(path) & paths.keys() for name, path in paths.items()}).prepare()
 
 
-SOURCE = ("x2dfd", "data_gen", "finetune", "external_detectors", "eval", "app", "benchmarks")
 LONGEST_FUNCTION, LONGEST_FILE, MOST_ANY = 80, 600, 150
 
 
@@ -192,6 +198,26 @@ def test_values_have_types() -> None:
     paths = [p for p in tree() if p.suffix == ".py" and p.relative_to(ROOT).parts[0] in rooms]
     lines = [line for path in paths for line in path.read_text("utf-8").splitlines()]
     assert sum(bool(re.search(r"\bAny\b", line)) for line in lines) < MOST_ANY
+
+
+# --- wheel ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built offline from a copy: a build in the checkout would pick up stale files from build/."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, source)
+    for room in (*INSTALLED, *CHECKOUT_ONLY):
+        shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
+    out = tmp_path_factory.mktemp("wheel")
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-index", "--no-build-isolation"]
+    command = [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", str(out), str(source)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    [path] = out.glob("*.whl")
+    return path
 
 
 def test_wheel_installs_the_two_packages_and_nothing_else(wheel: Path) -> None:
