@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from x2dfd.errors import X2DFDError
 from x2dfd.files import Json, whole
 from x2dfd.progress import progress
+from x2dfd.row_parts import RowParts
 from x2dfd.types import Cue
 
 if TYPE_CHECKING:
@@ -110,24 +111,16 @@ _SCHEMA = pa.schema(
 _Row = Json
 
 
-def _save_rows(path: Path, rows: Sequence[_Row], key: dict[str, str]) -> None:
-    table = pa.Table.from_pylist(list(rows), schema=_SCHEMA.with_metadata(key))
-    with whole(path) as temporary:
-        pq.write_table(table, temporary, use_dictionary=["said"])
-
-
-def _saved_rows(out: Path, key: dict[str, str]) -> dict[str, _Row]:
+def _saved_rows(out: Path, parts: RowParts, key: dict[str, str]) -> dict[str, _Row]:
     """Answers of earlier runs in `out`, by image id."""
-    rows: dict[str, _Row] = {}
-    for file in [out / "answers.parquet", *sorted((out / "answers.parts").glob("*.parquet"))]:
-        if not file.is_file():
-            continue
-        table = pq.read_table(file)
-        metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
-        if any(metadata.get(k) != v for k, v in key.items()):
-            raise X2DFDError(f"{out} holds answers of another model or to other questions; choose another --out")
-        rows.update({r["id"]: r for r in table.to_pylist()})
-    return rows
+    found = list(parts)
+    if (finished := out / "answers.parquet").is_file():
+        table = pq.read_table(finished)
+        head = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+        found.insert(0, ({k: head.get(k) for k in key}, table.to_pylist()))
+    if any(head != key for head, _ in found):
+        raise X2DFDError(f"{out} holds answers of another model or to other questions; choose another --out")
+    return {row["id"]: row for _, rows in found for row in rows}
 
 
 def _ask(model: Answerer, crop: NDArray[np.uint8], texts: Sequence[str]) -> tuple[list[float], list[str]]:
@@ -148,10 +141,9 @@ def ask_all(
     model: Answerer, data: CropSet, chosen: Sequence[int], texts: Sequence[str], out: Path, show: bool
 ) -> list[_Row]:
     """Answers for the chosen images, in their order; what an earlier run saved is not asked again."""
-    parts = out / "answers.parts"
-    parts.mkdir(parents=True, exist_ok=True)
+    parts = RowParts(out / "answers.parts")
     key = {"model": model.name, "questions": json.dumps(list(texts), ensure_ascii=False)}
-    saved = _saved_rows(out, key)
+    saved = _saved_rows(out, parts, key)
     known = {
         s.id: saved[s.id]
         for i, s in enumerate(data.samples)
@@ -164,19 +156,18 @@ def ask_all(
             raise X2DFDError(f"{out} holds answers of another model named {model.name!r}; choose another --out")
     todo = [i for i in chosen if data.samples[i].id not in known]
     fresh: list[_Row] = []
-    number = len(list(parts.glob("*.parquet")))
     for done, i in enumerate(progress(todo, "asking") if show else todo, start=1):
         p_yes, said = _ask(model, data.crops[i], texts)
         fresh.append({"id": data.samples[i].id, "crop_sha256": _sha256(data, i), "p_yes": p_yes, "said": said})
         if len(fresh) == PART or done == len(todo):
-            _save_rows(parts / f"{number:06d}.parquet", fresh, key)
+            parts.add(key, fresh)
             known.update({r["id"]: r for r in fresh})
-            number, fresh = number + 1, []
+            fresh = []
     # Answers beyond the chosen images stay: a smaller --limit must not throw hours away.
-    _save_rows(out / "answers.parquet", [known[s.id] for s in data.samples if s.id in known], key)
-    for file in parts.glob("*"):
-        file.unlink()
-    parts.rmdir()
+    rows = [known[s.id] for s in data.samples if s.id in known]
+    with whole(out / "answers.parquet") as file:
+        pq.write_table(pa.Table.from_pylist(rows, _SCHEMA.with_metadata(key)), file, use_dictionary=["said"])
+    parts.clear()
     return [known[data.samples[i].id] for i in chosen]
 
 
