@@ -38,16 +38,15 @@ def listed(models: Sequence[str] = (), **loading: Unpack[LoadOptions]) -> dict[s
     Raises SetupError when these do not fit together.
     """
     specs = [ModelSpec.parse(model) for model in models]
-    if any(spec.embedded for spec in specs):
-        raise SetupError("embedded is on the list anyway: name only the other models")
-    hosts = {spec.host for spec in specs}
-    if len(hosts) > 1:
+    if len({spec.host for spec in specs if not spec.embedded}) > 1:
         raise SetupError("models of one list stand on this machine, or at one endpoint")
     found: dict[str, Callable[[], Detector]] = {
         f"{spec.name} at {spec.host}" if spec.host else text: partial(x2dfd.load, spec, **loading)
         for text, spec in zip(models, specs, strict=True)
     }
-    return found | {"embedded": x2dfd.load}
+    if "embedded" not in found:  # beside others it is loaded as it comes
+        found["embedded"] = x2dfd.load if models else partial(x2dfd.load, **loading)
+    return found
 
 
 def run(
@@ -77,7 +76,7 @@ def run(
         os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(folder) / "uploads"))
         page = build(
             detector, make_examples(Path(folder)), name=name, others=dict(others),
-            sends_to=ModelSpec.parse(models[0]).host if models else "",
+            sends_to=next(filter(None, (ModelSpec.parse(model).host for model in models)), ""),
         )  # fmt: skip
         print(f"open http://{host}:{port} in a browser; Ctrl+C stops it", file=sys.stderr)
         try:

@@ -481,7 +481,8 @@ def test_the_list_holds_adapters_or_what_an_endpoint_serves(monkeypatch: pytest.
         None, ModelSpec(adapter=Path("one")), ModelSpec(adapter=Path("two")), None, ModelSpec.parse(served), None,
     ]  # fmt: skip
     assert asked[4][1] == {"device": "cpu"}
-    for wrong in (["one", served], ["embedded"], [served, "m@http://127.0.0.1:10/v1"]):
+    assert list(command.listed(["embedded", "one"])) == ["embedded", "one"]
+    for wrong in (["one", served], [served, "m@http://127.0.0.1:10/v1"]):
         with pytest.raises(SetupError):
             command.listed(wrong)
 
