@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
@@ -10,12 +9,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack, get_args
+from typing import TYPE_CHECKING, Annotated, Unpack
+
+import typer
 
 import x2dfd
 from app.guard import LOOPBACK
-from x2dfd.errors import SetupError, X2DFDError
-from x2dfd.model_spec import Bits, Dtype, LoadOptions, Mode, ModelSpec
+from x2dfd import options
+from x2dfd.cli import run_command
+from x2dfd.errors import SetupError
+from x2dfd.model_spec import LoadOptions, ModelSpec
 
 if TYPE_CHECKING:
     from x2dfd.detector import Detector
@@ -85,44 +88,37 @@ def run(
             raise SetupError(f"cannot listen on {host}:{port} ({error}); give another port with --port") from error
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m app",
-        description="Upload a photo or a short video, see the verdict and its reasons, ask about it.",
-        epilog="examples: python -m app    python -m app --model build/adapter --port 8000    "
-        "python -m app --model x2dfd@http://localhost:8000/v1+DIR",
-    )
-    parser.add_argument(
-        "--model", metavar="SPEC", action="append", default=[],
-        help="embedded (the default), an adapter directory, hub:NAME, hub:NAME+DIR, NAME@http://HOST/v1 or "
-        "NAME@http://HOST/v1+DIR; given again, visitors can pick one of them. An endpoint gets the cut-out faces; its "
-        "key is read from OPENAI_API_KEY",
-    )  # fmt: skip
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; by default CUDA, where there is one")
-    parser.add_argument("--dtype", choices=get_args(Dtype), help="of the MLLM")
-    parser.add_argument("--bits", type=int, choices=get_args(Bits), help="read a large MLLM's weights in so many bits")
-    parser.add_argument("--device-map", metavar="auto", help="spread a large MLLM over all GPUs")
-    parser.add_argument("--mode", choices=get_args(Mode), help="paper: the MLLM's own P(fake)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: 7860)")
-    parser.add_argument("--root-path", default="", metavar="/PATH", help="the path under which a proxy shows the page")
-    parser.add_argument(
-        "--name", action="append", default=[], metavar="HOST",
-        help="a host name by which browsers call the page, as behind a proxy; others are then refused",
-    )  # fmt: skip
-    given = parser.parse_args()
-    loading: LoadOptions = {
-        "mode": given.mode, "device": given.device, "dtype": given.dtype, "bits": given.bits,
-        "device_map": given.device_map,
-    }  # fmt: skip
-    try:
-        run(
-            given.model, given.host, given.port, loading=loading, root_path=given.root_path, names=given.name,
-        )  # fmt: skip
-    except X2DFDError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+EPILOG = """\b
+Examples:
+  python -m app --model build/adapter --port 8000
+  python -m app --model x2dfd@http://localhost:8000/v1+DIR
+"""
+
+
+def command(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SPEC", help=f"{options.MODEL_HELP} Given again, visitors can pick one of them."),
+    ] = None,
+    mode: options.ModeOption = None,
+    device: options.Device = None,
+    dtype: options.DtypeOption = None,
+    bits: options.BitsOption = None,
+    device_map: options.DeviceMap = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine only.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 7860,
+    root_path: Annotated[str, typer.Option(metavar="/PATH", help="The path under which a proxy shows the page.")] = "",
+    name: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST", help="A host name by which browsers call the page, as behind a proxy; others are refused."
+        ),
+    ] = None,
+) -> None:
+    """Upload a photo or a short video, see the verdict and its reasons, ask about it."""
+    loading = options.load_options(mode, device, dtype, bits, device_map)
+    run(model or [], host, port, loading=loading, root_path=root_path, names=name or ())
 
 
 if __name__ == "__main__":
-    main()
+    run_command(command, EPILOG)

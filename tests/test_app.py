@@ -31,6 +31,7 @@ import app.__main__ as command
 from app import demo
 from x2dfd import case as case_record
 from x2dfd import follow_up
+from x2dfd.cli import run_command
 from x2dfd.errors import InputError, SetupError
 from x2dfd.html_report import UNCOUNTED
 from x2dfd.media import load_media, media_summary
@@ -890,11 +891,11 @@ def test_taken_port_is_said_plainly(detector: FakeDetector, folder: Path, monkey
 def test_command_ends_with_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A model that is not fetched must not end in a traceback."""
 
-    def load(model: Path | None = None) -> None:
+    def load(**_: object) -> None:
         raise SetupError("the base is not here: x2dfd fetch")
 
     monkeypatch.setattr("x2dfd.load", load)
     monkeypatch.setattr(sys, "argv", ["app", "--port", "1"])
     with pytest.raises(SystemExit) as stop:
-        command.main()
+        run_command(command.command)
     assert stop.value.code == 1 and capsys.readouterr().err == "error: the base is not here: x2dfd fetch\n"

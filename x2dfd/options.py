@@ -8,15 +8,11 @@ import typer
 
 from x2dfd.model_spec import Bits, Dtype, LoadOptions, Mode
 
-Model = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        metavar="SPEC",
-        help="embedded, an adapter directory, hub:NAME, hub:NAME+DIR, NAME@http://HOST/v1 or NAME@http://HOST/v1+DIR. "
-        "An endpoint gets the face crops; its key is read from OPENAI_API_KEY.",
-    ),
-]
+MODEL_HELP = (
+    "embedded, an adapter directory, hub:NAME, hub:NAME+DIR, NAME@http://HOST/v1 or NAME@http://HOST/v1+DIR. "
+    "An endpoint gets the face crops; its key is read from OPENAI_API_KEY."
+)
+Model = Annotated[str, typer.Option("--model", metavar="SPEC", help=MODEL_HELP)]
 ModeOption = Annotated[
     Mode | None,
     typer.Option(
