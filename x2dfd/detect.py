@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 BATCHES = 16  # at a time: within them the next is decoded while one is judged; bounds the kept rows in memory
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
-    """The options of a run. Raises typer.BadParameter where two of them contradict each other."""
+    """The options of a run, and what follows from them. Raises typer.BadParameter where two of them contradict each other."""
 
     paths: Sequence[Path]
     manifest: Path | None  # in place of the paths
@@ -58,8 +58,6 @@ class Run:
     rationale: bool = True
     frames: int = 32
     batch_size: int = 8
-    pipes: frozenset[Path] = field(default=frozenset(), init=False)
-    absent: dict[Path, Failure] = field(default_factory=dict, init=False)  # paths where nothing is
 
     def __post_init__(self) -> None:
         if bool(self.paths) == (self.manifest is not None):
@@ -74,19 +72,17 @@ class Run:
             if self.out.suffix not in (".parquet", ".jsonl"):
                 raise typer.BadParameter(f"{self.out} ends in neither .parquet nor .jsonl", param_hint="--out")
             if self.parts > 1:
-                shard = self.out.with_suffix(f".{self.part}-of-{self.parts}{self.out.suffix}")
-                object.__setattr__(self, "out", shard)
+                self.out = self.out.with_suffix(f".{self.part}-of-{self.parts}{self.out.suffix}")
         for option, target in (("--report", self.report), ("--out", self.out)):
             if target is not None and (target.is_dir() or not os.access(target.parent, os.W_OK)):
                 raise typer.BadParameter(f"{target} cannot be written", param_hint=option)
         from x2dfd.stores import is_pipe
 
-        pipes = frozenset(path for path in self.paths if is_pipe(path))
-        if pipes and self.actors is not None:
+        self.pipes = {path for path in self.paths if is_pipe(path)}
+        if self.pipes and self.actors is not None:
             raise typer.BadParameter("actors cannot read this command's pipes", param_hint="--engine")
-        absent = {p: _absence(p) for p in self.paths if p not in pipes and not os.path.lexists(p)}
-        object.__setattr__(self, "pipes", pipes)
-        object.__setattr__(self, "absent", absent)
+        # Paths where nothing is: for them alone, no model is loaded.
+        self.absent = {p: _absence(p) for p in self.paths if p not in self.pipes and not os.path.lexists(p)}
 
     @property
     def pdf(self) -> Path | None:
