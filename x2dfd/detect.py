@@ -42,7 +42,7 @@ BATCHES = 16  # at a time: within them the next is decoded while one is judged; 
 
 @dataclass
 class Run:
-    """The options of a run, and what follows from them. Raises typer.BadParameter where two of them contradict each other."""
+    """The options of a run. Raises typer.BadParameter where two of them contradict each other."""
 
     paths: Sequence[Path]
     manifest: Path | None  # in place of the paths
