@@ -25,6 +25,7 @@ from app.pieces import STRIP, THUMB, Case, Progress, card, choices, curve, draw,
 from x2dfd import case as case_record
 from x2dfd.answer import told
 from x2dfd.errors import InputError, X2DFDError
+from x2dfd.files import Json
 from x2dfd.follow_up import checked, from_report
 from x2dfd.html_report import render
 from x2dfd.media import Frame, Video, load_media
@@ -236,7 +237,8 @@ class _Parts:
 
 
 def _lay_out(examples: Sequence[tuple[str, Path]], models: Sequence[str], sends_to: str) -> _Parts:
-    case, turns, rows = (gr.State(empty, time_to_live=KEEP_S) for empty in (None, [], []))
+    case = gr.State(None, time_to_live=KEEP_S)
+    turns, rows = gr.State([], time_to_live=KEEP_S), gr.State([], time_to_live=KEEP_S)
     # Gradio's own look for what stands in HTML draws buttons and tables of its kind, bold and boxed.
     pickable: dict[str, Any] = {"js_on_load": PICK, "elem_classes": "live", "apply_default_css": False}
     gr.HTML(draw("head", sends_to))
@@ -498,7 +500,7 @@ def build(
             )  # fmt: skip
         p.chat.clear(lambda: [], None, p.turns, queue=False, **private)
 
-        def judge_file(file: str | None) -> dict[str, Any]:
+        def judge_file(file: str | None) -> Json:
             if file is None:
                 raise gr.Error("No file was sent.", print_exception=False)
             try:

@@ -109,7 +109,7 @@ def scorers(recipe: bool) -> dict[str, tuple[Score, float]]:
         def number(faces: Sequence[Face]) -> Floats:
             look = mllm.look(np.stack([f.crop for f in faces]))
             asked = [
-                prompts.verdict_question(said, detector.facts["score_form"]) for said in detector.evidence(faces, look)
+                prompts.verdict_question(said, detector.info.score_form) for said in detector.evidence(faces, look)
             ]
             return np.asarray(mllm.verdict_logits(look, asked))
 

@@ -26,7 +26,7 @@ from x2dfd import serve  # noqa: E402
 class Stub:
     """Judges bytes by their length."""
 
-    facts: dict[str, Any] = StubDetector().facts
+    info = StubDetector().info
 
     def detect_many(self, sources: Iterable[bytes], **options: Any) -> Iterator[Report | Failure]:
         for data in sources:
@@ -63,7 +63,7 @@ def test_the_server_says_what_the_detector_says(url: str, tmp_path: Path, monkey
     for name in ("http_proxy", "HTTP_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody answers there
     remote = ServerDetector(url)
-    assert remote.facts == Stub.facts
+    assert remote.facts == Stub.info.to_dict()
     photo, bad = tmp_path / "photo.jpg", tmp_path / "bad.jpg"
     photo.write_bytes(b"x" * 2001)
     bad.write_bytes(b"no picture")

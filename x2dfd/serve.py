@@ -9,6 +9,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from x2dfd.errors import SetupError
+from x2dfd.files import Json
 from x2dfd.remote import MAX_UPLOAD, host_of, is_loopback
 from x2dfd.types import Failure, Report
 
@@ -40,9 +41,9 @@ def application(detector: "Detector", hosts: Collection[str] = HERE) -> FastAPI:
             return _refused(403, "foreign_host", "this server answers under its own address alone")
         return await go_on(request)
 
-    def model() -> dict[str, Any]:
+    def model() -> Json:
         """What answers here."""
-        return detector.facts
+        return detector.info.to_dict()
 
     def judge(data: bytes, rationale: bool, frames: int) -> Report | Failure:
         with turn:

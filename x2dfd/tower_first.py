@@ -16,8 +16,9 @@ from torch import Tensor
 
 from x2dfd.adapter import FORENSIC, TOWER, WHOLE, AdapterCard, check_adapter, checked_additions
 from x2dfd.calibration import MLLM, Calibration
-from x2dfd.loading import TORCH_DTYPES, Dtype, base_identity
+from x2dfd.loading import TORCH_DTYPES, base_identity
 from x2dfd.mllm import BATCH, LocalMLLM, Look, YesNo, seeds_of
+from x2dfd.model_spec import Dtype
 from x2dfd.tower import load_eye, tower_states
 
 
