@@ -193,4 +193,6 @@ def run(
 
 
 if __name__ == "__main__":
-    run_command(run)
+    run_command(
+        run, "Example:\n\n  python -m benchmarks.quality --data build/forged/manifest.jsonl --out build/quality.json"
+    )

@@ -59,4 +59,4 @@ def main(junit: Annotated[Path, typer.Argument(help="what pytest --junitxml wrot
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "Example:\n\n  python -m eval.families build/families.xml")

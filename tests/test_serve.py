@@ -14,7 +14,7 @@ import pytest
 from tests.stub import StubDetector
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.remote import ServerDetector, is_loopback
-from x2dfd.types import Failure, Report
+from x2dfd.types import Failure, ModelInfo, Report
 
 uvicorn: Any = pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
@@ -120,7 +120,7 @@ def test_a_server_on_a_name_answers_under_it(monkeypatch: pytest.MonkeyPatch) ->
     """Bug prevented: a server that listens for others and refuses them all."""
     asked: list[Any] = []
     monkeypatch.setattr("uvicorn.run", lambda app, **options: asked.append(app))
-    stub: Any = SimpleNamespace(facts={"name": "stub"})
+    stub: Any = SimpleNamespace(info=ModelInfo("stub", {}))
     serve.serve(stub, "192.0.2.7", 80)
     other = testclient.TestClient(asked[0], base_url="http://192.0.2.7")
-    assert other.get("/model").json() == {"name": "stub"}
+    assert other.get("/model").json()["name"] == "stub"

@@ -6,7 +6,7 @@ Importing this module raises SetupError where FastAPI is missing.
 
 from collections.abc import Awaitable, Callable, Collection
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from x2dfd.errors import SetupError
 from x2dfd.files import Json
@@ -15,7 +15,7 @@ from x2dfd.types import Failure, Report
 
 try:
     import uvicorn
-    from fastapi import FastAPI, Query, Request
+    from fastapi import FastAPI, Query, Request, Response
     from fastapi.concurrency import run_in_threadpool
     from fastapi.responses import JSONResponse
 except ImportError as error:
@@ -34,7 +34,7 @@ def application(detector: "Detector", hosts: Collection[str] = HERE) -> FastAPI:
     turn = Lock()
     uploads = 0
 
-    async def ours(request: Request, go_on: Callable[[Request], Awaitable[Any]]) -> Any:
+    async def ours(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
         # A page elsewhere could post here through its reader's browser, or point its own name at this address.
         asked = [f"//{request.headers.get('host', '')}", *request.headers.getlist("origin")]
         if not all(host_of(address) in hosts for address in asked):
@@ -49,7 +49,7 @@ def application(detector: "Detector", hosts: Collection[str] = HERE) -> FastAPI:
         with turn:
             return next(iter(detector.detect_many([data], rationale=rationale, frames=frames)))
 
-    async def detect(request: Request, rationale: bool = True, frames: int = Query(32, ge=1)) -> Any:
+    async def detect(request: Request, rationale: bool = True, frames: int = Query(32, ge=1)) -> Response:
         """Judge the posted picture or video. 422: it cannot be judged, with the reason in `error`."""
         nonlocal uploads
         if uploads >= AT_ONCE:
