@@ -118,7 +118,7 @@ def main() -> None:
     }
     chosen = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     stage("fine-tune", "-m", "finetune", "--config", "finetune/road.yaml", *chosen)
-    stage("calibrate", "-m", "x2dfd.cli", "calibrate", "--adapter", adapter, "--data", forged)
+    stage("calibrate", "-m", "x2dfd.cli", "calibrate", "--model", adapter, "--data", forged)
     bench: Words = ["--data", forged, "--split", "val", "--model", adapter, "--out", out / "bench"]
     stage("score", "eval/run_bench.py", "detect", *bench)
     picture = sorted((out / "forged" / "images").rglob("*.jpg"))[0]

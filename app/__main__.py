@@ -1,8 +1,7 @@
-"""`python -m app [--model DIR] [--served URL --model NAME] [--host ADDRESS] [--port N]`: the chat demo in a browser."""
+"""`python -m app [--model SPEC] [--host ADDRESS] [--port N]`: the chat demo in a browser."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
@@ -11,13 +10,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Annotated, Unpack
+
+import typer
 
 import x2dfd
 from app.guard import LOOPBACK
-from x2dfd.errors import SetupError, X2DFDError
+from x2dfd import options
+from x2dfd.cli import run_command
+from x2dfd.errors import SetupError
+from x2dfd.model_spec import LoadOptions, ModelSpec
 from x2dfd.worker import isolating
+
+if TYPE_CHECKING:
+    from x2dfd.detector import Detector
 
 UPLOAD_SECONDS = 120.0  # of CPU to decode one upload
 
@@ -46,6 +52,7 @@ def make_examples(folder: Path) -> list[tuple[str, Path]]:
 def _write_clip(path: Path, real: Path, forged: Path, seconds: int = 5, rate: int = 12) -> None:
     """The photo as a clip, with its forged twin in the middle third."""
     import av
+    import numpy as np
     from PIL import Image
 
     with Image.open(real) as photo, Image.open(forged) as twin, av.open(path, "w") as container:
@@ -53,40 +60,26 @@ def _write_clip(path: Path, real: Path, forged: Path, seconds: int = 5, rate: in
         stream.pix_fmt, stream.bit_rate = "yuv420p", 12_000_000
         for number in range(seconds * rate):
             shown = twin if seconds * rate <= 3 * number < 2 * seconds * rate else photo
-            container.mux(stream.encode(av.VideoFrame.from_image(shown)))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(shown), format="rgb24")))
         container.mux(stream.encode(None))
 
 
-def listed(
-    models: Sequence[str] = (), served: str | None = None, adapter: Path | None = None
-) -> dict[str, Callable[[], Any]]:
+def listed(models: Sequence[str] = (), **loading: Unpack[LoadOptions]) -> dict[str, Callable[[], Detector]]:
     """What loads each model of the page's list, by its name there: those asked for, then the embedded one.
 
-    With `served`, `models` are names at that endpoint, and `adapter` the directory that it serves under the only name.
+    Models of this machine and of endpoints do not stand in one list: the page says whether faces leave it.
     Raises SetupError when these do not fit together.
     """
-    if served is None and adapter is not None:
-        raise SetupError(
-            "--adapter says what an endpoint serves: give --served too, or the directory as --model",
-            code="adapter_without_served",
-        )
-    if served is not None and (not models or (adapter is not None and len(models) > 1)):
-        raise SetupError(
-            "--served needs --model NAME, a name at the endpoint, and just one beside --adapter",
-            code="served_name_missing",
-        )
-    if "embedded" in models:
-        raise SetupError(
-            "embedded is the shipped model, which is on the list anyway; write a folder of yours ./embedded",
-            code="name_reserved",
-        )
-    found: dict[str, Callable[[], Any]] = {}
-    for model in models:
-        if served is None:
-            found[model] = partial(x2dfd.load, Path(model))
-        else:
-            found[f"{model} at {urlsplit(served).netloc}"] = partial(x2dfd.load, model, served=served, adapter=adapter)
-    return found | {"embedded": x2dfd.load}
+    specs = [ModelSpec.parse(model) for model in models]
+    if len({spec.host for spec in specs if not spec.embedded}) > 1:
+        raise SetupError("models of one list stand on this machine, or at one endpoint", code="models_apart")
+    found: dict[str, Callable[[], Detector]] = {
+        f"{spec.name} at {spec.host}" if spec.host else text: partial(x2dfd.load, spec, **loading)
+        for text, spec in zip(models, specs, strict=True)
+    }
+    if "embedded" not in found:  # beside others it is loaded as it comes
+        found["embedded"] = x2dfd.load if models else partial(x2dfd.load, **loading)
+    return found
 
 
 def run(
@@ -94,8 +87,7 @@ def run(
     host: str,
     port: int,
     *,
-    served: str | None = None,
-    adapter: Path | None = None,
+    loading: LoadOptions | None = None,
     root_path: str = "",
     names: Sequence[str] = (),
 ) -> None:
@@ -108,7 +100,7 @@ def run(
         raise SetupError("the demo needs gradio: pip install -c constraints.txt '.[app]'", code="package_missing")
     from app.demo import build, launch
 
-    (name, load), *others = listed(models, served, adapter).items()
+    (name, load), *others = listed(models, **(loading or {})).items()
     if host not in LOOPBACK:
         print(f"note: everyone who can reach {host}:{port} can use this page; it asks for no password", file=sys.stderr)
     detector = load()
@@ -117,7 +109,7 @@ def run(
         os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(folder) / "uploads"))
         page = build(
             detector, make_examples(Path(folder)), name=name, others=dict(others),
-            sends_to=urlsplit(served).netloc if served else "",
+            sends_to=next(filter(None, (ModelSpec.parse(model).host for model in models)), ""),
         )  # fmt: skip
         print(f"open http://{host}:{port} in a browser; Ctrl+C stops it", file=sys.stderr)
         try:
@@ -128,44 +120,39 @@ def run(
             ) from error
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m app",
-        description="Upload a photo or a short video, see the verdict and its reasons, ask about it.",
-        epilog="examples: python -m app    python -m app --model build/adapter --port 8000    "
-        "python -m app --served http://localhost:8000/v1 --model x2dfd --adapter DIR",
-    )
-    parser.add_argument(
-        "--model", metavar="DIR", action="append", default=[],
-        help="model directory, or with --served a name there; without it, the embedded model; given again, visitors "
-        "can pick one of them",
-    )  # fmt: skip
-    parser.add_argument(
-        "--served", metavar="URL",
-        help="OpenAI-compatible endpoint that serves the models; cut-out faces are sent there. Key: OPENAI_API_KEY",
-    )  # fmt: skip
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="the adapter that the endpoint serves as --model")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: 7860)")
-    parser.add_argument("--root-path", default="", metavar="/PATH", help="the path under which a proxy shows the page")
-    parser.add_argument(
-        "--name", action="append", default=[], metavar="HOST",
-        help="a host name by which browsers call the page, as behind a proxy; others are then refused",
-    )  # fmt: skip
-    given = parser.parse_args()
+EPILOG = """\b
+Examples:
+  python -m app --model build/adapter --port 8000
+  python -m app --model x2dfd@http://localhost:8000/v1+DIR
+"""
+
+
+def command(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SPEC", help=f"{options.MODEL_HELP} Given again, visitors can pick one of them."),
+    ] = None,
+    mode: options.ModeOption = None,
+    device: options.Device = None,
+    dtype: options.DtypeOption = None,
+    bits: options.BitsOption = None,
+    device_map: options.DeviceMap = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine only.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 7860,
+    root_path: Annotated[str, typer.Option(metavar="/PATH", help="The path under which a proxy shows the page.")] = "",
+    name: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST", help="A host name by which browsers call the page, as behind a proxy; others are refused."
+        ),
+    ] = None,
+) -> None:
+    """Upload a photo or a short video, see the verdict and its reasons, ask about it."""
     # A service manager's stop must end it as Ctrl+C does: uploads and samples are removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        run(
-            given.model, given.host, given.port, served=given.served, adapter=given.adapter,
-            root_path=given.root_path, names=given.name,
-        )  # fmt: skip
-    except X2DFDError as error:
-        print(error.line, file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:  # before the page was up
-        sys.exit(130)
+    loading = options.load_options(mode, device, dtype, bits, device_map)
+    run(model or [], host, port, loading=loading, root_path=root_path, names=name or ())
 
 
 if __name__ == "__main__":
-    main()
+    run_command(command, EPILOG)

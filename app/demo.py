@@ -25,6 +25,7 @@ from app.pieces import STRIP, THUMB, Case, Progress, card, choices, curve, draw,
 from x2dfd import case as case_record
 from x2dfd.answer import told
 from x2dfd.errors import InputError, X2DFDError
+from x2dfd.files import Json
 from x2dfd.follow_up import checked, from_report
 from x2dfd.html_report import render
 from x2dfd.media import Frame, Video, load_media
@@ -236,9 +237,10 @@ class _Parts:
 
 
 def _lay_out(examples: Sequence[tuple[str, Path]], models: Sequence[str], sends_to: str) -> _Parts:
-    case, turns, rows = (gr.State(empty, time_to_live=KEEP_S) for empty in (None, [], []))
+    case = gr.State(None, time_to_live=KEEP_S)
+    turns, rows = gr.State([], time_to_live=KEEP_S), gr.State([], time_to_live=KEEP_S)
     # Gradio's own look for what stands in HTML draws buttons and tables of its kind, bold and boxed.
-    pickable: dict[str, Any] = {"js_on_load": PICK, "elem_classes": "live", "apply_default_css": False}
+    pickable: Json = {"js_on_load": PICK, "elem_classes": "live", "apply_default_css": False}
     gr.HTML(draw("head", sends_to))
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
@@ -441,7 +443,7 @@ class _Events:
 
     def ask(
         self, text: str, now: Case | None, index: int | None, said: list[dict[str, str]]
-    ) -> Iterator[tuple[Any, ...]]:
+    ) -> Iterator[tuple[object, ...]]:
         text = text.strip()[:MAX_QUESTION]
         if now is None or not text:
             yield said, said, ""
@@ -472,8 +474,8 @@ def build(
     """
     others = others or {}
     # One model, one request at a time, whichever button it comes from.
-    model: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
-    private: dict[str, Any] = {"api_visibility": "private"}
+    model: Json = {"concurrency_id": "model", "concurrency_limit": 1}
+    private: Json = {"api_visibility": "private"}
     with gr.Blocks(title="Deepfake check (x2dfd)", analytics_enabled=False, delete_cache=(600, KEEP_S)) as page:
         p = _lay_out(examples, [name, *others], sends_to)
         events = _Events(p, page.GRADIO_CACHE, {name: detector}, others, [file for _, file in examples])
@@ -498,7 +500,7 @@ def build(
             )  # fmt: skip
         p.chat.clear(lambda: [], None, p.turns, queue=False, **private)
 
-        def judge_file(file: str | None) -> dict[str, Any]:
+        def judge_file(file: str | None) -> Json:
             if file is None:
                 raise gr.Error("No file was sent.", print_exception=False)
             try:

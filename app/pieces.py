@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import jinja2
 from PIL import Image
@@ -24,6 +24,8 @@ from x2dfd.types import FaceReport, Failure, Report, frames_asked
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from x2dfd.html_report import Pictures
 
 MAX_SIDE = 1200  # of the picture shown, in pixels
 STRIP = 8  # frames that are shown while a clip is judged, the last ones
@@ -63,7 +65,7 @@ class Progress:
             self.judged[face.frame] = max(before, face, key=FaceReport.suspicion)
 
 
-def open_case(report: Report, file: str) -> tuple[Case, Any]:
+def open_case(report: Report, file: str) -> tuple[Case, Pictures]:
     """The case, and its pixels as `html_report.render` takes them. Raises InputError where the upload is gone."""
     media = load_media(file, max_frames=frames_asked(report.media) or 1)
     if isinstance(media, Video):
@@ -113,8 +115,8 @@ def curve(case: Case, index: int | None) -> str:
     if len(numbers) < 2:
         return ""
     frames = Progress()
-    for face in case.report.faces:
-        frames.face(face)
+    for judged in case.report.faces:
+        frames.face(judged)
     now = case.face(index)
     steps = [
         {"face": face, "left": 100 * at / len(numbers), "width": 100 / len(numbers), "now": now and number == now.frame}
@@ -170,6 +172,6 @@ def _template() -> jinja2.Template:
     return environment.from_string((Path(__file__).parent / "page.jinja").read_text("utf-8"))
 
 
-def draw(macro: str, *values: Any) -> str:
+def draw(macro: str, *values: object) -> str:
     """A macro of page.jinja with its values, every one of them text."""
     return str(getattr(_template().module, macro)(*values))

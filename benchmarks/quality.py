@@ -109,7 +109,7 @@ def scorers(recipe: bool) -> dict[str, tuple[Score, float]]:
         def number(faces: Sequence[Face]) -> Floats:
             look = mllm.look(np.stack([f.crop for f in faces]))
             asked = [
-                prompts.verdict_question(said, detector.facts["score_form"]) for said in detector.evidence(faces, look)
+                prompts.verdict_question(said, detector.info.score_form) for said in detector.evidence(faces, look)
             ]
             return np.asarray(mllm.verdict_logits(look, asked))
 
@@ -193,4 +193,6 @@ def run(
 
 
 if __name__ == "__main__":
-    run_command(run)
+    run_command(
+        run, "Example:\n\n  python -m benchmarks.quality --data build/forged/manifest.jsonl --out build/quality.json"
+    )

@@ -36,6 +36,8 @@ from x2dfd import prompts
 from x2dfd.cli import run_command
 from x2dfd.errors import X2DFDError
 from x2dfd.files import write_text
+from x2dfd.model_spec import Dtype, ModelSpec
+from x2dfd.options import Model
 from x2dfd.types import Cue, Evidence
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -387,7 +389,7 @@ def of_detector(detector: Any, threads: int) -> list[tuple[str, Cases, int | Non
 
 
 def measure(
-    device: Any, precision: str, threads: int, rounds: int, asked: int, geometry: Geometry, model: Path | None
+    device: Any, precision: Dtype, threads: int, rounds: int, asked: int, geometry: Geometry, model: ModelSpec
 ) -> dict[str, Any]:
     """Every comparison on one device."""
     import torch
@@ -412,8 +414,8 @@ def measure(
         detector = x2dfd.load(model, threads=threads, device=str(device), dtype=precision)
         load_seconds = round(time.perf_counter() - start, 3)
         mllm: Any = getattr(detector.mllm, "whole", detector.mllm)
-        name, form = detector.facts["name"], detector.facts["score_form"]
-        weights = {"base": detector.facts["base"]["sha256"], "adapter": detector.facts["adapter_sha256"]}
+        name, form = detector.info.name, detector.info.score_form
+        weights = {"base": detector.info.base["sha256"], "adapter": detector.info.adapter_sha256}
         further = of_detector(detector, threads)
         from skimage.data import astronaut
 
@@ -423,9 +425,9 @@ def measure(
         crop = find_faces(np.asarray(astronaut(), np.uint8))[0].crop
         crops = np.stack([np.clip(crop.astype(np.int16) + 8 * k, 0, 255).astype(np.uint8) for k in range(FACES)])
         questions = [q.text for q in read_questions(BANK)[:asked]]
-        card = read_adapter_card(model or EMBEDDED)
+        card = read_adapter_card(model.adapter or EMBEDDED)
         trained, _ = load_model(
-            None, tower_layers=card.tower_layers or None, text_layers=card.text_layers or None,
+            model.base, tower_layers=card.tower_layers or None, text_layers=card.text_layers or None,
             feature_layers=card.feature_layers or None,
         )  # fmt: skip
         trained = trained.to(device, dtype)
@@ -469,7 +471,7 @@ def measure(
 
 def run(
     out: Annotated[Path, typer.Option(help="result file")] = Path("build/speed.json"),
-    model: Annotated[Path | None, typer.Option(help="adapter directory; default: the embedded model")] = None,
+    model: Model = "embedded",
     geometry: Annotated[Geometry, typer.Option(help="embedded, or one with random weights")] = Geometry.embedded,
     rounds: Annotated[int, typer.Option(min=1, help="of the quick cases; slow ones have fewer")] = 5,
     questions: Annotated[int, typer.Option(min=4, help="cue questions about one face")] = ASKED,
@@ -486,7 +488,7 @@ def run(
     load = os.getloadavg()[0]  # what else ran when it began; afterwards it is the bench's own
     devices = _devices(geometry, only, torch.cuda.is_available())
     found = [
-        measure(torch.device(place), precision, threads, rounds, questions, geometry, model)
+        measure(torch.device(place), precision, threads, rounds, questions, geometry, ModelSpec.parse(model))
         for place, precision in devices
     ]
     result: dict[str, Any] = {
@@ -503,13 +505,13 @@ def run(
     print(json.dumps(result, indent=1))
 
 
-def _devices(geometry: Geometry, only: Place | None, cuda: bool) -> list[tuple[str, str]]:
+def _devices(geometry: Geometry, only: Place | None, cuda: bool) -> list[tuple[str, Dtype]]:
     """Device and precision of each run. Raises X2DFDError for a device that is not here."""
     if geometry is Geometry.llava_7b and (only is Place.cpu or not cuda):
         raise X2DFDError("llava-7b needs a CUDA device: on a CPU its weights alone are 28 GB", code="cuda_missing")
     if only is Place.cuda and not cuda:
         raise X2DFDError("there is no CUDA device here", code="cuda_missing")
-    devices = [] if only is Place.cuda or geometry is Geometry.llava_7b else [("cpu", "fp32")]
+    devices: list[tuple[str, Dtype]] = [] if only is Place.cuda or geometry is Geometry.llava_7b else [("cpu", "fp32")]
     if cuda and only is not Place.cpu:
         devices += [("cuda", "fp32")] if geometry is Geometry.embedded else []
         devices.append(("cuda", "bf16"))

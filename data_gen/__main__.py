@@ -9,6 +9,7 @@ import typer
 
 from data_gen import catalogue, leaks, questions, read_commands
 from x2dfd.cli import run_command
+from x2dfd.options import names
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -57,8 +58,8 @@ def forge(
         combine=combine,
         ready_made=ready_made,
         calib=calib,
-        methods=tuple(m for m in methods.split(",") if m) or (*METHODS, *(LATENT if redraw else ())),
-        splits=tuple(s for s in splits.split(",") if s),
+        methods=names(methods) or (*METHODS, *(LATENT if redraw else ())),
+        splits=names(splits),
         decoders=str(decoders) if decoders else None,
         redraw=str(redraw) if redraw else None,
         video=video,
@@ -105,10 +106,10 @@ def build(
     config = BuildConfig(
         data=str(data),
         assessment=str(assessment) if assessment else None,
-        experts=tuple(e for e in experts.split(",") if e) or DEFAULT,
+        experts=names(experts) or DEFAULT,
         expert_weights=str(expert_weights) if expert_weights else None,
         features=str(features) if features else None,
-        held_out=tuple(m for m in hold_out.split(",") if m),
+        held_out=names(hold_out),
         view_seed=view_seed,
         corrupt=corrupt,
         score_form=score_form,

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -33,7 +32,7 @@ from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import through_codec
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.experts import DEFAULT, Expert, Shared, load_expert
-from x2dfd.files import file_sha256, write_text
+from x2dfd.files import Json, file_sha256, whole, write_text
 from x2dfd.manifest import Sample
 from x2dfd.progress import progress
 from x2dfd.tower import HEAD_LAYERS, VIEWS, TowerFeatures, cached_features, training_rows, view_face
@@ -85,7 +84,7 @@ def build(config: BuildConfig, out: Path) -> Path:
         for i in rows
         if data.samples[i].split != "train" or not set(data.samples[i].method.split("+")) & set(config.held_out)
     ]
-    records: list[dict[str, Any]] = []
+    records: list[Json] = []
     for i in kept:
         sample = data.samples[i]
         rng = np.random.default_rng([config.seed, i])
@@ -154,7 +153,7 @@ def _records(
     strong: set[tuple[str, str]] | None,
     config: BuildConfig,
     rng: np.random.Generator,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Json]:
     """The conversations about one picture: verdict with scores, verdict without, verdict in a user's words, class,
     yes/no questions, a follow-up.
     """
@@ -177,7 +176,7 @@ def _records(
     }
     shown: list[Evidence] = []
 
-    def record(task: str, question: str, answer: str, *follow_up: str) -> dict[str, Any]:
+    def record(task: str, question: str, answer: str, *follow_up: str) -> Json:
         said = [f"<image>\n{question}", answer, *follow_up]
         turns = [{"from": ("human", "gpt")[k % 2], "value": value} for k, value in enumerate(said)]
         told = {
@@ -231,7 +230,7 @@ def corrupted(evidence: Sequence[Evidence], rate: float, rng: np.random.Generato
     return out
 
 
-def _write_parquet(path: Path, records: Sequence[dict[str, Any]]) -> None:
+def _write_parquet(path: Path, records: Sequence[Json]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -239,12 +238,11 @@ def _write_parquet(path: Path, records: Sequence[dict[str, Any]]) -> None:
         {**r, "cues": json.dumps(r["cues"]), "scores": json.dumps(r["scores"]), "pointed": json.dumps(r["pointed"])}
         for r in records
     ]
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(pa.Table.from_pylist(flat), temporary)
-    temporary.replace(path)
+    with whole(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(flat), temporary)
 
 
-def data_card(records: Sequence[dict[str, Any]], config: BuildConfig, out: Path) -> dict[str, Any]:
+def data_card(records: Sequence[Json], config: BuildConfig, out: Path) -> Json:
     """Data card: counts per task, split, source, licence, label, method, class and cue; how varied the texts are."""
     main = [r for r in records if r["task"] == "detect"]
     answers = [r["conversations"][1]["value"] for r in main]

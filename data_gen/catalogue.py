@@ -15,7 +15,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import cv2
 import jinja2
@@ -29,7 +29,7 @@ from data_gen.run_forge import ForgeConfig, load_photo
 from x2dfd.degrade import tone
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.faces import find_faces
-from x2dfd.files import write_bytes
+from x2dfd.files import Json, write_bytes
 from x2dfd.manifest import Sample, read_manifest
 from x2dfd.media import MAX_PIXELS, load_picture
 
@@ -131,7 +131,7 @@ def catalogue(data: Path | None = None, seed: int = 0) -> str:
     return html.encode("utf-8", "backslashreplace").decode("utf-8")  # a source may be named in bytes that are no UTF-8
 
 
-def _card(method: Method, photo: Photo, donor: Photo, seed: int) -> dict[str, Any]:
+def _card(method: Method, photo: Photo, donor: Photo, seed: int) -> Json:
     """What the page shows of one method. The same generator state at each strength: the same choices, more of them."""
     made = [forge(photo, method, _rng(seed, method.name), donor, strength) for _, strength in STRENGTHS]
     window = _window(photo, np.max([f.mask for f in made], axis=0), method.df_class == "real")
@@ -293,7 +293,7 @@ def _tile(sample: Sample, side: int) -> Pixels:
     return _outlined(_fit(pixels, side), _fit(np.asarray(mask, np.uint8), side))
 
 
-def _cut(text: str, font: Any, width: int) -> str:
+def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """The text, cut at its end so that it is at most `width` pixels wide."""
     if font.getlength(text) <= width:
         return text

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -26,8 +26,8 @@ from torch.nn import functional as F
 
 from x2dfd.errors import SetupError, X2DFDError, first_line
 from x2dfd.experts import write_card
-from x2dfd.faces import PREPROCESSING
-from x2dfd.files import file_sha256
+from x2dfd.faces import PREPROCESSING, Array
+from x2dfd.files import file_sha256, whole
 from x2dfd.manifest import manifest_sha256
 from x2dfd.types import Card
 
@@ -196,10 +196,14 @@ def load_bank(path: Path) -> dict[str, Autoencoder]:
     return bank
 
 
-def redraw(pixels: NDArray[Any], name: str) -> NDArray[np.float32]:
+def redraw(pixels: Array, name: str) -> NDArray[np.float32]:
     """The picture [h, w, 3], 0..255, drawn anew by decoder `name`; same shape, float."""
     net = load_bank(_in_use or WEIGHTS)[name]
-    stride = 8
+    return through(lambda x: (net((x / 127.5 - 1).contiguous()).clamp(-1, 1) + 1) * 127.5, pixels, 8)
+
+
+def through(net: Callable[[Tensor], Tensor], pixels: Array, stride: int) -> NDArray[np.float32]:
+    """What a network [1, 3, h, w] → [1, 3, h, w], both 0..255, makes of a picture [h, w, 3] of any size."""
     height, width = pixels.shape[:2]
     padded = cv2.copyMakeBorder(
         np.asarray(pixels, np.float32), 0, -height % stride, 0, -width % stride, cv2.BORDER_REPLICATE
@@ -208,11 +212,10 @@ def redraw(pixels: NDArray[Any], name: str) -> NDArray[np.float32]:
     torch.set_num_threads(1)  # sums in another order would be other bytes
     try:
         with torch.inference_mode():
-            x = torch.from_numpy(padded).permute(2, 0, 1)[None] / 127.5 - 1
-            y = net(x.contiguous())[0].permute(1, 2, 0).clamp(-1, 1)
+            drawn = net(torch.from_numpy(padded).permute(2, 0, 1)[None])
     finally:
         torch.set_num_threads(threads)
-    return np.ascontiguousarray(((y + 1) * 127.5).numpy()[:height, :width])
+    return np.ascontiguousarray(drawn[0].permute(1, 2, 0).numpy()[:height, :width])
 
 
 def train(data: Path, steps: int, work: Path, path: Path = WEIGHTS) -> None:
@@ -237,8 +240,8 @@ def train(data: Path, steps: int, work: Path, path: Path = WEIGHTS) -> None:
         nets[design.name] = Autoencoder(design).eval()
         if not kept.is_file():
             trained = train_one(design, crops.crops, rows, steps).state_dict()
-            save_file(trained, kept.with_suffix(".tmp"))
-            kept.with_suffix(".tmp").replace(kept)
+            with whole(kept) as temporary:
+                save_file(trained, temporary)
         nets[design.name].load_state_dict(load_file(kept))
         fidelity[design.name] = round(_fidelity(nets[design.name], crops.crops[checked]), 2) if checked else None
     save_bank(nets, path)
@@ -274,7 +277,5 @@ def save_bank(nets: dict[str, Autoencoder], path: Path = WEIGHTS) -> None:
     tensors = {f"{n}.{k}": v.half().contiguous() for n, net in nets.items() for k, v in net.state_dict().items()}
     if any(not v.isfinite().all() for v in tensors.values()):
         raise X2DFDError("a decoder diverged; nothing is written", code="decoder_diverged")
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary)
-    temporary.chmod(0o644)
-    temporary.replace(path)
+    with whole(path) as temporary:
+        save_file(tensors, temporary)

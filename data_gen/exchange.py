@@ -16,12 +16,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from x2dfd import prompts
 from x2dfd.crops import CropSet
 from x2dfd.errors import X2DFDError
-from x2dfd.files import write_text
+from x2dfd.files import Json, write_text
 from x2dfd.progress import progress
 from x2dfd.tower import seen_view
 
@@ -31,7 +30,7 @@ SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt",
 RESULTS = ("real score", "fake score")
 """Turns of X2-DFD's result files that are no talk."""
 
-Record = dict[str, Any]
+Record = Json
 
 
 def write(records: Sequence[Record], data: CropSet, view_seed: int, out: Path, form: str) -> Path:
@@ -45,7 +44,7 @@ def write(records: Sequence[Record], data: CropSet, view_seed: int, out: Path, f
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for row in progress(sorted({int(r["row"]) for r in records}), "pictures"):
         Image.fromarray(seen_view(data.crops[row], view_seed, row)).save(folder / _picture(row))
-    described: dict[str, Any] = {}
+    described: Json = {}
     for split in sorted({str(r["split"]) for r in records}):
         made = [_exported(r, form, folder) for r in records if r["split"] == split]
         if form == "messages":
@@ -100,19 +99,19 @@ def read(path: Path, pictures: Path | None = None) -> list[Record]:
     return found
 
 
-def _parsed(path: Path) -> list[Any]:
+def _parsed(path: Path) -> list[Json]:
     """A JSON list, or a JSON object a line: what the text is, not what the file is called."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("["):
-            whole: list[Any] = json.loads(text)
+            whole: list[Json] = json.loads(text)
             return whole
         return [json.loads(line) for line in text.split("\n") if line.strip()]  # a text may hold other line ends
     except (OSError, ValueError, RecursionError) as error:
         raise X2DFDError(f"{path} is neither a JSON list nor JSON Lines of conversations: {error}") from error
 
 
-def _record(name: str, raw: Any, root: Path) -> Record:
+def _record(name: str, raw: Json, root: Path) -> Record:
     """Raises KeyError, TypeError, ValueError or AttributeError for what no format has."""
     turns = raw["messages"] if "messages" in raw else raw["conversations"]
     said = [(_speaker(turn), turn["content"] if "role" in turn else turn["value"]) for turn in turns]
@@ -148,7 +147,7 @@ def task_of(answer: str) -> str:
     return "detect" if answer.startswith(tuple(prompts.STEM + word for word in prompts.LABEL_WORDS)) else "chat"
 
 
-def _speaker(turn: Any) -> str:
+def _speaker(turn: Json) -> str:
     """human, gpt or system; "" for a score that nobody says."""
     who = str(turn["role"] if "role" in turn else turn["from"])
     if who in RESULTS:

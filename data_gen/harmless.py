@@ -6,7 +6,6 @@ import cv2
 import numpy as np
 
 from data_gen.tools import (
-    Array,
     Made,
     Method,
     Photo,
@@ -19,6 +18,7 @@ from data_gen.tools import (
     pick,
 )
 from x2dfd.degrade import codec, rescale, soft, tone, video_codec
+from x2dfd.faces import Array
 
 
 def _everywhere(pixels: Array, photo: Photo) -> Made:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,7 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from data_gen.decoders import through
 from x2dfd.errors import SetupError
+from x2dfd.faces import Array
 from x2dfd.files import file_sha256
 
 CHANNELS = {"taesd": 4, "taesdxl": 4, "taef1": 16}
@@ -129,19 +129,9 @@ def names() -> list[str]:
     return list(load(_in_use))
 
 
-def redraw(pixels: NDArray[Any], name: str) -> NDArray[np.float32]:
+def redraw(pixels: Array, name: str) -> NDArray[np.float32]:
     """The picture [h, w, 3], 0..255, encoded and decoded by `name`; same shape, float."""
     if name not in names() or _in_use is None:
         raise SetupError(f"{_in_use} holds no {name}", code="autoencoder_missing")
-    height, width = pixels.shape[:2]
-    padded = cv2.copyMakeBorder(
-        np.asarray(pixels, np.float32), 0, -height % STRIDE, 0, -width % STRIDE, cv2.BORDER_REPLICATE
-    )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums in another order would be other bytes
-    try:
-        with torch.inference_mode():
-            drawn = load(_in_use)[name](torch.from_numpy(padded).permute(2, 0, 1)[None].contiguous() / 255)
-    finally:
-        torch.set_num_threads(threads)
-    return np.ascontiguousarray((drawn[0].permute(1, 2, 0).clamp(0, 1) * 255).numpy()[:height, :width])
+    net = load(_in_use)[name]
+    return through(lambda x: net(x.contiguous() / 255).clamp(0, 1) * 255, pixels, STRIDE)

@@ -23,7 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import cv2
 import numpy as np
@@ -33,6 +33,8 @@ from PIL import Image
 
 from data_gen.readers import sources_of
 from x2dfd.errors import InputError, X2DFDError
+from x2dfd.faces import Array
+from x2dfd.files import Json
 from x2dfd.manifest import Sample, read_manifest
 from x2dfd.media import Picture, load_media
 from x2dfd.progress import progress
@@ -172,7 +174,7 @@ def _compare(
 # --- form -----------------------------------------------------------------------------------------------------------
 
 
-def form_leaks(samples: Sequence[Sample], looks: Sequence[Look]) -> list[dict[str, Any]]:
+def form_leaks(samples: Sequence[Sample], looks: Sequence[Look]) -> list[Json]:
     """For each trait of the files' form: the best one-trait rule and its balanced accuracy (0.5 is chance).
 
     The accuracy is held out: the rule is fitted on half of the groups and scored on the other half, both ways. Empty
@@ -196,7 +198,7 @@ def form_leaks(samples: Sequence[Sample], looks: Sequence[Look]) -> list[dict[st
     return sorted(leaks, key=lambda leak: -leak["balanced_accuracy"])
 
 
-def _rule(values: NDArray[Any], fake: NDArray[np.bool_], unseen: NDArray[Any]) -> tuple[NDArray[np.bool_], str]:
+def _rule(values: Array, fake: NDArray[np.bool_], unseen: Array) -> tuple[NDArray[np.bool_], str]:
     """Fits the best rule of one trait; returns what it says of `unseen`, and the rule in words."""
     if values.dtype.kind == "U":
         shares = {v: (np.mean(values[fake] == v), np.mean(values[~fake] == v)) for v in np.unique(values)}
@@ -221,7 +223,7 @@ def _balanced(said: NDArray[np.bool_], fake: NDArray[np.bool_]) -> float:
 # --- report ---------------------------------------------------------------------------------------------------------
 
 
-def find_leaks(manifests: Sequence[Path], *, workers: int = 1, near: int = NEAR) -> dict[str, Any]:
+def find_leaks(manifests: Sequence[Path], *, workers: int = 1, near: int = NEAR) -> Json:
     """The report as one JSON object. Raises X2DFDError for a manifest that cannot be read or contradicts itself."""
     samples: list[Sample] = []
     side_names: list[str] = []
@@ -297,7 +299,7 @@ def _shared_groups(samples: Sequence[Sample], sides: Sequence[str]) -> dict[str,
     return {name: sorted(where) for name, where in seen.items() if len(where) > 1}
 
 
-def as_text(report: dict[str, Any]) -> str:
+def as_text(report: Json) -> str:
     """The report for a reader."""
     lines = ["sides: " + ", ".join(f"{name} ({n})" for name, n in report["sides"].items())]
     if len(report["sides"]) == 1:

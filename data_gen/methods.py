@@ -11,7 +11,6 @@ import numpy as np
 
 from data_gen.tools import (
     CONTROL,
-    Array,
     Made,
     Method,
     Photo,
@@ -36,7 +35,7 @@ from data_gen.tools import (
     wander,
 )
 from x2dfd.degrade import codec, rescale, soft, tone
-from x2dfd.faces import OVAL
+from x2dfd.faces import OVAL, Array
 
 
 def self_blend(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from data_gen.readers import (
     Label,
@@ -29,6 +28,7 @@ from data_gen.readers import (
     row,
 )
 from x2dfd.errors import UnknownName, X2DFDError
+from x2dfd.files import Json
 
 FFPP, DFD, CELEBDF = "FaceForensics++", "DeepFakeDetection", "Celeb-DF-v2"
 
@@ -146,7 +146,7 @@ def read_deepfakebench(
     return read
 
 
-def _index_parts(file: Path, read: Read) -> Iterator[tuple[str, str, str, str, dict[str, Any]]]:
+def _index_parts(file: Path, read: Read) -> Iterator[tuple[str, str, str, str, Json]]:
     """The parts of an index that are asked for: where (for messages), data set, class, split, and what stands there."""
     for key, classes in mapping(load_json(file), file.name).items():
         for name, splits in mapping(classes, f"{file.name}: {key}").items():
@@ -156,7 +156,7 @@ def _index_parts(file: Path, read: Read) -> Iterator[tuple[str, str, str, str, d
                     yield where, key, name, split, mapping(clips, where)
 
 
-def _level(clips: dict[str, Any], where: str, wanted: str, stem: str, key: str) -> tuple[str, dict[str, Any]]:
+def _level(clips: Json, where: str, wanted: str, stem: str, key: str) -> tuple[str, Json]:
     """The compression level in force ("" where the format has none) and the clips below it."""
     if not clips or not set(clips) <= set(LEVELS):
         return "", clips
@@ -338,7 +338,7 @@ _DfdcRow = tuple[str, Label, str, str]  # file name, label, split, original
 
 
 def _dfdc_json(file: Path) -> list[_DfdcRow]:
-    names: dict[Any, Label] = {"REAL": "real", "FAKE": "fake"}
+    names: dict[object, Label] = {"REAL": "real", "FAKE": "fake"}
     rows: list[_DfdcRow] = []
     for name, entry in mapping(load_json(file), file.name).items():
         label = names.get(entry.get("label")) if isinstance(entry, dict) else None
@@ -349,7 +349,7 @@ def _dfdc_json(file: Path) -> list[_DfdcRow]:
 
 
 def _dfdc_csv(file: Path) -> list[_DfdcRow]:
-    names: dict[Any, Label] = {"0": "real", "1": "fake"}
+    names: dict[object, Label] = {"0": "real", "1": "fake"}
     rows: list[_DfdcRow] = []
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:

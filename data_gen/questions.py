@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
@@ -20,10 +20,15 @@ import typer
 from x2dfd.assessment import CueQuestion, read_questions
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.explain import read_cues
-from x2dfd.files import write_text
+from x2dfd.files import Json, write_text
 from x2dfd.manifest import read_manifest
+from x2dfd.model_spec import ModelSpec
 from x2dfd.prompts import CUE_ENDING
 from x2dfd.types import AREAS, ARTIFACTS
+
+if TYPE_CHECKING:
+    import openai
+
 
 __all__ = [
     "CueQuestion",
@@ -39,7 +44,7 @@ __all__ = [
     "write_questions",
 ]
 
-_WORDS: dict[str, Any] = json.loads((Path(__file__).parent / "words" / "questions.json").read_text("utf-8"))
+_WORDS: Json = json.loads((Path(__file__).parent / "words" / "questions.json").read_text("utf-8"))
 """`bank`: wordings by area and artifact, for pairs that a careful viewer could speak of, several where the forge makes
 the cue often; `unrelated`: questions that have nothing to do with forgery."""
 
@@ -82,7 +87,7 @@ def some(
     return [questions[i] for i in sorted(first[:n])]
 
 
-def write_questions(path: Path, questions: Sequence[CueQuestion], provenance: Mapping[str, Any] | None = None) -> None:
+def write_questions(path: Path, questions: Sequence[CueQuestion], provenance: Json | None = None) -> None:
     """Write questions as JSON, one a line, with where they come from. `read_questions` reads them back."""
     lines = ",\n".join("  " + json.dumps(asdict(q), ensure_ascii=False) for q in questions)
     origin = json.dumps(provenance or {}, ensure_ascii=False)
@@ -146,7 +151,7 @@ class Generated:
     prompt: str  # the template; the vocabulary and the questions so far are filled in
     rejected: list[dict[str, str]]  # {"question", "reason"} of what was not taken
 
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> Json:
         return {"model": self.model, "prompt": self.prompt, "rejected": self.rejected}
 
 
@@ -169,7 +174,7 @@ def fault(text: str, area: str, artifact: str) -> str | None:
 
 
 def generate(
-    client: Any,
+    client: openai.OpenAI,
     model: str,
     n: int,
     *,
@@ -220,7 +225,7 @@ def generate(
     return Generated(taken, model, PROMPT, rejected)
 
 
-def _entries(content: str, rejected: list[dict[str, str]]) -> list[dict[str, Any]]:
+def _entries(content: str, rejected: list[dict[str, str]]) -> list[Json]:
     """The objects of a reply; a reply that is not the JSON asked for is one rejection."""
     body = re.sub(r"^\s*```\w*|```\s*$", "", content)  # many models fence their JSON whatever they are told
     try:
@@ -230,8 +235,8 @@ def _entries(content: str, rejected: list[dict[str, str]]) -> list[dict[str, Any
         return []
 
 
-def connect(base_url: str | None) -> Any:
-    """A client for an OpenAI-compatible endpoint; key and default address come from OPENAI_API_KEY, OPENAI_BASE_URL.
+def connect(base_url: str) -> openai.OpenAI:
+    """A client for an OpenAI-compatible endpoint; its key comes from OPENAI_API_KEY.
 
     Raises SetupError when `openai` is not installed or there is no key.
     """
@@ -267,19 +272,19 @@ def add_commands(app: typer.Typer) -> None:
         published: Annotated[Path | None, typer.Option(help="read this published list instead of our bank")] = None,
         unrelated: Annotated[int, typer.Option(help="add this many unrelated control questions")] = 0,
         count: Annotated[int, typer.Option("--generate", help="add this many questions written by --model")] = 0,
-        model: Annotated[str, typer.Option(help="model name at the endpoint")] = "",
-        base_url: Annotated[str | None, typer.Option(help="OpenAI-compatible endpoint")] = None,
+        model: Annotated[str, typer.Option(metavar="NAME@URL", help="a model of an OpenAI-compatible endpoint")] = "",
         only: Annotated[int | None, typer.Option(min=1, help="keep this many, before unrelated ones are added")] = None,
         cues_of: Annotated[Path | None, typer.Option(help="with --only: the cues of this manifest first")] = None,
         seed: Annotated[int, typer.Option(help="chooses the questions to keep and the unrelated ones")] = 0,
     ) -> None:
         """Write yes/no cue questions: our bank, a published list, or written by a model."""
         chosen = read_published(published) if published else bank()
-        provenance: dict[str, Any] = {}
+        provenance: Json = {}
         if count:
-            if not model:
-                raise X2DFDError("--generate needs --model", code="option_missing")
-            made = generate(connect(base_url), model, count, known=chosen, seed=seed)
+            spec = ModelSpec.parse(model)
+            if spec.name is None or spec.url is None or spec.adapter is not None:
+                raise X2DFDError("--generate needs --model NAME@http://HOST/v1", code="option_missing")
+            made = generate(connect(spec.url), spec.name, count, known=chosen, seed=seed)
             chosen, provenance = chosen + made.questions, made.provenance()
         if only is not None:
             known = (

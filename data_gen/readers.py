@@ -5,14 +5,13 @@ never from the name of a file or folder. Each row carries its clip (`video`) and
 went into it. Rows that share a source are one group, so a face swap, the person shown and the person pasted in never
 stand on two sides of a split; `sources` stays in the manifest, so that merged manifests are grouped anew.
 
-Here: folders, X2-DFD lists, Hugging Face `datasets` saved with `save_to_disk`, manifests. The public deepfake sets are
-in `public_sets.py`, the commands in `read_commands.py`.
+Here: folders, X2-DFD lists and manifests. The public deepfake sets are in `public_sets.py`, Hugging Face data sets in
+`saved_sets.py`, the commands in `read_commands.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
 from collections import Counter
@@ -20,14 +19,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from PIL import Image
-
-from x2dfd.errors import SetupError, UnknownName, X2DFDError
-from x2dfd.files import parse_json
+from x2dfd.errors import UnknownName, X2DFDError
+from x2dfd.files import Json, parse_json
 from x2dfd.manifest import Sample, read_manifest
-from x2dfd.progress import progress
 
 Label = Literal["real", "fake"]
 
@@ -51,12 +47,15 @@ def df_class(label: Label, method: str) -> str:
     return "real" if label == "real" else _DF_CLASS.get(re.sub(r"[^a-z0-9]", "", method.lower()), "")
 
 
-def natural(name: str) -> tuple[Any, ...]:
+T = TypeVar("T")
+
+
+def natural(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key under which `9.png` stands before `10.png`, and `seed1128.png` is no error."""
     return (*((0, int(t), "") if t.isdecimal() else (1, 0, t) for t in re.split(r"(\d+)", name)), (2, 0, name))
 
 
-def evenly(items: Sequence[Any], n: int | None) -> list[Any]:
+def evenly(items: Sequence[T], n: int | None) -> list[T]:
     """`n` items spread evenly over all of them, the first and the last among them; all when there are not more."""
     if n is None or n >= len(items):
         return list(items)
@@ -310,7 +309,7 @@ def row(
     name of the folder alone is shared by a real clip and its forgeries.
     """
     video = f"{source}/{label}/{place if path.suffix.lower() in _VIDEOS else place.rpartition('/')[0]}"
-    more: dict[str, Any] = {k: v for k, v in extra.items() if v}
+    more: Json = {k: v for k, v in extra.items() if v}
     if sources:
         more["sources"] = list(sources)
     return Sample(
@@ -437,7 +436,7 @@ def load_json(file: Path) -> Any:
         raise X2DFDError(f"{file}: not a JSON file ({error})", code="not_json") from error
 
 
-def mapping(value: Any, where: str) -> dict[str, Any]:
+def mapping(value: object, where: str) -> Json:
     """The value, if it is a JSON object."""
     if not isinstance(value, dict):
         raise X2DFDError(f"{where}: not an object but {type(value).__name__}", code="not_an_object")
@@ -518,115 +517,6 @@ def read_x2dfd_lists(
             read.samples.append(row(path, place, label, source=source, method=method, clip=clips))
         read.notes += reroot.notes()
     return read
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which column of a `datasets` table is what, and which of its labels mean real and fake (name or number)."""
-
-    image: str = "image"
-    label: str = "label"
-    real: tuple[str, ...] = ()
-    fake: tuple[str, ...] = ()
-    method: str = ""  # empty: no such column
-    group: str = ""
-    video: str = ""
-
-
-def read_datasets(folders: Sequence[Path], images: Path, columns: Columns, *, only: Sequence[str] = ()) -> Read:
-    """Tables saved with `datasets.save_to_disk`; pictures are written to `images` by the hash of their bytes.
-
-    The bytes stay as they are stored: encoding again would make a format trace of its own.
-    """
-    try:
-        import datasets
-    except ImportError as error:
-        raise SetupError(
-            "reading a saved data set needs the package datasets: pip install 'x2dfd[train]'", code="package_missing"
-        ) from error
-    if not columns.real and not columns.fake:
-        raise X2DFDError(
-            "say which values are real and which fake: --real-value 0 --fake-value 1", code="option_missing"
-        )
-    read = Read(only)
-    for folder in folders:
-        try:
-            loaded = datasets.load_from_disk(str(folder))
-        except (OSError, ValueError) as error:
-            raise X2DFDError(
-                f"{folder}: not a data set saved with save_to_disk ({error})", code="dataset_unreadable"
-            ) from error
-        for split, table in (loaded if isinstance(loaded, dict) else {"": loaded}).items():
-            if not read.takes(split):
-                continue
-            for column in filter(None, (columns.image, columns.label, columns.method, columns.group, columns.video)):
-                if column not in table.column_names:
-                    raise UnknownName("column", column, table.column_names)
-            names = getattr(table.features[columns.label], "names", None)  # of a ClassLabel
-            try:
-                table = table.cast_column(columns.image, datasets.Image(decode=False))
-            except (ValueError, TypeError, NotImplementedError) as error:
-                raise X2DFDError(
-                    f"{folder}: column {columns.image!r} holds no pictures ({error})", code="column_without_pictures"
-                ) from error
-            for i, record in enumerate(progress(table, f"pictures of {split or folder.name}")):
-                read.listed += 1
-                path = _store(record[columns.image], images)
-                label = _said(record[columns.label], names, columns, f"{folder.name}: row {i}")
-                if path is None:
-                    read.lacks(f"{folder.name} {split}".strip(), f"row {i}: no picture in it")
-                    continue
-                given = {
-                    name: str(record[column])
-                    for name in ("method", "group", "video")
-                    if (column := getattr(columns, name)) and record[column] not in (None, "")
-                }
-                sample = row(
-                    path,
-                    path.name,
-                    label,
-                    source=folder.name,
-                    method=given.get("method", "") if label == "fake" else "",
-                    split=split,
-                    clip=False,
-                    sources=[f"{folder.name}/{given['group']}"] if "group" in given else (),
-                )
-                clip = f"{folder.name}/{label}/{given['video']}" if "video" in given else None
-                read.samples.append(replace(sample, video=clip))
-    return read
-
-
-def _said(value: Any, names: Sequence[str] | None, columns: Columns, where: str) -> Label:
-    """The label that the user gives to a value, by the value itself or by its class name."""
-    said = {str(value)}
-    if names and isinstance(value, int) and 0 <= value < len(names):
-        said.add(names[value])
-    real, fake = bool(said & set(columns.real)), bool(said & set(columns.fake))
-    if real == fake:
-        raise X2DFDError(
-            f"{where}: label {'/'.join(sorted(said))} is {'both real and' if real else 'neither real nor'} fake",
-            code="label_unclear",
-        )
-    return "real" if real else "fake"
-
-
-def _store(image: Mapping[str, Any] | None, folder: Path) -> Path | None:
-    """Writes a picture's bytes as they are, named by their SHA-256; None when it is none."""
-    try:
-        data = image and (image["bytes"] or (Path(image["path"]).read_bytes() if image["path"] else None))
-        suffix = (Image.open(io.BytesIO(data)).format or "").lower() if data else ""
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return None
-    if not data or not suffix:
-        return None
-    digest = hashlib.sha256(data).hexdigest()
-    path = folder.absolute() / digest[:2] / f"{digest}.{'jpg' if suffix == 'jpeg' else suffix}"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    return path
 
 
 def read_manifests(files: Sequence[Path], *, only: Sequence[str] = ()) -> Read:

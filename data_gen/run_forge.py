@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from data_gen.forge import FORGE_VERSION, HARMLESS, LATENT, METHODS, Forgery, Photo, changed, forge, joined_cues
 from data_gen.harmless import through_video
 from x2dfd.errors import InputError, UnknownName, X2DFDError
-from x2dfd.faces import find_faces
-from x2dfd.files import file_sha256, write_text
+from x2dfd.faces import Array, find_faces
+from x2dfd.files import Json, file_sha256, write_bytes, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest, write_manifest
 from x2dfd.media import load_picture
 from x2dfd.progress import progress
@@ -122,7 +121,7 @@ def load_photo(path: str, source: str, group: str, side: int) -> Photo | None:
     half = max(w, h) * REGION / 2
     cx, cy = x + w / 2, y + h / 2
     x0, y0 = max(0, round(cx - half)), max(0, round(cy - half))
-    region: np.ndarray[Any, Any] = pixels[y0 : round(cy + half), x0 : round(cx + half)]
+    region: Array = pixels[y0 : round(cy + half), x0 : round(cx + half)]
     scale = min(1.0, side / max(region.shape[:2]))
     points = faces[0].landmarks - np.array([x0, y0], np.float32)
     if scale < 1:
@@ -154,23 +153,21 @@ def _draw_photo(source: _Source, label: str, split: str, rng: np.random.Generato
     raise X2DFDError(f"no usable face in {_TRIES} {label} pictures of split {split!r}", code="no_usable_face")
 
 
-def save_jpeg(path: Path, pixels: np.ndarray[Any, Any], quality: int) -> str:
+def save_jpeg(path: Path, pixels: NDArray[np.uint8], quality: int) -> str:
     ok, data = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
     if not ok:
         raise X2DFDError(f"could not encode {path.name}", code="cannot_write")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(data.tobytes())
-    os.replace(temporary, path)
+    write_bytes(path, data.tobytes())
     return hashlib.sha256(data.tobytes()).hexdigest()
 
 
-def _item(source: _Source, out: Path, index: int) -> dict[str, Any]:
+def _item(source: _Source, out: Path, index: int) -> Json:
     """Make picture `index` and return its manifest row."""
     config = source.config
     rng = np.random.default_rng([config.seed, index])
     kind = rng.random()
     quality = int(rng.integers(88, 99))
-    row: dict[str, Any] = {"id": f"{config.seed}-{index:06d}", "path": f"images/{index // 1000:03d}/{index:06d}.jpg"}
+    row: Json = {"id": f"{config.seed}-{index:06d}", "path": f"images/{index // 1000:03d}/{index:06d}.jpg"}
     file = out / row["path"]
     file.parent.mkdir(parents=True, exist_ok=True)
     if kind < config.ready_made:
@@ -272,7 +269,7 @@ def _sibling(source: _Source, split: str, target: Sample, rng: np.random.Generat
     return None
 
 
-def pose(photo: Photo) -> np.ndarray[Any, Any]:
+def pose(photo: Photo) -> NDArray[np.uint8]:
     """How far the head is turned and tipped: where the nose lies between the ends of the mesh, both about 0.5."""
     p = photo.landmarks
     across, down = p[454] - p[234], p[152] - p[10]
@@ -302,13 +299,13 @@ def _start(config: ForgeConfig, out: Path) -> None:
     _worker = (_Source(config), out)
 
 
-def _work(index: int) -> dict[str, Any]:
+def _work(index: int) -> Json:
     if _worker is None:
         raise RuntimeError("worker not started")
     return _item(*_worker, index)
 
 
-def finished_rows(part: Path) -> list[dict[str, Any]]:
+def finished_rows(part: Path) -> list[Json]:
     """Rows of an earlier, cut-off run; a half-written last line is dropped."""
     rows = []
     if part.is_file():
@@ -384,7 +381,7 @@ def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
     return manifest
 
 
-def _made(config: ForgeConfig, out: Path, todo: Sequence[int], workers: int) -> Iterator[dict[str, Any]]:
+def _made(config: ForgeConfig, out: Path, todo: Sequence[int], workers: int) -> Iterator[Json]:
     if workers <= 1:
         _start(config, out)
         try:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from x2dfd.degrade import soft
-from x2dfd.faces import OVAL, area_mask
+from x2dfd.faces import OVAL, Array, area_mask
 from x2dfd.types import Cue
 
-Array = NDArray[Any]
 Pixels = NDArray[np.uint8]
 Rng = np.random.Generator
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from data_gen.tools import Array, Pixels
+from data_gen.tools import Pixels
 from x2dfd.degrade import soft
+from x2dfd.faces import Array
 
 _PLAIN = {
     "texture": 5.0, "lighting": 22.0, "blending": 6.0, "blur": 6.0, "colour": 14.0, "asymmetry": 16.0,

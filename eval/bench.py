@@ -24,13 +24,13 @@ from eval.stats import Measured
 from eval.task import Made, Options, Run, Task
 from eval.tasks import assess, demographics, describe, detect, experts, words
 from x2dfd.errors import X2DFDError
-from x2dfd.files import file_sha256, write_bytes, write_text
+from x2dfd.files import Json, file_sha256, write_bytes, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("--", ".", ":!*.md", ":!eval/results")
 """What a result is made from, to git."""
-Result = dict[str, Any]
+Result = Json
 """What `result.json` holds."""
 
 TASKS: dict[str, Task] = {
@@ -123,16 +123,15 @@ def check(options: Options) -> None:
         options.one_change()
     if choice.model == "template" and task != "describe":
         raise X2DFDError("template is told the label: it is a baseline of describe alone", code="template_knows_label")
-    partly = options.experts or choice.mode or not models.has_mllm(choice.model)
+    partly = options.experts or choice.loading.get("mode") or not choice.has_mllm
     if options.with_mllm and (task != "experts" or partly):
         raise X2DFDError(
             "--with-mllm is for the task experts, all of them, of a calibrated model that has an MLLM",
             code="with_mllm_not_for_run",
         )
-    one = choice.model.startswith(models.EXPERT)
-    other = choice.base or choice.served or choice.model in models.BASELINES or (one and task != "locate")
+    other = choice.folder is None and not (choice.expert and task == "locate")
     if task in ("experts", "locate") and other:
-        allowed = "embedded, fusion or an adapter's folder" + (", or expert:NAME" if task == "locate" else "")
+        allowed = "embedded, fusion or an adapter directory" + (", or expert:NAME" if task == "locate" else "")
         raise X2DFDError(
             f"{task} is about experts: --model {allowed}, and --experts A,B for some of them",
             code="model_not_for_task",
@@ -176,7 +175,7 @@ def check_clips(samples: Iterable[Sample]) -> None:
 # ---------------------------------------------------------------- where numbers come from
 
 
-def hashes(choice: models.Choice, stated: dict[str, Any]) -> dict[str, Any]:
+def hashes(choice: models.Choice, stated: Json) -> Json:
     """SHA-256 of what gave the answers: base weights, adapter, experts' weights, prompt, calibration; None without."""
     calibration = choice.folder / "calibration.json" if choice.folder else None
     whole = stated | (stated.get("mllm") or {})  # task `experts` states its MLLM apart
@@ -189,7 +188,7 @@ def hashes(choice: models.Choice, stated: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def code_state() -> dict[str, Any] | None:
+def code_state() -> Json | None:
     """Commit, and whether tracked files differ from it; None outside a git checkout.
 
     Documents and result files change no number, and a run must not make the next one dirty: they do not count.

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from x2dfd.degrade import Array, Pixels, Rng, codec, soft, video_codec
+from x2dfd.degrade import Pixels, Rng, codec, soft, video_codec
 from x2dfd.errors import UnknownName
+from x2dfd.faces import Array
 
 FORMAT_SWAP = "jpeg95"
 """The change that stands for another file format: the unchanged pixels are what a PNG of the picture holds."""

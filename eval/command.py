@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -19,15 +19,16 @@ from eval.protocols import PROTOCOLS
 from eval.rows import say
 from eval.stats import Measured
 from eval.task import Options
+from x2dfd import options as load
 from x2dfd.errors import UnknownName, X2DFDError
-from x2dfd.files import file_sha256, write_text
+from x2dfd.files import Json, file_sha256, write_text
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 _EPILOG = """Examples:\n
   python eval/run_bench.py detect --data manifest.csv --split val --out results/val\n
   python eval/run_bench.py describe --data forged/manifest.jsonl --model majority --out results/cues\n
-  python eval/run_bench.py answer --data manifest.csv --served http://localhost:8000/v1 --model NAME --out answers\n
+  python eval/run_bench.py answer --data manifest.csv --model NAME@http://localhost:8000/v1 --out answers\n
   python eval/run_bench.py experts --data manifest.csv --changes jpeg50,half --out results/experts\n
   python eval/run_bench.py detect --data manifest.csv --changes codec/share/once --out results/shared
 """
@@ -43,13 +44,14 @@ def bench(
         Path | None, typer.Option(help="CSV, JSONL or Parquet with path and label; or CueBench's folder")
     ] = None,
     model: Annotated[
-        str, typer.Option(help="embedded, an adapter's folder, expert:NAME, fusion, majority, template; a served name")
+        str, typer.Option(metavar="SPEC", help="as in x2dfd detect; or expert:NAME, fusion, majority, template")
     ] = "embedded",
-    base: Annotated[_Text, typer.Option(help="a base model of the hub or a folder, bare or under --model")] = None,
-    served: Annotated[_Text, typer.Option(help="an OpenAI-compatible endpoint that serves --model")] = None,
-    adapter: Annotated[_Text, typer.Option(help="with --served: the adapter directory that it serves")] = None,
     tools: Annotated[_Text, typer.Option(help="a model without adapter: these experts' scores as tool results")] = None,
-    mode: Annotated[_Text, typer.Option(help="calibrated or paper (default: calibrated if there is one)")] = None,
+    mode: load.ModeOption = None,
+    device: load.Device = None,
+    dtype: load.DtypeOption = None,
+    bits: load.BitsOption = None,
+    device_map: load.DeviceMap = None,
     out: Annotated[Path | None, typer.Option(help="where result.json, result.html and samples.parquet go")] = None,
     split: Annotated[_Text, typer.Option(help="judge this split only")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="judge so many samples, drawn with the seed")] = None,
@@ -85,7 +87,7 @@ def bench(
         raise typer.Exit(1)
 
 
-def options(given: dict[str, Any]) -> Options:
+def options(given: Json) -> Options:
     """The options of a run. Raises X2DFDError for what is absent or unknown."""
     missing = [name for name in ("task", "data", "out") if given[name] is None]
     if missing:
@@ -95,11 +97,10 @@ def options(given: dict[str, Any]) -> Options:
         )
     if given["task"] not in TASKS:
         raise UnknownName("task", given["task"], TASKS)
-    if given["mode"] not in (None, "calibrated", "paper"):
-        raise UnknownName("mode", given["mode"], ("calibrated", "paper"))
     own = {f.name: given[f.name] for f in fields(Options) if f.name in given}
     own["by"] = tuple(column for column in given["by"].split(",") if column)
-    return Options(**own, choice=Choice(**{f.name: given[f.name] for f in fields(Choice)}))
+    how = {name: given[name] for name in ("mode", "device", "dtype", "bits", "device_map")}
+    return Options(**own, choice=Choice(given["model"], given["tools"], load.load_options(**how)))
 
 
 def _run(chosen: Options, against: Path | None) -> bool:

@@ -14,11 +14,11 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import cv2
 import numpy as np
@@ -29,7 +29,7 @@ from data_gen.readers import labelled, read_folders
 from data_gen.run_forge import finished_rows, load_photo, pose, save_jpeg
 from x2dfd.cli import run_command
 from x2dfd.errors import SetupError, X2DFDError
-from x2dfd.files import file_sha256, write_bytes, write_text
+from x2dfd.files import Json, file_sha256, write_bytes, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest, write_manifest
 from x2dfd.progress import progress
 
@@ -120,9 +120,7 @@ def _donor(photos: Sequence[Photo], k: int, turn: int) -> int:
     return min(few, key=lambda j: (float(np.abs(pose(photos[j]) - pose(photos[k])).max()), j))
 
 
-def build(
-    photos: Path | None, out: Path, *, per_method: int = PER_METHOD, allow_missing: bool = False
-) -> dict[str, Any]:
+def build(photos: Path | None, out: Path, *, per_method: int = PER_METHOD, allow_missing: bool = False) -> Json:
     """Make (or finish) the set in `out`; returns its card. Without `photos`: of the package's own portrait.
 
     Raises X2DFDError when more than 1 % of the photos have no usable face (unless `allow_missing`: the card counts
@@ -193,7 +191,7 @@ def build(
     return card
 
 
-def _make(item: Item, photos: Sequence[Photo], sample: Sample, out: Path) -> dict[str, Any]:
+def _make(item: Item, photos: Sequence[Photo], sample: Sample, out: Path) -> Json:
     """Make one picture, its mask where it is a forgery, and its row."""
     photo = photos[item.photo]
     seed = hashlib.sha256(f"cuebench:{VERSION}:{item.name}".encode()).digest()
@@ -208,7 +206,7 @@ def _make(item: Item, photos: Sequence[Photo], sample: Sample, out: Path) -> dic
     if item.harmless is not None:
         forged, made = made, changed(photo, made, HARMLESS[item.harmless], rng)
         over = item.harmless if made is not forged else None
-    row: dict[str, Any] = {"id": item.name, "path": f"images/{item.name}.jpg"}
+    row: Json = {"id": item.name, "path": f"images/{item.name}.jpg"}
     row |= {"label": "real" if made.df_class == "real" else "fake", "method": made.method, "df_class": made.df_class}
     row |= {"source": sample.source, "group": sample.group, "split": "test", "strength": made.strength}
     row["cues"] = [asdict(c) for c in made.cues]
@@ -228,8 +226,8 @@ def _make(item: Item, photos: Sequence[Photo], sample: Sample, out: Path) -> dic
     return row
 
 
-def _counts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    def count(values: Any) -> dict[str, int]:
+def _counts(rows: Sequence[Json]) -> Json:
+    def count(values: Iterable[str]) -> dict[str, int]:
         return dict(sorted(Counter(values).items()))
 
     return {

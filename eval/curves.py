@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from sklearn.metrics import roc_curve
 
 from eval import metrics as m
 from eval.stats import Floats, Labels
+from x2dfd.files import Json
 
 POINTS = 200  # of a curve, at most
 BINS = 10  # of the calibration curve, equal width
 
 
-def of(labels: Labels, scores: Floats) -> dict[str, Any]:
+def of(labels: Labels, scores: Floats) -> Json:
     """`roc`: [false alarms, found]; `risk_coverage`: [coverage, risk]; `reliability`: a row a bin that is not empty.
 
     The reliability counts reals and fakes as equally likely, which is what the probability assumes. Empty where one
@@ -31,7 +30,7 @@ def of(labels: Labels, scores: Floats) -> dict[str, Any]:
     }
 
 
-def reliability(labels: Labels, scores: Floats) -> list[dict[str, Any]]:
+def reliability(labels: Labels, scores: Floats) -> list[Json]:
     """Per bin of P(fake): its mean, the share of fakes at even odds, and how many pictures."""
     weight = np.where(labels == 1, 0.5 / max(labels.sum(), 1), 0.5 / max((labels == 0).sum(), 1))
     place = np.minimum((scores * BINS).astype(np.int64), BINS - 1)

@@ -9,11 +9,15 @@ test gave: a tick where it passed, what is missing where it was skipped.
 
 from __future__ import annotations
 
-import argparse
 import re
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 from xml.etree import ElementTree
+
+import typer
+
+from x2dfd.cli import run_command
+from x2dfd.errors import X2DFDError
 
 DOCS = Path(__file__).parent.parent / "docs" / "models.md"
 COLUMNS = {
@@ -45,15 +49,14 @@ def table(junit: Path) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("junit", type=Path)
-    made = table(parser.parse_args(argv).junit)
+def main(junit: Annotated[Path, typer.Argument(help="what pytest --junitxml wrote of tests/test_families.py")]) -> None:
+    """Write the table of docs/models.md."""
+    made = table(junit)
     text, count = BLOCK.subn(lambda block: f"{block[1]}{made}{block[2]}", DOCS.read_text(encoding="utf-8"))
     if count != 1:
-        raise SystemExit(f"{DOCS} has no one place for the table")
+        raise X2DFDError(f"{DOCS} has no one place for the table")
     DOCS.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "Example:\n\n  python -m eval.families build/families.xml")

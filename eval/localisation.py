@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -19,6 +18,7 @@ from eval.stats import Floats
 from x2dfd.crops import MASK_SIZE, mask_on_crop
 from x2dfd.errors import InputError
 from x2dfd.faces import CROP_SIZE, area_polygons
+from x2dfd.files import Json
 from x2dfd.manifest import Sample
 from x2dfd.media import load_picture
 from x2dfd.types import Face
@@ -44,7 +44,7 @@ def truth_on_crop(path: Path, shape: Sequence[int], pixels: Pixels, face: Face) 
     return np.asarray(truth)
 
 
-def places(maps: dict[str, Any], face: Face, truth: NDArray[np.bool_]) -> Part:
+def places(maps: Json, face: Face, truth: NDArray[np.bool_]) -> Part:
     """How well each map, and two that know nothing of the forgery, say where it is."""
     drawn = {name: np.asarray(rows, np.float32) for name, rows in maps.items()}
     grids = {

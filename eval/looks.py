@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from x2dfd.errors import X2DFDError
-from x2dfd.files import parse_json
+from x2dfd.files import Json, parse_json
 from x2dfd.rows import model_hash
 
 
-def count(ledger: Path, result: dict[str, Any]) -> dict[str, Any]:
+def count(ledger: Path, result: Json) -> Json:
     """Enter a result into the ledger, a JSON line a look, and say how it stands there.
 
     `versions`: those that have looked at the set with this task, this one included; `look`: the number of this one's

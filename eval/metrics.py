@@ -7,13 +7,14 @@ no samples) is None, never NaN. AUC and all intervals: `eval.stats`.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_curve
 
 from eval.stats import Floats, Labels
+from x2dfd.files import Json
 
 # A probability of exactly 0 or 1 that is wrong would cost infinitely much; this bounds the cost at 13.8 nats.
 _EPS = 1e-6
@@ -166,7 +167,7 @@ def overlap(truth: NDArray[np.bool_], said: NDArray[np.bool_]) -> float | None:
     return float((truth & said).sum() / (truth | said).sum()) if truth.any() else None
 
 
-def cue_agreement(truth: Sequence[Collection[Any]], said: Sequence[Collection[Any]]) -> dict[str, Any]:
+def cue_agreement(truth: Sequence[Collection[object]], said: Sequence[Collection[object]]) -> Json:
     """Precision, recall and F1 of sets, one pair of sets an image (areas, or (area, artifact) pairs).
 
     `micro` counts over all images together. `per_image` is the mean over images: precision over images where

@@ -1,11 +1,9 @@
 """What is measured, opened in one place for every task, so that all models get the same samples and preprocessing.
 
+`--model` takes every form of `x2dfd.model_spec`, `expert:NAME` included (any expert that `x2dfd experts` lists), and:
+
 | `--model` | is |
 | --- | --- |
-| `embedded`, a folder | the committed model, or an adapter directory, MLLM and experts together |
-| with `--base NAME` | a LLaVA of the hub or a folder, bare or with `--model DIR` as its adapter |
-| with `--served URL` | a model of an OpenAI-compatible endpoint, zero-shot or with `--adapter DIR` |
-| `expert:NAME` | one expert alone, any that `x2dfd experts` lists |
 | `fusion` | the experts of the embedded model and its calibration, the MLLM missing |
 | `majority`, `template` | baselines that see no picture; `template` is told the label |
 
@@ -16,50 +14,66 @@ arXiv 2502.14994, for pictures).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from x2dfd.adapter import EMBEDDED
 from x2dfd.errors import X2DFDError
-from x2dfd.types import KINDS, Evidence
+from x2dfd.model_spec import LoadOptions, ModelSpec
+from x2dfd.types import KINDS, Evidence, ModelInfo
 
 if TYPE_CHECKING:
-    from x2dfd.detector import Mode
+    from x2dfd.detector import Detector
 
 BASELINES = ("majority", "template")
 FUSION = "fusion"
-EXPERT = "expert:"
+TOOL_RESULTS = "tool results"
 
 
 @dataclass(frozen=True)
 class Choice:
     """Which model is measured, as the options of the command name it."""
 
-    model: str = "embedded"  # embedded, an adapter's folder, expert:NAME, fusion, a baseline, or a served name
-    base: str | None = None  # a base model of the hub or a folder, bare or under `model`
-    served: str | None = None  # an OpenAI-compatible endpoint that serves `model`
-    adapter: str | None = None  # with `served`: the adapter directory that it serves
+    model: str = "embedded"  # a ModelSpec, fusion, or a baseline
     tools: str | None = None  # of a model without an adapter: these experts' scores as tool results
-    mode: Mode | None = None  # default: calibrated where there is a calibration
+    loading: LoadOptions = field(default_factory=LoadOptions)  # `mode`: calibrated where there is a calibration
+
+    @property
+    def spec(self) -> ModelSpec | None:
+        """None for a baseline and for the fusion. Raises SetupError."""
+        return None if self.model in (FUSION, *BASELINES) else ModelSpec.parse(self.model)
+
+    @property
+    def expert(self) -> str | None:
+        """The one expert that is named."""
+        return self.spec.expert if self.spec else None
+
+    @property
+    def has_mllm(self) -> bool:
+        """Whether what is named has an MLLM, which can be asked for texts."""
+        return self.spec is not None and self.spec.expert is None
 
     @property
     def folder(self) -> Path | None:
         """The adapter directory, if one is named."""
-        if self.adapter or self.served or self.model in (FUSION, *BASELINES) or self.model.startswith(EXPERT):
-            return Path(self.adapter) if self.adapter else EMBEDDED if self.model == FUSION else None
-        if self.model == "embedded":
-            return None if self.base else EMBEDDED
-        return Path(self.model)
+        if self.spec is None:
+            return EMBEDDED if self.model == FUSION else None
+        return EMBEDDED if self.spec.embedded else self.spec.adapter
+
+    @property
+    def label(self) -> str:
+        """What a result calls the model."""
+        return self.spec.label if self.spec else self.model
 
     def key(self) -> list[str | None]:
         """What tells rows of one choice from those of another, without paths."""
-        names = [named(v) if v else None for v in (self.model, self.base, self.adapter)]
-        return [*names, self.served, self.tools, self.mode]
+        host, adapter = (self.spec.host, self.spec.adapter) if self.spec else ("", None)
+        return [self.label, host, adapter.name if adapter else None, self.tools, self.loading.get("mode")]
 
 
 @dataclass(frozen=True)
@@ -68,12 +82,15 @@ class Opened:
 
     name: str  # as it stands in the result
     kind: str  # "model", "served", "fusion", "expert" or "baseline"
-    detector: Any = None  # x2dfd.Detector; None for a baseline
+    asked: Detector | None = None  # None for a baseline
     mode: str | None = None
 
     @property
-    def expert(self) -> str | None:
-        return self.name.removeprefix(EXPERT) if self.kind == "expert" else None
+    def detector(self) -> Detector:
+        """Raises X2DFDError for a baseline, which has none."""
+        if self.asked is None:
+            raise X2DFDError(f"{self.name} looks at no picture", code="model_not_for_task")
+        return self.asked
 
     @property
     def writes(self) -> bool:
@@ -81,50 +98,16 @@ class Opened:
         return self.kind in ("model", "served")
 
 
-def named(model: str) -> str:
-    """A model's name without the path of its folder."""
-    own = model in ("embedded", FUSION, *BASELINES) or model.startswith(EXPERT)
-    return model if own else Path(model).absolute().name
-
-
-def has_mllm(model: str) -> bool:
-    """Whether what is named has an MLLM, which can be asked for texts."""
-    return model not in (FUSION, *BASELINES) and not model.startswith(EXPERT)
-
-
-def label(choice: Choice) -> str:
-    """A model with all that its options say, but for paths and addresses."""
-    told = [f"adapter {named(choice.adapter)}"] if choice.adapter else []
-    told += [f"tools {choice.tools}"] if choice.tools else []
-    told += [choice.mode] if choice.mode else []
-    return ", ".join([_name(choice), *(["served"] if choice.served else []), *told])
-
-
-def _name(choice: Choice) -> str:
-    return f"base:{named(choice.base)}" if choice.base and choice.model == "embedded" else named(choice.model)
-
-
 def check(choice: Choice) -> None:
     """Raises X2DFDError where the options contradict each other; opens nothing."""
-    if not has_mllm(choice.model) and (choice.base or choice.served or choice.adapter or choice.tools or choice.mode):
+    if not choice.has_mllm and (choice.tools or any(choice.loading.values())):
         raise X2DFDError(
-            f"--model {choice.model} goes without --base, --served, --adapter, --tools and --mode",
+            f"--model {choice.model} goes without --tools, --mode, --device, --dtype, --bits and --device-map",
             code="options_conflict",
         )
-    if choice.adapter and not choice.served:
+    if choice.tools and not (choice.spec and choice.spec.bare):
         raise X2DFDError(
-            "--adapter goes with --served; without it the adapter's folder is --model", code="options_conflict"
-        )
-    if choice.served and choice.model == "embedded":
-        raise X2DFDError(
-            "--served needs --model NAME: the name that the endpoint gives its model", code="option_missing"
-        )
-    if choice.served and choice.base:
-        raise X2DFDError("--served and --base are two models: give one", code="options_conflict")
-    untrained = choice.served or choice.base
-    if choice.tools and (not untrained or choice.adapter or (choice.base and choice.model != "embedded")):
-        raise X2DFDError(
-            "--tools is for a model without adapter (--served or --base): an adapter has its own prompt",
+            "--tools is for a model without adapter (hub:NAME, NAME@URL): an adapter has its own prompt",
             code="options_conflict",
         )
 
@@ -134,33 +117,36 @@ def open_model(choice: Choice) -> Opened:
     import x2dfd
 
     check(choice)
-    model = choice.model
-    if model in BASELINES:
-        return Opened(model, "baseline")
-    if model == FUSION:
-        return Opened(model, "fusion", experts_alone(None), "calibrated")
-    if model.startswith(EXPERT):
-        return Opened(model, "expert", experts_alone(model.removeprefix(EXPERT)), None)
-    tools = choice.tools.split(",") if choice.tools else None
-    if choice.served:
-        # Zero-shot unless tools are given: a bare model is told no scores.
-        some = tools if tools is not None else None if choice.adapter else []
-        detector = x2dfd.load(model, served=choice.served, adapter=choice.adapter, mode=choice.mode, experts=some)
-    elif choice.base:
-        folder = None if model == "embedded" else model
-        mode: Mode = choice.mode or ("calibrated" if folder else "paper")
-        some = tools if tools is not None else None if folder else []
-        detector = x2dfd.load(base=choice.base, adapter=folder, mode=mode, experts=some)
-    else:
-        detector = x2dfd.load(None if model == "embedded" else model, mode=choice.mode or "calibrated")
-    if tools is not None:
+    spec = choice.spec
+    if choice.model in BASELINES:
+        return Opened(choice.model, "baseline")
+    if spec is None:
+        return Opened(FUSION, "fusion", experts_alone(None), "calibrated")
+    if spec.expert is not None:
+        return Opened(str(spec), "expert", experts_alone(spec.expert), None)
+    options = choice.loading.copy()
+    if spec.bare:  # zero-shot unless tools are given: it is told no scores
+        options["experts"] = choice.tools.split(",") if choice.tools else []
+    detector = x2dfd.load(spec, **options)
+    if choice.tools:
         detector = with_tools(detector)
-    # A stand-in of the tests has no mode of its own.
-    mode_of = getattr(detector, "mode", "calibrated")
-    return Opened(_name(choice), "served" if choice.served else "model", detector, mode_of)
+    return Opened(spec.label, "served" if spec.url else "model", detector, detector.mode)
 
 
 # ---------------------------------------------------------------- experts without an MLLM
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """Its look at faces, of which it sees nothing."""
+
+    size: int
+    tower_states: None = None
+    tower: None = None
+
+    def part(self, rows: Sequence[int]) -> Unseen:
+        """Of some of the faces."""
+        return Unseen(len(rows))
 
 
 class NoMLLM:
@@ -172,16 +158,16 @@ class NoMLLM:
     def __init__(self, logit: float) -> None:
         self._logit = logit
 
-    def look(self, crops: NDArray[np.uint8]) -> Any:
-        return SimpleNamespace(tower_states=None, size=len(crops), part=lambda rows: self.look(crops[rows]))
+    def look(self, crops: NDArray[np.uint8]) -> Unseen:
+        return Unseen(len(crops))
 
-    def verdict_logits(self, look: Any, questions: Sequence[str]) -> NDArray[np.float64]:
+    def verdict_logits(self, look: object, questions: Sequence[str]) -> NDArray[np.float64]:
         return np.full(len(questions), self._logit)
 
-    def write(self, look: Any, questions: Sequence[str], starts: Sequence[str], **_: Any) -> list[str]:
+    def write(self, look: object, questions: Sequence[str], starts: Sequence[str], **_: object) -> list[str]:
         return [""] * len(questions)
 
-    def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str], /) -> Any:
+    def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str], /) -> NoReturn:
         raise X2DFDError("there is no language model to ask", code="no_language_model")
 
 
@@ -192,7 +178,7 @@ def without_mllm(weights: dict[str, float]) -> dict[str, float]:
     return {n: w for n, w in weights.items() if n != MLLM}
 
 
-def experts_alone(name: str | None) -> Any:
+def experts_alone(name: str | None) -> Detector:
     """A Detector of one expert, or of all that the embedded model's calibration weighs (None), without its MLLM.
 
     The MLLM counts as its mean, as the calibration treats what is missing. One expert decides by its own score, and
@@ -220,17 +206,13 @@ def experts_alone(name: str | None) -> Any:
         experts = [load_expert(name)]
         calibration = Calibration({KINDS[1]: Logistic({name: 1.0}, {name: 0.0}, 0.0)}, 0.0, 1.0)
         stated = f"expert {name}"
-    facts: dict[str, Any] = {
-        "name": stated,
-        "base": {"name": "none", "sha256": ""},
-        "adapter_sha256": None,
-        "crops_through": f"{CODEC[0]} {CODEC[1]}",
-        "experts": {e.card.name: f"{e.card.version} {e.card.sha256}" for e in experts},
-        "in_prompt": [],
-        "score_form": "numbers",
-        "held_out": [],
-    }
-    return Detector(NoMLLM(0.0), experts, calibration, facts, "calibrated")
+    info = ModelInfo(
+        stated,
+        {"name": "none", "sha256": ""},
+        crops_through=f"{CODEC[0]} {CODEC[1]}",
+        experts={e.card.name: f"{e.card.version} {e.card.sha256}" for e in experts},
+    )
+    return Detector(NoMLLM(0.0), experts, calibration, info, "calibrated")
 
 
 # ---------------------------------------------------------------- scores as tool results
@@ -252,14 +234,11 @@ def tool_results(question: str, evidence: Sequence[Evidence]) -> str:
     return "\n".join([*lines, question])
 
 
-def with_tools(detector: Any) -> Any:
+def with_tools(detector: Detector) -> Detector:
     """The same parts, asked with `tool_results` instead of the sentence that X2-DFD trains with."""
     from x2dfd import prompts
     from x2dfd.detector import Detector
 
-    class ToolDetector(Detector):
-        def _questions(self, evidence: Sequence[Sequence[Evidence]]) -> list[str]:
-            return [tool_results(prompts.QUESTION, said) for said in evidence]
-
-    facts = {**detector.facts, "asked_with": "tool results"}
-    return ToolDetector(detector.mllm, detector.experts, detector.calibration, facts, detector.mode)
+    info = replace(detector.info, asked_with=TOOL_RESULTS)
+    ask = partial(tool_results, prompts.QUESTION)
+    return Detector(detector.mllm, detector.experts, detector.calibration, info, detector.mode, question=ask)

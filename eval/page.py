@@ -12,14 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
 from eval.stats import Measured
-from eval.tables import percent, shown
+from eval.tables import Cell, percent, shown
+from x2dfd.files import Json
 
-Result = dict[str, Any]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+Result = Json
 
 TEMPLATE = Path(__file__).with_name("result.html.jinja")
 NO_PLOTS = "No curves: matplotlib is not installed (pip install -e '.[bench]')."
@@ -114,16 +119,16 @@ class Grid:
     first: bool = False  # stands above the curves
 
 
-def _grid(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "") -> Grid:
+def _grid(title: str, head: Sequence[str], rows: Sequence[Sequence[Cell | Result]], caption: str = "") -> Grid:
     """Cells may be texts, numbers and figures of a result file."""
     return Grid(title, head, [[_cell(c) for c in row] for row in rows], caption)
 
 
-def _cell(cell: Any) -> str:
+def _cell(cell: Cell | Result) -> str:
     return shown(Measured.read(cell) if isinstance(cell, dict) else cell)
 
 
-def _counted(part: Result) -> list[Any]:
+def _counted(part: Result) -> list[str | int]:
     """A rate and what it rests on."""
     return [percent(part), part["n"], part["groups"]]
 
@@ -222,7 +227,7 @@ def _clips_and_words(name: str, scorer: Result) -> Iterator[Grid]:
 # ---------------------------------------------------------------- plots
 
 
-def _plots(result: Result) -> Iterator[dict[str, Any]]:
+def _plots(result: Result) -> Iterator[Json]:
     """Raises ImportError without matplotlib, where there is something to plot."""
     curves = {name: s["curves"] for name, s in result.get("scorers", {}).items() if s.get("curves", {}).get("roc")}
     if curves:
@@ -255,8 +260,8 @@ def _plots(result: Result) -> Iterator[dict[str, Any]]:
 
 
 def _plot(
-    name: str, draw: Callable[[Any], None], caption: str, *, size: tuple[float, float] = (3.9, 4.2), wide: bool = False
-) -> dict[str, Any]:
+    name: str, draw: Callable[[Axes], None], caption: str, *, size: tuple[float, float] = (3.9, 4.2), wide: bool = False
+) -> Json:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -289,16 +294,16 @@ def _colour(k: int) -> str:
     return COLOURS[k % len(COLOURS)]
 
 
-def _legend(ax: Any, curves: Result) -> None:
+def _legend(ax: Axes, curves: Result) -> None:
     """Below the plot, where it hides no curve."""
     ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=min(2, len(curves)), handlelength=1.4)
 
 
-def _square(ax: Any, x: str, y: str) -> None:
+def _square(ax: Axes, x: str, y: str) -> None:
     ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel=x, ylabel=y)
 
 
-def _roc(ax: Any, curves: Result) -> None:
+def _roc(ax: Axes, curves: Result) -> None:
     for k, (name, curve) in enumerate(curves.items()):
         x, y = zip(*curve["roc"], strict=True)
         ax.plot(x, y, color=_colour(k), lw=2.2 if k == 0 else 1.2, label=name, drawstyle="steps-post")
@@ -307,7 +312,7 @@ def _roc(ax: Any, curves: Result) -> None:
     _legend(ax, curves)
 
 
-def _reliability(ax: Any, curves: Result) -> None:
+def _reliability(ax: Axes, curves: Result) -> None:
     ax.plot([0, 1], [0, 1], color=SOFT, lw=0.8, ls=":")
     for k, (name, curve) in enumerate(curves.items()):
         bins = curve["reliability"]
@@ -318,7 +323,7 @@ def _reliability(ax: Any, curves: Result) -> None:
     _legend(ax, curves)
 
 
-def _risk(ax: Any, curves: Result) -> None:
+def _risk(ax: Axes, curves: Result) -> None:
     for k, (name, curve) in enumerate(curves.items()):
         x, y = zip(*curve["risk_coverage"], strict=True)
         ax.plot(x, y, color=_colour(k), lw=2.2 if k == 0 else 1.2, label=name)
@@ -326,7 +331,7 @@ def _risk(ax: Any, curves: Result) -> None:
     _legend(ax, curves)
 
 
-def _forest(ax: Any, rows: Sequence[tuple[str, Result]]) -> None:
+def _forest(ax: Axes, rows: Sequence[tuple[str, Result]]) -> None:
     for at, (_, auc) in enumerate(rows):
         low, high = auc["interval"] or (auc["value"], auc["value"])
         ax.plot([low, high], [at, at], color=_colour(0), lw=2.2, solid_capstyle="round")
@@ -334,7 +339,7 @@ def _forest(ax: Any, rows: Sequence[tuple[str, Result]]) -> None:
     _rows(ax, [label for label, _ in rows])
 
 
-def _robustness(ax: Any, robust: Result, columns: Sequence[str]) -> None:
+def _robustness(ax: Axes, robust: Result, columns: Sequence[str]) -> None:
     width = 0.8 / len(columns)
     for k, column in enumerate(columns):
         for at, part in enumerate(robust.values()):
@@ -349,7 +354,7 @@ def _robustness(ax: Any, robust: Result, columns: Sequence[str]) -> None:
     ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.08), ncols=4)
 
 
-def _rows(ax: Any, labels: Sequence[str]) -> None:
+def _rows(ax: Axes, labels: Sequence[str]) -> None:
     ax.axvline(0.5, color=SOFT, lw=0.8, ls=":")
     ax.set(yticks=range(len(labels)), ylim=(len(labels) - 0.4, -0.6), xlabel="AUC", xlim=(None, 1.01))
     ax.set_yticklabels(labels)

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import typer
@@ -40,8 +40,9 @@ from data_gen.readers import (
 from eval.stats import Floats, Labels
 from x2dfd.cli import run_command
 from x2dfd.errors import UnknownName, X2DFDError
-from x2dfd.files import write_bytes, write_text
+from x2dfd.files import Json, write_bytes, write_text
 from x2dfd.manifest import Sample, manifest_sha256, write_manifest
+from x2dfd.options import names
 
 FRAMES = 32
 """Frames a clip in DeepfakeBench and DF40; fewer or more are other numbers."""
@@ -112,11 +113,11 @@ class Compat:
     @classmethod
     def parse(cls, text: str) -> Compat:
         """`clips,frames`; raises UnknownName."""
-        names = [n for n in text.split(",") if n]
-        for name in names:
+        chosen = names(text)
+        for name in chosen:
             if name not in cls.__dataclass_fields__:
                 raise UnknownName("quirk", name, cls.__dataclass_fields__)
-        return cls(**dict.fromkeys(names, True))
+        return cls(**dict.fromkeys(chosen, True))
 
 
 CORRECT = Compat()
@@ -201,7 +202,7 @@ def index_sets(
 def _has_levels(file: Path) -> bool:
     """Whether an index tells compression levels apart, by its content."""
 
-    def inside(value: Any, depth: int) -> bool:
+    def inside(value: object, depth: int) -> bool:
         if not isinstance(value, dict) or not value:
             return False
         if depth == 0:
@@ -211,7 +212,7 @@ def _has_levels(file: Path) -> bool:
     return inside(load_json(file), 3)
 
 
-def folder_sets(protocol: str, reader: Callable[[], Read], allow_missing: bool = False) -> dict[str, Any]:
+def folder_sets(protocol: str, reader: Callable[[], Read], allow_missing: bool = False) -> Json:
     """One set out of the user's folders or lists, as `index_sets` gives it."""
     return {protocol: _finished(reader(), PROTOCOLS[protocol], protocol, allow_missing)}
 
@@ -234,7 +235,7 @@ def _finished(read: Read, protocol: Protocol, name: str, allow_missing: bool) ->
 
 def write_sets(protocol: str, sets: Mapping[str, tuple[list[Sample], list[str]]], out: Path, compat: Compat) -> Path:
     """A manifest a set and `protocol.json`, which counts and hashes them; returns the latter's path."""
-    card: dict[str, Any] = {
+    card: Json = {
         "protocol": protocol,
         "version": PROTOCOLS[protocol].version,
         "line": PROTOCOLS[protocol].line,
@@ -316,7 +317,7 @@ def read_annotations(
     return read
 
 
-def _exchanges(record: dict[str, Any], question: str, answer: str, where: str) -> list[tuple[str, list[str]]]:
+def _exchanges(record: Json, question: str, answer: str, where: str) -> list[tuple[str, list[str]]]:
     """Questions of a record, each with the answers to it."""
     turns = record.get("conversations")
     if turns is None:
@@ -414,7 +415,7 @@ def write(
     if protocol.sets and indices is None and name != "ffpp":
         raise X2DFDError(f"{name} is read from index files: give --indices and --root", code="option_missing")
     if (protocol.sets and indices is not None) or name == "df40-p4":
-        chosen = [s for s in sets.split(",") if s]
+        chosen = names(sets)
         found = index_sets(
             protocol, indices or Path("."), roots, sets=chosen, frames=frames, compression=compression, compat=quirks,
             allow_missing=allow_missing,

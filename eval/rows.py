@@ -5,20 +5,20 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from x2dfd.errors import X2DFDError
-from x2dfd.files import file_sha256, write_bytes
+from x2dfd.files import Json, file_sha256, write_bytes
 from x2dfd.manifest import Sample
+from x2dfd.row_parts import RowParts
 
 CHUNK = 32  # samples between two saves
 
@@ -26,7 +26,7 @@ Pair = tuple[str, str]
 """Area and artifact of a cue."""
 Scores = dict[str, float | None]
 """Expert -> its score of a face, None where it has none."""
-Origin = dict[str, Any]
+Origin = Json
 """The model and the versions that answers state, as JSON."""
 
 
@@ -51,7 +51,7 @@ class SampleRow:
     question: str = ""
     answer: str = ""
     changed: dict[str, Scores | None] = field(default_factory=dict)  # change -> scores, None where the face was lost
-    places: dict[str, dict[str, Any]] = field(default_factory=dict)  # map -> how well it is placed (eval.localisation)
+    places: dict[str, Json] = field(default_factory=dict)  # map -> how well it is placed (eval.localisation)
 
     @classmethod
     def of(cls, sample: Sample) -> Self:
@@ -59,7 +59,7 @@ class SampleRow:
         return cls(sample.id, sha256_of(sample.path))
 
     @classmethod
-    def read(cls, data: dict[str, Any]) -> Self:
+    def read(cls, data: Json) -> Self:
         """From JSON."""
         row = cls(**data)
         row.cues = [(a, k) for a, k in row.cues]
@@ -187,10 +187,9 @@ def _same(new: SampleRow, old: SampleRow, joined: bool) -> bool:
 class Store:
     """Judged rows on disk: parts while a run goes on, `samples.parquet` when it is done."""
 
-    def __init__(self, folder: Path, key: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, key: Json) -> None:
         self.folder, self.key = folder, key
-        self.parts, self.table = folder / "parts", folder / "samples.parquet"
-        self._next: int | None = None  # number of the next part
+        self.parts, self.table = RowParts(folder / "parts"), folder / "samples.parquet"
         self.anew = False  # the table is of another model: it stays until this run is done, but is not read
 
     def check(self, samples: Sequence[Sample]) -> None:
@@ -198,8 +197,7 @@ class Store:
         stored: set[str] = set()
         if self.table.is_file():
             stored |= set(pq.read_table(self.table, columns=["id"])["id"].to_pylist())
-        for part in self.parts.glob("*.jsonl"):
-            stored |= {json.loads(line)["id"] for line in part.read_text("utf-8").split("\n")[1:] if line}
+        stored |= {row["id"] for _, rows in self.parts for row in rows}
         if stored and stored.isdisjoint(s.id for s in samples):
             raise X2DFDError(
                 f"{self.folder} holds {len(stored)} rows of other samples, which this run would throw away: take "
@@ -212,19 +210,16 @@ class Store:
 
         With `origin`, of that model; rows without any origin (nothing could be judged in their part) are of all.
         """
-        found: list[tuple[dict[str, Any], list[SampleRow]]] = []
+        found: list[tuple[Json, list[SampleRow]]] = []
         if self.table.is_file():
             table = pq.read_table(self.table)
             head = json.loads((table.schema.metadata or {}).get(b"x2dfd", b"{}"))
             own = head.get("key") == self.key
             found.append((head, [_unpack(row) for row in table.to_pylist()] if own else []))
-        for part in sorted(self.parts.glob("*.jsonl")):
-            first, *lines = part.read_text("utf-8").split("\n")
-            head = json.loads(first)
-            if head["key"] != self.key:
-                continue
-            self.anew = self.anew or head["anew"]
-            found.append((head, [SampleRow.read(json.loads(line)) for line in lines if line]))
+        for head, rows in self.parts:
+            if head["key"] == self.key:
+                self.anew = self.anew or head["anew"]
+                found.append((head, [SampleRow.read(row) for row in rows]))
         found = [(head, rows) for head, rows in found if head.get("key") == self.key]
         if self.anew:
             found = [(head, rows) for head, rows in found if head.get("anew")]
@@ -233,18 +228,12 @@ class Store:
         return {row.id: row for head, rows in found if head["origin"] in (origin, None) for row in rows}, origin
 
     def add(self, rows: Iterable[SampleRow], origin: Origin | None) -> None:
-        lines = [{"key": self.key, "origin": origin, "anew": self.anew}, *map(asdict, rows)]
-        text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
-        self.parts.mkdir(parents=True, exist_ok=True)
-        if self._next is None:
-            self._next = 1 + max((int(p.stem) for p in self.parts.glob("*.jsonl")), default=0)
-        write_bytes(self.parts / f"{self._next:06d}.jsonl", text.encode())
-        self._next += 1
+        self.parts.add({"key": self.key, "origin": origin, "anew": self.anew}, map(asdict, rows))
 
     def start_anew(self) -> None:
         """What is stored is not used; the last finished result stays until this run has replaced it."""
-        shutil.rmtree(self.parts, ignore_errors=True)
-        self._next, self.anew = None, True
+        self.parts.clear()
+        self.anew = True
 
     def finish(self, samples: Sequence[Sample], rows: Sequence[SampleRow], origin: Origin, base: Path) -> None:
         """Writes `samples.parquet` and drops the parts, but for rows of samples that were judged in another run."""
@@ -260,13 +249,13 @@ class Store:
         pq.write_table(pa.Table.from_pylist(packed, pa.schema(fields, {"x2dfd": head})), stream)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_bytes(self.table, stream.getvalue())
-        shutil.rmtree(self.parts, ignore_errors=True)
-        self._next, self.anew = None, False
+        self.parts.clear()
+        self.anew = False
         if others:  # a smaller --limit must not throw hours away
             self.add(others.values(), origin)
 
 
-def _pack(sample: Sample, row: SampleRow, base: Path) -> dict[str, Any]:
+def _pack(sample: Sample, row: SampleRow, base: Path) -> Json:
     flat = asdict(row)
     flat |= {f"expert:{name}": value for name, value in flat.pop("experts").items()}
     flat |= {k: json.dumps(flat[k], ensure_ascii=False) for k in _PACKED}
@@ -276,7 +265,7 @@ def _pack(sample: Sample, row: SampleRow, base: Path) -> dict[str, Any]:
     return flat | {"path": sample.path.relative_to(base).as_posix() if inside else sample.path.name}
 
 
-def _unpack(flat: dict[str, Any]) -> SampleRow:
+def _unpack(flat: Json) -> SampleRow:
     row = {k: flat[k] for k in ("id", "sha256", *_NUMBERS, *_TEXTS)} | {k: json.loads(flat[k]) for k in _PACKED}
     return SampleRow.read(
         row | {"experts": {k.removeprefix("expert:"): v for k, v in flat.items() if k.startswith("expert:")}}

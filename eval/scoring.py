@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +16,11 @@ from eval import stats
 from eval.changes import Change
 from eval.rows import SampleRow
 from eval.stats import Floats, Labels, Measured
+from x2dfd.files import Json
 from x2dfd.manifest import Sample
 from x2dfd.media import load_picture
 
-Part = dict[str, Any]
+Part = Json
 """A part of a result file: names to numbers, texts, `Measured` figures and further parts. JSON when it is written."""
 Column = Sequence[float | None]
 """A scorer's P(fake) of each sample, None where it has none."""
@@ -209,7 +209,7 @@ def common_auc(samples: Sequence[Sample], columns: Mapping[str, Column]) -> Part
     return {"n": len(kept), "auc": {n: Scored.of(own, [c[i] for i in kept]).auc() for n, c in columns.items()}}
 
 
-def micro_f1(truth: Sequence[Any], said: Sequence[Any], groups: Sequence[str]) -> Measured:
+def micro_f1(truth: Sequence[Set[object]], said: Sequence[Set[object]], groups: Sequence[str]) -> Measured:
     """F1 over (area, artifact) pairs or areas of all samples together, one pair of sets a sample."""
     right = np.array([2.0 * len(t & s) for t, s in zip(truth, said, strict=True)])
     items = np.array([float(len(t) + len(s)) for t, s in zip(truth, said, strict=True)])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from scipy.optimize import brentq
 from scipy.special import betainc, expit, logit
 from scipy.stats import rankdata, t
 from sklearn.metrics import roc_auc_score
+
+from x2dfd.files import Json
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -42,12 +44,12 @@ class Measured:
     groups: int = 0  # independent groups of them
     note: str = ""  # why there is no interval
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """As it stands in a result file."""
         return asdict(self) | {"interval": list(self.interval) if self.interval else None}
 
     @classmethod
-    def read(cls, part: dict[str, Any]) -> Self:
+    def read(cls, part: Json) -> Self:
         """From a result file; keys that are not of this type are ignored."""
         interval = part.get("interval")
         bounds = (float(interval[0]), float(interval[1])) if interval else None

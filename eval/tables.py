@@ -15,17 +15,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from eval.stats import TOO_FEW, Measured
 from x2dfd.cli import run_command
 from x2dfd.errors import X2DFDError
-from x2dfd.files import write_text
+from x2dfd.files import Json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-Result = dict[str, Any]
+Result = Json
 NOT_MEASURED = "Not measured."
 FEW_MARK = "‡"
 DATA_TASKS = ("detect", "describe", "experts")
@@ -71,12 +71,12 @@ def shown(cell: Cell, *, percent: bool = False) -> str:
     return value + (FEW_MARK if cell.note == TOO_FEW else " (no interval)" if cell.note else "")
 
 
-def percent(part: dict[str, Any] | None) -> str:
+def percent(part: Json | None) -> str:
     """A rate of a result file."""
     return shown(_figure(part), percent=True)
 
 
-def _figure(part: dict[str, Any] | None) -> Measured | None:
+def _figure(part: Json | None) -> Measured | None:
     return Measured.read(part) if part else None
 
 

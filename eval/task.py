@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from eval import models
 from eval.changes import Change, changes_of
-from eval.rows import Origin, SampleRow, Store
+from eval.rows import Judge, Origin, SampleRow, Store
 from eval.scoring import Part, changed, equalised
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.manifest import Sample, read_manifest
@@ -65,7 +64,7 @@ class Run:
     samples: list[Sample]
     skipped: int  # samples without the truth that the task needs
 
-    def store(self, **more: Any) -> Store:
+    def store(self, **more: object) -> Store:
         """The rows of this task, manifest and model. Raises X2DFDError where `--out` holds only rows of others."""
         options = self.options
         key = {"task": options.task, "version": self.version, "manifest": self.sha256, "equalise": options.equalise}
@@ -146,7 +145,7 @@ def judged(
     return rows, origins
 
 
-def judge_of(run: Run, model: models.Opened, *, rationale: bool, change: Change | None = None) -> Any:
+def judge_of(run: Run, model: models.Opened, *, rationale: bool, change: Change | None = None) -> Judge:
     """`judged` with the options of a run: what `eval.rows.score` takes."""
     options = run.options
     more = {"equalise": options.equalise, "batch_size": options.batch_size, "change": change}

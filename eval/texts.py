@@ -13,16 +13,15 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from x2dfd.errors import SetupError, X2DFDError
-from x2dfd.files import file_sha256
+from x2dfd.files import Json, file_sha256
 from x2dfd.manifest import Sample
 
 References = Sequence[Sequence[str]]
-Measured = dict[str, Any]
+Measured = Json
 
 WORDS = "lower-case words"
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
@@ -159,7 +158,7 @@ def _similarity(references: References, said: Sequence[str], encoder: Path | Non
             f"{encoder} holds no sentence encoder ({error})", code="sentence_encoder_unreadable"
         ) from error
 
-    def embed(texts: Sequence[str]) -> Any:
+    def embed(texts: Sequence[str]) -> torch.Tensor:
         parts = []
         for at in range(0, len(texts), 64):
             batch = tokenizer(list(texts[at : at + 64]), padding=True, truncation=True, return_tensors="pt")

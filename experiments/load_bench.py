@@ -29,7 +29,7 @@ import x2dfd
 from eval import command
 from experiments.load_rows import Memory
 from x2dfd.files import write_text
-from x2dfd.types import Evidence, FaceReport, Failure, Report, Verdict
+from x2dfd.types import Evidence, FaceReport, Failure, ModelInfo, Report, Verdict
 
 SIDE = 96  # of a picture
 BROKEN = 1000  # every so manieth file is no picture
@@ -42,7 +42,7 @@ class StubDetector:
     calibration = None
 
     def __init__(self, dies_at: int | None = None) -> None:
-        self.facts: dict[str, Any] = {"name": "stub", "mode": self.mode, "threshold": 0.6, "band": [0.4, 0.6]}
+        self.info = ModelInfo("stub", {}, mode=self.mode, threshold=0.6, band=[0.4, 0.6])
         self.judged = 0
         self.last = 0.0  # when, by time.perf_counter()
         self._dies_at = dies_at
@@ -61,7 +61,18 @@ class StubDetector:
             evidence = (Evidence("blending", p**2), Evidence("clip", None, "no weights"))
             face = FaceReport(0, (1.0, 2.0, 30.0, 40.0), 0.9, verdict, p, "", (), evidence)
             yield Report(
-                None, digest.hexdigest(), {"kind": "image"}, verdict, (face,), "", (), evidence, {}, self.facts, {}, {}
+                None,
+                digest.hexdigest(),
+                {"kind": "image"},
+                verdict,
+                (face,),
+                "",
+                (),
+                evidence,
+                {},
+                self.info.to_dict(),
+                {},
+                {},
             )
 
 

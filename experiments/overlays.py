@@ -26,6 +26,7 @@ from x2dfd.errors import InputError, X2DFDError
 from x2dfd.files import write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest
 from x2dfd.media import load_picture
+from x2dfd.options import Model
 from x2dfd.types import Report
 
 VERSION = 1
@@ -175,17 +176,17 @@ def run(
     data: Annotated[Path, typer.Option(help="manifest of labelled pictures")],
     out: Annotated[Path, typer.Option(help="JSON file to write")] = Path("build/overlays.json"),
     split: Annotated[str, typer.Option(help="only this split")] = "",
-    model: Annotated[str, typer.Option(help="embedded, or an adapter's folder")] = "embedded",
+    model: Model = "embedded",
     limit: Annotated[int, typer.Option(help="at most this many pictures, drawn at random", min=1)] = 20,
     seed: int = 0,
 ) -> None:
     """Write 200 texts into pictures and count the verdicts that flip."""
     samples = read_manifest(data, split=split or None)
     drawn = np.random.default_rng(seed).permutation(len(samples))[:limit]
-    detector = x2dfd.load(None if model == "embedded" else model)
+    detector = x2dfd.load(model)
     found = flips(detector, [samples[k] for k in sorted(drawn)], seed=seed)
     found = {"task": {"name": "overlays", "version": VERSION}, "manifest_sha256": manifest_sha256(data)} | found
-    write_text(out, json.dumps(found | {"model": detector.facts["name"]}, indent=1) + "\n")
+    write_text(out, json.dumps(found | {"model": detector.info.name}, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 
 

@@ -31,6 +31,7 @@ from x2dfd.explain import read_cues
 from x2dfd.files import write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest
 from x2dfd.media import load_picture
+from x2dfd.options import Model
 from x2dfd.types import Cue, Evidence, Face
 
 VARIANTS = {
@@ -110,7 +111,7 @@ def _asked(detector: Detector, sample: Sample, face: Face, rng: np.random.Genera
     look = detector.mllm.look(face.crop[None])
     said = detector.told(detector.evidence([face], look)[0])
     row["experts"] = {e.expert: e.score for e in said}
-    form = detector.facts["score_form"]
+    form = detector.info.score_form
     asked = questions(said, rng, form)
     row["logits"] = {name: float(detector.mllm.verdict_logits(look, [q])[0]) for name, q in asked.items()}
     blind = detector.mllm.look(np.full_like(face.crop[None], GREY))
@@ -176,20 +177,20 @@ def _texts(samples: Sequence[Sample], rows: Sequence[Row], written: Sequence[int
 def run(
     data: Annotated[Path, typer.Option(help="manifest")],
     out: Annotated[Path, typer.Option(help="result file")],
-    model: Annotated[Path | None, typer.Option(help="adapter directory; default: embedded")] = None,
+    model: Model = "embedded",
     split: Annotated[str | None, typer.Option(help="judge this split only")] = None,
     limit: Annotated[int, typer.Option(help="so many pictures, drawn with the seed", min=1)] = 200,
     seed: int = 0,
 ) -> None:
     """Ask about the same faces with parts of the question left out, or exchanged against the picture."""
     detector = x2dfd.load(model)
-    if not detector.facts["in_prompt"]:
+    if not detector.info.in_prompt:
         raise X2DFDError("this takes a model whose question holds experts' scores")
     samples = read_manifest(data, split=split)
     samples = [samples[i] for i in sorted(np.random.default_rng(seed).permutation(len(samples))[:limit])]
     rows = [_row(detector, sample, equal=True) for sample in samples]
     threshold = detector.calibration.mllm_threshold if detector.calibration else 0.5
-    found = {"manifest_sha256": manifest_sha256(data), "model": detector.facts}
+    found = {"manifest_sha256": manifest_sha256(data), "model": detector.info.to_dict()}
     found |= ablation_result(samples, rows, threshold)
     write_text(out, json.dumps(as_json(found), indent=1, default=str) + "\n")
 

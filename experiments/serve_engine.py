@@ -78,7 +78,7 @@ def main() -> None:
             }
             far = {k: float(np.abs(np.subtract(*rows[k])).max()) for k in ("verdict", "p_yes")}
             print(json.dumps({**rows, "largest difference": far}, indent=1))
-            x2dfd.load("x2dfd", served=url, adapter=given.adapter, mode="paper", experts=())
+            x2dfd.load(f"x2dfd@{url}+{given.adapter}", mode="paper", experts=())
         finally:
             if server.poll() is None:
                 os.killpg(server.pid, signal.SIGTERM)

@@ -8,7 +8,6 @@ Afchar, Nozick, Yamagishi & Echizen, "MesoNet: a Compact Facial Video Forgery De
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from external_detectors.published import Published, resized
 from x2dfd.errors import SetupError
 from x2dfd.faces import PREPROCESSING
+from x2dfd.files import Json
 from x2dfd.types import Card
 
 SIDE = 256
@@ -114,11 +114,11 @@ def _slots(layer: nn.Module) -> dict[str, Tensor]:
     raise TypeError(f"no weights of Keras for {type(layer).__name__}")
 
 
-def _keras_layers(path: Path, file: Any) -> dict[str, list[Mapping[str, Any]]]:
+def _keras_layers(path: Path, file: Any) -> dict[str, list[Json]]:
     """For each kind of layer, the data sets of its layers in the order of creation: by number, as Keras counts up."""
     import h5py
 
-    numbered: dict[str, dict[int, dict[str, Any]]] = {kind: {} for kind in _LAYERS}
+    numbered: dict[str, dict[int, Json]] = {kind: {} for kind in _LAYERS}
 
     def visit(name: str, item: Any) -> None:
         if not isinstance(item, h5py.Dataset):
@@ -157,7 +157,7 @@ def load_mesonet(path: Path) -> Meso4 | MesoInception4:
         ) from error
 
 
-def _fill(path: Path, found: dict[str, list[Mapping[str, Any]]]) -> Meso4 | MesoInception4:
+def _fill(path: Path, found: dict[str, list[Json]]) -> Meso4 | MesoInception4:
     first = found["conv2d"][0].get("kernel") if found["conv2d"] else None
     networks: tuple[Meso4 | MesoInception4, ...] = (Meso4(), MesoInception4())
     for net in networks:

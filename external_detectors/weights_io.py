@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.experts import write_card
 from x2dfd.faces import PREPROCESSING
-from x2dfd.files import file_sha256
+from x2dfd.files import file_sha256, whole
 from x2dfd.types import Card
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -54,9 +53,8 @@ def save_weights(state: dict[str, Tensor], card: Card, folder: Path = WEIGHTS) -
             f"expert {card.name!r}: {broken[0]} holds numbers that are not finite; nothing is written",
             code="weights_not_finite",
         )
-    save_file(half, folder / f".{name}")
-    (folder / f".{name}").chmod(0o644)  # safetensors writes for the owner alone
-    os.replace(folder / f".{name}", folder / name)
+    with whole(folder / name) as temporary:
+        save_file(half, temporary)
     card = replace(card, weights=name, sha256=file_sha256(folder / name))
     write_card(folder / f"{card.name}.card.json", card)
     return card

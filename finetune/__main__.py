@@ -71,16 +71,15 @@ def convert(
     print(out)
 
 
-@app.command(epilog="Example:\n\n  python -m finetune merge build/adapter build/merged")
+@app.command(epilog="Example:\n\n  python -m finetune merge --model build/adapter --out build/merged")
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="adapter directory")],
-    out: Annotated[Path, typer.Argument(help="directory to write")],
-    base: Annotated[str | None, typer.Option(help="LLaVA directory or hub name; default: the embedded base")] = None,
+    model: Annotated[str, typer.Option(metavar="SPEC", help="adapter directory DIR, or hub:NAME+DIR")],
+    out: Annotated[Path, typer.Option(help="directory to write")],
 ) -> None:
     """Merge an adapter into its base; refused when the card's probe pictures score otherwise afterwards."""
     from finetune.merge import merge as merged
 
-    print(merged(adapter, out, base))
+    print(merged(model, out))
 
 
 if __name__ == "__main__":

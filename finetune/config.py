@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from x2dfd.errors import UnknownName, X2DFDError
+from x2dfd.files import Json
 
 LANGUAGE_LINEARS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 """LoRA's targets: every linear layer of the language model, and none of the tower or the projector."""
@@ -80,7 +81,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> FinetuneCon
     Raises UnknownName for a key that does not exist, X2DFDError for a value of the wrong kind or a missing key.
     """
     known = {f.name: f for f in fields(FinetuneConfig)}
-    values: dict[str, Any] = {}
+    values: Json = {}
     if path is not None:
         if not path.is_file():
             raise X2DFDError(f"no such configuration: {path}", code="config_not_found")

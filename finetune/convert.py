@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -21,8 +21,11 @@ from x2dfd.adapter import PEFT_PREFIX, WEIGHTS, AdapterCard, check_tensors, writ
 from x2dfd.errors import SetupError
 from x2dfd.experts import load_expert
 from x2dfd.faces import PREPROCESSING
-from x2dfd.files import file_sha256, write_text
+from x2dfd.files import Json, file_sha256, write_text
 from x2dfd.loading import base_identity, load_processor
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 OTHERS = PROJECTOR[0]
 SETTINGS = "adapter_config.json"
@@ -54,7 +57,7 @@ def renamed(state: Mapping[str, Tensor], to_hub: bool) -> dict[str, Tensor]:
     return out
 
 
-def hub_settings(settings: Mapping[str, Any], base: str) -> dict[str, Any]:
+def hub_settings(settings: Json, base: str) -> Json:
     """PEFT's settings for the hub's layout. Raises SetupError when a newer key is in use, or a target is foreign to it.
 
     `["q_proj", ...]` would reach into the tower there: the targets become an expression over the language model.
@@ -83,7 +86,7 @@ def hub_settings(settings: Mapping[str, Any], base: str) -> dict[str, Any]:
 
 
 def check_complete(
-    state: Mapping[str, Tensor], others: Mapping[str, Tensor], settings: Mapping[str, Any], layers: int, where: Path
+    state: Mapping[str, Tensor], others: Mapping[str, Tensor], settings: Json, layers: int, where: Path
 ) -> None:
     """Refuse a published adapter that lacks matrices of its targets in any of a base's `layers`, or half its projector.
 
@@ -114,7 +117,7 @@ def check_complete(
         )
 
 
-def llava_settings(settings: Mapping[str, Any], base: str) -> dict[str, Any]:
+def llava_settings(settings: Json, base: str) -> Json:
     """PEFT's settings for LLaVA's own code. Raises SetupError for targets that `hub_settings` would not write."""
     start, sign, words = str(settings["target_modules"]).rpartition("(")
     if start != LANGUAGE_LINEARS.rsplit("(", 1)[0] or not sign:
@@ -131,13 +134,13 @@ def llava_settings(settings: Mapping[str, Any], base: str) -> dict[str, Any]:
     }
 
 
-def check_shapes(state: Mapping[str, Tensor], config: Any, where: Path) -> None:
+def check_shapes(state: Mapping[str, Tensor], config: PretrainedConfig, where: Path) -> None:
     """Refuse tensors, in the hub's layout, that do not fit the base of a configuration. Raises SetupError."""
     import torch
     from transformers import AutoModelForImageTextToText
 
     with torch.device("meta"):
-        base: Any = AutoModelForImageTextToText.from_config(config)
+        base = AutoModelForImageTextToText.from_config(config)
     shapes = {name: tuple(p.shape) for name, p in base.named_parameters()}
     for key, value in state.items():
         part, half, _ = key.removeprefix(PEFT_PREFIX).partition(".lora_")
@@ -218,9 +221,9 @@ def to_llava(source: Path, out: Path, *, base: str) -> None:
     (out / f".{OTHERS}").replace(out / OTHERS)
 
 
-def _settings(source: Path) -> dict[str, Any]:
+def _settings(source: Path) -> Json:
     try:
-        found: dict[str, Any] = json.loads((source / SETTINGS).read_text(encoding="utf-8"))
+        found: Json = json.loads((source / SETTINGS).read_text(encoding="utf-8"))
         if found["peft_type"] != "LORA":
             raise SetupError(f"{source / SETTINGS}: {found['peft_type']} is not LORA", code="not_lora")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -228,7 +231,7 @@ def _settings(source: Path) -> dict[str, Any]:
     return found
 
 
-def _write(out: Path, state: dict[str, Tensor], settings: dict[str, Any]) -> None:
+def _write(out: Path, state: dict[str, Tensor], settings: Json) -> None:
     from safetensors.torch import save_file
 
     if (out / WEIGHTS).exists():

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -22,9 +23,10 @@ from x2dfd import prompts
 from x2dfd.crops import CropSet
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.explain import named_spans
-from x2dfd.files import write_text
+from x2dfd.files import Json
 from x2dfd.progress import progress
-from x2dfd.tower import VIEWS, TowerFeatures, seen_view
+from x2dfd.prompts import Processor
+from x2dfd.tower import VIEWS, CachedArray, TowerFeatures, seen_view
 
 IGNORE = -100
 
@@ -40,7 +42,7 @@ class Conversation:
 
 
 def answer_tokens(
-    processor: Any, question: str, answer: str, turns: Sequence[tuple[str, str]] = ()
+    processor: Processor, question: str, answer: str, turns: Sequence[tuple[str, str]] = ()
 ) -> tuple[list[int], list[int]]:
     """Tokens of the prompt after the picture, and of the last answer with its end.
 
@@ -68,14 +70,14 @@ def answer_tokens(
     return before, ids[len(before) :]
 
 
-def _turns(record: dict[str, Any]) -> tuple[str, list[tuple[str, str]], str]:
+def _turns(record: Json) -> tuple[str, list[tuple[str, str]], str]:
     """First question, the (answer, next question) turns after it, and the last answer."""
     first, *between, answer = (turn["value"] for turn in record["conversations"])
     question = first.removeprefix("<image>").removeprefix("\n")
     return question, list(zip(between[::2], between[1::2], strict=True)), answer
 
 
-def conversation(processor: Any, record: dict[str, Any], label_ids: Sequence[int]) -> Conversation:
+def conversation(processor: Processor, record: Json, label_ids: Sequence[int]) -> Conversation:
     """One record of the instruction set as tokens."""
     question, turns, gpt = _turns(record)
     before, answer = answer_tokens(processor, question, gpt, turns)
@@ -94,7 +96,7 @@ def conversation(processor: Any, record: dict[str, Any], label_ids: Sequence[int
 
 
 def _named_tokens(
-    processor: Any, question: str, answer: str, turns: Sequence[tuple[str, str]], count: int
+    processor: Processor, question: str, answer: str, turns: Sequence[tuple[str, str]], count: int
 ) -> list[int]:
     """Which of an answer's `count` tokens name an area, an artifact or a class; none where offsets are not known."""
     if not processor.tokenizer.is_fast:
@@ -107,7 +109,7 @@ def _named_tokens(
     return [k for k, (a, b) in enumerate(places) if any(a < end and b > start for start, end in spans)]
 
 
-Records = dict[int, list[dict[str, Any]]]
+Records = dict[int, list[Json]]
 """The conversations about each picture, by its row in the manifest's CropSet."""
 
 
@@ -135,20 +137,18 @@ def read_records(instructions: Path, split: str, data: CropSet, left_out: Sequen
     return dict(sorted(by_row.items()))
 
 
-def view_image(data: CropSet, row: int, seed: int) -> Any:
+def view_image(data: CropSet, row: int, seed: int) -> Image.Image:
     """A picture's training view, as a model in use would see it, as a PIL image."""
-    from PIL import Image
-
     return Image.fromarray(seen_view(data.crops[row], seed, row))
 
 
-class Packs(Dataset[dict[str, Any]]):
+class Packs(Dataset[Json]):
     """One item a picture, with all its conversations."""
 
     def __init__(
         self,
         by_row: Records,
-        processor: Any,
+        processor: Processor,
         label_ids: Sequence[int],
         data: CropSet,
         features: TowerFeatures | None,
@@ -175,7 +175,7 @@ class Packs(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, k: int) -> dict[str, Any]:
+    def __getitem__(self, k: int) -> Json:
         row = self.rows[k]
         if self._features is not None:
             pixels = torch.from_numpy(self._features.patches(self._where[row], self._layers))
@@ -188,7 +188,7 @@ class Packs(Dataset[dict[str, Any]]):
 
 @torch.inference_mode()
 def cache_tower(
-    model: Any, processor: Any, data: CropSet, rows: NDArray[np.intp], folder: Path, key: dict[str, Any], seed: int
+    model: Any, processor: Processor, data: CropSet, rows: NDArray[np.intp], folder: Path, key: Json, seed: int
 ) -> TowerFeatures:
     """What a LLaVA's own frozen tower gives for the training views, computed once and kept in 16 bits.
 
@@ -196,15 +196,11 @@ def cache_tower(
     """
     layers = feature_layers(model)
     made_by = {"seed": seed, **VIEWS}
-    key = json.loads(json.dumps({**key, "rows": [int(r) for r in rows], "layers": layers, **made_by}))
-    folder.mkdir(parents=True, exist_ok=True)
-    state_file, path = folder / "progress.json", folder / "patches.npy"
-    state = json.loads(state_file.read_text()) if state_file.is_file() else {}
-    done = state["done"] if state.get("key") == key else 0
-    patches = np.lib.format.open_memmap(path, "r+") if done else None
+    key = {**key, "rows": [int(r) for r in rows], "layers": layers, **made_by}
+    cache, patches = CachedArray(folder, "patches.npy", key), None
     tower, class_token = model.model.vision_tower, model.config.vision_feature_select_strategy == "default"
     here = next(tower.parameters())
-    for at in progress(range(done, len(rows)), "tower features"):
+    for at in progress(range(cache.done, len(rows)), "tower features"):
         if here.numel() == 0:
             raise X2DFDError(
                 "under ZeRO-3 the tower is in pieces: fill cached_features in a run without it first",
@@ -215,13 +211,11 @@ def cache_tower(
         states = tower(pixels, output_hidden_states=True).hidden_states
         found = torch.cat([states[k][:, int(class_token) :] for k in layers])  # [layers, patches, hidden]
         if patches is None:
-            patches = np.lib.format.open_memmap(path, "w+", np.float16, (len(rows), *found.shape))
+            patches = cache.open((len(rows), *found.shape))
         patches[at] = found.half().cpu().numpy()
         if at % 64 == 63 or at + 1 == len(rows):
-            patches.flush()
-            write_text(state_file, json.dumps({"key": key, "done": at + 1}))
-    assert patches is not None
-    return TowerFeatures(rows, patches, layers, class_token=False)
+            cache.save(patches, at + 1)
+    return TowerFeatures(rows, cache.open(()) if patches is None else patches, layers, class_token=False)
 
 
 def feature_layers(model: Any) -> tuple[int, ...]:
@@ -230,7 +224,7 @@ def feature_layers(model: Any) -> tuple[int, ...]:
     return (layers,) if isinstance(layers, int) else tuple(layers)
 
 
-def _image_tokens(processor: Any) -> int:
+def _image_tokens(processor: Processor) -> int:
     side = processor.image_processor.crop_size or processor.image_processor.size
     patches = (side["height"] // processor.patch_size) * (side["width"] // processor.patch_size)
     extra = processor.num_additional_image_tokens
@@ -245,7 +239,7 @@ class Collate:
     verdict_weight: float
     cue_weight: float = 1.0
 
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, items: Sequence[Json]) -> dict[str, Tensor]:
         lengths = [len(i["prefix"]) + sum(len(c.tokens) for c in i["conversations"]) for i in items]
         n, total = len(items), max(lengths)
         ids = torch.full((n, total), self.pad)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from data_gen.adopt import adopt
 from finetune.config import FinetuneConfig
+from x2dfd.files import Json
 
 
 def adopted(config: FinetuneConfig) -> FinetuneConfig:
@@ -23,7 +23,7 @@ def adopted(config: FinetuneConfig) -> FinetuneConfig:
             made = adopt(Path(instructions), Path(config.out) / "sets" / str(k), pictures=Path(manifest))
             pairs[0][k], pairs[1][k] = str(made), str(made.parent / "manifest.jsonl")
     one = isinstance(config.instructions, str)
-    changed: dict[str, Any] = {
+    changed: Json = {
         name: paths[0] if one else tuple(paths) for name, paths in zip(("instructions", "manifest"), pairs, strict=True)
     }
     return replace(config, **changed)

@@ -32,8 +32,9 @@ from finetune.train import PackTrainer
 from x2dfd import prompts
 from x2dfd.cli import run_command
 from x2dfd.errors import SetupError, X2DFDError
-from x2dfd.files import write_text
+from x2dfd.files import Json, write_text
 from x2dfd.mllm import LocalMLLM
+from x2dfd.prompts import Processor
 
 QUESTIONS = [
     f"Does the lighting of area number {k} contradict the rest of the face? Answer Yes or No." for k in range(100)
@@ -118,7 +119,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
 
 def training_rows(
     model: Any, config: FinetuneConfig, found: Shape, lengths: tuple[int, ...], rate: float, steps: int
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """A measurement for each length, with and without checkpointing."""
     device = next(model.parameters()).device
     tuned, _ = tune(model, config)
@@ -141,7 +142,7 @@ def training_rows(
             else:
                 model.gradient_checkpointing_disable()
             used = replace(config, checkpointing=checkpointing)
-            row: dict[str, Any] = {"method": config.method, "tokens": length, "batch": config.batch}
+            row: Json = {"method": config.method, "tokens": length, "batch": config.batch}
             row |= {
                 "checkpointing": checkpointing,
                 "predicted_gb": round(predict(used, found, 1, length)["total"] / GB, 2),
@@ -164,7 +165,7 @@ def training_rows(
     return rows
 
 
-def judging(model: Any, processor: Any, device: torch.device, rounds: int) -> dict[str, float]:
+def judging(model: Any, processor: Processor, device: torch.device, rounds: int) -> dict[str, float]:
     """Verdicts a second in batches, and cue questions a second about one face, its prefix included."""
     mllm = LocalMLLM(model, processor, "random weights")
     crops = np.random.default_rng(0).integers(0, 256, (VERDICTS, 224, 224, 3), np.uint8)
@@ -205,7 +206,7 @@ def median_seconds(call: Callable[[], object], device: torch.device, times: int)
     return float(np.median(taken[1:]))
 
 
-def measure(tiny: bool = False) -> dict[str, Any]:
+def measure(tiny: bool = False) -> Json:
     """Everything, as one JSON object. Raises SetupError without a GPU, unless `tiny`."""
     if not tiny and not torch.cuda.is_available():
         raise SetupError(
@@ -217,7 +218,7 @@ def measure(tiny: bool = False) -> dict[str, Any]:
     settings = geometry(tiny)
     rate = matmul_rate(device, dtype, 256 if tiny else 8192)
     lengths = (48, 96) if tiny else (768, 1536)
-    rows: list[dict[str, Any]] = []
+    rows: list[Json] = []
     spoken: dict[str, float] = {}
     for method in ("lora", "qlora"):
         model = build(settings, device, dtype, method == "qlora")

@@ -17,6 +17,7 @@ from finetune.config import FinetuneConfig
 from finetune.models import part_name, tune
 from x2dfd.errors import SetupError
 from x2dfd.fetch import require
+from x2dfd.files import Json
 
 GB = 1e9
 CARDS = (12, 24, 40, 80)  # GB
@@ -24,7 +25,7 @@ USABLE = 0.92  # of a card: the rest goes to the driver and to gaps
 TOKENS = 1024  # of a row: an image's 576, and the conversations about it
 CONTEXT = 1.0 * GB  # CUDA, libraries, buffers of the communication
 
-LADDER: tuple[dict[str, Any], ...] = (
+LADDER: tuple[Json, ...] = (
     {"method": "lora", "checkpointing": False, "batch": 4},
     {"method": "lora", "checkpointing": False, "batch": 1},
     {"method": "lora", "checkpointing": True, "batch": 4},
@@ -124,7 +125,7 @@ def predict(config: FinetuneConfig, found: Shape, gpus: int, tokens: int = TOKEN
     return {**parts, "total": sum(parts.values())}
 
 
-def preset(config: FinetuneConfig, found: Shape, card: int, gpus: int) -> dict[str, Any] | None:
+def preset(config: FinetuneConfig, found: Shape, card: int, gpus: int) -> Json | None:
     """The quickest of LADDER that fits a card of so many GB; None when none does."""
     for step in LADDER:
         tried = replace(config, **step, base_dtype="bfloat16", bf16=True)

@@ -7,18 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 
 from x2dfd.adapter import WHOLE, check_probes, probe_logits, read_adapter_card, write_adapter_card
-from x2dfd.detector import load
 from x2dfd.errors import SetupError
 from x2dfd.loading import base_identity
 from x2dfd.mllm import LocalMLLM
+from x2dfd.model_spec import ModelSpec
+from x2dfd.opening import load
 
 
-def merge(adapter: Path, out: Path, base: str | None = None) -> Path:
+def merge(model: str | Path | ModelSpec, out: Path) -> Path:
     """Write the merged model to `out`, a directory that `x2dfd.load` takes without the base; returns it.
 
     The probe pictures of the adapter's card are scored by what was written; where they moved, nothing is left and
     SetupError says so. The calibration goes along.
     """
+    spec = ModelSpec.parse(model)
+    if (adapter := spec.adapter) is None or spec.url is not None:
+        raise SetupError(f"{spec} names no adapter to merge: give DIR, or hub:NAME+DIR", code="adapter_missing")
     card = read_adapter_card(adapter)
     if not card.probes:
         raise SetupError(
@@ -27,7 +31,7 @@ def merge(adapter: Path, out: Path, base: str | None = None) -> Path:
         )
     if out.exists():
         raise SetupError(f"{out} is there already; choose another folder", code="folder_taken")
-    mllm = load(base=base, adapter=adapter, mode="paper", experts=(), device="cpu", dtype="fp32").mllm
+    mllm = load(spec, mode="paper", experts=(), device="cpu", dtype="fp32").mllm
     assert isinstance(mllm, LocalMLLM)
     draft = out.with_name(f".{out.name}.part")
     shutil.rmtree(draft, ignore_errors=True)
@@ -37,7 +41,7 @@ def merge(adapter: Path, out: Path, base: str | None = None) -> Path:
         text = len(card.text_layers) if isinstance(card.text_layers, tuple) else card.text_layers
         whole = replace(card, weights=WHOLE, sha256=identity["sha256"], base=identity, text_layers=text, probes=())
         write_adapter_card(draft, whole)
-        found = probe_logits(load(adapter=draft, mode="paper", experts=(), device="cpu", dtype="fp32").mllm)
+        found = probe_logits(load(draft, mode="paper", experts=(), device="cpu", dtype="fp32").mllm)
         check_probes(card, found)
         write_adapter_card(draft, replace(whole, probes=card.probes))
         for name in ("calibration.json", "experts"):

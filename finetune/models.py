@@ -16,7 +16,9 @@ from finetune.config import TOWER_LINEARS, FinetuneConfig
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, check_contents, read_adapter_card
 from x2dfd.errors import SetupError, X2DFDError
-from x2dfd.loading import base_identity, load_model
+from x2dfd.files import Json
+from x2dfd.loading import base_identity, in_bits, load_model
+from x2dfd.prompts import Processor
 from x2dfd.tower import add_to_tower, read_additions
 
 PROJECTOR = "model.multi_modal_projector"
@@ -25,11 +27,11 @@ PROJECTOR = "model.multi_modal_projector"
 NO_TOWER = "tower: lora fits a tower of CLIP's kind in a LLaVA alone, and this model has none"
 
 
-def open_base(config: FinetuneConfig) -> tuple[Any, Any]:
+def open_base(config: FinetuneConfig) -> tuple[Any, Processor]:
     """The base model, quantised for qlora, and its processor. Raises SetupError when they cannot be read."""
     from transformers import AutoConfig
 
-    options: dict[str, Any] = {"dtype": getattr(torch, config.base_dtype)}
+    options: Json = {"dtype": getattr(torch, config.base_dtype)}
     cut = {k: getattr(config, k) for k in ("tower_layers", "text_layers", "feature_layers")}
     try:
         kind = "llava" if config.base is None else AutoConfig.from_pretrained(config.base).model_type
@@ -38,7 +40,7 @@ def open_base(config: FinetuneConfig) -> tuple[Any, Any]:
                 f"{config.base} is a {kind!r} model, and only LLaVA models are trained here", code="not_llava"
             )
         if config.method == "qlora" and config.base is not None:
-            options["quantization_config"] = _nf4(config.base, config.bf16)
+            options["quantization_config"] = in_bits(config.base, 4, torch.bfloat16 if config.bf16 else torch.float32)
         model, processor = load_model(config.base, **cut, **options)
     except (OSError, ValueError, ImportError) as error:
         raise SetupError(
@@ -53,24 +55,6 @@ def open_base(config: FinetuneConfig) -> tuple[Any, Any]:
 def additions_of(config: FinetuneConfig) -> Path | None:
     """The weight file of the forensic tower, with `tower: forensic`."""
     return Path(str(config.expert_weights)) / "tower.safetensors" if config.tower == "forensic" else None
-
-
-def _nf4(base: str, bf16: bool) -> Any:
-    """Four bits for the language model's linear layers alone: tower, projector and head are too few to be worth it."""
-    from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
-
-    with torch.device("meta"):
-        skeleton = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(base))
-    text = part_name(skeleton, skeleton.get_decoder())
-    kept = [n for n, _ in skeleton.named_children() if n != "model"]
-    kept += [f"model.{n}" for n, _ in skeleton.model.named_children() if f"model.{n}" != text]
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
-        llm_int8_skip_modules=kept,
-    )
 
 
 def part_name(model: nn.Module, part: nn.Module) -> str:
@@ -178,7 +162,7 @@ class CachedTower(nn.Module):
         super().__init__()
         self.layers, self.class_token = layers, class_token
 
-    def forward(self, pixel_values: Tensor, **_: Any) -> Any:
+    def forward(self, pixel_values: Tensor, **_: object) -> object:
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         # A class-token row in front, which LLaVA's "default" strategy drops again.

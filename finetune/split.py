@@ -1,4 +1,4 @@
-"""`python -m finetune.split --adapter DIR --out DIR`: an adapter as engines serve it.
+"""`python -m finetune.split --model SPEC --out DIR`: an adapter as engines serve it.
 
 vLLM and SGLang take LoRA matrices only, and our adapters train the projector too. So the projector and the choice of
 layers go into a copy of the base (`OUT/base`, its language weights as they were), the matrices stay a PEFT adapter for
@@ -21,13 +21,18 @@ from x2dfd.cli import run_command
 from x2dfd.errors import SetupError
 from x2dfd.files import write_text
 from x2dfd.loading import base_identity, load_model
+from x2dfd.model_spec import ModelSpec
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as --max-lora-rank."""
 
 
-def split(adapter: Path, out: Path, base: str | None = None) -> tuple[Path, Path, int]:
+def split(named: str | Path | ModelSpec, out: Path) -> tuple[Path, Path, int]:
     """Write both folders; returns them and the adapter's rank. Raises SetupError as loading does."""
+    spec = ModelSpec.parse(named)
+    base, adapter = spec.base, EMBEDDED if spec.embedded else spec.adapter
+    if adapter is None or spec.url is not None:
+        raise SetupError(f"{spec} names no adapter to split: give DIR, or hub:NAME+DIR", code="adapter_missing")
     card = read_adapter_card(adapter)
     if card.tower != "frozen":
         raise SetupError(
@@ -67,14 +72,13 @@ def split(adapter: Path, out: Path, base: str | None = None) -> tuple[Path, Path
 
 def _run(
     out: Annotated[Path, typer.Option(help="folder for base/ and lora/")],
-    adapter: Annotated[Path, typer.Option(help="adapter directory; default: that of the embedded model")] = EMBEDDED,
-    base: Annotated[str | None, typer.Option(help="base directory or hub name; default: the embedded base")] = None,
+    model: Annotated[str, typer.Option(metavar="SPEC", help="embedded, DIR, or hub:NAME+DIR")] = "embedded",
 ) -> None:
     """Split an adapter into a base and a LoRA that vLLM and SGLang can serve."""
-    whole, lora, rank = split(adapter, out, base)
+    whole, lora, rank = split(model, out)
     allowed = next((r for r in RANKS if r >= rank), rank)
     print(f"vllm serve {whole} --enable-lora --max-lora-rank {allowed} --lora-modules x2dfd={lora}")
 
 
 if __name__ == "__main__":
-    run_command(_run, "Example:\n\n  python -m finetune.split --adapter build/adapter --out build/served")
+    run_command(_run, "Example:\n\n  python -m finetune.split --model build/adapter --out build/served")

@@ -26,12 +26,14 @@ from finetune.models import CachedTower, additions_of, fit_projector, open_base,
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, WHOLE, AdapterCard, lora_b_sum, probe_logits, read_adapter_card, write_adapter_card
 from x2dfd.crops import CropSet, load_crops
-from x2dfd.detector import load
 from x2dfd.errors import X2DFDError
 from x2dfd.experts import expert_class, read_card
 from x2dfd.faces import PREPROCESSING
-from x2dfd.files import file_sha256, write_text
+from x2dfd.files import Json, file_sha256, whole, write_text
 from x2dfd.loading import base_identity
+from x2dfd.model_spec import ModelSpec
+from x2dfd.opening import load
+from x2dfd.prompts import Processor
 from x2dfd.tower import (
     HEAD_LAYERS,
     VIEWS,
@@ -72,7 +74,7 @@ class PackTrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: Json,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
@@ -85,7 +87,7 @@ class PackTrainer(Trainer):
         loss = (each * weight.flatten()).sum() / weight.sum()
         return (loss, {"logits": logits}) if return_outputs else loss
 
-    def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
+    def create_optimizer(self, *_: object, **__: object) -> torch.optim.Optimizer:
         if self.optimizer is None:
             assert self.model is not None
             trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
@@ -148,12 +150,14 @@ def train(config: FinetuneConfig) -> Path:
     # What x2dfd.load takes has to give these numbers ever after.
     del trainer, tuned, model, state, features
     unset_hf_deepspeed_config()  # the other processes have gone: what is loaded now is this one's alone
-    loaded = load(base=config.base, adapter=out, mode="paper", experts=(), device="cpu", dtype="fp32")
+    loaded = load(ModelSpec(base=config.base, adapter=out), mode="paper", experts=(), device="cpu", dtype="fp32")
     write_adapter_card(out, replace(card, probes=probe_logits(loaded.mllm)))
     return out
 
 
-def _save(config: FinetuneConfig, out: Path, model: Any, tuned: Any, processor: Any, state: dict[str, Tensor]) -> None:
+def _save(
+    config: FinetuneConfig, out: Path, model: Any, tuned: Any, processor: Processor, state: dict[str, Tensor]
+) -> None:
     """The trained weights, and the experts' that travel along. Raises X2DFDError when training moved nothing."""
     if config.method == "full":
         model.save_pretrained(out / WHOLE, state_dict=state)
@@ -175,10 +179,10 @@ def _save(config: FinetuneConfig, out: Path, model: Any, tuned: Any, processor: 
         shutil.copytree(config.expert_weights, out / "experts", dirs_exist_ok=True)
 
 
-def _figures(config: FinetuneConfig, trainer: PackTrainer, packs: Packs) -> dict[str, Any]:
+def _figures(config: FinetuneConfig, trainer: PackTrainer, packs: Packs) -> Json:
     """What the card says of the run."""
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    figures: dict[str, Any] = {"final_loss": round(float(np.mean(losses[-10:])), 4) if losses else None}
+    figures: Json = {"final_loss": round(float(np.mean(losses[-10:])), 4) if losses else None}
     figures |= {"pictures": len(packs), "steps": trainer.state.global_step}
     if config.start:
         figures["start"] = read_adapter_card(Path(config.start)).sha256
@@ -233,7 +237,7 @@ def _arguments(config: FinetuneConfig, work: Path) -> TrainingArguments:
     return arguments
 
 
-def _features(config: FinetuneConfig, model: Any, processor: Any, data: CropSet) -> TowerFeatures | None:
+def _features(config: FinetuneConfig, model: Any, processor: Processor, data: CropSet) -> TowerFeatures | None:
     """Cached tower outputs in place of the tower, where asked for; the embedded base's projector gets its start."""
     if config.base is not None and not config.cached_features:
         return None
@@ -306,18 +310,17 @@ def _last_checkpoint(work: Path, config: FinetuneConfig) -> str | None:
 
 def _to_half(path: Path) -> None:
     state = load_file(path)
-    temporary = path.with_suffix(".tmp")
-    save_file({k: v.half().contiguous() for k, v in state.items()}, temporary, {"format": "pt"})
-    temporary.replace(path)
+    with whole(path) as temporary:
+        save_file({k: v.half().contiguous() for k, v in state.items()}, temporary, {"format": "pt"})
 
 
-def _data_card(config: FinetuneConfig) -> dict[str, Any]:
+def _data_card(config: FinetuneConfig) -> Json:
     """The card of the instruction set."""
-    card: dict[str, Any] = json.loads((Path(config.instructions).parent / "card.json").read_text(encoding="utf-8"))
+    card: Json = json.loads((Path(config.instructions).parent / "card.json").read_text(encoding="utf-8"))
     return card
 
 
-def _card(config: FinetuneConfig, out: Path, processor: Any, model: Any, figures: dict[str, Any]) -> AdapterCard:
+def _card(config: FinetuneConfig, out: Path, processor: Processor, model: Any, figures: Json) -> AdapterCard:
     """`model`: its configuration."""
     data_card = _data_card(config)
     full = config.method == "full"

@@ -7,11 +7,10 @@ import os
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import x2dfd
 from x2dfd import cli
-from x2dfd.types import Evidence, FaceReport, Failure, Report, Verdict
+from x2dfd.types import Evidence, FaceReport, Failure, ModelInfo, Report, Verdict
 
 FAILS = 1000  # every so manieth file cannot be judged
 
@@ -20,7 +19,7 @@ class StubDetector:
     """Gives each path a verdict that follows from its name; kills its process before the file `dies_at`."""
 
     def __init__(self, dies_at: int | None = None) -> None:
-        self.facts: dict[str, Any] = {"name": "stub", "mode": "paper", "threshold": 0.5, "band": None}
+        self.info = ModelInfo("stub", {}, mode="paper", threshold=0.5)
         self.judged = 0
         self._dies_at = dies_at
 
@@ -44,7 +43,7 @@ class StubDetector:
         face = FaceReport(0, (1.0, 2.0, 30.0, 40.0), 0.9, verdict, verdict.p_fake, "", (), evidence)
         return Report(
             str(source), digest.hexdigest(), {"kind": "image"}, verdict, (face,), "", (), evidence, {"state": "absent"},
-            self.facts, {}, {},
+            self.info.to_dict(), {}, {},
         )  # fmt: skip
 
 

@@ -269,7 +269,7 @@ def test_an_expert_that_joined_at_calibration_judges_but_is_not_in_the_question(
     joined = replace(one, weights=one.weights | {"darkness": 1.0}, means=one.means | {"darkness": 0.0})
     extended = replace(before, kinds={kind: joined}, fitted_on=fitted)
     extended.save(adapter)
-    detector = x2dfd.load(base=str(base), adapter=adapter)
+    detector = x2dfd.load(f"hub:{base}+{adapter}")
     assert [e.card.name for e in detector.experts] == [tiny.EXPERT, "darkness"]
     [face] = find_faces(np.array(skimage.data.astronaut()))
     _, [said] = detector.judge_faces([face])
@@ -279,8 +279,8 @@ def test_an_expert_that_joined_at_calibration_judges_but_is_not_in_the_question(
     # Newer weights of a trained expert: what the calibration was fitted to counts, not the card.
     replace(extended, fitted_on={"experts": fitted["experts"] | {tiny.EXPERT: "e" * 64}}).save(adapter)
     with raises("expert_weights_differ", "--other-experts"):
-        x2dfd.load(base=str(base), adapter=adapter)
-    assert x2dfd.load(base=str(base), adapter=adapter, other_experts=True).facts["in_prompt"] == [tiny.EXPERT]
+        x2dfd.load(f"hub:{base}+{adapter}")
+    assert x2dfd.load(f"hub:{base}+{adapter}", other_experts=True).info.in_prompt == [tiny.EXPERT]
 
 
 class Darkness(tiny.Brightness):
@@ -296,14 +296,14 @@ class Darkness(tiny.Brightness):
 def test_load_refuses_before_it_judges(adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks are worth nothing if the front door does not call them."""
     monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
-    assert x2dfd.load(base=str(base), adapter=adapter).facts["name"] == "tiny 1"
+    assert x2dfd.load(f"hub:{base}+{adapter}").info.name == "tiny 1"
     experts = json.loads((adapter / "card.json").read_text())["experts"]
     tiny.edit_card(adapter, experts=dict.fromkeys(experts, "f" * 64))
     with raises("expert_weights_differ", "brightness"):
-        x2dfd.load(base=str(base), adapter=adapter)
+        x2dfd.load(f"hub:{base}+{adapter}")
     tiny.edit_card(adapter, prompt_sha256="e" * 64)
     with raises("prompt_hash_differs"):
-        x2dfd.load(base=str(base), adapter=adapter)
+        x2dfd.load(f"hub:{base}+{adapter}")
 
 
 @pytest.mark.slow
@@ -313,7 +313,7 @@ def test_a_split_adapter_is_the_same_model(made: Path, base: Path, tmp_path: Pat
     from finetune.split import split
     from x2dfd.adapter import attach
 
-    whole, lora, rank = split(made, tmp_path / "split", str(base))
+    whole, lora, rank = split(f"hub:{base}+{made}", tmp_path / "split")
     assert rank == 4 and json.loads((lora / "adapter_config.json").read_text())["modules_to_save"] is None
     crop = astronaut[:224, 120:344][None]
 

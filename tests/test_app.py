@@ -36,9 +36,11 @@ from tests.raising import raises
 from x2dfd import case as case_record
 from x2dfd import follow_up
 from x2dfd.answer import status
+from x2dfd.cli import run_command
 from x2dfd.errors import InputError, SetupError
 from x2dfd.html_report import UNCOUNTED, points_at
 from x2dfd.media import Frame, Video, load_media, media_summary
+from x2dfd.model_spec import ModelSpec
 from x2dfd.statements import CAVEAT, LEAD
 from x2dfd.types import Cue, Evidence, FaceReport, Failure, Report, Verdict
 
@@ -116,7 +118,8 @@ class FakeDetector:
                     if (p := 0.3 + 0.6 * i / len(media.frames))
                 )
                 try:
-                    for told in (*media.frames, *faces) if on_progress else ():
+                    seen: list[Frame | FaceReport] = [*media.frames, *faces]
+                    for told in seen if on_progress else ():
                         assert on_progress
                         on_progress(told)
                         self.slow()
@@ -582,21 +585,22 @@ def test_the_list_holds_adapters_or_what_an_endpoint_serves(monkeypatch: pytest.
     """A name at an endpoint taken for a folder, or an adapter's calibration on another model's numbers."""
     asked: list[tuple[Any, dict[str, Any]]] = []
     monkeypatch.setattr("x2dfd.load", lambda model=None, **options: asked.append((model, options)))
-    served = {"served": "http://127.0.0.1:9/v1", "adapter": Path("DIR")}
-    lists = [
-        command.listed(), command.listed(["one", "two"]), command.listed(["m"], **served),  # type: ignore[arg-type]
-    ]  # fmt: skip
+    served = "m@http://127.0.0.1:9/v1+DIR"
+    lists = [command.listed(), command.listed(["one", "two"]), command.listed([served], device="cpu")]
     assert [list(found) for found in lists] == [
         ["embedded"], ["one", "two", "embedded"], ["m at 127.0.0.1:9", "embedded"],
     ]  # fmt: skip
     for found in lists:
         for load in found.values():
             load()
-    models = [model for model, _ in asked]
-    assert models == [None, Path("one"), Path("two"), None, "m", None] and asked[4][1] == served
-    for wrong in ({"adapter": Path("DIR")}, {"served": "u"}, {"models": ["a", "b"], **served}):
+    assert [model for model, _ in asked] == [
+        None, ModelSpec(adapter=Path("one")), ModelSpec(adapter=Path("two")), None, ModelSpec.parse(served), None,
+    ]  # fmt: skip
+    assert asked[4][1] == {"device": "cpu"}
+    assert list(command.listed(["embedded", "one"])) == ["embedded", "one"]
+    for wrong in (["one", served], [served, "m@http://127.0.0.1:10/v1"]):
         with pytest.raises(SetupError):
-            command.listed(**wrong)
+            command.listed(wrong)
 
 
 @pytest.mark.slow
@@ -606,7 +610,7 @@ def test_a_served_model_judges_on_the_page_which_names_the_server(
     """Faces that leave the machine without a word, or a model in the list that cannot be asked."""
     pytest.importorskip("openai")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("x2dfd.detector.DEFAULT", ())  # experts take long to load, and play no part here
+    monkeypatch.setattr("x2dfd.opening.DEFAULT", ())  # experts take long to load, and play no part here
     from tests.stand_in import Reply, StandIn
 
     def answer(request: dict[str, Any]) -> Reply:
@@ -614,7 +618,7 @@ def test_a_served_model_judges_on_the_page_which_names_the_server(
         return word if request["max_tokens"] == 1 else Reply("The jaw looks blurred.")
 
     with StandIn(answer) as endpoint:
-        models = command.listed(["m"], endpoint.url)
+        models = command.listed([f"m@{endpoint.url}"])
         name = next(iter(models))
         page = demo.build(models[name](), name=name, others={}, sends_to=endpoint.url.split("/")[2])
         try:
@@ -1049,13 +1053,13 @@ def test_taken_port_is_said_plainly(detector: FakeDetector, folder: Path, monkey
 def test_command_ends_with_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A model that is not fetched must not end in a traceback."""
 
-    def load(model: Path | None = None) -> None:
+    def load(**_: object) -> None:
         raise SetupError("the base is not here: x2dfd fetch")
 
     monkeypatch.setattr("x2dfd.load", load)
     monkeypatch.setattr(sys, "argv", ["app", "--port", "1"])
     with pytest.raises(SystemExit) as stop:
-        command.main()
+        run_command(command.command)
     assert stop.value.code == 1 and capsys.readouterr().err == "error [setup]: the base is not here: x2dfd fetch\n"
 
 
@@ -1066,7 +1070,7 @@ def test_a_stop_removes_uploads_and_samples(stop: signal.Signals, port: int, tmp
     start = (
         "import sys, x2dfd, app.__main__ as command\n"
         "from tests.test_app import FakeDetector\n"
-        f"x2dfd.load = FakeDetector; sys.argv = ['app', '--port', '{port}']; command.main()"
+        f"x2dfd.load = FakeDetector; sys.argv = ['app', '--port', '{port}']; command.run_command(command.command)"
     )
     environment = {k: v for k, v in os.environ.items() if k != "GRADIO_TEMP_DIR"} | {"TMPDIR": str(tmp_path)}
     root = Path(demo.__file__).parents[1]

@@ -69,7 +69,7 @@ def says_yes(request: Request) -> Reply:
 
 
 def run(task: str, photos: Path, out: Path, server: StandIn | None, *words: str) -> int:
-    asked = ["--served", server.url, "--model", "m"] if server else []
+    asked = ["--model", f"m@{server.url}"] if server else []
     return command.main([task, "--data", str(photos), "--out", str(out), *asked, *words])
 
 
@@ -159,8 +159,8 @@ def test_the_assessment_is_a_task_with_a_result(photos: Path, tmp_path: Path) ->
         (["chat", "--model", "majority"], "model_without_words"),
         (["detect", "--model", "template"], "template_knows_label"),
         (["detect", "--model", "fusion", "--mode", "paper"], "options_conflict"),
-        (["detect", "--served", "http://127.0.0.1:1/v1"], "option_missing"),
-        (["detect", "--adapter", "x"], "options_conflict"),
+        (["detect", "--model", "expert:clip", "--device", "cpu"], "options_conflict"),
+        (["detect", "--model", "hub:"], "model_malformed"),
         (["detect", "--tools", "clip"], "options_conflict"),
         (["locate", "--model", "majority"], "model_not_for_task"),
         (["locate", "--model", "fusion"], "nothing_to_measure"),
@@ -207,7 +207,7 @@ def test_experts_without_their_mllm_decide_by_themselves(astronaut: Pixels, tmp_
     Image.fromarray(astronaut).save(sample.path)
     [row], _ = judged(opened, [sample], equalise=False, rationale=False, batch_size=1)
     assert row.p_mllm is None and row.p_fake is not None and row.sha256
-    json.dumps(detector.facts)
+    json.dumps(detector.info.to_dict())
 
 
 def test_text_rows_survive_the_table(photos: Path, tmp_path: Path) -> None:

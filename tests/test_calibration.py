@@ -38,10 +38,10 @@ from x2dfd.calibration import (
     probabilities,
 )
 from x2dfd.crops import CropSet
-from x2dfd.detector import load
 from x2dfd.experts import BUILTIN, Shared, read_card, write_card
 from x2dfd.faces import find_faces
 from x2dfd.manifest import Sample, write_manifest
+from x2dfd.opening import load
 from x2dfd.tower import training_view
 from x2dfd.types import Evidence, Face
 
@@ -351,10 +351,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needs_base: None) -> Iterator[Path]:
-    """An adapter of the tiny base, which the command takes for the embedded one."""
+    """An adapter directory on the tiny base."""
     base = tiny.write_base(tmp_path / "base")
     monkeypatch.setitem(BUILTIN, tiny.EXPERT, "tests.test_calibration:Judge")
-    monkeypatch.setattr(x2dfd.calibrate, "load", lambda *given, **more: load(*given, base=str(base), **more))
 
     def numbered(crops: CropSet, i: int, view_seed: int) -> Face:
         return replace(face_of(crops, i, view_seed), index=i)
@@ -367,6 +366,10 @@ def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needs_base: None) -
     judged_by.clear()
 
 
+def on_its_base(adapter: Path) -> str:
+    return f"hub:{adapter.parent / 'base'}+{adapter}"
+
+
 def stranger(folder: Path, name: str, *left_out: str) -> None:
     """Weights of the expert that were trained without something."""
     (folder / name).mkdir(parents=True)
@@ -377,7 +380,7 @@ def stranger(folder: Path, name: str, *left_out: str) -> None:
 def test_each_picture_is_judged_by_what_never_saw_its_origin(adapter: Path, photos: Path, tmp_path: Path) -> None:
     """Bug prevented: "unseen" scores of weights that learnt from the source, or a choice on the pictures of `val`."""
     stranger(tmp_path / "unseen", "c", "gan", "new")
-    given = ["calibrate", "--adapter", str(adapter), "--data", str(photos), "--unseen", str(tmp_path / "unseen")]
+    given = ["calibrate", "--model", on_its_base(adapter), "--data", str(photos), "--unseen", str(tmp_path / "unseen")]
     done = CliRunner().invoke(cli.app, given)
     assert done.exit_code == 0, done.output
     assert judged_by == {tiny.Brightness.card.sha256: {0, 1, 2, 3}, "c" * 64: {6, 7}}
@@ -390,14 +393,14 @@ def test_each_picture_is_judged_by_what_never_saw_its_origin(adapter: Path, phot
     assert facts["unseen"] == [{"expert": tiny.EXPERT, "sha256": "c" * 64, "left_out": ["gan", "new"]}]
     assert facts["experts"] == {tiny.EXPERT: tiny.Brightness.card.sha256}
     assert json.loads(done.stdout)["low"] == fitted.low
-    detector = load(adapter, base=str(adapter.parent / "base"))
+    detector = load(on_its_base(adapter))
     report = detector.detect(photos.parent / "1.png", rationale=False)
     assert report.verdict.p_fake is not None and report.faces[0].p_fake_mllm is None
 
 
 def test_without_strangers_the_split_alone_is_asked(adapter: Path, photos: Path) -> None:
     """Bug prevented: pictures of `train`, or methods whose figures are said to be of unseen ones, set the band."""
-    fitted = calibrate(adapter, [photos])
+    fitted = calibrate(on_its_base(adapter), [photos])
     assert judged_by == {tiny.Brightness.card.sha256: {0, 1, 2, 3}}
     assert set(fitted.weights) == {MLLM, tiny.EXPERT} and fitted.fitted_on["unseen"] == []
     assert fitted == Calibration.load(adapter) and fitted.mllm_threshold != 0.5
@@ -407,15 +410,15 @@ def test_a_calibration_that_fails_leaves_the_last_one(adapter: Path, photos: Pat
     """Bug prevented: a wrong split or folder, and the adapter has no calibration any more."""
     before = (adapter / "calibration.json").read_bytes()
     with raises("no_picture_of_label", "'test'"):
-        calibrate(adapter, [photos], split="test")
+        calibrate(on_its_base(adapter), [photos], split="test")
     with raises("left_out_missing", "nothing"):
-        calibrate(adapter, [photos], unseen=tmp_path / "nothing")
+        calibrate(on_its_base(adapter), [photos], unseen=tmp_path / "nothing")
     for names, said in ((("c",), ()), (("d", "e"), ("gan",))):
         folder = tmp_path / "".join(names)
         for name in names:
             stranger(folder, name, *said)
         with raises("left_out_invalid", folder):
-            calibrate(adapter, [photos], unseen=folder)
+            calibrate(on_its_base(adapter), [photos], unseen=folder)
     assert (adapter / "calibration.json").read_bytes() == before
     assert sorted(p.name for p in adapter.glob("calib*")) == ["calibration.json"]
 

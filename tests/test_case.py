@@ -22,8 +22,10 @@ from tests.raising import raises
 from x2dfd import case, cli
 from x2dfd.adapter import EMBEDDED, expert_hashes, read_adapter_card
 from x2dfd.calibration import Calibration
-from x2dfd.detector import Detector, load
+from x2dfd.detector import Detector
 from x2dfd.errors import SetupError
+from x2dfd.model_spec import ModelSpec
+from x2dfd.opening import load
 from x2dfd.types import Report
 from x2dfd.validation import Validation
 
@@ -59,7 +61,7 @@ def detector(folders: tuple[Path, Path]) -> Detector:
     patch.setitem(x2dfd.experts.BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
     base, adapter = folders
     validation_of(adapter).save(adapter)
-    loaded = load(base=str(base), adapter=adapter)
+    loaded = load(f"hub:{base}+{adapter}")
     patch.undo()
     return loaded
 
@@ -136,7 +138,7 @@ def test_a_changed_finding_is_found_even_under_a_new_seal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """A hash over the record stops nobody who can compute one: what counts is that judging anew gives the same."""
-    monkeypatch.setattr("x2dfd.detector.read_provenance", lambda source, format: {"state": "absent"})
+    monkeypatch.setattr("x2dfd.intake.read_provenance", lambda source, format: {"state": "absent"})
     made = changed(made, _set("provenance", value={"state": "absent"}), sealed=True)
     assert case.verify(made, photo, detector).outcome == "holds"
     found = case.verify(changed(made, change, sealed=True), photo, detector)
@@ -177,7 +179,7 @@ def test_another_model_is_no_proof_of_tampering(
 
 def test_a_record_from_before_weights_were_told_still_holds(made: Record, photo: Path, detector: Detector) -> None:
     """Bug prevented: a new fact of the model turns every honest older record into a forged one."""
-    assert made["reports"][0]["model"]["weights"] == detector.facts["weights"]
+    assert made["reports"][0]["model"]["weights"] == detector.info.weights
     old = changed(made, lambda m: m["reports"][0]["model"].pop("weights"), sealed=True)
     assert case.verify(old, photo, detector) == case.Verification("holds", (), ())
     edited = changed(made, lambda m: m["reports"][0]["model"]["weights"].update(mllm=0.0), sealed=True)
@@ -238,7 +240,7 @@ def like(detector: Detector) -> Callable[..., Detector]:
 
     def make(calibration: Calibration | None = None, validation: Validation | None = None, **facts: Any) -> Detector:
         return Detector(
-            detector.mllm, detector.experts, calibration or detector.calibration, detector.facts | facts,
+            detector.mllm, detector.experts, calibration or detector.calibration, replace(detector.info, **facts),
             validation=validation or detector.validation,
         )  # fmt: skip
 
@@ -329,21 +331,22 @@ def test_verify_computes_as_the_record_says(
     """A record of a GPU in bf16 checked in fp32, or one of a served model checked locally, can only fail."""
     asked: list[dict[str, Any]] = []
 
-    def load(model: Path | None, **options: Any) -> Detector:
+    def load(model: ModelSpec, **options: Any) -> Detector:
         asked.append({"model": model} | options)
         return detector
 
     monkeypatch.setattr(x2dfd, "load", load)
     path = tmp_path / "a.case.json"
     path.write_text(json.dumps(changed(made, _set("model", "runs_on", value="cuda bf16"), sealed=True)))
-    there = ["--served", "http://localhost:8000/v1", "--model", "x2dfd", "--adapter", "DIR"]
+    there = ["--model", "x2dfd@http://localhost:8000/v1+DIR"]
     for options in ([], ["--device", "cuda:1", "--dtype", "fp16"], there):
         assert CliRunner().invoke(cli.app, ["verify", str(path), str(photo), *options]).exit_code == 4
-    nothing = dict.fromkeys(("model", "base", "adapter", "served", "device")) | {"mode": "calibrated"}
+    nothing: dict[str, Any] = dict.fromkeys(("threads", "device", "dtype", "device_map", "bits"))
+    nothing |= {"model": ModelSpec(), "mode": "calibrated"}
     assert asked == [
         nothing | {"dtype": "bf16"},
         nothing | {"device": "cuda:1", "dtype": "fp16"},
-        nothing | {"served": there[1], "model": Path("x2dfd"), "adapter": Path("DIR"), "dtype": None},
+        nothing | {"model": ModelSpec(adapter=Path("DIR"), name="x2dfd", url="http://localhost:8000/v1")},
     ]
 
 

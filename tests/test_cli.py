@@ -25,9 +25,10 @@ from skimage import data
 from typer.testing import CliRunner
 
 import x2dfd
-from x2dfd import cli, stores
+from x2dfd import cli, detect, stores
 from x2dfd.errors import InputError, SetupError
 from x2dfd.media import load_media
+from x2dfd.model_spec import ModelSpec
 from x2dfd.types import Card, Cue, Evidence, FaceReport, Failure, Report, Verdict
 
 Run = Callable[..., Any]
@@ -45,8 +46,8 @@ class SmallDetector:
         self.provenance: dict[str, Any] = {"state": "absent"}
 
     @property
-    def facts(self) -> dict[str, Any]:
-        return self.model
+    def info(self) -> Any:
+        return SimpleNamespace(to_dict=lambda: self.model)
 
     def load(self, model: Any = None, **given: Any) -> SmallDetector:
         self.given = {"model": model, **given}
@@ -111,16 +112,16 @@ def photos(tmp_path: Path) -> Path:
 def test_loading_a_model_leaves_the_collector_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: a run over a million files in which no cycle is ever collected, whether the load failed or not."""
     seen = []
-    monkeypatch.setattr(x2dfd, "load", lambda **_: seen.append(gc.isenabled()), raising=False)
-    cli._load()
+    monkeypatch.setattr(x2dfd, "load", lambda *_, **__: seen.append(gc.isenabled()), raising=False)
+    detect.load_quickly(ModelSpec())
     assert seen == [False] and gc.isenabled()
 
-    def refused(**_: Any) -> None:
+    def refused(*_: object, **__: object) -> None:
         raise SetupError("no model")
 
     monkeypatch.setattr(x2dfd, "load", refused, raising=False)
     with pytest.raises(SetupError):
-        cli._load()
+        detect.load_quickly(ModelSpec())
     assert gc.isenabled()
 
 
@@ -324,17 +325,17 @@ def test_wrong_usage_is_exit_code_2_before_any_work(run: Run, detector: SmallDet
 
 def test_options_reach_the_detector(run: Run, detector: SmallDetector, photos: Path) -> None:
     """An option that is read and dropped gives the answer of another model."""
-    run("detect", photos / "a.png", "--model", "M", "--base", "B", "--adapter", "A", "--mode", "paper",
-        "--threads", 3, "--batch-size", 5, "--no-rationale", "--served", "U", "--device", "cuda:1",
-        "--dtype", "bf16", "--frames", 7)  # fmt: skip
+    run("detect", photos / "a.png", "--model", "hub:B+A", "--mode", "paper", "--threads", 3,
+        "--batch-size", 5, "--no-rationale", "--device", "cuda:1", "--dtype", "bf16", "--frames", 7, "--bits", 4,
+        "--device-map", "auto")  # fmt: skip
     assert detector.given == {
-        "model": Path("M"), "base": "B", "adapter": Path("A"), "mode": "paper", "threads": 3,
-        "batch_size": 5, "rationale": False, "served": "U", "device": "cuda:1", "dtype": "bf16", "frames": 7,
+        "model": ModelSpec(base="B", adapter=Path("A")), "mode": "paper", "threads": 3, "batch_size": 5,
+        "rationale": False, "device": "cuda:1", "dtype": "bf16", "frames": 7, "bits": 4, "device_map": "auto",
     }  # fmt: skip
     run("detect", photos / "a.png")
     assert detector.given == {
-        "model": None, "base": None, "adapter": None, "mode": None, "threads": None, "batch_size": 8,
-        "rationale": True, "served": None, "device": None, "dtype": None, "frames": 32,
+        "model": ModelSpec(), "mode": None, "threads": None, "batch_size": 8, "rationale": True, "device": None,
+        "dtype": None, "frames": 32, "bits": None, "device_map": None,
     }  # fmt: skip
 
 
@@ -529,7 +530,7 @@ def test_manifest_streams_in_batches_and_names_what_failed(
     """One row a path, each failure with its reason; a path that is listed twice is judged once."""
     manifest = tmp_path / "m.csv"
     manifest.write_text("path\n" + "".join(f"photos/{n}\n" for n in ("c.png", "gone.png", "a.png", "c.png", "b.png")))
-    monkeypatch.setattr(cli, "BATCHES", 1)
+    monkeypatch.setattr(detect, "BATCHES", 1)
     done = run("detect", "--manifest", manifest, "--out", tmp_path / "t.jsonl", "--batch-size", 2)
     assert done.exit_code == 0 and "1 paths came more than once" in done.stderr
     rows = table(tmp_path / "t.jsonl")
@@ -559,7 +560,7 @@ def test_two_runs_on_one_table_do_not_mix(run: Run, photos: Path, tmp_path: Path
 
 def test_progress_says_rate_and_time_left(run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a log file there is no bar; a run of days must still say how far it is."""
-    monkeypatch.setattr(cli, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr("x2dfd.terminal.LINE_SECONDS", 0.0)
     done = run("detect", photos, photos / "gone.png")
     lines = [line for line in done.stderr.splitlines() if " of 4: " in line]
     assert len(lines) == 4 and lines[-1].startswith("4 of 4: ") and lines[-1].endswith("/s, 00:00:00 left, 1 failed")

@@ -127,11 +127,11 @@ def test_there_and_back_nothing_changes(base: Path, adapter: Path, tmp_path: Pat
 @pytest.mark.slow
 def test_a_converted_adapter_judges_in_both_frames(base: Path, adapter: Path, tmp_path: Path) -> None:
     """The released code asks in other words than it trained with: both can be had, and they are not the same."""
-    bare = probe_logits(x2dfd.load(base=str(base), mode="paper", experts=()).mllm)
+    bare = probe_logits(x2dfd.load(f"hub:{base}", mode="paper", experts=()).mllm)
     found = {}
     for frame in prompts.FRAMES:
         to_hub(adapter, tmp_path / frame, base=str(base), frame=frame)
-        mllm: Any = x2dfd.load(base=str(base), adapter=tmp_path / frame, mode="paper").mllm
+        mllm: Any = x2dfd.load(f"hub:{base}+{tmp_path / frame}", mode="paper").mllm
         found[frame] = probe_logits(mllm)
         asked = prompts.render(mllm.processor, prompts.QUESTION, prompts.STEM)
         who, image = ("user", "<image>") if frame == "train_consistent" else ("human", "<im_start><image><im_end>")
@@ -277,7 +277,7 @@ def test_a_published_adapter_is_asked_as_it_was_trained(
     done = CliRunner().invoke(app, ["convert", str(adapter), str(out), *asked_with])
     assert done.exit_code == 0, done.output
     assert read_adapter_card(out).aliases == {tiny.EXPERT: "blending", "darkness": "diffusion"}
-    detector = x2dfd.load(base=str(base), adapter=out, mode="paper")
+    detector = x2dfd.load(f"hub:{base}+{out}", mode="paper")
     plain, asked = detector.mllm.verdict_logits, list[str]()
 
     def heard(look: Any, questions: Sequence[str]) -> Any:
@@ -330,7 +330,7 @@ def test_a_published_adapter_with_parts_missing_is_refused(
 def test_an_adapter_with_a_chat_frame_splits_with_it(base: Path, adapter: Path, tmp_path: Path) -> None:
     """It was refused for its prompts' hash; and an engine without the frame would ask in the base's own."""
     to_hub(adapter, tmp_path / "hub", base=str(base))
-    whole, _, rank = split(tmp_path / "hub", tmp_path / "split", str(base))
+    whole, _, rank = split(f"hub:{base}+{tmp_path / 'hub'}", tmp_path / "split")
     assert rank == 4 and load_processor(whole).chat_template == prompts.FRAMES["train_consistent"]
 
 
@@ -344,15 +344,15 @@ def test_a_merged_model_judges_as_base_and_adapter_do(tmp_path: Path, monkeypatc
     base = tiny.write_base(tmp_path / "base")
     folder = tiny.write_adapter(tmp_path / "adapter", base)
     with raises("probes_missing"):
-        merge(folder, tmp_path / "merged", str(base))
-    scores = probe_logits(x2dfd.load(base=str(base), adapter=folder).mllm)
+        merge(f"hub:{base}+{folder}", tmp_path / "merged")
+    scores = probe_logits(x2dfd.load(f"hub:{base}+{folder}").mllm)
     tiny.edit_card(folder, probes=scores)
-    out = merge(folder, tmp_path / "merged", str(base))
+    out = merge(f"hub:{base}+{folder}", tmp_path / "merged")
     detector = x2dfd.load(out)  # with calibration and experts, without the base
     assert probe_logits(detector.mllm) == pytest.approx(scores, abs=1e-3)
-    assert list(detector.facts["experts"]) == [tiny.EXPERT] and read_adapter_card(out).probes == scores
+    assert list(detector.info.experts) == [tiny.EXPERT] and read_adapter_card(out).probes == scores
     with raises("folder_taken", out):
-        merge(folder, out, str(base))
+        merge(f"hub:{base}+{folder}", out)
 
 
 @pytest.mark.slow
@@ -364,16 +364,16 @@ def test_a_merged_tower_holds_its_additions_once(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
     base = tiny.write_base(tmp_path / "base")
     folder = tiny.write_adapter(tmp_path / "adapter", base)
-    where, plain = "encoder.layers.0.self_attn.q_proj", probe_logits(x2dfd.load(base=str(base), adapter=folder).mllm)
+    where, plain = "encoder.layers.0.self_attn.q_proj", probe_logits(x2dfd.load(f"hub:{base}+{folder}").mllm)
     torch.manual_seed(1)
     additions = {f"{where}.lora_A.weight": torch.randn(2, 32), f"{where}.lora_B.weight": torch.randn(32, 2)}
     (folder / "experts").mkdir()
     save_file({f"tower.{name}": value for name, value in additions.items()}, folder / "experts" / "tower.safetensors")
     tiny.edit_card(folder, tower="forensic", tower_sha256=additions_sha256(additions))
-    scores = probe_logits(x2dfd.load(base=str(base), adapter=folder).mllm)
+    scores = probe_logits(x2dfd.load(f"hub:{base}+{folder}").mllm)
     assert scores != pytest.approx(plain, abs=1e-2)
     tiny.edit_card(folder, probes=scores)
-    merged = x2dfd.load(merge(folder, tmp_path / "merged", str(base))).mllm
+    merged = x2dfd.load(merge(f"hub:{base}+{folder}", tmp_path / "merged")).mllm
     assert probe_logits(merged) == pytest.approx(scores, abs=1e-3)
 
 
@@ -384,7 +384,7 @@ def test_a_merge_that_moves_the_probes_is_refused(tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
     base = tiny.write_base(tmp_path / "base")
     folder = tiny.write_adapter(tmp_path / "adapter", base)
-    tiny.edit_card(folder, probes=probe_logits(x2dfd.load(base=str(base), adapter=folder).mllm))
+    tiny.edit_card(folder, probes=probe_logits(x2dfd.load(f"hub:{base}+{folder}").mllm))
     from x2dfd.mllm import LocalMLLM
 
     plain = LocalMLLM.save
@@ -396,5 +396,5 @@ def test_a_merge_that_moves_the_probes_is_refused(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(LocalMLLM, "save", spoilt)
     with raises("probes_differ"):
-        merge(folder, tmp_path / "merged", str(base))
+        merge(f"hub:{base}+{folder}", tmp_path / "merged")
     assert not (tmp_path / "merged").exists() and not list(tmp_path.glob(".merged*"))

@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import x2dfd
-import x2dfd.detector as detector_module
 from tests import tiny
 from tests.raising import raises
+from x2dfd import intake
 from x2dfd.calibration import MLLM, Calibration, Logistic
 from x2dfd.degrade import CODEC, codec
 from x2dfd.detector import Detector
@@ -63,7 +63,7 @@ def known_expert() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def detector(folders: tuple[Path, Path], known_expert: None) -> Detector:
     base, adapter = folders
-    return x2dfd.load(base=str(base), adapter=adapter)
+    return x2dfd.load(f"hub:{base}+{adapter}")
 
 
 def jpeg(pixels: Pixels, **options: Any) -> bytes:
@@ -317,7 +317,7 @@ def test_a_verdict_names_the_kind_that_an_expert_saw(
     adapter = Path(shutil.copytree(folders[1], tmp_path / "adapter"))
     both = {kind: Logistic({tiny.EXPERT: 1.0}, {tiny.EXPERT: 0.0}, 0.0) for kind in ("whole", "part")}
     Calibration(both, 0.3, 0.6).save(adapter)
-    detector = x2dfd.load(base=str(folders[0]), adapter=adapter)
+    detector = x2dfd.load(f"hub:{folders[0]}+{adapter}")
     for kinds, kind in (({"whole": 0.9, "part": 0.05}, "whole"), ({"whole": 0.05, "part": 0.9}, "part")):
         said = Evidence(tiny.EXPERT, 0.95, kinds=kinds)
         monkeypatch.setattr(tiny.Brightness, "judge", lambda self, faces, *_, said=said: [said] * len(faces))
@@ -412,7 +412,7 @@ def test_the_next_batch_is_decoded_while_one_is_judged(
     alone = [next(iter(detector.detect_many([s], rationale=False))) for s in sources]
     opened: list[str] = []
     second = threading.Event()
-    original = detector_module._open
+    original = intake._open
 
     def noted(*given: Any) -> Any:
         opened.append(threading.current_thread().name)
@@ -426,7 +426,7 @@ def test_the_next_batch_is_decoded_while_one_is_judged(
         assert second.wait(30), "the second batch was not opened while the first was judged"
         return look(crops)
 
-    monkeypatch.setattr(detector_module, "_open", noted)
+    monkeypatch.setattr(intake, "_open", noted)
     monkeypatch.setattr(detector.mllm, "look", waits)
     together = list(detector.detect_many(sources, batch_size=2, rationale=False))
     assert len(opened) == len(sources) and all(name.startswith("x2dfd-decode") for name in opened)
@@ -467,7 +467,7 @@ def test_paper_mode_gives_the_mllms_own_number(
     adapter = Path(shutil.copytree(folders[1], tmp_path / "adapter"))
     for threshold, label in ((0.0, "fake"), (1.0, "real")):
         tiny.edit_json(adapter / "calibration.json", mllm_threshold=threshold)
-        paper = x2dfd.load(base=str(folders[0]), adapter=adapter, mode="paper").detect(face_photo, rationale=False)
+        paper = x2dfd.load(f"hub:{folders[0]}+{adapter}", mode="paper").detect(face_photo, rationale=False)
         assert paper.verdict.p_fake == paper.faces[0].p_fake_mllm
         assert paper.verdict.label == label
         assert paper.model["mode"] == "paper" and paper.model["threshold"] == threshold and paper.model["band"] is None
@@ -500,13 +500,13 @@ def test_a_model_without_calibration_gives_no_percentage(
     adapter = Path(shutil.copytree(made, tmp_path / "adapter"))
     (adapter / "calibration.json").unlink()
     with raises("calibration_unreadable", "x2dfd calibrate"):
-        x2dfd.load(base=str(base), adapter=adapter)
+        x2dfd.load(f"hub:{base}+{adapter}")
     with raises("calibration_missing", "mode='paper'"):
-        x2dfd.load(base=str(base), experts=[])
-    bare = x2dfd.load(base=str(base), experts=[], mode="paper").detect(face_photo, rationale=False)
+        x2dfd.load(f"hub:{base}", experts=[], mode="calibrated")
+    bare = x2dfd.load(f"hub:{base}", experts=[]).detect(face_photo, rationale=False)
     assert bare.evidence == () and bare.verdict.p_fake == bare.faces[0].p_fake_mllm
     with raises("unknown_name", "did you mean 'paper'"):
-        x2dfd.load(base=str(base), experts=[], mode="papers")  # type: ignore[arg-type]
+        x2dfd.load(f"hub:{base}", experts=[], mode="papers")  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -515,18 +515,19 @@ def test_a_cpu_computes_in_fp32_unless_told(
 ) -> None:
     """Numbers that are published must not move; 16 bits are for who asks, and stand in the report."""
     base, adapter = folders
-    plain = x2dfd.load(base=str(base), adapter=adapter, device="cpu", dtype="fp32").detect(face_photo)
-    short = x2dfd.load(base=str(base), adapter=adapter, device="cpu", dtype="bf16").detect(face_photo)
+    plain = x2dfd.load(f"hub:{base}+{adapter}", device="cpu", dtype="fp32").detect(face_photo)
+    short = x2dfd.load(f"hub:{base}+{adapter}", device="cpu", dtype="bf16").detect(face_photo)
     if not torch.cuda.is_available():
         assert detector.detect(face_photo).faces == plain.faces
         with raises("device_missing", "--device cpu"):
-            x2dfd.load(base=str(base), adapter=adapter, device="cuda")
+            x2dfd.load(f"hub:{base}+{adapter}", device="cuda")
     assert plain.model["runs_on"] == "cpu fp32" and short.model["runs_on"] == "cpu bf16"
     exact, near = plain.faces[0].p_fake_mllm, short.faces[0].p_fake_mllm
     assert exact != near and near == pytest.approx(exact, abs=0.05)
-    for device, dtype, error in (("cpu", "fp16", SetupError), ("tpu", None, SetupError), (None, "fp8", UnknownName)):
+    wrong: Any = (("cpu", "fp16", SetupError), ("tpu", None, SetupError), (None, "fp8", UnknownName))
+    for device, dtype, error in wrong:
         with pytest.raises(error):
-            x2dfd.load(base=str(base), adapter=adapter, device=device, dtype=dtype)
+            x2dfd.load(f"hub:{base}+{adapter}", device=device, dtype=dtype)
 
 
 def test_nothing_touches_the_network(
@@ -543,7 +544,7 @@ def test_nothing_touches_the_network(
     for name in ("socket", "create_connection", "getaddrinfo"):
         monkeypatch.setattr(socket, name, refuse)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # the tests' own switch must not hide it
-    loaded = x2dfd.load(base=str(folders[0]), adapter=folders[1])
+    loaded = x2dfd.load(f"hub:{folders[0]}+{folders[1]}")
     assert len(loaded.detect(face_photo).faces) == 1
     assert opened == []
 
@@ -551,11 +552,11 @@ def test_nothing_touches_the_network(
 def test_the_report_names_the_weights_it_came_from(folders: tuple[Path, Path], detector: Detector) -> None:
     """An opposing expert must be able to get the same number."""
     base, adapter = folders
-    facts = detector.facts
-    assert facts["base"] == base_identity(base)
-    assert facts["adapter_sha256"] == json.loads((adapter / "card.json").read_text())["sha256"]
-    assert facts["experts"] == {tiny.EXPERT: f"1 {tiny.Brightness.card.sha256}"}
-    assert facts["blind_spot"] == "everything"
+    info = detector.info
+    assert info.base == base_identity(base)
+    assert info.adapter_sha256 == json.loads((adapter / "card.json").read_text())["sha256"]
+    assert info.experts == {tiny.EXPERT: f"1 {tiny.Brightness.card.sha256}"}
+    assert info.blind_spot == "everything"
 
 
 # --- chat ------------------------------------------------------------------------------------------------------------
@@ -599,7 +600,7 @@ def test_a_logit_that_is_not_finite_is_no_verdict(
     value: float,
 ) -> None:
     """NaN compares as "real" against a threshold, and was once clipped to the strongest "fake"."""
-    broken = x2dfd.load(base=str(folders[0]), adapter=folders[1], mode=mode)
+    broken = x2dfd.load(f"hub:{folders[0]}+{folders[1]}", mode=mode)
     monkeypatch.setattr(broken.mllm, "verdict_logits", lambda look, questions: np.full(len(questions), value))
     with raises("no_score"):
         broken.detect(face_photo)

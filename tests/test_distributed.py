@@ -81,6 +81,6 @@ def test_two_processes_train_one_adapter(
     }
     assert before.keys() <= names.keys() and all(torch.equal(v, names[k]) for k, v in before.items())
     card = read_adapter_card(out)
-    loaded = x2dfd.load(base=str(base), adapter=out, mode="paper")
+    loaded = x2dfd.load(f"hub:{base}+{out}", mode="paper")
     assert probe_logits(loaded.mllm) == pytest.approx(card.probes, abs=1e-3)
     assert card.figures["pictures_a_step"] == 2

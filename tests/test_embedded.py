@@ -19,6 +19,7 @@ import x2dfd
 from data_gen.demo import make_pair
 from eval.scoring import equalised
 from eval.tasks.experts import Panel, judge
+from x2dfd.adapter import EMBEDDED
 from x2dfd.degrade import CODEC, codec, tone
 from x2dfd.faces import find_faces
 from x2dfd.manifest import Sample
@@ -128,7 +129,7 @@ def test_a_follow_up_is_answered_and_changes_nothing(detector: Any, face_photo: 
 @pytest.mark.slow
 def test_the_bench_of_the_experts_sees_what_a_verdict_sees(detector: Any, face_photo: Path) -> None:
     """Bug prevented: crops that skip a step of the detector's are measured as another product."""
-    panel = Panel.load("embedded", list(detector.facts["experts"]), detector)
+    panel = Panel.load(EMBEDDED, list(detector.info.experts), detector)
     [row], _ = judge(panel, {}, [Sample("s", face_photo, "real", group="g")], equal=True, batch_size=8)
     report = detector.detect(equalised(face_photo))  # a text takes the model's own score with it
     told = {e.expert: e.score for e in report.evidence} | {"mllm": report.faces[0].p_fake_mllm}

@@ -164,7 +164,7 @@ def test_adapter(kind: Kind, crops: NDArray[np.uint8], tmp_path: Path) -> None:
         base=base_identity(kind.folder), prompt_sha256=prompts.prompt_hash(processor),
     )  # fmt: skip
     write_adapter_card(tmp_path, card)
-    loaded = x2dfd.load(base=str(kind.folder), adapter=tmp_path, mode="paper", experts=(), device="cpu").mllm
+    loaded = x2dfd.load(f"hub:{kind.folder}+{tmp_path}", mode="paper", experts=(), device="cpu").mllm
     got = loaded.verdict_logits(loaded.look(crops), QUESTIONS)
     want = [stock_verdict(kind, tuned, c, q) for c, q in zip(crops, QUESTIONS, strict=True)]
     assert np.allclose(got, want, atol=1e-4)

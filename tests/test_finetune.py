@@ -326,10 +326,10 @@ def test_training_moves_the_adapter_and_nothing_else(
     assert card.figures["pictures"] == 6 and card.figures["final_loss"] > 0
     saved = json.loads((out / "config.json").read_text())
     assert saved["lr"] == 1e-2 and saved["max_steps"] == 3
-    detector = x2dfd.load(base=str(base), adapter=out, mode="paper")
+    detector = x2dfd.load(f"hub:{base}+{out}", mode="paper")
     assert detector.detect(face_photo, rationale=False).faces[0].p_fake_mllm is not None
     with raises("calibration_unreadable", "x2dfd calibrate"):
-        x2dfd.load(base=str(base), adapter=out)
+        x2dfd.load(f"hub:{base}+{out}")
 
 
 @pytest.mark.slow
@@ -348,10 +348,10 @@ def test_a_tower_that_learns_is_this_adapters_own(
     assert (read_adapter_card(first).tower, read_adapter_card(out).tower) == ("frozen", "lora")
     # An expert trained on the base's tower reads noise in another's; and loading finds the probes as they were.
     for adapter, shares in (first, True), (out, False):
-        look = x2dfd.load(base=str(base), adapter=adapter, mode="paper").mllm.look(probe_crops())
+        look = x2dfd.load(f"hub:{base}+{adapter}", mode="paper").mllm.look(probe_crops())
         assert (look.tower_states is not None) is shares
     with raises("tower_changed"):
-        split(out, tmp_path / "split", str(base))
+        split(f"hub:{base}+{out}", tmp_path / "split")
     for given, code, fact in (
         ({"method": "full"}, "config_invalid", "method: full"),
         ({"targets": "nothing"}, "targets_match_nothing", "'nothing'"),
@@ -534,18 +534,18 @@ def test_every_method_gives_a_model_that_loads(
     out = train(configured(tmp_path / "adapter", method=method, max_steps=2))
     card = read_adapter_card(out)
     assert len(card.probes) == 3 and len(set(card.probes)) == 3
-    loaded = x2dfd.load(base=None if method == "full" else str(base), adapter=out, mode="paper")  # checks the probes
+    loaded = x2dfd.load(out if method == "full" else f"hub:{base}+{out}", mode="paper")  # checks the probes
     if method == "full":
         before, after = load_file(base / "model.safetensors"), load_file(out / "model" / "model.safetensors")
         moved = {k for k in before if not torch.equal(before[k], after[k])}
         assert moved and all("language_model" in k or "projector" in k for k in moved)
         assert any("o_proj" in k for k in moved) and any("multi_modal_projector" in k for k in moved)
-        assert not (out / WEIGHTS).exists() and loaded.facts["adapter_sha256"] == card.sha256
+        assert not (out / WEIGHTS).exists() and loaded.info.adapter_sha256 == card.sha256
     else:
         assert any("lora_magnitude_vector" in k for k in load_file(out / WEIGHTS)) == (method == "dora")
     tiny.edit_card(out, probes=(*card.probes[:2], card.probes[2] + 1.0))
     with raises("probes_differ"):
-        x2dfd.load(base=None if method == "full" else str(base), adapter=out, mode="paper")
+        x2dfd.load(out if method == "full" else f"hub:{base}+{out}", mode="paper")
 
 
 @pytest.mark.needs_base

@@ -20,9 +20,9 @@ import x2dfd
 from x2dfd import cli
 from x2dfd.detector import Detector
 from x2dfd.errors import InputError, SetupError, UnknownName, X2DFDError
-from x2dfd.types import Failure, Report
+from x2dfd.types import Failure, ModelInfo, Report
 
-STAGES = ["x2dfd.media.sniff", "x2dfd.detector.find_faces", "x2dfd.detector.read_provenance"]
+STAGES = ["x2dfd.media.sniff", "x2dfd.intake.find_faces", "x2dfd.intake.read_provenance"]
 KINDS: dict[str, Callable[[], BaseException]] = {
     "IndexError": lambda: IndexError("list index out of range"),
     "RecursionError": RecursionError,
@@ -38,7 +38,7 @@ CODES = {"RecursionError": "too_deep", "MemoryError": "out_of_memory"}
 def detector() -> Detector:
     """Without a model: the pictures below have no faces."""
     model: Any = SimpleNamespace(batch=8)
-    return Detector(model, [], None, {"base": {"name": "none"}}, "paper")
+    return Detector(model, [], None, ModelInfo("none", {"name": "none"}), "paper")
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_whatever_a_file_makes_a_library_raise_is_its_row(
         bad, good = detector.detect_many(pictures)
         assert isinstance(bad, Failure) and bad.code == code and bad.sha256 and isinstance(good, Report)
     with monkeypatch.context() as patch:
-        patch.setattr(x2dfd, "load", lambda **_: detector)
+        patch.setattr(x2dfd, "load", lambda *_, **__: detector)
         raise_once(patch, stage, KINDS[kind])
         out = tmp_path / "rows.jsonl"
         done = CliRunner().invoke(cli.app, ["detect", *map(str, pictures), "--json", "--out", str(out)])
@@ -114,7 +114,7 @@ def test_a_wrong_set_up_is_none_of_the_clip(detector: Detector, monkeypatch: pyt
         stream.width = stream.height = 64
         container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
         container.mux(stream.encode())
-    raise_once(monkeypatch, "x2dfd.detector.find_faces", lambda: SetupError("the face models are missing"))
+    raise_once(monkeypatch, "x2dfd.intake.find_faces", lambda: SetupError("the face models are missing"))
     with pytest.raises(SetupError):
         detector.detect(buffer.getvalue())
 
@@ -126,7 +126,7 @@ def test_a_clip_whose_frames_break_the_face_finder_is_a_row(
     frames = [Image.fromarray(np.full((40, 40, 3), 20 * i, np.uint8)) for i in range(3)]
     buffer = io.BytesIO()
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
-    raise_once(monkeypatch, "x2dfd.detector.find_faces", KINDS["IndexError"])
+    raise_once(monkeypatch, "x2dfd.intake.find_faces", KINDS["IndexError"])
     [row] = detector.detect_many([buffer.getvalue()])
     assert isinstance(row, Failure) and row.code == "failed" and "finding faces" in row.reason
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from x2dfd.types import Face
 
 ROOT = Path(__file__).resolve().parents[1]
 INSTALLED = ("x2dfd", "external_detectors")
+SOURCE = ("x2dfd", "data_gen", "finetune", "external_detectors", "eval", "app", "benchmarks")
 CHECKOUT_ONLY = ("data_gen", "finetune", "eval", "app", "benchmarks", "examples", "experiments", "tests")
 HEAVY = {
     "torch", "numpy", "PIL", "cv2", "av", "transformers", "peft", "accelerate", "pyarrow", "pandas", "scipy", "onnx",
@@ -146,6 +148,57 @@ def test_rooms_import_what_the_table_allows() -> None:
     assert found - KNOWN_EXCEPTIONS.keys() == set()
     outlived = {(name, room) for name, room in KNOWN_EXCEPTIONS if (ROOT / name).is_file()} - found
     assert outlived == set(), "no exceptions any more: take them off the list"
+
+
+def modules_imported(path: Path) -> set[str]:
+    """Names that a module imports when it is imported itself, or for its types: not inside of functions."""
+    found: set[str] = set()
+    todo: list[ast.AST] = [ast.parse(path.read_text("utf-8"))]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Module | ast.If | ast.Try):
+            todo += node.body
+    return found
+
+
+def test_no_module_needs_itself() -> None:
+    """Bug prevented: two modules that need each other, so that neither can be read, tested or moved alone."""
+    paths = {
+        path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
+        for path in tree()
+        if path.suffix == ".py" and path.name != "__init__.py" and path.relative_to(ROOT).parts[0] in SOURCE
+    }
+    TopologicalSorter({name: modules_imported(path) & paths.keys() for name, path in paths.items()}).prepare()
+
+
+LONGEST_FUNCTION, LONGEST_FILE, MOST_ANY = 80, 600, 150
+
+
+def test_functions_and_files_stay_short() -> None:
+    """Bug prevented: a function or a file that nobody reads whole grows by a line at a time."""
+    long: list[str] = []
+    for path in (p for p in tree() if p.suffix == ".py" and p.relative_to(ROOT).parts[0] in SOURCE):
+        text, name = path.read_text("utf-8"), path.relative_to(ROOT).as_posix()
+        if (lines := text.count("\n")) > LONGEST_FILE:
+            long.append(f"{name}: {lines} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > LONGEST_FUNCTION:
+                    long.append(f"{name}: {node.name}, {lines} lines")
+    assert not long
+
+
+def test_values_have_types() -> None:
+    """Bug prevented: what crosses from room to room is checked by nobody, one `Any` at a time."""
+    rooms = set(SOURCE) - {"benchmarks"}
+    paths = [p for p in tree() if p.suffix == ".py" and p.relative_to(ROOT).parts[0] in rooms]
+    lines = [line for path in paths for line in path.read_text("utf-8").splitlines()]
+    assert sum(bool(re.search(r"\bAny\b", line)) for line in lines) < MOST_ANY
 
 
 # --- wheel ----------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from x2dfd import provenance
 from x2dfd.calibration import Calibration, Logistic
 from x2dfd.html_report import PROVENANCE
 from x2dfd.provenance import TRUST, read_provenance
-from x2dfd.types import Report
+from x2dfd.types import ModelInfo, Report
 
 CAPTURE = "http://cv.iptc.org/newscodes/digitalsourcetype/digitalCapture"
 
@@ -387,17 +387,17 @@ class Even:
 
 def test_provenance_never_moves_the_estimate(monkeypatch: pytest.MonkeyPatch, face_photo: Path) -> None:
     """Bug prevented: a signature, or what the file states of itself, moves a number that was fitted without it."""
-    from x2dfd import detector
+    from x2dfd.detector import Detector
 
     parts = ("mllm", tiny.EXPERT)
     one = Logistic(dict.fromkeys(parts, 1.0), dict.fromkeys(parts, 0.0), bias=0.0)
     calibration = Calibration({"part": one}, low=0.3, high=0.6)
-    facts = {"base": {"name": "even"}, "in_prompt": [tiny.EXPERT], "score_form": "numbers", "experts": {}}
-    judge = detector.Detector(Even(), [tiny.Brightness()], calibration, facts)
+    info = ModelInfo("even", {"name": "even"}, in_prompt=[tiny.EXPERT])
+    judge = Detector(Even(), [tiny.Brightness()], calibration, info)
     seen: list[Report] = []
     for state in PROVENANCE:
         told = {"state": state, "statements": [{"kind": "generated", "says": state, "where": "XMP, byte 9"}]}
-        monkeypatch.setattr(detector, "read_provenance", lambda source, format, told=told: told)
+        monkeypatch.setattr("x2dfd.intake.read_provenance", lambda source, format, told=told: told)
         seen.append(judge.detect(face_photo))
         assert seen[-1].provenance == told and Report.from_json(seen[-1].to_json()).provenance == told
     assert len(seen) == 6 and seen[0].verdict.p_fake is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,15 @@ from tests.raising import raises
 from x2dfd import cli, ray_engine, stores
 from x2dfd.errors import InputError, SetupError, UnknownName
 from x2dfd.media import load_media
+from x2dfd.model_spec import LoadOptions, ModelSpec
 from x2dfd.ray_llm import VllmScoring, _scored, p_fake
-from x2dfd.types import Failure, Report, Verdict
+from x2dfd.types import Failure, ModelInfo, Report, Verdict
 
 
 class Reader:
     """Reads what it gets, path or bytes, and calls it real."""
 
-    facts: Mapping[str, Any] = {"name": "reader", "mode": "paper"}
+    info = ModelInfo("reader", {}, mode="paper")
 
     def detect_many(
         self, sources: Iterable[Path | bytes], *, batch_size: int = 8, rationale: bool = True, frames: int = 32
@@ -40,8 +41,8 @@ class Reader:
                 yield Failure(path, None, error.code, error.reason)
                 continue
             yield Report(
-                path, media.sha256, {}, Verdict("real", 0.1), (), "", (), (), {"state": "absent"}, dict(self.facts), {},
-                {},
+                path, media.sha256, {}, Verdict("real", 0.1), (), "", (), (), {"state": "absent"},
+                self.info.to_dict(), {}, {},
             )  # fmt: skip
 
 
@@ -150,13 +151,15 @@ def test_two_actors_of_which_one_is_killed_write_the_rows_of_the_local_runner(
     monkeypatch.setattr(x2dfd, "load", lambda *a, **k: load(*a, **k, experts=[]), raising=False)
     monkeypatch.chdir(tmp_path)  # actors work elsewhere, and a row keeps the path that was given
     made = ray_engine.RayDetector
-    monkeypatch.setattr(
-        ray_engine, "RayDetector", lambda options, actors: made({**options, "experts": []}, actors, Dying)
-    )
+
+    def without_experts(model: ModelSpec, options: LoadOptions, actors: int) -> ray_engine.RayDetector:
+        return made(model, options | {"experts": []}, actors, Dying)
+
+    monkeypatch.setattr(ray_engine, "RayDetector", without_experts)
     tables = {}
     for name, more in {"local": [], "ray": ["--engine", "ray", "--actors", "2"]}.items():
         out = tmp_path / f"{name}.jsonl"
-        words = ["detect", photos.name, "--base", base.name, "--mode", "paper", "--threads", "1", "--no-rationale"]
+        words = ["detect", photos.name, "--model", f"hub:{base.name}", "--threads", "1", "--no-rationale"]
         done = CliRunner().invoke(cli.app, [*words, "--out", str(out), "--batch-size", "2", *more])
         assert done.exit_code == 0, done.output
         tables[name] = [json.loads(line) for line in out.read_text().splitlines()]
@@ -167,7 +170,7 @@ def test_two_actors_of_which_one_is_killed_write_the_rows_of_the_local_runner(
             row["p_fake"] = row["report"]["verdict"]["p_fake"]
     assert tables["ray"] == tables["local"] and len(tables["ray"]) == 5
     with pytest.raises(SetupError):
-        made({"base": str(tmp_path / "nowhere"), "mode": "paper", "experts": []}, 1)
+        made(ModelSpec(base=str(tmp_path / "nowhere")), {"experts": []}, 1)
 
 
 @pytest.mark.slow
@@ -180,14 +183,14 @@ def test_what_a_user_did_wrong_comes_back_as_one_line(cluster: Any, face_photo: 
             raise UnknownName("lens", "wide", ["wider"])
 
     base = tiny.write_base(tmp_path / "base")
-    options = {"base": str(base), "mode": "paper", "experts": []}
-    engine = ray_engine.RayDetector(options, 1, Wrong)
+    spec, options = ModelSpec(base=str(base)), LoadOptions(experts=[])
+    engine = ray_engine.RayDetector(spec, options, 1, Wrong)
     with raises("unknown_name", "did you mean 'wider'"):
         list(engine.detect_many([face_photo]))
     with raises("cluster_too_small", "4 CPUs", "3 and 0"):
-        ray_engine.RayDetector(options | {"threads": 4}, 1)
+        ray_engine.RayDetector(spec, options | {"threads": 4}, 1)
     with raises("unknown_name", "mode"):
-        ray_engine.RayDetector(options | {"mode": "papier"}, 1)
+        ray_engine.RayDetector(spec, options | {"mode": "papier"}, 1)  # type: ignore[arg-type]
 
 
 class Says:
@@ -210,7 +213,8 @@ def test_the_vllm_pipeline_asks_with_the_prompt_of_training(tmp_path: Path, astr
     assert config["engine_kwargs"]["max_lora_rank"] == 16 and config["engine_kwargs"]["tensor_parallel_size"] == 2
     assert "enable_lora" not in VllmScoring("base").config()["engine_kwargs"]
     row = {"id": "a", "crop": astronaut[:224, :224], "question": "Is it? And the clip score is 0.500."}
-    asked = scoring.request(row, Says())
+    says: Any = Says()
+    asked = scoring.request(row, says)
     assert asked["prompt"] == "USER: <image>\nIs it? And the clip score is 0.500. ASSISTANT: This image is"
     assert asked["multimodal_data"]["image"].size == (224, 224) and asked["model"] == str(tmp_path)
     assert asked["id"] == "a" and "crop" not in asked

@@ -31,7 +31,6 @@ from data_gen.public_sets import (
 )
 from data_gen.read_commands import add_commands
 from data_gen.readers import (
-    Columns,
     Group,
     Media,
     Reroot,
@@ -43,12 +42,12 @@ from data_gen.readers import (
     natural,
     parse_shares,
     path_parts,
-    read_datasets,
     read_folders,
     read_manifests,
     read_x2dfd_lists,
     split_by_hash,
 )
+from data_gen.saved_sets import Columns, read_datasets
 from eval.bench import check_clips
 from tests.raising import raises, says
 from x2dfd.manifest import Sample, read_manifest, write_manifest

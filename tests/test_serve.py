@@ -14,7 +14,7 @@ import pytest
 from tests.stub import StubDetector
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.remote import ServerDetector, is_loopback
-from x2dfd.types import Failure, Report
+from x2dfd.types import Failure, ModelInfo, Report
 
 uvicorn: Any = pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
@@ -26,7 +26,7 @@ from x2dfd import serve  # noqa: E402
 class Stub:
     """Judges bytes by their length."""
 
-    facts: dict[str, Any] = StubDetector().facts
+    info = StubDetector().info
 
     def detect_many(self, sources: Iterable[bytes], **options: Any) -> Iterator[Report | Failure]:
         for data in sources:
@@ -63,7 +63,7 @@ def test_the_server_says_what_the_detector_says(url: str, tmp_path: Path, monkey
     for name in ("http_proxy", "HTTP_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody answers there
     remote = ServerDetector(url)
-    assert remote.facts == Stub.facts
+    assert remote.facts == Stub.info.to_dict()
     photo, bad = tmp_path / "photo.jpg", tmp_path / "bad.jpg"
     photo.write_bytes(b"x" * 2001)
     bad.write_bytes(b"no picture")
@@ -120,7 +120,7 @@ def test_a_server_on_a_name_answers_under_it(monkeypatch: pytest.MonkeyPatch) ->
     """Bug prevented: a server that listens for others and refuses them all."""
     asked: list[Any] = []
     monkeypatch.setattr("uvicorn.run", lambda app, **options: asked.append(app))
-    stub: Any = SimpleNamespace(facts={"name": "stub"})
+    stub: Any = SimpleNamespace(info=ModelInfo("stub", {}))
     serve.serve(stub, "192.0.2.7", 80)
     other = testclient.TestClient(asked[0], base_url="http://192.0.2.7")
-    assert other.get("/model").json() == {"name": "stub"}
+    assert other.get("/model").json()["name"] == "stub"

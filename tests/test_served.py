@@ -124,17 +124,17 @@ def test_a_served_adapter_gives_the_local_verdict(
     folders: tuple[Path, Path], known_expert: None, face_photo: Path
 ) -> None:
     """Experts, calibration and band are the adapter's; only the matrix products happen elsewhere."""
-    local = x2dfd.load(base=str(folders[0]), adapter=folders[1])
+    local = x2dfd.load(f"hub:{folders[0]}+{folders[1]}")
     assert isinstance(local.mllm, LocalMLLM)
     behind = Behind(local.mllm)
     with StandIn(behind, models=["base", "tiny"], tokenize=behind.tokenize) as endpoint:
-        detector = x2dfd.load("tiny", served=endpoint.url, adapter=folders[1])
+        detector = x2dfd.load(f"tiny@{endpoint.url}+{folders[1]}")
         ours, wanted = detector.detect(face_photo, rationale=False), local.detect(face_photo, rationale=False)
         assert "continue_final_message" in endpoint.requests[0]
         record = case.record([ours])
     # Anywhere that serves it, the record holds; the local model may round otherwise, and is named as another.
     with StandIn(behind, models=["tiny"], tokenize=behind.tokenize) as elsewhere:
-        again = x2dfd.load("tiny", served=elsewhere.url, adapter=folders[1])
+        again = x2dfd.load(f"tiny@{elsewhere.url}+{folders[1]}")
         found = case.verify(record, face_photo, again)
         assert found.outcome == "holds" and any("served.host" in note for note in found.notes), found
     assert case.verify(record, face_photo, local).outcome == "other_version"
@@ -152,15 +152,15 @@ def test_an_endpoint_with_other_weights_is_refused(
     folders: tuple[Path, Path], known_expert: None, tmp_path: Path
 ) -> None:
     """The adapter's calibration would be put on another model's numbers, and nothing would say so."""
-    local = x2dfd.load(base=str(folders[0]), adapter=folders[1]).mllm
+    local = x2dfd.load(f"hub:{folders[0]}+{folders[1]}").mllm
     assert isinstance(local, LocalMLLM)
     adapter = Path(shutil.copytree(folders[1], tmp_path / "adapter"))
     tiny.edit_card(adapter, probes=probe_logits(local))
     own, bare = Behind(local), Behind(LocalMLLM(*load_model(folders[0]), "bare"))
     with StandIn(own, tokenize=own.tokenize) as endpoint:
-        x2dfd.load("m", served=endpoint.url, adapter=adapter)
+        x2dfd.load(f"m@{endpoint.url}+{adapter}")
     with StandIn(bare, tokenize=bare.tokenize) as endpoint, raises("probes_differ"):
-        x2dfd.load("m", served=endpoint.url, adapter=adapter)
+        x2dfd.load(f"m@{endpoint.url}+{adapter}")
 
 
 def test_a_damaged_adapter_is_refused_before_anything_is_asked(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_damaged_adapter_is_refused_before_anything_is_asked(folders: tuple[Pa
     tiny.edit_card(folders[1])  # as it is
     (tmp_path / "card.json").write_text((folders[1] / "card.json").read_text())
     with StandIn(steady) as endpoint, raises("weights_missing", "adapter_model"):
-        x2dfd.load("m", served=endpoint.url, adapter=tmp_path)
+        x2dfd.load(f"m@{endpoint.url}+{tmp_path}")
     assert not endpoint.requests
 
 
@@ -582,26 +582,23 @@ def test_an_endpoint_without_a_model_list_is_asked_all_the_same(crops: Pixels) -
 
 @pytest.fixture
 def no_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from x2dfd import detector
-
-    monkeypatch.setattr(detector, "DEFAULT", ())
+    monkeypatch.setattr("x2dfd.opening.DEFAULT", ())
 
 
 def test_without_a_calibration_the_report_says_so(no_experts: None, face_photo: Path) -> None:
     """A raw number that looks calibrated misleads; asking for a calibrated one must fail."""
     with StandIn(steady) as endpoint:
-        detector = x2dfd.load("m", served=endpoint.url)
+        detector = x2dfd.load(f"m@{endpoint.url}")
         report = detector.detect(face_photo)
         assert detector.chat(report, "And the eyes?") == "The jaw looks blurred."
         with raises("calibration_missing"):
-            x2dfd.load("m", served=endpoint.url, mode="calibrated")
+            x2dfd.load(f"m@{endpoint.url}", mode="calibrated")
     assert report.verdict.p_fake == pytest.approx(2 / 3) and report.verdict.label == "fake"
     assert report.warnings == (UNCALIBRATED,) and report.model["mode"] == "paper" and report.model["band"] is None
     assert report.rationale == "The jaw looks blurred." and [c.area for c in report.cues] == ["jaw"]
     assert Report.from_json(report.to_json()) == report
-    for given in ({"model": None}, {"model": "m", "base": "b"}):
-        with raises("served_name_missing"):
-            x2dfd.load(**given, served="http://localhost:1/v1")
+    with raises("model_malformed"):
+        x2dfd.load("@http://localhost:1/v1")
 
 
 def test_one_picture_that_the_endpoint_refuses_is_one_row(no_experts: None, astronaut: Pixels, tmp_path: Path) -> None:
@@ -617,7 +614,7 @@ def test_one_picture_that_the_endpoint_refuses_is_one_row(no_experts: None, astr
         return Reply("not this one", status=400) if picture_of(request).mean() > 160 else steady(request)
 
     with StandIn(picky) as endpoint:
-        rows = list(x2dfd.load("m", served=endpoint.url).detect_many(files))
+        rows = list(x2dfd.load(f"m@{endpoint.url}").detect_many(files))
     assert [isinstance(r, Failure) for r in rows] == [False, False, True, False]
     failed = rows[2]
     assert isinstance(failed, Failure) and failed.code == "endpoint_error" and "not this one" in failed.reason
@@ -629,7 +626,7 @@ def test_an_endpoint_that_fails_all_the_time_ends_the_run(
 ) -> None:
     """A million rows of failures are not a result."""
     with StandIn(refused(503)) as endpoint:
-        detector = x2dfd.load("m", served=endpoint.url)
+        detector = x2dfd.load(f"m@{endpoint.url}")
         monkeypatch.setattr(detector.mllm._client, "max_retries", 0)  # type: ignore[attr-defined]
         rows = []
         with raises("endpoint_failing", served.FAILURES_IN_A_ROW):
@@ -642,11 +639,11 @@ def test_pictures_that_an_endpoint_refuses_do_not_end_the_run(no_experts: None, 
     """A folder of pictures against a server's rules is a row each; the endpoint is well."""
     files = [face_photo] * (served.FAILURES_IN_A_ROW + 2)
     with StandIn(lambda _: Reply("not this one", status=400)) as endpoint:
-        rows = list(x2dfd.load("m", served=endpoint.url).detect_many(files, batch_size=2))
+        rows = list(x2dfd.load(f"m@{endpoint.url}").detect_many(files, batch_size=2))
         assert [r.code for r in rows if isinstance(r, Failure)] == ["endpoint_error"] * len(files)
         # But a model that takes no pictures at all is a matter of setting up, not a million rows.
         with raises("requests_refused", served.REFUSALS_FIRST):
-            list(x2dfd.load("m", served=endpoint.url).detect_many([face_photo] * (2 * served.REFUSALS_FIRST)))
+            list(x2dfd.load(f"m@{endpoint.url}").detect_many([face_photo] * (2 * served.REFUSALS_FIRST)))
 
 
 @pytest.mark.slow
@@ -659,7 +656,7 @@ def test_cli_detects_and_assesses_on_a_served_model(
     few = tmp_path / "few.json"
     few.write_text(json.dumps({"questions": json.loads(BANK.read_text())["questions"][:4]}))
     with StandIn(steady) as endpoint:
-        where = ["--served", endpoint.url, "--model", "m"]
+        where = ["--model", f"m@{endpoint.url}"]
         done = run.invoke(cli.app, ["detect", str(face_photo), "--json", *where])
         assert done.exit_code == 0, done.output
         report = Report.from_json(done.stdout)
@@ -668,7 +665,7 @@ def test_cli_detects_and_assesses_on_a_served_model(
             cli.app, ["assess", "--data", str(manifest), "--out", str(tmp_path / "a"), "--questions", str(few), *where]
         )
         assert done.exit_code == 0, done.output
-        gone = run.invoke(cli.app, ["detect", str(face_photo), "--served", endpoint.url, "--model", "n"])
+        gone = run.invoke(cli.app, ["detect", str(face_photo), "--model", f"n@{endpoint.url}"])
     made = Assessment.from_dict(json.loads((tmp_path / "a" / "assessment.json").read_text()))
     assert made.model == "served:m" and made.n_real + made.n_fake == 8
     assert {q.yes_rate for q in made.questions} == {1.0}
@@ -685,5 +682,5 @@ def test_nothing_is_sent_unless_an_endpoint_is_named(
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-    x2dfd.load(base=str(folders[0]), experts=[], mode="paper")
+    x2dfd.load(f"hub:{folders[0]}", experts=[], mode="paper")
     assert Calibration.load(folders[1])

@@ -23,7 +23,7 @@ import x2dfd
 from x2dfd import cli, experts, worker
 from x2dfd.errors import InputError, SetupError, UnknownName
 from x2dfd.media import Picture, load_media
-from x2dfd.types import Face
+from x2dfd.types import Face, ModelInfo
 from x2dfd.worker import Worker, isolated, isolating
 
 SECONDS = 1.0
@@ -192,8 +192,8 @@ def test_a_batch_goes_on_past_a_file_that_ends_its_decoder(tmp_path: Path, monke
     for shade, path in enumerate(paths):
         path.write_bytes(slow_gif() if path.name == "bad" else png(shade))
     model: Any = SimpleNamespace(batch=8)  # not asked: the pictures have no faces
-    detector = Detector(model, [], None, {"base": {"name": "none"}}, "paper")
-    monkeypatch.setattr(x2dfd, "load", lambda **_: detector)
+    detector = Detector(model, [], None, ModelInfo("none", {"name": "none"}), "paper")
+    monkeypatch.setattr(x2dfd, "load", lambda *_, **__: detector)
     monkeypatch.setattr(cli, "isolating", lambda: isolating(8.0))
     page = tmp_path / "page.html"
     done = CliRunner().invoke(

@@ -7,13 +7,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from x2dfd.errors import InputError, SetupError, UnknownName, X2DFDError
-from x2dfd.types import Card, Cue, Evidence, Face, FaceReport, Failure, Report, Verdict
+from x2dfd.model_spec import ModelSpec
+from x2dfd.types import Card, Cue, Evidence, Face, FaceReport, Failure, ModelInfo, Report, Verdict
 
 if TYPE_CHECKING:
-    from x2dfd.detector import Detector, load
+    from x2dfd.detector import Detector
+    from x2dfd.opening import load
 
 __all__ = [
     "Card",
@@ -24,6 +26,8 @@ __all__ = [
     "FaceReport",
     "Failure",
     "InputError",
+    "ModelInfo",
+    "ModelSpec",
     "Report",
     "SetupError",
     "UnknownName",
@@ -33,10 +37,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """`load` and `Detector` need torch, which is imported when they are first asked for."""
-    if name in ("load", "Detector"):
-        from x2dfd import detector
+    if name == "load":
+        from x2dfd.opening import load
 
-        return getattr(detector, name)
+        return load
+    if name == "Detector":
+        from x2dfd.detector import Detector
+
+        return Detector
     raise AttributeError(f"module 'x2dfd' has no attribute {name!r}")

@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 from x2dfd.calibration import Calibration
 from x2dfd.errors import SetupError
 from x2dfd.faces import CROP_SIZE, PREPROCESSING
-from x2dfd.files import check_fields, file_sha256, parse_json, write_text
+from x2dfd.files import Json, check_fields, file_sha256, parse_json, write_text
 from x2dfd.prompts import QUESTION
 from x2dfd.types import Card
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from x2dfd.detector import LanguageModel
+    from x2dfd.mllm import LanguageModel
 
 EMBEDDED = Path(__file__).parent / "weights" / "embedded"
 """The committed adapter of the embedded model."""
@@ -73,7 +73,7 @@ class AdapterCard(Card):
     held_out: tuple[str, ...] = ()  # forge methods that the instruction set leaves out, for figures on unseen ones
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> AdapterCard:
+    def from_dict(cls, data: Json) -> AdapterCard:
         check_fields(cls, data)
         keys = ("covers", "feature_layers", "held_out", "left_out", "probes")
         lists = {key: tuple(data.get(key, ())) for key in keys}
@@ -245,7 +245,7 @@ def check_fit(model: Any, folder: Path) -> dict[str, Tensor]:
     return saved
 
 
-def _targets(config: Mapping[str, Any], modules: Mapping[str, Any]) -> list[str]:
+def _targets(config: Json, modules: Json) -> list[str]:
     """The linear layers that an adapter's `target_modules` name: an expression, or ends of names (PEFT's rule)."""
     targets = config.get("target_modules") or []
     if targets == "all-linear":
@@ -256,9 +256,9 @@ def _targets(config: Mapping[str, Any], modules: Mapping[str, Any]) -> list[str]
     return [n for n in linear if any(n == t or n.endswith(f".{t}") for t in targets)]
 
 
-def _adapter_config(folder: Path) -> dict[str, Any]:
+def _adapter_config(folder: Path) -> Json:
     try:
-        found: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        found: Json = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         found.keys()
     except (OSError, ValueError, AttributeError) as error:
         raise SetupError(

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +19,13 @@ from numpy.typing import NDArray
 from x2dfd.adapter import read_adapter_card
 from x2dfd.calibration import FALSE_ALARMS, MLLM, Calibration, Floats, fit_calibration, kind_of, parts_of, probabilities
 from x2dfd.crops import CropSet, load_crops
-from x2dfd.detector import Detector, evidence_of, load, through_codec
-from x2dfd.errors import X2DFDError
+from x2dfd.detector import Detector, evidence_of, through_codec
+from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.experts import Expert, load_expert
+from x2dfd.files import Json
 from x2dfd.manifest import Sample, manifest_sha256
+from x2dfd.model_spec import LoadOptions, ModelSpec
+from x2dfd.opening import load
 from x2dfd.progress import progress
 from x2dfd.tower import view_face
 from x2dfd.types import KINDS, Face
@@ -35,7 +37,7 @@ Row = dict[str, dict[str, float | None]]
 
 
 def calibrate(
-    adapter: Path,
+    model: str | Path | ModelSpec,
     data: Sequence[Path],
     *,
     split: str = "calib",
@@ -45,19 +47,27 @@ def calibrate(
     experts: Sequence[str] | None = None,
     unseen: Path | None = None,
     other_experts: bool = False,
+    loading: LoadOptions | None = None,
 ) -> Calibration:
-    """Score, fit, write `calibration.json` into the adapter directory.
+    """Score, fit, write `calibration.json` into the adapter directory of the model.
 
     `experts`: those that join, by default those of the prompt. `unseen`: a folder of folders with an expert's weights
     that were trained without some sources (`left_out` in the card); of these every picture counts but those of splits
     `val` and `test`, of all others the pictures of `split`. Half of the pictures are taken as they are, half as their
     degraded training view. `other_experts`: take the expert weights that are here, also where the adapter was
-    trained with others. Raises X2DFDError when a label is lacking.
+    trained with others. Raises X2DFDError when a label is lacking, and SetupError for a model without a directory.
     """
+    spec = ModelSpec.parse(model)
+    if (adapter := spec.adapter) is None or spec.url is not None:
+        raise SetupError(
+            f"{spec} has no directory of its own for calibration.json: give DIR, or hub:NAME+DIR",
+            code="adapter_missing",
+        )
     card = read_adapter_card(adapter)
     names = list(experts) if experts is not None else list(card.experts)
     with _aside(adapter / "calibration.json"):  # one of other experts would keep the adapter from loading
-        detector = load(adapter, mode="paper", experts=names, other_experts=other_experts)
+        options: LoadOptions = {**(loading or {}), "mode": "paper", "experts": names, "other_experts": other_experts}
+        detector = load(spec, **options)
     strangers = _strangers(unseen, names) if unseen else []
     samples: list[Sample] = []
     rows: list[Row] = []
@@ -186,12 +196,12 @@ def _mllm_threshold(rows: Sequence[Row], fakes: NDArray[np.bool_], share: float)
 
 def _facts(
     result: Calibration, parts: dict[str, dict[str, Floats]], samples: Sequence[Sample], fakes: NDArray[np.bool_]
-) -> dict[str, Any]:
+) -> Json:
     chances = probabilities(result, parts, len(samples))
     said = np.array([result.verdict(float(p)).label for p in chances])
     names = np.array([_bounded_with(s) for s in samples])
 
-    def rates(label: str, rows: NDArray[np.bool_]) -> dict[str, Any]:
+    def rates(label: str, rows: NDArray[np.bool_]) -> Json:
         found = {str(n): said[rows & (names == n)] == label for n in sorted(set(names[rows]))}
         return {n: {"rate": round(float(hits.mean()), 4), "n": len(hits)} for n, hits in found.items()}
 

@@ -13,13 +13,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from x2dfd.errors import SetupError
-from x2dfd.files import bad_rate, check_fields, json_sha256, parse_json, write_text
+from x2dfd.files import Json, bad_rate, check_fields, json_sha256, parse_json, write_text
 from x2dfd.types import KINDS, Evidence, Verdict
 
 MLLM = "mllm"
@@ -89,7 +88,7 @@ class Calibration:
     low: float  # below: real
     high: float  # from here on: fake; between: inconclusive
     mllm_threshold: float = 0.5  # P(fake) of the MLLM alone at which mode="paper" says fake
-    fitted_on: dict[str, Any] = field(default_factory=dict)  # n, groups, sources, rates promised
+    fitted_on: Json = field(default_factory=dict)  # n, groups, sources, rates promised
 
     @property
     def weights(self) -> dict[str, float]:

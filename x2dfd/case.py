@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeGuard, get_args
 
 from x2dfd.answer import LIMITS, NEXT_STEPS, NOT_PROOF
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.experts import cards
-from x2dfd.files import json_sha256, parse_json
+from x2dfd.files import Json, json_sha256, parse_json
+from x2dfd.model_spec import Dtype, Mode
 from x2dfd.provenance import CREDENTIALS
 from x2dfd.types import Card, Failure, Report, frames_asked
 
@@ -47,10 +48,10 @@ class Verification:
     notes: tuple[str, ...]  # what could not be compared, and does not count
 
 
-def record(results: Sequence[Report | Failure]) -> dict[str, Any]:
+def record(results: Sequence[Report | Failure]) -> Json:
     """The case record as plain values, sealed."""
     named = {e.expert for r in results if isinstance(r, Report) for f in r.faces for e in f.evidence}
-    made: dict[str, Any] = {
+    made: Json = {
         "format": FORMAT,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "statement": NOT_PROOF,
@@ -67,12 +68,12 @@ def dumps(results: Sequence[Report | Failure]) -> str:
     return json.dumps(record(results), ensure_ascii=True, indent=1, allow_nan=False) + "\n"
 
 
-def seal(made: dict[str, Any]) -> str:
+def seal(made: Json) -> str:
     """SHA-256 over everything but the seal: it shows a careless edit. A forger makes a new one, and meets `verify`."""
     return json_sha256({key: value for key, value in made.items() if key != "seal"})
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> Json:
     """A case record. Raises X2DFDError when the file is none."""
     try:
         made = parse_json(path.read_bytes())
@@ -92,12 +93,12 @@ def read(path: Path) -> dict[str, Any]:
     return dict(made)
 
 
-def stated_about(made: dict[str, Any], sha256: str | None) -> dict[str, Any] | None:
+def stated_about(made: Json, sha256: str | None) -> Json | None:
     """The record's report about a file of that hash."""
     return next((r for r in made["reports"] if isinstance(r, dict) and r.get("sha256") == sha256), None)
 
 
-def _frames_stated(stated: dict[str, Any]) -> int | None:
+def _frames_stated(stated: Json) -> int | None:
     """How many frames of a clip the report is about; None of a picture, and where it is no number."""
     try:
         asked = frames_asked(stated["media"])
@@ -106,7 +107,7 @@ def _frames_stated(stated: dict[str, Any]) -> int | None:
     return asked if asked is not None and 1 <= asked <= 1000 else None
 
 
-def verify(made: dict[str, Any], file: Path, detector: Detector) -> Verification:
+def verify(made: Json, file: Path, detector: Detector) -> Verification:
     """Judge `file` anew and compare with the record. The detector must be in the mode that the record states.
 
     A changed finding speaks against the record. Another model, calibration, validation or wording than is here does
@@ -167,7 +168,7 @@ def verify(made: dict[str, Any], file: Path, detector: Detector) -> Verification
     return _outcome(changed, other, notes)
 
 
-def _without_credentials(report: dict[str, Any]) -> dict[str, Any]:
+def _without_credentials(report: Json) -> Json:
     """The report with nothing of its provenance but what the metadata state."""
     said = (report.get("provenance") or {}).get("statements")
     listed = said if isinstance(said, list) else []
@@ -189,13 +190,13 @@ def _outcome(changed: Sequence[str], other: Sequence[str], notes: Sequence[str])
     return Verification(outcome, (*changed, *other), tuple(notes))
 
 
-def _cards_in(made: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
+def _cards_in(made: Json, fresh: Json) -> Json:
     """The fresh cards, beside those of experts that only other reports of the record name."""
     others = {name: card for name, card in (made.get("cards") or {}).items() if name not in fresh}
     return others | fresh
 
 
-def _scoring(report: dict[str, Any]) -> dict[str, Any]:
+def _scoring(report: Json) -> Json:
     """What has to be the same for two answers to be compared; not the text about it, nor where a server stands."""
     model = report.get("model")
     if not isinstance(model, dict):
@@ -207,7 +208,7 @@ def _scoring(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _comparable(report: dict[str, Any]) -> dict[str, Any]:
+def _comparable(report: Json) -> Json:
     """Without what another run, place, machine or copy may change: path, times, versions, device, address."""
     kept = {key: value for key, value in report.items() if key not in ("path", "timings", "versions")}
     if isinstance(kept.get("model"), dict):
@@ -217,7 +218,7 @@ def _comparable(report: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _differing(where: str, stated: Any, found: Any, *, exactly: bool = False) -> Iterator[tuple[str, str]]:
+def _differing(where: str, stated: object, found: object, *, exactly: bool = False) -> Iterator[tuple[str, str]]:
     """Places at which two plain values differ, each with a line about it.
 
     Numbers may differ by what another batch or processor changes.
@@ -239,23 +240,23 @@ def _differing(where: str, stated: Any, found: Any, *, exactly: bool = False) ->
         yield where, f"{where}: the record states {_short(stated)}, and here it is {_short(found)}"
 
 
-def _number(value: Any) -> bool:
+def _number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value, ensure_ascii=True, default=str)
     return text if len(text) < 100 else f"{text[:96]} …"
 
 
-def precision_stated(made: dict[str, Any]) -> str | None:
+def precision_stated(made: Json) -> Dtype | None:
     """The precision in which a model of this machine judged the record's files; None when it names none, or several."""
-    found = {str((r.get("model") or {}).get("runs_on", "")).rpartition(" ")[2] for r in made["reports"]}
-    found -= {""}
-    return found.pop() if len(found) == 1 else None
+    stated = {str((r.get("model") or {}).get("runs_on", "")) for r in made["reports"]}
+    found: list[Dtype] = [one for one in get_args(Dtype) if any(one in text.split() for text in stated)]
+    return found[0] if len(found) == 1 else None
 
 
-def mode_stated(made: dict[str, Any]) -> Literal["calibrated", "paper"]:
+def mode_stated(made: Json) -> Mode:
     """The mode in which the record's files were judged. Raises SetupError when it states two, or none that is known."""
     # A mode may be anything that JSON holds, a list too, which no set does.
     modes = {json.dumps((r.get("model") or {}).get("mode")).strip('"') for r in made["reports"] if "error" not in r}

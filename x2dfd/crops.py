@@ -10,7 +10,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.faces import CROP_SIZE, PREPROCESSING, align, find_faces
-from x2dfd.files import write_text
+from x2dfd.files import Json, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest
 from x2dfd.media import load_picture
 from x2dfd.progress import progress
@@ -95,7 +94,7 @@ def load_crops(manifest: Path, workers: int = 1) -> CropSet:
     index = folder / "index.json"
     if not index.is_file() or json.loads(index.read_text())["key"] != key:
         _compute(samples, folder, key, workers)
-    state: dict[str, Any] = json.loads(index.read_text())
+    state: Json = json.loads(index.read_text())
     kept = [s for s in samples if s.id not in state["unusable"]]
     if not kept:
         raise X2DFDError(f"{manifest}: no file has a usable face", code="no_usable_face")

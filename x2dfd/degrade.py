@@ -12,7 +12,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from x2dfd.faces import Array
+
 Pixels = NDArray[np.uint8]
 Rng = np.random.Generator
 

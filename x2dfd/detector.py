@@ -6,107 +6,42 @@ import contextlib
 import hashlib
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
-from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, Protocol, get_args
+from typing import get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL.Image import Image
 
 from x2dfd import follow_up, prompts
-from x2dfd.adapter import (
-    EMBEDDED,
-    WHOLE,
-    AdapterCard,
-    add_tower,
-    attach,
-    check_adapter,
-    check_contents,
-    check_probes,
-    expert_hashes,
-    probe_logits,
-    read_adapter_card,
-)
 from x2dfd.calibration import MLLM, Calibration, parts_of
 from x2dfd.degrade import CODEC, codec
-from x2dfd.errors import InputError, SetupError, UnknownName, one_file
-from x2dfd.experts import DEFAULT, Expert, Shared, ask, load_expert
+from x2dfd.errors import InputError, SetupError, UnknownName
+from x2dfd.experts import Expert, Shared, ask
 from x2dfd.explain import contradictions, read_cues
-from x2dfd.faces import area_polygons, find_faces, find_turned_faces
+from x2dfd.faces import area_polygons
 from x2dfd.fetch import BASE_NAME
-from x2dfd.loading import TORCH_DTYPES, Bits, Dtype, base_identity, choose_device, load_model, reading
-from x2dfd.media import Frame, Picture, Video, load_media, media_summary
-from x2dfd.mllm import NOT_FINITE, LocalMLLM, YesNo
-from x2dfd.provenance import read_provenance
+from x2dfd.files import Json
+from x2dfd.intake import Ready, Seen, Source, Told, found_again, ready, ready_or_failure
+from x2dfd.media import Picture, Video
+from x2dfd.mllm import NOT_FINITE, LanguageModel, Looked
+from x2dfd.model_spec import Mode
 from x2dfd.texts import readable
-from x2dfd.tower_first import tower_decides, tower_first
-from x2dfd.types import Evidence, Face, FaceReport, Failure, Report, Verdict, frames_asked
+from x2dfd.types import Cue, Evidence, Face, FaceReport, Failure, ModelInfo, Report, Verdict
 from x2dfd.validation import PROPOSITIONS, Validation
-from x2dfd.worker import isolated
 
-Mode = Literal["calibrated", "paper"]
-Source = str | Path | bytes | Image
-Told = Callable[[Frame | FaceReport], None]
 NO_PHOTO = 0.9  # P(a drawing, a painting, a render) from which a face is not assessed: nobody took that photo
 CLIP_SHARE, CLIP_LEAST = 0.1, 3  # a clip is judged by this share of its frames, and by so many of them at least
 VIDEO_FRAMES = 32  # of a clip, spread evenly: a tenth of it that was changed holds three of them
-FRAME_FACES = 4  # of one frame of a video
-TURN_EVERY = 4  # frames: of a clip without a face so far, these are also looked at on their side and on their head
-CUT_OFF = 0.05  # of a face's width: what reaches over the edge by more is said to be cut
-MAX_FACES = 24  # in one picture; the smaller ones are left out with a warning
-
 
 UNCALIBRATED = (
     "p_fake is the language model's own number: no calibration was fitted for this model, so its errors are not known"
 )
-
-
-class LanguageModel(Protocol):
-    """What a Detector asks of an MLLM, local (x2dfd.mllm) or served (x2dfd.served)."""
-
-    name: str
-    batch: int  # faces that go through it together
-
-    def look(self, crops: NDArray[np.uint8]) -> Any: ...  # [n, h, w, 3]; has `tower_states`, or None for them
-    def verdict_logits(self, look: Any, questions: Sequence[str]) -> NDArray[np.float64]: ...
-    def write(
-        self,
-        look: Any,
-        questions: Sequence[str],
-        starts: Sequence[str],
-        *,
-        turns: Sequence[tuple[str, str]] = (),
-        on_text: Callable[[str], None] | None = None,
-    ) -> list[str]: ...
-    def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str], /) -> YesNo: ...
-
-
-@dataclass(frozen=True, eq=False)
-class _Seen:
-    """A face with where it was found."""
-
-    face: Face
-    frame: int | None
-    time_s: float | None
-
-
-@dataclass(frozen=True, eq=False)
-class _Ready:
-    """A file as the models take it: decoded, its faces found, and its pixels let go."""
-
-    media: Picture | Video | Failure
-    summary: dict[str, Any]  # Report.media
-    seen: list[_Seen]
-    notes: list[str]
-    seconds: dict[str, float]
 
 
 class Detector:
@@ -117,10 +52,14 @@ class Detector:
         mllm: LanguageModel,
         experts: Sequence[Expert],
         calibration: Calibration | None,
-        facts: dict[str, Any],
+        info: ModelInfo,
         mode: Mode = "calibrated",
         validation: Validation | None = None,
+        *,
+        question: Callable[[Sequence[Evidence]], str] | None = None,
     ) -> None:
+        """`info` without what mode, calibration and validation say, which is added. `question`: of a face, by what the
+        experts say of it; by default in the words of training."""
         if mode not in get_args(Mode):
             raise UnknownName("mode", mode, get_args(Mode))
         if mode == "calibrated" and calibration is None:
@@ -129,22 +68,28 @@ class Detector:
                 code="calibration_missing",
             )
         self.mllm = mllm
-        self._kept: tuple[bytes, Any] | None = None
+        self._kept: tuple[bytes, Looked] | None = None
         self._keeping = Lock()
         self.experts = list(experts)
         self.calibration = calibration
         self.mode = mode
-        self.facts = {
-            **facts,
-            "mode": mode,
-            "threshold": calibration.high if calibration and mode == "calibrated" else _paper_threshold(calibration),
-            "band": [calibration.low, calibration.high] if calibration and mode == "calibrated" else None,
-            "weights": calibration.weights if calibration and mode == "calibrated" else None,
-            "calibration_sha256": calibration.sha256 if calibration else None,
-        }
-        self.validation = validation if validation and validation.fits(self.facts) else None
-        self.facts["validation"] = self.validation.summary() if self.validation else None
-        self.facts["validation_sha256"] = self.validation.sha256 if self.validation else None
+        self._question = question or self._question_of_training
+        applied = calibration if mode == "calibrated" else None
+        info = replace(
+            info,
+            mode=mode,
+            threshold=applied.high if applied else _paper_threshold(calibration),
+            band=[applied.low, applied.high] if applied else None,
+            weights=applied.weights if applied else None,
+            calibration_sha256=calibration.sha256 if calibration else None,
+        )
+        self.validation = validation if validation and validation.fits(info.to_dict()) else None
+        self.info = replace(
+            info,
+            validation=self.validation.summary() if self.validation else None,
+            validation_sha256=self.validation.sha256 if self.validation else None,
+        )
+        self._stated = self.info.to_dict()
 
     @property
     def _asks_mllm(self) -> bool:
@@ -158,7 +103,7 @@ class Detector:
 
         Raises InputError with a reason code, whatever the file makes a library raise.
         """
-        [report] = self._judge([_ready(source, frames)], rationale)
+        [report] = self._judge([ready(source, frames)], rationale)
         assert isinstance(report, Report)
         return report
 
@@ -181,17 +126,17 @@ class Detector:
         if batch_size < 1 or frames < 1:
             raise ValueError("batch_size and frames must be at least 1")
         source = iter(sources)
-        ready = partial(_ready_or_failure, frames=frames, on_progress=on_progress)
+        opened = partial(ready_or_failure, frames=frames, on_progress=on_progress)
         beside = ThreadPoolExecutor(1, "x2dfd-decode")
         try:
             # A file each, so that a run that is broken off waits for one file and not for a batch.
-            ahead = [beside.submit(ready, s) for s in islice(source, batch_size)]
+            ahead = [beside.submit(opened, s) for s in islice(source, batch_size)]
             broken: Exception | None = None
             while ahead:
                 batch = [one.result() for one in ahead]
                 ahead = []
                 try:
-                    ahead = [beside.submit(ready, s) for s in islice(source, batch_size)]
+                    ahead = [beside.submit(opened, s) for s in islice(source, batch_size)]
                 except Exception as error:  # of the caller's iterator: raised in its turn, after this batch's reports
                     broken = error
                 yield from self._batch(batch, rationale, on_progress)
@@ -213,7 +158,7 @@ class Detector:
         source = report.path if source is None else source
         if source is None:
             raise InputError("no_picture", "a follow-up needs the picture that the report is about")
-        face = _found_again(report, source)[deciding.index].face
+        face = found_again(report, source)[deciding.index].face
         [asked] = self._questions([deciding.evidence])
         answer = f"{prompts.rationale_start(deciding.verdict.side)} {deciding.rationale}".strip()
         with self._look(through_codec([face])[0].crop[None]) as look:
@@ -227,7 +172,7 @@ class Detector:
         by token. Raises InputError when it is another file.
         """
         start = time.perf_counter()
-        found = _found_again(report, source)
+        found = found_again(report, source)
         order = sorted(report.faces, key=FaceReport.suspicion, reverse=True)  # the text of the first is streamed
         told: dict[int, FaceReport] = {}
         for at in range(0, len(order), self.mllm.batch):
@@ -263,7 +208,7 @@ class Detector:
     # --- the road ---
 
     @contextlib.contextmanager
-    def _look(self, crops: NDArray[np.uint8]) -> Iterator[Any]:
+    def _look(self, crops: NDArray[np.uint8]) -> Iterator[Looked]:
         """The MLLM's look at crops [n, s, s, 3], for the `with` block alone: what is asked of it writes into its cache.
 
         The last look at a single face is kept: verdict, explanation and follow-ups are mostly about the same one, and
@@ -281,7 +226,7 @@ class Detector:
             with self._keeping:
                 self._kept = (key, look)
 
-    def _batch(self, batch: Sequence[_Ready], rationale: bool, on_progress: Told | None) -> list[Report | Failure]:
+    def _batch(self, batch: Sequence[Ready], rationale: bool, on_progress: Told | None) -> list[Report | Failure]:
         try:
             return self._judge(batch, rationale, on_progress)
         except InputError as error:  # of a served model, about one of these files
@@ -291,7 +236,7 @@ class Detector:
             return [Failure(media.path, media.sha256, error.code, error.reason)]
 
     def _judge(
-        self, batch: Sequence[_Ready], rationale: bool, on_progress: Told | None = None
+        self, batch: Sequence[Ready], rationale: bool, on_progress: Told | None = None
     ) -> list[Report | Failure]:
         stages = {stage: sum(one.seconds.get(stage, 0.0) for one in batch) for stage in ("decode", "faces")}
         clock = _Clock({"files": len(batch), **stages})
@@ -306,7 +251,7 @@ class Detector:
         return results
 
     def _face_reports(
-        self, seen: Sequence[_Seen], rationale: bool, clock: _Clock, on_progress: Told | None
+        self, seen: Sequence[Seen], rationale: bool, clock: _Clock, on_progress: Told | None
     ) -> list[FaceReport]:
         """All faces of a batch through tower, experts, MLLM and calibration."""
         out: list[FaceReport] = []
@@ -370,27 +315,29 @@ class Detector:
         against = contradictions(text, verdict.label, self._named(judged.evidence), cues, verdict.kind)
         return replace(judged, rationale=text, cues=cues, contradictions=against, areas=_areas(face, cues))
 
-    def evidence(self, faces: Sequence[Face], look: Any) -> list[list[Evidence]]:
+    def evidence(self, faces: Sequence[Face], look: Looked) -> list[list[Evidence]]:
         """What each expert says of each face: [face][expert]. The embedded model's pass of the tower serves them."""
-        ours = self.facts["base"]["name"] == BASE_NAME
+        ours = self.info.base["name"] == BASE_NAME
         return evidence_of(self.experts, faces, Shared(look.tower_states, look.tower or "") if ours else None)
 
-    def _questions(self, evidence: Sequence[Sequence[Evidence]]) -> list[str]:
-        """Each face's question, with what the MLLM is told of it."""
-        return [prompts.verdict_question(self.told(said), self.facts["score_form"]) for said in evidence]
+    def _question_of_training(self, evidence: Sequence[Evidence]) -> str:
+        return prompts.verdict_question(self.told(evidence), self.info.score_form)
 
     def told(self, evidence: Sequence[Evidence]) -> list[Evidence]:
         """What the MLLM is told: of the experts that the adapter was trained with, under the names of its prompt.
 
         Of the others, which joined at calibration, it knows nothing.
         """
-        return self._named([e for e in evidence if e.expert in self.facts["in_prompt"]])
+        return self._named([e for e in evidence if e.expert in self.info.in_prompt])
 
     def _named(self, evidence: Sequence[Evidence]) -> list[Evidence]:
-        aliases = self.facts.get("aliases", {})
+        aliases = self.info.aliases or {}
         return [replace(e, expert=aliases.get(e.expert, e.expert)) for e in evidence]
 
-    def _mllm_logits(self, look: Any, questions: Sequence[str]) -> NDArray[np.float64]:
+    def _questions(self, evidence: Sequence[Sequence[Evidence]]) -> list[str]:
+        return [self._question(said) for said in evidence]
+
+    def _mllm_logits(self, look: Looked, questions: Sequence[str]) -> NDArray[np.float64]:
         """Logit of fake against real: [n]. Raises InputError when one is not finite: that is no verdict."""
         logits = self.mllm.verdict_logits(look, questions)
         if not np.isfinite(logits).all():
@@ -402,7 +349,7 @@ class Detector:
             return Verdict("inconclusive", None, "not_a_photograph")
         if self.mode == "paper" or self.calibration is None:
             p = float(1 / (1 + np.exp(-(mllm_logit or 0.0))))
-            return Verdict("fake" if p >= self.facts["threshold"] else "real", p)
+            return Verdict("fake" if p >= _paper_threshold(self.calibration) else "real", p)
         covers = {e.card.name: e.card.covers for e in self.experts}
         parts = parts_of(mllm_logit, evidence, covers)
         return self.calibration.verdict(self.calibration.probability(parts), _kind(evidence))
@@ -410,7 +357,7 @@ class Detector:
     def _report(
         self,
         media: Picture | Video,
-        summary: dict[str, Any],
+        summary: Json,
         faces: Sequence[FaceReport],
         warnings: Sequence[str],
         timings: dict[str, float],
@@ -426,14 +373,14 @@ class Detector:
             cues=deciding.cues if deciding else (),
             evidence=deciding.evidence if deciding else (),
             provenance=media.provenance,
-            model=self.facts,
+            model=self._stated,
             versions=versions(),
             timings={k: round(v, 4) for k, v in timings.items()},
             warnings=(*warnings, *([] if self.calibration or not faces else [UNCALIBRATED])),
             likelihood_ratio=self._likelihood_ratio(media, verdict),
         )
 
-    def _likelihood_ratio(self, media: Picture | Video, verdict: Verdict) -> dict[str, Any]:
+    def _likelihood_ratio(self, media: Picture | Video, verdict: Verdict) -> Json:
         """What the picture's p_fake weighs by the validation run; `value` is None where no run supports a number."""
         reason = None
         if verdict.p_fake is None:
@@ -464,216 +411,8 @@ class Detector:
         worst = sorted(frames.values(), reverse=True)
         p = float(np.mean(worst[: max(CLIP_LEAST, int(CLIP_SHARE * len(worst)))]))
         if self.mode == "paper" or self.calibration is None:
-            return Verdict("fake" if p >= self.facts["threshold"] else "real", p), deciding
+            return Verdict("fake" if p >= _paper_threshold(self.calibration) else "real", p), deciding
         return self.calibration.verdict(p, deciding.verdict.kind), deciding
-
-
-def load(
-    model: str | Path | None = None,
-    *,
-    base: str | None = None,
-    adapter: str | Path | None = None,
-    served: str | None = None,
-    mode: Mode | None = None,
-    threads: int | None = None,
-    experts: Sequence[str] | None = None,
-    other_experts: bool = False,
-    device: str | None = None,
-    dtype: str | None = None,
-    device_map: str | None = None,
-    bits: Bits | None = None,
-) -> Detector:
-    """A detector that is ready to use.
-
-    `model`: None for the embedded model, or an adapter directory. `base` (a LLaVA directory or hub name) with `adapter`
-    (or without: the bare model, mode="paper") for any other. `served`: the address of an OpenAI-compatible endpoint,
-    `model` is then a name there, and `adapter` the directory that it serves under that name, which brings experts and
-    calibration. `mode`: calibrated, but paper for a served model without an adapter. `experts`: some of those that the
-    adapter was trained or calibrated with, or, with mode="paper", any; `other_experts`: also other weights than those,
-    as calibration does. `device` and `dtype` of a local MLLM (cpu, cuda, cuda:1 ...; fp32, bf16, fp16): by default a
-    CUDA device with bf16 where there is one, else the CPU with fp32; experts stay on the CPU. `device_map`: spreads a
-    large model over devices, as in transformers ("auto"); `bits`: reads its weights in 4 or 8 bits (bitsandbytes).
-    Raises SetupError with what mends it.
-    """
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if served is not None:
-        if device or dtype or device_map or bits:
-            raise SetupError(
-                "a served model computes where its server runs: give no device, dtype, map and bits",
-                code="option_not_for_served",
-            )
-        return _load_served(served, model, base, adapter, mode, experts)
-    mode = mode or "calibrated"
-    if model and adapter:
-        raise SetupError(
-            "give an adapter directory once: as `model`, or as `adapter` beside `base`", code="adapter_given_twice"
-        )
-    if base is not None and not adapter and not model and mode == "calibrated":
-        raise SetupError(
-            "a bare model has no calibration: give its adapter directory too, or take mode='paper'",
-            code="calibration_missing",
-        )
-    folder = Path(model or adapter or EMBEDDED) if (model or adapter or base is None) else None
-    if base == BASE_NAME:  # the embedded base by its name: bare, where no adapter is given
-        base = None
-    card = read_adapter_card(folder) if folder else None
-    if folder and card and card.weights == WHOLE:
-        base = str(folder / WHOLE)
-    place, precision = choose_device(device, dtype)
-    calibration = None
-    if folder and card and (mode == "calibrated" or (folder / "calibration.json").is_file()):
-        calibration = Calibration.load(folder)
-    local = partial(_local, folder, card, base, place, precision, device_map, bits)
-    mllm: LanguageModel
-    if folder and card and base is None and place.type == "cpu" and tower_decides(card, calibration, mode):
-        mllm, identity, asked_with = tower_first(folder, card, precision, lambda: local()[0])
-    else:
-        mllm, identity, asked_with = local()
-    loaded = _experts(folder, card, calibration, mode, experts, other_experts)
-    facts = _facts(card, identity, asked_with, loaded)
-    facts["runs_on"] = f"{place.type} {precision}" + (f", {bits}-bit weights" if bits else "")
-    validation = Validation.load(folder) if folder else None
-    return Detector(mllm, list(loaded.values()), calibration, facts, mode, validation)
-
-
-def _local(
-    folder: Path | None,
-    card: AdapterCard | None,
-    base: str | None,
-    place: torch.device,
-    precision: Dtype,
-    device_map: str | None,
-    bits: Bits | None,
-) -> tuple[LocalMLLM, dict[str, str], str]:
-    """The MLLM with its adapter, checked; the identity of its base; the hash of its prompts."""
-    with ThreadPoolExecutor(1) as beside:
-        hashed = beside.submit(base_identity, base)  # meanwhile: most of loading is imports, which keep one core busy
-        model, processor = load_model(
-            base,
-            **reading(base, place, precision, device_map, bits),
-            tower_layers=(card.tower_layers or None) if card else None,
-            text_layers=(card.text_layers or None) if card else None,
-            feature_layers=(card.feature_layers or None) if card else None,
-        )
-        identity = hashed.result()
-    tower: str | None = ""
-    if folder and card:
-        prompts.set_frame(processor, card.frame)
-        tower = add_tower(model, folder, card)
-        check_adapter(folder, card, identity, prompts.prompt_hash(processor, card.score_form))
-        model = model if card.weights == WHOLE else attach(model, folder)
-    if device_map is None and bits is None:
-        model = model.to(place, TORCH_DTYPES[precision] if place.type == "cuda" else None)
-    mllm = LocalMLLM(
-        model,
-        processor,
-        _name(card, identity),
-        autocast=place.type == "cpu" and precision == "bf16",
-        temperature=card.temperature if card else 0.0,
-        tower=tower,
-    )
-    if card and card.probes:
-        check_probes(card, probe_logits(mllm), 0.1 if precision == "fp32" and not bits else 1.0)
-    return mllm, identity, prompts.prompt_hash(processor, card.score_form if card else "numbers")
-
-
-def _name(card: AdapterCard | None, identity: dict[str, str]) -> str:
-    return f"{card.name} {card.version}" if card else identity["name"]
-
-
-def _load_served(
-    url: str,
-    model: str | Path | None,
-    base: str | None,
-    adapter: str | Path | None,
-    mode: Mode | None,
-    experts: Sequence[str] | None,
-) -> Detector:
-    from x2dfd.served import ServedMLLM
-
-    if not model or base is not None:
-        raise SetupError(
-            "a served model goes by its name at the endpoint: give `model`, and no `base`", code="served_name_missing"
-        )
-    folder = Path(adapter) if adapter else None
-    card = read_adapter_card(folder) if folder else None
-    calibration = None
-    if folder and card:
-        check_contents(folder, card)
-        calibration = Calibration.load(folder) if mode != "paper" or (folder / "calibration.json").is_file() else None
-    mode = mode or ("calibrated" if calibration else "paper")
-    loaded = _experts(folder, card, calibration, mode, experts)
-    mllm = ServedMLLM(url, str(model), continues=True if card else None)
-    if card and card.probes:  # an engine rounds and resizes otherwise; another model or prompt moves them further
-        check_probes(card, probe_logits(mllm), 1.0)
-    identity = card.base if card else {"name": mllm.name, "sha256": ""}
-    facts = _facts(card, identity, card.prompt_sha256 if card else mllm.prompt_sha256, loaded)
-    facts["temperature"] = 0.0  # as every endpoint is asked
-    facts["served"] = {"host": mllm.host, "model": str(model)}
-    validation = Validation.load(folder) if folder else None
-    return Detector(mllm, list(loaded.values()), calibration, facts, mode, validation)
-
-
-def _experts(
-    folder: Path | None,
-    card: AdapterCard | None,
-    calibration: Calibration | None,
-    mode: Mode,
-    some: Sequence[str] | None,
-    other: bool = False,
-) -> dict[str, Expert]:
-    """The experts asked for, by default those that the adapter was trained and calibrated with, in that order."""
-    wanted = expert_hashes(card, calibration) if card else {}
-    names = list(some) if some is not None else list(wanted if card else DEFAULT)
-    loaded = [load_expert(n, folder / "experts" if folder else None) for n in names]
-    if not other:
-        _check_experts(wanted, loaded, names)
-    unknown = [n for n in names if calibration and n not in calibration.weights]
-    if unknown and mode == "calibrated":
-        raise SetupError(
-            f"the calibration does not know {', '.join(unknown)}: take mode='paper', or train and calibrate with it",
-            code="expert_not_calibrated",
-        )
-    return dict(zip(names, loaded, strict=True))
-
-
-def _facts(
-    card: AdapterCard | None, base: dict[str, str], prompt_sha256: str, experts: dict[str, Expert]
-) -> dict[str, Any]:
-    """What a report says of the model."""
-    return {
-        "name": _name(card, base),
-        "base": base,
-        "adapter_sha256": card.sha256 if card else None,
-        "layers": _layers(card) if card else None,
-        "prompt_sha256": prompt_sha256,
-        "crops_through": f"{CODEC[0]} {CODEC[1]}",
-        "experts": {n: f"{e.card.version} {e.card.sha256}" for n, e in experts.items()},
-        "in_prompt": [n for n in experts if not card or n in card.experts],
-        **({"aliases": card.aliases} if card and card.aliases else {}),
-        "temperature": card.temperature if card else 0.0,
-        "score_form": card.score_form if card else "numbers",
-        "held_out": list(card.held_out) if card else [],
-        "blind_spot": card.blind_spot if card else "",
-        "licence": card.licence if card else "",
-    }
-
-
-def _layers(card: AdapterCard) -> dict[str, int | list[int]]:
-    """As JSON gives it back: a report has to equal itself after a round trip."""
-    text = card.text_layers
-    return {"tower": card.tower_layers, "text": text if isinstance(text, int) else list(text)}
-
-
-def _check_experts(wanted: Mapping[str, str], loaded: Sequence[Expert], names: Sequence[str]) -> None:
-    for name, expert in zip(names, loaded, strict=True):
-        if wanted.get(name, expert.card.sha256) != expert.card.sha256:
-            raise SetupError(
-                f"the adapter goes with other weights of expert {name!r} than are here: put those back that its card "
-                "and calibration name, or fit it to these: x2dfd calibrate --other-experts",
-                code="expert_weights_differ",
-            )
 
 
 def evidence_of(experts: Sequence[Expert], faces: Sequence[Face], shared: Shared | None = None) -> list[list[Evidence]]:
@@ -701,118 +440,7 @@ class _Clock:
         self._last = now
 
 
-class _Search:
-    """Finds the faces of a file; of a clip while it is decoded, so that one frame at a time stands in memory."""
-
-    def __init__(self, on_progress: Told | None = None) -> None:
-        self.seen: list[_Seen] = []
-        self._on_progress = on_progress
-        self.turned = 0  # degrees counterclockwise that set the picture upright, where the file does not say so
-        self.seconds = 0.0
-        self._left_out = 0
-        self._frames = 0
-        self._cut = 0  # pictures or frames whose largest face reaches over the edge
-
-    def picture(self, picture: Picture) -> None:
-        faces = self._faces(picture.pixels, turning=True)
-        self._left_out = len(faces[MAX_FACES:])
-        self.seen = [_Seen(face, None, None) for face in faces[:MAX_FACES]]
-
-    def frame(self, frame: Frame) -> Frame:
-        """The frame without its pixels."""
-        unfound = not self.seen and self._frames % TURN_EVERY == 0
-        faces = self._faces(frame.pixels, turning=unfound or bool(self.turned))
-        self._frames += 1
-        self._left_out += len(faces[FRAME_FACES:])
-        for face in faces[:FRAME_FACES]:
-            self.seen.append(_Seen(replace(face, index=len(self.seen)), frame.index, frame.time_s))
-        if self._on_progress:
-            self._on_progress(frame)
-        return replace(frame, pixels=_NO_PIXELS)
-
-    def _faces(self, pixels: NDArray[np.uint8], turning: bool) -> list[Face]:
-        start = time.perf_counter()
-        with one_file("finding faces"):
-            faces = find_faces(pixels)
-            if turning and not faces:
-                turns = (self.turned // 90,) if self.turned else (1, 2, 3)
-                faces, turned = find_turned_faces(pixels, turns)
-                self.turned = self.turned or turned
-        self._cut += bool(faces) and _reaches_out(faces[0], pixels.shape[1], pixels.shape[0])
-        self.seconds += time.perf_counter() - start
-        return faces
-
-    def notes(self) -> list[str]:
-        """Report.warnings."""
-        notes = []
-        if self._left_out:
-            largest = f"; a frame's {FRAME_FACES} largest are judged" if self._frames else ""
-            notes.append(f"{self._left_out} smaller faces were left out{largest}")
-        if self._cut:
-            where = f" in {self._cut} of {self._frames} frames" if self._frames else ""
-            notes.append(f"the largest face is cut by the edge of the picture{where}: what lies outside was not judged")
-        if self.turned:
-            side = "on its head" if self.turned == 180 else "on its side"
-            notes.append(f"the picture stands {side} and does not say so: faces were looked for in all four turns")
-        return notes
-
-
-def _reaches_out(face: Face, width: int, height: int) -> bool:
-    """Whether the face's mesh reaches over the edge of its picture by more than the mesh's own error."""
-    (left, top), (right, bottom) = face.landmarks.min(0), face.landmarks.max(0)
-    return bool(max(-left, -top, right - width, bottom - height) > CUT_OFF * (right - left))
-
-
-_NO_PIXELS = np.empty((0, 0, 3), np.uint8)
-
-
-def _open(source: Source, frames: int, keep: Callable[[Frame], Frame]) -> Picture | Video:
-    """Decoded, with what the file's Content Credentials say."""
-    media = load_media(source, max_frames=frames, keep=keep)
-    if isinstance(source, Image):
-        return media
-    with one_file("reading Content Credentials"):
-        return replace(media, provenance=read_provenance(source, media.format))
-
-
-@isolated
-def _ready(source: Source, frames: int, on_progress: Told | None = None) -> _Ready:
-    """Raises InputError, whatever the file makes a library raise; see `errors.one_file`."""
-    search = _Search(on_progress)
-    start = time.perf_counter()
-    media = _open(source, frames, search.frame)
-    decoded = time.perf_counter() - start - search.seconds
-    if isinstance(media, Picture):
-        search.picture(media)
-    summary = media_summary(media)
-    if search.turned:
-        summary["notes"].append(f"faces_turned:{search.turned}")
-    # Two batches stand in memory: of a camera's photo 150 MB each, and the models look at the crops alone.
-    if isinstance(media, Picture):
-        media = replace(media, pixels=_NO_PIXELS)
-    return _Ready(media, summary, search.seen, search.notes(), {"decode": decoded, "faces": search.seconds})
-
-
-def _ready_or_failure(source: Source, frames: int, on_progress: Told | None) -> _Ready:
-    try:
-        return _ready(source, frames, on_progress=on_progress)
-    except InputError as error:
-        return _Ready(_failure(source, error), {}, [], [], {})
-
-
-@isolated
-def _found_again(report: Report, source: Source) -> list[_Seen]:
-    """The faces of a report's file, in the report's order. Raises InputError, also where it is another file."""
-    search = _Search()
-    media = load_media(source, max_frames=frames_asked(report.media) or 1, keep=search.frame)
-    if report.sha256 != media.sha256:
-        raise InputError("other_picture", "this is not the picture that the report is about")
-    if isinstance(media, Picture):
-        search.picture(media)
-    return search.seen
-
-
-def _areas(face: Face, cues: Sequence[Any]) -> dict[str, list[list[list[float]]]]:
+def _areas(face: Face, cues: Sequence[Cue]) -> dict[str, list[list[list[float]]]]:
     """Polygons, in picture pixels, of the areas that the cues name."""
     polygons = area_polygons(face.landmarks)
     wanted = {c.area for c in cues} & set(polygons)
@@ -835,19 +463,6 @@ def _corners(face: Face) -> tuple[tuple[float, float], ...]:
 
 def _paper_threshold(calibration: Calibration | None) -> float:
     return calibration.mllm_threshold if calibration else 0.5
-
-
-def _failure(source: Source, error: InputError) -> Failure:
-    path = str(source) if isinstance(source, str | Path) else None
-    digest = None
-    if isinstance(source, bytes):
-        digest = hashlib.sha256(source).hexdigest()
-    elif path is not None and error.code != "file_too_large":
-        from x2dfd.files import file_sha256
-
-        with contextlib.suppress(OSError):  # what cannot be read has no hash
-            digest = file_sha256(Path(path)) if Path(path).is_file() else None
-    return Failure(path, digest, error.code, error.reason)
 
 
 @cache

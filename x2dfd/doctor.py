@@ -13,7 +13,8 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+
+from x2dfd.files import Json
 
 LIBRARIES = ("torch", "transformers", "peft", "ai-edge-litert", "numpy", "pillow", "av")
 FACE_MODELS = {  # SHA-256 of the files that mediapipe 0.10.21 carries
@@ -32,9 +33,9 @@ class Check:
     ok: bool | None  # None: neither needed nor wrong
     detail: str
     mend: str | None = None  # the command that mends it
-    facts: dict[str, Any] = field(default_factory=dict)  # of an artefact: licence, size, SHA-256, source
+    facts: Json = field(default_factory=dict)  # of an artefact: licence, size, SHA-256, source
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         return asdict(self)
 
 

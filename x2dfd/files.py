@@ -7,12 +7,16 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
+
+Json = dict[str, Any]
+"""A JSON object: plain values by name."""
 
 MAX_DEPTH = 100  # of lists and objects in one another
 MAX_DIGITS = 300  # of a whole number: a longer one is none that a float holds
@@ -35,7 +39,7 @@ def parse_json(text: str | bytes) -> Any:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> Json:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -50,7 +54,7 @@ def _bounded_int(digits: str) -> int:
     return int(digits)
 
 
-def _check_depth(value: Any) -> None:
+def _check_depth(value: object) -> None:
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         level = [
@@ -64,7 +68,7 @@ def _check_depth(value: Any) -> None:
     raise ValueError("it is nested too deeply")
 
 
-def check_fields(kind: Any, data: Any) -> None:
+def check_fields(kind: Any, data: object) -> None:
     """Raises ValueError, with the place, unless plain values out of a file fit the dataclass `kind`.
 
     They have its fields and no others, each of its type; a list stands for a tuple, and numbers are finite.
@@ -84,7 +88,7 @@ def check_fields(kind: Any, data: Any) -> None:
 _types = cache(get_type_hints)
 
 
-def _check_type(value: Any, wanted: Any, where: str) -> None:
+def _check_type(value: object, wanted: Any, where: str) -> None:
     origin, inside = get_origin(wanted), get_args(wanted)
     if origin in (Union, UnionType):
         if not any(_fits(value, one) for one in inside):
@@ -108,7 +112,7 @@ def _check_type(value: Any, wanted: Any, where: str) -> None:
         raise ValueError(f"{where!r} is no {wanted.__name__} but {_short(value)}")
 
 
-def _fits(value: Any, wanted: Any) -> bool:
+def _fits(value: object, wanted: Any) -> bool:
     try:
         _check_type(value, wanted, "")
     except ValueError:
@@ -116,12 +120,12 @@ def _fits(value: Any, wanted: Any) -> bool:
     return True
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def bad_rate(data: Any, names: Collection[str], where: str = "") -> str | None:
+def bad_rate(data: object, names: Collection[str], where: str = "") -> str | None:
     """The place of the first value under one of `names`, at any depth, that is no rate.
 
     A rate is a number from 0 to 1, two of them in order as its interval, or None where there is none.
@@ -145,27 +149,36 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def json_sha256(value: Any) -> str:
+def json_sha256(value: object) -> str:
     """SHA-256 of plain values, in hexadecimal: the same whatever the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; its folder must be there. Raises OSError where that is not possible."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write in the `with` block: what stands there takes the place of `path` at its end, or nothing does.
+
+    The folder must be there. Raises OSError where that is not possible.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
+        yield temporary
+        temporary.chmod(0o644)  # mkstemp makes it private
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all; its folder must be there. Raises OSError where that is not possible."""
+    with whole(path) as temporary:
+        temporary.write_bytes(data)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_bytes(path, text.encode("utf-8"))

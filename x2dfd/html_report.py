@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jinja2
 import numpy as np
@@ -21,7 +21,7 @@ from x2dfd import answer
 from x2dfd.answer import LIMITS, NEXT_STEPS, NOT_PROOF, percent, shown
 from x2dfd.errors import SetupError
 from x2dfd.experts import cards
-from x2dfd.files import write_bytes
+from x2dfd.files import Json, write_bytes
 from x2dfd.statements import CAVEAT, LEAD, of_generator
 from x2dfd.types import Card, FaceReport, Failure, Report
 from x2dfd.worker import isolated
@@ -142,7 +142,7 @@ def write_pdf(path: str | os.PathLike[str], html: str) -> None:
     write_bytes(Path(path), data)
 
 
-def _failure(failure: Failure) -> dict[str, Any]:
+def _failure(failure: Failure) -> Json:
     return {
         "name": failure.path or "(bytes)",
         "kind": "failed",
@@ -153,7 +153,7 @@ def _failure(failure: Failure) -> dict[str, Any]:
     }
 
 
-def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) -> dict[str, Any]:
+def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) -> Json:
     model, verdict = report.model, report.verdict
     band = model.get("band")
     calibrated = model.get("mode") != "paper"
@@ -212,7 +212,7 @@ def _frames(faces: Sequence[FaceReport]) -> set[int]:
     return set(sorted(suspicion, key=lambda frame: -suspicion[frame])[:MAX_FRAMES])
 
 
-def _scale(p: float | None, band: Sequence[float] | None, threshold: float | None) -> dict[str, Any] | None:
+def _scale(p: float | None, band: Sequence[float] | None, threshold: float | None) -> Json | None:
     if p is None:
         return None
     spoken = f"P(fake) {percent(p)} on a scale from 0 to 100"
@@ -227,7 +227,7 @@ def _scale(p: float | None, band: Sequence[float] | None, threshold: float | Non
     }
 
 
-def _face(face: FaceReport, decides: bool, report: Report, blind_spots: Mapping[str, str]) -> dict[str, Any]:
+def _face(face: FaceReport, decides: bool, report: Report, blind_spots: Mapping[str, str]) -> Json:
     prefix = _prefix(face, report.faces)
     letters = {area: prefix + letter for area, letter, _ in _areas(face)}
     rows = [(e.expert, e.score, e.note, blind_spots.get(e.expert)) for e in face.evidence]
@@ -273,7 +273,7 @@ def _areas(face: FaceReport) -> list[tuple[str, str, str]]:
     return [(area, chr(ord("A") + i), COLOURS[i % len(COLOURS)]) for i, area in enumerate(named)]
 
 
-def _figures(report: Report, picture: Pictures) -> Iterator[dict[str, Any]]:
+def _figures(report: Report, picture: Pictures) -> Iterator[Json]:
     if picture is None:
         return
     if not isinstance(picture, Mapping):
@@ -284,7 +284,7 @@ def _figures(report: Report, picture: Pictures) -> Iterator[dict[str, Any]]:
         yield _figure(report, picture[number], faces, f"Frame {number}: ")
 
 
-def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], what: str) -> dict[str, Any]:
+def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], what: str) -> Json:
     width = float(report.media.get("width") or pixels.shape[1])
     height = float(report.media.get("height") or pixels.shape[0])
     text = max(width, height) * 0.026
@@ -374,7 +374,7 @@ def _jpeg_uri(pixels: NDArray[np.uint8]) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _provenance(provenance: Mapping[str, Any]) -> tuple[str, str, list[tuple[str, str]]]:
+def _provenance(provenance: Json) -> tuple[str, str, list[tuple[str, str]]]:
     state = str(provenance.get("state", "not_checked"))
     names = {"signer": "Signed by", "generator": "Made with", "signed": "Signed at", "source_types": "States as source",
              "codes": "Codes", "reason": "Reason"}  # fmt: skip
@@ -402,7 +402,7 @@ def _file(report: Report) -> Iterator[tuple[str, str]]:
         yield f"{names.get(key, key)} (EXIF)", str(value)
 
 
-def _ratio(report: Report) -> dict[str, Any] | None:
+def _ratio(report: Report) -> Json | None:
     """The likelihood ratio in words; None in reports that know of none."""
     told = report.likelihood_ratio
     if not told:
@@ -426,7 +426,7 @@ def _times(value: float) -> str:
     return f"1/{1 / value:.3g}" if value < 1 else f"{value:.3g}"
 
 
-def _rates(validation: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _rates(validation: Json | None) -> Json | None:
     """Error rates of the validation run, as rows."""
     if not validation:
         return None
@@ -441,7 +441,7 @@ def _rates(validation: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return dict(validation) | {"rows": rows}
 
 
-def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
+def _flat(name: str, value: object) -> Iterator[tuple[str, str]]:
     """A nested value as rows (dotted name, text)."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
@@ -464,6 +464,6 @@ def _template() -> jinja2.Template:
     return environment.get_template("report.html.jinja")
 
 
-def _spelled_out(value: Any) -> Any:
+def _spelled_out(value: object) -> object:
     """What stands in the page for a value: text without characters that steer it; markup of a macro stays markup."""
     return shown(value) if type(value) is str else value

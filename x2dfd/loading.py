@@ -14,16 +14,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
 from x2dfd.errors import SetupError, UnknownName, first_line
 from x2dfd.fetch import BASE_NAME, require
-from x2dfd.files import file_sha256
+from x2dfd.files import Json, file_sha256
+from x2dfd.model_spec import Bits, Dtype
+from x2dfd.prompts import Processor
 
-Dtype = Literal["fp32", "bf16", "fp16"]
-Bits = Literal[4, 8]
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -68,7 +68,7 @@ ELSEWHERE = {
 
 def family_of(config: Any) -> Family:
     """The family of a model's configuration, an object or what its config.json holds. Raises SetupError."""
-    said: dict[str, Any] = config if isinstance(config, dict) else config.to_dict()
+    said: Json = config if isinstance(config, dict) else config.to_dict()
     kind = str(said.get("model_type"))
     if kind == "llava" and (said.get("vision_config") or {}).get("model_type") == "pixtral":
         kind = "pixtral"
@@ -78,7 +78,7 @@ def family_of(config: Any) -> Family:
     return FAMILIES[kind]
 
 
-def load_processor(folder: str | Path) -> Any:
+def load_processor(folder: str | Path) -> Processor:
     """A model's own processor, from a directory or a hub name, with its chat template.
 
     Its image processor is the one that computes with Pillow, and it has none for videos. Raises SetupError with what to
@@ -105,10 +105,11 @@ def load_processor(folder: str | Path) -> Any:
     return processor
 
 
-def put_together(stock: Any, parts: Sequence[Any], settings: dict[str, Any]) -> Any:
+def put_together(stock: Any, parts: Sequence[Any], settings: Json) -> Processor:
     """A processor of a class of `processor_class` from its image processor and its tokenizer."""
     videos = [None] if "video_processor" in inspect.signature(stock).parameters else []
-    return stock.from_args_and_dict([*parts, *videos], settings)
+    made: Processor = stock.from_args_and_dict([*parts, *videos], settings)
+    return made
 
 
 def processor_class(family: Family) -> Any:
@@ -139,7 +140,7 @@ def load_model(
     feature_layers: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
     **options: Any,
-) -> tuple[Any, Any]:
+) -> tuple[Any, Processor]:
     """An image-text-to-text model and its processor: the embedded base (None), a directory, or a hub name.
 
     Of a LLaVA only the first `tower_layers` and `text_layers` layers are kept (or, given as a list, just those language
@@ -191,10 +192,10 @@ def load_model(
     return model, processor
 
 
-def _config_dict(folder: str | Path) -> tuple[dict[str, Any], Any]:
+def _config_dict(folder: str | Path) -> tuple[Json, Any]:
     from transformers import PreTrainedConfig
 
-    found: tuple[dict[str, Any], Any] = PreTrainedConfig.get_config_dict(folder)
+    found: tuple[Json, Any] = PreTrainedConfig.get_config_dict(folder)
     if "model_type" not in found[0]:
         raise OSError(f"{folder} has no config.json that names a model type")
     return found
@@ -264,7 +265,7 @@ def _dropped(key: str, config: Any) -> bool:
 
 def reading(
     base: str | Path | None, place: torch.device, precision: Dtype, device_map: str | None, bits: Bits | None
-) -> dict[str, Any]:
+) -> Json:
     """The options of `load_model` with which a base is read as it will be computed with: a 7B in fp32 takes 28 GB.
 
     The embedded base is read in fp32: it is small, and what an adapter adds to it is rounded once. `device_map`: as in
@@ -274,7 +275,7 @@ def reading(
         raise SetupError("the embedded model is small: it is read whole, on one device", code="option_not_for_embedded")
     if base is None:
         return {}
-    options: dict[str, Any] = {"dtype": TORCH_DTYPES[precision]}
+    options: Json = {"dtype": TORCH_DTYPES[precision]}
     if device_map:
         options["device_map"] = device_map
     if bits:

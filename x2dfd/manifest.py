@@ -15,15 +15,14 @@ import itertools
 import json
 import math
 import os
-import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
-from typing import Any, Literal, TextIO, cast
+from typing import Literal, TextIO, cast
 
 from x2dfd.errors import X2DFDError
-from x2dfd.files import check_fields, parse_json
+from x2dfd.files import Json, check_fields, parse_json, write_text
 from x2dfd.stores import is_address
 from x2dfd.types import DF_CLASSES, Cue
 
@@ -45,7 +44,7 @@ class Sample:
     cues: tuple[Cue, ...] = ()  # known signs of forgery
     mask: Path | None = None  # absolute; where the forgery is
     video: str | None = None  # unique id of the clip that this frame belongs to
-    extra: dict[str, Any] = field(default_factory=dict)  # the other columns, untouched
+    extra: Json = field(default_factory=dict)  # the other columns, untouched
 
     @property
     def synthetic(self) -> bool:
@@ -91,7 +90,7 @@ def manifest_paths(path: str | os.PathLike[str], *, remote: Collection[str] = ()
         yield text if is_address(text, remote) else _absolute(where, file.parent, text)
 
 
-def write_manifest(path: str | os.PathLike[str], rows: Iterable[Sample | Mapping[str, Any]]) -> None:
+def write_manifest(path: str | os.PathLike[str], rows: Iterable[Sample | Json]) -> None:
     """Writes a JSONL manifest, whole or not at all.
 
     Paths of a Sample are written relative to the manifest's folder where they lie below it. Raises X2DFDError for
@@ -100,16 +99,7 @@ def write_manifest(path: str | os.PathLike[str], rows: Iterable[Sample | Mapping
     file = Path(os.path.abspath(path))
     records = [_record(r, file.parent) if isinstance(r, Sample) else dict(r) for r in rows]
     _check(file, enumerate(records, start=1))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            out.writelines(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_text(file, "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records))
 
 
 def manifest_sha256(path: str | os.PathLike[str]) -> str:
@@ -118,7 +108,7 @@ def manifest_sha256(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(file: Path) -> Iterator[tuple[int, Json]]:
     if not file.is_file():
         raise X2DFDError(f"no such manifest: {file}", code="manifest_not_found")
     readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
@@ -145,7 +135,7 @@ def _opened(file: Path) -> TextIO:
     return file.open(encoding="utf-16" if marked else "utf-8-sig", newline="")
 
 
-def _csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv(file: Path) -> Iterator[tuple[int, Json]]:
     with _opened(file) as stream:
         header = stream.readline()
         if header.startswith("sep="):  # a spreadsheet's remark
@@ -183,7 +173,7 @@ def _unquoted(cell: str) -> str:
     return cell.strip().strip('"')
 
 
-def _jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _jsonl(file: Path) -> Iterator[tuple[int, Json]]:
     with _opened(file) as stream:
         for number, line in enumerate((text for text in stream if text.strip()), start=1):
             try:
@@ -201,7 +191,7 @@ def _jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
 
 
-def _parquet(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parquet(file: Path) -> Iterator[tuple[int, Json]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -214,7 +204,7 @@ def _parquet(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise X2DFDError(f"{file.name}: not a Parquet file ({error})", code="manifest_unreadable") from error
 
 
-def _check(file: Path, rows: Iterable[tuple[int, dict[str, Any]]]) -> list[Sample]:
+def _check(file: Path, rows: Iterable[tuple[int, Json]]) -> list[Sample]:
     """Turns rows into samples and refuses what contradicts itself across rows."""
     samples: list[Sample] = []
     paths: dict[Path, int] = {}
@@ -242,7 +232,7 @@ def _check(file: Path, rows: Iterable[tuple[int, dict[str, Any]]]) -> list[Sampl
     return samples
 
 
-def _sample(where: str, folder: Path, row: dict[str, Any]) -> Sample:
+def _sample(where: str, folder: Path, row: Json) -> Sample:
     for column in ("path", "label"):
         if column not in row:
             raise X2DFDError(
@@ -279,7 +269,7 @@ def _sample(where: str, folder: Path, row: dict[str, Any]) -> Sample:
     )
 
 
-def _text(where: str, row: dict[str, Any], column: str) -> str:
+def _text(where: str, row: Json, column: str) -> str:
     """What stands in a column, without the spaces around it; "" where nothing does."""
     value = row.get(column)
     if isinstance(value, bytes):  # as Parquet files without a text type hold it
@@ -295,7 +285,7 @@ def _text(where: str, row: dict[str, Any], column: str) -> str:
     return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value).strip()
 
 
-def _path(where: str, row: dict[str, Any], column: str) -> str:
+def _path(where: str, row: Json, column: str) -> str:
     """A path as it is written: a file's name may begin or end with a space, and need be no UTF-8."""
     value = row.get(column)
     if isinstance(value, bytes):
@@ -305,11 +295,13 @@ def _path(where: str, row: dict[str, Any], column: str) -> str:
     return value if value.strip() else ""
 
 
-def _cues(where: str, value: Any) -> tuple[Cue, ...]:
+def _cues(where: str, value: object) -> tuple[Cue, ...]:
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return ()
     try:
         cues = parse_json(value) if isinstance(value, str | bytes) else value
+        if not isinstance(cues, list | tuple):
+            raise TypeError("it is no list")
         for cue in cues:
             check_fields(Cue, cue)
         return tuple(Cue(**cue) for cue in cues)
@@ -332,11 +324,11 @@ def _absolute(where: str, folder: Path, path: str) -> Path:
     return Path(os.path.abspath(folder / path))
 
 
-def _record(sample: Sample, folder: Path) -> dict[str, Any]:
+def _record(sample: Sample, folder: Path) -> Json:
     def place(path: Path) -> str:
         return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
-    known: dict[str, Any] = {
+    known: Json = {
         "id": sample.id,
         "path": place(sample.path),
         "label": sample.label,

@@ -17,12 +17,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from PIL import Image
 
 from x2dfd.animations import MOVING, load_animation
 from x2dfd.errors import InputError, one_file
+from x2dfd.files import Json
 from x2dfd.paths import find_media, open_source
 from x2dfd.sniffing import MAX_BYTES, MAX_PIXELS, MIN_SIDE, sniff
 from x2dfd.stills import MAX_REDUCED_PIXELS, Picture, decode, from_image, open_image
@@ -89,7 +90,7 @@ def load_picture(source: Source) -> Picture:
             return replace(picture, file=_file_facts(file, path) | picture.file)
 
 
-def media_summary(media: Picture | Video) -> dict[str, Any]:
+def media_summary(media: Picture | Video) -> Json:
     """What `Report.media` holds: kind, format, width, height, n_frames, notes; for a video also duration, which
     frames were sampled, and how many were asked for.
 
@@ -101,7 +102,7 @@ def media_summary(media: Picture | Video) -> dict[str, Any]:
     else:
         height, width = media.height, media.width
         kind = "video"
-    summary: dict[str, Any] = {
+    summary: Json = {
         "kind": kind,
         "format": media.format,
         "width": width,
@@ -117,11 +118,11 @@ def media_summary(media: Picture | Video) -> dict[str, Any]:
     return summary
 
 
-def _file_facts(file: BinaryIO, path: str | None) -> dict[str, Any]:
+def _file_facts(file: BinaryIO, path: str | None) -> Json:
     if path is None:
         return {"bytes": file.seek(0, os.SEEK_END)}
     info = os.fstat(file.fileno())
-    facts: dict[str, Any] = {"bytes": info.st_size}
+    facts: Json = {"bytes": info.st_size}
     with contextlib.suppress(OverflowError, ValueError, OSError):  # before year 1 or after 9999: no date at all
         facts["modified"] = datetime.fromtimestamp(int(info.st_mtime), UTC).isoformat()
     return facts

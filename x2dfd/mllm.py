@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial, wraps
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 from zlib import crc32
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor
 from x2dfd import prompts
 from x2dfd.errors import InputError, SetupError
 from x2dfd.loading import family_of
+from x2dfd.prompts import Processor
 
 MAX_NEW_TOKENS = 80
 CIRCLE = 12  # repeated tokens that end an answer; fewer are normal: an area or a colour is named twice
@@ -78,6 +79,38 @@ class Look:
         return None if self.tower is None or not self.states else tuple(s.float().cpu() for s in self.states)
 
 
+class Looked(Protocol):
+    """What a `look` gives: nobody else's business, but for these."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def tower_states(self) -> tuple[Tensor, ...] | None: ...  # as of `Look`
+    @property
+    def tower(self) -> str | None: ...
+    def part(self, rows: Sequence[int]) -> Looked: ...  # the look at some of the faces; this one is used up
+
+
+class LanguageModel(Protocol):
+    """What a Detector asks of an MLLM, local (LocalMLLM) or served (x2dfd.served)."""
+
+    name: str
+    batch: int  # faces that go through it together
+
+    def look(self, crops: NDArray[np.uint8]) -> Looked: ...  # [n, h, w, 3]
+    def verdict_logits(self, look: Any, questions: Sequence[str]) -> NDArray[np.float64]: ...
+    def write(
+        self,
+        look: Any,
+        questions: Sequence[str],
+        starts: Sequence[str],
+        *,
+        turns: Sequence[tuple[str, str]] = (),
+        on_text: Callable[[str], None] | None = None,
+    ) -> list[str]: ...
+    def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str], /) -> YesNo: ...
+
+
 class Suffix(NamedTuple):
     """What follows the picture in a prompt."""
 
@@ -120,7 +153,7 @@ class LocalMLLM:
     def __init__(
         self,
         model: Any,
-        processor: Any,
+        processor: Processor,
         name: str,
         *,
         autocast: bool = False,
@@ -447,7 +480,7 @@ def seeds_of(crops: NDArray[np.uint8]) -> tuple[int, ...]:
     return tuple(crc32(np.ascontiguousarray(c).data) for c in crops)
 
 
-def _after_image(processor: Any, question: str, start: str = "", turns: Sequence[tuple[str, str]] = ()) -> Suffix:
+def _after_image(processor: Processor, question: str, start: str = "", turns: Sequence[tuple[str, str]] = ()) -> Suffix:
     """The tokens of a prompt that follow the picture."""
     asked, whole = (
         prompts.prompt_tokens(processor, prompts.render(processor, question, begun, turns))[1] for begun in ("", start)

@@ -10,10 +10,29 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from x2dfd.errors import SetupError, UnknownName
+from x2dfd.files import Json
 from x2dfd.types import Cue, Evidence
+
+
+class Processor(Protocol):
+    """What is used of a processor of transformers, whose families have no common type for it."""
+
+    tokenizer: Any
+    image_processor: Any
+    image_token: str
+    chat_template: Any  # a Jinja template
+    patch_size: int
+    num_additional_image_tokens: int
+    vision_feature_select_strategy: str
+
+    def apply_chat_template(self, conversation: list[Json], **options: Any) -> Any: ...
+    def save_pretrained(self, save_directory: Path) -> object: ...
+    def __call__(self, **inputs: Any) -> Any: ...
+
 
 QUESTION = "Is this image real or fake?"
 STEM = "This image is"
@@ -57,7 +76,7 @@ FRAMES = {
 """Chat templates of published X2-DFD adapters: what they were trained with, and what their released code asks with."""
 
 
-def set_frame(processor: Any, frame: str | None) -> None:
+def set_frame(processor: Processor, frame: str | None) -> None:
     """Give the processor a chat frame of FRAMES; None leaves the base's own. Raises UnknownName."""
     if frame is None:
         return
@@ -151,9 +170,9 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
 
 
-def conversation(question: str, turns: Sequence[tuple[str, str]] = ()) -> list[dict[str, Any]]:
+def conversation(question: str, turns: Sequence[tuple[str, str]] = ()) -> list[Json]:
     """Chat messages: the picture with the first question, then earlier (answer, next question) turns."""
-    messages: list[dict[str, Any]] = [
+    messages: list[Json] = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
     ]
     for answer, following in turns:
@@ -162,7 +181,7 @@ def conversation(question: str, turns: Sequence[tuple[str, str]] = ()) -> list[d
     return messages
 
 
-def framed(processor: Any, messages: list[dict[str, Any]], *, answer_next: bool) -> str:
+def framed(processor: Processor, messages: list[Json], *, answer_next: bool) -> str:
     """Chat messages as text in the base model's chat template, the next answer's header included where `answer_next`.
 
     A template that asks for the date gets a system message of ours instead: its own would change the prompts every day.
@@ -173,7 +192,7 @@ def framed(processor: Any, messages: list[dict[str, Any]], *, answer_next: bool)
     return text
 
 
-def render(processor: Any, question: str, start: str = "", turns: Sequence[tuple[str, str]] = ()) -> str:
+def render(processor: Processor, question: str, start: str = "", turns: Sequence[tuple[str, str]] = ()) -> str:
     """The prompt as text, in the base model's chat template, with the answer begun by `start`.
 
     Without a template (PaliGemma) it is the plain form of that family: picture, begin token, lines. Raises SetupError
@@ -196,20 +215,20 @@ def render(processor: Any, question: str, start: str = "", turns: Sequence[tuple
     return frame + ("" if whole.startswith(frame + start) else " ") + start
 
 
-def stock_text(processor: Any, question: str, turns: Sequence[tuple[str, str]] = ()) -> str:
+def stock_text(processor: Processor, question: str, turns: Sequence[tuple[str, str]] = ()) -> str:
     """What the base's own processor takes beside the picture so that its tokens are those of `render`."""
     if processor.chat_template:
         return render(processor, question, turns=turns)
     return str(processor.image_token) + "\n".join([question, *(line for turn in turns for line in turn)])
 
 
-def begins(processor: Any, prompt: str) -> bool:
+def begins(processor: Processor, prompt: str) -> bool:
     """The prompt has its begin token written out, as many chat templates do: a tokenizer must not add a second."""
     bos = processor.tokenizer.bos_token
     return bool(bos) and prompt.removeprefix(processor.image_token).startswith(bos)
 
 
-def prompt_tokens(processor: Any, prompt: str) -> tuple[list[int], list[int]]:
+def prompt_tokens(processor: Processor, prompt: str) -> tuple[list[int], list[int]]:
     """Token ids of what stands before the picture and of what follows it: prefix and suffix of shared-prefix scoring.
 
     The prompt is tokenised whole, as the processor does it: with the tokenizer's own begin token, where it has one.
@@ -222,7 +241,7 @@ def prompt_tokens(processor: Any, prompt: str) -> tuple[list[int], list[int]]:
     return ids[:at], ids[at + 1 :]
 
 
-def first_tokens(processor: Any, start: str, words: Sequence[str]) -> tuple[int, int]:
+def first_tokens(processor: Processor, start: str, words: Sequence[str]) -> tuple[int, int]:
     """The token with which each of two words goes on after an answer begun by `start`.
 
     Raises SetupError when it is the same, or when it does not stand by itself.
@@ -245,7 +264,7 @@ def first_tokens(processor: Any, start: str, words: Sequence[str]) -> tuple[int,
     return first[at], second[at]
 
 
-def prompt_hash(processor: Any, score_form: str = "numbers") -> str:
+def prompt_hash(processor: Processor, score_form: str = "numbers") -> str:
     """SHA-256 over the rendered forms of every kind of prompt and answer.
 
     An adapter's card carries the hash it was trained with; loading refuses another.

@@ -16,10 +16,10 @@ import re
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from x2dfd.errors import SetupError
-from x2dfd.files import parse_json
+from x2dfd.files import Json, parse_json
 from x2dfd.statements import (
     GENERATED,
     MAX_STATEMENTS,
@@ -30,6 +30,10 @@ from x2dfd.statements import (
     read_statements,
     source_type,
 )
+
+if TYPE_CHECKING:
+    import c2pa
+
 
 CREDENTIALS = "Content Credentials"  # where a statement stands that is not in the metadata
 TRUST = "X2DFD_C2PA_TRUST"
@@ -45,7 +49,7 @@ _MAX_MANIFESTS = 100  # and assertions of each
 _MAX_VALUES = 10_000  # of one assertion
 
 
-def read_provenance(source: str | Path | bytes, format: str) -> dict[str, Any]:
+def read_provenance(source: str | Path | bytes, format: str) -> Json:
     """The C2PA state of a file that `media` could read, and all that it states of how it was made.
 
     `format` as in `Report.media`. The result has `state`, `statements` (each with `kind`, `says`, `where`), and where
@@ -62,14 +66,14 @@ def read_provenance(source: str | Path | bytes, format: str) -> dict[str, Any]:
     return found | {"statements": [*stated, *found.get("statements", [])][:MAX_STATEMENTS]}
 
 
-def _credentials(source: str | Path | bytes, format: str) -> dict[str, Any]:
+def _credentials(source: str | Path | bytes, format: str) -> Json:
     if find_spec("c2pa") is None:
         return {"state": "not_checked", "reason": f"the package c2pa-python is not installed: {MEND}"}
     if format not in MIME:
         return {"state": "not_checked", "reason": f"{format} files carry no Content Credentials that can be read here"}
     import c2pa
 
-    settings: dict[str, Any] = {"verify": {"remote_manifest_fetch": False, "ocsp_fetch": False, "verify_trust": True}}
+    settings: Json = {"verify": {"remote_manifest_fetch": False, "ocsp_fetch": False, "verify_trust": True}}
     if anchors := os.environ.get(TRUST):
         try:
             settings["trust"] = {"user_anchors": Path(anchors).read_text("ascii")}
@@ -96,13 +100,13 @@ def _credentials(source: str | Path | bytes, format: str) -> dict[str, Any]:
         return {"state": "error", "reason": plain(str(error))}
 
 
-def _stated(reader: Any) -> dict[str, Any]:
+def _stated(reader: c2pa.Reader) -> Json:
     state = _STATES.get(str(reader.get_validation_state()))
     if state is None:
         return {"state": "error", "reason": f"the reader gave the state {reader.get_validation_state()!r}"}
     manifest = reader.get_active_manifest() or {}
     signature = manifest.get("signature_info") or {}
-    found: dict[str, Any] = {"state": state, "codes": sorted(set(_codes(reader.get_validation_results() or {})))}
+    found: Json = {"state": state, "codes": sorted(set(_codes(reader.get_validation_results() or {})))}
     names = [str(g.get("name")) for g in manifest.get("claim_generator_info") or () if g.get("name")]
     facts = {
         "signer": signature.get("common_name") or signature.get("issuer"),
@@ -121,7 +125,7 @@ def _stated(reader: Any) -> dict[str, Any]:
     return found | ({"source_types": types} if types else {}) | {"statements": _statements(reader)}
 
 
-def _statements(reader: Any) -> list[dict[str, str]]:
+def _statements(reader: c2pa.Reader) -> list[dict[str, str]]:
     """What the manifest and those of its ingredients say of how the file was made, nearest first."""
     text = reader.json()
     try:
@@ -130,8 +134,8 @@ def _statements(reader: Any) -> list[dict[str, str]]:
         return [{"kind": SOURCE, "says": f"could not be searched: {plain(str(error))}", "where": CREDENTIALS}]
     manifests = _object(store.get("manifests"))
     found: dict[tuple[str, str, str], None] = {}
-    queue: list[tuple[Any, str, bool]] = [(store.get("active_manifest"), CREDENTIALS, False)]
-    seen: list[Any] = []
+    queue: list[tuple[object, str, bool]] = [(store.get("active_manifest"), CREDENTIALS, False)]
+    seen: list[object] = []
     while queue and len(seen) < _MAX_MANIFESTS and len(found) < MAX_STATEMENTS:
         label, place, part = queue.pop(0)
         if label in seen or not isinstance(label, str):
@@ -153,7 +157,7 @@ def _statements(reader: Any) -> list[dict[str, str]]:
     return [{"kind": kind, "says": says, "where": where} for kind, says, where in found]
 
 
-def _in_manifest(manifest: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+def _in_manifest(manifest: Json) -> Iterator[tuple[str, str, str]]:
     """What the assertions of one manifest say: kind, words, and the place in it."""
     for assertion in map(_object, _list(manifest.get("assertions"))[:_MAX_MANIFESTS]):
         label, actions = plain(str(assertion.get("label"))), _actions(assertion)
@@ -165,13 +169,13 @@ def _in_manifest(manifest: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
                 yield (*source_type(value), f"{label}, {plain(key)}")
 
 
-def _actions(assertion: dict[str, Any]) -> list[dict[str, Any]]:
+def _actions(assertion: Json) -> list[Json]:
     if not str(assertion.get("label")).startswith("c2pa.actions"):
         return []
     return [_object(action) for action in _list(_object(assertion.get("data")).get("actions"))]
 
 
-def _in_action(action: dict[str, Any], name: str, where: str) -> Iterator[tuple[str, str, str]]:
+def _in_action(action: Json, name: str, where: str) -> Iterator[tuple[str, str, str]]:
     whole = name == "c2pa.created"  # any other action changes a part of what was there
     told = False
     for key, value in _values(action):
@@ -183,7 +187,7 @@ def _in_action(action: dict[str, Any], name: str, where: str) -> Iterator[tuple[
             yield GENERATED if whole else PARTLY, f"names a generator: {plain(value)}", f"{where}, {plain(key)}"
 
 
-def _values(data: Any) -> Iterator[tuple[str, str]]:
+def _values(data: object) -> Iterator[tuple[str, str]]:
     """The texts in plain values, each with the keys that lead to it; those of C2PA's own schema hold no dots."""
     queue = [("", data)]
     for _ in range(_MAX_VALUES):
@@ -202,15 +206,15 @@ def _is_source_type(key: str) -> bool:
     return re.split(r"[.:]", key)[-1].lower() == "digitalsourcetype"
 
 
-def _object(value: Any) -> dict[str, Any]:
+def _object(value: object) -> Json:
     return value if isinstance(value, dict) else {}
 
 
-def _list(value: Any) -> Sequence[Any]:
+def _list(value: object) -> Sequence[object]:
     return value if isinstance(value, list) else ()
 
 
-def _codes(results: dict[str, Any]) -> Iterator[str]:
+def _codes(results: Json) -> Iterator[str]:
     """Failures and remarks of the active manifest and of its ingredients."""
     parts = [results.get("activeManifest") or {}]
     parts += [delta.get("validationDeltas") or {} for delta in results.get("ingredientDeltas") or ()]

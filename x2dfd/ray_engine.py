@@ -10,15 +10,17 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from x2dfd.errors import SetupError, X2DFDError
-from x2dfd.stores import detect_places
-from x2dfd.types import Failure, Report
+from x2dfd.files import Json
+from x2dfd.model_spec import LoadOptions, ModelSpec
+from x2dfd.stores import Judging, detect_places
+from x2dfd.types import Failure, ModelInfo, Report
 
 if TYPE_CHECKING:
     from x2dfd.stores import Place
@@ -33,26 +35,26 @@ BLOCKS = 1024  # parts of a dataset at most: a part's rows arrive together
 class Judge:
     """What an actor does: loads a detector once, judges batches of paths."""
 
-    def __init__(self, options: Mapping[str, Any], judging: Mapping[str, Any]) -> None:
+    def __init__(self, model: ModelSpec, options: LoadOptions, judging: Judging) -> None:
         """`judging`: options of Detector.detect_many."""
         import x2dfd
 
-        self._detector = x2dfd.load(**options)
-        self._judging = dict(judging)
+        self._detector = x2dfd.load(model, **options)
+        self._judging = judging
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+    def __call__(self, batch: Json) -> dict[str, list[str]]:
         places = [_place(bytes(raw)) for one in batch["places"] for raw in one]
         results = detect_places(self._detector, places, **self._judging)
         return {"result": [json.dumps(r.to_dict(), allow_nan=False) for r in results]}
 
 
 class RayDetector:
-    """In a Detector's place for `detect`: `facts` and `detect_many`. `options` are those of `x2dfd.load`.
+    """In a Detector's place for `detect`: `info` and `detect_many`.
 
     Raises SetupError when ray is missing or when the model does not load in the cluster.
     """
 
-    def __init__(self, options: Mapping[str, Any], actors: int, judge: type[Judge] = Judge) -> None:
+    def __init__(self, model: ModelSpec, options: LoadOptions, actors: int, judge: type[Judge] = Judge) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             import ray
@@ -60,18 +62,14 @@ class RayDetector:
         except ImportError as error:
             raise SetupError("--engine ray needs Ray Data: pip install 'x2dfd[ray]'", code="package_missing") from error
         self._ray = ray
-        self._options, self._actors, self._judge = dict(options), actors, judge
+        self._model, self._options, self._actors, self._judge = model.absolute(), options, actors, judge
         self.window = max(WINDOW, A_MODEL * actors)  # files in one dataset; each dataset loads the models anew
-        served = options.get("served") is not None  # its `model` is a name there, whatever lies here
-        for name in ("base", "adapter") if served else ("model", "base", "adapter"):
-            if (given := options.get(name)) is not None and Path(given).exists():
-                self._options[name] = str(Path(given).absolute())
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its progress bars are off
         if not ray.is_initialized():
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
         here = ray.cluster_resources()
         device = options.get("device")
-        on_gpu = not served and (str(device).startswith("cuda") if device else here.get("GPU", 0) > 0)
+        on_gpu = model.url is None and (str(device).startswith("cuda") if device else here.get("GPU", 0) > 0)
         self._resources = {"num_cpus": options.get("threads") or 1, "num_gpus": int(on_gpu)}
         cpus, gpus = self._resources["num_cpus"], self._resources["num_gpus"]
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -83,19 +81,19 @@ class RayDetector:
                 f"an actor needs {cpus} CPUs and {gpus} GPUs of one machine; those of the cluster have {has}",
                 code="cluster_too_small",
             )
-        self.facts: dict[str, Any] = self._asked_facts()
+        self.info = self._asked_info()
 
-    def _asked_facts(self) -> dict[str, Any]:
-        """Report.model, from where the model will run: this machine need not hold it."""
-        options = self._options
+    def _asked_info(self) -> ModelInfo:
+        """Detector.info, from where the model will run: this machine need not hold it."""
+        model, options = self._model, self._options
 
-        def facts() -> dict[str, Any]:
+        def info() -> ModelInfo:
             import x2dfd
 
-            return x2dfd.load(**options).facts
+            return x2dfd.load(model, **options).info
 
         try:
-            found: dict[str, Any] = self._ray.get(self._ray.remote(**self._resources)(facts).remote())
+            found: ModelInfo = self._ray.get(self._ray.remote(**self._resources)(info).remote())
         except self._ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, X2DFDError):
                 raise error.cause from None
@@ -103,20 +101,21 @@ class RayDetector:
         return found
 
     def detect_many(
-        self, places: Iterable[Place], *, batch_size: int = 8, **judging: Any
+        self, places: Iterable[Place], *, batch_size: int = 8, rationale: bool = True, frames: int = 32
     ) -> Iterator[Report | Failure]:
         """As Detector.detect_many, in the order of the places. Raises X2DFDError when a batch fails for good."""
         source = iter(places)
         while part := list(islice(source, self.window)):
-            yield from self._window(part, batch_size, judging)
+            yield from self._window(part, {"batch_size": batch_size, "rationale": rationale, "frames": frames})
 
-    def _window(self, places: list[Place], batch_size: int, judging: Mapping[str, Any]) -> Iterator[Report | Failure]:
+    def _window(self, places: list[Place], judging: Judging) -> Iterator[Report | Failure]:
         data = self._ray.data
         context = data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         context.raise_original_map_exception = True  # or a wrong model's one line comes wrapped in Ray's own error
         # A row is a batch, so that a face stands beside the same ones as in the local runner.
+        batch_size = judging["batch_size"]
         raw = [_raw(place) for place in places]
         rows = [{"places": raw[k : k + batch_size]} for k in range(0, len(raw), batch_size)]
         at_once = max(1, min(AHEAD, len(rows) // self._actors))  # of few, every actor gets some
@@ -126,7 +125,7 @@ class RayDetector:
             warnings.simplefilter("ignore", DeprecationWarning)
             judged = dataset.map_batches(
                 self._judge,
-                fn_constructor_args=(self._options, {**judging, "batch_size": batch_size}),
+                fn_constructor_args=(self._model, self._options, judging),
                 batch_size=at_once,
                 compute=data.ActorPoolStrategy(size=self._actors),
                 **self._resources,

@@ -2,13 +2,12 @@
 
 Prompts are rendered here, by the base's own processor, as in training; the engine gets text and picture, and gives the
 log-probabilities of one token. Whole reports, with faces, experts and rationale, come from `x2dfd detect --engine ray
---served URL`. docs/ray.md holds the recipe. Nothing here needs vLLM or Ray until `processor` is called.
+--model NAME@URL`. docs/ray.md holds the recipe. Nothing here needs vLLM or Ray until `processor` is called.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ import numpy as np
 
 from x2dfd import prompts
 from x2dfd.errors import InputError, SetupError, X2DFDError
+from x2dfd.files import Json
+from x2dfd.prompts import Processor
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ class VllmScoring:
                 f"{path} cannot be read ({error}); make it: python -m finetune.split", code="split_unreadable"
             ) from error
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Json:
         """The arguments of ray.data.llm.vLLMEngineProcessorConfig."""
-        engine: dict[str, Any] = {
+        engine: Json = {
             "max_model_len": self.max_tokens,
             "tensor_parallel_size": self.gpus,
             "gpu_memory_utilization": self.memory,
@@ -80,7 +81,7 @@ class VllmScoring:
             "prepare_multimodal_stage": False,
         }
 
-    def request(self, row: Mapping[str, Any], base_processor: Any) -> dict[str, Any]:
+    def request(self, row: Json, base_processor: Processor) -> Json:
         """A row with `crop` [224, 224, 3] and optionally `question` as the engine's input; other columns stay."""
         from PIL import Image
 
@@ -121,7 +122,7 @@ _ENGINES_OWN = (
 )  # fmt: skip
 
 
-def _scored(row: Mapping[str, Any], labels: tuple[int, int]) -> dict[str, Any]:
+def _scored(row: Json, labels: tuple[int, int]) -> Json:
     """The engine's row with P(fake) in place of what the engine said; None and the reason where no label is there."""
     kept = {key: value for key, value in row.items() if key not in _ENGINES_OWN}
     try:
@@ -130,7 +131,7 @@ def _scored(row: Mapping[str, Any], labels: tuple[int, int]) -> dict[str, Any]:
         return kept | {"p_fake": None, "reason": error.code}
 
 
-def p_fake(row: Mapping[str, Any], labels: tuple[int, int]) -> float:
+def p_fake(row: Json, labels: tuple[int, int]) -> float:
     """P(fake) from the log-probabilities of the first token; `labels` are the tokens of real and fake.
 
     A label that is not among those listed counts as the least likely of them, as with a served model. Raises InputError

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlencode, urlsplit
 from urllib.request import ProxyHandler, Request, build_opener
 
 from x2dfd.errors import InputError, SetupError, X2DFDError
-from x2dfd.files import parse_json
+from x2dfd.files import Json, parse_json
 from x2dfd.paths import open_source
 from x2dfd.types import Failure, Report
 
@@ -29,7 +28,7 @@ class ServerDetector:
         self._url = url.rstrip("/")
         # A proxy would be handed the pictures on their way to this machine.
         self._open = build_opener(*([ProxyHandler({})] if is_loopback(str(host_of(url))) else [])).open
-        self.facts: Mapping[str, Any] = self._asked("/model", None)
+        self.facts: Json = self._asked("/model", None)
 
     def detect_many(
         self, sources: Iterable[Path | bytes], *, batch_size: int = 8, rationale: bool = True, frames: int = 32
@@ -51,7 +50,7 @@ class ServerDetector:
             else:
                 yield Report.from_dict(said)
 
-    def _asked(self, path: str, data: bytes | None) -> dict[str, Any]:
+    def _asked(self, path: str, data: bytes | None) -> Json:
         kind = {"Content-Type": "application/octet-stream"}
         try:
             try:

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from x2dfd.errors import X2DFDError
+from x2dfd.files import Json, whole
 from x2dfd.stores import sha256_of
 from x2dfd.types import Failure, Report
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from x2dfd.stores import Place
 
 SECONDS = 1.0  # of work that a kill can cost, besides the batch under way
@@ -38,7 +40,7 @@ COLUMNS = {
 class Rows:
     """The table of `--out`. One process at a time; raises X2DFDError when the files are foreign, locked or full."""
 
-    def __init__(self, path: Path, model: Mapping[str, Any], rationale: bool) -> None:
+    def __init__(self, path: Path, model: Json, rationale: bool) -> None:
         """`model`: Report.model of the reports to come; a kept row of another model is not used."""
         self.path = path
         self.work = work_file(path)
@@ -91,7 +93,7 @@ class Rows:
 
     def add(self, path: Place, result: Report | Failure) -> None:
         """Keep a result, in place of an older one of that path."""
-        row: dict[str, Any] = dict.fromkeys(COLUMNS)
+        row: Json = dict.fromkeys(COLUMNS)
         row |= {"path": utf8(path), "sha256": result.sha256, "mode": self._mode, "rationale": self._rationale}
         if isinstance(result, Failure):
             row |= {"error_code": result.code, "error_reason": result.reason}
@@ -109,7 +111,7 @@ class Rows:
         if time.monotonic() - self._saved >= SECONDS:
             self.save()
 
-    def _put(self, row: Mapping[str, Any]) -> None:
+    def _put(self, row: Json) -> None:
         with self._guard():
             self._base.execute(
                 f"INSERT OR REPLACE INTO rows VALUES ({', '.join('?' * len(COLUMNS))})", [row[c] for c in COLUMNS]
@@ -127,15 +129,10 @@ class Rows:
     def finish(self) -> None:
         """Write the table whole, this run's files first and in their order, and remove the working file."""
         self.save()
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        writer = _write_jsonl if self.path.suffix == ".jsonl" else _write_parquet
         with self._guard():
-            try:
-                writer = _write_jsonl if self.path.suffix == ".jsonl" else _write_parquet
+            with whole(self.path) as temporary:
                 writer(temporary, self._in_order())
-                os.replace(temporary, self.path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
             self.close()
             for name in ("", "-journal"):
                 self.work.with_name(self.work.name + name).unlink(missing_ok=True)
@@ -152,7 +149,7 @@ class Rows:
         finally:
             self._base.close()
 
-    def _in_order(self) -> Iterator[list[dict[str, Any]]]:
+    def _in_order(self) -> Iterator[list[Json]]:
         columns = ", ".join(f"rows.{c}" for c in COLUMNS)
         for question in (
             f"SELECT {columns} FROM asked CROSS JOIN rows ON rows.path = asked.path ORDER BY asked.place",
@@ -207,7 +204,7 @@ def work_file(path: Path) -> Path:
 _SAID = ("validation", "blind_spot", "licence", "weights")  # `calibration_sha256` stands for the weights
 
 
-def model_hash(model: Mapping[str, Any]) -> str:
+def model_hash(model: Json) -> str:
     """SHA-256 of Report.model, without what is only said about the model: that moves no answer."""
     moves = {key: value for key, value in model.items() if key not in _SAID}
     return hashlib.sha256(json.dumps(moves, sort_keys=True).encode()).hexdigest()
@@ -224,13 +221,13 @@ def utf8(path: str | Path) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _schema() -> Any:
+def _schema() -> pa.Schema:
     import pyarrow as pa
 
     return pa.schema([(name, pa.type_for_alias(kind)) for name, kind in COLUMNS.items()])
 
 
-def _write_parquet(path: Path, parts: Iterator[list[dict[str, Any]]]) -> None:
+def _write_parquet(path: Path, parts: Iterator[list[Json]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -239,7 +236,7 @@ def _write_parquet(path: Path, parts: Iterator[list[dict[str, Any]]]) -> None:
             writer.write_table(pa.Table.from_pylist(part, schema=_schema()))
 
 
-def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+def _read_parquet(path: Path) -> Iterator[Json]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
@@ -249,7 +246,7 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
 
 
-def _write_jsonl(path: Path, parts: Iterator[list[dict[str, Any]]]) -> None:
+def _write_jsonl(path: Path, parts: Iterator[list[Json]]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for part in parts:
             for row in part:
@@ -257,7 +254,7 @@ def _write_jsonl(path: Path, parts: Iterator[list[dict[str, Any]]]) -> None:
                 file.write(json.dumps(row | {"report": report}, allow_nan=False) + "\n")
 
 
-def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+def _read_jsonl(path: Path) -> Iterator[Json]:
     with path.open(encoding="utf-8") as file:
         for line in file:
             row = json.loads(line)

@@ -6,15 +6,16 @@ Importing this module raises SetupError where FastAPI is missing.
 
 from collections.abc import Awaitable, Callable, Collection
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from x2dfd.errors import SetupError
+from x2dfd.files import Json
 from x2dfd.remote import MAX_UPLOAD, host_of, is_loopback
 from x2dfd.types import Failure, Report
 
 try:
     import uvicorn
-    from fastapi import FastAPI, Query, Request
+    from fastapi import FastAPI, Query, Request, Response
     from fastapi.concurrency import run_in_threadpool
     from fastapi.responses import JSONResponse
 except ImportError as error:
@@ -33,22 +34,22 @@ def application(detector: "Detector", hosts: Collection[str] = HERE) -> FastAPI:
     turn = Lock()
     uploads = 0
 
-    async def ours(request: Request, go_on: Callable[[Request], Awaitable[Any]]) -> Any:
+    async def ours(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
         # A page elsewhere could post here through its reader's browser, or point its own name at this address.
         asked = [f"//{request.headers.get('host', '')}", *request.headers.getlist("origin")]
         if not all(host_of(address) in hosts for address in asked):
             return _refused(403, "foreign_host", "this server answers under its own address alone")
         return await go_on(request)
 
-    def model() -> dict[str, Any]:
+    def model() -> Json:
         """What answers here."""
-        return detector.facts
+        return detector.info.to_dict()
 
     def judge(data: bytes, rationale: bool, frames: int) -> Report | Failure:
         with turn:
             return next(iter(detector.detect_many([data], rationale=rationale, frames=frames)))
 
-    async def detect(request: Request, rationale: bool = True, frames: int = Query(32, ge=1)) -> Any:
+    async def detect(request: Request, rationale: bool = True, frames: int = Query(32, ge=1)) -> Response:
         """Judge the posted picture or video. 422: it cannot be judged, with the reason in `error`."""
         nonlocal uploads
         if uploads >= AT_ONCE:

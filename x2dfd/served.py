@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from x2dfd import prompts
 from x2dfd.errors import InputError, SetupError, UnknownName
+from x2dfd.files import Json
 from x2dfd.mllm import YesNo
 
 CONCURRENCY = 32  # requests under way at a time
@@ -94,8 +95,8 @@ class _Wire:
     temperature: bool = True
     top: int = TOP
 
-    def options(self, tokens: int, scored: bool) -> dict[str, Any]:
-        options: dict[str, Any] = {self.limit: tokens}
+    def options(self, tokens: int, scored: bool) -> Json:
+        options: Json = {self.limit: tokens}
         if self.temperature:
             options["temperature"] = 0
         return options | ({"logprobs": True, "top_logprobs": self.top} if scored else {})
@@ -269,7 +270,7 @@ class ServedMLLM:
         *,
         turns: Sequence[tuple[str, str]] = (),
         instruction: str = "",
-    ) -> list[dict[str, Any]]:
+    ) -> list[Json]:
         messages = prompts.conversation(question, turns)
         picture = {"type": "image_url", "image_url": {"url": url}}
         messages[0]["content"] = [picture, *messages[0]["content"][1:]]
@@ -283,7 +284,7 @@ class ServedMLLM:
 
     # --- requests ---
 
-    def _run(self, job: Coroutine[Any, Any, T]) -> T:
+    def _run(self, job: Coroutine[object, object, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(job, self._loop)
         try:
             return future.result()
@@ -291,7 +292,7 @@ class ServedMLLM:
             future.cancel()
             raise
 
-    def _all(self, jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    def _all(self, jobs: Sequence[Coroutine[object, object, T]]) -> list[T]:
         """All answers in order; the first that fails ends the others."""
 
         async def together() -> list[T]:
@@ -306,7 +307,7 @@ class ServedMLLM:
 
         return self._run(together())
 
-    async def _first_token(self, messages: list[dict[str, Any]], ids: list[int] | None) -> _Reply:
+    async def _first_token(self, messages: list[Json], ids: list[int] | None) -> _Reply:
         """A reply of one token with its log-probabilities: of the tokens `ids`, where the engine knows how."""
         reply = await self._ask(messages, 1, {"logprob_token_ids": ids} if ids else {}, scored=True)
         if not reply.first:
@@ -318,7 +319,7 @@ class ServedMLLM:
         return reply
 
     async def _ask(
-        self, messages: list[dict[str, Any]], tokens: int, extra: dict[str, Any] | None = None, *, scored: bool = False
+        self, messages: list[Json], tokens: int, extra: Json | None = None, *, scored: bool = False
     ) -> _Reply:
         body = dict(extra or {})
         if messages[-1]["role"] == "assistant":

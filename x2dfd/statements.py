@@ -17,13 +17,14 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from x2dfd.errors import InputError
+from x2dfd.files import Json
 
 GENERATED = "generated"  # made with a generator
 PARTLY = "part_generated"  # a generator made a part of it, or reworked it
@@ -96,7 +97,7 @@ def read_statements(source: str | Path | bytes, format: str) -> list[dict[str, s
     return [{"kind": kind, "says": says, "where": where} for kind, says, where in found]
 
 
-def of_generator(provenance: Mapping[str, Any]) -> list[dict[str, str]]:
+def of_generator(provenance: Json) -> list[dict[str, str]]:
     """The statements of a `Report.provenance` that lead the answer: "made with a generator"."""
     return [s for s in provenance.get("statements") or () if s.get("kind") == GENERATED]
 

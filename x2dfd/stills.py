@@ -15,13 +15,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError, features
 
 from x2dfd.errors import InputError
+from x2dfd.files import Json
 from x2dfd.sniffing import (
     MAX_PIXELS,
     Budget,
@@ -42,7 +43,7 @@ HEIC_MEND = "pip install 'x2dfd[heic]'"
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
-def _not_checked() -> dict[str, Any]:
+def _not_checked() -> Json:
     return {"state": "not_checked"}
 
 
@@ -56,8 +57,8 @@ class Picture:
     n_frames: int  # pictures in the file; the first one is decoded
     notes: tuple[str, ...]  # what decoding changed: "exif_orientation:6", "alpha_on_white", ...
     path: str | None  # as given by the caller; None for bytes and image objects
-    file: dict[str, Any] = field(default_factory=dict)  # of the file: `bytes`, `modified` (of a path), `exif`
-    provenance: dict[str, Any] = field(default_factory=_not_checked)  # see x2dfd.provenance
+    file: Json = field(default_factory=dict)  # of the file: `bytes`, `modified` (of a path), `exif`
+    provenance: Json = field(default_factory=_not_checked)  # see x2dfd.provenance
 
 
 _PILLOW = threading.RLock()  # warning filters are global to the process: two threads would restore each other's

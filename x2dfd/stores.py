@@ -13,13 +13,14 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from x2dfd.errors import InputError, SetupError
 from x2dfd.types import Failure, Report
 
 if TYPE_CHECKING:
     from x2dfd.detector import Detector
+    from x2dfd.remote import ServerDetector
 
     Place = Path | str  # a local path, or an address in a store, or a pipe's path
 
@@ -101,8 +102,18 @@ def sha256_of(place: Place) -> str | None:
         raise OSError(error.reason) from error
 
 
-def detect_places(detector: Detector | Any, places: Iterable[Place], **options: Any) -> Iterator[Report | Failure]:
-    """As Detector.detect_many with its `options`, over local paths and addresses; `path` of a result is the place as
+class Judging(TypedDict, total=False):
+    """Options of `Detector.detect_many`."""
+
+    batch_size: int
+    rationale: bool
+    frames: int
+
+
+def detect_places(
+    detector: Detector | ServerDetector, places: Iterable[Place], **judging: Unpack[Judging]
+) -> Iterator[Report | Failure]:
+    """As Detector.detect_many with its options, over local paths and addresses; `path` of a result is the place as
     it was given."""
     asked: deque[tuple[Place, Failure | None]] = deque()
 
@@ -116,7 +127,7 @@ def detect_places(detector: Detector | Any, places: Iterable[Place], **options: 
                 asked.append((place, None))
                 yield source
 
-    for result in detector.detect_many(readable(), **options):
+    for result in detector.detect_many(readable(), **judging):
         while (failure := asked[0][1]) is not None:
             asked.popleft()
             yield failure

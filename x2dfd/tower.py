@@ -24,7 +24,7 @@ from x2dfd.degrade import CODEC, DEGRADE_VERSION, codec, degrade
 from x2dfd.errors import SetupError
 from x2dfd.eye import Eye
 from x2dfd.fetch import require
-from x2dfd.files import file_sha256, write_text
+from x2dfd.files import Json, file_sha256, write_text
 from x2dfd.progress import progress
 from x2dfd.types import Face
 
@@ -227,23 +227,18 @@ def cached_features(
 
     A run that was cut off resumes.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     n = len(rows)
     digest = hashlib.sha256()
     for i in rows:
         digest.update(data.samples[i].id.encode() + b"\n")
         digest.update(data.crops[i].data)
     base = file_sha256(require("base") / "model.safetensors")
-    made_by: dict[str, Any] = {"seed": seed, **VIEWS, "base": base}
+    made_by: Json = {"seed": seed, **VIEWS, "base": base}
     made_by["additions"] = additions_sha256(read_additions(additions)) if additions else None
     key = {"samples": digest.hexdigest(), "layers": layers, "keep": list(keep), **made_by}
-    state_file = folder / "progress.json"
-    state = json.loads(state_file.read_text()) if state_file.is_file() else {}
-    done = state.get("done", 0) if state.get("key") == key else 0
-    if not done:
-        state_file.unlink(missing_ok=True)  # before the arrays are emptied: it vouches for what they hold
-    tokens = _memmap(folder / "tokens.npy", bool(done), (n, len(keep), 197, WIDTH))
-    for start in progress(range(done, n, batch), "tower features"):
+    cache = CachedArray(folder, "tokens.npy", key)
+    tokens = cache.open((n, len(keep), 197, WIDTH))
+    for start in progress(range(cache.done, n, batch), "tower features"):
         stop = min(start + batch, n)
         views = np.stack([seen_view(data.crops[i], seed, int(i)) for i in rows[start:stop]])
         dtype = torch.bfloat16 if quick_in_16_bits("cpu") else torch.float32
@@ -251,8 +246,7 @@ def cached_features(
         for place, layer in enumerate(keep):
             tokens[start:stop, place] = states[layer].half().numpy()
         if (start // batch) % 8 == 7 or stop == n:
-            tokens.flush()
-            write_text(state_file, json.dumps({"key": key, "done": stop}))
+            cache.save(tokens, stop)
     return TowerFeatures(rows, tokens, tuple(keep))
 
 
@@ -261,7 +255,26 @@ def quick_in_16_bits(device: str) -> bool:
     return device == "cuda" or bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def _memmap(path: Path, resume: bool, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.float16]]:
-    if resume:
-        return np.lib.format.open_memmap(path, "r+")
-    return np.lib.format.open_memmap(path, "w+", np.float16, shape)
+class CachedArray:
+    """A float16 array on disk that is filled in order, one per folder.
+
+    A run that was cut off goes on where it stopped; another `key` (plain values) begins anew.
+    """
+
+    def __init__(self, folder: Path, name: str, key: Json) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file, self._state, self._key = folder / name, folder / "progress.json", json.loads(json.dumps(key))
+        state = json.loads(self._state.read_text()) if self._state.is_file() else {}
+        self.done: int = state.get("done", 0) if state.get("key") == self._key else 0  # rows that are filled
+        if not self.done:
+            self._state.unlink(missing_ok=True)  # before the array is emptied: it vouches for what that holds
+
+    def open(self, shape: tuple[int, ...]) -> np.memmap[tuple[int, ...], np.dtype[np.float16]]:
+        if self.done:
+            return np.lib.format.open_memmap(self._file, "r+")
+        return np.lib.format.open_memmap(self._file, "w+", np.float16, shape)
+
+    def save(self, array: np.memmap[tuple[int, ...], np.dtype[np.float16]], done: int) -> None:
+        array.flush()
+        write_text(self._state, json.dumps({"key": self._key, "done": done}))
+        self.done = done

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +15,9 @@ from torch import Tensor
 
 from x2dfd.adapter import FORENSIC, TOWER, WHOLE, AdapterCard, check_adapter, checked_additions
 from x2dfd.calibration import MLLM, Calibration
-from x2dfd.loading import TORCH_DTYPES, Dtype, base_identity
+from x2dfd.loading import TORCH_DTYPES, base_identity
 from x2dfd.mllm import BATCH, LocalMLLM, Look, YesNo, seeds_of
+from x2dfd.model_spec import Dtype
 from x2dfd.tower import load_eye, tower_states
 
 
@@ -50,9 +50,17 @@ class TowerFirst:
         """As of LocalMLLM."""
         return self.whole.verdict_logits(look, questions)
 
-    def write(self, look: Look, questions: Sequence[str], starts: Sequence[str], **options: Any) -> list[str]:
+    def write(
+        self,
+        look: Look,
+        questions: Sequence[str],
+        starts: Sequence[str],
+        *,
+        turns: Sequence[tuple[str, str]] = (),
+        on_text: Callable[[str], None] | None = None,
+    ) -> list[str]:
         """As of LocalMLLM."""
-        return self.whole.write(look, questions, starts, **options)
+        return self.whole.write(look, questions, starts, turns=turns, on_text=on_text)
 
     def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str], /) -> YesNo:
         """As of LocalMLLM."""

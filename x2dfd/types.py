@@ -6,11 +6,10 @@ This file imports neither torch nor numpy, so that `import x2dfd` stays instant.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
-from x2dfd.files import check_fields
+from x2dfd.files import Json, check_fields
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,7 +63,7 @@ class Evidence:
     no_photo: float | None = None  # P(a drawing, a painting or a render: no photograph at all), where it can tell
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
+    def from_dict(cls, data: Json) -> Self:
         rows = tuple(tuple(row) for row in data.get("map", ()))
         return cls(**{**data, "cues": tuple(Cue(**c) for c in data.get("cues", ())), "map": rows})
 
@@ -113,7 +112,7 @@ class Card:
     blind_spot: str  # what it cannot see: the first thing a reader must know
     weights: str = ""  # file name beside the card
     trained_on: str = ""  # data, in words
-    figures: dict[str, Any] = field(default_factory=dict)  # measured, with n and interval
+    figures: Json = field(default_factory=dict)  # measured, with n and interval
     covers: tuple[str, ...] = ()  # what an expert speaks of: artifacts, "AREA ARTIFACT" pairs, classes of forgeries
 
     def __post_init__(self) -> None:
@@ -125,14 +124,51 @@ class Card:
     def covers_cue(self, area: str, artifact: str) -> bool:
         return artifact in self.covers or f"{area} {artifact}" in self.covers
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         return {**asdict(self), "covers": list(self.covers)}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
+    def from_dict(cls, data: Json) -> Self:
         """Raises ValueError on a missing, unknown or misshapen field: a card is complete or it is not a card."""
         check_fields(cls, data)
         return cls(**{**data, "covers": tuple(data.get("covers", ()))})
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What answers, as every report states it: two answers can be compared where all of this but words agrees."""
+
+    name: str
+    base: dict[str, str]  # name and SHA-256 of the base model's weights
+    adapter_sha256: str | None = None
+    layers: dict[str, int | list[int]] | None = None  # kept of `tower` and `text`
+    prompt_sha256: str = ""
+    crops_through: str = ""  # the codec that every crop goes through
+    experts: dict[str, str] = field(default_factory=dict)  # name -> version and SHA-256 of the weights
+    in_prompt: list[str] = field(default_factory=list)  # experts whose scores the MLLM is told
+    aliases: dict[str, str] | None = None  # what the prompt calls some of them
+    temperature: float = 0.0
+    score_form: str = "numbers"
+    held_out: list[str] = field(default_factory=list)  # forge methods that its training left out
+    blind_spot: str = ""
+    licence: str = ""
+    runs_on: str | None = None  # device and precision of a local model
+    served: dict[str, str] | None = None  # host and name of a served one
+    asked_with: str | None = None  # how scores are told where that is not in the prompt's own form
+    mode: str = "calibrated"
+    threshold: float | None = None  # of p_fake in this mode
+    band: list[float] | None = None  # p_fake without an answer lies between these
+    weights: dict[str, float] | None = None  # of MLLM and experts in the calibration
+    calibration_sha256: str | None = None
+    validation: Json | None = None  # summary of the validation run
+    validation_sha256: str | None = None
+
+    def to_dict(self) -> Json:
+        """As `Report.model` holds it."""
+        said = asdict(self)
+        return {
+            k: v for k, v in said.items() if v is not None or k not in ("aliases", "runs_on", "served", "asked_with")
+        }
 
 
 @dataclass(frozen=True)
@@ -158,7 +194,7 @@ class FaceReport:
         return -1.0 if self.verdict.p_fake is None else self.verdict.p_fake
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
+    def from_dict(cls, data: Json) -> Self:
         return cls(
             **{
                 **data,
@@ -178,20 +214,20 @@ class Report:
 
     path: str | None  # as given by the caller; None for bytes and PIL images
     sha256: str  # of the file's bytes
-    media: dict[str, Any]  # kind, format, width, height, n_frames, and what decoding changed (`notes`)
+    media: Json  # kind, format, width, height, n_frames, and what decoding changed (`notes`)
     verdict: Verdict  # image: the most suspicious face; video: see Detector
     faces: tuple[FaceReport, ...]
     rationale: str  # of the face that decided
     cues: tuple[Cue, ...]  # of the face that decided
     evidence: tuple[Evidence, ...]  # of the face that decided
-    provenance: dict[str, Any]  # C2PA state, and `statements`: what the file says of how it was made; never in p_fake
-    model: dict[str, Any]  # names, hashes, layer counts, mode, threshold and band in force
+    provenance: Json  # C2PA state, and `statements`: what the file says of how it was made; never in p_fake
+    model: Json  # names, hashes, layer counts, mode, threshold and band in force
     versions: dict[str, str]
     # Seconds per stage, of the whole batch; `files`: how many files it held. Decoding and face finding may have run
     # while the batch before was judged.
     timings: dict[str, float]
     warnings: tuple[str, ...] = ()
-    likelihood_ratio: dict[str, Any] = field(default_factory=dict)  # `value`, `interval`, `limits`, `run`,
+    likelihood_ratio: Json = field(default_factory=dict)  # `value`, `interval`, `limits`, `run`,
     # `propositions`; or `value` None and the `reason`. Empty in reports of former versions
 
     @property
@@ -210,7 +246,7 @@ class Report:
 
         return summary(self)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """As plain values. A map stands once, with its face; the evidence repeated from that face goes without."""
         data = asdict(self)
         if any(face.evidence == self.evidence for face in self.faces):
@@ -222,7 +258,7 @@ class Report:
         return json.dumps(self.to_dict(), ensure_ascii=False, indent=indent, allow_nan=False)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
+    def from_dict(cls, data: Json) -> Self:
         faces = tuple(FaceReport.from_dict(f) for f in data["faces"])
         evidence = tuple(Evidence.from_dict(e) for e in data["evidence"])
         if not any("map" in e for e in data["evidence"]):  # `to_dict` left them out
@@ -244,7 +280,7 @@ class Report:
         return cls.from_dict(json.loads(text))
 
 
-def frames_asked(media: Mapping[str, Any]) -> int | None:
+def frames_asked(media: Json) -> int | None:
     """How many frames the clip of a `Report.media` was sampled at; None for a picture."""
     if media.get("kind") != "video":
         return None
@@ -260,7 +296,7 @@ class Failure:
     code: str
     reason: str
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         return {"path": self.path, "sha256": self.sha256, "error": {"code": self.code, "reason": self.reason}}
 
     def to_json(self, indent: int | None = None) -> str:

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from x2dfd.errors import SetupError
-from x2dfd.files import bad_rate, check_fields, json_sha256, parse_json, write_text
+from x2dfd.files import Json, bad_rate, check_fields, json_sha256, parse_json, write_text
 
 FILE = "validation.json"
 PROPOSITIONS = (
@@ -28,21 +26,21 @@ class Validation:
 
     run: str  # task and manifest, for people
     manifest_sha256: str
-    model: dict[str, Any]  # adapter_sha256, experts and band of the model that was validated
+    model: Json  # adapter_sha256, experts and band of the model that was validated
     n_real: int
     n_fake: int
     n_groups: int
     methods: tuple[str, ...]  # kinds of forgery in it
     sources: tuple[str, ...]  # of its real pictures
-    rates: dict[str, Any]  # false_alarms, misses, answered, auc: value, with n and interval where they have one
+    rates: Json  # false_alarms, misses, answered, auc: value, with n and interval where they have one
     cllr: float  # log-likelihood-ratio cost of p_fake in that run: 0 is perfect, 1 says nothing
     steps: tuple[tuple[float, float, float, float], ...]  # from this p_fake on: likelihood ratio, and its 95 % interval
 
-    def fits(self, facts: Mapping[str, Any]) -> bool:
+    def fits(self, facts: Json) -> bool:
         """Whether it was made with that model: weights, experts and band are the same."""
         return all(facts.get(key) == value for key, value in self.model.items())
 
-    def likelihood_ratio(self, p_fake: float) -> dict[str, Any]:
+    def likelihood_ratio(self, p_fake: float) -> Json:
         """How many times as frequent a score like this one is under H1 as under H2, with interval and limits."""
         _, value, low, high = self.steps[max(bisect_right([s[0] for s in self.steps], p_fake) - 1, 0)]
         return {"value": value, "interval": [low, high], "limits": [self.steps[0][1], self.steps[-1][1]]}
@@ -52,7 +50,7 @@ class Validation:
         """Of everything in it, the steps included."""
         return json_sha256(asdict(self))
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Json:
         """What a report repeats of it: everything but the steps."""
         told = asdict(self)
         del told["steps"], told["model"]

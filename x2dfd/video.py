@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from x2dfd import hdr
 from x2dfd.errors import InputError, X2DFDError
+from x2dfd.files import Json
 from x2dfd.sniffing import MAX_PIXELS, Budget, Metered, check_size, has_index, plain, read
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ class Video:
     notes: tuple[str, ...]  # what decoding changed or could not read: "rotation:90", "deinterlaced", ...
     path: str | None  # as given by the caller; None for bytes
     asked: int  # frames that were asked for; the same number samples the same ones again
-    file: dict[str, Any] = field(default_factory=dict)  # of the file: `bytes`, `modified` (of a path), `exif`
-    provenance: dict[str, Any] = field(default_factory=lambda: {"state": "not_checked"})  # see x2dfd.provenance
+    file: Json = field(default_factory=dict)  # of the file: `bytes`, `modified` (of a path), `exif`
+    provenance: Json = field(default_factory=lambda: {"state": "not_checked"})  # see x2dfd.provenance
 
 
 def positions(n: int, at_most: int) -> list[int]:
@@ -100,7 +101,7 @@ class Gathered:
         duration_s: float | None,
         asked: int,
         path: str | None,
-        file: dict[str, Any],
+        file: Json,
     ) -> Video:
         height, width = self._size
         remarks = tuple(dict.fromkeys(self.notes))

@@ -33,7 +33,7 @@ from x2dfd.errors import InputError, SetupError, X2DFDError, one_file
 
 SECONDS = 300.0  # of CPU for one call: a clip at the limit of `x2dfd.video` takes minutes
 MEMORY = 3 << 30  # bytes of address space beyond what the process takes when it is ready
-INTAKE = "x2dfd.detector"  # the module that opens files and finds their faces
+INTAKE = "x2dfd.intake"  # the module that opens files and finds their faces
 START_SECONDS = 300.0  # of the clock, until a new process has imported what it needs
 _CLOCK = 2.0  # seconds of the clock for each of CPU: what sleeps or waits for a lock uses none
 

@@ -46,7 +46,7 @@ def run(run: Run) -> Made:
             **{name: getattr(found, name) for name in whole},
         },
     }
-    origin = {"model": model.detector.facts, "versions": versions()}
+    origin = {"model": model.detector.info.to_dict(), "versions": versions()}
     asked = [crops.samples[i] for i in chosen_pictures(crops, options.split, options.limit, options.seed)]
     rows = [SampleRow.of(s) for s in asked]
     scores_of = "the largest face, as load_crops cuts it; pictures are not re-encoded"

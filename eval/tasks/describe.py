@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -178,7 +177,7 @@ def _agreement(samples: Sequence[Sample], said: Said, cues_are_known: bool) -> P
     if not cues_are_known:
         return result
 
-    def agreement(chosen: Sequence[int], what: str) -> tuple[list[Any], list[Any], list[str]]:
+    def agreement(chosen: Sequence[int], what: str) -> tuple[list[Set[object]], list[Set[object]], list[str]]:
         pairs = [(pairs_of(samples[i].cues), said[i] or frozenset()) for i in chosen]
         if what == "areas":
             pairs = [({area for area, _ in t}, {area for area, _ in s}) for t, s in pairs]  # type: ignore[misc]

@@ -42,7 +42,7 @@ def run(run: Run) -> Made:
         return Made(store, rows, NO_ORIGIN, measured, model.name, scores_of=DECIDING, change=told)
     rows, origin = score(judge_of(run, model, rationale=False, change=change), samples, store)
     # One expert decides by its own score, and has no verdict.
-    verdict = "" if model.expert else "fusion" if model.kind == "fusion" else model.mode or "calibrated"
+    verdict = "" if model.kind == "expert" else "fusion" if model.kind == "fusion" else model.mode or "calibrated"
     calibration = getattr(model.detector, "calibration", None)
     fitted = calibration.fitted_on if calibration is not None and model.mode == "calibrated" else {}
     promised = None

@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from eval import models, stats
+from eval import stats
 from eval.changes import CHANGES, FORMAT_SWAP, Change, changes_of
 from eval.localisation import localisation, places, truth_on_crop
 from eval.rows import Origin, SampleRow, Scores, say, score
@@ -40,7 +39,7 @@ from x2dfd.detector import Detector, through_codec, versions
 from x2dfd.errors import InputError, SetupError
 from x2dfd.experts import BUILTIN, Expert, ask, load_expert
 from x2dfd.faces import find_faces
-from x2dfd.files import file_sha256
+from x2dfd.files import Json, file_sha256
 from x2dfd.manifest import Sample
 from x2dfd.media import load_picture
 from x2dfd.types import Evidence, Face, Verdict
@@ -50,6 +49,7 @@ Pixels = NDArray[np.uint8]
 BESIDE = ("mesonet",)
 """Scored beside ours where a user has its weights: the baseline of the literature."""
 
+OF_MLLM = ("name", "base", "adapter_sha256", "prompt_sha256", "runs_on")
 FUSION, SHARPNESS = "fusion", "baseline:sharpness"
 SHARPNESS_IS = "minus the logarithm of the variance of the crop's Laplacian: the smoother, the likelier fake"
 """Direction and form were stated before anything was scored with it."""
@@ -58,12 +58,11 @@ SHARPNESS_IS = "minus the logarithm of the variance of the crop's Laplacian: the
 def run(run: Run) -> Made:
     """`experts`, and `locate`, which is its maps alone."""
     options, samples, locate = run.options, run.samples, run.options.task == "locate"
-    model = options.choice.model
-    one = model.removeprefix(models.EXPERT) if model.startswith(models.EXPERT) else None
+    one, folder = options.choice.expert, options.choice.folder or EMBEDDED
     names = [one] if one else options.experts.split(",") if options.experts else None
     changes = {} if locate else dict(CHANGES) if options.changes is None else changes_of(options.changes)
     whole = run.open().detector if options.with_mllm else None
-    panel = Panel.load("embedded" if one or model == models.FUSION else model, names, whole)
+    panel = Panel.load(folder, names, whole)
     more: Part = {"experts": [e.card.name for e in panel.experts], "changes": {n: c.line for n, c in changes.items()}}
     more |= {"mllm": panel.facts()["mllm"]} if whole else {}
     store = run.store(**more)
@@ -78,7 +77,7 @@ def run(run: Run) -> Made:
     else:
         measured = experts_result(panel, samples, rows, changes, options.by)
     stated = {"fusion": panel.fusion, "held_out": panel.held_out.get(FUSION, [])}
-    return Made(store, rows, origin, measured, models.named(model), stated=stated)
+    return Made(store, rows, origin, measured, options.choice.label, stated=stated)
 
 
 EXPERTS = Task("experts", "3", "image", "experts, their fusion, a baseline; changed pictures; maps", run)
@@ -124,13 +123,12 @@ class Panel:
     whole: Detector | None = None  # the model with its MLLM, whose own P(fake) joins the experts'
 
     @classmethod
-    def load(cls, model: str, names: Sequence[str] | None, whole: Detector | None = None) -> Panel:
-        """`model`: "embedded" or an adapter directory: whose calibration, and whose experts' weights.
+    def load(cls, folder: Path, names: Sequence[str] | None, whole: Detector | None = None) -> Panel:
+        """`folder`: the adapter directory whose calibration and whose experts' weights are taken.
 
         `whole`: the same model with its MLLM; without it the fusion is that of the experts. Raises X2DFDError for what
         is not an adapter directory, not an expert, or named and not to be had.
         """
-        folder = EMBEDDED if model == "embedded" else Path(model)
         card, calibration = read_adapter_card(folder), Calibration.load(folder)
         experts, reasons = load_experts(names, folder / "experts")
         for reason in reasons.values():
@@ -168,11 +166,7 @@ class Panel:
             "experts": {e.card.name: f"{e.card.version} {e.card.sha256}" for e in self.experts},
             "experts_left_out": list(self.left_out),
             "crops_through": f"{CODEC[0]} {CODEC[1]}",
-            **(
-                {MLLM: {k: self.whole.facts[k] for k in ("name", "base", "adapter_sha256", "prompt_sha256", "runs_on")}}
-                if self.whole
-                else {}
-            ),
+            **({MLLM: {k: getattr(self.whole.info, k) for k in OF_MLLM}} if self.whole else {}),
             SHARPNESS: SHARPNESS_IS,
         }
 
@@ -230,7 +224,7 @@ def judge(
     faces = through_codec(found)
     scores: list[Scores] = [{SHARPNESS: sharpness(face.crop)} for face in faces]
     notes: list[dict[str, str]] = [{} for _ in faces]
-    maps: list[dict[str, Any]] = [{} for _ in faces]
+    maps: list[Json] = [{} for _ in faces]
     if panel.whole:
         for at in range(0, len(found), batch_size):
             own, _ = panel.whole.judge_faces(found[at : at + batch_size])

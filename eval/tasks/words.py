@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from eval import answers, stats
 from eval import metrics as m
-from eval.models import tool_results
+from eval.models import TOOL_RESULTS, Opened, tool_results
 from eval.rows import Origin, SampleRow, score
 from eval.scoring import Part, Scored, equalised, train_apart, unscored
 from eval.stats import Measured
@@ -27,6 +27,10 @@ from x2dfd.errors import InputError, X2DFDError
 from x2dfd.explain import said_label
 from x2dfd.manifest import Sample
 from x2dfd.types import DF_CLASSES, Evidence, Face, Report
+
+if TYPE_CHECKING:
+    from x2dfd.detector import Detector
+
 
 SHOWN = 10  # answers that could not be read, in the result
 
@@ -67,7 +71,7 @@ def run_chat(run: Run) -> Made:
     return Made(store, rows, origin, chat_result(run.samples, rows), model.name, model.mode, scores_of=DECIDING)
 
 
-def need_texts(model: Any, task: str) -> None:
+def need_texts(model: Opened, task: str) -> None:
     """Raises X2DFDError for a model that writes nothing."""
     if not model.writes:
         raise X2DFDError(f"{task} asks for words, and {model.name} writes none", code="model_without_words")
@@ -100,15 +104,15 @@ def _majority_classes(run: Run) -> list[SampleRow]:
 # ---------------------------------------------------------------- asking
 
 
-def worded(detector: Any, question: str, evidence: Sequence[Evidence]) -> str:
+def worded(detector: Detector, question: str, evidence: Sequence[Evidence]) -> str:
     """The question with what the model is told of the experts: as in its verdict's question, or as tool results."""
-    if detector.facts.get("asked_with") == "tool results":
+    if detector.info.asked_with == TOOL_RESULTS:
         return tool_results(question, evidence)
-    return question + prompts.told(detector.told(evidence), detector.facts["score_form"])
+    return question + prompts.told(detector.told(evidence), detector.info.score_form)
 
 
 def ask(
-    detector: Any,
+    detector: Detector,
     samples: Sequence[Sample],
     *,
     question: Callable[[Sample], str],
@@ -137,11 +141,11 @@ def ask(
             row.reason = "no_face"
     for at in range(0, len(faces), batch_size):
         _answered_rows(detector, asked[at : at + batch_size], faces[at : at + batch_size], question, read)
-    return rows, [{"model": detector.facts, "versions": versions()}]
+    return rows, [{"model": detector.info.to_dict(), "versions": versions()}]
 
 
 def _answered_rows(
-    detector: Any,
+    detector: Detector,
     asked: Sequence[tuple[SampleRow, Sample]],
     faces: Sequence[Face],
     question: Callable[[Sample], str],
@@ -277,7 +281,7 @@ def follow_up(sample: Sample) -> str:
     return FOLLOW_UPS[int.from_bytes(hashlib.sha256(sample.id.encode()).digest()[:8]) % len(FOLLOW_UPS)]
 
 
-def converse(detector: Any, samples: Sequence[Sample], *, equal: bool) -> tuple[list[SampleRow], list[Origin]]:
+def converse(detector: Detector, samples: Sequence[Sample], *, equal: bool) -> tuple[list[SampleRow], list[Origin]]:
     """One follow-up after each verdict."""
     from x2dfd.detector import versions
 
@@ -298,7 +302,7 @@ def converse(detector: Any, samples: Sequence[Sample], *, equal: bool) -> tuple[
             continue
         row.p_fake, row.said = report.verdict.p_fake, report.verdict.label
         row.experts = {e.expert: e.score for e in report.evidence}
-    return rows, [{"model": detector.facts, "versions": versions()}]
+    return rows, [{"model": detector.info.to_dict(), "versions": versions()}]
 
 
 def chat_result(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Part:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -36,7 +36,9 @@ from x2dfd.errors import X2DFDError
 from x2dfd.experts import read_card
 from x2dfd.faces import PREPROCESSING
 from x2dfd.fetch import require
+from x2dfd.files import Json
 from x2dfd.manifest import manifest_sha256
+from x2dfd.options import names
 from x2dfd.types import ARTIFACTS, Card
 
 IMAGENET = "EfficientNet-Lite0 of ImageNet, Apache-2.0"
@@ -61,7 +63,7 @@ def consistency(
 
     torch.manual_seed(seed)
     crops = load_crops(data, workers)
-    held_out = tuple(m for m in hold_out.split(",") if m)
+    held_out = names(hold_out)
     truth = LocalTruth(crops, held_out)
     net = ConsistencyNet()
     before = read_card(start / "consistency.card.json") if start else None
@@ -186,7 +188,7 @@ class LocalTruth:
         cues = torch.from_numpy(self.cues[list(chosen)])
         return torch.from_numpy(np.stack(pixels)), torch.from_numpy(np.stack(areas)), labels, cues, target
 
-    def figures(self, net: torch.nn.Module, split: str, held_out: Sequence[str] = ()) -> dict[str, Any]:
+    def figures(self, net: torch.nn.Module, split: str, held_out: Sequence[str] = ()) -> Json:
         """AUC by method, pixel AUC of the map, and the threshold and F1 of its cues, on pictures as they are in use."""
         from external_detectors.consistency_net import POINTS_FROM, both_ways
 
@@ -205,7 +207,7 @@ class LocalTruth:
                 truths.append(masks)
         samples = [self.samples[k] for k in chosen]
         scores = torch.cat(fakes).double().numpy()
-        table: dict[str, Any] = {"calib_auc_by_method": by_method(samples, scores)}
+        table: Json = {"calib_auc_by_method": by_method(samples, scores)}
         table["worst"] = worst(samples, scores, held_out)
         shown = [k for k, s in enumerate(samples) if s.cues and (self.cues[chosen[k]] > 0).any()]
         table["cue_threshold"] = 0.5
@@ -248,6 +250,6 @@ def _cue_threshold(chance: NDArray[np.float32], there: NDArray[np.bool_]) -> tup
     return best
 
 
-def _f1(named: Any, there: Any) -> float:
+def _f1(named: NDArray[np.bool_] | np.bool_, there: NDArray[np.bool_] | np.bool_) -> float:
     """F1 over all entries of two boolean arrays."""
     return float(2 * (named & there).sum() / max(1, named.sum() + there.sum()))

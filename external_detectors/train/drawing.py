@@ -9,7 +9,8 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from x2dfd.degrade import Array, Pixels, Rng, soft
+from x2dfd.degrade import Pixels, Rng, soft
+from x2dfd.faces import Array
 
 
 def drawing(crop: Pixels, rng: Rng) -> Pixels:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from x2dfd.crops import CropSet, load_crops
 from x2dfd.degrade import CODEC, codec
 from x2dfd.errors import X2DFDError
 from x2dfd.experts import read_card
+from x2dfd.files import Json
 from x2dfd.progress import progress
 from x2dfd.tower import (
     HEAD_LAYERS,
@@ -107,7 +108,7 @@ def _learn_cues(
     epochs: int,
     lr: float,
     seed: int,
-) -> dict[str, Any]:
+) -> Json:
     """Trains the cue head; keeps the epoch with the best F1 on split `calib`, and the threshold that gives it."""
     parts = [net.mix, net.name]
     optimizer = torch.optim.AdamW([p for part in parts for p in part.parameters()], lr=lr, weight_decay=0.05)
@@ -167,7 +168,7 @@ def _f1(
     return {"cue_f1": round(found[threshold], 4), "cue_threshold": threshold}
 
 
-def _learn_photo(net: TowerHeads, crops: CropSet, rows: NDArray[np.intp], additions: Path, seed: int) -> dict[str, Any]:
+def _learn_photo(net: TowerHeads, crops: CropSet, rows: NDArray[np.intp], additions: Path, seed: int) -> Json:
     """Fits the head that tells a photograph from a drawing; half of the pictures is kept to judge it."""
     rng = np.random.default_rng(seed)
     chosen = rng.choice(rows, min(len(rows), 2 * DRAWINGS), replace=False)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 from x2dfd.degrade import degrade
 from x2dfd.errors import X2DFDError
 from x2dfd.experts import read_card
+from x2dfd.files import Json, whole
 from x2dfd.manifest import Sample
 
 EXAMPLE = "Example:\n\n  python -m external_detectors.train {}"
@@ -80,11 +80,11 @@ def auc(labels: NDArray[np.bool_], scores: NDArray[np.float64]) -> float | None:
     return float(greater)
 
 
-def by_method(samples: list[Sample], scores: NDArray[np.float64]) -> dict[str, Any]:
+def by_method(samples: list[Sample], scores: NDArray[np.float64]) -> Json:
     """AUC of each method's fakes (by the first method where two were combined) against all real ones, with counts."""
     real = np.array([s.label == "real" for s in samples])
     methods = np.array([s.method.split("+")[0] for s in samples])
-    table: dict[str, Any] = {}
+    table: Json = {}
     for method in sorted(set(methods[~real])):
         chosen = real | (methods == method)
         value = auc(~real[chosen], scores[chosen])
@@ -138,9 +138,8 @@ def checkpoint(
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{k}": v for k, v in state.items()}
     tensors["generator"] = torch.get_rng_state()
-    temporary = path.with_suffix(".tmp")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"step": str(step), "run": run})
-    temporary.replace(path)
+    with whole(path) as temporary:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"step": str(step), "run": run})
 
 
 def restore(path: Path, run: str, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> int:
@@ -177,15 +176,15 @@ def training_device() -> torch.device:
 def fit(
     net: torch.nn.Module,
     batch_of: Callable[[np.random.Generator], tuple[Tensor, ...]],
-    loss_of: Callable[[Any], Tensor],
+    loss_of: Callable[[tuple[Tensor, ...]], Tensor],
     *,
     steps: int,
     lr: float,
     seed: int,
     state: Path,
     run: str,
-    check: Callable[[torch.nn.Module], dict[str, Any]],
-) -> tuple[torch.nn.Module, dict[str, Any]]:
+    check: Callable[[torch.nn.Module], Json],
+) -> tuple[torch.nn.Module, Json]:
     """Train a network, resuming from `state`; returns the best moving average of its weights, and its figures.
 
     `batch_of` draws a batch (in a thread, while the one before is learnt), `loss_of` gives its loss. `check` is asked
@@ -243,9 +242,7 @@ def fit(
     return trained.eval(), figures
 
 
-def _keep_better(
-    best: Path, step: int, net: torch.nn.Module, check: Callable[[torch.nn.Module], dict[str, Any]]
-) -> dict[str, Any]:
+def _keep_better(best: Path, step: int, net: torch.nn.Module, check: Callable[[torch.nn.Module], Json]) -> Json:
     """Writes the weights to `best` unless better ones lie there; the figures of those that lie there then."""
     from safetensors import safe_open
 
@@ -254,13 +251,11 @@ def _keep_better(
     log(json.dumps(figures))
     if best.is_file():
         with safe_open(best, "pt") as stream:
-            before: dict[str, Any] = json.loads(stream.metadata()["figures"])
+            before: Json = json.loads(stream.metadata()["figures"])
         if before.get("worst") is not None and before["worst"] > (figures.get("worst") or 0.0):
             return before
-    temporary = best.with_suffix(".tmp")
-    tensors = {k: v.contiguous() for k, v in net.state_dict().items()}
-    save_file(tensors, temporary, {"figures": json.dumps(figures)})
-    temporary.replace(best)
+    with whole(best) as temporary:
+        save_file({k: v.contiguous() for k, v in net.state_dict().items()}, temporary, {"figures": json.dumps(figures)})
     return figures
 
 

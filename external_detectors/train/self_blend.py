@@ -10,7 +10,8 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from x2dfd.degrade import Array, Pixels, Rng, codec, rescale, soft
+from x2dfd.degrade import Pixels, Rng, codec, rescale, soft
+from x2dfd.faces import Array
 
 _MOUTH = (61, 291, 17, 0, 57, 287, 200, 164)
 """Mesh points around the mouth."""

@@ -50,8 +50,9 @@ from x2dfd.crops import CropSet, load_crops
 from x2dfd.degrade import CODEC, codec, video_codec
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.faces import PREPROCESSING
-from x2dfd.files import file_sha256
+from x2dfd.files import Json, file_sha256, whole
 from x2dfd.manifest import Sample, manifest_sha256
+from x2dfd.options import names
 from x2dfd.tower import HEAD_LAYERS, LORA_B, clip_pixels, load_tower, quick_in_16_bits
 from x2dfd.types import ARTIFACTS, Card
 
@@ -277,7 +278,7 @@ def tower(
 ) -> None:
     """The forensic tower: real or fake, kind of fake, cues and map from one pass."""
     sets = [load_crops(path, crop_workers) for path in data]
-    left_out = tuple(name for name in leave_out.split(",") if name)
+    left_out = names(leave_out)
     pictures = Pictures(sets, left_out, seed)
     settings = Settings(
         tuple(manifest_sha256(path) for path in data),
@@ -333,7 +334,7 @@ def _allowed(pictures: Pictures) -> Tensor:
 
 def _learn(
     net: Net, pictures: Pictures, settings: Settings, state: Path, workers: int, checks: int
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> tuple[dict[str, Tensor], Json]:
     """Train until the clock ends it; returns the best average of the trained weights and its figures."""
     place = training_device()
     net = net.to(place)
@@ -403,9 +404,9 @@ def _better(
     average: dict[str, Tensor],
     pictures: Pictures,
     step: int,
-    best: dict[str, Any],
+    best: Json,
     state: Path,
-) -> dict[str, Any]:
+) -> Json:
     """Score the average on the held-out pictures, and keep it as `average-STEP.safetensors`."""
     now = {n: p.detach().clone() for n, p in trained.items()}
     _put(trained, average)
@@ -445,7 +446,7 @@ def seen_by(net: Net, pictures: Pictures, rows: Sequence[tuple[int, int]]) -> Se
     return Seen(*(torch.cat(list(column)) for column in zip(*found, strict=True)))
 
 
-def cue_threshold(net: Net, pictures: Pictures) -> dict[str, Any]:
+def cue_threshold(net: Net, pictures: Pictures) -> Json:
     """The probability from which a cue is named: it has the best F1 over cues on forgeries that training did not see.
 
     Those of split `calib`, which data_gen forge keeps for such a choice; 0.5 where there are none.
@@ -484,7 +485,7 @@ def _save(
     settings: Settings,
     spent: float,
     step: int,
-    best: dict[str, Any],
+    best: Json,
     trained: dict[str, nn.Parameter],
     average: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
@@ -494,8 +495,8 @@ def _save(
     for number, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{k}": v for k, v in values.items()}
     metadata = {"run": json.dumps(asdict(settings)), "spent": str(spent), "step": str(step), "best": json.dumps(best)}
-    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path.with_suffix(".part"), metadata)
-    path.with_suffix(".part").replace(path)
+    with whole(path) as temporary:
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
 
 
 def _resume(
@@ -504,7 +505,7 @@ def _resume(
     trained: dict[str, nn.Parameter],
     average: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
-) -> tuple[float, int, dict[str, Any]]:
+) -> tuple[float, int, Json]:
     """Seconds spent, steps done and the best so far. Raises X2DFDError for the state of another run."""
     from safetensors import safe_open
 

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -52,8 +52,9 @@ from x2dfd.assessment.rank import (
 from x2dfd.assessment.report import Assessment, chart, read_assessment, strong_cues, table
 from x2dfd.errors import X2DFDError
 from x2dfd.experts import cards
-from x2dfd.files import write_text
+from x2dfd.files import Json, write_text
 from x2dfd.manifest import manifest_sha256
+from x2dfd.model_spec import LoadOptions, ModelSpec
 
 if TYPE_CHECKING:
     from x2dfd.crops import CropSet
@@ -183,12 +184,12 @@ def _entry(questions: Sequence[CueQuestion], columns: list[int], p_yes: Floats, 
     )
 
 
-def _beside_random(ours: Sequence[Finding], unrelated: Sequence[Finding], k: int) -> dict[str, Any] | None:
+def _beside_random(ours: Sequence[Finding], unrelated: Sequence[Finding], k: int) -> Json | None:
     """Cue questions and unrelated ones, fake against real; of both the same share is called best."""
     if not unrelated:
         return None
 
-    def figures(of: Sequence[Finding]) -> dict[str, Any]:
+    def figures(of: Sequence[Finding]) -> Json:
         aucs = np.array([np.nan if f.overall.auc is None else f.overall.auc for f in of])
         best = max(1, round(len(of) * k / len(ours)))
         return {
@@ -207,12 +208,9 @@ def run_assess(
     questions: Path | None = None,
     limit: int | None = None,
     split: str | None = None,
-    model: str | None = None,
+    model: str | ModelSpec = "embedded",
     seed: int = 0,
-    base: str | None = None,
-    served: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
+    loading: LoadOptions | None = None,
 ) -> None:
     """The command `x2dfd assess`: load, assess, write, and print what a person wants to know first."""
     asked = read_questions(questions or BANK)
@@ -221,7 +219,8 @@ def run_assess(
 
     crops = load_crops(data, workers=min(4, os.cpu_count() or 1))
     # Whether a verdict is calibrated does not matter here, and calibration comes later on the road.
-    mllm = x2dfd.load(model, base=base, served=served, experts=[], mode="paper", device=device, dtype=dtype).mllm
+    options: LoadOptions = {**(loading or {}), "experts": [], "mode": "paper"}
+    mllm = x2dfd.load(model, **options).mllm
     a = assess(mllm, crops, asked, out, limit=limit, split=split, seed=seed, manifest_hash=manifest_sha256(data))
     if not chart(a, out / "assessment.png"):
         print("no chart: matplotlib is not installed (pip install -e '.[bench]')", file=sys.stderr)

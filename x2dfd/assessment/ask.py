@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +15,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from x2dfd.errors import X2DFDError
+from x2dfd.files import Json, whole
 from x2dfd.progress import progress
+from x2dfd.row_parts import RowParts
 from x2dfd.types import Cue
 
 if TYPE_CHECKING:
@@ -111,31 +112,22 @@ _SCHEMA = pa.schema(
         ("said", pa.list_(pa.string())),
     ]
 )
-_Row = dict[str, Any]
+_Row = Json
 
 
-def _save_rows(path: Path, rows: Sequence[_Row], key: dict[str, str]) -> None:
-    temporary = path.with_suffix(".tmp")
-    table = pa.Table.from_pylist(list(rows), schema=_SCHEMA.with_metadata(key))
-    pq.write_table(table, temporary, use_dictionary=["said"])
-    os.replace(temporary, path)
-
-
-def _saved_rows(out: Path, key: dict[str, str]) -> dict[str, _Row]:
+def _saved_rows(out: Path, parts: RowParts, key: dict[str, str]) -> dict[str, _Row]:
     """Answers of earlier runs in `out`, by image id."""
-    rows: dict[str, _Row] = {}
-    for file in [out / "answers.parquet", *sorted((out / "answers.parts").glob("*.parquet"))]:
-        if not file.is_file():
-            continue
-        table = pq.read_table(file)
-        metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
-        if any(metadata.get(k) != v for k, v in key.items()):
-            raise X2DFDError(
-                f"{out} holds answers of another model or to other questions; choose another --out",
-                code="answers_of_another_run",
-            )
-        rows.update({r["id"]: r for r in table.to_pylist()})
-    return rows
+    found = list(parts)
+    if (finished := out / "answers.parquet").is_file():
+        table = pq.read_table(finished)
+        head = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+        found.insert(0, ({k: head.get(k) for k in key}, table.to_pylist()))
+    if any(head != key for head, _ in found):
+        raise X2DFDError(
+            f"{out} holds answers of another model or to other questions; choose another --out",
+            code="answers_of_another_run",
+        )
+    return {row["id"]: row for _, rows in found for row in rows}
 
 
 def _ask(model: Answerer, crop: NDArray[np.uint8], texts: Sequence[str]) -> tuple[list[float], list[str]]:
@@ -159,10 +151,9 @@ def ask_all(
     model: Answerer, data: CropSet, chosen: Sequence[int], texts: Sequence[str], out: Path, show: bool
 ) -> list[_Row]:
     """Answers for the chosen images, in their order; what an earlier run saved is not asked again."""
-    parts = out / "answers.parts"
-    parts.mkdir(parents=True, exist_ok=True)
+    parts = RowParts(out / "answers.parts")
     key = {"model": model.name, "questions": json.dumps(list(texts), ensure_ascii=False)}
-    saved = _saved_rows(out, key)
+    saved = _saved_rows(out, parts, key)
     known = {
         s.id: saved[s.id]
         for i, s in enumerate(data.samples)
@@ -178,19 +169,18 @@ def ask_all(
             )
     todo = [i for i in chosen if data.samples[i].id not in known]
     fresh: list[_Row] = []
-    number = len(list(parts.glob("*.parquet")))
     for done, i in enumerate(progress(todo, "asking") if show else todo, start=1):
         p_yes, said = _ask(model, data.crops[i], texts)
         fresh.append({"id": data.samples[i].id, "crop_sha256": _sha256(data, i), "p_yes": p_yes, "said": said})
         if len(fresh) == PART or done == len(todo):
-            _save_rows(parts / f"{number:06d}.parquet", fresh, key)
+            parts.add(key, fresh)
             known.update({r["id"]: r for r in fresh})
-            number, fresh = number + 1, []
+            fresh = []
     # Answers beyond the chosen images stay: a smaller --limit must not throw hours away.
-    _save_rows(out / "answers.parquet", [known[s.id] for s in data.samples if s.id in known], key)
-    for file in parts.glob("*"):
-        file.unlink()
-    parts.rmdir()
+    rows = [known[s.id] for s in data.samples if s.id in known]
+    with whole(out / "answers.parquet") as file:
+        pq.write_table(pa.Table.from_pylist(rows, _SCHEMA.with_metadata(key)), file, use_dictionary=["said"])
+    parts.clear()
     return [known[data.samples[i].id] for i in chosen]
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from x2dfd.assessment.ask import CueQuestion, Floats
+from x2dfd.files import Json
 from x2dfd.types import Card
 
 TOP_K = 40  # of 100 questions, in the paper
@@ -67,8 +68,8 @@ class Finding:
         return self.present if self.present is not None and self.decided_by == "present" else self.overall
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
-        def separation(d: dict[str, Any] | None) -> Separation | None:
+    def from_dict(cls, data: Json) -> Self:
+        def separation(d: Json | None) -> Separation | None:
             return None if d is None else Separation(**{**d, "interval": _pair(d["interval"])})
 
         return cls(
@@ -229,7 +230,7 @@ class Ranking:
             rows.append(_aucs(entry.scores, weights * up[:, None], weights * down[:, None]))
         return np.stack(rows) if rows else np.zeros((0, weights.shape[1]))
 
-    def control(self) -> dict[str, Any]:
+    def control(self) -> Json:
         return {
             "k": self.k,
             "shuffles": SHUFFLES,
@@ -238,7 +239,7 @@ class Ranking:
             "shuffled_p95": self.bar,
         }
 
-    def stability(self) -> dict[str, Any]:
+    def stability(self) -> Json:
         """Agreement of two halves, and what the best of one half are worth on the other."""
         correlations, held_out = [], []
         for i in range(0, self.halves.shape[1], 2):

@@ -6,10 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Self
 
 from x2dfd.assessment.rank import Finding, Interval
 from x2dfd.errors import X2DFDError
+from x2dfd.files import Json
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -32,22 +36,22 @@ class Assessment:
     cues: tuple[Finding, ...]  # best first
     questions: tuple[Finding, ...]  # best first, without the controls
     unrelated: tuple[Finding, ...]  # the control questions, best first
-    control: dict[str, Any]  # the same ranking with shuffled truth: mean and 95th percentile of the top-k mean AUC
-    stability: dict[str, Any]  # Spearman correlation of the rankings of two halves of the groups
-    random: dict[str, Any] | None  # unrelated questions beside ours, fake against real
+    control: Json  # the same ranking with shuffled truth: mean and 95th percentile of the top-k mean AUC
+    stability: Json  # Spearman correlation of the rankings of two halves of the groups
+    random: Json | None  # unrelated questions beside ours, fake against real
     uncovered: tuple[tuple[str, str], ...]  # weak cues that no expert covers
 
-    def published(self) -> list[dict[str, Any]]:
+    def published(self) -> list[Json]:
         """The question list in X2-DFD's result shape, best balanced accuracy first."""
         keys = ("question", "real_accuracy", "fake_accuracy", "balanced_accuracy")
         rows = [{k: getattr(f, k) for k in keys} for f in self.questions]
         return sorted(rows, key=lambda r: -float(r["balanced_accuracy"]))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         return {**asdict(self), "published": self.published()}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
+    def from_dict(cls, data: Json) -> Self:
         ours = dict(data)
         ours.pop("published", None)  # derived
         for key in ("cues", "questions", "unrelated"):
@@ -163,7 +167,7 @@ _GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-def _panel(axes: Any, findings: Sequence[Finding], colour: str, limits: Interval, bar: float | None) -> None:
+def _panel(axes: Axes, findings: Sequence[Finding], colour: str, limits: Interval, bar: float | None) -> None:
     """One area's bars; `bar`: what the best reach by chance."""
     for place, f in enumerate(findings):
         auc = f.deciding.auc or 0.0

@@ -1,0 +1,173 @@
+"""A file becomes faces: it is opened, its faces are found, and its pixels are let go.
+
+Whatever a file makes a library raise becomes an InputError here (`errors.one_file`), or a Failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL.Image import Image
+
+from x2dfd.errors import InputError, one_file
+from x2dfd.faces import find_faces, find_turned_faces
+from x2dfd.files import Json, file_sha256
+from x2dfd.media import Frame, Picture, Video, load_media, media_summary
+from x2dfd.provenance import read_provenance
+from x2dfd.types import Face, FaceReport, Failure, Report, frames_asked
+from x2dfd.worker import isolated
+
+Source = str | Path | bytes | Image
+Told = Callable[[Frame | FaceReport], None]
+
+FRAME_FACES = 4  # of one frame of a video
+TURN_EVERY = 4  # frames: of a clip without a face so far, these are also looked at on their side and on their head
+CUT_OFF = 0.05  # of a face's width: what reaches over the edge by more is said to be cut
+MAX_FACES = 24  # in one picture; the smaller ones are left out with a warning
+NO_PIXELS = np.empty((0, 0, 3), np.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A face with where it was found."""
+
+    face: Face
+    frame: int | None
+    time_s: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A file as the models take it: decoded, its faces found, and its pixels let go."""
+
+    media: Picture | Video | Failure
+    summary: Json  # Report.media
+    seen: list[Seen]
+    notes: list[str]
+    seconds: dict[str, float]
+
+
+class Search:
+    """Finds the faces of a file; of a clip while it is decoded, so that one frame at a time stands in memory."""
+
+    def __init__(self, on_progress: Told | None = None) -> None:
+        self.seen: list[Seen] = []
+        self._on_progress = on_progress
+        self.turned = 0  # degrees counterclockwise that set the picture upright, where the file does not say so
+        self.seconds = 0.0
+        self._left_out = 0
+        self._frames = 0
+        self._cut = 0  # pictures or frames whose largest face reaches over the edge
+
+    def picture(self, picture: Picture) -> None:
+        faces = self._faces(picture.pixels, turning=True)
+        self._left_out = len(faces[MAX_FACES:])
+        self.seen = [Seen(face, None, None) for face in faces[:MAX_FACES]]
+
+    def frame(self, frame: Frame) -> Frame:
+        """The frame without its pixels."""
+        unfound = not self.seen and self._frames % TURN_EVERY == 0
+        faces = self._faces(frame.pixels, turning=unfound or bool(self.turned))
+        self._frames += 1
+        self._left_out += len(faces[FRAME_FACES:])
+        for face in faces[:FRAME_FACES]:
+            self.seen.append(Seen(replace(face, index=len(self.seen)), frame.index, frame.time_s))
+        if self._on_progress:
+            self._on_progress(frame)
+        return replace(frame, pixels=NO_PIXELS)
+
+    def _faces(self, pixels: NDArray[np.uint8], turning: bool) -> list[Face]:
+        start = time.perf_counter()
+        with one_file("finding faces"):
+            faces = find_faces(pixels)
+            if turning and not faces:
+                turns = (self.turned // 90,) if self.turned else (1, 2, 3)
+                faces, turned = find_turned_faces(pixels, turns)
+                self.turned = self.turned or turned
+        self._cut += bool(faces) and _reaches_out(faces[0], pixels.shape[1], pixels.shape[0])
+        self.seconds += time.perf_counter() - start
+        return faces
+
+    def notes(self) -> list[str]:
+        """Report.warnings."""
+        notes = []
+        if self._left_out:
+            largest = f"; a frame's {FRAME_FACES} largest are judged" if self._frames else ""
+            notes.append(f"{self._left_out} smaller faces were left out{largest}")
+        if self._cut:
+            where = f" in {self._cut} of {self._frames} frames" if self._frames else ""
+            notes.append(f"the largest face is cut by the edge of the picture{where}: what lies outside was not judged")
+        if self.turned:
+            side = "on its head" if self.turned == 180 else "on its side"
+            notes.append(f"the picture stands {side} and does not say so: faces were looked for in all four turns")
+        return notes
+
+
+def _reaches_out(face: Face, width: int, height: int) -> bool:
+    """Whether the face's mesh reaches over the edge of its picture by more than the mesh's own error."""
+    (left, top), (right, bottom) = face.landmarks.min(0), face.landmarks.max(0)
+    return bool(max(-left, -top, right - width, bottom - height) > CUT_OFF * (right - left))
+
+
+def _open(source: Source, frames: int, keep: Callable[[Frame], Frame]) -> Picture | Video:
+    """Decoded, with what the file's Content Credentials say."""
+    media = load_media(source, max_frames=frames, keep=keep)
+    if isinstance(source, Image):
+        return media
+    with one_file("reading Content Credentials"):
+        return replace(media, provenance=read_provenance(source, media.format))
+
+
+@isolated
+def ready(source: Source, frames: int, on_progress: Told | None = None) -> Ready:
+    """Raises InputError, whatever the file makes a library raise; see `errors.one_file`."""
+    search = Search(on_progress)
+    start = time.perf_counter()
+    media = _open(source, frames, search.frame)
+    decoded = time.perf_counter() - start - search.seconds
+    if isinstance(media, Picture):
+        search.picture(media)
+    summary = media_summary(media)
+    if search.turned:
+        summary["notes"].append(f"faces_turned:{search.turned}")
+    # Two batches stand in memory: of a camera's photo 150 MB each, and the models look at the crops alone.
+    if isinstance(media, Picture):
+        media = replace(media, pixels=NO_PIXELS)
+    return Ready(media, summary, search.seen, search.notes(), {"decode": decoded, "faces": search.seconds})
+
+
+def ready_or_failure(source: Source, frames: int, on_progress: Told | None = None) -> Ready:
+    try:
+        return ready(source, frames, on_progress=on_progress)
+    except InputError as error:
+        return Ready(failure_of(source, error), {}, [], [], {})
+
+
+@isolated
+def found_again(report: Report, source: Source) -> list[Seen]:
+    """The faces of a report's file, in the report's order. Raises InputError, also where it is another file."""
+    search = Search()
+    media = load_media(source, max_frames=frames_asked(report.media) or 1, keep=search.frame)
+    if report.sha256 != media.sha256:
+        raise InputError("other_picture", "this is not the picture that the report is about")
+    if isinstance(media, Picture):
+        search.picture(media)
+    return search.seen
+
+
+def failure_of(source: Source, error: InputError) -> Failure:
+    path = str(source) if isinstance(source, str | Path) else None
+    digest = None
+    if isinstance(source, bytes):
+        digest = hashlib.sha256(source).hexdigest()
+    elif path is not None and error.code != "file_too_large":
+        with contextlib.suppress(OSError):  # what cannot be read has no hash
+            digest = file_sha256(Path(path)) if Path(path).is_file() else None
+    return Failure(path, digest, error.code, error.reason)

@@ -1,0 +1,125 @@
+"""Which model is meant: one string, the same in every command, in `x2dfd.load`, in the app and in the benchmark.
+
+| `--model` | is |
+| --- | --- |
+| `embedded` | the model that comes with the package |
+| `DIR` | an adapter directory on the embedded base, or one that holds a whole model |
+| `hub:NAME` | a base model alone, by its hub name or its directory |
+| `hub:NAME+DIR` | that base with an adapter directory |
+| `NAME@http://HOST/v1` | a model alone, by its name at an OpenAI-compatible endpoint |
+| `NAME@http://HOST/v1+DIR` | the same with the adapter directory that the endpoint serves under that name |
+| `expert:NAME` | one expert without a language model; for the benchmark only |
+
+A base's directory and an endpoint's address cannot hold a `+`. A directory whose name looks like another form is
+written with its path: `./embedded`. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Self, TypedDict
+from urllib.parse import urlsplit
+
+from x2dfd.errors import SetupError
+
+Mode = Literal["calibrated", "paper"]
+Dtype = Literal["fp32", "bf16", "fp16"]
+Bits = Literal[4, 8]
+
+EMBEDDED_NAME, HUB, EXPERT = "embedded", "hub:", "expert:"
+
+
+class LoadOptions(TypedDict, total=False):
+    """How a model is loaded; the keyword arguments of `x2dfd.load`, which explains them."""
+
+    mode: Mode | None
+    threads: int | None
+    experts: Sequence[str] | None
+    other_experts: bool
+    device: str | None
+    dtype: Dtype | None
+    device_map: str | None
+    bits: Bits | None
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A parsed `--model`. Without any field it is the embedded model; `str` gives the text back."""
+
+    base: str | None = None  # a base model's hub name or directory; None: the embedded base
+    adapter: Path | None = None  # adapter directory
+    name: str | None = None  # at the endpoint
+    url: str | None = None  # of the endpoint
+    expert: str | None = None
+
+    @classmethod
+    def parse(cls, text: str | Path | ModelSpec) -> ModelSpec:
+        """A Path is a directory, whatever its name. Raises SetupError where a part is missing."""
+        if isinstance(text, ModelSpec):
+            return text
+        if isinstance(text, Path):
+            return cls(adapter=text)
+        if text == EMBEDDED_NAME:
+            return cls()
+        if text.startswith(EXPERT):
+            return cls(expert=_present(text, text.removeprefix(EXPERT)))
+        if text.startswith(HUB):
+            base, plus, folder = text.removeprefix(HUB).partition("+")
+            return cls(base=_present(text, base), adapter=Path(_present(text, folder)) if plus else None)
+        if found := re.search("@(?=https?://)", text):
+            name, (url, plus, folder) = text[: found.start()], text[found.end() :].partition("+")
+            adapter = Path(_present(text, folder)) if plus else None
+            return cls(adapter=adapter, name=_present(text, name), url=url)
+        return cls(adapter=Path(_present(text, text)))
+
+    def __str__(self) -> str:
+        adapter = "" if self.adapter is None else str(self.adapter)
+        if self.expert is not None:
+            return f"{EXPERT}{self.expert}"
+        if self.base is None and self.url is None:
+            return adapter or EMBEDDED_NAME
+        front = f"{HUB}{self.base}" if self.url is None else f"{self.name}@{self.url}"
+        return f"{front}+{adapter}" if adapter else front
+
+    @property
+    def embedded(self) -> bool:
+        """Whether it is the model that comes with the package."""
+        return self == ModelSpec()
+
+    @property
+    def bare(self) -> bool:
+        """Whether it is a language model without an adapter, and so without calibration."""
+        return self.adapter is None and (self.base is not None or self.url is not None)
+
+    @property
+    def host(self) -> str:
+        """Of the endpoint, with its port; "" for a model of this machine."""
+        return urlsplit(self.url).netloc if self.url else ""
+
+    @property
+    def label(self) -> str:
+        """What a result calls it: without the path of a folder and without an address."""
+        folder = self.adapter.absolute().name if self.adapter else ""
+        if self.name is not None:
+            return self.name
+        if self.base is not None and not folder:
+            return f"base:{Path(self.base).absolute().name}"
+        return folder or str(self)
+
+    def absolute(self) -> Self:
+        """The same with the directories that are here by their whole path, for a process that works elsewhere."""
+        base = str(Path(self.base).absolute()) if self.base and Path(self.base).exists() else self.base
+        adapter = self.adapter.absolute() if self.adapter and self.adapter.exists() else self.adapter
+        return replace(self, base=base, adapter=adapter)
+
+
+def _present(text: str, part: str) -> str:
+    if not part:
+        raise SetupError(
+            f"{text!r} is no model: give embedded, DIR, hub:NAME, hub:NAME+DIR or NAME@http://HOST/v1",
+            code="model_malformed",
+        )
+    return part

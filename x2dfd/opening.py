@@ -1,0 +1,222 @@
+"""A `ModelSpec` becomes a Detector: language model, experts and calibration, each checked before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from x2dfd import prompts
+from x2dfd.adapter import (
+    EMBEDDED,
+    WHOLE,
+    AdapterCard,
+    add_tower,
+    attach,
+    check_adapter,
+    check_contents,
+    check_probes,
+    expert_hashes,
+    probe_logits,
+    read_adapter_card,
+)
+from x2dfd.calibration import Calibration
+from x2dfd.degrade import CODEC
+from x2dfd.detector import Detector
+from x2dfd.errors import SetupError
+from x2dfd.experts import DEFAULT, Expert, load_expert
+from x2dfd.fetch import BASE_NAME
+from x2dfd.loading import TORCH_DTYPES, base_identity, choose_device, load_model, reading
+from x2dfd.mllm import LanguageModel, LocalMLLM
+from x2dfd.model_spec import Bits, Dtype, Mode, ModelSpec
+from x2dfd.tower_first import tower_decides, tower_first
+from x2dfd.types import ModelInfo
+from x2dfd.validation import Validation
+
+
+def load(
+    model: str | Path | ModelSpec = "embedded",
+    *,
+    mode: Mode | None = None,
+    threads: int | None = None,
+    experts: Sequence[str] | None = None,
+    other_experts: bool = False,
+    device: str | None = None,
+    dtype: Dtype | None = None,
+    device_map: str | None = None,
+    bits: Bits | None = None,
+) -> Detector:
+    """A detector that is ready to use.
+
+    `model`: embedded, DIR, hub:NAME, hub:NAME+DIR, NAME@http://HOST/v1 or NAME@http://HOST/v1+DIR; see
+    `x2dfd.model_spec`. `mode`: calibrated, or paper for the language model's own P(fake); by default calibrated, but
+    paper for a model without an adapter. `experts`: some of those that the adapter was trained or calibrated with, or,
+    with mode="paper", any; `other_experts`: also other weights than those, as calibration does. `device` and `dtype` of
+    a local language model (cpu, cuda, cuda:1 ...; fp32, bf16, fp16): by default a CUDA device with bf16 where there is
+    one, else the CPU with fp32; experts stay on the CPU. `device_map`: spreads a large model over devices, as in
+    transformers ("auto"); `bits`: reads its weights in 4 or 8 bits (bitsandbytes). Raises SetupError with what mends
+    it.
+    """
+    spec = ModelSpec.parse(model)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if spec.expert is not None:
+        raise SetupError(
+            f"{spec} is one expert without a language model, which the benchmark alone takes", code="model_not_for_task"
+        )
+    if spec.url is not None and (device or dtype or device_map or bits):
+        raise SetupError(
+            "a served model computes where its server runs: give no device, dtype, map and bits",
+            code="option_not_for_served",
+        )
+    folder = EMBEDDED if spec.embedded else spec.adapter
+    card = read_adapter_card(folder) if folder else None
+    mode = mode or ("calibrated" if folder else "paper")
+    if mode == "calibrated" and folder is None:
+        raise SetupError(
+            "a bare model has no calibration: give its adapter directory too, or take mode='paper'",
+            code="calibration_missing",
+        )
+    has_calibration = folder is not None and (mode == "calibrated" or (folder / "calibration.json").is_file())
+    calibration = Calibration.load(folder) if folder and has_calibration else None
+    mllm: LanguageModel
+    if spec.url is not None:
+        mllm, info = _served(spec, folder, card)
+    else:
+        place, precision = choose_device(device, dtype)
+        local = partial(_local, spec, folder, card, place, precision, device_map, bits)
+        if folder and card and spec.base is None and place.type == "cpu" and tower_decides(card, calibration, mode):
+            mllm, identity, asked_with = tower_first(folder, card, precision, lambda: local()[0])
+        else:
+            mllm, identity, asked_with = local()
+        runs_on = f"{place.type} {precision}" + (f", {bits}-bit weights" if bits else "")
+        info = replace(_info(card, identity, asked_with), runs_on=runs_on)
+    loaded = _experts(folder, card, calibration, mode, experts, other_experts)
+    info = replace(
+        info,
+        experts={n: f"{e.card.version} {e.card.sha256}" for n, e in loaded.items()},
+        in_prompt=[n for n in loaded if not card or n in card.experts],
+        aliases=(card.aliases or None) if card else None,
+    )
+    validation = Validation.load(folder) if folder else None
+    return Detector(mllm, list(loaded.values()), calibration, info, mode, validation)
+
+
+def _local(
+    spec: ModelSpec,
+    folder: Path | None,
+    card: AdapterCard | None,
+    place: torch.device,
+    precision: Dtype,
+    device_map: str | None,
+    bits: Bits | None,
+) -> tuple[LocalMLLM, dict[str, str], str]:
+    """The MLLM with its adapter, checked; the identity of its base; the hash of its prompts."""
+    base = None if spec.base == BASE_NAME else spec.base  # the embedded base by its name: bare, without an adapter
+    if folder and card and card.weights == WHOLE:
+        base = str(folder / WHOLE)
+    with ThreadPoolExecutor(1) as beside:
+        hashed = beside.submit(base_identity, base)  # meanwhile: most of loading is imports, which keep one core busy
+        model, processor = load_model(
+            base,
+            **reading(base, place, precision, device_map, bits),
+            tower_layers=(card.tower_layers or None) if card else None,
+            text_layers=(card.text_layers or None) if card else None,
+            feature_layers=(card.feature_layers or None) if card else None,
+        )
+        identity = hashed.result()
+    tower: str | None = ""
+    if folder and card:
+        prompts.set_frame(processor, card.frame)
+        tower = add_tower(model, folder, card)
+        check_adapter(folder, card, identity, prompts.prompt_hash(processor, card.score_form))
+        model = model if card.weights == WHOLE else attach(model, folder)
+    if device_map is None and bits is None:
+        model = model.to(place, TORCH_DTYPES[precision] if place.type == "cuda" else None)
+    mllm = LocalMLLM(
+        model,
+        processor,
+        _name(card, identity),
+        autocast=place.type == "cpu" and precision == "bf16",
+        temperature=card.temperature if card else 0.0,
+        tower=tower,
+    )
+    if card and card.probes:
+        check_probes(card, probe_logits(mllm), 0.1 if precision == "fp32" and not bits else 1.0)
+    return mllm, identity, prompts.prompt_hash(processor, card.score_form if card else "numbers")
+
+
+def _name(card: AdapterCard | None, identity: dict[str, str]) -> str:
+    return f"{card.name} {card.version}" if card else identity["name"]
+
+
+def _served(spec: ModelSpec, folder: Path | None, card: AdapterCard | None) -> tuple[LanguageModel, ModelInfo]:
+    from x2dfd.served import ServedMLLM
+
+    if folder and card:
+        check_contents(folder, card)
+    mllm = ServedMLLM(str(spec.url), str(spec.name), continues=True if card else None)
+    if card and card.probes:  # an engine rounds and resizes otherwise; another model or prompt moves them further
+        check_probes(card, probe_logits(mllm), 1.0)
+    identity = card.base if card else {"name": mllm.name, "sha256": ""}
+    info = _info(card, identity, card.prompt_sha256 if card else mllm.prompt_sha256)
+    # Every endpoint is asked with temperature 0.
+    return mllm, replace(info, temperature=0.0, served={"host": mllm.host, "model": str(spec.name)})
+
+
+def _info(card: AdapterCard | None, base: dict[str, str], prompt_sha256: str) -> ModelInfo:
+    codec = f"{CODEC[0]} {CODEC[1]}"
+    if card is None:
+        return ModelInfo(base["name"], base, prompt_sha256=prompt_sha256, crops_through=codec)
+    text = card.text_layers
+    return ModelInfo(
+        name=_name(card, base),
+        base=base,
+        adapter_sha256=card.sha256,
+        # As JSON gives it back: a report has to equal itself after a round trip.
+        layers={"tower": card.tower_layers, "text": text if isinstance(text, int) else list(text)},
+        prompt_sha256=prompt_sha256,
+        crops_through=codec,
+        temperature=card.temperature,
+        score_form=card.score_form,
+        held_out=list(card.held_out),
+        blind_spot=card.blind_spot,
+        licence=card.licence,
+    )
+
+
+def _experts(
+    folder: Path | None,
+    card: AdapterCard | None,
+    calibration: Calibration | None,
+    mode: Mode,
+    some: Sequence[str] | None,
+    other: bool,
+) -> dict[str, Expert]:
+    """The experts asked for, by default those that the adapter was trained and calibrated with, in that order."""
+    wanted = expert_hashes(card, calibration) if card else {}
+    names = list(some) if some is not None else list(wanted if card else DEFAULT)
+    loaded = [load_expert(n, folder / "experts" if folder else None) for n in names]
+    if not other:
+        _check_experts(wanted, loaded, names)
+    unknown = [n for n in names if calibration and n not in calibration.weights]
+    if unknown and mode == "calibrated":
+        raise SetupError(
+            f"the calibration does not know {', '.join(unknown)}: take mode='paper', or train and calibrate with it",
+            code="expert_not_calibrated",
+        )
+    return dict(zip(names, loaded, strict=True))
+
+
+def _check_experts(wanted: Mapping[str, str], loaded: Sequence[Expert], names: Sequence[str]) -> None:
+    for name, expert in zip(names, loaded, strict=True):
+        if wanted.get(name, expert.card.sha256) != expert.card.sha256:
+            raise SetupError(
+                f"the adapter goes with other weights of expert {name!r} than are here: put those back that its card "
+                "and calibration name, or fit it to these: x2dfd calibrate --other-experts",
+                code="expert_weights_differ",
+            )

@@ -1,0 +1,59 @@
+"""Options that several commands share: the same word, the same help and the same values in every room."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from x2dfd.model_spec import Bits, Dtype, LoadOptions, Mode
+
+MODEL_HELP = (
+    "embedded, an adapter directory, hub:NAME, hub:NAME+DIR, NAME@http://HOST/v1 or NAME@http://HOST/v1+DIR. "
+    "An endpoint gets the face crops; its key is read from OPENAI_API_KEY."
+)
+Model = Annotated[str, typer.Option("--model", metavar="SPEC", help=MODEL_HELP)]
+ModeOption = Annotated[
+    Mode | None,
+    typer.Option(
+        "--mode",
+        help="calibrated (the default where the model has a calibration): MLLM and experts together; paper: the MLLM's "
+        "own P(fake).",
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; by default CUDA, where there is one."),
+]
+DtypeOption = Annotated[
+    Dtype | None, typer.Option("--dtype", help="Of the MLLM; by default bf16 on CUDA and fp32 on a CPU.")
+]
+BitsOption = Annotated[
+    Literal["4", "8"] | None, typer.Option("--bits", help="Read a large MLLM's weights in so many bits (bitsandbytes).")
+]
+DeviceMap = Annotated[
+    str | None, typer.Option("--device-map", metavar="auto", help="Spread a large MLLM over all GPUs.")
+]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="CPU threads.")]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
+
+
+def names(text: str | None) -> tuple[str, ...]:
+    """The names of an option that lists them with commas."""
+    return tuple(name for part in (text or "").split(",") if (name := part.strip()))
+
+
+def load_options(
+    mode: Mode | None = None,
+    device: str | None = None,
+    dtype: Dtype | None = None,
+    bits: Literal["4", "8"] | None = None,
+    device_map: str | None = None,
+    threads: int | None = None,
+) -> LoadOptions:
+    """As `x2dfd.load` takes them."""
+    width: dict[str, Bits] = {"4": 4, "8": 8}
+    return {
+        "mode": mode, "threads": threads, "device": device, "dtype": dtype, "device_map": device_map,
+        "bits": width[bits] if bits else None,
+    }  # fmt: skip

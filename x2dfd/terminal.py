@@ -1,0 +1,144 @@
+"""What the command line shows a person: a file's answer as text, and the progress of a run on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import typer
+
+from x2dfd import answer
+from x2dfd.progress import LINE_SECONDS
+from x2dfd.statements import CAVEAT, LEAD, of_generator
+from x2dfd.types import Evidence, FaceReport, Failure, Report
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+COLOURS = {"fake": typer.colors.RED, "real": typer.colors.GREEN, "inconclusive": typer.colors.YELLOW}
+
+
+def block(result: Report | Failure) -> str:
+    """What a person reads of one file."""
+    name = printable(result.path or "(bytes)")
+    if isinstance(result, Failure):
+        return f"{_word('ERROR', None)}  {result.code}  {name}\n" + wrapped(result.reason) + "\n"
+    verdict = result.verdict
+    number = f"p={verdict.p_fake:.2f}" if verdict.p_fake is not None else "p=none"
+    decider = result.decider
+    which = f"face {decider.index + 1}/{_faces_beside(decider, result)}" if decider else f"{len(result.faces)} faces"
+    if decider is not None and decider.frame is not None:
+        which += f" frame {decider.frame}"
+    said = of_generator(result.provenance)
+    lines = [wrapped(f"{LEAD} {CAVEAT}"), *map(_stated, said)] if said else []
+    lines.append(f"{_word(answer.word(verdict), verdict.label)}  {number}  {which}  {name}")
+    lines.append(wrapped(answer.meaning(verdict, len(result.faces))))
+    if result.rationale:
+        lines.append(wrapped(f"why: {result.rationale}"))
+        if verdict.label == "inconclusive":
+            lines.append(wrapped(f"the text {answer.stance(verdict, result.rationale)}"))
+    if result.cues:
+        lines.append(wrapped("cues: " + ", ".join(f"{cue.area} · {cue.artifact}" for cue in result.cues)))
+    if decider is not None:
+        lines += [wrapped(f"contradiction: {text}") for text in decider.contradictions]
+    width = max((len(evidence.expert) for evidence in result.evidence), default=0)
+    lines += [_bar(e, width) + ("  (no weight of its own)" * (e.expert in result.uncounted)) for e in result.evidence]
+    lines += [wrapped(f"warning: {text}") for text in result.warnings]
+    lines += [_stated(s) for s in result.provenance.get("statements", ()) if s not in said]
+    lines.append(wrapped(f"next: {answer.NEXT_BRIEFLY}"))
+    return "\n".join(lines) + "\n"
+
+
+def _stated(statement: dict[str, str]) -> str:
+    return wrapped(printable(f"stated in the file: {statement['says']} ({statement['where']})"))
+
+
+def _faces_beside(face: FaceReport, report: Report) -> int:
+    return sum(other.frame == face.frame for other in report.faces)
+
+
+def _word(word: str, label: str | None) -> str:
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return word
+    return typer.style(word, fg=COLOURS.get(label or "", typer.colors.MAGENTA), bold=True)
+
+
+def _bar(evidence: Evidence, width: int) -> str:
+    full, empty = "█░" if (sys.stdout.encoding or "").lower().startswith("utf") else "#-"
+    name, note = printable(evidence.expert), printable(evidence.note or "")
+    if evidence.score is None:
+        return f"  {name:<{width}}  no score    {note}".rstrip()
+    filled = round(10 * evidence.score)
+    return f"  {name:<{width}}  {full * filled}{empty * (10 - filled)} {evidence.score:.2f}  {note}".rstrip()
+
+
+def wrapped(text: str) -> str:
+    lines = [printable(line) for line in text.splitlines()]
+    return "\n".join(textwrap.fill(line, 100, initial_indent="  ", subsequent_indent="  ") for line in lines if line)
+
+
+def printable(text: str) -> str:
+    """Control and direction characters spelled out: a file name must not steer the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+@contextlib.contextmanager
+def progress(total: int) -> Iterator[Callable[[str, bool, bool], None]]:
+    """Rate and time left on stderr: a bar on a terminal, else a line now and then.
+
+    Yields what is called for each file, with its text for stdout ("" for none), whether it failed, and whether it was
+    judged just now: rows of an earlier run say nothing of the rate.
+    """
+    start = last = time.monotonic()
+    done = failed = judged = 0
+
+    def told() -> str:
+        seconds = max(time.monotonic() - start, 1e-9)
+        if not judged:
+            return f"{done:,} from an earlier run"
+        ahead = (total - done) * seconds / judged
+        left = time.strftime("%H:%M:%S", time.gmtime(ahead))
+        days = int(ahead) // 86_400
+        return f"{judged / seconds:.1f}/s, {f'{days} d ' if days else ''}{left} left, {failed} failed"
+
+    if not sys.stderr.isatty():  # then rich need not be imported
+
+        def line(text: str, failure: bool, fresh: bool) -> None:
+            nonlocal done, failed, judged, last, start
+            done, failed, judged = done + 1, failed + failure, judged + fresh
+            start = start if judged else time.monotonic()
+            if text:
+                typer.echo(text)
+            if time.monotonic() - last >= LINE_SECONDS:
+                last = time.monotonic()
+                typer.echo(f"{done:,} of {total:,}: {told()}", err=True)
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    console = Console(stderr=True)
+    # Redirecting would send the data to stderr with the bar.
+    columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    bar: Progress = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
+    task = bar.add_task("", total=total)
+
+    def show(text: str, failure: bool, fresh: bool) -> None:
+        nonlocal done, failed, judged, start
+        done, failed, judged = done + 1, failed + failure, judged + fresh
+        start = start if judged else time.monotonic()
+        if text:
+            bar.stop()  # clears the bar, so that it does not mix with the text
+            typer.echo(text)
+        bar.update(task, advance=1, description=told())
+        if text:
+            bar.start()
+
+    with bar:
+        yield show
