@@ -410,10 +410,14 @@ class _Events:
         yield {self.parts.verdict: card(quick)}
         try:
             opened = replace(open_case(quick, row.file)[0], model=row.model, stage="writing" if quick.faces else "done")
-            yield self.show(opened, card(quick))
-            if not quick.faces:
-                yield self.finished(opened)
-                return
+        except InputError as error:
+            yield self._gone(quick, error)
+            return
+        yield self.show(opened, card(quick))
+        if not quick.faces:
+            yield self.finished(opened)
+            return
+        try:
             with closing(explaining(self.model(row.model), quick, row.file)) as texts:
                 for said in texts:
                     if isinstance(said, str):
@@ -421,10 +425,14 @@ class _Events:
                     else:
                         yield self.finished(replace(opened, report=said, stage="done"))
         except X2DFDError as error:
-            if isinstance(error, InputError) and error.code == "not_found":  # deleted meanwhile
-                yield self.show(None, card(Failure(quick.path, quick.sha256, error.code, error.reason)))
+            if isinstance(error, InputError) and error.code == "not_found":
+                yield self._gone(quick, error)
             else:  # the verdict stands without the text
                 yield self.finished(replace(opened, stage="stopped", why=str(error)))
+
+    def _gone(self, report: Report, error: InputError) -> Shown:
+        """The upload was deleted meanwhile."""
+        return self.show(None, card(Failure(report.path, report.sha256, error.code, error.reason)))
 
     def end(self, now: Case | None) -> Shown:
         """After `Stop`: a verdict stands, without the explanation; so does the table as far as it came."""
