@@ -2,7 +2,8 @@
 
 python -m experiments.serve_engine --vllm ENV/bin/vllm --base BASE --adapter DIR --out build/engine
 
-`--vllm` is the command of an environment of its own: engines pin other libraries. On a CPU, vLLM's CPU build.
+`--vllm` is the command of an environment of its own: engines pin other libraries. On a CPU, vLLM's CPU build; its
+attention takes heads of 32 numbers and more.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import x2dfd
-from finetune.split import split
+from finetune.split import RANKS, split
 from x2dfd import prompts
 from x2dfd.adapter import probe_crops
 from x2dfd.served import ServedMLLM
@@ -43,9 +45,25 @@ def wait(url: str, server: subprocess.Popen[bytes], seconds: float) -> None:
     sys.exit("the engine did not answer in time")
 
 
+def compare(local: Any, url: str, adapter: Path) -> None:
+    """Print what both answer, and load the adapter on the engine, which checks the card's probe pictures."""
+    engine = ServedMLLM(url, "x2dfd", continues=True, timeout=600.0)
+    crops = probe_crops()
+    questions = [prompts.QUESTION] * len(crops)
+    start = prompts.rationale_start("fake")
+    rows: dict[str, list[Any]] = {
+        "verdict": [m.verdict_logits(m.look(crops), questions).tolist() for m in (local, engine)],
+        "p_yes": [m.yes_no(crops[0], CUES).p_yes.tolist() for m in (local, engine)],
+        "texts": [m.write(m.look(crops), questions, [start] * len(crops), max_new_tokens=8) for m in (local, engine)],
+    }
+    far = {k: float(np.abs(np.subtract(*rows[k])).max()) for k in ("verdict", "p_yes")}
+    print(json.dumps({**rows, "largest difference": far}, indent=1), flush=True)
+    x2dfd.load(f"x2dfd@{url}+{adapter}", mode="paper", experts=())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vllm", required=True)
+    parser.add_argument("--vllm", help="command that starts the engine; without it, one answers at --port already")
     parser.add_argument("--base", required=True)
     parser.add_argument("--adapter", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("build/engine"))
@@ -53,32 +71,20 @@ def main() -> None:
     parser.add_argument("--options", default="", help="further ones of vllm serve")
     parser.add_argument("--seconds", type=float, default=600.0, help="for the engine to start")
     given = parser.parse_args()
-    local = x2dfd.load(
-        base=given.base, adapter=given.adapter, mode="paper", experts=(), device="cpu", dtype="fp32"
-    ).mllm
+    local = x2dfd.load(f"hub:{given.base}+{given.adapter}", mode="paper", experts=(), device="cpu", dtype="fp32").mllm
+    url = f"http://127.0.0.1:{given.port}/v1"
+    if given.vllm is None:
+        return compare(local, url, given.adapter)
     whole, lora, rank = split(given.adapter, given.out, given.base)
-    command = [given.vllm, "serve", str(whole), "--enable-lora", "--max-lora-rank", str(max(8, rank)), "--port"]
+    allowed = next(r for r in RANKS if r >= rank)
+    command = [given.vllm, "serve", str(whole), "--enable-lora", "--max-lora-rank", str(allowed), "--port"]
     command += [str(given.port), "--lora-modules", f"x2dfd={lora}", "--limit-mm-per-prompt", '{"image": 1}']
     command += ["--max-logprobs", "20", *shlex.split(given.options)]
-    url = f"http://127.0.0.1:{given.port}/v1"
     with (given.out / "engine.log").open("wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
             wait(url, server, given.seconds)
-            engine = ServedMLLM(url, "x2dfd", continues=True)
-            crops = probe_crops()
-            questions = [prompts.QUESTION] * len(crops)
-            rows = {
-                "verdict": [m.verdict_logits(m.look(crops), questions).tolist() for m in (local, engine)],
-                "p_yes": [m.yes_no(crops[0], CUES).p_yes.tolist() for m in (local, engine)],
-                "texts": [
-                    m.write(m.look(crops), questions, [prompts.rationale_start("fake")] * len(crops), max_new_tokens=8)
-                    for m in (local, engine)
-                ],
-            }
-            far = {k: float(np.abs(np.subtract(*rows[k])).max()) for k in ("verdict", "p_yes")}
-            print(json.dumps({**rows, "largest difference": far}, indent=1))
-            x2dfd.load(f"x2dfd@{url}+{given.adapter}", mode="paper", experts=())
+            compare(local, url, given.adapter)
         finally:
             if server.poll() is None:
                 os.killpg(server.pid, signal.SIGTERM)
