@@ -50,6 +50,7 @@ def url() -> Iterator[str]:
     stub: Any = Stub()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
+        taken.listen()  # from now on a request waits for the server
         server = uvicorn.Server(uvicorn.Config(serve.application(stub), log_level="error"))
         thread = threading.Thread(target=lambda: server.run(sockets=[taken]), daemon=True)
         thread.start()
