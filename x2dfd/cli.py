@@ -288,6 +288,10 @@ def detect(
         "model": model, "base": base, "adapter": adapter, "served": served, "mode": mode.value if mode else None,
         "threads": threads, "device": device, "dtype": dtype.value if dtype else None,
     }  # fmt: skip
+    if server is not None and (engine is Engine.ray or any(value is not None for value in options.values())):
+        raise typer.BadParameter(
+            "a server has a model of its own: give no option of the model's", param_hint="--server"
+        )
     detector: Detector | RayDetector | ServerDetector
     window = BATCHES * batch_size
     many: Many
