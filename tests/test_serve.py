@@ -120,7 +120,7 @@ def test_only_loopback_goes_past_the_proxy() -> None:
 def test_a_server_on_a_name_answers_under_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: a server that listens for others and refuses them all."""
     asked: list[Any] = []
-    monkeypatch.setattr(serve.uvicorn, "run", lambda app, **options: asked.append(app))
+    monkeypatch.setattr(uvicorn, "run", lambda app, **options: asked.append(app))
     stub: Any = SimpleNamespace(facts={"name": "stub"})
     serve.serve(stub, "192.0.2.7", 80)
     other = testclient.TestClient(asked[0], base_url="http://192.0.2.7")
