@@ -315,7 +315,8 @@ def test_setup_error_is_one_line_and_exit_code_1(run: Run, photos: Path, monkeyp
     [["detect"], ["detect", "a.png", "--mode", "best"], ["detect", "a.png", "--batch-size", "0"], ["nonsense"],
      ["detect", "a.png", "--out", "no/such/folder/t.parquet"], ["detect", "a.png", "--report", "."],
      ["detect", "a.png", "--out", "t.txt"], ["detect", "a.png", "--manifest", "m.csv"],
-     ["detect", "a.png", "--shard", "3/2"], ["detect", "a.png", "--shard", "half"]],
+     ["detect", "a.png", "--shard", "3/2"], ["detect", "a.png", "--shard", "half"],
+     ["detect", "a.png", "--server", "http://127.0.0.1:1", "--mode", "paper"]],
 )  # fmt: skip
 def test_wrong_usage_is_exit_code_2_before_any_work(run: Run, detector: SmallDetector, words: list[str]) -> None:
     """A report that cannot be written must be found out before an hour of work, not after."""

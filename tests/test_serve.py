@@ -50,6 +50,7 @@ def url() -> Iterator[str]:
     stub: Any = Stub()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
+        taken.listen()  # from now on a request waits for the server
         server = uvicorn.Server(uvicorn.Config(serve.application(stub), log_level="error"))
         thread = threading.Thread(target=lambda: server.run(sockets=[taken]), daemon=True)
         thread.start()
@@ -119,7 +120,7 @@ def test_only_loopback_goes_past_the_proxy() -> None:
 def test_a_server_on_a_name_answers_under_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: a server that listens for others and refuses them all."""
     asked: list[Any] = []
-    monkeypatch.setattr("uvicorn.run", lambda app, **options: asked.append(app))
+    monkeypatch.setattr(uvicorn, "run", lambda app, **options: asked.append(app))
     stub: Any = SimpleNamespace(info=ModelInfo("stub", {}))
     serve.serve(stub, "192.0.2.7", 80)
     other = testclient.TestClient(asked[0], base_url="http://192.0.2.7")

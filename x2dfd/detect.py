@@ -82,6 +82,11 @@ class Run:
             raise typer.BadParameter("actors cannot read this command's pipes", param_hint="--engine")
         if self.isolate and self.actors is not None:
             raise typer.BadParameter("an actor is a process of its own already", param_hint="--isolate")
+        own = self.model != ModelSpec() or self.actors is not None or any(v is not None for v in self.loading.values())
+        if self.server is not None and own:
+            raise typer.BadParameter(
+                "a server has a model of its own: give no option of the model's", param_hint="--server"
+            )
         # Paths where nothing is: for them alone, no model is loaded.
         self.absent = {p: _absence(p) for p in self.paths if p not in self.pipes and not os.path.lexists(p)}
 

@@ -272,9 +272,6 @@ class Detector:
                 if asked := [k for k, v in enumerate(verdicts) if rationale and self._written(v)]:
                     some = look if len(asked) == len(part) else look.part(asked)
                     theirs = [questions[k] for k in asked]
-                    if not self._asks_mllm:
-                        for k, own in zip(asked, self._mllm_logits(some, theirs), strict=True):
-                            logits[k] = float(own)
                     starts = [prompts.rationale_start(verdicts[k].side) for k in asked]
                     for k, text in zip(asked, self.mllm.write(some, theirs, starts), strict=True):
                         texts[k] = text

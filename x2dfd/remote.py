@@ -45,10 +45,11 @@ class ServerDetector:
                 yield Failure(None if isinstance(source, bytes) else str(source), None, error.code, error.reason)
                 continue
             said = self._asked(f"/detect?{options}", data)
-            if "error" in said:
-                yield Failure(None, said.get("sha256"), said["error"]["code"], said["error"]["reason"])
-            else:
-                yield Report.from_dict(said)
+            try:
+                result = Failure(None, said["sha256"], **said["error"]) if "error" in said else Report.from_dict(said)
+            except (ValueError, KeyError, TypeError) as error:
+                raise X2DFDError(f"{self._url} answers in another form than this version reads: {error}") from error
+            yield result
 
     def _asked(self, path: str, data: bytes | None) -> Json:
         kind = {"Content-Type": "application/octet-stream"}
