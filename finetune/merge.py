@@ -24,8 +24,9 @@ def merge(adapter: Path, out: Path, base: str | None = None) -> Path:
         raise SetupError(f"{adapter / 'card.json'} has no probe scores to check a merged model by; train it again")
     if out.exists():
         raise SetupError(f"{out} is there already; choose another folder")
-    mllm = load(base=base, adapter=adapter, mode="paper", experts=(), device="cpu", dtype="fp32").mllm
+    mllm = load(base=base, adapter=adapter, mode="paper", experts=(), device="cpu").mllm
     assert isinstance(mllm, LocalMLLM)
+    before = probe_logits(mllm)  # those of the card may have been made in another precision
     draft = out.with_name(f".{out.name}.part")
     shutil.rmtree(draft, ignore_errors=True)
     try:
@@ -34,8 +35,8 @@ def merge(adapter: Path, out: Path, base: str | None = None) -> Path:
         text = len(card.text_layers) if isinstance(card.text_layers, tuple) else card.text_layers
         whole = replace(card, weights=WHOLE, sha256=identity["sha256"], base=identity, text_layers=text, probes=())
         write_adapter_card(draft, whole)
-        found = probe_logits(load(adapter=draft, mode="paper", experts=(), device="cpu", dtype="fp32").mllm)
-        check_probes(card, found)
+        found = probe_logits(load(adapter=draft, mode="paper", experts=(), device="cpu").mllm)
+        check_probes(replace(card, probes=before), found)
         write_adapter_card(draft, replace(whole, probes=card.probes))
         for name in ("calibration.json", "experts"):
             source = adapter / name

@@ -42,7 +42,7 @@ from x2dfd.experts import DEFAULT, Expert, Shared, ask, load_expert
 from x2dfd.explain import contradictions, read_cues
 from x2dfd.faces import area_polygons, find_faces, find_turned_faces
 from x2dfd.fetch import BASE_NAME
-from x2dfd.loading import TORCH_DTYPES, Bits, base_identity, choose_device, load_model, reading
+from x2dfd.loading import TORCH_DTYPES, Bits, base_identity, checkpoint_dtype, choose_device, load_model, reading
 from x2dfd.media import Frame, Picture, Video, load_media, media_summary
 from x2dfd.mllm import NOT_FINITE, LocalMLLM, YesNo
 from x2dfd.provenance import read_provenance
@@ -453,8 +453,9 @@ def load(
     calibration. `mode`: calibrated, but paper for a served model without an adapter. `experts`: some of those that the
     adapter was trained or calibrated with, or, with mode="paper", any; `other_experts`: also other weights than those,
     as calibration does. `device` and `dtype` of a local MLLM (cpu, cuda, cuda:1 ...; fp32, bf16, fp16): by default a
-    CUDA device with bf16 where there is one, else the CPU with fp32; experts stay on the CPU. `device_map`: spreads a
-    large model over devices, as in transformers ("auto"); `bits`: reads its weights in 4 or 8 bits (bitsandbytes).
+    CUDA device with bf16 where there is one, else the CPU, with fp32 but for a base in 16 bits; experts stay on the
+    CPU. `device_map`: spreads a large model over devices, as in transformers ("auto"); `bits`: reads its weights in 4
+    or 8 bits (bitsandbytes).
     Raises SetupError with what mends it.
     """
     if threads is not None:
@@ -474,7 +475,7 @@ def load(
     card = read_adapter_card(folder) if folder else None
     if folder and card and card.weights == WHOLE:
         base = str(folder / WHOLE)
-    place, precision = choose_device(device, dtype)
+    place, precision = choose_device(device, dtype, base)
     with ThreadPoolExecutor(1) as beside:
         hashed = beside.submit(base_identity, base)  # meanwhile: most of loading is imports, which keep one core busy
         loaded_model, processor = load_model(
@@ -505,12 +506,13 @@ def load(
         loaded_model,
         processor,
         facts["name"],
-        autocast=place.type == "cpu" and precision == "bf16",
+        autocast=place.type == "cpu" and precision == "bf16" and base is None,  # other bases are read in 16 bits
         temperature=facts["temperature"],
         tower=tower,
     )
     if card and card.probes:
-        check_probes(card, probe_logits(mllm), 0.1 if precision == "fp32" and not bits else 1.0)
+        exact = precision == "fp32" and not bits and (base is None or checkpoint_dtype(base) == torch.float32)
+        check_probes(card, probe_logits(mllm), 0.1 if exact else 1.0)
     validation = Validation.load(folder) if folder else None
     return Detector(mllm, list(loaded.values()), calibration, facts, mode, validation)
 
