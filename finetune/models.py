@@ -57,7 +57,8 @@ def open_base(config: FinetuneConfig) -> tuple[Any, Any]:
 
 def is_llava(model: Any) -> bool:
     """A LLaVA with CLIP's tower: its outputs can be cached, its layers cut."""
-    return model.config.model_type == "llava" and model.config.vision_config.model_type == "clip_vision_model"
+    kinds = (model.config.model_type, model.config.vision_config.model_type)
+    return kinds == ("llava", "clip_vision_model")
 
 
 def additions_of(config: FinetuneConfig) -> Path | None:

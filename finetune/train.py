@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, Sampler
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import get_last_checkpoint
@@ -134,12 +135,12 @@ class RowTrainer(Trainer):
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            assert self.model is not None
-            trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            model: Any = self.model
+            trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
             projector = [p for n, p in trained if any(w in n for w in self._whole)]
             others = [p for n, p in trained if not any(w in n for w in self._whole)]
             rates = ((others, self.args.learning_rate), (projector, self._projector_lr))
-            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
             decay = {"weight_decay": self.args.weight_decay}
             self.optimizer = kind([{"params": p, "lr": lr, **decay} for p, lr in rates if p], **settings)
         assert self.optimizer is not None
@@ -210,16 +211,16 @@ def train(config: FinetuneConfig) -> Path:
 def _rows(
     config: FinetuneConfig, model: Any, processor: Any, data: Sequence[CropSet], features: TowerFeatures | None
 ) -> tuple[list[Rows], list[Rows]]:
-    """What each instruction set has to learn from, and what validation asks about."""
+    """What each instruction set has to learn from, and what validation asks about: of left_out neither holds any."""
 
-    def of(split: str, left_out: Sequence[str], limit: int | None) -> list[Rows]:
+    def of(split: str, limit: int | None) -> list[Rows]:
         found = []
         for (instructions, _, _), crops in zip(config.sets, data, strict=True):
-            records = read_records(instructions, split, crops, left_out, limit)
+            records = read_records(instructions, split, crops, config.left_out, limit)
             found.append(Rows(records, model, processor, crops, config.view_seed, features))
         return found
 
-    return of("train", config.left_out, None), of(config.eval_split, (), config.eval_limit) if config.eval_steps else []
+    return of("train", None), of(config.eval_split, config.eval_limit) if config.eval_steps else []
 
 
 def _trainer(
@@ -232,26 +233,22 @@ def _trainer(
     asked: Sequence[Rows],
     processor: Any,
 ) -> RowTrainer:
-    """Raises X2DFDError for a tracker that there is not or that is not installed."""
     each = [(len(rows), weight) for rows, (_, _, weight) in zip(learnt, config.sets, strict=True)]
     lengths = [n for rows in learnt for n in rows.lengths]
     together = config.batch * config.accumulate if config.bucket and config.batch > 1 else 1
-    try:
-        return RowTrainer(
-            tuned,
-            arguments,
-            collate,
-            ConcatDataset(learnt),
-            ConcatDataset(asked) if asked else None,
-            compute_metrics=verdict_auc,
-            callbacks=[EarlyStoppingCallback(config.patience)] if config.patience else None,
-            projector_lr=config.projector_lr,
-            whole=whole,
-            shown=Shown(lengths, each, together, config.seed),
-            label_ids=prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS),
-        )
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise X2DFDError(f"report_to: {', '.join(config.report_to)}: {error}") from error
+    return RowTrainer(
+        tuned,
+        arguments,
+        collate,
+        ConcatDataset(learnt),
+        ConcatDataset(asked) if asked else None,
+        compute_metrics=verdict_auc,
+        callbacks=[EarlyStoppingCallback(config.patience)] if config.patience else None,
+        projector_lr=config.projector_lr,
+        whole=whole,
+        shown=Shown(lengths, each, together, config.seed),
+        label_ids=prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS),
+    )
 
 
 def _save(config: FinetuneConfig, out: Path, model: Any, tuned: Any, processor: Any, state: dict[str, Tensor]) -> None:
@@ -293,6 +290,8 @@ def _arguments(config: FinetuneConfig, work: Path) -> TrainingArguments:
     """Trainer's settings. Raises X2DFDError for what it does not take, and for launchers that are not supported."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
         raise X2DFDError("FSDP is not supported: --set deepspeed=finetune/zero3.json shares out the same")
+    if absent := sorted(set(config.report_to) - {*get_available_reporting_integrations(), "none"}):
+        raise X2DFDError(f"report_to: {absent[0]} is not installed here, or transformers does not report to it")
     if config.fp16 and not torch.cuda.is_available():
         raise X2DFDError("fp16 wants a CUDA GPU: take bf16, or neither")
     if config.deepspeed and not torch.cuda.is_available():  # which transformers leaves out on a CPU

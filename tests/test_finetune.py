@@ -685,7 +685,8 @@ def test_what_cannot_be_started_so_is_one_line(tmp_path: Path, monkeypatch: pyte
     from finetune.train import _arguments
 
     plain = FinetuneConfig("i", "m", "o")
-    for changed in (replace(plain, fp16=True), replace(plain, scheduler="cosinus"), replace(plain, optimizer="adamm")):
+    for given in ({"fp16": True}, {"scheduler": "cosinus"}, {"optimizer": "adamm"}, {"report_to": ("tensorbored",)}):
+        changed = replace(plain, **cast(Any, given))
         with pytest.raises(X2DFDError) as caught:
             _arguments(changed, tmp_path)
         assert "\n" not in str(caught.value)
@@ -703,8 +704,13 @@ def test_a_start_from_data_sees_what_is_trained_on_alone(
     from finetune import train as module
 
     data, seen = load_crops(small[0]), list[int]()
+
+    def view(crop: Any, seed: int, i: int) -> Any:
+        seen.append(i)
+        return crop
+
     model: Any = SimpleNamespace(config=SimpleNamespace(vision_feature_layer=[1]))
-    monkeypatch.setattr(module, "seen_view", lambda crop, seed, i: seen.append(i) or crop)
+    monkeypatch.setattr(module, "seen_view", view)
     monkeypatch.setattr(module, "tower_states", lambda *_: (torch.zeros(1, 2, 3),) * 2)
     monkeypatch.setattr(module, "fit_projector", lambda *_: None)
     module._features(FinetuneConfig("i", "m", "o"), model, None, data)

@@ -510,8 +510,8 @@ def load(
         temperature=facts["temperature"],
         tower=tower,
     )
-    if card and card.probes:
-        exact = precision == "fp32" and not bits and (base is None or checkpoint_dtype(base) == torch.float32)
+    if card and card.probes and not bits:  # four bits move them as far as another projector would
+        exact = precision == "fp32" and (base is None or checkpoint_dtype(base) == torch.float32)
         check_probes(card, probe_logits(mllm), 0.1 if exact else 1.0)
     validation = Validation.load(folder) if folder else None
     return Detector(mllm, list(loaded.values()), calibration, facts, mode, validation)
