@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, Sampler
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import get_last_checkpoint
 
