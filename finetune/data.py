@@ -153,7 +153,7 @@ def learnable(data: CropSet, split: str, left_out: Sequence[str] = ()) -> list[i
     ]
 
 
-class Rows(Dataset[dict[str, Any]]):
+class Rows(Dataset[Json]):
     """One item a row: a picture's inputs up to its end, and the conversations behind it.
 
     `positions` is None where a row holds one conversation. Where it holds all about its picture, they are the places of
@@ -314,7 +314,7 @@ class Collate:
         # Token ids first: Trainer reads a batch's size off the first entry, and Qwen's pixels are rows of patches.
         return {**text, **pictures, "labels": labels, "weights": weights, "verdicts": verdicts}
 
-    def _apart(self, items: Sequence[dict[str, Any]], before: Tensor, longest: int) -> dict[str, Tensor]:
+    def _apart(self, items: Sequence[Json], before: Tensor, longest: int) -> dict[str, Tensor]:
         """Positions that start anew after the picture, and a mask under which no conversation sees another."""
         n, p = len(items), before.shape[1]
         total, first = p + longest, int(before.max()) + 1

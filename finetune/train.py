@@ -119,9 +119,7 @@ class RowTrainer(Trainer):
         loss = (each * weight.flatten()).sum() / weight.sum()
         return (loss, {"logits": logits, "asked": asked}) if return_outputs else loss
 
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def prediction_step(self, model: nn.Module, inputs: Json, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Loss; logit of fake against real of each row's verdict; which it is, 1 for fake and -1 for no verdict.
 
         The whole logits, which Trainer would gather, are gigabytes.
@@ -512,7 +510,7 @@ def _card(
     )
 
 
-def _layers_of(model: Any, config: FinetuneConfig) -> dict[str, Any]:
+def _layers_of(model: Any, config: FinetuneConfig) -> Json:
     """Which layers of a LLaVA are there, as its card says it."""
     text = int(model.config.get_text_config().num_hidden_layers)
     return {
