@@ -288,9 +288,9 @@ def training_step(model: Any, layers: Sequence[int], rows: int = 2, text: int = 
     from finetune.config import FinetuneConfig
     from finetune.gpu import random_batch
     from finetune.models import CachedTower, tune
-    from finetune.train import PackTrainer
+    from finetune.train import RowTrainer
 
-    config = replace(FinetuneConfig("", "", "", base="random", method="lora"), lora_dropout=0.0)
+    config = FinetuneConfig("", "", "", base="random", lora_dropout=0.0, base_dtype="float32")
     tuned, _ = tune(model, config)
     tuned.train()
     tower, strategy = model.model.vision_tower, model.config.vision_feature_select_strategy
@@ -308,7 +308,7 @@ def training_step(model: Any, layers: Sequence[int], rows: int = 2, text: int = 
 
     def step(module: Any, pixels: Any) -> Answers:
         model.model.vision_tower = module
-        loss = PackTrainer.compute_loss(None, tuned, {**batch, "pixel_values": pixels})  # type: ignore[arg-type]
+        loss = RowTrainer.compute_loss(None, tuned, {**batch, "pixel_values": pixels})  # type: ignore[arg-type]
         loss.backward()
         tuned.zero_grad()
         return {"loss": float(loss.detach())}

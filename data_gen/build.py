@@ -31,7 +31,7 @@ from x2dfd.assessment import read_assessment, strong_cues
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import through_codec
 from x2dfd.errors import UnknownName, X2DFDError
-from x2dfd.experts import DEFAULT, Expert, Shared, load_expert
+from x2dfd.experts import DEFAULT, Expert, Shared, card_of, load_expert
 from x2dfd.files import Json, file_sha256, whole, write_text
 from x2dfd.manifest import Sample
 from x2dfd.progress import progress
@@ -91,8 +91,10 @@ def build(config: BuildConfig, out: Path) -> Path:
         records += list(_records(sample, i, scores[sample.id], strong, config, rng))
     if not records:
         raise X2DFDError(
-            f"{config.data}: no usable picture of split train or calib to build from", code="no_usable_picture"
+            f"{config.data}: no usable picture of split train, val or calib to build from", code="no_usable_picture"
         )
+    if config.assessment is not None:  # what was explained is part of the set
+        write_text(out / "assessment.json", Path(config.assessment).read_text(encoding="utf-8"))
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
     write_text(out / "instructions.jsonl", text)
     _write_parquet(out / "instructions.parquet", records)
@@ -247,6 +249,8 @@ def data_card(records: Sequence[Json], config: BuildConfig, out: Path) -> Json:
     main = [r for r in records if r["task"] == "detect"]
     answers = [r["conversations"][1]["value"] for r in main]
 
+    weights = Path(config.expert_weights) if config.expert_weights else None
+
     def count(key: str) -> dict[str, int]:
         return dict(sorted(Counter(str(r[key]) for r in main).items()))
 
@@ -256,6 +260,8 @@ def data_card(records: Sequence[Json], config: BuildConfig, out: Path) -> Json:
         "manifest_sha256": file_sha256(Path(config.data)),
         "views": VIEWS,
         "instructions_sha256": file_sha256(out / "instructions.jsonl"),
+        "assessment_sha256": file_sha256(out / "assessment.json") if config.assessment else None,
+        "experts": {name: card_of(name, weights).sha256 for name in config.experts},  # in the order of the prompt
         "pictures": len(main),
         "records": dict(sorted(Counter(r["task"].rstrip("0123456789") for r in records).items())),
         "split": count("split"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,7 +13,10 @@ from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.files import Json
 
 LANGUAGE_LINEARS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-"""LoRA's targets: every linear layer of the language model, and none of the tower or the projector."""
+"""What `targets: language` is in a LLaVA: every linear layer of the language model, none of tower and projector."""
+
+TARGETS = ("language", "attention")
+"""Presets of LoRA's targets, for any family: all linear layers of the language model, or those of its attention."""
 
 TOWER_LINEARS = r".*vision_tower.*\.layers\.(LAYERS)\..*(q_proj|k_proj|v_proj|out_proj)"
 """LoRA's further targets with `tower: lora`, LAYERS being numbers: attention, a third of what all of it would weigh."""
@@ -20,7 +24,9 @@ TOWER_LINEARS = r".*vision_tower.*\.layers\.(LAYERS)\..*(q_proj|k_proj|v_proj|ou
 CHOICES = {
     "method": ("lora", "qlora", "dora", "full"),
     "tower": ("frozen", "norms", "lora", "forensic"),
-    "base_dtype": ("float32", "bfloat16"),
+    "base_dtype": ("auto", "float32", "bfloat16", "float16"),
+    "weights_dtype": ("float32", "float16"),
+    "best_by": ("auc", "loss"),
 }
 """What a key of the configuration may be."""
 
@@ -29,10 +35,11 @@ CHOICES = {
 class FinetuneConfig:
     """Everything that decides what a training gives; saved beside its weights."""
 
-    instructions: str  # instructions.jsonl of `data_gen build`, or conversations of another stack (data_gen.exchange)
-    manifest: str  # the manifest the instructions were built from; of conversations, the folder of their pictures
+    instructions: str | tuple[str, ...]  # of `data_gen build`, or conversations of another stack; or several
+    manifest: str | tuple[str, ...]  # that each was built from; of conversations, the folder of their pictures
     out: str  # adapter directory to write
-    base: str | None = None  # directory or hub name of a LLaVA; None is the embedded base
+    weights: tuple[float, ...] = ()  # how often an epoch shows each of several sets: 2 twice, 0.5 half, drawn anew
+    base: str | None = None  # directory or hub name, of a family of docs/models.md; None is the embedded base
     method: str = "lora"  # lora; qlora: on a base in NF4 (bitsandbytes); dora; full: every language weight
     name: str = "x2dfd-embedded"  # the adapter's name in its card
     version: str = "1"  # the adapter's version in its card
@@ -46,16 +53,19 @@ class FinetuneConfig:
     lora_r: int = 16  # rank
     lora_alpha: int = 32  # scale is alpha / r
     lora_dropout: float = 0.05
-    targets: str = LANGUAGE_LINEARS  # regular expression over module names; inside the language model
+    targets: str = "language"  # or attention, or a regular expression over module names; inside the language model
     tower: str = "frozen"  # or norms: its normalisation layers are trained, at the projector's rate; lora: LoRA too;
     # forensic: frozen, with what the expert `tower` in `expert_weights` adds to it
     lr: float = 2e-4  # of the LoRA matrices
-    projector_lr: float = 2e-5  # of the projector
+    projector_lr: float = 2e-5  # of the projector; 0 leaves it as it is
+    optimizer: str = "adamw_torch"  # as transformers calls it: adamw_8bit, adafactor ...
+    scheduler: str = "cosine"  # of the rates, as transformers calls it: linear, constant_with_warmup ...
+    clip: float = 1.0  # length to which gradients are cut; 0 leaves them
     weight_decay: float = 0.0
     warmup: float = 0.03  # share of the steps
     epochs: float = 1.0
     max_steps: int = -1  # stops earlier than epochs when positive
-    batch: int = 1  # packs (pictures) a device and step
+    batch: int = 1  # rows a device and step: a picture with all that is asked of it, or one question (docs/finetune.md)
     accumulate: int = 8  # steps per update
     verdict_weight: float = 4.0  # weight of label and yes/no tokens against one explanation token
     cue_weight: float = 1.0  # of explanation tokens that name an area, an artifact or a class; by fast tokenizers
@@ -63,16 +73,31 @@ class FinetuneConfig:
     left_out: tuple[str, ...] = ()  # sources and generators (Sample.origin) of which no picture is trained on
     limit: int | None = None  # at most this many pictures of the manifest have their features cached
     cached_features: str | None = None  # folder of a frozen tower's features; None computes them while training
-    bucket: bool = True  # packs of like length share a batch
+    bucket: bool = True  # rows of like length share a batch
     frame: str | None = None  # a chat frame of x2dfd.prompts (train_consistent); None is the base's own
     view_seed: int = 1  # degradation of each picture; must be the one the instructions were built with
-    base_dtype: str = "float32"  # of the frozen base; bfloat16 halves its memory and wants bf16
+    base_dtype: str = "auto"  # of the frozen base: 16 bits where bf16 or fp16 is on or the checkpoint is in 16 bits
+    weights_dtype: str = "float32"  # of the adapter's file; float16 halves it and moves verdicts by hundredths
     checkpointing: bool = False  # activations computed twice rather than kept
-    deepspeed: str | None = None  # DeepSpeed's JSON: finetune/zero2.json, finetune/zero3.json
+    deepspeed: str | None = None  # DeepSpeed's JSON: finetune/zero2.json, zero3.json, zero3_offload.json, or your own
     workers: int = 0  # processes that read pictures ahead; 0 reads them in the training's own
     bf16: bool = False  # matrix products in 16 bits; quick only where the processor or GPU has units for them
+    fp16: bool = False  # the same in fp16, for GPUs that have no bf16
     save_steps: int = 100  # updates between checkpoints; a cut-off run resumes from the last
+    eval_steps: int = 0  # updates between validations, which then also write the checkpoints; 0: none
+    eval_split: str = "val"  # the pictures that validations ask about, never trained on
+    eval_limit: int = 256  # at most so many of them
+    best_by: str = "auc"  # of the validations: which checkpoint becomes the adapter; or loss
+    patience: int = 0  # validations in a row without a better one that end the training; 0: none do
+    report_to: tuple[str, ...] = ()  # tensorboard, wandb and what else transformers reports to
     seed: int = 0
+
+    @property
+    def sets(self) -> list[tuple[Path, Path, float]]:
+        """Instructions, manifest and weight of each instruction set."""
+        both = [[v] if isinstance(v, str) else list(v) for v in (self.instructions, self.manifest)]
+        weights = self.weights or (1.0,) * len(both[0])
+        return [(Path(i), Path(m), w) for i, m, w in zip(*both, weights, strict=True)]
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> FinetuneConfig:
@@ -113,8 +138,23 @@ def check_config(config: FinetuneConfig) -> None:
     for key, known in CHOICES.items():
         if getattr(config, key) not in known:
             raise UnknownName(key, getattr(config, key), known)
+    stage = zero_stage(config)
+    counts = {len(v) for v in (config.instructions, config.manifest, config.weights) if isinstance(v, tuple) and v}
+    many = 1 if isinstance(config.instructions, str) else len(config.instructions)
     clashes = {
+        "instructions, manifest and weights: as many of each": bool(counts - {many})
+        or isinstance(config.instructions, str) != isinstance(config.manifest, str),
+        "weights: above 0": any(w <= 0 for w in config.weights),
+        "bf16 or fp16, not both": config.bf16 and config.fp16,
         "base_dtype: bfloat16 wants bf16: true": config.base_dtype == "bfloat16" and not config.bf16,
+        "base_dtype: float16 wants fp16: true": config.base_dtype == "float16" and not config.fp16,
+        "patience wants eval_steps": config.patience > 0 and config.eval_steps <= 0,
+        "eval_split: another one than train": config.eval_split == "train",
+        "cached features are kept of one instruction set": config.cached_features is not None and many > 1,
+        "weights in four bits cannot be shared out by ZeRO-3: take finetune/zero2.json with qlora": stage == 3
+        and config.method == "qlora",
+        "the embedded base is too small for ZeRO-3 to help: take finetune/zero2.json, or none": stage == 3
+        and config.base is None,
         "cached features want tower: frozen or forensic": config.cached_features is not None
         and config.tower not in ("frozen", "forensic"),
         "tower: forensic wants expert_weights with the expert `tower`": config.tower == "forensic"
@@ -122,7 +162,7 @@ def check_config(config: FinetuneConfig) -> None:
         "qlora wants a base of its own; the embedded one is small enough": config.base is None
         and config.method == "qlora",
         "start: an adapter is continued by lora, qlora or dora, outside of ZeRO-3": config.start is not None
-        and (config.method == "full" or "zero3" in (config.deepspeed or "")),
+        and (config.method == "full" or stage == 3),
         "method: full trains no LoRA in the tower: take tower: frozen or norms": config.method == "full"
         and config.tower == "lora",
         "workers: 0 or more": config.workers < 0,
@@ -132,6 +172,23 @@ def check_config(config: FinetuneConfig) -> None:
     wrong = [reason for reason, holds in clashes.items() if holds]
     if wrong:
         raise X2DFDError(f"configuration: {'; '.join(wrong)}", code="config_invalid")
+
+
+def zero_stage(config: FinetuneConfig) -> int:
+    """The ZeRO stage of DeepSpeed's JSON, 0 without one. Raises X2DFDError when it cannot be read."""
+    if config.deepspeed is None:
+        return 0
+    return int(zero_settings(config.deepspeed).get("stage", 0))
+
+
+def zero_settings(path: str) -> Json:
+    """What DeepSpeed's JSON says of ZeRO: only the content tells, whatever the file is called. Raises X2DFDError."""
+    try:
+        found: Json = json.loads(Path(path).read_text(encoding="utf-8")).get("zero_optimization", {})
+        int(found.get("stage", 0))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise X2DFDError(f"deepspeed: {path} is not DeepSpeed's JSON: {error}", code="config_malformed") from error
+    return found
 
 
 def _yaml(text: str, where: str) -> Any:
@@ -146,15 +203,16 @@ def _yaml(text: str, where: str) -> Any:
 def _typed(key: str, value: Any, kind: str) -> Any:
     if value is None and "None" in kind:
         return None
-    plain = kind.removesuffix(" | None")
-    if plain.startswith("int | tuple"):
-        plain = "int" if isinstance(value, int) else "tuple"
-    if plain == "float" and isinstance(value, str | int) and not isinstance(value, bool):
+    kinds = kind.removesuffix(" | None").split(" | ")
+    if isinstance(value, list):
+        plain = next((k for k in kinds if k.startswith("tuple")), "")
+        of = {"str": str, "int": int, "float": float}.get(plain.removeprefix("tuple[").split(",")[0])
+        value = tuple(float(v) if of is float and type(v) is int else v for v in value)
+        if of is not None and all(type(v) is of for v in value):
+            return value
+    if kinds[0] == "float" and isinstance(value, str | int) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):  # it is refused below
             return float(value)  # YAML reads 2e-4 as text
-    of = str if plain.startswith("tuple[str") else int
-    if plain.startswith("tuple") and isinstance(value, list) and all(type(v) is of for v in value):
-        return tuple(value)
-    if {"int": int, "float": float, "str": str, "bool": bool}.get(plain) is type(value):
+    if {"int": int, "float": float, "str": str, "bool": bool}.get(kinds[0]) is type(value):
         return value
     raise X2DFDError(f"configuration key {key!r} wants {kind}, got {value!r}", code="config_wrong_type")

@@ -1,11 +1,14 @@
-"""Instruction records to training packs: one picture, its prefix once, and every conversation about it behind it.
+"""Instruction records to training rows: one picture, what its family's processor makes of it, and conversations.
 
-A pack is what inference does too (x2dfd.mllm): each conversation sees the prefix and itself, positions start anew after
-the prefix, so a pack gives the same loss as its conversations one by one at a fraction of the cost.
+The picture and what stands before it come from the functions that inference calls (x2dfd.mllm), and so do the words
+behind it. A row holds every conversation about its picture where the family can keep them apart: each sees the picture
+and itself, and positions start anew after the picture, so that the row gives the loss of its conversations one by one
+at a fraction of the cost. Elsewhere a row holds one conversation, and the stock model makes masks and positions.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -24,6 +26,8 @@ from x2dfd.crops import CropSet
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.explain import named_spans
 from x2dfd.files import Json
+from x2dfd.loading import family_of
+from x2dfd.mllm import TEXT_INPUTS, after_image, prefix_inputs
 from x2dfd.progress import progress
 from x2dfd.prompts import Processor
 from x2dfd.tower import VIEWS, CachedArray, TowerFeatures, seen_view
@@ -39,6 +43,7 @@ class Conversation:
     answer: int  # how many of the last tokens are the answer
     heavy: int | None  # position in `tokens` of the label or yes/no token, which weighs more
     named: tuple[int, ...] = ()  # positions of words that name an area, an artifact or a class
+    judges: bool = False  # its heavy token is the verdict that validation scores
 
 
 def answer_tokens(
@@ -51,23 +56,14 @@ def answer_tokens(
     """
     if not answer.strip():
         raise X2DFDError(f"an empty answer has nothing to learn from: {question!r}", code="answer_empty")
-    said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-    whole: str = processor.apply_chat_template([*prompts.conversation(question, turns), said], tokenize=False)
-    if not whole.startswith(prompts.render(processor, question, answer, turns)):
-        raise X2DFDError(
-            "this chat template does not continue its own prompt; answers cannot be masked", code="template_unmaskable"
-        )
-    _, before = prompts.prompt_tokens(processor, prompts.render(processor, question, turns=turns))
-    _, ids = prompts.prompt_tokens(processor, whole.rstrip())
+    before = after_image(processor, question, turns=turns).tokens
+    ids = after_image(processor, question, answer, turns).tokens
     if ids[: len(before)] != before:
         raise X2DFDError(
             "this tokenizer joins prompt and answer in one token; answers cannot be masked",
             code="tokenizer_joins_answer",
         )
-    tokenizer = processor.tokenizer
-    if ids[-1] not in (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")):
-        ids = [*ids, tokenizer.eos_token_id]
-    return before, ids[len(before) :]
+    return before, [*ids[len(before) :], prompts.answer_end(processor)]
 
 
 def _turns(record: Json) -> tuple[str, list[tuple[str, str]], str]:
@@ -84,15 +80,17 @@ def conversation(processor: Processor, record: Json, label_ids: Sequence[int]) -
     named = tuple(len(before) + k for k in _named_tokens(processor, question, gpt, turns, len(answer)))
     heavy = None
     if record["task"].startswith("detect"):
-        heavy = next((len(before) + k for k, t in enumerate(answer[:8]) if t in label_ids), None)
-        if heavy is None or not gpt.startswith(tuple(prompts.STEM + word for word in prompts.LABEL_WORDS)):
+        heavy = len(after_image(processor, question, prompts.STEM, turns).tokens)
+        starts = tuple(prompts.STEM + word for word in prompts.LABEL_WORDS)
+        if not gpt.startswith(starts) or (before + answer)[heavy] not in label_ids:
             raise X2DFDError(
                 f"{record['id']}: the answer does not begin with the verdict: {gpt[:40]!r}", code="verdict_not_first"
             )
     elif record["task"].startswith(("cue", "kind")):
         heavy = len(before)
     # "This image is fake": the verdict has its own weight, and the image is no area there.
-    return Conversation(before + answer, len(answer), heavy, tuple(k for k in named if k > (heavy or 0)))
+    named = tuple(k for k in named if k > (heavy or 0))
+    return Conversation(before + answer, len(answer), heavy, named, judges=record["task"] == "detect")
 
 
 def _named_tokens(
@@ -102,7 +100,8 @@ def _named_tokens(
     if not processor.tokenizer.is_fast:
         return []
     text = prompts.render(processor, question, answer, turns)
-    offsets = processor.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    add = not prompts.begins(processor, text)
+    offsets = processor.tokenizer(text, return_offsets_mapping=True, add_special_tokens=add)["offset_mapping"]
     first = len(text) - len(answer)
     places = [(a - first, b - first) for a, b in offsets if b > first][:count]
     spans = named_spans(answer)
@@ -113,77 +112,116 @@ Records = dict[int, list[Json]]
 """The conversations about each picture, by its row in the manifest's CropSet."""
 
 
-def read_records(instructions: Path, split: str, data: CropSet, left_out: Sequence[str] = ()) -> Records:
+def read_records(
+    instructions: Path, split: str, data: CropSet, left_out: Sequence[str] = (), limit: int | None = None
+) -> Records:
     """The instruction records of a split by their picture's row, without the sources and generators `left_out`.
 
-    A picture whose face comes from a donor of such a source goes too. Raises X2DFDError when there are none,
-    UnknownName for an origin that the data does not hold.
+    Of at most `limit` pictures, drawn by their ids. Raises X2DFDError when there are none, and as `learnable`.
+    """
+    known = set(learnable(data, split, left_out))
+    by_row: Records = {}
+    with instructions.open(encoding="utf-8") as stream:
+        for line in stream:
+            record = json.loads(line)
+            if record["split"] == split and record["row"] in known:
+                by_row.setdefault(record["row"], []).append(record)
+    if not by_row:
+        raise X2DFDError(
+            f"{instructions}: no picture of split {split!r}: it is built from a manifest with that split",
+            code="split_empty",
+        )
+    drawn = sorted(by_row, key=lambda row: hashlib.sha256(data.samples[row].id.encode()).digest())[:limit]
+    return {row: by_row[row] for row in sorted(drawn)}
+
+
+def learnable(data: CropSet, split: str, left_out: Sequence[str] = ()) -> list[int]:
+    """The rows of a split, without those of the origins `left_out` and those whose face is of a donor from there.
+
+    Raises UnknownName for an origin that the data does not hold.
     """
     origins = {s.origin for s in data.samples}
     of_group = {s.group: s.source for s in data.samples if not s.synthetic}
     for origin in left_out:
         if origin not in origins:
             raise UnknownName("source or generator", origin, origins)
-    by_row: Records = {}
-    with instructions.open(encoding="utf-8") as stream:
-        for line in stream:
-            record = json.loads(line)
-            sample = data.samples[record["row"]]
-            seen = {sample.origin, of_group.get(str(sample.extra.get("donor")))}
-            if record["split"] == split and not seen & set(left_out):
-                by_row.setdefault(record["row"], []).append(record)
-    if not by_row:
-        raise X2DFDError(f"{instructions}: no picture of split {split!r} to train on", code="split_empty")
-    return dict(sorted(by_row.items()))
+    out = set(left_out)
+    return [
+        i
+        for i, s in enumerate(data.samples)
+        if s.split == split and not {s.origin, of_group.get(str(s.extra.get("donor")))} & out
+    ]
 
 
-def view_image(data: CropSet, row: int, seed: int) -> Image.Image:
-    """A picture's training view, as a model in use would see it, as a PIL image."""
-    return Image.fromarray(seen_view(data.crops[row], seed, row))
+class Rows(Dataset[Json]):
+    """One item a row: a picture's inputs up to its end, and the conversations behind it.
 
-
-class Packs(Dataset[Json]):
-    """One item a picture, with all its conversations."""
+    `positions` is None where a row holds one conversation. Where it holds all about its picture, they are the places of
+    what stands before them: [1, tokens], or [3, tokens] where a family counts time, height and width. `marks_answers`:
+    the model sees picture and question whole, and `token_type_ids` say where the answer begins (PaliGemma).
+    """
 
     def __init__(
         self,
         by_row: Records,
+        model: Any,
         processor: Processor,
-        label_ids: Sequence[int],
         data: CropSet,
-        features: TowerFeatures | None,
         view_seed: int,
-        layers: Sequence[int] = (),
+        features: TowerFeatures | None = None,
     ) -> None:
-        where = {int(r): k for k, r in enumerate(features.rows)} if features is not None else {}
-        self.rows = list(by_row)
-        absent = [r for r in self.rows if r not in where] if features is not None else []
+        self._data, self._features, self._seed, self._processor = data, features, view_seed, processor
+        self._where = {int(r): k for k, r in enumerate(features.rows)} if features is not None else {}
+        absent = [r for r in by_row if r not in self._where] if features is not None else []
         if absent:
             raise X2DFDError(
-                f"{len(absent)} of {len(self.rows)} pictures have no cached features; give a larger limit",
+                f"{len(absent)} of {len(by_row)} pictures have no cached features; give a larger limit",
                 code="features_missing",
             )
-        self.conversations = [[conversation(processor, r, label_ids) for r in records] for records in by_row.values()]
-        self.lengths = [sum(len(c.tokens) for c in pack) for pack in self.conversations]
-        self._data, self._features, self._where, self._seed = data, features, where, view_seed
-        self._layers = tuple(layers) or (features.keep if features is not None else ())
-        self._image_processor = processor.image_processor
-        self._before, _ = prompts.prompt_tokens(processor, prompts.render(processor, prompts.QUESTION))
-        self._image_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-        self._image_tokens = _image_tokens(processor)
+        self._after = after_image(processor, prompts.QUESTION).tokens
+        # All pictures are of one size, so what stands before the words is the same for all but for the pixels.
+        self._first = self._prefix(next(iter(by_row)))
+        self.positions = _positions(model, self._first) if can_pack(model, self._first) else None
+        self.marks_answers = not family_of(model.config).shares
+        self._layers = feature_layers(model) if features is not None else ()
+        label_ids = prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS)
+        about = {row: [conversation(processor, r, label_ids) for r in records] for row, records in by_row.items()}
+        packed = self.positions is not None
+        self._rows = [(row, some) for row, c in about.items() for some in ([c] if packed else [[one] for one in c])]
+        self.pictures = len(by_row)
+        self.lengths = [sum(len(c.tokens) for c in some) for _, some in self._rows]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._rows)
 
     def __getitem__(self, k: int) -> Json:
-        row = self.rows[k]
+        row, conversations = self._rows[k]
         if self._features is not None:
-            pixels = torch.from_numpy(self._features.patches(self._where[row], self._layers))
+            patches = torch.from_numpy(self._features.patches(self._where[row], self._layers))
+            prefix = self._first | {"pixel_values": patches[None]}
         else:
-            image = view_image(self._data, row, self._seed)
-            pixels = self._image_processor(image, return_tensors="pt")["pixel_values"][0]
-        prefix = [*self._before, *[self._image_id] * self._image_tokens]
-        return {"pixel_values": pixels, "prefix": prefix, "conversations": self.conversations[k]}
+            prefix = self._prefix(row)
+        return {"prefix": prefix, "conversations": conversations}
+
+    def _prefix(self, row: int) -> dict[str, Tensor]:
+        return prefix_inputs(self._processor, seen_view(self._data.crops[row], self._seed, row)[None], self._after)
+
+
+def can_pack(model: Any, prefix: dict[str, Tensor]) -> bool:
+    """Whether conversations about a picture can stand in one row.
+
+    Not where a layer looks through a window, which counts places in the row, nor where the model makes its masks from
+    `token_type_ids`, since a row of several needs one of its own.
+    """
+    return "token_type_ids" not in prefix and not getattr(model.get_decoder().config, "sliding_window", None)
+
+
+def _positions(model: Any, prefix: dict[str, Tensor]) -> Tensor:
+    if not hasattr(model.model, "get_rope_index"):
+        return torch.arange(prefix["input_ids"].shape[1])[None]
+    said = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")
+    found: Tensor = model.model.get_rope_index(**{k: prefix[k] for k in said})[0]
+    return found[:, 0]
 
 
 @torch.inference_mode()
@@ -194,6 +232,8 @@ def cache_tower(
 
     Another `key` (base, layers, manifest) begins anew; a cut-off run goes on where it stopped.
     """
+    from PIL import Image
+
     layers = feature_layers(model)
     made_by = {"seed": seed, **VIEWS}
     key = {**key, "rows": [int(r) for r in rows], "layers": layers, **made_by}
@@ -206,8 +246,8 @@ def cache_tower(
                 "under ZeRO-3 the tower is in pieces: fill cached_features in a run without it first",
                 code="zero3_unsupported",
             )
-        image = view_image(data, int(rows[at]), seed)
-        pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"].to(here)
+        view = Image.fromarray(seen_view(data.crops[int(rows[at])], seed, int(rows[at])))
+        pixels = processor.image_processor(view, return_tensors="pt")["pixel_values"].to(here)
         states = tower(pixels, output_hidden_states=True).hidden_states
         found = torch.cat([states[k][:, int(class_token) :] for k in layers])  # [layers, patches, hidden]
         if patches is None:
@@ -224,54 +264,70 @@ def feature_layers(model: Any) -> tuple[int, ...]:
     return (layers,) if isinstance(layers, int) else tuple(layers)
 
 
-def _image_tokens(processor: Processor) -> int:
-    side = processor.image_processor.crop_size or processor.image_processor.size
-    patches = (side["height"] // processor.patch_size) * (side["width"] // processor.patch_size)
-    extra = processor.num_additional_image_tokens
-    return int(patches + extra - (1 if processor.vision_feature_select_strategy == "default" else 0))
-
-
 @dataclass(frozen=True)
 class Collate:
-    """Packs to one batch: tokens, positions restarting after the prefix, a block-diagonal mask, labels and weights."""
+    """Rows to one batch: the model's inputs, and beside them `labels`, `weights`, and `verdicts` [n].
+
+    The last is where each row's verdict stands among its tokens, -1 where there is none. `positions`: those of `Rows`
+    that are packed, None of others; `marks_answers`: as there.
+    """
 
     pad: int
     verdict_weight: float
     cue_weight: float = 1.0
+    positions: Tensor | None = None
+    marks_answers: bool = False
 
     def __call__(self, items: Sequence[Json]) -> dict[str, Tensor]:
-        lengths = [len(i["prefix"]) + sum(len(c.tokens) for c in i["conversations"]) for i in items]
-        n, total = len(items), max(lengths)
-        ids = torch.full((n, total), self.pad)
-        positions = torch.zeros(n, total, dtype=torch.long)
-        labels = torch.full((n, total), IGNORE)
-        weights = torch.zeros(n, total)
-        mask = torch.eye(total, dtype=torch.bool).repeat(n, 1, 1)[:, None]  # padding sees itself, or softmax is 0/0
+        prefix = {k: torch.cat([i["prefix"][k] for i in items]) for k in items[0]["prefix"]}
+        n, p = prefix["input_ids"].shape
+        said = [[t for c in i["conversations"] for t in c.tokens] for i in items]
+        longest = max(map(len, said))
+        ids = torch.full((n, longest), self.pad)
+        labels, weights = torch.full((n, p + longest), IGNORE), torch.zeros(n, p + longest)
+        verdicts = torch.full((n,), -1)
         for b, item in enumerate(items):
-            p = len(item["prefix"])
-            ids[b, :p] = torch.tensor(item["prefix"])
-            positions[b, :p] = torch.arange(p)
-            mask[b, 0, :p, :p] = torch.ones(p, p, dtype=torch.bool).tril()
+            ids[b, : len(said[b])] = torch.tensor(said[b])
             at = p
             for c in item["conversations"]:
                 end = at + len(c.tokens)
-                ids[b, at:end] = torch.tensor(c.tokens)
-                positions[b, at:end] = p + torch.arange(end - at)
-                mask[b, 0, at:end, :p] = True
-                mask[b, 0, at:end, at:end] = torch.ones(end - at, end - at, dtype=torch.bool).tril()
-                labels[b, end - c.answer : end] = ids[b, end - c.answer : end]
+                labels[b, end - c.answer : end] = ids[b, end - c.answer - p : end - p]
                 weights[b, end - c.answer : end] = 1.0
                 weights[b, [at + k for k in c.named]] = self.cue_weight
                 if c.heavy is not None:
                     weights[b, at + c.heavy] = self.verdict_weight
+                    verdicts[b] = at + c.heavy if c.judges else verdicts[b]
                 at = end
         if not (labels != IGNORE).any():
             raise X2DFDError("an empty label mask: this batch has nothing to learn from", code="label_mask_empty")
-        return {
+        lengths = torch.tensor([len(s) for s in said])[:, None]
+        further = {
             "input_ids": ids,
-            "position_ids": positions,
-            "attention_mask": mask,
-            "labels": labels,
-            "weights": weights,
-            "pixel_values": torch.stack([i["pixel_values"] for i in items]),
+            "attention_mask": (torch.arange(longest) < lengths).long(),
+            "token_type_ids": ((labels[:, p:] != IGNORE) & self.marks_answers).long(),
+            "mm_token_type_ids": ids * 0,
         }
+        text = {k: torch.cat([prefix[k], further[k]], 1) for k in TEXT_INPUTS if k in prefix}
+        if self.positions is not None:
+            text |= self._apart(items, self.positions, longest)
+        pictures = {k: v for k, v in prefix.items() if k not in text}
+        # Token ids first: Trainer reads a batch's size off the first entry, and Qwen's pixels are rows of patches.
+        return {**text, **pictures, "labels": labels, "weights": weights, "verdicts": verdicts}
+
+    def _apart(self, items: Sequence[Json], before: Tensor, longest: int) -> dict[str, Tensor]:
+        """Positions that start anew after the picture, and a mask under which no conversation sees another."""
+        n, p = len(items), before.shape[1]
+        total, first = p + longest, int(before.max()) + 1
+        positions = torch.zeros(len(before), n, total, dtype=torch.long)
+        positions[..., :p] = before[:, None]
+        mask = torch.eye(total, dtype=torch.bool).repeat(n, 1, 1)[:, None]  # padding sees itself, or softmax is 0/0
+        mask[:, 0, :p, :p] = torch.ones(p, p, dtype=torch.bool).tril()
+        for b, item in enumerate(items):
+            at = p
+            for c in item["conversations"]:
+                size = len(c.tokens)
+                positions[:, b, at : at + size] = first + torch.arange(size)
+                mask[b, 0, at : at + size, :p] = True
+                mask[b, 0, at : at + size, at : at + size] = torch.ones(size, size, dtype=torch.bool).tril()
+                at += size
+        return {"position_ids": positions if len(before) > 1 else positions[0], "attention_mask": mask}

@@ -28,7 +28,7 @@ from finetune.config import FinetuneConfig
 from finetune.data import IGNORE
 from finetune.memory import GB, Shape, predict, shape_of
 from finetune.models import tune
-from finetune.train import PackTrainer
+from finetune.train import RowTrainer
 from x2dfd import prompts
 from x2dfd.cli import run_command
 from x2dfd.errors import SetupError, X2DFDError
@@ -131,7 +131,7 @@ def training_rows(
 
         def step(batch: dict[str, Tensor] = batch) -> None:
             with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                loss = PackTrainer.compute_loss(cast(Any, None), tuned, dict(batch))
+                loss = RowTrainer.compute_loss(cast(Any, None), tuned, dict(batch))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

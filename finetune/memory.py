@@ -6,23 +6,22 @@ measures the same. Nothing is loaded.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from finetune.config import FinetuneConfig
-from finetune.models import part_name, tune
+from finetune.config import FinetuneConfig, check_config, zero_settings, zero_stage
+from finetune.models import part_name, resolved, tune
 from x2dfd.errors import SetupError
 from x2dfd.fetch import require
 from x2dfd.files import Json
+from x2dfd.loading import cut_layers
 
 GB = 1e9
 CARDS = (12, 24, 40, 80)  # GB
 USABLE = 0.92  # of a card: the rest goes to the driver and to gaps
-TOKENS = 1024  # of a row: an image's 576, and the conversations about it
+TOKENS = 1024  # of a row: LLaVA-1.5's 576 of the picture, and the conversations about it
 CONTEXT = 1.0 * GB  # CUDA, libraries, buffers of the communication
 
 LADDER: tuple[Json, ...] = (
@@ -59,14 +58,9 @@ def shape(config: FinetuneConfig) -> Shape:
         raise SetupError(
             f"{config.base} has no configuration that can be read: {error}", code="base_unreadable"
         ) from error
-    if config.tower_layers is not None:
-        settings.vision_config.num_hidden_layers = config.tower_layers
-    text = settings.get_text_config()
-    if config.text_layers is not None:
-        kept = config.text_layers if isinstance(config.text_layers, int) else len(config.text_layers)
-        text.num_hidden_layers = kept
-    if config.feature_layers is not None:
-        settings.vision_feature_layer = list(config.feature_layers)
+    chosen = cut_layers(settings, config.base or "", config.tower_layers, config.text_layers, config.feature_layers)
+    if chosen is not None:
+        settings.get_text_config().num_hidden_layers = len(chosen)
     return shape_of(settings, config)
 
 
@@ -93,10 +87,9 @@ def shape_of(settings: Any, config: FinetuneConfig) -> Shape:
 
 def predict(config: FinetuneConfig, found: Shape, gpus: int, tokens: int = TOKENS) -> dict[str, float]:
     """Bytes on each GPU by what they are for; `total` is their sum. `tokens`: of one row."""
-    stage = 0
-    if config.deepspeed:
-        stage = int(json.loads(Path(config.deepspeed).read_text(encoding="utf-8"))["zero_optimization"]["stage"])
-    width = 2 if config.base_dtype == "bfloat16" else 4
+    stage = zero_stage(config)
+    offloaded = zero_settings(config.deepspeed) if config.deepspeed else {}
+    width = 4 if config.base_dtype in ("float32", "auto") else 2
     four = found.linears if config.method == "qlora" else 0
     weights = (found.total - four) * width + four * 0.516  # NF4 with its scales quantised once more
     if config.method == "full":
@@ -107,6 +100,10 @@ def predict(config: FinetuneConfig, found: Shape, gpus: int, tokens: int = TOKEN
         gradients, moments = gradients / gpus, moments / gpus
     if stage == 3:
         weights, trained = weights / gpus, trained / gpus
+    if "offload_param" in offloaded:
+        weights = 0.0  # they pass through layer by layer
+    if "offload_optimizer" in offloaded:
+        trained = moments = 0.0
     rows = config.batch * tokens
     wide = 2 if config.bf16 else 4
     # Of a token in one layer: what the backward pass reads again, and LoRA's inputs in fp32, of q, k, v and of gate and
@@ -135,8 +132,10 @@ def preset(config: FinetuneConfig, found: Shape, card: int, gpus: int) -> Json |
 
 
 def report(config: FinetuneConfig, gpus: int = 1) -> str:
-    """The whole answer as text."""
+    """The whole answer as text. Raises X2DFDError for what training would refuse."""
+    check_config(config)
     found = shape(config)
+    config = resolved(config)
     parts = predict(config, found, gpus)
     lines = [
         f"base        {config.base or 'embedded'}: {found.total:,} parameters",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,44 +13,55 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finetune.config import TOWER_LINEARS, FinetuneConfig
+from finetune.config import TARGETS, TOWER_LINEARS, FinetuneConfig
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, check_contents, read_adapter_card
-from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.errors import X2DFDError
 from x2dfd.files import Json
-from x2dfd.loading import base_identity, in_bits, load_model
+from x2dfd.loading import base_identity, checkpoint_dtype, family_of, in_bits, load_model
 from x2dfd.prompts import Processor
 from x2dfd.tower import add_to_tower, read_additions
 
-PROJECTOR = "model.multi_modal_projector"
-"""LLaVA's module between tower and language model."""
+NO_TOWER = "tower: lora fits a tower of CLIP's kind in a LLaVA alone, and this model has none: take frozen or norms"
 
-NO_TOWER = "tower: lora fits a tower of CLIP's kind in a LLaVA alone, and this model has none"
+
+def resolved(config: FinetuneConfig) -> FinetuneConfig:
+    """The configuration with `base_dtype: auto` as what it is for this base, and bf16 on where the base is in bf16.
+
+    A checkpoint in 16 bits is never read in 32: of a 7B these are 28 GB. Raises SetupError when it cannot be read.
+    """
+    if config.base_dtype != "auto":
+        return config
+    if config.bf16 or config.fp16:
+        return replace(config, base_dtype="float16" if config.fp16 else "bfloat16" if config.base else "float32")
+    if config.base is None or checkpoint_dtype(config.base) == torch.float32:
+        return replace(config, base_dtype="float32")
+    return replace(config, base_dtype="bfloat16", bf16=True)
 
 
 def open_base(config: FinetuneConfig) -> tuple[Any, Processor]:
     """The base model, quantised for qlora, and its processor. Raises SetupError when they cannot be read."""
-    from transformers import AutoConfig
-
-    options: Json = {"dtype": getattr(torch, config.base_dtype)}
+    options: Json = {"dtype": getattr(torch, resolved(config).base_dtype)}
     cut = {k: getattr(config, k) for k in ("tower_layers", "text_layers", "feature_layers")}
-    try:
-        kind = "llava" if config.base is None else AutoConfig.from_pretrained(config.base).model_type
-        if kind != "llava":
-            raise X2DFDError(
-                f"{config.base} is a {kind!r} model, and only LLaVA models are trained here", code="not_llava"
-            )
-        if config.method == "qlora" and config.base is not None:
-            options["quantization_config"] = in_bits(config.base, 4, torch.bfloat16 if config.bf16 else torch.float32)
-        model, processor = load_model(config.base, **cut, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise SetupError(
-            f"{config.base or 'the embedded base'} cannot be loaded for training: {error}", code="base_unreadable"
-        ) from error
+    if config.method == "qlora" and config.base is not None:
+        options["quantization_config"] = in_bits(config.base, 4, options["dtype"])
+    model, processor = load_model(config.base, **cut, **options)
     prompts.set_frame(processor, config.frame)
+    if not is_llava(model) and (config.cached_features is not None or config.tower == "forensic"):
+        raise X2DFDError(
+            f"cached_features and tower: forensic are of a LLaVA with CLIP's tower, and {config.base} is a "
+            f"{model.config.model_type!r} model: leave them out",
+            code="not_llava",
+        )
     if (additions := additions_of(config)) is not None:
         add_to_tower(model.model.vision_tower, read_additions(additions))
     return model, processor
+
+
+def is_llava(model: Any) -> bool:
+    """A LLaVA with CLIP's tower: its outputs can be cached, its layers cut."""
+    kinds = (model.config.model_type, model.config.vision_config.model_type)
+    return kinds == ("llava", "clip_vision_model")
 
 
 def additions_of(config: FinetuneConfig) -> Path | None:
@@ -62,17 +74,35 @@ def part_name(model: nn.Module, part: nn.Module) -> str:
     return next(str(name) for name, module in model.named_modules() if module is part)
 
 
+def projector_parts(model: Any) -> list[str]:
+    """The names of a family's modules between tower and language model; of a list of modules, each."""
+    modules = dict(model.named_modules())
+    found = [n for n in modules if any(n.endswith(f".{p}") for p in family_of(model.config).projector)]
+    lists = [n for n in found if isinstance(modules[n], nn.ModuleList)]
+    return [n for n in modules if n.rpartition(".")[0] in lists or (n in found and n not in lists)]
+
+
+def targets_of(model: Any, targets: str) -> str:
+    """LoRA's targets as a regular expression: what a preset of `TARGETS` is in this model, or the expression itself."""
+    if targets not in TARGETS:
+        return targets
+    text = model.get_decoder()
+    names = [n for n, m in text.named_modules() if isinstance(m, nn.Linear)]
+    ends = {n.rpartition(".")[2]: None for n in names if targets == "language" or "attn" in n}
+    return rf".*{part_name(model, text).rpartition('.')[2]}.*\.({'|'.join(ends)})"
+
+
 def tune(model: Any, config: FinetuneConfig) -> tuple[Any, list[str]]:
     """The model with just what is trained unfrozen, and the names of the modules that learn at `projector_lr`.
 
     Projector and norms are trained whole; of the language model LoRA matrices, or everything. Raises X2DFDError when
     `targets` names a module outside of the language model, or none.
     """
-    text, whole = part_name(model, model.get_decoder()), [PROJECTOR]
+    text, projector = part_name(model, model.get_decoder()), projector_parts(model)
+    whole = projector if config.projector_lr > 0 else []
     if config.tower == "norms":
-        outside = [(n, m) for n, m in model.named_modules() if not n.startswith((text, PROJECTOR))]
-        whole += [n for n, m in outside if type(m).__name__.endswith("Norm")]
-    of_tower = _tower_linears(model) if config.tower == "lora" else None
+        outside = [(n, m) for n, m in model.named_modules() if not n.startswith((text, *projector))]
+        whole = whole + [n for n, m in outside if type(m).__name__.endswith("Norm")]
     torch.manual_seed(config.seed)
     if config.method == "full":
         model.requires_grad_(False)
@@ -80,35 +110,41 @@ def tune(model: Any, config: FinetuneConfig) -> tuple[Any, list[str]]:
             parameter.requires_grad_(name.startswith((text, "lm_head", *whole)))
         tuned = model
     else:
-        lora = LoraConfig(
-            r=config.lora_r,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=f"{config.targets}|{of_tower.pattern}" if of_tower else config.targets,
-            use_dora=config.method == "dora",
-            modules_to_save=[n.removeprefix("model.") for n in whole],
-        )
-        try:
-            tuned = get_peft_model(model, lora)
-        except ValueError as error:
-            raise X2DFDError(f"targets {config.targets!r}: {error}", code="targets_invalid") from error
-        if config.start:
-            _start_from(tuned, Path(config.start), config)
-        adapted = [n.removeprefix("base_model.model.") for n, _ in tuned.named_parameters() if "lora_A" in n]
-        if of_tower and not any(of_tower.match(n) for n in adapted):
-            raise X2DFDError(NO_TOWER, code="tower_missing")
-        if not any(n.startswith(text) for n in adapted):
-            raise X2DFDError(f"targets {config.targets!r} name nothing in {text}", code="targets_match_nothing")
-        astray = [n for n in adapted if not n.startswith(text) and not (of_tower and of_tower.match(n))]
-        if astray:
-            raise X2DFDError(
-                f"targets {config.targets!r} reach outside of {text}: {astray[0]}", code="targets_outside_text"
-            )
+        tuned = _with_lora(model, text, whole, config)
     if config.base_dtype != "float32" and not config.deepspeed:  # DeepSpeed keeps fp32 masters of its own
         for parameter in tuned.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # a step of 2e-5 is lost in 16 bits
     return tuned, whole
+
+
+def _with_lora(model: Any, text: str, whole: list[str], config: FinetuneConfig) -> Any:
+    """The model with LoRA in its language model `text`, and in its tower where asked for. Raises X2DFDError."""
+    targets = targets_of(model, config.targets)
+    of_tower = _tower_linears(model) if config.tower == "lora" else None
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=f"{targets}|{of_tower.pattern}" if of_tower else targets,
+        use_dora=config.method == "dora",
+        modules_to_save=[n.removeprefix("model.") for n in whole] or None,
+    )
+    try:
+        tuned: Any = get_peft_model(model, lora)
+    except ValueError as error:
+        raise X2DFDError(f"targets {targets!r}: {error}", code="targets_invalid") from error
+    if config.start:
+        _start_from(tuned, Path(config.start), config)
+    adapted = [n.removeprefix("base_model.model.") for n, _ in tuned.named_parameters() if "lora_A" in n]
+    if of_tower and not any(of_tower.match(n) for n in adapted):
+        raise X2DFDError(NO_TOWER, code="tower_missing")
+    if not any(n.startswith(text) for n in adapted):
+        raise X2DFDError(f"targets {targets!r} name nothing in {text}", code="targets_match_nothing")
+    astray = [n for n in adapted if not n.startswith(text) and not (of_tower and of_tower.match(n))]
+    if astray:
+        raise X2DFDError(f"targets {targets!r} reach outside of {text}: {astray[0]}", code="targets_outside_text")
+    return tuned
 
 
 def _tower_linears(model: Any) -> re.Pattern[str]:

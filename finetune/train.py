@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -12,22 +14,25 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from scipy.stats import mannwhitneyu
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Trainer, TrainingArguments
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from torch.utils.data import ConcatDataset, Sampler
+from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import get_last_checkpoint
 
 from finetune.config import FinetuneConfig, check_config
-from finetune.data import IGNORE, Collate, Packs, cache_tower, feature_layers, read_records
+from finetune.data import IGNORE, Collate, Rows, cache_tower, feature_layers, learnable, read_records
 from finetune.foreign import adopted
-from finetune.models import CachedTower, additions_of, fit_projector, open_base, tune
+from finetune.models import CachedTower, additions_of, fit_projector, is_llava, open_base, resolved, tune
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, WHOLE, AdapterCard, lora_b_sum, probe_logits, read_adapter_card, write_adapter_card
 from x2dfd.crops import CropSet, load_crops
-from x2dfd.errors import X2DFDError
-from x2dfd.experts import expert_class, read_card
+from x2dfd.errors import X2DFDError, first_line
+from x2dfd.experts import card_of
 from x2dfd.faces import PREPROCESSING
 from x2dfd.files import Json, file_sha256, whole, write_text
 from x2dfd.loading import base_identity
@@ -47,28 +52,54 @@ from x2dfd.tower import (
 )
 
 
-class Bucketed(LengthGroupedSampler):
-    """Rows of like length share a batch. The order follows from seed and epoch alone: a cut-off run has it too."""
+class Shown(Sampler[int]):
+    """The rows of an epoch: those of each set as often as its weight says, rows of like length in a batch.
 
-    def __init__(self, batch: int, lengths: list[int], seed: int) -> None:
-        super().__init__(batch, lengths=lengths, generator=torch.Generator())
-        self._seed, self._epoch = seed, 0
+    transformers' samplers know no weights. The order follows from seed and epoch alone: a cut-off run has it too.
+    `sets`: rows and weight of each. `batch`: 1 mixes rows of any length.
+    """
+
+    def __init__(self, lengths: Sequence[int], sets: Sequence[tuple[int, float]], batch: int, seed: int) -> None:
+        self._lengths, self._sets, self._batch, self._seed, self._epoch = lengths, sets, batch, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
 
+    def __len__(self) -> int:
+        return sum(max(1, round(n * weight)) for n, weight in self._sets)
+
     def __iter__(self) -> Iterator[int]:
-        self.generator.manual_seed(self._seed + self._epoch)
-        order: Iterator[int] = super().__iter__()  # type: ignore[no-untyped-call]
-        return order
+        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        shown: list[int] = []
+        first = 0
+        for n, weight in self._sets:
+            times, rest = divmod(max(1, round(n * weight)), n)
+            drawn = torch.randperm(n, generator=generator)[:rest].tolist() if rest else []
+            shown += [first + k for k in [*range(n)] * times + drawn]
+            first += n
+        lengths = [self._lengths[k] for k in shown]
+        if self._batch > 1:
+            order = get_length_grouped_indices(lengths, self._batch, generator=generator)
+        else:
+            order = torch.randperm(len(shown), generator=generator).tolist()
+        return iter([shown[k] for k in order])
 
 
-class PackTrainer(Trainer):
-    """Trainer with the packs' weighted loss and a learning rate of its own for the modules `whole`."""
+class RowTrainer(Trainer):
+    """Trainer with the rows' weighted loss, the verdict's AUC, and a rate of its own for the modules `whole`."""
 
-    def __init__(self, *args: Any, projector_lr: float, whole: Sequence[str], bucket: bool, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        projector_lr: float,
+        whole: Sequence[str],
+        shown: Shown,
+        label_ids: Sequence[int],
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._projector_lr, self._whole, self._bucket = projector_lr, tuple(whole), bucket
+        self._projector_lr, self._whole, self._shown = projector_lr, tuple(whole), shown
+        self._label_ids = list(label_ids)  # real, fake
         self.model_accepts_loss_kwargs = False  # our loss is a mean of its own: divide by the accumulation steps
 
     def compute_loss(
@@ -79,30 +110,56 @@ class PackTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         labels, weights = inputs.pop("labels"), inputs.pop("weights")
+        inputs.pop("verdicts", None)
         # The head is a third of a small model's work: run it only where an answer token follows.
         asked = (labels[:, 1:] != IGNORE).any(0).nonzero()[:, 0]
         logits = model(**inputs, logits_to_keep=asked, use_cache=False).logits  # [n, asked, vocabulary]
         target, weight = labels[:, asked + 1], weights[:, asked + 1]
         each = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=IGNORE, reduction="none")
         loss = (each * weight.flatten()).sum() / weight.sum()
-        return (loss, {"logits": logits}) if return_outputs else loss
+        return (loss, {"logits": logits, "asked": asked}) if return_outputs else loss
+
+    def prediction_step(self, model: nn.Module, inputs: Json, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss; logit of fake against real of each row's verdict; which it is, 1 for fake and -1 for no verdict.
+
+        The whole logits, which Trainer would gather, are gigabytes.
+        """
+        inputs = self._prepare_inputs(inputs)
+        labels, verdicts = inputs["labels"], inputs["verdicts"]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, out = self.compute_loss(model, dict(inputs), return_outputs=True)
+        row, at = torch.arange(len(verdicts), device=verdicts.device), verdicts.clamp(min=1)
+        place = (out["asked"][None] == at[:, None] - 1).long().argmax(1)
+        real, fake = out["logits"][row, place][:, self._label_ids].float().unbind(1)
+        truth = (labels[row, at] == self._label_ids[1]).long()
+        return loss.detach(), fake - real, truth.where(verdicts >= 0, -1)
 
     def create_optimizer(self, *_: object, **__: object) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            assert self.model is not None
-            trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            model: Any = self.model
+            trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
             projector = [p for n, p in trained if any(w in n for w in self._whole)]
-            lora = [p for n, p in trained if not any(w in n for w in self._whole)]
-            groups = [{"params": lora, "lr": self.args.learning_rate}, {"params": projector, "lr": self._projector_lr}]
-            self.optimizer = torch.optim.AdamW(groups, weight_decay=self.args.weight_decay)
+            others = [p for n, p in trained if not any(w in n for w in self._whole)]
+            rates = ((others, self.args.learning_rate), (projector, self._projector_lr))
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            decay = {"weight_decay": self.args.weight_decay}
+            self.optimizer = kind([{"params": p, "lr": lr, **decay} for p, lr in rates if p], **settings)
+        assert self.optimizer is not None
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        batch = self.args.per_device_train_batch_size
-        if not self._bucket or batch == 1:
-            return super()._get_train_sampler(train_dataset)
-        data: Any = self.train_dataset
-        return Bucketed(batch * self.args.gradient_accumulation_steps, data.lengths, self.args.seed)
+        return self._shown
+
+
+def verdict_auc(found: EvalPrediction) -> dict[str, float]:
+    """AUC of the verdicts' logits. Raises X2DFDError when the pictures are all real or all fake."""
+    logits, truth = np.asarray(found.predictions, float), np.asarray(found.label_ids)
+    real, fake = logits[truth == 0], logits[truth == 1]
+    if not len(real) or not len(fake):
+        raise X2DFDError(
+            "validation wants real and fake pictures: take another eval_split, or a larger eval_limit", code="one_class"
+        )
+    return {"auc": float(mannwhitneyu(fake, real).statistic) / (len(real) * len(fake))}
 
 
 def train(config: FinetuneConfig) -> Path:
@@ -112,13 +169,13 @@ def train(config: FinetuneConfig) -> Path:
     Raises X2DFDError (SetupError for what is missing) with the reason.
     """
     check_config(config)
-    config = adopted(config)
+    config = resolved(adopted(config))
     out = Path(config.out)
     work = out / "checkpoints"
     arguments = _arguments(config, work)  # before the model: under ZeRO-3 it is loaded in pieces
+    record = _record(config)
     with arguments.main_process_first(local=False):  # the first makes the files, the others read them
-        data = load_crops(Path(config.manifest))
-        _check_instructions(config)
+        data = [load_crops(manifest) for _, manifest, _ in config.sets]
     model, processor = open_base(config)
     if config.cue_weight != 1 and not processor.tokenizer.is_fast:
         raise X2DFDError(
@@ -126,33 +183,78 @@ def train(config: FinetuneConfig) -> Path:
             code="cue_weight_unsupported",
         )
     with arguments.main_process_first(local=False):
-        features = _features(config, model, processor, data)
-    label_ids = prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS)
-    records = read_records(Path(config.instructions), "train", data, config.left_out)
-    packs = Packs(records, processor, label_ids, data, features, config.view_seed, feature_layers(model))
-    collate = Collate(processor.tokenizer.pad_token_id or 0, config.verdict_weight, config.cue_weight)
+        features = _features(config, model, processor, data[0])
+    learnt, asked = _rows(config, model, processor, data, features)
+    collate = Collate(
+        processor.tokenizer.pad_token_id or 0,
+        config.verdict_weight,
+        config.cue_weight,
+        learnt[0].positions,
+        learnt[0].marks_answers,
+    )
     tuned, whole = tune(model, config)
     with arguments.main_process_first(local=False):
         last = _last_checkpoint(work, config)
     if arguments.process_index == 0:
         write_text(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
-    trainer = PackTrainer(
-        tuned, arguments, collate, packs, projector_lr=config.projector_lr, whole=whole, bucket=config.bucket
-    )
+    trainer = _trainer(config, tuned, whole, arguments, collate, learnt, asked, processor)
     trainer.train(resume_from_checkpoint=last)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of all processes together, on the first
     if arguments.process_index != 0:
         return out
     _save(config, out, model, tuned, processor, state)
     write_text(out / "log.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
-    card = _card(config, out, processor, model.config, _figures(config, trainer, packs))
+    card = _card(config, out, record, processor, model, _figures(config, trainer, learnt))
     write_adapter_card(out, card)
     # What x2dfd.load takes has to give these numbers ever after.
-    del trainer, tuned, model, state, features
+    del trainer, tuned, model, state, features, learnt, asked
     unset_hf_deepspeed_config()  # the other processes have gone: what is loaded now is this one's alone
-    loaded = load(ModelSpec(base=config.base, adapter=out), mode="paper", experts=(), device="cpu", dtype="fp32")
+    loaded = load(ModelSpec(base=config.base, adapter=out), mode="paper", experts=(), device="cpu")
     write_adapter_card(out, replace(card, probes=probe_logits(loaded.mllm)))
     return out
+
+
+def _rows(
+    config: FinetuneConfig, model: Any, processor: Processor, data: Sequence[CropSet], features: TowerFeatures | None
+) -> tuple[list[Rows], list[Rows]]:
+    """What each instruction set has to learn from, and what validation asks about: of left_out neither holds any."""
+
+    def of(split: str, limit: int | None) -> list[Rows]:
+        found = []
+        for (instructions, _, _), crops in zip(config.sets, data, strict=True):
+            records = read_records(instructions, split, crops, config.left_out, limit)
+            found.append(Rows(records, model, processor, crops, config.view_seed, features))
+        return found
+
+    return of("train", None), of(config.eval_split, config.eval_limit) if config.eval_steps else []
+
+
+def _trainer(
+    config: FinetuneConfig,
+    tuned: Any,
+    whole: Sequence[str],
+    arguments: TrainingArguments,
+    collate: Collate,
+    learnt: Sequence[Rows],
+    asked: Sequence[Rows],
+    processor: Processor,
+) -> RowTrainer:
+    each = [(len(rows), weight) for rows, (_, _, weight) in zip(learnt, config.sets, strict=True)]
+    lengths = [n for rows in learnt for n in rows.lengths]
+    together = config.batch * config.accumulate if config.bucket and config.batch > 1 else 1
+    return RowTrainer(
+        tuned,
+        arguments,
+        collate,
+        ConcatDataset(learnt),
+        ConcatDataset(asked) if asked else None,
+        compute_metrics=verdict_auc,
+        callbacks=[EarlyStoppingCallback(config.patience)] if config.patience else None,
+        projector_lr=config.projector_lr,
+        whole=whole,
+        shown=Shown(lengths, each, together, config.seed),
+        label_ids=prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS),
+    )
 
 
 def _save(
@@ -168,71 +270,95 @@ def _save(
         # The vocabulary is not touched; left to itself, PEFT would ask a hub about it.
         tuned.save_pretrained(str(out), state_dict=state, save_embedding_layers=False)
         (out / "README.md").unlink(missing_ok=True)  # PEFT's empty form; card.json says what is known
-        _to_half(out / WEIGHTS)
+        if config.weights_dtype == "float16":
+            _to_half(out / WEIGHTS)
         if lora_b_sum(out) <= 0:
             raise X2DFDError(
                 f"{out}: training left every lora_B at zero; more steps or a higher lr are needed", code="lora_b_zero"
             )
-    if (ranking := _data_card(config)["config"]["assessment"]) is not None:
-        shutil.copyfile(ranking, out / "assessment.json")
+    ranking = config.sets[0][0].parent / "assessment.json"
+    if ranking.is_file():
+        shutil.copyfile(ranking, out / ranking.name)
     if config.expert_weights:
         shutil.copytree(config.expert_weights, out / "experts", dirs_exist_ok=True)
 
 
-def _figures(config: FinetuneConfig, trainer: PackTrainer, packs: Packs) -> Json:
+def _figures(config: FinetuneConfig, trainer: RowTrainer, learnt: Sequence[Rows]) -> Json:
     """What the card says of the run."""
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     figures: Json = {"final_loss": round(float(np.mean(losses[-10:])), 4) if losses else None}
-    figures |= {"pictures": len(packs), "steps": trainer.state.global_step}
+    figures |= {"pictures": sum(rows.pictures for rows in learnt), "steps": trainer.state.global_step}
     if config.start:
         figures["start"] = read_adapter_card(Path(config.start)).sha256
     figures["pictures_a_step"] = config.batch * config.accumulate * trainer.args.world_size
+    if trainer.state.best_metric is not None:
+        figures |= {f"best_{config.best_by}": trainer.state.best_metric, "best_step": trainer.state.best_global_step}
     return figures
 
 
 def _arguments(config: FinetuneConfig, work: Path) -> TrainingArguments:
-    """Trainer's settings. Raises X2DFDError for what ZeRO-3 cannot share out."""
+    """Trainer's settings. Raises X2DFDError for what it does not take, and for launchers that are not supported."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        raise X2DFDError(
+            "FSDP is not supported: --set deepspeed=finetune/zero3.json shares out the same", code="fsdp_unsupported"
+        )
+    if absent := sorted(set(config.report_to) - {*get_available_reporting_integrations(), "none"}):
+        raise X2DFDError(
+            f"report_to: {absent[0]} is not installed here, or transformers does not report to it",
+            code="tracker_missing",
+        )
+    if config.fp16 and not torch.cuda.is_available():
+        raise X2DFDError("fp16 wants a CUDA GPU: take bf16, or neither", code="dtype_unsupported")
     if config.deepspeed and not torch.cuda.is_available():  # which transformers leaves out on a CPU
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo")
-    arguments = TrainingArguments(
-        output_dir=str(work),
-        per_device_train_batch_size=config.batch,
-        gradient_accumulation_steps=config.accumulate,
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps,
-        learning_rate=config.lr,
-        weight_decay=config.weight_decay,
-        lr_scheduler_type="cosine",
-        warmup_steps=config.warmup,
-        max_grad_norm=1.0,
-        logging_steps=10,
-        logging_first_step=True,
-        save_steps=config.save_steps,
-        save_total_limit=2,
-        report_to=[],
-        remove_unused_columns=False,
-        seed=config.seed,
-        bf16=config.bf16,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=False,
-        dataloader_num_workers=config.workers,
-        disable_tqdm=None,
-        activation_checkpointing=config.checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
-        deepspeed=config.deepspeed,
-        # Conversations differ in length, but every trained weight takes part in every step.
-        ddp_find_unused_parameters=False,
-    )
-    if config.base is None and is_deepspeed_zero3_enabled():
-        raise X2DFDError(
-            "the embedded base is too small for ZeRO-3 to help: take finetune/zero2.json, or none",
-            code="zero3_unsupported",
+    every = "steps" if config.eval_steps else "no"
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(work),
+            run_name=config.name,
+            per_device_train_batch_size=config.batch,
+            per_device_eval_batch_size=config.batch,
+            gradient_accumulation_steps=config.accumulate,
+            num_train_epochs=config.epochs,
+            max_steps=config.max_steps,
+            learning_rate=config.lr,
+            weight_decay=config.weight_decay,
+            optim=config.optimizer,
+            lr_scheduler_type=config.scheduler,
+            warmup_steps=config.warmup,
+            max_grad_norm=config.clip,
+            logging_steps=10,
+            logging_first_step=True,
+            save_steps=config.eval_steps or config.save_steps,  # the best is found among what was validated
+            save_total_limit=2,
+            eval_strategy=every,
+            eval_steps=config.eval_steps or None,
+            load_best_model_at_end=bool(config.eval_steps),
+            metric_for_best_model=f"eval_{config.best_by}" if config.eval_steps else None,
+            greater_is_better=config.best_by == "auc",
+            report_to=list(config.report_to),
+            remove_unused_columns=False,
+            seed=config.seed,
+            bf16=config.bf16,
+            fp16=config.fp16,
+            use_cpu=not torch.cuda.is_available(),
+            dataloader_pin_memory=False,
+            dataloader_num_workers=config.workers,
+            disable_tqdm=None,
+            activation_checkpointing=config.checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False},
+            deepspeed=config.deepspeed,
+            # Conversations differ in length, but every trained weight takes part in every step.
+            ddp_find_unused_parameters=False,
         )
-    if config.method == "qlora" and is_deepspeed_zero3_enabled():
+    except (ValueError, ImportError) as error:
+        raise X2DFDError(f"configuration: {first_line(error)}", code="config_invalid") from error
+    if arguments.n_gpu > 1:  # Trainer would copy the model to every card anew for each step
         raise X2DFDError(
-            "weights in four bits cannot be shared out: take finetune/zero2.json with qlora", code="zero3_unsupported"
+            f"{arguments.n_gpu} GPUs want a process each: torchrun --nproc_per_node (docs/finetune.md)",
+            code="launcher_missing",
         )
     return arguments
 
@@ -244,9 +370,9 @@ def _features(config: FinetuneConfig, model: Any, processor: Processor, data: Cr
     layers = feature_layers(model)
     if config.base is None and any(layer < 1 for layer in layers):
         raise X2DFDError("the embedded base needs positive feature_layers", code="feature_layers_invalid")
+    known = learnable(data, "train", config.left_out)
     if config.base is None and not config.cached_features:
-        known = [int(i) for i in training_rows(data) if data.samples[i].origin not in config.left_out]
-        some = [seen_view(data.crops[i], config.view_seed, int(i)) for i in known[:: max(1, len(known) // 64)]]
+        some = [seen_view(data.crops[i], config.view_seed, i) for i in known[:: max(1, len(known) // 64)]]
         states = tower_states(torch.from_numpy(np.stack(some)), max(layers), additions_of(config))
         fit_projector(model, torch.stack([states[k][:, 1:] for k in layers], 1).clone())
         return None
@@ -256,43 +382,79 @@ def _features(config: FinetuneConfig, model: Any, processor: Processor, data: Cr
         tower = model.config.vision_config.num_hidden_layers
         kept = HEAD_LAYERS if config.tower == "forensic" else layers  # the expert `tower` read the same pass
         features = cached_features(data, rows, folder, tower, kept, config.view_seed, additions=additions_of(config))
-        few = features.patches(slice(None, None, max(1, len(rows) // 64)), layers)
-        fit_projector(model, torch.from_numpy(few))
+        places = np.flatnonzero(np.isin(rows, known))  # the cache also holds pictures that nothing is learnt from
+        fit_projector(model, torch.from_numpy(features.patches(places[:: max(1, len(places) // 64)], layers)))
     else:
-        key = {"base": base_identity(config.base), "manifest": file_sha256(Path(config.manifest))}
+        key = {"base": base_identity(config.base), "manifest": file_sha256(config.sets[0][1])}
         features = cache_tower(model, processor, data, rows, folder, key, config.view_seed)
     model.model.vision_tower = CachedTower(layers, model.config.vision_feature_select_strategy == "default")
     return features
 
 
-def _check_instructions(config: FinetuneConfig) -> None:
-    """Instructions name pictures by their place in a manifest: with another manifest they would be about others."""
-    path = Path(config.instructions).parent / "card.json"
-    try:
-        made_from = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise X2DFDError(
-            f"{path}, the card of the instructions, cannot be read: {error}", code="instructions_unreadable"
-        ) from error
-    if made_from["manifest_sha256"] != file_sha256(Path(config.manifest)):
-        raise X2DFDError(
-            f"{config.instructions} were built from another manifest than {config.manifest}", code="manifest_differs"
-        )
-    if made_from.get("views") != VIEWS:
-        raise X2DFDError(
-            f"{config.instructions} tell scores of other views of the pictures: run data_gen build again",
-            code="views_differ",
-        )
-    if made_from["config"]["view_seed"] != config.view_seed:
-        raise X2DFDError(
-            f"{config.instructions} were built with view_seed {made_from['config']['view_seed']}",
-            code="view_seed_differs",
-        )
+def _record(config: FinetuneConfig) -> Json:
+    """The card of the instructions, of the first set where there are several, which have to agree with it.
+
+    Instructions name pictures by their place in a manifest: with another they would be about others. Their questions
+    hold scores of experts: with other weights the model would be asked what it was not trained on. Raises X2DFDError.
+    """
+    cards = []
+    for instructions, manifest, _ in config.sets:
+        path = instructions.parent / "card.json"
+        try:
+            card: Json = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise X2DFDError(
+                f"{path}, the card of the instructions, cannot be read: {error}", code="instructions_unreadable"
+            ) from error
+        if card["manifest_sha256"] != file_sha256(manifest):
+            raise X2DFDError(
+                f"{instructions} were built from another manifest than {manifest}", code="manifest_differs"
+            )
+        if card.get("views") != VIEWS or "experts" not in card:
+            raise X2DFDError(
+                f"{instructions} are of another version (other views of the pictures): build them again",
+                code="views_differ",
+            )
+        if card["config"]["view_seed"] != config.view_seed:
+            raise X2DFDError(
+                f"{instructions} were built with view_seed {card['config']['view_seed']}", code="view_seed_differs"
+            )
+        if card["assessment_sha256"] and file_sha256(path.with_name("assessment.json")) != card["assessment_sha256"]:
+            raise X2DFDError(
+                f"{path.with_name('assessment.json')} is not the ranking that {instructions} were built with",
+                code="assessment_differs",
+            )
+        cards.append(card)
+    first = cards[0]
+    for card in cards[1:]:
+        if _asked_with(card) != _asked_with(first):
+            raise X2DFDError(
+                "instruction sets with other experts or another score_form do not go together",
+                code="instructions_differ",
+            )
+    weights = Path(config.expert_weights) if config.expert_weights else None
+    for name, sha256 in first["experts"].items():
+        if card_of(name, weights).sha256 != sha256:
+            raise X2DFDError(
+                f"expert {name!r}: other weights than the instructions were built with (expert_weights)",
+                code="expert_differs",
+            )
+    return first
+
+
+def _asked_with(card: Json) -> tuple[Any, ...]:
+    """What questions give scores of, by which names, and how."""
+    return card["experts"], card.get("aliases", {}), card["config"]["score_form"]
+
+
+def _instructions_sha256(config: FinetuneConfig) -> str:
+    each = [file_sha256(instructions) for instructions, _, _ in config.sets]
+    return each[0] if len(each) == 1 else hashlib.sha256("\n".join(each).encode()).hexdigest()
 
 
 def _last_checkpoint(work: Path, config: FinetuneConfig) -> str | None:
     """Where a cut-off run goes on. Raises X2DFDError when `work` holds a run with other settings or other data."""
-    run = {"config": asdict(config), "instructions_sha256": file_sha256(Path(config.instructions))}
+    run = {"config": asdict(config), "instructions_sha256": _instructions_sha256(config)}
     run["base"] = base_identity(config.base)
     run = json.loads(json.dumps(run))  # tuples become lists, as they are read back
     key = work / "run.json"
@@ -314,19 +476,12 @@ def _to_half(path: Path) -> None:
         save_file({k: v.half().contiguous() for k, v in state.items()}, temporary, {"format": "pt"})
 
 
-def _data_card(config: FinetuneConfig) -> Json:
-    """The card of the instruction set."""
-    card: Json = json.loads((Path(config.instructions).parent / "card.json").read_text(encoding="utf-8"))
-    return card
-
-
-def _card(config: FinetuneConfig, out: Path, processor: Processor, model: Any, figures: Json) -> AdapterCard:
-    """`model`: its configuration."""
-    data_card = _data_card(config)
+def _card(
+    config: FinetuneConfig, out: Path, record: Json, processor: Processor, model: Any, figures: Json
+) -> AdapterCard:
     full = config.method == "full"
-    form = data_card["config"]["score_form"]
-    text = int(model.get_text_config().num_hidden_layers)
-    layers = model.vision_feature_layer
+    form = record["config"]["score_form"]
+    layers = _layers_of(model, config) if is_llava(model) else {}  # of no other family any can be left out
     return AdapterCard(
         name=config.name,
         version=config.version,
@@ -339,24 +494,27 @@ def _card(config: FinetuneConfig, out: Path, processor: Processor, model: Any, f
         weights=WHOLE if full else WEIGHTS,
         trained_on=config.trained_on,
         figures=figures,
-        held_out=tuple(data_card["config"]["held_out"]),
+        held_out=tuple(record["config"]["held_out"]),
         left_out=config.left_out,
-        aliases=data_card.get("aliases", {}),
+        aliases=record.get("aliases", {}),
         tower=config.tower,
         tower_sha256=additions_sha256(read_additions(additions)) if (additions := additions_of(config)) else "",
-        assessment_sha256=file_sha256(out / "assessment.json") if (out / "assessment.json").is_file() else "",
+        assessment_sha256=record["assessment_sha256"] or "",
         base=base_identity(out / WHOLE if full else config.base),
-        tower_layers=int(model.vision_config.num_hidden_layers),
-        text_layers=text if full else config.text_layers or text,
-        feature_layers=(layers,) if isinstance(layers, int) else tuple(layers),
         frame=config.frame,
         prompt_sha256=prompts.prompt_hash(processor, form),
         score_form=form,
-        experts={name: _expert_sha256(name, out) for name in data_card["config"]["experts"]},
-        data_sha256=file_sha256(Path(config.instructions)),
+        experts=record["experts"],
+        data_sha256=_instructions_sha256(config),
+        **layers,
     )
 
 
-def _expert_sha256(name: str, out: Path) -> str:
-    own = out / "experts" / f"{name}.card.json"
-    return (read_card(own) if own.is_file() else expert_class(name).card).sha256
+def _layers_of(model: Any, config: FinetuneConfig) -> Json:
+    """Which layers of a LLaVA are there, as its card says it."""
+    text = int(model.config.get_text_config().num_hidden_layers)
+    return {
+        "tower_layers": int(model.config.vision_config.num_hidden_layers),
+        "text_layers": text if config.method == "full" else config.text_layers or text,
+        "feature_layers": feature_layers(model),
+    }

@@ -10,24 +10,33 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import load_file
 
 import x2dfd
-from tests import families
+from data_gen.build import BuildConfig, build
+from finetune import train as training
+from finetune.config import FinetuneConfig
+from finetune.data import Collate, Rows, read_records
+from finetune.models import open_base, tune
+from tests import families, tiny
 from tests.raising import raises
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, AdapterCard, write_adapter_card
-from x2dfd.errors import SetupError
+from x2dfd.crops import load_crops
+from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.experts import BUILTIN
 from x2dfd.faces import PREPROCESSING
 from x2dfd.files import file_sha256
-from x2dfd.loading import FAMILIES, base_identity, load_model, processor_class
+from x2dfd.loading import FAMILIES, base_identity, in_bits, load_model, processor_class
 from x2dfd.mllm import LocalMLLM
+from x2dfd.tower import seen_view
 from x2dfd.types import Evidence
 
 QUESTIONS = [prompts.QUESTION, prompts.verdict_question([Evidence("blending", 0.812), Evidence("clip", None)])]
@@ -179,6 +188,169 @@ def test_one_begin_token(kind: Kind) -> None:
     if bos is not None:
         [token] = kind.processor.tokenizer.convert_tokens_to_ids([bos])
         assert (before + after).count(token) == 1
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Instructions about four training pictures, and their manifest."""
+    import skimage.data
+
+    folder = tmp_path_factory.mktemp("taught")
+    manifest = tiny.write_small_manifest(folder, np.asarray(skimage.data.astronaut()), 6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
+        return build(BuildConfig(str(manifest), experts=(tiny.EXPERT,), follow_ups=0), folder / "built"), manifest
+
+
+def test_training_text(kind: Kind, taught: tuple[Path, Path]) -> None:
+    """Token by token what the stock processor makes of question and answer, and so what inference asks.
+
+    And its loss, of all conversations about a picture together, is that of the stock model one by one: they neither see
+    each other nor stand at each other's positions.
+    """
+    data = load_crops(taught[1])
+    rows = Rows(read_records(taught[0], "train", data), kind.model, kind.mllm.processor, data, 1)
+    [view] = (seen_view(data.crops[row], 1, row) for row in [1])
+    records = [r for r in map(json.loads, taught[0].read_text().splitlines()) if r["row"] == 1]
+    items = [rows[k] for k, (row, _) in enumerate(rows._rows) if row == 1]
+    tokens = [i["prefix"]["input_ids"][0].tolist() + c.tokens for i in items for c in i["conversations"]]
+    losses, answered = [], 0
+    for record, got in zip(records, tokens, strict=True):
+        asked, said = (turn["value"] for turn in record["conversations"])
+        stock = stock_inputs(kind, view, asked.removeprefix("<image>\n"), said)
+        assert got[:-1] == stock["input_ids"][0].tolist()
+        bos = kind.processor.tokenizer.bos_token_id
+        assert bos is None or got.count(bos) == 1
+        before = len(stock_inputs(kind, view, asked.removeprefix("<image>\n"))["input_ids"][0])
+        with torch.inference_mode():
+            logits = kind.model(**stock).logits[0, before - 1 :].double()
+        each = torch.nn.functional.cross_entropy(logits, torch.tensor(got[before:]), reduction="sum")
+        losses.append(float(each))
+        answered += len(got) - before
+    batch = Collate(0, 1.0, 1.0, rows.positions, rows.marks_answers)(items)
+    with torch.inference_mode():
+        got_loss = training.RowTrainer.compute_loss(cast(Any, None), kind.model, batch)
+    assert float(got_loss) == pytest.approx(sum(losses) / answered, abs=1e-4)
+
+
+def trained(kind: Kind, taught: tuple[Path, Path], out: Path, **given: Any) -> tuple[FinetuneConfig, Any]:
+    """Three steps over everything; what they gave in memory, before anything was written."""
+    plain, kept = training._save, list[Any]()
+
+    def save(config: FinetuneConfig, out: Path, model: Any, tuned: Any, processor: Any, state: Any) -> None:
+        mllm = LocalMLLM(model, processor, "in memory", autocast=config.bf16)
+        kept.append(lambda crops: mllm.verdict_logits(mllm.look(crops), QUESTIONS))
+        plain(config, out, model, tuned, processor, state)
+
+    config = FinetuneConfig(
+        str(taught[0]), str(taught[1]), str(out), base=str(kind.folder), lora_r=4, lora_alpha=8, lora_dropout=0.0,
+        lr=1e-2, projector_lr=1e-3, accumulate=1, batch=32, max_steps=3, save_steps=100,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
+        patch.setattr(training, "_save", save)
+        training.train(replace(config, **given))
+    log = json.loads((out / "log.json").read_text())
+    assert log[-1]["train_loss"] < log[0]["loss"]  # the mean of the steps, each over the same rows; and the first
+    return config, kept[0]
+
+
+def reloaded(out: str, crops: NDArray[np.uint8], *, base: str | None = None, **given: Any) -> NDArray[np.float64]:
+    mllm = x2dfd.load(f"hub:{base}+{out}" if base else out, mode="paper", experts=(), device="cpu", **given).mllm
+    return mllm.verdict_logits(mllm.look(crops), QUESTIONS)
+
+
+def test_lora(kind: Kind, taught: tuple[Path, Path], crops: NDArray[np.uint8], tmp_path: Path) -> None:
+    """What is written judges as what was trained: no part is lost, none is left in another state."""
+    config, memory = trained(kind, taught, tmp_path / "out")
+    got = reloaded(config.out, crops, base=config.base)
+    assert np.allclose(got, memory(crops), atol=1e-4)
+    assert not np.allclose(got, kind.mllm.verdict_logits(kind.mllm.look(crops), QUESTIONS), atol=1e-2)
+    projector = [k for k in load_file(Path(config.out) / WEIGHTS) if ".lora_" not in k]
+    assert projector and not any(part in k for k in projector for part in ("language_model", "text_model", "layers."))
+
+
+SOME = ("LLaVA-1.5", "Qwen3-VL", "Gemma 3", "PaliGemma")
+"""Families whose parts differ the most: what follows depends on the family little, and costs seconds each."""
+some_families = pytest.mark.parametrize("kind", SOME, indirect=True, scope="module")
+
+
+@some_families
+def test_qlora(kind: Kind, taught: tuple[Path, Path], crops: NDArray[np.uint8], tmp_path: Path) -> None:
+    """The adapter fits the base in four bits as it was trained on it."""
+    pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
+    config, memory = trained(kind, taught, tmp_path / "out", method="qlora")
+    assert np.allclose(reloaded(config.out, crops, base=config.base, bits=4), memory(crops), atol=1e-4)
+
+
+@some_families
+def test_full(kind: Kind, taught: tuple[Path, Path], crops: NDArray[np.uint8], tmp_path: Path) -> None:
+    """A whole model loads without its base, with the head and the projector that were trained."""
+    config, memory = trained(kind, taught, tmp_path / "out", method="full", lr=1e-3)
+    assert np.allclose(reloaded(config.out, crops), memory(crops), atol=1e-4)
+
+
+# --- precisions ------------------------------------------------------------------------------------------------------
+
+
+@some_families
+def test_bits(kind: Kind, crops: NDArray[np.uint8]) -> None:
+    """Transformers' own numbers in four and in eight bits; the tower and the head are left as they were."""
+    bnb = pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
+    from transformers import AutoModelForImageTextToText
+
+    # In eight bits a token's largest numbers are kept apart by what else is in its batch.
+    for bits, quantised, near in (4, bnb.nn.Linear4bit, 1e-4), (8, bnb.nn.Linear8bitLt, 0.1):
+        mllm = x2dfd.load(f"hub:{kind.folder}", mode="paper", experts=(), device="cpu", bits=cast(Any, bits)).mllm
+        assert isinstance(mllm, LocalMLLM)
+        options: dict[str, Any] = {"quantization_config": in_bits(kind.folder, cast(Any, bits), torch.float32)}
+        stock: Any = AutoModelForImageTextToText.from_pretrained(
+            kind.folder, device_map={"": "cpu"}, dtype=torch.float32, **options
+        )
+        got = mllm.verdict_logits(mllm.look(crops), QUESTIONS)
+        want = [stock_verdict(kind, stock.eval(), c, q) for c, q in zip(crops, QUESTIONS, strict=True)]
+        assert np.allclose(got, want, atol=near)
+        small = [n for n, m in mllm._model.named_modules() if isinstance(m, quantised)]
+        assert small and all("layers" in n and "vision" not in n and "visual" not in n for n in small)
+
+
+@some_families
+def test_sixteen_bits(kind: Kind, taught: tuple[Path, Path], crops: NDArray[np.uint8], tmp_path: Path) -> None:
+    """A checkpoint in 16 bits is read so on a CPU too, trained so and loaded again: in 32, a 7B takes 28 GB there."""
+    half = kind.model.__class__.from_pretrained(kind.folder, dtype=torch.bfloat16)
+    for part in (half, kind.processor):
+        part.save_pretrained(tmp_path / "half")
+    mllm = x2dfd.load(f"hub:{tmp_path / 'half'}", mode="paper", experts=(), device="cpu").mllm
+    assert isinstance(mllm, LocalMLLM) and {p.dtype for p in mllm._model.parameters()} == {torch.bfloat16}
+    wide = LocalMLLM(*load_model(tmp_path / "half", dtype=torch.float32), "in 32 bits")
+    got, want = (m.verdict_logits(m.look(crops), QUESTIONS) for m in (mllm, wide))
+    assert np.abs(got - want).max() < 0.3
+    config, memory = trained(kind._replace(folder=tmp_path / "half"), taught, tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (saved["base_dtype"], saved["bf16"]) == ("bfloat16", True)
+    assert np.abs(reloaded(config.out, crops, base=config.base) - memory(crops)).max() < 0.3
+
+
+# --- what a family cannot do is refused in one line ------------------------------------------------------------------
+
+
+def test_parts_of_another_family_are_refused(tmp_path: Path) -> None:
+    """Bug prevented: a setting of LLaVA's tower that is silently without effect, or a traceback from inside a model."""
+    families.write_model(tmp_path, "Idefics3")
+    plain = FinetuneConfig("i", "m", "o", base=str(tmp_path))
+    for given in ({"cached_features": "f"}, {"tower": "forensic", "expert_weights": "w"}, {"tower_layers": 1}):
+        with pytest.raises(X2DFDError) as caught:
+            open_base(replace(plain, **given))
+        assert "\n" not in str(caught.value)
+    model, _ = open_base(plain)
+    with raises("tower_missing", "tower: lora"):
+        tune(model, replace(plain, tower="lora"))
+    tuned, whole = tune(model, replace(plain, targets="attention", projector_lr=0.0))
+    learnt = {n for n, p in tuned.named_parameters() if p.requires_grad}
+    assert not whole and learnt and all("lora_" in n and "self_attn" in n and "text_model" in n for n in learnt)
 
 
 # --- what cannot be asked is refused in one line that says what to use -----------------------------------------------

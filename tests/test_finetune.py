@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,7 @@ import x2dfd
 from data_gen.build import BuildConfig, build
 from finetune.__main__ import app
 from finetune.config import FinetuneConfig, load_config
-from finetune.data import IGNORE, Collate, Conversation, Packs, conversation, read_records
+from finetune.data import IGNORE, Collate, Conversation, Rows, conversation, learnable, read_records
 from finetune.models import open_base, tune
 from tests import tiny
 from tests.raising import raises
@@ -166,29 +166,33 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def packs(base: Path, small: tuple[Path, Path]) -> Packs:
+def packs(base: Path, small: tuple[Path, Path]) -> Rows:
+    """Rows with all conversations about a picture each, as a LLaVA takes them."""
     model, processor = load_model(base)
-    labels = LocalMLLM(model, processor, "tiny").label_ids
     data = load_crops(small[0])
-    return Packs(read_records(small[1], "train", data), processor, labels, data, None, 1)
+    return Rows(read_records(small[1], "train", data), model, processor, data, 1)
+
+
+def collated(packs: Rows, places: Sequence[int], verdict: float = 4.0, cue: float = 1.0) -> dict[str, Tensor]:
+    return Collate(0, verdict, cue, packs.positions)([packs[k] for k in places])
 
 
 def loss(model: Any, batch: dict[str, Tensor]) -> float:
     """The loss that training minimises."""
-    from finetune.train import PackTrainer
+    from finetune.train import RowTrainer
 
     model.eval()
     with torch.inference_mode():
-        return float(PackTrainer.compute_loss(cast(Any, None), model, dict(batch)))
+        return float(RowTrainer.compute_loss(cast(Any, None), model, dict(batch)))
 
 
 def one_by_one(model: Any, item: dict[str, Any], weight: float) -> tuple[float, float]:
     """Weighted loss and weights of a picture's conversations, each through the stock model by itself."""
     total = weights = 0.0
     for c in item["conversations"]:
-        ids = torch.tensor([[*item["prefix"], *c.tokens]])
+        ids = torch.cat([item["prefix"]["input_ids"], torch.tensor([c.tokens])], 1)
         with torch.inference_mode():
-            logits = model(input_ids=ids, pixel_values=item["pixel_values"][None]).logits[0]
+            logits = model(input_ids=ids, pixel_values=item["prefix"]["pixel_values"]).logits[0]
         each = F.cross_entropy(logits[:-1], ids[0, 1:], reduction="none")[-c.answer :]
         own = torch.ones(c.answer)
         if c.heavy is not None:
@@ -199,25 +203,24 @@ def one_by_one(model: Any, item: dict[str, Any], weight: float) -> tuple[float, 
 
 
 @pytest.mark.needs_base
-def test_a_pack_has_the_loss_of_its_conversations(base: Path, packs: Packs) -> None:
+def test_a_pack_has_the_loss_of_its_conversations(base: Path, packs: Rows) -> None:
     """A conversation that sees its neighbour copies the answer from it: the loss falls and nothing is learnt."""
     model, _ = load_model(base)
-    collate = Collate(0, 4.0)
     sums = [one_by_one(model, packs[k], 4.0) for k in range(3)]
     assert {len(packs[k]["conversations"]) for k in range(len(packs))} <= {6, 7, 8, 9}  # some have a follow-up
     for k, (total, weights) in enumerate(sums):
-        assert loss(model, collate([packs[k]])) == pytest.approx(total / weights, rel=1e-5)
+        assert loss(model, collated(packs, [k])) == pytest.approx(total / weights, rel=1e-5)
     # Two packs of different length in one batch: padding carries neither loss nor weight.
     other = next(k for k in (1, 2) if packs.lengths[k] != packs.lengths[0])
     together = (sums[0][0] + sums[other][0]) / (sums[0][1] + sums[other][1])
-    assert loss(model, collate([packs[0], packs[other]])) == pytest.approx(together, rel=1e-5)
+    assert loss(model, collated(packs, [0, other])) == pytest.approx(together, rel=1e-5)
 
 
 @pytest.mark.needs_base
-def test_the_verdict_token_weighs_more(base: Path, packs: Packs) -> None:
+def test_the_verdict_token_weighs_more(base: Path, packs: Rows) -> None:
     """One token decides the verdict; among eighty of explanation it would hardly count."""
     tokenizer = load_model(base)[1].tokenizer
-    batch = Collate(0, 7.0)([packs[1]])
+    batch = collated(packs, [1], 7.0)
     heavy = batch["labels"][batch["weights"] == 7.0]
     words = [tokenizer.decode([t]).strip() for t in heavy.tolist()]
     assert words[:3] == ["fake"] * 3 and set(words[3:]) <= {"Yes", "No"} and len(words) in (5, 6), words
@@ -228,14 +231,14 @@ def test_the_verdict_token_weighs_more(base: Path, packs: Packs) -> None:
 
 
 @pytest.mark.needs_base
-def test_words_that_name_a_cue_weigh_more(base: Path, packs: Packs) -> None:
+def test_words_that_name_a_cue_weigh_more(base: Path, packs: Rows) -> None:
     """The grammar's small words are most of a text, and all of them would be learnt before one artifact is."""
     tokenizer = load_model(base)[1].tokenizer
-    batch = Collate(0, 7.0, 3.0)([packs[1]])
+    batch = collated(packs, [1], 7.0, 3.0)
     words = [tokenizer.decode([t]).strip().lower() for t in batch["labels"][batch["weights"] == 3.0].tolist()]
     assert {"jaw", "eyes"} & set(words), words
     assert not {"this", "is", "fake", "and", ".", "<|im_end|>"} & set(words), words
-    assert torch.equal(batch["labels"], Collate(0, 7.0)([packs[1]])["labels"])
+    assert torch.equal(batch["labels"], collated(packs, [1], 7.0)["labels"])
 
 
 @pytest.mark.needs_base
@@ -253,15 +256,15 @@ def test_a_follow_up_is_trained_on_the_prompt_that_chat_asks(base: Path, small: 
 
 
 @pytest.mark.needs_base
-def test_only_the_split_asked_for_is_trained_on(small: tuple[Path, Path], packs: Packs) -> None:
+def test_only_the_split_asked_for_is_trained_on(small: tuple[Path, Path], packs: Rows) -> None:
     """Calibration pictures that were trained on give a probability that is too sure."""
     data = load_crops(small[0])
-    assert {data.samples[r].split for r in packs.rows} == {"train"}
-    assert len(packs) == 6
+    assert {data.samples[r].split for r in read_records(small[1], "train", data)} == {"train"}
+    assert len(packs) == packs.pictures == 6
 
 
 @pytest.mark.needs_base
-def test_what_there_is_nothing_to_learn_from_is_refused(base: Path, small: tuple[Path, Path], packs: Packs) -> None:
+def test_what_there_is_nothing_to_learn_from_is_refused(base: Path, small: tuple[Path, Path], packs: Rows) -> None:
     """An empty mask gives a loss of 0/0, an empty answer one of the end token; both would train silently."""
     item = packs[0]
     with raises("label_mask_empty"):
@@ -418,13 +421,13 @@ def test_another_run_is_not_resumed(
     configured: Callable[..., FinetuneConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The checkpoints of other settings or data would be saved as the result of these, with a card that lies."""
-    from finetune.train import PackTrainer, train
+    from finetune.train import RowTrainer, train
 
     before = load_file(train(configured(tmp_path / "adapter")) / WEIGHTS)
     with raises("settings_differ"):
         train(configured(tmp_path / "adapter", lr=2e-2))
     # The same run is finished already: no step is taken, and the weights stay.
-    monkeypatch.setattr(PackTrainer, "compute_loss", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(RowTrainer, "compute_loss", lambda *_, **__: pytest.fail("trained again"))
     after = load_file(train(configured(tmp_path / "adapter")) / WEIGHTS)
     assert before.keys() == after.keys() and all(torch.equal(value, after[key]) for key, value in before.items())
 
@@ -456,7 +459,7 @@ def test_instructions_of_another_manifest_are_refused(
 @pytest.mark.slow
 @pytest.mark.needs_base
 def test_training_lowers_its_loss(
-    configured: Callable[..., FinetuneConfig], base: Path, packs: Packs, tmp_path: Path
+    configured: Callable[..., FinetuneConfig], base: Path, packs: Rows, tmp_path: Path
 ) -> None:
     """Signs, masks and learning rates can all be wrong while weights move."""
     from peft import PeftModel
@@ -464,7 +467,7 @@ def test_training_lowers_its_loss(
     from finetune.train import train
 
     model, _ = load_model(base)
-    batch = Collate(0, 4.0)([packs[k] for k in range(len(packs))])
+    batch = collated(packs, range(len(packs)))
     before = loss(model, batch)
     out = train(configured(tmp_path / "adapter", max_steps=8, batch=3, save_steps=100))
     assert loss(PeftModel.from_pretrained(model, str(out)), batch) < before - 0.5
@@ -479,7 +482,7 @@ def test_a_cut_off_run_ends_where_an_unbroken_one_does(
     from finetune import train as module
 
     whole = module.train(configured(tmp_path / "whole", max_steps=4))
-    plain, calls = module.PackTrainer.compute_loss, list[str]()
+    plain, calls = module.RowTrainer.compute_loss, list[str]()
 
     def counted(*given: Any, **named: Any) -> Any:
         batch = given[2]["input_ids"].numpy().tobytes()
@@ -488,7 +491,7 @@ def test_a_cut_off_run_ends_where_an_unbroken_one_does(
             raise KeyboardInterrupt
         return plain(*given, **named)
 
-    monkeypatch.setattr(module.PackTrainer, "compute_loss", counted)
+    monkeypatch.setattr(module.RowTrainer, "compute_loss", counted)
     with pytest.raises(KeyboardInterrupt):
         module.train(configured(tmp_path / "cut", max_steps=4))
     assert not (tmp_path / "cut" / WEIGHTS).exists()  # nothing that could be taken for a finished adapter
@@ -509,9 +512,11 @@ def test_a_cut_off_run_ends_where_an_unbroken_one_does(
     ("given", "code", "fact"),
     [
         ("method=lorra", "unknown_name", "did you mean 'lora'"),
-        ("base_dtype=bfloat16", "config_invalid", "bf16: true"),
+        ("base_dtype=bfloat16", "config_invalid", "bf16"),
         ("method=qlora", "config_invalid", "qlora"),
         ("tower=forensic", "config_invalid", "expert_weights"),
+        ("patience=2", "config_invalid", "eval_steps"),
+        ("weights=[1, 2]", "config_invalid", "weights"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(given: str, code: str, fact: str) -> None:
@@ -580,13 +585,6 @@ def test_what_is_trained_is_what_was_said(configured: Callable[..., FinetuneConf
     assert len(moved) == 3 * 4 * 2 and all("lora_" in n and "self_attn" in n for n in moved)
 
 
-def test_another_kind_of_base_is_refused(tmp_path: Path) -> None:
-    """Bug prevented: packs of LLaVA's tokens fed to a model that places pictures otherwise."""
-    (tmp_path / "config.json").write_text('{"model_type": "llava_next"}', encoding="utf-8")
-    with raises("not_llava", "'llava_next'"):
-        open_base(load_config(None, [*REQUIRED, f"base={tmp_path}"]))
-
-
 @pytest.mark.slow
 @pytest.mark.needs_base
 def test_cached_features_of_any_llava_are_the_towers(
@@ -597,30 +595,157 @@ def test_cached_features_of_any_llava_are_the_towers(
 
     config = configured(tmp_path / "adapter", cached_features=str(tmp_path / "cache"))
     data, (model, processor) = load_crops(small[0]), open_base(config)
-    labels = prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS)
-    plain = Packs(read_records(small[1], "train", data), processor, labels, data, None, 1)
-    direct = loss(model, Collate(0, 4.0)([plain[2]]))
+    plain = Rows(read_records(small[1], "train", data), model, processor, data, 1)
+    direct = loss(model, collated(plain, [2]))
     for _ in range(2):
         model, _ = open_base(config)
         features = _features(config, model, processor, data)
         written = (tmp_path / "cache" / "patches.npy").stat().st_mtime_ns
-        cached = Packs(read_records(small[1], "train", data), processor, labels, data, features, 1)
-        assert loss(model, Collate(0, 4.0)([cached[2]])) == pytest.approx(direct, rel=1e-3)
+        cached = Rows(read_records(small[1], "train", data), model, processor, data, 1, features)
+        assert loss(model, collated(cached, [2])) == pytest.approx(direct, rel=1e-3)
     assert (tmp_path / "cache" / "patches.npy").stat().st_mtime_ns == written
 
 
 def test_rows_of_like_length_share_a_batch() -> None:
     """Padding is work for nothing; an order that a resumed run cannot repeat shows some pictures twice."""
-    from finetune.train import Bucketed
+    from finetune.train import Shown
 
     lengths = [10, 90] * 200
-    sampler = Bucketed(4, lengths, seed=3)
+    sampler = Shown(lengths, [(400, 1.0)], 4, seed=3)
     order = list(sampler)
-    assert sorted(order) == list(range(400)) and order == list(Bucketed(4, lengths, seed=3))
+    assert sorted(order) == list(range(400)) and order == list(Shown(lengths, [(400, 1.0)], 4, seed=3))
     mixed = [{lengths[i] for i in order[k : k + 4]} for k in range(0, 400, 4)]
     assert sum(len(kinds) > 1 for kinds in mixed) <= 6  # of 100; at random it would be 88
     sampler.set_epoch(1)
     assert list(sampler) != order
+
+
+def test_sets_are_shown_as_often_as_they_weigh() -> None:
+    """A set of a thousand would drown one of fifty; half of a set, always the same half, would waste the other."""
+    from finetune.train import Shown
+
+    sampler = Shown([1] * 50, [(10, 2.5), (40, 0.5)], 1, seed=0)
+    epochs = []
+    for epoch in range(12):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+        assert len(epochs[-1]) == len(sampler) == 45
+        counts = [epochs[-1].count(k) for k in range(50)]
+        assert set(counts[:10]) == {2, 3} and set(counts[10:]) == {0, 1}
+    assert set().union(*epochs) == set(range(50))
+
+
+# --- validation, and what is refused before anything is loaded -------------------------------------------------------
+
+
+@pytest.mark.needs_base
+def test_validation_chooses_and_ends(
+    configured: Callable[..., FinetuneConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: the last checkpoint saved for the best; a run that goes on after it stopped getting better."""
+    from finetune import train as module
+
+    aucs = iter([0.7, 0.9, 0.8, 0.6])
+    monkeypatch.setattr(module, "verdict_auc", lambda found: {"auc": next(aucs)})
+    given = configured(tmp_path / "out", eval_steps=1, eval_split="calib", patience=1, max_steps=9)
+    log = json.loads((module.train(given) / "log.json").read_text())
+    figures = read_adapter_card(tmp_path / "out").figures
+    assert (figures["steps"], figures["best_step"], figures["best_auc"]) == (3, 2, 0.9)
+    losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    assert len(losses) == 3 and len(set(losses)) == 3
+    best, saved = (load_file(tmp_path / "out" / f / WEIGHTS) for f in ("checkpoints/checkpoint-2", ""))
+    assert best.keys() == saved.keys() and all(torch.equal(best[k], saved[k]) for k in best)
+
+
+@pytest.mark.needs_base
+def test_validation_scores_the_verdicts_of_use(base: Path, small: tuple[Path, Path], packs: Rows) -> None:
+    """An AUC of another token than the verdict's would choose a checkpoint by noise."""
+    from types import SimpleNamespace
+
+    from transformers import EvalPrediction
+
+    from finetune.train import RowTrainer, verdict_auc
+
+    mllm = LocalMLLM(*load_model(base), "tiny")
+    data, records = load_crops(small[0]), [json.loads(line) for line in small[1].read_text().splitlines()]
+    said = {r["row"]: r["conversations"][0]["value"] for r in records if r["task"] == "detect"}
+    asked = {row: text.removeprefix("<image>\n") for row, text in said.items()}
+    looks = [seen_view(data.crops[row], 1, row) for row in range(4)]
+    want = mllm.verdict_logits(mllm.look(np.stack(looks)), [asked[row] for row in range(4)])
+    stand_in: Any = SimpleNamespace(_label_ids=mllm.label_ids, _prepare_inputs=lambda x: x)
+    stand_in.compute_loss_context_manager = torch.no_grad
+    stand_in.compute_loss = lambda *given, **named: RowTrainer.compute_loss(stand_in, *given, **named)
+    _, got, truth = RowTrainer.prediction_step(stand_in, mllm._model, collated(packs, range(4)))
+    assert np.allclose(got, want, atol=1e-4) and truth.tolist() == [0, 1, 0, 1]
+    found = EvalPrediction(np.array([0.1, 0.4, 0.3, 0.9, 7.0]), np.array([0, 1, 0, 1, -1]))
+    assert verdict_auc(found) == {"auc": 1.0}
+    with raises("one_class", "eval_split"):
+        verdict_auc(EvalPrediction(np.zeros(3), np.array([0, 0, -1])))
+
+
+def test_zero_3_is_known_by_its_content(tmp_path: Path) -> None:
+    """Bug prevented: `my_config.json` taken for no ZeRO-3 because of its name, in a dry run too."""
+    mine = tmp_path / "mine.json"
+    mine.write_text((ROOM / "zero3.json").read_text())
+    for given in (["method=qlora", "base=b"], ["start=a", "base=b"], []):
+        with raises("config_invalid"):
+            load_config(None, [*REQUIRED, *given, f"deepspeed={mine}"])
+        load_config(None, [*REQUIRED, *given, f"deepspeed={ROOM / 'zero2.json'}"])
+    mine.write_text("[]")
+    with raises("config_malformed", mine):
+        load_config(None, [*REQUIRED, "base=b", f"deepspeed={mine}"])
+
+
+def test_what_cannot_be_started_so_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP would save pieces; a name that transformers does not know is a traceback of its own."""
+    from finetune.train import _arguments
+
+    plain = FinetuneConfig("i", "m", "o")
+    for given in ({"fp16": True}, {"scheduler": "cosinus"}, {"optimizer": "adamm"}, {"report_to": ("tensorbored",)}):
+        changed = replace(plain, **cast(Any, given))
+        with pytest.raises(X2DFDError) as caught:
+            _arguments(changed, tmp_path)
+        assert "\n" not in str(caught.value)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with raises("fsdp_unsupported", "zero3"):
+        _arguments(plain, tmp_path)
+
+
+def test_a_start_from_data_sees_what_is_trained_on_alone(
+    small: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: the projector of an adapter "without ffhq" standardised on pictures of ffhq or of calib."""
+    from types import SimpleNamespace
+
+    from finetune import train as module
+
+    data, seen = load_crops(small[0]), list[int]()
+
+    def view(crop: Any, seed: int, i: int) -> Any:
+        seen.append(i)
+        return crop
+
+    model: Any = SimpleNamespace(config=SimpleNamespace(vision_feature_layer=[1]))
+    monkeypatch.setattr(module, "seen_view", view)
+    monkeypatch.setattr(module, "tower_states", lambda *_: (torch.zeros(1, 2, 3),) * 2)
+    monkeypatch.setattr(module, "fit_projector", lambda *_: None)
+    module._features(FinetuneConfig("i", "m", "o"), model, cast(Any, None), data)
+    assert seen == learnable(data, "train") == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.needs_base
+def test_the_experts_of_the_instructions_are_those_of_the_adapter(
+    configured: Callable[..., FinetuneConfig], small: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Bug prevented: a card with the hashes of weights that were put there after the scores had been written."""
+    from finetune.train import train
+
+    card = small[1].parent / "card.json"
+    before = card.read_text()
+    tiny.edit_json(card, experts={tiny.EXPERT: "c" * 64})
+    with raises("expert_differs", tiny.EXPERT):
+        train(configured(tmp_path / "adapter"))
+    card.write_text(before)
 
 
 def test_layers_may_be_a_number_or_a_list(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from finetune.config import FinetuneConfig
 from finetune.gpu import build, geometry, measure, random_batch
 from finetune.memory import GB, Shape, predict, preset, report, shape, shape_of
 from finetune.models import tune
-from finetune.train import PackTrainer
+from finetune.train import RowTrainer
 from tests import tiny
 from tests.raising import raises
 
@@ -64,7 +64,7 @@ def test_predicted_bytes_are_those_of_tensors_that_a_step_leaves(method: str) ->
     tuned, _ = tune(build(settings, cpu, torch.float32, False), used)
     learning = [p for p in tuned.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning)
-    PackTrainer.compute_loss(cast(Any, None), tuned, random_batch(settings, 1, 48, cpu)).backward()
+    RowTrainer.compute_loss(cast(Any, None), tuned, random_batch(settings, 1, 48, cpu)).backward()
     optimizer.step()
 
     def size(tensors: Iterable[torch.Tensor]) -> int:

@@ -103,6 +103,15 @@ def expert_class(name: str) -> type[Expert]:
     return found
 
 
+def card_of(name: str, folder: Path | None = None) -> Card:
+    """The card of an expert, or of its other weights where `folder` holds `<name>.card.json`.
+
+    Raises UnknownName, SetupError.
+    """
+    own = folder / f"{name}.card.json" if folder else None
+    return read_card(own) if own and own.is_file() else expert_class(name).card
+
+
 def load_expert(name: str, folder: Path | None = None) -> Expert:
     """The expert, ready to judge; with other weights than its own where `folder` holds `<name>.card.json`.
 

@@ -37,18 +37,19 @@ class Family:
     chat: bool = True  # it has a chat template
     first_position: int = 0  # of its tokens
     needs: tuple[str, ...] = ()  # packages without which transformers has no such processor
+    projector: tuple[str, ...] = ("multi_modal_projector",)  # its modules between tower and language model
 
 
 FAMILIES = {
     "llava": Family("LlavaProcessor", "llava"),
     "llava_next": Family("LlavaNextProcessor", "llava_next"),
     "llava_onevision": Family("LlavaOnevisionProcessor", "llava_onevision"),
-    "qwen2_vl": Family("Qwen2VLProcessor", "qwen2_vl"),
-    "qwen2_5_vl": Family("Qwen2_5_VLProcessor", "qwen2_5_vl"),
-    "qwen3_vl": Family("Qwen3VLProcessor", "qwen3_vl"),
+    "qwen2_vl": Family("Qwen2VLProcessor", "qwen2_vl", projector=("visual.merger",)),
+    "qwen2_5_vl": Family("Qwen2_5_VLProcessor", "qwen2_5_vl", projector=("visual.merger",)),
+    "qwen3_vl": Family("Qwen3VLProcessor", "qwen3_vl", projector=("visual.merger", "visual.deepstack_merger_list")),
     "internvl": Family("InternVLProcessor", "internvl"),
-    "idefics3": Family("Idefics3Processor", "idefics3"),
-    "smolvlm": Family("SmolVLMProcessor", "smolvlm", needs=("num2words",)),
+    "idefics3": Family("Idefics3Processor", "idefics3", projector=("connector",)),
+    "smolvlm": Family("SmolVLMProcessor", "smolvlm", needs=("num2words",), projector=("connector",)),
     "gemma3": Family("Gemma3Processor", "gemma3"),
     # The question stands before the answer as the picture does: both see each other.
     "paligemma": Family("PaliGemmaProcessor", "paligemma", shares=False, chat=False, first_position=1),
@@ -138,7 +139,7 @@ def load_model(
     tower_layers: int | None = None,
     text_layers: int | Sequence[int] | None = None,
     feature_layers: Sequence[int] | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     **options: Any,
 ) -> tuple[Any, Processor]:
     """An image-text-to-text model and its processor: the embedded base (None), a directory, or a hub name.
@@ -146,7 +147,8 @@ def load_model(
     Of a LLaVA only the first `tower_layers` and `text_layers` layers are kept (or, given as a list, just those language
     layers: which ones go matters more than how many), and the tower's outputs after `feature_layers` are joined as the
     projector's input. The embedded base has no projector: it starts at random (seed 0) until an adapter brings one.
-    `options`: further ones of `from_pretrained` (attn_implementation, quantization_config, device_map).
+    `dtype`: of its weights, by default the checkpoint's own, and fp32 for the embedded base. `options`: further ones of
+    `from_pretrained` (attn_implementation, quantization_config, device_map).
     Raises SetupError when the model cannot be read, is of no known family, or when anything else is missing, left over
     or of another shape.
     """
@@ -154,20 +156,24 @@ def load_model(
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     folder = require("base") if base is None else base
+    family_of(_config_dict(folder))
     try:
-        said, _ = _config_dict(folder)
-        family_of(said)
         config: Any = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise SetupError(
             f"{folder} cannot be loaded; give a directory or a hub name: {first_line(error)}", code="model_unreadable"
         ) from error
-    chosen = _cut(config, folder, tower_layers, text_layers, feature_layers)
+    chosen = cut_layers(config, folder, tower_layers, text_layers, feature_layers)
     try:
         with quietly(), torch.random.fork_rng():  # dropped layers are expected; what is not is checked below
             torch.manual_seed(0)
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+                folder,
+                config=config,
+                dtype=dtype or (torch.float32 if base is None else checkpoint_dtype(folder)),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
             )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise SetupError(f"{folder} cannot be loaded: {first_line(error)}", code="model_unreadable") from error
@@ -192,23 +198,42 @@ def load_model(
     return model, processor
 
 
-def _config_dict(folder: str | Path) -> tuple[Json, Any]:
+def checkpoint_dtype(base: str | Path) -> torch.dtype:
+    """The precision of a checkpoint's weights as its configuration states it; fp32 where it states none."""
+    said = _config_dict(base)
+    for part in (said, said.get("text_config") or {}):
+        if (name := part.get("dtype") or part.get("torch_dtype")) is not None:
+            found = getattr(torch, str(name).removeprefix("torch."), None)
+            return found if found in (torch.float16, torch.bfloat16) else torch.float32
+    return torch.float32
+
+
+def _config_dict(folder: str | Path) -> Json:
+    """What a model's config.json holds. Raises SetupError."""
     from transformers import PreTrainedConfig
 
-    found: tuple[Json, Any] = PreTrainedConfig.get_config_dict(folder)
-    if "model_type" not in found[0]:
-        raise OSError(f"{folder} has no config.json that names a model type")
+    try:
+        found: Json = PreTrainedConfig.get_config_dict(folder)[0]
+        if "model_type" not in found:
+            raise OSError(f"{folder} has no config.json that names a model type")
+    except (OSError, ValueError) as error:
+        raise SetupError(
+            f"{folder} cannot be loaded; give a directory or a hub name: {first_line(error)}", code="model_unreadable"
+        ) from error
     return found
 
 
-def _cut(
+def cut_layers(
     config: Any,
     folder: str | Path,
     tower_layers: int | None,
     text_layers: int | Sequence[int] | None,
     feature_layers: Sequence[int] | None,
 ) -> list[int] | None:
-    """Write the cuts into the configuration; returns the language layers that are kept by their numbers."""
+    """Write the cuts into a configuration; returns the language layers that are kept by their numbers.
+
+    Raises SetupError for layers that there are not, and for any cut of another family than LLaVA.
+    """
     if tower_layers is None and text_layers is None and feature_layers is None and config.model_type != "llava":
         return None
     if config.model_type != "llava":
@@ -310,10 +335,11 @@ def in_bits(base: str | Path, bits: Bits, compute: torch.dtype) -> Any:
     )
 
 
-def choose_device(device: str | None, dtype: str | None) -> tuple[torch.device, Dtype]:
-    """Where and how to compute: by default a CUDA device with bf16 where there is one, else the CPU with fp32.
+def choose_device(device: str | None, dtype: str | None, base: str | Path | None = None) -> tuple[torch.device, Dtype]:
+    """Where and how to compute: by default a CUDA device with bf16 where there is one, else the CPU.
 
-    Raises SetupError for a device that is not there or that does not compute so, and UnknownName.
+    There it is fp32, but bf16 for a `base` whose checkpoint is in 16 bits: a 7B in fp32 takes 28 GB. Raises SetupError
+    for a device that is not there or that does not compute so, or a base that cannot be read, and UnknownName.
     """
     if dtype is not None and dtype not in get_args(Dtype):
         raise UnknownName("dtype", dtype, get_args(Dtype))
@@ -332,6 +358,8 @@ def choose_device(device: str | None, dtype: str | None) -> tuple[torch.device, 
     if place.type == "cpu":
         if dtype == "fp16":
             raise SetupError("fp16 needs a CUDA device; take fp32, or bf16", code="dtype_unsupported")
+        if dtype is None and base is not None and checkpoint_dtype(base) != torch.float32:
+            return place, "bf16"
         return place, "bf16" if dtype == "bf16" else "fp32"
     if dtype is None:
         return place, "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

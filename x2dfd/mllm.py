@@ -175,7 +175,7 @@ class LocalMLLM:
         self.label_ids = prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS)  # real, fake
         self._yes_no_ids = prompts.first_tokens(processor, "", prompts.YES_NO_WORDS)
         # A hundred cue questions are the same for every picture. Nobody writes into what it returns.
-        self._rendered = lru_cache(maxsize=1024)(partial(_after_image, processor))
+        self._rendered = lru_cache(maxsize=1024)(partial(after_image, processor))
 
     def save(self, folder: Path) -> None:
         """Write model and processor as a directory that `load_model` takes."""
@@ -226,33 +226,13 @@ class LocalMLLM:
 
     def _prefix(self, crops: NDArray[np.uint8]) -> dict[str, Tensor]:
         """What the stock processor makes of pictures and prompt, up to the end of the picture."""
-        inputs = self._inputs(crops, prompts.QUESTION)
-        after = self._suffix(prompts.QUESTION).tokens
-        total = inputs["input_ids"].shape[1]
-        if inputs["input_ids"][0, total - len(after) :].tolist() != after:
-            raise SetupError(
-                f"{self.name}: this processor changes the words after the picture; they cannot be scored",
-                code="processor_changes_words",
-            )
-        text = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
-        return {k: v[:, : total - len(after)] if k in text else v for k, v in inputs.items()}
+        return self._placed(prefix_inputs(self.processor, crops, self._suffix(prompts.QUESTION).tokens))
 
-    def _inputs(self, crops: NDArray[np.uint8], question: str) -> dict[str, Tensor]:
-        """The stock processor's inputs for one question about each picture."""
-        from PIL import Image
-
-        text = prompts.stock_text(self.processor, question)
-        found = self.processor(
-            images=[[Image.fromarray(c)] for c in crops],
-            text=[text] * len(crops),
-            return_tensors="pt",
-            add_special_tokens=not prompts.begins(self.processor, text),
-        )
-        found.pop("labels", None)  # PaliGemma's processor is made for training
-        return dict(found.to(self.device, self._model.dtype))
+    def _placed(self, inputs: Any) -> dict[str, Tensor]:
+        return {k: v.to(self.device, self._model.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
 
     def _suffix(self, question: str, start: str = "", turns: Sequence[tuple[str, str]] = ()) -> Suffix:
-        return _after_image(self.processor, question, start, turns) if turns else self._rendered(question, start)
+        return after_image(self.processor, question, start, turns) if turns else self._rendered(question, start)
 
     def _after(self, look: Look, suffixes: Sequence[Suffix]) -> _Begun:
         """One suffix a picture, right-padded. The look's cache holds them until it is cut back to the prefix."""
@@ -412,7 +392,8 @@ class LocalMLLM:
         return said_once(self.tokenizer.decode(tokens, skip_special_tokens=True).strip())
 
     def _end_ids(self) -> set[int]:
-        ends = {self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids("<|im_end|>")}
+        """What ends an answer: as it was trained, and as the checkpoint's generation_config says."""
+        ends = {self.tokenizer.eos_token_id, prompts.answer_end(self.processor)}
         said = getattr(self._model.generation_config, "eos_token_id", None)
         ends |= set(said) if isinstance(said, list | tuple) else {said}
         return {e for e in ends if e is not None and e != self.tokenizer.unk_token_id}
@@ -465,7 +446,9 @@ class LocalMLLM:
         """The same one by one through the stock forward pass: slow; the oracle of the packed pass."""
         p_yes, said = [], []
         for question in questions:
-            logits = self._model(**self._inputs(crop[None], question)).logits[0, -1].float()
+            logits = (
+                self._model(**self._placed(stock_inputs(self.processor, crop[None], question))).logits[0, -1].float()
+            )
             p_yes.append(float(logits[list(self._yes_no_ids)].double().softmax(-1)[0]))
             said.append(self._yes_or_no(int(logits.argmax())))
         return YesNo(np.array(p_yes), tuple(said))
@@ -480,7 +463,41 @@ def seeds_of(crops: NDArray[np.uint8]) -> tuple[int, ...]:
     return tuple(crc32(np.ascontiguousarray(c).data) for c in crops)
 
 
-def _after_image(processor: Processor, question: str, start: str = "", turns: Sequence[tuple[str, str]] = ()) -> Suffix:
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+"""Of a processor's outputs, those with an entry a token."""
+
+
+def stock_inputs(processor: Processor, crops: NDArray[np.uint8], question: str) -> dict[str, Tensor]:
+    """The stock processor's inputs for one question about each of the pictures [n, h, w, 3], in its own precision."""
+    from PIL import Image
+
+    text = prompts.stock_text(processor, question)
+    found = processor(
+        images=[[Image.fromarray(c)] for c in crops],
+        text=[text] * len(crops),
+        return_tensors="pt",
+        add_special_tokens=not prompts.begins(processor, text),
+    )
+    found.pop("labels", None)  # PaliGemma's processor is made for training
+    return dict(found)
+
+
+def prefix_inputs(processor: Processor, crops: NDArray[np.uint8], after: Sequence[int]) -> dict[str, Tensor]:
+    """The stock processor's inputs up to the end of the picture: what inference and training both begin with.
+
+    `after`: the tokens that follow the picture in `prompts.QUESTION`. Raises SetupError where the processor's differ.
+    """
+    inputs = stock_inputs(processor, crops, prompts.QUESTION)
+    end = inputs["input_ids"].shape[1] - len(after)
+    if inputs["input_ids"][0, end:].tolist() != list(after):
+        raise SetupError(
+            f"{type(processor).__name__} changes the words after the picture; they cannot be scored",
+            code="processor_changes_words",
+        )
+    return {k: v[:, :end] if k in TEXT_INPUTS else v for k, v in inputs.items()}
+
+
+def after_image(processor: Processor, question: str, start: str = "", turns: Sequence[tuple[str, str]] = ()) -> Suffix:
     """The tokens of a prompt that follow the picture."""
     asked, whole = (
         prompts.prompt_tokens(processor, prompts.render(processor, question, begun, turns))[1] for begun in ("", start)

@@ -30,7 +30,7 @@ from x2dfd.detector import Detector
 from x2dfd.errors import SetupError
 from x2dfd.experts import DEFAULT, Expert, load_expert
 from x2dfd.fetch import BASE_NAME
-from x2dfd.loading import TORCH_DTYPES, base_identity, choose_device, load_model, reading
+from x2dfd.loading import TORCH_DTYPES, base_identity, checkpoint_dtype, choose_device, load_model, reading
 from x2dfd.mllm import LanguageModel, LocalMLLM
 from x2dfd.model_spec import Bits, Dtype, Mode, ModelSpec
 from x2dfd.tower_first import tower_decides, tower_first
@@ -57,9 +57,9 @@ def load(
     paper for a model without an adapter. `experts`: some of those that the adapter was trained or calibrated with, or,
     with mode="paper", any; `other_experts`: also other weights than those, as calibration does. `device` and `dtype` of
     a local language model (cpu, cuda, cuda:1 ...; fp32, bf16, fp16): by default a CUDA device with bf16 where there is
-    one, else the CPU with fp32; experts stay on the CPU. `device_map`: spreads a large model over devices, as in
-    transformers ("auto"); `bits`: reads its weights in 4 or 8 bits (bitsandbytes). Raises SetupError with what mends
-    it.
+    one, else the CPU, with fp32 but for a base in 16 bits; experts stay on the CPU. `device_map`: spreads a large model
+    over devices, as in transformers ("auto"); `bits`: reads its weights in 4 or 8 bits (bitsandbytes). Raises
+    SetupError with what mends it.
     """
     spec = ModelSpec.parse(model)
     if threads is not None:
@@ -87,8 +87,11 @@ def load(
     if spec.url is not None:
         mllm, info = _served(spec, folder, card)
     else:
-        place, precision = choose_device(device, dtype)
-        local = partial(_local, spec, folder, card, place, precision, device_map, bits)
+        base = None if spec.base == BASE_NAME else spec.base  # the embedded base by its name: bare, without an adapter
+        if folder and card and card.weights == WHOLE:
+            base = str(folder / WHOLE)
+        place, precision = choose_device(device, dtype, base)
+        local = partial(_local, base, folder, card, place, precision, device_map, bits)
         if folder and card and spec.base is None and place.type == "cpu" and tower_decides(card, calibration, mode):
             mllm, identity, asked_with = tower_first(folder, card, precision, lambda: local()[0])
         else:
@@ -107,7 +110,7 @@ def load(
 
 
 def _local(
-    spec: ModelSpec,
+    base: str | None,
     folder: Path | None,
     card: AdapterCard | None,
     place: torch.device,
@@ -116,9 +119,6 @@ def _local(
     bits: Bits | None,
 ) -> tuple[LocalMLLM, dict[str, str], str]:
     """The MLLM with its adapter, checked; the identity of its base; the hash of its prompts."""
-    base = None if spec.base == BASE_NAME else spec.base  # the embedded base by its name: bare, without an adapter
-    if folder and card and card.weights == WHOLE:
-        base = str(folder / WHOLE)
     with ThreadPoolExecutor(1) as beside:
         hashed = beside.submit(base_identity, base)  # meanwhile: most of loading is imports, which keep one core busy
         model, processor = load_model(
@@ -141,12 +141,13 @@ def _local(
         model,
         processor,
         _name(card, identity),
-        autocast=place.type == "cpu" and precision == "bf16",
+        autocast=place.type == "cpu" and precision == "bf16" and base is None,  # other bases are read in 16 bits
         temperature=card.temperature if card else 0.0,
         tower=tower,
     )
-    if card and card.probes:
-        check_probes(card, probe_logits(mllm), 0.1 if precision == "fp32" and not bits else 1.0)
+    if card and card.probes and not bits:  # four bits move them as far as another projector would
+        exact = precision == "fp32" and (base is None or checkpoint_dtype(base) == torch.float32)
+        check_probes(card, probe_logits(mllm), 0.1 if exact else 1.0)
     return mllm, identity, prompts.prompt_hash(processor, card.score_form if card else "numbers")
 
 

@@ -215,6 +215,26 @@ def render(processor: Processor, question: str, start: str = "", turns: Sequence
     return frame + ("" if whole.startswith(frame + start) else " ") + start
 
 
+def answer_end(processor: Processor) -> int:
+    """The token that ends an answer: what the chat template writes behind one, else the tokenizer's end token.
+
+    Raises SetupError when the template does not go on from its own prompt.
+    """
+    eos: int = processor.tokenizer.eos_token_id
+    if not processor.chat_template:
+        return eos
+    said = {"role": "assistant", "content": [{"type": "text", "text": STEM}]}
+    whole = framed(processor, [*conversation(QUESTION), said], answer_next=False)
+    begun = render(processor, QUESTION, STEM)
+    if not whole.startswith(begun):
+        raise SetupError(
+            "this chat template does not go on from its own prompt, so that answers cannot be told apart",
+            code="template_unmaskable",
+        )
+    after: list[int] = processor.tokenizer(whole.removeprefix(begun).strip(), add_special_tokens=False)["input_ids"]
+    return after[0] if after and after[0] in processor.tokenizer.added_tokens_decoder else eos
+
+
 def stock_text(processor: Processor, question: str, turns: Sequence[tuple[str, str]] = ()) -> str:
     """What the base's own processor takes beside the picture so that its tokens are those of `render`."""
     if processor.chat_template:

@@ -168,7 +168,7 @@ class TowerFeatures:
     keep: tuple[int, ...]  # which layers' outputs are kept; 1 is the first layer's
     class_token: bool = True
 
-    def patches(self, places: slice | int, layers: Sequence[int]) -> NDArray[np.float32]:
+    def patches(self, places: slice | int | NDArray[np.intp], layers: Sequence[int]) -> NDArray[np.float32]:
         """The patch tokens of some of the kept layers: [n, layers, patches, hidden], or without n for one place."""
         chosen = [self.keep.index(layer) for layer in layers]
         return np.asarray(self.tokens[places][..., chosen, int(self.class_token) :, :], np.float32)
@@ -203,11 +203,11 @@ def view_face(data: CropSet, i: int, view_seed: int) -> Face:
 
 
 def training_rows(data: CropSet, limit: int | None = None) -> NDArray[np.intp]:
-    """The samples of splits `train` and `calib`, in the manifest's order; at most `limit` of them, drawn by their ids.
+    """The samples of splits `train`, `val` and `calib`, in the manifest's order; at most `limit`, drawn by their ids.
 
     A manifest may be sorted by label or source: its first rows would be one of them.
     """
-    rows = [i for i, s in enumerate(data.samples) if s.split in ("train", "calib")]
+    rows = [i for i, s in enumerate(data.samples) if s.split in ("train", "val", "calib")]
     if limit is not None and limit < len(rows):
         rows = sorted(sorted(rows, key=lambda i: hashlib.sha256(data.samples[i].id.encode()).digest())[:limit])
     return np.array(rows, int)
