@@ -127,7 +127,7 @@ import contextlib, x2dfd, app.__main__ as command
 command.isolating = lambda *_: contextlib.nullcontext()  # nothing is judged here
 command.make_examples = lambda folder: []
 x2dfd.load = lambda *given, **named: object()
-command.main()
+command.run_command(command.command)
 """
 
 
