@@ -1070,7 +1070,8 @@ def test_a_stop_removes_uploads_and_samples(stop: signal.Signals, port: int, tmp
     start = (
         "import sys, x2dfd, app.__main__ as command\n"
         "from tests.test_app import FakeDetector\n"
-        f"x2dfd.load = lambda **_: FakeDetector(); sys.argv = ['app', '--port', '{port}']; command.run_command(command.command)"
+        "x2dfd.load = lambda **_: FakeDetector()\n"
+        f"sys.argv = ['app', '--port', '{port}']; command.run_command(command.command)"
     )
     environment = {k: v for k, v in os.environ.items() if k != "GRADIO_TEMP_DIR"} | {"TMPDIR": str(tmp_path)}
     root = Path(demo.__file__).parents[1]
