@@ -38,7 +38,10 @@ def read_trained(folder: Path) -> tuple[State, State]:
     matrices = next((folder / name for name in LORA if (folder / name).is_file()), None)
     if matrices is None or projector is None:
         lacking, names = ("LoRA", LORA) if matrices is None else ("projector", PROJECTOR)
-        raise SetupError(f"{folder} has no file of the {lacking} ({' or '.join(names)}), and no checkpoint of ZeRO")
+        raise SetupError(
+            f"{folder} has no file of the {lacking} ({' or '.join(names)}), and no checkpoint of ZeRO",
+            code="adapter_incomplete",
+        )
     return _tensors(matrices), {_wrapped(k): v for k, v in _tensors(projector).items()}
 
 
@@ -55,9 +58,9 @@ def _tensors(path: Path) -> State:
     try:
         found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        raise SetupError(f"{path} cannot be read as a table of tensors: {error}") from error
+        raise SetupError(f"{path} cannot be read as a table of tensors: {error}", code="adapter_unreadable") from error
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise SetupError(f"{path} holds no table of tensors")
+        raise SetupError(f"{path} holds no table of tensors", code="adapter_unreadable")
     return found
 
 
@@ -70,10 +73,13 @@ def _gathered(folder: Path) -> State:
             gathered: State = get_fp32_state_dict_from_zero_checkpoint(str(folder), exclude_frozen_parameters=True)
     except ImportError as error:
         raise SetupError(
-            f"{folder} holds a checkpoint of ZeRO, which DeepSpeed puts together: pip install 'x2dfd[train]'"
+            f"{folder} holds a checkpoint of ZeRO, which DeepSpeed puts together: pip install 'x2dfd[train]'",
+            code="package_missing",
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
-        raise SetupError(f"{folder}: its checkpoint of ZeRO cannot be read: {error}") from error
+        raise SetupError(
+            f"{folder}: its checkpoint of ZeRO cannot be read: {error}", code="adapter_unreadable"
+        ) from error
     return {_wrapped(k): v for k, v in gathered.items()}
 
 

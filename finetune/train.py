@@ -18,7 +18,7 @@ from scipy.stats import mannwhitneyu
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, Sampler
-from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -195,6 +195,8 @@ def train(config: FinetuneConfig) -> Path:
     tuned, whole = tune(model, config)
     with arguments.main_process_first(local=False):
         last = _last_checkpoint(work, config)
+    if last is not None and _finished(Path(last), out):
+        return out
     if arguments.process_index == 0:
         write_text(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
     trainer = _trainer(config, tuned, whole, arguments, collate, learnt, asked, processor)
@@ -468,6 +470,13 @@ def _last_checkpoint(work: Path, config: FinetuneConfig) -> str | None:
         )
     last: str | None = get_last_checkpoint(str(work))
     return last
+
+
+def _finished(last: Path, out: Path) -> bool:
+    """The run of that checkpoint came to its end, and its adapter is written; Trainer would take a step more."""
+    state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+    written = (out / "card.json").is_file() and bool(read_adapter_card(out).probes)
+    return state.global_step >= state.max_steps and written
 
 
 def _to_half(path: Path) -> None:

@@ -225,8 +225,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory, built: tuple[Path, Path]) -
     return folder
 
 
-def test_conversations_become_a_set_of_ours(photos: Path, tmp_path: Path) -> None:
+def test_conversations_become_a_set_of_ours(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Faces as in use, labels as said, and a picture in one row however many conversations are about it."""
+    monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
     made = adopt(photos / "train.json", tmp_path / "set", experts=f"blending={tiny.EXPERT}")
     data = load_crops(tmp_path / "set" / "manifest.jsonl")
     assert [(s.path.name, s.label) for s in data.samples] == [("0.png", "real"), ("1.png", "fake")]
