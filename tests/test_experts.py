@@ -421,11 +421,12 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     write_text(path, "newer\n")
     assert path.read_text("utf-8") == "newer\n" and [p.name for p in path.parent.iterdir()] == ["card.json"]
 
-    def killed(self: Path, data: str, encoding: str) -> int:
-        self.write_bytes(data.encode(encoding)[:3])
+    def killed(self: Path, data: bytes) -> int:
+        with self.open("wb") as stream:
+            stream.write(data[:3])
         raise OSError("no space left")
 
-    monkeypatch.setattr(Path, "write_text", killed)
+    monkeypatch.setattr(Path, "write_bytes", killed)
     with pytest.raises(OSError, match="no space left"):
         write_text(path, "newest\n")
     assert path.read_text("utf-8") == "newer\n"

@@ -166,7 +166,8 @@ def test_an_endpoint_with_other_weights_is_refused(
 def test_a_damaged_adapter_is_refused_before_anything_is_asked(folders: tuple[Path, Path], tmp_path: Path) -> None:
     """Its calibration would be put on another model's numbers."""
     tiny.edit_card(folders[1])  # as it is
-    (tmp_path / "card.json").write_text((folders[1] / "card.json").read_text())
+    for name in ("card.json", "calibration.json"):
+        shutil.copy(folders[1] / name, tmp_path)
     with StandIn(steady) as endpoint, raises("weights_missing", "adapter_model"):
         x2dfd.load(f"m@{endpoint.url}+{tmp_path}")
     assert not endpoint.requests
