@@ -63,7 +63,10 @@ def probe(features: NDArray[Any], fake: NDArray[np.bool_], sources: Sequence[str
     from sklearn.preprocessing import StandardScaler
 
     if len(set(sources)) < 2:
-        raise X2DFDError("a probe needs pictures of two sources at least: one to fit it on, another to judge it by")
+        raise X2DFDError(
+            "a probe needs pictures of two sources at least: one to fit it on, another to judge it by",
+            code="too_few_sources",
+        )
     folds = GroupKFold(min(FOLDS, len(set(sources))))
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
     chances = cross_val_predict(model, features, fake, groups=list(sources), cv=folds, method="predict_proba")
@@ -168,7 +171,7 @@ def run(
     faces = [replace(f, index=k) for k, f in enumerate(through_codec(faces))]
     fake = np.array([known.samples[i].label == "fake" for i in rows])
     if fake.all() or not fake.any():
-        raise X2DFDError(f"{data}: real and fake pictures are needed")
+        raise X2DFDError(f"{data}: real and fake pictures are needed", code="no_picture_of_label")
     ways = scorers(recipe)
     given, seconds = in_turns({name: score for name, (score, _) in ways.items()}, faces)
     sources = [known.samples[i].source for i in rows]

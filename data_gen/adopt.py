@@ -36,7 +36,7 @@ def adopt(path: Path, out: Path, *, pictures: Path | None = None, experts: str =
     given: dict[str, set[str]] = {}
     for record in records:
         if reason := _unfit(record, bool(names)):
-            raise X2DFDError(f"{path}, record {record['id']}: {reason}")
+            raise X2DFDError(f"{path}, record {record['id']}: {reason}", code="conversation_unfit")
         turns = [dict(turn) for turn in record["conversations"]]
         turns[0]["value"] = f"{MARK}\n{turns[0]['value'].replace(MARK, '').strip()}"
         image = os.path.realpath(record["images"][0])
@@ -85,4 +85,6 @@ def _label(path: Path, image: str, given: set[str], about: list[list[dict[str, s
     if given == {"fake"}:
         return "fake"
     found = ", ".join(sorted(given)) or "no verdict, and no `label`"
-    raise X2DFDError(f"{path}: {image} is to be called real or fake by what is said of it; it has {found}")
+    raise X2DFDError(
+        f"{path}: {image} is to be called real or fake by what is said of it; it has {found}", code="label_unclear"
+    )

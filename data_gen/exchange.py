@@ -90,12 +90,12 @@ def read(path: Path, pictures: Path | None = None) -> list[Record]:
             found.append(_record(name, raw, pictures or path.parent))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             said = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise X2DFDError(f"{path}, record {name}: {said}") from error
+            raise X2DFDError(f"{path}, record {name}: {said}", code="conversation_invalid") from error
     absent = [image for record in found for image in record["images"] if not Path(image).is_file()]
     if absent:
-        raise X2DFDError(f"{path}: {len(absent)} pictures are not there, first {absent[0]}")
+        raise X2DFDError(f"{path}: {len(absent)} pictures are not there, first {absent[0]}", code="pictures_missing")
     if not found:
-        raise X2DFDError(f"{path} holds no conversation")
+        raise X2DFDError(f"{path} holds no conversation", code="no_conversation")
     return found
 
 
@@ -108,7 +108,9 @@ def _parsed(path: Path) -> list[Json]:
             return whole
         return [json.loads(line) for line in text.split("\n") if line.strip()]  # a text may hold other line ends
     except (OSError, ValueError, RecursionError) as error:
-        raise X2DFDError(f"{path} is neither a JSON list nor JSON Lines of conversations: {error}") from error
+        raise X2DFDError(
+            f"{path} is neither a JSON list nor JSON Lines of conversations: {error}", code="conversations_unreadable"
+        ) from error
 
 
 def _record(name: str, raw: Json, root: Path) -> Record:

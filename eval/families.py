@@ -60,7 +60,7 @@ def main(junit: Annotated[Path, typer.Argument(help="what pytest --junitxml wrot
     made = table(junit)
     text, count = BLOCK.subn(lambda block: f"{block[1]}{made}{block[2]}", DOCS.read_text(encoding="utf-8"))
     if count != 1:
-        raise X2DFDError(f"{DOCS} has no one place for the table")
+        raise X2DFDError(f"{DOCS} has no one place for the table", code="table_place_missing")
     DOCS.write_text(text, encoding="utf-8")
 
 

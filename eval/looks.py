@@ -35,6 +35,6 @@ def count(ledger: Path, result: Json) -> Json:
             with ledger.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(entry) + "\n")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise X2DFDError(f"the ledger {ledger} cannot be read or written: {error}") from error
+        raise X2DFDError(f"the ledger {ledger} cannot be read or written: {error}", code="ledger_unusable") from error
     versions = sorted({str(line["version"]) for line in before} | {version})
     return {"versions": versions, "look": own.index(by) + 1}

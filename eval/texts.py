@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 from pathlib import Path
@@ -95,9 +95,6 @@ def text_metrics(references: References, said: Sequence[str], *, encoder: Path |
     if None not in bleu:
         found["bleu_mean"] = {"value": sum(bleu) / 4, "by": "mean of bleu_1 to bleu_4"}
     return found
-
-
-Metric = Callable[[References, Sequence[str]], tuple[list[float], str]]
 
 
 def _bleu(references: References, said: Sequence[str]) -> tuple[list[float], str]:

@@ -148,7 +148,10 @@ def check_shapes(state: Mapping[str, Tensor], config: PretrainedConfig, where: P
         if half and wanted is not None and len(found) == 2:  # A: [rank, in], B: [out, rank]
             wanted = (found[0], wanted[1]) if ".lora_A." in key else (wanted[0], found[1])
         if found != wanted:
-            raise SetupError(f"{where}: {key} is {list(found)} where the base has {wanted and list(wanted)}")
+            raise SetupError(
+                f"{where}: {key} is {list(found)} where the base has {wanted and list(wanted)}",
+                code="adapter_does_not_fit",
+            )
 
 
 def to_hub(

@@ -277,7 +277,8 @@ def serve(
 
     detector = load_quickly(ModelSpec.parse(model), threads=threads)
     typer.echo(f"http://{host}:{port}", err=True)
-    run(detector, host, port)
+    with isolating():  # a posted file that ends its decoder must not end the server
+        run(detector, host, port)
 
 
 EXPERTS_EXAMPLES = """\b

@@ -154,7 +154,7 @@ class PlugIn:
         try:
             self.card = self._worker.call(_card_there, *self._given)  # type: ignore[misc]
         except InputError as error:
-            raise SetupError(f"expert {name!r} cannot be loaded: {error.reason}") from error
+            raise SetupError(f"expert {name!r} cannot be loaded: {error.reason}", code="expert_load_failed") from error
 
     def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
         """As `Expert.judge`, by `ask` over there."""
@@ -191,7 +191,7 @@ def aliased(text: str) -> tuple[tuple[str, ...], dict[str, str]]:
     names = tuple(name for _, _, name in pairs)
     called = [alias or name for alias, _, name in pairs]
     if len(set(names)) < len(names) or len(set(called)) < len(called):
-        raise X2DFDError(f"experts {text!r}: each once, and each under a name of its own")
+        raise X2DFDError(f"experts {text!r}: each once, and each under a name of its own", code="expert_twice")
     return names, {name: alias for alias, _, name in pairs if alias}
 
 

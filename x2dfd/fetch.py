@@ -134,12 +134,17 @@ def cache_dir() -> Path:
         root = os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else os.environ.get("XDG_CACHE_HOME")
         return (Path(root) if root else Path.home() / ".cache") / "x2dfd"
     except RuntimeError as error:
-        raise SetupError("there is no home directory for the cache: name a folder, export X2DFD_CACHE=DIR") from error
+        raise SetupError(
+            "there is no home directory for the cache: name a folder, export X2DFD_CACHE=DIR", code="cache_missing"
+        ) from error
 
 
 def _no_cache(doing: str, error: OSError) -> SetupError:
     reason = error.strerror or error
-    return SetupError(f"the cache {cache_dir()} cannot be {doing} ({reason}): name another, export X2DFD_CACHE=DIR")
+    return SetupError(
+        f"the cache {cache_dir()} cannot be {doing} ({reason}): name another, export X2DFD_CACHE=DIR",
+        code="cache_unusable",
+    )
 
 
 def missing(*names: str) -> list[str]:

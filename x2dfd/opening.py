@@ -92,7 +92,8 @@ def load(
             base = str(folder / WHOLE)
         place, precision = choose_device(device, dtype, base)
         local = partial(_local, base, folder, card, place, precision, device_map, bits)
-        if folder and card and spec.base is None and place.type == "cpu" and tower_decides(card, calibration, mode):
+        plain = spec.base is None and place.type == "cpu" and not bits and device_map is None
+        if folder and card and plain and tower_decides(card, calibration, mode):
             mllm, identity, asked_with = tower_first(folder, card, precision, lambda: local()[0])
         else:
             mllm, identity, asked_with = local()

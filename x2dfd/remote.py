@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 from collections.abc import Iterable, Iterator
+from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlencode, urlsplit
@@ -24,7 +25,9 @@ class ServerDetector:
 
     def __init__(self, url: str) -> None:
         if urlsplit(url).scheme not in ("http", "https") or host_of(url) is None:
-            raise SetupError(f"{url} is no server: give http://127.0.0.1:8417 as `x2dfd serve` prints it")
+            raise SetupError(
+                f"{url} is no server: give http://127.0.0.1:8417 as `x2dfd serve` prints it", code="address_missing"
+            )
         self._url = url.rstrip("/")
         # A proxy would be handed the pictures on their way to this machine.
         self._open = build_opener(*([ProxyHandler({})] if is_loopback(str(host_of(url))) else [])).open
@@ -48,7 +51,9 @@ class ServerDetector:
             try:
                 result = Failure(None, said["sha256"], **said["error"]) if "error" in said else Report.from_dict(said)
             except (ValueError, KeyError, TypeError) as error:
-                raise X2DFDError(f"{self._url} answers in another form than this version reads: {error}") from error
+                raise X2DFDError(
+                    f"{self._url} answers in another form than this version reads: {error}", code="server_reply"
+                ) from error
             yield result
 
     def _asked(self, path: str, data: bytes | None) -> Json:
@@ -58,13 +63,15 @@ class ServerDetector:
                 with self._open(Request(self._url + path, data, kind), timeout=PATIENCE) as reply:
                     said = parse_json(reply.read())
             except HTTPError as error:
-                if error.code != 422:
-                    raise
+                if error.code != 422:  # busy, or meant for other names
+                    raise X2DFDError(f"{self._url} refuses: {error}", code="server_refuses") from error
                 said = parse_json(error.read())
-        except (URLError, OSError, ValueError) as error:
-            raise X2DFDError(f"{self._url} does not answer ({error}); start it: x2dfd serve") from error
+        except (URLError, OSError, HTTPException, ValueError) as error:
+            raise X2DFDError(
+                f"{self._url} does not answer ({error}); start it: x2dfd serve", code="server_missing"
+            ) from error
         if not isinstance(said, dict):
-            raise X2DFDError(f"{self._url} is no x2dfd: it answers {json.dumps(said)[:60]}")
+            raise X2DFDError(f"{self._url} is no x2dfd: it answers {json.dumps(said)[:60]}", code="server_reply")
         return said
 
 

@@ -19,25 +19,29 @@ try:
     from fastapi.concurrency import run_in_threadpool
     from fastapi.responses import JSONResponse
 except ImportError as error:
-    raise SetupError("x2dfd serve needs FastAPI and uvicorn: pip install 'x2dfd[serve-http]'") from error
+    raise SetupError(
+        "x2dfd serve needs FastAPI and uvicorn: pip install 'x2dfd[serve-http]'", code="package_missing"
+    ) from error
 
 if TYPE_CHECKING:
     from x2dfd.detector import Detector
 
 AT_ONCE = 8  # uploads in memory; further ones are told to come again
 HERE = ("127.0.0.1", "localhost", "::1")
+ANY = ("0.0.0.0", "::")  # every address of this machine, whose names it does not know
 FILE = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}, "required": True}
 
 
-def application(detector: "Detector", hosts: Collection[str] = HERE) -> FastAPI:
-    """The server. `hosts`: the names under which it answers; a page of any other origin is refused."""
+def application(detector: "Detector", hosts: Collection[str] | None = HERE) -> FastAPI:
+    """The server. `hosts`: the names under which it answers, None: any; a page of any other origin is refused."""
     turn = Lock()
     uploads = 0
 
     async def ours(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
         # A page elsewhere could post here through its reader's browser, or point its own name at this address.
-        asked = [f"//{request.headers.get('host', '')}", *request.headers.getlist("origin")]
-        if not all(host_of(address) in hosts for address in asked):
+        own = host_of(f"//{request.headers.get('host', '')}")
+        known = (own,) if hosts is None and own else hosts or ()
+        if not {own, *map(host_of, request.headers.getlist("origin"))} <= set(known):
             return _refused(403, "foreign_host", "this server answers under its own address alone")
         return await go_on(request)
 
@@ -79,5 +83,5 @@ def _refused(status: int, code: str, reason: str) -> JSONResponse:
 
 def serve(detector: "Detector", host: str, port: int) -> None:
     """Answer until interrupted."""
-    hosts = HERE if is_loopback(host) else (*HERE, host)
+    hosts = HERE if is_loopback(host) else None if host in ANY else (*HERE, host)
     uvicorn.run(application(detector, hosts), host=host, port=port, log_level="warning")

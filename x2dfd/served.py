@@ -136,7 +136,7 @@ class ServedMLLM:
         `retries` with growing pauses. `requests_per_minute`: no more than so many tries, evenly; None: no limit.
         """
         if requests_per_minute is not None and requests_per_minute <= 0:
-            raise SetupError(f"requests per minute: a number above 0, not {requests_per_minute}")
+            raise SetupError(f"requests per minute: a number above 0, not {requests_per_minute}", code="option_invalid")
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
             raise SetupError(
@@ -351,7 +351,8 @@ class ServedMLLM:
         if read.text.lstrip().startswith(THINKS):
             raise SetupError(
                 f"{self._model!r} thinks before it answers, so nothing can be scored: serve its Instruct variant, or "
-                "switch thinking off at the server"
+                "switch thinking off at the server",
+                code="model_thinks",
             )
         self._answered = True
         return read

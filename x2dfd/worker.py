@@ -107,7 +107,8 @@ class Worker:
             try:
                 self._wait_until_ready()
                 assert self._pipe is not None
-                self._pipe.send((function, args, named, self.doing, on_progress is not None))
+                # Not `send`: torch makes its pickler hand tensors over in shared memory, which the other cannot open.
+                self._pipe.send_bytes(pickle.dumps((function, args, named, self.doing, on_progress is not None), 5))
                 end = time.monotonic() + self.clock
                 while (said := self._read(end))[0] == "told":
                     if on_progress is not None:
@@ -142,10 +143,12 @@ class Worker:
             return
         try:
             if not self._pipe.poll(START_SECONDS):
-                raise SetupError(f"no process for {self.doing} comes up within {START_SECONDS:g} seconds")
+                raise SetupError(
+                    f"no process for {self.doing} comes up within {START_SECONDS:g} seconds", code="process_missing"
+                )
             self._pipe.recv_bytes()
         except EOFError as error:
-            raise SetupError(f"no process for {self.doing} comes up: x2dfd doctor") from error
+            raise SetupError(f"no process for {self.doing} comes up: x2dfd doctor", code="process_missing") from error
         self._ready = True
 
     def _fate(self) -> InputError:
