@@ -167,7 +167,7 @@ def test_what_the_file_states_leads_and_is_apart(run: Run, photos: Path, detecto
     lines = run("detect", photos / "a.png").stdout.splitlines()
     at = lines.index(before.splitlines()[0])
     text = " ".join(" ".join(lines[:at]).split())
-    assert text.startswith("By its own statement, this file was made with an AI generator.")
+    assert text.startswith(f"{photos / 'a.png'} By its own statement, this file was made with an AI generator.")
     assert "can be removed" in text and "can be added" in text and "no part in the estimate" in text
     assert text.endswith('stated in the file: settings: x\\x1b[2J (PNG text "parameters", byte 41)')
     assert "digital source type print" in lines.pop(-3)  # behind the estimate, before what to do next

@@ -500,7 +500,7 @@ ODD: tuple[tuple[str, str, Callable[[Pixels], None]], ...] = (
     ),
     (
         "allows so many requests a minute",
-        "`requests_per_minute` spreads all tries evenly; a 429 is tried again later",
+        "`ServedMLLM(requests_per_minute=)` in Python spreads all tries evenly; a 429 is tried again later",
         counts_requests,
     ),
 )

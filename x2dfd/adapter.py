@@ -86,7 +86,13 @@ def read_adapter_card(folder: Path) -> AdapterCard:
     """Raises SetupError when `folder` is no adapter directory."""
     try:
         return AdapterCard.from_dict(parse_json((folder / "card.json").read_bytes()))
-    except (OSError, ValueError) as error:  # not there, not JSON, or not a card
+    except FileNotFoundError:
+        raise SetupError(
+            f"{folder} is not an adapter directory of x2dfd: it holds no card.json. A model is `embedded`, DIR, "
+            "`hub:NAME` or `NAME@http://HOST/v1`",
+            code="not_an_adapter",
+        ) from None
+    except (OSError, ValueError) as error:  # not JSON, or not a card
         raise SetupError(
             f"{folder} is not an adapter directory of x2dfd: card.json: {error}", code="not_an_adapter"
         ) from error

@@ -94,7 +94,7 @@ def meaning(verdict: Verdict, faces: int = 1) -> str:
     if verdict.label == "fake":
         subject = "this face" if faces == 1 else "the most suspicious face"
         kinds = {
-            "whole": f"To the models, {subject} looks made as a whole by a generator: no camera took it.",
+            "whole": f"To the models, {subject} looks made as a whole by a generator and not taken by a camera.",
             "part": f"To the models, {subject} comes from a photo that was changed in part: swapped, moved or edited.",
         }
         other = f"To the models, {subject} looks more like the forged faces they know than like real ones."

@@ -60,7 +60,7 @@ class Run:
 
     def __post_init__(self) -> None:
         if bool(self.paths) == (self.manifest is not None):
-            raise typer.BadParameter("give paths, or --manifest FILE", param_hint="PATH")
+            raise typer.BadParameter("give either paths or --manifest FILE", param_hint="PATH")
         if self.remote and (self.manifest is None or self.report is not None):
             raise typer.BadParameter("goes with --manifest, and without --report", param_hint="--remote")
         if self.parts > 1 and self.report is not None:

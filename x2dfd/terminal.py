@@ -31,11 +31,9 @@ def block(result: Report | Failure) -> str:
     verdict = result.verdict
     number = f"p={verdict.p_fake:.2f}" if verdict.p_fake is not None else "p=none"
     decider = result.decider
-    which = f"face {decider.index + 1}/{_faces_beside(decider, result)}" if decider else f"{len(result.faces)} faces"
-    if decider is not None and decider.frame is not None:
-        which += f" frame {decider.frame}"
+    which = _which(decider, result) if decider else f"{len(result.faces)} faces"
     said = of_generator(result.provenance)
-    lines = [wrapped(f"{LEAD} {CAVEAT}"), *map(_stated, said)] if said else []
+    lines = [name, wrapped(f"{LEAD} {CAVEAT}"), *map(_stated, said)] if said else []
     lines.append(f"{_word(answer.word(verdict), verdict.label)}  {number}  {which}  {name}")
     lines.append(wrapped(answer.meaning(verdict, len(result.faces))))
     if result.rationale:
@@ -58,8 +56,11 @@ def _stated(statement: dict[str, str]) -> str:
     return wrapped(printable(f"stated in the file: {statement['says']} ({statement['where']})"))
 
 
-def _faces_beside(face: FaceReport, report: Report) -> int:
-    return sum(other.frame == face.frame for other in report.faces)
+def _which(face: FaceReport, report: Report) -> str:
+    """ "face 1/2"; of a clip with the time: "face 1/2 at 1.4 s"."""
+    beside = [other.index for other in report.faces if other.frame == face.frame]
+    when = "" if face.time_s is None else f" at {face.time_s:.1f} s"
+    return f"face {beside.index(face.index) + 1}/{len(beside)}{when}"
 
 
 def _word(word: str, label: str | None) -> str:
