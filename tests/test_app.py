@@ -160,8 +160,8 @@ class FakeDetector:
                     time.sleep(0.01)
         finally:
             self.writing.clear()
-        texts = (self.rationale, "This one looks natural.")
-        faces = tuple(replace(f, rationale=texts[f.index % 2]) for f in report.faces)
+        texts = {"real": "This one looks natural."}
+        faces = tuple(replace(f, rationale=texts.get(f.verdict.label, self.rationale)) for f in report.faces)
         return replace(report, faces=faces, rationale=faces[0].rationale, cues=faces[0].cues)
 
     def chat(self, report: Report, question: str, *, source: str | None = None) -> str:
