@@ -487,12 +487,14 @@ def build(
     with gr.Blocks(title="Deepfake check (x2dfd)", analytics_enabled=False, delete_cache=(600, KEEP_S)) as page:
         p = _lay_out(examples, [name, *others], sends_to)
         events = _Events(p, page.GRADIO_CACHE, {name: detector}, others, [file for _, file in examples])
-        # A click while another file is under way is not lost: it comes next.
-        inner = {**private, **model, "show_progress_on": p.verdict, "trigger_mode": "always_last"}
+        # A click while another file is under way is not lost: it comes next. Which row or example was clicked is in the
+        # event's own data, which "always_last" would take from the click before.
+        inner: Json = {**private, **model, "show_progress_on": p.verdict}
+        picked: Json = {**inner, "trigger_mode": "multiple"}
         working = [
-            p.upload.upload(events.take, [p.upload, p.models], p.shown, **inner),
-            p.tries.select(events.try_example, p.models, p.shown, **inner),
-            p.table.select(events.open_row, p.rows, p.shown, **inner),
+            p.upload.upload(events.take, [p.upload, p.models], p.shown, **inner, trigger_mode="always_last"),
+            p.tries.select(events.try_example, p.models, p.shown, **picked),
+            p.table.select(events.open_row, p.rows, p.shown, **picked),
         ]
         p.tries.select(lambda: None, None, p.upload, queue=False, **private)
         p.upload.clear(events.nothing, None, p.shown, queue=False, **private)
