@@ -20,7 +20,7 @@ import typer
 from x2dfd.assessment import CueQuestion, read_questions
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.explain import read_cues
-from x2dfd.files import Json, write_text
+from x2dfd.files import Json, parse_json, write_text
 from x2dfd.manifest import read_manifest
 from x2dfd.model_spec import ModelSpec
 from x2dfd.prompts import CUE_ENDING
@@ -101,7 +101,7 @@ def read_published(path: Path) -> list[CueQuestion]:
     are assessed, but no cue rests on them. Raises X2DFDError for another shape.
     """
     try:
-        entries = json.loads(path.read_text("utf-8"))
+        entries = parse_json(path.read_bytes())
         texts = [e if isinstance(e, str) else e["question"] for e in entries]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise X2DFDError(f"{path}: not a list of questions ({error!r})", code="questions_malformed") from error

@@ -15,7 +15,7 @@ from eval.bench import Result
 from eval.rows import digest
 from eval.stats import Measured
 from x2dfd.errors import X2DFDError
-from x2dfd.files import file_sha256
+from x2dfd.files import file_sha256, parse_json
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Reference:
     def read(cls, path: Path) -> Reference:
         """A result file, and the scores of the table beside it. Raises X2DFDError for what is no result file."""
         try:
-            result = json.loads(path.read_text("utf-8"))
+            result = parse_json(path.read_bytes())
         except (OSError, ValueError) as error:
             raise X2DFDError(f"{path}: not a result file ({error})", code="not_a_result") from error
         if not isinstance(result, dict) or "headline" not in result:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from importlib import metadata
@@ -37,11 +39,23 @@ class _Group(TyperGroup):
     """Turns what a user can cause into one line and exit code 1."""
 
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _one_line():
             return super().invoke(ctx)
-        except X2DFDError as error:
-            typer.echo(error.line, err=True)
-            raise typer.Exit(1) from None
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """What a user can cause ends in a line on stderr and exit code 1, what the system refuses of a file among it."""
+    try:
+        yield
+    except (X2DFDError, OSError) as error:
+        if isinstance(error, OSError):
+            if error.errno in (None, errno.EPIPE):  # not the system's; or nobody reads on, which typer knows
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            error = X2DFDError(f"{where}{error.strerror}", code="system_refuses")
+        typer.echo(error.line, err=True)
+        sys.exit(1)
 
 
 app = typer.Typer(cls=_Group, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -64,11 +78,8 @@ def run_command(command: typer.Typer | Callable[..., None], epilog: str | None =
         single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         single.command(epilog=epilog)(command)
         command = single
-    try:
+    with _one_line():
         command()
-    except X2DFDError as error:
-        typer.echo(error.line, err=True)
-        sys.exit(1)
 
 
 def _version(asked: bool) -> None:
@@ -273,12 +284,14 @@ def serve(
     threads: options.Threads = None,
 ) -> None:
     """Keep a model warm and answer over HTTP: POST a file to /detect, read /openapi.json for the rest."""
+    from x2dfd.serve import listening
     from x2dfd.serve import serve as run
 
-    detector = load_quickly(ModelSpec.parse(model), threads=threads)
-    typer.echo(f"http://{host}:{port}", err=True)
-    with isolating():  # a posted file that ends its decoder must not end the server
-        run(detector, host, port)
+    with listening(host, port) as there:
+        detector = load_quickly(ModelSpec.parse(model), threads=threads)
+        typer.echo(f"http://{host}:{port}", err=True)
+        with isolating():  # a posted file that ends its decoder must not end the server
+            run(detector, host, there)
 
 
 EXPERTS_EXAMPLES = """\b
