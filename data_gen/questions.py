@@ -270,12 +270,12 @@ def add_commands(app: typer.Typer) -> None:
     def questions(
         out: Annotated[Path, typer.Option(help="JSON file to write")],
         published: Annotated[Path | None, typer.Option(help="read this published list instead of our bank")] = None,
-        unrelated: Annotated[int, typer.Option(help="add this many unrelated control questions")] = 0,
-        count: Annotated[int, typer.Option("--generate", help="add this many questions written by --model")] = 0,
+        unrelated: Annotated[int, typer.Option(min=0, help="add this many unrelated control questions")] = 0,
+        count: Annotated[int, typer.Option("--generate", min=0, help="add this many questions written by --model")] = 0,
         model: Annotated[str, typer.Option(metavar="NAME@URL", help="a model of an OpenAI-compatible endpoint")] = "",
         only: Annotated[int | None, typer.Option(min=1, help="keep this many, before unrelated ones are added")] = None,
         cues_of: Annotated[Path | None, typer.Option(help="with --only: the cues of this manifest first")] = None,
-        seed: Annotated[int, typer.Option(help="chooses the questions to keep and the unrelated ones")] = 0,
+        seed: Annotated[int, typer.Option(min=0, help="chooses the questions to keep and the unrelated ones")] = 0,
     ) -> None:
         """Write yes/no cue questions: our bank, a published list, or written by a model."""
         chosen = read_published(published) if published else bank()

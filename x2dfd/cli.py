@@ -6,8 +6,7 @@ import errno
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from enum import StrEnum
 from importlib import metadata
@@ -39,23 +38,21 @@ class _Group(TyperGroup):
     """Turns what a user can cause into one line and exit code 1."""
 
     def invoke(self, ctx: Any) -> Any:
-        with _one_line():
+        try:
             return super().invoke(ctx)
+        except (X2DFDError, OSError) as error:
+            typer.echo(told(error), err=True)
+            raise typer.Exit(1) from None
 
 
-@contextmanager
-def _one_line() -> Iterator[None]:
-    """What a user can cause ends in a line on stderr and exit code 1, what the system refuses of a file among it."""
-    try:
-        yield
-    except (X2DFDError, OSError) as error:
-        if isinstance(error, OSError):
-            if error.errno in (None, errno.EPIPE):  # not the system's; or nobody reads on, which typer knows
-                raise
-            where = f"{error.filename}: " if error.filename else ""
-            error = X2DFDError(f"{where}{error.strerror}", code="system_refuses")
-        typer.echo(error.line, err=True)
-        sys.exit(1)
+def told(error: X2DFDError | OSError) -> str:
+    """One line of what a user can mend, what the system refuses of a file among it; any other error is raised again."""
+    if isinstance(error, X2DFDError):
+        return error.line
+    if error.errno in (None, errno.EPIPE):  # not the system's; or nobody reads on, which typer knows
+        raise error
+    where = f"{error.filename}: " if error.filename else ""
+    return X2DFDError(f"{where}{error.strerror}", code="system_refuses").line
 
 
 app = typer.Typer(cls=_Group, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -78,8 +75,11 @@ def run_command(command: typer.Typer | Callable[..., None], epilog: str | None =
         single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         single.command(epilog=epilog)(command)
         command = single
-    with _one_line():
+    try:
         command()
+    except (X2DFDError, OSError) as error:
+        typer.echo(told(error), err=True)
+        sys.exit(1)
 
 
 def _version(asked: bool) -> None:
@@ -367,7 +367,7 @@ def assess(
     dtype: options.DtypeOption = None,
     bits: options.BitsOption = None,
     device_map: options.DeviceMap = None,
-    seed: Annotated[int, typer.Option(help="Of the sample and the controls.")] = 0,
+    seed: options.Seed = 0,
 ) -> None:
     """Rank the cues by how well the MLLM sees them (MFA). A cut-off run goes on where it stopped."""
     from x2dfd.assessment import run_assess
