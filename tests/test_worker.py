@@ -87,15 +87,17 @@ def tells(on_progress: Any = None) -> None:
     on_progress(1)
 
 
-def test_what_a_caller_raises_is_not_the_end_of_the_process(small: Worker) -> None:
+def test_what_a_caller_raises_is_not_the_end_of_the_process() -> None:
     """A full disk under a progress line was told as a decoder that had died, and the run went on."""
 
     def full(_: Any) -> None:
         raise OSError(28, "No space left on device")
 
+    telling = Worker(None, None, clock=60.0, doing="telling", module=__name__)
     with pytest.raises(OSError, match="No space left"):
-        small.call(tells, on_progress=full)
-    assert small.call(str, "new") == "new"
+        telling.call(tells, on_progress=full)
+    assert telling.call(str, "new") == "new"
+    telling.close()
 
 
 def test_a_process_that_was_killed_between_two_files_is_replaced(small: Worker) -> None:
