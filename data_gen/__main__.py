@@ -9,7 +9,7 @@ import typer
 
 from data_gen import catalogue, leaks, questions, read_commands
 from x2dfd.cli import run_command
-from x2dfd.options import names
+from x2dfd.options import Seed, names
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -29,8 +29,8 @@ _FORGE_EPILOG = """Examples:\n
 def forge(
     data: Annotated[Path, typer.Option(help="manifest of photos (CSV, JSONL, Parquet)")],
     out: Annotated[Path, typer.Option(help="folder for images, masks and manifest.jsonl; a cut-off run goes on there")],
-    count: Annotated[int, typer.Option(help="pictures in all")],
-    seed: Annotated[int, typer.Option(help="same seed, same bytes, on any number of workers")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="pictures in all")],
+    seed: Annotated[int, typer.Option(min=0, help="same seed, same bytes, on any number of workers")] = 0,
     methods: Annotated[str, typer.Option(help="comma-separated forge methods; empty for all")] = "",
     forged: Annotated[float, typer.Option(help="share of forgeries; the others stay real")] = 0.55,
     harmless: Annotated[float, typer.Option(help="share of harmless changes, the same under every label")] = 0.5,
@@ -43,7 +43,7 @@ def forge(
         Path | None, typer.Option(help="folder of TAESD's weights: adds latent_redraw and latent_face to all methods")
     ] = None,
     video: Annotated[float, typer.Option(help="share of pictures put through H.264, the same under every label")] = 0.0,
-    workers: Annotated[int, typer.Option(help="processes")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="processes")] = 1,
 ) -> None:
     """Forge photos with known cues: image, mask, cues, strength, class, source group."""
     from data_gen.forge import LATENT, METHODS
@@ -89,14 +89,14 @@ def build(
     closing: Annotated[
         bool, typer.Option(help="end explanations in a sentence on the experts that agree; `x2dfd` writes it anyway")
     ] = True,
-    explanations: Annotated[int, typer.Option(help="explained verdicts per fake whose cues are known")] = 1,
-    limit: Annotated[int | None, typer.Option(help="at most this many pictures, drawn by id")] = None,
-    view_seed: Annotated[int, typer.Option(help="degradation of each picture; the same in finetune")] = 1,
+    explanations: Annotated[int, typer.Option(min=0, help="explained verdicts per fake whose cues are known")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="at most this many pictures, drawn by id")] = None,
+    view_seed: Annotated[int, typer.Option(min=0, help="degradation of each picture; the same in finetune")] = 1,
     format: Annotated[
         str | None,
         typer.Option(help="as another stack trains on it too, with its pictures: llava, sharegpt, messages"),
     ] = None,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> None:
     """Instruction data from the forgeries' truth, the ranking and the experts' scores."""
     from data_gen.build import BuildConfig
@@ -149,7 +149,7 @@ catalogue.add_commands(app)
 @app.command(epilog="Example:\n\n  python -m data_gen decoders --data build/forged/manifest.jsonl")
 def decoders(
     data: Annotated[Path, typer.Option(help="manifest of `data_gen forge`: its untouched real photos are used")],
-    steps: Annotated[int, typer.Option(help="of 16 patches, for each decoder")] = 600,
+    steps: Annotated[int, typer.Option(min=1, help="of 16 patches, for each decoder")] = 600,
     work: Annotated[Path, typer.Option(help="finished decoders: a cut-off run goes on")] = Path("build/decoders"),
     out: Annotated[
         Path, typer.Option(help="weight file; by default the one that the forge takes, else: forge --decoders FILE")

@@ -14,13 +14,14 @@ LLaVA's format; its result files have further turns that hold scores, which nobo
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from x2dfd import prompts
 from x2dfd.crops import CropSet
 from x2dfd.errors import X2DFDError
-from x2dfd.files import Json, write_text
+from x2dfd.files import Json, parse_json, write_text
 from x2dfd.progress import progress
 from x2dfd.tower import seen_view
 
@@ -91,7 +92,7 @@ def read(path: Path, pictures: Path | None = None) -> list[Record]:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             said = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             raise X2DFDError(f"{path}, record {name}: {said}", code="conversation_invalid") from error
-    absent = [image for record in found for image in record["images"] if not Path(image).is_file()]
+    absent = [image for record in found for image in record["images"] if not os.path.isfile(image)]  # of any text
     if absent:
         raise X2DFDError(f"{path}: {len(absent)} pictures are not there, first {absent[0]}", code="pictures_missing")
     if not found:
@@ -104,10 +105,10 @@ def _parsed(path: Path) -> list[Json]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("["):
-            whole: list[Json] = json.loads(text)
+            whole: list[Json] = parse_json(text)
             return whole
-        return [json.loads(line) for line in text.split("\n") if line.strip()]  # a text may hold other line ends
-    except (OSError, ValueError, RecursionError) as error:
+        return [parse_json(line) for line in text.split("\n") if line.strip()]  # a text may hold other line ends
+    except (OSError, ValueError) as error:
         raise X2DFDError(
             f"{path} is neither a JSON list nor JSON Lines of conversations: {error}", code="conversations_unreadable"
         ) from error

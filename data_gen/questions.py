@@ -20,7 +20,7 @@ import typer
 from x2dfd.assessment import CueQuestion, read_questions
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.explain import read_cues
-from x2dfd.files import Json, write_text
+from x2dfd.files import Json, parse_json, write_text
 from x2dfd.manifest import read_manifest
 from x2dfd.model_spec import ModelSpec
 from x2dfd.prompts import CUE_ENDING
@@ -101,7 +101,7 @@ def read_published(path: Path) -> list[CueQuestion]:
     are assessed, but no cue rests on them. Raises X2DFDError for another shape.
     """
     try:
-        entries = json.loads(path.read_text("utf-8"))
+        entries = parse_json(path.read_bytes())
         texts = [e if isinstance(e, str) else e["question"] for e in entries]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise X2DFDError(f"{path}: not a list of questions ({error!r})", code="questions_malformed") from error
@@ -270,12 +270,12 @@ def add_commands(app: typer.Typer) -> None:
     def questions(
         out: Annotated[Path, typer.Option(help="JSON file to write")],
         published: Annotated[Path | None, typer.Option(help="read this published list instead of our bank")] = None,
-        unrelated: Annotated[int, typer.Option(help="add this many unrelated control questions")] = 0,
-        count: Annotated[int, typer.Option("--generate", help="add this many questions written by --model")] = 0,
+        unrelated: Annotated[int, typer.Option(min=0, help="add this many unrelated control questions")] = 0,
+        count: Annotated[int, typer.Option("--generate", min=0, help="add this many questions written by --model")] = 0,
         model: Annotated[str, typer.Option(metavar="NAME@URL", help="a model of an OpenAI-compatible endpoint")] = "",
         only: Annotated[int | None, typer.Option(min=1, help="keep this many, before unrelated ones are added")] = None,
         cues_of: Annotated[Path | None, typer.Option(help="with --only: the cues of this manifest first")] = None,
-        seed: Annotated[int, typer.Option(help="chooses the questions to keep and the unrelated ones")] = 0,
+        seed: Annotated[int, typer.Option(min=0, help="chooses the questions to keep and the unrelated ones")] = 0,
     ) -> None:
         """Write yes/no cue questions: our bank, a published list, or written by a model."""
         chosen = read_published(published) if published else bank()

@@ -112,9 +112,9 @@ def load_photo(path: str, source: str, group: str, side: int) -> Photo | None:
     """The region around the largest face, or None when the file cannot be read or has no face."""
     try:
         pixels = load_picture(path).pixels
+        faces = find_faces(pixels)
     except InputError:
         return None
-    faces = find_faces(pixels)
     if not faces:
         return None
     x, y, w, h = faces[0].box

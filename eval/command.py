@@ -20,6 +20,7 @@ from eval.rows import say
 from eval.stats import Measured
 from eval.task import Options
 from x2dfd import options as load
+from x2dfd.cli import told
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.files import Json, file_sha256, write_text
 
@@ -56,7 +57,7 @@ def bench(
     split: Annotated[_Text, typer.Option(help="judge this split only")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="judge so many samples, drawn with the seed")] = None,
     by: Annotated[str, typer.Option(help="columns to report by")] = "source,method",
-    seed: int = 0,
+    seed: load.Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     equalise: Annotated[bool, typer.Option(help="re-encode all alike")] = True,
     experts: Annotated[_Text, typer.Option(help="experts: these (default: all of ours, and mesonet if here)")] = None,
@@ -154,8 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         app(None if argv is None else list(argv), prog_name="run_bench.py")
     except SystemExit as done:  # however it ends, with typer's own messages too
         return done.code if isinstance(done.code, int) else 0
-    except X2DFDError as error:
-        say(error.line)
+    except (X2DFDError, OSError) as error:
+        say(told(error))
     return 2
 
 

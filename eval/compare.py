@@ -15,7 +15,7 @@ from eval.bench import Result
 from eval.rows import digest
 from eval.stats import Measured
 from x2dfd.errors import X2DFDError
-from x2dfd.files import file_sha256
+from x2dfd.files import file_sha256, parse_json
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ def read_scores(folder: Path, result: Result) -> Scores:
     try:
         table = pq.read_table(path)
         rows = table.to_pylist()
-    except (OSError, pa.ArrowException) as error:
+        pictures = digest([row["id"], row["sha256"]] for row in rows)
+    except (OSError, KeyError, pa.ArrowException) as error:
         raise X2DFDError(f"{path} cannot be read ({error})", code="scores_unreadable") from error
     head = json.loads((table.schema.metadata or {}).get(b"x2dfd", b"{}"))
     model, stated = (part.get("model", {}) for part in (head.get("origin", {}), result))
-    pictures = digest([row["id"], row["sha256"]] for row in rows)
     same = all(stated.get("stated", {}).get(name) == value for name, value in model.items())
     if not same or pictures != result.get("data", {}).get("pictures_sha256"):
         raise X2DFDError("samples.parquet beside the reference is of another run", code="scores_of_another_run")
@@ -116,11 +116,12 @@ class Reference:
     def read(cls, path: Path) -> Reference:
         """A result file, and the scores of the table beside it. Raises X2DFDError for what is no result file."""
         try:
-            result = json.loads(path.read_text("utf-8"))
+            result = parse_json(path.read_bytes())
         except (OSError, ValueError) as error:
             raise X2DFDError(f"{path}: not a result file ({error})", code="not_a_result") from error
-        if not isinstance(result, dict) or "headline" not in result:
-            raise X2DFDError(f"{path}: not a result file (no headline)", code="not_a_result")
+        parts = ("headline", "task", "data", "settings", "model")
+        if not isinstance(result, dict) or not all(isinstance(result.get(part), dict) for part in parts):
+            raise X2DFDError(f"{path}: not a result file (it lacks one of {', '.join(parts)})", code="not_a_result")
         try:
             return cls(result, read_scores(path.parent, result), "", file_sha256(path))
         except X2DFDError as error:  # the drift can be told without them

@@ -29,7 +29,7 @@ from data_gen.readers import labelled, read_folders
 from data_gen.run_forge import finished_rows, load_photo, pose, save_jpeg
 from x2dfd.cli import run_command
 from x2dfd.errors import SetupError, X2DFDError
-from x2dfd.files import Json, file_sha256, write_bytes, write_text
+from x2dfd.files import Json, file_sha256, parse_json, write_bytes, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest, write_manifest
 from x2dfd.progress import progress
 
@@ -253,13 +253,17 @@ def open_set(folder: Path) -> Path:
             f"{folder} holds no finished CueBench: python -m eval.cuebench --photos none --out {folder}",
             code="cuebench_unfinished",
         )
-    stated = json.loads(card.read_text("utf-8"))
-    if not manifest.is_file() or manifest_sha256(manifest) != stated["manifest_sha256"]:
+    try:
+        stated = parse_json(card.read_bytes())["manifest_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise X2DFDError(f"{card} is no card of a CueBench ({error!r})", code="cuebench_unfinished") from error
+    if not manifest.is_file() or manifest_sha256(manifest) != stated:
         raise X2DFDError(f"{manifest} is not that of {card}: make the set anew", code="cuebench_manifest_differs")
     wrong = [
         str(path)
         for s in read_manifest(manifest)
-        for path, sha256 in ((s.path, s.extra["sha256"]), *(((s.mask, s.extra["mask_sha256"]),) if s.mask else ()))
+        for path, sha256 in ((s.path, s.extra.get("sha256")), (s.mask, s.extra.get("mask_sha256")))
+        if path is not None
         if not path.is_file() or file_sha256(path) != sha256
     ]
     if wrong:

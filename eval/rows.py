@@ -195,9 +195,15 @@ class Store:
     def check(self, samples: Sequence[Sample]) -> None:
         """Raises X2DFDError when rows lie here and none is of these samples: finishing would throw them away."""
         stored: set[str] = set()
-        if self.table.is_file():
-            stored |= set(pq.read_table(self.table, columns=["id"])["id"].to_pylist())
-        stored |= {row["id"] for _, rows in self.parts for row in rows}
+        try:
+            if self.table.is_file():
+                stored |= set(pq.read_table(self.table, columns=["id"])["id"].to_pylist())
+            stored |= {row["id"] for _, rows in self.parts for row in rows}
+        except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's errors derive from the first three
+            raise X2DFDError(
+                f"{self.folder} holds rows that cannot be read ({error}): take another --out, or delete that folder",
+                code="rows_unreadable",
+            ) from error
         if stored and stored.isdisjoint(s.id for s in samples):
             raise X2DFDError(
                 f"{self.folder} holds {len(stored)} rows of other samples, which this run would throw away: take "

@@ -9,7 +9,6 @@ and weights it is of.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import typer
 from eval.stats import TOO_FEW, Measured
 from x2dfd.cli import run_command
 from x2dfd.errors import X2DFDError
-from x2dfd.files import Json, write_text
+from x2dfd.files import Json, parse_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 Result = Json
@@ -336,7 +335,7 @@ def main(
 ) -> None:
     """Write the tables of the pages from the result files, or check that they are theirs."""
     try:
-        found = {p.stem: json.loads(p.read_text("utf-8")) for p in sorted(results.glob("*.json"))}
+        found = {p.stem: parse_json(p.read_bytes()) for p in sorted(results.glob("*.json"))}
         texts = {page: page.read_text("utf-8") for page in pages or [ROOT / "README.md", ROOT / "eval" / "RESULTS.md"]}
     except (OSError, ValueError) as error:
         raise X2DFDError(str(error), code="not_a_result") from error

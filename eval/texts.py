@@ -6,7 +6,6 @@ None with the reason; nothing is downloaded.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from x2dfd.errors import SetupError, X2DFDError
-from x2dfd.files import Json, file_sha256
+from x2dfd.files import Json, file_sha256, parse_json
 from x2dfd.manifest import Sample
 
 References = Sequence[Sequence[str]]
@@ -54,7 +53,7 @@ def _given(sample: Sample) -> list[tuple[str | None, list[str]]]:
     if value in (None, ""):
         return []
     try:
-        items = json.loads(value) if isinstance(value, str) else value
+        items = parse_json(value) if isinstance(value, str) else value
         if not isinstance(items, list):
             raise TypeError("not a list")
         read = [(None, [i]) if isinstance(i, str) else (i["question"], i["answers"]) for i in items]

@@ -7,7 +7,6 @@ ratios by what so many pictures can support. Intervals: 95 %, groups drawn with 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +21,7 @@ from eval.stats import Floats, Labels
 from x2dfd.adapter import EMBEDDED
 from x2dfd.cli import run_command
 from x2dfd.errors import X2DFDError
+from x2dfd.files import parse_json
 from x2dfd.validation import FILE, Validation
 
 DRAWS = 1000
@@ -62,11 +62,11 @@ def steps(
 def validation(run: Path) -> Validation:
     """From a folder that `run_bench.py detect` filled. Raises X2DFDError when it is none, or not of a whole model."""
     try:
-        result = json.loads((run / "result.json").read_text("utf-8"))
+        result = parse_json((run / "result.json").read_bytes())
         rows = pq.read_table(run / "samples.parquet").to_pylist()
         scorer, stated, data = result["scorers"]["calibrated"], result["model"]["stated"], result["data"]
         answers, overall = scorer["answers"], scorer["overall"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise X2DFDError(
             f"{run} holds no finished run of `run_bench.py detect` in calibrated mode: {error!r}",
             code="not_a_finished_run",

@@ -54,7 +54,8 @@ def left_out(
                 scores.setdefault(name, []).extend(logit(e.score) for [e] in said if e.score is not None)
     if not any(name.startswith("real") for name in scores):
         raise X2DFDError(
-            "none of what the tower was trained without is a source of real photos: nothing to compare with"
+            "none of what the tower was trained without is a source of real photos: nothing to compare with",
+            code="no_real_source_left_out",
         )
     reals = np.concatenate([np.array(v) for k, v in scores.items() if k.startswith("real")])
     for name, found in sorted(scores.items()):

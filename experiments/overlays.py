@@ -111,7 +111,7 @@ def flips(detector: Any, samples: Sequence[Sample], *, seed: int = 0, batch_size
     before = _asked(detector, [pixels for _, pixels in usable], batch_size)
     kept = [(s, pixels, said) for (s, pixels), said in zip(usable, before, strict=True) if said is not None]
     if not kept:
-        raise X2DFDError("no sample gets a verdict, so none can flip")
+        raise X2DFDError("no sample gets a verdict, so none can flip", code="no_verdict")
     turns = [kept[k % len(kept)] for k in range(len(OVERLAYS))]
     after = _asked(detector, (o(pixels) for o, (_, pixels, _) in zip(OVERLAYS, turns, strict=True)), batch_size)
     rows = [(o.claim, s.group, said, told) for o, (s, _, said), told in zip(OVERLAYS, turns, after, strict=True)]
@@ -153,7 +153,7 @@ def _asked(detector: Any, pictures: Any, batch_size: int) -> list[Said | None]:
         for pixels in pictures:
             ok, data = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
             if not ok:
-                raise X2DFDError(f"could not encode a picture of shape {pixels.shape}")
+                raise X2DFDError(f"could not encode a picture of shape {pixels.shape}", code="encoding_failed")
             yield data.tobytes()
 
     answers: list[Said | None] = []

@@ -185,7 +185,7 @@ def run(
     """Ask about the same faces with parts of the question left out, or exchanged against the picture."""
     detector = x2dfd.load(model)
     if not detector.info.in_prompt:
-        raise X2DFDError("this takes a model whose question holds experts' scores")
+        raise X2DFDError("this takes a model whose question holds experts' scores", code="model_not_for_task")
     samples = read_manifest(data, split=split)
     samples = [samples[i] for i in sorted(np.random.default_rng(seed).permutation(len(samples))[:limit])]
     rows = [_row(detector, sample, equal=True) for sample in samples]

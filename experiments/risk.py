@@ -115,15 +115,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if not (0 < args.allowed < 1 and 0 < args.delta < 1):
-            raise X2DFDError("--allowed and --delta lie between 0 and 1")
+            raise X2DFDError("--allowed and --delta lie between 0 and 1", code="option_out_of_range")
         try:
             columns = ["label", "group", "source", "p_fake"]
             rows = pq.read_table(args.run / "samples.parquet", columns=columns).to_pylist()
         except (OSError, pa.ArrowException) as error:
-            raise X2DFDError(f"{args.run}: no finished run of run_bench.py detect ({error})") from error
+            raise X2DFDError(
+                f"{args.run}: no finished run of run_bench.py detect ({error})", code="run_unreadable"
+            ) from error
         table = halves(rows, args.allowed, args.delta, n=args.halves, seed=args.seed)
     except X2DFDError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error.line, file=sys.stderr)
         return 2
     print(json.dumps({"allowed": args.allowed, "delta": args.delta, "ways": table}, indent=1))
     return 0

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from x2dfd.errors import UnknownName, X2DFDError
-from x2dfd.files import Json
+from x2dfd.files import Json, parse_json
 
 LANGUAGE_LINEARS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 """What `targets: language` is in a LLaVA: every linear layer of the language model, none of tower and projector."""
@@ -29,6 +29,13 @@ CHOICES = {
     "best_by": ("auc", "loss"),
 }
 """What a key of the configuration may be."""
+
+LEAST = {
+    **dict.fromkeys(("lora_r", "lora_alpha", "batch", "accumulate", "save_steps", "eval_limit"), 1),
+    **dict.fromkeys(("lr", "projector_lr", "clip", "weight_decay", "warmup", "epochs", "lora_dropout"), 0),
+    **dict.fromkeys(("verdict_weight", "cue_weight", "eval_steps", "patience", "workers"), 0),
+}
+"""Numbers of the configuration and the least that each may be; none is infinite."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class FinetuneConfig:
     scheduler: str = "cosine"  # of the rates, as transformers calls it: linear, constant_with_warmup ...
     clip: float = 1.0  # length to which gradients are cut; 0 leaves them
     weight_decay: float = 0.0
-    warmup: float = 0.03  # share of the steps
+    warmup: float = 0.03  # share of the steps, or from 1 on their number
     epochs: float = 1.0
     max_steps: int = -1  # stops earlier than epochs when positive
     batch: int = 1  # rows a device and step: a picture with all that is asked of it, or one question (docs/finetune.md)
@@ -110,7 +117,10 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> FinetuneCon
     if path is not None:
         if not path.is_file():
             raise X2DFDError(f"no such configuration: {path}", code="config_not_found")
-        read = _yaml(path.read_text(encoding="utf-8"), str(path))
+        try:
+            read = _yaml(path.read_text(encoding="utf-8"), str(path))
+        except UnicodeDecodeError as error:
+            raise X2DFDError(f"{path}: not UTF-8 text ({error.reason})", code="config_not_yaml") from error
         if not isinstance(read, dict | None):
             raise X2DFDError(
                 f"{path}: a configuration is a list of `key: value`, not {type(read).__name__}", code="config_malformed"
@@ -138,13 +148,19 @@ def check_config(config: FinetuneConfig) -> None:
     for key, known in CHOICES.items():
         if getattr(config, key) not in known:
             raise UnknownName(key, getattr(config, key), known)
+    for key, least in LEAST.items():
+        if not least <= getattr(config, key) < math.inf:
+            raise X2DFDError(
+                f"{key} is a number from {least} on, not {getattr(config, key)}", code="number_out_of_range"
+            )
     stage = zero_stage(config)
     counts = {len(v) for v in (config.instructions, config.manifest, config.weights) if isinstance(v, tuple) and v}
     many = 1 if isinstance(config.instructions, str) else len(config.instructions)
     clashes = {
         "instructions, manifest and weights: as many of each": bool(counts - {many})
         or isinstance(config.instructions, str) != isinstance(config.manifest, str),
-        "weights: above 0": any(w <= 0 for w in config.weights),
+        "weights: above 0": not all(0 < w < math.inf for w in config.weights),
+        "lora_dropout: below 1": config.lora_dropout >= 1,
         "bf16 or fp16, not both": config.bf16 and config.fp16,
         "base_dtype: bfloat16 wants bf16: true": config.base_dtype == "bfloat16" and not config.bf16,
         "base_dtype: float16 wants fp16: true": config.base_dtype == "float16" and not config.fp16,
@@ -165,7 +181,6 @@ def check_config(config: FinetuneConfig) -> None:
         and (config.method == "full" or stage == 3),
         "method: full trains no LoRA in the tower: take tower: frozen or norms": config.method == "full"
         and config.tower == "lora",
-        "workers: 0 or more": config.workers < 0,
         "cached features want an adapter, not method: full": config.cached_features is not None
         and config.method == "full",
     }
@@ -184,7 +199,7 @@ def zero_stage(config: FinetuneConfig) -> int:
 def zero_settings(path: str) -> Json:
     """What DeepSpeed's JSON says of ZeRO: only the content tells, whatever the file is called. Raises X2DFDError."""
     try:
-        found: Json = json.loads(Path(path).read_text(encoding="utf-8")).get("zero_optimization", {})
+        found: Json = parse_json(Path(path).read_bytes()).get("zero_optimization", {})
         int(found.get("stage", 0))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise X2DFDError(f"deepspeed: {path} is not DeepSpeed's JSON: {error}", code="config_malformed") from error
@@ -196,7 +211,7 @@ def _yaml(text: str, where: str) -> Any:
 
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of a date that there is not
         raise X2DFDError(f"{where}: not YAML: {error}", code="config_not_yaml") from error
 
 
@@ -211,7 +226,7 @@ def _typed(key: str, value: Any, kind: str) -> Any:
         if of is not None and all(type(v) is of for v in value):
             return value
     if kinds[0] == "float" and isinstance(value, str | int) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):  # it is refused below
+        with contextlib.suppress(ValueError, OverflowError):  # it is refused below
             return float(value)  # YAML reads 2e-4 as text
     if {"int": int, "float": float, "str": str, "bool": bool}.get(kinds[0]) is type(value):
         return value

@@ -21,7 +21,7 @@ from x2dfd.adapter import PEFT_PREFIX, WEIGHTS, AdapterCard, check_tensors, writ
 from x2dfd.errors import SetupError
 from x2dfd.experts import load_expert
 from x2dfd.faces import PREPROCESSING
-from x2dfd.files import Json, file_sha256, write_text
+from x2dfd.files import Json, file_sha256, parse_json, write_text
 from x2dfd.loading import base_identity, load_processor
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def to_llava(source: Path, out: Path, *, base: str) -> None:
 
 def _settings(source: Path) -> Json:
     try:
-        found: Json = json.loads((source / SETTINGS).read_text(encoding="utf-8"))
+        found: Json = parse_json((source / SETTINGS).read_bytes())
         if found["peft_type"] != "LORA":
             raise SetupError(f"{source / SETTINGS}: {found['peft_type']} is not LORA", code="not_lora")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -9,8 +9,7 @@ at a fraction of the cost. Elsewhere a row holds one conversation, and the stock
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from x2dfd import prompts
 from x2dfd.crops import CropSet
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.explain import named_spans
-from x2dfd.files import Json
+from x2dfd.files import Json, parse_json
 from x2dfd.loading import family_of
 from x2dfd.mllm import TEXT_INPUTS, after_image, prefix_inputs
 from x2dfd.progress import progress
@@ -121,11 +120,9 @@ def read_records(
     """
     known = set(learnable(data, split, left_out))
     by_row: Records = {}
-    with instructions.open(encoding="utf-8") as stream:
-        for line in stream:
-            record = json.loads(line)
-            if record["split"] == split and record["row"] in known:
-                by_row.setdefault(record["row"], []).append(record)
+    for record in _records(instructions):
+        if record["split"] == split and record["row"] in known:
+            by_row.setdefault(record["row"], []).append(record)
     if not by_row:
         raise X2DFDError(
             f"{instructions}: no picture of split {split!r}: it is built from a manifest with that split",
@@ -133,6 +130,31 @@ def read_records(
         )
     drawn = sorted(by_row, key=lambda row: hashlib.sha256(data.samples[row].id.encode()).digest())[:limit]
     return {row: by_row[row] for row in sorted(drawn)}
+
+
+def _records(instructions: Path) -> Iterator[Json]:
+    """The records of a file as `data_gen build` writes it. Raises X2DFDError with the record that is none."""
+    number = 0
+    try:
+        with instructions.open("rb") as stream:
+            for line in stream:
+                number += 1
+                yield _record(parse_json(line))
+    except (OSError, ValueError) as error:
+        raise X2DFDError(f"{instructions}, record {number}: {error}", code="instructions_unreadable") from error
+
+
+def _record(record: object) -> Json:
+    """Raises ValueError for what lacks a field that is read here."""
+    if not isinstance(record, dict):
+        raise ValueError("it is no object")
+    for key, kind in {"id": str, "task": str, "split": str, "row": int, "conversations": list}.items():
+        if type(record.get(key)) is not kind:
+            raise ValueError(f"{key!r} is no {kind.__name__}")
+    said = [turn.get("value") if isinstance(turn, dict) else None for turn in record["conversations"]]
+    if not said or len(said) % 2 or not all(isinstance(value, str) for value in said):
+        raise ValueError("'conversations' are not question and answer in turn")
+    return record
 
 
 def learnable(data: CropSet, split: str, left_out: Sequence[str] = ()) -> list[int]:

@@ -34,7 +34,7 @@ from x2dfd.crops import CropSet, load_crops
 from x2dfd.errors import X2DFDError, first_line
 from x2dfd.experts import card_of
 from x2dfd.faces import PREPROCESSING
-from x2dfd.files import Json, file_sha256, whole, write_text
+from x2dfd.files import Json, file_sha256, parse_json, whole, write_text
 from x2dfd.loading import base_identity
 from x2dfd.model_spec import ModelSpec
 from x2dfd.opening import load
@@ -403,27 +403,28 @@ def _record(config: FinetuneConfig) -> Json:
     for instructions, manifest, _ in config.sets:
         path = instructions.parent / "card.json"
         try:
-            card: Json = json.loads(path.read_text(encoding="utf-8"))
+            card: Json = parse_json(path.read_bytes())
         except (OSError, ValueError) as error:
             raise X2DFDError(
                 f"{path}, the card of the instructions, cannot be read: {error}", code="instructions_unreadable"
             ) from error
-        if card["manifest_sha256"] != file_sha256(manifest):
+        if not isinstance(card, dict) or not isinstance(card.get("config"), dict):
+            raise X2DFDError(f"{path} is no card of instructions: it has no `config`", code="instructions_unreadable")
+        if card.get("manifest_sha256") != file_sha256(manifest):
             raise X2DFDError(
                 f"{instructions} were built from another manifest than {manifest}", code="manifest_differs"
             )
-        if card.get("views") != VIEWS or "experts" not in card:
+        if card.get("views") != VIEWS or not isinstance(card.get("experts"), dict):
             raise X2DFDError(
                 f"{instructions} are of another version (other views of the pictures): build them again",
                 code="views_differ",
             )
-        if card["config"]["view_seed"] != config.view_seed:
+        if (seed := card["config"].get("view_seed")) != config.view_seed:
+            raise X2DFDError(f"{instructions} were built with view_seed {seed}", code="view_seed_differs")
+        ranking, beside = card.get("assessment_sha256"), path.with_name("assessment.json")
+        if ranking and (not beside.is_file() or file_sha256(beside) != ranking):
             raise X2DFDError(
-                f"{instructions} were built with view_seed {card['config']['view_seed']}", code="view_seed_differs"
-            )
-        if card["assessment_sha256"] and file_sha256(path.with_name("assessment.json")) != card["assessment_sha256"]:
-            raise X2DFDError(
-                f"{path.with_name('assessment.json')} is not the ranking that {instructions} were built with",
+                f"{beside} is not the ranking that {instructions} were built with",
                 code="assessment_differs",
             )
         cards.append(card)
@@ -446,7 +447,7 @@ def _record(config: FinetuneConfig) -> Json:
 
 def _asked_with(card: Json) -> tuple[Any, ...]:
     """What questions give scores of, by which names, and how."""
-    return card["experts"], card.get("aliases", {}), card["config"]["score_form"]
+    return card["experts"], card.get("aliases", {}), card["config"].get("score_form")
 
 
 def _instructions_sha256(config: FinetuneConfig) -> str:
@@ -508,7 +509,7 @@ def _card(
         aliases=record.get("aliases", {}),
         tower=config.tower,
         tower_sha256=additions_sha256(read_additions(additions)) if (additions := additions_of(config)) else "",
-        assessment_sha256=record["assessment_sha256"] or "",
+        assessment_sha256=record.get("assessment_sha256") or "",
         base=base_identity(out / WHOLE if full else config.base),
         frame=config.frame,
         prompt_sha256=prompts.prompt_hash(processor, form),

@@ -96,6 +96,21 @@ def clips(container: str, *codecs: str) -> list[bytes]:
     return found
 
 
+@cache
+def photos() -> list[bytes]:
+    """A photo of a face, small, in the two formats that most photos come in."""
+    from PIL import Image
+    from skimage.data import astronaut
+
+    small = Image.fromarray(astronaut()[:240, 100:340]).resize((120, 120))
+    found = []
+    for format in ("JPEG", "WEBP"):
+        buffer = io.BytesIO()
+        small.save(buffer, format, quality=80)
+        found.append(buffer.getvalue())
+    return found
+
+
 ROWS = [
     {"path": "a.png", "label": "real", "source": "s", "group": "g1", "split": "val"},
     {"path": "b.png", "label": "fake", "method": "swap", "df_class": "FS", "group": "g2", "split": "val",
@@ -157,6 +172,28 @@ def a_report() -> Any:
     )  # fmt: skip
 
 
+TALK = [{"from": "human", "value": "<image>\nReal or fake?"}, {"from": "gpt", "value": "This image is fake. A seam."}]
+
+
+def instructions() -> list[bytes]:
+    one = {"id": "a/detect", "task": "detect", "row": 0, "split": "train", "label": "fake", "conversations": TALK}
+    return ["".join(json.dumps(one | {"row": k, "id": f"{k}/detect"}) + "\n" for k in range(2)).encode()]
+
+
+def conversations() -> list[bytes]:
+    """Of each format, without pictures: whether those are there is asked of the disk."""
+    said = [{**TALK[0], "value": "Is a face round?"}, TALK[1]]
+    spoken = [{"role": {"human": "user", "gpt": "assistant"}[t["from"]], "content": t["value"]} for t in said]
+    asked = [{"role": "system", "content": "Be brief."}, *spoken]
+    lines = "".join(json.dumps({"messages": asked, "images": []}) + "\n" for _ in range(2))
+    return [json.dumps([{"id": "1", "conversations": said}]).encode(), lines.encode()]
+
+
+def questions() -> list[bytes]:
+    made = {"text": "Is the jaw blurred? Answer Yes or No.", "area": "jaw", "artifact": "blur", "origin": "bank"}
+    return [json.dumps({"questions": [made, made | {"area": None, "artifact": None, "origin": "random"}]}).encode()]
+
+
 def cases() -> list[bytes]:
     from x2dfd import case
 
@@ -176,12 +213,32 @@ def replies() -> list[bytes]:
 # --- parsers ---
 
 
+FACES_OF = 16  # so many mutants of media, one is also searched for faces
+
+
 def media(data: bytes) -> None:
     from x2dfd.media import load_media
     from x2dfd.provenance import read_provenance
 
+    _warm()
+    if zlib.crc32(data) % FACES_OF == 0:
+        face(data)
+        return
     loaded = load_media(data, max_frames=4)
     read_provenance(data, loaded.format)
+
+
+def face(data: bytes) -> None:
+    """The whole of what becomes of a file before a model looks: decoded, turned, its faces found and aligned."""
+    from x2dfd.intake import ready
+
+    ready(data, 4)
+
+
+@cache
+def _warm() -> None:
+    """The models that find faces are loaded once, which is no cost of a file."""
+    face(photos()[0])
 
 
 def from_file(name: str) -> Callable[[Callable[[Path], object]], Callable[[bytes], None]]:
@@ -253,6 +310,33 @@ def case_record(path: Path) -> None:
     case.mode_stated(made)
     case.precision_stated(made)
     case.verify(made, path, answering)
+
+
+def instruction_set(path: Path) -> None:
+    from finetune.data import read_records
+
+    samples = [SimpleNamespace(id=str(k), origin="s", synthetic=False, split="train", group="g", source="s", extra={})
+               for k in range(2)]  # fmt: skip
+    crops: Any = SimpleNamespace(samples=samples)
+    read_records(path, "train", crops)
+
+
+def conversation_file(path: Path) -> None:
+    from data_gen.exchange import read
+
+    read(path)
+
+
+def question_file(path: Path) -> None:
+    from x2dfd.assessment.ask import read_questions
+
+    read_questions(path)
+
+
+def ranking(path: Path) -> None:
+    from x2dfd.assessment.report import read_assessment
+
+    read_assessment(path).to_dict()
 
 
 class _Endpoint(BaseHTTPRequestHandler):
@@ -336,6 +420,8 @@ MEDIA |= {
     "avi": _clip("avi", "mpeg4", "mjpeg"),
     "flv": _clip("flv", "flv"),
     "ts": _clip("mpegts", "mpeg2video"),
+    "ogv": Target(lambda: [(Path(__file__).parent / "seeds" / "theora.ogv").read_bytes()], media),
+    "face": Target(photos, face),
 }
 TARGETS: dict[str, Target] = MEDIA | {
     "manifest.csv": Target(lambda: tables("csv"), from_file("manifest.csv")(manifest), text=True),
@@ -348,6 +434,10 @@ TARGETS: dict[str, Target] = MEDIA | {
     "calibration": Target(lambda: shipped("calibration.json"), from_file("calibration.json")(calibration), text=True),
     "validation": Target(validations, from_file("validation.json")(validation), text=True),
     "case": Target(cases, from_file("a.case.json")(case_record), text=True),
+    "instructions": Target(instructions, from_file("instructions.jsonl")(instruction_set), text=True),
+    "conversations": Target(conversations, from_file("talk.json")(conversation_file), text=True),
+    "questions": Target(questions, from_file("questions.json")(question_file), text=True),
+    "assessment": Target(lambda: shipped("assessment.json"), from_file("assessment.json")(ranking), text=True),
     "endpoint": Target(replies, endpoint, text=True),
 }
 

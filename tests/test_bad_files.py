@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -17,7 +18,7 @@ from PIL import Image
 
 from x2dfd import fetch
 from x2dfd.errors import InputError, SetupError
-from x2dfd.media import Picture, load_media
+from x2dfd.media import Picture, Video, load_media
 
 # --- files ---
 
@@ -64,6 +65,22 @@ def test_a_theora_clip_without_its_tables_is_an_error(pages: int) -> None:
     with pytest.raises(InputError) as caught:
         load_media(data)
     assert caught.value.code in ("bad_video", "unsupported_format")
+
+
+SEED = Path(__file__).parent / "seeds" / "theora.ogv"
+"""FFmpeg's test picture: ffmpeg -f lavfi -i testsrc2=size=64x48:rate=5:duration=1.2 -c:v libtheora -qscale:v 3"""
+
+
+def test_a_theora_clip_is_read_and_a_part_of_it_is_no_crash() -> None:
+    """Every clip in which one frame equals the one before was refused: its packet is empty."""
+    data = SEED.read_bytes()
+    clip = load_media(data, max_frames=4)
+    assert isinstance(clip, Video) and clip.n_frames == 5 and len(clip.frames) == 4
+    assert clip.frames[0].pixels.shape == (48, 64, 3) and clip.frames[0].pixels.std() > 30
+    for end in range(0, len(data), 150):
+        with contextlib.suppress(InputError):
+            part = load_media(data[:end], max_frames=4)
+            assert isinstance(part, Video) and 0 < len(part.frames) <= 4
 
 
 @pytest.mark.slow

@@ -268,7 +268,7 @@ def test_other_words_here_are_told_from_other_findings(
 ) -> None:
     """A blind spot that is worded better today must not read as "does not hold"; nor may one that was cut out pass."""
     reworded = replace(tiny.Brightness.card, blind_spot="anything but brightness")
-    monkeypatch.setattr(case, "cards", lambda: {tiny.EXPERT: reworded})
+    monkeypatch.setattr(case, "cards", lambda _: {tiny.EXPERT: reworded})
     found = case.verify(made, photo, like(blind_spot="nothing"))
     assert found.outcome == "other_version" and len(found.differences) == 2
     assert f"cards.{tiny.EXPERT}.blind_spot" in found.differences[0] and "model.blind_spot" in found.differences[1]

@@ -576,6 +576,21 @@ def test_report_page_has_a_section_and_a_picture_per_file(run: Run, photos: Path
     assert "<b>blended</b>" not in html and "&lt;b&gt;blended" in html
 
 
+def test_what_the_system_refuses_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A full disk, a file without the right to read it: a traceback said it."""
+
+    def full() -> None:
+        raise OSError(28, "No space left on device", "out.json")
+
+    monkeypatch.setattr(sys, "argv", ["full"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run_command(full)
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "error [system_refuses]: out.json: No space left on device\n"
+
+
 def test_experts_tells_blind_spot_and_the_command_for_missing_weights(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

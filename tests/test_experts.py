@@ -21,7 +21,7 @@ import skimage.data
 import torch
 
 from external_detectors.weights_io import WEIGHTS, load_weights, save_weights
-from tests.raising import raises
+from tests.raising import raises, says
 from x2dfd import experts
 from x2dfd.adapter import EMBEDDED
 from x2dfd.degrade import degrade
@@ -351,6 +351,15 @@ def test_a_broken_plugin_says_where_it_should_be(tmp_path: Path, monkeypatch: py
     assert "broken" in (experts.availability("broken") or "")
     listed = experts.cards()  # one broken package does not take the others from the list
     assert isinstance(listed["broken"], SetupError) and isinstance(listed["consistency"], Card)
+
+
+def test_a_plugin_that_hangs_is_listed_without_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: one package takes `x2dfd experts`, `x2dfd doctor` and every HTML report down for good."""
+    _distribution(tmp_path, "hangs", "hanging_plugin:Odd")
+    (tmp_path / "hanging_plugin.py").write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(experts, "LIST_SECONDS", 2.0)
+    says(experts.cards(["hangs"])["hangs"], "expert_import_failed", "hangs", "2 seconds")
 
 
 def test_listing_names_imports_nothing() -> None:

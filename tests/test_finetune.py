@@ -28,7 +28,7 @@ from tests.raising import raises
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, lora_b_sum, probe_crops, read_adapter_card
 from x2dfd.cli import run_command
-from x2dfd.crops import load_crops
+from x2dfd.crops import CropSet, load_crops
 from x2dfd.degrade import CODEC, codec
 from x2dfd.errors import X2DFDError
 from x2dfd.experts import BUILTIN
@@ -104,8 +104,36 @@ def test_a_value_of_the_wrong_kind_is_refused(override: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["- a\n- b\n", "just text", "lr: [1, 2\n", "a: b: c\n", "instructions: i\nmanifest: m\n"]
-)
+    ("line", "fact"),
+    [
+        (b"{", "record 2"), (b"\xff", "record 2"), (b"[1]", "no object"), (b"[" * 100_000, "nested"), (b"{}", "'id'"),
+        (b'{"id": "a", "task": "detect", "split": "train", "row": true, "conversations": []}', "'row'"),
+        (b'{"id": "a", "task": "detect", "split": "train", "row": 0, "conversations": [{"value": "?"}]}', "in turn"),
+    ],
+)  # fmt: skip
+def test_a_record_that_cannot_be_read_is_named(tmp_path: Path, line: bytes, fact: str) -> None:
+    """A KeyError out of the training said neither the file nor the line."""
+    whole = {"id": "a", "task": "detect", "split": "val", "row": 0, "conversations": [{"value": "?"}, {"value": "!"}]}
+    path = tmp_path / "instructions.jsonl"
+    path.write_bytes(json.dumps(whole).encode() + b"\n" + line)
+    with raises("instructions_unreadable", path, fact):
+        read_records(path, "train", CropSet([], np.empty(0, np.uint8), np.empty(0, np.float32), {}))
+
+
+@pytest.mark.parametrize("override", ["lr=.nan", "lr=-1", "clip=.inf", "batch=0", "lora_r=-4", "lora_dropout=.nan"])
+def test_a_number_that_trains_nothing_is_refused(override: str) -> None:
+    """Not a number passes every comparison: the training ran, and its weights were noise."""
+    with raises("number_out_of_range", override.split("=")[0]):
+        load_config(None, [*REQUIRED, override])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "- a\n- b\n", "just text", "lr: [1, 2\n", "a: b: c\n", "instructions: i\nmanifest: m\n", "name: 2024-99-99\n",
+        "[" * 5000, "lr: 1" + "0" * 400 + "\n",
+    ],
+)  # fmt: skip
 def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
     """A list, a sentence, broken YAML or a missing key: a reason, not a traceback."""
     with pytest.raises(X2DFDError):
@@ -358,7 +386,7 @@ def test_a_tower_that_learns_is_this_adapters_own(
     for given, code, fact in (
         ({"method": "full"}, "config_invalid", "method: full"),
         ({"targets": "nothing"}, "targets_match_nothing", "'nothing'"),
-        ({"workers": -1}, "config_invalid", "workers: 0"),
+        ({"workers": -1}, "number_out_of_range", "workers"),
     ):
         with raises(code, fact):
             train(configured(tmp_path / "wrong", tower="lora", **given))

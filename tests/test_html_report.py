@@ -251,13 +251,13 @@ def test_expert_without_a_score_is_listed_with_its_reason_and_without_a_bar() ->
 def test_blind_spot_stands_beside_the_expert(monkeypatch: pytest.MonkeyPatch) -> None:
     """A score without what the expert cannot see is misread."""
     card = Card("blend", "1", "here", "MIT", "", "crop", "none", "sees no whole-face synthesis")
-    monkeypatch.setattr("x2dfd.html_report.cards", lambda: {"blend": card})
+    monkeypatch.setattr("x2dfd.html_report.cards", lambda _: {"blend": card})
     assert "blend 91 % Blind spot: sees no whole-face synthesis" in page(report()).text
 
 
 def test_page_is_drawn_where_an_expert_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """An hour of judging must not end without a page because a card cannot be read."""
-    monkeypatch.setattr("x2dfd.html_report.cards", lambda: {"blend": SetupError("card cannot be read")})
+    monkeypatch.setattr("x2dfd.html_report.cards", lambda _: {"blend": SetupError("card cannot be read")})
     seen = page(report())
     assert "blend 91 %" in seen.text and "Blind spot" not in seen.text
 

@@ -22,7 +22,7 @@ from x2dfd.detector import Detector
 from x2dfd.errors import InputError, SetupError, UnknownName, X2DFDError
 from x2dfd.types import Failure, ModelInfo, Report
 
-STAGES = ["x2dfd.media.sniff", "x2dfd.intake.find_faces", "x2dfd.intake.read_provenance"]
+STAGES = ["x2dfd.media.sniff", "x2dfd.faces._meshes", "x2dfd.intake.read_provenance"]
 KINDS: dict[str, Callable[[], BaseException]] = {
     "IndexError": lambda: IndexError("list index out of range"),
     "RecursionError": RecursionError,
@@ -114,7 +114,7 @@ def test_a_wrong_set_up_is_none_of_the_clip(detector: Detector, monkeypatch: pyt
         stream.width = stream.height = 64
         container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
         container.mux(stream.encode())
-    raise_once(monkeypatch, "x2dfd.intake.find_faces", lambda: SetupError("the face models are missing"))
+    raise_once(monkeypatch, "x2dfd.faces._meshes", lambda: SetupError("the face models are missing"))
     with pytest.raises(SetupError):
         detector.detect(buffer.getvalue())
 
@@ -126,7 +126,7 @@ def test_a_clip_whose_frames_break_the_face_finder_is_a_row(
     frames = [Image.fromarray(np.full((40, 40, 3), 20 * i, np.uint8)) for i in range(3)]
     buffer = io.BytesIO()
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
-    raise_once(monkeypatch, "x2dfd.intake.find_faces", KINDS["IndexError"])
+    raise_once(monkeypatch, "x2dfd.faces._meshes", KINDS["IndexError"])
     [row] = detector.detect_many([buffer.getvalue()])
     assert isinstance(row, Failure) and row.code == "failed" and "finding faces" in row.reason
 

@@ -22,6 +22,7 @@ import x2dfd
 from eval import command, compare, models, page, protocols, scoring, stats, tables, texts
 from eval.bench import TASKS
 from eval.changes import changes_of
+from eval.rows import Store
 from eval.validation import validation
 from tests.raising import raises
 from tests.stub import Killed
@@ -686,6 +687,21 @@ def test_a_result_of_unknown_origin_is_not_quoted(change: dict[str, Any], why: s
     result["hashes"] = {"manifest": "m", "base": "b", "adapter": "a", "calibration": "c"}
     assert tables.faults("val", result) == []
     assert why in "; ".join(tables.faults("val", result | change))
+
+
+def test_what_lies_in_the_way_is_one_line(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table or a reference that was cut off in copying, or a folder in its place, ended in a traceback."""
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "samples.parquet").write_bytes(b"PAR1")
+    with raises("rows_unreadable", tmp_path / "cut"):
+        Store(tmp_path / "cut", {}).check([])
+    for number, text in enumerate((b"{", b"[" * 5000, b'{"headline": []}', b"\xff")):
+        path = tmp_path / f"{number}.json"
+        path.write_bytes(text)
+        with raises("not_a_result", path):
+            compare.Reference.read(path)
+    assert bench(monkeypatch, StandIn(), "detect", "--data", data, "--out", data) == 2
+    assert bench(monkeypatch, StandIn(), "detect", "--data", data, "--out", tmp_path / "o", "--seed", "-1") == 2
 
 
 def test_looks_at_a_reporting_set_are_counted(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.stub import StubDetector
+from x2dfd.cli import app
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.remote import ServerDetector, is_loopback
 from x2dfd.types import Failure, ModelInfo, Report
@@ -113,15 +115,25 @@ def test_no_server_is_one_line(tmp_path: Path) -> None:
 
 def test_only_loopback_goes_past_the_proxy() -> None:
     """Bug prevented: a name that only looks like this machine."""
-    assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "localhost")))
+    assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "localhost", "a.localhost")))
     assert not any(map(is_loopback, ("127.0.0.1.example", "0.0.0.0", "10.0.0.1", "localhost.example")))
 
 
 def test_a_server_on_a_name_answers_under_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: a server that listens for others and refuses them all."""
     asked: list[Any] = []
-    monkeypatch.setattr(uvicorn, "run", lambda app, **options: asked.append(app))
+    server = SimpleNamespace(run=lambda sockets: None)
+    monkeypatch.setattr(uvicorn, "Server", lambda config: asked.append(config.app) or server)
     stub: Any = SimpleNamespace(info=ModelInfo("stub", {}))
-    serve.serve(stub, "192.0.2.7", 80)
+    with socket.socket() as there:
+        serve.serve(stub, "192.0.2.7", there)
     other = testclient.TestClient(asked[0], base_url="http://192.0.2.7")
     assert other.get("/model").json()["name"] == "stub"
+
+
+def test_a_taken_port_is_said_before_a_model_is_loaded() -> None:
+    """Bug prevented: the address is printed as if somebody listened there, and uvicorn's log says otherwise."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = CliRunner().invoke(app, ["serve", "--port", str(port), "--model", "/no/such/model"])
+    assert done.exit_code == 1 and "[port_unavailable]" in done.stderr and str(port) in done.stderr

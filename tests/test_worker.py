@@ -83,6 +83,23 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next(small: Worker, monkey
     assert small.call(str, "new") == "new"
 
 
+def tells(on_progress: Any = None) -> None:
+    on_progress(1)
+
+
+def test_what_a_caller_raises_is_not_the_end_of_the_process() -> None:
+    """A full disk under a progress line was told as a decoder that had died, and the run went on."""
+
+    def full(_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    telling = Worker(None, None, clock=60.0, doing="telling", module=__name__)
+    with pytest.raises(OSError, match="No space left"):
+        telling.call(tells, on_progress=full)
+    assert telling.call(str, "new") == "new"
+    telling.close()
+
+
 def test_a_process_that_was_killed_between_two_files_is_replaced(small: Worker) -> None:
     """The system's out-of-memory killer takes it while nothing runs: the next file is not to blame."""
     os.kill(small.call(os.getpid), signal.SIGKILL)

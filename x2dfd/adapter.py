@@ -264,7 +264,7 @@ def _targets(config: Json, modules: Json) -> list[str]:
 
 def _adapter_config(folder: Path) -> Json:
     try:
-        found: Json = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        found: Json = parse_json((folder / "adapter_config.json").read_bytes())
         found.keys()
     except (OSError, ValueError, AttributeError) as error:
         raise SetupError(

@@ -57,6 +57,8 @@ def calibrate(
     degraded training view. `other_experts`: take the expert weights that are here, also where the adapter was
     trained with others. Raises X2DFDError when a label is lacking, and SetupError for a model without a directory.
     """
+    if not 0 <= false_alarms <= 1:  # also not a number, which typer's bounds let pass
+        raise X2DFDError(f"false_alarms is a share, from 0 to 1; it is {false_alarms}", code="share_out_of_range")
     spec = ModelSpec.parse(model)
     if (adapter := spec.adapter) is None or spec.url is not None:
         raise SetupError(

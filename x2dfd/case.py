@@ -56,7 +56,7 @@ def record(results: Sequence[Report | Failure]) -> Json:
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "statement": NOT_PROOF,
         "reports": [r.to_dict() for r in results],
-        "cards": {name: card.to_dict() for name, card in cards().items() if name in named and isinstance(card, Card)},
+        "cards": {name: card.to_dict() for name, card in cards(named).items() if isinstance(card, Card)},
         "limits": LIMITS,
         "next_steps": list(NEXT_STEPS),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import sys
@@ -39,9 +40,19 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except X2DFDError as error:
-            typer.echo(error.line, err=True)
+        except (X2DFDError, OSError) as error:
+            typer.echo(told(error), err=True)
             raise typer.Exit(1) from None
+
+
+def told(error: X2DFDError | OSError) -> str:
+    """One line of what a user can mend, what the system refuses of a file among it; any other error is raised again."""
+    if isinstance(error, X2DFDError):
+        return error.line
+    if error.errno in (None, errno.EPIPE):  # not the system's; or nobody reads on, which typer knows
+        raise error
+    where = f"{error.filename}: " if error.filename else ""
+    return X2DFDError(f"{where}{error.strerror}", code="system_refuses").line
 
 
 app = typer.Typer(cls=_Group, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -66,8 +77,8 @@ def run_command(command: typer.Typer | Callable[..., None], epilog: str | None =
         command = single
     try:
         command()
-    except X2DFDError as error:
-        typer.echo(error.line, err=True)
+    except (X2DFDError, OSError) as error:
+        typer.echo(told(error), err=True)
         sys.exit(1)
 
 
@@ -273,12 +284,14 @@ def serve(
     threads: options.Threads = None,
 ) -> None:
     """Keep a model warm and answer over HTTP: POST a file to /detect, read /openapi.json for the rest."""
+    from x2dfd.serve import listening
     from x2dfd.serve import serve as run
 
-    detector = load_quickly(ModelSpec.parse(model), threads=threads)
-    typer.echo(f"http://{host}:{port}", err=True)
-    with isolating():  # a posted file that ends its decoder must not end the server
-        run(detector, host, port)
+    with listening(host, port) as there:
+        detector = load_quickly(ModelSpec.parse(model), threads=threads)
+        typer.echo(f"http://{host}:{port}", err=True)
+        with isolating():  # a posted file that ends its decoder must not end the server
+            run(detector, host, there)
 
 
 EXPERTS_EXAMPLES = """\b
@@ -354,7 +367,7 @@ def assess(
     dtype: options.DtypeOption = None,
     bits: options.BitsOption = None,
     device_map: options.DeviceMap = None,
-    seed: Annotated[int, typer.Option(help="Of the sample and the controls.")] = 0,
+    seed: options.Seed = 0,
 ) -> None:
     """Rank the cues by how well the MLLM sees them (MFA). A cut-off run goes on where it stopped."""
     from x2dfd.assessment import run_assess

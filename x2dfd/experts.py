@@ -11,7 +11,7 @@ import importlib
 import inspect
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import entry_points
@@ -92,12 +92,16 @@ def expert_class(name: str) -> type[Expert]:
     targets = _targets()
     if name not in targets:
         raise UnknownName("expert", name, targets)
-    module, _, attribute = targets[name].partition(":")
+    return _imported(name, targets[name])
+
+
+def _imported(name: str, target: str) -> type[Expert]:
+    module, _, attribute = target.partition(":")
     try:
         found: type[Expert] = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # a plug-in's file may fail in any way when it is run
         raise SetupError(
-            f"expert {name!r} cannot be imported from {targets[name]}: {type(error).__name__}: {error}",
+            f"expert {name!r} cannot be imported from {target}: {type(error).__name__}: {error}",
             code="expert_import_failed",
         ) from error
     return found
@@ -134,6 +138,7 @@ def _load(name: str, folder: Path | None) -> Expert:
 
 
 PLUGIN_SECONDS = 300.0  # of the clock, for a batch of faces and for loading
+LIST_SECONDS = 60.0  # for its import alone, when it is listed
 _PLUGIN_TRIES = 2  # times that it may hang or die, then it is not asked again
 
 
@@ -244,17 +249,37 @@ def _checked(name: str, said: list[Evidence], n: int) -> list[Evidence]:
     return found
 
 
-def cards() -> dict[str, Card | SetupError]:
-    """The card of every registered expert, without loading weights; the reason where a plug-in cannot be imported."""
+def cards(some: Collection[str] | None = None) -> dict[str, Card | SetupError]:
+    """The cards of the registered experts, or of `some`, without loading weights; the reason where there is none.
+
+    A plug-in is imported in a process of its own and given LIST_SECONDS for it.
+    """
     found: dict[str, Card | SetupError] = {}
-    for name in names():
+    for name, target in _targets().items():
+        if some is not None and name not in some:
+            continue
         try:
-            found[name] = expert_class(name).card
+            found[name] = _card(name, target) if name in BUILTIN | PUBLISHED else _card_elsewhere(name, target)
         except SetupError as error:
             found[name] = error
-        except AttributeError as error:
-            found[name] = SetupError(f"expert {name!r} has no card: {error}", code="expert_card_missing")
     return found
+
+
+def _card(name: str, target: str) -> Card:
+    try:
+        return _imported(name, target).card
+    except AttributeError as error:
+        raise SetupError(f"expert {name!r} has no card: {error}", code="expert_card_missing") from error
+
+
+def _card_elsewhere(name: str, target: str) -> Card:
+    worker = Worker(None, None, clock=LIST_SECONDS, doing=f"expert {name!r}", module=__name__)
+    try:
+        return worker.call(_card, name, target)
+    except InputError as error:
+        raise SetupError(f"expert {name!r} cannot be listed: {error.reason}", code="expert_import_failed") from error
+    finally:
+        worker.close()
 
 
 def read_card(path: Path) -> Card:

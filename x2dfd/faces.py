@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from x2dfd.errors import SetupError
+from x2dfd.errors import SetupError, one_file
 from x2dfd.types import Face
 
 CROP_SIZE = 224
@@ -231,14 +231,16 @@ def align(pixels: Array, landmarks: Array, margin: float = MARGIN) -> tuple[NDAr
     return _warp(pixels, matrix, CROP_SIZE), matrix
 
 
+@one_file("finding faces")
 def find_faces(pixels: NDArray[np.uint8]) -> list[Face]:
     """All upright faces of a picture, largest first. No face is an empty list, not an error.
 
-    `pixels`: [H, W, 3] uint8 RGB.
+    `pixels`: [H, W, 3] uint8 RGB. Raises InputError for pixels that the models fail on.
     """
     return _faces(pixels, _meshes(pixels))
 
 
+@one_file("finding faces")
 def find_turned_faces(pixels: NDArray[np.uint8], turns: Sequence[int] = (1, 2, 3)) -> tuple[list[Face], int]:
     """As `find_faces`, for a picture that lies on its side or on its head and does not say so.
 

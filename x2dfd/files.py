@@ -13,7 +13,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 Json = dict[str, Any]
 """A JSON object: plain values by name."""
@@ -93,6 +93,9 @@ def _check_type(value: object, wanted: Any, where: str) -> None:
     if origin in (Union, UnionType):
         if not any(_fits(value, one) for one in inside):
             raise ValueError(f"{where!r} holds {_short(value)}")
+    elif origin is Literal:
+        if value not in inside:
+            raise ValueError(f"{where!r} is none of {', '.join(map(str, inside))} but {_short(value)}")
     elif origin is dict:
         if not isinstance(value, dict):
             raise ValueError(f"{where!r} is no object but {_short(value)}")

@@ -79,13 +79,13 @@ def render(reports: Sequence[Report | Failure], pictures: Sequence[Pictures]) ->
     by `report.media`'s width and height), for a video a mapping from frame number to pixels, or None to show none.
     Raises ValueError when the two differ in length.
     """
-    known = cards()
+    named = dict.fromkeys(e.expert for r in reports if isinstance(r, Report) for f in r.faces for e in f.evidence)
+    known = cards(named)
     blind_spots = {name: card.blind_spot for name, card in known.items() if isinstance(card, Card)}
     sections = [
         _failure(report) if isinstance(report, Failure) else _section(report, picture, blind_spots)
         for report, picture in zip(reports, pictures, strict=True)
     ]
-    named = dict.fromkeys(e.expert for r in reports if isinstance(r, Report) for f in r.faces for e in f.evidence)
     html = _template().render(
         cards=[card for name in named if isinstance(card := known.get(name), Card)],
         limits=LIMITS,

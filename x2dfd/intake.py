@@ -85,12 +85,11 @@ class Search:
 
     def _faces(self, pixels: NDArray[np.uint8], turning: bool) -> list[Face]:
         start = time.perf_counter()
-        with one_file("finding faces"):
-            faces = find_faces(pixels)
-            if turning and not faces:
-                turns = (self.turned // 90,) if self.turned else (1, 2, 3)
-                faces, turned = find_turned_faces(pixels, turns)
-                self.turned = self.turned or turned
+        faces = find_faces(pixels)
+        if turning and not faces:
+            turns = (self.turned // 90,) if self.turned else (1, 2, 3)
+            faces, turned = find_turned_faces(pixels, turns)
+            self.turned = self.turned or turned
         self._cut += bool(faces) and _reaches_out(faces[0], pixels.shape[1], pixels.shape[0])
         self.seconds += time.perf_counter() - start
         return faces

@@ -84,8 +84,8 @@ def host_of(address: str) -> str | None:
 
 
 def is_loopback(host: str) -> bool:
-    """The name or number is of this machine alone."""
+    """The name or number is of this machine alone (RFC 6761 for names)."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost"
+        return host == "localhost" or host.endswith(".localhost")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x2dfd.errors import X2DFDError
-from x2dfd.files import Json, whole
+from x2dfd.files import Json, parse_json, whole
 from x2dfd.stores import sha256_of
 from x2dfd.types import Failure, Report
 
@@ -257,6 +257,6 @@ def _write_jsonl(path: Path, parts: Iterator[list[Json]]) -> None:
 def _read_jsonl(path: Path) -> Iterator[Json]:
     with path.open(encoding="utf-8") as file:
         for line in file:
-            row = json.loads(line)
+            row = parse_json(line)
             report = row["report"] if isinstance(row, dict) and "report" in row else None
             yield {**row, "report": None if report is None else json.dumps(report, allow_nan=False)}

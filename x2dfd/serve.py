@@ -4,7 +4,9 @@ A file is posted as it is to /detect; the answer is the object of `x2dfd detect 
 Importing this module raises SetupError where FastAPI is missing.
 """
 
-from collections.abc import Awaitable, Callable, Collection
+import socket
+from collections.abc import Awaitable, Callable, Collection, Iterator
+from contextlib import contextmanager
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -81,7 +83,21 @@ def _refused(status: int, code: str, reason: str) -> JSONResponse:
     return JSONResponse({"error": {"code": code, "reason": reason}}, status)
 
 
-def serve(detector: "Detector", host: str, port: int) -> None:
-    """Answer until interrupted."""
+def serve(detector: "Detector", host: str, there: socket.socket) -> None:
+    """Answer on a socket of `listening` at that host, until interrupted."""
     hosts = HERE if is_loopback(host) else None if host in ANY else (*HERE, host)
-    uvicorn.run(application(detector, hosts), host=host, port=port, log_level="warning")
+    uvicorn.Server(uvicorn.Config(application(detector, hosts), log_level="warning")).run(sockets=[there])
+
+
+@contextmanager
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that listens there, before a model is loaded for it. Raises SetupError where none can."""
+    try:
+        there = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise SetupError(
+            f"cannot listen on {host}:{port} ({error.strerror or error}); give another port with --port",
+            code="port_unavailable",
+        ) from error
+    with there:
+        yield there

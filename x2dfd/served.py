@@ -11,7 +11,6 @@ import asyncio
 import base64
 import hashlib
 import io
-import ipaddress
 import json
 import math
 import os
@@ -30,6 +29,7 @@ from x2dfd import prompts
 from x2dfd.errors import InputError, SetupError, UnknownName
 from x2dfd.files import Json
 from x2dfd.mllm import YesNo
+from x2dfd.remote import is_loopback
 
 CONCURRENCY = 32  # requests under way at a time
 TOP = 20  # likeliest first tokens that are asked for; what hosted APIs give at most
@@ -520,14 +520,7 @@ def _http_client(openai: Any, host: str, timeout: float, pause: float) -> Any:
             kept = [(k, v) for k, v in response.headers.items() if k not in ("content-encoding", "content-length")]
             return httpx.Response(response.status_code, headers=kept, content=body, request=request)
 
-    return Bounded(timeout=timeout, trust_env=not _is_loopback(host), follow_redirects=False)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+    return Bounded(timeout=timeout, trust_env=not is_loopback(host), follow_redirects=False)
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:

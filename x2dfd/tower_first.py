@@ -7,14 +7,19 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from threading import Lock
+from typing import cast
 
 import numpy as np
 import torch
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 from torch import Tensor
 
+from x2dfd import prompts
 from x2dfd.adapter import FORENSIC, TOWER, WHOLE, AdapterCard, check_adapter, checked_additions
 from x2dfd.calibration import MLLM, Calibration
+from x2dfd.fetch import CHAT_TEMPLATE
+from x2dfd.files import Json
 from x2dfd.loading import TORCH_DTYPES, base_identity
 from x2dfd.mllm import BATCH, LocalMLLM, Look, YesNo, seeds_of
 from x2dfd.model_spec import Dtype
@@ -76,12 +81,31 @@ def tower_decides(card: AdapterCard, calibration: Calibration | None, mode: str)
 def tower_first(
     folder: Path, card: AdapterCard, precision: Dtype, whole: Callable[[], LocalMLLM]
 ) -> tuple[TowerFirst, dict[str, str], str]:
-    """As `_local`, with the tower alone. What is checked of the rest is the files; the `whole` checks how they fit."""
+    """As `_local`, with the tower alone. Of the rest files and prompts are checked; the `whole` checks how they fit."""
     with ThreadPoolExecutor(1) as beside:
         hashed = beside.submit(base_identity, None)  # meanwhile: reading the tower's weights
         checked_additions(folder, card)
         see = partial(tower_states, layers=card.tower_layers, additions=folder / TOWER, dtype=TORCH_DTYPES[precision])
         load_eye(card.tower_layers, folder / TOWER, TORCH_DTYPES[precision])  # a base that is not there is said now
+        asked_with = prompts_of_base(card)
         identity = hashed.result()
-    check_adapter(folder, card, identity, card.prompt_sha256)
-    return TowerFirst(f"{card.name} {card.version}", see, card.tower_sha256, whole), identity, card.prompt_sha256
+    check_adapter(folder, card, identity, asked_with)
+    return TowerFirst(f"{card.name} {card.version}", see, card.tower_sha256, whole), identity, asked_with
+
+
+class _Frame:
+    """Of a processor its chat template alone, rendered as transformers does: its import outlasts a verdict."""
+
+    chat_template = CHAT_TEMPLATE
+
+    def apply_chat_template(self, conversation: list[Json], *, add_generation_prompt: bool, tokenize: bool) -> str:
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        template = environment.from_string(self.chat_template)
+        return template.render(messages=conversation, add_generation_prompt=add_generation_prompt)
+
+
+def prompts_of_base(card: AdapterCard) -> str:
+    """`prompts.prompt_hash` of the embedded base as a card asks it, before the base is loaded. Raises UnknownName."""
+    frame = cast(prompts.Processor, _Frame())
+    prompts.set_frame(frame, card.frame)
+    return prompts.prompt_hash(frame, card.score_form)

@@ -329,7 +329,8 @@ class _Decoder:
 
         for number, packet in self._packets:
             self._read = number
-            if number < start:
+            # An empty one with a time says that nothing changed (Theora); the timeline has none of them either.
+            if number < start or (not packet.size and packet.dts is not None):
                 continue
             try:
                 frames = packet.decode()

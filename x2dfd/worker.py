@@ -106,16 +106,15 @@ class Worker:
             whole = False
             try:
                 self._wait_until_ready()
-                assert self._pipe is not None
                 # Not `send`: torch makes its pickler hand tensors over in shared memory, which the other cannot open.
-                self._pipe.send_bytes(pickle.dumps((function, args, named, self.doing, on_progress is not None), 5))
+                asked = pickle.dumps((function, args, named, self.doing, on_progress is not None), 5)
+                with self._piping() as pipe:
+                    pipe.send_bytes(asked)
                 end = time.monotonic() + self.clock
                 while (said := self._read(end))[0] == "told":
                     if on_progress is not None:
                         on_progress(said[1])
                 whole = True
-            except (EOFError, OSError) as error:
-                raise self._fate() from error
             finally:
                 if not whole:  # also after an interrupt: its answer would be taken for the next one's
                     self.close()
@@ -127,15 +126,24 @@ class Worker:
 
     def _read(self, end: float) -> tuple[str, Any]:
         """The next message: ("told" | "raised" | "gave", value)."""
-        assert self._pipe is not None
-        if not self._pipe.poll(max(0.0, end - time.monotonic())):
-            raise InputError("too_slow", f"{self.doing} took longer than {self.clock:g} seconds")
-        answer = self._pipe.recv_bytes()
+        with self._piping() as pipe:
+            if not pipe.poll(max(0.0, end - time.monotonic())):
+                raise InputError("too_slow", f"{self.doing} took longer than {self.clock:g} seconds")
+            answer = pipe.recv_bytes()
         try:
             kind, value = _Records(io.BytesIO(answer)).load()
         except Exception as error:  # a hostile pickle raises nearly anything
             raise InputError("decoder_died", f"{self.doing} gave an answer that is none") from error
         return kind, value
+
+    @contextmanager
+    def _piping(self) -> Iterator[Connection]:
+        """The pipe, whose break is the process's end. What a caller's `on_progress` raises does not come by here."""
+        assert self._pipe is not None
+        try:
+            yield self._pipe
+        except (EOFError, OSError) as error:
+            raise self._fate() from error
 
     def _wait_until_ready(self) -> None:
         assert self._pipe is not None
@@ -147,7 +155,7 @@ class Worker:
                     f"no process for {self.doing} comes up within {START_SECONDS:g} seconds", code="process_missing"
                 )
             self._pipe.recv_bytes()
-        except EOFError as error:
+        except (EOFError, OSError) as error:
             raise SetupError(f"no process for {self.doing} comes up: x2dfd doctor", code="process_missing") from error
         self._ready = True
 

@@ -31,9 +31,9 @@ def tone(sample: Sample, equalise: bool) -> str:
     """The class of the largest face's cheeks, "" where there is none or the photo has no colour."""
     try:
         pixels = load_picture(equalised(sample.path) if equalise else sample.path).pixels
+        faces = find_faces(pixels)
     except InputError:
         return ""
-    faces = find_faces(pixels)
     if not faces:
         return ""
     crop = faces[0].crop

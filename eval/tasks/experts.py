@@ -260,9 +260,10 @@ def _look(sample: Sample, changes: Mapping[str, Change], equal: bool) -> tuple[S
     try:
         original: Pixels = load_picture(sample.path).pixels
         pixels = load_picture(equalise(original)).pixels if equal else original
+        face = largest(pixels)
+        changed: Views = {n: (largest(c(pixels, sample.id)), None) for n, c in changes.items()} if face else {}
     except InputError as error:
         return row.failed(error.code, error.reason), {}
-    face = largest(pixels)
     if face is None:
         row.reason = "no_face"
         return row, {}
@@ -272,7 +273,7 @@ def _look(sample: Sample, changes: Mapping[str, Change], equal: bool) -> tuple[S
             truth = truth_on_crop(sample.mask, original.shape, pixels, face)
         except InputError as error:
             row.notes["mask"] = f"mask: {error.code}"
-    return row, {"": (face, truth)} | {n: (largest(c(pixels, sample.id)), None) for n, c in changes.items()}
+    return row, {"": (face, truth)} | changed
 
 
 def largest(pixels: Pixels) -> Face | None:

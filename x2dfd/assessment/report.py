@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 from x2dfd.assessment.rank import Finding, Interval
 from x2dfd.errors import X2DFDError
-from x2dfd.files import Json
+from x2dfd.files import Json, check_fields, parse_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,8 +51,8 @@ class Assessment:
 
     @classmethod
     def from_dict(cls, data: Json) -> Self:
-        ours = dict(data)
-        ours.pop("published", None)  # derived
+        ours = {key: value for key, value in data.items() if key != "published"}  # which is derived
+        check_fields(cls, ours)
         for key in ("cues", "questions", "unrelated"):
             ours[key] = tuple(Finding.from_dict(f) for f in ours[key])
         ours["uncovered"] = tuple((area, artifact) for area, artifact in ours["uncovered"])
@@ -64,10 +63,10 @@ def read_assessment(path: Path) -> Assessment:
     """Read `assessment.json` (or the folder that holds it). Raises X2DFDError when it is not one."""
     file = path / "assessment.json" if path.is_dir() else path
     try:
-        return Assessment.from_dict(json.loads(file.read_text("utf-8")))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return Assessment.from_dict(parse_json(file.read_bytes()))
+    except (OSError, ValueError, AttributeError) as error:
         raise X2DFDError(
-            f"{file}: not an assessment ({error!r}); make one: x2dfd assess --data … --out …", code="not_an_assessment"
+            f"{file}: not an assessment ({error}); make one: x2dfd assess --data … --out …", code="not_an_assessment"
         ) from error
 
 
