@@ -321,11 +321,11 @@ def test_scores_of_other_weights_are_not_put_into_a_calibration(
     assert EXPERT in result["model"]["stated"]["fusion"]["left_out"]
 
 
-@pytest.mark.parametrize("name", ["majority", "expert:consistency"])
+@pytest.mark.parametrize("name", ["majority", "expert:tower"])
 def test_a_model_without_a_calibration_is_refused(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`--model expert:consistency` would quietly be the embedded model's experts."""
+    """`--model expert:tower` would quietly be the embedded model's experts."""
     assert command.main(["experts", "--data", "m.csv", "--out", str(tmp_path), "--model", name]) == 2
     assert "error [model_not_for_task]: " in capsys.readouterr().err
 

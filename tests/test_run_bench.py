@@ -500,10 +500,10 @@ def test_a_lost_sample_is_drift(data: Path, tmp_path: Path, monkeypatch: pytest.
 def test_one_expert_alone(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`expert:consistenc` must not quietly report the verdict instead, nor an expert's number as that of an MLLM."""
+    """`expert:towe` must not quietly report the verdict instead, nor an expert's number as that of an MLLM."""
     words = ("detect", "--data", data, "--out", tmp_path / "out", "--model")
-    assert bench(monkeypatch, StandIn(), *words, "expert:consistenc") == 2
-    assert "did you mean 'consistency'" in capsys.readouterr().err
+    assert bench(monkeypatch, StandIn(), *words, "expert:towe") == 2
+    assert "did you mean 'tower'" in capsys.readouterr().err
 
     class One(StandIn):
         def judge(self, source: Path | bytes, rationale: bool) -> Report | Failure:

@@ -28,9 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from external_detectors.consistency_net import GRID, MAX_CUES, POOLED, area_grid
-from external_detectors.tower_net import KINDS, Seen, TowerHeads
-from external_detectors.train.consistency import CUE_SEEN_FROM
+from external_detectors.tower_net import CUE_SEEN_FROM, GRID, KINDS, MAX_CUES, POOLED, Seen, TowerHeads, area_grid
 from external_detectors.train.drawing import drawing
 from external_detectors.train.loop import (
     CHOSEN_BY,
