@@ -128,8 +128,14 @@ def start_from(net: Net, weights: dict[str, Tensor], scale: float = 2.0) -> None
             by_short[short].copy_(value / scale if short.endswith(LORA_B) else value)
 
 
-class Pictures(IterableDataset[tuple[Any, ...]]):
-    """Endless training samples: view, label, kind, map, cues (1, 0, or -1: unknown), area grid, photograph or not."""
+Drawn = tuple[
+    NDArray[np.uint8], np.float32, int, NDArray[np.float32], NDArray[np.int8], NDArray[np.uint8], np.float32
+]
+"""A training sample: view, label, kind, map, cues (1, 0, or -1: unknown), area grid, photograph or not."""
+
+
+class Pictures(IterableDataset[Drawn]):
+    """Endless training samples."""
 
     def __init__(self, sets: Sequence[CropSet], leave_out: Sequence[str], seed: int) -> None:
         known = {name for crops in sets for s in crops.samples for name in _own_origins(s)}
@@ -157,7 +163,7 @@ class Pictures(IterableDataset[tuple[Any, ...]]):
     def at(self, k: int, i: int) -> Sample:
         return self.sets[k].samples[i]
 
-    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+    def __iter__(self) -> Iterator[Drawn]:
         worker = torch.utils.data.get_worker_info()
         rng = np.random.default_rng([self.seed, worker.id if worker else 0])
         cv2.setNumThreads(1)
@@ -166,12 +172,12 @@ class Pictures(IterableDataset[tuple[Any, ...]]):
             at = min(int(np.searchsorted(climb, rng.random() * climb[-1])), len(self.rows) - 1)
             yield self.sample(*self.rows[at], rng)
 
-    def sample(self, k: int, i: int, rng: np.random.Generator | None) -> tuple[Any, ...]:
+    def sample(self, k: int, i: int, rng: np.random.Generator | None) -> Drawn:
         """One picture, augmented by the generator; without a generator as it is in use."""
         crops, s = self.sets[k], self.at(k, i)
         view, points = np.ascontiguousarray(crops.crops[i]), crops.landmarks[i]
         label, kind = s.label == "fake", s.df_class if s.label == "fake" else "real"
-        mask: NDArray[Any] = np.full((GRID, GRID), float(label), np.float32)
+        mask: NDArray[np.float32] = np.full((GRID, GRID), float(label), np.float32)
         cues = np.full((len(POOLED), len(ARTIFACTS)), -1 if label else 0, np.int8)
         if label and s.mask is not None and crops.masks is not None:
             mask = cv2.resize(np.asarray(crops.masks[i]), (GRID, GRID), interpolation=cv2.INTER_AREA) / np.float32(255)
