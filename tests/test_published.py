@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from external_detectors import published
-from external_detectors.mesonet import Meso4, MesoInception4, MesoNet, load_mesonet
+from external_detectors.mesonet import MesoNet, load_mesonet
 from external_detectors.published import AlignedForensics, ResNet50NoDown, SwinV2Blending, UniversalFakeDetect
 from tests.raising import raises
 from x2dfd import experts
@@ -300,12 +300,6 @@ def test_mesonet_without_h5py_says_how_to_get_it(tmp_path: Path, monkeypatch: py
     assert isinstance(experts.cards()["mesonet"], Card)
 
 
-def test_mesonet_networks_have_the_papers_size() -> None:
-    """Bug prevented: layers too many or too few: the paper counts 27,977 and 28,615 trainable numbers."""
-    sizes = [sum(p.numel() for p in net.parameters()) for net in (Meso4(), MesoInception4())]
-    assert sizes == [27_977, 28_615]
-
-
 # --- AlignedForensics -----------------------------------------------------------------------------------------------
 
 
@@ -429,12 +423,6 @@ def test_resnet_computes_res50nodown() -> None:
         wanted, plain = reference_resnet(state, x, 1), reference_resnet(state, x, 2)
     assert got.tolist() == pytest.approx(wanted.tolist(), rel=1e-4, abs=1e-4)
     assert got.tolist() != pytest.approx(plain.tolist(), rel=1e-2, abs=1e-2), "plain res50 would pass this test"
-
-
-def test_resnet_does_not_downsample_early() -> None:
-    """Bug prevented: stride 2 in the first layers: 7 x 7 at the end instead of 28 x 28."""
-    with torch.device("meta"):
-        assert ResNet50NoDown().features(torch.empty(1, 3, 224, 224)).shape == (1, 2048, 28, 28)
 
 
 @pytest.mark.parametrize(

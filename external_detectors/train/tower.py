@@ -3,8 +3,8 @@
 Small additions to the tower (LoRA on every linear layer) and the heads on it learn several targets at once: real or
 fake, the kind of fake, area × artifact cues, and a map of where. The data are manifests: photos, ready-made fakes,
 forgeries of `data_gen forge` with their masks and cues; photos are also blended with themselves, anew every time.
-The clock ends a training, so that one on a CPU and one on a GPU are the same command; it resumes. Averages of the
-weights are compared on what was left out, and the best of them is kept: more steps can make the unseen worse.
+A training ends after a given time, so that one command serves CPU and GPU, and it resumes after a cut. Averages of the
+weights are compared on held-out pictures, and the best one is kept: more steps can make verdicts on new sources worse.
 """
 
 from __future__ import annotations
@@ -128,9 +128,7 @@ def start_from(net: Net, weights: dict[str, Tensor], scale: float = 2.0) -> None
             by_short[short].copy_(value / scale if short.endswith(LORA_B) else value)
 
 
-Drawn = tuple[
-    NDArray[np.uint8], np.float32, int, NDArray[np.float32], NDArray[np.int8], NDArray[np.uint8], np.float32
-]
+Drawn = tuple[NDArray[np.uint8], np.float32, int, NDArray[np.float32], NDArray[np.int8], NDArray[np.uint8], np.float32]
 """A training sample: view, label, kind, map, cues (1, 0, or -1: unknown), area grid, photograph or not."""
 
 
@@ -153,7 +151,7 @@ class Pictures(IterableDataset[Drawn]):
         donors = {s.group: s.source for crops in sets for s in crops.samples if not s.synthetic}
         kept_out = {(k, i) for k, i in every if origins_of(sets[k].samples[i], donors) & set(leave_out)}
         self.rows = [(k, i) for k, i in every if self.at(k, i).split in ("", "train") and (k, i) not in kept_out]
-        # Of what is left out, split `val` alone has a say in the choice: the rest is to report on and to calibrate.
+        # Of held-out pictures, only split `val` takes part in the choice: the others are for reports and calibration.
         judges = [(k, i) for k, i in every if self.at(k, i).split == "val"]
         new = [(k, i) for k, i in judges if _own_origins(self.at(k, i)) & set(leave_out)]
         old = [(k, i) for k, i in judges if (k, i) not in kept_out]
@@ -270,14 +268,14 @@ def tower(
     out: Annotated[Path, typer.Option(help="folder for weights and card")],
     state: Annotated[Path, typer.Option(help="folder for the resumable state")] = Path("build/tower"),
     start: Annotated[Path | None, typer.Option(help="weight file to start from; none: the bare base")] = None,
-    leave_out: Annotated[str, typer.Option(help="sources, generators and methods kept out, comma-separated")] = "",
-    minutes: Annotated[float, typer.Option(help="of training; the clock ends it")] = 10.0,
+    leave_out: Annotated[str, typer.Option(help="held-out sources, generators and methods, comma-separated")] = "",
+    minutes: Annotated[float, typer.Option(help="how long the training takes")] = 10.0,
     batch: int = 16,
     lr: float = 2e-4,
     rank: int = 16,
     seed: int = 0,
     workers: Annotated[int, typer.Option(help="processes that make the views")] = 1,
-    checks: Annotated[int, typer.Option(help="how many averages are compared on what was left out")] = 3,
+    checks: Annotated[int, typer.Option(help="how many averages are compared on held-out pictures")] = 3,
     crop_workers: int = 1,
 ) -> None:
     """The forensic tower: real or fake, kind of fake, cues and map from one pass."""
