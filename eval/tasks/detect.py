@@ -89,7 +89,7 @@ def detect_result(
 ) -> Part:
     """Metrics of the verdict (called `verdict` in the result), of the MLLM alone and of every expert.
 
-    `promised`: the rates that the calibration states for the split it was fitted on; measured ones are compared with them.
+    `promised`: the rates that the calibration states for the split it was fitted on, to compare the measured ones with.
     `compat`: quirks of stock metrics, whose numbers are added to ours.
     """
     columns, scorers = columns_of(rows, verdict), {}
