@@ -178,7 +178,7 @@ class Pictures(IterableDataset[Drawn]):
         mask: NDArray[np.float32] = np.full((GRID, GRID), float(label), np.float32)
         cues = np.full((len(POOLED), len(ARTIFACTS)), -1 if label else 0, np.int8)
         if label and s.mask is not None and crops.masks is not None:
-            mask = cv2.resize(np.asarray(crops.masks[i]), (GRID, GRID), interpolation=cv2.INTER_AREA) / np.float32(255)
+            mask = _on_grid(np.asarray(crops.masks[i])) / np.float32(255)
             cues[:] = 0 if s.cues else -1
             for cue in s.cues:
                 if cue.area in POOLED:
@@ -192,7 +192,7 @@ class Pictures(IterableDataset[Drawn]):
                 view, photo = drawing(view, rng), False
             elif not label and rng.random() < BLENDED:
                 view, soft_mask = self_blend(view, points, rng)
-                mask = cv2.resize(soft_mask, (GRID, GRID), interpolation=cv2.INTER_AREA)
+                mask = _on_grid(soft_mask)
                 label, kind, cues[:] = True, "FS", -1
             view, moved = augmented(view, rng)
             if rng.random() < VIDEO:
@@ -202,12 +202,14 @@ class Pictures(IterableDataset[Drawn]):
         centre = np.full(2, (step - 1) / 2)
         small = moved.copy()
         small[:, 2] = (moved[:, :2] @ centre + moved[:, 2] - centre) / step
-        mask = cv2.warpAffine(
-            np.ascontiguousarray(mask, np.float32), small, (GRID, GRID), borderMode=cv2.BORDER_REPLICATE
-        )
+        mask = np.asarray(cv2.warpAffine(mask, small, (GRID, GRID), borderMode=cv2.BORDER_REPLICATE), np.float32)
         areas = area_grid(cv2.transform(points[None], moved)[0].astype(np.float32))
         where = (mask > 0.25 * max(float(mask.max()), 1e-6)).astype(np.float32)  # a faint blend has a place too
         return view, np.float32(label), KINDS.index(kind), where, cues, areas, np.float32(photo)
+
+
+def _on_grid(mask: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.asarray(cv2.resize(mask, (GRID, GRID), interpolation=cv2.INTER_AREA), np.float32)
 
 
 def origins_of(sample: Sample, donors: Mapping[str, str]) -> set[str]:
@@ -441,7 +443,8 @@ def seen_by(net: Net, pictures: Pictures, rows: Sequence[tuple[int, int]]) -> Se
     with torch.inference_mode(), torch.autocast(place.type, torch.bfloat16, enabled=quick_in_16_bits(place.type)):
         for at in range(0, len(rows), 32):
             part = [pictures.sample(k, i, None) for k, i in rows[at : at + 32]]
-            views, areas = (torch.from_numpy(np.stack([p[c] for p in part])).to(place) for c in (0, 5))
+            columns = [p[0] for p in part], [p[5] for p in part]
+            views, areas = (torch.from_numpy(np.stack(column)).to(place) for column in columns)
             found.append(Seen(*(v.float().cpu() for v in net(views, areas))))
     if not found:
         return Seen(*(torch.zeros(0) for _ in Seen._fields))
