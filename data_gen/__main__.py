@@ -28,12 +28,16 @@ _FORGE_EPILOG = """Examples:\n
 @app.command(epilog=_FORGE_EPILOG)
 def forge(
     data: Annotated[Path, typer.Option(help="manifest of photos (CSV, JSONL, Parquet)")],
-    out: Annotated[Path, typer.Option(help="folder for images, masks and manifest.jsonl; a cut-off run goes on there")],
+    out: Annotated[
+        Path, typer.Option(help="folder for images, masks and manifest.jsonl; a run that was cut off resumes there")
+    ],
     count: Annotated[int, typer.Option(min=1, help="pictures in all")],
     seed: Annotated[int, typer.Option(min=0, help="same seed, same bytes, on any number of workers")] = 0,
     methods: Annotated[str, typer.Option(help="comma-separated forge methods; empty for all")] = "",
     forged: Annotated[float, typer.Option(help="share of forgeries; the others stay real")] = 0.55,
-    harmless: Annotated[float, typer.Option(help="share of harmless changes, the same under every label")] = 0.5,
+    harmless: Annotated[
+        float, typer.Option(help="share of pictures with a harmless change, the same for real and fake")
+    ] = 0.5,
     combine: Annotated[float, typer.Option(help="share of forgeries with a second manipulation")] = 0.0,
     ready_made: Annotated[float, typer.Option(help="share of the manifest's own fakes, passed through")] = 0.0,
     calib: Annotated[float, typer.Option(help="share of train groups put into split `calib`")] = 0.0,
@@ -42,7 +46,7 @@ def forge(
     redraw: Annotated[
         Path | None, typer.Option(help="folder of TAESD's weights: adds latent_redraw and latent_face to all methods")
     ] = None,
-    video: Annotated[float, typer.Option(help="share of pictures put through H.264, the same under every label")] = 0.0,
+    video: Annotated[float, typer.Option(help="share of pictures put through H.264, the same for real and fake")] = 0.0,
     workers: Annotated[int, typer.Option(min=1, help="processes")] = 1,
 ) -> None:
     """Forge photos with known cues: image, mask, cues, strength, class, source group."""
@@ -87,14 +91,17 @@ def build(
     corrupt: Annotated[float, typer.Option(help="share of injected scores that are wrong or missing")] = 0.15,
     score_form: Annotated[str, typer.Option(help="how questions give scores: numbers, words or both")] = "numbers",
     closing: Annotated[
-        bool, typer.Option(help="end explanations in a sentence on the experts that agree; `x2dfd` writes it anyway")
+        bool,
+        typer.Option(help="end explanations with a sentence on the experts that agree; `x2dfd` adds it in any case"),
     ] = True,
     explanations: Annotated[int, typer.Option(min=0, help="explained verdicts per fake whose cues are known")] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="at most this many pictures, drawn by id")] = None,
     view_seed: Annotated[int, typer.Option(min=0, help="degradation of each picture; the same in finetune")] = 1,
     format: Annotated[
         str | None,
-        typer.Option(help="as another stack trains on it too, with its pictures: llava, sharegpt, messages"),
+        typer.Option(
+            help="also write it, with its pictures, in the format of another stack: llava, sharegpt, messages"
+        ),
     ] = None,
     seed: Seed = 0,
 ) -> None:
@@ -150,7 +157,9 @@ catalogue.add_commands(app)
 def decoders(
     data: Annotated[Path, typer.Option(help="manifest of `data_gen forge`: its untouched real photos are used")],
     steps: Annotated[int, typer.Option(min=1, help="of 16 patches, for each decoder")] = 600,
-    work: Annotated[Path, typer.Option(help="finished decoders: a cut-off run goes on")] = Path("build/decoders"),
+    work: Annotated[
+        Path, typer.Option(help="folder of finished decoders, from which a run that was cut off resumes")
+    ] = Path("build/decoders"),
     out: Annotated[
         Path, typer.Option(help="weight file; by default the one that the forge takes, else: forge --decoders FILE")
     ] = Path(__file__).parent / "weights" / "decoders.safetensors",

@@ -1,6 +1,6 @@
 """`python -m data_gen build`: from the ranking and the forgeries' truth to LLaVA-format instruction data.
 
-Explanations name strong cues (assessment) that are truly there (forge): SFS. Expert scores stand in the question: WFS,
+Explanations name strong cues (assessment) that are truly there (forge): SFS. Questions give expert scores: WFS,
 with a set share of them missing or wrong, so that no single expert is obeyed blindly. Every record carries its truth.
 """
 
@@ -49,7 +49,7 @@ class BuildConfig:
     score_form: str = "numbers"  # how questions give scores, of x2dfd.prompts.SCORE_FORMS
     expert_weights: str | None = None  # folder of other weights than the experts' own
     features: str | None = None  # folder for the forensic tower's outputs, which `finetune` takes as cached_features
-    held_out: tuple[str, ...] = ()  # forge methods kept out of training, for figures on unseen methods
+    held_out: tuple[str, ...] = ()  # forge methods kept out of training, for figures on held-out methods
     view_seed: int = 1  # the degradation of each picture; the cached tower features use the same
     corrupt: float = 0.15  # share of injected scores that are wrong or missing in training
     closing: bool = True  # explanations end in a sentence on the experts that agree, as X2-DFD's do

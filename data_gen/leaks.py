@@ -198,22 +198,22 @@ def form_leaks(samples: Sequence[Sample], looks: Sequence[Look]) -> list[Json]:
     return sorted(leaks, key=lambda leak: -leak["balanced_accuracy"])
 
 
-def _rule(values: Array, fake: NDArray[np.bool_], unseen: Array) -> tuple[NDArray[np.bool_], str]:
-    """Fits the best rule of one trait; returns what it says of `unseen`, and the rule in words."""
+def _rule(values: Array, fake: NDArray[np.bool_], others: Array) -> tuple[NDArray[np.bool_], str]:
+    """Fits the best rule of one trait; returns what it says of `others`, and the rule in words."""
     if values.dtype.kind == "U":
         shares = {v: (np.mean(values[fake] == v), np.mean(values[~fake] == v)) for v in np.unique(values)}
         fakes = sorted(str(v) for v, (of_fake, of_real) in shares.items() if of_fake > of_real)
-        return np.isin(unseen, fakes), f"fake if {' or '.join(fakes)}" if fakes else "never fake"
+        return np.isin(others, fakes), f"fake if {' or '.join(fakes)}" if fakes else "never fake"
     order = np.argsort(values, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(values[order]) > 0, True))  # last place of each distinct value
     fakes_below = np.cumsum(fake[order])[ends] / fake.sum()
     reals_below = np.cumsum(~fake[order])[ends] / (~fake).sum()
     at = int(np.argmax(np.abs(fakes_below - reals_below)))
     if fakes_below[at] == reals_below[at]:
-        return np.zeros(len(unseen), bool), "never fake"
+        return np.zeros(len(others), bool), "never fake"
     below = bool(fakes_below[at] > reals_below[at])
     middle = float((values[order][ends[at]] + values[order][ends[min(at + 1, len(ends) - 1)]]) / 2)
-    return (unseen <= middle) == below, f"fake if {'at most' if below else 'more than'} {middle:.4g}"
+    return (others <= middle) == below, f"fake if {'at most' if below else 'more than'} {middle:.4g}"
 
 
 def _balanced(said: NDArray[np.bool_], fake: NDArray[np.bool_]) -> float:

@@ -1,7 +1,7 @@
 """`python -m data_gen forge`: a manifest of photos in, a folder of forgeries, harmless changes and untouched twins out.
 
 Item i is a function of (seed, i) and the input manifest alone, so any number of workers gives the same bytes and a
-cut-off run goes on where it stopped. Every picture, whatever its label, takes the same way: the region around its face,
+cut-off run resumes where it stopped. Every picture, whatever its label, takes the same way: the region around its face,
 at most `side` pixels, re-encoded as JPEG of a random high quality.
 """
 
@@ -387,7 +387,7 @@ def _made(config: ForgeConfig, out: Path, todo: Sequence[int], workers: int) -> 
         try:
             yield from map(_work, todo)
         finally:
-            if config.decoders:  # this process goes on with the committed ones
+            if config.decoders:  # what this process does next takes the committed ones
                 from data_gen import decoders
 
                 decoders.use(None)

@@ -28,7 +28,7 @@ def visible(before: Pixels, after: Pixels, mask: Array, artifact: str) -> float:
     Where several changes meet, each cue is measured by its own effect: `blending` by the gradients along the mask's
     edge, `blur` by the fine detail that is lost, `noise` by the fine detail that came, `colour` by the shift of each
     channel's mean and spread. Of these three the plainer side of the mask counts, as either layer of a blend may be
-    the changed one. Any other artifact is the only one of its method: the root mean square change under the mask.
+    the changed one. Every other artifact is the only one of its method: the root mean square change under the mask.
     """
     old, new = before.astype(np.float32), after.astype(np.float32)
     where = mask > 0.2

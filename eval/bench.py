@@ -122,7 +122,9 @@ def check(options: Options) -> None:
     if task == "detect":
         options.one_change()
     if choice.model == "template" and task != "describe":
-        raise X2DFDError("template is told the label: it is a baseline of describe alone", code="template_knows_label")
+        raise X2DFDError(
+            "--model template uses the label, so only describe takes it, as a baseline", code="template_knows_label"
+        )
     partly = options.experts or choice.loading.get("mode") or not choice.has_mllm
     if options.with_mllm and (task != "experts" or partly):
         raise X2DFDError(
@@ -147,7 +149,8 @@ def choose(task: Task, manifest: Path, options: Options) -> tuple[list[Sample], 
     skipped, samples = len(samples) - len(known), known
     if not samples:
         raise X2DFDError(
-            f"{manifest.name}: no chosen sample has {task.truth}, nothing to {task.name}", code="nothing_to_measure"
+            f"{manifest.name}: none of the chosen samples has {task.truth}, so there is nothing to {task.name}",
+            code="nothing_to_measure",
         )
     # `assess` draws its own pictures: as many real ones as fakes.
     if task.name != "assess" and options.limit is not None and options.limit < len(samples):

@@ -18,7 +18,7 @@ from x2dfd.errors import UnknownName
 from x2dfd.faces import Array
 
 FORMAT_SWAP = "jpeg95"
-"""The change that stands for another file format: the unchanged pixels are what a PNG of the picture holds."""
+"""The change that represents another file format: the unchanged pixels are what a PNG of the picture holds."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Change:
     """One change of a picture [H, W, 3] uint8 RGB; its size may become another."""
 
     name: str
-    line: str  # what is done, with its parameters; stands in the result
+    line: str  # what is done, with its parameters; the result quotes it
     make: Callable[[Pixels, Rng], Pixels]
 
     def __call__(self, pixels: Pixels, sample_id: str) -> Pixels:
@@ -223,7 +223,7 @@ def _pixelated(factor: int) -> Callable[[Pixels, Rng], Pixels]:
 
 
 def _published(code: str, line: str, makes: dict[str, Callable[[Pixels, Rng], Pixels]]) -> tuple[Change, ...]:
-    """Levels 1 to 5 of a distortion of DeeperForensics-1.0; parameters stand in the line."""
+    """Levels 1 to 5 of a distortion of DeeperForensics-1.0; `line` is filled with the parameter."""
     return tuple(
         Change(f"deeperforensics/{code}/{level}", line.format(value), make)
         for level, (value, make) in enumerate(makes.items(), start=1)

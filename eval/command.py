@@ -47,7 +47,9 @@ def bench(
     model: Annotated[
         str, typer.Option(metavar="SPEC", help="as in x2dfd detect; or expert:NAME, fusion, majority, template")
     ] = "embedded",
-    tools: Annotated[_Text, typer.Option(help="a model without adapter: these experts' scores as tool results")] = None,
+    tools: Annotated[
+        _Text, typer.Option(help="give a model without adapter these experts' scores as tool results")
+    ] = None,
     mode: load.ModeOption = None,
     device: load.Device = None,
     dtype: load.DtypeOption = None,
@@ -59,22 +61,26 @@ def bench(
     by: Annotated[str, typer.Option(help="columns to report by")] = "source,method",
     seed: load.Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    equalise: Annotated[bool, typer.Option(help="re-encode all alike")] = True,
+    equalise: Annotated[bool, typer.Option(help="re-encode every picture in the same way")] = True,
     experts: Annotated[_Text, typer.Option(help="experts: these (default: all of ours, and mesonet if here)")] = None,
     changes: Annotated[
         _Text, typer.Option(help="experts: changes or suites to score under, or none; detect: the one change of all")
     ] = None,
-    with_mllm: Annotated[bool, typer.Option("--with-mllm", help="experts: the MLLM too, so the whole verdict")] = False,
+    with_mllm: Annotated[
+        bool, typer.Option("--with-mllm", help="experts: add the MLLM, so that the fusion is the whole verdict")
+    ] = False,
     sentence_encoder: Annotated[Path | None, typer.Option(help="describe: encoder for the similarity")] = None,
     questions: Annotated[Path | None, typer.Option(help="assess: these questions")] = None,
-    compat: Annotated[str, typer.Option(help="detect: stock quirks (clips) beside ours")] = "",
+    compat: Annotated[str, typer.Option(help="detect: also measure with a quirk of the stock loader: clips")] = "",
     reporting: Annotated[
         Path | None,
-        typer.Option(help="this is a reporting set: count the look in this ledger (eval/results/looks.jsonl)"),
+        typer.Option(help="for a reporting set: the ledger that counts the looks at it (eval/results/looks.jsonl)"),
     ] = None,
     compare: Annotated[
         Path | None,
-        typer.Option(help="a result.json: exit 1 when a headline number left its interval there; paired differences"),
+        typer.Option(
+            help="a result.json: exit 1 when a headline number lies outside its interval there; paired differences too"
+        ),
     ] = None,
 ) -> None:
     """Score a model on labelled images.

@@ -5,7 +5,7 @@
 | `--model` | is |
 | --- | --- |
 | `fusion` | the experts of the embedded model and its calibration, the MLLM missing |
-| `majority`, `template` | baselines that see no picture; `template` is told the label |
+| `majority`, `template` | baselines that see no picture; `template` is given the label |
 
 `--tools A,B` gives a model without an adapter the scores of these experts as the results of tools (the form of LAVID,
 arXiv 2502.14994, for pictures).
@@ -80,7 +80,7 @@ class Choice:
 class Opened:
     """A model as every task uses it."""
 
-    name: str  # as it stands in the result
+    name: str  # in the result
     kind: str  # "model", "served", "fusion", "expert" or "baseline"
     asked: Detector | None = None  # None for a baseline
     mode: str | None = None
@@ -102,7 +102,7 @@ def check(choice: Choice) -> None:
     """Raises X2DFDError where the options contradict each other; opens nothing."""
     if not choice.has_mllm and (choice.tools or any(choice.loading.values())):
         raise X2DFDError(
-            f"--model {choice.model} goes without --tools, --mode, --device, --dtype, --bits and --device-map",
+            f"--model {choice.model} takes no --tools, --mode, --device, --dtype, --bits or --device-map",
             code="options_conflict",
         )
     if choice.tools and not (choice.spec and choice.spec.bare):
@@ -125,7 +125,7 @@ def open_model(choice: Choice) -> Opened:
     if spec.expert is not None:
         return Opened(str(spec), "expert", experts_alone(spec.expert), None)
     options = choice.loading.copy()
-    if spec.bare:  # zero-shot unless tools are given: it is told no scores
+    if spec.bare:  # zero-shot unless tools are given: the prompt holds no scores
         options["experts"] = choice.tools.split(",") if choice.tools else []
     detector = x2dfd.load(spec, **options)
     if choice.tools:
@@ -137,20 +137,20 @@ def open_model(choice: Choice) -> Opened:
 
 
 @dataclass(frozen=True)
-class Unseen:
-    """Its look at faces, of which it sees nothing."""
+class FaceCount:
+    """What `NoMLLM` keeps of faces: how many there are."""
 
     size: int
     tower_states: None = None
     tower: None = None
 
-    def part(self, rows: Sequence[int]) -> Unseen:
+    def part(self, rows: Sequence[int]) -> FaceCount:
         """Of some of the faces."""
-        return Unseen(len(rows))
+        return FaceCount(len(rows))
 
 
 class NoMLLM:
-    """Stands where the MLLM would: the same number for every face, no text."""
+    """Replaces the MLLM: it gives every face the same number, and writes no text."""
 
     name = "none"
     batch = 32
@@ -158,8 +158,8 @@ class NoMLLM:
     def __init__(self, logit: float) -> None:
         self._logit = logit
 
-    def look(self, crops: NDArray[np.uint8]) -> Unseen:
-        return Unseen(len(crops))
+    def look(self, crops: NDArray[np.uint8]) -> FaceCount:
+        return FaceCount(len(crops))
 
     def verdict_logits(self, look: object, questions: Sequence[str]) -> NDArray[np.float64]:
         return np.full(len(questions), self._logit)

@@ -78,7 +78,7 @@ PROTOCOLS = {
             ("FSAll_cdf", "FRAll_cdf", "EFSAll_cdf"),
             "FSAll_ff, FRAll_ff or EFSAll_ff",
         ),
-        Protocol("df40-p3", "1", "forgery and domain unseen", _UNKNOWN, "the FF domain of the 31 known methods"),
+        Protocol("df40-p3", "1", "held-out forgery, other domain", _UNKNOWN, "the FF domain of the 31 known methods"),
         Protocol("df40-p4", "1", "one against all: --sets names the index files", (), "one METHOD_ff"),
         Protocol("ffpp", "1", "four-way: each manipulation against the originals", _FOUR, _FF, ((140, 140),) * 4),
         Protocol(

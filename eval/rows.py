@@ -1,4 +1,4 @@
-"""What is kept of each judged sample, on disk while a run goes on and in `samples.parquet` when it is done."""
+"""What is kept of each judged sample, on disk during a run and in `samples.parquet` after it."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def _same(new: SampleRow, old: SampleRow, joined: bool) -> bool:
 
 
 class Store:
-    """Judged rows on disk: parts while a run goes on, `samples.parquet` when it is done."""
+    """Judged rows on disk: parts during a run, `samples.parquet` after it."""
 
     def __init__(self, folder: Path, key: Json) -> None:
         self.folder, self.key = folder, key

@@ -115,9 +115,9 @@ class Slice:
 def slices(samples: Sequence[Sample], column: str) -> Iterator[Slice]:
     """The slices of a column.
 
-    `method`: the fakes of the method against the reals of the sources that these fakes come from. Any other column:
-    reals and fakes with that value. Fakes with fewer than 10 such reals are compared with all reals, reals without
-    fakes with all fakes.
+    `method`: the fakes of the method against the reals of the sources that these fakes come from. Every other
+    column: reals and fakes with that value. Fakes with fewer than 10 such reals are compared with all reals, reals
+    without fakes with all fakes.
     """
     values = [value_of(s, column) for s in samples]
     all_reals = [i for i, s in enumerate(samples) if s.label == "real"]

@@ -45,7 +45,7 @@ class Measured:
     note: str = ""  # why there is no interval
 
     def to_json(self) -> Json:
-        """As it stands in a result file."""
+        """Its form in a result file."""
         return asdict(self) | {"interval": list(self.interval) if self.interval else None}
 
     @classmethod

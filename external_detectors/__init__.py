@@ -1,1 +1,1 @@
-"""The experts: one file each, their weights and cards in `weights/`, their training in `train/`."""
+"""The experts: one file each, and how ours is trained in `train/`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from x2dfd.errors import SetupError
 from x2dfd.faces import PREPROCESSING
 from x2dfd.files import Json
 from x2dfd.types import Card
+
+if TYPE_CHECKING:
+    import h5py
 
 SIDE = 256
 _LAYERS: dict[str, type[nn.Module]] = {
@@ -114,13 +117,13 @@ def _slots(layer: nn.Module) -> dict[str, Tensor]:
     raise TypeError(f"no weights of Keras for {type(layer).__name__}")
 
 
-def _keras_layers(path: Path, file: Any) -> dict[str, list[Json]]:
+def _keras_layers(path: Path, file: h5py.File) -> dict[str, list[Json]]:
     """For each kind of layer, the data sets of its layers in the order of creation: by number, as Keras counts up."""
     import h5py
 
     numbered: dict[str, dict[int, Json]] = {kind: {} for kind in _LAYERS}
 
-    def visit(name: str, item: Any) -> None:
+    def visit(name: str, item: h5py.Dataset | h5py.Group) -> None:
         if not isinstance(item, h5py.Dataset):
             return
         # conv2d_5/conv2d_5/kernel:0
@@ -206,7 +209,7 @@ def _fill(path: Path, found: dict[str, list[Json]]) -> Meso4 | MesoInception4:
 class MesoNet(Published):
     """P(fake) of each face's aligned crop: 1 less the network's output, which is P(real).
 
-    Any of the four published files will do under this name. It takes h5py to read them.
+    Each of the four published files will do under this name. It takes h5py to read them.
     """
 
     FILE = "MesoInception_DF.h5"

@@ -52,7 +52,7 @@ class Published(CropExpert):
         # Reports and calibrations name the file and its SHA-256.
         self.card = replace(self.card, weights=path.name, sha256=file_sha256(path))  # type: ignore[misc]
 
-    def open(self, path: Path) -> Any:
+    def open(self, path: Path) -> nn.Module:
         """The network with the weights of `path`, set to judging. Raises SetupError."""
         raise NotImplementedError
 
@@ -68,10 +68,11 @@ def imagenet_normalised(pixels: Tensor) -> Tensor:
     return (pixels - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
 
 
-def read_checkpoint(path: Path) -> Any:
+def read_checkpoint(path: Path) -> object:
     """Read a third party's `.pth`. Raises SetupError when it is damaged or holds more than plain tensors."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content: object = torch.load(path, map_location="cpu", weights_only=True)
+        return content
     except Exception as error:  # a foreign file trips the unpickler in any way; code in it is refused, never run
         raise SetupError(
             f"{path} is not a checkpoint of plain tensors ({first_line(error)}); get it again",
@@ -317,7 +318,7 @@ class UniversalFakeDetect(Published):
         return head
 
     @classmethod
-    def _load_tower(cls, tower: Path) -> Any:
+    def _load_tower(cls, tower: Path) -> nn.Module:
         from transformers import CLIPVisionModelWithProjection
 
         from x2dfd.loading import quietly
@@ -354,7 +355,8 @@ class UniversalFakeDetect(Published):
                 f"of a {model.config.image_size} px picture, expected 768 of {CROP_SIZE}",
                 code="tower_differs",
             )
-        return model.eval().requires_grad_(False)
+        net: nn.Module = model.eval().requires_grad_(False)
+        return net
 
     def p_fake(self, crops: Tensor) -> Tensor:
         from x2dfd.tower import clip_pixels

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from external_detectors.consistency_net import MAX_CUES, POINTS_FROM, POOLED, area_grid
 from external_detectors.crop_expert import CropExpert
-from external_detectors.tower_net import TowerHeads
+from external_detectors.tower_net import MAX_CUES, POINTS_FROM, POOLED, TowerHeads, area_grid
 from external_detectors.weights_io import load_weights
 from x2dfd.adapter import EMBEDDED
 from x2dfd.errors import SetupError

@@ -10,14 +10,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import cv2
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from external_detectors.consistency_net import GRID, POOLED
+from x2dfd.faces import CROP_SIZE, area_mask
 from x2dfd.tower import HEAD_LAYERS as LAYERS
 from x2dfd.tower import WIDTH
-from x2dfd.types import ARTIFACTS
+from x2dfd.types import AREAS, ARTIFACTS
+
+POOLED = tuple(a for a in AREAS if a != "accessories")
+"""Areas that the face mesh locates; `whole-image` is the whole crop."""
+
+GRID = 28
+"""Side of the area grids and of the map: eight pixels of the crop a cell."""
+
+POINTS_FROM = 0.5
+"""Smallest P(fake) at which cues are named: the likeliest cues of a face that looks real mean nothing."""
+
+MAX_CUES = 3
+"""Most cues that are named for one face."""
+
+CUE_SEEN_FROM = 0.15
+"""Cues with a lower score are neither targets nor errors of a training, as few people would see them."""
 
 KINDS = ("real", "EFS", "FS", "FR", "FE")
 """Classes of the second head, as in DFA-Bench: bona fide, entire synthesis, swap, reenactment, editing."""
@@ -25,6 +43,15 @@ KINDS = ("real", "EFS", "FS", "FR", "FE")
 _PATCHES = 14  # a side
 _POOLED = WIDTH * len(LAYERS)
 _CUE = 64
+
+
+def area_grid(landmarks: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The share of each cell in each area, 0..255: [areas, GRID, GRID], from landmarks in crop pixels [468, 2]."""
+    double = 2 * GRID
+    points = landmarks * (double / CROP_SIZE)
+    masks = [area_mask(points, area, (double, double)) for area in POOLED]
+    small = [cv2.resize(m, (GRID, GRID), interpolation=cv2.INTER_AREA) for m in masks]
+    return np.asarray(np.stack(small), np.uint8)
 
 
 class Seen(NamedTuple):

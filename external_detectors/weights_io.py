@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -15,10 +14,8 @@ from x2dfd.faces import PREPROCESSING
 from x2dfd.files import file_sha256, whole
 from x2dfd.types import Card
 
-WEIGHTS = Path(__file__).parent / "weights"
 
-
-def load_weights(card: Card, folder: Path = WEIGHTS) -> dict[str, Tensor]:
+def load_weights(card: Card, folder: Path) -> dict[str, Tensor]:
     """Tensors of a card's weight file, fp32.
 
     Raises SetupError when the file is absent or is not the card's, or was trained on other crops than ours.
@@ -39,7 +36,7 @@ def load_weights(card: Card, folder: Path = WEIGHTS) -> dict[str, Tensor]:
     return {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
 
 
-def save_weights(state: dict[str, Tensor], card: Card, folder: Path = WEIGHTS) -> Card:
+def save_weights(state: dict[str, Tensor], card: Card, folder: Path) -> Card:
     """Write `<name>.safetensors` and `<name>.card.json`; returns the card with its hash.
 
     Raises X2DFDError when a number is not finite in 16 bits: a training that diverged.
@@ -58,8 +55,3 @@ def save_weights(state: dict[str, Tensor], card: Card, folder: Path = WEIGHTS) -
     card = replace(card, weights=name, sha256=file_sha256(folder / name))
     write_card(folder / f"{card.name}.card.json", card)
     return card
-
-
-def to_unit(crops: Tensor) -> Tensor:
-    """uint8 [n, s, s, 3] to floats [n, 3, s, s] in -1..1, channels last in memory (twice as fast on a CPU)."""
-    return (crops.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import x2dfd
-from external_detectors.weights_io import WEIGHTS, load_weights
 from tests.raising import raises
 from x2dfd.assessment import (
     BANK,
@@ -35,9 +34,8 @@ from x2dfd.assessment import (
 from x2dfd.assessment.ask import PART
 from x2dfd.crops import CropSet
 from x2dfd.errors import SetupError, X2DFDError
-from x2dfd.experts import read_card
 from x2dfd.manifest import Sample
-from x2dfd.types import AREAS, ARTIFACTS, Cue
+from x2dfd.types import AREAS, ARTIFACTS, Card, Cue
 
 SEAM = CueQuestion("Is there a seam along the jaw? Answer Yes or No.", "jaw", "blending", "bank")
 BLUR = CueQuestion("Are the eyes blurred? Answer Yes or No.", "eyes", "blur", "bank")
@@ -293,26 +291,23 @@ def test_weak_cues_that_nobody_covers_are_named(tmp_path: Path) -> None:
     """Bug prevented: a blind spot of model and experts together goes unnoticed."""
     samples, data = make()
     eyes = CueQuestion("Are the eyes oddly lit? Answer Yes or No.", "eyes", "lighting", "bank")
-    nose = CueQuestion("Is there a seam at the nose? Answer Yes or No.", "nose", "blending", "bank")
+    nose = CueQuestion("Is the nose blurred? Answer Yes or No.", "nose", "blur", "bank")
     result = assess(Fake(samples, knows_the_seam), data, [SEAM, eyes, nose], tmp_path)
     assert result.uncovered == (("eyes", "lighting"),)
-    assert next(f for f in result.cues if f.area == "nose").experts == ("consistency",)
+    assert next(f for f in result.cues if f.area == "nose").experts == ("tower",)
     assert "eyes · lighting" in table(result).split("covered by no expert:")[1].splitlines()[0]
 
 
 def test_cards_say_what_experts_cover() -> None:
     """Bug prevented: a misspelt cue in a card covers nothing, in silence; a plug-in cannot cover a cue."""
-    plain = read_card(WEIGHTS / "consistency.card.json")
+    plain = Card("plain", "1", "here", "MIT", "", "crops", "no paper", "everything", covers=("noise", "blending"))
     with pytest.raises(ValueError, match="blendin"):
         replace(plain, covers=("blendin",))
     mine = replace(plain, name="mine", covers=("jaw lighting", "noise", "EFS"))
-    cards = {"consistency": plain, "mine": mine, "broken": SetupError("not here")}
-    assert experts_for("jaw", "lighting", cards) == ("mine",)
-    assert experts_for("nose", "lighting", cards) == ()
-    assert experts_for("nose", "noise", cards) == ("consistency", "mine")
-    # What the committed network was never taught it cannot cover.
-    allowed = load_weights(plain)["allowed"]
-    assert set(plain.covers) == {artifact for k, artifact in enumerate(ARTIFACTS) if allowed[:, k].any()}
+    known = {"plain": plain, "mine": mine, "broken": SetupError("not here")}
+    assert experts_for("jaw", "lighting", known) == ("mine",)
+    assert experts_for("nose", "lighting", known) == ()
+    assert experts_for("nose", "noise", known) == ("plain", "mine")
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------

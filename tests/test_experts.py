@@ -20,10 +20,10 @@ import pytest
 import skimage.data
 import torch
 
-from external_detectors.weights_io import WEIGHTS, load_weights, save_weights
+from external_detectors.tower import WEIGHTS
+from external_detectors.weights_io import load_weights, save_weights
 from tests.raising import raises, says
 from x2dfd import experts
-from x2dfd.adapter import EMBEDDED
 from x2dfd.degrade import degrade
 from x2dfd.errors import SetupError
 from x2dfd.experts import (
@@ -216,29 +216,24 @@ def test_a_plugin_that_cannot_be_imported_is_listed_with_its_reason(
     monkeypatch.setattr(experts, "_targets", lambda: ours | {"a": "slip_of_syntax:Odd", "b": "slip_of_name:Odd"})
     found = experts.cards()
     assert isinstance(found["a"], SetupError) and isinstance(found["b"], SetupError)
-    assert "missing_name" in str(found["b"]) and isinstance(found["consistency"], Card)
+    assert "missing_name" in str(found["b"]) and isinstance(found["tower"], Card)
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
 
 
-def _home(name: str) -> Path:
-    """Where an expert's own weights stand: the tower's are a part of the embedded model."""
-    return EMBEDDED / "experts" if name == "tower" else WEIGHTS
-
-
 def _copied(name: str, folder: Path) -> Path:
     """An expert's card and weights in `folder`; returns the weight file."""
-    card = read_card(_home(name) / f"{name}.card.json")
-    shutil.copy(_home(name) / f"{name}.card.json", folder)
-    return Path(shutil.copy(_home(name) / card.weights, folder))
+    card = read_card(WEIGHTS / f"{name}.card.json")
+    shutil.copy(WEIGHTS / f"{name}.card.json", folder)
+    return Path(shutil.copy(WEIGHTS / card.weights, folder))
 
 
 @every_builtin
 def test_weights_are_those_of_the_card(name: str) -> None:
     """Bug prevented: weights replaced without their card, so that reports name the wrong ones."""
     card = expert_class(name).card
-    assert card.sha256 == file_sha256(_home(name) / card.weights)
+    assert card.sha256 == file_sha256(WEIGHTS / card.weights)
     assert card.preprocessing == PREPROCESSING
     assert card.trained_on and card.figures
 
@@ -285,16 +280,16 @@ def test_other_weights_than_the_cards_are_refused(name: str, tmp_path: Path) -> 
 
 def test_weights_of_other_crops_are_refused(tmp_path: Path) -> None:
     """Bug prevented: after a change of the crop, old weights go on judging faces that they do not know."""
-    _copied("consistency", tmp_path)
-    card = read_card(tmp_path / "consistency.card.json")
-    write_card(tmp_path / "consistency.card.json", replace(card, preprocessing="square crop, margin 1.5"))
+    _copied("tower", tmp_path)
+    card = read_card(tmp_path / "tower.card.json")
+    write_card(tmp_path / "tower.card.json", replace(card, preprocessing="square crop, margin 1.5"))
     with raises("crops_differ"):
-        load_expert("consistency", tmp_path)
+        load_expert("tower", tmp_path)
 
 
 def test_weights_survive_the_disk(tmp_path: Path) -> None:
     """Bug prevented: integer buffers turned into floats, a hash of another file, numbers that 16 bits cannot hold."""
-    card = replace(read_card(WEIGHTS / "consistency.card.json"), name="some", sha256="", weights="")
+    card = replace(read_card(WEIGHTS / "tower.card.json"), name="some", sha256="", weights="")
     state = {"a": torch.linspace(-2, 2, 7), "count": torch.tensor(3)}
     written = save_weights(state, card, tmp_path)
     assert written.weights == "some.safetensors" and written.sha256 == file_sha256(tmp_path / "some.safetensors")
@@ -328,15 +323,15 @@ def test_ours_come_first() -> None:
 
 def test_unknown_name_gets_a_hint() -> None:
     """Bug prevented: a KeyError for a typing slip."""
-    with raises("unknown_name", "'consistenc'", "did you mean 'consistency'"):
-        load_expert("consistenc")
+    with raises("unknown_name", "'towe'", "did you mean 'tower'"):
+        load_expert("towe")
 
 
 def test_two_claims_on_one_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: which expert speaks depends on the order of sys.path."""
-    _distribution(tmp_path, "consistency", "somebody.else:Consistency")
+    _distribution(tmp_path, "tower", "somebody.else:Tower")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with raises("expert_registered_twice", "'consistency'", "external_detectors", "somebody.else:Consistency"):
+    with raises("expert_registered_twice", "'tower'", "external_detectors", "somebody.else:Tower"):
         experts.names()
 
 
@@ -350,7 +345,7 @@ def test_a_broken_plugin_says_where_it_should_be(tmp_path: Path, monkeypatch: py
         load_expert("broken")
     assert "broken" in (experts.availability("broken") or "")
     listed = experts.cards()  # one broken package does not take the others from the list
-    assert isinstance(listed["broken"], SetupError) and isinstance(listed["consistency"], Card)
+    assert isinstance(listed["broken"], SetupError) and isinstance(listed["tower"], Card)
 
 
 def test_a_plugin_that_hangs_is_listed_without_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -617,14 +617,6 @@ def _command(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "data_gen", *words], cwd=ROOT, capture_output=True, text=True)
 
 
-def test_help_ends_with_two_examples() -> None:
-    """Bug prevented: a page of options and no idea how to begin."""
-    told = _command("forge", "--help")
-    assert told.returncode == 0
-    tail = told.stdout.split("Examples:")[1]
-    assert tail.count("python -m data_gen forge --data") == 2
-
-
 @pytest.fixture
 def bad_manifests(tmp_path: Path) -> Iterator[dict[str, Path]]:
     (tmp_path / "label.csv").write_text("path,label\na.png,maybe\n", encoding="utf-8")

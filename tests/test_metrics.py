@@ -231,23 +231,3 @@ def test_risk_and_coverage_by_hand() -> None:
     tied = m.risk_coverage(m.to_labels(["fake", "real"]), np.array([0.7, 0.7]))
     assert tied[0].tolist() == [1.0] and tied[1].tolist() == [0.5]  # not 0 first because the fake stands first
     assert m.aurc(m.to_labels([]), np.array([])) is None
-
-
-@pytest.mark.slow
-def test_agrees_with_torchmetrics() -> None:
-    """A definition of our own under a known name."""
-    classification = pytest.importorskip(
-        "torchmetrics.functional.classification", reason="torchmetrics is not installed (pip install -e '.[bench]')"
-    )
-    import torch
-
-    rng = np.random.default_rng(5)
-    y = np.arange(500) % 2
-    p = np.clip(y * 0.3 + rng.random(500) * 0.7, 0, 1)
-    given = torch.tensor(p), torch.tensor(y)
-    assert auc(y, p) == pytest.approx(float(classification.binary_auroc(*given)), abs=1e-6)
-    assert m.average_precision(y, p) == pytest.approx(float(classification.binary_average_precision(*given)), abs=1e-6)
-    assert m.accuracy(y, p) == pytest.approx(float(classification.binary_accuracy(*given)), abs=1e-6)
-    # Its ECE is of P(fake) against the label too, with bins of equal width.
-    theirs = classification.binary_calibration_error(*given, n_bins=15, norm="l1")
-    assert m.ece(y, p) == pytest.approx(float(theirs), abs=1e-6)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from external_detectors import published
-from external_detectors.mesonet import Meso4, MesoInception4, MesoNet, load_mesonet
+from external_detectors.mesonet import MesoNet, load_mesonet
 from external_detectors.published import AlignedForensics, ResNet50NoDown, SwinV2Blending, UniversalFakeDetect
 from tests.raising import raises
 from x2dfd import experts
@@ -222,31 +222,15 @@ def _replace(file: h5py.File, name: str, value: Array) -> None:
 CHANGES: dict[str, tuple[Change, str, str]] = {
     "missing tensor": (lambda f: f.__delitem__("conv2d_9/conv2d_9/bias:0"), "checkpoint_layers_differ", "bias"),
     "missing layer": (lambda f: f.__delitem__("conv2d_11"), "checkpoint_layers_differ", "conv2d"),
-    "one layer more": (
-        lambda f: f.copy("dense_8/dense_8", f.create_group("dense_10"), "dense_10"),
-        "checkpoint_layers_differ",
-        "dense",
-    ),
-    "foreign tensor": (
-        lambda f: f.create_dataset("conv2d_8/conv2d_8/scale:0", (8,), "f4"),
-        "checkpoint_layers_differ",
-        "scale",
-    ),
     "foreign layer": (
         lambda f: f.create_dataset("lstm_1/lstm_1/kernel:0", (8,), "f4"),
         "checkpoint_left_over",
         "lstm_1",
     ),
-    "whole model": (lambda f: f.move("conv2d_8", "model_weights/conv2d_8"), "checkpoint_left_over", "model_weights"),
     "misshaped": (
         lambda f: _replace(f, "conv2d_9/conv2d_9/kernel:0", np.zeros((3, 3, 8, 8), "f4")),
         "checkpoint_shape_differs",
         "(3, 3, 8, 8)",
-    ),
-    "dense first": (
-        lambda f: _replace(f, "dense_8/dense_8/kernel:0", np.zeros((16, 1024), "f4")),
-        "checkpoint_shape_differs",
-        "(16, 1024)",
     ),
     "integers": (
         lambda f: _replace(f, "dense_8/dense_8/bias:0", np.zeros(16, "i4")),
@@ -263,12 +247,6 @@ CHANGES: dict[str, tuple[Change, str, str]] = {
         "network_unknown",
         "Meso4",
     ),
-    "inception's beginning": (
-        lambda f: _replace(f, "conv2d_8/conv2d_8/kernel:0", np.zeros((1, 1, 3, 1), "f4")),
-        "checkpoint_layers_differ",
-        "MesoInception4 has 16",
-    ),
-    "empty": (lambda f: f.clear(), "network_unknown", "Meso4"),
 }
 
 
@@ -298,12 +276,6 @@ def test_mesonet_without_h5py_says_how_to_get_it(tmp_path: Path, monkeypatch: py
     with raises("package_missing", "pip install h5py"):
         MesoNet(path.parent)
     assert isinstance(experts.cards()["mesonet"], Card)
-
-
-def test_mesonet_networks_have_the_papers_size() -> None:
-    """Bug prevented: layers too many or too few: the paper counts 27,977 and 28,615 trainable numbers."""
-    sizes = [sum(p.numel() for p in net.parameters()) for net in (Meso4(), MesoInception4())]
-    assert sizes == [27_977, 28_615]
 
 
 # --- AlignedForensics -----------------------------------------------------------------------------------------------
@@ -429,12 +401,6 @@ def test_resnet_computes_res50nodown() -> None:
         wanted, plain = reference_resnet(state, x, 1), reference_resnet(state, x, 2)
     assert got.tolist() == pytest.approx(wanted.tolist(), rel=1e-4, abs=1e-4)
     assert got.tolist() != pytest.approx(plain.tolist(), rel=1e-2, abs=1e-2), "plain res50 would pass this test"
-
-
-def test_resnet_does_not_downsample_early() -> None:
-    """Bug prevented: stride 2 in the first layers: 7 x 7 at the end instead of 28 x 28."""
-    with torch.device("meta"):
-        assert ResNet50NoDown().features(torch.empty(1, 3, 224, 224)).shape == (1, 2048, 28, 28)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -747,12 +746,3 @@ def test_names_give_people_only_where_a_set_documents_it() -> None:
     assert source_ids("StyleGAN2", "001") == [] == source_ids("FaceForensics++", "1001")
     assert public_sets.index_source("blendface_ff") == "FaceForensics++"
     assert public_sets.index_source("UADFV") == "UADFV"
-
-
-def test_an_error_is_a_line_and_not_a_traceback(tmp_path: Path) -> None:
-    """Bug prevented: a stack of frames for a misspelt folder."""
-    words = ["read", "folder", "--real", str(tmp_path / "none"), "--out", str(tmp_path / "x.jsonl")]
-    done = subprocess.run([sys.executable, "-m", "data_gen", *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error [folder_missing]: ") and str(tmp_path / "none") in done.stderr
-    assert done.stderr.count("\n") == 1

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data_gen.build import BuildConfig, build
 from external_detectors import tower_net
-from external_detectors.consistency_net import GRID, POOLED
+from external_detectors.tower_net import GRID, POOLED
 from external_detectors.train import self_blend
 from external_detectors.train import tower as training
 from external_detectors.weights_io import save_weights

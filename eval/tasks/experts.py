@@ -118,8 +118,8 @@ class Panel:
     left_out: tuple[str, ...]  # experts that could not be loaded
     calibration: Calibration | None  # None where it was fitted to other weights than are here
     fusion: Part  # what the result says of it
-    held_out: dict[str, list[str]]  # column -> forge methods that its card names as left out of training; fusion: what
-    # the calibration and every expert that weighs left out
+    held_out: dict[str, list[str]]  # column -> forge methods that its card names as held out; fusion: those held out of
+    # the calibration and of every expert with a weight
     whole: Detector | None = None  # the model with its MLLM, whose own P(fake) joins the experts'
 
     @classmethod
@@ -132,7 +132,7 @@ class Panel:
         card, calibration = read_adapter_card(folder), Calibration.load(folder)
         experts, reasons = load_experts(names, folder / "experts")
         for reason in reasons.values():
-            say(f"left out: {reason}")
+            say(f"not scored: {reason}")
         held_out = {f"expert:{e.card.name}": _held_out(e.card.figures) for e in experts}
         wanted = expert_hashes(card, calibration)
         other = [e.card.name for e in experts if wanted.get(e.card.name, e.card.sha256) != e.card.sha256]
@@ -150,9 +150,9 @@ class Panel:
             "fake_from": calibration.high,
         }
         joined = [e for e in experts if e.card.name in weighty]
-        unseen = [m for m in card.held_out if all(_unseen(m, e.card.figures) for e in joined)]
+        by_all = [m for m in card.held_out if all(_not_learnt(m, e.card.figures) for e in joined)]
         of_mllm = {MLLM: list(card.held_out)} if whole else {}
-        return cls(experts, tuple(reasons), calibration, fusion, {FUSION: unseen} | of_mllm | held_out, whole)
+        return cls(experts, tuple(reasons), calibration, fusion, {FUSION: by_all} | of_mllm | held_out, whole)
 
     @property
     def columns(self) -> list[str]:
@@ -197,13 +197,13 @@ class Panel:
 
 
 def _held_out(figures: Part) -> list[str]:
-    """The methods that a card names as left out of training."""
+    """The methods that a card names as held out of training."""
     named = figures.get("held_out", ())
     return sorted(named) if isinstance(named, list | tuple) and all(isinstance(n, str) for n in named) else []
 
 
-def _unseen(method: str, figures: Part) -> bool:
-    """Whether a card says that a method was left out, or lists what was learnt without it."""
+def _not_learnt(method: str, figures: Part) -> bool:
+    """Whether a card names a method as held out, or lists what was learnt and not this method."""
     learnt = figures.get("learnt")
     return method in _held_out(figures) or (isinstance(learnt, list) and method not in learnt)
 

@@ -105,7 +105,7 @@ def _majority_classes(run: Run) -> list[SampleRow]:
 
 
 def worded(detector: Detector, question: str, evidence: Sequence[Evidence]) -> str:
-    """The question with what the model is told of the experts: as in its verdict's question, or as tool results."""
+    """The question with the expert block: as in the verdict's question, or as tool results."""
     if detector.info.asked_with == TOOL_RESULTS:
         return tool_results(question, evidence)
     return question + prompts.told(detector.told(evidence), detector.info.score_form)

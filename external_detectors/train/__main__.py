@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from external_detectors.train import consistency, heads, tower
+from external_detectors.train import heads, tower
 from external_detectors.train.loop import EXAMPLE
 from x2dfd.cli import run_command
 
@@ -16,9 +16,6 @@ def _train() -> None:
     """Train an expert; weights and card are written whole or not at all."""
 
 
-app.command(epilog=EXAMPLE.format("consistency --data build/local/manifest.jsonl --steps 1600"))(
-    consistency.consistency
-)
 app.command(epilog=EXAMPLE.format("tower --data photos.csv --data build/forged/manifest.jsonl --out build/tower"))(
     tower.tower
 )

@@ -17,9 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from external_detectors.consistency_net import MAX_CUES, POOLED, area_grid
-from external_detectors.tower_net import TowerHeads
-from external_detectors.train.consistency import CUE_SEEN_FROM
+from external_detectors.tower_net import CUE_SEEN_FROM, MAX_CUES, POOLED, TowerHeads, area_grid
 from external_detectors.train.drawing import drawing
 from external_detectors.train.loop import log, next_version
 from external_detectors.weights_io import load_weights, save_weights

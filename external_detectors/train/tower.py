@@ -3,8 +3,8 @@
 Small additions to the tower (LoRA on every linear layer) and the heads on it learn several targets at once: real or
 fake, the kind of fake, area × artifact cues, and a map of where. The data are manifests: photos, ready-made fakes,
 forgeries of `data_gen forge` with their masks and cues; photos are also blended with themselves, anew every time.
-The clock ends a training, so that one on a CPU and one on a GPU are the same command; it resumes. Averages of the
-weights are compared on what was left out, and the best of them is kept: more steps can make the unseen worse.
+A training ends after a given time, so that one command serves CPU and GPU, and it resumes after a cut. Averages of the
+weights are compared on held-out pictures, and the best one is kept: more steps can make verdicts on new sources worse.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from external_detectors.consistency_net import GRID, MAX_CUES, POOLED, area_grid
-from external_detectors.tower_net import KINDS, Seen, TowerHeads
-from external_detectors.train.consistency import CUE_SEEN_FROM
+from external_detectors.tower_net import CUE_SEEN_FROM, GRID, KINDS, MAX_CUES, POOLED, Seen, TowerHeads, area_grid
 from external_detectors.train.drawing import drawing
 from external_detectors.train.loop import (
     CHOSEN_BY,
@@ -130,8 +128,12 @@ def start_from(net: Net, weights: dict[str, Tensor], scale: float = 2.0) -> None
             by_short[short].copy_(value / scale if short.endswith(LORA_B) else value)
 
 
-class Pictures(IterableDataset[tuple[Any, ...]]):
-    """Endless training samples: view, label, kind, map, cues (1, 0, or -1: unknown), area grid, photograph or not."""
+Drawn = tuple[NDArray[np.uint8], np.float32, int, NDArray[np.float32], NDArray[np.int8], NDArray[np.uint8], np.float32]
+"""A training sample: view, label, kind, map, cues (1, 0, or -1: unknown), area grid, photograph or not."""
+
+
+class Pictures(IterableDataset[Drawn]):
+    """Endless training samples."""
 
     def __init__(self, sets: Sequence[CropSet], leave_out: Sequence[str], seed: int) -> None:
         known = {name for crops in sets for s in crops.samples for name in _own_origins(s)}
@@ -149,7 +151,7 @@ class Pictures(IterableDataset[tuple[Any, ...]]):
         donors = {s.group: s.source for crops in sets for s in crops.samples if not s.synthetic}
         kept_out = {(k, i) for k, i in every if origins_of(sets[k].samples[i], donors) & set(leave_out)}
         self.rows = [(k, i) for k, i in every if self.at(k, i).split in ("", "train") and (k, i) not in kept_out]
-        # Of what is left out, split `val` alone has a say in the choice: the rest is to report on and to calibrate.
+        # Of held-out pictures, only split `val` takes part in the choice: the others are for reports and calibration.
         judges = [(k, i) for k, i in every if self.at(k, i).split == "val"]
         new = [(k, i) for k, i in judges if _own_origins(self.at(k, i)) & set(leave_out)]
         old = [(k, i) for k, i in judges if (k, i) not in kept_out]
@@ -159,7 +161,7 @@ class Pictures(IterableDataset[tuple[Any, ...]]):
     def at(self, k: int, i: int) -> Sample:
         return self.sets[k].samples[i]
 
-    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+    def __iter__(self) -> Iterator[Drawn]:
         worker = torch.utils.data.get_worker_info()
         rng = np.random.default_rng([self.seed, worker.id if worker else 0])
         cv2.setNumThreads(1)
@@ -168,15 +170,15 @@ class Pictures(IterableDataset[tuple[Any, ...]]):
             at = min(int(np.searchsorted(climb, rng.random() * climb[-1])), len(self.rows) - 1)
             yield self.sample(*self.rows[at], rng)
 
-    def sample(self, k: int, i: int, rng: np.random.Generator | None) -> tuple[Any, ...]:
+    def sample(self, k: int, i: int, rng: np.random.Generator | None) -> Drawn:
         """One picture, augmented by the generator; without a generator as it is in use."""
         crops, s = self.sets[k], self.at(k, i)
         view, points = np.ascontiguousarray(crops.crops[i]), crops.landmarks[i]
         label, kind = s.label == "fake", s.df_class if s.label == "fake" else "real"
-        mask: NDArray[Any] = np.full((GRID, GRID), float(label), np.float32)
+        mask: NDArray[np.float32] = np.full((GRID, GRID), float(label), np.float32)
         cues = np.full((len(POOLED), len(ARTIFACTS)), -1 if label else 0, np.int8)
         if label and s.mask is not None and crops.masks is not None:
-            mask = cv2.resize(np.asarray(crops.masks[i]), (GRID, GRID), interpolation=cv2.INTER_AREA) / np.float32(255)
+            mask = _on_grid(np.asarray(crops.masks[i])) / np.float32(255)
             cues[:] = 0 if s.cues else -1
             for cue in s.cues:
                 if cue.area in POOLED:
@@ -190,7 +192,7 @@ class Pictures(IterableDataset[tuple[Any, ...]]):
                 view, photo = drawing(view, rng), False
             elif not label and rng.random() < BLENDED:
                 view, soft_mask = self_blend(view, points, rng)
-                mask = cv2.resize(soft_mask, (GRID, GRID), interpolation=cv2.INTER_AREA)
+                mask = _on_grid(soft_mask)
                 label, kind, cues[:] = True, "FS", -1
             view, moved = augmented(view, rng)
             if rng.random() < VIDEO:
@@ -200,12 +202,14 @@ class Pictures(IterableDataset[tuple[Any, ...]]):
         centre = np.full(2, (step - 1) / 2)
         small = moved.copy()
         small[:, 2] = (moved[:, :2] @ centre + moved[:, 2] - centre) / step
-        mask = cv2.warpAffine(
-            np.ascontiguousarray(mask, np.float32), small, (GRID, GRID), borderMode=cv2.BORDER_REPLICATE
-        )
+        mask = np.asarray(cv2.warpAffine(mask, small, (GRID, GRID), borderMode=cv2.BORDER_REPLICATE), np.float32)
         areas = area_grid(cv2.transform(points[None], moved)[0].astype(np.float32))
         where = (mask > 0.25 * max(float(mask.max()), 1e-6)).astype(np.float32)  # a faint blend has a place too
         return view, np.float32(label), KINDS.index(kind), where, cues, areas, np.float32(photo)
+
+
+def _on_grid(mask: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.asarray(cv2.resize(mask, (GRID, GRID), interpolation=cv2.INTER_AREA), np.float32)
 
 
 def origins_of(sample: Sample, donors: Mapping[str, str]) -> set[str]:
@@ -266,14 +270,14 @@ def tower(
     out: Annotated[Path, typer.Option(help="folder for weights and card")],
     state: Annotated[Path, typer.Option(help="folder for the resumable state")] = Path("build/tower"),
     start: Annotated[Path | None, typer.Option(help="weight file to start from; none: the bare base")] = None,
-    leave_out: Annotated[str, typer.Option(help="sources, generators and methods kept out, comma-separated")] = "",
-    minutes: Annotated[float, typer.Option(help="of training; the clock ends it")] = 10.0,
+    leave_out: Annotated[str, typer.Option(help="held-out sources, generators and methods, comma-separated")] = "",
+    minutes: Annotated[float, typer.Option(help="how long the training takes")] = 10.0,
     batch: int = 16,
     lr: float = 2e-4,
     rank: int = 16,
     seed: int = 0,
     workers: Annotated[int, typer.Option(help="processes that make the views")] = 1,
-    checks: Annotated[int, typer.Option(help="how many averages are compared on what was left out")] = 3,
+    checks: Annotated[int, typer.Option(help="how many averages are compared on held-out pictures")] = 3,
     crop_workers: int = 1,
 ) -> None:
     """The forensic tower: real or fake, kind of fake, cues and map from one pass."""
@@ -439,7 +443,8 @@ def seen_by(net: Net, pictures: Pictures, rows: Sequence[tuple[int, int]]) -> Se
     with torch.inference_mode(), torch.autocast(place.type, torch.bfloat16, enabled=quick_in_16_bits(place.type)):
         for at in range(0, len(rows), 32):
             part = [pictures.sample(k, i, None) for k, i in rows[at : at + 32]]
-            views, areas = (torch.from_numpy(np.stack([p[c] for p in part])).to(place) for c in (0, 5))
+            columns = [p[0] for p in part], [p[5] for p in part]
+            views, areas = (torch.from_numpy(np.stack(column)).to(place) for column in columns)
             found.append(Seen(*(v.float().cpu() for v in net(views, areas))))
     if not found:
         return Seen(*(torch.zeros(0) for _ in Seen._fields))
