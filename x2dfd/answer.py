@@ -6,13 +6,20 @@ Machine words (`fake`, `in_band`, `whole` ...) stay in the JSON; what people rea
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 from x2dfd.prompts import AGREES_ABOVE, AGREES_BELOW
 from x2dfd.types import Evidence, FaceReport, Report, Verdict
 
-WORDS = {"fake": "Likely fake", "real": "Likely real", "inconclusive": "No answer", "none": "Not assessed"}
-"""By `status`."""
+WORDS = {
+    "fake": "Likely fake",
+    "real": "Likely real",
+    "inconclusive": "No answer",
+    "none": "Not assessed",
+    "failed": "Not judged",
+}
+"""By `status`; "failed" is of a file without a verdict (x2dfd.types.Failure)."""
 
 KINDS_SAID = {"whole": "made as a whole by a generator", "part": "changed in part"}
 """By kind of fake (x2dfd.types.KINDS)."""
@@ -66,6 +73,12 @@ def percent(p: float | None) -> str:
     if p is None:
         return "no estimate"
     return "< 1 %" if p < 0.005 else "> 99 %" if p > 0.995 else f"{100 * p:.0f} %"
+
+
+def counted(kinds: Iterable[str]) -> str:
+    """How many files got which answer, by keys of WORDS: "12 likely fake, 3 no answer"."""
+    n = Counter(kinds)
+    return ", ".join(f"{n[kind]} {said.lower()}" for kind, said in WORDS.items() if n[kind])
 
 
 def told(verdict: Verdict) -> str:

@@ -6,6 +6,8 @@ import hashlib
 import json
 import math
 import os
+import re
+import sys
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -182,3 +184,27 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, text.encode("utf-8"))
+
+
+@contextmanager
+def printed_from_c(ours: re.Pattern[bytes], said: list[bytes]) -> Iterator[None]:
+    """Lines that `ours` matches are kept off stderr during the block, and are in `said` when it ends.
+
+    A library prints them on file descriptor 2 from C; other lines, of another thread perhaps, follow after the block.
+    """
+    sys.stderr.flush()
+    try:
+        kept = os.dup(2)
+    except OSError:  # a service without stderr
+        yield
+        return
+    with tempfile.TemporaryFile() as messages, open(kept, "wb") as stderr:
+        os.dup2(messages.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            messages.seek(0)
+            lines = messages.read().splitlines(keepends=True)
+            said += [line for line in lines if ours.match(line)]
+            stderr.writelines(line for line in lines if not ours.match(line))

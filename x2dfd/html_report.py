@@ -88,7 +88,9 @@ def render(reports: Sequence[Report | Failure], pictures: Sequence[Pictures]) ->
     named = dict.fromkeys(e.expert for r in reports if isinstance(r, Report) for f in r.faces for e in f.evidence)
     html = _template().render(
         cards=[card for name in named if isinstance(card := known.get(name), Card)],
-        limits=LIMITS,
+        limits=_limits(sections),
+        judged=any(s.get("scale") for s in sections),
+        counted=answer.counted(s["kind"] for s in sections),
         steps=NEXT_STEPS,
         sections=sections,
         not_proof=NOT_PROOF,
@@ -142,11 +144,19 @@ def write_pdf(path: str | os.PathLike[str], html: str) -> None:
     write_bytes(Path(path), data)
 
 
+def _limits(sections: Sequence[Json]) -> dict[str, str]:
+    """What a reader of these sections must know: nothing of estimates where there are none."""
+    if not any(s.get("scale") for s in sections):
+        return {"Only faces": LIMITS["Only faces"]}
+    weighed = any(s.get("ratio") for s in sections)
+    return {name: text for name, text in LIMITS.items() if weighed or name != "The likelihood ratio"}
+
+
 def _failure(failure: Failure) -> Json:
     return {
         "name": failure.path or "(bytes)",
         "kind": "failed",
-        "word": "Not judged",
+        "word": answer.WORDS["failed"],
         "p": "",
         "reason": failure.reason,
         "technical": [("Code", failure.code), ("SHA-256", failure.sha256 or "the file could not be read")],
@@ -403,15 +413,12 @@ def _file(report: Report) -> Iterator[tuple[str, str]]:
 
 
 def _ratio(report: Report) -> Json | None:
-    """The likelihood ratio in words; None in reports that know of none."""
+    """The likelihood ratio in words; None where there is none."""
     told = report.likelihood_ratio
-    if not told:
-        return None
     if told.get("value") is None:
-        return {"missing": told.get("reason") or "unstated"}
+        return None
     value, (low, high), limits = float(told["value"]), told["interval"], told["limits"]
     return {
-        "missing": None,
         "value": _times(value),
         "interval": f"{_times(low)} to {_times(high)}",
         "limits": f"{_times(limits[0])} to {_times(limits[1])}",

@@ -27,9 +27,11 @@ def block(result: Report | Failure) -> str:
     """What a person reads of one file."""
     name = printable(result.path or "(bytes)")
     if isinstance(result, Failure):
-        return f"{_word('ERROR', None)}  {result.code}  {name}\n" + wrapped(result.reason) + "\n"
+        return f"{_word(answer.WORDS['failed'], None)}  {result.code}  {name}\n" + wrapped(result.reason) + "\n"
     verdict = result.verdict
     number = f"p={verdict.p_fake:.2f}" if verdict.p_fake is not None else "p=none"
+    if verdict.p_fake is not None and result.model.get("mode") == "paper":
+        number += " (not calibrated)"
     decider = result.decider
     which = _which(decider, result) if decider else f"{len(result.faces)} faces"
     said = of_generator(result.provenance)
@@ -81,6 +83,11 @@ def _bar(evidence: Evidence, width: int) -> str:
 def wrapped(text: str) -> str:
     lines = [printable(line) for line in text.splitlines()]
     return "\n".join(textwrap.fill(line, 100, initial_indent="  ", subsequent_indent="  ") for line in lines if line)
+
+
+def shortened(text: str) -> str:
+    """The text in a line; JSON has it in full."""
+    return textwrap.shorten(text, 90, placeholder=" …")
 
 
 def printable(text: str) -> str:
