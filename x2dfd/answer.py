@@ -130,6 +130,18 @@ def stance(verdict: Verdict, rationale: str) -> str:
     return "argues for no side; no answer was given"
 
 
+def origin(verdict: Verdict, rationale: str, calibrated: bool) -> str:
+    """Who wrote a rationale, or for what it argues where there is no answer; "" where nothing was estimated."""
+    if verdict.p_fake is None:
+        return ""
+    if verdict.label == "inconclusive":
+        return f"This text {stance(verdict, rationale)}."
+    if verdict.label == "real" and calibrated:
+        return "A fixed text: it says what was looked at."
+    mended = ", and mended from the report where it went against it" if calibrated else ""
+    return f"Written by the language model after the answer was scored{mended}. It may be wrong in detail."
+
+
 def disagreement(
     evidence: Sequence[Evidence], uncounted: frozenset[str] = frozenset()
 ) -> tuple[Evidence, Evidence] | None:
@@ -147,7 +159,8 @@ def summary(report: Report) -> str:
     lines = [f"{report.path or '(no path)'}: {told(report.verdict)}", meaning(report.verdict, len(report.faces))]
     if report.rationale:
         decider: FaceReport | None = report.decider
-        lines.append(f"Rationale ({stance(decider.verdict if decider else report.verdict, report.rationale)}):")
+        argues = stance(decider.verdict if decider else report.verdict, report.rationale)
+        lines.append("Rationale:" if report.verdict.p_fake is None else f"Rationale ({argues}):")
         lines.append(report.rationale)
     if report.cues:
         lines.append("Cues: " + ", ".join(f"{c.area} · {c.artifact}" for c in report.cues))

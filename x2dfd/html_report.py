@@ -252,7 +252,7 @@ def _face(face: FaceReport, decides: bool, report: Report, blind_spots: Mapping[
         "reason": answer.reason(face.verdict),
         "at": None if face.frame is None else _moment(face),
         "rationale": face.rationale,
-        "stance": answer.stance(face.verdict, face.rationale),
+        "origin": answer.origin(face.verdict, face.rationale, report.model.get("mode") != "paper"),
         "contradictions": face.contradictions,
         "cues": [(letters.get(c.area, ""), c.area, c.artifact, c.score) for c in face.cues],
         "measured": any(cue.score is not None for cue in face.cues),

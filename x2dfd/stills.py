@@ -6,7 +6,6 @@ import hashlib
 import importlib
 import io
 import logging
-import os
 import re
 import threading
 import warnings

@@ -40,7 +40,7 @@ def block(result: Report | Failure) -> str:
     lines.append(wrapped(answer.meaning(verdict, len(result.faces))))
     if result.rationale:
         lines.append(wrapped(f"why: {result.rationale}"))
-        if verdict.label == "inconclusive":
+        if answer.status(verdict) == "inconclusive":
             lines.append(wrapped(f"the text {answer.stance(verdict, result.rationale)}"))
     if result.cues:
         lines.append(wrapped("cues: " + ", ".join(f"{cue.area} · {cue.artifact}" for cue in result.cues)))
