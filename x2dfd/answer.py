@@ -157,10 +157,9 @@ def disagreement(
 def summary(report: Report) -> str:
     """A report in a few lines, as `str(report)` gives it."""
     lines = [f"{report.path or '(no path)'}: {told(report.verdict)}", meaning(report.verdict, len(report.faces))]
-    if report.rationale:
+    if report.rationale and report.verdict.p_fake is not None:  # else it says again why nothing was assessed
         decider: FaceReport | None = report.decider
-        argues = stance(decider.verdict if decider else report.verdict, report.rationale)
-        lines.append("Rationale:" if report.verdict.p_fake is None else f"Rationale ({argues}):")
+        lines.append(f"Rationale ({stance(decider.verdict if decider else report.verdict, report.rationale)}):")
         lines.append(report.rationale)
     if report.cues:
         lines.append("Cues: " + ", ".join(f"{c.area} · {c.artifact}" for c in report.cues))

@@ -38,9 +38,9 @@ def block(result: Report | Failure) -> str:
     lines = [name, wrapped(f"{LEAD} {CAVEAT}"), *map(_stated, said)] if said else []
     lines.append(f"{_word(answer.word(verdict), verdict.label)}  {number}  {which}  {name}")
     lines.append(wrapped(answer.meaning(verdict, len(result.faces))))
-    if result.rationale:
+    if result.rationale and verdict.p_fake is not None:  # else it says again why nothing was assessed
         lines.append(wrapped(f"why: {result.rationale}"))
-        if answer.status(verdict) == "inconclusive":
+        if verdict.label == "inconclusive":
             lines.append(wrapped(f"the text {answer.stance(verdict, result.rationale)}"))
     if result.cues:
         lines.append(wrapped("cues: " + ", ".join(f"{cue.area} · {cue.artifact}" for cue in result.cues)))
