@@ -611,7 +611,7 @@ def test_experts_tells_blind_spot_and_the_command_for_missing_weights(
     assert Card.from_dict(rows[0]["card"]) == card
     card = replace(card, licence="bound by what it learnt from: " + "a data set, " * 99)
     lines = run("experts").stdout.splitlines()
-    assert lines[0].endswith("a data set, …  ready") and max(map(len, lines)) < 130
+    assert lines[0].endswith("…  ready") and max(map(len, lines)) < 130
 
 
 def test_fetch_prints_the_path_alone_on_stdout(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
