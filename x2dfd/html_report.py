@@ -251,7 +251,9 @@ def _face(face: FaceReport, decides: bool, report: Report, blind_spots: Mapping[
         "p": percent(face.verdict.p_fake),
         "reason": answer.reason(face.verdict),
         "at": None if face.frame is None else _moment(face),
-        "rationale": face.rationale,
+        # Why nothing was assessed is said already; a number and its sign stay on one line.
+        "rationale": "" if face.verdict.p_fake is None else face.rationale.replace(" %", "\N{NO-BREAK SPACE}%"),
+        "assessed": face.verdict.p_fake is not None,
         "origin": answer.origin(face.verdict, face.rationale, report.model.get("mode") != "paper"),
         "contradictions": face.contradictions,
         "cues": [(letters.get(c.area, ""), c.area, c.artifact, c.score) for c in face.cues],
@@ -340,8 +342,11 @@ def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], 
 
 
 def overlays(face: FaceReport) -> list[dict[str, str | float]]:
-    """The maps that experts drew of a face: `uri` of a PNG, its `side`, the `matrix` that places it, the `expert`."""
-    if len(face.crop) != 3:
+    """The maps that experts drew of a face: `uri` of a PNG, its `side`, the `matrix` that places it, the `expert`.
+
+    None of a face that was not assessed: there is no change to suspect.
+    """
+    if len(face.crop) != 3 or face.verdict.p_fake is None:
         return []
     return [_map(face.crop, e.map, e.expert) for e in face.evidence if _square(e.map)]
 

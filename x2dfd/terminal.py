@@ -47,7 +47,8 @@ def block(result: Report | Failure) -> str:
     if decider is not None:
         lines += [wrapped(f"contradiction: {text}") for text in decider.contradictions]
     width = max((len(evidence.expert) for evidence in result.evidence), default=0)
-    lines += [_bar(e, width) + ("  (no weight of its own)" * (e.expert in result.uncounted)) for e in result.evidence]
+    judged = result.evidence if verdict.p_fake is not None else ()
+    lines += [_bar(e, width) + ("  (no weight of its own)" * (e.expert in result.uncounted)) for e in judged]
     lines += [wrapped(f"warning: {text}") for text in result.warnings]
     lines += [_stated(s) for s in result.provenance.get("statements", ()) if s not in said]
     lines.append(wrapped(f"next: {answer.NEXT_BRIEFLY}"))
