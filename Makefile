@@ -18,7 +18,7 @@ BENCH_ARGS ?=
 FUZZ_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fetch check test test-all test-distributed demo road tables tables-check bench fuzz clean
+.PHONY: help setup fetch check test test-all test-distributed demo road tables tables-check clean-install bench fuzz clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -59,6 +59,9 @@ tables: setup ## Write the README's result tables from the result files
 
 tables-check: setup ## Fail when the README's tables differ from the result files
 	$(PY) -m eval.tables --check
+
+clean-install: setup ## Wheel, plug-in and container's steps in an empty environment
+	$(PY) .ci/clean_install.py
 
 bench: setup fetch ## Time A against B side by side into build/speed.json; needs a quiet machine
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(PY) -m benchmarks.speed --threads $(OMP_NUM_THREADS) $(BENCH_ARGS)

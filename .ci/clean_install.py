@@ -56,9 +56,10 @@ def _copy(to: Path) -> Path:
     return to
 
 
-def _run(command: list[str], where: Path, path: str, **more: str) -> str:
+def _run(command: list[str], where: Path, path: str) -> str:
     print("$", shlex.join(command), flush=True)
-    environment = os.environ | {"PATH": path, "PYTHONPATH": ""} | more
+    # Modules are compiled when they are imported: of torch's many, that is a small part.
+    environment = os.environ | {"PATH": path, "PYTHONPATH": "", "PIP_NO_COMPILE": "1"}
     done = subprocess.run(command, cwd=where, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"failed with {done.returncode}: {shlex.join(command)}\n{done.stdout}")

@@ -13,7 +13,19 @@ from typing import TYPE_CHECKING, Literal
 import jinja2
 from PIL import Image
 
-from x2dfd.answer import KINDS_SAID, NEXT_STEPS, NOT_PROOF, WORDS, meaning, percent, shown, stance, status, told
+from x2dfd.answer import (
+    KINDS_SAID,
+    NEXT_STEPS,
+    NOT_PROOF,
+    WORDS,
+    counted,
+    meaning,
+    origin,
+    percent,
+    shown,
+    status,
+    told,
+)
 from x2dfd.errors import X2DFDError
 from x2dfd.experts import expert_class
 from x2dfd.html_report import COLOURS, PROVENANCE, UNCOUNTED, overlays, points_at
@@ -129,8 +141,7 @@ def curve(case: Case, index: int | None) -> str:
 def table(files: Sequence[tuple[str, Report | Failure]], total: int, now: int | None = None) -> str:
     """The results of several files, a row each; `now`: the row whose card is open."""
     verdicts = [None if isinstance(judged, Failure) else judged.verdict for _, judged in files]
-    said = [WORDS[status(v)] if v else "Not judged" for v in verdicts]
-    counts = ", ".join(f"{said.count(word)} {word.lower()}" for word in dict.fromkeys(said))
+    counts = counted("failed" if v is None else status(v) for v in verdicts)
     return draw("table", list(zip(files, verdicts, strict=True)), total, now, counts)
 
 
@@ -161,7 +172,7 @@ def _template() -> jinja2.Template:
         "WORDS": WORDS,
         "KINDS": KINDS_SAID,
         "STEPS": NEXT_STEPS,
-        "stance": stance,
+        "origin": origin,
         "NOT_PROOF": NOT_PROOF,
         "PROVENANCE": PROVENANCE,
         "UNCOUNTED": UNCOUNTED,

@@ -166,7 +166,7 @@ def _of_scorer(name: str, scorer: Result) -> Iterator[Grid]:
         lines = [[text, *_counted(said[key])] for text, key in rates.items()]
         of_those = {"balanced accuracy": "balanced_accuracy", "AUC": "auc", "ECE": "ece"}
         lines += [[f"{text} of those", said[key], said["n_answered"], ""] for text, key in of_those.items()]
-        lines += [[f"inconclusive: {why}", "", n, ""] for why, n in said["inconclusive"].items()]
+        lines += [[f"no answer: {why}", "", n, ""] for why, n in said["inconclusive"].items()]
         yield _grid(f"{name}: three answers", ["", "", "n", "groups"], lines, "After abstention.")
     if promise := scorer.get("promise"):
         marks = {True: "kept", False: "broken", None: "no interval"}

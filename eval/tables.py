@@ -113,7 +113,7 @@ def detect(name: str, result: Result, *, every: bool = False) -> Iterator[Table]
         rows.append(["false alarms", percent(alarms), *blank, f"– / {alarms['n']}", alarms["groups"]])
         title += (
             " False alarms are real pictures called fake at the shipped threshold. "
-            f"{percent(answers['coverage'])} of the pictures were answered; the others are inconclusive. "
+            f"{percent(answers['coverage'])} of the pictures were answered; the others got no answer. "
             f"Fakes called real: {percent(answers['misses'])}."
         )
     title += " * against all reals (or all fakes), as there are too few of the same source."

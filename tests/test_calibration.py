@@ -187,10 +187,10 @@ def test_a_part_that_never_scored_has_no_say() -> None:
     ],
 )  # fmt: skip
 def test_verdict_labels_at_their_bounds(p: float, label: str, reason: str | None) -> None:
-    """Off by one side of a bound, and the promised rate is another; "real" is of no kind of fake."""
+    """Off by one side of a bound, and the promised rate is another; what is not called fake is of no kind of fake."""
     verdict = FITTED.verdict(p, "whole")
     assert (verdict.label, verdict.p_fake, verdict.reason) == (label, p, reason)
-    assert verdict.kind == (None if label == "real" else "whole")
+    assert verdict.kind == ("whole" if label == "fake" else None)
 
 
 @pytest.mark.parametrize(("p", "bound"), [(0.0, 1e-6), (1.0, 1 - 1e-6), (0.25, 0.25)])

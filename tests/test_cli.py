@@ -184,10 +184,28 @@ def test_an_expert_without_a_weight_is_marked(run: Run, photos: Path, detector: 
     assert len(lines) == 1 and lines[0].split()[0] == "blend"
 
 
-def test_not_proof_is_said_once_on_stderr(run: Run, photos: Path) -> None:
-    """On stdout it would be data; after every file nobody would read it."""
+def test_not_proof_is_said_once_on_stderr(run: Run, photos: Path, tmp_path: Path) -> None:
+    """On stdout it would be data; after every file nobody would read it; where nothing was judged it means nothing."""
     done = run("detect", photos)
     assert done.stderr.count("not proof") == 1 and "not proof" not in done.stdout
+    assert "not proof" not in run("detect", tmp_path / "gone.jpg").stderr
+
+
+def test_a_run_ends_with_how_many_got_which_answer(run: Run, photos: Path, tmp_path: Path) -> None:
+    """Bug prevented: with --out nobody learns what came out without opening the table."""
+    told = "4 files: 3 likely fake, 1 not judged"
+    table = ("--out", tmp_path / "t.jsonl")
+    for options in ((), table, table):  # the third run finds its rows in the table
+        assert told in run("detect", photos, tmp_path / "gone.jpg", *options).stderr.splitlines()
+    assert "files:" not in run("detect", photos / "a.png").stderr
+    assert told not in run("detect", photos, tmp_path / "gone.jpg", "--json").stderr
+
+
+def test_the_papers_number_is_called_uncalibrated(run: Run, photos: Path, detector: SmallDetector) -> None:
+    """Bug prevented: two numbers that mean different things look the same."""
+    assert "not calibrated" not in run("detect", photos / "a.png").stdout
+    detector.model["mode"] = "paper"
+    assert run("detect", photos / "a.png").stdout.startswith("Likely fake  p=0.93 (not calibrated)  ")
 
 
 def test_json_is_one_object_a_line_that_reads_back_without_loss(run: Run, photos: Path) -> None:
@@ -206,7 +224,7 @@ def test_missing_and_bad_files_are_rows(run: Run, photos: Path, tmp_path: Path) 
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row.get("error", {}).get("code") for row in rows] == ["not_found", None, "not_an_image"]
     shown = run("detect", tmp_path / "gone.jpg")
-    assert shown.exit_code == 0 and shown.stdout.startswith("ERROR  not_found  ")
+    assert shown.exit_code == 0 and shown.stdout.startswith("Not judged  not_found  ")
 
 
 def test_a_missing_path_is_said_before_a_model_loads(
@@ -314,6 +332,7 @@ def test_setup_error_is_one_line_and_exit_code_1(run: Run, photos: Path, monkeyp
     "words",
     [["detect"], ["detect", "a.png", "--mode", "best"], ["detect", "a.png", "--batch-size", "0"], ["nonsense"],
      ["detect", "a.png", "--out", "no/such/folder/t.parquet"], ["detect", "a.png", "--report", "."],
+     ["detect", "a.png", "--report", "x.txt"],
      ["detect", "a.png", "--out", "t.txt"], ["detect", "a.png", "--manifest", "m.csv"],
      ["detect", "a.png", "--shard", "3/2"], ["detect", "a.png", "--shard", "half"],
      ["detect", "a.png", "--server", "http://127.0.0.1:1", "--mode", "paper"]],
@@ -605,6 +624,9 @@ def test_experts_tells_blind_spot_and_the_command_for_missing_weights(
     rows = json.loads(run("experts", "--json").stdout)
     assert [(row["expert"], row["missing"]) for row in rows] == list(missing.items())
     assert Card.from_dict(rows[0]["card"]) == card
+    card = replace(card, licence="bound by what it learnt from: " + "a data set, " * 99)
+    lines = run("experts").stdout.splitlines()
+    assert lines[0].endswith("…  ready") and max(map(len, lines)) < 130
 
 
 def test_fetch_prints_the_path_alone_on_stdout(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import pairwise
 from typing import Any
 
@@ -265,3 +267,10 @@ def test_no_turn_shows_a_face_where_there_is_none() -> None:
     """Bug prevented: three more looks at a landscape, three more chances to see a face in it."""
     for picture in (skimage.data.coffee(), skimage.data.rocket(), skimage.data.chelsea()):
         assert find_turned_faces(np.ascontiguousarray(picture[:300, :400])) == ([], 0)
+
+
+def test_loading_the_face_models_prints_nothing() -> None:
+    """Bug prevented: a line of the runtime's own on the stderr of every command."""
+    code = "from x2dfd import faces; faces._mesh()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert (done.stdout, done.stderr) == (b"", b"")

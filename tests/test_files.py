@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from tests.raising import raises
 from x2dfd.adapter import read_adapter_card
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.experts import read_card
-from x2dfd.files import MAX_DEPTH, bad_rate, check_fields, parse_json
+from x2dfd.files import MAX_DEPTH, bad_rate, check_fields, parse_json, printed_from_c
 from x2dfd.types import Card
 
 DEEP = "[" * 100_000
@@ -131,3 +134,18 @@ def test_a_card_of_other_shapes_is_refused(tmp_path: Path) -> None:
         path.write_text(json.dumps(good | change))
         with raises("not_an_adapter", next(iter(change))):
             read_adapter_card(tmp_path)
+
+
+def test_what_c_prints_is_taken_by_its_line_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    """Bug prevented: another's line is lost, or, where two threads take it at once, stderr itself."""
+    said: list[bytes] = []
+
+    def library(number: int) -> None:
+        with printed_from_c(re.compile(rb"ours"), said):
+            os.write(2, b"ours\nanother's\n")
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(library, range(100)))
+    os.write(2, b"after\n")
+    assert said == [b"ours\n"] * 100
+    assert capfd.readouterr().err == "another's\n" * 100 + "after\n"

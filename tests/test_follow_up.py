@@ -8,7 +8,7 @@ import pytest
 
 from tests.test_html_report import face, report
 from x2dfd import follow_up
-from x2dfd.answer import stance
+from x2dfd.answer import origin, stance
 from x2dfd.explain import read_cues, said_labels
 from x2dfd.texts import cue_clause, readable
 from x2dfd.types import AREAS, ARTIFACTS, Cue, Evidence, Verdict
@@ -69,6 +69,15 @@ def test_a_rationale_without_an_answer_says_for_what_it_argues() -> None:
     assert "only for the likelier side (fake)" in stance(undecided, "A seam runs along the jaw.")
     assert "for no side" in stance(undecided, readable("", undecided, POINTS, NOBODY))
     assert "(argues for the answer: likely fake)" in str(report())
+    assert "argues" not in str(report(verdict=Verdict("inconclusive", None, "not_a_photograph")))
+
+
+def test_who_wrote_a_text_is_said_truly() -> None:
+    """Bug prevented: a template's sentence under a real photo that passes for the language model's."""
+    real, nothing = Verdict("real", 0.1), Verdict("inconclusive", None, "not_a_photograph")
+    assert "fixed text" in origin(real, "Nothing was found.", True) and origin(nothing, "A drawing.", True) == ""
+    assert "mended" in origin(Verdict("fake", 0.9), "A seam.", True)
+    assert "language model" in (own := origin(real, "No seam.", False)) and "mended" not in own
 
 
 @pytest.mark.parametrize(

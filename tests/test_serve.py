@@ -85,6 +85,19 @@ def test_strangers_are_refused(client: Any) -> None:
             assert answer.status_code == 403 and answer.json()["error"]["code"] == "foreign_host"
 
 
+def test_a_form_is_read_as_its_file(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: `curl -F file=@photo.jpg` has its boundaries judged as a picture, and a form passes the bound."""
+    photo = bytes(range(256)) * 8
+    plain, form = client.post("/detect", content=photo), client.post("/detect", files={"file": ("a.jpg", photo)})
+    assert plain.status_code == form.status_code == 200 and form.json() == plain.json()
+    two = [("file", ("a.jpg", photo)), ("file", ("b.jpg", photo))]
+    for wrong in ({"files": two}, {"data": {"file": "a"}, "files": {"": ("", b"")}}):
+        answer = client.post("/detect", **wrong)
+        assert answer.status_code == 400 and answer.json()["error"]["code"] == "bad_form"
+    monkeypatch.setattr(serve, "MAX_UPLOAD", 1000)
+    assert client.post("/detect", files={"file": ("a.jpg", photo)}).status_code == 413
+
+
 def test_an_upload_is_bounded(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: one large or many small uploads that fill the memory."""
     monkeypatch.setattr(serve, "MAX_UPLOAD", 1000)
@@ -99,7 +112,8 @@ def test_the_server_describes_itself(client: Any) -> None:
     """Bug prevented: an interface that nobody can generate a client from."""
     described = client.get("/openapi.json").json()
     body = described["paths"]["/detect"]["post"]["requestBody"]
-    assert "application/octet-stream" in body["content"] and {"/detect", "/model"} == set(described["paths"])
+    assert {"application/octet-stream", "multipart/form-data"} == set(body["content"])
+    assert {"/detect", "/model"} == set(described["paths"])
 
 
 def test_no_server_is_one_line(tmp_path: Path) -> None:

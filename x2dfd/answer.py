@@ -6,13 +6,20 @@ Machine words (`fake`, `in_band`, `whole` ...) stay in the JSON; what people rea
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 from x2dfd.prompts import AGREES_ABOVE, AGREES_BELOW
 from x2dfd.types import Evidence, FaceReport, Report, Verdict
 
-WORDS = {"fake": "Likely fake", "real": "Likely real", "inconclusive": "No answer", "none": "Not assessed"}
-"""By `status`."""
+WORDS = {
+    "fake": "Likely fake",
+    "real": "Likely real",
+    "inconclusive": "No answer",
+    "none": "Not assessed",
+    "failed": "Not judged",
+}
+"""By `status`; "failed" is of a file without a verdict (x2dfd.types.Failure)."""
 
 KINDS_SAID = {"whole": "made as a whole by a generator", "part": "changed in part"}
 """By kind of fake (x2dfd.types.KINDS)."""
@@ -68,6 +75,12 @@ def percent(p: float | None) -> str:
     return "< 1 %" if p < 0.005 else "> 99 %" if p > 0.995 else f"{100 * p:.0f} %"
 
 
+def counted(kinds: Iterable[str]) -> str:
+    """How many files got which answer, by keys of WORDS: "12 likely fake, 3 no answer"."""
+    n = Counter(kinds)
+    return ", ".join(f"{n[kind]} {said.lower()}" for kind, said in WORDS.items() if n[kind])
+
+
 def told(verdict: Verdict) -> str:
     """The answer in a line: "Likely fake (changed in part), 93 %"."""
     kind = KINDS_SAID.get(verdict.kind or "") if verdict.label == "fake" else None
@@ -117,6 +130,18 @@ def stance(verdict: Verdict, rationale: str) -> str:
     return "argues for no side; no answer was given"
 
 
+def origin(verdict: Verdict, rationale: str, calibrated: bool) -> str:
+    """Who wrote a rationale, or for what it argues where there is no answer; "" where nothing was estimated."""
+    if verdict.p_fake is None:
+        return ""
+    if verdict.label == "inconclusive":
+        return f"This text {stance(verdict, rationale)}."
+    if verdict.label == "real" and calibrated:
+        return "A fixed text: it says what was looked at."
+    mended = ", and mended from the report where it went against it" if calibrated else ""
+    return f"Written by the language model after the answer was scored{mended}. It may be wrong in detail."
+
+
 def disagreement(
     evidence: Sequence[Evidence], uncounted: frozenset[str] = frozenset()
 ) -> tuple[Evidence, Evidence] | None:
@@ -132,7 +157,7 @@ def disagreement(
 def summary(report: Report) -> str:
     """A report in a few lines, as `str(report)` gives it."""
     lines = [f"{report.path or '(no path)'}: {told(report.verdict)}", meaning(report.verdict, len(report.faces))]
-    if report.rationale:
+    if report.rationale and report.verdict.p_fake is not None:  # else it says again why nothing was assessed
         decider: FaceReport | None = report.decider
         lines.append(f"Rationale ({stance(decider.verdict if decider else report.verdict, report.rationale)}):")
         lines.append(report.rationale)

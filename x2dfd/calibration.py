@@ -106,9 +106,9 @@ class Calibration:
         return odds / (1 + odds)
 
     def verdict(self, p_fake: float, kind: str | None = None) -> Verdict:
-        """Fake (of the likelier `kind`, where it is known), real, or inconclusive."""
+        """Fake (of the likelier `kind`, where it is known), real, or no answer; the last two are of no kind."""
         if self.low <= p_fake < self.high:
-            return Verdict("inconclusive", p_fake, "in_band", kind)
+            return Verdict("inconclusive", p_fake, "in_band")
         return Verdict("fake", p_fake, None, kind) if p_fake >= self.high else Verdict("real", p_fake)
 
     @property

@@ -20,7 +20,7 @@ from x2dfd import options
 from x2dfd.detect import load_quickly
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.model_spec import Dtype, ModelSpec
-from x2dfd.terminal import printable, wrapped
+from x2dfd.terminal import printable, shortened, wrapped
 from x2dfd.worker import isolating
 
 
@@ -272,6 +272,7 @@ def verify(
 SERVE_EXAMPLES = """\b
 Examples:
   x2dfd serve
+  curl -F file=@face.jpg http://127.0.0.1:8417/detect
   x2dfd detect face.jpg --server http://127.0.0.1:8417
 """
 
@@ -283,7 +284,7 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8417,
     threads: options.Threads = None,
 ) -> None:
-    """Keep a model warm and answer over HTTP: POST a file to /detect, read /openapi.json for the rest."""
+    """Keep a model warm and answer over HTTP: POST a file or a form to /detect; /openapi.json describes the rest."""
     from x2dfd.serve import listening
     from x2dfd.serve import serve as run
 
@@ -318,12 +319,14 @@ def experts(as_json: options.AsJson = False) -> None:
         if card is None:
             typer.echo(f"{name}  not ready: {missing}\n")
             continue
-        typer.echo(f"{name}  {card.version}  {card.licence}  {'ready' if missing is None else f'not ready: {missing}'}")
+        ready = "ready" if missing is None else f"not ready: {missing}"
+        typer.echo(f"{name}  {card.version}  {shortened(card.licence)}  {ready}")
         facts = {"blind spot": card.blind_spot, "paper": card.paper, "source": card.source, "sha256": card.sha256}
         for title, text in facts.items():
             if text:
                 typer.echo(wrapped(f"{title}: {text}"))
         typer.echo()
+    typer.echo("licences in full: x2dfd experts --json", err=True)
 
 
 FETCH_EXAMPLES = """\b
@@ -447,7 +450,7 @@ def doctor(as_json: options.AsJson = False) -> None:
         mark = {True: "ok", False: "MISSING", None: "note"}[check.ok]
         typer.echo(f"{mark:<8} {check.name:<{width}}  {printable(check.detail)}")
         for key, value in check.facts.items():
-            typer.echo(f"{'':<8} {'':<{width}}    {key}: {printable(str(value))}")
+            typer.echo(f"{'':<8} {'':<{width}}    {key}: {shortened(printable(str(value)))}")
         if check.mend is not None:
             typer.echo(f"{'':<8} {'':<{width}}  mend: {check.mend}")
     wrong = sum(check.ok is False for check in checks)

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -63,6 +64,8 @@ class Run:
             raise typer.BadParameter("give either paths or --manifest FILE", param_hint="PATH")
         if self.remote and (self.manifest is None or self.report is not None):
             raise typer.BadParameter("goes with --manifest, and without --report", param_hint="--remote")
+        if self.report is not None and self.report.suffix.lower() not in (".html", ".htm", ".pdf"):
+            raise typer.BadParameter(f"{self.report} ends in neither .html nor .pdf", param_hint="--report")
         if self.parts > 1 and self.report is not None:
             raise typer.BadParameter(
                 "each shard would write the same page; make it of the whole", param_hint="--report"
@@ -146,6 +149,7 @@ def run(asked: Run) -> None:
         typer.echo(f"left out, as links that lead out of their folder: {printable(str(links[0]))}{more}", err=True)
     many, window, rows = _opened(asked)
     kept: Kept = []
+    said: Counter[str] = Counter()
     silent = asked.manifest is not None and rows is not None and not asked.as_json
     judging = partial(many, batch_size=asked.batch_size, rationale=asked.rationale, frames=asked.frames)
     try:
@@ -153,6 +157,7 @@ def run(asked: Run) -> None:
             for path, result, fresh in _judged(judging, asked.files(), rows, asked.frames, window):
                 text = json.dumps(result.to_dict(), allow_nan=False) if asked.as_json else block(result)
                 show("" if silent else text, isinstance(result, Failure), fresh)
+                said["failed" if isinstance(result, Failure) else answer.status(result.verdict)] += 1
                 if asked.report is not None:
                     kept.append((path, result))
         if rows is not None:
@@ -164,7 +169,11 @@ def run(asked: Run) -> None:
         if rows is not None:
             rows.close()
     _write_case(asked, kept)
-    if total and not asked.as_json:
+    if asked.as_json:
+        return
+    if said.total() > 1:
+        typer.echo(f"{said.total():,} files: {answer.counted(said.elements())}", err=True)
+    if said["fake"] + said["real"] + said["inconclusive"]:
         typer.echo(answer.NOT_PROOF, err=True)
 
 

@@ -39,9 +39,7 @@ NO_PHOTO = 0.9  # P(a drawing, a painting, a render) from which a face is not as
 CLIP_SHARE, CLIP_LEAST = 0.1, 3  # a clip is judged by this share of its frames, and by so many of them at least
 VIDEO_FRAMES = 32  # of a clip, spread evenly: a tenth of it that was changed holds three of them
 
-UNCALIBRATED = (
-    "p_fake is the language model's own number: no calibration was fitted for this model, so its errors are not known"
-)
+UNCALIBRATED = "p_fake is the language model's own number and not calibrated, so its error rates are not known"
 
 
 class Detector:
@@ -373,7 +371,7 @@ class Detector:
             model=self._stated,
             versions=versions(),
             timings={k: round(v, 4) for k, v in timings.items()},
-            warnings=(*warnings, *([] if self.calibration or not faces else [UNCALIBRATED])),
+            warnings=(*warnings, *([UNCALIBRATED] if self.mode == "paper" and verdict.p_fake is not None else [])),
             likelihood_ratio=self._likelihood_ratio(media, verdict),
         )
 

@@ -7,6 +7,7 @@ ai-edge-litert. Mesh point numbers are those of MediaPipe's canonical face model
 from __future__ import annotations
 
 import math
+import re
 import threading
 from collections.abc import Sequence
 from functools import cache
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from x2dfd.errors import SetupError, one_file
+from x2dfd.files import printed_from_c
 from x2dfd.types import Face
 
 CROP_SIZE = 224
@@ -37,6 +39,7 @@ _MODELS = Path(__file__).parent / "weights" / "faces"
 _DETECTOR_SIZE, _MESH_SIZE = 192, 192
 _DETECTION_SCORE, _PRESENCE = 0.55, 0.6
 _MIN_FACE = 20.0  # pixels; below this the crop is a guess
+_XNNPACK = re.compile(rb"INFO: Created TensorFlow Lite XNNPACK delegate")  # said once, and no switch silences it
 
 OVAL = (
     10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152, 148, 176, 149, 150,
@@ -73,8 +76,9 @@ class _Tflite:
                 f"face model {path} is missing; get a fresh checkout and install it: pip install -e .",
                 code="face_model_missing",
             )
-        self._model = Interpreter(model_path=str(path), num_threads=1)
-        self._model.allocate_tensors()
+        with printed_from_c(_XNNPACK, []):
+            self._model = Interpreter(model_path=str(path), num_threads=1)
+            self._model.allocate_tensors()
         self._turn = threading.Lock()
         self._input = self._model.get_input_details()[0]["index"]
         self._outputs = [(d["index"], tuple(d["shape"])) for d in self._model.get_output_details()]

@@ -6,7 +6,10 @@ import hashlib
 import json
 import math
 import os
+import re
+import sys
 import tempfile
+import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
@@ -185,3 +188,31 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, text.encode("utf-8"))
+
+
+_STDERR = threading.Lock()  # of two threads that took it, the later one would restore what the earlier one put there
+
+
+@contextmanager
+def printed_from_c(ours: re.Pattern[bytes], said: list[bytes]) -> Iterator[None]:
+    """Lines that `ours` matches are kept off stderr during the block, and are in `said` when it ends.
+
+    A library prints them on file descriptor 2 from C; other lines, of another thread perhaps, follow after the block.
+    """
+    with _STDERR:
+        sys.stderr.flush()
+        try:
+            kept = os.dup(2)
+        except OSError:  # a service without stderr
+            yield
+            return
+        with tempfile.TemporaryFile() as messages, open(kept, "wb") as stderr:
+            os.dup2(messages.fileno(), 2)
+            try:
+                yield
+            finally:
+                os.dup2(kept, 2)
+                messages.seek(0)
+                lines = messages.read().splitlines(keepends=True)
+                said += [line for line in lines if ours.match(line)]
+                stderr.writelines(line for line in lines if not ours.match(line))

@@ -169,7 +169,8 @@ def _fixed(text: str) -> Callable[[Report, FaceReport], str]:
 
 
 def _language(report: Report, face: FaceReport) -> str:
-    return f"I can answer in English only. To translate: {told(face.verdict)}. {NOT_PROOF}"
+    proof = "" if face.verdict.p_fake is None else f" {NOT_PROOF}"
+    return f"I can answer in English only. To translate: {told(face.verdict)}.{proof}"
 
 
 _ANSWERS: dict[str, Callable[[Report, FaceReport], str]] = {

@@ -88,7 +88,9 @@ def render(reports: Sequence[Report | Failure], pictures: Sequence[Pictures]) ->
     ]
     html = _template().render(
         cards=[card for name in named if isinstance(card := known.get(name), Card)],
-        limits=LIMITS,
+        limits=_limits(sections),
+        judged=any(s.get("scale") for s in sections),
+        counted=answer.counted(s["kind"] for s in sections),
         steps=NEXT_STEPS,
         sections=sections,
         not_proof=NOT_PROOF,
@@ -142,11 +144,19 @@ def write_pdf(path: str | os.PathLike[str], html: str) -> None:
     write_bytes(Path(path), data)
 
 
+def _limits(sections: Sequence[Json]) -> dict[str, str]:
+    """What a reader of these sections must know: nothing of estimates where there are none."""
+    if not any(s.get("scale") for s in sections):
+        return {"Only faces": LIMITS["Only faces"]}
+    weighed = any(s.get("ratio") for s in sections)
+    return {name: text for name, text in LIMITS.items() if weighed or name != "The likelihood ratio"}
+
+
 def _failure(failure: Failure) -> Json:
     return {
         "name": failure.path or "(bytes)",
         "kind": "failed",
-        "word": "Not judged",
+        "word": answer.WORDS["failed"],
         "p": "",
         "reason": failure.reason,
         "technical": [("Code", failure.code), ("SHA-256", failure.sha256 or "the file could not be read")],
@@ -241,8 +251,10 @@ def _face(face: FaceReport, decides: bool, report: Report, blind_spots: Mapping[
         "p": percent(face.verdict.p_fake),
         "reason": answer.reason(face.verdict),
         "at": None if face.frame is None else _moment(face),
-        "rationale": face.rationale,
-        "stance": answer.stance(face.verdict, face.rationale),
+        # Why nothing was assessed is said already; a number and its sign stay on one line.
+        "rationale": "" if face.verdict.p_fake is None else face.rationale.replace(" %", "\N{NO-BREAK SPACE}%"),
+        "assessed": face.verdict.p_fake is not None,
+        "origin": answer.origin(face.verdict, face.rationale, report.model.get("mode") != "paper"),
         "contradictions": face.contradictions,
         "cues": [(letters.get(c.area, ""), c.area, c.artifact, c.score) for c in face.cues],
         "measured": any(cue.score is not None for cue in face.cues),
@@ -330,8 +342,11 @@ def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], 
 
 
 def overlays(face: FaceReport) -> list[dict[str, str | float]]:
-    """The maps that experts drew of a face: `uri` of a PNG, its `side`, the `matrix` that places it, the `expert`."""
-    if len(face.crop) != 3:
+    """The maps that experts drew of a face: `uri` of a PNG, its `side`, the `matrix` that places it, the `expert`.
+
+    None of a face that was not assessed: there is no change to suspect.
+    """
+    if len(face.crop) != 3 or face.verdict.p_fake is None:
         return []
     return [_map(face.crop, e.map, e.expert) for e in face.evidence if _square(e.map)]
 
@@ -403,15 +418,12 @@ def _file(report: Report) -> Iterator[tuple[str, str]]:
 
 
 def _ratio(report: Report) -> Json | None:
-    """The likelihood ratio in words; None in reports that know of none."""
+    """The likelihood ratio in words; None where there is none."""
     told = report.likelihood_ratio
-    if not told:
-        return None
     if told.get("value") is None:
-        return {"missing": told.get("reason") or "unstated"}
+        return None
     value, (low, high), limits = float(told["value"]), told["interval"], told["limits"]
     return {
-        "missing": None,
         "value": _times(value),
         "interval": f"{_times(low)} to {_times(high)}",
         "limits": f"{_times(limits[0])} to {_times(limits[1])}",

@@ -18,7 +18,7 @@ ModeOption = Annotated[
     typer.Option(
         "--mode",
         help="calibrated (the default where the model has a calibration): MLLM and experts together; paper: the MLLM's "
-        "own P(fake).",
+        "own P(fake), not calibrated.",
     ),
 ]
 Device = Annotated[

@@ -1,11 +1,12 @@
 """`x2dfd serve`: a warm detector behind HTTP, for this machine alone unless told otherwise.
 
-A file is posted as it is to /detect; the answer is the object of `x2dfd detect --json`. /openapi.json describes it all.
+A file is posted to /detect, as it is or as a form's one file; the answer is the object of `x2dfd detect --json`.
+/openapi.json describes it all.
 Importing this module raises SetupError where FastAPI is missing.
 """
 
 import socket
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -16,13 +17,17 @@ from x2dfd.remote import MAX_UPLOAD, host_of, is_loopback
 from x2dfd.types import Failure, Report
 
 try:
+    import python_multipart  # noqa: F401
     import uvicorn
     from fastapi import FastAPI, Query, Request, Response
     from fastapi.concurrency import run_in_threadpool
     from fastapi.responses import JSONResponse
+    from starlette.datastructures import UploadFile
+    from starlette.formparsers import MultiPartException, MultiPartParser
 except ImportError as error:
     raise SetupError(
-        "x2dfd serve needs FastAPI and uvicorn: pip install 'x2dfd[serve-http]'", code="package_missing"
+        f"x2dfd serve needs FastAPI, uvicorn and python-multipart ({error}): pip install 'x2dfd[serve-http]'",
+        code="package_missing",
     ) from error
 
 if TYPE_CHECKING:
@@ -31,7 +36,10 @@ if TYPE_CHECKING:
 AT_ONCE = 8  # uploads in memory; further ones are told to come again
 HERE = ("127.0.0.1", "localhost", "::1")
 ANY = ("0.0.0.0", "::")  # every address of this machine, whose names it does not know
-FILE = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}, "required": True}
+FORM = "multipart/form-data"
+_BYTES = {"type": "string", "format": "binary"}
+_FIELDS = {"type": "object", "properties": {"file": _BYTES}, "required": ["file"]}
+FILE = {"content": {"application/octet-stream": {"schema": _BYTES}, FORM: {"schema": _FIELDS}}, "required": True}
 
 
 def application(detector: "Detector", hosts: Collection[str] | None = HERE) -> FastAPI:
@@ -62,12 +70,12 @@ def application(detector: "Detector", hosts: Collection[str] | None = HERE) -> F
             return _refused(503, "busy", "too many files at once: ask again later")
         uploads += 1
         try:
-            data = bytearray()
-            async for chunk in request.stream():
-                data += chunk
-                if len(data) > MAX_UPLOAD:
-                    return _refused(413, "file_too_large", f"more than {MAX_UPLOAD:,} bytes")
-            result = await run_in_threadpool(judge, bytes(data), rationale, frames)
+            data = await _posted(request)
+            result = await run_in_threadpool(judge, data, rationale, frames)
+        except _TooLarge:
+            return _refused(413, "file_too_large", f"more than {MAX_UPLOAD:,} bytes")
+        except MultiPartException as error:
+            return _refused(400, "bad_form", error.message)
         finally:
             uploads -= 1
         return JSONResponse(result.to_dict(), 422 if isinstance(result, Failure) else 200)
@@ -77,6 +85,33 @@ def application(detector: "Detector", hosts: Collection[str] | None = HERE) -> F
     app.add_api_route("/model", model)
     app.add_api_route("/detect", detect, methods=["POST"], openapi_extra={"requestBody": FILE})
     return app
+
+
+class _TooLarge(Exception):
+    """More was posted than is taken."""
+
+
+async def _posted(request: Request) -> bytes:
+    """The posted file. Raises _TooLarge, and MultiPartException for a form that does not hold one file."""
+
+    async def bounded() -> AsyncGenerator[bytes, None]:
+        size = 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > MAX_UPLOAD:
+                raise _TooLarge
+            yield chunk
+
+    if not request.headers.get("content-type", "").lower().startswith(FORM):
+        return b"".join([chunk async for chunk in bounded()])
+    form = await MultiPartParser(request.headers, bounded(), max_files=1).parse()
+    try:
+        files = [value for value in form.values() if isinstance(value, UploadFile)]
+        if not files:
+            raise MultiPartException("the form holds no file: curl -F file=@photo.jpg")
+        return await files[0].read()
+    finally:
+        await form.close()
 
 
 def _refused(status: int, code: str, reason: str) -> JSONResponse:

@@ -6,10 +6,7 @@ import hashlib
 import importlib
 import io
 import logging
-import os
 import re
-import sys
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
@@ -22,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError, features
 
 from x2dfd.errors import InputError
-from x2dfd.files import Json
+from x2dfd.files import Json, printed_from_c
 from x2dfd.sniffing import (
     MAX_PIXELS,
     Budget,
@@ -78,9 +75,12 @@ def pillow(notes: list[str]) -> Iterator[None]:
         except UnidentifiedImageError as error:
             raise InputError("corrupt", "the picture's header cannot be read") from error
         except Exception as error:  # a parser fed with hostile bytes raises nearly anything
-            reason = plain(f"{type(error).__name__}: {error}")
-            cut = isinstance(error, EOFError) or "truncated" in reason.lower()
-            raise InputError("truncated" if cut else "corrupt", f"decoding failed ({reason})") from error
+            said = plain(str(error))
+            if isinstance(error, EOFError) or "truncated" in said.lower():
+                raise InputError(
+                    "truncated", "the file ends before its picture does: an unfinished download?"
+                ) from error
+            raise InputError("corrupt", f"the picture's data are damaged ({said or type(error).__name__})") from error
     # too many pixels is no remark: the caller's own check refuses them
     bombs = Image.DecompressionBombWarning
     notes += [f"warning:{plain(str(w.message))}" for w in caught if not issubclass(w.category, bombs)]
@@ -94,24 +94,13 @@ _LIBTIFF = re.compile(
 
 @contextmanager
 def _libtiff_messages(notes: list[str]) -> Iterator[None]:
-    """libtiff prints on file descriptor 2 from C, and its complaints are all that tells of damage: note the first."""
-    sys.stderr.flush()
+    """libtiff's complaints are all that tells of damage: note the first."""
+    said: list[bytes] = []
     try:
-        kept = os.dup(2)
-    except OSError:  # a service without stderr
-        yield
-        return
-    with tempfile.TemporaryFile() as messages, open(kept, "wb") as stderr:
-        os.dup2(messages.fileno(), 2)
-        try:
+        with printed_from_c(_LIBTIFF, said):
             yield
-        finally:
-            os.dup2(kept, 2)
-            messages.seek(0)
-            lines = messages.read().splitlines(keepends=True)
-            ours = [line for line in lines if _LIBTIFF.match(line)]
-            stderr.writelines(line for line in lines if line not in ours)  # another thread's
-            notes += [f"warning:{plain(line.decode(errors='replace'))}" for line in ours[:1]]
+    finally:
+        notes += [f"warning:{plain(line.decode(errors='replace'))}" for line in said[:1]]
 
 
 @dataclass(eq=False)

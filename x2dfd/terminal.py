@@ -27,16 +27,18 @@ def block(result: Report | Failure) -> str:
     """What a person reads of one file."""
     name = printable(result.path or "(bytes)")
     if isinstance(result, Failure):
-        return f"{_word('ERROR', None)}  {result.code}  {name}\n" + wrapped(result.reason) + "\n"
+        return f"{_word(answer.WORDS['failed'], None)}  {result.code}  {name}\n" + wrapped(result.reason) + "\n"
     verdict = result.verdict
     number = f"p={verdict.p_fake:.2f}" if verdict.p_fake is not None else "p=none"
+    if verdict.p_fake is not None and result.model.get("mode") == "paper":
+        number += " (not calibrated)"
     decider = result.decider
     which = _which(decider, result) if decider else f"{len(result.faces)} faces"
     said = of_generator(result.provenance)
     lines = [name, wrapped(f"{LEAD} {CAVEAT}"), *map(_stated, said)] if said else []
     lines.append(f"{_word(answer.word(verdict), verdict.label)}  {number}  {which}  {name}")
     lines.append(wrapped(answer.meaning(verdict, len(result.faces))))
-    if result.rationale:
+    if result.rationale and verdict.p_fake is not None:  # else it says again why nothing was assessed
         lines.append(wrapped(f"why: {result.rationale}"))
         if verdict.label == "inconclusive":
             lines.append(wrapped(f"the text {answer.stance(verdict, result.rationale)}"))
@@ -45,7 +47,8 @@ def block(result: Report | Failure) -> str:
     if decider is not None:
         lines += [wrapped(f"contradiction: {text}") for text in decider.contradictions]
     width = max((len(evidence.expert) for evidence in result.evidence), default=0)
-    lines += [_bar(e, width) + ("  (no weight of its own)" * (e.expert in result.uncounted)) for e in result.evidence]
+    judged = result.evidence if verdict.p_fake is not None else ()
+    lines += [_bar(e, width) + ("  (no weight of its own)" * (e.expert in result.uncounted)) for e in judged]
     lines += [wrapped(f"warning: {text}") for text in result.warnings]
     lines += [_stated(s) for s in result.provenance.get("statements", ()) if s not in said]
     lines.append(wrapped(f"next: {answer.NEXT_BRIEFLY}"))
@@ -81,6 +84,11 @@ def _bar(evidence: Evidence, width: int) -> str:
 def wrapped(text: str) -> str:
     lines = [printable(line) for line in text.splitlines()]
     return "\n".join(textwrap.fill(line, 100, initial_indent="  ", subsequent_indent="  ") for line in lines if line)
+
+
+def shortened(text: str) -> str:
+    """The text in a line; JSON has it in full."""
+    return textwrap.shorten(text, 90, placeholder=" …")
 
 
 def printable(text: str) -> str:

@@ -75,7 +75,7 @@ class Verdict:
     label: Label
     p_fake: float | None  # calibrated probability; None when nothing could be assessed
     reason: str | None = None  # why inconclusive: `no_face`, `in_band`, `not_a_photograph`
-    kind: str | None = None  # of KINDS: what it would be if fake; None for "real", and where nothing tells them apart
+    kind: str | None = None  # of a fake, of KINDS; None for any other answer, and where nothing tells the kinds apart
 
     @property
     def side(self) -> str:
