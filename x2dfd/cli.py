@@ -20,7 +20,6 @@ from x2dfd.detect import load_quickly
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.model_spec import Dtype, ModelSpec
 from x2dfd.terminal import printable, wrapped
-from x2dfd.worker import isolating
 
 
 class Source(StrEnum):
@@ -204,6 +203,8 @@ def detect(
         batch_size=batch_size,
     )
     if isolate:
+        from x2dfd.worker import isolating
+
         context.with_resource(isolating())
     detecting.run(asked)
 
@@ -274,6 +275,7 @@ def serve(
 ) -> None:
     """Keep a model warm and answer over HTTP: POST a file to /detect, read /openapi.json for the rest."""
     from x2dfd.serve import serve as run
+    from x2dfd.worker import isolating
 
     detector = load_quickly(ModelSpec.parse(model), threads=threads)
     typer.echo(f"http://{host}:{port}", err=True)
