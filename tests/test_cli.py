@@ -505,8 +505,11 @@ def test_killed_run_loses_and_doubles_no_row(many: Path, tmp_path: Path, kind: s
     assert not list(tmp_path.glob("*.work*")) and not list(tmp_path.glob(".*"))
 
 
-def test_shards_together_are_the_whole(run: Run, detector: SmallDetector, photos: Path, tmp_path: Path) -> None:
-    """Several processes over one list: each file once, each process its own table; a new file moves no other."""
+def test_shards_together_are_the_whole(
+    run: Run, detector: SmallDetector, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several processes over one list: each file once, each process its own table; a new file moves no other. And a
+    table of a billion rows must be readable in parts."""
     for n in "defghij":
         shutil.copy(photos / "a.png", photos / f"{n}.png")
     manifest = tmp_path / "m.jsonl"
@@ -523,6 +526,12 @@ def test_shards_together_are_the_whole(run: Run, detector: SmallDetector, photos
     assert sorted(Path(name).stem for name in detector.judged) == list("bcdefghij")
     more = shards("abcdefghij", "u")
     assert [[n for n in part if n != "a"] for part in more] == [one, two]
+    whole = tmp_path / "whole.parquet"
+    monkeypatch.setattr("x2dfd.rows.PART", 4)
+    assert run("detect", "--manifest", manifest, "--out", whole).exit_code == 0
+    assert pq.ParquetFile(whole).num_row_groups == 3
+    parts = [row for i in (1, 2) for row in table(tmp_path / f"u.{i}-of-2.parquet")]
+    assert sorted(parts, key=lambda row: str(row["path"])) == table(whole)
 
 
 def test_manifest_streams_in_batches_and_names_what_failed(
