@@ -13,10 +13,12 @@ comma := ,
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 
-# Further options of `make bench`: --geometry llava-7b, --only cuda, --out FILE. BENCH_DATA=MANIFEST, with labels and
-# sources: peers score its pictures too, and quality is drawn against cost. GPU_ARGS=--dry: a rehearsal on a CPU.
+# Further options of `make bench`: --only cuda, --questions 100. BENCH_DATA=MANIFEST, with labels and sources: peers score
+# its pictures too, and quality is drawn against cost. BENCH_OUT: the folder of the result files, eval/results for the
+# tables. GPU_ARGS=--dry: a rehearsal on a CPU.
 BENCH_ARGS ?=
 BENCH_DATA ?=
+BENCH_OUT ?= build
 GPU_ARGS ?=
 FUZZ_ARGS ?=
 
@@ -64,8 +66,12 @@ tables-check: setup ## Fail when the README's tables differ from the result file
 	$(PY) -m eval.tables --check
 
 bench: setup fetch ## A against B, in five minutes of a quiet machine; BENCH_DATA=MANIFEST adds quality beside cost
-	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(PY) -m benchmarks.speed --rounds 3 --questions 16 --threads $(OMP_NUM_THREADS) $(BENCH_ARGS)
-	$(if $(BENCH_DATA),OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(PY) -m benchmarks.quality --data $(BENCH_DATA) --threads $(OMP_NUM_THREADS))
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(PY) -m benchmarks.speed --rounds 3 --questions 16 --threads $(OMP_NUM_THREADS) \
+		--out $(BENCH_OUT)/speed.json $(BENCH_ARGS)
+ifdef BENCH_DATA
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(PY) -m benchmarks.quality --data $(BENCH_DATA) --threads $(OMP_NUM_THREADS) \
+		--out $(BENCH_OUT)/quality.json --plot build/quality.png
+endif
 
 bench-gpu: ## The figures of a CUDA card, in eight minutes, into build/gpu; needs a venv with a torch for it
 	PYTHON=$(PY) sh benchmarks/gpu.sh $(GPU_ARGS)

@@ -207,7 +207,9 @@ def run(
         result = json.loads(out.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise X2DFDError(f"{out} is no result file ({error}): give --data", code="not_a_result") from error
-    draw(result, plot or out.with_suffix(".png"))
+    plot = plot or out.with_suffix(".png")
+    plot.parent.mkdir(parents=True, exist_ok=True)
+    draw(result, plot)
     print(json.dumps({k: result[k] for k in ("ways", "bf16_against_fp32")}, indent=1))
 
 

@@ -26,11 +26,14 @@ from x2dfd.types import Face
 BATCH = 8
 
 
-def int8_linear(weights, dtype, *names):
+def int8_linear(weights, dtype, *names, scale=1.0, inputs=1.0, then="none"):
     weight, bias = (torch.cat([weights[f"{n}.{part}"] for n in names]) for part in ("weight", "bias"))
+    weight, bias = scale * inputs * weight, scale * bias
     scales = weight.abs().amax(1).double().clamp(min=1e-8) / 127
     zeros = torch.zeros(len(scales), dtype=torch.int64)
     packed = torch.ops.quantized.linear_prepack(torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8), bias)
+    if then == "swish":
+        return lambda x: torch.nn.functional.silu(torch.ops.quantized.linear_dynamic(x, packed))
     return lambda x: torch.ops.quantized.linear_dynamic(x, packed)
 
 
