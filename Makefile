@@ -13,12 +13,17 @@ comma := ,
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 
-# Further options of `make bench`: --geometry llava-7b, --only cuda, --out FILE.
+# Further options of `make bench`: --only cuda, --questions 100. BENCH_DATA=MANIFEST, with labels and sources: peers score
+# its pictures too, and quality is drawn against cost. BENCH_OUT: the folder of the result files, eval/results for the
+# tables. GPU_ARGS=--dry: a rehearsal on a CPU.
 BENCH_ARGS ?=
+BENCH_DATA ?=
+BENCH_OUT ?= build
+GPU_ARGS ?=
 FUZZ_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fetch check test test-all test-distributed demo road tables tables-check clean-install bench fuzz clean
+.PHONY: help setup fetch check test test-all test-distributed demo road tables tables-check clean-install bench bench-gpu fuzz clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -63,8 +68,16 @@ tables-check: setup ## Fail when the README's tables differ from the result file
 clean-install: setup ## Wheel, plug-in and container's steps in an empty environment
 	$(PY) .ci/clean_install.py
 
-bench: setup fetch ## Time A against B side by side into build/speed.json; needs a quiet machine
-	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(PY) -m benchmarks.speed --threads $(OMP_NUM_THREADS) $(BENCH_ARGS)
+bench: setup fetch ## A against B, in five minutes of a quiet machine; BENCH_DATA=MANIFEST adds quality beside cost
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(PY) -m benchmarks.speed --rounds 3 --questions 16 --threads $(OMP_NUM_THREADS) \
+		--out $(BENCH_OUT)/speed.json $(BENCH_ARGS)
+ifdef BENCH_DATA
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(PY) -m benchmarks.quality --data $(BENCH_DATA) --threads $(OMP_NUM_THREADS) \
+		--out $(BENCH_OUT)/quality.json --plot build/quality.png
+endif
+
+bench-gpu: ## The figures of a CUDA card, in eight minutes, into build/gpu; needs a venv with a torch for it
+	PYTHON=$(PY) sh benchmarks/gpu.sh $(GPU_ARGS)
 
 fuzz: setup fetch ## Mutants of small files against every parser; FUZZ_ARGS='jpeg --mutants 20000 --seed 1'
 	$(PY) -m tests.fuzz --out build/fuzz $(FUZZ_ARGS)

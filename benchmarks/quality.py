@@ -1,8 +1,8 @@
 """Quality against cost, of peers side by side: `python -m benchmarks.quality --data MANIFEST`.
 
-Every way scores the same aligned crops of labelled pictures, in turns: the forensic tower as a verdict reads it, in
-fp32 and with products in bf16; a linear probe on CLIP as it is, fitted here on the other sources; and the language
-model's own number, as published. Of each: seconds a face, megabytes of weights, AUC. A table and one plot.
+Every way scores the same aligned crops of labelled pictures, in turns: the forensic tower as a verdict reads it, with
+products in fp32 and in bf16; a linear probe on CLIP as it is, fitted here on the other sources; and the recipe as
+published, the language model's own number. Without `--data` the picture is drawn from a result file that is there.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,24 +20,14 @@ from numpy.typing import NDArray
 
 from x2dfd.cli import run_command
 from x2dfd.errors import X2DFDError
-from x2dfd.files import write_text
+from x2dfd.files import Json, write_text
 from x2dfd.types import Face
 
 BATCH = 8  # faces in a call
 FOLDS = 5
+FP32, BF16, PROBE, RECIPE = "verdict, fp32", "verdict, bf16", "linear probe on CLIP", "published recipe"
 Floats = NDArray[np.float64]
 Score = Callable[[Sequence[Face]], NDArray[Any]]  # of each face: P(fake), or the features that a probe is fitted on
-
-
-@dataclass(frozen=True)
-class Way:
-    """What a way of scoring costs and gives."""
-
-    name: str
-    seconds: float  # a face, the median over batches
-    megabytes: float  # of weights as they are computed with
-    auc: float
-    n: int
 
 
 def in_turns(ways: Mapping[str, Score], faces: Sequence[Face]) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
@@ -73,8 +63,8 @@ def probe(features: NDArray[Any], fake: NDArray[np.bool_], sources: Sequence[str
     return np.asarray(chances[:, 1], float)
 
 
-def scorers(recipe: bool) -> dict[str, tuple[Score, float]]:
-    """Each way with its megabytes of weights."""
+def scorers() -> dict[str, tuple[Score, float]]:
+    """Each way, with the megabytes of its weights as they are computed with."""
     import torch
 
     import x2dfd
@@ -100,35 +90,29 @@ def scorers(recipe: bool) -> dict[str, tuple[Score, float]]:
         last = tower_states(crops_of(faces), layers)[-1]
         return torch.cat([last[:, 0], last[:, 1:].mean(1)], 1).numpy()
 
-    found: dict[str, tuple[Score, float]] = {
-        "verdict, fp32": (verdict(torch.float32), 344),
-        "verdict, bf16 products": (verdict(torch.bfloat16), 172),
-        "linear probe on CLIP": (features, 344),
+    detector = x2dfd.load(mode="paper", dtype="fp32")
+    mllm: Any = detector.mllm
+
+    def number(faces: Sequence[Face]) -> Floats:
+        look = mllm.look(np.stack([f.crop for f in faces]))
+        told = [detector.told(said) for said in detector.evidence(faces, look)]
+        asked = [prompts.verdict_question(said, detector.info.score_form) for said in told]
+        return np.asarray(1 / (1 + np.exp(-mllm.verdict_logits(look, asked))))
+
+    def megabytes(model: Any) -> float:
+        return float(sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6)
+
+    tower = megabytes(mllm._model.model.vision_tower)
+    return {
+        FP32: (verdict(torch.float32), tower),
+        BF16: (verdict(torch.bfloat16), tower / 2),
+        PROBE: (features, tower),
+        RECIPE: (number, megabytes(mllm._model)),
     }
-    if recipe:
-        detector = x2dfd.load(mode="paper")
-        mllm: Any = detector.mllm
-
-        def number(faces: Sequence[Face]) -> Floats:
-            look = mllm.look(np.stack([f.crop for f in faces]))
-            asked = [
-                prompts.verdict_question(said, detector.info.score_form) for said in detector.evidence(faces, look)
-            ]
-            return np.asarray(mllm.verdict_logits(look, asked))
-
-        weights = sum(p.numel() * p.element_size() for p in mllm._model.parameters())
-        found["language model's number"] = (number, weights / 1e6)
-    return found
 
 
-def table(ways: Sequence[Way]) -> str:
-    """As Markdown."""
-    lines = [f"| {w.name} | {w.seconds:.3f} | {w.megabytes:.0f} | {w.auc:.3f} |" for w in ways]
-    return "\n".join(["| way | seconds a face | MB of weights | AUC |", "|---|---|---|---|", *lines]) + "\n"
-
-
-def plot(ways: Sequence[Way], file: Path) -> None:
-    """Seconds a face against AUC."""
+def draw(result: Json, file: Path) -> None:
+    """Seconds a face against AUC with its interval; the larger a dot, the more megabytes of weights."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -136,32 +120,33 @@ def plot(ways: Sequence[Way], file: Path) -> None:
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for way in ways:
-        axes.scatter(way.seconds, way.auc, s=max(way.megabytes / 4, 10))
-        axes.annotate(way.name, (way.seconds, way.auc), (6, 6), textcoords="offset points", fontsize=8)
-    axes.set(xscale="log", xlabel="seconds a face", ylabel=f"AUC, {ways[0].n} pictures", title="Quality against cost")
+    for way in result["ways"]:
+        at, value, interval = way["seconds"], way["auc"]["value"], way["auc"]["interval"]
+        axes.scatter(at, value, s=max(way["megabytes"] / 4, 10))
+        if interval:
+            axes.plot([at, at], interval, color="grey", linewidth=0.8, zorder=0)
+        axes.annotate(way["name"], (at, value), (6, 6), textcoords="offset points", fontsize=8)
+    data = result["data"]
+    what = f"AUC, {data['n_fake']} fakes, {data['n_real']} photos"
+    axes.set(xscale="log", xlabel=f"seconds a face, {result['threads']} CPU threads", ylabel=what)
+    axes.set_title("Quality against cost")
     axes.grid(alpha=0.3)
+    axes.margins(x=0.25)
     figure.savefig(file, dpi=100)
 
 
-def run(
-    data: Annotated[Path, typer.Option(metavar="MANIFEST", help="Labelled pictures with their sources.")],
-    out: Annotated[Path, typer.Option(help="result file; .md and .png are written beside it")] = Path(
-        "build/quality.json"
-    ),
-    limit: Annotated[int, typer.Option(min=BATCH, help="pictures, spread evenly over the manifest")] = 300,
-    threads: Annotated[int, typer.Option(min=1)] = 2,
-    recipe: Annotated[bool, typer.Option(help="the language model's number too, which takes longest")] = True,
-) -> None:
-    """Score the same faces in every way, in turns."""
+def measure(manifest: Path, limit: int, threads: int) -> Json:
+    """Score the same faces in every way, in turns. Raises X2DFDError for pictures of one label or of one source."""
     import torch
-    from sklearn.metrics import roc_auc_score
 
+    from eval.bench import code_state
+    from eval.stats import auc_difference, measured_auc
     from x2dfd.crops import load_crops
-    from x2dfd.detector import through_codec
+    from x2dfd.detector import through_codec, versions
+    from x2dfd.manifest import manifest_sha256
 
     torch.set_num_threads(threads)
-    known = load_crops(data)
+    known = load_crops(manifest)
     rows = sorted({int(i) for i in np.linspace(0, len(known.samples) - 1, limit)})
     size = float(known.crops.shape[1])
     faces = [
@@ -169,33 +154,68 @@ def run(
         for i in rows
     ]
     faces = [replace(f, index=k) for k, f in enumerate(through_codec(faces))]
-    fake = np.array([known.samples[i].label == "fake" for i in rows])
+    samples = [known.samples[i] for i in rows]
+    fake, groups = np.array([s.label == "fake" for s in samples]), [s.group for s in samples]
     if fake.all() or not fake.any():
-        raise X2DFDError(f"{data}: real and fake pictures are needed", code="no_picture_of_label")
-    ways = scorers(recipe)
+        raise X2DFDError(f"{manifest}: real and fake pictures are needed", code="no_picture_of_label")
+    ways = scorers()
     given, seconds = in_turns({name: score for name, (score, _) in ways.items()}, faces)
-    sources = [known.samples[i].source for i in rows]
-    scores = {name: probe(v, fake, sources) if v.ndim > 1 else v for name, v in given.items()}
+    scores = {n: probe(v, fake, [s.source for s in samples]) if v.ndim > 1 else v for n, v in given.items()}
+    labels = fake.astype(np.int64)
     found = [
-        Way(
-            name,
-            round(seconds[name], 4),
-            round(size_mb, 1),
-            round(float(roc_auc_score(fake, scores[name])), 4),
-            len(rows),
-        )
-        for name, (_, size_mb) in ways.items()
+        {
+            "name": name,
+            "seconds": round(seconds[name], 4),
+            "megabytes": round(megabytes),
+            "auc": measured_auc(labels, scores[name], groups).to_json(),
+        }
+        for name, (_, megabytes) in ways.items()
     ]
-    first, second = scores["verdict, fp32"], scores["verdict, bf16 products"]
-    result = {"threads": threads, "ways": [asdict(w) for w in found]}
-    result["bf16_moves_score_by_median"] = round(float(np.median(np.abs(first - second))), 5)
-    write_text(out, json.dumps(result, indent=1) + "\n")
-    write_text(out.with_suffix(".md"), table(found))
-    plot(found, out.with_suffix(".png"))
-    print(table(found))
+    moved = np.abs(scores[BF16] - scores[FP32])
+    return {
+        "task": {"name": "quality", "version": 1},
+        "data": {"sha256": manifest_sha256(manifest), "n_fake": int(fake.sum()), "n_real": int((~fake).sum())},
+        "hashes": {"manifest": manifest_sha256(manifest)},
+        "threads": threads,
+        "ways": found,
+        "bf16_against_fp32": {
+            "auc": auc_difference(labels, scores[BF16], scores[FP32], groups).to_json(),
+            "p_median": round(float(np.median(moved)), 5),
+            "p_90": round(float(np.quantile(moved, 0.9)), 5),
+        },
+        "code": code_state(),
+        "versions": versions(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def run(
+    data: Annotated[
+        Path | None, typer.Option(metavar="MANIFEST", help="Labelled pictures with their sources; none: only draw.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="result file, written or, without --data, read")] = Path(
+        "build/quality.json"
+    ),
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="by default beside --out")] = None,
+    limit: Annotated[int, typer.Option(min=BATCH, help="pictures, spread evenly over the manifest")] = 96,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+) -> None:
+    """Score pictures in every way and draw quality against cost."""
+    if data is not None:
+        write_text(out, json.dumps(measure(data, limit, threads), indent=1) + "\n")
+    try:
+        result = json.loads(out.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise X2DFDError(f"{out} is no result file ({error}): give --data", code="not_a_result") from error
+    plot = plot or out.with_suffix(".png")
+    plot.parent.mkdir(parents=True, exist_ok=True)
+    draw(result, plot)
+    print(json.dumps({k: result[k] for k in ("ways", "bf16_against_fp32")}, indent=1))
 
 
 if __name__ == "__main__":
     run_command(
-        run, "Example:\n\n  python -m benchmarks.quality --data build/forged/manifest.jsonl --out build/quality.json"
+        run,
+        "Examples:\n\n  python -m benchmarks.quality --data build/forged/manifest.jsonl\n\n"
+        "  python -m benchmarks.quality --out eval/results/quality.json --plot docs/quality.png",
     )

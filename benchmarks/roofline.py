@@ -31,7 +31,7 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: _attention(
         q.shape, k.shape, v.shape
     ),
-    torch.ops.aten.mkldnn_linear: lambda x, weight, *_, **__: 2 * x.numel() * weight.shape[0],
+    torch.ops.mkldnn._linear_pointwise: lambda x, *_, out_val, **__: 2 * x.numel() * out_val.shape[-1],
 }
 
 

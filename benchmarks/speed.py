@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
@@ -35,7 +35,7 @@ import x2dfd
 from x2dfd import prompts
 from x2dfd.cli import run_command
 from x2dfd.errors import X2DFDError
-from x2dfd.files import write_text
+from x2dfd.files import Json, write_text
 from x2dfd.model_spec import Dtype, ModelSpec
 from x2dfd.options import Model
 from x2dfd.types import Cue, Evidence
@@ -85,6 +85,7 @@ class Case:
 
 
 Cases = dict[str, Case]
+Listed = tuple[str, Cases, int | None]  # name, ways, rounds; None for as many as asked
 
 
 @dataclass(frozen=True)
@@ -317,8 +318,8 @@ def training_step(model: Any, layers: Sequence[int], rows: int = 2, text: int = 
     return {"cached tower features": Case(cached, per=rows), "tower computed": Case(computed, per=rows)}
 
 
-def of_detector(detector: Any, threads: int) -> list[tuple[str, Cases, int | None]]:
-    """What needs the whole road: (name, ways, rounds, None for as many as asked)."""
+def of_detector(detector: Any, threads: int, tower_alone: bool) -> list[Listed]:
+    """What needs the whole road; with `tower_alone`, no more of it than the precision of the tower moves."""
     from PIL import Image, ImageEnhance
     from skimage.data import astronaut
 
@@ -354,6 +355,7 @@ def of_detector(detector: Any, threads: int) -> list[tuple[str, Cases, int | Non
             path = Path(folder, "face.jpg")
             path.write_bytes(data)
             words = ["-m", "x2dfd.cli", "detect", str(path), "--no-rationale", "--threads", str(threads)]
+            words += ["--device", detector.info.runs_on.split()[0], "--dtype", detector.info.runs_on.split()[1]]
             with subprocess.Popen(
                 [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
             ) as run:
@@ -372,101 +374,115 @@ def of_detector(detector: Any, threads: int) -> list[tuple[str, Cases, int | Non
     warm = {"verdict": Case(lambda: single(False)), "verdict and rationale": Case(lambda: single(True))}
     decode = Case(lambda: {"format": load_media(data).format}, reads=len(data) + pixels.nbytes)
     first, ended = (Case(partial(command, whole), part=lambda: single(False), reads=weights) for whole in (False, True))
-    return [
+    road: list[Listed] = [
         ("warm, one face", warm, None),
         ("detect, a picture", sizes, 2),
+        ("the command, from its start", {"to the first verdict": first, "to its end": ended}, 2),
+    ]
+    if tower_alone:
+        return road
+    return [
+        *road,
         *(
             (f"expert {name}, a face", {f"{n} at a time": expert(load_expert(name), n) for n in AT_ONCE}, None)
             for name in BUILTIN
         ),
         ("decode a JPEG", {"decode": decode}, None),
         ("find faces", {"find": Case(lambda: {"faces": len(find_faces(pixels))}, reads=pixels.nbytes)}, None),
-        ("the command, from its start", {"to the first verdict": first, "to its end": ended}, 3),
     ]  # fmt: skip
 
 
 # --- devices --------------------------------------------------------------------------------------------------------
 
 
+def of_language_model(mllm: Any, crops: NDArray[np.uint8], questions: Sequence[str], form: str) -> list[Listed]:
+    """What is asked of the language model itself."""
+    # As long, and as unlike in length, as real questions are.
+    verdict = [prompts.verdict_question(SAID[k % len(SAID)], form) for k in range(FACES)]
+    few = questions[:FEW]
+    story = f"verdict, rationale, {len(few)} cue questions, a chat turn"
+    return [
+        (f"{len(questions)} cue questions", cue_questions(mllm, crops[0], questions), 2),
+        ("verdict, a face", verdicts(mllm, crops, verdict), None),
+        (story, whole_story(mllm, crops[0], verdict[0], few), 2),
+    ]
+
+
+def embedded(
+    detector: Any, device: Any, dtype: Any, threads: int, asked: int, model: ModelSpec, tower_alone: bool
+) -> tuple[list[Listed], Any]:
+    """The comparisons of a trained model, and what a training step is timed on; None with `tower_alone`."""
+    further = of_detector(detector, threads, tower_alone)
+    if tower_alone:
+        return further, None
+    from skimage.data import astronaut
+
+    from x2dfd.adapter import EMBEDDED, read_adapter_card
+    from x2dfd.assessment import BANK, read_questions
+    from x2dfd.faces import find_faces
+    from x2dfd.loading import load_model
+
+    crop = find_faces(np.asarray(astronaut(), np.uint8))[0].crop
+    crops = np.stack([np.clip(crop.astype(np.int16) + 8 * k, 0, 255).astype(np.uint8) for k in range(FACES)])
+    questions = [q.text for q in read_questions(BANK)[:asked]]
+    card = read_adapter_card(model.adapter or EMBEDDED)
+    trained, _ = load_model(
+        model.base, tower_layers=card.tower_layers or None, text_layers=card.text_layers or None,
+        feature_layers=card.feature_layers or None,
+    )  # fmt: skip
+    mllm = getattr(detector.mllm, "whole", detector.mllm)
+    return [*of_language_model(mllm, crops, questions, detector.info.score_form), *further], trained.to(device, dtype)
+
+
 def measure(
     device: Any, precision: Dtype, threads: int, rounds: int, asked: int, geometry: Geometry, model: ModelSpec
-) -> dict[str, Any]:
-    """Every comparison on one device."""
+) -> Iterator[Json]:
+    """Every comparison on one device: the device's part of the result, again after each of them.
+
+    Of the embedded model on a CPU in bf16, the tower alone computes so: what is about the language model is left out.
+    """
     import torch
 
     from benchmarks.roofline import Rates
     from finetune.gpu import QUESTIONS, build, words_processor
     from finetune.gpu import geometry as random_geometry
-    from x2dfd.assessment import BANK, read_questions
-    from x2dfd.loading import load_model
+    from x2dfd.loading import TORCH_DTYPES
     from x2dfd.mllm import LocalMLLM
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    dtype = TORCH_DTYPES[precision]
     rates = Rates.measured(device, dtype)
-    finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    bench = Bench(rounds, rates, precision, finish)
-    rng = np.random.default_rng(0)
-    crops = rng.integers(0, 256, (FACES, 224, 224, 3), np.uint8)
-    further: list[tuple[str, Cases, int | None]] = []
-    load_seconds, weights = None, None
+    bench = Bench(rounds, rates, precision, torch.cuda.synchronize if device.type == "cuda" else lambda: None)
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
+    found: Json = {"device": f"{device.type} {precision}", "name": place}
     if geometry == "embedded":
         start = time.perf_counter()
         detector = x2dfd.load(model, threads=threads, device=str(device), dtype=precision)
-        load_seconds = round(time.perf_counter() - start, 3)
-        mllm: Any = getattr(detector.mllm, "whole", detector.mllm)
-        name, form = detector.info.name, detector.info.score_form
-        weights = {"base": detector.info.base["sha256"], "adapter": detector.info.adapter_sha256}
-        further = of_detector(detector, threads)
-        from skimage.data import astronaut
-
-        from x2dfd.adapter import EMBEDDED, read_adapter_card
-        from x2dfd.faces import find_faces
-
-        crop = find_faces(np.asarray(astronaut(), np.uint8))[0].crop
-        crops = np.stack([np.clip(crop.astype(np.int16) + 8 * k, 0, 255).astype(np.uint8) for k in range(FACES)])
-        questions = [q.text for q in read_questions(BANK)[:asked]]
-        card = read_adapter_card(model.adapter or EMBEDDED)
-        trained, _ = load_model(
-            model.base, tower_layers=card.tower_layers or None, text_layers=card.text_layers or None,
-            feature_layers=card.feature_layers or None,
-        )  # fmt: skip
-        trained = trained.to(device, dtype)
+        seconds = round(time.perf_counter() - start, 3)
+        hashes = {"base": detector.info.base["sha256"], "adapter": detector.info.adapter_sha256}
+        found |= {"model": detector.info.name, "hashes": hashes, "load_seconds": seconds}
+        tower_alone = device.type == "cpu" and precision == "bf16"
+        comparisons, trained = embedded(detector, device, dtype, threads, asked, model, tower_alone)
     else:
         settings = random_geometry(geometry == "toy")
         trained = build(settings, device, dtype, False)
         processor = words_processor(settings)
         trained.config.image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
         mllm = LocalMLLM(trained, processor, f"{geometry}, random weights")
-        name, questions, form = mllm.name, QUESTIONS[:asked], "numbers"
-    # As long, and as unlike in length, as real questions are.
-    verdict = [prompts.verdict_question(SAID[k % len(SAID)], form) for k in range(FACES)]
-    layers = trained.config.vision_feature_layer
-    comparisons = [
-        (f"{len(questions)} cue questions", cue_questions(mllm, crops[0], questions), 2),
-        ("verdict, a face", verdicts(mllm, crops, verdict), None),
-        (
-            f"verdict, rationale, {min(FEW, len(questions))} cue questions, a chat turn",
-            whole_story(mllm, crops[0], verdict[0], questions[:FEW]),
-            3,
-        ),
-        *further,
-    ]
-    found = [compare(title, ways, bench, min(r or rounds, rounds)) for title, ways, r in comparisons]
-    # Last: it wraps the model's layers.
-    step = training_step(trained, [layers] if isinstance(layers, int) else layers)
-    found.append(compare("a training step, a picture", step, bench))
+        found |= {"model": mllm.name, "hashes": None, "load_seconds": None}
+        crops = np.random.default_rng(0).integers(0, 256, (FACES, 224, 224, 3), np.uint8)
+        comparisons = of_language_model(mllm, crops, QUESTIONS[:asked], "numbers")
+    found |= {"comparisons": [], "matmul_gflop_per_s": rates.flop_per_s / 1e9, "read_gb_per_s": rates.bytes_per_s / 1e9}
+    for title, ways, r in comparisons:
+        found["comparisons"].append(compare(title, ways, bench, min(r or rounds, rounds)))
+        yield found
+    if trained is not None:  # last: it wraps the model's layers
+        layers = trained.config.vision_feature_layer
+        step = training_step(trained, [layers] if isinstance(layers, int) else layers)
+        found["comparisons"].append(compare("a training step, a picture", step, bench))
     rates = rates.better(Rates.measured(device, dtype))
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
-    return {
-        "device": f"{device.type} {precision}",
-        "name": place,
-        "model": name,
-        "hashes": weights,
-        "load_seconds": load_seconds,
-        "matmul_gflop_per_s": round(rates.flop_per_s / 1e9, 2),
-        "read_gb_per_s": round(rates.bytes_per_s / 1e9, 2),
-        "comparisons": found,
-    }
+    found["matmul_gflop_per_s"] = round(rates.flop_per_s / 1e9, 2)
+    found["read_gb_per_s"] = round(rates.bytes_per_s / 1e9, 2)
+    yield found
 
 
 def run(
@@ -487,21 +503,22 @@ def run(
     torch.set_num_threads(threads)
     load = os.getloadavg()[0]  # what else ran when it began; afterwards it is the bench's own
     devices = _devices(geometry, only, torch.cuda.is_available())
-    found = [
-        measure(torch.device(place), precision, threads, rounds, questions, geometry, ModelSpec.parse(model))
-        for place, precision in devices
-    ]
-    result: dict[str, Any] = {
-        "task": {"name": "speed", "version": 5},
+    result: Json = {
+        "task": {"name": "speed", "version": 6},
         "geometry": geometry.value,
         "threads": threads,
-        "devices": found,
+        "devices": [],
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "load_before": load, "platform": platform.machine()},
         "code": code_state(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "versions": _versions(),
     }
-    write_text(out, json.dumps(result, indent=1) + "\n")
+    for place, precision in devices:
+        done = list(result["devices"])
+        parts = measure(torch.device(place), precision, threads, rounds, questions, geometry, ModelSpec.parse(model))
+        for so_far in parts:  # a run that is cut off keeps what it measured
+            result["devices"] = [*done, so_far]
+            write_text(out, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 
@@ -511,7 +528,11 @@ def _devices(geometry: Geometry, only: Place | None, cuda: bool) -> list[tuple[s
         raise X2DFDError("llava-7b needs a CUDA device: on a CPU its weights alone are 28 GB", code="cuda_missing")
     if only is Place.cuda and not cuda:
         raise X2DFDError("there is no CUDA device here", code="cuda_missing")
+    from x2dfd.tower import quick_in_16_bits
+
     devices: list[tuple[str, Dtype]] = [] if only is Place.cuda or geometry is Geometry.llava_7b else [("cpu", "fp32")]
+    if devices and geometry is Geometry.embedded and quick_in_16_bits("cpu"):
+        devices.append(("cpu", "bf16"))
     if cuda and only is not Place.cpu:
         devices += [("cuda", "fp32")] if geometry is Geometry.embedded else []
         devices.append(("cuda", "bf16"))

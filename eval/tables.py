@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 Result = Json
 NOT_MEASURED = "Not measured."
 FEW_MARK = "‡"
-DATA_TASKS = ("detect", "describe", "experts")
+DATA_TASKS = ("detect", "describe", "experts", "quality")
 """Tasks whose results are of labelled pictures."""
 
 _BLOCK = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -233,6 +233,21 @@ def speed(name: str, result: Result, *, every: bool = False) -> Iterator[Table]:
             yield Table(title, head, rows)
 
 
+def quality(name: str, result: Result) -> Iterator[Table]:
+    """Peers that scored the same pictures in turns: seconds, weights, AUC."""
+    data, moved = result["data"], result["bf16_against_fp32"]
+    rows: list[list[Cell]] = [
+        [way["name"], way["seconds"], way["megabytes"], Measured.read(way["auc"])] for way in result["ways"]
+    ]
+    title = (
+        f"`{name}`: manifest `{data['sha256'][:12]}`, {data['n_real']} real and {data['n_fake']} fake, "
+        f"{result['threads']} CPU threads, eight faces at a time. bf16 moves P(fake) by {moved['p_median']:.4f} in the "
+        f"median and by {moved['p_90']:.4f} at most for nine faces of ten; its AUC less that of fp32: "
+        f"{shown(Measured.read(moved['auc']))}."
+    )
+    yield Table(title, ["", "s a face", "MB of weights", "AUC"], rows)
+
+
 def _spread(part: dict[str, float], form: str) -> str:
     return f"{part['median']:{form}} [{part['p10']:{form}}–{part['p90']:{form}}]"
 
@@ -274,6 +289,7 @@ TABLES: dict[str, tuple[str, Maker]] = {
     "robustness": ("experts", robustness),
     "speed": ("speed", speed),
     "speed-all": ("speed", partial(speed, every=True)),
+    "quality": ("quality", quality),
 }
 """Name of a table -> the task whose results it shows, and how. Those named `-all` show every result of the task, the
 others the one that bears the task's name."""

@@ -2,8 +2,9 @@
 
 The real geometry with random weights, which are as fast as trained ones, so that nothing is downloaded. LoRA and QLoRA,
 two row lengths, with and without checkpointing: steps and tokens a second, peak memory beside the predicted one, and
-the share of the matrix rate that the card itself was just measured at. Then verdicts and cue questions a second.
-`--tiny` runs the same code on a toy geometry, on a CPU too.
+the share of the matrix rate that the card itself was just measured at, and where the time of one step goes. Then
+verdicts and cue questions a second. The file is written as it goes: what is cut off keeps what was measured.
+`--tiny` runs the same code on a toy geometry, on a CPU too. `benchmarks/gpu.sh` runs this and the other GPU figures.
 """
 
 from __future__ import annotations
@@ -161,8 +162,31 @@ def training_rows(
             row |= {"steps_per_s": round(1 / seconds, 3), "tokens_per_s": round(config.batch * length / seconds, 1)}
             row["share_of_matmul_rate"] = round(work / seconds / rate, 3)
             row["peak_gb"] = round(torch.cuda.max_memory_allocated() / GB, 2) if device.type == "cuda" else None
+            if length == lengths[-1] and not checkpointing:
+                row["profile"] = profile(step, device)
             rows.append(row)
     return rows
+
+
+def profile(step: Callable[[], None], device: torch.device) -> Json:
+    """Where a step's time goes: the share of it in which the device computes, and the dearest kernels or operations."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as watch
+
+    cuda = device.type == "cuda"
+    start = time.perf_counter()
+    with watch(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as watched:
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    kind, clock = (DeviceType.CUDA, "self_device_time_total") if cuda else (DeviceType.CPU, "self_cpu_time_total")
+    taken = {e.key: (getattr(e, clock) / 1e3, e.count) for e in watched.key_averages() if e.device_type == kind}
+    dearest = sorted(taken, key=lambda name: taken[name], reverse=True)[:12]
+    busy = sum(ms for ms, _ in taken.values())
+    kernels = [{"name": n[:80], "ms": round(taken[n][0], 3), "calls": taken[n][1]} for n in dearest]
+    return {"step_ms": round(1e3 * seconds, 2), "busy_ms": round(busy, 2), "dearest": kernels}
 
 
 def judging(model: Any, processor: Processor, device: torch.device, rounds: int) -> dict[str, float]:
@@ -206,8 +230,9 @@ def median_seconds(call: Callable[[], object], device: torch.device, times: int)
     return float(np.median(taken[1:]))
 
 
-def measure(tiny: bool = False) -> Json:
-    """Everything, as one JSON object. Raises SetupError without a GPU, unless `tiny`."""
+def measure(tiny: bool = False, save: Callable[[Json], object] = lambda found: None) -> Json:
+    """Everything, as one JSON object, which `save` is given after each part. Raises SetupError without a GPU, unless
+    `tiny`."""
     if not tiny and not torch.cuda.is_available():
         raise SetupError(
             "no CUDA GPU here; --tiny runs the same on a toy geometry: python -m finetune.gpu --tiny",
@@ -218,29 +243,29 @@ def measure(tiny: bool = False) -> Json:
     settings = geometry(tiny)
     rate = matmul_rate(device, dtype, 256 if tiny else 8192)
     lengths = (48, 96) if tiny else (768, 1536)
-    rows: list[Json] = []
-    spoken: dict[str, float] = {}
-    for method in ("lora", "qlora"):
-        model = build(settings, device, dtype, method == "qlora")
-        if method == "lora":
-            spoken = judging(model, words_processor(settings), device, 2 if tiny else 10)
-        config = FinetuneConfig("", "", "", base="random", method=method, batch=2, bf16=device.type == "cuda")
-        config = replace(config, base_dtype=str(dtype).removeprefix("torch."))
-        rows += training_rows(model, config, shape_of(settings, config), lengths, rate, 2 if tiny else 8)
-        del model
-        gc.collect()
     card = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "task": {"name": "gpu", "version": 1},
+    found: Json = {
+        "task": {"name": "gpu", "version": 2},
         "geometry": "toy" if tiny else "LLaVA-1.5-7B, random weights",
         "device": card,
         "dtype": str(dtype).removeprefix("torch."),
         "date": datetime.now(UTC).date().isoformat(),
         "matmul_tflops": round(rate / 1e12, 3),
-        "training": rows,
-        **spoken,
+        "training": [],
         "versions": {"torch": torch.__version__, "python": platform.python_version(), "cuda": torch.version.cuda},
     }
+    for method in ("lora", "qlora"):
+        model = build(settings, device, dtype, method == "qlora")
+        if method == "lora":
+            found |= judging(model, words_processor(settings), device, 2 if tiny else 10)
+            save(found)
+        config = FinetuneConfig("", "", "", base="random", method=method, batch=2, bf16=device.type == "cuda")
+        config = replace(config, base_dtype=str(dtype).removeprefix("torch."))
+        found["training"] += training_rows(model, config, shape_of(settings, config), lengths, rate, 2 if tiny else 8)
+        save(found)
+        del model
+        gc.collect()
+    return found
 
 
 def _run(
@@ -248,8 +273,7 @@ def _run(
     tiny: Annotated[bool, typer.Option(help="a toy geometry, on a CPU too")] = False,
 ) -> None:
     """Measure training and judging with LLaVA-1.5-7B's geometry and random weights on this GPU."""
-    found = measure(tiny)
-    write_text(out, json.dumps(found, indent=1) + "\n")
+    found = measure(tiny, lambda so_far: write_text(out, json.dumps(so_far, indent=1) + "\n"))
     print(json.dumps(found, indent=1))
 
 

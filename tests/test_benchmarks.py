@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from benchmarks import quality, speed
 from benchmarks.roofline import Operations, Rates
 from benchmarks.speed import Bench, Case
+from data_gen.demo import make_pair
 from eval import tables
 from tests.raising import raises
 from x2dfd.errors import X2DFDError
@@ -151,7 +153,7 @@ def test_every_comparison_of_a_model_runs_on_a_toy(tmp_path: Path) -> None:
     assert tables.table("speed", {"speed": result}) == tables.NOT_MEASURED
 
 
-def test_ways_take_turns_and_a_probe_meets_no_source_twice(tmp_path: Path) -> None:
+def test_ways_take_turns_and_a_probe_meets_no_source_twice() -> None:
     """Bug prevented: a peer whose AUC comes from pictures of the sources that it was fitted on, or out of order."""
     faces: Any = list(range(20))
     asked: list[str] = []
@@ -174,10 +176,40 @@ def test_ways_take_turns_and_a_probe_meets_no_source_twice(tmp_path: Path) -> No
     assert chances[fake].mean() < chances[~fake].mean()
     with pytest.raises(X2DFDError):
         quality.probe(features, fake, ["s"] * 80)
-    ways = [quality.Way("a", 0.1, 344.0, 0.9, 80), quality.Way("b", 1.0, 700.0, 0.8, 80)]
-    quality.plot(ways, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 5000
-    assert quality.table(ways).splitlines()[2] == "| a | 0.100 | 344 | 0.900 |"
+
+
+def test_the_picture_is_drawn_from_a_result_file(tmp_path: Path) -> None:
+    """Bug prevented: a plot of other numbers than the table's, or one that takes the whole measurement to draw."""
+    auc = {"value": 0.9, "interval": [0.85, 0.93], "n": 80, "groups": 70, "note": ""}
+    ways = [{"name": n, "seconds": s, "megabytes": 344, "auc": auc} for n, s in (("a", 0.1), ("b", 1.0))]
+    moved = {"auc": auc | {"value": 0.001, "interval": [-0.001, 0.002]}, "p_median": 0.002, "p_90": 0.009}
+    result: Any = {"task": {"name": "quality"}, "data": {"sha256": "ab" * 32, "n_fake": 60, "n_real": 20}, "threads": 2}
+    result |= {"ways": ways, "bf16_against_fp32": moved}
+    (tmp_path / "quality.json").write_text(json.dumps(result))
+    quality.run(out=tmp_path / "quality.json")
+    assert (tmp_path / "quality.png").stat().st_size > 5000
+    page = tables.table("quality", {"quality": result})
+    assert "| a | 0.100 | 344 | 0.900 [0.850, 0.930] |" in page and "0.0020" in page
+    with raises("not_a_result", "--data"):
+        quality.run(out=tmp_path / "none.json")
+
+
+@pytest.mark.slow
+@pytest.mark.needs_base
+def test_every_way_scores_real_pictures(tmp_path: Path) -> None:
+    """Bug prevented: a benchmark that was never run, or one whose fast way says something else."""
+    real, fake = make_pair(tmp_path)
+    rows = [{"path": p.name, "label": n, "source": s, "group": f"{n}{s}{k}"}
+            for n, p in (("real", real), ("fake", fake)) for s in "st" for k in range(2)]  # fmt: skip
+    for k, row in enumerate(rows):  # a path stands in a manifest once
+        shutil.copy(tmp_path / row["path"], tmp_path / f"{k}.png")
+        row["path"] = f"{k}.png"
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    quality.run(tmp_path / "m.jsonl", tmp_path / "quality.json", limit=8, threads=1)
+    result = json.loads((tmp_path / "quality.json").read_text())
+    assert [way["name"] for way in result["ways"]] == [quality.FP32, quality.BF16, quality.PROBE, quality.RECIPE]
+    assert result["ways"][0]["auc"]["value"] == result["ways"][1]["auc"]["value"] == 1.0
+    assert 0 < result["bf16_against_fp32"]["p_median"] < 0.02
 
 
 def test_products_of_onednn_are_counted() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -28,6 +29,7 @@ from x2dfd.faces import find_faces
 from x2dfd.manifest import Sample
 from x2dfd.media import load_picture
 from x2dfd.prompts import QUESTION
+from x2dfd.tower import quick_in_16_bits
 from x2dfd.types import Report
 
 pytestmark = pytest.mark.needs_base
@@ -88,7 +90,7 @@ def test_a_verdict_imports_no_more_than_it_reads(face_photo: Path) -> None:
 
 def test_the_language_model_comes_only_for_a_text(face_photo: Path) -> None:
     """Bug prevented: seconds of loading what no verdict reads; or a text of a model that saw another tower's states."""
-    fresh = x2dfd.load()
+    fresh = x2dfd.load(dtype="fp32")
     report = fresh.detect(face_photo)
     assert report.verdict.label == "real" and report.rationale and report.faces[0].p_fake_mllm is None
     lazy: Any = fresh.mllm
@@ -98,6 +100,17 @@ def test_the_language_model_comes_only_for_a_text(face_photo: Path) -> None:
     mine = lazy.verdict_logits(lazy.look(crop), [QUESTION])
     assert lazy._loaded is not None
     assert mine == pytest.approx(lazy.whole.verdict_logits(lazy.whole.look(crop), [QUESTION]), abs=1e-3)
+
+
+def test_sixteen_bits_in_the_tower_hardly_move_a_verdict(tmp_path: Path) -> None:
+    """Bug prevented: the precision that a CPU with units for bf16 takes by itself changes answers, or is not stated."""
+    exact, short = x2dfd.load(dtype="fp32"), x2dfd.load(dtype="bf16")
+    assert [d.info.runs_on for d in (exact, short)] == ["cpu fp32", "cpu bf16"]
+    for path in make_pair(tmp_path):
+        apart = [p_fake(d.detect(path, rationale=False)) for d in (exact, short)]
+        assert apart[0] != apart[1] and apart[0] == pytest.approx(apart[1], abs=0.02)
+    if not torch.cuda.is_available():
+        assert x2dfd.load().info.runs_on == ("cpu bf16" if quick_in_16_bits("cpu") else "cpu fp32")
 
 
 @pytest.mark.slow

@@ -76,7 +76,7 @@ def tree() -> list[Path]:
 
 def test_import_is_instant_and_light() -> None:
     """Bug prevented: a module-level `import torch` makes every `x2dfd --help` take seconds."""
-    code = "import json, sys, time; t = time.perf_counter(); import x2dfd; s = time.perf_counter() - t; "
+    code = "import json, sys, time; t = time.process_time(); import x2dfd; s = time.process_time() - t; "
     code += "print(json.dumps([s, sorted({m.partition('.')[0] for m in sys.modules})]))"
     seconds = []
     for _ in range(3):
@@ -84,7 +84,7 @@ def test_import_is_instant_and_light() -> None:
         took, modules = json.loads(run.stdout)
         seconds.append(took)
         assert HEAVY.isdisjoint(modules), f"import x2dfd loads {sorted(HEAVY.intersection(modules))}"
-    assert min(seconds) < 0.3  # the others may have waited for a busy core
+    assert min(seconds) < 0.15  # of CPU, which a busy machine hardly moves; 0.05 were measured
 
 
 def test_torchvision_comes_only_where_it_is_asked_for() -> None:
@@ -102,6 +102,7 @@ def test_torchvision_comes_only_where_it_is_asked_for() -> None:
 
 KNOWN_EXCEPTIONS = {
     ("app/__main__.py", "data_gen"): "offers the demo's two pictures, which the forge makes",
+    ("benchmarks/quality.py", "eval"): "intervals, and the origin of its result file, are those of the bench",
     ("benchmarks/speed.py", "eval"): "its result file states its origin as those of the bench do",
 }
 """Imports that the table of rooms does not allow, each with the reason why it is there all the same."""

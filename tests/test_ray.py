@@ -162,13 +162,9 @@ def test_two_actors_of_which_one_is_killed_write_the_rows_of_the_local_runner(
         words = ["detect", photos.name, "--model", f"hub:{base.name}", "--threads", "1", "--no-rationale"]
         done = CliRunner().invoke(cli.app, [*words, "--out", str(out), "--batch-size", "2", *more])
         assert done.exit_code == 0, done.output
-        tables[name] = [json.loads(line) for line in out.read_text().splitlines()]
+        tables[name] = out.read_bytes()
     assert killed.exists()
-    for row in tables["local"] + tables["ray"]:
-        if row["report"]:
-            row["report"].pop("timings")
-            row["p_fake"] = row["report"]["verdict"]["p_fake"]
-    assert tables["ray"] == tables["local"] and len(tables["ray"]) == 5
+    assert tables["ray"] == tables["local"] and tables["ray"].count(b"\n") == 5
     with pytest.raises(SetupError):
         made(ModelSpec(base=str(tmp_path / "nowhere")), {"experts": []}, 1)
 

@@ -212,7 +212,7 @@ def test_a_batch_goes_on_past_a_file_that_ends_its_decoder(tmp_path: Path, monke
     model: Any = SimpleNamespace(batch=8)  # not asked: the pictures have no faces
     detector = Detector(model, [], None, ModelInfo("none", {"name": "none"}), "paper")
     monkeypatch.setattr(x2dfd, "load", lambda *_, **__: detector)
-    monkeypatch.setattr(cli, "isolating", lambda: isolating(8.0))
+    monkeypatch.setattr(worker, "isolating", lambda: isolating(8.0))
     page = tmp_path / "page.html"
     done = CliRunner().invoke(
         cli.app, ["detect", "--isolate", "--json", "--report", str(page), *map(str, paths)], catch_exceptions=False

@@ -21,7 +21,6 @@ from x2dfd.detect import load_quickly
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.model_spec import Dtype, ModelSpec
 from x2dfd.terminal import printable, shortened, wrapped
-from x2dfd.worker import isolating
 
 
 class Source(StrEnum):
@@ -215,6 +214,8 @@ def detect(
         batch_size=batch_size,
     )
     if isolate:
+        from x2dfd.worker import isolating
+
         context.with_resource(isolating())
     detecting.run(asked)
 
@@ -287,6 +288,7 @@ def serve(
     """Keep a model warm and answer over HTTP: POST a file or a form to /detect; /openapi.json describes the rest."""
     from x2dfd.serve import listening
     from x2dfd.serve import serve as run
+    from x2dfd.worker import isolating
 
     with listening(host, port) as there:
         detector = load_quickly(ModelSpec.parse(model), threads=threads)

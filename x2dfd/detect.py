@@ -179,12 +179,12 @@ def run(asked: Run) -> None:
 
 def _opened(asked: Run) -> tuple[Many, int, Rows | None]:
     """What judges, how many files it is given at a time, and the table."""
-    from x2dfd.rows import Rows
-    from x2dfd.stores import detect_places
-
     window = BATCHES * asked.batch_size
     if asked.out is None and asked.absent and all(path in asked.absent for path in asked.paths):
         return partial(_rows_of, asked.absent), window, None
+    from x2dfd.rows import Rows
+    from x2dfd.stores import detect_places
+
     if asked.actors is not None:
         from x2dfd.ray_engine import RayDetector
 

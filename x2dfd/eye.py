@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ Layer = Callable[[Tensor], Tensor]
 class Eye:
     """CLIP's vision tower (Radford et al., arXiv 2103.00020) for inference on a CPU.
 
-    In fp32 its products are oneDNN's: those of MKL, which torch takes otherwise, are half as quick on AMD's processors.
+    Its products are oneDNN's: those of MKL, which torch takes in fp32 otherwise, are half as quick on AMD's processors.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], layers: int, heads: int, dtype: torch.dtype) -> None:
@@ -40,15 +41,17 @@ class Eye:
 
 def _layer(weights: Mapping[str, Tensor], name: str, heads: int, dtype: torch.dtype) -> Layer:
     asked = _linear(weights, dtype, *(f"{name}.self_attn.{k}_proj" for k in "qkv"))
-    out, wide, back = (_linear(weights, dtype, f"{name}.{k}") for k in ("self_attn.out_proj", "mlp.fc1", "mlp.fc2"))
+    out = _linear(weights, dtype, f"{name}.self_attn.out_proj")
+    # CLIP's activation is x * sigmoid(1.702 x), that is swish(1.702 x) / 1.702, and oneDNN has swish.
+    wide = _linear(weights, dtype, f"{name}.mlp.fc1", scale=1.702, then="swish")
+    back = _linear(weights, dtype, f"{name}.mlp.fc2", inputs=1 / 1.702)
     before, between = _norm(weights, f"{name}.layer_norm1"), _norm(weights, f"{name}.layer_norm2")
 
     def run(x: Tensor) -> Tensor:
         n, tokens, width = x.shape
         q, k, v = asked(before(x)).view(n, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
         x = x + out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width))
-        h = wide(between(x))
-        return x + back(h * torch.sigmoid(1.702 * h))
+        return x + back(wide(between(x)))
 
     return run
 
@@ -58,16 +61,20 @@ def _norm(weights: Mapping[str, Tensor], name: str) -> Layer:
     return lambda x: F.layer_norm(x, weight.shape, weight, bias)
 
 
-def _linear(weights: Mapping[str, Tensor], dtype: torch.dtype, *names: str) -> Layer:
-    """Linear layers side by side; their results in `dtype`."""
-    weight, bias = (torch.cat([weights[f"{n}.{part}"] for n in names]) for part in ("weight", "bias"))
-    if dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        weight, bias = weight.to(dtype), bias.to(dtype)
-        return lambda x: F.linear(x.to(dtype), weight, bias)
-    packed, added = weight.to_mkldnn(), bias.to_mkldnn()
-
-    def run(x: Tensor) -> Tensor:
-        made: Tensor = torch.ops.aten.mkldnn_linear(x.to_mkldnn(), packed, added).to_dense()
-        return made
-
-    return run
+def _linear(
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    *names: str,
+    scale: float = 1.0,
+    inputs: float = 1.0,
+    then: Literal["none", "swish"] = "none",
+) -> Layer:
+    """Linear layers side by side, of `inputs` times what comes in, `scale` times their results; these in `dtype`."""
+    weight, bias = (torch.cat([weights[f"{n}.{part}"] for n in names]).mul_(scale) for part in ("weight", "bias"))
+    weight, bias = weight.mul_(inputs).to(dtype), bias.to(dtype)
+    one_dnn = torch.backends.mkldnn.is_available()
+    if one_dnn and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight)  # laid out once as oneDNN's products want it
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, bias, then, [], "")
+    act: Layer = F.silu if then == "swish" else lambda x: x
+    return lambda x: act(F.linear(x.to(dtype), weight, bias))

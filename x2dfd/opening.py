@@ -33,6 +33,7 @@ from x2dfd.fetch import BASE_NAME
 from x2dfd.loading import TORCH_DTYPES, base_identity, checkpoint_dtype, choose_device, load_model, reading
 from x2dfd.mllm import LanguageModel, LocalMLLM
 from x2dfd.model_spec import Bits, Dtype, Mode, ModelSpec
+from x2dfd.tower import quick_in_16_bits
 from x2dfd.tower_first import tower_decides, tower_first
 from x2dfd.types import ModelInfo
 from x2dfd.validation import Validation
@@ -57,7 +58,8 @@ def load(
     paper for a model without an adapter. `experts`: some of those that the adapter was trained or calibrated with, or,
     with mode="paper", any; `other_experts`: also other weights than those, as calibration does. `device` and `dtype` of
     a local language model (cpu, cuda, cuda:1 ...; fp32, bf16, fp16): by default a CUDA device with bf16 where there is
-    one, else the CPU, with fp32 but for a base in 16 bits; experts stay on the CPU. `device_map`: spreads a large model
+    one, else the CPU, with fp32 but for a base in 16 bits; experts stay on the CPU. The embedded model on a CPU takes
+    bf16 for its tower alone, by default where the CPU has units for it. `device_map`: spreads a large model
     over devices, as in transformers ("auto"); `bits`: reads its weights in 4 or 8 bits (bitsandbytes). Raises
     SetupError with what mends it.
     """
@@ -91,12 +93,15 @@ def load(
         if folder and card and card.weights == WHOLE:
             base = str(folder / WHOLE)
         place, precision = choose_device(device, dtype, base)
-        local = partial(_local, base, folder, card, place, precision, device_map, bits)
+        local = partial(_local, base, folder, card, place)
         plain = spec.base is None and place.type == "cpu" and not bits and device_map is None
         if folder and card and plain and tower_decides(card, calibration, mode):
-            mllm, identity, asked_with = tower_first(folder, card, precision, lambda: local()[0])
+            if dtype is None and quick_in_16_bits("cpu"):
+                precision = "bf16"
+            # Of the tower alone: of the language model, whose texts are a token at a time, products are not the cost.
+            mllm, identity, asked_with = tower_first(folder, card, precision, lambda: local("fp32", None, None)[0])
         else:
-            mllm, identity, asked_with = local()
+            mllm, identity, asked_with = local(precision, device_map, bits)
         runs_on = f"{place.type} {precision}" + (f", {bits}-bit weights" if bits else "")
         info = replace(_info(card, identity, asked_with), runs_on=runs_on)
     loaded = _experts(folder, card, calibration, mode, experts, other_experts)

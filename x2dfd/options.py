@@ -26,7 +26,10 @@ Device = Annotated[
     typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; by default CUDA, where there is one."),
 ]
 DtypeOption = Annotated[
-    Dtype | None, typer.Option("--dtype", help="Of the MLLM; by default bf16 on CUDA and fp32 on a CPU.")
+    Dtype | None,
+    typer.Option(
+        "--dtype", help="Of the MLLM; by default bf16 on CUDA, fp32 on a CPU, whose units for bf16 the tower takes."
+    ),
 ]
 BitsOption = Annotated[
     Literal["4", "8"] | None, typer.Option("--bits", help="Read a large MLLM's weights in so many bits (bitsandbytes).")
