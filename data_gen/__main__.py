@@ -96,6 +96,7 @@ def build(
         str | None,
         typer.Option(help="as another stack trains on it too, with its pictures: llava, sharegpt, messages"),
     ] = None,
+    crop_size: Annotated[int, typer.Option(help="side of these pictures: 336 for LLaVA-1.5", min=224, max=1024)] = 224,
     seed: int = 0,
 ) -> None:
     """Instruction data from the forgeries' truth, the ranking and the experts' scores."""
@@ -117,6 +118,7 @@ def build(
         explanations=explanations,
         limit=limit,
         format=format,
+        crop_size=crop_size,
         seed=seed,
     )
     print(run_build(config, out))

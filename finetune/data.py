@@ -204,7 +204,7 @@ class Rows(Dataset[Json]):
         return {"prefix": prefix, "conversations": conversations}
 
     def _prefix(self, row: int) -> dict[str, Tensor]:
-        return prefix_inputs(self._processor, seen_view(self._data.crops[row], self._seed, row)[None], self._after)
+        return prefix_inputs(self._processor, seen_view(self._data.views[row], self._seed, row)[None], self._after)
 
 
 def can_pack(model: Any, prefix: dict[str, Tensor]) -> bool:
@@ -246,7 +246,7 @@ def cache_tower(
                 "under ZeRO-3 the tower is in pieces: fill cached_features in a run without it first",
                 code="zero3_unsupported",
             )
-        view = Image.fromarray(seen_view(data.crops[int(rows[at])], seed, int(rows[at])))
+        view = Image.fromarray(seen_view(data.views[int(rows[at])], seed, int(rows[at])))
         pixels = processor.image_processor(view, return_tensors="pt")["pixel_values"].to(here)
         states = tower(pixels, output_hidden_states=True).hidden_states
         found = torch.cat([states[k][:, int(class_token) :] for k in layers])  # [layers, patches, hidden]

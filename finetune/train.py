@@ -33,9 +33,9 @@ from x2dfd.adapter import WEIGHTS, WHOLE, AdapterCard, lora_b_sum, probe_logits,
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.errors import X2DFDError, first_line
 from x2dfd.experts import card_of
-from x2dfd.faces import PREPROCESSING
+from x2dfd.faces import CROP_SIZE, preprocessing
 from x2dfd.files import Json, file_sha256, whole, write_text
-from x2dfd.loading import base_identity
+from x2dfd.loading import base_identity, crop_size_of
 from x2dfd.model_spec import ModelSpec
 from x2dfd.opening import load
 from x2dfd.prompts import Processor
@@ -174,9 +174,10 @@ def train(config: FinetuneConfig) -> Path:
     work = out / "checkpoints"
     arguments = _arguments(config, work)  # before the model: under ZeRO-3 it is loaded in pieces
     record = _record(config)
-    with arguments.main_process_first(local=False):  # the first makes the files, the others read them
-        data = [load_crops(manifest) for _, manifest, _ in config.sets]
     model, processor = open_base(config)
+    config = replace(config, crop_size=config.crop_size or crop_size_of(processor))
+    with arguments.main_process_first(local=False):  # the first makes the files, the others read them
+        data = [load_crops(manifest, side=config.crop_size or CROP_SIZE) for _, manifest, _ in config.sets]
     if config.cue_weight != 1 and not processor.tokenizer.is_fast:
         raise X2DFDError(
             "cue_weight wants a tokenizer that knows where its tokens stand in a text: take cue_weight: 1",
@@ -212,7 +213,7 @@ def train(config: FinetuneConfig) -> Path:
     del trainer, tuned, model, state, features, learnt, asked
     unset_hf_deepspeed_config()  # the other processes have gone: what is loaded now is this one's alone
     loaded = load(ModelSpec(base=config.base, adapter=out), mode="paper", experts=(), device="cpu")
-    write_adapter_card(out, replace(card, probes=probe_logits(loaded.mllm)))
+    write_adapter_card(out, replace(card, probes=probe_logits(loaded.mllm, card.crop_size)))
     return out
 
 
@@ -388,6 +389,7 @@ def _features(config: FinetuneConfig, model: Any, processor: Processor, data: Cr
         fit_projector(model, torch.from_numpy(features.patches(places[:: max(1, len(places) // 64)], layers)))
     else:
         key = {"base": base_identity(config.base), "manifest": file_sha256(config.sets[0][1])}
+        key["crop_size"] = config.crop_size
         features = cache_tower(model, processor, data, rows, folder, key, config.view_seed)
     model.model.vision_tower = CachedTower(layers, model.config.vision_feature_select_strategy == "default")
     return features
@@ -497,7 +499,8 @@ def _card(
         source="trained by this project: python -m finetune",
         licence=config.licence,
         sha256=base_identity(out / WHOLE)["sha256"] if full else file_sha256(out / WEIGHTS),
-        preprocessing=PREPROCESSING,
+        preprocessing=preprocessing(config.crop_size or CROP_SIZE),
+        crop_size=config.crop_size or CROP_SIZE,
         paper="X2-DFD, arXiv 2410.06126",
         blind_spot=config.blind_spot,
         weights=WHOLE if full else WEIGHTS,
