@@ -33,6 +33,10 @@ from x2dfd.prompts import Processor
 from x2dfd.tower import VIEWS, CachedArray, TowerFeatures, seen_view
 
 IGNORE = -100
+TALK = "talk"
+"""Task of a conversation that is a row of its own (finetune.talks), and the key of its item."""
+PARTS = "parts"
+"""The key of a batch that is several, each of which goes through the model by itself."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ def read_records(
     with instructions.open(encoding="utf-8") as stream:
         for line in stream:
             record = json.loads(line)
-            if record["split"] == split and record["row"] in known:
+            if record["split"] == split and record.get("row") in known:
                 by_row.setdefault(record["row"], []).append(record)
     if not by_row:
         raise X2DFDError(
@@ -278,7 +282,11 @@ class Collate:
     positions: Tensor | None = None
     marks_answers: bool = False
 
-    def __call__(self, items: Sequence[Json]) -> dict[str, Tensor]:
+    def __call__(self, items: Sequence[Json]) -> Json:
+        """Of talk the batch is PARTS: its pictures are as many as there are, and padding would not be seen through."""
+        if talks := [i[TALK] for i in items if TALK in i]:
+            rows = [i for i in items if TALK not in i]
+            return {PARTS: [*talks, *([self(rows)] if rows else [])]}
         prefix = {k: torch.cat([i["prefix"][k] for i in items]) for k in items[0]["prefix"]}
         n, p = prefix["input_ids"].shape
         said = [[t for c in i["conversations"] for t in c.tokens] for i in items]

@@ -128,7 +128,7 @@ def _open(source: Source, frames: int, keep: Callable[[Frame], Frame]) -> Pictur
 
 @isolated
 def ready(source: Source, frames: int, side: int = CROP_SIZE, on_progress: Told | None = None) -> Ready:
-    """`side`: of the crop that the MLLM sees. Raises InputError, whatever the file makes a library raise; see `errors.one_file`."""
+    """`side`: of the MLLM's crop. Raises InputError, whatever the file makes a library raise; see `errors.one_file`."""
     search = Search(on_progress, side)
     start = time.perf_counter()
     media = _open(source, frames, search.frame)

@@ -30,7 +30,15 @@ from x2dfd.detector import Detector
 from x2dfd.errors import SetupError
 from x2dfd.experts import DEFAULT, Expert, load_expert
 from x2dfd.fetch import BASE_NAME
-from x2dfd.loading import TORCH_DTYPES, base_identity, checkpoint_dtype, choose_device, crop_size_of, load_model, reading
+from x2dfd.loading import (
+    TORCH_DTYPES,
+    base_identity,
+    checkpoint_dtype,
+    choose_device,
+    crop_size_of,
+    load_model,
+    reading,
+)
 from x2dfd.mllm import LanguageModel, LocalMLLM
 from x2dfd.model_spec import Bits, Dtype, Mode, ModelSpec
 from x2dfd.tower_first import tower_decides, tower_first
@@ -163,7 +171,12 @@ def _served(spec: ModelSpec, folder: Path | None, card: AdapterCard | None) -> t
 
     if folder and card:
         check_contents(folder, card)
-    mllm = ServedMLLM(str(spec.url), str(spec.name), continues=True if card else None)
+    mllm = ServedMLLM(
+        str(spec.url),
+        str(spec.name),
+        continues=True if card else None,
+        requests_per_minute=spec.requests_per_minute,
+    )
     if card and card.probes:  # an engine rounds and resizes otherwise; another model or prompt moves them further
         check_probes(card, probe_logits(mllm, card.crop_size), 1.0)
     identity = card.base if card else {"name": mllm.name, "sha256": ""}

@@ -221,7 +221,9 @@ def run_assess(
     options: LoadOptions = {**(loading or {}), "experts": [], "mode": "paper"}
     detector = x2dfd.load(model, **options)
     crops = load_crops(data, workers=min(4, os.cpu_count() or 1), side=detector.info.crop_size)
-    a = assess(detector.mllm, crops, asked, out, limit=limit, split=split, seed=seed, manifest_hash=manifest_sha256(data))
+    a = assess(
+        detector.mllm, crops, asked, out, limit=limit, split=split, seed=seed, manifest_hash=manifest_sha256(data)
+    )
     if not chart(a, out / "assessment.png"):
         print("no chart: matplotlib is not installed (pip install -e '.[bench]')", file=sys.stderr)
     print(table(a).split("\n## ", 1)[0].strip())
