@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,16 +12,29 @@ import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
-from tests import tiny
+import x2dfd
+from data_gen.build import BuildConfig, build
+from finetune.config import FinetuneConfig
+from finetune.train import train
+from tests import families, tiny
 from tests.raising import raises
-from x2dfd.adapter import WHOLE, AdapterCard, check_contents
-from x2dfd.calibrate import face_of
+from x2dfd.adapter import WHOLE, AdapterCard, check_contents, read_adapter_card
+from x2dfd.assessment import CueQuestion, run_assess
+from x2dfd.calibrate import calibrate, face_of
 from x2dfd.crops import load_crops
 from x2dfd.detector import through_codec
+from x2dfd.experts import BUILTIN
 from x2dfd.faces import CROP_SIZE, PREPROCESSING, find_faces, preprocessing
 from x2dfd.loading import crop_size_of
+from x2dfd.mllm import LocalMLLM, Look
 from x2dfd.tower import seen_view, view_face
+
+ASKED = [
+    CueQuestion(f"Is there {what}? Answer Yes or No.", "jaw", artifact, "bank")
+    for what, artifact in (("a seam", "blending"), ("blur", "blur"))
+]
 
 
 def test_a_larger_crop_is_of_the_same_face_and_has_more_of_it(astronaut: NDArray[np.uint8]) -> None:
@@ -71,3 +85,39 @@ def test_crop_size_is_part_of_what_an_adapter_is_checked_for(tmp_path: Path) -> 
 def test_the_image_processor_says_what_a_model_takes(crop_size: Any, size: Any, side: int) -> None:
     processor = SimpleNamespace(image_processor=SimpleNamespace(crop_size=crop_size, size=size))
     assert crop_size_of(cast(Any, processor)) == side
+
+
+@pytest.mark.slow
+def test_the_whole_road_of_another_family(
+    tmp_path: Path, astronaut: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Assess, build, train, calibrate and detect have to show a model the same crops, and a calibration that was fitted
+    on others holds for none."""
+    monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
+    families.write_model(tmp_path / "base", "Qwen3-VL")
+    manifest = tiny.write_small_manifest(tmp_path / "data", astronaut)
+    plain, sides = LocalMLLM.look, set[int]()
+
+    def look(self: LocalMLLM, crops: NDArray[np.uint8]) -> Look:
+        sides.add(crops.shape[1])
+        return plain(self, crops)
+
+    monkeypatch.setattr(LocalMLLM, "look", look)
+    base = f"hub:{tmp_path / 'base'}"
+    (tmp_path / "asked.json").write_text(json.dumps({"questions": [asdict(q) for q in ASKED]}))
+    run_assess(manifest, tmp_path / "mfa", tmp_path / "asked.json", limit=2, model=base)
+    made = BuildConfig(str(manifest), str(tmp_path / "mfa" / "assessment.json"), (tiny.EXPERT,), follow_ups=0)
+    config = FinetuneConfig(
+        str(build(made, tmp_path / "set")), str(manifest), str(tmp_path / "out"), base=str(tmp_path / "base"),
+        lora_r=4, lr=1e-2, accumulate=1, batch=8, max_steps=1,
+    )  # fmt: skip
+    card = read_adapter_card(train(config))
+    assert card.crop_size == 448 and card.preprocessing == preprocessing(448) and len(card.probes) == 3
+    spec = f"{base}+{config.out}"
+    fitted = calibrate(spec, [manifest], split="train")
+    assert set(fitted.weights) == {"mllm", tiny.EXPERT}
+    detector = x2dfd.load(spec)
+    report = detector.detect(Image.fromarray(astronaut), rationale=False)
+    assert detector.mode == "calibrated" and report.model["crop_size"] == 448
+    assert report.verdict.p_fake is not None and report.faces[0].evidence[0].score is not None
+    assert sides == {448}
