@@ -55,7 +55,9 @@ def adopt(path: Path, out: Path, *, pictures: Path | None = None, experts: str =
         for k, (image, about) in enumerate(said.items())
     ]
     out.mkdir(parents=True, exist_ok=True)
-    write_manifest(out / "manifest.jsonl", samples)
+    write_text(out / "manifest.jsonl", "")
+    if samples:
+        write_manifest(out / "manifest.jsonl", samples)
     data = load_crops(out / "manifest.jsonl") if samples else None
     of_faces = {image: _has_face(image) for talk in talks for image in talk["images"]}
     made: list[Record] = [talk for talk in talks if all(of_faces[image] for image in talk["images"])]
@@ -76,7 +78,8 @@ def adopt(path: Path, out: Path, *, pictures: Path | None = None, experts: str =
 
 def _talk(record: Record, turns: list[dict[str, str]]) -> list[Record]:
     """A record an answer of a conversation that is not about one picture from its first question on."""
-    images, made = [os.path.realpath(image) for image in record["images"]], []
+    images = [os.path.realpath(image) for image in record["images"]]
+    made: list[Record] = []
     for k, end in enumerate(range(2, len(turns) + 1, 2)):
         seen = sum(turn["value"].count(MARK) for turn in turns[:end])
         named = {"id": f"{record['id']}/{k}", "task": "talk", "split": "train", "images": images[:seen]}

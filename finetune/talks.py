@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -100,7 +99,7 @@ def talk_inputs(
             "this tokenizer joins prompt and answer in one token, or the answer is empty; it cannot be masked",
             code="tokenizer_joins_answer",
         )
-    images: Any = [[Image.fromarray(picture) for picture in pictures]] if pictures else None
+    images = [[Image.fromarray(picture) for picture in pictures]] if pictures else None
     found: dict[str, Tensor] = dict(
         processor(text=[texts[1]], images=images, return_tensors="pt", add_special_tokens=add)
     )

@@ -109,7 +109,7 @@ def test_the_whole_road_of_another_family(
     made = BuildConfig(str(manifest), str(tmp_path / "mfa" / "assessment.json"), (tiny.EXPERT,), follow_ups=0)
     config = FinetuneConfig(
         str(build(made, tmp_path / "set")), str(manifest), str(tmp_path / "out"), base=str(tmp_path / "base"),
-        lora_r=4, lr=1e-2, accumulate=1, batch=8, max_steps=1,
+        lora_r=4, lr=1e-2, accumulate=1, batch=8, max_steps=2,
     )  # fmt: skip
     card = read_adapter_card(train(config))
     assert card.crop_size == 448 and card.preprocessing == preprocessing(448) and len(card.probes) == 3

@@ -25,7 +25,7 @@ from data_gen.build import BuildConfig, build
 from finetune import train as training
 from finetune.config import FinetuneConfig
 from finetune.data import Collate, Rows, read_records
-from finetune.models import open_base, part_name, tune
+from finetune.models import open_base, tune
 from finetune.split import split
 from tests import families, tiny
 from tests.raising import raises
@@ -361,24 +361,6 @@ def test_bits(kind: Kind, crops: NDArray[np.uint8]) -> None:
         assert np.allclose(got, want, atol=near)
         small = [n for n, m in mllm._model.named_modules() if isinstance(m, quantised)]
         assert small and all("layers" in n and "vision" not in n and "visual" not in n for n in small)
-
-
-@some_families
-def test_device_map(kind: Kind, crops: NDArray[np.uint8], tmp_path: Path) -> None:
-    """Language layers elsewhere than tower and head, as they are where one card does not hold them all."""
-    text = part_name(kind.model, kind.model.get_decoder())
-    places: dict[str, str] = dict.fromkeys([f"{text}.layers.1", f"{text}.norm"], "disk")
-    for name, _ in kind.model.named_parameters():
-        if not name.startswith(tuple(places)):
-            places[name.rpartition(".")[0] if f"{text}.layers" not in name else f"{text}.layers.0"] = "cpu"
-    spread, processor = load_model(kind.folder, device_map=places, offload_folder=str(tmp_path))
-    assert {p.device.type for p in spread.parameters()} == {"cpu", "meta"}
-    mllm = LocalMLLM(spread, processor, "spread")
-    for ask in (lambda m: m.verdict_logits(m.look(crops), QUESTIONS), lambda m: m.yes_no(crops[0], CUES).p_yes):
-        assert np.allclose(ask(mllm), ask(kind.mllm), atol=1e-4)
-    look, starts = [m.look(crops[:1]) for m in (mllm, kind.mllm)], [prompts.rationale_start("fake")]
-    texts = [m.write(k, QUESTIONS[:1], starts, max_new_tokens=4) for m, k in zip((mllm, kind.mllm), look, strict=True)]
-    assert texts[0] == texts[1]
 
 
 @some_families

@@ -114,7 +114,8 @@ def crop_size_of(processor: Processor) -> int:
     up from few pixels in most pictures.
     """
     said = processor.image_processor.crop_size or processor.image_processor.size
-    return min(max(said.get("height") or LARGEST_CROP, CROP_SIZE), LARGEST_CROP)
+    side: int = said.get("height") or LARGEST_CROP
+    return min(max(side, CROP_SIZE), LARGEST_CROP)
 
 
 def put_together(stock: Any, parts: Sequence[Any], settings: Json) -> Processor:
