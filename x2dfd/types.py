@@ -171,11 +171,9 @@ class ModelInfo:
     validation_sha256: str | None = None
 
     def to_dict(self) -> Json:
-        """As `Report.model` holds it."""
-        said = asdict(self)
-        return {
-            k: v for k, v in said.items() if v is not None or k not in ("aliases", "runs_on", "served", "asked_with")
-        }
+        """As `Report.model` holds it; without a crop size that is the usual one, which older reports do not state."""
+        unsaid: Json = dict.fromkeys(("aliases", "runs_on", "served", "asked_with")) | {"crop_size": 224}
+        return {k: v for k, v in asdict(self).items() if k not in unsaid or v != unsaid[k]}
 
 
 @dataclass(frozen=True)
