@@ -34,6 +34,7 @@ COLUMNS = {
     "test_full": "full, reload",
     "test_split": "served split",
     "test_bits": "4 and 8 bits",
+    "test_device_map": "parts elsewhere",
     "test_sixteen_bits": "16 bits",
 }
 BLOCK = re.compile(r"(<!-- families -->\n).*?(<!-- /families -->)", re.DOTALL)

@@ -25,7 +25,7 @@ from data_gen.build import BuildConfig, build
 from finetune import train as training
 from finetune.config import FinetuneConfig
 from finetune.data import Collate, Rows, read_records
-from finetune.models import open_base, tune
+from finetune.models import open_base, part_name, tune
 from finetune.split import split
 from tests import families, tiny
 from tests.raising import raises
@@ -361,6 +361,26 @@ def test_bits(kind: Kind, crops: NDArray[np.uint8]) -> None:
         assert np.allclose(got, want, atol=near)
         small = [n for n, m in mllm._model.named_modules() if isinstance(m, quantised)]
         assert small and all("layers" in n and "vision" not in n and "visual" not in n for n in small)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ("LLaVA-1.5", "Qwen3-VL"), indirect=True, scope="module")
+def test_device_map(kind: Kind, crops: NDArray[np.uint8], tmp_path: Path) -> None:
+    """Language layers elsewhere than tower and head, as they are where one card does not hold them all."""
+    from accelerate import dispatch_model
+
+    model, processor = load_model(kind.folder)
+    text = part_name(model, model.get_decoder())
+    away = (f"{text}.layers.1", f"{text}.norm")
+    places = dict.fromkeys(away, "disk")
+    for name in (n for n, _ in model.named_parameters() if not n.startswith(away)):
+        places[f"{text}.layers.0" if f"{text}.layers" in name else name.rpartition(".")[0]] = "cpu"
+    spread = dispatch_model(model, cast(Any, places), main_device=cast(Any, "cpu"), offload_dir=str(tmp_path))
+    assert {p.device.type for p in spread.parameters()} == {"cpu", "meta"}
+    mllm = LocalMLLM(spread, processor, "spread")
+    got, want = (m.verdict_logits(m.look(crops), QUESTIONS) for m in (mllm, kind.mllm))
+    assert np.allclose(got, want, atol=1e-4)
+    assert np.allclose(mllm.yes_no(crops[0], CUES).p_yes, kind.mllm.yes_no(crops[0], CUES).p_yes, atol=1e-4)
 
 
 @some_families
