@@ -103,6 +103,7 @@ def build(
             help="also write it, with its pictures, in the format of another stack: llava, sharegpt, messages"
         ),
     ] = None,
+    crop_size: Annotated[int, typer.Option(help="side of these pictures: 336 for LLaVA-1.5", min=224, max=1024)] = 224,
     seed: Seed = 0,
 ) -> None:
     """Instruction data from the forgeries' truth, the ranking and the experts' scores."""
@@ -124,6 +125,7 @@ def build(
         explanations=explanations,
         limit=limit,
         format=format,
+        crop_size=crop_size,
         seed=seed,
     )
     print(run_build(config, out))

@@ -12,10 +12,12 @@ from data_gen.build import BuildConfig, data_card
 from data_gen.exchange import MARK, Record, read, task_of
 from x2dfd import prompts
 from x2dfd.crops import load_crops
-from x2dfd.errors import X2DFDError
+from x2dfd.errors import InputError, X2DFDError
 from x2dfd.experts import aliased
+from x2dfd.faces import find_faces
 from x2dfd.files import write_text
 from x2dfd.manifest import Sample, write_manifest
+from x2dfd.media import load_picture
 
 SCORED = re.compile(r"\bthe [\w -]+ score is\b", re.IGNORECASE)
 """A question that gives an expert's score."""
@@ -26,18 +28,24 @@ def adopt(path: Path, out: Path, *, pictures: Path | None = None, experts: str =
 
     `out` gets `instructions.jsonl`, a record an answer, `card.json` and `manifest.jsonl`, all of split `train`. A
     picture's label is the verdict that an answer about it begins with, or its records' `label`. `pictures`: as in
-    `exchange.read`. `experts`: whose scores the questions give, as in `x2dfd.experts.aliased`. Pictures without a
-    usable face are left out, and the card counts them. Raises X2DFDError for a conversation that this project's prompts
-    have no place for.
+    `exchange.read`. `experts`: whose scores the questions give, as in `x2dfd.experts.aliased`. A conversation about
+    several pictures, none, or one that comes later is of task `talk`; its pictures have no label and stand in no
+    manifest, which is empty where there are no others. Pictures without a usable face are left out, with what is said
+    of them, and the card counts them. Raises X2DFDError for a conversation that this project's prompts have no place
+    for.
     """
     records = read(path, pictures)
     names, aliases = aliased(experts)
     said: dict[str, list[list[dict[str, str]]]] = {}  # by picture: one conversation an answer, which is its last turn
     given: dict[str, set[str]] = {}
+    talks: list[Record] = []
     for record in records:
         if reason := _unfit(record, bool(names)):
             raise X2DFDError(f"{path}, record {record['id']}: {reason}", code="conversation_unfit")
         turns = [dict(turn) for turn in record["conversations"]]
+        if len(record["images"]) != 1 or MARK not in turns[0]["value"]:
+            talks += _talk(record, turns)
+            continue
         turns[0]["value"] = f"{MARK}\n{turns[0]['value'].replace(MARK, '').strip()}"
         image = os.path.realpath(record["images"][0])
         said.setdefault(image, []).extend(turns[:end] for end in range(2, len(turns) + 1, 2))
@@ -47,28 +55,48 @@ def adopt(path: Path, out: Path, *, pictures: Path | None = None, experts: str =
         for k, (image, about) in enumerate(said.items())
     ]
     out.mkdir(parents=True, exist_ok=True)
-    write_manifest(out / "manifest.jsonl", samples)
-    data = load_crops(out / "manifest.jsonl")
-    made: list[Record] = []
-    for row, sample in enumerate(data.samples):
+    write_text(out / "manifest.jsonl", "")
+    if samples:
+        write_manifest(out / "manifest.jsonl", samples)
+    data = load_crops(out / "manifest.jsonl") if samples else None
+    of_faces = {image: _has_face(image) for talk in talks for image in talk["images"]}
+    made: list[Record] = [talk for talk in talks if all(of_faces[image] for image in talk["images"])]
+    if not made and data is None:
+        raise X2DFDError(f"{path}: no picture of a conversation has a usable face", code="no_usable_face")
+    for row, sample in enumerate(data.samples if data else ()):
         told = {"row": row, "label": sample.label, "split": sample.split, "dataset": path.stem, "licence": "not stated"}
         for k, turns in enumerate(said[str(sample.path)]):
             named = {"id": f"{sample.id}/{k}", "task": task_of(turns[-1]["value"]), "image": sample.id}
             made.append(named | told | {"df_class": "", "method": "", "cues": [], "conversations": turns})
     write_text(out / "instructions.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in made))
     card = data_card(made, BuildConfig(data=str(out / "manifest.jsonl"), experts=names), out)
-    card |= {"from": path.name, "aliases": aliases, "without_a_face": len(data.unusable)}
+    card |= {"from": path.name, "aliases": aliases, "without_a_face": len(data.unusable) if data else 0}
+    card["without_a_face"] += sum(not found for found in of_faces.values())
     write_text(out / "card.json", json.dumps(card, indent=1, ensure_ascii=False) + "\n")
     return out / "instructions.jsonl"
+
+
+def _talk(record: Record, turns: list[dict[str, str]]) -> list[Record]:
+    """A record an answer of a conversation that is not about one picture from its first question on."""
+    images = [os.path.realpath(image) for image in record["images"]]
+    made: list[Record] = []
+    for k, end in enumerate(range(2, len(turns) + 1, 2)):
+        seen = sum(turn["value"].count(MARK) for turn in turns[:end])
+        named = {"id": f"{record['id']}/{k}", "task": "talk", "split": "train", "images": images[:seen]}
+        made.append(named | {"conversations": turns[:end]})
+    return made
+
+
+def _has_face(path: str) -> bool:
+    try:
+        return bool(find_faces(load_picture(path).pixels))
+    except InputError:  # as in x2dfd.crops: a file that cannot be read has no usable face
+        return False
 
 
 def _unfit(record: Record, experts: bool) -> str:
     """Why a conversation cannot be trained on here; "" where it can."""
     questions = [turn["value"] for turn in record["conversations"][::2]]
-    if len(record["images"]) != 1:
-        return f"it is about {len(record['images'])} pictures, and training here takes one a conversation"
-    if MARK not in questions[0]:
-        return "its picture stands in a later question, and the prompts here begin with it"
     if record["system"]:
         return "it has a system prompt, and the prompts here have none"
     if not experts and any(SCORED.search(question) for question in questions):

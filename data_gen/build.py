@@ -32,6 +32,7 @@ from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import through_codec
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.experts import DEFAULT, Expert, Shared, card_of, load_expert
+from x2dfd.faces import CROP_SIZE
 from x2dfd.files import Json, file_sha256, whole, write_text
 from x2dfd.manifest import Sample
 from x2dfd.progress import progress
@@ -58,6 +59,7 @@ class BuildConfig:
     follow_ups: float = 0.35  # share of pictures with a second turn after the verdict
     limit: int | None = None  # at most this many pictures, drawn by their ids
     format: str | None = None  # written as another stack trains on it too, of data_gen.exchange.FORMATS
+    crop_size: int = CROP_SIZE  # side of the pictures that are written with `format`
     seed: int = 0
 
 
@@ -71,7 +73,7 @@ def build(config: BuildConfig, out: Path) -> Path:
         raise UnknownName("format", config.format, FORMATS)
     if not 0 <= config.corrupt <= 1:
         raise X2DFDError(f"corrupt is a share, from 0 to 1; it is {config.corrupt}", code="share_out_of_range")
-    data = load_crops(Path(config.data))
+    data = load_crops(Path(config.data), side=config.crop_size)
     strong = _explained(config)
     rows = [int(i) for i in training_rows(data, config.limit)]
     unclear = [data.samples[i].id for i in rows if data.samples[i].label == "fake" and not data.samples[i].df_class]

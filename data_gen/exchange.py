@@ -44,7 +44,7 @@ def write(records: Sequence[Record], data: CropSet, view_seed: int, out: Path, f
     folder = out / form
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for row in progress(sorted({int(r["row"]) for r in records}), "pictures"):
-        Image.fromarray(seen_view(data.crops[row], view_seed, row)).save(folder / _picture(row))
+        Image.fromarray(seen_view(data.views[row], view_seed, row)).save(folder / _picture(row))
     described: Json = {}
     for split in sorted({str(r["split"]) for r in records}):
         made = [_exported(r, form, folder) for r in records if r["split"] == split]

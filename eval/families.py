@@ -21,16 +21,20 @@ from x2dfd.errors import X2DFDError
 
 DOCS = Path(__file__).parent.parent / "docs" / "models.md"
 COLUMNS = {
+    "test_load": "load",
     "test_verdict": "verdict",
-    "test_cues": "cue questions",
+    "test_cues": "packed cues",
     "test_rationale": "rationale",
+    "test_assess": "assess",
     "test_adapter": "adapter of PEFT",
     "test_one_begin_token": "one begin token",
     "test_training_text": "training text",
-    "test_lora": "LoRA",
-    "test_qlora": "QLoRA",
-    "test_full": "full",
+    "test_lora": "LoRA, reload",
+    "test_qlora": "QLoRA, reload",
+    "test_full": "full, reload",
+    "test_split": "served split",
     "test_bits": "4 and 8 bits",
+    "test_device_map": "parts elsewhere",
     "test_sixteen_bits": "16 bits",
 }
 BLOCK = re.compile(r"(<!-- families -->\n).*?(<!-- /families -->)", re.DOTALL)

@@ -81,6 +81,7 @@ class FinetuneConfig:
     limit: int | None = None  # at most this many pictures of the manifest have their features cached
     cached_features: str | None = None  # folder of a frozen tower's features; None computes them while training
     bucket: bool = True  # rows of like length share a batch
+    crop_size: int | None = None  # side of the face crops; None is what the base's image processor takes, 224 to 448
     frame: str | None = None  # a chat frame of x2dfd.prompts (train_consistent); None is the base's own
     view_seed: int = 1  # degradation of each picture; must be the one the instructions were built with
     base_dtype: str = "auto"  # of the frozen base: 16 bits where bf16 or fp16 is on or the checkpoint is in 16 bits
@@ -181,6 +182,8 @@ def check_config(config: FinetuneConfig) -> None:
         and (config.method == "full" or stage == 3),
         "method: full trains no LoRA in the tower: take tower: frozen or norms": config.method == "full"
         and config.tower == "lora",
+        "crop_size: an even number from 224 to 1024": config.crop_size not in (None, *range(224, 1026, 2)),
+        "the embedded base takes crops of 224 pixels": config.base is None and config.crop_size not in (None, 224),
         "cached features want an adapter, not method: full": config.cached_features is not None
         and config.method == "full",
     }

@@ -32,6 +32,10 @@ from x2dfd.prompts import Processor
 from x2dfd.tower import VIEWS, CachedArray, TowerFeatures, seen_view
 
 IGNORE = -100
+TALK = "talk"
+"""Task of a conversation that is a row of its own (finetune.talks), and the key of its item."""
+PARTS = "parts"
+"""The key of a batch that is several, each of which goes through the model by itself."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +124,8 @@ def read_records(
     """
     known = set(learnable(data, split, left_out))
     by_row: Records = {}
-    for record in _records(instructions):
-        if record["split"] == split and record["row"] in known:
+    for record in records(instructions):
+        if record["split"] == split and record.get("row") in known:
             by_row.setdefault(record["row"], []).append(record)
     if not by_row:
         raise X2DFDError(
@@ -132,7 +136,7 @@ def read_records(
     return {row: by_row[row] for row in sorted(drawn)}
 
 
-def _records(instructions: Path) -> Iterator[Json]:
+def records(instructions: Path) -> Iterator[Json]:
     """The records of a file as `data_gen build` writes it. Raises X2DFDError with the record that is none."""
     number = 0
     try:
@@ -148,7 +152,8 @@ def _record(record: object) -> Json:
     """Raises ValueError for what lacks a field that is read here."""
     if not isinstance(record, dict):
         raise ValueError("it is no object")
-    for key, kind in {"id": str, "task": str, "split": str, "row": int, "conversations": list}.items():
+    about: dict[str, type] = {"images": list} if record.get("task") == TALK else {"row": int}
+    for key, kind in {"id": str, "task": str, "split": str, "conversations": list, **about}.items():
         if type(record.get(key)) is not kind:
             raise ValueError(f"{key!r} is no {kind.__name__}")
     said = [turn.get("value") if isinstance(turn, dict) else None for turn in record["conversations"]]
@@ -226,7 +231,7 @@ class Rows(Dataset[Json]):
         return {"prefix": prefix, "conversations": conversations}
 
     def _prefix(self, row: int) -> dict[str, Tensor]:
-        return prefix_inputs(self._processor, seen_view(self._data.crops[row], self._seed, row)[None], self._after)
+        return prefix_inputs(self._processor, seen_view(self._data.views[row], self._seed, row)[None], self._after)
 
 
 def can_pack(model: Any, prefix: dict[str, Tensor]) -> bool:
@@ -268,7 +273,7 @@ def cache_tower(
                 "under ZeRO-3 the tower is in pieces: fill cached_features in a run without it first",
                 code="zero3_unsupported",
             )
-        view = Image.fromarray(seen_view(data.crops[int(rows[at])], seed, int(rows[at])))
+        view = Image.fromarray(seen_view(data.views[int(rows[at])], seed, int(rows[at])))
         pixels = processor.image_processor(view, return_tensors="pt")["pixel_values"].to(here)
         states = tower(pixels, output_hidden_states=True).hidden_states
         found = torch.cat([states[k][:, int(class_token) :] for k in layers])  # [layers, patches, hidden]
@@ -300,7 +305,11 @@ class Collate:
     positions: Tensor | None = None
     marks_answers: bool = False
 
-    def __call__(self, items: Sequence[Json]) -> dict[str, Tensor]:
+    def __call__(self, items: Sequence[Json]) -> Json:
+        """Of talk the batch is PARTS: its pictures are as many as there are, and padding would not be seen through."""
+        if talks := [i[TALK] for i in items if TALK in i]:
+            rows = [i for i in items if TALK not in i]
+            return {PARTS: [*talks, *([self(rows)] if rows else [])]}
         prefix = {k: torch.cat([i["prefix"][k] for i in items]) for k in items[0]["prefix"]}
         n, p = prefix["input_ids"].shape
         said = [[t for c in i["conversations"] for t in c.tokens] for i in items]

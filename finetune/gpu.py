@@ -170,7 +170,6 @@ def training_rows(
 
 def profile(step: Callable[[], None], device: torch.device) -> Json:
     """Where a step's time goes: the share of it in which the device computes, and the dearest kernels or operations."""
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as watch
 
@@ -181,8 +180,8 @@ def profile(step: Callable[[], None], device: torch.device) -> Json:
         if cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-    kind, clock = (DeviceType.CUDA, "self_device_time_total") if cuda else (DeviceType.CPU, "self_cpu_time_total")
-    taken = {e.key: (getattr(e, clock) / 1e3, e.count) for e in watched.key_averages() if e.device_type == kind}
+    kind, clock = ("CUDA", "self_device_time_total") if cuda else ("CPU", "self_cpu_time_total")
+    taken = {e.key: (getattr(e, clock) / 1e3, e.count) for e in watched.key_averages() if e.device_type.name == kind}
     dearest = sorted(taken, key=lambda name: taken[name], reverse=True)[:12]
     busy = sum(ms for ms, _ in taken.values())
     kernels = [{"name": n[:80], "ms": round(taken[n][0], 3), "calls": taken[n][1]} for n in dearest]

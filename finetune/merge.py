@@ -33,7 +33,7 @@ def merge(model: str | Path | ModelSpec, out: Path) -> Path:
         raise SetupError(f"{out} is there already; choose another folder", code="folder_taken")
     mllm = load(spec, mode="paper", experts=(), device="cpu").mllm
     assert isinstance(mllm, LocalMLLM)
-    before = probe_logits(mllm)  # those of the card may have been made in another precision
+    before = probe_logits(mllm, card.crop_size)  # those of the card may have been made in another precision
     draft = out.with_name(f".{out.name}.part")
     shutil.rmtree(draft, ignore_errors=True)
     try:
@@ -42,7 +42,7 @@ def merge(model: str | Path | ModelSpec, out: Path) -> Path:
         text = len(card.text_layers) if isinstance(card.text_layers, tuple) else card.text_layers
         whole = replace(card, weights=WHOLE, sha256=identity["sha256"], base=identity, text_layers=text, probes=())
         write_adapter_card(draft, whole)
-        found = probe_logits(load(draft, mode="paper", experts=(), device="cpu").mllm)
+        found = probe_logits(load(draft, mode="paper", experts=(), device="cpu").mllm, card.crop_size)
         check_probes(replace(card, probes=before), found)
         write_adapter_card(draft, replace(whole, probes=card.probes))
         for name in ("calibration.json", "experts"):

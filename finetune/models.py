@@ -168,6 +168,8 @@ def _start_from(tuned: Any, folder: Path, config: FinetuneConfig) -> None:
     other = ["text_layers"] if config.text_layers not in (None, card.text_layers) else []
     if config.feature_layers is not None and len(config.feature_layers) != len(card.feature_layers):
         other.append("feature_layers")
+    if config.crop_size not in (None, card.crop_size):
+        other.append("crop_size")
     if other or card.base != base_identity(config.base):
         raise X2DFDError(
             f"start: {folder} was trained on another {other[0] if other else 'base'}", code="start_base_differs"

@@ -24,18 +24,19 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import get_last_checkpoint
 
-from finetune.config import FinetuneConfig, check_config
-from finetune.data import IGNORE, Collate, Rows, cache_tower, feature_layers, learnable, read_records
+from finetune.config import FinetuneConfig, check_config, zero_stage
+from finetune.data import IGNORE, PARTS, Collate, Rows, cache_tower, feature_layers, learnable, read_records
 from finetune.foreign import adopted
 from finetune.models import CachedTower, additions_of, fit_projector, is_llava, open_base, resolved, tune
+from finetune.talks import Talks, read_talks
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, WHOLE, AdapterCard, lora_b_sum, probe_logits, read_adapter_card, write_adapter_card
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.errors import X2DFDError, first_line
 from x2dfd.experts import card_of
-from x2dfd.faces import PREPROCESSING
+from x2dfd.faces import CROP_SIZE, preprocessing
 from x2dfd.files import Json, file_sha256, parse_json, whole, write_text
-from x2dfd.loading import base_identity
+from x2dfd.loading import base_identity, crop_size_of
 from x2dfd.model_spec import ModelSpec
 from x2dfd.opening import load
 from x2dfd.prompts import Processor
@@ -109,15 +110,13 @@ class RowTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        labels, weights = inputs.pop("labels"), inputs.pop("weights")
-        inputs.pop("verdicts", None)
-        # The head is a third of a small model's work: run it only where an answer token follows.
-        asked = (labels[:, 1:] != IGNORE).any(0).nonzero()[:, 0]
-        logits = model(**inputs, logits_to_keep=asked, use_cache=False).logits  # [n, asked, vocabulary]
-        target, weight = labels[:, asked + 1], weights[:, asked + 1]
-        each = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=IGNORE, reduction="none")
-        loss = (each * weight.flatten()).sum() / weight.sum()
-        return (loss, {"logits": logits, "asked": asked}) if return_outputs else loss
+        parts = inputs.pop(PARTS, None)
+        found = [_summed(model, part) for part in parts or [inputs]]
+        loss = torch.stack([summed for summed, _, _ in found]).sum() / torch.stack([w for _, w, _ in found]).sum()
+        if parts and torch.distributed.is_initialized():
+            # Talk without a picture passes through no projector, whose gradient the other processes wait for.
+            loss = loss + 0 * torch.stack([p.sum() for p in model.parameters() if p.requires_grad]).sum()
+        return (loss, found[0][2]) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: Json, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Loss; logit of fake against real of each row's verdict; which it is, 1 for fake and -1 for no verdict.
@@ -151,6 +150,19 @@ class RowTrainer(Trainer):
         return self._shown
 
 
+def _summed(model: nn.Module, inputs: Json) -> tuple[Tensor, Tensor, Json]:
+    """The weighted loss over a batch's answer tokens, added up; their weights, added up; and the logits with the tokens
+    that they follow."""
+    labels, weights = inputs.pop("labels"), inputs.pop("weights")
+    inputs.pop("verdicts", None)
+    # The head is a third of a small model's work: run it only where an answer token follows.
+    asked = (labels[:, 1:] != IGNORE).any(0).nonzero()[:, 0]
+    logits = model(**inputs, logits_to_keep=asked, use_cache=False).logits  # [n, asked, vocabulary]
+    target, weight = labels[:, asked + 1], weights[:, asked + 1]
+    each = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=IGNORE, reduction="none")
+    return (each * weight.flatten()).sum(), weight.sum(), {"logits": logits, "asked": asked}
+
+
 def verdict_auc(found: EvalPrediction) -> dict[str, float]:
     """AUC of the verdicts' logits. Raises X2DFDError when the pictures are all real or all fake."""
     logits, truth = np.asarray(found.predictions, float), np.asarray(found.label_ids)
@@ -174,23 +186,27 @@ def train(config: FinetuneConfig) -> Path:
     work = out / "checkpoints"
     arguments = _arguments(config, work)  # before the model: under ZeRO-3 it is loaded in pieces
     record = _record(config)
-    with arguments.main_process_first(local=False):  # the first makes the files, the others read them
-        data = [load_crops(manifest) for _, manifest, _ in config.sets]
     model, processor = open_base(config)
+    config = replace(config, crop_size=config.crop_size or crop_size_of(processor))
+    with arguments.main_process_first(local=False):  # the first makes the files, the others read them
+        # An empty manifest is that of conversations that no picture of ours is about.
+        side = config.crop_size or CROP_SIZE
+        data = [load_crops(manifest, side=side) if manifest.stat().st_size else None for _, manifest, _ in config.sets]
     if config.cue_weight != 1 and not processor.tokenizer.is_fast:
         raise X2DFDError(
             "cue_weight wants a tokenizer that knows where its tokens stand in a text: take cue_weight: 1",
             code="cue_weight_unsupported",
         )
     with arguments.main_process_first(local=False):
-        features = _features(config, model, processor, data[0])
+        features = _features(config, model, processor, data[0]) if data[0] else None
     learnt, asked = _rows(config, model, processor, data, features)
+    rows = next((rows for rows, _ in learnt if isinstance(rows, Rows)), None)
     collate = Collate(
         processor.tokenizer.pad_token_id or 0,
         config.verdict_weight,
         config.cue_weight,
-        learnt[0].positions,
-        learnt[0].marks_answers,
+        rows.positions if rows else None,
+        rows is not None and rows.marks_answers,
     )
     tuned, whole = tune(model, config)
     with arguments.main_process_first(local=False):
@@ -212,23 +228,40 @@ def train(config: FinetuneConfig) -> Path:
     del trainer, tuned, model, state, features, learnt, asked
     unset_hf_deepspeed_config()  # the other processes have gone: what is loaded now is this one's alone
     loaded = load(ModelSpec(base=config.base, adapter=out), mode="paper", experts=(), device="cpu")
-    write_adapter_card(out, replace(card, probes=probe_logits(loaded.mllm)))
+    write_adapter_card(out, replace(card, probes=probe_logits(loaded.mllm, card.crop_size)))
     return out
 
 
 def _rows(
-    config: FinetuneConfig, model: Any, processor: Processor, data: Sequence[CropSet], features: TowerFeatures | None
-) -> tuple[list[Rows], list[Rows]]:
-    """What each instruction set has to learn from, and what validation asks about: of left_out neither holds any."""
+    config: FinetuneConfig,
+    model: Any,
+    processor: Processor,
+    data: Sequence[CropSet | None],
+    features: TowerFeatures | None,
+) -> tuple[list[tuple[Rows | Talks, float]], list[Rows]]:
+    """What the sets have to learn from, with their weights, and what validation asks about: of left_out neither holds
+    any."""
 
-    def of(split: str, limit: int | None) -> list[Rows]:
+    def of(split: str, limit: int | None) -> list[tuple[Rows, float]]:
         found = []
-        for (instructions, _, _), crops in zip(config.sets, data, strict=True):
-            records = read_records(instructions, split, crops, config.left_out, limit)
-            found.append(Rows(records, model, processor, crops, config.view_seed, features))
+        for (instructions, _, weight), crops in zip(config.sets, data, strict=True):
+            if crops is not None:
+                records = read_records(instructions, split, crops, config.left_out, limit)
+                found.append((Rows(records, model, processor, crops, config.view_seed, features), weight))
         return found
 
-    return of("train", None), of(config.eval_split, config.eval_limit) if config.eval_steps else []
+    learnt: list[tuple[Rows | Talks, float]] = [*of("train", None)]
+    for instructions, _, weight in config.sets:
+        if records := read_talks(instructions):
+            if config.cached_features or zero_stage(config) == 3:
+                raise X2DFDError(
+                    f"{instructions} holds conversations about several pictures or none, which go with neither "
+                    "cached_features nor ZeRO-3: take neither, or leave them out",
+                    code="talk_unsupported",
+                )
+            side = config.crop_size or CROP_SIZE
+            learnt.append((Talks(records, processor, side, config.view_seed), weight))
+    return learnt, [rows for rows, _ in of(config.eval_split, config.eval_limit)] if config.eval_steps else []
 
 
 def _trainer(
@@ -237,18 +270,18 @@ def _trainer(
     whole: Sequence[str],
     arguments: TrainingArguments,
     collate: Collate,
-    learnt: Sequence[Rows],
+    learnt: Sequence[tuple[Rows | Talks, float]],
     asked: Sequence[Rows],
     processor: Processor,
 ) -> RowTrainer:
-    each = [(len(rows), weight) for rows, (_, _, weight) in zip(learnt, config.sets, strict=True)]
-    lengths = [n for rows in learnt for n in rows.lengths]
+    each = [(len(rows), weight) for rows, weight in learnt]
+    lengths = [n for rows, _ in learnt for n in rows.lengths]
     together = config.batch * config.accumulate if config.bucket and config.batch > 1 else 1
     return RowTrainer(
         tuned,
         arguments,
         collate,
-        ConcatDataset(learnt),
+        ConcatDataset([rows for rows, _ in learnt]),
         ConcatDataset(asked) if asked else None,
         compute_metrics=verdict_auc,
         callbacks=[EarlyStoppingCallback(config.patience)] if config.patience else None,
@@ -285,11 +318,11 @@ def _save(
         shutil.copytree(config.expert_weights, out / "experts", dirs_exist_ok=True)
 
 
-def _figures(config: FinetuneConfig, trainer: RowTrainer, learnt: Sequence[Rows]) -> Json:
+def _figures(config: FinetuneConfig, trainer: RowTrainer, learnt: Sequence[tuple[Rows | Talks, float]]) -> Json:
     """What the card says of the run."""
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     figures: Json = {"final_loss": round(float(np.mean(losses[-10:])), 4) if losses else None}
-    figures |= {"pictures": sum(rows.pictures for rows in learnt), "steps": trainer.state.global_step}
+    figures |= {"pictures": sum(rows.pictures for rows, _ in learnt), "steps": trainer.state.global_step}
     if config.start:
         figures["start"] = read_adapter_card(Path(config.start)).sha256
     figures["pictures_a_step"] = config.batch * config.accumulate * trainer.args.world_size
@@ -387,7 +420,8 @@ def _features(config: FinetuneConfig, model: Any, processor: Processor, data: Cr
         places = np.flatnonzero(np.isin(rows, known))  # the cache also holds pictures that nothing is learnt from
         fit_projector(model, torch.from_numpy(features.patches(places[:: max(1, len(places) // 64)], layers)))
     else:
-        key = {"base": base_identity(config.base), "manifest": file_sha256(config.sets[0][1])}
+        key: Json = {"base": base_identity(config.base), "manifest": file_sha256(config.sets[0][1])}
+        key["crop_size"] = config.crop_size
         features = cache_tower(model, processor, data, rows, folder, key, config.view_seed)
     model.model.vision_tower = CachedTower(layers, model.config.vision_feature_select_strategy == "default")
     return features
@@ -498,7 +532,8 @@ def _card(
         source="trained by this project: python -m finetune",
         licence=config.licence,
         sha256=base_identity(out / WHOLE)["sha256"] if full else file_sha256(out / WEIGHTS),
-        preprocessing=PREPROCESSING,
+        preprocessing=preprocessing(config.crop_size or CROP_SIZE),
+        crop_size=config.crop_size or CROP_SIZE,
         paper="X2-DFD, arXiv 2410.06126",
         blind_spot=config.blind_spot,
         weights=WHOLE if full else WEIGHTS,

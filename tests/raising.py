@@ -18,7 +18,7 @@ def raises(code: str, *facts: object) -> Iterator[pytest.ExceptionInfo[X2DFDErro
     says(caught.value, code, *facts)
 
 
-def says(error: BaseException | None, code: str, *facts: object) -> None:
+def says(error: object, code: str, *facts: object) -> None:
     """The same of an error that was caught already, such as the exception of a command's result."""
     assert isinstance(error, X2DFDError), repr(error)
     assert error.code == code, f"{error.code!r} instead of {code!r}: {error}"

@@ -42,9 +42,29 @@ def launched(launcher: str, port: int) -> list[str]:
     }[launcher]  # fmt: skip
 
 
-@pytest.mark.parametrize(("launcher", "stage"), [("torchrun", 2), ("torchrun", 3), ("accelerate", 2), ("deepspeed", 2)])
+@pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
+def test_deepspeed_reads_every_key_of_its_json(name: str) -> None:
+    """Read as something else, or refused, only after a large model was loaded on eight GPUs."""
+    read = pytest.importorskip("deepspeed.runtime.config").DeepSpeedConfig
+    said = json.loads((ROOT / "finetune" / f"{name}.json").read_text())
+    zero = said["zero_optimization"]
+    numbers = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    settings = {k: 1 if v == "auto" else v for k, v in said.items()} | {"bf16": {"enabled": True}, "fp16": {}}
+    assert set(numbers) <= {k for k, v in said.items() if v == "auto"}
+    found = read(settings | {"zero_optimization": {k: 1000 if v == "auto" else v for k, v in zero.items()}}).zero_config
+    assert found.stage == zero["stage"] and found.overlap_comm is zero["overlap_comm"]
+    assert found.gather_16bit_weights_on_model_save is (found.stage == 3)
+    for part in ("offload_optimizer", "offload_param"):
+        there = getattr(found, part)
+        assert (there.device if there else None) == ("cpu" if name == "zero3_offload" else None)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "stage"),
+    [("torchrun", "2"), ("torchrun", "3"), ("torchrun", "3_offload"), ("accelerate", "2"), ("deepspeed", "2")],
+)
 def test_two_processes_train_one_adapter(
-    launcher: str, stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    launcher: str, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under ZeRO-3 each process holds pieces: saved without gathering, the adapter is empty and still loads."""
     pytest.importorskip("deepspeed")

@@ -253,9 +253,7 @@ def test_conversations_become_a_set_of_ours(photos: Path, tmp_path: Path, monkey
         (about("a.png", "Hm?", "This image is fake.", label="real"), "it has fake, real"),
         (about("a.png", "And the seam score is 0.5.", "This image is fake."), "--experts"),
         (about("a.png", "Hm?", "This image is fake.", system="Be brief."), "system prompt"),
-        (about("a.png", "Hm?", "Yes", "<image>?", "This image is fake."), "later question"),
-        ({"conversations": talk("Hm?", "This image is fake.")}, "0 pictures"),
-        ({"conversations": talk("Hm?", "This image is fake."), "images": ["a.png", "b.png"]}, "2 pictures"),
+        ({"conversations": talk("Hm?", "Both."), "images": ["a.png", "b.png"]}, "no picture of a conversation"),
     ],
 )
 def test_what_the_prompts_have_no_place_for_is_refused(tmp_path: Path, record: Record, told: str) -> None:

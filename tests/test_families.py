@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -24,15 +25,18 @@ from data_gen.build import BuildConfig, build
 from finetune import train as training
 from finetune.config import FinetuneConfig
 from finetune.data import Collate, Rows, read_records
-from finetune.models import open_base, tune
+from finetune.models import open_base, part_name, tune
+from finetune.split import split
 from tests import families, tiny
 from tests.raising import raises
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, AdapterCard, write_adapter_card
+from x2dfd.assessment import CueQuestion, assess
 from x2dfd.crops import load_crops
+from x2dfd.detector import through_codec
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.experts import BUILTIN
-from x2dfd.faces import PREPROCESSING
+from x2dfd.faces import PREPROCESSING, find_faces
 from x2dfd.files import file_sha256
 from x2dfd.loading import FAMILIES, base_identity, in_bits, load_model, processor_class
 from x2dfd.mllm import LocalMLLM
@@ -117,6 +121,18 @@ def stock_verdict(kind: Kind, model: Any, crop: NDArray[np.uint8], question: str
 
 
 @pytest.mark.slow
+def test_load(kind: Kind, astronaut: NDArray[np.uint8]) -> None:
+    """Through the front door, a photo's face as large as the family takes it is judged as the stock model judges it."""
+    detector = x2dfd.load(f"hub:{kind.folder}", mode="paper", experts=(), device="cpu")
+    any_size = kind.key in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "pixtral", "mistral3")
+    assert detector.info.crop_size == (448 if any_size else 224)
+    [face] = through_codec(find_faces(astronaut, detector.info.crop_size))
+    [said] = detector.detect(Image.fromarray(astronaut), rationale=False).faces
+    want = stock_verdict(kind, kind.model, face.view, prompts.QUESTION)
+    assert said.p_fake_mllm == pytest.approx(1 / (1 + np.exp(-want)), abs=1e-4)
+
+
+@pytest.mark.slow
 def test_verdict(kind: Kind, crops: NDArray[np.uint8]) -> None:
     """Not just alike but the stock numbers, of pictures in a batch whose questions differ in length."""
     got = kind.mllm.verdict_logits(kind.mllm.look(crops), QUESTIONS)
@@ -134,6 +150,19 @@ def test_cues(kind: Kind, crops: NDArray[np.uint8]) -> None:
     assert np.allclose(got.p_yes, want, atol=1e-4)
     assert np.ptp(want) > 1e-3
     assert np.allclose(kind.mllm.yes_no_plain(crops[0], CUES).p_yes, want, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_assess(kind: Kind, taught: tuple[Path, Path], tmp_path: Path) -> None:
+    """A ranking of other numbers than the stock model's would call other cues strong."""
+    data = load_crops(taught[1])
+    asked = [CueQuestion(q, "nose", a, "bank") for q, a in zip(CUES[:2], ("blur", "noise"), strict=True)]
+    assess(kind.mllm, data, asked, tmp_path, limit=2, progress=False)
+    [row, _] = pq.read_table(tmp_path / "answers.parquet").to_pylist()
+    [crop] = (c for c, s in zip(data.crops, data.samples, strict=True) if s.id == row["id"])
+    both = [next_token(kind, crop, "", word) for word in prompts.YES_NO_WORDS]
+    want = [float(stock_logits(kind, kind.model, crop, q)[both].softmax(-1)[0]) for q in CUES[:2]]
+    assert np.allclose(row["p_yes"], want, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -247,7 +276,7 @@ def trained(kind: Kind, taught: tuple[Path, Path], out: Path, **given: Any) -> t
 
     config = FinetuneConfig(
         str(taught[0]), str(taught[1]), str(out), base=str(kind.folder), lora_r=4, lora_alpha=8, lora_dropout=0.0,
-        lr=1e-2, projector_lr=1e-3, accumulate=1, batch=32, max_steps=3, save_steps=100,
+        lr=1e-2, projector_lr=1e-3, accumulate=1, batch=32, max_steps=3, save_steps=100, crop_size=224,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
@@ -263,14 +292,31 @@ def reloaded(out: str, crops: NDArray[np.uint8], *, base: str | None = None, **g
     return mllm.verdict_logits(mllm.look(crops), QUESTIONS)
 
 
-def test_lora(kind: Kind, taught: tuple[Path, Path], crops: NDArray[np.uint8], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def lora(kind: Kind, taught: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[FinetuneConfig, Any]:
+    return trained(kind, taught, tmp_path_factory.mktemp("lora") / "out")
+
+
+def test_lora(kind: Kind, lora: tuple[FinetuneConfig, Any], crops: NDArray[np.uint8]) -> None:
     """What is written judges as what was trained: no part is lost, none is left in another state."""
-    config, memory = trained(kind, taught, tmp_path / "out")
+    config, memory = lora
     got = reloaded(config.out, crops, base=config.base)
     assert np.allclose(got, memory(crops), atol=1e-4)
     assert not np.allclose(got, kind.mllm.verdict_logits(kind.mllm.look(crops), QUESTIONS), atol=1e-2)
     projector = [k for k in load_file(Path(config.out) / WEIGHTS) if ".lora_" not in k]
     assert projector and not any(part in k for k in projector for part in ("language_model", "text_model", "layers."))
+
+
+def test_split(kind: Kind, lora: tuple[FinetuneConfig, Any], crops: NDArray[np.uint8], tmp_path: Path) -> None:
+    """An engine loads the base of a split with transformers' names and puts PEFT's matrices on it."""
+    from peft import PeftModel
+
+    config, memory = lora
+    base, matrices, rank = split(f"hub:{config.base}+{config.out}", tmp_path)
+    model, processor = load_model(base)
+    served = LocalMLLM(PeftModel.from_pretrained(model, str(matrices)).base_model.model, processor, "split")
+    assert rank == 4 and not [k for k in load_file(matrices / WEIGHTS) if ".lora_" not in k]
+    assert np.allclose(served.verdict_logits(served.look(crops), QUESTIONS), memory(crops), atol=1e-4)
 
 
 SOME = ("LLaVA-1.5", "Qwen3-VL", "Gemma 3", "PaliGemma")
@@ -315,6 +361,26 @@ def test_bits(kind: Kind, crops: NDArray[np.uint8]) -> None:
         assert np.allclose(got, want, atol=near)
         small = [n for n, m in mllm._model.named_modules() if isinstance(m, quantised)]
         assert small and all("layers" in n and "vision" not in n and "visual" not in n for n in small)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ("LLaVA-1.5", "Qwen3-VL"), indirect=True, scope="module")
+def test_device_map(kind: Kind, crops: NDArray[np.uint8], tmp_path: Path) -> None:
+    """Language layers elsewhere than tower and head, as they are where one card does not hold them all."""
+    from accelerate import dispatch_model
+
+    model, processor = load_model(kind.folder)
+    text = part_name(model, model.get_decoder())
+    away = (f"{text}.layers.1", f"{text}.norm")
+    places = dict.fromkeys(away, "disk")
+    for name in (n for n, _ in model.named_parameters() if not n.startswith(away)):
+        places[f"{text}.layers.0" if f"{text}.layers" in name else name.rpartition(".")[0]] = "cpu"
+    spread = dispatch_model(model, cast(Any, places), main_device=cast(Any, "cpu"), offload_dir=str(tmp_path))
+    assert {p.device.type for p in spread.parameters()} == {"cpu", "meta"}
+    mllm = LocalMLLM(spread, processor, "spread")
+    got, want = (m.verdict_logits(m.look(crops), QUESTIONS) for m in (mllm, kind.mllm))
+    assert np.allclose(got, want, atol=1e-4)
+    assert np.allclose(mllm.yes_no(crops[0], CUES).p_yes, kind.mllm.yes_no(crops[0], CUES).p_yes, atol=1e-4)
 
 
 @some_families

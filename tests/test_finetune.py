@@ -724,6 +724,22 @@ def test_zero_3_is_known_by_its_content(tmp_path: Path) -> None:
         load_config(None, [*REQUIRED, "base=b", f"deepspeed={mine}"])
 
 
+@pytest.mark.slow
+@pytest.mark.needs_base
+def test_a_tracker_is_told_what_happens(configured: Callable[..., FinetuneConfig], tmp_path: Path) -> None:
+    """A tracker that is named and never called shows an empty page after a night's training."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from finetune.train import train
+
+    train(configured(tmp_path / "out", report_to=("tensorboard",), max_steps=2))
+    [events] = (tmp_path / "out").rglob("events.out.tfevents.*")
+    told = EventAccumulator(str(events)).Reload()
+    log = json.loads((tmp_path / "out" / "log.json").read_text())
+    assert told.Scalars("train/loss")[0].value == pytest.approx(log[0]["loss"], rel=1e-3)
+
+
 def test_what_cannot_be_started_so_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """FSDP would save pieces; a name that transformers does not know is a traceback of its own."""
     from finetune.train import _arguments

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.raising import raises
 from x2dfd.errors import SetupError
 from x2dfd.model_spec import ModelSpec
 
@@ -21,6 +22,12 @@ URL = "http://localhost:8000/v1"
         ("hub:org/name+a/b", ModelSpec(base="org/name", adapter=Path("a/b")), "b"),
         (f"org/base:lora@{URL}", ModelSpec(name="org/base:lora", url=URL), "org/base:lora"),
         (f"m@{URL}+a/b", ModelSpec(name="m", url=URL, adapter=Path("a/b")), "m"),
+        (f"m@{URL}?requests-per-minute=90", ModelSpec(name="m", url=URL, requests_per_minute=90), "m"),
+        (
+            f"m@{URL}?requests-per-minute=0.5+a",
+            ModelSpec(name="m", url=URL, adapter=Path("a"), requests_per_minute=0.5),
+            "m",
+        ),
         ("expert:tower", ModelSpec(expert="tower"), "expert:tower"),
     ],
 )
@@ -34,6 +41,13 @@ def test_a_part_that_is_missing_is_told(text: str) -> None:
     """Bug prevented: an unset shell variable quietly means another model."""
     with pytest.raises(SetupError):
         ModelSpec.parse(text)
+
+
+@pytest.mark.parametrize("pace", ["", "0", "-1", "nan", "inf", "ten"])
+def test_a_pace_that_is_none_is_told(pace: str) -> None:
+    """Bug prevented: an endpoint that is asked without a limit, or never."""
+    with raises("model_malformed", "above 0"):
+        ModelSpec.parse(f"m@{URL}?requests-per-minute={pace}")
 
 
 def test_a_path_is_a_directory_whatever_its_name() -> None:

@@ -136,8 +136,12 @@ def test_only_loopback_goes_past_the_proxy() -> None:
 def test_a_server_on_a_name_answers_under_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: a server that listens for others and refuses them all."""
     asked: list[Any] = []
-    server = SimpleNamespace(run=lambda sockets: None)
-    monkeypatch.setattr(uvicorn, "Server", lambda config: asked.append(config.app) or server)
+
+    def server(config: Any) -> SimpleNamespace:
+        asked.append(config.app)
+        return SimpleNamespace(run=lambda sockets: None)
+
+    monkeypatch.setattr(uvicorn, "Server", server)
     stub: Any = SimpleNamespace(info=ModelInfo("stub", {}))
     with socket.socket() as there:
         serve.serve(stub, "192.0.2.7", there)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
 import math
 import shutil
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +37,7 @@ from x2dfd.errors import InputError, SetupError, X2DFDError
 from x2dfd.experts import BUILTIN
 from x2dfd.loading import load_model
 from x2dfd.mllm import LocalMLLM
-from x2dfd.served import ServedMLLM
+from x2dfd.served import ServedMLLM, _http_client
 from x2dfd.types import Failure, Report
 
 pytest.importorskip("openai")
@@ -472,6 +474,37 @@ def counts_requests(crops: Pixels) -> None:
     assert len(begun) == 4 and begun[3] - begun[0] > 0.25
 
 
+def test_tries_begin_evenly_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pause that is not used must not become a burst later, and a slow reply must not lengthen the pause."""
+    import openai
+
+    stock: Any = openai.DefaultAsyncHttpxClient
+    httpx: Any = sys.modules[stock.__mro__[1].__module__.partition(".")[0]]
+    loop, now, begun = asyncio.new_event_loop(), [100.0], list[float]()
+
+    async def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    async def send(self: object, request: object, **options: object) -> object:
+        begun.append(round(now[0] - 100, 6))
+        now[0] += 0.4  # what the reply takes
+        return httpx.Response(200, content=b"{}", request=request)
+
+    async def asked() -> None:
+        client = _http_client(openai, "localhost", 60.0, 60 / 60)
+        for pause in (0, 0, 0, 7.5, 0):
+            now[0] += pause
+            await client.send(httpx.Request("GET", "http://localhost/v1"))
+        await client.aclose()
+
+    monkeypatch.setattr(loop, "time", lambda: now[0])
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    monkeypatch.setattr(stock, "send", send)
+    loop.run_until_complete(asked())
+    loop.close()
+    assert begun == [0, 1, 2, 9.9, 10.9]
+
+
 ODD: tuple[tuple[str, str, Callable[[Pixels], None]], ...] = (
     ("takes `max_completion_tokens` alone", "asked again so, and from then on", takes_another_limit),
     ("refuses `temperature: 0`", "asked again without, and from then on", refuses_a_temperature),
@@ -500,7 +533,7 @@ ODD: tuple[tuple[str, str, Callable[[Pixels], None]], ...] = (
     ),
     (
         "allows so many requests a minute",
-        "`ServedMLLM(requests_per_minute=)` in Python spreads all tries evenly; a 429 is tried again later",
+        "`NAME@http://HOST/v1?requests-per-minute=60` spreads all tries evenly; a 429 is tried again later",
         counts_requests,
     ),
 )

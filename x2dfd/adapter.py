@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from x2dfd.calibration import Calibration
 from x2dfd.errors import SetupError
-from x2dfd.faces import CROP_SIZE, PREPROCESSING
+from x2dfd.faces import CROP_SIZE, preprocessing
 from x2dfd.files import Json, check_fields, file_sha256, parse_json, write_text
 from x2dfd.prompts import QUESTION
 from x2dfd.types import Card
@@ -55,6 +55,7 @@ class AdapterCard(Card):
     tower_layers: int = 0  # vision layers kept
     text_layers: int | tuple[int, ...] = 0  # language layers kept: the first so many, or those of these numbers
     feature_layers: tuple[int, ...] = ()  # tower outputs joined as the projector's input
+    crop_size: int = CROP_SIZE  # side of the face crops that it was trained on
     frame: str | None = None  # chat frame of x2dfd.prompts; None is the base's own
     prompt_sha256: str = ""  # x2dfd.prompts.prompt_hash at training
     score_form: str = "numbers"  # how its questions give scores, of x2dfd.prompts.SCORE_FORMS
@@ -166,9 +167,9 @@ def check_contents(folder: Path, card: AdapterCard) -> None:
             f"{weights} is not the file of its card (SHA-256 differs); copy the directory again",
             code="weights_hash_differs",
         )
-    if card.preprocessing != PREPROCESSING:
+    if card.preprocessing != (made := preprocessing(card.crop_size)):
         raise SetupError(
-            f"the adapter was trained on other crops ({card.preprocessing}) than this version makes ({PREPROCESSING}). "
+            f"the adapter was trained on other crops ({card.preprocessing}) than this version makes ({made}). "
             "Install the version that made it, or train it again: python -m finetune",
             code="crops_differ",
         )
@@ -360,19 +361,19 @@ def _merge_plain(model: Any, folder: Path, saved: Mapping[str, Tensor]) -> bool:
     return True
 
 
-def probe_crops() -> NDArray[np.uint8]:
-    """The pictures that every adapter is asked about when it is made and when it is loaded: [PROBES, 224, 224, 3].
+def probe_crops(side: int = CROP_SIZE) -> NDArray[np.uint8]:
+    """The pictures that every adapter is asked about when it is made and when it is loaded: [PROBES, side, side, 3].
 
     Made of whole numbers alone, so that they are the same everywhere, and no picture of a person travels with a card.
     """
-    k, y, x = np.ogrid[:PROBES, :CROP_SIZE, :CROP_SIZE]
+    k, y, x = np.ogrid[:PROBES, :side, :side]
     waves = [(x * (c + k + 1) // 3 + y * (3 - c) // 2 + x * y * k // 96 + 40 * c) % 256 for c in range(3)]
     return np.stack(waves, -1).astype(np.uint8)
 
 
-def probe_logits(mllm: LanguageModel) -> tuple[float, ...]:
-    """Logit of fake against real for each probe picture, without experts."""
-    logits = mllm.verdict_logits(mllm.look(probe_crops()), [QUESTION] * PROBES)
+def probe_logits(mllm: LanguageModel, side: int = CROP_SIZE) -> tuple[float, ...]:
+    """Logit of fake against real for each probe picture, without experts. `side`: the card's `crop_size`."""
+    logits = mllm.verdict_logits(mllm.look(probe_crops(side)), [QUESTION] * PROBES)
     return tuple(round(float(v), 4) for v in logits)
 
 

@@ -74,7 +74,7 @@ def calibrate(
     samples: list[Sample] = []
     rows: list[Row] = []
     for path in data:
-        crops = load_crops(path)
+        crops = load_crops(path, side=detector.info.crop_size)
         known = [s.method.split("+") for s in crops.samples]
         usable = [i for i in range(len(crops.samples)) if not set(known[i]) & set(card.held_out)]
         for expert, left_out in [(None, set()), *strangers]:
@@ -172,7 +172,8 @@ def face_of(crops: CropSet, i: int, view_seed: int) -> Face:
         return view_face(crops, i, view_seed)
     crop, points = np.asarray(crops.crops[i]), crops.landmarks[i]
     size = float(crop.shape[0])
-    return Face(0, (0.0, 0.0, size, size), points, 1.0, crop, points, 0.0)
+    large = None if crops.large is None else np.asarray(crops.large[i])
+    return Face(0, (0.0, 0.0, size, size), points, 1.0, crop, points, 0.0, large)
 
 
 def _columns(rows: Sequence[Row], mllm: str | None) -> dict[str, dict[str, Floats]]:

@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from x2dfd.errors import InputError, X2DFDError
-from x2dfd.faces import CROP_SIZE, PREPROCESSING, align, find_faces
+from x2dfd.faces import CROP_SIZE, align, find_faces, preprocessing
 from x2dfd.files import Json, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest
 from x2dfd.media import load_picture
 from x2dfd.progress import progress
+from x2dfd.types import Face
 
 MASK_SIZE = 56
 """Side of a mask on the crop's grid: a quarter of the crop's."""
@@ -35,6 +36,12 @@ class CropSet:
     landmarks: NDArray[np.float32]  # [n, 468, 2] in crop pixels
     unusable: dict[str, str]  # sample id -> reason
     masks: NDArray[np.uint8] | None = None  # [n, MASK_SIZE, MASK_SIZE], 0..255 where the forgery is; 0 without a mask
+    large: NDArray[np.uint8] | None = None  # [n, s, s, 3], for an MLLM that takes larger ones; memory-mapped
+
+    @property
+    def views(self) -> NDArray[np.uint8]:
+        """The crops that the MLLM sees."""
+        return self.crops if self.large is None else self.large
 
     def where(self, **equal: str) -> NDArray[np.intp]:
         """Indices of the samples whose fields have the given values."""
@@ -42,21 +49,21 @@ class CropSet:
         return np.array(found, int)
 
 
-Cropped = tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8] | None]
-"""Crop, its landmarks, and its mask where the sample has one."""
+Cropped = tuple[Face, NDArray[np.uint8] | None]
+"""A face, and its mask where the sample has one."""
 
 
-def _crop(paths: tuple[str, str | None]) -> Cropped | str:
+def _crop(paths: tuple[str, str | None, int]) -> Cropped | str:
     cv2.setNumThreads(1)
-    path, mask = paths
+    path, mask, side = paths
     try:
         pixels = load_picture(path).pixels
-        faces = find_faces(pixels)
+        faces = find_faces(pixels, side)
         if not faces:
             return "no_face"
     except InputError as error:
         return error.code
-    return faces[0].crop, faces[0].crop_landmarks, _aligned(mask, pixels, faces[0].landmarks) if mask else None
+    return faces[0], _aligned(mask, pixels, faces[0].landmarks) if mask else None
 
 
 def _aligned(path: str, pixels: NDArray[np.uint8], landmarks: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -82,18 +89,18 @@ def mask_on_crop(
     return np.asarray(cv2.resize(crop, (MASK_SIZE, MASK_SIZE), interpolation=cv2.INTER_AREA), np.uint8)
 
 
-def load_crops(manifest: Path, workers: int = 1) -> CropSet:
+def load_crops(manifest: Path, workers: int = 1, side: int = CROP_SIZE) -> CropSet:
     """Read the crops beside `manifest`, computing them first when they are absent or belong to other bytes.
 
-    Raises X2DFDError when no file of the manifest has a usable face.
+    `side`: of the crops that the MLLM sees. Raises X2DFDError when no file of the manifest has a usable face.
     """
     samples = read_manifest(manifest)
-    folder = manifest.parent / f".crops-{manifest.stem}"
-    key = {"manifest": manifest_sha256(manifest), "files": _state(samples), "preprocessing": PREPROCESSING}
+    folder = manifest.parent / f".crops-{manifest.stem}{'' if side == CROP_SIZE else f'-{side}'}"
+    key = {"manifest": manifest_sha256(manifest), "files": _state(samples), "preprocessing": preprocessing(side)}
     key["masks"] = str(MASK_SIZE)
     index = folder / "index.json"
     if not index.is_file() or json.loads(index.read_text())["key"] != key:
-        _compute(samples, folder, key, workers)
+        _compute(samples, folder, key, workers, side)
     state: Json = json.loads(index.read_text())
     kept = [s for s in samples if s.id not in state["unusable"]]
     if not kept:
@@ -104,10 +111,11 @@ def load_crops(manifest: Path, workers: int = 1) -> CropSet:
         landmarks=np.load(folder / "landmarks.npy"),
         unusable=state["unusable"],
         masks=np.load(folder / "masks.npy", mmap_mode="r"),
+        large=None if side == CROP_SIZE else np.load(folder / "large.npy", mmap_mode="r"),
     )
 
 
-def _cropped(paths: Sequence[tuple[str, str | None]], workers: int) -> Iterator[Cropped | str]:
+def _cropped(paths: Sequence[tuple[str, str | None, int]], workers: int) -> Iterator[Cropped | str]:
     if workers <= 1:
         yield from map(_crop, paths)
         return
@@ -126,33 +134,42 @@ def _state(samples: Sequence[Sample]) -> str:
     return digest.hexdigest()
 
 
-def _compute(samples: list[Sample], folder: Path, key: dict[str, str], workers: int) -> None:
+def _compute(samples: list[Sample], folder: Path, key: dict[str, str], workers: int, side: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "index.json").unlink(missing_ok=True)
-    shape = (len(samples), CROP_SIZE, CROP_SIZE, 3)
-    crops = np.lib.format.open_memmap(folder / "crops.part.npy", "w+", np.uint8, shape)
+    sides = {"crops": CROP_SIZE} | ({} if side == CROP_SIZE else {"large": side})
+    parts = {name: folder / f"{name}.part.npy" for name in sides}
+    made = {
+        name: np.lib.format.open_memmap(parts[name], "w+", np.uint8, (len(samples), s, s, 3))
+        for name, s in sides.items()
+    }
     landmarks = np.zeros((len(samples), 468, 2), np.float32)
     masks = np.zeros((len(samples), MASK_SIZE, MASK_SIZE), np.uint8)
     unusable: dict[str, str] = {}
     n = 0
-    results = _cropped([(str(s.path), str(s.mask) if s.mask else None) for s in samples], workers)
+    results = _cropped([(str(s.path), str(s.mask) if s.mask else None, side) for s in samples], workers)
     shown = progress(results, "cropping", len(samples))
     for sample, result in zip(samples, shown, strict=True):
         if isinstance(result, str):
             unusable[sample.id] = result
         else:
-            crops[n], landmarks[n], mask = result
+            face, mask = result
+            made["crops"][n] = face.crop
+            if "large" in made:
+                made["large"][n] = face.view
+            landmarks[n] = face.crop_landmarks
             if mask is not None:
                 masks[n] = mask
             n += 1
-    crops.flush()
-    if n < len(samples):  # the few unusable ones leave a tail: copy without it
-        whole = np.lib.format.open_memmap(folder / "whole.part.npy", "w+", np.uint8, (n, *shape[1:]))
-        for start in range(0, n, 256):
-            whole[start : min(start + 256, n)] = crops[start : min(start + 256, n)]
-        whole.flush()
-        os.replace(folder / "whole.part.npy", folder / "crops.part.npy")
-    os.replace(folder / "crops.part.npy", folder / "crops.npy")
+    for name, crops in made.items():
+        crops.flush()
+        if n < len(samples):  # the few unusable ones leave a tail: copy without it
+            whole = np.lib.format.open_memmap(folder / "whole.part.npy", "w+", np.uint8, (n, *crops.shape[1:]))
+            for start in range(0, n, 256):
+                whole[start : min(start + 256, n)] = crops[start : min(start + 256, n)]
+            whole.flush()
+            os.replace(folder / "whole.part.npy", parts[name])
+        os.replace(parts[name], folder / f"{name}.npy")
     np.save(folder / "landmarks.npy", landmarks[:n])
     np.save(folder / "masks.npy", masks[:n])
     write_text(folder / "index.json", json.dumps({"key": key, "unusable": unusable}, indent=1))

@@ -101,7 +101,7 @@ class Detector:
 
         Raises InputError with a reason code, whatever the file makes a library raise.
         """
-        [report] = self._judge([ready(source, frames)], rationale)
+        [report] = self._judge([ready(source, frames, self.info.crop_size)], rationale)
         assert isinstance(report, Report)
         return report
 
@@ -124,7 +124,7 @@ class Detector:
         if batch_size < 1 or frames < 1:
             raise ValueError("batch_size and frames must be at least 1")
         source = iter(sources)
-        opened = partial(ready_or_failure, frames=frames, on_progress=on_progress)
+        opened = partial(ready_or_failure, frames=frames, side=self.info.crop_size, on_progress=on_progress)
         beside = ThreadPoolExecutor(1, "x2dfd-decode")
         try:
             # A file each, so that a run that is broken off waits for one file and not for a batch.
@@ -156,10 +156,10 @@ class Detector:
         source = report.path if source is None else source
         if source is None:
             raise InputError("no_picture", "a follow-up needs the picture that the report is about")
-        face = found_again(report, source)[deciding.index].face
+        face = found_again(report, source, self.info.crop_size)[deciding.index].face
         [asked] = self._questions([deciding.evidence])
         answer = f"{prompts.rationale_start(deciding.verdict.side)} {deciding.rationale}".strip()
-        with self._look(through_codec([face])[0].crop[None]) as look:
+        with self._look(through_codec([face])[0].view[None]) as look:
             said = self.mllm.write(look, [asked], [""], turns=[(answer, question)])[0]
         return said if self.mode == "paper" else follow_up.checked(said, deciding)
 
@@ -170,14 +170,14 @@ class Detector:
         by token. Raises InputError when it is another file.
         """
         start = time.perf_counter()
-        found = found_again(report, source)
+        found = found_again(report, source, self.info.crop_size)
         order = sorted(report.faces, key=FaceReport.suspicion, reverse=True)  # the text of the first is streamed
         told: dict[int, FaceReport] = {}
         for at in range(0, len(order), self.mllm.batch):
             part = order[at : at + self.mllm.batch]
             texts = dict.fromkeys((f.index for f in part), "")
             if asked := [f for f in part if self._written(f.verdict)]:
-                crops = np.stack([f.crop for f in through_codec([found[f.index].face for f in asked])])
+                crops = np.stack([f.view for f in through_codec([found[f.index].face for f in asked])])
                 with self._look(crops) as look:
                     written = self.mllm.write(
                         look,
@@ -199,7 +199,7 @@ class Detector:
     def judge_faces(self, faces: Sequence[Face]) -> tuple[NDArray[np.float64], list[list[Evidence]]]:
         """The parts of a verdict before they are joined: the MLLM's logits [n], and each face's expert evidence."""
         faces = through_codec(faces)
-        with self._look(np.stack([f.crop for f in faces])) as look:
+        with self._look(np.stack([f.view for f in faces])) as look:
             evidence = self.evidence(faces, look)
             return self._mllm_logits(look, self._questions(evidence)), evidence
 
@@ -256,7 +256,7 @@ class Detector:
         for start in range(0, len(seen), self.mllm.batch):
             part = seen[start : start + self.mllm.batch]
             faces = through_codec([s.face for s in part])
-            with self._look(np.stack([f.crop for f in faces])) as look:
+            with self._look(np.stack([f.view for f in faces])) as look:
                 clock.lap("look")
                 evidence = self.evidence(faces, look)
                 clock.lap("experts")
@@ -444,7 +444,8 @@ def _areas(face: Face, cues: Sequence[Cue]) -> dict[str, list[list[list[float]]]
 
 def through_codec(faces: Sequence[Face]) -> list[Face]:
     """The faces with their crops as every model sees them."""
-    return [replace(f, crop=codec(f.crop, *CODEC)) for f in faces]
+    larger = [None if f.large is None else codec(f.large, *CODEC) for f in faces]
+    return [replace(f, crop=codec(f.crop, *CODEC), large=large) for f, large in zip(faces, larger, strict=True)]
 
 
 def _corners(face: Face) -> tuple[tuple[float, float], ...]:

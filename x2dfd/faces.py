@@ -24,11 +24,18 @@ from x2dfd.types import Face
 
 CROP_SIZE = 224
 MARGIN = 1.3  # side of the crop over the longer side of the mesh's box, as in DeepfakeBench
-PREPROCESSING = (
-    f"all faces; 468-point mesh; eyes level; square crop, margin {MARGIN}; "
-    f"{CROP_SIZE} px RGB, padded with the CLIP mean; v1"
-)
-"""Names the crop that weights were trained on; cards carry it, loading compares it."""
+LARGEST_CROP = 448
+"""Side of the largest crop that an MLLM is shown; more of a face is in few pictures."""
+
+
+def preprocessing(side: int) -> str:
+    """Names the crop that weights were trained on; cards carry it, loading compares it."""
+    cut = f"all faces; 468-point mesh; eyes level; square crop, margin {MARGIN}"
+    return f"{cut}; {side} px RGB, padded with the CLIP mean; v1"
+
+
+PREPROCESSING = preprocessing(CROP_SIZE)
+"""Of experts and of the embedded model."""
 
 PADDING = (122, 116, 104)
 """RGB of what lies outside the picture: the CLIP mean, which LLaVA pads with too."""
@@ -221,8 +228,10 @@ def _roll(points: Array) -> float:
     return math.atan2(left[1] - right[1], left[0] - right[0])
 
 
-def align(pixels: Array, landmarks: Array, margin: float = MARGIN) -> tuple[NDArray[np.uint8], Array]:
-    """The aligned crop [CROP_SIZE, CROP_SIZE, 3] and the affine [2, 3] from picture to crop pixels.
+def align(
+    pixels: Array, landmarks: Array, margin: float = MARGIN, side: int = CROP_SIZE
+) -> tuple[NDArray[np.uint8], Array]:
+    """The aligned crop [side, side, 3] and the affine [2, 3] from picture to crop pixels.
 
     Eyes level, square, centred on the mesh; what lies outside the picture is PADDING.
     """
@@ -231,21 +240,24 @@ def align(pixels: Array, landmarks: Array, margin: float = MARGIN) -> tuple[NDAr
     turned = landmarks @ turn.T
     low, high = turned.min(0), turned.max(0)
     centre = ((low + high) / 2) @ turn
-    matrix = _square_to(centre, float((high - low).max()) * margin, angle, CROP_SIZE)
-    return _warp(pixels, matrix, CROP_SIZE), matrix
+    matrix = _square_to(centre, float((high - low).max()) * margin, angle, side)
+    return _warp(pixels, matrix, side), matrix
 
 
 @one_file("finding faces")
-def find_faces(pixels: NDArray[np.uint8]) -> list[Face]:
+def find_faces(pixels: NDArray[np.uint8], side: int = CROP_SIZE) -> list[Face]:
     """All upright faces of a picture, largest first. No face is an empty list, not an error.
 
-    `pixels`: [H, W, 3] uint8 RGB. Raises InputError for pixels that the models fail on.
+    `pixels`: [H, W, 3] uint8 RGB. `side`: of the crop that the MLLM sees; `Face.large` where it is not CROP_SIZE.
+    Raises InputError for pixels that the models fail on.
     """
-    return _faces(pixels, _meshes(pixels))
+    return _faces(pixels, _meshes(pixels), side)
 
 
 @one_file("finding faces")
-def find_turned_faces(pixels: NDArray[np.uint8], turns: Sequence[int] = (1, 2, 3)) -> tuple[list[Face], int]:
+def find_turned_faces(
+    pixels: NDArray[np.uint8], turns: Sequence[int] = (1, 2, 3), side: int = CROP_SIZE
+) -> tuple[list[Face], int]:
     """As `find_faces`, for a picture that lies on its side or on its head and does not say so.
 
     The quarter `turns` are tried one after the other; of those that show faces, the one with the surest is taken.
@@ -258,7 +270,7 @@ def find_turned_faces(pixels: NDArray[np.uint8], turns: Sequence[int] = (1, 2, 3
         sure = max((score for _, score in found), default=0.0)
         if sure > best[0]:
             best = (sure, [(_turned_back(points, turn, pixels.shape), score) for points, score in found], turn)
-    return _faces(pixels, best[1]), 90 * best[2]
+    return _faces(pixels, best[1], side), 90 * best[2]
 
 
 def _turned_back(points: Array, turns: int, shape: Sequence[int]) -> Array:
@@ -300,10 +312,11 @@ def _meshes(pixels: NDArray[np.uint8]) -> list[tuple[Array, float]]:
     return found
 
 
-def _faces(pixels: NDArray[np.uint8], meshes: Sequence[tuple[Array, float]]) -> list[Face]:
+def _faces(pixels: NDArray[np.uint8], meshes: Sequence[tuple[Array, float]], side: int) -> list[Face]:
     faces = []
     for index, (points, score) in enumerate(meshes):
         crop, matrix = align(pixels, points)
+        large = align(pixels, points, side=side)[0] if side != CROP_SIZE else None
         low, high = points.min(0), points.max(0)
         faces.append(
             Face(
@@ -314,6 +327,7 @@ def _faces(pixels: NDArray[np.uint8], meshes: Sequence[tuple[Array, float]]) -> 
                 crop=crop,
                 crop_landmarks=cv2.transform(points[None], matrix)[0].astype(np.float32),
                 roll_degrees=math.degrees(_roll(points)),
+                large=large,
             )
         )
     return faces

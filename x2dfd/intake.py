@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from x2dfd.errors import InputError, one_file
-from x2dfd.faces import find_faces, find_turned_faces
+from x2dfd.faces import CROP_SIZE, find_faces, find_turned_faces
 from x2dfd.files import Json, file_sha256
 from x2dfd.media import Frame, Picture, Video, load_media, media_summary
 from x2dfd.provenance import read_provenance
@@ -57,8 +57,9 @@ class Ready:
 class Search:
     """Finds the faces of a file; of a clip while it is decoded, so that one frame at a time stands in memory."""
 
-    def __init__(self, on_progress: Told | None = None) -> None:
+    def __init__(self, on_progress: Told | None = None, side: int = CROP_SIZE) -> None:
         self.seen: list[Seen] = []
+        self._side = side  # of the MLLM's crop
         self._on_progress = on_progress
         self.turned = 0  # degrees counterclockwise that set the picture upright, where the file does not say so
         self.seconds = 0.0
@@ -85,10 +86,10 @@ class Search:
 
     def _faces(self, pixels: NDArray[np.uint8], turning: bool) -> list[Face]:
         start = time.perf_counter()
-        faces = find_faces(pixels)
+        faces = find_faces(pixels, self._side)
         if turning and not faces:
             turns = (self.turned // 90,) if self.turned else (1, 2, 3)
-            faces, turned = find_turned_faces(pixels, turns)
+            faces, turned = find_turned_faces(pixels, turns, self._side)
             self.turned = self.turned or turned
         self._cut += bool(faces) and _reaches_out(faces[0], pixels.shape[1], pixels.shape[0])
         self.seconds += time.perf_counter() - start
@@ -125,9 +126,9 @@ def _open(source: Source, frames: int, keep: Callable[[Frame], Frame]) -> Pictur
 
 
 @isolated
-def ready(source: Source, frames: int, on_progress: Told | None = None) -> Ready:
-    """Raises InputError, whatever the file makes a library raise; see `errors.one_file`."""
-    search = Search(on_progress)
+def ready(source: Source, frames: int, side: int = CROP_SIZE, on_progress: Told | None = None) -> Ready:
+    """`side`: of the MLLM's crop. Raises InputError, whatever the file makes a library raise; see `errors.one_file`."""
+    search = Search(on_progress, side)
     start = time.perf_counter()
     media = _open(source, frames, search.frame)
     decoded = time.perf_counter() - start - search.seconds
@@ -142,17 +143,17 @@ def ready(source: Source, frames: int, on_progress: Told | None = None) -> Ready
     return Ready(media, summary, search.seen, search.notes(), {"decode": decoded, "faces": search.seconds})
 
 
-def ready_or_failure(source: Source, frames: int, on_progress: Told | None = None) -> Ready:
+def ready_or_failure(source: Source, frames: int, side: int = CROP_SIZE, on_progress: Told | None = None) -> Ready:
     try:
-        return ready(source, frames, on_progress=on_progress)
+        return ready(source, frames, side, on_progress=on_progress)
     except InputError as error:
         return Ready(failure_of(source, error), {}, [], [], {})
 
 
 @isolated
-def found_again(report: Report, source: Source) -> list[Seen]:
+def found_again(report: Report, source: Source, side: int = CROP_SIZE) -> list[Seen]:
     """The faces of a report's file, in the report's order. Raises InputError, also where it is another file."""
-    search = Search()
+    search = Search(side=side)
     media = load_media(source, max_frames=frames_asked(report.media) or 1, keep=search.frame)
     if report.sha256 != media.sha256:
         raise InputError("other_picture", "this is not the picture that the report is about")

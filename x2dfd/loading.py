@@ -19,6 +19,7 @@ from typing import Any, get_args
 import torch
 
 from x2dfd.errors import SetupError, UnknownName, first_line
+from x2dfd.faces import CROP_SIZE, LARGEST_CROP
 from x2dfd.fetch import BASE_NAME, require
 from x2dfd.files import Json, file_sha256
 from x2dfd.model_spec import Bits, Dtype
@@ -104,6 +105,17 @@ def load_processor(folder: str | Path) -> Processor:
             code="chat_template_missing",
         )
     return processor
+
+
+def crop_size_of(processor: Processor) -> int:
+    """Side of the face crops that a model is shown: its image processor's own, or the largest where that takes any.
+
+    Between CROP_SIZE and LARGEST_CROP: a smaller crop would lose what a processor may still use, a larger one is drawn
+    up from few pixels in most pictures.
+    """
+    said = processor.image_processor.crop_size or processor.image_processor.size
+    side: int = said.get("height") or LARGEST_CROP
+    return min(max(side, CROP_SIZE), LARGEST_CROP)
 
 
 def put_together(stock: Any, parts: Sequence[Any], settings: Json) -> Processor:

@@ -10,12 +10,15 @@
 | `NAME@http://HOST/v1+DIR` | the same with the adapter directory that the endpoint serves under that name |
 | `expert:NAME` | one expert without a language model; for the benchmark only |
 
-A base's directory and an endpoint's address cannot hold a `+`. A directory whose name looks like another form is
+`?requests-per-minute=60` after an address spreads what is asked of it. A base's directory and an endpoint's address
+cannot hold a `+`. A directory whose name looks like another form is
 written with its path: `./embedded`. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +32,7 @@ Mode = Literal["calibrated", "paper"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 Bits = Literal[4, 8]
 
-EMBEDDED_NAME, HUB, EXPERT = "embedded", "hub:", "expert:"
+EMBEDDED_NAME, HUB, EXPERT, PACE = "embedded", "hub:", "expert:", "?requests-per-minute="
 
 
 class LoadOptions(TypedDict, total=False):
@@ -53,6 +56,7 @@ class ModelSpec:
     adapter: Path | None = None  # adapter directory
     name: str | None = None  # at the endpoint
     url: str | None = None  # of the endpoint
+    requests_per_minute: float | None = None  # that the endpoint is asked at most; None: no limit
     expert: str | None = None
 
     @classmethod
@@ -70,9 +74,11 @@ class ModelSpec:
             base, plus, folder = text.removeprefix(HUB).partition("+")
             return cls(base=_present(text, base), adapter=Path(_present(text, folder)) if plus else None)
         if found := re.search("@(?=https?://)", text):
-            name, (url, plus, folder) = text[: found.start()], text[found.end() :].partition("+")
+            name, (address, plus, folder) = text[: found.start()], text[found.end() :].partition("+")
             adapter = Path(_present(text, folder)) if plus else None
-            return cls(adapter=adapter, name=_present(text, name), url=url)
+            url, asked, number = address.partition(PACE)
+            pace = _pace(text, number) if asked else None
+            return cls(adapter=adapter, name=_present(text, name), url=url, requests_per_minute=pace)
         return cls(adapter=Path(_present(text, text)))
 
     def __str__(self) -> str:
@@ -82,6 +88,7 @@ class ModelSpec:
         if self.base is None and self.url is None:
             return adapter or EMBEDDED_NAME
         front = f"{HUB}{self.base}" if self.url is None else f"{self.name}@{self.url}"
+        front += "" if self.requests_per_minute is None else f"{PACE}{self.requests_per_minute:g}"
         return f"{front}+{adapter}" if adapter else front
 
     @property
@@ -123,3 +130,10 @@ def _present(text: str, part: str) -> str:
             code="model_malformed",
         )
     return part
+
+
+def _pace(text: str, number: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < (pace := float(number)) < math.inf:
+            return pace
+    raise SetupError(f"{text!r}: requests-per-minute is a number above 0, not {number!r}", code="model_malformed")

@@ -30,7 +30,15 @@ from x2dfd.detector import Detector
 from x2dfd.errors import SetupError
 from x2dfd.experts import DEFAULT, Expert, load_expert
 from x2dfd.fetch import BASE_NAME
-from x2dfd.loading import TORCH_DTYPES, base_identity, checkpoint_dtype, choose_device, load_model, reading
+from x2dfd.loading import (
+    TORCH_DTYPES,
+    base_identity,
+    checkpoint_dtype,
+    choose_device,
+    crop_size_of,
+    load_model,
+    reading,
+)
 from x2dfd.mllm import LanguageModel, LocalMLLM
 from x2dfd.model_spec import Bits, Dtype, Mode, ModelSpec
 from x2dfd.tower import quick_in_16_bits
@@ -104,6 +112,8 @@ def load(
             mllm, identity, asked_with = local(precision, device_map, bits)
         runs_on = f"{place.type} {precision}" + (f", {bits}-bit weights" if bits else "")
         info = replace(_info(card, identity, asked_with), runs_on=runs_on)
+        if card is None and isinstance(mllm, LocalMLLM):
+            info = replace(info, crop_size=crop_size_of(mllm.processor))
     loaded = _experts(folder, card, calibration, mode, experts, other_experts)
     info = replace(
         info,
@@ -153,7 +163,7 @@ def _local(
     )
     if card and card.probes and not bits:  # four bits move them as far as another projector would
         exact = precision == "fp32" and (base is None or checkpoint_dtype(base) == torch.float32)
-        check_probes(card, probe_logits(mllm), 0.1 if exact else 1.0)
+        check_probes(card, probe_logits(mllm, card.crop_size), 0.1 if exact else 1.0)
     return mllm, identity, prompts.prompt_hash(processor, card.score_form if card else "numbers")
 
 
@@ -166,9 +176,14 @@ def _served(spec: ModelSpec, folder: Path | None, card: AdapterCard | None) -> t
 
     if folder and card:
         check_contents(folder, card)
-    mllm = ServedMLLM(str(spec.url), str(spec.name), continues=True if card else None)
+    mllm = ServedMLLM(
+        str(spec.url),
+        str(spec.name),
+        continues=True if card else None,
+        requests_per_minute=spec.requests_per_minute,
+    )
     if card and card.probes:  # an engine rounds and resizes otherwise; another model or prompt moves them further
-        check_probes(card, probe_logits(mllm), 1.0)
+        check_probes(card, probe_logits(mllm, card.crop_size), 1.0)
     identity = card.base if card else {"name": mllm.name, "sha256": ""}
     info = _info(card, identity, card.prompt_sha256 if card else mllm.prompt_sha256)
     # Every endpoint is asked with temperature 0.
@@ -188,6 +203,7 @@ def _info(card: AdapterCard | None, base: dict[str, str], prompt_sha256: str) ->
         layers={"tower": card.tower_layers, "text": text if isinstance(text, int) else list(text)},
         prompt_sha256=prompt_sha256,
         crops_through=codec,
+        crop_size=card.crop_size,
         temperature=card.temperature,
         score_form=card.score_form,
         held_out=list(card.held_out),

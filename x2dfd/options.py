@@ -10,7 +10,8 @@ from x2dfd.model_spec import Bits, Dtype, LoadOptions, Mode
 
 MODEL_HELP = (
     "embedded, an adapter directory, hub:NAME, hub:NAME+DIR, NAME@http://HOST/v1 or NAME@http://HOST/v1+DIR. "
-    "An endpoint gets the face crops; its key is read from OPENAI_API_KEY."
+    "An endpoint gets the face crops; its key is read from OPENAI_API_KEY; ?requests-per-minute=N after its address "
+    "spreads what is asked of it."
 )
 Model = Annotated[str, typer.Option("--model", metavar="SPEC", help=MODEL_HELP)]
 ModeOption = Annotated[

@@ -196,12 +196,20 @@ def render(processor: Processor, question: str, start: str = "", turns: Sequence
     """The prompt as text, in the base model's chat template, with the answer begun by `start`.
 
     Without a template (PaliGemma) it is the plain form of that family: picture, begin token, lines. Raises SetupError
-    for a model that thinks before it answers: what it begins with is no verdict.
+    as `begun`.
     """
     if not processor.chat_template:
         lines = [question, *(line for turn in turns for line in turn)]
         return "\n".join([processor.image_token + processor.tokenizer.bos_token + lines[0], *lines[1:], start])
-    frame = framed(processor, conversation(question, turns), answer_next=True)
+    return begun(processor, conversation(question, turns), start)
+
+
+def begun(processor: Processor, messages: list[Json], start: str = "") -> str:
+    """Chat messages as text in the chat template, with the next answer begun by `start`.
+
+    Raises SetupError for a model that thinks before it answers: what it begins with is no verdict.
+    """
+    frame = framed(processor, messages, answer_next=True)
     if frame.rstrip().endswith("<think>"):
         raise SetupError(
             "this model thinks before it answers, so no verdict can be scored: take its Instruct variant",
@@ -211,7 +219,7 @@ def render(processor: Processor, question: str, start: str = "", turns: Sequence
         return frame + start
     # LLaVA-1.5's frame ends in "ASSISTANT:", its answers begin with a space; Mistral's in "[/INST]", and they do not.
     said = {"role": "assistant", "content": [{"type": "text", "text": start}]}
-    whole = framed(processor, [*conversation(question, turns), said], answer_next=False)
+    whole = framed(processor, [*messages, said], answer_next=False)
     return frame + ("" if whole.startswith(frame + start) else " ") + start
 
 

@@ -195,11 +195,12 @@ def seen_view(crop: NDArray[np.uint8], seed: int, i: int) -> NDArray[np.uint8]:
 def view_face(data: CropSet, i: int, view_seed: int) -> Face:
     """Sample i's training view as a Face, for experts that are asked about it."""
     view, flipped = training_view(data.crops[i], view_seed, i)
+    large = None if data.large is None else training_view(data.large[i], view_seed, i)[0]
     points = data.landmarks[i].copy()
     if flipped:  # mirrored points keep their numbers: no expert of ours reads left from right
         points[:, 0] = view.shape[1] - 1 - points[:, 0]
     size = float(view.shape[0])
-    return Face(0, (0.0, 0.0, size, size), points, 1.0, view, points, 0.0)
+    return Face(0, (0.0, 0.0, size, size), points, 1.0, view, points, 0.0, large)
 
 
 def training_rows(data: CropSet, limit: int | None = None) -> NDArray[np.intp]:

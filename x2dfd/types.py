@@ -96,6 +96,12 @@ class Face:
     crop: NDArray[np.uint8]  # [CROP_SIZE, CROP_SIZE, 3] RGB, eyes level, margin 1.3 around the mesh
     crop_landmarks: NDArray[np.float32]  # [468, 2] mesh points in crop pixels
     roll_degrees: float  # how far the head leans; the crop undoes it
+    large: NDArray[np.uint8] | None = None  # the same crop [s, s, 3] for an MLLM that takes a larger one than experts
+
+    @property
+    def view(self) -> NDArray[np.uint8]:
+        """The crop that the MLLM sees."""
+        return self.crop if self.large is None else self.large
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,7 @@ class ModelInfo:
     layers: dict[str, int | list[int]] | None = None  # kept of `tower` and `text`
     prompt_sha256: str = ""
     crops_through: str = ""  # the codec that every crop goes through
+    crop_size: int = 224  # side of the crops that the MLLM sees
     experts: dict[str, str] = field(default_factory=dict)  # name -> version and SHA-256 of the weights
     in_prompt: list[str] = field(default_factory=list)  # experts whose scores the MLLM is told
     aliases: dict[str, str] | None = None  # what the prompt calls some of them
@@ -164,11 +171,9 @@ class ModelInfo:
     validation_sha256: str | None = None
 
     def to_dict(self) -> Json:
-        """As `Report.model` holds it."""
-        said = asdict(self)
-        return {
-            k: v for k, v in said.items() if v is not None or k not in ("aliases", "runs_on", "served", "asked_with")
-        }
+        """As `Report.model` holds it; without a crop size that is the usual one, which older reports do not state."""
+        unsaid: Json = dict.fromkeys(("aliases", "runs_on", "served", "asked_with")) | {"crop_size": 224}
+        return {k: v for k, v in asdict(self).items() if k not in unsaid or v != unsaid[k]}
 
 
 @dataclass(frozen=True)

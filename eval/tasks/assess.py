@@ -18,7 +18,7 @@ def run(run: Run) -> Made:
 
     options, model = run.options, run.open()
     need_texts(model, options.task)
-    crops = load_crops(run.manifest, workers=min(4, os.cpu_count() or 1))
+    crops = load_crops(run.manifest, workers=min(4, os.cpu_count() or 1), side=model.detector.info.crop_size)
     found = assess(
         model.detector.mllm,
         crops,

@@ -130,7 +130,8 @@ def ask(
     faces: list[Face] = []
     for row, sample in zip(rows, samples, strict=True):
         try:
-            found = find_faces(load_picture(equalised(sample.path) if equal else sample.path).pixels)
+            pixels = load_picture(equalised(sample.path) if equal else sample.path).pixels
+            found = find_faces(pixels, detector.info.crop_size)
         except InputError as error:
             row.failed(error.code, error.reason)
             continue
@@ -156,7 +157,7 @@ def _answered_rows(
 
     try:
         logits, evidence = detector.judge_faces(faces)
-        look = detector.mllm.look(np.stack([f.crop for f in through_codec(faces)]))
+        look = detector.mllm.look(np.stack([f.view for f in through_codec(faces)]))
         texts = [worded(detector, question(s), said) for (_, s), said in zip(asked, evidence, strict=True)]
         answered = detector.mllm.write(look, texts, [""] * len(texts))
     except InputError as error:  # of a served model, about one of these pictures

@@ -217,11 +217,13 @@ def run_assess(
     import x2dfd
     from x2dfd.crops import load_crops
 
-    crops = load_crops(data, workers=min(4, os.cpu_count() or 1))
     # Whether a verdict is calibrated does not matter here, and calibration comes later on the road.
     options: LoadOptions = {**(loading or {}), "experts": [], "mode": "paper"}
-    mllm = x2dfd.load(model, **options).mllm
-    a = assess(mllm, crops, asked, out, limit=limit, split=split, seed=seed, manifest_hash=manifest_sha256(data))
+    detector = x2dfd.load(model, **options)
+    crops = load_crops(data, workers=min(4, os.cpu_count() or 1), side=detector.info.crop_size)
+    a = assess(
+        detector.mllm, crops, asked, out, limit=limit, split=split, seed=seed, manifest_hash=manifest_sha256(data)
+    )
     if not chart(a, out / "assessment.png"):
         print("no chart: matplotlib is not installed (pip install -e '.[bench]')", file=sys.stderr)
     print(table(a).split("\n## ", 1)[0].strip())

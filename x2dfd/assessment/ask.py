@@ -57,7 +57,7 @@ class Answers(Protocol):
 
 
 class Answerer(Protocol):
-    """Any MLLM that answers yes/no questions about one aligned face crop [224, 224, 3]."""
+    """Any MLLM that answers yes/no questions about one aligned face crop [s, s, 3]."""
 
     name: str
 
@@ -163,7 +163,7 @@ def ask_all(
     }
     again = next((i for i in chosen if data.samples[i].id in known), None)
     if again is not None:  # two models may go by one name
-        p_yes, _ = _ask(model, data.crops[again], texts)
+        p_yes, _ = _ask(model, data.views[again], texts)
         if not np.allclose(p_yes, known[data.samples[again].id]["p_yes"], rtol=0, atol=1e-3):
             raise X2DFDError(
                 f"{out} holds answers of another model named {model.name!r}; choose another --out",
@@ -172,7 +172,7 @@ def ask_all(
     todo = [i for i in chosen if data.samples[i].id not in known]
     fresh: list[_Row] = []
     for done, i in enumerate(progress(todo, "asking") if show else todo, start=1):
-        p_yes, said = _ask(model, data.crops[i], texts)
+        p_yes, said = _ask(model, data.views[i], texts)
         fresh.append({"id": data.samples[i].id, "crop_sha256": _sha256(data, i), "p_yes": p_yes, "said": said})
         if len(fresh) == PART or done == len(todo):
             parts.add(key, fresh)
@@ -187,4 +187,4 @@ def ask_all(
 
 
 def _sha256(data: CropSet, i: int) -> str:
-    return hashlib.sha256(data.crops[i].tobytes()).hexdigest()
+    return hashlib.sha256(data.views[i].tobytes()).hexdigest()
