@@ -45,8 +45,12 @@ def truth_on_crop(path: Path, shape: Sequence[int], pixels: Pixels, face: Face) 
 
 
 def places(maps: Json, face: Face, truth: NDArray[np.bool_]) -> Part:
-    """How well each map, and two that know nothing of the forgery, say where it is."""
+    """How well each map, and two that know nothing of the forgery, say where it is.
+
+    Thresholds are shares of a map's own maximum: whether there is a forgery is the score's to say.
+    """
     drawn = {name: np.asarray(rows, np.float32) for name, rows in maps.items()}
+    drawn = {name: rows / max(float(rows.max()), 1e-6) for name, rows in drawn.items()}
     grids = {
         name: np.asarray(cv2.resize(rows, (MASK_SIZE, MASK_SIZE), interpolation=cv2.INTER_LINEAR))
         for name, rows in drawn.items()

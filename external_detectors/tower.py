@@ -66,7 +66,9 @@ class Tower(CropExpert):
     def _said(self, states: Sequence[Tensor], faces: Sequence[Face]) -> list[Evidence]:
         areas = torch.from_numpy(np.stack([area_grid(f.crop_landmarks) for f in faces]))
         seen = self._heads(states, areas.float() / 255)
-        maps = F.avg_pool2d(seen.map.sigmoid()[:, None], 2)[:, 0].tolist()  # [n, 14, 14]
+        # The map says where, if the picture was changed at all: it is fainter where that is unlikely.
+        likely = (seen.fake.sigmoid() / POINTS_FROM).clamp(max=1)[:, None, None]
+        maps = F.avg_pool2d((seen.map.sigmoid() * likely)[:, None], 2)[:, 0].tolist()  # [n, 14, 14]
         whole = seen.kinds[:, 1:].softmax(1)[:, 0].tolist()  # of a fake: P(EFS)
         chances = seen.cues.sigmoid().flatten(1)
         drawn = seen.photo.neg().sigmoid().tolist()

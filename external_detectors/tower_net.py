@@ -2,7 +2,7 @@
 
 The tower is the base's CLIP ViT-B/16 with trained additions (LoRA, arXiv 2106.09685; or layer norms). Four of its
 layers are read: statistics over all patches decide real or fake and the kind of fake, patches pooled inside the areas
-of the face mesh name what is wrong where, and every patch says whether the picture was changed there.
+of the face mesh name what is wrong where, and a map says where the picture was changed, if it was.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ KINDS = ("real", "EFS", "FS", "FR", "FE")
 _PATCHES = 14  # a side
 _POOLED = WIDTH * len(LAYERS)
 _CUE = 64
+_PLACE = 32
 
 
 def area_grid(landmarks: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -64,6 +65,29 @@ class Seen(NamedTuple):
     photo: Tensor  # [n]: a photograph, forged or not, against a drawing, a painting, a render
 
 
+class _Where(nn.Module):
+    """Patches [n, 196, 4 * 768] and area grids [n, areas, 28, 28] to the logits of a map: [n, GRID, GRID].
+
+    A cell is judged by its patch, the patches around it, the area it lies in and the mean of the whole face: a swap
+    fills the face, a changed mouth does not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(_POOLED, _PLACE)
+        self.dropout = nn.Dropout(0.2)
+        self.near = nn.Conv2d(2 * _PLACE + len(POOLED), _PLACE, 3, padding=1)
+        self.further = nn.Conv2d(_PLACE, _PLACE, 3, padding=1)
+        self.cells = nn.Conv2d(_PLACE, (GRID // _PATCHES) ** 2, 1)
+
+    def forward(self, patches: Tensor, areas: Tensor) -> Tensor:
+        mixed = self.dropout(torch.relu(self.mix(patches))).transpose(1, 2).unflatten(2, (_PATCHES, _PATCHES))
+        whole = mixed.mean((2, 3), keepdim=True).expand_as(mixed)
+        read = torch.cat([mixed, whole, F.avg_pool2d(areas, GRID // _PATCHES)], 1)
+        read = torch.relu(self.further(torch.relu(self.near(read))))
+        return F.pixel_shuffle(self.cells(read), GRID // _PATCHES)[:, 0]
+
+
 class TowerHeads(nn.Module):
     """Hidden states of the tower, embeddings first, each [n, 1 + 196, 768], and area grids [n, areas, 28, 28] in 0..1
     to `Seen`."""
@@ -77,7 +101,7 @@ class TowerHeads(nn.Module):
         self.fake = nn.Linear(features, 1)
         self.cls = nn.Linear(features, len(KINDS))
         self.photo = nn.Linear(features, 1)
-        self.map = nn.Linear(_POOLED, (GRID // _PATCHES) ** 2)
+        self.map = _Where()
         self.mix = nn.Linear(_POOLED, _CUE)
         self.name = nn.Sequential(
             nn.Linear(4 * _CUE + len(POOLED), 128), nn.ReLU(), nn.Dropout(0.1), nn.Linear(128, len(ARTIFACTS))
@@ -90,9 +114,8 @@ class TowerHeads(nn.Module):
         read = [F.layer_norm(states[layer].float(), (WIDTH,))[:, 1:] for layer in LAYERS]
         f = self.dropout(self.norm(self.statistics(states)))
         each = torch.cat(read, 2)  # [n, 196, 4 * 768]
-        cells = self.map(each).unflatten(1, (_PATCHES, _PATCHES)).unflatten(3, (2, 2))  # [n, 14, 14, 2, 2]
-        where = cells.permute(0, 1, 3, 2, 4).reshape(-1, GRID, GRID)
-        return Seen(self.fake(f)[:, 0], self.cls(f), self.cues(each, areas), where, self.photo(f)[:, 0])
+        seen = self.map(each, areas)
+        return Seen(self.fake(f)[:, 0], self.cls(f), self.cues(each, areas), seen, self.photo(f)[:, 0])
 
     def statistics(self, states: Sequence[Tensor]) -> Tensor:
         """The last class token, and mean and deviation over the patches of each layer: [n, 6912]."""

@@ -1,7 +1,7 @@
-"""Training of two of the forensic tower's heads, cues and "no photograph", on features that are computed once.
+"""Training of three of the forensic tower's heads, cues, map and "no photograph", on features that are computed once.
 
 The tower and its verdict stay as they are: a head that names what is wrong needs many looks at few pictures, which
-would teach the tower those pictures by heart.
+would teach the tower those pictures by heart. The map learns from forgeries alone: it says where, not whether.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import cv2
 import numpy as np
 import torch
 import typer
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from external_detectors.tower_net import CUE_SEEN_FROM, MAX_CUES, POOLED, TowerHeads, area_grid
+from external_detectors.tower_net import CUE_SEEN_FROM, GRID, MAX_CUES, POOLED, TowerHeads, area_grid
 from external_detectors.train.drawing import drawing
 from external_detectors.train.loop import log, next_version
 from external_detectors.weights_io import load_weights, save_weights
@@ -34,12 +35,14 @@ from x2dfd.tower import (
     quick_in_16_bits,
     tower_states,
     training_rows,
+    training_view,
     view_face,
 )
 from x2dfd.types import ARTIFACTS
 
 BATCH = 64
 DRAWINGS = 400  # and as many photos, real and forged
+MAP_EPOCHS = 8  # at most: overlap with unseen forgeries stops growing there
 
 
 def heads(
@@ -53,7 +56,7 @@ def heads(
     seed: int = 0,
     limit: Annotated[int | None, typer.Option(help="at most this many pictures, drawn by id")] = None,
 ) -> None:
-    """The heads of the tower for cues and for what is no photograph; the verdict stays as it was."""
+    """The heads of the tower for cues, the map and what is no photograph; the verdict stays as it was."""
     torch.manual_seed(seed)
     card = read_card(start / "tower.card.json")
     weights = load_weights(card, start)
@@ -69,6 +72,7 @@ def heads(
     splits = np.array([crops.samples[i].split for i in rows])
     net.allowed.copy_(((truth[splits == "train"] > 0).sum(0) >= 10).float())
     figures = _learn_cues(net, cache, truth, areas, splits, epochs, lr, seed)
+    figures |= _learn_map(net, cache, _masks(crops, rows, view_seed), areas, splits, lr, seed)
     figures |= _learn_photo(net, crops, rows[splits == "train"], additions, seed)
     pairs = [f"{POOLED[a]} {ARTIFACTS[r]}" for a, r in net.allowed.nonzero().tolist()]
     state = {k: v for k, v in weights.items() if k.startswith("tower.")} | net.state_dict()
@@ -138,11 +142,78 @@ def _learn_cues(
     return {**best, "cue_n": len(kept), "cue_epochs": epochs}
 
 
+def _masks(crops: CropSet, rows: NDArray[np.intp], view_seed: int) -> Tensor:
+    """Where each picture was changed, 1 or 0: [n, GRID, GRID]; nought where no mask says it."""
+    found = np.zeros((len(rows), GRID, GRID), np.float32)
+    for k, i in enumerate(rows):
+        if crops.samples[i].mask is not None and crops.masks is not None:
+            mask = cv2.resize(np.asarray(crops.masks[i]), (GRID, GRID), interpolation=cv2.INTER_AREA)
+            found[k] = (mask[:, ::-1] if training_view(crops.crops[i], view_seed, int(i))[1] else mask) > 127
+    return torch.from_numpy(found)
+
+
+def _learn_map(
+    net: TowerHeads,
+    cache: TowerFeatures,
+    masks: Tensor,
+    areas: Tensor,
+    splits: NDArray[np.str_],
+    lr: float,
+    seed: int,
+) -> Json:
+    """Trains the map on forgeries of a part; keeps the epoch with the best IoU on split `calib`."""
+    share = masks.flatten(1).mean(1).numpy()
+    partly = (share > 0) & (share < 0.97)
+    learnt, kept = np.flatnonzero((splits == "train") & partly), np.flatnonzero((splits == "calib") & partly)
+    if not len(learnt) or not len(kept):
+        raise X2DFDError("no forgery with a mask in splits `train` and `calib`", code="no_mask")
+    optimizer = torch.optim.AdamW(net.map.parameters(), lr=lr, weight_decay=0.05)
+    rng, best, state = np.random.default_rng(seed), -1.0, net.map.state_dict()
+    for epoch in progress(range(MAP_EPOCHS), "map"):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * 0.5 * (1 + np.cos(np.pi * epoch / MAP_EPOCHS))
+        net.train()
+        order = rng.permutation(learnt)
+        for at in range(0, len(order), BATCH // 2):
+            chosen = np.sort(order[at : at + BATCH // 2])
+            drawn, truth = net.map(_patches(cache, chosen), areas[chosen].float() / 255), masks[chosen]
+            loss = F.binary_cross_entropy_with_logits(drawn, truth) + 1 - _soft_iou(drawn.sigmoid(), truth).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        value = _map_iou(net, cache, masks, areas, kept)
+        log(f"map, epoch {epoch + 1}: IoU {value:.4f}")
+        if value > best:
+            best, state = value, {k: v.clone() for k, v in net.map.state_dict().items()}
+    net.map.load_state_dict(state)
+    return {"map_iou": round(best, 4), "map_n": len(kept)}
+
+
+def _soft_iou(drawn: Tensor, truth: Tensor) -> Tensor:
+    """Intersection over union of each map, of values 0 to 1, with its truth: [n]."""
+    both = (drawn * truth).flatten(1).sum(1)
+    return both / ((drawn + truth).flatten(1).sum(1) - both)
+
+
+@torch.inference_mode()
+def _map_iou(net: TowerHeads, cache: TowerFeatures, masks: Tensor, areas: Tensor, rows: NDArray[np.intp]) -> float:
+    """The mean IoU of the maps, each cut at half of its maximum."""
+    net.eval()
+    parts = [rows[k : k + BATCH] for k in range(0, len(rows), BATCH)]
+    drawn = torch.cat([net.map(_patches(cache, part), areas[part].float() / 255) for part in parts]).sigmoid()
+    cut = (drawn >= 0.5 * drawn.amax((1, 2), keepdim=True)).float()
+    return float(_soft_iou(cut, masks[rows]).mean())
+
+
+def _patches(cache: TowerFeatures, chosen: NDArray[np.intp]) -> Tensor:
+    """What the heads read of each patch: [n, 196, 4 * 768]."""
+    read = [torch.from_numpy(cache.tokens[chosen, k, 1:].astype(np.float32)) for k in range(len(HEAD_LAYERS))]
+    return torch.cat([F.layer_norm(r, r.shape[-1:]) for r in read], 2)
+
+
 def _cues(net: TowerHeads, cache: TowerFeatures, areas: Tensor, chosen: NDArray[np.intp]) -> Tensor:
     """Logits of the cues: [n, areas, artifacts]."""
-    read = [torch.from_numpy(cache.tokens[chosen, k, 1:].astype(np.float32)) for k in range(len(HEAD_LAYERS))]
-    patches = torch.cat([F.layer_norm(r, r.shape[-1:]) for r in read], 2)
-    return net.cues(patches, areas[chosen].float() / 255)
+    return net.cues(_patches(cache, chosen), areas[chosen].float() / 255)
 
 
 @torch.inference_mode()
