@@ -35,7 +35,7 @@ from x2dfd.assessment.ask import PART
 from x2dfd.crops import CropSet
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.manifest import Sample
-from x2dfd.types import AREAS, ARTIFACTS, Card, Cue
+from x2dfd.types import AREAS, ARTIFACTS, Card, Cue, ModelInfo
 
 SEAM = CueQuestion("Is there a seam along the jaw? Answer Yes or No.", "jaw", "blending", "bank")
 BLUR = CueQuestion("Are the eyes blurred? Answer Yes or No.", "eyes", "blur", "bank")
@@ -453,6 +453,8 @@ def test_the_command_from_manifest_to_files(
     (tmp_path / "m.csv").write_text("path,label,group\na.png,real,a\nb.png,fake,b\n")
 
     class Loaded:
+        info = ModelInfo("stand-in", {})
+
         class mllm:
             name = "stand-in"
 

@@ -230,7 +230,7 @@ def test_a_screen_reader_finds_names_and_hears_the_verdict(served: tuple[FakeDet
     expect(tab.get_by_role("region", name="Verdict").get_by_role("img", name=spoken)).to_be_visible()
     expect(tab.get_by_role("img", name="photo.jpg, 2 faces marked")).to_be_visible()
     for role, name in (
-        ("checkbox", "Show the named areas"), ("checkbox", "Show where a change is suspected (map of: consistency)"),
+        ("checkbox", "Show the named areas"), ("checkbox", "Show where a change is suspected (map of: tower)"),
         ("combobox", "Several faces: pick the one to look at"), ("textbox", "Your question"),
         ("log", "chatbot conversation"), ("list", "Marked areas"), ("heading", "Face 1: Likely fake 93 %"),
     ):  # fmt: skip

@@ -212,7 +212,7 @@ def test_a_map_is_measured_against_the_mask_beside_two_that_know_nothing(
     maps = placed["maps"]
     assert list(maps) == [POINTER, localisation.CENTRE, localisation.OVAL]
     assert maps[POINTER]["auc"]["value"] > 0.97 and maps[POINTER]["iou"]["value"] > 0.8
-    assert maps[POINTER]["iou_by_threshold"]["0.5"] == 0.0  # its highest number is 0.4
+    assert maps[POINTER]["iou_by_threshold"]["0.5"] > 0.8  # its highest number is 0.4: thresholds are shares of that
     assert maps[localisation.OVAL]["iou"]["value"] < 0.3 and 0.5 < maps[localisation.OVAL]["auc"]["value"] < 0.97
     assert maps[POINTER]["by_method"]["blend"]["n"] == 6
 
