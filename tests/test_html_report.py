@@ -361,7 +361,7 @@ def test_file_facts_cards_and_credentials_stand_on_the_page() -> None:
     """An editor has to see which file was judged, with which weights, and what its credentials say."""
     media = {**report().media, "bytes": 1234567, "modified": "2024-05-06T07:08:09+00:00", "exif": {"make": HOSTILE}}
     provenance = {"state": "invalid", "codes": ["assertion.dataHash.mismatch"], "signer": HOSTILE}
-    shown = page(report(media=media, provenance=provenance, faces=(face(evidence=(Evidence("consistency", 0.2),)),)))
+    shown = page(report(media=media, provenance=provenance, faces=(face(evidence=(Evidence("tower", 0.2),)),)))
     for fact in (
         "1,234,567 bytes, 512 x 512 pixels",
         "2024-05-06T07:08:09+00:00",
@@ -370,7 +370,7 @@ def test_file_facts_cards_and_credentials_stand_on_the_page() -> None:
     ):
         assert fact in shown.text
     assert shown.text.count("alert(2)") == 3 + 1 and not shown.all("script")  # once more among the technical details
-    assert "consistency, version" in shown.text and "What to do next" in shown.text
+    assert "tower, version" in shown.text and "What to do next" in shown.text
 
 
 def test_what_the_file_states_leads_the_page_and_is_apart() -> None:
