@@ -117,6 +117,7 @@ def draw(result: Json, file: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
@@ -129,9 +130,13 @@ def draw(result: Json, file: Path) -> None:
     data = result["data"]
     what = f"AUC, {data['n_fake']} fakes, {data['n_real']} photos"
     axes.set(xscale="log", xlabel=f"seconds a face, {result['threads']} CPU threads", ylabel=what)
+    ticks = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    seconds = [way["seconds"] for way in result["ways"]]
+    axes.set_xlim(min(seconds) / 1.5, max(seconds) * 2.5)
     axes.set_title("Quality against cost")
     axes.grid(alpha=0.3)
-    axes.margins(x=0.25)
     figure.savefig(file, dpi=100)
 
 
