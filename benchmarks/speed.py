@@ -318,12 +318,21 @@ def training_step(model: Any, layers: Sequence[int], rows: int = 2, text: int = 
     return {"cached tower features": Case(cached, per=rows), "tower computed": Case(computed, per=rows)}
 
 
+def forged_pictures() -> list[Any]:
+    """The demo's forged photo at several brightnesses, as PIL images."""
+    from PIL import Image, ImageEnhance
+
+    from data_gen.demo import make_pair
+
+    with tempfile.TemporaryDirectory() as folder, Image.open(make_pair(Path(folder))[1]) as opened:
+        return [ImageEnhance.Brightness(opened).enhance(0.98 + 0.002 * k) for k in range(max(BATCHES))]
+
+
 def of_detector(detector: Any, threads: int, tower_alone: bool) -> list[Listed]:
     """What needs the whole road; with `tower_alone`, no more of it than the precision of the tower moves."""
     from PIL import Image, ImageEnhance
     from skimage.data import astronaut
 
-    from data_gen.demo import make_pair
     from x2dfd.experts import BUILTIN, load_expert
     from x2dfd.faces import find_faces
     from x2dfd.fetch import require
@@ -341,10 +350,8 @@ def of_detector(detector: Any, threads: int, tower_alone: bool) -> list[Listed]:
         reports = list(detector.detect_many(pictures, batch_size=size, rationale=False))
         return {"p_fake": [r.verdict.p_fake for r in reports]}
 
-    with tempfile.TemporaryDirectory() as folder, Image.open(make_pair(Path(folder))[1]) as opened:
-        forged = [ImageEnhance.Brightness(opened).enhance(0.98 + 0.002 * k) for k in range(max(BATCHES))]
     # Another each time: a detector keeps its last look at a face.
-    turns, forged_turns = itertools.cycle(pictures), itertools.cycle(forged)
+    turns, forged_turns = itertools.cycle(pictures), itertools.cycle(forged_pictures())
 
     def single(rationale: bool) -> None:
         detector.detect(next(turns), rationale=rationale)
