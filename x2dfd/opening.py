@@ -106,7 +106,7 @@ def load(
         if folder and card and plain and tower_decides(card, calibration, mode):
             if dtype is None and quick_in_16_bits("cpu"):
                 precision = "bf16"
-            # Of the tower alone: of the language model, whose texts are a token at a time, products are not the cost.
+            # The tower alone: the language model writes one token at a time, and bf16 was not tried on it.
             mllm, identity, asked_with = tower_first(folder, card, precision, lambda: local("fp32", None, None)[0])
         else:
             mllm, identity, asked_with = local(precision, device_map, bits)
