@@ -141,8 +141,7 @@ class FaceCount:
     """What `NoMLLM` keeps of faces: how many there are."""
 
     size: int
-    tower_states: None = None
-    tower: None = None
+    shared: None = None
 
     def part(self, rows: Sequence[int]) -> FaceCount:
         """Of some of the faces."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from external_detectors.crop_expert import CropExpert
-from external_detectors.tower_net import MAX_CUES, POINTS_FROM, POOLED, TowerHeads, area_grid
+from external_detectors.tower_net import MAX_CUES, POINTS_FROM, POOLED, TowerHeads, area_grid, closer_look
 from external_detectors.weights_io import load_weights
 from x2dfd.adapter import EMBEDDED
 from x2dfd.errors import SetupError
@@ -57,15 +57,20 @@ class Tower(CropExpert):
         states = shared.tower_states if shared and shared.tower == self.tower else None
         if states is None or len(states) <= max(HEAD_LAYERS):
             return super().judge(faces, shared)
+        see = (shared and shared.see) or self._see
         with torch.inference_mode():
-            return self._said(states, faces)
+            closer = see(closer_look(torch.from_numpy(np.stack([f.crop for f in faces]))))
+            return self._said(states, closer, faces)
 
     def look(self, crops: Tensor, faces: Sequence[Face]) -> list[Evidence]:
-        return self._said(tower_states(crops, max(HEAD_LAYERS), self._additions), faces)
+        return self._said(self._see(crops), self._see(closer_look(crops)), faces)
 
-    def _said(self, states: Sequence[Tensor], faces: Sequence[Face]) -> list[Evidence]:
+    def _see(self, crops: Tensor) -> tuple[Tensor, ...]:
+        return tower_states(crops, max(HEAD_LAYERS), self._additions)
+
+    def _said(self, states: Sequence[Tensor], closer: Sequence[Tensor], faces: Sequence[Face]) -> list[Evidence]:
         areas = torch.from_numpy(np.stack([area_grid(f.crop_landmarks) for f in faces]))
-        seen = self._heads(states, areas.float() / 255)
+        seen = self._heads.both(states, closer, areas.float() / 255)
         # The map says where, if the picture was changed at all: it is fainter where that is unlikely.
         likely = (seen.fake.sigmoid() / POINTS_FROM).clamp(max=1)[:, None, None]
         maps = F.avg_pool2d((seen.map.sigmoid() * likely)[:, None], 2)[:, 0].tolist()  # [n, 14, 14]

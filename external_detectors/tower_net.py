@@ -37,6 +37,9 @@ MAX_CUES = 3
 CUE_SEEN_FROM = 0.15
 """Cues with a lower score are neither targets nor errors of a training, as few people would see them."""
 
+CLOSER = 12
+"""Pixels that a closer look leaves out on each side. Two looks give a better verdict than one: LOG.md."""
+
 KINDS = ("real", "EFS", "FS", "FR", "FE")
 """Classes of the second head, as in DFA-Bench: bona fide, entire synthesis, swap, reenactment, editing."""
 
@@ -53,6 +56,13 @@ def area_grid(landmarks: NDArray[np.float32]) -> NDArray[np.uint8]:
     masks = [area_mask(points, area, (double, double)) for area in POOLED]
     small = [cv2.resize(m, (GRID, GRID), interpolation=cv2.INTER_AREA) for m in masks]
     return np.asarray(np.stack(small), np.uint8)
+
+
+def closer_look(crops: Tensor) -> Tensor:
+    """Uint8 crops [n, CROP_SIZE, CROP_SIZE, 3] with less of what surrounds the face, at the same size."""
+    inner = crops[:, CLOSER : CROP_SIZE - CLOSER, CLOSER : CROP_SIZE - CLOSER].permute(0, 3, 1, 2).float()
+    large = F.interpolate(inner, size=CROP_SIZE, mode="bicubic").clamp(0, 255).round().byte()
+    return large.permute(0, 2, 3, 1).contiguous()
 
 
 class Seen(NamedTuple):
@@ -116,6 +126,17 @@ class TowerHeads(nn.Module):
         each = torch.cat(read, 2)  # [n, 196, 4 * 768]
         seen = self.map(each, areas)
         return Seen(self.fake(f)[:, 0], self.cls(f), self.cues(each, areas), seen, self.photo(f)[:, 0])
+
+    def both(self, states: Sequence[Tensor], closer: Sequence[Tensor], areas: Tensor) -> Seen:
+        """As the heads alone, with the verdict, the kind and the photograph of both looks together: mean logits.
+
+        `closer`: hidden states of `closer_look`. What is wrong where is read from the whole crop.
+        """
+        seen = self(states, areas)
+        f = self.norm(self.statistics(closer))
+        more = self.fake(f)[:, 0], self.cls(f), self.photo(f)[:, 0]
+        fake, kinds, photo = ((a + b) / 2 for a, b in zip((seen.fake, seen.kinds, seen.photo), more, strict=True))
+        return seen._replace(fake=fake, kinds=kinds, photo=photo)
 
     def statistics(self, states: Sequence[Tensor]) -> Tensor:
         """The last class token, and mean and deviation over the patches of each layer: [n, 6912]."""

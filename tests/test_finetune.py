@@ -380,7 +380,7 @@ def test_a_tower_that_learns_is_this_adapters_own(
     # An expert trained on the base's tower reads noise in another's; and loading finds the probes as they were.
     for adapter, shares in (first, True), (out, False):
         look = x2dfd.load(f"hub:{base}+{adapter}", mode="paper").mllm.look(probe_crops())
-        assert (look.tower_states is not None) is shares
+        assert (look.shared is not None) is shares
     with raises("tower_changed"):
         split(f"hub:{base}+{out}", tmp_path / "split")
     for given, code, fact in (

@@ -373,7 +373,7 @@ class Even:
     name, batch = "even", 4
 
     def look(self, crops: Any) -> Any:
-        return SimpleNamespace(tower_states=None, size=len(crops))
+        return SimpleNamespace(shared=None, size=len(crops))
 
     def verdict_logits(self, look: Any, questions: Any) -> Any:
         return np.zeros(look.size)

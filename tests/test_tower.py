@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -262,7 +263,7 @@ def test_the_expert_says_the_same_of_a_pass_that_was_made(
         assert len(said.map) == len(said.map[0]) == 14
     crops = torch.from_numpy(np.stack([f.crop for f in faces]))
     states, bare = (tower_states(crops, max(LAYERS), path) for path in (weights / "tower.safetensors", None))
-    misread = expert._said([s.clone() for s in bare], faces)
+    misread = expert._said([s.clone() for s in bare], [s.clone() for s in bare], faces)
     assert not same(misread, alone, 1e-3)  # so that taking the base's own states would be seen
     passes: list[int] = []
 
@@ -271,10 +272,12 @@ def test_the_expert_says_the_same_of_a_pass_that_was_made(
         return tower_states(crops, *given)
 
     monkeypatch.setattr("external_detectors.tower.tower_states", counted)
-    assert same(expert.judge(faces, Shared(states, expert.tower)), alone, 1e-3) and not passes
+    see = partial(tower_states, layers=max(LAYERS), additions=weights / "tower.safetensors")
+    assert same(expert.judge(faces, Shared(states, expert.tower, see)), alone, 1e-3) and not passes
+    assert same(expert.judge(faces, Shared(states, expert.tower)), alone, 1e-3) and passes == [2]  # the closer look
     for shared in (Shared(bare, ""), Shared(None, expert.tower), Shared(states[:2], expert.tower), None):
         assert same(expert.judge(faces, shared), alone, 1e-3)
-    assert passes == [2] * 4
+    assert passes == [2] * 9
 
 
 def test_features_kept_by_the_build_are_those_of_a_fresh_pass(

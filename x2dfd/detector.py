@@ -313,7 +313,7 @@ class Detector:
     def evidence(self, faces: Sequence[Face], look: Looked) -> list[list[Evidence]]:
         """What each expert says of each face: [face][expert]. The embedded model's pass of the tower serves them."""
         ours = self.info.base["name"] == BASE_NAME
-        return evidence_of(self.experts, faces, Shared(look.tower_states, look.tower or "") if ours else None)
+        return evidence_of(self.experts, faces, look.shared if ours else None)
 
     def _question_of_training(self, evidence: Sequence[Evidence]) -> str:
         return prompts.verdict_question(self.told(evidence), self.info.score_form)

@@ -11,7 +11,7 @@ import importlib
 import inspect
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import entry_points
@@ -50,6 +50,8 @@ class Shared:
     """Hidden states of a CLIP tower of the base's shape, embeddings first: each [n, 1 + patches, 768], fp32."""
     tower: str = ""
     """SHA-256 of the additions that the tower carries; "" for the base's own tower."""
+    see: Callable[[Tensor], tuple[Tensor, ...]] | None = None
+    """The same tower's hidden states of other uint8 crops, [n, 224, 224, 3]."""
 
 
 @runtime_checkable

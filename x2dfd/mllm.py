@@ -21,6 +21,7 @@ from torch import Tensor
 
 from x2dfd import prompts
 from x2dfd.errors import InputError, SetupError
+from x2dfd.experts import Shared
 from x2dfd.loading import family_of
 from x2dfd.prompts import Processor
 
@@ -58,6 +59,7 @@ class Look:
     tower: str | None = ""  # SHA-256 of the tower's additions; "" without, None where the adapter changed it itself
     shift: int = 0  # position of a token after the prefix, less the tokens before it: a picture may take few positions
     inputs: dict[str, Tensor] = field(default_factory=dict)  # what a family that shares no prefix is asked with
+    see: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # as of `Shared`
 
     @property
     def size(self) -> int:
@@ -71,12 +73,14 @@ class Look:
         return replace(self, states=states, seeds=seeds, inputs={k: v[list(rows)] for k, v in self.inputs.items()})
 
     @property
-    def tower_states(self) -> tuple[Tensor, ...] | None:
-        """For the experts that read them: fp32 on the CPU. Moved when asked for: of a 7B model 60 MB a face.
+    def shared(self) -> Shared | None:
+        """For the experts that read the tower: fp32 on the CPU. Moved when asked for: of a 7B model 60 MB a face.
 
         None of a tower that an adapter changed itself, for no expert was trained on it; none of another family's.
         """
-        return None if self.tower is None or not self.states else tuple(s.float().cpu() for s in self.states)
+        if self.tower is None or not self.states:
+            return None
+        return Shared(tuple(s.float().cpu() for s in self.states), self.tower, self.see)
 
 
 class Looked(Protocol):
@@ -85,9 +89,7 @@ class Looked(Protocol):
     @property
     def size(self) -> int: ...
     @property
-    def tower_states(self) -> tuple[Tensor, ...] | None: ...  # as of `Look`
-    @property
-    def tower(self) -> str | None: ...
+    def shared(self) -> Shared | None: ...  # as of `Look`
     def part(self, rows: Sequence[int]) -> Looked: ...  # the look at some of the faces; this one is used up
 
 
@@ -204,8 +206,16 @@ class LocalMLLM:
 
     def _seen(self, pixels: Tensor, length: int, seeds: tuple[int, ...]) -> Look:
         """A LLaVA's tower alone: many a verdict needs no more."""
-        states = self._model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-        return Look(None, length, tuple(states), seeds, self.tower)
+        return Look(None, length, self._tower_states(pixels), seeds, self.tower, see=self.see)
+
+    @_inference
+    def see(self, crops: Tensor) -> tuple[Tensor, ...]:
+        """A LLaVA's tower over uint8 crops [n, s, s, 3]: hidden states, fp32 on the CPU."""
+        pixels = self._prefix(crops.numpy())["pixel_values"]
+        return tuple(s.float().cpu() for s in self._tower_states(pixels))
+
+    def _tower_states(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self._model.model.vision_tower(pixels, output_hidden_states=True).hidden_states)
 
     def _read(self, look: Look) -> None:
         """Projector and language model over what stands before the question, where they have not seen it."""

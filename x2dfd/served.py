@@ -51,8 +51,7 @@ class Pictures:
     """Face crops as the endpoint gets them."""
 
     urls: tuple[str, ...]  # data:image/png;base64,...
-    tower_states: None = None  # the endpoint keeps its vision tower to itself
-    tower: None = None
+    shared: None = None  # the endpoint keeps its vision tower to itself
 
     @property
     def size(self) -> int:

@@ -49,7 +49,7 @@ class TowerFirst:
 
     def look(self, crops: NDArray[np.uint8]) -> Look:
         """Aligned face crops [n, s, s, 3] through the tower."""
-        return Look(None, 0, self._see(torch.from_numpy(crops)), seeds_of(crops), self._tower)
+        return Look(None, 0, self._see(torch.from_numpy(crops)), seeds_of(crops), self._tower, see=self._see)
 
     def verdict_logits(self, look: Look, questions: Sequence[str]) -> NDArray[np.float64]:
         """As of LocalMLLM."""
