@@ -114,11 +114,8 @@ def test_the_mask_holds_the_change_and_the_areas_of_its_cues(made: Made, photo: 
     named = set()
     for strength in STRENGTHS:
         for f in made[name, strength]:
-            change, inside, outside = (
-                _change(f, photo),
-                _grown(f.mask > 0, photo, 0.02),
-                ~_grown(f.mask > 0, photo, 0.06),
-            )
+            change = _change(f, photo)
+            inside, outside = _grown(f.mask > 0, photo, 0.02), ~_grown(f.mask > 0, photo, 0.06)
             if name == "swap":
                 ys, xs = np.nonzero(f.mask)
                 box = np.zeros_like(outside)
@@ -145,11 +142,7 @@ def test_change_grows_with_strength(made: Made, photo: Photo, name: str) -> None
 
     def much(f: Forgery) -> float:
         inside = f.mask > 0
-        if name in (
-            "swap",
-            "transplant",
-            "mouth",
-        ):  # what is put in changes; strength withdraws the match of its colour
+        if name in ("swap", "transplant", "mouth"):  # what is put in; strength withdraws the match of its colour
             return float(np.abs(f.pixels[inside].mean(0) - photo.pixels[inside].mean(0)).max())
         if name == "resynthesise":  # the mask is at times the face and at times the picture: look at the face
             inside = area_mask(photo.landmarks, "skin", inside.shape) > 0
