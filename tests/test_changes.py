@@ -12,6 +12,8 @@ from x2dfd.degrade import codec
 
 Pixels = NDArray[np.uint8]
 EVERY = {name: change for suite in SUITES for name, change in changes_of(suite).items()}
+ALL = CHANGES | EVERY
+SIZES = {"half": 0.5, "quarter": 0.25, "screenshot": 0.8}
 
 
 def _off(change: Change, pixels: Pixels) -> float:
@@ -28,14 +30,17 @@ def head(astronaut: Pixels) -> Pixels:
     return np.ascontiguousarray(astronaut[20:301, 90:391])
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", ALL)
 def test_a_change_gives_a_picture_and_the_same_one_again(name: str, head: Pixels) -> None:
     """Bug prevented: noise of a hidden generator, floats that wrap, a change that writes into its input."""
-    before, change = head.copy(), EVERY[name]
+    before, change = head.copy(), ALL[name]
     one, two = change(head, "a"), change(head, "a")
     assert one.dtype == np.uint8 and one.ndim == 3 and np.array_equal(one, two) and np.array_equal(head, before)
     if one.shape == head.shape:
-        assert (one != head).any() and np.abs(one.astype(int) - head).mean() < 120
+        assert (one != head).any() and np.abs(one.astype(int) - head).mean() < (12 if name in CHANGES else 120)
+    if name in CHANGES:
+        assert np.allclose(np.divide(one.shape[:2], head.shape[:2]), SIZES.get(name, 1.0), atol=0.01)
+        assert np.array_equal(one, change(head, "b")) == (name != "noise")
 
 
 @pytest.mark.parametrize(("suite", "kind"), [(s, k) for s in SUITES for k in SUITES[s] if len(SUITES[s][k]) > 1])
@@ -43,6 +48,12 @@ def test_levels_run_from_mild_to_strong(suite: str, kind: str, head: Pixels) -> 
     """Bug prevented: level 5 milder than level 1, so that a curve of robustness reads backwards."""
     offs = [_off(change, head) for change in SUITES[suite][kind]]
     assert offs == sorted(offs) and offs[-1] > 1.1 * offs[0]
+
+
+def test_lower_quality_is_farther_from_the_picture(astronaut: Pixels) -> None:
+    """Quality and compression swapped, or a codec that ignores its parameter."""
+    errors = [_off(CHANGES[f"jpeg{q}"], astronaut) for q in (95, 75, 50, 30)]
+    assert errors == sorted(errors) and errors[0] * 2 < errors[-1]
 
 
 def test_pixelation_is_not_called_jpeg_and_holds_no_codec(head: Pixels) -> None:

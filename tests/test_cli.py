@@ -266,18 +266,6 @@ def test_names_that_are_not_utf8_are_kept_apart(run: Run, tmp_path: Path) -> Non
     assert len(set(pq.read_table(out.with_suffix(".parquet"))["path"].to_pylist())) == len(names)
 
 
-def test_setup_error_is_one_line_and_exit_code_1(run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A person who lacks the weights needs the command that gets them, not a traceback."""
-
-    def load(*_: object, **__: object) -> None:
-        raise SetupError("the base model is not here: x2dfd fetch")
-
-    monkeypatch.setattr(x2dfd, "load", load)
-    done = run("detect", photos)
-    assert (done.exit_code, done.stdout) == (1, "")
-    assert done.stderr == "error [setup]: the base model is not here: x2dfd fetch\n"
-
-
 @pytest.mark.parametrize(
     "words",
     [["detect"], ["detect", "a.png", "--mode", "best"], ["detect", "a.png", "--batch-size", "0"], ["nonsense"],
@@ -506,10 +494,18 @@ def test_report_page_has_a_section_and_a_picture_per_file(run: Run, photos: Path
     assert "<b>blended</b>" not in html and "&lt;b&gt;blended" in html
 
 
-def test_what_the_system_refuses_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_what_stops_a_command_is_one_line(
+    run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A full disk, a file without the right to read it: a traceback said it."""
+    """Who lacks the weights needs the command that gets them; a full disk, a file without the right to read it."""
+
+    def load(*_: object, **__: object) -> None:
+        raise SetupError("the base model is not here: x2dfd fetch")
+
+    monkeypatch.setattr(x2dfd, "load", load)
+    done = run("detect", photos)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr == "error [setup]: the base model is not here: x2dfd fetch\n"
 
     def full() -> None:
         raise OSError(28, "No space left on device", "out.json")
@@ -602,16 +598,6 @@ def test_doctor_says_which_families_and_face_models_can_be_loaded(
     checks = {check.name: check for check in doctor.diagnose()}
     assert checks["face model face_landmark"].ok is False and "SHA-256" in checks["face model face_landmark"].detail
     assert checks["face model face_detection_full_range_sparse"].detail == "missing"
-
-
-@pytest.mark.parametrize("command", [[], ["detect"], ["experts"], ["fetch"], ["doctor"]])
-def test_help_ends_with_two_examples(run: Run, command: list[str]) -> None:
-    """The examples are what people copy: each must be a command that exists."""
-    lines = run(*command, "--help").stdout.rstrip().splitlines()
-    assert lines[-3].strip() == "Examples:"
-    for line in lines[-2:]:
-        program, name, *_ = line.split()
-        assert program == "x2dfd" and name in (command or ["detect", "doctor"])
 
 
 @pytest.mark.parametrize(("typed", "offered"), [("det", "detect"), ("detect --no-r", "--no-rationale")])

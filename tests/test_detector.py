@@ -484,7 +484,6 @@ def test_nothing_touches_the_network(
     folders: tuple[Path, Path], known_expert: None, monkeypatch: pytest.MonkeyPatch, face_photo: Path
 ) -> None:
     """Faces of real people are judged here; neither they nor a version check may leave the machine."""
-
     opened: list[Any] = []
 
     def refuse(*given: Any, **_: Any) -> Any:

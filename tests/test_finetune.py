@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import skimage.data
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import EvalPrediction
 
 import x2dfd
 from data_gen.build import BuildConfig, build
-from finetune.__main__ import app
+from finetune import train as training
 from finetune.config import FinetuneConfig, load_config
 from finetune.data import IGNORE, Collate, Conversation, Rows, conversation, learnable, read_records
 from finetune.models import open_base, tune
+from finetune.split import split
+from finetune.train import RowTrainer, Shown, _arguments, _features, train, verdict_auc
 from tests import tiny
 from tests.raising import raises
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, lora_b_sum, probe_crops, read_adapter_card
-from x2dfd.cli import run_command
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.degrade import CODEC, codec
 from x2dfd.errors import X2DFDError
@@ -125,18 +128,6 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str | 
         load_config(written(tmp_path, text) if text else tmp_path / "nowhere.yaml")
 
 
-def test_the_command_line_says_why_without_a_traceback(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    """Exit 1 and one line, whatever the user mistyped."""
-    monkeypatch.setattr(sys, "argv", ["finetune", "--config", str(written(tmp_path, "lrr: 1\n"))])
-    with pytest.raises(SystemExit) as caught:
-        run_command(app)
-    assert caught.value.code == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error [unknown_name]: ") and "did you mean 'lr'" in said and said.count("\n") == 1
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_base(tmp_path_factory.mktemp("tiny") / "base")
@@ -167,8 +158,6 @@ def collated(packs: Rows, places: Sequence[int], verdict: float = 4.0, cue: floa
 
 def loss(model: Any, batch: dict[str, Tensor]) -> float:
     """The loss that training minimises."""
-    from finetune.train import RowTrainer
-
     model.eval()
     with torch.inference_mode():
         return float(RowTrainer.compute_loss(cast(Any, None), model, dict(batch)))
@@ -272,10 +261,6 @@ def test_training_moves_the_adapter_and_nothing_else_and_lowers_its_loss(
 ) -> None:
     """LoRA and projector must move, the base must not, and what is written must be what `load` accepts; signs, masks
     and learning rates can all be wrong while weights move."""
-    from peft import PeftModel
-
-    from finetune.train import train
-
     untouched = file_sha256(base / "model.safetensors")
     trackers = ("tensorboard",) if find_spec("tensorboard") else ()
     out = train(configured(tmp_path / "adapter", batch=3, max_steps=8, report_to=trackers))
@@ -319,9 +304,6 @@ def test_a_tower_that_learns_is_this_adapters_own(
     configured: Configured, base: Path, tmp_path: Path, face_photo: Path
 ) -> None:
     """Bug prevented: a tower said to be tuned that is not; a frozen adapter that cannot be continued so."""
-    from finetune.split import split
-    from finetune.train import train
-
     first = train(configured(tmp_path / "first"))
     out = train(configured(tmp_path / "tower", start=str(first), tower="lora"))
     of_tower = {k: v for k, v in load_file(out / WEIGHTS).items() if "vision_tower" in k}
@@ -346,8 +328,6 @@ def test_a_tower_that_learns_is_this_adapters_own(
 @pytest.mark.needs_base
 def test_what_is_left_out_is_not_trained_on(configured: Configured, small: Small, base: Path, tmp_path: Path) -> None:
     """Bug prevented: figures on a source that the model knows after all, by its photos, by donors, or by its start."""
-    from finetune.train import train
-
     data = load_crops(small[0])
     assert {data.samples[r].split for r in read_records(small[1], "train", data)} == {"train"}
     sources = ["film", "gan", "ffhq", "film", "film", "ffhq", "film", "film"]
@@ -378,8 +358,6 @@ def test_a_model_in_training_sees_what_one_in_use_sees() -> None:
 @pytest.mark.needs_base
 def test_training_starts_from_an_adapter(configured: Configured, base: Path, tmp_path: Path) -> None:
     """A start that is not taken over trains from nothing, and nobody sees it in the loss of a long run."""
-    from finetune.train import train
-
     first = train(configured(tmp_path / "first"))
     second = train(configured(tmp_path / "second", start=str(first), lr=1e-9, projector_lr=1e-9, max_steps=1))
     before, after = load_file(first / WEIGHTS), load_file(second / WEIGHTS)
@@ -396,8 +374,6 @@ def test_training_starts_from_an_adapter(configured: Configured, base: Path, tmp
 @pytest.mark.needs_base
 def test_another_run_is_not_resumed(configured: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoints of other settings or data would be saved as the result of these, with a card that lies."""
-    from finetune.train import RowTrainer, train
-
     before = load_file(train(configured(tmp_path / "adapter")) / WEIGHTS)
     with raises("settings_differ"):
         train(configured(tmp_path / "adapter", lr=2e-2))
@@ -413,8 +389,6 @@ def test_other_instructions_than_those_of_the_manifest_are_refused(
 ) -> None:
     """Pictures are named by their place: with other rows, every answer would be about another picture; a card with
     the hashes of weights that were put there after the scores had been written."""
-    from finetune.train import train
-
     other = tmp_path / "other.jsonl"
     rows = [json.loads(line) for line in small[0].read_text().splitlines()]
     for row in rows:
@@ -442,10 +416,8 @@ def test_a_cut_off_run_ends_where_an_unbroken_one_does(
     configured: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that starts anew, repeats pictures or forgets its optimizer ends elsewhere."""
-    from finetune import train as module
-
-    whole = module.train(configured(tmp_path / "whole", max_steps=4))
-    plain, calls = module.RowTrainer.compute_loss, list[str]()
+    whole = train(configured(tmp_path / "whole", max_steps=4))
+    plain, calls = RowTrainer.compute_loss, list[str]()
 
     def counted(*given: Any, **named: Any) -> Any:
         batch = given[2]["input_ids"].numpy().tobytes()
@@ -454,13 +426,13 @@ def test_a_cut_off_run_ends_where_an_unbroken_one_does(
             raise KeyboardInterrupt
         return plain(*given, **named)
 
-    monkeypatch.setattr(module.RowTrainer, "compute_loss", counted)
+    monkeypatch.setattr(RowTrainer, "compute_loss", counted)
     with pytest.raises(KeyboardInterrupt):
-        module.train(configured(tmp_path / "cut", max_steps=4))
+        train(configured(tmp_path / "cut", max_steps=4))
     assert not (tmp_path / "cut" / WEIGHTS).exists()  # nothing that could be taken for a finished adapter
     (tmp_path / "resumed").touch()
     first, calls[:] = calls[2:3], []
-    cut = module.train(configured(tmp_path / "cut", max_steps=4))
+    cut = train(configured(tmp_path / "cut", max_steps=4))
     assert len(calls) == 2 and calls[0] == first[0]  # steps 3 and 4, on the pictures they would have had
     a, b = load_file(whole / WEIGHTS), load_file(cut / WEIGHTS)
     assert a.keys() == b.keys()
@@ -473,8 +445,6 @@ def test_a_cut_off_run_ends_where_an_unbroken_one_does(
 @pytest.mark.parametrize("method", ["dora", "qlora", "full"])
 def test_every_method_gives_a_model_that_loads(configured: Configured, base: Path, tmp_path: Path, method: str) -> None:
     """One key chooses; what is written has to judge as it did when it was made."""
-    from finetune.train import train
-
     if method == "qlora":
         pytest.importorskip("bitsandbytes")
     out = train(configured(tmp_path / "adapter", method=method, max_steps=2))
@@ -530,8 +500,6 @@ def test_cached_features_of_any_llava_are_the_towers(
     configured: Configured, base: Path, small: Small, tmp_path: Path
 ) -> None:
     """A cache of other pictures, layers or views trains on noise; one that is whole is not made again."""
-    from finetune.train import _features
-
     config = configured(tmp_path / "adapter", cached_features=str(tmp_path / "cache"))
     data, (model, processor) = load_crops(small[0]), open_base(config)
     plain = Rows(read_records(small[1], "train", data), model, processor, data, 1)
@@ -548,8 +516,6 @@ def test_cached_features_of_any_llava_are_the_towers(
 def test_rows_of_like_length_share_a_batch_and_sets_are_shown_as_they_weigh() -> None:
     """Padding is work for nothing; an order that a resumed run cannot repeat shows some pictures twice; half of a set,
     always the same half, would waste the other."""
-    from finetune.train import Shown
-
     lengths = [10, 90] * 200
     sampler = Shown(lengths, [(400, 1.0)], 4, seed=3)
     order = list(sampler)
@@ -571,12 +537,10 @@ def test_rows_of_like_length_share_a_batch_and_sets_are_shown_as_they_weigh() ->
 @pytest.mark.needs_base
 def test_validation_chooses_and_ends(configured: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: the last checkpoint saved for the best; a run that goes on after it stopped getting better."""
-    from finetune import train as module
-
     aucs = iter([0.7, 0.9, 0.8, 0.6])
-    monkeypatch.setattr(module, "verdict_auc", lambda found: {"auc": next(aucs)})
+    monkeypatch.setattr(training, "verdict_auc", lambda found: {"auc": next(aucs)})
     given = configured(tmp_path / "out", eval_steps=1, eval_split="calib", patience=1, max_steps=9)
-    log = json.loads((module.train(given) / "log.json").read_text())
+    log = json.loads((train(given) / "log.json").read_text())
     figures = read_adapter_card(tmp_path / "out").figures
     assert (figures["steps"], figures["best_step"], figures["best_auc"]) == (3, 2, 0.9)
     losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
@@ -588,11 +552,6 @@ def test_validation_chooses_and_ends(configured: Configured, tmp_path: Path, mon
 @pytest.mark.needs_base
 def test_validation_scores_the_verdicts_of_use(base: Path, small: Small, packs: Rows) -> None:
     """An AUC of another token than the verdict's would choose a checkpoint by noise."""
-    from types import SimpleNamespace
-
-    from transformers import EvalPrediction
-
-    from finetune.train import RowTrainer, verdict_auc
 
     mllm = LocalMLLM(*load_model(base), "tiny")
     data, records = load_crops(small[0]), [json.loads(line) for line in small[1].read_text().splitlines()]
@@ -626,8 +585,6 @@ def test_zero_3_is_known_by_its_content(tmp_path: Path) -> None:
 
 def test_what_cannot_be_started_so_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """FSDP would save pieces; a name that transformers does not know is a traceback of its own."""
-    from finetune.train import _arguments
-
     plain = FinetuneConfig("i", "m", "o")
     for given in ({"fp16": True}, {"scheduler": "cosinus"}, {"optimizer": "adamm"}, {"report_to": ("tensorbored",)}):
         changed = replace(plain, **cast(Any, given))
@@ -643,10 +600,6 @@ def test_a_start_from_data_sees_what_is_trained_on_alone(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bug prevented: the projector of an adapter "without ffhq" standardised on pictures of ffhq or of calib."""
-    from types import SimpleNamespace
-
-    from finetune import train as module
-
     data, seen = load_crops(small[0]), list[int]()
 
     def view(crop: Any, seed: int, i: int) -> Any:
@@ -654,8 +607,8 @@ def test_a_start_from_data_sees_what_is_trained_on_alone(
         return crop
 
     model: Any = SimpleNamespace(config=SimpleNamespace(vision_feature_layer=[1]))
-    monkeypatch.setattr(module, "seen_view", view)
-    monkeypatch.setattr(module, "tower_states", lambda *_: (torch.zeros(1, 2, 3),) * 2)
-    monkeypatch.setattr(module, "fit_projector", lambda *_: None)
-    module._features(FinetuneConfig("i", "m", "o"), model, cast(Any, None), data)
+    monkeypatch.setattr(training, "seen_view", view)
+    monkeypatch.setattr(training, "tower_states", lambda *_: (torch.zeros(1, 2, 3),) * 2)
+    monkeypatch.setattr(training, "fit_projector", lambda *_: None)
+    _features(FinetuneConfig("i", "m", "o"), model, cast(Any, None), data)
     assert seen == learnable(data, "train") == [0, 1, 2, 3, 4, 5]
