@@ -456,11 +456,18 @@ def test_several_files_stand_in_a_table_and_each_opens(visitor: Visitor, detecto
         assert "Likely" not in json.dumps(visitor.use("results", "select", None, told=wrong))
 
 
-def test_more_files_than_are_judged_are_named(visitor: Visitor, detector: FakeDetector, monkeypatch: Any) -> None:
-    """Bug prevented: a hundred files hold the model for everyone, or some are dropped in silence."""
+def test_more_than_one_visitor_may_have_is_named_or_given_up(
+    visitor: Visitor, detector: FakeDetector, monkeypatch: Any, tmp_path: Path
+) -> None:
+    """Bug prevented: a hundred files hold the model for everyone, or some are dropped in silence; one visitor's clip
+    holds the model, which all share, without end."""
     monkeypatch.setattr(demo, "MAX_FILES", 2)
     done = visitor.use(UPLOAD, "upload", [visitor.upload(ONE, f"{i}.jpg") for i in range(3)], MODEL_NAME)
     assert detector.judged == 2 and "1 more file was left out" in done["output"]["data"][VERDICT]
+    monkeypatch.setattr(demo, "TIMEOUT_S", 0)
+    shown = visitor.show(clip(tmp_path / "clip.mp4"), "clip.mp4")
+    assert "Not judged" in shown["card"] and "longer than 0 seconds" in shown["card"]
+    assert "Likely fake" in visitor.show(ONE)["card"]
 
 
 def test_a_clip_shows_its_frames_as_they_are_judged_and_a_curve(
@@ -480,14 +487,6 @@ def test_a_clip_shows_its_frames_as_they_are_judged_and_a_curve(
     picked, panel, redrawn = visitor.use("over-time", "select", None, told={"index": 3})["output"]["data"]
     assert picked == 3 and "Face 4" in Page(panel).text
     assert [t["data-pick"] for t in Page(redrawn).all("button") if "aria-current" in t] == ["3"]
-
-
-def test_a_clip_that_takes_too_long_is_given_up(visitor: Visitor, tmp_path: Path, monkeypatch: Any) -> None:
-    """Bug prevented: one visitor's clip holds the model, which all share, without end."""
-    monkeypatch.setattr(demo, "TIMEOUT_S", 0)
-    shown = visitor.show(clip(tmp_path / "clip.mp4"), "clip.mp4")
-    assert "Not judged" in shown["card"] and "longer than 0 seconds" in shown["card"]
-    assert "Likely fake" in visitor.show(ONE)["card"]
 
 
 def test_verdict_comes_first_and_the_explanation_streams_in(visitor: Visitor, detector: FakeDetector) -> None:
@@ -550,8 +549,9 @@ def test_the_list_holds_adapters_or_what_an_endpoint_serves(monkeypatch: pytest.
     asked: list[Any] = []
     monkeypatch.setattr("x2dfd.load", lambda model=None, **options: asked.append((model, options)))
     served = "m@http://127.0.0.1:9/v1+DIR"
-    one, two, at = ({text: (ModelSpec.parse(text), {})} for text in ("one", "two", "embedded"))
-    there, last = {"m at 127.0.0.1:9": (ModelSpec.parse(served), {"device": "cpu"})}, {"embedded": (None, {})}
+    one, two, at = ({text: (ModelSpec.parse(text), dict[str, str]())} for text in ("one", "two", "embedded"))
+    there: Any = {"m at 127.0.0.1:9": (ModelSpec.parse(served), {"device": "cpu"})}
+    last: Any = {"embedded": (None, {})}
     for found, wanted in (
         (command.listed(), last),
         (command.listed(["one", "two"]), one | two | last),

@@ -86,8 +86,8 @@ def make(
         pair = cue if (i // 2) % 10 < 10 * share else TEETH
         cues = (Cue(str(pair.area), str(pair.artifact)),) if fake and truth else ()
         group = f"{'f' if fake else 'r'}{i // 2 // per_group}"
-        label = "fake" if fake else "real"
-        samples.append(Sample(f"s{i}", Path(f"/x/{i}.png"), label, group=group, cues=cues, split="val"))
+        sample = Sample(f"s{i}", Path(f"/x/{i}.png"), "fake" if fake else "real", group=group, cues=cues, split="val")
+        samples.append(sample)
     return samples, crops_of(samples)
 
 
@@ -172,13 +172,20 @@ def test_a_cue_pools_its_wordings(tmp_path: Path) -> None:
     assert cue.yes_rate == 0.5 and (cue.real_accuracy, cue.fake_accuracy) == (0.5, 0.5)
 
 
-def test_groups_come_and_go_together() -> None:
-    """Bug prevented: ten frames of a clip resampled one by one, which makes every interval too narrow."""
+def test_groups_and_ranks_by_hand() -> None:
+    """Bug prevented: ten frames of a clip resampled one by one, which makes every interval too narrow; ties ranked by
+    position; an undefined value that spoils the sum."""
     groups = ["a", "b", "a", "c", "b"]
     weights = group_weights(groups, 500, seed=3)
     assert np.array_equal(weights[0], weights[2]) and np.array_equal(weights[1], weights[4])
     assert (weights[[0, 1, 3]].sum(0) == 3).all() and weights[0].max() > 1
     assert np.array_equal(weights, group_weights(groups, 500, seed=3))
+    nan = float("nan")
+    assert spearman(np.array([1.0, 2, 3, nan]), np.array([10.0, 20, 25, 1])) == pytest.approx(1)
+    assert spearman(np.array([1.0, 2, 2, 3]), np.array([3.0, 2, 2, 1])) == pytest.approx(-1)
+    assert spearman(np.array([1.0, 2, 3, 4]), np.array([2.0, 1, 4, 3])) == pytest.approx(0.6)
+    assert spearman(np.array([1.0, 2]), np.array([1.0, 2])) is None
+    assert spearman(np.ones(5), np.arange(5.0)) is None
 
 
 NOISE = [CueQuestion(f"{a} {b}? Answer Yes or No.", a, b, "bank") for a in AREAS for b in ARTIFACTS]
@@ -213,18 +220,9 @@ def test_real_skill_is_stable_over_halves(tmp_path: Path) -> None:
     assert (result.cues[0].area, result.cues[0].artifact) in [(q.area, q.artifact) for q in questions[-4:]]
 
 
-def test_spearman_by_hand() -> None:
-    """Bug prevented: ties ranked by position; an undefined value that spoils the sum."""
-    nan = float("nan")
-    assert spearman(np.array([1.0, 2, 3, nan]), np.array([10.0, 20, 25, 1])) == pytest.approx(1)
-    assert spearman(np.array([1.0, 2, 2, 3]), np.array([3.0, 2, 2, 1])) == pytest.approx(-1)
-    assert spearman(np.array([1.0, 2, 3, 4]), np.array([2.0, 1, 4, 3])) == pytest.approx(0.6)
-    assert spearman(np.array([1.0, 2]), np.array([1.0, 2])) is None
-    assert spearman(np.ones(5), np.arange(5.0)) is None
-
-
-def test_unrelated_questions_stand_apart(tmp_path: Path) -> None:
-    """Bug prevented: a control question ranked among the cues, or taught as one."""
+def test_unrelated_questions_stand_apart_and_uncovered_cues_are_named(tmp_path: Path) -> None:
+    """Bug prevented: a control question ranked among the cues, or taught as one; a blind spot of model and experts
+    together goes unnoticed."""
     samples, data = make()
     result = assess(Fake(samples, knows_the_seam), data, [SEAM, HAT, BLUR], tmp_path)
     assert [f.question for f in result.unrelated] == [HAT.text]
@@ -233,14 +231,9 @@ def test_unrelated_questions_stand_apart(tmp_path: Path) -> None:
     assert result.random is not None
     assert result.random["cue_questions"]["best_mean_auc"] > 0.8 > result.random["unrelated_questions"]["best_mean_auc"]
     assert assess(Fake(samples, knows_the_seam), data, [SEAM], tmp_path / "without").random is None
-
-
-def test_weak_cues_that_nobody_covers_are_named(tmp_path: Path) -> None:
-    """Bug prevented: a blind spot of model and experts together goes unnoticed."""
-    samples, data = make()
     eyes = CueQuestion("Are the eyes oddly lit? Answer Yes or No.", "eyes", "lighting", "bank")
     nose = CueQuestion("Is the nose blurred? Answer Yes or No.", "nose", "blur", "bank")
-    result = assess(Fake(samples, knows_the_seam), data, [SEAM, eyes, nose], tmp_path)
+    result = assess(Fake(samples, knows_the_seam), data, [SEAM, eyes, nose], tmp_path / "weak")
     assert result.uncovered == (("eyes", "lighting"),)
     assert next(f for f in result.cues if f.area == "nose").experts == ("tower",)
     assert "eyes · lighting" in table(result).split("covered by no expert:")[1].splitlines()[0]
@@ -258,8 +251,9 @@ def test_cards_say_what_experts_cover() -> None:
     assert experts_for("nose", "noise", known) == ("plain", "mine")
 
 
-def test_a_killed_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
-    """Bug prevented: a run of hours starts anew, or ends otherwise after a kill."""
+def test_a_killed_run_goes_on_and_a_limit_keeps_what_there_is(tmp_path: Path) -> None:
+    """Bug prevented: a run of hours starts anew, or ends otherwise after a kill; `--limit 20` after a long run throws
+    the answers away; a larger one asks all again."""
     samples, data = make(100)
     questions = [SEAM, BLUR, HAT]
     assess(Fake(samples, knows_the_seam), data, questions, tmp_path / "straight")
@@ -274,10 +268,6 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == ["answers.parquet", "assessment.json", "table.md"]
     rows = pq.read_table(tmp_path / "cut" / "answers.parquet").to_pylist()
     assert [r["id"] for r in rows] == [s.id for s in samples] and len(rows[0]["p_yes"]) == 3
-
-
-def test_a_larger_limit_adds_and_a_smaller_one_keeps(tmp_path: Path) -> None:
-    """Bug prevented: `--limit 20` after a long run throws the answers away; a larger one asks all again."""
     samples, data = make(100)
     first, second, third = (Fake(samples, knows_the_seam) for _ in range(3))
     small = assess(first, data, [SEAM], tmp_path, limit=20)
@@ -289,8 +279,9 @@ def test_a_larger_limit_adds_and_a_smaller_one_keeps(tmp_path: Path) -> None:
     assert pq.read_metadata(tmp_path / "answers.parquet").num_rows == 60
 
 
-def test_answers_of_another_model_or_picture_are_not_used(tmp_path: Path) -> None:
-    """Bug prevented: the ranking of a new model made of the old one's answers, or of another picture of the same id."""
+def test_answers_of_others_and_impossible_ones_are_not_used(tmp_path: Path) -> None:
+    """Bug prevented: the ranking of a new model made of the old one's answers, or of another picture of the same id;
+    the test split assessed in silence, hours about one class, one NaN sorted into a ranking."""
     samples, data = make(40)
     assess(Fake(samples, knows_the_seam), data, [SEAM], tmp_path)
     with raises("answers_of_another_run"):
@@ -304,14 +295,9 @@ def test_answers_of_another_model_or_picture_are_not_used(tmp_path: Path) -> Non
     model = Fake(samples, knows_the_seam)
     assess(model, replace(data, crops=crops), [SEAM], tmp_path)
     assert model.seen == ["s0", "s7"]
-
-
-def test_split_classes_and_impossible_answers(tmp_path: Path) -> None:
-    """Bug prevented: the test split assessed in silence, hours about one class, one NaN sorted into a ranking."""
-    samples, data = make(40)
     samples = [replace(s, split="test") if i >= 30 else s for i, s in enumerate(samples)]
     model = Fake(samples, knows_the_seam)
-    result = assess(model, replace(data, samples=samples), [SEAM], tmp_path, split="val")
+    result = assess(model, replace(data, samples=samples), [SEAM], tmp_path / "val", split="val")
     assert result.n_real + result.n_fake == 30 and set(model.seen) == {f"s{i}" for i in range(30)}
     reals = [s for s in samples if s.label == "real"]
     with raises("no_picture_of_label", "fake"):
@@ -320,7 +306,7 @@ def test_split_classes_and_impossible_answers(tmp_path: Path) -> None:
         assess(model, data, [SEAM, SEAM], tmp_path / "twice")
     for answer, fact in (((float("nan"), "yes"), "[0, 1]"), ((1.5, "yes"), "[0, 1]"), ((0.5, "Yes."), "'Yes.'")):
         with raises("answers_malformed", fact):
-            assess(Fake(samples, lambda s, q, r, said=answer: said), data, [SEAM], tmp_path / "odd")
+            assess(Fake(samples, lambda s, q, r: answer), data, [SEAM], tmp_path / "odd")
 
 
 def test_undefined_is_none_and_the_file_reads_back(tmp_path: Path) -> None:

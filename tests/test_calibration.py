@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 
 import x2dfd.calibrate
 from tests import tiny
+from tests.conftest import require_base
 from tests.raising import raises
 from x2dfd import cli
 from x2dfd.calibrate import calibrate, face_of
@@ -58,21 +60,6 @@ def simulate(n: int, weights: dict[str, float], bias: float, seed: int = 0) -> t
     parts = {name: rng.normal(0.5, 1.2, n) for name in weights}
     total = bias + sum(w * (parts[name] - parts[name].mean()) for name, w in weights.items())
     return parts, (rng.random(n) < 1 / (1 + np.exp(-total))).astype(float)
-
-
-def test_the_fit_agrees_with_scikit_learn() -> None:
-    """An independent solver must find the same optimum, sample weights and penalty included."""
-    parts, labels = simulate(600, {MLLM: 0.7, "tower": 1.1}, 0.3, seed=1)
-    weights = np.where(labels == 1, 3.0, 1.0) * np.random.default_rng(2).uniform(0.5, 1.5, len(labels))
-    x = np.stack([np.clip(v, -6, 6) for v in parts.values()], 1)
-    for ridge in (0.005, 0.02, 0.2):
-        found = fit_logistic(parts, labels, weights, ridge=ridge)
-        assert min(found.weights.values()) > 0  # no weight at its bound, so the two problems are the same
-        # Ours: mean loss + ridge/2 |w|^2; scikit-learn's: C * summed loss + 1/2 |w|^2, with weights that sum to 1.
-        oracle = LogisticRegression(C=1 / ridge, tol=1e-10, max_iter=10_000)
-        oracle.fit(x - [found.means[name] for name in parts], labels, sample_weight=weights / weights.sum())
-        wanted = [*oracle.coef_[0], oracle.intercept_[0]]
-        np.testing.assert_allclose([*found.weights.values(), found.bias], wanted, atol=1e-3)
 
 
 def test_a_part_that_is_wrong_silent_or_perfect_spoils_no_weight() -> None:
@@ -196,6 +183,21 @@ def test_the_band_keeps_its_promises_in_every_source(seed: int) -> None:
     assert 0 <= low <= high <= 1 + 1e-6
 
 
+def test_the_fit_agrees_with_scikit_learn() -> None:
+    """An independent solver must find the same optimum, sample weights and penalty included."""
+    parts, labels = simulate(600, {MLLM: 0.7, "tower": 1.1}, 0.3, seed=1)
+    weights = np.where(labels == 1, 3.0, 1.0) * np.random.default_rng(2).uniform(0.5, 1.5, len(labels))
+    x = np.stack([np.clip(v, -6, 6) for v in parts.values()], 1)
+    for ridge in (0.005, 0.02, 0.2):
+        found = fit_logistic(parts, labels, weights, ridge=ridge)
+        assert min(found.weights.values()) > 0  # no weight at its bound, so the two problems are the same
+        # Ours: mean loss + ridge/2 |w|^2; scikit-learn's: C * summed loss + 1/2 |w|^2, with weights that sum to 1.
+        oracle = LogisticRegression(C=1 / ridge, tol=1e-10, max_iter=10_000)
+        oracle.fit(x - [found.means[name] for name in parts], labels, sample_weight=weights / weights.sum())
+        wanted = [*oracle.coef_[0], oracle.intercept_[0]]
+        np.testing.assert_allclose([*found.weights.values(), found.bias], wanted, atol=1e-3)
+
+
 def test_the_band_of_odd_sources() -> None:
     """A cap below the scores of a bad source breaks the promise where it matters; with a handful of pictures a source,
     each one's 5 % is nothing, all together they count; a band where none is needed withholds what is certain."""
@@ -297,20 +299,28 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "manifest.jsonl"
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny base and an adapter for it."""
+    require_base()
+    folder = tmp_path_factory.mktemp("models")
+    tiny.write_adapter(folder / "adapter", tiny.write_base(folder / "base"))
+    tiny.edit_card(folder / "adapter", held_out=("warp",))
+    return folder
+
+
 @pytest.fixture
-def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needs_base: None) -> Iterator[Path]:
-    """An adapter directory on the tiny base."""
-    base = tiny.write_base(tmp_path / "base")
+def adapter(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the adapter, with its base beside it."""
     monkeypatch.setitem(BUILTIN, tiny.EXPERT, "tests.test_calibration:Judge")
 
     def numbered(crops: CropSet, i: int, view_seed: int) -> Face:
         return replace(face_of(crops, i, view_seed), index=i)
 
     monkeypatch.setattr(x2dfd.calibrate, "face_of", numbered)
-    folder = tiny.write_adapter(tmp_path / "adapter", base)
-    tiny.edit_card(folder, held_out=("warp",))
+    shutil.copytree(models, tmp_path / "models")
     judged_by.clear()
-    yield folder
+    yield tmp_path / "models" / "adapter"
     judged_by.clear()
 
 

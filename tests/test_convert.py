@@ -108,8 +108,9 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_there_and_back_nothing_changes(base: Path, adapter: Path, tmp_path: Path) -> None:
-    """Every tensor keeps its name, bits and precision, and PEFT's settings what they say."""
+def test_there_and_back_or_from_older_files_nothing_changes(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Every tensor keeps its name, bits and precision, and PEFT's settings what they say; an older PEFT writes a .bin,
+    and LLaVA's own code names the projector without PEFT's wrapper."""
     card = to_hub(adapter, tmp_path / "hub", base=str(base))
     assert card.frame == "train_consistent" and card == read_adapter_card(tmp_path / "hub")
     to_llava(tmp_path / "hub", tmp_path / "back", base="weights/base/llava-v1.5-7b")
@@ -128,6 +129,22 @@ def test_there_and_back_nothing_changes(base: Path, adapter: Path, tmp_path: Pat
     assert rank == 4 and processor.chat_template == prompts.FRAMES["train_consistent"]
     _, answer = answer_tokens(processor, prompts.QUESTION, "This image is fake.")
     assert answer[-1] == processor.tokenizer.eos_token_id and answer.count(answer[-1]) == 1
+    older = tmp_path / "older"
+    older.mkdir()
+    (older / SETTINGS).write_text(json.dumps(settings(4)))
+    torch.save(load_file(adapter / WEIGHTS), older / "adapter_model.bin")
+    projector = torch.load(adapter / OTHERS, weights_only=True)
+    torch.save({k.removeprefix("base_model.model."): v for k, v in projector.items()}, older / "mm_projector.bin")
+    made = [to_hub(source, tmp_path / f"hub{k}", base=str(base)) for k, source in enumerate((adapter, older))]
+    assert made[0].sha256 == made[1].sha256
+    for name in ("adapter_model.bin", "mm_projector.bin"):
+        torch.save({"x": _Trap()}, older / name)
+        with pytest.raises(SetupError, match=f"{name} cannot be read"):
+            to_hub(older, tmp_path / "out", base=str(base))
+        (older / name).unlink()
+        with pytest.raises(SetupError, match="has no file of the"):
+            to_hub(older, tmp_path / "out", base=str(base))
+        torch.save(load_file(adapter / WEIGHTS), older / "adapter_model.bin")
 
 
 @pytest.mark.slow
@@ -181,26 +198,6 @@ def test_what_would_be_lost_or_run_is_refused(
     for text in ("a=x,a=y", "x,a=x", "x=y,x"):  # a prompt would give two scores of one expert
         with pytest.raises(X2DFDError, match="a name of its own"):
             aliased(text)
-
-
-def test_older_files_of_lora_and_projector_are_the_same_adapter(base: Path, adapter: Path, tmp_path: Path) -> None:
-    """An older PEFT writes a .bin, and LLaVA's own code names the projector without PEFT's wrapper."""
-    older = tmp_path / "older"
-    older.mkdir()
-    (older / SETTINGS).write_text(json.dumps(settings(4)))
-    torch.save(load_file(adapter / WEIGHTS), older / "adapter_model.bin")
-    projector = torch.load(adapter / OTHERS, weights_only=True)
-    torch.save({k.removeprefix("base_model.model."): v for k, v in projector.items()}, older / "mm_projector.bin")
-    made = [to_hub(source, tmp_path / f"hub{k}", base=str(base)) for k, source in enumerate((adapter, older))]
-    assert made[0].sha256 == made[1].sha256
-    for name in ("adapter_model.bin", "mm_projector.bin"):
-        torch.save({"x": _Trap()}, older / name)
-        with pytest.raises(SetupError, match=f"{name} cannot be read"):
-            to_hub(older, tmp_path / "out", base=str(base))
-        (older / name).unlink()
-        with pytest.raises(SetupError, match="has no file of the"):
-            to_hub(older, tmp_path / "out", base=str(base))
-        torch.save(load_file(adapter / WEIGHTS), older / "adapter_model.bin")
 
 
 def zero_checkpoint(folder: Path, state: dict[str, Tensor], odd: Any = None) -> Path:

@@ -153,8 +153,11 @@ def test_a_report_survives_json_and_a_landscape_is_no_face(detector: Detector, a
     assert mapped.to_json().count("[0.1, 0.2]") == 1  # a map is most of a report's bytes
 
 
-def test_all_faces_are_reported_and_the_most_suspicious_decides(detector: Detector, astronaut: Pixels) -> None:
-    """The swapped face in a group photo is rarely the largest one."""
+def test_every_face_is_reported_where_it_is_and_the_most_suspicious_decides(
+    detector: Detector, astronaut: Pixels
+) -> None:
+    """The swapped face in a group photo is rarely the largest one; an expert's map laid over another place than the one
+    it speaks of; half a face judged as if it were a whole one, and nobody is told."""
     report = detector.detect(jpeg(collage(astronaut)))
     assert [f.index for f in report.faces] == [0, 1, 2]
     areas = [f.box[2] * f.box[3] for f in report.faces]
@@ -166,10 +169,22 @@ def test_all_faces_are_reported_and_the_most_suspicious_decides(detector: Detect
         report.faces[2].rationale, report.faces[2].cues, report.faces[2].evidence,
     )  # fmt: skip
     assert len({f.rationale for f in report.faces}) > 1
+    whole = detector.detect(jpeg(astronaut), rationale=False)
+    [face] = find_faces(astronaut)
+    corner, right, down = (np.array(c) for c in whole.faces[0].crop)
+    placed = corner + face.crop_landmarks / face.crop.shape[0] @ np.stack([right - corner, down - corner])
+    assert np.abs(placed - face.landmarks).max() < 2
+    x, _, width, _ = (round(v) for v in whole.faces[0].box)
+    cut = detector.detect(jpeg(np.ascontiguousarray(astronaut[:, : x + width // 2 + width // 8])), rationale=False)
+    assert cut.faces and any("cut by the edge" in warning for warning in cut.warnings)
+    assert not any("cut by the edge" in warning for warning in whole.warnings)
 
 
-def test_a_short_video_is_the_mean_of_its_three_worst_frames(detector: Detector, astronaut: Pixels) -> None:
-    """One odd frame must not decide a clip, and each face must say which frame it is from."""
+def test_a_clip_is_told_frame_by_frame_and_is_the_mean_of_its_three_worst(
+    detector: Detector, astronaut: Pixels
+) -> None:
+    """One odd frame must not decide a clip, and each face must say which frame it is from; a page shows nothing while a
+    clip is judged, tells of frames that were not, or cannot give up."""
     report = detector.detect(clip(astronaut, [-30, -20, 0, 10, 70, 90]), rationale=False)
     assert report.media["kind"] == "video"
     assert [f.frame for f in report.faces] == list(range(6))
@@ -180,37 +195,19 @@ def test_a_short_video_is_the_mean_of_its_three_worst_frames(detector: Detector,
     assert np.ptp(chances) > 0.1
     assert report.verdict.p_fake == pytest.approx(np.mean(sorted(chances)[-3:]), abs=1e-9)
     assert report.evidence == report.faces[int(np.argmax(chances))].evidence
-
-
-def test_work_on_a_clip_is_told_frame_by_frame_and_can_be_ended(detector: Detector, astronaut: Pixels) -> None:
-    """Bug prevented: a page shows nothing while a clip is judged, tells of frames that were not, or cannot give up."""
     sent = clip(astronaut, [-20, 0, 20])
     told: list[Any] = []
-    [report] = detector.detect_many([sent], rationale=False, on_progress=told.append)
-    assert isinstance(report, Report)
+    [row] = detector.detect_many([sent], rationale=False, on_progress=told.append)
+    assert isinstance(row, Report)
     frames, faces = told[:3], told[3:]
-    assert [frame.index for frame in frames] == report.media["frames"] and frames[0].pixels.size
-    assert tuple(faces) == report.faces
+    assert [frame.index for frame in frames] == row.media["frames"] and frames[0].pixels.size
+    assert tuple(faces) == row.faces
 
     def give_up(_: Any) -> None:
         raise InputError("timeout", "too long")
 
     failed, fine = detector.detect_many([sent, jpeg(astronaut)], rationale=False, batch_size=1, on_progress=give_up)
     assert isinstance(failed, Failure) and isinstance(fine, Failure) and failed.code == fine.code == "timeout"
-
-
-def test_the_crop_is_placed_and_a_face_cut_by_the_edge_is_said(detector: Detector, astronaut: Pixels) -> None:
-    """Bug prevented: an expert's map laid over another place than the one it speaks of; half a face judged as if it
-    were a whole one, and nobody is told."""
-    whole = detector.detect(jpeg(astronaut), rationale=False)
-    [face] = find_faces(astronaut)
-    corner, right, down = (np.array(c) for c in whole.faces[0].crop)
-    placed = corner + face.crop_landmarks / face.crop.shape[0] @ np.stack([right - corner, down - corner])
-    assert np.abs(placed - face.landmarks).max() < 2
-    x, _, width, _ = (round(v) for v in whole.faces[0].box)
-    cut = detector.detect(jpeg(np.ascontiguousarray(astronaut[:, : x + width // 2 + width // 8])), rationale=False)
-    assert cut.faces and any("cut by the edge" in warning for warning in cut.warnings)
-    assert not any("cut by the edge" in warning for warning in whole.warnings)
 
 
 @pytest.mark.slow
@@ -320,39 +317,6 @@ def test_every_file_gets_its_row_in_order(detector: Detector, astronaut: Pixels,
     assert (by_bytes.path, by_image.path) == (None, None)
 
 
-def test_a_batch_of_one_is_a_batch_of_eight(detector: Detector, astronaut: Pixels) -> None:
-    """What stands beside a picture in the queue must not change its verdict."""
-    shifted = [astronaut, collage(astronaut), np.ascontiguousarray(astronaut[:, ::-1]), astronaut[:400]]
-    sources = [jpeg(p) for p in shifted] + [clip(astronaut, [0, 30])]
-    one, eight = (list(detector.detect_many(sources, batch_size=n)) for n in (1, 8))
-    for a, b in zip(one, eight, strict=True):
-        assert isinstance(a, Report) and isinstance(b, Report)
-        assert len(a.faces) == len(b.faces) > 0
-        for f, g in zip(a.faces, b.faces, strict=True):
-            assert f.box == g.box
-            assert f.p_fake_mllm == pytest.approx(g.p_fake_mllm, abs=1e-3)
-            assert f.verdict.p_fake == pytest.approx(g.verdict.p_fake, abs=1e-3)
-            assert f.verdict.label == g.verdict.label
-    assert len({f.p_fake_mllm for r in one if isinstance(r, Report) for f in r.faces}) > 4
-
-
-def test_a_run_reads_one_batch_ahead(detector: Detector, face_photo: Path) -> None:
-    """A folder of a million files must not be opened before the first answer."""
-    read = []
-
-    def sources() -> Iterator[Path]:
-        for number in range(40):
-            read.append(number)
-            yield face_photo
-
-    run = detector.detect_many(sources(), batch_size=2, rationale=False)
-    assert isinstance(next(run), Report) and len(read) == 4
-    run.close()  # type: ignore[attr-defined]
-    assert len(read) == 4 and _decoders() == []
-    with pytest.raises(ValueError, match="batch_size"):
-        next(detector.detect_many([face_photo], batch_size=0))
-
-
 def _decoders() -> list[str]:
     return [t.name for t in threading.enumerate() if t.name.startswith("x2dfd-decode")]
 
@@ -360,8 +324,9 @@ def _decoders() -> list[str]:
 def test_the_next_batch_is_decoded_while_one_is_judged(
     detector: Detector, astronaut: Pixels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bug prevented: a model that waits for the disk. What is decoded beside it must be judged as it is alone."""
-    sources = [jpeg(np.roll(astronaut, 9 * k, 1)) for k in range(4)] + [b"no picture"] + [jpeg(collage(astronaut))]
+    """Bug prevented: a model that waits for the disk. What is decoded or judged beside it must not change a verdict."""
+    sources = [jpeg(np.roll(astronaut, 9 * k, 1)) for k in range(4)]
+    sources += [b"no picture", jpeg(collage(astronaut)), clip(astronaut, [0, 30])]
     alone = [next(iter(detector.detect_many([s], rationale=False))) for s in sources]
     opened: list[str] = []
     second = threading.Event()
@@ -383,13 +348,28 @@ def test_the_next_batch_is_decoded_while_one_is_judged(
     monkeypatch.setattr(detector.mllm, "look", waits)
     together = list(detector.detect_many(sources, batch_size=2, rationale=False))
     assert len(opened) == len(sources) and all(name.startswith("x2dfd-decode") for name in opened)
-    assert [type(r) for r in alone] == [type(r) for r in together] == [Report] * 4 + [Failure, Report]
-    for a, b in zip(alone, together, strict=True):
+    assert [type(r) for r in alone] == [type(r) for r in together] == [Report] * 4 + [Failure, Report, Report]
+    eight = list(detector.detect_many(sources, batch_size=8, rationale=False))
+    for a, b in [*zip(alone, together, strict=True), *zip(alone, eight, strict=True)]:
         assert a.sha256 == b.sha256
         if isinstance(a, Report) and isinstance(b, Report):
-            assert [f.box for f in a.faces] == [f.box for f in b.faces]
-            assert [f.p_fake_mllm for f in a.faces] == pytest.approx([f.p_fake_mllm for f in b.faces], abs=1e-4)
+            assert [(f.box, f.verdict.label) for f in a.faces] == [(f.box, f.verdict.label) for f in b.faces]
+            for f, g in zip(a.faces, b.faces, strict=True):
+                assert f.p_fake_mllm == pytest.approx(g.p_fake_mllm, abs=1e-3)
+                assert f.verdict.p_fake == pytest.approx(g.verdict.p_fake, abs=1e-3)
+    assert len({f.p_fake_mllm for r in eight if isinstance(r, Report) for f in r.faces}) > 4
     assert _decoders() == []
+
+
+def test_a_run_reads_one_batch_ahead(detector: Detector, face_photo: Path) -> None:
+    """A folder of a million files must not be opened before the first answer."""
+    sources = iter([face_photo] * 40)
+    run = detector.detect_many(sources, batch_size=2, rationale=False)
+    assert isinstance(next(run), Report)
+    run.close()  # type: ignore[attr-defined]
+    assert len(list(sources)) == 36 and _decoders() == []
+    with pytest.raises(ValueError, match="batch_size"):
+        next(detector.detect_many([face_photo], batch_size=0))
 
 
 @pytest.mark.parametrize("error", [OSError("the list ends"), KeyboardInterrupt()])
@@ -410,20 +390,29 @@ def test_a_broken_list_of_files_loses_no_answer_and_leaves_no_thread(
     assert _decoders() == []
 
 
-def test_paper_mode_gives_the_mllms_own_number(
+def test_a_percentage_is_calibrated_or_the_papers_own(
     detector: Detector, folders: tuple[Path, Path], known_expert: None, face_photo: Path, tmp_path: Path
 ) -> None:
-    """X2-DFD's number is P(fake) of the label tokens alone; a reproduction needs it untouched."""
-    adapter = Path(shutil.copytree(folders[1], tmp_path / "adapter"))
+    """X2-DFD's number is P(fake) of the label tokens alone, and a reproduction needs it untouched; otherwise an
+    uncalibrated score must not be shown as a probability by default."""
+    base, adapter = folders[0], Path(shutil.copytree(folders[1], tmp_path / "adapter"))
     for threshold, label in ((0.0, "fake"), (1.0, "real")):
         tiny.edit_json(adapter / "calibration.json", mllm_threshold=threshold)
-        paper = x2dfd.load(f"hub:{folders[0]}+{adapter}", mode="paper").detect(face_photo, rationale=False)
-        assert paper.verdict.p_fake == paper.faces[0].p_fake_mllm
-        assert paper.verdict.label == label
+        paper = x2dfd.load(f"hub:{base}+{adapter}", mode="paper").detect(face_photo, rationale=False)
+        assert paper.verdict.p_fake == paper.faces[0].p_fake_mllm and paper.verdict.label == label
         assert paper.model["mode"] == "paper" and paper.model["threshold"] == threshold and paper.model["band"] is None
     calibrated = detector.detect(face_photo, rationale=False)
     assert calibrated.faces[0].p_fake_mllm == paper.faces[0].p_fake_mllm
     assert calibrated.verdict.p_fake != pytest.approx(paper.verdict.p_fake, abs=1e-3)
+    (adapter / "calibration.json").unlink()
+    with raises("calibration_unreadable", "x2dfd calibrate"):
+        x2dfd.load(f"hub:{base}+{adapter}")
+    with raises("calibration_missing", "mode='paper'"):
+        x2dfd.load(f"hub:{base}", experts=[], mode="calibrated")
+    with raises("unknown_name", "did you mean 'paper'"):
+        x2dfd.load(f"hub:{base}", experts=[], mode="papers")  # type: ignore[arg-type]
+    bare = x2dfd.load(f"hub:{base}", experts=[]).detect(face_photo, rationale=False)
+    assert bare.evidence == () and bare.verdict.p_fake == bare.faces[0].p_fake_mllm
 
 
 def test_texts_are_mended_but_in_the_papers_mode(
@@ -440,23 +429,6 @@ def test_texts_are_mended_but_in_the_papers_mode(
         assert "Additionally" not in report.rationale and not report.faces[0].contradictions
     monkeypatch.setattr(detector, "mode", "paper")
     assert detector.detect(face_photo).rationale == text
-
-
-def test_a_model_without_calibration_gives_no_percentage(
-    folders: tuple[Path, Path], known_expert: None, tmp_path: Path, face_photo: Path
-) -> None:
-    """An uncalibrated score must not be shown as a probability by default."""
-    base, made = folders
-    adapter = Path(shutil.copytree(made, tmp_path / "adapter"))
-    (adapter / "calibration.json").unlink()
-    with raises("calibration_unreadable", "x2dfd calibrate"):
-        x2dfd.load(f"hub:{base}+{adapter}")
-    with raises("calibration_missing", "mode='paper'"):
-        x2dfd.load(f"hub:{base}", experts=[], mode="calibrated")
-    bare = x2dfd.load(f"hub:{base}", experts=[]).detect(face_photo, rationale=False)
-    assert bare.evidence == () and bare.verdict.p_fake == bare.faces[0].p_fake_mllm
-    with raises("unknown_name", "did you mean 'paper'"):
-        x2dfd.load(f"hub:{base}", experts=[], mode="papers")  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

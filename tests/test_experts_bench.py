@@ -189,7 +189,8 @@ def turned(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def test_a_map_is_measured_against_the_mask_beside_two_that_know_nothing(
     data: Path, model: Path, tmp_path: Path
 ) -> None:
-    """A mask on another grid than the map gives chance; a map of low numbers must not fail for its scale."""
+    """A mask on another grid than the map gives chance; a map of low numbers must not fail for its scale; reals, and
+    fakes without a mask, counted among what was not found."""
     placed = bench(data, model, tmp_path / "out", "--changes", "none")["localisation"]
     assert (placed["n_masks"], placed["n"], placed["left_out"]) == (6, 6, {})
     maps = placed["maps"]
@@ -198,13 +199,9 @@ def test_a_map_is_measured_against_the_mask_beside_two_that_know_nothing(
     assert maps[POINTER]["iou_by_threshold"]["0.5"] > 0.8  # its highest number is 0.4: thresholds are shares of that
     assert maps[localisation.OVAL]["iou"]["value"] < 0.3 and 0.5 < maps[localisation.OVAL]["auc"]["value"] < 0.97
     assert maps[POINTER]["by_method"]["blend"]["n"] == 6
-
-
-def test_locate_is_the_maps_alone(data: Path, model: Path, tmp_path: Path) -> None:
-    """Reals, and fakes without a mask, counted among what was not found."""
-    words = ["locate", "--data", str(data), "--model", str(model), "--out", str(tmp_path / "out")]
+    words = ["locate", "--data", str(data), "--model", str(model), "--out", str(tmp_path / "located")]
     assert command.main([*words, "--experts", f"{EXPERT},{POINTER}"]) == 0
-    result = json.loads((tmp_path / "out" / "result.json").read_text("utf-8"))
+    result = json.loads((tmp_path / "located" / "result.json").read_text("utf-8"))
     assert result["data"]["n"] == result["data"]["n_fake"] == 6 and result["skipped_without_mask"] == 8
     assert f"map:{POINTER}.pixel_auc" in result["headline"] and "map:baseline:oval.iou" in result["headline"]
     assert "robustness" not in result and result["localisation"]["n_masks"] == 6

@@ -141,7 +141,9 @@ def test_the_experts_sentence_gives_no_cues(label: str, score: float) -> None:
     assert said_label(sentence) is None
 
 
-def test_a_rationale_against_the_verdict_is_reported() -> None:
+def test_a_rationale_against_the_verdict_or_an_expert_is_reported() -> None:
+    """Bug prevented: "a face that no camera ever took" under a photo that was changed in part; A language model copies
+    the closing sentence without reading the score."""
     text = "This image is real. The nose is warped."
     cues = read_cues(text)
     assert contradictions(text, "fake", [], cues) == ("The rationale says real, the verdict is fake.",)
@@ -154,10 +156,11 @@ def test_a_rationale_against_the_verdict_is_reported() -> None:
     assert contradictions(text, "fake", evidence, read_cues(text)) == ()
     (only,) = contradictions(text, "inconclusive", evidence, read_cues(text))
     assert only == "The rationale says fake, and no answer is given."
-
-
-def test_a_rationale_against_an_expert_is_reported() -> None:
-    """A language model copies the closing sentence without reading the score."""
+    whole, part = "This looks like a face that no camera ever took.", "This fits a face swap."
+    assert (said_kind(whole), said_kind(part), said_kind(f"{whole} {part}")) == ("whole", "part", None)
+    (only,) = contradictions(whole, "fake", [], (), "part")
+    assert only == "The rationale speaks of a face made as a whole, the verdict does not."
+    assert contradictions(whole, "fake", [], (), "whole") == ()
     obvious, few = (
         "This image is {}. Additionally, the image shows {} blending and clip artifacts supporting {}.".format(*words)
         for words in (("fake", "obvious", "fake"), ("real", "very few", "real"))
@@ -215,12 +218,3 @@ def test_every_mended_clause_names_its_cue() -> None:
             other = "the nose is warped" if area != "nose" else "the jaw is warped"
             text = mended(f"{area} {artifact}: {other}.".capitalize())
             assert text.endswith(" looks off.") and pairs(text) == [(area, artifact)], text
-
-
-def test_the_kind_of_fake_of_a_text() -> None:
-    """Bug prevented: "a face that no camera ever took" under a photo that was changed in part."""
-    whole, part = "This looks like a face that no camera ever took.", "This fits a face swap."
-    assert (said_kind(whole), said_kind(part), said_kind(f"{whole} {part}")) == ("whole", "part", None)
-    (only,) = contradictions(whole, "fake", [], (), "part")
-    assert only == "The rationale speaks of a face made as a whole, the verdict does not."
-    assert contradictions(whole, "fake", [], (), "whole") == ()

@@ -58,8 +58,9 @@ def _tilt(points: Array) -> float:
     return float(np.degrees(np.arctan2(y, x)))
 
 
-def test_the_astronaut_has_one_face(astronaut: Pixels, face: Face) -> None:
-    """Bug prevented: a wrong anchor or letterbox offset moves every box and mesh."""
+def test_a_face_and_its_crop_are_where_the_landmarks_say(astronaut: Pixels, face: Face) -> None:
+    """Bug prevented: a wrong anchor or letterbox offset moves every box and mesh; crop_landmarks and crop come from
+    different transforms, so maps and masks sit beside the face."""
     assert _iou(face.box, BOX) > 0.8
     assert face.index == 0 and 0.5 < face.confidence <= 1
     assert face.landmarks.shape == face.crop_landmarks.shape == (468, 2)
@@ -69,10 +70,6 @@ def test_the_astronaut_has_one_face(astronaut: Pixels, face: Face) -> None:
     assert np.allclose([*face.landmarks.min(0), *face.landmarks.max(0)], [x, y, x + w, y + h], atol=1e-3)
     for corners, eye in zip((RIGHT_EYE, LEFT_EYE), MARKS["eyes"], strict=True):
         assert np.linalg.norm(face.landmarks[list(corners)].mean(0) - eye) < 4
-
-
-def test_crop_shows_what_its_landmarks_say(astronaut: Pixels, face: Face) -> None:
-    """Bug prevented: crop_landmarks and crop come from different transforms, so maps and masks sit beside the face."""
     crop, matrix = align(astronaut, face.landmarks)
     assert np.array_equal(crop, face.crop)
     assert np.allclose(cv2.transform(face.landmarks[None], matrix)[0], face.crop_landmarks, atol=0.01)
@@ -146,9 +143,10 @@ def test_no_face_where_there_is_none(astronaut: Pixels) -> None:
         assert find_faces(np.ascontiguousarray(picture[..., :3])) == [], place
 
 
-def test_areas_lie_where_they_should(astronaut: Pixels, face: Face) -> None:
+def test_areas_lie_where_they_should_and_leave_each_other_out(astronaut: Pixels, face: Face) -> None:
     """Bug prevented: swapped or mistyped mesh numbers put an area elsewhere, in the picture or in the crop; an area
-    that covers its mark only because it covers half the face."""
+    that covers its mark only because it covers half the face; 'skin' with the eyes in it, 'background' with the face in
+    it, a contour that is a disc."""
     for area in AREAS:
         marks = np.array(MARKS.get(area, ((224, 124),)))
         for shape, landmarks, points in (
@@ -173,10 +171,6 @@ def test_areas_lie_where_they_should(astronaut: Pixels, face: Face) -> None:
     sizes = {a: float((area_mask(face.crop_landmarks, a, face.crop.shape) > 0).mean()) for a in AREAS}
     assert max(sizes[a] for a in ("eyebrows", "eyes", "nose", "mouth", "teeth")) < 0.08 < sizes["skin"] < 0.5
     assert sizes["teeth"] < sizes["mouth"] < sizes["skin"] < sizes["whole-image"] == 1
-
-
-def test_areas_leave_each_other_out(astronaut: Pixels, face: Face) -> None:
-    """Bug prevented: 'skin' with the eyes in it, 'background' with the face in it, a contour that is a disc."""
     masks = {a: area_mask(face.landmarks, a, astronaut.shape) > 0 for a in AREAS}
 
     def share(part: str, whole: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -243,34 +243,41 @@ def test_what_there_is_nothing_to_learn_from_is_refused(base: Path, small: Small
         read_records(small[1], "nowhere", load_crops(small[0]))
 
 
-@pytest.fixture
-def configured(base: Path, small: Small, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FinetuneConfig]:
-    monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
-
+@pytest.fixture(scope="module")
+def configured(base: Path, small: Small) -> Iterator[Configured]:
     def config(out: Path, **given: Any) -> FinetuneConfig:
         plain = FinetuneConfig(str(small[1]), str(small[0]), str(out), base=str(base), lora_r=4, lora_alpha=8)
         quick = replace(plain, lora_dropout=0.0, lr=1e-2, projector_lr=1e-3, accumulate=1, max_steps=3, save_steps=2)
         return replace(quick, **given)
 
-    return config
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
+        yield config
+
+
+LONGER: dict[str, Any] = {"batch": 3, "max_steps": 8}
+
+
+@pytest.fixture(scope="module")
+def first(configured: Configured, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that eight steps have trained, of which the base kept clear."""
+    untouched = file_sha256(base / "model.safetensors")
+    out = train(configured(tmp_path_factory.mktemp("first") / "adapter", **LONGER))
+    assert file_sha256(base / "model.safetensors") == untouched
+    return out
 
 
 @pytest.mark.needs_base
 def test_training_moves_the_adapter_and_nothing_else_and_lowers_its_loss(
-    configured: Configured, base: Path, packs: Rows, tmp_path: Path, face_photo: Path
+    first: Path, base: Path, packs: Rows, face_photo: Path
 ) -> None:
     """LoRA and projector must move, the base must not, and what is written must be what `load` accepts; signs, masks
     and learning rates can all be wrong while weights move."""
-    untouched = file_sha256(base / "model.safetensors")
-    trackers = ("tensorboard",) if find_spec("tensorboard") else ()
-    out = train(configured(tmp_path / "adapter", batch=3, max_steps=8, report_to=trackers))
-    assert len([*out.rglob("events.out.tfevents.*")]) == len(trackers)  # a tracker that is named and never called
     model, batch = load_model(base)[0], collated(packs, range(len(packs)))
     before = loss(model, batch)
-    assert loss(PeftModel.from_pretrained(model, str(out)), batch) < before - 0.5
-    assert file_sha256(base / "model.safetensors") == untouched
-    state = load_file(out / WEIGHTS)
-    assert lora_b_sum(out) > 0
+    assert loss(PeftModel.from_pretrained(model, str(first)), batch) < before - 0.5
+    state = load_file(first / WEIGHTS)
+    assert lora_b_sum(first) > 0
     assert all(v.isfinite().all() for v in state.values())
     kinds = {"lora_A": 0, "lora_B": 0, "multi_modal_projector": 0}
     for key in state:
@@ -286,25 +293,24 @@ def test_training_moves_the_adapter_and_nothing_else_and_lowers_its_loss(
             (old,) = (v for k, v in of_base.items() if k.endswith(f"multi_modal_projector.{name}"))
             assert not torch.allclose(value.float(), old, atol=1e-4)
 
-    card = read_adapter_card(out)
+    card = read_adapter_card(first)
     assert card.base == base_identity(base) and card.experts == {tiny.EXPERT: tiny.Brightness.card.sha256}
     assert (card.tower_layers, card.text_layers) == (3, 2)
     assert card.figures["pictures"] == 6 and card.figures["final_loss"] > 0
-    saved = json.loads((out / "config.json").read_text())
+    saved = json.loads((first / "config.json").read_text())
     assert saved["lr"] == 1e-2 and saved["max_steps"] == 8
-    detector = x2dfd.load(f"hub:{base}+{out}", mode="paper")
+    detector = x2dfd.load(f"hub:{base}+{first}", mode="paper")
     assert detector.detect(face_photo, rationale=False).faces[0].p_fake_mllm is not None
     with raises("calibration_unreadable", "x2dfd calibrate"):
-        x2dfd.load(f"hub:{base}+{out}")
+        x2dfd.load(f"hub:{base}+{first}")
 
 
 @pytest.mark.slow
 @pytest.mark.needs_base
-def test_a_tower_that_learns_is_this_adapters_own(
-    configured: Configured, base: Path, tmp_path: Path, face_photo: Path
+def test_a_tower_that_learns_is_the_adapters_own(
+    configured: Configured, first: Path, base: Path, tmp_path: Path
 ) -> None:
     """Bug prevented: a tower said to be tuned that is not; a frozen adapter that cannot be continued so."""
-    first = train(configured(tmp_path / "first"))
     out = train(configured(tmp_path / "tower", start=str(first), tower="lora"))
     of_tower = {k: v for k, v in load_file(out / WEIGHTS).items() if "vision_tower" in k}
     assert len(of_tower) == 3 * 4 * 2 and all(float(v.abs().sum()) > 0 for v in of_tower.values())
@@ -324,9 +330,10 @@ def test_a_tower_that_learns_is_this_adapters_own(
             train(configured(tmp_path / "wrong", tower="lora", **given))
 
 
-@pytest.mark.slow
 @pytest.mark.needs_base
-def test_what_is_left_out_is_not_trained_on(configured: Configured, small: Small, base: Path, tmp_path: Path) -> None:
+def test_what_is_left_out_is_not_trained_on(
+    configured: Configured, first: Path, small: Small, base: Path, tmp_path: Path
+) -> None:
     """Bug prevented: figures on a source that the model knows after all, by its photos, by donors, or by its start."""
     data = load_crops(small[0])
     assert {data.samples[r].split for r in read_records(small[1], "train", data)} == {"train"}
@@ -342,45 +349,37 @@ def test_what_is_left_out_is_not_trained_on(configured: Configured, small: Small
         read_records(small[1], "train", known, ("ffqh",))
     with raises("split_empty"):
         train(configured(tmp_path / "none", left_out=("generated",)))
-    first = train(configured(tmp_path / "first"))
     with raises("start_knows_left_out", "generated"):
         tune(load_model(base)[0], configured(tmp_path / "second", start=str(first), left_out=("generated",)))
 
 
-def test_a_model_in_training_sees_what_one_in_use_sees() -> None:
-    """Bug prevented: training on crops without the codec that every crop goes through in use."""
-    crop = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
-    view = training_view(crop, 1, 0)[0]
-    assert (seen_view(crop, 1, 0) == codec(view, *CODEC)).all() and (seen_view(crop, 1, 0) != view).any()
-
-
 @pytest.mark.slow
 @pytest.mark.needs_base
-def test_training_starts_from_an_adapter(configured: Configured, base: Path, tmp_path: Path) -> None:
-    """A start that is not taken over trains from nothing, and nobody sees it in the loss of a long run."""
-    first = train(configured(tmp_path / "first"))
-    second = train(configured(tmp_path / "second", start=str(first), lr=1e-9, projector_lr=1e-9, max_steps=1))
+def test_training_starts_from_an_adapter_and_resumes_no_other_run(
+    configured: Configured, first: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start that is not taken over trains from nothing, and nobody sees it in the loss of a long run; checkpoints of
+    other settings would be saved as the result of these, with a card that lies."""
+    near = {"start": str(first), "lr": 1e-9, "projector_lr": 1e-9, "max_steps": 1}
+    trackers = ("tensorboard",) if find_spec("tensorboard") else ()
+    second = train(configured(tmp_path / "second", **near, report_to=trackers))
+    assert len([*second.rglob("events.out.tfevents.*")]) == len(trackers)  # a tracker that is named and never called
     before, after = load_file(first / WEIGHTS), load_file(second / WEIGHTS)
     assert before.keys() == after.keys()
     assert all(torch.allclose(before[k].float(), after[k].float(), atol=1e-3) for k in before)
     assert read_adapter_card(second).figures["start"] == read_adapter_card(first).sha256
-    with raises("start_matrices_differ"):
-        train(configured(tmp_path / "third", start=str(first), targets=r".*language_model.*\.(q_proj|v_proj)"))
-    with raises("config_invalid", "start"):
-        train(configured(tmp_path / "fourth", start=str(first), method="full"))
-
-
-@pytest.mark.slow
-@pytest.mark.needs_base
-def test_another_run_is_not_resumed(configured: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checkpoints of other settings or data would be saved as the result of these, with a card that lies."""
-    before = load_file(train(configured(tmp_path / "adapter")) / WEIGHTS)
+    for given, code, fact in (
+        ({"targets": r".*language_model.*\.(q_proj|v_proj)"}, "start_matrices_differ", ""),
+        ({"method": "full"}, "config_invalid", "start"),
+    ):
+        with raises(code, fact):
+            train(configured(tmp_path / "third", start=str(first), **given))
     with raises("settings_differ"):
-        train(configured(tmp_path / "adapter", lr=2e-2))
+        train(configured(first, **LONGER | {"lr": 2e-2}))
     # The same run is finished already: no step is taken, and the weights stay.
     monkeypatch.setattr(RowTrainer, "compute_loss", lambda *_, **__: pytest.fail("trained again"))
-    after = load_file(train(configured(tmp_path / "adapter")) / WEIGHTS)
-    assert before.keys() == after.keys() and all(torch.equal(value, after[key]) for key, value in before.items())
+    again = load_file(train(configured(first, **LONGER)) / WEIGHTS)
+    assert before.keys() == again.keys() and all(torch.equal(value, again[key]) for key, value in before.items())
 
 
 @pytest.mark.needs_base
@@ -596,10 +595,11 @@ def test_what_cannot_be_started_so_is_one_line(tmp_path: Path, monkeypatch: pyte
         _arguments(plain, tmp_path)
 
 
-def test_a_start_from_data_sees_what_is_trained_on_alone(
+def test_training_sees_what_use_sees_and_a_start_no_more_than_training(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bug prevented: the projector of an adapter "without ffhq" standardised on pictures of ffhq or of calib."""
+    """Bug prevented: the projector of an adapter "without ffhq" standardised on pictures of ffhq or of calib; training
+    on crops without the codec that every crop goes through in use."""
     data, seen = load_crops(small[0]), list[int]()
 
     def view(crop: Any, seed: int, i: int) -> Any:
@@ -612,3 +612,6 @@ def test_a_start_from_data_sees_what_is_trained_on_alone(
     monkeypatch.setattr(training, "fit_projector", lambda *_: None)
     _features(FinetuneConfig("i", "m", "o"), model, cast(Any, None), data)
     assert seen == learnable(data, "train") == [0, 1, 2, 3, 4, 5]
+    crop = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
+    plain = training_view(crop, 1, 0)[0]
+    assert (seen_view(crop, 1, 0) == codec(plain, *CODEC)).all() and (seen_view(crop, 1, 0) != plain).any()

@@ -178,16 +178,9 @@ def test_same_seed_same_bytes(photo: Photo, donor: Photo, name: str) -> None:
             forge(photo, method, np.random.default_rng(0))
 
 
-def test_a_swap_brings_the_donors_face(photo: Photo, donor: Photo) -> None:
-    """Bug prevented: the warp maps the photo onto itself; the pasted face is still the photo's."""
-    clean = [forge(photo, METHODS["swap"], np.random.default_rng([4, s]), photo, 1.0) for s in range(6)]
-    other = [forge(photo, METHODS["swap"], np.random.default_rng([4, s]), donor, 1.0) for s in range(6)]
-    changes = [np.mean([_change(f, photo)[f.mask > 128].mean() for f in forged]) for forged in (clean, other)]
-    assert changes[1] > 1.5 * changes[0]
-
-
-def test_a_cues_score_is_what_shows_not_what_was_dialled(photo: Photo, donor: Photo) -> None:
-    """Bug prevented: a full blur of a face that is blurred already, called "clear" in every explanation."""
+def test_a_cues_score_is_what_shows_and_a_swap_brings_the_donors_face(photo: Photo, donor: Photo) -> None:
+    """Bug prevented: a full blur of a face that is blurred already, called "clear" in every explanation; the warp maps
+    the photo onto itself; the pasted face is still the photo's."""
     blurred = replace(photo, pixels=np.asarray(cv2.GaussianBlur(photo.pixels, (0, 0), 8), np.uint8))
     scores: dict[str, list[float]] = {}
     for name, who in (("sharp", photo), ("blurred", blurred)):
@@ -201,10 +194,15 @@ def test_a_cues_score_is_what_shows_not_what_was_dialled(photo: Photo, donor: Ph
             for t in (0.1, 0.9)
         )  # fmt: skip
         assert strong > 1.2 * weak, name
+    clean = [forge(photo, METHODS["swap"], np.random.default_rng([4, s]), photo, 1.0) for s in range(6)]
+    other = [forge(photo, METHODS["swap"], np.random.default_rng([4, s]), donor, 1.0) for s in range(6)]
+    changes = [np.mean([_change(f, photo)[f.mask > 128].mean() for f in forged]) for forged in (clean, other)]
+    assert changes[1] > 1.5 * changes[0]
 
 
-def test_each_cue_is_measured_by_its_own_effect(photo: Photo) -> None:
-    """Bug prevented: every cue gets the whole change as its score: a face sharpened is "clearly blurred"."""
+def test_a_cue_is_measured_by_its_own_effect_and_can_be_seen(photo: Photo) -> None:
+    """Bug prevented: every cue gets the whole change as its score: a face sharpened is "clearly blurred"; a faint dial
+    on a picture that hides it, called a forgery and explained."""
     mask = area_mask(photo.landmarks, "skin", photo.pixels.shape) / 255.0
     sharp = photo.pixels.astype(np.float32)
     grain = np.random.default_rng(0).standard_normal(sharp.shape) * 15
@@ -225,10 +223,6 @@ def test_each_cue_is_measured_by_its_own_effect(photo: Photo) -> None:
     # Either layer of a blend may be the changed one.
     outside = np.where(mask[..., None] > 0.5, sharp, soft(sharp, 2.5)).round().astype(np.uint8)
     assert visible(photo.pixels, outside, mask, "blur") > 0.3
-
-
-def test_a_forgery_that_nobody_could_see_is_made_again_stronger(photo: Photo) -> None:
-    """Bug prevented: a faint dial on a picture that hides it, called a forgery and explained."""
     flat = replace(photo, pixels=np.full_like(photo.pixels, 120))  # a blur of nothing
     made = [forge(flat, METHODS["blur_mismatch"], np.random.default_rng([2, s])) for s in range(6)]
     assert all(f.strength == 1 and f.cues[0].score == 0 for f in made)
@@ -247,17 +241,14 @@ def test_donors_are_chosen_by_pose(photo: Photo) -> None:
     assert np.allclose(run_forge.pose(photo), run_forge.pose(bigger), atol=1e-4)
 
 
-def test_degrade_keeps_the_size_and_follows_its_seed(photo: Photo) -> None:
-    """Bug prevented: a rescale that is not undone, floats that wrap around, or a generator of its own."""
+def test_degradations_follow_their_seed_and_go_the_right_way(photo: Photo) -> None:
+    """Bug prevented: a rescale that is not undone, floats that wrap around, or a generator of its own; quality, factor
+    or sigma with the wrong sign; colours swapped or rows lost in a codec."""
     results = [degrade(photo.pixels, np.random.default_rng(s)) for s in range(30)]
     assert all(r.shape == photo.pixels.shape and r.dtype == np.uint8 for r in results)
     assert all(np.array_equal(r, degrade(photo.pixels, np.random.default_rng(s))) for s, r in enumerate(results))
     changes = [float(np.abs(r.astype(int) - photo.pixels).mean()) for r in results]
     assert max(changes) < 60 and sum(c > 0.5 for c in changes) > 15 and min(changes) < 0.5
-
-
-def test_degradations_go_the_right_way(photo: Photo) -> None:
-    """Bug prevented: quality, factor or sigma with the wrong sign; colours swapped or rows lost in a codec."""
 
     def rough(x: Array) -> float:
         return float(np.abs(cv2.Laplacian(np.asarray(x, np.float32), cv2.CV_32F)).mean())
@@ -323,17 +314,6 @@ def test_any_number_of_workers_gives_the_same_bytes(config: ForgeConfig, tmp_pat
     assert not set(files.values()) & {h for n, h in _files(tmp_path / "other").items() if n.endswith(".jpg")}
 
 
-def test_what_is_made_of_a_photo_keeps_its_licence(config: ForgeConfig, tmp_path: Path) -> None:
-    """Bug prevented: a data card that cannot say under what licence its pictures stand."""
-    keys = ("label", "method", "df_class", "source", "group", "split")
-    rows = [{"path": str(s.path), **{k: getattr(s, k) for k in keys}} for s in read_manifest(config.data)]
-    write_manifest(tmp_path / "m.jsonl", [row | {"licence": "CC0"} for row in rows])
-    run(replace(config, data=str(tmp_path / "m.jsonl"), count=3), tmp_path / "with")
-    run(replace(config, count=3), tmp_path / "without")
-    assert [row.get("licence") for row in _rows(tmp_path / "with")] == ["CC0"] * 3
-    assert [row.get("licence") for row in _rows(tmp_path / "without")] == [None] * 3
-
-
 @pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_stopped(
     config: ForgeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -382,7 +362,8 @@ def test_a_finished_run_is_returned_and_another_one_refused(
 
 
 def test_rows_say_what_is_on_disk(config: ForgeConfig, photos: Path, tmp_path: Path) -> None:
-    """Bug prevented: a mask of another size than its picture, a hash of other bytes, a label that the cues belie."""
+    """Bug prevented: a mask of another size than its picture, a hash of other bytes, a label that the cues belie; a
+    data card that cannot say under what licence its pictures stand."""
     out = tmp_path / "out"
     samples = read_manifest(run(replace(config, count=40, ready_made=0.2), out))
     chosen = replace(config, forged=1.0, ready_made=0, combine=0, splits=("test",), methods=("relight",), count=6)
@@ -412,6 +393,13 @@ def test_rows_say_what_is_on_disk(config: ForgeConfig, photos: Path, tmp_path: P
             assert originals[s.group].label == "real"
     assert min(kinds.values()) >= 3, kinds
     assert any("+" in s.method for s in samples)
+    keys = ("label", "method", "df_class", "source", "group", "split")
+    rows = [{"path": str(s.path), **{k: getattr(s, k) for k in keys}} for s in read_manifest(config.data)]
+    write_manifest(tmp_path / "m.jsonl", [row | {"licence": "CC0"} for row in rows])
+    run(replace(config, data=str(tmp_path / "m.jsonl"), count=3), tmp_path / "with")
+    run(replace(config, count=3), tmp_path / "without")
+    assert [row.get("licence") for row in _rows(tmp_path / "with")] == ["CC0"] * 3
+    assert [row.get("licence") for row in _rows(tmp_path / "without")] == [None] * 3
 
 
 @pytest.mark.slow
