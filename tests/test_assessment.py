@@ -72,6 +72,10 @@ def said(p: float) -> tuple[float, str]:
     return p, "yes" if p > 0.5 else "no"
 
 
+def always(answer: tuple[float, str]) -> Behaviour:
+    return lambda sample, q, rng: answer
+
+
 def has(sample: Sample, q: CueQuestion) -> bool:
     return any((c.area, c.artifact) == (q.area, q.artifact) for c in sample.cues)
 
@@ -306,7 +310,7 @@ def test_answers_of_others_and_impossible_ones_are_not_used(tmp_path: Path) -> N
         assess(model, data, [SEAM, SEAM], tmp_path / "twice")
     for answer, fact in (((float("nan"), "yes"), "[0, 1]"), ((1.5, "yes"), "[0, 1]"), ((0.5, "Yes."), "'Yes.'")):
         with raises("answers_malformed", fact):
-            assess(Fake(samples, lambda s, q, r: answer), data, [SEAM], tmp_path / "odd")
+            assess(Fake(samples, always(answer)), data, [SEAM], tmp_path / "odd")
 
 
 def test_undefined_is_none_and_the_file_reads_back(tmp_path: Path) -> None:
