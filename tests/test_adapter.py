@@ -18,6 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import x2dfd
+from finetune.split import split
 from tests import tiny
 from tests.raising import raises
 from x2dfd import prompts
@@ -63,91 +64,71 @@ def check(base: Path) -> Callable[[Path], None]:
     return lambda folder: check_adapter(folder, read_adapter_card(folder), identity, prompt)
 
 
-def reseal(folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
-    """Change the tensors and write the new hash into the card: what is wrong is then not the file's identity."""
-    save_file({k: change(k, v) for k, v in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def resealed(change: Callable[[str, torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    """Changes tensors and writes the new hash into the card: what is wrong is then not the file's identity."""
+
+    def spoil(folder: Path) -> None:
+        save_file({k: change(k, v) for k, v in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
+        tiny.edit_card(folder, sha256=file_sha256(folder / WEIGHTS))
+
+    return spoil
+
+
+def cut(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:200])
     tiny.edit_card(folder, sha256=file_sha256(folder / WEIGHTS))
 
 
-def test_a_good_adapter_is_accepted(adapter: Path, check: Callable[[Path], None]) -> None:
-    """The refusals below must come from what was spoilt, not from the adapter itself."""
+OTHER, HUB = {"name": "other", "sha256": "d" * 64}, {"name": "hub/one", "sha256": ""}
+LORA_A = "layers.0.self_attn.q_proj.lora_A"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code", "fact"),
+    [
+        # A half-copied or exchanged file would judge in the card's name.
+        (lambda a: flipped(a / WEIGHTS), "weights_hash_differs", ""),
+        (lambda a: (a / WEIGHTS).unlink(), "weights_missing", WEIGHTS),
+        (cut, "weights_unreadable", ""),
+        # LoRA on other weights is noise; a card that does not name its base fits none.
+        (lambda a: tiny.edit_card(a, base=OTHER), "base_differs", ""),
+        (lambda a: tiny.edit_card(a, base=HUB), "base_differs", ""),
+        (lambda a: tiny.edit_card(a, base={}), "base_differs", ""),
+        # In other words, or on faces cut with another margin, a model answers something else.
+        (lambda a: tiny.edit_card(a, prompt_sha256="e" * 64), "prompt_hash_differs", ""),
+        (lambda a: tiny.edit_card(a, preprocessing="whole pictures"), "crops_differ", ""),
+        # ZeRO-3 once saved zeros, or empty tensors where it had pieces; fp16 leaves infinities.
+        (resealed(lambda k, v: v * 0 if "lora_B" in k else v), "lora_b_zero", "lora_B"),
+        (resealed(lambda k, v: v * torch.nan if "lora_B" in k else v), "weights_not_finite", "lora_B"),
+        (resealed(lambda k, v: torch.zeros(0) if LORA_A in k else v), "adapter_in_pieces", LORA_A),
+        (resealed(lambda k, v: v + torch.inf if LORA_A in k else v), "weights_not_finite", LORA_A),
+        (lambda a: tiny.edit_json(a / "card.json", novel=1), "not_an_adapter", "novel"),
+    ],
+)
+def test_a_spoilt_adapter_is_refused(
+    adapter: Path, check: Callable[[Path], None], spoil: Callable[[Path], Any], code: str, fact: str
+) -> None:
+    """It would judge, in the card's name, as something else."""
     check(adapter)
     assert lora_b_sum(adapter) > 0
-
-
-def test_weights_that_are_not_the_cards_are_refused(adapter: Path, check: Callable[[Path], None]) -> None:
-    """A half-copied or exchanged file would judge in the card's name."""
-    with (adapter / WEIGHTS).open("r+b") as stream:
-        stream.seek(-1, 2)
-        last = stream.read(1)
-        stream.seek(-1, 2)
-        stream.write(bytes([last[0] ^ 1]))
-    with raises("weights_hash_differs"):
-        check(adapter)
-
-
-def test_absent_weights_are_refused(adapter: Path, check: Callable[[Path], None]) -> None:
-    """A card alone is no adapter."""
-    (adapter / WEIGHTS).unlink()
-    with raises("weights_missing", WEIGHTS):
-        check(adapter)
-
-
-@pytest.mark.parametrize("made_for", [{"name": "other", "sha256": "d" * 64}, {"name": "hub/one", "sha256": ""}, {}])
-def test_another_base_is_refused(adapter: Path, check: Callable[[Path], None], made_for: dict[str, str]) -> None:
-    """LoRA on other weights is noise; a card that does not name its base fits none."""
-    tiny.edit_card(adapter, base=made_for)
-    with raises("base_differs"):
+    spoil(adapter)
+    with raises(code, fact):
         check(adapter)
 
 
 def test_bases_from_the_hub_are_told_apart_by_name(adapter: Path) -> None:
     """Neither has a hash, and two absent hashes are equal."""
-    tiny.edit_card(adapter, base={"name": "hub/one", "sha256": ""})
+    tiny.edit_card(adapter, base=HUB)
     card = read_adapter_card(adapter)
-    check_adapter(adapter, card, {"name": "hub/one", "sha256": ""}, card.prompt_sha256)
+    check_adapter(adapter, card, HUB, card.prompt_sha256)
     with raises("base_differs", "hub/one", "hub/two"):
         check_adapter(adapter, card, {"name": "hub/two", "sha256": ""}, card.prompt_sha256)
-
-
-def test_other_prompts_are_refused(adapter: Path, check: Callable[[Path], None]) -> None:
-    """Asked in other words than it was trained with, a model answers something else."""
-    tiny.edit_card(adapter, prompt_sha256="e" * 64)
-    with raises("prompt_hash_differs"):
-        check(adapter)
-
-
-def test_other_crops_are_refused(adapter: Path, check: Callable[[Path], None]) -> None:
-    """A face cut with another margin is another picture: scores move without a word."""
-    tiny.edit_card(adapter, preprocessing="whole pictures")
-    with raises("crops_differ"):
-        check(adapter)
-
-
-@pytest.mark.parametrize(("value", "code"), [(0.0, "lora_b_zero"), (float("nan"), "weights_not_finite")])
-def test_an_adapter_that_holds_nothing_is_refused(
-    adapter: Path, check: Callable[[Path], None], value: float, code: str
-) -> None:
-    """ZeRO-3 once saved adapters whose every lora_B was zero: the base model then answers as if it were tuned."""
-    reseal(adapter, lambda k, v: torch.full_like(v, value) if "lora_B" in k else v)
-    with raises(code, "lora_B"):
-        check(adapter)
-
-
-@pytest.mark.parametrize(
-    ("value", "code"),
-    [(torch.zeros(0), "adapter_in_pieces"), (torch.full((4, 64), torch.inf), "weights_not_finite")],
-)
-def test_one_spoilt_matrix_is_refused(
-    adapter: Path, check: Callable[[Path], None], value: torch.Tensor, code: str
-) -> None:
-    """ZeRO-3 leaves empty tensors where it saved its pieces, fp16 leaves infinities; either once loaded."""
-    state = load_file(adapter / WEIGHTS)
-    state[next(k for k in state if "q_proj.lora_A" in k)] = value
-    save_file(state, adapter / WEIGHTS)
-    tiny.edit_card(adapter, sha256=file_sha256(adapter / WEIGHTS))
-    with raises(code, "q_proj.lora_A"):
-        check(adapter)
 
 
 @pytest.mark.parametrize(
@@ -168,21 +149,10 @@ def test_an_adapter_with_parts_missing_is_refused(
     save_file(state, adapter / WEIGHTS)
     with raises("adapter_incomplete", *told):
         attach(load_model(base)[0], adapter)
-
-
-def test_matrices_for_other_names_are_refused(base: Path, adapter: Path) -> None:
-    """LoRA under LLaVA's own names fits no module, and PEFT applies nothing."""
-    state = {k.replace("model.language_model.", "model."): v for k, v in load_file(adapter / WEIGHTS).items()}
-    save_file(state, adapter / WEIGHTS)
+    # Under LLaVA's own names LoRA fits no module, and PEFT applies nothing.
+    save_file({k.replace("model.language_model.", "model."): v for k, v in state.items()}, adapter / WEIGHTS)
     with raises("adapter_does_not_fit", "finetune convert"):
         attach(load_model(base)[0], adapter)
-
-
-def test_a_broken_file_under_a_matching_card_is_one_line(adapter: Path, check: Callable[[Path], None]) -> None:
-    (adapter / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:200])
-    tiny.edit_card(adapter, sha256=file_sha256(adapter / WEIGHTS))
-    with raises("weights_unreadable"):
-        check(adapter)
 
 
 def test_the_card_comes_back_whole(adapter: Path, tmp_path: Path) -> None:
@@ -206,31 +176,28 @@ def test_a_folder_that_is_no_adapter_is_named(adapter: Path, text: str) -> None:
         read_adapter_card(adapter / "nowhere")
 
 
-def test_an_unknown_field_in_the_card_is_refused(adapter: Path) -> None:
-    """A card of another version may mean something else by its fields."""
-    tiny.edit_json(adapter / "card.json", novel=1)
-    with raises("not_an_adapter", "novel"):
-        read_adapter_card(adapter)
+def ask(model: Any, processor: Any, photo: Any) -> float:
+    mllm = LocalMLLM(model, processor, "tiny")
+    return float(mllm.verdict_logits(mllm.look(photo[:224, 120:344][None]), [prompts.QUESTION])[0])
 
 
-def test_the_merged_model_is_the_adapted_one(base: Path, made: Path, astronaut: Any) -> None:
-    """Merging must add the adapter, projector included, and add it once."""
-    from x2dfd.adapter import attach
-
-    crop = astronaut[:224, 120:344][None]
-    question = [prompts.QUESTION]
-
-    def ask(model: Any, processor: Any) -> float:
-        mllm = LocalMLLM(model, processor, "tiny")
-        return float(mllm.verdict_logits(mllm.look(crop), question)[0])
-
+def test_the_merged_and_the_split_model_are_the_adapted_one(
+    base: Path, made: Path, astronaut: Any, tmp_path: Path
+) -> None:
+    """Merging must add the adapter, projector included, and once; engines refuse an adapter that brings a projector,
+    and what they are given instead must answer as ours does."""
     plain, processor = load_model(base)
-    before = ask(plain, processor)
-    merged = ask(attach(plain, made), processor)
-    unmerged_model, _ = load_model(base)
-    unmerged = ask(PeftModel.from_pretrained(unmerged_model, str(made)).base_model.model, processor)
-    assert merged == pytest.approx(unmerged, abs=1e-4)
+    before = ask(plain, processor, astronaut)
+    merged = ask(attach(plain, made), processor, astronaut)
+    unmerged = PeftModel.from_pretrained(load_model(base)[0], str(made)).base_model.model
+    assert merged == pytest.approx(ask(unmerged, processor, astronaut), abs=1e-4)
     assert abs(merged - before) > 0.01
+    whole, lora, rank = split(f"hub:{base}+{made}", tmp_path / "split")
+    assert rank == 4 and json.loads((lora / "adapter_config.json").read_text())["modules_to_save"] is None
+    served, processor = load_model(whole)
+    assert abs(ask(served, processor, astronaut) - merged) > 0.01
+    both = PeftModel.from_pretrained(load_model(whole)[0], str(lora)).merge_and_unload()
+    assert ask(both, processor, astronaut) == pytest.approx(merged, abs=1e-5)
 
 
 def test_a_plain_adapter_needs_no_peft_and_any_other_goes_there(
@@ -304,26 +271,3 @@ def test_load_refuses_before_it_judges(adapter: Path, base: Path, monkeypatch: p
     tiny.edit_card(adapter, prompt_sha256="e" * 64)
     with raises("prompt_hash_differs"):
         x2dfd.load(f"hub:{base}+{adapter}")
-
-
-@pytest.mark.slow
-@pytest.mark.needs_base
-def test_a_split_adapter_is_the_same_model(made: Path, base: Path, tmp_path: Path, astronaut: Any) -> None:
-    """Engines refuse an adapter that brings a projector; what they are given instead must answer as ours does."""
-    from finetune.split import split
-    from x2dfd.adapter import attach
-
-    whole, lora, rank = split(f"hub:{base}+{made}", tmp_path / "split")
-    assert rank == 4 and json.loads((lora / "adapter_config.json").read_text())["modules_to_save"] is None
-    crop = astronaut[:224, 120:344][None]
-
-    def ask(model: Any, processor: Any) -> float:
-        mllm = LocalMLLM(model, processor, "tiny")
-        return float(mllm.verdict_logits(mllm.look(crop), [prompts.QUESTION])[0])
-
-    plain, processor = load_model(base)
-    wanted = ask(attach(plain, made), processor)
-    served, processor = load_model(whole)
-    assert abs(ask(served, processor) - wanted) > 0.01
-    both = PeftModel.from_pretrained(load_model(whole)[0], str(lora)).merge_and_unload()
-    assert ask(both, processor) == pytest.approx(wanted, abs=1e-5)

@@ -14,7 +14,6 @@ from PIL import Image
 
 from eval import answers, command, models, page
 from eval.task import judged
-from eval.tasks import words as text_tasks
 from tests import tiny
 from tests.stand_in import Reply, Request, StandIn, question_of
 from tests.test_run_bench import result_of, write_csv
@@ -31,15 +30,10 @@ Pixels = NDArray[np.uint8]
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     import openai._base_client as base
 
+    monkeypatch.setattr(page, "_plots", lambda result: iter(()))  # tests/test_page.py looks at them
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(base, "INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setattr(base, "MAX_RETRY_DELAY", 0.02)
-
-
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing the curves takes longer than all the rest; tests/test_page.py looks at them."""
-    monkeypatch.setattr(page, "_plots", lambda result: iter(()))
 
 
 @pytest.fixture
@@ -74,9 +68,14 @@ def run(task: str, photos: Path, out: Path, server: StandIn | None, *words: str)
 
 
 def test_a_yes_sayer_is_found_out_in_words(photos: Path, tmp_path: Path) -> None:
-    """Answers read without the question's polarity make "yes" to everything a finder of all fakes."""
+    """Answers read without the question's polarity make "yes" to everything a finder of all fakes; where what cannot be
+    read is dropped from the denominator, silence is the best strategy."""
     with StandIn(says_yes, owned_by="hosted") as server:
         assert run("answer", photos, tmp_path / "out", server) == 0
+        first, asked = (tmp_path / "out" / "result.json").read_bytes(), server.answered
+        assert run("answer", photos, tmp_path / "out", server) == 0
+        assert server.answered == asked + 2  # one picture, to see that the model is the same: a score and a text
+    assert (tmp_path / "out" / "result.json").read_bytes() == first
     result = result_of(tmp_path / "out")["scorers"]["answers"]
     assert result["n_scored"] == 4 and result["unscored"] == {"no_face": 1, "not_an_image": 1}
     expected = [answers.question_for(f"{n}.png").yes == label
@@ -87,19 +86,15 @@ def test_a_yes_sayer_is_found_out_in_words(photos: Path, tmp_path: Path) -> None
     assert result["disagreement"]["value"] == np.mean(called_real)  # P(fake) is 0.8 throughout
     assert server.requests and not any("score" in question_of(r) for r in server.requests)  # zero-shot: no experts
 
-
-def test_an_answer_that_cannot_be_read_is_wrong_and_shown(photos: Path, tmp_path: Path) -> None:
-    """Dropped from the denominator, silence is the best strategy."""
-
     def mumbles(request: Request) -> Reply:
         return says_yes(request) if request.get("max_tokens") == 1 else Reply("Hmm, a face.")
 
     with StandIn(mumbles, owned_by="hosted") as server:
-        assert run("answer", photos, tmp_path / "out", server) == 0
-    result = result_of(tmp_path / "out")["scorers"]["answers"]
+        assert run("answer", photos, tmp_path / "mumbled", server) == 0
+    result = result_of(tmp_path / "mumbled")["scorers"]["answers"]
     assert result["accuracy"]["value"] == 0.0 and result["invalid"]["value"] == 1.0
     assert result["invalid_answers"] == ["Hmm, a face."] * 4
-    assert "Hmm, a face." in (tmp_path / "out" / "result.html").read_text("utf-8")
+    assert "Hmm, a face." in (tmp_path / "mumbled" / "result.html").read_text("utf-8")
 
 
 def test_classes_in_words_and_their_confusion(photos: Path, tmp_path: Path) -> None:
@@ -155,29 +150,24 @@ def test_the_assessment_is_a_task_with_a_result(photos: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("words", "code"),
     [
-        (["answer", "--model", "fusion"], "model_without_words"),
-        (["chat", "--model", "majority"], "model_without_words"),
-        (["detect", "--model", "template"], "template_knows_label"),
-        (["detect", "--model", "fusion", "--mode", "paper"], "options_conflict"),
-        (["detect", "--model", "expert:clip", "--device", "cpu"], "options_conflict"),
-        (["detect", "--model", "hub:"], "model_malformed"),
-        (["detect", "--tools", "clip"], "options_conflict"),
-        (["locate", "--model", "majority"], "model_not_for_task"),
-        (["locate", "--model", "fusion"], "nothing_to_measure"),
-        (["experts", "--model", "majority"], "model_not_for_task"),
-        (["experts", "--with-mllm", "--model", "fusion"], "with_mllm_not_for_run"),
-        (["experts", "--with-mllm", "--experts", "clip"], "with_mllm_not_for_run"),
-        (["experts", "--with-mllm", "--mode", "paper"], "with_mllm_not_for_run"),
-        (["detect", "--with-mllm"], "with_mllm_not_for_run"),
+        ("answer --model fusion", "model_without_words"), ("chat --model majority", "model_without_words"),
+        ("detect --model template", "template_knows_label"), ("detect --model hub:", "model_malformed"),
+        ("detect --model fusion --mode paper", "options_conflict"), ("detect --tools clip", "options_conflict"),
+        ("detect --model expert:clip --device cpu", "options_conflict"),
+        ("locate --model fusion", "nothing_to_measure"),
+        ("locate --model majority", "model_not_for_task"), ("experts --model majority", "model_not_for_task"),
+        ("experts --with-mllm --model fusion", "with_mllm_not_for_run"),
+        ("detect --with-mllm", "with_mllm_not_for_run"),
+        ("experts --with-mllm --experts clip", "with_mllm_not_for_run"),
+        ("experts --with-mllm --mode paper", "with_mllm_not_for_run"),
     ],
-)
+)  # fmt: skip
 def test_what_does_not_go_together_is_told(
-    words: list[str], code: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    words: str, code: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
     """A baseline that is told the label has AUC 1.0; an option that is dropped without a word."""
     monkeypatch.setattr(models, "experts_alone", lambda name: None)
-    assert command.main([*words, "--data", str(photos), "--out", str(tmp_path / "out")]) == 2
+    assert command.main([*words.split(), "--data", str(photos), "--out", str(tmp_path / "out")]) == 2
     assert f"error [{code}]: " in capsys.readouterr().err
 
 
@@ -208,14 +198,3 @@ def test_experts_without_their_mllm_decide_by_themselves(astronaut: Pixels, tmp_
     [row], _ = judged(opened, [sample], equalise=False, rationale=False, batch_size=1)
     assert row.p_mllm is None and row.p_fake is not None and row.sha256
     json.dumps(detector.info.to_dict())
-
-
-def test_text_rows_survive_the_table(photos: Path, tmp_path: Path) -> None:
-    """A second run that asks everything again, or reads back less than it wrote."""
-    with StandIn(says_yes, owned_by="hosted") as server:
-        assert run("answer", photos, tmp_path / "out", server) == 0
-        first, asked = (tmp_path / "out" / "result.json").read_bytes(), server.answered
-        assert run("answer", photos, tmp_path / "out", server) == 0
-        assert server.answered == asked + 2  # one picture, to see that the model is the same: a score and a text
-    assert (tmp_path / "out" / "result.json").read_bytes() == first
-    assert text_tasks.follow_up(Sample("a", Path("/a"), "real")) in text_tasks.FOLLOW_UPS

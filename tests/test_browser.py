@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -242,28 +241,6 @@ def test_a_screen_reader_finds_names_and_hears_the_verdict(served: tuple[FakeDet
     assert tab.evaluate("document.documentElement.lang") == "en"
 
 
-@pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
-def test_no_face_and_a_broken_file_are_said_plainly(
-    size: tuple[int, int], served: tuple[FakeDetector, str], tabs: Tabs
-) -> None:
-    """A visitor who picks the wrong file must read why, and what to do; nobody may take it for "real"."""
-    tab = tabs(served[1], size)
-    upload(tab, NONE)
-    card = tab.get_by_role("region", name="Verdict")
-    expect(card).to_contain_text("No face was found", timeout=30_000)
-    expect(card).to_contain_text("try another picture")
-    expect(tab.get_by_text("there is nothing to ask about")).to_be_visible(timeout=30_000)
-    expect(tab.get_by_role("button", name="Ask", exact=True)).to_be_disabled()
-    assert "estimate" not in card.inner_text()  # none was made
-    looks_right(tab, "no-face")
-    tab.get_by_role("button", name="Clear").first.click()
-    upload(tab, b"this is a letter", "letter.jpg")
-    card = tab.get_by_role("region", name="Result")
-    expect(card).to_contain_text("neither a picture nor a video", timeout=30_000)
-    expect(card).to_contain_text("Choose another photo")
-    looks_right(tab, "broken")
-
-
 @pytest.mark.parametrize(("size", "scheme"), [(DESK, "dark"), (PHONE, "light")], ids=["desk-dark", "phone"])
 def test_several_files_and_a_clip(
     size: tuple[int, int], scheme: str, served: tuple[FakeDetector, str], tabs: Tabs, tmp_path: Path
@@ -287,22 +264,6 @@ def test_several_files_and_a_clip(
     expect(tab.get_by_role("region", name="Face 4")).to_be_visible(timeout=30_000)
 
 
-def test_frames_of_a_clip_are_shown_as_they_are_judged(
-    served: tuple[FakeDetector, str], tabs: Tabs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A clip takes seconds: who sees nothing happen goes away, and who has seen enough must be able to stop it."""
-    detector, address = served
-    monkeypatch.setattr(detector, "slow", lambda: time.sleep(1))
-    tab = tabs(address, PHONE)
-    upload(tab, clip(tmp_path / "clip.mp4"), "clip.mp4")
-    progress = tab.get_by_role("region", name="Progress")
-    expect(progress).to_contain_text("Looked for faces in 2 frames", timeout=30_000)
-    expect(progress).to_contain_text("Judged 3 of 10 frames", timeout=30_000)
-    looks_right(tab, "progress")
-    tab.get_by_role("button", name="Stop", exact=True).click()
-    expect(tab.get_by_text("Stopped. Choose a file")).to_be_visible(timeout=30_000)
-
-
 def test_who_waits_in_the_queue_is_told(served: tuple[FakeDetector, str], tabs: Tabs) -> None:
     """While another visitor's photo is judged, a page that stays as it was looks broken."""
     detector, address = served
@@ -318,9 +279,6 @@ def test_who_waits_in_the_queue_is_told(served: tuple[FakeDetector, str], tabs: 
     finally:
         detector.may_go.set()
     ready(second)
-
-
-# --- the case report ---
 
 
 def case_report() -> str:
@@ -369,20 +327,14 @@ def test_the_case_report_can_be_read_on_every_screen(
 
 def test_the_case_report_is_printed_whole(browser: Any, tmp_path: Path) -> None:
     """Closed parts of the page must be in the print, which cannot be opened; and Chromium's options must be right."""
-    html = case_report()
-    html_report.write_pdf(tmp_path / "report.pdf", html)
-    pdf = (tmp_path / "report.pdf").read_bytes()
+    html, folder = case_report(), Path(SHOTS or tmp_path)
+    html_report.write_pdf(folder / "report.pdf", html)
     closed = html.replace("details::details-content { content-visibility: visible; block-size: auto; }", "")
     html_report.write_pdf(tmp_path / "closed.pdf", closed)
-    assert pdf.startswith(b"%PDF") and pdf.rstrip().endswith(b"%%EOF")
-    pages = [len(re.findall(rb"/Type\s*/Page\b", data)) for data in (pdf, (tmp_path / "closed.pdf").read_bytes())]
-    assert pages[1] < pages[0] and pages[0] >= 3, pages
-    if SHOTS:
-        Path(SHOTS).mkdir(parents=True, exist_ok=True)
-        (Path(SHOTS) / "report.pdf").write_bytes(pdf)
-
-
-# --- the embedded model ---
+    whole, part = (path.read_bytes() for path in (folder / "report.pdf", tmp_path / "closed.pdf"))
+    assert whole.startswith(b"%PDF") and whole.rstrip().endswith(b"%%EOF")
+    pages = [len(re.findall(rb"/Type\s*/Page\b", data)) for data in (part, whole)]
+    assert pages[0] < pages[1] and pages[1] >= 3, pages
 
 
 @pytest.mark.needs_base

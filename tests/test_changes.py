@@ -12,6 +12,8 @@ from x2dfd.degrade import codec
 
 Pixels = NDArray[np.uint8]
 EVERY = {name: change for suite in SUITES for name, change in changes_of(suite).items()}
+ALL = CHANGES | EVERY
+SIZES = {"half": 0.5, "quarter": 0.25, "screenshot": 0.8}
 
 
 def _off(change: Change, pixels: Pixels) -> float:
@@ -28,14 +30,17 @@ def head(astronaut: Pixels) -> Pixels:
     return np.ascontiguousarray(astronaut[20:301, 90:391])
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", ALL)
 def test_a_change_gives_a_picture_and_the_same_one_again(name: str, head: Pixels) -> None:
     """Bug prevented: noise of a hidden generator, floats that wrap, a change that writes into its input."""
-    before, change = head.copy(), EVERY[name]
+    before, change = head.copy(), ALL[name]
     one, two = change(head, "a"), change(head, "a")
     assert one.dtype == np.uint8 and one.ndim == 3 and np.array_equal(one, two) and np.array_equal(head, before)
     if one.shape == head.shape:
-        assert (one != head).any() and np.abs(one.astype(int) - head).mean() < 120
+        assert (one != head).any() and np.abs(one.astype(int) - head).mean() < (12 if name in CHANGES else 120)
+    if name in CHANGES:
+        assert np.allclose(np.divide(one.shape[:2], head.shape[:2]), SIZES.get(name, 1.0), atol=0.01)
+        assert np.array_equal(one, change(head, "b")) == (name != "noise")
 
 
 @pytest.mark.parametrize(("suite", "kind"), [(s, k) for s in SUITES for k in SUITES[s] if len(SUITES[s][k]) > 1])
@@ -45,18 +50,15 @@ def test_levels_run_from_mild_to_strong(suite: str, kind: str, head: Pixels) -> 
     assert offs == sorted(offs) and offs[-1] > 1.1 * offs[0]
 
 
-def test_pixelation_is_not_called_jpeg_and_holds_no_codec(head: Pixels) -> None:
-    """Bug prevented: robustness to JPEG claimed from a picture that no codec has seen."""
-    for name, change in EVERY.items():
-        coded = "pixelate" not in name and any(word in change.line for word in ("JPEG", "WebP", "H.264"))
-        assert coded == any(w in name for w in ("jpeg/", "webp/", "h264/", "share/", "/VC/"))
-    flat = np.repeat(np.repeat(np.arange(64, dtype=np.uint8)[None, :, None] * 4, 64, 0), 3, 2)
-    assert len(np.unique(EVERY["deeperforensics/JPEG_pixelate/1"](flat, "a")[:, :, 0].std(0))) == 1  # no 8 x 8 grid
-    assert np.array_equal(EVERY["codec/jpeg/40"](head, "a"), codec(head, ".jpg", 40))
+def test_lower_quality_is_farther_from_the_picture(astronaut: Pixels) -> None:
+    """Quality and compression swapped, or a codec that ignores its parameter."""
+    errors = [_off(CHANGES[f"jpeg{q}"], astronaut) for q in (95, 75, 50, 30)]
+    assert errors == sorted(errors) and errors[0] * 2 < errors[-1]
 
 
 def test_the_published_parameters_do_what_is_published(head: Pixels) -> None:
-    """Bug prevented: contrast about the mean, blocks on small faces, chroma scaled about another grey."""
+    """Bug prevented: contrast about the mean, blocks on small faces, chroma scaled about another grey; deepFakeFace's
+    numbers compared with pictures that were clipped where its own were not."""
     levels = DEEPERFORENSICS
     assert np.array_equal(levels["CC"][2](head, "a"), (head * np.float32(0.6)).astype(np.uint8))
     assert np.array_equal(levels["BW"][0](head[:255], "a"), head[:255])
@@ -68,21 +70,24 @@ def test_the_published_parameters_do_what_is_published(head: Pixels) -> None:
     assert abs(colourless.mean() - (head @ [0.299, 0.587, 0.114]).mean()) < 2
     noise = levels["GNC"][2](np.full((300, 300, 3), 128, np.uint8), "a").astype(float)
     assert (noise @ [0.299, 0.587, 0.114]).std() == pytest.approx(255 * 0.005**0.5, rel=0.1)
-
-
-def test_dff_is_level_one_and_wraps_where_it_is_published_so(head: Pixels) -> None:
-    """Bug prevented: DeepFakeFace's numbers compared with pictures that were clipped where its own were not."""
     for ours, theirs in (("CC", "CC"), ("GB", "GB"), ("pixelate", "JPEG_pixelate")):
         assert np.array_equal(SUITES["dff"][ours][0](head, "a"), DEEPERFORENSICS[theirs][0](head, "a"))
     wrapped, cut = SUITES["dff"]["CS"][0](head, "a").astype(int), DEEPERFORENSICS["CS"][0](head, "a").astype(int)
     assert set(np.unique(np.abs(wrapped - cut))) <= {0, 255, 256, 254}
 
 
-def test_names_are_suites_kinds_or_changes() -> None:
-    """Bug prevented: a misspelt suite that is silently no change at all."""
+def test_names_are_suites_kinds_or_changes_and_say_what_they_hold(head: Pixels) -> None:
+    """Bug prevented: a misspelt suite that is silently no change at all; robustness to JPEG claimed from a picture that
+    no codec has seen."""
     assert list(changes_of("jpeg50,dff")) == ["jpeg50", "dff/CS", "dff/CC", "dff/GB", "dff/pixelate"]
     assert len(changes_of("deeperforensics")) == 35 and len(changes_of("deeperforensics/GB")) == 5
     assert changes_of("none") == {} and changes_of("screenshot") == {"screenshot": CHANGES["screenshot"]}
     assert len(EVERY) == sum(len(changes_of(s)) for s in SUITES)  # no name twice
     with raises("unknown_name", "did you mean 'deeperforensics/GB'"):
         changes_of("deeperforensic/GB")
+    for name, change in EVERY.items():
+        coded = "pixelate" not in name and any(word in change.line for word in ("JPEG", "WebP", "H.264"))
+        assert coded == any(w in name for w in ("jpeg/", "webp/", "h264/", "share/", "/VC/"))
+    flat = np.repeat(np.repeat(np.arange(64, dtype=np.uint8)[None, :, None] * 4, 64, 0), 3, 2)
+    assert len(np.unique(EVERY["deeperforensics/JPEG_pixelate/1"](flat, "a")[:, :, 0].std(0))) == 1  # no 8 x 8 grid
+    assert np.array_equal(EVERY["codec/jpeg/40"](head, "a"), codec(head, ".jpg", 40))

@@ -25,16 +25,13 @@ def test_a_better_model_is_found_and_an_equal_one_is_not() -> None:
 
 
 def test_only_what_both_scored_is_compared() -> None:
-    """Leaving out the hard pictures would win the comparison."""
+    """Leaving out the hard pictures would win the comparison; the label polarity of two manifests differs, and the
+    comparison would be of nothing."""
     first, second = run(0, 1.0), run(1, 1.0)
     del second["001"]
     second["003"] = Seen("fake", "g003", None)
     found = paired(first, second)
     assert (found.n, found.n_first_only, found.n_second_only, found.n_unscored) == (118, 1, 0, 1)
-
-
-def test_other_labels_are_refused() -> None:
-    """The label polarity of two manifests differs, and the comparison would be of nothing."""
     with raises("samples_differ", 1):
         paired({"a": Seen("fake", "g", 0.1)}, {"a": Seen("real", "g", 0.1)})
     with raises("no_shared_sample"):

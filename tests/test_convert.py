@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 import x2dfd
 from finetune.__main__ import app
 from finetune.convert import NEWER, OTHERS, SETTINGS, hub_settings, llava_settings, renamed, to_hub, to_llava
+from finetune.data import answer_tokens
 from finetune.merge import merge
 from finetune.split import split
 from tests import tiny
@@ -28,6 +30,7 @@ from x2dfd.adapter import WEIGHTS, probe_logits, read_adapter_card
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.experts import BUILTIN, Shared, aliased
 from x2dfd.loading import load_processor
+from x2dfd.mllm import LocalMLLM
 from x2dfd.types import Evidence, Face, Report
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -40,10 +43,7 @@ def published(hidden: int, mlp: int, layers: int, vision: int, rank: int) -> dic
     for n in range(layers):
         for name in LINEARS:
             block = "self_attn" if name in LINEARS[:4] else "mlp"
-            wide_in, wide_out = (
-                (mlp if name == "down_proj" else hidden),
-                (mlp if name in ("gate_proj", "up_proj") else hidden),
-            )
+            wide_in, wide_out = (mlp if name in wide else hidden for wide in (("down_proj",), ("gate_proj", "up_proj")))
             start = f"base_model.model.model.layers.{n}.{block}.{name}"
             shapes[f"{start}.lora_A.weight"] = (rank, wide_in)
             shapes[f"{start}.lora_B.weight"] = (wide_out, rank)
@@ -108,8 +108,9 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_there_and_back_nothing_changes(base: Path, adapter: Path, tmp_path: Path) -> None:
-    """Every tensor keeps its name, bits and precision, and PEFT's settings what they say."""
+def test_there_and_back_or_from_older_files_nothing_changes(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Every tensor keeps its name, bits and precision, and PEFT's settings what they say; an older PEFT writes a .bin,
+    and LLaVA's own code names the projector without PEFT's wrapper."""
     card = to_hub(adapter, tmp_path / "hub", base=str(base))
     assert card.frame == "train_consistent" and card == read_adapter_card(tmp_path / "hub")
     to_llava(tmp_path / "hub", tmp_path / "back", base="weights/base/llava-v1.5-7b")
@@ -122,6 +123,28 @@ def test_there_and_back_nothing_changes(base: Path, adapter: Path, tmp_path: Pat
     assert json.loads((tmp_path / "back" / SETTINGS).read_text()) == plain
     with raises("folder_taken", "hub"):
         to_hub(adapter, tmp_path / "hub", base=str(base))
+    # An engine without the frame would ask in the base's own; a frame without its end token teaches never to stop.
+    whole, _, rank = split(f"hub:{base}+{tmp_path / 'hub'}", tmp_path / "split")
+    processor = load_processor(whole)
+    assert rank == 4 and processor.chat_template == prompts.FRAMES["train_consistent"]
+    _, answer = answer_tokens(processor, prompts.QUESTION, "This image is fake.")
+    assert answer[-1] == processor.tokenizer.eos_token_id and answer.count(answer[-1]) == 1
+    older = tmp_path / "older"
+    older.mkdir()
+    (older / SETTINGS).write_text(json.dumps(settings(4)))
+    torch.save(load_file(adapter / WEIGHTS), older / "adapter_model.bin")
+    projector = torch.load(adapter / OTHERS, weights_only=True)
+    torch.save({k.removeprefix("base_model.model."): v for k, v in projector.items()}, older / "mm_projector.bin")
+    made = [to_hub(source, tmp_path / f"hub{k}", base=str(base)) for k, source in enumerate((adapter, older))]
+    assert made[0].sha256 == made[1].sha256
+    for name in ("adapter_model.bin", "mm_projector.bin"):
+        torch.save({"x": _Trap()}, older / name)
+        with pytest.raises(SetupError, match=f"{name} cannot be read"):
+            to_hub(older, tmp_path / "out", base=str(base))
+        (older / name).unlink()
+        with pytest.raises(SetupError, match="has no file of the"):
+            to_hub(older, tmp_path / "out", base=str(base))
+        torch.save(load_file(adapter / WEIGHTS), older / "adapter_model.bin")
 
 
 @pytest.mark.slow
@@ -143,16 +166,6 @@ def test_a_converted_adapter_judges_in_both_frames(base: Path, adapter: Path, tm
     assert len({bare, *found.values()}) == 3
     with raises("unknown_name", "train_consistent"):
         to_hub(adapter, tmp_path / "other", base=str(base), frame="train_consistant")
-
-
-def test_a_frame_ends_answers_as_training_did(base: Path) -> None:
-    """A frame without its end token teaches a model never to stop."""
-    from finetune.data import answer_tokens
-
-    processor = tiny.processor_of_llava_15()
-    prompts.set_frame(processor, "train_consistent")
-    _, answer = answer_tokens(processor, prompts.QUESTION, "This image is fake.")
-    assert answer[-1] == processor.tokenizer.eos_token_id and answer.count(answer[-1]) == 1
 
 
 class _Trap:
@@ -182,39 +195,9 @@ def test_what_would_be_lost_or_run_is_refused(
         llava_settings({"target_modules": ".*q_proj"}, "b")
     with raises("tensor_unknown", "lm_head"):
         renamed({"base_model.model.lm_head.weight": torch.zeros(1)}, True)
-
-
-def test_older_files_of_lora_and_projector_are_the_same_adapter(base: Path, adapter: Path, tmp_path: Path) -> None:
-    """An older PEFT writes a .bin, and LLaVA's own code names the projector without PEFT's wrapper."""
-    older = tmp_path / "older"
-    older.mkdir()
-    (older / SETTINGS).write_text(json.dumps(settings(4)))
-    torch.save(load_file(adapter / WEIGHTS), older / "adapter_model.bin")
-    projector = torch.load(adapter / OTHERS, weights_only=True)
-    torch.save({k.removeprefix("base_model.model."): v for k, v in projector.items()}, older / "mm_projector.bin")
-    made = [to_hub(source, tmp_path / f"hub{k}", base=str(base)) for k, source in enumerate((adapter, older))]
-    assert made[0].sha256 == made[1].sha256
-    for name in ("adapter_model.bin", "mm_projector.bin"):
-        torch.save({"x": _Trap()}, older / name)
-        with pytest.raises(SetupError, match=f"{name} cannot be read"):
-            to_hub(older, tmp_path / "out", base=str(base))
-        (older / name).unlink()
-        with pytest.raises(SetupError, match="has no file of the"):
-            to_hub(older, tmp_path / "out", base=str(base))
-        torch.save(load_file(adapter / WEIGHTS), older / "adapter_model.bin")
-
-
-def test_an_adapter_of_another_size_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
-    """Of a 13B it has other shapes, and PEFT says so only when the base is there."""
-    wide = tmp_path / "wide"
-    wide.mkdir()
-    (wide / SETTINGS).write_text(json.dumps(settings(4)))
-    state = load_file(adapter / WEIGHTS)
-    name = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
-    save_file(state | {name: torch.ones(4, 80)}, wide / WEIGHTS)
-    (wide / OTHERS).write_bytes((adapter / OTHERS).read_bytes())
-    with pytest.raises(SetupError, match=r"up_proj.lora_A.weight is \[4, 80\] where the base has \[4, 64\]"):
-        to_hub(wide, tmp_path / "out", base=str(base))
+    for text in ("a=x,a=y", "x,a=x", "x=y,x"):  # a prompt would give two scores of one expert
+        with pytest.raises(X2DFDError, match="a name of its own"):
+            aliased(text)
 
 
 def zero_checkpoint(folder: Path, state: dict[str, Tensor], odd: Any = None) -> Path:
@@ -242,9 +225,7 @@ def test_a_zero_checkpoint_is_gathered_without_running_what_it_holds(
     pytest.importorskip("deepspeed")
     monkeypatch.chdir(tmp_path)
     whole = load_file(adapter / WEIGHTS) | torch.load(adapter / OTHERS, weights_only=True)
-    live = {
-        k.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."): v for k, v in whole.items()
-    }
+    live = {re.sub(r"\.lora_([AB])\.", r".lora_\1.default.", k): v for k, v in whole.items()}
     source = zero_checkpoint(tmp_path / "checkpoint-7", live)
     (source / SETTINGS).write_text(json.dumps(settings(4)))
     to_hub(source, tmp_path / "hub", base=str(base))
@@ -297,44 +278,30 @@ def test_a_published_adapter_is_asked_as_it_was_trained(
     assert Report.from_json(report.to_json()) == report
 
 
-@pytest.mark.parametrize("text", ["a=x,a=y", "x,a=x", "x=y,x"])
-def test_experts_of_one_name_are_refused(text: str) -> None:
-    """A prompt would give two scores of one expert."""
-    with pytest.raises(X2DFDError, match="a name of its own"):
-        aliased(text)
+WIDE = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
 
 
 @pytest.mark.parametrize(
-    ("gone", "code", "fact"),
+    ("change", "fact"),
     [
-        (lambda k: ".layers.1." in k, "adapter_incomplete", "14 of 28"),
-        (lambda k: "mm_projector.2" in k, "projector_incomplete", "2 of 4"),
+        (lambda state: {k: v for k, v in state.items() if ".layers.1." not in k}, "14 of 28"),
+        (lambda state: {k: v for k, v in state.items() if "mm_projector.2" not in k}, "2 of 4"),
+        (lambda state: state | {WIDE: torch.ones(4, 80)} if WIDE in state else state, "is [4, 80] where the base has"),
     ],
-    ids=["layer", "projector"],
+    ids=["layer", "projector", "another size"],
 )
-def test_a_published_adapter_with_parts_missing_is_refused(
-    base: Path, adapter: Path, tmp_path: Path, gone: Callable[[str], bool], code: str, fact: str
+def test_a_published_adapter_that_does_not_fit_is_refused(
+    base: Path, adapter: Path, tmp_path: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], fact: str
 ) -> None:
-    """Converted, it would look whole."""
+    """Converted, half of one would look whole; of another size, PEFT says so only when the base is there."""
     bad = tmp_path / "bad"
     bad.mkdir()
     (bad / SETTINGS).write_text(json.dumps(settings(4)))
-    save_file({k: v for k, v in load_file(adapter / WEIGHTS).items() if not gone(k)}, bad / WEIGHTS)
-    others = torch.load(adapter / OTHERS, weights_only=True)
-    torch.save({k: v for k, v in others.items() if not gone(k)}, bad / OTHERS)
-    with raises(code, fact):
+    save_file(change(load_file(adapter / WEIGHTS)), bad / WEIGHTS)
+    torch.save(change(torch.load(adapter / OTHERS, weights_only=True)), bad / OTHERS)
+    with pytest.raises(SetupError) as caught:
         to_hub(bad, tmp_path / "out", base=str(base))
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_adapter_with_a_chat_frame_splits_with_it(base: Path, adapter: Path, tmp_path: Path) -> None:
-    """It was refused for its prompts' hash; and an engine without the frame would ask in the base's own."""
-    to_hub(adapter, tmp_path / "hub", base=str(base))
-    whole, _, rank = split(f"hub:{base}+{tmp_path / 'hub'}", tmp_path / "split")
-    assert rank == 4 and load_processor(whole).chat_template == prompts.FRAMES["train_consistent"]
-
-
-# --- merging ---------------------------------------------------------------------------------------------------------
+    assert fact in str(caught.value) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.needs_base
@@ -347,6 +314,17 @@ def test_a_merged_model_judges_as_base_and_adapter_do(tmp_path: Path, monkeypatc
         merge(f"hub:{base}+{folder}", tmp_path / "merged")
     scores = probe_logits(x2dfd.load(f"hub:{base}+{folder}").mllm)
     tiny.edit_card(folder, probes=scores)
+    plain = LocalMLLM.save
+
+    def spoilt(self: LocalMLLM, where: Path) -> None:
+        with torch.no_grad():
+            self._model.model.language_model.norm.weight.mul_(-1)
+        plain(self, where)
+
+    with monkeypatch.context() as patch, raises("probes_differ"):
+        patch.setattr(LocalMLLM, "save", spoilt)
+        merge(f"hub:{base}+{folder}", tmp_path / "merged")
+    assert not list(tmp_path.glob("*merged*"))  # nothing that could be taken for the model
     out = merge(f"hub:{base}+{folder}", tmp_path / "merged")
     detector = x2dfd.load(out)  # with calibration and experts, without the base
     assert probe_logits(detector.mllm) == pytest.approx(scores, abs=1e-3)
@@ -375,26 +353,3 @@ def test_a_merged_tower_holds_its_additions_once(tmp_path: Path, monkeypatch: py
     tiny.edit_card(folder, probes=scores)
     merged = x2dfd.load(merge(f"hub:{base}+{folder}", tmp_path / "merged")).mllm
     assert probe_logits(merged) == pytest.approx(scores, abs=1e-3)
-
-
-@pytest.mark.slow
-@pytest.mark.needs_base
-def test_a_merge_that_moves_the_probes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is left that could be taken for the model."""
-    monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
-    base = tiny.write_base(tmp_path / "base")
-    folder = tiny.write_adapter(tmp_path / "adapter", base)
-    tiny.edit_card(folder, probes=probe_logits(x2dfd.load(f"hub:{base}+{folder}").mllm))
-    from x2dfd.mllm import LocalMLLM
-
-    plain = LocalMLLM.save
-
-    def spoilt(self: LocalMLLM, where: Path) -> None:
-        with torch.no_grad():
-            self._model.model.language_model.norm.weight.mul_(-1)
-        plain(self, where)
-
-    monkeypatch.setattr(LocalMLLM, "save", spoilt)
-    with raises("probes_differ"):
-        merge(f"hub:{base}+{folder}", tmp_path / "merged")
-    assert not (tmp_path / "merged").exists() and not list(tmp_path.glob(".merged*"))

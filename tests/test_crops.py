@@ -19,20 +19,15 @@ from x2dfd.manifest import Sample
 from x2dfd.tower import training_rows
 from x2dfd.types import Card
 
-# --- figures --------------------------------------------------------------------------------------------------------
-
-
-def test_figures_by_method() -> None:
-    """Bug prevented: an AUC against the wrong real pictures, ties counted as wins, combined fakes counted twice."""
-    rows = [("real", "none"), ("real", "denoise"), ("fake", "a"), ("fake", "a+b"), ("fake", "b")]
-    samples = [Sample(str(i), Path(f"{i}"), label, method) for i, (label, method) in enumerate(rows)]  # type: ignore[arg-type]
-    table = loop.by_method(samples, np.array([0.2, 0.4, 0.4, 0.9, 0.1]))
-    assert table == {"a": {"auc": 0.875, "n_fake": 2}, "b": {"auc": 0.0, "n_fake": 1}, "n_real": 2}
-    assert loop.by_method(samples[2:], np.array([0.4, 0.9, 0.1])) == {"n_real": 0}
-
 
 def test_a_checkpoint_is_chosen_by_its_worst_method_and_source() -> None:
-    """Bug prevented: a mean over learnt methods that hides the one which got worse, or a camera that looks forged."""
+    """Bug prevented: a mean over learnt methods that hides the one which got worse, or a camera that looks forged; an
+    AUC against the wrong real pictures, ties counted as wins, combined fakes counted twice."""
+    kinds = [("real", "none"), ("real", "denoise"), ("fake", "a"), ("fake", "a+b"), ("fake", "b")]
+    few = [Sample(str(i), Path(f"{i}"), label, method) for i, (label, method) in enumerate(kinds)]  # type: ignore[arg-type]
+    table = loop.by_method(few, np.array([0.2, 0.4, 0.4, 0.9, 0.1]))
+    assert table == {"a": {"auc": 0.875, "n_fake": 2}, "b": {"auc": 0.0, "n_fake": 1}, "n_real": 2}
+    assert loop.by_method(few[2:], np.array([0.4, 0.9, 0.1])) == {"n_real": 0}
     rows = [("real", "none", "a")] * 10 + [("real", "none", "b")] * 10 + [("fake", "x", "a")] * 10
     rows += [("fake", "y", "a")] * 10 + [("fake", "rare", "a")] * 3
     samples = [Sample(str(i), Path("x"), label, method, source=src) for i, (label, method, src) in enumerate(rows)]  # type: ignore[arg-type]
@@ -47,9 +42,6 @@ def test_a_checkpoint_is_chosen_by_its_worst_method_and_source() -> None:
     many += [Sample(f"{m}{i}", Path("x"), "fake", m, source="a") for m in "pqrstuv" for i in range(10)]
     told = np.array([0.0] * 10 + [v for m in range(7) for v in [-1.0 if m == 0 else 0.0 if m == 1 else 1.0] * 10])
     assert loop.worst(many, told) == pytest.approx((0.0 + 0.5) / 2)
-
-
-# --- the crops of a manifest ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -98,28 +90,28 @@ def test_a_manifest_without_a_usable_face_is_an_error(mixed: Path) -> None:
     """Bug prevented: an empty training set that fails far from its cause."""
     lines = mixed.read_text("utf-8").splitlines()
     mixed.write_text("\n".join([lines[0], lines[2], lines[3]]) + "\n", encoding="utf-8")
-    with raises("no_usable_face"):
-        load_crops(mixed)
-    with raises("no_usable_face"):
-        load_crops(mixed)
+    for _ in range(2):
+        with raises("no_usable_face"):
+            load_crops(mixed)
 
 
 def test_a_limit_draws_from_a_manifest_that_is_sorted() -> None:
     """Bug prevented: the first thousand rows of a sorted manifest are all real; or another draw in each stage."""
-    samples = [
-        Sample(str(i), Path("x"), "real" if i < 50 else "fake", split="train" if i % 5 else "val") for i in range(100)
-    ]
+    kinds = [("real" if i < 50 else "fake", "train" if i % 5 else "val") for i in range(100)]
+    samples = [Sample(str(i), Path("x"), label, split=split) for i, (label, split) in enumerate(kinds)]  # type: ignore[arg-type]
     data = CropSet(samples, np.zeros((100, 1, 1, 3), np.uint8), np.zeros((100, 468, 2), np.float32), {})
     few, more = training_rows(data, 20), training_rows(data, 40)
     assert set(few) < set(more) < set(training_rows(data)) and list(few) == sorted(few) and len(few) == 20
     assert 4 < sum(samples[i].label == "real" for i in few) < 16
 
 
-# --- the card -------------------------------------------------------------------------------------------------------
-
-
-def test_the_licence_line_is_that_of_the_pictures() -> None:
-    """Bug prevented: weights of a user's own CC0 photos said to be bound by FFHQ, or FFHQ's kept quiet about."""
+def test_a_card_says_the_licence_of_its_pictures_and_the_next_version(tmp_path: Path) -> None:
+    """Bug prevented: weights of a user's own CC0 photos said to be bound by FFHQ, or FFHQ's kept quiet about; every
+    training stamped with one version, so that two files of weights go by it."""
+    assert loop.next_version(tmp_path, "odd") == "1"
+    card = Card("odd", "1", "here", "MIT", "", PREPROCESSING, "no paper", "everything")
+    write_card(tmp_path / "odd.card.json", card)
+    assert loop.next_version(tmp_path, "odd") == "2"
     free = Sample("1", Path("1"), "real", source="mine", extra={"licence": "CC0"})
     bound = Sample("2", Path("2"), "real", source="ffhq", extra={"licence": "CC BY-NC-SA 4.0"})
     silent = Sample("3", Path("3"), "fake", source="web")
@@ -127,11 +119,3 @@ def test_the_licence_line_is_that_of_the_pictures() -> None:
     line = loop.licence_of([free, bound, silent])
     assert "CC BY-NC-SA 4.0; CC0" in line and "no licence is stated for the pictures of web" in line
     assert "FFHQ" not in line
-
-
-def test_a_card_says_the_next_version(tmp_path: Path) -> None:
-    """Bug prevented: every training stamped with one version, so that two files of weights go by it."""
-    assert loop.next_version(tmp_path, "odd") == "1"
-    card = Card("odd", "1", "here", "MIT", "", PREPROCESSING, "no paper", "everything")
-    write_card(tmp_path / "odd.card.json", card)
-    assert loop.next_version(tmp_path, "odd") == "2"

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,8 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def detector() -> Iterator[Any]:
-    yield x2dfd.load()
+def detector() -> Any:
+    return x2dfd.load()
 
 
 @pytest.fixture
@@ -142,15 +141,6 @@ def test_a_forged_twin_looks_more_forged_than_its_photo(detector: Any, tmp_path:
     assert reports[0].rationale != reports[1].rationale and all(r.rationale for r in reports)
 
 
-def test_a_follow_up_is_answered_and_changes_nothing(detector: Any, face_photo: Path) -> None:
-    """Bug prevented: chat that alters the stored verdict, or that cannot look at the picture again."""
-    report = detector.detect(face_photo)
-    before = report.to_json()
-    said = detector.chat(report, "What about the eyes?")
-    assert len(said.split()) >= 3 and report.to_json() == before
-    assert said == detector.chat(report, "What about the eyes?")
-
-
 @pytest.mark.slow
 def test_the_bench_of_the_experts_sees_what_a_verdict_sees(detector: Any, face_photo: Path) -> None:
     """Bug prevented: crops that skip a step of the detector's are measured as another product."""
@@ -162,6 +152,4 @@ def test_the_bench_of_the_experts_sees_what_a_verdict_sees(detector: Any, face_p
     assert len(told) >= 2 and {name: row.experts[name] for name in told} == pytest.approx(told, abs=1e-3)
     assert panel.value("fusion", row.experts) == pytest.approx(report.verdict.p_fake, abs=1e-3)
     assert panel.fusion["missing"] == [] and panel.columns[:2] == ["fusion", "mllm"]
-    assert {key: report.model[key] for key in ("crops_through", "experts")} == {
-        key: panel.facts()[key] for key in ("crops_through", "experts")
-    }
+    assert all(report.model[key] == panel.facts()[key] for key in ("crops_through", "experts"))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import skimage.data
 from PIL import Image
 
 from data_gen.adopt import adopt
@@ -19,9 +20,10 @@ from finetune.config import FinetuneConfig
 from finetune.data import read_records
 from finetune.train import train
 from tests import tiny
+from tests.raising import raises
 from x2dfd.adapter import read_adapter_card
 from x2dfd.crops import load_crops
-from x2dfd.errors import UnknownName, X2DFDError
+from x2dfd.errors import X2DFDError
 from x2dfd.experts import BUILTIN
 from x2dfd.tower import seen_view
 
@@ -32,8 +34,6 @@ Turns = list[tuple[str, str]]
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A small manifest, and the folder with its instruction set in every format."""
-    import skimage.data
-
     folder = tmp_path_factory.mktemp("exchange")
     manifest = tiny.write_small_manifest(folder / "small", np.asarray(skimage.data.astronaut()), 6)
     with pytest.MonkeyPatch.context() as patch:
@@ -109,20 +109,12 @@ def test_an_exported_set_is_read_as_its_stack_documents(
         seen = seen_view(data.crops[record["row"]], 1, record["row"])
         with Image.open(pictures[0]) as picture:
             np.testing.assert_array_equal(np.asarray(picture), seen)
-
-
-@pytest.mark.parametrize("form", FORMATS)
-def test_what_was_exported_comes_back(built: tuple[Path, Path], form: str) -> None:
-    """Trained there or here, question, answer and what counts as a verdict are the same."""
-    records = ours(built[1])
-    found = read(built[1] / form / ("train.jsonl" if form == "messages" else "train.json"))
-    for record, before in zip(found, records, strict=True):
+    # Trained there or here, question, answer and what counts as a verdict are the same.
+    back = read(folder / form / ("train.jsonl" if form == "messages" else "train.json"))
+    for record, before in zip(back, records, strict=True):
         assert record["conversations"] == before["conversations"] and record["system"] == ""
         assert record["task"] == ("detect" if before["task"].startswith("detect") else "chat")
-        assert Path(record["images"][0]) == built[1] / form / "images" / f"{before['row']:06d}.png"
-
-
-# --- what others wrote -----------------------------------------------------------------------------------------------
+        assert Path(record["images"][0]) == folder / form / "images" / f"{before['row']:06d}.png"
 
 
 def written(folder: Path, *records: Record, lines: bool = False) -> Path:
@@ -145,32 +137,18 @@ def test_one_several_and_no_picture_are_read(tmp_path: Path, lines: bool) -> Non
         tmp_path,
         {"id": "one", "image": "a.png", "conversations": talk("<image>\nReal or fake?", "This image is fake. A seam.")},
         {"conversations": talk("Which is forged? <image><image>", "The first."), "images": ["a.png", "b.png"]},
-        {
-            "messages": [
-                {"role": "system", "content": "Look well."},
-                {"role": "user", "content": "Hello?"},
-                {"role": "assistant", "content": "Hello."},
-            ]
-        },
+        {"messages": [{"role": "system", "content": "Look well."}, {"role": "user", "content": "Hello?"},
+                      {"role": "assistant", "content": "Hello."}]},
         {"conversations": talk("Unmarked?", "Yes", "Why?", "So.\u2028"), "images": ["b.png"], "system": "Be brief."},
+        {"image": "a.png", "conversations": [*talk("Real?", "Real."), {"from": "real score", "value": "0.6"}]},
         lines=lines,
-    )
-    one, two, none, unmarked = read(path)
+    )  # fmt: skip
+    one, two, none, unmarked, scored = read(path)
+    assert scored["conversations"] == talk("<image>\nReal?", "Real.")  # X2-DFD's results, with turns nobody answered
     assert (one["id"], one["task"], one["images"]) == ("one", "detect", [str(tmp_path / "a.png")])
     assert [Path(p).name for p in two["images"]] == ["a.png", "b.png"] and two["task"] == "chat"
     assert (none["images"], none["system"]) == ([], "Look well.") and none["conversations"] == talk("Hello?", "Hello.")
     assert unmarked["conversations"][0]["value"] == "<image>\nUnmarked?" and unmarked["system"] == "Be brief."
-
-
-def test_x2dfds_results_are_read_without_their_scores(tmp_path: Path) -> None:
-    """Its result files are conversations with two more turns, which nobody answered."""
-    turns = [
-        *talk("<image>\nIs this image real or fake?", "This image is real."),
-        {"from": "real score", "value": "0.6478"},
-        {"from": "fake score", "value": "0.3522"},
-    ]
-    [record] = read(written(tmp_path, {"id": "1", "image": "a.png", "conversations": turns}))
-    assert record["conversations"] == turns[:2]
 
 
 @pytest.mark.parametrize(
@@ -191,16 +169,12 @@ def test_what_is_no_conversation_is_refused_by_name(tmp_path: Path, record: Any,
     """Trained on all the same, it would teach something that nobody wrote."""
     with pytest.raises(X2DFDError, match=told):
         read(written(tmp_path, record))
-
-
-def test_files_that_hold_no_conversations_are_refused(tmp_path: Path) -> None:
     for text in ("", "[]", "not JSON", '{"Description": "",\n "images": []}', "[" * 100_000):
         (tmp_path / "set.json").write_text(text)
         with pytest.raises(X2DFDError, match=r"set\.json"):
             read(tmp_path / "set.json")
-
-
-# --- trained on here -------------------------------------------------------------------------------------------------
+    with raises("unknown_name", "did you mean 'llava'"):  # before any work
+        build(BuildConfig(data="nowhere.csv", format="lava"), tmp_path)
 
 
 def about(image: str, *said: str, **more: Any) -> Record:
@@ -233,13 +207,8 @@ def test_conversations_become_a_set_of_ours(photos: Path, tmp_path: Path, monkey
     assert [(s.path.name, s.label) for s in data.samples] == [("0.png", "real"), ("1.png", "fake")]
     rows = read_records(made, "train", data)
     assert [[r["task"] for r in records] for records in rows.values()] == [["detect"], ["detect", "chat", "chat"]]
-    assert [
-        r["conversations"][-1]["value"] for r in rows[1]
-    ] == [  # each answer is learnt, and what stood before it read
-        "This image is fake. The jaw.",
-        "The edge of the jaw.",
-        "Yes",
-    ]
+    learnt = [r["conversations"][-1]["value"] for r in rows[1]]  # each answer, and what stood before it is read
+    assert learnt == ["This image is fake. The jaw.", "The edge of the jaw.", "Yes"]
     assert rows[1][2]["conversations"][0]["value"] == "<image>\nIs the jaw blurred?"
     card = json.loads((tmp_path / "set" / "card.json").read_text())
     assert card["config"]["experts"] == [tiny.EXPERT] and card["aliases"] == {tiny.EXPERT: "blending"}
@@ -280,8 +249,3 @@ def test_training_takes_conversations_as_they_are(
     unscored = written(tmp_path, about(str(photos / "1.png"), "Hm?", "This image is fake."))
     train(replace(plain, instructions=str(unscored), manifest=str(photos), out=str(tmp_path / "bare")))
     assert read_adapter_card(tmp_path / "bare").experts == {}
-
-
-def test_a_format_that_there_is_not_is_refused_before_the_work(tmp_path: Path) -> None:
-    with pytest.raises(UnknownName, match="did you mean 'llava'"):
-        build(BuildConfig(data="nowhere.csv", format="lava"), tmp_path)

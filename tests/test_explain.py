@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
+import timeit
 
 import pytest
 
@@ -26,14 +26,9 @@ def pairs(text: str) -> list[tuple[str, str]]:
     return [(c.area, c.artifact) for c in read_cues(text)]
 
 
-def test_the_lexicon_covers_the_vocabulary() -> None:
-    """A cue that no word can name would be lost in every score."""
-    assert set(AREA_WORDS) == set(AREAS)
-    assert set(ARTIFACT_WORDS) == set(ARTIFACTS)
-
-
 def test_every_phrase_is_read_as_what_it_stands_for() -> None:
-    """A longer phrase of another entry must not swallow a shorter one."""
+    """A cue that no word can name is lost in every score; a longer phrase must not swallow another entry's shorter."""
+    assert set(AREA_WORDS) == set(AREAS) and set(ARTIFACT_WORDS) == set(ARTIFACTS)
     for area, phrases in AREA_WORDS.items():
         for phrase in phrases:
             assert (area, "geometry") in pairs(f"The {phrase} looks warped."), phrase
@@ -45,106 +40,95 @@ def test_every_phrase_is_read_as_what_it_stands_for() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("The boundary along the jaw is hard.", [("jaw", "blending")]),
-        ("The edges of the face do not match the neck.", [("face-contour", "blending")]),
-        ("The cheeks are overly smooth, almost like plastic.", [("cheeks", "texture")]),
-        (
-            "The eyes are asymmetrical and the eyelashes are missing.",
-            [("eyes", "asymmetry"), ("eyes", "missing-detail")],
-        ),
-        ("Mismatched skin tone at the forehead.", [("forehead", "colour")]),
-        ("The skin tone is uneven.", [("skin", "colour")]),
-        ("A checkerboard pattern covers the whole picture.", [("whole-image", "frequency")]),
-        ("The nose appears warped, and shadows on the neck look wrong.", [("nose", "geometry"), ("neck", "lighting")]),
-        ("The skin around the eyes is blurred.", [("eyes", "blur")]),
-        ("The lips and the chin look pixelated.", [("mouth", "compression"), ("jaw", "compression")]),
-        ("The hair is noisier than the background.", [("hair", "noise")]),
-        ("A forced smile that does not fit the eyes.", [("mouth", "expression")]),
-        ("The teeth run together without gaps.", [("teeth", "missing-detail")]),
-        ("The color of the earrings is off.", [("accessories", "colour")]),
-        ("The forehead is too smooth to be natural.", [("forehead", "texture")]),
-        ("Lighting on the face is inconsistent with the background.", [("whole-image", "lighting")]),
-        ("The teeth lack individual definition.", [("teeth", "missing-detail")]),
-        ("The texture of the skin doesn't look natural.", [("skin", "texture")]),
+        ("The boundary along the jaw is hard.", ["jaw blending"]),
+        ("The edges of the face do not match the neck.", ["face-contour blending"]),
+        ("The cheeks are overly smooth, almost like plastic.", ["cheeks texture"]),
+        ("The eyes are asymmetrical and the eyelashes are missing.", ["eyes asymmetry", "eyes missing-detail"]),
+        ("Mismatched skin tone at the forehead.", ["forehead colour"]),
+        ("The skin tone is uneven.", ["skin colour"]),
+        ("A checkerboard pattern covers the whole picture.", ["whole-image frequency"]),
+        ("The nose appears warped, and shadows on the neck look wrong.", ["nose geometry", "neck lighting"]),
+        ("The skin around the eyes is blurred.", ["eyes blur"]),
+        ("The lips and the chin look pixelated.", ["mouth compression", "jaw compression"]),
+        ("The hair is noisier than the background.", ["hair noise"]),
+        ("A forced smile that does not fit the eyes.", ["mouth expression"]),
+        ("The teeth run together without gaps.", ["teeth missing-detail"]),
+        ("The color of the earrings is off.", ["accessories colour"]),
+        ("The forehead is too smooth to be natural.", ["forehead texture"]),
+        ("Lighting on the face is inconsistent with the background.", ["whole-image lighting"]),
+        ("The teeth lack individual definition.", ["teeth missing-detail"]),
+        ("The texture of the skin doesn't look natural.", ["skin texture"]),
+        # What is denied or natural is no cue: counting words makes every real face full of artifacts.
+        ("The eyes look natural.", []),
+        ("There is no seam along the jaw.", []),
+        ("The mouth shows no sign of blending or blur.", []),
+        ("The cheeks are free of noise.", []),
+        ("The hair is rendered without blur.", []),
+        ("Neither the nose nor the mouth is warped.", []),
+        ("The lighting on the forehead is consistent with the background.", []),
+        ("Nothing about the eyes is distorted.", []),
+        ("The blur of the background is natural.", []),
+        ("Blending on the jaw is not visible.", []),
+        ("No detail of the nose is missing.", []),
+        ("The skin texture is realistic, and the jaw blends smoothly into the neck.", []),
+        ("The forehead shows no odd compression, and the nose and the mouth sit in natural proportion.", []),
+        ("The image was taken in a room.", []),
+        ("The texture of the hair is long and brown.", []),
+        ("", []),
+        # A denial ends with its clause.
+        ("The eyes look natural, but the mouth is warped.", ["mouth geometry"]),
+        ("The jaw shows no seam and the eyes are blurred.", ["eyes blur"]),
+        ("The jaw is blurred; nothing is wrong with the nose.", ["jaw blur"]),
+        ("The nose does not look natural; it is warped.", ["nose geometry"]),
+        # Artifacts go to the areas of their own clause: pairing everything with everything would invent cues.
+        ("A seam along the jaw, blur on the eyes, noise over the neck.", ["jaw blending", "eyes blur", "neck noise"]),
+        ("The eyes, the nose and the mouth are blurred.", ["eyes blur", "nose blur", "mouth blur"]),
+        ("The eyes look natural, the mouth and the jaw are blurred.", ["mouth blur", "jaw blur"]),
+        ("The eyes look natural. Compression is common online.", []),
+        ("The eyes look odd. They are blurred.", ["eyes blur"]),
+        ("The jaw is blurred. The chin is blurred, too.", ["jaw blur"]),
+        # Words inside words do not fire: `ear` in `appear`, `lip` in `slippery`, `hair` in `chair`.
+        ("The eyebrows are blurred.", ["eyebrows blur"]),
+        ("Blurred things appear, a slippery chair among them.", []),
+        ("1. **Eyes**: The pupils are asymmetric.\n2. **Jaw**\nA faint boundary runs along it.\n3. **Hair:** natural.",
+         ["eyes asymmetry", "jaw blending"]),
     ],
-)
-def test_the_words_of_other_models_are_understood(text: str, expected: list[tuple[str, str]]) -> None:
-    assert pairs(text) == expected
+)  # fmt: skip
+def test_the_cues_of_a_text(text: str, expected: list[str]) -> None:
+    assert sorted(f"{area} {artifact}" for area, artifact in pairs(text)) == sorted(expected)
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "score"),
     [
-        "The eyes look natural.",
-        "There is no seam along the jaw.",
-        "The mouth shows no sign of blending or blur.",
-        "The cheeks are free of noise.",
-        "The hair is rendered without blur.",
-        "Neither the nose nor the mouth is warped.",
-        "The lighting on the forehead is consistent with the background.",
-        "Nothing about the eyes is distorted.",
-        "The blur of the background is natural.",
-        "Blending on the jaw is not visible.",
-        "No detail of the nose is missing.",
-        "The skin texture is realistic, and the jaw blends smoothly into the neck.",
-        "The forehead shows no odd compression, and the nose and the mouth sit in natural proportion.",
-        "The image was taken in a room.",
-        "The texture of the hair is long and brown.",
-        "",
+        ("A faint seam runs along the jaw.", 0.25), ("The jaw is slightly blurred.", 0.25),
+        ("A visible seam runs along the jaw.", 0.6), ("An obvious seam runs along the jaw.", 0.9),
+        ("The jaw is clearly blurred.", 0.9), ("A seam runs along the jaw.", None),
     ],
-)
-def test_what_is_denied_or_natural_is_no_cue(text: str) -> None:
-    """Counting words instead of reading clauses makes every real face full of artifacts."""
-    assert pairs(text) == []
+)  # fmt: skip
+def test_words_of_degree_become_scores(text: str, score: float | None) -> None:
+    assert read_cues(text)[0].score == score
 
 
-def test_a_denial_ends_with_its_clause() -> None:
-    assert pairs("The eyes look natural, but the mouth is warped.") == [("mouth", "geometry")]
-    assert pairs("The jaw shows no seam and the eyes are blurred.") == [("eyes", "blur")]
-    assert pairs("The jaw is blurred; nothing is wrong with the nose.") == [("jaw", "blur")]
-    assert pairs("The nose does not look natural; it is warped.") == [("nose", "geometry")]
-
-
-def test_artifacts_go_to_the_areas_of_their_own_clause() -> None:
-    """Pairing everything with everything would invent cues."""
-    text = "A seam along the jaw, blur on the eyes and noise over the neck."
-    assert pairs(text) == [("jaw", "blending"), ("eyes", "blur"), ("neck", "noise")]
-    assert set(pairs("The eyes, the nose and the mouth are blurred.")) == {
-        (a, "blur") for a in ("eyes", "nose", "mouth")
-    }
-    assert pairs("The eyes look natural, the mouth and the jaw are blurred.") == [("mouth", "blur"), ("jaw", "blur")]
-
-
-def test_words_inside_words_do_not_fire() -> None:
-    """`eyes` inside `eyebrows`, `ear` inside `appear`, `lip` inside `slippery`, `hair` inside `chair`."""
-    assert pairs("The eyebrows are blurred.") == [("eyebrows", "blur")]
-    assert pairs("Blurred things appear, a slippery chair among them.") == []
-
-
-def test_numbered_lists_with_markdown_are_read() -> None:
-    text = "1. **Eyes**: The pupils are asymmetric.\n2. **Jaw**\nA faint boundary runs along it.\n3. **Hair:** natural."
-    assert pairs(text) == [("eyes", "asymmetry"), ("jaw", "blending")]
-
-
-def test_an_area_is_not_carried_into_an_unrelated_sentence() -> None:
-    assert pairs("The eyes look natural. Compression is common online.") == []
-    assert pairs("The eyes look odd. They are blurred.") == [("eyes", "blur")]
-
-
-def test_words_of_degree_become_scores() -> None:
-    said = {
-        "A faint seam runs along the jaw.": 0.25,
-        "The jaw is slightly blurred.": 0.25,
-        "A visible seam runs along the jaw.": 0.6,
-        "An obvious seam runs along the jaw.": 0.9,
-        "The jaw is clearly blurred.": 0.9,
-        "A seam runs along the jaw.": None,
-    }
-    assert {text: read_cues(text)[0].score for text in said} == said
-
-
-def test_a_cue_that_is_repeated_counts_once() -> None:
-    assert pairs("The jaw is blurred. The chin is blurred, too.") == [("jaw", "blur")]
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("This image is fake.", "fake"), ("This image is real. The skin texture is natural.", "real"),
+        ("It is not real.", "fake"), ("There are no signs of manipulation.", "real"),
+        ("The photo appears authentic.", "real"), ("The face was not manipulated, edited or generated.", "real"),
+        ("No, this image is fake.", "fake"), ("This is not real, it is fake.", "fake"),
+        ("It shows a face swap.", "fake"), ("Without a doubt a deepfake; smoother than real skin.", "fake"),
+        ("A real photo would not show this.", None), ("The image is real and does not look odd.", "real"),
+        ("Is this image real or fake?", None), ("This image is real. It was manipulated.", None),
+        ("The nose is warped.", None), ("Really unrealistic.", None), ("It is unlikely to be real.", "fake"),
+        ("This is anything but real.", "fake"), ("I doubt that it is real.", "fake"),
+        ("I doubt that this was manipulated.", "real"), ("There is little doubt that this is fake.", "fake"),
+        ("I do not doubt that it is real.", "real"), ("That this photo is real is unlikely.", "fake"),
+        ("It is not unlikely to be fake.", "fake"),
+    ],
+)  # fmt: skip
+def test_the_decision_of_a_text(text: str, label: str | None) -> None:
+    assert said_label(text) == label
 
 
 @pytest.mark.parametrize(("label", "score"), [("fake", 0.9), ("real", 0.1)])
@@ -157,60 +141,26 @@ def test_the_experts_sentence_gives_no_cues(label: str, score: float) -> None:
     assert said_label(sentence) is None
 
 
-@pytest.mark.parametrize(
-    ("text", "label"),
-    [
-        ("This image is fake.", "fake"),
-        ("This image is real. The skin texture is natural.", "real"),
-        ("It is not real.", "fake"),
-        ("There are no signs of manipulation.", "real"),
-        ("The photo appears authentic.", "real"),
-        ("The face was not manipulated, edited or generated.", "real"),
-        ("No, this image is fake.", "fake"),
-        ("This is not real, it is fake.", "fake"),
-        ("It shows a face swap.", "fake"),
-        ("Without a doubt a deepfake; smoother than real skin.", "fake"),
-        ("A real photo would not show this.", None),
-        ("The image is real and does not look odd.", "real"),
-        ("Is this image real or fake?", None),
-        ("This image is real. It was manipulated.", None),
-        ("The nose is warped.", None),
-        ("Really unrealistic.", None),
-        ("It is unlikely to be real.", "fake"),
-        ("This is anything but real.", "fake"),
-        ("I doubt that it is real.", "fake"),
-        ("I doubt that this was manipulated.", "real"),
-        ("There is little doubt that this is fake.", "fake"),
-        ("I do not doubt that it is real.", "real"),
-        ("That this photo is real is unlikely.", "fake"),
-        ("It is not unlikely to be fake.", "fake"),
-    ],
-)
-def test_the_decision_of_a_text(text: str, label: str | None) -> None:
-    assert said_label(text) == label
-
-
-def test_a_rationale_against_the_verdict_is_reported() -> None:
+def test_a_rationale_against_the_verdict_or_an_expert_is_reported() -> None:
+    """Bug prevented: "a face that no camera ever took" under a photo that was changed in part; A language model copies
+    the closing sentence without reading the score."""
     text = "This image is real. The nose is warped."
     cues = read_cues(text)
     assert contradictions(text, "fake", [], cues) == ("The rationale says real, the verdict is fake.",)
     (only,) = contradictions(text, "real", [], cues)
     assert only == "The verdict is real, but the rationale names artifacts: nose geometry."
-    assert contradictions("This image is fake. It is genuine.", "fake", [], ()) == (
-        "The rationale says both real and fake.",
-    )
-
-
-def test_a_rationale_in_accord_is_not_reported() -> None:
+    (only,) = contradictions("This image is fake. It is genuine.", "fake", [], ())
+    assert only == "The rationale says both real and fake."
     evidence = [Evidence("blending", 0.9), Evidence("clip", 0.5), Evidence("noise", None)]
     text = "This image is fake. A clear seam runs along the jaw." + expert_sentence("fake", evidence)
     assert contradictions(text, "fake", evidence, read_cues(text)) == ()
     (only,) = contradictions(text, "inconclusive", evidence, read_cues(text))
     assert only == "The rationale says fake, and no answer is given."
-
-
-def test_a_rationale_against_an_expert_is_reported() -> None:
-    """A language model copies the closing sentence without reading the score."""
+    whole, part = "This looks like a face that no camera ever took.", "This fits a face swap."
+    assert (said_kind(whole), said_kind(part), said_kind(f"{whole} {part}")) == ("whole", "part", None)
+    (only,) = contradictions(whole, "fake", [], (), "part")
+    assert only == "The rationale speaks of a face made as a whole, the verdict does not."
+    assert contradictions(whole, "fake", [], (), "whole") == ()
     obvious, few = (
         "This image is {}. Additionally, the image shows {} blending and clip artifacts supporting {}.".format(*words)
         for words in (("fake", "obvious", "fake"), ("real", "very few", "real"))
@@ -234,14 +184,7 @@ def test_reading_is_fast_and_needs_no_torch() -> None:
     code = "import sys, x2dfd.explain; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     text = "This image is fake. A clear seam runs along the jaw, and the skin tone of the forehead is mismatched. " * 2
-    best = min(_seconds(text) for _ in range(20))
-    assert best < 0.01  # measured: 0.0002
-
-
-def _seconds(text: str) -> float:
-    start = time.perf_counter()
-    read_cues(text)
-    return time.perf_counter() - start
+    assert min(timeit.repeat(lambda: read_cues(text), number=1, repeat=20)) < 0.01  # seconds; measured: 0.0002
 
 
 def test_what_a_text_names_is_found_where_it_stands() -> None:
@@ -275,12 +218,3 @@ def test_every_mended_clause_names_its_cue() -> None:
             other = "the nose is warped" if area != "nose" else "the jaw is warped"
             text = mended(f"{area} {artifact}: {other}.".capitalize())
             assert text.endswith(" looks off.") and pairs(text) == [(area, artifact)], text
-
-
-def test_the_kind_of_fake_of_a_text() -> None:
-    """Bug prevented: "a face that no camera ever took" under a photo that was changed in part."""
-    whole, part = "This looks like a face that no camera ever took.", "This fits a face swap."
-    assert (said_kind(whole), said_kind(part), said_kind(f"{whole} {part}")) == ("whole", "part", None)
-    (only,) = contradictions(whole, "fake", [], (), "part")
-    assert only == "The rationale speaks of a face made as a whole, the verdict does not."
-    assert contradictions(whole, "fake", [], (), "whole") == ()

@@ -24,26 +24,17 @@ BOX = (178.0, 68.0, 95.0, 109.0)  # the astronaut's face, read off the picture
 
 # Read off the picture by eye, in its pixels: what each area must cover.
 MARKS: dict[str, tuple[tuple[int, int], ...]] = {
-    "forehead": ((222, 84),),
-    "eyebrows": ((200, 90), (252, 93)),
-    "eyes": ((204, 101), (247, 104)),
-    "nose": ((224, 124),),
-    "mouth": ((224, 151),),
-    "teeth": ((224, 145),),
-    "cheeks": ((191, 122), (258, 124)),
-    "jaw": ((220, 170),),
-    "ears": ((177, 125), (274, 131)),
-    "hair": ((220, 62),),
-    "skin": ((191, 122), (258, 124), (222, 84)),
-    "face-contour": ((181, 138), (268, 140)),
-    "neck": ((226, 183),),
+    "forehead": ((222, 84),), "eyebrows": ((200, 90), (252, 93)), "eyes": ((204, 101), (247, 104)),
+    "nose": ((224, 124),), "mouth": ((224, 151),), "teeth": ((224, 145),), "cheeks": ((191, 122), (258, 124)),
+    "jaw": ((220, 170),), "ears": ((177, 125), (274, 131)), "hair": ((220, 62),),
+    "skin": ((191, 122), (258, 124), (222, 84)), "face-contour": ((181, 138), (268, 140)), "neck": ((226, 183),),
     "background": ((150, 130), (310, 120)),
-}
+}  # fmt: skip
 
 
-@pytest.fixture
-def face(astronaut: Pixels) -> Face:
-    [found] = find_faces(astronaut)
+@pytest.fixture(scope="module")
+def face() -> Face:
+    [found] = find_faces(skimage.data.astronaut())
     return found
 
 
@@ -67,8 +58,9 @@ def _tilt(points: Array) -> float:
     return float(np.degrees(np.arctan2(y, x)))
 
 
-def test_the_astronaut_has_one_face(astronaut: Pixels, face: Face) -> None:
-    """Bug prevented: a wrong anchor or letterbox offset moves every box and mesh."""
+def test_a_face_and_its_crop_are_where_the_landmarks_say(astronaut: Pixels, face: Face) -> None:
+    """Bug prevented: a wrong anchor or letterbox offset moves every box and mesh; crop_landmarks and crop come from
+    different transforms, so maps and masks sit beside the face."""
     assert _iou(face.box, BOX) > 0.8
     assert face.index == 0 and 0.5 < face.confidence <= 1
     assert face.landmarks.shape == face.crop_landmarks.shape == (468, 2)
@@ -78,10 +70,6 @@ def test_the_astronaut_has_one_face(astronaut: Pixels, face: Face) -> None:
     assert np.allclose([*face.landmarks.min(0), *face.landmarks.max(0)], [x, y, x + w, y + h], atol=1e-3)
     for corners, eye in zip((RIGHT_EYE, LEFT_EYE), MARKS["eyes"], strict=True):
         assert np.linalg.norm(face.landmarks[list(corners)].mean(0) - eye) < 4
-
-
-def test_crop_shows_what_its_landmarks_say(astronaut: Pixels, face: Face) -> None:
-    """Bug prevented: crop_landmarks and crop come from different transforms, so maps and masks sit beside the face."""
     crop, matrix = align(astronaut, face.landmarks)
     assert np.array_equal(crop, face.crop)
     assert np.allclose(cv2.transform(face.landmarks[None], matrix)[0], face.crop_landmarks, atol=0.01)
@@ -123,14 +111,8 @@ def test_every_face_of_a_collage(astronaut: Pixels) -> None:
     tile = astronaut[20:260, 120:330]
     picture = np.full((1200, 1600, 3), (90, 110, 120), np.uint8)
     wanted = []
-    for x, y, height in (
-        (700, 700, 140),
-        (20, 20, 500),
-        (1250, 50, 170),
-        (620, 30, 300),
-        (1300, 800, 115),
-        (1000, 40, 220),
-    ):
+    heads = (700, 700, 140), (20, 20, 500), (1250, 50, 170), (620, 30, 300), (1300, 800, 115), (1000, 40, 220)
+    for x, y, height in heads:
         scale = height / tile.shape[0]
         width = round(tile.shape[1] * scale)
         picture[y : y + height, x : x + width] = cv2.resize(tile, (width, height), interpolation=cv2.INTER_AREA)
@@ -144,47 +126,38 @@ def test_every_face_of_a_collage(astronaut: Pixels) -> None:
         assert _iou(f.box, box) > 0.75
 
 
-@pytest.mark.parametrize(
-    "name", ["coffee", "chelsea", "rocket", "brick", "grass", "coins", "hubble_deep_field", "page", "horse", "retina"]
-)
-def test_no_face_where_there_is_none(name: str) -> None:
-    """Bug prevented: a verdict on a cat, a cup or a page of text."""
-    picture = np.asarray(getattr(skimage.data, name)())
-    picture = picture.astype(np.uint8) * 255 if picture.dtype == bool else picture
-    picture = picture if picture.ndim == 3 else np.stack([picture] * 3, -1)
-    assert find_faces(np.ascontiguousarray(picture[..., :3])) == []
+def test_no_face_where_there_is_none(astronaut: Pixels) -> None:
+    """Bug prevented: a verdict on a cat, a cup or a page of text; a mesh placed on nothing, with the presence score
+    never looked at; a resize to zero pixels on a thumbnail or a strip; more looks, more chances to see one."""
+    names = ("coffee", "chelsea", "rocket", "brick", "grass", "coins", "hubble_deep_field", "page", "horse", "retina")
+    pictures = [np.asarray(getattr(skimage.data, name)()) for name in names]
+    pictures = [p.astype(np.uint8) * 255 if p.dtype == bool else p for p in pictures]
+    pictures = [p if p.ndim == 3 else np.stack([p] * 3, -1) for p in pictures]
+    turned = [find_turned_faces(np.ascontiguousarray(p[:300, :400, :3])) for p in pictures[:3]]
+    assert turned == [([], 0)] * 3
+    pictures += [np.random.default_rng(0).integers(0, 256, (600, 800, 3), np.uint8)]
+    pictures += [np.full((600, 800, 3), level, np.uint8) for level in (0, 127, 255)]
+    for size in ((16, 16), (1, 1), (1, 900), (900, 1), (40, 40)):
+        pictures.append(np.asarray(cv2.resize(astronaut, size, interpolation=cv2.INTER_AREA), np.uint8))
+    for place, picture in enumerate(pictures):
+        assert find_faces(np.ascontiguousarray(picture[..., :3])) == [], place
 
 
-def test_no_face_in_noise_or_flat_colour() -> None:
-    """Bug prevented: a mesh placed on nothing, with the presence score never looked at."""
-    assert find_faces(np.random.default_rng(0).integers(0, 256, (600, 800, 3), np.uint8)) == []
-    for level in (0, 127, 255):
-        assert find_faces(np.full((600, 800, 3), level, np.uint8)) == []
-
-
-@pytest.mark.parametrize("size", [(16, 16), (1, 1), (1, 900), (900, 1), (40, 40)])
-def test_tiny_pictures_have_no_face_and_do_not_crash(astronaut: Pixels, size: tuple[int, int]) -> None:
-    """Bug prevented: a resize to zero pixels on a thumbnail or a one-pixel strip."""
-    assert find_faces(np.asarray(cv2.resize(astronaut, size, interpolation=cv2.INTER_AREA), np.uint8)) == []
-
-
-@pytest.mark.parametrize("area", AREAS)
-def test_area_lies_where_it_should(astronaut: Pixels, face: Face, area: str) -> None:
-    """Bug prevented: swapped or mistyped mesh numbers put an area elsewhere, in the picture or in the crop."""
-    marks = np.array(MARKS.get(area, ((224, 124),)))
-    for shape, landmarks, points in (
-        (astronaut.shape, face.landmarks, marks.astype(float)),
-        (face.crop.shape, face.crop_landmarks, _to_crop(face, marks)),
-    ):
-        mask = area_mask(landmarks, area, shape)
-        assert mask.shape == tuple(shape[:2]) and mask.dtype == np.uint8 and set(np.unique(mask)) <= {0, 255}
-        x, y = points.round().astype(int).T
-        known = (x >= 0) & (x < shape[1]) & (y >= 0) & (y < shape[0])  # the background's marks lie beside the crop
-        assert mask.any() and (mask[y[known], x[known]] == 255).all()
-
-
-def test_areas_are_ordered_from_crown_to_chin(face: Face) -> None:
-    """Bug prevented: an area that covers its mark only because it covers half the face."""
+def test_areas_lie_where_they_should_and_leave_each_other_out(astronaut: Pixels, face: Face) -> None:
+    """Bug prevented: swapped or mistyped mesh numbers put an area elsewhere, in the picture or in the crop; an area
+    that covers its mark only because it covers half the face; 'skin' with the eyes in it, 'background' with the face in
+    it, a contour that is a disc."""
+    for area in AREAS:
+        marks = np.array(MARKS.get(area, ((224, 124),)))
+        for shape, landmarks, points in (
+            (astronaut.shape, face.landmarks, marks.astype(float)),
+            (face.crop.shape, face.crop_landmarks, _to_crop(face, marks)),
+        ):
+            mask = area_mask(landmarks, area, shape)
+            assert mask.shape == tuple(shape[:2]) and mask.dtype == np.uint8 and set(np.unique(mask)) <= {0, 255}
+            x, y = points.round().astype(int).T
+            known = (x >= 0) & (x < shape[1]) & (y >= 0) & (y < shape[0])  # the background's marks lie beside the crop
+            assert mask.any() and (mask[y[known], x[known]] == 255).all(), area
 
     def middle(area: str) -> tuple[float, float]:
         y, x = np.nonzero(area_mask(face.crop_landmarks, area, face.crop.shape))
@@ -198,10 +171,6 @@ def test_areas_are_ordered_from_crown_to_chin(face: Face) -> None:
     sizes = {a: float((area_mask(face.crop_landmarks, a, face.crop.shape) > 0).mean()) for a in AREAS}
     assert max(sizes[a] for a in ("eyebrows", "eyes", "nose", "mouth", "teeth")) < 0.08 < sizes["skin"] < 0.5
     assert sizes["teeth"] < sizes["mouth"] < sizes["skin"] < sizes["whole-image"] == 1
-
-
-def test_areas_leave_each_other_out(astronaut: Pixels, face: Face) -> None:
-    """Bug prevented: 'skin' with the eyes in it, 'background' with the face in it, a contour that is a disc."""
     masks = {a: area_mask(face.landmarks, a, astronaut.shape) > 0 for a in AREAS}
 
     def share(part: str, whole: str) -> float:
@@ -224,9 +193,8 @@ def test_polygons_follow_the_landmarks(face: Face) -> None:
         assert area in AREAS
         for was, now in zip(polygons, moved[area], strict=True):
             # Hulls may start at another corner: compare what they enclose.
-            assert cv2.contourArea(now.astype(np.float32)) == pytest.approx(
-                4 * cv2.contourArea(was.astype(np.float32)), rel=0.05
-            )
+            before, after = (cv2.contourArea(p.astype(np.float32)) for p in (was, now))
+            assert after == pytest.approx(4 * before, rel=0.05)
             assert np.allclose(now.mean(0), was.mean(0) * 2 + 10, atol=2)
 
 
@@ -261,12 +229,6 @@ def test_a_face_that_lies_on_its_side_is_found_upright(astronaut: Pixels, face: 
     assert abs(_tilt(found.crop_landmarks)) < 0.5
     assert np.abs(found.crop.astype(int) - face.crop).mean() < 12
     assert np.linalg.norm(found.crop_landmarks - face.crop_landmarks, axis=1).mean() < 4
-
-
-def test_no_turn_shows_a_face_where_there_is_none() -> None:
-    """Bug prevented: three more looks at a landscape, three more chances to see a face in it."""
-    for picture in (skimage.data.coffee(), skimage.data.rocket(), skimage.data.chelsea()):
-        assert find_turned_faces(np.ascontiguousarray(picture[:300, :400])) == ([], 0)
 
 
 def test_loading_the_face_models_prints_nothing() -> None:

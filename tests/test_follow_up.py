@@ -36,7 +36,8 @@ def test_no_sign_is_named_on_a_photo_that_is_not_called_fake(verdict: Verdict) -
     assert ("there is no answer" in text) == (verdict.label == "inconclusive")
 
 
-def test_a_text_of_another_kind_of_fake_gives_way_to_the_facts() -> None:
+def test_a_text_says_one_thing_once_and_of_the_kind_of_fake() -> None:
+    """Bug prevented: "Skin blur: the skin looks softer", read twice; a close that names no sign and no area."""
     whole = "This looks like a face that no camera ever took."
     generated = Verdict("fake", 0.9, None, "whole")
     for seam in (whole, f"{whole} A seam runs along the jaw."):  # which a face that was made at one go has not
@@ -46,10 +47,6 @@ def test_a_text_of_another_kind_of_fake_gives_way_to_the_facts() -> None:
     assert text == "The face looks generated as a whole. A grid lies over the skin."
     text = readable(whole, Verdict("fake", 0.9, None, "part"), POINTS, NOBODY)
     assert text == "A part of the photo looks changed. A seam runs along the jaw."
-
-
-def test_a_sentence_says_one_thing_once() -> None:
-    """Bug prevented: "Skin blur: the skin looks softer", read twice; a close that names no sign and no area."""
     said = "Skin blur: the skin looks softer than the rest; jaw blending: the jaw shows a seam. "
     said += "A face swap leaves such traces."
     text = readable(said, Verdict("fake", 0.9, None, "part"), POINTS, NOBODY)
@@ -58,13 +55,10 @@ def test_a_sentence_says_one_thing_once() -> None:
     assert needed in readable(needed, Verdict("fake", 0.9), POINTS, NOBODY)
 
 
-def test_disagreement_needs_two_that_count() -> None:
+def test_disagreement_and_missing_answers_are_said() -> None:
     undecided = Verdict("inconclusive", 0.6, "in_band")
     assert "disagree" in readable("", undecided, POINTS, NOBODY)
     assert "disagree" not in readable("", undecided, POINTS, frozenset({"other"}))
-
-
-def test_a_rationale_without_an_answer_says_for_what_it_argues() -> None:
     undecided = Verdict("inconclusive", 0.6, "in_band")
     assert "only for the likelier side (fake)" in stance(undecided, "A seam runs along the jaw.")
     assert "for no side" in stance(undecided, readable("", undecided, POINTS, NOBODY))
