@@ -27,8 +27,8 @@ _WORDS = json.loads((Path(__file__).parent / "words" / "grammar.json").read_text
 """Words and sentences by their use.
 
 `areas`: what an area is called, its own word included, and whether that is a plural. `degrees`: adjectives and adverbs
-of strength for faint, visible and clear cues, and for one that nobody measured. `seen`, `seen_at`: what one would see of
-an artifact, anywhere or at one area. `in_order`: what is said of a real picture, by the artifact that it denies.
+of strength for faint, visible and clear cues, and for one that nobody measured. `seen`, `seen_at`: what one would see
+of an artifact, anywhere or at one area. `in_order`: what is said of a real picture, by the artifact that it denies.
 {a} is the area, {an} the article with an adjective of strength, {adj} that adjective alone, {adv} the adverb; verbs in
 braces agree with the area.
 """
