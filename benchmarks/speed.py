@@ -45,10 +45,10 @@ AT_ONCE = (1, 8)  # faces in a call of an expert
 BATCHES = (1, 4, 16)  # pictures in a batch of `detect`
 ASKED, FEW = 100, 16  # cue questions about one face: of an assessment, of one picture's whole story
 SAID = (
-    (Evidence("consistency", 0.93, cues=(Cue("mouth", "blur", 0.9), Cue("jaw", "blending", 0.6))),),
-    (Evidence("consistency", 0.08),),
-    (Evidence("consistency", 0.71, cues=(Cue("eyes", "colour", 0.8),)),),
-    (Evidence("consistency", None, "no score"),),
+    (Evidence("tower", 0.93, cues=(Cue("mouth", "blur", 0.9), Cue("jaw", "blending", 0.6))),),
+    (Evidence("tower", 0.08),),
+    (Evidence("tower", 0.71, cues=(Cue("eyes", "colour", 0.8),)),),
+    (Evidence("tower", None, "no score"),),
 )
 """What experts say of the faces whose verdicts are timed."""
 FACES = 4  # of the verdicts against the published recipe

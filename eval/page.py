@@ -9,15 +9,13 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from eval.stats import Measured
-from eval.tables import Cell, percent, shown
+from eval.tables import Table, percent
 from x2dfd.files import Json
 
 if TYPE_CHECKING:
@@ -108,34 +106,14 @@ _AT_HALF = {
 }
 
 
-@dataclass(frozen=True)
-class Grid:
-    """A table of the page: its cells are texts."""
-
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str = ""
-    first: bool = False  # stands above the curves
-
-
-def _grid(title: str, head: Sequence[str], rows: Sequence[Sequence[Cell | Result]], caption: str = "") -> Grid:
-    """Cells may be texts, numbers and figures of a result file."""
-    return Grid(title, head, [[_cell(c) for c in row] for row in rows], caption)
-
-
-def _cell(cell: Cell | Result) -> str:
-    return shown(Measured.read(cell) if isinstance(cell, dict) else cell)
-
-
 def _counted(part: Result) -> list[str | int]:
     """A rate and what it rests on."""
     return [percent(part), part["n"], part["groups"]]
 
 
-def _tables(result: Result) -> Iterator[Grid]:
+def _tables(result: Result) -> Iterator[Table]:
     lines = [[name, part, part["n"], part["groups"]] for name, part in result["headline"].items()]
-    yield replace(_grid("Headline", ["", "value [95 %]", "n", "groups"], lines), first=True)
+    yield Table("Headline", ["", "value [95 %]", "n", "groups"], lines)
     scorers: dict[str, Result] = result.get("scorers", {})
     whole = {name: s for name, s in scorers.items() if "overall" in s}
     if whole:
@@ -146,20 +124,20 @@ def _tables(result: Result) -> Iterator[Grid]:
         lines.append(["scored", *(s["n_scored"] for s in whole.values())])
         lines.append(["groups", *(o["n_groups"] for o in overall)])
         missing = [", ".join(f"{why}: {n}" for why, n in s["unscored"].items()) or "–" for s in whole.values()]
-        yield _grid("All metrics, full coverage", ["", *whole], [*lines, ["not scored", *missing]])
+        yield Table("All metrics, full coverage", ["", *whole], [*lines, ["not scored", *missing]])
     for name, scorer in scorers.items():
         yield from _of_scorer(name, scorer)
     within = {f"tone, {source}": part for source, part in result.get("tone_within_source", {}).items()}
     for column, values in (result.get("by", {}) | within).items():
         lines = [[v, *_counted(p["false_alarms"]), p["above_the_others"]] for v, p in values.items()]
-        yield _grid(f"False alarms by {column}", [column, "false alarms", "n", "groups", "above the others"], lines)
+        yield Table(f"False alarms by {column}", [column, "false alarms", "n", "groups", "above the others"], lines)
     for change, part in (result.get("robustness") or {}).items():
         before = part["unchanged"]
         lines = [[name, auc, before[name], auc["n"], auc["groups"]] for name, auc in part["auc"].items()]
-        yield _grid(f"Changed: {change}", ["AUC", "changed", "unchanged", "n", "groups"], lines, part["what"])
+        yield Table(f"Changed: {change}", ["AUC", "changed", "unchanged", "n", "groups"], lines, part["what"])
 
 
-def _of_scorer(name: str, scorer: Result) -> Iterator[Grid]:
+def _of_scorer(name: str, scorer: Result) -> Iterator[Table]:
     if said := scorer.get("answers"):
         rates = {"answered": "coverage", "right of those": "accuracy", "reals called fake": "false_alarms",
                  "fakes called real": "misses"}  # fmt: skip
@@ -167,7 +145,7 @@ def _of_scorer(name: str, scorer: Result) -> Iterator[Grid]:
         of_those = {"balanced accuracy": "balanced_accuracy", "AUC": "auc", "ECE": "ece"}
         lines += [[f"{text} of those", said[key], said["n_answered"], ""] for text, key in of_those.items()]
         lines += [[f"no answer: {why}", "", n, ""] for why, n in said["inconclusive"].items()]
-        yield _grid(f"{name}: three answers", ["", "", "n", "groups"], lines, "After abstention.")
+        yield Table(f"{name}: three answers", ["", "", "n", "groups"], lines, "After abstention.")
     if promise := scorer.get("promise"):
         marks = {True: "kept", False: "broken", None: "no interval"}
         of = {"all reals": promise["measured"]} | promise["by_source"]
@@ -178,7 +156,7 @@ def _of_scorer(name: str, scorer: Result) -> Iterator[Grid]:
             f"{promise['promised_on']['split']}; {seen}. Broken: the whole interval lies above what was allowed."
         )
         head = ["", "", "measured [95 %]", "n", "groups"]
-        yield _grid(f"{name}: false alarms, promised and measured", head, lines, caption)
+        yield Table(f"{name}: false alarms, promised and measured", head, lines, caption)
     for column, gaps in scorer.get("gaps", {}).items():
         lines = [
             [what, gap["value"], gap["highest"], gap["figures"][1], gap["lowest"], gap["figures"][0]]
@@ -186,7 +164,7 @@ def _of_scorer(name: str, scorer: Result) -> Iterator[Grid]:
         ]
         caption = "Largest minus smallest; never negative, so chance alone makes one: look at the two intervals."
         head = ["", "gap", "highest", "[95 %]", "lowest", "[95 %]"]
-        yield _grid(f"{name}: gaps between values of {column}", head, lines, caption)
+        yield Table(f"{name}: gaps between values of {column}", head, lines, caption)
     for column, table in scorer.get("by", {}).items():
         lines = []
         for value, part in table.items():
@@ -195,33 +173,33 @@ def _of_scorer(name: str, scorer: Result) -> Iterator[Grid]:
             lines.append([value, part["auc"], *rates_of, *counts])
         if lines:
             head = [column, "AUC [95 %]", "false alarms", "found", "fake / real", "groups", "against"]
-            yield _grid(f"{name}: by {column}", head, lines)
+            yield Table(f"{name}: by {column}", head, lines)
     yield from _clips_and_words(name, scorer)
 
 
-def _clips_and_words(name: str, scorer: Result) -> Iterator[Grid]:
+def _clips_and_words(name: str, scorer: Result) -> Iterator[Table]:
     """What only some tasks or manifests have."""
     if faces := scorer.get("faces"):
         line = [faces["auc"], faces["eer"], faces["n"], faces["fake_pictures_with_several"]]
         head = ["AUC [95 %]", "EER", "faces", "fakes with several"]
         caption = "With their pictures' labels: in a forged group, faces that nobody touched count as fake."
-        yield _grid(f"{name}: every face", head, [line], caption)
+        yield Table(f"{name}: every face", head, [line], caption)
     if videos := scorer.get("videos"):
         lines = [[v["pooling"], v["auc"], v["eer"], v["n"], v["auc"]["groups"]] for v in (videos, videos["sbi"])]
-        yield _grid(f"{name}: clips", ["pooling", "AUC [95 %]", "EER", "clips", "groups"], lines)
+        yield Table(f"{name}: clips", ["pooling", "AUC [95 %]", "EER", "clips", "groups"], lines)
     if confusion := scorer.get("confusion"):
         columns = list(next(iter(confusion.values())))
         lines = [[truth, *(said[c] for c in columns)] for truth, said in confusion.items()]
-        yield _grid("Confusion", ["true, then said", *columns], lines)
+        yield Table("Confusion", ["true, then said", *columns], lines)
     if invalid := scorer.get("invalid_answers"):
-        yield _grid("Answers that could not be read", ["counted wrong"], [[text or "(empty)"] for text in invalid])
+        yield Table("Answers that could not be read", ["counted wrong"], [[text or "(empty)"] for text in invalid])
     if polarity := scorer.get("by_polarity"):
         keys = ("accuracy", "recall_real", "recall_fake", "n")
         lines = [[what, *(p[key] for key in keys)] for what, p in polarity.items()]
-        yield _grid("By what yes means", ["", *(key.replace("_", " ") for key in keys)], lines)
+        yield Table("By what yes means", ["", *(key.replace("_", " ") for key in keys)], lines)
     if text := scorer.get("text"):
         lines = [[k, p["value"], p.get("by") or p.get("reason", "")] for k, p in text.items() if k != "n"]
-        yield _grid(f"{name}: text against references", ["", "value", "by, or why not"], lines, f"n = {text['n']}")
+        yield Table(f"{name}: text against references", ["", "value", "by, or why not"], lines, f"n = {text['n']}")
 
 
 # ---------------------------------------------------------------- plots
