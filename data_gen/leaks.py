@@ -103,9 +103,6 @@ def _form(path: str, picture: Picture) -> dict[str, float | str]:
     }
 
 
-# --- near-duplicates ------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Near:
     """Pairs of near-duplicates on two sides."""
@@ -171,9 +168,6 @@ def _compare(
     found.closest = sorted(found.closest)[:keep]
 
 
-# --- form -----------------------------------------------------------------------------------------------------------
-
-
 def form_leaks(samples: Sequence[Sample], looks: Sequence[Look]) -> list[Json]:
     """For each trait of the files' form: the best one-trait rule and its balanced accuracy (0.5 is chance).
 
@@ -218,9 +212,6 @@ def _rule(values: Array, fake: NDArray[np.bool_], others: Array) -> tuple[NDArra
 
 def _balanced(said: NDArray[np.bool_], fake: NDArray[np.bool_]) -> float:
     return float((said[fake].mean() + (~said[~fake]).mean()) / 2)
-
-
-# --- report ---------------------------------------------------------------------------------------------------------
 
 
 def find_leaks(manifests: Sequence[Path], *, workers: int = 1, near: int = NEAR) -> Json:

@@ -127,8 +127,6 @@ def _words(text: str) -> str:
     return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
 
 
-# --- generated ------------------------------------------------------------------------------------------------------
-
 PROMPT = """Write {count} yes/no questions that a careful viewer would ask about a photo of one face, to find out \
 whether it is a deepfake.
 Rules:
@@ -253,8 +251,6 @@ def connect(base_url: str) -> openai.OpenAI:
             f"{error}\nset the key of the endpoint: export OPENAI_API_KEY=...", code="key_missing"
         ) from error
 
-
-# --- command --------------------------------------------------------------------------------------------------------
 
 _EPILOG = """Examples:\n
   python -m data_gen questions --out questions.json --unrelated 30\n

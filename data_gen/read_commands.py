@@ -27,8 +27,6 @@ from x2dfd.errors import X2DFDError
 from x2dfd.manifest import write_manifest
 from x2dfd.options import names
 
-# --- commands -------------------------------------------------------------------------------------------------------
-
 Out = Annotated[Path, typer.Option(help="manifest to write (.jsonl)")]
 Shares = Annotated[str, typer.Option(help="divide the groups anew by hash: train=0.8,val=0.1,test=0.1")]
 Split = Annotated[str, typer.Option(help="put everything into this one split")]

@@ -77,8 +77,6 @@ def read_decision(text: str, yes: Side) -> str:
     return INVALID
 
 
-# ---------------------------------------------------------------- DF-C
-
 CLASS_CHOICES = (
     f"{CLASS_QUESTION} Answer with one of: face swap, face reenactment, face editing, entire face synthesis, none."
 )

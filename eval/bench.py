@@ -110,9 +110,6 @@ def as_json(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-# ---------------------------------------------------------------- what is judged
-
-
 def check(options: Options) -> None:
     """Raises X2DFDError for a model that the task cannot take; before anything is read or opened."""
     choice, task = options.choice, options.task
@@ -173,9 +170,6 @@ def check_clips(samples: Iterable[Sample]) -> None:
                 f"video {s.video!r} is two clips, {seen[s.video]} and {traits}: give each its own id",
                 code="clips_share_id",
             )
-
-
-# ---------------------------------------------------------------- where numbers come from
 
 
 def hashes(choice: models.Choice, stated: Json) -> Json:

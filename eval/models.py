@@ -133,9 +133,6 @@ def open_model(choice: Choice) -> Opened:
     return Opened(spec.label, "served" if spec.url else "model", detector, detector.mode)
 
 
-# ---------------------------------------------------------------- experts without an MLLM
-
-
 @dataclass(frozen=True)
 class FaceCount:
     """What `NoMLLM` keeps of faces: how many there are."""
@@ -213,9 +210,6 @@ def experts_alone(name: str | None) -> Detector:
         experts={e.card.name: f"{e.card.version} {e.card.sha256}" for e in experts},
     )
     return Detector(NoMLLM(0.0), experts, calibration, info, "calibrated")
-
-
-# ---------------------------------------------------------------- scores as tool results
 
 
 def tool_results(question: str, evidence: Sequence[Evidence]) -> str:

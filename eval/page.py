@@ -90,8 +90,6 @@ def _origin(result: Result) -> Iterator[tuple[str, str]]:
         yield "Not judged", ", ".join(f"{k} {n}" for k, n in result["failures"].items())
 
 
-# ---------------------------------------------------------------- tables
-
 _OVERALL = {
     "auc": "AUC", "average_precision": "AP", "eer": "EER", "tpr_at_fpr_0.01": "TPR at 1 %",
     "tpr_at_fpr_0.05": "TPR at 5 %", "tpr_at_fpr_0.1": "TPR at 10 %", "nll": "NLL", "brier": "Brier",
@@ -200,9 +198,6 @@ def _clips_and_words(name: str, scorer: Result) -> Iterator[Table]:
     if text := scorer.get("text"):
         lines = [[k, p["value"], p.get("by") or p.get("reason", "")] for k, p in text.items() if k != "n"]
         yield Table(f"{name}: text against references", ["", "value", "by, or why not"], lines, f"n = {text['n']}")
-
-
-# ---------------------------------------------------------------- plots
 
 
 def _plots(result: Result) -> Iterator[Json]:

@@ -99,9 +99,6 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------- judging what is not stored
-
-
 Judge = Callable[[Sequence[Sample]], tuple[list[SampleRow], list[Origin]]]
 """Judges samples: their rows, in order, and the origins that the answers state."""
 
@@ -179,9 +176,6 @@ def _same(new: SampleRow, old: SampleRow, joined: bool) -> bool:
     names = new.experts.keys() | old.experts.keys()
     agree = all(close(new.experts.get(n), old.experts.get(n)) for n in names)
     return agree and (joined or close(new.p_fake, old.p_fake))
-
-
-# ---------------------------------------------------------------- on disk
 
 
 class Store:

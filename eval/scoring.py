@@ -30,9 +30,6 @@ FOLDS = 5  # parts of the groups, where something is chosen on the others
 LONGEST_SIDE, JPEG_QUALITY = 1024, 90  # what every image goes through with --equalise
 
 
-# ---------------------------------------------------------------- pictures
-
-
 def equalise(pixels: NDArray[np.uint8]) -> bytes:
     """The picture as every other one: longest side at most 1024, JPEG quality 90, so that the format tells nothing."""
     from PIL import Image
@@ -60,9 +57,6 @@ def changed(path: Path, change: Change, sample_id: str, *, equal: bool) -> bytes
     stream = io.BytesIO()
     Image.fromarray(change(pixels, sample_id)).save(stream, "PNG", compress_level=1)
     return stream.getvalue()
-
-
-# ---------------------------------------------------------------- samples, scores, slices
 
 
 @dataclass(frozen=True)
@@ -158,9 +152,6 @@ def train_apart(every: Sequence[Sample], samples: Sequence[Sample]) -> list[Samp
     judged = {s.id for s in samples}
     train = [s for s in every if s.split == "train"]
     return [] if any(s.id in judged for s in train) else train
-
-
-# ---------------------------------------------------------------- what is counted
 
 
 def three_answers(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Part:

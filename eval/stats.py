@@ -66,9 +66,6 @@ def placed(groups: Sequence[str]) -> Labels:
     return np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1].astype(np.int64)
 
 
-# ---------------------------------------------------------------- rates
-
-
 def rate(hits: Sequence[bool], groups: Sequence[str]) -> Measured:
     """The share of hits.
 
@@ -114,9 +111,6 @@ def rate_difference(first: Measured, second: Measured) -> Measured:
     down = np.hypot(first.value - first.interval[0], second.interval[1] - second.value)
     up = np.hypot(first.interval[1] - first.value, second.value - second.interval[0])
     return Measured(value, (value - float(down), value + float(up)), n, groups)
-
-
-# ---------------------------------------------------------------- means, ratios, AUC: by what each group adds
 
 
 def ratio(parts: Floats, wholes: Floats, groups: Sequence[str]) -> Measured:

@@ -297,9 +297,6 @@ def table(name: str, results: dict[str, Result]) -> str:
     return "\n\n".join(t.markdown() for file, r in chosen.items() for t in make(file, r)) or NOT_MEASURED
 
 
-# ---------------------------------------------------------------- pages
-
-
 def filled(text: str, results: dict[str, Result]) -> str:
     """The text with every block between `<!-- table:NAME -->` and `<!-- /table -->` made anew.
 

@@ -66,9 +66,6 @@ def majority_rows(every: Sequence[Sample], samples: Sequence[Sample]) -> tuple[l
     return rows, "train split" if train else JUDGED
 
 
-# ---------------------------------------------------------------- what is counted
-
-
 def columns_of(rows: Sequence[SampleRow], verdict: str) -> dict[str, Column]:
     """Scorer -> its P(fake) of each row: the verdict (under that name, if any), the MLLM alone, every expert."""
     columns: dict[str, Column] = {verdict: [row.p_fake for row in rows]} if verdict else {}

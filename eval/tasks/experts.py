@@ -208,9 +208,6 @@ def _not_learnt(method: str, figures: Part) -> bool:
     return method in _held_out(figures) or (isinstance(learnt, list) and method not in learnt)
 
 
-# ---------------------------------------------------------------- judging
-
-
 def judge(
     panel: Panel, changes: Mapping[str, Change], samples: Sequence[Sample], *, equal: bool, batch_size: int
 ) -> tuple[list[SampleRow], list[Origin]]:
@@ -285,9 +282,6 @@ def sharpness(crop: Pixels) -> float:
     """The single-feature baseline: the higher, the smoother the crop. No probability."""
     grey = cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY)
     return -float(np.log(cv2.Laplacian(grey, cv2.CV_64F).var() + 1e-3))
-
-
-# ---------------------------------------------------------------- what is counted
 
 
 def join(panel: Panel, rows: Sequence[SampleRow]) -> None:

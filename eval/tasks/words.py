@@ -101,9 +101,6 @@ def _majority_classes(run: Run) -> list[SampleRow]:
     return rows
 
 
-# ---------------------------------------------------------------- asking
-
-
 def worded(detector: Detector, question: str, evidence: Sequence[Evidence]) -> str:
     """The question with the expert block: as in the verdict's question, or as tool results."""
     if detector.info.asked_with == TOOL_RESULTS:
@@ -189,9 +186,6 @@ def class_question(_: Sample) -> str:
     return answers.CLASS_CHOICES
 
 
-# ---------------------------------------------------------------- what is counted
-
-
 def _answered(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> tuple[list[SampleRow], list[Sample], Part]:
     kept = [(row, s) for row, s in zip(rows, samples, strict=True) if row.said is not None]
     missing = unscored(rows, [None if row.said is None else 1.0 for row in rows])
@@ -262,8 +256,6 @@ def classify_result(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Par
 def _shown(rows: Sequence[SampleRow]) -> list[str]:
     return [row.answer[:200] for row in rows if row.said == answers.INVALID][:SHOWN]
 
-
-# ---------------------------------------------------------------- chat
 
 FOLLOW_UPS = (
     "Why do you think so?",
