@@ -173,9 +173,7 @@ def difference(what: str, first: Answers, other: Answers, most: float) -> float:
         if not isinstance(value, str):
             gap = np.abs(np.asarray(value, float) - np.asarray(other[key], float))
             if not (gap <= most).all():  # nor for NaN
-                raise X2DFDError(
-                    f"{what} gives another {key}: by {gap.max():.1e}, and {most:.0e} is allowed", code="results_differ"
-                )
+                raise X2DFDError(f"{what}: {key} differs by {gap.max():.1e}, above {most:.0e}", code="results_differ")
             largest = max(largest, float(gap.max(initial=0.0)))
     return largest
 
@@ -383,9 +381,7 @@ def of_detector(detector: Any, threads: int, tower_alone: bool) -> list[Listed]:
                 else:
                     run.kill()  # who asked has the answer; what follows is the interpreter's end
             if "p=" not in told or (whole and run.returncode):
-                raise X2DFDError(
-                    f"the command ended with {run.returncode}; its first line: {told!r}", code="command_failed"
-                )
+                raise X2DFDError(f"the command ended with {run.returncode}, first line {told!r}", code="command_failed")
 
     sizes = {f"{n} at a time": Case(lambda n=n: judged(n), per=len(pictures)) for n in BATCHES}  # type: ignore[misc]
     warm = {"verdict": Case(lambda: single(False)), "verdict and rationale of a fake": Case(explained)}

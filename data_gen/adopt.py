@@ -114,5 +114,5 @@ def _label(path: Path, image: str, given: set[str], about: list[list[dict[str, s
         return "fake"
     found = ", ".join(sorted(given)) or "no verdict, and no `label`"
     raise X2DFDError(
-        f"{path}: {image} is to be called real or fake by what is said of it; it has {found}", code="label_unclear"
+        f"{path}: what is said of {image} has to call it real or fake; it has {found}", code="label_unclear"
     )

@@ -79,8 +79,7 @@ def build(config: BuildConfig, out: Path) -> Path:
     unclear = [data.samples[i].id for i in rows if data.samples[i].label == "fake" and not data.samples[i].df_class]
     if unclear:
         raise X2DFDError(
-            f"{config.data}: {len(unclear)} fakes without df_class (FS, FR, FE, EFS), such as {unclear[0]}",
-            code="df_class_missing",
+            f"{config.data}: {len(unclear)} fakes without df_class, such as {unclear[0]}", code="df_class_missing"
         )
     scores = expert_scores(data, rows, config)
     kept = [
@@ -94,9 +93,7 @@ def build(config: BuildConfig, out: Path) -> Path:
         rng = np.random.default_rng([config.seed, i])
         records += list(_records(sample, i, scores[sample.id], strong, config, rng))
     if not records:
-        raise X2DFDError(
-            f"{config.data}: no usable picture of split train, val or calib to build from", code="no_usable_picture"
-        )
+        raise X2DFDError(f"{config.data}: no usable picture of split train, val or calib", code="no_usable_picture")
     if config.assessment is not None:  # what was explained is part of the set
         write_text(out / "assessment.json", Path(config.assessment).read_text(encoding="utf-8"))
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)

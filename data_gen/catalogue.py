@@ -55,9 +55,7 @@ def _portrait() -> Iterator[tuple[Photo, Photo]]:
     try:
         from skimage.data import astronaut
     except ImportError as error:
-        raise SetupError(
-            "without --data the catalogue needs scikit-image: pip install -e '.[bench]'", code="package_missing"
-        ) from error
+        raise SetupError("--data, or scikit-image: pip install -e '.[bench]'", code="package_missing") from error
     pixels = np.ascontiguousarray(astronaut()[:250, 110:360], np.uint8)
     photo = Photo(pixels, find_faces(pixels)[0].landmarks, "NASA portrait, scikit-image", "portrait")
     # A fixed seed: the donor is the same whatever the examples.
@@ -96,7 +94,7 @@ def _pairs(data: Path, seed: int) -> Iterator[tuple[Photo, Photo]]:
             yield photo, usable[-2]
     if len(usable) < 2:
         raise X2DFDError(
-            f"{data}: {len(usable)} real photos of different groups show a face; two are needed", code="too_few_photos"
+            f"{data}: a face in {len(usable)} groups of real photos; two are needed", code="too_few_photos"
         )
     while True:
         for i, photo in enumerate(usable):

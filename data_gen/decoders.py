@@ -177,10 +177,7 @@ def use(path: Path | None) -> None:
 def load_bank(path: Path) -> dict[str, Autoencoder]:
     """The decoders of a weight file, by name. Raises SetupError when it is absent or holds something else."""
     if not path.is_file():
-        raise SetupError(
-            f"{path} is missing; reinstall from a checkout, or make it: python -m data_gen decoders",
-            code="decoders_missing",
-        )
+        raise SetupError(f"{path} is missing; make it: python -m data_gen decoders", code="decoders_missing")
     try:
         tensors = load_file(path)
         bank = {}
@@ -191,7 +188,7 @@ def load_bank(path: Path) -> dict[str, Autoencoder]:
             bank[design.name] = net.eval()
     except (SafetensorError, RuntimeError, IndexError) as error:
         raise SetupError(
-            f"{path} does not hold the forge's decoders: {first_line(error)}", code="decoders_unreadable"
+            f"{path}: not the forge's decoders: {first_line(error)}", code="decoders_unreadable"
         ) from error
     return bank
 

@@ -99,7 +99,7 @@ def load(folder: Path) -> dict[str, nn.Sequential]:
                 net.load_state_dict({k: v.float() for k, v in load_file(paths[part]).items()})
             except (SafetensorError, RuntimeError) as error:
                 raise SetupError(
-                    f"{paths[part]} does not hold TAESD's tensors: {error}", code="autoencoder_unreadable"
+                    f"{paths[part]}: not TAESD's tensors: {error}", code="autoencoder_unreadable"
                 ) from error
         found[name] = nn.Sequential(*parts.values()).eval().requires_grad_(False)
     if not found:
@@ -123,9 +123,7 @@ def use(folder: Path | None) -> None:
 def names() -> list[str]:
     """The autoencoders in use. Raises SetupError where none are."""
     if _in_use is None:
-        raise SetupError(
-            "redrawing in a latent space needs weights: data_gen forge --redraw DIR", code="autoencoder_missing"
-        )
+        raise SetupError("redrawing in latents needs weights: data_gen forge --redraw DIR", code="autoencoder_missing")
     return list(load(_in_use))
 
 

@@ -83,10 +83,7 @@ def index_label(name: str, declared: Mapping[str, Label] | None = None) -> tuple
         return "real", ""
     if name in _INDEX_METHODS or (last == "fake" and name.lower().endswith("_fake")):
         return "fake", _INDEX_METHODS.get(name) or name[: -len("_fake")]
-    raise X2DFDError(
-        f"class {name!r} of the index is neither real nor fake by its format: say --label {name}=fake",
-        code="class_unlabelled",
-    )
+    raise X2DFDError(f"class {name!r} is neither real nor fake: say --label {name}=fake", code="class_unlabelled")
 
 
 def index_source(key: str) -> str:
@@ -125,9 +122,7 @@ def read_deepfakebench(
                     read.lacks(part, f"{clip} of {part} (no list of frames)")
                     continue
                 if index_label(said := str(record.get("label", name)), labels)[0] != label:
-                    raise X2DFDError(
-                        f"{part}: {clip}: says label {said!r}, but stands under {name!r}", code="label_contradicts"
-                    )
+                    raise X2DFDError(f"{part}: {clip}: labelled {said!r} under {name!r}", code="label_contradicts")
                 for path, place, listed in listed_frames(read, reroot, part, paths, frames):
                     if collected:  # DF40 lays each method out in a folder of its own
                         method = next((m for m in listed if df_class("fake", m) == collected[1]), "")
@@ -166,8 +161,7 @@ def _level(clips: Json, where: str, wanted: str, stem: str, key: str) -> tuple[s
         return wanted, {}
     if not wanted and len(filled) > 1:
         raise X2DFDError(
-            f"{where}: holds the levels {', '.join(filled)}: choose one with --compression",
-            code="compression_ambiguous",
+            f"{where}: levels {', '.join(filled)}: choose one with --compression", code="compression_ambiguous"
         )
     level = wanted or filled[0]
     if level not in filled:
@@ -286,7 +280,7 @@ def read_celebdf(
         folder, _, name = line[-1].strip().replace("\\", "/").partition("/")
         if len(line) != 2 or line[0] not in ("0", "1") or folder not in _CELEB_FOLDERS or not name:
             raise X2DFDError(
-                f"{file.name}: line {number}: not `1 YouTube-real/00170.mp4`: {' '.join(line)}", code="list_malformed"
+                f"{file.name}: line {number}: not `1 FOLDER/CLIP.mp4`: {' '.join(line)}", code="list_malformed"
             )
         if (line[0] == "1") != (_CELEB_FOLDERS[folder] == "real"):
             raise X2DFDError(
@@ -357,8 +351,7 @@ def _dfdc_csv(file: Path) -> list[_DfdcRow]:
                 label = names.get(row.get("label"))
                 if label is None or not row.get("filename"):
                     raise X2DFDError(
-                        f"{file}: row {number}: not filename,label with label 0 (real) or 1 (fake)",
-                        code="list_malformed",
+                        f"{file}: row {number}: not filename,label with label 0 or 1", code="list_malformed"
                     )
                 rows.append((row["filename"], label, "", ""))
     except (OSError, UnicodeDecodeError, csv.Error) as error:

@@ -106,9 +106,7 @@ def read_published(path: Path) -> list[CueQuestion]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise X2DFDError(f"{path}: not a list of questions ({error!r})", code="questions_malformed") from error
     if not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-        raise X2DFDError(
-            f"{path}: not a list of questions (empty, or an entry that is no text)", code="questions_malformed"
-        )
+        raise X2DFDError(f"{path}: not a list of questions (empty, or not all texts)", code="questions_malformed")
     questions = []
     for text in _unique(" ".join(t.split()) for t in texts):
         cue = next(iter(read_cues(text.removesuffix(CUE_ENDING))), None)
@@ -241,15 +239,11 @@ def connect(base_url: str) -> openai.OpenAI:
     try:
         import openai
     except ImportError as error:
-        raise SetupError(
-            "generating questions needs the package openai: pip install -e '.[serve]'", code="package_missing"
-        ) from error
+        raise SetupError("--generate needs openai: pip install -e '.[serve]'", code="package_missing") from error
     try:
         return openai.OpenAI(base_url=base_url)
     except openai.OpenAIError as error:
-        raise SetupError(
-            f"{error}\nset the key of the endpoint: export OPENAI_API_KEY=...", code="key_missing"
-        ) from error
+        raise SetupError(f"{error}\nset the endpoint's key: export OPENAI_API_KEY=...", code="key_missing") from error
 
 
 _EPILOG = """Examples:\n

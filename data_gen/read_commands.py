@@ -64,9 +64,7 @@ def _write(
     allow_missing: bool = False,
 ) -> None:
     if out.suffix != ".jsonl":
-        raise X2DFDError(
-            f"{out}: the manifest is written as JSON lines, call it .jsonl", code="manifest_format_unknown"
-        )
+        raise X2DFDError(f"{out}: a manifest is JSON Lines: call it .jsonl", code="manifest_format_unknown")
     if shares and split:
         raise X2DFDError("--shares divides, --split does not: choose one", code="options_conflict")
     parts = parse_shares(shares) if shares else None

@@ -123,9 +123,7 @@ def parse_shares(text: str) -> dict[str, float]:
     except ValueError:
         shares = {}
     if not shares or "" in shares or min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6:
-        raise X2DFDError(
-            f"shares {text!r}: write train=0.8,val=0.1,test=0.1, positive and 1 in sum", code="shares_malformed"
-        )
+        raise X2DFDError(f"shares {text!r}: write train=0.8,val=0.1,test=0.1, with a sum of 1", code="shares_malformed")
     return shares
 
 
@@ -221,9 +219,7 @@ def sources_of(sample: Sample) -> list[str]:
         except ValueError:
             value = None
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise X2DFDError(
-            f"{sample.id}: sources {sample.extra['sources']!r} is no list of names", code="sources_malformed"
-        )
+        raise X2DFDError(f"{sample.id}: sources {sample.extra['sources']!r} are no list", code="sources_malformed")
     return value
 
 
@@ -463,9 +459,7 @@ def read_folders(
 ) -> Read:
     """Folders of pictures or videos, all of one label each; with `clips`, pictures of one folder are one clip."""
     if not given:
-        raise X2DFDError(
-            "say what the folders hold: --real DIR, --fake DIR or --fake METHOD=DIR", code="option_missing"
-        )
+        raise X2DFDError("say what the folders hold: --real DIR, --fake [METHOD=]DIR", code="option_missing")
     read = Read()
     top = Path(os.path.commonpath([os.path.abspath(p.parent) for p, _, _ in given]))
     for folder, label, method in given:
@@ -498,10 +492,7 @@ def read_x2dfd_lists(
     Without `roots`, the list's own Description is the root when there is such a folder, else the list's folder.
     """
     if not given:
-        raise X2DFDError(
-            "a list of X2-DFD holds no labels, and a file's name is none: say --real LIST or --fake LIST",
-            code="option_missing",
-        )
+        raise X2DFDError("these lists hold no labels: say --real LIST or --fake LIST", code="option_missing")
     read = Read()
     for file, label, method in given:
         data = load_json(file)

@@ -82,7 +82,7 @@ class _Source:
             raise X2DFDError(f"{config.data}: no real photos to forge from", code="no_real_picture")
         if config.ready_made and not self.tree["fake"]:
             raise X2DFDError(
-                f"{config.data}: no fakes to pass through, but their share is {config.ready_made}",
+                f"{config.data}: a share of {config.ready_made} ready-made fakes, but none are there",
                 code="no_fake_picture",
             )
         # Frames of one clip are near copies: a group counts as ten pictures at most.
@@ -328,13 +328,10 @@ def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
             raise UnknownName("forge method", name, _ALL)
     for share in ("forged", "harmless", "combine", "ready_made", "calib", "video"):
         if not 0 <= getattr(config, share) <= 1:
-            raise X2DFDError(
-                f"{share} is a share, from 0 to 1; it is {getattr(config, share)}", code="share_out_of_range"
-            )
+            raise X2DFDError(f"{share} is a share of 0 to 1, not {getattr(config, share)}", code="share_out_of_range")
     if config.combine and all(_ALL[name].needs_donor for name in config.methods):
         raise X2DFDError(
-            f"nothing to combine with: {', '.join(config.methods)} need a donor; add another method",
-            code="donor_methods_alone",
+            f"nothing to combine with: {', '.join(config.methods)} need a donor", code="donor_methods_alone"
         )
     _Source(config)  # refuses a bad manifest here, where it is one line; in a worker it would break the pool
     manifest, part = out / "manifest.jsonl", out / "manifest.part.jsonl"
@@ -348,13 +345,10 @@ def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
         settings["decoders"] = file_sha256(weights)
     elif config.decoders:
         raise X2DFDError(
-            f"decoders draw for {' and '.join(sorted(_DRAWN))} alone: none of these is among the methods",
-            code="decoders_unused",
+            f"--decoders is for {' and '.join(sorted(_DRAWN))}, which are not asked for", code="decoders_unused"
         )
     if bool(config.redraw) != bool(set(LATENT) & set(config.methods)):
-        raise X2DFDError(
-            f"a folder to redraw with and the methods {' and '.join(LATENT)} go together", code="redraw_incomplete"
-        )
+        raise X2DFDError(f"--redraw and the methods {' and '.join(LATENT)} go together", code="redraw_incomplete")
     if config.redraw:
         from data_gen import latent
 

@@ -76,9 +76,7 @@ def paired(first: dict[str, Seen], second: dict[str, Seen]) -> Pair:
         raise X2DFDError("the runs share no sample", code="no_shared_sample")
     other = [i for i in common if (first[i].label, first[i].group) != (second[i].label, second[i].group)]
     if other:
-        raise X2DFDError(
-            f"the runs know {len(other)} samples by another label or group, such as {other[0]}", code="samples_differ"
-        )
+        raise X2DFDError(f"{len(other)} samples have another label or group, such as {other[0]}", code="samples_differ")
     scores = [(i, first[i].score, second[i].score) for i in common]
     both = [(i, x, y) for i, x, y in scores if x is not None and y is not None]
     kept = [i for i, _, _ in both]
@@ -149,7 +147,7 @@ def drift(result: Result, reference: Result) -> Comparison:
         here, there = result[part][name], reference.get(part, {}).get(name)
         if here != there:
             raise X2DFDError(
-                f"not comparable: {part} {name} is {here} here and {there} in the reference", code="not_comparable"
+                f"not comparable: {part} {name} is {here} here, {there} in the reference", code="not_comparable"
             )
     parts = ("model", "versions", "code", "device", "settings")
     found = Comparison(notes=[f"{name} differs" for name in parts if result[name] != reference.get(name)])

@@ -61,10 +61,7 @@ def own_photos(folder: Path) -> Path:
     # The file itself: encoding it again would be other bytes under another version of the encoder.
     carried = Path(skimage.data.__file__).parent / "astronaut.png"
     if not carried.is_file():
-        raise SetupError(
-            f"scikit-image comes without {carried.name} here; give photos of your own with --photos",
-            code="photos_missing",
-        )
+        raise SetupError(f"scikit-image lacks {carried.name} here: give photos with --photos", code="photos_missing")
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / carried.name, carried.read_bytes())
     row = {"path": carried.name, "label": "real", "source": "nasa", "group": "eileen-collins"}
@@ -162,7 +159,7 @@ def build(photos: Path | None, out: Path, *, per_method: int = PER_METHOD, allow
             and {k: v for k, v in json.loads(file.read_text("utf-8")).items() if k in settings} != settings
         ):
             raise X2DFDError(
-                f"{out} holds a set of other photos or settings; choose another --out", code="settings_differ"
+                f"{out} holds a set of other photos or settings: take another --out", code="settings_differ"
             )
     if (out / CARD).is_file():
         open_set(out)

@@ -106,10 +106,7 @@ def check(choice: Choice) -> None:
             code="options_conflict",
         )
     if choice.tools and not (choice.spec and choice.spec.bare):
-        raise X2DFDError(
-            "--tools is for a model without adapter (hub:NAME, NAME@URL): an adapter has its own prompt",
-            code="options_conflict",
-        )
+        raise X2DFDError("--tools is for a model without adapter: hub:NAME, NAME@URL", code="options_conflict")
 
 
 def open_model(choice: Choice) -> Opened:
@@ -193,8 +190,7 @@ def experts_alone(name: str | None) -> Detector:
         experts = [load_expert(n, EMBEDDED / "experts") for n in wanted if calibration.weights.get(n, 0) > 0]
         if other := [e.card.name for e in experts if wanted[e.card.name] != e.card.sha256]:
             raise X2DFDError(
-                f"no fusion: the calibration was fitted to other weights of {', '.join(other)}",
-                code="expert_weights_differ",
+                f"no fusion: calibrated with other weights of {', '.join(other)}", code="expert_weights_differ"
             )
         stated = f"{card.name} {card.version}, experts alone"
         kinds = {k: replace(one, weights=without_mllm(one.weights)) for k, one in calibration.kinds.items()}

@@ -172,9 +172,7 @@ def index_sets(
     """
     chosen = tuple(sets) or protocol.sets
     if not chosen:
-        raise X2DFDError(
-            f"{protocol.name} names no index files of its own: give them with --sets A,B", code="option_missing"
-        )
+        raise X2DFDError(f"{protocol.name} names no index files: give them with --sets A,B", code="option_missing")
     for name in sets:
         if protocol.sets and name not in protocol.sets:
             raise UnknownName(f"set of {protocol.name}", name, protocol.sets)
@@ -280,9 +278,7 @@ def read_annotations(
     [{"question", "answers": [...]}].
     """
     if not real or not fake:
-        raise X2DFDError(
-            "say which values of the label mean real and fake: --real-value 1 --fake-value 0", code="option_missing"
-        )
+        raise X2DFDError("say which labels mean what: --real-value 1 --fake-value 0", code="option_missing")
     records = load_json(file)
     if not isinstance(records, list) or not records:
         raise X2DFDError(f"{file.name}: not a list of records", code="list_malformed")
@@ -296,8 +292,7 @@ def read_annotations(
         value = str(record[label])
         if (value in real) == (value in fake):
             raise X2DFDError(
-                f"{where}: label {value!r} is {'both' if value in real else 'neither'} real and fake",
-                code="label_unclear",
+                f"{where}: label {value!r} is {'both' if value in real else 'neither'}", code="label_unclear"
             )
         said: Label = "real" if value in real else "fake"
         if labels.setdefault(parts, said) != said:

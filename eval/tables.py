@@ -310,10 +310,7 @@ def filled(text: str, results: dict[str, Result]) -> str:
 
     new, n = _BLOCK.subn(block, text)
     if n != text.count("<!-- table:"):
-        raise X2DFDError(
-            "a table marker is not closed by <!-- /table -->, or does not stand on a line of its own",
-            code="table_not_closed",
-        )
+        raise X2DFDError("a table marker has no line <!-- /table -->, or none of its own", code="table_not_closed")
     return new
 
 

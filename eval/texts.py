@@ -119,9 +119,7 @@ def _cider(references: References, said: Sequence[str]) -> tuple[list[float], st
     from pycocoevalcap.cider.cider import Cider
 
     if len(said) < 2:
-        raise SetupError(
-            "CIDEr counts words over the references of several samples; here is one", code="too_few_samples"
-        )
+        raise SetupError("CIDEr counts words over several samples; here is one", code="too_few_samples")
     value, _ = Cider().compute_score(*_coco(references, said))
     by = f"pycocoevalcap {version('pycocoevalcap')}, {WORDS}, document frequencies of these references"
     return [float(value)], by
@@ -150,9 +148,7 @@ def _similarity(references: References, said: Sequence[str], encoder: Path | Non
         tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=True)
         model = AutoModel.from_pretrained(encoder, local_files_only=True, use_safetensors=True).eval()
     except (OSError, ValueError) as error:
-        raise SetupError(
-            f"{encoder} holds no sentence encoder ({error})", code="sentence_encoder_unreadable"
-        ) from error
+        raise SetupError(f"{encoder}: no sentence encoder ({error})", code="sentence_encoder_unreadable") from error
 
     def embed(texts: Sequence[str]) -> torch.Tensor:
         parts = []

@@ -139,9 +139,7 @@ def load_mesonet(path: Path) -> Meso4 | MesoInception4:
     try:
         import h5py
     except ImportError as error:
-        raise SetupError(
-            f"expert 'mesonet' reads HDF5 files with h5py ({error}): pip install h5py", code="package_missing"
-        ) from error
+        raise SetupError(f"'mesonet' reads HDF5 ({error}): pip install h5py", code="package_missing") from error
     found: dict[str, Tensor] = {}
 
     def visit(name: str, item: h5py.Dataset | h5py.Group) -> None:
@@ -154,18 +152,13 @@ def load_mesonet(path: Path) -> Meso4 | MesoInception4:
         with h5py.File(path, "r") as file:
             file.visititems(visit)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:  # no HDF5, or a damaged one
-        raise SetupError(
-            f"{path} is not a readable HDF5 file ({error}); get it again", code="checkpoint_unreadable"
-        ) from error
+        raise SetupError(f"{path} is no readable HDF5 file ({error})", code="checkpoint_unreadable") from error
     for net in (Meso4(), MesoInception4()):
         state, (first, weight) = _named(found, net), next(iter(net.state_dict().items()))
         if first in state and state[first].shape == weight.shape:
             load_strictly(net, state, path)
             return net
-    raise SetupError(
-        f"{path} begins neither as Meso4 nor as MesoInception4: it does not hold weights of MesoNet",
-        code="network_unknown",
-    )
+    raise SetupError(f"{path} begins neither as Meso4 nor as MesoInception4", code="network_unknown")
 
 
 class MesoNet(Published):

@@ -50,9 +50,7 @@ def renamed(state: Mapping[str, Tensor], to_hub: bool) -> dict[str, Tensor]:
     for key, value in state.items():
         found = [new + key.removeprefix(old) for old, new in pairs if key.startswith(old)]
         if not found:
-            raise SetupError(
-                f"{key} belongs to no {'LLaVA' if to_hub else 'hub'} adapter of X2-DFD", code="tensor_unknown"
-            )
+            raise SetupError(f"{key} is of no {'LLaVA' if to_hub else 'hub'} adapter of X2-DFD", code="tensor_unknown")
         out[found[0]] = value
     return out
 
@@ -72,8 +70,7 @@ def hub_settings(settings: Json, base: str) -> Json:
     odd = sorted(set(targets) - set(linears)) if isinstance(targets, list) else [targets]
     if odd:
         raise SetupError(
-            f"{SETTINGS}: target modules {', '.join(odd)} are not linear layers of the language model",
-            code="targets_unsupported",
+            f"{SETTINGS}: no linear layers of the language model: {', '.join(odd)}", code="targets_unsupported"
         )
     kept = {k: v for k, v in settings.items() if k not in NEWER}
     expression = LANGUAGE_LINEARS.rsplit("(", 1)[0] + f"({'|'.join(sorted(targets))})"
@@ -113,7 +110,7 @@ def check_complete(
     projector = [f"{NAMES[k][0]}{part}" for k in (1, 2) for part in ("weight", "bias")]
     if absent := [k for k in projector if k not in others]:
         raise SetupError(
-            f"{where} lacks {len(absent)} of 4 tensors of the projector: {absent[0]}", code="projector_incomplete"
+            f"{where} lacks {len(absent)} of the projector's tensors: {absent[0]}", code="projector_incomplete"
         )
 
 
@@ -149,8 +146,7 @@ def check_shapes(state: Mapping[str, Tensor], config: PretrainedConfig, where: P
             wanted = (found[0], wanted[1]) if ".lora_A." in key else (wanted[0], found[1])
         if found != wanted:
             raise SetupError(
-                f"{where}: {key} is {list(found)} where the base has {wanted and list(wanted)}",
-                code="adapter_does_not_fit",
+                f"{where}: {key} is {list(found)}, in the base {wanted and list(wanted)}", code="adapter_does_not_fit"
             )
 
 

@@ -62,10 +62,7 @@ def answer_tokens(
     before = after_image(processor, question, turns=turns).tokens
     ids = after_image(processor, question, answer, turns).tokens
     if ids[: len(before)] != before:
-        raise X2DFDError(
-            "this tokenizer joins prompt and answer in one token; answers cannot be masked",
-            code="tokenizer_joins_answer",
-        )
+        raise X2DFDError("this tokenizer joins prompt and answer in one token", code="tokenizer_joins_answer")
     return before, [*ids[len(before) :], prompts.answer_end(processor)]
 
 
@@ -86,9 +83,7 @@ def conversation(processor: Processor, record: Json, label_ids: Sequence[int]) -
         heavy = len(after_image(processor, question, prompts.STEM, turns).tokens)
         starts = tuple(prompts.STEM + word for word in prompts.LABEL_WORDS)
         if not gpt.startswith(starts) or (before + answer)[heavy] not in label_ids:
-            raise X2DFDError(
-                f"{record['id']}: the answer does not begin with the verdict: {gpt[:40]!r}", code="verdict_not_first"
-            )
+            raise X2DFDError(f"{record['id']}: the verdict does not come first: {gpt[:40]!r}", code="verdict_not_first")
     elif record["task"].startswith(("cue", "kind")):
         heavy = len(before)
     # "This image is fake": the verdict has its own weight, and the image is no area there.
@@ -128,10 +123,7 @@ def read_records(
         if record["split"] == split and record.get("row") in known:
             by_row.setdefault(record["row"], []).append(record)
     if not by_row:
-        raise X2DFDError(
-            f"{instructions}: no picture of split {split!r}: it is built from a manifest with that split",
-            code="split_empty",
-        )
+        raise X2DFDError(f"{instructions}: no picture of split {split!r}, as in its manifest", code="split_empty")
     drawn = sorted(by_row, key=lambda row: hashlib.sha256(data.samples[row].id.encode()).digest())[:limit]
     return {row: by_row[row] for row in sorted(drawn)}
 
@@ -202,8 +194,7 @@ class Rows(Dataset[Json]):
         absent = [r for r in by_row if r not in self._where] if features is not None else []
         if absent:
             raise X2DFDError(
-                f"{len(absent)} of {len(by_row)} pictures have no cached features; give a larger limit",
-                code="features_missing",
+                f"no cached features of {len(absent)} pictures; give a larger limit", code="features_missing"
             )
         self._after = after_image(processor, prompts.QUESTION).tokens
         # All pictures are of one size, so what stands before the words is the same for all but for the pixels.

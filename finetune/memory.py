@@ -55,9 +55,7 @@ def shape(config: FinetuneConfig) -> Shape:
     try:
         settings: Any = AutoConfig.from_pretrained(require("base") if config.base is None else config.base)
     except (OSError, ValueError) as error:
-        raise SetupError(
-            f"{config.base} has no configuration that can be read: {error}", code="base_unreadable"
-        ) from error
+        raise SetupError(f"{config.base}: no readable configuration: {error}", code="base_unreadable") from error
     chosen = cut_layers(settings, config.base or "", config.tower_layers, config.text_layers, config.feature_layers)
     if chosen is not None:
         settings.get_text_config().num_hidden_layers = len(chosen)

@@ -26,8 +26,7 @@ def merge(model: str | Path | ModelSpec, out: Path) -> Path:
     card = read_adapter_card(adapter)
     if not card.probes:
         raise SetupError(
-            f"{adapter / 'card.json'} has no probe scores to check a merged model by; train it again",
-            code="probes_missing",
+            f"{adapter / 'card.json'} has no probe scores to check by: train it again", code="probes_missing"
         )
     if out.exists():
         raise SetupError(f"{out} is there already; choose another folder", code="folder_taken")

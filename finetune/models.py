@@ -171,13 +171,10 @@ def _start_from(tuned: Any, folder: Path, config: FinetuneConfig) -> None:
     if config.crop_size not in (None, card.crop_size):
         other.append("crop_size")
     if other or card.base != base_identity(config.base):
-        raise X2DFDError(
-            f"start: {folder} was trained on another {other[0] if other else 'base'}", code="start_base_differs"
-        )
+        raise X2DFDError(f"start: {folder} has another {other[0] if other else 'base'}", code="start_base_differs")
     if known := sorted(set(config.left_out) - set(card.left_out)):
         raise X2DFDError(
-            f"start: {folder} has learnt from {known[0]}, which left_out names: take start: null",
-            code="start_knows_left_out",
+            f"start: {folder} has learnt from {known[0]}, which left_out names", code="start_knows_left_out"
         )
     state = load_file(folder / WEIGHTS)
     found: Any = set_peft_model_state_dict(tuned, {k: v.float() for k, v in state.items()})
@@ -188,9 +185,7 @@ def _start_from(tuned: Any, folder: Path, config: FinetuneConfig) -> None:
         absent = {n for n in absent if "vision_tower" not in n}
     odd = sorted({*found.unexpected_keys, *absent})
     if odd:
-        raise X2DFDError(
-            f"start: {folder} holds other matrices than these settings train: {odd[0]}", code="start_matrices_differ"
-        )
+        raise X2DFDError(f"start: {folder} has other matrices than are trained: {odd[0]}", code="start_matrices_differ")
 
 
 class CachedTower(nn.Module):

@@ -124,10 +124,7 @@ def start_from(net: Net, weights: dict[str, Tensor], scale: float = 2.0) -> None
     with torch.no_grad():
         for short, value in weights.items():
             if short not in by_short or by_short[short].shape != value.shape:
-                raise X2DFDError(
-                    f"the start holds {short} of shape {tuple(value.shape)}, which this tower lacks",
-                    code="start_does_not_fit",
-                )
+                raise X2DFDError(f"this tower lacks {short} of shape {tuple(value.shape)}", code="start_does_not_fit")
             by_short[short].copy_(value / scale if short.endswith(LORA_B) else value)
 
 
@@ -146,10 +143,7 @@ class Pictures(IterableDataset[Drawn]):
         self.sets, self.seed = sets, seed
         fakes = [s for crops in sets for s in crops.samples if s.label == "fake"]
         if unclear := [s.id for s in fakes if s.df_class not in KINDS[1:]]:
-            raise X2DFDError(
-                f"{len(unclear)} fakes without df_class (FS, FR, FE, EFS), such as {unclear[0]}",
-                code="df_class_missing",
-            )
+            raise X2DFDError(f"{len(unclear)} fakes without df_class, such as {unclear[0]}", code="df_class_missing")
         every = [(k, i) for k, crops in enumerate(sets) for i in range(len(crops.samples))]
         donors = {s.group: s.source for crops in sets for s in crops.samples if not s.synthetic}
         kept_out = {(k, i) for k, i in every if origins_of(sets[k].samples[i], donors) & set(leave_out)}
@@ -498,10 +492,7 @@ def _resume(
     with safe_open(path, "pt") as stream:
         metadata = stream.metadata()
     if json.loads(metadata["run"]) != json.loads(json.dumps(asdict(settings))):
-        raise X2DFDError(
-            f"{path} is the state of a training with other data or settings; choose another --state",
-            code="training_state_differs",
-        )
+        raise X2DFDError(f"{path}: other data or settings; choose another --state", code="training_state_differs")
     tensors = load_file(path)
     _put(trained, {n: tensors[f"now.{n}"] for n in trained})
     for name, value in average.items():
