@@ -22,10 +22,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import typer
@@ -58,19 +57,9 @@ SAME = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}  # by how much answers of two 
 Answers = Mapping[str, Any]  # name -> numbers or text; those of one name must agree between the ways of a comparison
 
 
-class Geometry(StrEnum):
-    """The model that is timed."""
-
-    embedded = "embedded"
-    llava_7b = "llava-7b"
-    toy = "toy"
-
-
-class Place(StrEnum):
-    """A kind of device."""
-
-    cpu = "cpu"
-    cuda = "cuda"
+Geometry = Literal["embedded", "llava-7b", "toy"]
+"""The model that is timed."""
+Place = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -501,7 +490,7 @@ def measure(
 def run(
     out: Annotated[Path, typer.Option(help="result file")] = Path("build/speed.json"),
     model: Model = "embedded",
-    geometry: Annotated[Geometry, typer.Option(help="embedded, or one with random weights")] = Geometry.embedded,
+    geometry: Annotated[Geometry, typer.Option(help="embedded, or one with random weights")] = "embedded",
     rounds: Annotated[int, typer.Option(min=1, help="of the quick cases; slow ones have fewer")] = 5,
     questions: Annotated[int, typer.Option(min=4, help="cue questions about one face")] = ASKED,
     threads: Annotated[int, typer.Option(min=1)] = 2,
@@ -512,19 +501,20 @@ def run(
     import torch
 
     from eval.bench import code_state
+    from x2dfd.detector import versions
 
     torch.set_num_threads(threads)
     load = os.getloadavg()[0]  # what else ran when it began; afterwards it is the bench's own
     devices = _devices(geometry, only, torch.cuda.is_available())
     result: Json = {
         "task": {"name": "speed", "version": 6},
-        "geometry": geometry.value,
+        "geometry": geometry,
         "threads": threads,
         "devices": [],
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "load_before": load, "platform": platform.machine()},
         "code": code_state(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "versions": _versions(),
+        "versions": versions(),
     }
     for place, precision in devices:
         done = list(result["devices"])
@@ -537,25 +527,19 @@ def run(
 
 def _devices(geometry: Geometry, only: Place | None, cuda: bool) -> list[tuple[str, Dtype]]:
     """Device and precision of each run. Raises X2DFDError for a device that is not here."""
-    if geometry is Geometry.llava_7b and (only is Place.cpu or not cuda):
+    if geometry == "llava-7b" and (only == "cpu" or not cuda):
         raise X2DFDError("llava-7b needs a CUDA device: on a CPU its weights alone are 28 GB", code="cuda_missing")
-    if only is Place.cuda and not cuda:
+    if only == "cuda" and not cuda:
         raise X2DFDError("there is no CUDA device here", code="cuda_missing")
     from x2dfd.tower import quick_in_16_bits
 
-    devices: list[tuple[str, Dtype]] = [] if only is Place.cuda or geometry is Geometry.llava_7b else [("cpu", "fp32")]
-    if devices and geometry is Geometry.embedded and quick_in_16_bits("cpu"):
+    devices: list[tuple[str, Dtype]] = [] if only == "cuda" or geometry == "llava-7b" else [("cpu", "fp32")]
+    if devices and geometry == "embedded" and quick_in_16_bits("cpu"):
         devices.append(("cpu", "bf16"))
-    if cuda and only is not Place.cpu:
-        devices += [("cuda", "fp32")] if geometry is Geometry.embedded else []
+    if cuda and only != "cpu":
+        devices += [("cuda", "fp32")] if geometry == "embedded" else []
         devices.append(("cuda", "bf16"))
     return devices
-
-
-def _versions() -> dict[str, str]:
-    from x2dfd.detector import versions
-
-    return versions()
 
 
 def _cpu() -> str:

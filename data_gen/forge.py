@@ -14,7 +14,7 @@ import numpy as np
 
 from data_gen.harmless import HARMLESS
 from data_gen.methods import LATENT, METHODS
-from data_gen.tools import Forgery, Method, Photo, Pixels, Rng, grown_mask
+from data_gen.tools import Forgery, Method, Photo, Pixels, Rng, grown_mask, untouched
 from data_gen.visibility import SEEN_FROM, SHOWS, visible
 from x2dfd.types import Cue
 
@@ -29,6 +29,7 @@ __all__ = [
     "changed",
     "forge",
     "joined_cues",
+    "untouched",
 ]
 
 FORGE_VERSION = 4

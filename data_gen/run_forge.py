@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from data_gen.forge import FORGE_VERSION, HARMLESS, LATENT, METHODS, Forgery, Photo, changed, forge, joined_cues
+from data_gen.forge import FORGE_VERSION, HARMLESS, LATENT, METHODS, Photo, changed, forge, joined_cues, untouched
 from data_gen.harmless import through_video
 from x2dfd.errors import InputError, UnknownName, X2DFDError
 from x2dfd.faces import Array, find_faces
@@ -173,9 +173,8 @@ def _item(source: _Source, out: Path, index: int) -> Json:
     if kind < config.ready_made:
         split = source.draw_split("fake", rng)
         sample, photo = _draw_photo(source, "fake", split, rng)
-        # What such a picture shows where is not known: it has no cues and no mask.
         row |= {"label": "fake", "method": sample.method, "df_class": sample.df_class}
-        made = Forgery(photo.pixels, np.zeros(photo.pixels.shape[:2], np.uint8), (), sample.method, "EFS", 1.0)
+        made = untouched(photo, sample.method, "EFS", 1.0)
     else:
         split = source.draw_split("real", rng)
         sample, photo = _draw_photo(source, "real", split, rng)
@@ -191,20 +190,22 @@ def _item(source: _Source, out: Path, index: int) -> Json:
             made = forge(photo, method, rng, donor)
             if rng.random() < config.combine:
                 second = _ALL[str(rng.choice([m for m in config.methods if not _ALL[m].needs_donor]))]
-                more = forge(Photo(made.pixels, photo.landmarks, photo.source, photo.group), second, rng)
-                made = Forgery(
-                    more.pixels,
-                    np.maximum(made.mask, more.mask),
-                    joined_cues(photo.pixels, made, more),
-                    f"{made.method}+{more.method}",
-                    made.df_class,
-                    max(made.strength, more.strength),
+                more = forge(replace(photo, pixels=made.pixels), second, rng)
+                made = replace(
+                    made,
+                    pixels=more.pixels,
+                    mask=np.maximum(made.mask, more.mask),
+                    cues=joined_cues(photo.pixels, made, more),
+                    method=f"{made.method}+{more.method}",
+                    strength=max(made.strength, more.strength),
                 )
-            row |= {"label": "fake"}
         else:
-            made = Forgery(photo.pixels, np.zeros(photo.pixels.shape[:2], np.uint8), (), "none", "real", 0.0)
-            row |= {"label": "real"}
-        row |= {"method": made.method, "df_class": made.df_class}
+            made = untouched(photo)
+        row |= {
+            "label": "real" if made.df_class == "real" else "fake",
+            "method": made.method,
+            "df_class": made.df_class,
+        }
     # With the same odds for every label: what stood on real photos alone would be learnt as a mark of them.
     change = HARMLESS[str(rng.choice(list(HARMLESS)))] if rng.random() < config.harmless else None
     if config.video and rng.random() < config.video:
@@ -305,15 +306,26 @@ def _work(index: int) -> Json:
     return _item(*_worker, index)
 
 
-def finished_rows(part: Path) -> list[Json]:
-    """Rows of an earlier, cut-off run; a half-written last line is dropped."""
-    rows = []
-    if part.is_file():
-        for line in part.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+def resumed(out: Path, count: int, make: Callable[[Sequence[int]], Iterable[Json]]) -> list[Json]:
+    """The rows 0 .. `count` - 1 of a run, of which `make` gives those that an earlier, cut-off one has not made.
+
+    Each is on disk once it is made; at the end `manifest.jsonl` holds them all.
+    """
+    part, rows = out / "manifest.part.jsonl", list[Json]()
+    for line in part.read_text(encoding="utf-8").splitlines() if part.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # half written
+            break
+    write_text(part, "".join(json.dumps(row) + "\n" for row in rows))
+    todo = range(len(rows), count)
+    with part.open("a", encoding="utf-8") as stream:
+        for row in progress(make(todo), "forging", len(todo)):
+            rows.append(row)
+            stream.write(json.dumps(row) + "\n")
+            stream.flush()
+    write_manifest(out / "manifest.jsonl", rows)
+    part.unlink()
     return rows
 
 
@@ -334,7 +346,7 @@ def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
             f"nothing to combine with: {', '.join(config.methods)} need a donor", code="donor_methods_alone"
         )
     _Source(config)  # refuses a bad manifest here, where it is one line; in a worker it would break the pool
-    manifest, part = out / "manifest.jsonl", out / "manifest.part.jsonl"
+    manifest = out / "manifest.jsonl"
     settings = {**asdict(config), "data": manifest_sha256(config.data), "methods": list(config.methods)}
     settings |= {"splits": list(config.splits), "version": FORGE_VERSION, "decoders": None}
     if _DRAWN & set(config.methods):  # other decoders draw other pictures
@@ -360,18 +372,8 @@ def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
         raise X2DFDError(f"{manifest} is not of a forge run; choose another --out", code="not_a_forge_run")
     if manifest.is_file():
         return manifest
-    out.mkdir(parents=True, exist_ok=True)
     write_text(saved, json.dumps(settings, indent=1) + "\n")
-    rows = finished_rows(part)
-    part.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    todo = range(len(rows), config.count)
-    with part.open("a", encoding="utf-8") as stream:
-        for row in progress(_made(config, out, todo, workers), "forging", len(todo)):
-            rows.append(row)
-            stream.write(json.dumps(row) + "\n")
-            stream.flush()
-    write_manifest(manifest, rows)
-    part.unlink()
+    resumed(out, config.count, lambda todo: _made(config, out, todo, workers))
     return manifest
 
 

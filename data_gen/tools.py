@@ -40,6 +40,11 @@ class Forgery:
     strength: float  # 0 (barely there) .. 1 (blatant)
 
 
+def untouched(photo: Photo, method: str = "none", df_class: str = "real", strength: float = 0.0) -> Forgery:
+    """A photo as it is; or what others made, where nobody knows what it shows: without cues and mask."""
+    return Forgery(photo.pixels, np.zeros(photo.pixels.shape[:2], np.uint8), (), method, df_class, strength)
+
+
 Made = tuple[Array, Array, list[tuple[str, str]]]
 """New pixels (float or uint8 [H, W, 3]), mask [H, W] in 0..1, and (area, artifact) pairs."""
 

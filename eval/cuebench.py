@@ -24,9 +24,9 @@ import cv2
 import numpy as np
 import typer
 
-from data_gen.forge import FORGE_VERSION, HARMLESS, METHODS, Forgery, Photo, changed, forge
+from data_gen.forge import FORGE_VERSION, HARMLESS, METHODS, Photo, changed, forge, untouched
 from data_gen.readers import labelled, read_folders
-from data_gen.run_forge import finished_rows, load_photo, pose, save_jpeg
+from data_gen.run_forge import load_photo, pose, resumed, save_jpeg
 from x2dfd.cli import run_command
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.files import Json, file_sha256, parse_json, write_bytes, write_text
@@ -151,13 +151,9 @@ def build(photos: Path | None, out: Path, *, per_method: int = PER_METHOD, allow
         "per_method": per_method,
         "photos": hashlib.sha256("\n".join(f"{d} {s.group} {s.source}" for d, s in used).encode()).hexdigest(),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    started, part = out / "cuebench.part.json", out / "manifest.part.jsonl"
+    started = out / "cuebench.part.json"
     for file in (started, out / CARD):
-        if (
-            file.is_file()
-            and {k: v for k, v in json.loads(file.read_text("utf-8")).items() if k in settings} != settings
-        ):
+        if file.is_file() and not settings.items() <= json.loads(file.read_text("utf-8")).items():
             raise X2DFDError(
                 f"{out} holds a set of other photos or settings: take another --out", code="settings_differ"
             )
@@ -165,14 +161,7 @@ def build(photos: Path | None, out: Path, *, per_method: int = PER_METHOD, allow
         open_set(out)
         return dict(json.loads((out / CARD).read_text("utf-8")))
     write_text(started, json.dumps(settings) + "\n")
-    rows = finished_rows(part)
-    part.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    with part.open("a", encoding="utf-8") as stream:
-        for item in progress(items[len(rows) :], "forging"):
-            rows.append(_make(item, usable, used[item.photo][1], out))
-            stream.write(json.dumps(rows[-1]) + "\n")
-            stream.flush()
-    write_manifest(out / "manifest.jsonl", rows)
+    rows = resumed(out, len(items), lambda todo: (_make(items[k], usable, used[items[k].photo][1], out) for k in todo))
     left_out = sorted(set(METHODS) - {i.method for i in items})
     card = settings | _counts(rows) | {
         "manifest_sha256": manifest_sha256(out / "manifest.jsonl"),
@@ -183,7 +172,6 @@ def build(photos: Path | None, out: Path, *, per_method: int = PER_METHOD, allow
         "versions": {name: version(name) for name in ("numpy", "opencv-python-headless", "torch")},
     }  # fmt: skip
     write_text(out / CARD, json.dumps(card, indent=1) + "\n")
-    part.unlink()
     started.unlink()
     return card
 
@@ -195,7 +183,7 @@ def _make(item: Item, photos: Sequence[Photo], sample: Sample, out: Path) -> Jso
     rng = np.random.default_rng(np.frombuffer(seed, np.uint32))
     quality = int(rng.integers(88, 99))  # drawn alike for reals and forgeries
     if item.method == "none":
-        made = Forgery(photo.pixels, np.zeros(photo.pixels.shape[:2], np.uint8), (), "none", "real", 0.0)
+        made = untouched(photo)
     else:
         donor = photos[item.donor] if item.donor is not None else None
         made = forge(photo, (METHODS | HARMLESS)[item.method], rng, donor)

@@ -165,13 +165,6 @@ class NoMLLM:
         raise X2DFDError("there is no language model to ask", code="no_language_model")
 
 
-def without_mllm(weights: dict[str, float]) -> dict[str, float]:
-    """A logistic's weights but that of the MLLM, which then counts as its mean."""
-    from x2dfd.calibration import MLLM
-
-    return {n: w for n, w in weights.items() if n != MLLM}
-
-
 def experts_alone(name: str | None) -> Detector:
     """A Detector of one expert, or of all that the embedded model's calibration weighs (None), without its MLLM.
 
@@ -179,7 +172,7 @@ def experts_alone(name: str | None) -> Detector:
     has no threshold: what it says is not counted, only its score.
     """
     from x2dfd.adapter import expert_hashes, read_adapter_card
-    from x2dfd.calibration import Calibration, Logistic
+    from x2dfd.calibration import MLLM, Calibration, Logistic
     from x2dfd.degrade import CODEC
     from x2dfd.detector import Detector
     from x2dfd.experts import load_expert
@@ -193,7 +186,8 @@ def experts_alone(name: str | None) -> Detector:
                 f"no fusion: calibrated with other weights of {', '.join(other)}", code="expert_weights_differ"
             )
         stated = f"{card.name} {card.version}, experts alone"
-        kinds = {k: replace(one, weights=without_mllm(one.weights)) for k, one in calibration.kinds.items()}
+        alone = {k: {n: w for n, w in one.weights.items() if n != MLLM} for k, one in calibration.kinds.items()}
+        kinds = {k: replace(one, weights=alone[k]) for k, one in calibration.kinds.items()}
         calibration = replace(calibration, kinds=kinds)
     else:
         experts = [load_expert(name)]

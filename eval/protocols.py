@@ -208,11 +208,6 @@ def _has_levels(file: Path) -> bool:
     return inside(load_json(file), 3)
 
 
-def folder_sets(protocol: str, reader: Callable[[], Read], allow_missing: bool = False) -> Json:
-    """One set out of the user's folders or lists, as `index_sets` gives it."""
-    return {protocol: _finished(reader(), PROTOCOLS[protocol], protocol, allow_missing)}
-
-
 def _finished(read: Read, protocol: Protocol, name: str, allow_missing: bool) -> tuple[list[Sample], list[str]]:
     # Nothing is divided here, so people may appear in several clips; frames of a clip stay together.
     samples = finish(read, split="test", group=Group.clip, allow_missing=allow_missing)
@@ -389,13 +384,9 @@ def write(
         }
         if name == "dfdc" and not files:
             raise X2DFDError("dfdc is read from its label files: give --files metadata.json", code="option_missing")
-
-        def read_all() -> Read:
-            read = readers[name]()
-            read.samples = sampled(read.samples, frames, quirks)
-            return read
-
-        found = folder_sets(name, read_all, allow_missing)
+        read = readers[name]()
+        read.samples = sampled(read.samples, frames, quirks)
+        found = {name: _finished(read, protocol, name, allow_missing)}
     print(write_sets(name, found, out, quirks))
     for key, (samples, notes) in found.items():
         print(f"{key}: {len(samples)} frames", *(f"  {note}" for note in notes), sep="\n")
