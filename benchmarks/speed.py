@@ -215,11 +215,8 @@ def cue_questions(mllm: Any, crop: NDArray[np.uint8], questions: Sequence[str]) 
 
 
 def verdicts(mllm: Any, crops: NDArray[np.uint8], questions: Sequence[str]) -> Cases:
-    """P(fake) of each face: ours in one batch, and the published recipe, per picture.
-
-    The recipe: four tokens by `generate`, the labels' logits read at the fourth, whatever was generated. Where what it
-    generates is no verdict its number says nothing, and there is no answer to compare.
-    """
+    """P(fake) of each face: ours in one batch, and the published recipe, per picture: four tokens by `generate`, the
+    labels' logits read at the fourth. Where what it generates is no verdict, there is no answer to compare."""
 
     import torch
     from PIL import Image
@@ -439,10 +436,8 @@ def embedded(
 def measure(
     device: Any, precision: Dtype, threads: int, rounds: int, asked: int, geometry: Geometry, model: ModelSpec
 ) -> Iterator[Json]:
-    """Every comparison on one device: the device's part of the result, again after each of them.
-
-    Of the embedded model on a CPU in bf16, the tower alone computes so: what is about the language model is left out.
-    """
+    """Every comparison on one device: the device's part of the result, again after each of them. Of the embedded model
+    in bf16 on a CPU, the tower alone computes so: what is about the language model is not timed."""
     import torch
 
     from benchmarks.roofline import Rates

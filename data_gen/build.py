@@ -65,10 +65,8 @@ class BuildConfig:
 
 def build(config: BuildConfig, out: Path) -> Path:
     """Write `instructions.jsonl`, a Parquet copy, and `card.json` with counts into `out`; returns the JSONL's path.
-
-    Raises X2DFDError when the class of a fake is not known, or when nothing is left to build from, and UnknownName for
-    a format that there is not.
-    """
+    Raises X2DFDError for a fake of unknown class, or when nothing is left to build from, and UnknownName for a
+    format."""
     if config.format is not None and config.format not in FORMATS:
         raise UnknownName("format", config.format, FORMATS)
     if not 0 <= config.corrupt <= 1:
@@ -157,9 +155,8 @@ def _records(
     config: BuildConfig,
     rng: np.random.Generator,
 ) -> Iterator[Json]:
-    """The conversations about one picture: verdict with scores, verdict without, verdict in a user's words, class,
-    yes/no questions, a follow-up.
-    """
+    """The conversations about one picture: verdict with scores, without, in a user's words, class, yes/no questions, a
+    follow-up."""
     # An explanation names cues that are there and that the model can see.
     cues = [c for c in sample.cues if strong is None or (c.area, c.artifact) in strong]
     label = sample.label

@@ -102,11 +102,8 @@ def _pairs(data: Path, seed: int) -> Iterator[tuple[Photo, Photo]]:
 
 
 def catalogue(data: Path | None = None, seed: int = 0) -> str:
-    """The page: a card for every forge method and every harmless change.
-
-    Photos are those of a manifest (label `real`), a pair for each method in turn, or the portrait that scikit-image
-    carries. Raises X2DFDError for a manifest without two usable photos, SetupError without scikit-image.
-    """
+    """The page: a card for every forge method and harmless change, on photos of a manifest or on scikit-image's
+    portrait. Raises X2DFDError for a manifest without two usable photos, SetupError without scikit-image."""
     pairs = _pairs(data, seed) if data else _portrait()
     sections = [
         [_card(method, *pair, seed) for method, pair in zip(table.values(), pairs, strict=False)]
@@ -154,11 +151,8 @@ def _card(method: Method, photo: Photo, donor: Photo, seed: int) -> Json:
 
 
 def _window(photo: Photo, mask: Pixels | None, whole: bool = False) -> tuple[slice, slice]:
-    """What is shown of a photo: its face, and what the mask covers beside it; or the whole of it.
-
-    Tight, so that faint traces are not lost in shrinking. A mask of the whole picture asks for no more than the face:
-    its traces are everywhere.
-    """
+    """What is shown of a photo: its face and what the mask covers beside it, tight, so that faint traces are not lost
+    in shrinking; or the whole of it. A mask of the whole picture asks for no more than the face."""
     height, width = photo.pixels.shape[:2]
     if whole:
         return slice(0, height), slice(0, width)

@@ -1,9 +1,8 @@
 """Small learnt autoencoders whose decoders draw a face anew, as the decoders of face swaps and generators do.
 
-Trained by this project on real photos of split `train` alone (`python -m data_gen decoders`). They differ in stride,
-width, way of enlarging and loss, so that whatever learns from their output cannot learn one of them by heart. Pictures
-that are rebuilt by a decoder are aligned with their photo: same person, same light, same camera (the idea of Rajan et
-al., "Aligned Datasets Improve Detection of Latent Diffusion-Generated Images", ICLR 2025).
+Trained by this project on real photos of split `train` (`python -m data_gen decoders`). They differ in stride, width,
+enlargement and loss, so that none is learnt by heart. Redrawn pictures are aligned with their photo (the idea of Rajan
+et al., "Aligned Datasets Improve Detection of Latent Diffusion-Generated Images", ICLR 2025).
 """
 
 from __future__ import annotations
@@ -216,10 +215,8 @@ def through(net: Callable[[Tensor], Tensor], pixels: Array, stride: int) -> NDAr
 
 
 def train(data: Path, steps: int, work: Path, path: Path = WEIGHTS) -> None:
-    """Train every decoder on the untouched real pictures of split `train`; finished ones are kept in `work`.
-
-    Raises X2DFDError when there are none, or when a decoder diverged.
-    """
+    """Train every decoder on the untouched real pictures of split `train`; finished ones are kept in `work`. Raises
+    X2DFDError when there are none, or when a decoder diverged."""
     from external_detectors.train.loop import licence_of, next_version
     from x2dfd.crops import load_crops
 

@@ -1,9 +1,8 @@
 """Tiny autoencoders that speak the latent spaces of latent-diffusion models: a real photo, drawn by such a decoder.
 
-The weights are those of TAESD by Ollin Boer Bohan (MIT). They do not come with this project and are never downloaded: a
-user names a folder that holds `<name>_encoder.safetensors` and `<name>_decoder.safetensors` of one of them or more.
-Photos redrawn this way stay aligned with their originals: same person, same light, same camera (the idea of Rajan et
-al., "Aligned Datasets Improve Detection of Latent Diffusion-Generated Images", ICLR 2025).
+The weights are those of TAESD by Ollin Boer Bohan (MIT), which a user brings: a folder with
+`<name>_encoder.safetensors` and `<name>_decoder.safetensors` of one or more. Nothing is downloaded. For the idea see
+`data_gen.decoders`.
 """
 
 from __future__ import annotations
@@ -75,10 +74,8 @@ def decoder(channels: int) -> nn.Sequential:
 
 @lru_cache(maxsize=2)
 def load(folder: Path) -> dict[str, nn.Sequential]:
-    """The autoencoders of a folder, by name: encoder and decoder in a row.
-
-    Raises SetupError when there is none, or a file is not the pinned one.
-    """
+    """The autoencoders of a folder, by name: encoder and decoder in a row. Raises SetupError when there is none, or a
+    file is not the pinned one."""
     found: dict[str, nn.Sequential] = {}
     for name, channels in CHANNELS.items():
         parts = {f"{name}_encoder": encoder(channels), f"{name}_decoder": decoder(channels)}

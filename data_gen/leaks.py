@@ -61,10 +61,8 @@ class Look:
 
 
 def dhash(grey: NDArray[np.uint8], side: int) -> NDArray[np.uint64]:
-    """Difference hash of a grey picture: is each of `side` x `side` cells darker than its right neighbour?
-
-    Returns side * side / 64 words.
-    """
+    """Difference hash of a grey picture: is each of `side` x `side` cells darker than its right neighbour? [side * side
+    / 64] words."""
     small = cv2.resize(grey, (side + 1, side), interpolation=cv2.INTER_AREA)
     return np.packbits(small[:, :-1] < small[:, 1:]).view(np.uint64)
 
@@ -169,11 +167,8 @@ def _compare(
 
 
 def form_leaks(samples: Sequence[Sample], looks: Sequence[Look]) -> list[Json]:
-    """For each trait of the files' form: the best one-trait rule and its balanced accuracy (0.5 is chance).
-
-    The accuracy is held out: the rule is fitted on half of the groups and scored on the other half, both ways. Empty
-    when there are no pictures of both labels in both halves.
-    """
+    """For each trait of the files' form: the best one-trait rule and its balanced accuracy (0.5 is chance), fitted on
+    half of the groups and scored on the other half, both ways. Empty without pictures of both labels in both halves."""
     kept = [(s, k.form) for s, k in zip(samples, looks, strict=True) if k.form]
     fake = np.array([s.label == "fake" for s, _ in kept], bool)
     half = np.array([hashlib.sha256(s.group.encode()).digest()[0] % 2 for s, _ in kept], int)

@@ -35,10 +35,8 @@ FFPP, DFD, CELEBDF = "FaceForensics++", "DeepFakeDetection", "Celeb-DF-v2"
 
 def source_ids(dataset: str, clip: str) -> list[str]:
     """The people or original clips that went into a clip, by the naming that its data set documents; [] if unknown.
-
-    FaceForensics++ `TARGET_SOURCE` of two clips, DeepFakeDetection `ACTOR_ACTOR__SCENE`, Celeb-DF `idA_idB_NUMBER` of
-    two people and the bare number of a YouTube clip.
-    """
+    FaceForensics++ `TARGET_SOURCE`, DeepFakeDetection `ACTOR_ACTOR__SCENE`, Celeb-DF `idA_idB_NUMBER` or a bare
+    number."""
     pattern = {
         FFPP: r"(\d{3})(?:_(\d{3}))?",
         DFD: r"(\d{2})(?:_(\d{2}))?__.*",
@@ -70,9 +68,8 @@ _TAKEN_BACK = {
 def index_label(name: str, declared: Mapping[str, Label] | None = None) -> tuple[Label, str]:
     """Label and method that a class name of a DeepfakeBench index stands for.
 
-    The format's rule is "ends in real: 0, anything else: 1"; we ask for the known fakes by name (or DF40's
-    `METHOD_Fake`), so that a misspelt or foreign class is an error and not a fake. A name that takes its last word back
-    (`not-real`, `semi_real`, `fake_real`) is neither.
+    The format's rule is "ends in real: 0, anything else: 1"; we ask for known fakes by name (or DF40's `METHOD_Fake`),
+    so that a misspelt or foreign class is an error. A name that takes its last word back (`not-real`) is neither.
     """
     if declared and name in declared:
         return declared[name], ""
@@ -182,11 +179,9 @@ def read_ffpp(
     only: Sequence[str] = (),
     frames: int | None = None,
 ) -> Read:
-    """FaceForensics++ as it is unpacked: {original,manipulated}_sequences/NAME/LEVEL/{frames,videos}/CLIP.
-
-    train.json, val.json and test.json hold the pairs of ids of each split; they lie in `lists` (default: the root).
-    DeepFakeDetection and its actors come without splits.
-    """
+    """FaceForensics++ as it is unpacked: {original,manipulated}_sequences/NAME/LEVEL/{frames,videos}/CLIP. train.json,
+    val.json and test.json hold each split's pairs of ids, in `lists` (default: the root). DeepFakeDetection and its
+    actors come without splits."""
     for method in methods:
         if method not in FF_METHODS:
             raise UnknownName("method of FaceForensics++", method, FF_METHODS)
@@ -246,10 +241,8 @@ def read_celebdf(
     frames: int | None = None,
 ) -> Read:
     """Celeb-DF v1 or v2: the clips of List_of_testing_videos.txt become split `test` (in that list, 1 is REAL).
-
     `everything` adds the other clips, without a split. They show the people of the test clips, so `finish` refuses them
-    unless it divides anew or groups by clip.
-    """
+    unless it divides anew or groups by clip."""
     if source not in ("Celeb-DF-v1", CELEBDF):
         raise UnknownName("data set", source, ("Celeb-DF-v1", CELEBDF))
     file = test_list or root / "List_of_testing_videos.txt"
@@ -299,11 +292,9 @@ def read_celebdf(
 
 
 def read_dfdc(files: Sequence[Path], *, media: Media = Media.videos, frames: int | None = None) -> Read:
-    """DFDC: metadata.json ({"x.mp4": {"label": "REAL|FAKE", "split", "original"}}) or labels.csv (filename,label).
-
-    In labels.csv 1 is fake. Clips lie beside the file that lists them, or in `frames/` or `videos/` there. A fake is
-    grouped with its original; the same actor in two originals is not known.
-    """
+    """DFDC: metadata.json ({"x.mp4": {"label": "REAL|FAKE", "split", "original"}}) or labels.csv (filename,label; 1 is
+    fake). Clips lie beside that file, or in `frames/` or `videos/` there. A fake is grouped with its original; the same
+    actor in two originals is not known."""
     read = Read()
     folders = [Path(os.path.abspath(f.parent)) for f in files]
     top = Path(os.path.commonpath(folders))

@@ -60,10 +60,8 @@ def bank() -> list[CueQuestion]:
 
 
 def random_questions(n: int, rng: np.random.Generator) -> list[CueQuestion]:
-    """`n` different questions that have nothing to do with forgery: would they rank as well?
-
-    Raises X2DFDError when `n` is more than there are.
-    """
+    """`n` different questions that have nothing to do with forgery: would they rank as well? Raises X2DFDError for more
+    than there are."""
     known = _WORDS["unrelated"]
     if not 0 <= n <= len(known):
         raise X2DFDError(f"there are {len(known)} unrelated questions, not {n}", code="too_few_questions")
@@ -74,12 +72,8 @@ def random_questions(n: int, rng: np.random.Generator) -> list[CueQuestion]:
 def some(
     questions: Sequence[CueQuestion], n: int, cues: Collection[tuple[str, str]], rng: np.random.Generator
 ) -> list[CueQuestion]:
-    """`n` of the questions in their order: those on `cues` (area, artifact) first, then others drawn by `rng`.
-
-    An assessment costs pictures x questions; what no picture of the manifest shows can only be asked in vain.
-
-    Raises X2DFDError when there are fewer than `n`.
-    """
+    """`n` of the questions in their order: those on `cues` (area, artifact) first, then others drawn by `rng`, as an
+    assessment costs pictures x questions. Raises X2DFDError when there are fewer than `n`."""
     if n > len(questions):
         raise X2DFDError(f"there are {len(questions)} questions, not {n}", code="too_few_questions")
     drawn = rng.permutation(len(questions))
@@ -95,11 +89,8 @@ def write_questions(path: Path, questions: Sequence[CueQuestion], provenance: Js
 
 
 def read_published(path: Path) -> list[CueQuestion]:
-    """Read a published list: a JSON array of strings, or of objects with `question` (X2-DFD's result shape).
-
-    The cue is the first one that the question asserts; questions without a readable cue have None and come last: they
-    are assessed, but no cue rests on them. Raises X2DFDError for another shape.
-    """
+    """Read a published list: a JSON array of strings, or of objects with `question` (X2-DFD's result shape). The cue is
+    the first that a question asserts; questions without one come last: no cue rests on them. Raises X2DFDError."""
     try:
         entries = parse_json(path.read_bytes())
         texts = [e if isinstance(e, str) else e["question"] for e in entries]
@@ -152,11 +143,8 @@ class Generated:
 
 
 def fault(text: str, area: str, artifact: str) -> str | None:
-    """Why a question cannot be taken, or None.
-
-    "Yes" is evidence of forgery exactly when the question, read as a statement, asserts its cue: the parser of
-    rationales decides, which knows denials ("free of seams") and praise ("look natural").
-    """
+    """Why a question cannot be taken, or None. "Yes" is evidence of forgery exactly when the question, read as a
+    statement, asserts its cue: the parser of rationales decides, which knows denials and praise."""
     if area not in AREAS or artifact not in ARTIFACTS:
         return f"cue outside the vocabulary: {area} x {artifact}"
     if not text.endswith(f"? {CUE_ENDING}"):
@@ -232,10 +220,8 @@ def _entries(content: str, rejected: list[dict[str, str]]) -> list[Json]:
 
 
 def connect(base_url: str) -> openai.OpenAI:
-    """A client for an OpenAI-compatible endpoint; its key comes from OPENAI_API_KEY.
-
-    Raises SetupError when `openai` is not installed or there is no key.
-    """
+    """A client for an OpenAI-compatible endpoint, whose key comes from OPENAI_API_KEY. Raises SetupError without the
+    package or a key."""
     try:
         import openai
     except ImportError as error:

@@ -242,10 +242,8 @@ _POSE_FITS = 0.06  # near enough to stop looking
 
 
 def _donor(source: _Source, split: str, target: Sample, face: Photo, rng: np.random.Generator) -> tuple[Sample, Photo]:
-    """Another person's photo of the same split, the one of a few whose head is turned most alike.
-
-    One of another source is taken half of the times it is drawn.
-    """
+    """Another person's photo of the same split, the one of a few whose head is turned most alike. One of another source
+    is taken half of the times it is drawn."""
     found: list[tuple[float, Sample, Photo]] = []
     for _ in range(_TRIES):
         sample, photo = _draw_photo(source, "real", split, rng)
@@ -330,11 +328,8 @@ def resumed(out: Path, count: int, make: Callable[[Sequence[int]], Iterable[Json
 
 
 def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
-    """Make (or finish) a forge run; returns the path of its `manifest.jsonl`.
-
-    Raises X2DFDError when `out` holds another run or the input cannot be forged from, UnknownName for a method that
-    does not exist.
-    """
+    """Make (or finish) a forge run; returns the path of its `manifest.jsonl`. Raises X2DFDError when `out` holds
+    another run or the input cannot be forged from, UnknownName for a method."""
     for name in config.methods:
         if name not in _ALL:
             raise UnknownName("forge method", name, _ALL)

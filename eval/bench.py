@@ -177,10 +177,8 @@ def hashes(choice: models.Choice, stated: Json) -> Json:
 
 
 def code_state() -> Json | None:
-    """Commit, and whether tracked files differ from it; None outside a git checkout.
-
-    Documents and result files change no number, and a run must not make the next one dirty: they do not count.
-    """
+    """Commit, and whether tracked files differ from it; None outside a git checkout. Documents and result files change
+    no number, and a run must not make the next one dirty: they do not count."""
     git = shutil.which("git")
     if git is None:
         return None

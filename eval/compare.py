@@ -32,10 +32,8 @@ Scores = dict[str, dict[str, Seen]]
 
 
 def read_scores(folder: Path, result: Result) -> Scores:
-    """Every score in the table beside a result file, whose content is `result`.
-
-    Raises X2DFDError where there is no table, or it is that of another run.
-    """
+    """Every score in the table beside a result file, whose content is `result`. Raises X2DFDError without a table, or
+    for that of another run."""
     path = folder / "samples.parquet"
     if not path.is_file():
         raise X2DFDError("no samples.parquet beside the reference", code="scores_missing")
@@ -67,10 +65,8 @@ class Pair:
 
 
 def paired(first: dict[str, Seen], second: dict[str, Seen]) -> Pair:
-    """AUC of both on the common samples, and their difference.
-
-    Raises X2DFDError when the runs call one sample by different labels or groups, or share none.
-    """
+    """AUC of both on the common samples, and their difference. Raises X2DFDError when the runs share no sample, or know
+    one by another label or group."""
     common = sorted(first.keys() & second.keys())
     if not common:
         raise X2DFDError("the runs share no sample", code="no_shared_sample")

@@ -53,9 +53,7 @@ class Item:
 
 def own_photos(folder: Path) -> Path:
     """The one portrait that comes with the installed packages, as a manifest: NASA's of Eileen Collins (public domain).
-
-    One person is one group: enough to see that everything works, not enough for an interval or a face swap.
-    """
+    One group: enough to see that everything works, not for an interval or a face swap."""
     import skimage.data
 
     # The file itself: encoding it again would be other bytes under another version of the encoder.
@@ -70,10 +68,8 @@ def own_photos(folder: Path) -> Path:
 
 
 def photos_of(where: Path) -> list[tuple[str, Sample]]:
-    """SHA-256 and row of the real photos of a manifest, or of a folder, in which each is a group of its own.
-
-    Sorted by hash; a file that is not there has the hash "". Raises X2DFDError when there are none.
-    """
+    """SHA-256 ("" of an absent file) and row of the real photos of a manifest, or of a folder, in which each is a group
+    of its own; sorted by hash. Raises X2DFDError when there are none."""
     if where.is_dir():
         read = read_folders(labelled([str(where)], None), source="photos")
         hashed = [(file_sha256(s.path), s) for s in read.samples]
@@ -118,11 +114,9 @@ def _donor(photos: Sequence[Photo], k: int, turn: int) -> int:
 
 
 def build(photos: Path | None, out: Path, *, per_method: int = PER_METHOD, allow_missing: bool = False) -> Json:
-    """Make (or finish) the set in `out`; returns its card. Without `photos`: of the package's own portrait.
-
-    Raises X2DFDError when more than 1 % of the photos have no usable face (unless `allow_missing`: the card counts
-    them), and when `out` holds another set.
-    """
+    """Make (or finish) the set in `out`; returns its card. Without `photos`: of the package's own portrait. Raises
+    X2DFDError when more than 1 % of the photos have no usable face (unless `allow_missing`), and when `out` holds
+    another set."""
     if per_method < 1:
         raise X2DFDError(f"--per-method {per_method}: at least 1", code="number_out_of_range")
     given = photos_of(photos if photos is not None else own_photos(out / "own"))
@@ -228,10 +222,8 @@ def _counts(rows: Sequence[Json]) -> Json:
 
 
 def open_set(folder: Path) -> Path:
-    """The manifest of a set, every picture and mask of which was checked against its hash.
-
-    Raises X2DFDError when the set is unfinished, or anything is missing, changed or left over in the manifest.
-    """
+    """The manifest of a set, every picture and mask of which was checked against its hash. Raises X2DFDError when the
+    set is unfinished, or anything is missing or changed."""
     card, manifest = folder / CARD, folder / "manifest.jsonl"
     if not card.is_file():
         raise X2DFDError(

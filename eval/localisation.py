@@ -45,10 +45,8 @@ def truth_on_crop(path: Path, shape: Sequence[int], pixels: Pixels, face: Face) 
 
 
 def places(maps: Json, face: Face, truth: NDArray[np.bool_]) -> Part:
-    """How well each map, and two that know nothing of the forgery, say where it is.
-
-    Thresholds are shares of a map's own maximum: whether there is a forgery is the score's to say.
-    """
+    """How well each map, and two that know nothing of the forgery, say where it is. Thresholds are shares of a map's
+    own maximum: whether there is a forgery is the score's to say."""
     drawn = {name: np.asarray(rows, np.float32) for name, rows in maps.items()}
     drawn = {name: rows / max(float(rows.max()), 1e-6) for name, rows in drawn.items()}
     grids = {
@@ -87,11 +85,9 @@ def _centre() -> NDArray[np.float32]:
 
 
 def localisation(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Part:
-    """Pixel AUC and IoU of each map over the masked fakes, mean over pictures; overall and by method.
-
-    A picture's IoU is at the threshold that has the best mean IoU on the other groups of `FOLDS` parts: a map whose
-    numbers are all low loses nothing by that, and no threshold is chosen on the picture it is measured on.
-    """
+    """Pixel AUC and IoU of each map over the masked fakes, mean over pictures; overall and by method. A picture's IoU
+    is at the threshold with the best mean IoU on the other groups of `FOLDS` parts, so that none is chosen on the
+    picture it is measured on."""
     masked = [i for i, s in enumerate(samples) if s.label == "fake" and s.mask is not None]
     kept = [i for i in masked if rows[i].places]
     out = Counter(_unplaced(rows[i]) for i in masked if not rows[i].places)

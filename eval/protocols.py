@@ -166,10 +166,8 @@ def index_sets(
     labels: Mapping[str, Label] | None = None,
 ) -> dict[str, tuple[list[Sample], list[str]]]:
     """The test split of each of a protocol's index files: samples, and notes for the person who reads the summary.
-
     Raises X2DFDError when an index file is absent, when more than 1 % of a set's files are (unless `allow_missing`),
-    and when the protocol comes without index files.
-    """
+    and when the protocol comes without index files."""
     chosen = tuple(sets) or protocol.sets
     if not chosen:
         raise X2DFDError(f"{protocol.name} names no index files: give them with --sets A,B", code="option_missing")

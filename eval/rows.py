@@ -108,9 +108,8 @@ def score(
 ) -> tuple[list[SampleRow], Origin]:
     """Rows of all samples, in order, and their origin. `joined`: `p_fake` is not the judge's, but made of the scores.
 
-    Rows that `store` holds are used again if the model still is the one that made them: a stored sample is judged
-    anew, and model and scores have to agree. Raises X2DFDError when no stored sample can be asked and others would be
-    lost.
+    Stored rows are used again if a stored sample, judged anew, gets the same scores from the same model. Raises
+    X2DFDError when no stored sample can be asked and others would be lost.
     """
     done, origin = store.read()
     # What could not be read is tried again, and so is a file that is another one now.

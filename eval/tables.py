@@ -121,10 +121,8 @@ def detect(name: str, result: Result, *, every: bool = False) -> Iterator[Table]
 
 
 def describe(name: str, result: Result, *, every: bool = False) -> Iterator[Table]:
-    """What rationales name against the truth, beside the baselines; by method if `every`.
-
-    Of pictures with reference texts and without known cues, how near the texts come.
-    """
+    """What rationales name against the truth, beside the baselines; by method if `every`. Of pictures with reference
+    texts and without known cues, how near the texts come."""
     scorers: dict[str, Result] = result["scorers"]
     title = _title(name, result)
     if not any("cues" in s for s in scorers.values()):
@@ -298,10 +296,8 @@ def table(name: str, results: dict[str, Result]) -> str:
 
 
 def filled(text: str, results: dict[str, Result]) -> str:
-    """The text with every block between `<!-- table:NAME -->` and `<!-- /table -->` made anew.
-
-    Raises X2DFDError on an unknown name and on a marker without its end.
-    """
+    """The text with every block between `<!-- table:NAME -->` and `<!-- /table -->` made anew. Raises X2DFDError on an
+    unknown name and on a marker without its end."""
 
     def block(match: re.Match[str]) -> str:
         if match["name"] not in TABLES:

@@ -27,11 +27,8 @@ _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 
 def references_of(sample: Sample) -> tuple[str, ...]:
-    """The texts of a manifest's column `references` (JSON list) or `reference`; () where there is none.
-
-    Where `eval.protocols` wrote annotations there, every answer to every question: a rationale says why a picture is
-    real or fake, which is what they all are about. Raises X2DFDError for other `references`.
-    """
+    """The texts of a manifest's column `references` (JSON list, or annotations: every answer to every question) or
+    `reference`; () where there is none. Raises X2DFDError for other `references`."""
     if given := _given(sample):
         return tuple(text for _, texts in given for text in texts)
     one = sample.extra.get("reference")
@@ -69,10 +66,7 @@ def _given(sample: Sample) -> list[tuple[str | None, list[str]]]:
 
 def text_metrics(references: References, said: Sequence[str], *, encoder: Path | None = None) -> Measured:
     """BLEU-1 to 4 and their mean, ROUGE-L, CIDEr and sentence similarity: name -> value and `by`, or `reason`.
-
-    `encoder`: a folder of a sentence encoder (Transformers), by which similarity is named. All are 0..1, but CIDEr,
-    which is times ten as usual.
-    """
+    `encoder`: a folder of a sentence encoder (Transformers). All are 0..1, but CIDEr, which is times ten as usual."""
     if not said:
         return {}
     found: Measured = {}

@@ -66,10 +66,8 @@ class _Inception(nn.Module):
 
 
 class _Meso(nn.Module):
-    """RGB [n, 3, 256, 256] in 0..1 to logits [n] of **real**: sigmoid(logit) is P(real), and P(fake) is 1 less that.
-
-    "real" is class 1 of the published generator, which takes classes in the order of the alphabet.
-    """
+    """RGB [n, 3, 256, 256] in 0..1 to logits [n] of **real**, class 1 of the published generator, which takes classes
+    in the order of the alphabet."""
 
     def __init__(self, features: nn.Sequential) -> None:
         super().__init__()
@@ -162,10 +160,8 @@ def load_mesonet(path: Path) -> Meso4 | MesoInception4:
 
 
 class MesoNet(Published):
-    """P(fake) of each face's aligned crop: 1 less the network's output, which is P(real).
-
-    Each of the four published files will do under this name. It takes h5py to read them.
-    """
+    """P(fake) of each face's aligned crop: 1 less the network's output, which is P(real). Each of the four published
+    files will do."""
 
     FILE = "MesoInception_DF.h5"
     card: ClassVar[Card] = Card(

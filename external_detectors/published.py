@@ -31,11 +31,8 @@ CLIP_L = "openai/clip-vit-large-patch14"
 
 
 class Published(CropExpert):
-    """An expert whose weights are a third party's file, which a user has put into a folder.
-
-    `folder`: where the file lies; `experts/` of the cache if not given. Raises SetupError when the file is absent or
-    does not fit.
-    """
+    """An expert whose weights are a third party's file, in `folder`: `experts/` of the cache if not given. Raises
+    SetupError when the file is absent or does not fit."""
 
     FILE: ClassVar[str]
     """The file's name in the release."""
@@ -221,10 +218,8 @@ class AlignedForensics(Published):
 
 
 class SwinV2Blending(Published):
-    """P(fake) of each face's aligned crop by the blending detector released with X2-DFD: SwinV2-B, two classes.
-
-    The network is timm's, which has to be installed.
-    """
+    """P(fake) of each face's aligned crop by the blending detector released with X2-DFD: timm's SwinV2-B, two
+    classes."""
 
     FILE = "best_gf.pth"
     NETWORK: ClassVar[str] = "swinv2_base_window16_256"

@@ -109,10 +109,8 @@ class FinetuneConfig:
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> FinetuneConfig:
-    """The configuration of a YAML file with `key=value` overrides on top.
-
-    Raises UnknownName for a key that does not exist, X2DFDError for a value of the wrong kind or a missing key.
-    """
+    """The configuration of a YAML file with `key=value` overrides on top. Raises UnknownName for a key that does not
+    exist, X2DFDError for a value of the wrong kind or a missing key."""
     known = {f.name: f for f in fields(FinetuneConfig)}
     values: Json = {}
     if path is not None:

@@ -56,10 +56,8 @@ def renamed(state: Mapping[str, Tensor], to_hub: bool) -> dict[str, Tensor]:
 
 
 def hub_settings(settings: Json, base: str) -> Json:
-    """PEFT's settings for the hub's layout. Raises SetupError when a newer key is in use, or a target is foreign to it.
-
-    `["q_proj", ...]` would reach into the tower there: the targets become an expression over the language model.
-    """
+    """PEFT's settings for the hub's layout, where `["q_proj", ...]` would reach into the tower: the targets become an
+    expression over the language model. Raises SetupError when a newer key is in use, or a target is foreign to it."""
     grouped = bool(settings.get("use_qalora"))  # a group size says nothing where nothing is grouped
     said = {k: settings[k] for k in NEWER if k in settings and (grouped or k != "qalora_group_size")}
     used = [k for k, value in said.items() if value]
@@ -85,10 +83,8 @@ def hub_settings(settings: Json, base: str) -> Json:
 def check_complete(
     state: Mapping[str, Tensor], others: Mapping[str, Tensor], settings: Json, layers: int, where: Path
 ) -> None:
-    """Refuse a published adapter that lacks matrices of its targets in any of a base's `layers`, or half its projector.
-
-    It would load and do less than it was trained to. `state`, `others`: in LLaVA's layout. Raises SetupError.
-    """
+    """Refuse a published adapter that lacks matrices of its targets in any of a base's `layers`, or half its projector:
+    it would load and do less than it was trained to. `state`, `others`: in LLaVA's layout. Raises SetupError."""
     wanted = {
         (n, target, half)
         for n in range(layers)
@@ -203,9 +199,7 @@ def to_hub(
 
 def to_llava(source: Path, out: Path, *, base: str) -> None:
     """Convert an adapter directory for LLaVA's own code; `base` is the name that code loads (liuhaotian/llava-v1.5-7b).
-
-    Raises SetupError with the reason; `out` must not hold an adapter yet.
-    """
+    Raises SetupError with the reason; `out` must not hold an adapter yet."""
     import torch
     from safetensors.torch import load_file
 

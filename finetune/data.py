@@ -52,11 +52,8 @@ class Conversation:
 def answer_tokens(
     processor: Processor, question: str, answer: str, turns: Sequence[tuple[str, str]] = ()
 ) -> tuple[list[int], list[int]]:
-    """Tokens of the prompt after the picture, and of the last answer with its end.
-
-    Both are the very strings that inference renders. `turns` as in `prompts.conversation`. Raises X2DFDError when the
-    answer is empty.
-    """
+    """Tokens of the prompt after the picture, and of the last answer with its end: the very strings that inference
+    renders. `turns` as in `prompts.conversation`. Raises X2DFDError when the answer is empty."""
     if not answer.strip():
         raise X2DFDError(f"an empty answer has nothing to learn from: {question!r}", code="answer_empty")
     before = after_image(processor, question, turns=turns).tokens
@@ -113,10 +110,8 @@ Records = dict[int, list[Json]]
 def read_records(
     instructions: Path, split: str, data: CropSet, left_out: Sequence[str] = (), limit: int | None = None
 ) -> Records:
-    """The instruction records of a split by their picture's row, without the sources and generators `left_out`.
-
-    Of at most `limit` pictures, drawn by their ids. Raises X2DFDError when there are none, and as `learnable`.
-    """
+    """The instruction records of a split by their picture's row, without the sources and generators `left_out`; of at
+    most `limit` pictures, drawn by their ids. Raises X2DFDError when there are none, and as `learnable`."""
     known = set(learnable(data, split, left_out))
     by_row: Records = {}
     for record in records(instructions):
@@ -156,9 +151,7 @@ def _record(record: object) -> Json:
 
 def learnable(data: CropSet, split: str, left_out: Sequence[str] = ()) -> list[int]:
     """The rows of a split, without those of the origins `left_out` and those whose face is of a donor from there.
-
-    Raises UnknownName for an origin that the data does not hold.
-    """
+    Raises UnknownName for an origin that the data does not hold."""
     origins = {s.origin for s in data.samples}
     of_group = {s.group: s.source for s in data.samples if not s.synthetic}
     for origin in left_out:
@@ -226,11 +219,8 @@ class Rows(Dataset[Json]):
 
 
 def can_pack(model: Any, prefix: dict[str, Tensor]) -> bool:
-    """Whether conversations about a picture can stand in one row.
-
-    Not where a layer looks through a window, which counts places in the row, nor where the model makes its masks from
-    `token_type_ids`, since a row of several needs one of its own.
-    """
+    """Whether conversations about a picture can stand in one row: not where a layer looks through a window, which
+    counts places in the row, nor where the model makes its masks from `token_type_ids`."""
     return "token_type_ids" not in prefix and not getattr(model.get_decoder().config, "sliding_window", None)
 
 
@@ -246,10 +236,8 @@ def _positions(model: Any, prefix: dict[str, Tensor]) -> Tensor:
 def cache_tower(
     model: Any, processor: Processor, data: CropSet, rows: NDArray[np.intp], folder: Path, key: Json, seed: int
 ) -> TowerFeatures:
-    """What a LLaVA's own frozen tower gives for the training views, computed once and kept in 16 bits.
-
-    Another `key` (base, layers, manifest) begins anew; a cut-off run goes on where it stopped.
-    """
+    """What a LLaVA's own frozen tower gives for the training views, computed once and kept in 16 bits. Another `key`
+    (base, layers, manifest) begins anew; a cut-off run goes on where it stopped."""
     from PIL import Image
 
     layers = feature_layers(model)

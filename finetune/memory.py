@@ -1,8 +1,5 @@
-"""`--dry-run`: what would be trained, the memory that it takes on each GPU, and the settings that fit a card.
-
-A prediction from the model's shapes alone: weights, gradients, AdamW's moments, activations, logits. `finetune.gpu`
-measures the same. Nothing is loaded.
-"""
+"""`--dry-run`: what would be trained, the memory that it takes on each GPU, and the settings that fit a card. A
+prediction from the model's shapes alone; `finetune.gpu` measures the same. Nothing is loaded."""
 
 from __future__ import annotations
 

@@ -26,10 +26,8 @@ NO_TOWER = "tower: lora fits a tower of CLIP's kind in a LLaVA alone, and this m
 
 
 def resolved(config: FinetuneConfig) -> FinetuneConfig:
-    """The configuration with `base_dtype: auto` as what it is for this base, and bf16 on where the base is in bf16.
-
-    A checkpoint in 16 bits is never read in 32: of a 7B these are 28 GB. Raises SetupError when it cannot be read.
-    """
+    """The configuration with `base_dtype: auto` as what it is for this base, and bf16 on where the base is in bf16: a
+    checkpoint in 16 bits is never read in 32. Raises SetupError when it cannot be read."""
     if config.base_dtype != "auto":
         return config
     if config.bf16 or config.fp16:
@@ -93,11 +91,9 @@ def targets_of(model: Any, targets: str) -> str:
 
 
 def tune(model: Any, config: FinetuneConfig) -> tuple[Any, list[str]]:
-    """The model with just what is trained unfrozen, and the names of the modules that learn at `projector_lr`.
-
-    Projector and norms are trained whole; of the language model LoRA matrices, or everything. Raises X2DFDError when
-    `targets` names a module outside of the language model, or none.
-    """
+    """The model with just what is trained unfrozen, and the names of the modules that learn at `projector_lr`:
+    projector and norms whole; of the language model LoRA matrices, or everything. Raises X2DFDError when `targets`
+    names a module outside of the language model, or none."""
     text, projector = part_name(model, model.get_decoder()), projector_parts(model)
     whole = projector if config.projector_lr > 0 else []
     if config.tower == "norms":
@@ -149,9 +145,7 @@ def _with_lora(model: Any, text: str, whole: list[str], config: FinetuneConfig) 
 
 def _tower_linears(model: Any) -> re.Pattern[str]:
     """LoRA's targets in the tower's layers that the projector reads from: what lies behind them would learn nothing.
-
-    Raises X2DFDError where there is no such tower.
-    """
+    Raises X2DFDError where there is no such tower."""
     depth = getattr(getattr(model.config, "vision_config", None), "num_hidden_layers", None)
     read = getattr(model.config, "vision_feature_layer", None)
     if not isinstance(depth, int) or read is None:
@@ -207,11 +201,8 @@ class CachedTower(nn.Module):
 
 @torch.no_grad()
 def fit_projector(model: Any, patches: Tensor) -> None:
-    """Start a random projector from data: inputs standardised, outputs as large as the language model's own embeddings.
-
-    Tower outputs have a few huge dimensions; a plain random start drowns the text.
-    `patches`: [n, layers, patches, hidden].
-    """
+    """Start a random projector from data [n, layers, patches, hidden]: inputs standardised, as tower outputs have a few
+    huge dimensions, outputs as large as the language model's own embeddings."""
     projector = model.model.multi_modal_projector
     x = patches.transpose(1, 2).flatten(2).flatten(0, 1)  # [n * patches, layers * hidden]
     mean, std = x.mean(0), x.std(0) + 1e-3

@@ -54,11 +54,9 @@ from x2dfd.tower import (
 
 
 class Shown(Sampler[int]):
-    """The rows of an epoch: those of each set as often as its weight says, rows of like length in a batch.
-
-    transformers' samplers know no weights. The order follows from seed and epoch alone: a cut-off run has it too.
-    `sets`: rows and weight of each. `batch`: 1 mixes rows of any length.
-    """
+    """The rows of an epoch: those of each set as often as its weight says, rows of like length in a batch. The order
+    follows from seed and epoch alone: a cut-off run has it too. `sets`: rows and weight of each. `batch`: 1 mixes rows
+    of any length."""
 
     def __init__(self, lengths: Sequence[int], sets: Sequence[tuple[int, float]], batch: int, seed: int) -> None:
         self._lengths, self._sets, self._batch, self._seed, self._epoch = lengths, sets, batch, seed, 0
@@ -119,10 +117,8 @@ class RowTrainer(Trainer):
         return (loss, found[0][2]) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: Json, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss; logit of fake against real of each row's verdict; which it is, 1 for fake and -1 for no verdict.
-
-        The whole logits, which Trainer would gather, are gigabytes.
-        """
+        """Loss; logit of fake against real of each row's verdict; which it is, 1 for fake and -1 for no verdict. The
+        whole logits, which Trainer would gather, are gigabytes."""
         inputs = self._prepare_inputs(inputs)
         labels, verdicts = inputs["labels"], inputs["verdicts"]
         with torch.no_grad(), self.compute_loss_context_manager():

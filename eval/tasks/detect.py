@@ -125,10 +125,8 @@ def by_slice(of: Scored, said: Sequence[str] | None, column: str) -> Part:
 
 
 def _promise(samples: Sequence[Sample], rows: Sequence[SampleRow], promised: Part) -> Part:
-    """What the calibration allowed, and the false alarms of this run: over all reals, and of each source.
-
-    `kept` is false where the whole interval lies above what was allowed. `seen`: these are the calibration's pictures.
-    """
+    """What the calibration allowed, and the false alarms of this run: over all reals, and of each source. `kept` is
+    false where the whole interval lies above that. `seen`: these are the calibration's pictures."""
     allowed = float(promised["false_alarms_allowed"])
     reals = [(s, row.said == "fake") for s, row in zip(samples, rows, strict=True) if s.label == "real" and row.said]
 

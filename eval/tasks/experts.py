@@ -93,10 +93,8 @@ LOCATE = Task(
 
 
 def load_experts(names: Sequence[str] | None, folder: Path | None = None) -> tuple[list[Expert], dict[str, str]]:
-    """The named experts; else all of ours and `mesonet` that can be loaded, and the reasons of the others.
-
-    `folder`: weights that go before an expert's own, as in `load_expert`. Raises UnknownName, SetupError.
-    """
+    """The named experts; else all of ours and `mesonet` that can be loaded, and the reasons of the others. `folder`:
+    weights that go before an expert's own. Raises UnknownName, SetupError."""
     if names is not None:
         return [load_expert(name, folder) for name in names], {}
     found, reasons = [], {}
@@ -298,10 +296,8 @@ def join(panel: Panel, rows: Sequence[SampleRow]) -> None:
 def experts_result(
     panel: Panel, samples: Sequence[Sample], rows: Sequence[SampleRow], changes: Mapping[str, Change], by: Sequence[str]
 ) -> Part:
-    """Metrics of every column, overall and in slices; robustness; the format swap; localisation.
-
-    The rows hold the answer of the fusion (`join`).
-    """
+    """Metrics of every column, overall and in slices; robustness; the format swap; localisation. The rows hold the
+    fusion's answer (`join`)."""
     columns = {c: [panel.value(c, row.experts) for row in rows] for c in panel.columns}
     scorers: Part = {}
     for column, values in columns.items():

@@ -128,10 +128,8 @@ def worst(samples: Sequence[Sample], scores: NDArray[np.float64]) -> float | Non
 
 
 def licence_of(samples: Iterable[Sample]) -> str:
-    """The licence line of weights, from the column `licence` of the pictures they were trained on.
-
-    Sources without a licence are named.
-    """
+    """The licence line of weights, from the column `licence` of the pictures they were trained on. Sources without one
+    are named."""
     stated: set[str] = set()
     silent: set[str] = set()
     for sample in samples:

@@ -115,10 +115,8 @@ def weights_of(state: dict[str, Tensor], scale: float = 2.0) -> dict[str, Tensor
 
 
 def start_from(net: Net, weights: dict[str, Tensor], scale: float = 2.0) -> None:
-    """Give the net the values of a weight file; heads that the file lacks keep their random start.
-
-    Raises X2DFDError for a weight that the net does not have in that shape.
-    """
+    """Give the net the values of a weight file; heads that the file lacks keep their random start. Raises X2DFDError
+    for a weight that the net does not have in that shape."""
     own: dict[str, Tensor] = dict(net.own()) | {f"heads.{KEPT}": net.heads.allowed}
     by_short = {short: own[name] for name in own for short in weights_of({name: own[name]})}
     with torch.no_grad():
@@ -207,10 +205,8 @@ def _on_grid(mask: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.float3
 
 
 def origins_of(sample: Sample, donors: Mapping[str, str]) -> set[str]:
-    """What a picture shows of: its generator or its photo's source, its donor's, and its forge methods.
-
-    `donors`: group of a photo -> its source.
-    """
+    """What a picture shows of: its generator or its photo's source, its donor's, and its forge methods. `donors`: group
+    of a photo -> its source."""
     donor = donors.get(str(sample.extra.get("donor") or ""))
     return _own_origins(sample) | ({donor} if donor else set())
 
@@ -433,10 +429,8 @@ def seen_by(net: Net, pictures: Pictures, rows: Sequence[tuple[int, int]]) -> Se
 
 
 def cue_threshold(net: Net, pictures: Pictures) -> Json:
-    """The probability from which a cue is named: it has the best F1 over cues on forgeries that training did not see.
-
-    Those of split `calib`, which data_gen forge keeps for such a choice; 0.5 where there are none.
-    """
+    """The probability from which a cue is named: the best F1 over cues on forgeries of split `calib`, which data_gen
+    forge keeps for such a choice; 0.5 where there are none."""
     every = [(k, i) for k, crops in enumerate(pictures.sets) for i in range(len(crops.samples))]
     rows = _some([(k, i) for k, i in every if pictures.at(k, i).split == "calib" and pictures.at(k, i).cues], 300)
     if not rows:
