@@ -123,16 +123,9 @@ def read_deepfakebench(
                 for path, place, listed in listed_frames(read, reroot, part, paths, frames):
                     if collected:  # DF40 lays each method out in a folder of its own
                         method = next((m for m in listed if df_class("fake", m) == collected[1]), "")
-                    sample = row(
-                        path,
-                        place,
-                        label,
-                        source=source,
-                        method=method,
-                        split=split,
-                        sources=source_ids(source, listed[-1]) if listed else (),
-                        compression=level,
-                    )
+                    known = source_ids(source, listed[-1]) if listed else ()
+                    whose: Json = {"source": source, "method": method, "split": split, "compression": level}
+                    sample = row(path, place, label, sources=known, **whose)
                     read.samples.append(replace(sample, df_class=collected[1]) if collected else sample)
     read.notes += reroot.notes()
     return read
@@ -190,19 +183,9 @@ def read_ffpp(
     read = Read(only)
 
     def add(place: Path | None, name: str, label: Label, dataset: str, method: str = "", split: str = "") -> None:
-        add_clip(
-            read,
-            place,
-            root,
-            f"{method or 'originals'}/{name}",
-            label,
-            frames=frames,
-            source=dataset,
-            method=method,
-            split=split,
-            sources=source_ids(dataset, name),
-            compression=compression,
-        )
+        whose = {"source": dataset, "method": method, "split": split, "compression": compression}
+        listed = f"{method or 'originals'}/{name}"
+        add_clip(read, place, root, listed, label, frames=frames, sources=source_ids(dataset, name), **whose)
 
     swaps = [m for m in methods if m != DFD]
     if swaps:
@@ -255,19 +238,10 @@ def read_celebdf(
     tested: set[tuple[str, str]] = set()
 
     def add(folder: str, name: str, split: str) -> None:
-        label = _CELEB_FOLDERS[folder]
-        add_clip(
-            read,
-            clips.get(folder, {}).get(name),
-            root,
-            f"{folder}/{name}",
-            label,
-            frames=frames,
-            source=source,
-            method="" if label == "real" else "Celeb-DF",
-            split=split,
-            sources=source_ids(source, name),
-        )
+        label, place = _CELEB_FOLDERS[folder], clips.get(folder, {}).get(name)
+        whose = {"source": source, "method": "" if label == "real" else "Celeb-DF", "split": split}
+        known = source_ids(source, name)
+        add_clip(read, place, root, f"{folder}/{name}", label, frames=frames, sources=known, **whose)
 
     for number, line in enumerate(lines, start=1):
         folder, _, name = line[-1].strip().replace("\\", "/").partition("/")
@@ -303,19 +277,9 @@ def read_dfdc(files: Sequence[Path], *, media: Media = Media.videos, frames: int
         for name, label, split, original in _dfdc_csv(file) if file.suffix == ".csv" else _dfdc_json(file):
             stem = Path(name).stem
             sources = [f"DFDC/{n}" for n in dict.fromkeys((stem, Path(original).stem if original else stem))]
-            method = "" if label == "real" else "DFDC"
-            add_clip(
-                read,
-                clips.get(stem),
-                top,
-                f"{folder.name}/{file.name}/{name}",
-                label,
-                frames=frames,
-                source="DFDC",
-                method=method,
-                split=split,
-                sources=sources,
-            )
+            whose = {"source": "DFDC", "method": "" if label == "real" else "DFDC", "split": split}
+            listed = f"{folder.name}/{file.name}/{name}"
+            add_clip(read, clips.get(stem), top, listed, label, frames=frames, sources=sources, **whose)
     return read
 
 

@@ -73,16 +73,10 @@ def read_datasets(folders: Sequence[Path], images: Path, columns: Columns, *, on
                     for name in ("method", "group", "video")
                     if (column := getattr(columns, name)) and record[column] not in (None, "")
                 }
-                sample = row(
-                    path,
-                    path.name,
-                    label,
-                    source=folder.name,
-                    method=given.get("method", "") if label == "fake" else "",
-                    split=split,
-                    clip=False,
-                    sources=[f"{folder.name}/{given['group']}"] if "group" in given else (),
-                )
+                method = given.get("method", "") if label == "fake" else ""
+                known = [f"{folder.name}/{given['group']}"] if "group" in given else ()
+                whose = {"source": folder.name, "method": method, "split": split}
+                sample = row(path, path.name, label, clip=False, sources=known, **whose)
                 clip = f"{folder.name}/{label}/{given['video']}" if "video" in given else None
                 read.samples.append(replace(sample, video=clip))
     return read

@@ -276,10 +276,15 @@ def _square(ax: Axes, x: str, y: str) -> None:
     ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel=x, ylabel=y)
 
 
-def _roc(ax: Axes, curves: Result) -> None:
+def _lines(ax: Axes, curves: Result, kind: str, drawstyle: Any = "default") -> None:
+    """A line a scorer, the first of them bold."""
     for k, (name, curve) in enumerate(curves.items()):
-        x, y = zip(*curve["roc"], strict=True)
-        ax.plot(x, y, color=_colour(k), lw=2.2 if k == 0 else 1.2, label=name, drawstyle="steps-post")
+        x, y = zip(*curve[kind], strict=True)
+        ax.plot(x, y, color=_colour(k), lw=2.2 if k == 0 else 1.2, label=name, drawstyle=drawstyle)
+
+
+def _roc(ax: Axes, curves: Result) -> None:
+    _lines(ax, curves, "roc", "steps-post")
     ax.plot([0, 1], [0, 1], color=SOFT, lw=0.8, ls=":")
     _square(ax, "reals called fake", "fakes found")
     _legend(ax, curves)
@@ -297,9 +302,7 @@ def _reliability(ax: Axes, curves: Result) -> None:
 
 
 def _risk(ax: Axes, curves: Result) -> None:
-    for k, (name, curve) in enumerate(curves.items()):
-        x, y = zip(*curve["risk_coverage"], strict=True)
-        ax.plot(x, y, color=_colour(k), lw=2.2 if k == 0 else 1.2, label=name)
+    _lines(ax, curves, "risk_coverage")
     ax.set(xlim=(0, 1.01), ylim=(-0.005, None), xlabel="share answered", ylabel="wrong of those")
     _legend(ax, curves)
 
