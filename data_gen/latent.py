@@ -119,14 +119,16 @@ def use(folder: Path | None) -> None:
 
 def names() -> list[str]:
     """The autoencoders in use. Raises SetupError where none are."""
+    return list(_loaded())
+
+
+def _loaded() -> dict[str, nn.Sequential]:
     if _in_use is None:
         raise SetupError("redrawing in latents needs weights: data_gen forge --redraw DIR", code="autoencoder_missing")
-    return list(load(_in_use))
+    return load(_in_use)
 
 
 def redraw(pixels: Array, name: str) -> NDArray[np.float32]:
     """The picture [h, w, 3], 0..255, encoded and decoded by `name`; same shape, float."""
-    if name not in names() or _in_use is None:
-        raise SetupError(f"{_in_use} holds no {name}", code="autoencoder_missing")
-    net = load(_in_use)[name]
+    net = _loaded()[name]
     return through(lambda x: net(x.contiguous() / 255).clamp(0, 1) * 255, pixels, STRIDE)

@@ -129,7 +129,7 @@ def score(
         store.add(rows, origin)
         n = at + len(rows)
         pace = n / (time.monotonic() - started)
-        say(f"{n}/{len(todo)} images, {pace:.2f} a second, {_clock((len(todo) - n) / pace)} to go")
+        say(f"{n}/{len(todo)} images, {pace:.2f} a second, {(len(todo) - n) / pace / 60:.1f} min to go")
     done, _ = store.read(origin)
     # In one order of names, whether it was stated just now or read back: the same run ends in the same file.
     origin = json.loads(json.dumps(origin or {"model": {}, "versions": {}}, sort_keys=True))
@@ -161,11 +161,6 @@ def _still(
     changed = "the stored samples are not of this model" if probe else "no stored sample can be used"
     say(f"{changed}: starting anew")
     return False
-
-
-def _clock(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{seconds / 60:.1f} min"
 
 
 def _same(new: SampleRow, old: SampleRow, joined: bool) -> bool:

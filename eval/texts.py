@@ -20,7 +20,6 @@ from x2dfd.files import Json, file_sha256, parse_json
 from x2dfd.manifest import Sample
 
 References = Sequence[Sequence[str]]
-Measured = Json
 
 WORDS = "lower-case words"
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
@@ -64,12 +63,12 @@ def _given(sample: Sample) -> list[tuple[str | None, list[str]]]:
     return [(question, [text.strip() for text in texts if text.strip()]) for question, texts in read]
 
 
-def text_metrics(references: References, said: Sequence[str], *, encoder: Path | None = None) -> Measured:
+def text_metrics(references: References, said: Sequence[str], *, encoder: Path | None = None) -> Json:
     """BLEU-1 to 4 and their mean, ROUGE-L, CIDEr and sentence similarity: name -> value and `by`, or `reason`.
     `encoder`: a folder of a sentence encoder (Transformers). All are 0..1, but CIDEr, which is times ten as usual."""
     if not said:
         return {}
-    found: Measured = {}
+    found: Json = {}
     for names, make in (
         (tuple(f"bleu_{n}" for n in range(1, 5)), _bleu),
         (("rouge_l",), _rouge),
@@ -114,14 +113,11 @@ def _cider(references: References, said: Sequence[str]) -> tuple[list[float], st
 
     if len(said) < 2:
         raise SetupError("CIDEr counts words over several samples; here is one", code="too_few_samples")
-    value, _ = Cider().compute_score(*_coco(references, said))
+    # In the package's form, as words; its own tokenizer wants Java.
+    known = {i: [_words(text) for text in texts] for i, texts in enumerate(references)}
+    value, _ = Cider().compute_score(known, {i: [_words(text)] for i, text in enumerate(said)})
     by = f"pycocoevalcap {version('pycocoevalcap')}, {WORDS}, document frequencies of these references"
     return [float(value)], by
-
-
-def _coco(references: References, said: Sequence[str]) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-    """In the package's form, as words; its own tokenizer wants Java."""
-    return {i: [_words(t) for t in r] for i, r in enumerate(references)}, {i: [_words(s)] for i, s in enumerate(said)}
 
 
 def _words(text: str) -> str:
