@@ -106,7 +106,7 @@ def check_complete(
     projector = [f"{NAMES[k][0]}{part}" for k in (1, 2) for part in ("weight", "bias")]
     if absent := [k for k in projector if k not in others]:
         raise SetupError(
-            f"{where} lacks {len(absent)} of the projector's tensors: {absent[0]}", code="projector_incomplete"
+            f"{where} lacks {len(absent)} of 4 projector tensors: {absent[0]}", code="projector_incomplete"
         )
 
 
@@ -142,7 +142,8 @@ def check_shapes(state: Mapping[str, Tensor], config: PretrainedConfig, where: P
             wanted = (found[0], wanted[1]) if ".lora_A." in key else (wanted[0], found[1])
         if found != wanted:
             raise SetupError(
-                f"{where}: {key} is {list(found)}, in the base {wanted and list(wanted)}", code="adapter_does_not_fit"
+                f"{where}: {key} is {list(found)} where the base has {wanted and list(wanted)}",
+                code="adapter_does_not_fit",
             )
 
 
