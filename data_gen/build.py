@@ -16,7 +16,7 @@ import numpy as np
 
 from data_gen.exchange import FORMATS
 from data_gen.exchange import write as export
-from data_gen.questions import CueQuestion, bank
+from data_gen.questions import bank
 from data_gen.writers import (
     class_answer,
     class_choices,
@@ -27,7 +27,7 @@ from data_gen.writers import (
     write_follow_up,
 )
 from x2dfd import prompts
-from x2dfd.assessment import read_assessment, strong_cues
+from x2dfd.assessment import CueQuestion, read_assessment, strong_cues
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import through_codec
 from x2dfd.errors import UnknownName, X2DFDError

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
-from x2dfd.assessment import CueQuestion, read_questions
+from x2dfd.assessment import CueQuestion
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.explain import read_cues
 from x2dfd.files import Json, parse_json, write_text
@@ -29,20 +29,6 @@ from x2dfd.types import AREAS, ARTIFACTS
 if TYPE_CHECKING:
     import openai
 
-
-__all__ = [
-    "CueQuestion",
-    "Generated",
-    "add_commands",
-    "bank",
-    "connect",
-    "fault",
-    "generate",
-    "random_questions",
-    "read_published",
-    "read_questions",
-    "write_questions",
-]
 
 _WORDS: Json = json.loads((Path(__file__).parent / "words" / "questions.json").read_text("utf-8"))
 """`bank`: wordings by area and artifact, for pairs that a careful viewer could speak of, several where the forge makes
