@@ -55,7 +55,9 @@ def _portrait() -> Iterator[tuple[Photo, Photo]]:
     try:
         from skimage.data import astronaut
     except ImportError as error:
-        raise SetupError("--data, or scikit-image: pip install -e '.[bench]'", code="package_missing") from error
+        raise SetupError(
+            "give --data, or install scikit-image: pip install -e '.[bench]'", code="package_missing"
+        ) from error
     pixels = np.ascontiguousarray(astronaut()[:250, 110:360], np.uint8)
     photo = Photo(pixels, find_faces(pixels)[0].landmarks, "NASA portrait, scikit-image", "portrait")
     # A fixed seed: the donor is the same whatever the examples.
