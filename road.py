@@ -13,6 +13,7 @@ import csv
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 Words = list[str | Path | float]
@@ -42,29 +43,22 @@ def make_photos(out: Path) -> Path:
     rows = []
     for person in range(PEOPLE):
         rng = np.random.default_rng(person)
-        face = Photo(
-            pixels if person % 2 else np.ascontiguousarray(pixels[:, ::-1]), landmarks, "made", f"person-{person}"
-        )
+        face = Photo(pixels, landmarks, "made", f"person-{person}")
         if person % 2 == 0:
-            face = Photo(face.pixels, find_faces(face.pixels)[0].landmarks, face.source, face.group)
+            mirrored = np.ascontiguousarray(pixels[:, ::-1])
+            face = replace(face, pixels=mirrored, landmarks=find_faces(mirrored)[0].landmarks)
         for method in ("area_warp", "expression", "area_warp"):
-            face = Photo(
-                forge(face, METHODS[method], rng, strength=0.4).pixels, face.landmarks, face.source, face.group
-            )
-        face = Photo(
-            forge(face, HARMLESS["global_tone"], rng, strength=0.5).pixels, face.landmarks, face.source, face.group
-        )
+            face = replace(face, pixels=forge(face, METHODS[method], rng, strength=0.4).pixels)
+        face = replace(face, pixels=forge(face, HARMLESS["global_tone"], rng, strength=0.5).pixels)
         split = "val" if person % 6 == 5 else "train"
-        for kind, image in (
-            ("real", face.pixels),
-            ("fake", forge(face, METHODS["resynthesise"], rng, strength=0.9).pixels),
+        made = forge(face, METHODS["resynthesise"], rng, strength=0.9).pixels
+        for kind, method, df_class, image in (
+            ("real", "none", "real", face.pixels),
+            ("fake", "resynthesised", "EFS", made),
         ):
             path = f"photos/{person:02d}-{kind}.jpg"
             cv2.imwrite(str(out / path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 94])
-            made = kind == "fake"
-            rows.append(
-                [path, kind, "resynthesised" if made else "none", "EFS" if made else "real", "made", face.group, split]
-            )
+            rows.append([path, kind, method, df_class, "made", face.group, split])
     with manifest.open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["path", "label", "method", "df_class", "source", "group", "split"])

@@ -53,10 +53,7 @@ def probe(features: NDArray[Any], fake: NDArray[np.bool_], sources: Sequence[str
     from sklearn.preprocessing import StandardScaler
 
     if len(set(sources)) < 2:
-        raise X2DFDError(
-            "a probe needs pictures of two sources at least: one to fit it on, another to judge it by",
-            code="too_few_sources",
-        )
+        raise X2DFDError("a probe needs two sources: one to fit it on, another to judge it by", code="too_few_sources")
     folds = GroupKFold(min(FOLDS, len(set(sources))))
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
     chances = cross_val_predict(model, features, fake, groups=list(sources), cv=folds, method="predict_proba")

@@ -1,9 +1,6 @@
-"""The least time that the counted operations can take on this machine: the roofline, operation by operation.
-
-Every matrix product, convolution and attention of a call is counted from its shapes while the call runs (FLOPs by
-torch's own formulas; bytes of what goes in and comes out). Its bound is the longer of its FLOPs at the machine's matrix
-rate and its bytes at the machine's reading rate, both measured in the same run; the bound of a call is their sum.
-"""
+"""The least time that the counted operations can take on this machine: the roofline, operation by operation. Every
+matrix product, convolution and attention of a call is counted from its shapes while it runs. Its bound is the longer of
+its FLOPs at the measured matrix rate and its bytes at the measured reading rate; a call's is their sum."""
 
 from __future__ import annotations
 

@@ -22,10 +22,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import typer
@@ -45,10 +44,10 @@ AT_ONCE = (1, 8)  # faces in a call of an expert
 BATCHES = (1, 4, 16)  # pictures in a batch of `detect`
 ASKED, FEW = 100, 16  # cue questions about one face: of an assessment, of one picture's whole story
 SAID = (
-    (Evidence("consistency", 0.93, cues=(Cue("mouth", "blur", 0.9), Cue("jaw", "blending", 0.6))),),
-    (Evidence("consistency", 0.08),),
-    (Evidence("consistency", 0.71, cues=(Cue("eyes", "colour", 0.8),)),),
-    (Evidence("consistency", None, "no score"),),
+    (Evidence("tower", 0.93, cues=(Cue("mouth", "blur", 0.9), Cue("jaw", "blending", 0.6))),),
+    (Evidence("tower", 0.08),),
+    (Evidence("tower", 0.71, cues=(Cue("eyes", "colour", 0.8),)),),
+    (Evidence("tower", None, "no score"),),
 )
 """What experts say of the faces whose verdicts are timed."""
 FACES = 4  # of the verdicts against the published recipe
@@ -58,19 +57,9 @@ SAME = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}  # by how much answers of two 
 Answers = Mapping[str, Any]  # name -> numbers or text; those of one name must agree between the ways of a comparison
 
 
-class Geometry(StrEnum):
-    """The model that is timed."""
-
-    embedded = "embedded"
-    llava_7b = "llava-7b"
-    toy = "toy"
-
-
-class Place(StrEnum):
-    """A kind of device."""
-
-    cpu = "cpu"
-    cuda = "cuda"
+Geometry = Literal["embedded", "llava-7b", "toy"]
+"""The model that is timed."""
+Place = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -173,9 +162,7 @@ def difference(what: str, first: Answers, other: Answers, most: float) -> float:
         if not isinstance(value, str):
             gap = np.abs(np.asarray(value, float) - np.asarray(other[key], float))
             if not (gap <= most).all():  # nor for NaN
-                raise X2DFDError(
-                    f"{what} gives another {key}: by {gap.max():.1e}, and {most:.0e} is allowed", code="results_differ"
-                )
+                raise X2DFDError(f"{what}: {key} differs by {gap.max():.1e}, above {most:.0e}", code="results_differ")
             largest = max(largest, float(gap.max(initial=0.0)))
     return largest
 
@@ -228,11 +215,8 @@ def cue_questions(mllm: Any, crop: NDArray[np.uint8], questions: Sequence[str]) 
 
 
 def verdicts(mllm: Any, crops: NDArray[np.uint8], questions: Sequence[str]) -> Cases:
-    """P(fake) of each face: ours in one batch, and the published recipe, per picture.
-
-    The recipe: four tokens by `generate`, the labels' logits read at the fourth, whatever was generated. Where what it
-    generates is no verdict its number says nothing, and there is no answer to compare.
-    """
+    """P(fake) of each face: ours in one batch, and the published recipe, per picture: four tokens by `generate`, the
+    labels' logits read at the fourth. Where what it generates is no verdict, there is no answer to compare."""
 
     import torch
     from PIL import Image
@@ -383,9 +367,7 @@ def of_detector(detector: Any, threads: int, tower_alone: bool) -> list[Listed]:
                 else:
                     run.kill()  # who asked has the answer; what follows is the interpreter's end
             if "p=" not in told or (whole and run.returncode):
-                raise X2DFDError(
-                    f"the command ended with {run.returncode}; its first line: {told!r}", code="command_failed"
-                )
+                raise X2DFDError(f"the command ended with {run.returncode}, first line {told!r}", code="command_failed")
 
     sizes = {f"{n} at a time": Case(lambda n=n: judged(n), per=len(pictures)) for n in BATCHES}  # type: ignore[misc]
     warm = {"verdict": Case(lambda: single(False)), "verdict and rationale of a fake": Case(explained)}
@@ -454,10 +436,8 @@ def embedded(
 def measure(
     device: Any, precision: Dtype, threads: int, rounds: int, asked: int, geometry: Geometry, model: ModelSpec
 ) -> Iterator[Json]:
-    """Every comparison on one device: the device's part of the result, again after each of them.
-
-    Of the embedded model on a CPU in bf16, the tower alone computes so: what is about the language model is left out.
-    """
+    """Every comparison on one device: the device's part of the result, again after each of them. Of the embedded model
+    in bf16 on a CPU, the tower alone computes so: what is about the language model is not timed."""
     import torch
 
     from benchmarks.roofline import Rates
@@ -505,7 +485,7 @@ def measure(
 def run(
     out: Annotated[Path, typer.Option(help="result file")] = Path("build/speed.json"),
     model: Model = "embedded",
-    geometry: Annotated[Geometry, typer.Option(help="embedded, or one with random weights")] = Geometry.embedded,
+    geometry: Annotated[Geometry, typer.Option(help="embedded, or one with random weights")] = "embedded",
     rounds: Annotated[int, typer.Option(min=1, help="of the quick cases; slow ones have fewer")] = 5,
     questions: Annotated[int, typer.Option(min=4, help="cue questions about one face")] = ASKED,
     threads: Annotated[int, typer.Option(min=1)] = 2,
@@ -516,19 +496,20 @@ def run(
     import torch
 
     from eval.bench import code_state
+    from x2dfd.detector import versions
 
     torch.set_num_threads(threads)
     load = os.getloadavg()[0]  # what else ran when it began; afterwards it is the bench's own
     devices = _devices(geometry, only, torch.cuda.is_available())
     result: Json = {
         "task": {"name": "speed", "version": 6},
-        "geometry": geometry.value,
+        "geometry": geometry,
         "threads": threads,
         "devices": [],
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "load_before": load, "platform": platform.machine()},
         "code": code_state(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "versions": _versions(),
+        "versions": versions(),
     }
     for place, precision in devices:
         done = list(result["devices"])
@@ -541,25 +522,19 @@ def run(
 
 def _devices(geometry: Geometry, only: Place | None, cuda: bool) -> list[tuple[str, Dtype]]:
     """Device and precision of each run. Raises X2DFDError for a device that is not here."""
-    if geometry is Geometry.llava_7b and (only is Place.cpu or not cuda):
+    if geometry == "llava-7b" and (only == "cpu" or not cuda):
         raise X2DFDError("llava-7b needs a CUDA device: on a CPU its weights alone are 28 GB", code="cuda_missing")
-    if only is Place.cuda and not cuda:
+    if only == "cuda" and not cuda:
         raise X2DFDError("there is no CUDA device here", code="cuda_missing")
     from x2dfd.tower import quick_in_16_bits
 
-    devices: list[tuple[str, Dtype]] = [] if only is Place.cuda or geometry is Geometry.llava_7b else [("cpu", "fp32")]
-    if devices and geometry is Geometry.embedded and quick_in_16_bits("cpu"):
+    devices: list[tuple[str, Dtype]] = [] if only == "cuda" or geometry == "llava-7b" else [("cpu", "fp32")]
+    if devices and geometry == "embedded" and quick_in_16_bits("cpu"):
         devices.append(("cpu", "bf16"))
-    if cuda and only is not Place.cpu:
-        devices += [("cuda", "fp32")] if geometry is Geometry.embedded else []
+    if cuda and only != "cpu":
+        devices += [("cuda", "fp32")] if geometry == "embedded" else []
         devices.append(("cuda", "bf16"))
     return devices
-
-
-def _versions() -> dict[str, str]:
-    from x2dfd.detector import versions
-
-    return versions()
 
 
 def _cpu() -> str:

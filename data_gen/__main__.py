@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
 from data_gen import catalogue, leaks, questions, read_commands
 from x2dfd.cli import run_command
+from x2dfd.files import Json
 from x2dfd.options import Seed, names
+
+T = TypeVar("T")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -17,6 +21,18 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 @app.callback()
 def _rooms() -> None:
     """Forgeries with known cues, and the instruction set made of them."""
+
+
+def _configured(kind: type[T], options: Json) -> T:
+    """The configuration that a command's options of the same names make; an empty list is the default one."""
+    found: Json = {}
+    for field in fields(kind):  # type: ignore[arg-type]
+        if field.name in options:
+            value = options[field.name]
+            if isinstance(field.default, tuple):
+                value = names(value) or field.default
+            found[field.name] = str(value) if isinstance(value, Path) else value
+    return kind(**found)
 
 
 _FORGE_EPILOG = """Examples:\n
@@ -53,21 +69,9 @@ def forge(
     from data_gen.forge import LATENT, METHODS
     from data_gen.run_forge import ForgeConfig, run
 
-    config = ForgeConfig(
-        data=str(data),
-        count=count,
-        seed=seed,
-        forged=forged,
-        harmless=harmless,
-        combine=combine,
-        ready_made=ready_made,
-        calib=calib,
-        methods=names(methods) or (*METHODS, *(LATENT if redraw else ())),
-        splits=names(splits),
-        decoders=str(decoders) if decoders else None,
-        redraw=str(redraw) if redraw else None,
-        video=video,
-    )
+    config = _configured(ForgeConfig, locals())
+    if redraw and not methods:
+        config = replace(config, methods=(*METHODS, *LATENT))
     print(run(config, out, workers))
 
 
@@ -87,7 +91,9 @@ def build(
     features: Annotated[
         Path | None, typer.Option(help="folder for the tower's outputs, which finetune takes as cached_features")
     ] = None,
-    hold_out: Annotated[str, typer.Option(help="forge methods kept out of training, comma-separated")] = "",
+    held_out: Annotated[
+        str, typer.Option("--hold-out", help="forge methods kept out of training, comma-separated")
+    ] = "",
     corrupt: Annotated[float, typer.Option(help="share of injected scores that are wrong or missing")] = 0.15,
     score_form: Annotated[str, typer.Option(help="how questions give scores: numbers, words or both")] = "numbers",
     closing: Annotated[
@@ -109,26 +115,8 @@ def build(
     """Instruction data from the forgeries' truth, the ranking and the experts' scores."""
     from data_gen.build import BuildConfig
     from data_gen.build import build as run_build
-    from x2dfd.experts import DEFAULT
 
-    config = BuildConfig(
-        data=str(data),
-        assessment=str(assessment) if assessment else None,
-        experts=names(experts) or DEFAULT,
-        expert_weights=str(expert_weights) if expert_weights else None,
-        features=str(features) if features else None,
-        held_out=names(hold_out),
-        view_seed=view_seed,
-        corrupt=corrupt,
-        score_form=score_form,
-        closing=closing,
-        explanations=explanations,
-        limit=limit,
-        format=format,
-        crop_size=crop_size,
-        seed=seed,
-    )
-    print(run_build(config, out))
+    print(run_build(_configured(BuildConfig, locals()), out))
 
 
 @app.command(epilog="Example:\n\n  python -m data_gen adopt train.json --pictures images/ --out build/instructions")

@@ -27,12 +27,10 @@ def adopt(path: Path, out: Path, *, pictures: Path | None = None, experts: str =
     """Write the conversations of `path` (a format of `exchange`) as `data_gen build` writes its own; returns the JSONL.
 
     `out` gets `instructions.jsonl`, a record an answer, `card.json` and `manifest.jsonl`, all of split `train`. A
-    picture's label is the verdict that an answer about it begins with, or its records' `label`. `pictures`: as in
-    `exchange.read`. `experts`: whose scores the questions give, as in `x2dfd.experts.aliased`. A conversation about
-    several pictures, none, or one that comes later is of task `talk`; its pictures have no label and stand in no
-    manifest, which is empty where there are no others. Pictures without a usable face are left out, with what is said
-    of them, and the card counts them. Raises X2DFDError for a conversation that this project's prompts have no place
-    for.
+    picture's label is the verdict that an answer begins with, or its records' `label`. `pictures`: as in
+    `exchange.read`; `experts`: whose scores the questions give, as in `x2dfd.experts.aliased`. A conversation about
+    several pictures or none is of task `talk`, and its pictures stand in no manifest. Pictures without a usable face
+    are counted. Raises X2DFDError for a conversation that the prompts have no place for.
     """
     records = read(path, pictures)
     names, aliases = aliased(experts)
@@ -114,5 +112,5 @@ def _label(path: Path, image: str, given: set[str], about: list[list[dict[str, s
         return "fake"
     found = ", ".join(sorted(given)) or "no verdict, and no `label`"
     raise X2DFDError(
-        f"{path}: {image} is to be called real or fake by what is said of it; it has {found}", code="label_unclear"
+        f"{path}: what is said of {image} has to call it real or fake; it has {found}", code="label_unclear"
     )

@@ -16,7 +16,7 @@ import numpy as np
 
 from data_gen.exchange import FORMATS
 from data_gen.exchange import write as export
-from data_gen.questions import CueQuestion, bank
+from data_gen.questions import bank
 from data_gen.writers import (
     class_answer,
     class_choices,
@@ -27,7 +27,7 @@ from data_gen.writers import (
     write_follow_up,
 )
 from x2dfd import prompts
-from x2dfd.assessment import read_assessment, strong_cues
+from x2dfd.assessment import CueQuestion, read_assessment, strong_cues
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import through_codec
 from x2dfd.errors import UnknownName, X2DFDError
@@ -65,10 +65,8 @@ class BuildConfig:
 
 def build(config: BuildConfig, out: Path) -> Path:
     """Write `instructions.jsonl`, a Parquet copy, and `card.json` with counts into `out`; returns the JSONL's path.
-
-    Raises X2DFDError when the class of a fake is not known, or when nothing is left to build from, and UnknownName for
-    a format that there is not.
-    """
+    Raises X2DFDError for a fake of unknown class, or when nothing is left to build from, and UnknownName for a
+    format."""
     if config.format is not None and config.format not in FORMATS:
         raise UnknownName("format", config.format, FORMATS)
     if not 0 <= config.corrupt <= 1:
@@ -79,8 +77,7 @@ def build(config: BuildConfig, out: Path) -> Path:
     unclear = [data.samples[i].id for i in rows if data.samples[i].label == "fake" and not data.samples[i].df_class]
     if unclear:
         raise X2DFDError(
-            f"{config.data}: {len(unclear)} fakes without df_class (FS, FR, FE, EFS), such as {unclear[0]}",
-            code="df_class_missing",
+            f"{config.data}: {len(unclear)} fakes without df_class, such as {unclear[0]}", code="df_class_missing"
         )
     scores = expert_scores(data, rows, config)
     kept = [
@@ -94,9 +91,7 @@ def build(config: BuildConfig, out: Path) -> Path:
         rng = np.random.default_rng([config.seed, i])
         records += list(_records(sample, i, scores[sample.id], strong, config, rng))
     if not records:
-        raise X2DFDError(
-            f"{config.data}: no usable picture of split train, val or calib to build from", code="no_usable_picture"
-        )
+        raise X2DFDError(f"{config.data}: no usable picture of split train, val or calib", code="no_usable_picture")
     if config.assessment is not None:  # what was explained is part of the set
         write_text(out / "assessment.json", Path(config.assessment).read_text(encoding="utf-8"))
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
@@ -160,9 +155,8 @@ def _records(
     config: BuildConfig,
     rng: np.random.Generator,
 ) -> Iterator[Json]:
-    """The conversations about one picture: verdict with scores, verdict without, verdict in a user's words, class,
-    yes/no questions, a follow-up.
-    """
+    """The conversations about one picture: verdict with scores, without, in a user's words, class, yes/no questions, a
+    follow-up."""
     # An explanation names cues that are there and that the model can see.
     cues = [c for c in sample.cues if strong is None or (c.area, c.artifact) in strong]
     label = sample.label

@@ -1,8 +1,7 @@
-"""`python -m data_gen catalogue` and `contact-sheet`: the forge's work, laid out for a person to look at.
+"""`python -m data_gen catalogue`: the forge's work, laid out for a person to look at.
 
-The catalogue is one self-contained page with every forge method and every harmless change, each on one photo at three
-strengths: picture, mask, difference, cues. The contact sheet is one picture of many tiles from a finished forge run.
-Both are a function of their input and the seed; files are written whole or not at all.
+One self-contained page with every forge method and every harmless change, each on one photo at three strengths:
+picture, mask, difference, cues. The same input and seed give the same page.
 """
 
 from __future__ import annotations
@@ -10,10 +9,9 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -22,16 +20,15 @@ import jinja2
 import numpy as np
 import typer
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from data_gen.forge import HARMLESS, METHODS, Forgery, Method, Photo, forge
 from data_gen.run_forge import ForgeConfig, load_photo
 from x2dfd.degrade import tone
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.faces import find_faces
-from x2dfd.files import Json, write_bytes
+from x2dfd.files import Json, write_text
 from x2dfd.manifest import Sample, read_manifest
-from x2dfd.media import MAX_PIXELS, load_picture
 
 Pixels = NDArray[np.uint8]
 Rng = np.random.Generator
@@ -53,16 +50,13 @@ IMITATES: dict[str, str] = json.loads((_WORDS / "imitates.json").read_text("utf-
 """What each method imitates, in a sentence."""
 
 
-# --- photos ---------------------------------------------------------------------------------------------------------
-
-
 def _portrait() -> Iterator[tuple[Photo, Photo]]:
     """NASA's portrait of Eileen Collins (public domain) and, as a donor, the same mirrored and in other light."""
     try:
         from skimage.data import astronaut
     except ImportError as error:
         raise SetupError(
-            "without --data the catalogue needs scikit-image: pip install -e '.[bench]'", code="package_missing"
+            "give --data, or install scikit-image: pip install -e '.[bench]'", code="package_missing"
         ) from error
     pixels = np.ascontiguousarray(astronaut()[:250, 110:360], np.uint8)
     photo = Photo(pixels, find_faces(pixels)[0].landmarks, "NASA portrait, scikit-image", "portrait")
@@ -102,22 +96,16 @@ def _pairs(data: Path, seed: int) -> Iterator[tuple[Photo, Photo]]:
             yield photo, usable[-2]
     if len(usable) < 2:
         raise X2DFDError(
-            f"{data}: {len(usable)} real photos of different groups show a face; two are needed", code="too_few_photos"
+            f"{data}: a face in {len(usable)} groups of real photos; two are needed", code="too_few_photos"
         )
     while True:
         for i, photo in enumerate(usable):
             yield photo, usable[i - 1]
 
 
-# --- the catalogue --------------------------------------------------------------------------------------------------
-
-
 def catalogue(data: Path | None = None, seed: int = 0) -> str:
-    """The page: a card for every forge method and every harmless change.
-
-    Photos are those of a manifest (label `real`), a pair for each method in turn, or the portrait that scikit-image
-    carries. Raises X2DFDError for a manifest without two usable photos, SetupError without scikit-image.
-    """
+    """The page: a card for every forge method and harmless change, on photos of a manifest or on scikit-image's
+    portrait. Raises X2DFDError for a manifest without two usable photos, SetupError without scikit-image."""
     pairs = _pairs(data, seed) if data else _portrait()
     sections = [
         [_card(method, *pair, seed) for method, pair in zip(table.values(), pairs, strict=False)]
@@ -165,11 +153,8 @@ def _card(method: Method, photo: Photo, donor: Photo, seed: int) -> Json:
 
 
 def _window(photo: Photo, mask: Pixels | None, whole: bool = False) -> tuple[slice, slice]:
-    """What is shown of a photo: its face, and what the mask covers beside it; or the whole of it.
-
-    Tight, so that faint traces are not lost in shrinking. A mask of the whole picture asks for no more than the face:
-    its traces are everywhere.
-    """
+    """What is shown of a photo: its face and what the mask covers beside it, tight, so that faint traces are not lost
+    in shrinking; or the whole of it. A mask of the whole picture asks for no more than the face."""
     height, width = photo.pixels.shape[:2]
     if whole:
         return slice(0, height), slice(0, width)
@@ -199,23 +184,17 @@ def _fit(pixels: Pixels, side: int) -> Pixels:
     return np.asarray(cv2.resize(pixels, size, interpolation=how), np.uint8)
 
 
-def _outlined(pixels: Pixels, mask: Pixels) -> Pixels:
-    """A copy of a picture with the line along which its mask [H, W], 0..255, is at half of its height."""
-    half = (mask > mask.max() / 2).astype(np.uint8)
-    lines, _ = cv2.findContours(half, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-    out = pixels.copy()
-    cv2.drawContours(out, lines, -1, (20, 24, 30), 3)  # dark below bright: seen on any picture
-    cv2.drawContours(out, lines, -1, LINE, 1)
-    return out
-
-
 def _overlay(forgery: Forgery, window: tuple[slice, slice]) -> Pixels:
-    """The forged picture in grey, the mask's weight in orange upon it."""
+    """The forged picture in grey, the mask's weight in orange upon it, with a line where that is at half its height."""
     pixels, mask = _fit(forgery.pixels[window], SHOWN), _fit(forgery.mask[window], SHOWN)
     grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY).astype(np.float32)[..., None]
     weight = 0.5 * mask.astype(np.float32)[..., None] / 255
     tinted = 0.85 * grey * (1 - weight) + np.array(ORANGE, np.float32) * weight
-    return _outlined(np.clip(tinted, 0, 255).astype(np.uint8), mask)
+    out = np.clip(tinted, 0, 255).astype(np.uint8)
+    lines, _ = cv2.findContours((mask > mask.max() / 2).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    cv2.drawContours(out, lines, -1, (20, 24, 30), 3)  # dark below bright: seen on any picture
+    cv2.drawContours(out, lines, -1, LINE, 1)
+    return out
 
 
 def _heat(change: NDArray[np.int16]) -> Pixels:
@@ -230,126 +209,25 @@ def _jpeg_uri(pixels: Pixels, quality: int = 90) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-# --- the contact sheet ----------------------------------------------------------------------------------------------
-
-
-def contact_sheet(run: Path, count: int = 48, tile: int = 160, seed: int = 0) -> Image.Image:
-    """A grid of pictures drawn at random from a forge run, its methods taking turns, with the masks of the forged ones.
-
-    Labels and methods are the manifest's. Raises X2DFDError for a folder without a manifest, and naming the file for a
-    picture or a mask that is missing, unreadable or of another size than its picture.
-    """
-    samples = _drawn(read_manifest(run / "manifest.jsonl"), count, _rng(seed))
-    columns = math.ceil(math.sqrt(4 / 3 * len(samples)))
-    rows = math.ceil(len(samples) / columns)
-    gap, text = max(4, tile // 20), max(10, tile // 12)
-    strip = 3 * text
-    width, height = columns * (tile + gap) + gap, rows * (tile + strip + gap) + gap
-    if width * height > MAX_PIXELS:
-        raise X2DFDError(
-            f"a sheet of {width} x {height} pixels is too large: fewer --count or a smaller --tile",
-            code="sheet_too_large",
-        )
-    sheet = Image.new("RGB", (width, height), "#1b2027")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(text)
-    for i, sample in enumerate(samples):
-        x, y = gap + i % columns * (tile + gap), gap + i // columns * (tile + strip + gap)
-        picture = Image.fromarray(_tile(sample, tile))
-        sheet.paste(picture, (x + (tile - picture.width) // 2, y + (tile - picture.height) // 2))
-        name = "untouched" if sample.method == "none" else sample.method or "method unknown"
-        facts = [sample.label, *([sample.df_class] if sample.label == "fake" and sample.df_class else [])]
-        if sample.extra.get("strength") and (sample.mask or sample.label == "real"):  # of ready-made fakes unknown
-            facts.append(f"{float(sample.extra['strength']):.2f}")
-        colour = "#ff9d92" if sample.label == "fake" else "#86d8a5"
-        top = y + tile + text // 4
-        draw.text((x, top), _cut(name, font, tile), fill="#e6e9ed", font=font)
-        draw.text((x, top + 1.25 * text), _cut(", ".join(facts), font, tile), fill=colour, font=font)
-    return sheet
-
-
-def _drawn(samples: Sequence[Sample], count: int, rng: Rng) -> list[Sample]:
-    """`count` samples, as many of each method as can be; sorted by label and method. A pair counts as its first."""
-    queues: dict[tuple[str, str], list[Sample]] = defaultdict(list)
-    for i in rng.permutation(len(samples)):
-        queues[samples[i].label, samples[i].method.split("+")[0]].append(samples[i])
-    ordered = [queues[key] for key in sorted(queues)]
-    ordered = [ordered[i] for i in rng.permutation(len(ordered))]  # who comes first when there are fewer tiles
-    turns = [queue[i] for i in range(max(map(len, ordered))) for queue in ordered if i < len(queue)]
-    return sorted(turns[:count], key=lambda s: (s.label, s.method, s.id))
-
-
-def _tile(sample: Sample, side: int) -> Pixels:
-    try:
-        pixels = load_picture(sample.path).pixels
-    except X2DFDError as error:
-        raise X2DFDError(f"{sample.path}: {error}", code="picture_unreadable") from error
-    if sample.mask is None:
-        return _fit(pixels, side)
-    mask = cv2.imread(str(sample.mask), cv2.IMREAD_GRAYSCALE) if sample.mask.is_file() else None
-    if mask is None:
-        raise X2DFDError(f"{sample.mask}: no such mask, or not readable", code="mask_unreadable")
-    if mask.shape != pixels.shape[:2]:
-        raise X2DFDError(f"{sample.mask}: a mask of another size than its picture", code="mask_size_differs")
-    return _outlined(_fit(pixels, side), _fit(np.asarray(mask, np.uint8), side))
-
-
-def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """The text, cut at its end so that it is at most `width` pixels wide."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
-
-
-# --- files and commands ---------------------------------------------------------------------------------------------
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all. Raises X2DFDError where that is not possible."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, data)
-    except OSError as error:
-        raise X2DFDError(f"cannot write {path}: {error.strerror or error}", code="cannot_write") from error
-
-
-_CATALOGUE_EPILOG = """Examples:\n
+_EPILOG = """Examples:\n
   python -m data_gen catalogue --out build/catalogue.html\n
   python -m data_gen catalogue --data photos.csv --out build/catalogue.html --seed 3
 """
-_SHEET_EPILOG = """Examples:\n
-  python -m data_gen contact-sheet --run build/forged --out build/sheet.jpg\n
-  python -m data_gen contact-sheet --run build/forged --out build/sheet.png --count 120 --tile 96 --seed 2
-"""
-_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Register `catalogue` and `contact-sheet` on the room's command."""
+    """Register `catalogue` on the room's command."""
 
-    @app.command("catalogue", epilog=_CATALOGUE_EPILOG)
+    @app.command("catalogue", epilog=_EPILOG)
     def _catalogue(
         out: Annotated[Path, typer.Option(help="HTML file to write")],
         data: Annotated[Path | None, typer.Option(help="manifest of photos; scikit-image's portrait if none")] = None,
         seed: Annotated[int, typer.Option(min=0, help="chooses photos and what each method does")] = 0,
     ) -> None:
         """Every forge method and harmless change on one page: picture, mask, difference, cues at three strengths."""
-        write(out, catalogue(data, seed).encode("utf-8"))
-        print(out)
-
-    @app.command("contact-sheet", epilog=_SHEET_EPILOG)
-    def _contact_sheet(
-        run: Annotated[Path, typer.Option(help="folder of a finished forge run")],
-        out: Annotated[Path, typer.Option(help="picture to write: .png or .jpg")],
-        count: Annotated[int, typer.Option(min=1, help="tiles")] = 48,
-        tile: Annotated[int, typer.Option(min=32, help="side of a tile in pixels")] = 160,
-        seed: Annotated[int, typer.Option(min=0, help="chooses the pictures")] = 0,
-    ) -> None:
-        """Random pictures of a forge run on one sheet, its methods taking turns, masks outlined."""
-        if out.suffix.lower() not in _FORMATS:
-            raise X2DFDError(f"{out}: a sheet is written as {', '.join(_FORMATS)}", code="sheet_format_unknown")
-        buffer = io.BytesIO()
-        contact_sheet(run, count, tile, seed).save(buffer, _FORMATS[out.suffix.lower()], quality=92)
-        write(out, buffer.getvalue())
+        page = catalogue(data, seed)
+        try:
+            write_text(out, page)
+        except OSError as error:
+            raise X2DFDError(f"cannot write {out}: {error.strerror or error}", code="cannot_write") from error
         print(out)

@@ -1,9 +1,8 @@
 """Small learnt autoencoders whose decoders draw a face anew, as the decoders of face swaps and generators do.
 
-Trained by this project on real photos of split `train` alone (`python -m data_gen decoders`). They differ in stride,
-width, way of enlarging and loss, so that whatever learns from their output cannot learn one of them by heart. Pictures
-that are rebuilt by a decoder are aligned with their photo: same person, same light, same camera (the idea of Rajan et
-al., "Aligned Datasets Improve Detection of Latent Diffusion-Generated Images", ICLR 2025).
+Trained by this project on real photos of split `train` (`python -m data_gen decoders`). They differ in stride, width,
+enlargement and loss, so that none is learnt by heart. Redrawn pictures are aligned with their photo (the idea of Rajan
+et al., "Aligned Datasets Improve Detection of Latent Diffusion-Generated Images", ICLR 2025).
 """
 
 from __future__ import annotations
@@ -177,10 +176,7 @@ def use(path: Path | None) -> None:
 def load_bank(path: Path) -> dict[str, Autoencoder]:
     """The decoders of a weight file, by name. Raises SetupError when it is absent or holds something else."""
     if not path.is_file():
-        raise SetupError(
-            f"{path} is missing; reinstall from a checkout, or make it: python -m data_gen decoders",
-            code="decoders_missing",
-        )
+        raise SetupError(f"{path} is missing; make it: python -m data_gen decoders", code="decoders_missing")
     try:
         tensors = load_file(path)
         bank = {}
@@ -191,7 +187,7 @@ def load_bank(path: Path) -> dict[str, Autoencoder]:
             bank[design.name] = net.eval()
     except (SafetensorError, RuntimeError, IndexError) as error:
         raise SetupError(
-            f"{path} does not hold the forge's decoders: {first_line(error)}", code="decoders_unreadable"
+            f"{path}: not the forge's decoders: {first_line(error)}", code="decoders_unreadable"
         ) from error
     return bank
 
@@ -219,10 +215,8 @@ def through(net: Callable[[Tensor], Tensor], pixels: Array, stride: int) -> NDAr
 
 
 def train(data: Path, steps: int, work: Path, path: Path = WEIGHTS) -> None:
-    """Train every decoder on the untouched real pictures of split `train`; finished ones are kept in `work`.
-
-    Raises X2DFDError when there are none, or when a decoder diverged.
-    """
+    """Train every decoder on the untouched real pictures of split `train`; finished ones are kept in `work`. Raises
+    X2DFDError when there are none, or when a decoder diverged."""
     from external_detectors.train.loop import licence_of, next_version
     from x2dfd.crops import load_crops
 

@@ -1,8 +1,5 @@
-"""`python -m data_gen.demo --out DIR`: the main job on a real photo and on its forged twin, with an HTML report.
-
-The photo is NASA's portrait of Eileen Collins that scikit-image carries (public domain). The twin is forged from it by
-the project's own forge, so what was changed, and where, is known and printed beside the verdict.
-"""
+"""`python -m data_gen.demo --out DIR`: the main job on a real photo (NASA's portrait of Eileen Collins, public domain,
+from scikit-image) and on its forged twin, whose truth is printed, with an HTML report."""
 
 from __future__ import annotations
 

@@ -35,10 +35,8 @@ Record = Json
 
 
 def write(records: Sequence[Record], data: CropSet, view_seed: int, out: Path, form: str) -> Path:
-    """Write the instruction records of `data_gen build` in a format of FORMATS, one file a split, into `out/form`.
-
-    The pictures are the training views that the questions' scores are about, as PNG. Returns the folder.
-    """
+    """Write the records of `data_gen build` in a format of FORMATS, one file a split, into `out/form`, and the training
+    views that the questions' scores are about as PNG. Returns the folder."""
     from PIL import Image
 
     folder = out / form

@@ -1,8 +1,7 @@
 """Forgeries of real photos whose manipulation is known: image, mask, cues, strength, class.
 
-Every method (data_gen.methods) says what it did, so that an explanation can be scored against the truth. `HARMLESS`
-changes (data_gen.harmless) are those of phones, apps and platforms. They change no label and are laid over real photos
-and forgeries alike (`changed`): so "processed" is learnt neither as "fake" nor as "real".
+`HARMLESS` changes (data_gen.harmless) are those of phones, apps and platforms. They change no label and are laid over
+real photos and forgeries alike (`changed`): so "processed" is learnt neither as "fake" nor as "real".
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import numpy as np
 
 from data_gen.harmless import HARMLESS
 from data_gen.methods import LATENT, METHODS
-from data_gen.tools import Forgery, Method, Photo, Pixels, Rng, grown_mask
+from data_gen.tools import Forgery, Method, Photo, Pixels, Rng, grown_mask, untouched
 from data_gen.visibility import SEEN_FROM, SHOWS, visible
 from x2dfd.types import Cue
 
@@ -29,6 +28,7 @@ __all__ = [
     "changed",
     "forge",
     "joined_cues",
+    "untouched",
 ]
 
 FORGE_VERSION = 4
@@ -38,9 +38,8 @@ FORGE_VERSION = 4
 def forge(photo: Photo, method: Method, rng: Rng, donor: Photo | None = None, strength: float | None = None) -> Forgery:
     """Apply one method at a random (or given) strength in 0..1. The same generator state gives the same bytes.
 
-    Each cue's score is measured on the picture (`visible`); a cue that does not show beside others (a blur that was
-    sharpened away) is dropped. With a random strength, a forgery of which nothing can be seen (a blur on a blurred
-    photo, say) is made again, stronger.
+    Each cue's score is measured on the picture (`visible`); one that does not show beside others is dropped. With a
+    random strength, a forgery of which nothing can be seen is made again, stronger.
     """
     power = float(rng.uniform(0, 1)) if strength is None else strength
     while True:
@@ -64,11 +63,9 @@ def forge(photo: Photo, method: Method, rng: Rng, donor: Photo | None = None, st
 
 
 def joined_cues(before: Pixels, first: Forgery, second: Forgery) -> tuple[Cue, ...]:
-    """The cues of a photo `before` that was forged, and its forgery once more: those that still show.
-
-    The second may hide what the first left (noise, then smoothed skin), so the first's are measured on the last
-    picture. A cue of both counts by the plainer of its scores.
-    """
+    """The cues of a photo `before` that was forged, and its forgery once more: those that still show. The second may
+    hide what the first left, so the first's are measured on the last picture; a cue of both counts by the plainer
+    score."""
     mask = first.mask.astype(np.float32) / 255
     scores = {(c.area, c.artifact): visible(before, second.pixels, mask, c.artifact) for c in first.cues}
     for cue in second.cues:

@@ -1,9 +1,8 @@
 """Tiny autoencoders that speak the latent spaces of latent-diffusion models: a real photo, drawn by such a decoder.
 
-The weights are those of TAESD by Ollin Boer Bohan (MIT). They do not come with this project and are never downloaded: a
-user names a folder that holds `<name>_encoder.safetensors` and `<name>_decoder.safetensors` of one of them or more.
-Photos redrawn this way stay aligned with their originals: same person, same light, same camera (the idea of Rajan et
-al., "Aligned Datasets Improve Detection of Latent Diffusion-Generated Images", ICLR 2025).
+The weights are those of TAESD by Ollin Boer Bohan (MIT), which a user brings: a folder with
+`<name>_encoder.safetensors` and `<name>_decoder.safetensors` of one or more. Nothing is downloaded. For the idea see
+`data_gen.decoders`.
 """
 
 from __future__ import annotations
@@ -75,10 +74,8 @@ def decoder(channels: int) -> nn.Sequential:
 
 @lru_cache(maxsize=2)
 def load(folder: Path) -> dict[str, nn.Sequential]:
-    """The autoencoders of a folder, by name: encoder and decoder in a row.
-
-    Raises SetupError when there is none, or a file is not the pinned one.
-    """
+    """The autoencoders of a folder, by name: encoder and decoder in a row. Raises SetupError when there is none, or a
+    file is not the pinned one."""
     found: dict[str, nn.Sequential] = {}
     for name, channels in CHANNELS.items():
         parts = {f"{name}_encoder": encoder(channels), f"{name}_decoder": decoder(channels)}
@@ -99,7 +96,7 @@ def load(folder: Path) -> dict[str, nn.Sequential]:
                 net.load_state_dict({k: v.float() for k, v in load_file(paths[part]).items()})
             except (SafetensorError, RuntimeError) as error:
                 raise SetupError(
-                    f"{paths[part]} does not hold TAESD's tensors: {error}", code="autoencoder_unreadable"
+                    f"{paths[part]}: not TAESD's tensors: {error}", code="autoencoder_unreadable"
                 ) from error
         found[name] = nn.Sequential(*parts.values()).eval().requires_grad_(False)
     if not found:
@@ -122,16 +119,16 @@ def use(folder: Path | None) -> None:
 
 def names() -> list[str]:
     """The autoencoders in use. Raises SetupError where none are."""
+    return list(_loaded())
+
+
+def _loaded() -> dict[str, nn.Sequential]:
     if _in_use is None:
-        raise SetupError(
-            "redrawing in a latent space needs weights: data_gen forge --redraw DIR", code="autoencoder_missing"
-        )
-    return list(load(_in_use))
+        raise SetupError("redrawing in latents needs weights: data_gen forge --redraw DIR", code="autoencoder_missing")
+    return load(_in_use)
 
 
 def redraw(pixels: Array, name: str) -> NDArray[np.float32]:
     """The picture [h, w, 3], 0..255, encoded and decoded by `name`; same shape, float."""
-    if name not in names() or _in_use is None:
-        raise SetupError(f"{_in_use} holds no {name}", code="autoencoder_missing")
-    net = load(_in_use)[name]
+    net = _loaded()[name]
     return through(lambda x: net(x.contiguous() / 255).clamp(0, 1) * 255, pixels, STRIDE)

@@ -61,10 +61,8 @@ class Look:
 
 
 def dhash(grey: NDArray[np.uint8], side: int) -> NDArray[np.uint64]:
-    """Difference hash of a grey picture: is each of `side` x `side` cells darker than its right neighbour?
-
-    Returns side * side / 64 words.
-    """
+    """Difference hash of a grey picture: is each of `side` x `side` cells darker than its right neighbour? [side * side
+    / 64] words."""
     small = cv2.resize(grey, (side + 1, side), interpolation=cv2.INTER_AREA)
     return np.packbits(small[:, :-1] < small[:, 1:]).view(np.uint64)
 
@@ -101,9 +99,6 @@ def _form(path: str, picture: Picture) -> dict[str, float | str]:
         "bytes per pixel": os.path.getsize(path) / (width * height),
         "JPEG quantisation step": float(np.mean(tables[0])) if 0 in tables else 0.0,  # mean over luma; 0: no JPEG
     }
-
-
-# --- near-duplicates ------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -171,15 +166,9 @@ def _compare(
     found.closest = sorted(found.closest)[:keep]
 
 
-# --- form -----------------------------------------------------------------------------------------------------------
-
-
 def form_leaks(samples: Sequence[Sample], looks: Sequence[Look]) -> list[Json]:
-    """For each trait of the files' form: the best one-trait rule and its balanced accuracy (0.5 is chance).
-
-    The accuracy is held out: the rule is fitted on half of the groups and scored on the other half, both ways. Empty
-    when there are no pictures of both labels in both halves.
-    """
+    """For each trait of the files' form: the best one-trait rule and its balanced accuracy (0.5 is chance), fitted on
+    half of the groups and scored on the other half, both ways. Empty without pictures of both labels in both halves."""
     kept = [(s, k.form) for s, k in zip(samples, looks, strict=True) if k.form]
     fake = np.array([s.label == "fake" for s, _ in kept], bool)
     half = np.array([hashlib.sha256(s.group.encode()).digest()[0] % 2 for s, _ in kept], int)
@@ -218,9 +207,6 @@ def _rule(values: Array, fake: NDArray[np.bool_], others: Array) -> tuple[NDArra
 
 def _balanced(said: NDArray[np.bool_], fake: NDArray[np.bool_]) -> float:
     return float((said[fake].mean() + (~said[~fake]).mean()) / 2)
-
-
-# --- report ---------------------------------------------------------------------------------------------------------
 
 
 def find_leaks(manifests: Sequence[Path], *, workers: int = 1, near: int = NEAR) -> Json:

@@ -115,10 +115,8 @@ def swap(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
 
 
 def autoencode(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
-    """A face drawn anew at a low resolution and put back: what an autoencoder swap of a video frame looks like.
-
-    By a learnt decoder (data_gen.decoders), or by its imitation: few frequencies a block, then an enlargement.
-    """
+    """A face drawn anew at a low resolution and put back, as autoencoder swaps of video frames look: by a learnt
+    decoder (data_gen.decoders), or by its imitation: few frequencies a block, then an enlargement."""
     size = face_size(photo)
     points = photo.landmarks[CONTROL].astype(float)
     moved = points + wander(points, (0.004 + 0.014 * strength) * size, rng)
@@ -330,10 +328,8 @@ _HELD = [*OVAL, 33, 133, 263, 362, 1, 6, 168, 50, 280]
 
 
 def mouth(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
-    """Another mouth in place of the own one, as reenactment of a video's lower face does.
-
-    The mouth comes from a donor, another frame of the clip as a rule, or it is the own one, opened, closed or moved.
-    """
+    """Another mouth, as reenactment of a video's lower face: a donor's, another frame of the clip as a rule, or the own
+    one, opened, closed or moved."""
     size, p = face_size(photo), photo.landmarks.astype(float)
     teeth = shows_teeth(photo)
     if donor is not None:  # held outside of the mouth alone: the donor's keeps its shape

@@ -35,10 +35,8 @@ FFPP, DFD, CELEBDF = "FaceForensics++", "DeepFakeDetection", "Celeb-DF-v2"
 
 def source_ids(dataset: str, clip: str) -> list[str]:
     """The people or original clips that went into a clip, by the naming that its data set documents; [] if unknown.
-
-    FaceForensics++ `TARGET_SOURCE` of two clips, DeepFakeDetection `ACTOR_ACTOR__SCENE`, Celeb-DF `idA_idB_NUMBER` of
-    two people and the bare number of a YouTube clip.
-    """
+    FaceForensics++ `TARGET_SOURCE`, DeepFakeDetection `ACTOR_ACTOR__SCENE`, Celeb-DF `idA_idB_NUMBER` or a bare
+    number."""
     pattern = {
         FFPP: r"(\d{3})(?:_(\d{3}))?",
         DFD: r"(\d{2})(?:_(\d{2}))?__.*",
@@ -70,9 +68,8 @@ _TAKEN_BACK = {
 def index_label(name: str, declared: Mapping[str, Label] | None = None) -> tuple[Label, str]:
     """Label and method that a class name of a DeepfakeBench index stands for.
 
-    The format's rule is "ends in real: 0, anything else: 1"; we ask for the known fakes by name (or DF40's
-    `METHOD_Fake`), so that a misspelt or foreign class is an error and not a fake. A name that takes its last word back
-    (`not-real`, `semi_real`, `fake_real`) is neither.
+    The format's rule is "ends in real: 0, anything else: 1"; we ask for known fakes by name (or DF40's `METHOD_Fake`),
+    so that a misspelt or foreign class is an error. A name that takes its last word back (`not-real`) is neither.
     """
     if declared and name in declared:
         return declared[name], ""
@@ -83,10 +80,7 @@ def index_label(name: str, declared: Mapping[str, Label] | None = None) -> tuple
         return "real", ""
     if name in _INDEX_METHODS or (last == "fake" and name.lower().endswith("_fake")):
         return "fake", _INDEX_METHODS.get(name) or name[: -len("_fake")]
-    raise X2DFDError(
-        f"class {name!r} of the index is neither real nor fake by its format: say --label {name}=fake",
-        code="class_unlabelled",
-    )
+    raise X2DFDError(f"class {name!r} is neither real nor fake: say --label {name}=fake", code="class_unlabelled")
 
 
 def index_source(key: str) -> str:
@@ -125,22 +119,13 @@ def read_deepfakebench(
                     read.lacks(part, f"{clip} of {part} (no list of frames)")
                     continue
                 if index_label(said := str(record.get("label", name)), labels)[0] != label:
-                    raise X2DFDError(
-                        f"{part}: {clip}: says label {said!r}, but stands under {name!r}", code="label_contradicts"
-                    )
+                    raise X2DFDError(f"{part}: {clip}: labelled {said!r} under {name!r}", code="label_contradicts")
                 for path, place, listed in listed_frames(read, reroot, part, paths, frames):
                     if collected:  # DF40 lays each method out in a folder of its own
                         method = next((m for m in listed if df_class("fake", m) == collected[1]), "")
-                    sample = row(
-                        path,
-                        place,
-                        label,
-                        source=source,
-                        method=method,
-                        split=split,
-                        sources=source_ids(source, listed[-1]) if listed else (),
-                        compression=level,
-                    )
+                    known = source_ids(source, listed[-1]) if listed else ()
+                    whose: Json = {"source": source, "method": method, "split": split, "compression": level}
+                    sample = row(path, place, label, sources=known, **whose)
                     read.samples.append(replace(sample, df_class=collected[1]) if collected else sample)
     read.notes += reroot.notes()
     return read
@@ -166,8 +151,7 @@ def _level(clips: Json, where: str, wanted: str, stem: str, key: str) -> tuple[s
         return wanted, {}
     if not wanted and len(filled) > 1:
         raise X2DFDError(
-            f"{where}: holds the levels {', '.join(filled)}: choose one with --compression",
-            code="compression_ambiguous",
+            f"{where}: levels {', '.join(filled)}: choose one with --compression", code="compression_ambiguous"
         )
     level = wanted or filled[0]
     if level not in filled:
@@ -188,11 +172,9 @@ def read_ffpp(
     only: Sequence[str] = (),
     frames: int | None = None,
 ) -> Read:
-    """FaceForensics++ as it is unpacked: {original,manipulated}_sequences/NAME/LEVEL/{frames,videos}/CLIP.
-
-    train.json, val.json and test.json hold the pairs of ids of each split; they lie in `lists` (default: the root).
-    DeepFakeDetection and its actors come without splits.
-    """
+    """FaceForensics++ as it is unpacked: {original,manipulated}_sequences/NAME/LEVEL/{frames,videos}/CLIP. train.json,
+    val.json and test.json hold each split's pairs of ids, in `lists` (default: the root). DeepFakeDetection and its
+    actors come without splits."""
     for method in methods:
         if method not in FF_METHODS:
             raise UnknownName("method of FaceForensics++", method, FF_METHODS)
@@ -201,19 +183,9 @@ def read_ffpp(
     read = Read(only)
 
     def add(place: Path | None, name: str, label: Label, dataset: str, method: str = "", split: str = "") -> None:
-        add_clip(
-            read,
-            place,
-            root,
-            f"{method or 'originals'}/{name}",
-            label,
-            frames=frames,
-            source=dataset,
-            method=method,
-            split=split,
-            sources=source_ids(dataset, name),
-            compression=compression,
-        )
+        whose = {"source": dataset, "method": method, "split": split, "compression": compression}
+        listed = f"{method or 'originals'}/{name}"
+        add_clip(read, place, root, listed, label, frames=frames, sources=source_ids(dataset, name), **whose)
 
     swaps = [m for m in methods if m != DFD]
     if swaps:
@@ -252,10 +224,8 @@ def read_celebdf(
     frames: int | None = None,
 ) -> Read:
     """Celeb-DF v1 or v2: the clips of List_of_testing_videos.txt become split `test` (in that list, 1 is REAL).
-
     `everything` adds the other clips, without a split. They show the people of the test clips, so `finish` refuses them
-    unless it divides anew or groups by clip.
-    """
+    unless it divides anew or groups by clip."""
     if source not in ("Celeb-DF-v1", CELEBDF):
         raise UnknownName("data set", source, ("Celeb-DF-v1", CELEBDF))
     file = test_list or root / "List_of_testing_videos.txt"
@@ -268,25 +238,16 @@ def read_celebdf(
     tested: set[tuple[str, str]] = set()
 
     def add(folder: str, name: str, split: str) -> None:
-        label = _CELEB_FOLDERS[folder]
-        add_clip(
-            read,
-            clips.get(folder, {}).get(name),
-            root,
-            f"{folder}/{name}",
-            label,
-            frames=frames,
-            source=source,
-            method="" if label == "real" else "Celeb-DF",
-            split=split,
-            sources=source_ids(source, name),
-        )
+        label, place = _CELEB_FOLDERS[folder], clips.get(folder, {}).get(name)
+        whose = {"source": source, "method": "" if label == "real" else "Celeb-DF", "split": split}
+        known = source_ids(source, name)
+        add_clip(read, place, root, f"{folder}/{name}", label, frames=frames, sources=known, **whose)
 
     for number, line in enumerate(lines, start=1):
         folder, _, name = line[-1].strip().replace("\\", "/").partition("/")
         if len(line) != 2 or line[0] not in ("0", "1") or folder not in _CELEB_FOLDERS or not name:
             raise X2DFDError(
-                f"{file.name}: line {number}: not `1 YouTube-real/00170.mp4`: {' '.join(line)}", code="list_malformed"
+                f"{file.name}: line {number}: not `1 FOLDER/CLIP.mp4`: {' '.join(line)}", code="list_malformed"
             )
         if (line[0] == "1") != (_CELEB_FOLDERS[folder] == "real"):
             raise X2DFDError(
@@ -305,11 +266,9 @@ def read_celebdf(
 
 
 def read_dfdc(files: Sequence[Path], *, media: Media = Media.videos, frames: int | None = None) -> Read:
-    """DFDC: metadata.json ({"x.mp4": {"label": "REAL|FAKE", "split", "original"}}) or labels.csv (filename,label).
-
-    In labels.csv 1 is fake. Clips lie beside the file that lists them, or in `frames/` or `videos/` there. A fake is
-    grouped with its original; the same actor in two originals is not known.
-    """
+    """DFDC: metadata.json ({"x.mp4": {"label": "REAL|FAKE", "split", "original"}}) or labels.csv (filename,label; 1 is
+    fake). Clips lie beside that file, or in `frames/` or `videos/` there. A fake is grouped with its original; the same
+    actor in two originals is not known."""
     read = Read()
     folders = [Path(os.path.abspath(f.parent)) for f in files]
     top = Path(os.path.commonpath(folders))
@@ -318,19 +277,9 @@ def read_dfdc(files: Sequence[Path], *, media: Media = Media.videos, frames: int
         for name, label, split, original in _dfdc_csv(file) if file.suffix == ".csv" else _dfdc_json(file):
             stem = Path(name).stem
             sources = [f"DFDC/{n}" for n in dict.fromkeys((stem, Path(original).stem if original else stem))]
-            method = "" if label == "real" else "DFDC"
-            add_clip(
-                read,
-                clips.get(stem),
-                top,
-                f"{folder.name}/{file.name}/{name}",
-                label,
-                frames=frames,
-                source="DFDC",
-                method=method,
-                split=split,
-                sources=sources,
-            )
+            whose = {"source": "DFDC", "method": "" if label == "real" else "DFDC", "split": split}
+            listed = f"{folder.name}/{file.name}/{name}"
+            add_clip(read, clips.get(stem), top, listed, label, frames=frames, sources=sources, **whose)
     return read
 
 
@@ -357,8 +306,7 @@ def _dfdc_csv(file: Path) -> list[_DfdcRow]:
                 label = names.get(row.get("label"))
                 if label is None or not row.get("filename"):
                     raise X2DFDError(
-                        f"{file}: row {number}: not filename,label with label 0 (real) or 1 (fake)",
-                        code="list_malformed",
+                        f"{file}: row {number}: not filename,label with label 0 or 1", code="list_malformed"
                     )
                 rows.append((row["filename"], label, "", ""))
     except (OSError, UnicodeDecodeError, csv.Error) as error:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
-from x2dfd.assessment import CueQuestion, read_questions
+from x2dfd.assessment import CueQuestion
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.explain import read_cues
 from x2dfd.files import Json, parse_json, write_text
@@ -29,20 +29,6 @@ from x2dfd.types import AREAS, ARTIFACTS
 if TYPE_CHECKING:
     import openai
 
-
-__all__ = [
-    "CueQuestion",
-    "Generated",
-    "add_commands",
-    "bank",
-    "connect",
-    "fault",
-    "generate",
-    "random_questions",
-    "read_published",
-    "read_questions",
-    "write_questions",
-]
 
 _WORDS: Json = json.loads((Path(__file__).parent / "words" / "questions.json").read_text("utf-8"))
 """`bank`: wordings by area and artifact, for pairs that a careful viewer could speak of, several where the forge makes
@@ -60,10 +46,8 @@ def bank() -> list[CueQuestion]:
 
 
 def random_questions(n: int, rng: np.random.Generator) -> list[CueQuestion]:
-    """`n` different questions that have nothing to do with forgery: would they rank as well?
-
-    Raises X2DFDError when `n` is more than there are.
-    """
+    """`n` different questions that have nothing to do with forgery: would they rank as well? Raises X2DFDError for more
+    than there are."""
     known = _WORDS["unrelated"]
     if not 0 <= n <= len(known):
         raise X2DFDError(f"there are {len(known)} unrelated questions, not {n}", code="too_few_questions")
@@ -74,12 +58,8 @@ def random_questions(n: int, rng: np.random.Generator) -> list[CueQuestion]:
 def some(
     questions: Sequence[CueQuestion], n: int, cues: Collection[tuple[str, str]], rng: np.random.Generator
 ) -> list[CueQuestion]:
-    """`n` of the questions in their order: those on `cues` (area, artifact) first, then others drawn by `rng`.
-
-    An assessment costs pictures x questions; what no picture of the manifest shows can only be asked in vain.
-
-    Raises X2DFDError when there are fewer than `n`.
-    """
+    """`n` of the questions in their order: those on `cues` (area, artifact) first, then others drawn by `rng`, as an
+    assessment costs pictures x questions. Raises X2DFDError when there are fewer than `n`."""
     if n > len(questions):
         raise X2DFDError(f"there are {len(questions)} questions, not {n}", code="too_few_questions")
     drawn = rng.permutation(len(questions))
@@ -95,20 +75,15 @@ def write_questions(path: Path, questions: Sequence[CueQuestion], provenance: Js
 
 
 def read_published(path: Path) -> list[CueQuestion]:
-    """Read a published list: a JSON array of strings, or of objects with `question` (X2-DFD's result shape).
-
-    The cue is the first one that the question asserts; questions without a readable cue have None and come last: they
-    are assessed, but no cue rests on them. Raises X2DFDError for another shape.
-    """
+    """Read a published list: a JSON array of strings, or of objects with `question` (X2-DFD's result shape). The cue is
+    the first that a question asserts; questions without one come last: no cue rests on them. Raises X2DFDError."""
     try:
         entries = parse_json(path.read_bytes())
         texts = [e if isinstance(e, str) else e["question"] for e in entries]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise X2DFDError(f"{path}: not a list of questions ({error!r})", code="questions_malformed") from error
     if not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-        raise X2DFDError(
-            f"{path}: not a list of questions (empty, or an entry that is no text)", code="questions_malformed"
-        )
+        raise X2DFDError(f"{path}: not a list of questions (empty, or not all texts)", code="questions_malformed")
     questions = []
     for text in _unique(" ".join(t.split()) for t in texts):
         cue = next(iter(read_cues(text.removesuffix(CUE_ENDING))), None)
@@ -126,8 +101,6 @@ def _unique(texts: Iterable[str]) -> list[str]:
 def _words(text: str) -> str:
     return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
 
-
-# --- generated ------------------------------------------------------------------------------------------------------
 
 PROMPT = """Write {count} yes/no questions that a careful viewer would ask about a photo of one face, to find out \
 whether it is a deepfake.
@@ -156,11 +129,8 @@ class Generated:
 
 
 def fault(text: str, area: str, artifact: str) -> str | None:
-    """Why a question cannot be taken, or None.
-
-    "Yes" is evidence of forgery exactly when the question, read as a statement, asserts its cue: the parser of
-    rationales decides, which knows denials ("free of seams") and praise ("look natural").
-    """
+    """Why a question cannot be taken, or None. "Yes" is evidence of forgery exactly when the question, read as a
+    statement, asserts its cue: the parser of rationales decides, which knows denials and praise."""
     if area not in AREAS or artifact not in ARTIFACTS:
         return f"cue outside the vocabulary: {area} x {artifact}"
     if not text.endswith(f"? {CUE_ENDING}"):
@@ -236,25 +206,17 @@ def _entries(content: str, rejected: list[dict[str, str]]) -> list[Json]:
 
 
 def connect(base_url: str) -> openai.OpenAI:
-    """A client for an OpenAI-compatible endpoint; its key comes from OPENAI_API_KEY.
-
-    Raises SetupError when `openai` is not installed or there is no key.
-    """
+    """A client for an OpenAI-compatible endpoint, whose key comes from OPENAI_API_KEY. Raises SetupError without the
+    package or a key."""
     try:
         import openai
     except ImportError as error:
-        raise SetupError(
-            "generating questions needs the package openai: pip install -e '.[serve]'", code="package_missing"
-        ) from error
+        raise SetupError("--generate needs openai: pip install -e '.[serve]'", code="package_missing") from error
     try:
         return openai.OpenAI(base_url=base_url)
     except openai.OpenAIError as error:
-        raise SetupError(
-            f"{error}\nset the key of the endpoint: export OPENAI_API_KEY=...", code="key_missing"
-        ) from error
+        raise SetupError(f"{error}\nset the endpoint's key: export OPENAI_API_KEY=...", code="key_missing") from error
 
-
-# --- command --------------------------------------------------------------------------------------------------------
 
 _EPILOG = """Examples:\n
   python -m data_gen questions --out questions.json --unrelated 30\n

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -24,10 +25,9 @@ from data_gen.readers import (
 )
 from data_gen.saved_sets import Columns, read_datasets
 from x2dfd.errors import X2DFDError
+from x2dfd.files import Json
 from x2dfd.manifest import write_manifest
 from x2dfd.options import names
-
-# --- commands -------------------------------------------------------------------------------------------------------
 
 Out = Annotated[Path, typer.Option(help="manifest to write (.jsonl)")]
 Shares = Annotated[str, typer.Option(help="divide the groups anew by hash: train=0.8,val=0.1,test=0.1")]
@@ -66,9 +66,7 @@ def _write(
     allow_missing: bool = False,
 ) -> None:
     if out.suffix != ".jsonl":
-        raise X2DFDError(
-            f"{out}: the manifest is written as JSON lines, call it .jsonl", code="manifest_format_unknown"
-        )
+        raise X2DFDError(f"{out}: a manifest is JSON Lines: call it .jsonl", code="manifest_format_unknown")
     if shares and split:
         raise X2DFDError("--shares divides, --split does not: choose one", code="options_conflict")
     parts = parse_shares(shares) if shares else None
@@ -111,13 +109,8 @@ def x2dfd_list(
 ) -> None:
     """Lists in X2-DFD's published format; you say which hold reals and which fakes."""
     given = [] if lists else labelled(real, fake)  # a list without a label is refused, whatever else is given
-    _write(
-        out,
-        lambda: read_x2dfd_lists(given, roots=root or (), source=source, clips=clips, frames=frames),
-        shares,
-        split,
-        allow_missing=allow_missing,
-    )
+    reader = partial(read_x2dfd_lists, given, roots=root or (), source=source, clips=clips, frames=frames)
+    _write(out, reader, shares, split, allow_missing=allow_missing)
 
 
 @kinds.command("datasets", epilog=EXAMPLE.format("datasets build/saved --out saved.jsonl"))
@@ -138,23 +131,10 @@ def saved_datasets(
     allow_missing: AllowMissing = False,
 ) -> None:
     """Hugging Face data sets saved on disk; you say which column and which values."""
-    columns = Columns(
-        image_column,
-        label_column,
-        tuple(real_value or ()),
-        tuple(fake_value or ()),
-        method_column,
-        group_column,
-        video_column,
-    )
-    place = images or out.parent / f"{out.stem}-images"
-    _write(
-        out,
-        lambda: read_datasets(paths, place, columns, only=only or ()),
-        shares,
-        split,
-        allow_missing=allow_missing,
-    )
+    labels = (tuple(real_value or ()), tuple(fake_value or ()))
+    columns = Columns(image_column, label_column, *labels, method_column, group_column, video_column)
+    reader = partial(read_datasets, paths, images or out.parent / f"{out.stem}-images", columns, only=only or ())
+    _write(out, reader, shares, split, allow_missing=allow_missing)
 
 
 @kinds.command(epilog=EXAMPLE.format("deepfakebench FaceForensics++.json --root data --out ffpp.jsonl"))
@@ -178,16 +158,8 @@ def deepfakebench(
         if value not in ("real", "fake"):
             raise X2DFDError(f"--label {text}: write CLASS=real or CLASS=fake", code="option_malformed")
         labels[name] = "real" if value == "real" else "fake"
-    _write(
-        out,
-        lambda: read_deepfakebench(
-            indices, root, compression=compression, only=only or (), frames=frames, labels=labels
-        ),
-        shares,
-        split,
-        group,
-        allow_missing,
-    )
+    more: Json = {"compression": compression, "only": only or (), "frames": frames, "labels": labels}
+    _write(out, partial(read_deepfakebench, indices, root, **more), shares, split, group, allow_missing)
 
 
 @kinds.command(epilog=EXAMPLE.format("ffpp FaceForensics++ --out ffpp.jsonl"))
@@ -204,21 +176,8 @@ def ffpp(
     allow_missing: AllowMissing = False,
 ) -> None:
     """FaceForensics++ with its own splits, which keep a pair and both of its sources together."""
-    chosen = names(methods)
-    _write(
-        out,
-        lambda: read_ffpp(
-            root,
-            methods=chosen,
-            compression=compression,
-            media=media,
-            lists=lists,
-            only=only or (),
-            frames=frames,
-        ),
-        shares,
-        allow_missing=allow_missing,
-    )
+    more: Json = {"methods": names(methods), "compression": compression, "only": only or (), "frames": frames}
+    _write(out, partial(read_ffpp, root, media=media, lists=lists, **more), shares, allow_missing=allow_missing)
 
 
 @kinds.command(epilog=EXAMPLE.format("celebdf Celeb-DF-v2 --out celebdf.jsonl"))
@@ -241,15 +200,8 @@ def celebdf(
     allow_missing: AllowMissing = False,
 ) -> None:
     """Celeb-DF: the official test clips as split `test`."""
-    _write(
-        out,
-        lambda: read_celebdf(
-            root, source=source, media=media, test_list=test_list, everything=everything, frames=frames
-        ),
-        shares,
-        group=group,
-        allow_missing=allow_missing,
-    )
+    more: Json = {"source": source, "test_list": test_list, "everything": everything, "frames": frames}
+    _write(out, partial(read_celebdf, root, media=media, **more), shares, "", group, allow_missing)
 
 
 @kinds.command(epilog=EXAMPLE.format("dfdc dfdc_train_part_0/metadata.json --out dfdc.jsonl"))
@@ -264,7 +216,7 @@ def dfdc(
     allow_missing: AllowMissing = False,
 ) -> None:
     """DFDC: clips beside their metadata.json or labels.csv."""
-    _write(out, lambda: read_dfdc(files, media=media, frames=frames), shares, split, group, allow_missing)
+    _write(out, partial(read_dfdc, files, media=media, frames=frames), shares, split, group, allow_missing)
 
 
 @kinds.command(epilog=EXAMPLE.format("manifest a.csv b.jsonl --out both.jsonl"))
@@ -277,4 +229,4 @@ def manifest(
     group: Grouping = Group.identity,
 ) -> None:
     """Convert, merge or divide manifests."""
-    _write(out, lambda: read_manifests(files, only=only or ()), shares, split, group)
+    _write(out, partial(read_manifests, files, only=only or ()), shares, split, group)

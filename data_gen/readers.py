@@ -123,9 +123,7 @@ def parse_shares(text: str) -> dict[str, float]:
     except ValueError:
         shares = {}
     if not shares or "" in shares or min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6:
-        raise X2DFDError(
-            f"shares {text!r}: write train=0.8,val=0.1,test=0.1, positive and 1 in sum", code="shares_malformed"
-        )
+        raise X2DFDError(f"shares {text!r}: write train=0.8,val=0.1,test=0.1, with a sum of 1", code="shares_malformed")
     return shares
 
 
@@ -221,9 +219,7 @@ def sources_of(sample: Sample) -> list[str]:
         except ValueError:
             value = None
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise X2DFDError(
-            f"{sample.id}: sources {sample.extra['sources']!r} is no list of names", code="sources_malformed"
-        )
+        raise X2DFDError(f"{sample.id}: sources {sample.extra['sources']!r} are no list", code="sources_malformed")
     return value
 
 
@@ -232,11 +228,8 @@ def _nodes(sample: Sample) -> list[str]:
 
 
 def _clip(sample: Sample) -> str:
-    """The clip without the label that `row` writes into its id; "" when there is none.
-
-    What is real and what is fake in one folder is scored apart, but it is one clip: neither may leak into the other's
-    side of a split.
-    """
+    """The clip without the label that `row` writes into its id; "" when there is none. Real and fake of one folder are
+    scored apart, but are one clip: neither may leak into the other's side of a split."""
     start = f"{sample.source}/{sample.label}/"
     video = sample.video or ""
     return f"{sample.source}/{video[len(start) :]}" if video.startswith(start) else video
@@ -303,11 +296,9 @@ def row(
     sources: Sequence[str] = (),
     **extra: str,
 ) -> Sample:
-    """A row. `place` is the file's path below the data's root, with slashes: ids must not tell where the root lies.
-
-    The clip of a frame is its folder, that of a video the file; its id is source, label and full path, because the
-    name of the folder alone is shared by a real clip and its forgeries.
-    """
+    """A row. `place` is the file's path below the data's root, with slashes: ids must not tell where the root lies. The
+    clip of a frame is its folder, that of a video the file; its id is source, label and path, as a real clip and its
+    forgeries share names."""
     video = f"{source}/{label}/{place if path.suffix.lower() in _VIDEOS else place.rpartition('/')[0]}"
     more: Json = {k: v for k, v in extra.items() if v}
     if sources:
@@ -363,11 +354,9 @@ def path_parts(path: str) -> tuple[str, ...]:
 
 
 class Reroot:
-    """Finds the folders that an index made on another machine lists, below the roots that the user names.
-
-    A folder is looked for below each root, its `rgb/`, `DF40/` and `DF40_train/`, with as few leading components
-    stripped as will do. The stripped prefix and the base that went with it are tried first for the next folder.
-    """
+    """Finds the folders that an index made on another machine lists, below the roots that the user names. A folder is
+    looked for below each root, its `rgb/`, `DF40/` and `DF40_train/`, with as few leading components stripped as will
+    do; what went with the last is tried first."""
 
     def __init__(self, roots: Sequence[Path]) -> None:
         for root in roots:
@@ -406,12 +395,8 @@ class Reroot:
 def listed_frames(
     read: Read, reroot: Reroot, part: str, paths: Iterable[str], frames: int | None
 ) -> list[tuple[Path, str, tuple[str, ...]]]:
-    """Of the listed files those that exist, folder by folder in natural order.
-
-    Each as (file, its path below the root, the folder as listed).
-
-    One directory listing a folder tells which of its files are there.
-    """
+    """Of the listed files those that exist, by folder in natural order: (file, its path below the root, the folder as
+    listed)."""
     folders: dict[tuple[str, ...], set[str]] = {}
     for path in paths:
         *folder, name = path_parts(path) or ("",)
@@ -463,9 +448,7 @@ def read_folders(
 ) -> Read:
     """Folders of pictures or videos, all of one label each; with `clips`, pictures of one folder are one clip."""
     if not given:
-        raise X2DFDError(
-            "say what the folders hold: --real DIR, --fake DIR or --fake METHOD=DIR", code="option_missing"
-        )
+        raise X2DFDError("say what the folders hold: --real DIR, --fake [METHOD=]DIR", code="option_missing")
     read = Read()
     top = Path(os.path.commonpath([os.path.abspath(p.parent) for p, _, _ in given]))
     for folder, label, method in given:
@@ -493,15 +476,10 @@ def read_x2dfd_lists(
     clips: bool = False,
     frames: int | None = None,
 ) -> Read:
-    """X2-DFD lists, {"Description": root, "images": [{"image_path": path}]}, all of one label each.
-
-    Without `roots`, the list's own Description is the root when there is such a folder, else the list's folder.
-    """
+    """X2-DFD lists, {"Description": root, "images": [{"image_path": path}]}, all of one label each. Without `roots`,
+    the list's own Description is the root when there is such a folder, else the list's folder."""
     if not given:
-        raise X2DFDError(
-            "a list of X2-DFD holds no labels, and a file's name is none: say --real LIST or --fake LIST",
-            code="option_missing",
-        )
+        raise X2DFDError("these lists hold no labels: say --real LIST or --fake LIST", code="option_missing")
     read = Read()
     for file, label, method in given:
         data = load_json(file)

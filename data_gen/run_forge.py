@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from data_gen.forge import FORGE_VERSION, HARMLESS, LATENT, METHODS, Forgery, Photo, changed, forge, joined_cues
+from data_gen.forge import FORGE_VERSION, HARMLESS, LATENT, METHODS, Photo, changed, forge, joined_cues, untouched
 from data_gen.harmless import through_video
 from x2dfd.errors import InputError, UnknownName, X2DFDError
 from x2dfd.faces import Array, find_faces
@@ -82,7 +82,7 @@ class _Source:
             raise X2DFDError(f"{config.data}: no real photos to forge from", code="no_real_picture")
         if config.ready_made and not self.tree["fake"]:
             raise X2DFDError(
-                f"{config.data}: no fakes to pass through, but their share is {config.ready_made}",
+                f"{config.data}: a share of {config.ready_made} ready-made fakes, but none are there",
                 code="no_fake_picture",
             )
         # Frames of one clip are near copies: a group counts as ten pictures at most.
@@ -173,9 +173,8 @@ def _item(source: _Source, out: Path, index: int) -> Json:
     if kind < config.ready_made:
         split = source.draw_split("fake", rng)
         sample, photo = _draw_photo(source, "fake", split, rng)
-        # What such a picture shows where is not known: it has no cues and no mask.
         row |= {"label": "fake", "method": sample.method, "df_class": sample.df_class}
-        made = Forgery(photo.pixels, np.zeros(photo.pixels.shape[:2], np.uint8), (), sample.method, "EFS", 1.0)
+        made = untouched(photo, sample.method, "EFS", 1.0)
     else:
         split = source.draw_split("real", rng)
         sample, photo = _draw_photo(source, "real", split, rng)
@@ -191,20 +190,22 @@ def _item(source: _Source, out: Path, index: int) -> Json:
             made = forge(photo, method, rng, donor)
             if rng.random() < config.combine:
                 second = _ALL[str(rng.choice([m for m in config.methods if not _ALL[m].needs_donor]))]
-                more = forge(Photo(made.pixels, photo.landmarks, photo.source, photo.group), second, rng)
-                made = Forgery(
-                    more.pixels,
-                    np.maximum(made.mask, more.mask),
-                    joined_cues(photo.pixels, made, more),
-                    f"{made.method}+{more.method}",
-                    made.df_class,
-                    max(made.strength, more.strength),
+                more = forge(replace(photo, pixels=made.pixels), second, rng)
+                made = replace(
+                    made,
+                    pixels=more.pixels,
+                    mask=np.maximum(made.mask, more.mask),
+                    cues=joined_cues(photo.pixels, made, more),
+                    method=f"{made.method}+{more.method}",
+                    strength=max(made.strength, more.strength),
                 )
-            row |= {"label": "fake"}
         else:
-            made = Forgery(photo.pixels, np.zeros(photo.pixels.shape[:2], np.uint8), (), "none", "real", 0.0)
-            row |= {"label": "real"}
-        row |= {"method": made.method, "df_class": made.df_class}
+            made = untouched(photo)
+        row |= {
+            "label": "real" if made.df_class == "real" else "fake",
+            "method": made.method,
+            "df_class": made.df_class,
+        }
     # With the same odds for every label: what stood on real photos alone would be learnt as a mark of them.
     change = HARMLESS[str(rng.choice(list(HARMLESS)))] if rng.random() < config.harmless else None
     if config.video and rng.random() < config.video:
@@ -241,10 +242,8 @@ _POSE_FITS = 0.06  # near enough to stop looking
 
 
 def _donor(source: _Source, split: str, target: Sample, face: Photo, rng: np.random.Generator) -> tuple[Sample, Photo]:
-    """Another person's photo of the same split, the one of a few whose head is turned most alike.
-
-    One of another source is taken half of the times it is drawn.
-    """
+    """Another person's photo of the same split, the one of a few whose head is turned most alike. One of another source
+    is taken half of the times it is drawn."""
     found: list[tuple[float, Sample, Photo]] = []
     for _ in range(_TRIES):
         sample, photo = _draw_photo(source, "real", split, rng)
@@ -305,39 +304,44 @@ def _work(index: int) -> Json:
     return _item(*_worker, index)
 
 
-def finished_rows(part: Path) -> list[Json]:
-    """Rows of an earlier, cut-off run; a half-written last line is dropped."""
-    rows = []
-    if part.is_file():
-        for line in part.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+def resumed(out: Path, count: int, make: Callable[[Sequence[int]], Iterable[Json]]) -> list[Json]:
+    """The rows 0 .. `count` - 1 of a run, of which `make` gives those that an earlier, cut-off one has not made.
+
+    Each is on disk once it is made; at the end `manifest.jsonl` holds them all.
+    """
+    part, rows = out / "manifest.part.jsonl", list[Json]()
+    for line in part.read_text(encoding="utf-8").splitlines() if part.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # half written
+            break
+    write_text(part, "".join(json.dumps(row) + "\n" for row in rows))
+    todo = range(len(rows), count)
+    with part.open("a", encoding="utf-8") as stream:
+        for row in progress(make(todo), "forging", len(todo)):
+            rows.append(row)
+            stream.write(json.dumps(row) + "\n")
+            stream.flush()
+    write_manifest(out / "manifest.jsonl", rows)
+    part.unlink()
     return rows
 
 
 def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
-    """Make (or finish) a forge run; returns the path of its `manifest.jsonl`.
-
-    Raises X2DFDError when `out` holds another run or the input cannot be forged from, UnknownName for a method that
-    does not exist.
-    """
+    """Make (or finish) a forge run; returns the path of its `manifest.jsonl`. Raises X2DFDError when `out` holds
+    another run or the input cannot be forged from, UnknownName for a method."""
     for name in config.methods:
         if name not in _ALL:
             raise UnknownName("forge method", name, _ALL)
     for share in ("forged", "harmless", "combine", "ready_made", "calib", "video"):
         if not 0 <= getattr(config, share) <= 1:
-            raise X2DFDError(
-                f"{share} is a share, from 0 to 1; it is {getattr(config, share)}", code="share_out_of_range"
-            )
+            raise X2DFDError(f"{share} is a share of 0 to 1, not {getattr(config, share)}", code="share_out_of_range")
     if config.combine and all(_ALL[name].needs_donor for name in config.methods):
         raise X2DFDError(
-            f"nothing to combine with: {', '.join(config.methods)} need a donor; add another method",
-            code="donor_methods_alone",
+            f"nothing to combine with: {', '.join(config.methods)} need a donor", code="donor_methods_alone"
         )
     _Source(config)  # refuses a bad manifest here, where it is one line; in a worker it would break the pool
-    manifest, part = out / "manifest.jsonl", out / "manifest.part.jsonl"
+    manifest = out / "manifest.jsonl"
     settings = {**asdict(config), "data": manifest_sha256(config.data), "methods": list(config.methods)}
     settings |= {"splits": list(config.splits), "version": FORGE_VERSION, "decoders": None}
     if _DRAWN & set(config.methods):  # other decoders draw other pictures
@@ -348,13 +352,10 @@ def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
         settings["decoders"] = file_sha256(weights)
     elif config.decoders:
         raise X2DFDError(
-            f"decoders draw for {' and '.join(sorted(_DRAWN))} alone: none of these is among the methods",
-            code="decoders_unused",
+            f"--decoders is for {' and '.join(sorted(_DRAWN))}, which are not asked for", code="decoders_unused"
         )
     if bool(config.redraw) != bool(set(LATENT) & set(config.methods)):
-        raise X2DFDError(
-            f"a folder to redraw with and the methods {' and '.join(LATENT)} go together", code="redraw_incomplete"
-        )
+        raise X2DFDError(f"--redraw and the methods {' and '.join(LATENT)} go together", code="redraw_incomplete")
     if config.redraw:
         from data_gen import latent
 
@@ -366,18 +367,8 @@ def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
         raise X2DFDError(f"{manifest} is not of a forge run; choose another --out", code="not_a_forge_run")
     if manifest.is_file():
         return manifest
-    out.mkdir(parents=True, exist_ok=True)
     write_text(saved, json.dumps(settings, indent=1) + "\n")
-    rows = finished_rows(part)
-    part.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    todo = range(len(rows), config.count)
-    with part.open("a", encoding="utf-8") as stream:
-        for row in progress(_made(config, out, todo, workers), "forging", len(todo)):
-            rows.append(row)
-            stream.write(json.dumps(row) + "\n")
-            stream.flush()
-    write_manifest(manifest, rows)
-    part.unlink()
+    resumed(out, config.count, lambda todo: _made(config, out, todo, workers))
     return manifest
 
 

@@ -30,27 +30,23 @@ class Columns:
 
 
 def read_datasets(folders: Sequence[Path], images: Path, columns: Columns, *, only: Sequence[str] = ()) -> Read:
-    """Tables saved with `datasets.save_to_disk`; pictures are written to `images` by the hash of their bytes.
-
-    The bytes stay as they are stored: encoding again would make a format trace of its own.
-    """
+    """Tables saved with `datasets.save_to_disk`; pictures are written to `images` by the hash of their bytes, which
+    stay as they are: encoding again would make a format trace of its own."""
     try:
         import datasets
     except ImportError as error:
         raise SetupError(
-            "reading a saved data set needs the package datasets: pip install 'x2dfd[train]'", code="package_missing"
+            "reading a saved data set needs datasets: pip install 'x2dfd[train]'", code="package_missing"
         ) from error
     if not columns.real and not columns.fake:
-        raise X2DFDError(
-            "say which values are real and which fake: --real-value 0 --fake-value 1", code="option_missing"
-        )
+        raise X2DFDError("say which values mean what: --real-value 0 --fake-value 1", code="option_missing")
     read = Read(only)
     for folder in folders:
         try:
             loaded = datasets.load_from_disk(str(folder))
         except (OSError, ValueError) as error:
             raise X2DFDError(
-                f"{folder}: not a data set saved with save_to_disk ({error})", code="dataset_unreadable"
+                f"{folder}: nothing that save_to_disk wrote ({error})", code="dataset_unreadable"
             ) from error
         for split, table in (loaded if isinstance(loaded, dict) else {"": loaded}).items():
             if not read.takes(split):
@@ -63,7 +59,7 @@ def read_datasets(folders: Sequence[Path], images: Path, columns: Columns, *, on
                 table = table.cast_column(columns.image, datasets.Image(decode=False))
             except (ValueError, TypeError, NotImplementedError) as error:
                 raise X2DFDError(
-                    f"{folder}: column {columns.image!r} holds no pictures ({error})", code="column_without_pictures"
+                    f"{folder}: no pictures in {columns.image!r} ({error})", code="column_without_pictures"
                 ) from error
             for i, record in enumerate(progress(table, f"pictures of {split or folder.name}")):
                 read.listed += 1
@@ -77,16 +73,10 @@ def read_datasets(folders: Sequence[Path], images: Path, columns: Columns, *, on
                     for name in ("method", "group", "video")
                     if (column := getattr(columns, name)) and record[column] not in (None, "")
                 }
-                sample = row(
-                    path,
-                    path.name,
-                    label,
-                    source=folder.name,
-                    method=given.get("method", "") if label == "fake" else "",
-                    split=split,
-                    clip=False,
-                    sources=[f"{folder.name}/{given['group']}"] if "group" in given else (),
-                )
+                method = given.get("method", "") if label == "fake" else ""
+                known = [f"{folder.name}/{given['group']}"] if "group" in given else ()
+                whose = {"source": folder.name, "method": method, "split": split}
+                sample = row(path, path.name, label, clip=False, sources=known, **whose)
                 clip = f"{folder.name}/{label}/{given['video']}" if "video" in given else None
                 read.samples.append(replace(sample, video=clip))
     return read

@@ -40,6 +40,11 @@ class Forgery:
     strength: float  # 0 (barely there) .. 1 (blatant)
 
 
+def untouched(photo: Photo, method: str = "none", df_class: str = "real", strength: float = 0.0) -> Forgery:
+    """A photo as it is; or what others made, where nobody knows what it shows: without cues and mask."""
+    return Forgery(photo.pixels, np.zeros(photo.pixels.shape[:2], np.uint8), (), method, df_class, strength)
+
+
 Made = tuple[Array, Array, list[tuple[str, str]]]
 """New pixels (float or uint8 [H, W, 3]), mask [H, W] in 0..1, and (area, artifact) pairs."""
 
@@ -85,10 +90,8 @@ def oval_mask(photo: Photo) -> Array:
 
 
 def tps_maps(target: Array, source: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """Maps for cv2.remap that carry `source` points [n, 2] onto `target` points: a thin-plate spline.
-
-    Solved exactly at the points, evaluated on a coarse grid and enlarged: 3 ms instead of 100.
-    """
+    """Maps for cv2.remap that carry `source` points [n, 2] onto `target` points: a thin-plate spline, solved exactly at
+    the points, evaluated on a coarse grid and enlarged: 3 ms instead of 100."""
 
     def radial(a: Array, b: Array) -> Array:
         d = ((a[:, None] - b[None]) ** 2).sum(-1)

@@ -37,7 +37,8 @@ def visible(before: Pixels, after: Pixels, mask: Array, artifact: str) -> float:
     elif artifact == "blending":
         slope = cv2.Sobel(mask.astype(np.float32), cv2.CV_32F, 1, 0) ** 2
         slope = slope + cv2.Sobel(mask.astype(np.float32), cv2.CV_32F, 0, 1) ** 2
-        change = _rms(np.hypot(*_gradients(new.mean(-1) - old.mean(-1))), slope > 0.15 * slope.max())
+        across, down = (cv2.Sobel(new.mean(-1) - old.mean(-1), cv2.CV_32F, *d) / 4 for d in ((1, 0), (0, 1)))
+        change = _rms(np.hypot(across, down), slope > 0.15 * slope.max())
     else:
         change = _rms(new.mean(-1) - old.mean(-1), where)
     return float(1 - np.exp(-change / _PLAIN[artifact]))
@@ -45,11 +46,6 @@ def visible(before: Pixels, after: Pixels, mask: Array, artifact: str) -> float:
 
 def _rms(values: Array, where: Array) -> float:
     return float(np.sqrt(np.square(values[where]).mean())) if where.any() else 0.0
-
-
-def _gradients(grey: Array) -> tuple[Array, Array]:
-    across, down = (cv2.Sobel(grey, cv2.CV_32F, *d, ksize=3) / 4 for d in ((1, 0), (0, 1)))
-    return np.asarray(across), np.asarray(down)
 
 
 def _detail(pixels: Array, side: Array) -> float:
@@ -68,14 +64,6 @@ def _detail_moved(old: Array, new: Array, side: Array) -> float:
     return _detail(new, side) - gain**2 * _detail(old, side)
 
 
-def _detail_lost(old: Array, new: Array, side: Array) -> float:
-    return float(np.sqrt(max(0.0, -_detail_moved(old, new, side))))
-
-
-def _detail_gained(old: Array, new: Array, side: Array) -> float:
-    return float(np.sqrt(max(0.0, _detail_moved(old, new, side))))
-
-
 def _tone_moved(old: Array, new: Array, side: Array) -> float:
     """Distance of two normal distributions a channel: what another person's features or a warp hardly move."""
     mean, spread = new[side].mean(0) - old[side].mean(0), _spread(new, side) - _spread(old, side)
@@ -83,7 +71,7 @@ def _tone_moved(old: Array, new: Array, side: Array) -> float:
 
 
 _OWN_EFFECT: dict[str, Callable[[Array, Array, Array], float]] = {
-    "blur": _detail_lost,
-    "noise": _detail_gained,
+    "blur": lambda old, new, side: float(np.sqrt(max(0.0, -_detail_moved(old, new, side)))),
+    "noise": lambda old, new, side: float(np.sqrt(max(0.0, _detail_moved(old, new, side)))),
     "colour": _tone_moved,
 }

@@ -1,7 +1,5 @@
 """Questions whose answers are read: DF-D (real or fake in words), DF-C (which class), and what their parsers accept.
-
-After arXiv 2501.01164, whose prompts and parsers are not public: these are our own, and part of the tasks' versions.
-"""
+After arXiv 2501.01164, whose prompts and parsers are not public: these are our own, and part of the tasks' versions."""
 
 from __future__ import annotations
 
@@ -63,9 +61,8 @@ _CLAUSE = re.compile(r"(?<=[.!?;])\s+|\n+")
 def read_decision(text: str, yes: Side) -> str:
     """`fake`, `real` or `invalid`: the first clause with a decision.
 
-    A leading yes or no is turned by the question's polarity; the words fake, forged, real, ... are read as
-    `x2dfd.explain.said_label` does, negations included. Where yes or no and the words of the same clause disagree, or
-    a clause says both, the answer is invalid, as is one without a decision: nothing is guessed.
+    A leading yes or no is turned by the question's polarity; words are read as `x2dfd.explain.said_label` does,
+    negations included. Where these disagree, or there is no decision, the answer is invalid: nothing is guessed.
     """
     for clause in _CLAUSE.split(text.strip()):
         leading = _YES_NO.match(clause)
@@ -76,8 +73,6 @@ def read_decision(text: str, yes: Side) -> str:
             return words.pop() if len(words) == 1 else INVALID
     return INVALID
 
-
-# ---------------------------------------------------------------- DF-C
 
 CLASS_CHOICES = (
     f"{CLASS_QUESTION} Answer with one of: face swap, face reenactment, face editing, entire face synthesis, none."

@@ -110,9 +110,6 @@ def as_json(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-# ---------------------------------------------------------------- what is judged
-
-
 def check(options: Options) -> None:
     """Raises X2DFDError for a model that the task cannot take; before anything is read or opened."""
     choice, task = options.choice, options.task
@@ -122,21 +119,15 @@ def check(options: Options) -> None:
     if task == "detect":
         options.one_change()
     if choice.model == "template" and task != "describe":
-        raise X2DFDError(
-            "--model template uses the label, so only describe takes it, as a baseline", code="template_knows_label"
-        )
+        raise X2DFDError("--model template uses the label: a baseline of describe alone", code="template_knows_label")
     partly = options.experts or choice.loading.get("mode") or not choice.has_mllm
     if options.with_mllm and (task != "experts" or partly):
-        raise X2DFDError(
-            "--with-mllm is for the task experts, all of them, of a calibrated model that has an MLLM",
-            code="with_mllm_not_for_run",
-        )
+        raise X2DFDError("--with-mllm: task experts, all of them, of a calibrated model", code="with_mllm_not_for_run")
     other = choice.folder is None and not (choice.expert and task == "locate")
     if task in ("experts", "locate") and other:
         allowed = "embedded, fusion or an adapter directory" + (", or expert:NAME" if task == "locate" else "")
         raise X2DFDError(
-            f"{task} is about experts: --model {allowed}, and --experts A,B for some of them",
-            code="model_not_for_task",
+            f"{task} is about experts: --model {allowed}, and --experts A,B for some of them", code="model_not_for_task"
         )
 
 
@@ -169,13 +160,7 @@ def check_clips(samples: Iterable[Sample]) -> None:
     for s in samples:
         traits = (s.label, s.method, s.source, s.group)
         if s.video and seen.setdefault(s.video, traits) != traits:
-            raise X2DFDError(
-                f"video {s.video!r} is two clips, {seen[s.video]} and {traits}: give each its own id",
-                code="clips_share_id",
-            )
-
-
-# ---------------------------------------------------------------- where numbers come from
+            raise X2DFDError(f"video {s.video!r} is two clips: {seen[s.video]} and {traits}", code="clips_share_id")
 
 
 def hashes(choice: models.Choice, stated: Json) -> Json:
@@ -192,10 +177,8 @@ def hashes(choice: models.Choice, stated: Json) -> Json:
 
 
 def code_state() -> Json | None:
-    """Commit, and whether tracked files differ from it; None outside a git checkout.
-
-    Documents and result files change no number, and a run must not make the next one dirty: they do not count.
-    """
+    """Commit, and whether tracked files differ from it; None outside a git checkout. Documents and result files change
+    no number, and a run must not make the next one dirty: they do not count."""
     git = shutil.which("git")
     if git is None:
         return None

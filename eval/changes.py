@@ -1,7 +1,7 @@
 """What is done to a picture to see whether a score stands it: named, deterministic, the same for reals and fakes.
 
 `CHANGES` are the ten that `run_bench.py experts` scores by default. `SUITES` are larger: a suite is kinds of change,
-each from mild to strong. `changes_of("codec")`, `changes_of("jpeg50,deeperforensics/GB/3")` name them.
+each from mild to strong. `changes_of("codec")`, `changes_of("half,codec/jpeg/40")` name them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from x2dfd.degrade import Pixels, Rng, codec, soft, video_codec
 from x2dfd.errors import UnknownName
 from x2dfd.faces import Array
 
+Make = Callable[[Pixels, Rng], Pixels]
+
 FORMAT_SWAP = "jpeg95"
 """The change that represents another file format: the unchanged pixels are what a PNG of the picture holds."""
 
@@ -27,7 +29,7 @@ class Change:
 
     name: str
     line: str  # what is done, with its parameters; the result quotes it
-    make: Callable[[Pixels, Rng], Pixels]
+    make: Make
 
     def __call__(self, pixels: Pixels, sample_id: str) -> Pixels:
         """The changed picture. What is random depends on the change's and the sample's name only."""
@@ -39,11 +41,11 @@ def _rounded(pixels: Array) -> Pixels:
     return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
 
 
-def _coded(kind: str, quality: int) -> Callable[[Pixels, Rng], Pixels]:
+def _coded(kind: str, quality: int) -> Make:
     return lambda pixels, _: codec(pixels, kind, quality)
 
 
-def _shrunk(factor: float) -> Callable[[Pixels, Rng], Pixels]:
+def _shrunk(factor: float) -> Make:
     def make(pixels: Pixels, _: Rng) -> Pixels:
         height, width = (max(1, round(side * factor)) for side in pixels.shape[:2])
         return np.asarray(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
@@ -51,15 +53,15 @@ def _shrunk(factor: float) -> Callable[[Pixels, Rng], Pixels]:
     return make
 
 
-def _blurred(sigma: float) -> Callable[[Pixels, Rng], Pixels]:
+def _blurred(sigma: float) -> Make:
     return lambda pixels, _: _rounded(soft(pixels.astype(np.float32), sigma))
 
 
-def _noisy(deviation: float) -> Callable[[Pixels, Rng], Pixels]:
+def _noisy(deviation: float) -> Make:
     return lambda pixels, rng: _rounded(pixels + deviation * rng.standard_normal(pixels.shape, np.float32))
 
 
-def _on_a_screen(longest: int, factor: float, radius: float, amount: float) -> Callable[[Pixels, Rng], Pixels]:
+def _on_a_screen(longest: int, factor: float, radius: float, amount: float) -> Make:
     def make(pixels: Pixels, _: Rng) -> Pixels:
         from PIL import Image
 
@@ -95,32 +97,31 @@ CHANGES: dict[str, Change] = {
 """Parameters were stated before anything was scored with them."""
 
 
-# --- suites: kind -> changes from mild to strong ----------------------------------------------------------------------
-
 Suite = dict[str, tuple[Change, ...]]
+"""Kind -> changes from mild to strong."""
 
 
-def _levels(suite: str, kind: str, line: str, makes: dict[str, Callable[[Pixels, Rng], Pixels]]) -> tuple[Change, ...]:
-    """Changes `SUITE/KIND/PARAMETER`; `line` is filled with the parameter."""
-    return tuple(Change(f"{suite}/{kind}/{value}", line.format(value), make) for value, make in makes.items())
+def _levels(kind: str, line: str, makes: dict[str, Make]) -> tuple[Change, ...]:
+    """Changes `codec/KIND/PARAMETER`; `line` is filled with the parameter."""
+    return tuple(Change(f"codec/{kind}/{value}", line.format(value), make) for value, make in makes.items())
 
 
-def _kernel(side: int, sigma: float) -> Callable[[Pixels, Rng], Pixels]:
+def _kernel(side: int, sigma: float) -> Make:
     return lambda pixels, _: np.asarray(cv2.GaussianBlur(pixels, (side, side), sigma), np.uint8)
 
 
-def _as_video(crf: int) -> Callable[[Pixels, Rng], Pixels]:
+def _as_video(crf: int) -> Make:
     return lambda pixels, _: video_codec(pixels, crf)
 
 
-def _longest(side: int) -> Callable[[Pixels, Rng], Pixels]:
+def _longest(side: int) -> Make:
     def make(pixels: Pixels, rng: Rng) -> Pixels:
         return _shrunk(min(1.0, side / max(pixels.shape[:2])))(pixels, rng)
 
     return make
 
 
-def _chained(*steps: Callable[[Pixels, Rng], Pixels]) -> Callable[[Pixels, Rng], Pixels]:
+def _chained(*steps: Make) -> Make:
     def make(pixels: Pixels, rng: Rng) -> Pixels:
         for step in steps:
             pixels = step(pixels, rng)
@@ -132,25 +133,18 @@ def _chained(*steps: Callable[[Pixels, Rng], Pixels]) -> Callable[[Pixels, Rng],
 _SCREEN = _on_a_screen(720, 0.8, 1.0, 0.4)
 
 CODEC: Suite = {
-    "jpeg": _levels("codec", "jpeg", "JPEG, quality {}", {f"{q}": _coded(".jpg", q) for q in (80, 60, 40, 20, 10)}),
-    "webp": _levels("codec", "webp", "WebP, quality {}", {f"{q}": _coded(".webp", q) for q in (80, 50, 20)}),
-    "h264": _levels(
-        "codec",
-        "h264",
-        "H.264, one frame, CRF {}",
-        {f"{q}": _as_video(q) for q in (23, 30, 38)},
-    ),
+    "jpeg": _levels("jpeg", "JPEG, quality {}", {f"{q}": _coded(".jpg", q) for q in (80, 60, 40, 20, 10)}),
+    "webp": _levels("webp", "WebP, quality {}", {f"{q}": _coded(".webp", q) for q in (80, 50, 20)}),
+    "h264": _levels("h264", "H.264, one frame, CRF {}", {f"{q}": _as_video(q) for q in (23, 30, 38)}),
     "resize": _levels(
-        "codec", "resize", "longest side at most {}, mean of areas", {f"{s}": _longest(s) for s in (224, 112, 64)}
+        "resize", "longest side at most {}, mean of areas", {f"{s}": _longest(s) for s in (224, 112, 64)}
     ),
     "blur": _levels(
-        "codec",
         "blur",
         "Gaussian blur, kernel and sigma {} pixels",
         {f"{k}-{s}": _kernel(k, s) for k, s in ((5, 0.5), (7, 1.0), (11, 1.5), (13, 2.0), (19, 3.0))},
     ),
     "noise": _levels(
-        "codec",
         "noise",
         "Gaussian noise of each value, standard deviation {} of the range",
         {f"{s}": _noisy(255 * s) for s in (0.01, 0.03, 0.05, 0.1, 0.2)},
@@ -177,108 +171,11 @@ CODEC: Suite = {
 WebP, H.264 and chain parameters are ours."""
 
 
-def _saturated(share: float, wraps: bool = False) -> Callable[[Pixels, Rng], Pixels]:
-    def make(pixels: Pixels, _: Rng) -> Pixels:
-        # Of a float picture OpenCV puts grey at a chroma of 0.5, whatever the picture's scale.
-        x = cv2.cvtColor(pixels.astype(np.float32), cv2.COLOR_RGB2YCrCb)
-        x[..., 1:] = 0.5 + (x[..., 1:] - 0.5) * share
-        out = cv2.cvtColor(x, cv2.COLOR_YCrCb2RGB)
-        return (out.astype(np.int64) % 256 if wraps else np.clip(out, 0, 255)).astype(np.uint8)
-
-    return make
-
-
-def _darkened(share: float) -> Callable[[Pixels, Rng], Pixels]:
-    return lambda pixels, _: (pixels.astype(np.float32) * share).astype(np.uint8)
-
-
-def _blocked(count: int) -> Callable[[Pixels, Rng], Pixels]:
-    def make(pixels: Pixels, rng: Rng) -> Pixels:
-        out, (height, width) = pixels.copy(), pixels.shape[:2]
-        for _ in range(min(height, width) // 256 * count):
-            y, x = int(rng.integers(height - 8)), int(rng.integers(width - 8))
-            out[y : y + 8, x : x + 8] = 128
-        return out
-
-    return make
-
-
-def _colour_noise(variance: float) -> Callable[[Pixels, Rng], Pixels]:
-    def make(pixels: Pixels, rng: Rng) -> Pixels:
-        x = cv2.cvtColor(pixels.astype(np.float32), cv2.COLOR_RGB2YCrCb) / 255
-        x = (x + np.sqrt(variance) * rng.standard_normal(x.shape, np.float32)) * 255
-        out = cv2.cvtColor(x.astype(np.float32), cv2.COLOR_YCrCb2RGB)
-        return np.asarray(np.clip(out, 0, 255).astype(np.uint8))
-
-    return make
-
-
-def _pixelated(factor: int) -> Callable[[Pixels, Rng], Pixels]:
-    def make(pixels: Pixels, _: Rng) -> Pixels:
-        height, width = pixels.shape[:2]
-        small = cv2.resize(pixels, (max(1, width // factor), max(1, height // factor)))
-        return np.asarray(cv2.resize(small, (width, height)), np.uint8)
-
-    return make
-
-
-def _published(code: str, line: str, makes: dict[str, Callable[[Pixels, Rng], Pixels]]) -> tuple[Change, ...]:
-    """Levels 1 to 5 of a distortion of DeeperForensics-1.0; `line` is filled with the parameter."""
-    return tuple(
-        Change(f"deeperforensics/{code}/{level}", line.format(value), make)
-        for level, (value, make) in enumerate(makes.items(), start=1)
-    )
-
-
-DEEPERFORENSICS: Suite = {
-    "CS": _published(
-        "CS", "saturation: chroma x {} about grey", {f"{p}": _saturated(p) for p in (0.4, 0.3, 0.2, 0.1, 0.0)}
-    ),
-    "CC": _published(
-        "CC", "contrast: all values x {}, cut off", {f"{p}": _darkened(p) for p in (0.85, 0.725, 0.6, 0.475, 0.35)}
-    ),
-    "BW": _published(
-        "BW",
-        "block-wise: {} grey blocks of 8 x 8 for each whole 256 pixels of the shorter side (none below that)",
-        {f"{p}": _blocked(p) for p in (16, 32, 48, 64, 80)},
-    ),
-    "GNC": _published(
-        "GNC",
-        "noise in luma and chroma, variance {} of the range",
-        {f"{p}": _colour_noise(p) for p in (0.001, 0.002, 0.005, 0.01, 0.05)},
-    ),
-    "GB": _published("GB", "blur: kernel {}, sigma a sixth", {f"{k}": _kernel(k, k / 6) for k in (7, 9, 13, 17, 21)}),
-    "JPEG_pixelate": _published(
-        "JPEG_pixelate",
-        "pixelation: bilinear to a {}th and back; published as JPEG, but no codec is in it",
-        {f"{p}": _pixelated(p) for p in (2, 3, 4, 5, 6)},
-    ),
-    "VC": _published(
-        "VC",
-        "H.264 of this one frame, CRF {}",
-        {f"{q}": _as_video(q) for q in (30, 32, 35, 38, 40)},
-    ),
-}
-"""The distortions of DeeperForensics-1.0 (arXiv 2001.03024), levels 1 to 5, with the published parameters.
-
-As far as the public description goes. To the bit: GB. The same operation, but for how halves and sizes are rounded:
-CC and JPEG_pixelate. The same in distribution, from our own random numbers: BW and GNC. Near: CS (the published code
-has an offset of its own in the chroma, which is not part of what we know) and VC (one frame, our encoder's settings).
-"""
-
-DFF: Suite = {
-    "CS": (Change("dff/CS", "saturation: chroma x 0.4 about grey; beyond 0..255 it wraps", _saturated(0.4, True)),),
-    "CC": (Change("dff/CC", "contrast: all values x 0.85, cut off", _darkened(0.85)),),
-    "GB": (Change("dff/GB", "blur: kernel 7, sigma 7/6", _kernel(7, 7 / 6)),),
-    "pixelate": (Change("dff/pixelate", "pixelation: bilinear to a half and back; published as JPEG", _pixelated(2)),),
-}
-"""The four distortions of DeepFakeFace (arXiv 2309.02218): level 1 of DeeperForensics'; as faithful as those."""
-
-SUITES: dict[str, Suite] = {"codec": CODEC, "deeperforensics": DEEPERFORENSICS, "dff": DFF}
+SUITES: dict[str, Suite] = {"codec": CODEC}
 
 
 def changes_of(names: str) -> dict[str, Change]:
-    """The changes that a comma-separated list names: a change, a suite, or a suite's kind (`deeperforensics/GB`).
+    """The changes that a comma-separated list names: a change, a suite, or a suite's kind (`codec/blur`).
 
     `none` is no change. Raises UnknownName.
     """

@@ -32,10 +32,8 @@ Scores = dict[str, dict[str, Seen]]
 
 
 def read_scores(folder: Path, result: Result) -> Scores:
-    """Every score in the table beside a result file, whose content is `result`.
-
-    Raises X2DFDError where there is no table, or it is that of another run.
-    """
+    """Every score in the table beside a result file, whose content is `result`. Raises X2DFDError without a table, or
+    for that of another run."""
     path = folder / "samples.parquet"
     if not path.is_file():
         raise X2DFDError("no samples.parquet beside the reference", code="scores_missing")
@@ -67,18 +65,14 @@ class Pair:
 
 
 def paired(first: dict[str, Seen], second: dict[str, Seen]) -> Pair:
-    """AUC of both on the common samples, and their difference.
-
-    Raises X2DFDError when the runs call one sample by different labels or groups, or share none.
-    """
+    """AUC of both on the common samples, and their difference. Raises X2DFDError when the runs share no sample, or know
+    one by another label or group."""
     common = sorted(first.keys() & second.keys())
     if not common:
         raise X2DFDError("the runs share no sample", code="no_shared_sample")
     other = [i for i in common if (first[i].label, first[i].group) != (second[i].label, second[i].group)]
     if other:
-        raise X2DFDError(
-            f"the runs know {len(other)} samples by another label or group, such as {other[0]}", code="samples_differ"
-        )
+        raise X2DFDError(f"{len(other)} samples have another label or group, such as {other[0]}", code="samples_differ")
     scores = [(i, first[i].score, second[i].score) for i in common]
     both = [(i, x, y) for i, x, y in scores if x is not None and y is not None]
     kept = [i for i, _, _ in both]
@@ -149,7 +143,7 @@ def drift(result: Result, reference: Result) -> Comparison:
         here, there = result[part][name], reference.get(part, {}).get(name)
         if here != there:
             raise X2DFDError(
-                f"not comparable: {part} {name} is {here} here and {there} in the reference", code="not_comparable"
+                f"not comparable: {part} {name} is {here} here, {there} in the reference", code="not_comparable"
             )
     parts = ("model", "versions", "code", "device", "settings")
     found = Comparison(notes=[f"{name} differs" for name in parts if result[name] != reference.get(name)])

@@ -24,9 +24,9 @@ import cv2
 import numpy as np
 import typer
 
-from data_gen.forge import FORGE_VERSION, HARMLESS, METHODS, Forgery, Photo, changed, forge
+from data_gen.forge import FORGE_VERSION, HARMLESS, METHODS, Photo, changed, forge, untouched
 from data_gen.readers import labelled, read_folders
-from data_gen.run_forge import finished_rows, load_photo, pose, save_jpeg
+from data_gen.run_forge import load_photo, pose, resumed, save_jpeg
 from x2dfd.cli import run_command
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.files import Json, file_sha256, parse_json, write_bytes, write_text
@@ -53,18 +53,13 @@ class Item:
 
 def own_photos(folder: Path) -> Path:
     """The one portrait that comes with the installed packages, as a manifest: NASA's of Eileen Collins (public domain).
-
-    One person is one group: enough to see that everything works, not enough for an interval or a face swap.
-    """
+    One group: enough to see that everything works, not for an interval or a face swap."""
     import skimage.data
 
     # The file itself: encoding it again would be other bytes under another version of the encoder.
     carried = Path(skimage.data.__file__).parent / "astronaut.png"
     if not carried.is_file():
-        raise SetupError(
-            f"scikit-image comes without {carried.name} here; give photos of your own with --photos",
-            code="photos_missing",
-        )
+        raise SetupError(f"scikit-image lacks {carried.name} here: give photos with --photos", code="photos_missing")
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / carried.name, carried.read_bytes())
     row = {"path": carried.name, "label": "real", "source": "nasa", "group": "eileen-collins"}
@@ -73,10 +68,8 @@ def own_photos(folder: Path) -> Path:
 
 
 def photos_of(where: Path) -> list[tuple[str, Sample]]:
-    """SHA-256 and row of the real photos of a manifest, or of a folder, in which each is a group of its own.
-
-    Sorted by hash; a file that is not there has the hash "". Raises X2DFDError when there are none.
-    """
+    """SHA-256 ("" of an absent file) and row of the real photos of a manifest, or of a folder, in which each is a group
+    of its own; sorted by hash. Raises X2DFDError when there are none."""
     if where.is_dir():
         read = read_folders(labelled([str(where)], None), source="photos")
         hashed = [(file_sha256(s.path), s) for s in read.samples]
@@ -121,11 +114,9 @@ def _donor(photos: Sequence[Photo], k: int, turn: int) -> int:
 
 
 def build(photos: Path | None, out: Path, *, per_method: int = PER_METHOD, allow_missing: bool = False) -> Json:
-    """Make (or finish) the set in `out`; returns its card. Without `photos`: of the package's own portrait.
-
-    Raises X2DFDError when more than 1 % of the photos have no usable face (unless `allow_missing`: the card counts
-    them), and when `out` holds another set.
-    """
+    """Make (or finish) the set in `out`; returns its card. Without `photos`: of the package's own portrait. Raises
+    X2DFDError when more than 1 % of the photos have no usable face (unless `allow_missing`), and when `out` holds
+    another set."""
     if per_method < 1:
         raise X2DFDError(f"--per-method {per_method}: at least 1", code="number_out_of_range")
     given = photos_of(photos if photos is not None else own_photos(out / "own"))
@@ -154,28 +145,17 @@ def build(photos: Path | None, out: Path, *, per_method: int = PER_METHOD, allow
         "per_method": per_method,
         "photos": hashlib.sha256("\n".join(f"{d} {s.group} {s.source}" for d, s in used).encode()).hexdigest(),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    started, part = out / "cuebench.part.json", out / "manifest.part.jsonl"
+    started = out / "cuebench.part.json"
     for file in (started, out / CARD):
-        if (
-            file.is_file()
-            and {k: v for k, v in json.loads(file.read_text("utf-8")).items() if k in settings} != settings
-        ):
+        if file.is_file() and not settings.items() <= json.loads(file.read_text("utf-8")).items():
             raise X2DFDError(
-                f"{out} holds a set of other photos or settings; choose another --out", code="settings_differ"
+                f"{out} holds a set of other photos or settings: take another --out", code="settings_differ"
             )
     if (out / CARD).is_file():
         open_set(out)
         return dict(json.loads((out / CARD).read_text("utf-8")))
     write_text(started, json.dumps(settings) + "\n")
-    rows = finished_rows(part)
-    part.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    with part.open("a", encoding="utf-8") as stream:
-        for item in progress(items[len(rows) :], "forging"):
-            rows.append(_make(item, usable, used[item.photo][1], out))
-            stream.write(json.dumps(rows[-1]) + "\n")
-            stream.flush()
-    write_manifest(out / "manifest.jsonl", rows)
+    rows = resumed(out, len(items), lambda todo: (_make(items[k], usable, used[items[k].photo][1], out) for k in todo))
     left_out = sorted(set(METHODS) - {i.method for i in items})
     card = settings | _counts(rows) | {
         "manifest_sha256": manifest_sha256(out / "manifest.jsonl"),
@@ -186,7 +166,6 @@ def build(photos: Path | None, out: Path, *, per_method: int = PER_METHOD, allow
         "versions": {name: version(name) for name in ("numpy", "opencv-python-headless", "torch")},
     }  # fmt: skip
     write_text(out / CARD, json.dumps(card, indent=1) + "\n")
-    part.unlink()
     started.unlink()
     return card
 
@@ -198,7 +177,7 @@ def _make(item: Item, photos: Sequence[Photo], sample: Sample, out: Path) -> Jso
     rng = np.random.default_rng(np.frombuffer(seed, np.uint32))
     quality = int(rng.integers(88, 99))  # drawn alike for reals and forgeries
     if item.method == "none":
-        made = Forgery(photo.pixels, np.zeros(photo.pixels.shape[:2], np.uint8), (), "none", "real", 0.0)
+        made = untouched(photo)
     else:
         donor = photos[item.donor] if item.donor is not None else None
         made = forge(photo, (METHODS | HARMLESS)[item.method], rng, donor)
@@ -243,10 +222,8 @@ def _counts(rows: Sequence[Json]) -> Json:
 
 
 def open_set(folder: Path) -> Path:
-    """The manifest of a set, every picture and mask of which was checked against its hash.
-
-    Raises X2DFDError when the set is unfinished, or anything is missing, changed or left over in the manifest.
-    """
+    """The manifest of a set, every picture and mask of which was checked against its hash. Raises X2DFDError when the
+    set is unfinished, or anything is missing or changed."""
     card, manifest = folder / CARD, folder / "manifest.jsonl"
     if not card.is_file():
         raise X2DFDError(

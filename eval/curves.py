@@ -14,11 +14,8 @@ BINS = 10  # of the calibration curve, equal width
 
 
 def of(labels: Labels, scores: Floats) -> Json:
-    """`roc`: [false alarms, found]; `risk_coverage`: [coverage, risk]; `reliability`: a row a bin that is not empty.
-
-    The reliability counts reals and fakes as equally likely, which is what the probability assumes. Empty where one
-    class is missing.
-    """
+    """`roc`: [false alarms, found]; `risk_coverage`: [coverage, risk]; `reliability`: a row a bin that is not empty,
+    with reals and fakes as equally likely, which is what the probability assumes. Empty where one class is missing."""
     if not (0 < labels.sum() < len(labels)):
         return {"roc": [], "risk_coverage": [], "reliability": []}
     fpr, tpr, _ = roc_curve(labels, scores)

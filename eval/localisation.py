@@ -45,10 +45,8 @@ def truth_on_crop(path: Path, shape: Sequence[int], pixels: Pixels, face: Face) 
 
 
 def places(maps: Json, face: Face, truth: NDArray[np.bool_]) -> Part:
-    """How well each map, and two that know nothing of the forgery, say where it is.
-
-    Thresholds are shares of a map's own maximum: whether there is a forgery is the score's to say.
-    """
+    """How well each map, and two that know nothing of the forgery, say where it is. Thresholds are shares of a map's
+    own maximum: whether there is a forgery is the score's to say."""
     drawn = {name: np.asarray(rows, np.float32) for name, rows in maps.items()}
     drawn = {name: rows / max(float(rows.max()), 1e-6) for name, rows in drawn.items()}
     grids = {
@@ -87,14 +85,12 @@ def _centre() -> NDArray[np.float32]:
 
 
 def localisation(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Part:
-    """Pixel AUC and IoU of each map over the masked fakes, mean over pictures; overall and by method.
-
-    A picture's IoU is at the threshold that has the best mean IoU on the other groups of `FOLDS` parts: a map whose
-    numbers are all low loses nothing by that, and no threshold is chosen on the picture it is measured on.
-    """
+    """Pixel AUC and IoU of each map over the masked fakes, mean over pictures; overall and by method. A picture's IoU
+    is at the threshold with the best mean IoU on the other groups of `FOLDS` parts, so that none is chosen on the
+    picture it is measured on."""
     masked = [i for i, s in enumerate(samples) if s.label == "fake" and s.mask is not None]
     kept = [i for i in masked if rows[i].places]
-    out = Counter(_unplaced(rows[i]) for i in masked if not rows[i].places)
+    out = Counter(rows[i].notes.get("mask") or rows[i].reason or "no map" for i in masked if not rows[i].places)
     names = sorted({name for i in kept for name in rows[i].places}, key=lambda n: (n in (OVAL, CENTRE), n))
     maps: Part = {}
     for name in names:
@@ -104,22 +100,14 @@ def localisation(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Part:
         groups, methods = [samples[i].group for i in own], [value_of(samples[i], "method") for i in own]
         ious, thresholds = _at_thresholds_of_others(curves, folds(groups))
 
-        def mean_of(
-            chosen: Sequence[int], aucs: Floats = aucs, ious: Floats = ious, groups: Sequence[str] = groups
-        ) -> Part:
-            mine = [groups[k] for k in chosen]
-            figures = {what: stats.mean(v[list(chosen)], mine) for what, v in (("auc", aucs), ("iou", ious))}
-            return {"n": len(chosen)} | figures
-
-        maps[name] = mean_of(range(len(own))) | {
+        every = range(len(own))
+        by_method = {method: [k for k in every if methods[k] == method] for method in sorted(set(methods))}
+        maps[name] = _means(every, aucs, ious, groups) | {
             "thresholds": thresholds,
             "iou_by_threshold": {
                 str(t): round(float(v), 6) for t, v in zip(THRESHOLDS, curves.mean(axis=0), strict=True)
             },
-            "by_method": {
-                method: mean_of([k for k, made in enumerate(methods) if made == method])
-                for method in sorted(set(methods))
-            },
+            "by_method": {method: _means(chosen, aucs, ious, groups) for method, chosen in by_method.items()},
         }
     return {
         "n_masks": len(masked),
@@ -134,6 +122,11 @@ def localisation(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Part:
     }
 
 
+def _means(at: Sequence[int], aucs: Floats, ious: Floats, groups: Sequence[str]) -> Part:
+    mine = [groups[k] for k in at]
+    return {"n": len(at), "auc": stats.mean(aucs[list(at)], mine), "iou": stats.mean(ious[list(at)], mine)}
+
+
 def _at_thresholds_of_others(curves: Floats, part: NDArray[np.int64]) -> tuple[Floats, list[float]]:
     """IoU of each picture [n] from its curve [n, thresholds], and the thresholds used; 0.5 where there is no other."""
     at = np.full(len(curves), THRESHOLDS.index(0.5))
@@ -142,7 +135,3 @@ def _at_thresholds_of_others(curves: Floats, part: NDArray[np.int64]) -> tuple[F
         if len(others):
             at[part == fold] = others.mean(axis=0).argmax()
     return curves[np.arange(len(curves)), at], sorted({THRESHOLDS[k] for k in at})
-
-
-def _unplaced(row: SampleRow) -> str:
-    return str(row.notes.get("mask") or row.reason or "no map")

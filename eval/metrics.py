@@ -30,11 +30,8 @@ def average_precision(labels: Labels, scores: Floats) -> float | None:
 
 
 def eer(labels: Labels, scores: Floats) -> float | None:
-    """Equal error rate: the mean of FPR and FNR at the ROC point where they are nearest to each other.
-
-    DeepfakeBench gives the FPR of that point alone, which calls a scorer that says the same of everything perfect.
-    Where few scores are tied the two agree to about one over the number of samples.
-    """
+    """Equal error rate: the mean of FPR and FNR at the ROC point where they are nearest to each other. (DeepfakeBench
+    gives that point's FPR alone, which calls a scorer that says the same of everything perfect.)"""
     if not _both(labels):
         return None
     fpr, tpr, _ = roc_curve(labels, scores)
@@ -80,10 +77,8 @@ def brier(labels: Labels, scores: Floats) -> float | None:
 
 
 def ece(labels: Labels, scores: Floats, bins: int = 15) -> float | None:
-    """Expected calibration error of P(fake), bins of equal width, reals and fakes weighing a half each.
-
-    The probability takes both answers for equally likely, so the share of fakes in a manifest must not count.
-    """
+    """Expected calibration error of P(fake), bins of equal width, reals and fakes weighing a half each: the probability
+    takes both answers for equally likely, so the share of fakes in a manifest must not count."""
     if not _both(labels):
         return None
     weight = np.where(labels == 1, 0.5 / labels.sum(), 0.5 / (labels == 0).sum())
@@ -92,10 +87,8 @@ def ece(labels: Labels, scores: Floats, bins: int = 15) -> float | None:
 
 
 def cllr(labels: Labels, scores: Floats, prior: float = 0.5) -> float | None:
-    """Log-likelihood-ratio cost in bits (Bruemmer & du Preez 2006): 0 is perfect, 1 says nothing.
-
-    Scores are read as posteriors under the prior P(fake) = `prior`, and kept 1e-6 away from 0 and 1.
-    """
+    """Log-likelihood-ratio cost in bits (Bruemmer & du Preez 2006): 0 is perfect, 1 says nothing. Scores are read as
+    posteriors under the prior P(fake) = `prior`, and kept 1e-6 away from 0 and 1."""
     if not _both(labels):
         return None
     p = np.clip(scores, _EPS, 1 - _EPS)
@@ -109,10 +102,8 @@ def pool_by(
     ids: Sequence[str], labels: Labels, scores: Floats, how: Literal["mean", "max"] = "mean"
 ) -> tuple[list[str], Labels, Floats]:
     """Pools frame scores to one score per clip; `ids` name the clips, must be unique to them, and are the only key.
-
     Returns the ids in sorted order with their labels and scores. Raises ValueError when frames of one id differ in
-    label.
-    """
+    label."""
     names, place = np.unique(np.asarray(ids, dtype=str), return_inverse=True)
     low, high = np.full(len(names), 2), np.full(len(names), -1)
     np.minimum.at(low, place, labels)
@@ -130,21 +121,15 @@ def pool_by(
 def pool_sbi(
     ids: Sequence[str], labels: Labels, scores: Sequence[float | None]
 ) -> tuple[tuple[list[str], Labels, Floats], int]:
-    """Pools as the papers after SBI (Shiohara & Yamasaki 2022) do; also returns how many frames had no score.
-
-    A frame's score is that of its most suspicious face; a frame without one (None) counts 0.5; the mean over a clip's
-    frames is the clip's.
-    """
+    """Pools as the papers after SBI (Shiohara & Yamasaki 2022) do, the mean of the frames' most suspicious faces, where
+    a frame without a score (None) counts 0.5; also returns how many had none."""
     filled = to_scores([0.5 if s is None else s for s in scores])
     return pool_by(ids, labels, filled), sum(s is None for s in scores)
 
 
 def risk_coverage(labels: Labels, scores: Floats, threshold: float = 0.5) -> tuple[Floats, Floats]:
-    """Coverage [n] and the share of wrong answers at it [n], the surest answers first.
-
-    Sure is far from `threshold` on the scale of log-odds, the answer is the side; ties are answered together, so that
-    the order of samples does not matter.
-    """
+    """Coverage [n] and the share of wrong answers at it [n], the surest answers first: those farthest from `threshold`
+    on the scale of log-odds. Ties are answered together, so that the order of samples does not matter."""
     p, at = np.clip(scores, _EPS, 1 - _EPS), np.clip(threshold, _EPS, 1 - _EPS)
     sure = np.abs(np.log(p / (1 - p)) - np.log(at / (1 - at)))
     wrong = (scores > threshold) != (labels == 1)

@@ -106,10 +106,7 @@ def check(choice: Choice) -> None:
             code="options_conflict",
         )
     if choice.tools and not (choice.spec and choice.spec.bare):
-        raise X2DFDError(
-            "--tools is for a model without adapter (hub:NAME, NAME@URL): an adapter has its own prompt",
-            code="options_conflict",
-        )
+        raise X2DFDError("--tools is for a model without adapter: hub:NAME, NAME@URL", code="options_conflict")
 
 
 def open_model(choice: Choice) -> Opened:
@@ -131,9 +128,6 @@ def open_model(choice: Choice) -> Opened:
     if choice.tools:
         detector = with_tools(detector)
     return Opened(spec.label, "served" if spec.url else "model", detector, detector.mode)
-
-
-# ---------------------------------------------------------------- experts without an MLLM
 
 
 @dataclass(frozen=True)
@@ -170,13 +164,6 @@ class NoMLLM:
         raise X2DFDError("there is no language model to ask", code="no_language_model")
 
 
-def without_mllm(weights: dict[str, float]) -> dict[str, float]:
-    """A logistic's weights but that of the MLLM, which then counts as its mean."""
-    from x2dfd.calibration import MLLM
-
-    return {n: w for n, w in weights.items() if n != MLLM}
-
-
 def experts_alone(name: str | None) -> Detector:
     """A Detector of one expert, or of all that the embedded model's calibration weighs (None), without its MLLM.
 
@@ -184,7 +171,7 @@ def experts_alone(name: str | None) -> Detector:
     has no threshold: what it says is not counted, only its score.
     """
     from x2dfd.adapter import expert_hashes, read_adapter_card
-    from x2dfd.calibration import Calibration, Logistic
+    from x2dfd.calibration import MLLM, Calibration, Logistic
     from x2dfd.degrade import CODEC
     from x2dfd.detector import Detector
     from x2dfd.experts import load_expert
@@ -195,11 +182,11 @@ def experts_alone(name: str | None) -> Detector:
         experts = [load_expert(n, EMBEDDED / "experts") for n in wanted if calibration.weights.get(n, 0) > 0]
         if other := [e.card.name for e in experts if wanted[e.card.name] != e.card.sha256]:
             raise X2DFDError(
-                f"no fusion: the calibration was fitted to other weights of {', '.join(other)}",
-                code="expert_weights_differ",
+                f"no fusion: calibrated with other weights of {', '.join(other)}", code="expert_weights_differ"
             )
         stated = f"{card.name} {card.version}, experts alone"
-        kinds = {k: replace(one, weights=without_mllm(one.weights)) for k, one in calibration.kinds.items()}
+        alone = {k: {n: w for n, w in one.weights.items() if n != MLLM} for k, one in calibration.kinds.items()}
+        kinds = {k: replace(one, weights=alone[k]) for k, one in calibration.kinds.items()}
         calibration = replace(calibration, kinds=kinds)
     else:
         experts = [load_expert(name)]
@@ -212,9 +199,6 @@ def experts_alone(name: str | None) -> Detector:
         experts={e.card.name: f"{e.card.version} {e.card.sha256}" for e in experts},
     )
     return Detector(NoMLLM(0.0), experts, calibration, info, "calibrated")
-
-
-# ---------------------------------------------------------------- scores as tool results
 
 
 def tool_results(question: str, evidence: Sequence[Evidence]) -> str:

@@ -9,15 +9,13 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from eval.stats import Measured
-from eval.tables import Cell, percent, shown
+from eval.tables import Table, percent
 from x2dfd.files import Json
 
 if TYPE_CHECKING:
@@ -92,8 +90,6 @@ def _origin(result: Result) -> Iterator[tuple[str, str]]:
         yield "Not judged", ", ".join(f"{k} {n}" for k, n in result["failures"].items())
 
 
-# ---------------------------------------------------------------- tables
-
 _OVERALL = {
     "auc": "AUC", "average_precision": "AP", "eer": "EER", "tpr_at_fpr_0.01": "TPR at 1 %",
     "tpr_at_fpr_0.05": "TPR at 5 %", "tpr_at_fpr_0.1": "TPR at 10 %", "nll": "NLL", "brier": "Brier",
@@ -108,34 +104,14 @@ _AT_HALF = {
 }
 
 
-@dataclass(frozen=True)
-class Grid:
-    """A table of the page: its cells are texts."""
-
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str = ""
-    first: bool = False  # stands above the curves
-
-
-def _grid(title: str, head: Sequence[str], rows: Sequence[Sequence[Cell | Result]], caption: str = "") -> Grid:
-    """Cells may be texts, numbers and figures of a result file."""
-    return Grid(title, head, [[_cell(c) for c in row] for row in rows], caption)
-
-
-def _cell(cell: Cell | Result) -> str:
-    return shown(Measured.read(cell) if isinstance(cell, dict) else cell)
-
-
 def _counted(part: Result) -> list[str | int]:
     """A rate and what it rests on."""
     return [percent(part), part["n"], part["groups"]]
 
 
-def _tables(result: Result) -> Iterator[Grid]:
+def _tables(result: Result) -> Iterator[Table]:
     lines = [[name, part, part["n"], part["groups"]] for name, part in result["headline"].items()]
-    yield replace(_grid("Headline", ["", "value [95 %]", "n", "groups"], lines), first=True)
+    yield Table("Headline", ["", "value [95 %]", "n", "groups"], lines)
     scorers: dict[str, Result] = result.get("scorers", {})
     whole = {name: s for name, s in scorers.items() if "overall" in s}
     if whole:
@@ -146,20 +122,20 @@ def _tables(result: Result) -> Iterator[Grid]:
         lines.append(["scored", *(s["n_scored"] for s in whole.values())])
         lines.append(["groups", *(o["n_groups"] for o in overall)])
         missing = [", ".join(f"{why}: {n}" for why, n in s["unscored"].items()) or "–" for s in whole.values()]
-        yield _grid("All metrics, full coverage", ["", *whole], [*lines, ["not scored", *missing]])
+        yield Table("All metrics, full coverage", ["", *whole], [*lines, ["not scored", *missing]])
     for name, scorer in scorers.items():
         yield from _of_scorer(name, scorer)
     within = {f"tone, {source}": part for source, part in result.get("tone_within_source", {}).items()}
     for column, values in (result.get("by", {}) | within).items():
         lines = [[v, *_counted(p["false_alarms"]), p["above_the_others"]] for v, p in values.items()]
-        yield _grid(f"False alarms by {column}", [column, "false alarms", "n", "groups", "above the others"], lines)
+        yield Table(f"False alarms by {column}", [column, "false alarms", "n", "groups", "above the others"], lines)
     for change, part in (result.get("robustness") or {}).items():
         before = part["unchanged"]
         lines = [[name, auc, before[name], auc["n"], auc["groups"]] for name, auc in part["auc"].items()]
-        yield _grid(f"Changed: {change}", ["AUC", "changed", "unchanged", "n", "groups"], lines, part["what"])
+        yield Table(f"Changed: {change}", ["AUC", "changed", "unchanged", "n", "groups"], lines, part["what"])
 
 
-def _of_scorer(name: str, scorer: Result) -> Iterator[Grid]:
+def _of_scorer(name: str, scorer: Result) -> Iterator[Table]:
     if said := scorer.get("answers"):
         rates = {"answered": "coverage", "right of those": "accuracy", "reals called fake": "false_alarms",
                  "fakes called real": "misses"}  # fmt: skip
@@ -167,7 +143,7 @@ def _of_scorer(name: str, scorer: Result) -> Iterator[Grid]:
         of_those = {"balanced accuracy": "balanced_accuracy", "AUC": "auc", "ECE": "ece"}
         lines += [[f"{text} of those", said[key], said["n_answered"], ""] for text, key in of_those.items()]
         lines += [[f"no answer: {why}", "", n, ""] for why, n in said["inconclusive"].items()]
-        yield _grid(f"{name}: three answers", ["", "", "n", "groups"], lines, "After abstention.")
+        yield Table(f"{name}: three answers", ["", "", "n", "groups"], lines, "After abstention.")
     if promise := scorer.get("promise"):
         marks = {True: "kept", False: "broken", None: "no interval"}
         of = {"all reals": promise["measured"]} | promise["by_source"]
@@ -178,7 +154,7 @@ def _of_scorer(name: str, scorer: Result) -> Iterator[Grid]:
             f"{promise['promised_on']['split']}; {seen}. Broken: the whole interval lies above what was allowed."
         )
         head = ["", "", "measured [95 %]", "n", "groups"]
-        yield _grid(f"{name}: false alarms, promised and measured", head, lines, caption)
+        yield Table(f"{name}: false alarms, promised and measured", head, lines, caption)
     for column, gaps in scorer.get("gaps", {}).items():
         lines = [
             [what, gap["value"], gap["highest"], gap["figures"][1], gap["lowest"], gap["figures"][0]]
@@ -186,7 +162,7 @@ def _of_scorer(name: str, scorer: Result) -> Iterator[Grid]:
         ]
         caption = "Largest minus smallest; never negative, so chance alone makes one: look at the two intervals."
         head = ["", "gap", "highest", "[95 %]", "lowest", "[95 %]"]
-        yield _grid(f"{name}: gaps between values of {column}", head, lines, caption)
+        yield Table(f"{name}: gaps between values of {column}", head, lines, caption)
     for column, table in scorer.get("by", {}).items():
         lines = []
         for value, part in table.items():
@@ -195,36 +171,33 @@ def _of_scorer(name: str, scorer: Result) -> Iterator[Grid]:
             lines.append([value, part["auc"], *rates_of, *counts])
         if lines:
             head = [column, "AUC [95 %]", "false alarms", "found", "fake / real", "groups", "against"]
-            yield _grid(f"{name}: by {column}", head, lines)
+            yield Table(f"{name}: by {column}", head, lines)
     yield from _clips_and_words(name, scorer)
 
 
-def _clips_and_words(name: str, scorer: Result) -> Iterator[Grid]:
+def _clips_and_words(name: str, scorer: Result) -> Iterator[Table]:
     """What only some tasks or manifests have."""
     if faces := scorer.get("faces"):
         line = [faces["auc"], faces["eer"], faces["n"], faces["fake_pictures_with_several"]]
         head = ["AUC [95 %]", "EER", "faces", "fakes with several"]
         caption = "With their pictures' labels: in a forged group, faces that nobody touched count as fake."
-        yield _grid(f"{name}: every face", head, [line], caption)
+        yield Table(f"{name}: every face", head, [line], caption)
     if videos := scorer.get("videos"):
         lines = [[v["pooling"], v["auc"], v["eer"], v["n"], v["auc"]["groups"]] for v in (videos, videos["sbi"])]
-        yield _grid(f"{name}: clips", ["pooling", "AUC [95 %]", "EER", "clips", "groups"], lines)
+        yield Table(f"{name}: clips", ["pooling", "AUC [95 %]", "EER", "clips", "groups"], lines)
     if confusion := scorer.get("confusion"):
         columns = list(next(iter(confusion.values())))
         lines = [[truth, *(said[c] for c in columns)] for truth, said in confusion.items()]
-        yield _grid("Confusion", ["true, then said", *columns], lines)
+        yield Table("Confusion", ["true, then said", *columns], lines)
     if invalid := scorer.get("invalid_answers"):
-        yield _grid("Answers that could not be read", ["counted wrong"], [[text or "(empty)"] for text in invalid])
+        yield Table("Answers that could not be read", ["counted wrong"], [[text or "(empty)"] for text in invalid])
     if polarity := scorer.get("by_polarity"):
         keys = ("accuracy", "recall_real", "recall_fake", "n")
         lines = [[what, *(p[key] for key in keys)] for what, p in polarity.items()]
-        yield _grid("By what yes means", ["", *(key.replace("_", " ") for key in keys)], lines)
+        yield Table("By what yes means", ["", *(key.replace("_", " ") for key in keys)], lines)
     if text := scorer.get("text"):
         lines = [[k, p["value"], p.get("by") or p.get("reason", "")] for k, p in text.items() if k != "n"]
-        yield _grid(f"{name}: text against references", ["", "value", "by, or why not"], lines, f"n = {text['n']}")
-
-
-# ---------------------------------------------------------------- plots
+        yield Table(f"{name}: text against references", ["", "value", "by, or why not"], lines, f"n = {text['n']}")
 
 
 def _plots(result: Result) -> Iterator[Json]:
@@ -303,10 +276,15 @@ def _square(ax: Axes, x: str, y: str) -> None:
     ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel=x, ylabel=y)
 
 
-def _roc(ax: Axes, curves: Result) -> None:
+def _lines(ax: Axes, curves: Result, kind: str, drawstyle: Any = "default") -> None:
+    """A line a scorer, the first of them bold."""
     for k, (name, curve) in enumerate(curves.items()):
-        x, y = zip(*curve["roc"], strict=True)
-        ax.plot(x, y, color=_colour(k), lw=2.2 if k == 0 else 1.2, label=name, drawstyle="steps-post")
+        x, y = zip(*curve[kind], strict=True)
+        ax.plot(x, y, color=_colour(k), lw=2.2 if k == 0 else 1.2, label=name, drawstyle=drawstyle)
+
+
+def _roc(ax: Axes, curves: Result) -> None:
+    _lines(ax, curves, "roc", "steps-post")
     ax.plot([0, 1], [0, 1], color=SOFT, lw=0.8, ls=":")
     _square(ax, "reals called fake", "fakes found")
     _legend(ax, curves)
@@ -324,9 +302,7 @@ def _reliability(ax: Axes, curves: Result) -> None:
 
 
 def _risk(ax: Axes, curves: Result) -> None:
-    for k, (name, curve) in enumerate(curves.items()):
-        x, y = zip(*curve["risk_coverage"], strict=True)
-        ax.plot(x, y, color=_colour(k), lw=2.2 if k == 0 else 1.2, label=name)
+    _lines(ax, curves, "risk_coverage")
     ax.set(xlim=(0, 1.01), ylim=(-0.005, None), xlabel="share answered", ylabel="wrong of those")
     _legend(ax, curves)
 

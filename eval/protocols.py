@@ -1,4 +1,4 @@
-"""Published protocols as manifests: `python -m eval.protocols list | write | annotations | hidden`.
+"""Published protocols as manifests: `python -m eval.protocols list | write | annotations`.
 
 A protocol names test sets; each becomes a manifest of its own, which `run_bench.py` scores. Reading is data_gen's; here
 stand which sets belong to a protocol, how many clips its makers count, and, off by default, the quirks of their loader
@@ -8,13 +8,11 @@ FaceForensics++ (arXiv 1901.08971), Celeb-DF (arXiv 1909.12962).
 
 from __future__ import annotations
 
-import io
 import json
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -40,7 +38,7 @@ from data_gen.readers import (
 from eval.stats import Floats, Labels
 from x2dfd.cli import run_command
 from x2dfd.errors import UnknownName, X2DFDError
-from x2dfd.files import Json, write_bytes, write_text
+from x2dfd.files import Json, write_text
 from x2dfd.manifest import Sample, manifest_sha256, write_manifest
 from x2dfd.options import names
 
@@ -168,15 +166,11 @@ def index_sets(
     labels: Mapping[str, Label] | None = None,
 ) -> dict[str, tuple[list[Sample], list[str]]]:
     """The test split of each of a protocol's index files: samples, and notes for the person who reads the summary.
-
     Raises X2DFDError when an index file is absent, when more than 1 % of a set's files are (unless `allow_missing`),
-    and when the protocol comes without index files.
-    """
+    and when the protocol comes without index files."""
     chosen = tuple(sets) or protocol.sets
     if not chosen:
-        raise X2DFDError(
-            f"{protocol.name} names no index files of its own: give them with --sets A,B", code="option_missing"
-        )
+        raise X2DFDError(f"{protocol.name} names no index files: give them with --sets A,B", code="option_missing")
     for name in sets:
         if protocol.sets and name not in protocol.sets:
             raise UnknownName(f"set of {protocol.name}", name, protocol.sets)
@@ -210,11 +204,6 @@ def _has_levels(file: Path) -> bool:
         return any(inside(v, depth - 1) for v in value.values())
 
     return inside(load_json(file), 3)
-
-
-def folder_sets(protocol: str, reader: Callable[[], Read], allow_missing: bool = False) -> Json:
-    """One set out of the user's folders or lists, as `index_sets` gives it."""
-    return {protocol: _finished(reader(), PROTOCOLS[protocol], protocol, allow_missing)}
 
 
 def _finished(read: Read, protocol: Protocol, name: str, allow_missing: bool) -> tuple[list[Sample], list[str]]:
@@ -282,9 +271,7 @@ def read_annotations(
     [{"question", "answers": [...]}].
     """
     if not real or not fake:
-        raise X2DFDError(
-            "say which values of the label mean real and fake: --real-value 1 --fake-value 0", code="option_missing"
-        )
+        raise X2DFDError("say which labels mean what: --real-value 1 --fake-value 0", code="option_missing")
     records = load_json(file)
     if not isinstance(records, list) or not records:
         raise X2DFDError(f"{file.name}: not a list of records", code="list_malformed")
@@ -298,8 +285,7 @@ def read_annotations(
         value = str(record[label])
         if (value in real) == (value in fake):
             raise X2DFDError(
-                f"{where}: label {value!r} is {'both' if value in real else 'neither'} real and fake",
-                code="label_unclear",
+                f"{where}: label {value!r} is {'both' if value in real else 'neither'}", code="label_unclear"
             )
         said: Label = "real" if value in real else "fake"
         if labels.setdefault(parts, said) != said:
@@ -335,47 +321,6 @@ def _exchanges(record: Json, question: str, answer: str, where: str) -> list[tup
         text = str(asked.get("value", "")).replace("<image>", "").strip()
         pairs.append((text, [str(told.get("value", "")).strip()]))
     return pairs
-
-
-# --- FaceForensics++'s hidden benchmark ------------------------------------------------------------------------------
-
-HIDDEN = tuple(f"{n:04d}.png" for n in range(1000))
-
-
-def write_submission(
-    out: Path, scores: Mapping[str, float | None], threshold: float = 0.5, unscored: Literal["real", "fake", ""] = ""
-) -> dict[str, int]:
-    """The one file that the hidden benchmark of FaceForensics++ takes: a zip of {"0000.png": "fake", ...}.
-
-    `scores` are P(fake) by file name; from `threshold` on a picture is called fake. The board wants an answer for each:
-    what could not be scored (None) is answered with `unscored`. Returns the counts. Raises X2DFDError when a picture
-    is absent or without an answer, or `out` is no zip.
-    """
-    if out.suffix != ".zip":
-        raise X2DFDError(f"{out}: the benchmark takes a .zip", code="not_a_zip")
-    absent = [name for name in HIDDEN if name not in scores]
-    if absent or len(scores) != len(HIDDEN):
-        odd = len(scores) - len(HIDDEN) + len(absent)
-        raise X2DFDError(
-            f"the hidden benchmark has the 1000 pictures 0000.png to 0999.png; not scored: {len(absent)}"
-            f"{f', such as {absent[0]}' if absent else ''}; of other names: {odd}",
-            code="submission_incomplete",
-        )
-    silent = [name for name in HIDDEN if scores[name] is None]
-    if silent and not unscored:
-        raise X2DFDError(
-            f"{len(silent)} pictures have no score, such as {silent[0]}: give an answer with --unscored",
-            code="scores_missing",
-        )
-    answers = {
-        name: unscored if (p := scores[name]) is None else "fake" if p >= threshold else "real" for name in HIDDEN
-    }
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(zipfile.ZipInfo("submission.json"), json.dumps(answers))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(out, packed.getvalue())
-    return {"fake": sum(a == "fake" for a in answers.values()), "unscored": len(silent)}
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -437,13 +382,9 @@ def write(
         }
         if name == "dfdc" and not files:
             raise X2DFDError("dfdc is read from its label files: give --files metadata.json", code="option_missing")
-
-        def read_all() -> Read:
-            read = readers[name]()
-            read.samples = sampled(read.samples, frames, quirks)
-            return read
-
-        found = folder_sets(name, read_all, allow_missing)
+        read = readers[name]()
+        read.samples = sampled(read.samples, frames, quirks)
+        found = {name: _finished(read, protocol, name, allow_missing)}
     print(write_sets(name, found, out, quirks))
     for key, (samples, notes) in found.items():
         print(f"{key}: {len(samples)} frames", *(f"  {note}" for note in notes), sep="\n")
@@ -474,31 +415,6 @@ def write_annotations(
     write_manifest(out, samples)
     told = [len(r["answers"]) for s in samples for r in s.extra["references"]]
     print(f"{out}: {len(samples)} pictures, {len(told)} questions, {sum(told)} answers")
-
-
-@app.command(epilog="Example:\n\n  python -m eval.protocols hidden results/hidden/samples.parquet --out answer.zip")
-def hidden(
-    scores: Annotated[Path, typer.Argument(help="samples.parquet of run_bench on the 1000 pictures")],
-    out: Annotated[Path, typer.Option(help="zip to upload")],
-    threshold: Annotated[float, typer.Option(help="from here on: fake")] = 0.5,
-    unscored: Annotated[str, typer.Option(help="answer for what could not be scored: real or fake")] = "",
-) -> None:
-    """The answer file of FaceForensics++'s hidden benchmark. The board takes one upload in two weeks."""
-    import pyarrow.parquet as pq
-
-    if unscored not in ("", "real", "fake"):
-        raise UnknownName("answer", unscored, ("real", "fake"))
-    try:
-        table = pq.read_table(scores, columns=["id", "p_fake"]).to_pylist()
-    except (OSError, ValueError, KeyError) as error:
-        raise X2DFDError(f"{scores}: not the samples.parquet of a run ({error})", code="scores_unreadable") from error
-    by_name = {path_parts(r["id"])[-1]: r["p_fake"] for r in table}
-    if len(by_name) < len(table):
-        raise X2DFDError(
-            f"{scores}: {len(table) - len(by_name)} pictures share their file name with another",
-            code="file_name_shared",
-        )
-    print(json.dumps(write_submission(out, by_name, threshold, unscored)))  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -99,9 +99,6 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------- judging what is not stored
-
-
 Judge = Callable[[Sequence[Sample]], tuple[list[SampleRow], list[Origin]]]
 """Judges samples: their rows, in order, and the origins that the answers state."""
 
@@ -111,9 +108,8 @@ def score(
 ) -> tuple[list[SampleRow], Origin]:
     """Rows of all samples, in order, and their origin. `joined`: `p_fake` is not the judge's, but made of the scores.
 
-    Rows that `store` holds are used again if the model still is the one that made them: a stored sample is judged
-    anew, and model and scores have to agree. Raises X2DFDError when no stored sample can be asked and others would be
-    lost.
+    Stored rows are used again if a stored sample, judged anew, gets the same scores from the same model. Raises
+    X2DFDError when no stored sample can be asked and others would be lost.
     """
     done, origin = store.read()
     # What could not be read is tried again, and so is a file that is another one now.
@@ -133,7 +129,7 @@ def score(
         store.add(rows, origin)
         n = at + len(rows)
         pace = n / (time.monotonic() - started)
-        say(f"{n}/{len(todo)} images, {pace:.2f} a second, {_clock((len(todo) - n) / pace)} to go")
+        say(f"{n}/{len(todo)} images, {pace:.2f} a second, {(len(todo) - n) / pace / 60:.1f} min to go")
     done, _ = store.read(origin)
     # In one order of names, whether it was stated just now or read back: the same run ends in the same file.
     origin = json.loads(json.dumps(origin or {"model": {}, "versions": {}}, sort_keys=True))
@@ -167,11 +163,6 @@ def _still(
     return False
 
 
-def _clock(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{seconds / 60:.1f} min"
-
-
 def _same(new: SampleRow, old: SampleRow, joined: bool) -> bool:
     def close(a: float | None, b: float | None) -> bool:
         return a is b if a is None or b is None else abs(a - b) < 1e-3
@@ -179,9 +170,6 @@ def _same(new: SampleRow, old: SampleRow, joined: bool) -> bool:
     names = new.experts.keys() | old.experts.keys()
     agree = all(close(new.experts.get(n), old.experts.get(n)) for n in names)
     return agree and (joined or close(new.p_fake, old.p_fake))
-
-
-# ---------------------------------------------------------------- on disk
 
 
 class Store:

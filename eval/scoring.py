@@ -30,9 +30,6 @@ FOLDS = 5  # parts of the groups, where something is chosen on the others
 LONGEST_SIDE, JPEG_QUALITY = 1024, 90  # what every image goes through with --equalise
 
 
-# ---------------------------------------------------------------- pictures
-
-
 def equalise(pixels: NDArray[np.uint8]) -> bytes:
     """The picture as every other one: longest side at most 1024, JPEG quality 90, so that the format tells nothing."""
     from PIL import Image
@@ -51,18 +48,13 @@ def equalised(path: Path) -> bytes:
 
 def changed(path: Path, change: Change, sample_id: str, *, equal: bool) -> bytes:
     """The file's picture under a change, as PNG; equalised before it, where that is wanted, as in task `experts`.
-
-    Raises InputError for what is not a picture.
-    """
+    Raises InputError."""
     from PIL import Image
 
     pixels = load_picture(equalised(path) if equal else path).pixels
     stream = io.BytesIO()
     Image.fromarray(change(pixels, sample_id)).save(stream, "PNG", compress_level=1)
     return stream.getvalue()
-
-
-# ---------------------------------------------------------------- samples, scores, slices
 
 
 @dataclass(frozen=True)
@@ -113,12 +105,9 @@ class Slice:
 
 
 def slices(samples: Sequence[Sample], column: str) -> Iterator[Slice]:
-    """The slices of a column.
-
-    `method`: the fakes of the method against the reals of the sources that these fakes come from. Every other
-    column: reals and fakes with that value. Fakes with fewer than 10 such reals are compared with all reals, reals
-    without fakes with all fakes.
-    """
+    """The slices of a column. `method`: the fakes of the method against the reals of their sources. Every other column:
+    reals and fakes with that value. Fakes with fewer than 10 such reals are compared with all reals, reals without
+    fakes with all fakes."""
     values = [value_of(s, column) for s in samples]
     all_reals = [i for i, s in enumerate(samples) if s.label == "real"]
     all_fakes = [i for i, s in enumerate(samples) if s.label == "fake"]
@@ -160,14 +149,9 @@ def train_apart(every: Sequence[Sample], samples: Sequence[Sample]) -> list[Samp
     return [] if any(s.id in judged for s in train) else train
 
 
-# ---------------------------------------------------------------- what is counted
-
-
 def three_answers(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Part:
-    """The three answers, over everything that could be opened: a picture without a face counts as not answered.
-
-    AUC and ECE are of the answered pictures alone, as the accuracy is.
-    """
+    """The three answers, over everything that could be opened: a picture without a face counts as not answered. AUC,
+    ECE and accuracy are of the answered pictures alone."""
     pairs = [(s, row) for s, row in zip(samples, rows, strict=True) if row.said]
     answered = [(s, row) for s, row in pairs if row.said != "inconclusive"]
 

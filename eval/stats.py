@@ -66,16 +66,12 @@ def placed(groups: Sequence[str]) -> Labels:
     return np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1].astype(np.int64)
 
 
-# ---------------------------------------------------------------- rates
-
-
 def rate(hits: Sequence[bool], groups: Sequence[str]) -> Measured:
     """The share of hits.
 
     The interval is the exact binomial one with mid-P (Lancaster 1961; Berry & Armitage 1995). Its number of trials is
-    Kish's effective number of groups, (sum of sizes)^2 / (sum of squared sizes): pictures of one group count as one
-    trial, whatever they say. So a further hit never lowers either end, and an interval is too wide, not too narrow,
-    where the pictures of a group are unlike.
+    Kish's effective number of groups, (sum of sizes)^2 / (sum of squared sizes): a further hit never lowers either end,
+    and where the pictures of a group are unlike it is too wide, not too narrow.
     """
     if not len(hits):
         return Measured(None)
@@ -101,10 +97,8 @@ def binomial_interval(hits: float, trials: float) -> Interval:
 
 
 def rate_difference(first: Measured, second: Measured) -> Measured:
-    """A rate minus another, of different groups.
-
-    The interval is made of the two rates' own (Newcombe 1998, method 10); none where one of them has none.
-    """
+    """A rate minus another, of different groups, with the interval made of the two rates' own (Newcombe 1998, method
+    10)."""
     n, groups = first.n + second.n, first.groups + second.groups
     if first.value is None or second.value is None:
         return Measured(None, None, n, groups)
@@ -114,9 +108,6 @@ def rate_difference(first: Measured, second: Measured) -> Measured:
     down = np.hypot(first.value - first.interval[0], second.interval[1] - second.value)
     up = np.hypot(first.interval[1] - first.value, second.value - second.interval[0])
     return Measured(value, (value - float(down), value + float(up)), n, groups)
-
-
-# ---------------------------------------------------------------- means, ratios, AUC: by what each group adds
 
 
 def ratio(parts: Floats, wholes: Floats, groups: Sequence[str]) -> Measured:
@@ -168,10 +159,8 @@ def _rarer(labels: Labels, groups: Sequence[str]) -> int:
 
 
 def _linear(value: float, terms: Floats, at: Labels, independent: int, n: int, *, odds: bool = True) -> Measured:
-    """A value with the t interval of a sum of `terms` [n] that are independent between groups (`at`) only.
-
-    `odds`: on the scale of log-odds, so that the interval stays within 0 to 1.
-    """
+    """A value with the t interval of a sum of `terms` [n] that are independent between groups (`at`) only. `odds`: on
+    the scale of log-odds, so that the interval stays within 0 to 1."""
     count = int(at.max()) + 1
     if independent < MEAN_GROUPS:
         return Measured(value, None, n, count, TOO_FEW)

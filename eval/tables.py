@@ -32,20 +32,27 @@ DATA_TASKS = ("detect", "describe", "experts", "quality")
 
 _BLOCK = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
-Cell = str | int | float | Measured | None
+Cell = str | int | float | Measured | Json | None
+"""A text, a number, or a figure, also in the form of a result file."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table as data: what stands above it, its column heads, its rows."""
+    """A table as data: what stands above it, its column heads, its rows. On a page, a caption too."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
+    caption: str = ""
+
+    @property
+    def texts(self) -> list[list[str]]:
+        """The rows as they are shown."""
+        return [[shown(cell) for cell in row] for row in self.rows]
 
     def markdown(self) -> str:
         """The table, and what its signs mean."""
-        lines = [[*self.columns], ["---"] * len(self.columns), *([shown(c) for c in row] for row in self.rows)]
+        lines = [[*self.columns], ["---"] * len(self.columns), *self.texts]
         text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
         few = any(FEW_MARK in cell for cells in lines for cell in cells) and f"{FEW_MARK} {TOO_FEW}" not in self.title
         note = f" {FEW_MARK} {TOO_FEW}." if few else ""
@@ -54,6 +61,8 @@ class Table:
 
 def shown(cell: Cell, *, percent: bool = False) -> str:
     """A cell's text: figures with three digits and their interval, or `FEW_MARK` where groups are too few for one."""
+    if isinstance(cell, dict):
+        cell = Measured.read(cell)
     if cell is None or (isinstance(cell, Measured) and cell.value is None):
         return "–"
     if isinstance(cell, str | int):
@@ -72,17 +81,7 @@ def shown(cell: Cell, *, percent: bool = False) -> str:
 
 def percent(part: Json | None) -> str:
     """A rate of a result file."""
-    return shown(_figure(part), percent=True)
-
-
-def _figure(part: Json | None) -> Measured | None:
-    return Measured.read(part) if part else None
-
-
-# ---------------------------------------------------------------- the tables
-
-Parts = Sequence[tuple[str, str]]
-"""Column and value of slices."""
+    return shown(part, percent=True)
 
 
 def detect(name: str, result: Result, *, every: bool = False) -> Iterator[Table]:
@@ -103,7 +102,7 @@ def detect(name: str, result: Result, *, every: bool = False) -> Iterator[Table]
         if not (every or value in held_out) and known["auc"]["interval"] is None:
             continue
         marks = ("" if known["against"] == "own reals" else "*") + ("†" if value in held_out else "")
-        found = [_figure((s["by"].get(column, {}).get(value) or {}).get("auc")) for s in scorers.values()]
+        found = [s["by"].get(column, {}).get(value, {}).get("auc") for s in scorers.values()]
         rows.append([f"{column} {value}{marks}", *found, *_counts(known["auc"], known)])
     answers = first.get("answers")
     title = _title(name, result)
@@ -117,15 +116,13 @@ def detect(name: str, result: Result, *, every: bool = False) -> Iterator[Table]
             f"Fakes called real: {percent(answers['misses'])}."
         )
     title += " * against all reals (or all fakes), as there are too few of the same source."
-    title += " † left out of the training of the MLLM and of the calibration." if held_out else ""
+    title += " † held out of the training of the MLLM and of the calibration." if held_out else ""
     yield Table(title, ["AUC", *scorers, "fake / real", "groups"], rows)
 
 
 def describe(name: str, result: Result, *, every: bool = False) -> Iterator[Table]:
-    """What rationales name against the truth, beside the baselines; by method if `every`.
-
-    Of pictures with reference texts and without known cues, how near the texts come.
-    """
+    """What rationales name against the truth, beside the baselines; by method if `every`. Of pictures with reference
+    texts and without known cues, how near the texts come."""
     scorers: dict[str, Result] = result["scorers"]
     title = _title(name, result)
     if not any("cues" in s for s in scorers.values()):
@@ -142,12 +139,12 @@ def describe(name: str, result: Result, *, every: bool = False) -> Iterator[Tabl
         return
     rows: list[list[Cell]] = []
     for scorer, s in scorers.items():
-        figures = [Measured.read(s[what]["micro_f1"]) for what in ("areas", "cues")]
+        areas, cues = (s[what]["micro_f1"] for what in ("areas", "cues"))
         said = [s.get("distinct_texts"), percent(s.get("contradictions"))]
-        rows.append([scorer, *figures, *said, s["n_fake"], figures[0].groups])
+        rows.append([scorer, areas, cues, *said, s["n_fake"], areas["groups"]])
         for method, part in s["by_method"].items() if every else ():
-            figures = [Measured.read(part[what]) for what in ("areas", "cues")]
-            rows.append([f"{scorer}, {method}", *figures, "–", "–", part["n"], figures[0].groups])
+            counts = [part["n"], part["areas"]["groups"]]
+            rows.append([f"{scorer}, {method}", part["areas"], part["cues"], "–", "–", *counts])
     head = ["", "area F1", "cue F1", "distinct texts", "contradictions", "n fake", "groups"]
     yield Table(f"{title} Forgeries with known cues.", head, rows)
 
@@ -157,11 +154,6 @@ def experts(name: str, result: Result) -> Iterator[Table]:
     scorers, held_out = result["scorers"], result["held_out"]
     measures = {"auc": "AUC", "average_precision": "AP", "tpr_at_fpr_0.05": "TPR at 5 % FPR", "eer": "EER"}
     measures["ece"] = "ECE"
-
-    def overall(key: str) -> list[Cell]:
-        values = [s["overall"].get(key) for s in scorers.values()]
-        return [_figure(v) if isinstance(v, dict) else v for v in values]
-
     title = (
         f"{_title(name, result)} The largest face of each picture; `fusion` is the verdict"
         f"{'' if 'mllm' in scorers else ' without the MLLM'}. `baseline:sharpness` is the variance of the crop's "
@@ -169,17 +161,19 @@ def experts(name: str, result: Result) -> Iterator[Table]:
     )
     first = next(iter(scorers.values()))
     counts = _counts(first["overall"]["auc"], first["overall"])
-    yield Table(title, ["all", *scorers, "fake / real", "groups"],
-                [[text, *overall(key), *counts] for key, text in measures.items()])  # fmt: skip
-    rows: list[list[Cell]] = []
+    rows: list[list[Cell]] = [
+        [text, *(s["overall"].get(key) for s in scorers.values()), *counts] for key, text in measures.items()
+    ]
+    yield Table(title, ["all", *scorers, "fake / real", "groups"], rows)
+    rows = []
     for column, value in _parts(first["by"], True):
         known = first["by"][column][value]
-        cells = [shown(Measured.read(s["by"][column][value]["auc"])) + ("†" if value in held_out.get(c, ()) else "")
+        cells = [shown(s["by"][column][value]["auc"]) + ("†" if value in held_out.get(c, ()) else "")
                  if value in s["by"].get(column, {}) else "–" for c, s in scorers.items()]  # fmt: skip
         mark = "" if known["against"] == "own reals" else "*"
         rows.append([f"{column} {value}{mark}", *cells, *_counts(known["auc"], known)])
     title = (
-        "The AUC by slice. † left out of training, as its card says (fusion: out of the calibration and of every "
+        "The AUC by slice. † held out of training, as its card says (fusion: of the calibration and of every "
         f"expert that weighs). * against all reals (or all fakes). {FEW_MARK} {TOO_FEW}."
     )
     yield Table(title, ["AUC", *scorers, "fake / real", "groups"], rows)
@@ -197,9 +191,9 @@ def robustness(name: str, result: Result) -> Iterator[Table]:
          next(iter(scorers.values()))["overall"]["n_groups"]]
     ]  # fmt: skip
     for change, part in changes.items():
-        figures = [Measured.read(part["auc"][c]) for c in scorers]
+        figures = [part["auc"][c] for c in scorers]
         lost = "{fake} / {real}".format_map(part["lost_face"])
-        rows.append([change, *figures, *(percent(part[k]) for k in rates), lost, figures[0].groups])
+        rows.append([change, *figures, *(percent(part[k]) for k in rates), lost, figures[0]["groups"]])
     what = "; ".join(f"{change}: {part['what']}" for change, part in changes.items())
     head = ["AUC", *scorers, *(k.replace("_", " ") for k in rates), "faces lost, fake / real", "groups"]
     yield Table(f"{_title(name, result)} Pictures that keep their face. {what}.", head, rows)
@@ -236,14 +230,12 @@ def speed(name: str, result: Result, *, every: bool = False) -> Iterator[Table]:
 def quality(name: str, result: Result) -> Iterator[Table]:
     """Peers that scored the same pictures in turns: seconds, weights, AUC."""
     data, moved = result["data"], result["bf16_against_fp32"]
-    rows: list[list[Cell]] = [
-        [way["name"], way["seconds"], way["megabytes"], Measured.read(way["auc"])] for way in result["ways"]
-    ]
+    rows: list[list[Cell]] = [[way["name"], way["seconds"], way["megabytes"], way["auc"]] for way in result["ways"]]
     title = (
         f"`{name}`: manifest `{data['sha256'][:12]}`, {data['n_real']} real and {data['n_fake']} fake, "
         f"{result['threads']} CPU threads, eight faces at a time. bf16 moves P(fake) by {moved['p_median']:.4f} in the "
         f"median and by {moved['p_90']:.4f} at most for nine faces of ten; its AUC less that of fp32: "
-        f"{shown(Measured.read(moved['auc']))}."
+        f"{shown(moved['auc'])}."
     )
     yield Table(title, ["", "s a face", "MB of weights", "AUC"], rows)
 
@@ -271,7 +263,7 @@ def _parts(by: Result, every: bool) -> list[tuple[str, str]]:
 
 
 def _aucs(scorers: dict[str, Result]) -> list[Cell]:
-    return [Measured.read(s["overall"]["auc"]) for s in scorers.values()]
+    return [s["overall"]["auc"] for s in scorers.values()]
 
 
 def _counts(figure: Result, part: Result) -> list[Cell]:
@@ -303,14 +295,9 @@ def table(name: str, results: dict[str, Result]) -> str:
     return "\n\n".join(t.markdown() for file, r in chosen.items() for t in make(file, r)) or NOT_MEASURED
 
 
-# ---------------------------------------------------------------- pages
-
-
 def filled(text: str, results: dict[str, Result]) -> str:
-    """The text with every block between `<!-- table:NAME -->` and `<!-- /table -->` made anew.
-
-    Raises X2DFDError on an unknown name and on a marker without its end.
-    """
+    """The text with every block between `<!-- table:NAME -->` and `<!-- /table -->` made anew. Raises X2DFDError on an
+    unknown name and on a marker without its end."""
 
     def block(match: re.Match[str]) -> str:
         if match["name"] not in TABLES:
@@ -319,10 +306,7 @@ def filled(text: str, results: dict[str, Result]) -> str:
 
     new, n = _BLOCK.subn(block, text)
     if n != text.count("<!-- table:"):
-        raise X2DFDError(
-            "a table marker is not closed by <!-- /table -->, or does not stand on a line of its own",
-            code="table_not_closed",
-        )
+        raise X2DFDError("a table marker has no line <!-- /table -->, or none of its own", code="table_not_closed")
     return new
 
 

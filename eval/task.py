@@ -109,9 +109,6 @@ class Task:
     truth: str = ""  # that truth in words
 
 
-# ---------------------------------------------------------------- judging
-
-
 def judged(
     model: models.Opened,
     samples: Sequence[Sample],

@@ -20,18 +20,14 @@ from x2dfd.files import Json, file_sha256, parse_json
 from x2dfd.manifest import Sample
 
 References = Sequence[Sequence[str]]
-Measured = Json
 
 WORDS = "lower-case words"
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 
 def references_of(sample: Sample) -> tuple[str, ...]:
-    """The texts of a manifest's column `references` (JSON list) or `reference`; () where there is none.
-
-    Where `eval.protocols` wrote annotations there, every answer to every question: a rationale says why a picture is
-    real or fake, which is what they all are about. Raises X2DFDError for other `references`.
-    """
+    """The texts of a manifest's column `references` (JSON list, or annotations: every answer to every question) or
+    `reference`; () where there is none. Raises X2DFDError for other `references`."""
     if given := _given(sample):
         return tuple(text for _, texts in given for text in texts)
     one = sample.extra.get("reference")
@@ -67,15 +63,12 @@ def _given(sample: Sample) -> list[tuple[str | None, list[str]]]:
     return [(question, [text.strip() for text in texts if text.strip()]) for question, texts in read]
 
 
-def text_metrics(references: References, said: Sequence[str], *, encoder: Path | None = None) -> Measured:
+def text_metrics(references: References, said: Sequence[str], *, encoder: Path | None = None) -> Json:
     """BLEU-1 to 4 and their mean, ROUGE-L, CIDEr and sentence similarity: name -> value and `by`, or `reason`.
-
-    `encoder`: a folder of a sentence encoder (Transformers), by which similarity is named. All are 0..1, but CIDEr,
-    which is times ten as usual.
-    """
+    `encoder`: a folder of a sentence encoder (Transformers). All are 0..1, but CIDEr, which is times ten as usual."""
     if not said:
         return {}
-    found: Measured = {}
+    found: Json = {}
     for names, make in (
         (tuple(f"bleu_{n}" for n in range(1, 5)), _bleu),
         (("rouge_l",), _rouge),
@@ -119,17 +112,12 @@ def _cider(references: References, said: Sequence[str]) -> tuple[list[float], st
     from pycocoevalcap.cider.cider import Cider
 
     if len(said) < 2:
-        raise SetupError(
-            "CIDEr counts words over the references of several samples; here is one", code="too_few_samples"
-        )
-    value, _ = Cider().compute_score(*_coco(references, said))
+        raise SetupError("CIDEr counts words over several samples; here is one", code="too_few_samples")
+    # In the package's form, as words; its own tokenizer wants Java.
+    known = {i: [_words(text) for text in texts] for i, texts in enumerate(references)}
+    value, _ = Cider().compute_score(known, {i: [_words(text)] for i, text in enumerate(said)})
     by = f"pycocoevalcap {version('pycocoevalcap')}, {WORDS}, document frequencies of these references"
     return [float(value)], by
-
-
-def _coco(references: References, said: Sequence[str]) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-    """In the package's form, as words; its own tokenizer wants Java."""
-    return {i: [_words(t) for t in r] for i, r in enumerate(references)}, {i: [_words(s)] for i, s in enumerate(said)}
 
 
 def _words(text: str) -> str:
@@ -150,9 +138,7 @@ def _similarity(references: References, said: Sequence[str], encoder: Path | Non
         tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=True)
         model = AutoModel.from_pretrained(encoder, local_files_only=True, use_safetensors=True).eval()
     except (OSError, ValueError) as error:
-        raise SetupError(
-            f"{encoder} holds no sentence encoder ({error})", code="sentence_encoder_unreadable"
-        ) from error
+        raise SetupError(f"{encoder}: no sentence encoder ({error})", code="sentence_encoder_unreadable") from error
 
     def embed(texts: Sequence[str]) -> torch.Tensor:
         parts = []

@@ -72,18 +72,12 @@ def validation(run: Path) -> Validation:
             code="not_a_finished_run",
         ) from error
     if change := result["settings"].get("change"):
-        raise X2DFDError(
-            f"{run}: every picture was changed ({change}), so it says nothing of pictures as they come",
-            code="pictures_changed",
-        )
+        raise X2DFDError(f"{run}: every picture was changed ({change})", code="pictures_changed")
     kept = [row for row in rows if row["p_fake"] is not None]
     scores, labels = m.to_scores([row["p_fake"] for row in kept]), m.to_labels(row["label"] for row in kept)
     groups = [{row["group"] for row, own in zip(kept, labels, strict=True) if own == label} for label in (0, 1)]
     if min(map(len, groups)) < MIN_GROUPS:
-        raise X2DFDError(
-            f"{run}: fewer than {MIN_GROUPS} groups of real or of fake pictures support no likelihood ratio",
-            code="too_few_groups",
-        )
+        raise X2DFDError(f"{run}: fewer than {MIN_GROUPS} groups of real or of fake pictures", code="too_few_groups")
     return Validation(
         run=f"{result['task']['name']}, manifest {data['sha256'][:12]}, split {data['split'] or 'all'}",
         manifest_sha256=data["sha256"],

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from external_detectors.published import Published, resized
+from external_detectors.published import Published, load_strictly, resized
 from x2dfd.errors import SetupError
 from x2dfd.faces import PREPROCESSING
-from x2dfd.files import Json
 from x2dfd.types import Card
 
 if TYPE_CHECKING:
@@ -30,6 +29,13 @@ _LAYERS: dict[str, type[nn.Module]] = {
     "dense": nn.Linear,
 }
 """Keras' name of a layer that has weights, and ours."""
+_NAMES = {
+    "kernel": "weight", "gamma": "weight", "bias": "bias", "beta": "bias",
+    "moving_mean": "running_mean", "moving_variance": "running_var",
+}  # fmt: skip
+"""Keras' name of a tensor, and ours."""
+_TENSOR = re.compile(rf"(?P<layer>({'|'.join(_LAYERS)})(?:_(\d+))?)/(?P=layer)/(\w+):0")  # conv2d_5/conv2d_5/kernel:0
+LARGEST = 1024 * 16  # numbers in a tensor of either network
 
 
 def _conv(inputs: int, outputs: int, kernel: int, dilation: int = 1) -> nn.Sequential:
@@ -60,10 +66,8 @@ class _Inception(nn.Module):
 
 
 class _Meso(nn.Module):
-    """RGB [n, 3, 256, 256] in 0..1 to logits [n] of **real**: sigmoid(logit) is P(real), and P(fake) is 1 less that.
-
-    "real" is class 1 of the published generator, which takes classes in the order of the alphabet.
-    """
+    """RGB [n, 3, 256, 256] in 0..1 to logits [n] of **real**, class 1 of the published generator, which takes classes
+    in the order of the alphabet."""
 
     def __init__(self, features: nn.Sequential) -> None:
         super().__init__()
@@ -105,38 +109,23 @@ class MesoInception4(_Meso):
         )
 
 
-def _slots(layer: nn.Module) -> dict[str, Tensor]:
-    """A layer's tensors by Keras' names and in Keras' layout: views, so that copying into them fills the layer."""
-    if isinstance(layer, nn.Conv2d) and layer.bias is not None:
-        return {"kernel": layer.weight.permute(2, 3, 1, 0), "bias": layer.bias}  # [height, width, in, out]
-    if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None and layer.running_var is not None:
-        statistics = {"moving_mean": layer.running_mean, "moving_variance": layer.running_var}
-        return {"gamma": layer.weight, "beta": layer.bias, **statistics}
-    if isinstance(layer, nn.Linear):
-        return {"kernel": layer.weight.T, "bias": layer.bias}  # [in, out]
-    raise TypeError(f"no weights of Keras for {type(layer).__name__}")
+def _named(found: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
+    """Keras' tensors under the network's names and in its layout; what belongs to none of its layers keeps its name.
 
-
-def _keras_layers(path: Path, file: h5py.File) -> dict[str, list[Json]]:
-    """For each kind of layer, the data sets of its layers in the order of creation: by number, as Keras counts up."""
-    import h5py
-
-    numbered: dict[str, dict[int, Json]] = {kind: {} for kind in _LAYERS}
-
-    def visit(name: str, item: h5py.Dataset | h5py.Group) -> None:
-        if not isinstance(item, h5py.Dataset):
-            return
-        # conv2d_5/conv2d_5/kernel:0
-        found = re.fullmatch(rf"(?P<layer>({'|'.join(_LAYERS)})(?:_(\d+))?)/(?P=layer)/(\w+):0", name)
-        if found is None:
-            raise SetupError(
-                f"{path} has {name} left over: it does not hold weights of MesoNet", code="checkpoint_left_over"
-            )
-        _, kind, number, tensor = found.groups()
-        numbered[kind].setdefault(int(number or 0), {})[tensor] = item
-
-    file.visititems(visit)
-    return {kind: [layers[number] for number in sorted(layers)] for kind, layers in numbered.items()}
+    Layers of a kind stand in the order of creation: by number, as Keras counts up.
+    """
+    parts = {name: _TENSOR.fullmatch(name) for name in found}
+    numbers = {kind: sorted({int(m[3] or 0) for m in parts.values() if m and m[2] == kind}) for kind in _LAYERS}
+    ours = {kind: [n for n, m in net.named_modules() if isinstance(m, layer)] for kind, layer in _LAYERS.items()}
+    state = {name: value for name, value in net.state_dict().items() if name.endswith("num_batches_tracked")}
+    for name, value in found.items():
+        if (part := parts[name]) and part[4] in _NAMES:
+            place = numbers[part[2]].index(int(part[3] or 0))
+            if place < len(ours[part[2]]):
+                name = f"{ours[part[2]][place]}.{_NAMES[part[4]]}"
+        # Kernels are [height, width, in, out], or [in, out].
+        state[name] = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.T if value.ndim == 2 else value
+    return state
 
 
 def load_mesonet(path: Path) -> Meso4 | MesoInception4:
@@ -148,69 +137,31 @@ def load_mesonet(path: Path) -> Meso4 | MesoInception4:
     try:
         import h5py
     except ImportError as error:
-        raise SetupError(
-            f"expert 'mesonet' reads HDF5 files with h5py ({error}): pip install h5py", code="package_missing"
-        ) from error
+        raise SetupError(f"'mesonet' reads HDF5 ({error}): pip install h5py", code="package_missing") from error
+    found: dict[str, Tensor] = {}
+
+    def visit(name: str, item: h5py.Dataset | h5py.Group) -> None:
+        if isinstance(item, h5py.Dataset):
+            if item.size > LARGEST:
+                raise SetupError(f"{path}: {name} is larger than any of MesoNet's", code="checkpoint_shape_differs")
+            found[name] = torch.from_numpy(item[()])
+
     try:
         with h5py.File(path, "r") as file:
-            return _fill(path, _keras_layers(path, file))
-    except (OSError, RuntimeError, ValueError, KeyError) as error:  # no HDF5, or a damaged one
-        raise SetupError(
-            f"{path} is not a readable HDF5 file ({error}); get it again", code="checkpoint_unreadable"
-        ) from error
-
-
-def _fill(path: Path, found: dict[str, list[Json]]) -> Meso4 | MesoInception4:
-    first = found["conv2d"][0].get("kernel") if found["conv2d"] else None
-    networks: tuple[Meso4 | MesoInception4, ...] = (Meso4(), MesoInception4())
-    for net in networks:
-        layers = {kind: [m for m in net.modules() if isinstance(m, layer)] for kind, layer in _LAYERS.items()}
-        if first is not None and first.shape == tuple(_slots(layers["conv2d"][0])["kernel"].shape):
-            break
-    else:
-        raise SetupError(
-            f"{path} begins neither as Meso4 nor as MesoInception4: it does not hold weights of MesoNet",
-            code="network_unknown",
-        )
-    name = type(net).__name__
-    for kind, ours in layers.items():
-        if len(ours) != len(found[kind]):
-            raise SetupError(
-                f"{path} has {len(found[kind])} layers {kind} where {name} has {len(ours)}",
-                code="checkpoint_layers_differ",
-            )
-        for number, (layer, theirs) in enumerate(zip(ours, found[kind], strict=True), start=1):
-            slots = _slots(layer)
-            if set(slots) != set(theirs):
-                odd = ", ".join(sorted(set(slots) ^ set(theirs)))
-                raise SetupError(
-                    f"{path}: layer {number} of {kind} has missing or left-over tensors: {odd}",
-                    code="checkpoint_layers_differ",
-                )
-            for tensor, slot in slots.items():
-                shape, kept = theirs[tensor].shape, tuple(slot.shape)
-                if shape != kept or theirs[tensor].dtype.kind != "f":
-                    raise SetupError(
-                        f"{path}: {tensor} of layer {number} of {kind} is {shape}, {name} has {kept}",
-                        code="checkpoint_shape_differs",
-                    )
-                value = torch.from_numpy(theirs[tensor][()].astype("float32"))
-                if not value.isfinite().all():
-                    raise SetupError(
-                        f"{path}: {tensor} of layer {number} of {kind} is not finite; get it again",
-                        code="checkpoint_not_finite",
-                    )
-                with torch.no_grad():
-                    slot.copy_(value)
-    net.eval().requires_grad_(False)
-    return net
+            file.visititems(visit)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:  # no HDF5, or a damaged one
+        raise SetupError(f"{path} is no readable HDF5 file ({error})", code="checkpoint_unreadable") from error
+    for net in (Meso4(), MesoInception4()):
+        state, (first, weight) = _named(found, net), next(iter(net.state_dict().items()))
+        if first in state and state[first].shape == weight.shape:
+            load_strictly(net, state, path)
+            return net
+    raise SetupError(f"{path} begins neither as Meso4 nor as MesoInception4", code="network_unknown")
 
 
 class MesoNet(Published):
-    """P(fake) of each face's aligned crop: 1 less the network's output, which is P(real).
-
-    Each of the four published files will do under this name. It takes h5py to read them.
-    """
+    """P(fake) of each face's aligned crop: 1 less the network's output, which is P(real). Each of the four published
+    files will do."""
 
     FILE = "MesoInception_DF.h5"
     card: ClassVar[Card] = Card(

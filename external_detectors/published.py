@@ -31,11 +31,8 @@ CLIP_L = "openai/clip-vit-large-patch14"
 
 
 class Published(CropExpert):
-    """An expert whose weights are a third party's file, which a user has put into a folder.
-
-    `folder`: where the file lies; `experts/` of the cache if not given. Raises SetupError when the file is absent or
-    does not fit.
-    """
+    """An expert whose weights are a third party's file, in `folder`: `experts/` of the cache if not given. Raises
+    SetupError when the file is absent or does not fit."""
 
     FILE: ClassVar[str]
     """The file's name in the release."""
@@ -83,28 +80,19 @@ def read_checkpoint(path: Path) -> object:
 def load_strictly(net: nn.Module, state: object, path: Path) -> None:
     """Put `state` into `net` and set it to judging. Raises SetupError unless every name and shape is the network's."""
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise SetupError(
-            f"{path} holds no table of tensors where one is expected; get it again", code="checkpoint_malformed"
-        )
+        raise SetupError(f"{path} holds no table of tensors; get it again", code="checkpoint_malformed")
     wanted = net.state_dict()
     for name in wanted:
         if name not in state:
-            raise SetupError(
-                f"{path} lacks {name}: it is not the network that this expert needs", code="checkpoint_incomplete"
-            )
+            raise SetupError(f"{path} lacks {name}: it is another network", code="checkpoint_incomplete")
     for name, value in state.items():
         if name not in wanted:
-            raise SetupError(
-                f"{path} has {name} left over: it is not the network that this expert needs",
-                code="checkpoint_left_over",
-            )
+            raise SetupError(f"{path} has {name} left over: it is another network", code="checkpoint_left_over")
         if value.shape != wanted[name].shape or value.is_floating_point() != wanted[name].is_floating_point():
             found, needed = (f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in (value, wanted[name]))
             raise SetupError(f"{path}: {name} is {found} where {needed} is expected", code="checkpoint_shape_differs")
         if not value.isfinite().all():
-            raise SetupError(
-                f"{path}: {name} holds numbers that are not finite; get it again", code="checkpoint_not_finite"
-            )
+            raise SetupError(f"{path}: {name} is not finite; get it again", code="checkpoint_not_finite")
     net.load_state_dict(state)
     net.eval().requires_grad_(False)
 
@@ -197,10 +185,7 @@ class AlignedForensics(Published):
         self._check_options(path.with_suffix(".yaml"))
         checkpoint = read_checkpoint(path)
         if not isinstance(checkpoint, dict) or set(checkpoint) != {"model", "optimizer", "total_steps"}:
-            raise SetupError(
-                f"{path} is not a dict of model, optimizer and total_steps, as the release's is",
-                code="checkpoint_malformed",
-            )
+            raise SetupError(f"{path} is no dict of model, optimizer and total_steps", code="checkpoint_malformed")
         net = ResNet50NoDown()
         load_strictly(net, checkpoint["model"], path)
         return net
@@ -222,10 +207,7 @@ class AlignedForensics(Published):
         for key, value in cls.OPTIONS.items():
             if key not in stated or stated[key] != value:
                 found = f"{key}: {stated[key]}" if key in stated else f"no {key}"
-                raise SetupError(
-                    f"{path} says {found}; expert {cls.card.name!r} is {needed} and nothing else",
-                    code="network_differs",
-                )
+                raise SetupError(f"{path} says {found}; expert {cls.card.name!r} is {needed}", code="network_differs")
 
     def p_fake(self, crops: Tensor) -> Tensor:
         logits: Tensor = self._net(imagenet_normalised(resized(crops, CROP_SIZE)))
@@ -236,10 +218,8 @@ class AlignedForensics(Published):
 
 
 class SwinV2Blending(Published):
-    """P(fake) of each face's aligned crop by the blending detector released with X2-DFD: SwinV2-B, two classes.
-
-    The network is timm's, which has to be installed.
-    """
+    """P(fake) of each face's aligned crop by the blending detector released with X2-DFD: timm's SwinV2-B, two
+    classes."""
 
     FILE = "best_gf.pth"
     NETWORK: ClassVar[str] = "swinv2_base_window16_256"
@@ -269,7 +249,7 @@ class SwinV2Blending(Published):
             net: nn.Module = timm.create_model(self.NETWORK, pretrained=False, num_classes=2)
         except RuntimeError as error:  # timm's answer to a name that it does not know
             raise SetupError(
-                f"this timm has no {self.NETWORK} ({error}): pip install --upgrade timm", code="package_too_old"
+                f"no {self.NETWORK} ({error}): pip install --upgrade timm", code="package_too_old"
             ) from error
         state = read_checkpoint(path)
         if isinstance(state, dict):
@@ -339,16 +319,11 @@ class UniversalFakeDetect(Published):
                     output_loading_info=True,
                 )
         except Exception as error:  # not CLIP, a damaged file: each raises its own
-            raise SetupError(
-                f"CLIP ViT-L/14 cannot be loaded from {tower}: {first_line(error)}", code="tower_unreadable"
-            ) from error
+            raise SetupError(f"{tower}: not a readable CLIP: {first_line(error)}", code="tower_unreadable") from error
         model, told = loaded
         absent = sorted(told["missing_keys"])  # transformers fills these with random numbers
         if absent or told["mismatched_keys"]:
-            raise SetupError(
-                f"{tower} is not CLIP's image tower with its projection: {absent or 'other shapes'}",
-                code="tower_incomplete",
-            )
+            raise SetupError(f"{tower} is not CLIP's image tower: {absent or 'other shapes'}", code="tower_incomplete")
         if (model.config.projection_dim, model.config.image_size) != (768, CROP_SIZE):
             raise SetupError(
                 f"{tower} is not CLIP ViT-L/14: its embedding has {model.config.projection_dim} numbers "

@@ -47,8 +47,7 @@ class Tower(CropExpert):
         require("base")  # fail now, not at the first face
         if not isinstance(self.card.figures.get("cue_threshold"), float):
             raise SetupError(
-                f"the card of expert 'tower' in {folder} names no cue_threshold; reinstall x2dfd",
-                code="cue_threshold_missing",
+                f"expert 'tower' in {folder} has no cue_threshold; reinstall x2dfd", code="cue_threshold_missing"
             )
         self._threshold = float(self.card.figures["cue_threshold"])
 

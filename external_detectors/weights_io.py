@@ -16,39 +16,30 @@ from x2dfd.types import Card
 
 
 def load_weights(card: Card, folder: Path) -> dict[str, Tensor]:
-    """Tensors of a card's weight file, fp32.
-
-    Raises SetupError when the file is absent or is not the card's, or was trained on other crops than ours.
-    """
+    """Tensors of a card's weight file, fp32. Raises SetupError when the file is absent or is not the card's, or was
+    trained on other crops."""
     path = folder / card.weights
     if not path.is_file():
-        raise SetupError(
-            f"weights of expert {card.name!r} are missing: {path}; reinstall x2dfd", code="weights_missing"
-        )
+        raise SetupError(f"weights of expert {card.name!r} missing: {path}; reinstall x2dfd", code="weights_missing")
     if file_sha256(path) != card.sha256:
         raise SetupError(
-            f"{path} is not the file of its card (SHA-256 differs); reinstall x2dfd", code="weights_hash_differs"
+            f"{path} is not its card's file (SHA-256 differs); reinstall x2dfd", code="weights_hash_differs"
         )
     if card.preprocessing != PREPROCESSING:
-        raise SetupError(
-            f"{path} was trained on other crops ({card.preprocessing}); reinstall x2dfd", code="crops_differ"
-        )
+        raise SetupError(f"{path}: trained on other crops ({card.preprocessing}); reinstall x2dfd", code="crops_differ")
     return {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
 
 
 def save_weights(state: dict[str, Tensor], card: Card, folder: Path) -> Card:
-    """Write `<name>.safetensors` and `<name>.card.json`; returns the card with its hash.
-
-    Raises X2DFDError when a number is not finite in 16 bits: a training that diverged.
-    """
+    """Write `<name>.safetensors` and `<name>.card.json`; returns the card with its hash. Raises X2DFDError when a
+    number is not finite in 16 bits: a training that diverged."""
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{card.name}.safetensors"
     half = {k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in state.items()}
     broken = [k for k, v in half.items() if not v.isfinite().all()]
     if broken:
         raise X2DFDError(
-            f"expert {card.name!r}: {broken[0]} holds numbers that are not finite; nothing is written",
-            code="weights_not_finite",
+            f"expert {card.name!r}: {broken[0]} is not finite; nothing is written", code="weights_not_finite"
         )
     with whole(folder / name) as temporary:
         save_file(half, temporary)

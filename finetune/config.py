@@ -109,10 +109,8 @@ class FinetuneConfig:
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> FinetuneConfig:
-    """The configuration of a YAML file with `key=value` overrides on top.
-
-    Raises UnknownName for a key that does not exist, X2DFDError for a value of the wrong kind or a missing key.
-    """
+    """The configuration of a YAML file with `key=value` overrides on top. Raises UnknownName for a key that does not
+    exist, X2DFDError for a value of the wrong kind or a missing key."""
     known = {f.name: f for f in fields(FinetuneConfig)}
     values: Json = {}
     if path is not None:
@@ -123,9 +121,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> FinetuneCon
         except UnicodeDecodeError as error:
             raise X2DFDError(f"{path}: not UTF-8 text ({error.reason})", code="config_not_yaml") from error
         if not isinstance(read, dict | None):
-            raise X2DFDError(
-                f"{path}: a configuration is a list of `key: value`, not {type(read).__name__}", code="config_malformed"
-            )
+            raise X2DFDError(f"{path}: no list of `key: value` but {type(read).__name__}", code="config_malformed")
         values = read or {}
     for override in overrides:
         key, sign, text = override.partition("=")
@@ -151,9 +147,7 @@ def check_config(config: FinetuneConfig) -> None:
             raise UnknownName(key, getattr(config, key), known)
     for key, least in LEAST.items():
         if not least <= getattr(config, key) < math.inf:
-            raise X2DFDError(
-                f"{key} is a number from {least} on, not {getattr(config, key)}", code="number_out_of_range"
-            )
+            raise X2DFDError(f"{key} is {least} or more, not {getattr(config, key)}", code="number_out_of_range")
     stage = zero_stage(config)
     counts = {len(v) for v in (config.instructions, config.manifest, config.weights) if isinstance(v, tuple) and v}
     many = 1 if isinstance(config.instructions, str) else len(config.instructions)

@@ -50,18 +50,14 @@ def renamed(state: Mapping[str, Tensor], to_hub: bool) -> dict[str, Tensor]:
     for key, value in state.items():
         found = [new + key.removeprefix(old) for old, new in pairs if key.startswith(old)]
         if not found:
-            raise SetupError(
-                f"{key} belongs to no {'LLaVA' if to_hub else 'hub'} adapter of X2-DFD", code="tensor_unknown"
-            )
+            raise SetupError(f"{key} is of no {'LLaVA' if to_hub else 'hub'} adapter of X2-DFD", code="tensor_unknown")
         out[found[0]] = value
     return out
 
 
 def hub_settings(settings: Json, base: str) -> Json:
-    """PEFT's settings for the hub's layout. Raises SetupError when a newer key is in use, or a target is foreign to it.
-
-    `["q_proj", ...]` would reach into the tower there: the targets become an expression over the language model.
-    """
+    """PEFT's settings for the hub's layout, where `["q_proj", ...]` would reach into the tower: the targets become an
+    expression over the language model. Raises SetupError when a newer key is in use, or a target is foreign to it."""
     grouped = bool(settings.get("use_qalora"))  # a group size says nothing where nothing is grouped
     said = {k: settings[k] for k in NEWER if k in settings and (grouped or k != "qalora_group_size")}
     used = [k for k, value in said.items() if value]
@@ -72,8 +68,7 @@ def hub_settings(settings: Json, base: str) -> Json:
     odd = sorted(set(targets) - set(linears)) if isinstance(targets, list) else [targets]
     if odd:
         raise SetupError(
-            f"{SETTINGS}: target modules {', '.join(odd)} are not linear layers of the language model",
-            code="targets_unsupported",
+            f"{SETTINGS}: no linear layers of the language model: {', '.join(odd)}", code="targets_unsupported"
         )
     kept = {k: v for k, v in settings.items() if k not in NEWER}
     expression = LANGUAGE_LINEARS.rsplit("(", 1)[0] + f"({'|'.join(sorted(targets))})"
@@ -88,10 +83,8 @@ def hub_settings(settings: Json, base: str) -> Json:
 def check_complete(
     state: Mapping[str, Tensor], others: Mapping[str, Tensor], settings: Json, layers: int, where: Path
 ) -> None:
-    """Refuse a published adapter that lacks matrices of its targets in any of a base's `layers`, or half its projector.
-
-    It would load and do less than it was trained to. `state`, `others`: in LLaVA's layout. Raises SetupError.
-    """
+    """Refuse a published adapter that lacks matrices of its targets in any of a base's `layers`, or half its projector:
+    it would load and do less than it was trained to. `state`, `others`: in LLaVA's layout. Raises SetupError."""
     wanted = {
         (n, target, half)
         for n in range(layers)
@@ -113,7 +106,7 @@ def check_complete(
     projector = [f"{NAMES[k][0]}{part}" for k in (1, 2) for part in ("weight", "bias")]
     if absent := [k for k in projector if k not in others]:
         raise SetupError(
-            f"{where} lacks {len(absent)} of 4 tensors of the projector: {absent[0]}", code="projector_incomplete"
+            f"{where} lacks {len(absent)} of 4 projector tensors: {absent[0]}", code="projector_incomplete"
         )
 
 
@@ -207,9 +200,7 @@ def to_hub(
 
 def to_llava(source: Path, out: Path, *, base: str) -> None:
     """Convert an adapter directory for LLaVA's own code; `base` is the name that code loads (liuhaotian/llava-v1.5-7b).
-
-    Raises SetupError with the reason; `out` must not hold an adapter yet.
-    """
+    Raises SetupError with the reason; `out` must not hold an adapter yet."""
     import torch
     from safetensors.torch import load_file
 

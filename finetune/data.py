@@ -52,20 +52,14 @@ class Conversation:
 def answer_tokens(
     processor: Processor, question: str, answer: str, turns: Sequence[tuple[str, str]] = ()
 ) -> tuple[list[int], list[int]]:
-    """Tokens of the prompt after the picture, and of the last answer with its end.
-
-    Both are the very strings that inference renders. `turns` as in `prompts.conversation`. Raises X2DFDError when the
-    answer is empty.
-    """
+    """Tokens of the prompt after the picture, and of the last answer with its end: the very strings that inference
+    renders. `turns` as in `prompts.conversation`. Raises X2DFDError when the answer is empty."""
     if not answer.strip():
         raise X2DFDError(f"an empty answer has nothing to learn from: {question!r}", code="answer_empty")
     before = after_image(processor, question, turns=turns).tokens
     ids = after_image(processor, question, answer, turns).tokens
     if ids[: len(before)] != before:
-        raise X2DFDError(
-            "this tokenizer joins prompt and answer in one token; answers cannot be masked",
-            code="tokenizer_joins_answer",
-        )
+        raise X2DFDError("this tokenizer joins prompt and answer in one token", code="tokenizer_joins_answer")
     return before, [*ids[len(before) :], prompts.answer_end(processor)]
 
 
@@ -86,9 +80,7 @@ def conversation(processor: Processor, record: Json, label_ids: Sequence[int]) -
         heavy = len(after_image(processor, question, prompts.STEM, turns).tokens)
         starts = tuple(prompts.STEM + word for word in prompts.LABEL_WORDS)
         if not gpt.startswith(starts) or (before + answer)[heavy] not in label_ids:
-            raise X2DFDError(
-                f"{record['id']}: the answer does not begin with the verdict: {gpt[:40]!r}", code="verdict_not_first"
-            )
+            raise X2DFDError(f"{record['id']}: the verdict does not come first: {gpt[:40]!r}", code="verdict_not_first")
     elif record["task"].startswith(("cue", "kind")):
         heavy = len(before)
     # "This image is fake": the verdict has its own weight, and the image is no area there.
@@ -118,20 +110,15 @@ Records = dict[int, list[Json]]
 def read_records(
     instructions: Path, split: str, data: CropSet, left_out: Sequence[str] = (), limit: int | None = None
 ) -> Records:
-    """The instruction records of a split by their picture's row, without the sources and generators `left_out`.
-
-    Of at most `limit` pictures, drawn by their ids. Raises X2DFDError when there are none, and as `learnable`.
-    """
+    """The instruction records of a split by their picture's row, without the sources and generators `left_out`; of at
+    most `limit` pictures, drawn by their ids. Raises X2DFDError when there are none, and as `learnable`."""
     known = set(learnable(data, split, left_out))
     by_row: Records = {}
     for record in records(instructions):
         if record["split"] == split and record.get("row") in known:
             by_row.setdefault(record["row"], []).append(record)
     if not by_row:
-        raise X2DFDError(
-            f"{instructions}: no picture of split {split!r}: it is built from a manifest with that split",
-            code="split_empty",
-        )
+        raise X2DFDError(f"{instructions}: no picture of split {split!r}, as in its manifest", code="split_empty")
     drawn = sorted(by_row, key=lambda row: hashlib.sha256(data.samples[row].id.encode()).digest())[:limit]
     return {row: by_row[row] for row in sorted(drawn)}
 
@@ -164,9 +151,7 @@ def _record(record: object) -> Json:
 
 def learnable(data: CropSet, split: str, left_out: Sequence[str] = ()) -> list[int]:
     """The rows of a split, without those of the origins `left_out` and those whose face is of a donor from there.
-
-    Raises UnknownName for an origin that the data does not hold.
-    """
+    Raises UnknownName for an origin that the data does not hold."""
     origins = {s.origin for s in data.samples}
     of_group = {s.group: s.source for s in data.samples if not s.synthetic}
     for origin in left_out:
@@ -202,8 +187,7 @@ class Rows(Dataset[Json]):
         absent = [r for r in by_row if r not in self._where] if features is not None else []
         if absent:
             raise X2DFDError(
-                f"{len(absent)} of {len(by_row)} pictures have no cached features; give a larger limit",
-                code="features_missing",
+                f"no cached features of {len(absent)} pictures; give a larger limit", code="features_missing"
             )
         self._after = after_image(processor, prompts.QUESTION).tokens
         # All pictures are of one size, so what stands before the words is the same for all but for the pixels.
@@ -235,11 +219,8 @@ class Rows(Dataset[Json]):
 
 
 def can_pack(model: Any, prefix: dict[str, Tensor]) -> bool:
-    """Whether conversations about a picture can stand in one row.
-
-    Not where a layer looks through a window, which counts places in the row, nor where the model makes its masks from
-    `token_type_ids`, since a row of several needs one of its own.
-    """
+    """Whether conversations about a picture can stand in one row: not where a layer looks through a window, which
+    counts places in the row, nor where the model makes its masks from `token_type_ids`."""
     return "token_type_ids" not in prefix and not getattr(model.get_decoder().config, "sliding_window", None)
 
 
@@ -255,10 +236,8 @@ def _positions(model: Any, prefix: dict[str, Tensor]) -> Tensor:
 def cache_tower(
     model: Any, processor: Processor, data: CropSet, rows: NDArray[np.intp], folder: Path, key: Json, seed: int
 ) -> TowerFeatures:
-    """What a LLaVA's own frozen tower gives for the training views, computed once and kept in 16 bits.
-
-    Another `key` (base, layers, manifest) begins anew; a cut-off run goes on where it stopped.
-    """
+    """What a LLaVA's own frozen tower gives for the training views, computed once and kept in 16 bits. Another `key`
+    (base, layers, manifest) begins anew; a cut-off run goes on where it stopped."""
     from PIL import Image
 
     layers = feature_layers(model)

@@ -11,10 +11,8 @@ from x2dfd.files import Json
 
 
 def adopted(config: FinetuneConfig) -> FinetuneConfig:
-    """The configuration with every set that has no card of ours written anew under `out/sets` (`data_gen.adopt`).
-
-    Of such a set, `manifest` is the folder that its pictures' paths start at. Raises X2DFDError as `adopt` does.
-    """
+    """The configuration with every set that has no card of ours written anew under `out/sets` (`data_gen.adopt`); of
+    such a set, `manifest` is the folder that its pictures' paths start at. Raises X2DFDError as `adopt` does."""
     pairs = [[v] if isinstance(v, str) else list(v) for v in (config.instructions, config.manifest)]
     if all((Path(instructions).parent / "card.json").is_file() for instructions in pairs[0]):
         return config

@@ -233,10 +233,7 @@ def measure(tiny: bool = False, save: Callable[[Json], object] = lambda found: N
     """Everything, as one JSON object, which `save` is given after each part. Raises SetupError without a GPU, unless
     `tiny`."""
     if not tiny and not torch.cuda.is_available():
-        raise SetupError(
-            "no CUDA GPU here; --tiny runs the same on a toy geometry: python -m finetune.gpu --tiny",
-            code="cuda_missing",
-        )
+        raise SetupError("no CUDA GPU here; on a toy geometry: python -m finetune.gpu --tiny", code="cuda_missing")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     settings = geometry(tiny)

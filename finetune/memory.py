@@ -1,8 +1,5 @@
-"""`--dry-run`: what would be trained, the memory that it takes on each GPU, and the settings that fit a card.
-
-A prediction from the model's shapes alone: weights, gradients, AdamW's moments, activations, logits. `finetune.gpu`
-measures the same. Nothing is loaded.
-"""
+"""`--dry-run`: what would be trained, the memory that it takes on each GPU, and the settings that fit a card. A
+prediction from the model's shapes alone; `finetune.gpu` measures the same. Nothing is loaded."""
 
 from __future__ import annotations
 
@@ -55,9 +52,7 @@ def shape(config: FinetuneConfig) -> Shape:
     try:
         settings: Any = AutoConfig.from_pretrained(require("base") if config.base is None else config.base)
     except (OSError, ValueError) as error:
-        raise SetupError(
-            f"{config.base} has no configuration that can be read: {error}", code="base_unreadable"
-        ) from error
+        raise SetupError(f"{config.base}: no readable configuration: {error}", code="base_unreadable") from error
     chosen = cut_layers(settings, config.base or "", config.tower_layers, config.text_layers, config.feature_layers)
     if chosen is not None:
         settings.get_text_config().num_hidden_layers = len(chosen)

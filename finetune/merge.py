@@ -15,19 +15,16 @@ from x2dfd.opening import load
 
 
 def merge(model: str | Path | ModelSpec, out: Path) -> Path:
-    """Write the merged model to `out`, a directory that `x2dfd.load` takes without the base; returns it.
-
-    The probe pictures of the adapter's card are scored by what was written; where they moved, nothing is left and
-    SetupError says so. The calibration goes along.
-    """
+    """Write the merged model to `out`, a directory that `x2dfd.load` takes without the base; returns it. The probe
+    pictures of the adapter's card are scored by what was written; where they moved, nothing is left and SetupError says
+    so."""
     spec = ModelSpec.parse(model)
     if (adapter := spec.adapter) is None or spec.url is not None:
         raise SetupError(f"{spec} names no adapter to merge: give DIR, or hub:NAME+DIR", code="adapter_missing")
     card = read_adapter_card(adapter)
     if not card.probes:
         raise SetupError(
-            f"{adapter / 'card.json'} has no probe scores to check a merged model by; train it again",
-            code="probes_missing",
+            f"{adapter / 'card.json'} has no probe scores to check by: train it again", code="probes_missing"
         )
     if out.exists():
         raise SetupError(f"{out} is there already; choose another folder", code="folder_taken")

@@ -26,10 +26,8 @@ NO_TOWER = "tower: lora fits a tower of CLIP's kind in a LLaVA alone, and this m
 
 
 def resolved(config: FinetuneConfig) -> FinetuneConfig:
-    """The configuration with `base_dtype: auto` as what it is for this base, and bf16 on where the base is in bf16.
-
-    A checkpoint in 16 bits is never read in 32: of a 7B these are 28 GB. Raises SetupError when it cannot be read.
-    """
+    """The configuration with `base_dtype: auto` as what it is for this base, and bf16 on where the base is in bf16: a
+    checkpoint in 16 bits is never read in 32. Raises SetupError when it cannot be read."""
     if config.base_dtype != "auto":
         return config
     if config.bf16 or config.fp16:
@@ -93,11 +91,9 @@ def targets_of(model: Any, targets: str) -> str:
 
 
 def tune(model: Any, config: FinetuneConfig) -> tuple[Any, list[str]]:
-    """The model with just what is trained unfrozen, and the names of the modules that learn at `projector_lr`.
-
-    Projector and norms are trained whole; of the language model LoRA matrices, or everything. Raises X2DFDError when
-    `targets` names a module outside of the language model, or none.
-    """
+    """The model with just what is trained unfrozen, and the names of the modules that learn at `projector_lr`:
+    projector and norms whole; of the language model LoRA matrices, or everything. Raises X2DFDError when `targets`
+    names a module outside of the language model, or none."""
     text, projector = part_name(model, model.get_decoder()), projector_parts(model)
     whole = projector if config.projector_lr > 0 else []
     if config.tower == "norms":
@@ -149,9 +145,7 @@ def _with_lora(model: Any, text: str, whole: list[str], config: FinetuneConfig) 
 
 def _tower_linears(model: Any) -> re.Pattern[str]:
     """LoRA's targets in the tower's layers that the projector reads from: what lies behind them would learn nothing.
-
-    Raises X2DFDError where there is no such tower.
-    """
+    Raises X2DFDError where there is no such tower."""
     depth = getattr(getattr(model.config, "vision_config", None), "num_hidden_layers", None)
     read = getattr(model.config, "vision_feature_layer", None)
     if not isinstance(depth, int) or read is None:
@@ -171,13 +165,10 @@ def _start_from(tuned: Any, folder: Path, config: FinetuneConfig) -> None:
     if config.crop_size not in (None, card.crop_size):
         other.append("crop_size")
     if other or card.base != base_identity(config.base):
-        raise X2DFDError(
-            f"start: {folder} was trained on another {other[0] if other else 'base'}", code="start_base_differs"
-        )
+        raise X2DFDError(f"start: {folder} has another {other[0] if other else 'base'}", code="start_base_differs")
     if known := sorted(set(config.left_out) - set(card.left_out)):
         raise X2DFDError(
-            f"start: {folder} has learnt from {known[0]}, which left_out names: take start: null",
-            code="start_knows_left_out",
+            f"start: {folder} has learnt from {known[0]}, which left_out names", code="start_knows_left_out"
         )
     state = load_file(folder / WEIGHTS)
     found: Any = set_peft_model_state_dict(tuned, {k: v.float() for k, v in state.items()})
@@ -188,9 +179,7 @@ def _start_from(tuned: Any, folder: Path, config: FinetuneConfig) -> None:
         absent = {n for n in absent if "vision_tower" not in n}
     odd = sorted({*found.unexpected_keys, *absent})
     if odd:
-        raise X2DFDError(
-            f"start: {folder} holds other matrices than these settings train: {odd[0]}", code="start_matrices_differ"
-        )
+        raise X2DFDError(f"start: {folder} has other matrices than are trained: {odd[0]}", code="start_matrices_differ")
 
 
 class CachedTower(nn.Module):
@@ -212,11 +201,8 @@ class CachedTower(nn.Module):
 
 @torch.no_grad()
 def fit_projector(model: Any, patches: Tensor) -> None:
-    """Start a random projector from data: inputs standardised, outputs as large as the language model's own embeddings.
-
-    Tower outputs have a few huge dimensions; a plain random start drowns the text.
-    `patches`: [n, layers, patches, hidden].
-    """
+    """Start a random projector from data [n, layers, patches, hidden]: inputs standardised, as tower outputs have a few
+    huge dimensions, outputs as large as the language model's own embeddings."""
     projector = model.model.multi_modal_projector
     x = patches.transpose(1, 2).flatten(2).flatten(0, 1)  # [n * patches, layers * hidden]
     mean, std = x.mean(0), x.std(0) + 1e-3

@@ -77,9 +77,7 @@ def _gathered(folder: Path) -> State:
             code="package_missing",
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
-        raise SetupError(
-            f"{folder}: its checkpoint of ZeRO cannot be read: {error}", code="adapter_unreadable"
-        ) from error
+        raise SetupError(f"{folder}: checkpoint of ZeRO cannot be read: {error}", code="adapter_unreadable") from error
     return {_wrapped(k): v for k, v in gathered.items()}
 
 

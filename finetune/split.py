@@ -35,10 +35,7 @@ def split(named: str | Path | ModelSpec, out: Path) -> tuple[Path, Path, int]:
         raise SetupError(f"{spec} names no adapter to split: give DIR, or hub:NAME+DIR", code="adapter_missing")
     card = read_adapter_card(adapter)
     if card.tower != "frozen":
-        raise SetupError(
-            f"{adapter} changes the vision tower, which engines serve as it is: python -m finetune merge",
-            code="tower_changed",
-        )
+        raise SetupError(f"{adapter} changes the vision tower: python -m finetune merge", code="tower_changed")
     model, processor = load_model(
         base,
         tower_layers=card.tower_layers or None,
@@ -53,9 +50,7 @@ def split(named: str | Path | ModelSpec, out: Path) -> tuple[Path, Path, int]:
     whole_tensors = {k.removeprefix(PEFT_PREFIX): v for k, v in state.items() if k not in matrices}
     own = dict(model.named_parameters())
     if odd := sorted(whole_tensors.keys() - own.keys()):
-        raise SetupError(
-            f"{adapter / WEIGHTS} holds more than LoRA and whole modules: {', '.join(odd[:3])}", code="tensor_unknown"
-        )
+        raise SetupError(f"{adapter / WEIGHTS}: neither LoRA nor a whole module: {odd[0]}", code="tensor_unknown")
     with torch.no_grad():
         for name, value in whole_tensors.items():
             own[name].copy_(value)

@@ -34,10 +34,8 @@ def read_talks(instructions: Path) -> list[Json]:
 
 
 class Talks(Dataset[Json]):
-    """One item a conversation: under `talk`, the model's inputs with `labels` and `weights`.
-
-    `side`: of the face crops. Raises X2DFDError for a family without a chat template, which takes one picture.
-    """
+    """One item a conversation: under `talk`, the model's inputs with `labels` and `weights`. `side`: of the face crops.
+    Raises X2DFDError for a family without a chat template, which takes one picture."""
 
     def __init__(self, records: Sequence[Json], processor: Processor, side: int, view_seed: int) -> None:
         if not processor.chat_template:
@@ -85,9 +83,7 @@ def talk_inputs(
     processor: Processor, turns: Sequence[dict[str, str]], pictures: Sequence[NDArray[np.uint8]]
 ) -> tuple[dict[str, Tensor], int]:
     """The stock processor's inputs for a whole conversation with its end token, and how many tokens the answer has.
-
-    Raises X2DFDError where the answer cannot be told apart.
-    """
+    Raises X2DFDError where the answer cannot be told apart."""
     asked, answer = messages_of(turns[:-1]), turns[-1]["value"]
     texts = [prompts.begun(processor, asked, start) for start in ("", answer)]
     add = not prompts.begins(processor, texts[1])

@@ -54,11 +54,9 @@ from x2dfd.tower import (
 
 
 class Shown(Sampler[int]):
-    """The rows of an epoch: those of each set as often as its weight says, rows of like length in a batch.
-
-    transformers' samplers know no weights. The order follows from seed and epoch alone: a cut-off run has it too.
-    `sets`: rows and weight of each. `batch`: 1 mixes rows of any length.
-    """
+    """The rows of an epoch: those of each set as often as its weight says, rows of like length in a batch. The order
+    follows from seed and epoch alone: a cut-off run has it too. `sets`: rows and weight of each. `batch`: 1 mixes rows
+    of any length."""
 
     def __init__(self, lengths: Sequence[int], sets: Sequence[tuple[int, float]], batch: int, seed: int) -> None:
         self._lengths, self._sets, self._batch, self._seed, self._epoch = lengths, sets, batch, seed, 0
@@ -119,10 +117,8 @@ class RowTrainer(Trainer):
         return (loss, found[0][2]) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: Json, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss; logit of fake against real of each row's verdict; which it is, 1 for fake and -1 for no verdict.
-
-        The whole logits, which Trainer would gather, are gigabytes.
-        """
+        """Loss; logit of fake against real of each row's verdict; which it is, 1 for fake and -1 for no verdict. The
+        whole logits, which Trainer would gather, are gigabytes."""
         inputs = self._prepare_inputs(inputs)
         labels, verdicts = inputs["labels"], inputs["verdicts"]
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -168,9 +164,7 @@ def verdict_auc(found: EvalPrediction) -> dict[str, float]:
     logits, truth = np.asarray(found.predictions, float), np.asarray(found.label_ids)
     real, fake = logits[truth == 0], logits[truth == 1]
     if not len(real) or not len(fake):
-        raise X2DFDError(
-            "validation wants real and fake pictures: take another eval_split, or a larger eval_limit", code="one_class"
-        )
+        raise X2DFDError("validation wants both labels: another eval_split, or a larger eval_limit", code="one_class")
     return {"auc": float(mannwhitneyu(fake, real).statistic) / (len(real) * len(fake))}
 
 
@@ -308,9 +302,7 @@ def _save(
         if config.weights_dtype == "float16":
             _to_half(out / WEIGHTS)
         if lora_b_sum(out) <= 0:
-            raise X2DFDError(
-                f"{out}: training left every lora_B at zero; more steps or a higher lr are needed", code="lora_b_zero"
-            )
+            raise X2DFDError(f"{out}: every lora_B is still zero: take more steps or a higher lr", code="lora_b_zero")
     ranking = config.sets[0][0].parent / "assessment.json"
     if ranking.is_file():
         shutil.copyfile(ranking, out / ranking.name)
@@ -334,14 +326,9 @@ def _figures(config: FinetuneConfig, trainer: RowTrainer, learnt: Sequence[tuple
 def _arguments(config: FinetuneConfig, work: Path) -> TrainingArguments:
     """Trainer's settings. Raises X2DFDError for what it does not take, and for launchers that are not supported."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
-        raise X2DFDError(
-            "FSDP is not supported: --set deepspeed=finetune/zero3.json shares out the same", code="fsdp_unsupported"
-        )
+        raise X2DFDError("FSDP is not supported: --set deepspeed=finetune/zero3.json", code="fsdp_unsupported")
     if absent := sorted(set(config.report_to) - {*get_available_reporting_integrations(), "none"}):
-        raise X2DFDError(
-            f"report_to: {absent[0]} is not installed here, or transformers does not report to it",
-            code="tracker_missing",
-        )
+        raise X2DFDError(f"report_to: {absent[0]} is not installed, or unknown to transformers", code="tracker_missing")
     if config.fp16 and not torch.cuda.is_available():
         raise X2DFDError("fp16 wants a CUDA GPU: take bf16, or neither", code="dtype_unsupported")
     if config.deepspeed and not torch.cuda.is_available():  # which transformers leaves out on a CPU
@@ -392,8 +379,7 @@ def _arguments(config: FinetuneConfig, work: Path) -> TrainingArguments:
         raise X2DFDError(f"configuration: {first_line(error)}", code="config_invalid") from error
     if arguments.n_gpu > 1:  # Trainer would copy the model to every card anew for each step
         raise X2DFDError(
-            f"{arguments.n_gpu} GPUs want a process each: torchrun --nproc_per_node (docs/finetune.md)",
-            code="launcher_missing",
+            f"{arguments.n_gpu} GPUs want a process each: torchrun --nproc_per_node", code="launcher_missing"
         )
     return arguments
 
@@ -439,42 +425,28 @@ def _record(config: FinetuneConfig) -> Json:
         try:
             card: Json = parse_json(path.read_bytes())
         except (OSError, ValueError) as error:
-            raise X2DFDError(
-                f"{path}, the card of the instructions, cannot be read: {error}", code="instructions_unreadable"
-            ) from error
+            raise X2DFDError(f"{path}: no readable card: {error}", code="instructions_unreadable") from error
         if not isinstance(card, dict) or not isinstance(card.get("config"), dict):
             raise X2DFDError(f"{path} is no card of instructions: it has no `config`", code="instructions_unreadable")
         if card.get("manifest_sha256") != file_sha256(manifest):
-            raise X2DFDError(
-                f"{instructions} were built from another manifest than {manifest}", code="manifest_differs"
-            )
+            raise X2DFDError(f"{instructions} were not built from {manifest}", code="manifest_differs")
         if card.get("views") != VIEWS or not isinstance(card.get("experts"), dict):
-            raise X2DFDError(
-                f"{instructions} are of another version (other views of the pictures): build them again",
-                code="views_differ",
-            )
+            raise X2DFDError(f"{instructions}: other views of the pictures: build them again", code="views_differ")
         if (seed := card["config"].get("view_seed")) != config.view_seed:
             raise X2DFDError(f"{instructions} were built with view_seed {seed}", code="view_seed_differs")
         ranking, beside = card.get("assessment_sha256"), path.with_name("assessment.json")
         if ranking and (not beside.is_file() or file_sha256(beside) != ranking):
-            raise X2DFDError(
-                f"{beside} is not the ranking that {instructions} were built with",
-                code="assessment_differs",
-            )
+            raise X2DFDError(f"{beside} is not the ranking of {instructions}", code="assessment_differs")
         cards.append(card)
     first = cards[0]
     for card in cards[1:]:
         if _asked_with(card) != _asked_with(first):
-            raise X2DFDError(
-                "instruction sets with other experts or another score_form do not go together",
-                code="instructions_differ",
-            )
+            raise X2DFDError("these instruction sets differ in experts or score_form", code="instructions_differ")
     weights = Path(config.expert_weights) if config.expert_weights else None
     for name, sha256 in first["experts"].items():
         if card_of(name, weights).sha256 != sha256:
             raise X2DFDError(
-                f"expert {name!r}: other weights than the instructions were built with (expert_weights)",
-                code="expert_differs",
+                f"expert {name!r}: other weights than the instructions' (expert_weights)", code="expert_differs"
             )
     return first
 
@@ -500,8 +472,7 @@ def _last_checkpoint(work: Path, config: FinetuneConfig) -> str | None:
         write_text(key, json.dumps(run, indent=1) + "\n")
     elif json.loads(key.read_text(encoding="utf-8")) != run:
         raise X2DFDError(
-            f"{work} holds a training with other settings or data; choose another out, or delete it",
-            code="settings_differ",
+            f"{work} holds a training with other settings or data: take another out", code="settings_differ"
         )
     last: str | None = get_last_checkpoint(str(work))
     return last

@@ -131,7 +131,7 @@ def test_the_bound_follows_from_shapes_and_rates(clock: Clock) -> None:
 def test_every_comparison_of_a_model_runs_on_a_toy(tmp_path: Path) -> None:
     """The script has to work the first time that there is a GPU; and the page has to show what it wrote."""
     out = tmp_path / "speed.json"
-    speed.run(out, geometry=speed.Geometry.toy, only=speed.Place.cpu, rounds=1, questions=4, threads=1)
+    speed.run(out, geometry="toy", only="cpu", rounds=1, questions=4, threads=1)
     result = json.loads(out.read_text())
     [device] = result["devices"]
     ways = {c["name"]: list(c["ways"]) for c in device["comparisons"]}

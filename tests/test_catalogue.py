@@ -1,4 +1,4 @@
-"""The catalogue and the contact sheet show what the forge did, whole, alike on every run, and in its place."""
+"""The catalogue shows what the forge did, whole, alike on every run, and in its place."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import html
 import io
 import json
 import re
-from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from typer.testing import CliRunner
 
 from data_gen import catalogue as module
 from data_gen.__main__ import app
-from data_gen.catalogue import IMITATES, LINE, STRENGTHS, catalogue, contact_sheet, write
+from data_gen.catalogue import IMITATES, STRENGTHS, catalogue
 from data_gen.forge import HARMLESS, METHODS, forge
 from tests.raising import raises, says
 
@@ -149,108 +148,26 @@ def test_photos_of_a_manifest(few: None, photos: Path) -> None:
         catalogue(photos)
 
 
-_COLOURS = {"swap": (0, 0, 200), "relight": (0, 200, 0), "none": (200, 0, 0)}
+# --- files and commands ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A run of plain pictures, 120 x 60, coloured by method: nine swaps, three relit, two untouched; masks for two."""
-    rows: list[dict[str, Any]] = []
-    for method, n in (("swap", 9), ("relight", 3), ("none", 2)):
-        for i in range(n):
-            label = "real" if method == "none" else "fake"
-            row: dict[str, Any] = {"path": f"{method}{i}.png", "label": label, "method": method}
-            Image.new("RGB", (120, 60), _COLOURS[method]).save(tmp_path / row["path"])
-            if method == "relight":
-                mask = np.zeros((60, 120), np.uint8)
-                mask[10:30, 80:110] = 120  # faint, as where a blend is half transparent
-                cv2.imwrite(str(tmp_path / f"{i}.mask.png"), mask)
-                row |= {"mask": f"{i}.mask.png", "strength": 0.25, "df_class": "FE"}
-            rows.append(row)
-    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    return tmp_path
-
-
-def _tiles(sheet: Image.Image, side: int) -> Counter[str]:
-    """How many tiles of each method there are, by their pixels."""
-    pixels = np.asarray(sheet).astype(int)
-    area = side * side // 2
-    return Counter({m: round(float((np.abs(pixels - c).max(-1) < 3).sum() / area)) for m, c in _COLOURS.items()})
-
-
-def test_methods_take_turns(run: Path) -> None:
-    """Bug prevented: a sheet full of the method that happens to be frequent, or a picture shown twice."""
-    assert _tiles(contact_sheet(run, 6, 64), 64) == {"swap": 2, "relight": 2, "none": 2}
-    assert _tiles(contact_sheet(run, 9, 64), 64) == {"swap": 4, "relight": 3, "none": 2}
-    assert _tiles(contact_sheet(run, 500, 64), 64) == {"swap": 9, "relight": 3, "none": 2}
-    with raises("sheet_too_large", "--count", "--tile"):
-        contact_sheet(run, tile=20_000)
-    for i in range(9):  # else the swaps look the same
-        Image.new("RGB", (120, 60), (0, 0, 20 * i)).save(run / f"swap{i}.png")
-    one, same, other = (np.asarray(contact_sheet(run, 5, 48, seed)) for seed in (1, 1, 2))
-    assert np.array_equal(one, same) and not np.array_equal(one, other)
-
-
-def test_the_outline_is_on_the_tile(run: Path) -> None:
-    """Bug prevented: an outline at the mask's own scale, beside what was changed; none where the mask is faint."""
-    manifest = run / "manifest.jsonl"
-    [row] = [r for r in manifest.read_text("utf-8").splitlines() if "relight0" in r]
-    manifest.write_text(row + "\n", encoding="utf-8")
-    sheet = np.asarray(contact_sheet(run, 1, 240)).astype(int)
-    ys, xs = np.nonzero(np.abs(sheet - _COLOURS["relight"]).max(-1) < 3)
-    left, top = xs.min(), ys.min()
-    assert (xs.max() + 1 - left, ys.max() + 1 - top) == (240, 120)
-    ys, xs = np.nonzero(np.abs(sheet - LINE).max(-1) < 3)
-    box = np.array([xs.min() - left, ys.min() - top, xs.max() + 1 - left, ys.max() + 1 - top])
-    assert np.abs(box - [160, 20, 220, 60]).max() <= 2
-
-
-@pytest.mark.parametrize(
-    ("spoil", "code", "fact"),
-    [
-        (lambda run: (run / "manifest.jsonl").unlink(), "manifest_not_found", "manifest.jsonl"),
-        (lambda run: (run / "none0.png").unlink(), "picture_unreadable", "none0.png: "),
-        (lambda run: (run / "0.mask.png").unlink(), "mask_unreadable", "0.mask.png"),
-        (lambda run: (run / "0.mask.png").write_bytes(b"?"), "mask_unreadable", "0.mask.png"),
-        (lambda run: Image.new("L", (60, 120)).save(run / "0.mask.png"), "mask_size_differs", "0.mask.png"),
-    ],
-)
-def test_a_spoilt_run_is_named(run: Path, spoil: Any, code: str, fact: str) -> None:
-    """Bug prevented: a grey tile, or a mask stretched over a picture that it does not belong to."""
-    spoil(run)
-    with raises(code, fact):
-        contact_sheet(run)
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_written_whole_or_not_at_all(few: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: a half-written page in the place of yesterday's good one, or litter beside it."""
     page = tmp_path / "page.html"
-    write(page, b"good")
+    page.write_bytes(b"good")
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    with raises("cannot_write", page, "No space left on device"):
-        write(page, b"better")
+    says(CliRunner().invoke(app, ["catalogue", "--out", str(page)]).exception, "cannot_write", page, "No space left")
     assert page.read_bytes() == b"good" and [p.name for p in tmp_path.iterdir()] == ["page.html"]
 
 
 @pytest.mark.slow
-def test_the_commands_print_what_they_wrote(few: None, run: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """Bug prevented: a command that is not registered, or writes a format that the name does not say; two runs that
-    differ."""
-    sheet, page = tmp_path / "new" / "sheet.png", tmp_path / "new" / "page.html"
-    told = CliRunner().invoke(app, ["contact-sheet", "--run", str(run), "--out", str(sheet), "--tile", "48"])
-    assert (told.exit_code, told.stdout) == (0, f"{sheet}\n"), told.output
-    with Image.open(sheet) as picture:
-        assert picture.format == "PNG"
+def test_the_command_prints_what_it_wrote(few: None, tmp_path: Path) -> None:
+    """Bug prevented: a command that is not registered."""
+    page = tmp_path / "new" / "page.html"
     told = CliRunner().invoke(app, ["catalogue", "--out", str(page), "--seed", "5"])
     assert (told.exit_code, told.stdout) == (0, f"{page}\n"), told.output
-    one = page.read_text("utf-8")
-    assert one == catalogue(seed=5) and catalogue(seed=6) != one
-    monkeypatch.setattr(module, "METHODS", {"relight": METHODS["relight"]})  # other methods change no example
-    assert _Page(catalogue(seed=5)).cards["relight"] == _Page(one).cards["relight"]
-    words = ["contact-sheet", "--run", str(run), "--out", str(tmp_path / "sheet.gif")]
-    says(CliRunner().invoke(app, words).exception, "sheet_format_unknown", ".png")
-    assert not (tmp_path / "sheet.gif").exists()
+    assert page.read_text("utf-8") == catalogue(seed=5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from typer.testing import CliRunner, Result
 
 from eval import metrics, stats
 from eval.protocols import (
-    HIDDEN,
     PROTOCOLS,
     Compat,
     app,
@@ -21,7 +19,6 @@ from eval.protocols import (
     pool_clips,
     read_annotations,
     sampled,
-    write_submission,
 )
 from tests.raising import raises, says
 from x2dfd.manifest import Sample, read_manifest
@@ -220,24 +217,3 @@ def test_annotations_keep_every_answer_and_ask_for_the_polarity(tmp_path: Path) 
         file.write_text(json.dumps([records[0], records[0] | change]), encoding="utf-8")
         with raises(code):
             read_annotations(file, [tmp_path], real=["1"], fake=["0"])
-
-
-def test_a_submission_answers_a_thousand_pictures_or_is_refused(tmp_path: Path) -> None:
-    """Bug prevented: two weeks' one upload lost on 999 keys, on "Fake", or on a guess nobody asked for."""
-    scores: dict[str, float | None] = {name: 0.7 if i % 4 == 0 else 0.2 for i, name in enumerate(HIDDEN)}
-    out = tmp_path / "s" / "answer.zip"
-    assert write_submission(out, scores) == {"fake": 250, "unscored": 0}
-    with zipfile.ZipFile(out) as archive:
-        [name] = archive.namelist()
-        answers = json.loads(archive.read(name))
-    assert name.endswith(".json") and list(answers) == list(HIDDEN) and set(answers.values()) == {"fake", "real"}
-    before = out.read_bytes()
-    write_submission(out, scores)
-    assert out.read_bytes() == before
-    with raises("submission_incomplete", "not scored: 1", "0007.png", "other names: 1"):
-        write_submission(out, {("7.png" if k == "0007.png" else k): v for k, v in scores.items()})
-    with raises("scores_missing", 1, "0001.png"):
-        write_submission(out, scores | {"0001.png": None})
-    assert write_submission(out, scores | {"0001.png": None}, unscored="fake") == {"fake": 251, "unscored": 1}
-    with raises("not_a_zip", "answer.json"):
-        write_submission(tmp_path / "answer.json", scores)

@@ -220,8 +220,8 @@ def _replace(file: h5py.File, name: str, value: Array) -> None:
 
 
 CHANGES: dict[str, tuple[Change, str, str]] = {
-    "missing tensor": (lambda f: f.__delitem__("conv2d_9/conv2d_9/bias:0"), "checkpoint_layers_differ", "bias"),
-    "missing layer": (lambda f: f.__delitem__("conv2d_11"), "checkpoint_layers_differ", "conv2d"),
+    "missing tensor": (lambda f: f.__delitem__("conv2d_9/conv2d_9/bias:0"), "checkpoint_incomplete", "bias"),
+    "missing layer": (lambda f: f.__delitem__("conv2d_11"), "checkpoint_incomplete", "features.6"),
     "foreign layer": (
         lambda f: f.create_dataset("lstm_1/lstm_1/kernel:0", (8,), "f4"),
         "checkpoint_left_over",
@@ -230,7 +230,7 @@ CHANGES: dict[str, tuple[Change, str, str]] = {
     "misshaped": (
         lambda f: _replace(f, "conv2d_9/conv2d_9/kernel:0", np.zeros((3, 3, 8, 8), "f4")),
         "checkpoint_shape_differs",
-        "(3, 3, 8, 8)",
+        "[8, 8, 3, 3]",
     ),
     "integers": (
         lambda f: _replace(f, "dense_8/dense_8/bias:0", np.zeros(16, "i4")),

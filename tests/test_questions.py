@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 
 from data_gen.forge import METHODS, Photo, forge
 from data_gen.questions import (
-    CueQuestion,
     add_commands,
     bank,
     connect,
@@ -26,12 +25,11 @@ from data_gen.questions import (
     generate,
     random_questions,
     read_published,
-    read_questions,
     some,
     write_questions,
 )
 from tests.raising import raises
-from x2dfd.assessment import BANK
+from x2dfd.assessment import BANK, CueQuestion, read_questions
 from x2dfd.explain import read_cues
 from x2dfd.faces import find_faces
 from x2dfd.types import AREAS, ARTIFACTS

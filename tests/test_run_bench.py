@@ -289,7 +289,7 @@ def test_every_picture_is_judged_under_one_change(
     for wrong, code, fact in (
         (("--changes", "half", "--compare", tmp_path / "plain.json"), "not_comparable", "half"),
         (("--changes", "half,quarter"), "changes_too_many", "2"),
-        (("--changes", "deeperforensics/GB"), "changes_too_many", "5, such as deeperforensics/GB/1"),
+        (("--changes", "codec/blur"), "changes_too_many", "5, such as codec/blur/5-0.5"),
         (("--changes", "hafl"), "unknown_name", "did you mean 'half'"),
     ):
         assert bench(monkeypatch, StandIn(), *words, *wrong) == 2

@@ -113,8 +113,8 @@ def score_tail(evidence: Sequence[Evidence], form: str = "numbers") -> str:
 def pointing(evidence: Sequence[Evidence]) -> str:
     """What localising experts point at, as it stands behind the scores; "" where none points. Ours, not X2-DFD's.
 
-    >>> pointing([Evidence("consistency", 0.9, cues=(Cue("jaw", "blending"), Cue("skin", "colour")))])
-    ' The consistency expert points at jaw blending and skin colour.'
+    >>> pointing([Evidence("tower", 0.9, cues=(Cue("jaw", "blending"), Cue("skin", "colour")))])
+    ' The tower expert points at jaw blending and skin colour.'
     """
     return "".join(
         f" The {e.expert.lower()} expert points at {_listed([f'{c.area} {c.artifact}' for c in e.cues])}."

@@ -77,9 +77,6 @@ TASK = Task(
 )
 
 
-# ---------------------------------------------------------------- baselines and references
-
-
 @dataclass(frozen=True)
 class Baselines:
     """What is said without a look at the picture."""
@@ -122,8 +119,6 @@ def references(sample: Sample) -> list[str]:
 def pairs_of(cues: Iterable[Cue]) -> frozenset[Pair]:
     return frozenset((c.area, c.artifact) for c in cues)
 
-
-# ---------------------------------------------------------------- what is counted
 
 Said = Sequence[frozenset[Pair] | None]
 """The cues that are said of each sample, None where it could not be judged."""

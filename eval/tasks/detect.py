@@ -66,9 +66,6 @@ def majority_rows(every: Sequence[Sample], samples: Sequence[Sample]) -> tuple[l
     return rows, "train split" if train else JUDGED
 
 
-# ---------------------------------------------------------------- what is counted
-
-
 def columns_of(rows: Sequence[SampleRow], verdict: str) -> dict[str, Column]:
     """Scorer -> its P(fake) of each row: the verdict (under that name, if any), the MLLM alone, every expert."""
     columns: dict[str, Column] = {verdict: [row.p_fake for row in rows]} if verdict else {}
@@ -128,10 +125,8 @@ def by_slice(of: Scored, said: Sequence[str] | None, column: str) -> Part:
 
 
 def _promise(samples: Sequence[Sample], rows: Sequence[SampleRow], promised: Part) -> Part:
-    """What the calibration allowed, and the false alarms of this run: over all reals, and of each source.
-
-    `kept` is false where the whole interval lies above what was allowed. `seen`: these are the calibration's pictures.
-    """
+    """What the calibration allowed, and the false alarms of this run: over all reals, and of each source. `kept` is
+    false where the whole interval lies above that. `seen`: these are the calibration's pictures."""
     allowed = float(promised["false_alarms_allowed"])
     reals = [(s, row.said == "fake") for s, row in zip(samples, rows, strict=True) if s.label == "real" and row.said]
 

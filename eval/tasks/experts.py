@@ -93,10 +93,8 @@ LOCATE = Task(
 
 
 def load_experts(names: Sequence[str] | None, folder: Path | None = None) -> tuple[list[Expert], dict[str, str]]:
-    """The named experts; else all of ours and `mesonet` that can be loaded, and the reasons of the others.
-
-    `folder`: weights that go before an expert's own, as in `load_expert`. Raises UnknownName, SetupError.
-    """
+    """The named experts; else all of ours and `mesonet` that can be loaded, and the reasons of the others. `folder`:
+    weights that go before an expert's own. Raises UnknownName, SetupError."""
     if names is not None:
         return [load_expert(name, folder) for name in names], {}
     found, reasons = [], {}
@@ -208,9 +206,6 @@ def _not_learnt(method: str, figures: Part) -> bool:
     return method in _held_out(figures) or (isinstance(learnt, list) and method not in learnt)
 
 
-# ---------------------------------------------------------------- judging
-
-
 def judge(
     panel: Panel, changes: Mapping[str, Change], samples: Sequence[Sample], *, equal: bool, batch_size: int
 ) -> tuple[list[SampleRow], list[Origin]]:
@@ -287,9 +282,6 @@ def sharpness(crop: Pixels) -> float:
     return -float(np.log(cv2.Laplacian(grey, cv2.CV_64F).var() + 1e-3))
 
 
-# ---------------------------------------------------------------- what is counted
-
-
 def join(panel: Panel, rows: Sequence[SampleRow]) -> None:
     """Puts the fusion's answer into the rows: it is made of the stored scores, so a new calibration costs nothing."""
     for row in rows:
@@ -304,10 +296,8 @@ def join(panel: Panel, rows: Sequence[SampleRow]) -> None:
 def experts_result(
     panel: Panel, samples: Sequence[Sample], rows: Sequence[SampleRow], changes: Mapping[str, Change], by: Sequence[str]
 ) -> Part:
-    """Metrics of every column, overall and in slices; robustness; the format swap; localisation.
-
-    The rows hold the answer of the fusion (`join`).
-    """
+    """Metrics of every column, overall and in slices; robustness; the format swap; localisation. The rows hold the
+    fusion's answer (`join`)."""
     columns = {c: [panel.value(c, row.experts) for row in rows] for c in panel.columns}
     scorers: Part = {}
     for column, values in columns.items():

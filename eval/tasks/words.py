@@ -33,6 +33,14 @@ if TYPE_CHECKING:
 
 
 SHOWN = 10  # answers that could not be read, in the result
+ASKED: dict[str, tuple[Callable[[Sample], str], Callable[[str, Sample], str]]] = {
+    "answer": (
+        lambda s: answers.question_for(s.id).text,
+        lambda text, s: answers.read_decision(text, answers.question_for(s.id).yes),
+    ),
+    "classify": (lambda _: answers.CLASS_CHOICES, lambda text, _: answers.read_class(text)),
+}
+"""Task -> what a sample is asked, and how the answer is read."""
 
 
 def run_questions(run: Run) -> Made:
@@ -45,14 +53,9 @@ def run_questions(run: Run) -> Made:
         rows = _majority_classes(run) if classes else majority_rows(run.every(), run.samples)[0]
     else:
         need_texts(model, options.task)
-        judge = partial(
-            ask,
-            model.detector,
-            question=class_question if classes else answer_question,
-            read=read_class if classes else read_answer,
-            equal=options.equalise,
-            batch_size=options.batch_size,
-        )
+        question, read = ASKED[options.task]
+        judge = partial(ask, model.detector, question=question, read=read)
+        judge = partial(judge, equal=options.equalise, batch_size=options.batch_size)
         rows, origin = score(judge, run.samples, store)
         if model.detector.calibration:
             threshold = model.detector.calibration.mllm_threshold
@@ -99,9 +102,6 @@ def _majority_classes(run: Run) -> list[SampleRow]:
     for row in rows:
         row.said = min(set(known), key=lambda c: (-known.count(c), c))
     return rows
-
-
-# ---------------------------------------------------------------- asking
 
 
 def worded(detector: Detector, question: str, evidence: Sequence[Evidence]) -> str:
@@ -171,25 +171,6 @@ def _answered_rows(
         row.p_fake, row.question, row.answer = float(1 / (1 + np.exp(-own))), text, answer
         row.said, row.experts = read(answer, sample), {e.expert: e.score for e in said}
         row.notes = {e.expert: e.note for e in said if e.note}
-
-
-def read_answer(text: str, sample: Sample) -> str:
-    return answers.read_decision(text, answers.question_for(sample.id).yes)
-
-
-def answer_question(sample: Sample) -> str:
-    return answers.question_for(sample.id).text
-
-
-def read_class(text: str, _: Sample) -> str:
-    return answers.read_class(text)
-
-
-def class_question(_: Sample) -> str:
-    return answers.CLASS_CHOICES
-
-
-# ---------------------------------------------------------------- what is counted
 
 
 def _answered(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> tuple[list[SampleRow], list[Sample], Part]:
@@ -262,8 +243,6 @@ def classify_result(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Par
 def _shown(rows: Sequence[SampleRow]) -> list[str]:
     return [row.answer[:200] for row in rows if row.said == answers.INVALID][:SHOWN]
 
-
-# ---------------------------------------------------------------- chat
 
 FOLLOW_UPS = (
     "Why do you think so?",

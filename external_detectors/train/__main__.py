@@ -5,9 +5,9 @@ from __future__ import annotations
 import typer
 
 from external_detectors.train import heads, tower
-from external_detectors.train.loop import EXAMPLE
 from x2dfd.cli import run_command
 
+EXAMPLE = "Example:\n\n  python -m external_detectors.train {}"
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 

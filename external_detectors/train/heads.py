@@ -6,6 +6,8 @@ would teach the tower those pictures by heart. The map learns from forgeries alo
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -15,12 +17,12 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from external_detectors.tower_net import CUE_SEEN_FROM, GRID, MAX_CUES, POOLED, TowerHeads, area_grid
+from external_detectors.tower_net import GRID, TowerHeads, area_grid
 from external_detectors.train.drawing import drawing
-from external_detectors.train.loop import log, next_version
+from external_detectors.train.loop import ENOUGH, best_threshold, covered, cue_loss, cue_truth, log, next_version
 from external_detectors.weights_io import load_weights, save_weights
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.degrade import CODEC, codec
@@ -38,7 +40,6 @@ from x2dfd.tower import (
     training_view,
     view_face,
 )
-from x2dfd.types import ARTIFACTS
 
 BATCH = 64
 DRAWINGS = 400  # and as many photos, real and forged
@@ -50,7 +51,7 @@ def heads(
     start: Annotated[Path, typer.Option(help="folder of the tower's weights and card")],
     features: Annotated[Path, typer.Option(help="folder for its outputs, which build and finetune take too")],
     out: Annotated[Path, typer.Option(help="folder for weights and card")],
-    epochs: int = 25,
+    epochs: Annotated[int, typer.Option(min=1)] = 25,
     lr: float = 1e-3,
     view_seed: int = 1,
     seed: int = 0,
@@ -70,35 +71,59 @@ def heads(
     cache = cached_features(crops, rows, features, max(HEAD_LAYERS), HEAD_LAYERS, view_seed, additions=additions)
     truth, areas = _truth(crops, rows, view_seed)
     splits = np.array([crops.samples[i].split for i in rows])
-    net.allowed.copy_(((truth[splits == "train"] > 0).sum(0) >= 10).float())
+    net.allowed.copy_(((truth[splits == "train"] > 0).sum(0) >= ENOUGH).float())
     figures = _learn_cues(net, cache, truth, areas, splits, epochs, lr, seed)
     figures |= _learn_map(net, cache, _masks(crops, rows, view_seed), areas, splits, lr, seed)
     figures |= _learn_photo(net, crops, rows[splits == "train"], additions, seed)
-    pairs = [f"{POOLED[a]} {ARTIFACTS[r]}" for a, r in net.allowed.nonzero().tolist()]
     state = {k: v for k, v in weights.items() if k.startswith("tower.")} | net.state_dict()
-    made = replace(
-        card,
-        version=next_version(out, "tower"),
-        covers=("EFS", "FS", "FR", "FE", *pairs),
-        figures={**card.figures, **figures},
-    )
+    figures = {**card.figures, **figures}
+    made = replace(card, version=next_version(out, "tower"), covers=covered(net.allowed), figures=figures)
     save_weights(state, made, out)
     print(out / "tower.card.json")
 
 
 def _truth(crops: CropSet, rows: NDArray[np.intp], view_seed: int) -> tuple[Tensor, Tensor]:
     """Cues of each picture, 1, 0, or -1 for unknown: [n, areas, artifacts]; and the area grids of its view."""
-    truth = np.zeros((len(rows), len(POOLED), len(ARTIFACTS)), np.int8)
-    for k, i in enumerate(rows):
-        sample = crops.samples[i]
-        if sample.label == "fake" and not sample.cues:
-            truth[k] = -1
-        for cue in sample.cues:
-            if cue.area in POOLED:
-                seen = cue.score is None or cue.score >= CUE_SEEN_FROM
-                truth[k, POOLED.index(cue.area), ARTIFACTS.index(cue.artifact)] = 1 if seen else -1
+    truth = np.stack([cue_truth(crops.samples[i]) for i in rows])
     views = [view_face(crops, int(i), view_seed).crop_landmarks for i in progress(rows, "area grids")]
     return torch.from_numpy(truth), torch.from_numpy(np.stack([area_grid(points) for points in views]))
+
+
+def _fit(
+    net: TowerHeads,
+    parts: Sequence[nn.Module],
+    rows: NDArray[np.intp],
+    loss_of: Callable[[NDArray[np.intp]], Tensor],
+    figures_of: Callable[[], dict[str, float]],
+    *,
+    epochs: int,
+    lr: float,
+    batch: int,
+    seed: int,
+) -> dict[str, float]:
+    """Trains parts of the net on rows; keeps the epoch whose first figure is best, and returns its figures."""
+    optimizer = torch.optim.AdamW([p for part in parts for p in part.parameters()], lr=lr, weight_decay=0.05)
+    rng = np.random.default_rng(seed)
+    best: tuple[float, dict[str, float], list[dict[str, Tensor]]] = -1.0, {}, []
+    for epoch in range(epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * 0.5 * (1 + np.cos(np.pi * epoch / epochs))
+        net.train()
+        order = rng.permutation(rows)
+        for at in progress(range(0, len(order), batch), f"epoch {epoch + 1} of {epochs}"):
+            loss = loss_of(np.sort(order[at : at + batch]))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        net.eval()
+        with torch.inference_mode():
+            figures = figures_of()
+        log(f"epoch {epoch + 1}: {figures}")
+        if (value := next(iter(figures.values()))) > best[0]:
+            best = value, figures, [copy.deepcopy(part.state_dict()) for part in parts]
+    for part, state in zip(parts, best[2], strict=True):
+        part.load_state_dict(state)
+    return best[1]
 
 
 def _learn_cues(
@@ -112,33 +137,22 @@ def _learn_cues(
     seed: int,
 ) -> Json:
     """Trains the cue head; keeps the epoch with the best F1 on split `calib`, and the threshold that gives it."""
-    parts = [net.mix, net.name]
-    optimizer = torch.optim.AdamW([p for part in parts for p in part.parameters()], lr=lr, weight_decay=0.05)
-    known = (truth >= 0).flatten(1).any(1).numpy()
-    learnt, kept = np.flatnonzero((splits == "train") & known), np.flatnonzero((splits == "calib") & known)
-    rng, best = np.random.default_rng(seed), {"cue_f1": -1.0, "cue_threshold": 0.5}
-    state = [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]
-    for epoch in progress(range(epochs), "cue head"):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * 0.5 * (1 + np.cos(np.pi * epoch / epochs))
-        net.train()
-        order = rng.permutation(learnt)
-        for at in range(0, len(order), BATCH):
-            chosen = np.sort(order[at : at + BATCH])
-            named = _cues(net, cache, areas, chosen)
-            target = truth[chosen]
-            use = (target >= 0) & (net.allowed > 0)
-            each = F.binary_cross_entropy_with_logits(named, (target > 0).float(), reduction="none")
-            loss = (each * use * (1 + 5 * (target > 0))).sum() / use.sum().clamp(min=1) * 12
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-        figures = _f1(net, cache, truth, areas, kept)
-        log(f"epoch {epoch + 1}: {figures}")
-        if figures["cue_f1"] > best["cue_f1"]:
-            best, state = figures, [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]
-    for part, values in zip(parts, state, strict=True):
-        part.load_state_dict(values)
+    known, shown = (truth >= 0).flatten(1).any(1).numpy(), (truth > 0).flatten(1).any(1).numpy()
+    kept = np.flatnonzero((splits == "calib") & known)
+    asked = kept[shown[kept]]
+
+    def loss_of(chosen: NDArray[np.intp]) -> Tensor:
+        return cue_loss(_cues(net, cache, areas, chosen), truth[chosen], net.allowed)
+
+    def figures_of() -> dict[str, float]:
+        if not len(asked):
+            return {"cue_f1": 0.0, "cue_threshold": 0.5}
+        named = [_cues(net, cache, areas, asked[k : k + BATCH]) for k in range(0, len(asked), BATCH)]
+        return best_threshold(torch.cat(named), truth[asked])
+
+    learnt = np.flatnonzero((splits == "train") & known)
+    parts = (net.mix, net.name)
+    best = _fit(net, parts, learnt, loss_of, figures_of, epochs=epochs, lr=lr, batch=BATCH, seed=seed)
     return {**best, "cue_n": len(kept), "cue_epochs": epochs}
 
 
@@ -167,42 +181,26 @@ def _learn_map(
     learnt, kept = np.flatnonzero((splits == "train") & partly), np.flatnonzero((splits == "calib") & partly)
     if not len(learnt) or not len(kept):
         raise X2DFDError("no forgery with a mask in splits `train` and `calib`", code="no_mask")
-    optimizer = torch.optim.AdamW(net.map.parameters(), lr=lr, weight_decay=0.05)
-    rng, best, state = np.random.default_rng(seed), -1.0, net.map.state_dict()
-    for epoch in progress(range(MAP_EPOCHS), "map"):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * 0.5 * (1 + np.cos(np.pi * epoch / MAP_EPOCHS))
-        net.train()
-        order = rng.permutation(learnt)
-        for at in range(0, len(order), BATCH // 2):
-            chosen = np.sort(order[at : at + BATCH // 2])
-            drawn, truth = net.map(_patches(cache, chosen), areas[chosen].float() / 255), masks[chosen]
-            loss = F.binary_cross_entropy_with_logits(drawn, truth) + 1 - _soft_iou(drawn.sigmoid(), truth).mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-        value = _map_iou(net, cache, masks, areas, kept)
-        log(f"map, epoch {epoch + 1}: IoU {value:.4f}")
-        if value > best:
-            best, state = value, {k: v.clone() for k, v in net.map.state_dict().items()}
-    net.map.load_state_dict(state)
-    return {"map_iou": round(best, 4), "map_n": len(kept)}
+
+    def loss_of(chosen: NDArray[np.intp]) -> Tensor:
+        drawn, wanted = net.map(_patches(cache, chosen), areas[chosen].float() / 255), masks[chosen]
+        return F.binary_cross_entropy_with_logits(drawn, wanted) + 1 - _soft_iou(drawn.sigmoid(), wanted).mean()
+
+    def figures_of() -> dict[str, float]:
+        """The mean IoU of the maps, each cut at half of its maximum."""
+        parts = [kept[k : k + BATCH] for k in range(0, len(kept), BATCH)]
+        drawn = torch.cat([net.map(_patches(cache, part), areas[part].float() / 255) for part in parts]).sigmoid()
+        cut = (drawn >= 0.5 * drawn.amax((1, 2), keepdim=True)).float()
+        return {"map_iou": float(_soft_iou(cut, masks[kept]).mean())}
+
+    best = _fit(net, [net.map], learnt, loss_of, figures_of, epochs=MAP_EPOCHS, lr=lr, batch=BATCH // 2, seed=seed)
+    return {"map_iou": round(best["map_iou"], 4), "map_n": len(kept)}
 
 
 def _soft_iou(drawn: Tensor, truth: Tensor) -> Tensor:
     """Intersection over union of each map, of values 0 to 1, with its truth: [n]."""
     both = (drawn * truth).flatten(1).sum(1)
     return both / ((drawn + truth).flatten(1).sum(1) - both)
-
-
-@torch.inference_mode()
-def _map_iou(net: TowerHeads, cache: TowerFeatures, masks: Tensor, areas: Tensor, rows: NDArray[np.intp]) -> float:
-    """The mean IoU of the maps, each cut at half of its maximum."""
-    net.eval()
-    parts = [rows[k : k + BATCH] for k in range(0, len(rows), BATCH)]
-    drawn = torch.cat([net.map(_patches(cache, part), areas[part].float() / 255) for part in parts]).sigmoid()
-    cut = (drawn >= 0.5 * drawn.amax((1, 2), keepdim=True)).float()
-    return float(_soft_iou(cut, masks[rows]).mean())
 
 
 def _patches(cache: TowerFeatures, chosen: NDArray[np.intp]) -> Tensor:
@@ -214,27 +212,6 @@ def _patches(cache: TowerFeatures, chosen: NDArray[np.intp]) -> Tensor:
 def _cues(net: TowerHeads, cache: TowerFeatures, areas: Tensor, chosen: NDArray[np.intp]) -> Tensor:
     """Logits of the cues: [n, areas, artifacts]."""
     return net.cues(_patches(cache, chosen), areas[chosen].float() / 255)
-
-
-@torch.inference_mode()
-def _f1(
-    net: TowerHeads, cache: TowerFeatures, truth: Tensor, areas: Tensor, rows: NDArray[np.intp]
-) -> dict[str, float]:
-    """The best F1 over (area, artifact) of forgeries with known cues, naming at most MAX_CUES, and its threshold."""
-    net.eval()
-    shown = rows[(truth[rows] > 0).flatten(1).any(1).numpy()]
-    if not len(shown):
-        return {"cue_f1": 0.0, "cue_threshold": 0.5}
-    chances = torch.cat([_cues(net, cache, areas, shown[k : k + BATCH]) for k in range(0, len(shown), BATCH)])
-    chances, right = chances.sigmoid().flatten(1), (truth[shown] > 0).flatten(1)
-    unsure = (truth[shown] < 0).flatten(1)  # too faint to be asked for: neither right nor wrong
-    best = chances.topk(MAX_CUES)
-    found: dict[float, float] = {}
-    for threshold in np.arange(0.1, 0.95, 0.05).round(2):
-        said = torch.zeros_like(chances).scatter(1, best.indices, (best.values >= threshold).float()) * ~unsure
-        found[float(threshold)] = float(2 * (said * right).sum() / (said.sum() + right.sum()).clamp(min=1))
-    threshold = max(found, key=lambda t: found[t])
-    return {"cue_f1": round(found[threshold], 4), "cue_threshold": threshold}
 
 
 def _learn_photo(net: TowerHeads, crops: CropSet, rows: NDArray[np.intp], additions: Path, seed: int) -> Json:

@@ -1,4 +1,4 @@
-"""Shared by the trainings of tower and heads: augmented views, figures by method, and lines of a card."""
+"""Shared by the trainings of tower and heads: augmented views, cues as targets, figures, and lines of a card."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from scipy.stats import mannwhitneyu
+from torch import Tensor
+from torch.nn import functional as F
 
+from external_detectors.tower_net import CUE_SEEN_FROM, MAX_CUES, POOLED
 from x2dfd.degrade import degrade
 from x2dfd.experts import read_card
 from x2dfd.files import Json
 from x2dfd.manifest import Sample
-
-EXAMPLE = "Example:\n\n  python -m external_detectors.train {}"
-SOURCE = "trained by this project: external_detectors/train"
+from x2dfd.types import ARTIFACTS
 
 
 def log(text: str) -> None:
@@ -41,13 +42,50 @@ def augmented(crop: NDArray[np.uint8], rng: np.random.Generator) -> tuple[NDArra
     return out, matrix
 
 
+def cue_truth(sample: Sample) -> NDArray[np.int8]:
+    """Cues that a sample shows (1), does not show (0), or that are unknown or too faint (-1): [areas, artifacts]."""
+    unknown = sample.label == "fake" and not sample.cues
+    truth = np.full((len(POOLED), len(ARTIFACTS)), -1 if unknown else 0, np.int8)
+    for cue in sample.cues:
+        if cue.area in POOLED:
+            seen = cue.score is None or cue.score >= CUE_SEEN_FROM
+            truth[POOLED.index(cue.area), ARTIFACTS.index(cue.artifact)] = 1 if seen else -1
+    return truth
+
+
+def cue_loss(logits: Tensor, truth: Tensor, allowed: Tensor) -> Tensor:
+    """Of cues [n, areas, artifacts]. One or two of a hundred pairs are shown, so these weigh more than the others."""
+    known = (truth >= 0) & (allowed > 0)
+    each = F.binary_cross_entropy_with_logits(logits, (truth > 0).float(), reduction="none")
+    return (each * known * (1 + 5 * (truth > 0))).sum() / known.sum().clamp(min=1) * 12
+
+
+def best_threshold(logits: Tensor, truth: Tensor) -> dict[str, float]:
+    """The probability from which naming at most MAX_CUES cues has the best F1 over (area, artifact), and that F1.
+
+    Both tensors: [n, areas, artifacts]. What is unknown or too faint is neither right nor wrong.
+    """
+    chances, right, unsure = logits.sigmoid().flatten(1), (truth > 0).flatten(1), (truth < 0).flatten(1)
+    best = chances.topk(MAX_CUES)
+    found: dict[float, float] = {}
+    for threshold in np.arange(0.1, 0.95, 0.05).round(2).tolist():
+        said = chances.new_zeros(chances.shape).scatter(1, best.indices, (best.values >= threshold).float()) * ~unsure
+        found[threshold] = float(2 * (said * right).sum() / (said.sum() + right.sum()).clamp(min=1))
+    threshold = max(found, key=lambda t: found[t])
+    return {"cue_f1": round(found[threshold], 4), "cue_threshold": threshold}
+
+
+def covered(allowed: Tensor) -> tuple[str, ...]:
+    """What a card covers: every class of fakes, and the cues that training has shown."""
+    return ("EFS", "FS", "FR", "FE", *(f"{POOLED[a]} {ARTIFACTS[r]}" for a, r in allowed.nonzero().tolist()))
+
+
 def auc(labels: NDArray[np.bool_], scores: NDArray[np.float64]) -> float | None:
-    """Area under the ROC curve by ranks; None when a label is absent."""
+    """Area under the ROC curve; None when a label is absent."""
     positives, negatives = scores[labels], scores[~labels]
     if not len(positives) or not len(negatives):
         return None
-    greater = (positives[:, None] > negatives[None]).mean() + 0.5 * (positives[:, None] == negatives[None]).mean()
-    return float(greater)
+    return float(mannwhitneyu(positives, negatives).statistic) / (len(positives) * len(negatives))
 
 
 def by_method(samples: list[Sample], scores: NDArray[np.float64]) -> Json:
@@ -65,11 +103,7 @@ def by_method(samples: list[Sample], scores: NDArray[np.float64]) -> Json:
 
 
 ENOUGH = 10
-"""Pictures that a method or a source needs to decide which checkpoint is kept."""
-
-
-CHOSEN_BY = "the best mean over the worst quarter of methods and sources, on these figures' pictures"
-"""The note in a card on its checkpoint: held-out methods were not trained on, but they took part in this choice."""
+"""Pictures that a method or a source needs to decide which checkpoint is kept, and a cue to be named."""
 
 
 def worst(samples: Sequence[Sample], scores: NDArray[np.float64]) -> float | None:
@@ -93,20 +127,9 @@ def worst(samples: Sequence[Sample], scores: NDArray[np.float64]) -> float | Non
     return round(float(np.mean(lowest)), 4) if lowest else None
 
 
-def training_device() -> torch.device:
-    """A CUDA device where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def source_names(samples: Iterable[Sample]) -> str:
-    return ", ".join(sorted({s.source for s in samples}))
-
-
 def licence_of(samples: Iterable[Sample]) -> str:
-    """The licence line of weights, from the column `licence` of the pictures they were trained on.
-
-    Sources without a licence are named.
-    """
+    """The licence line of weights, from the column `licence` of the pictures they were trained on. Sources without one
+    are named."""
     stated: set[str] = set()
     silent: set[str] = set()
     for sample in samples:

@@ -28,18 +28,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from external_detectors.tower_net import CUE_SEEN_FROM, GRID, KINDS, MAX_CUES, POOLED, Seen, TowerHeads, area_grid
+from external_detectors.tower_net import GRID, KINDS, Seen, TowerHeads, area_grid
 from external_detectors.train.drawing import drawing
 from external_detectors.train.loop import (
-    CHOSEN_BY,
-    SOURCE,
+    ENOUGH,
     augmented,
+    best_threshold,
     by_method,
+    covered,
+    cue_loss,
+    cue_truth,
     licence_of,
     log,
     next_version,
-    source_names,
-    training_device,
     worst,
 )
 from external_detectors.train.self_blend import self_blend
@@ -52,7 +53,7 @@ from x2dfd.files import Json, file_sha256, whole
 from x2dfd.manifest import Sample, manifest_sha256
 from x2dfd.options import names
 from x2dfd.tower import HEAD_LAYERS, LORA_B, clip_pixels, load_tower, quick_in_16_bits
-from x2dfd.types import ARTIFACTS, Card
+from x2dfd.types import Card
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 FAKES, BLENDED = 0.34, 0.27  # share of fakes among what is drawn, and of photos that are blended with themselves:
@@ -61,6 +62,8 @@ DRAWN = 0.05  # share of views that are made a drawing: no photograph, and neith
 VIDEO = 0.2  # share of views that go through H.264 beside what `degrade` does
 CLIP = 8  # pictures that a clip or person counts as, however many there are
 KEPT = "allowed"  # a buffer of the heads, not a weight
+CHOSEN_BY = "the best mean over the worst quarter of methods and sources, on these figures' pictures"
+"""The note in a card on its checkpoint: held-out methods were not trained on, but they took part in this choice."""
 
 
 @dataclass(frozen=True)
@@ -112,19 +115,14 @@ def weights_of(state: dict[str, Tensor], scale: float = 2.0) -> dict[str, Tensor
 
 
 def start_from(net: Net, weights: dict[str, Tensor], scale: float = 2.0) -> None:
-    """Give the net the values of a weight file; heads that the file lacks keep their random start.
-
-    Raises X2DFDError for a weight that the net does not have in that shape.
-    """
+    """Give the net the values of a weight file; heads that the file lacks keep their random start. Raises X2DFDError
+    for a weight that the net does not have in that shape."""
     own: dict[str, Tensor] = dict(net.own()) | {f"heads.{KEPT}": net.heads.allowed}
     by_short = {short: own[name] for name in own for short in weights_of({name: own[name]})}
     with torch.no_grad():
         for short, value in weights.items():
             if short not in by_short or by_short[short].shape != value.shape:
-                raise X2DFDError(
-                    f"the start holds {short} of shape {tuple(value.shape)}, which this tower lacks",
-                    code="start_does_not_fit",
-                )
+                raise X2DFDError(f"this tower lacks {short} of shape {tuple(value.shape)}", code="start_does_not_fit")
             by_short[short].copy_(value / scale if short.endswith(LORA_B) else value)
 
 
@@ -143,10 +141,7 @@ class Pictures(IterableDataset[Drawn]):
         self.sets, self.seed = sets, seed
         fakes = [s for crops in sets for s in crops.samples if s.label == "fake"]
         if unclear := [s.id for s in fakes if s.df_class not in KINDS[1:]]:
-            raise X2DFDError(
-                f"{len(unclear)} fakes without df_class (FS, FR, FE, EFS), such as {unclear[0]}",
-                code="df_class_missing",
-            )
+            raise X2DFDError(f"{len(unclear)} fakes without df_class, such as {unclear[0]}", code="df_class_missing")
         every = [(k, i) for k, crops in enumerate(sets) for i in range(len(crops.samples))]
         donors = {s.group: s.source for crops in sets for s in crops.samples if not s.synthetic}
         kept_out = {(k, i) for k, i in every if origins_of(sets[k].samples[i], donors) & set(leave_out)}
@@ -176,14 +171,11 @@ class Pictures(IterableDataset[Drawn]):
         view, points = np.ascontiguousarray(crops.crops[i]), crops.landmarks[i]
         label, kind = s.label == "fake", s.df_class if s.label == "fake" else "real"
         mask: NDArray[np.float32] = np.full((GRID, GRID), float(label), np.float32)
-        cues = np.full((len(POOLED), len(ARTIFACTS)), -1 if label else 0, np.int8)
+        cues = cue_truth(s)
         if label and s.mask is not None and crops.masks is not None:
             mask = _on_grid(np.asarray(crops.masks[i])) / np.float32(255)
-            cues[:] = 0 if s.cues else -1
-            for cue in s.cues:
-                if cue.area in POOLED:
-                    seen = cue.score is None or cue.score >= CUE_SEEN_FROM
-                    cues[POOLED.index(cue.area), ARTIFACTS.index(cue.artifact)] = 1 if seen else -1
+        elif label:
+            cues[:] = -1
         photo = True
         if rng is None:
             view, moved = codec(view, *CODEC), np.eye(2, 3)
@@ -213,10 +205,8 @@ def _on_grid(mask: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.float3
 
 
 def origins_of(sample: Sample, donors: Mapping[str, str]) -> set[str]:
-    """What a picture shows of: its generator or its photo's source, its donor's, and its forge methods.
-
-    `donors`: group of a photo -> its source.
-    """
+    """What a picture shows of: its generator or its photo's source, its donor's, and its forge methods. `donors`: group
+    of a photo -> its source."""
     donor = donors.get(str(sample.extra.get("donor") or ""))
     return _own_origins(sample) | ({donor} if donor else set())
 
@@ -256,10 +246,7 @@ def loss_of(
     seen, label, kind, mask, cues = Seen(*(v[there] for v in seen)), label[there], kind[there], mask[there], cues[there]
     verdict = F.binary_cross_entropy_with_logits(seen.fake.float(), label * 0.94 + 0.03)
     placing = F.binary_cross_entropy_with_logits(seen.map.float(), mask)
-    known = (cues >= 0) & (allowed > 0)
-    each = F.binary_cross_entropy_with_logits(seen.cues.float(), (cues > 0).float(), reduction="none")
-    # Cues are rare: one or two among a hundred pairs.
-    naming = (each * known * (1 + 5 * (cues > 0))).sum() / known.sum().clamp(min=1) * 12
+    naming = cue_loss(seen.cues.float(), cues, allowed)
     naming_kind = F.cross_entropy(seen.kinds.float(), kind)
     total: Tensor = verdict + 0.3 * naming_kind + 0.5 * placing + 0.5 * naming + 0.5 * shown
     return total
@@ -304,7 +291,7 @@ def tower(
     card = Card(
         name="tower",
         version=next_version(out, "tower"),
-        source=SOURCE,
+        source="trained by this project: external_detectors/train",
         licence=licence_of(learnt),
         sha256="",
         preprocessing=PREPROCESSING,
@@ -312,14 +299,8 @@ def tower(
         blind_spot="Generators of a family that it never met, whose faces look like photos to it, and reenactment that "
         "moves little but the mouth; on video frames and on retouched portraits of sources that it does not know it is "
         "readier to say fake.",
-        trained_on=f"{len(learnt)} pictures; sources: {source_names(learnt)}",
-        covers=(
-            "EFS",
-            "FS",
-            "FR",
-            "FE",
-            *(f"{POOLED[a]} {ARTIFACTS[r]}" for a, r in net.heads.allowed.nonzero().tolist()),
-        ),
+        trained_on=f"{len(learnt)} pictures; sources: {', '.join(sorted({s.source for s in learnt}))}",
+        covers=covered(net.heads.allowed),
         figures={"left_out": list(left_out), "settings": asdict(settings), "checkpoint": CHOSEN_BY, **figures},
     )
     save_weights(weights_of(kept), card, out)
@@ -327,20 +308,16 @@ def tower(
 
 
 def _allowed(pictures: Pictures) -> Tensor:
-    """Pairs of area and artifact that ten pictures or more show; no other is ever named."""
-    shown = np.zeros((len(POOLED), len(ARTIFACTS)))
-    for k, i in pictures.rows:
-        for cue in pictures.at(k, i).cues:
-            if cue.area in POOLED and (cue.score is None or cue.score >= CUE_SEEN_FROM):
-                shown[POOLED.index(cue.area), ARTIFACTS.index(cue.artifact)] += 1
-    return torch.from_numpy((shown >= 10).astype(np.float32))
+    """Pairs of area and artifact that enough pictures show; no other is ever named."""
+    shown = np.sum([cue_truth(pictures.at(k, i)) > 0 for k, i in pictures.rows], axis=0)
+    return torch.from_numpy((shown >= ENOUGH).astype(np.float32))
 
 
 def _learn(
     net: Net, pictures: Pictures, settings: Settings, state: Path, workers: int, checks: int
 ) -> tuple[dict[str, Tensor], Json]:
     """Train until the clock ends it; returns the best average of the trained weights and its figures."""
-    place = training_device()
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net = net.to(place)
     if quick_in_16_bits(place.type):
         _in_16_bits(net)
@@ -452,24 +429,14 @@ def seen_by(net: Net, pictures: Pictures, rows: Sequence[tuple[int, int]]) -> Se
 
 
 def cue_threshold(net: Net, pictures: Pictures) -> Json:
-    """The probability from which a cue is named: it has the best F1 over cues on forgeries that training did not see.
-
-    Those of split `calib`, which data_gen forge keeps for such a choice; 0.5 where there are none.
-    """
+    """The probability from which a cue is named: the best F1 over cues on forgeries of split `calib`, which data_gen
+    forge keeps for such a choice; 0.5 where there are none."""
     every = [(k, i) for k, crops in enumerate(pictures.sets) for i in range(len(crops.samples))]
     rows = _some([(k, i) for k, i in every if pictures.at(k, i).split == "calib" and pictures.at(k, i).cues], 300)
     if not rows:
         return {"cue_threshold": 0.5}
-    chances = seen_by(net, pictures, rows).cues.sigmoid().flatten(1)
-    truth = torch.stack([torch.from_numpy(pictures.sample(k, i, None)[4]).flatten() for k, i in rows])
-    best = chances.topk(MAX_CUES)
-    found = {}
-    for threshold in np.arange(0.1, 0.95, 0.05):
-        said = torch.zeros_like(chances).scatter(1, best.indices, (best.values >= threshold).float())
-        right = float((said * (truth > 0)).sum())
-        found[round(float(threshold), 2)] = 2 * right / max(float(said.sum() + (truth > 0).sum()), 1e-9)
-    chosen = max(found, key=lambda t: found[t])
-    return {"cue_threshold": chosen, "cue_f1": round(found[chosen], 4), "cue_n": len(rows)}
+    truth = torch.stack([torch.from_numpy(pictures.sample(k, i, None)[4]) for k, i in rows])
+    return {**best_threshold(seen_by(net, pictures, rows).cues, truth), "cue_n": len(rows)}
 
 
 def _above_nought(samples: Sequence[Sample], scores: NDArray[np.float64]) -> dict[str, float]:
@@ -519,10 +486,7 @@ def _resume(
     with safe_open(path, "pt") as stream:
         metadata = stream.metadata()
     if json.loads(metadata["run"]) != json.loads(json.dumps(asdict(settings))):
-        raise X2DFDError(
-            f"{path} is the state of a training with other data or settings; choose another --state",
-            code="training_state_differs",
-        )
+        raise X2DFDError(f"{path}: other data or settings; choose another --state", code="training_state_differs")
     tensors = load_file(path)
     _put(trained, {n: tensors[f"now.{n}"] for n in trained})
     for name, value in average.items():
