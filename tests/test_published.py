@@ -161,14 +161,12 @@ def logit_real(path: Path, name: str, x: Array) -> float:
     return float(y[0])
 
 
-def pictures(photo: Array) -> Array:
-    """Three pictures [3, 256, 256, 3] in 0..1: a face, the same turned over, noise."""
+@pytest.mark.parametrize("name", KERNELS)
+def test_mesonet_computes_what_keras_would(name: str, tmp_path: Path, astronaut: Array) -> None:
+    """Bug prevented: another order of flattening, another epsilon, layers swapped: plausible scores that are wrong."""
+    path = write_weights(tmp_path / "any name.h5", name)
     noise = np.random.default_rng(1).random((256, 256, 3))
-    return np.stack([photo[:256, 96:352] / 255, photo[256:0:-1, 96:352] / 255, noise])
-
-
-def assert_same(path: Path, name: str, photo: Array) -> None:
-    x = pictures(photo)
+    x = np.stack([astronaut[:256, 96:352] / 255, astronaut[256:0:-1, 96:352] / 255, noise])
     wanted = [logit_real(path, name, one) for one in x]
     net = load_mesonet(path)
     assert type(net).__name__ == name
@@ -177,26 +175,26 @@ def assert_same(path: Path, name: str, photo: Array) -> None:
     assert max(wanted) - min(wanted) > 0.1, "the same answer whatever it sees"
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_mesonet_computes_what_keras_would(name: str, tmp_path: Path, astronaut: Array) -> None:
-    """Bug prevented: another order of flattening, another epsilon, layers swapped: plausible scores that are wrong."""
-    assert_same(write_weights(tmp_path / "any name.h5", name), name, astronaut)
-
-
-@pytest.mark.parametrize("name", KERNELS)
-def test_mesonet_expert_gives_p_fake(name: str, tmp_path: Path, noise: list[Face]) -> None:
-    """Bug prevented: P(real) passed on as P(fake), or pictures in 0..255."""
-    path = write_weights(tmp_path / FILES["mesonet"], name)
-    expert = MesoNet(path.parent)
+def test_mesonet_expert_gives_p_fake(cache: Path, noise: list[Face], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: P(real) passed on as P(fake); pictures in 0..255; a file put where a user is told changes nothing;
+    an ImportError for an optional package, or h5py needed by those who do not use MesoNet."""
+    path = write_weights(cache / FILES["mesonet"], "MesoInception4")
+    assert experts.availability("mesonet") is None
+    expert = load_expert("mesonet")
+    assert isinstance(expert, MesoNet)
     shades = (0, 90, 255)
     got = [e.score for e in expert.judge([grey(v) for v in shades])]
-    logits = np.array([logit_real(path, name, np.full((256, 256, 3), v / 255)) for v in shades])
+    logits = np.array([logit_real(path, "MesoInception4", np.full((256, 256, 3), v / 255)) for v in shades])
     assert got == pytest.approx((1 - 1 / (1 + np.exp(-logits))).tolist(), abs=1e-4)
     assert np.abs(logits).max() < 5, "P(fake) near 0 or 1 hides errors"
     assert (expert.card.sha256, expert.card.weights) == (file_sha256(path), path.name) and MesoNet.card.sha256 == ""
     alone = [e.score for face in noise for e in expert.judge([face])]
     assert alone == pytest.approx([e.score for e in expert.judge(noise)], abs=1e-5) and len(set(alone)) == 3
     assert expert.judge([]) == []
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with raises("package_missing", "pip install h5py"):
+        MesoNet(cache)
+    assert isinstance(experts.cards()["mesonet"], Card)
 
 
 def test_a_face_without_a_usable_crop_or_answer_is_none_with_a_reason(tmp_path: Path) -> None:
@@ -219,34 +217,15 @@ def _replace(file: h5py.File, name: str, value: Array) -> None:
     file[name] = value
 
 
+CONV, BIAS = "conv2d_8/conv2d_8/kernel:0", "dense_8/dense_8/bias:0"
 CHANGES: dict[str, tuple[Change, str, str]] = {
     "missing tensor": (lambda f: f.__delitem__("conv2d_9/conv2d_9/bias:0"), "checkpoint_layers_differ", "bias"),
     "missing layer": (lambda f: f.__delitem__("conv2d_11"), "checkpoint_layers_differ", "conv2d"),
-    "foreign layer": (
-        lambda f: f.create_dataset("lstm_1/lstm_1/kernel:0", (8,), "f4"),
-        "checkpoint_left_over",
-        "lstm_1",
-    ),
-    "misshaped": (
-        lambda f: _replace(f, "conv2d_9/conv2d_9/kernel:0", np.zeros((3, 3, 8, 8), "f4")),
-        "checkpoint_shape_differs",
-        "(3, 3, 8, 8)",
-    ),
-    "integers": (
-        lambda f: _replace(f, "dense_8/dense_8/bias:0", np.zeros(16, "i4")),
-        "checkpoint_shape_differs",
-        "bias",
-    ),
-    "not finite": (
-        lambda f: _replace(f, "dense_8/dense_8/bias:0", np.full(16, np.nan, "f4")),
-        "checkpoint_not_finite",
-        "bias",
-    ),
-    "other network": (
-        lambda f: _replace(f, "conv2d_8/conv2d_8/kernel:0", np.zeros((7, 7, 3, 8), "f4")),
-        "network_unknown",
-        "Meso4",
-    ),
+    "foreign layer": (lambda f: f.create_dataset("lstm_1/lstm_1/kernel:0", (8,), "f4"), "checkpoint_left_over", "lstm"),
+    "misshaped": (lambda f: _replace(f, BIAS, np.zeros(17, "f4")), "checkpoint_shape_differs", "(17,)"),
+    "integers": (lambda f: _replace(f, BIAS, np.zeros(16, "i4")), "checkpoint_shape_differs", "bias"),
+    "not finite": (lambda f: _replace(f, BIAS, np.full(16, np.nan, "f4")), "checkpoint_not_finite", "bias"),
+    "other network": (lambda f: _replace(f, CONV, np.zeros((7, 7, 3, 8), "f4")), "network_unknown", "Meso4"),
 }
 
 
@@ -261,21 +240,14 @@ def test_mesonet_refuses_other_weights(what: str, tmp_path: Path) -> None:
         MesoNet(path.parent)
 
 
-@pytest.mark.parametrize("content", [b"", b"kernel: 1 2 3\n", b"\x89HDF\r\n\x1a\n" + bytes(64)])
-def test_mesonet_refuses_what_is_no_hdf5(content: bytes, tmp_path: Path) -> None:
-    """Bug prevented: an OSError of h5py as a traceback."""
+@pytest.mark.parametrize("content", [b"", b"kernel: 1 2 3\n", b"\x89HDF\r\n\x1a\n" + bytes(64), b"PK\x03\x04 cut off"])
+def test_a_file_that_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
+    """Bug prevented: a traceback out of h5py or the unpickler for a page of HTML saved as .pth."""
+    save_checkpoint(tmp_path, {}).write_bytes(content)
     (tmp_path / FILES["mesonet"]).write_bytes(content)
-    with raises("checkpoint_unreadable", tmp_path):
-        MesoNet(tmp_path)
-
-
-def test_mesonet_without_h5py_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bug prevented: an ImportError for an optional package; h5py needed by those who do not use MesoNet."""
-    path = write_weights(tmp_path / FILES["mesonet"], "Meso4")
-    monkeypatch.setitem(sys.modules, "h5py", None)
-    with raises("package_missing", "pip install h5py"):
-        MesoNet(path.parent)
-    assert isinstance(experts.cards()["mesonet"], Card)
+    for expert in (MesoNet, AlignedForensics):
+        with raises("checkpoint_unreadable", tmp_path):
+            expert(tmp_path)
 
 
 # --- AlignedForensics -----------------------------------------------------------------------------------------------
@@ -324,17 +296,15 @@ def save_checkpoint(folder: Path, state: object) -> Path:
 
 
 def test_aligned_forensics_loads_the_published_form(tmp_path: Path) -> None:
-    """Bug prevented: only files that this project wrote can be loaded."""
+    """Bug prevented: the same tensors in plain res50 give other scores; a state dict of which nobody knows what it is.
+
+    The options beside the checkpoint say which network it is.
+    """
     assert len(resnet_shapes()) == 320  # as many as the release has
     path = save_checkpoint(tmp_path, blank_state())
     expert = AlignedForensics(tmp_path)
     assert [e.score for e in expert.judge([grey(90)])] == pytest.approx([0.75])
     assert expert.card.sha256 == file_sha256(path)
-
-
-def test_aligned_forensics_needs_to_be_told_its_network(tmp_path: Path) -> None:
-    """Bug prevented: the same tensors in plain res50 give other scores, and nobody notices."""
-    save_checkpoint(tmp_path, blank_state())
     options = tmp_path / "ours-sync.yaml"
     for stated, told in (
         ("arch: res50nodown", "arch: res50"),
@@ -343,7 +313,7 @@ def test_aligned_forensics_needs_to_be_told_its_network(tmp_path: Path) -> None:
         ("patch_size: null", "patch_size: 224"),
     ):
         options.write_text(OPTIONS.replace(stated, told))
-        with raises("network_differs", told.replace("null", "None"), "arch: res50nodown"):
+        with raises("network_differs", told.replace("null", "None")):
             AlignedForensics(tmp_path)
     for key in ("arch", "norm_type", "patch_size"):
         options.write_text("\n".join(line for line in OPTIONS.splitlines() if not line.startswith(key)))
@@ -355,6 +325,12 @@ def test_aligned_forensics_needs_to_be_told_its_network(tmp_path: Path) -> None:
             AlignedForensics(tmp_path)
     options.unlink()
     with raises("network_unstated", "arch: res50nodown", "ours-sync.yaml"):
+        AlignedForensics(tmp_path)
+    save_checkpoint(tmp_path, [1, 2])
+    with raises("checkpoint_malformed"):
+        AlignedForensics(tmp_path)
+    torch.save(blank_state(), path)
+    with raises("checkpoint_malformed", "total_steps"):
         AlignedForensics(tmp_path)
 
 
@@ -421,16 +397,6 @@ def test_aligned_forensics_refuses_other_tensors(change: dict[str, Any], code: s
         AlignedForensics(save_checkpoint(tmp_path, state).parent)
 
 
-def test_aligned_forensics_refuses_other_checkpoints(tmp_path: Path) -> None:
-    """Bug prevented: a bare state dict, of which nobody knows what it is, or a list instead of tensors."""
-    path = save_checkpoint(tmp_path, [1, 2])
-    with raises("checkpoint_malformed"):
-        AlignedForensics(tmp_path)
-    torch.save(blank_state(), path)
-    with raises("checkpoint_malformed", "total_steps"):
-        AlignedForensics(tmp_path)
-
-
 class _Code:
     """Unpickled without care, it makes a folder."""
 
@@ -442,7 +408,7 @@ class _Code:
 
 
 @pytest.mark.parametrize("form", ["torch", "pickle"])
-@pytest.mark.parametrize("name", ["aligned-forensics", "swinv2-blending", "universal-fake-detect"])
+@pytest.mark.parametrize("name", list(FILES)[1:])
 def test_a_pickle_with_code_is_refused_and_not_run(
     name: str, form: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -458,14 +424,6 @@ def test_a_pickle_with_code_is_refused_and_not_run(
     with raises("checkpoint_unreadable"):
         load_expert(name)
     assert not marker.exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"weights\n", b"PK\x03\x04 cut off", b"\x80\x02}q\x00."])
-def test_a_file_that_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
-    """Bug prevented: a traceback out of the unpickler for a page of HTML saved as .pth."""
-    save_checkpoint(tmp_path, {}).write_bytes(content)
-    with raises("checkpoint_unreadable", tmp_path):
-        AlignedForensics(tmp_path)
 
 
 # --- SwinV2: with a stand-in for timm --------------------------------------------------------------------------------
@@ -512,34 +470,15 @@ def test_swinv2_squashes_normalises_and_reads_class_one(tmp_path: Path, monkeypa
     red, blue = (1 - 0.485) / 0.229, (0.4 - 0.406) / 0.225
     assert evidence.score == pytest.approx(1 / (1 + np.exp(red - blue - 0.5)), abs=1e-5)
     assert expert._net.seen == (1, 3, 256, 256)
-
-
-@pytest.mark.parametrize(
-    ("change", "code", "fact"),
-    [
-        ({"head.bias": None}, "checkpoint_incomplete", "head.bias"),
-        ({"norm.weight": torch.zeros(3)}, "checkpoint_left_over", "norm.weight"),
-        ({"head.weight": torch.zeros(1000, 3)}, "checkpoint_shape_differs", "[1000, 3]"),
-    ],
-)
-def test_swinv2_refuses_other_tensors(
-    change: dict[str, Any], code: str, fact: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Bug prevented: `strict=False` in disguise: leaving out attention masks must not let anything else through."""
-    monkeypatch.setitem(sys.modules, "timm", stand_in_timm())
-    torch.save({k: v for k, v in (SWIN | change).items() if v is not None}, tmp_path / FILES["swinv2-blending"])
-    with raises(code, fact):
-        SwinV2Blending(tmp_path)
-
-
-def test_swinv2_without_timm_or_with_an_old_one_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bug prevented: an ImportError for an optional package."""
-    torch.save(SWIN, tmp_path / FILES["swinv2-blending"])
-    monkeypatch.setitem(sys.modules, "timm", None)
-    with raises("package_missing", "pip install timm"):
+    # Leaving out attention masks lets nothing else through.
+    torch.save(SWIN | {"norm.weight": torch.zeros(3)}, tmp_path / FILES["swinv2-blending"])
+    with raises("checkpoint_left_over", "norm.weight"):
         SwinV2Blending(tmp_path)
     monkeypatch.setitem(sys.modules, "timm", stand_in_timm(known="resnet50"))
     with raises("package_too_old", "swinv2_base_window16_256"):
+        SwinV2Blending(tmp_path)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with raises("package_missing", "pip install timm"):
         SwinV2Blending(tmp_path)
 
 
@@ -642,11 +581,3 @@ def test_missing_weights_are_named_with_place_and_licence(name: str, cache: Path
     card = experts.expert_class(name).card
     assert FILES[name] in said and str(cache / FILES[name]) in said and f"licence {card.licence}" in said
     assert "\n" not in said
-
-
-def test_weights_in_the_cache_make_the_expert_ready(cache: Path, noise: list[Face]) -> None:
-    """Bug prevented: a user puts the file where he is told, and nothing happens."""
-    write_weights(cache / FILES["mesonet"], "MesoInception4")
-    assert experts.availability("mesonet") is None
-    evidence = load_expert("mesonet").judge(noise)
-    assert all(e.expert == "mesonet" and e.score is not None and 0 <= e.score <= 1 for e in evidence)
