@@ -61,23 +61,14 @@ def xmp(inside: str, attributes: str = "") -> bytes:
 
 def exif(order: str = "<", **tags: bytes) -> bytes:
     """An EXIF blob of the given byte order: ASCII tags in its first directory, `comment` in the EXIF directory."""
-    numbers = {"description": 270, "make": 271, "model": 272, "software": 305}
-    first = [(numbers[name], 2, text + b"\0") for name, text in tags.items() if name != "comment"]
-    second = [(37510, 7, tags["comment"])] if "comment" in tags else []
-    start = 8 + 2 + 12 * (len(first) + bool(second)) + 4
-    inner = start + sum(len(data) for *_, data in first)
-    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "L", 8)
-    entries, data = b"", b""
-    for tag, kind, value in sorted(first):
-        entries += struct.pack(order + "HHLL", tag, kind, len(value), start + len(data))
-        data += value
-    if second:
-        entries += struct.pack(order + "HHLL", 34665, 4, 1, inner)
-    directory = struct.pack(order + "H", len(entries) // 12) + entries + bytes(4)
-    blob = head + directory + data
-    for tag, kind, value in second:
-        blob += struct.pack(order + "HHHLL", 1, tag, kind, len(value), len(blob) + 18) + bytes(4) + value
-    return b"Exif\0\0" + blob
+    made = Image.Exif()
+    made.endian = order
+    for name, number in {"make": 271, "model": 272, "software": 305}.items():
+        if name in tags:
+            made[number] = tags[name].decode()
+    if "comment" in tags:
+        made.get_ifd(0x8769)[37510] = tags["comment"]
+    return bytes(made.tobytes())
 
 
 def one(data: bytes, format: str) -> dict[str, str]:
