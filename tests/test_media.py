@@ -66,21 +66,18 @@ def code_of(source: Source) -> str:
     return caught.value.code
 
 
-def clip(
-    format: str = "mp4", codec: str = "mpeg4", n: int = 50, rotation: int = 0, gop: int = 12, b_frames: int = 0
-) -> bytes:
-    """A clip at 25 frames a second whose frame i is grey 40 + 4i, with its top left quarter black."""
+def clip(format: str = "mp4", codec: str = "mpeg4", n: int = 50, gop: int = 12, b_frames: int = 0) -> bytes:
+    """A clip at 25 frames a second whose frame i is grey 40 + 4i."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=format) as container:
         stream = container.add_stream(codec, rate=25)
         stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 128, 64, "yuv420p", 2_000_000
         stream.codec_context.gop_size = gop
         stream.codec_context.max_b_frames = b_frames
-        if rotation:
-            stream.set_display_rotation(rotation)
+
         for i in range(n):
             pixels = np.full((64, 128, 3), 40 + 4 * i, np.uint8)
-            pixels[:32, :64] = 0
+
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts = i
             container.mux(stream.encode(frame))
@@ -225,17 +222,6 @@ def test_icc_profiles(photo: Image.Image) -> None:
         picture = load_picture(encode(photo, "PNG", icc_profile=profile))
         np.testing.assert_array_equal(picture.pixels, np.asarray(photo))
         assert [note.startswith("icc_ignored:") for note in picture.notes] == [True] * notes
-
-
-@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
-def test_first_of_several_frames(format: str) -> None:
-    """An animation judged by its last frame, or without saying that it is one."""
-    frames = [Image.new("RGB", (40, 32), (value, 0, 0)) for value in (250, 120, 10)]
-    data = encode(frames[0], format, save_all=True, append_images=frames[1:])
-    picture = load_picture(data)
-    assert picture.n_frames == 3
-    assert np.abs(picture.pixels[16, 20].astype(int) - [250, 0, 0]).max() < 12
-    assert "first_of_3_frames" in picture.notes
 
 
 def test_image_objects(photo: Image.Image) -> None:
@@ -476,8 +462,8 @@ def test_damaged_files_print_and_warn_nothing(
 
 
 def grey_index(pixels: NDArray[np.uint8]) -> float:
-    """Which frame of `clip` this is, from its bottom right corner."""
-    return float((pixels[-12:, -12:].mean() - 40) / 4)
+    """Which frame of `clip` this is."""
+    return float((pixels.mean() - 40) / 4)
 
 
 @pytest.mark.parametrize(
@@ -529,20 +515,6 @@ def test_video_is_recognised_by_content(tmp_path: Path, photo: Image.Image) -> N
     assert code_of(sound.getvalue()) == "bad_video"
 
 
-@pytest.mark.parametrize(("rotation", "black"), [(90, (1, 0)), (180, (1, 1)), (-90, (0, 1))])
-def test_rotation_is_applied(rotation: int, black: tuple[int, int]) -> None:
-    """Phone clips lie on their side otherwise. Degrees counterclockwise; the black quarter begins at the top left."""
-    video = load_media(clip(n=4, rotation=rotation))
-    assert isinstance(video, Video)
-    pixels = video.frames[-1].pixels
-    height, width = pixels.shape[:2]
-    assert (video.width, video.height) == (width, height) == ((128, 64) if rotation == 180 else (64, 128))
-    corner = pixels[8 if black[0] == 0 else height - 8, 8 if black[1] == 0 else width - 8]
-    assert corner.max() < 16
-    assert (pixels.max(2) < 16).mean() == pytest.approx(0.25, abs=0.05)
-    assert video.notes == (f"rotation:{rotation % 360}",)
-
-
 def test_lost_end_is_noted() -> None:
     """A clip whose end cannot be decoded must not pass for the whole clip."""
     data = clip("mp4", gop=100)
@@ -567,12 +539,6 @@ def test_decoding_stays_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> No
     assert isinstance(video, Video)
     assert [frame.index for frame in video.frames] == [5, 15]
     assert "decoding_limit_reached" in video.notes
-    monkeypatch.undo()
-    monkeypatch.setattr(media, "_MAX_KEPT_PIXELS", 3 * 128 * 64)
-    video = load_media(data, max_frames=5)
-    assert isinstance(video, Video)
-    assert [frame.index for frame in video.frames] == [5, 15, 25]
-    assert "memory_limit_after_3_frames" in video.notes
     monkeypatch.undo()
     monkeypatch.setattr(media, "MAX_VIDEO_FRAMES", 40)
     assert code_of(data) == "file_too_large"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from typer.testing import CliRunner
 import x2dfd
 from x2dfd import cli
 from x2dfd.detector import Detector
-from x2dfd.errors import InputError, SetupError, UnknownName, X2DFDError
+from x2dfd.errors import InputError, SetupError
 from x2dfd.types import Failure, ModelInfo, Report
 
 STAGES = ["x2dfd.media.sniff", "x2dfd.faces._meshes", "x2dfd.intake.read_provenance"]
@@ -118,22 +117,3 @@ def test_a_clip_whose_frames_break_the_face_finder_is_a_row(
     raise_once(monkeypatch, "x2dfd.faces._meshes", KINDS["IndexError"])
     [row] = detector.detect_many([buffer.getvalue()])
     assert isinstance(row, Failure) and row.code == "failed" and "finding faces" in row.reason
-
-
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (X2DFDError("a"), "error"),
-        (X2DFDError("a", code="settings_differ"), "settings_differ"),
-        (SetupError("a"), "setup"),
-        (SetupError("a", code="weights_missing"), "weights_missing"),
-        (InputError("not_an_image", "a"), "not_an_image"),
-        (UnknownName("expert", "a", ["b"]), "unknown_name"),
-    ],
-)
-def test_an_error_keeps_its_code_between_processes(error: X2DFDError, code: str) -> None:
-    """Bug prevented: what a worker raised comes back as a TypeError of pickle, or without the code that names it."""
-    back = pickle.loads(pickle.dumps(error))
-    assert (type(back), back.code, back.line) == (type(error), code, error.line)
-    shown, code_shown, reason = error.line.partition(f"error [{code}]: ")
-    assert not shown and code_shown and code not in reason

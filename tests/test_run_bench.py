@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import typer
 from PIL import Image
+from typer.testing import CliRunner
 
 import x2dfd
 from eval import command, compare, models, page, protocols, scoring, stats, tables, texts
@@ -431,8 +433,8 @@ def test_a_comparison_pairs_the_samples(runs: Runs) -> None:
     ours, theirs = ({r["id"]: r for r in runs.rows(name)} for name in ("out", "ref"))
     ids = [i for i, r in ours.items() if r["p_fake"] is not None]
     won = []
-    for table in (ours, theirs):
-        fakes, reals = ([table[i]["p_fake"] for i in ids if table[i]["label"] == label] for label in ("fake", "real"))
+    for judged in (ours, theirs):
+        fakes, reals = ([judged[i]["p_fake"] for i in ids if judged[i]["label"] == label] for label in ("fake", "real"))
         won.append(np.array([[(f > r) + (f == r) / 2 for r in reals] for f in fakes]))
     apart = (won[0] - won[1]).mean()
     pair = found["paired"]["p_fake"]
@@ -581,9 +583,10 @@ def test_readme_tables_follow_the_results(runs: Runs) -> None:
     assert {tables.table(name, {}) for name in tables.TABLES} == {tables.NOT_MEASURED}  # not the last one, nor none
 
     def made(*words: str) -> tuple[int, str]:
-        options = ["--pages", str(readme), "--results", str(results), *words]
-        run = subprocess.run([sys.executable, "-m", "eval.tables", *options], cwd=ROOT, capture_output=True, text=True)
-        return run.returncode, run.stderr
+        app = typer.Typer()
+        app.command()(tables.main)
+        done = CliRunner().invoke(app, ["--pages", str(readme), "--results", str(results), *words])
+        return done.exit_code, f"{done.stderr}{done.exception or ''}"
 
     assert made("--check")[0] == 1
     assert made() == (0, "")

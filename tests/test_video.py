@@ -200,7 +200,9 @@ def test_an_animation_is_a_clip(format: str) -> None:
     for frame in video.frames:
         assert np.abs(frame.pixels.astype(int) - [20 + 30 * frame.index, 0, 0]).max() < 14
     assert media_summary(video)["kind"] == "video"
-    assert load_picture(animation(format)).notes == ("first_of_6_frames",)
+    still = load_picture(animation(format))
+    assert still.n_frames == 6 and still.notes == ("first_of_6_frames",)
+    assert np.abs(still.pixels[16, 20].astype(int) - [20, 0, 0]).max() < 14
 
 
 def test_animations_that_are_transparent_damaged_or_endless(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,4 +221,5 @@ def test_animations_that_are_transparent_damaged_or_endless(monkeypatch: pytest.
     video = video_of(animation("GIF", 6), 2)
     assert [frame.index for frame in video.frames] == [1, 3]
     assert "decoding_limit_reached" in video.notes and video.duration_s is None
-    assert isinstance(load_media(animation("TIFF")), Picture)  # a scan of several pages does not move
+    pages = load_media(animation("TIFF"))  # a scan of several pages does not move
+    assert isinstance(pages, Picture) and "first_of_6_frames" in pages.notes

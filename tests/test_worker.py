@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import x2dfd
 from x2dfd import cli, experts, worker
-from x2dfd.errors import InputError, SetupError, UnknownName
+from x2dfd.errors import InputError, SetupError, UnknownName, X2DFDError
 from x2dfd.media import Picture, load_media
 from x2dfd.types import Face, ModelInfo
 from x2dfd.worker import Worker, isolated, isolating
@@ -63,10 +63,16 @@ def test_what_ends_a_process_is_an_error_of_that_call_alone(
 
 def test_errors_that_are_meant_arrive_as_they_are(small: Worker) -> None:
     """A missing package must stay a SetupError: as a row, it would be written for each of a thousand files."""
-    for error in (SetupError("x2dfd fetch"), InputError("corrupt", "a reason"), UnknownName("part", "bas", ["base"])):
+    for error, code in (
+        (X2DFDError("a", code="settings_differ"), "settings_differ"),
+        (SetupError("x2dfd fetch", code="weights_missing"), "weights_missing"),
+        (InputError("corrupt", "a reason"), "corrupt"),
+        (UnknownName("part", "bas", ["base"]), "unknown_name"),
+    ):
         with pytest.raises(type(error)) as caught:
             small.call(exec, "raise error", {"error": error})
-        assert str(caught.value) == str(error)
+        assert (caught.value.code, caught.value.line, str(caught.value)) == (code, error.line, str(error))
+        assert error.line.startswith(f"error [{code}]: ")
 
 
 def test_an_interrupted_call_leaves_no_answer_for_the_next(small: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
