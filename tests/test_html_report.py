@@ -32,48 +32,38 @@ def ellipse(x: float, y: float, a: float, b: float) -> list[list[float]]:
 
 
 def face(**changes: Any) -> FaceReport:
+    text = (
+        "This face looks forged. Around the jaw the blending leaves a soft edge, and the two eyes do not catch the "
+        "light in the same way. The frequency expert sees an upsampling trace."
+    )
+    evidence = (
+        Evidence("blend", 0.91), Evidence("frequency", 0.64, "weak trace: the file was compressed before"),
+        Evidence("mesonet", 0.22), Evidence("swin", None, "its weights are not here"),
+    )  # fmt: skip
     made = FaceReport(
-        index=0,
-        box=(172.0, 66.0, 106.0, 132.0),
-        confidence=0.97,
-        verdict=Verdict("fake", 0.93),
-        p_fake_mllm=0.88,
-        rationale="This face looks forged. Around the jaw the blending leaves a soft edge, and the two eyes do not "
-        "catch the light in the same way. The frequency expert sees an upsampling trace.",
+        0, (172.0, 66.0, 106.0, 132.0), 0.97, Verdict("fake", 0.93), 0.88, text,
         cues=(Cue("jaw", "blending", 0.8), Cue("eyes", "lighting"), Cue("whole-image", "frequency")),
-        evidence=(
-            Evidence("blend", 0.91),
-            Evidence("frequency", 0.64, "weak trace: the file was compressed before"),
-            Evidence("mesonet", 0.22),
-            Evidence("swin", None, "its weights are not here"),
-        ),
+        evidence=evidence,
         contradictions=("The rationale calls the eyes asymmetric, but no expert that sees eyes agrees.",),
         areas={
             "jaw": [ellipse(226, 178, 40, 17)],
             "eyes": [ellipse(204, 118, 14, 7), ellipse(246, 116, 14, 7)],
             "hair": [ellipse(226, 50, 60, 20)],
         },
-    )
+    )  # fmt: skip
     return replace(made, **changes)
 
 
 def report(**changes: Any) -> Report:
     one = face()
     made = Report(
-        path="photos/astronaut.jpg",
-        sha256="8f2b" * 16,
-        media={"kind": "image", "format": "JPEG", "width": 512, "height": 512, "n_frames": 1, "notes": []},
-        verdict=one.verdict,
-        faces=(one,),
-        rationale=one.rationale,
-        cues=one.cues,
-        evidence=one.evidence,
-        provenance={"state": "absent"},
+        "photos/astronaut.jpg", "8f2b" * 16,
+        {"kind": "image", "format": "JPEG", "width": 512, "height": 512, "n_frames": 1, "notes": []},
+        one.verdict, (one,), one.rationale, one.cues, one.evidence, provenance={"state": "absent"},
         model={"mode": "calibrated", "band": [0.35, 0.72], "threshold": 0.55, "adapter": {"sha256": "ab12" * 16}},
-        versions={"x2dfd": "0.1.0", "torch": "2.13.0"},
-        timings={"faces": 0.02, "mllm": 3.4},
+        versions={"x2dfd": "0.1.0", "torch": "2.13.0"}, timings={"faces": 0.02, "mllm": 3.4},
         warnings=("The picture is small; fine traces may be lost.",),
-    )
+    )  # fmt: skip
     return replace(made, **changes)
 
 

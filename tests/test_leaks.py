@@ -45,9 +45,6 @@ def command(*words: object) -> Any:
     return CliRunner().invoke(app, ["leaks", *map(str, words)])
 
 
-# --- near-duplicates ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("near", [0, 1, 4, 8])
 def test_banding_finds_what_comparing_all_pairs_finds(near: int) -> None:
     """Bug prevented: a pair that differs in every band but few bits is missed; one that shares bands counts twice."""
@@ -116,9 +113,6 @@ def test_a_copy_on_the_other_side_is_found_however_it_was_saved(tmp_path: Path) 
     assert "identical files on two sides: 1" in text and "3 pairs of 6 files (8 of 64 bits)" in text
 
 
-# --- groups ---------------------------------------------------------------------------------------------------------
-
-
 def test_groups_shared_by_two_manifests_are_found(tmp_path: Path) -> None:
     """Bug prevented: training set and benchmark, each sound in itself, show the same people."""
     for i in range(4):
@@ -137,9 +131,6 @@ def test_groups_shared_by_two_manifests_are_found(tmp_path: Path) -> None:
     report = find_leaks([manifest(tmp_path, rows)])
     assert report["identical_with_two_labels"]["n"] == 1 and report["identical"]["n"] == 0
     assert "identical files with two labels: 1" in as_text(report) and "only one side" in as_text(report)
-
-
-# --- form -----------------------------------------------------------------------------------------------------------
 
 
 def test_labels_that_the_file_format_gives_away_are_found(tmp_path: Path) -> None:
@@ -175,9 +166,6 @@ def test_quality_and_size_are_found_and_chance_is_chance(tmp_path: Path) -> None
     (random,) = form_leaks(samples, [Look(form={"bytes per pixel": float(rng.normal())}) for _ in samples])
     assert 0.4 < random["balanced_accuracy"] < 0.6
     assert form_leaks(samples[:1], [Look(form={"width": 1.0})]) == []
-
-
-# --- odd files and the command --------------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_compared_is_counted(tmp_path: Path) -> None:

@@ -42,9 +42,6 @@ def cues(questions: Sequence[CueQuestion]) -> set[tuple[str, str]]:
     return {(q.area, q.artifact) for q in questions if q.area and q.artifact}
 
 
-# --- our bank -------------------------------------------------------------------------------------------------------
-
-
 def test_bank_is_large_and_without_repetition() -> None:
     """Bug prevented: one question twice counts twice in every mean; an area or artifact that is never asked about."""
     questions = bank()
@@ -86,9 +83,6 @@ def test_shipped_file_is_the_bank() -> None:
     assert read_questions(BANK) == bank()
 
 
-# --- control --------------------------------------------------------------------------------------------------------
-
-
 def test_unrelated_questions_have_nothing_to_do_with_forgery() -> None:
     """Bug prevented: a control that asks about an artifact, repeats itself, or differs from run to run."""
     questions = random_questions(30, np.random.default_rng(1))
@@ -99,9 +93,6 @@ def test_unrelated_questions_have_nothing_to_do_with_forgery() -> None:
         assert read_cues(q.text) == ()
     with raises("too_few_questions", 1000):
         random_questions(1000, np.random.default_rng(0))
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
 
 
 def test_questions_read_back_with_their_provenance(tmp_path: Path) -> None:
@@ -132,9 +123,6 @@ def test_published_lists_get_cues_where_they_name_one(tmp_path: Path) -> None:
         file.write_text(text)
         with raises("questions_malformed", "list.json"):
             read_published(file)
-
-
-# --- generated ------------------------------------------------------------------------------------------------------
 
 
 class Client:
@@ -194,9 +182,6 @@ def test_generation_asks_again_and_says_how_it_asked(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "openai", None)
     with raises("package_missing", "pip install"):
         connect("http://localhost:1/v1")
-
-
-# --- command --------------------------------------------------------------------------------------------------------
 
 
 def command(*words: str) -> Result:

@@ -179,9 +179,6 @@ def test_one_frame_at_a_time_stands_in_memory(monkeypatch: pytest.MonkeyPatch) -
     assert summary["frames_asked"] == 32 and summary["frames"] == list(range(10))
 
 
-# --- animations ---------------------------------------------------------------------------------------------------
-
-
 def animation(format: str, n: int = 6, **options: Any) -> bytes:
     buffer = io.BytesIO()
     frames = [Image.new("RGB", (40, 32), (20 + 30 * i, 0, 0)) for i in range(n)]

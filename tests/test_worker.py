@@ -124,9 +124,6 @@ def test_nothing_but_records_is_read_of_an_answer(answer: Any) -> None:
         worker._Records(io.BytesIO(pickle.dumps((False, answer)) if answer else dotted)).load()
 
 
-# --- files ---
-
-
 @isolated
 def decoder(source: str | Path | bytes) -> tuple[bytes, int]:
     """Stands in for one that dies of the bytes it is given."""
@@ -215,8 +212,6 @@ def test_a_batch_goes_on_past_a_file_that_ends_its_decoder(tmp_path: Path, monke
     assert [row.get("error", {}).get("code") for row in rows] == [None, "too_slow", None]
     assert page.is_file() and worker._files is None
 
-
-# --- plug-ins ---
 
 PLUGIN = """
 import os, time
