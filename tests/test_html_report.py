@@ -155,15 +155,11 @@ def test_scale_places_estimate_and_band() -> None:
     assert 'class="tick" style="left:55.0%"' in html
     said = Page(html).all("div", role="img")[0]["aria-label"]
     assert said == "P(fake) 93 % on a scale from 0 to 100; no answer is given between 35 and 72"
+    for p, shown in {0.9999: "> 99 %", 0.0001: "< 1 %", 0.934: "93 %"}.items():  # what no model can know
+        verdict = Verdict("fake" if p > 0.5 else "real", p)
+        assert f"Estimated probability of forgery: {shown}" in page(report(verdict=verdict)).text
     paper = page(report(model={"mode": "paper"}))
     assert not paper.all("span", **{"class": "band"}) and "not calibrated" in paper.text
-
-
-@pytest.mark.parametrize(("p", "shown"), [(0.9999, "> 99 %"), (0.0001, "< 1 %"), (0.934, "93 %")])
-def test_probability_never_reads_as_certainty(p: float, shown: str) -> None:
-    """0.9999 rounded to 100 % would claim what no model can know."""
-    verdict = Verdict("fake" if p > 0.5 else "real", p)
-    assert f"Estimated probability of forgery: {shown}" in page(report(verdict=verdict)).text
 
 
 def test_picture_and_overlay() -> None:
@@ -237,6 +233,9 @@ def test_a_page_holds_what_a_record_needs() -> None:
     for fact in ("8f2b" * 16, "ab12" * 16, "2.13.0", "3.40", "JPEG", "The explanation contradicts the findings"):
         assert fact in text
     assert "contradicts" not in page(report(faces=(face(contradictions=()),))).text
+    many = page(*[report(path=f"{i}.jpg") for i in range(33)], pictures=[None] * 33)  # an index, and a section each
+    assert len(many.all("details", **{"class": "file"})) == 33
+    assert {a["href"] for a in many.all("a")} >= {f"#open-{i}" for i in range(1, 34)}
     # The answer and what to do next stand before what is folded.
     html = html_report.render([report(verdict=Verdict("fake", 0.93, None, "part"))], [ASTRONAUT])
     first, *_ = html.split("<details")
@@ -343,9 +342,3 @@ def test_odd_characters_are_spelled_out(tmp_path: Path) -> None:
     write_bytes(out, html_report.render([report(path=path)], [None]).encode("utf-8"))
     html = out.read_text("utf-8")
     assert "photo\\u202egpj.exe \\x1b[31m caf\\udce9.jpg" in html and "\u202e" not in html and "\x1b" not in html
-
-
-def test_many_files_have_an_index_and_a_folded_section_each() -> None:
-    many = page(*[report(path=f"{i}.jpg") for i in range(33)], pictures=[None] * 33)
-    assert len(many.all("details", **{"class": "file"})) == 33
-    assert {a["href"] for a in many.all("a")} >= {f"#open-{i}" for i in range(1, 34)}

@@ -197,7 +197,9 @@ def test_annotations_keep_every_answer_and_ask_for_the_polarity(tmp_path: Path) 
     assert (a.label, b.label) == ("real", "fake")
     assert a.extra["references"][0] == {"question": "Why?", "answers": ["the eyes", "the nose"]}
     assert b.extra["references"] == [{"question": "Real?", "answers": ["No, the skin."]}]
-    changes = {"label_unclear": {"label": 2}, "label_contradicts": {"label": 0}, "exchange_malformed": {"answer": ""}}
+    changes: dict[str, dict[str, Any]] = {
+        "label_unclear": {"label": 2}, "label_contradicts": {"label": 0}, "exchange_malformed": {"answer": ""},
+    }  # fmt: skip
     for code, change in changes.items():
         file.write_text(json.dumps([records[0], records[0] | change]), encoding="utf-8")
         with raises(code):

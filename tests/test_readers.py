@@ -80,14 +80,11 @@ def command(*words: object) -> Any:
 # --- order, frames, groups, splits ----------------------------------------------------------------------------------
 
 
-def test_frames_sort_as_people_count() -> None:
-    """Bug prevented: `int(stem)` raises on StyleGAN-XL's `seed1128.png`; text order puts frame 10 before frame 9."""
+def test_frames_sort_as_people_count_and_are_spread_over_the_clip() -> None:
+    """Bug prevented: `int(stem)` raises on StyleGAN-XL's `seed1128.png`; text order puts frame 10 before frame 9; a
+    step of 1 takes the first N frames, a second of video, for the whole clip."""
     names = ["seed1128.png", "10.png", "9.png", "seed2.png", "x.png", "009.png"]
     assert sorted(names, key=natural) == ["009.png", "9.png", "10.png", "seed2.png", "seed1128.png", "x.png"]
-
-
-def test_limited_frames_are_spread_over_the_clip() -> None:
-    """Bug prevented: a step of 1 takes the first N frames, a second of video, for the whole clip."""
     assert 10 < evenly(range(32), 1)[0] < 21
     for n in (2, 3, 7, 8, 31, 32, 99):
         chosen = evenly(range(32), n)
@@ -96,27 +93,20 @@ def test_limited_frames_are_spread_over_the_clip() -> None:
         assert steps.max() - steps.min() <= 1
 
 
-def test_a_chain_of_swaps_is_one_group_whatever_its_order() -> None:
-    """Bug prevented: A-B and B-C grouped by the first id put B on two sides."""
+def test_groups_and_their_splits() -> None:
+    """Bug prevented: A-B and B-C grouped by the first id put B on two sides; an unseeded shuffle, or one of which every
+    split changes when a file is added; shares of 0.9 in sum leave a tenth of the data in whichever split comes last."""
     pairs = [("id2", "id10"), ("id7",), ("id10", "id1"), ("id5", "id6")]
     expected = {"id1": "id1", "id2": "id1", "id10": "id1", "id7": "id7", "id5": "id5", "id6": "id5"}
     assert components(pairs) == components(pairs[::-1]) == expected
-
-
-def test_splits_by_hash_keep_their_shares_and_never_move_a_group() -> None:
-    """Bug prevented: an unseeded shuffle, or one of which every split changes when a file is added."""
     splits = [split_by_hash(f"g{i}", SHARES) for i in range(4000)]
     counts = Counter(splits)
     assert all(abs(counts[name] / 4000 - share) < 0.03 for name, share in SHARES.items())
     assert splits[:10] == [split_by_hash(f"g{i}", SHARES) for i in range(10)]
     assert split_by_hash("g", {"a": 0.5, "b": 0.49999999}) in "ab"
-
-
-@pytest.mark.parametrize("text", ["", "train", "train=1.5", "train=0.5,test=0.4", "train=2,test=-1", "=1", "train=x"])
-def test_shares_that_are_none_are_refused(text: str) -> None:
-    """Bug prevented: shares of 0.9 in sum leave a tenth of the data in whichever split comes last."""
-    with raises("shares_malformed", repr(text)):
-        parse_shares(text)
+    for text in ("", "train", "train=1.5", "train=0.5,test=0.4", "train=2,test=-1", "=1", "train=x"):
+        with raises("shares_malformed", repr(text)):
+            parse_shares(text)
 
 
 def test_methods_have_classes_and_unknown_ones_have_none() -> None:
@@ -601,7 +591,9 @@ def test_deepfakedetection_has_no_splits_of_its_own(tmp_path: Path) -> None:
     assert {(s.label, s.split, s.group) for s in samples} == {
         (label, "", "DeepFakeDetection/01") for label in ("real", "fake")
     }
-    assert source_ids("StyleGAN2", "001") == [] == source_ids("FaceForensics++", "1001")  # a source clip in FF++, and elsewhere a folder of seeds
+    assert (
+        source_ids("StyleGAN2", "001") == [] == source_ids("FaceForensics++", "1001")
+    )  # a source clip in FF++, and elsewhere a folder of seeds
 
 
 CELEB_LIST = "1 YouTube-real/00170.mp4\n1 Celeb-real/id2_0001.mp4\n0 Celeb-synthesis/id2_id3_0001.mp4\n"

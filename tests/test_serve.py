@@ -108,7 +108,11 @@ def test_an_upload_is_read_as_its_file_and_bounded(client: Any, monkeypatch: pyt
 
 
 def test_no_server_is_one_line(tmp_path: Path) -> None:
-    """Bug prevented: a traceback, or an empty table, where the server was not started."""
+    """Bug prevented: a traceback where the server was not started; an address printed as if somebody listened there."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]  # is told before a model is loaded
+        done = CliRunner().invoke(app, ["serve", "--port", str(port), "--model", "/no/such/model"])
+    assert done.exit_code == 1 and "[port_unavailable]" in done.stderr and str(port) in done.stderr
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening
         with pytest.raises(X2DFDError):
@@ -135,11 +139,3 @@ def test_a_server_on_a_name_answers_under_it(monkeypatch: pytest.MonkeyPatch) ->
         serve.serve(stub, "192.0.2.7", there)
     other = testclient.TestClient(asked[0], base_url="http://192.0.2.7")
     assert other.get("/model").json()["name"] == "stub"
-
-
-def test_a_taken_port_is_said_before_a_model_is_loaded() -> None:
-    """Bug prevented: the address is printed as if somebody listened there, and uvicorn's log says otherwise."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        done = CliRunner().invoke(app, ["serve", "--port", str(port), "--model", "/no/such/model"])
-    assert done.exit_code == 1 and "[port_unavailable]" in done.stderr and str(port) in done.stderr

@@ -266,6 +266,7 @@ def test_a_plug_in_that_hangs_or_dies_gives_no_score_and_the_reason(odd: experts
     start = time.monotonic()
     [hung] = experts.ask(odd, [face(1)])
     assert hung.score is None and "5 seconds" in (hung.note or "") and time.monotonic() - start < 100
+    odd._worker.clock = 60.0  # a busy machine starts its next process slowly
     assert experts.ask(odd, [face(0)])[0].score == 0.25
     died = experts.ask(odd, [face(2), face(0)])
     assert [e.score for e in died] == [None, None] and "SIGABRT" in (died[0].note or "")
