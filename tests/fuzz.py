@@ -21,10 +21,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -339,41 +337,25 @@ def ranking(path: Path) -> None:
     read_assessment(path).to_dict()
 
 
-class _Endpoint(BaseHTTPRequestHandler):
-    reply = b""
-
-    def do_GET(self) -> None:
-        self._answer(b'{"object": "list", "data": []}')
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["content-length"]))
-        self._answer(self.reply)
-
-    def _answer(self, body: bytes) -> None:
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None: ...
+REPLY = [b""]  # what the endpoint writes
 
 
 @cache
-def _served() -> Any:
+def _served() -> tuple[Any, Any]:
+    """A model at an endpoint, and the endpoint, which is there as long as somebody holds it."""
+    from tests.stand_in import odd, writes
     from x2dfd.served import ServedMLLM
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Endpoint)
-    Thread(target=server.serve_forever, daemon=True).start()
-    return ServedMLLM(f"http://127.0.0.1:{server.server_port}/v1", "m", retries=0)
+    endpoint = odd(lambda handler: writes(handler, REPLY[0]))
+    return ServedMLLM(endpoint.__enter__(), "m", retries=0), endpoint
 
 
 def endpoint(data: bytes) -> None:
     import numpy as np
 
-    served = _served()
+    served, _ = _served()
     served._failed = served._refused = 0
-    _Endpoint.reply = data
+    REPLY[0] = data
     look = served.look(np.zeros((1, 8, 8, 3), np.uint8))
     served.verdict_logits(look, ["?"])
     served.write(look, ["?"], [""])

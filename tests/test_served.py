@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import math
 import shutil
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ import x2dfd
 from tests import tiny
 from tests.conftest import require_base
 from tests.raising import raises, says
-from tests.stand_in import Behind, Faults, Reply, Request, StandIn, picture_of, question_of
+from tests.stand_in import Behind, Faults, Reply, Request, StandIn, odd, picture_of, question_of, writes
 from x2dfd import case, cli, prompts, served
 from x2dfd.adapter import probe_logits
 from x2dfd.assessment import BANK, Assessment
@@ -286,40 +284,6 @@ def test_an_error_says_what_is_wrong_and_never_the_key(
     assert isinstance(caught.value, InputError) == code.startswith(("endpoint_error", "endpoint_timeout"))
     assert "\n" not in str(caught.value)
     assert KEY not in str(caught.value) and KEY not in caplog.text
-
-
-@contextlib.contextmanager
-def odd(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]:
-    """The address of an endpoint that answers every question by writing to the connection itself."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_error(404)
-
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            with contextlib.suppress(ConnectionError):
-                answer(self)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def writes(handler: BaseHTTPRequestHandler, body: bytes = b"", status: int = 200, **headers: str) -> None:
-    handler.send_response(status)
-    for name, value in {"Content-Type": "application/json", **headers}.items():
-        handler.send_header(name, value)
-    handler.end_headers()
-    handler.wfile.write(body)
 
 
 def caught(url: str, crops: Pixels, **options: Any) -> X2DFDError:
