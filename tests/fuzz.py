@@ -153,21 +153,12 @@ def validations() -> list[bytes]:
 
 
 def a_report() -> Any:
-    from x2dfd.types import Cue, Evidence, FaceReport, Report, Verdict
+    from tests.test_html_report import face, report
+    from x2dfd.types import Cue, Evidence
 
-    verdict, cues = Verdict("fake", 0.9, None, "part"), (Cue("jaw", "blending", 0.7),)
-    evidence = (Evidence("tower", 0.8, cues=cues, kinds={"whole": 0.1, "part": 0.8}),)
-    face = FaceReport(
-        0, (1.0, 2.0, 30.0, 40.0), 0.9, verdict, 0.7, "The jaw shows blending.", cues, evidence,
-        areas={"jaw": [[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]]}, crop=((0.0, 0.0), (40.0, 0.0), (0.0, 40.0)),
-    )  # fmt: skip
-    media = {"kind": "image", "format": "PNG", "width": 64, "height": 48, "n_frames": 1, "notes": []}
-    model: dict[str, Any] = {"name": "m", "base": {"name": "b", "sha256": "0"}, "experts": {}, "weights": {"tower": 1}}
-    said = {"state": "absent", "statements": []}
-    return Report(
-        "a.png", "a" * 64, media, verdict, (face,), face.rationale, cues, evidence, said, model | {"mode": "paper"},
-        {"x2dfd": "0"}, {"files": 1.0}, likelihood_ratio={"value": None, "reason": "none"},
-    )  # fmt: skip
+    said = (Evidence("tower", 0.8, cues=(Cue("jaw", "blending", 0.7),), kinds={"whole": 0.1, "part": 0.8}),)
+    one = face(evidence=said, crop=((0.0, 0.0), (40.0, 0.0), (0.0, 40.0)))
+    return report(path="a.png", faces=(one,), likelihood_ratio={"value": None, "reason": "none"})
 
 
 TALK = [{"from": "human", "value": "<image>\nReal or fake?"}, {"from": "gpt", "value": "This image is fake. A seam."}]

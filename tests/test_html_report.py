@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
 import sys
 from dataclasses import replace
@@ -28,7 +29,8 @@ HOSTILE = "<img src=x onerror=alert(1)>\"'><script>alert(2)</script>&{{ 7*7 }}"
 
 
 def ellipse(x: float, y: float, a: float, b: float) -> list[list[float]]:
-    return [[x + a * np.cos(t), y + b * np.sin(t)] for t in np.linspace(0, 2 * np.pi, 24, endpoint=False)]
+    turn = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    return [[x + a * math.cos(t), y + b * math.sin(t)] for t in turn.tolist()]
 
 
 def face(**changes: Any) -> FaceReport:
