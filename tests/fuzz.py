@@ -21,10 +21,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -155,21 +153,12 @@ def validations() -> list[bytes]:
 
 
 def a_report() -> Any:
-    from x2dfd.types import Cue, Evidence, FaceReport, Report, Verdict
+    from tests.test_html_report import face, report
+    from x2dfd.types import Cue, Evidence
 
-    verdict, cues = Verdict("fake", 0.9, None, "part"), (Cue("jaw", "blending", 0.7),)
-    evidence = (Evidence("tower", 0.8, cues=cues, kinds={"whole": 0.1, "part": 0.8}),)
-    face = FaceReport(
-        0, (1.0, 2.0, 30.0, 40.0), 0.9, verdict, 0.7, "The jaw shows blending.", cues, evidence,
-        areas={"jaw": [[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]]}, crop=((0.0, 0.0), (40.0, 0.0), (0.0, 40.0)),
-    )  # fmt: skip
-    media = {"kind": "image", "format": "PNG", "width": 64, "height": 48, "n_frames": 1, "notes": []}
-    model: dict[str, Any] = {"name": "m", "base": {"name": "b", "sha256": "0"}, "experts": {}, "weights": {"tower": 1}}
-    said = {"state": "absent", "statements": []}
-    return Report(
-        "a.png", "a" * 64, media, verdict, (face,), face.rationale, cues, evidence, said, model | {"mode": "paper"},
-        {"x2dfd": "0"}, {"files": 1.0}, likelihood_ratio={"value": None, "reason": "none"},
-    )  # fmt: skip
+    said = (Evidence("tower", 0.8, cues=(Cue("jaw", "blending", 0.7),), kinds={"whole": 0.1, "part": 0.8}),)
+    one = face(evidence=said, crop=((0.0, 0.0), (40.0, 0.0), (0.0, 40.0)))
+    return report(path="a.png", faces=(one,), likelihood_ratio={"value": None, "reason": "none"})
 
 
 TALK = [{"from": "human", "value": "<image>\nReal or fake?"}, {"from": "gpt", "value": "This image is fake. A seam."}]
@@ -339,41 +328,25 @@ def ranking(path: Path) -> None:
     read_assessment(path).to_dict()
 
 
-class _Endpoint(BaseHTTPRequestHandler):
-    reply = b""
-
-    def do_GET(self) -> None:
-        self._answer(b'{"object": "list", "data": []}')
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["content-length"]))
-        self._answer(self.reply)
-
-    def _answer(self, body: bytes) -> None:
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None: ...
+REPLY = [b""]  # what the endpoint writes
 
 
 @cache
-def _served() -> Any:
+def _served() -> tuple[Any, Any]:
+    """A model at an endpoint, and the endpoint, which is there as long as somebody holds it."""
+    from tests.stand_in import odd, writes
     from x2dfd.served import ServedMLLM
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Endpoint)
-    Thread(target=server.serve_forever, daemon=True).start()
-    return ServedMLLM(f"http://127.0.0.1:{server.server_port}/v1", "m", retries=0)
+    endpoint = odd(lambda handler: writes(handler, REPLY[0]))
+    return ServedMLLM(endpoint.__enter__(), "m", retries=0), endpoint
 
 
 def endpoint(data: bytes) -> None:
     import numpy as np
 
-    served = _served()
+    served, _ = _served()
     served._failed = served._refused = 0
-    _Endpoint.reply = data
+    REPLY[0] = data
     look = served.look(np.zeros((1, 8, 8, 3), np.uint8))
     served.verdict_logits(look, ["?"])
     served.write(look, ["?"], [""])

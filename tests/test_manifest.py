@@ -19,20 +19,10 @@ from x2dfd.types import Cue
 
 ROWS: list[dict[str, Any]] = [
     {"path": "a/1.png", "label": "real", "source": "ffhq", "group": "p1", "split": "val", "camera": "x100"},
-    {
-        "path": "a/2.png",
-        "label": "fake",
-        "method": "blend",
-        "df_class": "FS",
-        "source": "ffhq",
-        "group": "p1",
-        "split": "val",
-        "cues": [{"area": "jaw", "artifact": "blending"}],
-        "mask": "m/2.png",
-        "video": "clip/7",
-        "camera": "x100",
-    },
-]
+    {"path": "a/2.png", "label": "fake", "method": "blend", "df_class": "FS", "source": "ffhq", "group": "p1",
+     "split": "val", "cues": [{"area": "jaw", "artifact": "blending"}], "mask": "m/2.png", "video": "clip/7",
+     "camera": "x100"},
+]  # fmt: skip
 COLUMNS = ["path", "label", "method", "df_class", "source", "group", "split", "cues", "mask", "video", "camera"]
 
 
@@ -62,30 +52,15 @@ def test_the_three_formats_say_the_same(tmp_path: Path, suffix: str) -> None:
         as_jsonl(tmp_path, ROWS)
     else:
         pq.write_table(pa.Table.from_pylist(flat), file)
-    real, fake = read_manifest(file)
-    assert real == Sample(
-        id="a/1.png",
-        path=tmp_path / "a/1.png",
-        label="real",
-        source="ffhq",
-        group="p1",
-        split="val",
-        extra={"camera": "x100"},
-    )
-    assert fake == Sample(
-        id="a/2.png",
-        path=tmp_path / "a/2.png",
-        label="fake",
-        method="blend",
-        df_class="FS",
-        source="ffhq",
-        group="p1",
-        split="val",
-        cues=(Cue("jaw", "blending"),),
-        mask=tmp_path / "m/2.png",
-        video="clip/7",
-        extra={"camera": "x100"},
-    )
+    common: dict[str, Any] = {"source": "ffhq", "group": "p1", "split": "val", "extra": {"camera": "x100"}}
+    forged: dict[str, Any] = {"method": "blend", "df_class": "FS", "cues": (Cue("jaw", "blending"),)}
+    assert read_manifest(file) == [
+        Sample(id="a/1.png", path=tmp_path / "a/1.png", label="real", **common),
+        Sample(
+            id="a/2.png", path=tmp_path / "a/2.png", label="fake", mask=tmp_path / "m/2.png", video="clip/7",
+            **common, **forged,
+        ),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -101,16 +76,6 @@ def test_the_three_formats_say_the_same(tmp_path: Path, suffix: str) -> None:
         (["path,label,method", "a.png,real"], "manifest_row_malformed", ["row 1", "fields"]),
         (["path,label,df_class", "a.png,fake,real"], "manifest_df_class_wrong", ["row 1", "'real'"]),
         (["path,label,cues", "a.png,fake,jaw"], "manifest_cues_malformed", ["row 1"]),
-        (
-            ["path,label,cues", 'a.png,fake,"[{""area"": ""jaw"", ""artifact"": ""vibes""}]"'],
-            "manifest_cues_malformed",
-            ["row 1", "vibes"],
-        ),
-        (
-            ["path,label,group,split", "a.png,real,g,train", "b.png,fake,g,val"],
-            "group_across_splits",
-            ["row 2", "'g'", "row 1"],
-        ),
         (["path,label"], "manifest_empty", []),
         ([""], "manifest_empty", []),
     ],
@@ -126,6 +91,9 @@ def paths_of(file: Path) -> list[str]:
     read = [s.path for s in read_manifest(file)]
     assert list(manifest_paths(file)) == read
     return [str(path.relative_to(file.parent)) for path in read]
+
+
+CUES = b'{"path": "a", "label": "fake", "cues": %s}'
 
 
 @pytest.mark.parametrize(
@@ -165,10 +133,8 @@ def test_bytes_in_parquet_are_text(tmp_path: Path) -> None:
     pq.write_table(pa.table({"path": ["a.jpg"], "label": pa.array([b"\xff"], pa.binary())}), tmp_path / "c.parquet")
     with raises("manifest_value_not_text", "row 1", "'label'"):
         read_manifest(tmp_path / "c.parquet")
-    twice = pa.Table.from_arrays(
-        [pa.array(["a.jpg"]), pa.array(["real"]), pa.array(["fake"])], ["path", "label", "label"]
-    )
-    pq.write_table(twice, tmp_path / "d.parquet")
+    values = [pa.array([value]) for value in ("a.jpg", "real", "fake")]
+    pq.write_table(pa.Table.from_arrays(values, ["path", "label", "label"]), tmp_path / "d.parquet")
     with raises("manifest_column_twice", "'label'"):
         read_manifest(tmp_path / "d.parquet")
 
@@ -194,21 +160,15 @@ def test_a_backslash_in_a_name_that_is_there_stays(tmp_path: Path) -> None:
         ("a.jsonl", b'{"path": "a", "label": ' + b"[" * 100_000, "manifest_row_malformed", ["row 1", "nested"]),
         ("a.jsonl", b'{"path": "a", "label": ' + b"9" * 5000 + b"}", "manifest_row_malformed", ["row 1", "5000"]),
         ("a.jsonl", b'{"path": ["a"], "label": "real"}', "manifest_value_not_text", ["row 1", "'path'"]),
-        (
-            "a.jsonl",
-            b'{"path": "a", "label": "real", "group": {"a": 1}}',
-            "manifest_value_not_text",
-            ["row 1", "'group'"],
-        ),
+        ("a.jsonl", b'{"path": "a", "label": "real", "group": {}}', "manifest_value_not_text", ["row 1", "'group'"]),
         ("a.jsonl", b'[{"path": "a", "label": "real"}]', "manifest_row_malformed", ["row 1", "object"]),
-        (
-            "a.jsonl",
-            b'{"path": "a", "label": "fake", "cues": [{"area": "jaw", "artifact": ["x"]}]}',
-            "manifest_cues_malformed",
-            ["row 1"],
-        ),
-        ("a.jsonl", b'{"path": "a", "label": "fake", "cues": {"area": "jaw"}}', "manifest_cues_malformed", ["row 1"]),
-        ("a.jsonl", b'{"path": "a", "label": "fake", "cues": 7}', "manifest_cues_malformed", ["row 1"]),
+        ("a.jsonl", CUES % b'[{"area": "jaw", "artifact": ["x"]}]', "manifest_cues_malformed", ["row 1"]),
+        ("a.jsonl", CUES % b'[{"area": "jaw", "artifact": "vibes"}]', "manifest_cues_malformed", ["row 1", "vibes"]),
+        ("a.jsonl", CUES % b'{"area": "jaw"}', "manifest_cues_malformed", ["row 1"]),
+        ("a.jsonl", CUES % b"7", "manifest_cues_malformed", ["row 1"]),
+        ("a.jsonl", b'{"path": ', "manifest_row_malformed", ["row 1"]),
+        ("a.parquet", b"PAR1", "manifest_unreadable", ["a.parquet"]),
+        ("a.xlsx", b"", "manifest_format_unknown", ["a.xlsx"]),
     ],
 )
 def test_what_cannot_be_meant_is_one_line_with_the_mend(
@@ -221,26 +181,14 @@ def test_what_cannot_be_meant_is_one_line_with_the_mend(
     assert "\n" not in str(caught.value)
 
 
-def test_a_group_that_is_only_in_part_in_a_split_is_refused(tmp_path: Path) -> None:
-    """Bug prevented: the row without a split is tested on, or trained on, beside its twin on the other side."""
-    file = as_csv(tmp_path, ["path,label,group,split", "a.png,real,g,train", "b.png,fake,g,"])
-    with raises("group_across_splits", "row 2", "'g'", "row 1", "'train'"):
-        read_manifest(file, split="train")
+def test_a_group_on_two_sides_is_refused(tmp_path: Path) -> None:
+    """Bug prevented: its other row is tested on, or trained on, also where it has no split or is not asked for."""
+    for other in ("val", ""):
+        file = as_csv(tmp_path, ["path,label,group,split", "a.png,real,g,train", f"b.png,fake,g,{other}"])
+        for split in (None, "train"):
+            with raises("group_across_splits", "row 2", "'g'", "row 1", "'train'"):
+                read_manifest(file, split=split)
     read_manifest(as_csv(tmp_path, ["path,label,group,split", "a.png,real,g,", "b.png,fake,g,", "c.png,real,h,val"]))
-
-
-def test_broken_files_are_errors_of_ours(tmp_path: Path) -> None:
-    """A typing slip must not end in a traceback."""
-    for name, content in {"a.jsonl": b'{"path": ', "b.jsonl": b"[1]\n", "c.csv": b"path,label\n\xff,real\n"}.items():
-        (tmp_path / name).write_bytes(content)
-    (tmp_path / "d.parquet").write_bytes(b"PAR1")
-    (tmp_path / "e.xlsx").write_bytes(b"")
-    for name, code in {
-        "a.jsonl": "manifest_row_malformed", "b.jsonl": "manifest_row_malformed", "c.csv": "manifest_not_utf8",
-        "d.parquet": "manifest_unreadable", "e.xlsx": "manifest_format_unknown", "none.csv": "manifest_not_found",
-    }.items():  # fmt: skip
-        with raises(code, name):
-            read_manifest(tmp_path / name)
 
 
 def test_a_split_that_is_not_there_is_an_error(tmp_path: Path) -> None:
@@ -249,13 +197,8 @@ def test_a_split_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     assert [s.id for s in read_manifest(file, split="val")] == ["b.png"]
     with raises("split_empty", "'vla'", "train, val"):
         read_manifest(file, split="vla")
-
-
-def test_a_fault_outside_the_split_is_still_found(tmp_path: Path) -> None:
-    """Checking only the split asked for would miss a group that leaks across splits."""
-    file = as_csv(tmp_path, ["path,label,split,group", "a.png,real,train,g", "b.png,fake,val,g"])
-    with raises("group_across_splits"):
-        read_manifest(file, split="val")
+    with raises("manifest_not_found", "none.csv"):
+        read_manifest(tmp_path / "none.csv")
 
 
 def test_written_samples_are_read_back_equal_and_can_be_moved(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import io
+import json
 import os
 import random
 import struct
@@ -49,6 +52,12 @@ def encode(image: Image.Image, format: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def exif_of(tags: dict[int, Any]) -> bytes:
+    exif = Image.Exif()
+    exif.update(tags)
+    return bytes(exif.tobytes())
+
+
 def code_of(source: Source) -> str:
     with pytest.raises(InputError) as caught:
         load_media(source)
@@ -57,21 +66,18 @@ def code_of(source: Source) -> str:
     return caught.value.code
 
 
-def clip(
-    format: str = "mp4", codec: str = "mpeg4", n: int = 50, rotation: int = 0, gop: int = 12, b_frames: int = 0
-) -> bytes:
-    """A clip at 25 frames a second whose frame i is grey 40 + 4i, with its top left quarter black."""
+def clip(format: str = "mp4", codec: str = "mpeg4", n: int = 50, gop: int = 12, b_frames: int = 0) -> bytes:
+    """A clip at 25 frames a second whose frame i is grey 40 + 4i."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=format) as container:
         stream = container.add_stream(codec, rate=25)
         stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 128, 64, "yuv420p", 2_000_000
         stream.codec_context.gop_size = gop
         stream.codec_context.max_b_frames = b_frames
-        if rotation:
-            stream.set_display_rotation(rotation)
+
         for i in range(n):
             pixels = np.full((64, 128, 3), 40 + 4 * i, np.uint8)
-            pixels[:32, :64] = 0
+
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts = i
             container.mux(stream.encode(frame))
@@ -82,21 +88,14 @@ def clip(
 # --- pictures: what comes out -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", ["PNG", "TIFF", "BMP"])
-def test_lossless_formats_keep_every_pixel(photo: Image.Image, format: str) -> None:
-    """A hidden conversion on the way would move every forensic score."""
-    picture = load_picture(encode(photo, format))
-    assert (picture.format, picture.n_frames, picture.notes, picture.path) == (format, 1, (), None)
-    np.testing.assert_array_equal(picture.pixels, np.asarray(photo))
-
-
-@pytest.mark.parametrize("format", ["JPEG", "WEBP", "GIF", "AVIF"])
-def test_lossy_formats_come_back_close(photo: Image.Image, format: str) -> None:
-    """Swapped channels or a wrong matrix in one format would make that format look fake."""
+@pytest.mark.parametrize(
+    ("format", "off"), [("PNG", 0), ("TIFF", 0), ("BMP", 0), ("JPEG", 8), ("WEBP", 8), ("GIF", 8), ("AVIF", 8)]
+)
+def test_each_format_keeps_its_pixels(photo: Image.Image, format: str, off: float) -> None:
+    """A hidden conversion moves every forensic score; a wrong matrix in one format makes that format look fake."""
     picture = load_picture(encode(photo, format, quality=95))
-    assert (picture.format, picture.n_frames) == (format, 1)
-    difference = picture.pixels.astype(float) - np.asarray(photo, dtype=float)
-    assert np.abs(difference).mean() < 8
+    assert (picture.format, picture.n_frames, picture.notes, picture.path) == (format, 1, (), None)
+    assert np.abs(picture.pixels.astype(float) - np.asarray(photo)).mean() <= off
 
 
 def test_jpeg_is_decoded_at_full_size(photo: Image.Image) -> None:
@@ -118,37 +117,23 @@ ORIENTED = {
 }
 
 
-@pytest.mark.parametrize("order", ["<", ">"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP"])
-def test_exif_orientation(photo: Image.Image, format: str, orientation: int, order: str) -> None:
+@pytest.mark.parametrize("orientation", ORIENTED)
+@pytest.mark.parametrize(
+    ("format", "endian", "off"),
+    [*((f, e, 0) for f in ("PNG", "TIFF", "WEBP") for e in "<>"), ("JPEG", "<", 8), ("AVIF", "<", 8)],
+)
+def test_exif_orientation(photo: Image.Image, format: str, endian: str, off: float, orientation: int) -> None:
     """A phone photo left lying on its side has no face; turned twice (TIFF) or read in the wrong byte order neither."""
-    if format == "TIFF" and order == ">":
-        data = encode(photo, format, tiffinfo={274: orientation}, big_endian=True)
-    elif format == "TIFF":
-        data = encode(photo, format, tiffinfo={274: orientation})
-    else:
-        exif = Image.Exif()
-        exif.endian = order
-        exif[274] = orientation
-        assert exif.tobytes()[6:8] == (b"II" if order == "<" else b"MM")
-        data = encode(photo, format, exif=exif.tobytes(), lossless=True)
-    picture = load_picture(data)
-    np.testing.assert_array_equal(picture.pixels, ORIENTED[orientation](np.asarray(photo)))
-    assert picture.notes == (() if orientation == 1 else (f"exif_orientation:{orientation}",))
-
-
-@pytest.mark.parametrize("orientation", [3, 6])
-@pytest.mark.parametrize("format", ["JPEG", "AVIF"])
-def test_exif_orientation_of_lossy_formats(photo: Image.Image, format: str, orientation: int) -> None:
-    """JPEG and AVIF store the orientation elsewhere than PNG does."""
     exif = Image.Exif()
-    exif[274] = orientation
-    picture = load_picture(encode(photo, format, exif=exif.tobytes(), quality=95))
+    exif.endian, exif[274] = endian, orientation
+    options: dict[str, Any] = {"exif": exif.tobytes(), "quality": 95, "lossless": off == 0}
+    if format == "TIFF":
+        options = {"tiffinfo": {274: orientation}, "big_endian": endian == ">"}
+    picture = load_picture(encode(photo, format, **options))
     expected = ORIENTED[orientation](np.asarray(photo))
     assert picture.pixels.shape == expected.shape
-    assert np.abs(picture.pixels.astype(float) - expected).mean() < 8
-    assert f"exif_orientation:{orientation}" in picture.notes
+    assert np.abs(picture.pixels.astype(float) - expected).mean() <= off
+    assert picture.notes == (() if orientation == 1 else (f"exif_orientation:{orientation}",))
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF"])
@@ -165,52 +150,37 @@ def test_alpha_is_laid_on_white(photo: Image.Image, format: str) -> None:
     assert "alpha_on_white" in picture.notes
 
 
-def test_opaque_alpha_changes_nothing(photo: Image.Image) -> None:
-    """A note about a change that did not happen would make screenshots look edited."""
-    picture = load_picture(encode(photo.convert("RGBA"), "PNG"))
-    np.testing.assert_array_equal(picture.pixels, np.asarray(photo))
-    assert picture.notes == ()
-
-
-def test_grey_with_alpha_and_palette_with_transparency(photo: Image.Image) -> None:
-    """Both used to come out with the hidden colour, or with a warning on stderr."""
+def test_alpha_of_other_modes(photo: Image.Image) -> None:
+    """Grey and palette came out with the hidden colour; a note on an opaque screenshot makes it look edited."""
+    opaque = load_picture(encode(photo.convert("RGBA"), "PNG"))
+    np.testing.assert_array_equal(opaque.pixels, np.asarray(photo))
+    assert opaque.notes == ()
     grey = Image.merge("LA", (photo.convert("L"), Image.new("L", photo.size, 0)))
     assert (load_picture(encode(grey, "PNG")).pixels == 255).all()
     palette = Image.new("P", (32, 32), 1)
     palette.putpalette([255, 0, 0, 0, 0, 255])
     palette.paste(0, (0, 0, 16, 32))
     picture = load_picture(encode(palette, "PNG", transparency=bytes([0, 255])))
-    assert picture.pixels[0, 0].tolist() == [255, 255, 255]
-    assert picture.pixels[0, 31].tolist() == [0, 0, 255]
+    assert picture.pixels[0, [0, 31]].tolist() == [[255, 255, 255], [0, 0, 255]]
     assert picture.notes == ("alpha_on_white",)
 
 
-def test_16_bit_grey_is_scaled_not_cut() -> None:
-    """Clipping 16-bit samples at 255 gives a white picture; keeping the low byte gives stripes."""
+def test_16_bits_are_scaled_and_noted() -> None:
+    """Clipped at 255 they are white, their low byte is stripes, and a TIFF where zero is white came out negative."""
     ramp = np.tile(np.linspace(0, 65_535, 256).astype(np.uint16), (32, 1))
-    for format in ("PNG", "TIFF"):
-        picture = load_picture(encode(Image.fromarray(ramp), format))
-        np.testing.assert_array_equal(picture.pixels[0], np.arange(256, dtype=np.uint8)[:, None].repeat(3, 1))
+    rows = b"".join(b"\0" + row.repeat(3).astype(">u2").tobytes() for row in ramp)
+    tiff = encode(Image.fromarray(ramp), "TIFF")
+    black, white = (struct.pack("<HHLH", 262, 3, 1, zero) for zero in (1, 0))
+    assert tiff.count(black) == 1
+    for data, expected, off in (
+        (encode(Image.fromarray(ramp), "PNG"), range(256), 0),
+        (tiff, range(256), 0),
+        (tiff.replace(black, white), range(255, -1, -1), 0),
+        (png(256, 32, zlib.compress(rows), depth=16), range(256), 1),
+    ):
+        picture = load_picture(data)
+        assert np.abs(picture.pixels[0].astype(int) - np.array(expected)[:, None]).max() <= off
         assert picture.notes == ("16bit_to_8bit",)
-
-
-def test_16_bit_tiff_where_zero_is_white() -> None:
-    """Scans stored the other way round come out as negatives."""
-    ramp = np.tile(np.linspace(0, 65_535, 256).astype(np.uint16), (32, 1))
-    data = encode(Image.fromarray(ramp), "TIFF")
-    tag = struct.pack("<HHLH", 262, 3, 1, 1)
-    assert data.count(tag) == 1
-    picture = load_picture(data.replace(tag, struct.pack("<HHLH", 262, 3, 1, 0)))
-    assert picture.pixels[0, :, 0].tolist() == list(range(255, -1, -1))
-
-
-def test_16_bit_colour_is_noted() -> None:
-    """Pillow halves the depth of colour PNGs without a word; the report must say so."""
-    samples = np.full((20, 20, 3), 0x80FF, ">u2")
-    rows = b"".join(b"\0" + row.tobytes() for row in samples)
-    picture = load_picture(png(20, 20, zlib.compress(rows), depth=16))
-    assert picture.notes == ("16bit_to_8bit",)
-    assert (np.abs(picture.pixels.astype(int) - 0x80) <= 1).all()
 
 
 def test_float_tiff() -> None:
@@ -242,17 +212,11 @@ def swapped_profile() -> bytes:
     return bytes(data)
 
 
-def test_icc_profile_is_converted_to_srgb(photo: Image.Image) -> None:
-    """Wide-gamut photos read as sRGB are pale, and colour experts take that for a forgery."""
+def test_icc_profiles(photo: Image.Image) -> None:
+    """Wide-gamut photos read as sRGB are pale, which looks forged; a broken profile must not cost the verdict."""
     picture = load_picture(encode(photo, "PNG", icc_profile=swapped_profile()))
-    note = next(note for note in picture.notes if note.startswith("icc_to_srgb:"))
-    assert "odd" in note
-    difference = picture.pixels.astype(int) - np.asarray(photo)[..., ::-1]
-    assert np.abs(difference).mean() < 2
-
-
-def test_srgb_and_broken_profiles_leave_pixels_alone(photo: Image.Image) -> None:
-    """A broken profile must not cost the verdict; an sRGB one must not add rounding."""
+    assert any(note.startswith("icc_to_srgb:") and "odd" in note for note in picture.notes)
+    assert np.abs(picture.pixels.astype(int) - np.asarray(photo)[..., ::-1]).mean() < 2
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for profile, notes in ((srgb, 0), (b"not a profile" * 20, 1), (swapped_profile()[:200], 1)):
         picture = load_picture(encode(photo, "PNG", icc_profile=profile))
@@ -260,19 +224,8 @@ def test_srgb_and_broken_profiles_leave_pixels_alone(photo: Image.Image) -> None
         assert [note.startswith("icc_ignored:") for note in picture.notes] == [True] * notes
 
 
-@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
-def test_first_of_several_frames(format: str) -> None:
-    """An animation judged by its last frame, or without saying that it is one."""
-    frames = [Image.new("RGB", (40, 32), (value, 0, 0)) for value in (250, 120, 10)]
-    data = encode(frames[0], format, save_all=True, append_images=frames[1:])
-    picture = load_picture(data)
-    assert picture.n_frames == 3
-    assert np.abs(picture.pixels[16, 20].astype(int) - [250, 0, 0]).max() < 12
-    assert "first_of_3_frames" in picture.notes
-
-
-def test_image_object_equals_its_file(photo: Image.Image) -> None:
-    """The demo hands over image objects; they must not be judged by other pixels than files."""
+def test_image_objects(photo: Image.Image) -> None:
+    """The demo hands them over: judged by other pixels than files, or one hash for two (palette, shape, turn)."""
     exif = Image.Exif()
     exif[274] = 6
     data = encode(photo, "PNG", exif=exif.tobytes())
@@ -281,25 +234,6 @@ def test_image_object_equals_its_file(photo: Image.Image) -> None:
     np.testing.assert_array_equal(from_object.pixels, load_picture(data).pixels)
     assert (from_object.format, from_object.path) == ("PIL", None)
     assert "hash_of_pixels" in from_object.notes
-
-
-# --- hashes -------------------------------------------------------------------------------------------------------
-
-
-def test_hash_is_of_the_bytes(tmp_path: Path, photo: Image.Image) -> None:
-    """The hash in a case report must equal what `sha256sum` prints; path and bytes must agree."""
-    import hashlib
-
-    for data in (encode(photo, "JPEG"), clip(n=3)):
-        path = tmp_path / "file"
-        path.write_bytes(data)
-        media = load_media(path)
-        assert media.sha256 == load_media(data).sha256 == hashlib.sha256(data).hexdigest()
-        assert media.path == str(path)
-
-
-def test_image_objects_that_look_alike_inside_have_different_hashes() -> None:
-    """Palette, shape and orientation decide the pixels too: hashing raw bytes alone serves another user's result."""
     images = [Image.new("P", (32, 20), 0) for _ in range(2)]
     images[0].putpalette([255, 0, 0])
     images[1].putpalette([0, 0, 255])
@@ -308,6 +242,16 @@ def test_image_objects_that_look_alike_inside_have_different_hashes() -> None:
     hashes = [load_picture(image).sha256 for image in images]
     assert len(set(hashes)) == len(images)
     assert load_picture(images[0].copy()).sha256 == hashes[0]
+
+
+def test_hash_is_of_the_bytes(tmp_path: Path, photo: Image.Image) -> None:
+    """The hash in a case report must equal what `sha256sum` prints."""
+    path = tmp_path / "file"
+    for data in (encode(photo, "JPEG"), clip(n=3)):
+        path.write_bytes(data)
+        media = load_media(path)
+        assert media.sha256 == load_media(data).sha256 == hashlib.sha256(data).hexdigest()
+        assert media.path == str(path)
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
@@ -331,34 +275,45 @@ def webp_canvas(width: int, height: int) -> bytes:
     return b"RIFF" + struct.pack("<I", len(body + frame)) + body + frame
 
 
-@pytest.mark.parametrize(
-    "bomb",
-    [
-        pytest.param(png(20_000, 20_000, b""), id="png-400MP"),
-        pytest.param(png(9_000, 9_000, b""), id="png-81MP"),
-        pytest.param(
-            encode(Image.new("L", (16, 16)), "GIF").replace(b"\x10\0\x10\0", b"\xff\xff\xff\xff", 1), id="gif"
-        ),
-        pytest.param(b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, 30_000, 30_000, 1, 24, *[0] * 6), id="bmp"),
-        pytest.param(webp_canvas(16_000, 16_000), id="webp-256MP"),
-    ],
-)
-def test_bomb_is_refused_by_its_header(bomb: bytes) -> None:
-    """A file of a few kilobytes must not cost gigabytes or minutes."""
-    import tracemalloc
+def tiff_sharing_data(n_tags: int, n_bytes: int) -> bytes:
+    """A directory of `n_tags` tags that all point at the same `n_bytes`."""
+    first = 8 + 2 + 12 * n_tags + 4
+    tags = b"".join(struct.pack("<HHLL", 40_000 + i, 1, n_bytes, first) for i in range(n_tags))
+    return b"II*\0" + struct.pack("<LH", 8, n_tags) + tags + bytes(4 + n_bytes)
 
-    load_media(png(20, 20, zlib.compress(bytes(61 * 20))))  # what is loaded once is not measured
-    tracemalloc.start()
+
+BOMBS = {
+    "png-400MP": png(20_000, 20_000, b""),
+    "png-81MP": png(9_000, 9_000, b""),
+    "gif": encode(Image.new("L", (16, 16)), "GIF").replace(b"\x10\0\x10\0", b"\xff\xff\xff\xff", 1),
+    "bmp": b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, 30_000, 30_000, 1, 24, *[0] * 6),
+    "webp-256MP": webp_canvas(16_000, 16_000),
+    "png-just-above": encode(Image.new("1", (50_000, 1_001)), "PNG"),
+}
+TAGS = tiff_sharing_data(2_000, 2_000_000)  # which make a TIFF reader copy 4 GB
+SCANS = encode(Image.new("RGB", (96, 64)), "JPEG", progressive=True)  # each costs a pass over the picture
+GIF = encode(Image.new("L", (16, 16)), "GIF")
+AT = 13 + 3 * 2 ** ((GIF[10] & 7) + 1)
+ENDLESS = {
+    "shared-tags": TAGS,
+    "shared-tags-in-exif": encode(Image.new("RGB", (96, 64)), "PNG", exif=TAGS),
+    "jpeg-scans": SCANS[:-2] + SCANS[SCANS.rindex(b"\xff\xda") : -2] * 500 + b"\xff\xd9",
+    "gif-comments": GIF[:AT] + b"!\xfe" + b"\x01x" * 1_000_000 + b"\0" + GIF[AT:],  # joined one by one
+}
+
+
+@pytest.mark.parametrize("name", [*BOMBS, *ENDLESS])
+def test_bombs_are_refused_at_once(name: str) -> None:
+    """A small file must not cost gigabytes or minutes."""
+    assert MAX_PIXELS == 50_000_000  # of a camera's picture
     begin = time.perf_counter()
-    assert code_of(bomb) == "too_many_pixels"
-    assert time.perf_counter() - begin < 0.5
-    assert tracemalloc.get_traced_memory()[1] < 10_000_000
-    tracemalloc.stop()
+    assert code_of((BOMBS | ENDLESS)[name]) == ("too_many_pixels" if name in BOMBS else "corrupt")
+    assert time.perf_counter() - begin < (0.5 if name in BOMBS else 2)
 
 
 @pytest.mark.slow
-def test_bomb_is_refused_at_low_memory() -> None:
-    """The same, with the process's memory counted from outside, where C allocations show."""
+def test_bombs_are_refused_at_low_memory() -> None:
+    """The process's memory is counted from outside, where C allocations show."""
     program = (
         "import resource, sys; from x2dfd.media import load_media; from x2dfd.errors import InputError\n"
         "load_media(sys.stdin.buffer.read(int(sys.argv[1])))\n"
@@ -368,35 +323,11 @@ def test_bomb_is_refused_at_low_memory() -> None:
         "    except InputError as error: print(error.code)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000)\n"
     )
-    warm, *bombs = encode(Image.new("RGB", (32, 32)), "PNG"), png(20_000, 20_000, b""), webp_canvas(16_000, 16_000)
-    command = [sys.executable, "-c", program, *(str(len(data)) for data in (warm, *bombs))]
-    done = subprocess.run(command, input=b"".join((warm, *bombs)), capture_output=True, check=True, cwd=Path.cwd())
-    assert done.stdout.split() == [b"too_many_pixels", b"too_many_pixels", b"True"]
+    files = [encode(Image.new("RGB", (32, 32)), "PNG"), *BOMBS.values()]
+    command = [sys.executable, "-c", program, *(str(len(data)) for data in files)]
+    done = subprocess.run(command, input=b"".join(files), capture_output=True, check=True, cwd=Path.cwd())
+    assert done.stdout.split() == [b"too_many_pixels"] * len(BOMBS) + [b"True"]
     assert done.stderr == b""
-
-
-def test_pixel_cap_is_inclusive_and_small_sides_are_refused() -> None:
-    """An off-by-one at the cap would refuse 50-megapixel cameras; slivers crash resizing later on."""
-    assert MAX_PIXELS == 50_000_000
-    assert code_of(encode(Image.new("1", (50_000, 1_001)), "PNG")) == "too_many_pixels"
-    assert code_of(encode(Image.new("RGB", (15, 400)), "PNG")) == "too_small"
-    assert load_picture(encode(Image.new("RGB", (16, 16)), "PNG")).pixels.shape == (16, 16, 3)
-
-
-def tiff_sharing_data(n_tags: int, n_bytes: int) -> bytes:
-    """A directory of `n_tags` tags that all point at the same `n_bytes`."""
-    first = 8 + 2 + 12 * n_tags + 4
-    tags = b"".join(struct.pack("<HHLL", 40_000 + i, 1, n_bytes, first) for i in range(n_tags))
-    return b"II*\0" + struct.pack("<LH", 8, n_tags) + tags + bytes(4 + n_bytes)
-
-
-def test_shared_tag_data_is_refused(photo: Image.Image) -> None:
-    """2,000 tags on the same 2 MB make a TIFF reader copy 4 GB; the same hides in EXIF."""
-    bomb = tiff_sharing_data(2_000, 2_000_000)
-    begin = time.perf_counter()
-    assert code_of(bomb) == "corrupt"
-    assert code_of(encode(photo, "PNG", exif=bomb)) == "corrupt"
-    assert time.perf_counter() - begin < 2
 
 
 def test_rare_tiff_decoders_are_not_reached(photo: Image.Image) -> None:
@@ -406,22 +337,6 @@ def test_rare_tiff_decoders_are_not_reached(photo: Image.Image) -> None:
     for compression in (6, 32809, 34676, 50001, 9999):
         assert code_of(data[:at] + struct.pack("<H", compression) + data[at + 2 :]) in ("unsupported_format", "corrupt")
     assert code_of(data[:at] + struct.pack("<H", 32809) + data[at + 2 :]) == "unsupported_format"
-
-
-def test_jpeg_of_many_scans_is_refused(photo: Image.Image) -> None:
-    """Each scan of a progressive JPEG costs a pass over the picture; thousands of them fit in a small file."""
-    data = encode(photo, "JPEG", progressive=True)
-    assert load_picture(data).format == "JPEG"
-    start = data.rindex(b"\xff\xda")
-    scan = data[start:-2]
-    assert code_of(data[:start] + scan * 500 + b"\xff\xd9") == "corrupt"
-
-
-def test_gif_of_endless_metadata_is_refused(photo: Image.Image) -> None:
-    """Comment blocks are joined one by one; a few megabytes of them take minutes."""
-    data = encode(photo, "GIF")
-    at = 13 + 3 * 2 ** ((data[10] & 7) + 1)
-    assert code_of(data[:at] + b"!\xfe" + b"\x01x" * 1_000_000 + b"\0" + data[at:]) == "corrupt"
 
 
 @pytest.mark.parametrize(
@@ -441,6 +356,7 @@ def test_gif_of_endless_metadata_is_refused(photo: Image.Image) -> None:
         (b"RIFF\x20\0\0\0WEBPVP8 " + bytes(20), "corrupt"),
         (b"\0\0\0\x18ftypisom" + bytes(300), "bad_video"),
         (b"\x1a\x45\xdf\xa3" + bytes(300), "bad_video"),
+        (encode(Image.new("RGB", (15, 400)), "PNG"), "too_small"),  # slivers crash resizing later on
         (b"#EXTM3U\n#EXTINF:1,\nhttp://localhost/a.ts\n", "not_an_image"),
         (b"ffconcat version 1.0\nfile '/etc/hostname'\n", "not_an_image"),
         (b"v=0\no=- 0 0 IN IP4 127.0.0.1\nm=video 5000 RTP/AVP 96\n", "not_an_image"),
@@ -448,17 +364,11 @@ def test_gif_of_endless_metadata_is_refused(photo: Image.Image) -> None:
 )
 def test_refusals_have_stable_codes(tmp_path: Path, data: bytes, code: str) -> None:
     """Names do not count: each is called photo.jpg. One bad file in a thousand must be one row with a reason."""
-    if data.startswith(b"\0\0\0\x20ftypmif1") and _has_heif():
+    if data.startswith(b"\0\0\0\x20ftypmif1") and importlib.util.find_spec("pillow_heif"):
         pytest.skip("HEIF can be read here")
     path = tmp_path / "photo.jpg"
     path.write_bytes(data)
     assert code_of(path) == code_of(data) == code
-
-
-def _has_heif() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("pillow_heif") is not None
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF"])
@@ -470,7 +380,7 @@ def test_half_a_file_is_an_error(photo: Image.Image, format: str) -> None:
 
 
 def test_paths_that_are_no_files(tmp_path: Path) -> None:
-    """A pipe would block for ever, a folder would raise what nobody catches."""
+    """A pipe would block for ever, a folder raise what nobody catches, a disk image fill the memory."""
     assert code_of(tmp_path) == "not_a_file"
     assert code_of(tmp_path / "none.jpg") == "not_found"
     assert code_of("a\0b.jpg") == "not_found"
@@ -479,43 +389,21 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
     assert code_of(tmp_path / "pipe") == "not_a_file"
     (tmp_path / "loop").symlink_to("loop")
     assert code_of(tmp_path / "loop") == "unreadable"
-
-
-def test_huge_file_is_refused_unread(tmp_path: Path) -> None:
-    """Reading a disk image into memory before looking at its size."""
-    path = tmp_path / "huge.png"
-    with path.open("wb") as file:
+    with (tmp_path / "huge.png").open("wb") as file:
         file.truncate(MAX_BYTES + 1)
     begin = time.perf_counter()
-    assert code_of(path) == "file_too_large"
+    assert code_of(tmp_path / "huge.png") == "file_too_large"
     assert time.perf_counter() - begin < 0.5
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://localhost/a.jpg",
-        "https://localhost/a.mp4",
-        "file:///etc/hostname",
-        "rtsp://localhost/1",
-        "concat:a.mp4|b.mp4",
-        "data:image/png;base64,AAAA",
-        Path("http://localhost/a.jpg"),
-    ],
-)
-def test_addresses_are_refused(url: str | Path) -> None:
+def test_addresses_are_refused(tmp_path: Path, photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing reaches the network, or another file, because somebody typed an address."""
-    assert code_of(url) == "url_not_allowed"
-
-
-def test_colon_in_a_file_name_is_no_address(tmp_path: Path, photo: Image.Image, monkeypatch: Any) -> None:
-    """`holiday: beach.png` is a file that people have."""
+    web = ("http://localhost/a.jpg", Path("http://localhost/a.jpg"), "https://localhost/a.mp4", "rtsp://localhost/1")
+    for address in (*web, "file:///etc/hostname", "concat:a.mp4|b.mp4", "data:image/png;base64,AAAA"):
+        assert code_of(address) == "url_not_allowed", address
     monkeypatch.chdir(tmp_path)
-    photo.save("holiday: beach.png")
+    photo.save("holiday: beach.png")  # a file that people have
     assert load_picture("holiday: beach.png").format == "PNG"
-
-
-MUTATED = ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"]
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
@@ -527,34 +415,31 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", [*MUTATED, "TIFF-tiff_lzw", "TIFF-tiff_adobe_deflate", "TIFF-packbits"])
-def test_damaged_pictures_give_a_picture_or_one_error(
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "tiff_lzw", "mp4", "avi", "matroska", "mpegts"])
+def test_damaged_files_print_and_warn_nothing(
     photo: Image.Image, format: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Parsers raise nearly anything, warn, or print from C; one such file must not end a run of a thousand."""
-    name, _, compression = format.partition("-")
-    exif = Image.Exif()
-    exif[274], exif[271] = 6, "a camera with a long name"
-    options = {"compression": compression} if compression else {}
-    data = encode(photo, name, exif=exif, icc_profile=swapped_profile(), **options)
+    """What tests/test_fuzz.py cannot see: parsers that warn, or print from C, for each bad file of a thousand."""
+    options: dict[str, Any] = {"exif": exif_of({274: 6, 271: "a maker"}), "icc_profile": swapped_profile()}
+    if format == "tiff_lzw":
+        data = encode(photo, "TIFF", compression=format, **options)
+    elif format.isupper():
+        data = encode(photo, format, **options)
+    else:
+        data = clip(format, "mpeg2video" if format == "mpegts" else "mpeg4", n=12)
+    capfd.readouterr()
     rng = random.Random(f"seed {format}")
-    outcomes = {"read": 0, "refused": 0}
+    refused = 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for _ in range(60):
+        for _ in range(40):
             try:
-                picture = load_media(mutate(data, rng))
+                media = load_media(mutate(data, rng), max_frames=4)
             except InputError as error:
-                outcomes["refused"] += 1
-                assert error.reason
+                refused += bool(error.reason)
             else:
-                outcomes["read"] += 1
-                assert isinstance(picture, Picture)
-                assert picture.pixels.dtype == np.uint8
-                assert picture.pixels.ndim == 3
-                assert picture.pixels.shape[2] == 3
-    assert outcomes["refused"] > 0
-    assert outcomes["read"] > 0 or format == "PNG"  # whose checksums catch nearly all damage
+                assert isinstance(media, Video) is format.islower() or format == "tiff_lzw"
+    assert refused > 0
     assert capfd.readouterr() == ("", "")
 
 
@@ -562,23 +447,23 @@ def test_damaged_pictures_give_a_picture_or_one_error(
 
 
 def grey_index(pixels: NDArray[np.uint8]) -> float:
-    """Which frame of `clip` this is, from its bottom right corner."""
-    return float((pixels[-12:, -12:].mean() - 40) / 4)
+    """Which frame of `clip` this is."""
+    return float((pixels.mean() - 40) / 4)
 
 
-CONTAINERS = [
-    ("mp4", "mpeg4", 0, "mov"),
-    ("mp4", "libx264", 2, "mov"),
-    ("mov", "libx264", 3, "mov"),
-    ("webm", "libvpx", 0, "matroska"),
-    ("matroska", "mpeg4", 2, "matroska"),
-    ("avi", "mpeg4", 0, "avi"),
-    ("mpegts", "mpeg2video", 2, "mpegts"),
-    ("flv", "flv", 0, "flv"),
-]
-
-
-@pytest.mark.parametrize(("container", "codec", "b_frames", "format"), CONTAINERS)
+@pytest.mark.parametrize(
+    ("container", "codec", "b_frames", "format"),
+    [
+        ("mp4", "mpeg4", 0, "mov"),
+        ("mp4", "libx264", 2, "mov"),
+        ("mov", "libx264", 3, "mov"),
+        ("webm", "libvpx", 0, "matroska"),
+        ("matroska", "mpeg4", 2, "matroska"),
+        ("avi", "mpeg4", 0, "avi"),
+        ("mpegts", "mpeg2video", 2, "mpegts"),
+        ("flv", "flv", 0, "flv"),
+    ],
+)
 @pytest.mark.parametrize("gop", [5, 100])
 def test_frames_are_evenly_spaced(container: str, codec: str, b_frames: int, format: str, gop: int) -> None:
     """Frames from the beginning only, off by one after a seek, or in coding order: the face that was swapped late
@@ -595,57 +480,24 @@ def test_frames_are_evenly_spaced(container: str, codec: str, b_frames: int, for
     assert video.notes == ()
 
 
-def test_short_clip_gives_every_frame_once() -> None:
-    """More frames asked for than there are must not repeat any: repeats would weigh twice in the video's verdict."""
-    video = load_media(clip(n=3), max_frames=16)
-    assert isinstance(video, Video)
-    assert [frame.index for frame in video.frames] == [0, 1, 2]
-
-
 def test_video_is_recognised_by_content(tmp_path: Path, photo: Image.Image) -> None:
-    """A video named .jpg, and a picture named .mp4."""
+    """A video named .jpg, and a picture named .mp4; frames that repeat in a short clip would weigh twice."""
     (tmp_path / "a.jpg").write_bytes(clip(n=3))
     (tmp_path / "a.mp4").write_bytes(encode(photo, "JPEG"))
-    assert isinstance(load_media(tmp_path / "a.jpg"), Video)
+    video = load_media(tmp_path / "a.jpg", max_frames=16)
+    assert isinstance(video, Video) and [frame.index for frame in video.frames] == [0, 1, 2]
     assert isinstance(load_media(str(tmp_path / "a.mp4")), Picture)
     with raises("is_video"):
         load_picture(tmp_path / "a.jpg")
-
-
-@pytest.mark.parametrize(("rotation", "black"), [(90, (1, 0)), (180, (1, 1)), (-90, (0, 1))])
-def test_rotation_is_applied(rotation: int, black: tuple[int, int]) -> None:
-    """Phone clips lie on their side otherwise. Degrees counterclockwise; the black quarter begins at the top left."""
-    video = load_media(clip(n=4, rotation=rotation))
-    assert isinstance(video, Video)
-    pixels = video.frames[-1].pixels
-    height, width = pixels.shape[:2]
-    assert (video.width, video.height) == (width, height) == ((128, 64) if rotation == 180 else (64, 128))
-    corner = pixels[8 if black[0] == 0 else height - 8, 8 if black[1] == 0 else width - 8]
-    assert corner.max() < 16
-    assert (pixels.max(2) < 16).mean() == pytest.approx(0.25, abs=0.05)
-    assert video.notes == (f"rotation:{rotation % 360}",)
-
-
-@pytest.mark.slow
-def test_damaged_clips_give_a_video_or_one_error(capfd: pytest.CaptureFixture[str]) -> None:
-    """FFmpeg prints its complaints and raises a dozen types; none may leave `load_media`."""
-    rng = random.Random(5)
-    outcomes = {"read": 0, "refused": 0}
-    for data in (clip("mp4", n=12), clip("avi", n=12), clip("matroska", n=12), clip("mpegts", "mpeg2video", n=12)):
-        capfd.readouterr()
-        for _ in range(25):
-            try:
-                media = load_media(mutate(data, rng), max_frames=4)
-            except InputError as error:
-                outcomes["refused"] += 1
-                assert error.code in ("bad_video", "unsupported_format", "too_many_pixels", "too_small", "not_an_image")
-            else:
-                outcomes["read"] += 1
-                assert isinstance(media, Video)
-                assert media.frames
-                assert all(0 <= frame.index < media.n_frames for frame in media.frames)
-        assert capfd.readouterr() == ("", "")
-    assert min(outcomes.values()) > 0, outcomes
+    sound = io.BytesIO()  # a voice memo has nothing to look at
+    with av.open(sound, "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=48_000)
+        frame = av.AudioFrame(format="fltp", layout="mono", samples=1024)
+        frame.sample_rate = 48_000
+        frame.planes[0].update(bytes(frame.planes[0].buffer_size))
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert code_of(sound.getvalue()) == "bad_video"
 
 
 def test_lost_end_is_noted() -> None:
@@ -665,36 +517,16 @@ def test_decoding_stays_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> No
     import x2dfd.video as media
 
     data = clip("avi")
-    monkeypatch.setattr(
-        media._Decoder, "approach", lambda self, target: None
-    )  # as if its first key frame were its only
+    # As if its first key frame were its only one.
+    monkeypatch.setattr(media._Decoder, "approach", lambda self, target: None)
     monkeypatch.setattr(media, "_MAX_DECODED_PIXELS", 20 * 128 * 64)
     video = load_media(data, max_frames=5)
     assert isinstance(video, Video)
     assert [frame.index for frame in video.frames] == [5, 15]
     assert "decoding_limit_reached" in video.notes
     monkeypatch.undo()
-    monkeypatch.setattr(media, "_MAX_KEPT_PIXELS", 3 * 128 * 64)
-    video = load_media(data, max_frames=5)
-    assert isinstance(video, Video)
-    assert [frame.index for frame in video.frames] == [5, 15, 25]
-    assert "memory_limit_after_3_frames" in video.notes
-    monkeypatch.undo()
     monkeypatch.setattr(media, "MAX_VIDEO_FRAMES", 40)
     assert code_of(data) == "file_too_large"
-
-
-def test_sound_alone_is_no_video() -> None:
-    """A voice memo has nothing to look at."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("aac", rate=48_000)
-        frame = av.AudioFrame(format="fltp", layout="mono", samples=1024)
-        frame.sample_rate = 48_000
-        frame.planes[0].update(bytes(frame.planes[0].buffer_size))
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    assert code_of(buffer.getvalue()) == "bad_video"
 
 
 # --- summaries and folders ----------------------------------------------------------------------------------------
@@ -702,7 +534,6 @@ def test_sound_alone_is_no_video() -> None:
 
 def test_summary_is_plain_json(photo: Image.Image) -> None:
     """The report must survive JSON; numpy numbers and tuples do not."""
-    import json
 
     content = encode(photo.convert("CMYK"), "JPEG")
     still = media_summary(load_media(content))
@@ -746,21 +577,14 @@ def test_find_media(tmp_path: Path) -> None:
     (inside / "round").symlink_to(inside)
     (inside / "same.jpg").symlink_to("b.jpg")
     os.mkfifo(inside / "pipe")
-    found = list(find_media([inside, str(outside / "secret.jpg"), tmp_path / "missing.jpg"]))
+    (inside / "broken.jpg").symlink_to("nowhere")
+    told: list[Path] = []
+    given: list[str | Path] = [inside, str(outside / "secret.jpg"), tmp_path / "missing.jpg"]
+    found = list(find_media(given, left_out=told.append))
+    assert {"broken.jpg", "leak.jpg"} <= {path.name for path in told}  # a folder of links gave nothing and no reason
     assert [path.relative_to(tmp_path).as_posix() for path in found] == [
         "in/a/notes.txt", "in/a/z.png", "in/b.jpg", "in/same.jpg", "out/secret.jpg", "missing.jpg",
     ]  # fmt: skip
-
-
-def test_links_out_of_a_folder_are_told(tmp_path: Path) -> None:
-    """A folder of links to photos elsewhere gave nothing and no reason."""
-    (tmp_path / "in").mkdir()
-    (tmp_path / "photo.jpg").write_bytes(b"x")
-    (tmp_path / "in" / "out.jpg").symlink_to("../photo.jpg")
-    (tmp_path / "in" / "broken.jpg").symlink_to("nowhere")
-    told: list[Path] = []
-    assert list(find_media([tmp_path / "in"], left_out=told.append)) == []
-    assert [path.name for path in told] == ["broken.jpg", "out.jpg"]
 
 
 @pytest.mark.slow
@@ -783,14 +607,18 @@ def test_a_folder_thousands_deep(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seconds", [-(10**12), 10**12])
-def test_dates_that_no_calendar_holds(tmp_path: Path, photo: Image.Image, seconds: int) -> None:
+def test_dates_that_no_calendar_holds(
+    tmp_path: Path, photo: Image.Image, monkeypatch: pytest.MonkeyPatch, seconds: int
+) -> None:
     """A file of the year 33,658, as some archives unpack them, ended the run with OverflowError."""
     path = tmp_path / "a.png"
     photo.save(path)
-    try:
-        os.utime(path, (seconds, seconds))
-    except OSError:
-        pytest.skip("this file system does not hold such a date")
-    if abs(path.stat().st_mtime) < 10**11:
-        pytest.skip("this file system does not hold such a date")
+    assert "modified" in media_summary(load_media(path))
+    real = os.fstat
+
+    def dated(descriptor: int) -> os.stat_result:
+        found = real(descriptor)
+        return os.stat_result((*found[:8], seconds, *found[9:10]))
+
+    monkeypatch.setattr("os.fstat", dated)
     assert "modified" not in media_summary(load_media(path))

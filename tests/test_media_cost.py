@@ -17,7 +17,6 @@ from PIL import Image
 
 from tests.raising import raises
 from x2dfd import sniffing, stills
-from x2dfd.errors import InputError
 from x2dfd.media import MAX_PIXELS, load_media, load_picture
 
 SECONDS = 5.0  # of CPU, generously: each took a fraction of one when it was written, and 15 or more before
@@ -58,10 +57,9 @@ def test_endless_pieces_end_early(data: Callable[[], bytes]) -> None:
     """Pillow walks such a JPEG byte by byte and such a PNG chunk by chunk, in Python and under its lock."""
     made = data()
     start = time.process_time()
-    with pytest.raises(InputError) as caught:
+    with raises("corrupt"):
         load_media(made)
     assert time.process_time() - start < SECONDS
-    assert caught.value.code == "corrupt"
 
 
 def test_ordinary_files_stay_far_below_the_limit() -> None:
@@ -138,6 +136,5 @@ def test_a_jpeg_bomb_is_still_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_heic_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     """The photo of every iPhone: 'unsupported' alone leaves its owner without a next step."""
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    with raises("unsupported_format", "x2dfd[heic]") as caught:
+    with raises("unsupported_format", "x2dfd[heic]"):
         load_media(b"\0\0\0\x20ftypheic\0\0\0\0mif1heic" + bytes(80))
-    assert caught.value.code == "unsupported_format"

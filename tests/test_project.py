@@ -63,11 +63,8 @@ def tree() -> list[Path]:
         paths = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
     else:
         generated = {".git", ".venv", "build", "dist", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
-        paths = [
-            path
-            for path in ROOT.rglob("*")
-            if not any(part in generated or part.endswith(".egg-info") for part in path.relative_to(ROOT).parts)
-        ]
+        made = [p for p in ROOT.rglob("*") if generated.isdisjoint(p.relative_to(ROOT).parts)]
+        paths = [p for p in made if not any(part.endswith(".egg-info") for part in p.relative_to(ROOT).parts)]
     return [path for path in paths if path.is_file()]
 
 
@@ -207,57 +204,37 @@ def test_values_have_types() -> None:
 # --- wheel ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built offline from a copy: a build in the checkout would pick up stale files from build/."""
-    source = tmp_path_factory.mktemp("source")
+@pytest.mark.slow
+def test_wheel_holds_the_two_packages_and_all_of_them(tmp_path: Path) -> None:
+    """Bug prevented: a package named `eval` or `tests` lands in a user's site-packages; weights, cards, templates or
+    licence texts that work from a checkout are missing after `pip install`; our own experts are registered twice."""
+    source = tmp_path / "source"  # a copy: a build in the checkout would pick up stale files from build/
+    source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, source)
     for room in (*INSTALLED, *CHECKOUT_ONLY):
         shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
-    out = tmp_path_factory.mktemp("wheel")
     options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-index", "--no-build-isolation"]
-    command = [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", str(out), str(source)]
+    command = [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", str(tmp_path), str(source)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    [path] = out.glob("*.whl")
-    return path
-
-
-@pytest.mark.slow
-def test_wheel_installs_the_two_packages_and_nothing_else(wheel: Path) -> None:
-    """Bug prevented: a package named `eval`, `app` or `tests` lands in a user's site-packages."""
-    with zipfile.ZipFile(wheel) as archive:
-        tops = {name.partition("/")[0] for name in archive.namelist()}
-    assert tops == {*INSTALLED, f"x2dfd-{project()['version']}.dist-info"}
-
-
-@pytest.mark.slow
-def test_wheel_carries_every_file_of_the_packages(wheel: Path) -> None:
-    """Bug prevented: weights, cards or templates that work from a checkout are missing after `pip install`."""
-    with zipfile.ZipFile(wheel) as archive:
-        carried = set(archive.namelist())
-    files = [path for room in INSTALLED for path in (ROOT / room).rglob("*") if path.is_file()]
-    wanted = {
-        path.relative_to(ROOT).as_posix()
-        for path in files
-        if "__pycache__" not in path.parts and path.suffix not in (".md", ".pyc")
-    }
-    assert wanted - carried == set()
-
-
-@pytest.mark.slow
-def test_wheel_metadata(wheel: Path) -> None:
-    """Bug prevented: no `x2dfd` command, licence texts left behind, or our own experts registered twice."""
+    [path] = tmp_path.glob("*.whl")
     info = f"x2dfd-{project()['version']}.dist-info"
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
+    with zipfile.ZipFile(path) as archive:
+        carried = set(archive.namelist())
         entry_points = archive.read(f"{info}/entry_points.txt").decode()
         metadata = archive.read(f"{info}/METADATA").decode()
-    assert "x2dfd = x2dfd.cli:main" in entry_points
-    assert "x2dfd.experts" not in entry_points
+    assert {name.partition("/")[0] for name in carried} == {*INSTALLED, info}
+    wanted = {
+        path.relative_to(ROOT).as_posix()
+        for room in INSTALLED
+        for path in (ROOT / room).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix not in (".md", ".pyc")
+    }
+    assert wanted - carried == set()
+    assert "x2dfd = x2dfd.cli:main" in entry_points and "x2dfd.experts" not in entry_points
     assert "License-Expression: Apache-2.0" in metadata
-    assert {f"{info}/licenses/LICENSE", f"{info}/licenses/NOTICE"} <= set(names)
+    assert {f"{info}/licenses/LICENSE", f"{info}/licenses/NOTICE"} <= carried
 
 
 def test_command_exists() -> None:
@@ -272,11 +249,7 @@ def test_command_exists() -> None:
 def test_pins_cover_and_satisfy_every_requirement() -> None:
     """Bug prevented: a requirement raised above its pin, or never tested at all, so that a fresh set-up fails."""
     pinned = pins()
-    unmet = [
-        str(requirement)
-        for requirement in requirements()
-        if not requirement.specifier.contains(pinned.get(canonical(requirement.name), "0"))
-    ]
+    unmet = [str(r) for r in requirements() if not r.specifier.contains(pinned.get(canonical(r.name), "0"))]
     assert unmet == []
     assert [pin for pin in pinned.values() if "+" in pin] == [], "a local build cannot be installed elsewhere"
 
@@ -316,7 +289,7 @@ def test_no_file_holds_a(what: str) -> None:
 def test_shipped_configs_parse() -> None:
     """Bug prevented: a training or DeepSpeed config with a slip in it, found only after an hour of loading."""
     folder = ROOT / "finetune"
-    yamls = [path for pattern in ("*.yaml", "*.yml") for path in folder.rglob(pattern)]
+    yamls = [*folder.rglob("*.yaml"), *folder.rglob("*.yml")]
     assert yamls
     for path in yamls:
         assert isinstance(yaml.safe_load(path.read_text("utf-8")), dict), path

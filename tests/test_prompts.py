@@ -27,61 +27,53 @@ def llava_15() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("evidence", "question"),
+    ("evidence", "tail"),
     [
-        ([], "Is this image real or fake?"),
-        ([BLENDING], "Is this image real or fake? And the blending score is 0.812."),
-        (
-            [BLENDING, DIFFUSION],
-            "Is this image real or fake? And the blending score is 0.812, and the diffusion score is 0.153.",
-        ),
+        ([], ""),
+        ([BLENDING], " And the blending score is 0.812."),
+        ([BLENDING, DIFFUSION], " And the blending score is 0.812, and the diffusion score is 0.153."),
         (
             [DIFFUSION, Evidence("Clip", None), BLENDING],
-            "Is this image real or fake? "
-            "And the diffusion score is 0.153, the clip score is N/A, and the blending score is 0.812.",
+            " And the diffusion score is 0.153, the clip score is N/A, and the blending score is 0.812.",
         ),
-        ([Evidence("FORGERY", 1.0)], "Is this image real or fake? And the forgery score is 1.000."),
-        ([Evidence("a", 0.12349)], "Is this image real or fake? And the a score is 0.123."),
-        ([Evidence("a", 1e-9)], "Is this image real or fake? And the a score is 0.000."),
-        ([Evidence("a", None, "no face")], "Is this image real or fake? And the a score is N/A."),
+        ([Evidence("FORGERY", 1.0)], " And the forgery score is 1.000."),
+        ([Evidence("a", 0.12349)], " And the a score is 0.123."),
+        ([Evidence("a", 1e-9)], " And the a score is 0.000."),
+        ([Evidence("a", None, "no face")], " And the a score is N/A."),
+        (
+            [BLENDING, Evidence("C", 0.9, cues=(Cue("jaw", "blending", 0.8), Cue("skin", "colour")))],
+            " And the blending score is 0.812, and the c score is 0.900. "
+            "The c expert points at jaw blending and skin colour.",
+        ),
     ],
 )
-def test_the_question_and_its_score_tail_are_those_of_x2dfd(evidence: list[Evidence], question: str) -> None:
+def test_the_question_and_its_score_tail_are_those_of_x2dfd(evidence: list[Evidence], tail: str) -> None:
     """A model tuned on the published form must not meet another one: order, case, decimals, commas, N/A."""
-    assert prompts.verdict_question(evidence) == question
-
-
-def test_what_an_expert_points_at_stands_behind_the_scores() -> None:
-    """Bug prevented: the published question changed for experts that do not localise."""
-    pointing = Evidence("Consistency", 0.9, cues=(Cue("jaw", "blending", 0.8), Cue("skin", "colour")))
-    assert prompts.verdict_question([BLENDING, pointing]) == (
-        "Is this image real or fake? And the blending score is 0.812, and the consistency score is 0.900. "
-        "The consistency expert points at jaw blending and skin colour."
-    )
-    assert prompts.pointing([BLENDING, DIFFUSION]) == ""
+    assert prompts.verdict_question(evidence) == f"Is this image real or fake?{tail}"
 
 
 @pytest.mark.parametrize(
-    ("label", "scores", "sentence"),
+    ("label", "scores", "named"),
     [
-        ("fake", [0.9], " Additionally, the image shows obvious blending artifacts supporting fake."),
-        ("fake", [0.70], " Additionally, the image shows obvious blending artifacts supporting fake."),
+        ("fake", [0.9], "obvious blending"),
+        ("fake", [0.70], "obvious blending"),
         ("fake", [0.6999], ""),
         ("fake", [None], ""),
-        ("fake", [0.1, 0.8], " Additionally, the image shows obvious clip artifacts supporting fake."),
-        ("fake", [0.8, 0.8], " Additionally, the image shows obvious blending and clip artifacts supporting fake."),
-        ("fake", [0.8, 0.8, 1.0], " Additionally, the image shows obvious blending, clip and x artifacts supporting fake."),  # noqa: E501
-        ("real", [0.30], " Additionally, the image shows very few blending artifacts supporting real."),
+        ("fake", [0.1, 0.8], "obvious clip"),
+        ("fake", [0.8, 0.8], "obvious blending and clip"),
+        ("fake", [0.8, 0.8, 1.0], "obvious blending, clip and x"),
+        ("real", [0.30], "very few blending"),
         ("real", [0.3001], ""),
         ("real", [0.9], ""),
         ("real", [], ""),
     ],
-)  # fmt: skip
+)
 def test_only_experts_that_agree_with_the_label_are_named(
-    label: str, scores: Sequence[float | None], sentence: str
+    label: str, scores: Sequence[float | None], named: str
 ) -> None:
     """An expert in the grey zone, or against the label, must not be taught as support for it (lo 0.30, hi 0.70)."""
     evidence = [Evidence(n, s) for n, s in zip(("Blending", "clip", "x"), scores, strict=False)]
+    sentence = f" Additionally, the image shows {named} artifacts supporting {label}." if named else ""
     assert prompts.expert_sentence(label, evidence) == sentence
 
 
@@ -116,18 +108,6 @@ def test_an_answer_is_verdict_explanation_experts() -> None:
         assert prompts.verdict_answer(label, "Text.").startswith(prompts.rationale_start(label))
 
 
-def test_a_follow_up_continues_the_conversation(llava_15: Any) -> None:
-    """Turns in another order, or a second picture, would make the model answer something else."""
-    text = prompts.render(llava_15, "Q1", turns=[("A1", "Q2")])
-    assert text == "USER: <image>\nQ1 ASSISTANT: A1 USER: Q2 ASSISTANT:"
-
-
-def test_a_prompt_without_a_picture_is_refused(llava_15: Any) -> None:
-    """Silently asking about no picture gives an answer about nothing."""
-    with pytest.raises(ValueError, match="<image>"):
-        prompts.prompt_tokens(llava_15, "USER: hello")
-
-
 def test_tokens_around_the_picture_are_those_of_the_stock_processor(llava_15: Any) -> None:
     """Without LLaVA-1.5's begin token, every prompt is a text such as its language model has never seen."""
     text = prompts.render(llava_15, prompts.verdict_question([BLENDING]), prompts.STEM)
@@ -135,6 +115,13 @@ def test_tokens_around_the_picture_are_those_of_the_stock_processor(llava_15: An
     assert before[0] == llava_15.tokenizer.bos_token_id
     image = llava_15.tokenizer.convert_tokens_to_ids("<image>")
     assert [*before, image, *after] == llava_15.tokenizer(text)["input_ids"]
+    with pytest.raises(ValueError, match="<image>"):  # an answer about nothing
+        prompts.prompt_tokens(llava_15, "USER: hello")
+    text = prompts.render(llava_15, "Q1", turns=[("A1", "Q2")])  # a follow-up continues, with one picture
+    assert text == "USER: <image>\nQ1 ASSISTANT: A1 USER: Q2 ASSISTANT:"
+    for answer in ("", "  ", "\n"):  # its loss would be that of the end token alone
+        with raises("answer_empty", "'Q'"):
+            answer_tokens(llava_15, "Q", answer)
 
 
 def _same_string(base: Path, crop: NDArray[np.uint8]) -> None:
@@ -180,13 +167,6 @@ def test_the_string_trained_on_is_the_string_inferred_on_with_llava_15(
     _same_string(tiny.write_base(tmp_path / "base", llava_15, text_layers=1), astronaut[:224, 120:344])
 
 
-@pytest.mark.parametrize("answer", ["", "  ", "\n"])
-def test_an_empty_answer_cannot_be_trained_on(llava_15: Any, answer: str) -> None:
-    """Its loss would be that of the end token alone: the model would learn to say nothing."""
-    with raises("answer_empty", "'Q'"):
-        answer_tokens(llava_15, "Q", answer)
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -212,6 +192,7 @@ def test_the_hash_changes_with_every_form(
     """An adapter trained with other words than are asked must be refused, whichever word it is."""
     before = prompts.prompt_hash(llava_15)
     assert prompts.prompt_hash(llava_15) == before
+    assert len({before, *(prompts.prompt_hash(llava_15, form) for form in prompts.SCORE_FORMS)}) == 3
     monkeypatch.setattr(prompts, name, value)
     assert prompts.prompt_hash(llava_15) != before
 
@@ -231,16 +212,7 @@ def test_words_of_a_score_agree_with_the_closing_sentence() -> None:
 
 
 @pytest.mark.needs_base
-def test_the_form_of_scores_is_part_of_the_hash(llava_15: Any) -> None:
-    assert len({prompts.prompt_hash(llava_15, form) for form in prompts.SCORE_FORMS}) == 3
-    assert prompts.prompt_hash(llava_15, "numbers") == prompts.prompt_hash(llava_15)
-
-
-@pytest.mark.needs_base
 def test_the_hash_of_the_embedded_model_stands(llava_15: Any) -> None:
     """A change of prompts by accident would make the committed adapter unusable; by intention, it needs retraining."""
-    assert (
-        prompts.prompt_hash(tiny.processor_of_base())
-        == "f7c2ca2372a864be687582b8e43921a3ef2d0f8f38e68c8e9bf8b88328096452"
-    )
-    assert prompts.prompt_hash(llava_15) != prompts.prompt_hash(tiny.processor_of_base())
+    known = "f7c2ca2372a864be687582b8e43921a3ef2d0f8f38e68c8e9bf8b88328096452"
+    assert prompts.prompt_hash(tiny.processor_of_base()) == known != prompts.prompt_hash(llava_15)

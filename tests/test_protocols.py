@@ -36,26 +36,18 @@ def touch(path: Path) -> None:
     path.touch()
 
 
-def write_index(folder: Path, key: str, classes: dict[str, dict[str, list[str]]], level: str = "") -> Path:
-    """An index of DeepfakeBench with everything in `test`."""
+def touched_index(
+    root: Path, folder: Path, key: str, classes: dict[str, dict[str, list[str]]], level: str = ""
+) -> None:
+    """An index of DeepfakeBench with everything in `test`, and the files that it lists."""
     made: dict[str, Any] = {}
     for name, clips in classes.items():
         records: Any = {clip: {"label": name, "frames": frames} for clip, frames in clips.items()}
         made[name] = {"train": {}, "val": {}, "test": {level: records} if level else records}
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{key}.json"
-    file.write_text(json.dumps({key: made}), encoding="utf-8")
-    return file
-
-
-def touched_index(
-    root: Path, indices: Path, key: str, classes: dict[str, dict[str, list[str]]], level: str = ""
-) -> None:
-    write_index(indices, key, classes, level)
-    for clips in classes.values():
-        for frames in clips.values():
-            for frame in frames:
-                touch(root / frame)
+    (folder / f"{key}.json").write_text(json.dumps({key: made}), encoding="utf-8")
+    for frame in (frame for clips in classes.values() for frames in clips.values() for frame in frames):
+        touch(root / frame)
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +77,7 @@ def test_equal_folder_names_merge_under_compat_and_only_there(df40: list[Sample]
         assert right is not None and stock is not None
         gaps.append(right - stock)
     assert np.mean(gaps) > 0.08  # how many points depends on how scores are drawn
-
-
-def test_four_forgeries_of_one_pair_are_four_clips() -> None:
-    """Bug prevented: `000_003` of four manipulations averaged into one easy clip."""
+    # `000_003` of four manipulations is four clips, and one easy one for the stock loader.
     samples = [
         Sample(f"{m}{i}", Path(f"/d/{m}/frames/000_003/{i}.png"), "fake", m, video=f"ff/fake/{m}/frames/000_003")
         for m in ("DF", "F2F", "FS", "NT")
@@ -98,9 +87,8 @@ def test_four_forgeries_of_one_pair_are_four_clips() -> None:
     assert len(pool_clips(samples, labels, scores)[0]) == 4
     names, _, pooled = pool_clips(samples, labels, scores, Compat(clips=True))
     assert (names, pooled.tolist()) == (["000_003"], [5.5])
-    mixed = np.array([0] + [1] * 11)
     with pytest.raises(ValueError, match="under one clip"):
-        pool_clips(samples, mixed, scores)
+        pool_clips(samples, np.array([0] + [1] * 11), scores)
 
 
 def test_frames_are_spread_and_first_only_under_compat() -> None:
@@ -188,15 +176,12 @@ def test_annotations_keep_every_answer_and_ask_for_the_polarity(tmp_path: Path) 
     """Bug prevented: of several answers only the last is a reference; FakeVLM's 1, which is real, read as fake."""
     for name in ("a", "b"):
         touch(tmp_path / f"img/{name}.png")
-    records = [
+    talk = [{"from": "human", "value": "<image>\nReal?"}, {"from": "gpt", "value": "No, the skin."}]
+    records: list[dict[str, Any]] = [
         {"image": "x/img/a.png", "label": 1, "question": "Why?", "answer": "the eyes"},
         {"image": "x/img/a.png", "label": 1, "question": "Why?", "answer": ["the nose", "the eyes"]},
         {"image": "x/img/a.png", "label": 1, "question": "Where?", "answer": "mouth"},
-        {
-            "image": "x\\img\\b.png",
-            "label": 0,
-            "conversations": [{"from": "human", "value": "<image>\nReal?"}, {"from": "gpt", "value": "No, the skin."}],
-        },
+        {"image": "x\\img\\b.png", "label": 0, "conversations": talk},
     ]
     file = tmp_path / "a.json"
     file.write_text(json.dumps(records), encoding="utf-8")
@@ -209,11 +194,10 @@ def test_annotations_keep_every_answer_and_ask_for_the_polarity(tmp_path: Path) 
     assert (a.label, b.label) == ("real", "fake")
     assert a.extra["references"][0] == {"question": "Why?", "answers": ["the eyes", "the nose"]}
     assert b.extra["references"] == [{"question": "Real?", "answers": ["No, the skin."]}]
-    for change, code in (
-        ({"label": 2}, "label_unclear"),
-        ({"label": 0}, "label_contradicts"),
-        ({"answer": ""}, "exchange_malformed"),
-    ):
+    changes: dict[str, dict[str, Any]] = {
+        "label_unclear": {"label": 2}, "label_contradicts": {"label": 0}, "exchange_malformed": {"answer": ""},
+    }  # fmt: skip
+    for code, change in changes.items():
         file.write_text(json.dumps([records[0], records[0] | change]), encoding="utf-8")
         with raises(code):
             read_annotations(file, [tmp_path], real=["1"], fake=["0"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import typer
 from numpy.typing import NDArray
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from data_gen.forge import METHODS, Photo, forge
 from data_gen.questions import (
@@ -39,9 +40,6 @@ def cues(questions: Sequence[CueQuestion]) -> set[tuple[str, str]]:
     return {(q.area, q.artifact) for q in questions if q.area and q.artifact}
 
 
-# --- our bank -------------------------------------------------------------------------------------------------------
-
-
 def test_bank_is_large_and_without_repetition() -> None:
     """Bug prevented: one question twice counts twice in every mean; an area or artifact that is never asked about."""
     questions = bank()
@@ -50,18 +48,11 @@ def test_bank_is_large_and_without_repetition() -> None:
     assert {q.area for q in questions} == set(AREAS) and {q.artifact for q in questions} == set(ARTIFACTS)
     lengths = [len(q.text.removesuffix(" Answer Yes or No.").split()) for q in questions]
     assert max(lengths) <= 16 and 9 <= np.mean(lengths) <= 13  # about eleven words, as published
-
-
-def test_every_yes_asserts_its_own_cue() -> None:
-    """Bug prevented: a question filed under the wrong cue, or one whose yes means real."""
-    assert [(q.text, fault(q.text, str(q.area), str(q.artifact))) for q in bank()] == [(q.text, None) for q in bank()]
-
-
-def test_only_what_a_viewer_could_speak_of() -> None:
-    """Bug prevented: "teeth expression": pairs filled in mechanically."""
+    # A yes asserts the question's own cue, and there is no "teeth expression": pairs filled in mechanically.
+    assert [q.text for q in questions if fault(q.text, str(q.area), str(q.artifact))] == []
     faces = {"forehead", "eyebrows", "eyes", "mouth", "cheeks", "whole-image"}
-    assert {a for a, b in cues(bank()) if b == "expression"} <= faces
-    assert len(cues(bank())) < len(AREAS) * len(ARTIFACTS)
+    assert {a for a, b in cues(questions) if b == "expression"} <= faces
+    assert len(cues(questions)) < len(AREAS) * len(ARTIFACTS)
 
 
 def test_bank_asks_about_everything_the_forge_makes(astronaut: NDArray[np.uint8]) -> None:
@@ -90,9 +81,6 @@ def test_shipped_file_is_the_bank() -> None:
     assert read_questions(BANK) == bank()
 
 
-# --- control --------------------------------------------------------------------------------------------------------
-
-
 def test_unrelated_questions_have_nothing_to_do_with_forgery() -> None:
     """Bug prevented: a control that asks about an artifact, repeats itself, or differs from run to run."""
     questions = random_questions(30, np.random.default_rng(1))
@@ -105,9 +93,6 @@ def test_unrelated_questions_have_nothing_to_do_with_forgery() -> None:
         random_questions(1000, np.random.default_rng(0))
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
 def test_questions_read_back_with_their_provenance(tmp_path: Path) -> None:
     """Bug prevented: quotes or signs in a question break the file; the prompt of a generated set is lost."""
     odd = CueQuestion('Does the "skin" look waxy – or plastic? Answer Yes or No.', "skin", "texture", "generated:m")
@@ -117,8 +102,7 @@ def test_questions_read_back_with_their_provenance(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "q.json").read_text("utf-8"))["provenance"] == {"model": "m", "prompt": "p"}
 
 
-@pytest.mark.parametrize("shape", ["strings", "results"])
-def test_published_lists_get_cues_where_they_name_one(shape: str, tmp_path: Path) -> None:
+def test_published_lists_get_cues_where_they_name_one(tmp_path: Path) -> None:
     """Bug prevented: a guessed cue for a question that names none; a question that is dropped in silence."""
     texts = [
         "Is the overall impression strange to you? Answer Yes or No.",
@@ -126,26 +110,17 @@ def test_published_lists_get_cues_where_they_name_one(shape: str, tmp_path: Path
         "Is there a visible  seam along the jaw? Answer yes or no.",
         "Do the eyes look natural? Answer Yes or No.",
     ]
-    rows = texts if shape == "strings" else [{"question": t, "real_accuracy": 0.5} for t in texts]
-    (tmp_path / "list.json").write_text(json.dumps(rows))
-    read = read_published(tmp_path / "list.json")
-    assert [(q.text, q.area, q.artifact) for q in read] == [
-        (texts[1], "jaw", "blending"),
-        (texts[0], None, None),
-        (texts[3], None, None),
-    ]
-    assert {q.origin for q in read} == {"published:list.json"}
-
-
-@pytest.mark.parametrize("text", ["{}", "[]", "[1]", '[{"text": "x"}]', "no json"])
-def test_other_lists_are_refused(text: str, tmp_path: Path) -> None:
-    """Bug prevented: an empty question set that assesses nothing, or a traceback for a wrong file."""
-    (tmp_path / "list.json").write_text(text)
-    with raises("questions_malformed", "list.json"):
-        read_published(tmp_path / "list.json")
-
-
-# --- generated ------------------------------------------------------------------------------------------------------
+    file = tmp_path / "list.json"
+    for rows in (texts, [{"question": t, "real_accuracy": 0.5} for t in texts]):
+        file.write_text(json.dumps(rows))
+        read = read_published(file)
+        told = [(q.text, q.area, q.artifact) for q in read]
+        assert told == [(texts[1], "jaw", "blending"), (texts[0], None, None), (texts[3], None, None)]
+        assert {q.origin for q in read} == {"published:list.json"}
+    for text in ("{}", "[]", "[1]", '[{"text": "x"}]', "no json"):
+        file.write_text(text)
+        with raises("questions_malformed", "list.json"):
+            read_published(file)
 
 
 class Client:
@@ -190,8 +165,8 @@ def test_what_a_model_writes_is_checked(bad: dict[str, str], reason: str) -> Non
     assert len(made.rejected) == 1 and reason in made.rejected[0]["reason"]
 
 
-def test_generation_asks_again_and_says_how_it_asked() -> None:
-    """Bug prevented: one bad reply ends the run, or the same question is asked for again and again."""
+def test_generation_asks_again_and_says_how_it_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: one bad reply ends the run, the same question comes again, or fewer than asked for pass as all."""
     known = [CueQuestion(SEAM["question"], "jaw", "blending", "bank")]
     client = Client("Sorry, I cannot.", "```json\n" + json.dumps({"questions": [SEAM, BLUR]}) + "\n```")
     made = generate(client, "m", 1, known=known, seed=7)
@@ -200,37 +175,31 @@ def test_generation_asks_again_and_says_how_it_asked() -> None:
     assert "seam along the jaw" in client.requests[0]["messages"][0]["content"]
     assert [r["seed"] for r in client.requests] == [7, 8]
     assert made.provenance()["model"] == "m" and "evidence of forgery" in made.provenance()["prompt"]
-
-
-def test_generation_that_falls_short_is_an_error() -> None:
-    """Bug prevented: a set smaller than asked for passes as whole."""
     with raises("generation_short", "1 usable", 3):
         generate(Client(json.dumps({"questions": [SEAM]}), "{}"), "m", 3)
-
-
-def test_without_openai_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bug prevented: an ImportError traceback, or the package needed for the plain bank."""
-    monkeypatch.setitem(__import__("sys").modules, "openai", None)
+    monkeypatch.setitem(sys.modules, "openai", None)
     with raises("package_missing", "pip install"):
         connect("http://localhost:1/v1")
 
 
-# --- command --------------------------------------------------------------------------------------------------------
+def command(*words: str) -> Result:
+    app = typer.Typer(pretty_exceptions_enable=False)
+    add_commands(app)
+    app.callback()(lambda: None)
+    result = CliRunner().invoke(app, ["questions", *words])
+    assert result.exit_code == 0, result.output
+    return result
 
 
 def test_the_command_writes_bank_control_and_published(tmp_path: Path) -> None:
     """Bug prevented: `--published` that still writes the bank; a control set that changes with every call."""
-    app = typer.Typer(pretty_exceptions_enable=False)
-    add_commands(app)
-    app.callback()(lambda: None)
-    runner, out = CliRunner(), tmp_path / "q.json"
+    out = tmp_path / "q.json"
     for _ in range(2):
-        result = runner.invoke(app, ["questions", "--out", str(out), "--unrelated", "5"])
-        assert result.exit_code == 0, result.output
+        command("--out", str(out), "--unrelated", "5")
         read = read_questions(out)
         assert read[:-5] == bank() and read[-5:] == random_questions(5, np.random.default_rng(0))
     (tmp_path / "list.json").write_text(json.dumps([SEAM["question"], "Is it odd? Answer Yes or No."]))
-    result = runner.invoke(app, ["questions", "--out", str(out), "--published", str(tmp_path / "list.json")])
+    result = command("--out", str(out), "--published", str(tmp_path / "list.json"))
     assert [q.area for q in read_questions(out)] == ["jaw", None] and "1 without a readable cue" in result.output
 
 
@@ -239,12 +208,8 @@ def test_fewer_questions_are_those_that_the_pictures_can_answer(tmp_path: Path) 
     manifest = tmp_path / "m.jsonl"
     row = {"path": "a.png", "label": "fake", "cues": [{"area": "jaw", "artifact": "blending"}]}
     manifest.write_text(json.dumps(row) + "\n")
-    app = typer.Typer(pretty_exceptions_enable=False)
-    add_commands(app)
-    app.callback()(lambda: None)
-    command = ["questions", "--out", str(tmp_path / "q.json"), "--only", "9", "--cues-of", str(manifest)]
-    result = CliRunner().invoke(app, [*command, "--unrelated", "2"])
-    assert result.exit_code == 0, result.output
+    out = str(tmp_path / "q.json")
+    command("--out", out, "--only", "9", "--cues-of", str(manifest), "--unrelated", "2")
     read = read_questions(tmp_path / "q.json")
     kept, jaw = read[:-2], [q for q in bank() if (q.area, q.artifact) == ("jaw", "blending")]
     assert len(kept) == 9 and len(read) == 11 and 0 < len(jaw) < 9

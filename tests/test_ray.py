@@ -108,11 +108,7 @@ def test_an_object_too_large_or_of_an_unknown_store_says_so(memory: str, monkeyp
         stores.read_address(f"{memory}/face.jpg")
     with raises("unreadable"):
         stores.read_address("nonsense://bucket/face.jpg")
-
-
-def test_a_name_that_is_no_utf8_reaches_an_actor() -> None:
-    """Columns hold text; a file name need not be any."""
-    for place in (Path(os.fsdecode(b"/photos/\xff.jpg")), "s3://bucket/ä.jpg"):
+    for place in (Path(os.fsdecode(b"/photos/\xff.jpg")), "s3://bucket/ä.jpg"):  # columns hold text, names need not
         assert ray_engine._place(ray_engine._raw(place)) == place
 
 
@@ -227,21 +223,14 @@ def test_scores_of_vllm_are_read_as_those_of_an_endpoint() -> None:
     assert _scored({"id": "a", "logprobs": None}, (2, 3))["reason"] == "no_label"
 
 
-@pytest.mark.parametrize("wrong", [{"engines": 0}, {"memory": 1.5}, {"likeliest": 50}, {"max_tokens": 0}])
-def test_settings_that_cannot_work_are_refused_at_once(wrong: dict[str, Any]) -> None:
+def test_settings_that_cannot_work_are_refused_at_once(tmp_path: Path) -> None:
     """A cluster's engines take minutes to start before they would say so."""
-    with raises("number_out_of_range", next(iter(wrong))):
-        VllmScoring("base", **wrong)
-
-
-def test_a_lora_that_is_not_there_is_said_before_the_cluster_starts(tmp_path: Path) -> None:
-    """The same."""
+    for name, value in {"engines": 0, "memory": 1.5, "likeliest": 50, "max_tokens": 0}.items():
+        given: dict[str, Any] = {name: value}
+        with raises("number_out_of_range", name):
+            VllmScoring("base", **given)
     with raises("split_unreadable", "finetune.split"):
         VllmScoring("base", lora=tmp_path).config()
-
-
-def test_ray_takes_the_configuration() -> None:
-    """A setting that Ray renamed would be found on the first cluster."""
     pytest.importorskip("ray", reason="the extra [ray] is not installed")
     from ray.data.llm import vLLMEngineProcessorConfig
 

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import typer
 from PIL import Image
+from typer.testing import CliRunner
 
 import x2dfd
 from eval import command, compare, models, page, protocols, scoring, stats, tables, texts
@@ -106,14 +108,12 @@ def data(tmp_path: Path) -> Path:
         level = float(rng.uniform(0.35, 0.92) if fake else rng.uniform(0.02, 0.65))
         name = f"p/{i:02d}.{'png' if i % 3 else 'jpg'}"
         picture(tmp_path / name, level)
-        row = {
-            "path": name,
-            "label": "fake" if fake else "real",
-            "source": camera,
-            "group": f"g{i % 24}",
+        row = {"path": name, "label": "fake" if fake else "real", "source": camera, "group": f"g{i % 24}"}
+        row |= {
             "split": "val",
+            "method": ("blend" if camera == "ffhq" else "gan") if fake else "none",
+            "cues": cues if fake else "",
         }
-        row |= {"method": ("blend" if camera == "ffhq" else "gan") if fake else "none", "cues": cues if fake else ""}
         rows.append(row)
     for row in rows[26:38:2]:  # the GAN's fakes have a source without reals
         row["source"] = "gan-faces"
@@ -124,24 +124,48 @@ def data(tmp_path: Path) -> Path:
     return write_csv(tmp_path / "manifest.csv", rows)
 
 
-def bench(monkeypatch: pytest.MonkeyPatch, detector: StandIn, *words: Any) -> int:
-    monkeypatch.setattr(x2dfd, "load", lambda *_, **__: detector, raising=False)
-    return command.main([str(word) for word in words])
-
-
 def result_of(folder: Path) -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads((folder / "result.json").read_text("utf-8"))
     return loaded
 
 
-def test_one_pass_reports_all_scorers_and_counts_what_had_no_score(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Runs:
+    """The command on the pictures of a manifest, with a stand-in for the model."""
+
+    def __init__(self, data: Path, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.data, self.folder, self._patch, self._capsys = data, data.parent, patch, capsys
+
+    def __call__(self, detector: StandIn, *words: Any, task: str = "detect", out: str = "out") -> int:
+        self._patch.setattr(x2dfd, "load", lambda *_, **__: detector, raising=False)
+        given = [task, "--data", self.data, "--out", self.folder / out, *words]
+        return command.main([str(word) for word in given])
+
+    def result(self, out: str = "out") -> dict[str, Any]:
+        return result_of(self.folder / out)
+
+    def rows(self, out: str = "out") -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = pq.read_table(self.folder / out / "samples.parquet").to_pylist()
+        return found
+
+    def said(self) -> str:
+        """On both streams, since it was last asked."""
+        return "".join(self._capsys.readouterr())
+
+    def manifest(self) -> list[dict[str, str]]:
+        return list(csv.DictReader(self.data.read_text("utf-8").splitlines()))
+
+
+@pytest.fixture
+def runs(data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runs:
+    return Runs(data, monkeypatch, capsys)
+
+
+def test_one_pass_reports_all_scorers_and_counts_what_had_no_score(runs: Runs) -> None:
     """What could not be scored must be neither wrong, nor real, nor gone."""
     detector = StandIn()
-    assert bench(monkeypatch, detector, "detect", "--data", data, "--split", "val", "--out", tmp_path / "out") == 0
+    assert runs(detector, "--split", "val") == 0
     assert len(detector.seen) == 39  # every readable picture once
-    result = result_of(tmp_path / "out")
+    result = runs.result()
     scorers = result["scorers"]
     assert list(scorers) == ["calibrated", "mllm", "expert:good", "expert:half"]
     assert scorers["calibrated"]["unscored"] == {"no_face": 1, "not_an_image": 1}
@@ -161,277 +185,229 @@ def test_one_pass_reports_all_scorers_and_counts_what_had_no_score(
     assert 0 <= low <= answers["false_alarms"]["value"] < high and answers["false_alarms"]["groups"] == 24
 
 
-def test_samples_can_be_recounted_from_the_table(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_can_be_recounted_from_the_table(runs: Runs) -> None:
     """A sceptic recomputes the numbers from the rows; the rows must be all there and not tell where they were made."""
-    bench(monkeypatch, StandIn(), "detect", "--data", data, "--out", tmp_path / "out")
-    rows = pq.read_table(tmp_path / "out" / "samples.parquet").to_pylist()
-    assert len(rows) == 40 and str(tmp_path) not in json.dumps(rows)
-    assert str(tmp_path) not in (tmp_path / "out" / "result.json").read_text()
-    fakes = [r["p_fake"] for r in rows if r["label"] == "fake" and r["p_fake"] is not None]
-    reals = [r["p_fake"] for r in rows if r["label"] == "real" and r["p_fake"] is not None]
-    auc = np.mean([(f > r) + (f == r) / 2 for f in fakes for r in reals])
-    assert result_of(tmp_path / "out")["headline"]["calibrated.auc"]["value"] == pytest.approx(auc)
-    answers = result_of(tmp_path / "out")["scorers"]["calibrated"]["answers"]
+    runs(StandIn())
+    rows, result = runs.rows(), runs.result()
+    assert len(rows) == 40 and str(runs.folder) not in json.dumps(rows)
+    assert str(runs.folder) not in (runs.folder / "out" / "result.json").read_text()
+
+    def share_in_order(of: list[dict[str, Any]]) -> float:
+        fakes, reals = ([r["p_fake"] for r in of if r["label"] == label] for label in ("fake", "real"))
+        return float(np.mean([(f > r) + (f == r) / 2 for f in fakes for r in reals]))
+
+    scored = [r for r in rows if r["p_fake"] is not None]
+    assert result["headline"]["calibrated.auc"]["value"] == pytest.approx(share_in_order(scored))
+    answers = result["scorers"]["calibrated"]["answers"]
     answered = [r for r in rows if r["said"] in ("fake", "real")]
-    pairs = [
-        (f["p_fake"] > r["p_fake"]) + (f["p_fake"] == r["p_fake"]) / 2
-        for f in answered for r in answered if (f["label"], r["label"]) == ("fake", "real")
-    ]  # fmt: skip
-    assert len(answered) == answers["n_answered"] < 38 and answers["auc"]["value"] == pytest.approx(np.mean(pairs))
+    assert len(answered) == answers["n_answered"] < 38
+    assert answers["auc"]["value"] == pytest.approx(share_in_order(answered))
     bins = [min(int(r["p_fake"] * 15), 14) for r in answered]
     count = {label: sum(r["label"] == label for r in answered) for label in ("real", "fake")}
     gaps = [sum(((r["label"] == "fake") - r["p_fake"]) / count[r["label"]] / 2
                 for r, own in zip(answered, bins, strict=True) if own == k) for k in range(15)]  # fmt: skip
     assert answers["ece"] == pytest.approx(np.abs(gaps).sum())
     alarms = np.mean([r["said"] == "fake" for r in rows if r["label"] == "real"])
-    assert result_of(tmp_path / "out")["headline"]["calibrated.false_alarms"]["value"] == pytest.approx(alarms)
+    assert result["headline"]["calibrated.false_alarms"]["value"] == pytest.approx(alarms)
     (broken,) = [r for r in rows if r["error"]]
     assert broken["path"] == "p/broken.jpg" and broken["p_fake"] is None and broken["said"] is None
 
 
-def test_every_face_is_counted_where_a_picture_shows_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_face_is_counted_where_a_picture_shows_several(runs: Runs) -> None:
     """A group photo is judged by its most suspicious face: how well single faces are told apart does not show there."""
 
     class Group(StandIn):
         def judge(self, source: Path | bytes, rationale: bool) -> Report | Failure:
             report = super().judge(source, rationale)
             assert isinstance(report, Report)
-            face = report.faces[0]
-            calm = replace(face, index=1, verdict=Verdict("real", 0.05))
-            return replace(report, faces=(face, calm))
+            calm = replace(report.faces[0], index=1, verdict=Verdict("real", 0.05))
+            return replace(report, faces=(*report.faces, calm))
 
-    levels = {"real": (0.1, 0.3), "fake": (0.2, 0.7)}
-    rows = []
-    for label, pair in levels.items():
-        for level in pair:
-            picture(tmp_path / f"{level}.png", level)
-            rows.append({"path": f"{level}.png", "label": label})
-    data = write_csv(tmp_path / "m.csv", rows)
-    assert bench(monkeypatch, Group(), "detect", "--data", data, "--no-equalise", "--out", tmp_path / "out") == 0
-    scorer = result_of(tmp_path / "out")["scorers"]["calibrated"]
+    rows = [
+        {"path": f"{level}.png", "label": "real" if level in (0.1, 0.3) else "fake"} for level in (0.1, 0.2, 0.3, 0.7)
+    ]
+    for row in rows:
+        picture(runs.folder / row["path"], float(row["path"][:3]))
+    write_csv(runs.data, rows)
+    assert runs(Group(), "--no-equalise") == 0
+    scorer = runs.result()["scorers"]["calibrated"]
     assert scorer["overall"]["auc"]["value"] == pytest.approx(0.75)
     assert scorer["faces"]["n"] == 8 and scorer["faces"]["fake_pictures_with_several"] == 2
     higher = sum((f > r) + (f == r) / 2 for f in (0.2, 0.7, 0.05, 0.05) for r in (0.1, 0.3, 0.05, 0.05))
     assert scorer["faces"]["auc"]["value"] == pytest.approx(higher / 16)
-    assert "every face" in (tmp_path / "out/result.html").read_text("utf-8")
+    assert "every face" in (runs.folder / "out/result.html").read_text("utf-8")
 
 
-def test_a_slice_says_whom_it_was_compared_with(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slice_says_whom_it_was_compared_with(runs: Runs) -> None:
     """AUC 0.99 of GAN faces against film frames is not AUC against the photos that the GAN imitates."""
-    bench(monkeypatch, StandIn(), "detect", "--data", data, "--out", tmp_path / "out")
-    by = result_of(tmp_path / "out")["scorers"]["calibrated"]["by"]
+    runs(StandIn())
+    by = runs.result()["scorers"]["calibrated"]["by"]
     assert list(by["method"]) == ["blend", "gan"]
     assert (by["method"]["blend"]["against"], by["method"]["blend"]["n_real"]) == ("own reals", 12)
     assert (by["source"]["gan-faces"]["against"], by["source"]["gan-faces"]["n_real"]) == ("all reals", 24)
     assert "false_alarms" not in by["source"]["gan-faces"] and by["source"]["film"]["false_alarms"]["n"] == 12
-
-
-def test_reals_without_fakes_are_compared_with_all_fakes(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A source of reals only would otherwise have no AUC, or one against nothing."""
-    rows = list(csv.DictReader(data.read_text("utf-8").splitlines()))
-    kept = [r for r in rows if not (r["source"] == "film" and r["label"] == "fake")]
-    bench(monkeypatch, StandIn(), "detect", "--data", write_csv(data, kept), "--out", tmp_path / "out")
-    film = result_of(tmp_path / "out")["scorers"]["calibrated"]["by"]["source"]["film"]
+    # A source of reals only has an AUC too.
+    write_csv(runs.data, [r for r in runs.manifest() if (r["source"], r["label"]) != ("film", "fake")])
+    runs(StandIn())
+    film = runs.result()["scorers"]["calibrated"]["by"]["source"]["film"]
     assert film["against"] == "all fakes" and film["n_real"] == 12 and film["n_fake"] > 7 and "found" not in film
+    # Manifests are sorted by label: a limit is not the head of the list.
+    runs(StandIn(), "--limit", 20)
+    counts = runs.result()["data"]
+    assert counts["n"] == 20 and counts["n_fake"] > 0
 
 
-def test_every_picture_reaches_the_model_in_one_format(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_picture_reaches_the_model_in_one_format(runs: Runs) -> None:
     """If fakes are PNG and reals are JPEG, a detector of JPEG gets AUC 1.0."""
-    picture(tmp_path / "p/00.jpg", 0.2)
-    Image.open(tmp_path / "p/01.png").resize((2000, 1000)).save(tmp_path / "p/01.png")
-    detector = StandIn()
-    bench(monkeypatch, detector, "detect", "--data", data, "--out", tmp_path / "out")
-    tables_of = set()
+    picture(runs.folder / "p/00.jpg", 0.2)
+    large = runs.folder / "p/01.png"
+    Image.open(large).resize((2000, 1000)).save(large)
+    detector, plain = StandIn(), StandIn()
+    runs(detector)
+    forms = set()
     for source in detector.seen:
         assert isinstance(source, bytes)
         image = Image.open(io.BytesIO(source))
-        tables_of.add((image.format, str(image.quantization)))  # type: ignore[attr-defined]
+        forms.add((image.format, str(image.quantization)))  # type: ignore[attr-defined]
         assert max(image.size) <= 1024
-    assert len(tables_of) == 1
-    plain = StandIn()
-    bench(monkeypatch, plain, "detect", "--data", data, "--out", tmp_path / "raw", "--no-equalise")
+    assert len(forms) == 1
+    runs(plain, "--no-equalise", out="raw")
     assert all(isinstance(source, Path) for source in plain.seen)
-    assert result_of(tmp_path / "raw")["settings"]["equalise"] is None
+    assert runs.result("raw")["settings"]["equalise"] is None
 
 
-def test_every_picture_is_judged_under_one_change(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_picture_is_judged_under_one_change(runs: Runs) -> None:
     """Scores of unchanged pictures in the result of a change, of another one, or of reals or fakes alone."""
-    words = ("detect", "--data", data, "--out", tmp_path / "out")
-    assert bench(monkeypatch, StandIn(), *words) == 0
-    plain = result_of(tmp_path / "out")
-    shutil.copy(tmp_path / "out" / "result.json", tmp_path / "plain.json")
+    assert runs(StandIn()) == 0
+    plain = runs.result()
+    reference = shutil.copy(runs.folder / "out" / "result.json", runs.folder / "plain.json")
     assert plain["settings"]["change"] is None
-    half = StandIn()
-    assert bench(monkeypatch, half, *words, "--changes", "half") == 0
+    half, again, other = StandIn(), StandIn(), StandIn()
+    assert runs(half, "--changes", "half") == 0
     assert len(half.seen) == 39  # none of the stored rows is of this change
     shown = [np.asarray(Image.open(io.BytesIO(source))) for source in half.seen if isinstance(source, bytes)]
-    sizes = [picture.shape for picture in shown]
-    assert sizes == [(20, 30, 3)] * 38 + [(20, 20, 3)]
-    first = data.parent / "p/00.jpg"
-    as_it_was = np.asarray(Image.open(io.BytesIO(scoring.equalised(first))))
+    assert [pixels.shape for pixels in shown] == [(20, 30, 3)] * 38 + [(20, 20, 3)]
+    as_it_was = np.asarray(Image.open(io.BytesIO(scoring.equalised(runs.folder / "p/00.jpg"))))
     assert np.array_equal(shown[0], changes_of("half")["half"](as_it_was, "p/00.jpg"))  # as in task `experts`
-    result = result_of(tmp_path / "out")
+    with raises("pictures_changed", "half"):
+        validation(runs.folder / "out")  # error rates under a change are none of a picture as it came
+    result = runs.result()
     assert result["settings"]["change"].startswith("half: half as wide") and result["failures"] == {"not_an_image": 1}
     assert result["data"] == plain["data"]  # the manifest's files are the same
-    assert "Every picture was changed" in (tmp_path / "out" / "result.html").read_text("utf-8")
+    assert "Every picture was changed" in (runs.folder / "out" / "result.html").read_text("utf-8")
     assert "changed before it was judged, half: " in tables.table("detect-all", {"half": result})
-    again, other = StandIn(), StandIn()
-    bench(monkeypatch, again, *words, "--changes", "half")
-    bench(monkeypatch, other, *words, "--changes", "codec/noise/0.2")
+    runs(again, "--changes", "half")
+    runs(other, "--changes", "codec/noise/0.2")
     assert (len(again.seen), len(other.seen)) == (1, 39)  # one, to see that the model is the same
-    capsys.readouterr()
+    runs.said()
     for wrong, code, fact in (
-        (("--changes", "half", "--compare", tmp_path / "plain.json"), "not_comparable", "half"),
+        (("--changes", "half", "--compare", reference), "not_comparable", "half"),
         (("--changes", "half,quarter"), "changes_too_many", "2"),
         (("--changes", "codec/blur"), "changes_too_many", "5, such as codec/blur/5-0.5"),
         (("--changes", "hafl"), "unknown_name", "did you mean 'half'"),
     ):
-        assert bench(monkeypatch, StandIn(), *words, *wrong) == 2
-        assert f"error [{code}]: " in (said := capsys.readouterr().err) and fact in said
-    assert bench(monkeypatch, StandIn(), "describe", *words[1:], "--changes", "half") == 2
-    assert "error [changes_not_for_task]: " in capsys.readouterr().err
-
-
-def test_a_changed_run_is_no_validation(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Error rates under a blur, quoted in a report on a picture as it came."""
-    bench(monkeypatch, StandIn(), "detect", "--data", data, "--out", tmp_path / "out", "--changes", "blur")
-    with raises("pictures_changed", "blur"):
-        validation(tmp_path / "out")
+        assert runs(StandIn(), *wrong) == 2
+        assert f"error [{code}]: " in (said := runs.said()) and fact in said
+    assert runs(StandIn(), "--changes", "half", task="describe") == 2
+    assert "error [changes_not_for_task]: " in runs.said()
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_ends_the_same(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on_and_ends_the_same(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of hours must not start anew, and what it ends with must not depend on where it was cut off."""
     monkeypatch.setattr("eval.rows.CHUNK", 6)
-    words = ("detect", "--data", data, "--split", "val")
-    bench(monkeypatch, StandIn(), *words, "--out", tmp_path / "straight")
+    runs(StandIn(), out="straight")
     with pytest.raises(Killed):
-        bench(monkeypatch, StandIn(stop_after=20), *words, "--out", tmp_path / "cut")
-    assert not (tmp_path / "cut" / "result.json").exists()
-    second = StandIn()
-    bench(monkeypatch, second, *words, "--out", tmp_path / "cut")
-    assert len(second.seen) == 1 + 39 - 18  # one to see that the model is the same; three saved chunks of six stay
-    straight, cut = ((tmp_path / name / "result.json").read_bytes() for name in ("straight", "cut"))
-    assert straight == cut
-    written = sorted(p.name for p in (tmp_path / "cut").iterdir())
-    assert written == ["result.html", "result.json", "samples.parquet"]
-    third = StandIn()
-    bench(monkeypatch, third, *words, "--out", tmp_path / "cut")
-    assert len(third.seen) == 1 and (tmp_path / "cut" / "result.json").read_bytes() == straight
+        runs(StandIn(stop_after=20), out="cut")
+    assert not (runs.folder / "cut" / "result.json").exists()
+    for seen in (1 + 39 - 18, 1):  # one to see that the model is the same; three saved chunks of six stay
+        detector = StandIn()
+        runs(detector, out="cut")
+        assert len(detector.seen) == seen and runs.result("cut") == runs.result("straight")
+    assert sorted(p.name for p in (runs.folder / "cut").iterdir()) == ["result.html", "result.json", "samples.parquet"]
 
 
-def test_a_file_that_changed_is_judged_again_and_hours_are_not_thrown_away(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_changed_is_judged_again_and_hours_are_not_thrown_away(runs: Runs) -> None:
     """Old scores under a new picture's name; an outage that stays an unreadable file; rows lost to a smaller limit."""
-    words = ("detect", "--data", data, "--split", "val", "--out", tmp_path / "out")
-    bench(monkeypatch, StandIn(), *words)
-    rows = [r for r in csv.DictReader(data.read_text("utf-8").splitlines()) if r["split"] == "val"]
-    few = StandIn()
-    bench(monkeypatch, few, *words, "--limit", 5)
-    assert len(few.seen) <= 2 and result_of(tmp_path / "out")["data"]["n"] == 5
-    path = data.parent / rows[0]["path"]  # the first, which was asked whether the model is the same
-    before = path.read_bytes()
-    picture(path, 0.77)
-    assert path.read_bytes() != before
-    all_again = StandIn()
-    bench(monkeypatch, all_again, *words)
+    runs(StandIn())
+    few, all_again, again = StandIn(), StandIn(), StandIn()
+    runs(few, "--limit", 5)
+    assert len(few.seen) <= 2 and runs.result()["data"]["n"] == 5
+    first = runs.manifest()[0]["path"]  # which was asked whether the model is the same
+    before = (runs.folder / first).read_bytes()
+    picture(runs.folder / first, 0.77)
+    assert (runs.folder / first).read_bytes() != before
+    runs(all_again)
     assert len(all_again.seen) <= 1 + 2  # to see that the model is the same, the new picture, and what failed before
-    stored = {r["path"]: r for r in pq.read_table(tmp_path / "out" / "samples.parquet").to_pylist()}
-    assert len(stored) == 40 and stored[rows[0]["path"]]["p_fake"] == pytest.approx(0.77, abs=0.02)
+    stored = {r["path"]: r for r in runs.rows()}
+    assert len(stored) == 40 and stored[first]["p_fake"] == pytest.approx(0.77, abs=0.02)
+    # The one picture that --limit 1 asks for was replaced: the 39 others were gone.
+    assert runs(StandIn(), "--limit", 1, out="one") == 0
+    [chosen] = runs.rows("one")
+    runs(StandIn(), out="one")
+    picture(runs.folder / chosen["path"], 0.3)
+    assert runs(StandIn(), "--limit", 1, out="one") == 2 and "holds 39 rows" in runs.said()
+    assert runs(again, out="one") == 0 and len(again.seen) == 2
 
 
-def test_rows_of_other_samples_are_not_thrown_away(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_of_other_samples_are_not_thrown_away(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another split, or another manifest, with the --out of a run of hours: its rows were gone without a word."""
-    rows = list(csv.DictReader(data.read_text("utf-8").splitlines()))
+    rows = runs.manifest()
     for row in rows[::2]:
         row["split"] = "test"
-    write_csv(data, rows)
-    words = ("--data", data, "--out", tmp_path / "out")
-    assert bench(monkeypatch, StandIn(), "detect", *words, "--split", "val") == 0
-    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    write_csv(runs.data, rows)
+    assert runs(StandIn(), "--split", "val") == 0
+    before = {p.name: p.read_bytes() for p in (runs.folder / "out").iterdir()}
     asked = StandIn()
     for model in ("embedded", "majority"):
-        assert bench(monkeypatch, asked, "detect", *words, "--split", "test", "--model", model) == 2
-        assert f"out holds {len(rows) // 2} rows" in (said := capsys.readouterr().err)
-        assert "error [rows_of_other_samples]: " in said
-    other = write_csv(data.parent / "other.csv", [row for row in rows if row["split"] == "test"])
-    assert bench(monkeypatch, asked, "detect", "--data", other, "--out", tmp_path / "out") == 2
-    assert not asked.seen and {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+        assert runs(asked, "--split", "test", "--model", model) == 2
+        assert f"out holds {len(rows) // 2} rows" in (said := runs.said()) and "error [rows_of_other_samples]: " in said
+    other = write_csv(runs.folder / "other.csv", [row for row in rows if row["split"] == "test"])
+    assert runs(asked, "--data", other) == 2
+    assert not asked.seen and {p.name: p.read_bytes() for p in (runs.folder / "out").iterdir()} == before
     # Nor are those of a run that was cut off.
     monkeypatch.setattr("eval.rows.CHUNK", 6)
-    cut = ("detect", "--data", data, "--out", tmp_path / "cut", "--split")
     with pytest.raises(Killed):
-        bench(monkeypatch, StandIn(stop_after=8), *cut, "val")
-    assert bench(monkeypatch, asked, *cut, "test") == 2
-    assert "cut holds 6 rows" in capsys.readouterr().err
+        runs(StandIn(stop_after=8), "--split", "val", out="cut")
+    assert runs(asked, "--split", "test", out="cut") == 2 and "cut holds 6 rows" in runs.said()
     # With some in common, a run goes on as before, and keeps what it was not asked for.
-    assert bench(monkeypatch, asked, "detect", *words) == 0
+    assert runs(asked) == 0
     assert len(asked.seen) == 1 + 19  # to see that the model is the same, and those that are new and readable
-
-
-def test_rows_stay_when_all_that_is_asked_has_changed(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """One picture was replaced, a run with --limit 1 hit just that one, and the 39 others were gone."""
-    words = ("detect", "--data", data, "--out", tmp_path / "out")
-    bench(monkeypatch, StandIn(), *words)
-    assert bench(monkeypatch, StandIn(), *words, "--limit", 1) == 0
-    (chosen,) = pq.read_table(tmp_path / "out" / "samples.parquet")["path"].to_pylist()
-    picture(data.parent / chosen, 0.3)
-    assert bench(monkeypatch, StandIn(), *words, "--limit", 1) == 2
-    assert "out holds 39 rows" in capsys.readouterr().err
-    again = StandIn()
-    assert bench(monkeypatch, again, *words) == 0 and len(again.seen) == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("other", [StandIn("w2"), StandIn("w1", shift=0.05)], ids=["hash", "score"])
-def test_rows_of_another_model_are_not_used_again(
-    other: StandIn, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_of_another_model_are_not_used_again(other: StandIn, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """The new model's result made of the old model's scores, also when its run was cut off in between."""
     monkeypatch.setattr("eval.rows.CHUNK", 6)
-    words = ("detect", "--data", data, "--out")
-    bench(monkeypatch, StandIn(), *words, tmp_path / "out")
+    runs(StandIn())
     other.left = 1 + 10
     with pytest.raises(Killed):
-        bench(monkeypatch, other, *words, tmp_path / "out")
+        runs(other)
     other.left = 1000
-    bench(monkeypatch, other, *words, tmp_path / "out")
-    bench(monkeypatch, other, *words, tmp_path / "fresh")
-    assert (tmp_path / "out" / "result.json").read_bytes() == (tmp_path / "fresh" / "result.json").read_bytes()
+    runs(other)
+    runs(other, out="fresh")
+    assert runs.result() == runs.result("fresh")
 
 
-def test_drift_is_an_exit_status(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_drift_is_an_exit_status(runs: Runs) -> None:
     """A comparison that always passes guards nothing; one with other samples compares nothing."""
-    words = ("detect", "--data", data, "--out", tmp_path / "out", "--compare", tmp_path / "ref.json")
-    bench(monkeypatch, StandIn(), *words[:4], tmp_path / "out")
-    reference = result_of(tmp_path / "out")
-    (tmp_path / "ref.json").write_text(json.dumps(reference))
-    assert bench(monkeypatch, StandIn(), *words) == 0
-    assert "drift: none" in capsys.readouterr().out
+    file = runs.folder / "ref.json"
+    runs(StandIn())
+    reference = runs.result()
+    file.write_text(json.dumps(reference))
+    assert runs(StandIn(), "--compare", file) == 0 and "drift: none" in runs.said()
+    fewer = json.loads(json.dumps(reference))
+    fewer["headline"]["calibrated.auc"]["n"] += 1  # failing on the hard pictures raises the AUC
+    (moved,) = compare.drift(reference, fewer).moved
+    assert "calibrated.auc" in moved
     reference["headline"]["mllm.auc"] = {"value": 0.9, "interval": [0.85, 0.95], "n": 38}
-    (tmp_path / "ref.json").write_text(json.dumps(reference))
-    assert bench(monkeypatch, StandIn(), *words) == 1
-    assert "mllm.auc" in capsys.readouterr().out.split("drift:")[1]
-    assert bench(monkeypatch, StandIn(), *words, "--limit", 30) == 2
-    assert "error [not_comparable]: " in capsys.readouterr().err
+    file.write_text(json.dumps(reference))
+    assert runs(StandIn(), "--compare", file) == 1 and "mllm.auc" in runs.said().split("drift:")[1]
+    assert runs(StandIn(), "--compare", file, "--limit", 30) == 2 and "error [not_comparable]: " in runs.said()
 
 
-def test_a_comparison_pairs_the_samples(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_comparison_pairs_the_samples(runs: Runs) -> None:
     """A number within the reference's interval can still be a worse model; and pairing the wrong rows finds nothing."""
 
     class Other(StandIn):
@@ -442,62 +418,43 @@ def test_a_comparison_pairs_the_samples(
             p = 0.5 + 0.3 * np.sin(20 * report.verdict.p_fake)  # another order, without ties
             return replace(report, verdict=replace(report.verdict, p_fake=float(p)))
 
-    words = ("detect", "--data", data, "--out")
-    bench(monkeypatch, StandIn(), *words, tmp_path / "ref")
-    reference = tmp_path / "ref" / "result.json"
-    bench(monkeypatch, Other(), *words, tmp_path / "out", "--compare", reference)
-    assert "paired p_fake: difference of the AUCs: -" in capsys.readouterr().out
-    found = json.loads((tmp_path / "out" / "comparison.json").read_text("utf-8"))
-    assert found["result_sha256"] == file_sha256(tmp_path / "out" / "result.json")
-    assert found["reference_sha256"] == file_sha256(reference)
+    def comparison() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((runs.folder / "out" / "comparison.json").read_text("utf-8"))
+        return found
 
+    runs(StandIn(), out="ref")
+    reference = runs.folder / "ref" / "result.json"
+    runs(Other(), "--compare", reference)
+    assert "paired p_fake: difference of the AUCs: -" in runs.said()
+    found = comparison()
+    assert found["result_sha256"] == file_sha256(runs.folder / "out" / "result.json")
+    assert found["reference_sha256"] == file_sha256(reference)
     # By hand: P(real below fake) for every fake and every real, in both runs (DeLong et al. 1988).
-    tables_of = [
-        {r["id"]: r for r in pq.read_table(tmp_path / name / "samples.parquet").to_pylist()} for name in ("out", "ref")
-    ]
-    ids = [i for i, r in tables_of[0].items() if r["p_fake"] is not None]
+    ours, theirs = ({r["id"]: r for r in runs.rows(name)} for name in ("out", "ref"))
+    ids = [i for i, r in ours.items() if r["p_fake"] is not None]
     won = []
-    for table in tables_of:
-        fakes = [table[i]["p_fake"] for i in ids if table[i]["label"] == "fake"]
-        reals = [table[i]["p_fake"] for i in ids if table[i]["label"] == "real"]
+    for judged in (ours, theirs):
+        fakes, reals = ([judged[i]["p_fake"] for i in ids if judged[i]["label"] == label] for label in ("fake", "real"))
         won.append(np.array([[(f > r) + (f == r) / 2 for r in reals] for f in fakes]))
-    apart = won[0] - won[1]
+    apart = (won[0] - won[1]).mean()
     pair = found["paired"]["p_fake"]
     assert pair["n"] == len(ids) == 38 and pair["n_first_only"] == pair["n_second_only"] == 0
-    assert pair["difference"]["value"] == pytest.approx(apart.mean()) and apart.mean() < -0.1
-    # What did not change is told as such.
-    assert found["paired"]["expert:good"]["difference"]["value"] == 0.0
-
+    assert pair["difference"]["value"] == pytest.approx(apart) and apart < -0.1
+    assert found["paired"]["expert:good"]["difference"]["value"] == 0.0  # what did not change is told as such
     # A table that is not the reference's own, or none: the drift is told, and why there is no test.
-    for spoil in (
-        lambda: (tmp_path / "ref" / "samples.parquet").unlink(),
-        lambda: shutil.copy(tmp_path / "third" / "samples.parquet", tmp_path / "ref"),
-    ):
-        bench(monkeypatch, StandIn("w2"), *words, tmp_path / "third")
+    runs(StandIn("w2"), out="third")
+    table = runs.folder / "ref" / "samples.parquet"
+    for spoil in (table.unlink, lambda: shutil.copy(runs.folder / "third" / "samples.parquet", table)):
         spoil()
-        capsys.readouterr()
-        bench(monkeypatch, Other(), *words, tmp_path / "out", "--compare", reference)
-        assert "note: no paired test: " in (said := capsys.readouterr().out) and "paired p_fake" not in said
-        assert json.loads((tmp_path / "out" / "comparison.json").read_text("utf-8"))["paired"] == {}
+        runs.said()
+        runs(Other(), "--compare", reference)
+        assert "note: no paired test: " in (said := runs.said()) and "paired p_fake" not in said
+        assert comparison()["paired"] == {}
 
 
-def test_a_lost_sample_is_drift(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Failing on the hard pictures raises the AUC and would pass as progress."""
-    bench(monkeypatch, StandIn(), "detect", "--data", data, "--out", tmp_path / "out")
-    result = result_of(tmp_path / "out")
-    reference = json.loads(json.dumps(result))
-    reference["headline"]["calibrated.auc"]["n"] += 1
-    (moved,) = compare.drift(result, reference).moved
-    assert "calibrated.auc" in moved
-
-
-def test_one_expert_alone(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_expert_alone(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """`expert:towe` must not quietly report the verdict instead, nor an expert's number as that of an MLLM."""
-    words = ("detect", "--data", data, "--out", tmp_path / "out", "--model")
-    assert bench(monkeypatch, StandIn(), *words, "expert:towe") == 2
-    assert "did you mean 'tower'" in capsys.readouterr().err
+    assert runs(StandIn(), "--model", "expert:towe") == 2 and "did you mean 'tower'" in runs.said()
 
     class One(StandIn):
         def judge(self, source: Path | bytes, rationale: bool) -> Report | Failure:
@@ -505,28 +462,23 @@ def test_one_expert_alone(
             return report if isinstance(report, Failure) else replace(report, evidence=report.evidence[:1])
 
     monkeypatch.setattr(models, "experts_alone", lambda name: One())
-    assert bench(monkeypatch, StandIn(), *words, "expert:good") == 0
-    assert list(result_of(tmp_path / "out")["scorers"]) == ["expert:good"]
-    assert bench(monkeypatch, StandIn(), *words, "fusion") == 0
-    assert list(result_of(tmp_path / "out")["scorers"]) == ["fusion", "expert:good"]
-
-
-def test_majority_is_chance(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accuracy alone makes the majority class look like a model; its AUC and balanced accuracy tell."""
-    assert (
-        bench(monkeypatch, StandIn(), "detect", "--data", data, "--out", tmp_path / "out", "--model", "majority") == 0
-    )
-    result = result_of(tmp_path / "out")
+    assert runs(StandIn(), "--model", "expert:good") == 0
+    assert list(runs.result()["scorers"]) == ["expert:good"]
+    assert runs(StandIn(), "--model", "fusion") == 0
+    assert list(runs.result()["scorers"]) == ["fusion", "expert:good"]
+    # Accuracy alone makes the majority class look like a model.
+    assert runs(StandIn(), "--model", "majority") == 0
+    result = runs.result()
     scorer = result["scorers"]["majority"]
     assert scorer["overall"]["auc"]["value"] == 0.5 and scorer["overall"]["at_0.5"]["accuracy"] == 0.6
     assert scorer["answers"]["balanced_accuracy"] == 0.5
     assert result["majority_from"] == "the judged samples"
 
 
-def test_explanations_against_known_cues(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explanations_against_known_cues(runs: Runs) -> None:
     """The baseline stands beside the model; a template is seen as one; invented cues on real pictures are counted."""
-    assert bench(monkeypatch, StandIn(), "describe", "--data", data, "--out", tmp_path / "out") == 0
-    result = result_of(tmp_path / "out")
+    assert runs(StandIn(), task="describe") == 0
+    result = runs.result()
     model, majority = result["scorers"]["model"], result["scorers"]["majority"]
     assert (model["n_fake"], majority["n_fake"]) == (14, 16)  # two fakes could not be judged
     assert model["cues"]["micro"]["precision"] == 1.0 and 0 < model["cues"]["micro"]["recall"] < 1
@@ -538,29 +490,24 @@ def test_explanations_against_known_cues(data: Path, tmp_path: Path, monkeypatch
     pointing = result["scorers"]["expert:good"]
     assert pointing["n_fake"] == model["n_fake"] and pointing["cues"]["micro"]["precision"] == 0.5
     assert pointing["cues"]["micro"]["recall"] == model["cues"]["micro"]["recall"]
+    # Agreement with an empty truth is not a zero and not a one.
+    write_csv(runs.data, [{"path": "a.png", "label": "fake"}])
+    assert runs(StandIn(), task="describe", out="none") == 2 and "error [nothing_to_measure]: " in runs.said()
 
 
-def test_describe_without_known_cues_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Agreement with an empty truth is not a zero and not a one."""
-    file = write_csv(tmp_path / "m.csv", [{"path": "a.png", "label": "fake"}])
-    assert bench(monkeypatch, StandIn(), "describe", "--data", file, "--out", tmp_path / "out") == 2
-    assert "error [nothing_to_measure]: " in capsys.readouterr().err
-
-
-def test_annotations_without_cues_are_scored_as_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_annotations_without_cues_are_scored_as_texts(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `eval.protocols annotations` writes was refused; and no cues known is not an F1 of 0."""
     records: list[dict[str, Any]] = []
     for i in range(8):
-        picture(tmp_path / f"p/{i}.png", 0.2 + 0.08 * i)
+        picture(runs.folder / f"p/{i}.png", 0.2 + 0.08 * i)
         record = {"image": f"p/{i}.png", "label": int(i < 4), "question": "Why?"}
         records.append(record | {"answer": ["Nothing is odd.", "It is a photo."] if i < 4 else ["Its jaw is blended."]})
     told = "This image is fake: the jaw is blended."
     records += [record | {"question": "What is odd?", "answer": told} for record in records[4:]]
-    (tmp_path / "a.json").write_text(json.dumps(records), "utf-8")
-    read = protocols.read_annotations(tmp_path / "a.json", [tmp_path], real=["1"], fake=["0"])
-    write_manifest(tmp_path / "a.jsonl", read.samples)
+    (runs.folder / "a.json").write_text(json.dumps(records), "utf-8")
+    read = protocols.read_annotations(runs.folder / "a.json", [runs.folder], real=["1"], fake=["0"])
+    runs.data = runs.folder / "a.jsonl"
+    write_manifest(runs.data, read.samples)
     compared: list[tuple[list[list[str]], list[str]]] = []
 
     def exact(references: list[list[str]], said: list[str], **_: Any) -> dict[str, Any]:
@@ -569,8 +516,8 @@ def test_annotations_without_cues_are_scored_as_texts(tmp_path: Path, monkeypatc
         return {"rouge_l": {"value": float(right), "by": "a stand-in"}}
 
     monkeypatch.setattr(texts, "text_metrics", exact)
-    assert bench(monkeypatch, StandIn(), "describe", "--data", tmp_path / "a.jsonl", "--out", tmp_path / "out") == 0
-    result = result_of(tmp_path / "out")
+    assert runs(StandIn(), task="describe") == 0
+    result = runs.result()
     of_template, of_model = compared
     assert of_template[0] == [["Nothing is odd.", "It is a photo."]] * 4 + [["Its jaw is blended.", told]] * 4
     assert set(of_model[1]) == {told}
@@ -580,50 +527,38 @@ def test_annotations_without_cues_are_scored_as_texts(tmp_path: Path, monkeypatc
     assert list(result["scorers"]) == ["template", "model"] and result["majority"] is None
     model = result["scorers"]["model"]
     assert not {"cues", "areas", "by_method", "invented_on_reals"} & model.keys()
-    rows = pq.read_table(tmp_path / "out" / "samples.parquet").to_pylist()
-    assert model["text"]["n"] == sum(bool(row["rationale"]) for row in rows) > 1
+    assert model["text"]["n"] == sum(bool(row["rationale"]) for row in runs.rows()) > 1
     assert list(result["headline"]) == [f"{n}.{k}" for n in ("template", "model") for k in ("bleu_mean", "rouge_l")]
     rouge = result["headline"]["model.rouge_l"]
     assert (rouge["value"], rouge["interval"], rouge["n"]) == (1.0, None, model["text"]["n"])
     assert result["headline"]["model.bleu_mean"]["value"] is None  # not measured here, which is no zero
     table = tables.table("describe", {"describe": result})
     assert "answers to 2 different questions" in table and "| model | " in table and "F1" not in table
-
     # Beside pictures with known cues, those without are in the text metrics alone.
     cued = [replace(s, cues=(Cue("jaw", "blending"),)) if i == 7 else s for i, s in enumerate(read.samples)]
-    write_manifest(tmp_path / "b.jsonl", cued)
-    assert bench(monkeypatch, StandIn(), "describe", "--data", tmp_path / "b.jsonl", "--out", tmp_path / "mixed") == 0
-    model = result_of(tmp_path / "mixed")["scorers"]["model"]
+    write_manifest(runs.data, cued)
+    assert runs(StandIn(), task="describe", out="mixed") == 0
+    model = runs.result("mixed")["scorers"]["model"]
     assert model["n_fake"] == model["cues"]["n"] == 1 and model["text"]["n"] > 1
 
 
-def test_a_clip_id_shared_by_two_clips_is_refused(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_clip_id_shared_by_two_clips_is_refused(runs: Runs) -> None:
     """`000_003` under two manipulations would merge into one clip."""
-    rows = list(csv.DictReader(data.read_text("utf-8").splitlines()))
+    rows = runs.manifest()
     for row in rows:
         row["video"] = row["group"] + row["method"]
-    words = ("detect", "--data", data, "--out", tmp_path / "out")
-    write_csv(data, [r for r in rows if r["group"]])
-    assert bench(monkeypatch, StandIn(), *words) == 0
-    videos = result_of(tmp_path / "out")["scorers"]["calibrated"]["videos"]
+    write_csv(runs.data, [r for r in rows if r["group"]])
+    assert runs(StandIn()) == 0
+    videos = runs.result()["scorers"]["calibrated"]["videos"]
     assert videos["n"] == 38 and "stock" not in videos
-    assert bench(monkeypatch, StandIn(), *words, "--compat", "clips") == 0
-    stock = result_of(tmp_path / "out")["scorers"]["calibrated"]["videos"]["stock"]
+    assert runs(StandIn(), "--compat", "clips") == 0
+    stock = runs.result()["scorers"]["calibrated"]["videos"]["stock"]
     assert stock["n"] == len({Path(row["path"]).parent.name for row in rows})  # folders of one name are one clip there
-    assert bench(monkeypatch, StandIn(), *words, "--compat", "clip") == 2
+    assert runs(StandIn(), "--compat", "clip") == 2
     rows[25]["video"] = rows[24]["video"] = "000_003"
-    write_csv(data, rows)
-    assert bench(monkeypatch, StandIn(), *words) == 2
-    assert "error [clips_share_id]: " in (said := capsys.readouterr().err) and "'000_003'" in said
-
-
-def test_the_limit_is_not_the_head_of_the_list(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Manifests are sorted by label: the first 20 rows are all real."""
-    bench(monkeypatch, StandIn(), "detect", "--data", data, "--out", tmp_path / "out", "--limit", 20)
-    counts = result_of(tmp_path / "out")["data"]
-    assert counts["n"] == 20 and counts["n_fake"] > 0
+    write_csv(runs.data, rows)
+    assert runs(StandIn()) == 2
+    assert "error [clips_share_id]: " in (said := runs.said()) and "'000_003'" in said
 
 
 def test_it_runs_as_a_script() -> None:
@@ -635,22 +570,23 @@ def test_it_runs_as_a_script() -> None:
     assert {"change jpeg50", "suite codec", "protocol df40-p1"} <= set(listed[len(TASKS) :])
 
 
-def test_readme_tables_follow_the_results(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_tables_follow_the_results(runs: Runs) -> None:
     """A number in the README that was typed, or that is older than the result file."""
-    bench(monkeypatch, StandIn(), "detect", "--data", data, "--out", tmp_path / "out")
-    results, readme = tmp_path / "results", tmp_path / "README.md"
+    runs(StandIn())
+    results, readme = runs.folder / "results", runs.folder / "README.md"
     results.mkdir()
-    (tmp_path / "out" / "result.json").rename(results / "val.json")
     readme.write_text("# Title\n\n<!-- table:detect-all -->\n<!-- /table -->\n\nafter\n", "utf-8")
-    result = json.loads((results / "val.json").read_text("utf-8"))
+    result = runs.result()
     result["code"] = {"commit": "c", "dirty": False}
     result["hashes"] |= {"base": "b", "adapter": "a", "calibration": "c"}
     (results / "val.json").write_text(json.dumps(result), "utf-8")
+    assert {tables.table(name, {}) for name in tables.TABLES} == {tables.NOT_MEASURED}  # not the last one, nor none
 
     def made(*words: str) -> tuple[int, str]:
-        options = ["--pages", str(readme), "--results", str(results), *words]
-        run = subprocess.run([sys.executable, "-m", "eval.tables", *options], cwd=ROOT, capture_output=True, text=True)
-        return run.returncode, run.stderr
+        app = typer.Typer()
+        app.command()(tables.main)
+        done = CliRunner().invoke(app, ["--pages", str(readme), "--results", str(results), *words])
+        return done.exit_code, f"{done.stderr}{done.exception or ''}"
 
     assert made("--check")[0] == 1
     assert made() == (0, "")
@@ -682,43 +618,35 @@ def test_a_result_of_unknown_origin_is_not_quoted(change: dict[str, Any], why: s
     assert why in "; ".join(tables.faults("val", result | change))
 
 
-def test_what_lies_in_the_way_is_one_line(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_lies_in_the_way_is_one_line(runs: Runs) -> None:
     """A table or a reference that was cut off in copying, or a folder in its place, ended in a traceback."""
-    (tmp_path / "cut").mkdir()
-    (tmp_path / "cut" / "samples.parquet").write_bytes(b"PAR1")
-    with raises("rows_unreadable", tmp_path / "cut"):
-        Store(tmp_path / "cut", {}).check([])
-    for number, text in enumerate((b"{", b"[" * 5000, b'{"headline": []}', b"\xff")):
-        path = tmp_path / f"{number}.json"
-        path.write_bytes(text)
-        with raises("not_a_result", path):
-            compare.Reference.read(path)
-    assert bench(monkeypatch, StandIn(), "detect", "--data", data, "--out", data) == 2
-    assert bench(monkeypatch, StandIn(), "detect", "--data", data, "--out", tmp_path / "o", "--seed", "-1") == 2
+    cut, file = runs.folder / "cut", runs.folder / "reference.json"
+    cut.mkdir()
+    (cut / "samples.parquet").write_bytes(b"PAR1")
+    with raises("rows_unreadable", cut):
+        Store(cut, {}).check([])
+    for text in (b"{", b"[" * 5000, b'{"headline": []}', b"\xff"):
+        file.write_bytes(text)
+        with raises("not_a_result", file):
+            compare.Reference.read(file)
+    assert runs(StandIn(), out=runs.data.name) == 2
+    assert runs(StandIn(), "--seed", "-1") == 2
 
 
-def test_looks_at_a_reporting_set_are_counted(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_looks_at_a_reporting_set_are_counted(runs: Runs) -> None:
     """Versions 4 to 6 were compared on the very set that is reported: the best of several looks is no measurement."""
-    ledger = tmp_path / "looks.jsonl"
+    ledger = runs.folder / "looks.jsonl"
 
     def look(weights: str, out: str) -> dict[str, Any]:
-        words = ["detect", "--data", data, "--split", "val", "--reporting", ledger, "--out", tmp_path / out]
-        assert bench(monkeypatch, StandIn(weights), *words) == 0
-        return result_of(tmp_path / out)
+        assert runs(StandIn(weights), "--split", "val", "--reporting", ledger, out=out) == 0
+        return runs.result(out)
 
     first, again = look("w1", "a"), look("w1", "b")
     assert first["reporting"] == again["reporting"] == {"versions": ["embedded"], "look": 1}
     assert len(ledger.read_text().splitlines()) == 1
     other = look("w2", "c")
-    assert other["reporting"]["look"] == 2 and "look number 2" in (tmp_path / "c" / "result.html").read_text()
-    assert "look number 2" in "; ".join(tables.faults("val", other)) and not [
-        fault for fault in tables.faults("val", first) if "look" in fault
-    ]
+    assert other["reporting"]["look"] == 2 and "look number 2" in (runs.folder / "c" / "result.html").read_text()
+    assert "look number 2" in "; ".join(tables.faults("val", other))
+    assert "look" not in "; ".join(tables.faults("val", first))
     ledger.write_text("[1]\n")
-    words = ["detect", "--data", data, "--reporting", ledger, "--out", tmp_path / "d"]
-    assert bench(monkeypatch, StandIn(), *words) == 2
-
-
-def test_what_was_not_measured_says_so() -> None:
-    """An empty table, or the last one, where a result file is gone."""
-    assert {tables.table(name, {}) for name in tables.TABLES} == {tables.NOT_MEASURED}
+    assert runs(StandIn(), "--reporting", ledger, out="d") == 2

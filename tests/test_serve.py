@@ -85,8 +85,8 @@ def test_strangers_are_refused(client: Any) -> None:
             assert answer.status_code == 403 and answer.json()["error"]["code"] == "foreign_host"
 
 
-def test_a_form_is_read_as_its_file(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bug prevented: `curl -F file=@photo.jpg` has its boundaries judged as a picture, and a form passes the bound."""
+def test_an_upload_is_read_as_its_file_and_bounded(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: `curl -F file=@photo.jpg` has its boundaries judged as a picture; uploads fill the memory."""
     photo = bytes(range(256)) * 8
     plain, form = client.post("/detect", content=photo), client.post("/detect", files={"file": ("a.jpg", photo)})
     assert plain.status_code == form.status_code == 200 and form.json() == plain.json()
@@ -96,28 +96,23 @@ def test_a_form_is_read_as_its_file(client: Any, monkeypatch: pytest.MonkeyPatch
         assert answer.status_code == 400 and answer.json()["error"]["code"] == "bad_form"
     monkeypatch.setattr(serve, "MAX_UPLOAD", 1000)
     assert client.post("/detect", files={"file": ("a.jpg", photo)}).status_code == 413
-
-
-def test_an_upload_is_bounded(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bug prevented: one large or many small uploads that fill the memory."""
-    monkeypatch.setattr(serve, "MAX_UPLOAD", 1000)
     assert client.post("/detect", content=b"x" * 1001).status_code == 413
     assert client.post("/detect", content=b"x" * 1000).status_code == 422  # taken in, and no picture
     assert client.post("/detect?frames=0", content=b"x").status_code == 422
     monkeypatch.setattr(serve, "AT_ONCE", 0)
     assert client.post("/detect", content=b"x").status_code == 503
-
-
-def test_the_server_describes_itself(client: Any) -> None:
-    """Bug prevented: an interface that nobody can generate a client from."""
-    described = client.get("/openapi.json").json()
-    body = described["paths"]["/detect"]["post"]["requestBody"]
-    assert {"application/octet-stream", "multipart/form-data"} == set(body["content"])
-    assert {"/detect", "/model"} == set(described["paths"])
+    described = client.get("/openapi.json").json()["paths"]
+    body = described["/detect"]["post"]["requestBody"]
+    assert set(body["content"]) == {"application/octet-stream", "multipart/form-data"}
+    assert set(described) == {"/detect", "/model"}
 
 
 def test_no_server_is_one_line(tmp_path: Path) -> None:
-    """Bug prevented: a traceback, or an empty table, where the server was not started."""
+    """Bug prevented: a traceback where the server was not started; an address printed as if somebody listened there."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]  # is told before a model is loaded
+        done = CliRunner().invoke(app, ["serve", "--port", str(port), "--model", "/no/such/model"])
+    assert done.exit_code == 1 and "[port_unavailable]" in done.stderr and str(port) in done.stderr
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening
         with pytest.raises(X2DFDError):
@@ -125,10 +120,7 @@ def test_no_server_is_one_line(tmp_path: Path) -> None:
     for url in ("ftp://127.0.0.1", "127.0.0.1:8417", "http://"):
         with pytest.raises(SetupError):
             ServerDetector(url)
-
-
-def test_only_loopback_goes_past_the_proxy() -> None:
-    """Bug prevented: a name that only looks like this machine."""
+    # Only this machine goes past the proxy, and no name that looks like it.
     assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "localhost", "a.localhost")))
     assert not any(map(is_loopback, ("127.0.0.1.example", "0.0.0.0", "10.0.0.1", "localhost.example")))
 
@@ -147,11 +139,3 @@ def test_a_server_on_a_name_answers_under_it(monkeypatch: pytest.MonkeyPatch) ->
         serve.serve(stub, "192.0.2.7", there)
     other = testclient.TestClient(asked[0], base_url="http://192.0.2.7")
     assert other.get("/model").json()["name"] == "stub"
-
-
-def test_a_taken_port_is_said_before_a_model_is_loaded() -> None:
-    """Bug prevented: the address is printed as if somebody listened there, and uvicorn's log says otherwise."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        done = CliRunner().invoke(app, ["serve", "--port", str(port), "--model", "/no/such/model"])
-    assert done.exit_code == 1 and "[port_unavailable]" in done.stderr and str(port) in done.stderr

@@ -57,13 +57,6 @@ def test_the_interval_of_a_gap_between_rates_covers_as_often_as_it_says(first: i
     assert min(chances) >= 0.93 and np.mean(chances) <= 0.985
 
 
-def test_a_gap_needs_both_rates() -> None:
-    few, many = stats.rate([True] * 3, ["a", "b", "c"]), stats.rate([False] * 30, names(np.arange(30)))
-    gap = stats.rate_difference(few, many)
-    assert (gap.value, gap.interval, gap.note, gap.n, gap.groups) == (1.0, None, TOO_FEW, 33, 33)
-    assert stats.rate_difference(few, stats.rate([], [])).value is None
-
-
 def test_the_interval_of_a_rate_counts_groups_of_any_size() -> None:
     """Thirty frames of one clip counted as thirty pictures: an interval a fifth as wide as it should be."""
     rng = np.random.default_rng(0)
@@ -104,6 +97,12 @@ def test_few_groups_have_no_interval() -> None:
     assert (three.value, three.interval, three.note) == (1.0, None, TOO_FEW)  # AUC 1 of three fakes was [1, 1]
     assert stats.rate([], []) == Measured(None)
     assert stats.measured_auc(np.ones(3, np.int64), np.zeros(3), ["a", "b", "c"]).value is None
+    few, many = stats.rate([True] * 3, ["a", "b", "c"]), stats.rate([False] * 30, names(np.arange(30)))
+    gap = stats.rate_difference(few, many)
+    assert (gap.value, gap.interval, gap.note, gap.n, gap.groups) == (1.0, None, TOO_FEW, 33, 33)
+    assert stats.rate_difference(few, stats.rate([], [])).value is None
+    for figure in (Measured(0.5, (0.4, 0.6), 10, 5), Measured(None), three):  # read back from its file
+        assert Measured.read(figure.to_json()) == figure
 
 
 def test_no_interval_of_zero_width() -> None:
@@ -194,9 +193,3 @@ def test_copies_and_the_order_of_samples_do_not_matter() -> None:
     order = np.random.default_rng(7).permutation(len(labels))
     shuffled = stats.measured_auc(labels[order], scores[order], [groups[i] for i in order])
     assert shuffled.interval == pytest.approx(found.interval)
-
-
-def test_a_figure_survives_its_file() -> None:
-    """An interval read back as none would show a number as if nothing were known of it."""
-    for figure in (Measured(0.5, (0.4, 0.6), 10, 5), Measured(None), Measured(1.0, None, 3, 1, TOO_FEW)):
-        assert Measured.read(figure.to_json()) == figure

@@ -81,14 +81,10 @@ def processor_of_llava_15() -> Any:
         "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
     )
     return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"height": 224, "width": 224}, do_center_crop=False),
-        tokenizer=fast,
-        patch_size=16,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token="<image>",
+        CLIPImageProcessorPil(size={"height": 224, "width": 224}, do_center_crop=False), fast, patch_size=16,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1, image_token="<image>",
         chat_template=template,
-    )
+    )  # fmt: skip
 
 
 def write_base(
@@ -118,27 +114,16 @@ def _make_base(folder: Path, processor: Any | None, text_layers: int, tied: bool
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=224, patch_size=16
     )
+    tokenizer = processor.tokenizer
     text = LlamaConfig(
-        vocab_size=len(processor.tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=text_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        bos_token_id=processor.tokenizer.bos_token_id,
-        eos_token_id=processor.tokenizer.eos_token_id,
-        pad_token_id=processor.tokenizer.pad_token_id,
-        tie_word_embeddings=tied,
-    )
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=text_layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=tied,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
     config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=processor.tokenizer.convert_tokens_to_ids(processor.image_token),
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=tied,
-    )
+        vision_config=vision, text_config=text, vision_feature_layer=-1, vision_feature_select_strategy="default",
+        image_token_index=tokenizer.convert_tokens_to_ids(processor.image_token), tie_word_embeddings=tied,
+    )  # fmt: skip
     torch.manual_seed(7)
     model = LlavaForConditionalGeneration(config)
     with torch.no_grad():
@@ -168,22 +153,12 @@ def write_adapter(folder: Path, base: Path, experts: Sequence[str] = (EXPERT,)) 
                 p.normal_(0, 0.1)
     tuned.save_pretrained(str(folder))
     card = AdapterCard(
-        name="tiny",
-        version="1",
-        source="a test",
-        licence="Apache-2.0",
-        sha256=file_sha256(folder / WEIGHTS),
-        preprocessing=PREPROCESSING,
-        paper="X2-DFD, arXiv 2410.06126",
-        blind_spot="everything",
-        weights=WEIGHTS,
-        base=base_identity(base),
-        tower_layers=3,
+        name="tiny", version="1", source="a test", licence="Apache-2.0", sha256=file_sha256(folder / WEIGHTS),
+        preprocessing=PREPROCESSING, paper="X2-DFD, arXiv 2410.06126", blind_spot="everything", weights=WEIGHTS,
+        base=base_identity(base), tower_layers=3, feature_layers=(-1,), prompt_sha256=prompts.prompt_hash(processor),
         text_layers=tuple(range(model.config.text_config.num_hidden_layers)),
-        feature_layers=(-1,),
-        prompt_sha256=prompts.prompt_hash(processor),
         experts=dict.fromkeys(experts, Brightness.card.sha256),
-    )
+    )  # fmt: skip
     write_adapter_card(folder, card)
     weights = dict.fromkeys(("mllm", *experts), 0.1) | {EXPERT: 4.0}
     means = dict.fromkeys(weights, 0.0) | {EXPERT: -0.4}
@@ -202,19 +177,10 @@ def write_small_manifest(folder: Path, photo: np.ndarray[Any, Any], count: int =
         pixels = np.clip(photo.astype(np.int16) + 8 * (i - count // 2), 0, 255).astype(np.uint8)
         path = folder / f"{i}.png"
         Image.fromarray(pixels[:320, 80:400]).save(path)
-        samples.append(
-            Sample(
-                id=f"s{i}",
-                path=path,
-                label="fake" if fake else "real",
-                method=methods[i // 2 % 3] if fake else "",
-                df_class="FS" if fake else "real",
-                source="generated",
-                group=f"g{i}",
-                split="calib" if i >= count - 2 else "train",
-                cues=cues if fake else (),
-            )
-        )
+        one = Sample(f"s{i}", path, "real", df_class="real", source="generated", group=f"g{i}", split="train")
+        if fake:
+            one = replace(one, label="fake", method=methods[i // 2 % 3], df_class="FS", cues=cues)
+        samples.append(replace(one, split="calib") if i >= count - 2 else one)
     write_manifest(folder / "manifest.jsonl", samples)
     return folder / "manifest.jsonl"
 
