@@ -321,7 +321,12 @@ def test_split(kind: Kind, lora: tuple[FinetuneConfig, Any], crops: NDArray[np.u
 
 SOME = ("LLaVA-1.5", "Qwen3-VL", "Gemma 3", "PaliGemma")
 """Families whose parts differ the most: what follows depends on the family little, and costs seconds each."""
-some_families = pytest.mark.parametrize("kind", SOME, indirect=True, scope="module")
+some_families = pytest.mark.parametrize(
+    "kind",
+    [pytest.param(name, marks=() if name in SOME else pytest.mark.slow) for name in families.KINDS],
+    indirect=True,
+    scope="module",
+)
 
 
 @some_families
@@ -364,7 +369,6 @@ def test_bits(kind: Kind, crops: NDArray[np.uint8]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ("LLaVA-1.5", "Qwen3-VL"), indirect=True, scope="module")
 def test_device_map(kind: Kind, crops: NDArray[np.uint8], tmp_path: Path) -> None:
     """Language layers elsewhere than tower and head, as they are where one card does not hold them all."""
     from accelerate import dispatch_model
