@@ -450,6 +450,13 @@ def test_an_unknown_kind_is_one_line_that_says_what_to_use(tmp_path: Path, confi
     assert told in refusal(tmp_path / "model", **config)
 
 
+def test_a_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    """Layers on disk would be read again for every question: hours, where four bits or a second GPU take seconds."""
+    families.write_model(tmp_path, "LLaVA-1.5")
+    with raises("model_too_large", "bits=4"):
+        load_model(tmp_path, device_map="auto", max_memory={"cpu": 300_000}, offload_folder=str(tmp_path / "disk"))
+
+
 def test_a_package_that_is_missing_is_named() -> None:
     """Pixtral's processor needs torchvision: the traceback of an import does not say that it can be installed."""
     with raises("package_missing", "pip install no_such_package"):

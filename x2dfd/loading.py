@@ -196,7 +196,7 @@ def load_model(
     model, info = loaded
     if any(p.is_meta for p in model.parameters()):
         raise SetupError(
-            f"{folder} does not fit into the memory of its devices: take bits=4, or more devices",
+            f"{folder} does not fit into the memory of its devices: take bits=4, more devices, or a smaller model",
             code="model_too_large",
         )
     processor = load_processor(folder)
