@@ -75,7 +75,7 @@ def main() -> None:
     url = f"http://127.0.0.1:{given.port}/v1"
     if given.vllm is None:
         return compare(local, url, given.adapter)
-    whole, lora, rank = split(given.adapter, given.out, given.base)
+    whole, lora, rank = split(f"hub:{given.base}+{given.adapter}", given.out)
     allowed = next(r for r in RANKS if r >= rank)
     command = [given.vllm, "serve", str(whole), "--enable-lora", "--max-lora-rank", str(allowed), "--port"]
     command += [str(given.port), "--lora-modules", f"x2dfd={lora}", "--limit-mm-per-prompt", '{"image": 1}']

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +18,14 @@ from torch import Tensor
 from finetune.config import LANGUAGE_LINEARS
 from finetune.published import PROJECTOR, read_trained
 from x2dfd import prompts
-from x2dfd.adapter import PEFT_PREFIX, WEIGHTS, AdapterCard, check_tensors, write_adapter_card
+from x2dfd.adapter import PEFT_PREFIX, WEIGHTS, AdapterCard, check_tensors, probe_logits, write_adapter_card
 from x2dfd.errors import SetupError
 from x2dfd.experts import load_expert
-from x2dfd.faces import PREPROCESSING
+from x2dfd.faces import preprocessing
 from x2dfd.files import Json, file_sha256, parse_json, write_text
-from x2dfd.loading import base_identity, load_processor
+from x2dfd.loading import base_identity, crop_size_of, load_processor
+from x2dfd.model_spec import ModelSpec
+from x2dfd.opening import load
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -158,7 +161,7 @@ def to_hub(
 ) -> AdapterCard:
     """Convert a published adapter directory, or a checkpoint of its training; returns the card that is written.
 
-    `base`: the hub's LLaVA that it fits (its processor is read, for the prompt's hash); `frame`: see
+    `base`: the hub's LLaVA that it fits, which is loaded too, for what the probe pictures score; `frame`: see
     `x2dfd.prompts.FRAMES`; `experts`: whose scores stand in its prompt, in that order, with the weights that are here;
     `aliases`: what the prompt calls some of them. Raises SetupError with the reason; `out` must hold no adapter yet.
     """
@@ -177,6 +180,7 @@ def to_hub(
     check_complete(state, others, settings, int(config.text_config.num_hidden_layers), source)
     check_shapes(both, config, source)
     used = {name: load_expert(name).card.sha256 for name in experts}
+    side = crop_size_of(processor)
     _write(out, both, target_settings)
     card = AdapterCard(
         name=source.resolve().name,
@@ -184,7 +188,7 @@ def to_hub(
         source="a published X2-DFD adapter, converted: python -m finetune convert",
         licence="that of its publisher",
         sha256=file_sha256(out / WEIGHTS),
-        preprocessing=PREPROCESSING,
+        preprocessing=preprocessing(side),
         paper="X2-DFD, arXiv 2410.06126",
         blind_spot="trained on other face crops than it is shown here; forgeries unlike those of its training",
         weights=WEIGHTS,
@@ -193,7 +197,15 @@ def to_hub(
         prompt_sha256=prompts.prompt_hash(processor),
         experts=used,
         aliases=dict(aliases or {}),
+        crop_size=side,
     )
+    write_adapter_card(out, card)
+    try:
+        mllm = load(ModelSpec(base=base, adapter=out), mode="paper", experts=(), device="cpu").mllm
+    except SetupError:
+        (out / WEIGHTS).unlink()  # so that it can be converted again
+        raise
+    card = replace(card, probes=probe_logits(mllm, side))
     write_adapter_card(out, card)
     return card
 

@@ -52,20 +52,15 @@ TODAY = (
 )
 
 TEXT: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-}
-TOWER: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
-SIGLIP = {**TOWER, "image_size": 56, "patch_size": 14}
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 4096,
+}  # fmt: skip
+TOWER: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+CLIP = {"model_type": "clip_vision_model", **TOWER, "image_size": 64, "patch_size": 16}
+SIGLIP = {"model_type": "siglip_vision_model", **TOWER, "image_size": 56, "patch_size": 14}
+CLIP_SQUARE = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
+SIGLIP_SQUARE = {"size": {"height": 56, "width": 56}}
+CLIP_TOKENS = {"patch_size": 16, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 
 
@@ -106,270 +101,169 @@ def tokenizer(
     )
 
 
-def _processor(kind: str, *parts: Any, template: str | None, **settings: Any) -> Any:
+def _processor(kind: str, pictures: tuple[str, Any], words: Any, template: str | None, **settings: Any) -> Any:
+    """A family's processor; `pictures`: the class of its image processor and that one's settings."""
+    import transformers
+
+    parts = [getattr(transformers, pictures[0])(**pictures[1]), words]
     return put_together(processor_class(FAMILIES[kind]), parts, {"chat_template": template, **settings})
 
 
-def _ids(processor: Any, *tokens: str) -> list[int]:
-    return [processor.tokenizer.convert_tokens_to_ids(t) for t in tokens]
+def _ids(processor: Any, **tokens: str) -> dict[str, int]:
+    return {key: processor.tokenizer.convert_tokens_to_ids(token) for key, token in tokens.items()}
 
 
-def _text(processor: Any, **more: Any) -> dict[str, Any]:
+def _config(kind: str, processor: Any, text: dict[str, Any], **settings: Any) -> Any:
+    """A configuration of a `model_type`; `text`: what of the language model is the family's own."""
+    from transformers import AutoConfig
+
     fast = processor.tokenizer
-    return {
-        **TEXT,
-        "vocab_size": len(fast),
-        "bos_token_id": fast.bos_token_id,
-        "eos_token_id": fast.eos_token_id,
-        "pad_token_id": fast.pad_token_id,
-        "tie_word_embeddings": False,
-        **more,
-    }
+    own = {key: getattr(fast, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text_config = {**TEXT, "vocab_size": len(fast), **own, "tie_word_embeddings": False, **text}
+    return AutoConfig.for_model(kind, text_config=text_config, tie_word_embeddings=False, **settings)
 
 
 def plain_processor(template: str) -> Any:
     """A processor that renders a chat template; `<image>` is its picture."""
-    from transformers import CLIPImageProcessorPil
-
-    return _processor("llava", CLIPImageProcessorPil(), tokenizer(["<image>"], bos="<s>"), template=template)
+    return _processor("llava", ("CLIPImageProcessorPil", {}), tokenizer(["<image>"], bos="<s>"), template)
 
 
 def _llava() -> tuple[Any, Any]:
-    from transformers import CLIPImageProcessorPil, LlavaConfig
-
-    processor = _processor(
-        "llava",
-        CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}),
-        tokenizer(["<image>"], bos="<s>"),
-        template=VICUNA,
-        patch_size=16,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
-    [image] = _ids(processor, "<image>")
-    return processor, LlavaConfig(
-        vision_config={"model_type": "clip_vision_model", **TOWER, "image_size": 64, "patch_size": 16},
-        text_config={"model_type": "llama", **_text(processor)},
-        image_token_index=image,
-        vision_feature_layer=-2,
-        tie_word_embeddings=False,
+    words = tokenizer(["<image>"], bos="<s>")
+    processor = _processor("llava", ("CLIPImageProcessorPil", CLIP_SQUARE), words, VICUNA, **CLIP_TOKENS)
+    image = _ids(processor, image_token_index="<image>")
+    return processor, _config(
+        "llava", processor, {"model_type": "llama"}, vision_config=CLIP, vision_feature_layer=-2, **image
     )
 
 
 def _llava_next() -> tuple[Any, Any]:
-    from transformers import LlavaNextConfig, LlavaNextImageProcessorPil
-
-    grid = [[64, 128], [128, 64], [128, 128]]
-    processor = _processor(
-        "llava_next",
-        LlavaNextImageProcessorPil(
-            size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_grid_pinpoints=grid
-        ),
-        tokenizer(["<image>", "[INST]", "[/INST]"], bos="<s>", adds_bos=False),
-        template=INST.replace("PICTURE", "<image>\n"),
-        patch_size=16,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
-    [image] = _ids(processor, "<image>")
-    return processor, LlavaNextConfig(
-        vision_config={"model_type": "clip_vision_model", **TOWER, "image_size": 64, "patch_size": 16},
-        # The window is shorter than a prompt.
-        text_config={"model_type": "mistral", **_text(processor), "sliding_window": 24},
-        image_token_index=image,
-        image_grid_pinpoints=grid,
-        tie_word_embeddings=False,
-    )
+    grid = {"image_grid_pinpoints": [[64, 128], [128, 64], [128, 128]]}
+    pictures = ("LlavaNextImageProcessorPil", CLIP_SQUARE | grid)
+    words = tokenizer(["<image>", "[INST]", "[/INST]"], bos="<s>", adds_bos=False)
+    processor = _processor("llava_next", pictures, words, INST.replace("PICTURE", "<image>\n"), **CLIP_TOKENS)
+    image = _ids(processor, image_token_index="<image>")
+    text = {"model_type": "mistral", "sliding_window": 24}  # the window is shorter than a prompt
+    return processor, _config("llava_next", processor, text, vision_config=CLIP, **grid, **image)
 
 
 def _llava_onevision() -> tuple[Any, Any]:
-    from transformers import LlavaOnevisionConfig, LlavaOnevisionImageProcessorPil
-
-    grid = [[56, 112], [112, 56], [112, 112]]
+    grid = {"image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]]}
     processor = _processor(
         "llava_onevision",
-        LlavaOnevisionImageProcessorPil(size={"height": 56, "width": 56}, image_grid_pinpoints=grid),
+        ("LlavaOnevisionImageProcessorPil", SIGLIP_SQUARE | grid),
         tokenizer(["<image>", "<video>", "<|im_start|>"], eos="<|im_end|>"),
-        template=CHATML.replace("SYSTEM", "").replace("PICTURE", "<image>\n"),
+        CHATML.replace("SYSTEM", "").replace("PICTURE", "<image>\n"),
         num_image_tokens=16,
         vision_feature_select_strategy="full",
     )
-    image, video = _ids(processor, "<image>", "<video>")
-    return processor, LlavaOnevisionConfig(
-        vision_config={"model_type": "siglip_vision_model", **SIGLIP, "vision_use_head": False},
-        text_config={"model_type": "qwen2", **_text(processor)},
-        image_token_index=image,
-        video_token_index=video,
-        image_grid_pinpoints=grid,
-        tie_word_embeddings=False,
+    tokens = _ids(processor, image_token_index="<image>", video_token_index="<video>")
+    tower = {**SIGLIP, "vision_use_head": False}
+    return processor, _config(
+        "llava_onevision", processor, {"model_type": "qwen2"}, vision_config=tower, **grid, **tokens
     )
 
 
 def _qwen(kind: str) -> tuple[Any, Any]:
-    from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen2VLImageProcessorPil, Qwen3VLConfig
-
     patch = 16 if kind == "qwen3_vl" else 14
+    size = {"shortest_edge": 4 * patch * patch, "longest_edge": 64 * patch * patch}
+    specials = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    system = "" if kind == "qwen3_vl" else "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     processor = _processor(
         kind,
-        Qwen2VLImageProcessorPil(
-            size={"shortest_edge": 4 * patch * patch, "longest_edge": 64 * patch * patch}, patch_size=patch
-        ),
-        tokenizer(
-            ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"], eos="<|im_end|>"
-        ),
-        template=CHATML.replace(
-            "SYSTEM", "" if kind == "qwen3_vl" else "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        ).replace("PICTURE", "<|vision_start|><|image_pad|><|vision_end|>"),
+        ("Qwen2VLImageProcessorPil", {"size": size, "patch_size": patch}),
+        tokenizer(specials, eos="<|im_end|>"),
+        CHATML.replace("SYSTEM", system).replace("PICTURE", "<|vision_start|><|image_pad|><|vision_end|>"),
     )
-    image, video, start, end = _ids(processor, "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-    tokens: dict[str, Any] = {
-        "image_token_id": image, "video_token_id": video, "vision_start_token_id": start, "vision_end_token_id": end,
-        "tie_word_embeddings": False,
-    }  # fmt: skip
-    text = _text(processor, rope_parameters=MROPE)
+    tokens = _ids(
+        processor, image_token_id="<|image_pad|>", video_token_id="<|video_pad|>",
+        vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>",
+    )  # fmt: skip
+    text: dict[str, Any] = {"rope_parameters": MROPE}
+    tower: dict[str, Any] = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2}
+    tower |= {"patch_size": patch, "out_hidden_size": 64}
     if kind == "qwen2_vl":
-        tower: dict[str, Any] = {
-            "depth": 2,
-            "embed_dim": 32,
-            "num_heads": 2,
-            "mlp_ratio": 2,
-            "patch_size": patch,
-            "hidden_size": 64,
-        }
-        return processor, Qwen2VLConfig(vision_config=tower, text_config=text, **tokens)
-    tower = {
-        "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": patch,
-        "out_hidden_size": 64,
-    }  # fmt: skip
-    if kind == "qwen2_5_vl":
+        tower = {"depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": patch, "hidden_size": 64}
+    elif kind == "qwen2_5_vl":
         tower |= {"window_size": 56, "fullatt_block_indexes": [1]}
-        return processor, Qwen2_5_VLConfig(vision_config=tower, text_config=text, **tokens)
-    tower |= {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16}
-    return processor, Qwen3VLConfig(vision_config=tower, text_config={**text, "head_dim": 16}, **tokens)
+    else:
+        tower |= {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16}
+        text |= {"head_dim": 16}
+    return processor, _config(kind, processor, text, vision_config=tower, **tokens)
 
 
 def _internvl() -> tuple[Any, Any]:
-    from transformers import GotOcr2ImageProcessorPil, InternVLConfig
-
     named = {
         "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
         "video_token": "<video>",
     }  # fmt: skip
     processor = _processor(
         "internvl",
-        GotOcr2ImageProcessorPil(size={"height": 56, "width": 56}),
+        ("GotOcr2ImageProcessorPil", SIGLIP_SQUARE),
         tokenizer(["<|im_start|>"], eos="<|im_end|>", named=named),
-        template=CHATML.replace("SYSTEM", "").replace("PICTURE", "<IMG_CONTEXT>\n"),
+        CHATML.replace("SYSTEM", "").replace("PICTURE", "<IMG_CONTEXT>\n"),
         image_seq_length=4,
     )
-    [image] = _ids(processor, "<IMG_CONTEXT>")
-    return processor, InternVLConfig(
-        vision_config={**TOWER, "image_size": [56, 56], "patch_size": [14, 14]},
-        text_config={"model_type": "qwen2", **_text(processor)},
-        image_token_id=image,
-        image_seq_length=4,
-        tie_word_embeddings=False,
+    image = _ids(processor, image_token_id="<IMG_CONTEXT>")
+    tower = {**TOWER, "image_size": [56, 56], "patch_size": [14, 14]}
+    return processor, _config(
+        "internvl", processor, {"model_type": "qwen2"}, vision_config=tower, image_seq_length=4, **image
     )
 
 
 def _idefics(kind: str) -> tuple[Any, Any]:
-    from transformers import Idefics3Config, Idefics3ImageProcessorPil, SmolVLMConfig, SmolVLMImageProcessorPil
-
+    pictures = "Idefics3ImageProcessorPil" if kind == "idefics3" else "SmolVLMImageProcessorPil"
     tiles = [f"<row_{r}_col_{c}>" for r in (1, 2, 3, 4) for c in (1, 2, 3, 4)]
-    pictures = Idefics3ImageProcessorPil if kind == "idefics3" else SmolVLMImageProcessorPil
+    specials = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *tiles]
     processor = _processor(
         kind,
-        pictures(size={"longest_edge": 112}, max_image_size={"longest_edge": 56}),
-        tokenizer(
-            ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *tiles],
-            bos="<|im_start|>",
-            eos="<|im_end|>",
-        ),
-        template=SMOL,
+        (pictures, {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}),
+        tokenizer(specials, bos="<|im_start|>", eos="<|im_end|>"),
+        SMOL,
         image_seq_len=4,
     )
-    [image] = _ids(processor, "<image>")
-    config = Idefics3Config if kind == "idefics3" else SmolVLMConfig
-    return processor, config(
-        vision_config=SIGLIP,
-        text_config={"model_type": "llama", **_text(processor)},
-        image_token_id=image,
-        scale_factor=2,
-        tie_word_embeddings=False,
-    )
+    image = _ids(processor, image_token_id="<image>")
+    tower = {k: v for k, v in SIGLIP.items() if k != "model_type"}
+    return processor, _config(kind, processor, {"model_type": "llama"}, vision_config=tower, scale_factor=2, **image)
 
 
 def _gemma3() -> tuple[Any, Any]:
-    from transformers import Gemma3Config, Gemma3ImageProcessorPil
-
     named = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
-    processor = _processor(
-        "gemma3",
-        Gemma3ImageProcessorPil(size={"height": 56, "width": 56}),
-        tokenizer(["<start_of_turn>", "<end_of_turn>"], bos="<bos>", eos="<eos>", named=named),
-        template=GEMMA,
-        image_seq_length=4,
-    )
-    image, begin, end = _ids(processor, "<image_soft_token>", "<start_of_image>", "<end_of_image>")
-    text = _text(processor, head_dim=16, sliding_window=12, layer_types=["sliding_attention", "full_attention"])
-    return processor, Gemma3Config(
-        vision_config={"model_type": "siglip_vision_model", **SIGLIP},
-        text_config=text,
-        mm_tokens_per_image=4,
-        image_token_index=image,
-        boi_token_index=begin,
-        eoi_token_index=end,
-        tie_word_embeddings=False,
-    )
+    words = tokenizer(["<start_of_turn>", "<end_of_turn>"], bos="<bos>", eos="<eos>", named=named)
+    processor = _processor("gemma3", ("Gemma3ImageProcessorPil", SIGLIP_SQUARE), words, GEMMA, image_seq_length=4)
+    tokens = _ids(processor, **{key.replace("token", "token_index"): token for key, token in named.items()})
+    text = {"head_dim": 16, "sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
+    return processor, _config("gemma3", processor, text, vision_config=SIGLIP, mm_tokens_per_image=4, **tokens)
 
 
 def _paligemma(text_kind: str) -> tuple[Any, Any]:
-    from transformers import PaliGemmaConfig, SiglipImageProcessorPil
-
-    pictures: Any = SiglipImageProcessorPil(size={"height": 56, "width": 56})
-    pictures.image_seq_length = 16
-    processor = _processor(
-        "paligemma",
-        pictures,
-        tokenizer(["<image>"], bos="<bos>", eos="<eos>", adds_bos=False, named={"image_token": "<image>"}),
-        template=None,
-    )
-    [image] = _ids(processor, "<image>")
+    words = tokenizer(["<image>"], bos="<bos>", eos="<eos>", adds_bos=False, named={"image_token": "<image>"})
+    pictures = ("SiglipImageProcessorPil", {**SIGLIP_SQUARE, "image_seq_length": 16})
+    processor = _processor("paligemma", pictures, words, None)
+    image = _ids(processor, image_token_index="<image>")
     more = {"final_logit_softcapping": 5.0, "sliding_window": 8} if text_kind == "gemma2" else {}
-    return processor, PaliGemmaConfig(
-        vision_config={"model_type": "siglip_vision_model", **SIGLIP, "vision_use_head": False},
-        text_config={"model_type": text_kind, **_text(processor, head_dim=16, **more)},
-        image_token_index=image,
-        projection_dim=64,
-        tie_word_embeddings=False,
-    )
+    text = {"model_type": text_kind, "head_dim": 16, **more}
+    tower = {**SIGLIP, "vision_use_head": False}
+    return processor, _config("paligemma", processor, text, vision_config=tower, projection_dim=64, **image)
 
 
 def _pixtral(kind: str) -> tuple[Any, Any]:
-    from transformers import LlavaConfig, Mistral3Config, PixtralImageProcessorPil
-
-    merged = 2 if kind == "mistral3" else 1
+    mistral = kind == "mistral3"
+    specials = ["[IMG]", "[IMG_BREAK]", "[IMG_END]", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
     processor = _processor(
         kind,
-        PixtralImageProcessorPil(size={"longest_edge": 128}, patch_size={"height": 16, "width": 16}),
-        tokenizer(
-            ["[IMG]", "[IMG_BREAK]", "[IMG_END]", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"], bos="<s>"
-        ),
-        template=(TODAY if kind == "mistral3" else "") + INST.replace("PICTURE", "[IMG]"),
+        ("PixtralImageProcessorPil", {"size": {"longest_edge": 128}, "patch_size": {"height": 16, "width": 16}}),
+        tokenizer(specials, bos="<s>"),
+        (TODAY if mistral else "") + INST.replace("PICTURE", "[IMG]"),
         patch_size=16,
-        spatial_merge_size=merged,
+        spatial_merge_size=2 if mistral else 1,
     )
-    [image] = _ids(processor, "[IMG]")
-    common: dict[str, Any] = {
-        "vision_config": {"model_type": "pixtral", **TOWER, "image_size": 128, "patch_size": 16, "head_dim": 16},
-        "text_config": {"model_type": "mistral", **_text(processor, head_dim=16, sliding_window=None)},
-        "image_token_index": image,
-        "vision_feature_layer": -1,
-        "tie_word_embeddings": False,
-    }
-    if kind == "mistral3":
-        return processor, Mistral3Config(**common, spatial_merge_size=2)
-    return processor, LlavaConfig(**common, vision_feature_select_strategy="full")
+    image = _ids(processor, image_token_index="[IMG]")
+    text = {"model_type": "mistral", "head_dim": 16, "sliding_window": None}
+    tower = {"model_type": "pixtral", **TOWER, "image_size": 128, "patch_size": 16, "head_dim": 16}
+    more = {"spatial_merge_size": 2} if mistral else {"vision_feature_select_strategy": "full"}
+    name = kind if mistral else "llava"
+    return processor, _config(name, processor, text, vision_config=tower, vision_feature_layer=-1, **image, **more)
 
 
 KINDS: dict[str, tuple[str, Callable[[], tuple[Any, Any]]]] = {

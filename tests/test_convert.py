@@ -156,6 +156,7 @@ def test_a_converted_adapter_judges_in_both_frames(base: Path, adapter: Path, tm
         to_hub(adapter, tmp_path / frame, base=str(base), frame=frame)
         mllm: Any = x2dfd.load(f"hub:{base}+{tmp_path / frame}", mode="paper").mllm
         found[frame] = probe_logits(mllm)
+        assert read_adapter_card(tmp_path / frame).probes == pytest.approx(found[frame], abs=1e-3)
         asked = prompts.render(mllm.processor, prompts.QUESTION, prompts.STEM)
         who, image = ("user", "<image>") if frame == "train_consistent" else ("human", "<im_start><image><im_end>")
         assert asked == (

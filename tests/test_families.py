@@ -321,7 +321,12 @@ def test_split(kind: Kind, lora: tuple[FinetuneConfig, Any], crops: NDArray[np.u
 
 SOME = ("LLaVA-1.5", "Qwen3-VL", "Gemma 3", "PaliGemma")
 """Families whose parts differ the most: what follows depends on the family little, and costs seconds each."""
-some_families = pytest.mark.parametrize("kind", SOME, indirect=True, scope="module")
+some_families = pytest.mark.parametrize(
+    "kind",
+    [pytest.param(name, marks=() if name in SOME else pytest.mark.slow) for name in families.KINDS],
+    indirect=True,
+    scope="module",
+)
 
 
 @some_families
@@ -364,7 +369,6 @@ def test_bits(kind: Kind, crops: NDArray[np.uint8]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ("LLaVA-1.5", "Qwen3-VL"), indirect=True, scope="module")
 def test_device_map(kind: Kind, crops: NDArray[np.uint8], tmp_path: Path) -> None:
     """Language layers elsewhere than tower and head, as they are where one card does not hold them all."""
     from accelerate import dispatch_model
@@ -422,15 +426,6 @@ def test_parts_of_another_family_are_refused(tmp_path: Path) -> None:
 # --- what cannot be asked is refused in one line that says what to use -----------------------------------------------
 
 
-def refusal(folder: Path, **config: Any) -> str:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SetupError) as caught:
-        load_model(folder)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 @pytest.mark.parametrize(
     ("config", "told"),
     [
@@ -443,7 +438,17 @@ def refusal(folder: Path, **config: Any) -> str:
 )
 def test_an_unknown_kind_is_one_line_that_says_what_to_use(tmp_path: Path, config: dict[str, Any], told: str) -> None:
     """transformers' own message is forty lines, and the first is empty."""
-    assert told in refusal(tmp_path / "model", **config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SetupError) as caught:
+        load_model(tmp_path)
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    """Layers on disk would be read again for every question: hours, where four bits or a second GPU take seconds."""
+    families.write_model(tmp_path, "LLaVA-1.5")
+    with raises("model_too_large", "bits=4"):
+        load_model(tmp_path, device_map="auto", max_memory={"cpu": 300_000}, offload_folder=str(tmp_path / "disk"))
 
 
 def test_a_package_that_is_missing_is_named() -> None:

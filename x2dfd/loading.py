@@ -139,10 +139,14 @@ def processor_class(family: Family) -> Any:
             f"{family.processor} of transformers needs {package}, made for this torch: pip install {package}",
             code="package_missing",
         ) from error
+    from transformers import ProcessorMixin
+
     parts = ["image_processor", "tokenizer"]
     if found.get_attributes() == parts:
         return found
-    return type(found.__name__, (found,), {"get_attributes": classmethod(lambda _: parts), "__module__": __name__})
+    # SmolVLM's own apply_chat_template asks its processor of videos, whatever the conversation shows.
+    plain = {"get_attributes": classmethod(lambda _: parts), "apply_chat_template": ProcessorMixin.apply_chat_template}
+    return type(found.__name__, (found,), {**plain, "__module__": __name__})
 
 
 def load_model(
@@ -192,7 +196,7 @@ def load_model(
     model, info = loaded
     if any(p.is_meta for p in model.parameters()):
         raise SetupError(
-            f"{folder} does not fit into the memory of its devices: take bits=4, or more devices",
+            f"{folder} does not fit into the memory of its devices: take bits=4, more devices, or a smaller model",
             code="model_too_large",
         )
     processor = load_processor(folder)

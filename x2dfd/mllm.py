@@ -22,7 +22,7 @@ from torch import Tensor
 from x2dfd import prompts
 from x2dfd.errors import InputError, SetupError
 from x2dfd.experts import Shared
-from x2dfd.loading import family_of
+from x2dfd.loading import FAMILIES, family_of
 from x2dfd.prompts import Processor
 
 MAX_NEW_TOKENS = 80
@@ -196,7 +196,7 @@ class LocalMLLM:
         length = inputs["input_ids"].shape[1]
         if not self._family.shares:
             return Look(None, length, (), seeds, self.tower, self._family.first_position, inputs)
-        if self._model.config.model_type == "llava":
+        if self._family is FAMILIES["llava"]:
             return self._seen(inputs["pixel_values"], length, seeds)
         cache = DynamicCache()  # every layer keeps every token: those with a window are given it by their mask
         self._model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
