@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from x2dfd.calibration import Calibration
 from x2dfd.errors import SetupError
 from x2dfd.faces import CROP_SIZE, preprocessing
-from x2dfd.files import Json, check_fields, file_sha256, parse_json, write_text
+from x2dfd.files import Json, file_sha256, parse_json, write_text
 from x2dfd.prompts import QUESTION
 from x2dfd.types import Card
 
@@ -72,15 +72,6 @@ class AdapterCard(Card):
     tower_sha256: str = ""  # of a forensic tower's additions (x2dfd.tower.additions_sha256)
     assessment_sha256: str = ""  # of assessment.json beside it: the ranking whose strong cues it was taught to explain
     held_out: tuple[str, ...] = ()  # forge methods that the instruction set leaves out, for figures on unseen ones
-
-    @classmethod
-    def from_dict(cls, data: Json) -> AdapterCard:
-        check_fields(cls, data)
-        keys = ("covers", "feature_layers", "held_out", "left_out", "probes")
-        lists = {key: tuple(data.get(key, ())) for key in keys}
-        if isinstance(data.get("text_layers"), list):
-            lists["text_layers"] = tuple(data["text_layers"])
-        return cls(**{**data, **lists})
 
 
 def read_adapter_card(folder: Path) -> AdapterCard:

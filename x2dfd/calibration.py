@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from x2dfd.errors import SetupError
-from x2dfd.files import Json, bad_rate, check_fields, json_sha256, parse_json, write_text
+from x2dfd.files import Json, bad_rate, checked, json_sha256, parse_json, write_text
 from x2dfd.types import KINDS, Evidence, Verdict
 
 MLLM = "mllm"
@@ -124,9 +124,7 @@ class Calibration:
         """Raises SetupError when the file is absent, incomplete or contradicts itself."""
         path = folder / "calibration.json"
         try:
-            data = parse_json(path.read_bytes())
-            check_fields(cls, data)
-            found = cls(**{**data, "kinds": {kind: Logistic(**one) for kind, one in data["kinds"].items()}})
+            found = checked(cls, parse_json(path.read_bytes()))
             found._check()
         except (OSError, ValueError) as error:
             raise SetupError(

@@ -22,7 +22,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Literal, TextIO, cast
 
 from x2dfd.errors import X2DFDError
-from x2dfd.files import Json, check_fields, parse_json, write_text
+from x2dfd.files import Json, checked, parse_json, write_text
 from x2dfd.stores import is_address
 from x2dfd.types import DF_CLASSES, Cue
 
@@ -302,9 +302,7 @@ def _cues(where: str, value: object) -> tuple[Cue, ...]:
         cues = parse_json(value) if isinstance(value, str | bytes) else value
         if not isinstance(cues, list | tuple):
             raise TypeError("it is no list")
-        for cue in cues:
-            check_fields(Cue, cue)
-        return tuple(Cue(**cue) for cue in cues)
+        return tuple(checked(Cue, cue) for cue in cues)
     except (TypeError, ValueError) as error:
         raise X2DFDError(
             f'{where}: cues are not [{{"area": ..., "artifact": ...}}]: {error}', code="manifest_cues_malformed"

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from x2dfd.errors import X2DFDError
-from x2dfd.files import Json, check_fields, parse_json, whole
+from x2dfd.files import Json, checked, parse_json, whole
 from x2dfd.progress import progress
 from x2dfd.row_parts import RowParts
 from x2dfd.types import Cue
@@ -67,10 +67,7 @@ class Answerer(Protocol):
 def read_questions(path: Path) -> list[CueQuestion]:
     """Read a question file of `python -m data_gen questions`. Raises X2DFDError when it is not one."""
     try:
-        data = parse_json(path.read_bytes())
-        for question in data["questions"]:
-            check_fields(CueQuestion, question)
-        questions = [CueQuestion(**q) for q in data["questions"]]
+        questions = [checked(CueQuestion, q) for q in parse_json(path.read_bytes())["questions"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise X2DFDError(
             f"{path}: not a question file ({error}); a published list becomes one by "

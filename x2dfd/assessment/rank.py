@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,25 +66,6 @@ class Finding:
     @property
     def deciding(self) -> Separation:
         return self.present if self.present is not None and self.decided_by == "present" else self.overall
-
-    @classmethod
-    def from_dict(cls, data: Json) -> Self:
-        def separation(d: Json | None) -> Separation | None:
-            return None if d is None else Separation(**{**d, "interval": _pair(d["interval"])})
-
-        return cls(
-            **{
-                **data,
-                "balanced_accuracy_interval": _pair(data["balanced_accuracy_interval"]),
-                "overall": separation(data["overall"]),
-                "present": separation(data["present"]),
-                "experts": tuple(data["experts"]),
-            }
-        )
-
-
-def _pair(value: Sequence[float] | None) -> Interval | None:
-    return None if value is None else (value[0], value[1])
 
 
 def experts_for(area: str, artifact: str, cards: Mapping[str, object]) -> tuple[str, ...]:

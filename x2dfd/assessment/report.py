@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 from x2dfd.assessment.rank import Finding, Interval
 from x2dfd.errors import X2DFDError
-from x2dfd.files import Json, check_fields, parse_json
+from x2dfd.files import Json, checked, parse_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,12 +51,7 @@ class Assessment:
 
     @classmethod
     def from_dict(cls, data: Json) -> Self:
-        ours = {key: value for key, value in data.items() if key != "published"}  # which is derived
-        check_fields(cls, ours)
-        for key in ("cues", "questions", "unrelated"):
-            ours[key] = tuple(Finding.from_dict(f) for f in ours[key])
-        ours["uncovered"] = tuple((area, artifact) for area, artifact in ours["uncovered"])
-        return cls(**ours)
+        return checked(cls, {key: value for key, value in data.items() if key != "published"})  # which is derived
 
 
 def read_assessment(path: Path) -> Assessment:
