@@ -304,51 +304,35 @@ def _merge_plain(model: Any, folder: Path, saved: Mapping[str, Tensor]) -> bool:
     """Merge a plain LoRA and the modules saved with it, without PEFT, whose import outlasts a verdict.
 
     False, and the model is as it was, for anything else: DoRA, ranks by pattern, other key names, a quantised base.
-    PEFT's rule: W + alpha / r · B A (LoRA, arXiv 2106.09685).
     """
-    import torch
+    from x2dfd.tower import LORA_A, LORA_B, add_to_parameters
 
-    try:
-        config = parse_json((folder / "adapter_config.json").read_bytes())
-    except ValueError as error:
-        raise SetupError(
-            f"{folder}: adapter_config.json cannot be read ({error}); copy the directory again",
-            code="adapter_config_unreadable",
-        ) from error
-    if not isinstance(config, dict):
-        raise SetupError(
-            f"{folder}: adapter_config.json holds no object; copy the directory again", code="adapter_config_unreadable"
-        )
+    config = _adapter_config(folder)
     said = {key: value for key, value in config.items() if value and key not in _PLAIN}
     if said != {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}:
         return False
     if not all(type(config.get(key)) in (int, float) and config[key] > 0 for key in ("r", "lora_alpha")):
         return False
-    if any(".lora_B." in key and key.replace(".lora_B.", ".lora_A.") not in saved for key in saved):
-        return False
     parameters = dict(model.named_parameters())
-    steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []  # a weight; A and B, or its new value
-    for key, value in saved.items():
-        name, other = key.removeprefix("base_model.model."), None
+    scale = config["lora_alpha"] / config["r"]  # PEFT's rule: W + alpha / r · B A
+    additions = {key.removeprefix(PEFT_PREFIX): value for key, value in saved.items()}
+    additions |= {name: value.float() * scale for name, value in additions.items() if name.endswith(LORA_B)}
+
+    def fits(name: str, value: Tensor) -> bool:
+        if name.endswith(LORA_B):
+            return name.replace(LORA_B, LORA_A) in additions
         shape = tuple(value.shape)
-        if name.endswith(".lora_B.weight"):
-            continue
-        if name.endswith(".lora_A.weight"):
-            other = saved.get(key.replace(".lora_A.", ".lora_B."))
-            if other is None or value.shape[0] != config["r"]:
+        if name.endswith(LORA_A):
+            up = additions.get(name.replace(LORA_A, LORA_B))
+            if up is None or shape[0] != config["r"]:
                 return False
-            name, shape = name.replace(".lora_A.", "."), (other.shape[0], value.shape[1])
-        weight = parameters.pop(name, None)
-        if weight is None or not weight.is_floating_point() or tuple(weight.shape) != shape:
-            return False
-        steps.append((weight, value, other))
-    with torch.no_grad():
-        for weight, value, other in steps:
-            if other is None:
-                weight.copy_(value)
-            else:
-                change = other.float() @ value.float() * (config["lora_alpha"] / config["r"])
-                weight.copy_(weight.float() + change.to(weight.device))
+            name, shape = name.replace(LORA_A, ".weight"), (up.shape[0], shape[1])
+        weight = parameters.get(name)
+        return weight is not None and weight.is_floating_point() and tuple(weight.shape) == shape
+
+    if not all(fits(name, value) for name, value in additions.items()):
+        return False
+    add_to_parameters(parameters, 0, additions)
     return True
 
 

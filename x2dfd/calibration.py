@@ -212,7 +212,6 @@ def fit_calibration(
     sources: Sequence[str],
     *,
     false_alarms: float = FALSE_ALARMS,
-    misses: float = MISSES,
 ) -> Calibration:
     """Logistics and band. `parts`: kind -> name -> logits [n]; `kinds` [n]: a kind of KINDS, or "" for a real picture.
 
@@ -232,7 +231,7 @@ def fit_calibration(
     logistics = {kind: replace(one, bias=round(one.bias - share, 6)) for kind, one in logistics.items()}
     fitted = Calibration(logistics, 0.5, 0.5)
     chances = probabilities(fitted, parts, len(of))
-    low, high = choose_band(chances, of != "", sources, false_alarms=false_alarms, misses=misses)
+    low, high = choose_band(chances, of != "", sources, false_alarms=false_alarms)
     return Calibration(logistics, low, high)
 
 

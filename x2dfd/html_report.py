@@ -239,7 +239,7 @@ def _scale(p: float | None, band: Sequence[float] | None, threshold: float | Non
 
 def _face(face: FaceReport, decides: bool, report: Report, blind_spots: Mapping[str, str]) -> Json:
     prefix = _prefix(face, report.faces)
-    letters = {area: prefix + letter for area, letter, _ in _areas(face)}
+    letters = {area: prefix + letter for area, letter, _ in marked_areas(face)}
     rows = [(e.expert, e.score, e.note, blind_spots.get(e.expert)) for e in face.evidence]
     counted = [name not in report.uncounted for name, *_ in rows]
     return {
@@ -279,7 +279,7 @@ def _prefix(face: FaceReport, faces: Sequence[FaceReport]) -> str:
     return f"{face.index + 1}" if sum(other.frame == face.frame for other in faces) > 1 else ""
 
 
-def _areas(face: FaceReport) -> list[tuple[str, str, str]]:
+def marked_areas(face: FaceReport) -> list[tuple[str, str, str]]:
     """(area, letter, colour) of the cues that can be drawn, in the order of the cues."""
     named = dict.fromkeys(cue.area for cue in face.cues if face.areas.get(cue.area))
     return [(area, chr(ord("A") + i), COLOURS[i % len(COLOURS)]) for i, area in enumerate(named)]
@@ -304,7 +304,7 @@ def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], 
     shapes, boxes, maps = [], [], []
     for face in faces:
         maps += overlays(face)
-        for area, letter, colour in _areas(face):
+        for area, letter, colour in marked_areas(face):
             key = _prefix(face, faces) + letter
             legend[key] = (colour, area if len(faces) == 1 else f"face {face.index + 1}: {area}")
             for polygon in face.areas[area]:
@@ -326,7 +326,7 @@ def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], 
         f"face {f.index + 1}: {answer.word(f.verdict).lower()}, {percent(f.verdict.p_fake)}" for f in faces
     )
     return {
-        "uri": _jpeg_uri(pixels),
+        "uri": jpeg_uri(pixels),
         "alt": f"{what}{Path(report.path or 'picture').name}, {spoken or 'no face found'}",
         "caption": what.rstrip(": "),
         "width": width,
@@ -379,11 +379,12 @@ def _map(
     return {"uri": uri, "matrix": " ".join(f"{v:.4f}" for v in matrix), "side": side, "expert": expert}
 
 
-def _jpeg_uri(pixels: NDArray[np.uint8]) -> str:
+def jpeg_uri(pixels: NDArray[np.uint8], side: int = MAX_SIDE) -> str:
+    """A picture [H, W, 3] as a data URI, its longer side at most `side` pixels."""
     from PIL import Image
 
     image = Image.fromarray(pixels)
-    image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

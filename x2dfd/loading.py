@@ -347,7 +347,9 @@ def in_bits(base: str | Path, bits: Bits, compute: torch.dtype) -> Any:
     )
 
 
-def choose_device(device: str | None, dtype: str | None, base: str | Path | None = None) -> tuple[torch.device, Dtype]:
+def choose_device(
+    device: str | None, dtype: Dtype | None, base: str | Path | None = None
+) -> tuple[torch.device, Dtype]:
     """Where and how to compute: by default a CUDA device with bf16 where there is one, else the CPU.
 
     There it is fp32, but bf16 for a `base` whose checkpoint is in 16 bits: a 7B in fp32 takes 28 GB. Raises SetupError
@@ -367,15 +369,13 @@ def choose_device(device: str | None, dtype: str | None, base: str | Path | None
         )
     if place.type not in ("cpu", "cuda"):
         raise SetupError(f"{place.type} is not supported; take cpu or cuda", code="device_unsupported")
-    if place.type == "cpu":
-        if dtype == "fp16":
-            raise SetupError("fp16 needs a CUDA device; take fp32, or bf16", code="dtype_unsupported")
-        if dtype is None and base is not None and checkpoint_dtype(base) != torch.float32:
-            return place, "bf16"
-        return place, "bf16" if dtype == "bf16" else "fp32"
-    if dtype is None:
+    if place.type == "cpu" and dtype == "fp16":
+        raise SetupError("fp16 needs a CUDA device; take fp32, or bf16", code="dtype_unsupported")
+    if dtype is not None:
+        return place, dtype
+    if place.type == "cuda":
         return place, "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return place, "fp32" if dtype == "fp32" else "bf16" if dtype == "bf16" else "fp16"
+    return place, "bf16" if base is not None and checkpoint_dtype(base) != torch.float32 else "fp32"
 
 
 @contextmanager

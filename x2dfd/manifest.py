@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import codecs
 import csv
-import hashlib
 import itertools
 import json
 import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Literal, TextIO, cast
 
 from x2dfd.errors import X2DFDError
-from x2dfd.files import Json, checked, parse_json, write_text
+from x2dfd.files import Json, checked, file_sha256, parse_json, write_text
 from x2dfd.stores import is_address
 from x2dfd.types import DF_CLASSES, Cue
 
@@ -104,8 +103,7 @@ def write_manifest(path: str | os.PathLike[str], rows: Iterable[Sample | Json]) 
 
 def manifest_sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256 of the manifest file's bytes, in hexadecimal."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return file_sha256(Path(path))
 
 
 def _rows(file: Path) -> Iterator[tuple[int, Json]]:
@@ -326,20 +324,9 @@ def _record(sample: Sample, folder: Path) -> Json:
     def place(path: Path) -> str:
         return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
-    known: Json = {
-        "id": sample.id,
+    known = {name: getattr(sample, name) for name in _COLUMNS} | {
         "path": place(sample.path),
-        "label": sample.label,
-        "method": sample.method,
-        "df_class": sample.df_class,
-        "source": sample.source,
-        "group": sample.group,
-        "split": sample.split,
-        "cues": [
-            {"area": c.area, "artifact": c.artifact} | ({} if c.score is None else {"score": c.score})
-            for c in sample.cues
-        ],
+        "cues": [{k: v for k, v in asdict(cue).items() if v is not None} for cue in sample.cues],
         "mask": place(sample.mask) if sample.mask else None,
-        "video": sample.video,
     }
     return {k: v for k, v in known.items() if v not in ("", None, [])} | sample.extra

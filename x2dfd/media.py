@@ -31,20 +31,9 @@ from x2dfd.video import MAX_VIDEO_FRAMES, Frame, Video, load_video
 from x2dfd.worker import isolated
 
 __all__ = [
-    "MAX_BYTES",
-    "MAX_PIXELS",
-    "MAX_REDUCED_PIXELS",
-    "MAX_VIDEO_FRAMES",
-    "MIN_SIDE",
-    "Frame",
-    "Picture",
-    "Source",
-    "Video",
-    "find_media",
-    "load_media",
-    "load_picture",
-    "media_summary",
-]
+    "MAX_BYTES", "MAX_PIXELS", "MAX_REDUCED_PIXELS", "MAX_VIDEO_FRAMES", "MIN_SIDE", "Frame", "Picture", "Source",
+    "Video", "find_media", "load_media", "load_picture", "media_summary",
+]  # fmt: skip
 
 Source = str | Path | bytes | Image.Image
 

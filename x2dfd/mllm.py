@@ -258,24 +258,14 @@ class LocalMLLM:
         steps = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
         asked = torch.tensor([[s.asked] for s in suffixes], device=self.device)
         ends = torch.tensor([[len(s.tokens)] for s in suffixes], device=self.device)
-        further = {
-            "input_ids": ids,
-            "attention_mask": (steps < ends).long(),
-            "token_type_ids": (steps >= asked).long(),
-        }
+        further = {"input_ids": ids, "attention_mask": (steps < ends).long(), "token_type_ids": (steps >= asked).long()}
         inputs = look.inputs | {k: torch.cat([look.inputs[k], v], 1) for k, v in further.items()}
         cache = DynamicCache()
         hidden = self._model.model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
         return cache, hidden[:, look.length :]
 
     def _further(
-        self,
-        ids: Tensor,
-        queries: Tensor,
-        cache: Any,
-        places: Tensor,
-        shift: int,
-        apart: Tensor | None = None,
+        self, ids: Tensor, queries: Tensor, cache: Any, places: Tensor, shift: int, apart: Tensor | None = None
     ) -> Tensor:
         """The language model over further tokens [n, s], the last of `places` [n, k]: hidden states [n, s, d].
 

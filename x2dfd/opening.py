@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -177,10 +177,7 @@ def _served(spec: ModelSpec, folder: Path | None, card: AdapterCard | None) -> t
     if folder and card:
         check_contents(folder, card)
     mllm = ServedMLLM(
-        str(spec.url),
-        str(spec.name),
-        continues=True if card else None,
-        requests_per_minute=spec.requests_per_minute,
+        str(spec.url), str(spec.name), continues=True if card else None, requests_per_minute=spec.requests_per_minute
     )
     if card and card.probes:  # an engine rounds and resizes otherwise; another model or prompt moves them further
         check_probes(card, probe_logits(mllm, card.crop_size), 1.0)
@@ -224,8 +221,13 @@ def _experts(
     wanted = expert_hashes(card, calibration) if card else {}
     names = list(some) if some is not None else list(wanted if card else DEFAULT)
     loaded = [load_expert(n, folder / "experts" if folder else None) for n in names]
-    if not other:
-        _check_experts(wanted, loaded, names)
+    differing = [n for n, e in zip(names, loaded, strict=True) if wanted.get(n, e.card.sha256) != e.card.sha256]
+    if differing and not other:
+        raise SetupError(
+            f"the adapter goes with other weights of expert {differing[0]!r} than are here: put those back that its card "
+            "and calibration name, or fit it to these: x2dfd calibrate --other-experts",
+            code="expert_weights_differ",
+        )
     unknown = [n for n in names if calibration and n not in calibration.weights]
     if unknown and mode == "calibrated":
         raise SetupError(
@@ -233,13 +235,3 @@ def _experts(
             code="expert_not_calibrated",
         )
     return dict(zip(names, loaded, strict=True))
-
-
-def _check_experts(wanted: Mapping[str, str], loaded: Sequence[Expert], names: Sequence[str]) -> None:
-    for name, expert in zip(names, loaded, strict=True):
-        if wanted.get(name, expert.card.sha256) != expert.card.sha256:
-            raise SetupError(
-                f"the adapter goes with other weights of expert {name!r} than are here: put those back that its card "
-                "and calibration name, or fit it to these: x2dfd calibrate --other-experts",
-                code="expert_weights_differ",
-            )

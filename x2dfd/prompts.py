@@ -172,9 +172,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def conversation(question: str, turns: Sequence[tuple[str, str]] = ()) -> list[Json]:
     """Chat messages: the picture with the first question, then earlier (answer, next question) turns."""
-    messages: list[Json] = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
-    ]
+    messages: list[Json] = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     for answer, following in turns:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         messages.append({"role": "user", "content": [{"type": "text", "text": following}]})
@@ -243,11 +241,9 @@ def answer_end(processor: Processor) -> int:
     return after[0] if after and after[0] in processor.tokenizer.added_tokens_decoder else eos
 
 
-def stock_text(processor: Processor, question: str, turns: Sequence[tuple[str, str]] = ()) -> str:
+def stock_text(processor: Processor, question: str) -> str:
     """What the base's own processor takes beside the picture so that its tokens are those of `render`."""
-    if processor.chat_template:
-        return render(processor, question, turns=turns)
-    return str(processor.image_token) + "\n".join([question, *(line for turn in turns for line in turn)])
+    return render(processor, question) if processor.chat_template else processor.image_token + question
 
 
 def begins(processor: Processor, prompt: str) -> bool:

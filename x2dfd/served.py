@@ -263,13 +263,7 @@ class ServedMLLM:
     # --- prompts ---
 
     def _messages(
-        self,
-        url: str,
-        question: str,
-        start: str = "",
-        *,
-        turns: Sequence[tuple[str, str]] = (),
-        instruction: str = "",
+        self, url: str, question: str, start: str = "", *, turns: Sequence[tuple[str, str]] = (), instruction: str = ""
     ) -> list[Json]:
         messages = prompts.conversation(question, turns)
         picture = {"type": "image_url", "image_url": {"url": url}}

@@ -89,8 +89,8 @@ def add_to_parameters(parameters: Mapping[str, Tensor], layers: int, additions: 
                 f"the tower has no {target} of shape {tuple(change.shape)}: these additions fit another",
                 code="tower_does_not_fit",
             )
-        change = change.to(weight)
-        weight.copy_(weight + change if name.endswith(LORA_A) else change)
+        change = change.to(weight.device)
+        weight.copy_(weight.float() + change if name.endswith(LORA_A) else change)
 
 
 @cache

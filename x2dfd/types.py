@@ -256,6 +256,11 @@ class Report:
         return cls.from_dict(json.loads(text))
 
 
+def result_of(data: Json) -> Report | Failure:
+    """What `to_dict` of a Report or of a Failure gave. Raises ValueError, KeyError or TypeError for anything else."""
+    return Failure(data["path"], data["sha256"], **data["error"]) if "error" in data else Report.from_dict(data)
+
+
 def frames_asked(media: Json) -> int | None:
     """How many frames the clip of a `Report.media` was sampled at; None for a picture."""
     if media.get("kind") != "video":

@@ -21,16 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from x2dfd.assessment.ask import (
-    BANK,
-    Answerer,
-    Answers,
-    CueQuestion,
-    Floats,
-    ask_all,
-    chosen_pictures,
-    read_questions,
-)
+from x2dfd.assessment.ask import BANK, Answerer, Answers, CueQuestion, Floats, ask_all, chosen_pictures, read_questions
 from x2dfd.assessment.rank import (
     MIN_PRESENT,
     RANKED_BY,
@@ -60,25 +51,10 @@ if TYPE_CHECKING:
     from x2dfd.crops import CropSet
 
 __all__ = [
-    "BANK",
-    "Answerer",
-    "Answers",
-    "Assessment",
-    "CueQuestion",
-    "Finding",
-    "Separation",
-    "assess",
-    "chart",
-    "chosen_pictures",
-    "experts_for",
-    "group_weights",
-    "read_assessment",
-    "read_questions",
-    "run_assess",
-    "spearman",
-    "strong_cues",
-    "table",
-]
+    "BANK", "Answerer", "Assessment", "CueQuestion", "Finding", "Separation", "assess", "chart",
+    "chosen_pictures", "experts_for", "group_weights", "read_assessment", "read_questions", "run_assess", "spearman",
+    "strong_cues", "table",
+]  # fmt: skip
 
 
 def assess(

@@ -22,6 +22,7 @@ from x2dfd.types import Cue
 
 if TYPE_CHECKING:
     from x2dfd.crops import CropSet
+    from x2dfd.mllm import YesNo
 
 BANK = Path(__file__).parents[1] / "questions.json"
 """The questions that are asked when no others are given."""
@@ -47,21 +48,12 @@ class CueQuestion:
             Cue(self.area, self.artifact)
 
 
-class Answers(Protocol):
-    """What a model says to q questions."""
-
-    @property
-    def p_yes(self) -> Floats: ...  # [q], softmax over the Yes and No tokens
-    @property
-    def said(self) -> tuple[str, ...]: ...  # q times the greedy answer: "yes", "no" or "other"
-
-
 class Answerer(Protocol):
     """Any MLLM that answers yes/no questions about one aligned face crop [s, s, 3]."""
 
     name: str
 
-    def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str], /) -> Answers: ...
+    def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str], /) -> YesNo: ...
 
 
 def read_questions(path: Path) -> list[CueQuestion]:

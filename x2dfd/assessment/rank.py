@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 from x2dfd.assessment.ask import CueQuestion, Floats
 from x2dfd.files import Json
@@ -136,21 +137,13 @@ def _halves(groups: Sequence[str], seed: int) -> Floats:
     return np.stack(columns, 1).astype(np.float64)
 
 
-def _ranks(values: Floats) -> Floats:
-    """Ranks from 0, ties averaged."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return np.asarray((np.cumsum(counts) - (counts + 1) / 2)[place])
-
-
 def spearman(a: Floats, b: Floats) -> float | None:
     """Rank correlation over the entries that both define; None below three of them, or when one side is constant."""
     both = np.isfinite(a) & np.isfinite(b)
     if both.sum() < 3:
         return None
-    x, y = _ranks(a[both]), _ranks(b[both])
-    x, y = x - x.mean(), y - y.mean()
-    norm = float(np.sqrt((x**2).sum() * (y**2).sum()))
-    return float((x * y).sum() / norm) if norm > 0 else None
+    x, y = rankdata(a[both]), rankdata(b[both])
+    return float(np.corrcoef(x, y)[0, 1]) if np.ptp(x) and np.ptp(y) else None
 
 
 def top_mean(aucs: Floats, k: int) -> float:

@@ -169,15 +169,7 @@ def _panel(axes: Axes, findings: Sequence[Finding], colour: str, limits: Interva
         if f.deciding.interval:
             axes.plot(f.deciding.interval, (place, place), color="#222222", linewidth=0.9, solid_capstyle="butt")
         face = "#222222" if f.decided_by == "present" else "white"
-        axes.plot(
-            auc,
-            place,
-            "o",
-            markersize=3.2,
-            markerfacecolor=face,
-            markeredgecolor="#222222",
-            markeredgewidth=0.7,
-        )
+        axes.plot(auc, place, "o", markersize=3.2, markerfacecolor=face, markeredgecolor="#222222", markeredgewidth=0.7)
     axes.set_yticks(range(len(findings)), [f"{f.area} · {f.artifact}" for f in findings], fontsize=8.5)
     for label, f in zip(axes.get_yticklabels(), findings, strict=True):
         label.set_color("#111111" if f.strong else "#777777")
