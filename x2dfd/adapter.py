@@ -122,10 +122,8 @@ def check_tensors(state: Mapping[str, Tensor], where: Path) -> None:
 
 
 def check_adapter(folder: Path, card: AdapterCard, base: dict[str, str], prompt_sha256: str) -> None:
-    """Refuse an adapter that was made for something else or that holds nothing.
-
-    Of a whole model `base` is the identity of that model itself. Raises SetupError: wrong weight file, other base
-    weights, other prompts, other crops, all-zero lora_B.
+    """Raises SetupError for an adapter of another base (of a whole model: itself) or of other prompts, and as
+    `check_contents`.
     """
     check_contents(folder, card)
     made_for = {"name": "an unnamed base", "sha256": ""} | card.base
@@ -193,8 +191,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 def attach(model: Any, folder: Path) -> Any:
     """The base model with the adapter merged into its weights; beside them where those are quantised.
 
-    Merged, because one matrix product is quicker than three and the numbers agree to rounding. Raises SetupError when
-    the adapter has not just what its configuration says that it changes of this model.
+    Merged, because one matrix product is quicker than three. Raises SetupError as `check_fit`.
     """
     saved = check_fit(model, folder)
     quantised = bool(getattr(model, "is_quantized", False))
@@ -266,10 +263,9 @@ def _adapter_config(folder: Path) -> Json:
 
 
 def add_tower(llava: Any, folder: Path, card: AdapterCard) -> str | None:
-    """Put the forensic tower's additions into a LLaVA's vision tower, where the card says that it was trained on them.
+    """Put the forensic tower's additions into a LLaVA's vision tower, where the card names them.
 
-    Returns what `x2dfd.mllm.Look.tower` is of this adapter. Raises SetupError when the additions are not those of the
-    card, or fit another tower.
+    Returns what `x2dfd.mllm.Look.tower` is of this adapter. Raises SetupError when they are not those of the card.
     """
     from x2dfd.tower import add_to_tower
 
@@ -355,8 +351,7 @@ def probe_logits(mllm: LanguageModel, side: int = CROP_SIZE) -> tuple[float, ...
 def check_probes(card: AdapterCard, found: Sequence[float], tolerance: float = 0.1) -> None:
     """Raises SetupError when the probes' logits are further than `tolerance` from those that the card keeps, if any.
 
-    Rounding to 16 bits in the file moves them by hundredths, computing in 16 bits by more; another base, projector or
-    prompt by whole numbers.
+    16 bits move them by hundredths, another base, projector or prompt by whole numbers.
     """
     if not all(abs(a - b) <= tolerance for a, b in zip(card.probes, found, strict=bool(card.probes))):
         raise SetupError(

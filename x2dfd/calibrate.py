@@ -1,8 +1,7 @@
 """`x2dfd calibrate`: the scores of experts and MLLM on labelled pictures become one probability and a band.
 
-A detector looks too good on the cameras and generators that it was trained on. So calibration prefers held-out sources:
-with `unseen`, pictures of a source are judged by expert weights that were trained without it. All other pictures come
-from split `calib`, and the MLLM then gets no weight, as its errors on new sources are unknown.
+With `unseen`, pictures of a source are judged by expert weights that were trained without it, as a detector looks too
+good on what it knows; the MLLM then gets no weight, for its errors on new sources are unknown.
 """
 
 from __future__ import annotations
@@ -138,8 +137,7 @@ def _strangers(folder: Path, names: Sequence[str]) -> list[tuple[Expert, set[str
 def _whose(sample: Sample, split: str, strangers: Sequence[tuple[Expert, set[str]]]) -> set[str] | None:
     """What was left out of the expert that has to judge the picture: nothing for one of `split`; None: nobody.
 
-    A generator's pictures are always judged by the adapter's own expert: what one that never met it says tells how
-    blind it is, and would forbid every "real" (LOG.md gives the figures).
+    A generator's pictures are judged by the adapter's own expert: one that never met it would forbid every "real".
     """
     for _, left_out in strangers:
         if sample.origin in left_out and not sample.synthetic:

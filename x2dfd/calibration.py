@@ -1,9 +1,8 @@
 """Calibration: one probability from the scores of experts and MLLM, the rule when to abstain, and the fit of both.
 
-A face may be made as a whole, or changed in part. Each kind has a regularised logistic of its own, with non-negative
-weights over a handful of logits, and the odds of the two add up: an expert that knows one kind cannot clear the other.
-Small enough to read, stored as JSON with the model. A score that is missing counts as its mean where the logistic was
-fitted, so it neither accuses nor clears.
+Each kind of fake (made as a whole, changed in part) has a regularised logistic of its own, with non-negative weights
+over a handful of logits. Their odds add up, so an expert that knows one kind cannot clear the other. A missing score
+counts as its mean in the fit, so it neither accuses nor clears.
 """
 
 from __future__ import annotations

@@ -110,8 +110,7 @@ def _frames_stated(stated: Json) -> int | None:
 def verify(made: Json, file: Path, detector: Detector) -> Verification:
     """Judge `file` anew and compare with the record. The detector must be in the mode that the record states.
 
-    A changed finding speaks against the record. Another model, calibration, validation or wording than is here does
-    not: who states one leaves the record unconfirmed.
+    A changed finding speaks against the record; another model, calibration or wording leaves it unconfirmed.
     """
     changed: list[str] = []
     other: list[str] = []

@@ -75,9 +75,7 @@ def shrunk(source: Path | bytes, frames: int, wanted: set[int | None]) -> tuple[
 def render(reports: Sequence[Report | Failure], pictures: Sequence[Pictures]) -> str:
     """The HTML page for `reports`, a section each.
 
-    `pictures` goes beside `reports`: the picture's pixels [H, W, 3] uint8 RGB at any scale (boxes and areas are placed
-    by `report.media`'s width and height), for a video a mapping from frame number to pixels, or None to show none.
-    Raises ValueError when the two differ in length.
+    `pictures` beside `reports`: pixels [H, W, 3] uint8 RGB at any scale, of a video by frame number, or None for none.
     """
     named = dict.fromkeys(e.expert for r in reports if isinstance(r, Report) for f in r.faces for e in f.evidence)
     known = cards(named)

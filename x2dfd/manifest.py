@@ -61,8 +61,7 @@ def read_manifest(path: str | os.PathLike[str], *, split: str | None = None) -> 
 
     Raises X2DFDError, with the row's number (1 = the first record), on a missing column or one that stands twice, an
     unknown label, a duplicate path or id, a malformed row, a group that stands in two splits or only in part in one,
-    and on an empty file or an empty split.
-    Whether the files exist is not checked: a file that cannot be opened is one failed sample, not a failed run.
+    and on an empty file or split. Whether the files exist is not checked.
     """
     file = Path(os.path.abspath(path))
     samples = _check(file, _rows(file))

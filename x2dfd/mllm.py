@@ -143,9 +143,8 @@ def _inference(method: Callable[P, T]) -> Callable[P, T]:
 class LocalMLLM:
     """An image-text-to-text model of transformers, with or without an adapter. `name` says which.
 
-    `autocast`: matrix products in bf16 over the weights as they are. Labels are scored in fp32 all the same.
-    `temperature`: of texts; 0 takes the likeliest token, else one is drawn with a seed of picture and question, so that
-    the same picture gets the same text, whatever is asked beside it. `tower`: as in `Look`.
+    `autocast`: matrix products in bf16; labels are scored in fp32 all the same. `temperature`: of texts; 0 takes the
+    likeliest token, else one is drawn with a seed of picture and question. `tower`: as in `Look`.
     """
 
     batch = BATCH
@@ -335,8 +334,7 @@ class LocalMLLM:
         """The continuation of each picture's answer after its `start`: the new text alone.
 
         `on_text` is told the text so far (of the first picture) after every token. An answer ends when a dozen tokens
-        repeat: a small model that goes round in circles has nothing more to say. A sentence that it says twice is kept
-        once.
+        repeat; a sentence that it says twice is kept once.
         """
         suffixes = [self._suffix(q, s, turns) for q, s in zip(questions, starts, strict=True)]
         begun = self._after(look, suffixes)

@@ -61,15 +61,12 @@ def load(
 ) -> Detector:
     """A detector that is ready to use.
 
-    `model`: embedded, DIR, hub:NAME, hub:NAME+DIR, NAME@http://HOST/v1 or NAME@http://HOST/v1+DIR; see
-    `x2dfd.model_spec`. `mode`: calibrated, or paper for the language model's own P(fake); by default calibrated, but
-    paper for a model without an adapter. `experts`: some of those that the adapter was trained or calibrated with, or,
-    with mode="paper", any; `other_experts`: also other weights than those, as calibration does. `device` and `dtype` of
-    a local language model (cpu, cuda, cuda:1 ...; fp32, bf16, fp16): by default a CUDA device with bf16 where there is
-    one, else the CPU, with fp32 but for a base in 16 bits; experts stay on the CPU. The embedded model on a CPU takes
-    bf16 for its tower alone, by default where the CPU has units for it. `device_map`: spreads a large model
-    over devices, as in transformers ("auto"); `bits`: reads its weights in 4 or 8 bits (bitsandbytes). Raises
-    SetupError with what mends it.
+    `model`: see `x2dfd.model_spec`. `mode`: calibrated, or paper for the language model's own P(fake), which is the
+    default without an adapter. `experts`: some of those that the adapter was trained or calibrated with, or, with
+    mode="paper", any; `other_experts`: also other weights than those. `device` (cpu, cuda, cuda:1 ...) and `dtype`
+    (fp32, bf16, fp16) of a local language model: see `loading.choose_device`; experts stay on the CPU. The embedded
+    model on a CPU takes bf16 for its tower alone, by default where the CPU has units for it. `device_map`: as in
+    transformers ("auto"); `bits`: 4 or 8 (bitsandbytes). Raises SetupError with what mends it.
     """
     spec = ModelSpec.parse(model)
     if threads is not None:
@@ -224,8 +221,8 @@ def _experts(
     differing = [n for n, e in zip(names, loaded, strict=True) if wanted.get(n, e.card.sha256) != e.card.sha256]
     if differing and not other:
         raise SetupError(
-            f"the adapter goes with other weights of expert {differing[0]!r} than are here: put those back that its card "
-            "and calibration name, or fit it to these: x2dfd calibrate --other-experts",
+            f"the adapter goes with other weights of expert {differing[0]!r} than are here: put those back that its "
+            "card and calibration name, or fit it to these: x2dfd calibrate --other-experts",
             code="expert_weights_differ",
         )
     unknown = [n for n in names if calibration and n not in calibration.weights]

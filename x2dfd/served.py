@@ -116,9 +116,8 @@ class _Wire:
 class ServedMLLM:
     """A model of an OpenAI-compatible endpoint. `name` says which.
 
-    An engine that continues a begun answer is asked with the prompts of training; any other (a hosted API) is told in
-    words what to answer. Raises SetupError when the endpoint cannot be reached, refuses the key, or lacks `openai`
-    here, and UnknownName when it does not serve `model`.
+    An engine that continues a begun answer is asked with the prompts of training; any other is told in words what to
+    answer. Raises SetupError when it cannot be asked, and UnknownName when it does not serve `model`.
     """
 
     def __init__(

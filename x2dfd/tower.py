@@ -1,8 +1,4 @@
-"""The vision tower of the base: loading it with or without additions, its hidden states, and cached features.
-
-Where a training keeps the tower frozen, the features of a manifest are computed once, on augmented crops, and kept on
-disk.
-"""
+"""The vision tower of the base: loading it with or without additions, its hidden states, and features kept on disk."""
 
 from __future__ import annotations
 
