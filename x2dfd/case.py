@@ -154,7 +154,7 @@ def verify(made: Json, file: Path, detector: Detector) -> Verification:
         notes.append(f"Content Credentials: the record states {states[0]}, and here they are {states[1]}")
         stated, expected = _without_credentials(stated), _without_credentials(expected)
     again = record([fresh])
-    again["cards"] = _cards_in(made, again["cards"])
+    again["cards"] = (made.get("cards") or {}) | again["cards"]  # some only other reports of the record name
     frame = ("statement", "cards", "limits", "next_steps")
     around = ({key: whole.get(key) for key in frame} for whole in (made, again))
     _sort(_differing("", *around, exactly=True), changed, other)
@@ -182,12 +182,6 @@ def _sort(found: Iterable[tuple[str, str]], changed: list[str], other: list[str]
 def _outcome(changed: Sequence[str], other: Sequence[str], notes: Sequence[str]) -> Verification:
     outcome: Outcome = "differs" if changed else "other_version" if other else "holds"
     return Verification(outcome, (*changed, *other), tuple(notes))
-
-
-def _cards_in(made: Json, fresh: Json) -> Json:
-    """The fresh cards, beside those of experts that only other reports of the record name."""
-    others = {name: card for name, card in (made.get("cards") or {}).items() if name not in fresh}
-    return others | fresh
 
 
 def _scoring(report: Json) -> Json:

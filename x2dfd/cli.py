@@ -8,10 +8,9 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -21,11 +20,6 @@ from x2dfd.detect import load_quickly
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.model_spec import Dtype, ModelSpec
 from x2dfd.terminal import printable, shortened, wrapped
-
-
-class Engine(StrEnum):
-    local = "local"
-    ray = "ray"
 
 
 class _Group(TyperGroup):
@@ -172,8 +166,9 @@ def detect(
     device_map: options.DeviceMap = None,
     remote: Remote = "",
     engine: Annotated[
-        Engine, typer.Option(help="ray: actors of Ray Data, on the cluster of RAY_ADDRESS or on this machine.")
-    ] = Engine.local,
+        Literal["local", "ray"],
+        typer.Option(help="ray: actors of Ray Data, on the cluster of RAY_ADDRESS or on this machine."),
+    ] = "local",
     actors: Annotated[int, typer.Option(min=1, metavar="N", help="With --engine ray: how many.")] = 1,
     isolate: Isolate = False,
     server: Server = None,
@@ -195,7 +190,7 @@ def detect(
         remote=options.names(remote),
         part=part,
         parts=parts,
-        actors=actors if engine is Engine.ray else None,
+        actors=actors if engine == "ray" else None,
         isolate=isolate,
         server=server,
         as_json=as_json,

@@ -71,7 +71,7 @@ class Detector:
         self.experts = list(experts)
         self.calibration = calibration
         self.mode = mode
-        self._question = question or self._question_of_training
+        self._question = question or (lambda said: prompts.verdict_question(self.told(said), self.info.score_form))
         applied = calibration if mode == "calibrated" else None
         info = replace(
             info,
@@ -311,9 +311,6 @@ class Detector:
         """What each expert says of each face: [face][expert]. The embedded model's pass of the tower serves them."""
         ours = self.info.base["name"] == BASE_NAME
         return evidence_of(self.experts, faces, Shared(look.tower_states, look.tower or "") if ours else None)
-
-    def _question_of_training(self, evidence: Sequence[Evidence]) -> str:
-        return prompts.verdict_question(self.told(evidence), self.info.score_form)
 
     def told(self, evidence: Sequence[Evidence]) -> list[Evidence]:
         """What the MLLM is told: of the experts that the adapter was trained with, under the names of its prompt.

@@ -163,12 +163,8 @@ def _parts() -> Iterator[Check]:
     needed = missing()
     for name, part in PARTS.items():
         here = part.present()
-        facts = {
-            "licence": part.licence,
-            "size": f"{part.size_mb:.0f} MB",
-            "sha256": part.sha256,
-            "source": part.url_hint,
-        }
+        facts = {"licence": part.licence, "size": f"{part.size_mb:.0f} MB"}
+        facts |= {"sha256": part.sha256, "source": part.url_hint}
         detail = f"{part.what}: {'present' if here else 'not fetched'}"
         ok = True if here else False if name in needed else None
         yield Check(f"part {name}", ok, detail, None if here else f"x2dfd fetch {name}", facts)
@@ -216,12 +212,8 @@ def _cache() -> Iterator[Check]:
 
     folder = cache_dir()
     files = [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
-    detail = (
-        f"{folder}, {_size(sum(file.stat().st_size for file in files))}"
-        if folder.exists()
-        else f"{folder}, not there yet"
-    )
-    yield Check("cache", True, detail)
+    size = _size(sum(file.stat().st_size for file in files)) if folder.exists() else "not there yet"
+    yield Check("cache", True, f"{folder}, {size}")
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     enough = free > 3 * 10**9

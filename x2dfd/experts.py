@@ -197,8 +197,8 @@ def aliased(text: str) -> tuple[tuple[str, ...], dict[str, str]]:
 def ask(expert: Expert, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
     """The expert's evidence for each face: `judge`, with its answers checked.
 
-    Where it raises or does not answer with one Evidence a face, they are asked one by one; one that still fails, or whose
-    score is outside of [0, 1], has no score and a note that says why. An X2DFDError and the end of the memory
+    Where it raises or does not answer with one Evidence a face, they are asked one by one; one that still fails, or
+    whose score is outside of [0, 1], has no score and a note that says why. An X2DFDError and the end of the memory
     are raised on: both may be mended, and a row without the score would stay.
     """
     name = expert.card.name

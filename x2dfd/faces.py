@@ -377,12 +377,9 @@ def area_mask(landmarks: NDArray[np.float32], area: str, shape: Sequence[int]) -
     polygons = area_polygons(landmarks)
     if area in ("background", "whole-image", "accessories"):
         mask[:] = 255
-        if area == "background":
-            for name in ("skin", "face-contour", "hair", "ears", "neck"):
-                cv2.fillPoly(mask, [q.round().astype(np.int32) for q in polygons[name]], 0)
-        return mask
-    cv2.fillPoly(mask, [q.round().astype(np.int32) for q in polygons[area]], 255)
-    if area == "skin":
-        for hole in ("eyes", "eyebrows", "mouth"):
-            cv2.fillPoly(mask, [q.round().astype(np.int32) for q in polygons[hole]], 0)
+    else:
+        cv2.fillPoly(mask, [q.round().astype(np.int32) for q in polygons[area]], 255)
+    holes = {"background": ("skin", "face-contour", "hair", "ears", "neck"), "skin": ("eyes", "eyebrows", "mouth")}
+    for hole in holes.get(area, ()):
+        cv2.fillPoly(mask, [q.round().astype(np.int32) for q in polygons[hole]], 0)
     return mask

@@ -194,17 +194,14 @@ class LocalMLLM:
         if not self._family.shares:
             return Look(None, length, (), seeds, self.tower, self._family.first_position, inputs)
         if self._model.config.model_type == "llava":
-            return self._seen(inputs["pixel_values"], length, seeds)
+            # Of a LLaVA the tower alone: many a verdict needs no more.
+            tower = self._model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
+            return Look(None, length, tuple(tower.hidden_states), seeds, self.tower)
         cache = DynamicCache()  # every layer keeps every token: those with a window are given it by their mask
         self._model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         deltas = getattr(self._model.model, "rope_deltas", None)  # Qwen-VL: crops of one size have the same
         shift = self._family.first_position if deltas is None else int(deltas.flatten()[0])
         return Look(cache, length, (), seeds, self.tower, shift)
-
-    def _seen(self, pixels: Tensor, length: int, seeds: tuple[int, ...]) -> Look:
-        """A LLaVA's tower alone: many a verdict needs no more."""
-        states = self._model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-        return Look(None, length, tuple(states), seeds, self.tower)
 
     def _read(self, look: Look) -> None:
         """Projector and language model over what stands before the question, where they have not seen it."""

@@ -135,11 +135,10 @@ def verdict_question(evidence: Sequence[Evidence], form: str = "numbers") -> str
 
 def expert_sentence(label: str, evidence: Sequence[Evidence]) -> str:
     """The closing sentence of a training answer: names the experts that agree with the label; "" when none does."""
-    if label == "fake":
-        names = [e.expert.lower() for e in evidence if e.score is not None and e.score >= AGREES_ABOVE]
-        return f" Additionally, the image shows obvious {_listed(names)} artifacts supporting fake." if names else ""
-    names = [e.expert.lower() for e in evidence if e.score is not None and e.score <= AGREES_BELOW]
-    return f" Additionally, the image shows very few {_listed(names)} artifacts supporting real." if names else ""
+    scores = [(e.expert.lower(), e.score) for e in evidence if e.score is not None]
+    names = [name for name, p in scores if (p >= AGREES_ABOVE if label == "fake" else p <= AGREES_BELOW)]
+    claim, side = ("obvious", "fake") if label == "fake" else ("very few", "real")
+    return f" Additionally, the image shows {claim} {_listed(names)} artifacts supporting {side}." if names else ""
 
 
 _WRITTEN = re.compile(
