@@ -21,13 +21,13 @@ from gradio import processing_utils
 from starlette.middleware import Middleware
 
 from app.guard import Guard, Quota
-from app.pieces import STRIP, THUMB, Case, Progress, card, choices, curve, draw, face_panel, jpeg_uri, open_case, table
+from app.pieces import STRIP, THUMB, Case, Progress, card, choices, curve, draw, face_panel, open_case, table
 from x2dfd import case as case_record
 from x2dfd.answer import told
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.files import Json
 from x2dfd.follow_up import checked, from_report
-from x2dfd.html_report import render
+from x2dfd.html_report import jpeg_uri, render
 from x2dfd.media import Frame, Video, load_media
 from x2dfd.types import FaceReport, Failure, Report
 
