@@ -49,8 +49,7 @@ def kind_of(df_class: str) -> str:
 def parts_of(mllm_logit: float | None, evidence: Sequence[Evidence], covers: Mapping[str, Sequence[str]]) -> Parts:
     """The logits that the logistics of both kinds join.
 
-    An expert whose card says which classes it covers speaks of their kinds alone (`covers`: name -> classes); the MLLM
-    and every other expert speak of both.
+    An expert whose card says which classes it covers speaks of their kinds alone (`covers`: name -> classes).
     """
     found: dict[str, dict[str, float | None]] = {kind: {MLLM: mllm_logit} for kind in KINDS}
     for e in evidence:
@@ -75,7 +74,7 @@ class Logistic:
             value = logits.get(name)
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"{name} gave {value}, which is no logit")
-            total += 0.0 if value is None else weight * (_bounded(value) - self.means[name])
+            total += 0.0 if value is None else weight * (max(-_CLIP, min(_CLIP, value)) - self.means[name])
         return 1 / (1 + math.exp(-total))
 
 
@@ -153,12 +152,6 @@ class Calibration:
             raise ValueError(f"`fitted_on.{wrong}` is no rate from 0 to 1")
 
 
-def _bounded(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError(f"{value} is no logit: a score that is missing is None")
-    return max(-_CLIP, min(_CLIP, value))
-
-
 def fit_logistic(parts: Mapping[str, Floats], labels: Floats, weights: Floats, ridge: float = 0.02) -> Logistic:
     """The logistic of one kind. `parts`: name -> logits [n], NaN where a score is missing; `weights` [n] balance them.
 
@@ -185,10 +178,7 @@ def fit_logistic(parts: Mapping[str, Floats], labels: Floats, weights: Floats, r
 
 
 def _mean(logits: Floats, weights: Floats) -> float:
-    """Weighted mean of the scores that there are; 0 where there are none (such a part gets no weight).
-
-    Weighted as the fit is: where most of the pictures are fakes, a plain mean in place of a missing score accuses.
-    """
+    """Mean of the scores that there are, weighted as the fit is; 0 where there are none."""
     there = np.isfinite(logits)
     return float(np.average(logits[there], weights=weights[there])) if weights[there].sum() > 0 else 0.0
 

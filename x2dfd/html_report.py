@@ -109,10 +109,7 @@ QUIET = (
 
 
 def printer() -> str:
-    """The browser that prints pages to PDF here: its path. Raises SetupError with what to install.
-
-    A browser and nothing smaller: other HTML printers lay out neither grids nor the face boxes.
-    """
+    """The browser that prints pages to PDF here: its path. Raises SetupError with what to install."""
     browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if browser is None:
         raise SetupError(

@@ -288,10 +288,7 @@ def first_tokens(processor: Processor, start: str, words: Sequence[str]) -> tupl
 
 
 def prompt_hash(processor: Processor, score_form: str = "numbers") -> str:
-    """SHA-256 over the rendered forms of every kind of prompt and answer.
-
-    An adapter's card carries the hash it was trained with; loading refuses another.
-    """
+    """SHA-256 over the rendered forms of every kind of prompt and answer; loading refuses an adapter of another."""
     some = [Evidence("blending", 0.5), Evidence("clip", None)]
     forms = [
         render(processor, verdict_question(some, score_form), STEM),
