@@ -19,13 +19,12 @@ from x2dfd.answer import (
     meaning,
     origin,
     percent,
-    shown,
     status,
     told,
 )
 from x2dfd.errors import X2DFDError
 from x2dfd.experts import expert_class
-from x2dfd.html_report import PROVENANCE, UNCOUNTED, jpeg_uri, marked_areas, overlays, points_at
+from x2dfd.html_report import PROVENANCE, UNCOUNTED, jpeg_uri, marked_areas, overlays, pages, points_at
 from x2dfd.media import Video, load_media
 from x2dfd.statements import CAVEAT, LEAD, of_generator
 from x2dfd.types import FaceReport, Failure, Report, frames_asked
@@ -147,12 +146,7 @@ def _blind_spot(expert: str) -> str:
 
 @cache
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        finalize=lambda value: shown(value) if type(value) is str else value,
-    )
+    environment = pages(jinja2.FileSystemLoader(Path(__file__).parent))
     environment.filters |= {"percent": percent, "kind": status, "blind_spot": _blind_spot}
     environment.globals |= {
         "WORDS": WORDS,
@@ -166,7 +160,7 @@ def _template() -> jinja2.Template:
         "CAVEAT": CAVEAT,
         "of_generator": of_generator,
     }
-    return environment.from_string((Path(__file__).parent / "page.jinja").read_text("utf-8"))
+    return environment.get_template("page.jinja")
 
 
 def draw(macro: str, *values: object) -> str:

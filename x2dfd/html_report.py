@@ -84,7 +84,8 @@ def render(reports: Sequence[Report | Failure], pictures: Sequence[Pictures]) ->
         _failure(report) if isinstance(report, Failure) else _section(report, picture, blind_spots)
         for report, picture in zip(reports, pictures, strict=True)
     ]
-    html = _template().render(
+    template = pages(jinja2.PackageLoader("x2dfd")).get_template("report.html.jinja")
+    html = template.render(
         cards=[card for name in named if isinstance(card := known.get(name), Card)],
         limits=_limits(sections),
         judged=any(s.get("scale") for s in sections),
@@ -235,8 +236,6 @@ def _scale(p: float | None, band: Sequence[float] | None, threshold: float | Non
 def _face(face: FaceReport, decides: bool, report: Report, blind_spots: Mapping[str, str]) -> Json:
     prefix = _prefix(face, report.faces)
     letters = {area: prefix + letter for area, letter, _ in marked_areas(face)}
-    rows = [(e.expert, e.score, e.note, blind_spots.get(e.expert)) for e in face.evidence]
-    counted = [name not in report.uncounted for name, *_ in rows]
     return {
         "number": face.index + 1,
         "alone": len(report.faces) == 1,
@@ -254,12 +253,14 @@ def _face(face: FaceReport, decides: bool, report: Report, blind_spots: Mapping[
         "cues": [(letters.get(c.area, ""), c.area, c.artifact, c.score) for c in face.cues],
         "measured": any(cue.score is not None for cue in face.cues),
         "scored": [
-            (name, 100 * score, note, blind, counts)
-            for (name, score, note, blind), counts in zip(rows, counted, strict=True)
-            if score is not None
+            (e.expert, 100 * e.score, e.note, blind_spots.get(e.expert), e.expert not in report.uncounted)
+            for e in face.evidence
+            if e.score is not None
         ],
         "unscored": [
-            (name, note or "no reason was given", blind) for name, score, note, blind in rows if score is None
+            (e.expert, e.note or "no reason was given", blind_spots.get(e.expert))
+            for e in face.evidence
+            if e.score is None
         ],
         "mllm": None if face.p_fake_mllm is None else percent(face.p_fake_mllm),
     }
@@ -460,18 +461,13 @@ def _flat(name: str, value: object) -> Iterator[tuple[str, str]]:
         yield name, "none" if value is None else str(value)
 
 
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("x2dfd"),
+def pages(loader: jinja2.BaseLoader) -> jinja2.Environment:
+    """Templates whose values are escaped text without characters that steer it; markup of a macro stays markup."""
+    return jinja2.Environment(
+        loader=loader,
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_spelled_out,
+        finalize=lambda value: shown(value) if type(value) is str else value,
     )
-    return environment.get_template("report.html.jinja")
-
-
-def _spelled_out(value: object) -> object:
-    """What stands in the page for a value: text without characters that steer it; markup of a macro stays markup."""
-    return shown(value) if type(value) is str else value
