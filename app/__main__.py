@@ -49,17 +49,17 @@ def make_examples(folder: Path) -> list[tuple[str, Path]]:
     ]  # fmt: skip
 
 
-def _write_clip(path: Path, real: Path, forged: Path, seconds: int = 5, rate: int = 12) -> None:
-    """The photo as a clip, with its forged twin in the middle third."""
+def _write_clip(path: Path, real: Path, forged: Path) -> None:
+    """The photo as a clip of five seconds, with its forged twin in the middle third."""
     import av
     import numpy as np
     from PIL import Image
 
     with Image.open(real) as photo, Image.open(forged) as twin, av.open(path, "w") as container:
-        stream = container.add_stream("mpeg4", rate=rate, width=photo.width, height=photo.height)
+        stream = container.add_stream("mpeg4", rate=12, width=photo.width, height=photo.height)
         stream.pix_fmt, stream.bit_rate = "yuv420p", 12_000_000
-        for number in range(seconds * rate):
-            shown = twin if seconds * rate <= 3 * number < 2 * seconds * rate else photo
+        for number in range(60):
+            shown = twin if 20 <= number < 40 else photo
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(shown), format="rgb24")))
         container.mux(stream.encode(None))
 

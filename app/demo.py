@@ -21,13 +21,13 @@ from gradio import processing_utils
 from starlette.middleware import Middleware
 
 from app.guard import Guard, Quota
-from app.pieces import STRIP, THUMB, Case, Progress, card, choices, curve, draw, face_panel, jpeg_uri, open_case, table
+from app.pieces import STRIP, THUMB, Case, Progress, card, choices, curve, draw, face_panel, open_case, table
 from x2dfd import case as case_record
 from x2dfd.answer import told
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.files import Json
 from x2dfd.follow_up import checked, from_report
-from x2dfd.html_report import render
+from x2dfd.html_report import jpeg_uri, render
 from x2dfd.media import Frame, Video, load_media
 from x2dfd.types import FaceReport, Failure, Report
 
@@ -202,30 +202,48 @@ def _stands(case: Case, face: FaceReport | None) -> str:
 # --- the page ---
 
 
-@dataclass(frozen=True)
 class _Parts:
-    """The components of the page that its events read or change."""
+    """The components of the page that its events read or change, laid out when it is made."""
 
-    case: gr.State  # Case | None: what is open
-    turns: gr.State  # the conversation about it
-    rows: gr.State  # list[Row], where several files were chosen
-    models: gr.Dropdown
-    upload: gr.File
-    tries: gr.HTML
-    table: gr.HTML
-    verdict: gr.HTML
-    curve: gr.HTML
-    downloads: gr.Row
-    as_html: gr.DownloadButton
-    as_json: gr.DownloadButton
-    pick: gr.Dropdown
-    live: gr.HTML
-    stop: gr.Button
-    panel: gr.HTML
-    chat: gr.Chatbot
-    asks: tuple[gr.Button, ...]
-    question: gr.Textbox
-    send: gr.Button
+    def __init__(self, examples: Sequence[tuple[str, Path]], models: Sequence[str], sends_to: str) -> None:
+        self.case = gr.State(None, time_to_live=KEEP_S)  # Case | None: what is open
+        self.turns = gr.State([], time_to_live=KEEP_S)  # the conversation about it
+        self.rows = gr.State([], time_to_live=KEEP_S)  # list[Row], where several files were chosen
+        # Gradio's own look for what stands in HTML draws buttons and tables of its kind, bold and boxed.
+        pickable: Json = {"js_on_load": PICK, "elem_classes": "live", "apply_default_css": False}
+        gr.HTML(draw("head", sends_to))
+        with gr.Row():
+            with gr.Column(scale=3, min_width=320):
+                self.models = gr.Dropdown(
+                    models, value=models[0], label="Model", filterable=False, visible=len(models) > 1
+                )
+                self.upload = gr.File(
+                    label="Photos or short videos (up to 30 MB each)", height=170, file_count="multiple"
+                )
+                thumbs = [(text, _thumb(file)) for text, file in examples]
+                self.tries = gr.HTML(draw("examples", thumbs), elem_id="tries", **pickable)
+                self.table = gr.HTML(elem_id="results", **pickable)
+                self.verdict = gr.HTML(js_on_load=LIVE)
+                with gr.Row(visible=False) as self.downloads:
+                    self.as_html = gr.DownloadButton("Download the report (HTML)", size="sm")
+                    self.as_json = gr.DownloadButton("Download the record (JSON)", size="sm")
+                self.curve = gr.HTML(elem_id="over-time", **pickable)
+                self.pick = gr.Dropdown(label="Several faces: pick the one to look at", filterable=False, visible=False)
+                self.live = gr.HTML(elem_classes="live")
+                self.stop = gr.Button("Stop", size="sm", visible=False)
+                self.panel = gr.HTML()
+            with gr.Column(scale=2, min_width=320, elem_classes="talk"):
+                self.chat = gr.Chatbot(
+                    label="Ask about the result", height=400, allow_tags=False, render_markdown=False, buttons=["copy"],
+                    feedback_options=None, allow_file_downloads=False, placeholder=FIRST,
+                )  # fmt: skip
+                with gr.Row():
+                    self.asks = [gr.Button(text, size="sm", min_width=150, interactive=False) for text in SUGGESTIONS]
+                with gr.Row(elem_classes="ask"):
+                    self.question = gr.Textbox(
+                        label="Your question", max_length=MAX_QUESTION, scale=4, min_width=180, interactive=False
+                    )
+                    self.send = gr.Button("Ask", variant="primary", scale=1, min_width=80, interactive=False)
 
     @property
     def shown(self) -> list[Any]:
@@ -234,49 +252,6 @@ class _Parts:
             self.case, self.turns, self.verdict, self.pick, self.panel, self.downloads, self.as_html, self.as_json,
             self.chat, self.question, self.send, *self.asks, self.live, self.stop, self.curve, self.rows, self.table,
         ]  # fmt: skip
-
-
-def _lay_out(examples: Sequence[tuple[str, Path]], models: Sequence[str], sends_to: str) -> _Parts:
-    case = gr.State(None, time_to_live=KEEP_S)
-    turns, rows = gr.State([], time_to_live=KEEP_S), gr.State([], time_to_live=KEEP_S)
-    # Gradio's own look for what stands in HTML draws buttons and tables of its kind, bold and boxed.
-    pickable: Json = {"js_on_load": PICK, "elem_classes": "live", "apply_default_css": False}
-    gr.HTML(draw("head", sends_to))
-    with gr.Row():
-        with gr.Column(scale=3, min_width=320):
-            choose = gr.Dropdown(models, value=models[0], label="Model", filterable=False, visible=len(models) > 1)
-            upload = gr.File(label="Photos or short videos (up to 30 MB each)", height=170, file_count="multiple")
-            tries = gr.HTML(
-                draw("examples", [(text, _thumb(file)) for text, file in examples]),
-                elem_id="tries",
-                **pickable,
-            )
-            results = gr.HTML(elem_id="results", **pickable)
-            verdict = gr.HTML(js_on_load=LIVE)
-            with gr.Row(visible=False) as downloads:
-                as_html = gr.DownloadButton("Download the report (HTML)", size="sm")
-                as_json = gr.DownloadButton("Download the record (JSON)", size="sm")
-            over_time = gr.HTML(elem_id="over-time", **pickable)
-            pick = gr.Dropdown(label="Several faces: pick the one to look at", filterable=False, visible=False)
-            live = gr.HTML(elem_classes="live")
-            stop = gr.Button("Stop", size="sm", visible=False)
-            panel = gr.HTML()
-        with gr.Column(scale=2, min_width=320, elem_classes="talk"):
-            chat = gr.Chatbot(
-                label="Ask about the result", height=400, allow_tags=False, render_markdown=False, buttons=["copy"],
-                feedback_options=None, allow_file_downloads=False, placeholder=FIRST,
-            )  # fmt: skip
-            with gr.Row():
-                asks = tuple(gr.Button(text, size="sm", min_width=150, interactive=False) for text in SUGGESTIONS)
-            with gr.Row(elem_classes="ask"):
-                question = gr.Textbox(
-                    label="Your question", max_length=MAX_QUESTION, scale=4, min_width=180, interactive=False
-                )
-                send = gr.Button("Ask", variant="primary", scale=1, min_width=80, interactive=False)
-    return _Parts(
-        case, turns, rows, choose, upload, tries, results, verdict, over_time, downloads, as_html, as_json, pick, live,
-        stop, panel, chat, asks, question, send,
-    )  # fmt: skip
 
 
 def _thumb(file: Path) -> str:
@@ -485,7 +460,7 @@ def build(
     model: Json = {"concurrency_id": "model", "concurrency_limit": 1}
     private: Json = {"api_visibility": "private"}
     with gr.Blocks(title="Deepfake check (x2dfd)", analytics_enabled=False, delete_cache=(600, KEEP_S)) as page:
-        p = _lay_out(examples, [name, *others], sends_to)
+        p = _Parts(examples, [name, *others], sends_to)
         events = _Events(p, page.GRADIO_CACHE, {name: detector}, others, [file for _, file in examples])
         # A click while another file is under way is not lost: it comes next. Which row or example was clicked is in the
         # event's own data, which "always_last" would take from the click before.

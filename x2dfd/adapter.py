@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from x2dfd.calibration import Calibration
 from x2dfd.errors import SetupError
 from x2dfd.faces import CROP_SIZE, preprocessing
-from x2dfd.files import Json, check_fields, file_sha256, parse_json, write_text
+from x2dfd.files import Json, file_sha256, parse_json, write_text
 from x2dfd.prompts import QUESTION
 from x2dfd.types import Card
 
@@ -72,15 +72,6 @@ class AdapterCard(Card):
     tower_sha256: str = ""  # of a forensic tower's additions (x2dfd.tower.additions_sha256)
     assessment_sha256: str = ""  # of assessment.json beside it: the ranking whose strong cues it was taught to explain
     held_out: tuple[str, ...] = ()  # forge methods that the instruction set leaves out, for figures on unseen ones
-
-    @classmethod
-    def from_dict(cls, data: Json) -> AdapterCard:
-        check_fields(cls, data)
-        keys = ("covers", "feature_layers", "held_out", "left_out", "probes")
-        lists = {key: tuple(data.get(key, ())) for key in keys}
-        if isinstance(data.get("text_layers"), list):
-            lists["text_layers"] = tuple(data["text_layers"])
-        return cls(**{**data, **lists})
 
 
 def read_adapter_card(folder: Path) -> AdapterCard:
@@ -131,10 +122,8 @@ def check_tensors(state: Mapping[str, Tensor], where: Path) -> None:
 
 
 def check_adapter(folder: Path, card: AdapterCard, base: dict[str, str], prompt_sha256: str) -> None:
-    """Refuse an adapter that was made for something else or that holds nothing.
-
-    Of a whole model `base` is the identity of that model itself. Raises SetupError: wrong weight file, other base
-    weights, other prompts, other crops, all-zero lora_B.
+    """Raises SetupError for an adapter of another base (of a whole model: itself) or of other prompts, and as
+    `check_contents`.
     """
     check_contents(folder, card)
     made_for = {"name": "an unnamed base", "sha256": ""} | card.base
@@ -202,8 +191,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 def attach(model: Any, folder: Path) -> Any:
     """The base model with the adapter merged into its weights; beside them where those are quantised.
 
-    Merged, because one matrix product is quicker than three and the numbers agree to rounding. Raises SetupError when
-    the adapter has not just what its configuration says that it changes of this model.
+    Merged, because one matrix product is quicker than three. Raises SetupError as `check_fit`.
     """
     saved = check_fit(model, folder)
     quantised = bool(getattr(model, "is_quantized", False))
@@ -275,10 +263,9 @@ def _adapter_config(folder: Path) -> Json:
 
 
 def add_tower(llava: Any, folder: Path, card: AdapterCard) -> str | None:
-    """Put the forensic tower's additions into a LLaVA's vision tower, where the card says that it was trained on them.
+    """Put the forensic tower's additions into a LLaVA's vision tower, where the card names them.
 
-    Returns what `x2dfd.mllm.Look.tower` is of this adapter. Raises SetupError when the additions are not those of the
-    card, or fit another tower.
+    Returns what `x2dfd.mllm.Look.tower` is of this adapter. Raises SetupError when they are not those of the card.
     """
     from x2dfd.tower import add_to_tower
 
@@ -313,51 +300,35 @@ def _merge_plain(model: Any, folder: Path, saved: Mapping[str, Tensor]) -> bool:
     """Merge a plain LoRA and the modules saved with it, without PEFT, whose import outlasts a verdict.
 
     False, and the model is as it was, for anything else: DoRA, ranks by pattern, other key names, a quantised base.
-    PEFT's rule: W + alpha / r · B A (LoRA, arXiv 2106.09685).
     """
-    import torch
+    from x2dfd.tower import LORA_A, LORA_B, add_to_parameters
 
-    try:
-        config = parse_json((folder / "adapter_config.json").read_bytes())
-    except ValueError as error:
-        raise SetupError(
-            f"{folder}: adapter_config.json cannot be read ({error}); copy the directory again",
-            code="adapter_config_unreadable",
-        ) from error
-    if not isinstance(config, dict):
-        raise SetupError(
-            f"{folder}: adapter_config.json holds no object; copy the directory again", code="adapter_config_unreadable"
-        )
+    config = _adapter_config(folder)
     said = {key: value for key, value in config.items() if value and key not in _PLAIN}
     if said != {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}:
         return False
     if not all(type(config.get(key)) in (int, float) and config[key] > 0 for key in ("r", "lora_alpha")):
         return False
-    if any(".lora_B." in key and key.replace(".lora_B.", ".lora_A.") not in saved for key in saved):
-        return False
     parameters = dict(model.named_parameters())
-    steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []  # a weight; A and B, or its new value
-    for key, value in saved.items():
-        name, other = key.removeprefix("base_model.model."), None
+    scale = config["lora_alpha"] / config["r"]  # PEFT's rule: W + alpha / r · B A
+    additions = {key.removeprefix(PEFT_PREFIX): value for key, value in saved.items()}
+    additions |= {name: value.float() * scale for name, value in additions.items() if name.endswith(LORA_B)}
+
+    def fits(name: str, value: Tensor) -> bool:
+        if name.endswith(LORA_B):
+            return name.replace(LORA_B, LORA_A) in additions
         shape = tuple(value.shape)
-        if name.endswith(".lora_B.weight"):
-            continue
-        if name.endswith(".lora_A.weight"):
-            other = saved.get(key.replace(".lora_A.", ".lora_B."))
-            if other is None or value.shape[0] != config["r"]:
+        if name.endswith(LORA_A):
+            up = additions.get(name.replace(LORA_A, LORA_B))
+            if up is None or shape[0] != config["r"]:
                 return False
-            name, shape = name.replace(".lora_A.", "."), (other.shape[0], value.shape[1])
-        weight = parameters.pop(name, None)
-        if weight is None or not weight.is_floating_point() or tuple(weight.shape) != shape:
-            return False
-        steps.append((weight, value, other))
-    with torch.no_grad():
-        for weight, value, other in steps:
-            if other is None:
-                weight.copy_(value)
-            else:
-                change = other.float() @ value.float() * (config["lora_alpha"] / config["r"])
-                weight.copy_(weight.float() + change.to(weight.device))
+            name, shape = name.replace(LORA_A, ".weight"), (up.shape[0], shape[1])
+        weight = parameters.get(name)
+        return weight is not None and weight.is_floating_point() and tuple(weight.shape) == shape
+
+    if not all(fits(name, value) for name, value in additions.items()):
+        return False
+    add_to_parameters(parameters, 0, additions)
     return True
 
 
@@ -380,8 +351,7 @@ def probe_logits(mllm: LanguageModel, side: int = CROP_SIZE) -> tuple[float, ...
 def check_probes(card: AdapterCard, found: Sequence[float], tolerance: float = 0.1) -> None:
     """Raises SetupError when the probes' logits are further than `tolerance` from those that the card keeps, if any.
 
-    Rounding to 16 bits in the file moves them by hundredths, computing in 16 bits by more; another base, projector or
-    prompt by whole numbers.
+    16 bits move them by hundredths, another base, projector or prompt by whole numbers.
     """
     if not all(abs(a - b) <= tolerance for a, b in zip(card.probes, found, strict=bool(card.probes))):
         raise SetupError(

@@ -57,13 +57,6 @@ def load_animation(opened: Opened, max_frames: int, keep: Callable[[Frame], Fram
             break
         if not gathered.add(Frame(target, clock.begins_s, rgb(shown, depth, False, opened.orientation, notes))):
             break
-    exif = exif_summary(opened)
-    return gathered.video(
-        sha256=opened.sha256,
-        format=opened.name,
-        n_frames=opened.n_frames,
-        duration_s=clock.ends_s if clock.index + 1 == opened.n_frames else None,
-        asked=max_frames,
-        path=path,
-        file={"exif": exif} if exif else {},
-    )
+    duration = clock.ends_s if clock.index + 1 == opened.n_frames else None
+    file = {"exif": exif} if (exif := exif_summary(opened)) else {}
+    return gathered.video(opened.sha256, opened.name, opened.n_frames, duration, max_frames, path, file)

@@ -168,11 +168,7 @@ def summary(report: Report) -> str:
 
 
 def shown(text: str) -> str:
-    """The text with control and direction characters spelled out: a file's name must not turn what stands around it.
-
-    >>> shown("a\\u202eb")
-    'a\\\\u202eb'
-    """
+    """The text with control and direction characters spelled out: a file's name must not turn what is around it."""
     return "".join(
         c
         if c in _SHOWN_AS_THEY_ARE or unicodedata.category(c) not in ("Cc", "Cf", "Zl", "Zp")

@@ -1,8 +1,7 @@
 """`x2dfd calibrate`: the scores of experts and MLLM on labelled pictures become one probability and a band.
 
-A detector looks too good on the cameras and generators that it was trained on. So calibration prefers held-out sources:
-with `unseen`, pictures of a source are judged by expert weights that were trained without it. All other pictures come
-from split `calib`, and the MLLM then gets no weight, as its errors on new sources are unknown.
+With `unseen`, pictures of a source are judged by expert weights that were trained without it, as a detector looks too
+good on what it knows; the MLLM then gets no weight, for its errors on new sources are unknown.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from x2dfd.tower import view_face
 from x2dfd.types import KINDS, Face
 
 AT_ONCE = 16
+VIEW_SEED = 1  # of augmented views
 
 Row = dict[str, dict[str, float | None]]
 """Logits of one picture, by kind of fake and part."""
@@ -42,7 +42,6 @@ def calibrate(
     *,
     split: str = "calib",
     limit: int | None = None,
-    view_seed: int = 1,
     false_alarms: float = FALSE_ALARMS,
     experts: Sequence[str] | None = None,
     unseen: Path | None = None,
@@ -81,7 +80,7 @@ def calibrate(
             mine = [i for i in usable if _whose(crops.samples[i], split, strangers) == left_out]
             if limit is not None and len(mine) > limit:
                 mine = sorted(int(i) for i in np.random.default_rng(0).choice(mine, limit, replace=False))
-            rows += _scores(detector, crops, mine, view_seed, expert)
+            rows += _scores(detector, crops, mine, expert)
             samples += [crops.samples[i] for i in mine]
     if unclear := [s.id for s in samples if s.label == "fake" and s.df_class not in ("EFS", "FS", "FR", "FE")]:
         raise X2DFDError(
@@ -138,8 +137,7 @@ def _strangers(folder: Path, names: Sequence[str]) -> list[tuple[Expert, set[str
 def _whose(sample: Sample, split: str, strangers: Sequence[tuple[Expert, set[str]]]) -> set[str] | None:
     """What was left out of the expert that has to judge the picture: nothing for one of `split`; None: nobody.
 
-    A generator's pictures are always judged by the adapter's own expert: what one that never met it says tells how
-    blind it is, and would forbid every "real" (LOG.md gives the figures).
+    A generator's pictures are judged by the adapter's own expert: one that never met it would forbid every "real".
     """
     for _, left_out in strangers:
         if sample.origin in left_out and not sample.synthetic:
@@ -147,15 +145,13 @@ def _whose(sample: Sample, split: str, strangers: Sequence[tuple[Expert, set[str
     return set() if sample.split == split else None
 
 
-def _scores(
-    detector: Detector, crops: CropSet, rows: Sequence[int], view_seed: int, stranger: Expert | None
-) -> list[Row]:
+def _scores(detector: Detector, crops: CropSet, rows: Sequence[int], stranger: Expert | None) -> list[Row]:
     """By kind and part, the logits of each picture. With a `stranger` in place of the detector's expert of its name."""
     asked = [stranger if stranger and e.card.name == stranger.card.name else e for e in detector.experts]
     covers = {e.card.name: e.card.covers for e in asked}
     found = []
     for start in progress(range(0, len(rows), AT_ONCE), "scoring"):
-        faces = [face_of(crops, i, view_seed) for i in rows[start : start + AT_ONCE]]
+        faces = [face_of(crops, i, VIEW_SEED) for i in rows[start : start + AT_ONCE]]
         if stranger:
             logits, evidence = np.full(len(faces), np.nan), evidence_of(asked, through_codec(faces))
         else:

@@ -1,9 +1,8 @@
 """Calibration: one probability from the scores of experts and MLLM, the rule when to abstain, and the fit of both.
 
-A face may be made as a whole, or changed in part. Each kind has a regularised logistic of its own, with non-negative
-weights over a handful of logits, and the odds of the two add up: an expert that knows one kind cannot clear the other.
-Small enough to read, stored as JSON with the model. A score that is missing counts as its mean where the logistic was
-fitted, so it neither accuses nor clears.
+Each kind of fake (made as a whole, changed in part) has a regularised logistic of its own, with non-negative weights
+over a handful of logits. Their odds add up, so an expert that knows one kind cannot clear the other. A missing score
+counts as its mean in the fit, so it neither accuses nor clears.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from x2dfd.errors import SetupError
-from x2dfd.files import Json, bad_rate, check_fields, json_sha256, parse_json, write_text
+from x2dfd.files import Json, bad_rate, checked, json_sha256, parse_json, write_text
 from x2dfd.types import KINDS, Evidence, Verdict
 
 MLLM = "mllm"
@@ -50,8 +49,7 @@ def kind_of(df_class: str) -> str:
 def parts_of(mllm_logit: float | None, evidence: Sequence[Evidence], covers: Mapping[str, Sequence[str]]) -> Parts:
     """The logits that the logistics of both kinds join.
 
-    An expert whose card says which classes it covers speaks of their kinds alone (`covers`: name -> classes); the MLLM
-    and every other expert speak of both.
+    An expert whose card says which classes it covers speaks of their kinds alone (`covers`: name -> classes).
     """
     found: dict[str, dict[str, float | None]] = {kind: {MLLM: mllm_logit} for kind in KINDS}
     for e in evidence:
@@ -76,7 +74,7 @@ class Logistic:
             value = logits.get(name)
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"{name} gave {value}, which is no logit")
-            total += 0.0 if value is None else weight * (_bounded(value) - self.means[name])
+            total += 0.0 if value is None else weight * (max(-_CLIP, min(_CLIP, value)) - self.means[name])
         return 1 / (1 + math.exp(-total))
 
 
@@ -124,9 +122,7 @@ class Calibration:
         """Raises SetupError when the file is absent, incomplete or contradicts itself."""
         path = folder / "calibration.json"
         try:
-            data = parse_json(path.read_bytes())
-            check_fields(cls, data)
-            found = cls(**{**data, "kinds": {kind: Logistic(**one) for kind, one in data["kinds"].items()}})
+            found = checked(cls, parse_json(path.read_bytes()))
             found._check()
         except (OSError, ValueError) as error:
             raise SetupError(
@@ -156,12 +152,6 @@ class Calibration:
             raise ValueError(f"`fitted_on.{wrong}` is no rate from 0 to 1")
 
 
-def _bounded(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError(f"{value} is no logit: a score that is missing is None")
-    return max(-_CLIP, min(_CLIP, value))
-
-
 def fit_logistic(parts: Mapping[str, Floats], labels: Floats, weights: Floats, ridge: float = 0.02) -> Logistic:
     """The logistic of one kind. `parts`: name -> logits [n], NaN where a score is missing; `weights` [n] balance them.
 
@@ -188,10 +178,7 @@ def fit_logistic(parts: Mapping[str, Floats], labels: Floats, weights: Floats, r
 
 
 def _mean(logits: Floats, weights: Floats) -> float:
-    """Weighted mean of the scores that there are; 0 where there are none (such a part gets no weight).
-
-    Weighted as the fit is: where most of the pictures are fakes, a plain mean in place of a missing score accuses.
-    """
+    """Mean of the scores that there are, weighted as the fit is; 0 where there are none."""
     there = np.isfinite(logits)
     return float(np.average(logits[there], weights=weights[there])) if weights[there].sum() > 0 else 0.0
 
@@ -214,7 +201,6 @@ def fit_calibration(
     sources: Sequence[str],
     *,
     false_alarms: float = FALSE_ALARMS,
-    misses: float = MISSES,
 ) -> Calibration:
     """Logistics and band. `parts`: kind -> name -> logits [n]; `kinds` [n]: a kind of KINDS, or "" for a real picture.
 
@@ -234,7 +220,7 @@ def fit_calibration(
     logistics = {kind: replace(one, bias=round(one.bias - share, 6)) for kind, one in logistics.items()}
     fitted = Calibration(logistics, 0.5, 0.5)
     chances = probabilities(fitted, parts, len(of))
-    low, high = choose_band(chances, of != "", sources, false_alarms=false_alarms, misses=misses)
+    low, high = choose_band(chances, of != "", sources, false_alarms=false_alarms)
     return Calibration(logistics, low, high)
 
 

@@ -110,8 +110,7 @@ def _frames_stated(stated: Json) -> int | None:
 def verify(made: Json, file: Path, detector: Detector) -> Verification:
     """Judge `file` anew and compare with the record. The detector must be in the mode that the record states.
 
-    A changed finding speaks against the record. Another model, calibration, validation or wording than is here does
-    not: who states one leaves the record unconfirmed.
+    A changed finding speaks against the record; another model, calibration or wording leaves it unconfirmed.
     """
     changed: list[str] = []
     other: list[str] = []
@@ -144,11 +143,6 @@ def verify(made: Json, file: Path, detector: Detector) -> Verification:
         wordy = False
     fresh = detector.explain(quick, file) if wordy else quick
     expected = fresh.to_dict()
-    if "statements" not in (stated.get("provenance") or {}):  # of a former version, which did not list them
-        said = expected["provenance"].pop("statements", [])
-        other += ["the file states how it was made, and the record does not say so"] if said else []
-    if "weights" not in stated["model"]:  # of a former version, which did not state them; their hash agrees
-        expected["model"] = {k: v for k, v in expected["model"].items() if k != "weights"}
     notes += [f"versions: {line}" for _, line in _differing("", stated.get("versions"), fresh.versions, exactly=True)]
     notes += [
         f"model: {line}"
@@ -160,7 +154,7 @@ def verify(made: Json, file: Path, detector: Detector) -> Verification:
         notes.append(f"Content Credentials: the record states {states[0]}, and here they are {states[1]}")
         stated, expected = _without_credentials(stated), _without_credentials(expected)
     again = record([fresh])
-    again["cards"] = _cards_in(made, again["cards"])
+    again["cards"] = (made.get("cards") or {}) | again["cards"]  # some only other reports of the record name
     frame = ("statement", "cards", "limits", "next_steps")
     around = ({key: whole.get(key) for key in frame} for whole in (made, again))
     _sort(_differing("", *around, exactly=True), changed, other)
@@ -188,12 +182,6 @@ def _sort(found: Iterable[tuple[str, str]], changed: list[str], other: list[str]
 def _outcome(changed: Sequence[str], other: Sequence[str], notes: Sequence[str]) -> Verification:
     outcome: Outcome = "differs" if changed else "other_version" if other else "holds"
     return Verification(outcome, (*changed, *other), tuple(notes))
-
-
-def _cards_in(made: Json, fresh: Json) -> Json:
-    """The fresh cards, beside those of experts that only other reports of the record name."""
-    others = {name: card for name, card in (made.get("cards") or {}).items() if name not in fresh}
-    return others | fresh
 
 
 def _scoring(report: Json) -> Json:

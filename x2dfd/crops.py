@@ -107,11 +107,11 @@ def load_crops(manifest: Path, workers: int = 1, side: int = CROP_SIZE) -> CropS
         raise X2DFDError(f"{manifest}: no file has a usable face", code="no_usable_face")
     return CropSet(
         samples=kept,
-        crops=np.load(folder / "crops.npy", mmap_mode="r"),
+        crops=np.load(folder / "crops.npy", mmap_mode="r")[: len(kept)],  # the unusable ones leave a tail
         landmarks=np.load(folder / "landmarks.npy"),
         unusable=state["unusable"],
         masks=np.load(folder / "masks.npy", mmap_mode="r"),
-        large=None if side == CROP_SIZE else np.load(folder / "large.npy", mmap_mode="r"),
+        large=None if side == CROP_SIZE else np.load(folder / "large.npy", mmap_mode="r")[: len(kept)],
     )
 
 
@@ -163,12 +163,6 @@ def _compute(samples: list[Sample], folder: Path, key: dict[str, str], workers: 
             n += 1
     for name, crops in made.items():
         crops.flush()
-        if n < len(samples):  # the few unusable ones leave a tail: copy without it
-            whole = np.lib.format.open_memmap(folder / "whole.part.npy", "w+", np.uint8, (n, *crops.shape[1:]))
-            for start in range(0, n, 256):
-                whole[start : min(start + 256, n)] = crops[start : min(start + 256, n)]
-            whole.flush()
-            os.replace(folder / "whole.part.npy", parts[name])
         os.replace(parts[name], folder / f"{name}.npy")
     np.save(folder / "landmarks.npy", landmarks[:n])
     np.save(folder / "masks.npy", masks[:n])

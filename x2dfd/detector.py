@@ -71,7 +71,7 @@ class Detector:
         self.experts = list(experts)
         self.calibration = calibration
         self.mode = mode
-        self._question = question or self._question_of_training
+        self._question = question or (lambda said: prompts.verdict_question(self.told(said), self.info.score_form))
         applied = calibration if mode == "calibrated" else None
         info = replace(
             info,
@@ -116,10 +116,9 @@ class Detector:
     ) -> Iterator[Report | Failure]:
         """Reports in the order of the sources; a file that cannot be judged is a Failure and the run goes on.
 
-        The faces of `batch_size` files go through the models together. Meanwhile a thread decodes the next batch and
-        finds its faces, so `sources` is read one batch ahead (in the caller's thread); two batches stand in memory.
-        `on_progress` is told of each frame of a video once its faces are found, in that thread, and of each face once
-        it is judged; an InputError that it raises ends the work on that file, or on the batch.
+        The faces of `batch_size` files go through the models together, while a thread decodes the next batch: `sources`
+        is read one batch ahead. `on_progress` is told of each frame of a video once its faces are found, in that
+        thread, and of each face once it is judged; an InputError that it raises ends the work on that file or batch.
         """
         if batch_size < 1 or frames < 1:
             raise ValueError("batch_size and frames must be at least 1")
@@ -146,9 +145,8 @@ class Detector:
     def chat(self, report: Report, question: str, *, source: Source | None = None) -> str:
         """Answer a follow-up about a report. The stored verdict stands, whatever is asked.
 
-        What the report's facts answer is answered from them. Else the model looks at the picture again: `source`, by
-        default the file of the report's path; what it says against the verdict is left out, but in the paper's mode.
-        Raises InputError when there is no such picture, or when it is another one.
+        Where the report's facts do not answer it, the model looks again at `source`, by default the report's path; what
+        it says against the verdict is left out, but in the paper's mode. Raises InputError for another picture or none.
         """
         deciding = report.decider
         if (known := follow_up.from_report(report, deciding, question)) is not None or deciding is None:
@@ -209,8 +207,7 @@ class Detector:
     def _look(self, crops: NDArray[np.uint8]) -> Iterator[Looked]:
         """The MLLM's look at crops [n, s, s, 3], for the `with` block alone: what is asked of it writes into its cache.
 
-        The last look at a single face is kept: verdict, explanation and follow-ups are mostly about the same one, and
-        share its encoding. A look at many would keep gigabytes of a large model's cache.
+        The last look at a single face is kept, for explanation and follow-ups; one at many would take gigabytes.
         """
         key = hashlib.sha256(np.ascontiguousarray(crops).data).digest()
         with self._keeping:  # taken out, so that no two threads have it
@@ -314,9 +311,6 @@ class Detector:
         """What each expert says of each face: [face][expert]. The embedded model's pass of the tower serves them."""
         ours = self.info.base["name"] == BASE_NAME
         return evidence_of(self.experts, faces, look.shared if ours else None)
-
-    def _question_of_training(self, evidence: Sequence[Evidence]) -> str:
-        return prompts.verdict_question(self.told(evidence), self.info.score_form)
 
     def told(self, evidence: Sequence[Evidence]) -> list[Evidence]:
         """What the MLLM is told: of the experts that the adapter was trained with, under the names of its prompt.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from x2dfd.files import Json
+from x2dfd.files import Json, file_sha256
 
 LIBRARIES = ("torch", "transformers", "peft", "ai-edge-litert", "numpy", "pillow", "av")
 FACE_MODELS = {  # SHA-256 of the files that mediapipe 0.10.21 carries
@@ -152,7 +151,7 @@ def _face_models() -> Iterator[Check]:
         if not path.exists():
             yield Check(f"face model {path.stem}", False, "missing", REINSTALL, facts)
             continue
-        whole = _sha256(path) == expected
+        whole = file_sha256(path) == expected
         facts["size"] = _size(path.stat().st_size)
         detail = "present" if whole else "present, but its SHA-256 is another"
         yield Check(f"face model {path.stem}", whole, detail, None if whole else REINSTALL, facts)
@@ -164,12 +163,8 @@ def _parts() -> Iterator[Check]:
     needed = missing()
     for name, part in PARTS.items():
         here = part.present()
-        facts = {
-            "licence": part.licence,
-            "size": f"{part.size_mb:.0f} MB",
-            "sha256": part.sha256,
-            "source": part.url_hint,
-        }
+        facts = {"licence": part.licence, "size": f"{part.size_mb:.0f} MB"}
+        facts |= {"sha256": part.sha256, "source": part.url_hint}
         detail = f"{part.what}: {'present' if here else 'not fetched'}"
         ok = True if here else False if name in needed else None
         yield Check(f"part {name}", ok, detail, None if here else f"x2dfd fetch {name}", facts)
@@ -190,7 +185,7 @@ def _embedded() -> Iterator[Check]:
     elif not weights.exists():
         yield Check("embedded model", False, f"{weights.name} is missing", REINSTALL, facts)
     else:
-        whole = _sha256(weights) == card.get("sha256")
+        whole = file_sha256(weights) == card.get("sha256")
         facts["size"] = _size(weights.stat().st_size)
         detail = f"{card.get('name', 'unnamed')}: " + ("present" if whole else "its SHA-256 is not that of its card")
         yield Check("embedded model", whole, detail, None if whole else REINSTALL, facts)
@@ -217,22 +212,13 @@ def _cache() -> Iterator[Check]:
 
     folder = cache_dir()
     files = [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
-    detail = (
-        f"{folder}, {_size(sum(file.stat().st_size for file in files))}"
-        if folder.exists()
-        else f"{folder}, not there yet"
-    )
-    yield Check("cache", True, detail)
+    size = _size(sum(file.stat().st_size for file in files)) if folder.exists() else "not there yet"
+    yield Check("cache", True, f"{folder}, {size}")
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     enough = free > 3 * 10**9
     yield Check("disk", enough, f"{_size(free)} free" + ("" if enough else "; assembling the model needs 3 GB"),
                 None if enough else "export X2DFD_CACHE=/a/folder/on/a/larger/disk")  # fmt: skip
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _size(n_bytes: int) -> str:

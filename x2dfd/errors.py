@@ -8,11 +8,7 @@ from contextlib import contextmanager
 
 
 class X2DFDError(Exception):
-    """Base of all errors that this project raises on purpose.
-
-    `code` is short, stable and meant for machines (`weights_missing`, `settings_differ`, ...); the message is for
-    people, and its words may change.
-    """
+    """Base of all errors that this project raises on purpose: a stable `code` for machines, a message for people."""
 
     code = "error"
 
@@ -74,9 +70,8 @@ def first_line(error: BaseException) -> str:
 def one_file(doing: str) -> Iterator[None]:
     """The one place where what a file makes a library raise becomes an InputError, so that a run goes on without it.
 
-    Libraries fed with hostile bytes raise nearly anything, SystemExit of a plug-in included. What this project raises
-    on purpose passes (a SetupError is wrong for every file), and so does a user's interrupt. Codes: `out_of_memory`,
-    `too_deep`, `failed`.
+    Hostile bytes make libraries raise nearly anything, a plug-in even SystemExit. Our own errors and a user's interrupt
+    pass. Codes: `out_of_memory`, `too_deep`, `failed`.
     """
     try:
         yield

@@ -1,8 +1,7 @@
 """Experts: conventional detectors that look where the MLLM is weak, and the registry that finds them.
 
-An expert is a class with a `card` and a method `judge`; it is registered under a name, in `BUILTIN` or `PUBLISHED`
-below or by an installed package through the entry point group `x2dfd.experts`. Nothing is imported before a name is
-asked for.
+An expert is a class with a `card` and a method `judge`, registered under a name in `BUILTIN` or `PUBLISHED` below, or
+by an installed package, by the entry point group `x2dfd.experts`. Nothing is imported before a name is asked for.
 """
 
 from __future__ import annotations
@@ -26,9 +25,7 @@ from x2dfd.worker import Worker
 if TYPE_CHECKING:
     from torch import Tensor
 
-BUILTIN: dict[str, str] = {
-    "tower": "external_detectors.tower:Tower",
-}
+BUILTIN: dict[str, str] = {"tower": "external_detectors.tower:Tower"}
 DEFAULT: tuple[str, ...] = ("tower",)
 """Experts that improve verdicts on held-out sources (LOG.md), in the order of their scores in the prompt."""
 PUBLISHED: dict[str, str] = {
@@ -58,9 +55,8 @@ class Shared:
 class Expert(Protocol):
     """The interface of a plug-in. Its constructor loads the weights and may raise SetupError.
 
-    Without an argument it loads the expert's own weights. An expert whose weights may be replaced takes `folder: Path`,
-    the folder that holds `<name>.card.json` and the file that this card names. Where the card
-    names classes of forgeries in `covers`, its "real" clears a face of their kinds alone.
+    An expert whose weights may be replaced takes `folder: Path`, which holds `<name>.card.json` and the file that it
+    names. Where a card's `covers` names classes of forgeries, its "real" clears a face of their kinds alone.
     """
 
     card: ClassVar[Card]
@@ -146,8 +142,7 @@ _PLUGIN_TRIES = 2  # times that it may hang or die, then it is not asked again
 class PlugIn:
     """An expert of an installed package, in a process of its own: one that hangs or crashes is ended.
 
-    No thread could be: a run would wait for it. Faces without an answer have evidence without a score and the reason;
-    after `_PLUGIN_TRIES` such batches the others have, too.
+    Its faces then have no score but the reason, and after `_PLUGIN_TRIES` such batches all others, too.
     """
 
     card: ClassVar[Card]  # of the weights that it loaded
@@ -204,10 +199,9 @@ def aliased(text: str) -> tuple[tuple[str, ...], dict[str, str]]:
 def ask(expert: Expert, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
     """The expert's evidence for each face: `judge`, with its answers checked.
 
-    A plug-in may be anybody's. Where it raises or answers something else than one Evidence a face, the faces are asked
-    one by one; one that fails still, or that is scored outside of [0, 1], has no score of it and a note that says why.
-    An X2DFDError (a set-up that is wrong for every face) and the end of the memory are raised on: both may be mended,
-    and a row without the score would stay.
+    Where it raises or does not answer with one Evidence a face, they are asked one by one; one that still fails, or
+    whose score is outside of [0, 1], has no score and a note that says why. An X2DFDError and the end of the memory
+    are raised on: both may be mended, and a row without the score would stay.
     """
     name = expert.card.name
     try:

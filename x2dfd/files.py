@@ -10,14 +10,15 @@ import re
 import sys
 import tempfile
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+T = TypeVar("T")
 Json = dict[str, Any]
 """A JSON object: plain values by name."""
 
@@ -89,6 +90,30 @@ def check_fields(kind: Any, data: object) -> None:
 
 
 _types = cache(get_type_hints)
+
+
+def checked(kind: type[T], data: object) -> T:
+    """The dataclass `kind` from plain values out of a file. Raises ValueError as `check_fields`."""
+    check_fields(kind, data)
+    return built(kind, data)
+
+
+def built(kind: type[T], data: Any) -> T:
+    """The dataclass `kind` from its fields as plain values: objects become dataclasses, lists become tuples."""
+    types = _types(cast(Hashable, kind))
+    return kind(**{name: _built(types[name], value) for name, value in data.items()})
+
+
+def _built(wanted: Any, value: Any) -> Any:
+    origin, inside = get_origin(wanted), get_args(wanted)
+    if origin in (Union, UnionType):
+        return _built(next((one for one in inside if _fits(value, one)), Any), value)
+    if origin is dict:
+        return {key: _built(inside[1], inner) for key, inner in value.items()}
+    if origin is tuple:
+        kinds = inside[:1] * len(value) if inside[-1] is Ellipsis else inside
+        return tuple(_built(one, inner) for one, inner in zip(kinds, value, strict=True))
+    return built(cast(type, wanted), value) if is_dataclass(wanted) else value
 
 
 def _check_type(value: object, wanted: Any, where: str) -> None:

@@ -1,7 +1,6 @@
 """Follow-up questions: what is asked, and the answer where the report's own facts give it.
 
-A language model of this size garbles numbers and invents grounds, so it is asked only about what it sees; what neither
-it nor the report can know is said to be unknown.
+A small language model garbles numbers, so it is asked only about what it sees; what nobody here can know is said so.
 """
 
 from __future__ import annotations

@@ -75,9 +75,7 @@ def shrunk(source: Path | bytes, frames: int, wanted: set[int | None]) -> tuple[
 def render(reports: Sequence[Report | Failure], pictures: Sequence[Pictures]) -> str:
     """The HTML page for `reports`, a section each.
 
-    `pictures` goes beside `reports`: the picture's pixels [H, W, 3] uint8 RGB at any scale (boxes and areas are placed
-    by `report.media`'s width and height), for a video a mapping from frame number to pixels, or None to show none.
-    Raises ValueError when the two differ in length.
+    `pictures` beside `reports`: pixels [H, W, 3] uint8 RGB at any scale, of a video by frame number, or None for none.
     """
     named = dict.fromkeys(e.expert for r in reports if isinstance(r, Report) for f in r.faces for e in f.evidence)
     known = cards(named)
@@ -86,7 +84,8 @@ def render(reports: Sequence[Report | Failure], pictures: Sequence[Pictures]) ->
         _failure(report) if isinstance(report, Failure) else _section(report, picture, blind_spots)
         for report, picture in zip(reports, pictures, strict=True)
     ]
-    html = _template().render(
+    template = pages(jinja2.PackageLoader("x2dfd")).get_template("report.html.jinja")
+    html = template.render(
         cards=[card for name in named if isinstance(card := known.get(name), Card)],
         limits=_limits(sections),
         judged=any(s.get("scale") for s in sections),
@@ -111,10 +110,7 @@ QUIET = (
 
 
 def printer() -> str:
-    """The browser that prints pages to PDF here: its path. Raises SetupError with what to install.
-
-    A browser and nothing smaller: other HTML printers lay out neither grids nor the face boxes.
-    """
+    """The browser that prints pages to PDF here: its path. Raises SetupError with what to install."""
     browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if browser is None:
         raise SetupError(
@@ -239,9 +235,7 @@ def _scale(p: float | None, band: Sequence[float] | None, threshold: float | Non
 
 def _face(face: FaceReport, decides: bool, report: Report, blind_spots: Mapping[str, str]) -> Json:
     prefix = _prefix(face, report.faces)
-    letters = {area: prefix + letter for area, letter, _ in _areas(face)}
-    rows = [(e.expert, e.score, e.note, blind_spots.get(e.expert)) for e in face.evidence]
-    counted = [name not in report.uncounted for name, *_ in rows]
+    letters = {area: prefix + letter for area, letter, _ in marked_areas(face)}
     return {
         "number": face.index + 1,
         "alone": len(report.faces) == 1,
@@ -259,12 +253,14 @@ def _face(face: FaceReport, decides: bool, report: Report, blind_spots: Mapping[
         "cues": [(letters.get(c.area, ""), c.area, c.artifact, c.score) for c in face.cues],
         "measured": any(cue.score is not None for cue in face.cues),
         "scored": [
-            (name, 100 * score, note, blind, counts)
-            for (name, score, note, blind), counts in zip(rows, counted, strict=True)
-            if score is not None
+            (e.expert, 100 * e.score, e.note, blind_spots.get(e.expert), e.expert not in report.uncounted)
+            for e in face.evidence
+            if e.score is not None
         ],
         "unscored": [
-            (name, note or "no reason was given", blind) for name, score, note, blind in rows if score is None
+            (e.expert, e.note or "no reason was given", blind_spots.get(e.expert))
+            for e in face.evidence
+            if e.score is None
         ],
         "mllm": None if face.p_fake_mllm is None else percent(face.p_fake_mllm),
     }
@@ -279,7 +275,7 @@ def _prefix(face: FaceReport, faces: Sequence[FaceReport]) -> str:
     return f"{face.index + 1}" if sum(other.frame == face.frame for other in faces) > 1 else ""
 
 
-def _areas(face: FaceReport) -> list[tuple[str, str, str]]:
+def marked_areas(face: FaceReport) -> list[tuple[str, str, str]]:
     """(area, letter, colour) of the cues that can be drawn, in the order of the cues."""
     named = dict.fromkeys(cue.area for cue in face.cues if face.areas.get(cue.area))
     return [(area, chr(ord("A") + i), COLOURS[i % len(COLOURS)]) for i, area in enumerate(named)]
@@ -304,7 +300,7 @@ def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], 
     shapes, boxes, maps = [], [], []
     for face in faces:
         maps += overlays(face)
-        for area, letter, colour in _areas(face):
+        for area, letter, colour in marked_areas(face):
             key = _prefix(face, faces) + letter
             legend[key] = (colour, area if len(faces) == 1 else f"face {face.index + 1}: {area}")
             for polygon in face.areas[area]:
@@ -326,7 +322,7 @@ def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], 
         f"face {f.index + 1}: {answer.word(f.verdict).lower()}, {percent(f.verdict.p_fake)}" for f in faces
     )
     return {
-        "uri": _jpeg_uri(pixels),
+        "uri": jpeg_uri(pixels),
         "alt": f"{what}{Path(report.path or 'picture').name}, {spoken or 'no face found'}",
         "caption": what.rstrip(": "),
         "width": width,
@@ -379,11 +375,12 @@ def _map(
     return {"uri": uri, "matrix": " ".join(f"{v:.4f}" for v in matrix), "side": side, "expert": expert}
 
 
-def _jpeg_uri(pixels: NDArray[np.uint8]) -> str:
+def jpeg_uri(pixels: NDArray[np.uint8], side: int = MAX_SIDE) -> str:
+    """A picture [H, W, 3] as a data URI, its longer side at most `side` pixels."""
     from PIL import Image
 
     image = Image.fromarray(pixels)
-    image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -464,18 +461,13 @@ def _flat(name: str, value: object) -> Iterator[tuple[str, str]]:
         yield name, "none" if value is None else str(value)
 
 
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("x2dfd"),
+def pages(loader: jinja2.BaseLoader) -> jinja2.Environment:
+    """Templates whose values are escaped text without characters that steer it; markup of a macro stays markup."""
+    return jinja2.Environment(
+        loader=loader,
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_spelled_out,
+        finalize=lambda value: shown(value) if type(value) is str else value,
     )
-    return environment.get_template("report.html.jinja")
-
-
-def _spelled_out(value: object) -> object:
-    """What stands in the page for a value: text without characters that steer it; markup of a macro stays markup."""
-    return shown(value) if type(value) is str else value

@@ -108,11 +108,7 @@ def load_processor(folder: str | Path) -> Processor:
 
 
 def crop_size_of(processor: Processor) -> int:
-    """Side of the face crops that a model is shown: its image processor's own, or the largest where that takes any.
-
-    Between CROP_SIZE and LARGEST_CROP: a smaller crop would lose what a processor may still use, a larger one is drawn
-    up from few pixels in most pictures.
-    """
+    """Side of a model's face crops: its image processor's own, or the largest; between CROP_SIZE and LARGEST_CROP."""
     said = processor.image_processor.crop_size or processor.image_processor.size
     side: int = said.get("height") or LARGEST_CROP
     return min(max(side, CROP_SIZE), LARGEST_CROP)
@@ -160,13 +156,11 @@ def load_model(
 ) -> tuple[Any, Processor]:
     """An image-text-to-text model and its processor: the embedded base (None), a directory, or a hub name.
 
-    Of a LLaVA only the first `tower_layers` and `text_layers` layers are kept (or, given as a list, just those language
-    layers: which ones go matters more than how many), and the tower's outputs after `feature_layers` are joined as the
-    projector's input. The embedded base has no projector: it starts at random (seed 0) until an adapter brings one.
-    `dtype`: of its weights, by default the checkpoint's own, and fp32 for the embedded base. `options`: further ones of
-    `from_pretrained` (attn_implementation, quantization_config, device_map).
-    Raises SetupError when the model cannot be read, is of no known family, or when anything else is missing, left over
-    or of another shape.
+    Of a LLaVA only the first `tower_layers` and `text_layers` layers are kept (or just the language layers of a list),
+    and the tower's outputs after `feature_layers` are joined as the projector's input. The embedded base's projector is
+    random (seed 0) until an adapter brings one. `dtype`: by default the checkpoint's own, fp32 for the embedded base.
+    `options`: of `from_pretrained`. Raises SetupError when the model cannot be read, is of no known family, or when
+    anything is missing, left over or of another shape.
     """
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -351,11 +345,12 @@ def in_bits(base: str | Path, bits: Bits, compute: torch.dtype) -> Any:
     )
 
 
-def choose_device(device: str | None, dtype: str | None, base: str | Path | None = None) -> tuple[torch.device, Dtype]:
-    """Where and how to compute: by default a CUDA device with bf16 where there is one, else the CPU.
+def choose_device(
+    device: str | None, dtype: Dtype | None, base: str | Path | None = None
+) -> tuple[torch.device, Dtype]:
+    """Where and how to compute: by default on CUDA in bf16, else on the CPU in fp32, or bf16 for a `base` in 16 bits.
 
-    There it is fp32, but bf16 for a `base` whose checkpoint is in 16 bits: a 7B in fp32 takes 28 GB. Raises SetupError
-    for a device that is not there or that does not compute so, or a base that cannot be read, and UnknownName.
+    Raises SetupError for a device that is not there or does not compute so, or an unreadable base, and UnknownName.
     """
     if dtype is not None and dtype not in get_args(Dtype):
         raise UnknownName("dtype", dtype, get_args(Dtype))
@@ -371,15 +366,13 @@ def choose_device(device: str | None, dtype: str | None, base: str | Path | None
         )
     if place.type not in ("cpu", "cuda"):
         raise SetupError(f"{place.type} is not supported; take cpu or cuda", code="device_unsupported")
-    if place.type == "cpu":
-        if dtype == "fp16":
-            raise SetupError("fp16 needs a CUDA device; take fp32, or bf16", code="dtype_unsupported")
-        if dtype is None and base is not None and checkpoint_dtype(base) != torch.float32:
-            return place, "bf16"
-        return place, "bf16" if dtype == "bf16" else "fp32"
-    if dtype is None:
+    if place.type == "cpu" and dtype == "fp16":
+        raise SetupError("fp16 needs a CUDA device; take fp32, or bf16", code="dtype_unsupported")
+    if dtype is not None:
+        return place, dtype
+    if place.type == "cuda":
         return place, "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return place, "fp32" if dtype == "fp32" else "bf16" if dtype == "bf16" else "fp16"
+    return place, "bf16" if base is not None and checkpoint_dtype(base) != torch.float32 else "fp32"
 
 
 @contextmanager

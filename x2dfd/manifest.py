@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import codecs
 import csv
-import hashlib
 import itertools
 import json
 import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Literal, TextIO, cast
 
 from x2dfd.errors import X2DFDError
-from x2dfd.files import Json, check_fields, parse_json, write_text
+from x2dfd.files import Json, checked, file_sha256, parse_json, write_text
 from x2dfd.stores import is_address
 from x2dfd.types import DF_CLASSES, Cue
 
@@ -62,8 +61,7 @@ def read_manifest(path: str | os.PathLike[str], *, split: str | None = None) -> 
 
     Raises X2DFDError, with the row's number (1 = the first record), on a missing column or one that stands twice, an
     unknown label, a duplicate path or id, a malformed row, a group that stands in two splits or only in part in one,
-    and on an empty file or an empty split.
-    Whether the files exist is not checked: a file that cannot be opened is one failed sample, not a failed run.
+    and on an empty file or split. Whether the files exist is not checked.
     """
     file = Path(os.path.abspath(path))
     samples = _check(file, _rows(file))
@@ -104,8 +102,7 @@ def write_manifest(path: str | os.PathLike[str], rows: Iterable[Sample | Json]) 
 
 def manifest_sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256 of the manifest file's bytes, in hexadecimal."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return file_sha256(Path(path))
 
 
 def _rows(file: Path) -> Iterator[tuple[int, Json]]:
@@ -302,9 +299,7 @@ def _cues(where: str, value: object) -> tuple[Cue, ...]:
         cues = parse_json(value) if isinstance(value, str | bytes) else value
         if not isinstance(cues, list | tuple):
             raise TypeError("it is no list")
-        for cue in cues:
-            check_fields(Cue, cue)
-        return tuple(Cue(**cue) for cue in cues)
+        return tuple(checked(Cue, cue) for cue in cues)
     except (TypeError, ValueError) as error:
         raise X2DFDError(
             f'{where}: cues are not [{{"area": ..., "artifact": ...}}]: {error}', code="manifest_cues_malformed"
@@ -328,20 +323,9 @@ def _record(sample: Sample, folder: Path) -> Json:
     def place(path: Path) -> str:
         return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
-    known: Json = {
-        "id": sample.id,
+    known = {name: getattr(sample, name) for name in _COLUMNS} | {
         "path": place(sample.path),
-        "label": sample.label,
-        "method": sample.method,
-        "df_class": sample.df_class,
-        "source": sample.source,
-        "group": sample.group,
-        "split": sample.split,
-        "cues": [
-            {"area": c.area, "artifact": c.artifact} | ({} if c.score is None else {"score": c.score})
-            for c in sample.cues
-        ],
+        "cues": [{k: v for k, v in asdict(cue).items() if v is not None} for cue in sample.cues],
         "mask": place(sample.mask) if sample.mask else None,
-        "video": sample.video,
     }
     return {k: v for k, v in known.items() if v not in ("", None, [])} | sample.extra

@@ -31,20 +31,9 @@ from x2dfd.video import MAX_VIDEO_FRAMES, Frame, Video, load_video
 from x2dfd.worker import isolated
 
 __all__ = [
-    "MAX_BYTES",
-    "MAX_PIXELS",
-    "MAX_REDUCED_PIXELS",
-    "MAX_VIDEO_FRAMES",
-    "MIN_SIDE",
-    "Frame",
-    "Picture",
-    "Source",
-    "Video",
-    "find_media",
-    "load_media",
-    "load_picture",
-    "media_summary",
-]
+    "MAX_BYTES", "MAX_PIXELS", "MAX_REDUCED_PIXELS", "MAX_VIDEO_FRAMES", "MIN_SIDE", "Frame", "Picture", "Source",
+    "Video", "find_media", "load_media", "load_picture", "media_summary",
+]  # fmt: skip
 
 Source = str | Path | bytes | Image.Image
 
@@ -55,10 +44,9 @@ def load_media(
 ) -> Picture | Video:
     """Decode a picture, or up to `max_frames` evenly spaced frames of a video or an animation; content decides which.
 
-    `source` is a local path, the file's bytes, or a PIL image. `keep` is called with each frame as it is decoded, and
-    what it gives back stands in `Video.frames`: a caller that needs no pixels there, or smaller ones, holds one frame
-    at a time; under `worker.isolating` it is a module's function. Raises InputError for whatever cannot be judged,
-    and what `keep` raises.
+    `source` is a local path, the file's bytes, or a PIL image. What `keep` gives back for each frame stands in
+    `Video.frames`, so that a caller can hold one frame at a time; under `worker.isolating` it is a module's function.
+    Raises InputError for whatever cannot be judged, and what `keep` raises.
     """
     if max_frames < 1:
         raise ValueError("max_frames must be at least 1")
@@ -91,11 +79,7 @@ def load_picture(source: Source) -> Picture:
 
 
 def media_summary(media: Picture | Video) -> Json:
-    """What `Report.media` holds: kind, format, width, height, n_frames, notes; for a video also duration, which
-    frames were sampled, and how many were asked for.
-
-    Of a file also its size in bytes, when it was last modified, and a summary of its EXIF.
-    """
+    """What `Report.media` holds of a picture, a video (with the frames sampled) and its file."""
     if isinstance(media, Picture):
         height, width = media.pixels.shape[:2]
         kind = "image"

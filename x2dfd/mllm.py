@@ -145,9 +145,8 @@ def _inference(method: Callable[P, T]) -> Callable[P, T]:
 class LocalMLLM:
     """An image-text-to-text model of transformers, with or without an adapter. `name` says which.
 
-    `autocast`: matrix products in bf16 over the weights as they are. Labels are scored in fp32 all the same.
-    `temperature`: of texts; 0 takes the likeliest token, else one is drawn with a seed of picture and question, so that
-    the same picture gets the same text, whatever is asked beside it. `tower`: as in `Look`.
+    `autocast`: matrix products in bf16; labels are scored in fp32 all the same. `temperature`: of texts; 0 takes the
+    likeliest token, else one is drawn with a seed of picture and question. `tower`: as in `Look`.
     """
 
     batch = BATCH
@@ -196,17 +195,13 @@ class LocalMLLM:
         length = inputs["input_ids"].shape[1]
         if not self._family.shares:
             return Look(None, length, (), seeds, self.tower, self._family.first_position, inputs)
-        if self._family is FAMILIES["llava"]:
-            return self._seen(inputs["pixel_values"], length, seeds)
+        if self._family is FAMILIES["llava"]:  # the tower alone: many a verdict needs no more
+            return Look(None, length, self._tower_states(inputs["pixel_values"]), seeds, self.tower, see=self.see)
         cache = DynamicCache()  # every layer keeps every token: those with a window are given it by their mask
         self._model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         deltas = getattr(self._model.model, "rope_deltas", None)  # Qwen-VL: crops of one size have the same
         shift = self._family.first_position if deltas is None else int(deltas.flatten()[0])
         return Look(cache, length, (), seeds, self.tower, shift)
-
-    def _seen(self, pixels: Tensor, length: int, seeds: tuple[int, ...]) -> Look:
-        """A LLaVA's tower alone: many a verdict needs no more."""
-        return Look(None, length, self._tower_states(pixels), seeds, self.tower, see=self.see)
 
     @_inference
     def see(self, crops: Tensor) -> tuple[Tensor, ...]:
@@ -268,24 +263,14 @@ class LocalMLLM:
         steps = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
         asked = torch.tensor([[s.asked] for s in suffixes], device=self.device)
         ends = torch.tensor([[len(s.tokens)] for s in suffixes], device=self.device)
-        further = {
-            "input_ids": ids,
-            "attention_mask": (steps < ends).long(),
-            "token_type_ids": (steps >= asked).long(),
-        }
+        further = {"input_ids": ids, "attention_mask": (steps < ends).long(), "token_type_ids": (steps >= asked).long()}
         inputs = look.inputs | {k: torch.cat([look.inputs[k], v], 1) for k, v in further.items()}
         cache = DynamicCache()
         hidden = self._model.model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
         return cache, hidden[:, look.length :]
 
     def _further(
-        self,
-        ids: Tensor,
-        queries: Tensor,
-        cache: Any,
-        places: Tensor,
-        shift: int,
-        apart: Tensor | None = None,
+        self, ids: Tensor, queries: Tensor, cache: Any, places: Tensor, shift: int, apart: Tensor | None = None
     ) -> Tensor:
         """The language model over further tokens [n, s], the last of `places` [n, k]: hidden states [n, s, d].
 
@@ -355,8 +340,7 @@ class LocalMLLM:
         """The continuation of each picture's answer after its `start`: the new text alone.
 
         `on_text` is told the text so far (of the first picture) after every token. An answer ends when a dozen tokens
-        repeat: a small model that goes round in circles has nothing more to say. A sentence that it says twice is kept
-        once.
+        repeat; a sentence that it says twice is kept once.
         """
         suffixes = [self._suffix(q, s, turns) for q, s in zip(questions, starts, strict=True)]
         begun = self._after(look, suffixes)

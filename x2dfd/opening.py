@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -61,15 +61,12 @@ def load(
 ) -> Detector:
     """A detector that is ready to use.
 
-    `model`: embedded, DIR, hub:NAME, hub:NAME+DIR, NAME@http://HOST/v1 or NAME@http://HOST/v1+DIR; see
-    `x2dfd.model_spec`. `mode`: calibrated, or paper for the language model's own P(fake); by default calibrated, but
-    paper for a model without an adapter. `experts`: some of those that the adapter was trained or calibrated with, or,
-    with mode="paper", any; `other_experts`: also other weights than those, as calibration does. `device` and `dtype` of
-    a local language model (cpu, cuda, cuda:1 ...; fp32, bf16, fp16): by default a CUDA device with bf16 where there is
-    one, else the CPU, with fp32 but for a base in 16 bits; experts stay on the CPU. The embedded model on a CPU takes
-    bf16 for its tower alone, by default where the CPU has units for it. `device_map`: spreads a large model
-    over devices, as in transformers ("auto"); `bits`: reads its weights in 4 or 8 bits (bitsandbytes). Raises
-    SetupError with what mends it.
+    `model`: see `x2dfd.model_spec`. `mode`: calibrated, or paper for the language model's own P(fake), which is the
+    default without an adapter. `experts`: some of those that the adapter was trained or calibrated with, or, with
+    mode="paper", any; `other_experts`: also other weights than those. `device` (cpu, cuda, cuda:1 ...) and `dtype`
+    (fp32, bf16, fp16) of a local language model: see `loading.choose_device`; experts stay on the CPU. The embedded
+    model on a CPU takes bf16 for its tower alone, by default where the CPU has units for it. `device_map`: as in
+    transformers ("auto"); `bits`: 4 or 8 (bitsandbytes). Raises SetupError with what mends it.
     """
     spec = ModelSpec.parse(model)
     if threads is not None:
@@ -177,10 +174,7 @@ def _served(spec: ModelSpec, folder: Path | None, card: AdapterCard | None) -> t
     if folder and card:
         check_contents(folder, card)
     mllm = ServedMLLM(
-        str(spec.url),
-        str(spec.name),
-        continues=True if card else None,
-        requests_per_minute=spec.requests_per_minute,
+        str(spec.url), str(spec.name), continues=True if card else None, requests_per_minute=spec.requests_per_minute
     )
     if card and card.probes:  # an engine rounds and resizes otherwise; another model or prompt moves them further
         check_probes(card, probe_logits(mllm, card.crop_size), 1.0)
@@ -224,8 +218,13 @@ def _experts(
     wanted = expert_hashes(card, calibration) if card else {}
     names = list(some) if some is not None else list(wanted if card else DEFAULT)
     loaded = [load_expert(n, folder / "experts" if folder else None) for n in names]
-    if not other:
-        _check_experts(wanted, loaded, names)
+    differing = [n for n, e in zip(names, loaded, strict=True) if wanted.get(n, e.card.sha256) != e.card.sha256]
+    if differing and not other:
+        raise SetupError(
+            f"the adapter goes with other weights of expert {differing[0]!r} than are here: put those back that its "
+            "card and calibration name, or fit it to these: x2dfd calibrate --other-experts",
+            code="expert_weights_differ",
+        )
     unknown = [n for n in names if calibration and n not in calibration.weights]
     if unknown and mode == "calibrated":
         raise SetupError(
@@ -233,13 +232,3 @@ def _experts(
             code="expert_not_calibrated",
         )
     return dict(zip(names, loaded, strict=True))
-
-
-def _check_experts(wanted: Mapping[str, str], loaded: Sequence[Expert], names: Sequence[str]) -> None:
-    for name, expert in zip(names, loaded, strict=True):
-        if wanted.get(name, expert.card.sha256) != expert.card.sha256:
-            raise SetupError(
-                f"the adapter goes with other weights of expert {name!r} than are here: put those back that its card "
-                "and calibration name, or fit it to these: x2dfd calibrate --other-experts",
-                code="expert_weights_differ",
-            )

@@ -53,9 +53,8 @@ def find_media(
 ) -> Iterator[Path]:
     """Yield files as they are, and every regular file under each folder, in sorted order.
 
-    Hidden files and folders are left out, and so are links that lead out of the folder or to another folder; of such a
-    link `left_out` is told. Text files and the like are yielded too: they become rows with an error, not silence. The
-    same holds for a path that does not exist and for a folder that may not be read.
+    Hidden files and folders are left out, and so are links out of the folder or to another, which `left_out` is told.
+    What is no picture, does not exist or may not be read is yielded too: it becomes a row with an error, not silence.
     """
     for given in paths:
         path = Path(given)

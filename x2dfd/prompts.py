@@ -135,11 +135,10 @@ def verdict_question(evidence: Sequence[Evidence], form: str = "numbers") -> str
 
 def expert_sentence(label: str, evidence: Sequence[Evidence]) -> str:
     """The closing sentence of a training answer: names the experts that agree with the label; "" when none does."""
-    if label == "fake":
-        names = [e.expert.lower() for e in evidence if e.score is not None and e.score >= AGREES_ABOVE]
-        return f" Additionally, the image shows obvious {_listed(names)} artifacts supporting fake." if names else ""
-    names = [e.expert.lower() for e in evidence if e.score is not None and e.score <= AGREES_BELOW]
-    return f" Additionally, the image shows very few {_listed(names)} artifacts supporting real." if names else ""
+    scores = [(e.expert.lower(), e.score) for e in evidence if e.score is not None]
+    names = [name for name, p in scores if (p >= AGREES_ABOVE if label == "fake" else p <= AGREES_BELOW)]
+    claim, side = ("obvious", "fake") if label == "fake" else ("very few", "real")
+    return f" Additionally, the image shows {claim} {_listed(names)} artifacts supporting {side}." if names else ""
 
 
 _WRITTEN = re.compile(
@@ -172,9 +171,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def conversation(question: str, turns: Sequence[tuple[str, str]] = ()) -> list[Json]:
     """Chat messages: the picture with the first question, then earlier (answer, next question) turns."""
-    messages: list[Json] = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
-    ]
+    messages: list[Json] = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     for answer, following in turns:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         messages.append({"role": "user", "content": [{"type": "text", "text": following}]})
@@ -243,11 +240,9 @@ def answer_end(processor: Processor) -> int:
     return after[0] if after and after[0] in processor.tokenizer.added_tokens_decoder else eos
 
 
-def stock_text(processor: Processor, question: str, turns: Sequence[tuple[str, str]] = ()) -> str:
+def stock_text(processor: Processor, question: str) -> str:
     """What the base's own processor takes beside the picture so that its tokens are those of `render`."""
-    if processor.chat_template:
-        return render(processor, question, turns=turns)
-    return str(processor.image_token) + "\n".join([question, *(line for turn in turns for line in turn)])
+    return render(processor, question) if processor.chat_template else processor.image_token + question
 
 
 def begins(processor: Processor, prompt: str) -> bool:
@@ -293,10 +288,7 @@ def first_tokens(processor: Processor, start: str, words: Sequence[str]) -> tupl
 
 
 def prompt_hash(processor: Processor, score_form: str = "numbers") -> str:
-    """SHA-256 over the rendered forms of every kind of prompt and answer.
-
-    An adapter's card carries the hash it was trained with; loading refuses another.
-    """
+    """SHA-256 over the rendered forms of every kind of prompt and answer; loading refuses an adapter of another."""
     some = [Evidence("blending", 0.5), Evidence("clip", None)]
     forms = [
         render(processor, verdict_question(some, score_form), STEM),

@@ -20,7 +20,7 @@ from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.files import Json
 from x2dfd.model_spec import LoadOptions, ModelSpec
 from x2dfd.stores import Judging, detect_places
-from x2dfd.types import Failure, ModelInfo, Report
+from x2dfd.types import Failure, ModelInfo, Report, result_of
 
 if TYPE_CHECKING:
     from x2dfd.stores import Place
@@ -133,13 +133,7 @@ class RayDetector:
             )
         try:
             for place, row in zip(places, judged.iter_rows(), strict=True):
-                found = json.loads(row["result"])
-                result: Report | Failure = (
-                    Failure(found["path"], found["sha256"], **found["error"])
-                    if "error" in found
-                    else Report.from_dict(found)
-                )
-                yield replace(result, path=str(place))
+                yield replace(result_of(json.loads(row["result"])), path=str(place))
         except self._ray.exceptions.RayError as error:
             if isinstance(cause := getattr(error, "cause", None), X2DFDError):
                 raise cause from None

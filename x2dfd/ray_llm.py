@@ -1,8 +1,7 @@
 """P(fake) of millions of face crops by an MLLM of real size: ray.data.llm with vLLM's engine inside the actors.
 
-Prompts are rendered here, by the base's own processor, as in training; the engine gets text and picture, and gives the
-log-probabilities of one token. Whole reports, with faces, experts and rationale, come from `x2dfd detect --engine ray
---model NAME@URL`. docs/ray.md holds the recipe. Nothing here needs vLLM or Ray until `processor` is called.
+Prompts are rendered here, as in training; the engine gives the log-probabilities of one token. docs/ray.md holds the
+recipe. Nothing here needs vLLM or Ray until `processor` is called.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 from x2dfd.errors import InputError, SetupError, X2DFDError
 from x2dfd.files import Json, parse_json
 from x2dfd.paths import open_source
-from x2dfd.types import Failure, Report
+from x2dfd.types import Failure, Report, result_of
 
 MAX_UPLOAD = 100_000_000  # bytes; it stands in the server's memory
 PATIENCE = 600.0  # seconds for an answer: a long clip on a busy machine
@@ -49,7 +49,7 @@ class ServerDetector:
                 continue
             said = self._asked(f"/detect?{options}", data)
             try:
-                result = Failure(None, said["sha256"], **said["error"]) if "error" in said else Report.from_dict(said)
+                result = result_of(said)
             except (ValueError, KeyError, TypeError) as error:
                 raise X2DFDError(
                     f"{self._url} answers in another form than this version reads: {error}", code="server_reply"

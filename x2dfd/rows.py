@@ -1,8 +1,7 @@
 """The rows that `x2dfd detect --out` keeps: one a file, never lost or doubled by a kill, in memory that does not grow.
 
 While a run goes on they stand in an SQLite file beside the table (`NAME.work`), written once a second; at the end the
-table itself (Parquet, or JSONL with one object a row) is written whole from it. A run that was killed, or a later one
-over the same files, goes on from there.
+table itself (Parquet, or JSONL) is written whole from it. A killed run, or a later one over the same files, resumes.
 """
 
 from __future__ import annotations

@@ -115,9 +115,8 @@ class _Wire:
 class ServedMLLM:
     """A model of an OpenAI-compatible endpoint. `name` says which.
 
-    An engine that continues a begun answer is asked with the prompts of training; any other (a hosted API) is told in
-    words what to answer. Raises SetupError when the endpoint cannot be reached, refuses the key, or lacks `openai`
-    here, and UnknownName when it does not serve `model`.
+    An engine that continues a begun answer is asked with the prompts of training; any other is told in words what to
+    answer. Raises SetupError when it cannot be asked, and UnknownName when it does not serve `model`.
     """
 
     def __init__(
@@ -262,13 +261,7 @@ class ServedMLLM:
     # --- prompts ---
 
     def _messages(
-        self,
-        url: str,
-        question: str,
-        start: str = "",
-        *,
-        turns: Sequence[tuple[str, str]] = (),
-        instruction: str = "",
+        self, url: str, question: str, start: str = "", *, turns: Sequence[tuple[str, str]] = (), instruction: str = ""
     ) -> list[Json]:
         messages = prompts.conversation(question, turns)
         picture = {"type": "image_url", "image_url": {"url": url}}
@@ -451,14 +444,18 @@ class ServedMLLM:
     async def _token_ids(self) -> tuple[list[int] | None, list[int] | None]:
         """First tokens of the two labels after the stem, and of yes and no; None where the engine does not tell."""
 
+        async def tokenized(**body: Any) -> list[int]:
+            reply: Any = await self._client.with_options(max_retries=1).post(
+                f"{self._root}/tokenize", cast_to=object, body={"model": self._model, **body}
+            )
+            return [int(t) for t in reply["tokens"]]
+
         async def tokens(start: str) -> list[int]:
             messages = [{"role": "user", "content": prompts.QUESTION}]
             messages += [{"role": "assistant", "content": start}] if start else []
-            begun = {"add_generation_prompt": not start, "continue_final_message": bool(start)}
-            reply: Any = await self._client.with_options(max_retries=1).post(
-                f"{self._root}/tokenize", cast_to=object, body={"model": self._model, "messages": messages, **begun}
+            return await tokenized(
+                messages=messages, add_generation_prompt=not start, continue_final_message=bool(start)
             )
-            return [int(t) for t in reply["tokens"]]
 
         async def first(start: str, words: Sequence[str]) -> list[int] | None:
             before, *after = [await tokens(text) for text in (start, *(start + w for w in words))]
@@ -466,18 +463,12 @@ class ServedMLLM:
             ids = [a[at] for a in after if a[:at] == before and len(a) > at]
             return ids if len(set(ids)) == len(words) else None
 
-        async def begin_token(**options: Any) -> list[int]:
-            reply: Any = await self._client.with_options(max_retries=1).post(
-                f"{self._root}/tokenize", cast_to=object, body={"model": self._model, "prompt": "a", **options}
-            )
-            return [int(t) for t in reply["tokens"]]
-
         try:
             ids = await first(prompts.STEM, prompts.LABEL_WORDS), await first("", prompts.YES_NO_WORDS)
         except (self._openai.OpenAIError, KeyError, TypeError, ValueError, RecursionError):
             return None, None  # then they are looked for among the likeliest tokens
         try:
-            plain, bare = await begin_token(), await begin_token(add_special_tokens=False)
+            plain, bare = await tokenized(prompt="a"), await tokenized(prompt="a", add_special_tokens=False)
             # Training's prompts begin with what the tokenizer adds. A chat endpoint adds nothing to its template.
             self._adds_begin = plain[1:] == bare and (await tokens(""))[0] != plain[0]
         except (self._openai.OpenAIError, KeyError, TypeError, ValueError, IndexError, RecursionError):

@@ -116,11 +116,7 @@ _IMAGES: tuple[tuple[bytes, str], ...] = (
     (b"II+\0\x08\0\0\0", "TIFF"),
     (b"MM\0+\0\x08\0\0", "TIFF"),
 )  # fmt: skip
-_VIDEOS: tuple[tuple[bytes, str], ...] = (
-    (b"\x1a\x45\xdf\xa3", "matroska"),
-    (b"FLV\x01", "flv"),
-    (b"OggS\0", "ogg"),
-)
+_VIDEOS: tuple[tuple[bytes, str], ...] = ((b"\x1a\x45\xdf\xa3", "matroska"), (b"FLV\x01", "flv"), (b"OggS\0", "ogg"))
 _REFUSED: tuple[tuple[bytes, str], ...] = (
     (b"%PDF", "PDF"),
     (b"8BPS", "PSD"),

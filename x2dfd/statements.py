@@ -1,8 +1,7 @@
 """What a file's metadata say of how it was made: IPTC digital source type, generators' settings, names of software.
 
 Read from XMP, EXIF, PNG text, comments of JPEG and GIF and tags of videos, each with its place in the file. Anyone can
-write such a statement and anyone can remove it, so it is evidence of its own and never part of the estimate. That none
-is there says nothing.
+write such a statement and anyone can remove it, so it is never part of the estimate.
 
 Formats: PNG (ISO/IEC 15948), JPEG (ISO/IEC 10918-1), WebP (RFC 9649), TIFF 6.0 and EXIF 3.0, XMP (ISO 16684-1). The
 digital source types are IPTC's (cv.iptc.org/newscodes/digitalsourcetype). XMP is searched as text and never parsed as

@@ -20,17 +20,7 @@ from PIL import Image, ImageCms, JpegImagePlugin, TiffImagePlugin, UnidentifiedI
 
 from x2dfd.errors import InputError
 from x2dfd.files import Json, printed_from_c
-from x2dfd.sniffing import (
-    MAX_PIXELS,
-    Budget,
-    Metered,
-    check_bytes,
-    check_size,
-    check_structure,
-    plain,
-    read,
-    walk_ifds,
-)
+from x2dfd.sniffing import MAX_PIXELS, Budget, Metered, check_bytes, check_size, check_structure, plain, read, walk_ifds
 
 MAX_REDUCED_PIXELS = 260_000_000
 """Of a JPEG, which can be decoded at a half, a quarter or an eighth of its size; telephones make up to 200 million."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from x2dfd.errors import InputError, SetupError
+from x2dfd.sniffing import MAX_BYTES
 from x2dfd.types import Failure, Report
 
 if TYPE_CHECKING:
@@ -38,10 +39,13 @@ def is_address(text: str, stores: Collection[str]) -> bool:
 
 def read_address(address: str) -> bytes:
     """The file's bytes. Raises InputError for what the store does not give, SetupError where its package is missing."""
-    from x2dfd.media import MAX_BYTES
+    data = _stored(address) if "://" in address else _piped(address)
+    if len(data) > MAX_BYTES:
+        raise InputError("file_too_large", f"more than {MAX_BYTES:,} bytes")
+    return data
 
-    if "://" not in address:
-        return _piped(address)
+
+def _stored(address: str) -> bytes:
     try:
         import fsspec
     except ImportError as error:
@@ -50,16 +54,13 @@ def read_address(address: str) -> bytes:
         ) from error
     try:
         with fsspec.open(address, "rb") as file:
-            data: bytes = file.read(MAX_BYTES + 1)
+            return bytes(file.read(MAX_BYTES + 1))
     except ImportError as error:  # fsspec names the package
         raise SetupError(str(error), code="address_invalid") from error
     except FileNotFoundError as error:
         raise InputError("not_found", "there is no such file") from error
     except Exception as error:  # every store has errors of its own; fsspec gives them no common base
         raise InputError("unreadable", f"the store does not give the file: {error}") from error
-    if len(data) > MAX_BYTES:
-        raise InputError("file_too_large", f"more than {MAX_BYTES:,} bytes")
-    return data
 
 
 def is_pipe(path: Path) -> bool:
@@ -74,20 +75,14 @@ def is_pipe(path: Path) -> bool:
 
 @cache
 def _piped(path: str) -> bytes:
-    """What came through a pipe, kept: it is judged, hashed and shown. Raises InputError."""
-    from x2dfd.media import MAX_BYTES
-
+    """What came through a pipe, kept: it is judged, hashed and shown."""
     try:
         if path == STDIN:
-            data = sys.stdin.buffer.read(MAX_BYTES + 1)
-        else:
-            with open(path, "rb") as file:
-                data = file.read(MAX_BYTES + 1)
+            return sys.stdin.buffer.read(MAX_BYTES + 1)
+        with open(path, "rb") as file:
+            return file.read(MAX_BYTES + 1)
     except OSError as error:
         raise InputError("unreadable", f"the pipe cannot be read: {error.strerror}") from error
-    if len(data) > MAX_BYTES:
-        raise InputError("file_too_large", f"more than {MAX_BYTES:,} bytes")
-    return data
 
 
 def sha256_of(place: Place) -> str | None:

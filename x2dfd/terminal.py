@@ -103,6 +103,7 @@ def progress(total: int) -> Iterator[Callable[[str, bool, bool], None]]:
     Yields what is called for each file, with its text for stdout ("" for none), whether it failed, and whether it was
     judged just now: rows of an earlier run say nothing of the rate.
     """
+    bar = _bar_of(total) if sys.stderr.isatty() else None  # elsewhere rich need not be imported
     start = last = time.monotonic()
     done = failed = judged = 0
 
@@ -115,39 +116,32 @@ def progress(total: int) -> Iterator[Callable[[str, bool, bool], None]]:
         days = int(ahead) // 86_400
         return f"{judged / seconds:.1f}/s, {f'{days} d ' if days else ''}{left} left, {failed} failed"
 
-    if not sys.stderr.isatty():  # then rich need not be imported
-
-        def line(text: str, failure: bool, fresh: bool) -> None:
-            nonlocal done, failed, judged, last, start
-            done, failed, judged = done + 1, failed + failure, judged + fresh
-            start = start if judged else time.monotonic()
+    def show(text: str, failure: bool, fresh: bool) -> None:
+        nonlocal done, failed, judged, last, start
+        done, failed, judged = done + 1, failed + failure, judged + fresh
+        start = start if judged else time.monotonic()
+        if text and bar:
+            bar.stop()  # clears the bar, so that it does not mix with the text
+        if text:
+            typer.echo(text)
+        if bar:
+            bar.update(bar.task_ids[0], advance=1, description=told())
             if text:
-                typer.echo(text)
-            if time.monotonic() - last >= LINE_SECONDS:
-                last = time.monotonic()
-                typer.echo(f"{done:,} of {total:,}: {told()}", err=True)
+                bar.start()
+        elif time.monotonic() - last >= LINE_SECONDS:
+            last = time.monotonic()
+            typer.echo(f"{done:,} of {total:,}: {told()}", err=True)
 
-        yield line
-        return
+    with bar or contextlib.nullcontext():
+        yield show
+
+
+def _bar_of(total: int) -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    console = Console(stderr=True)
-    # Redirecting would send the data to stderr with the bar.
     columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    bar: Progress = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
-    task = bar.add_task("", total=total)
-
-    def show(text: str, failure: bool, fresh: bool) -> None:
-        nonlocal done, failed, judged, start
-        done, failed, judged = done + 1, failed + failure, judged + fresh
-        start = start if judged else time.monotonic()
-        if text:
-            bar.stop()  # clears the bar, so that it does not mix with the text
-            typer.echo(text)
-        bar.update(task, advance=1, description=told())
-        if text:
-            bar.start()
-
-    with bar:
-        yield show
+    # Redirecting would send the data to stderr with the bar.
+    bar = Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False)
+    bar.add_task("", total=total)
+    return bar

@@ -1,10 +1,8 @@
 """The rationale that a person reads: what the language model wrote, less what the report's own facts refute.
 
 In the calibrated mode no text names a sign of forgery on a photo that is not called fake, and none goes against the
-verdict or its kind. Left out are also what names no sign ("Face editing leaves such traces."), a cue's name before the
-sentence that says it ("Jaw blur: the jaw ..."), and the sentence on the experts that X2-DFD trains
-(`x2dfd.prompts.expert_sentence`): the experts' scores stand beside the text. What is missing then is written here, from
-the report.
+verdict or its kind. Sentences that name no sign, or the experts (`x2dfd.prompts.expert_sentence`), are left out, too.
+What is missing then is written here, from the report.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""The vision tower of the base: loading it with or without additions, its hidden states, and cached features.
-
-Where a training keeps the tower frozen, the features of a manifest are computed once, on augmented crops, and kept on
-disk.
-"""
+"""The vision tower of the base: loading it with or without additions, its hidden states, and features kept on disk."""
 
 from __future__ import annotations
 
@@ -89,8 +85,8 @@ def add_to_parameters(parameters: Mapping[str, Tensor], layers: int, additions: 
                 f"the tower has no {target} of shape {tuple(change.shape)}: these additions fit another",
                 code="tower_does_not_fit",
             )
-        change = change.to(weight)
-        weight.copy_(weight + change if name.endswith(LORA_A) else change)
+        change = change.to(weight.device)
+        weight.copy_(weight.float() + change if name.endswith(LORA_A) else change)
 
 
 @cache

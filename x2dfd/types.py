@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Self
 
-from x2dfd.files import Json, check_fields
+from x2dfd.files import Json, built, checked
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,11 +61,6 @@ class Evidence:
     # P(changed) there; empty where the expert draws none
     kinds: dict[str, float] = field(default_factory=dict)  # P(fake of each of KINDS), where it tells them apart
     no_photo: float | None = None  # P(a drawing, a painting or a render: no photograph at all), where it can tell
-
-    @classmethod
-    def from_dict(cls, data: Json) -> Self:
-        rows = tuple(tuple(row) for row in data.get("map", ()))
-        return cls(**{**data, "cues": tuple(Cue(**c) for c in data.get("cues", ())), "map": rows})
 
 
 @dataclass(frozen=True)
@@ -136,8 +131,7 @@ class Card:
     @classmethod
     def from_dict(cls, data: Json) -> Self:
         """Raises ValueError on a missing, unknown or misshapen field: a card is complete or it is not a card."""
-        check_fields(cls, data)
-        return cls(**{**data, "covers": tuple(data.get("covers", ()))})
+        return checked(cls, data)
 
 
 @dataclass(frozen=True)
@@ -171,7 +165,7 @@ class ModelInfo:
     validation_sha256: str | None = None
 
     def to_dict(self) -> Json:
-        """As `Report.model` holds it; without a crop size that is the usual one, which older reports do not state."""
+        """As `Report.model` holds it, without what is as usual."""
         unsaid: Json = dict.fromkeys(("aliases", "runs_on", "served", "asked_with")) | {"crop_size": 224}
         return {k: v for k, v in asdict(self).items() if k not in unsaid or v != unsaid[k]}
 
@@ -198,20 +192,6 @@ class FaceReport:
         """P(fake) to order faces by; below all others where there is no estimate."""
         return -1.0 if self.verdict.p_fake is None else self.verdict.p_fake
 
-    @classmethod
-    def from_dict(cls, data: Json) -> Self:
-        return cls(
-            **{
-                **data,
-                "box": tuple(data["box"]),
-                "verdict": Verdict(**data["verdict"]),
-                "cues": tuple(Cue(**c) for c in data["cues"]),
-                "evidence": tuple(Evidence.from_dict(e) for e in data["evidence"]),
-                "contradictions": tuple(data["contradictions"]),
-                "crop": tuple((x, y) for x, y in data.get("crop", ())),
-            }
-        )
-
 
 @dataclass(frozen=True)
 class Report:
@@ -233,7 +213,7 @@ class Report:
     timings: dict[str, float]
     warnings: tuple[str, ...] = ()
     likelihood_ratio: Json = field(default_factory=dict)  # `value`, `interval`, `limits`, `run`,
-    # `propositions`; or `value` None and the `reason`. Empty in reports of former versions
+    # `propositions`; or `value` None and the `reason`
 
     @property
     def decider(self) -> FaceReport | None:
@@ -242,7 +222,7 @@ class Report:
 
     @property
     def uncounted(self) -> frozenset[str]:
-        """Experts without a weight of their own in a calibrated verdict; none in reports of former versions."""
+        """Experts without a weight of their own in a calibrated verdict."""
         return frozenset(name for name, weight in (self.model.get("weights") or {}).items() if weight == 0)
 
     def __str__(self) -> str:
@@ -264,32 +244,28 @@ class Report:
 
     @classmethod
     def from_dict(cls, data: Json) -> Self:
-        faces = tuple(FaceReport.from_dict(f) for f in data["faces"])
-        evidence = tuple(Evidence.from_dict(e) for e in data["evidence"])
-        if not any("map" in e for e in data["evidence"]):  # `to_dict` left them out
-            same = [f for f in faces if tuple(replace(e, map=()) for e in f.evidence) == evidence]
-            evidence = max(same, key=FaceReport.suspicion).evidence if same else evidence
-        return cls(
-            **{
-                **data,
-                "verdict": Verdict(**data["verdict"]),
-                "faces": faces,
-                "cues": tuple(Cue(**c) for c in data["cues"]),
-                "evidence": evidence,
-                "warnings": tuple(data["warnings"]),
-            }
-        )
+        report = built(cls, data)
+        if any("map" in e for e in data["evidence"]):
+            return report
+        # `to_dict` left them out
+        same = [f for f in report.faces if tuple(replace(e, map=()) for e in f.evidence) == report.evidence]
+        return replace(report, evidence=max(same, key=FaceReport.suspicion).evidence) if same else report
 
     @classmethod
     def from_json(cls, text: str) -> Self:
         return cls.from_dict(json.loads(text))
 
 
+def result_of(data: Json) -> Report | Failure:
+    """What `to_dict` of a Report or of a Failure gave. Raises ValueError, KeyError or TypeError for anything else."""
+    return Failure(data["path"], data["sha256"], **data["error"]) if "error" in data else Report.from_dict(data)
+
+
 def frames_asked(media: Json) -> int | None:
     """How many frames the clip of a `Report.media` was sampled at; None for a picture."""
     if media.get("kind") != "video":
         return None
-    return int(media.get("frames_asked", 8))  # as many as former versions took without saying so
+    return int(media["frames_asked"])
 
 
 @dataclass(frozen=True)

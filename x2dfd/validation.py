@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from x2dfd.errors import SetupError
-from x2dfd.files import Json, bad_rate, check_fields, json_sha256, parse_json, write_text
+from x2dfd.files import Json, bad_rate, checked, json_sha256, parse_json, write_text
 
 FILE = "validation.json"
 PROPOSITIONS = (
@@ -66,10 +66,7 @@ class Validation:
         if not path.is_file():
             return None
         try:
-            data = parse_json(path.read_bytes())
-            check_fields(cls, data)
-            lists = {key: tuple(data[key]) for key in ("methods", "sources")}
-            found = cls(**{**data, **lists, "steps": tuple(tuple(map(float, step)) for step in data["steps"])})
+            found = checked(cls, parse_json(path.read_bytes()))
             found._check()
         except (OSError, ValueError) as error:
             raise SetupError(

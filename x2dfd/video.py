@@ -93,20 +93,12 @@ class Gathered:
         return True
 
     def video(
-        self,
-        *,
-        sha256: str,
-        format: str,
-        n_frames: int,
-        duration_s: float | None,
-        asked: int,
-        path: str | None,
-        file: Json,
+        self, sha256: str, format: str, n: int, duration_s: float | None, asked: int, path: str | None, file: Json
     ) -> Video:
+        """The clip of `n` frames that these are of; otherwise as the fields of Video."""
         height, width = self._size
         remarks = tuple(dict.fromkeys(self.notes))
-        frames = tuple(self.frames)
-        return Video(sha256, format, width, height, n_frames, duration_s, frames, remarks, path, asked, file)
+        return Video(sha256, format, width, height, n, duration_s, tuple(self.frames), remarks, path, asked, file)
 
 
 _CODECS = (
@@ -157,15 +149,7 @@ def load_video(
         duration = n / rate
     if duration and stated > 1.1 * duration + 0.5:
         notes.append(f"file_says_{stated:.1f}_s")  # cut short, or the sound goes on alone
-    return gathered.video(
-        sha256=digest.hexdigest(),
-        format=container_name,
-        n_frames=n,
-        duration_s=duration,
-        asked=max_frames,
-        path=path,
-        file={},
-    )
+    return gathered.video(digest.hexdigest(), container_name, n, duration, max_frames, path, {})
 
 
 def container_tags(file: BinaryIO, container_name: str) -> dict[str, str]:

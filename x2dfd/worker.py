@@ -1,8 +1,7 @@
 """Untrusted work in a process of its own that can be killed: a stranger's files, and plug-ins.
 
-A file that crashes a decoder, hangs it or eats the memory ends that process and costs its own row; the next file gets a
-new process. This bounds what a file can cost and is no sandbox: the process may read and write what its user may. Of
-what it answers, only this project's records and arrays are read.
+A file that crashes a decoder, hangs it or eats the memory costs its own row; the next file gets a new process. It is no
+sandbox: it may do what its user may. Of what it answers, only this project's records and arrays are read.
 
 Codes: `decoder_died`, `too_slow`, `out_of_memory`.
 """

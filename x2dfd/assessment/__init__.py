@@ -1,9 +1,7 @@
 """Model feature assessment (MFA): which forgery cues a multimodal LLM can see.
 
-Every yes/no question is put to the model about every labelled face; questions and cues are ranked by how well P(yes)
-separates. MFA is from X2-DFD (arXiv 2410.06126), which ranks by the hard answer; beside that stand here the AUC of
-P(yes), intervals by group bootstrap, the images where a cue is *truly* present, and two controls: shuffled truth and
-questions that have nothing to do with forgery.
+Every yes/no question is put to the model about every labelled face. X2-DFD (arXiv 2410.06126) ranks cues by the hard
+answer; here by the AUC of P(yes), with intervals by group bootstrap, beside shuffled truth and unrelated questions.
 
 Files written: `answers.parquet` (a row an image), `assessment.json`, `table.md`, `assessment.png`.
 """
@@ -21,16 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from x2dfd.assessment.ask import (
-    BANK,
-    Answerer,
-    Answers,
-    CueQuestion,
-    Floats,
-    ask_all,
-    chosen_pictures,
-    read_questions,
-)
+from x2dfd.assessment.ask import BANK, Answerer, CueQuestion, Floats, ask_all, chosen_pictures, read_questions
 from x2dfd.assessment.rank import (
     MIN_PRESENT,
     RANKED_BY,
@@ -60,25 +49,10 @@ if TYPE_CHECKING:
     from x2dfd.crops import CropSet
 
 __all__ = [
-    "BANK",
-    "Answerer",
-    "Answers",
-    "Assessment",
-    "CueQuestion",
-    "Finding",
-    "Separation",
-    "assess",
-    "chart",
-    "chosen_pictures",
-    "experts_for",
-    "group_weights",
-    "read_assessment",
-    "read_questions",
-    "run_assess",
-    "spearman",
-    "strong_cues",
-    "table",
-]
+    "BANK", "Answerer", "Assessment", "CueQuestion", "Finding", "Separation", "assess", "chart",
+    "chosen_pictures", "experts_for", "group_weights", "read_assessment", "read_questions", "run_assess", "spearman",
+    "strong_cues", "table",
+]  # fmt: skip
 
 
 def assess(
@@ -96,8 +70,8 @@ def assess(
 ) -> Assessment:
     """Ask every question about every image, rank questions and cues, and write all of it into `out`.
 
-    A killed run goes on where it stopped and ends with the same files. Questions of origin `random` are the control;
-    they are not ranked among the others. `top_k`: call the first k strong, as in the paper, instead of by `RULE`.
+    A killed run resumes. Questions of origin `random` are the control, ranked apart. `top_k`: call the first k strong,
+    as in the paper, instead of by `RULE`.
     Raises X2DFDError without both classes, without questions, for a repeated question, and when `out` holds answers
     of another model or question set.
     """

@@ -15,13 +15,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from x2dfd.errors import X2DFDError
-from x2dfd.files import Json, check_fields, parse_json, whole
+from x2dfd.files import Json, checked, parse_json, whole
 from x2dfd.progress import progress
 from x2dfd.row_parts import RowParts
 from x2dfd.types import Cue
 
 if TYPE_CHECKING:
     from x2dfd.crops import CropSet
+    from x2dfd.mllm import YesNo
 
 BANK = Path(__file__).parents[1] / "questions.json"
 """The questions that are asked when no others are given."""
@@ -47,30 +48,18 @@ class CueQuestion:
             Cue(self.area, self.artifact)
 
 
-class Answers(Protocol):
-    """What a model says to q questions."""
-
-    @property
-    def p_yes(self) -> Floats: ...  # [q], softmax over the Yes and No tokens
-    @property
-    def said(self) -> tuple[str, ...]: ...  # q times the greedy answer: "yes", "no" or "other"
-
-
 class Answerer(Protocol):
     """Any MLLM that answers yes/no questions about one aligned face crop [s, s, 3]."""
 
     name: str
 
-    def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str], /) -> Answers: ...
+    def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str], /) -> YesNo: ...
 
 
 def read_questions(path: Path) -> list[CueQuestion]:
     """Read a question file of `python -m data_gen questions`. Raises X2DFDError when it is not one."""
     try:
-        data = parse_json(path.read_bytes())
-        for question in data["questions"]:
-            check_fields(CueQuestion, question)
-        questions = [CueQuestion(**q) for q in data["questions"]]
+        questions = [checked(CueQuestion, q) for q in parse_json(path.read_bytes())["questions"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise X2DFDError(
             f"{path}: not a question file ({error}); a published list becomes one by "

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 from x2dfd.assessment.ask import CueQuestion, Floats
 from x2dfd.files import Json
@@ -66,25 +67,6 @@ class Finding:
     @property
     def deciding(self) -> Separation:
         return self.present if self.present is not None and self.decided_by == "present" else self.overall
-
-    @classmethod
-    def from_dict(cls, data: Json) -> Self:
-        def separation(d: Json | None) -> Separation | None:
-            return None if d is None else Separation(**{**d, "interval": _pair(d["interval"])})
-
-        return cls(
-            **{
-                **data,
-                "balanced_accuracy_interval": _pair(data["balanced_accuracy_interval"]),
-                "overall": separation(data["overall"]),
-                "present": separation(data["present"]),
-                "experts": tuple(data["experts"]),
-            }
-        )
-
-
-def _pair(value: Sequence[float] | None) -> Interval | None:
-    return None if value is None else (value[0], value[1])
 
 
 def experts_for(area: str, artifact: str, cards: Mapping[str, object]) -> tuple[str, ...]:
@@ -155,21 +137,13 @@ def _halves(groups: Sequence[str], seed: int) -> Floats:
     return np.stack(columns, 1).astype(np.float64)
 
 
-def _ranks(values: Floats) -> Floats:
-    """Ranks from 0, ties averaged."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return np.asarray((np.cumsum(counts) - (counts + 1) / 2)[place])
-
-
 def spearman(a: Floats, b: Floats) -> float | None:
     """Rank correlation over the entries that both define; None below three of them, or when one side is constant."""
     both = np.isfinite(a) & np.isfinite(b)
     if both.sum() < 3:
         return None
-    x, y = _ranks(a[both]), _ranks(b[both])
-    x, y = x - x.mean(), y - y.mean()
-    norm = float(np.sqrt((x**2).sum() * (y**2).sum()))
-    return float((x * y).sum() / norm) if norm > 0 else None
+    x, y = rankdata(a[both]), rankdata(b[both])
+    return float(np.corrcoef(x, y)[0, 1]) if np.ptp(x) and np.ptp(y) else None
 
 
 def top_mean(aucs: Floats, k: int) -> float:

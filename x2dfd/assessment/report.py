@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 from x2dfd.assessment.rank import Finding, Interval
 from x2dfd.errors import X2DFDError
-from x2dfd.files import Json, check_fields, parse_json
+from x2dfd.files import Json, checked, parse_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,12 +51,7 @@ class Assessment:
 
     @classmethod
     def from_dict(cls, data: Json) -> Self:
-        ours = {key: value for key, value in data.items() if key != "published"}  # which is derived
-        check_fields(cls, ours)
-        for key in ("cues", "questions", "unrelated"):
-            ours[key] = tuple(Finding.from_dict(f) for f in ours[key])
-        ours["uncovered"] = tuple((area, artifact) for area, artifact in ours["uncovered"])
-        return cls(**ours)
+        return checked(cls, {key: value for key, value in data.items() if key != "published"})  # which is derived
 
 
 def read_assessment(path: Path) -> Assessment:
@@ -174,15 +169,7 @@ def _panel(axes: Axes, findings: Sequence[Finding], colour: str, limits: Interva
         if f.deciding.interval:
             axes.plot(f.deciding.interval, (place, place), color="#222222", linewidth=0.9, solid_capstyle="butt")
         face = "#222222" if f.decided_by == "present" else "white"
-        axes.plot(
-            auc,
-            place,
-            "o",
-            markersize=3.2,
-            markerfacecolor=face,
-            markeredgecolor="#222222",
-            markeredgewidth=0.7,
-        )
+        axes.plot(auc, place, "o", markersize=3.2, markerfacecolor=face, markeredgecolor="#222222", markeredgewidth=0.7)
     axes.set_yticks(range(len(findings)), [f"{f.area} · {f.artifact}" for f in findings], fontsize=8.5)
     for label, f in zip(axes.get_yticklabels(), findings, strict=True):
         label.set_color("#111111" if f.strong else "#777777")
