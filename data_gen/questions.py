@@ -229,7 +229,7 @@ def _entries(content: str, rejected: list[dict[str, str]]) -> list[Json]:
     """The objects of a reply; a reply that is not the JSON asked for is one rejection."""
     body = re.sub(r"^\s*```\w*|```\s*$", "", content)  # many models fence their JSON whatever they are told
     try:
-        return [dict(entry) for entry in json.loads(body)["questions"]]
+        return [dict(entry) for entry in parse_json(body)["questions"]]
     except (ValueError, TypeError, KeyError):
         rejected.append({"question": content[:200], "reason": "the reply is not the JSON that was asked for"})
         return []

@@ -29,7 +29,7 @@ from data_gen.readers import labelled, read_folders
 from data_gen.run_forge import finished_rows, load_photo, pose, save_jpeg
 from x2dfd.cli import run_command
 from x2dfd.errors import SetupError, X2DFDError
-from x2dfd.files import Json, file_sha256, parse_json, write_bytes, write_text
+from x2dfd.files import Json, file_sha256, parse_json, read_json, write_bytes, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest, write_manifest
 from x2dfd.progress import progress
 
@@ -157,16 +157,13 @@ def build(photos: Path | None, out: Path, *, per_method: int = PER_METHOD, allow
     out.mkdir(parents=True, exist_ok=True)
     started, part = out / "cuebench.part.json", out / "manifest.part.jsonl"
     for file in (started, out / CARD):
-        if (
-            file.is_file()
-            and {k: v for k, v in json.loads(file.read_text("utf-8")).items() if k in settings} != settings
-        ):
+        if file.is_file() and {k: v for k, v in read_json(file).items() if k in settings} != settings:
             raise X2DFDError(
                 f"{out} holds a set of other photos or settings; choose another --out", code="settings_differ"
             )
     if (out / CARD).is_file():
         open_set(out)
-        return dict(json.loads((out / CARD).read_text("utf-8")))
+        return read_json(out / CARD)
     write_text(started, json.dumps(settings) + "\n")
     rows = finished_rows(part)
     part.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")

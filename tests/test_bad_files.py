@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.raising import raises
 from x2dfd import fetch
 from x2dfd.errors import InputError, SetupError
 from x2dfd.media import Picture, Video, load_media
@@ -35,6 +36,20 @@ def test_a_photo_of_a_telephone_that_is_cut_short_is_an_error() -> None:
     for part in (2, 4, 10):
         with pytest.raises(InputError):
             load_media(buffer.getvalue()[: -len(buffer.getvalue()) // part])
+
+
+def test_why_a_clip_is_not_read_is_said_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """'List index out of range' and 'End of file' are a library's words for its own affairs."""
+    head = b"FLV\x01\x01\0\0\0\x09\0\0\0\0"
+    with raises("bad_video", "before its first frame"):
+        load_media(head)
+
+    def open(*_: object, **__: object) -> None:
+        [][0]
+
+    monkeypatch.setattr("av.open", open)
+    with raises("bad_video", "does not name all of its tracks"):
+        load_media(head)
 
 
 def ogg_page(body: bytes, number: int, flags: int) -> bytes:

@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Self
 
-from x2dfd.files import Json, check_fields
+from x2dfd.files import Json, check_fields, parse_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -282,7 +282,7 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        return cls.from_dict(json.loads(text))
+        return cls.from_dict(parse_json(text))
 
 
 def frames_asked(media: Json) -> int | None:
