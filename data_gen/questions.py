@@ -104,7 +104,7 @@ def read_published(path: Path) -> list[CueQuestion]:
         entries = parse_json(path.read_bytes())
         texts = [e if isinstance(e, str) else e["question"] for e in entries]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise X2DFDError(f"{path}: not a list of questions ({error!r})", code="questions_malformed") from error
+        raise X2DFDError(f"{path}: not a list of questions ({error!r:.200})", code="questions_malformed") from error
     if not texts or not all(isinstance(t, str) and t.strip() for t in texts):
         raise X2DFDError(
             f"{path}: not a list of questions (empty, or an entry that is no text)", code="questions_malformed"

@@ -253,7 +253,7 @@ def open_set(folder: Path) -> Path:
     try:
         stated = parse_json(card.read_bytes())["manifest_sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise X2DFDError(f"{card} is no card of a CueBench ({error!r})", code="cuebench_unfinished") from error
+        raise X2DFDError(f"{card} is no card of a CueBench ({error!r:.200})", code="cuebench_unfinished") from error
     if not manifest.is_file() or manifest_sha256(manifest) != stated:
         raise X2DFDError(f"{manifest} is not that of {card}: make the set anew", code="cuebench_manifest_differs")
     wrong = [
