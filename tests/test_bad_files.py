@@ -98,6 +98,16 @@ def test_a_theora_clip_is_read_and_a_part_of_it_is_no_crash() -> None:
             assert isinstance(part, Video) and 0 < len(part.frames) <= 4
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted on Linux")
+def test_clips_that_were_read_leave_no_threads() -> None:
+    """Ten for each clip: after some dozen an isolated process had no memory for more, and refused every further one."""
+    load_media(SEED.read_bytes())
+    before = len(os.listdir("/proc/self/task"))
+    for _ in range(12):
+        load_media(SEED.read_bytes())
+    assert len(os.listdir("/proc/self/task")) <= before + 10
+
+
 @pytest.mark.slow
 def test_a_clip_of_a_million_frames_is_refused_soon() -> None:
     """Its table of frames alone took minutes and a gigabyte."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import hashlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
@@ -190,6 +191,7 @@ def _container(file: Metered, name: str) -> Iterator[tuple[InputContainer, Video
     file.seek(0)
     # whatever is inside: no other file, no network, no exotic decoder, no oversized frame
     options = {"protocol_whitelist": "none", "codec_whitelist": _CODECS, "max_pixels": str(MAX_PIXELS)}
+    gc.collect()  # earlier clips lie in cycles, with ten threads each: an isolated process ran out of stacks
     try:
         with av.open(file, mode="r", format=name, options=options, io_open=_refuse_open) as container:
             stream = container.streams.best("video")
