@@ -81,7 +81,7 @@ def read_published(path: Path) -> list[CueQuestion]:
         entries = parse_json(path.read_bytes())
         texts = [e if isinstance(e, str) else e["question"] for e in entries]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise X2DFDError(f"{path}: not a list of questions ({error!r})", code="questions_malformed") from error
+        raise X2DFDError(f"{path}: not a list of questions ({error!r:.200})", code="questions_malformed") from error
     if not texts or not all(isinstance(t, str) and t.strip() for t in texts):
         raise X2DFDError(f"{path}: not a list of questions (empty, or not all texts)", code="questions_malformed")
     questions = []
@@ -199,7 +199,7 @@ def _entries(content: str, rejected: list[dict[str, str]]) -> list[Json]:
     """The objects of a reply; a reply that is not the JSON asked for is one rejection."""
     body = re.sub(r"^\s*```\w*|```\s*$", "", content)  # many models fence their JSON whatever they are told
     try:
-        return [dict(entry) for entry in json.loads(body)["questions"]]
+        return [dict(entry) for entry in parse_json(body)["questions"]]
     except (ValueError, TypeError, KeyError):
         rejected.append({"question": content[:200], "reason": "the reply is not the JSON that was asked for"})
         return []

@@ -24,7 +24,7 @@ from data_gen.forge import FORGE_VERSION, HARMLESS, LATENT, METHODS, Photo, chan
 from data_gen.harmless import through_video
 from x2dfd.errors import InputError, UnknownName, X2DFDError
 from x2dfd.faces import Array, find_faces
-from x2dfd.files import Json, file_sha256, write_bytes, write_text
+from x2dfd.files import Json, file_sha256, json_object, read_json, write_bytes, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest, write_manifest
 from x2dfd.media import load_picture
 from x2dfd.progress import progress
@@ -312,8 +312,8 @@ def resumed(out: Path, count: int, make: Callable[[Sequence[int]], Iterable[Json
     part, rows = out / "manifest.part.jsonl", list[Json]()
     for line in part.read_text(encoding="utf-8").splitlines() if part.is_file() else ():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:  # half written
+            rows.append(json_object(line, part))
+        except X2DFDError:  # half written
             break
     write_text(part, "".join(json.dumps(row) + "\n" for row in rows))
     todo = range(len(rows), count)
@@ -361,7 +361,7 @@ def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
 
         settings["redraw"] = list(latent.load(Path(config.redraw)))  # by name: each is pinned
     saved = out / "forge.json"
-    if saved.is_file() and json.loads(saved.read_text()) != settings:
+    if saved.is_file() and read_json(saved) != settings:
         raise X2DFDError(f"{out} holds a forge run with other settings; choose another --out", code="settings_differ")
     if manifest.is_file() and not saved.is_file():
         raise X2DFDError(f"{manifest} is not of a forge run; choose another --out", code="not_a_forge_run")

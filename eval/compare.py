@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from eval.bench import Result
 from eval.rows import digest
 from eval.stats import Measured
 from x2dfd.errors import X2DFDError
-from x2dfd.files import file_sha256, parse_json
+from x2dfd.files import file_sha256, json_object, parse_json
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def read_scores(folder: Path, result: Result) -> Scores:
         pictures = digest([row["id"], row["sha256"]] for row in rows)
     except (OSError, KeyError, pa.ArrowException) as error:
         raise X2DFDError(f"{path} cannot be read ({error})", code="scores_unreadable") from error
-    head = json.loads((table.schema.metadata or {}).get(b"x2dfd", b"{}"))
+    head = json_object((table.schema.metadata or {}).get(b"x2dfd", b"{}"), path)
     model, stated = (part.get("model", {}) for part in (head.get("origin", {}), result))
     same = all(stated.get("stated", {}).get(name) == value for name, value in model.items())
     if not same or pictures != result.get("data", {}).get("pictures_sha256"):

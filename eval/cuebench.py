@@ -29,7 +29,7 @@ from data_gen.readers import labelled, read_folders
 from data_gen.run_forge import load_photo, pose, resumed, save_jpeg
 from x2dfd.cli import run_command
 from x2dfd.errors import SetupError, X2DFDError
-from x2dfd.files import Json, file_sha256, parse_json, write_bytes, write_text
+from x2dfd.files import Json, file_sha256, parse_json, read_json, write_bytes, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest, write_manifest
 from x2dfd.progress import progress
 
@@ -147,13 +147,13 @@ def build(photos: Path | None, out: Path, *, per_method: int = PER_METHOD, allow
     }
     started = out / "cuebench.part.json"
     for file in (started, out / CARD):
-        if file.is_file() and not settings.items() <= json.loads(file.read_text("utf-8")).items():
+        if file.is_file() and not settings.items() <= read_json(file).items():
             raise X2DFDError(
                 f"{out} holds a set of other photos or settings: take another --out", code="settings_differ"
             )
     if (out / CARD).is_file():
         open_set(out)
-        return dict(json.loads((out / CARD).read_text("utf-8")))
+        return read_json(out / CARD)
     write_text(started, json.dumps(settings) + "\n")
     rows = resumed(out, len(items), lambda todo: (_make(items[k], usable, used[items[k].photo][1], out) for k in todo))
     left_out = sorted(set(METHODS) - {i.method for i in items})
@@ -233,7 +233,7 @@ def open_set(folder: Path) -> Path:
     try:
         stated = parse_json(card.read_bytes())["manifest_sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise X2DFDError(f"{card} is no card of a CueBench ({error!r})", code="cuebench_unfinished") from error
+        raise X2DFDError(f"{card} is no card of a CueBench ({error!r:.200})", code="cuebench_unfinished") from error
     if not manifest.is_file() or manifest_sha256(manifest) != stated:
         raise X2DFDError(f"{manifest} is not that of {card}: make the set anew", code="cuebench_manifest_differs")
     wrong = [

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from x2dfd.errors import X2DFDError
-from x2dfd.files import Json, file_sha256, write_bytes
+from x2dfd.files import Json, file_sha256, json_object, write_bytes
 from x2dfd.manifest import Sample
 from x2dfd.row_parts import RowParts
 
@@ -207,11 +207,11 @@ class Store:
         found: list[tuple[Json, list[SampleRow]]] = []
         if self.table.is_file():
             table = pq.read_table(self.table)
-            head = json.loads((table.schema.metadata or {}).get(b"x2dfd", b"{}"))
+            head = json_object((table.schema.metadata or {}).get(b"x2dfd", b"{}"), self.table)
             own = head.get("key") == self.key
             found.append((head, [_unpack(row) for row in table.to_pylist()] if own else []))
         for head, rows in self.parts:
-            if head["key"] == self.key:
+            if head.get("key") == self.key:
                 self.anew = self.anew or head["anew"]
                 found.append((head, [SampleRow.read(row) for row in rows]))
         found = [(head, rows) for head, rows in found if head.get("key") == self.key]

@@ -68,7 +68,7 @@ def validation(run: Path) -> Validation:
         answers, overall = scorer["answers"], scorer["overall"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise X2DFDError(
-            f"{run} holds no finished run of `run_bench.py detect` in calibrated mode: {error!r}",
+            f"{run} holds no finished run of `run_bench.py detect` in calibrated mode: {error!r:.200}",
             code="not_a_finished_run",
         ) from error
     if change := result["settings"].get("change"):

@@ -132,7 +132,7 @@ class TowerHeads(nn.Module):
 
         `closer`: hidden states of `closer_look`. What is wrong where is read from the whole crop.
         """
-        seen = self(states, areas)
+        seen: Seen = self(states, areas)
         f = self.norm(self.statistics(closer))
         more = self.fake(f)[:, 0], self.cls(f), self.photo(f)[:, 0]
         fake, kinds, photo = ((a + b) / 2 for a, b in zip((seen.fake, seen.kinds, seen.photo), more, strict=True))

@@ -233,7 +233,9 @@ def _settings(source: Path) -> Json:
         if found["peft_type"] != "LORA":
             raise SetupError(f"{source / SETTINGS}: {found['peft_type']} is not LORA", code="not_lora")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SetupError(f"{source / SETTINGS} cannot be read: {error!r}", code="adapter_config_unreadable") from error
+        raise SetupError(
+            f"{source / SETTINGS} cannot be read: {error!r:.200}", code="adapter_config_unreadable"
+        ) from error
     return found
 
 

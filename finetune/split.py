@@ -19,7 +19,7 @@ from x2dfd import prompts
 from x2dfd.adapter import EMBEDDED, PEFT_PREFIX, WEIGHTS, check_adapter, check_fit, read_adapter_card
 from x2dfd.cli import run_command
 from x2dfd.errors import SetupError
-from x2dfd.files import write_text
+from x2dfd.files import read_json, write_text
 from x2dfd.loading import base_identity, load_model
 from x2dfd.model_spec import ModelSpec
 
@@ -59,7 +59,7 @@ def split(named: str | Path | ModelSpec, out: Path) -> tuple[Path, Path, int]:
     processor.save_pretrained(whole)
     lora.mkdir(parents=True, exist_ok=True)
     save_file(matrices, lora / WEIGHTS, {"format": "pt"})
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(adapter / "adapter_config.json")
     config |= {"modules_to_save": None, "base_model_name_or_path": str(whole)}
     write_text(lora / "adapter_config.json", json.dumps(config, indent=1) + "\n")
     return whole, lora, int(config["r"])

@@ -35,7 +35,7 @@ from x2dfd.crops import CropSet, load_crops
 from x2dfd.errors import X2DFDError, first_line
 from x2dfd.experts import card_of
 from x2dfd.faces import CROP_SIZE, preprocessing
-from x2dfd.files import Json, file_sha256, parse_json, whole, write_text
+from x2dfd.files import Json, file_sha256, parse_json, read_json, whole, write_text
 from x2dfd.loading import base_identity, crop_size_of
 from x2dfd.model_spec import ModelSpec
 from x2dfd.opening import load
@@ -470,7 +470,7 @@ def _last_checkpoint(work: Path, config: FinetuneConfig) -> str | None:
     if not key.is_file():
         work.mkdir(parents=True, exist_ok=True)
         write_text(key, json.dumps(run, indent=1) + "\n")
-    elif json.loads(key.read_text(encoding="utf-8")) != run:
+    elif read_json(key) != run:
         raise X2DFDError(
             f"{work} holds a training with other settings or data: take another out", code="settings_differ"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ from x2dfd.assessment.ask import PART
 from x2dfd.crops import CropSet
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.manifest import Sample
+from x2dfd.mllm import YesNo
 from x2dfd.types import AREAS, ARTIFACTS, Card, Cue, ModelInfo
 
 SEAM = CueQuestion("Is there a seam along the jaw? Answer Yes or No.", "jaw", "blending", "bank")
@@ -44,12 +45,6 @@ HAT = CueQuestion("Is the person wearing a hat? Answer Yes or No.", None, None, 
 Behaviour = Callable[[Sample, str, np.random.Generator], tuple[float, str]]
 
 
-@dataclass(frozen=True)
-class Said:
-    p_yes: NDArray[np.float64]
-    said: tuple[str, ...]
-
-
 class Fake:
     """A model with known behaviour; it recognises a crop by the number written into its first pixel."""
 
@@ -57,7 +52,7 @@ class Fake:
         self.name, self.samples, self.behaviour, self.stop_after = name, samples, behaviour, stop_after
         self.seen: list[str] = []
 
-    def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str]) -> Said:
+    def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str], /) -> YesNo:
         if len(self.seen) == self.stop_after:
             raise KeyboardInterrupt
         number = int(crop[0, 0, 0]) + 256 * int(crop[0, 0, 1])
@@ -65,7 +60,7 @@ class Fake:
         self.seen.append(sample.id)
         # The same answer whenever it is asked.
         answers = [self.behaviour(sample, q, np.random.default_rng([number, *q.encode()])) for q in questions]
-        return Said(np.array([p for p, _ in answers]), tuple(s for _, s in answers))
+        return YesNo(np.array([p for p, _ in answers]), tuple(s for _, s in answers))
 
 
 def said(p: float) -> tuple[float, str]:
@@ -374,9 +369,9 @@ def test_the_command_from_manifest_to_files(
             name = "stand-in"
 
             @staticmethod
-            def yes_no(crop: NDArray[np.uint8], questions: Sequence[str]) -> Said:
+            def yes_no(crop: NDArray[np.uint8], questions: Sequence[str]) -> YesNo:
                 assert crop.shape == (224, 224, 3)
-                return Said(np.full(len(questions), float(crop[..., 0].mean() / 255)), ("yes",) * len(questions))
+                return YesNo(np.full(len(questions), float(crop[..., 0].mean() / 255)), ("yes",) * len(questions))
 
     monkeypatch.setattr(x2dfd, "load", lambda model, **options: Loaded)
     run_assess(tmp_path / "m.csv", tmp_path / "out")

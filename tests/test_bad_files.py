@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.raising import raises
 from x2dfd import fetch
 from x2dfd.errors import InputError, SetupError
 from x2dfd.media import Picture, Video, load_media
@@ -33,6 +34,20 @@ def test_a_photo_of_a_telephone_that_is_cut_short_is_an_error() -> None:
     for part in (2, 4, 10):
         with pytest.raises(InputError):
             load_media(buffer.getvalue()[: -len(buffer.getvalue()) // part])
+
+
+def test_why_a_clip_is_not_read_is_said_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """'List index out of range' and 'End of file' are a library's words for its own affairs."""
+    head = b"FLV\x01\x01\0\0\0\x09\0\0\0\0"
+    with raises("bad_video", "before its first frame"):
+        load_media(head)
+
+    def open(*_: object, **__: object) -> None:
+        [][0]
+
+    monkeypatch.setattr("av.open", open)
+    with raises("bad_video", "does not name all of its tracks"):
+        load_media(head)
 
 
 def ogg_page(body: bytes, number: int, flags: int) -> bytes:
@@ -76,6 +91,16 @@ def test_a_theora_clip_is_read_and_a_part_of_it_is_no_crash() -> None:
         with pytest.raises(InputError) as caught:
             load_media(data)
         assert caught.value.code in ("bad_video", "unsupported_format")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted on Linux")
+def test_clips_that_were_read_leave_no_threads() -> None:
+    """Ten for each clip: after some dozen an isolated process had no memory for more, and refused every further one."""
+    load_media(SEED.read_bytes())
+    before = len(os.listdir("/proc/self/task"))
+    for _ in range(12):
+        load_media(SEED.read_bytes())
+    assert len(os.listdir("/proc/self/task")) <= before + 10
 
 
 @pytest.mark.slow

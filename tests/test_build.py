@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from x2dfd.experts import BUILTIN
 from x2dfd.explain import read_cues
 from x2dfd.files import file_sha256
 from x2dfd.manifest import Sample, read_manifest, write_manifest
+from x2dfd.mllm import YesNo
 from x2dfd.tower import seen_view
 from x2dfd.types import Cue, Evidence
 
@@ -67,23 +67,17 @@ def named(record: Record) -> set[tuple[str, str]]:
     return {(c.area, c.artifact) for c in read_cues(answer(record))}
 
 
-@dataclass(frozen=True)
-class Said:
-    p_yes: NDArray[np.float64]
-    said: tuple[str, ...]
-
-
 class SeesOnly:
     """A model that sees one cue, and of all others says yes."""
 
     def __init__(self, cue: tuple[str, str], samples: list[Sample]) -> None:
         self.name, self.cue, self.samples = f"sees {cue}", cue, samples
 
-    def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str], /) -> Said:
+    def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str], /) -> YesNo:
         fake = self.samples[int(crop[0, 0, 0])].label == "fake"
         about = {q.text: (q.area, q.artifact) for q in bank()}
         p = np.array([0.9 if about[q] != self.cue or fake else 0.1 for q in questions])
-        return Said(p, tuple("yes" if x > 0.5 else "no" for x in p))
+        return YesNo(p, tuple("yes" if x > 0.5 else "no" for x in p))
 
 
 def ranking(cue: tuple[str, str], out: Path) -> Path:

@@ -261,6 +261,7 @@ def test_names_that_are_not_utf8_are_kept_apart(run: Run, tmp_path: Path) -> Non
      ["detect", "a.png", "--out", "no/such/folder/t.parquet"], ["detect", "a.png", "--report", "."],
      ["detect", "a.png", "--report", "x.txt"],
      ["detect", "a.png", "--out", "t.txt"], ["detect", "a.png", "--manifest", "m.csv"],
+     ["detect", "a.png", "--threads", "9999999"], ["detect", "a.png", "--batch-size", "9" * 30],
      ["detect", "a.png", "--shard", "3/2"], ["detect", "a.png", "--shard", "half"],
      ["detect", "a.png", "--server", "http://127.0.0.1:1", "--mode", "paper"]],
 )  # fmt: skip

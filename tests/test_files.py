@@ -15,7 +15,8 @@ import pytest
 from tests.raising import raises
 from x2dfd.adapter import read_adapter_card
 from x2dfd.experts import read_card
-from x2dfd.files import MAX_DEPTH, bad_rate, check_fields, parse_json, printed_from_c
+from x2dfd.files import MAX_DEPTH, bad_rate, check_fields, parse_json, printed_from_c, read_json
+from x2dfd.row_parts import RowParts
 from x2dfd.types import Card
 
 DEEP = "[" * 100_000
@@ -48,6 +49,16 @@ def test_json_that_troubles_is_one_line(name: str, tmp_path: Path) -> None:
     with raises("not_an_adapter") as refused:
         read_adapter_card(tmp_path)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, "list"])
+def test_a_damaged_file_of_our_own_is_one_line_with_its_path(name: str, tmp_path: Path) -> None:
+    """Bug prevented: a run that was cut off, or a full disk, ends the next run with a traceback."""
+    path = tmp_path / "000001.jsonl"
+    path.write_text(HOSTILE.get(name, "[]"))
+    for read in (read_json, lambda _: list(RowParts(tmp_path))):
+        with raises("json_unreadable", path):
+            read(path)
 
 
 def test_honest_json_is_read_as_it_is() -> None:

@@ -107,6 +107,24 @@ def test_an_upload_is_read_as_its_file_and_bounded(client: Any, monkeypatch: pyt
     assert set(described) == {"/detect", "/model"}
 
 
+def test_a_client_that_stalls_or_leaves_frees_its_place(
+    capfd: pytest.CaptureFixture[str], url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: eight idle uploads shut everybody out for good; one that was cut off left a traceback."""
+    monkeypatch.setattr(serve, "AT_ONCE", 2)  # the one that left may be gone a moment later
+    port = int(url.rpartition(":")[2])
+    head = b"POST /detect HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\nx"
+    for seconds, length, status in ((60.0, 9, None), (0.2, 9, b" 408 "), (60.0, 10**15, b" 413 "), (60.0, 1, b" 422 ")):
+        monkeypatch.setattr(serve, "UPLOAD_SECONDS", seconds)
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+            client.sendall(head % length)
+            if status is None:
+                client.shutdown(socket.SHUT_RDWR)
+            else:
+                assert status in client.recv(40)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_no_server_is_one_line(tmp_path: Path) -> None:
     """Bug prevented: a traceback where the server was not started; an address printed as if somebody listened there."""
     with socket.create_server(("127.0.0.1", 0)) as taken:

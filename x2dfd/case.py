@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeGuard, get_args
 
 from x2dfd.answer import LIMITS, NEXT_STEPS, NOT_PROOF
-from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.errors import SetupError, X2DFDError, first_line
 from x2dfd.experts import cards
 from x2dfd.files import Json, json_sha256, parse_json
 from x2dfd.model_spec import Dtype, Mode
@@ -87,7 +87,8 @@ def read(path: Path) -> Json:
             raise ValueError("its cards have another shape")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise X2DFDError(
-            f"{path} is no case record ({error!r}); `x2dfd detect FILE --report NAME.html` writes NAME.case.json",
+            f"{path} is no case record ({first_line(error)}); "
+            "`x2dfd detect FILE --report NAME.html` writes NAME.case.json",
             code="not_a_case_record",
         ) from error
     return dict(made)

@@ -158,7 +158,7 @@ def detect(
     frames: Annotated[
         int, typer.Option(min=1, metavar="N", help="Frames of a video or an animation, spread evenly over it.")
     ] = 32,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Files judged at a time.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, max=4096, metavar="N", help="Files judged at a time.")] = 8,
     threads: options.Threads = None,
     device: options.Device = None,
     dtype: options.DtypeOption = None,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.faces import CROP_SIZE, align, find_faces, preprocessing
-from x2dfd.files import Json, write_text
+from x2dfd.files import read_json, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest
 from x2dfd.media import load_picture
 from x2dfd.progress import progress
@@ -99,9 +99,9 @@ def load_crops(manifest: Path, workers: int = 1, side: int = CROP_SIZE) -> CropS
     key = {"manifest": manifest_sha256(manifest), "files": _state(samples), "preprocessing": preprocessing(side)}
     key["masks"] = str(MASK_SIZE)
     index = folder / "index.json"
-    if not index.is_file() or json.loads(index.read_text())["key"] != key:
+    if not index.is_file() or read_json(index).get("key") != key:
         _compute(samples, folder, key, workers, side)
-    state: Json = json.loads(index.read_text())
+    state = read_json(index)
     kept = [s for s in samples if s.id not in state["unusable"]]
     if not kept:
         raise X2DFDError(f"{manifest}: no file has a usable face", code="no_usable_face")

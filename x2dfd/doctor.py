@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import shutil
@@ -13,7 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from x2dfd.files import Json, file_sha256
+from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.files import Json, file_sha256, read_json
 
 LIBRARIES = ("torch", "transformers", "peft", "ai-edge-litert", "numpy", "pillow", "av")
 FACE_MODELS = {  # SHA-256 of the files that mediapipe 0.10.21 carries
@@ -130,7 +130,6 @@ def _torchvision() -> Iterator[Check]:
 
 def _families() -> Iterator[Check]:
     """Which models of the hub can be loaded here: those whose processor can be imported."""
-    from x2dfd.errors import SetupError
     from x2dfd.loading import FAMILIES, processor_class
 
     absent: dict[str, str] = {}
@@ -175,7 +174,11 @@ def _embedded() -> Iterator[Check]:
     if not path.exists():
         yield Check("embedded model", False, "its card is missing", REINSTALL)
         return
-    card = json.loads(path.read_text("utf-8"))
+    try:
+        card = read_json(path)
+    except X2DFDError as error:
+        yield Check("embedded model", False, str(error), REINSTALL)
+        return
     facts = {key: card[key] for key in ("licence", "sha256", "source") if card.get(key)}
     weights = path.parent / card["weights"] if card.get("weights") else None
     if weights is None:
@@ -192,7 +195,6 @@ def _embedded() -> Iterator[Check]:
 
 
 def _experts() -> Iterator[Check]:
-    from x2dfd.errors import SetupError
     from x2dfd.experts import DEFAULT, availability, cards
 
     for name, card in cards().items():

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from x2dfd.errors import X2DFDError
+
 T = TypeVar("T")
 Json = dict[str, Any]
 """A JSON object: plain values by name."""
@@ -41,6 +43,25 @@ def parse_json(text: str | bytes) -> Any:
     if text.count("[") + text.count("{") > MAX_DEPTH:
         _check_depth(value)
     return value
+
+
+def json_object(text: str | bytes, where: object) -> Json:
+    """The JSON object in the text of a file of this project's own, which may be cut off or changed by hand.
+
+    `where` names the file. Raises X2DFDError, `json_unreadable`.
+    """
+    try:
+        found = parse_json(text)
+    except ValueError as error:
+        raise X2DFDError(f"{where} cannot be read ({error})", code="json_unreadable") from error
+    if not isinstance(found, dict):
+        raise X2DFDError(f"{where} holds no JSON object", code="json_unreadable")
+    return found
+
+
+def read_json(path: Path) -> Json:
+    """`json_object` of a file. Raises OSError too."""
+    return json_object(path.read_bytes(), path)
 
 
 def _unique(pairs: list[tuple[str, object]]) -> Json:

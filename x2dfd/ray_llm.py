@@ -6,7 +6,6 @@ recipe. Nothing here needs vLLM or Ray until `processor` is called.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 
 from x2dfd import prompts
 from x2dfd.errors import InputError, SetupError, X2DFDError
-from x2dfd.files import Json
+from x2dfd.files import Json, read_json
 from x2dfd.prompts import Processor
 
 
@@ -50,8 +49,8 @@ class VllmScoring:
             return None
         path = self.lora / "adapter_config.json"
         try:
-            return int(json.loads(path.read_text(encoding="utf-8"))["r"])
-        except (OSError, ValueError, KeyError) as error:
+            return int(read_json(path)["r"])
+        except (OSError, TypeError, ValueError, KeyError, X2DFDError) as error:
             raise SetupError(
                 f"{path} cannot be read ({error}); make it: python -m finetune.split", code="split_unreadable"
             ) from error

@@ -68,7 +68,8 @@ class ServerDetector:
                 said = parse_json(error.read())
         except (URLError, OSError, HTTPException, ValueError) as error:
             raise X2DFDError(
-                f"{self._url} does not answer ({error}); start it: x2dfd serve", code="server_missing"
+                f"{self._url} does not answer ({getattr(error, 'reason', error)}); start it: x2dfd serve",
+                code="server_missing",
             ) from error
         if not isinstance(said, dict):
             raise X2DFDError(f"{self._url} is no x2dfd: it answers {json.dumps(said)[:60]}", code="server_reply")

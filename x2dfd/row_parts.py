@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from x2dfd.files import Json, write_text
+from x2dfd.files import Json, json_object, write_text
 
 
 class RowParts:
@@ -25,7 +25,7 @@ class RowParts:
     def __iter__(self) -> Iterator[tuple[Json, list[Json]]]:
         """Head and rows of each part, in the order in which they were kept."""
         for path in sorted(self.folder.glob("*.jsonl")):
-            head, *rows = (json.loads(line) for line in path.read_text("utf-8").split("\n") if line)
+            head, *rows = (json_object(line, path) for line in path.read_text("utf-8").split("\n") if line)
             yield head, rows
 
     def clear(self) -> None:

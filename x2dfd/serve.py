@@ -5,6 +5,7 @@ A file is posted to /detect, as it is or as a form's one file; the answer is the
 Importing this module raises SetupError where FastAPI is missing.
 """
 
+import asyncio
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ try:
     from fastapi.responses import JSONResponse
     from starlette.datastructures import UploadFile
     from starlette.formparsers import MultiPartException, MultiPartParser
+    from starlette.requests import ClientDisconnect
 except ImportError as error:
     raise SetupError(
         f"x2dfd serve needs FastAPI, uvicorn and python-multipart ({error}): pip install 'x2dfd[serve-http]'",
@@ -33,6 +35,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from x2dfd.detector import Detector
 
+UPLOAD_SECONDS = 60.0  # until a file is here: slow clients would keep every place
 AT_ONCE = 8  # uploads in memory; further ones are told to come again
 HERE = ("127.0.0.1", "localhost", "::1")
 ANY = ("0.0.0.0", "::")  # every address of this machine, whose names it does not know
@@ -70,12 +73,18 @@ def application(detector: "Detector", hosts: Collection[str] | None = HERE) -> F
             return _refused(503, "busy", "too many files at once: ask again later")
         uploads += 1
         try:
-            data = await _posted(request)
+            try:
+                async with asyncio.timeout(UPLOAD_SECONDS):
+                    data = await _posted(request)
+            except _TooLarge:
+                return _refused(413, "file_too_large", f"more than {MAX_UPLOAD:,} bytes")
+            except TimeoutError:
+                return _refused(408, "too_slow", f"the file did not arrive within {UPLOAD_SECONDS:g} seconds")
+            except ClientDisconnect:
+                return _refused(400, "cut_off", "the file did not arrive")
+            except MultiPartException as error:
+                return _refused(400, "bad_form", error.message)
             result = await run_in_threadpool(judge, data, rationale, frames)
-        except _TooLarge:
-            return _refused(413, "file_too_large", f"more than {MAX_UPLOAD:,} bytes")
-        except MultiPartException as error:
-            return _refused(400, "bad_form", error.message)
         finally:
             uploads -= 1
         return JSONResponse(result.to_dict(), 422 if isinstance(result, Failure) else 200)
@@ -93,6 +102,9 @@ class _TooLarge(Exception):
 
 async def _posted(request: Request) -> bytes:
     """The posted file. Raises _TooLarge, and MultiPartException for a form that does not hold one file."""
+
+    if int(request.headers.get("content-length", 0)) > MAX_UPLOAD:
+        raise _TooLarge  # before it comes
 
     async def bounded() -> AsyncGenerator[bytes, None]:
         size = 0

@@ -20,7 +20,7 @@ from x2dfd.degrade import CODEC, DEGRADE_VERSION, codec, degrade
 from x2dfd.errors import SetupError
 from x2dfd.eye import Eye
 from x2dfd.fetch import require
-from x2dfd.files import Json, file_sha256, write_text
+from x2dfd.files import Json, file_sha256, read_json, write_text
 from x2dfd.progress import progress
 from x2dfd.types import Face
 
@@ -138,7 +138,7 @@ def load_eye(layers: int, additions: Path | None = None, dtype: torch.dtype = to
     from safetensors import safe_open
 
     folder = require("base")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vision_config"]
+    config = read_json(folder / "config.json")["vision_config"]
     with safe_open(folder / "model.safetensors", "pt") as stream:  # a memory map: what is not asked for is not read
         names = [k.removeprefix(PREFIX) for k in stream.keys() if k.startswith(PREFIX)]  # noqa: SIM118
         weights = {k: stream.get_tensor(PREFIX + k).float() for k in names if layer_of(k) < layers}
@@ -261,7 +261,7 @@ class CachedArray:
     def __init__(self, folder: Path, name: str, key: Json) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._file, self._state, self._key = folder / name, folder / "progress.json", json.loads(json.dumps(key))
-        state = json.loads(self._state.read_text()) if self._state.is_file() else {}
+        state = read_json(self._state) if self._state.is_file() else {}
         self.done: int = state.get("done", 0) if state.get("key") == self._key else 0  # rows that are filled
         if not self.done:
             self._state.unlink(missing_ok=True)  # before the array is emptied: it vouches for what that holds

@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Self
 
-from x2dfd.files import Json, built, checked
+from x2dfd.files import Json, built, checked, parse_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -253,7 +253,7 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        return cls.from_dict(json.loads(text))
+        return cls.from_dict(parse_json(text))
 
 
 def result_of(data: Json) -> Report | Failure:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import hashlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
@@ -158,6 +159,13 @@ def container_tags(file: BinaryIO, container_name: str) -> dict[str, str]:
         return {**stream.metadata, **container.metadata}
 
 
+_PLAINLY = {  # what FFmpeg says
+    "Cannot allocate memory": "it asks for more memory than there is",
+    "End of file": "it ends before its first frame does",
+    "Invalid data found when processing input": "its data are damaged",
+}
+
+
 @contextmanager
 def _container(file: Metered, name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its main video stream; whatever PyAV raises inside becomes `bad_video`."""
@@ -167,6 +175,7 @@ def _container(file: Metered, name: str) -> Iterator[tuple[InputContainer, Video
     file.seek(0)
     # whatever is inside: no other file, no network, no exotic decoder, no oversized frame
     options = {"protocol_whitelist": "none", "codec_whitelist": _CODECS, "max_pixels": str(MAX_PIXELS)}
+    gc.collect()  # earlier clips lie in cycles, with ten threads each: an isolated process ran out of stacks
     try:
         with av.open(file, mode="r", format=name, options=options, io_open=_refuse_open) as container:
             stream = container.streams.best("video")
@@ -181,8 +190,9 @@ def _container(file: Metered, name: str) -> Iterator[tuple[InputContainer, Video
     except X2DFDError:
         raise
     except Exception as error:  # FFmpeg's errors, and an IndexError where a track appears on the way
-        reason = plain(getattr(error, "strerror", None) or str(error) or type(error).__name__)
-        raise InputError("bad_video", f"the video cannot be read ({reason})") from error
+        said = plain(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+        reason = "its header does not name all of its tracks" if isinstance(error, IndexError) else said
+        raise InputError("bad_video", f"the video cannot be read ({_PLAINLY.get(reason, reason)})") from error
 
 
 @dataclass(frozen=True)
