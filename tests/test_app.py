@@ -799,6 +799,34 @@ def test_endpoint_answers_and_server_stops_and_forgets(
 
 @pytest.mark.slow
 @pytest.mark.needs_base
+def test_the_first_verdict_comes_soon(
+    launched: Callable[[Any], str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A visitor who sees nothing for longer goes away. Seconds of work are bounded, as the machine may be shared."""
+    import x2dfd
+
+    monkeypatch.setattr(x2dfd.Detector, "explain", lambda self, report, *_, **__: report)  # comes after the verdict
+    command.make_examples(tmp_path)
+    visitor = Visitor(launched(demo.build(x2dfd.load())))
+    for name, most in (("forged.jpg", 5), ("clip.mp4", 20)):
+        sent = [visitor.upload((tmp_path / name).read_bytes(), name)]
+        begin, work = time.perf_counter(), time.process_time()
+        for message in visitor.follow(UPLOAD, "upload", sent, MODEL_NAME):
+            if "Estimated probability" in json.dumps(message):
+                break
+        else:
+            pytest.fail(f"no verdict on {name}")
+        spent = time.process_time() - work
+        with capsys.disabled():
+            print(f"\n{name}: first verdict after {time.perf_counter() - begin:.1f} s ({spent:.1f} s of work)")
+        assert spent < most
+
+
+@pytest.mark.slow
+@pytest.mark.needs_base
 def test_the_examples_show_each_answer(tmp_path: Path) -> None:
     """Bug prevented: a visitor who wants to see what "No answer" looks like finds no picture that gets it."""
     import x2dfd
