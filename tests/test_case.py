@@ -99,16 +99,11 @@ def changed(made: Record, change: Callable[[Record], None], *, sealed: bool) -> 
 def test_an_honest_record_holds_and_holds_for_a_copy(
     made: Record, photo: Path, detector: Detector, tmp_path: Path
 ) -> None:
-    """A check that fails where nothing was touched is switched off by its users: path, times and batch may differ; a
-    new fact of the model or a new finding turns no honest older record into a forged one."""
+    """A check that fails where nothing was touched is switched off by its users: path, times and batch may
+    differ."""
     holds = case.Verification("holds", (), ())
     assert case.verify(made, photo, detector) == holds
     assert made["reports"][0]["model"]["weights"] == detector.info.weights
-    without: tuple[Callable[[Record], None], ...] = (
-        lambda m: m["reports"][0]["model"].pop("weights"), lambda m: m["reports"][0]["provenance"].pop("statements"),
-    )  # fmt: skip
-    for change in without:
-        assert case.verify(changed(made, change, sealed=True), photo, detector) == holds
     copied = tmp_path / "another name.jpg"
     shutil.copyfile(photo, copied)
     older = changed(made, lambda m: m["reports"][0]["versions"].update(torch="1.0"), sealed=True)

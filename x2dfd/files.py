@@ -116,10 +116,10 @@ _types = cache(get_type_hints)
 def checked(kind: type[T], data: object) -> T:
     """The dataclass `kind` from plain values out of a file. Raises ValueError as `check_fields`."""
     check_fields(kind, data)
-    return built(kind, data)
+    return built(kind, cast(Json, data))
 
 
-def built(kind: type[T], data: Any) -> T:
+def built(kind: type[T], data: Json) -> T:
     """The dataclass `kind` from its fields as plain values: objects become dataclasses, lists become tuples."""
     types = _types(cast(Hashable, kind))
     return kind(**{name: _built(types[name], value) for name, value in data.items()})
