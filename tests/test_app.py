@@ -390,7 +390,7 @@ def test_faces_can_be_switched(visitor: Visitor, detector: FakeDetector) -> None
     assert shown["pick"]["choices"] == [["Face 1: Likely fake, 93 %", 0], ["Face 2: Likely real, 8 %", 1]]
     panel = Page(shown["panel"])
     [drawn], [switch] = panel.all("image", "map"), panel.all("input", "of-maps")
-    assert len(panel.all("rect", "over")) == 2 and "checked" in switch and "map of: tower" in panel.text
+    assert len(panel.all("rect", "over")) == 2 and "checked" in switch and "map by tower" in panel.text
     assert drawn["transform"] == "matrix(53.0000 0.0000 0.0000 66.0000 172.0000 66.0000)" and drawn["width"] == "2"
     assert (drawn["href"] or "").startswith("data:image/png;base64,")
     done = visitor.use("Several faces: pick the one to look at", "input", None, 1)

@@ -200,7 +200,7 @@ def test_the_keyboard_reaches_everything(served: tuple[FakeDetector, str], tabs:
     press_tab_until("Download the report (HTML)")
     with tab.expect_download():
         tab.keyboard.press("Enter")
-    press_tab_until("Show where a change is suspected")
+    press_tab_until("Show suspected areas")
     overlay = tab.locator(".x2 image.map")
     expect(overlay).to_be_visible()  # it points at something on a face that is called fake
     looks_right(tab, "map")
@@ -229,7 +229,7 @@ def test_a_screen_reader_finds_names_and_hears_the_verdict(served: tuple[FakeDet
     expect(tab.get_by_role("region", name="Verdict").get_by_role("img", name=spoken)).to_be_visible()
     expect(tab.get_by_role("img", name="photo.jpg, 2 faces marked")).to_be_visible()
     for role, name in (
-        ("checkbox", "Show the named areas"), ("checkbox", "Show where a change is suspected (map of: tower)"),
+        ("checkbox", "Show the named areas"), ("checkbox", "Show suspected areas (map by tower)"),
         ("combobox", "Several faces: pick the one to look at"), ("textbox", "Your question"),
         ("log", "chatbot conversation"), ("list", "Marked areas"), ("heading", "Face 1: Likely fake 93 %"),
     ):  # fmt: skip
@@ -319,7 +319,7 @@ def test_the_case_report_can_be_read_on_every_screen(
     tab.locator("details.file > summary").first.click()
     overlay = tab.locator("image.map")
     expect(overlay).to_be_visible()  # of a face that is called fake, and it points at something
-    tab.get_by_role("checkbox", name="Show where a change is suspected").uncheck()
+    tab.get_by_role("checkbox", name="Show suspected areas").uncheck()
     expect(overlay).to_be_hidden()
     tab.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true })")
     looks_right(tab, "report-open", scheme)

@@ -138,7 +138,7 @@ def origin(verdict: Verdict, rationale: str, calibrated: bool) -> str:
         return f"This text {stance(verdict, rationale)}."
     if verdict.label == "real" and calibrated:
         return "A fixed text: it says what was looked at."
-    mended = ", and mended from the report where it went against it" if calibrated else ""
+    mended = ", and corrected where it contradicted the report" if calibrated else ""
     return f"Written by the language model after the answer was scored{mended}. It may be wrong in detail."
 
 

@@ -115,7 +115,7 @@ Table = Annotated[
         metavar="FILE",
         help="Also write a table (.parquet or .jsonl), a row per file. It resumes: a killed run leaves its rows in "
         "FILE.work, and files whose row is already there (same path, SHA-256, model, mode) are not judged again. "
-        "Rows of other files stay. With --manifest, stdout then has no blocks.",
+        "Rows of other files stay. With --manifest, results then go to the table alone.",
     ),
 ]
 Shard = Annotated[
@@ -293,11 +293,11 @@ def experts(as_json: options.AsJson = False) -> None:
         return
     for name, card, missing in known:
         if card is None:
-            typer.echo(f"{name}  not ready: {missing}\n")
+            typer.echo(f"{name}: not ready\n" + wrapped(f"why: {missing}") + "\n")
             continue
-        ready = "ready" if missing is None else f"not ready: {missing}"
-        typer.echo(f"{name}  {card.version}  {shortened(card.licence)}  {ready}")
-        facts = {"blind spot": card.blind_spot, "paper": card.paper, "source": card.source, "sha256": card.sha256}
+        typer.echo(f"{name}, version {card.version}: {'ready' if missing is None else 'not ready'}")
+        facts = {"why": missing, "blind spot": card.blind_spot, "licence": shortened(card.licence)}
+        facts |= {"paper": card.paper, "source": card.source, "sha256": card.sha256}
         for title, text in facts.items():
             if text:
                 typer.echo(wrapped(f"{title}: {text}"))
@@ -374,7 +374,7 @@ def calibrate(
     bits: options.BitsOption = None,
     device_map: options.DeviceMap = None,
 ) -> None:
-    """Fit the probability and the range without an answer, the last step of a training."""
+    """Fit the probability and the two thresholds of a verdict, the last step of a training."""
     from x2dfd.calibrate import calibrate as run
 
     names = None if experts is None else options.names(experts)
@@ -402,16 +402,16 @@ def doctor(as_json: options.AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps([check.to_dict() for check in checks]))
         return
+    wrong, absent = (sum(check.ok is state for check in checks) for state in (False, None))
+    said = "What a verdict needs is in place." if not wrong else f"{wrong} to mend."
+    typer.echo(f"{said} {absent} optional parts are absent.\n" if absent else f"{said}\n")
     width = max(len(check.name) for check in checks)
     for check in checks:
-        mark = {True: "ok", False: "MISSING", None: "note"}[check.ok]
+        mark = {True: "ok", False: "MISSING", None: "absent"}[check.ok]
         typer.echo(f"{mark:<8} {check.name:<{width}}  {printable(check.detail)}")
-        for key, value in check.facts.items():
-            typer.echo(f"{'':<8} {'':<{width}}    {key}: {shortened(printable(str(value)))}")
         if check.mend is not None:
-            typer.echo(f"{'':<8} {'':<{width}}  mend: {check.mend}")
-    wrong = sum(check.ok is False for check in checks)
-    typer.echo("everything is in place" if not wrong else f"{wrong} to mend", err=True)
+            typer.echo(f"{'':<8} {'':<{width}}  to mend: {printable(check.mend)}")
+    typer.echo("licences, sources and hashes: x2dfd doctor --json", err=True)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ Device = Annotated[
 DtypeOption = Annotated[
     Dtype | None,
     typer.Option(
-        "--dtype", help="Of the MLLM; by default bf16 on CUDA, fp32 on a CPU, whose units for bf16 the tower takes."
+        "--dtype",
+        help="Of the MLLM; by default bf16 on CUDA, fp32 on a CPU (there the tower takes bf16 where it is quick).",
     ),
 ]
 BitsOption = Annotated[
