@@ -70,8 +70,8 @@ def test_who_wrote_a_text_is_said_truly() -> None:
     """Bug prevented: a template's sentence under a real photo that passes for the language model's."""
     real, nothing = Verdict("real", 0.1), Verdict("inconclusive", None, "not_a_photograph")
     assert "fixed text" in origin(real, "Nothing was found.", True) and origin(nothing, "A drawing.", True) == ""
-    assert "mended" in origin(Verdict("fake", 0.9), "A seam.", True)
-    assert "language model" in (own := origin(real, "No seam.", False)) and "mended" not in own
+    assert "corrected" in origin(Verdict("fake", 0.9), "A seam.", True)
+    assert "language model" in (own := origin(real, "No seam.", False)) and "corrected" not in own
 
 
 @pytest.mark.parametrize(
