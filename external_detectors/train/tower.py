@@ -486,7 +486,10 @@ def _resume(
     with safe_open(path, "pt") as stream:
         metadata = stream.metadata()
     if json.loads(metadata["run"]) != json.loads(json.dumps(asdict(settings))):
-        raise X2DFDError(f"{path}: other data or settings; choose another --state", code="training_state_differs")
+        raise X2DFDError(
+            f"{path} is the state of a training with other data or settings; choose another --state",
+            code="training_state_differs",
+        )
     tensors = load_file(path)
     _put(trained, {n: tensors[f"now.{n}"] for n in trained})
     for name, value in average.items():
