@@ -436,8 +436,7 @@ def embedded(
 def measure(
     device: Any, precision: Dtype, threads: int, rounds: int, asked: int, geometry: Geometry, model: ModelSpec
 ) -> Iterator[Json]:
-    """Every comparison on one device: the device's part of the result, again after each of them. Of the embedded model
-    in bf16 on a CPU, the tower alone computes so: what is about the language model is not timed."""
+    """Every comparison on one device: the device's part of the result, again after each of them."""
     import torch
 
     from benchmarks.roofline import Rates

@@ -270,8 +270,13 @@ def trained(kind: Kind, taught: tuple[Path, Path], out: Path, **given: Any) -> t
     plain, kept = training._save, list[Any]()
 
     def save(config: FinetuneConfig, out: Path, model: Any, tuned: Any, processor: Any, state: Any) -> None:
-        mllm = LocalMLLM(model, processor, "in memory", autocast=config.bf16)
-        kept.append(lambda crops: mllm.verdict_logits(mllm.look(crops), QUESTIONS))
+        mllm = LocalMLLM(model, processor, "in memory")
+
+        def logits(crops: NDArray[np.uint8]) -> NDArray[np.float64]:
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+                return mllm.verdict_logits(mllm.look(crops), QUESTIONS)
+
+        kept.append(logits)
         plain(config, out, model, tuned, processor, state)
 
     config = FinetuneConfig(

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial, wraps
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 from zlib import crc32
 
 import numpy as np
@@ -31,10 +31,6 @@ TOP_P = 0.9  # of what may be drawn, where texts are drawn at all (Holtzman et a
 BATCH = 16  # faces in one pass
 PACK = 25  # cue questions in one pass: bounds the mask's and the activations' size
 NOT_FINITE = "the model's numbers are not finite: a broken adapter, or too large for 16 bits; take --dtype bf16 or fp32"
-
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -130,23 +126,11 @@ class _Begun:
     shift: int
 
 
-def _inference(method: Callable[P, T]) -> Callable[P, T]:
-    """Without gradients, in the model's precision."""
-
-    @wraps(method)
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        mllm: Any = args[0]
-        with torch.inference_mode(), torch.autocast(mllm.device.type, torch.bfloat16, enabled=mllm.autocast):
-            return method(*args, **kwargs)
-
-    return run
-
-
 class LocalMLLM:
     """An image-text-to-text model of transformers, with or without an adapter. `name` says which.
 
-    `autocast`: matrix products in bf16; labels are scored in fp32 all the same. `temperature`: of texts; 0 takes the
-    likeliest token, else one is drawn with a seed of picture and question. `tower`: as in `Look`.
+    Labels are scored in fp32 in every precision. `temperature`: of texts; 0 takes the likeliest token, else one is
+    drawn with a seed of picture and question. `tower`: as in `Look`.
     """
 
     batch = BATCH
@@ -157,11 +141,9 @@ class LocalMLLM:
         processor: Processor,
         name: str,
         *,
-        autocast: bool = False,
         temperature: float = 0.0,
         tower: str | None = "",
     ) -> None:
-        self.autocast = autocast
         self.temperature = temperature
         self.tower = tower
         self.name = name
@@ -185,7 +167,7 @@ class LocalMLLM:
 
     # --- the shared prefix ---
 
-    @_inference
+    @torch.inference_mode()
     def look(self, crops: NDArray[np.uint8]) -> Look:
         """Encode aligned face crops [n, s, s, 3] once."""
         from transformers import DynamicCache
@@ -203,7 +185,7 @@ class LocalMLLM:
         shift = self._family.first_position if deltas is None else int(deltas.flatten()[0])
         return Look(cache, length, (), seeds, self.tower, shift)
 
-    @_inference
+    @torch.inference_mode()
     def see(self, crops: Tensor) -> tuple[Tensor, ...]:
         """A LLaVA's tower over uint8 crops [n, s, s, 3]: hidden states, fp32 on the CPU."""
         pixels = self._prefix(crops.numpy())["pixel_values"]
@@ -222,7 +204,8 @@ class LocalMLLM:
         layers = config.vision_feature_layer
         layers = [layers] if isinstance(layers, int) else layers
         first = 1 if config.vision_feature_select_strategy == "default" else 0
-        image = self._model.model.multi_modal_projector(torch.cat([look.states[i][:, first:] for i in layers], -1))
+        states = torch.cat([look.states[i][:, first:] for i in layers], -1).to(self._model.dtype)  # `Eye` gives fp32
+        image = self._model.model.multi_modal_projector(states)
         tokens, _ = prompts.prompt_tokens(self.processor, prompts.render(self.processor, prompts.QUESTION))
         before = self._text.embed_tokens(torch.tensor(tokens, device=self.device)).expand(look.size, -1, -1)
         cache = DynamicCache()
@@ -301,7 +284,7 @@ class LocalMLLM:
 
     # --- verdict ---
 
-    @_inference
+    @torch.inference_mode()
     def verdict_logits(self, look: Look, questions: Sequence[str]) -> NDArray[np.float64]:
         """Logit of fake against real for each picture's own question: [n]. NaN where the model's numbers overflow.
 
@@ -318,15 +301,14 @@ class LocalMLLM:
 
     def _scores(self, hidden: Tensor, ids: Sequence[int]) -> Tensor:
         """Logits of two tokens in fp32: in 16 bits their difference would move in steps of a tenth."""
-        with torch.autocast(self.device.type, enabled=False):
-            return self._capped(hidden.to(self._head.device).float() @ self._head[list(ids)].float().T)
+        return self._capped(hidden.to(self._head.device).float() @ self._head[list(ids)].float().T)
 
     def _capped(self, logits: Tensor) -> Tensor:
         return logits if self._softcap is None else (logits / self._softcap).tanh() * self._softcap
 
     # --- text ---
 
-    @_inference
+    @torch.inference_mode()
     def write(
         self,
         look: Look,
@@ -401,7 +383,7 @@ class LocalMLLM:
         """
         return self.yes_no_packed(self.look(crop[None]), questions)
 
-    @_inference
+    @torch.inference_mode()
     def yes_no_packed(self, look: Look, questions: Sequence[str]) -> YesNo:
         """As `yes_no`, on a look at one picture."""
         if look.size != 1:
@@ -435,7 +417,7 @@ class LocalMLLM:
         self._cut_back(look)
         return hidden[0, lengths.cumsum(0) - 1]
 
-    @_inference
+    @torch.inference_mode()
     def yes_no_plain(self, crop: NDArray[np.uint8], questions: Sequence[str]) -> YesNo:
         """The same one by one through the stock forward pass: slow; the oracle of the packed pass."""
         p_yes, said = [], []

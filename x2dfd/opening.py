@@ -65,7 +65,7 @@ def load(
     default without an adapter. `experts`: some of those that the adapter was trained or calibrated with, or, with
     mode="paper", any; `other_experts`: also other weights than those. `device` (cpu, cuda, cuda:1 ...) and `dtype`
     (fp32, bf16, fp16) of a local language model: see `loading.choose_device`; experts stay on the CPU. The embedded
-    model on a CPU takes bf16 for its tower alone, by default where the CPU has units for it. `device_map`: as in
+    model on a CPU takes bf16 by default where the CPU has units for it and the MLLM only writes. `device_map`: as in
     transformers ("auto"); `bits`: 4 or 8 (bitsandbytes). Raises SetupError with what mends it.
     """
     spec = ModelSpec.parse(model)
@@ -103,8 +103,8 @@ def load(
         if folder and card and plain and tower_decides(card, calibration, mode):
             if dtype is None and quick_in_16_bits("cpu"):
                 precision = "bf16"
-            # The tower alone: the language model writes one token at a time, and bf16 was not tried on it.
-            mllm, identity, asked_with = tower_first(folder, card, precision, lambda: local("fp32", None, None)[0])
+            whole = partial(local, precision, None, None)
+            mllm, identity, asked_with = tower_first(folder, card, precision, lambda: whole()[0])
         else:
             mllm, identity, asked_with = local(precision, device_map, bits)
         runs_on = f"{place.type} {precision}" + (f", {bits}-bit weights" if bits else "")
@@ -149,12 +149,11 @@ def _local(
         check_adapter(folder, card, identity, prompts.prompt_hash(processor, card.score_form))
         model = model if card.weights == WHOLE else attach(model, folder)
     if device_map is None and bits is None:
-        model = model.to(place, TORCH_DTYPES[precision] if place.type == "cuda" else None)
+        model = model.to(place, TORCH_DTYPES[precision])
     mllm = LocalMLLM(
         model,
         processor,
         _name(card, identity),
-        autocast=place.type == "cpu" and precision == "bf16" and base is None,  # other bases are read in 16 bits
         temperature=card.temperature if card else 0.0,
         tower=tower,
     )

@@ -30,7 +30,7 @@ DtypeOption = Annotated[
     Dtype | None,
     typer.Option(
         "--dtype",
-        help="Of the MLLM; by default bf16 on CUDA, fp32 on a CPU (there the tower takes bf16 where it is quick).",
+        help="Of the MLLM; by default bf16 on CUDA, fp32 on a CPU (of the embedded model bf16, where that is quick).",
     ),
 ]
 BitsOption = Annotated[
