@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 Result = Json
 NOT_MEASURED = "Not measured."
 FEW_MARK = "‡"
-DATA_TASKS = ("detect", "describe", "experts", "quality")
+DATA_TASKS = ("detect", "describe", "experts", "quality", "rotation")
 """Tasks whose results are of labelled pictures."""
 
 _BLOCK = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -240,6 +240,23 @@ def quality(name: str, result: Result) -> Iterator[Table]:
     yield Table(title, ["", "s a face", "MB of weights", "AUC"], rows)
 
 
+def rotation(name: str, result: Result) -> Iterator[Table]:
+    """By held-out tower the AUC of every generator and method it never met, and the verdicts on its score."""
+    for tower in result["towers"]:
+        rows: list[list[Cell]] = []
+        for what, part in sorted(tower["rows"].items(), key=lambda item: (item[1]["kind"], item[0])):
+            columns = part.get("auc") or dict.fromkeys(("never met", "met", "sharpness"))
+            said = [percent(part["answered"]), percent(part["wrong"])]
+            rows.append([f"{part['kind']} {what}", *columns.values(), *said, part["n"], part["answered"]["groups"]])
+        title = (
+            f"`{name}`: tower `{tower['sha256'][:12]}`, trained without {', '.join(tower['left_out'])}. AUC against "
+            "the photos of the held-out sources; `met`: the shipped tower, which was trained on all of them. Wrong: "
+            "photos called fake, fakes called real."
+        )
+        head = ["AUC", "never met", "met", "sharpness", "answered", "wrong", "n", "groups"]
+        yield Table(title, head, rows)
+
+
 def _spread(part: dict[str, float], form: str) -> str:
     return f"{part['median']:{form}} [{part['p10']:{form}}–{part['p90']:{form}}]"
 
@@ -282,6 +299,7 @@ TABLES: dict[str, tuple[str, Maker]] = {
     "speed": ("speed", speed),
     "speed-all": ("speed", partial(speed, every=True)),
     "quality": ("quality", quality),
+    "rotation": ("rotation", rotation),
 }
 """Name of a table -> the task whose results it shows, and how. Those named `-all` show every result of the task, the
 others the one that bears the task's name."""

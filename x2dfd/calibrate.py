@@ -69,15 +69,15 @@ def calibrate(
     with _aside(adapter / "calibration.json"):  # one of other experts would keep the adapter from loading
         options: LoadOptions = {**(loading or {}), "mode": "paper", "experts": names, "other_experts": other_experts}
         detector = load(spec, **options)
-    strangers = _strangers(unseen, names) if unseen else []
+    strangers = strangers_in(unseen, names) if unseen else []
     samples: list[Sample] = []
     rows: list[Row] = []
     for path in data:
         crops = load_crops(path, side=detector.info.crop_size)
         known = [s.method.split("+") for s in crops.samples]
         usable = [i for i in range(len(crops.samples)) if not set(known[i]) & set(card.held_out)]
-        for expert, left_out in [(None, set()), *strangers]:
-            mine = [i for i in usable if _whose(crops.samples[i], split, strangers) == left_out]
+        for number, expert in enumerate([None, *(e for e, _ in strangers)]):
+            mine = [i for i in usable if _judge(crops.samples[i], split, strangers) == number]
             if limit is not None and len(mine) > limit:
                 mine = sorted(int(i) for i in np.random.default_rng(0).choice(mine, limit, replace=False))
             rows += _scores(detector, crops, mine, expert)
@@ -117,7 +117,7 @@ def _aside(path: Path) -> Iterator[None]:
             path.write_bytes(kept)
 
 
-def _strangers(folder: Path, names: Sequence[str]) -> list[tuple[Expert, set[str]]]:
+def strangers_in(folder: Path, names: Sequence[str]) -> list[tuple[Expert, set[str]]]:
     """Experts with held-out sources, and those sources. Raises X2DFDError where a card names none."""
     found: list[tuple[Expert, set[str]]] = []
     for path in sorted(folder.glob("*/*.card.json")):
@@ -126,23 +126,24 @@ def _strangers(folder: Path, names: Sequence[str]) -> list[tuple[Expert, set[str
             continue
         expert = load_expert(name, path.parent)
         left_out = set(expert.card.figures.get("left_out", ()))
-        if not left_out or any(left_out & other for _, other in found):
-            raise X2DFDError(f"{path}: its `left_out` is empty, or names what another's does", code="left_out_invalid")
+        if not left_out:
+            raise X2DFDError(f"{path}: its `left_out` is empty", code="left_out_invalid")
         found.append((expert, left_out))
     if not found:
         raise X2DFDError(f"{folder}: no folder in it holds weights of {', '.join(names)}", code="left_out_missing")
     return found
 
 
-def _whose(sample: Sample, split: str, strangers: Sequence[tuple[Expert, set[str]]]) -> set[str] | None:
-    """What was left out of the expert that has to judge the picture: nothing for one of `split`; None: nobody.
+def _judge(sample: Sample, split: str, strangers: Sequence[tuple[Expert, set[str]]]) -> int | None:
+    """Whose score of a picture counts: the first stranger's that never met its source, counted from 1; else the
+    adapter's own, 0; None: it does not count.
 
     A generator's pictures are judged by the adapter's own expert: one that never met it would forbid every "real".
     """
-    for _, left_out in strangers:
+    for number, (_, left_out) in enumerate(strangers, start=1):
         if sample.origin in left_out and not sample.synthetic:
-            return left_out if sample.split not in ("val", "test") else None
-    return set() if sample.split == split else None
+            return number if sample.split not in ("val", "test") else None
+    return 0 if sample.split == split else None
 
 
 def _scores(detector: Detector, crops: CropSet, rows: Sequence[int], stranger: Expert | None) -> list[Row]:
@@ -166,6 +167,11 @@ def face_of(crops: CropSet, i: int, view_seed: int) -> Face:
     """Sample i, as it is or as its augmented view. The id decides, as a manifest may alternate real and fake."""
     if hashlib.sha256(crops.samples[i].id.encode()).digest()[0] % 2:
         return view_face(crops, i, view_seed)
+    return plain_face(crops, i)
+
+
+def plain_face(crops: CropSet, i: int) -> Face:
+    """Sample i as it is."""
     crop, points = np.asarray(crops.crops[i]), crops.landmarks[i]
     size = float(crop.shape[0])
     large = None if crops.large is None else np.asarray(crops.large[i])

@@ -1,0 +1,186 @@
+"""Leave-one-source-out figures: what towers say of the sources, generators and forge methods that they never met.
+
+    python -m eval.rotation --towers build/unseen --data photos.csv --data build/forged/manifest.jsonl
+
+`external_detectors.train tower --leave-out NAMES` makes such a tower; `--towers` is a folder of their folders, as
+`x2dfd calibrate --unseen` takes it. Each is asked about what it was trained without, but for split `val`, which chose
+its checkpoint. Every generator and method is set against the photos of the held-out sources, beside the model's own
+tower, which met them all, and a single-feature baseline. The verdict is that of the model's calibration on the tower's
+score: its thresholds were chosen on held-out photos of the same sources, so that its false alarms are a little
+flattered.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from eval import stats
+from eval.bench import as_json, code_state, device
+from eval.scoring import Part
+from eval.tasks.experts import sharpness
+from x2dfd.adapter import EMBEDDED
+from x2dfd.calibrate import AT_ONCE, plain_face, strangers_in
+from x2dfd.calibration import Calibration, logit, parts_of
+from x2dfd.cli import run_command
+from x2dfd.crops import CropSet, load_crops
+from x2dfd.detector import evidence_of, through_codec, versions
+from x2dfd.errors import X2DFDError
+from x2dfd.experts import Expert, load_expert
+from x2dfd.files import file_sha256, write_text
+from x2dfd.manifest import Sample, manifest_sha256
+from x2dfd.model_spec import ModelSpec
+from x2dfd.progress import progress
+
+TOWER = "tower"
+NEVER_MET, MET, SHARPNESS = "never met", "met", "sharpness"
+"""The columns: the held-out tower, the model's own, the baseline (the smoother, the likelier fake)."""
+
+
+@dataclass
+class Row:
+    """The pictures of one photo source, generator or forge method."""
+
+    fake: bool
+    kind: str  # photos, generator, method
+    groups: list[str] = field(default_factory=list)
+    scores: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # logits, by column
+    said: list[str] = field(default_factory=list)  # verdicts on the held-out tower's score
+
+
+def rows_of(
+    expert: Expert, left_out: set[str], own: Expert, calibration: Calibration, sets: Sequence[CropSet], limit: int
+) -> dict[str, Row]:
+    """Name -> its pictures, at most `limit` of them, scored. Raises X2DFDError where no held-out source has photos."""
+    rows: dict[str, Row] = {}
+    for crops in sets:
+        chosen: dict[str, list[int]] = {}
+        for i, sample in enumerate(crops.samples):
+            if sample.split != "val" and {sample.origin, *sample.method.split("+")} & left_out:
+                chosen.setdefault(_name(sample), []).append(i)
+        for name, mine in chosen.items():
+            if len(mine) > limit:
+                mine = sorted(int(i) for i in np.random.default_rng(0).choice(mine, limit, replace=False))
+            row = rows.setdefault(name, Row(crops.samples[mine[0]].label == "fake", _kind(crops.samples[mine[0]])))
+            for at in progress(range(0, len(mine), AT_ONCE), name):
+                _score(row, expert, own, calibration, crops, mine[at : at + AT_ONCE])
+    if not any(not row.fake for row in rows.values()):
+        raise X2DFDError(
+            f"none of {', '.join(sorted(left_out))} is a source of photos in these manifests: nothing to compare with",
+            code="no_real_source_left_out",
+        )
+    return rows
+
+
+def _score(
+    row: Row, expert: Expert, own: Expert, calibration: Calibration, crops: CropSet, part: Sequence[int]
+) -> None:
+    faces = through_codec([plain_face(crops, i) for i in part])
+    for i, face, [new], [known] in zip(
+        part, faces, evidence_of([expert], faces), evidence_of([own], faces), strict=True
+    ):
+        if new.score is None or known.score is None:
+            continue
+        row.groups.append(crops.samples[i].group)
+        row.scores[NEVER_MET].append(logit(new.score))
+        row.scores[MET].append(logit(known.score))
+        row.scores[SHARPNESS].append(sharpness(face.crop))
+        parts = parts_of(None, [new], {expert.card.name: expert.card.covers})
+        row.said.append(calibration.verdict(calibration.probability(parts)).label)
+
+
+def _name(sample: Sample) -> str:
+    return sample.source if sample.label == "real" else sample.method.split("+")[0]
+
+
+def _kind(sample: Sample) -> str:
+    return "photos" if sample.label == "real" else "generator" if sample.synthetic else "method"
+
+
+def measured(rows: dict[str, Row]) -> Part:
+    """By name the counts, the verdicts, and of fakes the AUC of each column against all held-out photos."""
+    photos = [row for row in rows.values() if not row.fake]
+    groups = [g for row in photos for g in row.groups]
+    table: Part = {}
+    for name, row in rows.items():
+        wrong = "real" if row.fake else "fake"
+        part: Part = {
+            "kind": row.kind,
+            "n": len(row.said),
+            "answered": stats.rate([said != "inconclusive" for said in row.said], row.groups),
+            "wrong": stats.rate([said == wrong for said in row.said], row.groups),
+        }
+        for column in (NEVER_MET, MET, SHARPNESS) if row.fake else ():
+            reals = [score for photo in photos for score in photo.scores[column]]
+            labels = np.array([0] * len(reals) + [1] * len(row.groups))
+            scores = np.array([*reals, *row.scores[column]])
+            part.setdefault("auc", {})[column] = stats.measured_auc(labels, scores, [*groups, *row.groups])
+        table[name] = part
+    return table
+
+
+def summary(towers: Sequence[Part]) -> Part:
+    """Over all towers: mean and worst AUC of generators and of methods; the pictures that were answered and wrongly."""
+    rows = [part for tower in towers for part in tower["rows"].values()]
+    found: Part = {}
+    for kind in ("generator", "method"):
+        values = [part["auc"][NEVER_MET].value for part in rows if part["kind"] == kind]
+        if values:
+            found[kind] = {"mean_auc": float(np.mean(values)), "worst_auc": float(np.min(values)), "n": len(values)}
+    weights = [part["n"] for part in rows]
+    found["answered"] = float(np.average([part["answered"].value for part in rows], weights=weights))
+    for fake, key in ((False, "false_alarms"), (True, "called_real")):
+        some = [part for part in rows if (part["kind"] != "photos") == fake]
+        found[key] = float(np.average([p["wrong"].value for p in some], weights=[p["n"] for p in some]))
+        found[f"worst_{key}"] = float(np.max([p["wrong"].value for p in some]))
+    return found
+
+
+def run(
+    towers: Annotated[Path, typer.Option(help="folder of folders with a tower that was trained without some sources")],
+    data: Annotated[list[Path], typer.Option(help="manifest; give it again for more")],
+    model: Annotated[Path, typer.Option(help="adapter directory, whose calibration and tower are taken")] = EMBEDDED,
+    limit: Annotated[int, typer.Option(min=1, help="most pictures of a source, generator or method")] = 60,
+    out: Annotated[Path, typer.Option(help="result file")] = Path("build/rotation.json"),
+) -> None:
+    """What towers say of what they never met."""
+    folder = ModelSpec.parse(str(model)).adapter or EMBEDDED
+    calibration, own = Calibration.load(folder), load_expert(TOWER, folder / "experts")
+    asked = strangers_in(towers, [TOWER])
+    sets = [load_crops(path) for path in data]
+    found: list[Part] = []
+    for expert, left_out in asked:
+        typer.echo(f"without {', '.join(sorted(left_out))}", err=True)
+        rows = rows_of(expert, left_out, own, calibration, sets, limit)
+        found.append({"sha256": expert.card.sha256, "left_out": sorted(left_out), "rows": measured(rows)})
+    result = {
+        "task": {"name": "rotation", "version": "1", "unit": "image"},
+        "model": {"name": "embedded" if folder == EMBEDDED else folder.name},
+        "hashes": {
+            "manifest": [manifest_sha256(path) for path in data],
+            "calibration": file_sha256(folder / "calibration.json"),
+            "experts": {TOWER: own.card.sha256},
+        },
+        "limit": limit,
+        "towers": found,
+        "summary": summary(found),
+        "code": code_state(),
+        "device": device(),
+        "versions": versions(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+    text = json.dumps(as_json(result), indent=1, allow_nan=False) + "\n"
+    write_text(out, text)
+    typer.echo(json.dumps(as_json(result["summary"]), indent=1))
+
+
+if __name__ == "__main__":
+    run_command(run, "Example:\n\n  python -m eval.rotation --towers build/unseen --data photos.csv")

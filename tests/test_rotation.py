@@ -1,0 +1,61 @@
+"""Leave-one-source-out figures: of what a tower never met, and of nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eval import rotation, tables
+from eval.bench import as_json
+from tests import tiny
+from tests.raising import raises
+from x2dfd.calibration import Calibration, Logistic
+from x2dfd.crops import CropSet
+from x2dfd.manifest import Sample
+
+RULE = Logistic({tiny.EXPERT: 1.0}, {tiny.EXPERT: 0.0}, -0.7)
+CALIBRATION = Calibration({"whole": RULE, "part": RULE}, 0.3, 0.7)
+
+
+def picture(id: str, label: str, source: str, method: str = "", df_class: str = "", split: str = "train") -> Sample:
+    mask = Path("mask.png") if method == "swap" else None
+    return Sample(id, Path(f"{id}.png"), label, method, df_class, source, f"g{id}", split, mask=mask)  # type: ignore[arg-type]
+
+
+def crops_of(pictures: list[tuple[Sample, int]]) -> CropSet:
+    crops = np.stack([np.full((224, 224, 3), b, np.uint8) for _, b in pictures])
+    return CropSet([s for s, _ in pictures], crops, np.zeros((len(crops), 468, 2), np.float32), {})
+
+
+def test_what_a_tower_never_met_is_set_against_the_photos_it_never_met() -> None:
+    """Bug prevented: pictures of known sources, or of the split that chose the checkpoint, make up the figures."""
+    bright = [(picture(f"n{i}", "real", "new"), 40 + i) for i in range(4)]
+    bright += [(picture(f"g{i}", "fake", "sdxl", "sdxl", "EFS"), (20, 230, 231)[i]) for i in range(3)]
+    bright += [(picture(f"s{i}", "fake", "new", "swap", "FS"), 220 + i) for i in range(2)]
+    bright += [(picture("v", "real", "new", split="val"), 255), (picture("o", "real", "old"), 255)]
+    bright += [(picture("w", "fake", "old", "swap", "FS"), 0)]
+    expert = tiny.Brightness()
+    rows = rotation.rows_of(expert, {"new", "sdxl"}, expert, CALIBRATION, [crops_of(bright)], 60)
+    assert {name: (row.kind, len(row.said)) for name, row in rows.items()} == {
+        "new": ("photos", 4), "sdxl": ("generator", 3), "swap": ("method", 2),
+    }  # fmt: skip
+    found = rotation.measured(rows)
+    assert found["sdxl"]["auc"]["never met"].value == pytest.approx(2 / 3)
+    assert found["swap"]["auc"]["never met"].value == 1 and "auc" not in found["new"]
+    assert found["sdxl"]["wrong"].value == pytest.approx(1 / 3) and found["new"]["wrong"].value == 0
+    whole = rotation.summary([{"rows": found}])
+    assert whole["generator"] == {"mean_auc": pytest.approx(2 / 3), "worst_auc": pytest.approx(2 / 3), "n": 1}
+    assert (whole["answered"], whole["false_alarms"], whole["called_real"]) == (1, 0, pytest.approx(1 / 5))
+    part = as_json({"sha256": "a" * 64, "left_out": ["new", "sdxl"], "rows": found})
+    page = tables.table("rotation", {"rotation": {"task": {"name": "rotation"}, "towers": [part]}})
+    assert "| generator sdxl | 0.667‡ |" in page and "without new, sdxl" in page
+    assert len(rotation.rows_of(expert, {"new"}, expert, CALIBRATION, [crops_of(bright)], 1)["new"].said) == 1
+
+
+def test_without_photos_of_a_held_out_source_there_is_no_figure() -> None:
+    """Bug prevented: an AUC against photos that the tower learnt from."""
+    bright = [(picture("g", "fake", "sdxl", "sdxl", "EFS"), 200), (picture("o", "real", "old"), 20)]
+    with raises("no_real_source_left_out", "sdxl"):
+        rotation.rows_of(tiny.Brightness(), {"sdxl"}, tiny.Brightness(), CALIBRATION, [crops_of(bright)], 60)
