@@ -48,12 +48,21 @@ def _layer(weights: Mapping[str, Tensor], name: str, heads: int, dtype: torch.dt
     before, between = _norm(weights, f"{name}.layer_norm1"), _norm(weights, f"{name}.layer_norm2")
 
     def run(x: Tensor) -> Tensor:
-        n, tokens, width = x.shape
-        q, k, v = asked(before(x)).view(n, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
-        x = x + out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width))
+        x = x + out(_attention(*asked(before(x)).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)))
         return x + back(wide(between(x)))
 
     return run
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention, [n, heads, tokens, d] each: [n, tokens, heads * d].
+
+    In bf16, two products by oneDNN take half the time of torch's fused kernel on a CPU; in fp32 they take longer.
+    """
+    if q.dtype == torch.float32:
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    shares = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(2, 3)).softmax(-1)
+    return torch.matmul(shares, v).transpose(1, 2).flatten(2)
 
 
 def _norm(weights: Mapping[str, Tensor], name: str) -> Layer:
