@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -251,6 +252,10 @@ def measure(tiny: bool = False, save: Callable[[Json], object] = lambda found: N
         "versions": {"torch": torch.__version__, "python": platform.python_version(), "cuda": torch.version.cuda},
     }
     for method in ("lora", "qlora"):
+        if method == "qlora" and find_spec("bitsandbytes") is None:
+            found["left_out"] = "qlora: bitsandbytes is not installed (the extra `train` brings it)"
+            save(found)
+            break
         model = build(settings, device, dtype, method == "qlora")
         if method == "lora":
             found |= judging(model, words_processor(settings), device, 2 if tiny else 10)
