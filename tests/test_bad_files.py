@@ -81,10 +81,13 @@ def test_a_theora_clip_is_read_and_a_part_of_it_is_no_crash() -> None:
     clip = load_media(data, max_frames=4)
     assert isinstance(clip, Video) and clip.n_frames == 5 and len(clip.frames) == 4
     assert clip.frames[0].pixels.shape == (48, 64, 3) and clip.frames[0].pixels.std() > 30
+    counts = set()
     for end in range(0, len(data), 150):
         with contextlib.suppress(InputError):
             part = load_media(data[:end], max_frames=4)
-            assert isinstance(part, Video) and 0 < len(part.frames) <= 4
+            assert isinstance(part, Video)
+            counts.add(len(part.frames))
+    assert counts and counts <= {1, 2, 3, 4}
     packets = [*theora_headers(), b"\x82theora" + bytes(40), bytes(90)]
     for count in range(1, 5):
         data = b"".join(ogg_page(body, k, 2 if k == 0 else 0) for k, body in enumerate(packets[:count]))

@@ -413,10 +413,11 @@ def counts_requests(crops: Pixels) -> None:
 
     with StandIn(counting) as endpoint:
         model = ServedMLLM(endpoint.url, "m", requests_per_minute=600)
+        start = time.monotonic()  # not the first arrival, which a busy machine may notice late
         assert len(model.verdict_logits(model.look(crops), ["?"] * 3)) == 3
         with raises("option_invalid", 0):
             ServedMLLM(endpoint.url, "m", requests_per_minute=0)
-    assert len(begun) == 4 and begun[3] - begun[0] > 0.25
+    assert len(begun) == 4 and begun[3] - start > 0.25
 
 
 def test_tries_begin_evenly_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
