@@ -32,7 +32,6 @@ from x2dfd.calibration import MLLM, Calibration, Logistic
 from x2dfd.degrade import CODEC, codec
 from x2dfd.detector import Detector
 from x2dfd.errors import InputError, SetupError, UnknownName
-from x2dfd.experts import BUILTIN
 from x2dfd.faces import find_faces
 from x2dfd.loading import base_identity
 from x2dfd.media import Picture, Video, find_media, load_media
@@ -43,21 +42,6 @@ from x2dfd.types import Cue, Evidence, Failure, Report, Verdict
 pytestmark = pytest.mark.needs_base
 
 Pixels = NDArray[np.uint8]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Base and adapter."""
-    folder = tmp_path_factory.mktemp("tiny")
-    base = tiny.write_base(folder / "base")
-    return base, tiny.write_adapter(folder / "adapter", base)
-
-
-@pytest.fixture(scope="module")
-def known_expert() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
-        yield
 
 
 @pytest.fixture(scope="module")

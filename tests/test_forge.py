@@ -34,7 +34,7 @@ Array = NDArray[Any]
 Made = dict[tuple[str, float], list[Forgery]]
 
 STRENGTHS = (0.0, 0.5, 1.0)
-SEEDS = range(12)
+SEEDS = range(8)
 
 
 def _photo(pixels: NDArray[np.uint8], group: str) -> Photo:
