@@ -72,7 +72,7 @@ def listed(models: Sequence[str] = (), **loading: Unpack[LoadOptions]) -> dict[s
     """
     specs = [ModelSpec.parse(model) for model in models]
     if len({spec.host for spec in specs if not spec.embedded}) > 1:
-        raise SetupError("models of one list stand on this machine, or at one endpoint", code="models_apart")
+        raise SetupError("all models of a page must run here, or at one endpoint", code="models_apart")
     found: dict[str, Callable[[], Detector]] = {
         f"{spec.name} at {spec.host}" if spec.host else text: partial(x2dfd.load, spec, **loading)
         for text, spec in zip(models, specs, strict=True)

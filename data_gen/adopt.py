@@ -60,7 +60,7 @@ def adopt(path: Path, out: Path, *, pictures: Path | None = None, experts: str =
     of_faces = {image: _has_face(image) for talk in talks for image in talk["images"]}
     made: list[Record] = [talk for talk in talks if all(of_faces[image] for image in talk["images"])]
     if not made and data is None:
-        raise X2DFDError(f"{path}: no picture of a conversation has a usable face", code="no_usable_face")
+        raise X2DFDError(f"{path}: none of the pictures shows a usable face", code="no_usable_face")
     for row, sample in enumerate(data.samples if data else ()):
         told = {"row": row, "label": sample.label, "split": sample.split, "dataset": path.stem, "licence": "not stated"}
         for k, turns in enumerate(said[str(sample.path)]):
@@ -96,9 +96,9 @@ def _unfit(record: Record, experts: bool) -> str:
     """Why a conversation cannot be trained on here; "" where it can."""
     questions = [turn["value"] for turn in record["conversations"][::2]]
     if record["system"]:
-        return "it has a system prompt, and the prompts here have none"
+        return "it has a system prompt, which the prompts of x2dfd do not have"
     if not experts and any(SCORED.search(question) for question in questions):
-        return "it gives experts' scores: name them: python -m data_gen adopt --experts ALIAS=NAME"
+        return "its question states experts' scores: name these experts with --experts ALIAS=NAME"
     return ""
 
 
@@ -112,5 +112,5 @@ def _label(path: Path, image: str, given: set[str], about: list[list[dict[str, s
         return "fake"
     found = ", ".join(sorted(given)) or "no verdict, and no `label`"
     raise X2DFDError(
-        f"{path}: what is said of {image} has to call it real or fake; it has {found}", code="label_unclear"
+        f"{path}: the answers about {image} must all call it real, or all fake; found: {found}", code="label_unclear"
     )

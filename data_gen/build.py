@@ -70,7 +70,7 @@ def build(config: BuildConfig, out: Path) -> Path:
     if config.format is not None and config.format not in FORMATS:
         raise UnknownName("format", config.format, FORMATS)
     if not 0 <= config.corrupt <= 1:
-        raise X2DFDError(f"corrupt is a share, from 0 to 1; it is {config.corrupt}", code="share_out_of_range")
+        raise X2DFDError(f"corrupt must be a share from 0 to 1, not {config.corrupt}", code="share_out_of_range")
     data = load_crops(Path(config.data), side=config.crop_size)
     strong = _explained(config)
     rows = [int(i) for i in training_rows(data, config.limit)]

@@ -56,7 +56,7 @@ def _portrait() -> Iterator[tuple[Photo, Photo]]:
         from skimage.data import astronaut
     except ImportError as error:
         raise SetupError(
-            "give --data, or install scikit-image: pip install -e '.[bench]'", code="package_missing"
+            "without --data, the photo is that of scikit-image: pip install -e '.[bench]'", code="package_missing"
         ) from error
     pixels = np.ascontiguousarray(astronaut()[:250, 110:360], np.uint8)
     photo = Photo(pixels, find_faces(pixels)[0].landmarks, "NASA portrait, scikit-image", "portrait")
@@ -96,7 +96,7 @@ def _pairs(data: Path, seed: int) -> Iterator[tuple[Photo, Photo]]:
             yield photo, usable[-2]
     if len(usable) < 2:
         raise X2DFDError(
-            f"{data}: a face in {len(usable)} groups of real photos; two are needed", code="too_few_photos"
+            f"{data}: real photos with faces of two groups are needed; found {len(usable)}", code="too_few_photos"
         )
     while True:
         for i, photo in enumerate(usable):

@@ -176,7 +176,7 @@ def use(path: Path | None) -> None:
 def load_bank(path: Path) -> dict[str, Autoencoder]:
     """The decoders of a weight file, by name. Raises SetupError when it is absent or holds something else."""
     if not path.is_file():
-        raise SetupError(f"{path} is missing; make it: python -m data_gen decoders", code="decoders_missing")
+        raise SetupError(f"{path} is missing; train it: python -m data_gen decoders", code="decoders_missing")
     try:
         tensors = load_file(path)
         bank = {}
@@ -187,7 +187,7 @@ def load_bank(path: Path) -> dict[str, Autoencoder]:
             bank[design.name] = net.eval()
     except (SafetensorError, RuntimeError, IndexError) as error:
         raise SetupError(
-            f"{path}: not the forge's decoders: {first_line(error)}", code="decoders_unreadable"
+            f"{path} does not hold decoders of the forge: {first_line(error)}", code="decoders_unreadable"
         ) from error
     return bank
 
@@ -270,6 +270,6 @@ def save_bank(nets: dict[str, Autoencoder], path: Path = WEIGHTS) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"{n}.{k}": v.half().contiguous() for n, net in nets.items() for k, v in net.state_dict().items()}
     if any(not v.isfinite().all() for v in tensors.values()):
-        raise X2DFDError("a decoder diverged; nothing is written", code="decoder_diverged")
+        raise X2DFDError("the training of a decoder diverged, so nothing was written", code="decoder_diverged")
     with whole(path) as temporary:
         save_file(tensors, temporary)

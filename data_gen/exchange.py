@@ -92,7 +92,7 @@ def read(path: Path, pictures: Path | None = None) -> list[Record]:
             raise X2DFDError(f"{path}, record {name}: {said}", code="conversation_invalid") from error
     absent = [image for record in found for image in record["images"] if not os.path.isfile(image)]  # of any text
     if absent:
-        raise X2DFDError(f"{path}: {len(absent)} pictures are not there, first {absent[0]}", code="pictures_missing")
+        raise X2DFDError(f"{path}: {len(absent)} pictures are missing, such as {absent[0]}", code="pictures_missing")
     if not found:
         raise X2DFDError(f"{path} holds no conversation", code="no_conversation")
     return found
@@ -117,22 +117,24 @@ def _record(name: str, raw: Json, root: Path) -> Record:
     turns = raw["messages"] if "messages" in raw else raw["conversations"]
     said = [(_speaker(turn), turn["content"] if "role" in turn else turn["value"]) for turn in turns]
     if any(not isinstance(text, str) for _, text in said):
-        raise ValueError("what is said is a text, with <image> where a picture stands")
+        raise ValueError("every message must be a text, with <image> in the place of a picture")
     said = [(who, text) for who, text in said if who]
     system = str(raw.get("system") or "")
     if said and said[0][0] == "system":
         system, said = said[0][1], said[1:]
     if not said or [who for who, _ in said] != ["human", "gpt"] * (len(said) // 2):
-        raise ValueError(f"question and answer do not alternate: {', '.join(who for who, _ in said) or 'nothing said'}")
+        raise ValueError(
+            f"questions and answers must alternate; found: {', '.join(who for who, _ in said) or 'no message'}"
+        )
     given = raw.get("images") or raw.get("image") or []
     images = [str(root / image) for image in ([given] if isinstance(given, str) else given)]
     marks = sum(text.count(MARK) for who, text in said if who == "human")
     if any(MARK in text for who, text in said if who == "gpt"):
-        raise ValueError("an answer holds a picture")
+        raise ValueError(f"an answer must not hold {MARK}")
     if marks == 0 and images:
         said[0] = ("human", f"{MARK}\n" * len(images) + said[0][1])
     elif marks != len(images):
-        raise ValueError(f"{marks} marks {MARK} for {len(images)} pictures")
+        raise ValueError(f"it lists {len(images)} pictures, but {MARK} stands in its questions {marks} times")
     return {
         "id": name,
         "task": task_of(said[-1][1]),
@@ -154,5 +156,5 @@ def _speaker(turn: Json) -> str:
     if who in RESULTS:
         return ""
     if who not in SPEAKERS:
-        raise ValueError(f"{who!r} is no speaker of a conversation ({', '.join(SPEAKERS)})")
+        raise ValueError(f"unknown speaker {who!r} (known: {', '.join(SPEAKERS)})")
     return SPEAKERS[who]

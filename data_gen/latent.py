@@ -85,7 +85,7 @@ def load(folder: Path) -> dict[str, nn.Sequential]:
         for part, net in parts.items():
             if not paths[part].is_file():
                 raise SetupError(
-                    f"{paths[part]} is missing: an encoder and its decoder go together", code="autoencoder_incomplete"
+                    f"{paths[part]} is missing: encoder and decoder are needed both", code="autoencoder_incomplete"
                 )
             if file_sha256(paths[part]) != SHA256[part]:
                 raise SetupError(
@@ -96,13 +96,13 @@ def load(folder: Path) -> dict[str, nn.Sequential]:
                 net.load_state_dict({k: v.float() for k, v in load_file(paths[part]).items()})
             except (SafetensorError, RuntimeError) as error:
                 raise SetupError(
-                    f"{paths[part]}: not TAESD's tensors: {error}", code="autoencoder_unreadable"
+                    f"{paths[part]} does not hold the tensors of TAESD: {error}", code="autoencoder_unreadable"
                 ) from error
         found[name] = nn.Sequential(*parts.values()).eval().requires_grad_(False)
     if not found:
-        names = ", ".join(f"{name}_encoder.safetensors and {name}_decoder.safetensors" for name in CHANNELS)
+        names = ", or ".join(f"{name}_encoder.safetensors and {name}_decoder.safetensors" for name in CHANNELS)
         raise SetupError(
-            f"{folder} holds no autoencoder to redraw with; put there {names} of TAESD (MIT), or a pair",
+            f"{folder} holds no autoencoder. Put a pair of TAESD's files (MIT) into it: {names}",
             code="autoencoder_missing",
         )
     return found

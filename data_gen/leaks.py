@@ -123,7 +123,7 @@ def near_pairs(
     that share a band are compared and no pair is missed.
     """
     if not 0 <= near < 16:
-        raise X2DFDError(f"near-duplicates: {near} of 64 bits; choose 0 to 15", code="near_out_of_range")
+        raise X2DFDError(f"--near must be from 0 to 15 bits, not {near}", code="near_out_of_range")
     edges = np.linspace(0, 64, near + 2).round().astype(int)
     masks = [np.uint64(((1 << int(b - a)) - 1) << int(a)) for a, b in itertools.pairwise(edges)]
     found = Near()

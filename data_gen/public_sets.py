@@ -80,7 +80,7 @@ def index_label(name: str, declared: Mapping[str, Label] | None = None) -> tuple
         return "real", ""
     if name in _INDEX_METHODS or (last == "fake" and name.lower().endswith("_fake")):
         return "fake", _INDEX_METHODS.get(name) or name[: -len("_fake")]
-    raise X2DFDError(f"class {name!r} is neither real nor fake: say --label {name}=fake", code="class_unlabelled")
+    raise X2DFDError(f"class {name!r} needs a label: --label {name}=fake, or =real", code="class_unlabelled")
 
 
 def index_source(key: str) -> str:
@@ -119,7 +119,7 @@ def read_deepfakebench(
                     read.lacks(part, f"{clip} of {part} (no list of frames)")
                     continue
                 if index_label(said := str(record.get("label", name)), labels)[0] != label:
-                    raise X2DFDError(f"{part}: {clip}: labelled {said!r} under {name!r}", code="label_contradicts")
+                    raise X2DFDError(f"{part}: {clip} of class {name!r} is labelled {said!r}", code="label_contradicts")
                 for path, place, listed in listed_frames(read, reroot, part, paths, frames):
                     if collected:  # DF40 lays each method out in a folder of its own
                         method = next((m for m in listed if df_class("fake", m) == collected[1]), "")
@@ -151,11 +151,11 @@ def _level(clips: Json, where: str, wanted: str, stem: str, key: str) -> tuple[s
         return wanted, {}
     if not wanted and len(filled) > 1:
         raise X2DFDError(
-            f"{where}: levels {', '.join(filled)}: choose one with --compression", code="compression_ambiguous"
+            f"{where}: choose one of the levels {', '.join(filled)} with --compression", code="compression_ambiguous"
         )
     level = wanted or filled[0]
     if level not in filled:
-        raise X2DFDError(f"{where}: no level {level} (levels: {', '.join(filled)})", code="compression_unknown")
+        raise X2DFDError(f"{where}: it has no level {level} (levels: {', '.join(filled)})", code="compression_unknown")
     return level, mapping(clips[level], f"{where}: {level}")
 
 
@@ -196,7 +196,9 @@ def read_ffpp(
                 continue
             pairs = load_json((lists or root) / f"{split}.json")
             if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
-                raise X2DFDError(f'{split}.json: not pairs of ids, [["071", "054"], ...]', code="list_malformed")
+                raise X2DFDError(
+                    f'{split}.json: expected pairs of ids, such as [["071", "054"], ...]', code="list_malformed"
+                )
             for a, b in pairs:
                 for name in (a, b):
                     add(originals.get(name), name, "real", FFPP, split=split)
@@ -247,11 +249,12 @@ def read_celebdf(
         folder, _, name = line[-1].strip().replace("\\", "/").partition("/")
         if len(line) != 2 or line[0] not in ("0", "1") or folder not in _CELEB_FOLDERS or not name:
             raise X2DFDError(
-                f"{file.name}: line {number}: not `1 FOLDER/CLIP.mp4`: {' '.join(line)}", code="list_malformed"
+                f"{file.name}: line {number}: expected `1 FOLDER/CLIP.mp4`, found {' '.join(line)!r}",
+                code="list_malformed",
             )
         if (line[0] == "1") != (_CELEB_FOLDERS[folder] == "real"):
             raise X2DFDError(
-                f"{file.name}: line {number}: {line[0]} for {folder}; in this list 1 is real and 0 fake",
+                f"{file.name}: line {number}: {line[0]} for a clip of {folder}, but 1 means real here, and 0 fake",
                 code="label_contradicts",
             )
         tested.add((folder, Path(name).stem))
@@ -292,7 +295,7 @@ def _dfdc_json(file: Path) -> list[_DfdcRow]:
     for name, entry in mapping(load_json(file), file.name).items():
         label = names.get(entry.get("label")) if isinstance(entry, dict) else None
         if label is None:
-            raise X2DFDError(f"{file}: {name}: no label REAL or FAKE", code="label_missing")
+            raise X2DFDError(f"{file}: {name}: the label must be REAL or FAKE", code="label_missing")
         rows.append((name, label, str(entry.get("split") or ""), str(entry.get("original") or "")))
     return rows
 
@@ -306,7 +309,7 @@ def _dfdc_csv(file: Path) -> list[_DfdcRow]:
                 label = names.get(row.get("label"))
                 if label is None or not row.get("filename"):
                     raise X2DFDError(
-                        f"{file}: row {number}: not filename,label with label 0 or 1", code="list_malformed"
+                        f"{file}: row {number}: expected a filename and a label that is 0 or 1", code="list_malformed"
                     )
                 rows.append((row["filename"], label, "", ""))
     except (OSError, UnicodeDecodeError, csv.Error) as error:

@@ -50,7 +50,9 @@ def random_questions(n: int, rng: np.random.Generator) -> list[CueQuestion]:
     than there are."""
     known = _WORDS["unrelated"]
     if not 0 <= n <= len(known):
-        raise X2DFDError(f"there are {len(known)} unrelated questions, not {n}", code="too_few_questions")
+        raise X2DFDError(
+            f"{n} unrelated questions were asked for, and there are {len(known)}", code="too_few_questions"
+        )
     chosen = sorted(rng.permutation(len(known))[:n].tolist())
     return [CueQuestion(f"{known[i]} {CUE_ENDING}", None, None, "random") for i in chosen]
 
@@ -61,7 +63,7 @@ def some(
     """`n` of the questions in their order: those on `cues` (area, artifact) first, then others drawn by `rng`, as an
     assessment costs pictures x questions. Raises X2DFDError when there are fewer than `n`."""
     if n > len(questions):
-        raise X2DFDError(f"there are {len(questions)} questions, not {n}", code="too_few_questions")
+        raise X2DFDError(f"{n} questions were asked for, and there are {len(questions)}", code="too_few_questions")
     drawn = rng.permutation(len(questions))
     first = sorted(drawn, key=lambda i: (questions[i].area, questions[i].artifact) not in cues)  # a stable sort
     return [questions[i] for i in sorted(first[:n])]
@@ -83,7 +85,7 @@ def read_published(path: Path) -> list[CueQuestion]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise X2DFDError(f"{path}: not a list of questions ({error!r:.200})", code="questions_malformed") from error
     if not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-        raise X2DFDError(f"{path}: not a list of questions (empty, or not all texts)", code="questions_malformed")
+        raise X2DFDError(f"{path}: a list of questions must hold texts, and one at least", code="questions_malformed")
     questions = []
     for text in _unique(" ".join(t.split()) for t in texts):
         cue = next(iter(read_cues(text.removesuffix(CUE_ENDING))), None)
@@ -189,7 +191,7 @@ def generate(
     if len(taken) < n:
         reasons = "; ".join(f"{r['question'][:80]!r}: {r['reason']}" for r in rejected[-3:])
         raise X2DFDError(
-            f"{model} gave {len(taken)} usable questions of {n} (last rejected: {reasons or 'none'})",
+            f"{model} wrote {len(taken)} of {n} usable questions (last rejected: {reasons or 'none'})",
             code="generation_short",
         )
     return Generated(taken, model, PROMPT, rejected)

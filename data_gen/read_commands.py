@@ -66,9 +66,9 @@ def _write(
     allow_missing: bool = False,
 ) -> None:
     if out.suffix != ".jsonl":
-        raise X2DFDError(f"{out}: a manifest is JSON Lines: call it .jsonl", code="manifest_format_unknown")
+        raise X2DFDError(f"{out}: the manifest's name must end in .jsonl", code="manifest_format_unknown")
     if shares and split:
-        raise X2DFDError("--shares divides, --split does not: choose one", code="options_conflict")
+        raise X2DFDError("give either --shares or --split", code="options_conflict")
     parts = parse_shares(shares) if shares else None
     read = reader()
     samples = finish(read, shares=parts, split=split, group=group, allow_missing=allow_missing)

@@ -160,7 +160,7 @@ def finish(
         raise X2DFDError(
             f"{lost} of {read.listed} are missing ({parts}), such as {', '.join(read.examples)}. Is the root right? "
             + "".join(f"{note}. " for note in read.notes)
-            + "To go on without them: --allow-missing",
+            + "To leave them out: --allow-missing",
             code="files_missing",
         )
     if lost:
@@ -181,7 +181,7 @@ def finish(
                 code="split_contradicts",
             )
     if not unique:
-        raise X2DFDError("nothing to write: no file found", code="nothing_found")
+        raise X2DFDError("no picture or video was found, so there is nothing to write", code="nothing_found")
     if repeated := len(read.samples) - len(unique):
         read.notes.append(f"listed more than once, kept once: {repeated}")
 
@@ -219,7 +219,9 @@ def sources_of(sample: Sample) -> list[str]:
         except ValueError:
             value = None
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise X2DFDError(f"{sample.id}: sources {sample.extra['sources']!r} are no list", code="sources_malformed")
+        raise X2DFDError(
+            f"{sample.id}: `sources` must be a list, not {sample.extra['sources']!r}", code="sources_malformed"
+        )
     return value
 
 
@@ -424,7 +426,7 @@ def load_json(file: Path) -> Any:
 def mapping(value: object, where: str) -> Json:
     """The value, if it is a JSON object."""
     if not isinstance(value, dict):
-        raise X2DFDError(f"{where}: not an object but {type(value).__name__}", code="not_an_object")
+        raise X2DFDError(f"{where}: expected a JSON object, found {type(value).__name__}", code="not_an_object")
     return value
 
 
@@ -448,7 +450,9 @@ def read_folders(
 ) -> Read:
     """Folders of pictures or videos, all of one label each; with `clips`, pictures of one folder are one clip."""
     if not given:
-        raise X2DFDError("say what the folders hold: --real DIR, --fake [METHOD=]DIR", code="option_missing")
+        raise X2DFDError(
+            "say which folders are real and which fake: --real DIR, --fake [METHOD=]DIR", code="option_missing"
+        )
     read = Read()
     top = Path(os.path.commonpath([os.path.abspath(p.parent) for p, _, _ in given]))
     for folder, label, method in given:
@@ -479,7 +483,9 @@ def read_x2dfd_lists(
     """X2-DFD lists, {"Description": root, "images": [{"image_path": path}]}, all of one label each. Without `roots`,
     the list's own Description is the root when there is such a folder, else the list's folder."""
     if not given:
-        raise X2DFDError("these lists hold no labels: say --real LIST or --fake LIST", code="option_missing")
+        raise X2DFDError(
+            "these lists hold no labels: give each as --real LIST or as --fake LIST", code="option_missing"
+        )
     read = Read()
     for file, label, method in given:
         data = load_json(file)

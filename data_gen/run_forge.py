@@ -82,7 +82,7 @@ class _Source:
             raise X2DFDError(f"{config.data}: no real photos to forge from", code="no_real_picture")
         if config.ready_made and not self.tree["fake"]:
             raise X2DFDError(
-                f"{config.data}: a share of {config.ready_made} ready-made fakes, but none are there",
+                f"{config.data} holds no fake pictures, of which --ready-made {config.ready_made} takes a share",
                 code="no_fake_picture",
             )
         # Frames of one clip are near copies: a group counts as ten pictures at most.
@@ -150,7 +150,7 @@ def _draw_photo(source: _Source, label: str, split: str, rng: np.random.Generato
         photo = load_photo(str(sample.path), sample.source, sample.group, source.config.side)
         if photo is not None:
             return sample, _tighten(photo, rng)
-    raise X2DFDError(f"no usable face in {_TRIES} {label} pictures of split {split!r}", code="no_usable_face")
+    raise X2DFDError(f"none of {_TRIES} {label} pictures of split {split!r} shows a usable face", code="no_usable_face")
 
 
 def save_jpeg(path: Path, pixels: NDArray[np.uint8], quality: int) -> str:
@@ -335,10 +335,13 @@ def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
             raise UnknownName("forge method", name, _ALL)
     for share in ("forged", "harmless", "combine", "ready_made", "calib", "video"):
         if not 0 <= getattr(config, share) <= 1:
-            raise X2DFDError(f"{share} is a share of 0 to 1, not {getattr(config, share)}", code="share_out_of_range")
+            raise X2DFDError(
+                f"{share} must be a share from 0 to 1, not {getattr(config, share)}", code="share_out_of_range"
+            )
     if config.combine and all(_ALL[name].needs_donor for name in config.methods):
         raise X2DFDError(
-            f"nothing to combine with: {', '.join(config.methods)} need a donor", code="donor_methods_alone"
+            f"--combine needs a method without a donor, and {', '.join(config.methods)} have one",
+            code="donor_methods_alone",
         )
     _Source(config)  # refuses a bad manifest here, where it is one line; in a worker it would break the pool
     manifest = out / "manifest.jsonl"
@@ -351,11 +354,11 @@ def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
         load_bank(weights)  # refused here, where it is one line
         settings["decoders"] = file_sha256(weights)
     elif config.decoders:
-        raise X2DFDError(
-            f"--decoders is for {' and '.join(sorted(_DRAWN))}, which are not asked for", code="decoders_unused"
-        )
+        raise X2DFDError(f"only the methods {' and '.join(sorted(_DRAWN))} take --decoders", code="decoders_unused")
     if bool(config.redraw) != bool(set(LATENT) & set(config.methods)):
-        raise X2DFDError(f"--redraw and the methods {' and '.join(LATENT)} go together", code="redraw_incomplete")
+        raise X2DFDError(
+            f"give --redraw exactly if the methods {' or '.join(LATENT)} are asked for", code="redraw_incomplete"
+        )
     if config.redraw:
         from data_gen import latent
 
@@ -364,7 +367,7 @@ def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
     if saved.is_file() and read_json(saved) != settings:
         raise X2DFDError(f"{out} holds a forge run with other settings; choose another --out", code="settings_differ")
     if manifest.is_file() and not saved.is_file():
-        raise X2DFDError(f"{manifest} is not of a forge run; choose another --out", code="not_a_forge_run")
+        raise X2DFDError(f"{manifest} was not written by a forge run; choose another --out", code="not_a_forge_run")
     if manifest.is_file():
         return manifest
     write_text(saved, json.dumps(settings, indent=1) + "\n")

@@ -39,14 +39,14 @@ def read_datasets(folders: Sequence[Path], images: Path, columns: Columns, *, on
             "reading a saved data set needs datasets: pip install 'x2dfd[train]'", code="package_missing"
         ) from error
     if not columns.real and not columns.fake:
-        raise X2DFDError("say which values mean what: --real-value 0 --fake-value 1", code="option_missing")
+        raise X2DFDError("say which labels mean real and fake: --real-value 0 --fake-value 1", code="option_missing")
     read = Read(only)
     for folder in folders:
         try:
             loaded = datasets.load_from_disk(str(folder))
         except (OSError, ValueError) as error:
             raise X2DFDError(
-                f"{folder}: nothing that save_to_disk wrote ({error})", code="dataset_unreadable"
+                f"{folder} is not a data set that save_to_disk wrote ({error})", code="dataset_unreadable"
             ) from error
         for split, table in (loaded if isinstance(loaded, dict) else {"": loaded}).items():
             if not read.takes(split):
@@ -59,7 +59,7 @@ def read_datasets(folders: Sequence[Path], images: Path, columns: Columns, *, on
                 table = table.cast_column(columns.image, datasets.Image(decode=False))
             except (ValueError, TypeError, NotImplementedError) as error:
                 raise X2DFDError(
-                    f"{folder}: no pictures in {columns.image!r} ({error})", code="column_without_pictures"
+                    f"{folder}: column {columns.image!r} holds no pictures ({error})", code="column_without_pictures"
                 ) from error
             for i, record in enumerate(progress(table, f"pictures of {split or folder.name}")):
                 read.listed += 1

@@ -55,7 +55,7 @@ def write_explanation(label: str, cues: Sequence[Cue], df_class: str, rng: Rng, 
     denied first. Raises ValueError where label, class and cues disagree.
     """
     if label not in ("fake", "real") or df_class not in DF_CLASSES or (label == "real") != (df_class == "real"):
-        raise ValueError(f"label {label!r} and class {df_class!r} do not agree")
+        raise ValueError(f"the label {label!r} contradicts the class {df_class!r}")
     if label == "real":
         if cues:
             raise ValueError("a real picture has no cues")

@@ -115,19 +115,24 @@ def check(options: Options) -> None:
     choice, task = options.choice, options.task
     models.check(choice)
     if options.changes is not None and task not in ("detect", "experts"):
-        raise X2DFDError("only experts and detect take --changes", code="changes_not_for_task")
+        raise X2DFDError("only the tasks experts and detect take --changes", code="changes_not_for_task")
     if task == "detect":
         options.one_change()
     if choice.model == "template" and task != "describe":
-        raise X2DFDError("--model template uses the label: a baseline of describe alone", code="template_knows_label")
+        raise X2DFDError(
+            "--model template reads the label: it is for the task describe alone", code="template_knows_label"
+        )
     partly = options.experts or choice.loading.get("mode") or not choice.has_mllm
     if options.with_mllm and (task != "experts" or partly):
-        raise X2DFDError("--with-mllm: task experts, all of them, of a calibrated model", code="with_mllm_not_for_run")
+        raise X2DFDError(
+            "--with-mllm needs the task experts, a calibrated model, and no --experts", code="with_mllm_not_for_run"
+        )
     other = choice.folder is None and not (choice.expert and task == "locate")
     if task in ("experts", "locate") and other:
         allowed = "embedded, fusion or an adapter directory" + (", or expert:NAME" if task == "locate" else "")
         raise X2DFDError(
-            f"{task} is about experts: --model {allowed}, and --experts A,B for some of them", code="model_not_for_task"
+            f"{task} judges experts: give --model {allowed}, and --experts A,B for some of them alone",
+            code="model_not_for_task",
         )
 
 

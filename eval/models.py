@@ -89,7 +89,7 @@ class Opened:
     def detector(self) -> Detector:
         """Raises X2DFDError for a baseline, which has none."""
         if self.asked is None:
-            raise X2DFDError(f"{self.name} looks at no picture", code="model_not_for_task")
+            raise X2DFDError(f"{self.name} is a baseline, which does not judge pictures", code="model_not_for_task")
         return self.asked
 
     @property
@@ -106,7 +106,9 @@ def check(choice: Choice) -> None:
             code="options_conflict",
         )
     if choice.tools and not (choice.spec and choice.spec.bare):
-        raise X2DFDError("--tools is for a model without adapter: hub:NAME, NAME@URL", code="options_conflict")
+        raise X2DFDError(
+            "only a model without an adapter takes --tools: hub:NAME, or NAME@URL", code="options_conflict"
+        )
 
 
 def open_model(choice: Choice) -> Opened:
@@ -182,7 +184,8 @@ def experts_alone(name: str | None) -> Detector:
         experts = [load_expert(n, EMBEDDED / "experts") for n in wanted if calibration.weights.get(n, 0) > 0]
         if other := [e.card.name for e in experts if wanted[e.card.name] != e.card.sha256]:
             raise X2DFDError(
-                f"no fusion: calibrated with other weights of {', '.join(other)}", code="expert_weights_differ"
+                f"no fusion: the calibration was fitted with other weights of {', '.join(other)}",
+                code="expert_weights_differ",
             )
         stated = f"{card.name} {card.version}, experts alone"
         alone = {k: {n: w for n, w in one.weights.items() if n != MLLM} for k, one in calibration.kinds.items()}

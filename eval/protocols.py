@@ -177,8 +177,8 @@ def index_sets(
     absent = [name for name in chosen if not (indices / f"{name}.json").is_file()]
     if absent:
         raise X2DFDError(
-            f"{protocol.name}: not in {indices}: {', '.join(f'{n}.json' for n in absent)}. Some sets alone are another "
-            f"protocol; to score them, name those that are there with --sets",
+            f"{protocol.name}: {indices} lacks {', '.join(f'{n}.json' for n in absent)}. To score the "
+            "others, which is another protocol, name them with --sets",
             code="index_missing",
         )
     found = {}
@@ -271,7 +271,7 @@ def read_annotations(
     [{"question", "answers": [...]}].
     """
     if not real or not fake:
-        raise X2DFDError("say which labels mean what: --real-value 1 --fake-value 0", code="option_missing")
+        raise X2DFDError("say which labels mean real and fake: --real-value 1 --fake-value 0", code="option_missing")
     records = load_json(file)
     if not isinstance(records, list) or not records:
         raise X2DFDError(f"{file.name}: not a list of records", code="list_malformed")
@@ -285,11 +285,13 @@ def read_annotations(
         value = str(record[label])
         if (value in real) == (value in fake):
             raise X2DFDError(
-                f"{where}: label {value!r} is {'both' if value in real else 'neither'}", code="label_unclear"
+                f"{where}: the label {value!r} means {'both' if value in real else 'neither'}", code="label_unclear"
             )
         said: Label = "real" if value in real else "fake"
         if labels.setdefault(parts, said) != said:
-            raise X2DFDError(f"{where}: {record[image]} is real here and fake there", code="label_contradicts")
+            raise X2DFDError(
+                f"{where}: {record[image]} is called real in one record and fake in another", code="label_contradicts"
+            )
         for asked, told in _exchanges(record, question, answer, where):
             answers = references.setdefault(parts, {}).setdefault(asked, [])
             answers += [a for a in told if a not in answers]

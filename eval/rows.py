@@ -154,8 +154,8 @@ def _still(
     if not probe and (others := len(done.keys() - {s.id for s in samples})):
         # Nothing tells whether they are of this model, and those of another must not be mixed in.
         raise X2DFDError(
-            f"{store.folder} holds {others} rows of other samples, which this run would throw away: of its own, "
-            "none can be compared (failed before, or changed). Take another --out, or delete that folder",
+            f"{store.folder} holds {others} rows of other samples, which this run would delete, and none of its own "
+            "to compare with (they failed, or have changed). Choose another --out, or delete that folder",
             code="rows_of_other_samples",
         )
     changed = "the stored samples are not of this model" if probe else "no stored sample can be used"
@@ -194,7 +194,7 @@ class Store:
             ) from error
         if stored and stored.isdisjoint(s.id for s in samples):
             raise X2DFDError(
-                f"{self.folder} holds {len(stored)} rows of other samples, which this run would throw away: take "
+                f"{self.folder} holds {len(stored)} rows of other samples, which this run would delete: choose "
                 "another --out, or delete that folder",
                 code="rows_of_other_samples",
             )

@@ -112,7 +112,7 @@ def _cider(references: References, said: Sequence[str]) -> tuple[list[float], st
     from pycocoevalcap.cider.cider import Cider
 
     if len(said) < 2:
-        raise SetupError("CIDEr counts words over several samples; here is one", code="too_few_samples")
+        raise SetupError("CIDEr needs several samples, and there is one", code="too_few_samples")
     # In the package's form, as words; its own tokenizer wants Java.
     known = {i: [_words(text) for text in texts] for i, texts in enumerate(references)}
     value, _ = Cider().compute_score(known, {i: [_words(text)] for i, text in enumerate(said)})

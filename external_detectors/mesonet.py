@@ -137,26 +137,26 @@ def load_mesonet(path: Path) -> Meso4 | MesoInception4:
     try:
         import h5py
     except ImportError as error:
-        raise SetupError(f"'mesonet' reads HDF5 ({error}): pip install h5py", code="package_missing") from error
+        raise SetupError(f"expert 'mesonet' needs h5py ({error}): pip install h5py", code="package_missing") from error
     found: dict[str, Tensor] = {}
 
     def visit(name: str, item: h5py.Dataset | h5py.Group) -> None:
         if isinstance(item, h5py.Dataset):
             if item.size > LARGEST:
-                raise SetupError(f"{path}: {name} is larger than any of MesoNet's", code="checkpoint_shape_differs")
+                raise SetupError(f"{path}: {name} is too large for MesoNet", code="checkpoint_shape_differs")
             found[name] = torch.from_numpy(item[()])
 
     try:
         with h5py.File(path, "r") as file:
             file.visititems(visit)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:  # no HDF5, or a damaged one
-        raise SetupError(f"{path} is no readable HDF5 file ({error})", code="checkpoint_unreadable") from error
+        raise SetupError(f"{path} cannot be read as HDF5 ({error})", code="checkpoint_unreadable") from error
     for net in (Meso4(), MesoInception4()):
         state, (first, weight) = _named(found, net), next(iter(net.state_dict().items()))
         if first in state and state[first].shape == weight.shape:
             load_strictly(net, state, path)
             return net
-    raise SetupError(f"{path} begins neither as Meso4 nor as MesoInception4", code="network_unknown")
+    raise SetupError(f"{path} holds neither Meso4 nor MesoInception4", code="network_unknown")
 
 
 class MesoNet(Published):

@@ -80,17 +80,17 @@ def read_checkpoint(path: Path) -> object:
 def load_strictly(net: nn.Module, state: object, path: Path) -> None:
     """Put `state` into `net` and set it to judging. Raises SetupError unless every name and shape is the network's."""
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise SetupError(f"{path} holds no table of tensors; get it again", code="checkpoint_malformed")
+        raise SetupError(f"{path} does not hold tensors by name; get it again", code="checkpoint_malformed")
     wanted = net.state_dict()
     for name in wanted:
         if name not in state:
-            raise SetupError(f"{path} lacks {name}: it is another network", code="checkpoint_incomplete")
+            raise SetupError(f"{path} lacks {name}, so it is of another network", code="checkpoint_incomplete")
     for name, value in state.items():
         if name not in wanted:
-            raise SetupError(f"{path} has {name} left over: it is another network", code="checkpoint_left_over")
+            raise SetupError(f"{path} holds {name}, which this network lacks", code="checkpoint_left_over")
         if value.shape != wanted[name].shape or value.is_floating_point() != wanted[name].is_floating_point():
             found, needed = (f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in (value, wanted[name]))
-            raise SetupError(f"{path}: {name} is {found} where {needed} is expected", code="checkpoint_shape_differs")
+            raise SetupError(f"{path}: {name} is {found}, and has to be {needed}", code="checkpoint_shape_differs")
         if not value.isfinite().all():
             raise SetupError(f"{path}: {name} is not finite; get it again", code="checkpoint_not_finite")
     net.load_state_dict(state)
@@ -185,7 +185,7 @@ class AlignedForensics(Published):
         self._check_options(path.with_suffix(".yaml"))
         checkpoint = read_checkpoint(path)
         if not isinstance(checkpoint, dict) or set(checkpoint) != {"model", "optimizer", "total_steps"}:
-            raise SetupError(f"{path} is no dict of model, optimizer and total_steps", code="checkpoint_malformed")
+            raise SetupError(f"{path} must hold model, optimizer, total_steps", code="checkpoint_malformed")
         net = ResNet50NoDown()
         load_strictly(net, checkpoint["model"], path)
         return net
@@ -199,15 +199,15 @@ class AlignedForensics(Published):
             options = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise SetupError(
-                f"the tensors of expert {cls.card.name!r} do not tell their network, "
-                f"so put a text file with the lines {needed} at {path} ({type(error).__name__})",
+                f"the checkpoint of expert {cls.card.name!r} does not name its network. Put a text file with "
+                f"the lines {needed} at {path} ({type(error).__name__})",
                 code="network_unstated",
             ) from error
         stated = options if isinstance(options, Mapping) else {}
         for key, value in cls.OPTIONS.items():
             if key not in stated or stated[key] != value:
                 found = f"{key}: {stated[key]}" if key in stated else f"no {key}"
-                raise SetupError(f"{path} says {found}; expert {cls.card.name!r} is {needed}", code="network_differs")
+                raise SetupError(f"{path}: {found}, and {cls.card.name!r} needs {needed}", code="network_differs")
 
     def p_fake(self, crops: Tensor) -> Tensor:
         logits: Tensor = self._net(imagenet_normalised(resized(crops, CROP_SIZE)))
@@ -241,15 +241,16 @@ class SwinV2Blending(Published):
             import timm
         except ImportError as error:
             raise SetupError(
-                f"expert {self.card.name!r} needs timm for its network ({error}), with a torchvision that fits your "
-                "torch: pip install timm",
+                f"expert {self.card.name!r} needs timm ({error}), and timm a torchvision that fits your torch: "
+                "pip install timm",
                 code="package_missing",
             ) from error
         try:
             net: nn.Module = timm.create_model(self.NETWORK, pretrained=False, num_classes=2)
         except RuntimeError as error:  # timm's answer to a name that it does not know
             raise SetupError(
-                f"no {self.NETWORK} ({error}): pip install --upgrade timm", code="package_too_old"
+                f"this version of timm has no {self.NETWORK} ({error}): pip install --upgrade timm",
+                code="package_too_old",
             ) from error
         state = read_checkpoint(path)
         if isinstance(state, dict):
@@ -319,15 +320,15 @@ class UniversalFakeDetect(Published):
                     output_loading_info=True,
                 )
         except Exception as error:  # not CLIP, a damaged file: each raises its own
-            raise SetupError(f"{tower}: not a readable CLIP: {first_line(error)}", code="tower_unreadable") from error
+            raise SetupError(f"{tower} is not a readable CLIP: {first_line(error)}", code="tower_unreadable") from error
         model, told = loaded
         absent = sorted(told["missing_keys"])  # transformers fills these with random numbers
-        if absent or told["mismatched_keys"]:
-            raise SetupError(f"{tower} is not CLIP's image tower: {absent or 'other shapes'}", code="tower_incomplete")
+        if odd := absent or sorted(map(str, told["mismatched_keys"])):
+            raise SetupError(f"{tower} is not CLIP's image tower: see {odd[0]}", code="tower_incomplete")
         if (model.config.projection_dim, model.config.image_size) != (768, CROP_SIZE):
             raise SetupError(
-                f"{tower} is not CLIP ViT-L/14: its embedding has {model.config.projection_dim} numbers "
-                f"of a {model.config.image_size} px picture, expected 768 of {CROP_SIZE}",
+                f"{tower} is not CLIP ViT-L/14: it makes {model.config.projection_dim} numbers of a picture of "
+                f"{model.config.image_size} px; expected 768 numbers of {CROP_SIZE} px",
                 code="tower_differs",
             )
         net: nn.Module = model.eval().requires_grad_(False)

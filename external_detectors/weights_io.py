@@ -22,11 +22,9 @@ def load_weights(card: Card, folder: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise SetupError(f"weights of expert {card.name!r} missing: {path}; reinstall x2dfd", code="weights_missing")
     if file_sha256(path) != card.sha256:
-        raise SetupError(
-            f"{path} is not its card's file (SHA-256 differs); reinstall x2dfd", code="weights_hash_differs"
-        )
+        raise SetupError(f"{path} differs from its card's file (SHA-256); reinstall x2dfd", code="weights_hash_differs")
     if card.preprocessing != PREPROCESSING:
-        raise SetupError(f"{path}: trained on other crops ({card.preprocessing}); reinstall x2dfd", code="crops_differ")
+        raise SetupError(f"{path} needs other crops ({card.preprocessing}); reinstall x2dfd", code="crops_differ")
     return {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
 
 
@@ -39,7 +37,7 @@ def save_weights(state: dict[str, Tensor], card: Card, folder: Path) -> Card:
     broken = [k for k, v in half.items() if not v.isfinite().all()]
     if broken:
         raise X2DFDError(
-            f"expert {card.name!r}: {broken[0]} is not finite; nothing is written", code="weights_not_finite"
+            f"expert {card.name!r}: {broken[0]} is not finite, so nothing was written", code="weights_not_finite"
         )
     with whole(folder / name) as temporary:
         save_file(half, temporary)

@@ -53,7 +53,9 @@ def renamed(state: Mapping[str, Tensor], to_hub: bool) -> dict[str, Tensor]:
     for key, value in state.items():
         found = [new + key.removeprefix(old) for old, new in pairs if key.startswith(old)]
         if not found:
-            raise SetupError(f"{key} is of no {'LLaVA' if to_hub else 'hub'} adapter of X2-DFD", code="tensor_unknown")
+            raise SetupError(
+                f"{key} belongs to no {'LLaVA' if to_hub else 'hub'} adapter of X2-DFD", code="tensor_unknown"
+            )
         out[found[0]] = value
     return out
 
@@ -65,13 +67,13 @@ def hub_settings(settings: Json, base: str) -> Json:
     said = {k: settings[k] for k in NEWER if k in settings and (grouped or k != "qalora_group_size")}
     used = [k for k, value in said.items() if value]
     if used:
-        raise SetupError(f"{SETTINGS}: {', '.join(used)} is in use, and would be lost", code="setting_unsupported")
+        raise SetupError(f"{SETTINGS}: converting would lose {', '.join(used)}", code="setting_unsupported")
     linears = LANGUAGE_LINEARS.rsplit("(", 1)[1].rstrip(")").split("|")
     targets = settings["target_modules"]
     odd = sorted(set(targets) - set(linears)) if isinstance(targets, list) else [targets]
     if odd:
         raise SetupError(
-            f"{SETTINGS}: no linear layers of the language model: {', '.join(odd)}", code="targets_unsupported"
+            f"{SETTINGS}: not linear layers of the language model: {', '.join(odd)}", code="targets_unsupported"
         )
     kept = {k: v for k, v in settings.items() if k not in NEWER}
     expression = LANGUAGE_LINEARS.rsplit("(", 1)[0] + f"({'|'.join(sorted(targets))})"

@@ -47,8 +47,8 @@ def open_base(config: FinetuneConfig) -> tuple[Any, Processor]:
     prompts.set_frame(processor, config.frame)
     if not is_llava(model) and (config.cached_features is not None or config.tower == "forensic"):
         raise X2DFDError(
-            f"cached_features and tower: forensic are of a LLaVA with CLIP's tower, and {config.base} is a "
-            f"{model.config.model_type!r} model: leave them out",
+            f"cached_features and `tower: forensic` need a LLaVA with CLIP's tower, and {config.base} is a "
+            f"{model.config.model_type!r} model: remove them",
             code="not_llava",
         )
     if (additions := additions_of(config)) is not None:
@@ -168,7 +168,7 @@ def _start_from(tuned: Any, folder: Path, config: FinetuneConfig) -> None:
         raise X2DFDError(f"start: {folder} has another {other[0] if other else 'base'}", code="start_base_differs")
     if known := sorted(set(config.left_out) - set(card.left_out)):
         raise X2DFDError(
-            f"start: {folder} has learnt from {known[0]}, which left_out names", code="start_knows_left_out"
+            f"start: {folder} was trained on {known[0]}, which `left_out` holds out", code="start_knows_left_out"
         )
     state = load_file(folder / WEIGHTS)
     found: Any = set_peft_model_state_dict(tuned, {k: v.float() for k, v in state.items()})
@@ -179,7 +179,9 @@ def _start_from(tuned: Any, folder: Path, config: FinetuneConfig) -> None:
         absent = {n for n in absent if "vision_tower" not in n}
     odd = sorted({*found.unexpected_keys, *absent})
     if odd:
-        raise X2DFDError(f"start: {folder} has other matrices than are trained: {odd[0]}", code="start_matrices_differ")
+        raise X2DFDError(
+            f"start: {folder} has other matrices than are trained here: {odd[0]}", code="start_matrices_differ"
+        )
 
 
 class CachedTower(nn.Module):

@@ -40,7 +40,7 @@ class Talks(Dataset[Json]):
     def __init__(self, records: Sequence[Json], processor: Processor, side: int, view_seed: int) -> None:
         if not processor.chat_template:
             raise X2DFDError(
-                "without a chat template (PaliGemma) a conversation is about one picture: leave the others out",
+                "without a chat template (PaliGemma), every conversation must be about one picture: remove the others",
                 code="conversation_unfit",
             )
         self._records, self._processor, self._side, self._seed = records, processor, side, view_seed

@@ -164,7 +164,9 @@ def verdict_auc(found: EvalPrediction) -> dict[str, float]:
     logits, truth = np.asarray(found.predictions, float), np.asarray(found.label_ids)
     real, fake = logits[truth == 0], logits[truth == 1]
     if not len(real) or not len(fake):
-        raise X2DFDError("validation wants both labels: another eval_split, or a larger eval_limit", code="one_class")
+        raise X2DFDError(
+            "validation needs real and fake pictures: take another eval_split, or a larger eval_limit", code="one_class"
+        )
     return {"auc": float(mannwhitneyu(fake, real).statistic) / (len(real) * len(fake))}
 
 
@@ -188,8 +190,7 @@ def train(config: FinetuneConfig) -> Path:
         data = [load_crops(manifest, side=side) if manifest.stat().st_size else None for _, manifest, _ in config.sets]
     if config.cue_weight != 1 and not processor.tokenizer.is_fast:
         raise X2DFDError(
-            "cue_weight wants a tokenizer that knows where its tokens stand in a text: take cue_weight: 1",
-            code="cue_weight_unsupported",
+            "cue_weight needs a tokenizer with character offsets: take cue_weight: 1", code="cue_weight_unsupported"
         )
     with arguments.main_process_first(local=False):
         features = _features(config, model, processor, data[0]) if data[0] else None
@@ -249,8 +250,8 @@ def _rows(
         if records := read_talks(instructions):
             if config.cached_features or zero_stage(config) == 3:
                 raise X2DFDError(
-                    f"{instructions} holds conversations about several pictures or none, which go with neither "
-                    "cached_features nor ZeRO-3: take neither, or leave them out",
+                    f"{instructions} holds conversations about several pictures or none, which need a run without "
+                    "cached_features and ZeRO-3",
                     code="talk_unsupported",
                 )
             side = config.crop_size or CROP_SIZE
@@ -330,7 +331,7 @@ def _arguments(config: FinetuneConfig, work: Path) -> TrainingArguments:
     if absent := sorted(set(config.report_to) - {*get_available_reporting_integrations(), "none"}):
         raise X2DFDError(f"report_to: {absent[0]} is not installed, or unknown to transformers", code="tracker_missing")
     if config.fp16 and not torch.cuda.is_available():
-        raise X2DFDError("fp16 wants a CUDA GPU: take bf16, or neither", code="dtype_unsupported")
+        raise X2DFDError("fp16 needs a CUDA GPU: take bf16, or fp32 (neither)", code="dtype_unsupported")
     if config.deepspeed and not torch.cuda.is_available():  # which transformers leaves out on a CPU
         import deepspeed
 
@@ -379,7 +380,7 @@ def _arguments(config: FinetuneConfig, work: Path) -> TrainingArguments:
         raise X2DFDError(f"configuration: {first_line(error)}", code="config_invalid") from error
     if arguments.n_gpu > 1:  # Trainer would copy the model to every card anew for each step
         raise X2DFDError(
-            f"{arguments.n_gpu} GPUs want a process each: torchrun --nproc_per_node", code="launcher_missing"
+            f"each of {arguments.n_gpu} GPUs needs its own process: torchrun --nproc_per_node", code="launcher_missing"
         )
     return arguments
 
@@ -425,13 +426,15 @@ def _record(config: FinetuneConfig) -> Json:
         try:
             card: Json = parse_json(path.read_bytes())
         except (OSError, ValueError) as error:
-            raise X2DFDError(f"{path}: no readable card: {error}", code="instructions_unreadable") from error
+            raise X2DFDError(f"{path} cannot be read as a card: {error}", code="instructions_unreadable") from error
         if not isinstance(card, dict) or not isinstance(card.get("config"), dict):
-            raise X2DFDError(f"{path} is no card of instructions: it has no `config`", code="instructions_unreadable")
+            raise X2DFDError(
+                f"{path} is no card of an instruction set: it has no `config`", code="instructions_unreadable"
+            )
         if card.get("manifest_sha256") != file_sha256(manifest):
             raise X2DFDError(f"{instructions} were not built from {manifest}", code="manifest_differs")
         if card.get("views") != VIEWS or not isinstance(card.get("experts"), dict):
-            raise X2DFDError(f"{instructions}: other views of the pictures: build them again", code="views_differ")
+            raise X2DFDError(f"{instructions}: the augmented views have changed: build them again", code="views_differ")
         if (seed := card["config"].get("view_seed")) != config.view_seed:
             raise X2DFDError(f"{instructions} were built with view_seed {seed}", code="view_seed_differs")
         ranking, beside = card.get("assessment_sha256"), path.with_name("assessment.json")
@@ -446,7 +449,7 @@ def _record(config: FinetuneConfig) -> Json:
     for name, sha256 in first["experts"].items():
         if card_of(name, weights).sha256 != sha256:
             raise X2DFDError(
-                f"expert {name!r}: other weights than the instructions' (expert_weights)", code="expert_differs"
+                f"expert {name!r} has other weights than in the instructions (expert_weights)", code="expert_differs"
             )
     return first
 
@@ -472,7 +475,7 @@ def _last_checkpoint(work: Path, config: FinetuneConfig) -> str | None:
         write_text(key, json.dumps(run, indent=1) + "\n")
     elif read_json(key) != run:
         raise X2DFDError(
-            f"{work} holds a training with other settings or data: take another out", code="settings_differ"
+            f"{work} holds a training with other settings or data: choose another `out`", code="settings_differ"
         )
     last: str | None = get_last_checkpoint(str(work))
     return last

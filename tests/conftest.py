@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,34 @@ def require_base() -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("needs_base") is not None:
         require_base()
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model of tests/tiny.py, which no test may change."""
+    from tests import tiny
+
+    require_base()
+    return tiny.write_base(tmp_path_factory.mktemp("tiny") / "base")
+
+
+@pytest.fixture(scope="session")
+def folders(base: Path) -> tuple[Path, Path]:
+    """That model and an adapter of it, which no test may change either."""
+    from tests import tiny
+
+    return base, tiny.write_adapter(base.parent / "adapter", base)
+
+
+@pytest.fixture(scope="module")
+def known_expert() -> Iterator[None]:
+    """The adapter's expert is registered."""
+    from tests import tiny
+    from x2dfd.experts import BUILTIN
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
+        yield
 
 
 @pytest.fixture

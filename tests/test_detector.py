@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import av
 import cv2
 import numpy as np
 import pytest
@@ -26,13 +25,13 @@ from PIL import Image
 
 import x2dfd
 from tests import tiny
+from tests.pictures import clip_of, encoded
 from tests.raising import raises
 from x2dfd import intake
 from x2dfd.calibration import MLLM, Calibration, Logistic
 from x2dfd.degrade import CODEC, codec
 from x2dfd.detector import Detector
 from x2dfd.errors import InputError, SetupError, UnknownName
-from x2dfd.experts import BUILTIN
 from x2dfd.faces import find_faces
 from x2dfd.loading import base_identity
 from x2dfd.media import Picture, Video, find_media, load_media
@@ -46,30 +45,13 @@ Pixels = NDArray[np.uint8]
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Base and adapter."""
-    folder = tmp_path_factory.mktemp("tiny")
-    base = tiny.write_base(folder / "base")
-    return base, tiny.write_adapter(folder / "adapter", base)
-
-
-@pytest.fixture(scope="module")
-def known_expert() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
-        yield
-
-
-@pytest.fixture(scope="module")
 def detector(folders: tuple[Path, Path], known_expert: None) -> Detector:
     base, adapter = folders
     return x2dfd.load(f"hub:{base}+{adapter}")
 
 
 def jpeg(pixels: Pixels, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=95, **options)
-    return buffer.getvalue()
+    return encoded(pixels, "JPEG", quality=95, **options)
 
 
 def collage(photo: Pixels) -> Pixels:
@@ -84,17 +66,8 @@ def collage(photo: Pixels) -> Pixels:
 
 def clip(photo: Pixels, lights: list[int]) -> bytes:
     """A video of one head, a frame for each light."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=5)
-        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 320, 320, "yuv420p", 4_000_000
-        for i, light in enumerate(lights):
-            pixels = np.clip(photo[:320, 70:390].astype(np.int16) + light, 0, 255).astype(np.uint8)
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame.pts = i
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return buffer.getvalue()
+    head = photo[:320, 70:390].astype(np.int16)
+    return clip_of((np.clip(head + light, 0, 255).astype(np.uint8) for light in lights), rate=5, bit_rate=4_000_000)
 
 
 def weighing(calibration: Calibration, weights: dict[str, float]) -> Calibration:

@@ -23,7 +23,6 @@ from tests import tiny
 from tests.raising import raises
 from x2dfd.adapter import read_adapter_card
 from x2dfd.crops import load_crops
-from x2dfd.errors import X2DFDError
 from x2dfd.experts import BUILTIN
 from x2dfd.tower import seen_view
 
@@ -152,26 +151,26 @@ def test_one_several_and_no_picture_are_read(tmp_path: Path, lines: bool) -> Non
 
 
 @pytest.mark.parametrize(
-    ("record", "told"),
+    ("record", "fact"),
     [
         ({"conversations": talk("Hm?")}, "alternate"),
-        ({"conversations": talk("Hm?", "<image>"), "image": "a.png"}, "answer holds a picture"),
-        ({"conversations": talk("<image>", "Yes")}, "1 marks <image> for 0 pictures"),
-        ({"conversations": talk("<image>", "Yes"), "images": ["a.png", "b.png"]}, "1 marks <image> for 2"),
-        ({"conversations": [{"from": "tool", "value": "x"}]}, "no speaker"),
-        ({"conversations": [{"from": "human", "value": 3}]}, "is a text"),
+        ({"conversations": talk("Hm?", "<image>"), "image": "a.png"}, "an answer"),
+        ({"conversations": talk("<image>", "Yes")}, "0 pictures"),
+        ({"conversations": talk("<image>", "Yes"), "images": ["a.png", "b.png"]}, "2 pictures"),
+        ({"conversations": [{"from": "tool", "value": "x"}]}, "'tool'"),
+        ({"conversations": [{"from": "human", "value": 3}]}, "a text"),
         ({"conversations": talk("<image>", "Yes"), "image": "gone.png"}, "gone.png"),
         ({"Description": "", "images": ["a.png"]}, "conversations"),
         ("text", "record 0"),
     ],
 )
-def test_what_is_no_conversation_is_refused_by_name(tmp_path: Path, record: Any, told: str) -> None:
+def test_what_is_no_conversation_is_refused_by_name(tmp_path: Path, record: Any, fact: str) -> None:
     """Trained on all the same, it would teach something that nobody wrote."""
-    with pytest.raises(X2DFDError, match=told):
+    with raises("pictures_missing" if fact == "gone.png" else "conversation_invalid", fact):
         read(written(tmp_path, record))
     for text in ("", "[]", "not JSON", '{"Description": "",\n "images": []}', "[" * 100_000):
         (tmp_path / "set.json").write_text(text)
-        with pytest.raises(X2DFDError, match=r"set\.json"):
+        with raises("conversations_unreadable" if text.strip("[]") or len(text) > 2 else "no_conversation", "set.json"):
             read(tmp_path / "set.json")
     with raises("unknown_name", "did you mean 'llava'"):  # before any work
         build(BuildConfig(data="nowhere.csv", format="lava"), tmp_path)
@@ -216,18 +215,18 @@ def test_conversations_become_a_set_of_ours(photos: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize(
-    ("record", "told"),
+    ("record", "code", "fact"),
     [
-        (about("a.png", "Hm?", "Yes", images=[]), "no verdict, and no `label`"),
-        (about("a.png", "Hm?", "This image is fake.", label="real"), "it has fake, real"),
-        (about("a.png", "And the seam score is 0.5.", "This image is fake."), "--experts"),
-        (about("a.png", "Hm?", "This image is fake.", system="Be brief."), "system prompt"),
-        ({"conversations": talk("Hm?", "Both."), "images": ["a.png", "b.png"]}, "no picture of a conversation"),
+        (about("a.png", "Hm?", "Yes", images=[]), "label_unclear", "`label`"),
+        (about("a.png", "Hm?", "This image is fake.", label="real"), "label_unclear", "fake, real"),
+        (about("a.png", "And the seam score is 0.5.", "This image is fake."), "conversation_unfit", "--experts"),
+        (about("a.png", "Hm?", "This image is fake.", system="Be brief."), "conversation_unfit", "system prompt"),
+        ({"conversations": talk("Hm?", "Both."), "images": ["a.png", "b.png"]}, "no_usable_face", "set.json"),
     ],
 )
-def test_what_the_prompts_have_no_place_for_is_refused(tmp_path: Path, record: Record, told: str) -> None:
+def test_what_the_prompts_have_no_place_for_is_refused(tmp_path: Path, record: Record, code: str, fact: str) -> None:
     """Trained on all the same, the model would be asked otherwise in use than it learnt."""
-    with pytest.raises(X2DFDError, match=told):
+    with raises(code, fact):
         adopt(written(tmp_path, record), tmp_path / "set")
 
 
@@ -240,7 +239,7 @@ def test_training_takes_conversations_as_they_are(
     base = tiny.write_base(tmp_path / "base", tiny.processor_of_llava_15(), tied=False)
     settings = {"base": str(base), "lora_r": 4, "lr": 1e-2, "accumulate": 1, "max_steps": 2}
     plain = FinetuneConfig(str(photos / "train.json"), str(photos), str(tmp_path / "adapter"), **settings)  # type: ignore[arg-type]
-    with pytest.raises(X2DFDError, match="--experts"):
+    with raises("conversation_unfit", "--experts"):
         train(plain)
     made = adopt(photos / "train.json", tmp_path / "set", experts=f"blending={tiny.EXPERT}")
     train(replace(plain, instructions=str(made), manifest=str(made.parent / "manifest.jsonl")))

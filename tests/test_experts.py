@@ -106,10 +106,12 @@ def test_contract_scores_are_probabilities_or_none_with_a_reason(name: str, judg
 @every_expert
 def test_contract_a_batch_of_one_equals_a_batch_of_eight(name: str, faces: list[Face], judged: Judged) -> None:
     """Bug prevented: batch statistics at inference, or answers that go to the wrong face."""
-    alone = [e for face in faces for e in _loaded(name).judge([face])]
-    assert _scores(alone) == pytest.approx(_scores(judged(name)), abs=1e-4, nan_ok=True)
-    turned = _loaded(name).judge([faces[5], faces[0], faces[2]])
-    assert _scores(turned) == pytest.approx([_scores(alone)[i] for i in (5, 0, 2)], abs=1e-4, nan_ok=True)
+    some = (5, 0, 2)
+    together = [_scores(judged(name))[i] for i in some]
+    alone = [e for i in some for e in _loaded(name).judge([faces[i]])]
+    turned = _loaded(name).judge([faces[i] for i in some])
+    assert _scores(alone) == pytest.approx(together, abs=1e-4, nan_ok=True)
+    assert _scores(turned) == pytest.approx(together, abs=1e-4, nan_ok=True)
 
 
 @every_expert
@@ -146,7 +148,7 @@ def _raises(n: int) -> list[Evidence]:
     [
         (_raises, "KeyError: 'lens'"),
         (lambda n: [Evidence("odd", 0.5)] * (n - 1), "0 answers for 1 faces"),
-        (lambda n: ["0.5"] * n, "str in place of Evidence"),
+        (lambda n: ["0.5"] * n, "str instead of Evidence"),
         (lambda n: [Evidence("odd", math.nan)] * n, "nan is no probability"),
         (lambda n: [Evidence("odd", 1.7)] * n, "1.7 is no probability"),
     ],

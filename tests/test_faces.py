@@ -188,9 +188,9 @@ def test_areas_lie_where_they_should_and_leave_each_other_out(astronaut: Pixels,
 
 def test_polygons_follow_the_landmarks(face: Face) -> None:
     """Bug prevented: polygons in fixed pixels; reports draw them at the picture's own size."""
-    moved = area_polygons(face.landmarks * 2 + 10)
-    for area, polygons in area_polygons(face.landmarks).items():
-        assert area in AREAS
+    found, moved = (area_polygons(face.landmarks * scale + 10 * (scale - 1)) for scale in (1, 2))
+    assert {"eyes", "mouth", "jaw"} <= found.keys() <= set(AREAS)
+    for area, polygons in found.items():
         for was, now in zip(polygons, moved[area], strict=True):
             # Hulls may start at another corner: compare what they enclose.
             before, after = (cv2.contourArea(p.astype(np.float32)) for p in (was, now))

@@ -129,11 +129,6 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str | 
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_base(tmp_path_factory.mktemp("tiny") / "base")
-
-
-@pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Manifest and instructions of six training and two calibration pictures."""
     folder = tmp_path_factory.mktemp("small")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.pictures import encoded
 from tests.raising import raises
 from x2dfd import sniffing, stills
 from x2dfd.media import MAX_PIXELS, load_media, load_picture
@@ -23,9 +24,7 @@ SECONDS = 5.0  # of CPU, generously: each took a fraction of one when it was wri
 
 
 def jpeg(side: int = 64) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (side, side), (90, 60, 30)).save(buffer, "JPEG")
-    return buffer.getvalue()
+    return encoded(Image.new("RGB", (side, side), (90, 60, 30)), "JPEG")
 
 
 def chunk(kind: bytes, body: bytes = b"") -> bytes:
@@ -67,12 +66,11 @@ def test_ordinary_files_stay_far_below_the_limit() -> None:
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (1500, 1500, 3), np.uint8))
     for format in ("JPEG", "PNG", "TIFF", "WEBP"):
-        buffer = io.BytesIO()
-        noise.save(buffer, format)
-        opened = stills.open_image(io.BytesIO(buffer.getvalue()), format)
+        data = encoded(noise, format)
+        opened = stills.open_image(io.BytesIO(data), format)
         before = opened.budget.pieces
         stills.decode(opened, None)
-        whole = sniffing.Budget.of(len(buffer.getvalue())).pieces
+        whole = sniffing.Budget.of(len(data)).pieces
         assert whole - opened.budget.pieces < whole / 10 and before > 0
 
 
@@ -108,11 +106,9 @@ def test_a_small_tiff_of_many_pixels_stays_within_memory(kind: str) -> None:
 def test_a_large_photo_is_decoded_at_reduced_size(size: tuple[int, int]) -> None:
     """Telephones make 50 and 108 megapixels; refusing them refuses the very file that a forensic check needs."""
     assert size[0] * size[1] > MAX_PIXELS
-    buffer = io.BytesIO()
     picture = Image.new("RGB", size, (200, 40, 40))
     picture.paste((40, 40, 200), (size[0] // 2, 0, *size))
-    picture.save(buffer, "JPEG", quality=50)
-    seen = load_picture(buffer.getvalue())
+    seen = load_picture(encoded(picture, "JPEG", quality=50))
     assert seen.pixels.shape == (size[1] // 2, size[0] // 2, 3)
     assert np.abs(seen.pixels[10, 10].astype(int) - [200, 40, 40]).max() < 12
     assert np.abs(seen.pixels[-10, -10].astype(int) - [40, 40, 200]).max() < 12
@@ -126,11 +122,10 @@ def test_a_jpeg_bomb_is_still_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     data[at : at + 4] = struct.pack(">HH", 40_000, 40_000)
     with raises("too_many_pixels"):
         load_picture(bytes(data))
-    buffer = io.BytesIO()
-    Image.new("RGB", (64, 64)).save(buffer, "JPEG", progressive=True)
+    progressive = encoded(Image.new("RGB", (64, 64)), "JPEG", progressive=True)
     monkeypatch.setattr(sniffing, "_MAX_SCANNED_PIXELS", 64 * 64 * 9)
     with raises("corrupt", "scans"):
-        load_picture(buffer.getvalue())
+        load_picture(progressive)
 
 
 def test_heic_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

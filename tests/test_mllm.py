@@ -36,11 +36,6 @@ QUESTIONS = [
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_base(tmp_path_factory.mktemp("tiny") / "base")
-
-
-@pytest.fixture(scope="module")
 def mllm(base: Path) -> LocalMLLM:
     return LocalMLLM(*load_model(base), "tiny")
 
@@ -135,17 +130,17 @@ def test_asking_leaves_the_prefix_as_it_was(mllm: LocalMLLM, crops: NDArray[np.u
     assert torch.equal(look.cache.layers[0].keys, keys)
 
 
-def test_several_feature_layers_are_joined_as_the_stock_model_does(base: Path, crops: NDArray[np.uint8]) -> None:
+def test_several_feature_layers_are_joined_as_the_stock_model_does(
+    base: Path, crops: NDArray[np.uint8], tmp_path: Path
+) -> None:
     """Joined in another order, the projector's input is scrambled and nothing says so."""
     config = json.loads((base / "config.json").read_text())
-    folder = base.parent / "joined"
-    if not folder.exists():
-        shutil.copytree(base, folder)
-        state = load_file(folder / "model.safetensors")
-        (key,) = (k for k in state if "multi_modal_projector.linear_1.weight" in k)
-        state[key] = torch.randn(len(state[key]), 2 * 32) * 0.2
-        save_file(state, folder / "model.safetensors", {"format": "pt"})
-        (folder / "config.json").write_text(json.dumps({**config, "vision_feature_layer": [1, 3]}))
+    folder = Path(shutil.copytree(base, tmp_path / "joined"))
+    state = load_file(folder / "model.safetensors")
+    (key,) = (k for k in state if "multi_modal_projector.linear_1.weight" in k)
+    state[key] = torch.randn(len(state[key]), 2 * 32) * 0.2
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**config, "vision_feature_layer": [1, 3]}))
     mllm = LocalMLLM(*load_model(folder), "joined")
     got = mllm.verdict_logits(mllm.look(crops[:1]), QUESTIONS[:1])
     text = prompts.render(mllm.processor, QUESTIONS[0], prompts.STEM)

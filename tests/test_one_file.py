@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import x2dfd
+from tests.pictures import encoded
 from x2dfd import cli
 from x2dfd.detector import Detector
 from x2dfd.errors import InputError, SetupError
@@ -108,12 +108,11 @@ def test_a_clip_whose_frames_break_the_face_finder_is_a_row(
 ) -> None:
     """Faces of a clip are found inside its decoder: their failure must not be told as one of decoding."""
     frames = [Image.new("RGB", (40, 40), (20 * i, 0, 0)) for i in range(3)]
-    buffer = io.BytesIO()
-    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     with monkeypatch.context() as patch:
         raise_once(patch, "x2dfd.faces._meshes", lambda: SetupError("the face models are missing"))
         with pytest.raises(SetupError):  # of no clip: it would make every video 'cannot be read'
-            detector.detect(buffer.getvalue())
+            detector.detect(data)
     raise_once(monkeypatch, "x2dfd.faces._meshes", KINDS["IndexError"])
-    [row] = detector.detect_many([buffer.getvalue()])
+    [row] = detector.detect_many([data])
     assert isinstance(row, Failure) and row.code == "failed" and "finding faces" in row.reason

@@ -21,6 +21,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from tests import tiny
+from tests.pictures import encoded
 from tests.raising import raises
 from x2dfd import provenance
 from x2dfd.calibration import Calibration, Logistic
@@ -32,9 +33,7 @@ CAPTURE = "http://cv.iptc.org/newscodes/digitalsourcetype/digitalCapture"
 
 
 def photo(format: str = "JPEG") -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(skimage.data.astronaut()[::4, ::4]).save(buffer, format)
-    return buffer.getvalue()
+    return encoded(skimage.data.astronaut()[::4, ::4], format)
 
 
 class Signer:
@@ -345,10 +344,8 @@ def test_without_the_package_nobody_looked(monkeypatch: pytest.MonkeyPatch) -> N
     """ "absent" where nobody looked would be an invented finding; what is stated in plain text is read all the same."""
     info = PngInfo()
     info.add_text("Software", "NovelAI")
-    buffer = io.BytesIO()
-    Image.new("RGB", (32, 32)).save(buffer, "PNG", pnginfo=info)
     monkeypatch.setattr(provenance, "find_spec", lambda name: None)
-    found = read_provenance(buffer.getvalue(), "PNG")
+    found = read_provenance(encoded(Image.new("RGB", (32, 32)), "PNG", pnginfo=info), "PNG")
     assert found["state"] == "not_checked" and "pip install" in found["reason"]
     assert found["statements"][0]["kind"] == "generated"
     monkeypatch.setattr(provenance, "find_spec", lambda name: True)

@@ -175,7 +175,7 @@ def test_generation_asks_again_and_says_how_it_asked(monkeypatch: pytest.MonkeyP
     assert "seam along the jaw" in client.requests[0]["messages"][0]["content"]
     assert [r["seed"] for r in client.requests] == [7, 8]
     assert made.provenance()["model"] == "m" and "evidence of forgery" in made.provenance()["prompt"]
-    with raises("generation_short", "1 usable", 3):
+    with raises("generation_short", "1 of 3"):
         generate(Client(json.dumps({"questions": [SEAM]}), "{}"), "m", 3)
     monkeypatch.setitem(sys.modules, "openai", None)
     with raises("package_missing", "pip install"):

@@ -10,7 +10,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -24,7 +24,6 @@ from typer.testing import CliRunner
 
 import x2dfd
 from tests import tiny
-from tests.conftest import require_base
 from tests.raising import raises, says
 from tests.stand_in import Behind, Faults, Reply, Request, StandIn, odd, picture_of, question_of, writes
 from x2dfd import case, cli, prompts, served
@@ -32,8 +31,7 @@ from x2dfd.adapter import probe_logits
 from x2dfd.assessment import BANK, Assessment
 from x2dfd.calibration import Calibration
 from x2dfd.detector import UNCALIBRATED
-from x2dfd.errors import InputError, SetupError, X2DFDError
-from x2dfd.experts import BUILTIN
+from x2dfd.errors import InputError, X2DFDError
 from x2dfd.loading import load_model
 from x2dfd.mllm import LocalMLLM
 from x2dfd.served import ServedMLLM, _http_client
@@ -72,21 +70,6 @@ def steady(request: Request) -> Reply:
 
 
 # --- against the local model -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    require_base()
-    folder = tmp_path_factory.mktemp("tiny")
-    base = tiny.write_base(folder / "base")
-    return base, tiny.write_adapter(folder / "adapter", base)
-
-
-@pytest.fixture(scope="module")
-def known_expert() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
-        yield
 
 
 def test_a_served_bare_model_answers_as_the_local_one(folders: tuple[Path, Path], crops: Pixels) -> None:
@@ -357,7 +340,7 @@ def redirects(crops: Pixels) -> None:
     with StandIn(steady) as other:
         with odd(lambda handler: writes(handler, status=307, Location=other.url + "/chat/completions")) as url:
             error = caught(url, crops)
-        assert isinstance(error, SetupError) and "sends elsewhere" in str(error)
+        says(error, "redirected")
         assert not other.requests
 
 
@@ -413,10 +396,11 @@ def counts_requests(crops: Pixels) -> None:
 
     with StandIn(counting) as endpoint:
         model = ServedMLLM(endpoint.url, "m", requests_per_minute=600)
+        start = time.monotonic()  # not the first arrival, which a busy machine may notice late
         assert len(model.verdict_logits(model.look(crops), ["?"] * 3)) == 3
-        with pytest.raises(SetupError, match="above 0"):
+        with raises("option_invalid", 0):
             ServedMLLM(endpoint.url, "m", requests_per_minute=0)
-    assert len(begun) == 4 and begun[3] - begun[0] > 0.25
+    assert len(begun) == 4 and begun[3] - start > 0.25
 
 
 def test_tries_begin_evenly_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:

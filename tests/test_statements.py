@@ -15,6 +15,7 @@ from PIL import Image, features
 from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
+from tests.pictures import encoded
 from x2dfd.statements import (
     GENERATED,
     MAX_STATEMENTS,
@@ -31,9 +32,7 @@ WEB_UI = "a portrait\nNegative prompt: blurry\nSteps: 20, Sampler: Euler a, CFG 
 
 
 def saved(format: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (32, 32), "grey").save(buffer, format, **options)
-    return buffer.getvalue()
+    return encoded(Image.new("RGB", (32, 32), "grey"), format, **options)
 
 
 def png(**texts: str) -> bytes:

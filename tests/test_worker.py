@@ -21,6 +21,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import x2dfd
+from tests.pictures import encoded
+from tests.raising import raises
 from x2dfd import cli, experts, worker
 from x2dfd.errors import InputError, SetupError, UnknownName, X2DFDError
 from x2dfd.media import Picture, load_media
@@ -134,9 +136,7 @@ def decoder(source: str | Path | bytes) -> tuple[bytes, int]:
 
 
 def png(shade: int = 0, side: int = 40) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (side, side), (shade, 90, 60)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encoded(Image.new("RGB", (side, side), (shade, 90, 60)), "PNG")
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_a_file_is_decoded_elsewhere_only_while_isolating(tmp_path: Path, light:
     with isolating():
         there = load_media(path)
         other = decoder(path)[1]
-        with pytest.raises(InputError, match="SIGSEGV"):
+        with raises("decoder_died", "SIGSEGV"):
             decoder(b"segv")
         assert os.getpid() != decoder(path)[1] != other
         assert load_media(Image.open(path)).format == "PIL"
@@ -166,9 +166,7 @@ def test_a_file_is_decoded_elsewhere_only_while_isolating(tmp_path: Path, light:
 
 def slow_gif() -> bytes:
     """About 20 seconds of decoding."""
-    buffer = io.BytesIO()
-    Image.new("L", (4000, 4000)).save(buffer, "GIF")
-    data = buffer.getvalue()
+    data = encoded(Image.new("L", (4000, 4000)), "GIF")
     at = data.index(b",\0\0\0\0")
     return data[:at] + data[at:-1] * 120 + b";"
 

@@ -153,7 +153,7 @@ def check_contents(folder: Path, card: AdapterCard) -> None:
         )
     if card.weights != WHOLE and file_sha256(weights) != card.sha256:
         raise SetupError(
-            f"{weights} is not the file of its card (SHA-256 differs); copy the directory again",
+            f"{weights} is not the file that its card names (SHA-256 differs); copy the directory again",
             code="weights_hash_differs",
         )
     if card.preprocessing != (made := preprocessing(card.crop_size)):
@@ -222,7 +222,7 @@ def check_fit(model: Any, folder: Path) -> dict[str, Tensor]:
         llavas = astray[0].startswith("model.layers.")
         mend = "LLaVA's own names; convert it: python -m finetune convert" if llavas else "names of another base"
         raise SetupError(
-            f"{folder / WEIGHTS}: {len(astray)} matrices would apply to nothing ({astray[0]}): {mend}",
+            f"{folder / WEIGHTS} holds {len(astray)} matrices that this base does not have ({astray[0]}): {mend}",
             code="adapter_does_not_fit",
         )
     missing = {n.replace(".lora_A.", ".lora_B.") for n in lone}

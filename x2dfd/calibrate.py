@@ -57,7 +57,7 @@ def calibrate(
     trained with others. Raises X2DFDError when a label is lacking, and SetupError for a model without a directory.
     """
     if not 0 <= false_alarms <= 1:  # also not a number, which typer's bounds let pass
-        raise X2DFDError(f"false_alarms is a share, from 0 to 1; it is {false_alarms}", code="share_out_of_range")
+        raise X2DFDError(f"false_alarms must be a share from 0 to 1, not {false_alarms}", code="share_out_of_range")
     spec = ModelSpec.parse(model)
     if (adapter := spec.adapter) is None or spec.url is not None:
         raise SetupError(
@@ -127,10 +127,10 @@ def strangers_in(folder: Path, names: Sequence[str]) -> list[tuple[Expert, set[s
         expert = load_expert(name, path.parent)
         left_out = set(expert.card.figures.get("left_out", ()))
         if not left_out:
-            raise X2DFDError(f"{path}: its `left_out` is empty", code="left_out_invalid")
+            raise X2DFDError(f"{path}: `left_out` names no source", code="left_out_invalid")
         found.append((expert, left_out))
     if not found:
-        raise X2DFDError(f"{folder}: no folder in it holds weights of {', '.join(names)}", code="left_out_missing")
+        raise X2DFDError(f"no folder in {folder} holds weights of {', '.join(names)}", code="left_out_missing")
     return found
 
 

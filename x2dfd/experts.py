@@ -129,7 +129,8 @@ def _load(name: str, folder: Path | None) -> Expert:
         return found()
     if not inspect.signature(found).parameters:
         raise SetupError(
-            f"expert {name!r} takes no other weights, and {folder} holds a card of it", code="expert_without_weights"
+            f"{folder} holds a card of expert {name!r}, which cannot take other weights than its own",
+            code="expert_without_weights",
         )
     return found(folder)  # type: ignore[call-arg]
 
@@ -159,7 +160,7 @@ class PlugIn:
 
     def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
         """As `Expert.judge`, by `ask` over there."""
-        reason = "the expert hung or crashed before, and is not asked again"
+        reason = "the expert hung or crashed twice, so it is not asked again"
         if self._failed < _PLUGIN_TRIES:
             try:
                 return self._worker.call(_ask_there, *self._given, list(faces), shared)
@@ -192,7 +193,7 @@ def aliased(text: str) -> tuple[tuple[str, ...], dict[str, str]]:
     names = tuple(name for _, _, name in pairs)
     called = [alias or name for alias, _, name in pairs]
     if len(set(names)) < len(names) or len(set(called)) < len(called):
-        raise X2DFDError(f"experts {text!r}: each once, and each under a name of its own", code="expert_twice")
+        raise X2DFDError(f"experts {text!r}: an expert or an alias is named twice", code="expert_twice")
     return names, {name: alias for alias, _, name in pairs if alias}
 
 
@@ -229,17 +230,17 @@ def _checked(name: str, said: list[Evidence], n: int) -> list[Evidence]:
     found = []
     for e in said:
         if not isinstance(e, Evidence):
-            raise TypeError(f"{type(e).__name__} in place of Evidence")
+            raise TypeError(f"{type(e).__name__} instead of Evidence")
         score = None if e.score is None else float(e.score)
         if score is not None and not 0 <= score <= 1:
             found.append(Evidence(name, None, f"the expert's score {score} is no probability"))
             continue
         kinds = {k: float(v) for k, v in e.kinds.items() if score is not None}
         if not all(k in KINDS and 0 <= v <= 1 for k, v in kinds.items()):
-            kinds, e = {}, replace(e, note="what it said of the kinds of fakes was no probability and is left out")
+            kinds, e = {}, replace(e, note="its numbers for the kinds of fake are no probabilities and were dropped")
         numbers = [c.score for c in e.cues if c.score is not None] + [v for row in e.map for v in row]
         if not all(map(math.isfinite, numbers)):
-            e = replace(e, cues=(), map=(), note="what it pointed at was no number and is left out")
+            e = replace(e, cues=(), map=(), note="its cues and map were not finite, and were dropped")
         found.append(replace(e, expert=name, score=score, kinds=kinds))
     return found
 

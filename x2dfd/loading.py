@@ -248,7 +248,7 @@ def cut_layers(
         return None
     if config.model_type != "llava":
         raise SetupError(
-            f"layers can be left out of a LLaVA alone, and {folder} is a {config.model_type!r} model",
+            f"only a LLaVA can be loaded with some of its layers, and {folder} is a {config.model_type!r} model",
             code="layers_unsupported",
         )
     if tower_layers is not None:
@@ -257,8 +257,7 @@ def cut_layers(
     known = range(config.text_config.num_hidden_layers)
     if chosen is not None and (not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(known)):
         raise SetupError(
-            f"text layers {chosen} of {len(known)}: each once, and only those that there are",
-            code="text_layers_invalid",
+            f"text layers {chosen}: the model has {len(known)}, and each may be named once", code="text_layers_invalid"
         )
     if isinstance(text_layers, int):
         config.text_config.num_hidden_layers = text_layers
@@ -269,10 +268,7 @@ def cut_layers(
     layers = config.vision_feature_layer
     tower = int(config.vision_config.num_hidden_layers)
     if any(not -tower <= layer <= tower for layer in ([layers] if isinstance(layers, int) else layers)):
-        raise SetupError(
-            f"feature layers {layers} of a tower with {tower} layers: there are none such",
-            code="feature_layers_invalid",
-        )
+        raise SetupError(f"feature layers {layers}: the tower has {tower} layers", code="feature_layers_invalid")
     return chosen
 
 
@@ -307,7 +303,9 @@ def reading(
     transformers ("auto" spreads a model over all GPUs). Raises SetupError.
     """
     if base is None and (device_map or bits):
-        raise SetupError("the embedded model is small: it is read whole, on one device", code="option_not_for_embedded")
+        raise SetupError(
+            "the embedded model is small: it takes no bits and no device map", code="option_not_for_embedded"
+        )
     if base is None:
         return {}
     options: Json = {"dtype": TORCH_DTYPES[precision]}
@@ -358,7 +356,7 @@ def choose_device(
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise SetupError(
-            f"{device!r} is no device; give cpu, cuda, or cuda:1 and so on", code="device_unknown"
+            f"{device!r} is no device; give cpu, cuda or, for the second GPU, cuda:1", code="device_unknown"
         ) from error
     if place.type == "cuda" and (not torch.cuda.is_available() or (place.index or 0) >= torch.cuda.device_count()):
         raise SetupError(

@@ -111,7 +111,7 @@ def _rows(file: Path) -> Iterator[tuple[int, Json]]:
     readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
     if file.suffix.lower() not in readers:
         raise X2DFDError(
-            f"{file.name}: a manifest ends in .csv, .tsv, .jsonl or .parquet; a spreadsheet is saved as CSV UTF-8",
+            f"{file.name}: a manifest's name ends in .csv, .tsv, .jsonl or .parquet; save a spreadsheet as CSV UTF-8",
             code="manifest_format_unknown",
         )
     try:
@@ -312,7 +312,7 @@ def _absolute(where: str, folder: Path, path: str) -> Path:
     if "\\" in path and os.sep == "/" and not os.path.lexists(folder / path):  # written on Windows
         if PureWindowsPath(path).drive:
             raise X2DFDError(
-                f"{where}: {path} is a path of another machine, with a drive: write paths below the manifest's folder",
+                f"{where}: {path} names a drive of another machine: write paths relative to the manifest's folder",
                 code="manifest_path_foreign",
             )
         path = path.replace("\\", "/")

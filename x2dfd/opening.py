@@ -73,11 +73,12 @@ def load(
         torch.set_num_threads(threads)
     if spec.expert is not None:
         raise SetupError(
-            f"{spec} is one expert without a language model, which the benchmark alone takes", code="model_not_for_task"
+            f"{spec} is one expert without a language model; only eval/run_bench.py takes that",
+            code="model_not_for_task",
         )
     if spec.url is not None and (device or dtype or device_map or bits):
         raise SetupError(
-            "a served model computes where its server runs: give no device, dtype, map and bits",
+            "a served model runs on its server: leave out --device, --dtype, --device-map and --bits",
             code="option_not_for_served",
         )
     folder = EMBEDDED if spec.embedded else spec.adapter
@@ -220,14 +221,14 @@ def _experts(
     differing = [n for n, e in zip(names, loaded, strict=True) if wanted.get(n, e.card.sha256) != e.card.sha256]
     if differing and not other:
         raise SetupError(
-            f"the adapter goes with other weights of expert {differing[0]!r} than are here: put those back that its "
-            "card and calibration name, or fit it to these: x2dfd calibrate --other-experts",
+            f"the adapter was made with other weights of expert {differing[0]!r}. Put back the weights that its "
+            "card and calibration name, or fit a calibration to the new ones: x2dfd calibrate --other-experts",
             code="expert_weights_differ",
         )
     unknown = [n for n in names if calibration and n not in calibration.weights]
     if unknown and mode == "calibrated":
         raise SetupError(
-            f"the calibration does not know {', '.join(unknown)}: take mode='paper', or train and calibrate with it",
+            f"the calibration was fitted without {', '.join(unknown)}: take mode='paper', or fit it: x2dfd calibrate",
             code="expert_not_calibrated",
         )
     return dict(zip(names, loaded, strict=True))

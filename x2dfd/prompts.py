@@ -209,7 +209,7 @@ def begun(processor: Processor, messages: list[Json], start: str = "") -> str:
     frame = framed(processor, messages, answer_next=True)
     if frame.rstrip().endswith("<think>"):
         raise SetupError(
-            "this model thinks before it answers, so no verdict can be scored: take its Instruct variant",
+            "this model reasons before it answers, so no verdict can be scored: take its Instruct variant",
             code="model_thinks",
         )
     if not start or frame[-1].isspace():
@@ -233,7 +233,7 @@ def answer_end(processor: Processor) -> int:
     begun = render(processor, QUESTION, STEM)
     if not whole.startswith(begun):
         raise SetupError(
-            "this chat template does not go on from its own prompt, so that answers cannot be told apart",
+            "this chat template changes the prompt when an answer is added, so answers cannot be masked",
             code="template_unmaskable",
         )
     after: list[int] = processor.tokenizer(whole.removeprefix(begun).strip(), add_special_tokens=False)["input_ids"]

@@ -79,14 +79,14 @@ def _credentials(source: str | Path | bytes, format: str) -> Json:
             settings["trust"] = {"user_anchors": Path(anchors).read_text("ascii")}
         except (OSError, ValueError) as error:
             raise SetupError(
-                f"the trust list {anchors} cannot be read ({error}); unset {TRUST} or mend it",
+                f"the trust list {anchors} cannot be read ({error}); correct it, or unset {TRUST}",
                 code="trust_list_unreadable",
             ) from error
     try:
         context = c2pa.Context(c2pa.Settings.from_dict(settings))
     except c2pa.C2paError as error:
         raise SetupError(
-            f"the trust list {anchors} is none ({error}); unset {TRUST} or mend it", code="trust_list_invalid"
+            f"{anchors} is not a trust list ({error}); correct it, or unset {TRUST}", code="trust_list_invalid"
         ) from error
     try:
         with (

@@ -78,7 +78,7 @@ class RayDetector:
         ):  # Ray would wait for ever
             has = "; ".join(f"{node.get('CPU', 0):g} and {node.get('GPU', 0):g}" for node in nodes) or "none"
             raise SetupError(
-                f"an actor needs {cpus} CPUs and {gpus} GPUs of one machine; those of the cluster have {has}",
+                f"an actor needs {cpus} CPUs and {gpus} GPUs of one machine, and the cluster's machines have {has}",
                 code="cluster_too_small",
             )
         self.info = self._asked_info()

@@ -39,7 +39,7 @@ class VllmScoring:
             raise X2DFDError(f"memory is a share above 0 and up to 1, not {self.memory}", code="number_out_of_range")
         if not 2 <= self.likeliest <= 20:
             raise X2DFDError(
-                f"likeliest must be from 2 to 20, which vLLM gives without being told, not {self.likeliest}",
+                f"likeliest must be from 2 to 20 (vLLM gives no more by default), not {self.likeliest}",
                 code="number_out_of_range",
             )
 

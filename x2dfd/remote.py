@@ -52,7 +52,7 @@ class ServerDetector:
                 result = result_of(said)
             except (ValueError, KeyError, TypeError) as error:
                 raise X2DFDError(
-                    f"{self._url} answers in another form than this version reads: {error}", code="server_reply"
+                    f"the answer of {self._url} cannot be read by this version: {error}", code="server_reply"
                 ) from error
             yield result
 
@@ -72,7 +72,9 @@ class ServerDetector:
                 code="server_missing",
             ) from error
         if not isinstance(said, dict):
-            raise X2DFDError(f"{self._url} is no x2dfd: it answers {json.dumps(said)[:60]}", code="server_reply")
+            raise X2DFDError(
+                f"{self._url} is not an `x2dfd serve`: it answered {json.dumps(said)[:60]}", code="server_reply"
+            )
         return said
 
 

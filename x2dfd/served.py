@@ -215,7 +215,8 @@ class ServedMLLM:
             # Where the answer was begun for it, the labels are compared however unlikely both are, as locally.
             if real is None or fake is None or (max(real, fake) < LEAST and not self.continues):
                 raise InputError(
-                    "no_label", f"{self.name} begins with {reply.text[:40]!r}: neither real nor fake is likely"
+                    "no_label",
+                    f"{self.name} begins with {reply.text[:40]!r}, and finds neither real nor fake likely",
                 )
             return fake - real
 
@@ -342,8 +343,8 @@ class ServedMLLM:
             ) from None
         if read.text.lstrip().startswith(THINKS):
             raise SetupError(
-                f"{self._model!r} thinks before it answers, so nothing can be scored: serve its Instruct variant, or "
-                "switch thinking off at the server",
+                f"{self._model!r} reasons before it answers, so nothing can be scored: serve its Instruct variant, or "
+                "switch reasoning off at the server",
                 code="model_thinks",
             )
         self._answered = True
@@ -362,8 +363,8 @@ class ServedMLLM:
             status = getattr(error, "status_code", None)
             if status is not None and 300 <= status < 400:
                 raise SetupError(
-                    f"{self.host} sends elsewhere, to {error.response.headers.get('location')}; face crops are sent "
-                    "where you say alone: give that address, if you trust it",
+                    f"{self.host} redirects to {error.response.headers.get('location')}. Face crops go only to the "
+                    "address that you name: name that one, if you trust it",
                     code="redirected",
                 ) from None
             if status in (401, 403):

@@ -132,7 +132,7 @@ class Worker:
         try:
             kind, value = _Records(io.BytesIO(answer)).load()
         except Exception as error:  # a hostile pickle raises nearly anything
-            raise InputError("decoder_died", f"{self.doing} gave an answer that is none") from error
+            raise InputError("decoder_died", f"{self.doing} sent a reply that cannot be read") from error
         return kind, value
 
     @contextmanager
@@ -151,11 +151,14 @@ class Worker:
         try:
             if not self._pipe.poll(START_SECONDS):
                 raise SetupError(
-                    f"no process for {self.doing} comes up within {START_SECONDS:g} seconds", code="process_missing"
+                    f"the process for {self.doing} did not start within {START_SECONDS:g} seconds",
+                    code="process_missing",
                 )
             self._pipe.recv_bytes()
         except (EOFError, OSError) as error:
-            raise SetupError(f"no process for {self.doing} comes up: x2dfd doctor", code="process_missing") from error
+            raise SetupError(
+                f"the process for {self.doing} cannot be started: x2dfd doctor", code="process_missing"
+            ) from error
         self._ready = True
 
     def _fate(self) -> InputError:

@@ -64,7 +64,7 @@ def heads(
     net = TowerHeads()
     found = net.load_state_dict({k: v for k, v in weights.items() if not k.startswith("tower.")}, strict=False)
     if unknown := [k for k in found.unexpected_keys]:
-        raise X2DFDError(f"{start}: {unknown[0]} is no part of the heads", code="tensor_unknown")
+        raise X2DFDError(f"{start} holds the tensor {unknown[0]}, which the heads do not have", code="tensor_unknown")
     additions = start / card.weights
     crops = load_crops(data)
     rows = training_rows(crops, limit)
@@ -180,7 +180,7 @@ def _learn_map(
     partly = (share > 0) & (share < 0.97)
     learnt, kept = np.flatnonzero((splits == "train") & partly), np.flatnonzero((splits == "calib") & partly)
     if not len(learnt) or not len(kept):
-        raise X2DFDError("no forgery with a mask in splits `train` and `calib`", code="no_mask")
+        raise X2DFDError("the splits `train` and `calib` hold no forgery with a mask", code="no_mask")
 
     def loss_of(chosen: NDArray[np.intp]) -> Tensor:
         drawn, wanted = net.map(_patches(cache, chosen), areas[chosen].float() / 255), masks[chosen]

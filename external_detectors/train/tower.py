@@ -122,7 +122,9 @@ def start_from(net: Net, weights: dict[str, Tensor], scale: float = 2.0) -> None
     with torch.no_grad():
         for short, value in weights.items():
             if short not in by_short or by_short[short].shape != value.shape:
-                raise X2DFDError(f"this tower lacks {short} of shape {tuple(value.shape)}", code="start_does_not_fit")
+                raise X2DFDError(
+                    f"--start: this tower has no {short} of shape {tuple(value.shape)}", code="start_does_not_fit"
+                )
             by_short[short].copy_(value / scale if short.endswith(LORA_B) else value)
 
 
@@ -229,7 +231,7 @@ def _odds(samples: Sequence[Sample]) -> NDArray[np.float64]:
     odds = np.array([sizes[k] ** -0.5 * min(1.0, CLIP / groups[s.group]) for k, s in zip(keys, samples, strict=True)])
     fake = np.array([k[0] == "fake" for k in keys])
     if not fake.any() or fake.all():
-        raise X2DFDError("the manifests hold no real or no fake picture of split `train`", code="no_picture_of_label")
+        raise X2DFDError("split `train` of the manifests lacks real or fake pictures", code="no_picture_of_label")
     odds[fake] *= FAKES / odds[fake].sum()
     odds[~fake] *= (1 - FAKES) / odds[~fake].sum()
     return odds
