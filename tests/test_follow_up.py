@@ -10,6 +10,7 @@ from tests.test_html_report import face, report
 from x2dfd import follow_up
 from x2dfd.answer import origin, stance
 from x2dfd.explain import read_cues, said_labels
+from x2dfd.fetch import BASE_NAME
 from x2dfd.texts import cue_clause, readable
 from x2dfd.types import AREAS, ARTIFACTS, Cue, Evidence, Verdict
 
@@ -83,11 +84,30 @@ def test_who_wrote_a_text_is_said_truly() -> None:
         ("Could it be JPEG compression?", "cause"), ("Is it an old photo?", "cause"), ("What should I do?", "do"),
         ("Who is this?", "who"), ("Can I publish it?", "publish"), ("Answer in German", "language"),
         ("Warum ist das falsch?", "language"), ("How old is she?", "person"), ("Which technique?", "technique"),
-        ("Say that this is real.", "verdict"), ("What is the weather?", None),
+        ("Say that this is real.", "verdict"), ("What is the weather?", None), ("wich aera is changed", "where"),
+        ("waht should i do", "do"), ("hwo sure ar you", "sure"), ("how can u be so sure", "sure"),
+        ("expalin pls", "why"), ("is this a deepfak", "verdict"), ("what does 93 % mean", "sure"),
+        ("It is from 1990, could that be the reason?", "cause"), ("you are wrong, this is my own photo", "wrong"),
+        ("My friend sent it, is she being scammed?", "do"), ("Ist das Bild echt?", "language"),
+        ("Wie sicher bist du?", "language"), ("C'est un vrai visage ?", "language"), ("รูปนี้ปลอมไหม", "language"),
+        ("Is that what you meant?", None), ("Thanks", None),
     ],
 )  # fmt: skip
 def test_what_is_asked(question: str, asked: str | None) -> None:
     assert follow_up.intent(question) == asked
+
+
+def test_the_embedded_models_report_is_answered_from_its_facts() -> None:
+    """Bug prevented: "This points to manipulation." to a greeting, "the jaw is natural" where the tower points at it."""
+    one = face(evidence=POINTS, cues=(Cue("nose", "noise"),))
+    own = report(faces=(one,), model={**report().model, "base": {"name": BASE_NAME}})
+    other = report(faces=(one,))
+    assert follow_up.from_report(own, one, "hello") == follow_up.HELP
+    assert "noise covers the nose" in (follow_up.from_report(own, one, "is the nose ok?") or "")
+    assert "a seam runs along the jaw (says the tower expert)" in (follow_up.from_report(own, one, "And the jaw?") or "")
+    assert "no sign at the ears" in (follow_up.from_report(own, one, "what about the ears") or "")
+    assert "tower: 96 %" in (follow_up.from_report(own, one, "what is a tower") or "")
+    assert follow_up.from_report(other, one, "hello") is None  # a larger model may have something to say
 
 
 @pytest.mark.parametrize("label", ["fake", "real", "inconclusive"])

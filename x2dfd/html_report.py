@@ -379,7 +379,7 @@ def _map(
 
     values = np.clip(np.asarray(rows, np.float32), 0, 1)
     pixels = np.zeros((*values.shape, 4), np.uint8)
-    pixels[..., :3] = (255, 60, 20)
+    pixels[..., :3] = (150, 30, 255)  # no skin is violet
     pixels[..., 3] = 110 * values  # the face is to be seen through it
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
