@@ -98,13 +98,15 @@ def test_what_is_asked(question: str, asked: str | None) -> None:
 
 
 def test_the_embedded_models_report_is_answered_from_its_facts() -> None:
-    """Bug prevented: "This points to manipulation." to a greeting, "the jaw is natural" where the tower points at it."""
+    """Bug prevented: "This points to manipulation." to a greeting, "the jaw is natural" where the tower points."""
     one = face(evidence=POINTS, cues=(Cue("nose", "noise"),))
     own = report(faces=(one,), model={**report().model, "base": {"name": BASE_NAME}})
     other = report(faces=(one,))
     assert follow_up.from_report(own, one, "hello") == follow_up.HELP
     assert "noise covers the nose" in (follow_up.from_report(own, one, "is the nose ok?") or "")
-    assert "a seam runs along the jaw (says the tower expert)" in (follow_up.from_report(own, one, "And the jaw?") or "")
+    assert "a seam runs along the jaw (says the tower expert)" in (
+        follow_up.from_report(own, one, "And the jaw?") or ""
+    )
     assert "no sign at the ears" in (follow_up.from_report(own, one, "what about the ears") or "")
     assert "tower: 96 %" in (follow_up.from_report(own, one, "what is a tower") or "")
     assert follow_up.from_report(other, one, "hello") is None  # a larger model may have something to say

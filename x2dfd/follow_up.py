@@ -1,8 +1,8 @@
 """Follow-up questions: what is asked, and the answer where the report's own facts give it.
 
-A small language model garbles numbers, so it is asked only about what it sees; the embedded one answers "This points to
-manipulation." to a greeting and praises a jaw that was changed, so it is not asked at all (LOG.md). What nobody here can
-know is said so.
+A small language model garbles numbers, so it is asked only about what it sees; the embedded one answers "This points
+to manipulation." to a greeting and praises a jaw that was changed, so it is not asked at all (LOG.md). What nobody here
+can know is said so.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ HELP = (
     "publish it, whether a filter or compression can be the cause. You can also ask about an area, such as the eyes."
 )
 _SPELT = (
-    "what which where why how sure certain explain area should real fake deepfake forged filter publish percent expert "
-    "trust next reason eyes mouth teeth nose"
-).split()
+    "what", "which", "where", "why", "how", "sure", "certain", "explain", "area", "should", "real", "fake", "deepfake",
+    "forged", "filter", "publish", "percent", "expert", "trust", "next", "reason", "eyes", "mouth", "teeth", "nose",
+)  # fmt: skip
 
 _LANGUAGES = (
     r"german|deutsch|french|fran[cç]ais|spanish|espa[nñ]ol|italian|italiano|portuguese|portugu[eê]s|dutch|polish|"
@@ -35,8 +35,8 @@ _LANGUAGES = (
 _FOREIGN = re.compile(
     r"[\u0370-\u1fff\u3040-\u9fff\uac00-\ud7af]|"
     r"\b(?:warum|wieso|ist|das|wie|wer|echt|bitte|was soll|pourquoi|c'est|est[- ]ce|qui est|vraie?|faux|visage|puis-je|"
-    r"por qu[eé]|es (?:real|falso|verdad)|qui[eé]n|esta|puedo|foto|questa|perch[eé]|[eè] (?:vero|falso)|posso|porqu[eê]|"
-    r"waarom|dlaczego|czy|neden)\b",
+    r"por qu[eé]|es (?:real|falso|verdad)|qui[eé]n|esta|puedo|foto|questa|perch[eé]|[eè] (?:vero|falso)|posso|"
+    r"porqu[eê]|waarom|dlaczego|czy|neden)\b",
     re.IGNORECASE,
 )
 
@@ -239,8 +239,8 @@ _INTENTS = tuple(
     for name, asked in {
         "language": (rf"(?:in|into|speak|to) (?:{_LANGUAGES})\b", "translat", r"(?:other|another|my) language\b"),
         "sure": (
-            r"how (?:\w+ ){0,4}(?:sure|certain|confident|likely|reliable|accurate)", "probabilit", "percent", "confiden",
-            r"certain", r"what does .*\d",
+            r"how (?:\w+ ){0,4}(?:sure|certain|confident|likely|reliable|accurate)", "probabilit", "percent",
+            "confiden", "certain", r"what does .*\d",
             r"are you sure\b", r"could (?:it|you|this) be wrong\b", r"trust (?:you|this|the)\b",
         ),
         "experts": (r"(?:experts?|detectors?|scores?|blind spots?)\b",),
@@ -272,18 +272,20 @@ _INTENTS = tuple(
             r"as (?:a )?(?:proof|evidence)\b",
         ),
         "do": (
-            r"what (?:should|can|do|must|shall|could) (?:i|we|one)\b", r"what (?:now|next)\b", r"next steps?\b", r"scam",
+            r"what (?:should|can|do|must|shall|could) (?:i|we|one)\b", r"what (?:now|next)\b", r"next steps?\b", "scam",
             r"how (?:can|do|could|should) (?:i|we) (?:check|verify|find out|confirm|know|test)\b",
         ),
         "cause": (
             r"filters?\b", r"make-?up\b", "compress", r"jpe?g\b", r"whatsapp\b", "scan", "blurr?y", "retouch",
-            "old (?:photo|picture|image|camera)", r"(?:is|was) old\b", r"(?:from|in) (?:the )?(?:1[89]|20)\d\ds?\b", r"low (?:quality|resolution)\b", "screenshot", "resiz", "photoshop",
+            "old (?:photo|picture|image|camera)", r"(?:is|was) old\b", r"(?:from|in) (?:the )?(?:1[89]|20)\d\ds?\b",
+            r"low (?:quality|resolution)\b", "screenshot", "resiz", "photoshop",
             r"beauty\b", r"black and white\b", r"small (?:photo|picture|image|copy)\b",
         ),
         "where": (r"(?:which|what) (?:area|part|place|region|spot)", r"where\b", r"show me\b"),
         "why": (
             r"why\b", r"what makes you\b", r"reasons?\b", r"explain\b", r"how (?:do|can|did) you (?:know|tell)\b",
-            "what (?:did|do|can) you (?:see|look|find)", r"tell me (?:more|about)", r"convince\b", r"(?:proof|evidence)\b",
+            "what (?:did|do|can) you (?:see|look|find)", "tell me (?:more|about)", r"convince\b",
+            r"(?:proof|evidence)\b",
         ),
         "verdict": (
             r"(?:real|fake|genuine|authentic|forged|deep-?fake|manipulated|generated|true|verdict|answer)\b",

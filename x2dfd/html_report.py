@@ -356,7 +356,7 @@ def closer(face: FaceReport, width: float, height: float) -> str:
     scale = min(0.55 * min(width / w, height / h), 10.0) if w > 0 and h > 0 else 1.0
     if scale < 1.8:
         return ""
-    # The point that stays where it is while the face's centre moves to the picture's; at its edge nothing is left blank.
+    # The point that stays where it is while the face's centre moves to the picture's; no edge is left blank.
     fixed = [(scale * (at + side / 2) / of - 0.5) / (scale - 1) for at, side, of in ((x, w, width), (y, h, height))]
     left, top = (100 * min(max(f, 0.0), 1.0) for f in fixed)
     return f"--scale:{scale:.2f};--x:{left:.1f}%;--y:{top:.1f}%"
