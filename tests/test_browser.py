@@ -36,12 +36,13 @@ SHOTS = os.environ.get("X2DFD_SCREENSHOTS")
 DESK, PHONE = (1280, 900), (390, 844)
 EXPLAINED = "The jaw has a soft edge."
 
-# What reaches over the edge of the window, and text that is cut by its own box.
+# What reaches over the edge of the window, but for a picture that is enlarged, and text that is cut by its own box.
 CUT_OFF = """() => {
   const out = [];
   for (const e of document.querySelectorAll('main *, body > header *, footer *')) {
     const style = getComputedStyle(e), box = e.getBoundingClientRect();
-    if (!e.checkVisibility({visibilityProperty: true}) || !box.width || e.closest('svg, .picture > img')) continue;  // an enlarged picture is cut
+    const drawn = e.closest('svg, .picture > img');
+    if (!e.checkVisibility({visibilityProperty: true}) || !box.width || drawn) continue;
     if (box.right > innerWidth + 1 || box.left < -1) out.push('over the edge: ' + e.outerHTML.slice(0, 120));
     const clips = style.overflowX === 'hidden' || style.overflowX === 'clip' || style.textOverflow === 'ellipsis';
     if (clips && e.matches('button, p, h1, h2, h3, h4, li, td, th, dd, label') && e.scrollWidth > e.clientWidth + 1)
