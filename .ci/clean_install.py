@@ -76,7 +76,7 @@ def _wheel(source: Path, place: Path, path: str, options: list[str]) -> None:
     [judged] = _run(["x2dfd", "detect", "--json", photo], place, path).splitlines()
     assert json.loads(judged)["faces"], judged
     _run(["pip", "install", "--quiet", *options, *pins, str(source / "examples" / "spectrum_expert")], place, path)
-    names = [expert["name"] for expert in json.loads(_run(["x2dfd", "experts", "--json"], place, path))]
+    names = [row["expert"] for row in json.loads(_run(["x2dfd", "experts", "--json"], place, path))]
     assert "spectrum" in names, names
 
 

@@ -224,14 +224,14 @@ class _Parts:
                 self.tries = gr.HTML(draw("examples", thumbs), elem_id="tries", **pickable)
                 self.table = gr.HTML(elem_id="results", **pickable)
                 self.verdict = gr.HTML(js_on_load=LIVE)
-                with gr.Row(visible=False) as self.downloads:
-                    self.as_html = gr.DownloadButton("Download the report (HTML)", size="sm")
-                    self.as_json = gr.DownloadButton("Download the record (JSON)", size="sm")
                 self.curve = gr.HTML(elem_id="over-time", **pickable)
-                self.pick = gr.Dropdown(label="Several faces: pick the one to look at", filterable=False, visible=False)
+                self.pick = gr.Dropdown(label="Pick the face to look at", filterable=False, visible=False)
                 self.live = gr.HTML(elem_classes="live")
                 self.stop = gr.Button("Stop", size="sm", visible=False)
                 self.panel = gr.HTML()
+                with gr.Row(visible=False) as self.downloads:
+                    self.as_html = gr.DownloadButton("Download the report (HTML)", size="sm")
+                    self.as_json = gr.DownloadButton("Download the record (JSON)", size="sm")
             with gr.Column(scale=2, min_width=320, elem_classes="talk"):
                 self.chat = gr.Chatbot(
                     label="Ask about the result", height=400, allow_tags=False, render_markdown=False, buttons=["copy"],

@@ -24,7 +24,7 @@ from x2dfd.answer import (
 )
 from x2dfd.errors import X2DFDError
 from x2dfd.experts import expert_class
-from x2dfd.html_report import PROVENANCE, UNCOUNTED, jpeg_uri, marked_areas, overlays, pages, points_at
+from x2dfd.html_report import PROVENANCE, UNCOUNTED, closer, jpeg_uri, marked_areas, overlays, pages, points_at
 from x2dfd.media import Video, load_media
 from x2dfd.statements import CAVEAT, LEAD, of_generator
 from x2dfd.types import FaceReport, Failure, Report, frames_asked
@@ -102,6 +102,9 @@ def face_panel(case: Case, index: int | None) -> str:
         "others": [f for f in report.faces if f.frame == frame and f is not face],
         "maps": overlays(face) if face else [],
         "map_on": face is not None and points_at(face),
+        "closer": closer(face, width, height) if face else "",
+        "first": _first(face, report) if face else 0,
+        "name": named(face, report) if face else "",
     }
     return draw("panel", report, face, figure, marks, case.stage, case.why)
 
@@ -132,8 +135,20 @@ def table(files: Sequence[tuple[str, Report | Failure]], total: int, now: int | 
 
 def choices(report: Report) -> list[tuple[str, int]]:
     """The faces as a visitor reads them, and their index."""
-    when = ["" if f.time_s is None else f" at {f.time_s:.1f} s" for f in report.faces]
-    return [(f"Face {f.index + 1}{at}: {told(f.verdict)}", f.index) for f, at in zip(report.faces, when, strict=True)]
+    return [(f"{named(face, report)}: {told(face.verdict)}", face.index) for face in report.faces]
+
+
+def named(face: FaceReport, report: Report) -> str:
+    """A photo's face by its number; a clip's by its moment, and by its number where the frame has several."""
+    if face.time_s is None:
+        return f"Face {face.index + 1}"
+    several = sum(other.frame == face.frame for other in report.faces) > 1
+    return f"At {face.time_s:.1f} s" + (f", face {face.index - _first(face, report) + 1}" if several else "")
+
+
+def _first(face: FaceReport, report: Report) -> int:
+    """The index of the first face in the same frame."""
+    return min(other.index for other in report.faces if other.frame == face.frame)
 
 
 @cache

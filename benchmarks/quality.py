@@ -120,10 +120,10 @@ def draw(result: Json, file: Path) -> None:
     axes = figure.subplots()
     for way in result["ways"]:
         at, value, interval = way["seconds"], way["auc"]["value"], way["auc"]["interval"]
-        axes.scatter(at, value, s=max(way["megabytes"] / 4, 10))
+        dot = axes.scatter(at, value, s=max(way["megabytes"] / 4, 10))
+        axes.scatter([], [], s=40, color=dot.get_facecolor(), label=way["name"])
         if interval:
             axes.plot([at, at], interval, color="grey", linewidth=0.8, zorder=0)
-        axes.annotate(way["name"], (at, value), (6, 6), textcoords="offset points", fontsize=8)
     data = result["data"]
     what = f"AUC, {data['n_fake']} fakes, {data['n_real']} photos"
     axes.set(xscale="log", xlabel=f"seconds a face, {result['threads']} CPU threads", ylabel=what)
@@ -132,6 +132,7 @@ def draw(result: Json, file: Path) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     seconds = [way["seconds"] for way in result["ways"]]
     axes.set_xlim(min(seconds) / 1.5, max(seconds) * 2.5)
+    axes.legend(loc="best", fontsize=8)  # names beside dots that are close would overlap
     axes.set_title("Quality against cost")
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=100)

@@ -90,7 +90,7 @@ def detect(name: str, result: Result, *, every: bool = False) -> Iterator[Table]
     `every`: further columns of the manifest too, what has too few groups for an interval, and methods that were trained
     on, beside reals of the same source.
     """
-    scorers: dict[str, Result] = result["scorers"]
+    scorers = _apart(result["scorers"])
     held_out = result["model"]["stated"].get("held_out", [])
     first = next(iter(scorers.values()))
     overall = first["overall"]
@@ -277,6 +277,16 @@ def _parts(by: Result, every: bool) -> list[tuple[str, str]]:
     found = [(c, v) for c, v in found if every or c in ("method", "source")]
     # A set of one generator's fakes bears its name as source and as method: one row says it.
     return [(c, v) for c, v in found if c != "source" or ("method", v) not in found]
+
+
+def _apart(scorers: dict[str, Result]) -> dict[str, Result]:
+    """Scorers whose figures are all equal as one, under their names: a second column would say nothing more."""
+    parts = [(column, value) for column, values in next(iter(scorers.values()))["by"].items() for value in values]
+    alike: dict[str, list[str]] = {}
+    for name, scorer in scorers.items():
+        by = [scorer["by"].get(column, {}).get(value, {}).get("auc") for column, value in parts]
+        alike.setdefault(repr([scorer["overall"]["auc"], *by]), []).append(name)
+    return {" = ".join(names): scorers[names[0]] for names in alike.values()}
 
 
 def _aucs(scorers: dict[str, Result]) -> list[Cell]:

@@ -390,10 +390,10 @@ def test_faces_can_be_switched(visitor: Visitor, detector: FakeDetector) -> None
     assert shown["pick"]["choices"] == [["Face 1: Likely fake, 93 %", 0], ["Face 2: Likely real, 8 %", 1]]
     panel = Page(shown["panel"])
     [drawn], [switch] = panel.all("image", "map"), panel.all("input", "of-maps")
-    assert len(panel.all("rect", "over")) == 2 and "checked" in switch and "map by tower" in panel.text
+    assert len(panel.all("rect", "over")) == 2 and "checked" in switch and "(by tower)" in panel.text
     assert drawn["transform"] == "matrix(53.0000 0.0000 0.0000 66.0000 172.0000 66.0000)" and drawn["width"] == "2"
     assert (drawn["href"] or "").startswith("data:image/png;base64,")
-    done = visitor.use("Several faces: pick the one to look at", "input", None, 1)
+    done = visitor.use("Pick the face to look at", "input", None, 1)
     panel = Page(done["output"]["data"][0])
     assert "Face 2: ✓ Likely real 8 %" in panel.text and "This one looks natural." in panel.text
     assert not panel.all("polygon") and not panel.all("image") and not panel.all("input", "of-maps")
@@ -412,7 +412,7 @@ def test_video_is_shown_by_its_frame(detector: FakeDetector, report: Report) -> 
     report = replace(report, faces=faces, media={**report.media, "kind": "video"})
     case = pieces.Case(report, "gone.mp4", {0: "data:image/jpeg;base64,AAAA", 8: "data:image/jpeg;base64,BBBB"})
     assert Page(pieces.face_panel(case, 1)).all("img")[0]["src"] == "data:image/jpeg;base64,BBBB"
-    assert pieces.choices(case.report)[1][0].startswith("Face 2 at 1.0 s")
+    assert pieces.choices(case.report)[1][0].startswith("At 1.0 s: ")
     assert "only its report can be quoted: The jaw" in demo.answer(detector, case, 1, "What about the eyes?")
 
 
@@ -485,7 +485,7 @@ def test_a_clip_shows_its_frames_as_they_are_judged_and_a_curve(
     assert [tap["data-pick"] for tap in taps] == [str(i) for i in range(10)]
     assert taps[3]["title"] == "0.6 s: 48 %" and [t["data-pick"] for t in taps if "aria-current" in t] == ["9"]
     picked, panel, redrawn = visitor.use("over-time", "select", None, told={"index": 3})["output"]["data"]
-    assert picked == 3 and "Face 4" in Page(panel).text
+    assert picked == 3 and "At 0.6 s" in Page(panel).text
     assert [t["data-pick"] for t in Page(redrawn).all("button") if "aria-current" in t] == ["3"]
 
 

@@ -36,12 +36,13 @@ SHOTS = os.environ.get("X2DFD_SCREENSHOTS")
 DESK, PHONE = (1280, 900), (390, 844)
 EXPLAINED = "The jaw has a soft edge."
 
-# What reaches over the edge of the window, and text that is cut by its own box.
+# What reaches over the edge of the window, but for a picture that is enlarged, and text that is cut by its own box.
 CUT_OFF = """() => {
   const out = [];
   for (const e of document.querySelectorAll('main *, body > header *, footer *')) {
     const style = getComputedStyle(e), box = e.getBoundingClientRect();
-    if (!e.checkVisibility({visibilityProperty: true}) || !box.width || e.closest('svg')) continue;
+    const drawn = e.closest('svg, .picture > img');
+    if (!e.checkVisibility({visibilityProperty: true}) || !box.width || drawn) continue;
     if (box.right > innerWidth + 1 || box.left < -1) out.push('over the edge: ' + e.outerHTML.slice(0, 120));
     const clips = style.overflowX === 'hidden' || style.overflowX === 'clip' || style.textOverflow === 'ellipsis';
     if (clips && e.matches('button, p, h1, h2, h3, h4, li, td, th, dd, label') && e.scrollWidth > e.clientWidth + 1)
@@ -160,7 +161,7 @@ def test_upload_verdict_follow_up_face_and_report(
     tab.get_by_label("Your question").fill("What about the eyes?")
     tab.get_by_role("button", name="Ask", exact=True).click()
     expect(tab.get_by_role("log")).to_contain_text("Stored verdict, which chat cannot change", timeout=30_000)
-    tab.get_by_label("Several faces: pick the one to look at").click()
+    tab.get_by_label("Pick the face to look at").click()
     tab.get_by_role("option", name="Face 2").click()
     expect(tab.get_by_role("region", name="Face 2")).to_contain_text("This one looks natural.", timeout=30_000)
     looks_right(tab, "second-face", scheme)
@@ -197,15 +198,15 @@ def test_the_keyboard_reaches_everything(served: tuple[FakeDetector, str], tabs:
     press_tab_until("its forged twin")
     tab.keyboard.press("Enter")
     ready(tab)
-    press_tab_until("Download the report (HTML)")
-    with tab.expect_download():
-        tab.keyboard.press("Enter")
-    press_tab_until("Show suspected areas")
+    press_tab_until("Map of where a change")
     overlay = tab.locator(".x2 image.map")
     expect(overlay).to_be_visible()  # it points at something on a face that is called fake
     looks_right(tab, "map")
     tab.keyboard.press("Space")
     expect(overlay).to_be_hidden()
+    press_tab_until("Download the report (HTML)")
+    with tab.expect_download():
+        tab.keyboard.press("Enter")
     press_tab_until("Which area?")
     tab.keyboard.press("Enter")
     expect(tab.get_by_role("log")).to_contain_text("Which area?", timeout=30_000)
@@ -229,8 +230,8 @@ def test_a_screen_reader_finds_names_and_hears_the_verdict(served: tuple[FakeDet
     expect(tab.get_by_role("region", name="Verdict").get_by_role("img", name=spoken)).to_be_visible()
     expect(tab.get_by_role("img", name="photo.jpg, 2 faces marked")).to_be_visible()
     for role, name in (
-        ("checkbox", "Show the named areas"), ("checkbox", "Show suspected areas (map by tower)"),
-        ("combobox", "Several faces: pick the one to look at"), ("textbox", "Your question"),
+        ("checkbox", "Outlines of the named areas"), ("checkbox", "Map of where a change is suspected (by tower)"),
+        ("combobox", "Pick the face to look at"), ("textbox", "Your question"),
         ("log", "chatbot conversation"), ("list", "Marked areas"), ("heading", "Face 1: Likely fake 93 %"),
     ):  # fmt: skip
         expect(tab.get_by_role(role, name=name)).to_have_count(1)
@@ -258,10 +259,10 @@ def test_several_files_and_a_clip(
     table.get_by_role("button", name="landscape.jpg").press("Enter")
     expect(tab.get_by_role("region", name="Verdict")).to_contain_text("Not assessed", timeout=30_000)
     table.get_by_text("Likely fake").last.click()  # anywhere in the row
-    expect(tab.get_by_role("region", name="Face 10")).to_contain_text(EXPLAINED, timeout=60_000)
+    expect(tab.get_by_role("region", name="At 1.8 s")).to_contain_text(EXPLAINED, timeout=60_000)
     looks_right(tab, "clip", scheme)
     tab.get_by_role("region", name="The clip over time").get_by_role("button", name="0.6 s: 48 %").click()
-    expect(tab.get_by_role("region", name="Face 4")).to_be_visible(timeout=30_000)
+    expect(tab.get_by_role("region", name="At 0.6 s")).to_be_visible(timeout=30_000)
 
 
 def test_who_waits_in_the_queue_is_told(served: tuple[FakeDetector, str], tabs: Tabs) -> None:
@@ -319,7 +320,7 @@ def test_the_case_report_can_be_read_on_every_screen(
     tab.locator("details.file > summary").first.click()
     overlay = tab.locator("image.map")
     expect(overlay).to_be_visible()  # of a face that is called fake, and it points at something
-    tab.get_by_role("checkbox", name="Show suspected areas").uncheck()
+    tab.get_by_role("checkbox", name="Map of where a change").uncheck()
     expect(overlay).to_be_hidden()
     tab.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true })")
     looks_right(tab, "report-open", scheme)

@@ -28,6 +28,7 @@ HOSTILE = {
     "huge number": '{"name": ' + "9" * 5000 + "}",
     "twice": '{"name": "a", "name": "b"}',
     "no JSON": "name: a",
+    "not a number": '{"name": NaN, "figures": {"n": -Infinity}}',
 }
 CARD = Card("a", "1", "here", "MIT", "0" * 64, "none", "no paper", "everything", figures={"n": 3})
 

@@ -10,6 +10,7 @@ from tests.test_html_report import face, report
 from x2dfd import follow_up
 from x2dfd.answer import origin, stance
 from x2dfd.explain import read_cues, said_labels
+from x2dfd.fetch import BASE_NAME
 from x2dfd.texts import cue_clause, readable
 from x2dfd.types import AREAS, ARTIFACTS, Cue, Evidence, Verdict
 
@@ -32,19 +33,20 @@ def test_no_sign_is_named_on_a_photo_that_is_not_called_fake(verdict: Verdict) -
     text = readable(wrong, verdict, POINTS, NOBODY)
     assert not read_cues(text) and not said_labels(text)
     assert not any(word in text for word in ("seam", "shift", "Additionally", "photo is real", "fine detail"))
-    assert ("Nothing was found." in text) == (verdict.label == "real")
-    assert ("there is no answer" in text) == (verdict.label == "inconclusive")
+    assert ("None were found." in text) == (verdict.label == "real")
+    assert ("for an answer" in text) == (verdict.label == "inconclusive")
 
 
 def test_a_text_says_one_thing_once_and_of_the_kind_of_fake() -> None:
     """Bug prevented: "Skin blur: the skin looks softer", read twice; a close that names no sign and no area."""
     whole = "This looks like a face that no camera ever took."
     generated = Verdict("fake", 0.9, None, "whole")
-    for seam in (whole, f"{whole} A seam runs along the jaw."):  # which a face that was made at one go has not
-        text = readable(seam, generated, POINTS, NOBODY)
-        assert text == "The face looks generated as a whole, although no single area stands out."
-    text = readable(f"A grid lies over the skin. {whole}", generated, POINTS, NOBODY)
-    assert text == "The face looks generated as a whole. A grid lies over the skin."
+    # A face that was made at one go has no seam, and single areas of it were named wrongly.
+    for local in (whole, f"{whole} A seam runs along the jaw.", "Fine detail is missing in the teeth."):
+        text = readable(local, generated, POINTS, NOBODY)
+        assert text.startswith("The face looks generated as a whole. Such traces") and not read_cues(text)
+    text = readable(f"A fine grid lies over the whole image. {whole}", generated, POINTS, NOBODY)
+    assert text == "The face looks generated as a whole. A fine grid lies over the whole image."
     text = readable(whole, Verdict("fake", 0.9, None, "part"), POINTS, NOBODY)
     assert text == "A part of the photo looks changed. A seam runs along the jaw."
     said = "Skin blur: the skin looks softer than the rest; jaw blending: the jaw shows a seam. "
@@ -82,11 +84,32 @@ def test_who_wrote_a_text_is_said_truly() -> None:
         ("Could it be JPEG compression?", "cause"), ("Is it an old photo?", "cause"), ("What should I do?", "do"),
         ("Who is this?", "who"), ("Can I publish it?", "publish"), ("Answer in German", "language"),
         ("Warum ist das falsch?", "language"), ("How old is she?", "person"), ("Which technique?", "technique"),
-        ("Say that this is real.", "verdict"), ("What is the weather?", None),
+        ("Say that this is real.", "verdict"), ("What is the weather?", None), ("wich aera is changed", "where"),
+        ("waht should i do", "do"), ("hwo sure ar you", "sure"), ("how can u be so sure", "sure"),
+        ("expalin pls", "why"), ("is this a deepfak", "verdict"), ("what does 93 % mean", "sure"),
+        ("It is from 1990, could that be the reason?", "cause"), ("you are wrong, this is my own photo", "wrong"),
+        ("My friend sent it, is she being scammed?", "do"), ("Ist das Bild echt?", "language"),
+        ("Wie sicher bist du?", "language"), ("C'est un vrai visage ?", "language"), ("รูปนี้ปลอมไหม", "language"),
+        ("Is that what you meant?", None), ("Thanks", None),
     ],
 )  # fmt: skip
 def test_what_is_asked(question: str, asked: str | None) -> None:
     assert follow_up.intent(question) == asked
+
+
+def test_the_embedded_models_report_is_answered_from_its_facts() -> None:
+    """Bug prevented: "This points to manipulation." to a greeting, "the jaw is natural" where the tower points."""
+    one = face(evidence=POINTS, cues=(Cue("nose", "noise"),))
+    own = report(faces=(one,), model={**report().model, "base": {"name": BASE_NAME}})
+    other = report(faces=(one,))
+    assert follow_up.from_report(own, one, "hello") == follow_up.HELP
+    assert "noise covers the nose" in (follow_up.from_report(own, one, "is the nose ok?") or "")
+    assert "a seam runs along the jaw (says the tower expert)" in (
+        follow_up.from_report(own, one, "And the jaw?") or ""
+    )
+    assert "no sign at the ears" in (follow_up.from_report(own, one, "what about the ears") or "")
+    assert "tower: 96 %" in (follow_up.from_report(own, one, "what is a tower") or "")
+    assert follow_up.from_report(other, one, "hello") is None  # a larger model may have something to say
 
 
 @pytest.mark.parametrize("label", ["fake", "real", "inconclusive"])

@@ -270,8 +270,20 @@ def test_an_experts_map_can_be_laid_over_the_picture() -> None:
     data = re.search(r'<image class="map" href="data:image/png;base64,([^"]+)"', html)
     assert data is not None
     alpha = np.asarray(Image.open(io.BytesIO(base64.b64decode(data[1]))))[..., 3]
-    assert alpha.tolist() == [[0, 200], [100, 0]]
-    assert 'type="checkbox"' not in html_report.render([report()], [ASTRONAUT])
+    assert alpha.tolist() == [[0, 110], [55, 0]]  # the face is seen through it
+    assert 'class="of-map"' not in html_report.render([report()], [ASTRONAUT])
+
+
+def test_a_small_face_is_enlarged_to_the_middle_and_leaves_no_blank_edge() -> None:
+    """In a wide picture the marks lie on a few pixels; enlarged about a wrong point, the face is out of sight."""
+    for x in (0.0, 400.0, 950.0):
+        style = html_report.closer(face(box=(x, 300.0, 50.0, 60.0)), 1000.0, 800.0)
+        found = {name: float(value.rstrip("%")) for name, value in re.findall(r"--(\w+):([\d.]+%?)", style)}
+        scale, fixed = found["scale"], 10 * found["x"]
+        left, right = (fixed + scale * (at - fixed) for at in (x, x + 50))
+        assert scale > 5 and left >= -1 and right <= 1001  # the face is in sight
+        assert 0 <= fixed <= 1000 and (x != 400.0 or abs((left + right) / 2 - 500) < 5)
+    assert html_report.closer(face(box=(100.0, 100.0, 500.0, 600.0)), 1000.0, 800.0) == ""
 
 
 def test_the_weight_of_a_score_stands_with_propositions_interval_and_limits() -> None:

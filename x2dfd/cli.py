@@ -262,8 +262,10 @@ def verify(
 )
 def serve(
     model: options.Model = "embedded",
-    host: Annotated[str, typer.Option(help="Address to listen on; whoever reaches it may ask.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8417,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Address to listen on; whoever reaches it may ask.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, metavar="N")] = 8417,
     threads: options.Threads = None,
 ) -> None:
     """Keep a model warm and answer over HTTP: POST a file or a form to /detect; /openapi.json describes the rest."""
@@ -307,7 +309,9 @@ def experts(as_json: options.AsJson = False) -> None:
 
 @app.command(epilog=_examples("x2dfd fetch", "x2dfd fetch base --force"))
 def fetch(
-    name: Annotated[str | None, typer.Argument(help="The part to get; without it, all that the model needs.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="The part to get; without it, all that the model needs.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a part that is already here.")] = False,
 ) -> None:
     """Get what the model needs, by pinned version and SHA-256. This command uses the network; detect does not."""
@@ -330,7 +334,7 @@ def assess(
         Path | None, typer.Option(metavar="FILE", help="Cue questions (JSON); without it, the shipped bank.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="At most this many pictures.")] = None,
-    split: Annotated[str | None, typer.Option(help="Only this split of the manifest.")] = None,
+    split: Annotated[str | None, typer.Option(metavar="NAME", help="Only this split of the manifest.")] = None,
     model: options.Model = "embedded",
     device: options.Device = None,
     dtype: options.DtypeOption = None,
@@ -356,7 +360,7 @@ def calibrate(
         str, typer.Option(metavar="SPEC", help="DIR, or hub:NAME+DIR; calibration.json is written into the directory.")
     ],
     data: Annotated[list[Path], typer.Option(metavar="MANIFEST", help="Labelled pictures; give it again for more.")],
-    split: Annotated[str, typer.Option(help="The split that was kept for it.")] = "calib",
+    split: Annotated[str, typer.Option(metavar="NAME", help="The split that was kept for it.")] = "calib",
     limit: Annotated[int | None, typer.Option(min=2, metavar="N", help="Most pictures of a manifest.")] = None,
     experts: Annotated[
         str | None, typer.Option(metavar="NAMES", help="Experts that join, comma-separated; default: the prompt's.")
@@ -365,7 +369,9 @@ def calibrate(
         Path | None,
         typer.Option(metavar="DIR", help="Folders of expert weights that were trained without some sources."),
     ] = None,
-    false_alarms: Annotated[float, typer.Option(min=0, max=1, help="Most of a source's photos called fake.")] = 0.05,
+    false_alarms: Annotated[
+        float, typer.Option(min=0, max=1, metavar="SHARE", help="Most of a source's photos called fake.")
+    ] = 0.05,
     other_experts: Annotated[
         bool, typer.Option("--other-experts", help="Take the expert weights that are here, whatever the card names.")
     ] = False,

@@ -32,12 +32,13 @@ def parse_json(text: str | bytes) -> Any:
     """JSON from elsewhere as plain values; bytes are UTF-8, with a BOM or without.
 
     Raises ValueError with one line of reason for what is not JSON, and for what would trouble whoever goes on with the
-    values: nesting beyond MAX_DEPTH, whole numbers of more than MAX_DIGITS digits, a key twice in one object.
+    values: nesting beyond MAX_DEPTH, whole numbers of more than MAX_DIGITS digits, a key twice in one object, NaN and
+    Infinity.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8-sig")
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_int=_bounded_int)
+        value = json.loads(text, object_pairs_hook=_unique, parse_int=_bounded_int, parse_constant=_no_json)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if text.count("[") + text.count("{") > MAX_DEPTH:
@@ -71,6 +72,10 @@ def _unique(pairs: list[tuple[str, object]]) -> Json:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the key {twice[:60]!r} stands twice in one object")
     return found
+
+
+def _no_json(constant: str) -> object:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def _bounded_int(digits: str) -> int:

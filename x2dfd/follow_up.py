@@ -1,20 +1,32 @@
 """Follow-up questions: what is asked, and the answer where the report's own facts give it.
 
-A small language model garbles numbers, so it is asked only about what it sees; what nobody here can know is said so.
+A small language model garbles numbers, so it is asked only about what it sees; the embedded one answers "This points
+to manipulation." to a greeting and praises a jaw that was changed, so it is not asked at all (LOG.md). What nobody here
+can know is said so.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from difflib import get_close_matches
 
-from x2dfd.answer import KINDS_SAID, NEXT_STEPS, NOT_PROOF, percent, reason, stance, told
+from x2dfd.answer import KINDS_SAID, NEXT_STEPS, NOT_PROOF, meaning, percent, reason, stance, told
 from x2dfd.explain import named_areas
+from x2dfd.fetch import BASE_NAME
 from x2dfd.texts import against, area_name, cue_clause
 from x2dfd.types import FaceReport, Report
 
 NO_FACE = "No face was assessed in this file, so nothing can be said about a forgery."
 REFUSED = "The language model's answer went against the report, so it is not shown."
+HELP = (
+    "I can answer from the report only: why, which area, how sure, which expert said what, what to do next, whether to "
+    "publish it, whether a filter or compression can be the cause. You can also ask about an area, such as the eyes."
+)
+_SPELT = (
+    "what", "which", "where", "why", "how", "sure", "certain", "explain", "area", "should", "real", "fake", "deepfake",
+    "forged", "filter", "publish", "percent", "expert", "trust", "next", "reason", "eyes", "mouth", "teeth", "nose",
+)  # fmt: skip
 
 _LANGUAGES = (
     r"german|deutsch|french|fran[cç]ais|spanish|espa[nñ]ol|italian|italiano|portuguese|portugu[eê]s|dutch|polish|"
@@ -22,8 +34,9 @@ _LANGUAGES = (
 )
 _FOREIGN = re.compile(
     r"[\u0370-\u1fff\u3040-\u9fff\uac00-\ud7af]|"
-    r"\b(?:warum|wieso|ist das|was soll|wer ist|pourquoi|est-ce|qui est|por qu[eé]|es (?:real|falso|verdad)|qui[eé]n|"
-    r"perch[eé]|[eè] (?:vero|falso)|porqu[eê]|waarom|dlaczego|czy|neden)\b",
+    r"\b(?:warum|wieso|ist|das|wie|wer|echt|bitte|was soll|pourquoi|c'est|est[- ]ce|qui est|vraie?|faux|visage|puis-je|"
+    r"por qu[eé]|es (?:real|falso|verdad)|qui[eé]n|esta|puedo|foto|questa|perch[eé]|[eè] (?:vero|falso)|posso|"
+    r"porqu[eê]|waarom|dlaczego|czy|neden)\b",
     re.IGNORECASE,
 )
 
@@ -32,7 +45,7 @@ def intent(question: str) -> str | None:
     """What a question asks for: a key of `_ANSWERS`; None when it asks for something else."""
     if _FOREIGN.search(question):
         return "language"
-    low = question.lower()
+    low = spelt(question)
     return next((name for name, asked in _INTENTS if asked.search(low)), None)
 
 
@@ -41,12 +54,31 @@ def from_report(report: Report, face: FaceReport | None, question: str) -> str |
     asked = intent(question)
     if face is None:
         return _do(report, face) if asked in ("do", "publish") else NO_FACE
-    areas = named_areas(question)
-    if asked in (None, "where", "why") and areas and (said := _of_areas(face, areas)):
-        return said
-    if asked == "where" and areas:
-        return None
-    return _ANSWERS[asked](report, face) if asked else None
+    alone = report.model.get("base", {}).get("name") == BASE_NAME
+    areas = named_areas(spelt(question))
+    if areas and asked in (None, "where", "why", "verdict"):
+        if (said := _of_areas(report, face, areas)) or alone:
+            return said or _nothing_at(face, areas)
+        if asked == "where":
+            return None
+    if asked is None and any(re.search(rf"\b{re.escape(e.expert)}\b", question.lower()) for e in face.evidence):
+        asked = "experts"
+    return _ANSWERS[asked](report, face) if asked else HELP if alone else None
+
+
+def spelt(question: str) -> str:
+    """The question in lower case, with slips of the keys in the words that tell what is asked put right.
+
+    >>> spelt("Wich aera? Expalin!")
+    'which area? explain!'
+    """
+
+    def right(found: re.Match[str]) -> str:
+        word = found[0]
+        turned = [known for known in _SPELT if known[0] == word[0] and sorted(known) == sorted(word)]
+        return next(iter(turned or get_close_matches(word, _SPELT, 1, 0.88)), word)
+
+    return re.sub(r"[a-z]{3,}", right, question.lower())
 
 
 def checked(said: str, face: FaceReport) -> str:
@@ -56,12 +88,22 @@ def checked(said: str, face: FaceReport) -> str:
     return " ".join(kept) if kept else REFUSED if sentences else "The language model has no answer to this."
 
 
-def _of_areas(face: FaceReport, areas: list[str]) -> str | None:
-    """What the report names at one of these areas."""
-    found = [c for c in face.cues if c.area in areas]
-    if face.verdict.label != "fake" or not found:
+def _of_areas(report: Report, face: FaceReport, areas: list[str]) -> str | None:
+    """What the report or an expert that counts names at one of these areas of a face that is called fake."""
+    if face.verdict.label != "fake":
         return None
-    return "The report names there: " + "; ".join(cue_clause(c) for c in found) + "."
+    if found := [c for c in face.cues if c.area in areas]:
+        return "The report names there: " + "; ".join(cue_clause(c) for c in found) + "."
+    points = [(e.expert, c) for e in face.evidence if e.expert not in report.uncounted for c in e.cues]
+    told = [f"{cue_clause(c)} (says the {expert} expert)" for expert, c in points if c.area in areas]
+    return f"The explanation does not name it, but {'; '.join(told)}." if told else None
+
+
+def _nothing_at(face: FaceReport, areas: list[str]) -> str:
+    where = " and ".join(area_name(a) for a in areas)
+    if face.verdict.label == "inconclusive":
+        return f"Of {where}, nothing is said: there is no answer about this face."
+    return f"The report names no sign at {where}. That does not show that nothing was changed there."
 
 
 def _why(report: Report, face: FaceReport) -> str:
@@ -159,8 +201,7 @@ def _publish(report: Report, face: FaceReport | None) -> str:
 
 
 def _verdict(report: Report, face: FaceReport) -> str:
-    why = reason(face.verdict)
-    return f"The answer is: {told(face.verdict)}." + (f" {why}" if why else "")
+    return f"{told(face.verdict)}. {meaning(face.verdict)}"
 
 
 def _fixed(text: str) -> Callable[[Report, FaceReport], str]:
@@ -180,6 +221,10 @@ _ANSWERS: dict[str, Callable[[Report, FaceReport], str]] = {
         "The picture does not tell. What the file states of its origin stands in the report; anyone can write it."
     ),
     "publish": _publish,
+    "wrong": _fixed(
+        "It is an estimate and can be wrong. Judge the original file from the camera: if the answer changes, what the "
+        "copy went through was the cause."
+    ),
     "do": _do,
     "cause": _other_cause,
     "sure": how_sure,
@@ -194,7 +239,8 @@ _INTENTS = tuple(
     for name, asked in {
         "language": (rf"(?:in|into|speak|to) (?:{_LANGUAGES})\b", "translat", r"(?:other|another|my) language\b"),
         "sure": (
-            "how (?:sure|certain|confident|likely|reliable|accurate)", "probabilit", "percent", "confiden", "certain",
+            r"how (?:\w+ ){0,4}(?:sure|certain|confident|likely|reliable|accurate)", "probabilit", "percent",
+            "confiden", "certain", r"what does .*\d",
             r"are you sure\b", r"could (?:it|you|this) be wrong\b", r"trust (?:you|this|the)\b",
         ),
         "experts": (r"(?:experts?|detectors?|scores?|blind spots?)\b",),
@@ -217,23 +263,29 @@ _INTENTS = tuple(
             r"(?:when|where) (?:was|is|were) (?:it|this|that|the \w+) (?:taken|shot|made|from)\b", r"which camera\b",
             r"metadata\b", r"exif\b", r"c2pa\b", r"content credentials\b",
         ),
+        "wrong": (
+            r"(?:you are|you're|that is|that's|this is|it is|it's) (?:wrong|incorrect|a mistake|not true|mistaken)\b",
+            r"my own\b", r"i (?:took|shot|made) (?:it|this)\b",
+        ),
         "publish": (
             "publish", r"print (?:it|this)\b", r"(?:post|share|accuse|sue|court|police)\b",
             r"as (?:a )?(?:proof|evidence)\b",
         ),
         "do": (
-            r"what (?:should|can|do|must|shall|could) (?:i|we|one)\b", r"what (?:now|next)\b", r"next steps?\b",
+            r"what (?:should|can|do|must|shall|could) (?:i|we|one)\b", r"what (?:now|next)\b", r"next steps?\b", "scam",
             r"how (?:can|do|could|should) (?:i|we) (?:check|verify|find out|confirm|know|test)\b",
         ),
         "cause": (
             r"filters?\b", r"make-?up\b", "compress", r"jpe?g\b", r"whatsapp\b", "scan", "blurr?y", "retouch",
-            "old (?:photo|picture|image|camera)", r"low (?:quality|resolution)\b", "screenshot", "resiz", "photoshop",
+            "old (?:photo|picture|image|camera)", r"(?:is|was) old\b", r"(?:from|in) (?:the )?(?:1[89]|20)\d\ds?\b",
+            r"low (?:quality|resolution)\b", "screenshot", "resiz", "photoshop",
             r"beauty\b", r"black and white\b", r"small (?:photo|picture|image|copy)\b",
         ),
         "where": (r"(?:which|what) (?:area|part|place|region|spot)", r"where\b", r"show me\b"),
         "why": (
             r"why\b", r"what makes you\b", r"reasons?\b", r"explain\b", r"how (?:do|can|did) you (?:know|tell)\b",
-            "what did you (?:see|look|find)", r"convince\b", r"(?:proof|evidence)\b",
+            "what (?:did|do|can) you (?:see|look|find)", "tell me (?:more|about)", r"convince\b",
+            r"(?:proof|evidence)\b",
         ),
         "verdict": (
             r"(?:real|fake|genuine|authentic|forged|deep-?fake|manipulated|generated|true|verdict|answer)\b",

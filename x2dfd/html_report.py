@@ -331,6 +331,8 @@ def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], 
         "shapes": shapes,
         "maps": maps,
         "map_on": any(points_at(face) for face in faces),
+        "closer": closer(faces[0], width, height) if len(faces) == 1 else "",
+        "closer_on": any(face.verdict.label == "fake" for face in faces),
         "mapped_by": ", ".join(dict.fromkeys(str(m["expert"]) for m in maps)),
         "boxes": boxes,
         "legend": [(key, *rest) for key, rest in legend.items()],
@@ -345,6 +347,19 @@ def overlays(face: FaceReport) -> list[dict[str, str | float]]:
     if len(face.crop) != 3 or face.verdict.p_fake is None:
         return []
     return [_map(face.crop, e.map, e.expert) for e in face.evidence if _square(e.map)]
+
+
+def closer(face: FaceReport, width: float, height: float) -> str:
+    """CSS variables that enlarge a picture of that size about its point (--x, --y) until a small face fills it by half;
+    "" where the face is large."""
+    x, y, w, h = face.box
+    scale = min(0.55 * min(width / w, height / h), 10.0) if w > 0 and h > 0 else 1.0
+    if scale < 1.8:
+        return ""
+    # The point that stays where it is while the face's centre moves to the picture's; no edge is left blank.
+    fixed = [(scale * (at + side / 2) / of - 0.5) / (scale - 1) for at, side, of in ((x, w, width), (y, h, height))]
+    left, top = (100 * min(max(f, 0.0), 1.0) for f in fixed)
+    return f"--scale:{scale:.2f};--x:{left:.1f}%;--y:{top:.1f}%"
 
 
 def points_at(face: FaceReport) -> bool:
@@ -364,8 +379,8 @@ def _map(
 
     values = np.clip(np.asarray(rows, np.float32), 0, 1)
     pixels = np.zeros((*values.shape, 4), np.uint8)
-    pixels[..., :3] = (255, 60, 20)
-    pixels[..., 3] = 200 * values
+    pixels[..., :3] = (150, 30, 255)  # no skin is violet
+    pixels[..., 3] = 110 * values  # the face is to be seen through it
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     (x, y), right, down = corners

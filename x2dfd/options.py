@@ -40,7 +40,7 @@ DeviceMap = Annotated[
     str | None, typer.Option("--device-map", metavar="auto", help="Spread a large MLLM over all GPUs.")
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, max=1024, metavar="N", help="CPU threads.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of everything that is drawn.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Of everything that is drawn.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
 
 

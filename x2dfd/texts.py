@@ -1,8 +1,9 @@
 """The rationale that a person reads: what the language model wrote, less what the report's own facts refute.
 
-In the calibrated mode no text names a sign of forgery on a photo that is not called fake, and none goes against the
-verdict or its kind. Sentences that name no sign, or the experts (`x2dfd.prompts.expert_sentence`), are left out, too.
-What is missing then is written here, from the report.
+In the calibrated mode no text names a sign of forgery on a photo that is not called fake, none names a single area of
+a face that is called generated as a whole, and none goes against the verdict or its kind. Sentences that name no sign,
+or the experts (`x2dfd.prompts.expert_sentence`), are left out, too. What is missing then is written here, from the
+report.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ _LABEL = re.compile(rf"\b(?:{'|'.join(AREAS)}) (?:{'|'.join(ARTIFACTS)}): ", re.
 
 
 def looked_at(evidence: Sequence[Evidence], uncounted: frozenset[str]) -> str:
-    """What the experts with a weight looked at: both kinds of fakes, where one of them tells the kinds apart."""
+    """What the experts with a weight looked for: both kinds of fakes, where one of them tells the kinds apart."""
     both = any(e.kinds for e in evidence if e.expert not in uncounted)
-    how = " as a whole, for traces of generators, and area by area, for changes" if both else ""
-    return f"The face was checked{how}."
+    what = "traces of image generators and, area by area, for changes" if both else "traces of a change"
+    return f"The face was checked for {what}."
 
 
 def area_name(area: str) -> str:
@@ -57,7 +58,7 @@ def readable(text: str, verdict: Verdict, evidence: Sequence[Evidence], uncounte
     if verdict.label == "inconclusive":
         return undecided(verdict, evidence, uncounted)
     if verdict.label == "real":
-        return f"{looked_at(evidence, uncounted)} Nothing was found."
+        return f"{looked_at(evidence, uncounted)} None were found."
     sentences = re.findall(r"\S[^.!?\n]*(?:[.!?]+|$)", mended(prompts.closed(text, verdict.label, ())))
     seen = [_unlabelled(s) for s in sentences if read_cues(s) and not against(s, verdict)]
     return " ".join([f"{_start(verdict)}.", *seen]) if seen else called_fake(verdict, evidence, uncounted)
@@ -79,27 +80,35 @@ def against(sentence: str, verdict: Verdict) -> bool:
     said, kind, cues = said_labels(sentence), said_kind(sentence), read_cues(sentence)
     if verdict.label != "fake":
         return bool(cues) or "fake" in said or (verdict.label == "inconclusive" and "real" in said)
-    return "real" in said or (verdict.kind is not None and kind not in (None, verdict.kind)) or _joined(cues, verdict)
+    return "real" in said or (verdict.kind is not None and kind not in (None, verdict.kind)) or _local(cues, verdict)
 
 
-def _joined(cues: Sequence[Cue], verdict: Verdict) -> bool:
-    """Whether cues name a seam in a face that is called generated as a whole: it has none."""
-    return verdict.kind == "whole" and any(c.artifact == "blending" for c in cues)
+def _local(cues: Sequence[Cue], verdict: Verdict) -> bool:
+    """Whether cues name an area of a face that is called generated as a whole: its traces lie all over it.
+
+    Named there, areas were wrong: "fine detail is missing in the teeth" of a closed mouth (LOG.md).
+    """
+    return verdict.kind == "whole" and any(c.area != "whole-image" for c in cues)
 
 
 def called_fake(verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozenset[str] = frozenset()) -> str:
     """Why a face is called fake, from what the experts with a weight point at."""
-    counted = [c for e in evidence if e.expert not in uncounted for c in e.cues if not _joined([c], verdict)]
+    counted = [c for e in evidence if e.expert not in uncounted for c in e.cues if not _local([c], verdict)]
     cues = {(c.area, c.artifact): c for c in counted if c.score is None or c.score >= CUE_FROM}
     named = ". ".join(cue_clause(c).capitalize() for c in list(cues.values())[:MAX_NAMED])
-    return f"{_start(verdict)}. {named}." if named else f"{_start(verdict)}, although no single area stands out."
+    if named:
+        return f"{_start(verdict)}. {named}."
+    if verdict.kind == "whole":
+        return f"{_start(verdict)}. Such traces lie all over a face and are seldom seen by eye, so no area is named."
+    return f"{_start(verdict)}, although no single area stands out."
 
 
 def undecided(verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozenset[str] = frozenset()) -> str:
     """What was looked at, and that nothing decided; no sign is named."""
     if verdict.reason == "not_a_photograph":
         return "This looks like a drawing, a painting or a render and no photo, so it was not judged."
-    estimate = f"The estimate, {percent(verdict.p_fake)}, lies between the two thresholds, so there is no answer."
+    estimate = f"The estimate, {percent(verdict.p_fake)}, is neither low nor high enough for an answer."
+    estimate += " The original file, larger and less compressed, may give one."
     found = f"{looked_at(evidence, uncounted)} {estimate}"
     if (apart := disagreement(evidence, uncounted)) is None:
         return found
