@@ -309,7 +309,8 @@ def test_features_kept_by_the_build_are_those_of_a_fresh_pass(
 def test_features_are_made_once_and_anew_for_another_tower(
     small: None, weights: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bug prevented: a cut-off pass that starts again, or the features of one tower taken for another's."""
+    """Bug prevented: a cut-off pass that starts again, the features of one tower taken for another's, or a training
+    that reads noughts because another one begins the same folder anew."""
     data = load_crops(photos)
     passes: list[Path | None] = []
 
@@ -335,7 +336,10 @@ def test_features_are_made_once_and_anew_for_another_tower(
     wanted = [4 + float(seen_view(data.crops[i], 1, i).mean()) / 255 for i in range(10)]
     assert features() == pytest.approx(wanted, abs=5e-3) and len(passes) == 2  # eight were on disk
     assert features() == pytest.approx(wanted, abs=5e-3) and not passes
+    read = cached_features(data, np.arange(10), tmp_path, 4, (2, 4), seed=1).tokens
+    monkeypatch.setattr(clip, "tower_states", lambda *given: tuple(1 + t for t in passed(*given)))
     features(weights / "tower.safetensors")
+    assert float(read[0, 1, 1, 0]) == pytest.approx(wanted[0], abs=5e-3)
     assert passes == [weights / "tower.safetensors"] * 10
 
 

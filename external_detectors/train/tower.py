@@ -49,7 +49,7 @@ from x2dfd.crops import CropSet, load_crops
 from x2dfd.degrade import CODEC, codec, video_codec
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.faces import PREPROCESSING
-from x2dfd.files import Json, file_sha256, whole
+from x2dfd.files import Json, alone, file_sha256, whole
 from x2dfd.manifest import Sample, manifest_sha256
 from x2dfd.options import names
 from x2dfd.tower import HEAD_LAYERS, LORA_B, clip_pixels, load_tower, quick_in_16_bits
@@ -286,7 +286,8 @@ def tower(
         start_from(net, {k: v.float() for k, v in load_file(start).items()})
     net.heads.allowed.copy_(_allowed(pictures))
     log(f"{len(pictures.rows)} pictures to learn from, {len(pictures.judged)} to choose by")
-    kept, figures = _learn(net, pictures, settings, state, workers, checks)
+    with alone(state):
+        kept, figures = _learn(net, pictures, settings, state, workers, checks)
     learnt = [pictures.at(k, i) for k, i in pictures.rows]
     card = Card(
         name="tower",
@@ -327,7 +328,6 @@ def _learn(
     groups = [{"params": body, "base": settings.lr}, {"params": heads, "base": 2.5 * settings.lr}]
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=0.02)
     average = {n: p.detach().clone() for n, p in trained.items()}
-    state.mkdir(parents=True, exist_ok=True)
     saved, seconds = state / "state.safetensors", settings.minutes * 60
     spent, step, best = _resume(saved, settings, trained, average, optimizer)
     pictures.seed = settings.seed * 1_000_003 + step  # a resumed run draws others than it has drawn
