@@ -22,7 +22,7 @@ from torch import Tensor
 from data_gen.build import BuildConfig, build
 from external_detectors import tower_net
 from external_detectors.tower_net import GRID, POOLED
-from external_detectors.train import self_blend
+from external_detectors.train import loop, self_blend
 from external_detectors.train import tower as training
 from external_detectors.weights_io import save_weights
 from tests.raising import raises
@@ -434,6 +434,9 @@ def test_a_training_ends_by_the_clock_and_goes_on_where_it_was_cut_off(
     assert not (tmp_path / "out").exists()
     with raises("training_state_differs"):
         training.tower(**{**given, "seed": 1})
+    with monkeypatch.context() as patch, raises("training_state_differs"):
+        patch.setattr(training, "cue_truth", lambda sample: 1 - loop.cue_truth(sample))
+        training.tower(**given)
     training.tower(**given)
     card = read_card(tmp_path / "out" / "tower.card.json")
     assert card.figures["steps"] == 5 and [t["step"] for t in card.figures["tried"]] == [3, 5]

@@ -9,6 +9,7 @@ weights are compared on held-out pictures, and the best one is kept: more steps 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -49,7 +50,7 @@ from x2dfd.crops import CropSet, load_crops
 from x2dfd.degrade import CODEC, codec, video_codec
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.faces import PREPROCESSING
-from x2dfd.files import Json, alone, file_sha256, whole
+from x2dfd.files import Json, alone, file_sha256, json_object, whole
 from x2dfd.manifest import Sample, manifest_sha256
 from x2dfd.options import names
 from x2dfd.tower import HEAD_LAYERS, LORA_B, clip_pixels, load_tower, quick_in_16_bits
@@ -78,6 +79,7 @@ class Settings:
     lr: float
     rank: int
     seed: int
+    cues: str  # hash of what the pictures to learn from show: other code or another list of cues gives another
 
 
 class Net(nn.Module):
@@ -271,6 +273,7 @@ def tower(
     sets = [load_crops(path, crop_workers) for path in data]
     left_out = names(leave_out)
     pictures = Pictures(sets, left_out, seed)
+    truth = np.stack([cue_truth(pictures.at(k, i)) for k, i in pictures.rows])
     settings = Settings(
         tuple(manifest_sha256(path) for path in data),
         left_out,
@@ -280,11 +283,13 @@ def tower(
         lr,
         rank,
         seed,
+        hashlib.sha256(truth.data).hexdigest(),
     )
     net = Net(rank, seed)
     if start is not None:
         start_from(net, {k: v.float() for k, v in load_file(start).items()})
-    net.heads.allowed.copy_(_allowed(pictures))
+    # Pairs of area and artifact that enough pictures show; no other is ever named.
+    net.heads.allowed.copy_(torch.from_numpy((truth > 0).sum(0) >= ENOUGH))
     log(f"{len(pictures.rows)} pictures to learn from, {len(pictures.judged)} to choose by")
     with alone(state):
         kept, figures = _learn(net, pictures, settings, state, workers, checks)
@@ -306,12 +311,6 @@ def tower(
     )
     save_weights(weights_of(kept), card, out)
     print(out / "tower.card.json")
-
-
-def _allowed(pictures: Pictures) -> Tensor:
-    """Pairs of area and artifact that enough pictures show; no other is ever named."""
-    shown = np.sum([cue_truth(pictures.at(k, i)) > 0 for k, i in pictures.rows], axis=0)
-    return torch.from_numpy((shown >= ENOUGH).astype(np.float32))
 
 
 def _learn(
@@ -485,7 +484,8 @@ def _resume(
         return 0.0, 0, {"worst": None, "figures": {}, "tried": []}
     with safe_open(path, "pt") as stream:
         metadata = stream.metadata()
-    if json.loads(metadata["run"]) != json.loads(json.dumps(asdict(settings))):
+    own = json.loads(json.dumps(asdict(settings)))
+    if own | json_object(metadata["run"], path) != own:
         raise X2DFDError(
             f"{path} is the state of a training with other data or settings; choose another --state",
             code="training_state_differs",
@@ -500,4 +500,4 @@ def _resume(
             _, number, field = key.split(".", 2)
             held["state"].setdefault(int(number), {})[field] = value
     optimizer.load_state_dict(held)
-    return float(metadata["spent"]), int(metadata["step"]), json.loads(metadata["best"])
+    return float(metadata["spent"]), int(metadata["step"]), json_object(metadata["best"], path)
