@@ -24,7 +24,7 @@ from data_gen.forge import FORGE_VERSION, HARMLESS, LATENT, METHODS, Photo, chan
 from data_gen.harmless import through_video
 from x2dfd.errors import InputError, UnknownName, X2DFDError
 from x2dfd.faces import Array, find_faces
-from x2dfd.files import Json, file_sha256, json_object, read_json, write_bytes, write_text
+from x2dfd.files import Json, alone, file_sha256, json_object, read_json, write_bytes, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest, write_manifest
 from x2dfd.media import load_picture
 from x2dfd.progress import progress
@@ -344,7 +344,6 @@ def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
             code="donor_methods_alone",
         )
     _Source(config)  # refuses a bad manifest here, where it is one line; in a worker it would break the pool
-    manifest = out / "manifest.jsonl"
     settings = {**asdict(config), "data": manifest_sha256(config.data), "methods": list(config.methods)}
     settings |= {"splits": list(config.splits), "version": FORGE_VERSION, "decoders": None}
     if _DRAWN & set(config.methods):  # other decoders draw other pictures
@@ -363,7 +362,12 @@ def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
         from data_gen import latent
 
         settings["redraw"] = list(latent.load(Path(config.redraw)))  # by name: each is pinned
-    saved = out / "forge.json"
+    with alone(out):
+        return _finished(config, settings, out, workers)
+
+
+def _finished(config: ForgeConfig, settings: Json, out: Path, workers: int) -> Path:
+    saved, manifest = out / "forge.json", out / "manifest.jsonl"
     if saved.is_file() and read_json(saved) != settings:
         raise X2DFDError(f"{out} holds a forge run with other settings; choose another --out", code="settings_differ")
     if manifest.is_file() and not saved.is_file():

@@ -24,7 +24,7 @@ from eval.stats import Measured
 from eval.task import Made, Options, Run, Task
 from eval.tasks import assess, demographics, describe, detect, experts, words
 from x2dfd.errors import X2DFDError
-from x2dfd.files import Json, file_sha256, write_bytes, write_text
+from x2dfd.files import Json, alone, file_sha256, write_bytes, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,14 +50,15 @@ def run(options: Options) -> Result:
     check(options)
     samples, skipped = choose(task, manifest, options)
     asked = Run(options, manifest, manifest_sha256(manifest), task.version, samples, skipped)
-    made = task.run(asked)
-    result: Result = as_json(_result(asked, task, made))
-    if options.reporting is not None:
-        result["reporting"] = looks.count(options.reporting, result)
-    made.store.finish(made.samples or samples, made.rows, made.origin, manifest.parent)
-    text = json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False)
-    write_bytes(options.out / "result.json", (text + "\n").encode())
-    write_text(options.out / "result.html", page.render(result))
+    with alone(options.out):
+        made = task.run(asked)
+        result: Result = as_json(_result(asked, task, made))
+        if options.reporting is not None:
+            result["reporting"] = looks.count(options.reporting, result)
+        made.store.finish(made.samples or samples, made.rows, made.origin, manifest.parent)
+        text = json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False)
+        write_bytes(options.out / "result.json", (text + "\n").encode())
+        write_text(options.out / "result.html", page.render(result))
     return result
 
 

@@ -24,7 +24,7 @@ from x2dfd import prompts
 from x2dfd.crops import CropSet
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.explain import named_spans
-from x2dfd.files import Json, parse_json
+from x2dfd.files import Json, alone, parse_json
 from x2dfd.loading import family_of
 from x2dfd.mllm import TEXT_INPUTS, after_image, prefix_inputs
 from x2dfd.progress import progress
@@ -243,25 +243,26 @@ def cache_tower(
     layers = feature_layers(model)
     made_by = {"seed": seed, **VIEWS}
     key = {**key, "rows": [int(r) for r in rows], "layers": layers, **made_by}
-    cache, patches = CachedArray(folder, "patches.npy", key), None
     tower, class_token = model.model.vision_tower, model.config.vision_feature_select_strategy == "default"
     here = next(tower.parameters())
-    for at in progress(range(cache.done, len(rows)), "tower features"):
-        if here.numel() == 0:
-            raise X2DFDError(
-                "under ZeRO-3 the tower is in pieces: fill cached_features in a run without it first",
-                code="zero3_unsupported",
-            )
-        view = Image.fromarray(seen_view(data.views[int(rows[at])], seed, int(rows[at])))
-        pixels = processor.image_processor(view, return_tensors="pt")["pixel_values"].to(here)
-        states = tower(pixels, output_hidden_states=True).hidden_states
-        found = torch.cat([states[k][:, int(class_token) :] for k in layers])  # [layers, patches, hidden]
-        if patches is None:
-            patches = cache.open((len(rows), *found.shape))
-        patches[at] = found.half().cpu().numpy()
-        if at % 64 == 63 or at + 1 == len(rows):
-            cache.save(patches, at + 1)
-    return TowerFeatures(rows, cache.open(()) if patches is None else patches, layers, class_token=False)
+    with alone(folder, wait=True):
+        cache, patches = CachedArray(folder, "patches.npy", key), None
+        for at in progress(range(cache.done, len(rows)), "tower features"):
+            if here.numel() == 0:
+                raise X2DFDError(
+                    "under ZeRO-3 the tower is in pieces: fill cached_features in a run without it first",
+                    code="zero3_unsupported",
+                )
+            view = Image.fromarray(seen_view(data.views[int(rows[at])], seed, int(rows[at])))
+            pixels = processor.image_processor(view, return_tensors="pt")["pixel_values"].to(here)
+            states = tower(pixels, output_hidden_states=True).hidden_states
+            found = torch.cat([states[k][:, int(class_token) :] for k in layers])  # [layers, patches, hidden]
+            if patches is None:
+                patches = cache.open((len(rows), *found.shape))
+            patches[at] = found.half().cpu().numpy()
+            if at % 64 == 63 or at + 1 == len(rows):
+                cache.save(patches, at + 1)
+        return TowerFeatures(rows, cache.open(()) if patches is None else patches, layers, class_token=False)
 
 
 def feature_layers(model: Any) -> tuple[int, ...]:

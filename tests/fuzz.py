@@ -1,7 +1,8 @@
 """Mutants of small files against every parser, each in a process that can be killed: `python -m tests.fuzz --help`.
 
 What a parser may do with one is give a value or raise an X2DFDError. A finding is any other exception, a crash, more
-CPU than CPU_SECONDS or more memory than PEAK_BYTES. The same seed gives the same mutants.
+CPU than CPU_SECONDS, more memory than PEAK_BYTES, or a small file that the worn process no longer reads. The same seed
+gives the same mutants.
 """
 
 from __future__ import annotations
@@ -522,8 +523,8 @@ def run(name: str, seed: int = 0, *, most: int | None = None, seconds: float | N
     # The clock is long: the first call imports what the parser needs, on a machine that may be busy.
     worker = Worker(10 * CPU_SECONDS, 2 << 30, clock=300.0, doing=name, module="tests.fuzz")
     try:
-        for seed_file in target.seeds():  # imports what the parser needs, outside of the measurement
-            worker.call(measured, name, seed_file)
+        # Imports what the parser needs, outside of the measurement.
+        first = [worker.call(measured, name, seed_file)[0] for seed_file in target.seeds()]
         until = None if seconds is None else time.monotonic() + seconds
         for data in mutants(target, seed):
             if (most is not None and found.mutants >= most) or (until is not None and time.monotonic() > until):
@@ -540,6 +541,9 @@ def run(name: str, seed: int = 0, *, most: int | None = None, seconds: float | N
             found.worst_bytes = max(found.worst_bytes, peak)
             if code.startswith("unexpected") or cpu > CPU_SECONDS or peak > PEAK_BYTES:
                 found.findings.append((code or f"{cpu:.1f} s of CPU, {peak >> 20} MB", data))
+        for seed_file, before in zip(target.seeds(), first, strict=True):
+            if (code := worker.call(measured, name, seed_file)[0]) != before:
+                found.findings.append((f"a seed that gave {before!r} gives {code!r} after all mutants", seed_file))
     finally:
         worker.close()
     return found

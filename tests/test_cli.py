@@ -200,6 +200,8 @@ def test_missing_and_bad_files_are_rows(
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row.get("error", {}).get("code") for row in rows] == ["not_found", None, "not_an_image"]
     assert done.exit_code == 0 and Report.from_dict(rows[1]).faces[0].evidence[1].note == "no weights"
+    (tmp_path / "photos.csv").write_text("path,label\na.png,real\n")
+    assert "--manifest" in run("detect", tmp_path / "photos.csv").stderr
     shown = run("detect", tmp_path / "gone.jpg")
     assert shown.exit_code == 0 and shown.stdout.startswith("Not judged  not_found  ")
     monkeypatch.setattr(x2dfd, "load", lambda **_: pytest.fail("loaded"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -84,6 +86,39 @@ def test_crops_are_computed_once_and_anew_for_another_manifest(mixed: Path, monk
     again = load_crops(mixed)
     assert [s.id for s in again.samples] == ["1.png", "0.png"] and not again.unusable
     assert np.array_equal(again.crops, first[::-1])
+
+
+TWO_RUNS = """
+import sys, time
+from pathlib import Path
+from x2dfd import crops
+
+manifest, alone = Path(sys.argv[1]), crops._crop
+
+def slow(paths):
+    while len(list(manifest.parent.glob("*.ready"))) < 2:
+        time.sleep(0.1)
+    time.sleep(0.7)
+    (manifest.parent / "cropped.txt").open("a").write(f"{paths[0]}\\n")
+    return alone(paths)
+
+crops._crop = slow
+(manifest.parent / f"{sys.argv[2]}.ready").touch()
+print([s.id for s in crops.load_crops(manifest).samples])
+"""
+
+
+@pytest.mark.slow
+def test_the_second_of_two_runs_reads_the_crops_of_the_first(mixed: Path) -> None:
+    """The slower of two trainings that began together ended with 'No such file: crops.part.npy'."""
+    both = [
+        subprocess.Popen([sys.executable, "-c", TWO_RUNS, str(mixed), name], stdout=subprocess.PIPE, stderr=-1)
+        for name in "ab"
+    ]
+    said = [run.communicate(timeout=120) for run in both]
+    assert [out.decode().strip() for out, _ in said] == ["['0.png', '1.png']"] * 2, said
+    assert sum(b"waiting" in err for _, err in said) == 1
+    assert len((mixed.parent / "cropped.txt").read_text("utf-8").splitlines()) == 4  # each file once
 
 
 def test_a_manifest_without_a_usable_face_is_an_error(mixed: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from tests.raising import raises
 from x2dfd.adapter import read_adapter_card
 from x2dfd.experts import read_card
-from x2dfd.files import MAX_DEPTH, bad_rate, check_fields, parse_json, printed_from_c, read_json
+from x2dfd.files import MAX_DEPTH, alone, bad_rate, check_fields, parse_json, printed_from_c, read_json
 from x2dfd.row_parts import RowParts
 from x2dfd.types import Card
 
@@ -132,6 +132,14 @@ def test_a_card_of_other_shapes_is_refused(tmp_path: Path) -> None:
         path.write_text(json.dumps(good | change))
         with raises("not_an_adapter", next(iter(change))):
             read_adapter_card(tmp_path)
+
+
+def test_a_folder_in_use_is_another_runs(tmp_path: Path) -> None:
+    """Bug prevented: two runs into one folder, whose rows and states then come from both."""
+    with alone(tmp_path / "run"), raises("folder_locked", tmp_path / "run"), alone(tmp_path / "run"):
+        pass
+    with alone(tmp_path / "run"), alone(tmp_path / "other"):
+        pass
 
 
 def test_what_c_prints_is_taken_by_its_line_alone(capfd: pytest.CaptureFixture[str]) -> None:

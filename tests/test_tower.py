@@ -22,7 +22,7 @@ from torch import Tensor
 from data_gen.build import BuildConfig, build
 from external_detectors import tower_net
 from external_detectors.tower_net import GRID, POOLED
-from external_detectors.train import self_blend
+from external_detectors.train import loop, self_blend
 from external_detectors.train import tower as training
 from external_detectors.weights_io import save_weights
 from tests.raising import raises
@@ -309,7 +309,8 @@ def test_features_kept_by_the_build_are_those_of_a_fresh_pass(
 def test_features_are_made_once_and_anew_for_another_tower(
     small: None, weights: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bug prevented: a cut-off pass that starts again, or the features of one tower taken for another's."""
+    """Bug prevented: a cut-off pass that starts again, the features of one tower taken for another's, or a training
+    that reads noughts because another one begins the same folder anew."""
     data = load_crops(photos)
     passes: list[Path | None] = []
 
@@ -335,7 +336,10 @@ def test_features_are_made_once_and_anew_for_another_tower(
     wanted = [4 + float(seen_view(data.crops[i], 1, i).mean()) / 255 for i in range(10)]
     assert features() == pytest.approx(wanted, abs=5e-3) and len(passes) == 2  # eight were on disk
     assert features() == pytest.approx(wanted, abs=5e-3) and not passes
+    read = cached_features(data, np.arange(10), tmp_path, 4, (2, 4), seed=1).tokens
+    monkeypatch.setattr(clip, "tower_states", lambda *given: tuple(1 + t for t in passed(*given)))
     features(weights / "tower.safetensors")
+    assert float(read[0, 1, 1, 0]) == pytest.approx(wanted[0], abs=5e-3)
     assert passes == [weights / "tower.safetensors"] * 10
 
 
@@ -430,6 +434,9 @@ def test_a_training_ends_by_the_clock_and_goes_on_where_it_was_cut_off(
     assert not (tmp_path / "out").exists()
     with raises("training_state_differs"):
         training.tower(**{**given, "seed": 1})
+    with monkeypatch.context() as patch, raises("training_state_differs"):
+        patch.setattr(training, "cue_truth", lambda sample: 1 - loop.cue_truth(sample))
+        training.tower(**given)
     training.tower(**given)
     card = read_card(tmp_path / "out" / "tower.card.json")
     assert card.figures["steps"] == 5 and [t["step"] for t in card.figures["tried"]] == [3, 5]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.faces import CROP_SIZE, align, find_faces, preprocessing
-from x2dfd.files import read_json, write_text
+from x2dfd.files import alone, read_json, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest
 from x2dfd.media import load_picture
 from x2dfd.progress import progress
@@ -99,8 +99,10 @@ def load_crops(manifest: Path, workers: int = 1, side: int = CROP_SIZE) -> CropS
     key = {"manifest": manifest_sha256(manifest), "files": _state(samples), "preprocessing": preprocessing(side)}
     key["masks"] = str(MASK_SIZE)
     index = folder / "index.json"
-    if not index.is_file() or read_json(index).get("key") != key:
-        _compute(samples, folder, key, workers, side)
+    if not _made(index, key):
+        with alone(folder, wait=True):
+            if not _made(index, key):  # while this process waited, perhaps
+                _compute(samples, folder, key, workers, side)
     state = read_json(index)
     kept = [s for s in samples if s.id not in state["unusable"]]
     if not kept:
@@ -113,6 +115,10 @@ def load_crops(manifest: Path, workers: int = 1, side: int = CROP_SIZE) -> CropS
         masks=np.load(folder / "masks.npy", mmap_mode="r"),
         large=None if side == CROP_SIZE else np.load(folder / "large.npy", mmap_mode="r")[: len(kept)],
     )
+
+
+def _made(index: Path, key: dict[str, str]) -> bool:
+    return index.is_file() and read_json(index).get("key") == key
 
 
 def _cropped(paths: Sequence[tuple[str, str | None, int]], workers: int) -> Iterator[Cropped | str]:
@@ -135,7 +141,6 @@ def _state(samples: Sequence[Sample]) -> str:
 
 
 def _compute(samples: list[Sample], folder: Path, key: dict[str, str], workers: int, side: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "index.json").unlink(missing_ok=True)
     sides = {"crops": CROP_SIZE} | ({} if side == CROP_SIZE else {"large": side})
     parts = {name: folder / f"{name}.part.npy" for name in sides}

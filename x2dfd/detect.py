@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     Many = Callable[..., Iterator[Report | Failure]]
     Kept = list[tuple[Place, Report | Failure]]
 
+LISTS = (".csv", ".tsv", ".jsonl", ".parquet")  # what a manifest ends in
 BATCHES = 16  # at a time: within them the next is decoded while one is judged; bounds the kept rows in memory
 
 
@@ -147,6 +148,9 @@ def run(asked: Run) -> None:
     if links:
         more = f" and {len(links) - 1} more" if len(links) > 1 else ""
         typer.echo(f"left out, as links that lead out of their folder: {printable(str(links[0]))}{more}", err=True)
+    for given in asked.paths:
+        if given.suffix.lower() in LISTS:
+            typer.echo(f"{printable(str(given))}: if it is a list of files, say --manifest before its name", err=True)
     many, window, rows = _opened(asked)
     kept: Kept = []
     said: Counter[str] = Counter()

@@ -241,6 +241,32 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
+@contextmanager
+def alone(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """During the block no other process that asks for the same folder works in it; the folder is made.
+
+    The others raise X2DFDError, `folder_locked`; with `wait`, for what all of them would make alike, they say that they
+    wait and then go on. Raises OSError where the folder cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")  # it stays: to remove it would let two in
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        if not wait:
+            raise X2DFDError(
+                f"another run writes into {folder}: wait for it, or give another folder", code="folder_locked"
+            ) from None
+        print(f"waiting for another run, which fills {folder}", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 _STDERR = threading.Lock()  # of two threads that took it, the later one would restore what the earlier one put there
 
 

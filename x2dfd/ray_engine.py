@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x2dfd.errors import SetupError, X2DFDError
-from x2dfd.files import Json
+from x2dfd.files import Json, json_object
 from x2dfd.model_spec import LoadOptions, ModelSpec
 from x2dfd.stores import Judging, detect_places
 from x2dfd.types import Failure, ModelInfo, Report, result_of
@@ -133,7 +133,7 @@ class RayDetector:
             )
         try:
             for place, row in zip(places, judged.iter_rows(), strict=True):
-                yield replace(result_of(json.loads(row["result"])), path=str(place))
+                yield replace(result_of(json_object(row["result"], "an actor's row")), path=str(place))
         except self._ray.exceptions.RayError as error:
             if isinstance(cause := getattr(error, "cause", None), X2DFDError):
                 raise cause from None

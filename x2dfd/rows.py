@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x2dfd.errors import X2DFDError
-from x2dfd.files import Json, parse_json, whole
+from x2dfd.files import Json, json_object, parse_json, whole
 from x2dfd.stores import sha256_of
 from x2dfd.types import Failure, Report
 
@@ -250,7 +250,7 @@ def _write_jsonl(path: Path, parts: Iterator[list[Json]]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for part in parts:
             for row in part:
-                report = None if row["report"] is None else json.loads(row["report"])
+                report = None if row["report"] is None else json_object(row["report"], path)
                 file.write(json.dumps(row | {"report": report}, allow_nan=False) + "\n")
 
 

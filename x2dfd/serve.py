@@ -22,6 +22,7 @@ try:
     import uvicorn
     from fastapi import FastAPI, Query, Request, Response
     from fastapi.concurrency import run_in_threadpool
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
     from starlette.datastructures import UploadFile
     from starlette.formparsers import MultiPartException, MultiPartParser
@@ -91,6 +92,7 @@ def application(detector: "Detector", hosts: Collection[str] | None = HERE) -> F
 
     app = FastAPI(title="x2dfd", docs_url=None, redoc_url=None)  # those pages load scripts from elsewhere
     app.middleware("http")(ours)
+    app.exception_handler(RequestValidationError)(_bad_request)
     app.add_api_route("/model", model)
     app.add_api_route("/detect", detect, methods=["POST"], openapi_extra={"requestBody": FILE})
     return app
@@ -128,6 +130,12 @@ async def _posted(request: Request) -> bytes:
 
 def _refused(status: int, code: str, reason: str) -> JSONResponse:
     return JSONResponse({"error": {"code": code, "reason": reason}}, status)
+
+
+async def _bad_request(_: Request, error: RequestValidationError) -> Response:
+    """What FastAPI says of a wrong parameter, in the shape of every other answer."""
+    wrong = error.errors()[0]
+    return _refused(422, "bad_request", f"{wrong['loc'][-1]}: {wrong['msg']}")
 
 
 def serve(detector: "Detector", host: str, there: socket.socket) -> None:

@@ -256,17 +256,15 @@ _TURN: dict[int, tuple[bool, int]] = {
 
 def rgb(image: Image.Image, bits: int, inverted: bool, orientation: int, notes: list[str]) -> NDArray[np.uint8]:
     """[H, W, 3] RGB, upright, in sRGB, on white."""
-    if image.mode.startswith("I") or image.mode == "F":
-        profile = image.info.get("icc_profile")
-        image = Image.fromarray(_to_8_bit(image, bits, inverted, notes))
-        if profile:
-            image.info["icc_profile"] = profile
-    elif bits == 16 and image.format in ("PNG", "TIFF"):
+    wide = image.mode.startswith("I") or image.mode == "F"
+    if not wide and bits == 16 and image.format in ("PNG", "TIFF"):
         notes.append("16bit_to_8bit")
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     rows = max(_STRIP // image.width, 1)
     for top in range(0, image.height, rows):  # whole copies of a large picture in every mode would take a gigabyte
         strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        if wide:
+            strip = Image.fromarray(_to_8_bit(strip, bits, inverted, notes))
         with pillow(notes):
             colour, alpha = _split_alpha(strip)
             colour = _to_srgb(colour, image.info.get("icc_profile"), notes)
@@ -293,17 +291,16 @@ def _to_8_bit(image: Image.Image, bits: int, inverted: bool, notes: list[str]) -
         if not (low >= 0 and high <= 1):  # also when either is NaN
             raise InputError("unsupported_format", "floating-point samples outside 0 to 1 have no agreed white")
         notes.append("float_to_8bit")
-        wide = (row.astype(np.float64) for row in values)
-        # Row by row here and below: the whole in floats, or as an index, takes eight times the memory.
-        return np.stack([np.round((1.0 - row if inverted else row) * 255).astype(np.uint8) for row in wide])
+        wide = values.astype(np.float64)
+        return np.round((1.0 - wide if inverted else wide) * 255).astype(np.uint8)
     if low < 0 or high > 65_535 or bits > 16:
         raise InputError("unsupported_format", "integer samples of more than 16 bits have no agreed white")
     notes.append(f"{12 if bits == 12 else 16}bit_to_8bit")
     shades = np.minimum(np.arange(65_536) / (4095.0 if bits == 12 else 65_535.0), 1.0)
     if inverted:
         shades = 1.0 - shades
-    table = np.round(shades * 255).astype(np.uint8)
-    return np.stack([table[row] for row in values])
+    shown: NDArray[np.uint8] = np.round(shades * 255).astype(np.uint8)[values]
+    return shown
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:

@@ -20,7 +20,7 @@ from x2dfd.degrade import CODEC, DEGRADE_VERSION, codec, degrade
 from x2dfd.errors import SetupError
 from x2dfd.eye import Eye
 from x2dfd.fetch import require
-from x2dfd.files import Json, file_sha256, read_json, write_text
+from x2dfd.files import Json, alone, file_sha256, read_json, write_text
 from x2dfd.progress import progress
 from x2dfd.types import Face
 
@@ -233,17 +233,18 @@ def cached_features(
     made_by: Json = {"seed": seed, **VIEWS, "base": base}
     made_by["additions"] = additions_sha256(read_additions(additions)) if additions else None
     key = {"samples": digest.hexdigest(), "layers": layers, "keep": list(keep), **made_by}
-    cache = CachedArray(folder, "tokens.npy", key)
-    tokens = cache.open((n, len(keep), 197, WIDTH))
-    for start in progress(range(cache.done, n, batch), "tower features"):
-        stop = min(start + batch, n)
-        views = np.stack([seen_view(data.crops[i], seed, int(i)) for i in rows[start:stop]])
-        dtype = torch.bfloat16 if quick_in_16_bits("cpu") else torch.float32
-        states = tower_states(torch.from_numpy(views), layers, additions, dtype)
-        for place, layer in enumerate(keep):
-            tokens[start:stop, place] = states[layer].half().numpy()
-        if (start // batch) % 8 == 7 or stop == n:
-            cache.save(tokens, stop)
+    with alone(folder, wait=True):
+        cache = CachedArray(folder, "tokens.npy", key)
+        tokens = cache.open((n, len(keep), 197, WIDTH))
+        for start in progress(range(cache.done, n, batch), "tower features"):
+            stop = min(start + batch, n)
+            views = np.stack([seen_view(data.crops[i], seed, int(i)) for i in rows[start:stop]])
+            dtype = torch.bfloat16 if quick_in_16_bits("cpu") else torch.float32
+            states = tower_states(torch.from_numpy(views), layers, additions, dtype)
+            for place, layer in enumerate(keep):
+                tokens[start:stop, place] = states[layer].half().numpy()
+            if (start // batch) % 8 == 7 or stop == n:
+                cache.save(tokens, stop)
     return TowerFeatures(rows, tokens, tuple(keep))
 
 
@@ -255,11 +256,11 @@ def quick_in_16_bits(device: str) -> bool:
 class CachedArray:
     """A float16 array on disk that is filled in order, one per folder.
 
-    A run that was cut off goes on where it stopped; another `key` (plain values) begins anew.
+    A run that was cut off goes on where it stopped; another `key` (plain values) begins anew. For use under
+    `files.alone`.
     """
 
     def __init__(self, folder: Path, name: str, key: Json) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self._file, self._state, self._key = folder / name, folder / "progress.json", json.loads(json.dumps(key))
         state = read_json(self._state) if self._state.is_file() else {}
         self.done: int = state.get("done", 0) if state.get("key") == self._key else 0  # rows that are filled
@@ -269,6 +270,7 @@ class CachedArray:
     def open(self, shape: tuple[int, ...]) -> np.memmap[tuple[int, ...], np.dtype[np.float16]]:
         if self.done:
             return np.lib.format.open_memmap(self._file, "r+")
+        self._file.unlink(missing_ok=True)  # emptied in place, it would be noughts to a training that reads it
         return np.lib.format.open_memmap(self._file, "w+", np.float16, shape)
 
     def save(self, array: np.memmap[tuple[int, ...], np.dtype[np.float16]], done: int) -> None:

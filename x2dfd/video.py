@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import hashlib
+import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -175,7 +175,6 @@ def _container(file: Metered, name: str) -> Iterator[tuple[InputContainer, Video
     file.seek(0)
     # whatever is inside: no other file, no network, no exotic decoder, no oversized frame
     options = {"protocol_whitelist": "none", "codec_whitelist": _CODECS, "max_pixels": str(MAX_PIXELS)}
-    gc.collect()  # earlier clips lie in cycles, with ten threads each: an isolated process ran out of stacks
     try:
         with av.open(file, mode="r", format=name, options=options, io_open=_refuse_open) as container:
             stream = container.streams.best("video")
@@ -279,7 +278,7 @@ class _Decoder:
         self._before: VideoFrame | None = None  # the one before the last
         self._last: VideoFrame | None = None
         self._ahead: list[VideoFrame] = []
-        self._frames = self._decode(0)
+        self._frames = self._from(0)
 
     def approach(self, target: int) -> None:
         """Pass over what need not be decoded: go on at the last key frame before `target`, where that is still ahead.
@@ -291,7 +290,7 @@ class _Decoder:
             self._stream.codec_context.flush_buffers()
             self._position = self._timeline.keys[k]
             self._last, self._ahead = None, []
-            self._frames = self._decode(self._timeline.key_packets[k])
+            self._frames = self._from(self._timeline.key_packets[k])
 
     def next_from(self, target: int) -> tuple[int, VideoFrame] | None:
         """The first frame at or after `target`; None at the end of the clip or of the budget."""
@@ -316,6 +315,9 @@ class _Decoder:
         self._before = self._last
         self._last = self._ahead.pop() if self._ahead else next(self._frames, None)
         return self._last
+
+    def _from(self, start: int) -> Iterator[VideoFrame]:
+        return _Decoder._decode(weakref.proxy(self), start)  # a cycle would keep the last frame, and its threads
 
     def _decode(self, start: int) -> Iterator[VideoFrame]:
         """Frames from the packet `start` on."""
@@ -377,6 +379,8 @@ _TURNS = {
 
 def _shown(frame: VideoFrame, pixel_shape: Fraction | None, notes: list[str]) -> NDArray[np.uint8]:
     """[H, W, 3] RGB as a player shows it: pixels square, colours of BT.709, turned as the file says."""
+    from av.sidedata.sidedata import SideDataContainer
+
     width, height = frame.width, frame.height
     if pixel_shape and pixel_shape != 1:
         if Fraction(1, _MAX_STRETCH) <= pixel_shape <= _MAX_STRETCH:
@@ -395,7 +399,8 @@ def _shown(frame: VideoFrame, pixel_shape: Fraction | None, notes: list[str]) ->
         pixels = hdr.to_bt709(deep, transfer, primaries)
     else:
         pixels = np.asarray(frame.to_ndarray(format="rgb24", width=width, height=height), dtype=np.uint8)
-    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    # Not `frame.side_data`, which the frame would keep, and which keeps the frame: of each clip ten threads stayed.
+    matrix: Any = SideDataContainer(frame).get("DISPLAYMATRIX")  # type: ignore[call-arg] # PyAV's stub lacks it
     if matrix is None:
         return pixels
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()

@@ -9,6 +9,7 @@ weights are compared on held-out pictures, and the best one is kept: more steps 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -49,7 +50,7 @@ from x2dfd.crops import CropSet, load_crops
 from x2dfd.degrade import CODEC, codec, video_codec
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.faces import PREPROCESSING
-from x2dfd.files import Json, file_sha256, whole
+from x2dfd.files import Json, alone, file_sha256, json_object, whole
 from x2dfd.manifest import Sample, manifest_sha256
 from x2dfd.options import names
 from x2dfd.tower import HEAD_LAYERS, LORA_B, clip_pixels, load_tower, quick_in_16_bits
@@ -78,6 +79,7 @@ class Settings:
     lr: float
     rank: int
     seed: int
+    cues: str  # hash of what the pictures to learn from show: other code or another list of cues gives another
 
 
 class Net(nn.Module):
@@ -273,6 +275,7 @@ def tower(
     sets = [load_crops(path, crop_workers) for path in data]
     left_out = names(leave_out)
     pictures = Pictures(sets, left_out, seed)
+    truth = np.stack([cue_truth(pictures.at(k, i)) for k, i in pictures.rows])
     settings = Settings(
         tuple(manifest_sha256(path) for path in data),
         left_out,
@@ -282,13 +285,16 @@ def tower(
         lr,
         rank,
         seed,
+        hashlib.sha256(truth.data).hexdigest(),
     )
     net = Net(rank, seed)
     if start is not None:
         start_from(net, {k: v.float() for k, v in load_file(start).items()})
-    net.heads.allowed.copy_(_allowed(pictures))
+    # Pairs of area and artifact that enough pictures show; no other is ever named.
+    net.heads.allowed.copy_(torch.from_numpy((truth > 0).sum(0) >= ENOUGH))
     log(f"{len(pictures.rows)} pictures to learn from, {len(pictures.judged)} to choose by")
-    kept, figures = _learn(net, pictures, settings, state, workers, checks)
+    with alone(state):
+        kept, figures = _learn(net, pictures, settings, state, workers, checks)
     learnt = [pictures.at(k, i) for k, i in pictures.rows]
     card = Card(
         name="tower",
@@ -309,12 +315,6 @@ def tower(
     print(out / "tower.card.json")
 
 
-def _allowed(pictures: Pictures) -> Tensor:
-    """Pairs of area and artifact that enough pictures show; no other is ever named."""
-    shown = np.sum([cue_truth(pictures.at(k, i)) > 0 for k, i in pictures.rows], axis=0)
-    return torch.from_numpy((shown >= ENOUGH).astype(np.float32))
-
-
 def _learn(
     net: Net, pictures: Pictures, settings: Settings, state: Path, workers: int, checks: int
 ) -> tuple[dict[str, Tensor], Json]:
@@ -329,7 +329,6 @@ def _learn(
     groups = [{"params": body, "base": settings.lr}, {"params": heads, "base": 2.5 * settings.lr}]
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=0.02)
     average = {n: p.detach().clone() for n, p in trained.items()}
-    state.mkdir(parents=True, exist_ok=True)
     saved, seconds = state / "state.safetensors", settings.minutes * 60
     spent, step, best = _resume(saved, settings, trained, average, optimizer)
     pictures.seed = settings.seed * 1_000_003 + step  # a resumed run draws others than it has drawn
@@ -487,7 +486,8 @@ def _resume(
         return 0.0, 0, {"worst": None, "figures": {}, "tried": []}
     with safe_open(path, "pt") as stream:
         metadata = stream.metadata()
-    if json.loads(metadata["run"]) != json.loads(json.dumps(asdict(settings))):
+    own = json.loads(json.dumps(asdict(settings)))
+    if own | json_object(metadata["run"], path) != own:
         raise X2DFDError(
             f"{path} is the state of a training with other data or settings; choose another --state",
             code="training_state_differs",
@@ -502,4 +502,4 @@ def _resume(
             _, number, field = key.split(".", 2)
             held["state"].setdefault(int(number), {})[field] = value
     optimizer.load_state_dict(held)
-    return float(metadata["spent"]), int(metadata["step"]), json.loads(metadata["best"])
+    return float(metadata["spent"]), int(metadata["step"]), json_object(metadata["best"], path)
