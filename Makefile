@@ -56,7 +56,7 @@ test-distributed: setup fetch ## Trainings of two processes under DeepSpeed (wit
 demo: setup fetch ## Verdicts for a real photo and its forged twin, and an HTML report in build/demo
 	$(PY) -m data_gen.demo --out build/demo
 
-road: setup fetch ## The whole road on a small sample: forge, assess, build, train, calibrate, score
+road: setup fetch ## The whole pipeline on a small sample: forge, assess, build, train, calibrate, score
 	$(PY) road.py --out build/road
 
 tables: setup ## Write the README's result tables from the result files

@@ -1,4 +1,4 @@
-"""The whole road of one model on a small sample, on a CPU: each stage a command that reads the file of the one before.
+"""The pipeline of one model on a small sample, on a CPU: each stage a command that reads the file of the one before.
 
     python road.py --out build/road                      photos made from one that scikit-image carries
     python road.py --out build/road --data MANIFEST      photos (and ready-made fakes) of your own
@@ -67,7 +67,7 @@ def make_photos(out: Path) -> Path:
 
 
 def stage(title: str, *command: str | Path | float) -> None:
-    """Run one command with this interpreter, as a user would; the road ends at the first that fails."""
+    """Run one command with this interpreter, as a user would; the pipeline ends at the first that fails."""
     words = [str(word) for word in command]
     print(f"\n=== {title}\n$ python {' '.join(words)}", flush=True)
     start = time.monotonic()

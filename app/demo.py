@@ -23,7 +23,7 @@ from starlette.middleware import Middleware
 from app.guard import Guard, Quota
 from app.pieces import STRIP, THUMB, Case, Progress, card, choices, curve, draw, face_panel, open_case, table
 from x2dfd import case as case_record
-from x2dfd.answer import told
+from x2dfd.answer import in_words
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.files import Json
 from x2dfd.follow_up import checked, from_report
@@ -51,7 +51,7 @@ PICK = """element.addEventListener('click', event => {
 })"""
 
 
-class Judge(Protocol):
+class DemoDetector(Protocol):
     """What the demo needs of `x2dfd.Detector`."""
 
     def detect_many(
@@ -80,7 +80,7 @@ class Row:
 
 
 def judge(
-    detector: Judge,
+    detector: DemoDetector,
     file: str,
     *,
     rationale: bool = True,
@@ -98,7 +98,7 @@ class _Stopped(Exception):
     """The visitor wants no more."""
 
 
-def _beside(work: Callable[[Callable[[Any], None]], Any]) -> Generator[Any, None, None]:
+def _in_background(work: Callable[[Callable[[Any], None]], Any]) -> Generator[Any, None, None]:
     """What `work` tells while it runs in a thread, then what it returns. Closing the iterator ends it at its next word.
 
     It has ended when the iterator is closed: the next request must not share the model with it.
@@ -131,7 +131,7 @@ def _beside(work: Callable[[Callable[[Any], None]], Any]) -> Generator[Any, None
         thread.join()
 
 
-def judging(detector: Judge, file: str) -> Generator[Progress | Report | Failure, None, None]:
+def judging(detector: DemoDetector, file: str) -> Generator[Progress | Report | Failure, None, None]:
     """How far the work on a clip is, frame by frame, then the report, without explanations."""
     end = time.monotonic() + TIMEOUT_S
     progress = Progress()
@@ -150,13 +150,13 @@ def judging(detector: Judge, file: str) -> Generator[Progress | Report | Failure
 
         return judge(detector, file, rationale=False, on_progress=heard)
 
-    return _beside(work)
+    return _in_background(work)
 
 
-def explaining(detector: Judge, report: Report, file: str) -> Generator[str | Report, None, None]:
+def explaining(detector: DemoDetector, report: Report, file: str) -> Generator[str | Report, None, None]:
     """The explanation's text as it grows, then the report that holds it. Closing the iterator ends the writing."""
     some = tuple(sorted(report.faces, key=FaceReport.suspicion, reverse=True)[:MAX_EXPLAINED])
-    with closing(_beside(lambda on: detector.explain(replace(report, faces=some), file, on_text=on))) as said:
+    with closing(_in_background(lambda on: detector.explain(replace(report, faces=some), file, on_text=on))) as said:
         for one in said:
             if isinstance(one, Report):
                 written = {face.index: face for face in one.faces}
@@ -167,7 +167,7 @@ def explaining(detector: Judge, report: Report, file: str) -> Generator[str | Re
 # --- answering ---
 
 
-def answer(detector: Judge, case: Case, index: int | None, question: str) -> str:
+def answer(detector: DemoDetector, case: Case, index: int | None, question: str) -> str:
     """The answer to a follow-up about one face, with the stored verdict under it."""
     report, face = case.report, case.face(index)
     if face is None:
@@ -181,7 +181,7 @@ def answer(detector: Judge, case: Case, index: int | None, question: str) -> str
     return f"{said}\n\n{_stands(case, face)}".replace(" %", "\N{NO-BREAK SPACE}%")
 
 
-def _from_model(detector: Judge, case: Case, face: FaceReport, question: str) -> str:
+def _from_model(detector: DemoDetector, case: Case, face: FaceReport, question: str) -> str:
     try:
         said = detector.chat(replace(case.report, faces=(face,)), question, source=case.file).strip()
     except InputError as error:
@@ -195,8 +195,8 @@ def _from_model(detector: Judge, case: Case, face: FaceReport, question: str) ->
 
 def _stands(case: Case, face: FaceReport | None) -> str:
     whole = case.report.verdict
-    said = f"Stored verdict, which chat cannot change: {told(face.verdict if face else whole)}."
-    return said if len(case.report.faces) < 2 else f"{said} Whole file: {told(whole)}."
+    said = f"Stored verdict, which chat cannot change: {in_words(face.verdict if face else whole)}."
+    return said if len(case.report.faces) < 2 else f"{said} Whole file: {in_words(whole)}."
 
 
 # --- the page ---
@@ -276,14 +276,14 @@ class _Events:
         self,
         parts: _Parts,
         folder: str,
-        loaded: dict[str, Judge],
-        loaders: Mapping[str, Callable[[], Judge]],
+        loaded: dict[str, DemoDetector],
+        loaders: Mapping[str, Callable[[], DemoDetector]],
         examples: Sequence[Path],
     ) -> None:
         self.parts, self.folder, self.examples = parts, folder, examples
         self._loaded, self._loaders = loaded, loaders
 
-    def model(self, asked: str) -> Judge:
+    def model(self, asked: str) -> DemoDetector:
         """Raises X2DFDError when the model cannot be loaded."""
         if asked not in self._loaded:
             self._loaded[asked] = self._loaders[asked]()
@@ -443,11 +443,11 @@ def _table(rows: Sequence[Row], total: int, now: int | None = None) -> str:
 
 
 def build(
-    detector: Judge,
+    detector: DemoDetector,
     examples: Sequence[tuple[str, Path]] = (),
     *,
     name: str = "embedded",
-    others: Mapping[str, Callable[[], Judge]] | None = None,
+    others: Mapping[str, Callable[[], DemoDetector]] | None = None,
     sends_to: str = "",
 ) -> gr.Blocks:
     """The page around a detector; `examples` are files to click, each with its caption.

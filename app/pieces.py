@@ -16,11 +16,11 @@ from x2dfd.answer import (
     NOT_PROOF,
     WORDS,
     counted,
+    in_words,
     meaning,
     origin,
     percent,
     status,
-    told,
 )
 from x2dfd.errors import X2DFDError
 from x2dfd.experts import expert_class
@@ -135,7 +135,7 @@ def table(files: Sequence[tuple[str, Report | Failure]], total: int, now: int | 
 
 def choices(report: Report) -> list[tuple[str, int]]:
     """The faces as a visitor reads them, and their index."""
-    return [(f"{named(face, report)}: {told(face.verdict)}", face.index) for face in report.faces]
+    return [(f"{named(face, report)}: {in_words(face.verdict)}", face.index) for face in report.faces]
 
 
 def named(face: FaceReport, report: Report) -> str:

@@ -91,10 +91,10 @@ def scorers() -> dict[str, tuple[Score, float]]:
     mllm: Any = detector.mllm
 
     def number(faces: Sequence[Face]) -> Floats:
-        look = mllm.look(np.stack([f.crop for f in faces]))
-        told = [detector.told(said) for said in detector.evidence(faces, look)]
+        encoding = mllm.encode(np.stack([f.crop for f in faces]))
+        told = [detector.for_prompt(said) for said in detector.evidence(faces, encoding)]
         asked = [prompts.verdict_question(said, detector.info.score_form) for said in told]
-        return np.asarray(1 / (1 + np.exp(-mllm.verdict_logits(look, asked))))
+        return np.asarray(1 / (1 + np.exp(-mllm.verdict_logits(encoding, asked))))
 
     def megabytes(model: Any) -> float:
         return float(sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6)

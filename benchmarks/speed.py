@@ -183,22 +183,22 @@ def cue_questions(mllm: Any, crop: NDArray[np.uint8], questions: Sequence[str]) 
     from x2dfd.mllm import PACK
 
     def batched() -> Answers:
-        look = mllm.look(crop[None])
+        encoding = mllm.encode(crop[None])
         chances = []
         for at in range(0, len(questions), PACK):
             some = questions[at : at + PACK]
             suffixes = [mllm._suffix(q) for q in some]
             with torch.inference_mode():
-                mllm._read(look)
-                cache = copy.deepcopy(look.cache)
+                mllm._read(encoding)
+                cache = copy.deepcopy(encoding.cache)
                 cache.batch_repeat_interleave(len(some))
-                last = mllm._after(replace(look, cache=cache), suffixes).last
+                last = mllm._after(replace(encoding, cache=cache), suffixes).last
                 chances.append(mllm._scores(last, mllm._yes_no_ids).double().softmax(-1)[:, 0].cpu().numpy())
         return {"P(yes)": np.concatenate(chances)}
 
     def single(some: Sequence[str]) -> Answers:
-        look = mllm.look(crop[None])
-        return {"P(yes)": np.concatenate([mllm.yes_no_packed(look, [q]).p_yes for q in some])}
+        encoding = mllm.encode(crop[None])
+        return {"P(yes)": np.concatenate([mllm.yes_no_packed(encoding, [q]).p_yes for q in some])}
 
     def stock(some: Sequence[str]) -> Answers:
         return {"P(yes)": mllm.yes_no_plain(crop, some).p_yes}
@@ -241,29 +241,32 @@ def verdicts(mllm: Any, crops: NDArray[np.uint8], questions: Sequence[str]) -> C
 
     return {
         "scored label, in a batch": Case(
-            lambda: {"P(fake)": sigmoid(mllm.verdict_logits(mllm.look(crops), questions))}, per=len(crops)
+            lambda: {"P(fake)": sigmoid(mllm.verdict_logits(mllm.encode(crops), questions))}, per=len(crops)
         ),
         "published recipe": Case(recipe, per=len(crops)),
     }
 
 
 def whole_story(mllm: Any, crop: NDArray[np.uint8], question: str, cues: Sequence[str]) -> Cases:
-    """Verdict, rationale, cue questions and a chat turn about one face: on one look, and each on a look of its own."""
+    """Verdict, rationale, cue questions and a chat turn about one face: on one encoding, and each on its own."""
 
-    def told(look: Callable[[], Any], apart: bool) -> Answers:
-        logit = float(mllm.verdict_logits(look(), [question])[0])
+    def answered(encode: Callable[[], Any], apart: bool) -> Answers:
+        logit = float(mllm.verdict_logits(encode(), [question])[0])
         start = prompts.rationale_start("fake" if logit > 0 else "real")
-        [text] = mllm.write(look(), [question], [start])
+        [text] = mllm.write(encode(), [question], [start])
         groups = [[c] for c in cues] if apart else [list(cues)]
-        p_yes = np.concatenate([mllm.yes_no_packed(look(), group).p_yes for group in groups])
-        [said] = mllm.write(look(), [question], [""], turns=[(f"{start} {text}".strip(), FOLLOW_UP)])
+        p_yes = np.concatenate([mllm.yes_no_packed(encode(), group).p_yes for group in groups])
+        [said] = mllm.write(encode(), [question], [""], turns=[(f"{start} {text}".strip(), FOLLOW_UP)])
         return {"P(fake)": 1 / (1 + np.exp(-logit)), "rationale": text, "P(yes)": p_yes, "answer": said}
 
     def once() -> Answers:
-        look = mllm.look(crop[None])
-        return told(lambda: look, apart=False)
+        encoding = mllm.encode(crop[None])
+        return answered(lambda: encoding, apart=False)
 
-    return {"one encoding": Case(once), "encoded each time": Case(lambda: told(lambda: mllm.look(crop[None]), True))}
+    return {
+        "one encoding": Case(once),
+        "encoded each time": Case(lambda: answered(lambda: mllm.encode(crop[None]), True)),
+    }
 
 
 def training_step(model: Any, layers: Sequence[int], rows: int = 2, text: int = 128) -> Cases:
@@ -313,7 +316,7 @@ def forged_pictures() -> list[Any]:
 
 
 def of_detector(detector: Any, threads: int, tower_alone: bool) -> list[Listed]:
-    """What needs the whole road; with `tower_alone`, no more of it than the precision of the tower moves."""
+    """What needs the whole pipeline; with `tower_alone`, no more of it than the precision of the tower moves."""
     from PIL import Image, ImageEnhance
     from skimage.data import astronaut
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from data_gen.exchange import FORMATS
 from data_gen.exchange import write as export
-from data_gen.questions import bank
+from data_gen.questions import cue_questions
 from data_gen.writers import (
     class_answer,
     class_choices,
@@ -116,7 +116,7 @@ def _explained(config: BuildConfig) -> set[tuple[str, str]] | None:
 
 
 def expert_scores(data: CropSet, rows: Sequence[int], config: BuildConfig) -> dict[str, list[Evidence]]:
-    """What each expert says of each sample's training view: sample id -> evidence in prompt order."""
+    """Each expert's evidence about each sample's augmented view: sample id -> evidence in prompt order."""
     table: dict[str, list[Evidence]] = {data.samples[i].id: [] for i in rows}
     weights = Path(config.expert_weights) if config.expert_weights else None
     if weights is not None and not any((weights / f"{name}.card.json").is_file() for name in config.experts):
@@ -135,7 +135,7 @@ def expert_scores(data: CropSet, rows: Sequence[int], config: BuildConfig) -> di
 
 
 def _passed(data: CropSet, rows: Sequence[int], config: BuildConfig, expert: Expert) -> TowerFeatures | None:
-    """The forensic tower's one pass over the training views, kept for the training of the MLLM, where it is asked."""
+    """The forensic tower's one pass over the augmented views, kept to train the MLLM where that is asked for."""
     if config.features is None:
         return None
     from external_detectors.tower import WEIGHTS
@@ -193,7 +193,7 @@ def _records(
         answer = prompts.verdict_answer(label, explanation, shown if config.closing else ())
         yield record("detect" if number == 0 else f"detect_again{number}", question, answer)
     yield record("detect_plain", prompts.QUESTION, prompts.verdict_answer(label))
-    told = prompts.told(shown, config.score_form)
+    told = prompts.expert_block(shown, config.score_form)
     yield record("detect_asked", decision_question(rng) + told, prompts.verdict_answer(label))
     yield record("classify", prompts.CLASS_QUESTION + class_choices(rng) + told, class_answer(df_class, rng))
     asked = _cue_questions(sample, config.cue_questions, rng)
@@ -213,8 +213,8 @@ def _cue_questions(sample: Sample, count: int, rng: np.random.Generator) -> list
         return []  # nobody knows what a ready-made fake shows
     there = {(c.area, c.artifact) for c in sample.cues if (c.score or 0) >= 0.2}
     touched = {(c.area, c.artifact) for c in sample.cues}
-    yes = [q for q in bank() if (q.area, q.artifact) in there]
-    no = [q for q in bank() if (q.area, q.artifact) not in touched]
+    yes = [q for q in cue_questions() if (q.area, q.artifact) in there]
+    no = [q for q in cue_questions() if (q.area, q.artifact) not in touched]
     chosen = [(yes[int(k)], True) for k in rng.permutation(len(yes))[: count // 2]]
     chosen += [(no[int(k)], False) for k in rng.permutation(len(no))[: count - len(chosen)]]
     return chosen

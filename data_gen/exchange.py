@@ -23,7 +23,7 @@ from x2dfd.crops import CropSet
 from x2dfd.errors import X2DFDError
 from x2dfd.files import Json, parse_json, write_text
 from x2dfd.progress import progress
-from x2dfd.tower import seen_view
+from x2dfd.tower import augmented_view
 
 FORMATS = ("llava", "sharegpt", "messages")
 MARK = "<image>"
@@ -35,14 +35,14 @@ Record = Json
 
 
 def write(records: Sequence[Record], data: CropSet, view_seed: int, out: Path, form: str) -> Path:
-    """Write the records of `data_gen build` in a format of FORMATS, one file a split, into `out/form`, and the training
-    views that the questions' scores are about as PNG. Returns the folder."""
+    """Write the records of `data_gen build` in a format of FORMATS, one file a split, into `out/form`, and the
+    augmented views that the questions' scores are about as PNG. Returns the folder."""
     from PIL import Image
 
     folder = out / form
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for row in progress(sorted({int(r["row"]) for r in records}), "pictures"):
-        Image.fromarray(seen_view(data.views[row], view_seed, row)).save(folder / _picture(row))
+        Image.fromarray(augmented_view(data.views[row], view_seed, row)).save(folder / _picture(row))
     described: Json = {}
     for split in sorted({str(r["split"]) for r in records}):
         made = [_exported(r, form, folder) for r in records if r["split"] == split]

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 FORGE_VERSION = 4
-"""Goes up when the same seed gives another picture or another truth about it: a run of an older one is not gone on."""
+"""Goes up when the same seed gives another picture or another truth about it: a run of another is not resumed."""
 
 
 def forge(photo: Photo, method: Method, rng: Rng, donor: Photo | None = None, strength: float | None = None) -> Forgery:

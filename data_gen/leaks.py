@@ -50,7 +50,7 @@ _FLAT = 4.0  # grey levels (standard deviation of the small picture): below, a h
 
 
 @dataclass(frozen=True)
-class Look:
+class FileFacts:
     """What the report needs of one file."""
 
     sha256: str = ""
@@ -67,17 +67,17 @@ def dhash(grey: NDArray[np.uint8], side: int) -> NDArray[np.uint64]:
     return np.packbits(small[:, :-1] < small[:, 1:]).view(np.uint64)
 
 
-def look(path: str) -> Look:
+def file_facts(path: str) -> FileFacts:
     """Decode a picture, or the first of a clip's evenly spaced frames, and take its measures."""
     cv2.setNumThreads(1)
     try:
         media = load_media(path, max_frames=1)
     except InputError as error:
-        return Look(failed=error.code)
+        return FileFacts(failed=error.code)
     pixels = media.pixels if isinstance(media, Picture) else media.frames[0].pixels
     grey = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), np.uint8)
     flat = float(cv2.resize(grey, (17, 16), interpolation=cv2.INTER_AREA).std()) < _FLAT
-    return Look(
+    return FileFacts(
         sha256=media.sha256,
         coarse=None if flat else int(dhash(grey, 8)[0]),
         fine=tuple(int(w) for w in dhash(grey, 16)),
@@ -166,7 +166,7 @@ def _compare(
     found.closest = sorted(found.closest)[:keep]
 
 
-def form_leaks(samples: Sequence[Sample], looks: Sequence[Look]) -> list[Json]:
+def form_leaks(samples: Sequence[Sample], looks: Sequence[FileFacts]) -> list[Json]:
     """For each trait of the files' form: the best one-trait rule and its balanced accuracy (0.5 is chance), fitted on
     half of the groups and scored on the other half, both ways. Empty without pictures of both labels in both halves."""
     kept = [(s, k.form) for s, k in zip(samples, looks, strict=True) if k.form]
@@ -220,7 +220,7 @@ def find_leaks(manifests: Sequence[Path], *, workers: int = 1, near: int = NEAR)
             samples.append(s)
             side_names.append(split if len(manifests) == 1 else f"{name}: {split}")
     sides = sorted(set(side_names))
-    looks = _look_at(samples, workers)
+    looks = _facts_of_all(samples, workers)
     by_sha: dict[str, list[int]] = defaultdict(list)
     for i, seen in enumerate(looks):
         if seen.sha256:
@@ -267,12 +267,12 @@ def find_leaks(manifests: Sequence[Path], *, workers: int = 1, near: int = NEAR)
     }
 
 
-def _look_at(samples: Sequence[Sample], workers: int) -> list[Look]:
+def _facts_of_all(samples: Sequence[Sample], workers: int) -> list[FileFacts]:
     paths = [str(s.path) for s in samples]
     if workers <= 1:
-        return list(progress(map(look, paths), "looking", len(paths)))
+        return list(progress(map(file_facts, paths), "looking", len(paths)))
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:  # a forked copy of running threads hangs
-        return list(progress(pool.map(look, paths, chunksize=32), "looking", len(paths)))
+        return list(progress(pool.map(file_facts, paths, chunksize=32), "looking", len(paths)))
 
 
 def _shared_groups(samples: Sequence[Sample], sides: Sequence[str]) -> dict[str, list[str]]:

@@ -1,8 +1,8 @@
 """Cue questions: yes/no questions about a face whose "yes" is evidence of forgery, each tied to one cue.
 
-Our own bank, a reader of published lists, a generator that asks any OpenAI-compatible model, and a control set of
-questions that have nothing to do with forgery. The form is that of X2-DFD (arXiv 2410.06126): about eleven words, and
-the ending `Answer Yes or No.`
+The shipped questions, a reader of published lists, a generator that asks any OpenAI-compatible model, and a control set
+of questions that have nothing to do with forgery. The form is that of X2-DFD (arXiv 2410.06126): about eleven words,
+and the ending `Answer Yes or No.`
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 
 _WORDS: Json = json.loads((Path(__file__).parent / "words" / "questions.json").read_text("utf-8"))
-"""`bank`: wordings by area and artifact, for pairs that a careful viewer could speak of, several where the forge makes
+"""`bank`: wordings by area and artifact, for pairs that a careful viewer could name, several where the forge makes
 the cue often; `unrelated`: questions that have nothing to do with forgery."""
 
 
-def bank() -> list[CueQuestion]:
+def cue_questions() -> list[CueQuestion]:
     """Our own questions, in the order of the vocabulary."""
     return [
         CueQuestion(f"{question} {CUE_ENDING}", area, artifact, "bank")
@@ -233,7 +233,9 @@ def add_commands(app: typer.Typer) -> None:
     @app.command(epilog=_EPILOG)
     def questions(
         out: Annotated[Path, typer.Option(help="JSON file to write")],
-        published: Annotated[Path | None, typer.Option(help="read this published list instead of our bank")] = None,
+        published: Annotated[
+            Path | None, typer.Option(help="read this published list instead of the shipped questions")
+        ] = None,
         unrelated: Annotated[int, typer.Option(min=0, help="add this many unrelated control questions")] = 0,
         count: Annotated[int, typer.Option("--generate", min=0, help="add this many questions written by --model")] = 0,
         model: Annotated[str, typer.Option(metavar="NAME@URL", help="a model of an OpenAI-compatible endpoint")] = "",
@@ -241,8 +243,8 @@ def add_commands(app: typer.Typer) -> None:
         cues_of: Annotated[Path | None, typer.Option(help="with --only: the cues of this manifest first")] = None,
         seed: Annotated[int, typer.Option(min=0, help="chooses the questions to keep and the unrelated ones")] = 0,
     ) -> None:
-        """Write yes/no cue questions: our bank, a published list, or written by a model."""
-        chosen = read_published(published) if published else bank()
+        """Write yes/no cue questions: the shipped ones, a published list, or new ones of a model."""
+        chosen = read_published(published) if published else cue_questions()
         provenance: Json = {}
         if count:
             spec = ModelSpec.parse(model)

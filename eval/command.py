@@ -20,7 +20,7 @@ from eval.rows import say
 from eval.stats import Measured
 from eval.task import Options
 from x2dfd import options as load
-from x2dfd.cli import told
+from x2dfd.cli import error_line
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.files import Json, file_sha256, write_text
 
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as done:  # however it ends, with typer's own messages too
         return done.code if isinstance(done.code, int) else 0
     except (X2DFDError, OSError) as error:
-        say(told(error))
+        say(error_line(error))
     return 2
 
 

@@ -18,7 +18,7 @@ from x2dfd.files import file_sha256, json_object, parse_json
 
 
 @dataclass(frozen=True)
-class Seen:
+class ScoredSample:
     """A sample of a run, as one scorer scored it."""
 
     label: str
@@ -26,7 +26,7 @@ class Seen:
     score: float | None
 
 
-Scores = dict[str, dict[str, Seen]]
+Scores = dict[str, dict[str, ScoredSample]]
 """Scorer (`p_fake`, `p_mllm`, `expert:NAME`) -> id -> sample."""
 
 
@@ -48,7 +48,7 @@ def read_scores(folder: Path, result: Result) -> Scores:
     if not same or pictures != result.get("data", {}).get("pictures_sha256"):
         raise X2DFDError("samples.parquet beside the reference is of another run", code="scores_of_another_run")
     scorers = [name for name in table.schema.names if name.startswith(("p_", "expert:"))]
-    return {name: {r["id"]: Seen(r["label"], r["group"], r[name]) for r in rows} for name in scorers}
+    return {name: {r["id"]: ScoredSample(r["label"], r["group"], r[name]) for r in rows} for name in scorers}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Pair:
     difference: Measured  # first minus second
 
 
-def paired(first: dict[str, Seen], second: dict[str, Seen]) -> Pair:
+def paired(first: dict[str, ScoredSample], second: dict[str, ScoredSample]) -> Pair:
     """AUC of both on the common samples, and their difference. Raises X2DFDError when the runs share no sample, or know
     one by another label or group."""
     common = sorted(first.keys() & second.keys())

@@ -133,7 +133,7 @@ def build(photos: Path | None, out: Path, *, per_method: int = PER_METHOD, allow
     if len(unusable) > 0.01 * len(given) and not allow_missing:
         raise X2DFDError(
             f"{len(unusable)} of {len(given)} photos cannot be read or show no face, such as {unusable[0]}. Take them "
-            "out, or go on without them: --allow-missing",
+            "out, or leave them out: --allow-missing",
             code="photos_unusable",
         )
     if not used:
@@ -258,7 +258,7 @@ def run(
     photos: Annotated[str, typer.Option(help="folder or manifest of real photos; none: the package's own portrait")],
     out: Annotated[Path, typer.Option(help="folder for images, masks, manifest.jsonl and its card")],
     per_method: Annotated[int, typer.Option(help="forgeries of each method")] = PER_METHOD,
-    allow_missing: Annotated[bool, typer.Option(help="go on with more than 1 % unusable photos")] = False,
+    allow_missing: Annotated[bool, typer.Option(help="leave out unusable photos, even more than 1 %")] = False,
 ) -> None:
     """Make a CueBench: forgeries with known cues from fixed seeds."""
     source = None if photos == "none" else Path(photos)

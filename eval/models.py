@@ -153,13 +153,13 @@ class NoMLLM:
     def __init__(self, logit: float) -> None:
         self._logit = logit
 
-    def look(self, crops: NDArray[np.uint8]) -> FaceCount:
+    def encode(self, crops: NDArray[np.uint8]) -> FaceCount:
         return FaceCount(len(crops))
 
-    def verdict_logits(self, look: object, questions: Sequence[str]) -> NDArray[np.float64]:
+    def verdict_logits(self, encoding: object, questions: Sequence[str]) -> NDArray[np.float64]:
         return np.full(len(questions), self._logit)
 
-    def write(self, look: object, questions: Sequence[str], starts: Sequence[str], **_: object) -> list[str]:
+    def write(self, encoding: object, questions: Sequence[str], starts: Sequence[str], **_: object) -> list[str]:
         return [""] * len(questions)
 
     def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str], /) -> NoReturn:

@@ -351,7 +351,7 @@ def write(
     frames: Annotated[int | None, typer.Option(help="frames a clip", min=1)] = FRAMES,
     compression: Annotated[str, typer.Option(help="where there are levels")] = "c23",
     compat: Annotated[str, typer.Option(help="quirks of the stock loader: frames (clips: when scoring)")] = "",
-    allow_missing: Annotated[bool, typer.Option(help="go on with more than 1 % missing")] = False,
+    allow_missing: Annotated[bool, typer.Option(help="leave out missing files, even more than 1 %")] = False,
 ) -> None:
     """Write the test sets of a protocol as manifests."""
     if name not in PROTOCOLS:

@@ -1,9 +1,9 @@
 """Leave-one-source-out figures: what towers say of the sources, generators and forge methods that they never met.
 
-    python -m eval.rotation --towers build/unseen --data photos.csv --data build/forged/manifest.jsonl
+    python -m eval.rotation --towers build/held_out --data photos.csv --data build/forged/manifest.jsonl
 
-`external_detectors.train tower --leave-out NAMES` makes such a tower; `--towers` is a folder of their folders, as
-`x2dfd calibrate --unseen` takes it. Each is asked about what it was trained without, but for split `val`, which chose
+`external_detectors.train tower --held-out NAMES` makes such a tower; `--towers` is a folder of their folders, as
+`x2dfd calibrate --held-out` takes it. Each is asked about what it was trained without, but for split `val`, which chose
 its checkpoint. Every generator and method is set against the photos of the held-out sources, beside the model's own
 tower, which met them all, and a single-feature baseline. The verdict is that of the model's calibration on the tower's
 score: its thresholds were chosen on held-out photos of the same sources, so that its false alarms are a little
@@ -28,8 +28,8 @@ from eval.bench import as_json, code_state, device
 from eval.scoring import Part
 from eval.tasks.experts import sharpness
 from x2dfd.adapter import EMBEDDED
-from x2dfd.calibrate import AT_ONCE, plain_face, strangers_in
-from x2dfd.calibration import Calibration, logit, parts_of
+from x2dfd.calibrate import AT_ONCE, held_out_in, plain_face
+from x2dfd.calibration import Calibration, logit, logits_of
 from x2dfd.cli import run_command
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import evidence_of, through_codec, versions
@@ -93,7 +93,7 @@ def _score(
         row.scores[NEVER_MET].append(logit(new.score))
         row.scores[MET].append(logit(known.score))
         row.scores[SHARPNESS].append(sharpness(face.crop))
-        parts = parts_of(None, [new], {expert.card.name: expert.card.covers})
+        parts = logits_of(None, [new], {expert.card.name: expert.card.covers})
         row.said.append(calibration.verdict(calibration.probability(parts)).label)
 
 
@@ -154,7 +154,7 @@ def run(
     """What towers say of what they never met."""
     folder = ModelSpec.parse(str(model)).adapter or EMBEDDED
     calibration, own = Calibration.load(folder), load_expert(TOWER, folder / "experts")
-    asked = strangers_in(towers, [TOWER])
+    asked = held_out_in(towers, [TOWER])
     sets = [load_crops(path) for path in data]
     found: list[Part] = []
     for expert, left_out in asked:
@@ -183,4 +183,4 @@ def run(
 
 
 if __name__ == "__main__":
-    run_command(run, "Example:\n\n  python -m eval.rotation --towers build/unseen --data photos.csv")
+    run_command(run, "Example:\n\n  python -m eval.rotation --towers build/held_out --data photos.csv")

@@ -176,7 +176,7 @@ def three_answers(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Part:
     }
 
 
-def alarms_by(samples: Sequence[Sample], rows: Sequence[SampleRow], column: str) -> dict[str, Measured]:
+def false_alarms_by(samples: Sequence[Sample], rows: Sequence[SampleRow], column: str) -> dict[str, Measured]:
     """For each value of a column: the share of its reals that were called fake. One without a face was not."""
     reals = [(value_of(s, column), s, row) for s, row in zip(samples, rows, strict=True) if s.label == "real"]
     table = {}

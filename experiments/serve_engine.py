@@ -52,9 +52,9 @@ def compare(local: Any, url: str, adapter: Path) -> None:
     questions = [prompts.QUESTION] * len(crops)
     start = prompts.rationale_start("fake")
     rows: dict[str, list[Any]] = {
-        "verdict": [m.verdict_logits(m.look(crops), questions).tolist() for m in (local, engine)],
+        "verdict": [m.verdict_logits(m.encode(crops), questions).tolist() for m in (local, engine)],
         "p_yes": [m.yes_no(crops[0], CUES).p_yes.tolist() for m in (local, engine)],
-        "texts": [m.write(m.look(crops), questions, [start] * len(crops), max_new_tokens=8) for m in (local, engine)],
+        "texts": [m.write(m.encode(crops), questions, [start] * len(crops), max_new_tokens=8) for m in (local, engine)],
     }
     far = {k: float(np.abs(np.subtract(*rows[k])).max()) for k in ("verdict", "p_yes")}
     print(json.dumps({**rows, "largest difference": far}, indent=1), flush=True)

@@ -16,7 +16,7 @@ from x2dfd.types import Card, Evidence, Face
 
 
 class CropExpert:
-    """Asks a network about batches of crops. A subclass loads it in `__init__(folder)` and defines `p_fake` or `look`.
+    """Asks a network about batches of crops. A subclass loads it in `__init__` and defines `p_fake` or `evidence`.
 
     A face has no score, and a note that says why, where its crop is not one of ours or the network gives no number.
     """
@@ -29,7 +29,7 @@ class CropExpert:
         """P(fake) [n] of crops [n, CROP_SIZE, CROP_SIZE, 3] uint8."""
         raise NotImplementedError
 
-    def look(self, crops: Tensor, faces: Sequence[Face]) -> list[Evidence]:
+    def evidence(self, crops: Tensor, faces: Sequence[Face]) -> list[Evidence]:
         """The evidence for faces with the given crops, [n, CROP_SIZE, CROP_SIZE, 3] uint8."""
         return [Evidence(self.card.name, score) for score in self.p_fake(crops).tolist()]
 
@@ -41,7 +41,9 @@ class CropExpert:
         for start in range(0, len(usable), self.at_once):
             part = usable[start : start + self.at_once]
             with torch.inference_mode():
-                found = self.look(torch.from_numpy(np.stack([faces[k].crop for k in part])), [faces[k] for k in part])
+                found = self.evidence(
+                    torch.from_numpy(np.stack([faces[k].crop for k in part])), [faces[k] for k in part]
+                )
             for k, evidence in zip(part, found, strict=True):
                 known = evidence.score is not None and math.isfinite(evidence.score)
                 said[k] = evidence if known else Evidence(name, None, "the network gave no number")

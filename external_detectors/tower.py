@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from external_detectors.crop_expert import CropExpert
-from external_detectors.tower_net import MAX_CUES, POINTS_FROM, POOLED, TowerHeads, area_grid, closer_look
+from external_detectors.tower_net import MAX_CUES, POINTS_FROM, POOLED, TowerHeads, area_grid, closer_crops
 from external_detectors.weights_io import load_weights
 from x2dfd.adapter import EMBEDDED
 from x2dfd.errors import SetupError
@@ -56,15 +56,15 @@ class Tower(CropExpert):
         states = shared.tower_states if shared and shared.tower == self.tower else None
         if states is None or len(states) <= max(HEAD_LAYERS):
             return super().judge(faces, shared)
-        see = (shared and shared.see) or self._see
+        run_tower = (shared and shared.run_tower) or self._run_tower
         with torch.inference_mode():
-            closer = see(closer_look(torch.from_numpy(np.stack([f.crop for f in faces]))))
+            closer = run_tower(closer_crops(torch.from_numpy(np.stack([f.crop for f in faces]))))
             return self._said(states, closer, faces)
 
-    def look(self, crops: Tensor, faces: Sequence[Face]) -> list[Evidence]:
-        return self._said(self._see(crops), self._see(closer_look(crops)), faces)
+    def evidence(self, crops: Tensor, faces: Sequence[Face]) -> list[Evidence]:
+        return self._said(self._run_tower(crops), self._run_tower(closer_crops(crops)), faces)
 
-    def _see(self, crops: Tensor) -> tuple[Tensor, ...]:
+    def _run_tower(self, crops: Tensor) -> tuple[Tensor, ...]:
         return tower_states(crops, max(HEAD_LAYERS), self._additions)
 
     def _said(self, states: Sequence[Tensor], closer: Sequence[Tensor], faces: Sequence[Face]) -> list[Evidence]:

@@ -58,14 +58,14 @@ def area_grid(landmarks: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.asarray(np.stack(small), np.uint8)
 
 
-def closer_look(crops: Tensor) -> Tensor:
+def closer_crops(crops: Tensor) -> Tensor:
     """Uint8 crops [n, CROP_SIZE, CROP_SIZE, 3] with less of what surrounds the face, at the same size."""
     inner = crops[:, CLOSER : CROP_SIZE - CLOSER, CLOSER : CROP_SIZE - CLOSER].permute(0, 3, 1, 2).float()
     large = F.interpolate(inner, size=CROP_SIZE, mode="bicubic").clamp(0, 255).round().byte()
     return large.permute(0, 2, 3, 1).contiguous()
 
 
-class Seen(NamedTuple):
+class HeadLogits(NamedTuple):
     """Logits of n faces."""
 
     fake: Tensor  # [n]
@@ -100,7 +100,7 @@ class _Where(nn.Module):
 
 class TowerHeads(nn.Module):
     """Hidden states of the tower, embeddings first, each [n, 1 + 196, 768], and area grids [n, areas, 28, 28] in 0..1
-    to `Seen`."""
+    to `HeadLogits`."""
 
     allowed: Tensor
 
@@ -120,19 +120,19 @@ class TowerHeads(nn.Module):
         # Cues that training has shown; no other is ever named.
         self.register_buffer("allowed", torch.zeros(len(POOLED), len(ARTIFACTS)))
 
-    def forward(self, states: Sequence[Tensor], areas: Tensor) -> Seen:
+    def forward(self, states: Sequence[Tensor], areas: Tensor) -> HeadLogits:
         read = [F.layer_norm(states[layer].float(), (WIDTH,))[:, 1:] for layer in LAYERS]
         f = self.dropout(self.norm(self.statistics(states)))
         each = torch.cat(read, 2)  # [n, 196, 4 * 768]
         seen = self.map(each, areas)
-        return Seen(self.fake(f)[:, 0], self.cls(f), self.cues(each, areas), seen, self.photo(f)[:, 0])
+        return HeadLogits(self.fake(f)[:, 0], self.cls(f), self.cues(each, areas), seen, self.photo(f)[:, 0])
 
-    def both(self, states: Sequence[Tensor], closer: Sequence[Tensor], areas: Tensor) -> Seen:
-        """As the heads alone, with the verdict, the kind and the photograph of both looks together: mean logits.
+    def both(self, states: Sequence[Tensor], closer: Sequence[Tensor], areas: Tensor) -> HeadLogits:
+        """As the heads alone, with the mean logits of both crops for the verdict, the kind and the photograph.
 
-        `closer`: hidden states of `closer_look`. What is wrong where is read from the whole crop.
+        `closer`: hidden states of `closer_crops`. What is wrong where is read from the whole crop.
         """
-        seen: Seen = self(states, areas)
+        seen: HeadLogits = self(states, areas)
         f = self.norm(self.statistics(closer))
         more = self.fake(f)[:, 0], self.cls(f), self.photo(f)[:, 0]
         fake, kinds, photo = ((a + b) / 2 for a, b in zip((seen.fake, seen.kinds, seen.photo), more, strict=True))

@@ -20,7 +20,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def run(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="YAML file; see finetune/config.py for every key")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, on top of the file")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, which overrides the file")] = None,
     dry_run: Annotated[bool, typer.Option(help="say what would be trained and what memory it takes")] = False,
     gpus: Annotated[int, typer.Option(help="with --dry-run: how many", min=1)] = 1,
 ) -> None:
@@ -50,7 +50,7 @@ def convert(
     out: Annotated[Path, typer.Argument(help="directory to write")],
     base: Annotated[str, typer.Option(help="the base's name or directory in the target layout")],
     to: Annotated[str, typer.Option(help="layout: hub, or llava for LLaVA's own code")] = "hub",
-    frame: Annotated[str, typer.Option(help="train_consistent, or official_infer")] = "train_consistent",
+    frame: Annotated[str, typer.Option(help="chat template: train_consistent, or official_infer")] = "train_consistent",
     experts: Annotated[
         str,
         typer.Option(help="in the order of the prompt, ALIAS=NAME where it calls one otherwise: blending=NAME,NAME"),

@@ -82,7 +82,7 @@ class FinetuneConfig:
     cached_features: str | None = None  # folder of a frozen tower's features; None computes them while training
     bucket: bool = True  # rows of like length share a batch
     crop_size: int | None = None  # side of the face crops; None is what the base's image processor takes, 224 to 448
-    frame: str | None = None  # a chat frame of x2dfd.prompts (train_consistent); None is the base's own
+    frame: str | None = None  # a chat template of x2dfd.prompts (train_consistent); None is the base's own
     view_seed: int = 1  # degradation of each picture; must be the one the instructions were built with
     base_dtype: str = "auto"  # of the frozen base: 16 bits where bf16 or fp16 is on or the checkpoint is in 16 bits
     weights_dtype: str = "float32"  # of the adapter's file; float16 halves it and moves verdicts by hundredths
@@ -194,7 +194,7 @@ def zero_stage(config: FinetuneConfig) -> int:
 
 
 def zero_settings(path: str) -> Json:
-    """What DeepSpeed's JSON says of ZeRO: only the content tells, whatever the file is called. Raises X2DFDError."""
+    """What DeepSpeed's JSON sets for ZeRO: the content decides, whatever the file is called. Raises X2DFDError."""
     try:
         found: Json = parse_json(Path(path).read_bytes()).get("zero_optimization", {})
         int(found.get("stage", 0))

@@ -164,8 +164,8 @@ def to_hub(
     """Convert a published adapter directory, or a checkpoint of its training; returns the card that is written.
 
     `base`: the hub's LLaVA that it fits, which is loaded too, for what the probe pictures score; `frame`: see
-    `x2dfd.prompts.FRAMES`; `experts`: whose scores stand in its prompt, in that order, with the weights that are here;
-    `aliases`: what the prompt calls some of them. Raises SetupError with the reason; `out` must hold no adapter yet.
+    `x2dfd.prompts.CHAT_TEMPLATES`; `experts`: whose scores stand in its prompt, in that order, with the weights that
+    are here; `aliases`: what the prompt calls some of them. `out` must hold no adapter yet. Raises SetupError.
     """
     from transformers import AutoConfig
 
@@ -175,7 +175,7 @@ def to_hub(
         processor, config = load_processor(base), AutoConfig.from_pretrained(base)
     except (OSError, ValueError) as error:
         raise SetupError(f"{base} cannot be read: {error}", code="adapter_unreadable") from error
-    prompts.set_frame(processor, frame)
+    prompts.set_chat_template(processor, frame)
     identity = base_identity(base)
     both, target_settings = renamed({**state, **others}, True), hub_settings(settings, identity["name"])
     check_tensors(both, source)

@@ -29,7 +29,7 @@ from x2dfd.loading import family_of
 from x2dfd.mllm import TEXT_INPUTS, after_image, prefix_inputs
 from x2dfd.progress import progress
 from x2dfd.prompts import Processor
-from x2dfd.tower import VIEWS, CachedArray, TowerFeatures, seen_view
+from x2dfd.tower import VIEWS, CachedArray, TowerFeatures, augmented_view
 
 IGNORE = -100
 TALK = "talk"
@@ -215,7 +215,7 @@ class Rows(Dataset[Json]):
         return {"prefix": prefix, "conversations": conversations}
 
     def _prefix(self, row: int) -> dict[str, Tensor]:
-        return prefix_inputs(self._processor, seen_view(self._data.views[row], self._seed, row)[None], self._after)
+        return prefix_inputs(self._processor, augmented_view(self._data.views[row], self._seed, row)[None], self._after)
 
 
 def can_pack(model: Any, prefix: dict[str, Tensor]) -> bool:
@@ -236,8 +236,8 @@ def _positions(model: Any, prefix: dict[str, Tensor]) -> Tensor:
 def cache_tower(
     model: Any, processor: Processor, data: CropSet, rows: NDArray[np.intp], folder: Path, key: Json, seed: int
 ) -> TowerFeatures:
-    """What a LLaVA's own frozen tower gives for the training views, computed once and kept in 16 bits. Another `key`
-    (base, layers, manifest) begins anew; a cut-off run goes on where it stopped."""
+    """What a LLaVA's own frozen tower gives for the augmented views, computed once and kept in 16 bits. Another `key`
+    (base, layers, manifest) begins anew; a run that was cut off resumes where it stopped."""
     from PIL import Image
 
     layers = feature_layers(model)
@@ -253,7 +253,7 @@ def cache_tower(
                     "under ZeRO-3 the tower is in pieces: fill cached_features in a run without it first",
                     code="zero3_unsupported",
                 )
-            view = Image.fromarray(seen_view(data.views[int(rows[at])], seed, int(rows[at])))
+            view = Image.fromarray(augmented_view(data.views[int(rows[at])], seed, int(rows[at])))
             pixels = processor.image_processor(view, return_tensors="pt")["pixel_values"].to(here)
             states = tower(pixels, output_hidden_states=True).hidden_states
             found = torch.cat([states[k][:, int(class_token) :] for k in layers])  # [layers, patches, hidden]

@@ -64,7 +64,7 @@ def words_processor(config: Any) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
-    said = " ".join([prompts.FRAMES["train_consistent"], prompts.QUESTION, *QUESTIONS, prompts.STEM])
+    said = " ".join([prompts.CHAT_TEMPLATES["train_consistent"], prompts.QUESTION, *QUESTIONS, prompts.STEM])
     words = re.findall(
         r"\w+|[^\w\s]+", " ".join([said, *prompts.LABEL_WORDS, *prompts.YES_NO_WORDS, "USER ASSISTANT : ?"])
     )
@@ -84,7 +84,7 @@ def words_processor(config: Any) -> Any:
         num_additional_image_tokens=1,
         image_token="<image>",
     )
-    prompts.set_frame(processor, "train_consistent")
+    prompts.set_chat_template(processor, "train_consistent")
     return processor
 
 
@@ -194,7 +194,7 @@ def judging(model: Any, processor: Processor, device: torch.device, rounds: int)
     mllm = LocalMLLM(model, processor, "random weights")
     crops = np.random.default_rng(0).integers(0, 256, (VERDICTS, 224, 224, 3), np.uint8)
     verdict = median_seconds(
-        lambda: mllm.verdict_logits(mllm.look(crops), [prompts.QUESTION] * VERDICTS), device, rounds
+        lambda: mllm.verdict_logits(mllm.encode(crops), [prompts.QUESTION] * VERDICTS), device, rounds
     )
     asked = median_seconds(lambda: mllm.yes_no(crops[0], QUESTIONS), device, rounds)
     return {"verdicts_per_s": round(VERDICTS / verdict, 3), "cue_questions_per_s": round(len(QUESTIONS) / asked, 2)}

@@ -44,7 +44,7 @@ def open_base(config: FinetuneConfig) -> tuple[Any, Processor]:
     if config.method == "qlora" and config.base is not None:
         options["quantization_config"] = in_bits(config.base, 4, options["dtype"])
     model, processor = load_model(config.base, **cut, **options)
-    prompts.set_frame(processor, config.frame)
+    prompts.set_chat_template(processor, config.frame)
     if not is_llava(model) and (config.cached_features is not None or config.tower == "forensic"):
         raise X2DFDError(
             f"cached_features and `tower: forensic` need a LLaVA with CLIP's tower, and {config.base} is a "

@@ -42,7 +42,7 @@ def split(named: str | Path | ModelSpec, out: Path) -> tuple[Path, Path, int]:
         text_layers=card.text_layers or None,
         feature_layers=card.feature_layers or None,
     )
-    prompts.set_frame(processor, card.frame)  # and the engine's chats have it too
+    prompts.set_chat_template(processor, card.frame)  # and the engine's chats have it too
     check_adapter(adapter, card, base_identity(base), prompts.prompt_hash(processor, card.score_form))
     check_fit(model, adapter)
     state = load_file(adapter / WEIGHTS)

@@ -1,6 +1,6 @@
 """Conversations about several pictures, or about none: each is a row of its own, through the stock model as it is.
 
-Face, crop and training view of each picture are made as everywhere else, and the text is the stock processor's of the
+Face, crop and augmented view of each picture are made as everywhere else, and the text is the stock processor's of the
 same messages. Nothing scores such a conversation: it keeps a model's other skills alive, or teaches it to compare.
 """
 
@@ -25,7 +25,7 @@ from x2dfd.files import Json
 from x2dfd.media import load_picture
 from x2dfd.mllm import TEXT_INPUTS
 from x2dfd.prompts import Processor
-from x2dfd.tower import seen_view
+from x2dfd.tower import augmented_view
 
 
 def read_talks(instructions: Path) -> list[Json]:
@@ -53,7 +53,7 @@ class Talks(Dataset[Json]):
 
     def __getitem__(self, k: int) -> Json:
         record = self._records[k]
-        views = [seen_view(_face(path, self._side), self._seed, k) for path in record["images"]]
+        views = [augmented_view(_face(path, self._side), self._seed, k) for path in record["images"]]
         inputs, answer = talk_inputs(self._processor, record["conversations"], views)
         labels = torch.full_like(inputs["input_ids"], IGNORE)
         labels[:, -answer:] = inputs["input_ids"][:, -answer:]

@@ -1,4 +1,4 @@
-"""Fine-tuning of a multimodal LLM on the instruction set, with Trainer and PEFT: one road, top to bottom."""
+"""Fine-tuning of a multimodal LLM on the instruction set, with Trainer and PEFT: one path, top to bottom."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ from x2dfd.tower import (
     VIEWS,
     TowerFeatures,
     additions_sha256,
+    augmented_view,
     cached_features,
     read_additions,
-    seen_view,
     tower_states,
     training_rows,
 )
@@ -312,7 +312,7 @@ def _save(
 
 
 def _figures(config: FinetuneConfig, trainer: RowTrainer, learnt: Sequence[tuple[Rows | Talks, float]]) -> Json:
-    """What the card says of the run."""
+    """What the card records about the run."""
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     figures: Json = {"final_loss": round(float(np.mean(losses[-10:])), 4) if losses else None}
     figures |= {"pictures": sum(rows.pictures for rows, _ in learnt), "steps": trainer.state.global_step}
@@ -394,7 +394,7 @@ def _features(config: FinetuneConfig, model: Any, processor: Processor, data: Cr
         raise X2DFDError("the embedded base needs positive feature_layers", code="feature_layers_invalid")
     known = learnable(data, "train", config.left_out)
     if config.base is None and not config.cached_features:
-        some = [seen_view(data.crops[i], config.view_seed, i) for i in known[:: max(1, len(known) // 64)]]
+        some = [augmented_view(data.crops[i], config.view_seed, i) for i in known[:: max(1, len(known) // 64)]]
         states = tower_states(torch.from_numpy(np.stack(some)), max(layers), additions_of(config))
         fit_projector(model, torch.stack([states[k][:, 1:] for k in layers], 1).clone())
         return None
@@ -465,7 +465,7 @@ def _instructions_sha256(config: FinetuneConfig) -> str:
 
 
 def _last_checkpoint(work: Path, config: FinetuneConfig) -> str | None:
-    """Where a cut-off run goes on. Raises X2DFDError when `work` holds a run with other settings or other data."""
+    """Where a run that was cut off resumes. Raises X2DFDError when `work` holds a run with other settings or data."""
     run = {"config": asdict(config), "instructions_sha256": _instructions_sha256(config)}
     run["base"] = base_identity(config.base)
     run = json.loads(json.dumps(run))  # tuples become lists, as they are read back

@@ -168,7 +168,7 @@ def test_a_folder_that_is_no_adapter_is_named(adapter: Path, text: str) -> None:
 
 def ask(model: Any, processor: Any, photo: Any) -> float:
     mllm = LocalMLLM(model, processor, "tiny")
-    return float(mllm.verdict_logits(mllm.look(photo[:224, 120:344][None]), [prompts.QUESTION])[0])
+    return float(mllm.verdict_logits(mllm.encode(photo[:224, 120:344][None]), [prompts.QUESTION])[0])
 
 
 def test_the_merged_and_the_split_model_are_the_adapted_one(

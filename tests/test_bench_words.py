@@ -185,13 +185,13 @@ def test_the_template_is_beside_every_description(photos: Path, tmp_path: Path) 
 def test_experts_without_their_mllm_decide_by_themselves(astronaut: Pixels, tmp_path: Path) -> None:
     """An absent MLLM that counts as "not fake" would lower every probability of the fusion."""
     from x2dfd.adapter import EMBEDDED
-    from x2dfd.calibration import Calibration, parts_of
+    from x2dfd.calibration import Calibration, logits_of
 
     detector = models.experts_alone(None)
     report = detector.detect(Image.fromarray(astronaut))
     assert len(report.evidence) == len(detector.experts)
-    parts = parts_of(None, report.evidence, {e.card.name: e.card.covers for e in detector.experts})
-    assert report.verdict.p_fake == pytest.approx(Calibration.load(EMBEDDED).probability(parts))
+    logits = logits_of(None, report.evidence, {e.card.name: e.card.covers for e in detector.experts})
+    assert report.verdict.p_fake == pytest.approx(Calibration.load(EMBEDDED).probability(logits))
     opened = models.Opened("fusion", "fusion", detector, "calibrated")
     sample = Sample("a", tmp_path / "a.png", "real")
     Image.fromarray(astronaut).save(sample.path)

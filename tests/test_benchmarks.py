@@ -21,7 +21,7 @@ from data_gen.demo import make_pair
 from eval import tables
 from tests.raising import raises
 from x2dfd.errors import X2DFDError
-from x2dfd.eye import _linear
+from x2dfd.tower_pass import _linear
 
 RATES = Rates(flop_per_s=1e6, bytes_per_s=1e6)
 

@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from data_gen.build import BuildConfig, build, corrupted, expert_scores
-from data_gen.questions import bank
+from data_gen.questions import cue_questions
 from tests import tiny
 from tests.raising import raises
 from x2dfd import prompts
@@ -25,7 +25,7 @@ from x2dfd.explain import read_cues
 from x2dfd.files import file_sha256
 from x2dfd.manifest import Sample, read_manifest, write_manifest
 from x2dfd.mllm import YesNo
-from x2dfd.tower import seen_view
+from x2dfd.tower import augmented_view
 from x2dfd.types import Cue, Evidence
 
 CUES = {("jaw", "blending"), ("eyes", "blur"), ("skin", "colour")}  # of the fakes of the small manifest
@@ -75,7 +75,7 @@ class SeesOnly:
 
     def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str], /) -> YesNo:
         fake = self.samples[int(crop[0, 0, 0])].label == "fake"
-        about = {q.text: (q.area, q.artifact) for q in bank()}
+        about = {q.text: (q.area, q.artifact) for q in cue_questions()}
         p = np.array([0.9 if about[q] != self.cue or fake else 0.1 for q in questions])
         return YesNo(p, tuple("yes" if x > 0.5 else "no" for x in p))
 
@@ -89,7 +89,9 @@ def ranking(cue: tuple[str, str], out: Path) -> Path:
     ]
     crops = np.zeros((60, 4, 4, 3), np.uint8)
     crops[:, 0, 0, 0] = np.arange(60)
-    questions = [CueQuestion(q.text, q.area, q.artifact, q.origin) for q in bank() if (q.area, q.artifact) in CUES]
+    questions = [
+        CueQuestion(q.text, q.area, q.artifact, q.origin) for q in cue_questions() if (q.area, q.artifact) in CUES
+    ]
     data = CropSet(samples, crops, np.zeros((60, 468, 2), np.float32), {})
     assess(SeesOnly(cue, samples), data, questions, out, top_k=1, progress=False)
     return out / "assessment.json"
@@ -118,7 +120,7 @@ def test_explanations_and_cue_questions_are_true_of_the_picture(manifest: Path, 
             assert named(record) <= truth
             assert (record["label"] == "fake") == bool(truth)
             assert answer(record).startswith(f"This image is {record['label']}.")
-    about = {q.text: (q.area, q.artifact) for q in bank()}
+    about = {q.text: (q.area, q.artifact) for q in cue_questions()}
     records = [r for r in made(manifest, tmp_path, cue_questions=8) if r["task"].startswith("cue")]
     answers: Counter[str] = Counter()
     for record in records:
@@ -145,13 +147,13 @@ def test_the_questions_are_those_of_inference(manifest: Path, tmp_path: Path) ->
         elif record["task"] == "detect_plain":
             assert (asked, answer(record)) == (prompts.QUESTION, f"This image is {record['label']}.")
         elif record["task"] == "classify":
-            assert asked.startswith(prompts.CLASS_QUESTION) and asked.endswith(prompts.told(evidence))
+            assert asked.startswith(prompts.CLASS_QUESTION) and asked.endswith(prompts.expert_block(evidence))
         elif record["task"] == "detect_asked":
             assert answer(record) == f"This image is {record['label']}."
     both = made(manifest, tmp_path / "both", score_form="both")
     told = [r for r in both if r["scores"] and " score is " in question(r)]
     for record in told:  # a form that only some questions use would teach the model two languages
-        assert prompts.score_tail([Evidence(k, v) for k, v in record["scores"].items()], "both") in question(record)
+        assert prompts.expert_scores([Evidence(k, v) for k, v in record["scores"].items()], "both") in question(record)
     assert told
 
 
@@ -275,4 +277,4 @@ def test_experts_judge_training_views_through_the_codec(manifest: Path, monkeypa
 
     monkeypatch.setattr("data_gen.build.load_expert", lambda *_: Looker())
     expert_scores(data, [0, 1], BuildConfig(str(manifest), experts=(tiny.EXPERT,)))
-    assert all((a == seen_view(data.crops[i], 1, i)).all() for i, a in enumerate(seen)) and len(seen) == 2
+    assert all((a == augmented_view(data.crops[i], 1, i)).all() for i, a in enumerate(seen)) and len(seen) == 2

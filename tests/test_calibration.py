@@ -36,7 +36,7 @@ from x2dfd.calibration import (
     fit_logistic,
     kind_of,
     logit,
-    parts_of,
+    logits_of,
     probabilities,
 )
 from x2dfd.crops import CropSet
@@ -44,7 +44,7 @@ from x2dfd.experts import BUILTIN, Shared, read_card, write_card
 from x2dfd.faces import find_faces
 from x2dfd.manifest import Sample, write_manifest
 from x2dfd.opening import load
-from x2dfd.tower import training_view
+from x2dfd.tower import degraded_view
 from x2dfd.types import Evidence, Face
 
 Floats = NDArray[np.float64]
@@ -57,24 +57,24 @@ FITTED = Calibration({"whole": WHOLE, "part": PART}, low=0.35, high=0.7, mllm_th
 def simulate(n: int, weights: dict[str, float], bias: float, seed: int = 0) -> tuple[dict[str, Floats], Floats]:
     """Logits of each part, and labels drawn from the logistic with these weights."""
     rng = np.random.default_rng(seed)
-    parts = {name: rng.normal(0.5, 1.2, n) for name in weights}
-    total = bias + sum(w * (parts[name] - parts[name].mean()) for name, w in weights.items())
-    return parts, (rng.random(n) < 1 / (1 + np.exp(-total))).astype(float)
+    logits = {name: rng.normal(0.5, 1.2, n) for name in weights}
+    total = bias + sum(w * (logits[name] - logits[name].mean()) for name, w in weights.items())
+    return logits, (rng.random(n) < 1 / (1 + np.exp(-total))).astype(float)
 
 
 def test_a_part_that_is_wrong_silent_or_perfect_spoils_no_weight() -> None:
     """A negative weight would call a face real because an expert called it fake; NaN must neither spread nor count as
     evidence; without the penalty, the weight of a perfect expert runs off to infinity."""
-    parts, labels = simulate(2_000, {MLLM: 1.0, "tower": -1.0}, 0.0)
-    alone = fit_logistic({MLLM: parts[MLLM]}, labels, np.ones(2_000))
-    found = fit_logistic(parts, labels, np.ones(2_000))
+    logits, labels = simulate(2_000, {MLLM: 1.0, "tower": -1.0}, 0.0)
+    alone = fit_logistic({MLLM: logits[MLLM]}, labels, np.ones(2_000))
+    found = fit_logistic(logits, labels, np.ones(2_000))
     assert found.weights["tower"] == 0.0 and found.weights[MLLM] == pytest.approx(alone.weights[MLLM], abs=1e-3)
-    holed = np.where(np.random.default_rng(3).random(2_000) < 0.3, np.nan, parts[MLLM])
+    holed = np.where(np.random.default_rng(3).random(2_000) < 0.3, np.nan, logits[MLLM])
     filled = np.where(np.isnan(holed), np.nanmean(holed), holed)
     got, wanted = (fit_logistic({MLLM: v}, labels, np.ones(2_000)) for v in (holed, filled))
     assert got.weights == pytest.approx(wanted.weights, abs=1e-4)
     assert got.means[MLLM] == pytest.approx(np.nanmean(holed), abs=1e-6)
-    dead = {kind: {MLLM: parts[MLLM], "dead": np.full(2_000, np.nan)} for kind in ("whole", "part")}
+    dead = {kind: {MLLM: logits[MLLM], "dead": np.full(2_000, np.nan)} for kind in ("whole", "part")}
     fitted = fit_calibration(dead, ["part" if y else "" for y in labels], ["a"] * 2_000)
     assert fitted.weights.get("dead", 0.0) == 0.0
     assert 0 < fitted.probability({"part": {MLLM: 1.0, "dead": 5.0}}) < 1
@@ -86,8 +86,8 @@ def test_a_part_that_is_wrong_silent_or_perfect_spoils_no_weight() -> None:
 def test_a_missing_score_neither_accuses_nor_clears_where_most_pictures_are_fakes() -> None:
     """A plain mean over twice as many fakes as reals, in place of a score, says fake of whatever has none."""
     labels = np.repeat([0.0, 1.0], [300, 1500])
-    parts = {MLLM: np.random.default_rng(8).normal(2 * labels - 1, 1.0)}
-    found = fit_logistic(parts, labels, balance(labels, ["a"] * 1800))
+    logits = {MLLM: np.random.default_rng(8).normal(2 * labels - 1, 1.0)}
+    found = fit_logistic(logits, labels, balance(labels, ["a"] * 1800))
     assert found({}) == found({MLLM: None}) == pytest.approx(0.5, abs=0.05)
     assert found({MLLM: found.means[MLLM]}) == found({})
     # A source counts by the root of its size: the largest does not decide alone, nor one picture as much as a thousand.
@@ -99,12 +99,12 @@ def test_a_missing_score_neither_accuses_nor_clears_where_most_pictures_are_fake
 
 def test_the_odds_of_the_kinds_add_up() -> None:
     """The number is small enough to compute by hand; so it is."""
-    parts = {"whole": {"tower": 1.5, MLLM: 9.0}, "part": {MLLM: 2.0, "tower": -1.0, "idle": 5.0}}
+    logits = {"whole": {"tower": 1.5, MLLM: 9.0}, "part": {MLLM: 2.0, "tower": -1.0, "idle": 5.0}}
     whole = 1 / (1 + math.exp(-(0.2 + 0.8 * (1.5 + 1.0))))
     part = 1 / (1 + math.exp(-(-0.4 + 0.5 * (2.0 - 1.0) + 1.0 * (-1.0 + 2.0))))
     odds = whole / (1 - whole) + part / (1 - part)
-    assert FITTED.probability(parts) == pytest.approx(odds / (1 + odds))
-    assert FITTED.by_kind(parts) == pytest.approx({"whole": whole, "part": part})
+    assert FITTED.probability(logits) == pytest.approx(odds / (1 + odds))
+    assert FITTED.by_kind(logits) == pytest.approx({"whole": whole, "part": part})
     assert FITTED.weights == {"tower": 1.0, MLLM: 0.5, "idle": 0.0}
     sure = [{kind: {MLLM: by, "tower": by} for kind in ("whole", "part")} for by in (6.0, 99.0)]
     assert FITTED.probability(sure[0]) == FITTED.probability(sure[1])  # beyond 6 is saturation
@@ -120,19 +120,19 @@ def test_an_expert_speaks_of_what_it_covers_and_of_nothing_else() -> None:
     """Bug prevented: an expert for generated faces that talks a face swap down to "real"."""
     covers = {"gan": ("EFS",), "swap": ("FS", "FR", "real"), "any": ("blur", "jaw blending"), "both": ("FE", "EFS")}
     said = [Evidence(n, 0.1) for n in covers] + [Evidence("told", 0.9, kinds={"whole": 0.8, "part": 0.2})]
-    parts = parts_of(1.5, said, covers)
-    assert set(parts["whole"]) == {MLLM, "gan", "any", "both", "told"}
-    assert set(parts["part"]) == {MLLM, "swap", "any", "both", "told"}
-    assert parts["part"][MLLM] == parts["whole"][MLLM] == 1.5
-    assert parts["whole"]["told"] == parts["part"]["told"] == logit(0.9)  # `kinds` names a fake; it weighs nothing
-    absent = parts_of(None, [Evidence("gan", None, "no crop")], covers)
+    logits = logits_of(1.5, said, covers)
+    assert set(logits["whole"]) == {MLLM, "gan", "any", "both", "told"}
+    assert set(logits["part"]) == {MLLM, "swap", "any", "both", "told"}
+    assert logits["part"][MLLM] == logits["whole"][MLLM] == 1.5
+    assert logits["whole"]["told"] == logits["part"]["told"] == logit(0.9)  # `kinds` names a fake; it weighs nothing
+    absent = logits_of(None, [Evidence("gan", None, "no crop")], covers)
     assert absent["whole"] == {MLLM: None, "gan": None} and absent["part"] == {MLLM: None}
 
     one = {name: Logistic({name: 1.0}, {name: 0.0}, -1.0) for name in ("gan", "swap")}
     calibration = Calibration({"whole": one["gan"], "part": one["swap"]}, 0.3, 0.6)
     accused = {"swap": 0.95}
     for cleared in (0.5, 0.1, 1e-6):
-        found = parts_of(None, [Evidence(n, p) for n, p in (accused | {"gan": cleared}).items()], covers)
+        found = logits_of(None, [Evidence(n, p) for n, p in (accused | {"gan": cleared}).items()], covers)
         assert calibration.probability(found) >= one["swap"]({"swap": logit(0.95)}) > 0.8
 
 
@@ -142,14 +142,14 @@ def test_each_kind_is_fitted_on_its_own_fakes() -> None:
     kinds = ["", "whole", "part"] * n
     of = np.array(kinds)
     one, two = (np.where(of == kind, 3.0, -3.0) + rng.normal(0, 1, 3 * n) for kind in ("whole", "part"))
-    parts = {kind: {"gan": one, "swap": two} for kind in ("whole", "part")}
-    fitted = fit_calibration(parts, kinds, ["a"] * (3 * n))
+    logits = {kind: {"gan": one, "swap": two} for kind in ("whole", "part")}
+    fitted = fit_calibration(logits, kinds, ["a"] * (3 * n))
     assert fitted.kinds["whole"].weights["gan"] > 5 * fitted.kinds["whole"].weights["swap"]
     assert fitted.kinds["part"].weights["swap"] > 5 * fitted.kinds["part"].weights["gan"]
-    chances = probabilities(fitted, parts, 3 * n)
+    chances = probabilities(fitted, logits, 3 * n)
     for kind in ("whole", "part"):
         assert (chances[of == kind] >= fitted.high).mean() > 0.9
-    alone = fit_calibration({k: {n: v[of != "whole"] for n, v in p.items()} for k, p in parts.items()},
+    alone = fit_calibration({k: {n: v[of != "whole"] for n, v in p.items()} for k, p in logits.items()},
                             [k for k in kinds if k != "whole"], ["a"] * (2 * n))  # fmt: skip
     assert set(alone.kinds) == {"part"}  # nothing is said of a kind that was not there
     assert (kind_of("EFS"), *map(kind_of, ("FS", "FR", "FE"))) == ("whole", "part", "part", "part")
@@ -185,15 +185,15 @@ def test_the_band_keeps_its_promises_in_every_source(seed: int) -> None:
 
 def test_the_fit_agrees_with_scikit_learn() -> None:
     """An independent solver must find the same optimum, sample weights and penalty included."""
-    parts, labels = simulate(600, {MLLM: 0.7, "tower": 1.1}, 0.3, seed=1)
+    logits, labels = simulate(600, {MLLM: 0.7, "tower": 1.1}, 0.3, seed=1)
     weights = np.where(labels == 1, 3.0, 1.0) * np.random.default_rng(2).uniform(0.5, 1.5, len(labels))
-    x = np.stack([np.clip(v, -6, 6) for v in parts.values()], 1)
+    x = np.stack([np.clip(v, -6, 6) for v in logits.values()], 1)
     for ridge in (0.005, 0.02, 0.2):
-        found = fit_logistic(parts, labels, weights, ridge=ridge)
+        found = fit_logistic(logits, labels, weights, ridge=ridge)
         assert min(found.weights.values()) > 0  # no weight at its bound, so the two problems are the same
         # Ours: mean loss + ridge/2 |w|^2; scikit-learn's: C * summed loss + 1/2 |w|^2, with weights that sum to 1.
         oracle = LogisticRegression(C=1 / ridge, tol=1e-10, max_iter=10_000)
-        oracle.fit(x - [found.means[name] for name in parts], labels, sample_weight=weights / weights.sum())
+        oracle.fit(x - [found.means[name] for name in logits], labels, sample_weight=weights / weights.sum())
         wanted = [*oracle.coef_[0], oracle.intercept_[0]]
         np.testing.assert_allclose([*found.weights.values(), found.bias], wanted, atol=1e-3)
 
@@ -328,7 +328,7 @@ def on_its_base(adapter: Path) -> str:
     return f"hub:{adapter.parent / 'base'}+{adapter}"
 
 
-def stranger(folder: Path, name: str, *left_out: str) -> None:
+def held_out_expert(folder: Path, name: str, *left_out: str) -> None:
     """Weights of the expert that were trained without something."""
     (folder / name).mkdir(parents=True)
     card = replace(tiny.Brightness.card, sha256=name * 64, figures={"left_out": list(left_out)})
@@ -343,9 +343,17 @@ def test_each_picture_is_judged_by_what_never_saw_its_origin(adapter: Path, phot
     assert set(alone.weights) == {MLLM, tiny.EXPERT} and alone.fitted_on["unseen"] == []
     assert alone == Calibration.load(adapter) and alone.mllm_threshold != 0.5
     judged_by.clear()
-    stranger(tmp_path / "unseen", "c", "gan", "new")
-    stranger(tmp_path / "unseen", "d", "new")  # the first that never met the source judges it
-    given = ["calibrate", "--model", on_its_base(adapter), "--data", str(photos), "--unseen", str(tmp_path / "unseen")]
+    held_out_expert(tmp_path / "unseen", "c", "gan", "new")
+    held_out_expert(tmp_path / "unseen", "d", "new")  # the first that never met the source judges it
+    given = [
+        "calibrate",
+        "--model",
+        on_its_base(adapter),
+        "--data",
+        str(photos),
+        "--held-out",
+        str(tmp_path / "unseen"),
+    ]
     done = CliRunner().invoke(cli.app, given)
     assert done.exit_code == 0, done.output
     assert judged_by == {tiny.Brightness.card.sha256: {0, 1, 2, 3}, "c" * 64: {6, 7}}
@@ -369,10 +377,10 @@ def test_a_calibration_that_fails_leaves_the_last_one(adapter: Path, photos: Pat
     with raises("no_picture_of_label", "'test'"):
         calibrate(on_its_base(adapter), [photos], split="test")
     with raises("left_out_missing", "nothing"):
-        calibrate(on_its_base(adapter), [photos], unseen=tmp_path / "nothing")
-    stranger(tmp_path / "c", "c")
+        calibrate(on_its_base(adapter), [photos], held_out=tmp_path / "nothing")
+    held_out_expert(tmp_path / "c", "c")
     with raises("left_out_invalid", tmp_path / "c"):
-        calibrate(on_its_base(adapter), [photos], unseen=tmp_path / "c")
+        calibrate(on_its_base(adapter), [photos], held_out=tmp_path / "c")
     assert (adapter / "calibration.json").read_bytes() == before
     assert sorted(p.name for p in adapter.glob("calib*")) == ["calibration.json"]
 
@@ -384,7 +392,7 @@ def test_a_mirrored_view_keeps_its_landmarks_on_the_face() -> None:
     crops = CropSet(samples, np.repeat(face.crop[None], 12, 0), np.repeat(face.crop_landmarks[None], 12, 0), {})
     seen = {"plain": 0, "view": 0, "mirrored": 0}
     for k in range(12):
-        found, (view, flipped) = face_of(crops, k, 1), training_view(face.crop, 1, k)
+        found, (view, flipped) = face_of(crops, k, 1), degraded_view(face.crop, 1, k)
         plain = np.array_equal(found.crop, face.crop)
         seen["plain" if plain else "mirrored" if flipped else "view"] += 1
         assert plain or np.array_equal(found.crop, view)

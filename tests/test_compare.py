@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eval.compare import Seen, paired
+from eval.compare import ScoredSample, paired
 from tests.raising import raises
 
 
-def run(seed: int, spread: float) -> dict[str, Seen]:
+def run(seed: int, spread: float) -> dict[str, ScoredSample]:
     rng = np.random.default_rng(seed)
     labels = {f"{i:03}": "fake" if i % 2 else "real" for i in range(120)}
-    return {n: Seen(own, f"g{n}", float((own == "fake") + rng.normal(0, spread))) for n, own in labels.items()}
+    return {n: ScoredSample(own, f"g{n}", float((own == "fake") + rng.normal(0, spread))) for n, own in labels.items()}
 
 
 def test_a_better_model_is_found_and_an_equal_one_is_not() -> None:
@@ -29,10 +29,10 @@ def test_only_what_both_scored_is_compared() -> None:
     comparison would be of nothing."""
     first, second = run(0, 1.0), run(1, 1.0)
     del second["001"]
-    second["003"] = Seen("fake", "g003", None)
+    second["003"] = ScoredSample("fake", "g003", None)
     found = paired(first, second)
     assert (found.n, found.n_first_only, found.n_second_only, found.n_unscored) == (118, 1, 0, 1)
     with raises("samples_differ", 1):
-        paired({"a": Seen("fake", "g", 0.1)}, {"a": Seen("real", "g", 0.1)})
+        paired({"a": ScoredSample("fake", "g", 0.1)}, {"a": ScoredSample("real", "g", 0.1)})
     with raises("no_shared_sample"):
-        paired({"a": Seen("fake", "g", 0.1)}, {"b": Seen("fake", "g", 0.1)})
+        paired({"a": ScoredSample("fake", "g", 0.1)}, {"b": ScoredSample("fake", "g", 0.1)})

@@ -126,7 +126,7 @@ def test_there_and_back_or_from_older_files_nothing_changes(base: Path, adapter:
     # An engine without the frame would ask in the base's own; a frame without its end token teaches never to stop.
     whole, _, rank = split(f"hub:{base}+{tmp_path / 'hub'}", tmp_path / "split")
     processor = load_processor(whole)
-    assert rank == 4 and processor.chat_template == prompts.FRAMES["train_consistent"]
+    assert rank == 4 and processor.chat_template == prompts.CHAT_TEMPLATES["train_consistent"]
     _, answer = answer_tokens(processor, prompts.QUESTION, "This image is fake.")
     assert answer[-1] == processor.tokenizer.eos_token_id and answer.count(answer[-1]) == 1
     older = tmp_path / "older"
@@ -152,7 +152,7 @@ def test_a_converted_adapter_judges_in_both_frames(base: Path, adapter: Path, tm
     """The released code asks in other words than it trained with: both can be had, and they are not the same."""
     bare = probe_logits(x2dfd.load(f"hub:{base}", mode="paper", experts=()).mllm)
     found = {}
-    for frame in prompts.FRAMES:
+    for frame in prompts.CHAT_TEMPLATES:
         to_hub(adapter, tmp_path / frame, base=str(base), frame=frame)
         mllm: Any = x2dfd.load(f"hub:{base}+{tmp_path / frame}", mode="paper").mllm
         found[frame] = probe_logits(mllm)
@@ -262,9 +262,9 @@ def test_a_published_adapter_is_asked_as_it_was_trained(
     detector = x2dfd.load(f"hub:{base}+{out}", mode="paper")
     plain, asked = detector.mllm.verdict_logits, list[str]()
 
-    def heard(look: Any, questions: Sequence[str]) -> Any:
+    def heard(encoding: Any, questions: Sequence[str]) -> Any:
         asked.extend(questions)
-        return plain(look, questions)
+        return plain(encoding, questions)
 
     monkeypatch.setattr(detector.mllm, "verdict_logits", heard)
     monkeypatch.setattr(detector.mllm, "write", lambda *_: ["It shows obvious blending artifacts supporting fake."])

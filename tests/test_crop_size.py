@@ -28,8 +28,8 @@ from x2dfd.detector import through_codec
 from x2dfd.experts import BUILTIN
 from x2dfd.faces import CROP_SIZE, PREPROCESSING, find_faces, preprocessing
 from x2dfd.loading import crop_size_of
-from x2dfd.mllm import LocalMLLM, Look
-from x2dfd.tower import seen_view, view_face
+from x2dfd.mllm import LocalEncoding, LocalMLLM
+from x2dfd.tower import augmented_view, view_face
 
 ASKED = [
     CueQuestion(f"Is there {what}? Answer Yes or No.", "jaw", artifact, "bank")
@@ -56,7 +56,7 @@ def test_crops_of_two_sizes_stand_beside_each_other(tmp_path: Path, astronaut: N
     assert np.array_equal(small.crops, large.crops) and np.array_equal(small.landmarks, large.landmarks)
     for face in (view_face(large, 0, 1), face_of(large, 0, 1), face_of(large, 1, 1)):
         assert face.crop.shape == (CROP_SIZE, CROP_SIZE, 3) and face.view.shape == (336, 336, 3)
-    assert np.array_equal(through_codec([view_face(large, 1, 1)])[0].view, seen_view(large.views[1], 1, 1))
+    assert np.array_equal(through_codec([view_face(large, 1, 1)])[0].view, augmented_view(large.views[1], 1, 1))
 
 
 def test_crop_size_is_part_of_what_an_adapter_is_checked_for(tmp_path: Path) -> None:
@@ -96,13 +96,13 @@ def test_the_whole_road_of_another_family(
     monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
     families.write_model(tmp_path / "base", "Qwen3-VL")
     manifest = tiny.write_small_manifest(tmp_path / "data", astronaut)
-    plain, sides = LocalMLLM.look, set[int]()
+    plain, sides = LocalMLLM.encode, set[int]()
 
-    def look(self: LocalMLLM, crops: NDArray[np.uint8]) -> Look:
+    def encode(self: LocalMLLM, crops: NDArray[np.uint8]) -> LocalEncoding:
         sides.add(crops.shape[1])
         return plain(self, crops)
 
-    monkeypatch.setattr(LocalMLLM, "look", look)
+    monkeypatch.setattr(LocalMLLM, "encode", encode)
     base = f"hub:{tmp_path / 'base'}"
     (tmp_path / "asked.json").write_text(json.dumps({"questions": [asdict(q) for q in ASKED]}))
     run_assess(manifest, tmp_path / "mfa", tmp_path / "asked.json", limit=2, model=base)

@@ -311,14 +311,14 @@ def test_the_next_batch_is_decoded_while_one_is_judged(
             second.set()
         return original(*given)
 
-    look = detector.mllm.look
+    encode = detector.mllm.encode
 
     def waits(crops: Pixels) -> Any:
         assert second.wait(30), "the second batch was not opened while the first was judged"
-        return look(crops)
+        return encode(crops)
 
     monkeypatch.setattr(intake, "_open", noted)
-    monkeypatch.setattr(detector.mllm, "look", waits)
+    monkeypatch.setattr(detector.mllm, "encode", waits)
     together = list(detector.detect_many(sources, batch_size=2, rationale=False))
     assert len(opened) == len(sources) and all(name.startswith("x2dfd-decode") for name in opened)
     assert [type(r) for r in alone] == [type(r) for r in together] == [Report] * 4 + [Failure, Report, Report]
@@ -396,7 +396,7 @@ def test_texts_are_mended_but_in_the_papers_mode(
     verdict, names = quick.verdict, [e.expert for e in quick.evidence]
     text = "The eyes keep natural fine detail. Additionally, the image shows "
     text += f"obvious {names[0]} artifacts supporting fake."
-    monkeypatch.setattr(detector.mllm, "write", lambda look, *_, **__: [text] * look.size)
+    monkeypatch.setattr(detector.mllm, "write", lambda encoding, *_, **__: [text] * encoding.size)
     for report in (detector.detect(face_photo), detector.explain(quick, face_photo)):
         assert report.rationale == readable(text, verdict, quick.faces[0].evidence, quick.uncounted)
         assert "Additionally" not in report.rationale and not report.faces[0].contradictions
@@ -478,7 +478,7 @@ def test_a_logit_that_is_not_finite_is_no_verdict(
     """NaN compares as "real" against a threshold, and was once clipped to the strongest "fake"."""
     monkeypatch.setattr(detector, "mode", mode)
     monkeypatch.setattr(detector, "_kept", None)
-    monkeypatch.setattr(detector.mllm, "verdict_logits", lambda look, questions: np.full(len(questions), value))
+    monkeypatch.setattr(detector.mllm, "verdict_logits", lambda encoding, questions: np.full(len(questions), value))
     with raises("no_score"):
         detector.detect(face_photo)
     [row] = detector.detect_many([face_photo])
@@ -492,11 +492,11 @@ def test_one_encoding_serves_verdict_explanation_and_chat(
 ) -> None:
     """Each would encode the picture anew; and a kept look that a text was left in would change the next answer."""
     looks: list[int] = []
-    look = detector.mllm.look
+    encode = detector.mllm.encode
 
     def counted(crops: Pixels) -> Any:
         looks.append(len(crops))
-        return look(crops)
+        return encode(crops)
 
     def story() -> tuple[Any, ...]:
         report = detector.detect(face_photo, rationale=False)
@@ -504,7 +504,7 @@ def test_one_encoding_serves_verdict_explanation_and_chat(
         return report.verdict, told.rationale, detector.chat(told, "What about the eyes?")
 
     monkeypatch.setattr(detector, "_kept", None)
-    monkeypatch.setattr(detector.mllm, "look", counted)
+    monkeypatch.setattr(detector.mllm, "encode", counted)
     first = story()
     assert looks == [1]
     assert story() == first and looks == [1]
@@ -529,15 +529,15 @@ def test_chat_looks_at_the_face_it_is_about(
     """Of a group or a clip, the model must be shown the face that the verdict is about, also from a stored report; or
     the one that a visitor of the page picked."""
     seen: list[Pixels] = []
-    look = detector.mllm.look
+    encode = detector.mllm.encode
 
     def watched(crops: Pixels) -> Any:
         seen.append(crops)
-        return look(crops)
+        return encode(crops)
 
     group, video = jpeg(collage(astronaut)), clip(astronaut, [-30, 90, 0])
     reports = [Report.from_json(detector.detect(source).to_json()) for source in (group, video)]
-    monkeypatch.setattr(detector.mllm, "look", watched)
+    monkeypatch.setattr(detector.mllm, "encode", watched)
     found, clips = load_media(group), load_media(video, max_frames=8)
     assert isinstance(found, Picture) and isinstance(clips, Video)
     faces = find_faces(found.pixels)

@@ -96,9 +96,9 @@ def test_the_language_model_comes_only_for_a_text(face_photo: Path) -> None:
     assert lazy._loaded is None
     [face] = find_faces(np.asarray(Image.open(face_photo)))
     crop = codec(face.crop, *CODEC)[None]
-    mine = lazy.verdict_logits(lazy.look(crop), [QUESTION])
+    mine = lazy.verdict_logits(lazy.encode(crop), [QUESTION])
     assert lazy._loaded is not None
-    assert mine == pytest.approx(lazy.whole.verdict_logits(lazy.whole.look(crop), [QUESTION]), abs=1e-3)
+    assert mine == pytest.approx(lazy.whole.verdict_logits(lazy.whole.encode(crop), [QUESTION]), abs=1e-3)
 
 
 def test_sixteen_bits_in_the_tower_hardly_move_a_verdict(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from tests.raising import raises
 from x2dfd.adapter import read_adapter_card
 from x2dfd.crops import load_crops
 from x2dfd.experts import BUILTIN
-from x2dfd.tower import seen_view
+from x2dfd.tower import augmented_view
 
 Record = dict[str, Any]
 Turns = list[tuple[str, str]]
@@ -105,7 +105,7 @@ def test_an_exported_set_is_read_as_its_stack_documents(
         assert turns == [(t["from"], t["value"]) for t in record["conversations"]]
         assert sum(text.count("<image>") for _, text in turns) == len(pictures) == 1
         assert turns[0][1].startswith("<image>\n")
-        seen = seen_view(data.crops[record["row"]], 1, record["row"])
+        seen = augmented_view(data.crops[record["row"]], 1, record["row"])
         with Image.open(pictures[0]) as picture:
             np.testing.assert_array_equal(np.asarray(picture), seen)
     # Trained there or here, question, answer and what counts as a verdict are the same.

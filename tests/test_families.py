@@ -40,7 +40,7 @@ from x2dfd.faces import PREPROCESSING, find_faces
 from x2dfd.files import file_sha256
 from x2dfd.loading import FAMILIES, base_identity, in_bits, load_model, processor_class
 from x2dfd.mllm import LocalMLLM
-from x2dfd.tower import seen_view
+from x2dfd.tower import augmented_view
 from x2dfd.types import Evidence
 
 QUESTIONS = [prompts.QUESTION, prompts.verdict_question([Evidence("blending", 0.812), Evidence("clip", None)])]
@@ -135,7 +135,7 @@ def test_load(kind: Kind, astronaut: NDArray[np.uint8]) -> None:
 @pytest.mark.slow
 def test_verdict(kind: Kind, crops: NDArray[np.uint8]) -> None:
     """Not just alike but the stock numbers, of pictures in a batch whose questions differ in length."""
-    got = kind.mllm.verdict_logits(kind.mllm.look(crops), QUESTIONS)
+    got = kind.mllm.verdict_logits(kind.mllm.encode(crops), QUESTIONS)
     want = [stock_verdict(kind, kind.model, c, q) for c, q in zip(crops, QUESTIONS, strict=True)]
     assert np.allclose(got, want, atol=1e-4)
     assert abs(want[0] - want[1]) > 1e-2
@@ -168,8 +168,8 @@ def test_assess(kind: Kind, taught: tuple[Path, Path], tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_rationale(kind: Kind, crops: NDArray[np.uint8]) -> None:
     """The text is what the stock model goes on to write, and the look can be asked again afterwards."""
-    look, start = kind.mllm.look(crops), prompts.rationale_start("fake")
-    got = kind.mllm.write(look, QUESTIONS, [start] * 2, max_new_tokens=8)
+    encoding, start = kind.mllm.encode(crops), prompts.rationale_start("fake")
+    got = kind.mllm.write(encoding, QUESTIONS, [start] * 2, max_new_tokens=8)
     for crop, question, text in zip(crops, QUESTIONS, got, strict=True):
         inputs = stock_inputs(kind, crop, question, start)
         with torch.inference_mode():
@@ -177,8 +177,8 @@ def test_rationale(kind: Kind, crops: NDArray[np.uint8]) -> None:
         new = whole[inputs["input_ids"].shape[1] :]
         assert text == kind.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
     assert any(got)
-    again = kind.mllm.verdict_logits(look, QUESTIONS)
-    assert np.allclose(again, kind.mllm.verdict_logits(kind.mllm.look(crops), QUESTIONS), atol=1e-5)
+    again = kind.mllm.verdict_logits(encoding, QUESTIONS)
+    assert np.allclose(again, kind.mllm.verdict_logits(kind.mllm.encode(crops), QUESTIONS), atol=1e-5)
 
 
 @pytest.mark.slow
@@ -203,10 +203,10 @@ def test_adapter(kind: Kind, crops: NDArray[np.uint8], tmp_path: Path) -> None:
     )  # fmt: skip
     write_adapter_card(tmp_path, card)
     loaded = x2dfd.load(f"hub:{kind.folder}+{tmp_path}", mode="paper", experts=(), device="cpu").mllm
-    got = loaded.verdict_logits(loaded.look(crops), QUESTIONS)
+    got = loaded.verdict_logits(loaded.encode(crops), QUESTIONS)
     want = [stock_verdict(kind, tuned, c, q) for c, q in zip(crops, QUESTIONS, strict=True)]
     assert np.allclose(got, want, atol=1e-4)
-    assert not np.allclose(got, kind.mllm.verdict_logits(kind.mllm.look(crops), QUESTIONS), atol=1e-2)
+    assert not np.allclose(got, kind.mllm.verdict_logits(kind.mllm.encode(crops), QUESTIONS), atol=1e-2)
 
 
 @pytest.mark.slow
@@ -242,7 +242,7 @@ def test_training_text(kind: Kind, taught: tuple[Path, Path]) -> None:
     """
     data = load_crops(taught[1])
     rows = Rows(read_records(taught[0], "train", data), kind.model, kind.mllm.processor, data, 1)
-    [view] = (seen_view(data.crops[row], 1, row) for row in [1])
+    [view] = (augmented_view(data.crops[row], 1, row) for row in [1])
     records = [r for r in map(json.loads, taught[0].read_text().splitlines()) if r["row"] == 1]
     items = [rows[k] for k, (row, _) in enumerate(rows._rows) if row == 1]
     tokens = [i["prefix"]["input_ids"][0].tolist() + c.tokens for i in items for c in i["conversations"]]
@@ -274,7 +274,7 @@ def trained(kind: Kind, taught: tuple[Path, Path], out: Path, **given: Any) -> t
 
         def logits(crops: NDArray[np.uint8]) -> NDArray[np.float64]:
             with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
-                return mllm.verdict_logits(mllm.look(crops), QUESTIONS)
+                return mllm.verdict_logits(mllm.encode(crops), QUESTIONS)
 
         kept.append(logits)
         plain(config, out, model, tuned, processor, state)
@@ -294,7 +294,7 @@ def trained(kind: Kind, taught: tuple[Path, Path], out: Path, **given: Any) -> t
 
 def reloaded(out: str, crops: NDArray[np.uint8], *, base: str | None = None, **given: Any) -> NDArray[np.float64]:
     mllm = x2dfd.load(f"hub:{base}+{out}" if base else out, mode="paper", experts=(), device="cpu", **given).mllm
-    return mllm.verdict_logits(mllm.look(crops), QUESTIONS)
+    return mllm.verdict_logits(mllm.encode(crops), QUESTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +307,7 @@ def test_lora(kind: Kind, lora: tuple[FinetuneConfig, Any], crops: NDArray[np.ui
     config, memory = lora
     got = reloaded(config.out, crops, base=config.base)
     assert np.allclose(got, memory(crops), atol=1e-4)
-    assert not np.allclose(got, kind.mllm.verdict_logits(kind.mllm.look(crops), QUESTIONS), atol=1e-2)
+    assert not np.allclose(got, kind.mllm.verdict_logits(kind.mllm.encode(crops), QUESTIONS), atol=1e-2)
     projector = [k for k in load_file(Path(config.out) / WEIGHTS) if ".lora_" not in k]
     assert projector and not any(part in k for k in projector for part in ("language_model", "text_model", "layers."))
 
@@ -321,7 +321,7 @@ def test_split(kind: Kind, lora: tuple[FinetuneConfig, Any], crops: NDArray[np.u
     model, processor = load_model(base)
     served = LocalMLLM(PeftModel.from_pretrained(model, str(matrices)).base_model.model, processor, "split")
     assert rank == 4 and not [k for k in load_file(matrices / WEIGHTS) if ".lora_" not in k]
-    assert np.allclose(served.verdict_logits(served.look(crops), QUESTIONS), memory(crops), atol=1e-4)
+    assert np.allclose(served.verdict_logits(served.encode(crops), QUESTIONS), memory(crops), atol=1e-4)
 
 
 SOME = ("LLaVA-1.5", "Qwen3-VL", "Gemma 3", "PaliGemma")
@@ -366,7 +366,7 @@ def test_bits(kind: Kind, crops: NDArray[np.uint8]) -> None:
         stock: Any = AutoModelForImageTextToText.from_pretrained(
             kind.folder, device_map={"": "cpu"}, dtype=torch.float32, **options
         )
-        got = mllm.verdict_logits(mllm.look(crops), QUESTIONS)
+        got = mllm.verdict_logits(mllm.encode(crops), QUESTIONS)
         want = [stock_verdict(kind, stock.eval(), c, q) for c, q in zip(crops, QUESTIONS, strict=True)]
         assert np.allclose(got, want, atol=near)
         small = [n for n, m in mllm._model.named_modules() if isinstance(m, quantised)]
@@ -387,7 +387,7 @@ def test_device_map(kind: Kind, crops: NDArray[np.uint8], tmp_path: Path) -> Non
     spread = dispatch_model(model, cast(Any, places), main_device=cast(Any, "cpu"), offload_dir=str(tmp_path))
     assert {p.device.type for p in spread.parameters()} == {"cpu", "meta"}
     mllm = LocalMLLM(spread, processor, "spread")
-    got, want = (m.verdict_logits(m.look(crops), QUESTIONS) for m in (mllm, kind.mllm))
+    got, want = (m.verdict_logits(m.encode(crops), QUESTIONS) for m in (mllm, kind.mllm))
     assert np.allclose(got, want, atol=1e-4)
     assert np.allclose(mllm.yes_no(crops[0], CUES).p_yes, kind.mllm.yes_no(crops[0], CUES).p_yes, atol=1e-4)
 
@@ -401,7 +401,7 @@ def test_sixteen_bits(kind: Kind, taught: tuple[Path, Path], crops: NDArray[np.u
     mllm = x2dfd.load(f"hub:{tmp_path / 'half'}", mode="paper", experts=(), device="cpu").mllm
     assert isinstance(mllm, LocalMLLM) and {p.dtype for p in mllm._model.parameters()} == {torch.bfloat16}
     wide = LocalMLLM(*load_model(tmp_path / "half", dtype=torch.float32), "in 32 bits")
-    got, want = (m.verdict_logits(m.look(crops), QUESTIONS) for m in (mllm, wide))
+    got, want = (m.verdict_logits(m.encode(crops), QUESTIONS) for m in (mllm, wide))
     assert np.abs(got - want).max() < 0.3
     config, memory = trained(kind._replace(folder=tmp_path / "half"), taught, tmp_path / "out")
     saved = json.loads((tmp_path / "out" / "config.json").read_text())

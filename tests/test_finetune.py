@@ -40,7 +40,7 @@ from x2dfd.experts import BUILTIN
 from x2dfd.files import file_sha256
 from x2dfd.loading import base_identity, load_model
 from x2dfd.mllm import LocalMLLM
-from x2dfd.tower import seen_view, training_view
+from x2dfd.tower import augmented_view, degraded_view
 
 ROOM = Path(__file__).parent.parent / "finetune"
 REQUIRED = ("instructions=i.jsonl", "manifest=m.jsonl", "out=o")
@@ -312,8 +312,8 @@ def test_a_tower_that_learns_is_the_adapters_own(
     assert (read_adapter_card(first).tower, read_adapter_card(out).tower) == ("frozen", "lora")
     # An expert trained on the base's tower reads noise in another's; and loading finds the probes as they were.
     for adapter, shares in (first, True), (out, False):
-        look = x2dfd.load(f"hub:{base}+{adapter}", mode="paper").mllm.look(probe_crops())
-        assert (look.shared is not None) is shares
+        encoding = x2dfd.load(f"hub:{base}+{adapter}", mode="paper").mllm.encode(probe_crops())
+        assert (encoding.shared is not None) is shares
     with raises("tower_changed"):
         split(f"hub:{base}+{out}", tmp_path / "split")
     for given, code, fact in (
@@ -551,8 +551,8 @@ def test_validation_scores_the_verdicts_of_use(base: Path, small: Small, packs: 
     data, records = load_crops(small[0]), [json.loads(line) for line in small[1].read_text().splitlines()]
     said = {r["row"]: r["conversations"][0]["value"] for r in records if r["task"] == "detect"}
     asked = {row: text.removeprefix("<image>\n") for row, text in said.items()}
-    looks = [seen_view(data.crops[row], 1, row) for row in range(4)]
-    want = mllm.verdict_logits(mllm.look(np.stack(looks)), [asked[row] for row in range(4)])
+    looks = [augmented_view(data.crops[row], 1, row) for row in range(4)]
+    want = mllm.verdict_logits(mllm.encode(np.stack(looks)), [asked[row] for row in range(4)])
     stand_in: Any = SimpleNamespace(_label_ids=mllm.label_ids, _prepare_inputs=lambda x: x)
     stand_in.compute_loss_context_manager = torch.no_grad
     stand_in.compute_loss = lambda *given, **named: RowTrainer.compute_loss(stand_in, *given, **named)
@@ -602,11 +602,11 @@ def test_training_sees_what_use_sees_and_a_start_no_more_than_training(
         return crop
 
     model: Any = SimpleNamespace(config=SimpleNamespace(vision_feature_layer=[1]))
-    monkeypatch.setattr(training, "seen_view", view)
+    monkeypatch.setattr(training, "augmented_view", view)
     monkeypatch.setattr(training, "tower_states", lambda *_: (torch.zeros(1, 2, 3),) * 2)
     monkeypatch.setattr(training, "fit_projector", lambda *_: None)
     _features(FinetuneConfig("i", "m", "o"), model, cast(Any, None), data)
     assert seen == learnable(data, "train") == [0, 1, 2, 3, 4, 5]
     crop = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
-    plain = training_view(crop, 1, 0)[0]
-    assert (seen_view(crop, 1, 0) == codec(plain, *CODEC)).all() and (seen_view(crop, 1, 0) != plain).any()
+    plain = degraded_view(crop, 1, 0)[0]
+    assert (augmented_view(crop, 1, 0) == codec(plain, *CODEC)).all() and (augmented_view(crop, 1, 0) != plain).any()

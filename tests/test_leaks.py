@@ -15,7 +15,7 @@ import typer
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
-from data_gen.leaks import NEAR, Look, add_commands, as_text, find_leaks, form_leaks, look, near_pairs
+from data_gen.leaks import NEAR, FileFacts, add_commands, as_text, file_facts, find_leaks, form_leaks, near_pairs
 from tests.raising import raises, says
 from x2dfd.manifest import Sample, write_manifest
 
@@ -163,9 +163,9 @@ def test_quality_and_size_are_found_and_chance_is_chance(tmp_path: Path) -> None
 
     rng = np.random.default_rng(1)
     samples = [Sample(str(i), tmp_path, "fake" if i % 2 else "real", group=str(i)) for i in range(400)]
-    (random,) = form_leaks(samples, [Look(form={"bytes per pixel": float(rng.normal())}) for _ in samples])
+    (random,) = form_leaks(samples, [FileFacts(form={"bytes per pixel": float(rng.normal())}) for _ in samples])
     assert 0.4 < random["balanced_accuracy"] < 0.6
-    assert form_leaks(samples[:1], [Look(form={"width": 1.0})]) == []
+    assert form_leaks(samples[:1], [FileFacts(form={"width": 1.0})]) == []
 
 
 def test_what_cannot_be_compared_is_counted(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_videos_are_looked_at_too(tmp_path: Path) -> None:
         for _ in range(5):
             writer.write(photo(7))
         writer.release()
-    a, b = (look(str(tmp_path / name)) for name in ("a.avi", "b.avi"))
+    a, b = (file_facts(str(tmp_path / name)) for name in ("a.avi", "b.avi"))
     assert a.sha256 != b.sha256 and a.coarse is not None and b.coarse is not None
     assert (a.coarse ^ b.coarse).bit_count() <= NEAR and not a.form
 

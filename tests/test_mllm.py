@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from data_gen.questions import bank
+from data_gen.questions import cue_questions
 from data_gen.writers import write_explanation
 from tests import tiny
 from tests.raising import raises
@@ -83,7 +83,7 @@ def test_verdict_logits_are_those_of_the_stock_model(mllm: LocalMLLM, crops: NDA
         for c, q in zip(crops, questions, strict=True)
     ]
     assert np.ptp(wanted) > 0.1  # the questions do differ
-    np.testing.assert_allclose(mllm.verdict_logits(mllm.look(crops), questions), wanted, atol=1e-4)
+    np.testing.assert_allclose(mllm.verdict_logits(mllm.encode(crops), questions), wanted, atol=1e-4)
 
 
 def test_a_base_with_a_begin_token_scores_as_the_stock_model(tmp_path: Path, crops: NDArray[np.uint8]) -> None:
@@ -94,16 +94,16 @@ def test_a_base_with_a_begin_token_scores_as_the_stock_model(tmp_path: Path, cro
     real, fake = llava.label_ids
     assert [llava.tokenizer.convert_ids_to_tokens(i) for i in (real, fake)] == ["▁real", "▁fake"]
     logits = stock_logits(llava, crops[0], text)
-    got = llava.verdict_logits(llava.look(crops[:1]), [QUESTIONS[1]])
+    got = llava.verdict_logits(llava.encode(crops[:1]), [QUESTIONS[1]])
     assert got[0] == pytest.approx(logits[fake] - logits[real], abs=1e-4)
-    asked = [q.text for q in bank()[:3]]
+    asked = [q.text for q in cue_questions()[:3]]
     packed, plain = llava.yes_no(crops[0], asked), llava.yes_no_plain(crops[0], asked)
     np.testing.assert_allclose(packed.p_yes, plain.p_yes, atol=1e-4)
 
 
 def test_packed_questions_are_those_asked_one_by_one(mllm: LocalMLLM, crops: NDArray[np.uint8]) -> None:
     """30 questions in two packs: a question that sees its neighbour answers something else."""
-    questions = [q.text for q in bank()[:30]]
+    questions = [q.text for q in cue_questions()[:30]]
     packed, plain = mllm.yes_no(crops[0], questions), mllm.yes_no_plain(crops[0], questions)
     assert len(packed.p_yes) == len(packed.said) == 30
     assert np.ptp(plain.p_yes) > 0.1
@@ -111,23 +111,23 @@ def test_packed_questions_are_those_asked_one_by_one(mllm: LocalMLLM, crops: NDA
     assert packed.said == plain.said
     assert mllm.yes_no(crops[0], []).p_yes.shape == (0,)
     with pytest.raises(ValueError, match="one picture"):  # else the answers would be of the first alone
-        mllm.yes_no_packed(mllm.look(crops[:2]), questions[:1])
+        mllm.yes_no_packed(mllm.encode(crops[:2]), questions[:1])
 
 
 def test_asking_leaves_the_prefix_as_it_was(mllm: LocalMLLM, crops: NDArray[np.uint8]) -> None:
     """What one question leaves in the cache, the next one would read."""
-    assert mllm.look(crops[:1]).cache is None  # the language model has not run yet
-    look = mllm.look(crops[:1])
-    cues = [q.text for q in bank()[:30]]
-    first = mllm.verdict_logits(look, QUESTIONS[:1]), mllm.yes_no_packed(look, cues).p_yes
-    keys = look.cache.layers[0].keys.clone()
-    text = mllm.write(look, QUESTIONS[:1], ["This image is fake."], max_new_tokens=5)
-    second = mllm.verdict_logits(look, QUESTIONS[:1]), mllm.yes_no_packed(look, cues).p_yes
+    assert mllm.encode(crops[:1]).cache is None  # the language model has not run yet
+    encoding = mllm.encode(crops[:1])
+    cues = [q.text for q in cue_questions()[:30]]
+    first = mllm.verdict_logits(encoding, QUESTIONS[:1]), mllm.yes_no_packed(encoding, cues).p_yes
+    keys = encoding.cache.layers[0].keys.clone()
+    text = mllm.write(encoding, QUESTIONS[:1], ["This image is fake."], max_new_tokens=5)
+    second = mllm.verdict_logits(encoding, QUESTIONS[:1]), mllm.yes_no_packed(encoding, cues).p_yes
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert mllm.write(look, QUESTIONS[:1], ["This image is fake."], max_new_tokens=5) == text
-    assert look.cache.get_seq_length() == look.length
-    assert torch.equal(look.cache.layers[0].keys, keys)
+    assert mllm.write(encoding, QUESTIONS[:1], ["This image is fake."], max_new_tokens=5) == text
+    assert encoding.cache.get_seq_length() == encoding.length
+    assert torch.equal(encoding.cache.layers[0].keys, keys)
 
 
 def test_several_feature_layers_are_joined_as_the_stock_model_does(
@@ -142,7 +142,7 @@ def test_several_feature_layers_are_joined_as_the_stock_model_does(
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps({**config, "vision_feature_layer": [1, 3]}))
     mllm = LocalMLLM(*load_model(folder), "joined")
-    got = mllm.verdict_logits(mllm.look(crops[:1]), QUESTIONS[:1])
+    got = mllm.verdict_logits(mllm.encode(crops[:1]), QUESTIONS[:1])
     text = prompts.render(mllm.processor, QUESTIONS[0], prompts.STEM)
     assert got[0] == pytest.approx(fake_minus_real(mllm, stock_logits(mllm, crops[0], text)), abs=1e-4)
 
@@ -164,16 +164,16 @@ def test_drawn_texts_are_those_of_their_picture(
 ) -> None:
     """A text that another picture of the batch, or another run, would change could not be checked by anyone."""
     start = prompts.rationale_start("fake")
-    greedy = mllm.write(mllm.look(crops[:4]), QUESTIONS, [start] * 4, max_new_tokens=12)
+    greedy = mllm.write(mllm.encode(crops[:4]), QUESTIONS, [start] * 4, max_new_tokens=12)
     monkeypatch.setattr(mllm, "temperature", 1.5)
-    drawn = mllm.write(mllm.look(crops[:4]), QUESTIONS, [start] * 4, max_new_tokens=12)
+    drawn = mllm.write(mllm.encode(crops[:4]), QUESTIONS, [start] * 4, max_new_tokens=12)
     assert drawn != greedy
     assert drawn == [
-        mllm.write(mllm.look(c[None]), [q], [start], max_new_tokens=12)[0]
+        mllm.write(mllm.encode(c[None]), [q], [start], max_new_tokens=12)[0]
         for c, q in zip(crops, QUESTIONS, strict=False)
     ]
     monkeypatch.setattr(mllm, "temperature", 1e-4)
-    assert mllm.write(mllm.look(crops[:4]), QUESTIONS, [start] * 4, max_new_tokens=12) == greedy
+    assert mllm.write(mllm.encode(crops[:4]), QUESTIONS, [start] * 4, max_new_tokens=12) == greedy
 
 
 def test_a_batch_writes_what_generate_gives_each_alone(mllm: LocalMLLM, crops: NDArray[np.uint8]) -> None:
@@ -181,7 +181,7 @@ def test_a_batch_writes_what_generate_gives_each_alone(mllm: LocalMLLM, crops: N
     starts = [prompts.rationale_start(label) for label in ("fake", "real", "fake", "real")]
     ids = [generated(mllm, c, q, s) for c, q, s in zip(crops, QUESTIONS, starts, strict=False)]
     assert len(set(ids[1])) > 5  # it does not merely repeat itself
-    together = mllm.write(mllm.look(crops[:4]), QUESTIONS, starts, max_new_tokens=10)
+    together = mllm.write(mllm.encode(crops[:4]), QUESTIONS, starts, max_new_tokens=10)
     assert together == [mllm.tokenizer.decode(own, skip_special_tokens=True).strip() for own in ids]
     assert len(set(together)) == 4
 
@@ -194,7 +194,7 @@ def test_the_end_token_ends_the_text_and_is_not_part_of_it(mllm: LocalMLLM, crop
     assert ids[3] not in ids[:3]
     usual, mllm.tokenizer.eos_token = mllm.tokenizer.eos_token, mllm.tokenizer.convert_ids_to_tokens(ids[3])
     try:
-        text = mllm.write(mllm.look(crops[:1]), [QUESTIONS[0]], [start], max_new_tokens=10, on_text=told.append)
+        text = mllm.write(mllm.encode(crops[:1]), [QUESTIONS[0]], [start], max_new_tokens=10, on_text=told.append)
     finally:
         mllm.tokenizer.eos_token = usual
     assert text == [mllm.tokenizer.decode(ids[:3]).strip()]
@@ -208,7 +208,7 @@ def test_no_text_is_longer_than_its_bound(
     told: list[str] = []
     monkeypatch.setattr("x2dfd.mllm._repeats", lambda ids: False)
     monkeypatch.setattr(mllm, "_end_ids", set)
-    mllm.write(mllm.look(crops[:1]), [QUESTIONS[0]], [""], on_text=told.append)
+    mllm.write(mllm.encode(crops[:1]), [QUESTIONS[0]], [""], on_text=told.append)
     assert len(told) == MAX_NEW_TOKENS
 
 
@@ -216,7 +216,7 @@ def test_text_that_repeats_itself_ends(tmp_path: Path, crops: NDArray[np.uint8])
     """A small model that loops would fill the report with one phrase."""
     parrot = LocalMLLM(*load_model(tiny.write_base(tmp_path / "base", text_layers=1, parrot=True)), "parrot")
     told: list[str] = []
-    text = parrot.write(parrot.look(crops[:1]), [QUESTIONS[0]], ["This image is fake."], on_text=told.append)
+    text = parrot.write(parrot.encode(crops[:1]), [QUESTIONS[0]], ["This image is fake."], on_text=told.append)
     assert text == ["."]
     assert len(told) == CIRCLE + 1
     assert told[:3] == [".", "..", "..."]
@@ -254,10 +254,10 @@ def test_chosen_layers_are_those_that_were_asked_for(base: Path, crops: NDArray[
     assert model.config.text_config.num_hidden_layers == 1
     turned = LocalMLLM(*load_model(base, text_layers=[1, 0]), "turned")
     straight = LocalMLLM(*load_model(base, text_layers=[0, 1]), "straight")
-    logits = [m.verdict_logits(m.look(crops[:2]), [QUESTIONS[0]] * 2) for m in (turned, straight)]
+    logits = [m.verdict_logits(m.encode(crops[:2]), [QUESTIONS[0]] * 2) for m in (turned, straight)]
     assert np.abs(logits[0] - logits[1]).max() > 1e-4
     usual = LocalMLLM(whole, processor, "usual")
-    assert np.allclose(logits[1], usual.verdict_logits(usual.look(crops[:2]), [QUESTIONS[0]] * 2), atol=1e-5)
+    assert np.allclose(logits[1], usual.verdict_logits(usual.encode(crops[:2]), [QUESTIONS[0]] * 2), atol=1e-5)
     packed = turned.yes_no(crops[0], QUESTIONS[:3]).p_yes
     assert np.allclose(packed, turned.yes_no_plain(crops[0], QUESTIONS[:3]).p_yes, atol=1e-4)
     for odd in ([], [2], [-1], [0, 0]):

@@ -47,7 +47,7 @@ def llava_15() -> Any:
         ),
     ],
 )
-def test_the_question_and_its_score_tail_are_those_of_x2dfd(evidence: list[Evidence], tail: str) -> None:
+def test_the_question_and_its_expert_scores_are_those_of_x2dfd(evidence: list[Evidence], tail: str) -> None:
     """A model tuned on the published form must not meet another one: order, case, decimals, commas, N/A."""
     assert prompts.verdict_question(evidence) == f"Is this image real or fake?{tail}"
 
@@ -136,10 +136,10 @@ def _same_string(base: Path, crop: NDArray[np.uint8]) -> None:
 
     model.model.language_model.register_forward_pre_hook(listen, with_kwargs=True)
     question = prompts.verdict_question([BLENDING, Evidence("clip", None)])
-    look = mllm.look(crop[None])
-    mllm.verdict_logits(look, [question])
-    mllm.write(look, [question], [prompts.rationale_start("fake")], max_new_tokens=1)
-    mllm.yes_no_packed(look, [f"Is there a seam? {prompts.CUE_ENDING}"])
+    encoding = mllm.encode(crop[None])
+    mllm.verdict_logits(encoding, [question])
+    mllm.write(encoding, [question], [prompts.rationale_start("fake")], max_new_tokens=1)
+    mllm.yes_no_packed(encoding, [f"Is there a seam? {prompts.CUE_ENDING}"])
     scored, begun, asked = fed[0], fed[1], fed[-1]
 
     prompt, answer = answer_tokens(processor, question, prompts.verdict_answer("fake", "A seam.", [BLENDING]))
@@ -176,7 +176,7 @@ def test_the_string_trained_on_is_the_string_inferred_on_with_llava_15(
         ("YES_NO_WORDS", ("yes", "no")),
         ("CLASS_QUESTION", "Which class?"),
         ("CUE_ENDING", "Yes or no?"),
-        ("score_tail", lambda evidence, form="": f" Scores: {len(evidence)}"),
+        ("expert_scores", lambda evidence, form="": f" Scores: {len(evidence)}"),
         ("expert_sentence", lambda label, evidence: ""),
         ("verdict_answer", lambda label, text="", evidence=(): label),
         ("rationale_start", lambda label: label),
@@ -204,11 +204,11 @@ def test_words_of_a_score_agree_with_the_closing_sentence() -> None:
         word = prompts.score_word(float(score))
         assert ("high" in word) == bool(prompts.expert_sentence("fake", e)), score
         assert ("low" in word) == bool(prompts.expert_sentence("real", e)), score
-    assert prompts.score_tail([Evidence("clip", 0.95), Evidence("x", None)], "words").endswith(
+    assert prompts.expert_scores([Evidence("clip", 0.95), Evidence("x", None)], "words").endswith(
         "very high, and the x score is N/A."
     )
     with raises("unknown_name", "digits"):
-        prompts.score_tail([], "digits")
+        prompts.expert_scores([], "digits")
 
 
 @pytest.mark.needs_base

@@ -358,14 +358,14 @@ class Even:
 
     name, batch = "even", 4
 
-    def look(self, crops: Any) -> Any:
+    def encode(self, crops: Any) -> Any:
         return SimpleNamespace(shared=None, size=len(crops))
 
-    def verdict_logits(self, look: Any, questions: Any) -> Any:
-        return np.zeros(look.size)
+    def verdict_logits(self, encoding: Any, questions: Any) -> Any:
+        return np.zeros(encoding.size)
 
-    def write(self, look: Any, questions: Any, starts: Any, **_: Any) -> list[str]:
-        return [""] * look.size
+    def write(self, encoding: Any, questions: Any, starts: Any, **_: Any) -> list[str]:
+        return [""] * encoding.size
 
     def yes_no(self, crop: Any, questions: Any, /) -> Any:
         raise NotImplementedError

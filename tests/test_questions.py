@@ -20,8 +20,8 @@ from typer.testing import CliRunner, Result
 from data_gen.forge import METHODS, Photo, forge
 from data_gen.questions import (
     add_commands,
-    bank,
     connect,
+    cue_questions,
     fault,
     generate,
     random_questions,
@@ -42,7 +42,7 @@ def cues(questions: Sequence[CueQuestion]) -> set[tuple[str, str]]:
 
 def test_bank_is_large_and_without_repetition() -> None:
     """Bug prevented: one question twice counts twice in every mean; an area or artifact that is never asked about."""
-    questions = bank()
+    questions = cue_questions()
     assert len(questions) >= 120
     assert len({re.sub(r"\W+", " ", q.text.lower()) for q in questions}) == len(questions)
     assert {q.area for q in questions} == set(AREAS) and {q.artifact for q in questions} == set(ARTIFACTS)
@@ -70,7 +70,7 @@ def test_bank_asks_about_everything_the_forge_makes(astronaut: NDArray[np.uint8]
             forgery = forge(photo, method, np.random.default_rng(seed), photo)
             made |= {(c.area, c.artifact) for c in forgery.cues}
     assert len(made) > 40
-    assert made - cues(bank()) == set()
+    assert made - cues(cue_questions()) == set()
 
 
 def test_shipped_file_is_the_bank() -> None:
@@ -78,7 +78,7 @@ def test_shipped_file_is_the_bank() -> None:
 
     Write it anew: python -m data_gen questions --out x2dfd/questions.json
     """
-    assert read_questions(BANK) == bank()
+    assert read_questions(BANK) == cue_questions()
 
 
 def test_unrelated_questions_have_nothing_to_do_with_forgery() -> None:
@@ -197,7 +197,7 @@ def test_the_command_writes_bank_control_and_published(tmp_path: Path) -> None:
     for _ in range(2):
         command("--out", str(out), "--unrelated", "5")
         read = read_questions(out)
-        assert read[:-5] == bank() and read[-5:] == random_questions(5, np.random.default_rng(0))
+        assert read[:-5] == cue_questions() and read[-5:] == random_questions(5, np.random.default_rng(0))
     (tmp_path / "list.json").write_text(json.dumps([SEAM["question"], "Is it odd? Answer Yes or No."]))
     result = command("--out", str(out), "--published", str(tmp_path / "list.json"))
     assert [q.area for q in read_questions(out)] == ["jaw", None] and "1 without a readable cue" in result.output
@@ -211,10 +211,10 @@ def test_fewer_questions_are_those_that_the_pictures_can_answer(tmp_path: Path) 
     out = str(tmp_path / "q.json")
     command("--out", out, "--only", "9", "--cues-of", str(manifest), "--unrelated", "2")
     read = read_questions(tmp_path / "q.json")
-    kept, jaw = read[:-2], [q for q in bank() if (q.area, q.artifact) == ("jaw", "blending")]
+    kept, jaw = read[:-2], [q for q in cue_questions() if (q.area, q.artifact) == ("jaw", "blending")]
     assert len(kept) == 9 and len(read) == 11 and 0 < len(jaw) < 9
-    assert set(jaw) <= set(kept) <= set(bank())
-    assert kept == some(bank(), 9, {("jaw", "blending")}, np.random.default_rng(0))  # and so in every call
-    assert kept != some(bank(), 9, {("jaw", "blending")}, np.random.default_rng(1))
-    with raises("too_few_questions", len(bank())):
-        some(bank(), len(bank()) + 1, set(), np.random.default_rng(0))
+    assert set(jaw) <= set(kept) <= set(cue_questions())
+    assert kept == some(cue_questions(), 9, {("jaw", "blending")}, np.random.default_rng(0))  # and so in every call
+    assert kept != some(cue_questions(), 9, {("jaw", "blending")}, np.random.default_rng(1))
+    with raises("too_few_questions", len(cue_questions())):
+        some(cue_questions(), len(cue_questions()) + 1, set(), np.random.default_rng(0))

@@ -136,7 +136,7 @@ def test_two_actors_of_which_one_is_killed_write_the_rows_of_the_local_runner(
         image.crop((k, k, 512, 512)).save(photos / f"{k}.png")
     (photos / "text.png").write_text("no picture")
 
-    class Dying(ray_engine.Judge):
+    class Dying(ray_engine.Actor):
         def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
             if not killed.exists():
                 killed.write_text(str(os.getpid()))
@@ -170,7 +170,7 @@ def test_two_actors_of_which_one_is_killed_write_the_rows_of_the_local_runner(
 def test_what_a_user_did_wrong_comes_back_as_one_line(cluster: Any, face_photo: Path, tmp_path: Path) -> None:
     """A wrong model on an actor must not end in Ray's own trace, nor a need that no machine can meet in waiting."""
 
-    class Wrong(ray_engine.Judge):
+    class Wrong(ray_engine.Actor):
         def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
             raise UnknownName("lens", "wide", ["wider"])
 

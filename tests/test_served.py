@@ -80,19 +80,19 @@ def test_a_served_bare_model_answers_as_the_local_one(folders: tuple[Path, Path]
     behind = Behind(local)
     with StandIn(behind, tokenize=behind.tokenize) as endpoint:
         model = ServedMLLM(endpoint.url, "m")
-        look, own = model.look(crops), local.look(crops)
+        encoding, own = model.encode(crops), local.encode(crops)
         np.testing.assert_allclose(
-            model.verdict_logits(look, questions), local.verdict_logits(own, questions), atol=1e-3
+            model.verdict_logits(encoding, questions), local.verdict_logits(own, questions), atol=1e-3
         )
         said, wanted = model.yes_no(crops[0], cues), local.yes_no(crops[0], cues)
         np.testing.assert_allclose(said.p_yes, wanted.p_yes, atol=1e-4)
         assert said.said == wanted.said
         starts = ["This image is fake.", "This image is real.", ""]
-        assert model.write(look, questions, starts, max_new_tokens=5) == local.write(
+        assert model.write(encoding, questions, starts, max_new_tokens=5) == local.write(
             own, questions, starts, max_new_tokens=5
         )
         turns = [("This image is fake. The jaw.", "And the eyes?")]
-        assert model.write(look, questions, [""] * 3, turns=turns, max_new_tokens=4) == local.write(
+        assert model.write(encoding, questions, [""] * 3, turns=turns, max_new_tokens=4) == local.write(
             own, questions, [""] * 3, turns=turns, max_new_tokens=4
         )
         model.close()
@@ -152,9 +152,9 @@ def test_a_hosted_model_is_told_in_words(crops: Pixels) -> None:
     """It cannot continue an answer; and what changes must stand last, or no prefix is cached twice."""
     with StandIn(steady, owned_by="somebody") as endpoint:
         model = ServedMLLM(endpoint.url, "m")
-        look = model.look(crops[:1])
-        assert model.verdict_logits(look, ["Real? And the x score is 0.1."])[0] == pytest.approx(math.log(2))
-        assert model.write(look, ["Real?"], ["This image is fake."]) == ["The jaw looks blurred."]
+        encoding = model.encode(crops[:1])
+        assert model.verdict_logits(encoding, ["Real? And the x score is 0.1."])[0] == pytest.approx(math.log(2))
+        assert model.write(encoding, ["Real?"], ["This image is fake."]) == ["The jaw looks blurred."]
         assert model.yes_no(crops[0], ["A? Answer Yes or No."]).p_yes[0] == pytest.approx(7 / 9)
         verdict, text, cue = endpoint.requests
     assert [m["role"] for m in verdict["messages"]] == ["system", "user"]
@@ -187,9 +187,9 @@ def test_labels_are_read_from_the_likeliest_tokens(crops: Pixels, top: dict[str,
         model = ServedMLLM(endpoint.url, "m")
         if logit is None:
             with raises("no_label"):
-                model.verdict_logits(model.look(crops[:1]), ["?"])
+                model.verdict_logits(model.encode(crops[:1]), ["?"])
         else:
-            assert model.verdict_logits(model.look(crops[:1]), ["?"])[0] == pytest.approx(logit)
+            assert model.verdict_logits(model.encode(crops[:1]), ["?"])[0] == pytest.approx(logit)
             return
         answers = model.yes_no(crops[0], ["?", "??"])  # an assessment goes on, and the answer counts for neither side
         assert answers.p_yes.tolist() == [0.5, 0.5] and answers.said == ("other", "other")
@@ -263,7 +263,7 @@ def test_an_error_says_what_is_wrong_and_never_the_key(
     with StandIn(answer) as endpoint:
         model = ServedMLLM(endpoint.url, "m", retries=1, timeout=0.3 if code == "endpoint_timeout" else 20.0)
         with raises(code, told) as caught:
-            model.verdict_logits(model.look(crops[:1]), ["?"])
+            model.verdict_logits(model.encode(crops[:1]), ["?"])
     assert isinstance(caught.value, InputError) == code.startswith(("endpoint_error", "endpoint_timeout"))
     assert "\n" not in str(caught.value)
     assert KEY not in str(caught.value) and KEY not in caplog.text
@@ -273,7 +273,7 @@ def caught(url: str, crops: Pixels, **options: Any) -> X2DFDError:
     """What asking once raises."""
     model = ServedMLLM(url, "m", retries=0, **options)
     with pytest.raises(X2DFDError) as raised:
-        model.verdict_logits(model.look(crops[:1]), ["?"])
+        model.verdict_logits(model.encode(crops[:1]), ["?"])
     return raised.value
 
 
@@ -295,10 +295,10 @@ def learnt(crops: Pixels, refusal: str, takes: Callable[[Request], bool]) -> Non
 
     with StandIn(particular) as endpoint:
         model = ServedMLLM(endpoint.url, "m")
-        look = model.look(crops)
-        assert model.verdict_logits(look, ["?"] * 3) == pytest.approx([math.log(2)] * 3)
+        encoding = model.encode(crops)
+        assert model.verdict_logits(encoding, ["?"] * 3) == pytest.approx([math.log(2)] * 3)
         before = len(endpoint.requests)
-        model.verdict_logits(look, ["?"] * 3)
+        model.verdict_logits(encoding, ["?"] * 3)
         assert len(endpoint.requests) == before + 3
 
 
@@ -331,7 +331,7 @@ def thinks(crops: Pixels) -> None:
             says(caught(endpoint.url, crops), "model_thinks")
             model = ServedMLLM(endpoint.url, "m")
             with raises("model_thinks"):
-                model.write(model.look(crops[:1]), ["?"], ["This image is fake."])
+                model.write(model.encode(crops[:1]), ["?"], ["This image is fake."])
     with odd(lambda handler: writes(handler, reasons)) as url:
         says(caught(url, crops), "model_thinks")
 
@@ -352,7 +352,7 @@ def is_this_machine(crops: Pixels) -> None:
             for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
                 patch.setenv(name, proxy)
             model = ServedMLLM(endpoint.url, "m")
-            assert model.verdict_logits(model.look(crops[:1]), ["?"])[0] == pytest.approx(math.log(2))
+            assert model.verdict_logits(model.encode(crops[:1]), ["?"])[0] == pytest.approx(math.log(2))
 
 
 def writes_no_chat_completion(crops: Pixels) -> None:
@@ -397,7 +397,7 @@ def counts_requests(crops: Pixels) -> None:
     with StandIn(counting) as endpoint:
         model = ServedMLLM(endpoint.url, "m", requests_per_minute=600)
         start = time.monotonic()  # not the first arrival, which a busy machine may notice late
-        assert len(model.verdict_logits(model.look(crops), ["?"] * 3)) == 3
+        assert len(model.verdict_logits(model.encode(crops), ["?"] * 3)) == 3
         with raises("option_invalid", 0):
             ServedMLLM(endpoint.url, "m", requests_per_minute=0)
     assert len(begun) == 4 and begun[3] - start > 0.25
@@ -489,8 +489,8 @@ def test_a_chat_gets_the_begin_token_of_training(crops: Pixels, tmp_path: Path, 
     with StandIn(behind, tokenize=behind.tokenize) as endpoint:
         model = ServedMLLM(endpoint.url, "m")
         np.testing.assert_allclose(
-            model.verdict_logits(model.look(crops), ["?"] * 3),
-            local.verdict_logits(local.look(crops), ["?"] * 3),
+            model.verdict_logits(model.encode(crops), ["?"] * 3),
+            local.verdict_logits(local.encode(crops), ["?"] * 3),
             atol=1e-3,
         )
         assert all(request["add_special_tokens"] for request in endpoint.requests)
@@ -501,7 +501,7 @@ def test_the_key_is_the_environments_and_sent_only_to_the_endpoint(
 ) -> None:
     with StandIn(steady, key=KEY) as endpoint:
         model = ServedMLLM(endpoint.url, "m")
-        model.verdict_logits(model.look(crops[:1]), ["?"])
+        model.verdict_logits(model.encode(crops[:1]), ["?"])
         monkeypatch.setenv("OPENAI_API_KEY", "another")
         with raises("key_refused") as caught:
             ServedMLLM(endpoint.url, "m")

@@ -24,7 +24,7 @@ from x2dfd import prompts
 from x2dfd.errors import SetupError
 from x2dfd.faces import find_faces
 from x2dfd.loading import FAMILIES, load_processor, processor_class
-from x2dfd.tower import seen_view
+from x2dfd.tower import augmented_view
 
 TOLD = [
     ("<image>\nIs this image real or fake?", "This image is real.", ("0.png",)),
@@ -66,7 +66,7 @@ def test_talk_is_the_stock_processors(name: str, told: Path, tmp_path: Path) -> 
     assert [len(r["images"]) for r in records] == [2, 0]  # what needs a picture without a face is left out
     talks = Talks(records, load_processor(tmp_path / "base"), 224, 1)
     for k, record in enumerate(records):
-        pictures = [Image.fromarray(seen_view(find_faces(_pixels(p))[0].crop, 1, k)) for p in record["images"]]
+        pictures = [Image.fromarray(augmented_view(find_faces(_pixels(p))[0].crop, 1, k)) for p in record["images"]]
         messages, left = messages_of(record["conversations"]), list(pictures)
         for part in (part for message in messages for part in message["content"] if part["type"] == "image"):
             part["image"] = left.pop(0)

@@ -36,9 +36,9 @@ from x2dfd.manifest import Sample, write_manifest
 from x2dfd.tower import (
     add_to_tower,
     additions_sha256,
+    augmented_view,
     cached_features,
     read_additions,
-    seen_view,
     tower_states,
     training_rows,
 )
@@ -82,10 +82,10 @@ def small(base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in ("x2dfd.tower", "external_detectors.tower", "external_detectors.train.tower", "data_gen.build"):
         monkeypatch.setattr(f"{module}.HEAD_LAYERS", LAYERS)
     monkeypatch.setattr(tower_net, "LAYERS", LAYERS)
-    for loaded in (clip.load_tower, clip.load_eye):
+    for loaded in (clip.load_tower, clip.load_tower_pass):
         loaded.cache_clear()
     yield
-    for loaded in (clip.load_tower, clip.load_eye):
+    for loaded in (clip.load_tower, clip.load_tower_pass):
         loaded.cache_clear()
 
 
@@ -156,7 +156,7 @@ def same(one: Sequence[Evidence], other: Sequence[Evidence], tolerance: float) -
 
 
 def test_additions_are_what_peft_merges() -> None:
-    """Bug prevented: LoRA's scale counted twice or not at all, and the eye in use is not the one that was trained."""
+    """Bug prevented: LoRA's scale counted twice or not at all, and the tower in use is not the one that was trained."""
     from peft import LoraConfig, get_peft_model
 
     tower = small_clip()
@@ -207,7 +207,7 @@ def test_additions_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_adapter_takes_the_tower_that_it_was_trained_on(small: None, weights: Path, tmp_path: Path) -> None:
-    """Bug prevented: a language model that reads another eye than its own, whose shift no check sees."""
+    """Bug prevented: a language model that reads another tower than its own, whose shift no check sees."""
     additions = read_additions(weights / "tower.safetensors")
     known = additions_sha256(additions)
     card = AdapterCard("a", "1", "", "", "", "", "", "", tower=FORENSIC, tower_sha256=known)
@@ -268,8 +268,8 @@ def test_the_expert_says_the_same_of_a_pass_that_was_made(
         return tower_states(crops, *given)
 
     monkeypatch.setattr("external_detectors.tower.tower_states", counted)
-    see = partial(tower_states, layers=max(LAYERS), additions=weights / "tower.safetensors")
-    assert same(expert.judge(faces, Shared(states, expert.tower, see)), alone, 1e-3) and not passes
+    run_tower = partial(tower_states, layers=max(LAYERS), additions=weights / "tower.safetensors")
+    assert same(expert.judge(faces, Shared(states, expert.tower, run_tower)), alone, 1e-3) and not passes
     assert same(expert.judge(faces, Shared(states, expert.tower)), alone, 1e-3) and passes == [2]  # the closer look
     for shared in (Shared(bare, ""), Shared(None, expert.tower), Shared(states[:2], expert.tower), None):
         assert same(expert.judge(faces, shared), alone, 1e-3)
@@ -289,7 +289,7 @@ def test_features_kept_by_the_build_are_those_of_a_fresh_pass(
     )  # fmt: skip
     data, additions = load_crops(photos), weights / "tower.safetensors"
     rows = training_rows(data)
-    views = np.stack([seen_view(data.crops[i], 1, int(i)) for i in rows])
+    views = np.stack([augmented_view(data.crops[i], 1, int(i)) for i in rows])
     fresh = tower_states(torch.from_numpy(views), max(LAYERS), additions)
     monkeypatch.setattr(clip, "tower_states", None)  # training takes them as they are, and makes no pass
     kept = cached_features(data, rows, tmp_path / "features", max(LAYERS), LAYERS, seed=1, additions=additions)
@@ -333,7 +333,7 @@ def test_features_are_made_once_and_anew_for_another_tower(
         patch.setattr(clip, "tower_states", cut_off)
         features()
     monkeypatch.setattr(clip, "tower_states", passed)
-    wanted = [4 + float(seen_view(data.crops[i], 1, i).mean()) / 255 for i in range(10)]
+    wanted = [4 + float(augmented_view(data.crops[i], 1, i).mean()) / 255 for i in range(10)]
     assert features() == pytest.approx(wanted, abs=5e-3) and len(passes) == 2  # eight were on disk
     assert features() == pytest.approx(wanted, abs=5e-3) and not passes
     read = cached_features(data, np.arange(10), tmp_path, 4, (2, 4), seed=1).tokens

@@ -18,7 +18,7 @@ from data_gen.writers import (
     write_follow_up,
 )
 from x2dfd.explain import contradictions, read_cues, said_label
-from x2dfd.prompts import pointing
+from x2dfd.prompts import expert_cues
 from x2dfd.types import AREAS, ARTIFACTS, DF_CLASSES, Cue, Evidence
 
 PAIRS = tuple(itertools.product(AREAS, ARTIFACTS))
@@ -90,7 +90,7 @@ def test_the_area_is_named_in_its_own_word_and_early() -> None:
 def test_a_clause_begins_with_what_the_question_calls_it() -> None:
     """A small model copies "mouth blur" from what an expert points at; that "smudged" means it, hardly ever."""
     for cues, _, text in examples(300, seed=9):
-        pointed = pointing([Evidence("consistency", 0.9, cues=tuple(cues))]).lower()
+        pointed = expert_cues([Evidence("consistency", 0.9, cues=tuple(cues))]).lower()
         for cue in cues:
             called = f"{cue.area} {cue.artifact}"
             assert called in pointed and f"{called}: " in text.lower(), text

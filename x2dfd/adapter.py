@@ -56,7 +56,7 @@ class AdapterCard(Card):
     text_layers: int | tuple[int, ...] = 0  # language layers kept: the first so many, or those of these numbers
     feature_layers: tuple[int, ...] = ()  # tower outputs joined as the projector's input
     crop_size: int = CROP_SIZE  # side of the face crops that it was trained on
-    frame: str | None = None  # chat frame of x2dfd.prompts; None is the base's own
+    frame: str | None = None  # chat template of x2dfd.prompts; None is the base's own
     prompt_sha256: str = ""  # x2dfd.prompts.prompt_hash at training
     score_form: str = "numbers"  # how its questions give scores, of x2dfd.prompts.SCORE_FORMS
     temperature: float = 0.0  # of its texts: 0 takes the likeliest word, else they are drawn, with a seed of the face
@@ -71,7 +71,7 @@ class AdapterCard(Card):
     # forensic where the tower carries the additions of its expert `tower` (external_detectors.train.tower)
     tower_sha256: str = ""  # of a forensic tower's additions (x2dfd.tower.additions_sha256)
     assessment_sha256: str = ""  # of assessment.json beside it: the ranking whose strong cues it was taught to explain
-    held_out: tuple[str, ...] = ()  # forge methods that the instruction set leaves out, for figures on unseen ones
+    held_out: tuple[str, ...] = ()  # held-out forge methods, which the instruction set leaves out
 
 
 def read_adapter_card(folder: Path) -> AdapterCard:
@@ -265,7 +265,7 @@ def _adapter_config(folder: Path) -> Json:
 def add_tower(llava: Any, folder: Path, card: AdapterCard) -> str | None:
     """Put the forensic tower's additions into a LLaVA's vision tower, where the card names them.
 
-    Returns what `x2dfd.mllm.Look.tower` is of this adapter. Raises SetupError when they are not those of the card.
+    Returns `LocalEncoding.tower` for this adapter. Raises SetupError when they are not those of the card.
     """
     from x2dfd.tower import add_to_tower
 
@@ -344,7 +344,7 @@ def probe_crops(side: int = CROP_SIZE) -> NDArray[np.uint8]:
 
 def probe_logits(mllm: LanguageModel, side: int = CROP_SIZE) -> tuple[float, ...]:
     """Logit of fake against real for each probe picture, without experts. `side`: the card's `crop_size`."""
-    logits = mllm.verdict_logits(mllm.look(probe_crops(side)), [QUESTION] * PROBES)
+    logits = mllm.verdict_logits(mllm.encode(probe_crops(side)), [QUESTION] * PROBES)
     return tuple(round(float(v), 4) for v in logits)
 
 

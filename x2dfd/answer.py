@@ -81,13 +81,13 @@ def counted(kinds: Iterable[str]) -> str:
     return ", ".join(f"{n[kind]} {said.lower()}" for kind, said in WORDS.items() if n[kind])
 
 
-def told(verdict: Verdict) -> str:
+def in_words(verdict: Verdict) -> str:
     """The answer in a line: "Likely fake (changed in part), 93 %"."""
     kind = KINDS_SAID.get(verdict.kind or "") if verdict.label == "fake" else None
-    return word(verdict) + (f" ({kind})" if kind else "") + said_p(verdict)
+    return word(verdict) + (f" ({kind})" if kind else "") + p_words(verdict)
 
 
-def said_p(verdict: Verdict) -> str:
+def p_words(verdict: Verdict) -> str:
     """ ", 93 %"; "" where there is no estimate."""
     return "" if verdict.p_fake is None else f", {percent(verdict.p_fake)}"
 
@@ -156,7 +156,7 @@ def disagreement(
 
 def summary(report: Report) -> str:
     """A report in a few lines, as `str(report)` gives it."""
-    lines = [f"{report.path or '(no path)'}: {told(report.verdict)}", meaning(report.verdict, len(report.faces))]
+    lines = [f"{report.path or '(no path)'}: {in_words(report.verdict)}", meaning(report.verdict, len(report.faces))]
     if report.rationale and report.verdict.p_fake is not None:  # else it says again why nothing was assessed
         decider: FaceReport | None = report.decider
         lines.append(f"Rationale ({stance(decider.verdict if decider else report.verdict, report.rationale)}):")

@@ -1,6 +1,6 @@
 """`x2dfd calibrate`: the scores of experts and MLLM on labelled pictures become one probability and a band.
 
-With `unseen`, pictures of a source are judged by expert weights that were trained without it, as a detector looks too
+With `held_out`, pictures of a source are judged by expert weights that were trained without it, as a detector looks too
 good on what it knows; the MLLM then gets no weight, for its errors on new sources are unknown.
 """
 
@@ -16,7 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from x2dfd.adapter import read_adapter_card
-from x2dfd.calibration import FALSE_ALARMS, MLLM, Calibration, Floats, fit_calibration, kind_of, parts_of, probabilities
+from x2dfd.calibration import (
+    FALSE_ALARMS,
+    MLLM,
+    Calibration,
+    Floats,
+    fit_calibration,
+    kind_of,
+    logits_of,
+    probabilities,
+)
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import Detector, evidence_of, through_codec
 from x2dfd.errors import SetupError, X2DFDError
@@ -33,7 +42,7 @@ AT_ONCE = 16
 VIEW_SEED = 1  # of augmented views
 
 Row = dict[str, dict[str, float | None]]
-"""Logits of one picture, by kind of fake and part."""
+"""Logits of one picture, by kind of fake and name of the score."""
 
 
 def calibrate(
@@ -44,16 +53,16 @@ def calibrate(
     limit: int | None = None,
     false_alarms: float = FALSE_ALARMS,
     experts: Sequence[str] | None = None,
-    unseen: Path | None = None,
+    held_out: Path | None = None,
     other_experts: bool = False,
     loading: LoadOptions | None = None,
 ) -> Calibration:
     """Score, fit, write `calibration.json` into the adapter directory of the model.
 
-    `experts`: those that join, by default those of the prompt. `unseen`: a folder of folders with an expert's weights
+    `experts`: those that join, by default those of the prompt. `held_out`: a folder of folders with an expert's weights
     that were trained without some sources (`left_out` in the card); of these every picture counts but those of splits
     `val` and `test`, of all others the pictures of `split`. Half of the pictures are taken as they are, half as their
-    degraded training view. `other_experts`: take the expert weights that are here, also where the adapter was
+    augmented view. `other_experts`: take the expert weights that are here, also where the adapter was
     trained with others. Raises X2DFDError when a label is lacking, and SetupError for a model without a directory.
     """
     if not 0 <= false_alarms <= 1:  # also not a number, which typer's bounds let pass
@@ -69,15 +78,15 @@ def calibrate(
     with _aside(adapter / "calibration.json"):  # one of other experts would keep the adapter from loading
         options: LoadOptions = {**(loading or {}), "mode": "paper", "experts": names, "other_experts": other_experts}
         detector = load(spec, **options)
-    strangers = strangers_in(unseen, names) if unseen else []
+    held_out_experts = held_out_in(held_out, names) if held_out else []
     samples: list[Sample] = []
     rows: list[Row] = []
     for path in data:
         crops = load_crops(path, side=detector.info.crop_size)
         known = [s.method.split("+") for s in crops.samples]
         usable = [i for i in range(len(crops.samples)) if not set(known[i]) & set(card.held_out)]
-        for number, expert in enumerate([None, *(e for e, _ in strangers)]):
-            mine = [i for i in usable if _judge(crops.samples[i], split, strangers) == number]
+        for number, expert in enumerate([None, *(e for e, _ in held_out_experts)]):
+            mine = [i for i in usable if _judge(crops.samples[i], split, held_out_experts) == number]
             if limit is not None and len(mine) > limit:
                 mine = sorted(int(i) for i in np.random.default_rng(0).choice(mine, limit, replace=False))
             rows += _scores(detector, crops, mine, expert)
@@ -89,16 +98,18 @@ def calibrate(
     fakes = np.array([s.label == "fake" for s in samples], bool)
     if not 0 < fakes.sum() < len(fakes):
         raise X2DFDError(f"split {split!r} needs real and fake pictures to calibrate on", code="no_picture_of_label")
-    parts = _columns(rows, None if strangers else MLLM)
+    logits = _columns(rows, None if held_out_experts else MLLM)
     kinds = [kind_of(s.df_class) if s.label == "fake" else "" for s in samples]
-    result = fit_calibration(parts, kinds, [_bounded_with(s) for s in samples], false_alarms=false_alarms)
-    facts = _facts(result, parts, samples, fakes)
+    result = fit_calibration(logits, kinds, [_bounded_with(s) for s in samples], false_alarms=false_alarms)
+    facts = _facts(result, logits, samples, fakes)
     facts |= {
         "manifests": [manifest_sha256(path) for path in data],
         "split": split,
         "false_alarms_allowed": false_alarms,
         "experts": {e.card.name: e.card.sha256 for e in detector.experts},
-        "unseen": [{"expert": e.card.name, "sha256": e.card.sha256, "left_out": sorted(o)} for e, o in strangers],
+        "unseen": [
+            {"expert": e.card.name, "sha256": e.card.sha256, "left_out": sorted(o)} for e, o in held_out_experts
+        ],
     }
     result = replace(result, mllm_threshold=_mllm_threshold(rows, fakes, false_alarms), fitted_on=facts)
     result.save(adapter)
@@ -117,7 +128,7 @@ def _aside(path: Path) -> Iterator[None]:
             path.write_bytes(kept)
 
 
-def strangers_in(folder: Path, names: Sequence[str]) -> list[tuple[Expert, set[str]]]:
+def held_out_in(folder: Path, names: Sequence[str]) -> list[tuple[Expert, set[str]]]:
     """Experts with held-out sources, and those sources. Raises X2DFDError where a card names none."""
     found: list[tuple[Expert, set[str]]] = []
     for path in sorted(folder.glob("*/*.card.json")):
@@ -134,32 +145,34 @@ def strangers_in(folder: Path, names: Sequence[str]) -> list[tuple[Expert, set[s
     return found
 
 
-def _judge(sample: Sample, split: str, strangers: Sequence[tuple[Expert, set[str]]]) -> int | None:
-    """Whose score of a picture counts: the first stranger's that never met its source, counted from 1; else the
+def _judge(sample: Sample, split: str, held_out_experts: Sequence[tuple[Expert, set[str]]]) -> int | None:
+    """Whose score of a picture counts: the first held-out expert's that never met its source, counted from 1; else the
     adapter's own, 0; None: it does not count.
 
     A generator's pictures are judged by the adapter's own expert: one that never met it would forbid every "real".
     """
-    for number, (_, left_out) in enumerate(strangers, start=1):
+    for number, (_, left_out) in enumerate(held_out_experts, start=1):
         if sample.origin in left_out and not sample.synthetic:
             return number if sample.split not in ("val", "test") else None
     return 0 if sample.split == split else None
 
 
-def _scores(detector: Detector, crops: CropSet, rows: Sequence[int], stranger: Expert | None) -> list[Row]:
-    """By kind and part, the logits of each picture. With a `stranger` in place of the detector's expert of its name."""
-    asked = [stranger if stranger and e.card.name == stranger.card.name else e for e in detector.experts]
+def _scores(detector: Detector, crops: CropSet, rows: Sequence[int], held_out_expert: Expert | None) -> list[Row]:
+    """Each picture's logits by kind and name; of `held_out_expert` instead of the detector's expert of that name."""
+    asked = [
+        held_out_expert if held_out_expert and e.card.name == held_out_expert.card.name else e for e in detector.experts
+    ]
     covers = {e.card.name: e.card.covers for e in asked}
     found = []
     for start in progress(range(0, len(rows), AT_ONCE), "scoring"):
         faces = [face_of(crops, i, VIEW_SEED) for i in rows[start : start + AT_ONCE]]
-        if stranger:
-            logits, evidence = np.full(len(faces), np.nan), evidence_of(asked, through_codec(faces))
+        if held_out_expert:
+            own, evidence = np.full(len(faces), np.nan), evidence_of(asked, through_codec(faces))
         else:
-            logits, evidence = detector.judge_faces(faces)
-        for own, said in zip(logits, evidence, strict=True):
-            parts = parts_of(None if np.isnan(own) else float(own), said, covers)
-            found.append({kind: dict(of) for kind, of in parts.items()})
+            own, evidence = detector.judge_faces(faces)
+        for mllm, said in zip(own, evidence, strict=True):
+            logits = logits_of(None if np.isnan(mllm) else float(mllm), said, covers)
+            found.append({kind: dict(of) for kind, of in logits.items()})
     return found
 
 
@@ -179,7 +192,7 @@ def plain_face(crops: CropSet, i: int) -> Face:
 
 
 def _columns(rows: Sequence[Row], mllm: str | None) -> dict[str, dict[str, Floats]]:
-    """By kind and part an array, NaN where a score is missing; of the MLLM only where it is wanted."""
+    """By kind and name an array, NaN where a score is missing; of the MLLM only where it is wanted."""
     names = {kind: sorted({n for row in rows for n in row[kind] if n != MLLM or mllm}) for kind in KINDS}
     return {
         kind: {n: np.array([np.nan if (v := row[kind].get(n)) is None else v for row in rows]) for n in names[kind]}
@@ -200,9 +213,9 @@ def _mllm_threshold(rows: Sequence[Row], fakes: NDArray[np.bool_], share: float)
 
 
 def _facts(
-    result: Calibration, parts: dict[str, dict[str, Floats]], samples: Sequence[Sample], fakes: NDArray[np.bool_]
+    result: Calibration, logits: dict[str, dict[str, Floats]], samples: Sequence[Sample], fakes: NDArray[np.bool_]
 ) -> Json:
-    chances = probabilities(result, parts, len(samples))
+    chances = probabilities(result, logits, len(samples))
     said = np.array([result.verdict(float(p)).label for p in chances])
     names = np.array([_bounded_with(s) for s in samples])
 

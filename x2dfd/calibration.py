@@ -29,7 +29,7 @@ _MAX_LOGIT = 700.0  # exp of more is no float
 RATES = ("rate", "answered", "fakes_found", "false_alarms_allowed")  # in `fitted_on`, at any depth
 
 Floats = NDArray[np.float64]
-Parts = Mapping[str, Mapping[str, float | None]]
+Logits = Mapping[str, Mapping[str, float | None]]
 """By kind of fake and by name, the logit that an expert or the MLLM gives for it; None where there is no score."""
 
 
@@ -46,10 +46,10 @@ def kind_of(df_class: str) -> str:
     return KINDS[0] if df_class == "EFS" else KINDS[1]
 
 
-def parts_of(mllm_logit: float | None, evidence: Sequence[Evidence], covers: Mapping[str, Sequence[str]]) -> Parts:
+def logits_of(mllm_logit: float | None, evidence: Sequence[Evidence], covers: Mapping[str, Sequence[str]]) -> Logits:
     """The logits that the logistics of both kinds join.
 
-    An expert whose card says which classes it covers speaks of their kinds alone (`covers`: name -> classes).
+    An expert whose card names the classes that it covers counts for their kinds alone (`covers`: name -> classes).
     """
     found: dict[str, dict[str, float | None]] = {kind: {MLLM: mllm_logit} for kind in KINDS}
     for e in evidence:
@@ -63,8 +63,8 @@ def parts_of(mllm_logit: float | None, evidence: Sequence[Evidence], covers: Map
 class Logistic:
     """P(fake of one kind) from logits."""
 
-    weights: dict[str, float]  # per part: `mllm` and the experts' names
-    means: dict[str, float]  # mean logit of each part where it was fitted; counts in place of a missing score
+    weights: dict[str, float]  # per score: `mllm` and the experts' names
+    means: dict[str, float]  # mean logit of each score where it was fitted; replaces a missing one
     bias: float
 
     def __call__(self, logits: Mapping[str, float | None]) -> float:
@@ -90,17 +90,17 @@ class Calibration:
 
     @property
     def weights(self) -> dict[str, float]:
-        """The larger weight of each part in the two logistics: 0 where it decides nothing."""
+        """The larger weight of each score in the two logistics: 0 where it decides nothing."""
         names = dict.fromkeys(name for one in self.kinds.values() for name in one.weights)
         return {n: max(one.weights.get(n, 0.0) for one in self.kinds.values()) for n in names}
 
-    def by_kind(self, parts: Parts) -> dict[str, float]:
+    def by_kind(self, logits: Logits) -> dict[str, float]:
         """P(fake of that kind) for each kind that was fitted."""
-        return {kind: logistic(parts[kind]) for kind, logistic in self.kinds.items()}
+        return {kind: logistic(logits[kind]) for kind, logistic in self.kinds.items()}
 
-    def probability(self, parts: Parts) -> float:
+    def probability(self, logits: Logits) -> float:
         """P(fake): the kinds exclude each other, so that their odds against a real photo add up."""
-        odds = sum(p / max(1 - p, 1e-12) for p in self.by_kind(parts).values())
+        odds = sum(p / max(1 - p, 1e-12) for p in self.by_kind(logits).values())
         return odds / (1 + odds)
 
     def verdict(self, p_fake: float, kind: str | None = None) -> Verdict:
@@ -152,17 +152,17 @@ class Calibration:
             raise ValueError(f"`fitted_on.{wrong}` is no rate from 0 to 1")
 
 
-def fit_logistic(parts: Mapping[str, Floats], labels: Floats, weights: Floats, ridge: float = 0.02) -> Logistic:
-    """The logistic of one kind. `parts`: name -> logits [n], NaN where a score is missing; `weights` [n] balance them.
+def fit_logistic(logits: Mapping[str, Floats], labels: Floats, weights: Floats, ridge: float = 0.02) -> Logistic:
+    """The logistic of one kind. `logits`: name -> logits [n], NaN where a score is missing; `weights` [n] balance them.
 
     Weights are not negative: an expert whose score counts against itself has learnt the calibration pictures, not
     forgeries. SciPy's bounded L-BFGS on the ridge-penalised log-likelihood.
     """
     from scipy.optimize import minimize
 
-    names, w = list(parts), weights / weights.sum()
-    means = {n: _mean(np.clip(parts[n], -_CLIP, _CLIP), w) for n in names}
-    columns = [np.nan_to_num(np.clip(parts[n], -_CLIP, _CLIP) - means[n], nan=0.0) for n in names]
+    names, w = list(logits), weights / weights.sum()
+    means = {n: _mean(np.clip(logits[n], -_CLIP, _CLIP), w) for n in names}
+    columns = [np.nan_to_num(np.clip(logits[n], -_CLIP, _CLIP) - means[n], nan=0.0) for n in names]
     x = np.stack([*columns, np.ones(len(labels))], 1)
 
     def loss(beta: Floats) -> tuple[float, Floats]:
@@ -196,13 +196,13 @@ def balance(labels: Floats, sources: Sequence[str]) -> Floats:
 
 
 def fit_calibration(
-    parts: Mapping[str, Mapping[str, Floats]],
+    logits: Mapping[str, Mapping[str, Floats]],
     kinds: Sequence[str],
     sources: Sequence[str],
     *,
     false_alarms: float = FALSE_ALARMS,
 ) -> Calibration:
-    """Logistics and band. `parts`: kind -> name -> logits [n]; `kinds` [n]: a kind of KINDS, or "" for a real picture.
+    """Logistics and band. `logits`: kind -> name -> logits [n]; `kinds` [n]: a kind of KINDS, or "" for a real picture.
 
     `sources` [n]: of a real picture its source; of a fake what is bounded together, its generator or method and source.
     """
@@ -213,21 +213,21 @@ def fit_calibration(
         labels = (of[rows] == kind).astype(float)
         if not 0 < labels.sum() < len(labels):
             continue
-        own = {n: v[rows] for n, v in parts[kind].items() if np.isfinite(v[rows]).any()}
+        own = {n: v[rows] for n, v in logits[kind].items() if np.isfinite(v[rows]).any()}
         logistics[kind] = fit_logistic(own, labels, balance(labels, np.array(sources)[rows].tolist()))
     # Each was fitted as if every second picture were of its kind: the kinds share the half that is fake.
     share = math.log(max(1, len(logistics)))
     logistics = {kind: replace(one, bias=round(one.bias - share, 6)) for kind, one in logistics.items()}
     fitted = Calibration(logistics, 0.5, 0.5)
-    chances = probabilities(fitted, parts, len(of))
+    chances = probabilities(fitted, logits, len(of))
     low, high = choose_band(chances, of != "", sources, false_alarms=false_alarms)
     return Calibration(logistics, low, high)
 
 
-def probabilities(calibration: Calibration, parts: Mapping[str, Mapping[str, Floats]], n: int) -> Floats:
+def probabilities(calibration: Calibration, logits: Mapping[str, Mapping[str, Floats]], n: int) -> Floats:
     """Calibrated P(fake) of n pictures, from the arrays of `fit_calibration`."""
-    rows: list[Parts] = [
-        {k: {name: None if math.isnan(v[i]) else float(v[i]) for name, v in of.items()} for k, of in parts.items()}
+    rows: list[Logits] = [
+        {k: {name: None if math.isnan(v[i]) else float(v[i]) for name, v in of.items()} for k, of in logits.items()}
         for i in range(n)
     ]
     return np.array([calibration.probability(row) for row in rows])

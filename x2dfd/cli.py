@@ -29,11 +29,11 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except (X2DFDError, OSError) as error:
-            typer.echo(told(error), err=True)
+            typer.echo(error_line(error), err=True)
             raise typer.Exit(1) from None
 
 
-def told(error: X2DFDError | OSError) -> str:
+def error_line(error: X2DFDError | OSError) -> str:
     """One line of what a user can mend, what the system refuses of a file among it; any other error is raised again."""
     if isinstance(error, X2DFDError):
         return error.line
@@ -66,7 +66,7 @@ def run_command(command: typer.Typer | Callable[..., None], epilog: str | None =
     try:
         command()
     except (X2DFDError, OSError) as error:
-        typer.echo(told(error), err=True)
+        typer.echo(error_line(error), err=True)
         sys.exit(1)
 
 
@@ -331,7 +331,7 @@ def assess(
     data: Annotated[Path, typer.Option(metavar="MANIFEST", help="Labelled pictures (CSV, JSONL, Parquet).")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for assessment.json, the table and the chart.")],
     questions: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Cue questions (JSON); without it, the shipped bank.")
+        Path | None, typer.Option(metavar="FILE", help="Cue questions (JSON); without it, the shipped ones.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="At most this many pictures.")] = None,
     split: Annotated[str | None, typer.Option(metavar="NAME", help="Only this split of the manifest.")] = None,
@@ -342,7 +342,7 @@ def assess(
     device_map: options.DeviceMap = None,
     seed: options.Seed = 0,
 ) -> None:
-    """Rank the cues by how well the MLLM sees them (MFA). A cut-off run goes on where it stopped."""
+    """Rank the cues by how well the MLLM sees them (MFA). A run that was cut off resumes where it stopped."""
     from x2dfd.assessment import run_assess
 
     loading = options.load_options("paper", device, dtype, bits, device_map)
@@ -352,7 +352,7 @@ def assess(
 @app.command(
     epilog=_examples(
         "x2dfd calibrate --model build/adapter --data build/forged/manifest.jsonl",
-        "x2dfd calibrate --model build/adapter --data photos.csv --data build/forged.csv --unseen build/unseen",
+        "x2dfd calibrate --model build/adapter --data photos.csv --data build/forged.csv --held-out build/held_out",
     )
 )
 def calibrate(
@@ -365,9 +365,9 @@ def calibrate(
     experts: Annotated[
         str | None, typer.Option(metavar="NAMES", help="Experts that join, comma-separated; default: the prompt's.")
     ] = None,
-    unseen: Annotated[
+    held_out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folders of expert weights that were trained without some sources."),
+        typer.Option("--held-out", "--unseen", metavar="DIR", help="Folder of expert weights with held-out sources."),
     ] = None,
     false_alarms: Annotated[
         float, typer.Option(min=0, max=1, metavar="SHARE", help="Most of a source's photos called fake.")
@@ -390,7 +390,7 @@ def calibrate(
         split=split,
         limit=limit,
         experts=names,
-        unseen=unseen,
+        held_out=held_out,
         false_alarms=false_alarms,
         other_experts=other_experts,
         loading=options.load_options("paper", device, dtype, bits, device_map),

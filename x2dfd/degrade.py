@@ -18,7 +18,7 @@ Pixels = NDArray[np.uint8]
 Rng = np.random.Generator
 
 DEGRADE_VERSION = 2
-"""Goes up when the same generator state gives other pixels: cached features of training views are then made anew."""
+"""Goes up when the same generator state gives other pixels: cached features of augmented views are then made anew."""
 
 
 def soft(x: Array, sigma: float) -> Array:

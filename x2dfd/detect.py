@@ -112,7 +112,7 @@ class Run:
         return [target for target in (self.page, self.pdf, self.record) if target is not None]
 
     def files(self, left_out: Callable[[Path], object] = lambda path: None) -> Iterator[Place]:
-        """The files to judge, found anew each time: no more than the names of a folder stand in memory."""
+        """The files to judge, found anew each time: no more than the names of a folder are held in memory."""
         from x2dfd.manifest import manifest_paths
         from x2dfd.paths import find_media
 
@@ -257,7 +257,7 @@ def _judged(
 ) -> Iterator[tuple[Place, Report | Failure, bool]]:
     """Results in the order of `files`, and whether each is new: those that `rows` holds are not computed again.
 
-    `window`: files at a time, whose kept rows stand in memory.
+    `window`: files at a time, whose kept rows are held in memory.
     """
     source = iter(files)
     while part := list(islice(source, window)):

@@ -1,4 +1,4 @@
-"""The road of one picture: bytes → faces → experts → MLLM → calibration → report. Every door calls the `Detector`."""
+"""The path of one picture: bytes → faces → experts → MLLM → calibration → report. All entry points call `Detector`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from x2dfd import follow_up, prompts
-from x2dfd.calibration import MLLM, Calibration, parts_of
+from x2dfd.calibration import MLLM, Calibration, logits_of
 from x2dfd.degrade import CODEC, codec
 from x2dfd.errors import InputError, SetupError, UnknownName
 from x2dfd.experts import Expert, Shared, ask
@@ -27,9 +27,9 @@ from x2dfd.explain import contradictions, read_cues
 from x2dfd.faces import area_polygons
 from x2dfd.fetch import BASE_NAME
 from x2dfd.files import Json
-from x2dfd.intake import Ready, Seen, Source, Told, found_again, ready, ready_or_failure
+from x2dfd.intake import FoundFace, OnProgress, Ready, Source, found_again, ready, ready_or_failure
 from x2dfd.media import Picture, Video
-from x2dfd.mllm import NOT_FINITE, LanguageModel, Looked
+from x2dfd.mllm import NOT_FINITE, Encoding, LanguageModel
 from x2dfd.model_spec import Mode
 from x2dfd.texts import readable
 from x2dfd.types import Cue, Evidence, Face, FaceReport, Failure, ModelInfo, Report, Verdict
@@ -66,12 +66,14 @@ class Detector:
                 code="calibration_missing",
             )
         self.mllm = mllm
-        self._kept: tuple[bytes, Looked] | None = None
+        self._kept: tuple[bytes, Encoding] | None = None
         self._keeping = Lock()
         self.experts = list(experts)
         self.calibration = calibration
         self.mode = mode
-        self._question = question or (lambda said: prompts.verdict_question(self.told(said), self.info.score_form))
+        self._question = question or (
+            lambda said: prompts.verdict_question(self.for_prompt(said), self.info.score_form)
+        )
         applied = calibration if mode == "calibrated" else None
         info = replace(
             info,
@@ -94,7 +96,7 @@ class Detector:
         """Whether a verdict needs the MLLM's own number; else it is asked for rationales alone."""
         return self.mode == "paper" or self.calibration is None or self.calibration.weights.get(MLLM, 0.0) > 0
 
-    # --- doors ---
+    # --- entry points ---
 
     def detect(self, source: Source, *, rationale: bool = True, frames: int = VIDEO_FRAMES) -> Report:
         """Judge one picture or video (a path, its bytes, or a PIL image); of a video, `frames` spread evenly over it.
@@ -112,35 +114,35 @@ class Detector:
         batch_size: int = 8,
         rationale: bool = True,
         frames: int = VIDEO_FRAMES,
-        on_progress: Told | None = None,
+        on_progress: OnProgress | None = None,
     ) -> Iterator[Report | Failure]:
         """Reports in the order of the sources; a file that cannot be judged is a Failure and the run goes on.
 
         The faces of `batch_size` files go through the models together, while a thread decodes the next batch: `sources`
-        is read one batch ahead. `on_progress` is told of each frame of a video once its faces are found, in that
+        is read one batch ahead. `on_progress` is called with each frame of a video once its faces are found, in that
         thread, and of each face once it is judged; an InputError that it raises ends the work on that file or batch.
         """
         if batch_size < 1 or frames < 1:
             raise ValueError("batch_size and frames must be at least 1")
         source = iter(sources)
         opened = partial(ready_or_failure, frames=frames, side=self.info.crop_size, on_progress=on_progress)
-        beside = ThreadPoolExecutor(1, "x2dfd-decode")
+        background = ThreadPoolExecutor(1, "x2dfd-decode")
         try:
             # A file each, so that a run that is broken off waits for one file and not for a batch.
-            ahead = [beside.submit(opened, s) for s in islice(source, batch_size)]
+            ahead = [background.submit(opened, s) for s in islice(source, batch_size)]
             broken: Exception | None = None
             while ahead:
                 batch = [one.result() for one in ahead]
                 ahead = []
                 try:
-                    ahead = [beside.submit(opened, s) for s in islice(source, batch_size)]
+                    ahead = [background.submit(opened, s) for s in islice(source, batch_size)]
                 except Exception as error:  # of the caller's iterator: raised in its turn, after this batch's reports
                     broken = error
                 yield from self._batch(batch, rationale, on_progress)
             if broken is not None:
                 raise broken
         finally:
-            beside.shutdown(cancel_futures=True)
+            background.shutdown(cancel_futures=True)
 
     def chat(self, report: Report, question: str, *, source: Source | None = None) -> str:
         """Answer a follow-up about a report. The stored verdict stands, whatever is asked.
@@ -157,14 +159,14 @@ class Detector:
         face = found_again(report, source, self.info.crop_size)[deciding.index].face
         [asked] = self._questions([deciding.evidence])
         answer = f"{prompts.rationale_start(deciding.verdict.side)} {deciding.rationale}".strip()
-        with self._look(through_codec([face])[0].view[None]) as look:
-            said = self.mllm.write(look, [asked], [""], turns=[(answer, question)])[0]
+        with self._encoded(through_codec([face])[0].view[None]) as encoding:
+            said = self.mllm.write(encoding, [asked], [""], turns=[(answer, question)])[0]
         return said if self.mode == "paper" else follow_up.checked(said, deciding)
 
     def explain(self, report: Report, source: Source, *, on_text: Callable[[str], None] | None = None) -> Report:
         """The same report with its rationales, cues and contradictions; verdicts and scores stay as they are.
 
-        `source` is the file that the report is about. `on_text` is told the text so far of the face that decided, token
+        `source` is the file that the report is about. `on_text` gets the text so far of the face that decided, token
         by token. Raises InputError when it is another file.
         """
         start = time.perf_counter()
@@ -176,9 +178,9 @@ class Detector:
             texts = dict.fromkeys((f.index for f in part), "")
             if asked := [f for f in part if self._written(f.verdict)]:
                 crops = np.stack([f.view for f in through_codec([found[f.index].face for f in asked])])
-                with self._look(crops) as look:
+                with self._encoded(crops) as encoding:
                     written = self.mllm.write(
-                        look,
+                        encoding,
                         self._questions([f.evidence for f in asked]),
                         [prompts.rationale_start(f.verdict.side) for f in asked],
                         on_text=on_text if at == 0 and part[0].verdict.label == "fake" else None,  # others are mended
@@ -195,33 +197,33 @@ class Detector:
         )
 
     def judge_faces(self, faces: Sequence[Face]) -> tuple[NDArray[np.float64], list[list[Evidence]]]:
-        """The parts of a verdict before they are joined: the MLLM's logits [n], and each face's expert evidence."""
+        """What a verdict is made of: the MLLM's logits [n], and each face's expert evidence."""
         faces = through_codec(faces)
-        with self._look(np.stack([f.view for f in faces])) as look:
-            evidence = self.evidence(faces, look)
-            return self._mllm_logits(look, self._questions(evidence)), evidence
+        with self._encoded(np.stack([f.view for f in faces])) as encoding:
+            evidence = self.evidence(faces, encoding)
+            return self._mllm_logits(encoding, self._questions(evidence)), evidence
 
-    # --- the road ---
+    # --- the pipeline ---
 
     @contextlib.contextmanager
-    def _look(self, crops: NDArray[np.uint8]) -> Iterator[Looked]:
-        """The MLLM's look at crops [n, s, s, 3], for the `with` block alone: what is asked of it writes into its cache.
+    def _encoded(self, crops: NDArray[np.uint8]) -> Iterator[Encoding]:
+        """The encoding of crops [n, s, s, 3], for the `with` block alone: every question writes into its cache.
 
-        The last look at a single face is kept, for explanation and follow-ups; one at many would take gigabytes.
+        The last encoding of a single face is kept, for explanation and follow-ups; one of many would take gigabytes.
         """
         key = hashlib.sha256(np.ascontiguousarray(crops).data).digest()
         with self._keeping:  # taken out, so that no two threads have it
             kept, self._kept = self._kept, None
-        look = kept[1] if kept is not None and kept[0] == key else None
+        encoding = kept[1] if kept is not None and kept[0] == key else None
         del kept
-        if look is None:
-            look = self.mllm.look(crops)
-        yield look
+        if encoding is None:
+            encoding = self.mllm.encode(crops)
+        yield encoding
         if len(crops) == 1:  # not where an error left it half written: then this line is not reached
             with self._keeping:
-                self._kept = (key, look)
+                self._kept = (key, encoding)
 
-    def _batch(self, batch: Sequence[Ready], rationale: bool, on_progress: Told | None) -> list[Report | Failure]:
+    def _batch(self, batch: Sequence[Ready], rationale: bool, on_progress: OnProgress | None) -> list[Report | Failure]:
         try:
             return self._judge(batch, rationale, on_progress)
         except InputError as error:  # of a served model, about one of these files
@@ -231,7 +233,7 @@ class Detector:
             return [Failure(media.path, media.sha256, error.code, error.reason)]
 
     def _judge(
-        self, batch: Sequence[Ready], rationale: bool, on_progress: Told | None = None
+        self, batch: Sequence[Ready], rationale: bool, on_progress: OnProgress | None = None
     ) -> list[Report | Failure]:
         stages = {stage: sum(one.seconds.get(stage, 0.0) for one in batch) for stage in ("decode", "faces")}
         clock = _Clock({"files": len(batch), **stages})
@@ -246,26 +248,26 @@ class Detector:
         return results
 
     def _face_reports(
-        self, seen: Sequence[Seen], rationale: bool, clock: _Clock, on_progress: Told | None
+        self, seen: Sequence[FoundFace], rationale: bool, clock: _Clock, on_progress: OnProgress | None
     ) -> list[FaceReport]:
         """All faces of a batch through tower, experts, MLLM and calibration."""
         out: list[FaceReport] = []
         for start in range(0, len(seen), self.mllm.batch):
             part = seen[start : start + self.mllm.batch]
             faces = through_codec([s.face for s in part])
-            with self._look(np.stack([f.view for f in faces])) as look:
+            with self._encoded(np.stack([f.view for f in faces])) as encoding:
                 clock.lap("look")
-                evidence = self.evidence(faces, look)
+                evidence = self.evidence(faces, encoding)
                 clock.lap("experts")
                 questions = self._questions(evidence)
                 logits: list[float | None] = [None] * len(part)
                 if self._asks_mllm:
-                    logits = [float(v) for v in self._mllm_logits(look, questions)]
+                    logits = [float(v) for v in self._mllm_logits(encoding, questions)]
                     clock.lap("verdict")
                 verdicts = [self._verdict(own, said) for own, said in zip(logits, evidence, strict=True)]
                 texts = [""] * len(part)
                 if asked := [k for k, v in enumerate(verdicts) if rationale and self._written(v)]:
-                    some = look if len(asked) == len(part) else look.part(asked)
+                    some = encoding if len(asked) == len(part) else encoding.part(asked)
                     theirs = [questions[k] for k in asked]
                     starts = [prompts.rationale_start(verdicts[k].side) for k in asked]
                     for k, text in zip(asked, self.mllm.write(some, theirs, starts), strict=True):
@@ -307,13 +309,13 @@ class Detector:
         against = contradictions(text, verdict.label, self._named(judged.evidence), cues, verdict.kind)
         return replace(judged, rationale=text, cues=cues, contradictions=against, areas=_areas(face, cues))
 
-    def evidence(self, faces: Sequence[Face], look: Looked) -> list[list[Evidence]]:
-        """What each expert says of each face: [face][expert]. The embedded model's pass of the tower serves them."""
+    def evidence(self, faces: Sequence[Face], encoding: Encoding) -> list[list[Evidence]]:
+        """Each expert's evidence on each face: [face][expert]. The embedded model's pass of the tower serves them."""
         ours = self.info.base["name"] == BASE_NAME
-        return evidence_of(self.experts, faces, look.shared if ours else None)
+        return evidence_of(self.experts, faces, encoding.shared if ours else None)
 
-    def told(self, evidence: Sequence[Evidence]) -> list[Evidence]:
-        """What the MLLM is told: of the experts that the adapter was trained with, under the names of its prompt.
+    def for_prompt(self, evidence: Sequence[Evidence]) -> list[Evidence]:
+        """What the prompt states: evidence of the experts that the adapter was trained with, under the prompt's names.
 
         Of the others, which joined at calibration, it knows nothing.
         """
@@ -326,9 +328,9 @@ class Detector:
     def _questions(self, evidence: Sequence[Sequence[Evidence]]) -> list[str]:
         return [self._question(said) for said in evidence]
 
-    def _mllm_logits(self, look: Looked, questions: Sequence[str]) -> NDArray[np.float64]:
+    def _mllm_logits(self, encoding: Encoding, questions: Sequence[str]) -> NDArray[np.float64]:
         """Logit of fake against real: [n]. Raises InputError when one is not finite: that is no verdict."""
-        logits = self.mllm.verdict_logits(look, questions)
+        logits = self.mllm.verdict_logits(encoding, questions)
         if not np.isfinite(logits).all():
             raise InputError("no_score", NOT_FINITE)
         return logits
@@ -340,8 +342,8 @@ class Detector:
             p = float(1 / (1 + np.exp(-(mllm_logit or 0.0))))
             return Verdict("fake" if p >= _paper_threshold(self.calibration) else "real", p)
         covers = {e.card.name: e.card.covers for e in self.experts}
-        parts = parts_of(mllm_logit, evidence, covers)
-        return self.calibration.verdict(self.calibration.probability(parts), _kind(evidence))
+        logits = logits_of(mllm_logit, evidence, covers)
+        return self.calibration.verdict(self.calibration.probability(logits), _kind(evidence))
 
     def _report(
         self,
@@ -405,7 +407,7 @@ class Detector:
 
 
 def evidence_of(experts: Sequence[Expert], faces: Sequence[Face], shared: Shared | None = None) -> list[list[Evidence]]:
-    """What each expert says of each face: [face][expert]. The crops are taken as they are."""
+    """Each expert's evidence on each face: [face][expert]. The crops are taken as they are."""
     columns = [ask(expert, faces, shared) for expert in experts]
     return [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in faces]
 

@@ -47,7 +47,7 @@ class Shared:
     """Hidden states of a CLIP tower of the base's shape, embeddings first: each [n, 1 + patches, 768], fp32."""
     tower: str = ""
     """SHA-256 of the additions that the tower carries; "" for the base's own tower."""
-    see: Callable[[Tensor], tuple[Tensor, ...]] | None = None
+    run_tower: Callable[[Tensor], tuple[Tensor, ...]] | None = None
     """The same tower's hidden states of other uint8 crops, [n, 224, 224, 3]."""
 
 

@@ -404,7 +404,7 @@ _PART = re.compile(
 
 
 def said_kind(text: str) -> str | None:
-    """The kind of fake that a text speaks of, of x2dfd.types.KINDS; None when of none or of both."""
+    """The kind of fake that a text names, of x2dfd.types.KINDS; None where it names none or both."""
     found = set()
     for sentence in _sentences(text):
         if _WHOLE.search(sentence):

@@ -31,7 +31,7 @@ MAX_DIGITS = 300  # of a whole number: a longer one is none that a float holds
 def parse_json(text: str | bytes) -> Any:
     """JSON from elsewhere as plain values; bytes are UTF-8, with a BOM or without.
 
-    Raises ValueError with one line of reason for what is not JSON, and for what would trouble whoever goes on with the
+    Raises ValueError with one line of reason for what is not JSON, and for what would trouble whoever works on with the
     values: nesting beyond MAX_DEPTH, whole numbers of more than MAX_DIGITS digits, a key twice in one object, NaN and
     Infinity.
     """

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from difflib import get_close_matches
 
-from x2dfd.answer import KINDS_SAID, NEXT_STEPS, NOT_PROOF, meaning, percent, reason, stance, told
+from x2dfd.answer import KINDS_SAID, NEXT_STEPS, NOT_PROOF, in_words, meaning, percent, reason, stance
 from x2dfd.explain import named_areas
 from x2dfd.fetch import BASE_NAME
 from x2dfd.texts import against, area_name, cue_clause
@@ -95,8 +95,8 @@ def _of_areas(report: Report, face: FaceReport, areas: list[str]) -> str | None:
     if found := [c for c in face.cues if c.area in areas]:
         return "The report names there: " + "; ".join(cue_clause(c) for c in found) + "."
     points = [(e.expert, c) for e in face.evidence if e.expert not in report.uncounted for c in e.cues]
-    told = [f"{cue_clause(c)} (says the {expert} expert)" for expert, c in points if c.area in areas]
-    return f"The explanation does not name it, but {'; '.join(told)}." if told else None
+    in_words = [f"{cue_clause(c)} (says the {expert} expert)" for expert, c in points if c.area in areas]
+    return f"The explanation does not name it, but {'; '.join(in_words)}." if in_words else None
 
 
 def _nothing_at(face: FaceReport, areas: list[str]) -> str:
@@ -114,7 +114,7 @@ def _why(report: Report, face: FaceReport) -> str:
         key=lambda e: abs((e.score or 0.0) - 0.5),
         default=None,
     )
-    parts = [face.rationale or f"{told(face.verdict)}: the report holds no explanation."]
+    parts = [face.rationale or f"{in_words(face.verdict)}: the report holds no explanation."]
     if face.verdict.label == "inconclusive":
         parts.append(f"This text {stance(face.verdict, face.rationale)}.")
     if leading is not None:
@@ -201,7 +201,7 @@ def _publish(report: Report, face: FaceReport | None) -> str:
 
 
 def _verdict(report: Report, face: FaceReport) -> str:
-    return f"{told(face.verdict)}. {meaning(face.verdict)}"
+    return f"{in_words(face.verdict)}. {meaning(face.verdict)}"
 
 
 def _fixed(text: str) -> Callable[[Report, FaceReport], str]:
@@ -210,7 +210,7 @@ def _fixed(text: str) -> Callable[[Report, FaceReport], str]:
 
 def _language(report: Report, face: FaceReport) -> str:
     proof = "" if face.verdict.p_fake is None else f" {NOT_PROOF}"
-    return f"I can answer in English only. To translate: {told(face.verdict)}.{proof}"
+    return f"I can answer in English only. To translate: {in_words(face.verdict)}.{proof}"
 
 
 _ANSWERS: dict[str, Callable[[Report, FaceReport], str]] = {

@@ -25,7 +25,7 @@ from x2dfd.types import Face, FaceReport, Failure, Report, frames_asked
 from x2dfd.worker import isolated
 
 Source = str | Path | bytes | Image
-Told = Callable[[Frame | FaceReport], None]
+OnProgress = Callable[[Frame | FaceReport], None]
 
 FRAME_FACES = 4  # of one frame of a video
 TURN_EVERY = 4  # frames: of a clip without a face so far, these are also looked at on their side and on their head
@@ -35,7 +35,7 @@ NO_PIXELS = np.empty((0, 0, 3), np.uint8)
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class FoundFace:
     """A face with where it was found."""
 
     face: Face
@@ -49,16 +49,16 @@ class Ready:
 
     media: Picture | Video | Failure
     summary: Json  # Report.media
-    seen: list[Seen]
+    seen: list[FoundFace]
     notes: list[str]
     seconds: dict[str, float]
 
 
 class Search:
-    """Finds the faces of a file; of a clip while it is decoded, so that one frame at a time stands in memory."""
+    """Finds the faces of a file; of a clip while it is decoded, so that one frame at a time is held in memory."""
 
-    def __init__(self, on_progress: Told | None = None, side: int = CROP_SIZE) -> None:
-        self.seen: list[Seen] = []
+    def __init__(self, on_progress: OnProgress | None = None, side: int = CROP_SIZE) -> None:
+        self.seen: list[FoundFace] = []
         self._side = side  # of the MLLM's crop
         self._on_progress = on_progress
         self.turned = 0  # degrees counterclockwise that set the picture upright, where the file does not say so
@@ -70,7 +70,7 @@ class Search:
     def picture(self, picture: Picture) -> None:
         faces = self._faces(picture.pixels, turning=True)
         self._left_out = len(faces[MAX_FACES:])
-        self.seen = [Seen(face, None, None) for face in faces[:MAX_FACES]]
+        self.seen = [FoundFace(face, None, None) for face in faces[:MAX_FACES]]
 
     def frame(self, frame: Frame) -> Frame:
         """The frame without its pixels."""
@@ -79,7 +79,7 @@ class Search:
         self._frames += 1
         self._left_out += len(faces[FRAME_FACES:])
         for face in faces[:FRAME_FACES]:
-            self.seen.append(Seen(replace(face, index=len(self.seen)), frame.index, frame.time_s))
+            self.seen.append(FoundFace(replace(face, index=len(self.seen)), frame.index, frame.time_s))
         if self._on_progress:
             self._on_progress(frame)
         return replace(frame, pixels=NO_PIXELS)
@@ -126,7 +126,7 @@ def _open(source: Source, frames: int, keep: Callable[[Frame], Frame]) -> Pictur
 
 
 @isolated
-def ready(source: Source, frames: int, side: int = CROP_SIZE, on_progress: Told | None = None) -> Ready:
+def ready(source: Source, frames: int, side: int = CROP_SIZE, on_progress: OnProgress | None = None) -> Ready:
     """`side`: of the MLLM's crop. Raises InputError, whatever the file makes a library raise; see `errors.one_file`."""
     search = Search(on_progress, side)
     start = time.perf_counter()
@@ -137,13 +137,15 @@ def ready(source: Source, frames: int, side: int = CROP_SIZE, on_progress: Told 
     summary = media_summary(media)
     if search.turned:
         summary["notes"].append(f"faces_turned:{search.turned}")
-    # Two batches stand in memory: of a camera's photo 150 MB each, and the models look at the crops alone.
+    # Two batches are held in memory: of a camera's photo 150 MB each, and the models look at the crops alone.
     if isinstance(media, Picture):
         media = replace(media, pixels=NO_PIXELS)
     return Ready(media, summary, search.seen, search.notes(), {"decode": decoded, "faces": search.seconds})
 
 
-def ready_or_failure(source: Source, frames: int, side: int = CROP_SIZE, on_progress: Told | None = None) -> Ready:
+def ready_or_failure(
+    source: Source, frames: int, side: int = CROP_SIZE, on_progress: OnProgress | None = None
+) -> Ready:
     try:
         return ready(source, frames, side, on_progress=on_progress)
     except InputError as error:
@@ -151,7 +153,7 @@ def ready_or_failure(source: Source, frames: int, side: int = CROP_SIZE, on_prog
 
 
 @isolated
-def found_again(report: Report, source: Source, side: int = CROP_SIZE) -> list[Seen]:
+def found_again(report: Report, source: Source, side: int = CROP_SIZE) -> list[FoundFace]:
     """The faces of a report's file, in the report's order. Raises InputError, also where it is another file."""
     search = Search(side=side)
     media = load_media(source, max_frames=frames_asked(report.media) or 1, keep=search.frame)

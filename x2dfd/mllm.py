@@ -1,6 +1,6 @@
 """The multimodal LLM: score the verdict from the label tokens, write the rationale given it, answer cue questions.
 
-The picture and what stands before it in the prompt are computed once (`look`); everything that is asked of it
+The picture and what stands before it in the prompt are computed once (`encode`); everything that is asked of it
 afterwards runs over that cache, the many cue questions packed into few passes under a block-diagonal mask.
 """
 
@@ -42,7 +42,7 @@ class YesNo:
 
 
 @dataclass(eq=False)
-class Look:
+class LocalEncoding:
     """A batch of pictures after their one pass through tower and language model.
 
     Of a LLaVA through the tower alone: the language model's pass follows when it is first asked something.
@@ -55,14 +55,14 @@ class Look:
     tower: str | None = ""  # SHA-256 of the tower's additions; "" without, None where the adapter changed it itself
     shift: int = 0  # position of a token after the prefix, less the tokens before it: a picture may take few positions
     inputs: dict[str, Tensor] = field(default_factory=dict)  # what a family that shares no prefix is asked with
-    see: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # as of `Shared`
+    run_tower: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # as of `Shared`
 
     @property
     def size(self) -> int:
         return len(self.seeds)
 
-    def part(self, rows: Sequence[int]) -> Look:
-        """The look at some of the pictures; this one is used up."""
+    def part(self, rows: Sequence[int]) -> LocalEncoding:
+        """The encoding of some of the pictures; this one is used up."""
         if self.cache is not None:
             self.cache.batch_select_indices(torch.tensor(rows, device=self.cache.layers[0].keys.device))
         states, seeds = tuple(s[list(rows)] for s in self.states), tuple(self.seeds[k] for k in rows)
@@ -76,17 +76,17 @@ class Look:
         """
         if self.tower is None or not self.states:
             return None
-        return Shared(tuple(s.float().cpu() for s in self.states), self.tower, self.see)
+        return Shared(tuple(s.float().cpu() for s in self.states), self.tower, self.run_tower)
 
 
-class Looked(Protocol):
-    """What a `look` gives: nobody else's business, but for these."""
+class Encoding(Protocol):
+    """What `encode` gives; nothing outside of its model reads more of it than this."""
 
     @property
     def size(self) -> int: ...
     @property
-    def shared(self) -> Shared | None: ...  # as of `Look`
-    def part(self, rows: Sequence[int]) -> Looked: ...  # the look at some of the faces; this one is used up
+    def shared(self) -> Shared | None: ...  # as of `LocalEncoding`
+    def part(self, rows: Sequence[int]) -> Encoding: ...  # of some of the faces; this one is used up
 
 
 class LanguageModel(Protocol):
@@ -95,11 +95,11 @@ class LanguageModel(Protocol):
     name: str
     batch: int  # faces that go through it together
 
-    def look(self, crops: NDArray[np.uint8]) -> Looked: ...  # [n, h, w, 3]
-    def verdict_logits(self, look: Any, questions: Sequence[str]) -> NDArray[np.float64]: ...
+    def encode(self, crops: NDArray[np.uint8]) -> Encoding: ...  # [n, h, w, 3]
+    def verdict_logits(self, encoding: Any, questions: Sequence[str]) -> NDArray[np.float64]: ...
     def write(
         self,
-        look: Any,
+        encoding: Any,
         questions: Sequence[str],
         starts: Sequence[str],
         *,
@@ -130,7 +130,7 @@ class LocalMLLM:
     """An image-text-to-text model of transformers, with or without an adapter. `name` says which.
 
     Labels are scored in fp32 in every precision. `temperature`: of texts; 0 takes the likeliest token, else one is
-    drawn with a seed of picture and question. `tower`: as in `Look`.
+    drawn with a seed of picture and question. `tower`: as in `LocalEncoding`.
     """
 
     batch = BATCH
@@ -168,7 +168,7 @@ class LocalMLLM:
     # --- the shared prefix ---
 
     @torch.inference_mode()
-    def look(self, crops: NDArray[np.uint8]) -> Look:
+    def encode(self, crops: NDArray[np.uint8]) -> LocalEncoding:
         """Encode aligned face crops [n, s, s, 3] once."""
         from transformers import DynamicCache
 
@@ -176,17 +176,19 @@ class LocalMLLM:
         inputs = self._prefix(crops)
         length = inputs["input_ids"].shape[1]
         if not self._family.shares:
-            return Look(None, length, (), seeds, self.tower, self._family.first_position, inputs)
+            return LocalEncoding(None, length, (), seeds, self.tower, self._family.first_position, inputs)
         if self._family is FAMILIES["llava"]:  # the tower alone: many a verdict needs no more
-            return Look(None, length, self._tower_states(inputs["pixel_values"]), seeds, self.tower, see=self.see)
+            return LocalEncoding(
+                None, length, self._tower_states(inputs["pixel_values"]), seeds, self.tower, run_tower=self.run_tower
+            )
         cache = DynamicCache()  # every layer keeps every token: those with a window are given it by their mask
         self._model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         deltas = getattr(self._model.model, "rope_deltas", None)  # Qwen-VL: crops of one size have the same
         shift = self._family.first_position if deltas is None else int(deltas.flatten()[0])
-        return Look(cache, length, (), seeds, self.tower, shift)
+        return LocalEncoding(cache, length, (), seeds, self.tower, shift)
 
     @torch.inference_mode()
-    def see(self, crops: Tensor) -> tuple[Tensor, ...]:
+    def run_tower(self, crops: Tensor) -> tuple[Tensor, ...]:
         """A LLaVA's tower over uint8 crops [n, s, s, 3]: hidden states, fp32 on the CPU."""
         pixels = self._prefix(crops.numpy())["pixel_values"]
         return tuple(s.float().cpu() for s in self._tower_states(pixels))
@@ -194,23 +196,25 @@ class LocalMLLM:
     def _tower_states(self, pixels: Tensor) -> tuple[Tensor, ...]:
         return tuple(self._model.model.vision_tower(pixels, output_hidden_states=True).hidden_states)
 
-    def _read(self, look: Look) -> None:
+    def _read(self, encoding: LocalEncoding) -> None:
         """Projector and language model over what stands before the question, where they have not seen it."""
         from transformers import DynamicCache
 
-        if look.cache is not None or not look.states:
+        if encoding.cache is not None or not encoding.states:
             return
         config = self._model.config
         layers = config.vision_feature_layer
         layers = [layers] if isinstance(layers, int) else layers
         first = 1 if config.vision_feature_select_strategy == "default" else 0
-        states = torch.cat([look.states[i][:, first:] for i in layers], -1).to(self._model.dtype)  # `Eye` gives fp32
+        states = torch.cat([encoding.states[i][:, first:] for i in layers], -1).to(
+            self._model.dtype
+        )  # `TowerPass` gives fp32
         image = self._model.model.multi_modal_projector(states)
         tokens, _ = prompts.prompt_tokens(self.processor, prompts.render(self.processor, prompts.QUESTION))
-        before = self._text.embed_tokens(torch.tensor(tokens, device=self.device)).expand(look.size, -1, -1)
+        before = self._text.embed_tokens(torch.tensor(tokens, device=self.device)).expand(encoding.size, -1, -1)
         cache = DynamicCache()
         self._text(inputs_embeds=torch.cat([before, image], 1), past_key_values=cache, use_cache=True)
-        look.cache, look.length = cache, len(tokens) + image.shape[1]
+        encoding.cache, encoding.length = cache, len(tokens) + image.shape[1]
 
     def _prefix(self, crops: NDArray[np.uint8]) -> dict[str, Tensor]:
         """What the stock processor makes of pictures and prompt, up to the end of the picture."""
@@ -222,24 +226,24 @@ class LocalMLLM:
     def _suffix(self, question: str, start: str = "", turns: Sequence[tuple[str, str]] = ()) -> Suffix:
         return after_image(self.processor, question, start, turns) if turns else self._rendered(question, start)
 
-    def _after(self, look: Look, suffixes: Sequence[Suffix]) -> _Begun:
-        """One suffix a picture, right-padded. The look's cache holds them until it is cut back to the prefix."""
-        self._read(look)
+    def _after(self, encoding: LocalEncoding, suffixes: Sequence[Suffix]) -> _Begun:
+        """One suffix a picture, right-padded. The encoding's cache holds them until it is cut back to the prefix."""
+        self._read(encoding)
         lengths = torch.tensor([len(s.tokens) for s in suffixes])
         steps = torch.arange(int(lengths.max()))
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(s.tokens) for s in suffixes], batch_first=True)
-        own = (look.length + steps).where(steps < lengths[:, None], -1)
-        places = torch.cat([torch.arange(look.length).expand(len(suffixes), -1), own], 1).to(self.device)
+        own = (encoding.length + steps).where(steps < lengths[:, None], -1)
+        places = torch.cat([torch.arange(encoding.length).expand(len(suffixes), -1), own], 1).to(self.device)
         ids = ids.to(self.device)
-        if look.cache is None:
-            cache, hidden = self._whole(look, suffixes, ids)
+        if encoding.cache is None:
+            cache, hidden = self._whole(encoding, suffixes, ids)
         else:
-            cache, queries = look.cache, (look.length + steps).expand_as(own).to(self.device)
-            hidden = self._further(ids, queries, cache, places, look.shift)
+            cache, queries = encoding.cache, (encoding.length + steps).expand_as(own).to(self.device)
+            hidden = self._further(ids, queries, cache, places, encoding.shift)
         last = hidden[torch.arange(len(suffixes)), lengths - 1]
-        return _Begun(last, cache, places, look.shift)
+        return _Begun(last, cache, places, encoding.shift)
 
-    def _whole(self, look: Look, suffixes: Sequence[Suffix], ids: Tensor) -> tuple[Any, Tensor]:
+    def _whole(self, encoding: LocalEncoding, suffixes: Sequence[Suffix], ids: Tensor) -> tuple[Any, Tensor]:
         """Picture and suffixes in one pass of the stock model: its cache, and the suffixes' hidden states [n, s, d]."""
         from transformers import DynamicCache
 
@@ -247,10 +251,10 @@ class LocalMLLM:
         asked = torch.tensor([[s.asked] for s in suffixes], device=self.device)
         ends = torch.tensor([[len(s.tokens)] for s in suffixes], device=self.device)
         further = {"input_ids": ids, "attention_mask": (steps < ends).long(), "token_type_ids": (steps >= asked).long()}
-        inputs = look.inputs | {k: torch.cat([look.inputs[k], v], 1) for k, v in further.items()}
+        inputs = encoding.inputs | {k: torch.cat([encoding.inputs[k], v], 1) for k, v in further.items()}
         cache = DynamicCache()
         hidden = self._model.model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
-        return cache, hidden[:, look.length :]
+        return cache, hidden[:, encoding.length :]
 
     def _further(
         self, ids: Tensor, queries: Tensor, cache: Any, places: Tensor, shift: int, apart: Tensor | None = None
@@ -285,19 +289,19 @@ class LocalMLLM:
     # --- verdict ---
 
     @torch.inference_mode()
-    def verdict_logits(self, look: Look, questions: Sequence[str]) -> NDArray[np.float64]:
+    def verdict_logits(self, encoding: LocalEncoding, questions: Sequence[str]) -> NDArray[np.float64]:
         """Logit of fake against real for each picture's own question: [n]. NaN where the model's numbers overflow.
 
         The next-token distribution after the forced stem "This image is", restricted to the two labels.
         """
-        begun = self._after(look, [self._suffix(q, prompts.STEM) for q in questions])
-        self._cut_back(look)
+        begun = self._after(encoding, [self._suffix(q, prompts.STEM) for q in questions])
+        self._cut_back(encoding)
         real, fake = self._scores(begun.last, self.label_ids).unbind(1)
         return np.asarray((fake - real).double().cpu().numpy())
 
-    def _cut_back(self, look: Look) -> None:
-        if look.cache is not None:
-            look.cache.crop(look.length - look.cache.get_seq_length())
+    def _cut_back(self, encoding: LocalEncoding) -> None:
+        if encoding.cache is not None:
+            encoding.cache.crop(encoding.length - encoding.cache.get_seq_length())
 
     def _scores(self, hidden: Tensor, ids: Sequence[int]) -> Tensor:
         """Logits of two tokens in fp32: in 16 bits their difference would move in steps of a tenth."""
@@ -311,7 +315,7 @@ class LocalMLLM:
     @torch.inference_mode()
     def write(
         self,
-        look: Look,
+        encoding: LocalEncoding,
         questions: Sequence[str],
         starts: Sequence[str],
         *,
@@ -321,17 +325,17 @@ class LocalMLLM:
     ) -> list[str]:
         """The continuation of each picture's answer after its `start`: the new text alone.
 
-        `on_text` is told the text so far (of the first picture) after every token. An answer ends when a dozen tokens
+        `on_text` gets the text so far (of the first picture) after every token. An answer ends when a dozen tokens
         repeat; a sentence that it says twice is kept once.
         """
         suffixes = [self._suffix(q, s, turns) for q, s in zip(questions, starts, strict=True)]
-        begun = self._after(look, suffixes)
+        begun = self._after(encoding, suffixes)
         n = len(suffixes)
-        queries = torch.tensor([[look.length + len(s.tokens)] for s in suffixes], device=self.device)
+        queries = torch.tensor([[encoding.length + len(s.tokens)] for s in suffixes], device=self.device)
         written: list[list[int]] = [[] for _ in range(n)]
         open_rows = [True] * n
         ends = self._end_ids()
-        asked = zip(look.seeds, suffixes, strict=True)
+        asked = zip(encoding.seeds, suffixes, strict=True)
         draws = [torch.Generator().manual_seed(seed ^ crc32(repr(s.tokens).encode())) for seed, s in asked]
         for _ in range(max_new_tokens):
             tokens = self._next(self._logits(begun.last), draws)
@@ -348,7 +352,7 @@ class LocalMLLM:
             begun.places = torch.cat([begun.places, queries], 1)
             begun.last = self._further(tokens[:, None], queries, begun.cache, begun.places, begun.shift)[:, -1]
             queries = queries + 1
-        self._cut_back(look)
+        self._cut_back(encoding)
         return [self._text_of(w) for w in written]
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -381,20 +385,24 @@ class LocalMLLM:
 
         One by one where the family shares no prefix. Raises InputError when the model's numbers are not finite.
         """
-        return self.yes_no_packed(self.look(crop[None]), questions)
+        return self.yes_no_packed(self.encode(crop[None]), questions)
 
     @torch.inference_mode()
-    def yes_no_packed(self, look: Look, questions: Sequence[str]) -> YesNo:
-        """As `yes_no`, on a look at one picture."""
-        if look.size != 1:
-            raise ValueError(f"packed questions are about one picture, not {look.size}")
-        self._read(look)
+    def yes_no_packed(self, encoding: LocalEncoding, questions: Sequence[str]) -> YesNo:
+        """As `yes_no`, on the encoding of one picture."""
+        if encoding.size != 1:
+            raise ValueError(f"packed questions are about one picture, not {encoding.size}")
+        self._read(encoding)
         chances: list[Tensor] = []
         said: list[str] = []
-        pack = PACK if look.cache is not None else 1
+        pack = PACK if encoding.cache is not None else 1
         for start in range(0, len(questions), pack):
             suffixes = [self._suffix(q) for q in questions[start : start + pack]]
-            last = self._packed(look, [s.tokens for s in suffixes]) if pack > 1 else self._after(look, suffixes).last
+            last = (
+                self._packed(encoding, [s.tokens for s in suffixes])
+                if pack > 1
+                else self._after(encoding, suffixes).last
+            )
             logits = self._logits(last)  # [questions, vocabulary]
             chances.append(self._scores(last, self._yes_no_ids).double().softmax(-1)[:, 0].cpu())
             said += [self._yes_or_no(t) for t in logits.argmax(-1).tolist()]
@@ -403,18 +411,20 @@ class LocalMLLM:
             raise InputError("no_score", NOT_FINITE)
         return YesNo(p_yes, tuple(said))
 
-    def _packed(self, look: Look, suffixes: Sequence[list[int]]) -> Tensor:
+    def _packed(self, encoding: LocalEncoding, suffixes: Sequence[list[int]]) -> Tensor:
         """Many suffixes of one picture behind each other, none of which sees another: their last hidden states."""
         lengths = torch.tensor([len(s) for s in suffixes])
         block = torch.repeat_interleave(torch.arange(len(suffixes)), lengths)
-        apart = torch.cat([torch.zeros(len(block), look.length, dtype=torch.bool), block[:, None] != block[None]], 1)
-        queries = look.length + torch.cat([torch.arange(k) for k in lengths.tolist()])
-        places = torch.cat([torch.arange(look.length), queries])[None].to(self.device)
+        apart = torch.cat(
+            [torch.zeros(len(block), encoding.length, dtype=torch.bool), block[:, None] != block[None]], 1
+        )
+        queries = encoding.length + torch.cat([torch.arange(k) for k in lengths.tolist()])
+        places = torch.cat([torch.arange(encoding.length), queries])[None].to(self.device)
         ids = torch.tensor([[t for s in suffixes for t in s]], device=self.device)
         hidden = self._further(
-            ids, queries[None].to(self.device), look.cache, places, look.shift, apart.to(self.device)
+            ids, queries[None].to(self.device), encoding.cache, places, encoding.shift, apart.to(self.device)
         )
-        self._cut_back(look)
+        self._cut_back(encoding)
         return hidden[0, lengths.cumsum(0) - 1]
 
     @torch.inference_mode()
@@ -435,7 +445,7 @@ class LocalMLLM:
 
 
 def seeds_of(crops: NDArray[np.uint8]) -> tuple[int, ...]:
-    """`Look.seeds` of crops [n, s, s, 3]."""
+    """`LocalEncoding.seeds` of crops [n, s, s, 3]."""
     return tuple(crc32(np.ascontiguousarray(c).data) for c in crops)
 
 

@@ -133,8 +133,10 @@ def _local(
     bits: Bits | None,
 ) -> tuple[LocalMLLM, dict[str, str], str]:
     """The MLLM with its adapter, checked; the identity of its base; the hash of its prompts."""
-    with ThreadPoolExecutor(1) as beside:
-        hashed = beside.submit(base_identity, base)  # meanwhile: most of loading is imports, which keep one core busy
+    with ThreadPoolExecutor(1) as background:
+        hashed = background.submit(
+            base_identity, base
+        )  # meanwhile: most of loading is imports, which keep one core busy
         model, processor = load_model(
             base,
             **reading(base, place, precision, device_map, bits),
@@ -145,7 +147,7 @@ def _local(
         identity = hashed.result()
     tower: str | None = ""
     if folder and card:
-        prompts.set_frame(processor, card.frame)
+        prompts.set_chat_template(processor, card.frame)
         tower = add_tower(model, folder, card)
         check_adapter(folder, card, identity, prompts.prompt_hash(processor, card.score_form))
         model = model if card.weights == WHOLE else attach(model, folder)

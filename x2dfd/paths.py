@@ -53,7 +53,7 @@ def find_media(
 ) -> Iterator[Path]:
     """Yield files as they are, and every regular file under each folder, in sorted order.
 
-    Hidden files and folders are left out, and so are links out of the folder or to another, which `left_out` is told.
+    Hidden files and folders are left out, and so are links out of the folder or to another, which `left_out` gets.
     What is no picture, does not exist or may not be read is yielded too: it becomes a row with an error, not silence.
     """
     for given in paths:

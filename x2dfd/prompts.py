@@ -1,7 +1,7 @@
 """Every string that an MLLM is trained on or asked: one module, used by training and inference alike.
 
-Question, score tail and answer forms are those of X2-DFD (arXiv 2410.06126 and its released data); the chat frame
-around them is the base model's own template.
+Question, expert scores and answer forms are those of X2-DFD (arXiv 2410.06126 and its released data); the chat
+template around them is the base model's own.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SERVED_RATIONALE = (
     'The verdict is given: "{start}" Do not repeat it. Tell in one to three plain sentences what in the photo speaks '
     "for it: name areas (eyes, mouth, jaw, skin, hair, background ...) and what is odd or in order there."
 )
-"""What a served model is told whose endpoint cannot continue a begun answer; no adapter is trained with these."""
+"""Instructions for a served model whose endpoint cannot continue a begun answer; no adapter is trained with these."""
 
 AGREES_BELOW, AGREES_ABOVE = 0.30, 0.70
 """When an expert counts as agreeing with real, with fake (X2-DFD's lo and hi)."""
@@ -69,20 +69,20 @@ _VICUNA = (
     "{{% else %}}{{{{ 'ASSISTANT: ' }}}}{{% for p in m['content'] %}}{{{{ p['text'] }}}}{{% endfor %}}{{{{ '</s>' }}}}"
     "{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{{{{ 'ASSISTANT:' }}}}{{% endif %}}"
 )
-FRAMES = {
+CHAT_TEMPLATES = {
     "train_consistent": _VICUNA.format(who="user", image="<image>"),
     "official_infer": _VICUNA.format(who="human", image="<im_start><image><im_end>"),
 }
 """Chat templates of published X2-DFD adapters: what they were trained with, and what their released code asks with."""
 
 
-def set_frame(processor: Processor, frame: str | None) -> None:
-    """Give the processor a chat frame of FRAMES; None leaves the base's own. Raises UnknownName."""
+def set_chat_template(processor: Processor, frame: str | None) -> None:
+    """Give the processor a chat template of CHAT_TEMPLATES; None leaves the base's own. Raises UnknownName."""
     if frame is None:
         return
-    if frame not in FRAMES:
-        raise UnknownName("chat frame", frame, FRAMES)
-    processor.chat_template = FRAMES[frame]
+    if frame not in CHAT_TEMPLATES:
+        raise UnknownName("chat template", frame, CHAT_TEMPLATES)
+    processor.chat_template = CHAT_TEMPLATES[frame]
 
 
 def score_word(score: float) -> str:
@@ -92,12 +92,12 @@ def score_word(score: float) -> str:
     return "unclear" if score < AGREES_ABOVE else "high" if score < 0.9 else "very high"
 
 
-def score_tail(evidence: Sequence[Evidence], form: str = "numbers") -> str:
+def expert_scores(evidence: Sequence[Evidence], form: str = "numbers") -> str:
     """The experts' scores as they stand in the question, in a form of SCORE_FORMS; "" without experts.
 
-    >>> score_tail([Evidence("blending", 0.812), Evidence("diffusion", None)])
+    >>> expert_scores([Evidence("blending", 0.812), Evidence("diffusion", None)])
     ' And the blending score is 0.812, and the diffusion score is N/A.'
-    >>> score_tail([Evidence("blending", 0.812)], "both")
+    >>> expert_scores([Evidence("blending", 0.812)], "both")
     ' And the blending score is 0.812 (high).'
     """
     if form not in SCORE_FORMS:
@@ -110,10 +110,10 @@ def score_tail(evidence: Sequence[Evidence], form: str = "numbers") -> str:
     return f" And {', '.join(parts[:-1])}, and {parts[-1]}."
 
 
-def pointing(evidence: Sequence[Evidence]) -> str:
-    """What localising experts point at, as it stands behind the scores; "" where none points. Ours, not X2-DFD's.
+def expert_cues(evidence: Sequence[Evidence]) -> str:
+    """The cues that experts point at, as the prompt states them after the scores; "" without any. Not of X2-DFD.
 
-    >>> pointing([Evidence("tower", 0.9, cues=(Cue("jaw", "blending"), Cue("skin", "colour")))])
+    >>> expert_cues([Evidence("tower", 0.9, cues=(Cue("jaw", "blending"), Cue("skin", "colour")))])
     ' The tower expert points at jaw blending and skin colour.'
     """
     return "".join(
@@ -123,14 +123,14 @@ def pointing(evidence: Sequence[Evidence]) -> str:
     )
 
 
-def told(evidence: Sequence[Evidence], form: str = "numbers") -> str:
-    """What any question tells of the experts (WFS): their scores, in a form of SCORE_FORMS, and where they point."""
-    return score_tail(evidence, form) + pointing(evidence)
+def expert_block(evidence: Sequence[Evidence], form: str = "numbers") -> str:
+    """The expert block of a question (WFS): the experts' scores, in a form of SCORE_FORMS, and where they point."""
+    return expert_scores(evidence, form) + expert_cues(evidence)
 
 
 def verdict_question(evidence: Sequence[Evidence], form: str = "numbers") -> str:
     """The question that decides: real or fake, with what the experts say written in."""
-    return QUESTION + told(evidence, form)
+    return QUESTION + expert_block(evidence, form)
 
 
 def expert_sentence(label: str, evidence: Sequence[Evidence]) -> str:
@@ -178,7 +178,7 @@ def conversation(question: str, turns: Sequence[tuple[str, str]] = ()) -> list[J
     return messages
 
 
-def framed(processor: Processor, messages: list[Json], *, answer_next: bool) -> str:
+def in_chat_template(processor: Processor, messages: list[Json], *, answer_next: bool) -> str:
     """Chat messages as text in the base model's chat template, the next answer's header included where `answer_next`.
 
     A template that asks for the date gets a system message of ours instead: its own would change the prompts every day.
@@ -206,7 +206,7 @@ def begun(processor: Processor, messages: list[Json], start: str = "") -> str:
 
     Raises SetupError for a model that thinks before it answers: what it begins with is no verdict.
     """
-    frame = framed(processor, messages, answer_next=True)
+    frame = in_chat_template(processor, messages, answer_next=True)
     if frame.rstrip().endswith("<think>"):
         raise SetupError(
             "this model reasons before it answers, so no verdict can be scored: take its Instruct variant",
@@ -214,22 +214,22 @@ def begun(processor: Processor, messages: list[Json], start: str = "") -> str:
         )
     if not start or frame[-1].isspace():
         return frame + start
-    # LLaVA-1.5's frame ends in "ASSISTANT:", its answers begin with a space; Mistral's in "[/INST]", and they do not.
+    # LLaVA's template ends in "ASSISTANT:", its answers begin with a space; Mistral's in "[/INST]", and they do not.
     said = {"role": "assistant", "content": [{"type": "text", "text": start}]}
-    whole = framed(processor, [*messages, said], answer_next=False)
+    whole = in_chat_template(processor, [*messages, said], answer_next=False)
     return frame + ("" if whole.startswith(frame + start) else " ") + start
 
 
 def answer_end(processor: Processor) -> int:
     """The token that ends an answer: what the chat template writes behind one, else the tokenizer's end token.
 
-    Raises SetupError when the template does not go on from its own prompt.
+    Raises SetupError when the template changes the prompt as it adds an answer.
     """
     eos: int = processor.tokenizer.eos_token_id
     if not processor.chat_template:
         return eos
     said = {"role": "assistant", "content": [{"type": "text", "text": STEM}]}
-    whole = framed(processor, [*conversation(QUESTION), said], answer_next=False)
+    whole = in_chat_template(processor, [*conversation(QUESTION), said], answer_next=False)
     begun = render(processor, QUESTION, STEM)
     if not whole.startswith(begun):
         raise SetupError(
@@ -265,7 +265,7 @@ def prompt_tokens(processor: Processor, prompt: str) -> tuple[list[int], list[in
 
 
 def first_tokens(processor: Processor, start: str, words: Sequence[str]) -> tuple[int, int]:
-    """The token with which each of two words goes on after an answer begun by `start`.
+    """The token with which each of two words continues an answer begun by `start`.
 
     Raises SetupError when it is the same, or when it does not stand by itself.
     """
@@ -294,7 +294,7 @@ def prompt_hash(processor: Processor, score_form: str = "numbers") -> str:
         render(processor, verdict_question(some, score_form), STEM),
         render(processor, verdict_question([])),
         render(processor, verdict_question([*some, Evidence("x", 1.0)], score_form)),
-        pointing([Evidence("x", 1.0, cues=(Cue("jaw", "blur"), Cue("eyes", "noise"), Cue("skin", "colour")))]),
+        expert_cues([Evidence("x", 1.0, cues=(Cue("jaw", "blur"), Cue("eyes", "noise"), Cue("skin", "colour")))]),
         render(processor, f"Do you see it? {CUE_ENDING}"),
         render(processor, CLASS_QUESTION),
         verdict_answer("fake", "Text.", [Evidence("a", 0.9), Evidence("b", 0.8)]),

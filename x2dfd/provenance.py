@@ -1,11 +1,11 @@
-"""What a file says of its origin, read offline and kept apart from the estimate: Content Credentials and metadata.
+"""What a file states about its origin, read offline and kept apart from the estimate: Content Credentials and metadata.
 
 Content Credentials (C2PA) have five states and a sixth for "nobody looked": `absent`, `valid_untrusted`, `trusted`,
 `invalid`, `error`, `not_checked`.
 Silence is no sign of forgery, a valid signature is no sign of truth, and an invalid one may come from ordinary editing.
 The reader is c2pa-python (extra `[c2pa]`); nothing is fetched: no remote manifest, no revocation list, no trust list.
 A trust list of your own (PEM) is named by the environment variable `X2DFD_C2PA_TRUST`; without it nobody is trusted.
-What both say of how the file was made are its statements: `x2dfd.statements`.
+What both state about how the file was made are its statements: `x2dfd.statements`.
 """
 
 from __future__ import annotations

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 WINDOW = 10_000  # files in one dataset: bounds what the driver holds, and is long beside the loading of a model
 AHEAD = 4  # batches that an actor is given at once: it decodes one while it judges the one before
 A_MODEL = 1000  # files for which it is worth to load the models once
-TRIES = 4  # of a batch whose actor dies over it; the run then ends, and --out goes on where it stopped
+TRIES = 4  # of a batch whose actor dies over it; the run then ends, and --out resumes where it stopped
 BLOCKS = 1024  # parts of a dataset at most: a part's rows arrive together
 
 
-class Judge:
+class Actor:
     """What an actor does: loads a detector once, judges batches of paths."""
 
     def __init__(self, model: ModelSpec, options: LoadOptions, judging: Judging) -> None:
@@ -54,7 +54,7 @@ class RayDetector:
     Raises SetupError when ray is missing or when the model does not load in the cluster.
     """
 
-    def __init__(self, model: ModelSpec, options: LoadOptions, actors: int, judge: type[Judge] = Judge) -> None:
+    def __init__(self, model: ModelSpec, options: LoadOptions, actors: int, judge: type[Actor] = Actor) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             import ray

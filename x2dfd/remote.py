@@ -16,7 +16,7 @@ from x2dfd.files import Json, parse_json
 from x2dfd.paths import open_source
 from x2dfd.types import Failure, Report, result_of
 
-MAX_UPLOAD = 100_000_000  # bytes; it stands in the server's memory
+MAX_UPLOAD = 100_000_000  # bytes; the server holds it in memory
 PATIENCE = 600.0  # seconds for an answer: a long clip on a busy machine
 
 

@@ -1,4 +1,4 @@
-"""Rows of a run under way, on disk, so that a run that was cut off goes on where it stopped."""
+"""Rows of a run under way, on disk, so that a run that was cut off resumes where it stopped."""
 
 from __future__ import annotations
 

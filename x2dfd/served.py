@@ -34,14 +34,14 @@ from x2dfd.remote import is_loopback
 CONCURRENCY = 32  # requests under way at a time
 TOP = 20  # likeliest first tokens that are asked for; what hosted APIs give at most
 FEW = 5  # what some give at most
-LEAST = math.log(1e-4)  # a label that is less likely than this is no answer of a model that is told in words
+LEAST = math.log(1e-4)  # a label that is less likely than this is no answer of a model that gets instructions in words
 MAX_TOKENS = 200
 REPLY_BYTES = 8 << 20  # of one reply; twenty log-probabilities take a few thousand
 FAILURES_IN_A_ROW = 8
 REFUSALS_FIRST = 50  # of requests before any is answered: it refuses all
 """So many requests that failed one after another, each after its retries, end the run: the endpoint is down."""
 CONTINUES = ("vllm", "sglang")
-"""Engines (`owned_by` in their model list) that go on with an answer that was begun for them, as training did."""
+"""Engines (`owned_by` in their model list) that continue an answer that was begun for them, as training did."""
 
 T = TypeVar("T")
 
@@ -115,7 +115,7 @@ class _Wire:
 class ServedMLLM:
     """A model of an OpenAI-compatible endpoint. `name` says which.
 
-    An engine that continues a begun answer is asked with the prompts of training; any other is told in words what to
+    An engine that continues a begun answer is asked with the prompts of training; any other gets a text what to
     answer. Raises SetupError when it cannot be asked, and UnknownName when it does not serve `model`.
     """
 
@@ -190,7 +190,7 @@ class ServedMLLM:
 
     # --- what a detector and an assessment ask ---
 
-    def look(self, crops: NDArray[np.uint8]) -> Pictures:
+    def encode(self, crops: NDArray[np.uint8]) -> Pictures:
         """Face crops [n, h, w, 3], without loss, ready to be sent."""
         from PIL import Image
 
@@ -201,7 +201,7 @@ class ServedMLLM:
             urls.append("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())
         return Pictures(tuple(urls))
 
-    def verdict_logits(self, look: Pictures, questions: Sequence[str]) -> NDArray[np.float64]:
+    def verdict_logits(self, encoding: Pictures, questions: Sequence[str]) -> NDArray[np.float64]:
         """Logit of fake against real for each picture's own question: [n].
 
         A label that is not among the likeliest tokens counts as the least likely of them, which draws the logit
@@ -220,11 +220,11 @@ class ServedMLLM:
                 )
             return fake - real
 
-        return np.array(self._all([one(u, q) for u, q in zip(look.urls, questions, strict=True)]), np.float64)
+        return np.array(self._all([one(u, q) for u, q in zip(encoding.urls, questions, strict=True)]), np.float64)
 
     def write(
         self,
-        look: Pictures,
+        encoding: Pictures,
         questions: Sequence[str],
         starts: Sequence[str],
         *,
@@ -232,14 +232,14 @@ class ServedMLLM:
         max_new_tokens: int = MAX_TOKENS,
         on_text: Callable[[str], None] | None = None,
     ) -> list[str]:
-        """What follows each answer's `start`: the new text alone. `on_text` is told the first one, once, whole."""
+        """What follows each answer's `start`: the new text alone. `on_text` gets the first one, once, whole."""
 
         async def one(url: str, question: str, start: str) -> str:
             messages = self._messages(url, question, start, turns=turns)
             reply = await self._ask(messages, max_new_tokens)
             return reply.text.strip().removeprefix(start).strip()
 
-        asked = zip(look.urls, questions, starts, strict=True)
+        asked = zip(encoding.urls, questions, starts, strict=True)
         texts = self._all([one(u, q, s) for u, q, s in asked])
         if on_text is not None and texts:
             on_text(texts[0])
@@ -247,7 +247,7 @@ class ServedMLLM:
 
     def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str]) -> YesNo:
         """Every question about one face crop; P(yes) is 0.5 where neither yes nor no is likely."""
-        [url] = self.look(crop[None]).urls
+        [url] = self.encode(crop[None]).urls
 
         async def one(question: str) -> tuple[float, str]:
             reply = await self._first_token(self._messages(url, question), self._yes_no_ids)

@@ -1,4 +1,4 @@
-"""What a file's metadata say of how it was made: IPTC digital source type, generators' settings, names of software.
+"""What a file's metadata state of how it was made: IPTC digital source type, generators' settings, software.
 
 Read from XMP, EXIF, PNG text, comments of JPEG and GIF and tags of videos, each with its place in the file. Anyone can
 write such a statement and anyone can remove it, so it is never part of the estimate.
@@ -77,7 +77,7 @@ class _Text:
 
 
 def read_statements(source: str | Path | bytes, format: str) -> list[dict[str, str]]:
-    """What the metadata of a file say of how it was made, in the order of the file: `kind`, `says`, `where`.
+    """What the metadata of a file state about how it was made, in the order of the file: `kind`, `says`, `where`.
 
     `format` as in `Report.media`. JPEG, PNG, WebP and TIFF are read in full; of AVIF, HEIF, GIF, MP4, Matroska and AVI
     XMP, the comment of a GIF and the tags of a video; of other formats nothing. `kind` is one of GENERATED, PARTLY and

@@ -107,7 +107,7 @@ def progress(total: int) -> Iterator[Callable[[str, bool, bool], None]]:
     start = last = time.monotonic()
     done = failed = judged = 0
 
-    def told() -> str:
+    def status() -> str:
         seconds = max(time.monotonic() - start, 1e-9)
         if not judged:
             return f"{done:,} from an earlier run"
@@ -125,12 +125,12 @@ def progress(total: int) -> Iterator[Callable[[str, bool, bool], None]]:
         if text:
             typer.echo(text)
         if bar:
-            bar.update(bar.task_ids[0], advance=1, description=told())
+            bar.update(bar.task_ids[0], advance=1, description=status())
             if text:
                 bar.start()
         elif time.monotonic() - last >= LINE_SECONDS:
             last = time.monotonic()
-            typer.echo(f"{done:,} of {total:,}: {told()}", err=True)
+            typer.echo(f"{done:,} of {total:,}: {status()}", err=True)
 
     with bar or contextlib.nullcontext():
         yield show

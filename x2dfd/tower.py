@@ -18,10 +18,10 @@ from torch import Tensor
 from x2dfd.crops import CropSet
 from x2dfd.degrade import CODEC, DEGRADE_VERSION, codec, degrade
 from x2dfd.errors import SetupError
-from x2dfd.eye import Eye
 from x2dfd.fetch import require
 from x2dfd.files import Json, alone, file_sha256, read_json, write_text
 from x2dfd.progress import progress
+from x2dfd.tower_pass import TowerPass
 from x2dfd.types import Face
 
 VIEWS = {"degrade": DEGRADE_VERSION, "codec": list(CODEC)}
@@ -133,7 +133,7 @@ def additions_sha256(additions: Mapping[str, Tensor]) -> str:
 
 
 @cache
-def load_eye(layers: int, additions: Path | None = None, dtype: torch.dtype = torch.float32) -> Eye:
+def load_tower_pass(layers: int, additions: Path | None = None, dtype: torch.dtype = torch.float32) -> TowerPass:
     """As `load_tower`, for inference on a CPU. `dtype` (fp32 or bf16): of its matrix products."""
     from safetensors import safe_open
 
@@ -144,7 +144,7 @@ def load_eye(layers: int, additions: Path | None = None, dtype: torch.dtype = to
         weights = {k: stream.get_tensor(PREFIX + k).float() for k in names if layer_of(k) < layers}
     if additions is not None:
         add_to_parameters(weights, layers, read_additions(additions))
-    return Eye(weights, layers, config.get("num_attention_heads", 12), dtype)
+    return TowerPass(weights, layers, config.get("num_attention_heads", 12), dtype)
 
 
 def tower_states(
@@ -152,7 +152,7 @@ def tower_states(
 ) -> tuple[Tensor, ...]:
     """Hidden states of uint8 crops [n, 224, 224, 3]: embeddings and each layer's output, [n, 197, 768], fp32."""
     with torch.inference_mode():
-        return load_eye(layers, additions, dtype)(clip_pixels(crops))
+        return load_tower_pass(layers, additions, dtype)(clip_pixels(crops))
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +175,7 @@ class TowerFeatures:
         return tuple(found.get(layer, torch.empty(0)) for layer in range(max(self.keep) + 1))
 
 
-def training_view(crop: NDArray[np.uint8], seed: int, i: int) -> tuple[NDArray[np.uint8], bool]:
+def degraded_view(crop: NDArray[np.uint8], seed: int, i: int) -> tuple[NDArray[np.uint8], bool]:
     """Sample i's crop as training sees it: degraded at random, mirrored half of the time (then True)."""
     rng = np.random.default_rng([seed, i])
     view = degrade(np.ascontiguousarray(crop), rng)
@@ -183,15 +183,15 @@ def training_view(crop: NDArray[np.uint8], seed: int, i: int) -> tuple[NDArray[n
     return (np.ascontiguousarray(view[:, ::-1]) if flipped else view), flipped
 
 
-def seen_view(crop: NDArray[np.uint8], seed: int, i: int) -> NDArray[np.uint8]:
-    """Sample i's training view through the codec that every crop goes through in use."""
-    return codec(training_view(crop, seed, i)[0], *CODEC)
+def augmented_view(crop: NDArray[np.uint8], seed: int, i: int) -> NDArray[np.uint8]:
+    """Sample i's augmented view, through the codec that every crop goes through in use."""
+    return codec(degraded_view(crop, seed, i)[0], *CODEC)
 
 
 def view_face(data: CropSet, i: int, view_seed: int) -> Face:
-    """Sample i's training view as a Face, for experts that are asked about it."""
-    view, flipped = training_view(data.crops[i], view_seed, i)
-    large = None if data.large is None else training_view(data.large[i], view_seed, i)[0]
+    """Sample i's augmented view as a Face, for experts that are asked about it."""
+    view, flipped = degraded_view(data.crops[i], view_seed, i)
+    large = None if data.large is None else degraded_view(data.large[i], view_seed, i)[0]
     points = data.landmarks[i].copy()
     if flipped:  # mirrored points keep their numbers: no expert of ours reads left from right
         points[:, 0] = view.shape[1] - 1 - points[:, 0]
@@ -220,7 +220,7 @@ def cached_features(
     batch: int = 16,
     additions: Path | None = None,
 ) -> TowerFeatures:
-    """Features of the given samples, each on its own `seen_view`, computed once, by the tower with its `additions`.
+    """Features of the given samples, each on its `augmented_view`, computed once by the tower with its `additions`.
 
     A run that was cut off resumes.
     """
@@ -238,7 +238,7 @@ def cached_features(
         tokens = cache.open((n, len(keep), 197, WIDTH))
         for start in progress(range(cache.done, n, batch), "tower features"):
             stop = min(start + batch, n)
-            views = np.stack([seen_view(data.crops[i], seed, int(i)) for i in rows[start:stop]])
+            views = np.stack([augmented_view(data.crops[i], seed, int(i)) for i in rows[start:stop]])
             dtype = torch.bfloat16 if quick_in_16_bits("cpu") else torch.float32
             states = tower_states(torch.from_numpy(views), layers, additions, dtype)
             for place, layer in enumerate(keep):
@@ -256,7 +256,7 @@ def quick_in_16_bits(device: str) -> bool:
 class CachedArray:
     """A float16 array on disk that is filled in order, one per folder.
 
-    A run that was cut off goes on where it stopped; another `key` (plain values) begins anew. For use under
+    A run that was cut off resumes where it stopped; another `key` (plain values) begins anew. For use under
     `files.alone`.
     """
 

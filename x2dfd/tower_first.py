@@ -21,22 +21,22 @@ from x2dfd.calibration import MLLM, Calibration
 from x2dfd.fetch import CHAT_TEMPLATE
 from x2dfd.files import Json
 from x2dfd.loading import TORCH_DTYPES, base_identity
-from x2dfd.mllm import BATCH, LocalMLLM, Look, YesNo, seeds_of
+from x2dfd.mllm import BATCH, LocalEncoding, LocalMLLM, YesNo, seeds_of
 from x2dfd.model_spec import Dtype
-from x2dfd.tower import load_eye, tower_states
+from x2dfd.tower import load_tower_pass, tower_states
 
 
 class TowerFirst:
-    """In the place of the embedded LocalMLLM: looks with the tower alone, and loads the rest when it is first asked."""
+    """In the place of the embedded LocalMLLM: encodes with the tower alone; loads the rest when it is first asked."""
 
     batch = BATCH
 
     def __init__(
-        self, name: str, see: Callable[[Tensor], tuple[Tensor, ...]], tower: str, load: Callable[[], LocalMLLM]
+        self, name: str, run_tower: Callable[[Tensor], tuple[Tensor, ...]], tower: str, load: Callable[[], LocalMLLM]
     ) -> None:
-        """`see`: hidden states of uint8 crops; `tower`: as in `Look`."""
+        """`run_tower`: hidden states of uint8 crops; `tower`: as in `LocalEncoding`."""
         self.name = name
-        self._see, self._tower, self._load = see, tower, load
+        self._run_tower, self._tower, self._load = run_tower, tower, load
         self._loaded: LocalMLLM | None = None
         self._loading = Lock()
 
@@ -47,17 +47,19 @@ class TowerFirst:
             self._loaded = self._loaded or self._load()
         return self._loaded
 
-    def look(self, crops: NDArray[np.uint8]) -> Look:
+    def encode(self, crops: NDArray[np.uint8]) -> LocalEncoding:
         """Aligned face crops [n, s, s, 3] through the tower."""
-        return Look(None, 0, self._see(torch.from_numpy(crops)), seeds_of(crops), self._tower, see=self._see)
+        return LocalEncoding(
+            None, 0, self._run_tower(torch.from_numpy(crops)), seeds_of(crops), self._tower, run_tower=self._run_tower
+        )
 
-    def verdict_logits(self, look: Look, questions: Sequence[str]) -> NDArray[np.float64]:
+    def verdict_logits(self, encoding: LocalEncoding, questions: Sequence[str]) -> NDArray[np.float64]:
         """As of LocalMLLM."""
-        return self.whole.verdict_logits(look, questions)
+        return self.whole.verdict_logits(encoding, questions)
 
     def write(
         self,
-        look: Look,
+        encoding: LocalEncoding,
         questions: Sequence[str],
         starts: Sequence[str],
         *,
@@ -65,7 +67,7 @@ class TowerFirst:
         on_text: Callable[[str], None] | None = None,
     ) -> list[str]:
         """As of LocalMLLM."""
-        return self.whole.write(look, questions, starts, turns=turns, on_text=on_text)
+        return self.whole.write(encoding, questions, starts, turns=turns, on_text=on_text)
 
     def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str], /) -> YesNo:
         """As of LocalMLLM."""
@@ -82,18 +84,22 @@ def tower_first(
     folder: Path, card: AdapterCard, precision: Dtype, whole: Callable[[], LocalMLLM]
 ) -> tuple[TowerFirst, dict[str, str], str]:
     """As `_local`, with the tower alone. Of the rest files and prompts are checked; the `whole` checks how they fit."""
-    with ThreadPoolExecutor(1) as beside:
-        hashed = beside.submit(base_identity, None)  # meanwhile: reading the tower's weights
+    with ThreadPoolExecutor(1) as background:
+        hashed = background.submit(base_identity, None)  # meanwhile: reading the tower's weights
         checked_additions(folder, card)
-        see = partial(tower_states, layers=card.tower_layers, additions=folder / TOWER, dtype=TORCH_DTYPES[precision])
-        load_eye(card.tower_layers, folder / TOWER, TORCH_DTYPES[precision])  # a base that is not there is said now
+        run_tower = partial(
+            tower_states, layers=card.tower_layers, additions=folder / TOWER, dtype=TORCH_DTYPES[precision]
+        )
+        load_tower_pass(
+            card.tower_layers, folder / TOWER, TORCH_DTYPES[precision]
+        )  # a base that is not there is said now
         asked_with = prompts_of_base(card)
         identity = hashed.result()
     check_adapter(folder, card, identity, asked_with)
-    return TowerFirst(f"{card.name} {card.version}", see, card.tower_sha256, whole), identity, asked_with
+    return TowerFirst(f"{card.name} {card.version}", run_tower, card.tower_sha256, whole), identity, asked_with
 
 
-class _Frame:
+class _TemplateAlone:
     """Of a processor its chat template alone, rendered as transformers does: its import outlasts a verdict."""
 
     chat_template = CHAT_TEMPLATE
@@ -106,6 +112,6 @@ class _Frame:
 
 def prompts_of_base(card: AdapterCard) -> str:
     """`prompts.prompt_hash` of the embedded base as a card asks it, before the base is loaded. Raises UnknownName."""
-    frame = cast(prompts.Processor, _Frame())
-    prompts.set_frame(frame, card.frame)
+    frame = cast(prompts.Processor, _TemplateAlone())
+    prompts.set_chat_template(frame, card.frame)
     return prompts.prompt_hash(frame, card.score_form)

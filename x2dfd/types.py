@@ -51,7 +51,7 @@ class Cue:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What one expert says of one face."""
+    """What one expert reports about one face."""
 
     expert: str  # the expert's registered name
     score: float | None  # P(fake) in [0, 1]; None when the expert could not judge
@@ -114,7 +114,7 @@ class Card:
     weights: str = ""  # file name beside the card
     trained_on: str = ""  # data, in words
     figures: Json = field(default_factory=dict)  # measured, with n and interval
-    covers: tuple[str, ...] = ()  # what an expert speaks of: artifacts, "AREA ARTIFACT" pairs, classes of forgeries
+    covers: tuple[str, ...] = ()  # what an expert covers: artifacts, "AREA ARTIFACT" pairs, classes of forgeries
 
     def __post_init__(self) -> None:
         """Raises ValueError for an entry of `covers` outside of the vocabulary."""
@@ -146,7 +146,7 @@ class ModelInfo:
     crops_through: str = ""  # the codec that every crop goes through
     crop_size: int = 224  # side of the crops that the MLLM sees
     experts: dict[str, str] = field(default_factory=dict)  # name -> version and SHA-256 of the weights
-    in_prompt: list[str] = field(default_factory=list)  # experts whose scores the MLLM is told
+    in_prompt: list[str] = field(default_factory=list)  # experts whose scores stand in the prompt
     aliases: dict[str, str] | None = None  # what the prompt calls some of them
     temperature: float = 0.0
     score_form: str = "numbers"
@@ -155,7 +155,7 @@ class ModelInfo:
     licence: str = ""
     runs_on: str | None = None  # device and precision of a local model
     served: dict[str, str] | None = None  # host and name of a served one
-    asked_with: str | None = None  # how scores are told where that is not in the prompt's own form
+    asked_with: str | None = None  # how scores are written where that is not in the prompt's own form
     mode: str = "calibrated"
     threshold: float | None = None  # of p_fake in this mode
     band: list[float] | None = None  # p_fake without an answer lies between these
@@ -172,7 +172,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class FaceReport:
-    """Everything said of one face."""
+    """Everything reported about one face."""
 
     index: int  # position in the picture's list of faces; of a video, in the list over all its frames
     box: tuple[float, float, float, float]  # x, y, width, height in picture pixels
@@ -205,7 +205,7 @@ class Report:
     rationale: str  # of the face that decided
     cues: tuple[Cue, ...]  # of the face that decided
     evidence: tuple[Evidence, ...]  # of the face that decided
-    provenance: Json  # C2PA state, and `statements`: what the file says of how it was made; never in p_fake
+    provenance: Json  # C2PA state, and `statements`: what the file states about how it was made; never in p_fake
     model: Json  # names, hashes, layer counts, mode, threshold and band in force
     versions: dict[str, str]
     # Seconds per stage, of the whole batch; `files`: how many files it held. Decoding and face finding may have run

@@ -23,9 +23,9 @@ from eval.rows import Origin, SampleRow, Scores, say, score
 from eval.scoring import (
     Part,
     Scored,
-    alarms_by,
     common_auc,
     equalise,
+    false_alarms_by,
     point_metrics,
     three_answers,
     unscored,
@@ -33,7 +33,7 @@ from eval.scoring import (
 from eval.task import Made, Run, Task
 from eval.tasks.detect import by_slice
 from x2dfd.adapter import EMBEDDED, expert_hashes, read_adapter_card
-from x2dfd.calibration import MLLM, Calibration, logit, parts_of
+from x2dfd.calibration import MLLM, Calibration, logit, logits_of
 from x2dfd.degrade import CODEC
 from x2dfd.detector import Detector, through_codec, versions
 from x2dfd.errors import InputError, SetupError
@@ -185,8 +185,8 @@ class Panel:
         own = known.pop(MLLM, None)
         covers = {e.card.name: e.card.covers for e in self.experts}
         evidence = [Evidence(name, score) for name, score in known.items()]
-        parts = parts_of(None if own is None else logit(own), evidence, covers)
-        return self.calibration.verdict(self.calibration.probability(parts))
+        logits = logits_of(None if own is None else logit(own), evidence, covers)
+        return self.calibration.verdict(self.calibration.probability(logits))
 
     def known(self, scores: Scores) -> dict[str, float]:
         """The scores that are there, of the experts and of the MLLM."""
@@ -212,7 +212,7 @@ def judge(
     """A row a sample, and where they come from. A file that cannot be read is a row with its reason."""
     rows, views = [], []
     for sample in samples:
-        row, seen = _look(sample, changes, equal)
+        row, seen = _views_of(sample, changes, equal)
         rows.append(row)
         views.append(seen)
     found = [face for seen in views for face, *_ in seen.values() if face]
@@ -250,7 +250,7 @@ Views = dict[str, tuple[Face | None, NDArray[np.bool_] | None]]
 """Change ("" for none) -> the largest face, and where it is forged, on the crop's grid."""
 
 
-def _look(sample: Sample, changes: Mapping[str, Change], equal: bool) -> tuple[SampleRow, Views]:
+def _views_of(sample: Sample, changes: Mapping[str, Change], equal: bool) -> tuple[SampleRow, Views]:
     row = SampleRow.of(sample)
     try:
         original: Pixels = load_picture(sample.path).pixels
@@ -309,7 +309,7 @@ def experts_result(
         part["by"] = {c: by_slice(of, said, c) for c in by}
         if column == FUSION:
             part["answers"] = three_answers(samples, rows)
-            part["answers"]["false_alarms_by"] = {c: alarms_by(samples, rows, c) for c in by}
+            part["answers"]["false_alarms_by"] = {c: false_alarms_by(samples, rows, c) for c in by}
         scorers[column] = part
     headline = {f"{c}.auc": s["overall"]["auc"] for c, s in scorers.items()}
     if FUSION in scorers:

@@ -108,7 +108,7 @@ def worded(detector: Detector, question: str, evidence: Sequence[Evidence]) -> s
     """The question with the expert block: as in the verdict's question, or as tool results."""
     if detector.info.asked_with == TOOL_RESULTS:
         return tool_results(question, evidence)
-    return question + prompts.told(detector.told(evidence), detector.info.score_form)
+    return question + prompts.expert_block(detector.for_prompt(evidence), detector.info.score_form)
 
 
 def ask(
@@ -157,9 +157,9 @@ def _answered_rows(
 
     try:
         logits, evidence = detector.judge_faces(faces)
-        look = detector.mllm.look(np.stack([f.view for f in through_codec(faces)]))
+        encoding = detector.mllm.encode(np.stack([f.view for f in through_codec(faces)]))
         texts = [worded(detector, question(s), said) for (_, s), said in zip(asked, evidence, strict=True)]
-        answered = detector.mllm.write(look, texts, [""] * len(texts))
+        answered = detector.mllm.write(encoding, texts, [""] * len(texts))
     except InputError as error:  # of a served model, about one of these pictures
         if len(faces) == 1:
             asked[0][0].failed(error.code, error.reason)

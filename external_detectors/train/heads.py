@@ -34,16 +34,16 @@ from x2dfd.tower import (
     HEAD_LAYERS,
     TowerFeatures,
     cached_features,
+    degraded_view,
     quick_in_16_bits,
     tower_states,
     training_rows,
-    training_view,
     view_face,
 )
 
 BATCH = 64
 DRAWINGS = 400  # and as many photos, real and forged
-MAP_EPOCHS = 8  # at most: overlap with unseen forgeries stops growing there
+MAP_EPOCHS = 8  # at most: overlap with held-out forgeries stops growing there
 
 
 def heads(
@@ -162,7 +162,7 @@ def _masks(crops: CropSet, rows: NDArray[np.intp], view_seed: int) -> Tensor:
     for k, i in enumerate(rows):
         if crops.samples[i].mask is not None and crops.masks is not None:
             mask = cv2.resize(np.asarray(crops.masks[i]), (GRID, GRID), interpolation=cv2.INTER_AREA)
-            found[k] = (mask[:, ::-1] if training_view(crops.crops[i], view_seed, int(i))[1] else mask) > 127
+            found[k] = (mask[:, ::-1] if degraded_view(crops.crops[i], view_seed, int(i))[1] else mask) > 127
     return torch.from_numpy(found)
 
 

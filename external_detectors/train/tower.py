@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from external_detectors.tower_net import GRID, KINDS, Seen, TowerHeads, area_grid
+from external_detectors.tower_net import GRID, KINDS, HeadLogits, TowerHeads, area_grid
 from external_detectors.train.drawing import drawing
 from external_detectors.train.loop import (
     ENOUGH,
@@ -94,9 +94,9 @@ class Net(nn.Module):
         self.tower: Any = get_peft_model(load_tower.__wrapped__(max(HEAD_LAYERS)), config)
         self.heads = TowerHeads()
 
-    def forward(self, crops: Tensor, areas: Tensor) -> Seen:
+    def forward(self, crops: Tensor, areas: Tensor) -> HeadLogits:
         states = self.tower(clip_pixels(crops), output_hidden_states=True).hidden_states
-        seen: Seen = self.heads(states, areas.float() / 255)
+        seen: HeadLogits = self.heads(states, areas.float() / 255)
         return seen
 
     def own(self) -> dict[str, nn.Parameter]:
@@ -240,14 +240,20 @@ def _odds(samples: Sequence[Sample]) -> NDArray[np.float64]:
 
 
 def loss_of(
-    seen: Seen, label: Tensor, kind: Tensor, mask: Tensor, cues: Tensor, photo: Tensor, allowed: Tensor
+    seen: HeadLogits, label: Tensor, kind: Tensor, mask: Tensor, cues: Tensor, photo: Tensor, allowed: Tensor
 ) -> Tensor:
     """Photograph or not; of photographs verdict, kind, map and cues together."""
     shown = F.binary_cross_entropy_with_logits(seen.photo.float(), photo * 0.98 + 0.01)
     there = photo > 0
     if not there.any():
         return shown
-    seen, label, kind, mask, cues = Seen(*(v[there] for v in seen)), label[there], kind[there], mask[there], cues[there]
+    seen, label, kind, mask, cues = (
+        HeadLogits(*(v[there] for v in seen)),
+        label[there],
+        kind[there],
+        mask[there],
+        cues[there],
+    )
     verdict = F.binary_cross_entropy_with_logits(seen.fake.float(), label * 0.94 + 0.03)
     placing = F.binary_cross_entropy_with_logits(seen.map.float(), mask)
     naming = cue_loss(seen.cues.float(), cues, allowed)
@@ -261,7 +267,9 @@ def tower(
     out: Annotated[Path, typer.Option(help="folder for weights and card")],
     state: Annotated[Path, typer.Option(help="folder for the resumable state")] = Path("build/tower"),
     start: Annotated[Path | None, typer.Option(help="weight file to start from; none: the bare base")] = None,
-    leave_out: Annotated[str, typer.Option(help="held-out sources, generators and methods, comma-separated")] = "",
+    leave_out: Annotated[
+        str, typer.Option("--held-out", "--leave-out", help="sources, generators and methods, comma-separated")
+    ] = "",
     minutes: Annotated[float, typer.Option(help="how long the training takes")] = 10.0,
     batch: int = 16,
     lr: float = 2e-4,
@@ -410,23 +418,23 @@ def _better(
 
 def score(net: Net, pictures: Pictures) -> NDArray[np.float64]:
     """Logits of the pictures that are kept to choose by, as they are in use: [n]."""
-    return seen_by(net, pictures, pictures.judged).fake.double().numpy()
+    return head_logits(net, pictures, pictures.judged).fake.double().numpy()
 
 
-def seen_by(net: Net, pictures: Pictures, rows: Sequence[tuple[int, int]]) -> Seen:
+def head_logits(net: Net, pictures: Pictures, rows: Sequence[tuple[int, int]]) -> HeadLogits:
     """The outputs of the net, on the CPU, for pictures without augmentation."""
     place = next(net.heads.parameters()).device
     net.eval()
-    found: list[Seen] = []
+    found: list[HeadLogits] = []
     with torch.inference_mode(), torch.autocast(place.type, torch.bfloat16, enabled=quick_in_16_bits(place.type)):
         for at in range(0, len(rows), 32):
             part = [pictures.sample(k, i, None) for k, i in rows[at : at + 32]]
             columns = [p[0] for p in part], [p[5] for p in part]
             views, areas = (torch.from_numpy(np.stack(column)).to(place) for column in columns)
-            found.append(Seen(*(v.float().cpu() for v in net(views, areas))))
+            found.append(HeadLogits(*(v.float().cpu() for v in net(views, areas))))
     if not found:
-        return Seen(*(torch.zeros(0) for _ in Seen._fields))
-    return Seen(*(torch.cat(list(column)) for column in zip(*found, strict=True)))
+        return HeadLogits(*(torch.zeros(0) for _ in HeadLogits._fields))
+    return HeadLogits(*(torch.cat(list(column)) for column in zip(*found, strict=True)))
 
 
 def cue_threshold(net: Net, pictures: Pictures) -> Json:
@@ -437,7 +445,7 @@ def cue_threshold(net: Net, pictures: Pictures) -> Json:
     if not rows:
         return {"cue_threshold": 0.5}
     truth = torch.stack([torch.from_numpy(pictures.sample(k, i, None)[4]) for k, i in rows])
-    return {**best_threshold(seen_by(net, pictures, rows).cues, truth), "cue_n": len(rows)}
+    return {**best_threshold(head_logits(net, pictures, rows).cues, truth), "cue_n": len(rows)}
 
 
 def _above_nought(samples: Sequence[Sample], scores: NDArray[np.float64]) -> dict[str, float]:

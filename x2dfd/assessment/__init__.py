@@ -191,7 +191,7 @@ def run_assess(
     import x2dfd
     from x2dfd.crops import load_crops
 
-    # Whether a verdict is calibrated does not matter here, and calibration comes later on the road.
+    # Whether a verdict is calibrated does not matter here, and calibration comes later in the pipeline.
     options: LoadOptions = {**(loading or {}), "experts": [], "mode": "paper"}
     detector = x2dfd.load(model, **options)
     crops = load_crops(data, workers=min(4, os.cpu_count() or 1), side=detector.info.crop_size)

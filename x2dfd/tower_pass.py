@@ -15,7 +15,7 @@ from torch.nn import functional as F
 Layer = Callable[[Tensor], Tensor]
 
 
-class Eye:
+class TowerPass:
     """CLIP's vision tower (Radford et al., arXiv 2103.00020) for inference on a CPU.
 
     Its products are oneDNN's: those of MKL, which torch takes in fp32 otherwise, are half as quick on AMD's processors.
