@@ -188,7 +188,7 @@ def form_leaks(samples: Sequence[Sample], looks: Sequence[FileFacts]) -> list[Js
 
 
 def _rule(values: Array, fake: NDArray[np.bool_], others: Array) -> tuple[NDArray[np.bool_], str]:
-    """Fits the best rule of one trait; returns what it says of `others`, and the rule in words."""
+    """Fits the best rule of one trait; returns its scores of `others`, and the rule in words."""
     if values.dtype.kind == "U":
         shares = {v: (np.mean(values[fake] == v), np.mean(values[~fake] == v)) for v in np.unique(values)}
         fakes = sorted(str(v) for v, (of_fake, of_real) in shares.items() if of_fake > of_real)

@@ -132,8 +132,8 @@ def build(photos: Path | None, out: Path, *, per_method: int = PER_METHOD, allow
             usable.append(photo)
     if len(unusable) > 0.01 * len(given) and not allow_missing:
         raise X2DFDError(
-            f"{len(unusable)} of {len(given)} photos cannot be read or show no face, such as {unusable[0]}. Take them "
-            "out, or leave them out: --allow-missing",
+            f"{len(unusable)} of {len(given)} photos cannot be read or show no face, such as {unusable[0]}. Remove "
+            "them from the manifest, or skip them with --allow-missing",
             code="photos_unusable",
         )
     if not used:
@@ -154,22 +154,22 @@ def build(photos: Path | None, out: Path, *, per_method: int = PER_METHOD, allow
     if (out / CARD).is_file():
         open_set(out)
         return read_json(out / CARD)
-    write_text(started, json.dumps(settings) + "\n")
     with alone(out):
+        write_text(started, json.dumps(settings) + "\n")
         rows = resumed(
             out, len(items), lambda todo: (_make(items[k], usable, used[items[k].photo][1], out) for k in todo)
         )
-    left_out = sorted(set(METHODS) - {i.method for i in items})
-    card = settings | _counts(rows) | {
-        "manifest_sha256": manifest_sha256(out / "manifest.jsonl"),
-        "standard_size": per_method == PER_METHOD,
-        "photos_given": len(given),
-        "photos_unusable": len(unusable),
-        "methods_left_out_for_want_of_a_second_group": left_out,
-        "versions": {name: version(name) for name in ("numpy", "opencv-python-headless", "torch")},
-    }  # fmt: skip
-    write_text(out / CARD, json.dumps(card, indent=1) + "\n")
-    started.unlink()
+        left_out = sorted(set(METHODS) - {i.method for i in items})
+        card = settings | _counts(rows) | {
+            "manifest_sha256": manifest_sha256(out / "manifest.jsonl"),
+            "standard_size": per_method == PER_METHOD,
+            "photos_given": len(given),
+            "photos_unusable": len(unusable),
+            "methods_left_out_for_want_of_a_second_group": left_out,
+            "versions": {name: version(name) for name in ("numpy", "opencv-python-headless", "torch")},
+        }  # fmt: skip
+        write_text(out / CARD, json.dumps(card, indent=1) + "\n")
+        started.unlink()
     return card
 
 

@@ -5,9 +5,12 @@
 `external_detectors.train tower --held-out NAMES` makes such a tower; `--towers` is a folder of their folders, as
 `x2dfd calibrate --held-out` takes it. Each is asked about what it was trained without, but for split `val`, which chose
 its checkpoint. Every generator and method is set against the photos of the held-out sources, beside the model's own
-tower, which met them all, and a single-feature baseline. The verdict is that of the model's calibration on the tower's
-score: its thresholds were chosen on held-out photos of the same sources, so that its false alarms are a little
-flattered.
+tower, which met them all, and a single-feature baseline. A method that was not itself held out shows forgeries of a
+known kind on photos of sources that the tower never met.
+
+The verdict is that of the model's calibration on the held-out tower's score. Its thresholds were chosen on photos and
+forgeries of such sources, partly these, so that its errors on them are flattered; a held-out generator had a say in
+them with the model's own tower alone.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ class Row:
     """The pictures of one photo source, generator or forge method."""
 
     fake: bool
-    kind: str  # photos, generator, method
+    kind: str  # photos, generator, method, or method on new photos
     groups: list[str] = field(default_factory=list)
     scores: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # logits, by column
     said: list[str] = field(default_factory=list)  # verdicts on the held-out tower's score
@@ -59,34 +62,34 @@ class Row:
 def rows_of(
     expert: Expert, left_out: set[str], own: Expert, calibration: Calibration, sets: Sequence[CropSet], limit: int
 ) -> dict[str, Row]:
-    """Name -> its pictures, at most `limit` of them, scored. Raises X2DFDError where no held-out source has photos."""
-    rows: dict[str, Row] = {}
+    """ "KIND NAME" -> its pictures, at most `limit` of them, scored. Raises X2DFDError where no held-out source has
+    photos, or nothing else was held out."""
+    chosen: dict[str, list[tuple[CropSet, int]]] = {}
     for crops in sets:
-        chosen: dict[str, list[int]] = {}
         for i, sample in enumerate(crops.samples):
-            if sample.split != "val" and {sample.origin, *sample.method.split("+")} & left_out:
-                chosen.setdefault(_name(sample), []).append(i)
-        for name, mine in chosen.items():
-            if len(mine) > limit:
-                mine = sorted(int(i) for i in np.random.default_rng(0).choice(mine, limit, replace=False))
-            row = rows.setdefault(name, Row(crops.samples[mine[0]].label == "fake", _kind(crops.samples[mine[0]])))
-            for at in progress(range(0, len(mine), AT_ONCE), name):
-                _score(row, expert, own, calibration, crops, mine[at : at + AT_ONCE])
-    if not any(not row.fake for row in rows.values()):
+            if sample.split != "val" and (name := _name(sample, left_out)):
+                chosen.setdefault(name, []).append((crops, i))
+    if len({name.startswith("photos ") for name in chosen}) < 2:
         raise X2DFDError(
-            f"none of {', '.join(sorted(left_out))} is a source of photos in these manifests: nothing to compare with",
+            f"of {', '.join(sorted(left_out))} these manifests do not hold both photos and fakes to compare",
             code="no_real_source_left_out",
         )
+    rows: dict[str, Row] = {}
+    for name, mine in sorted(chosen.items()):
+        if len(mine) > limit:
+            mine = [mine[int(i)] for i in np.random.default_rng(0).choice(len(mine), limit, replace=False)]
+        rows[name] = Row(not name.startswith("photos "), name.rsplit(" ", 1)[0])
+        for at in progress(range(0, len(mine), AT_ONCE), name):
+            _score(rows[name], expert, own, calibration, mine[at : at + AT_ONCE])
     return rows
 
 
 def _score(
-    row: Row, expert: Expert, own: Expert, calibration: Calibration, crops: CropSet, part: Sequence[int]
+    row: Row, expert: Expert, own: Expert, calibration: Calibration, part: Sequence[tuple[CropSet, int]]
 ) -> None:
-    faces = through_codec([plain_face(crops, i) for i in part])
-    for i, face, [new], [known] in zip(
-        part, faces, evidence_of([expert], faces), evidence_of([own], faces), strict=True
-    ):
+    faces = through_codec([plain_face(crops, i) for crops, i in part])
+    said = zip(part, faces, evidence_of([expert], faces), evidence_of([own], faces), strict=True)
+    for (crops, i), face, [new], [known] in said:
         if new.score is None or known.score is None:
             continue
         row.groups.append(crops.samples[i].group)
@@ -97,12 +100,14 @@ def _score(
         row.said.append(calibration.verdict(calibration.probability(parts)).label)
 
 
-def _name(sample: Sample) -> str:
-    return sample.source if sample.label == "real" else sample.method.split("+")[0]
-
-
-def _kind(sample: Sample) -> str:
-    return "photos" if sample.label == "real" else "generator" if sample.synthetic else "method"
+def _name(sample: Sample, left_out: set[str]) -> str | None:
+    """The row of a picture, None where nothing of it was held out."""
+    methods = [m for m in sample.method.split("+") if m]
+    if held_out := [m for m in methods if m in left_out]:
+        return f"{'generator' if sample.synthetic else 'method'} {held_out[0]}"
+    if sample.origin not in left_out:
+        return None
+    return f"photos {sample.source}" if sample.label == "real" else f"method on new photos {methods[0]}"
 
 
 def measured(rows: dict[str, Row]) -> Part:
@@ -131,7 +136,7 @@ def summary(towers: Sequence[Part]) -> Part:
     """Over all towers: mean and worst AUC of generators and of methods; the pictures that were answered and wrongly."""
     rows = [part for tower in towers for part in tower["rows"].values()]
     found: Part = {}
-    for kind in ("generator", "method"):
+    for kind in ("generator", "method", "method on new photos"):
         values = [part["auc"][NEVER_MET].value for part in rows if part["kind"] == kind]
         if values:
             found[kind] = {"mean_auc": float(np.mean(values)), "worst_auc": float(np.min(values)), "n": len(values)}

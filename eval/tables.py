@@ -241,13 +241,13 @@ def quality(name: str, result: Result) -> Iterator[Table]:
 
 
 def rotation(name: str, result: Result) -> Iterator[Table]:
-    """By held-out tower the AUC of every generator and method it never met, and the verdicts on its score."""
+    """By tower the AUC of what was held out of its training, and the verdicts on its score."""
     for tower in result["towers"]:
         rows: list[list[Cell]] = []
         for what, part in sorted(tower["rows"].items(), key=lambda item: (item[1]["kind"], item[0])):
             columns = part.get("auc") or dict.fromkeys(("never met", "met", "sharpness"))
             said = [percent(part["answered"]), percent(part["wrong"])]
-            rows.append([f"{part['kind']} {what}", *columns.values(), *said, part["n"], part["answered"]["groups"]])
+            rows.append([what, *columns.values(), *said, part["n"], part["answered"]["groups"]])
         title = (
             f"`{name}`: tower `{tower['sha256'][:12]}`, trained without {', '.join(tower['left_out'])}. AUC against "
             "the photos of the held-out sources; `met`: the shipped tower, which was trained on all of them. Wrong: "
@@ -351,7 +351,7 @@ def faults(name: str, result: Result) -> list[str]:
         found.append(f"it is look number {look} of one version at a reporting set")
     wanted = ["manifest"] if task in DATA_TASKS else []
     if result.get("model", {}).get("name") == "embedded":
-        wanted += ["base", "adapter", "calibration"] if task != "experts" else ["calibration"]
+        wanted += ["calibration"] if task in ("experts", "rotation") else ["base", "adapter", "calibration"]
     found += [f"it holds no SHA-256 of its {part}" for part in wanted if not hashes.get(part)]
     return [f"{name}.json: {fault}" for fault in found]
 

@@ -108,6 +108,9 @@ def test_sixteen_bits_in_the_tower_hardly_move_a_verdict(tmp_path: Path) -> None
     for path in make_pair(tmp_path):
         apart = [p_fake(d.detect(path, rationale=False)) for d in (exact, short)]
         assert apart[0] != apart[1] and apart[0] == pytest.approx(apart[1], abs=0.02)
+    crops = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), np.uint8)
+    logits = [d.mllm.verdict_logits(d.mllm.encode(crops), [QUESTION] * 2) for d in (exact, short)]
+    assert (logits[0] != logits[1]).all() and logits[0] == pytest.approx(logits[1], abs=0.3)
     if not torch.cuda.is_available():
         assert x2dfd.load().info.runs_on == ("cpu bf16" if quick_in_16_bits("cpu") else "cpu fp32")
 

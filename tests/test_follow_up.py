@@ -90,7 +90,9 @@ def test_who_wrote_a_text_is_said_truly() -> None:
         ("It is from 1990, could that be the reason?", "cause"), ("you are wrong, this is my own photo", "wrong"),
         ("My friend sent it, is she being scammed?", "do"), ("Ist das Bild echt?", "language"),
         ("Wie sicher bist du?", "language"), ("C'est un vrai visage ?", "language"), ("รูปนี้ปลอมไหม", "language"),
-        ("Is that what you meant?", None), ("Thanks", None),
+        ("Is that what you meant?", None), ("Thanks", None), ("Were you trained on faces like this?", None),
+        ("Was this taken in 2019?", "taken"), ("Is this the boss of my own company?", None),
+        ("I took this from Facebook. Is it real?", "verdict"), ("Is this faux?", None),
     ],
 )  # fmt: skip
 def test_what_is_asked(question: str, asked: str | None) -> None:
@@ -107,6 +109,9 @@ def test_the_embedded_models_report_is_answered_from_its_facts() -> None:
     assert "a seam runs along the jaw (says the tower expert)" in (
         follow_up.from_report(own, one, "And the jaw?") or ""
     )
+    whole = face(verdict=Verdict("fake", 0.9, None, "whole"), evidence=POINTS, cues=())
+    for asked in ("And the jaw?", "Where?"):  # areas named of a face that was generated whole were wrong
+        assert "seam" not in (said := follow_up.from_report(own, whole, asked) or "") and "map" not in said and said
     assert "no sign at the ears" in (follow_up.from_report(own, one, "what about the ears") or "")
     assert "tower: 96 %" in (follow_up.from_report(own, one, "what is a tower") or "")
     assert follow_up.from_report(other, one, "hello") is None  # a larger model may have something to say

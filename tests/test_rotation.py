@@ -39,19 +39,21 @@ def test_what_a_tower_never_met_is_set_against_the_photos_it_never_met() -> None
     expert = tiny.Brightness()
     rows = rotation.rows_of(expert, {"new", "sdxl"}, expert, CALIBRATION, [crops_of(bright)], 60)
     assert {name: (row.kind, len(row.said)) for name, row in rows.items()} == {
-        "new": ("photos", 4), "sdxl": ("generator", 3), "swap": ("method", 2),
+        "photos new": ("photos", 4), "generator sdxl": ("generator", 3),
+        "method on new photos swap": ("method on new photos", 2),
     }  # fmt: skip
     found = rotation.measured(rows)
-    assert found["sdxl"]["auc"]["never met"].value == pytest.approx(2 / 3)
-    assert found["swap"]["auc"]["never met"].value == 1 and "auc" not in found["new"]
-    assert found["sdxl"]["wrong"].value == pytest.approx(1 / 3) and found["new"]["wrong"].value == 0
+    assert found["generator sdxl"]["auc"]["never met"].value == pytest.approx(2 / 3)
+    assert found["method on new photos swap"]["auc"]["never met"].value == 1 and "auc" not in found["photos new"]
+    assert found["generator sdxl"]["wrong"].value == pytest.approx(1 / 3) and found["photos new"]["wrong"].value == 0
     whole = rotation.summary([{"rows": found}])
     assert whole["generator"] == {"mean_auc": pytest.approx(2 / 3), "worst_auc": pytest.approx(2 / 3), "n": 1}
     assert (whole["answered"], whole["false_alarms"], whole["called_real"]) == (1, 0, pytest.approx(1 / 5))
     part = as_json({"sha256": "a" * 64, "left_out": ["new", "sdxl"], "rows": found})
     page = tables.table("rotation", {"rotation": {"task": {"name": "rotation"}, "towers": [part]}})
     assert "| generator sdxl | 0.667‡ |" in page and "without new, sdxl" in page
-    assert len(rotation.rows_of(expert, {"new"}, expert, CALIBRATION, [crops_of(bright)], 1)["new"].said) == 1
+    few = rotation.rows_of(expert, {"new", "swap"}, expert, CALIBRATION, [crops_of(bright)] * 2, 1)
+    assert {name: len(row.said) for name, row in few.items()} == {"photos new": 1, "method swap": 1}
 
 
 def test_without_photos_of_a_held_out_source_there_is_no_figure() -> None:

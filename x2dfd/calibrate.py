@@ -129,7 +129,11 @@ def _aside(path: Path) -> Iterator[None]:
 
 
 def held_out_in(folder: Path, names: Sequence[str]) -> list[tuple[Expert, set[str]]]:
-    """Experts with held-out sources, and those sources. Raises X2DFDError where a card names none."""
+    """Experts with held-out sources, and those sources. Several weights of one expert may leave out the same source.
+
+    Raises X2DFDError where a card names none, or where two experts leave out the same one: only the first would judge
+    it with held-out weights.
+    """
     found: list[tuple[Expert, set[str]]] = []
     for path in sorted(folder.glob("*/*.card.json")):
         name = path.name.removesuffix(".card.json")
@@ -139,6 +143,10 @@ def held_out_in(folder: Path, names: Sequence[str]) -> list[tuple[Expert, set[st
         left_out = set(expert.card.figures.get("left_out", ()))
         if not left_out:
             raise X2DFDError(f"{path}: `left_out` names no source", code="left_out_invalid")
+        if shared := {s for other, its in found if other.card.name != name for s in its & left_out}:
+            raise X2DFDError(
+                f"{path}: another expert leaves out {', '.join(sorted(shared))} too", code="left_out_invalid"
+            )
         found.append((expert, left_out))
     if not found:
         raise X2DFDError(f"no folder in {folder} holds weights of {', '.join(names)}", code="left_out_missing")

@@ -27,6 +27,7 @@ _SPELT = (
     "what", "which", "where", "why", "how", "sure", "certain", "explain", "area", "should", "real", "fake", "deepfake",
     "forged", "filter", "publish", "percent", "expert", "trust", "next", "reason", "eyes", "mouth", "teeth", "nose",
 )  # fmt: skip
+_AS_THEY_ARE = ("here", "were", "there", "realm")  # near a word above, and another one
 
 _LANGUAGES = (
     r"german|deutsch|french|fran[cç]ais|spanish|espa[nñ]ol|italian|italiano|portuguese|portugu[eê]s|dutch|polish|"
@@ -34,8 +35,9 @@ _LANGUAGES = (
 )
 _FOREIGN = re.compile(
     r"[\u0370-\u1fff\u3040-\u9fff\uac00-\ud7af]|"
-    r"\b(?:warum|wieso|ist|das|wie|wer|echt|bitte|was soll|pourquoi|c'est|est[- ]ce|qui est|vraie?|faux|visage|puis-je|"
-    r"por qu[eé]|es (?:real|falso|verdad)|qui[eé]n|esta|puedo|foto|questa|perch[eé]|[eè] (?:vero|falso)|posso|"
+    r"\b(?:warum|wieso|das (?:ist|bild|foto|gesicht)|ist (?:das|es|dies)|wie (?:sicher|ist)|wer ist|echt|bitte|"
+    r"was soll|pourquoi|c'est|est[- ]ce|qui est|vraie?|ce visage|puis-je|"
+    r"por qu[eé]|es (?:real|falso|verdad)|qui[eé]n|esta|puedo|questa|perch[eé]|[eè] (?:vero|falso)|posso|"
     r"porqu[eê]|waarom|dlaczego|czy|neden)\b",
     re.IGNORECASE,
 )
@@ -75,6 +77,8 @@ def spelt(question: str) -> str:
 
     def right(found: re.Match[str]) -> str:
         word = found[0]
+        if word in _AS_THEY_ARE:
+            return word
         turned = [known for known in _SPELT if known[0] == word[0] and sorted(known) == sorted(word)]
         return next(iter(turned or get_close_matches(word, _SPELT, 1, 0.88)), word)
 
@@ -94,6 +98,8 @@ def _of_areas(report: Report, face: FaceReport, areas: list[str]) -> str | None:
         return None
     if found := [c for c in face.cues if c.area in areas]:
         return "The report names there: " + "; ".join(cue_clause(c) for c in found) + "."
+    if face.verdict.kind == "whole":  # areas that experts name there were wrong
+        return None
     points = [(e.expert, c) for e in face.evidence if e.expert not in report.uncounted for c in e.cues]
     in_words = [f"{cue_clause(c)} (says the {expert} expert)" for expert, c in points if c.area in areas]
     return f"The explanation does not name it, but {'; '.join(in_words)}." if in_words else None
@@ -129,6 +135,8 @@ def _where(report: Report, face: FaceReport) -> str:
         return "No area: the face is not called fake, so none is pointed at." + (
             " What the map shows is a hint at most." if drawn else ""
         )
+    if face.verdict.kind == "whole":
+        return "No single area: the face looks made as a whole, so its traces can lie anywhere in it."
     if not face.cues:
         return "No single area: the report names none." + on_map
     areas = list(dict.fromkeys(area_name(c.area) for c in face.cues))
@@ -261,11 +269,12 @@ _INTENTS = tuple(
         ),
         "taken": (
             r"(?:when|where) (?:was|is|were) (?:it|this|that|the \w+) (?:taken|shot|made|from)\b", r"which camera\b",
+            r"(?:taken|shot) (?:in|on|at|before|after)\b",
             r"metadata\b", r"exif\b", r"c2pa\b", r"content credentials\b",
         ),
         "wrong": (
             r"(?:you are|you're|that is|that's|this is|it is|it's) (?:wrong|incorrect|a mistake|not true|mistaken)\b",
-            r"my own\b", r"i (?:took|shot|made) (?:it|this)\b",
+            r"my own (?:photo|picture|selfie|face|camera)\b", r"i (?:took|shot|made) (?:it|this)\b(?! from)",
         ),
         "publish": (
             "publish", r"print (?:it|this)\b", r"(?:post|share|accuse|sue|court|police)\b",

@@ -363,8 +363,11 @@ def closer(face: FaceReport, width: float, height: float) -> str:
 
 
 def points_at(face: FaceReport) -> bool:
-    """Whether a map of a face that is called fake points at something: then it is shown before anyone asks."""
-    return face.verdict.label == "fake" and any(value >= 0.5 for e in face.evidence for row in e.map for value in row)
+    """Whether a map of a face that is called changed in part points at something: then it is shown unasked."""
+    verdict = face.verdict
+    if verdict.label != "fake" or verdict.kind == "whole":
+        return False
+    return any(value >= 0.5 for e in face.evidence for row in e.map for value in row)
 
 
 def _square(rows: Sequence[Sequence[float]]) -> bool:

@@ -152,7 +152,9 @@ def _local(
         check_adapter(folder, card, identity, prompts.prompt_hash(processor, card.score_form))
         model = model if card.weights == WHOLE else attach(model, folder)
     if device_map is None and bits is None:
-        model = model.to(place, TORCH_DTYPES[precision])
+        model = model.to(place)
+        for parameter in model.parameters():  # buffers keep their precision: rotary frequencies suffer from 16 bits
+            parameter.data = parameter.data.to(TORCH_DTYPES[precision])
     mllm = LocalMLLM(
         model,
         processor,

@@ -44,6 +44,9 @@ FORM = "multipart/form-data"
 _BYTES = {"type": "string", "format": "binary"}
 _FIELDS = {"type": "object", "properties": {"file": _BYTES}, "required": ["file"]}
 FILE = {"content": {"application/octet-stream": {"schema": _BYTES}, FORM: {"schema": _FIELDS}}, "required": True}
+_ERROR = {"type": "object", "properties": {"code": {"type": "string"}, "reason": {"type": "string"}}}
+_REFUSAL = {"application/json": {"schema": {"type": "object", "properties": {"error": _ERROR}}}}
+FAILED: dict[int | str, Json] = {422: {"description": "a bad file or parameter", "content": _REFUSAL}}
 
 
 def application(detector: "Detector", hosts: Collection[str] | None = HERE) -> FastAPI:
@@ -94,7 +97,7 @@ def application(detector: "Detector", hosts: Collection[str] | None = HERE) -> F
     app.middleware("http")(ours)
     app.exception_handler(RequestValidationError)(_bad_request)
     app.add_api_route("/model", model)
-    app.add_api_route("/detect", detect, methods=["POST"], openapi_extra={"requestBody": FILE})
+    app.add_api_route("/detect", detect, methods=["POST"], openapi_extra={"requestBody": FILE}, responses=FAILED)
     return app
 
 

@@ -115,8 +115,8 @@ class _Wire:
 class ServedMLLM:
     """A model of an OpenAI-compatible endpoint. `name` says which.
 
-    An engine that continues a begun answer is asked with the prompts of training; any other gets a text what to
-    answer. Raises SetupError when it cannot be asked, and UnknownName when it does not serve `model`.
+    An engine that continues a begun answer is asked with the prompts of training; any other gets instructions on what
+    to answer. Raises SetupError when it cannot be asked, and UnknownName when it does not serve `model`.
     """
 
     def __init__(

@@ -494,8 +494,7 @@ def _resume(
         return 0.0, 0, {"worst": None, "figures": {}, "tried": []}
     with safe_open(path, "pt") as stream:
         metadata = stream.metadata()
-    own = json.loads(json.dumps(asdict(settings)))
-    if own | json_object(metadata["run"], path) != own:
+    if json_object(metadata["run"], path) != json.loads(json.dumps(asdict(settings))):
         raise X2DFDError(
             f"{path} is the state of a training with other data or settings; choose another --state",
             code="training_state_differs",
