@@ -324,7 +324,8 @@ def test_a_killed_run_goes_on_and_ends_the_same(runs: Runs, monkeypatch: pytest.
         detector = StandIn()
         runs(detector, out="cut")
         assert len(detector.seen) == seen and runs.result("cut") == runs.result("straight")
-    assert sorted(p.name for p in (runs.folder / "cut").iterdir()) == ["result.html", "result.json", "samples.parquet"]
+    left = sorted(p.name for p in (runs.folder / "cut").iterdir())
+    assert left == [".lock", "result.html", "result.json", "samples.parquet"]
 
 
 def test_a_file_that_changed_is_judged_again_and_hours_are_not_thrown_away(runs: Runs) -> None:
