@@ -17,7 +17,7 @@ import typer
 import x2dfd
 from app.guard import LOOPBACK
 from x2dfd import options
-from x2dfd.cli import run_command
+from x2dfd.cli import run_command, wait_passively
 from x2dfd.errors import SetupError
 from x2dfd.model_spec import LoadOptions, ModelSpec
 from x2dfd.worker import isolating
@@ -155,4 +155,5 @@ def command(
 
 
 if __name__ == "__main__":
+    wait_passively()
     run_command(command, EPILOG)

@@ -616,3 +616,15 @@ def test_what_needs_no_model_imports_none(words: list[str], tmp_path: Path) -> N
     heavy = {"torch", "transformers", "numpy", "PIL", "cv2", "av", "pyarrow", "scipy", "safetensors", "fastapi"}
     assert heavy.isdisjoint(modules) and {"sqlite3", "multiprocessing", "rich"}.isdisjoint(modules)
     assert seconds < 0.6  # of CPU, which a busy machine hardly moves; 0.25 were measured
+
+
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: beside other programs a verdict takes a minute, as threads that wait spin."""
+    for said, kept in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        if said:
+            monkeypatch.setenv("OMP_WAIT_POLICY", said)
+        monkeypatch.setattr(sys, "argv", ["x2dfd", "--version"])
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert os.environ["OMP_WAIT_POLICY"] == kept
