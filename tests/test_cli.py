@@ -136,7 +136,7 @@ def test_person_reads_the_answer_and_its_grounds(
         return str(run("detect", strange).stdout)
 
     shown = told()
-    assert shown.splitlines()[0] == f"Likely fake  p=0.93  face 1/1  {photos}/x\\x1b[2J\\u202egpj.png"
+    assert shown.splitlines()[0] == f"Likely fake  93 % chance of a fake  face 1/1  {photos}/x\\x1b[2J\\u202egpj.png"
     assert "\x1b" not in shown and "\u202e" not in shown
     parts = ("blended", "jaw · blending", "contradiction: The experts see nothing", "0.70", "no score    no weights")
     assert all(part in shown for part in (*parts, "next: reverse image search, first publication"))
@@ -146,12 +146,14 @@ def test_person_reads_the_answer_and_its_grounds(
     [line] = [line for line in told().splitlines() if "no weight of its own" in line]
     assert line.split()[0] == "blend"
     detector.model["mode"] = "paper"
-    assert told().startswith("Likely fake  p=0.93 (not calibrated)  ")
+    assert told().startswith("Likely fake  93 % chance of a fake (not calibrated)  ")
     for p_fake, side in ((0.6, "fake"), (0.4, "real")):
         monkeypatch.setattr(detector, "verdict", Verdict("inconclusive", p_fake, "in_band"))
         text = " ".join(told().split())
         assert text.startswith("No answer") and "wrong too often to give an answer" in text
         assert f"the text argues only for the likelier side ({side}); no answer was given" in text
+    detector.model |= {"mode": "calibrated", "band": [0.21, 0.85]}
+    assert told().startswith("No answer  40 % chance of a fake (no answer from 21 % to 85 %)  ")
 
 
 def test_what_the_file_states_leads_and_is_apart(run: Run, photos: Path, detector: SmallDetector) -> None:

@@ -29,14 +29,18 @@ def block(result: Report | Failure) -> str:
     if isinstance(result, Failure):
         return f"{_word(answer.WORDS['failed'], None)}  {result.code}  {name}\n" + wrapped(result.reason) + "\n"
     verdict = result.verdict
-    number = f"p={verdict.p_fake:.2f}" if verdict.p_fake is not None else "p=none"
-    if verdict.p_fake is not None and result.model.get("mode") == "paper":
-        number += " (not calibrated)"
+    number = f"{answer.percent(verdict.p_fake)} chance of a fake  " if verdict.p_fake is not None else ""
+    band = result.model.get("band")
+    if number and result.model.get("mode") == "paper":
+        number = f"{number.rstrip()} (not calibrated)  "
+    elif number and band and verdict.label == "inconclusive":
+        low, high = (answer.percent(edge) for edge in band)
+        number = f"{number.rstrip()} (no answer from {low} to {high})  "
     decider = result.decider
     which = _which(decider, result) if decider else f"{len(result.faces)} faces"
     said = of_generator(result.provenance)
     lines = [name, wrapped(f"{LEAD} {CAVEAT}"), *map(_stated, said)] if said else []
-    lines.append(f"{_word(answer.word(verdict), verdict.label)}  {number}  {which}  {name}")
+    lines.append(f"{_word(answer.word(verdict), verdict.label)}  {number}{which}  {name}")
     lines.append(wrapped(answer.meaning(verdict, len(result.faces))))
     if result.rationale and verdict.p_fake is not None:  # else it says again why nothing was assessed
         lines.append(wrapped(f"why: {result.rationale}"))
