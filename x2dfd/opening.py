@@ -134,9 +134,7 @@ def _local(
 ) -> tuple[LocalMLLM, dict[str, str], str]:
     """The MLLM with its adapter, checked; the identity of its base; the hash of its prompts."""
     with ThreadPoolExecutor(1) as background:
-        hashed = background.submit(
-            base_identity, base
-        )  # meanwhile: most of loading is imports, which keep one core busy
+        hashed = background.submit(base_identity, base)  # most of loading is imports, which keep one core busy
         model, processor = load_model(
             base,
             **reading(base, place, precision, device_map, bits),
@@ -154,7 +152,8 @@ def _local(
     if device_map is None and bits is None:
         model = model.to(place)
         for parameter in model.parameters():  # buffers keep their precision: rotary frequencies suffer from 16 bits
-            parameter.data = parameter.data.to(TORCH_DTYPES[precision])
+            if parameter.is_floating_point():  # of a quantised checkpoint not all are
+                parameter.data = parameter.data.to(TORCH_DTYPES[precision])
     mllm = LocalMLLM(
         model,
         processor,
