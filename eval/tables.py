@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -84,23 +83,15 @@ def percent(part: Json | None) -> str:
     return shown(part, percent=True)
 
 
-def detect(name: str, result: Result, *, every: bool = False) -> Iterator[Table]:
-    """Scorers in columns; AUC over all, then by method and source, each with its counts; false alarms last.
-
-    `every`: further columns of the manifest too, what has too few groups for an interval, and methods that were trained
-    on, beside reals of the same source.
-    """
+def detect(name: str, result: Result) -> Iterator[Table]:
+    """Scorers in columns; AUC over all, then by every column's values, each with its counts; false alarms last."""
     scorers = _apart(result["scorers"])
     held_out = result["model"]["stated"].get("held_out", [])
     first = next(iter(scorers.values()))
     overall = first["overall"]
     rows: list[list[Cell]] = [["**all**", *_aucs(scorers), *_counts(overall["auc"], overall)]]
-    for column, value in _parts(first["by"], every):
+    for column, value in _parts(first["by"]):
         known = first["by"][column][value]
-        if column == "method" and not (every or value in held_out or known["against"] != "own reals"):
-            continue
-        if not (every or value in held_out) and known["auc"]["interval"] is None:
-            continue
         marks = ("" if known["against"] == "own reals" else "*") + ("†" if value in held_out else "")
         found = [s["by"].get(column, {}).get(value, {}).get("auc") for s in scorers.values()]
         rows.append([f"{column} {value}{marks}", *found, *_counts(known["auc"], known)])
@@ -120,9 +111,9 @@ def detect(name: str, result: Result, *, every: bool = False) -> Iterator[Table]
     yield Table(title, ["AUC", *scorers, "fake / real", "groups"], rows)
 
 
-def describe(name: str, result: Result, *, every: bool = False) -> Iterator[Table]:
-    """What rationales name against the truth, beside the baselines; by method if `every`. Of pictures with reference
-    texts and without known cues, how near the texts come."""
+def describe(name: str, result: Result) -> Iterator[Table]:
+    """What rationales name against the truth, beside the baselines, and by method. Of pictures with reference texts and
+    without known cues, how near the texts come."""
     scorers: dict[str, Result] = result["scorers"]
     title = _title(name, result)
     if not any("cues" in s for s in scorers.values()):
@@ -142,7 +133,7 @@ def describe(name: str, result: Result, *, every: bool = False) -> Iterator[Tabl
         areas, cues = (s[what]["micro_f1"] for what in ("areas", "cues"))
         said = [s.get("distinct_texts"), percent(s.get("contradictions"))]
         rows.append([scorer, areas, cues, *said, s["n_fake"], areas["groups"]])
-        for method, part in s["by_method"].items() if every else ():
+        for method, part in s["by_method"].items():
             counts = [part["n"], part["areas"]["groups"]]
             rows.append([f"{scorer}, {method}", part["areas"], part["cues"], "–", "–", *counts])
     head = ["", "area F1", "cue F1", "distinct texts", "contradictions", "n fake", "groups"]
@@ -166,7 +157,7 @@ def experts(name: str, result: Result) -> Iterator[Table]:
     ]
     yield Table(title, ["all", *scorers, "fake / real", "groups"], rows)
     rows = []
-    for column, value in _parts(first["by"], True):
+    for column, value in _parts(first["by"]):
         known = first["by"][column][value]
         cells = [shown(s["by"][column][value]["auc"]) + ("†" if value in held_out.get(c, ()) else "")
                  if value in s["by"].get(column, {}) else "–" for c, s in scorers.items()]  # fmt: skip
@@ -203,28 +194,23 @@ def robustness(name: str, result: Result) -> Iterator[Table]:
         yield Table(title, ["", "median of the change", "90 % stay below", "n"], moved)
 
 
-def speed(name: str, result: Result, *, every: bool = False) -> Iterator[Table]:
-    """Seconds of a warm call on one face or, with `every`, of everything that was set side by side."""
+def speed(name: str, result: Result) -> Iterator[Table]:
+    """Seconds of everything that was set side by side."""
     for device in result["devices"]:
         rows: list[list[Cell]] = []
         for comparison in device["comparisons"]:
-            if not every and not comparison["name"].startswith("warm"):
-                continue
             for way, found in comparison["ways"].items():
                 times, share, change = (found.get(k) for k in ("times_first", "share_of_bound", "largest_difference"))
                 row = [_spread(found["seconds"], ".2f" if found["seconds"]["median"] >= 0.1 else ".4f")]
                 row.append(_spread(times, ".1f") if times else "–")
-                if every:
-                    row.append("–" if share is None else f"{100 * share:.0f} %")
-                    row.append("–" if change is None else f"{change:.1e}")
+                row.append("–" if share is None else f"{100 * share:.0f} %")
+                row.append("–" if change is None else f"{change:.1e}")
                 rows.append([f"{comparison['name']}: {way}", *row, comparison["rounds"]])
         title = (
             f"`{name}`: {device['model']} on {device['device']}, {result['threads']} threads of {device['name']}, "
             f"which was measured at {device['matmul_gflop_per_s']:,.0f} GFLOP/s and {device['read_gb_per_s']:.0f} GB/s."
         )
-        head = ["", "s [10–90 %]", "times the first", *(["of the bound", "largest change"] * every), "rounds"]
-        if rows:
-            yield Table(title, head, rows)
+        yield Table(title, ["", "s [10–90 %]", "times the first", "of the bound", "largest change", "rounds"], rows)
 
 
 def quality(name: str, result: Result) -> Iterator[Table]:
@@ -271,10 +257,9 @@ def _title(name: str, result: Result) -> str:
     )
 
 
-def _parts(by: Result, every: bool) -> list[tuple[str, str]]:
+def _parts(by: Result) -> list[tuple[str, str]]:
     """Column and value of the slices, without those that have no AUC."""
     found = sorted((c, v) for c, table in by.items() for v in table if table[v]["auc"]["value"] is not None)
-    found = [(c, v) for c, v in found if every or c in ("method", "source")]
     # A set of one generator's fakes bears its name as source and as method: one row says it.
     return [(c, v) for c, v in found if c != "source" or ("method", v) not in found]
 
@@ -297,30 +282,63 @@ def _counts(figure: Result, part: Result) -> list[Cell]:
     return [f"{part['n_fake']} / {part['n_real']}", figure["groups"]]
 
 
+def summary(results: dict[str, Result]) -> str:
+    """What a reader asks first, in plain words, from the results that bear their task's name."""
+    rows: list[list[Cell]] = []
+    if found := results.get("detect"):
+        scorer = next(iter(found["scorers"].values()))
+        answers, overall = scorer["answers"], scorer["overall"]
+        rows += [
+            ["A fake gets a higher score than a photo (AUC: 1 is perfect, 0.5 is a coin)", overall["auc"],
+             f"{overall['n_fake']} fakes, {overall['n_real']} photos"],
+            ["Pictures that get an answer", percent(answers["coverage"]), answers["coverage"]["n"]],
+            ["Photos that are called fake", percent(answers["false_alarms"]), answers["false_alarms"]["n"]],
+            ["Fakes that are called real", percent(answers["misses"]), answers["misses"]["n"]],
+        ]  # fmt: skip
+    if found := results.get("rotation"):
+        kinds = {
+            "generator": "AUC on a generator that was held out of the training",
+            "method on new photos": "AUC on forgeries in photos of a source that was held out",
+        }
+        for kind, text in kinds.items():
+            part = found["summary"][kind]
+            rows.append([f"{text}: mean, worst", f"{part['mean_auc']:.2f}, {part['worst_auc']:.2f}", part["n"]])
+    if found := results.get("describe"):
+        model = found["scorers"]["model"]["areas"]
+        parts = model["micro"]
+        right = f"{100 * parts['precision']:.0f} %, {100 * parts['recall']:.0f} %"
+        rows.append(["Named areas that were changed, changed areas that are named", right, f"{model['n']} fakes"])
+    compared = results.get("speed", {"devices": [{"comparisons": []}]})["devices"][-1]["comparisons"]
+    if warm := [comparison["ways"] for comparison in compared if comparison["name"].startswith("warm")]:
+        spent = ", ".join(_spread(way["seconds"], ".2f") for way in warm[0].values())
+        rows.append(["Seconds for a verdict, with the explanation of a fake (two CPU cores)", spent, "–"])
+    if not rows:
+        return NOT_MEASURED
+    title = "Brackets hold 95 % intervals; of seconds, the range from the 10th to the 90th percentile."
+    return Table(title, ["", "figure", "n"], rows).markdown()
+
+
 Maker = Callable[[str, Result], Iterator[Table]]
 
 TABLES: dict[str, tuple[str, Maker]] = {
     "detect": ("detect", detect),
-    "detect-all": ("detect", partial(detect, every=True)),
     "describe": ("describe", describe),
-    "describe-all": ("describe", partial(describe, every=True)),
     "experts": ("experts", experts),
     "robustness": ("experts", robustness),
     "speed": ("speed", speed),
-    "speed-all": ("speed", partial(speed, every=True)),
     "quality": ("quality", quality),
     "rotation": ("rotation", rotation),
 }
-"""Name of a table -> the task whose results it shows, and how. Those named `-all` show every result of the task, the
-others the one that bears the task's name."""
+"""Name of a table -> the task whose results it shows, and how. Beside them there is `summary`."""
 
 
 def table(name: str, results: dict[str, Result]) -> str:
     """The Markdown of a named table, or that nothing was measured."""
+    if name == "summary":
+        return summary(results)
     task, make = TABLES[name]
     own = {file: r for file, r in results.items() if r["task"]["name"] == task}
-    chosen = own if name.endswith("-all") else {file: r for file, r in own.items() if file == task}
-    return "\n\n".join(t.markdown() for file, r in chosen.items() for t in make(file, r)) or NOT_MEASURED
+    return "\n\n".join(t.markdown() for file, r in own.items() for t in make(file, r)) or NOT_MEASURED
 
 
 def filled(text: str, results: dict[str, Result]) -> str:
@@ -328,8 +346,8 @@ def filled(text: str, results: dict[str, Result]) -> str:
     unknown name and on a marker without its end."""
 
     def block(match: re.Match[str]) -> str:
-        if match["name"] not in TABLES:
-            raise X2DFDError(f"unknown table {match['name']!r} (known: {', '.join(TABLES)})", code="table_unknown")
+        if match["name"] not in (known := ("summary", *TABLES)):
+            raise X2DFDError(f"unknown table {match['name']!r} (known: {', '.join(known)})", code="table_unknown")
         return f"{match[1]}{table(match['name'], results)}\n{match[3]}"
 
     new, n = _BLOCK.subn(block, text)

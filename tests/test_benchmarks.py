@@ -140,10 +140,10 @@ def test_every_comparison_of_a_model_runs_on_a_toy(tmp_path: Path) -> None:
     for comparison in device["comparisons"]:
         for way in comparison["ways"].values():
             assert way["gflop"] > 0 and way["bound_seconds"] > 0 and way["seconds"]["median"] > 0
-    page = tables.table("speed-all", {"s": result})
+    page = tables.table("speed", {"s": result})
     assert "4 cue questions" in page and "one by one, stock forward pass" in page and "% |" in page
-    # A page for the hurried says what a warm call takes, and a toy has none.
-    assert tables.table("speed", {"speed": result}) == tables.NOT_MEASURED
+    # The summary says what a warm call takes, and a toy has none.
+    assert tables.table("summary", {"speed": result}) == tables.NOT_MEASURED
 
 
 def test_ways_take_turns_and_a_probe_meets_no_source_twice() -> None:
