@@ -6,7 +6,8 @@
 `x2dfd calibrate --held-out` takes it. Each is asked about what it was trained without, but for split `val`, which chose
 its checkpoint. Every generator and method is set against the photos of the held-out sources, beside the model's own
 tower, which met them all, and a single-feature baseline. A method that was not itself held out shows forgeries of a
-known kind on photos of sources that the tower never met.
+known kind on photos of sources that the tower never met. A generator is set against other photos of the sources that
+the tower met, too (split `val`, which helped to choose its checkpoint): new fakes among photos of a known kind.
 
 The verdict is that of the model's calibration on the held-out tower's score. Its thresholds were chosen on photos and
 forgeries of such sources, partly these, so that its errors on them are flattered; a held-out generator had a say in
@@ -47,13 +48,18 @@ TOWER = "tower"
 NEVER_MET, MET, SHARPNESS = "never met", "met", "sharpness"
 """The columns: the held-out tower, the model's own, the baseline (the smoother, the likelier fake)."""
 
+AMONG_KNOWN = "among known photos"
+"""A fourth column, of generators: the held-out tower, against photos of the sources that it met."""
+
+KNOWN = "known photos"
+
 
 @dataclass
 class Row:
     """The pictures of one photo source, generator or forge method."""
 
     fake: bool
-    kind: str  # photos, generator, method, or method on new photos
+    kind: str  # photos, known photos, generator, method, or method on new photos
     groups: list[str] = field(default_factory=list)
     scores: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # logits, by column
     said: list[str] = field(default_factory=list)  # verdicts on the held-out tower's score
@@ -67,9 +73,9 @@ def rows_of(
     chosen: dict[str, list[tuple[CropSet, int]]] = {}
     for crops in sets:
         for i, sample in enumerate(crops.samples):
-            if sample.split != "val" and (name := _name(sample, left_out)):
+            if name := _name(sample, left_out):
                 chosen.setdefault(name, []).append((crops, i))
-    if len({name.startswith("photos ") for name in chosen}) < 2:
+    if len({name.startswith("photos ") for name in chosen if not name.startswith(KNOWN)}) < 2:
         raise X2DFDError(
             f"of {', '.join(sorted(left_out))} these manifests do not hold both photos and fakes to compare",
             code="no_real_source_left_out",
@@ -78,7 +84,7 @@ def rows_of(
     for name, mine in sorted(chosen.items()):
         if len(mine) > limit:
             mine = [mine[int(i)] for i in np.random.default_rng(0).choice(len(mine), limit, replace=False)]
-        rows[name] = Row(not name.startswith("photos "), name.rsplit(" ", 1)[0])
+        rows[name] = Row(not name.startswith(("photos ", KNOWN)), name.rsplit(" ", 1)[0])
         for at in progress(range(0, len(mine), AT_ONCE), name):
             _score(rows[name], expert, own, calibration, mine[at : at + AT_ONCE])
     return rows
@@ -101,8 +107,11 @@ def _score(
 
 
 def _name(sample: Sample, left_out: set[str]) -> str | None:
-    """The row of a picture, None where nothing of it was held out."""
+    """The row of a picture, None where it belongs to no figure."""
     methods = [m for m in sample.method.split("+") if m]
+    if sample.split == "val":
+        untouched = sample.label == "real" and sample.source not in left_out and sample.method in ("", "none")
+        return f"{KNOWN} {sample.source}" if untouched else None
     if held_out := [m for m in methods if m in left_out]:
         return f"{'generator' if sample.synthetic else 'method'} {held_out[0]}"
     if sample.origin not in left_out:
@@ -112,8 +121,8 @@ def _name(sample: Sample, left_out: set[str]) -> str | None:
 
 def measured(rows: dict[str, Row]) -> Part:
     """By name the counts, the verdicts, and of fakes the AUC of each column against all held-out photos."""
-    photos = [row for row in rows.values() if not row.fake]
-    groups = [g for row in photos for g in row.groups]
+    photos = [row for row in rows.values() if row.kind == "photos"]
+    known = [row for row in rows.values() if row.kind == KNOWN]
     table: Part = {}
     for name, row in rows.items():
         wrong = "real" if row.fake else "fake"
@@ -123,23 +132,31 @@ def measured(rows: dict[str, Row]) -> Part:
             "answered": stats.rate([said != "inconclusive" for said in row.said], row.groups),
             "wrong": stats.rate([said == wrong for said in row.said], row.groups),
         }
-        for column in (NEVER_MET, MET, SHARPNESS) if row.fake else ():
-            reals = [score for photo in photos for score in photo.scores[column]]
-            labels = np.array([0] * len(reals) + [1] * len(row.groups))
-            scores = np.array([*reals, *row.scores[column]])
-            part.setdefault("auc", {})[column] = stats.measured_auc(labels, scores, [*groups, *row.groups])
+        if row.fake:
+            part["auc"] = {column: _auc(row, photos, column) for column in (NEVER_MET, MET, SHARPNESS)}
+        if row.kind == "generator" and known:
+            part["auc"][AMONG_KNOWN] = _auc(row, known, NEVER_MET)
         table[name] = part
     return table
 
 
+def _auc(fakes: Row, photos: Sequence[Row], column: str) -> stats.Measured:
+    reals = [score for row in photos for score in row.scores[column]]
+    labels = np.array([0] * len(reals) + [1] * len(fakes.groups))
+    groups = [g for row in photos for g in row.groups]
+    return stats.measured_auc(labels, np.array([*reals, *fakes.scores[column]]), [*groups, *fakes.groups])
+
+
 def summary(towers: Sequence[Part]) -> Part:
     """Over all towers: mean and worst AUC of generators and of methods; the pictures that were answered and wrongly."""
-    rows = [part for tower in towers for part in tower["rows"].values()]
+    every = [part for tower in towers for part in tower["rows"].values()]
     found: Part = {}
     for kind in ("generator", "method", "method on new photos"):
-        values = [part["auc"][NEVER_MET].value for part in rows if part["kind"] == kind]
-        if values:
-            found[kind] = {"mean_auc": float(np.mean(values)), "worst_auc": float(np.min(values)), "n": len(values)}
+        for column, key in ((NEVER_MET, kind), (AMONG_KNOWN, f"{kind} {AMONG_KNOWN}")):
+            values = [part["auc"][column].value for part in every if part["kind"] == kind and column in part["auc"]]
+            if values:
+                found[key] = {"mean_auc": float(np.mean(values)), "worst_auc": float(np.min(values)), "n": len(values)}
+    rows = [part for part in every if part["kind"] != KNOWN]
     weights = [part["n"] for part in rows]
     found["answered"] = float(np.average([part["answered"].value for part in rows], weights=weights))
     for fake, key in ((False, "false_alarms"), (True, "called_real")):

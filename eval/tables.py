@@ -228,19 +228,19 @@ def quality(name: str, result: Result) -> Iterator[Table]:
 
 def rotation(name: str, result: Result) -> Iterator[Table]:
     """By tower the AUC of what was held out of its training, and the verdicts on its score."""
+    columns = ("never met", "among known photos", "met", "sharpness")
     for tower in result["towers"]:
         rows: list[list[Cell]] = []
         for what, part in sorted(tower["rows"].items(), key=lambda item: (item[1]["kind"], item[0])):
-            columns = part.get("auc") or dict.fromkeys(("never met", "met", "sharpness"))
+            aucs = [part.get("auc", {}).get(column) for column in columns]
             said = [percent(part["answered"]), percent(part["wrong"])]
-            rows.append([what, *columns.values(), *said, part["n"], part["answered"]["groups"]])
+            rows.append([what, *aucs, *said, part["n"], part["answered"]["groups"]])
         title = (
             f"`{name}`: tower `{tower['sha256'][:12]}`, trained without {', '.join(tower['left_out'])}. AUC against "
-            "the photos of the held-out sources; `met`: the shipped tower, which was trained on all of them. Wrong: "
-            "photos called fake, fakes called real."
+            "the photos of the held-out sources, and of generators among photos of known sources too; `met`: the "
+            "shipped tower, which was trained on all of them. Wrong: photos called fake, fakes called real."
         )
-        head = ["AUC", "never met", "met", "sharpness", "answered", "wrong", "n", "groups"]
-        yield Table(title, head, rows)
+        yield Table(title, ["AUC", *columns, "answered", "wrong", "n", "groups"], rows)
 
 
 def _spread(part: dict[str, float], form: str) -> str:
@@ -297,12 +297,13 @@ def summary(results: dict[str, Result]) -> str:
         ]  # fmt: skip
     if found := results.get("rotation"):
         kinds = {
-            "generator": "AUC on a generator that was held out of the training",
+            "generator among known photos": "AUC on a generator that was held out of the training",
+            "generator": "the same, among photos of sources that were held out too",
             "method on new photos": "AUC on forgeries in photos of a source that was held out",
         }
         for kind, text in kinds.items():
-            part = found["summary"][kind]
-            rows.append([f"{text}: mean, worst", f"{part['mean_auc']:.2f}, {part['worst_auc']:.2f}", part["n"]])
+            if part := found["summary"].get(kind):
+                rows.append([f"{text}: mean, worst", f"{part['mean_auc']:.2f}, {part['worst_auc']:.2f}", part["n"]])
     if found := results.get("describe"):
         model = found["scorers"]["model"]["areas"]
         parts = model["micro"]

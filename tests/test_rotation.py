@@ -30,20 +30,25 @@ def crops_of(pictures: list[tuple[Sample, int]]) -> CropSet:
 
 
 def test_what_a_tower_never_met_is_set_against_the_photos_it_never_met() -> None:
-    """Bug prevented: pictures of known sources, or of the split that chose the checkpoint, make up the figures."""
+    """Bug prevented: pictures of known sources, or of the split that chose the checkpoint, make up the figures. Photos
+    of known sources stand beside generators alone, in a column of their own."""
     bright = [(picture(f"n{i}", "real", "new"), 40 + i) for i in range(4)]
     bright += [(picture(f"g{i}", "fake", "sdxl", "sdxl", "EFS"), (20, 230, 231)[i]) for i in range(3)]
     bright += [(picture(f"s{i}", "fake", "new", "swap", "FS"), 220 + i) for i in range(2)]
     bright += [(picture("v", "real", "new", split="val"), 255), (picture("o", "real", "old"), 255)]
     bright += [(picture("w", "fake", "old", "swap", "FS"), 0)]
+    bright += [(picture(f"k{i}", "real", "old", split="val"), 25) for i in range(2)]
+    bright += [(picture("x", "fake", "old", "swap", "FS", "val"), 0)]
     expert = tiny.Brightness()
     rows = rotation.rows_of(expert, {"new", "sdxl"}, expert, CALIBRATION, [crops_of(bright)], 60)
     assert {name: (row.kind, len(row.said)) for name, row in rows.items()} == {
         "photos new": ("photos", 4), "generator sdxl": ("generator", 3),
-        "method on new photos swap": ("method on new photos", 2),
+        "method on new photos swap": ("method on new photos", 2), "known photos old": ("known photos", 2),
     }  # fmt: skip
     found = rotation.measured(rows)
     assert found["generator sdxl"]["auc"]["never met"].value == pytest.approx(2 / 3)
+    assert found["generator sdxl"]["auc"]["among known photos"].value == pytest.approx(2 / 3)
+    assert "among known photos" not in found["method on new photos swap"]["auc"]
     assert found["method on new photos swap"]["auc"]["never met"].value == 1 and "auc" not in found["photos new"]
     assert found["generator sdxl"]["wrong"].value == pytest.approx(1 / 3) and found["photos new"]["wrong"].value == 0
     whole = rotation.summary([{"rows": found}])
@@ -51,9 +56,11 @@ def test_what_a_tower_never_met_is_set_against_the_photos_it_never_met() -> None
     assert (whole["answered"], whole["false_alarms"], whole["called_real"]) == (1, 0, pytest.approx(1 / 5))
     part = as_json({"sha256": "a" * 64, "left_out": ["new", "sdxl"], "rows": found})
     page = tables.table("rotation", {"rotation": {"task": {"name": "rotation"}, "towers": [part]}})
-    assert "| generator sdxl | 0.667‡ |" in page and "without new, sdxl" in page
+    assert "| generator sdxl | 0.667‡ | 0.667‡ |" in page and "without new, sdxl" in page
     few = rotation.rows_of(expert, {"new", "swap"}, expert, CALIBRATION, [crops_of(bright)] * 2, 1)
-    assert {name: len(row.said) for name, row in few.items()} == {"photos new": 1, "method swap": 1}
+    assert {name: len(row.said) for name, row in few.items()} == {
+        "photos new": 1, "method swap": 1, "known photos old": 1,
+    }  # fmt: skip
 
 
 def test_without_photos_of_a_held_out_source_there_is_no_figure() -> None:
