@@ -18,8 +18,10 @@ from x2dfd.answer import (
     counted,
     in_words,
     meaning,
+    number,
     origin,
     percent,
+    remarks,
     status,
 )
 from x2dfd.errors import X2DFDError
@@ -86,7 +88,8 @@ def card(judged: Report | Failure) -> str:
     if isinstance(judged, Failure):
         return draw("problem", judged)
     kind = status(judged.verdict)
-    return draw("card", judged, kind, meaning(judged.verdict, len(judged.faces)))
+    said = meaning(judged.verdict, judged.model, len(judged.faces))
+    return draw("card", judged, kind, said, remarks(judged))
 
 
 def face_panel(case: Case, index: int | None) -> str:
@@ -143,7 +146,7 @@ def named(face: FaceReport, report: Report) -> str:
     if face.time_s is None:
         return f"Face {face.index + 1}"
     several = sum(other.frame == face.frame for other in report.faces) > 1
-    return f"At {face.time_s:.1f} s" + (f", face {face.index - _first(face, report) + 1}" if several else "")
+    return f"At {face.time_s:.1f} s" + (f", face {number(face, report)}" if several else "")
 
 
 def _first(face: FaceReport, report: Report) -> int:

@@ -141,7 +141,7 @@ def test_person_reads_the_answer_and_its_grounds(
     parts = ("blended", "jaw · blending", "contradiction: The experts see nothing", "0.70", "no score    no weights")
     assert all(part in shown for part in (*parts, "next: reverse image search, first publication"))
     assert "███████░░░" in shown or "#######---" in shown
-    assert not any(text in shown for text in ("the text argues", "no weight of its own", "not calibrated"))
+    assert not any(text in shown for text in ("This text argues", "no weight of its own", "not calibrated"))
     detector.model["weights"] = {"blend": 0.0, "swin": 1.0}
     [line] = [line for line in told().splitlines() if "no weight of its own" in line]
     assert line.split()[0] == "blend"
@@ -150,10 +150,10 @@ def test_person_reads_the_answer_and_its_grounds(
     for p_fake, side in ((0.6, "fake"), (0.4, "real")):
         monkeypatch.setattr(detector, "verdict", Verdict("inconclusive", p_fake, "in_band"))
         text = " ".join(told().split())
-        assert text.startswith("No answer") and "wrong too often to give an answer" in text
-        assert f"the text argues only for the likelier side ({side}); no answer was given" in text
+        assert text.startswith("No answer") and f"leans towards {side}" in text
+        assert f"This text argues only for the likelier side ({side}); no answer was given." in text
     detector.model |= {"mode": "calibrated", "band": [0.21, 0.85]}
-    assert told().startswith("No answer  40 % chance of a fake (no answer from 21 % to 85 %)  ")
+    assert told().startswith("No answer  40 % chance of a fake  face 1/1  ")
 
 
 def test_what_the_file_states_leads_and_is_apart(run: Run, photos: Path, detector: SmallDetector) -> None:
@@ -169,7 +169,7 @@ def test_what_the_file_states_leads_and_is_apart(run: Run, photos: Path, detecto
     assert text.startswith(f"{photos / 'a.png'} By its own statement, this file was made with an AI generator.")
     assert "can be removed" in text and "can be added" in text and "no part in the estimate" in text
     assert text.endswith('stated in the file: settings: x\\x1b[2J (PNG text "parameters", byte 41)')
-    assert "digital source type print" in lines.pop(-3)  # behind the estimate, before what to do next
+    assert "digital source type print" in lines.pop(-4)  # behind the estimate, before what to do next
     assert lines[at:] == before.splitlines()
     row = json.loads(run("detect", photos / "a.png", "--json").stdout)
     assert row["provenance"]["statements"] == [source, made] and row["verdict"]["p_fake"] == 0.93
@@ -185,12 +185,13 @@ def test_a_run_ends_with_how_many_got_which_answer(
     for options in ((), table, table):  # the third run finds its rows in the table
         done = run("detect", photos, tmp_path / "gone.jpg", *options)
         assert told in done.stderr.splitlines()
-        assert done.stderr.count("not proof") == 1 and "not proof" not in done.stdout
+        assert done.stdout.count("not proof") == 1 and "not proof" not in done.stderr  # where the answers are
     lines = [x for x in run("detect", photos, photos / "gone.png").stderr.splitlines() if " of 4: " in x]
     assert len(lines) == 4 and lines[-1].startswith("4 of 4: ") and lines[-1].endswith("/s, 00:00:00 left, 1 failed")
     assert "files:" not in run("detect", photos / "a.png").stderr
     assert told not in run("detect", photos, tmp_path / "gone.jpg", "--json").stderr
-    assert "not proof" not in run("detect", tmp_path / "gone.jpg").stderr
+    assert "not proof" not in run("detect", photos, "--json").output
+    assert "not proof" not in run("detect", tmp_path / "gone.jpg").output
 
 
 def test_missing_and_bad_files_are_rows(
@@ -204,8 +205,10 @@ def test_missing_and_bad_files_are_rows(
     assert done.exit_code == 0 and Report.from_dict(rows[1]).faces[0].evidence[1].note == "no weights"
     (tmp_path / "photos.csv").write_text("path,label\na.png,real\n")
     assert "--manifest" in run("detect", tmp_path / "photos.csv").stderr
-    shown = run("detect", tmp_path / "gone.jpg")
-    assert shown.exit_code == 0 and shown.stdout.startswith("Not judged  not_found  ")
+    for paths in ((tmp_path / "gone.jpg",), (photos / "a.png", tmp_path / "gone.jpg")):
+        shown = run("detect", *paths)
+        assert shown.exit_code == 0 and shown.stdout.startswith("Not judged  not_found  ")
+        assert shown.output.count("gone.jpg") == 1  # not on stderr, too
     monkeypatch.setattr(x2dfd, "load", lambda **_: pytest.fail("loaded"))
     for path, code in ((tmp_path / "gone.jpg", "not_found"), ("http://localhost/a.jpg", "url_not_allowed")):
         done = run("detect", path, "--json")
