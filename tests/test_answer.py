@@ -1,4 +1,4 @@
-"""The words of an answer: the same in the terminal, on the page, in the app and in Python, and no more than was found."""
+"""The words of an answer: the same in the terminal, on the page, in the app and in Python, and true of the report."""
 
 from __future__ import annotations
 
@@ -48,8 +48,7 @@ def test_a_clip_says_how_many_frames_look_fake_and_when(verdicts: tuple[Verdict 
 
 
 def test_a_frame_counts_by_its_worst_face_and_that_face_has_one_number() -> None:
-    """Bug prevented: face 2 of a frame that is "face 2/2" in the terminal and "Face 4" on the page; a frame counted
-    twice."""
+    """Bug prevented: a face that is "face 2/2" in the terminal and "Face 4" on the page; a frame counted twice."""
     one = clip_of(REAL, REAL, FAKE)
     real, *others = one.faces
     two = [replace(real, index=i, frame=24 * (i // 2), time_s=i // 2 * 1.0) for i in range(2)]

@@ -102,7 +102,7 @@ def reason(verdict: Verdict, model: Json) -> str | None:
         low, high = (percent(edge) for edge in model.get("band") or (0.0, 1.0))
         return (
             f"The estimate, {percent(verdict.p_fake)}, leans towards {verdict.side}, but it lies between {low} and "
-            f"{high}, where the error rate is too high for an answer. A larger or less compressed original may give one."
+            f"{high}, where errors are too frequent to answer. A larger or less compressed original may give an answer."
         )
     return REASONS.get(stated, f"No answer is given; the stated reason is: {stated}.")
 

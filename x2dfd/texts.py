@@ -1,9 +1,9 @@
 """The rationale that a person reads: what the language model wrote, less what the report's own facts refute.
 
-In the calibrated mode a text of a fake names up to three signs that the experts point at, no text names a sign of forgery on a photo that is not called fake, none names a single area of
+In the calibrated mode no text names a sign of forgery on a photo that is not called fake, none names a single area of
 a face that is called generated as a whole, and none goes against the verdict or its kind. Sentences that name no sign,
 or the experts (`x2dfd.prompts.expert_sentence`), are left out, too. What is missing then is written here, from the
-report.
+report: also further signs that the experts point at, up to three in all.
 """
 
 from __future__ import annotations
