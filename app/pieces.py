@@ -26,7 +26,17 @@ from x2dfd.answer import (
 )
 from x2dfd.errors import X2DFDError
 from x2dfd.experts import expert_class
-from x2dfd.html_report import PROVENANCE, UNCOUNTED, closer, jpeg_uri, marked_areas, overlays, pages, points_at
+from x2dfd.html_report import (
+    PROVENANCE,
+    UNCOUNTED,
+    closer,
+    jpeg_uri,
+    letter_places,
+    marked_areas,
+    overlays,
+    pages,
+    points_at,
+)
 from x2dfd.media import Video, load_media
 from x2dfd.statements import CAVEAT, LEAD, of_generator
 from x2dfd.types import FaceReport, Failure, Report, frames_asked
@@ -102,6 +112,7 @@ def face_panel(case: Case, index: int | None) -> str:
         "uri": case.pictures.get(frame),
         "size": (width, height),
         "text": max(width, height) * 0.034,
+        "letters": letter_places(face, max(width, height) * 0.034) if face else {},
         "others": [f for f in report.faces if f.frame == frame and f is not face],
         "maps": overlays(face) if face else [],
         "map_on": face is not None and points_at(face),

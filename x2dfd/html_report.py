@@ -283,6 +283,18 @@ def marked_areas(face: FaceReport) -> list[tuple[str, str, str]]:
     return [(area, chr(ord("A") + i), COLOURS[i % len(COLOURS)]) for i, area in enumerate(named)]
 
 
+def letter_places(face: FaceReport, size: float) -> dict[str, list[tuple[float, float]]]:
+    """By marked area the place of each polygon's letter: its centre, or below letters of that size that stand there."""
+    places: dict[str, list[tuple[float, float]]] = {}
+    for area, *_ in marked_areas(face):
+        for polygon in face.areas[area]:
+            x, y = (float(v) for v in np.mean(polygon, axis=0))
+            while any(abs(x - a) < size and abs(y - b) < size for of in places.values() for a, b in of):
+                y += size
+            places.setdefault(area, []).append((x, y))
+    return places
+
+
 def _figures(report: Report, picture: Pictures) -> Iterator[Json]:
     if picture is None:
         return
@@ -302,14 +314,13 @@ def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], 
     shapes, boxes, maps = [], [], []
     for face in faces:
         maps += overlays(face)
+        places = letter_places(face, text)
         for area, letter, colour in marked_areas(face):
             key = _prefix(face, report) + letter
             legend[key] = (colour, area if len(faces) == 1 else f"face {answer.number(face, report)}: {area}")
-            for polygon in face.areas[area]:
-                xs, ys = [float(p[0]) for p in polygon], [float(p[1]) for p in polygon]
-                points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys, strict=True))
-                centre = (sum(xs) / len(xs), sum(ys) / len(ys)) if polygon else (0.0, 0.0)
-                shapes.append({"points": points, "colour": colour, "key": key, "x": centre[0], "y": centre[1]})
+            for polygon, (x, y) in zip(face.areas[area], places[area], strict=True):
+                points = " ".join(f"{float(a):.1f},{float(b):.1f}" for a, b in polygon)
+                shapes.append({"points": points, "colour": colour, "key": key, "x": x, "y": y})
         x, y, w, h = (float(v) for v in face.box)
         label = f"{answer.number(face, report)}  {answer.word(face.verdict)}"
         if face.verdict.p_fake is not None:
