@@ -18,13 +18,25 @@ from x2dfd.answer import (
     counted,
     in_words,
     meaning,
+    number,
     origin,
     percent,
+    remarks,
     status,
 )
 from x2dfd.errors import X2DFDError
 from x2dfd.experts import expert_class
-from x2dfd.html_report import PROVENANCE, UNCOUNTED, closer, jpeg_uri, marked_areas, overlays, pages, points_at
+from x2dfd.html_report import (
+    PROVENANCE,
+    UNCOUNTED,
+    closer,
+    jpeg_uri,
+    letter_places,
+    marked_areas,
+    overlays,
+    pages,
+    points_at,
+)
 from x2dfd.media import Video, load_media
 from x2dfd.statements import CAVEAT, LEAD, of_generator
 from x2dfd.types import FaceReport, Failure, Report, frames_asked
@@ -86,7 +98,8 @@ def card(judged: Report | Failure) -> str:
     if isinstance(judged, Failure):
         return draw("problem", judged)
     kind = status(judged.verdict)
-    return draw("card", judged, kind, meaning(judged.verdict, len(judged.faces)))
+    said = meaning(judged.verdict, judged.model, len(judged.faces))
+    return draw("card", judged, kind, said, remarks(judged))
 
 
 def face_panel(case: Case, index: int | None) -> str:
@@ -99,6 +112,7 @@ def face_panel(case: Case, index: int | None) -> str:
         "uri": case.pictures.get(frame),
         "size": (width, height),
         "text": max(width, height) * 0.034,
+        "letters": letter_places(face, max(width, height) * 0.034) if face else {},
         "others": [f for f in report.faces if f.frame == frame and f is not face],
         "maps": overlays(face) if face else [],
         "map_on": face is not None and points_at(face),
@@ -143,7 +157,7 @@ def named(face: FaceReport, report: Report) -> str:
     if face.time_s is None:
         return f"Face {face.index + 1}"
     several = sum(other.frame == face.frame for other in report.faces) > 1
-    return f"At {face.time_s:.1f} s" + (f", face {face.index - _first(face, report) + 1}" if several else "")
+    return f"At {face.time_s:.1f} s" + (f", face {number(face, report)}" if several else "")
 
 
 def _first(face: FaceReport, report: Report) -> int:

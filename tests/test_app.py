@@ -409,7 +409,7 @@ def test_faces_can_be_switched(visitor: Visitor, detector: FakeDetector) -> None
 def test_video_is_shown_by_its_frame(detector: FakeDetector, report: Report) -> None:
     """A video's report names frames; the picture beside it must be that frame."""
     faces = tuple(replace(report.faces[0], index=i, frame=8 * i, time_s=float(i)) for i in (0, 1))
-    report = replace(report, faces=faces, media={**report.media, "kind": "video"})
+    report = replace(report, faces=faces, media={**report.media, "kind": "video", "frames": [0, 8]})
     case = pieces.Case(report, "gone.mp4", {0: "data:image/jpeg;base64,AAAA", 8: "data:image/jpeg;base64,BBBB"})
     assert Page(pieces.face_panel(case, 1)).all("img")[0]["src"] == "data:image/jpeg;base64,BBBB"
     assert pieces.choices(case.report)[1][0].startswith("At 1.0 s: ")

@@ -9,6 +9,7 @@ import io
 import os
 import struct
 import time
+import warnings
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from tqdm.auto import tqdm
 
 from tests.raising import raises
 from x2dfd import fetch
@@ -192,6 +194,26 @@ def test_two_users_who_fetch_at_once_get_one_cache(no_network: Path, monkeypatch
 
     monkeypatch.setattr("os.replace", after_the_other)
     assert fetch.fetch("base", progress=quiet).is_dir()
+
+
+def test_the_conversion_says_nothing_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Bug prevented: warnings and three progress bars of transformers between the two lines of `x2dfd fetch`."""
+    import transformers
+
+    def chatters(*_: object, **__: object) -> None:
+        transformers.utils.logging.get_logger("transformers.models").warning("odd")
+        warnings.warn("odd", UserWarning, stacklevel=1)
+        for _ in tqdm(range(2)):
+            pass
+
+    for name in ("AutoTokenizer", "AutoModelForCausalLM"):
+        monkeypatch.setattr(f"transformers.{name}.from_pretrained", chatters)
+    monkeypatch.setattr(fetch, "_clip_from_onnx", lambda path: None)
+    monkeypatch.setattr(fetch, "_save_base", lambda *parts: None)
+    fetch._assemble(tmp_path / "a.onnx", tmp_path / "b.gguf", tmp_path)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_cache_that_cannot_be_used_names_the_variable(no_network: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,7 +141,7 @@ def test_person_reads_the_answer_and_its_grounds(
     parts = ("blended", "jaw · blending", "contradiction: The experts see nothing", "0.70", "no score    no weights")
     assert all(part in shown for part in (*parts, "next: reverse image search, first publication"))
     assert "███████░░░" in shown or "#######---" in shown
-    assert not any(text in shown for text in ("the text argues", "no weight of its own", "not calibrated"))
+    assert not any(text in shown for text in ("This text argues", "no weight of its own", "not calibrated"))
     detector.model["weights"] = {"blend": 0.0, "swin": 1.0}
     [line] = [line for line in told().splitlines() if "no weight of its own" in line]
     assert line.split()[0] == "blend"
@@ -150,10 +150,10 @@ def test_person_reads_the_answer_and_its_grounds(
     for p_fake, side in ((0.6, "fake"), (0.4, "real")):
         monkeypatch.setattr(detector, "verdict", Verdict("inconclusive", p_fake, "in_band"))
         text = " ".join(told().split())
-        assert text.startswith("No answer") and "wrong too often to give an answer" in text
-        assert f"the text argues only for the likelier side ({side}); no answer was given" in text
+        assert text.startswith("No answer") and f"leans towards {side}" in text
+        assert f"This text argues only for the likelier side ({side}); no answer was given." in text
     detector.model |= {"mode": "calibrated", "band": [0.21, 0.85]}
-    assert told().startswith("No answer  40 % chance of a fake (no answer from 21 % to 85 %)  ")
+    assert told().startswith("No answer  40 % chance of a fake  face 1/1  ")
 
 
 def test_what_the_file_states_leads_and_is_apart(run: Run, photos: Path, detector: SmallDetector) -> None:
@@ -169,7 +169,7 @@ def test_what_the_file_states_leads_and_is_apart(run: Run, photos: Path, detecto
     assert text.startswith(f"{photos / 'a.png'} By its own statement, this file was made with an AI generator.")
     assert "can be removed" in text and "can be added" in text and "no part in the estimate" in text
     assert text.endswith('stated in the file: settings: x\\x1b[2J (PNG text "parameters", byte 41)')
-    assert "digital source type print" in lines.pop(-3)  # behind the estimate, before what to do next
+    assert "digital source type print" in lines.pop(-4)  # behind the estimate, before what to do next
     assert lines[at:] == before.splitlines()
     row = json.loads(run("detect", photos / "a.png", "--json").stdout)
     assert row["provenance"]["statements"] == [source, made] and row["verdict"]["p_fake"] == 0.93
@@ -185,12 +185,13 @@ def test_a_run_ends_with_how_many_got_which_answer(
     for options in ((), table, table):  # the third run finds its rows in the table
         done = run("detect", photos, tmp_path / "gone.jpg", *options)
         assert told in done.stderr.splitlines()
-        assert done.stderr.count("not proof") == 1 and "not proof" not in done.stdout
+        assert done.stdout.count("not proof") == 1 and "not proof" not in done.stderr  # where the answers are
     lines = [x for x in run("detect", photos, photos / "gone.png").stderr.splitlines() if " of 4: " in x]
     assert len(lines) == 4 and lines[-1].startswith("4 of 4: ") and lines[-1].endswith("/s, 00:00:00 left, 1 failed")
     assert "files:" not in run("detect", photos / "a.png").stderr
     assert told not in run("detect", photos, tmp_path / "gone.jpg", "--json").stderr
-    assert "not proof" not in run("detect", tmp_path / "gone.jpg").stderr
+    assert "not proof" not in run("detect", photos, "--json").output
+    assert "not proof" not in run("detect", tmp_path / "gone.jpg").output
 
 
 def test_missing_and_bad_files_are_rows(
@@ -204,8 +205,10 @@ def test_missing_and_bad_files_are_rows(
     assert done.exit_code == 0 and Report.from_dict(rows[1]).faces[0].evidence[1].note == "no weights"
     (tmp_path / "photos.csv").write_text("path,label\na.png,real\n")
     assert "--manifest" in run("detect", tmp_path / "photos.csv").stderr
-    shown = run("detect", tmp_path / "gone.jpg")
-    assert shown.exit_code == 0 and shown.stdout.startswith("Not judged  not_found  ")
+    for paths in ((tmp_path / "gone.jpg",), (photos / "a.png", tmp_path / "gone.jpg")):
+        shown = run("detect", *paths)
+        assert shown.exit_code == 0 and shown.stdout.startswith("Not judged  not_found  ")
+        assert shown.output.count("gone.jpg") == 1  # not on stderr, too
     monkeypatch.setattr(x2dfd, "load", lambda **_: pytest.fail("loaded"))
     for path, code in ((tmp_path / "gone.jpg", "not_found"), ("http://localhost/a.jpg", "url_not_allowed")):
         done = run("detect", path, "--json")
@@ -569,8 +572,14 @@ def test_doctor_names_what_is_missing_and_its_command(
     assert checks["experts"]["ok"] is False and "x2dfd.experts" in checks["experts"]["detail"]
     assert checks["face model face_landmark"]["ok"] is True
     assert str(tmp_path / "cache") in checks["cache"]["detail"]
+    monkeypatch.setattr("x2dfd.doctor.EXTRAS", {"heic": ("no-such-package", "HEIC photos are refused")})
     shown = run("doctor")
-    assert shown.exit_code == 0 and "mend: x2dfd fetch tower" in shown.stdout
+    needed, optional = shown.stdout.split("\nOptional, ")
+    assert shown.exit_code == 0 and "mend: x2dfd fetch tower" in needed and "absent" not in needed
+    lines = [line.split(maxsplit=2) for line in optional.splitlines()[1:]]
+    assert {line[0] for line in lines} == {"absent"} and "MISSING" not in optional  # one line each
+    [heic] = [said for _, name, said in lines if name == "heic"]
+    assert heic == "HEIC photos are refused; to get it: pip install 'x2dfd[heic]'"
 
 
 def test_doctor_says_which_families_and_face_models_can_be_loaded(
@@ -582,16 +591,27 @@ def test_doctor_says_which_families_and_face_models_can_be_loaded(
     lacking = replace(loading.FAMILIES["llava"], needs=("no_such_package",))
     monkeypatch.setattr(loading, "FAMILIES", {"llava": loading.FAMILIES["llava"]})
     [whole] = doctor._families()
-    assert (whole.ok, whole.detail, whole.mend) == (True, "llava", None)
+    assert (whole.ok, whole.mend) == (True, None) and "llava" in whole.detail
     monkeypatch.setattr(loading, "FAMILIES", {"llava": loading.FAMILIES["llava"], "pixtral": lacking})
-    [some] = doctor._families()
-    assert some.ok is None and some.detail == "llava; pixtral lacks no_such_package" and "[hub]" in str(some.mend)
+    ready, some = doctor._families()
+    assert (ready.ok, some.ok) == (True, None) and "llava" in ready.detail and "pixtral" not in ready.detail
+    assert "pixtral (without no_such_package)" in some.detail and "[hub]" in str(some.mend)
     (tmp_path / "faces").mkdir()
     (tmp_path / "faces" / "face_landmark.tflite").write_bytes(b"half")
     monkeypatch.setattr(doctor, "WEIGHTS", tmp_path)
     checks = {check.name: check for check in doctor.diagnose()}
     assert checks["face model face_landmark"].ok is False and "SHA-256" in checks["face model face_landmark"].detail
     assert checks["face model face_detection_full_range_sparse"].detail == "missing"
+
+
+def test_a_long_help_is_in_panels(run: Run) -> None:
+    """Bug prevented: two dozen options in one list, in which nobody finds the one that he needs."""
+    shown = run("detect", "--help").stdout
+    panels = [line for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert panels == ["Input:", "Model:", "Output:", "Scale:", "Options:"]
+    assert shown.split("Options:")[-1].split()[:1] == ["--help"]  # every other one has a panel
+    shown = run("verify", "--help").stdout
+    assert shown.index("Arguments:") < shown.index("NAME.case.json <") < shown.index("Model:")
 
 
 @pytest.mark.parametrize(("typed", "offered"), [("det", "detect"), ("detect --no-r", "--no-rationale")])

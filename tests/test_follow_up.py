@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from random import Random
 
 import pytest
 
@@ -11,7 +12,7 @@ from x2dfd import follow_up
 from x2dfd.answer import origin, stance
 from x2dfd.explain import read_cues, said_labels
 from x2dfd.fetch import BASE_NAME
-from x2dfd.texts import cue_clause, readable
+from x2dfd.texts import called_fake, cue_clause, readable
 from x2dfd.types import AREAS, ARTIFACTS, Cue, Evidence, Verdict
 
 POINTS = (Evidence("tower", 0.96, cues=(Cue("jaw", "blending", 0.8),)), Evidence("other", 0.1))
@@ -55,6 +56,36 @@ def test_a_text_says_one_thing_once_and_of_the_kind_of_fake() -> None:
     assert text == "A part of the photo looks changed. The skin looks softer than the rest; the jaw shows a seam."
     needed = "Jaw blur: it is everywhere."  # the name in front is all that names the place
     assert needed in readable(needed, Verdict("fake", 0.9), POINTS, NOBODY)
+
+
+def test_a_text_names_every_sign_that_is_pointed_at() -> None:
+    """Bug prevented: the language model writes of the first of three signs, and the reader looks at no other."""
+    fake, points = Verdict("fake", 0.9, None, "part"), (Cue("nose", "noise", 0.9), Cue("jaw", "blending", 0.7))
+    said = "The nose looks obviously grainy."
+    more = (*points, Cue("skin", "noise", 0.6), Cue("hair", "blur", 0.8), Cue("neck", "blur", 0.2))
+    tower, off = Evidence("tower", 0.96, cues=more), Evidence("off", 0.9, cues=(Cue("mouth", "blur", 0.9),))
+    text = readable(said, fake, (tower, off), frozenset({"off"}))
+    assert (
+        text
+        == f"A part of the photo looks changed. {said} A seam runs along the jaw, and a layer of noise covers the skin."
+    )
+    assert [(c.area, c.artifact) for c in read_cues(text)] == [(c.area, c.artifact) for c in more[:3]]
+    faint = Evidence("tower", 0.96, cues=(points[0], Cue("jaw", "blending", 0.4)))
+    assert readable(said, fake, (faint,), NOBODY) == f"A part of the photo looks changed. {said}"
+    # What it writes beside is not cut, and nothing is added where it names three.
+    four = "Mouth blur is seen. Hair blur is seen. Neck blur is seen. Eyes blur is seen."
+    assert readable(four, fake, (tower,), NOBODY) == f"A part of the photo looks changed. {four}"
+    alone = readable("", fake, (tower,), NOBODY)
+    assert [(c.area, c.artifact) for c in read_cues(alone)] == [(c.area, c.artifact) for c in more[:3]]
+    assert "seam" not in readable(said, Verdict("fake", 0.9, None, "whole"), (tower,), NOBODY)
+
+
+def test_signs_in_one_sentence_read_back_as_they_were() -> None:
+    """Bug prevented: "and" that makes a blur of the eyes out of a seam at the jaw."""
+    drawn, every = Random(0), [Cue(area, artifact) for area, artifact in product(AREAS, ARTIFACTS)]
+    for _ in range(300):
+        cues = tuple(drawn.sample(every, 3))
+        assert read_cues(called_fake(Verdict("fake", 0.9), (Evidence("tower", 0.9, cues=cues),))) == cues
 
 
 def test_disagreement_and_missing_answers_are_said() -> None:

@@ -220,10 +220,19 @@ def test_video_shows_its_most_suspicious_frames_and_names_the_rest() -> None:
         face(frame=10 * i, time_s=i / 2, verdict=Verdict("fake", 0.75 + i / 100), rationale=f"Frame {i}.")
         for i in range(8)
     )
-    video = report(faces=faces, rationale="Frame 7.", media={"kind": "video", "width": 512, "height": 512})
+    media = {"kind": "video", "width": 512, "height": 512, "frames": [10 * i for i in range(8)]}
+    video = report(faces=faces, rationale="Frame 7.", media=media)
     seen = page(video, pictures=[{10 * i: ASTRONAUT for i in range(8)}])
     assert [(tag["alt"] or "").split(":")[0] for tag in seen.all("img")] == [f"Frame {n}" for n in range(20, 80, 10)]
     assert "Faces in other frames (2)" in seen.text and "frame 10, 0.5 s 1 Likely fake 76 %" in seen.text
+
+
+def test_letters_of_areas_that_share_a_centre_stand_apart() -> None:
+    """Bug prevented: nose and skin are both marked, and B hides A."""
+    both = {"nose": [ellipse(226, 118, 14, 20)], "skin": [ellipse(227, 119, 40, 60)]}
+    one = face(areas=both, cues=(Cue("nose", "noise"), Cue("skin", "noise")))
+    [(x, y)], [(a, b)] = html_report.letter_places(one, 17.0).values()
+    assert (x, y) == pytest.approx((226, 118)) and a == pytest.approx(227) and b - y >= 17
 
 
 def test_a_page_holds_what_a_record_needs() -> None:

@@ -104,6 +104,8 @@ def test_an_upload_is_read_as_its_file_and_bounded(client: Any, monkeypatch: pyt
     monkeypatch.setattr(serve, "AT_ONCE", 0)
     assert client.post("/detect", content=b"x").status_code == 503
     described = client.get("/openapi.json").json()["paths"]
+    # Who opens the address in a browser is told where to ask, and every place that is named is there.
+    assert {place.split()[1] for place in client.get("/").json()} == {*described, "/openapi.json"}
     body = described["/detect"]["post"]["requestBody"]
     assert set(body["content"]) == {"application/octet-stream", "multipart/form-data"}
     assert set(described) == {"/detect", "/model"}

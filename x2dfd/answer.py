@@ -9,7 +9,9 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from x2dfd.files import Json
 from x2dfd.prompts import AGREES_ABOVE, AGREES_BELOW
+from x2dfd.statements import PARTLY, of_camera, of_generator
 from x2dfd.types import Evidence, FaceReport, Report, Verdict
 
 WORDS = {
@@ -26,7 +28,6 @@ KINDS_SAID = {"whole": "made as a whole by a generator", "part": "changed in par
 
 REASONS = {
     "no_face": "No face was found, so nothing was assessed. This says nothing about whether the picture is real.",
-    "in_band": "The estimate lies in the range in which the models are wrong too often to give an answer.",
     "not_a_photograph": "This looks like a drawing, a painting or a render. Forgery detection applies to photos only.",
 }
 
@@ -92,31 +93,93 @@ def p_words(verdict: Verdict) -> str:
     return "" if verdict.p_fake is None else f", {percent(verdict.p_fake)}"
 
 
-def reason(verdict: Verdict) -> str | None:
-    """Why there is no answer, in one or two plain sentences; None where there is one."""
+def reason(verdict: Verdict, model: Json) -> str | None:
+    """Why there is no answer, in one or two plain sentences; None where there is one. `model`: of the report."""
     if verdict.label != "inconclusive" and verdict.p_fake is not None:
         return None
     stated = verdict.reason or "unstated"
+    if stated == "in_band":
+        low, high = (percent(edge) for edge in model.get("band") or (0.0, 1.0))
+        return (
+            f"The estimate, {percent(verdict.p_fake)}, leans towards {verdict.side}, but it lies between {low} and "
+            f"{high}, where errors are too frequent to answer. A larger or less compressed original may give an answer."
+        )
     return REASONS.get(stated, f"No answer is given; the stated reason is: {stated}.")
 
 
-def meaning(verdict: Verdict, faces: int = 1) -> str:
-    """What an answer about a file with that many faces says, in plain sentences."""
-    if (why := reason(verdict)) is not None:
+def decided_by(model: Json) -> str:
+    """Who decides the verdicts of a model: "the tower expert", or all that have a weight of their own."""
+    if model.get("mode") == "paper":
+        return "the language model"
+    names = [name for name, weight in (model.get("weights") or {}).items() if weight > 0]
+    said = ["the language model" if name == "mllm" else f"the {name} expert" for name in names]
+    return " and ".join(said) or "the models"
+
+
+def meaning(verdict: Verdict, model: Json, faces: int = 1) -> str:
+    """What an answer of a report's `model` about a file with that many faces says, in plain sentences."""
+    if (why := reason(verdict, model)) is not None:
         return why
+    who = decided_by(model)
     if verdict.label == "fake":
         subject = "this face" if faces == 1 else "the most suspicious face"
         kinds = {
-            "whole": f"To the models, {subject} looks made as a whole by a generator and not taken by a camera.",
-            "part": f"To the models, {subject} comes from a photo that was changed in part: swapped, moved or edited.",
+            "whole": f"To {who}, {subject} looks made as a whole by a generator and not taken by a camera.",
+            "part": f"To {who}, {subject} comes from a photo that was changed in part: swapped, moved or edited.",
         }
-        other = f"To the models, {subject} looks more like the forged faces they know than like real ones."
+        other = f"To {who}, {subject} looks more like known forgeries than like real faces."
         return kinds.get(verdict.kind or "", other)
     found = "no sign" if faces == 1 else "in no face a sign"
     return (
-        f"The models found {found} of the forgeries they know. "
+        f"{who[0].upper()}{who[1:]} found {found} of a known kind of forgery. "
         "That does not show the picture is authentic: a forgery of an unknown kind can look like this."
     )
+
+
+def remarks(report: Report) -> list[str]:
+    """What follows the meaning of a report's answer, a line each: a clip's frames, and a statement that opposes it."""
+    return [line for line in (clip(report), reconciled(report)) if line]
+
+
+def clip(report: Report) -> str | None:
+    """How many frames of a clip were looked at, how many of them look fake, and when; None for a picture.
+
+    "32 frames looked at, 9 look fake, from 1.2 s to 3.4 s."
+    """
+    if report.media.get("kind") != "video":
+        return None
+    worst: dict[int | None, FaceReport] = {}
+    for face in report.faces:
+        worst[face.frame] = max(worst.get(face.frame, face), face, key=FaceReport.suspicion)
+    n, fake = len(report.media["frames"]), [face for face in worst.values() if face.verdict.label == "fake"]
+    said = f"{n} frame{'' if n == 1 else 's'} looked at"
+    said += f" ({n - len(worst)} without a face)" if n > len(worst) else ""
+    said += f", {len(fake) or 'none'} look{'s' if len(fake) < 2 else ''} fake"
+    if times := [face.time_s for face in fake if face.time_s is not None]:
+        first, last = f"{min(times):.1f} s", f"{max(times):.1f} s"
+        said += f", at {first}" if first == last else f", from {first} to {last}"
+    return f"{said}."
+
+
+def reconciled(report: Report) -> str | None:
+    """A line where the file states another origin than its picture shows; None where they agree or one is silent."""
+    label, made = report.verdict.label, bool(of_generator(report.provenance))
+    if label == "real" and (made or any(s["kind"] == PARTLY for s in report.provenance.get("statements") or ())):
+        return (
+            f"The file says that a generator {'made' if made else 'edited'} it, and the faces alone look real: either "
+            f"the statement was added, or the generator left nothing in them that {decided_by(report.model)} can see."
+        )
+    if label == "fake" and of_camera(report.provenance):
+        return (
+            "The file says that a camera took it, and the faces alone look fake: either the statement was added or "
+            "outlasted a later change of the photo, or the estimate is wrong."
+        )
+    return None
+
+
+def number(face: FaceReport, report: Report) -> int:
+    """A face's number among those of its picture or frame, from 1."""
+    return 1 + sum(other.frame == face.frame and other.index < face.index for other in report.faces)
 
 
 def stance(verdict: Verdict, rationale: str) -> str:
@@ -138,7 +201,7 @@ def origin(verdict: Verdict, rationale: str, calibrated: bool) -> str:
         return f"This text {stance(verdict, rationale)}."
     if verdict.label == "real" and calibrated:
         return "A fixed text: it says what was looked at."
-    mended = ", and corrected where it contradicted the report" if calibrated else ""
+    mended = ", then corrected and completed by what the experts found" if calibrated else ""
     return f"Written by the language model after the answer was scored{mended}. It may be wrong in detail."
 
 
@@ -156,7 +219,8 @@ def disagreement(
 
 def summary(report: Report) -> str:
     """A report in a few lines, as `str(report)` gives it."""
-    lines = [f"{report.path or '(no path)'}: {in_words(report.verdict)}", meaning(report.verdict, len(report.faces))]
+    lines = [f"{report.path or '(no path)'}: {in_words(report.verdict)}"]
+    lines += [meaning(report.verdict, report.model, len(report.faces)), *remarks(report)]
     if report.rationale and report.verdict.p_fake is not None:  # else it says again why nothing was assessed
         decider: FaceReport | None = report.decider
         lines.append(f"Rationale ({stance(decider.verdict if decider else report.verdict, report.rationale)}):")

@@ -14,13 +14,27 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from x2dfd import options
 from x2dfd.detect import load_quickly
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.model_spec import Dtype, ModelSpec
 from x2dfd.terminal import printable, shortened, wrapped
+
+
+class _Command(TyperCommand):
+    """Its help lists what it takes under the panels that options name: plain text, which a pipe or a log keeps."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            title = getattr(parameter, "rich_help_panel", None) or f"{parameter.param_type_name.title()}s"
+            if (line := parameter.get_help_record(ctx)) is not None:
+                panels.setdefault(title, []).append(line)
+        for title, lines in panels.items():
+            with formatter.section(title):
+                formatter.write_dl(lines)
 
 
 class _Group(TyperGroup):
@@ -105,19 +119,63 @@ def _root(
     """Explainable deepfake detection: a verdict, a probability, a rationale and the cues behind it."""
 
 
+# The options of `detect`, by the panels of its help.
 Paths = Annotated[
     list[Path] | None,
-    typer.Argument(metavar="[PATH...]", help="Pictures, videos, or folders of them; - is standard input."),
+    typer.Argument(
+        metavar="[PATH...]",
+        help="Pictures, videos, or folders of them; - is standard input.",
+        rich_help_panel="Input",
+    ),
 ]
 Manifest = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="CSV, TSV, JSONL or Parquet with a column `path`; not beside PATHs.")
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="CSV, TSV, JSONL or Parquet with a column `path`; not beside PATHs.",
+        rich_help_panel="Input",
+    ),
 ]
+Remote = Annotated[
+    str,
+    typer.Option(
+        metavar="A,B",
+        help="Stores in which rows of the manifest may lie (s3,gs), opened by fsspec.",
+        rich_help_panel="Input",
+    ),
+]
+Frames = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Frames of a video or an animation, spread evenly over it.",
+        rich_help_panel="Input",
+    ),
+]
+Isolate = Annotated[
+    bool,
+    typer.Option(
+        "--isolate",
+        help="Decode in a process of its own with bounded memory and CPU: a file that crashes or hangs a decoder "
+        "is a row.",
+        rich_help_panel="Input",
+    ),
+]
+Server = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL", help="Of an `x2dfd serve`, which gets the files and judges them.", rich_help_panel="Model"
+    ),
+]
+NoRationale = Annotated[bool, typer.Option("--no-rationale", help="Verdicts only; quicker.", rich_help_panel="Output")]
 ReportFile = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE.html",
         help="Also write the case report: one HTML page, a section per file, and beside it FILE.case.json, which "
         "`x2dfd verify` checks. Ending in .pdf, the page is printed as well.",
+        rich_help_panel="Output",
     ),
 ]
 Table = Annotated[
@@ -127,62 +185,60 @@ Table = Annotated[
         help="Also write a table (.parquet or .jsonl), a row per file. It resumes: a killed run leaves its rows in "
         "FILE.work, and files whose row is already there (same path, SHA-256, model, mode) are not judged again. "
         "Rows of other files stay. With --manifest, results then go to the table alone.",
+        rich_help_panel="Output",
     ),
+]
+BatchSize = Annotated[
+    int,
+    typer.Option(min=1, max=4096, metavar="N", help="Files judged at a time.", rich_help_panel="Scale"),
 ]
 Shard = Annotated[
     str | None,
-    typer.Option(metavar="I/N", help="Only the I-th of N parts, for N processes; the table is FILE.I-of-N.parquet."),
-]
-Remote = Annotated[
-    str, typer.Option(metavar="A,B", help="Stores in which rows of the manifest may lie (s3,gs), opened by fsspec.")
-]
-Isolate = Annotated[
-    bool,
     typer.Option(
-        "--isolate",
-        help="Decode in a process of its own with bounded memory and CPU: a file that crashes or hangs a decoder "
-        "is a row.",
+        metavar="I/N",
+        help="Only the I-th of N parts, for N processes; the table is FILE.I-of-N.parquet.",
+        rich_help_panel="Scale",
     ),
 ]
-Server = Annotated[
-    str | None, typer.Option(metavar="URL", help="Of an `x2dfd serve`, which gets the files and judges them.")
+Engine = Annotated[
+    Literal["local", "ray"],
+    typer.Option(
+        help="ray: actors of Ray Data, on the cluster of RAY_ADDRESS or on this machine.", rich_help_panel="Scale"
+    ),
 ]
+Actors = Annotated[int, typer.Option(min=1, metavar="N", help="With --engine ray: how many.", rich_help_panel="Scale")]
 
 
 @app.command(
+    cls=_Command,
     epilog=_examples(
         "x2dfd detect face.jpg --report face.html",
         "x2dfd detect --manifest photos.csv --out photos.parquet --no-rationale",
-    )
+    ),
 )
 def detect(
     context: typer.Context,
     paths: Paths = None,
     manifest: Manifest = None,
-    as_json: options.AsJson = False,
-    report: ReportFile = None,
-    out: Table = None,
-    shard: Shard = None,
+    remote: Remote = "",
+    frames: Frames = 32,
+    isolate: Isolate = False,
     model: options.Model = "embedded",
     mode: options.ModeOption = None,
-    no_rationale: Annotated[bool, typer.Option("--no-rationale", help="Verdicts only; quicker.")] = False,
-    frames: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Frames of a video or an animation, spread evenly over it.")
-    ] = 32,
-    batch_size: Annotated[int, typer.Option(min=1, max=4096, metavar="N", help="Files judged at a time.")] = 8,
-    threads: options.Threads = None,
+    server: Server = None,
     device: options.Device = None,
     dtype: options.DtypeOption = None,
     bits: options.BitsOption = None,
     device_map: options.DeviceMap = None,
-    remote: Remote = "",
-    engine: Annotated[
-        Literal["local", "ray"],
-        typer.Option(help="ray: actors of Ray Data, on the cluster of RAY_ADDRESS or on this machine."),
-    ] = "local",
-    actors: Annotated[int, typer.Option(min=1, metavar="N", help="With --engine ray: how many.")] = 1,
-    isolate: Isolate = False,
-    server: Server = None,
+    threads: options.Threads = None,
+    as_json: options.AsJson = False,
+    report: ReportFile = None,
+    out: Table = None,
+    no_rationale: NoRationale = False,
+    batch_size: BatchSize = 8,
+    shard: Shard = None,
+    engine: Engine = "local",
+    actors: Actors = 1,
 ) -> None:
     """Say of each picture or video whether its faces look forged, and why.
 
@@ -217,11 +273,12 @@ def detect(
 
 
 @app.command(
+    cls=_Command,
     epilog=_examples(
         "x2dfd verify face.case.json face.jpg",
         "x2dfd verify face.case.json face.jpg --json",
         "x2dfd verify face.case.json face.jpg --model x2dfd@http://localhost:8000/v1+DIR",
-    )
+    ),
 )
 def verify(
     record: Annotated[Path, typer.Argument(metavar="NAME.case.json", help="Case record of `detect --report`.")],
@@ -229,7 +286,10 @@ def verify(
     as_json: options.AsJson = False,
     model: options.Model = "embedded",
     device: options.Device = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the MLLM; by default what the record states.")] = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="Of the MLLM; by default what the record states.", rich_help_panel="Model"),
+    ] = None,
     bits: options.BitsOption = None,
     device_map: options.DeviceMap = None,
 ) -> None:
@@ -265,11 +325,12 @@ def verify(
 
 
 @app.command(
+    cls=_Command,
     epilog=_examples(
         "x2dfd serve",
         "curl -F file=@face.jpg http://127.0.0.1:8417/detect",
         "x2dfd detect face.jpg --server http://127.0.0.1:8417",
-    )
+    ),
 )
 def serve(
     model: options.Model = "embedded",
@@ -332,11 +393,12 @@ def fetch(
 
 
 @app.command(
+    cls=_Command,
     epilog=_examples(
         "x2dfd assess --data build/forged/manifest.jsonl --out build/mfa",
         "x2dfd assess --data photos.csv --out mfa --questions mine.json --limit 500 --split val",
         "x2dfd assess --data photos.csv --out mfa --model hub:llava-hf/llava-1.5-7b-hf",
-    )
+    ),
 )
 def assess(
     data: Annotated[Path, typer.Option(metavar="MANIFEST", help="Labelled pictures (CSV, JSONL, Parquet).")],
@@ -361,10 +423,11 @@ def assess(
 
 
 @app.command(
+    cls=_Command,
     epilog=_examples(
         "x2dfd calibrate --model build/adapter --data build/forged/manifest.jsonl",
         "x2dfd calibrate --model build/adapter --data photos.csv --data build/forged.csv --held-out build/held_out",
-    )
+    ),
 )
 def calibrate(
     model: Annotated[
@@ -419,15 +482,19 @@ def doctor(as_json: options.AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps([check.to_dict() for check in checks]))
         return
-    wrong, absent = (sum(check.ok is state for check in checks) for state in (False, None))
-    said = "What a verdict needs is in place." if not wrong else f"{wrong} to mend."
-    typer.echo(f"{said} {absent} optional parts are absent.\n" if absent else f"{said}\n")
+    wrong = sum(check.ok is False for check in checks)
+    typer.echo(f"{wrong} to mend.\n" if wrong else "What a verdict needs is in place.\n")
     width = max(len(check.name) for check in checks)
     for check in checks:
-        mark = {True: "ok", False: "MISSING", None: "absent"}[check.ok]
-        typer.echo(f"{mark:<8} {check.name:<{width}}  {printable(check.detail)}")
-        if check.mend is not None:
-            typer.echo(f"{'':<8} {'':<{width}}  to mend: {printable(check.mend)}")
+        if check.ok is not None:
+            typer.echo(f"{'ok' if check.ok else 'MISSING':<8} {check.name:<{width}}  {printable(check.detail)}")
+            if check.mend is not None:
+                typer.echo(f"{'':<8} {'':<{width}}  to mend: {printable(check.mend)}")
+    if absent := [check for check in checks if check.ok is None]:
+        typer.echo("\nOptional, and not here; a verdict of the embedded model needs none of it:")
+    for check in absent:
+        how = f"; to get it: {check.mend}" if check.mend else ""
+        typer.echo(f"{'absent':<8} {check.name:<{width}}  {printable(check.detail + how)}")
     typer.echo("licences, sources and hashes: x2dfd doctor --json", err=True)
 
 

@@ -123,9 +123,9 @@ class Run:
             found = find_media(self.paths, left_out=left_out)
             chosen = (str(p) if p in self.pipes else p for p in found if not _ours(p, self.written, self.out))
         # By name, not by position: a folder that grew between two starts must not move files from part to part.
-        return chosen if self.parts == 1 else (p for p in chosen if self._part_of(p) == self.part)
+        return chosen if self.parts == 1 else (p for p in chosen if self.part_of(p) == self.part)
 
-    def _part_of(self, place: Place) -> int:
+    def part_of(self, place: Place) -> int:
         """The shard of a file: by its name below the manifest, so that a folder may be mounted elsewhere."""
         name, below = str(place), self.manifest.absolute().parent if self.manifest is not None else None
         if below is not None and isinstance(place, Path) and place.is_relative_to(below):
@@ -135,8 +135,11 @@ class Run:
 
 def run(asked: Run) -> None:
     """Judge every file, print an answer for each, and write what was asked for. Raises X2DFDError."""
-    for missing, failure in asked.absent.items():  # before a model is loaded
-        typer.echo(f"{printable(str(missing))}: {failure.reason}", err=True)
+    for missing, failure in asked.absent.items():  # before a model is loaded; as text, it is not said again
+        if asked.as_json:
+            typer.echo(f"{printable(str(missing))}: {failure.reason}", err=True)
+        elif asked.part_of(missing) == asked.part:
+            typer.echo(block(failure))
     if asked.pdf:
         from x2dfd import html_report
 
@@ -159,8 +162,10 @@ def run(asked: Run) -> None:
     try:
         with progress(total) as show:
             for path, result, fresh in _judged(judging, asked.files(), rows, asked.frames, window):
+                failed = isinstance(result, Failure)
                 text = json.dumps(result.to_dict(), allow_nan=False) if asked.as_json else block(result)
-                show("" if silent else text, isinstance(result, Failure), fresh)
+                told = failed and not asked.as_json and path in asked.absent
+                show("" if silent or told else text, failed, fresh)
                 said["failed" if isinstance(result, Failure) else answer.status(result.verdict)] += 1
                 if asked.report is not None:
                     kept.append((path, result))
@@ -178,7 +183,7 @@ def run(asked: Run) -> None:
     if said.total() > 1:
         typer.echo(f"{said.total():,} files: {answer.counted(said.elements())}", err=True)
     if said["fake"] + said["real"] + said["inconclusive"]:
-        typer.echo(answer.NOT_PROOF, err=True)
+        typer.echo(answer.NOT_PROOF, err=silent)
 
 
 def _opened(asked: Run) -> tuple[Many, int, Rows | None]:

@@ -16,6 +16,14 @@ from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.files import Json, file_sha256, read_json
 
 LIBRARIES = ("torch", "transformers", "peft", "ai-edge-litert", "numpy", "pillow", "av")
+EXTRAS = {  # of pyproject.toml: a package of each, and what one lacks without it
+    "heic": ("pillow-heif", "photos in HEIC, as iPhones take them, are refused"),
+    "c2pa": ("c2pa-python", "the Content Credentials (C2PA) of files are not checked"),
+    "serve": ("openai", "models behind an endpoint cannot be asked"),
+    "serve-http": ("fastapi", "`x2dfd serve` does not start"),
+    "app": ("gradio", "the chat demo does not start"),
+    "ray": ("ray", "`x2dfd detect --engine ray` does not start"),
+}
 FACE_MODELS = {  # SHA-256 of the files that mediapipe 0.10.21 carries
     "face_detection_full_range_sparse.tflite": "2c3728e6da56f21e21a320433396fb06d40d9088f2247c05e5635a688d45dfe1",
     "face_landmark.tflite": "1055cb9d4a9ca8b8c688902a3a5194311138ba256bcc94e336d8373a5f30c814",
@@ -30,8 +38,8 @@ class Check:
 
     name: str
     ok: bool | None  # None: neither needed nor wrong
-    detail: str
-    mend: str | None = None  # the command that mends it
+    detail: str  # of what is absent: what one lacks without it
+    mend: str | None = None  # the command that mends it, or how to get it
     facts: Json = field(default_factory=dict)  # of an artefact: licence, size, SHA-256, source
 
     def to_dict(self) -> Json:
@@ -46,7 +54,7 @@ def diagnose() -> list[Check]:
     looks: tuple[tuple[str, Callable[[], Iterator[Check]]], ...] = (
         ("python", _python),
         ("libraries", _libraries),
-        ("heic", _heic),
+        ("extras", _extras),
         ("torch", _torch),
         ("torchvision", _torchvision),
         ("model families", _families),
@@ -78,7 +86,7 @@ def _libraries() -> Iterator[Check]:
     try:
         declared = [Requirement(line) for line in importlib.metadata.requires("x2dfd") or ()]
     except importlib.metadata.PackageNotFoundError:
-        yield Check("x2dfd", None, "run from its source folder, not installed", "pip install -e .")
+        yield Check("x2dfd", None, "run from its source folder: no command `x2dfd` on the path", "pip install -e .")
         declared = []
     else:
         yield Check("x2dfd", True, importlib.metadata.version("x2dfd"))
@@ -95,13 +103,12 @@ def _libraries() -> Iterator[Check]:
         yield Check(name, fits, detail, None if fits else f'pip install "{needs}"')
 
 
-def _heic() -> Iterator[Check]:
-    from x2dfd.stills import HEIC_MEND
-
-    if importlib.util.find_spec("pillow_heif") is None:
-        yield Check("heic", None, "pillow-heif is not installed: photos in HEIC are refused", HEIC_MEND)
-    else:
-        yield Check("heic", True, f"pillow-heif {importlib.metadata.version('pillow-heif')}")
+def _extras() -> Iterator[Check]:
+    for extra, (package, lacks) in EXTRAS.items():
+        try:
+            yield Check(extra, True, f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            yield Check(extra, None, lacks, f"pip install 'x2dfd[{extra}]'")
 
 
 def _torch() -> Iterator[Check]:
@@ -112,13 +119,13 @@ def _torch() -> Iterator[Check]:
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         yield Check("gpu", True, f"{torch.cuda.get_device_name(0)}, {memory:.0f} GiB")
     else:
-        yield Check("gpu", None, "none that torch can use; the embedded model runs on the CPU")
+        lacks = "larger models and trainings run on the CPU, where they are slow or do not fit"
+        yield Check("gpu", None, lacks, "an NVIDIA GPU, and a build of torch for it")
 
 
 def _torchvision() -> Iterator[Check]:
     if importlib.util.find_spec("torchvision") is None:
-        yield Check("torchvision", True, "absent; few families need it")
-        return
+        return  # `_families` says which models lack it
     try:
         importlib.import_module("torchvision")
     except Exception as error:  # a build for another torch fails in several ways
@@ -139,8 +146,10 @@ def _families() -> Iterator[Check]:
         except SetupError as error:
             absent[name] = ", ".join(family.needs) or str(error)
     ready = ", ".join(name for name in FAMILIES if name not in absent)
-    detail = ready + "".join(f"; {name} lacks {what}" for name, what in absent.items())
-    yield Check("model families", not absent or None, detail, "pip install 'x2dfd[hub]'" if absent else None)
+    yield Check("model families", True, f"{ready or 'none'} can be loaded from the hub")
+    if absent:
+        lacks = ", ".join(f"{name} (without {what})" for name, what in absent.items())
+        yield Check("more families", None, f"cannot be loaded: {lacks}", "pip install 'x2dfd[hub]'")
 
 
 def _face_models() -> Iterator[Check]:
@@ -206,7 +215,9 @@ def _experts() -> Iterator[Check]:
         facts = {key: value for key, value in facts.items() if value}
         # The models that come with this package need the default experts; others are a user's own business.
         here = True if missing is None else False if name in DEFAULT else None
-        yield Check(f"expert {name}", here, "ready" if here else "weights are not here", missing, facts)
+        lacks = "its weights are not here" if here is False else "its score, for calibrations of your own, is not given"
+        how = missing and missing.removeprefix(f"weights of expert {name!r} are not here: ")
+        yield Check(f"expert {name}", here, "ready" if here else lacks, how, facts)
 
 
 def _cache() -> Iterator[Check]:

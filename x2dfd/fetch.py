@@ -6,6 +6,8 @@ packages of the Python package index carry them (quantised); nothing is download
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -220,9 +222,13 @@ def _assemble(clip_onnx: Path, llm_gguf: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(llm_gguf.parent, gguf_file=llm_gguf.name)
-    llm = AutoModelForCausalLM.from_pretrained(llm_gguf.parent, gguf_file=llm_gguf.name, dtype=torch.float32)
-    tower = _clip_from_onnx(clip_onnx)
+    from x2dfd.loading import quietly
+
+    # The reader of GGUF has a bar of its own, which no setting of transformers turns off.
+    with quietly(), contextlib.redirect_stderr(io.StringIO()):
+        tokenizer = AutoTokenizer.from_pretrained(llm_gguf.parent, gguf_file=llm_gguf.name)
+        llm = AutoModelForCausalLM.from_pretrained(llm_gguf.parent, gguf_file=llm_gguf.name, dtype=torch.float32)
+        tower = _clip_from_onnx(clip_onnx)
     origin = {"clip": f"{_CLIP.package} {_CLIP.version}", "language_model": f"{_SMOLLM2.package} {_SMOLLM2.version}"}
     _save_base(tower, llm, tokenizer, origin, out)
 

@@ -114,7 +114,7 @@ def _nothing_at(face: FaceReport, areas: list[str]) -> str:
 
 def _why(report: Report, face: FaceReport) -> str:
     if face.verdict.p_fake is None:
-        return reason(face.verdict) or ""
+        return reason(face.verdict, report.model) or ""
     leading = max(
         (e for e in face.evidence if e.score is not None and e.expert not in report.uncounted),
         key=lambda e: abs((e.score or 0.0) - 0.5),
@@ -122,6 +122,7 @@ def _why(report: Report, face: FaceReport) -> str:
     )
     parts = [face.rationale or f"{in_words(face.verdict)}: the report holds no explanation."]
     if face.verdict.label == "inconclusive":
+        parts.insert(0, reason(face.verdict, report.model) or "")
         parts.append(f"This text {stance(face.verdict, face.rationale)}.")
     if leading is not None:
         parts.append(f"The clearest of the experts that count is {leading.expert}, with {percent(leading.score)}.")
@@ -147,14 +148,14 @@ def how_sure(report: Report, face: FaceReport) -> str:
     """The report's own numbers in plain words."""
     verdict, band = face.verdict, report.model.get("band")
     if verdict.p_fake is None:
-        return f"There is no estimate. {reason(verdict)}"
+        return f"There is no estimate. {reason(verdict, report.model)}"
     calibrated = "calibrated" if report.model.get("mode") != "paper" else "uncalibrated"
     said = [f"The {calibrated} estimate that this face is forged is {percent(verdict.p_fake)}."]
-    if band:
+    if (why := reason(verdict, report.model)) is not None:
+        said = [why]
+    elif band:
         low, high = percent(band[0]), percent(band[1])
         said.append(f"Below {low} the answer is real, from {high} on it is fake; in between no answer is given.")
-    if (why := reason(verdict)) is not None:
-        said.append(why)
     if face.p_fake_mllm is not None:
         said.append(f"The language model alone says {percent(face.p_fake_mllm)}.")
     said.append("It holds for pictures like those the models were tested on, and is not proof.")
@@ -209,7 +210,7 @@ def _publish(report: Report, face: FaceReport | None) -> str:
 
 
 def _verdict(report: Report, face: FaceReport) -> str:
-    return f"{in_words(face.verdict)}. {meaning(face.verdict)}"
+    return f"{in_words(face.verdict)}. {meaning(face.verdict, report.model)}"
 
 
 def _fixed(text: str) -> Callable[[Report, FaceReport], str]:

@@ -175,7 +175,8 @@ def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) 
         "p": percent(verdict.p_fake) if verdict.p_fake is not None else "",
         "of_kind": answer.KINDS_SAID.get(verdict.kind or "") if verdict.label == "fake" else None,
         "decider": _face(decider, True, report, blind_spots) if decider else None,
-        "meaning": answer.meaning(verdict, len(report.faces)),
+        "meaning": answer.meaning(verdict, model, len(report.faces)),
+        "remarks": answer.remarks(report),
         "calibrated": calibrated,
         "scale": _scale(verdict.p_fake, band, model.get("threshold")),
         "figures": list(_figures(report, picture)),
@@ -183,7 +184,7 @@ def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) 
         "briefly": [
             (
                 _moment(face),
-                face.index + 1,
+                answer.number(face, report),
                 answer.status(face.verdict),
                 answer.word(face.verdict),
                 percent(face.verdict.p_fake),
@@ -234,16 +235,16 @@ def _scale(p: float | None, band: Sequence[float] | None, threshold: float | Non
 
 
 def _face(face: FaceReport, decides: bool, report: Report, blind_spots: Mapping[str, str]) -> Json:
-    prefix = _prefix(face, report.faces)
+    prefix = _prefix(face, report)
     letters = {area: prefix + letter for area, letter, _ in marked_areas(face)}
     return {
-        "number": face.index + 1,
+        "number": answer.number(face, report),
         "alone": len(report.faces) == 1,
         "decides": decides,
         "kind": answer.status(face.verdict),
         "word": answer.word(face.verdict),
         "p": percent(face.verdict.p_fake),
-        "reason": answer.reason(face.verdict),
+        "reason": answer.reason(face.verdict, report.model),
         "at": None if face.frame is None else _moment(face),
         # Why nothing was assessed is said already; a number and its sign stay on one line.
         "rationale": "" if face.verdict.p_fake is None else face.rationale.replace(" %", "\N{NO-BREAK SPACE}%"),
@@ -270,15 +271,28 @@ def _moment(face: FaceReport) -> str:
     return f"frame {face.frame}" + ("" if face.time_s is None else f", {face.time_s:.1f} s")
 
 
-def _prefix(face: FaceReport, faces: Sequence[FaceReport]) -> str:
+def _prefix(face: FaceReport, report: Report) -> str:
     """Keeps the letters of several faces in one picture apart: face 2's area A is `2A`."""
-    return f"{face.index + 1}" if sum(other.frame == face.frame for other in faces) > 1 else ""
+    several = sum(other.frame == face.frame for other in report.faces) > 1
+    return str(answer.number(face, report)) if several else ""
 
 
 def marked_areas(face: FaceReport) -> list[tuple[str, str, str]]:
     """(area, letter, colour) of the cues that can be drawn, in the order of the cues."""
     named = dict.fromkeys(cue.area for cue in face.cues if face.areas.get(cue.area))
     return [(area, chr(ord("A") + i), COLOURS[i % len(COLOURS)]) for i, area in enumerate(named)]
+
+
+def letter_places(face: FaceReport, size: float) -> dict[str, list[tuple[float, float]]]:
+    """By marked area the place of each polygon's letter: its centre, or below letters of that size that stand there."""
+    places: dict[str, list[tuple[float, float]]] = {}
+    for area, *_ in marked_areas(face):
+        for polygon in face.areas[area]:
+            x, y = (float(v) for v in np.mean(polygon, axis=0))
+            while any(abs(x - a) < size and abs(y - b) < size for of in places.values() for a, b in of):
+                y += size
+            places.setdefault(area, []).append((x, y))
+    return places
 
 
 def _figures(report: Report, picture: Pictures) -> Iterator[Json]:
@@ -300,16 +314,15 @@ def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], 
     shapes, boxes, maps = [], [], []
     for face in faces:
         maps += overlays(face)
+        places = letter_places(face, text)
         for area, letter, colour in marked_areas(face):
-            key = _prefix(face, faces) + letter
-            legend[key] = (colour, area if len(faces) == 1 else f"face {face.index + 1}: {area}")
-            for polygon in face.areas[area]:
-                xs, ys = [float(p[0]) for p in polygon], [float(p[1]) for p in polygon]
-                points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys, strict=True))
-                centre = (sum(xs) / len(xs), sum(ys) / len(ys)) if polygon else (0.0, 0.0)
-                shapes.append({"points": points, "colour": colour, "key": key, "x": centre[0], "y": centre[1]})
+            key = _prefix(face, report) + letter
+            legend[key] = (colour, area if len(faces) == 1 else f"face {answer.number(face, report)}: {area}")
+            for polygon, (x, y) in zip(face.areas[area], places[area], strict=True):
+                points = " ".join(f"{float(a):.1f},{float(b):.1f}" for a, b in polygon)
+                shapes.append({"points": points, "colour": colour, "key": key, "x": x, "y": y})
         x, y, w, h = (float(v) for v in face.box)
-        label = f"{face.index + 1}  {answer.word(face.verdict)}"
+        label = f"{answer.number(face, report)}  {answer.word(face.verdict)}"
         if face.verdict.p_fake is not None:
             label += f" {percent(face.verdict.p_fake)}"
         chip = 0.62 * text * len(label)  # a generous width: the reader's font is not known here
@@ -319,7 +332,7 @@ def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], 
              "chip_y": y - 1.5 * text if y > 1.5 * text else min(y + h, height - 1.5 * text)}
         )  # fmt: skip
     spoken = "; ".join(
-        f"face {f.index + 1}: {answer.word(f.verdict).lower()}, {percent(f.verdict.p_fake)}" for f in faces
+        f"face {answer.number(f, report)}: {answer.word(f.verdict).lower()}, {percent(f.verdict.p_fake)}" for f in faces
     )
     return {
         "uri": jpeg_uri(pixels),

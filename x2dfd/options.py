@@ -13,35 +13,47 @@ MODEL_HELP = (
     "An endpoint gets the face crops; its key is read from OPENAI_API_KEY; ?requests-per-minute=N after its address "
     "spreads what is asked of it."
 )
-Model = Annotated[str, typer.Option("--model", metavar="SPEC", help=MODEL_HELP)]
+Model = Annotated[str, typer.Option("--model", metavar="SPEC", help=MODEL_HELP, rich_help_panel="Model")]
 ModeOption = Annotated[
     Mode | None,
     typer.Option(
         "--mode",
         help="calibrated (the default where the model has a calibration): MLLM and experts together; paper: the MLLM's "
         "own P(fake), not calibrated.",
+        rich_help_panel="Model",
     ),
 ]
 Device = Annotated[
     str | None,
-    typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; by default CUDA, where there is one."),
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="cpu, cuda, cuda:1 ...; by default CUDA, where there is one.",
+        rich_help_panel="Model",
+    ),
 ]
 DtypeOption = Annotated[
     Dtype | None,
     typer.Option(
         "--dtype",
         help="Of the MLLM; by default bf16 on CUDA, fp32 on a CPU (of the embedded model bf16, where that is quick).",
+        rich_help_panel="Model",
     ),
 ]
 BitsOption = Annotated[
-    Literal["4", "8"] | None, typer.Option("--bits", help="Read a large MLLM's weights in so many bits (bitsandbytes).")
+    Literal["4", "8"] | None,
+    typer.Option("--bits", help="Read a large MLLM's weights in so many bits (bitsandbytes).", rich_help_panel="Model"),
 ]
 DeviceMap = Annotated[
-    str | None, typer.Option("--device-map", metavar="auto", help="Spread a large MLLM over all GPUs.")
+    str | None,
+    typer.Option("--device-map", metavar="auto", help="Spread a large MLLM over all GPUs.", rich_help_panel="Model"),
 ]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, max=1024, metavar="N", help="CPU threads.")]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, max=1024, metavar="N", help="CPU threads.", rich_help_panel="Model"),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Of everything that is drawn.")]
-AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout.", rich_help_panel="Output")]
 
 
 def names(text: str | None) -> tuple[str, ...]:

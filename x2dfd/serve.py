@@ -62,6 +62,14 @@ def application(detector: "Detector", hosts: Collection[str] | None = HERE) -> F
             return _refused(403, "foreign_host", "this server answers under its own address alone")
         return await go_on(request)
 
+    def root() -> Json:
+        """What can be asked here."""
+        return {
+            "POST /detect": "judges a picture or a video: curl -F file=@face.jpg ADDRESS/detect",
+            "GET /model": "what answers here",
+            "GET /openapi.json": "describes it all",
+        }
+
     def model() -> Json:
         """What answers here."""
         return detector.info.to_dict()
@@ -96,6 +104,7 @@ def application(detector: "Detector", hosts: Collection[str] | None = HERE) -> F
     app = FastAPI(title="x2dfd", docs_url=None, redoc_url=None)  # those pages load scripts from elsewhere
     app.middleware("http")(ours)
     app.exception_handler(RequestValidationError)(_bad_request)
+    app.add_api_route("/", root, include_in_schema=False)
     app.add_api_route("/model", model)
     app.add_api_route("/detect", detect, methods=["POST"], openapi_extra={"requestBody": FILE}, responses=FAILED)
     return app

@@ -57,6 +57,8 @@ SOURCE_TYPES = {
     "virtualRecording": (SOURCE, "a recording of a virtual event"),
 }
 """IPTC digital source types: kind of statement, and what the type says."""
+_SOURCE_TYPE = "digital source type"
+_CAMERA = ("computationalCapture", "digitalCapture", "negativeFilm", "positiveFilm")
 _TYPES = {name.lower(): (name, *rest) for name, rest in SOURCE_TYPES.items()}
 
 _MAX_TEXT = 1_000_000  # bytes of one piece of text, unpacked
@@ -101,11 +103,17 @@ def of_generator(provenance: Json) -> list[dict[str, str]]:
     return [s for s in provenance.get("statements") or () if s.get("kind") == GENERATED]
 
 
+def of_camera(provenance: Json) -> list[dict[str, str]]:
+    """The statements that a camera took the file; not those about what it was made of."""
+    own = (s for s in provenance.get("statements") or () if "ingredient" not in str(s.get("where")))
+    return [s for s in own if str(s.get("says")).startswith(tuple(f"{_SOURCE_TYPE} {name}:" for name in _CAMERA))]
+
+
 def source_type(value: str) -> tuple[str, str]:
     """Kind of statement, and what an IPTC digital source type says; it is given by its address or its name."""
     name = re.split(r"[/:#]", value.strip().rstrip("/"))[-1]
     known, kind, meaning = _TYPES.get(name.lower(), (plain(name), SOURCE, "not among the types that are known here"))
-    return kind, f"digital source type {known}: {meaning}"
+    return kind, f"{_SOURCE_TYPE} {known}: {meaning}"
 
 
 def plain(text: str) -> str:

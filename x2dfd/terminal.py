@@ -30,22 +30,21 @@ def block(result: Report | Failure) -> str:
         return f"{_word(answer.WORDS['failed'], None)}  {result.code}  {name}\n" + wrapped(result.reason) + "\n"
     verdict = result.verdict
     number = f"{answer.percent(verdict.p_fake)} chance of a fake  " if verdict.p_fake is not None else ""
-    band = result.model.get("band")
     if number and result.model.get("mode") == "paper":
         number = f"{number.rstrip()} (not calibrated)  "
-    elif number and band and verdict.label == "inconclusive":
-        low, high = (answer.percent(edge) for edge in band)
-        number = f"{number.rstrip()} (no answer from {low} to {high})  "
     decider = result.decider
     which = _which(decider, result) if decider else f"{len(result.faces)} faces"
     said = of_generator(result.provenance)
     lines = [name, wrapped(f"{LEAD} {CAVEAT}"), *map(_stated, said)] if said else []
     lines.append(f"{_word(answer.word(verdict), verdict.label)}  {number}{which}  {name}")
-    lines.append(wrapped(answer.meaning(verdict, len(result.faces))))
+    meant = answer.meaning(verdict, result.model, len(result.faces))
+    lines.append(wrapped(meant if verdict.label != "inconclusive" else f"why: {meant}"))
+    lines += map(wrapped, answer.remarks(result))
     if result.rationale and verdict.p_fake is not None:  # else it says again why nothing was assessed
-        lines.append(wrapped(f"why: {result.rationale}"))
         if verdict.label == "inconclusive":
-            lines.append(wrapped(f"the text {answer.stance(verdict, result.rationale)}"))
+            lines.append(wrapped(f"{result.rationale} This text {answer.stance(verdict, result.rationale)}."))
+        else:
+            lines.append(wrapped(f"why: {result.rationale}"))
     if result.cues:
         lines.append(wrapped("cues: " + ", ".join(f"{cue.area} · {cue.artifact}" for cue in result.cues)))
     if decider is not None:
@@ -65,9 +64,9 @@ def _stated(statement: dict[str, str]) -> str:
 
 def _which(face: FaceReport, report: Report) -> str:
     """ "face 1/2"; of a clip with the time: "face 1/2 at 1.4 s"."""
-    beside = [other.index for other in report.faces if other.frame == face.frame]
+    beside = sum(other.frame == face.frame for other in report.faces)
     when = "" if face.time_s is None else f" at {face.time_s:.1f} s"
-    return f"face {beside.index(face.index) + 1}/{len(beside)}{when}"
+    return f"face {answer.number(face, report)}/{beside}{when}"
 
 
 def _word(word: str, label: str | None) -> str:

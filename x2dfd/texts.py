@@ -3,7 +3,7 @@
 In the calibrated mode no text names a sign of forgery on a photo that is not called fake, none names a single area of
 a face that is called generated as a whole, and none goes against the verdict or its kind. Sentences that name no sign,
 or the experts (`x2dfd.prompts.expert_sentence`), are left out, too. What is missing then is written here, from the
-report.
+report: also further signs that the experts point at, up to three in all.
 """
 
 from __future__ import annotations
@@ -61,7 +61,13 @@ def readable(text: str, verdict: Verdict, evidence: Sequence[Evidence], uncounte
         return f"{looked_at(evidence, uncounted)} None were found."
     sentences = re.findall(r"\S[^.!?\n]*(?:[.!?]+|$)", mended(prompts.closed(text, verdict.label, ())))
     seen = [_unlabelled(s) for s in sentences if read_cues(s) and not against(s, verdict)]
-    return " ".join([f"{_start(verdict)}.", *seen]) if seen else called_fake(verdict, evidence, uncounted)
+    if not seen:
+        return called_fake(verdict, evidence, uncounted)
+    text = " ".join([f"{_start(verdict)}.", *seen])
+    named = [(c.area, c.artifact) for c in read_cues(text)]
+    more = [c for c in pointed_at(verdict, evidence, uncounted) if (c.area, c.artifact) not in named]
+    more = more[: max(MAX_NAMED - len(named), 0)]
+    return f"{text} {_sentence(more)}" if more else text
 
 
 def _unlabelled(sentence: str) -> str:
@@ -91,13 +97,24 @@ def _local(cues: Sequence[Cue], verdict: Verdict) -> bool:
     return verdict.kind == "whole" and any(c.area != "whole-image" for c in cues)
 
 
-def called_fake(verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozenset[str] = frozenset()) -> str:
-    """Why a face is called fake, from what the experts with a weight point at."""
+def pointed_at(verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozenset[str]) -> list[Cue]:
+    """The cues that a text may name of a face that is called fake: those that experts with a weight point at."""
     counted = [c for e in evidence if e.expert not in uncounted for c in e.cues if not _local([c], verdict)]
     cues = {(c.area, c.artifact): c for c in counted if c.score is None or c.score >= CUE_FROM}
-    named = ". ".join(cue_clause(c).capitalize() for c in list(cues.values())[:MAX_NAMED])
-    if named:
-        return f"{_start(verdict)}. {named}."
+    return list(cues.values())
+
+
+def _sentence(cues: Sequence[Cue]) -> str:
+    """Cues in one sentence, from which `read_cues` reads them back."""
+    *first, last = map(cue_clause, cues)
+    said = f"{', '.join(first)}, and {last}" if first else last
+    return f"{said[0].upper()}{said[1:]}."
+
+
+def called_fake(verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozenset[str] = frozenset()) -> str:
+    """Why a face is called fake, from what the experts with a weight point at."""
+    if cues := pointed_at(verdict, evidence, uncounted)[:MAX_NAMED]:
+        return f"{_start(verdict)}. {_sentence(cues)}"
     if verdict.kind == "whole":
         return f"{_start(verdict)}. Such traces lie all over a face and are seldom seen by eye, so no area is named."
     return f"{_start(verdict)}, although no single area stands out."
@@ -107,9 +124,7 @@ def undecided(verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozens
     """What was looked at, and that nothing decided; no sign is named."""
     if verdict.reason == "not_a_photograph":
         return "This looks like a drawing, a painting or a render and no photo, so it was not judged."
-    estimate = f"The estimate, {percent(verdict.p_fake)}, is neither low nor high enough for an answer."
-    estimate += " The original file, larger and less compressed, may give one."
-    found = f"{looked_at(evidence, uncounted)} {estimate}"
+    found = f"{looked_at(evidence, uncounted)} What was found is not clear enough for an answer."
     if (apart := disagreement(evidence, uncounted)) is None:
         return found
     low, high = apart

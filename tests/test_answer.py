@@ -1,0 +1,120 @@
+"""The words of an answer: the same in the terminal, on the page, in the app and in Python, and true of the report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from app import pieces
+from tests.test_html_report import Page, face, page, report
+from x2dfd.answer import clip, decided_by, meaning, number, reason, reconciled
+from x2dfd.statements import read_statements, source_type
+from x2dfd.terminal import block
+from x2dfd.types import Report, Verdict
+
+FAKE, REAL, OPEN = Verdict("fake", 0.93, None, "part"), Verdict("real", 0.04), Verdict("inconclusive", 0.6, "in_band")
+MODEL: dict[str, Any] = {"mode": "calibrated", "band": [0.21, 0.85], "weights": {"tower": 0.8, "blend": 0.0}}
+
+
+def told(one: Report) -> list[str]:
+    """What a person reads of a report in the terminal, on the page, in the app and in Python."""
+    shown = (block(one), page(one).text, Page(pieces.card(one)).text, str(one))
+    return [" ".join(text.split()) for text in shown]
+
+
+def clip_of(*verdicts: Verdict | None) -> Report:
+    """A clip with a frame a second, each with a face of that verdict; with None, without a face."""
+    faces = [face(verdict=v, frame=24 * i, time_s=float(i)) for i, v in enumerate(verdicts) if v]
+    media = report().media | {"kind": "video", "frames": [24 * i for i in range(len(verdicts))]}
+    own = tuple(replace(one, index=k) for k, one in enumerate(faces))
+    return report(faces=own, media=media, verdict=own[0].verdict, model=MODEL)
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "said"),
+    [
+        ((REAL, FAKE, OPEN, FAKE, None), "5 frames looked at (1 without a face), 2 look fake, from 1.0 s to 3.0 s."),
+        ((REAL, REAL, FAKE), "3 frames looked at, 1 looks fake, at 2.0 s."),
+        ((REAL, OPEN), "2 frames looked at, none looks fake."),
+        ((REAL,), "1 frame looked at, none looks fake."),
+    ],
+)
+def test_a_clip_says_how_many_frames_look_fake_and_when(verdicts: tuple[Verdict | None, ...], said: str) -> None:
+    """Bug prevented: one number for half a minute, and nobody knows where in it to look."""
+    assert all(said in text for text in told(clip_of(*verdicts)))
+    assert clip(report()) is None
+
+
+def test_a_frame_counts_by_its_worst_face_and_that_face_has_one_number() -> None:
+    """Bug prevented: a face that is "face 2/2" in the terminal and "Face 4" on the page; a frame counted twice."""
+    one = clip_of(REAL, REAL, FAKE)
+    real, *others = one.faces
+    two = [replace(real, index=i, frame=24 * (i // 2), time_s=i // 2 * 1.0) for i in range(2)]
+    faces = (*two, *(replace(f, index=i) for i, f in enumerate(others, 2)), replace(others[-1], index=4))
+    worst = replace(others[-1], index=5, verdict=Verdict("fake", 0.99, None, "part"))
+    one = replace(one, faces=(*faces, worst))
+    assert clip(one) == "3 frames looked at, 1 looks fake, at 2.0 s."
+    assert one.decider is worst and number(worst, one) == 3
+    assert "face 3/3 at 2.0 s" in block(one)
+    shown = page(one).text
+    assert "Why: face 3, frame 48, 2.0 s" in shown and "Face 3, frame 48, 2.0 s" in shown and "Face 6" not in shown
+    assert pieces.named(worst, one) == "At 2.0 s, face 3"
+
+
+def xmp(name: str) -> dict[str, str]:
+    kind, says = source_type(name)
+    return {"kind": kind, "says": says, "where": "XMP DigitalSourceType, byte 9"}
+
+
+@pytest.mark.parametrize(
+    ("name", "verdict", "said"),
+    [
+        ("trainedAlgorithmicMedia", REAL, "a generator made it, and the faces alone look real"),
+        ("compositeWithTrainedAlgorithmicMedia", REAL, "a generator edited it, and the faces alone look real"),
+        ("digitalCapture", FAKE, "a camera took it, and the faces alone look fake"),
+        ("trainedAlgorithmicMedia", FAKE, None),
+        ("trainedAlgorithmicMedia", OPEN, None),
+        ("digitalCapture", REAL, None),
+        ("print", FAKE, None),
+    ],
+)
+def test_a_statement_that_opposes_the_answer_is_reconciled(name: str, verdict: Verdict, said: str | None) -> None:
+    """Bug prevented: "made with an AI generator" above "Likely real", and the reader picks one of them."""
+    one = report(verdict=verdict, faces=(face(verdict=verdict),), provenance={"statements": [xmp(name)]}, model=MODEL)
+    line = reconciled(one)
+    if said is None:
+        assert line is None
+    else:
+        assert line is not None and said in line and "the statement was added" in line
+        assert all(line in text for text in told(one))
+    assert one.verdict == verdict and f"{verdict.p_fake:.0%}".replace("%", " %") in block(one)
+
+
+def test_a_camera_that_took_an_ingredient_did_not_take_the_file() -> None:
+    """Bug prevented: an edited photo whose Content Credentials list the camera's original, called a contradiction."""
+    stated = xmp("digitalCapture") | {"where": 'Content Credentials, ingredient "a.jpg", c2pa.actions, action 1'}
+    assert reconciled(report(verdict=FAKE, provenance={"statements": [stated]})) is None
+    assert read_statements(b"", "JPEG") == [] and reconciled(report(verdict=FAKE)) is None
+
+
+def test_who_decides_is_named() -> None:
+    """Bug prevented: "to the models" where a single expert has a weight."""
+    assert decided_by(MODEL) == "the tower expert" and decided_by({}) == "the models"
+    assert decided_by({"mode": "calibrated", "weights": {"mllm": 0.2, "tower": 1}}) == (
+        "the language model and the tower expert"
+    )
+    assert decided_by({"mode": "paper", "weights": None}) == "the language model"
+    assert meaning(FAKE, MODEL).startswith("To the tower expert, ")
+    assert meaning(REAL, MODEL).startswith("The tower expert found no sign")
+
+
+def test_no_answer_says_where_the_score_lies_and_what_would_help() -> None:
+    """Bug prevented: "no answer", and not a word of how near it was or what to bring."""
+    why = reason(OPEN, MODEL) or ""
+    assert all(fact in why for fact in ("60 %", "21 %", "85 %", "towards fake", "larger or less compressed original"))
+    assert "towards real" in (reason(Verdict("inconclusive", 0.3, "in_band"), MODEL) or "")
+    one = report(verdict=OPEN, faces=(face(verdict=OPEN),), model=MODEL)
+    assert all(why in text for text in told(one)) and f"why: {why}" in " ".join(block(one).split())
+    assert reason(FAKE, MODEL) is None
