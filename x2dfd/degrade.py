@@ -32,7 +32,7 @@ def tone(pixels: Array, amount: float, rng: Rng) -> Array:
     gain = 1 + rng.uniform(-0.22, 0.22, 3) * amount
     x = (x - 128) * (1 + rng.uniform(-0.3, 0.3) * amount) + 128 + rng.uniform(-30, 30) * amount
     x = x * gain
-    grey = x.mean(-1, keepdims=True)
+    grey = (x[..., :1] + x[..., 1:2] + x[..., 2:]) / 3  # of three values, mean() takes four times as long
     return np.asarray(np.clip(grey + (x - grey) * (1 + rng.uniform(-0.5, 0.5) * amount), 0, 255), np.float32)
 
 
