@@ -373,7 +373,7 @@ def area_polygons(landmarks: NDArray[np.float32]) -> dict[str, list[Array]]:
 
 def area_mask(landmarks: NDArray[np.float32], area: str, shape: Sequence[int]) -> NDArray[np.uint8]:
     """Mask [H, W] of 0/255 for one area. `background` is what the face, hair, ears and neck leave over."""
-    return area_masks(landmarks, (area,), shape)[0]
+    return np.asarray(area_masks(landmarks, (area,), shape)[0])
 
 
 def area_masks(landmarks: NDArray[np.float32], areas: Sequence[str], shape: Sequence[int]) -> NDArray[np.uint8]:
