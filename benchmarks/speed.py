@@ -51,6 +51,7 @@ SAID = (
 )
 """What experts say of the faces whose verdicts are timed."""
 FACES = 4  # of the verdicts against the published recipe
+VIEWS = 400  # augmented views: a few in a hundred take twenty times as long as most
 FOLLOW_UP = "What about the eyes?"
 SAME = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}  # by how much answers of two ways may differ
 
@@ -315,6 +316,25 @@ def forged_pictures() -> list[Any]:
         return [ImageEnhance.Brightness(opened).enhance(0.98 + 0.002 * k) for k in range(max(BATCHES))]
 
 
+def augmented_views() -> Cases:
+    """The views that the tower's training makes, of one photo and its forged twin; the same ones every time."""
+    from data_gen.demo import make_pair
+    from external_detectors.train.tower import Pictures
+    from x2dfd.crops import load_crops
+
+    with tempfile.TemporaryDirectory() as folder:
+        real, fake = make_pair(Path(folder))
+        manifest = Path(folder, "pair.csv")
+        manifest.write_text(f"path,label,df_class\n{real},real,\n{fake},fake,FS\n")
+        pictures = Pictures([load_crops(manifest)], (), seed=0)
+
+    def make() -> None:
+        for _ in itertools.islice(pictures, VIEWS):
+            pass
+
+    return {"on one core": Case(make, per=VIEWS)}
+
+
 def of_detector(detector: Any, threads: int, tower_alone: bool) -> list[Listed]:
     """What needs the whole pipeline; with `tower_alone`, no more of it than the precision of the tower moves."""
     from PIL import Image, ImageEnhance
@@ -389,6 +409,7 @@ def of_detector(detector: Any, threads: int, tower_alone: bool) -> list[Listed]:
             (f"expert {name}, a face", {f"{n} at a time": expert(load_expert(name), n) for n in AT_ONCE}, None)
             for name in BUILTIN
         ),
+        ("an augmented view for the tower's training", augmented_views(), 2),
         ("decode a JPEG", {"decode": decode}, None),
         ("find faces", {"find": Case(lambda: {"faces": len(find_faces(pixels))}, reads=pixels.nbytes)}, None),
     ]  # fmt: skip

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from x2dfd.faces import CROP_SIZE, area_mask
+from x2dfd.faces import CROP_SIZE, area_masks
 from x2dfd.tower import HEAD_LAYERS as LAYERS
 from x2dfd.tower import WIDTH
 from x2dfd.types import AREAS, ARTIFACTS
@@ -53,7 +53,7 @@ def area_grid(landmarks: NDArray[np.float32]) -> NDArray[np.uint8]:
     """The share of each cell in each area, 0..255: [areas, GRID, GRID], from landmarks in crop pixels [468, 2]."""
     double = 2 * GRID
     points = landmarks * (double / CROP_SIZE)
-    masks = [area_mask(points, area, (double, double)) for area in POOLED]
+    masks = area_masks(points, POOLED, (double, double))
     small = [cv2.resize(m, (GRID, GRID), interpolation=cv2.INTER_AREA) for m in masks]
     return np.asarray(np.stack(small), np.uint8)
 

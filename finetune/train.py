@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch.utils.data import ConcatDataset, Sampler
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.modeling_utils import unwrap_model
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -124,8 +126,8 @@ class RowTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, out = self.compute_loss(model, dict(inputs), return_outputs=True)
         row, at = torch.arange(len(verdicts), device=verdicts.device), verdicts.clamp(min=1)
-        place = (out["asked"][None] == at[:, None] - 1).long().argmax(1)
-        real, fake = out["logits"][row, place][:, self._label_ids].float().unbind(1)
+        place = (out["asked"][None] == (row * labels.shape[1] + at - 1)[:, None]).long().argmax(1)
+        real, fake = out["logits"][place][:, self._label_ids].float().unbind(1)
         truth = (labels[row, at] == self._label_ids[1]).long()
         return loss.detach(), fake - real, truth.where(verdicts >= 0, -1)
 
@@ -151,12 +153,29 @@ def _summed(model: nn.Module, inputs: Json) -> tuple[Tensor, Tensor, Json]:
     that they follow."""
     labels, weights = inputs.pop("labels"), inputs.pop("weights")
     inputs.pop("verdicts", None)
-    # The head is a third of a small model's work: run it only where an answer token follows.
-    asked = (labels[:, 1:] != IGNORE).any(0).nonzero()[:, 0]
-    logits = model(**inputs, logits_to_keep=asked, use_cache=False).logits  # [n, asked, vocabulary]
-    target, weight = labels[:, asked + 1], weights[:, asked + 1]
-    each = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=IGNORE, reduction="none")
-    return (each * weight.flatten()).sum(), weight.sum(), {"logits": logits, "asked": asked}
+    target, weight = labels[:, 1:], weights[:, 1:]
+    learnt = target != IGNORE
+    asked = F.pad(learnt, (0, 1)).flatten().nonzero()[:, 0]  # places in the flattened batch that an answer follows
+    with _head_sees(model, asked):
+        logits = model(**inputs, use_cache=False).logits[0]  # [asked, vocabulary]
+    each = F.cross_entropy(logits.float(), target[learnt], reduction="none")
+    return (each * weight[learnt]).sum(), weight.sum(), {"logits": logits, "asked": asked}
+
+
+@contextmanager
+def _head_sees(model: nn.Module, places: Tensor) -> Iterator[None]:
+    """Give the head just these `places` of the flattened batch, so that logits are [1, places, vocabulary]: it is a
+    third of a small model's work, and `logits_to_keep` takes the same columns of every row."""
+
+    def chosen(_: nn.Module, states: tuple[Tensor]) -> tuple[Tensor]:
+        return (states[0].flatten(0, 1).index_select(0, places)[None],)
+
+    inner: Any = unwrap_model(model)
+    handle = inner.get_output_embeddings().register_forward_pre_hook(chosen)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def verdict_auc(found: EvalPrediction) -> dict[str, float]:

@@ -189,6 +189,29 @@ def test_a_pack_has_the_loss_of_its_conversations(base: Path, packs: Rows) -> No
 
 
 @pytest.mark.needs_base
+def test_rows_in_a_batch_have_the_gradients_of_rows_alone(base: Path, packs: Rows) -> None:
+    """Bug prevented: logits that are taken from a neighbouring row, or computed where nothing is learnt."""
+    model, _ = load_model(base)
+    batch = collated(packs, [0, 1, 2])
+    rows: list[int] = []
+    model.lm_head.register_forward_hook(lambda _, __, logits: rows.append(logits.numel() // logits.shape[-1]))
+
+    def gradients(batches: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+        model.zero_grad()
+        for one in batches:
+            share = one["weights"].sum() / batch["weights"].sum()
+            (RowTrainer.compute_loss(cast(Any, None), model, dict(one)) * share).backward()
+        parts = (model.model.multi_modal_projector, model.model.language_model, model.lm_head)
+        return [p.grad.clone() for part in parts for p in part.parameters() if p.grad is not None]
+
+    together, alone = gradients([batch]), gradients([collated(packs, [k]) for k in range(3)])
+    assert rows[0] == int((batch["labels"] != IGNORE).sum()) == sum(rows[1:])
+    assert len(together) == len(alone) > 10
+    for a, b in zip(together, alone, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.needs_base
 def test_the_verdict_and_the_words_of_cues_weigh_more(base: Path, packs: Rows) -> None:
     """One token decides the verdict; among eighty of explanation, most of them small words, it would hardly count."""
     tokenizer = load_model(base)[1].tokenizer

@@ -373,13 +373,19 @@ def area_polygons(landmarks: NDArray[np.float32]) -> dict[str, list[Array]]:
 
 def area_mask(landmarks: NDArray[np.float32], area: str, shape: Sequence[int]) -> NDArray[np.uint8]:
     """Mask [H, W] of 0/255 for one area. `background` is what the face, hair, ears and neck leave over."""
-    mask = np.zeros((shape[0], shape[1]), np.uint8)
-    polygons = area_polygons(landmarks)
-    if area in ("background", "whole-image", "accessories"):
-        mask[:] = 255
-    else:
-        cv2.fillPoly(mask, [q.round().astype(np.int32) for q in polygons[area]], 255)
+    return np.asarray(area_masks(landmarks, (area,), shape)[0])
+
+
+def area_masks(landmarks: NDArray[np.float32], areas: Sequence[str], shape: Sequence[int]) -> NDArray[np.uint8]:
+    """The mask of each area, as `area_mask`: [areas, H, W]."""
+    polygons = {a: [q.round().astype(np.int32) for q in some] for a, some in area_polygons(landmarks).items()}
+    masks = np.zeros((len(areas), shape[0], shape[1]), np.uint8)
     holes = {"background": ("skin", "face-contour", "hair", "ears", "neck"), "skin": ("eyes", "eyebrows", "mouth")}
-    for hole in holes.get(area, ()):
-        cv2.fillPoly(mask, [q.round().astype(np.int32) for q in polygons[hole]], 0)
-    return mask
+    for mask, area in zip(masks, areas, strict=True):
+        if area in ("background", "whole-image", "accessories"):
+            mask[:] = 255
+        else:
+            cv2.fillPoly(mask, polygons[area], 255)
+        for hole in holes.get(area, ()):
+            cv2.fillPoly(mask, polygons[hole], 0)
+    return masks

@@ -73,7 +73,7 @@ def _field(size: int, rng: Rng) -> Array:
 
 
 def _warped(x: Array, dx: Array, dy: Array) -> Array:
-    yy, xx = np.mgrid[: x.shape[0], : x.shape[1]].astype(np.float32)
+    yy, xx = np.arange(x.shape[0], dtype=np.float32)[:, None], np.arange(x.shape[1], dtype=np.float32)
     return np.asarray(cv2.remap(x, xx + dx, yy + dy, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT))
 
 
@@ -81,18 +81,17 @@ def _changed(x: Pixels, rng: Rng) -> Pixels:
     """A copy that differs as another photo of the same face would: colour, contrast, sharpness, noise, codec."""
     out: Array = x.astype(np.float32)
     if rng.random() < 0.8:
-        out = out * (1 + rng.uniform(-0.12, 0.12, 3)) + rng.uniform(-18, 18, 3)
+        gain, shift = np.diag(1 + rng.uniform(-0.12, 0.12, 3)), rng.uniform(-18, 18, (3, 1))
+        out = cv2.transform(out, np.hstack([gain, shift]))
     if rng.random() < 0.5:
         out = (out - 110) * (1 + rng.uniform(-0.2, 0.2)) + 110
     if rng.random() < 0.5:
-        out = rescale(
-            out.astype(np.float32), rng.uniform(0.3, 0.9), int(rng.choice([cv2.INTER_LINEAR, cv2.INTER_CUBIC]))
-        )
+        out = rescale(out, rng.uniform(0.3, 0.9), int(rng.choice([cv2.INTER_LINEAR, cv2.INTER_CUBIC])))
     elif rng.random() < 0.5:
         amount = rng.uniform(0.3, 1.2)
-        out = out * (1 + amount) - amount * soft(out.astype(np.float32), 1.5)
+        out = out * (1 + amount) - amount * soft(out, 1.5)
     if rng.random() < 0.2:
-        out = out + rng.standard_normal(out.shape) * rng.uniform(1, 5)
+        out = out + rng.standard_normal(out.shape, np.float32) * rng.uniform(1, 5)
     if rng.random() < 0.3:
         return codec(out, ".jpg", int(rng.integers(30, 90)))
     return np.clip(np.rint(out), 0, 255).astype(np.uint8)
