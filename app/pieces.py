@@ -24,7 +24,17 @@ from x2dfd.answer import (
 )
 from x2dfd.errors import X2DFDError
 from x2dfd.experts import expert_class
-from x2dfd.html_report import PROVENANCE, UNCOUNTED, closer, jpeg_uri, marked_areas, overlays, pages, points_at
+from x2dfd.html_report import (
+    PROVENANCE,
+    UNCOUNTED,
+    closer,
+    jpeg_uri,
+    marked_areas,
+    overlays,
+    pages,
+    points_at,
+    strongest_sign,
+)
 from x2dfd.media import Video, load_media
 from x2dfd.statements import CAVEAT, LEAD, of_generator
 from x2dfd.types import FaceReport, Failure, Report, frames_asked
@@ -174,6 +184,7 @@ def _template() -> jinja2.Template:
         "LEAD": LEAD,
         "CAVEAT": CAVEAT,
         "of_generator": of_generator,
+        "sign": strongest_sign,
     }
     return environment.get_template("page.jinja")
 
