@@ -56,11 +56,16 @@ def _copy(to: Path) -> Path:
     return to
 
 
+def _environment(path: str) -> dict[str, str]:
+    """Modules are compiled at their first import, of torch's many a small part, and kept for the next command."""
+    return os.environ | {"PATH": path, "PYTHONPATH": "", "PIP_NO_COMPILE": "1", "PYTHONDONTWRITEBYTECODE": ""}
+
+
 def _run(command: list[str], where: Path, path: str) -> str:
     print("$", shlex.join(command), flush=True)
-    # Modules are compiled when they are imported: of torch's many, that is a small part.
-    environment = os.environ | {"PATH": path, "PYTHONPATH": "", "PIP_NO_COMPILE": "1"}
-    done = subprocess.run(command, cwd=where, env=environment, stdout=subprocess.PIPE, text=True)
+    begin = time.monotonic()
+    done = subprocess.run(command, cwd=where, env=_environment(path), stdout=subprocess.PIPE, text=True)
+    print(f"  {time.monotonic() - begin:.0f} s", flush=True)
     if done.returncode:
         sys.exit(f"failed with {done.returncode}: {shlex.join(command)}\n{done.stdout}")
     return done.stdout
@@ -93,6 +98,7 @@ def _steps(steps: list[tuple[str, str]], source: Path, path: str, options: list[
         if name == "COPY":
             assert words.split()[-2:] == [".", "."], words
         elif name == "RUN" and words.startswith(("pip ", "x2dfd ")):
+            words = words.replace("--no-cache-dir ", "")  # it keeps an image small; here it costs a download a run
             words = re.sub(r"\$\{PIP_OPTIONS\}", shlex.join(options), words)
             _run(shlex.split(words), source, path)
         elif name == "CMD":
@@ -107,8 +113,7 @@ def _serve(command: list[str], source: Path, path: str) -> None:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
     print("$", shlex.join(command), flush=True)
-    environment = os.environ | {"PATH": path, "PYTHONPATH": ""}
-    serving = subprocess.Popen([*command, "--port", str(port)], cwd=source, env=environment)
+    serving = subprocess.Popen([*command, "--port", str(port)], cwd=source, env=_environment(path))
     try:
         end = time.monotonic() + 600
         while True:

@@ -36,6 +36,7 @@ from x2dfd.html_report import (
     overlays,
     pages,
     points_at,
+    strongest_sign,
 )
 from x2dfd.media import Video, load_media
 from x2dfd.statements import CAVEAT, LEAD, of_generator
@@ -188,6 +189,7 @@ def _template() -> jinja2.Template:
         "LEAD": LEAD,
         "CAVEAT": CAVEAT,
         "of_generator": of_generator,
+        "sign": strongest_sign,
     }
     return environment.get_template("page.jinja")
 

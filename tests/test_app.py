@@ -688,6 +688,17 @@ def test_other_sites_are_refused_and_nothing_is_shared(page: Any, address: str) 
     assert page.delete_cache == (600, demo.KEEP_S)
 
 
+def test_a_proxy_may_show_the_page_under_a_path_and_a_name(page: Any) -> None:
+    """Bug prevented: behind a proxy the page asks for its parts where the proxy shows another one, or is refused."""
+    address = demo.launch(page, "127.0.0.1", free_port(), block=False, root_path="/check", names=["news.example"])
+    try:
+        known = {"host": "news.example", "origin": "https://news.example", "x-forwarded-proto": "https"}
+        assert httpx.get(f"{address}config", headers=known).json()["root"] == "https://news.example/check"
+        assert httpx.get(f"{address}config", headers={"host": "evil.example"}).status_code == 403
+    finally:
+        page.close(verbose=False)
+
+
 def test_examples_can_be_taken_and_show_no_path_of_the_server(
     detector: FakeDetector, launched: Callable[[Any], str], folder: Path, tmp_path: Path
 ) -> None:

@@ -13,7 +13,18 @@ import pytest
 import skimage.data
 from numpy.typing import NDArray
 
-from x2dfd.faces import CROP_SIZE, PADDING, align, area_mask, area_polygons, find_faces, find_turned_faces
+from tests.pictures import encoded
+from x2dfd.faces import (
+    CROP_SIZE,
+    PADDING,
+    align,
+    area_mask,
+    area_polygons,
+    find_faces,
+    find_missed_faces,
+    find_turned_faces,
+)
+from x2dfd.intake import ready
 from x2dfd.types import AREAS, Face
 
 Pixels = NDArray[np.uint8]
@@ -140,7 +151,8 @@ def test_no_face_where_there_is_none(astronaut: Pixels) -> None:
     for size in ((16, 16), (1, 1), (1, 900), (900, 1), (40, 40)):
         pictures.append(np.asarray(cv2.resize(astronaut, size, interpolation=cv2.INTER_AREA), np.uint8))
     for place, picture in enumerate(pictures):
-        assert find_faces(np.ascontiguousarray(picture[..., :3])) == [], place
+        for find in (find_faces, find_missed_faces):
+            assert find(np.ascontiguousarray(picture[..., :3])) == [], place
 
 
 def test_areas_lie_where_they_should_and_leave_each_other_out(astronaut: Pixels, face: Face) -> None:
@@ -229,6 +241,34 @@ def test_a_face_that_lies_on_its_side_is_found_upright(astronaut: Pixels, face: 
     assert abs(_tilt(found.crop_landmarks)) < 0.5
     assert np.abs(found.crop.astype(int) - face.crop).mean() < 12
     assert np.linalg.norm(found.crop_landmarks - face.crop_landmarks, axis=1).mean() < 4
+
+
+def _close_up(astronaut: Pixels, x: int, y: int, half: int) -> tuple[Pixels, float]:
+    """A square of the portrait about a point, 400 pixels wide, and its enlargement."""
+    part = astronaut[y - half : y + half, x - half : x + half]
+    return np.asarray(cv2.resize(part, (400, 400), interpolation=cv2.INTER_CUBIC), np.uint8), 200 / half
+
+
+def test_a_face_that_the_first_look_misses_is_found_from_afar(astronaut: Pixels, face: Face) -> None:
+    """Bug prevented: "no face" for a face without forehead and chin, and for portraits in profile or in hard light."""
+    picture, scale = _close_up(astronaut, 225, 124, 32)
+    assert find_faces(picture) == []
+    [found] = find_missed_faces(picture)
+    expected = (face.landmarks - [225 - 32, 124 - 32]) * scale
+    assert np.linalg.norm(found.landmarks - expected, axis=1).mean() < 0.04 * BOX[2] * scale
+    assert found.crop.shape == face.crop.shape and abs(_tilt(found.crop_landmarks)) < 0.5
+
+
+def test_an_upright_face_is_not_judged_on_its_head(astronaut: Pixels) -> None:
+    """Bug prevented: upside down, the detector saw a face in an upright close-up; its crop stood on its head, and the
+    report said that the picture does."""
+    picture, _ = _close_up(astronaut, 231, 124, 31)
+    assert find_turned_faces(picture)[1] == 180
+    looked = ready(encoded(picture, "PNG"), 1)
+    [found] = looked.seen
+    assert abs(found.face.roll_degrees) < 10 and not any("faces_turned" in note for note in looked.summary["notes"])
+    lying = ready(encoded(astronaut[:320, 70:370][::-1, ::-1], "PNG"), 1)
+    assert len(lying.seen) == 1 and "faces_turned:180" in lying.summary["notes"]
 
 
 def test_loading_the_face_models_prints_nothing() -> None:

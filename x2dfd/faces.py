@@ -46,6 +46,8 @@ _MODELS = Path(__file__).parent / "weights" / "faces"
 _DETECTOR_SIZE, _MESH_SIZE = 192, 192
 _DETECTION_SCORE, _PRESENCE = 0.55, 0.6
 _MIN_FACE = 20.0  # pixels; below this the crop is a guess
+_FROM_AFAR = (2.5, 3.2, 4.2, 5.5)
+"""Paddings of the looks at a picture in which nothing was found: each shows it smaller than the one before."""
 _XNNPACK = re.compile(rb"INFO: Created TensorFlow Lite XNNPACK delegate")  # said once, and no switch silences it
 
 OVAL = (
@@ -165,7 +167,11 @@ def _candidates(pixels: Array) -> list[Array]:
             for left in np.linspace(0, max(width - side, 0), math.ceil(width / side) if width <= side else tiles):
                 y, x = round(float(top)), round(float(left))
                 found.append(_detect(pixels[y : y + side, x : x + side], (x, y), 1.0))
-    rows = np.concatenate(found)
+    return _apart(np.concatenate(found))
+
+
+def _apart(rows: Array) -> list[Array]:
+    """Candidates, the surest first, without those that lie over a surer one."""
     kept: list[Array] = []
     for row in rows[np.argsort(-rows[:, 0])]:
         if all(max(iou / 0.3, inside / 0.7) < 1 for iou, inside in (_overlap(row[1:5], k[1:5]) for k in kept)):
@@ -244,7 +250,16 @@ def find_faces(pixels: NDArray[np.uint8], side: int = CROP_SIZE) -> list[Face]:
     `pixels`: [H, W, 3] uint8 RGB. `side`: of the crop that the MLLM sees; `Face.large` where it is not CROP_SIZE.
     Raises InputError for pixels that the models fail on.
     """
-    return _faces(pixels, _meshes(pixels), side)
+    return _faces(pixels, _meshes(pixels, _candidates(pixels)), side)
+
+
+@one_file("finding faces")
+def find_missed_faces(pixels: NDArray[np.uint8], side: int = CROP_SIZE) -> list[Face]:
+    """As `find_faces`, for a picture in which it found none: closely cut faces, profiles, hard light, sunglasses."""
+    # The detector was made for faces at a distance, so the picture is shown to it ever smaller. No look hides what
+    # another sees: a candidate on a beard had hidden the face around it, and the mesh then refused the beard.
+    seen = [row for pad in _FROM_AFAR for row in _apart(_detect(pixels, (0, 0), pad))]
+    return _faces(pixels, _meshes(pixels, sorted(seen, key=lambda row: -row[0])), side)
 
 
 @one_file("finding faces")
@@ -259,7 +274,8 @@ def find_turned_faces(
     """
     best: tuple[float, list[tuple[Array, float]], int] = (0.0, [], 0)
     for turn in turns:
-        found = _meshes(np.ascontiguousarray(np.rot90(pixels, turn)))
+        lying = np.ascontiguousarray(np.rot90(pixels, turn))
+        found = _meshes(lying, _candidates(lying))
         sure = max((score for _, score in found), default=0.0)
         if sure > best[0]:
             best = (sure, [(_turned_back(points, turn, pixels.shape), score) for points, score in found], turn)
@@ -277,10 +293,10 @@ def _turned_back(points: Array, turns: int, shape: Sequence[int]) -> Array:
     return np.stack([y, height - 1 - x], 1)
 
 
-def _meshes(pixels: NDArray[np.uint8]) -> list[tuple[Array, float]]:
-    """Mesh points [468, 2] and the detector's score of each upright face, largest first."""
+def _meshes(pixels: NDArray[np.uint8], candidates: Sequence[Array]) -> list[tuple[Array, float]]:
+    """Mesh points [468, 2] and the detector's score of each candidate that holds a face, largest first."""
     found: list[tuple[Array, float]] = []
-    for row in _candidates(pixels):
+    for row in candidates:
         box, keys = row[1:5], row[5:].reshape(6, 2)
         side = float(max(box[2] - box[0], box[3] - box[1]))
         if side < _MIN_FACE:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -23,7 +24,7 @@ from x2dfd.errors import SetupError
 from x2dfd.experts import cards
 from x2dfd.files import Json, write_bytes
 from x2dfd.statements import CAVEAT, LEAD, of_generator
-from x2dfd.types import Card, FaceReport, Failure, Report
+from x2dfd.types import Card, FaceReport, Failure, ModelInfo, Report
 from x2dfd.worker import isolated
 
 if TYPE_CHECKING:
@@ -166,8 +167,6 @@ def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) 
     decider = report.decider
     frames = _frames(report.faces)
     full = [face for face in report.faces if face.frame is None or face.frame in frames]
-    files = int(report.timings.get("files", 1))
-    batch = f" for {files} files together" if files > 1 else ""
     return {
         "name": report.path or "(picture given as bytes)",
         "kind": answer.status(verdict),
@@ -175,6 +174,7 @@ def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) 
         "p": percent(verdict.p_fake) if verdict.p_fake is not None else "",
         "of_kind": answer.KINDS_SAID.get(verdict.kind or "") if verdict.label == "fake" else None,
         "decider": _face(decider, True, report, blind_spots) if decider else None,
+        "sign": strongest_sign(report),
         "meaning": answer.meaning(verdict, model, len(report.faces)),
         "remarks": answer.remarks(report),
         "calibrated": calibrated,
@@ -199,15 +199,45 @@ def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) 
         "ratio": _ratio(report),
         "rates": _rates(model.get("validation")),
         "warnings": report.warnings,
-        "technical": [
-            ("SHA-256 of the file", report.sha256),
-            *_flat("Media", report.media),
-            *_flat("Model", model),
-            *_flat("Provenance", {key: value for key, value in report.provenance.items() if key != "statements"}),
-            *_flat("Versions", report.versions),
-            *((f"Seconds{batch}: {k}", f"{seconds:.2f}") for k, seconds in report.timings.items() if k != "files"),
-        ],
+        "technical": list(_technical(report)),
     }
+
+
+def _technical(report: Report) -> Iterator[tuple[str, str]]:
+    """What answered, in a few rows; the JSON record has it in full."""
+    model, versions = report.model, report.versions
+    how = (model.get("name"), model.get("runs_on"), (model.get("served") or {}).get("host"), model.get("mode"))
+    yield "Model", ", ".join(str(word) for word in how if word) or "not stated"
+    yield "Versions", ", ".join(f"{name} {versions[name]}" for name in ("x2dfd", "torch") if name in versions)
+    adapter = model.get("adapter_sha256") or (model.get("base") or {}).get("sha256")
+    hashes = {"file": report.sha256, "model": adapter, "calibration": model.get("calibration_sha256")}
+    yield "SHA-256 begins", ", ".join(f"{name} {value[:12]}" for name, value in hashes.items() if value)
+    side, codec = model.get("crop_size", ModelInfo.crop_size), model.get("crops_through")
+    yield "Face crop", f"{side} pixels" + (f", through {codec}" if codec else "")
+    if band := model.get("band"):
+        yield "Thresholds", f"no answer from {percent(band[0])} to {percent(band[1])}"
+    elif (threshold := model.get("threshold")) is not None:
+        yield "Threshold", f"fake from {percent(threshold)}"
+
+
+def strongest_sign(report: Report) -> str:
+    """The sentence that names the sign which the experts are surest of; "" where a fake's text names none.
+
+    A sign that no expert points at counts by the text's own word of degree.
+    """
+    from x2dfd.explain import read_cues
+
+    face = report.decider
+    if report.verdict.label != "fake" or face is None:
+        return ""
+    pointed = [c for e in face.evidence if e.expert not in report.uncounted for c in e.cues]
+    strength = {(c.area, c.artifact): c.score or 0.0 for c in (*face.cues, *pointed)}
+    signs = [
+        (max(strength.get((c.area, c.artifact), 0.0) for c in cues), sentence)
+        for sentence in re.findall(r"\S[^.!?\n]*[.!?]*", face.rationale)
+        if (cues := read_cues(sentence))
+    ]
+    return max(signs, key=lambda sign: sign[0], default=(0.0, ""))[1]
 
 
 def _frames(faces: Sequence[FaceReport]) -> set[int]:
@@ -421,9 +451,7 @@ def _provenance(provenance: Json) -> tuple[str, str, list[tuple[str, str]]]:
     state = str(provenance.get("state", "not_checked"))
     names = {"signer": "Signed by", "generator": "Made with", "signed": "Signed at", "source_types": "States as source",
              "codes": "Codes", "reason": "Reason"}  # fmt: skip
-    rows = [
-        (name, value) for key, name in names.items() for _, value in _flat(name, provenance.get(key) or "") if value
-    ]
+    rows = [(name, _joined(value)) for key, name in names.items() if (value := provenance.get(key))]
     word = state.replace("valid_", "valid, ").replace("_", " ")
     return word, PROVENANCE.get(state, PROVENANCE["not_checked"]), rows
 
@@ -432,8 +460,9 @@ def _file(report: Report) -> Iterator[tuple[str, str]]:
     """What identifies the file, and what it states of itself."""
     media = report.media
     yield "SHA-256", report.sha256
-    if "bytes" in media:
-        yield "Size", f"{media['bytes']:,} bytes, {media.get('width')} x {media.get('height')} pixels"
+    yield "Format", str(media.get("format", "not stated"))
+    size = f"{media['bytes']:,} bytes, " if "bytes" in media else ""
+    yield "Size", f"{size}{media.get('width')} x {media.get('height')} pixels"
     if "modified" in media:
         yield "Last modified here", str(media["modified"])
     names = {"make": "Camera maker", "model": "Camera", "software": "Software", "taken": "Taken",
@@ -481,15 +510,8 @@ def _rates(validation: Json | None) -> Json | None:
     return dict(validation) | {"rows": rows}
 
 
-def _flat(name: str, value: object) -> Iterator[tuple[str, str]]:
-    """A nested value as rows (dotted name, text)."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _flat(f"{name}: {key}" if ":" not in name else f"{name}.{key}", inner)
-    elif isinstance(value, (list, tuple)):
-        yield name, ", ".join(str(item) for item in value) or "none"
-    else:
-        yield name, "none" if value is None else str(value)
+def _joined(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def pages(loader: jinja2.BaseLoader) -> jinja2.Environment:
