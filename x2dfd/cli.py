@@ -40,7 +40,7 @@ class _Command(TyperCommand):
 class _Group(TyperGroup):
     """Turns what a user can cause into one line and exit code 1."""
 
-    def invoke(self, ctx: Any) -> Any:
+    def invoke(self, ctx: Any) -> object:
         try:
             return super().invoke(ctx)
         except (X2DFDError, OSError) as error:
