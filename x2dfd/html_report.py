@@ -314,14 +314,16 @@ def marked_areas(face: FaceReport) -> list[tuple[str, str, str]]:
 
 
 def letter_places(face: FaceReport, size: float) -> dict[str, list[tuple[float, float]]]:
-    """By marked area the place of each polygon's letter: its centre, or below letters of that size that stand there."""
+    """By marked area the place of each polygon's letter: its centre, or the nearest place above or below it where no
+    other letter of that size stands."""
     places: dict[str, list[tuple[float, float]]] = {}
     for area, *_ in marked_areas(face):
         for polygon in face.areas[area]:
             x, y = (float(v) for v in np.mean(polygon, axis=0))
-            while any(abs(x - a) < size and abs(y - b) < size for of in places.values() for a, b in of):
-                y += size
-            places.setdefault(area, []).append((x, y))
+            taken = [b for others in places.values() for a, b in others if abs(x - a) < size]
+            steps = sorted(range(-len(taken) - 1, len(taken) + 2), key=lambda step: (abs(step), step))
+            free = (y + step * size for step in steps if all(abs(y + step * size - b) >= size for b in taken))
+            places.setdefault(area, []).append((x, next(free, y)))
     return places
 
 
