@@ -3,7 +3,7 @@
 In the calibrated mode no text names a sign of forgery on a photo that is not called fake, none names a single area of
 a face that is called generated as a whole, and none goes against the verdict or its kind. Sentences that name no sign,
 or the experts (`x2dfd.prompts.expert_sentence`), are left out, too. What is missing then is written here, from the
-report: also further signs that the experts point at, up to three in all.
+report: also further signs that an expert is sure of, up to three in all.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from x2dfd.types import AREAS, ARTIFACTS, Cue, Evidence, Verdict
 
 MAX_NAMED = 3  # cues in a text; more than that nobody checks
 CUE_FROM = 0.5  # probability from which what an expert points at is named
+FURTHER_FROM = 0.8  # the same, of signs beside the first: of those from 0.65, half are wrong (LOG.md)
 _SEEN = {
     "texture": "the texture of {a} is unnatural",
     "lighting": "the light on {a} is odd",
@@ -65,7 +66,7 @@ def readable(text: str, verdict: Verdict, evidence: Sequence[Evidence], uncounte
         return called_fake(verdict, evidence, uncounted)
     text = " ".join([f"{_start(verdict)}.", *seen])
     named = [(c.area, c.artifact) for c in read_cues(text)]
-    more = [c for c in pointed_at(verdict, evidence, uncounted) if (c.area, c.artifact) not in named]
+    more = [c for c in pointed_at(verdict, evidence, uncounted, FURTHER_FROM) if (c.area, c.artifact) not in named]
     more = more[: max(MAX_NAMED - len(named), 0)]
     return f"{text} {_sentence(more)}" if more else text
 
@@ -97,10 +98,13 @@ def _local(cues: Sequence[Cue], verdict: Verdict) -> bool:
     return verdict.kind == "whole" and any(c.area != "whole-image" for c in cues)
 
 
-def pointed_at(verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozenset[str]) -> list[Cue]:
-    """The cues that a text may name of a face that is called fake: those that experts with a weight point at."""
+def pointed_at(
+    verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozenset[str], least: float = CUE_FROM
+) -> list[Cue]:
+    """The cues that a text may name of a face that is called fake: those that experts with a weight point at, with a
+    probability of `least` or more."""
     counted = [c for e in evidence if e.expert not in uncounted for c in e.cues if not _local([c], verdict)]
-    cues = {(c.area, c.artifact): c for c in counted if c.score is None or c.score >= CUE_FROM}
+    cues = {(c.area, c.artifact): c for c in counted if c.score is None or c.score >= least}
     return list(cues.values())
 
 
@@ -113,8 +117,9 @@ def _sentence(cues: Sequence[Cue]) -> str:
 
 def called_fake(verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozenset[str] = frozenset()) -> str:
     """Why a face is called fake, from what the experts with a weight point at."""
-    if cues := pointed_at(verdict, evidence, uncounted)[:MAX_NAMED]:
-        return f"{_start(verdict)}. {_sentence(cues)}"
+    if cues := pointed_at(verdict, evidence, uncounted):
+        further = [c for c in pointed_at(verdict, evidence, uncounted, FURTHER_FROM) if c not in cues[:1]]
+        return f"{_start(verdict)}. {_sentence([cues[0], *further][:MAX_NAMED])}"
     if verdict.kind == "whole":
         return f"{_start(verdict)}. Such traces lie all over a face and are seldom seen by eye, so no area is named."
     return f"{_start(verdict)}, although no single area stands out."
