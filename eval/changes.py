@@ -68,8 +68,8 @@ def _on_a_screen(longest: int, factor: float, radius: float, amount: float) -> M
         height, width = pixels.shape[:2]
         scale = min(factor, longest / max(height, width))
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        shown = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC), np.float32)
-        return _rounded(shown + amount * (shown - soft(shown, radius)))
+        resized = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC), np.float32)
+        return _rounded(resized + amount * (resized - soft(resized, radius)))
 
     return make
 
@@ -179,14 +179,14 @@ def changes_of(names: str) -> dict[str, Change]:
 
     `none` is no change. Raises UnknownName.
     """
-    every = CHANGES | {c.name: c for suite in SUITES.values() for kind in suite.values() for c in kind}
+    by_name = CHANGES | {c.name: c for suite in SUITES.values() for kind in suite.values() for c in kind}
     groups = {name: [c for kind in suite.values() for c in kind] for name, suite in SUITES.items()}
     groups |= {f"{name}/{kind}": list(changes) for name, suite in SUITES.items() for kind, changes in suite.items()}
-    found: dict[str, Change] = {}
+    selected: dict[str, Change] = {}
     for name in (n.strip() for n in names.split(",")):
         if not name or name == "none":
             continue
-        if name not in every and name not in groups:
+        if name not in by_name and name not in groups:
             raise UnknownName("change", name, [*CHANGES, *groups])  # and their single degrees: too many for a line
-        found |= {c.name: c for c in groups.get(name) or [every[name]]}
-    return found
+        selected |= {c.name: c for c in groups.get(name) or [by_name[name]]}
+    return selected

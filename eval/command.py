@@ -104,35 +104,35 @@ def options(given: Json) -> Options:
         )
     if given["task"] not in TASKS:
         raise UnknownName("task", given["task"], TASKS)
-    own = {f.name: given[f.name] for f in fields(Options) if f.name in given}
-    own["by"] = tuple(column for column in given["by"].split(",") if column)
-    how = {name: given[name] for name in ("mode", "device", "dtype", "bits", "device_map")}
-    return Options(**own, choice=Choice(given["model"], given["tools"], load.load_options(**how)))
+    chosen = {f.name: given[f.name] for f in fields(Options) if f.name in given}
+    chosen["by"] = tuple(column for column in given["by"].split(",") if column)
+    loading = {name: given[name] for name in ("mode", "device", "dtype", "bits", "device_map")}
+    return Options(**chosen, choice=Choice(given["model"], given["tools"], load.load_options(**loading)))
 
 
-def _run(chosen: Options, against: Path | None) -> bool:
+def _run(run_options: Options, reference_file: Path | None) -> bool:
     """Whether nothing drifted from the reference."""
     # Read before the run, which may write to the same folder.
-    reference = Reference.read(against) if against else None
-    result = run(chosen)
+    reference = Reference.read(reference_file) if reference_file else None
+    result = run(run_options)
     for name, figure in result["headline"].items():
         print(_line(name, Measured.read(figure)))
     if reference is None:
         return True
-    found = compare(result, chosen.out, reference)
-    of = {"result_sha256": file_sha256(chosen.out / "result.json"), "reference_sha256": reference.sha256}
-    text = json.dumps(of | as_json(asdict(found)), ensure_ascii=False, indent=1)
-    write_text(chosen.out / "comparison.json", text + "\n")
-    _tell(found)
-    return not found.moved
+    comparison = compare(result, run_options.out, reference)
+    hashes = {"result_sha256": file_sha256(run_options.out / "result.json"), "reference_sha256": reference.sha256}
+    text = json.dumps(hashes | as_json(asdict(comparison)), ensure_ascii=False, indent=1)
+    write_text(run_options.out / "comparison.json", text + "\n")
+    _print_comparison(comparison)
+    return not comparison.moved
 
 
-def _tell(found: Comparison) -> None:
-    for name, pair in found.paired.items():
+def _print_comparison(comparison: Comparison) -> None:
+    for name, pair in comparison.paired.items():
         print(_line(f"paired {name}: difference of the AUCs", pair.difference))
-    for note in found.notes:
+    for note in comparison.notes:
         print(f"note: {note}")
-    print("drift: " + ("; ".join(found.moved) if found.moved else "none"))
+    print("drift: " + ("; ".join(comparison.moved) if comparison.moved else "none"))
 
 
 def _line(name: str, figure: Measured) -> str:

@@ -59,14 +59,14 @@ def run(run: Run) -> Made:
 
 
 def demographics_result(samples: Sequence[Sample], rows: Sequence[SampleRow], tones: Sequence[str]) -> Part:
-    """The rates over all photos that could be opened; one without a face raised no false alarm."""
-    at = [i for i, row in enumerate(rows) if row.said]
+    """The rates over all photos that could be opened; one without a face counts as no false alarm."""
+    opened = [i for i, row in enumerate(rows) if row.said]
     columns = {"tone": list(tones)} | {c: [value_of(s, c) for s in samples] for c in ("sex", "age", "source")}
-    table = {name: _by(samples, rows, at, values) for name, values in columns.items() if any(values)}
-    sources = sorted({samples[i].source for i in at if samples[i].source})
-    within = {s: _by(samples, rows, [i for i in at if samples[i].source == s], tones) for s in sources}
+    table = {name: _by(samples, rows, opened, values) for name, values in columns.items() if any(values)}
+    sources = sorted({samples[i].source for i in opened if samples[i].source})
+    within = {s: _by(samples, rows, [i for i in opened if samples[i].source == s], tones) for s in sources}
     return {
-        "headline": {"false_alarms": _rate(samples, rows, at)},
+        "headline": {"false_alarms": _rate(samples, rows, opened)},
         "by": table,
         "not_recorded": [name for name, values in columns.items() if not any(values)],
         "tone_within_source": within,
@@ -78,10 +78,10 @@ def _by(samples: Sequence[Sample], rows: Sequence[SampleRow], at: Sequence[int],
     """Each value's rate of false alarms, and how much higher it is than that of all other values together."""
     table: Part = {}
     for value in sorted({values[i] for i in at} - {""}):
-        own = [i for i in at if values[i] == value]
-        rest = [i for i in at if values[i] not in ("", value)]
-        rate = _rate(samples, rows, own)
-        gap = stats.rate_difference(rate, _rate(samples, rows, rest))
+        inside = [i for i in at if values[i] == value]
+        outside = [i for i in at if values[i] not in ("", value)]
+        rate = _rate(samples, rows, inside)
+        gap = stats.rate_difference(rate, _rate(samples, rows, outside))
         table[value] = {"false_alarms": rate, "above_the_others": gap}
     return table
 
