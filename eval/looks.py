@@ -22,19 +22,19 @@ def count(ledger: Path, result: Json) -> Json:
     look. Raises X2DFDError where the ledger cannot be read or written.
     """
     model = result["model"]
-    of = {"manifest": result["data"]["sha256"], "split": result["data"]["split"], "task": result["task"]["name"]}
+    setting = {"manifest": result["data"]["sha256"], "split": result["data"]["split"], "task": result["task"]["name"]}
     version = str(model["stated"].get("name") or model["name"])
-    by = model_hash({key: value for key, value in model["stated"].items() if key != "runs_on"})
-    entry = of | {"version": version, "model_sha256": by}
+    model_sha256 = model_hash({key: value for key, value in model["stated"].items() if key != "runs_on"})
+    entry = setting | {"version": version, "model_sha256": model_sha256}
     try:
         lines = ledger.read_text("utf-8").splitlines() if ledger.exists() else []
-        before = [line for line in map(parse_json, lines) if {key: line[key] for key in of} == of]
-        own = [line["model_sha256"] for line in before if line["version"] == version]
-        if by not in own:
-            own.append(by)
+        earlier = [line for line in map(parse_json, lines) if {key: line[key] for key in setting} == setting]
+        hashes = [line["model_sha256"] for line in earlier if line["version"] == version]
+        if model_sha256 not in hashes:
+            hashes.append(model_sha256)
             with ledger.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(entry) + "\n")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise X2DFDError(f"the ledger {ledger} cannot be read or written: {error}", code="ledger_unusable") from error
-    versions = sorted({str(line["version"]) for line in before} | {version})
-    return {"versions": versions, "look": own.index(by) + 1}
+    versions = sorted({str(line["version"]) for line in earlier} | {version})
+    return {"versions": versions, "look": hashes.index(model_sha256) + 1}

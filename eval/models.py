@@ -180,23 +180,23 @@ def experts_alone(name: str | None) -> Detector:
 
     if name is None:
         card, calibration = read_adapter_card(EMBEDDED), Calibration.load(EMBEDDED)
-        wanted = expert_hashes(card, calibration)
-        experts = [load_expert(n, EMBEDDED / "experts") for n in wanted if calibration.weights.get(n, 0) > 0]
-        if other := [e.card.name for e in experts if wanted[e.card.name] != e.card.sha256]:
+        expected = expert_hashes(card, calibration)
+        experts = [load_expert(n, EMBEDDED / "experts") for n in expected if calibration.weights.get(n, 0) > 0]
+        if mismatched := [e.card.name for e in experts if expected[e.card.name] != e.card.sha256]:
             raise X2DFDError(
-                f"no fusion: the calibration was fitted with other weights of {', '.join(other)}",
+                f"no fusion: the calibration was fitted with other weights of {', '.join(mismatched)}",
                 code="expert_weights_differ",
             )
-        stated = f"{card.name} {card.version}, experts alone"
-        alone = {k: {n: w for n, w in one.weights.items() if n != MLLM} for k, one in calibration.kinds.items()}
-        kinds = {k: replace(one, weights=alone[k]) for k, one in calibration.kinds.items()}
+        title = f"{card.name} {card.version}, experts alone"
+        weights = {k: {n: w for n, w in one.weights.items() if n != MLLM} for k, one in calibration.kinds.items()}
+        kinds = {k: replace(one, weights=weights[k]) for k, one in calibration.kinds.items()}
         calibration = replace(calibration, kinds=kinds)
     else:
         experts = [load_expert(name)]
         calibration = Calibration({KINDS[1]: Logistic({name: 1.0}, {name: 0.0}, 0.0)}, 0.0, 1.0)
-        stated = f"expert {name}"
+        title = f"expert {name}"
     info = ModelInfo(
-        stated,
+        title,
         {"name": "none", "sha256": ""},
         crops_through=f"{CODEC[0]} {CODEC[1]}",
         experts={e.card.name: f"{e.card.version} {e.card.sha256}" for e in experts},
@@ -226,5 +226,5 @@ def with_tools(detector: Detector) -> Detector:
     from x2dfd.detector import Detector
 
     info = replace(detector.info, asked_with=TOOL_RESULTS)
-    ask = partial(tool_results, prompts.QUESTION)
-    return Detector(detector.mllm, detector.experts, detector.calibration, info, detector.mode, question=ask)
+    question = partial(tool_results, prompts.QUESTION)
+    return Detector(detector.mllm, detector.experts, detector.calibration, info, detector.mode, question=question)
