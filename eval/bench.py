@@ -21,7 +21,7 @@ from eval import cuebench, looks, models, page
 from eval.rows import digest, say
 from eval.scoring import JPEG_QUALITY, LONGEST_SIDE, value_of
 from eval.stats import Measured
-from eval.task import Made, Options, Run, Task
+from eval.task import Options, Outcome, Run, Task
 from eval.tasks import assess, demographics, describe, detect, experts, words
 from x2dfd.errors import X2DFDError
 from x2dfd.files import Json, alone, file_sha256, write_bytes, write_text
@@ -62,7 +62,7 @@ def run(options: Options) -> Result:
     return result
 
 
-def _result(request: Run, task: Task, outcome: Made) -> Result:
+def _result(request: Run, task: Task, outcome: Outcome) -> Result:
     options, samples = request.options, outcome.samples or request.samples
     labels = Counter(s.label for s in samples)
     stated = outcome.origin["model"] | outcome.stated

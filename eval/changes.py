@@ -1,6 +1,6 @@
-"""What is done to a picture to see whether a score stands it: named, deterministic, the same for reals and fakes.
+"""Changes of pictures that test whether scores are robust: named, deterministic, the same for reals and fakes.
 
-`CHANGES` are the ten that `run_bench.py experts` scores by default. `SUITES` are larger: a suite is kinds of change,
+`CHANGES` are the ten that `run_bench.py experts` scores by default. A suite of `SUITES` has several kinds of change,
 each from mild to strong. `changes_of("codec")`, `changes_of("half,codec/jpeg/40")` name them.
 """
 
@@ -32,7 +32,7 @@ class Change:
     make: Make
 
     def __call__(self, pixels: Pixels, sample_id: str) -> Pixels:
-        """The changed picture. What is random depends on the change's and the sample's name only."""
+        """The changed picture. The randomness depends on the names of change and sample only."""
         seed = hashlib.sha256(f"{self.name}:{sample_id}".encode()).digest()
         return self.make(pixels, np.random.default_rng(np.frombuffer(seed, np.uint32)))
 
@@ -94,7 +94,7 @@ CHANGES: dict[str, Change] = {
         ),
     )
 }
-"""Parameters were stated before anything was scored with them."""
+"""Their parameters were fixed before anything was scored with them."""
 
 
 Suite = dict[str, tuple[Change, ...]]
@@ -187,6 +187,6 @@ def changes_of(names: str) -> dict[str, Change]:
         if not name or name == "none":
             continue
         if name not in by_name and name not in groups:
-            raise UnknownName("change", name, [*CHANGES, *groups])  # and their single degrees: too many for a line
+            raise UnknownName("change", name, [*CHANGES, *groups])  # without their single degrees: too many for a line
         selected |= {c.name: c for c in groups.get(name) or [by_name[name]]}
     return selected

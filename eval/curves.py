@@ -14,8 +14,8 @@ BINS = 10  # of the calibration curve, equal width
 
 
 def of(labels: Labels, scores: Floats) -> Json:
-    """`roc`: [false alarms, found]; `risk_coverage`: [coverage, risk]; `reliability`: a row a bin that is not empty,
-    with reals and fakes as equally likely, which is what the probability assumes. Empty where one class is missing."""
+    """`roc`: [false alarms, fakes found]; `risk_coverage`: [coverage, risk]; `reliability`: a row for each bin that is
+    not empty, at even odds, which the probability assumes. All are empty if a class is missing."""
     if not (0 < labels.sum() < len(labels)):
         return {"roc": [], "risk_coverage": [], "reliability": []}
     fpr, tpr, _ = roc_curve(labels, scores)
@@ -28,7 +28,7 @@ def of(labels: Labels, scores: Floats) -> Json:
 
 
 def reliability(labels: Labels, scores: Floats) -> list[Json]:
-    """Per bin of P(fake): its mean, the share of fakes at even odds, and how many pictures."""
+    """For each bin of P(fake), its mean, the share of fakes at even odds, and the number of pictures."""
     weight = np.where(labels == 1, 0.5 / max(labels.sum(), 1), 0.5 / max((labels == 0).sum(), 1))
     bin_of = np.minimum((scores * BINS).astype(np.int64), BINS - 1)
     rows = []

@@ -1,10 +1,10 @@
-"""`python -m eval.families JUNIT.xml`: the table of docs/models.md, from what the tests of the families gave.
+"""`python -m eval.families JUNIT.xml`: the table of docs/models.md, from the results of the families' tests.
 
     pytest tests/test_families.py -m "slow or not slow" --junitxml=build/families.xml
     python -m eval.families build/families.xml
 
-The tests compare with transformers' own model and processor, on checkpoints with random weights. A cell says what its
-test gave: a tick where it passed, what is missing where it was skipped.
+The tests compare with transformers' own model and processor, on checkpoints with random weights. A cell holds a tick if
+its test passed, or the missing package if it was skipped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The ledger of looks at reporting sets: which released version was measured on which set, and how often.
+"""The ledger of looks at reporting sets: which released versions were measured on which set, and how often.
 
 A version is chosen on a development set and measured once on a reporting set. A second look by the same version, with
 other weights, calibration or prompt, is choosing by the reporting set: its result says so and is not quoted.
@@ -15,11 +15,11 @@ from x2dfd.rows import model_hash
 
 
 def count(ledger: Path, result: Json) -> Json:
-    """Enter a result into the ledger, a JSON line a look, and say how it stands there.
+    """Enters a result into the ledger, as one JSON line, and returns its `versions` and `look`.
 
-    `versions`: those that have looked at the set with this task, this one included; `look`: the number of this one's
-    looks, 1 for the first. A run with the same weights, calibration and prompt gives the same numbers: it is no further
-    look. Raises X2DFDError where the ledger cannot be read or written.
+    `versions` are those that were measured on the set in this task, with this one; `look` is the number of this
+    version's look, 1 for the first. A repeated run with the same weights, calibration and prompt gives the same numbers
+    and is no further look. Raises X2DFDError where the ledger cannot be read or written.
     """
     model = result["model"]
     setting = {"manifest": result["data"]["sha256"], "split": result["data"]["split"], "task": result["task"]["name"]}

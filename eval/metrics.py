@@ -1,7 +1,7 @@
 """Metrics as pure functions over numpy arrays.
 
-`labels` are 1 for fake and 0 for real, `scores` are P(fake), both of shape [n]. What is not defined (one class only,
-no samples) is None, never NaN. AUC and all intervals: `eval.stats`.
+`labels` are 1 for fake and 0 for real, `scores` are P(fake), both of shape [n]. An undefined metric (one class only, no
+samples) is None, never NaN. AUC and all intervals: `eval.stats`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sklearn.metrics import average_precision_score, brier_score_loss, log_loss,
 from eval.stats import Floats, Labels
 from x2dfd.files import Json
 
-# A probability of exactly 0 or 1 that is wrong would cost infinitely much; this bounds the cost at 13.8 nats.
+# A wrong probability of exactly 0 or 1 would cost infinitely much; this bounds the cost at 13.8 nats.
 _EPS = 1e-6
 
 
@@ -31,7 +31,7 @@ def average_precision(labels: Labels, scores: Floats) -> float | None:
 
 def eer(labels: Labels, scores: Floats) -> float | None:
     """Equal error rate: the mean of FPR and FNR at the ROC point where they are nearest to each other. (DeepfakeBench
-    gives that point's FPR alone, which calls a scorer that says the same of everything perfect.)"""
+    gives that point's FPR alone, which calls a scorer with constant output perfect.)"""
     if not _has_both_classes(labels):
         return None
     fpr, tpr, _ = roc_curve(labels, scores)
@@ -77,8 +77,8 @@ def brier(labels: Labels, scores: Floats) -> float | None:
 
 
 def ece(labels: Labels, scores: Floats, bins: int = 15) -> float | None:
-    """Expected calibration error of P(fake), bins of equal width, reals and fakes weighing a half each: the probability
-    takes both answers for equally likely, so the share of fakes in a manifest must not count."""
+    """Expected calibration error of P(fake), bins of equal width, with reals and fakes weighing a half each: the
+    probability assumes even odds, so the share of fakes in a manifest must not count."""
     if not _has_both_classes(labels):
         return None
     weight = np.where(labels == 1, 0.5 / labels.sum(), 0.5 / (labels == 0).sum())
@@ -101,9 +101,8 @@ def cllr(labels: Labels, scores: Floats, prior: float = 0.5) -> float | None:
 def pool_by(
     ids: Sequence[str], labels: Labels, scores: Floats, how: Literal["mean", "max"] = "mean"
 ) -> tuple[list[str], Labels, Floats]:
-    """Pools frame scores to one score per clip; `ids` name the clips, must be unique to them, and are the only key.
-    Returns the ids in sorted order with their labels and scores. Raises ValueError when frames of one id differ in
-    label."""
+    """Pools frame scores to one score per clip; frames with the same id in `ids` are one clip. Returns the ids in
+    sorted order with their labels and scores. Raises ValueError when frames of one id differ in label."""
     names, place = np.unique(np.asarray(ids, dtype=str), return_inverse=True)
     low, high = np.full(len(names), 2), np.full(len(names), -1)
     np.minimum.at(low, place, labels)
@@ -121,15 +120,15 @@ def pool_by(
 def pool_sbi(
     ids: Sequence[str], labels: Labels, scores: Sequence[float | None]
 ) -> tuple[tuple[list[str], Labels, Floats], int]:
-    """Pools as the papers after SBI (Shiohara & Yamasaki 2022) do, the mean of the frames' most suspicious faces, where
-    a frame without a score (None) counts 0.5; also returns how many had none."""
+    """Pools as the papers after SBI (Shiohara & Yamasaki 2022) do: the mean of the frames' most suspicious faces, where
+    a frame without a score (None) counts 0.5. Also returns the number of such frames."""
     filled = to_scores([0.5 if s is None else s for s in scores])
     return pool_by(ids, labels, filled), sum(s is None for s in scores)
 
 
 def risk_coverage(labels: Labels, scores: Floats, threshold: float = 0.5) -> tuple[Floats, Floats]:
-    """Coverage [n] and the share of wrong answers at it [n], the surest answers first: those farthest from `threshold`
-    on the scale of log-odds. Ties are answered together, so that the order of samples does not matter."""
+    """Coverage [n] and the share of wrong answers at it [n]. The surest answers come first: those farthest from
+    `threshold` in log-odds. Ties are answered together, so that the order of samples does not matter."""
     p, at = np.clip(scores, _EPS, 1 - _EPS), np.clip(threshold, _EPS, 1 - _EPS)
     sure = np.abs(np.log(p / (1 - p)) - np.log(at / (1 - at)))
     wrong = (scores > threshold) != (labels == 1)

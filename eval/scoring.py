@@ -142,11 +142,11 @@ def folds(groups: Sequence[str], seed: int = 0) -> NDArray[np.int64]:
     return np.random.default_rng(seed).permutation(int(group_of.max(initial=-1)) + 1)[group_of] % FOLDS
 
 
-def train_apart(every: Sequence[Sample], samples: Sequence[Sample]) -> list[Sample]:
+def train_apart(all_samples: Sequence[Sample], samples: Sequence[Sample]) -> list[Sample]:
     """The train split, or nothing if some of it is judged."""
-    judged = {s.id for s in samples}
-    train = [s for s in every if s.split == "train"]
-    return [] if any(s.id in judged for s in train) else train
+    judged_ids = {s.id for s in samples}
+    train = [s for s in all_samples if s.split == "train"]
+    return [] if any(s.id in judged_ids for s in train) else train
 
 
 def three_answers(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Part:

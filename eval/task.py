@@ -81,7 +81,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Made:
+class Outcome:
     """The output of a task."""
 
     store: Store
@@ -104,7 +104,7 @@ class Task:
     version: str
     unit: str
     line: str
-    run: Callable[[Run], Made]
+    run: Callable[[Run], Outcome]
     needs: Callable[[Sample], bool] | None = None  # whether a sample has the necessary truth
     truth: str = ""  # that truth in words
 

@@ -28,10 +28,10 @@ _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 def references_of(sample: Sample) -> tuple[str, ...]:
     """The texts of a manifest's column `references` (JSON list, or annotations: every answer to every question) or
     `reference`; () where there is none. Raises X2DFDError for other `references`."""
-    if given := _given(sample):
-        return tuple(text for _, texts in given for text in texts)
-    one = sample.extra.get("reference")
-    return (one.strip(),) if isinstance(one, str) and one.strip() else ()
+    if annotated := _given(sample):
+        return tuple(text for _, texts in annotated for text in texts)
+    reference = sample.extra.get("reference")
+    return (reference.strip(),) if isinstance(reference, str) and reference.strip() else ()
 
 
 def questions_of(sample: Sample) -> Counter[str]:

@@ -6,13 +6,13 @@ import os
 
 from eval.rows import SampleRow
 from eval.stats import Measured
-from eval.task import Made, Run, Task
+from eval.task import Outcome, Run, Task
 from eval.tasks.words import need_texts
 from x2dfd.assessment import BANK, Finding, assess, chosen_pictures, read_questions
 from x2dfd.crops import load_crops
 
 
-def run(run: Run) -> Made:
+def run(run: Run) -> Outcome:
     """The ranking; its files go into the folder of the result."""
     from x2dfd.detector import versions
 
@@ -50,7 +50,7 @@ def run(run: Run) -> Made:
     samples = [crops.samples[i] for i in chosen_pictures(crops, options.split, options.limit, options.seed)]
     rows = [SampleRow.of(s) for s in samples]
     scores_of = "the largest face, as load_crops cuts it; pictures are not re-encoded"
-    return Made(run.store(), rows, origin, measured, model.name, model.mode, scores_of=scores_of, samples=samples)
+    return Outcome(run.store(), rows, origin, measured, model.name, model.mode, scores_of=scores_of, samples=samples)
 
 
 TASK = Task("assess", "2", "image", "which cues the MLLM can see (MFA), by x2dfd assess", run)

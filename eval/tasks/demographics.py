@@ -16,7 +16,7 @@ import numpy as np
 from eval import stats
 from eval.rows import SampleRow, score
 from eval.scoring import Part, equalised, unscored, value_of
-from eval.task import DECIDING, Made, Run, Task, judge_of
+from eval.task import DECIDING, Outcome, Run, Task, judge_of
 from x2dfd.errors import InputError
 from x2dfd.faces import area_polygons, find_faces
 from x2dfd.manifest import Sample
@@ -49,13 +49,13 @@ def tone(sample: Sample, equalise: bool) -> str:
     return next((name for least, name in TONES if angle > least), DARKEST)
 
 
-def run(run: Run) -> Made:
+def run(run: Run) -> Outcome:
     options, model = run.options, run.open()
     store = run.store()
     rows, origin = score(judge_of(run, model, rationale=False), run.samples, store)
     tones = [tone(s, options.equalise) for s in run.samples]
     measured = demographics_result(run.samples, rows, tones)
-    return Made(store, rows, origin, measured, model.name, model.mode, scores_of=DECIDING)
+    return Outcome(store, rows, origin, measured, model.name, model.mode, scores_of=DECIDING)
 
 
 def demographics_result(samples: Sequence[Sample], rows: Sequence[SampleRow], tones: Sequence[str]) -> Part:

@@ -15,7 +15,7 @@ from eval import stats, texts
 from eval.rows import Origin, Pair, SampleRow, score
 from eval.scoring import Part, micro_f1, train_apart, unscored, value_of
 from eval.stats import Measured
-from eval.task import DECIDING, NO_ORIGIN, Made, Run, Task, judge_of
+from eval.task import DECIDING, NO_ORIGIN, Outcome, Run, Task, judge_of
 from eval.tasks.detect import JUDGED
 from x2dfd.errors import X2DFDError
 from x2dfd.explain import read_cues, said_label
@@ -29,14 +29,14 @@ Compare = Callable[[Sequence[Sequence[str]], Sequence[str]], Part]
 """Text metrics of references and texts."""
 
 
-def run(run: Run) -> Made:
-    samples, every = run.samples, run.every()
+def run(run: Run) -> Outcome:
+    samples, all_samples = run.samples, run.every()
     if not any(s.cues or texts.references_of(s) for s in samples):
         raise X2DFDError(
             f"{run.manifest.name}: no chosen sample has known cues or references, nothing to describe",
             code="nothing_to_measure",
         )
-    baselines = Baselines.of(every, samples)
+    baselines = Baselines.of(all_samples, samples)
     with_references = sum(bool(texts.references_of(s)) for s in samples)
     questions: Counter[str] = Counter()
     for sample in samples:
@@ -63,7 +63,7 @@ def run(run: Run) -> Made:
     compare = partial(texts.text_metrics, encoder=run.options.sentence_encoder)
     measured = describe_result(samples, rows, baselines, compare)
     rows = rows or [SampleRow.of(s) for s in samples]
-    return Made(store, rows, origin, notes | measured, model.name, model.mode, scores_of=DECIDING)
+    return Outcome(store, rows, origin, notes | measured, model.name, model.mode, scores_of=DECIDING)
 
 
 TASK = Task(

@@ -24,13 +24,13 @@ from eval.scoring import (
     value_of,
 )
 from eval.stats import Floats, Labels, Measured
-from eval.task import DECIDING, NO_ORIGIN, Made, Run, Task, judge_of
+from eval.task import DECIDING, NO_ORIGIN, Outcome, Run, Task, judge_of
 from x2dfd.manifest import Sample
 
 JUDGED = "the judged samples"
 
 
-def run(run: Run) -> Made:
+def run(run: Run) -> Outcome:
     options, samples = run.options, run.samples
     compat, change = Compat.parse(options.compat), options.one_change()
     description = f"{change.name}: {change.line}" if change else None
@@ -39,7 +39,7 @@ def run(run: Run) -> Made:
     if model.kind == "baseline":
         rows, counted_in = majority_rows(run.every(), samples)
         measured = {"majority_from": counted_in} | detect_result(samples, rows, "majority", options.by, compat=compat)
-        return Made(store, rows, NO_ORIGIN, measured, model.name, scores_of=DECIDING, change=description)
+        return Outcome(store, rows, NO_ORIGIN, measured, model.name, scores_of=DECIDING, change=description)
     rows, origin = score(judge_of(run, model, rationale=False, change=change), samples, store)
     # One expert decides by its own score, and has no verdict.
     verdict = "" if model.kind == "expert" else "fusion" if model.kind == "fusion" else model.mode or "calibrated"
@@ -50,7 +50,7 @@ def run(run: Run) -> Made:
         same_manifest = fitted.get("manifest_sha256") == run.sha256
         promised = fitted | {"seen": same_manifest and options.split in (None, fitted.get("split"))}
     measured = detect_result(samples, rows, verdict, options.by, promised, compat)
-    return Made(store, rows, origin, measured, model.name, model.mode, scores_of=DECIDING, change=description)
+    return Outcome(store, rows, origin, measured, model.name, model.mode, scores_of=DECIDING, change=description)
 
 
 TASK = Task("detect", "6", "image, face, clip", "real or fake: verdict, MLLM alone, every expert, side by side", run)

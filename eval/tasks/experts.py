@@ -30,7 +30,7 @@ from eval.scoring import (
     three_answers,
     unscored,
 )
-from eval.task import Made, Run, Task
+from eval.task import Outcome, Run, Task
 from eval.tasks.detect import by_slice
 from x2dfd.adapter import EMBEDDED, expert_hashes, read_adapter_card
 from x2dfd.calibration import MLLM, Calibration, logit, logits_of
@@ -55,7 +55,7 @@ SHARPNESS_IS = "minus the logarithm of the variance of the crop's Laplacian: the
 """Its direction and form were fixed before anything was scored with it."""
 
 
-def run(run: Run) -> Made:
+def run(run: Run) -> Outcome:
     """`experts`, and `locate`, which is its maps alone."""
     options, samples, locate = run.options, run.samples, run.options.task == "locate"
     expert, folder = options.choice.expert, options.choice.folder or EMBEDDED
@@ -77,7 +77,7 @@ def run(run: Run) -> Made:
     else:
         measured = experts_result(panel, samples, rows, changes, options.by)
     stated = {"fusion": panel.fusion, "held_out": panel.held_out.get(FUSION, [])}
-    return Made(store, rows, origin, measured, options.choice.label, stated=stated)
+    return Outcome(store, rows, origin, measured, options.choice.label, stated=stated)
 
 
 EXPERTS = Task("experts", "3", "image", "experts, their fusion, a baseline; changed pictures; maps", run)
@@ -345,10 +345,10 @@ def _robustness(panel: Panel, samples: Sequence[Sample], rows: Sequence[SampleRo
         result["unchanged"][column] = Scored.of(subset, [before for before, _ in both.values()]).auc().value
     if panel.calibration:
         answers = {i: panel.joined(scores) for i, scores in changed.items()}
-        for what, label, wrong in (("false_alarms", "real", "fake"), ("misses", "fake", "real")):
+        for rate, label, wrong in (("false_alarms", "real", "fake"), ("misses", "fake", "real")):
             errors = {i: v is not None and v.label == wrong for i, v in answers.items() if samples[i].label == label}
-            result[what] = stats.rate(list(errors.values()), [samples[i].group for i in errors])
-            result["unchanged"][what] = float(np.mean([rows[i].said == wrong for i in errors])) if errors else None
+            result[rate] = stats.rate(list(errors.values()), [samples[i].group for i in errors])
+            result["unchanged"][rate] = float(np.mean([rows[i].said == wrong for i in errors])) if errors else None
     return result
 
 

@@ -20,7 +20,7 @@ from eval.models import TOOL_RESULTS, Opened, tool_results
 from eval.rows import Origin, SampleRow, score
 from eval.scoring import Part, Scored, equalised, train_apart, unscored
 from eval.stats import Measured
-from eval.task import DECIDING, NO_ORIGIN, Made, Run, Task
+from eval.task import DECIDING, NO_ORIGIN, Outcome, Run, Task
 from eval.tasks.detect import majority_rows
 from x2dfd import prompts
 from x2dfd.errors import InputError, X2DFDError
@@ -43,7 +43,7 @@ EXCHANGES: dict[str, tuple[Callable[[Sample], str], Callable[[str, Sample], str]
 """Task -> the question to a sample, and the reading of its answer."""
 
 
-def run_questions(run: Run) -> Made:
+def run_questions(run: Run) -> Outcome:
     """`answer` and `classify`."""
     options, classes = run.options, run.options.task == "classify"
     model = run.open()
@@ -63,15 +63,15 @@ def run_questions(run: Run) -> Made:
         measured = {"skipped_without_class": run.skipped} | classify_result(run.samples, rows)
     else:
         measured = answer_result(run.samples, rows, threshold)
-    return Made(store, rows, origin, measured, model.name, model.mode)
+    return Outcome(store, rows, origin, measured, model.name, model.mode)
 
 
-def run_chat(run: Run) -> Made:
+def run_chat(run: Run) -> Outcome:
     model = run.open()
     need_texts(model, run.options.task)
     store = run.store()
     rows, origin = score(partial(converse, model.detector, equal=run.options.equalise), run.samples, store)
-    return Made(store, rows, origin, chat_result(run.samples, rows), model.name, model.mode, scores_of=DECIDING)
+    return Outcome(store, rows, origin, chat_result(run.samples, rows), model.name, model.mode, scores_of=DECIDING)
 
 
 def need_texts(model: Opened, task: str) -> None:
@@ -158,19 +158,19 @@ def _fill_rows(
     try:
         logits, evidence = detector.judge_faces(faces)
         encoding = detector.mllm.encode(np.stack([f.view for f in through_codec(faces)]))
-        texts = [worded(detector, question(s), said) for (_, s), said in zip(pending, evidence, strict=True)]
+        texts = [worded(detector, question(s), items) for (_, s), items in zip(pending, evidence, strict=True)]
         replies = detector.mllm.write(encoding, texts, [""] * len(texts))
     except InputError as error:  # a served model refused one of these pictures
         if len(faces) == 1:
             pending[0][0].failed(error.code, error.reason)
             return
-        for one, face in zip(pending, faces, strict=True):
-            _fill_rows(detector, [one], [face], question, read)
+        for pair, face in zip(pending, faces, strict=True):
+            _fill_rows(detector, [pair], [face], question, read)
         return
-    for (row, sample), logit, said, text, answer in zip(pending, logits, evidence, texts, replies, strict=True):
+    for (row, sample), logit, items, text, answer in zip(pending, logits, evidence, texts, replies, strict=True):
         row.p_fake, row.question, row.answer = float(1 / (1 + np.exp(-logit))), text, answer
-        row.said, row.experts = read(answer, sample), {e.expert: e.score for e in said}
-        row.notes = {e.expert: e.note for e in said if e.note}
+        row.said, row.experts = read(answer, sample), {e.expert: e.score for e in items}
+        row.notes = {e.expert: e.note for e in items if e.note}
 
 
 def _with_answer(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> tuple[list[SampleRow], list[Sample], Part]:
