@@ -20,7 +20,7 @@ from x2dfd.faces import Array
 Make = Callable[[Pixels, Rng], Pixels]
 
 FORMAT_SWAP = "jpeg95"
-"""The change that represents another file format: the unchanged pixels are what a PNG of the picture holds."""
+"""The change of the file format: a PNG of the picture holds its unchanged pixels, this JPEG does not."""
 
 
 @dataclass(frozen=True)

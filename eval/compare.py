@@ -31,8 +31,8 @@ Scores = dict[str, dict[str, ScoredSample]]
 
 
 def read_scores(folder: Path, result: Result) -> Scores:
-    """Every score in the table beside a result file, whose content is `result`. Raises X2DFDError without a table, or
-    for that of another run."""
+    """Every score in the table beside the file of `result`. Raises X2DFDError if there is no table, or that of another
+    run."""
     path = folder / "samples.parquet"
     if not path.is_file():
         raise X2DFDError("no samples.parquet beside the reference", code="scores_missing")
@@ -109,7 +109,7 @@ class Reference:
 
     @classmethod
     def read(cls, path: Path) -> Reference:
-        """A result file, and the scores of the table beside it. Raises X2DFDError for what is no result file."""
+        """A result file, and the scores of the table beside it. Raises X2DFDError for any other file."""
         try:
             result = parse_json(path.read_bytes())
         except (OSError, ValueError) as error:

@@ -43,7 +43,7 @@ from x2dfd.manifest import Sample, manifest_sha256, write_manifest
 from x2dfd.options import names
 
 FRAMES = 32
-"""Frames a clip in DeepfakeBench and DF40; fewer or more are other numbers."""
+"""Frames per clip in DeepfakeBench and DF40. Fewer or more frames give numbers that cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def index_sets(
     allow_missing: bool = False,
     labels: Mapping[str, Label] | None = None,
 ) -> dict[str, tuple[list[Sample], list[str]]]:
-    """The test split of each of a protocol's index files: samples, and notes for the person who reads the summary.
+    """The test split of each of a protocol's index files: samples, and notes for the summary.
     Raises X2DFDError when an index file is absent, when more than 1 % of a set's files are (unless `allow_missing`),
     and when the protocol comes without index files."""
     chosen = tuple(sets) or protocol.sets
@@ -263,7 +263,7 @@ def read_annotations(
     answer: str = "answer",
     source: str = "",
 ) -> Read:
-    """Annotated pictures in a JSON list, as DD-VQA, SID-Set and FakeClue come; each answer is a reference.
+    """Annotated pictures in a JSON list, the form of DD-VQA, SID-Set and FakeClue; each answer is a reference.
 
     A record is {image, label, conversations: [{from: human|gpt, value}]} or {image, label, question, answer}, where
     `answer` is a text or a list of texts; records of one picture and question are joined. The caller says which

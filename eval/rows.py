@@ -25,7 +25,7 @@ CHUNK = 32  # samples between two saves
 Pair = tuple[str, str]
 """Area and artifact of a cue."""
 Scores = dict[str, float | None]
-"""Expert -> its score of a face, None where it has none."""
+"""Expert -> its score of a face, None without one."""
 Origin = Json
 """The model and the versions that answers state."""
 
@@ -147,7 +147,7 @@ def _same_model(
     reusable: set[str],
     joined: bool,
 ) -> bool:
-    """Whether the stored rows are of this model."""
+    """Whether the stored rows are of this model. Raises X2DFDError if no row can tell and others would be lost."""
     probe = next((s for s in samples if s.id in reusable), None)
     rows, origins = judge([probe]) if probe else ([], [])
     if probe and origins[:1] == [origin] and _same_scores(rows[0], stored[probe.id], joined):

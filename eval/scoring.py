@@ -42,7 +42,7 @@ def equalise(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def equalised(path: Path) -> bytes:
-    """The file's picture, equalised. Raises InputError for what is not a picture."""
+    """The file's picture, equalised. Raises InputError for a file that is no picture."""
     return equalise(load_picture(path).pixels)
 
 
@@ -75,7 +75,7 @@ class Scored:
         return cls(scored, m.to_labels(s.label for s in scored), scores, [s.group for s in scored], at)
 
     def auc(self, chosen: Sequence[int] | None = None) -> Measured:
-        """Of all, or of some."""
+        """The AUC of all samples, or of the chosen ones."""
         subset = range(len(self.samples)) if chosen is None else chosen
         index = np.asarray(subset, np.int64)
         return stats.measured_auc(self.labels[index], self.scores[index], [self.groups[i] for i in subset])
@@ -105,9 +105,9 @@ class Slice:
 
 
 def slices(samples: Sequence[Sample], column: str) -> Iterator[Slice]:
-    """The slices of a column. `method`: the fakes of the method against the reals of their sources. Every other column:
-    reals and fakes with that value. Fakes with fewer than 10 such reals are compared with all reals, reals without
-    fakes with all fakes."""
+    """The slices of a column. Those of `method` have the fakes of a method and the reals of their sources, those of any
+    other column the reals and fakes with a value. Fakes with fewer than 10 such reals are compared with all reals,
+    reals without fakes with all fakes."""
     values = [value_of(s, column) for s in samples]
     all_reals = [i for i, s in enumerate(samples) if s.label == "real"]
     all_fakes = [i for i, s in enumerate(samples) if s.label == "fake"]
@@ -129,7 +129,7 @@ def slices(samples: Sequence[Sample], column: str) -> Iterator[Slice]:
 
 
 def value_of(sample: Sample, column: str) -> str:
-    """A column's value; of a combined method ("swap+relight"), the first."""
+    """A column's value, or the first method of a combined one ("swap+relight")."""
     value = getattr(sample, column, None) or sample.extra.get(column)
     if column == "method" and value is not None:
         value = str(value).split("+")[0]

@@ -50,7 +50,7 @@ class Measured:
 
     @classmethod
     def read(cls, part: Json) -> Self:
-        """From a result file; keys that are not of this type are ignored."""
+        """Reads a figure of a result file; unknown keys are ignored."""
         interval = part.get("interval")
         bounds = (float(interval[0]), float(interval[1])) if interval else None
         return cls(part["value"], bounds, part.get("n", 0), part.get("groups", 0), part.get("note", ""))
@@ -143,7 +143,7 @@ def auc_difference(labels: Labels, first: Floats, second: Floats, groups: Sequen
 
 
 def _auc_terms(labels: Labels, scores: Floats) -> Floats:
-    """How much each sample moves the AUC [n]: its share of won pairs against the mean, over the size of its class."""
+    """Each sample's influence on the AUC [n]: its share of won pairs minus the class's mean, over the class's size."""
     fakes, ranks = labels == 1, rankdata(scores)
     n_fake, n_real = int(fakes.sum()), int((~fakes).sum())
     terms = np.empty(len(labels))

@@ -35,7 +35,7 @@ def references_of(sample: Sample) -> tuple[str, ...]:
 
 
 def questions_of(sample: Sample) -> Counter[str]:
-    """How many answers a sample's annotations give to each question; none where its references are plain texts."""
+    """The number of answers to each question in a sample's annotations; empty if its references are plain texts."""
     counts: Counter[str] = Counter()
     for question, texts in _given(sample):
         if question is not None:
@@ -113,7 +113,7 @@ def _cider(references: References, candidates: Sequence[str]) -> tuple[list[floa
 
     if len(candidates) < 2:
         raise SetupError("CIDEr needs several samples, and there is one", code="too_few_samples")
-    # In the package's form, as words; its own tokenizer wants Java.
+    # Words, in the form that the package expects; its own tokenizer needs Java.
     reference_words = {i: [_words(text) for text in texts] for i, texts in enumerate(references)}
     value, _ = Cider().compute_score(reference_words, {i: [_words(text)] for i, text in enumerate(candidates)})
     by = f"pycocoevalcap {version('pycocoevalcap')}, {WORDS}, document frequencies of these references"

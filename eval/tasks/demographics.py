@@ -28,7 +28,7 @@ LEAST_CHROMA = 4.0  # of Lab: below it the photo is grey, and the angle says not
 
 
 def tone(sample: Sample, equalise: bool) -> str:
-    """The class of the largest face's cheeks, "" where there is none or the photo has no colour."""
+    """The skin tone of the largest face's cheeks, "" if there is no face or no colour."""
     try:
         pixels = load_picture(equalised(sample.path) if equalise else sample.path).pixels
         faces = find_faces(pixels)

@@ -102,7 +102,7 @@ class Baselines:
 
 
 def references(sample: Sample) -> list[str]:
-    """A sample's reference texts; where the manifest has none, texts that the grammar writes of its known cues."""
+    """A sample's reference texts in the manifest, else texts that the grammar writes from its known cues."""
     from data_gen.writers import write_explanation
 
     if given := texts.references_of(sample):

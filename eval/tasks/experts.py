@@ -353,7 +353,7 @@ def _robustness(panel: Panel, samples: Sequence[Sample], rows: Sequence[SampleRo
 
 
 def _swap(panel: Panel, rows: Sequence[SampleRow]) -> Part:
-    """How far P(fake) moves between a PNG and a JPEG of the same pixels."""
+    """The differences of P(fake) between a PNG and a JPEG of the same pixels."""
     result: Part = {}
     for column in panel.columns[:-1]:  # the last one is no probability
         pairs = [(panel.value(column, r.experts), panel.value(column, r.changed.get(FORMAT_SWAP))) for r in rows]
