@@ -1,8 +1,8 @@
 """Quality against cost, of peers side by side: `python -m benchmarks.quality --data MANIFEST`.
 
-Every way scores the same aligned crops of labelled pictures, in turns: the forensic tower as a verdict reads it, with
-products in fp32 and in bf16; a linear probe on CLIP as it is, fitted here on the other sources; and the recipe as
-published, the language model's own number. Without `--data` the picture is drawn from a result file that is there.
+Every variant scores the same aligned crops of labelled pictures, in turns: the forensic tower as in a verdict, with
+products in fp32 and in bf16; a linear probe on unchanged CLIP, fitted here on the other sources; and the recipe as
+published, the language model's own number. Without `--data` the plot is drawn from an existing result file.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ Floats = NDArray[np.float64]
 Score = Callable[[Sequence[Face]], NDArray[Any]]  # of each face: P(fake), or the features that a probe is fitted on
 
 
-def in_turns(ways: Mapping[str, Score], faces: Sequence[Face]) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
-    """What each way gives for all faces, and its median seconds a face; the first batch warms up and is done twice."""
-    found: dict[str, list[NDArray[Any]]] = {name: [] for name in ways}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for score in ways.values():
+def in_turns(variants: Mapping[str, Score], faces: Sequence[Face]) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
+    """Each variant's output for all faces, and its median seconds a face; the first batch also serves as a warm-up."""
+    outputs: dict[str, list[NDArray[Any]]] = {name: [] for name in variants}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for score in variants.values():
         score(faces[:BATCH])
     for number, at in enumerate(range(0, len(faces), BATCH)):
-        part = faces[at : at + BATCH]
-        for name in list(ways)[:: -1 if number % 2 else 1]:
+        batch = faces[at : at + BATCH]
+        for name in list(variants)[:: -1 if number % 2 else 1]:
             start = time.perf_counter()
-            found[name].append(ways[name](part))
-            seconds[name].append((time.perf_counter() - start) / len(part))
-    return {k: np.concatenate(v) for k, v in found.items()}, {k: float(np.median(v)) for k, v in seconds.items()}
+            outputs[name].append(variants[name](batch))
+            seconds[name].append((time.perf_counter() - start) / len(batch))
+    return {k: np.concatenate(v) for k, v in outputs.items()}, {k: float(np.median(v)) for k, v in seconds.items()}
 
 
 def probe(features: NDArray[Any], fake: NDArray[np.bool_], sources: Sequence[str]) -> Floats:
@@ -56,12 +56,12 @@ def probe(features: NDArray[Any], fake: NDArray[np.bool_], sources: Sequence[str
         raise X2DFDError("a probe needs two sources: one to fit it on, another to judge it by", code="too_few_sources")
     folds = GroupKFold(min(FOLDS, len(set(sources))))
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
-    chances = cross_val_predict(model, features, fake, groups=list(sources), cv=folds, method="predict_proba")
-    return np.asarray(chances[:, 1], float)
+    probabilities = cross_val_predict(model, features, fake, groups=list(sources), cv=folds, method="predict_proba")
+    return np.asarray(probabilities[:, 1], float)
 
 
 def scorers() -> dict[str, tuple[Score, float]]:
-    """Each way, with the megabytes of its weights as they are computed with."""
+    """Each variant, with the megabytes of its weights in the precision of its computation."""
     import torch
 
     import x2dfd
@@ -92,9 +92,9 @@ def scorers() -> dict[str, tuple[Score, float]]:
 
     def number(faces: Sequence[Face]) -> Floats:
         encoding = mllm.encode(np.stack([f.crop for f in faces]))
-        told = [detector.for_prompt(said) for said in detector.evidence(faces, encoding)]
-        asked = [prompts.verdict_question(said, detector.info.score_form) for said in told]
-        return np.asarray(1 / (1 + np.exp(-mllm.verdict_logits(encoding, asked))))
+        blocks = [detector.for_prompt(evidence) for evidence in detector.evidence(faces, encoding)]
+        questions = [prompts.verdict_question(evidence, detector.info.score_form) for evidence in blocks]
+        return np.asarray(1 / (1 + np.exp(-mllm.verdict_logits(encoding, questions))))
 
     def megabytes(model: Any) -> float:
         return float(sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6)
@@ -118,19 +118,19 @@ def draw(result: Json, file: Path) -> None:
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for way in result["ways"]:
-        at, value, interval = way["seconds"], way["auc"]["value"], way["auc"]["interval"]
-        dot = axes.scatter(at, value, s=max(way["megabytes"] / 4, 10))
-        axes.scatter([], [], s=40, color=dot.get_facecolor(), label=way["name"])
+    for variant in result["ways"]:
+        at, value, interval = variant["seconds"], variant["auc"]["value"], variant["auc"]["interval"]
+        dot = axes.scatter(at, value, s=max(variant["megabytes"] / 4, 10))
+        axes.scatter([], [], s=40, color=dot.get_facecolor(), label=variant["name"])
         if interval:
             axes.plot([at, at], interval, color="grey", linewidth=0.8, zorder=0)
     data = result["data"]
-    what = f"AUC, {data['n_fake']} fakes, {data['n_real']} photos"
-    axes.set(xscale="log", xlabel=f"seconds a face, {result['threads']} CPU threads", ylabel=what)
+    label = f"AUC, {data['n_fake']} fakes, {data['n_real']} photos"
+    axes.set(xscale="log", xlabel=f"seconds a face, {result['threads']} CPU threads", ylabel=label)
     ticks = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
-    seconds = [way["seconds"] for way in result["ways"]]
+    seconds = [variant["seconds"] for variant in result["ways"]]
     axes.set_xlim(min(seconds) / 1.5, max(seconds) * 2.5)
     axes.legend(loc="best", fontsize=8)  # names beside dots that are close would overlap
     axes.set_title("Quality against cost")
@@ -139,7 +139,7 @@ def draw(result: Json, file: Path) -> None:
 
 
 def measure(manifest: Path, limit: int, threads: int) -> Json:
-    """Score the same faces in every way, in turns. Raises X2DFDError for pictures of one label or of one source."""
+    """Score the same faces with every variant, in turns. Raises X2DFDError for one label or one source only."""
     import torch
 
     from eval.bench import code_state
@@ -149,42 +149,42 @@ def measure(manifest: Path, limit: int, threads: int) -> Json:
     from x2dfd.manifest import manifest_sha256
 
     torch.set_num_threads(threads)
-    known = load_crops(manifest)
-    rows = sorted({int(i) for i in np.linspace(0, len(known.samples) - 1, limit)})
-    size = float(known.crops.shape[1])
+    crops = load_crops(manifest)
+    rows = sorted({int(i) for i in np.linspace(0, len(crops.samples) - 1, limit)})
+    size = float(crops.crops.shape[1])
     faces = [
-        Face(0, (0.0, 0.0, size, size), known.landmarks[i], 1.0, np.array(known.crops[i]), known.landmarks[i], 0.0)
+        Face(0, (0.0, 0.0, size, size), crops.landmarks[i], 1.0, np.array(crops.crops[i]), crops.landmarks[i], 0.0)
         for i in rows
     ]
     faces = [replace(f, index=k) for k, f in enumerate(through_codec(faces))]
-    samples = [known.samples[i] for i in rows]
+    samples = [crops.samples[i] for i in rows]
     fake, groups = np.array([s.label == "fake" for s in samples]), [s.group for s in samples]
     if fake.all() or not fake.any():
         raise X2DFDError(f"{manifest}: real and fake pictures are needed", code="no_picture_of_label")
-    ways = scorers()
-    given, seconds = in_turns({name: score for name, (score, _) in ways.items()}, faces)
-    scores = {n: probe(v, fake, [s.source for s in samples]) if v.ndim > 1 else v for n, v in given.items()}
+    variants = scorers()
+    outputs, seconds = in_turns({name: score for name, (score, _) in variants.items()}, faces)
+    scores = {n: probe(v, fake, [s.source for s in samples]) if v.ndim > 1 else v for n, v in outputs.items()}
     labels = fake.astype(np.int64)
-    found = [
+    figures = [
         {
             "name": name,
             "seconds": round(seconds[name], 4),
             "megabytes": round(megabytes),
             "auc": measured_auc(labels, scores[name], groups).to_json(),
         }
-        for name, (_, megabytes) in ways.items()
+        for name, (_, megabytes) in variants.items()
     ]
-    moved = np.abs(scores[BF16] - scores[FP32])
+    shifts = np.abs(scores[BF16] - scores[FP32])
     return {
         "task": {"name": "quality", "version": 1},
         "data": {"sha256": manifest_sha256(manifest), "n_fake": int(fake.sum()), "n_real": int((~fake).sum())},
         "hashes": {"manifest": manifest_sha256(manifest)},
         "threads": threads,
-        "ways": found,
+        "ways": figures,
         "bf16_against_fp32": {
             "auc": auc_difference(labels, scores[BF16], scores[FP32], groups).to_json(),
-            "p_median": round(float(np.median(moved)), 5),
-            "p_90": round(float(np.quantile(moved, 0.9)), 5),
+            "p_median": round(float(np.median(shifts)), 5),
+            "p_90": round(float(np.quantile(shifts, 0.9)), 5),
         },
         "code": code_state(),
         "versions": versions(),

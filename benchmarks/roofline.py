@@ -1,4 +1,4 @@
-"""The least time that the counted operations can take on this machine: the roofline, operation by operation. Every
+"""The roofline: the least time that the counted operations can take on this machine, operation by operation. Every
 matrix product, convolution and attention of a call is counted from its shapes while it runs. Its bound is the longer of
 its FLOPs at the measured matrix rate and its bytes at the measured reading rate; a call's is their sum."""
 
@@ -34,7 +34,7 @@ FORMULAS: dict[Any, Callable[..., int]] = {
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device was just measured at."""
+    """The measured rates of a device."""
 
     flop_per_s: float  # of a large square matrix product
     bytes_per_s: float  # of a matrix read once, for its product with a vector
@@ -53,32 +53,32 @@ class Rates:
 
 
 class Operations(TorchDispatchMode):
-    """Counts while it is entered: (FLOPs, bytes) of each operation that has a formula, of this thread."""
+    """A context that counts (FLOPs, bytes) of each operation of this thread that has a formula."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found: list[tuple[int, int]] = []
+        self.counts: list[tuple[int, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         formula = FORMULAS.get(func._overloadpacket)
         if formula is None:
             with self:  # under inference_mode a linear layer arrives whole
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
+                decomposed = func.decompose(*args, **kwargs)
+            if decomposed is not NotImplemented:
+                return decomposed
         out = func(*args, **kwargs)
         if formula is not None:
             tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
-            self.found.append(
+            self.counts.append(
                 (int(formula(*args, **kwargs, out_val=out)), sum(t.numel() * t.element_size() for t in tensors))
             )
         return out
 
     @property
     def flop(self) -> int:
-        return sum(flop for flop, _ in self.found)
+        return sum(flop for flop, _ in self.counts)
 
     def bound(self, rates: Rates) -> float:
         """Seconds."""
-        return sum(max(flop / rates.flop_per_s, size / rates.bytes_per_s) for flop, size in self.found)
+        return sum(max(flop / rates.flop_per_s, size / rates.bytes_per_s) for flop, size in self.counts)

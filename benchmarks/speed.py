@@ -1,11 +1,11 @@
 """Speed, side by side: `make bench`, or `python -m benchmarks.speed --out eval/results/speed.json` for the tables.
 
-What is compared takes turns in one process, on a CPU and on CUDA where there is one; medians with the 10th and 90th
-percentile. Ways of doing the same thing must give the same answers, or the run ends with an error (in 16 bits texts may
-differ; it is said). Beside each time stands its bound (benchmarks.roofline) and the share of it that is reached.
+The cases of a comparison take turns in one process, on a CPU and on CUDA if there is one; times are medians with the
+10th and 90th percentile. Ways of doing the same thing must give the same answers, or the run ends with an error (in 16
+bits texts may differ, and the result lists them). Each time has its bound (benchmarks.roofline) and its share of it.
 
-`--geometry llava-7b` puts LLaVA-1.5-7B with random weights, which are as fast as trained ones, in the model's place;
-`toy` runs the same code on a toy in seconds. What needs a trained model (faces, experts, the command) is left out then.
+`--geometry llava-7b` replaces the model with LLaVA-1.5-7B of random weights, which are as fast as trained ones; `toy`
+runs the same code on a toy in seconds. Both skip the comparisons that need a trained model (faces, experts, command).
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from x2dfd.types import Cue, Evidence
 ROOT = Path(__file__).resolve().parent.parent
 AT_ONCE = (1, 8)  # faces in a call of an expert
 BATCHES = (1, 4, 16)  # pictures in a batch of `detect`
-ASKED, FEW = 100, 16  # cue questions about one face: of an assessment, of one picture's whole story
-SAID = (
+N_QUESTIONS, FEW = 100, 16  # cue questions about one face: of an assessment, of one picture's whole story
+EVIDENCE = (
     (Evidence("tower", 0.93, cues=(Cue("mouth", "blur", 0.9), Cue("jaw", "blending", 0.6))),),
     (Evidence("tower", 0.08),),
     (Evidence("tower", 0.71, cues=(Cue("eyes", "colour", 0.8),)),),
     (Evidence("tower", None, "no score"),),
 )
-"""What experts say of the faces whose verdicts are timed."""
+"""The experts' evidence on the faces whose verdicts are timed."""
 FACES = 4  # of the verdicts against the published recipe
 VIEWS = 400  # augmented views: a few in a hundred take twenty times as long as most
 FOLLOW_UP = "What about the eyes?"
-SAME = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}  # by how much answers of two ways may differ
+SAME = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}  # largest allowed difference between the answers of two ways
 
 Answers = Mapping[str, Any]  # name -> numbers or text; those of one name must agree between the ways of a comparison
 
@@ -68,10 +68,10 @@ class Case:
     """One way of doing something."""
 
     run: Callable[[], Answers | None]
-    part: Callable[[], object] | None = None  # what is counted in place of `run`, where that takes long
+    part: Callable[[], object] | None = None  # counted instead of `run`, if that takes long
     parts: int = 1  # so many parts make the whole
     per: int = 1  # pictures or faces in a run; seconds are of one of them
-    reads: int = 0  # bytes that have to be read or written where no torch operation shows it
+    reads: int = 0  # bytes that are read or written outside of torch operations
 
 
 Cases = dict[str, Case]
@@ -80,16 +80,16 @@ Listed = tuple[str, Cases, int | None]  # name, ways, rounds; None for as many a
 
 @dataclass(frozen=True)
 class Bench:
-    """What every comparison needs."""
+    """The settings of every comparison."""
 
     rounds: int
     rates: Any  # roofline.Rates
     precision: str = "fp32"
-    finish: Callable[[], object] = lambda: None  # waits for what the device still computes
+    finish: Callable[[], object] = lambda: None  # waits until the device has computed everything
 
 
 def timed(cases: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each case, `rounds` numbers each: every case once a round, in turning order, so that none has the
+    """Seconds of each case, `rounds` numbers each: every case once a round, in alternating order, so that none has the
     quieter machine or the warmer cache."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(rounds):
@@ -107,15 +107,15 @@ def spread(values: Sequence[float], digits: int = 4) -> dict[str, float]:
 
 
 def compare(name: str, cases: Cases, bench: Bench, rounds: int | None = None) -> dict[str, Any]:
-    """Every way timed and bounded, against the first: how many times as long, and the largest change of an answer.
+    """Time and bound of every way, and against the first: the ratio of times and the largest change of an answer.
 
-    Raises X2DFDError when two ways do not give the same.
+    Raises X2DFDError when two ways give different answers.
     """
     from benchmarks.roofline import Operations
 
     print(f"{name} ...", file=sys.stderr, flush=True)
     bounds: dict[str, tuple[float, float]] = {}  # FLOPs, seconds
-    for way, case in cases.items():  # the round that warms up is the one that is counted
+    for way, case in cases.items():  # operations are counted in the warm-up round
         with Operations() as operations:
             (case.part or case.run)()
         bench.finish()
@@ -131,27 +131,27 @@ def compare(name: str, cases: Cases, bench: Bench, rounds: int | None = None) ->
         return call
 
     rounds = rounds or bench.rounds
-    taken = timed({way: run(way) for way in cases}, rounds)
+    elapsed = timed({way: run(way) for way in cases}, rounds)
     first = next(iter(cases))
-    each = {way: [s / cases[way].per for s in values] for way, values in taken.items()}
-    found: dict[str, Any] = {"name": name, "rounds": rounds, "ways": {}}
+    each = {way: [s / cases[way].per for s in values] for way, values in elapsed.items()}
+    result: dict[str, Any] = {"name": name, "rounds": rounds, "ways": {}}
     for way, values in each.items():
         seconds, (flop, bound) = spread(values, 5), bounds[way]
         row: dict[str, Any] = {"seconds": seconds, "gflop": round(flop / 1e9, 3), "bound_seconds": round(bound, 6)}
         row["share_of_bound"] = round(bound / seconds["median"], 3) if seconds["median"] else None
         if way != first:
             row["times_first"] = spread([a / b for a, b in zip(values, each[first], strict=True)], 2)
-            mine, its = answers[way], answers[first]
-            if mine is not None and its is not None:
-                row["largest_difference"] = difference(f"{name}: {way}", its, mine, SAME[bench.precision])
-                row["other_texts"] = other_texts(its, mine)
+            answer, reference = answers[way], answers[first]
+            if answer is not None and reference is not None:
+                row["largest_difference"] = difference(f"{name}: {way}", reference, answer, SAME[bench.precision])
+                row["other_texts"] = other_texts(reference, answer)
                 if row["other_texts"] and bench.precision == "fp32":
                     raise X2DFDError(f"{name}: {way} gives another {row['other_texts'][0]}", code="results_differ")
-        found["ways"][way] = row
+        result["ways"][way] = row
         share = f"{100 * row['share_of_bound']:.0f} % of the bound" if row["share_of_bound"] else "no bound"
         times = f", {row['times_first']['median']:.2f} times the first" if "times_first" in row else ""
         print(f"  {way}: {seconds['median']:.4f} s, {share}{times}", file=sys.stderr, flush=True)
-    return found
+    return result
 
 
 def difference(what: str, first: Answers, other: Answers, most: float) -> float:
@@ -178,31 +178,31 @@ def other_texts(first: Answers, other: Answers) -> list[str]:
 
 def cue_questions(mllm: Any, crop: NDArray[np.uint8], questions: Sequence[str]) -> Cases:
     """P(yes) of every question: packed, in batches over copies of the prefix, one by one over it, and each in a stock
-    forward pass of its own, which is what the published code does. All begin with the picture."""
+    forward pass of its own, as in the published code. All begin with the picture."""
     import torch
 
     from x2dfd.mllm import PACK
 
     def batched() -> Answers:
         encoding = mllm.encode(crop[None])
-        chances = []
+        probabilities = []
         for at in range(0, len(questions), PACK):
-            some = questions[at : at + PACK]
-            suffixes = [mllm._suffix(q) for q in some]
+            batch = questions[at : at + PACK]
+            suffixes = [mllm._suffix(q) for q in batch]
             with torch.inference_mode():
                 mllm._read(encoding)
                 cache = copy.deepcopy(encoding.cache)
-                cache.batch_repeat_interleave(len(some))
+                cache.batch_repeat_interleave(len(batch))
                 last = mllm._after(replace(encoding, cache=cache), suffixes).last
-                chances.append(mllm._scores(last, mllm._yes_no_ids).double().softmax(-1)[:, 0].cpu().numpy())
-        return {"P(yes)": np.concatenate(chances)}
+                probabilities.append(mllm._scores(last, mllm._yes_no_ids).double().softmax(-1)[:, 0].cpu().numpy())
+        return {"P(yes)": np.concatenate(probabilities)}
 
-    def single(some: Sequence[str]) -> Answers:
+    def single(batch: Sequence[str]) -> Answers:
         encoding = mllm.encode(crop[None])
-        return {"P(yes)": np.concatenate([mllm.yes_no_packed(encoding, [q]).p_yes for q in some])}
+        return {"P(yes)": np.concatenate([mllm.yes_no_packed(encoding, [q]).p_yes for q in batch])}
 
-    def stock(some: Sequence[str]) -> Answers:
-        return {"P(yes)": mllm.yes_no_plain(crop, some).p_yes}
+    def stock(batch: Sequence[str]) -> Answers:
+        return {"P(yes)": mllm.yes_no_plain(crop, batch).p_yes}
 
     sample = list(questions[:: max(1, len(questions) // 4)])[:4]
     return {
@@ -217,7 +217,7 @@ def cue_questions(mllm: Any, crop: NDArray[np.uint8], questions: Sequence[str]) 
 
 def verdicts(mllm: Any, crops: NDArray[np.uint8], questions: Sequence[str]) -> Cases:
     """P(fake) of each face: ours in one batch, and the published recipe, per picture: four tokens by `generate`, the
-    labels' logits read at the fourth. Where what it generates is no verdict, there is no answer to compare."""
+    labels' logits read at the fourth. If it generates no verdict, there is no answer to compare."""
 
     import torch
     from PIL import Image
@@ -257,8 +257,8 @@ def whole_story(mllm: Any, crop: NDArray[np.uint8], question: str, cues: Sequenc
         [text] = mllm.write(encode(), [question], [start])
         groups = [[c] for c in cues] if apart else [list(cues)]
         p_yes = np.concatenate([mllm.yes_no_packed(encode(), group).p_yes for group in groups])
-        [said] = mllm.write(encode(), [question], [""], turns=[(f"{start} {text}".strip(), FOLLOW_UP)])
-        return {"P(fake)": 1 / (1 + np.exp(-logit)), "rationale": text, "P(yes)": p_yes, "answer": said}
+        [answer] = mllm.write(encode(), [question], [""], turns=[(f"{start} {text}".strip(), FOLLOW_UP)])
+        return {"P(fake)": 1 / (1 + np.exp(-logit)), "rationale": text, "P(yes)": p_yes, "answer": answer}
 
     def once() -> Answers:
         encoding = mllm.encode(crop[None])
@@ -292,7 +292,7 @@ def training_step(model: Any, layers: Sequence[int], rows: int = 2, text: int = 
     with torch.inference_mode():
         states = tower(batch["pixel_values"], output_hidden_states=True).hidden_states
         first = 1 if strategy == "default" else 0
-        kept = torch.stack([states[k][:, first:] for k in layers], 1).clone()
+        features = torch.stack([states[k][:, first:] for k in layers], 1).clone()
     stand_in = CachedTower(tuple(layers), strategy == "default")
 
     def step(module: Any, pixels: Any) -> Answers:
@@ -302,7 +302,7 @@ def training_step(model: Any, layers: Sequence[int], rows: int = 2, text: int = 
         tuned.zero_grad()
         return {"loss": float(loss.detach())}
 
-    cached, computed = lambda: step(stand_in, kept), lambda: step(tower, batch["pixel_values"])
+    cached, computed = lambda: step(stand_in, features), lambda: step(tower, batch["pixel_values"])
     return {"cached tower features": Case(cached, per=rows), "tower computed": Case(computed, per=rows)}
 
 
@@ -336,7 +336,7 @@ def augmented_views() -> Cases:
 
 
 def of_detector(detector: Any, threads: int, tower_alone: bool) -> list[Listed]:
-    """What needs the whole pipeline; with `tower_alone`, no more of it than the precision of the tower moves."""
+    """Comparisons of the whole pipeline; with `tower_alone`, only those that the tower's precision changes."""
     from PIL import Image, ImageEnhance
     from skimage.data import astronaut
 
@@ -357,14 +357,14 @@ def of_detector(detector: Any, threads: int, tower_alone: bool) -> list[Listed]:
         reports = list(detector.detect_many(pictures, batch_size=size, rationale=False))
         return {"p_fake": [r.verdict.p_fake for r in reports]}
 
-    # Another each time: a detector keeps its last look at a face.
+    # Another picture each time, because a detector caches the last encoding.
     turns, forged_turns = itertools.cycle(pictures), itertools.cycle(forged_pictures())
 
     def single(rationale: bool) -> None:
         detector.detect(next(turns), rationale=rationale)
 
     def explained() -> None:
-        """Of a fake: what is called real gets a fixed text."""
+        """The picture must be called fake, because a real one gets a fixed text."""
         report = detector.detect(next(forged_turns))
         if report.verdict.label != "fake":
             raise X2DFDError("the forged picture is not called fake: no text was written", code="no_text")
@@ -384,27 +384,27 @@ def of_detector(detector: Any, threads: int, tower_alone: bool) -> list[Listed]:
                 [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
             ) as run:
                 assert run.stdout is not None
-                told = run.stdout.readline()
+                line = run.stdout.readline()
                 if whole:
                     run.communicate()
                 else:
-                    run.kill()  # who asked has the answer; what follows is the interpreter's end
-            if "p=" not in told or (whole and run.returncode):
-                raise X2DFDError(f"the command ended with {run.returncode}, first line {told!r}", code="command_failed")
+                    run.kill()  # the answer is there; the rest is the interpreter's shutdown
+            if "p=" not in line or (whole and run.returncode):
+                raise X2DFDError(f"the command ended with {run.returncode}, first line {line!r}", code="command_failed")
 
     sizes = {f"{n} at a time": Case(lambda n=n: judged(n), per=len(pictures)) for n in BATCHES}  # type: ignore[misc]
     warm = {"verdict": Case(lambda: single(False)), "verdict and rationale of a fake": Case(explained)}
     decode = Case(lambda: {"format": load_media(data).format}, reads=len(data) + pixels.nbytes)
     first, ended = (Case(partial(command, whole), part=lambda: single(False), reads=weights) for whole in (False, True))
-    road: list[Listed] = [
+    comparisons: list[Listed] = [
         ("warm, one face", warm, None),
         ("detect, a picture", sizes, 2),
         ("the command, from its start", {"to the first verdict": first, "to its end": ended}, 2),
     ]
     if tower_alone:
-        return road
+        return comparisons
     return [
-        *road,
+        *comparisons,
         *(
             (f"expert {name}, a face", {f"{n} at a time": expert(load_expert(name), n) for n in AT_ONCE}, None)
             for name in BUILTIN
@@ -419,9 +419,9 @@ def of_detector(detector: Any, threads: int, tower_alone: bool) -> list[Listed]:
 
 
 def of_language_model(mllm: Any, crops: NDArray[np.uint8], questions: Sequence[str], form: str) -> list[Listed]:
-    """What is asked of the language model itself."""
-    # As long, and as unlike in length, as real questions are.
-    verdict = [prompts.verdict_question(SAID[k % len(SAID)], form) for k in range(FACES)]
+    """Comparisons of the language model itself."""
+    # Their lengths vary as those of real questions do.
+    verdict = [prompts.verdict_question(EVIDENCE[k % len(EVIDENCE)], form) for k in range(FACES)]
     few = questions[:FEW]
     story = f"verdict, rationale, {len(few)} cue questions, a chat turn"
     return [
@@ -432,12 +432,12 @@ def of_language_model(mllm: Any, crops: NDArray[np.uint8], questions: Sequence[s
 
 
 def embedded(
-    detector: Any, device: Any, dtype: Any, threads: int, asked: int, model: ModelSpec, tower_alone: bool
+    detector: Any, device: Any, dtype: Any, threads: int, n_questions: int, model: ModelSpec, tower_alone: bool
 ) -> tuple[list[Listed], Any]:
-    """The comparisons of a trained model, and what a training step is timed on; None with `tower_alone`."""
-    further = of_detector(detector, threads, tower_alone)
+    """The comparisons of a trained model, and the model to time a training step on, None with `tower_alone`."""
+    pipeline = of_detector(detector, threads, tower_alone)
     if tower_alone:
-        return further, None
+        return pipeline, None
     from skimage.data import astronaut
 
     from x2dfd.adapter import EMBEDDED, read_adapter_card
@@ -447,20 +447,20 @@ def embedded(
 
     crop = find_faces(np.asarray(astronaut(), np.uint8))[0].crop
     crops = np.stack([np.clip(crop.astype(np.int16) + 8 * k, 0, 255).astype(np.uint8) for k in range(FACES)])
-    questions = [q.text for q in read_questions(BANK)[:asked]]
+    questions = [q.text for q in read_questions(BANK)[:n_questions]]
     card = read_adapter_card(model.adapter or EMBEDDED)
     trained, _ = load_model(
         model.base, tower_layers=card.tower_layers or None, text_layers=card.text_layers or None,
         feature_layers=card.feature_layers or None,
     )  # fmt: skip
     mllm = getattr(detector.mllm, "whole", detector.mllm)
-    return [*of_language_model(mllm, crops, questions, detector.info.score_form), *further], trained.to(device, dtype)
+    return [*of_language_model(mllm, crops, questions, detector.info.score_form), *pipeline], trained.to(device, dtype)
 
 
 def measure(
-    device: Any, precision: Dtype, threads: int, rounds: int, asked: int, geometry: Geometry, model: ModelSpec
+    device: Any, precision: Dtype, threads: int, rounds: int, n_questions: int, geometry: Geometry, model: ModelSpec
 ) -> Iterator[Json]:
-    """Every comparison on one device: the device's part of the result, again after each of them."""
+    """Runs every comparison on one device; yields the device's part of the result after each."""
     import torch
 
     from benchmarks.roofline import Rates
@@ -472,37 +472,38 @@ def measure(
     dtype = TORCH_DTYPES[precision]
     rates = Rates.measured(device, dtype)
     bench = Bench(rounds, rates, precision, torch.cuda.synchronize if device.type == "cuda" else lambda: None)
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
-    found: Json = {"device": f"{device.type} {precision}", "name": place}
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
+    result: Json = {"device": f"{device.type} {precision}", "name": device_name}
     if geometry == "embedded":
         start = time.perf_counter()
         detector = x2dfd.load(model, threads=threads, device=str(device), dtype=precision)
         seconds = round(time.perf_counter() - start, 3)
         hashes = {"base": detector.info.base["sha256"], "adapter": detector.info.adapter_sha256}
-        found |= {"model": detector.info.name, "hashes": hashes, "load_seconds": seconds}
+        result |= {"model": detector.info.name, "hashes": hashes, "load_seconds": seconds}
         tower_alone = device.type == "cpu" and precision == "bf16"
-        comparisons, trained = embedded(detector, device, dtype, threads, asked, model, tower_alone)
+        comparisons, trained = embedded(detector, device, dtype, threads, n_questions, model, tower_alone)
     else:
         settings = random_geometry(geometry == "toy")
         trained = build(settings, device, dtype, False)
         processor = words_processor(settings)
         trained.config.image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
         mllm = LocalMLLM(trained, processor, f"{geometry}, random weights")
-        found |= {"model": mllm.name, "hashes": None, "load_seconds": None}
+        result |= {"model": mllm.name, "hashes": None, "load_seconds": None}
         crops = np.random.default_rng(0).integers(0, 256, (FACES, 224, 224, 3), np.uint8)
-        comparisons = of_language_model(mllm, crops, QUESTIONS[:asked], "numbers")
-    found |= {"comparisons": [], "matmul_gflop_per_s": rates.flop_per_s / 1e9, "read_gb_per_s": rates.bytes_per_s / 1e9}
-    for title, ways, r in comparisons:
-        found["comparisons"].append(compare(title, ways, bench, min(r or rounds, rounds)))
-        yield found
+        comparisons = of_language_model(mllm, crops, QUESTIONS[:n_questions], "numbers")
+    result |= {"comparisons": [], "matmul_gflop_per_s": rates.flop_per_s / 1e9}
+    result["read_gb_per_s"] = rates.bytes_per_s / 1e9
+    for title, cases, r in comparisons:
+        result["comparisons"].append(compare(title, cases, bench, min(r or rounds, rounds)))
+        yield result
     if trained is not None:  # last: it wraps the model's layers
         layers = trained.config.vision_feature_layer
         step = training_step(trained, [layers] if isinstance(layers, int) else layers)
-        found["comparisons"].append(compare("a training step, a picture", step, bench))
+        result["comparisons"].append(compare("a training step, a picture", step, bench))
     rates = rates.better(Rates.measured(device, dtype))
-    found["matmul_gflop_per_s"] = round(rates.flop_per_s / 1e9, 2)
-    found["read_gb_per_s"] = round(rates.bytes_per_s / 1e9, 2)
-    yield found
+    result["matmul_gflop_per_s"] = round(rates.flop_per_s / 1e9, 2)
+    result["read_gb_per_s"] = round(rates.bytes_per_s / 1e9, 2)
+    yield result
 
 
 def run(
@@ -510,7 +511,7 @@ def run(
     model: Model = "embedded",
     geometry: Annotated[Geometry, typer.Option(help="embedded, or one with random weights")] = "embedded",
     rounds: Annotated[int, typer.Option(min=1, help="of the quick cases; slow ones have fewer")] = 5,
-    questions: Annotated[int, typer.Option(min=4, help="cue questions about one face")] = ASKED,
+    questions: Annotated[int, typer.Option(min=4, help="cue questions about one face")] = N_QUESTIONS,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     only: Annotated[Place | None, typer.Option(help="of the two; default: both, where there is CUDA")] = None,
 ) -> None:
@@ -522,7 +523,7 @@ def run(
     from x2dfd.detector import versions
 
     torch.set_num_threads(threads)
-    load = os.getloadavg()[0]  # what else ran when it began; afterwards it is the bench's own
+    load = os.getloadavg()[0]  # of other processes, as the bench has not begun
     devices = _devices(geometry, only, torch.cuda.is_available())
     result: Json = {
         "task": {"name": "speed", "version": 6},
@@ -536,15 +537,15 @@ def run(
     }
     for place, precision in devices:
         done = list(result["devices"])
-        parts = measure(torch.device(place), precision, threads, rounds, questions, geometry, ModelSpec.parse(model))
-        for so_far in parts:  # a run that is cut off keeps what it measured
-            result["devices"] = [*done, so_far]
+        settings = (threads, rounds, questions, geometry, ModelSpec.parse(model))
+        for part in measure(torch.device(place), precision, *settings):
+            result["devices"] = [*done, part]  # after every comparison, so that a run that is cut off keeps its results
             write_text(out, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 
 def _devices(geometry: Geometry, only: Place | None, cuda: bool) -> list[tuple[str, Dtype]]:
-    """Device and precision of each run. Raises X2DFDError for a device that is not here."""
+    """Device and precision of each run. Raises X2DFDError for a missing device."""
     if geometry == "llava-7b" and (only == "cpu" or not cuda):
         raise X2DFDError("llava-7b needs a CUDA device: on a CPU its weights alone are 28 GB", code="cuda_missing")
     if only == "cuda" and not cuda:

@@ -1,4 +1,4 @@
-"""Questions whose answers are read: DF-D (real or fake in words), DF-C (which class), and what their parsers accept.
+"""The questions of DF-D (real or fake in words) and DF-C (which class), and the parsers of their answers.
 After arXiv 2501.01164, whose prompts and parsers are not public: these are our own, and part of the tasks' versions."""
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def question_for(sample_id: str, seed: int = 0) -> Paraphrase:
 
 
 _OTHER: dict[Side, Side] = {"fake": "real", "real": "fake"}
-# "No signs of forgery" and "no doubt" begin with "no" and answer nothing yet: a comma, an end or a subject follows one
-# that does.
+# A yes or no counts only before a comma, an end or a subject: "No signs of forgery" and "no doubt" begin with "no" and
+# answer nothing yet.
 _YES_NO = re.compile(
     r"\W*(yes|yeah|yep|no|nope)\b(?=\W*$|\s*[,.;:!—-]|\s+(?:it|this|that|these|the|i|there|he|she|they|we)\b)",
     re.IGNORECASE,
@@ -61,7 +61,7 @@ _CLAUSE = re.compile(r"(?<=[.!?;])\s+|\n+")
 def read_decision(text: str, yes: Side) -> str:
     """`fake`, `real` or `invalid`: the first clause with a decision.
 
-    A leading yes or no is turned by the question's polarity; words are read as `x2dfd.explain.said_label` does,
+    The question's polarity decides what a leading yes or no means; words are read as in `x2dfd.explain.said_label`,
     negations included. Where these disagree, or there is no decision, the answer is invalid: nothing is guessed.
     """
     for clause in _CLAUSE.split(text.strip()):
@@ -102,31 +102,31 @@ assert set(ALIASES) == set(DF_CLASSES)
 
 
 def read_class(text: str) -> str:
-    """One of DF_CLASSES, or `invalid`: aliases, longest match first; denied ones do not count, two classes are none.
+    """One of DF_CLASSES, or `invalid` if no class or several are named. Denied aliases do not count, longer ones win.
 
     >>> read_class("This is entire face synthesis, not a face swap.")
     'EFS'
     """
     plain = " ".join(text.lower().replace("’", "'").split())
     hits = [m for m in _ALIAS_FORM.finditer(plain) if not _DENIED.search(plain[: m.start()])]
-    found = {_ALIAS[m[0]] for m in hits}
-    # "a face swap of a real person": a bare word such as "real" says the class only where nothing else does.
-    named = {_ALIAS[m[0]] for m in hits if m[0] not in _BARE} or found
+    classes = {_ALIAS[m[0]] for m in hits}
+    # "a face swap of a real person": a bare word such as "real" counts only where no other class is named.
+    named = {_ALIAS[m[0]] for m in hits if m[0] not in _BARE} or classes
     return named.pop() if len(named) == 1 else INVALID
 
 
-def confusion(truth: Sequence[str], said: Sequence[str], classes: Sequence[str]) -> dict[str, dict[str, int]]:
+def confusion(truth: Sequence[str], predictions: Sequence[str], classes: Sequence[str]) -> dict[str, dict[str, int]]:
     """True class -> answer -> count, with a column `invalid`."""
     table = {t: dict.fromkeys((*classes, INVALID), 0) for t in classes}
-    for t, s in zip(truth, said, strict=True):
-        table[t][s] += 1
+    for t, p in zip(truth, predictions, strict=True):
+        table[t][p] += 1
     return table
 
 
-def macro_f1(truth: Sequence[str], said: Sequence[str]) -> float | None:
-    """Mean F1 over the classes that are true of some sample; an invalid answer is a miss of its class."""
+def macro_f1(truth: Sequence[str], predictions: Sequence[str]) -> float | None:
+    """Mean F1 over the classes that some sample has; an invalid answer is a miss of the true class."""
     scores = []
     for name in sorted(set(truth)):
-        right = sum(t == s == name for t, s in zip(truth, said, strict=True))
-        scores.append(2 * right / (sum(t == name for t in truth) + sum(s == name for s in said)))
+        correct = sum(t == p == name for t, p in zip(truth, predictions, strict=True))
+        scores.append(2 * correct / (sum(t == name for t in truth) + sum(p == name for p in predictions)))
     return sum(scores) / len(scores) if scores else None

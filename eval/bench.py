@@ -1,4 +1,4 @@
-"""Runs a task: chooses the samples, judges and measures them, and writes the files with what they rest on."""
+"""Runs a task: chooses samples, judges and measures them, and writes the results with their settings and hashes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from eval import cuebench, looks, models, page
 from eval.rows import digest, say
 from eval.scoring import JPEG_QUALITY, LONGEST_SIDE, value_of
 from eval.stats import Measured
-from eval.task import Made, Options, Run, Task
+from eval.task import Options, Outcome, Run, Task
 from eval.tasks import assess, demographics, describe, detect, experts, words
 from x2dfd.errors import X2DFDError
 from x2dfd.files import Json, alone, file_sha256, write_bytes, write_text
@@ -29,7 +29,7 @@ from x2dfd.manifest import Sample, manifest_sha256, read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("--", ".", ":!*.md", ":!eval/results")
-"""What a result is made from, to git."""
+"""The paths, to git, that decide a result."""
 Result = Json
 """What `result.json` holds."""
 
@@ -43,37 +43,37 @@ TASKS: dict[str, Task] = {
 
 
 def run(options: Options) -> Result:
-    """Judges, measures, writes the files and returns what `result.json` holds. Raises X2DFDError."""
+    """Judges, measures, writes the files and returns the content of `result.json`. Raises X2DFDError."""
     task, manifest = TASKS[options.task], Path(os.path.abspath(options.data))
     if manifest.is_dir():
         manifest = cuebench.open_set(manifest)
     check(options)
     samples, skipped = choose(task, manifest, options)
-    asked = Run(options, manifest, manifest_sha256(manifest), task.version, samples, skipped)
+    request = Run(options, manifest, manifest_sha256(manifest), task.version, samples, skipped)
     with alone(options.out):
-        made = task.run(asked)
-        result: Result = as_json(_result(asked, task, made))
+        outcome = task.run(request)
+        result: Result = as_json(_result(request, task, outcome))
         if options.reporting is not None:
             result["reporting"] = looks.count(options.reporting, result)
-        made.store.finish(made.samples or samples, made.rows, made.origin, manifest.parent)
+        outcome.store.finish(outcome.samples or samples, outcome.rows, outcome.origin, manifest.parent)
         text = json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False)
         write_bytes(options.out / "result.json", (text + "\n").encode())
         write_text(options.out / "result.html", page.render(result))
     return result
 
 
-def _result(asked: Run, task: Task, made: Made) -> Result:
-    options, samples = asked.options, made.samples or asked.samples
+def _result(request: Run, task: Task, outcome: Outcome) -> Result:
+    options, samples = request.options, outcome.samples or request.samples
     labels = Counter(s.label for s in samples)
-    stated = made.origin["model"] | made.stated
+    stated = outcome.origin["model"] | outcome.stated
     packages = {name: version(name) for name in ("numpy", "scikit-learn", "pillow", "pyarrow")}
     return {
         "task": {"name": task.name, "version": task.version, "unit": task.unit},
         "data": {
-            "manifest": asked.manifest.name,
-            "sha256": asked.sha256,
+            "manifest": request.manifest.name,
+            "sha256": request.sha256,
             "samples_sha256": digest([s.id, s.label] for s in samples),
-            "pictures_sha256": digest([row.id, row.sha256] for row in made.rows),
+            "pictures_sha256": digest([row.id, row.sha256] for row in outcome.rows),
             "split": options.split,
             "limit": options.limit,
             "n": len(samples),
@@ -81,25 +81,25 @@ def _result(asked: Run, task: Task, made: Made) -> Result:
             "n_fake": labels["fake"],
             "n_groups": len({s.group for s in samples}),
         },
-        "model": {"name": made.model, "mode": made.mode, "stated": stated},
-        "hashes": {"manifest": asked.sha256} | hashes(options.choice, stated),
+        "model": {"name": outcome.model, "mode": outcome.mode, "stated": stated},
+        "hashes": {"manifest": request.sha256} | hashes(options.choice, stated),
         "settings": {
             "equalise": f"JPEG {JPEG_QUALITY}, longest side {LONGEST_SIDE}" if options.equalise else None,
-            "change": made.change,
+            "change": outcome.change,
             "seed": options.seed,
             "interval": "95 %, by groups (eval.stats)",
-            "scores_of": made.scores_of,
+            "scores_of": outcome.scores_of,
         },
         "code": code_state(),
-        "versions": made.origin["versions"] | {"python": platform.python_version()} | packages,
+        "versions": outcome.origin["versions"] | {"python": platform.python_version()} | packages,
         "device": device(),
-        "failures": dict(sorted(Counter(row.reason for row in made.rows if row.error).items())),
-        **made.measured,
+        "failures": dict(sorted(Counter(row.reason for row in outcome.rows if row.error).items())),
+        **outcome.measured,
     }
 
 
 def as_json(value: Any) -> Any:
-    """The value in JSON's own types: figures and other dataclasses as tables, tuples and sets as lists."""
+    """The value in JSON's own types: figures and other dataclasses as objects, tuples as lists."""
     if isinstance(value, Measured):
         return value.to_json()
     if is_dataclass(value) and not isinstance(value, type):
@@ -112,7 +112,7 @@ def as_json(value: Any) -> Any:
 
 
 def check(options: Options) -> None:
-    """Raises X2DFDError for a model that the task cannot take; before anything is read or opened."""
+    """Raises X2DFDError for a model that the task cannot take, before anything is read or opened."""
     choice, task = options.choice, options.task
     models.check(choice)
     if options.changes is not None and task not in ("detect", "experts"):
@@ -123,13 +123,13 @@ def check(options: Options) -> None:
         raise X2DFDError(
             "--model template reads the label: it is for the task describe alone", code="template_knows_label"
         )
-    partly = options.experts or choice.loading.get("mode") or not choice.has_mllm
-    if options.with_mllm and (task != "experts" or partly):
+    incomplete = options.experts or choice.loading.get("mode") or not choice.has_mllm
+    if options.with_mllm and (task != "experts" or incomplete):
         raise X2DFDError(
             "--with-mllm needs the task experts, a calibrated model, and no --experts", code="with_mllm_not_for_run"
         )
-    other = choice.folder is None and not (choice.expert and task == "locate")
-    if task in ("experts", "locate") and other:
+    no_experts = choice.folder is None and not (choice.expert and task == "locate")
+    if task in ("experts", "locate") and no_experts:
         allowed = "embedded, fusion or an adapter directory" + (", or expert:NAME" if task == "locate" else "")
         raise X2DFDError(
             f"{task} judges experts: give --model {allowed}, and --experts A,B for some of them alone",
@@ -142,8 +142,8 @@ def choose(task: Task, manifest: Path, options: Options) -> tuple[list[Sample], 
     samples = read_manifest(manifest, split=options.split)
     if options.split is None and any(s.split == "train" for s in samples):
         say("no --split given: samples of the train split are judged too")
-    known = [s for s in samples if task.needs is None or task.needs(s)]
-    skipped, samples = len(samples) - len(known), known
+    usable = [s for s in samples if task.needs is None or task.needs(s)]
+    skipped, samples = len(samples) - len(usable), usable
     if not samples:
         raise X2DFDError(
             f"{manifest.name}: none of the chosen samples has {task.truth}, so there is nothing to {task.name}",
@@ -170,29 +170,29 @@ def check_clips(samples: Iterable[Sample]) -> None:
 
 
 def hashes(choice: models.Choice, stated: Json) -> Json:
-    """SHA-256 of what gave the answers: base weights, adapter, experts' weights, prompt, calibration; None without."""
+    """SHA-256 of base weights, adapter, experts' weights, prompt and calibration; None for those that are not used."""
     calibration = choice.folder / "calibration.json" if choice.folder else None
-    whole = stated | (stated.get("mllm") or {})  # task `experts` states its MLLM apart
+    model = stated | (stated.get("mllm") or {})  # task `experts` states its MLLM apart
     return {
-        "base": (whole.get("base") or {}).get("sha256") or None,
-        "adapter": whole.get("adapter_sha256"),
-        "experts": {name: told.split()[-1] for name, told in (whole.get("experts") or {}).items()},
-        "prompt": whole.get("prompt_sha256"),
+        "base": (model.get("base") or {}).get("sha256") or None,
+        "adapter": model.get("adapter_sha256"),
+        "experts": {name: state.split()[-1] for name, state in (model.get("experts") or {}).items()},
+        "prompt": model.get("prompt_sha256"),
         "calibration": file_sha256(calibration) if calibration and calibration.is_file() else None,
     }
 
 
 def code_state() -> Json | None:
-    """Commit, and whether tracked files differ from it; None outside a git checkout. Documents and result files change
-    no number, and a run must not make the next one dirty: they do not count."""
+    """Commit, and whether tracked files differ from it; None outside a git checkout. Documents and result files do not
+    count: they change no number, and a run must not make the next one dirty."""
     git = shutil.which("git")
     if git is None:
         return None
 
-    def ask(*words: str) -> subprocess.CompletedProcess[str]:
+    def run_git(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([git, "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
 
-    commit, status = ask("rev-parse", "HEAD"), ask("status", "--porcelain", "--untracked-files=no", *CODE)
+    commit, status = run_git("rev-parse", "HEAD"), run_git("status", "--porcelain", "--untracked-files=no", *CODE)
     if commit.returncode or status.returncode:
         return None
     return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}

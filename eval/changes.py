@@ -1,6 +1,6 @@
-"""What is done to a picture to see whether a score stands it: named, deterministic, the same for reals and fakes.
+"""Changes of pictures that test whether scores are robust: named, deterministic, the same for reals and fakes.
 
-`CHANGES` are the ten that `run_bench.py experts` scores by default. `SUITES` are larger: a suite is kinds of change,
+`CHANGES` are the ten that `run_bench.py experts` scores by default. A suite of `SUITES` has several kinds of change,
 each from mild to strong. `changes_of("codec")`, `changes_of("half,codec/jpeg/40")` name them.
 """
 
@@ -20,7 +20,7 @@ from x2dfd.faces import Array
 Make = Callable[[Pixels, Rng], Pixels]
 
 FORMAT_SWAP = "jpeg95"
-"""The change that represents another file format: the unchanged pixels are what a PNG of the picture holds."""
+"""The change of the file format: a PNG of the picture holds its unchanged pixels, this JPEG does not."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Change:
     make: Make
 
     def __call__(self, pixels: Pixels, sample_id: str) -> Pixels:
-        """The changed picture. What is random depends on the change's and the sample's name only."""
+        """The changed picture. The randomness depends on the names of change and sample only."""
         seed = hashlib.sha256(f"{self.name}:{sample_id}".encode()).digest()
         return self.make(pixels, np.random.default_rng(np.frombuffer(seed, np.uint32)))
 
@@ -68,8 +68,8 @@ def _on_a_screen(longest: int, factor: float, radius: float, amount: float) -> M
         height, width = pixels.shape[:2]
         scale = min(factor, longest / max(height, width))
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        shown = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC), np.float32)
-        return _rounded(shown + amount * (shown - soft(shown, radius)))
+        resized = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC), np.float32)
+        return _rounded(resized + amount * (resized - soft(resized, radius)))
 
     return make
 
@@ -94,7 +94,7 @@ CHANGES: dict[str, Change] = {
         ),
     )
 }
-"""Parameters were stated before anything was scored with them."""
+"""Their parameters were fixed before anything was scored with them."""
 
 
 Suite = dict[str, tuple[Change, ...]]
@@ -179,14 +179,14 @@ def changes_of(names: str) -> dict[str, Change]:
 
     `none` is no change. Raises UnknownName.
     """
-    every = CHANGES | {c.name: c for suite in SUITES.values() for kind in suite.values() for c in kind}
+    by_name = CHANGES | {c.name: c for suite in SUITES.values() for kind in suite.values() for c in kind}
     groups = {name: [c for kind in suite.values() for c in kind] for name, suite in SUITES.items()}
     groups |= {f"{name}/{kind}": list(changes) for name, suite in SUITES.items() for kind, changes in suite.items()}
-    found: dict[str, Change] = {}
+    selected: dict[str, Change] = {}
     for name in (n.strip() for n in names.split(",")):
         if not name or name == "none":
             continue
-        if name not in every and name not in groups:
-            raise UnknownName("change", name, [*CHANGES, *groups])  # and their single degrees: too many for a line
-        found |= {c.name: c for c in groups.get(name) or [every[name]]}
-    return found
+        if name not in by_name and name not in groups:
+            raise UnknownName("change", name, [*CHANGES, *groups])  # without their single degrees: too many for a line
+        selected |= {c.name: c for c in groups.get(name) or [by_name[name]]}
+    return selected

@@ -1,4 +1,4 @@
-"""The command `python eval/run_bench.py`: its options, its list, what it prints."""
+"""The command `python eval/run_bench.py`: its options, its list and its output."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _Text = str | None
 
 @app.command(epilog=_EPILOG)
 def bench(
-    task: Annotated[_Text, typer.Argument(help="what is asked (see --list)")] = None,
+    task: Annotated[_Text, typer.Argument(help="what is measured (see --list)")] = None,
     list_all: Annotated[bool, typer.Option("--list", help="list tasks, changes, protocols and suites")] = False,
     data: Annotated[
         Path | None, typer.Option(help="CSV, JSONL or Parquet with path and label; or CueBench's folder")
@@ -57,7 +57,7 @@ def bench(
     device_map: load.DeviceMap = None,
     out: Annotated[Path | None, typer.Option(help="where result.json, result.html and samples.parquet go")] = None,
     split: Annotated[_Text, typer.Option(help="judge this split only")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="judge so many samples, drawn with the seed")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="judge only so many samples, drawn with the seed")] = None,
     by: Annotated[str, typer.Option(help="columns to report by")] = "source,method",
     seed: load.Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
@@ -95,7 +95,7 @@ def bench(
 
 
 def options(given: Json) -> Options:
-    """The options of a run. Raises X2DFDError for what is absent or unknown."""
+    """The options of a run. Raises X2DFDError for missing or unknown ones."""
     missing = [name for name in ("task", "data", "out") if given[name] is None]
     if missing:
         raise X2DFDError(
@@ -104,35 +104,35 @@ def options(given: Json) -> Options:
         )
     if given["task"] not in TASKS:
         raise UnknownName("task", given["task"], TASKS)
-    own = {f.name: given[f.name] for f in fields(Options) if f.name in given}
-    own["by"] = tuple(column for column in given["by"].split(",") if column)
-    how = {name: given[name] for name in ("mode", "device", "dtype", "bits", "device_map")}
-    return Options(**own, choice=Choice(given["model"], given["tools"], load.load_options(**how)))
+    chosen = {f.name: given[f.name] for f in fields(Options) if f.name in given}
+    chosen["by"] = tuple(column for column in given["by"].split(",") if column)
+    loading = {name: given[name] for name in ("mode", "device", "dtype", "bits", "device_map")}
+    return Options(**chosen, choice=Choice(given["model"], given["tools"], load.load_options(**loading)))
 
 
-def _run(chosen: Options, against: Path | None) -> bool:
-    """Whether nothing drifted from the reference."""
+def _run(run_options: Options, reference_file: Path | None) -> bool:
+    """Runs the task and its comparison; returns whether nothing drifted from the reference."""
     # Read before the run, which may write to the same folder.
-    reference = Reference.read(against) if against else None
-    result = run(chosen)
+    reference = Reference.read(reference_file) if reference_file else None
+    result = run(run_options)
     for name, figure in result["headline"].items():
         print(_line(name, Measured.read(figure)))
     if reference is None:
         return True
-    found = compare(result, chosen.out, reference)
-    of = {"result_sha256": file_sha256(chosen.out / "result.json"), "reference_sha256": reference.sha256}
-    text = json.dumps(of | as_json(asdict(found)), ensure_ascii=False, indent=1)
-    write_text(chosen.out / "comparison.json", text + "\n")
-    _tell(found)
-    return not found.moved
+    comparison = compare(result, run_options.out, reference)
+    hashes = {"result_sha256": file_sha256(run_options.out / "result.json"), "reference_sha256": reference.sha256}
+    text = json.dumps(hashes | as_json(asdict(comparison)), ensure_ascii=False, indent=1)
+    write_text(run_options.out / "comparison.json", text + "\n")
+    _print_comparison(comparison)
+    return not comparison.moved
 
 
-def _tell(found: Comparison) -> None:
-    for name, pair in found.paired.items():
+def _print_comparison(comparison: Comparison) -> None:
+    for name, pair in comparison.paired.items():
         print(_line(f"paired {name}: difference of the AUCs", pair.difference))
-    for note in found.notes:
+    for note in comparison.notes:
         print(f"note: {note}")
-    print("drift: " + ("; ".join(found.moved) if found.moved else "none"))
+    print("drift: " + ("; ".join(comparison.moved) if comparison.moved else "none"))
 
 
 def _line(name: str, figure: Measured) -> str:
@@ -156,10 +156,10 @@ def _list() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 when it ran, 1 on drift from the reference, 2 on what the user has to mend, other samples included."""
+    """Returns 0 on success, 1 on drift from the reference, 2 on an error that the user has to mend."""
     try:
         app(None if argv is None else list(argv), prog_name="run_bench.py")
-    except SystemExit as done:  # however it ends, with typer's own messages too
+    except SystemExit as done:  # every end, also with typer's own messages
         return done.code if isinstance(done.code, int) else 0
     except (X2DFDError, OSError) as error:
         say(error_line(error))

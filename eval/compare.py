@@ -1,4 +1,4 @@
-"""Compares two runs: what left the reference's intervals, and the difference of the AUCs on the samples of both."""
+"""Compares a run with a reference: numbers outside the reference's intervals, and AUCs on the samples of both."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ Scores = dict[str, dict[str, ScoredSample]]
 
 
 def read_scores(folder: Path, result: Result) -> Scores:
-    """Every score in the table beside a result file, whose content is `result`. Raises X2DFDError without a table, or
-    for that of another run."""
+    """Every score in the table beside the file of `result`. Raises X2DFDError if there is no table, or that of another
+    run."""
     path = folder / "samples.parquet"
     if not path.is_file():
         raise X2DFDError("no samples.parquet beside the reference", code="scores_missing")
@@ -42,10 +42,10 @@ def read_scores(folder: Path, result: Result) -> Scores:
         pictures = digest([row["id"], row["sha256"]] for row in rows)
     except (OSError, KeyError, pa.ArrowException) as error:
         raise X2DFDError(f"{path} cannot be read ({error})", code="scores_unreadable") from error
-    head = json_object((table.schema.metadata or {}).get(b"x2dfd", b"{}"), path)
-    model, stated = (part.get("model", {}) for part in (head.get("origin", {}), result))
-    same = all(stated.get("stated", {}).get(name) == value for name, value in model.items())
-    if not same or pictures != result.get("data", {}).get("pictures_sha256"):
+    metadata = json_object((table.schema.metadata or {}).get(b"x2dfd", b"{}"), path)
+    model, stated = (part.get("model", {}) for part in (metadata.get("origin", {}), result))
+    same_model = all(stated.get("stated", {}).get(name) == value for name, value in model.items())
+    if not same_model or pictures != result.get("data", {}).get("pictures_sha256"):
         raise X2DFDError("samples.parquet beside the reference is of another run", code="scores_of_another_run")
     scorers = [name for name in table.schema.names if name.startswith(("p_", "expert:"))]
     return {name: {r["id"]: ScoredSample(r["label"], r["group"], r[name]) for r in rows} for name in scorers}
@@ -64,35 +64,37 @@ class Pair:
 
 
 def paired(first: dict[str, ScoredSample], second: dict[str, ScoredSample]) -> Pair:
-    """AUC of both on the common samples, and their difference. Raises X2DFDError when the runs share no sample, or know
-    one by another label or group."""
+    """AUC of both on the common samples, and their difference. Raises X2DFDError when the runs share no sample, or give
+    one different labels or groups."""
     common = sorted(first.keys() & second.keys())
     if not common:
         raise X2DFDError("the runs share no sample", code="no_shared_sample")
-    other = [i for i in common if (first[i].label, first[i].group) != (second[i].label, second[i].group)]
-    if other:
-        raise X2DFDError(f"{len(other)} samples have another label or group, such as {other[0]}", code="samples_differ")
+    others = [i for i in common if (first[i].label, first[i].group) != (second[i].label, second[i].group)]
+    if others:
+        raise X2DFDError(
+            f"{len(others)} samples have another label or group, such as {others[0]}", code="samples_differ"
+        )
     scores = [(i, first[i].score, second[i].score) for i in common]
-    both = [(i, x, y) for i, x, y in scores if x is not None and y is not None]
-    kept = [i for i, _, _ in both]
-    labels = m.to_labels(first[i].label for i in kept)
-    a, b = m.to_scores([x for _, x, _ in both]), m.to_scores([y for _, _, y in both])
+    scored = [(i, x, y) for i, x, y in scores if x is not None and y is not None]
+    ids = [i for i, _, _ in scored]
+    labels = m.to_labels(first[i].label for i in ids)
+    a, b = m.to_scores([x for _, x, _ in scored]), m.to_scores([y for _, _, y in scored])
     return Pair(
-        len(kept),
+        len(ids),
         len(first.keys() - second.keys()),
         len(second.keys() - first.keys()),
-        len(common) - len(kept),
+        len(common) - len(ids),
         (stats.auc(labels, a), stats.auc(labels, b)),
-        stats.auc_difference(labels, a, b, [first[i].group for i in kept]),
+        stats.auc_difference(labels, a, b, [first[i].group for i in ids]),
     )
 
 
 @dataclass
 class Comparison:
-    """What `--compare` found, and what `comparison.json` holds."""
+    """The findings of `--compare`, as `comparison.json` holds them."""
 
     moved: list[str] = field(default_factory=list)  # headline numbers beyond the reference's interval, lost samples
-    notes: list[str] = field(default_factory=list)  # what differs and explains it: model, versions, code, device
+    notes: list[str] = field(default_factory=list)  # differences that may explain it: model, versions, code, device
     paired: dict[str, Pair] = field(default_factory=dict)  # this run minus the reference
 
 
@@ -102,12 +104,12 @@ class Reference:
 
     result: Result
     scores: Scores | None
-    lacking: str  # why there are no scores
+    reason: str  # why there are no scores
     sha256: str
 
     @classmethod
     def read(cls, path: Path) -> Reference:
-        """A result file, and the scores of the table beside it. Raises X2DFDError for what is no result file."""
+        """A result file, and the scores of the table beside it. Raises X2DFDError for any other file."""
         try:
             result = parse_json(path.read_bytes())
         except (OSError, ValueError) as error:
@@ -117,42 +119,42 @@ class Reference:
             raise X2DFDError(f"{path}: not a result file (it lacks one of {', '.join(parts)})", code="not_a_result")
         try:
             return cls(result, read_scores(path.parent, result), "", file_sha256(path))
-        except X2DFDError as error:  # the drift can be told without them
+        except X2DFDError as error:  # drift can be measured without scores
             return cls(result, None, str(error), file_sha256(path))
 
 
 def compare(result: Result, out: Path, reference: Reference) -> Comparison:
-    """Raises X2DFDError when the two results are not about the same samples."""
-    found = drift(result, reference.result)
+    """Compares a result with the reference. Raises X2DFDError when they are not about the same samples."""
+    comparison = drift(result, reference.result)
     if reference.scores is None:
-        found.notes.append(f"no paired test: {reference.lacking}")
-        return found
-    here = read_scores(out, result)
-    both = {name: paired(here[name], reference.scores[name]) for name in here if name in reference.scores}
-    found.paired = {name: pair for name, pair in both.items() if None not in pair.auc}
-    return found
+        comparison.notes.append(f"no paired test: {reference.reason}")
+        return comparison
+    scores = read_scores(out, result)
+    pairs = {name: paired(scores[name], reference.scores[name]) for name in scores if name in reference.scores}
+    comparison.paired = {name: pair for name, pair in pairs.items() if None not in pair.auc}
+    return comparison
 
 
 def drift(result: Result, reference: Result) -> Comparison:
-    """What moved by more than its interval; raises X2DFDError when the two results are not about the same samples."""
-    compared = [("task", "name"), ("task", "version"), ("data", "sha256"), ("data", "split"), ("data", "limit")]
-    compared += [("data", "samples_sha256"), ("data", "pictures_sha256")]
-    compared += [("settings", "equalise"), ("settings", "change")]
-    for part, name in compared:
-        here, there = result[part][name], reference.get(part, {}).get(name)
-        if here != there:
+    """The numbers that left their interval. Raises X2DFDError when the two results are not about the same samples."""
+    keys = [("task", "name"), ("task", "version"), ("data", "sha256"), ("data", "split"), ("data", "limit")]
+    keys += [("data", "samples_sha256"), ("data", "pictures_sha256")]
+    keys += [("settings", "equalise"), ("settings", "change")]
+    for section, name in keys:
+        value, expected = result[section][name], reference.get(section, {}).get(name)
+        if value != expected:
             raise X2DFDError(
-                f"not comparable: {part} {name} is {here} here, {there} in the reference", code="not_comparable"
+                f"not comparable: {section} {name} is {value} here, {expected} in the reference", code="not_comparable"
             )
-    parts = ("model", "versions", "code", "device", "settings")
-    found = Comparison(notes=[f"{name} differs" for name in parts if result[name] != reference.get(name)])
+    sections = ("model", "versions", "code", "device", "settings")
+    comparison = Comparison(notes=[f"{name} differs" for name in sections if result[name] != reference.get(name)])
     for name in sorted(result["headline"].keys() | reference["headline"].keys()):
         new, old = result["headline"].get(name), reference["headline"].get(name)
         if new is None or old is None:
-            found.moved.append(f"{name} is only in {'the reference' if new is None else 'this result'}")
+            comparison.moved.append(f"{name} is only in {'the reference' if new is None else 'this result'}")
         elif line := _moved(name, Measured.read(new), Measured.read(old)):
-            found.moved.append(line)
-    return found
+            comparison.moved.append(line)
+    return comparison
 
 
 def _moved(name: str, new: Measured, old: Measured) -> str | None:

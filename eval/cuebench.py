@@ -3,9 +3,9 @@
     python -m eval.cuebench --photos my_photos/ --out build/cuebench
     python eval/run_bench.py describe --data build/cuebench/manifest.jsonl --out results/cues
 
-Truth about an explanation is then there for everybody, whatever photos they may use. Which forgeries are made of which
-photo follows from this version, the forge's version and the photos' bytes alone, not from file names or their order. A
-set is whole or refused: `open_set` checks every file against the card.
+So everybody can check explanations against the truth, on any photos. This version, the forge's version and the photos'
+bytes alone decide which forgeries are made of which photo, not file names or their order. `open_set` checks every file
+against the card, and refuses an incomplete set.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CARD = "cuebench.json"
 
 @dataclass(frozen=True)
 class Item:
-    """One picture of the set: what is done to which photo."""
+    """One picture of the set: a photo, and what is done to it."""
 
     name: str  # also the seed
     method: str  # a method or a harmless change of the forge, or `none`
@@ -57,37 +57,37 @@ def own_photos(folder: Path) -> Path:
     import skimage.data
 
     # The file itself: encoding it again would be other bytes under another version of the encoder.
-    carried = Path(skimage.data.__file__).parent / "astronaut.png"
-    if not carried.is_file():
-        raise SetupError(f"scikit-image lacks {carried.name} here: give photos with --photos", code="photos_missing")
+    portrait = Path(skimage.data.__file__).parent / "astronaut.png"
+    if not portrait.is_file():
+        raise SetupError(f"scikit-image lacks {portrait.name} here: give photos with --photos", code="photos_missing")
     folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(folder / carried.name, carried.read_bytes())
-    row = {"path": carried.name, "label": "real", "source": "nasa", "group": "eileen-collins"}
+    write_bytes(folder / portrait.name, portrait.read_bytes())
+    row = {"path": portrait.name, "label": "real", "source": "nasa", "group": "eileen-collins"}
     write_manifest(folder / "photos.jsonl", [row | {"licence": "public domain (NASA)"}])
     return folder / "photos.jsonl"
 
 
-def photos_of(where: Path) -> list[tuple[str, Sample]]:
+def photos_of(path: Path) -> list[tuple[str, Sample]]:
     """SHA-256 ("" of an absent file) and row of the real photos of a manifest, or of a folder, in which each is a group
     of its own; sorted by hash. Raises X2DFDError when there are none."""
-    if where.is_dir():
-        read = read_folders(labelled([str(where)], None), source="photos")
+    if path.is_dir():
+        read = read_folders(labelled([str(path)], None), source="photos")
         hashed = [(file_sha256(s.path), s) for s in read.samples]
         hashed = [(digest, replace(s, group=f"photo-{digest[:16]}")) for digest, s in hashed]
     else:
-        real = [s for s in read_manifest(where) if s.label == "real"]
+        real = [s for s in read_manifest(path) if s.label == "real"]
         hashed = [(file_sha256(s.path) if s.path.is_file() else "", s) for s in real]
     if not hashed:
-        raise X2DFDError(f"{where}: no real photo in it", code="no_real_picture")
+        raise X2DFDError(f"{path}: no real photo in it", code="no_real_picture")
     return sorted(hashed, key=lambda pair: (pair[0], pair[1].id))
 
 
 def plan(photos: Sequence[Photo], names: Sequence[str], per_method: int = PER_METHOD) -> list[Item]:
-    """What is made: `per_method` of each forge method, half as many of each harmless change, each photo untouched.
+    """The pictures to make: `per_method` of each method, half as many of each harmless change, every photo untouched.
 
-    `names` tell the photos apart (hashes). Photos take turns; a method begins with a photo of its own. Methods that
-    need a donor are left out when there is one group only. Harmless changes lie over every second forgery, in turns
-    too: else they would tell a real picture.
+    `names` identify the photos (hashes). Photos take turns, and each method starts with another one. Methods that need
+    a donor are skipped when there is one group only. Every second forgery gets a harmless change as well, in turns:
+    otherwise such a change would give a real picture away.
     """
     n, groups, turns = len(photos), {p.group for p in photos}, itertools.cycle(HARMLESS)
     items = [Item(f"none-{names[k][:12]}", "none", k) for k in range(n)]
@@ -98,42 +98,42 @@ def plan(photos: Sequence[Photo], names: Sequence[str], per_method: int = PER_ME
         for i in range(per_method if name in METHODS else max(1, per_method // 2)):
             k = (start + i) % n
             donor = _donor(photos, k, i) if method.needs_donor else None
-            over = next(turns) if name in METHODS and i % 2 else None
-            items.append(Item(f"{name}-{i:03d}-{names[k][:12]}", name, k, donor, over))
+            harmless = next(turns) if name in METHODS and i % 2 else None
+            items.append(Item(f"{name}-{i:03d}-{names[k][:12]}", name, k, donor, harmless))
     return items
 
 
 def _donor(photos: Sequence[Photo], k: int, turn: int) -> int:
-    """Of the next few photos of other groups the one whose head is turned most alike."""
+    """The one of the next few photos of other groups whose head pose is most similar."""
     others = [
         j % len(photos) for j in range(k + 1, k + len(photos)) if photos[j % len(photos)].group != photos[k].group
     ]
-    first = 4 * turn % len(others)
-    few = [others[(first + j) % len(others)] for j in range(min(4, len(others)))]
-    return min(few, key=lambda j: (float(np.abs(pose(photos[j]) - pose(photos[k])).max()), j))
+    start = 4 * turn % len(others)
+    candidates = [others[(start + j) % len(others)] for j in range(min(4, len(others)))]
+    return min(candidates, key=lambda j: (float(np.abs(pose(photos[j]) - pose(photos[k])).max()), j))
 
 
 def build(photos: Path | None, out: Path, *, per_method: int = PER_METHOD, allow_missing: bool = False) -> Json:
-    """Make (or finish) the set in `out`; returns its card. Without `photos`: of the package's own portrait. Raises
-    X2DFDError when more than 1 % of the photos have no usable face (unless `allow_missing`), and when `out` holds
-    another set."""
+    """Makes (or finishes) the set in `out` and returns its card. Without `photos` it uses the package's own portrait.
+    Raises X2DFDError when more than 1 % of the photos have no usable face (unless `allow_missing`), and when `out`
+    holds another set."""
     if per_method < 1:
         raise X2DFDError(f"--per-method {per_method}: at least 1", code="number_out_of_range")
-    given = photos_of(photos if photos is not None else own_photos(out / "own"))
+    candidates = photos_of(photos if photos is not None else own_photos(out / "own"))
     used: list[tuple[str, Sample]] = []
     usable: list[Photo] = []
     unusable: list[str] = []
-    for digest, sample in progress(given, "finding faces"):
+    for digest, sample in progress(candidates, "finding faces"):
         photo = load_photo(str(sample.path), sample.source, sample.group, SIDE) if digest else None
         if photo is None:
             unusable.append(sample.id)
         elif not used or digest != used[-1][0]:  # the same photo twice is one
             used.append((digest, sample))
             usable.append(photo)
-    if len(unusable) > 0.01 * len(given) and not allow_missing:
+    if len(unusable) > 0.01 * len(candidates) and not allow_missing:
         raise X2DFDError(
-            f"{len(unusable)} of {len(given)} photos cannot be read or show no face, such as {unusable[0]}. Remove "
-            "them from the manifest, or skip them with --allow-missing",
+            f"{len(unusable)} of {len(candidates)} photos cannot be read or show no face, such as {unusable[0]}. "
+            "Remove them from the manifest, or skip them with --allow-missing",
             code="photos_unusable",
         )
     if not used:
@@ -145,8 +145,8 @@ def build(photos: Path | None, out: Path, *, per_method: int = PER_METHOD, allow
         "per_method": per_method,
         "photos": hashlib.sha256("\n".join(f"{d} {s.group} {s.source}" for d, s in used).encode()).hexdigest(),
     }
-    started = out / "cuebench.part.json"
-    for file in (started, out / CARD):
+    draft = out / "cuebench.part.json"
+    for file in (draft, out / CARD):
         if file.is_file() and not settings.items() <= read_json(file).items():
             raise X2DFDError(
                 f"{out} holds a set of other photos or settings: take another --out", code="settings_differ"
@@ -155,56 +155,56 @@ def build(photos: Path | None, out: Path, *, per_method: int = PER_METHOD, allow
         open_set(out)
         return read_json(out / CARD)
     with alone(out):
-        write_text(started, json.dumps(settings) + "\n")
+        write_text(draft, json.dumps(settings) + "\n")
         rows = resumed(
             out, len(items), lambda todo: (_make(items[k], usable, used[items[k].photo][1], out) for k in todo)
         )
-        left_out = sorted(set(METHODS) - {i.method for i in items})
+        skipped_methods = sorted(set(METHODS) - {i.method for i in items})
         card = settings | _counts(rows) | {
             "manifest_sha256": manifest_sha256(out / "manifest.jsonl"),
             "standard_size": per_method == PER_METHOD,
-            "photos_given": len(given),
+            "photos_given": len(candidates),
             "photos_unusable": len(unusable),
-            "methods_left_out_for_want_of_a_second_group": left_out,
+            "methods_left_out_for_want_of_a_second_group": skipped_methods,
             "versions": {name: version(name) for name in ("numpy", "opencv-python-headless", "torch")},
         }  # fmt: skip
         write_text(out / CARD, json.dumps(card, indent=1) + "\n")
-        started.unlink()
+        draft.unlink()
     return card
 
 
 def _make(item: Item, photos: Sequence[Photo], sample: Sample, out: Path) -> Json:
-    """Make one picture, its mask where it is a forgery, and its row."""
+    """Makes one picture and its mask, if it is a forgery, and returns its row."""
     photo = photos[item.photo]
     seed = hashlib.sha256(f"cuebench:{VERSION}:{item.name}".encode()).digest()
     rng = np.random.default_rng(np.frombuffer(seed, np.uint32))
     quality = int(rng.integers(88, 99))  # drawn alike for reals and forgeries
     if item.method == "none":
-        made = untouched(photo)
+        picture = untouched(photo)
     else:
         donor = photos[item.donor] if item.donor is not None else None
-        made = forge(photo, (METHODS | HARMLESS)[item.method], rng, donor)
-    over = item.method if item.method in HARMLESS else None
+        picture = forge(photo, (METHODS | HARMLESS)[item.method], rng, donor)
+    harmless = item.method if item.method in HARMLESS else None
     if item.harmless is not None:
-        forged, made = made, changed(photo, made, HARMLESS[item.harmless], rng)
-        over = item.harmless if made is not forged else None
+        forgery, picture = picture, changed(photo, picture, HARMLESS[item.harmless], rng)
+        harmless = item.harmless if picture is not forgery else None
     row: Json = {"id": item.name, "path": f"images/{item.name}.jpg"}
-    row |= {"label": "real" if made.df_class == "real" else "fake", "method": made.method, "df_class": made.df_class}
-    row |= {"source": sample.source, "group": sample.group, "split": "test", "strength": made.strength}
-    row["cues"] = [asdict(c) for c in made.cues]
-    if over is not None:
-        row["harmless"] = over
+    row |= {"label": "real" if picture.df_class == "real" else "fake", "method": picture.method}
+    row |= {"df_class": picture.df_class, "source": sample.source, "group": sample.group, "split": "test"}
+    row |= {"strength": picture.strength, "cues": [asdict(c) for c in picture.cues]}
+    if harmless is not None:
+        row["harmless"] = harmless
     (out / "images").mkdir(exist_ok=True)
     if item.method in METHODS:
         row["mask"] = f"images/{item.name}.mask.png"
-        if not cv2.imwrite(str(out / row["mask"]), made.mask):
+        if not cv2.imwrite(str(out / row["mask"]), picture.mask):
             raise X2DFDError(f"could not write {out / row['mask']}", code="cannot_write")
         row["mask_sha256"] = file_sha256(out / row["mask"])
     if item.donor is not None:
         row["donor"] = photos[item.donor].group
     if sample.extra.get("licence"):
         row["licence"] = sample.extra["licence"]
-    row["sha256"] = save_jpeg(out / row["path"], made.pixels, quality)
+    row["sha256"] = save_jpeg(out / row["path"], picture.pixels, quality)
     return row
 
 
@@ -225,8 +225,8 @@ def _counts(rows: Sequence[Json]) -> Json:
 
 
 def open_set(folder: Path) -> Path:
-    """The manifest of a set, every picture and mask of which was checked against its hash. Raises X2DFDError when the
-    set is unfinished, or anything is missing or changed."""
+    """The manifest of a set, after a check of every picture and mask against its hash. Raises X2DFDError when the set
+    is unfinished, or anything is missing or changed."""
     card, manifest = folder / CARD, folder / "manifest.jsonl"
     if not card.is_file():
         raise X2DFDError(
@@ -234,21 +234,21 @@ def open_set(folder: Path) -> Path:
             code="cuebench_unfinished",
         )
     try:
-        stated = parse_json(card.read_bytes())["manifest_sha256"]
+        expected = parse_json(card.read_bytes())["manifest_sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise X2DFDError(f"{card} is no card of a CueBench ({error!r:.200})", code="cuebench_unfinished") from error
-    if not manifest.is_file() or manifest_sha256(manifest) != stated:
+    if not manifest.is_file() or manifest_sha256(manifest) != expected:
         raise X2DFDError(f"{manifest} is not that of {card}: make the set anew", code="cuebench_manifest_differs")
-    wrong = [
+    bad_files = [
         str(path)
         for s in read_manifest(manifest)
         for path, sha256 in ((s.path, s.extra.get("sha256")), (s.mask, s.extra.get("mask_sha256")))
         if path is not None
         if not path.is_file() or file_sha256(path) != sha256
     ]
-    if wrong:
+    if bad_files:
         raise X2DFDError(
-            f"{len(wrong)} files of {folder} are missing or changed, such as {wrong[0]}: make it anew",
+            f"{len(bad_files)} files of {folder} are missing or changed, such as {bad_files[0]}: make it anew",
             code="cuebench_files_differ",
         )
     return manifest

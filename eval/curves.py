@@ -14,8 +14,8 @@ BINS = 10  # of the calibration curve, equal width
 
 
 def of(labels: Labels, scores: Floats) -> Json:
-    """`roc`: [false alarms, found]; `risk_coverage`: [coverage, risk]; `reliability`: a row a bin that is not empty,
-    with reals and fakes as equally likely, which is what the probability assumes. Empty where one class is missing."""
+    """`roc`: [false alarms, fakes found]; `risk_coverage`: [coverage, risk]; `reliability`: a row for each bin that is
+    not empty, at even odds, which the probability assumes. All are empty if a class is missing."""
     if not (0 < labels.sum() < len(labels)):
         return {"roc": [], "risk_coverage": [], "reliability": []}
     fpr, tpr, _ = roc_curve(labels, scores)
@@ -28,19 +28,19 @@ def of(labels: Labels, scores: Floats) -> Json:
 
 
 def reliability(labels: Labels, scores: Floats) -> list[Json]:
-    """Per bin of P(fake): its mean, the share of fakes at even odds, and how many pictures."""
+    """For each bin of P(fake), its mean, the share of fakes at even odds, and the number of pictures."""
     weight = np.where(labels == 1, 0.5 / max(labels.sum(), 1), 0.5 / max((labels == 0).sum(), 1))
-    place = np.minimum((scores * BINS).astype(np.int64), BINS - 1)
+    bin_of = np.minimum((scores * BINS).astype(np.int64), BINS - 1)
     rows = []
-    for k in np.unique(place):
-        mine = place == k
-        w = weight[mine]
+    for k in np.unique(bin_of):
+        in_bin = bin_of == k
+        weights = weight[in_bin]
         rows.append(
             {
                 "bin": [round(k / BINS, 4), round((k + 1) / BINS, 4)],
-                "n": int(mine.sum()),
-                "mean": round(float((scores[mine] * w).sum() / w.sum()), 4),
-                "fake": round(float(w[labels[mine] == 1].sum() / w.sum()), 4),
+                "n": int(in_bin.sum()),
+                "mean": round(float((scores[in_bin] * weights).sum() / weights.sum()), 4),
+                "fake": round(float(weights[labels[in_bin] == 1].sum() / weights.sum()), 4),
             }
         )
     return rows
@@ -48,5 +48,5 @@ def reliability(labels: Labels, scores: Floats) -> list[Json]:
 
 def _thinned(x: Floats, y: Floats) -> list[list[float]]:
     """At most POINTS points, ends included."""
-    at = np.unique(np.linspace(0, len(x) - 1, min(len(x), POINTS)).round().astype(int))
-    return [[round(float(x[i]), 4), round(float(y[i]), 4)] for i in at]
+    indices = np.unique(np.linspace(0, len(x) - 1, min(len(x), POINTS)).round().astype(int))
+    return [[round(float(x[i]), 4), round(float(y[i]), 4)] for i in indices]

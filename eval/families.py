@@ -1,10 +1,10 @@
-"""`python -m eval.families JUNIT.xml`: the table of docs/models.md, from what the tests of the families gave.
+"""`python -m eval.families JUNIT.xml`: the table of docs/models.md, from the results of the families' tests.
 
     pytest tests/test_families.py -m "slow or not slow" --junitxml=build/families.xml
     python -m eval.families build/families.xml
 
-The tests compare with transformers' own model and processor, on checkpoints with random weights. A cell says what its
-test gave: a tick where it passed, what is missing where it was skipped.
+The tests compare with transformers' own model and processor, on checkpoints with random weights. A cell holds a tick if
+its test passed, or the missing package if it was skipped.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ BLOCK = re.compile(r"(<!-- families -->\n).*?(<!-- /families -->)", re.DOTALL)
 
 def table(junit: Path) -> str:
     """The Markdown table of a run's JUnit file. Raises SystemExit where a test failed or was not run."""
-    found: dict[str, dict[str, str]] = {}
+    cells: dict[str, dict[str, str]] = {}
     for case in ElementTree.parse(junit).iter("testcase"):
         test, bracket, family = str(case.get("name")).rstrip("]").partition("[")
         if test not in COLUMNS or not bracket:
@@ -51,18 +51,18 @@ def table(junit: Path) -> str:
             raise SystemExit(f"{family}: {test} failed; a table is made of a run that passed")
         skipped = case.find("skipped")
         needs = re.search(r"pip install (.+?)$", skipped.get("message") or "") if skipped is not None else None
-        found.setdefault(family, {})[test] = "✓" if skipped is None else f"needs {needs[1]}" if needs else "not run"
-    if not found or any(row.keys() != COLUMNS.keys() for row in found.values()):
+        cells.setdefault(family, {})[test] = "✓" if skipped is None else f"needs {needs[1]}" if needs else "not run"
+    if not cells or any(row.keys() != COLUMNS.keys() for row in cells.values()):
         raise SystemExit(f"{junit} does not hold a whole run of tests/test_families.py")
     lines = [["family", *COLUMNS.values()], ["---"] * (1 + len(COLUMNS))]
-    lines += [[family, *(row[test] for test in COLUMNS)] for family, row in found.items()]
+    lines += [[family, *(row[test] for test in COLUMNS)] for family, row in cells.items()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def main(junit: Annotated[Path, typer.Argument(help="what pytest --junitxml wrote of tests/test_families.py")]) -> None:
     """Write the table of docs/models.md."""
-    made = table(junit)
-    text, count = BLOCK.subn(lambda block: f"{block[1]}{made}{block[2]}", DOCS.read_text(encoding="utf-8"))
+    markdown = table(junit)
+    text, count = BLOCK.subn(lambda block: f"{block[1]}{markdown}{block[2]}", DOCS.read_text(encoding="utf-8"))
     if count != 1:
         raise X2DFDError(f"{DOCS} has no one place for the table", code="table_place_missing")
     DOCS.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Where the experts point against where the forge worked: pixel AUC and IoU of a map over the aligned crop."""
+"""Localisation: pixel AUC and IoU of the experts' maps against the forgery's mask, over the aligned crop."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ THRESHOLDS = tuple(round(0.05 * k, 2) for k in range(1, 20))
 
 
 def truth_on_crop(path: Path, shape: Sequence[int], pixels: Pixels, face: Face) -> NDArray[np.bool_]:
-    """Where the crop is forged: [MASK_SIZE, MASK_SIZE]. Raises InputError when the mask tells nothing of this face."""
+    """Where the crop is forged: [MASK_SIZE, MASK_SIZE]. Raises InputError when the mask cannot tell that."""
     mask: Pixels = np.ascontiguousarray(load_picture(path).pixels[..., 0])
     if mask.shape != tuple(shape[:2]):
         raise InputError("other_size", "the mask is not of the size of its picture")
     height, width = pixels.shape[:2]
-    if mask.shape != (height, width):  # the picture was shrunk to be like the others
+    if mask.shape != (height, width):  # the picture was shrunk by --equalise
         mask = np.asarray(cv2.resize(mask, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
     truth = mask_on_crop(mask, pixels, face.landmarks) > 127
     if truth.all() or not truth.any():
@@ -45,13 +45,13 @@ def truth_on_crop(path: Path, shape: Sequence[int], pixels: Pixels, face: Face) 
 
 
 def places(maps: Json, face: Face, truth: NDArray[np.bool_]) -> Part:
-    """How well each map, and two that know nothing of the forgery, say where it is. Thresholds are shares of a map's
-    own maximum: whether there is a forgery is the score's to say."""
-    drawn = {name: np.asarray(rows, np.float32) for name, rows in maps.items()}
-    drawn = {name: rows / max(float(rows.max()), 1e-6) for name, rows in drawn.items()}
+    """How well each map, and two baselines that ignore the picture, locate the forgery. Thresholds are shares of a
+    map's own maximum, because the score, not the map, tells whether there is a forgery."""
+    arrays = {name: np.asarray(rows, np.float32) for name, rows in maps.items()}
+    arrays = {name: rows / max(float(rows.max()), 1e-6) for name, rows in arrays.items()}
     grids = {
         name: np.asarray(cv2.resize(rows, (MASK_SIZE, MASK_SIZE), interpolation=cv2.INTER_LINEAR))
-        for name, rows in drawn.items()
+        for name, rows in arrays.items()
     }
     grids |= {OVAL: _oval(face), CENTRE: _centre()} if grids else {}
     labels = truth.ravel().astype(np.int64)
@@ -65,7 +65,7 @@ def places(maps: Json, face: Face, truth: NDArray[np.bool_]) -> Part:
 
 
 def _short(value: float | None) -> float:
-    assert value is not None  # `truth_on_crop` lets no mask through for which these are not defined
+    assert value is not None  # `truth_on_crop` refuses the masks for which these are not defined
     return round(value, 6)
 
 
@@ -85,24 +85,24 @@ def _centre() -> NDArray[np.float32]:
 
 
 def localisation(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Part:
-    """Pixel AUC and IoU of each map over the masked fakes, mean over pictures; overall and by method. A picture's IoU
-    is at the threshold with the best mean IoU on the other groups of `FOLDS` parts, so that none is chosen on the
-    picture it is measured on."""
+    """Pixel AUC and IoU of each map, as means over the masked fakes, overall and by method. The groups are divided into
+    `FOLDS` folds; a picture's IoU is taken at the threshold with the best mean IoU on the other folds, so that no
+    threshold is chosen on the picture that it measures."""
     masked = [i for i, s in enumerate(samples) if s.label == "fake" and s.mask is not None]
-    kept = [i for i in masked if rows[i].places]
-    out = Counter(rows[i].notes.get("mask") or rows[i].reason or "no map" for i in masked if not rows[i].places)
-    names = sorted({name for i in kept for name in rows[i].places}, key=lambda n: (n in (OVAL, CENTRE), n))
+    with_maps = [i for i in masked if rows[i].places]
+    reasons = Counter(rows[i].notes.get("mask") or rows[i].reason or "no map" for i in masked if not rows[i].places)
+    names = sorted({name for i in with_maps for name in rows[i].places}, key=lambda n: (n in (OVAL, CENTRE), n))
     maps: Part = {}
     for name in names:
-        own = [i for i in kept if name in rows[i].places]
-        aucs = m.to_scores([rows[i].places[name]["auc"] for i in own])
-        curves = np.array([rows[i].places[name]["iou"] for i in own])
-        groups, methods = [samples[i].group for i in own], [value_of(samples[i], "method") for i in own]
+        indices = [i for i in with_maps if name in rows[i].places]
+        aucs = m.to_scores([rows[i].places[name]["auc"] for i in indices])
+        curves = np.array([rows[i].places[name]["iou"] for i in indices])
+        groups, methods = [samples[i].group for i in indices], [value_of(samples[i], "method") for i in indices]
         ious, thresholds = _at_thresholds_of_others(curves, folds(groups))
 
-        every = range(len(own))
-        by_method = {method: [k for k in every if methods[k] == method] for method in sorted(set(methods))}
-        maps[name] = _means(every, aucs, ious, groups) | {
+        positions = range(len(indices))
+        by_method = {method: [k for k in positions if methods[k] == method] for method in sorted(set(methods))}
+        maps[name] = _means(positions, aucs, ious, groups) | {
             "thresholds": thresholds,
             "iou_by_threshold": {
                 str(t): round(float(v), 6) for t, v in zip(THRESHOLDS, curves.mean(axis=0), strict=True)
@@ -111,8 +111,8 @@ def localisation(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Part:
         }
     return {
         "n_masks": len(masked),
-        "n": len(kept),
-        "left_out": dict(sorted(out.items())),
+        "n": len(with_maps),
+        "left_out": dict(sorted(reasons.items())),
         "iou_at": f"the best threshold of the other groups, {FOLDS} parts",
         "baselines": {
             OVAL: "the whole oval of the face",
@@ -122,16 +122,16 @@ def localisation(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Part:
     }
 
 
-def _means(at: Sequence[int], aucs: Floats, ious: Floats, groups: Sequence[str]) -> Part:
-    mine = [groups[k] for k in at]
-    return {"n": len(at), "auc": stats.mean(aucs[list(at)], mine), "iou": stats.mean(ious[list(at)], mine)}
+def _means(chosen: Sequence[int], aucs: Floats, ious: Floats, groups: Sequence[str]) -> Part:
+    aucs, ious, groups = aucs[list(chosen)], ious[list(chosen)], [groups[k] for k in chosen]
+    return {"n": len(chosen), "auc": stats.mean(aucs, groups), "iou": stats.mean(ious, groups)}
 
 
-def _at_thresholds_of_others(curves: Floats, part: NDArray[np.int64]) -> tuple[Floats, list[float]]:
-    """IoU of each picture [n] from its curve [n, thresholds], and the thresholds used; 0.5 where there is no other."""
-    at = np.full(len(curves), THRESHOLDS.index(0.5))
-    for fold in set(part.tolist()):
-        others = curves[part != fold]
+def _at_thresholds_of_others(curves: Floats, fold_of: NDArray[np.int64]) -> tuple[Floats, list[float]]:
+    """IoU of each picture [n] from its curve [n, thresholds], and the thresholds used; 0.5 with a single fold."""
+    best = np.full(len(curves), THRESHOLDS.index(0.5))
+    for fold in set(fold_of.tolist()):
+        others = curves[fold_of != fold]
         if len(others):
-            at[part == fold] = others.mean(axis=0).argmax()
-    return curves[np.arange(len(curves)), at], sorted({THRESHOLDS[k] for k in at})
+            best[fold_of == fold] = others.mean(axis=0).argmax()
+    return curves[np.arange(len(curves)), best], sorted({THRESHOLDS[k] for k in best})

@@ -1,7 +1,7 @@
 """Metrics as pure functions over numpy arrays.
 
-`labels` are 1 for fake and 0 for real, `scores` are P(fake), both of shape [n]. What is not defined (one class only,
-no samples) is None, never NaN. AUC and all intervals: `eval.stats`.
+`labels` are 1 for fake and 0 for real, `scores` are P(fake), both of shape [n]. An undefined metric (one class only, no
+samples) is None, never NaN. AUC and all intervals: `eval.stats`.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from sklearn.metrics import average_precision_score, brier_score_loss, log_loss,
 from eval.stats import Floats, Labels
 from x2dfd.files import Json
 
-# A probability of exactly 0 or 1 that is wrong would cost infinitely much; this bounds the cost at 13.8 nats.
+# A wrong probability of exactly 0 or 1 would cost infinitely much; this bounds the cost at 13.8 nats.
 _EPS = 1e-6
 
 
-def _both(labels: Labels) -> bool:
+def _has_both_classes(labels: Labels) -> bool:
     return bool(np.any(labels == 1) and np.any(labels == 0))
 
 
 def average_precision(labels: Labels, scores: Floats) -> float | None:
     """Average precision with fake as the positive class, no interpolation."""
-    return float(average_precision_score(labels, scores)) if _both(labels) else None
+    return float(average_precision_score(labels, scores)) if _has_both_classes(labels) else None
 
 
 def eer(labels: Labels, scores: Floats) -> float | None:
     """Equal error rate: the mean of FPR and FNR at the ROC point where they are nearest to each other. (DeepfakeBench
-    gives that point's FPR alone, which calls a scorer that says the same of everything perfect.)"""
-    if not _both(labels):
+    gives that point's FPR alone, which calls a scorer with constant output perfect.)"""
+    if not _has_both_classes(labels):
         return None
     fpr, tpr, _ = roc_curve(labels, scores)
     nearest = np.argmin(np.abs((1 - tpr) - fpr))
@@ -41,7 +41,7 @@ def eer(labels: Labels, scores: Floats) -> float | None:
 
 def tpr_at_fpr(labels: Labels, scores: Floats, fpr: float) -> float | None:
     """The largest share of fakes found by a threshold that calls at most the share `fpr` of reals fake."""
-    if not _both(labels):
+    if not _has_both_classes(labels):
         return None
     false, true, _ = roc_curve(labels, scores, drop_intermediate=False)
     return float(true[false <= fpr].max())
@@ -77,9 +77,9 @@ def brier(labels: Labels, scores: Floats) -> float | None:
 
 
 def ece(labels: Labels, scores: Floats, bins: int = 15) -> float | None:
-    """Expected calibration error of P(fake), bins of equal width, reals and fakes weighing a half each: the probability
-    takes both answers for equally likely, so the share of fakes in a manifest must not count."""
-    if not _both(labels):
+    """Expected calibration error of P(fake), bins of equal width, with reals and fakes weighing a half each: the
+    probability assumes even odds, so the share of fakes in a manifest must not count."""
+    if not _has_both_classes(labels):
         return None
     weight = np.where(labels == 1, 0.5 / labels.sum(), 0.5 / (labels == 0).sum())
     place = np.minimum((scores * bins).astype(np.int64), bins - 1)
@@ -89,7 +89,7 @@ def ece(labels: Labels, scores: Floats, bins: int = 15) -> float | None:
 def cllr(labels: Labels, scores: Floats, prior: float = 0.5) -> float | None:
     """Log-likelihood-ratio cost in bits (Bruemmer & du Preez 2006): 0 is perfect, 1 says nothing. Scores are read as
     posteriors under the prior P(fake) = `prior`, and kept 1e-6 away from 0 and 1."""
-    if not _both(labels):
+    if not _has_both_classes(labels):
         return None
     p = np.clip(scores, _EPS, 1 - _EPS)
     log_ratio = np.log(p / (1 - p)) - np.log(prior / (1 - prior))
@@ -101,9 +101,8 @@ def cllr(labels: Labels, scores: Floats, prior: float = 0.5) -> float | None:
 def pool_by(
     ids: Sequence[str], labels: Labels, scores: Floats, how: Literal["mean", "max"] = "mean"
 ) -> tuple[list[str], Labels, Floats]:
-    """Pools frame scores to one score per clip; `ids` name the clips, must be unique to them, and are the only key.
-    Returns the ids in sorted order with their labels and scores. Raises ValueError when frames of one id differ in
-    label."""
+    """Pools frame scores to one score per clip; frames with the same id in `ids` are one clip. Returns the ids in
+    sorted order with their labels and scores. Raises ValueError when frames of one id differ in label."""
     names, place = np.unique(np.asarray(ids, dtype=str), return_inverse=True)
     low, high = np.full(len(names), 2), np.full(len(names), -1)
     np.minimum.at(low, place, labels)
@@ -121,15 +120,15 @@ def pool_by(
 def pool_sbi(
     ids: Sequence[str], labels: Labels, scores: Sequence[float | None]
 ) -> tuple[tuple[list[str], Labels, Floats], int]:
-    """Pools as the papers after SBI (Shiohara & Yamasaki 2022) do, the mean of the frames' most suspicious faces, where
-    a frame without a score (None) counts 0.5; also returns how many had none."""
+    """Pools as the papers after SBI (Shiohara & Yamasaki 2022) do: the mean of the frames' most suspicious faces, where
+    a frame without a score (None) counts 0.5. Also returns the number of such frames."""
     filled = to_scores([0.5 if s is None else s for s in scores])
     return pool_by(ids, labels, filled), sum(s is None for s in scores)
 
 
 def risk_coverage(labels: Labels, scores: Floats, threshold: float = 0.5) -> tuple[Floats, Floats]:
-    """Coverage [n] and the share of wrong answers at it [n], the surest answers first: those farthest from `threshold`
-    on the scale of log-odds. Ties are answered together, so that the order of samples does not matter."""
+    """Coverage [n] and the share of wrong answers at it [n]. The surest answers come first: those farthest from
+    `threshold` in log-odds. Ties are answered together, so that the order of samples does not matter."""
     p, at = np.clip(scores, _EPS, 1 - _EPS), np.clip(threshold, _EPS, 1 - _EPS)
     sure = np.abs(np.log(p / (1 - p)) - np.log(at / (1 - at)))
     wrong = (scores > threshold) != (labels == 1)
@@ -147,18 +146,18 @@ def aurc(labels: Labels, scores: Floats) -> float | None:
     return float((np.diff(coverage, prepend=0.0) * risk).sum())
 
 
-def overlap(truth: NDArray[np.bool_], said: NDArray[np.bool_]) -> float | None:
+def overlap(truth: NDArray[np.bool_], predicted: NDArray[np.bool_]) -> float | None:
     """Intersection over union of two masks of one shape; None where nothing is true."""
-    return float((truth & said).sum() / (truth | said).sum()) if truth.any() else None
+    return float((truth & predicted).sum() / (truth | predicted).sum()) if truth.any() else None
 
 
-def cue_agreement(truth: Sequence[Collection[object]], said: Sequence[Collection[object]]) -> Json:
+def cue_agreement(truth: Sequence[Collection[object]], predicted: Sequence[Collection[object]]) -> Json:
     """Precision, recall and F1 of sets, one pair of sets an image (areas, or (area, artifact) pairs).
 
     `micro` counts over all images together. `per_image` is the mean over images: precision over images where
     something was said, recall over images where something is true, F1 over images where either holds.
     """
-    counts = np.array([(len(set(t) & set(s)), len(set(s)), len(set(t))) for t, s in zip(truth, said, strict=True)])
+    counts = np.array([(len(set(t) & set(p)), len(set(p)), len(set(t))) for t, p in zip(truth, predicted, strict=True)])
     counts = counts.reshape(-1, 3)
     each = [precision_recall_f1(row[None]) for row in counts]
     return {
@@ -170,17 +169,17 @@ def cue_agreement(truth: Sequence[Collection[object]], said: Sequence[Collection
 
 def precision_recall_f1(counts: NDArray[np.int64]) -> dict[str, float | None]:
     """From counts [n, 3] of right, said and true items, summed over n."""
-    right, said, true = (int(v) for v in counts.sum(axis=0))
+    correct, predicted, true = (int(v) for v in counts.sum(axis=0))
     return {
-        "precision": right / said if said else None,
-        "recall": right / true if true else None,
-        "f1": 2 * right / (said + true) if said + true else None,
+        "precision": correct / predicted if predicted else None,
+        "recall": correct / true if true else None,
+        "f1": 2 * correct / (predicted + true) if predicted + true else None,
     }
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known) if known else None
+    defined = [v for v in values if v is not None]
+    return sum(defined) / len(defined) if defined else None
 
 
 def distinct_share(texts: Sequence[str]) -> float | None:

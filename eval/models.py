@@ -1,4 +1,4 @@
-"""What is measured, opened in one place for every task, so that all models get the same samples and preprocessing.
+"""Opens the measured model, in one place for every task, so that all models get the same samples and preprocessing.
 
 `--model` takes every form of `x2dfd.model_spec`, `expert:NAME` included (any expert that `x2dfd experts` lists), and:
 
@@ -37,7 +37,7 @@ TOOL_RESULTS = "tool results"
 
 @dataclass(frozen=True)
 class Choice:
-    """Which model is measured, as the options of the command name it."""
+    """The model to measure, as the options of the command name it."""
 
     model: str = "embedded"  # a ModelSpec, fusion, or a baseline
     tools: str | None = None  # of a model without an adapter: these experts' scores as tool results
@@ -50,12 +50,12 @@ class Choice:
 
     @property
     def expert(self) -> str | None:
-        """The one expert that is named."""
+        """The expert, if the model is a single one."""
         return self.spec.expert if self.spec else None
 
     @property
     def has_mllm(self) -> bool:
-        """Whether what is named has an MLLM, which can be asked for texts."""
+        """Whether the model has an MLLM, which can write texts."""
         return self.spec is not None and self.spec.expert is None
 
     @property
@@ -67,34 +67,34 @@ class Choice:
 
     @property
     def label(self) -> str:
-        """What a result calls the model."""
+        """The name of the model in a result."""
         return self.spec.label if self.spec else self.model
 
     def key(self) -> list[str | None]:
-        """What tells rows of one choice from those of another, without paths."""
+        """Identifies the rows of this choice, without paths."""
         host, adapter = (self.spec.host, self.spec.adapter) if self.spec else ("", None)
         return [self.label, host, adapter.name if adapter else None, self.tools, self.loading.get("mode")]
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A model as every task uses it."""
+    """An opened model, in the form that every task uses."""
 
     name: str  # in the result
     kind: str  # "model", "served", "fusion", "expert" or "baseline"
-    asked: Detector | None = None  # None for a baseline
+    loaded: Detector | None = None  # None for a baseline
     mode: str | None = None
 
     @property
     def detector(self) -> Detector:
         """Raises X2DFDError for a baseline, which has none."""
-        if self.asked is None:
+        if self.loaded is None:
             raise X2DFDError(f"{self.name} is a baseline, which does not judge pictures", code="model_not_for_task")
-        return self.asked
+        return self.loaded
 
     @property
     def writes(self) -> bool:
-        """Whether there is an MLLM, which can be asked for texts."""
+        """Whether there is an MLLM, which can write texts."""
         return self.kind in ("model", "served")
 
 
@@ -112,7 +112,7 @@ def check(choice: Choice) -> None:
 
 
 def open_model(choice: Choice) -> Opened:
-    """Raises X2DFDError (SetupError, UnknownName) for what cannot be had."""
+    """Opens a model. Raises X2DFDError (SetupError, UnknownName) if it cannot be opened."""
     import x2dfd
 
     check(choice)
@@ -134,13 +134,13 @@ def open_model(choice: Choice) -> Opened:
 
 @dataclass(frozen=True)
 class FaceCount:
-    """What `NoMLLM` keeps of faces: how many there are."""
+    """The encoding of `NoMLLM`: the number of faces."""
 
     size: int
     shared: None = None
 
     def part(self, rows: Sequence[int]) -> FaceCount:
-        """Of some of the faces."""
+        """The encoding of some of the faces."""
         return FaceCount(len(rows))
 
 
@@ -169,8 +169,8 @@ class NoMLLM:
 def experts_alone(name: str | None) -> Detector:
     """A Detector of one expert, or of all that the embedded model's calibration weighs (None), without its MLLM.
 
-    The MLLM counts as its mean, as the calibration treats what is missing. One expert decides by its own score, and
-    has no threshold: what it says is not counted, only its score.
+    The MLLM counts as its mean, as every missing score does in the calibration. A single expert decides by its own
+    score without a threshold: only its score is measured, not its verdict.
     """
     from x2dfd.adapter import expert_hashes, read_adapter_card
     from x2dfd.calibration import MLLM, Calibration, Logistic
@@ -180,23 +180,25 @@ def experts_alone(name: str | None) -> Detector:
 
     if name is None:
         card, calibration = read_adapter_card(EMBEDDED), Calibration.load(EMBEDDED)
-        wanted = expert_hashes(card, calibration)
-        experts = [load_expert(n, EMBEDDED / "experts") for n in wanted if calibration.weights.get(n, 0) > 0]
-        if other := [e.card.name for e in experts if wanted[e.card.name] != e.card.sha256]:
+        expected = expert_hashes(card, calibration)
+        experts = [load_expert(n, EMBEDDED / "experts") for n in expected if calibration.weights.get(n, 0) > 0]
+        if mismatched := [e.card.name for e in experts if expected[e.card.name] != e.card.sha256]:
             raise X2DFDError(
-                f"no fusion: the calibration was fitted with other weights of {', '.join(other)}",
+                f"no fusion: the calibration was fitted with other weights of {', '.join(mismatched)}",
                 code="expert_weights_differ",
             )
-        stated = f"{card.name} {card.version}, experts alone"
-        alone = {k: {n: w for n, w in one.weights.items() if n != MLLM} for k, one in calibration.kinds.items()}
-        kinds = {k: replace(one, weights=alone[k]) for k, one in calibration.kinds.items()}
+        title = f"{card.name} {card.version}, experts alone"
+        weights = {
+            k: {n: w for n, w in logistic.weights.items() if n != MLLM} for k, logistic in calibration.kinds.items()
+        }
+        kinds = {k: replace(logistic, weights=weights[k]) for k, logistic in calibration.kinds.items()}
         calibration = replace(calibration, kinds=kinds)
     else:
         experts = [load_expert(name)]
         calibration = Calibration({KINDS[1]: Logistic({name: 1.0}, {name: 0.0}, 0.0)}, 0.0, 1.0)
-        stated = f"expert {name}"
+        title = f"expert {name}"
     info = ModelInfo(
-        stated,
+        title,
         {"name": "none", "sha256": ""},
         crops_through=f"{CODEC[0]} {CODEC[1]}",
         experts={e.card.name: f"{e.card.version} {e.card.sha256}" for e in experts},
@@ -221,10 +223,10 @@ def tool_results(question: str, evidence: Sequence[Evidence]) -> str:
 
 
 def with_tools(detector: Detector) -> Detector:
-    """The same parts, asked with `tool_results` instead of the sentence that X2-DFD trains with."""
+    """The same parts, with `tool_results` in the question instead of the sentence that X2-DFD trains with."""
     from x2dfd import prompts
     from x2dfd.detector import Detector
 
     info = replace(detector.info, asked_with=TOOL_RESULTS)
-    ask = partial(tool_results, prompts.QUESTION)
-    return Detector(detector.mllm, detector.experts, detector.calibration, info, detector.mode, question=ask)
+    question = partial(tool_results, prompts.QUESTION)
+    return Detector(detector.mllm, detector.experts, detector.calibration, info, detector.mode, question=question)

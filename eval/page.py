@@ -1,6 +1,6 @@
 """A result as one self-contained HTML page, with its curves.
 
-No script, no font, no address outside the file. Colours are variables of the page, so that plots follow light and dark.
+It has no scripts and loads nothing from outside. Its colours are variables, so that plots follow light and dark mode.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ Result = Json
 TEMPLATE = Path(__file__).with_name("result.html.jinja")
 NO_PLOTS = "No curves: matplotlib is not installed (pip install -e '.[bench]')."
 
-# matplotlib draws in these; the page's variables take their place.
+# matplotlib draws in these colours; the page's variables replace them.
 INK, SOFT, LINE, PAPER = "#010101", "#020202", "#030303", "#040404"
 COLOURS = tuple(f"#0500{k:02x}" for k in range(8))
 _VARIABLES = {INK: "ink", SOFT: "soft", LINE: "line", PAPER: "card"} | {c: f"c{k}" for k, c in enumerate(COLOURS)}
 
 
 def render(result: Result) -> str:
-    """The page of what `run_bench.py` puts into `result.json`."""
+    """The page of a `result.json`."""
     data, task = result["data"], result["task"]
     settings = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     plots, no_plots = [], ""
@@ -82,8 +82,8 @@ def _origin(result: Result) -> Iterator[tuple[str, str]]:
         if key in data:
             yield name, f"SHA-256 {data[key]}"
     yield "Device", result["device"]
-    for part in ("settings", "versions"):
-        yield part.capitalize(), ", ".join(f"{k} {v}" for k, v in result[part].items() if v is not None)
+    for section in ("settings", "versions"):
+        yield section.capitalize(), ", ".join(f"{k} {v}" for k, v in result[section].items() if v is not None)
     stated = result["model"]["stated"]
     yield "Model", json.dumps(stated, ensure_ascii=False) if stated else "none: it sees no picture"
     if result["failures"]:
@@ -105,7 +105,7 @@ _AT_HALF = {
 
 
 def _counted(part: Result) -> list[str | int]:
-    """A rate and what it rests on."""
+    """A rate and its counts."""
     return [percent(part), part["n"], part["groups"]]
 
 
@@ -113,16 +113,16 @@ def _tables(result: Result) -> Iterator[Table]:
     lines = [[name, part, part["n"], part["groups"]] for name, part in result["headline"].items()]
     yield Table("Headline", ["", "value [95 %]", "n", "groups"], lines)
     scorers: dict[str, Result] = result.get("scorers", {})
-    whole = {name: s for name, s in scorers.items() if "overall" in s}
-    if whole:
-        overall = [s["overall"] for s in whole.values()]
-        known = {key: text for key, text in _OVERALL.items() if any(key in o for o in overall)}
-        lines = [[text, *(o.get(key) for o in overall)] for key, text in known.items()]
+    complete = {name: s for name, s in scorers.items() if "overall" in s}
+    if complete:
+        overall = [s["overall"] for s in complete.values()]
+        titles = {key: text for key, text in _OVERALL.items() if any(key in o for o in overall)}
+        lines = [[text, *(o.get(key) for o in overall)] for key, text in titles.items()]
         lines += [[text, *(o.get("at_0.5", {}).get(key) for o in overall)] for key, text in _AT_HALF.items()]
-        lines.append(["scored", *(s["n_scored"] for s in whole.values())])
+        lines.append(["scored", *(s["n_scored"] for s in complete.values())])
         lines.append(["groups", *(o["n_groups"] for o in overall)])
-        missing = [", ".join(f"{why}: {n}" for why, n in s["unscored"].items()) or "–" for s in whole.values()]
-        yield Table("All metrics, full coverage", ["", *whole], [*lines, ["not scored", *missing]])
+        missing = [", ".join(f"{why}: {n}" for why, n in s["unscored"].items()) or "–" for s in complete.values()]
+        yield Table("All metrics, full coverage", ["", *complete], [*lines, ["not scored", *missing]])
     for name, scorer in scorers.items():
         yield from _of_scorer(name, scorer)
     within = {f"tone, {source}": part for source, part in result.get("tone_within_source", {}).items()}
@@ -136,18 +136,18 @@ def _tables(result: Result) -> Iterator[Table]:
 
 
 def _of_scorer(name: str, scorer: Result) -> Iterator[Table]:
-    if said := scorer.get("answers"):
+    if answers := scorer.get("answers"):
         rates = {"answered": "coverage", "right of those": "accuracy", "reals called fake": "false_alarms",
                  "fakes called real": "misses"}  # fmt: skip
-        lines = [[text, *_counted(said[key])] for text, key in rates.items()]
+        lines = [[text, *_counted(answers[key])] for text, key in rates.items()]
         of_those = {"balanced accuracy": "balanced_accuracy", "AUC": "auc", "ECE": "ece"}
-        lines += [[f"{text} of those", said[key], said["n_answered"], ""] for text, key in of_those.items()]
-        lines += [[f"no answer: {why}", "", n, ""] for why, n in said["inconclusive"].items()]
+        lines += [[f"{text} of those", answers[key], answers["n_answered"], ""] for text, key in of_those.items()]
+        lines += [[f"no answer: {why}", "", n, ""] for why, n in answers["inconclusive"].items()]
         yield Table(f"{name}: three answers", ["", "", "n", "groups"], lines, "After abstention.")
     if promise := scorer.get("promise"):
         marks = {True: "kept", False: "broken", None: "no interval"}
-        of = {"all reals": promise["measured"]} | promise["by_source"]
-        lines = [[who, marks[part["kept"]], *_counted(part)] for who, part in of.items()]
+        figures = {"all reals": promise["measured"]} | promise["by_source"]
+        lines = [[population, marks[part["kept"]], *_counted(part)] for population, part in figures.items()]
         seen = "these are the same pictures" if promise["seen"] else "these pictures were not used for it"
         caption = (
             f"Allowed: {100 * promise['false_alarms_allowed']:.1f} %, chosen on split "
@@ -157,8 +157,8 @@ def _of_scorer(name: str, scorer: Result) -> Iterator[Table]:
         yield Table(f"{name}: false alarms, promised and measured", head, lines, caption)
     for column, gaps in scorer.get("gaps", {}).items():
         lines = [
-            [what, gap["value"], gap["highest"], gap["figures"][1], gap["lowest"], gap["figures"][0]]
-            for what, gap in gaps.items()
+            [figure, gap["value"], gap["highest"], gap["figures"][1], gap["lowest"], gap["figures"][0]]
+            for figure, gap in gaps.items()
         ]
         caption = "Largest minus smallest; never negative, so chance alone makes one: look at the two intervals."
         head = ["", "gap", "highest", "[95 %]", "lowest", "[95 %]"]
@@ -176,7 +176,7 @@ def _of_scorer(name: str, scorer: Result) -> Iterator[Table]:
 
 
 def _clips_and_words(name: str, scorer: Result) -> Iterator[Table]:
-    """What only some tasks or manifests have."""
+    """The tables that only some tasks or manifests have."""
     if faces := scorer.get("faces"):
         line = [faces["auc"], faces["eer"], faces["n"], faces["fake_pictures_with_several"]]
         head = ["AUC [95 %]", "EER", "faces", "fakes with several"]
@@ -187,13 +187,13 @@ def _clips_and_words(name: str, scorer: Result) -> Iterator[Table]:
         yield Table(f"{name}: clips", ["pooling", "AUC [95 %]", "EER", "clips", "groups"], lines)
     if confusion := scorer.get("confusion"):
         columns = list(next(iter(confusion.values())))
-        lines = [[truth, *(said[c] for c in columns)] for truth, said in confusion.items()]
+        lines = [[truth, *(counts[c] for c in columns)] for truth, counts in confusion.items()]
         yield Table("Confusion", ["true, then said", *columns], lines)
     if invalid := scorer.get("invalid_answers"):
         yield Table("Answers that could not be read", ["counted wrong"], [[text or "(empty)"] for text in invalid])
     if polarity := scorer.get("by_polarity"):
         keys = ("accuracy", "recall_real", "recall_fake", "n")
-        lines = [[what, *(p[key] for key in keys)] for what, p in polarity.items()]
+        lines = [[meaning, *(p[key] for key in keys)] for meaning, p in polarity.items()]
         yield Table("By what yes means", ["", *(key.replace("_", " ") for key in keys)], lines)
     if text := scorer.get("text"):
         lines = [[k, p["value"], p.get("by") or p.get("reason", "")] for k, p in text.items() if k != "n"]
@@ -224,7 +224,7 @@ def _plots(result: Result) -> Iterator[Json]:
             height = 0.8 + 0.27 * len(rows)
             yield _plot(f"by-{name}", partial(_forest, rows=rows), f"{name}: AUC by source and method, 95 %.",
                         size=(9.5, height), wide=True)  # fmt: skip
-            break  # of the first scorer, which is the verdict; the others stand in the tables
+            break  # the first scorer is the verdict; the tables show the others
     if robust := result.get("robustness"):
         caption = "AUC under changes, on the pictures that keep their face; hollow: the same pictures unchanged."
         columns = list(next(iter(robust.values()))["auc"])
@@ -256,7 +256,7 @@ def _plot(
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"#0[0-9a-f]{5}", lambda hit: f"var(--{_VARIABLES[hit[0]]})" if hit[0] in _VARIABLES else hit[0], svg)
-    # Names of clip paths are the plot's own, so that one plot does not cut another.
+    # Each plot prefixes the names of its clip paths, so that one plot does not cut another.
     svg = re.sub(r"(\bid=\"|url\(#|href=\"#)", rf"\g<1>{name}-", svg)
     label = caption.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
@@ -308,24 +308,24 @@ def _risk(ax: Axes, curves: Result) -> None:
 
 
 def _forest(ax: Axes, rows: Sequence[tuple[str, Result]]) -> None:
-    for at, (_, auc) in enumerate(rows):
+    for y, (_, auc) in enumerate(rows):
         low, high = auc["interval"] or (auc["value"], auc["value"])
-        ax.plot([low, high], [at, at], color=_colour(0), lw=2.2, solid_capstyle="round")
-        ax.plot(auc["value"], at, "o", color=_colour(0), ms=6)
+        ax.plot([low, high], [y, y], color=_colour(0), lw=2.2, solid_capstyle="round")
+        ax.plot(auc["value"], y, "o", color=_colour(0), ms=6)
     _rows(ax, [label for label, _ in rows])
 
 
 def _robustness(ax: Axes, robust: Result, columns: Sequence[str]) -> None:
     width = 0.8 / len(columns)
     for k, column in enumerate(columns):
-        for at, part in enumerate(robust.values()):
-            auc, y = part["auc"][column], at - 0.4 + (k + 0.5) * width
+        for row, part in enumerate(robust.values()):
+            auc, y = part["auc"][column], row - 0.4 + (k + 0.5) * width
             if auc["value"] is None:
                 continue
             low, high = auc["interval"] or (auc["value"], auc["value"])
             ax.plot([low, high], [y, y], color=_colour(k), lw=1.4)
             ax.plot(part["unchanged"][column], y, "o", mec=_colour(k), mfc="none", ms=4)
-            ax.plot(auc["value"], y, "o", color=_colour(k), ms=4, label=column if at == 0 else None)
+            ax.plot(auc["value"], y, "o", color=_colour(k), ms=4, label=column if row == 0 else None)
     _rows(ax, list(robust))
     ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.08), ncols=4)
 

@@ -1,7 +1,7 @@
 """Published protocols as manifests: `python -m eval.protocols list | write | annotations`.
 
-A protocol names test sets; each becomes a manifest of its own, which `run_bench.py` scores. Reading is data_gen's; here
-stand which sets belong to a protocol, how many clips its makers count, and, off by default, the quirks of their loader
+A protocol names test sets; each becomes a manifest of its own for `run_bench.py`. The readers are in data_gen;
+here are each protocol's sets, the clips that its makers count, and the quirks of their loader, which are off by default
 (`Compat`). Formats and counts: DeepfakeBench (github.com/SCLBD/DeepfakeBench), DF40 (arXiv 2406.13495),
 FaceForensics++ (arXiv 1901.08971), Celeb-DF (arXiv 1909.12962).
 """
@@ -43,12 +43,12 @@ from x2dfd.manifest import Sample, manifest_sha256, write_manifest
 from x2dfd.options import names
 
 FRAMES = 32
-"""Frames a clip in DeepfakeBench and DF40; fewer or more are other numbers."""
+"""Frames per clip in DeepfakeBench and DF40. Fewer or more frames give numbers that cannot be compared."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """Test sets by the names of their index files, and what a model may be trained on."""
+    """Test sets by the names of their index files, and the permitted training data."""
 
     name: str
     version: str
@@ -99,14 +99,14 @@ PROTOCOLS = {
 
 @dataclass(frozen=True)
 class Compat:
-    """Quirks of the stock loader and metrics, to get its numbers; all off unless asked for.
+    """Quirks of the stock loader and metrics, to get its numbers; all are off by default.
 
-    Not reproduced: that it fails on a frame whose name is no number, and that it gives the frame AUC for the video AUC,
-    without a word, when its grouping fails.
+    Two are not reproduced: it fails on a frame whose name is no number, and when its grouping fails, it silently gives
+    the frame AUC for the video AUC.
     """
 
-    clips: bool = False  # a clip is known by its folder's name alone, so equal names merge; label int(mean)
-    frames: bool = False  # of a clip with more frames than asked for, the first ones instead of evenly spread ones
+    clips: bool = False  # clips are identified by their folder's name alone, so equal names merge; label int(mean)
+    frames: bool = False  # take a clip's first frames instead of evenly spread ones
 
     @classmethod
     def parse(cls, text: str) -> Compat:
@@ -146,11 +146,11 @@ def sampled(samples: Sequence[Sample], frames: int | None, compat: Compat = CORR
     clips: dict[str, list[Sample]] = {}
     for s in samples:
         clips.setdefault(s.video or s.id, []).append(s)
-    kept: list[Sample] = []
+    selected: list[Sample] = []
     for clip in clips.values():
         clip.sort(key=lambda s: natural(s.path.name))
-        kept += clip[:frames] if compat.frames and frames is not None else evenly(clip, frames)
-    return kept
+        selected += clip[:frames] if compat.frames and frames is not None else evenly(clip, frames)
+    return selected
 
 
 def index_sets(
@@ -165,7 +165,7 @@ def index_sets(
     allow_missing: bool = False,
     labels: Mapping[str, Label] | None = None,
 ) -> dict[str, tuple[list[Sample], list[str]]]:
-    """The test split of each of a protocol's index files: samples, and notes for the person who reads the summary.
+    """The test split of each of a protocol's index files: samples, and notes for the summary.
     Raises X2DFDError when an index file is absent, when more than 1 % of a set's files are (unless `allow_missing`),
     and when the protocol comes without index files."""
     chosen = tuple(sets) or protocol.sets
@@ -181,7 +181,7 @@ def index_sets(
             "others, which is another protocol, name them with --sets",
             code="index_missing",
         )
-    found = {}
+    test_sets = {}
     for name in chosen:
         level = compression if _has_levels(indices / f"{name}.json") else ""
         read = read_deepfakebench(
@@ -189,12 +189,12 @@ def index_sets(
             frames=None if compat.frames else frames,
         )  # fmt: skip
         read.samples = sampled(read.samples, frames, compat)
-        found[name] = _finished(read, protocol, name, allow_missing)
-    return found
+        test_sets[name] = _test_set(read, protocol, name, allow_missing)
+    return test_sets
 
 
 def _has_levels(file: Path) -> bool:
-    """Whether an index tells compression levels apart, by its content."""
+    """Whether the content of an index distinguishes compression levels."""
 
     def inside(value: object, depth: int) -> bool:
         if not isinstance(value, dict) or not value:
@@ -206,8 +206,8 @@ def _has_levels(file: Path) -> bool:
     return inside(load_json(file), 3)
 
 
-def _finished(read: Read, protocol: Protocol, name: str, allow_missing: bool) -> tuple[list[Sample], list[str]]:
-    # Nothing is divided here, so people may appear in several clips; frames of a clip stay together.
+def _test_set(read: Read, protocol: Protocol, name: str, allow_missing: bool) -> tuple[list[Sample], list[str]]:
+    # No split is made here, so people may appear in several clips; frames of a clip stay together.
     samples = finish(read, split="test", group=Group.clip, allow_missing=allow_missing)
     samples = [replace(s, extra=s.extra | {"protocol": protocol.name, "set": name}) for s in samples]
     clips = {label: len({s.video for s in samples if s.video and s.label == label}) for label in ("real", "fake")}
@@ -223,7 +223,7 @@ def _finished(read: Read, protocol: Protocol, name: str, allow_missing: bool) ->
 
 
 def write_sets(protocol: str, sets: Mapping[str, tuple[list[Sample], list[str]]], out: Path, compat: Compat) -> Path:
-    """A manifest a set and `protocol.json`, which counts and hashes them; returns the latter's path."""
+    """Writes a manifest for each set, and `protocol.json` with their counts and hashes, whose path it returns."""
     card: Json = {
         "protocol": protocol,
         "version": PROTOCOLS[protocol].version,
@@ -263,12 +263,12 @@ def read_annotations(
     answer: str = "answer",
     source: str = "",
 ) -> Read:
-    """Annotated pictures in a JSON list, as DD-VQA, SID-Set and FakeClue come; each answer is a reference.
+    """Annotated pictures in a JSON list, the form of DD-VQA, SID-Set and FakeClue; each answer is a reference.
 
     A record is {image, label, conversations: [{from: human|gpt, value}]} or {image, label, question, answer}, where
-    `answer` is a text or a list of texts; records of one picture and question are joined. Which value of `label` means
-    real has to be said: 1 is real in FakeVLM's data and fake in most others. The column `references` of a sample holds
-    [{"question", "answers": [...]}].
+    `answer` is a text or a list of texts; records of one picture and question are joined. The caller says which
+    values of `label` mean real: 1 is real in FakeVLM's data and fake in most others. The column `references` of a
+    sample holds [{"question", "answers": [...]}].
     """
     if not real or not fake:
         raise X2DFDError("say which labels mean real and fake: --real-value 1 --fake-value 0", code="option_missing")
@@ -287,18 +287,18 @@ def read_annotations(
             raise X2DFDError(
                 f"{where}: the label {value!r} means {'both' if value in real else 'neither'}", code="label_unclear"
             )
-        said: Label = "real" if value in real else "fake"
-        if labels.setdefault(parts, said) != said:
+        truth: Label = "real" if value in real else "fake"
+        if labels.setdefault(parts, truth) != truth:
             raise X2DFDError(
                 f"{where}: {record[image]} is called real in one record and fake in another", code="label_contradicts"
             )
-        for asked, told in _exchanges(record, question, answer, where):
-            answers = references.setdefault(parts, {}).setdefault(asked, [])
-            answers += [a for a in told if a not in answers]
+        for question_text, answer_texts in _exchanges(record, question, answer, where):
+            answers = references.setdefault(parts, {}).setdefault(question_text, [])
+            answers += [a for a in answer_texts if a not in answers]
     read, reroot = Read(), Reroot(roots)
-    for parts, said in labels.items():
+    for parts, truth in labels.items():
         for path, place, _ in listed_frames(read, reroot, file.name, ["/".join(parts)], None):
-            sample = row(path, place, said, source=source or file.stem, clip=False)
+            sample = row(path, place, truth, source=source or file.stem, clip=False)
             texts = [{"question": q, "answers": a} for q, a in references.get(parts, {}).items()]
             read.samples.append(replace(sample, extra=sample.extra | {"references": texts}))
     read.notes += reroot.notes()
@@ -306,23 +306,23 @@ def read_annotations(
 
 
 def _exchanges(record: Json, question: str, answer: str, where: str) -> list[tuple[str, list[str]]]:
-    """Questions of a record, each with the answers to it."""
+    """The questions of a record, each with its answers."""
     turns = record.get("conversations")
     if turns is None:
-        told = record.get(answer)
-        told = [told] if isinstance(told, str) else told
-        if not isinstance(told, list) or not told or not all(isinstance(t, str) and t.strip() for t in told):
+        texts = record.get(answer)
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
             raise X2DFDError(f"{where}: neither conversations nor an {answer!r}", code="exchange_malformed")
-        return [(str(record.get(question) or ""), [t.strip() for t in told])]
+        return [(str(record.get(question) or ""), [t.strip() for t in texts])]
     if not isinstance(turns, list) or len(turns) % 2 or not all(isinstance(t, dict) for t in turns):
         raise X2DFDError(f"{where}: conversations are not pairs of question and answer", code="exchange_malformed")
-    pairs = []
-    for asked, told in zip(turns[::2], turns[1::2], strict=True):
-        if asked.get("from") != "human" or told.get("from") != "gpt":
+    exchanges = []
+    for human, model in zip(turns[::2], turns[1::2], strict=True):
+        if human.get("from") != "human" or model.get("from") != "gpt":
             raise X2DFDError(f"{where}: conversations are not turns of human and gpt", code="exchange_malformed")
-        text = str(asked.get("value", "")).replace("<image>", "").strip()
-        pairs.append((text, [str(told.get("value", "")).strip()]))
-    return pairs
+        text = str(human.get("value", "")).replace("<image>", "").strip()
+        exchanges.append((text, [str(model.get("value", "")).strip()]))
+    return exchanges
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -363,16 +363,16 @@ def write(
         raise X2DFDError(f"{name} is read from index files: give --indices and --root", code="option_missing")
     if (protocol.sets and indices is not None) or name == "df40-p4":
         chosen = names(sets)
-        found = index_sets(
+        test_sets = index_sets(
             protocol, indices or Path("."), roots, sets=chosen, frames=frames, compression=compression, compat=quirks,
             allow_missing=allow_missing,
         )  # fmt: skip
     elif name == "ffpp":
-        found = {}
+        test_sets = {}
         for key, method in zip(_FOUR, FF_METHODS, strict=False):
             read = read_ffpp(roots[0], methods=[method], compression=compression, only=("test",), frames=None)
             read.samples = sampled(read.samples, frames, quirks)
-            found[key] = _finished(read, protocol, key, allow_missing)
+            test_sets[key] = _test_set(read, protocol, key, allow_missing)
     else:
         readers: dict[str, Callable[[], Read]] = {
             "celebdf": lambda: read_celebdf(roots[0], frames=None),
@@ -386,9 +386,9 @@ def write(
             raise X2DFDError("dfdc is read from its label files: give --files metadata.json", code="option_missing")
         read = readers[name]()
         read.samples = sampled(read.samples, frames, quirks)
-        found = {name: _finished(read, protocol, name, allow_missing)}
-    print(write_sets(name, found, out, quirks))
-    for key, (samples, notes) in found.items():
+        test_sets = {name: _test_set(read, protocol, name, allow_missing)}
+    print(write_sets(name, test_sets, out, quirks))
+    for key, (samples, notes) in test_sets.items():
         print(f"{key}: {len(samples)} frames", *(f"  {note}" for note in notes), sep="\n")
 
 
@@ -415,8 +415,8 @@ def write_annotations(
     )  # fmt: skip
     samples = finish(read, split="test", allow_missing=allow_missing)
     write_manifest(out, samples)
-    told = [len(r["answers"]) for s in samples for r in s.extra["references"]]
-    print(f"{out}: {len(samples)} pictures, {len(told)} questions, {sum(told)} answers")
+    answer_counts = [len(r["answers"]) for s in samples for r in s.extra["references"]]
+    print(f"{out}: {len(samples)} pictures, {len(answer_counts)} questions, {sum(answer_counts)} answers")
 
 
 if __name__ == "__main__":

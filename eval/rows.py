@@ -1,4 +1,4 @@
-"""What is kept of each judged sample, on disk during a run and in `samples.parquet` after it."""
+"""The rows of judged samples: saved in parts during a run, in `samples.parquet` after it."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ CHUNK = 32  # samples between two saves
 Pair = tuple[str, str]
 """Area and artifact of a cue."""
 Scores = dict[str, float | None]
-"""Expert -> its score of a face, None where it has none."""
+"""Expert -> its score of a face, None without one."""
 Origin = Json
-"""The model and the versions that answers state, as JSON."""
+"""The model and the versions that answers state."""
 
 
 @dataclass
 class SampleRow:
-    """The answer about one sample. A task fills what it asks for."""
+    """The answer about one sample. A task fills the fields that it needs."""
 
     id: str
     sha256: str | None  # of the file; None if unreadable
     error: str | None = None  # why the file could not be judged
     reason: str | None = None  # why there is no answer
-    said: str | None = None  # fake, real or inconclusive; for tasks in words, what was read from the answer
+    said: str | None = None  # fake, real or inconclusive; for tasks in words, the decision or class in the answer
     p_fake: float | None = None
     p_mllm: float | None = None  # P(fake) of the language model alone
     experts: Scores = field(default_factory=dict)
@@ -87,7 +87,7 @@ def sha256_of(path: Path) -> str | None:
     try:
         return file_sha256(path)
     except OSError:
-        return None  # judging it fails for the same reason, and the row then says so
+        return None  # judging fails for the same reason, which the row then states
 
 
 def digest(items: Iterable[Sequence[str | None]]) -> str:
@@ -106,64 +106,66 @@ Judge = Callable[[Sequence[Sample]], tuple[list[SampleRow], list[Origin]]]
 def score(
     judge: Judge, samples: Sequence[Sample], store: Store, *, joined: bool = False
 ) -> tuple[list[SampleRow], Origin]:
-    """Rows of all samples, in order, and their origin. `joined`: `p_fake` is not the judge's, but made of the scores.
+    """Rows of all samples, in order, and their origin. `joined`: `p_fake` is computed from scores, not by the judge.
 
-    Stored rows are used again if a stored sample, judged anew, gets the same scores from the same model. Raises
-    X2DFDError when no stored sample can be asked and others would be lost.
+    Stored rows are used again if one of their samples, judged anew, gets the same scores from the same model. Raises
+    X2DFDError if none can be judged anew and rows of other samples would be lost.
     """
-    done, origin = store.read()
-    # What could not be read is tried again, and so is a file that is another one now.
-    kept = {s.id for s in samples if (row := done.get(s.id)) and not row.error and row.sha256 == sha256_of(s.path)}
-    if done and not _still(judge, samples, store, done, origin, kept, joined):
-        origin, kept = None, set()
+    stored, origin = store.read()
+    # A file that could not be read, or has changed, is judged again.
+    reusable = {
+        s.id for s in samples if (row := stored.get(s.id)) and not row.error and row.sha256 == sha256_of(s.path)
+    }
+    if stored and not _same_model(judge, samples, store, stored, origin, reusable, joined):
+        origin, reusable = None, set()
         store.start_anew()
-    todo = [s for s in samples if s.id not in kept]
-    done = {}  # all is on disk: rows do not pile up here
+    todo = [s for s in samples if s.id not in reusable]
+    stored = {}  # they are on disk, and must not pile up in memory
     started = time.monotonic()
     for at in range(0, len(todo), CHUNK):
         rows, origins = judge(todo[at : at + CHUNK])
-        for stated in origins:
-            origin = origin or stated
-            if stated != origin:
+        for new_origin in origins:
+            origin = origin or new_origin
+            if new_origin != origin:
                 raise X2DFDError("the model changed during the run", code="model_changed")
         store.add(rows, origin)
         n = at + len(rows)
         pace = n / (time.monotonic() - started)
         say(f"{n}/{len(todo)} images, {pace:.2f} a second, {(len(todo) - n) / pace / 60:.1f} min to go")
-    done, _ = store.read(origin)
-    # In one order of names, whether it was stated just now or read back: the same run ends in the same file.
+    stored, _ = store.read(origin)
+    # Sorted, because an origin that was read back may have another order: the same run must give the same file.
     origin = json.loads(json.dumps(origin or {"model": {}, "versions": {}}, sort_keys=True))
-    return [done[s.id] for s in samples], origin or {}
+    return [stored[s.id] for s in samples], origin or {}
 
 
-def _still(
+def _same_model(
     judge: Judge,
     samples: Sequence[Sample],
     store: Store,
-    done: dict[str, SampleRow],
+    stored: dict[str, SampleRow],
     origin: Origin | None,
-    kept: set[str],
+    reusable: set[str],
     joined: bool,
 ) -> bool:
-    """Whether the stored rows are of this model."""
-    probe = next((s for s in samples if s.id in kept), None)
+    """Whether the stored rows are of this model. Raises X2DFDError if no row can tell and others would be lost."""
+    probe = next((s for s in samples if s.id in reusable), None)
     rows, origins = judge([probe]) if probe else ([], [])
-    if probe and origins[:1] == [origin] and _same(rows[0], done[probe.id], joined):
+    if probe and origins[:1] == [origin] and _same_scores(rows[0], stored[probe.id], joined):
         say(f"resuming: of {len(samples)} samples, those that were judged before are kept")
         return True
-    if not probe and (others := len(done.keys() - {s.id for s in samples})):
-        # Nothing tells whether they are of this model, and those of another must not be mixed in.
+    if not probe and (others := len(stored.keys() - {s.id for s in samples})):
+        # They may be of another model, whose rows must not be mixed in.
         raise X2DFDError(
             f"{store.folder} holds {others} rows of other samples, which this run would delete, and none of its own "
             "to compare with (they failed, or have changed). Choose another --out, or delete that folder",
             code="rows_of_other_samples",
         )
-    changed = "the stored samples are not of this model" if probe else "no stored sample can be used"
-    say(f"{changed}: starting anew")
+    reason = "the stored samples are not of this model" if probe else "no stored sample can be used"
+    say(f"{reason}: starting anew")
     return False
 
 
-def _same(new: SampleRow, old: SampleRow, joined: bool) -> bool:
+def _same_scores(new: SampleRow, old: SampleRow, joined: bool) -> bool:
     def close(a: float | None, b: float | None) -> bool:
         return a is b if a is None or b is None else abs(a - b) < 1e-3
 
@@ -178,10 +180,10 @@ class Store:
     def __init__(self, folder: Path, key: Json) -> None:
         self.folder, self.key = folder, key
         self.parts, self.table = RowParts(folder / "parts"), folder / "samples.parquet"
-        self.anew = False  # the table is of another model: it stays until this run is done, but is not read
+        self.anew = False  # whether the table is of another model: it then stays until the run is done, but is not read
 
     def check(self, samples: Sequence[Sample]) -> None:
-        """Raises X2DFDError when rows lie here and none is of these samples: finishing would throw them away."""
+        """Raises X2DFDError if the folder holds rows, but none of these samples: finishing would delete them."""
         stored: set[str] = set()
         try:
             if self.table.is_file():
@@ -200,40 +202,40 @@ class Store:
             )
 
     def read(self, origin: Origin | None = None) -> tuple[dict[str, SampleRow], Origin | None]:
-        """Rows by id, made under the same key by the latest model, and their origin.
+        """Rows by id under the same key, of the latest model or that of `origin`, and their origin.
 
-        With `origin`, of that model; rows without any origin (nothing could be judged in their part) are of all.
+        Rows without an origin are always included: nothing could be judged in their part.
         """
-        found: list[tuple[Json, list[SampleRow]]] = []
+        batches: list[tuple[Json, list[SampleRow]]] = []
         if self.table.is_file():
             table = pq.read_table(self.table)
             head = json_object((table.schema.metadata or {}).get(b"x2dfd", b"{}"), self.table)
-            own = head.get("key") == self.key
-            found.append((head, [_unpack(row) for row in table.to_pylist()] if own else []))
+            same_key = head.get("key") == self.key
+            batches.append((head, [_unpack(row) for row in table.to_pylist()] if same_key else []))
         for head, rows in self.parts:
             if head.get("key") == self.key:
                 self.anew = self.anew or head["anew"]
-                found.append((head, [SampleRow.read(row) for row in rows]))
-        found = [(head, rows) for head, rows in found if head.get("key") == self.key]
+                batches.append((head, [SampleRow.read(row) for row in rows]))
+        batches = [(head, rows) for head, rows in batches if head.get("key") == self.key]
         if self.anew:
-            found = [(head, rows) for head, rows in found if head.get("anew")]
-        stated = [head["origin"] for head, _ in found if head["origin"]]
-        origin = origin or (stated[-1] if stated else None)
-        return {row.id: row for head, rows in found if head["origin"] in (origin, None) for row in rows}, origin
+            batches = [(head, rows) for head, rows in batches if head.get("anew")]
+        origins = [head["origin"] for head, _ in batches if head["origin"]]
+        origin = origin or (origins[-1] if origins else None)
+        return {row.id: row for head, rows in batches if head["origin"] in (origin, None) for row in rows}, origin
 
     def add(self, rows: Iterable[SampleRow], origin: Origin | None) -> None:
         self.parts.add({"key": self.key, "origin": origin, "anew": self.anew}, map(asdict, rows))
 
     def start_anew(self) -> None:
-        """What is stored is not used; the last finished result stays until this run has replaced it."""
+        """Ignores the stored rows; the last finished result stays until this run has replaced it."""
         self.parts.clear()
         self.anew = True
 
     def finish(self, samples: Sequence[Sample], rows: Sequence[SampleRow], origin: Origin, base: Path) -> None:
-        """Writes `samples.parquet` and drops the parts, but for rows of samples that were judged in another run."""
-        others = {} if self.anew else self.read(origin)[0]
+        """Writes `samples.parquet` and deletes the parts, except rows of samples that only another run judged."""
+        other_rows = {} if self.anew else self.read(origin)[0]
         for sample in samples:
-            others.pop(sample.id, None)
+            other_rows.pop(sample.id, None)
         packed = [_pack(s, r, base) for s, r in zip(samples, rows, strict=True)]
         numbers = (*_NUMBERS, *(f"expert:{e}" for e in sorted({name for row in rows for name in row.experts})))
         fields = [(name, pa.string()) for name in ("id", "path", *_OF_SAMPLE, "sha256")]
@@ -245,8 +247,8 @@ class Store:
         write_bytes(self.table, stream.getvalue())
         self.parts.clear()
         self.anew = False
-        if others:  # a smaller --limit must not throw hours away
-            self.add(others.values(), origin)
+        if other_rows:  # a smaller --limit must not throw hours away
+            self.add(other_rows.values(), origin)
 
 
 def _pack(sample: Sample, row: SampleRow, base: Path) -> Json:
@@ -254,7 +256,7 @@ def _pack(sample: Sample, row: SampleRow, base: Path) -> Json:
     flat |= {f"expert:{name}": value for name, value in flat.pop("experts").items()}
     flat |= {k: json.dumps(flat[k], ensure_ascii=False) for k in _PACKED}
     flat |= {k: getattr(sample, k) for k in _OF_SAMPLE}
-    # Results are handed on: where the data lay on this machine is nobody's business.
+    # Results are published: they must not reveal where the data lay on this machine.
     inside = sample.path.is_relative_to(base)
     return flat | {"path": sample.path.relative_to(base).as_posix() if inside else sample.path.name}
 

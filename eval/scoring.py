@@ -1,4 +1,4 @@
-"""What several tasks need: pictures made alike, the slices of a set, and what is counted in each."""
+"""Shared by several tasks: equalised pictures, the slices of a set, and the figures of each."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ Part = Json
 Column = Sequence[float | None]
 """A scorer's P(fake) of each sample, None where it has none."""
 
-MIN_REALS = 10  # fewer reals of its own, and a slice is compared with all reals
-FOLDS = 5  # parts of the groups, where something is chosen on the others
+MIN_REALS = 10  # with fewer reals of its own, a slice is compared with all reals
+FOLDS = 5  # of the groups, where something is chosen on the other folds
 LONGEST_SIDE, JPEG_QUALITY = 1024, 90  # what every image goes through with --equalise
 
 
 def equalise(pixels: NDArray[np.uint8]) -> bytes:
-    """The picture as every other one: longest side at most 1024, JPEG quality 90, so that the format tells nothing."""
+    """The picture in a common form, longest side at most 1024, JPEG quality 90, so that its format reveals nothing."""
     from PIL import Image
 
     image = Image.fromarray(pixels)
@@ -42,13 +42,13 @@ def equalise(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def equalised(path: Path) -> bytes:
-    """The file's picture, equalised. Raises InputError for what is not a picture."""
+    """The file's picture, equalised. Raises InputError for a file that is no picture."""
     return equalise(load_picture(path).pixels)
 
 
 def changed(path: Path, change: Change, sample_id: str, *, equal: bool) -> bytes:
-    """The file's picture under a change, as PNG; equalised before it, where that is wanted, as in task `experts`.
-    Raises InputError."""
+    """The file's picture under a change, as PNG. With `equal` it is equalised first, as in task `experts`. Raises
+    InputError."""
     from PIL import Image
 
     pixels = load_picture(equalised(path) if equal else path).pixels
@@ -70,15 +70,15 @@ class Scored:
     @classmethod
     def of(cls, samples: Sequence[Sample], column: Column) -> Scored:
         at = [i for i, value in enumerate(column) if value is not None]
-        kept = [samples[i] for i in at]
+        scored = [samples[i] for i in at]
         scores = m.to_scores([value for value in column if value is not None])
-        return cls(kept, m.to_labels(s.label for s in kept), scores, [s.group for s in kept], at)
+        return cls(scored, m.to_labels(s.label for s in scored), scores, [s.group for s in scored], at)
 
     def auc(self, chosen: Sequence[int] | None = None) -> Measured:
-        """Of all, or of some."""
-        own = range(len(self.samples)) if chosen is None else chosen
-        at = np.asarray(own, np.int64)
-        return stats.measured_auc(self.labels[at], self.scores[at], [self.groups[i] for i in own])
+        """The AUC of all samples, or of the chosen ones."""
+        subset = range(len(self.samples)) if chosen is None else chosen
+        index = np.asarray(subset, np.int64)
+        return stats.measured_auc(self.labels[index], self.scores[index], [self.groups[i] for i in subset])
 
     def counts(self) -> Part:
         n_fake = int(self.labels.sum())
@@ -88,26 +88,26 @@ class Scored:
 
 @dataclass(frozen=True)
 class Slice:
-    """Samples with one value of a column: which reals are compared with which fakes, and whose they are."""
+    """Samples with one value of a column, and the reals and fakes that are compared."""
 
     value: str
     reals: list[int]
     fakes: list[int]
     against: str  # own reals, all reals, all fakes
 
-    def rates(self, said: Sequence[str], groups: Sequence[str]) -> dict[str, Measured]:
+    def rates(self, answers: Sequence[str], groups: Sequence[str]) -> dict[str, Measured]:
         """The share of its own reals, and of its own fakes, that were called fake."""
-        found = {}
-        for name, own, other in (("false_alarms", self.reals, "all reals"), ("found", self.fakes, "all fakes")):
-            if self.against != other:
-                found[name] = stats.rate([said[i] == "fake" for i in own], [groups[i] for i in own])
-        return found
+        rates = {}
+        for name, indices, pool in (("false_alarms", self.reals, "all reals"), ("found", self.fakes, "all fakes")):
+            if self.against != pool:
+                rates[name] = stats.rate([answers[i] == "fake" for i in indices], [groups[i] for i in indices])
+        return rates
 
 
 def slices(samples: Sequence[Sample], column: str) -> Iterator[Slice]:
-    """The slices of a column. `method`: the fakes of the method against the reals of their sources. Every other column:
-    reals and fakes with that value. Fakes with fewer than 10 such reals are compared with all reals, reals without
-    fakes with all fakes."""
+    """The slices of a column. Those of `method` have the fakes of a method and the reals of their sources, those of any
+    other column the reals and fakes with a value. Fakes with fewer than 10 such reals are compared with all reals,
+    reals without fakes with all fakes."""
     values = [value_of(s, column) for s in samples]
     all_reals = [i for i, s in enumerate(samples) if s.label == "real"]
     all_fakes = [i for i, s in enumerate(samples) if s.label == "fake"]
@@ -129,7 +129,7 @@ def slices(samples: Sequence[Sample], column: str) -> Iterator[Slice]:
 
 
 def value_of(sample: Sample, column: str) -> str:
-    """A column's value; of a combined method ("swap+relight"), the first."""
+    """A column's value, or the first method of a combined one ("swap+relight")."""
     value = getattr(sample, column, None) or sample.extra.get(column)
     if column == "method" and value is not None:
         value = str(value).split("+")[0]
@@ -138,20 +138,20 @@ def value_of(sample: Sample, column: str) -> str:
 
 def folds(groups: Sequence[str], seed: int = 0) -> NDArray[np.int64]:
     """A number 0 .. FOLDS - 1 for each sample [n], the same for all of a group, whatever the order of samples."""
-    at = stats.placed(groups)
-    return np.random.default_rng(seed).permutation(int(at.max(initial=-1)) + 1)[at] % FOLDS
+    group_of = stats.placed(groups)
+    return np.random.default_rng(seed).permutation(int(group_of.max(initial=-1)) + 1)[group_of] % FOLDS
 
 
-def train_apart(every: Sequence[Sample], samples: Sequence[Sample]) -> list[Sample]:
-    """The train split, or nothing when some of it is judged."""
-    judged = {s.id for s in samples}
-    train = [s for s in every if s.split == "train"]
-    return [] if any(s.id in judged for s in train) else train
+def train_apart(all_samples: Sequence[Sample], samples: Sequence[Sample]) -> list[Sample]:
+    """The train split, or nothing if some of it is judged."""
+    judged_ids = {s.id for s in samples}
+    train = [s for s in all_samples if s.split == "train"]
+    return [] if any(s.id in judged_ids for s in train) else train
 
 
 def three_answers(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Part:
-    """The three answers, over everything that could be opened: a picture without a face counts as not answered. AUC,
-    ECE and accuracy are of the answered pictures alone."""
+    """The three answers over all pictures that could be opened; one without a face counts as not answered. AUC, ECE and
+    accuracy are of the answered pictures alone."""
     pairs = [(s, row) for s, row in zip(samples, rows, strict=True) if row.said]
     answered = [(s, row) for s, row in pairs if row.said != "inconclusive"]
 
@@ -159,17 +159,17 @@ def three_answers(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Part:
         return stats.rate(hits, [s.group for s, _ in chosen])
 
     reals, fakes = ([p for p in pairs if p[0].label == label] for label in ("real", "fake"))
-    of = Scored.of([s for s, _ in answered], [row.p_fake for _, row in answered])
+    scored = Scored.of([s for s, _ in answered], [row.p_fake for _, row in answered])
     reasons = Counter(row.reason or "no reason" for _, row in pairs if row.said == "inconclusive")
-    guessed = m.to_scores([row.said == "fake" for _, row in answered])
+    predictions = m.to_scores([row.said == "fake" for _, row in answered])
     return {
         "n": len(pairs),
         "n_answered": len(answered),
         "coverage": rate(pairs, [row.said != "inconclusive" for _, row in pairs]),
         "accuracy": rate(answered, [row.said == s.label for s, row in answered]),
-        "balanced_accuracy": m.balanced_accuracy(m.to_labels(s.label for s, _ in answered), guessed),
-        "auc": of.auc(),
-        "ece": m.ece(of.labels, of.scores),
+        "balanced_accuracy": m.balanced_accuracy(m.to_labels(s.label for s, _ in answered), predictions),
+        "auc": scored.auc(),
+        "ece": m.ece(scored.labels, scored.scores),
         "false_alarms": rate(reals, [row.said == "fake" for _, row in reals]),
         "misses": rate(fakes, [row.said == "real" for _, row in fakes]),
         "inconclusive": dict(sorted(reasons.items())),
@@ -177,45 +177,48 @@ def three_answers(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Part:
 
 
 def false_alarms_by(samples: Sequence[Sample], rows: Sequence[SampleRow], column: str) -> dict[str, Measured]:
-    """For each value of a column: the share of its reals that were called fake. One without a face was not."""
+    """For each value of a column, the share of its reals that were called fake. One without a face counts as not."""
     reals = [(value_of(s, column), s, row) for s, row in zip(samples, rows, strict=True) if s.label == "real"]
     table = {}
     for value in sorted({v for v, _, row in reals if row.said} - {""}):
-        own = [(s.group, row.said == "fake") for v, s, row in reals if v == value and row.said]
-        table[value] = stats.rate([hit for _, hit in own], [group for group, _ in own])
+        hits = [(s.group, row.said == "fake") for v, s, row in reals if v == value and row.said]
+        table[value] = stats.rate([hit for _, hit in hits], [group for group, _ in hits])
     return table
 
 
 def common_auc(samples: Sequence[Sample], columns: Mapping[str, Column]) -> Part:
     """AUC on the samples that every scorer could score, so that the scorers can be compared."""
-    kept = [i for i in range(len(samples)) if all(column[i] is not None for column in columns.values())]
-    own = [samples[i] for i in kept]
-    return {"n": len(kept), "auc": {n: Scored.of(own, [c[i] for i in kept]).auc() for n, c in columns.items()}}
+    common = [i for i in range(len(samples)) if all(column[i] is not None for column in columns.values())]
+    subset = [samples[i] for i in common]
+    return {"n": len(common), "auc": {n: Scored.of(subset, [c[i] for i in common]).auc() for n, c in columns.items()}}
 
 
-def micro_f1(truth: Sequence[Set[object]], said: Sequence[Set[object]], groups: Sequence[str]) -> Measured:
+def micro_f1(truth: Sequence[Set[object]], predicted: Sequence[Set[object]], groups: Sequence[str]) -> Measured:
     """F1 over (area, artifact) pairs or areas of all samples together, one pair of sets a sample."""
-    right = np.array([2.0 * len(t & s) for t, s in zip(truth, said, strict=True)])
-    items = np.array([float(len(t) + len(s)) for t, s in zip(truth, said, strict=True)])
-    return stats.ratio(right, items, groups)
+    correct = np.array([2.0 * len(t & p) for t, p in zip(truth, predicted, strict=True)])
+    items = np.array([float(len(t) + len(p)) for t, p in zip(truth, predicted, strict=True)])
+    return stats.ratio(correct, items, groups)
 
 
 def unscored(rows: Sequence[SampleRow], column: Column, scorer: str = "") -> dict[str, int]:
-    """Why samples have no score, each reason with its count."""
+    """The reasons for missing scores, each with its count."""
     return dict(sorted(Counter(r.why(scorer) for r, v in zip(rows, column, strict=True) if v is None).items()))
 
 
-def point_metrics(of: Scored, *, probability: bool = True) -> Part:
-    """The metrics of a ranking and, of a probability, of its calibration. Those without an interval are numbers."""
-    tpr = {f"tpr_at_fpr_{fpr}": m.tpr_at_fpr(of.labels, of.scores, fpr) for fpr in (0.01, 0.05, 0.1)}
-    found: Part = {"auc": of.auc(), "average_precision": m.average_precision(of.labels, of.scores)}
-    found |= {"eer": m.eer(of.labels, of.scores)} | tpr
+def point_metrics(scored: Scored, *, probability: bool = True) -> Part:
+    """The metrics of the ranking and, for a probability, of its calibration. Those without an interval are numbers."""
+    tpr = {f"tpr_at_fpr_{fpr}": m.tpr_at_fpr(scored.labels, scored.scores, fpr) for fpr in (0.01, 0.05, 0.1)}
+    metrics: Part = {"auc": scored.auc(), "average_precision": m.average_precision(scored.labels, scored.scores)}
+    metrics |= {"eer": m.eer(scored.labels, scored.scores)} | tpr
     if not probability:
-        return found
-    found |= {"brier": stats.mean((of.scores - of.labels) ** 2, of.groups), "ece": m.ece(of.labels, of.scores)}
+        return metrics
+    metrics |= {
+        "brier": stats.mean((scored.scores - scored.labels) ** 2, scored.groups),
+        "ece": m.ece(scored.labels, scored.scores),
+    }
     for name, fn in (("nll", m.nll), ("cllr", m.cllr), ("aurc", m.aurc)):
-        found[name] = fn(of.labels, of.scores)
-    real, fake = m.recalls(of.labels, of.scores)
-    accuracy = {"accuracy": m.accuracy(of.labels, of.scores)}
-    accuracy |= {"balanced_accuracy": m.balanced_accuracy(of.labels, of.scores)}
-    return found | {"at_0.5": accuracy | {"recall_real": real, "recall_fake": fake}}
+        metrics[name] = fn(scored.labels, scored.scores)
+    real, fake = m.recalls(scored.labels, scored.scores)
+    accuracy = {"accuracy": m.accuracy(scored.labels, scored.scores)}
+    accuracy |= {"balanced_accuracy": m.balanced_accuracy(scored.labels, scored.scores)}
+    return metrics | {"at_0.5": accuracy | {"recall_real": real, "recall_fake": fake}}

@@ -1,4 +1,4 @@
-"""Numbers with their intervals: AUC, rates, ratios, and how many groups it takes to give an interval.
+"""Numbers with their intervals: AUC, rates, ratios, and the number of groups that an interval needs.
 
 Frames of a clip and forgeries of a photo are not independent, so every interval counts groups, not pictures. Where a
 method was not shown to cover the truth in 93 to 97 of 100 simulated samples (`tests/test_stats.py`), there is no
@@ -28,7 +28,7 @@ Labels = NDArray[np.int64]
 Interval = tuple[float, float]
 
 TAIL = 0.025  # of a 95 % interval, on each side
-RATE_GROUPS = 8  # groups (of equal size, or as many as count like it) for the interval of a rate
+RATE_GROUPS = 8  # effective number of groups for the interval of a rate
 MEAN_GROUPS = 15  # groups for the interval of a mean, a ratio or an AUC; of the AUC in each class
 TOO_FEW = "too few groups for an interval"
 NO_SPREAD = "no interval: these pictures show no variation"
@@ -36,11 +36,11 @@ NO_SPREAD = "no interval: these pictures show no variation"
 
 @dataclass(frozen=True)
 class Measured:
-    """A number, and what it rests on."""
+    """A number, its interval, and the counts behind both."""
 
     value: float | None  # None where it is not defined
     interval: Interval | None = None  # 95 %
-    n: int = 0  # pictures, or whatever is counted
+    n: int = 0  # pictures, or other units
     groups: int = 0  # independent groups of them
     note: str = ""  # why there is no interval
 
@@ -50,7 +50,7 @@ class Measured:
 
     @classmethod
     def read(cls, part: Json) -> Self:
-        """From a result file; keys that are not of this type are ignored."""
+        """Reads a figure of a result file; unknown keys are ignored."""
         interval = part.get("interval")
         bounds = (float(interval[0]), float(interval[1])) if interval else None
         return cls(part["value"], bounds, part.get("n", 0), part.get("groups", 0), part.get("note", ""))
@@ -97,7 +97,7 @@ def binomial_interval(hits: float, trials: float) -> Interval:
 
 
 def rate_difference(first: Measured, second: Measured) -> Measured:
-    """A rate minus another, of different groups, with the interval made of the two rates' own (Newcombe 1998, method
+    """A rate minus another one of different groups. The interval combines those of the two rates (Newcombe 1998, method
     10)."""
     n, groups = first.n + second.n, first.groups + second.groups
     if first.value is None or second.value is None:
@@ -115,8 +115,8 @@ def ratio(parts: Floats, wholes: Floats, groups: Sequence[str]) -> Measured:
     total = float(wholes.sum())
     if not total:
         return Measured(None, None, len(parts), len(set(groups)))
-    value, at = float(parts.sum()) / total, placed(groups)
-    return _linear(value, (parts - value * wholes) / total, at, int(at.max()) + 1, len(parts))
+    value, group_of = float(parts.sum()) / total, placed(groups)
+    return _linear(value, (parts - value * wholes) / total, group_of, int(group_of.max()) + 1, len(parts))
 
 
 def mean(values: Sequence[float] | Floats, groups: Sequence[str]) -> Measured:
@@ -143,7 +143,7 @@ def auc_difference(labels: Labels, first: Floats, second: Floats, groups: Sequen
 
 
 def _auc_terms(labels: Labels, scores: Floats) -> Floats:
-    """How much each sample moves the AUC [n]: its share of won pairs against the mean, over the size of its class."""
+    """Each sample's influence on the AUC [n]: its share of won pairs minus the class's mean, over the class's size."""
     fakes, ranks = labels == 1, rankdata(scores)
     n_fake, n_real = int(fakes.sum()), int((~fakes).sum())
     terms = np.empty(len(labels))
@@ -154,17 +154,17 @@ def _auc_terms(labels: Labels, scores: Floats) -> Floats:
 
 
 def _rarer(labels: Labels, groups: Sequence[str]) -> int:
-    """Groups of the class that has fewer: what an AUC rests on."""
-    return min(len({g for g, own in zip(groups, labels, strict=True) if own == label}) for label in (0, 1))
+    """The number of groups of the class that has fewer, which limits what an AUC can tell."""
+    return min(len({g for g, value in zip(groups, labels, strict=True) if value == label}) for label in (0, 1))
 
 
-def _linear(value: float, terms: Floats, at: Labels, independent: int, n: int, *, odds: bool = True) -> Measured:
-    """A value with the t interval of a sum of `terms` [n] that are independent between groups (`at`) only. `odds`: on
+def _linear(value: float, terms: Floats, group_of: Labels, independent: int, n: int, *, odds: bool = True) -> Measured:
+    """A value with the t interval of a sum of `terms` [n] that are independent between groups only. `odds`: on
     the scale of log-odds, so that the interval stays within 0 to 1."""
-    count = int(at.max()) + 1
+    count = int(group_of.max()) + 1
     if independent < MEAN_GROUPS:
         return Measured(value, None, n, count, TOO_FEW)
-    error = float(np.sqrt((np.bincount(at, weights=terms) ** 2).sum() * count / (count - 1)))
+    error = float(np.sqrt((np.bincount(group_of, weights=terms) ** 2).sum() * count / (count - 1)))
     if error < 1e-12 or (odds and not 0 < value < 1):
         return Measured(value, None, n, count, NO_SPREAD)
     reach = float(t.ppf(1 - TAIL, independent - 1)) * error

@@ -1,4 +1,4 @@
-"""What a task of the benchmark is, what it is given, and what it gives back."""
+"""A task of the benchmark, its input and its output."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ class Options:
     reporting: Path | None = None  # the ledger of looks, where this is a reporting set
 
     def one_change(self) -> Change | None:
-        """The change under which `detect` judges. Raises X2DFDError (UnknownName) for more than one."""
-        named = changes_of(self.changes or "")
-        if len(named) > 1:
+        """The change under which `detect` judges. Raises X2DFDError if several are named, UnknownName for others."""
+        changes = changes_of(self.changes or "")
+        if len(changes) > 1:
             raise X2DFDError(
-                f"detect judges under one change a run, and --changes {self.changes} is {len(named)}, such as "
-                f"{next(iter(named))}: give each its own run and its own --out",
+                f"detect judges under one change a run, and --changes {self.changes} is {len(changes)}, such as "
+                f"{next(iter(changes))}: give each its own run and its own --out",
                 code="changes_too_many",
             )
-        return next(iter(named.values()), None)
+        return next(iter(changes.values()), None)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a task is given."""
+    """The input of a task."""
 
     options: Options
     manifest: Path
@@ -64,11 +64,11 @@ class Run:
     samples: list[Sample]
     skipped: int  # samples without the truth that the task needs
 
-    def store(self, **more: object) -> Store:
+    def store(self, **extra: object) -> Store:
         """The rows of this task, manifest and model. Raises X2DFDError where `--out` holds only rows of others."""
         options = self.options
         key = {"task": options.task, "version": self.version, "manifest": self.sha256, "equalise": options.equalise}
-        store = Store(options.out, key | {"model": options.choice.key()} | more)
+        store = Store(options.out, key | {"model": options.choice.key()} | extra)
         store.check(self.samples)
         return store
 
@@ -81,8 +81,8 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Made:
-    """What a task gives back."""
+class Outcome:
+    """The output of a task."""
 
     store: Store
     rows: list[SampleRow]
@@ -90,22 +90,22 @@ class Made:
     measured: Part  # `headline` is one of its parts
     model: str
     mode: str | None = None
-    stated: Part = field(default_factory=dict)  # of the model, beside what its answers state
+    stated: Part = field(default_factory=dict)  # facts on the model that its answers do not state
     scores_of: str = "the largest face"
     change: str | None = None  # what was done to every picture before it was judged
-    samples: list[Sample] | None = None  # where the task chose its own
+    samples: list[Sample] | None = None  # if the task chose its own
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked and what is counted; a change of either is a new version."""
+    """A question and its figures; a change of either is a new version."""
 
     name: str
     version: str
     unit: str
     line: str
-    run: Callable[[Run], Made]
-    needs: Callable[[Sample], bool] | None = None  # whether a sample has the truth that is needed
+    run: Callable[[Run], Outcome]
+    needs: Callable[[Sample], bool] | None = None  # whether a sample has the necessary truth
     truth: str = ""  # that truth in words
 
 
@@ -118,44 +118,44 @@ def judged(
     batch_size: int,
     change: Change | None = None,
 ) -> tuple[list[SampleRow], list[Origin]]:
-    """A row a sample, in order, and the model and versions that the answers state. `change`: of every picture."""
-    told: dict[str, Report | Failure] = {}
+    """A row for each sample, in order, and the origins that the answers state. `change` is made to every picture."""
+    answers: dict[str, Report | Failure] = {}
     sources: list[Path | bytes] = []
-    handed: list[Sample] = []
+    readable: list[Sample] = []
     for sample in samples:
         try:
             if change:
                 sources.append(changed(sample.path, change, sample.id, equal=equalise))
             else:
                 sources.append(equalised(sample.path) if equalise else sample.path)
-            handed.append(sample)
+            readable.append(sample)
         except InputError as error:
-            told[sample.id] = Failure(str(sample.path), None, error.code, error.reason)
+            answers[sample.id] = Failure(str(sample.path), None, error.code, error.reason)
     reports = model.detector.detect_many(sources, batch_size=batch_size, rationale=rationale) if sources else ()
-    for sample, report in zip(handed, reports, strict=True):
-        told[sample.id] = report
-    origins = [{"model": a.model, "versions": a.versions} for s in samples if isinstance(a := told[s.id], Report)]
-    rows = [to_row(s, told[s.id]) for s in samples]
-    if not model.writes:  # there is no MLLM whose number and text it could be
+    for sample, report in zip(readable, reports, strict=True):
+        answers[sample.id] = report
+    origins = [{"model": a.model, "versions": a.versions} for s in samples if isinstance(a := answers[s.id], Report)]
+    rows = [to_row(s, answers[s.id]) for s in samples]
+    if not model.writes:  # number and text are not those of an MLLM
         for row in rows:
             row.p_mllm, row.rationale, row.cues = None, "", []
     return rows, origins
 
 
 def judge_of(run: Run, model: models.Opened, *, rationale: bool, change: Change | None = None) -> Judge:
-    """`judged` with the options of a run: what `eval.rows.score` takes."""
+    """`judged` with the options of a run, for `eval.rows.score`."""
     options = run.options
-    more = {"equalise": options.equalise, "batch_size": options.batch_size, "change": change}
-    return partial(judged, model, rationale=rationale, **more)  # type: ignore[arg-type]
+    arguments = {"equalise": options.equalise, "batch_size": options.batch_size, "change": change}
+    return partial(judged, model, rationale=rationale, **arguments)  # type: ignore[arg-type]
 
 
 def to_row(sample: Sample, answer: Report | Failure) -> SampleRow:
-    """What is kept of an answer. The MLLM's and the experts' scores are those of the face that decided the verdict."""
+    """The row of an answer. The MLLM's and the experts' scores are those of the face that decided the verdict."""
     row = SampleRow.of(sample)
     if isinstance(answer, Failure):
         return row.failed(answer.code, answer.reason)
-    with_score = [f for f in answer.faces if f.verdict.p_fake is not None]
-    face = max(with_score, key=lambda f: f.verdict.p_fake or 0.0, default=None)
+    scored_faces = [f for f in answer.faces if f.verdict.p_fake is not None]
+    face = max(scored_faces, key=lambda f: f.verdict.p_fake or 0.0, default=None)
     row.p_fake, row.said, row.reason = answer.verdict.p_fake, answer.verdict.label, answer.verdict.reason
     row.p_mllm = face.p_fake_mllm if face else None
     row.contradictions = list(face.contradictions) if face else []
@@ -163,5 +163,5 @@ def to_row(sample: Sample, answer: Report | Failure) -> SampleRow:
     row.notes = {e.expert: e.note for e in answer.evidence if e.note}
     row.pointed = {e.expert: [(c.area, c.artifact) for c in e.cues] for e in answer.evidence if e.cues}
     row.rationale, row.cues = answer.rationale, [(c.area, c.artifact) for c in answer.cues]
-    row.each_face = [f.verdict.p_fake for f in with_score if f.verdict.p_fake is not None]
+    row.each_face = [f.verdict.p_fake for f in scored_faces if f.verdict.p_fake is not None]
     return row

@@ -1,4 +1,4 @@
-"""`python -m eval.validation --run DIR --model DIR`: what a validation run says goes beside the model's weights.
+"""`python -m eval.validation --run DIR --model DIR`: writes the figures of a validation run beside the model's weights.
 
 Likelihood ratios come from the pool-adjacent-violators algorithm over the run's calibrated scores, both labels weighing
 the same. One misleading picture is added at either end (Laplace's rule; Bruemmer & du Preez 2006), which bounds the
@@ -41,26 +41,26 @@ def log_ratios(scores: Floats, labels: Labels, at: Floats) -> Floats:
 def steps(
     scores: Floats, labels: Labels, groups: Sequence[str], draws: int = DRAWS, seed: int = 0
 ) -> list[tuple[float, float, float, float]]:
-    """(from this score on, likelihood ratio, lower, upper end of its interval), rising."""
+    """Rows of (lowest score, likelihood ratio, lower end, upper end of its interval), in rising order."""
     ordered = np.unique(scores)
     whole = log_ratios(scores, labels, ordered)
     first = np.flatnonzero(np.diff(np.round(whole, 6), prepend=np.nan) != 0)
     names, place = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     rng = np.random.default_rng(seed)
-    drawn: list[Floats] = []
-    while len(drawn) < draws:
+    ratios: list[Floats] = []
+    while len(ratios) < draws:
         count = rng.multinomial(len(names), np.full(len(names), 1 / len(names)))[place]
         chosen = np.repeat(np.arange(len(scores)), count)
         if 0 < labels[chosen].sum() < len(chosen):
-            drawn.append(log_ratios(scores[chosen], labels[chosen], ordered[first]))
-    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+            ratios.append(log_ratios(scores[chosen], labels[chosen], ordered[first]))
+    low, high = np.percentile(ratios, [2.5, 97.5], axis=0)
     begin = [0.0, *((ordered[i - 1] + ordered[i]) / 2 for i in first[1:])]
     table = zip(begin, whole[first], np.minimum(low, whole[first]), np.maximum(high, whole[first]), strict=True)
     return [(round(float(p), 6), *(float(f"{10**v:.4g}") for v in values)) for p, *values in table]  # type: ignore[misc]
 
 
 def validation(run: Path) -> Validation:
-    """From a folder that `run_bench.py detect` filled. Raises X2DFDError when it is none, or not of a whole model."""
+    """Reads a folder that `run_bench.py detect` wrote. Raises X2DFDError for any other, or an uncalibrated run."""
     try:
         result = parse_json((run / "result.json").read_bytes())
         rows = pq.read_table(run / "samples.parquet").to_pylist()
@@ -73,9 +73,9 @@ def validation(run: Path) -> Validation:
         ) from error
     if change := result["settings"].get("change"):
         raise X2DFDError(f"{run}: every picture was changed ({change})", code="pictures_changed")
-    kept = [row for row in rows if row["p_fake"] is not None]
-    scores, labels = m.to_scores([row["p_fake"] for row in kept]), m.to_labels(row["label"] for row in kept)
-    groups = [{row["group"] for row, own in zip(kept, labels, strict=True) if own == label} for label in (0, 1)]
+    scored = [row for row in rows if row["p_fake"] is not None]
+    scores, labels = m.to_scores([row["p_fake"] for row in scored]), m.to_labels(row["label"] for row in scored)
+    groups = [{row["group"] for row, value in zip(scored, labels, strict=True) if value == label} for label in (0, 1)]
     if min(map(len, groups)) < MIN_GROUPS:
         raise X2DFDError(f"{run}: fewer than {MIN_GROUPS} groups of real or of fake pictures", code="too_few_groups")
     return Validation(
@@ -85,8 +85,8 @@ def validation(run: Path) -> Validation:
         n_real=data["n_real"],
         n_fake=data["n_fake"],
         n_groups=data["n_groups"],
-        methods=tuple(sorted({(row["method"] or "").split("+")[0] for row in kept if row["label"] == "fake"} - {""})),
-        sources=tuple(sorted({row["source"] for row in kept if row["label"] == "real" and row["source"]})),
+        methods=tuple(sorted({(row["method"] or "").split("+")[0] for row in scored if row["label"] == "fake"} - {""})),
+        sources=tuple(sorted({row["source"] for row in scored if row["label"] == "real" and row["source"]})),
         rates={
             "false_alarms": answers["false_alarms"],
             "misses": answers["misses"],
@@ -94,7 +94,7 @@ def validation(run: Path) -> Validation:
             "auc": overall["auc"],
         },
         cllr=round(overall["cllr"], 4),
-        steps=tuple(steps(scores, labels, [row["group"] for row in kept])),
+        steps=tuple(steps(scores, labels, [row["group"] for row in scored])),
     )
 
 
@@ -102,11 +102,11 @@ def main(
     run: Annotated[Path, typer.Option(help="where run_bench.py detect wrote")],
     model: Annotated[Path, typer.Option(help="adapter directory; default: embedded")] = EMBEDDED,
 ) -> None:
-    """What a validation run says goes beside the model's weights."""
-    found = validation(run)
-    found.save(model)
-    limits = found.likelihood_ratio(0.0)["limits"]
-    print(f"{model / FILE}: {len(found.steps)} steps, likelihood ratios from {limits[0]} to {limits[1]}")
+    """Write the figures of a validation run beside the model's weights."""
+    summary = validation(run)
+    summary.save(model)
+    limits = summary.likelihood_ratio(0.0)["limits"]
+    print(f"{model / FILE}: {len(summary.steps)} steps, likelihood ratios from {limits[0]} to {limits[1]}")
 
 
 if __name__ == "__main__":

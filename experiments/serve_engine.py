@@ -3,7 +3,7 @@
 python -m experiments.serve_engine --vllm ENV/bin/vllm --base BASE --adapter DIR --out build/engine
 
 `--vllm` is the command of an environment of its own: engines pin other libraries. On a CPU, vLLM's CPU build; its
-attention takes heads of 32 numbers and more.
+attention needs heads of at least 32 numbers.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def compare(local: Any, url: str, adapter: Path) -> None:
         "p_yes": [m.yes_no(crops[0], CUES).p_yes.tolist() for m in (local, engine)],
         "texts": [m.write(m.encode(crops), questions, [start] * len(crops), max_new_tokens=8) for m in (local, engine)],
     }
-    far = {k: float(np.abs(np.subtract(*rows[k])).max()) for k in ("verdict", "p_yes")}
-    print(json.dumps({**rows, "largest difference": far}, indent=1), flush=True)
+    gaps = {k: float(np.abs(np.subtract(*rows[k])).max()) for k in ("verdict", "p_yes")}
+    print(json.dumps({**rows, "largest difference": gaps}, indent=1), flush=True)
     x2dfd.load(f"x2dfd@{url}+{adapter}", mode="paper", experts=())
 
 
@@ -70,21 +70,21 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8010)
     parser.add_argument("--options", default="", help="further ones of vllm serve")
     parser.add_argument("--seconds", type=float, default=600.0, help="for the engine to start")
-    given = parser.parse_args()
-    local = x2dfd.load(f"hub:{given.base}+{given.adapter}", mode="paper", experts=(), device="cpu", dtype="fp32").mllm
-    url = f"http://127.0.0.1:{given.port}/v1"
-    if given.vllm is None:
-        return compare(local, url, given.adapter)
-    whole, lora, rank = split(f"hub:{given.base}+{given.adapter}", given.out)
+    args = parser.parse_args()
+    local = x2dfd.load(f"hub:{args.base}+{args.adapter}", mode="paper", experts=(), device="cpu", dtype="fp32").mllm
+    url = f"http://127.0.0.1:{args.port}/v1"
+    if args.vllm is None:
+        return compare(local, url, args.adapter)
+    whole, lora, rank = split(f"hub:{args.base}+{args.adapter}", args.out)
     allowed = next(r for r in RANKS if r >= rank)
-    command = [given.vllm, "serve", str(whole), "--enable-lora", "--max-lora-rank", str(allowed), "--port"]
-    command += [str(given.port), "--lora-modules", f"x2dfd={lora}", "--limit-mm-per-prompt", '{"image": 1}']
-    command += ["--max-logprobs", "20", *shlex.split(given.options)]
-    with (given.out / "engine.log").open("wb") as log:
+    command = [args.vllm, "serve", str(whole), "--enable-lora", "--max-lora-rank", str(allowed), "--port"]
+    command += [str(args.port), "--lora-modules", f"x2dfd={lora}", "--limit-mm-per-prompt", '{"image": 1}']
+    command += ["--max-logprobs", "20", *shlex.split(args.options)]
+    with (args.out / "engine.log").open("wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
-            wait(url, server, given.seconds)
-            compare(local, url, given.adapter)
+            wait(url, server, args.seconds)
+            compare(local, url, args.adapter)
         finally:
             if server.poll() is None:
                 os.killpg(server.pid, signal.SIGTERM)

@@ -2,8 +2,8 @@
 
     python -m experiments.shrink --adapter x2dfd/weights/embedded --rank 6 --out build/small
 
-The projector, the experts' weights and the card's other files are copied. Go on training from it (`start` of a finetune
-configuration): a calibration belongs to the adapter that it was fitted on, and is left out.
+The projector, the experts' weights and the card's other files are copied. Training can resume from the result (`start`
+of a finetune configuration). The calibration is not copied: it belongs to the adapter on which it was fitted.
 """
 
 from __future__ import annotations

@@ -6,20 +6,20 @@ import os
 
 from eval.rows import SampleRow
 from eval.stats import Measured
-from eval.task import Made, Run, Task
+from eval.task import Outcome, Run, Task
 from eval.tasks.words import need_texts
 from x2dfd.assessment import BANK, Finding, assess, chosen_pictures, read_questions
 from x2dfd.crops import load_crops
 
 
-def run(run: Run) -> Made:
-    """The ranking, with its files beside the result."""
+def run(run: Run) -> Outcome:
+    """The ranking; its files go into the folder of the result."""
     from x2dfd.detector import versions
 
     options, model = run.options, run.open()
     need_texts(model, options.task)
     crops = load_crops(run.manifest, workers=min(4, os.cpu_count() or 1), side=model.detector.info.crop_size)
-    found = assess(
+    assessment = assess(
         model.detector.mllm,
         crops,
         read_questions(options.questions or BANK),
@@ -31,26 +31,26 @@ def run(run: Run) -> Made:
     )
 
     def auc(finding: Finding) -> Measured:
-        told = finding.deciding
-        return Measured(told.auc, told.interval, told.n_positive + told.n_negative)
+        cue_question = finding.deciding
+        return Measured(cue_question.auc, cue_question.interval, cue_question.n_positive + cue_question.n_negative)
 
-    whole = ["questions_sha256", "n_real", "n_fake", "n_unusable", "rule", "ranked_by"]
-    whole += ["control", "stability", "random"]
+    fields = ["questions_sha256", "n_real", "n_fake", "n_unusable", "rule", "ranked_by"]
+    fields += ["control", "stability", "random"]
     measured = {
-        "headline": {f"cue {f.area} {f.artifact}.auc": auc(f) for f in found.cues},
+        "headline": {f"cue {f.area} {f.artifact}.auc": auc(f) for f in assessment.cues},
         "assessment": {
             "files": "assessment/",
-            "strong": [f"{f.area} {f.artifact}" for f in found.cues if f.strong],
-            "n_questions": len(found.questions),
-            "n_cues": len(found.cues),
-            **{name: getattr(found, name) for name in whole},
+            "strong": [f"{f.area} {f.artifact}" for f in assessment.cues if f.strong],
+            "n_questions": len(assessment.questions),
+            "n_cues": len(assessment.cues),
+            **{name: getattr(assessment, name) for name in fields},
         },
     }
     origin = {"model": model.detector.info.to_dict(), "versions": versions()}
-    asked = [crops.samples[i] for i in chosen_pictures(crops, options.split, options.limit, options.seed)]
-    rows = [SampleRow.of(s) for s in asked]
+    samples = [crops.samples[i] for i in chosen_pictures(crops, options.split, options.limit, options.seed)]
+    rows = [SampleRow.of(s) for s in samples]
     scores_of = "the largest face, as load_crops cuts it; pictures are not re-encoded"
-    return Made(run.store(), rows, origin, measured, model.name, model.mode, scores_of=scores_of, samples=asked)
+    return Outcome(run.store(), rows, origin, measured, model.name, model.mode, scores_of=scores_of, samples=samples)
 
 
 TASK = Task("assess", "2", "image", "which cues the MLLM can see (MFA), by x2dfd assess", run)

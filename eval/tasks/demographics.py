@@ -16,7 +16,7 @@ import numpy as np
 from eval import stats
 from eval.rows import SampleRow, score
 from eval.scoring import Part, equalised, unscored, value_of
-from eval.task import DECIDING, Made, Run, Task, judge_of
+from eval.task import DECIDING, Outcome, Run, Task, judge_of
 from x2dfd.errors import InputError
 from x2dfd.faces import area_polygons, find_faces
 from x2dfd.manifest import Sample
@@ -28,7 +28,7 @@ LEAST_CHROMA = 4.0  # of Lab: below it the photo is grey, and the angle says not
 
 
 def tone(sample: Sample, equalise: bool) -> str:
-    """The class of the largest face's cheeks, "" where there is none or the photo has no colour."""
+    """The skin tone of the largest face's cheeks, "" if there is no face or no colour."""
     try:
         pixels = load_picture(equalised(sample.path) if equalise else sample.path).pixels
         faces = find_faces(pixels)
@@ -49,24 +49,24 @@ def tone(sample: Sample, equalise: bool) -> str:
     return next((name for least, name in TONES if angle > least), DARKEST)
 
 
-def run(run: Run) -> Made:
+def run(run: Run) -> Outcome:
     options, model = run.options, run.open()
     store = run.store()
     rows, origin = score(judge_of(run, model, rationale=False), run.samples, store)
     tones = [tone(s, options.equalise) for s in run.samples]
     measured = demographics_result(run.samples, rows, tones)
-    return Made(store, rows, origin, measured, model.name, model.mode, scores_of=DECIDING)
+    return Outcome(store, rows, origin, measured, model.name, model.mode, scores_of=DECIDING)
 
 
 def demographics_result(samples: Sequence[Sample], rows: Sequence[SampleRow], tones: Sequence[str]) -> Part:
-    """The rates over all photos that could be opened; one without a face raised no false alarm."""
-    at = [i for i, row in enumerate(rows) if row.said]
+    """The rates over all photos that could be opened; one without a face counts as no false alarm."""
+    opened = [i for i, row in enumerate(rows) if row.said]
     columns = {"tone": list(tones)} | {c: [value_of(s, c) for s in samples] for c in ("sex", "age", "source")}
-    table = {name: _by(samples, rows, at, values) for name, values in columns.items() if any(values)}
-    sources = sorted({samples[i].source for i in at if samples[i].source})
-    within = {s: _by(samples, rows, [i for i in at if samples[i].source == s], tones) for s in sources}
+    table = {name: _by(samples, rows, opened, values) for name, values in columns.items() if any(values)}
+    sources = sorted({samples[i].source for i in opened if samples[i].source})
+    within = {s: _by(samples, rows, [i for i in opened if samples[i].source == s], tones) for s in sources}
     return {
-        "headline": {"false_alarms": _rate(samples, rows, at)},
+        "headline": {"false_alarms": _rate(samples, rows, opened)},
         "by": table,
         "not_recorded": [name for name, values in columns.items() if not any(values)],
         "tone_within_source": within,
@@ -78,10 +78,10 @@ def _by(samples: Sequence[Sample], rows: Sequence[SampleRow], at: Sequence[int],
     """Each value's rate of false alarms, and how much higher it is than that of all other values together."""
     table: Part = {}
     for value in sorted({values[i] for i in at} - {""}):
-        own = [i for i in at if values[i] == value]
-        rest = [i for i in at if values[i] not in ("", value)]
-        rate = _rate(samples, rows, own)
-        gap = stats.rate_difference(rate, _rate(samples, rows, rest))
+        inside = [i for i in at if values[i] == value]
+        outside = [i for i in at if values[i] not in ("", value)]
+        rate = _rate(samples, rows, inside)
+        gap = stats.rate_difference(rate, _rate(samples, rows, outside))
         table[value] = {"false_alarms": rate, "above_the_others": gap}
     return table
 

@@ -1,8 +1,8 @@
 """Tasks whose answers are words: `answer` (DF-D), `classify` (DF-C), `chat` (FC). Parsers: eval.answers.
 
-Every question is about the largest face of a picture, with what the experts say where the model was trained with them.
-An answer that cannot be read is counted wrong and shown; a picture that could not be asked about is counted apart.
-A row holds the MLLM's own `p_fake`, and as `said` what was read from the answer (chat: the verdict).
+Every question is about a picture's largest face, and states the experts' scores if the model was trained with them.
+An answer that cannot be read counts as wrong and is listed; a picture without an answer is counted separately.
+A row holds the MLLM's own `p_fake`, and as `said` the decision or class in the answer (chat: the verdict).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from eval.models import TOOL_RESULTS, Opened, tool_results
 from eval.rows import Origin, SampleRow, score
 from eval.scoring import Part, Scored, equalised, train_apart, unscored
 from eval.stats import Measured
-from eval.task import DECIDING, NO_ORIGIN, Made, Run, Task
+from eval.task import DECIDING, NO_ORIGIN, Outcome, Run, Task
 from eval.tasks.detect import majority_rows
 from x2dfd import prompts
 from x2dfd.errors import InputError, X2DFDError
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
     from x2dfd.detector import Detector
 
 
-SHOWN = 10  # answers that could not be read, in the result
-ASKED: dict[str, tuple[Callable[[Sample], str], Callable[[str, Sample], str]]] = {
+MAX_EXAMPLES = 10  # answers that could not be read, in the result
+EXCHANGES: dict[str, tuple[Callable[[Sample], str], Callable[[str, Sample], str]]] = {
     "answer": (
         lambda s: answers.question_for(s.id).text,
         lambda text, s: answers.read_decision(text, answers.question_for(s.id).yes),
     ),
     "classify": (lambda _: answers.CLASS_CHOICES, lambda text, _: answers.read_class(text)),
 }
-"""Task -> what a sample is asked, and how the answer is read."""
+"""Task -> the question to a sample, and the reading of its answer."""
 
 
-def run_questions(run: Run) -> Made:
+def run_questions(run: Run) -> Outcome:
     """`answer` and `classify`."""
     options, classes = run.options, run.options.task == "classify"
     model = run.open()
@@ -53,7 +53,7 @@ def run_questions(run: Run) -> Made:
         rows = _majority_classes(run) if classes else majority_rows(run.every(), run.samples)[0]
     else:
         need_texts(model, options.task)
-        question, read = ASKED[options.task]
+        question, read = EXCHANGES[options.task]
         judge = partial(ask, model.detector, question=question, read=read)
         judge = partial(judge, equal=options.equalise, batch_size=options.batch_size)
         rows, origin = score(judge, run.samples, store)
@@ -63,19 +63,19 @@ def run_questions(run: Run) -> Made:
         measured = {"skipped_without_class": run.skipped} | classify_result(run.samples, rows)
     else:
         measured = answer_result(run.samples, rows, threshold)
-    return Made(store, rows, origin, measured, model.name, model.mode)
+    return Outcome(store, rows, origin, measured, model.name, model.mode)
 
 
-def run_chat(run: Run) -> Made:
+def run_chat(run: Run) -> Outcome:
     model = run.open()
     need_texts(model, run.options.task)
     store = run.store()
     rows, origin = score(partial(converse, model.detector, equal=run.options.equalise), run.samples, store)
-    return Made(store, rows, origin, chat_result(run.samples, rows), model.name, model.mode, scores_of=DECIDING)
+    return Outcome(store, rows, origin, chat_result(run.samples, rows), model.name, model.mode, scores_of=DECIDING)
 
 
 def need_texts(model: Opened, task: str) -> None:
-    """Raises X2DFDError for a model that writes nothing."""
+    """Raises X2DFDError for a model that writes no text."""
     if not model.writes:
         raise X2DFDError(f"{task} asks for words, and {model.name} writes none", code="model_without_words")
 
@@ -95,12 +95,12 @@ CHAT = Task("chat", "3", "image", "one follow-up question after the verdict (FC)
 
 
 def _majority_classes(run: Run) -> list[SampleRow]:
-    """The commonest class as everybody's answer."""
+    """The commonest class as the answer for every sample."""
     train = [s for s in train_apart(run.every(), run.samples) if s.df_class]
-    known = [s.df_class for s in train or run.samples if s.df_class]
+    classes = [s.df_class for s in train or run.samples if s.df_class]
     rows = [SampleRow.of(s) for s in run.samples]
     for row in rows:
-        row.said = min(set(known), key=lambda c: (-known.count(c), c))
+        row.said = min(set(classes), key=lambda c: (-classes.count(c), c))
     return rows
 
 
@@ -120,103 +120,103 @@ def ask(
     equal: bool,
     batch_size: int,
 ) -> tuple[list[SampleRow], list[Origin]]:
-    """A row a sample, and where they come from."""
+    """A row for each sample, and their origin."""
     from x2dfd.detector import versions
     from x2dfd.faces import find_faces
     from x2dfd.media import load_picture
 
     rows: list[SampleRow] = [SampleRow.of(s) for s in samples]
-    asked: list[tuple[SampleRow, Sample]] = []
+    pending: list[tuple[SampleRow, Sample]] = []
     faces: list[Face] = []
     for row, sample in zip(rows, samples, strict=True):
         try:
             pixels = load_picture(equalised(sample.path) if equal else sample.path).pixels
-            found = find_faces(pixels, detector.info.crop_size)
+            largest = find_faces(pixels, detector.info.crop_size)
         except InputError as error:
             row.failed(error.code, error.reason)
             continue
-        if found:
-            asked.append((row, sample))
-            faces.append(found[0])
+        if largest:
+            pending.append((row, sample))
+            faces.append(largest[0])
         else:
             row.reason = "no_face"
-    for at in range(0, len(faces), batch_size):
-        _answered_rows(detector, asked[at : at + batch_size], faces[at : at + batch_size], question, read)
+    for start in range(0, len(faces), batch_size):
+        _fill_rows(detector, pending[start : start + batch_size], faces[start : start + batch_size], question, read)
     return rows, [{"model": detector.info.to_dict(), "versions": versions()}]
 
 
-def _answered_rows(
+def _fill_rows(
     detector: Detector,
-    asked: Sequence[tuple[SampleRow, Sample]],
+    pending: Sequence[tuple[SampleRow, Sample]],
     faces: Sequence[Face],
     question: Callable[[Sample], str],
     read: Callable[[str, Sample], str],
 ) -> None:
-    """Fills the rows of faces that go through the model together; what one picture causes is its own row's."""
+    """Fills the rows of faces that go through the model as one batch; an error is recorded for its own picture only."""
     from x2dfd.detector import through_codec
 
     try:
         logits, evidence = detector.judge_faces(faces)
         encoding = detector.mllm.encode(np.stack([f.view for f in through_codec(faces)]))
-        texts = [worded(detector, question(s), said) for (_, s), said in zip(asked, evidence, strict=True)]
-        answered = detector.mllm.write(encoding, texts, [""] * len(texts))
-    except InputError as error:  # of a served model, about one of these pictures
+        texts = [worded(detector, question(s), items) for (_, s), items in zip(pending, evidence, strict=True)]
+        replies = detector.mllm.write(encoding, texts, [""] * len(texts))
+    except InputError as error:  # a served model refused one of these pictures
         if len(faces) == 1:
-            asked[0][0].failed(error.code, error.reason)
+            pending[0][0].failed(error.code, error.reason)
             return
-        for one, face in zip(asked, faces, strict=True):
-            _answered_rows(detector, [one], [face], question, read)
+        for pair, face in zip(pending, faces, strict=True):
+            _fill_rows(detector, [pair], [face], question, read)
         return
-    for (row, sample), own, said, text, answer in zip(asked, logits, evidence, texts, answered, strict=True):
-        row.p_fake, row.question, row.answer = float(1 / (1 + np.exp(-own))), text, answer
-        row.said, row.experts = read(answer, sample), {e.expert: e.score for e in said}
-        row.notes = {e.expert: e.note for e in said if e.note}
+    for (row, sample), logit, items, text, answer in zip(pending, logits, evidence, texts, replies, strict=True):
+        row.p_fake, row.question, row.answer = float(1 / (1 + np.exp(-logit))), text, answer
+        row.said, row.experts = read(answer, sample), {e.expert: e.score for e in items}
+        row.notes = {e.expert: e.note for e in items if e.note}
 
 
-def _answered(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> tuple[list[SampleRow], list[Sample], Part]:
-    kept = [(row, s) for row, s in zip(rows, samples, strict=True) if row.said is not None]
+def _with_answer(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> tuple[list[SampleRow], list[Sample], Part]:
+    answered = [(row, s) for row, s in zip(rows, samples, strict=True) if row.said is not None]
     missing = unscored(rows, [None if row.said is None else 1.0 for row in rows])
-    return [row for row, _ in kept], [s for _, s in kept], {"n_scored": len(kept), "unscored": missing}
+    return [row for row, _ in answered], [s for _, s in answered], {"n_scored": len(answered), "unscored": missing}
 
 
 def answer_result(samples: Sequence[Sample], rows: Sequence[SampleRow], threshold: float) -> Part:
-    """DF-D: an invalid answer is wrong. By what yes means, and by wording, because models say yes."""
-    kept, of, result = _answered(samples, rows)
-    right = [row.said == s.label for row, s in zip(kept, of, strict=True)]
-    invalid = [row.said == answers.INVALID for row in kept]
+    """DF-D: an invalid answer is wrong. Also by the meaning of yes and by wording, because models tend to say yes."""
+    answered, subset, result = _with_answer(samples, rows)
+    correct = [row.said == s.label for row, s in zip(answered, subset, strict=True)]
+    invalid = [row.said == answers.INVALID for row in answered]
 
     def rate(hits: Sequence[bool], chosen: Sequence[int]) -> Measured:
-        return stats.rate([hits[i] for i in chosen], [of[i].group for i in chosen])
+        return stats.rate([hits[i] for i in chosen], [subset[i].group for i in chosen])
 
     def rates(chosen: Sequence[int]) -> Part:
-        real, fake = (rate(right, [i for i in chosen if of[i].label == label]) for label in ("real", "fake"))
+        real, fake = (rate(correct, [i for i in chosen if subset[i].label == label]) for label in ("real", "fake"))
         balanced = None if real.value is None or fake.value is None else (real.value + fake.value) / 2
-        found = {"accuracy": rate(right, chosen), "balanced_accuracy": balanced, "invalid": rate(invalid, chosen)}
-        return found | {"recall_real": real, "recall_fake": fake}
+        figures = {"accuracy": rate(correct, chosen), "balanced_accuracy": balanced, "invalid": rate(invalid, chosen)}
+        return figures | {"recall_real": real, "recall_fake": fake}
 
-    overall = rates(range(len(kept)))
-    called, n_fake = sum(row.said == "fake" for row in kept), sum(s.label == "fake" for s in of)
-    hits = sum(ok for ok, s in zip(right, of, strict=True) if s.label == "fake")
-    overall["f1_fake"] = 2 * hits / (called + n_fake) if called + n_fake else None
-    wordings = [answers.question_for(s.id) for s in of]
-    scored = Scored.of(of, [row.p_fake for row in kept])
-    # Text against score: the number says one thing and the words another.
-    both = [i for i in scored.at if not invalid[i]]
-    apart = {i: (kept[i].said == "fake") != ((kept[i].p_fake or 0.0) >= threshold) for i in both}
+    overall = rates(range(len(answered)))
+    n_called_fake, n_fake = sum(row.said == "fake" for row in answered), sum(s.label == "fake" for s in subset)
+    found_fakes = sum(is_right for is_right, s in zip(correct, subset, strict=True) if s.label == "fake")
+    overall["f1_fake"] = 2 * found_fakes / (n_called_fake + n_fake) if n_called_fake + n_fake else None
+    wordings = [answers.question_for(s.id) for s in subset]
+    scored = Scored.of(subset, [row.p_fake for row in answered])
+    # Conflicts: the score means one label and the words state the other.
+    readable = [i for i in scored.at if not invalid[i]]
+    conflicts = {i: (answered[i].said == "fake") != ((answered[i].p_fake or 0.0) >= threshold) for i in readable}
     result |= overall | {
         "by_polarity": {
-            f"yes means {yes}": {"n": len(mine)} | rates(mine)
+            f"yes means {yes}": {"n": len(indices)} | rates(indices)
             for yes in ("fake", "real")
-            if (mine := [i for i, q in enumerate(wordings) if q.yes == yes])
+            if (indices := [i for i, q in enumerate(wordings) if q.yes == yes])
         },
         "by_question": {
-            q.text: rate(right, mine)
+            q.text: rate(correct, indices)
             for q in answers.QUESTIONS
-            if (mine := [i for i, w in enumerate(wordings) if w is q])
+            if (indices := [i for i, w in enumerate(wordings) if w is q])
         },
-        "invalid_answers": _shown(kept),
+        "invalid_answers": _examples(answered),
         "p_fake": {"auc": scored.auc(), "eer": m.eer(scored.labels, scored.scores)},
-        "disagreement": stats.rate(list(apart.values()), [of[i].group for i in both]),
+        "disagreement": stats.rate(list(conflicts.values()), [subset[i].group for i in readable]),
         "threshold": threshold,
     }
     headline = {f"answers.{k}": overall[k] for k in ("accuracy", "invalid")}
@@ -226,22 +226,22 @@ def answer_result(samples: Sequence[Sample], rows: Sequence[SampleRow], threshol
 
 def classify_result(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Part:
     """DF-C over samples whose class is known: accuracy, macro-F1, confusion with its column of invalid answers."""
-    kept, of, result = _answered(samples, rows)
-    truth, said = [str(s.df_class) for s in of], [str(row.said) for row in kept]
-    groups = [s.group for s in of]
+    answered, subset, result = _with_answer(samples, rows)
+    truth, predictions = [str(s.df_class) for s in subset], [str(row.said) for row in answered]
+    groups = [s.group for s in subset]
     result |= {
-        "accuracy": stats.rate([t == s for t, s in zip(truth, said, strict=True)], groups),
-        "macro_f1": Measured(answers.macro_f1(truth, said), None, len(kept), len(set(groups))),
-        "invalid": stats.rate([s == answers.INVALID for s in said], groups),
-        "confusion": answers.confusion(truth, said, DF_CLASSES),
-        "invalid_answers": _shown(kept),
+        "accuracy": stats.rate([t == s for t, s in zip(truth, predictions, strict=True)], groups),
+        "macro_f1": Measured(answers.macro_f1(truth, predictions), None, len(answered), len(set(groups))),
+        "invalid": stats.rate([s == answers.INVALID for s in predictions], groups),
+        "confusion": answers.confusion(truth, predictions, DF_CLASSES),
+        "invalid_answers": _examples(answered),
     }
     headline = {f"classes.{k}": result[k] for k in ("accuracy", "macro_f1", "invalid")}
     return {"headline": headline, "scorers": {"classes": result}}
 
 
-def _shown(rows: Sequence[SampleRow]) -> list[str]:
-    return [row.answer[:200] for row in rows if row.said == answers.INVALID][:SHOWN]
+def _examples(rows: Sequence[SampleRow]) -> list[str]:
+    return [row.answer[:200] for row in rows if row.said == answers.INVALID][:MAX_EXAMPLES]
 
 
 FOLLOW_UPS = (
@@ -286,19 +286,19 @@ def converse(detector: Detector, samples: Sequence[Sample], *, equal: bool) -> t
 
 
 def chat_result(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Part:
-    """What can be counted of answers without reading them: empty ones, those against the verdict, repeated ones."""
-    kept, of, result = _answered(samples, rows)
-    groups = [s.group for s in of]
-    own = [said_label(row.answer) for row in kept]
-    against = [o is not None and v.said != "inconclusive" and o != v.said for o, v in zip(own, kept, strict=True)]
+    """Counts of answers that are empty, contradict the verdict or repeat others."""
+    answered, subset, result = _with_answer(samples, rows)
+    groups = [s.group for s in subset]
+    labels = [said_label(row.answer) for row in answered]
+    against = [o not in (None, r.said) and r.said != "inconclusive" for o, r in zip(labels, answered, strict=True)]
     result |= {
-        "empty": stats.rate([not row.answer.strip() for row in kept], groups),
+        "empty": stats.rate([not row.answer.strip() for row in answered], groups),
         "against_verdict": stats.rate(against, groups),
-        "distinct_answers": m.distinct_share([row.answer for row in kept]),
+        "distinct_answers": m.distinct_share([row.answer for row in answered]),
         "by_question": {
-            q: {"n": len(mine), "distinct_answers": m.distinct_share(mine)}
+            q: {"n": len(texts), "distinct_answers": m.distinct_share(texts)}
             for q in FOLLOW_UPS
-            if (mine := [row.answer for row in kept if row.question == q])
+            if (texts := [row.answer for row in answered if row.question == q])
         },
     }
     headline = {f"chat.{k}": result[k] for k in ("empty", "against_verdict")}
