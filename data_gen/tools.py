@@ -1,4 +1,4 @@
-"""What the forge's methods are made of: a photo, what was made of it, and warps, masks, blends and colours."""
+"""The building blocks of the forge's methods: photos, forgeries, warps, masks, blends and colours."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Photo:
 
 @dataclass(frozen=True, eq=False)
 class Forgery:
-    """What the forge made, and the truth about it."""
+    """A forged picture, and the truth about it."""
 
     pixels: Pixels  # [H, W, 3] RGB, same size as the photo
     mask: NDArray[np.uint8]  # [H, W], 0..255: how much of the new content stands at each pixel
@@ -41,7 +41,7 @@ class Forgery:
 
 
 def untouched(photo: Photo, method: str = "none", df_class: str = "real", strength: float = 0.0) -> Forgery:
-    """A photo as it is; or what others made, where nobody knows what it shows: without cues and mask."""
+    """An unchanged photo, or a ready-made fake with unknown cues; both have no cues and no mask."""
     return Forgery(photo.pixels, np.zeros(photo.pixels.shape[:2], np.uint8), (), method, df_class, strength)
 
 
