@@ -175,26 +175,26 @@ def _records(
         "split": sample.split,
         "method": sample.method,
     }
-    stated: list[Evidence] = []
+    prompt_evidence: list[Evidence] = []
 
     def record(task: str, question: str, answer: str, *follow_up: str) -> Json:
         texts = [f"<image>\n{question}", answer, *follow_up]
         turns = [{"from": ("human", "gpt")[k % 2], "value": value} for k, value in enumerate(texts)]
         experts = {
-            "scores": {e.expert: e.score for e in stated},
-            "pointed": {e.expert: [asdict(c) for c in e.cues] for e in stated if e.cues},
+            "scores": {e.expert: e.score for e in prompt_evidence},
+            "pointed": {e.expert: [asdict(c) for c in e.cues] for e in prompt_evidence if e.cues},
         }
         return {"id": f"{sample.id}/{task}", "task": task, **common, **experts, "conversations": turns}
 
     for number in range(config.explanations if label == "fake" and cues else 1):
-        stated = corrupted(evidence, config.corrupt, rng) if sample.split == "train" else evidence
-        pointed = [c for e in stated for c in e.cues] if label == "real" else []
+        prompt_evidence = corrupted(evidence, config.corrupt, rng) if sample.split == "train" else evidence
+        pointed = [c for e in prompt_evidence for c in e.cues] if label == "real" else []
         explanation = write_explanation(label, tuple(cues), df_class, rng, pointed)
-        question = prompts.verdict_question(stated, config.score_form)
-        answer = prompts.verdict_answer(label, explanation, stated if config.closing else ())
+        question = prompts.verdict_question(prompt_evidence, config.score_form)
+        answer = prompts.verdict_answer(label, explanation, prompt_evidence if config.closing else ())
         yield record("detect" if number == 0 else f"detect_again{number}", question, answer)
     yield record("detect_plain", prompts.QUESTION, prompts.verdict_answer(label))
-    block = prompts.expert_block(stated, config.score_form)
+    block = prompts.expert_block(prompt_evidence, config.score_form)
     yield record("detect_asked", decision_question(rng) + block, prompts.verdict_answer(label))
     yield record("classify", prompts.CLASS_QUESTION + class_choices(rng) + block, class_answer(df_class, rng))
     questions = _cue_questions(sample, config.cue_questions, rng)

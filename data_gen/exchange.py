@@ -34,26 +34,26 @@ RESULTS = ("real score", "fake score")
 Record = Json
 
 
-def write(records: Sequence[Record], data: CropSet, view_seed: int, out: Path, form: str) -> Path:
-    """Write the records of `data_gen build` in a format of FORMATS into `out/form`, one file for each split, with the
+def write(records: Sequence[Record], data: CropSet, view_seed: int, out: Path, format_name: str) -> Path:
+    """Write the records of `data_gen build` in a format of FORMATS into `out/format_name`, one file for each split, with the
     augmented views from which experts took the scores as PNG. Returns the folder."""
     from PIL import Image
 
-    folder = out / form
+    folder = out / format_name
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for row in progress(sorted({int(r["row"]) for r in records}), "pictures"):
         Image.fromarray(augmented_view(data.views[row], view_seed, row)).save(folder / _picture_name(row))
     dataset_info: Json = {}
     for split in sorted({str(r["split"]) for r in records}):
-        exported = [_export_record(r, form, folder) for r in records if r["split"] == split]
-        if form == "messages":
+        exported = [_export_record(r, format_name, folder) for r in records if r["split"] == split]
+        if format_name == "messages":
             text = "".join(json.dumps(m, ensure_ascii=False) + "\n" for m in exported)
             write_text(folder / f"{split}.jsonl", text)
             continue
         write_text(folder / f"{split}.json", json.dumps(exported, indent=1, ensure_ascii=False) + "\n")
         columns = {"messages": "conversations", "images": "images"}
         dataset_info[f"x2dfd_{split}"] = {"file_name": f"{split}.json", "formatting": "sharegpt", "columns": columns}
-    if form == "sharegpt":
+    if format_name == "sharegpt":
         write_text(folder / "dataset_info.json", json.dumps(dataset_info, indent=1) + "\n")
     return folder
 
@@ -62,11 +62,11 @@ def _picture_name(row: int) -> str:
     return f"images/{row:06d}.png"
 
 
-def _export_record(record: Record, form: str, folder: Path) -> Record:
+def _export_record(record: Record, format_name: str, folder: Path) -> Record:
     turns, picture = record["conversations"], _picture_name(int(record["row"]))
-    if form == "llava":
+    if format_name == "llava":
         return {"id": record["id"], "image": picture, "conversations": turns}
-    if form == "sharegpt":
+    if format_name == "sharegpt":
         return {"conversations": turns, "images": [picture]}
     roles = {"human": "user", "gpt": "assistant"}
     messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in turns]

@@ -74,7 +74,7 @@ def joined_cues(before: Pixels, first: Forgery, second: Forgery) -> tuple[Cue, .
     return tuple(Cue(area, artifact, round(s, 3)) for (area, artifact), s in scores.items() if s >= threshold)
 
 
-def changed(photo: Photo, made: Forgery, method: Method, rng: Rng) -> Forgery:
+def changed(photo: Photo, forgery: Forgery, method: Method, rng: Rng) -> Forgery:
     """A forgery of `photo` under a harmless change; its cues and mask are those that still show.
 
     The photo itself takes the same change with the same draws, so that only the forgery makes the two differ. A cue's
@@ -84,23 +84,23 @@ def changed(photo: Photo, made: Forgery, method: Method, rng: Rng) -> Forgery:
     power, draws = float(rng.uniform(0, 1)), int(rng.integers(2**63))
     before, after = (
         np.clip(np.rint(method.make(replace(photo, pixels=p), None, power, np.random.default_rng(draws))[0]), 0, 255)
-        for p in (photo.pixels, made.pixels)
+        for p in (photo.pixels, forgery.pixels)
     )
     before, after = before.astype(np.uint8), after.astype(np.uint8)
-    mask = made.mask.astype(np.float32) / 255
+    mask = forgery.mask.astype(np.float32) / 255
     scores = []
-    for cue in made.cues:
-        score = visible(photo.pixels, made.pixels, mask, cue.artifact)
+    for cue in forgery.cues:
+        score = visible(photo.pixels, forgery.pixels, mask, cue.artifact)
         scores.append(min(1.0, (cue.score or 0.0) * visible(before, after, mask, cue.artifact) / max(score, 1e-6)))
     threshold = min(SHOWS, max(scores, default=0.0))
-    same = (before == after).all(-1).astype(np.uint8)  # pixels agree here and there by chance: only patches count
-    covered = cv2.morphologyEx(same, cv2.MORPH_OPEN, np.ones((5, 5), np.uint8)) > 0
-    remaining = np.where(covered, 0, made.mask).astype(np.uint8)
-    if made.mask.any() and remaining.max() < 0.5 * made.mask.max():
-        return made
+    equal = (before == after).all(-1).astype(np.uint8)  # pixels agree here and there by chance: only patches count
+    covered = cv2.morphologyEx(equal, cv2.MORPH_OPEN, np.ones((5, 5), np.uint8)) > 0
+    remaining = np.where(covered, 0, forgery.mask).astype(np.uint8)
+    if forgery.mask.any() and remaining.max() < 0.5 * forgery.mask.max():
+        return forgery
     return replace(
-        made,
+        forgery,
         pixels=after,
         mask=remaining,
-        cues=tuple(replace(c, score=round(s, 3)) for c, s in zip(made.cues, scores, strict=True) if s >= threshold),
+        cues=tuple(replace(c, score=round(s, 3)) for c, s in zip(forgery.cues, scores, strict=True) if s >= threshold),
     )

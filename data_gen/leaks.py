@@ -133,8 +133,8 @@ def near_pairs(
         starts = np.flatnonzero(np.diff(key[order])) + 1
         for bucket in np.split(order, starts):
             sides = np.unique(side[bucket])
-            for one, two in itertools.combinations(sides, 2):
-                left, right = bucket[side[bucket] == one], bucket[side[bucket] == two]
+            for side_a, side_b in itertools.combinations(sides, 2):
+                left, right = bucket[side[bucket] == side_a], bucket[side[bucket] == side_b]
                 step = max(1, 4_000_000 // len(right))  # bounds the memory of a crowded bucket
                 for start in range(0, len(left), step):
                     _compare(result, coarse, fine, left[start : start + step], right, masks[:number], near, keep)

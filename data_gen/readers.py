@@ -171,9 +171,9 @@ def finish(
         if shares or split:
             s = replace(s, split=split)
         first = unique.setdefault(s.path, s)
-        for what, a, b in (("label", first.label, s.label), ("method", first.method, s.method)):
+        for column, a, b in (("label", first.label, s.label), ("method", first.method, s.method)):
             if a and b and a != b:
-                raise X2DFDError(f"{s.path}: {what} {a!r} ({first.id}) and {b!r} ({s.id})", code="samples_contradict")
+                raise X2DFDError(f"{s.path}: {column} {a!r} ({first.id}) and {b!r} ({s.id})", code="samples_contradict")
         if first.split != s.split:
             raise X2DFDError(
                 f"{s.path} is in the splits {first.split!r} and {s.split!r} of its source. Read one of them (--only), "

@@ -118,11 +118,11 @@ def write_follow_up(
         return _one(rng, "class_questions"), class_answer(df_class, rng)
     if kind < 0.45 or (label == "fake" and not cues):
         return _one(rng, "why_questions"), write_explanation(label, cues, df_class, rng)
-    named = sorted({c.area for c in cues})
-    changed = {*named, *touched}
-    neighbours = {other for group in _SAME_PLACE if changed & group for other in group}
-    others = [a for a in _REAL_AREAS if a not in changed | neighbours and "whole-image" not in changed]
-    area = _pick(rng, named) if named and (not others or rng.random() < 0.6) else _pick(rng, others)
+    cue_areas = sorted({c.area for c in cues})
+    changed_areas = {*cue_areas, *touched}
+    neighbours = {other for group in _SAME_PLACE if changed_areas & group for other in group}
+    others = [a for a in _REAL_AREAS if a not in changed_areas | neighbours and "whole-image" not in changed_areas]
+    area = _pick(rng, cue_areas) if cue_areas and (not others or rng.random() < 0.6) else _pick(rng, others)
     name, plural = _WORDS["areas"][area][0]
     question = _fill(_one(rng, "area_questions"), name, plural)
     area_cues = sorted((c for c in cues if c.area == area), key=lambda c: -(c.score or 0.0))[:2]

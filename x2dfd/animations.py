@@ -9,7 +9,7 @@ from PIL import Image
 
 from x2dfd.errors import InputError
 from x2dfd.stills import Opened, exif_summary, pillow, rgb, sample_bits
-from x2dfd.video import Frame, Gathered, Video, positions
+from x2dfd.video import Frame, FrameCollector, Video, positions
 
 MOVING = frozenset({"GIF", "PNG", "WEBP", "AVIF"})
 """Formats in which several pictures are a clip, unlike the pages of a TIFF and the views of a JPEG (MPO)."""
@@ -42,7 +42,7 @@ def load_animation(opened: Opened, max_frames: int, keep: Callable[[Frame], Fram
     if reachable < opened.n_frames:
         notes.append("decoding_limit_reached")
     depth = sample_bits(opened)
-    gathered = Gathered(keep, notes)
+    collector = FrameCollector(keep, notes)
     clock = _Clock()
     for target in positions(reachable, max_frames):
         try:
@@ -51,12 +51,12 @@ def load_animation(opened: Opened, max_frames: int, keep: Callable[[Frame], Fram
                     clock.advance(image)
                 snapshot = image.copy()
         except InputError as error:
-            if not gathered.frames:
+            if not collector.frames:
                 raise
             notes.append(f"undecodable_from_frame:{clock.index}:{error.code}")
             break
-        if not gathered.add(Frame(target, clock.begins_s, rgb(snapshot, depth, False, opened.orientation, notes))):
+        if not collector.add(Frame(target, clock.begins_s, rgb(snapshot, depth, False, opened.orientation, notes))):
             break
     duration = clock.ends_s if clock.index + 1 == opened.n_frames else None
     file = {"exif": exif} if (exif := exif_summary(opened)) else {}
-    return gathered.video(opened.sha256, opened.name, opened.n_frames, duration, max_frames, path, file)
+    return collector.video(opened.sha256, opened.name, opened.n_frames, duration, max_frames, path, file)

@@ -170,8 +170,8 @@ def sniff(file: BinaryIO) -> tuple[str, str]:
 def check_structure(data: bytes, name: str, budget: Budget, notes: list[str]) -> int | None:
     """Refuse files built to keep a decoder busy. Returns the number of pictures if Pillow would count them slowly."""
     if name == "GIF":
-        frames, whole = _count_gif_frames(data, budget)
-        if not whole:
+        frames, complete = _count_gif_frames(data, budget)
+        if not complete:
             notes.append("frames_not_all_counted")
         return max(frames, 1)
     if name == "JPEG":

@@ -70,7 +70,7 @@ def positions(n: int, at_most: int) -> list[int]:
     return [(2 * j + 1) * n // (2 * n_samples) for j in range(n_samples)]
 
 
-class Gathered:
+class FrameCollector:
     """Collects sampled frames: each goes through `keep`, and the results together stay below a limit of pixels."""
 
     def __init__(self, keep: Callable[[Frame], Frame], notes: list[str]) -> None:
@@ -138,10 +138,10 @@ def load_video(
     n = len(timeline.pts)
     if n == 0:
         raise InputError("bad_video", "the video track has no frames")
-    gathered = Gathered(keep, notes)
+    collector = FrameCollector(keep, notes)
     with _container(Metered(file, Budget(_PIECES, _PIECES << 15)), container_name) as (container, stream):
-        _sample(container, stream, timeline, rate, max_frames, gathered)
-    if not gathered.frames:
+        _sample(container, stream, timeline, rate, max_frames, collector)
+    if not collector.frames:
         raise InputError("bad_video", "no frame of the video can be decoded")
     duration = None
     if timeline.timed and rate:
@@ -150,7 +150,7 @@ def load_video(
         duration = n / rate
     if duration and stated_duration > 1.1 * duration + 0.5:
         notes.append(f"file_says_{stated_duration:.1f}_s")  # cut short, or the sound goes on alone
-    return gathered.video(digest.hexdigest(), container_name, n, duration, max_frames, path, {})
+    return collector.video(digest.hexdigest(), container_name, n, duration, max_frames, path, {})
 
 
 def container_tags(file: BinaryIO, container_name: str) -> dict[str, str]:
@@ -231,10 +231,10 @@ def _sample(
     timeline: _Timeline,
     rate: float | None,
     max_frames: int,
-    gathered: Gathered,
+    collector: FrameCollector,
 ) -> None:
     """The middles of equal stretches of the clip, each decoded from the key frame before it."""
-    notes, frames = gathered.notes, gathered.frames
+    notes, frames = collector.notes, collector.frames
     decoder = _Decoder(container, stream, timeline)
     targets = positions(len(timeline.pts), max_frames)
     for target in targets:
@@ -254,7 +254,7 @@ def _sample(
             time_s = (timeline.pts[index] - timeline.pts[0]) * timeline.time_base
         else:
             time_s = index / rate if rate else 0.0
-        if not gathered.add(Frame(index, time_s, _to_rgb(frame, stream.sample_aspect_ratio, notes))):
+        if not collector.add(Frame(index, time_s, _to_rgb(frame, stream.sample_aspect_ratio, notes))):
             break
     if decoder.broken:
         notes.append(f"undecodable_packets:{decoder.broken}")

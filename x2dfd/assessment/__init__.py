@@ -187,7 +187,7 @@ def run_assess(
     loading: LoadOptions | None = None,
 ) -> None:
     """The command `x2dfd assess`: load, assess, write, and print the main results."""
-    asked = read_questions(questions or BANK)
+    to_ask = read_questions(questions or BANK)
     import x2dfd
     from x2dfd.crops import load_crops
 
@@ -196,7 +196,7 @@ def run_assess(
     detector = x2dfd.load(model, **options)
     crops = load_crops(data, workers=min(4, os.cpu_count() or 1), side=detector.info.crop_size)
     a = assess(
-        detector.mllm, crops, asked, out, limit=limit, split=split, seed=seed, manifest_hash=manifest_sha256(data)
+        detector.mllm, crops, to_ask, out, limit=limit, split=split, seed=seed, manifest_hash=manifest_sha256(data)
     )
     if not chart(a, out / "assessment.png"):
         print("no chart: matplotlib is not installed (pip install -e '.[bench]')", file=sys.stderr)

@@ -190,8 +190,8 @@ class Ranking:
         shuffled = np.full((len(entries), SHUFFLES), np.nan)
         shuffle = _shuffles(truth.groups, seed)
         for e, entry in enumerate(entries):
-            up, down = truth.sides(entry.basis)
-            shuffled[e] = _aucs(entry.scores, up[shuffle].astype(float), down[shuffle].astype(float))
+            positive, negative = truth.sides(entry.basis)
+            shuffled[e] = _aucs(entry.scores, positive[shuffle].astype(float), negative[shuffle].astype(float))
         self.null = np.array([top_mean(column, self.k) for column in shuffled.T])
         self.null_mean = _or_none(float(np.nanmean(self.null))) if np.isfinite(self.null).any() else None
         self.bar = float(np.nanquantile(self.null, 0.95)) if np.isfinite(self.null).any() else None
@@ -200,8 +200,8 @@ class Ranking:
     def _deciding(self, truth: Truth, weights: Floats) -> Floats:
         rows = []
         for entry in self.entries:
-            up, down = truth.sides(entry.basis)
-            rows.append(_aucs(entry.scores, weights * up[:, None], weights * down[:, None]))
+            positive, negative = truth.sides(entry.basis)
+            rows.append(_aucs(entry.scores, weights * positive[:, None], weights * negative[:, None]))
         return np.stack(rows) if rows else np.zeros((0, weights.shape[1]))
 
     def control(self) -> Json:
@@ -248,15 +248,15 @@ def findings(
     real = ~truth.fake
 
     def separation(entry: Entry, cue: tuple[str, str] | None) -> Separation:
-        up, down = truth.sides(cue)
-        auc = _aucs(entry.scores, up[:, None].astype(float), down[:, None].astype(float))[0]
+        positive, negative = truth.sides(cue)
+        auc = _aucs(entry.scores, positive[:, None].astype(float), negative[:, None].astype(float))[0]
         interval = None
         if np.isfinite(auc) and enough_groups:
             blocks = np.array_split(weights, max(1, weights.size // 2_000_000), axis=1)  # bounds memory
             interval = _interval(
-                np.concatenate([_aucs(entry.scores, b * up[:, None], b * down[:, None]) for b in blocks])
+                np.concatenate([_aucs(entry.scores, b * positive[:, None], b * negative[:, None]) for b in blocks])
             )
-        return Separation(_or_none(float(auc)), interval, int(up.sum()), int(down.sum()))
+        return Separation(_or_none(float(auc)), interval, int(positive.sum()), int(negative.sum()))
 
     result = []
     for rank, e in enumerate(order):
