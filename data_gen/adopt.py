@@ -93,7 +93,7 @@ def _has_face(path: str) -> bool:
 
 
 def _unfit(record: Record, has_experts: bool) -> str:
-    """Why a conversation cannot be trained on here; "" where it can."""
+    """The reason for which a conversation is no training data here, or ""."""
     questions = [turn["value"] for turn in record["conversations"][::2]]
     if record["system"]:
         return "it has a system prompt, which the prompts of x2dfd do not have"

@@ -93,7 +93,7 @@ def build(config: BuildConfig, out: Path) -> Path:
         records += list(_records(sample, i, scores[sample.id], strong, config, rng))
     if not records:
         raise X2DFDError(f"{config.data}: no usable picture of split train, val or calib", code="no_usable_picture")
-    if config.assessment is not None:  # what was explained is part of the set
+    if config.assessment is not None:  # the set includes the ranking that chose its explanations
         write_text(out / "assessment.json", Path(config.assessment).read_text(encoding="utf-8"))
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
     write_text(out / "instructions.jsonl", text)
@@ -211,7 +211,7 @@ def _records(
 def _cue_questions(sample: Sample, count: int, rng: np.random.Generator) -> list[tuple[CueQuestion, bool]]:
     """Questions about cues that the picture has (up to half) and about cues that it does not have."""
     if sample.label == "fake" and not sample.cues:
-        return []  # nobody knows what a ready-made fake shows
+        return []  # the cues of a ready-made fake are unknown
     visible = {(c.area, c.artifact) for c in sample.cues if (c.score or 0) >= 0.2}
     present = {(c.area, c.artifact) for c in sample.cues}
     positive = [q for q in cue_questions() if (q.area, q.artifact) in visible]

@@ -47,7 +47,7 @@ CLASSES = {
 }
 _WORDS = Path(__file__).parent / "words"
 IMITATES: dict[str, str] = json.loads((_WORDS / "imitates.json").read_text("utf-8"))
-"""What each method imitates, in a sentence."""
+"""A sentence for each method about the thing that it imitates."""
 
 
 def _portrait() -> Iterator[tuple[Photo, Photo]]:

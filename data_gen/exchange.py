@@ -35,8 +35,8 @@ Record = Json
 
 
 def write(records: Sequence[Record], data: CropSet, view_seed: int, out: Path, format_name: str) -> Path:
-    """Write the records of `data_gen build` in a format of FORMATS into `out/format_name`, one file for each split, with the
-    augmented views from which experts took the scores as PNG. Returns the folder."""
+    """Write the records of `data_gen build` in a format of FORMATS, one file for each split, with the augmented views
+    that the experts scored as PNG. Returns the folder, `out/format_name`."""
     from PIL import Image
 
     folder = out / format_name
@@ -76,8 +76,8 @@ def _export_record(record: Record, format_name: str, folder: Path) -> Record:
 def read(path: Path, pictures: Path | None = None) -> list[Record]:
     """The conversations of a file in any of FORMATS, as records of an instruction set.
 
-    Each has `id`, `task` (see `task_of`), `label` and `system` ("" if not given), `images` (paths, in the order of
-    their marks; none for talk without a picture) and `conversations`: human and gpt in turn, an answer last. If no
+    Each has `id`, `task` (see `task_of`), `label` and `system` ("" if not given), `images` (paths in the order of
+    their marks, none for talk without a picture) and `conversations`: human and gpt in turn, an answer last. If no
     question has a mark, the pictures come first. Relative paths start at the folder `pictures`, by default the file's
     own. Raises X2DFDError, which names the faulty record.
     """

@@ -331,9 +331,9 @@ def add_commands(app: typer.Typer) -> None:
         near: Annotated[int, typer.Option(help="bits of 64 by which near-duplicates may differ")] = NEAR,
         workers: Annotated[int, typer.Option(help="processes")] = 1,
     ) -> None:
-        """What stands on two sides of a split, and what gives the label away.
+        """Find data on two sides of a split, and traits that give the label away.
 
-        Exit code 0 means that it ran; with --check, 1 when groups or identical files stand on two sides.
+        Exit code 0 means that it ran; with --check, 1 means that groups or identical files are on two sides.
         """
         report = find_leaks(manifests, workers=workers, near=near)
         print(json.dumps(report, ensure_ascii=False, indent=1) if as_json else as_text(report))

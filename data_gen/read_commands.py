@@ -108,7 +108,7 @@ def x2dfd_list(
     allow_missing: AllowMissing = False,
 ) -> None:
     """Lists in X2-DFD's published format; you say which hold reals and which fakes."""
-    given = [] if lists else labelled(real, fake)  # a list without a label is refused, whatever else is given
+    given = [] if lists else labelled(real, fake)  # a list without a label is refused in any case
     reader = partial(read_x2dfd_lists, given, roots=root or (), source=source, clips=clips, frames=frames)
     _write(out, reader, shares, split, allow_missing=allow_missing)
 
@@ -151,7 +151,7 @@ def deepfakebench(
     group: Grouping = Group.identity,
     allow_missing: AllowMissing = False,
 ) -> None:
-    """JSON indices of DeepfakeBench and DF40, whichever way their paths are written."""
+    """JSON indices of DeepfakeBench and DF40, with paths written in any way."""
     labels: dict[str, Label] = {}
     for text in label or ():
         name, _, value = text.rpartition("=")

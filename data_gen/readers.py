@@ -51,7 +51,7 @@ T = TypeVar("T")
 
 
 def natural(name: str) -> tuple[tuple[int, int, str], ...]:
-    """Sort key under which `9.png` stands before `10.png`, and `seed1128.png` is no error."""
+    """Sort key that puts `9.png` before `10.png`; letters and digits may alternate (`seed1128.png`)."""
     return (*((0, int(t), "") if t.isdecimal() else (1, 0, t) for t in re.split(r"(\d+)", name)), (2, 0, name))
 
 
@@ -149,7 +149,7 @@ def finish(
 
     `shares` divides the groups anew, and `split` puts everything into one split; without either, the source's splits
     stay. Raises X2DFDError when more than 1 % is missing (unless allowed), when one file has two labels, methods or
-    splits, and when a group stands in two splits.
+    splits, and when a group is in two splits.
     """
     for name in read.only:
         if name not in read.splits:

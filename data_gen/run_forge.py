@@ -66,7 +66,7 @@ class _Source:
         self.config = config
         samples = read_manifest(config.data)
         self.tree: dict[str, dict[str, dict[str, dict[str, list[Sample]]]]] = {"real": {}, "fake": {}}
-        split_by_group: dict[str, str] = {}  # a row without a split counts as train: its group may stand elsewhere
+        split_by_group: dict[str, str] = {}  # a row without a split counts as train, but its group may be in another
         for s in samples:
             split = split_of(s, config.calib)
             if config.splits and split not in config.splits:

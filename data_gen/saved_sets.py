@@ -30,8 +30,8 @@ class Columns:
 
 
 def read_datasets(folders: Sequence[Path], images: Path, columns: Columns, *, only: Sequence[str] = ()) -> Read:
-    """Tables saved with `datasets.save_to_disk`; pictures are written to `images` by the hash of their bytes, which
-    stay as they are: encoding again would make a format trace of its own."""
+    """Read tables saved with `datasets.save_to_disk`. Pictures are written to `images` under the hash of their bytes,
+    which stay unchanged, as another encoding would leave a trace of its own."""
     try:
         import datasets
     except ImportError as error:

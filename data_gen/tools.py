@@ -33,8 +33,8 @@ class Forgery:
     """A forged picture, and the truth about it."""
 
     pixels: Pixels  # [H, W, 3] RGB, same size as the photo
-    mask: NDArray[np.uint8]  # [H, W], 0..255: how much of the new content stands at each pixel
-    cues: tuple[Cue, ...]  # what a careful eye could point at; empty for harmless changes
+    mask: NDArray[np.uint8]  # [H, W], 0..255: the share of new content at each pixel
+    cues: tuple[Cue, ...]  # signs that a careful viewer could point at; empty for harmless changes
     method: str
     df_class: str  # FS | FR | FE | EFS | real
     strength: float  # 0 (barely there) .. 1 (blatant)
@@ -223,7 +223,7 @@ def wander(points: Array, amount: float, rng: Rng) -> Array:
 
 
 def dct_thin(pixels: Array, block: int, keep: float) -> Array:
-    """Each block keeps only its low frequencies: what a small autoencoder does to texture."""
+    """Each block keeps only its low frequencies: a small autoencoder does the same to texture."""
     height, width = pixels.shape[0] // block * block, pixels.shape[1] // block * block
     out = pixels.astype(np.float32).copy()
     # By rows: the two-dimensional transform of the identity is the identity.

@@ -49,7 +49,7 @@ def _rms(values: Array, inside: Array) -> float:
 
 
 def _detail(pixels: Array, side: Array) -> float:
-    """Mean square of what is finer than about three pixels, over the pixels of `side`."""
+    """Mean square of detail finer than about three pixels, over the pixels of `side`."""
     return float(np.square((pixels - soft(pixels, 1.5))[side]).mean())
 
 

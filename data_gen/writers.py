@@ -21,14 +21,14 @@ Rng = np.random.Generator
 
 MAX_CUES = 3
 FAINT_BELOW, CLEAR_FROM = 0.35, 0.7
-"""Below the first, a cue is called faint; from the second on, clear; in between, visible."""
+"""A cue with a score below the first is called faint, from the second on clear, and between them visible."""
 
 _WORDS = json.loads((Path(__file__).parent / "words" / "grammar.json").read_text("utf-8"))
 """Words and sentences by their use.
 
-`areas`: what an area is called, its own word included, and whether that is a plural. `degrees`: adjectives and adverbs
-of strength for faint, visible and clear cues, and for one that nobody measured. `seen`, `seen_at`: what one would see
-of an artifact, anywhere or at one area. `in_order`: what is said of a real picture, by the artifact that it denies.
+`areas`: names of an area, its own word included, each with a mark for plurals. `degrees`: adjectives and adverbs of
+strength for faint, visible, clear and unmeasured cues. `seen`, `seen_at`: descriptions of an artifact, anywhere or at
+one area. `in_order`: statements about real pictures, by the artifact that they deny.
 {a} is the area, {an} the article with an adjective of strength, {adj} that adjective alone, {adv} the adverb; verbs in
 braces agree with the area.
 """
@@ -155,7 +155,7 @@ def _degree(score: float | None) -> int:
 
 
 def _describe(cue: Cue, df_class: str, rng: Rng) -> str:
-    """One clause about the cue, without capital or full stop: what a question calls it, then what one would see."""
+    """One clause about the cue, without capital or full stop: its words in a question, then a description."""
     templates = _WORDS["seen"][cue.artifact]
     special = _WORDS["seen_at"].get(cue.area, {}).get(cue.artifact, ())
     if df_class == "EFS" and (cue.area, cue.artifact) == ("whole-image", "texture"):

@@ -206,7 +206,7 @@ def file_sha256(path: Path) -> str:
 
 
 def json_sha256(value: object) -> str:
-    """SHA-256 of plain values, in hexadecimal: the same whatever the order of keys."""
+    """SHA-256 of plain values, in hexadecimal: independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 

@@ -170,6 +170,6 @@ def failure_of(source: Source, error: InputError) -> Failure:
     if isinstance(source, bytes):
         digest = hashlib.sha256(source).hexdigest()
     elif path is not None and error.code != "file_too_large":
-        with contextlib.suppress(OSError):  # what cannot be read has no hash
+        with contextlib.suppress(OSError):  # an unreadable file has no hash
             digest = file_sha256(Path(path)) if Path(path).is_file() else None
     return Failure(path, digest, error.code, error.reason)

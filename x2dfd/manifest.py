@@ -59,9 +59,9 @@ class Sample:
 def read_manifest(path: str | os.PathLike[str], *, split: str | None = None) -> list[Sample]:
     """Reads and checks a whole manifest; with `split`, returns only the samples of that split.
 
-    Raises X2DFDError, with the row's number (1 = the first record), on a missing column or one that stands twice, an
-    unknown label, a duplicate path or id, a malformed row, a group that stands in two splits or only in part in one,
-    and on an empty file or split. Whether the files exist is not checked.
+    Raises X2DFDError, with the row's number (1 = the first record), on a missing or repeated column, an unknown label, a
+    duplicate path or id, a malformed row, a group in two splits or only partly in one, and on an empty file or split.
+    It does not check that the files exist.
     """
     file = Path(os.path.abspath(path))
     samples = _check(file, _rows(file))
@@ -91,7 +91,7 @@ def manifest_paths(path: str | os.PathLike[str], *, remote: Collection[str] = ()
 def write_manifest(path: str | os.PathLike[str], rows: Iterable[Sample | Json]) -> None:
     """Writes a JSONL manifest, whole or not at all.
 
-    Paths of a Sample are written relative to the manifest's folder where they lie below it. Raises X2DFDError for
+    Paths of a Sample below the manifest's folder are written relative to it. Raises X2DFDError for
     rows that `read_manifest` would refuse.
     """
     file = Path(os.path.abspath(path))

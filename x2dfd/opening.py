@@ -61,12 +61,12 @@ def load(
 ) -> Detector:
     """A detector that is ready to use.
 
-    `model`: see `x2dfd.model_spec`. `mode`: calibrated, or paper for the language model's own P(fake), which is the
-    default without an adapter. `experts`: some of those that the adapter was trained or calibrated with, or, with
-    mode="paper", any; `other_experts`: also other weights than those. `device` (cpu, cuda, cuda:1 ...) and `dtype`
-    (fp32, bf16, fp16) of a local language model: see `loading.choose_device`; experts stay on the CPU. The embedded
-    model on a CPU takes bf16 by default where the CPU has units for it and the MLLM only writes. `device_map`: as in
-    transformers ("auto"); `bits`: 4 or 8 (bitsandbytes). Raises SetupError with what mends it.
+    `model` is described in `x2dfd.model_spec`. `mode` is calibrated, the default with an adapter, or paper, the language
+    model's own P(fake). `experts` are some of those that the adapter was trained or calibrated with; mode="paper" takes
+    any, and `other_experts` allows other weights. `device` (cpu, cuda, cuda:1 ...) and `dtype` (fp32, bf16, fp16) hold
+    for a local language model (see `loading.choose_device`); experts stay on the CPU. The embedded model on a CPU takes
+    bf16 by default if the CPU has units for it and the MLLM only writes. `device_map` is as in transformers ("auto"),
+    `bits` 4 or 8 (bitsandbytes). Raises SetupError with the remedy.
     """
     spec = ModelSpec.parse(model)
     if threads is not None:
@@ -132,7 +132,7 @@ def _local(
     device_map: str | None,
     bits: Bits | None,
 ) -> tuple[LocalMLLM, dict[str, str], str]:
-    """The MLLM with its adapter, checked; the identity of its base; the hash of its prompts."""
+    """The MLLM with its adapter, checked, the identity of its base, and the hash of its prompts."""
     with ThreadPoolExecutor(1) as background:
         identity_future = background.submit(base_identity, base)  # most of loading is imports, which keep one core busy
         model, processor = load_model(

@@ -42,7 +42,7 @@ class Picture:
     sha256: str  # of the file's bytes; for an image object see the note `hash_of_pixels`
     format: str  # "JPEG", "PNG", ...; "PIL" for an image object
     n_frames: int  # pictures in the file; the first one is decoded
-    notes: tuple[str, ...]  # what decoding changed: "exif_orientation:6", "alpha_on_white", ...
+    notes: tuple[str, ...]  # changes by decoding: "exif_orientation:6", "alpha_on_white", ...
     path: str | None  # as given by the caller; None for bytes and image objects
     file: Json = field(default_factory=dict)  # of the file: `bytes`, `modified` (of a path), `exif`
     provenance: Json = field(default_factory=_not_checked)  # see x2dfd.provenance
@@ -181,7 +181,7 @@ def _exif_blob(image: Image.Image) -> bytes:
 def exif_summary(opened: Opened) -> dict[str, str]:
     """Camera, software and times as the file states them (anyone can write them), and a mark if it states a place."""
     try:
-        if opened.name == "PNG":  # whose EXIF may stand behind its pixels
+        if opened.name == "PNG":  # its EXIF may follow its pixels
             walk_ifds(_exif_blob(opened.image), opened.budget)
         tags = opened.image.getexif()
         values = dict(tags) | dict(tags.get_ifd(0x8769))

@@ -57,7 +57,7 @@ class Video:
     n_frames: int  # in the whole clip
     duration_s: float | None  # from the frames' times; None when the file does not give any
     frames: tuple[Frame, ...]  # in time order
-    notes: tuple[str, ...]  # what decoding changed or could not read: "rotation:90", "deinterlaced", ...
+    notes: tuple[str, ...]  # changes and failures of decoding: "rotation:90", "deinterlaced", ...
     path: str | None  # as given by the caller; None for bytes
     asked: int  # the requested number of frames; the same number samples the same frames again
     file: Json = field(default_factory=dict)  # of the file: `bytes`, `modified` (of a path), `exif`
@@ -149,7 +149,7 @@ def load_video(
     elif rate:
         duration = n / rate
     if duration and stated_duration > 1.1 * duration + 0.5:
-        notes.append(f"file_says_{stated_duration:.1f}_s")  # cut short, or the sound goes on alone
+        notes.append(f"file_says_{stated_duration:.1f}_s")  # cut short, or the sound is longer
     return collector.video(digest.hexdigest(), container_name, n, duration, max_frames, path, {})
 
 
@@ -173,7 +173,7 @@ def _container(file: Metered, name: str) -> Iterator[tuple[InputContainer, Video
     from av.video.stream import VideoStream
 
     file.seek(0)
-    # whatever is inside: no other file, no network, no exotic decoder, no oversized frame
+    # for any content: no other file, no network, no exotic decoder, no oversized frame
     options = {"protocol_whitelist": "none", "codec_whitelist": _CODECS, "max_pixels": str(MAX_PIXELS)}
     try:
         with av.open(file, mode="r", format=name, options=options, io_open=_refuse_open) as container:
