@@ -93,7 +93,7 @@ def _has_face(path: str) -> bool:
 
 
 def _unfit(record: Record, has_experts: bool) -> str:
-    """The reason for which a conversation is no training data here, or ""."""
+    """The reason for refusing a conversation as training data, or ""."""
     questions = [turn["value"] for turn in record["conversations"][::2]]
     if record["system"]:
         return "it has a system prompt, which the prompts of x2dfd do not have"

@@ -102,8 +102,8 @@ def read_deepfakebench(
 ) -> Read:
     """Indices of DeepfakeBench and DF40: {data set: {class: {split: {[level:] clip: {"label", "frames"}}}}}.
 
-    The key inside the file names the data set; the file's name does not matter. If the keys below a split are compression
-    levels, `compression` chooses among several (a file or key that ends in `_c40` means c40).
+    The key inside the file names the data set; the file's name does not matter. If the keys below a split are
+    compression levels, `compression` chooses among several (a file or key that ends in `_c40` means c40).
     """
     read, reroot = Read(only), Reroot(roots)
     for file in files:

@@ -59,8 +59,8 @@ class Sample:
 def read_manifest(path: str | os.PathLike[str], *, split: str | None = None) -> list[Sample]:
     """Reads and checks a whole manifest; with `split`, returns only the samples of that split.
 
-    Raises X2DFDError, with the row's number (1 = the first record), on a missing or repeated column, an unknown label, a
-    duplicate path or id, a malformed row, a group in two splits or only partly in one, and on an empty file or split.
+    Raises X2DFDError, with the row's number (1 = the first record), on a missing or repeated column, an unknown label,
+    a duplicate path or id, a malformed row, a group in two splits or only partly in one, and on an empty file or split.
     It does not check that the files exist.
     """
     file = Path(os.path.abspath(path))
