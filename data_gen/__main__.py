@@ -25,14 +25,14 @@ def _rooms() -> None:
 
 def _configured(kind: type[T], options: Json) -> T:
     """The configuration that a command's options of the same names make; an empty list is the default one."""
-    found: Json = {}
+    values: Json = {}
     for field in fields(kind):  # type: ignore[arg-type]
         if field.name in options:
             value = options[field.name]
             if isinstance(field.default, tuple):
                 value = names(value) or field.default
-            found[field.name] = str(value) if isinstance(value, Path) else value
-    return kind(**found)
+            values[field.name] = str(value) if isinstance(value, Path) else value
+    return kind(**values)
 
 
 _FORGE_EPILOG = """Examples:\n

@@ -1,7 +1,8 @@
-"""`python -m data_gen build`: from the ranking and the forgeries' truth to LLaVA-format instruction data.
+"""`python -m data_gen build`: LLaVA-format instruction data from the ranking of cues and the truth about forgeries.
 
-Explanations name strong cues (assessment) that are truly there (forge): SFS. Questions give expert scores: WFS,
-with a set share of them missing or wrong, so that no single expert is obeyed blindly. Every record carries its truth.
+Explanations name cues that the assessment found strong and that the forge really made (SFS). Questions give expert
+scores (WFS), and a set share of them is missing or wrong, so that the model obeys no single expert blindly. Every
+record carries the truth about its picture.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from x2dfd.types import AREAS, ARTIFACTS, Evidence
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """What an instruction set is made of; saved in its data card."""
+    """The settings of an instruction set; saved in its data card."""
 
     data: str  # manifest of forgeries with cues (data_gen forge)
     assessment: str | None = None  # assessment.json; without one every cue counts as strong
@@ -54,11 +55,11 @@ class BuildConfig:
     view_seed: int = 1  # the degradation of each picture; the cached tower features use the same
     corrupt: float = 0.15  # share of injected scores that are wrong or missing in training
     closing: bool = True  # explanations end in a sentence on the experts that agree, as X2-DFD's do
-    explanations: int = 1  # verdicts with an explanation per fake with known cues: other words, other wrong scores
+    explanations: int = 1  # explained verdicts per fake with known cues; each has other words and other wrong scores
     cue_questions: int = 2  # yes/no questions per picture
     follow_ups: float = 0.35  # share of pictures with a second turn after the verdict
     limit: int | None = None  # at most this many pictures, drawn by their ids
-    format: str | None = None  # written as another stack trains on it too, of data_gen.exchange.FORMATS
+    format: str | None = None  # also write it in this format of another stack, of data_gen.exchange.FORMATS
     crop_size: int = CROP_SIZE  # side of the pictures that are written with `format`
     seed: int = 0
 
@@ -72,7 +73,7 @@ def build(config: BuildConfig, out: Path) -> Path:
     if not 0 <= config.corrupt <= 1:
         raise X2DFDError(f"corrupt must be a share from 0 to 1, not {config.corrupt}", code="share_out_of_range")
     data = load_crops(Path(config.data), side=config.crop_size)
-    strong = _explained(config)
+    strong = _explainable_cues(config)
     rows = [int(i) for i in training_rows(data, config.limit)]
     unclear = [data.samples[i].id for i in rows if data.samples[i].label == "fake" and not data.samples[i].df_class]
     if unclear:
@@ -80,19 +81,19 @@ def build(config: BuildConfig, out: Path) -> Path:
             f"{config.data}: {len(unclear)} fakes without df_class, such as {unclear[0]}", code="df_class_missing"
         )
     scores = expert_scores(data, rows, config)
-    kept = [
+    selected = [
         i
         for i in rows
         if data.samples[i].split != "train" or not set(data.samples[i].method.split("+")) & set(config.held_out)
     ]
     records: list[Json] = []
-    for i in kept:
+    for i in selected:
         sample = data.samples[i]
         rng = np.random.default_rng([config.seed, i])
         records += list(_records(sample, i, scores[sample.id], strong, config, rng))
     if not records:
         raise X2DFDError(f"{config.data}: no usable picture of split train, val or calib", code="no_usable_picture")
-    if config.assessment is not None:  # what was explained is part of the set
+    if config.assessment is not None:  # the set includes the ranking that chose its explanations
         write_text(out / "assessment.json", Path(config.assessment).read_text(encoding="utf-8"))
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
     write_text(out / "instructions.jsonl", text)
@@ -103,15 +104,15 @@ def build(config: BuildConfig, out: Path) -> Path:
     return out / "instructions.jsonl"
 
 
-def _explained(config: BuildConfig) -> set[tuple[str, str]] | None:
-    """The cues that explanations may name: the ranking's strong ones (SFS), and those that an expert of the prompt
-    covers and so points at (WFS); None without a ranking: all of them."""
+def _explainable_cues(config: BuildConfig) -> set[tuple[str, str]] | None:
+    """The cues that explanations may name: strong ones of the ranking (SFS) and those that an expert of the prompt
+    covers (WFS). None without a ranking, which means all."""
     if config.assessment is None:
         return None
     weights = Path(config.expert_weights) if config.expert_weights else None
-    asked = [load_expert(name, weights).card for name in config.experts]
+    cards = [load_expert(name, weights).card for name in config.experts]
     pairs = {(area, artifact) for area in AREAS for artifact in ARTIFACTS}
-    covered = {(a, r) for a, r in pairs if any(card.covers_cue(a, r) for card in asked)}
+    covered = {(a, r) for a, r in pairs if any(card.covers_cue(a, r) for card in cards)}
     return set(strong_cues(read_assessment(Path(config.assessment)))) | covered
 
 
@@ -123,19 +124,19 @@ def expert_scores(data: CropSet, rows: Sequence[int], config: BuildConfig) -> di
         raise X2DFDError(f"{weights} holds no card of {', '.join(config.experts)}", code="expert_card_missing")
     for name in config.experts:
         expert = load_expert(name, weights)
-        passed = _passed(data, rows, config, expert) if name == "tower" else None
+        features = _tower_features(data, rows, config, expert) if name == "tower" else None
         tower: str = getattr(expert, "tower", "")
         for start in progress(range(0, len(rows), 16), f"{name} scores"):
-            part = rows[start : start + 16]
-            faces = through_codec([view_face(data, i, config.view_seed) for i in part])
-            shared = Shared(passed.states(slice(start, start + 16)), tower) if passed else None
-            for i, evidence in zip(part, expert.judge(faces, shared), strict=True):
+            batch = rows[start : start + 16]
+            faces = through_codec([view_face(data, i, config.view_seed) for i in batch])
+            shared = Shared(features.states(slice(start, start + 16)), tower) if features else None
+            for i, evidence in zip(batch, expert.judge(faces, shared), strict=True):
                 table[data.samples[i].id].append(evidence)
     return table
 
 
-def _passed(data: CropSet, rows: Sequence[int], config: BuildConfig, expert: Expert) -> TowerFeatures | None:
-    """The forensic tower's one pass over the augmented views, kept to train the MLLM where that is asked for."""
+def _tower_features(data: CropSet, rows: Sequence[int], config: BuildConfig, expert: Expert) -> TowerFeatures | None:
+    """The forensic tower's outputs for the augmented views, cached for the MLLM's training; None without `features`."""
     if config.features is None:
         return None
     from external_detectors.tower import WEIGHTS
@@ -155,9 +156,9 @@ def _records(
     config: BuildConfig,
     rng: np.random.Generator,
 ) -> Iterator[Json]:
-    """The conversations about one picture: verdict with scores, without, in a user's words, class, yes/no questions, a
-    follow-up."""
-    # An explanation names cues that are there and that the model can see.
+    """The conversations about one picture: verdicts with and without scores, a verdict in a user's words, its class,
+    yes/no questions, a follow-up."""
+    # An explanation names cues that the picture has and that the model can see.
     cues = [c for c in sample.cues if strong is None or (c.area, c.artifact) in strong]
     label = sample.label
     df_class = sample.df_class or "real"
@@ -174,54 +175,54 @@ def _records(
         "split": sample.split,
         "method": sample.method,
     }
-    shown: list[Evidence] = []
+    prompt_evidence: list[Evidence] = []
 
     def record(task: str, question: str, answer: str, *follow_up: str) -> Json:
-        said = [f"<image>\n{question}", answer, *follow_up]
-        turns = [{"from": ("human", "gpt")[k % 2], "value": value} for k, value in enumerate(said)]
-        told = {
-            "scores": {e.expert: e.score for e in shown},
-            "pointed": {e.expert: [asdict(c) for c in e.cues] for e in shown if e.cues},
+        texts = [f"<image>\n{question}", answer, *follow_up]
+        turns = [{"from": ("human", "gpt")[k % 2], "value": value} for k, value in enumerate(texts)]
+        experts = {
+            "scores": {e.expert: e.score for e in prompt_evidence},
+            "pointed": {e.expert: [asdict(c) for c in e.cues] for e in prompt_evidence if e.cues},
         }
-        return {"id": f"{sample.id}/{task}", "task": task, **common, **told, "conversations": turns}
+        return {"id": f"{sample.id}/{task}", "task": task, **common, **experts, "conversations": turns}
 
     for number in range(config.explanations if label == "fake" and cues else 1):
-        shown = corrupted(evidence, config.corrupt, rng) if sample.split == "train" else evidence
-        pointed = [c for e in shown for c in e.cues] if label == "real" else []
+        prompt_evidence = corrupted(evidence, config.corrupt, rng) if sample.split == "train" else evidence
+        pointed = [c for e in prompt_evidence for c in e.cues] if label == "real" else []
         explanation = write_explanation(label, tuple(cues), df_class, rng, pointed)
-        question = prompts.verdict_question(shown, config.score_form)
-        answer = prompts.verdict_answer(label, explanation, shown if config.closing else ())
+        question = prompts.verdict_question(prompt_evidence, config.score_form)
+        answer = prompts.verdict_answer(label, explanation, prompt_evidence if config.closing else ())
         yield record("detect" if number == 0 else f"detect_again{number}", question, answer)
     yield record("detect_plain", prompts.QUESTION, prompts.verdict_answer(label))
-    told = prompts.expert_block(shown, config.score_form)
-    yield record("detect_asked", decision_question(rng) + told, prompts.verdict_answer(label))
-    yield record("classify", prompts.CLASS_QUESTION + class_choices(rng) + told, class_answer(df_class, rng))
-    asked = _cue_questions(sample, config.cue_questions, rng)
-    for number, (cue_question, yes) in enumerate(asked):
+    block = prompts.expert_block(prompt_evidence, config.score_form)
+    yield record("detect_asked", decision_question(rng) + block, prompts.verdict_answer(label))
+    yield record("classify", prompts.CLASS_QUESTION + class_choices(rng) + block, class_answer(df_class, rng))
+    questions = _cue_questions(sample, config.cue_questions, rng)
+    for number, (cue_question, yes) in enumerate(questions):
         yield record(f"cue{number}", cue_question.text, "Yes" if yes else "No")
-    for number in range(max(0, config.cue_questions - len(asked)) or int(rng.random() < 0.3)):
+    for number in range(max(0, config.cue_questions - len(questions)) or int(rng.random() < 0.3)):
         kind, yes = kind_question(df_class, rng)
         yield record(f"kind{number}", f"{kind} {prompts.CUE_ENDING}", "Yes" if yes else "No")
     if rng.random() < config.follow_ups:
-        said = write_follow_up(label, cues, df_class, rng, [c.area for c in sample.cues])
-        yield record("chat", question, answer, *said)
+        follow_up = write_follow_up(label, cues, df_class, rng, [c.area for c in sample.cues])
+        yield record("chat", question, answer, *follow_up)
 
 
 def _cue_questions(sample: Sample, count: int, rng: np.random.Generator) -> list[tuple[CueQuestion, bool]]:
-    """Questions about cues that are there (up to half) and about cues that are not."""
+    """Questions about cues that the picture has (up to half) and about cues that it does not have."""
     if sample.label == "fake" and not sample.cues:
-        return []  # nobody knows what a ready-made fake shows
-    there = {(c.area, c.artifact) for c in sample.cues if (c.score or 0) >= 0.2}
-    touched = {(c.area, c.artifact) for c in sample.cues}
-    yes = [q for q in cue_questions() if (q.area, q.artifact) in there]
-    no = [q for q in cue_questions() if (q.area, q.artifact) not in touched]
-    chosen = [(yes[int(k)], True) for k in rng.permutation(len(yes))[: count // 2]]
-    chosen += [(no[int(k)], False) for k in rng.permutation(len(no))[: count - len(chosen)]]
+        return []  # the cues of a ready-made fake are unknown
+    visible = {(c.area, c.artifact) for c in sample.cues if (c.score or 0) >= 0.2}
+    present = {(c.area, c.artifact) for c in sample.cues}
+    positive = [q for q in cue_questions() if (q.area, q.artifact) in visible]
+    negative = [q for q in cue_questions() if (q.area, q.artifact) not in present]
+    chosen = [(positive[int(k)], True) for k in rng.permutation(len(positive))[: count // 2]]
+    chosen += [(negative[int(k)], False) for k in rng.permutation(len(negative))[: count - len(chosen)]]
     return chosen
 
 
 def corrupted(evidence: Sequence[Evidence], rate: float, rng: np.random.Generator) -> list[Evidence]:
-    """Each score, with probability `rate`, is missing or drawn at random; what the expert points at goes with it."""
+    """With probability `rate`, a score is missing or drawn at random, without the cues that its expert points at."""
     out = []
     for e in evidence:
         if rng.random() < rate:
@@ -243,16 +244,16 @@ def _write_parquet(path: Path, records: Sequence[Json]) -> None:
 
 
 def data_card(records: Sequence[Json], config: BuildConfig, out: Path) -> Json:
-    """Data card: counts per task, split, source, licence, label, method, class and cue; how varied the texts are."""
-    main = [r for r in records if r["task"] == "detect"]
-    answers = [r["conversations"][1]["value"] for r in main]
+    """Data card: counts per task, split, source, licence, label, method, class and cue, and variety of the texts."""
+    verdicts = [r for r in records if r["task"] == "detect"]
+    answers = [r["conversations"][1]["value"] for r in verdicts]
 
     weights = Path(config.expert_weights) if config.expert_weights else None
 
     def count(key: str) -> dict[str, int]:
-        return dict(sorted(Counter(str(r[key]) for r in main).items()))
+        return dict(sorted(Counter(str(r[key]) for r in verdicts).items()))
 
-    cues = Counter(f"{c['area']} x {c['artifact']}" for r in main for c in r["cues"])
+    cues = Counter(f"{c['area']} x {c['artifact']}" for r in verdicts for c in r["cues"])
     return {
         "config": asdict(config),
         "manifest_sha256": file_sha256(Path(config.data)),
@@ -260,7 +261,7 @@ def data_card(records: Sequence[Json], config: BuildConfig, out: Path) -> Json:
         "instructions_sha256": file_sha256(out / "instructions.jsonl"),
         "assessment_sha256": file_sha256(out / "assessment.json") if config.assessment else None,
         "experts": {name: card_of(name, weights).sha256 for name in config.experts},  # in the order of the prompt
-        "pictures": len(main),
+        "pictures": len(verdicts),
         "records": dict(sorted(Counter(r["task"].rstrip("0123456789") for r in records).items())),
         "split": count("split"),
         "label": count("label"),

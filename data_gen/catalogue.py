@@ -1,4 +1,4 @@
-"""`python -m data_gen catalogue`: the forge's work, laid out for a person to look at.
+"""`python -m data_gen catalogue`: a page for people that shows the work of the forge.
 
 One self-contained page with every forge method and every harmless change, each on one photo at three strengths:
 picture, mask, difference, cues. The same input and seed give the same page.
@@ -47,7 +47,7 @@ CLASSES = {
 }
 _WORDS = Path(__file__).parent / "words"
 IMITATES: dict[str, str] = json.loads((_WORDS / "imitates.json").read_text("utf-8"))
-"""What each method imitates, in a sentence."""
+"""A sentence for each method about the thing that it imitates."""
 
 
 def _portrait() -> Iterator[tuple[Photo, Photo]]:
@@ -68,25 +68,25 @@ def _portrait() -> Iterator[tuple[Photo, Photo]]:
 
 
 def _rng(seed: int, name: str = "") -> Rng:
-    """A generator of its own for each name, so that a method added to the forge leaves the others' examples alone."""
+    """A separate generator for each name, so that a new method does not change the examples of others."""
     return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
 
 def _pairs(data: Path, seed: int) -> Iterator[tuple[Photo, Photo]]:
     """(photo, donor) of two groups each, without end: a random picture of each group, sources taking turns."""
     rng = _rng(seed)
-    home: dict[str, str] = {}  # group -> source
+    source_of_group: dict[str, str] = {}  # group -> source
     by_source: dict[str, dict[str, list[Sample]]] = defaultdict(lambda: defaultdict(list))
     for sample in read_manifest(data):
-        if sample.label == "real":  # a person of two sources counts as of the first, or could donate to themself
-            by_source[home.setdefault(sample.group, sample.source)][sample.group].append(sample)
+        if sample.label == "real":  # a person of two sources belongs to the first, else they could be their own donor
+            by_source[source_of_group.setdefault(sample.group, sample.source)][sample.group].append(sample)
     queues = []
     for _, groups in sorted(by_source.items()):
         names = sorted(groups)
         queues.append([groups[names[i]] for i in rng.permutation(len(names))])
-    turns = [queue[i] for i in range(max(map(len, queues), default=0)) for queue in queues if i < len(queue)]
+    groups_in_turn = [queue[i] for i in range(max(map(len, queues), default=0)) for queue in queues if i < len(queue)]
     usable: list[Photo] = []
-    for group in turns:
+    for group in groups_in_turn:
         sample = group[int(rng.integers(len(group)))]
         photo = load_photo(str(sample.path), sample.source, sample.group, ForgeConfig.side)
         if photo is None:
@@ -120,11 +120,11 @@ def catalogue(data: Path | None = None, seed: int = 0) -> str:
 
 
 def _card(method: Method, photo: Photo, donor: Photo, seed: int) -> Json:
-    """What the page shows of one method. The same generator state at each strength: the same choices, more of them."""
-    made = [forge(photo, method, _rng(seed, method.name), donor, strength) for _, strength in STRENGTHS]
-    window = _window(photo, np.max([f.mask for f in made], axis=0), method.df_class == "real")
+    """The page's data on one method. Each strength starts from the same generator state and makes the same choices."""
+    forgeries = [forge(photo, method, _rng(seed, method.name), donor, strength) for _, strength in STRENGTHS]
+    window = _window(photo, np.max([f.mask for f in forgeries], axis=0), method.df_class == "real")
     columns = []
-    for (word, strength), forgery in zip(STRENGTHS, made, strict=True):
+    for (word, strength), forgery in zip(STRENGTHS, forgeries, strict=True):
         change = np.abs(forgery.pixels.astype(np.int16) - photo.pixels).max(-1)  # [H, W]
         touched = change[forgery.mask > 0] if forgery.mask.any() else change
         columns.append(
@@ -153,8 +153,8 @@ def _card(method: Method, photo: Photo, donor: Photo, seed: int) -> Json:
 
 
 def _window(photo: Photo, mask: Pixels | None, whole: bool = False) -> tuple[slice, slice]:
-    """What is shown of a photo: its face and what the mask covers beside it, tight, so that faint traces are not lost
-    in shrinking; or the whole of it. A mask of the whole picture asks for no more than the face."""
+    """The part of a photo to show: its face and the mask around it, cut close so that faint traces survive shrinking,
+    or all of it with `whole`. For a mask of the whole picture, the face is enough."""
     height, width = photo.pixels.shape[:2]
     if whole:
         return slice(0, height), slice(0, width)
@@ -180,8 +180,8 @@ def _fit(pixels: Pixels, side: int) -> Pixels:
     height, width = pixels.shape[:2]
     scale = side / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    return np.asarray(cv2.resize(pixels, size, interpolation=how), np.uint8)
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(pixels, size, interpolation=interpolation), np.uint8)
 
 
 def _overlay(forgery: Forgery, window: tuple[slice, slice]) -> Pixels:

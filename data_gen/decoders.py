@@ -96,10 +96,10 @@ class Autoencoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.encode(x)
-        if self.training:  # a decoder that must bear a little noise draws texture by itself
+        if self.training:  # with a little noise in the latents, a decoder learns to draw texture of its own
             z = z + 0.05 * z.detach().std() * torch.randn_like(z)
-        drawn: Tensor = self.decode(z)
-        return drawn
+        output: Tensor = self.decode(z)
+        return output
 
 
 def _discriminator() -> nn.Module:
@@ -118,35 +118,35 @@ def train_one(
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, len(design.name), *design.name.encode()])
     net, critic = Autoencoder(design), _discriminator()
-    own = torch.optim.Adam(net.parameters(), lr=2e-3, betas=(0.5, 0.99))
-    other = torch.optim.Adam(critic.parameters(), lr=5e-4, betas=(0.5, 0.99))
-    started, kept = time.monotonic(), []
+    optimiser = torch.optim.Adam(net.parameters(), lr=2e-3, betas=(0.5, 0.99))
+    critic_optimiser = torch.optim.Adam(critic.parameters(), lr=5e-4, betas=(0.5, 0.99))
+    start, losses = time.monotonic(), []
     for step in range(steps):
-        for group in own.param_groups:
+        for group in optimiser.param_groups:
             group["lr"] = 2e-3 * (1 - step / steps) + 1e-5
         batch = torch.from_numpy(np.stack([_patch(crops[int(i)], rng) for i in rng.choice(rows, 16)]))
         real = batch.permute(0, 3, 1, 2).float() / 127.5 - 1
-        drawn = net(real)
-        small_real, small_drawn = F.avg_pool2d(real, 4), F.avg_pool2d(drawn, 4)
-        edges = sum(((drawn.diff(dim=d) - real.diff(dim=d)).abs().mean() for d in (2, 3)), start=torch.zeros(()))
-        loss = (drawn - real).abs().mean() + (small_drawn - small_real).abs().mean() + edges
-        kept.append(loss.item())
-        fooling = design.adversarial > 0 and step > steps // 4
-        if fooling:
-            loss = loss - design.adversarial * critic(drawn).mean()
-        own.zero_grad(set_to_none=True)
+        redrawn = net(real)
+        small_real, small_redrawn = F.avg_pool2d(real, 4), F.avg_pool2d(redrawn, 4)
+        edges = sum(((redrawn.diff(dim=d) - real.diff(dim=d)).abs().mean() for d in (2, 3)), start=torch.zeros(()))
+        loss = (redrawn - real).abs().mean() + (small_redrawn - small_real).abs().mean() + edges
+        losses.append(loss.item())
+        adversarial = design.adversarial > 0 and step > steps // 4
+        if adversarial:
+            loss = loss - design.adversarial * critic(redrawn).mean()
+        optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        own.step()
-        if fooling:
-            other.zero_grad(set_to_none=True)
-            hinge = F.relu(1 - critic(real)).mean() + F.relu(1 + critic(drawn.detach())).mean()
+        optimiser.step()
+        if adversarial:
+            critic_optimiser.zero_grad(set_to_none=True)
+            hinge = F.relu(1 - critic(real)).mean() + F.relu(1 + critic(redrawn.detach())).mean()
             hinge.backward()
-            other.step()
+            critic_optimiser.step()
         if (step + 1) % 100 == 0:
-            rate = (time.monotonic() - started) / (step + 1)
+            rate = (time.monotonic() - start) / (step + 1)
             print(
-                f"{design.name} {step + 1}/{steps} {np.mean(kept[-100:]):.4f} {rate:.2f} s/step",
+                f"{design.name} {step + 1}/{steps} {np.mean(losses[-100:]):.4f} {rate:.2f} s/step",
                 file=sys.stderr,
                 flush=True,
             )
@@ -182,8 +182,8 @@ def load_bank(path: Path) -> dict[str, Autoencoder]:
         bank = {}
         for design in DESIGNS:
             net = Autoencoder(design)
-            own = {k.split(".", 1)[1]: v.float() for k, v in tensors.items() if k.split(".", 1)[0] == design.name}
-            net.load_state_dict(own)
+            state = {k.split(".", 1)[1]: v.float() for k, v in tensors.items() if k.split(".", 1)[0] == design.name}
+            net.load_state_dict(state)
             bank[design.name] = net.eval()
     except (SafetensorError, RuntimeError, IndexError) as error:
         raise SetupError(
@@ -199,7 +199,7 @@ def redraw(pixels: Array, name: str) -> NDArray[np.float32]:
 
 
 def through(net: Callable[[Tensor], Tensor], pixels: Array, stride: int) -> NDArray[np.float32]:
-    """What a network [1, 3, h, w] → [1, 3, h, w], both 0..255, makes of a picture [h, w, 3] of any size."""
+    """The output of a network [1, 3, h, w] → [1, 3, h, w], both 0..255, for a picture [h, w, 3] of any size."""
     height, width = pixels.shape[:2]
     padded = cv2.copyMakeBorder(
         np.asarray(pixels, np.float32), 0, -height % stride, 0, -width % stride, cv2.BORDER_REPLICATE
@@ -208,15 +208,15 @@ def through(net: Callable[[Tensor], Tensor], pixels: Array, stride: int) -> NDAr
     torch.set_num_threads(1)  # sums in another order would be other bytes
     try:
         with torch.inference_mode():
-            drawn = net(torch.from_numpy(padded).permute(2, 0, 1)[None])
+            output = net(torch.from_numpy(padded).permute(2, 0, 1)[None])
     finally:
         torch.set_num_threads(threads)
-    return np.ascontiguousarray(drawn[0].permute(1, 2, 0).numpy()[:height, :width])
+    return np.ascontiguousarray(output[0].permute(1, 2, 0).numpy()[:height, :width])
 
 
 def train(data: Path, steps: int, work: Path, path: Path = WEIGHTS) -> None:
-    """Train every decoder on the untouched real pictures of split `train`; finished ones are kept in `work`. Raises
-    X2DFDError when there are none, or when a decoder diverged."""
+    """Train every decoder on the untouched real pictures of split `train`, and save finished ones in `work`. Raises
+    X2DFDError when there are no such pictures, or when a decoder diverged."""
     from external_detectors.train.loop import licence_of, next_version
     from x2dfd.crops import load_crops
 
@@ -228,16 +228,16 @@ def train(data: Path, steps: int, work: Path, path: Path = WEIGHTS) -> None:
         raise X2DFDError(f"{data}: no untouched real picture in split `train`", code="no_real_picture")
     work.mkdir(parents=True, exist_ok=True)
     nets, fidelity = {}, {}
-    checked = [i for i, s in enumerate(crops.samples) if (s.label, s.split) == ("real", "calib")][:60]
+    test_rows = [i for i, s in enumerate(crops.samples) if (s.label, s.split) == ("real", "calib")][:60]
     for design in DESIGNS:
-        kept = work / f"{design.name}-{steps}-{manifest_sha256(data)[:12]}.safetensors"
+        weights_file = work / f"{design.name}-{steps}-{manifest_sha256(data)[:12]}.safetensors"
         nets[design.name] = Autoencoder(design).eval()
-        if not kept.is_file():
-            trained = train_one(design, crops.crops, rows, steps).state_dict()
-            with whole(kept) as temporary:
-                save_file(trained, temporary)
-        nets[design.name].load_state_dict(load_file(kept))
-        fidelity[design.name] = round(_fidelity(nets[design.name], crops.crops[checked]), 2) if checked else None
+        if not weights_file.is_file():
+            state = train_one(design, crops.crops, rows, steps).state_dict()
+            with whole(weights_file) as temporary:
+                save_file(state, temporary)
+        nets[design.name].load_state_dict(load_file(weights_file))
+        fidelity[design.name] = round(_fidelity(nets[design.name], crops.crops[test_rows]), 2) if test_rows else None
     save_bank(nets, path)
     sources = ", ".join(sorted({crops.samples[i].source for i in rows}))
     card = Card(
@@ -252,7 +252,7 @@ def train(data: Path, steps: int, work: Path, path: Path = WEIGHTS) -> None:
         blind_spot="Small networks: they soften what a large generator would draw sharp.",
         weights=path.name,
         trained_on=f"{len(rows)} untouched real pictures, {steps} steps of 16 patches each; sources: {sources}",
-        figures={"psnr_db_on_unseen_people": fidelity, "n": len(checked)},
+        figures={"psnr_db_on_unseen_people": fidelity, "n": len(test_rows)},
     )
     write_card(path.with_suffix(".card.json"), card)
 

@@ -1,5 +1,5 @@
-"""`python -m data_gen.demo --out DIR`: the main job on a real photo (NASA's portrait of Eileen Collins, public domain,
-from scikit-image) and on its forged twin, whose truth is printed, with an HTML report."""
+"""`python -m data_gen.demo --out DIR`: runs `x2dfd detect` on a real photo (NASA's portrait of Eileen Collins, public
+domain, from scikit-image) and on its forged twin, prints the truth about the forgery, and writes an HTML report."""
 
 from __future__ import annotations
 

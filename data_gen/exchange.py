@@ -1,4 +1,4 @@
-"""Instruction sets as other stacks train on them, and theirs as ours: conversations with their pictures as files.
+"""Writes instruction sets in the formats of other training stacks and reads theirs: conversations with picture files.
 
 - llava: a JSON list of `id`, `image` and `conversations`, whose turns are `from` (human, gpt) and `value`; documented
   in haotian-liu/LLaVA, docs/Finetune_Custom_Data.md
@@ -7,8 +7,8 @@
 - messages: JSON Lines of `messages`, with `role` and `content`, and `images` (whole paths); modelscope/ms-swift,
   docs/source_en/Customization/Custom-dataset.md
 
-`<image>` in a question marks a picture's place, as often as there are pictures. X2-DFD's conversation files are in
-LLaVA's format; its result files have further turns that hold scores, which nobody says.
+`<image>` in a question marks a picture's place, once for each picture. X2-DFD's conversation files are in LLaVA's
+format; its result files have further turns, which hold scores and are no part of the conversation.
 """
 
 from __future__ import annotations
@@ -29,82 +29,81 @@ FORMATS = ("llava", "sharegpt", "messages")
 MARK = "<image>"
 SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 RESULTS = ("real score", "fake score")
-"""Turns of X2-DFD's result files that are no talk."""
+"""Speakers of turns in X2-DFD's result files that hold scores."""
 
 Record = Json
 
 
-def write(records: Sequence[Record], data: CropSet, view_seed: int, out: Path, form: str) -> Path:
-    """Write the records of `data_gen build` in a format of FORMATS, one file a split, into `out/form`, and the
-    augmented views that the questions' scores are about as PNG. Returns the folder."""
+def write(records: Sequence[Record], data: CropSet, view_seed: int, out: Path, format_name: str) -> Path:
+    """Write the records of `data_gen build` in a format of FORMATS, one file for each split, with the augmented views
+    that the experts scored as PNG. Returns the folder, `out/format_name`."""
     from PIL import Image
 
-    folder = out / form
+    folder = out / format_name
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for row in progress(sorted({int(r["row"]) for r in records}), "pictures"):
-        Image.fromarray(augmented_view(data.views[row], view_seed, row)).save(folder / _picture(row))
-    described: Json = {}
+        Image.fromarray(augmented_view(data.views[row], view_seed, row)).save(folder / _picture_name(row))
+    dataset_info: Json = {}
     for split in sorted({str(r["split"]) for r in records}):
-        made = [_exported(r, form, folder) for r in records if r["split"] == split]
-        if form == "messages":
-            text = "".join(json.dumps(m, ensure_ascii=False) + "\n" for m in made)
+        exported = [_export_record(r, format_name, folder) for r in records if r["split"] == split]
+        if format_name == "messages":
+            text = "".join(json.dumps(m, ensure_ascii=False) + "\n" for m in exported)
             write_text(folder / f"{split}.jsonl", text)
             continue
-        write_text(folder / f"{split}.json", json.dumps(made, indent=1, ensure_ascii=False) + "\n")
+        write_text(folder / f"{split}.json", json.dumps(exported, indent=1, ensure_ascii=False) + "\n")
         columns = {"messages": "conversations", "images": "images"}
-        described[f"x2dfd_{split}"] = {"file_name": f"{split}.json", "formatting": "sharegpt", "columns": columns}
-    if form == "sharegpt":
-        write_text(folder / "dataset_info.json", json.dumps(described, indent=1) + "\n")
+        dataset_info[f"x2dfd_{split}"] = {"file_name": f"{split}.json", "formatting": "sharegpt", "columns": columns}
+    if format_name == "sharegpt":
+        write_text(folder / "dataset_info.json", json.dumps(dataset_info, indent=1) + "\n")
     return folder
 
 
-def _picture(row: int) -> str:
+def _picture_name(row: int) -> str:
     return f"images/{row:06d}.png"
 
 
-def _exported(record: Record, form: str, folder: Path) -> Record:
-    turns, picture = record["conversations"], _picture(int(record["row"]))
-    if form == "llava":
+def _export_record(record: Record, format_name: str, folder: Path) -> Record:
+    turns, picture = record["conversations"], _picture_name(int(record["row"]))
+    if format_name == "llava":
         return {"id": record["id"], "image": picture, "conversations": turns}
-    if form == "sharegpt":
+    if format_name == "sharegpt":
         return {"conversations": turns, "images": [picture]}
     roles = {"human": "user", "gpt": "assistant"}
-    said = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in turns]
-    return {"messages": said, "images": [str((folder / picture).resolve())]}
+    messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in turns]
+    return {"messages": messages, "images": [str((folder / picture).resolve())]}
 
 
 def read(path: Path, pictures: Path | None = None) -> list[Record]:
     """The conversations of a file in any of FORMATS, as records of an instruction set.
 
-    Each has `id`, `task` (`detect` where the last answer begins with a verdict, else `chat`), `label` and `system`
-    ("" where nothing is said), `images` (paths, in the order of their marks; none for talk without a picture) and
-    `conversations`: human and gpt in turn, the last an answer. Where no question has a mark, the pictures come first.
-    `pictures`: the folder that relative paths start at; the file's own where not given. Raises X2DFDError with the
-    record that is wrong.
+    Each has `id`, `task` (see `task_of`), `label` and `system` ("" if not given), `images` (paths in the order of
+    their marks, none for talk without a picture) and `conversations`: human and gpt in turn, an answer last. If no
+    question has a mark, the pictures come first. Relative paths start at the folder `pictures`, by default the file's
+    own. Raises X2DFDError, which names the faulty record.
     """
-    found: list[Record] = []
-    for number, raw in enumerate(_parsed(path)):
+    records: list[Record] = []
+    for number, raw in enumerate(_parse_file(path)):
         name = str(raw.get("id", number)) if isinstance(raw, dict) else str(number)
         try:
-            found.append(_record(name, raw, pictures or path.parent))
+            records.append(_parse_record(name, raw, pictures or path.parent))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            said = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise X2DFDError(f"{path}, record {name}: {said}", code="conversation_invalid") from error
-    absent = [image for record in found for image in record["images"] if not os.path.isfile(image)]  # of any text
-    if absent:
-        raise X2DFDError(f"{path}: {len(absent)} pictures are missing, such as {absent[0]}", code="pictures_missing")
-    if not found:
+            reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise X2DFDError(f"{path}, record {name}: {reason}", code="conversation_invalid") from error
+    missing = [image for record in records for image in record["images"] if not os.path.isfile(image)]  # of any text
+    if missing:
+        raise X2DFDError(f"{path}: {len(missing)} pictures are missing, such as {missing[0]}", code="pictures_missing")
+    if not records:
         raise X2DFDError(f"{path} holds no conversation", code="no_conversation")
-    return found
+    return records
 
 
-def _parsed(path: Path) -> list[Json]:
-    """A JSON list, or a JSON object a line: what the text is, not what the file is called."""
+def _parse_file(path: Path) -> list[Json]:
+    """Parse a JSON list or JSON Lines, told apart by the text and not by the file's name."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("["):
-            whole: list[Json] = parse_json(text)
-            return whole
+            records: list[Json] = parse_json(text)
+            return records
         return [parse_json(line) for line in text.split("\n") if line.strip()]  # a text may hold other line ends
     except (OSError, ValueError) as error:
         raise X2DFDError(
@@ -112,49 +111,49 @@ def _parsed(path: Path) -> list[Json]:
         ) from error
 
 
-def _record(name: str, raw: Json, root: Path) -> Record:
-    """Raises KeyError, TypeError, ValueError or AttributeError for what no format has."""
+def _parse_record(name: str, raw: Json, root: Path) -> Record:
+    """Raises KeyError, TypeError, ValueError or AttributeError if the record fits no format."""
     turns = raw["messages"] if "messages" in raw else raw["conversations"]
-    said = [(_speaker(turn), turn["content"] if "role" in turn else turn["value"]) for turn in turns]
-    if any(not isinstance(text, str) for _, text in said):
+    messages = [(_role(turn), turn["content"] if "role" in turn else turn["value"]) for turn in turns]
+    if any(not isinstance(text, str) for _, text in messages):
         raise ValueError("every message must be a text, with <image> in the place of a picture")
-    said = [(who, text) for who, text in said if who]
+    messages = [(role, text) for role, text in messages if role]
     system = str(raw.get("system") or "")
-    if said and said[0][0] == "system":
-        system, said = said[0][1], said[1:]
-    if not said or [who for who, _ in said] != ["human", "gpt"] * (len(said) // 2):
+    if messages and messages[0][0] == "system":
+        system, messages = messages[0][1], messages[1:]
+    if not messages or [role for role, _ in messages] != ["human", "gpt"] * (len(messages) // 2):
         raise ValueError(
-            f"questions and answers must alternate; found: {', '.join(who for who, _ in said) or 'no message'}"
+            f"questions and answers must alternate; found: {', '.join(role for role, _ in messages) or 'no message'}"
         )
-    given = raw.get("images") or raw.get("image") or []
-    images = [str(root / image) for image in ([given] if isinstance(given, str) else given)]
-    marks = sum(text.count(MARK) for who, text in said if who == "human")
-    if any(MARK in text for who, text in said if who == "gpt"):
+    listed = raw.get("images") or raw.get("image") or []
+    images = [str(root / image) for image in ([listed] if isinstance(listed, str) else listed)]
+    marks = sum(text.count(MARK) for role, text in messages if role == "human")
+    if any(MARK in text for role, text in messages if role == "gpt"):
         raise ValueError(f"an answer must not hold {MARK}")
     if marks == 0 and images:
-        said[0] = ("human", f"{MARK}\n" * len(images) + said[0][1])
+        messages[0] = ("human", f"{MARK}\n" * len(images) + messages[0][1])
     elif marks != len(images):
         raise ValueError(f"it lists {len(images)} pictures, but {MARK} stands in its questions {marks} times")
     return {
         "id": name,
-        "task": task_of(said[-1][1]),
+        "task": task_of(messages[-1][1]),
         "label": str(raw.get("label") or ""),
         "system": system,
         "images": images,
-        "conversations": [{"from": who, "value": text} for who, text in said],
+        "conversations": [{"from": role, "value": text} for role, text in messages],
     }
 
 
 def task_of(answer: str) -> str:
-    """What an answer makes of its record: `detect` where it begins with a verdict, else `chat`."""
+    """The task of a record by its last answer: `detect` if that begins with a verdict, else `chat`."""
     return "detect" if answer.startswith(tuple(prompts.STEM + word for word in prompts.LABEL_WORDS)) else "chat"
 
 
-def _speaker(turn: Json) -> str:
-    """human, gpt or system; "" for a score that nobody says."""
-    who = str(turn["role"] if "role" in turn else turn["from"])
-    if who in RESULTS:
+def _role(turn: Json) -> str:
+    """human, gpt or system; "" for a turn that holds a score."""
+    role = str(turn["role"] if "role" in turn else turn["from"])
+    if role in RESULTS:
         return ""
-    if who not in SPEAKERS:
-        raise ValueError(f"unknown speaker {who!r} (known: {', '.join(SPEAKERS)})")
-    return SPEAKERS[who]
+    if role not in SPEAKERS:
+        raise ValueError(f"unknown speaker {role!r} (known: {', '.join(SPEAKERS)})")
+    return SPEAKERS[role]

@@ -1,7 +1,7 @@
 """Forgeries of real photos whose manipulation is known: image, mask, cues, strength, class.
 
-`HARMLESS` changes (data_gen.harmless) are those of phones, apps and platforms. They change no label and are laid over
-real photos and forgeries alike (`changed`): so "processed" is learnt neither as "fake" nor as "real".
+`HARMLESS` changes (data_gen.harmless) are those of phones, apps and platforms. They change no label and are applied to
+real photos and forgeries alike (`changed`), so that a model learns "processed" neither as "fake" nor as "real".
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 FORGE_VERSION = 4
-"""Goes up when the same seed gives another picture or another truth about it: a run of another is not resumed."""
+"""Goes up when the same seed gives another picture or truth about it; runs of other versions are not resumed."""
 
 
 def forge(photo: Photo, method: Method, rng: Rng, donor: Photo | None = None, strength: float | None = None) -> Forgery:
@@ -43,12 +43,12 @@ def forge(photo: Photo, method: Method, rng: Rng, donor: Photo | None = None, st
     """
     power = float(rng.uniform(0, 1)) if strength is None else strength
     while True:
-        made, mask, pairs = method.make(photo, donor, power, rng)
-        pixels = np.clip(np.rint(made), 0, 255).astype(np.uint8)
-        inside = [mask * grown_mask(photo, a) if method.by_area and k != "blending" else mask for a, k in pairs]
-        scores = [visible(photo.pixels, pixels, m, k) for m, (_, k) in zip(inside, pairs, strict=True)]
-        least = min(SHOWS, max(scores, default=0.0))  # the plainest cue stays
-        cues = tuple(Cue(a, k, round(s, 3)) for s, (a, k) in zip(scores, pairs, strict=True) if s >= least)
+        output, mask, pairs = method.make(photo, donor, power, rng)
+        pixels = np.clip(np.rint(output), 0, 255).astype(np.uint8)
+        cue_masks = [mask * grown_mask(photo, a) if method.by_area and k != "blending" else mask for a, k in pairs]
+        scores = [visible(photo.pixels, pixels, m, k) for m, (_, k) in zip(cue_masks, pairs, strict=True)]
+        threshold = min(SHOWS, max(scores, default=0.0))  # the plainest cue stays
+        cues = tuple(Cue(a, k, round(s, 3)) for s, (a, k) in zip(scores, pairs, strict=True) if s >= threshold)
         if strength is not None or not cues or power >= 1 or max(c.score or 0 for c in cues) >= SEEN_FROM:
             break
         power = min(1.0, power + 0.35)
@@ -63,45 +63,44 @@ def forge(photo: Photo, method: Method, rng: Rng, donor: Photo | None = None, st
 
 
 def joined_cues(before: Pixels, first: Forgery, second: Forgery) -> tuple[Cue, ...]:
-    """The cues of a photo `before` that was forged, and its forgery once more: those that still show. The second may
-    hide what the first left, so the first's are measured on the last picture; a cue of both counts by the plainer
-    score."""
+    """The cues that still show after the photo `before` was forged twice. The second may hide cues of the first, so
+    those are measured on the last picture; a cue of both keeps its higher score."""
     mask = first.mask.astype(np.float32) / 255
     scores = {(c.area, c.artifact): visible(before, second.pixels, mask, c.artifact) for c in first.cues}
     for cue in second.cues:
         pair = (cue.area, cue.artifact)
         scores[pair] = max(scores.get(pair, 0.0), cue.score or 0.0)
-    least = min(SHOWS, max(scores.values(), default=0.0))
-    return tuple(Cue(area, artifact, round(s, 3)) for (area, artifact), s in scores.items() if s >= least)
+    threshold = min(SHOWS, max(scores.values(), default=0.0))
+    return tuple(Cue(area, artifact, round(s, 3)) for (area, artifact), s in scores.items() if s >= threshold)
 
 
-def changed(photo: Photo, made: Forgery, method: Method, rng: Rng) -> Forgery:
-    """A forgery of `photo` under a harmless change; the truth about it is what still shows.
+def changed(photo: Photo, forgery: Forgery, method: Method, rng: Rng) -> Forgery:
+    """A forgery of `photo` under a harmless change; its cues and mask are those that still show.
 
-    The photo itself takes the same change with the same draws, so that what the two still differ by is the forgery's
-    doing: a cue's score falls with its own effect, one that is hidden is dropped (the plainest stays), and the mask
-    ends where nothing differs any more, as under a sticker. A change that would cover the whole forgery is not made.
+    The photo itself takes the same change with the same draws, so that only the forgery makes the two differ. A cue's
+    score falls with its own effect, a hidden cue is dropped (the plainest stays), and the mask loses the pixels that no
+    longer differ, as under a sticker. A change that would cover the whole forgery is not made.
     """
     power, draws = float(rng.uniform(0, 1)), int(rng.integers(2**63))
     before, after = (
         np.clip(np.rint(method.make(replace(photo, pixels=p), None, power, np.random.default_rng(draws))[0]), 0, 255)
-        for p in (photo.pixels, made.pixels)
+        for p in (photo.pixels, forgery.pixels)
     )
     before, after = before.astype(np.uint8), after.astype(np.uint8)
-    mask = made.mask.astype(np.float32) / 255
+    mask = forgery.mask.astype(np.float32) / 255
     scores = []
-    for cue in made.cues:
-        was = visible(photo.pixels, made.pixels, mask, cue.artifact)
-        scores.append(min(1.0, (cue.score or 0.0) * visible(before, after, mask, cue.artifact) / max(was, 1e-6)))
-    least = min(SHOWS, max(scores, default=0.0))
-    same = (before == after).all(-1).astype(np.uint8)  # pixels agree here and there by chance: only patches count
-    covered = cv2.morphologyEx(same, cv2.MORPH_OPEN, np.ones((5, 5), np.uint8)) > 0
-    left = np.where(covered, 0, made.mask).astype(np.uint8)
-    if made.mask.any() and left.max() < 0.5 * made.mask.max():
-        return made
+    for cue in forgery.cues:
+        score = visible(photo.pixels, forgery.pixels, mask, cue.artifact)
+        scores.append(min(1.0, (cue.score or 0.0) * visible(before, after, mask, cue.artifact) / max(score, 1e-6)))
+    threshold = min(SHOWS, max(scores, default=0.0))
+    equal = (before == after).all(-1).astype(np.uint8)  # pixels agree here and there by chance: only patches count
+    covered = cv2.morphologyEx(equal, cv2.MORPH_OPEN, np.ones((5, 5), np.uint8)) > 0
+    remaining = np.where(covered, 0, forgery.mask).astype(np.uint8)
+    if forgery.mask.any() and remaining.max() < 0.5 * forgery.mask.max():
+        return forgery
     return replace(
-        made,
+        forgery,
         pixels=after,
-        mask=left,
-        cues=tuple(replace(c, score=round(s, 3)) for c, s in zip(made.cues, scores, strict=True) if s >= least),
+        mask=remaining,
+        cues=tuple(replace(c, score=round(s, 3)) for c, s in zip(forgery.cues, scores, strict=True) if s >= threshold),
     )

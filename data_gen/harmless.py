@@ -1,4 +1,4 @@
-"""Harmless changes: what phones, apps and platforms do to a photo. A real photo stays real, a forgery a forgery."""
+"""Harmless changes, as phones, apps and platforms make them: a real photo stays real, and a forgery a forgery."""
 
 from __future__ import annotations
 

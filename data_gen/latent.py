@@ -33,7 +33,7 @@ SHA256 = {
     "taef1_encoder": "19f5a854ce575fd0a1c0a52938410cf5fb4dc4b8ae71c8887533646d8fe47030",
     "taef1_decoder": "bb41500b646d5b8b592b7f3ca5d20d888c3075e209d178d99af609cd7e02a1d4",
 }
-"""Of the files, without `.safetensors`. Other files are refused: the same run has to give the same pictures."""
+"""By file name without `.safetensors`. Other files are refused: the same run has to give the same pictures."""
 
 STRIDE = 8  # pixels of the picture a latent cell, along one side
 
@@ -76,43 +76,43 @@ def decoder(channels: int) -> nn.Sequential:
 def load(folder: Path) -> dict[str, nn.Sequential]:
     """The autoencoders of a folder, by name: encoder and decoder in a row. Raises SetupError when there is none, or a
     file is not the pinned one."""
-    found: dict[str, nn.Sequential] = {}
+    autoencoders: dict[str, nn.Sequential] = {}
     for name, channels in CHANNELS.items():
-        parts = {f"{name}_encoder": encoder(channels), f"{name}_decoder": decoder(channels)}
-        paths = {part: folder / f"{part}.safetensors" for part in parts}
+        networks = {f"{name}_encoder": encoder(channels), f"{name}_decoder": decoder(channels)}
+        paths = {file_name: folder / f"{file_name}.safetensors" for file_name in networks}
         if not any(path.is_file() for path in paths.values()):
             continue
-        for part, net in parts.items():
-            if not paths[part].is_file():
+        for file_name, net in networks.items():
+            if not paths[file_name].is_file():
                 raise SetupError(
-                    f"{paths[part]} is missing: encoder and decoder are needed both", code="autoencoder_incomplete"
+                    f"{paths[file_name]} is missing: encoder and decoder are needed both", code="autoencoder_incomplete"
                 )
-            if file_sha256(paths[part]) != SHA256[part]:
+            if file_sha256(paths[file_name]) != SHA256[file_name]:
                 raise SetupError(
-                    f"{paths[part]} is not the file of TAESD that this version knows (SHA-256 differs)",
+                    f"{paths[file_name]} is not the file of TAESD that this version knows (SHA-256 differs)",
                     code="autoencoder_hash_differs",
                 )
             try:
-                net.load_state_dict({k: v.float() for k, v in load_file(paths[part]).items()})
+                net.load_state_dict({k: v.float() for k, v in load_file(paths[file_name]).items()})
             except (SafetensorError, RuntimeError) as error:
                 raise SetupError(
-                    f"{paths[part]} does not hold the tensors of TAESD: {error}", code="autoencoder_unreadable"
+                    f"{paths[file_name]} does not hold the tensors of TAESD: {error}", code="autoencoder_unreadable"
                 ) from error
-        found[name] = nn.Sequential(*parts.values()).eval().requires_grad_(False)
-    if not found:
+        autoencoders[name] = nn.Sequential(*networks.values()).eval().requires_grad_(False)
+    if not autoencoders:
         names = ", or ".join(f"{name}_encoder.safetensors and {name}_decoder.safetensors" for name in CHANNELS)
         raise SetupError(
             f"{folder} holds no autoencoder. Put a pair of TAESD's files (MIT) into it: {names}",
             code="autoencoder_missing",
         )
-    return found
+    return autoencoders
 
 
 _in_use: Path | None = None
 
 
 def use(folder: Path | None) -> None:
-    """Have `redraw` take the autoencoders of this folder in this process."""
+    """Make `redraw` use the autoencoders of this folder in this process."""
     global _in_use
     _in_use = folder
 

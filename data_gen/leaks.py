@@ -1,4 +1,4 @@
-"""`python -m data_gen leaks MANIFEST...`: what stands on two sides of a split, and what gives the label away.
+"""`python -m data_gen leaks MANIFEST...`: finds data on two sides of a split, and traits that give the label away.
 
 A side is a split of a manifest; with several manifests (training set and benchmark, say) each has its own sides.
 
@@ -6,9 +6,9 @@ A side is a split of a manifest; with several manifests (training set and benchm
 - identical files on two sides, by SHA-256;
 - near-duplicates on two sides, by difference hash (dHash): neighbouring pixels of a small grey picture are compared,
   64 bits to find candidates and 256 bits to confirm them;
-- form: how well a rule that never looks at the picture (file format, size, JPEG quality) tells the labels apart.
+- form: the accuracy of rules that use file format, size or JPEG quality alone, without looking at the picture.
 
-Groups and identical files are certain; near-duplicates and form are to be judged by a person.
+Groups and identical files are certain leaks; a person has to judge near-duplicates and form.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _FLAT = 4.0  # grey levels (standard deviation of the small picture): below, a h
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What the report needs of one file."""
+    """The facts about one file that the report needs."""
 
     sha256: str = ""
     coarse: int | None = None  # 64-bit dHash; None for a flat picture
@@ -61,14 +61,14 @@ class FileFacts:
 
 
 def dhash(grey: NDArray[np.uint8], side: int) -> NDArray[np.uint64]:
-    """Difference hash of a grey picture: is each of `side` x `side` cells darker than its right neighbour? [side * side
-    / 64] words."""
+    """Difference hash of a grey picture: a bit for each of `side` x `side` cells, set if the cell is darker than its
+    right neighbour; [side * side / 64] words."""
     small = cv2.resize(grey, (side + 1, side), interpolation=cv2.INTER_AREA)
     return np.packbits(small[:, :-1] < small[:, 1:]).view(np.uint64)
 
 
 def file_facts(path: str) -> FileFacts:
-    """Decode a picture, or the first of a clip's evenly spaced frames, and take its measures."""
+    """Decode a picture, or one frame of a clip, and measure it."""
     cv2.setNumThreads(1)
     try:
         media = load_media(path, max_frames=1)
@@ -126,28 +126,28 @@ def near_pairs(
         raise X2DFDError(f"--near must be from 0 to 15 bits, not {near}", code="near_out_of_range")
     edges = np.linspace(0, 64, near + 2).round().astype(int)
     masks = [np.uint64(((1 << int(b - a)) - 1) << int(a)) for a, b in itertools.pairwise(edges)]
-    found = Near()
+    result = Near()
     for number, mask in enumerate(masks):
         key = coarse & mask
         order = np.argsort(key, kind="stable")
-        ends = np.flatnonzero(np.diff(key[order])) + 1
-        for bucket in np.split(order, ends):
+        starts = np.flatnonzero(np.diff(key[order])) + 1
+        for bucket in np.split(order, starts):
             sides = np.unique(side[bucket])
-            for one, two in itertools.combinations(sides, 2):
-                left, right = bucket[side[bucket] == one], bucket[side[bucket] == two]
+            for side_a, side_b in itertools.combinations(sides, 2):
+                left, right = bucket[side[bucket] == side_a], bucket[side[bucket] == side_b]
                 step = max(1, 4_000_000 // len(right))  # bounds the memory of a crowded bucket
                 for start in range(0, len(left), step):
-                    _compare(found, coarse, fine, left[start : start + step], right, masks[:number], near, keep)
-    return found
+                    _compare(result, coarse, fine, left[start : start + step], right, masks[:number], near, keep)
+    return result
 
 
 def _compare(
-    found: Near,
+    result: Near,
     coarse: NDArray[np.uint64],
     fine: NDArray[np.uint64],
     left: NDArray[np.intp],
     right: NDArray[np.intp],
-    done: Sequence[np.uint64],
+    earlier_masks: Sequence[np.uint64],
     near: int,
     keep: int,
 ) -> None:
@@ -155,58 +155,58 @@ def _compare(
     i, j = np.nonzero(close)
     i, j = left[i], right[j]
     bits = np.bitwise_count(fine[i] ^ fine[j]).sum(axis=1, dtype=int)
-    sure = bits <= 4 * near
-    for mask in done:  # a pair that agrees in an earlier band has been counted there
-        sure &= ((coarse[i] ^ coarse[j]) & mask) != 0
-    i, j, bits = i[sure], j[sure], bits[sure]
-    found.pairs += len(i)
-    found.items.update(i.tolist(), j.tolist())
+    confirmed = bits <= 4 * near
+    for mask in earlier_masks:  # a pair that agrees in an earlier band has been counted there
+        confirmed &= ((coarse[i] ^ coarse[j]) & mask) != 0
+    i, j, bits = i[confirmed], j[confirmed], bits[confirmed]
+    result.pairs += len(i)
+    result.items.update(i.tolist(), j.tolist())
     best = np.argsort(bits, kind="stable")[:keep]
-    found.closest += zip(bits[best].tolist(), i[best].tolist(), j[best].tolist(), strict=True)
-    found.closest = sorted(found.closest)[:keep]
+    result.closest += zip(bits[best].tolist(), i[best].tolist(), j[best].tolist(), strict=True)
+    result.closest = sorted(result.closest)[:keep]
 
 
-def form_leaks(samples: Sequence[Sample], looks: Sequence[FileFacts]) -> list[Json]:
-    """For each trait of the files' form: the best one-trait rule and its balanced accuracy (0.5 is chance), fitted on
-    half of the groups and scored on the other half, both ways. Empty without pictures of both labels in both halves."""
-    kept = [(s, k.form) for s, k in zip(samples, looks, strict=True) if k.form]
-    fake = np.array([s.label == "fake" for s, _ in kept], bool)
-    half = np.array([hashlib.sha256(s.group.encode()).digest()[0] % 2 for s, _ in kept], int)
-    if len({(bool(f), int(h)) for f, h in zip(fake, half, strict=True)}) < 4:
+def form_leaks(samples: Sequence[Sample], facts: Sequence[FileFacts]) -> list[Json]:
+    """The best rule on each trait of the files' form, and its balanced accuracy (0.5 is chance), fitted on half of the
+    groups and scored on the other half, both ways. Empty without pictures of both labels in both halves."""
+    pictures = [(s, k.form) for s, k in zip(samples, facts, strict=True) if k.form]
+    fake = np.array([s.label == "fake" for s, _ in pictures], bool)
+    halves = np.array([hashlib.sha256(s.group.encode()).digest()[0] % 2 for s, _ in pictures], int)
+    if len({(bool(f), int(h)) for f, h in zip(fake, halves, strict=True)}) < 4:
         return []
     leaks = []
-    for trait in kept[0][1]:
-        values = np.array([form[trait] for _, form in kept])
+    for trait in pictures[0][1]:
+        values = np.array([form[trait] for _, form in pictures])
         scores = []
         for fold in (0, 1):
-            said, _ = _rule(values[half != fold], fake[half != fold], values[half == fold])
-            scores.append(_balanced(said, fake[half == fold]))
+            predicted, _ = _best_rule(values[halves != fold], fake[halves != fold], values[halves == fold])
+            scores.append(_balanced_accuracy(predicted, fake[halves == fold]))
         leaks.append(
-            {"trait": trait, "balanced_accuracy": float(np.mean(scores)), "rule": _rule(values, fake, values)[1]}
+            {"trait": trait, "balanced_accuracy": float(np.mean(scores)), "rule": _best_rule(values, fake, values)[1]}
         )
     return sorted(leaks, key=lambda leak: -leak["balanced_accuracy"])
 
 
-def _rule(values: Array, fake: NDArray[np.bool_], others: Array) -> tuple[NDArray[np.bool_], str]:
-    """Fits the best rule of one trait; returns its scores of `others`, and the rule in words."""
+def _best_rule(values: Array, fake: NDArray[np.bool_], test_values: Array) -> tuple[NDArray[np.bool_], str]:
+    """Fit the best rule on one trait; returns its predictions (fake?) for `test_values`, and the rule in words."""
     if values.dtype.kind == "U":
         shares = {v: (np.mean(values[fake] == v), np.mean(values[~fake] == v)) for v in np.unique(values)}
         fakes = sorted(str(v) for v, (of_fake, of_real) in shares.items() if of_fake > of_real)
-        return np.isin(others, fakes), f"fake if {' or '.join(fakes)}" if fakes else "never fake"
+        return np.isin(test_values, fakes), f"fake if {' or '.join(fakes)}" if fakes else "never fake"
     order = np.argsort(values, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(values[order]) > 0, True))  # last place of each distinct value
     fakes_below = np.cumsum(fake[order])[ends] / fake.sum()
     reals_below = np.cumsum(~fake[order])[ends] / (~fake).sum()
     at = int(np.argmax(np.abs(fakes_below - reals_below)))
     if fakes_below[at] == reals_below[at]:
-        return np.zeros(len(others), bool), "never fake"
+        return np.zeros(len(test_values), bool), "never fake"
     below = bool(fakes_below[at] > reals_below[at])
     middle = float((values[order][ends[at]] + values[order][ends[min(at + 1, len(ends) - 1)]]) / 2)
-    return (others <= middle) == below, f"fake if {'at most' if below else 'more than'} {middle:.4g}"
+    return (test_values <= middle) == below, f"fake if {'at most' if below else 'more than'} {middle:.4g}"
 
 
-def _balanced(said: NDArray[np.bool_], fake: NDArray[np.bool_]) -> float:
-    return float((said[fake].mean() + (~said[~fake]).mean()) / 2)
+def _balanced_accuracy(predicted: NDArray[np.bool_], fake: NDArray[np.bool_]) -> float:
+    return float((predicted[fake].mean() + (~predicted[~fake]).mean()) / 2)
 
 
 def find_leaks(manifests: Sequence[Path], *, workers: int = 1, near: int = NEAR) -> Json:
@@ -220,28 +220,28 @@ def find_leaks(manifests: Sequence[Path], *, workers: int = 1, near: int = NEAR)
             samples.append(s)
             side_names.append(split if len(manifests) == 1 else f"{name}: {split}")
     sides = sorted(set(side_names))
-    looks = _facts_of_all(samples, workers)
+    facts = _facts_of_all(samples, workers)
     by_sha: dict[str, list[int]] = defaultdict(list)
-    for i, seen in enumerate(looks):
-        if seen.sha256:
-            by_sha[seen.sha256].append(i)
-    same = [group for group in by_sha.values() if len({side_names[i] for i in group}) > 1]
+    for i, f in enumerate(facts):
+        if f.sha256:
+            by_sha[f.sha256].append(i)
+    identical = [group for group in by_sha.values() if len({side_names[i] for i in group}) > 1]
     two_labels = [group for group in by_sha.values() if len({samples[i].label for i in group}) > 1]
 
-    # One file of each content and side: what is identical is reported as such, not as near.
+    # One file of each content and side: identical files are reported as identical, not as near.
     firsts = [i for group in by_sha.values() for i in {side_names[j]: j for j in reversed(group)}.values()]
     usable = [
-        i for i in firsts if looks[i].coarse is not None and len({side_names[j] for j in by_sha[looks[i].sha256]}) == 1
+        i for i in firsts if facts[i].coarse is not None and len({side_names[j] for j in by_sha[facts[i].sha256]}) == 1
     ]
-    place = {name: n for n, name in enumerate(sides)}
-    found = near_pairs(
-        np.array([looks[i].coarse for i in usable], np.uint64),
-        np.array([looks[i].fine for i in usable], np.uint64).reshape(-1, 4),
-        np.array([place[side_names[i]] for i in usable], np.intp),
+    side_index = {name: n for n, name in enumerate(sides)}
+    copies = near_pairs(
+        np.array([facts[i].coarse for i in usable], np.uint64),
+        np.array([facts[i].fine for i in usable], np.uint64).reshape(-1, 4),
+        np.array([side_index[side_names[i]] for i in usable], np.intp),
         near,
     )
 
-    def named(indices: Iterable[int]) -> list[str]:
+    def describe(indices: Iterable[int]) -> list[str]:
         return [f"{samples[i].id} ({samples[i].label}, {side_names[i]})" for i in indices]
 
     groups = _shared_groups(samples, side_names)
@@ -249,21 +249,21 @@ def find_leaks(manifests: Sequence[Path], *, workers: int = 1, near: int = NEAR)
         "manifests": [str(f) for f in manifests],
         "sides": {name: side_names.count(name) for name in sides},
         "groups": {"n": len(groups), "examples": dict(sorted(groups.items())[:_EXAMPLES])},
-        "identical": {"n": len(same), "examples": [named(group[:4]) for group in same[:_EXAMPLES]]},
+        "identical": {"n": len(identical), "examples": [describe(group[:4]) for group in identical[:_EXAMPLES]]},
         "identical_with_two_labels": {
             "n": len(two_labels),
-            "examples": [named(group[:4]) for group in two_labels[:_EXAMPLES]],
+            "examples": [describe(group[:4]) for group in two_labels[:_EXAMPLES]],
         },
         "near": {
-            "pairs": found.pairs,
-            "files": len(found.items),
+            "pairs": copies.pairs,
+            "files": len(copies.items),
             "bits": near,
-            "examples": [{"bits_of_256": bits, "files": named((usable[i], usable[j]))} for bits, i, j in found.closest],
+            "examples": [{"bits_of_256": n, "files": describe((usable[i], usable[j]))} for n, i, j in copies.closest],
         },
-        "form": form_leaks(samples, looks),
-        "flat": sum(seen.coarse is None and not seen.failed for seen in looks),
-        "unreadable": dict(sorted(Counter(seen.failed for seen in looks if seen.failed).items())),
-        "leaks": bool(groups or same),
+        "form": form_leaks(samples, facts),
+        "flat": sum(f.coarse is None and not f.failed for f in facts),
+        "unreadable": dict(sorted(Counter(f.failed for f in facts if f.failed).items())),
+        "leaks": bool(groups or identical),
     }
 
 
@@ -276,13 +276,13 @@ def _facts_of_all(samples: Sequence[Sample], workers: int) -> list[FileFacts]:
 
 
 def _shared_groups(samples: Sequence[Sample], sides: Sequence[str]) -> dict[str, list[str]]:
-    """Groups and sources that stand on more than one side; a row without a group of its own has none to share."""
-    seen: dict[str, set[str]] = defaultdict(set)
+    """Groups and sources on more than one side, with these sides. A row whose group is its own id has none to share."""
+    sides_of: dict[str, set[str]] = defaultdict(set)
     for s, side in zip(samples, sides, strict=True):
         own = [] if s.group == s.id else [s.group]
         for name in {*own, *sources_of(s)}:
-            seen[name].add(side)
-    return {name: sorted(where) for name, where in seen.items() if len(where) > 1}
+            sides_of[name].add(side)
+    return {name: sorted(group_sides) for name, group_sides in sides_of.items() if len(group_sides) > 1}
 
 
 def as_text(report: Json) -> str:
@@ -291,7 +291,7 @@ def as_text(report: Json) -> str:
     if len(report["sides"]) == 1:
         lines.append("only one side: nothing can stand on two; compare with another manifest or divide this one")
     lines.append(f"groups on two sides: {report['groups']['n']}")
-    lines += [f"  {name}: {', '.join(where)}" for name, where in report["groups"]["examples"].items()]
+    lines += [f"  {name}: {', '.join(group_sides)}" for name, group_sides in report["groups"]["examples"].items()]
     lines.append(f"identical files on two sides: {report['identical']['n']}")
     lines += [f"  {' = '.join(names)}" for names in report["identical"]["examples"]]
     if report["identical_with_two_labels"]["n"]:
@@ -331,9 +331,9 @@ def add_commands(app: typer.Typer) -> None:
         near: Annotated[int, typer.Option(help="bits of 64 by which near-duplicates may differ")] = NEAR,
         workers: Annotated[int, typer.Option(help="processes")] = 1,
     ) -> None:
-        """What stands on two sides of a split, and what gives the label away.
+        """Find data on two sides of a split, and traits that give the label away.
 
-        Exit code 0 means that it ran; with --check, 1 when groups or identical files stand on two sides.
+        Exit code 0 means that it ran; with --check, 1 means that groups or identical files are on two sides.
         """
         report = find_leaks(manifests, workers=workers, near=near)
         print(json.dumps(report, ensure_ascii=False, indent=1) if as_json else as_text(report))

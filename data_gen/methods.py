@@ -1,4 +1,4 @@
-"""The forge's methods: each takes a photo, perhaps a donor, a strength and a generator, and says what it did.
+"""The forge's methods. Each takes a photo, perhaps a donor, a strength and a generator, and returns a `Made`.
 
 Self-blending follows Shiohara & Yamasaki, "Detecting Deepfakes with Self-Blended Images" (CVPR 2022). The other methods
 are ours.
@@ -42,35 +42,35 @@ def self_blend(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> 
     base = photo.pixels
     mask, seam = blend_mask(photo, rng)
     cues = [(seam, "blending")]
-    other: Array = base.astype(np.float32)
+    altered: Array = base.astype(np.float32)
     amount = 0.1 + 0.9 * strength
     # One of the two layers is changed, at random: a seam may lie on either side.
-    known = ["tone", "blur", "sharpen", "down", "codec", "noise"]
-    kinds = list(rng.choice(known, size=rng.integers(1, 4), replace=False))
-    if strength > 0.5 and "tone" not in kinds:
-        kinds.append("tone")
-    for kind in kinds:
-        if kind == "tone":
-            other = tone(other, amount, rng)
+    all_changes = ["tone", "blur", "sharpen", "down", "codec", "noise"]
+    changes = list(rng.choice(all_changes, size=rng.integers(1, 4), replace=False))
+    if strength > 0.5 and "tone" not in changes:
+        changes.append("tone")
+    for change in changes:
+        if change == "tone":
+            altered = tone(altered, amount, rng)
             if strength > 0.3:
                 cues.append(("skin", "colour"))
-        elif kind == "blur":
-            other = soft(other, rng.uniform(0.3, 1.4) * amount)
+        elif change == "blur":
+            altered = soft(altered, rng.uniform(0.3, 1.4) * amount)
             cues.append(("skin", "blur"))
-        elif kind == "sharpen":
-            other = np.clip(other + (other - soft(other, 1.2)) * rng.uniform(0.3, 1.2) * amount, 0, 255)
-        elif kind == "down":
+        elif change == "sharpen":
+            altered = np.clip(altered + (altered - soft(altered, 1.2)) * rng.uniform(0.3, 1.2) * amount, 0, 255)
+        elif change == "down":
             factor = 1 - rng.uniform(0.2, 0.6) * amount
-            other = rescale(other, factor, int(rng.choice([cv2.INTER_LINEAR, cv2.INTER_CUBIC])))
+            altered = rescale(altered, factor, int(rng.choice([cv2.INTER_LINEAR, cv2.INTER_CUBIC])))
             cues.append(("skin", "blur"))
-        elif kind == "codec":
-            other = codec(other, ".jpg", int(95 - 60 * amount * rng.uniform(0.5, 1))).astype(np.float32)
+        elif change == "codec":
+            altered = codec(altered, ".jpg", int(95 - 60 * amount * rng.uniform(0.5, 1))).astype(np.float32)
         else:
-            other = other + rng.standard_normal(other.shape).astype(np.float32) * rng.uniform(1, 7) * amount
+            altered = altered + rng.standard_normal(altered.shape).astype(np.float32) * rng.uniform(1, 7) * amount
             cues.append(("skin", "noise"))
     changed_is_inner = rng.random() < 0.6
-    inner: Array = other if changed_is_inner else base.astype(np.float32)
-    outer: Array = base.astype(np.float32) if changed_is_inner else other
+    inner: Array = altered if changed_is_inner else base.astype(np.float32)
+    outer: Array = base.astype(np.float32) if changed_is_inner else altered
     size = face_size(photo)
     # The inner layer moves a little: real swaps never sit exactly.
     slip = 0.3 + 0.7 * strength
@@ -146,8 +146,8 @@ def _redrawn(pixels: Array, factor: float, rng: Rng) -> Array:
     name = pick(rng, *(d.name for d in DESIGNS))
     if factor >= 1:
         return redraw(pixels, name)
-    drawn = redraw(shrunk(pixels, factor), name)
-    return np.asarray(cv2.resize(drawn, pixels.shape[1::-1], interpolation=cv2.INTER_CUBIC))
+    redrawn = redraw(shrunk(pixels, factor), name)
+    return np.asarray(cv2.resize(redrawn, pixels.shape[1::-1], interpolation=cv2.INTER_CUBIC))
 
 
 def redraw(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
@@ -240,7 +240,7 @@ def smooth_skin(photo: Photo, donor: Photo | None, strength: float, rng: Rng) ->
 
 
 def relight(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
-    """Light from a side that the surroundings do not know."""
+    """Light from a side that does not fit the surroundings."""
     centre, size = photo.landmarks[list(OVAL)].mean(0), face_size(photo)
     yy, xx = np.mgrid[0 : photo.pixels.shape[0], 0 : photo.pixels.shape[1]].astype(np.float32)
     angle = rng.uniform(0, 2 * np.pi)
@@ -303,7 +303,7 @@ def resynthesise(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -
 def inpaint(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
     area = pick(rng, "eyebrows", "cheeks", "forehead", "nose", "mouth")
     mask = grown_mask(photo, area, 0.01 + 0.02 * strength)
-    # A patch of it that grows with the strength: the whole would be blatant at any.
+    # A patch of the area that grows with the strength: the whole area would be blatant at any strength.
     field = smooth_noise(mask.shape, 0.12 * face_size(photo), rng)
     if (mask > 0.5).any():
         mask = mask * (field >= np.quantile(field[mask > 0.5], 0.85 * (1 - strength)))
@@ -328,11 +328,11 @@ _HELD = [*OVAL, 33, 133, 263, 362, 1, 6, 168, 50, 280]
 
 
 def mouth(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
-    """Another mouth, as reenactment of a video's lower face: a donor's, another frame of the clip as a rule, or the own
-    one, opened, closed or moved."""
+    """Another mouth, as in reenactment of a video's lower face: the donor's (usually another frame of the clip), or the
+    photo's own, opened, closed or moved."""
     size, p = face_size(photo), photo.landmarks.astype(float)
     teeth = shows_teeth(photo)
-    if donor is not None:  # held outside of the mouth alone: the donor's keeps its shape
+    if donor is not None:  # only points outside of the mouth are fixed: the donor's mouth keeps its shape
         new = fit_donor(photo, donor, np.array(_HELD))
         cues, teeth = [("mouth", "blending")], teeth and shows_teeth(donor)
     else:
@@ -362,7 +362,7 @@ def mouth(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
 
 
 def _through_latents(photo: Photo, strength: float, rng: Rng) -> Array:
-    """The picture drawn by a latent-diffusion decoder; of a smaller picture such a decoder keeps less."""
+    """The picture redrawn by a latent-diffusion decoder, which keeps less of a smaller picture."""
     from data_gen import latent
 
     name, plain = pick(rng, *latent.names()), rng.random() < 0.5
@@ -370,8 +370,8 @@ def _through_latents(photo: Photo, strength: float, rng: Rng) -> Array:
     factor = 1 - 0.45 * strength if plain else 1.1 - 0.45 * strength
     height, width = pixels.shape[:2]
     scaled = cv2.resize(pixels, (round(width * factor), round(height * factor)), interpolation=cv2.INTER_AREA)
-    drawn = latent.redraw(scaled, name)
-    return np.asarray(cv2.resize(drawn, (width, height), interpolation=cv2.INTER_CUBIC))
+    redrawn = latent.redraw(scaled, name)
+    return np.asarray(cv2.resize(redrawn, (width, height), interpolation=cv2.INTER_CUBIC))
 
 
 _DRAWN_BADLY = [("eyes", "missing-detail"), ("mouth", "missing-detail"), ("teeth", "missing-detail")]
@@ -384,7 +384,7 @@ def latent_redraw(photo: Photo, donor: Photo | None, strength: float, rng: Rng) 
 
 
 def latent_face(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
-    """The face alone from such a decoder, blended in: what inpainting and face editing by diffusion leave."""
+    """The face alone from such a decoder, blended in, as by inpainting and face editing with diffusion models."""
     new = _through_latents(photo, strength, rng)
     alpha = soft(oval_mask(photo), rng.uniform(0.01, 0.05) * face_size(photo))
     return blend(photo.pixels, new, alpha), alpha, [("skin", "texture"), *_DRAWN_BADLY]

@@ -68,8 +68,8 @@ _TAKEN_BACK = {
 def index_label(name: str, declared: Mapping[str, Label] | None = None) -> tuple[Label, str]:
     """Label and method that a class name of a DeepfakeBench index stands for.
 
-    The format's rule is "ends in real: 0, anything else: 1"; we ask for known fakes by name (or DF40's `METHOD_Fake`),
-    so that a misspelt or foreign class is an error. A name that takes its last word back (`not-real`) is neither.
+    The format's rule is "ends in real: 0, anything else: 1". Here a fake needs a known name (or DF40's `METHOD_Fake`),
+    so that a misspelt or foreign class is an error. A name that negates its last word (`not-real`) is neither.
     """
     if declared and name in declared:
         return declared[name], ""
@@ -102,37 +102,37 @@ def read_deepfakebench(
 ) -> Read:
     """Indices of DeepfakeBench and DF40: {data set: {class: {split: {[level:] clip: {"label", "frames"}}}}}.
 
-    The data set is the key inside the file, whatever the file is called. A compression level is there when the keys
-    below a split are levels; with several, `compression` chooses (a file or key that ends in `_c40` means c40).
+    The key inside the file names the data set; the file's name does not matter. If the keys below a split are
+    compression levels, `compression` chooses among several (a file or key that ends in `_c40` means c40).
     """
     read, reroot = Read(only), Reroot(roots)
     for file in files:
-        for part, key, name, split, clips in _index_parts(file, read):
+        for where, key, name, split, clips in _index_parts(file, read):
             label, method = index_label(name, labels)
             source = index_source(key)
-            level, clips = _level(clips, part, compression, file.stem, key)
+            level, clips = _level(clips, where, compression, file.stem, key)
             collected = re.fullmatch("(FS|FR|FE|EFS)All", method)  # many methods of one class
             for clip, record in clips.items():
                 paths = record.get("frames") if isinstance(record, dict) else None
                 if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
                     read.listed += 1
-                    read.lacks(part, f"{clip} of {part} (no list of frames)")
+                    read.lacks(where, f"{clip} of {where} (no list of frames)")
                     continue
-                if index_label(said := str(record.get("label", name)), labels)[0] != label:
-                    raise X2DFDError(f"{part}: {clip} of class {name!r} is labelled {said!r}", code="label_contradicts")
-                for path, place, listed in listed_frames(read, reroot, part, paths, frames):
+                if index_label(own := str(record.get("label", name)), labels)[0] != label:
+                    raise X2DFDError(f"{where}: {clip} of class {name!r} is labelled {own!r}", code="label_contradicts")
+                for path, relative, folder_parts in listed_frames(read, reroot, where, paths, frames):
                     if collected:  # DF40 lays each method out in a folder of its own
-                        method = next((m for m in listed if df_class("fake", m) == collected[1]), "")
-                    known = source_ids(source, listed[-1]) if listed else ()
-                    whose: Json = {"source": source, "method": method, "split": split, "compression": level}
-                    sample = row(path, place, label, sources=known, **whose)
+                        method = next((m for m in folder_parts if df_class("fake", m) == collected[1]), "")
+                    sources = source_ids(source, folder_parts[-1]) if folder_parts else ()
+                    fields: Json = {"source": source, "method": method, "split": split, "compression": level}
+                    sample = row(path, relative, label, sources=sources, **fields)
                     read.samples.append(replace(sample, df_class=collected[1]) if collected else sample)
     read.notes += reroot.notes()
     return read
 
 
 def _index_parts(file: Path, read: Read) -> Iterator[tuple[str, str, str, str, Json]]:
-    """The parts of an index that are asked for: where (for messages), data set, class, split, and what stands there."""
+    """The parts of an index to read: place (for messages), data set, class, split, and the clips."""
     for key, classes in mapping(load_json(file), file.name).items():
         for name, splits in mapping(classes, f"{file.name}: {key}").items():
             for split, clips in mapping(splits, f"{file.name}: {key}: {name}").items():
@@ -141,19 +141,19 @@ def _index_parts(file: Path, read: Read) -> Iterator[tuple[str, str, str, str, J
                     yield where, key, name, split, mapping(clips, where)
 
 
-def _level(clips: Json, where: str, wanted: str, stem: str, key: str) -> tuple[str, Json]:
+def _level(clips: Json, where: str, compression: str, stem: str, key: str) -> tuple[str, Json]:
     """The compression level in force ("" where the format has none) and the clips below it."""
     if not clips or not set(clips) <= set(LEVELS):
         return "", clips
     filled = [level for level in clips if clips[level]]
-    wanted = wanted or ("c40" if stem.endswith("_c40") or key.endswith("_c40") else "")
+    compression = compression or ("c40" if stem.endswith("_c40") or key.endswith("_c40") else "")
     if not filled:
-        return wanted, {}
-    if not wanted and len(filled) > 1:
+        return compression, {}
+    if not compression and len(filled) > 1:
         raise X2DFDError(
             f"{where}: choose one of the levels {', '.join(filled)} with --compression", code="compression_ambiguous"
         )
-    level = wanted or filled[0]
+    level = compression or filled[0]
     if level not in filled:
         raise X2DFDError(f"{where}: it has no level {level} (levels: {', '.join(filled)})", code="compression_unknown")
     return level, mapping(clips[level], f"{where}: {level}")
@@ -182,10 +182,10 @@ def read_ffpp(
         raise UnknownName("compression level", compression, LEVELS)
     read = Read(only)
 
-    def add(place: Path | None, name: str, label: Label, dataset: str, method: str = "", split: str = "") -> None:
-        whose = {"source": dataset, "method": method, "split": split, "compression": compression}
-        listed = f"{method or 'originals'}/{name}"
-        add_clip(read, place, root, listed, label, frames=frames, sources=source_ids(dataset, name), **whose)
+    def add(clip_path: Path | None, name: str, label: Label, dataset: str, method: str = "", split: str = "") -> None:
+        fields = {"source": dataset, "method": method, "split": split, "compression": compression}
+        clip_name = f"{method or 'originals'}/{name}"
+        add_clip(read, clip_path, root, clip_name, label, frames=frames, sources=source_ids(dataset, name), **fields)
 
     swaps = [m for m in methods if m != DFD]
     if swaps:
@@ -206,10 +206,10 @@ def read_ffpp(
                     for name in (f"{a}_{b}", f"{b}_{a}"):
                         add(forged[method].get(name), name, "fake", FFPP, method, split)
     if DFD in methods and read.takes(""):
-        for name, place in clips_in(root / "original_sequences" / "actors" / compression, media).items():
-            add(place, name, "real", DFD)
-        for name, place in clips_in(root / "manipulated_sequences" / DFD / compression, media).items():
-            add(place, name, "fake", DFD, DFD)
+        for name, clip_path in clips_in(root / "original_sequences" / "actors" / compression, media).items():
+            add(clip_path, name, "real", DFD)
+        for name, clip_path in clips_in(root / "manipulated_sequences" / DFD / compression, media).items():
+            add(clip_path, name, "fake", DFD, DFD)
     return read
 
 
@@ -237,13 +237,13 @@ def read_celebdf(
         raise X2DFDError(f"{file}: cannot be read ({error})", code="list_unreadable") from error
     read = Read()
     clips = {folder: clips_in(root / folder, media) for folder in _CELEB_FOLDERS if (root / folder).is_dir()}
-    tested: set[tuple[str, str]] = set()
+    test_clips: set[tuple[str, str]] = set()
 
     def add(folder: str, name: str, split: str) -> None:
-        label, place = _CELEB_FOLDERS[folder], clips.get(folder, {}).get(name)
-        whose = {"source": source, "method": "" if label == "real" else "Celeb-DF", "split": split}
-        known = source_ids(source, name)
-        add_clip(read, place, root, f"{folder}/{name}", label, frames=frames, sources=known, **whose)
+        label, clip_path = _CELEB_FOLDERS[folder], clips.get(folder, {}).get(name)
+        fields = {"source": source, "method": "" if label == "real" else "Celeb-DF", "split": split}
+        sources = source_ids(source, name)
+        add_clip(read, clip_path, root, f"{folder}/{name}", label, frames=frames, sources=sources, **fields)
 
     for number, line in enumerate(lines, start=1):
         folder, _, name = line[-1].strip().replace("\\", "/").partition("/")
@@ -257,13 +257,13 @@ def read_celebdf(
                 f"{file.name}: line {number}: {line[0]} for a clip of {folder}, but 1 means real here, and 0 fake",
                 code="label_contradicts",
             )
-        tested.add((folder, Path(name).stem))
-    for folder, name in sorted(tested, key=lambda t: (t[0], natural(t[1]))):
+        test_clips.add((folder, Path(name).stem))
+    for folder, name in sorted(test_clips, key=lambda t: (t[0], natural(t[1]))):
         add(folder, name, "test")
     if everything:
         for folder, names in clips.items():
             for name in names:
-                if (folder, name) not in tested:
+                if (folder, name) not in test_clips:
                     add(folder, name, "")
     return read
 
@@ -280,9 +280,9 @@ def read_dfdc(files: Sequence[Path], *, media: Media = Media.videos, frames: int
         for name, label, split, original in _dfdc_csv(file) if file.suffix == ".csv" else _dfdc_json(file):
             stem = Path(name).stem
             sources = [f"DFDC/{n}" for n in dict.fromkeys((stem, Path(original).stem if original else stem))]
-            whose = {"source": "DFDC", "method": "" if label == "real" else "DFDC", "split": split}
-            listed = f"{folder.name}/{file.name}/{name}"
-            add_clip(read, clips.get(stem), top, listed, label, frames=frames, sources=sources, **whose)
+            fields = {"source": "DFDC", "method": "" if label == "real" else "DFDC", "split": split}
+            clip_name = f"{folder.name}/{file.name}/{name}"
+            add_clip(read, clips.get(stem), top, clip_name, label, frames=frames, sources=sources, **fields)
     return read
 
 

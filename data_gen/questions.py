@@ -46,15 +46,15 @@ def cue_questions() -> list[CueQuestion]:
 
 
 def random_questions(n: int, rng: np.random.Generator) -> list[CueQuestion]:
-    """`n` different questions that have nothing to do with forgery: would they rank as well? Raises X2DFDError for more
-    than there are."""
-    known = _WORDS["unrelated"]
-    if not 0 <= n <= len(known):
+    """`n` different questions that have nothing to do with forgery, as a control for the ranking. Raises X2DFDError if
+    there are fewer."""
+    unrelated = _WORDS["unrelated"]
+    if not 0 <= n <= len(unrelated):
         raise X2DFDError(
-            f"{n} unrelated questions were asked for, and there are {len(known)}", code="too_few_questions"
+            f"{n} unrelated questions were asked for, and there are {len(unrelated)}", code="too_few_questions"
         )
-    chosen = sorted(rng.permutation(len(known))[:n].tolist())
-    return [CueQuestion(f"{known[i]} {CUE_ENDING}", None, None, "random") for i in chosen]
+    chosen = sorted(rng.permutation(len(unrelated))[:n].tolist())
+    return [CueQuestion(f"{unrelated[i]} {CUE_ENDING}", None, None, "random") for i in chosen]
 
 
 def some(
@@ -64,13 +64,13 @@ def some(
     assessment costs pictures x questions. Raises X2DFDError when there are fewer than `n`."""
     if n > len(questions):
         raise X2DFDError(f"{n} questions were asked for, and there are {len(questions)}", code="too_few_questions")
-    drawn = rng.permutation(len(questions))
-    first = sorted(drawn, key=lambda i: (questions[i].area, questions[i].artifact) not in cues)  # a stable sort
-    return [questions[i] for i in sorted(first[:n])]
+    order = rng.permutation(len(questions))
+    priority = sorted(order, key=lambda i: (questions[i].area, questions[i].artifact) not in cues)  # a stable sort
+    return [questions[i] for i in sorted(priority[:n])]
 
 
 def write_questions(path: Path, questions: Sequence[CueQuestion], provenance: Json | None = None) -> None:
-    """Write questions as JSON, one a line, with where they come from. `read_questions` reads them back."""
+    """Write questions as JSON, one per line, with their provenance. `read_questions` reads them back."""
     lines = ",\n".join("  " + json.dumps(asdict(q), ensure_ascii=False) for q in questions)
     origin = json.dumps(provenance or {}, ensure_ascii=False)
     write_text(path, f'{{\n "provenance": {origin},\n "questions": [\n{lines}\n ]\n}}\n')
@@ -96,7 +96,7 @@ def read_published(path: Path) -> list[CueQuestion]:
 
 
 def _unique(texts: Iterable[str]) -> list[str]:
-    """The texts without those that say the same words in the same order; the first spelling stays."""
+    """The texts without repetitions of the same words in the same order; the first spelling stays."""
     return list({_words(t): t for t in reversed(list(texts))}.values())[::-1]
 
 
@@ -119,20 +119,20 @@ Answer with JSON only: {{"questions": [{{"question": "...", "area": "...", "arti
 
 @dataclass(frozen=True)
 class Generated:
-    """Questions that a model wrote, and everything needed to tell how."""
+    """Questions that a model wrote, with everything needed to reproduce them."""
 
     questions: list[CueQuestion]
     model: str
     prompt: str  # the template; the vocabulary and the questions so far are filled in
-    rejected: list[dict[str, str]]  # {"question", "reason"} of what was not taken
+    rejected: list[dict[str, str]]  # {"question", "reason"} of each rejected one
 
     def provenance(self) -> Json:
         return {"model": self.model, "prompt": self.prompt, "rejected": self.rejected}
 
 
 def fault(text: str, area: str, artifact: str) -> str | None:
-    """Why a question cannot be taken, or None. "Yes" is evidence of forgery exactly when the question, read as a
-    statement, asserts its cue: the parser of rationales decides, which knows denials and praise."""
+    """The reason for rejecting a question, or None. "Yes" is evidence of forgery exactly when the question, read as a
+    statement, asserts its cue; the parser of rationales, which recognises denials and praise, decides that."""
     if area not in AREAS or artifact not in ARTIFACTS:
         return f"cue outside the vocabulary: {area} x {artifact}"
     if not text.endswith(f"? {CUE_ENDING}"):
@@ -157,21 +157,21 @@ def generate(
 ) -> Generated:
     """Ask a model for `n` questions that `known` does not hold, through an OpenAI-compatible client.
 
-    What does not pass `fault` or repeats a question is counted and asked for anew, in at most `rounds` requests
-    (default: twice as many as would do if all were good). Raises X2DFDError when too few are left by then.
+    Questions that `fault` rejects and repetitions are recorded and replaced, in at most `rounds` requests (default:
+    twice as many as would do if all were good). Raises X2DFDError when there are too few by then.
     """
-    taken: list[CueQuestion] = []
+    accepted: list[CueQuestion] = []
     rejected: list[dict[str, str]] = []
     seen = {_words(q.text) for q in known}
     for turn in range(rounds if rounds is not None else 2 * -(-n // batch)):
-        if len(taken) >= n:
+        if len(accepted) >= n:
             break
         prompt = PROMPT.format(
-            count=min(batch, n - len(taken)),
+            count=min(batch, n - len(accepted)),
             areas=", ".join(AREAS),
             artifacts=", ".join(ARTIFACTS),
             ending=CUE_ENDING,
-            known=json.dumps([q.text.removesuffix(f" {CUE_ENDING}") for q in (*known, *taken)], ensure_ascii=False),
+            known=json.dumps([q.text.removesuffix(f" {CUE_ENDING}") for q in (*known, *accepted)], ensure_ascii=False),
         )
         answer = client.chat.completions.create(
             model=model,
@@ -185,21 +185,21 @@ def generate(
             reason = "said before" if _words(text) in seen else fault(text, area, artifact)
             if reason:
                 rejected.append({"question": text, "reason": reason})
-            elif len(taken) < n:
+            elif len(accepted) < n:
                 seen.add(_words(text))
-                taken.append(CueQuestion(text, area, artifact, f"generated:{model}"))
-    if len(taken) < n:
+                accepted.append(CueQuestion(text, area, artifact, f"generated:{model}"))
+    if len(accepted) < n:
         reasons = "; ".join(f"{r['question'][:80]!r}: {r['reason']}" for r in rejected[-3:])
         raise X2DFDError(
-            f"{model} wrote {len(taken)} of {n} usable questions (last rejected: {reasons or 'none'})",
+            f"{model} wrote {len(accepted)} of {n} usable questions (last rejected: {reasons or 'none'})",
             code="generation_short",
         )
-    return Generated(taken, model, PROMPT, rejected)
+    return Generated(accepted, model, PROMPT, rejected)
 
 
 def _entries(content: str, rejected: list[dict[str, str]]) -> list[Json]:
-    """The objects of a reply; a reply that is not the JSON asked for is one rejection."""
-    body = re.sub(r"^\s*```\w*|```\s*$", "", content)  # many models fence their JSON whatever they are told
+    """The objects of a reply; a reply in any other form than the requested JSON is one rejection."""
+    body = re.sub(r"^\s*```\w*|```\s*$", "", content)  # many models fence their JSON whatever the prompt says
     try:
         return [dict(entry) for entry in parse_json(body)["questions"]]
     except (ValueError, TypeError, KeyError):
@@ -250,18 +250,18 @@ def add_commands(app: typer.Typer) -> None:
             spec = ModelSpec.parse(model)
             if spec.name is None or spec.url is None or spec.adapter is not None:
                 raise X2DFDError("--generate needs --model NAME@http://HOST/v1", code="option_missing")
-            made = generate(connect(spec.url), spec.name, count, known=chosen, seed=seed)
-            chosen, provenance = chosen + made.questions, made.provenance()
+            generated = generate(connect(spec.url), spec.name, count, known=chosen, seed=seed)
+            chosen, provenance = chosen + generated.questions, generated.provenance()
         if only is not None:
-            known = (
+            first = (
                 {(c.area, c.artifact) for sample in read_manifest(cues_of) for c in sample.cues} if cues_of else set()
             )
-            chosen = some(chosen, only, known, np.random.default_rng(seed))
+            chosen = some(chosen, only, first, np.random.default_rng(seed))
         chosen = chosen + random_questions(unrelated, np.random.default_rng(seed))
         write_questions(out, chosen, provenance)
         cues = {(q.area, q.artifact) for q in chosen if q.area}
-        apart = sum(q.area is None and q.origin != "random" for q in chosen)
+        without_cue = sum(q.area is None and q.origin != "random" for q in chosen)
         print(
             f"{out}: {len(chosen)} questions on {len(cues)} cues"
-            + (f", {apart} without a readable cue" if apart else "")
+            + (f", {without_cue} without a readable cue" if without_cue else "")
         )

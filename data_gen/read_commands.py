@@ -69,9 +69,9 @@ def _write(
         raise X2DFDError(f"{out}: the manifest's name must end in .jsonl", code="manifest_format_unknown")
     if shares and split:
         raise X2DFDError("give either --shares or --split", code="options_conflict")
-    parts = parse_shares(shares) if shares else None
+    split_shares = parse_shares(shares) if shares else None
     read = reader()
-    samples = finish(read, shares=parts, split=split, group=group, allow_missing=allow_missing)
+    samples = finish(read, shares=split_shares, split=split, group=group, allow_missing=allow_missing)
     write_manifest(out, samples)
     print(summary(out, samples, read.notes))
 
@@ -108,7 +108,7 @@ def x2dfd_list(
     allow_missing: AllowMissing = False,
 ) -> None:
     """Lists in X2-DFD's published format; you say which hold reals and which fakes."""
-    given = [] if lists else labelled(real, fake)  # a list without a label is refused, whatever else is given
+    given = [] if lists else labelled(real, fake)  # a list without a label is refused in any case
     reader = partial(read_x2dfd_lists, given, roots=root or (), source=source, clips=clips, frames=frames)
     _write(out, reader, shares, split, allow_missing=allow_missing)
 
@@ -151,15 +151,15 @@ def deepfakebench(
     group: Grouping = Group.identity,
     allow_missing: AllowMissing = False,
 ) -> None:
-    """JSON indices of DeepfakeBench and DF40, whichever way their paths are written."""
+    """JSON indices of DeepfakeBench and DF40, with paths written in any way."""
     labels: dict[str, Label] = {}
     for text in label or ():
         name, _, value = text.rpartition("=")
         if value not in ("real", "fake"):
             raise X2DFDError(f"--label {text}: write CLASS=real or CLASS=fake", code="option_malformed")
         labels[name] = "real" if value == "real" else "fake"
-    more: Json = {"compression": compression, "only": only or (), "frames": frames, "labels": labels}
-    _write(out, partial(read_deepfakebench, indices, root, **more), shares, split, group, allow_missing)
+    options: Json = {"compression": compression, "only": only or (), "frames": frames, "labels": labels}
+    _write(out, partial(read_deepfakebench, indices, root, **options), shares, split, group, allow_missing)
 
 
 @kinds.command(epilog=EXAMPLE.format("ffpp FaceForensics++ --out ffpp.jsonl"))
@@ -176,8 +176,8 @@ def ffpp(
     allow_missing: AllowMissing = False,
 ) -> None:
     """FaceForensics++ with its own splits, which keep a pair and both of its sources together."""
-    more: Json = {"methods": names(methods), "compression": compression, "only": only or (), "frames": frames}
-    _write(out, partial(read_ffpp, root, media=media, lists=lists, **more), shares, allow_missing=allow_missing)
+    options: Json = {"methods": names(methods), "compression": compression, "only": only or (), "frames": frames}
+    _write(out, partial(read_ffpp, root, media=media, lists=lists, **options), shares, allow_missing=allow_missing)
 
 
 @kinds.command(epilog=EXAMPLE.format("celebdf Celeb-DF-v2 --out celebdf.jsonl"))
@@ -200,8 +200,8 @@ def celebdf(
     allow_missing: AllowMissing = False,
 ) -> None:
     """Celeb-DF: the official test clips as split `test`."""
-    more: Json = {"source": source, "test_list": test_list, "everything": everything, "frames": frames}
-    _write(out, partial(read_celebdf, root, media=media, **more), shares, "", group, allow_missing)
+    options: Json = {"source": source, "test_list": test_list, "everything": everything, "frames": frames}
+    _write(out, partial(read_celebdf, root, media=media, **options), shares, "", group, allow_missing)
 
 
 @kinds.command(epilog=EXAMPLE.format("dfdc dfdc_train_part_0/metadata.json --out dfdc.jsonl"))

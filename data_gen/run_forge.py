@@ -1,8 +1,8 @@
-"""`python -m data_gen forge`: a manifest of photos in, a folder of forgeries, harmless changes and untouched twins out.
+"""`python -m data_gen forge`: makes forgeries, harmless changes and untouched twins from a manifest of photos.
 
-Item i is a function of (seed, i) and the input manifest alone, so any number of workers gives the same bytes and a
-cut-off run resumes where it stopped. Every picture, whatever its label, takes the same way: the region around its face,
-at most `side` pixels, re-encoded as JPEG of a random high quality.
+Item i depends on (seed, i) and the input manifest alone, so any number of workers gives the same bytes and a cut-off
+run resumes where it stopped. Every picture, whatever its label, is processed alike: the region around its face, at most
+`side` pixels long, re-encoded as JPEG of a random high quality.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TRIES = 30  # photos without a usable face are passed over, this many times at 
 
 @dataclass(frozen=True)
 class ForgeConfig:
-    """What a forge run makes; saved beside its result."""
+    """The settings of a forge run, saved in its output folder."""
 
     data: str  # manifest of photos (label real) and, optionally, of ready-made fakes
     count: int  # how many pictures in all
@@ -45,7 +45,7 @@ class ForgeConfig:
     harmless: float = 0.5  # share of harmless changes, the same among reals, forgeries and ready-made fakes
     combine: float = 0.0  # share of forgeries that carry a second manipulation
     ready_made: float = 0.0  # share of pictures that are the manifest's own fakes, passed through
-    calib: float = 0.0  # share of the train groups that become split `calib`, kept for calibration
+    calib: float = 0.0  # share of the train groups that become split `calib`, for calibration
     methods: tuple[str, ...] = tuple(METHODS)  # forge methods in use
     splits: tuple[str, ...] = ()  # only these splits of the manifest; empty for all
     decoders: str | None = None  # weight file of `data_gen decoders`; None for the committed one
@@ -54,7 +54,7 @@ class ForgeConfig:
 
 
 def split_of(sample: Sample, calib: float) -> str:
-    """The manifest's split; a fixed share of the train groups, chosen by the group's hash, becomes `calib`."""
+    """The manifest's split, or `calib` for a share of the train groups, chosen by the group's hash."""
     number = int(hashlib.sha256(f"calib:{sample.group}".encode()).hexdigest()[:8], 16) / 0x100000000
     return "calib" if (sample.split or "train") == "train" and number < calib else (sample.split or "train")
 
@@ -66,7 +66,7 @@ class _Source:
         self.config = config
         samples = read_manifest(config.data)
         self.tree: dict[str, dict[str, dict[str, dict[str, list[Sample]]]]] = {"real": {}, "fake": {}}
-        split_by_group: dict[str, str] = {}  # a row without a split counts as train: its group may stand elsewhere
+        split_by_group: dict[str, str] = {}  # a row without a split counts as train, but its group may be in another
         for s in samples:
             split = split_of(s, config.calib)
             if config.splits and split not in config.splits:
@@ -94,17 +94,17 @@ class _Source:
 
     def draw(self, label: str, split: str, rng: np.random.Generator) -> Sample:
         sources = self.tree[label][split]
-        names = sorted(sources)
-        # Between even sources (small ones learnt by heart) and even pictures (small ones unseen).
-        weights = np.array([self.sizes[label, split][n] ** 0.7 for n in names])
-        source = sources[str(rng.choice(names, p=weights / weights.sum()))]
+        source_names = sorted(sources)
+        # Even sources would be small ones learnt by heart, even pictures small ones hardly seen: this lies between.
+        weights = np.array([self.sizes[label, split][n] ** 0.7 for n in source_names])
+        source = sources[str(rng.choice(source_names, p=weights / weights.sum()))]
         group = source[str(rng.choice(sorted(source)))]
         return group[int(rng.integers(len(group)))]
 
     def draw_split(self, label: str, rng: np.random.Generator) -> str:
-        names = sorted(self.tree[label])
-        sizes = np.array([sum(self.sizes[label, s].values()) for s in names], float)
-        return str(rng.choice(names, p=sizes / sizes.sum()))
+        splits = sorted(self.tree[label])
+        sizes = np.array([sum(self.sizes[label, s].values()) for s in splits], float)
+        return str(rng.choice(splits, p=sizes / sizes.sum()))
 
 
 @lru_cache(maxsize=1500)
@@ -165,75 +165,75 @@ def _item(source: _Source, out: Path, index: int) -> Json:
     """Make picture `index` and return its manifest row."""
     config = source.config
     rng = np.random.default_rng([config.seed, index])
-    kind = rng.random()
+    draw = rng.random()
     quality = int(rng.integers(88, 99))
     row: Json = {"id": f"{config.seed}-{index:06d}", "path": f"images/{index // 1000:03d}/{index:06d}.jpg"}
     file = out / row["path"]
     file.parent.mkdir(parents=True, exist_ok=True)
-    if kind < config.ready_made:
+    if draw < config.ready_made:
         split = source.draw_split("fake", rng)
         sample, photo = _draw_photo(source, "fake", split, rng)
         row |= {"label": "fake", "method": sample.method, "df_class": sample.df_class}
-        made = untouched(photo, sample.method, "EFS", 1.0)
+        forgery = untouched(photo, sample.method, "EFS", 1.0)
     else:
         split = source.draw_split("real", rng)
         sample, photo = _draw_photo(source, "real", split, rng)
-        kind = (kind - config.ready_made) / (1 - config.ready_made)
-        if kind < config.forged:
+        draw = (draw - config.ready_made) / (1 - config.ready_made)
+        if draw < config.forged:
             method = _ALL[str(rng.choice(config.methods))]
             donor = None
             if method.needs_donor:
-                other, donor = _donor(source, split, sample, photo, rng)
-                row |= {"donor": other.group}
+                donor_sample, donor = _donor(source, split, sample, photo, rng)
+                row |= {"donor": donor_sample.group}
             elif method.same_group:
                 donor = _sibling(source, split, sample, rng)
-            made = forge(photo, method, rng, donor)
+            forgery = forge(photo, method, rng, donor)
             if rng.random() < config.combine:
-                second = _ALL[str(rng.choice([m for m in config.methods if not _ALL[m].needs_donor]))]
-                more = forge(replace(photo, pixels=made.pixels), second, rng)
-                made = replace(
-                    made,
-                    pixels=more.pixels,
-                    mask=np.maximum(made.mask, more.mask),
-                    cues=joined_cues(photo.pixels, made, more),
-                    method=f"{made.method}+{more.method}",
-                    strength=max(made.strength, more.strength),
+                second_method = _ALL[str(rng.choice([m for m in config.methods if not _ALL[m].needs_donor]))]
+                second_forgery = forge(replace(photo, pixels=forgery.pixels), second_method, rng)
+                forgery = replace(
+                    forgery,
+                    pixels=second_forgery.pixels,
+                    mask=np.maximum(forgery.mask, second_forgery.mask),
+                    cues=joined_cues(photo.pixels, forgery, second_forgery),
+                    method=f"{forgery.method}+{second_forgery.method}",
+                    strength=max(forgery.strength, second_forgery.strength),
                 )
         else:
-            made = untouched(photo)
+            forgery = untouched(photo)
         row |= {
-            "label": "real" if made.df_class == "real" else "fake",
-            "method": made.method,
-            "df_class": made.df_class,
+            "label": "real" if forgery.df_class == "real" else "fake",
+            "method": forgery.method,
+            "df_class": forgery.df_class,
         }
-    # With the same odds for every label: what stood on real photos alone would be learnt as a mark of them.
+    # The same odds for every label: a model would learn a change that only real photos had as their mark.
     change = HARMLESS[str(rng.choice(list(HARMLESS)))] if rng.random() < config.harmless else None
     if config.video and rng.random() < config.video:
         change = through_video(change)
     if change:
-        before = made
-        made = forge(photo, change, rng) if row["label"] == "real" else changed(photo, made, change, rng)
+        previous = forgery
+        forgery = forge(photo, change, rng) if row["label"] == "real" else changed(photo, forgery, change, rng)
         if row["label"] == "real":
-            row |= {"method": made.method}
-        if made is not before:  # a forgery that it would cover wholly stays as it was
+            row |= {"method": forgery.method}
+        if forgery is not previous:  # a change that would cover the whole forgery is not made
             row |= {"harmless": change.name}
-    if made.mask.any():
+    if forgery.mask.any():
         mask = file.with_suffix(".mask.png")
-        if not cv2.imwrite(str(mask), made.mask):
+        if not cv2.imwrite(str(mask), forgery.mask):
             raise X2DFDError(f"could not write {mask}", code="cannot_write")
         row |= {"mask": str(Path(row["path"]).with_suffix(".mask.png"))}
-    row |= {"cues": [asdict(c) for c in made.cues]}
-    if made.cues:
-        row |= {"shows": shows(max(c.score or 0.0 for c in made.cues))}
-    row |= {"source": sample.source, "group": sample.group, "split": split, "strength": made.strength}
+    row |= {"cues": [asdict(c) for c in forgery.cues]}
+    if forgery.cues:
+        row |= {"shows": shows(max(c.score or 0.0 for c in forgery.cues))}
+    row |= {"source": sample.source, "group": sample.group, "split": split, "strength": forgery.strength}
     if sample.extra.get("licence"):
-        row["licence"] = sample.extra["licence"]  # what is made of a photo stands under its licence too
-    row["sha256"] = save_jpeg(file, made.pixels, quality)
+        row["licence"] = sample.extra["licence"]  # the photo's licence holds for pictures made from it too
+    row["sha256"] = save_jpeg(file, forgery.pixels, quality)
     return row
 
 
 def shows(score: float) -> str:
-    """The score of a forgery's plainest cue in a word, to report figures by (`run_bench.py --by shows`)."""
+    """A word for the score of a forgery's plainest cue, by which `run_bench.py --by shows` reports figures."""
     return "faint" if score < 0.25 else "clear" if score < 0.5 else "plain"
 
 
@@ -242,34 +242,34 @@ _POSE_FITS = 0.06  # near enough to stop looking
 
 
 def _donor(source: _Source, split: str, target: Sample, face: Photo, rng: np.random.Generator) -> tuple[Sample, Photo]:
-    """Another person's photo of the same split, the one of a few whose head is turned most alike. One of another source
-    is taken half of the times it is drawn."""
-    found: list[tuple[float, Sample, Photo]] = []
+    """Another person's photo of the same split: of a few candidates, the one with the most similar head pose. A photo
+    of another source becomes a candidate half of the times it is drawn."""
+    candidates: list[tuple[float, Sample, Photo]] = []
     for _ in range(_TRIES):
         sample, photo = _draw_photo(source, "real", split, rng)
         if sample.group != target.group and (sample.source == target.source or rng.random() < 0.5):
-            found.append((float(np.abs(pose(photo) - pose(face)).max()), sample, photo))
-            if found[-1][0] < _POSE_FITS or len(found) == _DONORS:
+            candidates.append((float(np.abs(pose(photo) - pose(face)).max()), sample, photo))
+            if candidates[-1][0] < _POSE_FITS or len(candidates) == _DONORS:
                 break
-    if not found:
+    if not candidates:
         return sample, photo  # a set of one person: the last photo drawn is the donor
-    _, sample, photo = min(found, key=lambda f: f[0])
+    _, sample, photo = min(candidates, key=lambda f: f[0])
     return sample, photo
 
 
 def _sibling(source: _Source, split: str, target: Sample, rng: np.random.Generator) -> Photo | None:
-    """Another picture of the same group, another frame of the clip as a rule; None where no usable one is."""
+    """Another picture of the same group, usually another frame of the clip; None if there is no usable one."""
     group = source.tree["real"][split][target.source][target.group]
     others = [s for s in group if s.path != target.path]
-    for k in rng.permutation(len(others))[:_DONORS]:
-        sample = others[int(k)]
+    for i in rng.permutation(len(others))[:_DONORS]:
+        sample = others[int(i)]
         if (photo := load_photo(str(sample.path), sample.source, sample.group, source.config.side)) is not None:
             return photo
     return None
 
 
 def pose(photo: Photo) -> NDArray[np.uint8]:
-    """How far the head is turned and tipped: where the nose lies between the ends of the mesh, both about 0.5."""
+    """The turn and tilt of the head, as the nose's position between the ends of the mesh: about 0.5 from the front."""
     p = photo.landmarks
     across, down = p[454] - p[234], p[152] - p[10]
     turn = (p[1] - p[234]) @ across / max(float(across @ across), 1e-6)
@@ -280,14 +280,14 @@ _worker: tuple[_Source, Path] | None = None
 
 
 _ALL = METHODS | LATENT
-_DRAWN = {"autoencode", "redraw"}
+_REDRAWING = {"autoencode", "redraw"}
 """The methods that need the learnt decoders."""
 
 
 def _start(config: ForgeConfig, out: Path) -> None:
     global _worker
     cv2.setNumThreads(1)
-    if _DRAWN & set(config.methods):
+    if _REDRAWING & set(config.methods):
         from data_gen import decoders
 
         decoders.use(Path(config.decoders) if config.decoders else None)
@@ -305,25 +305,25 @@ def _work(index: int) -> Json:
 
 
 def resumed(out: Path, count: int, make: Callable[[Sequence[int]], Iterable[Json]]) -> list[Json]:
-    """The rows 0 .. `count` - 1 of a run, of which `make` gives those that an earlier, cut-off one has not made.
+    """The rows 0 .. `count` - 1 of a run; `make` gives those that an earlier run, which was cut off, lacks.
 
-    Each is on disk once it is made; at the end `manifest.jsonl` holds them all.
+    Each row is written to disk as soon as it is made; at the end `manifest.jsonl` holds them all.
     """
-    part, rows = out / "manifest.part.jsonl", list[Json]()
-    for line in part.read_text(encoding="utf-8").splitlines() if part.is_file() else ():
+    partial_file, rows = out / "manifest.part.jsonl", list[Json]()
+    for line in partial_file.read_text(encoding="utf-8").splitlines() if partial_file.is_file() else ():
         try:
-            rows.append(json_object(line, part))
+            rows.append(json_object(line, partial_file))
         except X2DFDError:  # half written
             break
-    write_text(part, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(partial_file, "".join(json.dumps(row) + "\n" for row in rows))
     todo = range(len(rows), count)
-    with part.open("a", encoding="utf-8") as stream:
+    with partial_file.open("a", encoding="utf-8") as stream:
         for row in progress(make(todo), "forging", len(todo)):
             rows.append(row)
             stream.write(json.dumps(row) + "\n")
             stream.flush()
     write_manifest(out / "manifest.jsonl", rows)
-    part.unlink()
+    partial_file.unlink()
     return rows
 
 
@@ -343,17 +343,17 @@ def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
             f"--combine needs a method without a donor, and {', '.join(config.methods)} have one",
             code="donor_methods_alone",
         )
-    _Source(config)  # refuses a bad manifest here, where it is one line; in a worker it would break the pool
+    _Source(config)  # refuse a bad manifest here with one line; in a worker it would break the pool
     settings = {**asdict(config), "data": manifest_sha256(config.data), "methods": list(config.methods)}
     settings |= {"splits": list(config.splits), "version": FORGE_VERSION, "decoders": None}
-    if _DRAWN & set(config.methods):  # other decoders draw other pictures
+    if _REDRAWING & set(config.methods):  # other decoders draw other pictures
         from data_gen.decoders import WEIGHTS, load_bank
 
         weights = Path(config.decoders) if config.decoders else WEIGHTS
-        load_bank(weights)  # refused here, where it is one line
+        load_bank(weights)  # refuse a bad file here, with one line
         settings["decoders"] = file_sha256(weights)
     elif config.decoders:
-        raise X2DFDError(f"only the methods {' and '.join(sorted(_DRAWN))} take --decoders", code="decoders_unused")
+        raise X2DFDError(f"only the methods {' and '.join(sorted(_REDRAWING))} take --decoders", code="decoders_unused")
     if bool(config.redraw) != bool(set(LATENT) & set(config.methods)):
         raise X2DFDError(
             f"give --redraw exactly if the methods {' or '.join(LATENT)} are asked for", code="redraw_incomplete"
@@ -363,33 +363,33 @@ def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
 
         settings["redraw"] = list(latent.load(Path(config.redraw)))  # by name: each is pinned
     with alone(out):
-        return _finished(config, settings, out, workers)
+        return _run_locked(config, settings, out, workers)
 
 
-def _finished(config: ForgeConfig, settings: Json, out: Path, workers: int) -> Path:
-    saved, manifest = out / "forge.json", out / "manifest.jsonl"
-    if saved.is_file() and read_json(saved) != settings:
+def _run_locked(config: ForgeConfig, settings: Json, out: Path, workers: int) -> Path:
+    settings_file, manifest = out / "forge.json", out / "manifest.jsonl"
+    if settings_file.is_file() and read_json(settings_file) != settings:
         raise X2DFDError(f"{out} holds a forge run with other settings; choose another --out", code="settings_differ")
-    if manifest.is_file() and not saved.is_file():
+    if manifest.is_file() and not settings_file.is_file():
         raise X2DFDError(f"{manifest} was not written by a forge run; choose another --out", code="not_a_forge_run")
     if manifest.is_file():
         return manifest
-    write_text(saved, json.dumps(settings, indent=1) + "\n")
-    resumed(out, config.count, lambda todo: _made(config, out, todo, workers))
+    write_text(settings_file, json.dumps(settings, indent=1) + "\n")
+    resumed(out, config.count, lambda todo: _forge_rows(config, out, todo, workers))
     return manifest
 
 
-def _made(config: ForgeConfig, out: Path, todo: Sequence[int], workers: int) -> Iterator[Json]:
+def _forge_rows(config: ForgeConfig, out: Path, todo: Sequence[int], workers: int) -> Iterator[Json]:
     if workers <= 1:
         _start(config, out)
         try:
             yield from map(_work, todo)
         finally:
-            if config.decoders:  # what this process does next takes the committed ones
+            if config.decoders:  # later calls in this process use the committed ones
                 from data_gen import decoders
 
                 decoders.use(None)
         return
-    # Spawned, not forked: the copy of a process whose models run threads hangs.
+    # Spawned, not forked: a forked copy of a process with running threads hangs.
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start, initargs=(config, out)) as pool:
         yield from pool.map(_work, todo, chunksize=8)

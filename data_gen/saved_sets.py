@@ -18,7 +18,7 @@ from x2dfd.progress import progress
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column of a `datasets` table is what, and which of its labels mean real and fake (name or number)."""
+    """The columns of a `datasets` table by their use, and its labels that mean real or fake (name or number)."""
 
     image: str = "image"
     label: str = "label"
@@ -30,8 +30,8 @@ class Columns:
 
 
 def read_datasets(folders: Sequence[Path], images: Path, columns: Columns, *, only: Sequence[str] = ()) -> Read:
-    """Tables saved with `datasets.save_to_disk`; pictures are written to `images` by the hash of their bytes, which
-    stay as they are: encoding again would make a format trace of its own."""
+    """Read tables saved with `datasets.save_to_disk`. Pictures are written to `images` under the hash of their bytes,
+    which stay unchanged, as another encoding would leave a trace of its own."""
     try:
         import datasets
     except ImportError as error:
@@ -43,12 +43,12 @@ def read_datasets(folders: Sequence[Path], images: Path, columns: Columns, *, on
     read = Read(only)
     for folder in folders:
         try:
-            loaded = datasets.load_from_disk(str(folder))
+            dataset = datasets.load_from_disk(str(folder))
         except (OSError, ValueError) as error:
             raise X2DFDError(
                 f"{folder} is not a data set that save_to_disk wrote ({error})", code="dataset_unreadable"
             ) from error
-        for split, table in (loaded if isinstance(loaded, dict) else {"": loaded}).items():
+        for split, table in (dataset if isinstance(dataset, dict) else {"": dataset}).items():
             if not read.takes(split):
                 continue
             for column in filter(None, (columns.image, columns.label, columns.method, columns.group, columns.video)):
@@ -63,41 +63,41 @@ def read_datasets(folders: Sequence[Path], images: Path, columns: Columns, *, on
                 ) from error
             for i, record in enumerate(progress(table, f"pictures of {split or folder.name}")):
                 read.listed += 1
-                path = _store(record[columns.image], images)
-                label = _said(record[columns.label], names, columns, f"{folder.name}: row {i}")
+                path = _store_picture(record[columns.image], images)
+                label = _label_of(record[columns.label], names, columns, f"{folder.name}: row {i}")
                 if path is None:
                     read.lacks(f"{folder.name} {split}".strip(), f"row {i}: no picture in it")
                     continue
-                given = {
+                details = {
                     name: str(record[column])
                     for name in ("method", "group", "video")
                     if (column := getattr(columns, name)) and record[column] not in (None, "")
                 }
-                method = given.get("method", "") if label == "fake" else ""
-                known = [f"{folder.name}/{given['group']}"] if "group" in given else ()
-                whose = {"source": folder.name, "method": method, "split": split}
-                sample = row(path, path.name, label, clip=False, sources=known, **whose)
-                clip = f"{folder.name}/{label}/{given['video']}" if "video" in given else None
+                method = details.get("method", "") if label == "fake" else ""
+                sources = [f"{folder.name}/{details['group']}"] if "group" in details else ()
+                fields = {"source": folder.name, "method": method, "split": split}
+                sample = row(path, path.name, label, clip=False, sources=sources, **fields)
+                clip = f"{folder.name}/{label}/{details['video']}" if "video" in details else None
                 read.samples.append(replace(sample, video=clip))
     return read
 
 
-def _said(value: object, names: Sequence[str] | None, columns: Columns, where: str) -> Label:
+def _label_of(value: object, names: Sequence[str] | None, columns: Columns, where: str) -> Label:
     """The label that the user gives to a value, by the value itself or by its class name."""
-    said = {str(value)}
+    spellings = {str(value)}
     if names and isinstance(value, int) and 0 <= value < len(names):
-        said.add(names[value])
-    real, fake = bool(said & set(columns.real)), bool(said & set(columns.fake))
+        spellings.add(names[value])
+    real, fake = bool(spellings & set(columns.real)), bool(spellings & set(columns.fake))
     if real == fake:
         raise X2DFDError(
-            f"{where}: label {'/'.join(sorted(said))} is {'both real and' if real else 'neither real nor'} fake",
+            f"{where}: label {'/'.join(sorted(spellings))} is {'both real and' if real else 'neither real nor'} fake",
             code="label_unclear",
         )
     return "real" if real else "fake"
 
 
-def _store(image: Json | None, folder: Path) -> Path | None:
-    """Writes a picture's bytes as they are, named by their SHA-256; None when it is none."""
+def _store_picture(image: Json | None, folder: Path) -> Path | None:
+    """Write a picture's bytes unchanged, named by their SHA-256; None if they are no picture."""
     try:
         data = image and (image["bytes"] or (Path(image["path"]).read_bytes() if image["path"] else None))
         suffix = (Image.open(io.BytesIO(data)).format or "").lower() if data else ""

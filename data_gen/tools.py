@@ -1,4 +1,4 @@
-"""What the forge's methods are made of: a photo, what was made of it, and warps, masks, blends and colours."""
+"""The building blocks of the forge's methods: photos, forgeries, warps, masks, blends and colours."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ class Photo:
 
 @dataclass(frozen=True, eq=False)
 class Forgery:
-    """What the forge made, and the truth about it."""
+    """A forged picture, and the truth about it."""
 
     pixels: Pixels  # [H, W, 3] RGB, same size as the photo
-    mask: NDArray[np.uint8]  # [H, W], 0..255: how much of the new content stands at each pixel
-    cues: tuple[Cue, ...]  # what a careful eye could point at; empty for harmless changes
+    mask: NDArray[np.uint8]  # [H, W], 0..255: the share of new content at each pixel
+    cues: tuple[Cue, ...]  # signs that a careful viewer could point at; empty for harmless changes
     method: str
     df_class: str  # FS | FR | FE | EFS | real
     strength: float  # 0 (barely there) .. 1 (blatant)
 
 
 def untouched(photo: Photo, method: str = "none", df_class: str = "real", strength: float = 0.0) -> Forgery:
-    """A photo as it is; or what others made, where nobody knows what it shows: without cues and mask."""
+    """An unchanged photo, or a ready-made fake with unknown cues; both have no cues and no mask."""
     return Forgery(photo.pixels, np.zeros(photo.pixels.shape[:2], np.uint8), (), method, df_class, strength)
 
 
@@ -223,7 +223,7 @@ def wander(points: Array, amount: float, rng: Rng) -> Array:
 
 
 def dct_thin(pixels: Array, block: int, keep: float) -> Array:
-    """Each block keeps only its low frequencies: what a small autoencoder does to texture."""
+    """Each block keeps only its low frequencies: a small autoencoder does the same to texture."""
     height, width = pixels.shape[0] // block * block, pixels.shape[1] // block * block
     out = pixels.astype(np.float32).copy()
     # By rows: the two-dimensional transform of the identity is the identity.

@@ -1,4 +1,4 @@
-"""How plainly a change shows: the score of a cue is measured on the picture, whatever a dial was set to."""
+"""How plainly a change shows: a cue's score is measured on the picture, not derived from the strength setting."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHOWS = 0.05
 
 
 def visible(before: Pixels, after: Pixels, mask: Array, artifact: str) -> float:
-    """How plainly an artifact shows, 0..1: the change that was made, not what a dial was set to.
+    """How plainly an artifact shows, 0..1, measured on the change that was made.
 
     Where several changes meet, each cue is measured by its own effect: `blending` by the gradients along the mask's
     edge, `blur` by the fine detail that is lost, `noise` by the fine detail that came, `colour` by the shift of each
@@ -31,41 +31,41 @@ def visible(before: Pixels, after: Pixels, mask: Array, artifact: str) -> float:
     the changed one. Every other artifact is the only one of its method: the root mean square change under the mask.
     """
     old, new = before.astype(np.float32), after.astype(np.float32)
-    where = mask > 0.2
+    inside = mask > 0.2
     if artifact in _OWN_EFFECT:
-        change = max((_OWN_EFFECT[artifact](old, new, side) for side in (where, ~where) if side.any()), default=0.0)
+        change = max((_OWN_EFFECT[artifact](old, new, side) for side in (inside, ~inside) if side.any()), default=0.0)
     elif artifact == "blending":
         slope = cv2.Sobel(mask.astype(np.float32), cv2.CV_32F, 1, 0) ** 2
         slope = slope + cv2.Sobel(mask.astype(np.float32), cv2.CV_32F, 0, 1) ** 2
         across, down = (cv2.Sobel(new.mean(-1) - old.mean(-1), cv2.CV_32F, *d) / 4 for d in ((1, 0), (0, 1)))
         change = _rms(np.hypot(across, down), slope > 0.15 * slope.max())
     else:
-        change = _rms(new.mean(-1) - old.mean(-1), where)
+        change = _rms(new.mean(-1) - old.mean(-1), inside)
     return float(1 - np.exp(-change / _PLAIN[artifact]))
 
 
-def _rms(values: Array, where: Array) -> float:
-    return float(np.sqrt(np.square(values[where]).mean())) if where.any() else 0.0
+def _rms(values: Array, inside: Array) -> float:
+    return float(np.sqrt(np.square(values[inside]).mean())) if inside.any() else 0.0
 
 
 def _detail(pixels: Array, side: Array) -> float:
-    """Mean square of what is finer than about three pixels, over the pixels of `side`."""
+    """Mean square of detail finer than about three pixels, over the pixels of `side`."""
     return float(np.square((pixels - soft(pixels, 1.5))[side]).mean())
 
 
 def _spread(pixels: Array, side: Array) -> Array:
-    """Standard deviation of each channel of what is coarser than that, over the pixels of `side`."""
+    """Standard deviation of each channel of coarser structure, over the pixels of `side`."""
     return np.asarray(soft(pixels, 3.0)[side].std(0))
 
 
 def _detail_moved(old: Array, new: Array, side: Array) -> float:
-    """Mean square of fine detail that came (or, below 0, went); what a change of contrast alone does is left out."""
+    """Mean square of added (below 0: lost) fine detail, without the effect of a mere change of contrast."""
     gain = float(np.clip((_spread(new, side).mean() + 1) / (_spread(old, side).mean() + 1), 0.5, 2))
     return _detail(new, side) - gain**2 * _detail(old, side)
 
 
 def _tone_moved(old: Array, new: Array, side: Array) -> float:
-    """Distance of two normal distributions a channel: what another person's features or a warp hardly move."""
+    """Distance of each channel's two normal distributions, on which another person's features or a warp hardly act."""
     mean, spread = new[side].mean(0) - old[side].mean(0), _spread(new, side) - _spread(old, side)
     return float(np.sqrt((mean**2 + spread**2).mean()))
 

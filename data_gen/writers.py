@@ -1,8 +1,8 @@
-"""The grammar that writes training explanations: what stands after "This image is fake." or "This image is real."
+"""The grammar that writes training explanations, which follow "This image is fake." or "This image is real."
 
 A small language model learns these sentences, so they are short and plain, and every clause about a cue begins with the
 two words by which a question calls it ("mouth blur: the mouth is smudged"): such a model copies a word sooner than its
-meaning (LOG.md). Whatever is written here, `x2dfd.explain.read_cues` reads back as exactly the cues that were given:
+meaning (LOG.md). From every explanation `x2dfd.explain.read_cues` reads back exactly the cues that were given:
 nothing is claimed beyond them.
 """
 
@@ -21,14 +21,14 @@ Rng = np.random.Generator
 
 MAX_CUES = 3
 FAINT_BELOW, CLEAR_FROM = 0.35, 0.7
-"""Below the first, a cue is called faint; from the second on, clear; in between, visible."""
+"""A cue with a score below the first is called faint, from the second on clear, and between them visible."""
 
 _WORDS = json.loads((Path(__file__).parent / "words" / "grammar.json").read_text("utf-8"))
 """Words and sentences by their use.
 
-`areas`: what an area is called, its own word included, and whether that is a plural. `degrees`: adjectives and adverbs
-of strength for faint, visible and clear cues, and for one that nobody measured. `seen`, `seen_at`: what one would see
-of an artifact, anywhere or at one area. `in_order`: what is said of a real picture, by the artifact that it denies.
+`areas`: names of an area, its own word included, each with a mark for plurals. `degrees`: adjectives and adverbs of
+strength for faint, visible, clear and unmeasured cues. `seen`, `seen_at`: descriptions of an artifact, anywhere or at
+one area. `in_order`: statements about real pictures, by the artifact that they deny.
 {a} is the area, {an} the article with an adjective of strength, {adj} that adjective alone, {adv} the adverb; verbs in
 braces agree with the area.
 """
@@ -44,15 +44,15 @@ _ALL_IN_ORDER = tuple(
     for line in lines
     if not _DENIES.search(line)
 )
-"""What can be said of any area, and names no sign of forgery: "no seam" tells a reader nothing of a random area."""
+"""Lines that fit any area and name no sign of forgery: "no seam" tells a reader nothing about a random area."""
 
 
 def write_explanation(label: str, cues: Sequence[Cue], df_class: str, rng: Rng, pointed: Sequence[Cue] = ()) -> str:
     """An explanation of about 12 to 40 words; the same generator state gives the same text.
 
     Fake: the `MAX_CUES` strongest cues, strongest first, one clause each, with words of strength from `cue.score`.
-    Real: one to three areas that are in order; takes no cues. What experts point at, wrongly then (`pointed`), is
-    denied first. Raises ValueError where label, class and cues disagree.
+    Real: one to three areas that are in order; takes no cues. Cues that experts wrongly point at (`pointed`) are denied
+    instead. Raises ValueError where label, class and cues disagree.
     """
     if label not in ("fake", "real") or df_class not in DF_CLASSES or (label == "real") != (df_class == "real"):
         raise ValueError(f"the label {label!r} contradicts the class {df_class!r}")
@@ -89,45 +89,45 @@ def decision_question(rng: Rng) -> str:
 
 
 def class_choices(rng: Rng) -> str:
-    """A sentence that offers the classes in random order, or "" as often."""
+    """A sentence that offers the classes in random order or, in half of the cases, ""."""
     names = [str(n) for n in rng.permutation(list(_WORDS["class_choices"].values()))]
     return "" if rng.random() < 0.5 else f" Choose one of: {', '.join(names)}."
 
 
 def kind_question(df_class: str, rng: Rng) -> tuple[str, bool]:
-    """A yes/no question about the class of manipulation, and its answer; as often yes as no."""
+    """A yes/no question about the class of manipulation, and its answer, which is yes in half of the cases."""
     others = [kind for kind in _WORDS["kind_questions"] if kind != df_class]
     yes = bool(df_class in _WORDS["kind_questions"] and rng.random() < 0.5)
     return _pick(rng, _WORDS["kind_questions"][df_class if yes else _pick(rng, others)]), yes
 
 
 _SAME_PLACE = ({"skin", "forehead"}, {"skin", "cheeks"}, {"skin", "nose"}, {"skin", "jaw", "face-contour"})
-"""Areas that lie over one another: who says that one is in order speaks of the other too."""
+"""Areas that overlap: a statement that one is in order is about the other too."""
 
 
 def write_follow_up(
     label: str, cues: Sequence[Cue], df_class: str, rng: Rng, touched: Sequence[str] = ()
 ) -> tuple[str, str]:
-    """A question that a user may ask after the verdict, and an answer that the truth bears out (free conversation).
+    """A question that a user may ask after the verdict, and an answer that the truth supports (free conversation).
 
-    About one area, the reasons, or the technique. A fake without known cues is never asked about an area: nobody knows.
-    `touched`: areas that were changed although no cue names them; they are not said to be in order.
+    It is about one area, the reasons, or the technique, and never about an area of a fake without known cues, as nobody
+    knows the answer. `touched` areas were changed although no cue names them; they are not called in order.
     """
     kind = rng.random()
     if kind < 0.2:
         return _one(rng, "class_questions"), class_answer(df_class, rng)
     if kind < 0.45 or (label == "fake" and not cues):
         return _one(rng, "why_questions"), write_explanation(label, cues, df_class, rng)
-    named = sorted({c.area for c in cues})
-    changed = {*named, *touched}
-    near = {other for group in _SAME_PLACE if changed & group for other in group}
-    others = [a for a in _REAL_AREAS if a not in changed | near and "whole-image" not in changed]
-    area = _pick(rng, named) if named and (not others or rng.random() < 0.6) else _pick(rng, others)
+    cue_areas = sorted({c.area for c in cues})
+    changed_areas = {*cue_areas, *touched}
+    neighbours = {other for group in _SAME_PLACE if changed_areas & group for other in group}
+    others = [a for a in _REAL_AREAS if a not in changed_areas | neighbours and "whole-image" not in changed_areas]
+    area = _pick(rng, cue_areas) if cue_areas and (not others or rng.random() < 0.6) else _pick(rng, others)
     name, plural = _WORDS["areas"][area][0]
     question = _fill(_one(rng, "area_questions"), name, plural)
-    found = sorted((c for c in cues if c.area == area), key=lambda c: -(c.score or 0.0))[:2]
-    if found:
-        return question, _tidy([". ".join(_describe(c, df_class, rng) for c in found) + "."])
+    area_cues = sorted((c for c in cues if c.area == area), key=lambda c: -(c.score or 0.0))[:2]
+    if area_cues:
+        return question, _tidy([". ".join(_describe(c, df_class, rng) for c in area_cues) + "."])
     return question, _tidy([_one(rng, "fine").format(line=_fill(_pick(rng, _ALL_IN_ORDER), name, plural))])
 
 
@@ -155,7 +155,7 @@ def _degree(score: float | None) -> int:
 
 
 def _describe(cue: Cue, df_class: str, rng: Rng) -> str:
-    """One clause about the cue, without capital or full stop: what a question calls it, then what one would see."""
+    """One clause about the cue, without capital or full stop: its words in a question, then a description."""
     templates = _WORDS["seen"][cue.artifact]
     special = _WORDS["seen_at"].get(cue.area, {}).get(cue.artifact, ())
     if df_class == "EFS" and (cue.area, cue.artifact) == ("whole-image", "texture"):
@@ -168,8 +168,8 @@ def _describe(cue: Cue, df_class: str, rng: Rng) -> str:
     adjective = _pick(rng, adjectives)
     names = _WORDS["areas"][cue.area]
     name, plural = names[0] if rng.random() < 0.6 else names[int(rng.integers(len(names)))]
-    seen = _fill(_pick(rng, templates), name, plural, adj=adjective, an=f"a {adjective}", adv=_pick(rng, adverbs))
-    return f"{cue.area} {cue.artifact}: {seen}"
+    clause = _fill(_pick(rng, templates), name, plural, adj=adjective, an=f"a {adjective}", adv=_pick(rng, adverbs))
+    return f"{cue.area} {cue.artifact}: {clause}"
 
 
 def _fill(template: str, name: str, plural: bool, **words: str) -> str:
@@ -183,13 +183,13 @@ def _write_real(rng: Rng, pointed: Sequence[Cue] = ()) -> str:
         return _tidy([denied + ".", _one(rng, "real_closings")])
     count = int(rng.integers(1, 4))
     areas = [str(a) for a in rng.choice(_REAL_AREAS, size=count, replace=False)]
-    groups = [areas[:1], areas[1:] or areas]  # two things are said even of a single area
+    groups = [areas[:1], areas[1:] or areas]  # two statements even about a single area
     lines = rng.choice(_ALL_IN_ORDER, size=2, replace=False)
-    parts = []
+    clauses = []
     for group, line in zip(groups, lines, strict=True):
         plural = len(group) > 1 or _WORDS["areas"][group[0]][0][1]
-        parts.append(_fill(str(line), " and ".join(_WORDS["areas"][a][0][0] for a in group), plural))
-    return _tidy([_pick(rng, (". ", ", and ", "; ")).join(parts) + ".", _one(rng, "real_closings")])
+        clauses.append(_fill(str(line), " and ".join(_WORDS["areas"][a][0][0] for a in group), plural))
+    return _tidy([_pick(rng, (". ", ", and ", "; ")).join(clauses) + ".", _one(rng, "real_closings")])
 
 
 def _deny(cue: Cue, rng: Rng) -> str:

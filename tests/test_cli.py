@@ -222,7 +222,7 @@ def test_standard_input_and_a_named_pipe_are_judged(
     """Bug prevented: `curl … | x2dfd detect -` looks for a file of that name."""
     monkeypatch.chdir(tmp_path)
     content = (photos / "a.png").read_bytes()
-    stores._piped.cache_clear()
+    stores._read_pipe.cache_clear()
     monkeypatch.setattr(detector, "detect_many", lambda sources, **_: map(report_of, sources))
     words = ["detect", "-", "--json", "--out", "rows.jsonl"]
     done = CliRunner().invoke(cli.app, words, input=content)

@@ -9,10 +9,10 @@ from PIL import Image
 
 from x2dfd.errors import InputError
 from x2dfd.stills import Opened, exif_summary, pillow, rgb, sample_bits
-from x2dfd.video import Frame, Gathered, Video, positions
+from x2dfd.video import Frame, FrameCollector, Video, positions
 
 MOVING = frozenset({"GIF", "PNG", "WEBP", "AVIF"})
-"""Formats whose many pictures are a clip; the pages of a TIFF and the views of a JPEG (MPO) are not."""
+"""Formats in which several pictures are a clip, unlike the pages of a TIFF and the views of a JPEG (MPO)."""
 
 _MAX_PIXELS = 2_000_000_000  # of all frames up to the last sampled one, each of which is decoded: about 20 s
 _UNTIMED_S = 0.1  # a frame without a duration, as browsers show it
@@ -20,14 +20,14 @@ _UNTIMED_S = 0.1  # a frame without a duration, as browsers show it
 
 @dataclass
 class _Clock:
-    """Where in the animation its reader stands."""
+    """The reader's position in the animation."""
 
     index: int = -1
     begins_s: float = 0.0
     ends_s: float = 0.0
 
     def advance(self, image: Image.Image) -> None:
-        """To the next frame. Raises what Pillow raises."""
+        """Go to the next frame. Raises any exception of Pillow."""
         self.index += 1
         image.seek(self.index)
         image.load()
@@ -42,21 +42,21 @@ def load_animation(opened: Opened, max_frames: int, keep: Callable[[Frame], Fram
     if reachable < opened.n_frames:
         notes.append("decoding_limit_reached")
     depth = sample_bits(opened)
-    gathered = Gathered(keep, notes)
+    collector = FrameCollector(keep, notes)
     clock = _Clock()
     for target in positions(reachable, max_frames):
         try:
             with pillow(notes):
                 while clock.index < target:
                     clock.advance(image)
-                shown = image.copy()
+                snapshot = image.copy()
         except InputError as error:
-            if not gathered.frames:
+            if not collector.frames:
                 raise
             notes.append(f"undecodable_from_frame:{clock.index}:{error.code}")
             break
-        if not gathered.add(Frame(target, clock.begins_s, rgb(shown, depth, False, opened.orientation, notes))):
+        if not collector.add(Frame(target, clock.begins_s, rgb(snapshot, depth, False, opened.orientation, notes))):
             break
     duration = clock.ends_s if clock.index + 1 == opened.n_frames else None
     file = {"exif": exif} if (exif := exif_summary(opened)) else {}
-    return gathered.video(opened.sha256, opened.name, opened.n_frames, duration, max_frames, path, file)
+    return collector.video(opened.sha256, opened.name, opened.n_frames, duration, max_frames, path, file)

@@ -1,4 +1,4 @@
-"""The aligned face crops of a manifest, computed once and kept beside it: what every training and assessment reads."""
+"""The aligned face crops of a manifest, which trainings and assessments read; computed once and saved beside it."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class CropSet:
 
     def where(self, **equal: str) -> NDArray[np.intp]:
         """Indices of the samples whose fields have the given values."""
-        found = [i for i, s in enumerate(self.samples) if all(getattr(s, k) == v for k, v in equal.items())]
-        return np.array(found, int)
+        rows = [i for i, s in enumerate(self.samples) if all(getattr(s, k) == v for k, v in equal.items())]
+        return np.array(rows, int)
 
 
 Cropped = tuple[Face, NDArray[np.uint8] | None]
@@ -63,10 +63,10 @@ def _crop(paths: tuple[str, str | None, int]) -> Cropped | str:
             return "no_face"
     except InputError as error:
         return error.code
-    return faces[0], _aligned(mask, pixels, faces[0].landmarks) if mask else None
+    return faces[0], _load_mask(mask, pixels, faces[0].landmarks) if mask else None
 
 
-def _aligned(path: str, pixels: NDArray[np.uint8], landmarks: NDArray[np.float32]) -> NDArray[np.uint8]:
+def _load_mask(path: str, pixels: NDArray[np.uint8], landmarks: NDArray[np.float32]) -> NDArray[np.uint8]:
     """The mask file on the grid of the face's crop. Raises X2DFDError when it is unreadable or fits another picture."""
     try:
         mask = load_picture(path).pixels[..., 0]
@@ -90,85 +90,84 @@ def mask_on_crop(
 
 
 def load_crops(manifest: Path, workers: int = 1, side: int = CROP_SIZE) -> CropSet:
-    """Read the crops beside `manifest`, computing them first when they are absent or belong to other bytes.
+    """Read the crops beside `manifest`, and compute them first if they are absent or belong to other files.
 
-    `side`: of the crops that the MLLM sees. Raises X2DFDError when no file of the manifest has a usable face.
+    `side` is that of the crops that the MLLM sees. Raises X2DFDError when no file of the manifest has a usable face.
     """
     samples = read_manifest(manifest)
     folder = manifest.parent / f".crops-{manifest.stem}{'' if side == CROP_SIZE else f'-{side}'}"
-    key = {"manifest": manifest_sha256(manifest), "files": _state(samples), "preprocessing": preprocessing(side)}
+    key = {"manifest": manifest_sha256(manifest), "files": _file_states(samples), "preprocessing": preprocessing(side)}
     key["masks"] = str(MASK_SIZE)
     index = folder / "index.json"
-    if not _made(index, key):
+    if not _is_current(index, key):
         with alone(folder, wait=True):
-            if not _made(index, key):  # while this process waited, perhaps
+            if not _is_current(index, key):  # another process may have made them in the meantime
                 _compute(samples, folder, key, workers, side)
-    state = read_json(index)
-    kept = [s for s in samples if s.id not in state["unusable"]]
-    if not kept:
+    contents = read_json(index)
+    usable = [s for s in samples if s.id not in contents["unusable"]]
+    if not usable:
         raise X2DFDError(f"{manifest}: no file has a usable face", code="no_usable_face")
     return CropSet(
-        samples=kept,
-        crops=np.load(folder / "crops.npy", mmap_mode="r")[: len(kept)],  # the unusable ones leave a tail
+        samples=usable,
+        crops=np.load(folder / "crops.npy", mmap_mode="r")[: len(usable)],  # the unusable ones leave a tail
         landmarks=np.load(folder / "landmarks.npy"),
-        unusable=state["unusable"],
+        unusable=contents["unusable"],
         masks=np.load(folder / "masks.npy", mmap_mode="r"),
-        large=None if side == CROP_SIZE else np.load(folder / "large.npy", mmap_mode="r")[: len(kept)],
+        large=None if side == CROP_SIZE else np.load(folder / "large.npy", mmap_mode="r")[: len(usable)],
     )
 
 
-def _made(index: Path, key: dict[str, str]) -> bool:
+def _is_current(index: Path, key: dict[str, str]) -> bool:
     return index.is_file() and read_json(index).get("key") == key
 
 
-def _cropped(paths: Sequence[tuple[str, str | None, int]], workers: int) -> Iterator[Cropped | str]:
+def _crop_all(paths: Sequence[tuple[str, str | None, int]], workers: int) -> Iterator[Cropped | str]:
     if workers <= 1:
         yield from map(_crop, paths)
         return
-    # Spawned, not forked: the copy of a process whose models run threads hangs.
+    # Spawned, not forked: a forked copy of a process with running threads hangs.
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         yield from pool.map(_crop, paths, chunksize=16)
 
 
-def _state(samples: Sequence[Sample]) -> str:
-    """Changes when a file is replaced under its old name."""
+def _file_states(samples: Sequence[Sample]) -> str:
+    """A hash that changes when a file is replaced under its old name."""
     digest = hashlib.sha256()
     for sample in samples:
         for path in (sample.path, sample.mask):
-            found = path.stat() if path is not None and path.exists() else None
-            digest.update(f"{path}:{(found.st_size, found.st_mtime_ns) if found else None}\n".encode())
+            info = path.stat() if path is not None and path.exists() else None
+            digest.update(f"{path}:{(info.st_size, info.st_mtime_ns) if info else None}\n".encode())
     return digest.hexdigest()
 
 
 def _compute(samples: list[Sample], folder: Path, key: dict[str, str], workers: int, side: int) -> None:
     (folder / "index.json").unlink(missing_ok=True)
     sides = {"crops": CROP_SIZE} | ({} if side == CROP_SIZE else {"large": side})
-    parts = {name: folder / f"{name}.part.npy" for name in sides}
-    made = {
-        name: np.lib.format.open_memmap(parts[name], "w+", np.uint8, (len(samples), s, s, 3))
+    part_files = {name: folder / f"{name}.part.npy" for name in sides}
+    arrays = {
+        name: np.lib.format.open_memmap(part_files[name], "w+", np.uint8, (len(samples), s, s, 3))
         for name, s in sides.items()
     }
     landmarks = np.zeros((len(samples), 468, 2), np.float32)
     masks = np.zeros((len(samples), MASK_SIZE, MASK_SIZE), np.uint8)
     unusable: dict[str, str] = {}
     n = 0
-    results = _cropped([(str(s.path), str(s.mask) if s.mask else None, side) for s in samples], workers)
-    shown = progress(results, "cropping", len(samples))
-    for sample, result in zip(samples, shown, strict=True):
+    results = _crop_all([(str(s.path), str(s.mask) if s.mask else None, side) for s in samples], workers)
+    for sample, result in zip(samples, progress(results, "cropping", len(samples)), strict=True):
         if isinstance(result, str):
             unusable[sample.id] = result
         else:
             face, mask = result
-            made["crops"][n] = face.crop
-            if "large" in made:
-                made["large"][n] = face.view
+            arrays["crops"][n] = face.crop
+            if "large" in arrays:
+                arrays["large"][n] = face.view
             landmarks[n] = face.crop_landmarks
             if mask is not None:
                 masks[n] = mask
             n += 1
-    for name, crops in made.items():
+    for name, crops in arrays.items():
         crops.flush()
-        os.replace(parts[name], folder / f"{name}.npy")
+        os.replace(part_files[name], folder / f"{name}.npy")
     np.save(folder / "landmarks.npy", landmarks[:n])
     np.save(folder / "masks.npy", masks[:n])
     write_text(folder / "index.json", json.dumps({"key": key, "unusable": unusable}, indent=1))

@@ -1,4 +1,4 @@
-"""Files: hashed, written whole or not at all, and JSON from elsewhere read with care."""
+"""Helpers that hash files, write them whole or not at all, and read JSON from untrusted sources."""
 
 from __future__ import annotations
 
@@ -24,21 +24,20 @@ T = TypeVar("T")
 Json = dict[str, Any]
 """A JSON object: plain values by name."""
 
-MAX_DEPTH = 100  # of lists and objects in one another
-MAX_DIGITS = 300  # of a whole number: a longer one is none that a float holds
+MAX_DEPTH = 100  # of nested lists and objects
+MAX_DIGITS = 300  # of a whole number; no float holds a longer one
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON from elsewhere as plain values; bytes are UTF-8, with a BOM or without.
+    """Untrusted JSON as plain values; bytes are UTF-8, with a BOM or without.
 
-    Raises ValueError with one line of reason for what is not JSON, and for what would trouble whoever works on with the
-    values: nesting beyond MAX_DEPTH, whole numbers of more than MAX_DIGITS digits, a key twice in one object, NaN and
-    Infinity.
+    Raises ValueError with a one-line reason for text that is not JSON, and for values that later code could fail on:
+    nesting beyond MAX_DEPTH, whole numbers of more than MAX_DIGITS digits, a key twice in one object, NaN and Infinity.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8-sig")
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_int=_bounded_int, parse_constant=_no_json)
+        value = json.loads(text, object_pairs_hook=_object, parse_int=_bounded_int, parse_constant=_reject_constant)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if text.count("[") + text.count("{") > MAX_DEPTH:
@@ -47,17 +46,17 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def json_object(text: str | bytes, where: object) -> Json:
-    """The JSON object in the text of a file of this project's own, which may be cut off or changed by hand.
+    """The JSON object in a file that this project wrote, which may have been cut off or changed by hand.
 
     `where` names the file. Raises X2DFDError, `json_unreadable`.
     """
     try:
-        found = parse_json(text)
+        value = parse_json(text)
     except ValueError as error:
         raise X2DFDError(f"{where} cannot be read ({error})", code="json_unreadable") from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise X2DFDError(f"{where} holds no JSON object", code="json_unreadable")
-    return found
+    return value
 
 
 def read_json(path: Path) -> Json:
@@ -65,16 +64,16 @@ def read_json(path: Path) -> Json:
     return json_object(path.read_bytes(), path)
 
 
-def _unique(pairs: list[tuple[str, object]]) -> Json:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _object(pairs: list[tuple[str, object]]) -> Json:
+    result = dict(pairs)
+    if len(result) < len(pairs):
         keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice[:60]!r} stands twice in one object")
-    return found
+        duplicate = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {duplicate[:60]!r} stands twice in one object")
+    return result
 
 
-def _no_json(constant: str) -> object:
+def _reject_constant(constant: str) -> object:
     raise ValueError(f"{constant} is no number of JSON")
 
 
@@ -106,11 +105,11 @@ def check_fields(kind: Any, data: object) -> None:
     if not isinstance(data, dict):
         raise ValueError(f"not an object but {type(data).__name__}")
     types = _types(kind)
-    for one in fields(kind):
-        if one.name in data:
-            _check_type(data[one.name], types[one.name], one.name)
-        elif one.default is MISSING and one.default_factory is MISSING:
-            raise ValueError(f"it has no {one.name!r}")
+    for field in fields(kind):
+        if field.name in data:
+            _check_type(data[field.name], types[field.name], field.name)
+        elif field.default is MISSING and field.default_factory is MISSING:
+            raise ValueError(f"it has no {field.name!r}")
     if unknown := sorted(data.keys() - types.keys()):
         raise ValueError(f"it has {unknown[0][:60]!r}, which is not known here")
 
@@ -130,48 +129,48 @@ def built(kind: type[T], data: Json) -> T:
     return kind(**{name: _built(types[name], value) for name, value in data.items()})
 
 
-def _built(wanted: Any, value: Any) -> Any:
-    origin, inside = get_origin(wanted), get_args(wanted)
+def _built(kind: Any, value: Any) -> Any:
+    origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        return _built(next((one for one in inside if _fits(value, one)), Any), value)
+        return _built(next((item_kind for item_kind in args if _fits(value, item_kind)), Any), value)
     if origin is dict:
-        return {key: _built(inside[1], inner) for key, inner in value.items()}
+        return {key: _built(args[1], item) for key, item in value.items()}
     if origin is tuple:
-        kinds = inside[:1] * len(value) if inside[-1] is Ellipsis else inside
-        return tuple(_built(one, inner) for one, inner in zip(kinds, value, strict=True))
-    return built(cast(type, wanted), value) if is_dataclass(wanted) else value
+        kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
+        return tuple(_built(item_kind, item) for item_kind, item in zip(kinds, value, strict=True))
+    return built(cast(type, kind), value) if is_dataclass(kind) else value
 
 
-def _check_type(value: object, wanted: Any, where: str) -> None:
-    origin, inside = get_origin(wanted), get_args(wanted)
+def _check_type(value: object, kind: Any, where: str) -> None:
+    origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        if not any(_fits(value, one) for one in inside):
+        if not any(_fits(value, option) for option in args):
             raise ValueError(f"{where!r} holds {_short(value)}")
     elif origin is Literal:
-        if value not in inside:
-            raise ValueError(f"{where!r} is none of {', '.join(map(str, inside))} but {_short(value)}")
+        if value not in args:
+            raise ValueError(f"{where!r} is none of {', '.join(map(str, args))} but {_short(value)}")
     elif origin is dict:
         if not isinstance(value, dict):
             raise ValueError(f"{where!r} is no object but {_short(value)}")
-        for key, inner in value.items():
-            _check_type(inner, inside[1], f"{where}.{key}"[:80])
+        for key, item in value.items():
+            _check_type(item, args[1], f"{where}.{key}"[:80])
     elif origin is tuple:
-        if not isinstance(value, list | tuple) or (inside[-1] is not Ellipsis and len(value) != len(inside)):
+        if not isinstance(value, list | tuple) or (args[-1] is not Ellipsis and len(value) != len(args)):
             raise ValueError(f"{where!r} is no list of the right length but {_short(value)}")
-        for place, inner in enumerate(value):
-            _check_type(inner, inside[0 if inside[-1] is Ellipsis else place], f"{where}[{place}]")
-    elif is_dataclass(wanted):
-        check_fields(wanted, value)
-    elif wanted is float:
+        for index, item in enumerate(value):
+            _check_type(item, args[0 if args[-1] is Ellipsis else index], f"{where}[{index}]")
+    elif is_dataclass(kind):
+        check_fields(kind, value)
+    elif kind is float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{where!r} is no finite number but {_short(value)}")
-    elif wanted is not Any and (not isinstance(value, wanted) or isinstance(value, bool) is not (wanted is bool)):
-        raise ValueError(f"{where!r} is no {wanted.__name__} but {_short(value)}")
+    elif kind is not Any and (not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool)):
+        raise ValueError(f"{where!r} is no {kind.__name__} but {_short(value)}")
 
 
-def _fits(value: object, wanted: Any) -> bool:
+def _fits(value: object, kind: Any) -> bool:
     try:
-        _check_type(value, wanted, "")
+        _check_type(value, kind, "")
     except ValueError:
         return False
     return True
@@ -187,16 +186,16 @@ def bad_rate(data: object, names: Collection[str], where: str = "") -> str | Non
 
     A rate is a number from 0 to 1, two of them in order as its interval, or None where there is none.
     """
-    inner = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list | tuple) else ()
-    for key, value in inner:
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list | tuple) else ()
+    for key, value in items:
         place = f"{where}.{key}".lstrip(".")
         if key in names:
             ends = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
             numbers = all(type(end) in (int, float) and 0 <= end <= 1 for end in ends)
             if value is not None and not (numbers and ends[0] <= ends[-1]):
                 return place
-        elif (found := bad_rate(value, names, place)) is not None:
-            return found
+        elif (bad_place := bad_rate(value, names, place)) is not None:
+            return bad_place
     return None
 
 
@@ -207,15 +206,15 @@ def file_sha256(path: Path) -> str:
 
 
 def json_sha256(value: object) -> str:
-    """SHA-256 of plain values, in hexadecimal: the same whatever the order of keys."""
+    """SHA-256 of plain values, in hexadecimal: independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Where to write in the `with` block: what stands there takes the place of `path` at its end, or nothing does.
+    """A temporary file to write in the `with` block, which then replaces `path`; an exception leaves `path` unchanged.
 
-    The folder must be there. Raises OSError where that is not possible.
+    The folder must exist. Raises OSError where writing is not possible.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
@@ -230,7 +229,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; its folder must be there. Raises OSError where that is not possible."""
+    """Write a file whole or not at all; its folder must exist. Raises OSError where writing is not possible."""
     with whole(path) as temporary:
         temporary.write_bytes(data)
 
@@ -243,15 +242,15 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def alone(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """During the block no other process that asks for the same folder works in it; the folder is made.
+    """Lock a folder, which is made if absent, against other processes that use this function during the block.
 
-    The others raise X2DFDError, `folder_locked`; with `wait`, for what all of them would make alike, they say that they
-    wait and then go on. Raises OSError where the folder cannot be written.
+    The others raise X2DFDError, `folder_locked`. With `wait`, for results that all of them would make alike, they print
+    that they wait, and resume afterwards. Raises OSError where the folder cannot be written.
     """
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")  # it stays: to remove it would let two in
+    lock = FileLock(folder / ".lock")  # it stays, as two processes could enter after its removal
     try:
         lock.acquire(timeout=1)
     except Timeout:
@@ -267,29 +266,29 @@ def alone(folder: Path, *, wait: bool = False) -> Iterator[None]:
         lock.release()
 
 
-_STDERR = threading.Lock()  # of two threads that took it, the later one would restore what the earlier one put there
+_STDERR = threading.Lock()  # with two threads inside, the later one would restore the earlier one's redirection
 
 
 @contextmanager
-def printed_from_c(ours: re.Pattern[bytes], said: list[bytes]) -> Iterator[None]:
-    """Lines that `ours` matches are kept off stderr during the block, and are in `said` when it ends.
+def printed_from_c(pattern: re.Pattern[bytes], matches: list[bytes]) -> Iterator[None]:
+    """Keep lines that match `pattern` off stderr during the block, and append them to `matches` at its end.
 
-    A library prints them on file descriptor 2 from C; other lines, of another thread perhaps, follow after the block.
+    A library prints them on file descriptor 2 from C. Other lines, perhaps of another thread, follow after the block.
     """
     with _STDERR:
         sys.stderr.flush()
         try:
-            kept = os.dup(2)
+            original_stderr = os.dup(2)
         except OSError:  # a service without stderr
             yield
             return
-        with tempfile.TemporaryFile() as messages, open(kept, "wb") as stderr:
+        with tempfile.TemporaryFile() as messages, open(original_stderr, "wb") as stderr:
             os.dup2(messages.fileno(), 2)
             try:
                 yield
             finally:
-                os.dup2(kept, 2)
+                os.dup2(original_stderr, 2)
                 messages.seek(0)
                 lines = messages.read().splitlines(keepends=True)
-                said += [line for line in lines if ours.match(line)]
-                stderr.writelines(line for line in lines if not ours.match(line))
+                matches += [line for line in lines if pattern.match(line)]
+                stderr.writelines(line for line in lines if not pattern.match(line))

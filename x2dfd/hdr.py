@@ -1,7 +1,7 @@
 """Video colours of wide range (HLG, PQ) and wide gamut (BT.2020) on an ordinary screen (BT.709).
 
-Display light is computed as the standards say (HLG and PQ: ITU-R BT.2100; a plain curve: BT.1886), reference white of
-203 nits becomes white (BT.2408), what is brighter is compressed, and colours outside BT.709 are cut (BT.2407, 2.2).
+Display light follows the standards (HLG and PQ: ITU-R BT.2100; a plain curve: BT.1886). Reference white of 203 nits
+becomes white (BT.2408), brighter light is compressed, and colours outside BT.709 are cut (BT.2407, 2.2).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ BT2020 = 9
 
 _WHITE = 203.0  # nits
 _PEAK = 1000.0  # nits, of the display that HLG is defined on
-_KNEE = 0.75  # of white: from here on light is compressed
+_KNEE = 0.75  # of white; brighter light is compressed
 _GAMMA = 2.4
 _TO_BT709 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32)
 _LUMINANCE = np.array([0.2627, 0.6780, 0.0593], np.float32)
-_ROWS = 64  # at a time: of a whole frame the floats would take hundreds of megabytes
+_ROWS = 64  # at a time: the floats of a whole frame would take hundreds of megabytes
 
 
 def _light(transfer: int) -> NDArray[np.float32]:
-    """[65536]: of each 16-bit sample its light, where 1 is white; of HLG the scene's, from 0 to 1."""
+    """[65536]: the light of each 16-bit sample, where 1 is white; for HLG the scene's light, from 0 to 1."""
     signal = np.linspace(0, 1, 65_536)
     if transfer == PQ:
         m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128

@@ -1,6 +1,6 @@
-"""A file becomes faces: it is opened, its faces are found, and its pixels are let go.
+"""Turns a file into faces: opens it, finds its faces, and lets its pixels go.
 
-Whatever a file makes a library raise becomes an InputError here (`errors.one_file`), or a Failure.
+Any exception that a file causes in a library becomes an InputError here (`errors.one_file`), or a Failure.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ Source = str | Path | bytes | Image
 OnProgress = Callable[[Frame | FaceReport], None]
 
 FRAME_FACES = 4  # of one frame of a video
-TURN_EVERY = 4  # frames: of a clip without a face so far, these are also looked at on their side and on their head
+TURN_EVERY = 4  # frames: one in this many of a clip without a face so far is searched in the other three turns too
 MUCH_SURER = 0.2  # of an upright face than of a turned one, which is else believed
-CUT_OFF = 0.05  # of a face's width: what reaches over the edge by more is said to be cut
+CUT_OFF = 0.05  # of a face's width: a face that reaches further over the edge counts as cut
 MAX_FACES = 24  # in one picture; the smaller ones are left out with a warning
 NO_PIXELS = np.empty((0, 0, 3), np.uint8)
 
 
 @dataclass(frozen=True, eq=False)
 class FoundFace:
-    """A face with where it was found."""
+    """A face, with the frame and time of a clip at which it was found."""
 
     face: Face
     frame: int | None
@@ -46,7 +46,7 @@ class FoundFace:
 
 @dataclass(frozen=True, eq=False)
 class Ready:
-    """A file as the models take it: decoded, its faces found, and its pixels let go."""
+    """A file ready for the models: decoded, its faces found, and its pixels let go."""
 
     media: Picture | Video | Failure
     summary: Json  # Report.media
@@ -56,17 +56,17 @@ class Ready:
 
 
 class Search:
-    """Finds the faces of a file; of a clip while it is decoded, so that one frame at a time is held in memory."""
+    """Finds the faces of a file, and those of a clip while it is decoded, so that memory holds one frame at a time."""
 
     def __init__(self, on_progress: OnProgress | None = None, side: int = CROP_SIZE) -> None:
         self.seen: list[FoundFace] = []
         self._side = side  # of the MLLM's crop
         self._on_progress = on_progress
-        self.turned = 0  # degrees counterclockwise that set the picture upright, where the file does not say so
+        self.turned = 0  # degrees counterclockwise that set a picture upright whose file does not state them
         self.seconds = 0.0
         self._left_out = 0
         self._frames = 0
-        self._cut = 0  # pictures or frames whose largest face reaches over the edge
+        self._n_cut = 0  # pictures or frames whose largest face reaches over the edge
 
     def picture(self, picture: Picture) -> None:
         faces = self._faces(picture.pixels, turning=True)
@@ -75,8 +75,8 @@ class Search:
 
     def frame(self, frame: Frame) -> Frame:
         """The frame without its pixels."""
-        unfound = not self.seen and self._frames % TURN_EVERY == 0
-        faces = self._faces(frame.pixels, turning=unfound or bool(self.turned))
+        search_turned = not self.seen and self._frames % TURN_EVERY == 0
+        faces = self._faces(frame.pixels, turning=search_turned or bool(self.turned))
         self._frames += 1
         self._left_out += len(faces[FRAME_FACES:])
         for face in faces[:FRAME_FACES]:
@@ -96,7 +96,7 @@ class Search:
                 if _surest(missed) > _surest(faces) + MUCH_SURER:
                     faces, turned = missed, 0
             self.turned = self.turned or turned
-        self._cut += bool(faces) and _reaches_out(faces[0], pixels.shape[1], pixels.shape[0])
+        self._n_cut += bool(faces) and _reaches_out(faces[0], pixels.shape[1], pixels.shape[0])
         self.seconds += time.perf_counter() - start
         return faces
 
@@ -106,8 +106,8 @@ class Search:
         if self._left_out:
             largest = f"; a frame's {FRAME_FACES} largest are judged" if self._frames else ""
             notes.append(f"{self._left_out} smaller faces were left out{largest}")
-        if self._cut:
-            where = f" in {self._cut} of {self._frames} frames" if self._frames else ""
+        if self._n_cut:
+            where = f" in {self._n_cut} of {self._frames} frames" if self._frames else ""
             notes.append(f"the largest face is cut by the edge of the picture{where}: what lies outside was not judged")
         if self.turned:
             side = "on its head" if self.turned == 180 else "on its side"
@@ -126,7 +126,7 @@ def _reaches_out(face: Face, width: int, height: int) -> bool:
 
 
 def _open(source: Source, frames: int, keep: Callable[[Frame], Frame]) -> Picture | Video:
-    """Decoded, with what the file's Content Credentials say."""
+    """The decoded file, with the statements of its Content Credentials."""
     media = load_media(source, max_frames=frames, keep=keep)
     if isinstance(source, Image):
         return media
@@ -136,11 +136,11 @@ def _open(source: Source, frames: int, keep: Callable[[Frame], Frame]) -> Pictur
 
 @isolated
 def ready(source: Source, frames: int, side: int = CROP_SIZE, on_progress: OnProgress | None = None) -> Ready:
-    """`side`: of the MLLM's crop. Raises InputError, whatever the file makes a library raise; see `errors.one_file`."""
+    """A file ready for the models; `side` is that of the MLLM's crop. Raises InputError (see `errors.one_file`)."""
     search = Search(on_progress, side)
     start = time.perf_counter()
     media = _open(source, frames, search.frame)
-    decoded = time.perf_counter() - start - search.seconds
+    decode_seconds = time.perf_counter() - start - search.seconds
     if isinstance(media, Picture):
         search.picture(media)
     summary = media_summary(media)
@@ -149,7 +149,7 @@ def ready(source: Source, frames: int, side: int = CROP_SIZE, on_progress: OnPro
     # Two batches are held in memory: of a camera's photo 150 MB each, and the models look at the crops alone.
     if isinstance(media, Picture):
         media = replace(media, pixels=NO_PIXELS)
-    return Ready(media, summary, search.seen, search.notes(), {"decode": decoded, "faces": search.seconds})
+    return Ready(media, summary, search.seen, search.notes(), {"decode": decode_seconds, "faces": search.seconds})
 
 
 def ready_or_failure(
@@ -163,7 +163,7 @@ def ready_or_failure(
 
 @isolated
 def found_again(report: Report, source: Source, side: int = CROP_SIZE) -> list[FoundFace]:
-    """The faces of a report's file, in the report's order. Raises InputError, also where it is another file."""
+    """The faces of a report's file, in the report's order. Raises InputError, also if `source` is another file."""
     search = Search(side=side)
     media = load_media(source, max_frames=frames_asked(report.media) or 1, keep=search.frame)
     if report.sha256 != media.sha256:
@@ -179,6 +179,6 @@ def failure_of(source: Source, error: InputError) -> Failure:
     if isinstance(source, bytes):
         digest = hashlib.sha256(source).hexdigest()
     elif path is not None and error.code != "file_too_large":
-        with contextlib.suppress(OSError):  # what cannot be read has no hash
+        with contextlib.suppress(OSError):  # an unreadable file has no hash
             digest = file_sha256(Path(path)) if Path(path).is_file() else None
     return Failure(path, digest, error.code, error.reason)

@@ -1,6 +1,6 @@
 """Manifests: lists of labelled files, as CSV (also TSV, and with semicolons), JSONL or Parquet.
 
-One row a file, at least `path` and `label` (`real` or `fake`). Also read: `id, method, df_class, source, group,
+One row per file, with at least `path` and `label` (`real` or `fake`). Also read: `id, method, df_class, source, group,
 split, cues, mask, video`; every other column is kept in `Sample.extra`. Relative paths start at the manifest's
 folder. A path is taken as it is written, spaces included; one with backslashes that names no file here is read as
 Windows writes it. Text is UTF-8, or UTF-16 with its byte order mark.
@@ -47,21 +47,21 @@ class Sample:
 
     @property
     def synthetic(self) -> bool:
-        """The whole picture comes from a generator: it is no photo that was changed, with a mask of where."""
+        """The whole picture comes from a generator; it is not a photo with a changed area, which a mask would show."""
         return self.label == "fake" and self.df_class == "EFS" and self.mask is None
 
     @property
     def origin(self) -> str:
-        """What one has seen before, or not: the generator of a picture made as a whole, else the photo's source."""
+        """What a detector may have met before: the generator of a picture made as a whole, else the photo's source."""
         return self.method.split("+")[0] if self.synthetic else self.source
 
 
 def read_manifest(path: str | os.PathLike[str], *, split: str | None = None) -> list[Sample]:
     """Reads and checks a whole manifest; with `split`, returns only the samples of that split.
 
-    Raises X2DFDError, with the row's number (1 = the first record), on a missing column or one that stands twice, an
-    unknown label, a duplicate path or id, a malformed row, a group that stands in two splits or only in part in one,
-    and on an empty file or split. Whether the files exist is not checked.
+    Raises X2DFDError, with the row's number (1 = the first record), on a missing or repeated column, an unknown label,
+    a duplicate path or id, a malformed row, a group in two splits or only partly in one, and on an empty file or split.
+    It does not check that the files exist.
     """
     file = Path(os.path.abspath(path))
     samples = _check(file, _rows(file))
@@ -69,8 +69,8 @@ def read_manifest(path: str | os.PathLike[str], *, split: str | None = None) -> 
         return samples
     chosen = [s for s in samples if s.split == split]
     if not chosen:
-        known = ", ".join(sorted({s.split for s in samples if s.split})) or "none"
-        raise X2DFDError(f"{file.name}: no sample of split {split!r} (splits: {known})", code="split_empty")
+        splits = ", ".join(sorted({s.split for s in samples if s.split})) or "none"
+        raise X2DFDError(f"{file.name}: no sample of split {split!r} (splits: {splits})", code="split_empty")
     return chosen
 
 
@@ -91,7 +91,7 @@ def manifest_paths(path: str | os.PathLike[str], *, remote: Collection[str] = ()
 def write_manifest(path: str | os.PathLike[str], rows: Iterable[Sample | Json]) -> None:
     """Writes a JSONL manifest, whole or not at all.
 
-    Paths of a Sample are written relative to the manifest's folder where they lie below it. Raises X2DFDError for
+    Paths of a Sample below the manifest's folder are written relative to it. Raises X2DFDError for
     rows that `read_manifest` would refuse.
     """
     file = Path(os.path.abspath(path))
@@ -125,20 +125,20 @@ def _rows(file: Path) -> Iterator[tuple[int, Json]]:
         raise X2DFDError(f"{file}: cannot be read ({error.strerror or error})", code="manifest_unreadable") from error
 
 
-def _opened(file: Path) -> TextIO:
-    """The text of a manifest, as UTF-8 or, where a byte order mark says so, as UTF-16."""
+def _open_text(file: Path) -> TextIO:
+    """The text of a manifest, as UTF-16 if it has that byte order mark, else as UTF-8."""
     with file.open("rb") as stream:
-        marked = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    return file.open(encoding="utf-16" if marked else "utf-8-sig", newline="")
+        is_utf16 = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return file.open(encoding="utf-16" if is_utf16 else "utf-8-sig", newline="")
 
 
 def _csv(file: Path) -> Iterator[tuple[int, Json]]:
-    with _opened(file) as stream:
+    with _open_text(file) as stream:
         header = stream.readline()
         if header.startswith("sep="):  # a spreadsheet's remark
             header = stream.readline()
         delimiter = next((d for d in ",;\t" if "path" in map(_unquoted, header.split(d))), ",")
-        # Where the header's names have a space after the comma, the spaces of the rows are no part of a path either.
+        # A space after the comma in the header means that spaces after commas are no part of the rows' paths either.
         reader = csv.reader(
             itertools.chain([header], stream),
             delimiter=delimiter,
@@ -151,9 +151,9 @@ def _csv(file: Path) -> Iterator[tuple[int, Json]]:
                 raise X2DFDError(
                     f"{file.name}: UTF-16 text without a byte order mark: save it as UTF-8", code="manifest_not_utf8"
                 )
-            if twice := [name for name, n in Counter(names).items() if n > 1]:
+            if repeated := [name for name, n in Counter(names).items() if n > 1]:
                 raise X2DFDError(
-                    f"{file.name}: the column {twice[0]!r} stands twice in the header", code="manifest_column_twice"
+                    f"{file.name}: the column {repeated[0]!r} stands twice in the header", code="manifest_column_twice"
                 )
             for number, cells in enumerate((cells for cells in reader if cells), start=1):
                 if len(cells) != len(names):
@@ -171,7 +171,7 @@ def _unquoted(cell: str) -> str:
 
 
 def _jsonl(file: Path) -> Iterator[tuple[int, Json]]:
-    with _opened(file) as stream:
+    with _open_text(file) as stream:
         for number, line in enumerate((text for text in stream if text.strip()), start=1):
             try:
                 row = parse_json(line)
@@ -194,15 +194,15 @@ def _parquet(file: Path) -> Iterator[tuple[int, Json]]:
 
     try:
         with pq.ParquetFile(file) as table:
-            if twice := [name for name, n in Counter(table.schema_arrow.names).items() if n > 1]:
-                raise X2DFDError(f"{file.name}: the column {twice[0]!r} stands twice", code="manifest_column_twice")
+            if repeated := [name for name, n in Counter(table.schema_arrow.names).items() if n > 1]:
+                raise X2DFDError(f"{file.name}: the column {repeated[0]!r} stands twice", code="manifest_column_twice")
             yield from enumerate((row for batch in table.iter_batches(4096) for row in batch.to_pylist()), start=1)
     except (pa.ArrowException, OSError) as error:
         raise X2DFDError(f"{file.name}: not a Parquet file ({error})", code="manifest_unreadable") from error
 
 
 def _check(file: Path, rows: Iterable[tuple[int, Json]]) -> list[Sample]:
-    """Turns rows into samples and refuses what contradicts itself across rows."""
+    """Turns rows into samples and refuses contradictions between rows."""
     samples: list[Sample] = []
     paths: dict[Path, int] = {}
     ids: dict[str, int] = {}
@@ -218,9 +218,9 @@ def _check(file: Path, rows: Iterable[tuple[int, Json]]) -> list[Sample]:
             raise X2DFDError(f"{where}: same id as row {ids[sample.id]}: {sample.id}", code="manifest_id_twice")
         split, first = splits.setdefault(sample.group, (sample.split, number))
         if split != sample.split:
-            here, there = (f"in {name!r}" if name else "in no split" for name in (sample.split, split))
+            this, that = (f"in {name!r}" if name else "in no split" for name in (sample.split, split))
             raise X2DFDError(
-                f"{where}: group {sample.group!r} is {here}, in row {first} it is {there}", code="group_across_splits"
+                f"{where}: group {sample.group!r} is {this}, in row {first} it is {that}", code="group_across_splits"
             )
         paths[sample.path] = ids[sample.id] = number
         samples.append(sample)
@@ -267,7 +267,7 @@ def _sample(where: str, folder: Path, row: Json) -> Sample:
 
 
 def _text(where: str, row: Json, column: str) -> str:
-    """What stands in a column, without the spaces around it; "" where nothing does."""
+    """The text of a column without the spaces around it; "" if it is empty or absent."""
     value = row.get(column)
     if isinstance(value, bytes):  # as Parquet files without a text type hold it
         try:
@@ -320,12 +320,12 @@ def _absolute(where: str, folder: Path, path: str) -> Path:
 
 
 def _record(sample: Sample, folder: Path) -> Json:
-    def place(path: Path) -> str:
+    def relative(path: Path) -> str:
         return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
-    known = {name: getattr(sample, name) for name in _COLUMNS} | {
-        "path": place(sample.path),
+    columns = {name: getattr(sample, name) for name in _COLUMNS} | {
+        "path": relative(sample.path),
         "cues": [{k: v for k, v in asdict(cue).items() if v is not None} for cue in sample.cues],
-        "mask": place(sample.mask) if sample.mask else None,
+        "mask": relative(sample.mask) if sample.mask else None,
     }
-    return {k: v for k, v in known.items() if v not in ("", None, [])} | sample.extra
+    return {k: v for k, v in columns.items() if v not in ("", None, [])} | sample.extra

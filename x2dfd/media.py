@@ -1,6 +1,6 @@
-"""From untrusted bytes to pixels: every picture and video enters here; what cannot be read leaves as one `InputError`.
+"""Turns untrusted bytes into pixels. Every picture and video enters here; one that cannot be read is an `InputError`.
 
-What a file is, is decided by its first bytes, never by its name. Formats come from an allow-list, the pixel count is
+The first bytes decide the format of a file, never its name. Formats come from an allow-list, the pixel count is
 checked before anything is decoded, and video containers are opened from local bytes with the format stated, so that
 no playlist or link inside a file is followed.
 
@@ -44,9 +44,9 @@ def load_media(
 ) -> Picture | Video:
     """Decode a picture, or up to `max_frames` evenly spaced frames of a video or an animation; content decides which.
 
-    `source` is a local path, the file's bytes, or a PIL image. What `keep` gives back for each frame stands in
-    `Video.frames`, so that a caller can hold one frame at a time; under `worker.isolating` it is a module's function.
-    Raises InputError for whatever cannot be judged, and what `keep` raises.
+    `source` is a local path, the file's bytes, or a PIL image. `Video.frames` holds the results of `keep`, so that a
+    caller can hold one frame at a time; under `worker.isolating`, `keep` has to be a module's function. Raises
+    InputError for a file that cannot be used, and the exceptions of `keep`.
     """
     if max_frames < 1:
         raise ValueError("max_frames must be at least 1")
@@ -66,7 +66,7 @@ def load_media(
 
 
 def load_picture(source: Source) -> Picture:
-    """Decode a picture, of an animation the first. Raises InputError; the code is `is_video` for a video."""
+    """Decode a picture, or the first of an animation. Raises InputError; the code is `is_video` for a video."""
     with one_file("decoding"):
         if isinstance(source, Image.Image):
             return from_image(source)
@@ -79,7 +79,7 @@ def load_picture(source: Source) -> Picture:
 
 
 def media_summary(media: Picture | Video) -> Json:
-    """What `Report.media` holds of a picture, a video (with the frames sampled) and its file."""
+    """`Report.media` of a picture or a video (with the sampled frames), with facts about the file."""
     if isinstance(media, Picture):
         height, width = media.pixels.shape[:2]
         kind = "image"

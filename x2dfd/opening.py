@@ -1,4 +1,4 @@
-"""A `ModelSpec` becomes a Detector: language model, experts and calibration, each checked before it is used."""
+"""Turns a `ModelSpec` into a Detector: language model, experts and calibration, each checked before use."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def load(
 ) -> Detector:
     """A detector that is ready to use.
 
-    `model`: see `x2dfd.model_spec`. `mode`: calibrated, or paper for the language model's own P(fake), which is the
-    default without an adapter. `experts`: some of those that the adapter was trained or calibrated with, or, with
-    mode="paper", any; `other_experts`: also other weights than those. `device` (cpu, cuda, cuda:1 ...) and `dtype`
-    (fp32, bf16, fp16) of a local language model: see `loading.choose_device`; experts stay on the CPU. The embedded
-    model on a CPU takes bf16 by default where the CPU has units for it and the MLLM only writes. `device_map`: as in
-    transformers ("auto"); `bits`: 4 or 8 (bitsandbytes). Raises SetupError with what mends it.
+    `model` is described in `x2dfd.model_spec`. `mode` is calibrated, the default with an adapter, or paper, the
+    language model's own P(fake). `experts` are some of those that the adapter was trained or calibrated with;
+    mode="paper" takes any, and `other_experts` allows other weights. `device` (cpu, cuda, cuda:1 ...) and `dtype`
+    (fp32, bf16, fp16) hold for a local language model (see `loading.choose_device`); experts stay on the CPU. The
+    embedded model on a CPU takes bf16 by default if the CPU has units for it and the MLLM only writes. `device_map` is
+    as in transformers ("auto"), `bits` 4 or 8 (bitsandbytes). Raises SetupError with the remedy.
     """
     spec = ModelSpec.parse(model)
     if threads is not None:
@@ -98,51 +98,51 @@ def load(
         base = None if spec.base == BASE_NAME else spec.base  # the embedded base by its name: bare, without an adapter
         if folder and card and card.weights == WHOLE:
             base = str(folder / WHOLE)
-        place, precision = choose_device(device, dtype, base)
-        local = partial(_local, base, folder, card, place)
-        plain = spec.base is None and place.type == "cpu" and not bits and device_map is None
-        if folder and card and plain and tower_decides(card, calibration, mode):
+        target, precision = choose_device(device, dtype, base)
+        local = partial(_local, base, folder, card, target)
+        embedded_on_cpu = spec.base is None and target.type == "cpu" and not bits and device_map is None
+        if folder and card and embedded_on_cpu and tower_decides(card, calibration, mode):
             if dtype is None and quick_in_16_bits("cpu"):
                 precision = "bf16"
-            whole = partial(local, precision, None, None)
-            mllm, identity, asked_with = tower_first(folder, card, precision, lambda: whole()[0])
+            load_whole = partial(local, precision, None, None)
+            mllm, identity, prompt_sha256 = tower_first(folder, card, precision, lambda: load_whole()[0])
         else:
-            mllm, identity, asked_with = local(precision, device_map, bits)
-        runs_on = f"{place.type} {precision}" + (f", {bits}-bit weights" if bits else "")
-        info = replace(_info(card, identity, asked_with), runs_on=runs_on)
+            mllm, identity, prompt_sha256 = local(precision, device_map, bits)
+        runs_on = f"{target.type} {precision}" + (f", {bits}-bit weights" if bits else "")
+        info = replace(_info(card, identity, prompt_sha256), runs_on=runs_on)
         if card is None and isinstance(mllm, LocalMLLM):
             info = replace(info, crop_size=crop_size_of(mllm.processor))
-    loaded = _experts(folder, card, calibration, mode, experts, other_experts)
+    chosen_experts = _experts(folder, card, calibration, mode, experts, other_experts)
     info = replace(
         info,
-        experts={n: f"{e.card.version} {e.card.sha256}" for n, e in loaded.items()},
-        in_prompt=[n for n in loaded if not card or n in card.experts],
+        experts={n: f"{e.card.version} {e.card.sha256}" for n, e in chosen_experts.items()},
+        in_prompt=[n for n in chosen_experts if not card or n in card.experts],
         aliases=(card.aliases or None) if card else None,
     )
     validation = Validation.load(folder) if folder else None
-    return Detector(mllm, list(loaded.values()), calibration, info, mode, validation)
+    return Detector(mllm, list(chosen_experts.values()), calibration, info, mode, validation)
 
 
 def _local(
     base: str | None,
     folder: Path | None,
     card: AdapterCard | None,
-    place: torch.device,
+    target: torch.device,
     precision: Dtype,
     device_map: str | None,
     bits: Bits | None,
 ) -> tuple[LocalMLLM, dict[str, str], str]:
-    """The MLLM with its adapter, checked; the identity of its base; the hash of its prompts."""
+    """The MLLM with its adapter, checked, the identity of its base, and the hash of its prompts."""
     with ThreadPoolExecutor(1) as background:
-        hashed = background.submit(base_identity, base)  # most of loading is imports, which keep one core busy
+        identity_future = background.submit(base_identity, base)  # most of loading is imports, which keep one core busy
         model, processor = load_model(
             base,
-            **reading(base, place, precision, device_map, bits),
+            **reading(base, target, precision, device_map, bits),
             tower_layers=(card.tower_layers or None) if card else None,
             text_layers=(card.text_layers or None) if card else None,
             feature_layers=(card.feature_layers or None) if card else None,
         )
-        identity = hashed.result()
+        identity = identity_future.result()
     tower: str | None = ""
     if folder and card:
         prompts.set_chat_template(processor, card.frame)
@@ -150,7 +150,7 @@ def _local(
         check_adapter(folder, card, identity, prompts.prompt_hash(processor, card.score_form))
         model = model if card.weights == WHOLE else attach(model, folder)
     if device_map is None and bits is None:
-        model = model.to(place)
+        model = model.to(target)
         for parameter in model.parameters():  # buffers keep their precision: rotary frequencies suffer from 16 bits
             if parameter.is_floating_point():  # of a quantised checkpoint not all are
                 parameter.data = parameter.data.to(TORCH_DTYPES[precision])
@@ -196,7 +196,7 @@ def _info(card: AdapterCard | None, base: dict[str, str], prompt_sha256: str) ->
         name=_name(card, base),
         base=base,
         adapter_sha256=card.sha256,
-        # As JSON gives it back: a report has to equal itself after a round trip.
+        # As JSON reads it back: a report has to equal itself after a round trip.
         layers={"tower": card.tower_layers, "text": text if isinstance(text, int) else list(text)},
         prompt_sha256=prompt_sha256,
         crops_through=codec,
@@ -214,15 +214,15 @@ def _experts(
     card: AdapterCard | None,
     calibration: Calibration | None,
     mode: Mode,
-    some: Sequence[str] | None,
-    other: bool,
+    chosen: Sequence[str] | None,
+    allow_other: bool,
 ) -> dict[str, Expert]:
-    """The experts asked for, by default those that the adapter was trained and calibrated with, in that order."""
-    wanted = expert_hashes(card, calibration) if card else {}
-    names = list(some) if some is not None else list(wanted if card else DEFAULT)
+    """The chosen experts, by default those that the adapter was trained and calibrated with, in that order."""
+    expected = expert_hashes(card, calibration) if card else {}
+    names = list(chosen) if chosen is not None else list(expected if card else DEFAULT)
     loaded = [load_expert(n, folder / "experts" if folder else None) for n in names]
-    differing = [n for n, e in zip(names, loaded, strict=True) if wanted.get(n, e.card.sha256) != e.card.sha256]
-    if differing and not other:
+    differing = [n for n, e in zip(names, loaded, strict=True) if expected.get(n, e.card.sha256) != e.card.sha256]
+    if differing and not allow_other:
         raise SetupError(
             f"the adapter was made with other weights of expert {differing[0]!r}. Put back the weights that its "
             "card and calibration name, or fit a calibration to the new ones: x2dfd calibrate --other-experts",

@@ -1,4 +1,4 @@
-"""Local files by their names: found, and opened or refused, before anything that decodes is imported."""
+"""Finds local files by name and opens or refuses them, before any decoder is imported."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:")  # two letters or more: "C:" 
 
 @contextmanager
 def open_source(source: str | Path | bytes) -> Iterator[tuple[BinaryIO, str | None]]:
-    """A local file, or bytes as one, and its path. Raises InputError, of the codes of x2dfd.media."""
+    """An open local file (or bytes as a file) and its path. Raises InputError with the codes of x2dfd.media."""
     if isinstance(source, bytes):
         check_bytes(len(source))
         yield io.BytesIO(source), None
         return
     path = str(source)
-    local = os.path.lexists(path) if "\0" not in path else False
-    if "://" in path or (_SCHEME.match(path) and not local):
+    exists = os.path.lexists(path) if "\0" not in path else False
+    if "://" in path or (_SCHEME.match(path) and not exists):
         raise InputError("url_not_allowed", "only local files are read; fetch the address first")
     try:
         info = os.stat(path)
-        # asked before opening: opening a pipe would wait for its other end
+        # checked before opening: opening a pipe would wait for its other end
         if not stat.S_ISREG(info.st_mode):
             raise InputError("not_a_file", "this is not a regular file")
         check_bytes(info.st_size)
@@ -53,11 +53,11 @@ def find_media(
 ) -> Iterator[Path]:
     """Yield files as they are, and every regular file under each folder, in sorted order.
 
-    Hidden files and folders are left out, and so are links out of the folder or to another, which `left_out` gets.
-    What is no picture, does not exist or may not be read is yielded too: it becomes a row with an error, not silence.
+    Hidden files and folders are left out. Links out of the folder or to another are left out too, and `left_out` is
+    called with each. Files that are no pictures, absent or unreadable are yielded, as each has to become an error row.
     """
-    for given in paths:
-        path = Path(given)
+    for entry in paths:
+        path = Path(entry)
         try:
             folder = path.is_dir()
         except OSError:  # below a folder that may not be read, or a name that is too long
@@ -89,11 +89,11 @@ def _walk(top: Path, left_out: Callable[[Path], object]) -> Iterator[Path]:
             yield path  # as above
             continue
         if stat.S_ISDIR(mode):
-            below = _names(path)
-            if below is None:
+            subfolder_names = _names(path)
+            if subfolder_names is None:
                 yield path
             else:
-                open_folders.append((path, below))
+                open_folders.append((path, subfolder_names))
         elif stat.S_ISLNK(mode) and not (path.is_file() and path.resolve().is_relative_to(root)):
             left_out(path)
         elif stat.S_ISREG(mode) or stat.S_ISLNK(mode):
@@ -101,7 +101,7 @@ def _walk(top: Path, left_out: Callable[[Path], object]) -> Iterator[Path]:
 
 
 def _names(folder: Path) -> list[str] | None:
-    """What is to be looked at in a folder, from last to first; None where it may not be read."""
+    """The visible names in a folder, from last to first; None if it may not be read."""
     try:
         names = os.listdir(folder)  # names alone: of a million files scandir's entries are hundreds of MB
     except OSError:

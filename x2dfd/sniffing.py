@@ -1,7 +1,6 @@
-"""What a file is, by its first bytes, and whether it is built to keep a decoder busy; nothing is decoded here.
+"""Tells a file's format by its first bytes, and refuses files built to keep a decoder busy; nothing is decoded here.
 
-A name never counts. Formats come from an allow-list, and what looking at one file may cost is bounded once for all of
-them: see `Budget`.
+A file's name never counts. Formats come from an allow-list, and `Budget` bounds the cost of one file of any format.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ _MAX_GIF_BLOCKS = 2_000_000
 
 @dataclass
 class Budget:
-    """What looking at one file may cost, whatever its format: pieces that are walked one by one, and bytes copied.
+    """The limit on the cost of looking at one file of any format: pieces that are walked one by one, and bytes copied.
 
-    A piece is what a parser handles by itself: a read, a chunk, a box, a tag. A format that costs more a piece pays
-    more for it, so that the whole stays within about two seconds.
+    A piece is a unit of a parser: a read, a chunk, a box, a tag. In formats with slow pieces each counts as several, so
+    that the whole stays within about two seconds.
     """
 
     pieces: int
@@ -46,7 +45,7 @@ class Budget:
         return cls(min(50_000 + size // 64, _PIECES), _PASSES * size + 1_000_000)
 
     def spend(self, pieces: int, copied: int = 0) -> None:
-        """Raises InputError where the file costs more than it may."""
+        """Count a cost. Raises InputError when the limit is exceeded."""
         self.pieces -= pieces
         self.copied -= copied
         if self.pieces < 0:
@@ -56,9 +55,9 @@ class Budget:
 
 
 class Metered:
-    """A file whose every read is paid for; parsers that walk endless small pieces end here, in whatever library.
+    """A file whose reads count against a budget, which ends parsers of any library that walk endless small pieces.
 
-    `seconds` of this thread's CPU may pass between the first read and the last; None where decoding counts its pixels.
+    Between opening and the last read, at most `seconds` of this thread's CPU may pass; None if decoding counts pixels.
     """
 
     def __init__(self, file: BinaryIO, budget: Budget, seconds: float | None = None) -> None:
@@ -169,10 +168,10 @@ def sniff(file: BinaryIO) -> tuple[str, str]:
 
 
 def check_structure(data: bytes, name: str, budget: Budget, notes: list[str]) -> int | None:
-    """Refuse files built to keep a decoder busy. The number of pictures, where Pillow would count them slowly."""
+    """Refuse files built to keep a decoder busy. Returns the number of pictures if Pillow would count them slowly."""
     if name == "GIF":
-        frames, whole = _count_gif_frames(data, budget)
-        if not whole:
+        frames, complete = _count_gif_frames(data, budget)
+        if not complete:
             notes.append("frames_not_all_counted")
         return max(frames, 1)
     if name == "JPEG":
@@ -227,8 +226,8 @@ def _count_gif_frames(data: bytes, budget: Budget) -> tuple[int, bool]:
     frames = blocks = 0
     at = 13 + colours(10)
     while at < len(data) and data[at] in b",!":  # image, extension
-        remark = data[at] == ord("!")
-        if not remark:
+        is_extension = data[at] == ord("!")
+        if not is_extension:
             frames += 1
             at += 11 + colours(at + 9)
         else:
@@ -236,7 +235,7 @@ def _count_gif_frames(data: bytes, budget: Budget) -> tuple[int, bool]:
         while at < len(data) and data[at]:
             at += data[at] + 1
             blocks += 1
-            if remark:  # Pillow joins a comment's blocks one by one
+            if is_extension:  # Pillow joins a comment's blocks one by one
                 budget.spend(20)
             if blocks > _MAX_GIF_BLOCKS:
                 return frames, False
@@ -257,7 +256,7 @@ _SUB_DIRECTORIES = (34665, 34853, 40965)  # Exif, GPS, interoperability: those t
 def walk_ifds(blob: bytes, budget: Budget) -> Directories:
     """Walk the tag directories of a TIFF or an EXIF blob without reading any tag's data (TIFF 6.0, BigTIFF).
 
-    What the tags claim is paid for: tags that all point at the same megabytes would make Pillow copy them once each.
+    The sizes that tags claim count as copied: Pillow would copy the same megabytes once for each tag that names them.
     """
     order = {b"II": "<", b"MM": ">"}.get(blob[:2])
     if order is None or len(blob) < 16:
@@ -279,7 +278,7 @@ def walk_ifds(blob: bytes, budget: Budget) -> Directories:
         budget.spend(4 * (n + 1))
         for tag, kind, count, value in struct.iter_unpack(order + tag_format, blob[start : start + n * step]):
             size = count * _TYPE_BYTES.get(kind, 0)
-            if inline < size <= len(blob):  # longer than the file: refused by whoever reads it
+            if inline < size <= len(blob):  # a size beyond the file's is refused when it is read
                 budget.spend(0, size)
             if tag in _SUB_DIRECTORIES:
                 queue.append((value, False))
@@ -291,31 +290,31 @@ def walk_ifds(blob: bytes, budget: Budget) -> Directories:
     return Directories(pages, orientation)
 
 
-# Boxes that hold boxes, as far down as an endless list of them would be walked.
+# Boxes that hold boxes, down to the depth at which a parser would walk an endless list of them.
 _BOXES = frozenset(
     {b"moov", b"trak", b"mdia", b"minf", b"stbl", b"udta", b"edts", b"dinf", b"mvex", b"moof", b"traf", b"meta"}
 )
 
 
 def has_index(file: BinaryIO, size: int, budget: Budget) -> bool:
-    """Whether an MP4 or MOV has the box that says where its frames lie; refuses one of endless boxes (ISO 14496-12)."""
-    found = False
-    parts = [(0, size)]
-    while parts:
-        at, end = parts.pop()
-        while at + 8 <= end:
+    """Whether an MP4 or MOV has the box that locates its frames (ISO 14496-12); refuses a file of endless boxes."""
+    has_box = False
+    ranges = [(0, size)]
+    while ranges:
+        offset, end = ranges.pop()
+        while offset + 8 <= end:
             budget.spend(20)
-            file.seek(at)
+            file.seek(offset)
             head = read(file, 16)
-            length, kind, start = int.from_bytes(head[:4], "big"), head[4:8], at + 8
+            length, kind, start = int.from_bytes(head[:4], "big"), head[4:8], offset + 8
             if length == 1:
-                length, start = int.from_bytes(head[8:], "big"), at + 16
+                length, start = int.from_bytes(head[8:], "big"), offset + 16
             elif length == 0:  # to the end
-                length = end - at
-            if length < start - at:
+                length = end - offset
+            if length < start - offset:
                 break
-            found = found or kind in (b"moov", b"moof")
+            has_box = has_box or kind in (b"moov", b"moof")
             if kind in _BOXES:
-                parts.append((start, min(at + length, end)))
-            at += length
-    return found
+                ranges.append((start, min(offset + length, end)))
+            offset += length
+    return has_box

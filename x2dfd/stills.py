@@ -1,4 +1,4 @@
-"""A picture's pixels out of its bytes, by Pillow: upright, in sRGB, on white, and the notes of what that changed."""
+"""Decodes a picture's bytes with Pillow into upright sRGB pixels on white, and notes what that changed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from x2dfd.files import Json, printed_from_c
 from x2dfd.sniffing import MAX_PIXELS, Budget, Metered, check_bytes, check_size, check_structure, plain, read, walk_ifds
 
 MAX_REDUCED_PIXELS = 260_000_000
-"""Of a JPEG, which can be decoded at a half, a quarter or an eighth of its size; telephones make up to 200 million."""
+"""Of a JPEG, which can be decoded at a half, a quarter or an eighth of its size; phones make up to 200 million."""
 HEIC_MEND = "pip install 'x2dfd[heic]'"
 
 # Pillow reports some broken TIFFs through logging; without a handler Python would print them on stderr.
@@ -42,7 +42,7 @@ class Picture:
     sha256: str  # of the file's bytes; for an image object see the note `hash_of_pixels`
     format: str  # "JPEG", "PNG", ...; "PIL" for an image object
     n_frames: int  # pictures in the file; the first one is decoded
-    notes: tuple[str, ...]  # what decoding changed: "exif_orientation:6", "alpha_on_white", ...
+    notes: tuple[str, ...]  # changes by decoding: "exif_orientation:6", "alpha_on_white", ...
     path: str | None  # as given by the caller; None for bytes and image objects
     file: Json = field(default_factory=dict)  # of the file: `bytes`, `modified` (of a path), `exif`
     provenance: Json = field(default_factory=_not_checked)  # see x2dfd.provenance
@@ -65,12 +65,12 @@ def pillow(notes: list[str]) -> Iterator[None]:
         except UnidentifiedImageError as error:
             raise InputError("corrupt", "the picture's header cannot be read") from error
         except Exception as error:  # a parser fed with hostile bytes raises nearly anything
-            said = plain(str(error))
-            if isinstance(error, EOFError) or "truncated" in said.lower():
+            text = plain(str(error))
+            if isinstance(error, EOFError) or "truncated" in text.lower():
                 raise InputError(
                     "truncated", "the file ends before its picture does: an unfinished download?"
                 ) from error
-            raise InputError("corrupt", f"the picture's data are damaged ({said or type(error).__name__})") from error
+            raise InputError("corrupt", f"the picture's data are damaged ({text or type(error).__name__})") from error
     # too many pixels is no remark: the caller's own check refuses them
     bombs = Image.DecompressionBombWarning
     notes += [f"warning:{plain(str(w.message))}" for w in caught if not issubclass(w.category, bombs)]
@@ -84,18 +84,18 @@ _LIBTIFF = re.compile(
 
 @contextmanager
 def _libtiff_messages(notes: list[str]) -> Iterator[None]:
-    """libtiff's complaints are all that tells of damage: note the first."""
-    said: list[bytes] = []
+    """Note the first message of libtiff, which reports damage in no other way."""
+    lines: list[bytes] = []
     try:
-        with printed_from_c(_LIBTIFF, said):
+        with printed_from_c(_LIBTIFF, lines):
             yield
     finally:
-        notes += [f"warning:{plain(line.decode(errors='replace'))}" for line in said[:1]]
+        notes += [f"warning:{plain(line.decode(errors='replace'))}" for line in lines[:1]]
 
 
 @dataclass(eq=False)
 class Opened:
-    """An image file whose header was read and checked, and none of its pixels."""
+    """An image file whose header was read and checked, but no pixel decoded."""
 
     image: Image.Image
     data: bytes
@@ -111,7 +111,7 @@ class Opened:
 
 
 def open_image(file: BinaryIO, name: str) -> Opened:
-    """Read the whole file, check how it is built, and read its header. Raises InputError."""
+    """Read the whole file, check its structure, and read its header. Raises InputError."""
     data = read(file)
     check_bytes(len(data))
     _require_decoder(name)
@@ -135,12 +135,12 @@ def open_image(file: BinaryIO, name: str) -> Opened:
 
 
 def _reduce(image: Image.Image, notes: list[str]) -> None:
-    """Have a JPEG of more than MAX_PIXELS decoded at the largest fraction of its size that is not above."""
+    """Set up a JPEG of more than MAX_PIXELS to be decoded at the largest fraction of its size within that limit."""
     width, height = image.size
     if not isinstance(image, JpegImagePlugin.JpegImageFile) or not MAX_PIXELS < width * height <= MAX_REDUCED_PIXELS:
         return
-    part = next(part for part in (2, 4, 8) if width * height <= MAX_PIXELS * part**2)
-    image.draft(None, (width // part, height // part))
+    factor = next(factor for factor in (2, 4, 8) if width * height <= MAX_PIXELS * factor**2)
+    image.draft(None, (width // factor, height // factor))
     notes.append(f"reduced_from:{width}x{height}")
 
 
@@ -154,11 +154,11 @@ def decode(opened: Opened, path: str | None) -> Picture:
     with pillow(notes):
         if isinstance(image, TiffImagePlugin.TiffImageFile):
             inverted = image.tag_v2.get(262) == 0  # WhiteIsZero
-            turned = image.tag_v2.get(274, 1)  # by Pillow, while loading; other formats it leaves as they are
+            tiff_orientation = image.tag_v2.get(274, 1)  # applied by Pillow while loading, in TIFF only
             with _libtiff_messages(notes):
                 image.load()
-            if turned in _TURN:
-                notes.append(f"exif_orientation:{turned}")
+            if tiff_orientation in _TURN:
+                notes.append(f"exif_orientation:{tiff_orientation}")
         else:
             image.load()
         exif = exif_summary(opened)
@@ -172,29 +172,29 @@ _EXIF = {271: "make", 272: "model", 305: "software", 306: "changed", 36867: "tak
 
 
 def _exif_blob(image: Image.Image) -> bytes:
-    """EXIF as Pillow will parse it when asked; ImageMagick hides it in a PNG's text."""
+    """The EXIF that Pillow would parse; ImageMagick hides it in a PNG's text."""
     raw = image.info.get("Raw profile type exif", "")
     blob: bytes = image.info.get("exif") or bytes.fromhex("".join(str(raw).split("\n")[3:]))
     return blob.removeprefix(b"Exif\0\0")
 
 
 def exif_summary(opened: Opened) -> dict[str, str]:
-    """Camera, software and times as the file states them (anyone can write them), and whether it states a place."""
+    """Camera, software and times as the file states them (anyone can write them), and a mark if it states a place."""
     try:
-        if opened.name == "PNG":  # whose EXIF may stand behind its pixels
+        if opened.name == "PNG":  # its EXIF may follow its pixels
             walk_ifds(_exif_blob(opened.image), opened.budget)
         tags = opened.image.getexif()
-        found = dict(tags) | dict(tags.get_ifd(0x8769))
-        place = bool(tags.get_ifd(0x8825))
+        values = dict(tags) | dict(tags.get_ifd(0x8769))
+        has_location = bool(tags.get_ifd(0x8825))
     except Exception as error:  # a parser fed with hostile bytes raises nearly anything; the picture itself was read
         opened.notes.append(f"exif_unreadable:{type(error).__name__}")
         return {}
-    said = {name: plain(str(found[tag]), 80) for tag, name in _EXIF.items() if found.get(tag)}
-    return said | ({"place": "stated, not copied here"} if place else {})
+    summary = {name: plain(str(values[tag]), 80) for tag, name in _EXIF.items() if values.get(tag)}
+    return summary | ({"place": "stated, not copied here"} if has_location else {})
 
 
 def from_image(image: Image.Image) -> Picture:
-    """The hash covers what decides the pixels: mode, size, palette, transparency, profile, orientation and raw data."""
+    """A picture from an image object; its hash covers mode, size, palette, transparency, profile, orientation, data."""
     notes = ["hash_of_pixels"]
     check_size(*image.size)
     with pillow(notes):
@@ -202,8 +202,8 @@ def from_image(image: Image.Image) -> Picture:
         orientation = image.getexif().get(274, 1)
         palette = (image.palette.mode, image.palette.tobytes()) if image.palette else None
         profile = image.info.get("icc_profile")
-        facts = (image.mode, image.size, palette, image.info.get("transparency"), profile, orientation)
-        digest = hashlib.sha256(repr(facts).encode())
+        identity = (image.mode, image.size, palette, image.info.get("transparency"), profile, orientation)
+        digest = hashlib.sha256(repr(identity).encode())
         digest.update(image.tobytes())
     pixels = rgb(image, 16, False, orientation, notes)
     return Picture(pixels, digest.hexdigest(), "PIL", 1, tuple(dict.fromkeys(notes)), None)
@@ -237,7 +237,7 @@ def _check_tiff(image: TiffImagePlugin.TiffImageFile) -> None:
 
 
 def sample_bits(opened: Opened) -> int:
-    """Bits of a sample as stored; Pillow halves 16-bit colour without a word."""
+    """Bits of a sample as stored; Pillow reduces 16-bit colour to 8 bits without a warning."""
     image = opened.image
     if opened.name == "PNG":
         return opened.data[24]
@@ -248,7 +248,7 @@ def sample_bits(opened: Opened) -> int:
 
 _STRIP = 4_000_000  # pixels that are converted at a time
 
-# What undoes each EXIF orientation: quarter turns counterclockwise, after an optional left-right mirror.
+# The turns that undo each EXIF orientation: quarter turns counterclockwise, after an optional left-right mirror.
 _TURN: dict[int, tuple[bool, int]] = {
     2: (True, 0), 3: (False, 2), 4: (True, 2), 5: (True, 1), 6: (False, 3), 7: (True, 3), 8: (False, 1),
 }  # fmt: skip
@@ -299,8 +299,8 @@ def _to_8_bit(image: Image.Image, bits: int, inverted: bool, notes: list[str]) -
     shades = np.minimum(np.arange(65_536) / (4095.0 if bits == 12 else 65_535.0), 1.0)
     if inverted:
         shades = 1.0 - shades
-    shown: NDArray[np.uint8] = np.round(shades * 255).astype(np.uint8)[values]
-    return shown
+    result: NDArray[np.uint8] = np.round(shades * 255).astype(np.uint8)[values]
+    return result
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
@@ -308,8 +308,8 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     if image.mode in ("La", "RGBa"):
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     if image.mode in ("RGBA", "PA") or "transparency" in image.info:
-        whole = image.convert("RGBA")
-        return whole.convert("RGB"), whole.getchannel("A")
+        rgba = image.convert("RGBA")
+        return rgba.convert("RGB"), rgba.getchannel("A")
     if image.mode == "LA":
         return image.getchannel("L"), image.getchannel("A")
     return (image if image.mode in ("L", "RGB", "CMYK") else image.convert("RGB")), None

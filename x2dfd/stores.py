@@ -31,21 +31,21 @@ STDIN = "-"
 def is_address(text: str, stores: Collection[str]) -> bool:
     """The text is an address in one of `stores` (s3, gs ...).
 
-    A manifest may be a stranger's: what it names in any other store, or behind a chain of them, is not opened.
+    A manifest may be a stranger's, so files in any other store, or behind a chain of stores, are not opened.
     """
     scheme, sign, _ = text.partition("://")
     return bool(sign) and scheme in stores and "::" not in text
 
 
 def read_address(address: str) -> bytes:
-    """The file's bytes. Raises InputError for what the store does not give, SetupError where its package is missing."""
-    data = _stored(address) if "://" in address else _piped(address)
+    """The file's bytes. Raises InputError if the store does not give it, SetupError without the store's package."""
+    data = _read_store(address) if "://" in address else _read_pipe(address)
     if len(data) > MAX_BYTES:
         raise InputError("file_too_large", f"more than {MAX_BYTES:,} bytes")
     return data
 
 
-def _stored(address: str) -> bytes:
+def _read_store(address: str) -> bytes:
     try:
         import fsspec
     except ImportError as error:
@@ -74,8 +74,8 @@ def is_pipe(path: Path) -> bool:
 
 
 @cache
-def _piped(path: str) -> bytes:
-    """What came through a pipe, kept: it is judged, hashed and shown."""
+def _read_pipe(path: str) -> bytes:
+    """The bytes of a pipe, cached, as judging, hashing and showing all need them."""
     try:
         if path == STDIN:
             return sys.stdin.buffer.read(MAX_BYTES + 1)
@@ -86,7 +86,7 @@ def _piped(path: str) -> bytes:
 
 
 def sha256_of(place: Place) -> str | None:
-    """Of the file's bytes; None when there is no such file. Raises OSError when it cannot be read."""
+    """SHA-256 of the file's bytes; None when there is no such file. Raises OSError when it cannot be read."""
     from x2dfd.files import file_sha256
 
     if isinstance(place, Path):
@@ -106,25 +106,24 @@ class Judging(TypedDict, total=False):
 
 
 def detect_places(
-    detector: Detector | ServerDetector, places: Iterable[Place], **judging: Unpack[Judging]
+    detector: Detector | ServerDetector, places: Iterable[Place], **options: Unpack[Judging]
 ) -> Iterator[Report | Failure]:
-    """As Detector.detect_many with its options, over local paths and addresses; `path` of a result is the place as
-    it was given."""
-    asked: deque[tuple[Place, Failure | None]] = deque()
+    """Detector.detect_many with its options over local paths and addresses; a result's `path` is the place as given."""
+    pending: deque[tuple[Place, Failure | None]] = deque()
 
     def readable() -> Iterator[Path | bytes]:
         for place in places:
             try:
                 source = place if isinstance(place, Path) else read_address(place)
             except InputError as error:
-                asked.append((place, Failure(str(place), None, error.code, error.reason)))
+                pending.append((place, Failure(str(place), None, error.code, error.reason)))
             else:
-                asked.append((place, None))
+                pending.append((place, None))
                 yield source
 
-    for result in detector.detect_many(readable(), **judging):
-        while (failure := asked[0][1]) is not None:
-            asked.popleft()
+    for result in detector.detect_many(readable(), **options):
+        while (failure := pending[0][1]) is not None:
+            pending.popleft()
             yield failure
-        yield replace(result, path=str(asked.popleft()[0]))
-    yield from (failure for _, failure in asked if failure is not None)
+        yield replace(result, path=str(pending.popleft()[0]))
+    yield from (failure for _, failure in pending if failure is not None)

@@ -1,4 +1,4 @@
-"""Frames sampled evenly over a clip, by PyAV: as a player shows them, and the notes of what that changed."""
+"""Samples frames evenly over a clip with PyAV, as a player shows them, and notes what that changed."""
 
 from __future__ import annotations
 
@@ -57,49 +57,49 @@ class Video:
     n_frames: int  # in the whole clip
     duration_s: float | None  # from the frames' times; None when the file does not give any
     frames: tuple[Frame, ...]  # in time order
-    notes: tuple[str, ...]  # what decoding changed or could not read: "rotation:90", "deinterlaced", ...
+    notes: tuple[str, ...]  # changes and failures of decoding: "rotation:90", "deinterlaced", ...
     path: str | None  # as given by the caller; None for bytes
-    asked: int  # frames that were asked for; the same number samples the same ones again
+    asked: int  # the requested number of frames; the same number samples the same frames again
     file: Json = field(default_factory=dict)  # of the file: `bytes`, `modified` (of a path), `exif`
     provenance: Json = field(default_factory=lambda: {"state": "not_checked"})  # see x2dfd.provenance
 
 
 def positions(n: int, at_most: int) -> list[int]:
     """The middles of equal stretches of `n` frames."""
-    wanted = min(at_most, n)
-    return [(2 * j + 1) * n // (2 * wanted) for j in range(wanted)]
+    n_samples = min(at_most, n)
+    return [(2 * j + 1) * n // (2 * n_samples) for j in range(n_samples)]
 
 
-class Gathered:
-    """Sampled frames as they come: each is handed to `keep`, and what that gives back stays below a limit of pixels."""
+class FrameCollector:
+    """Collects sampled frames: each goes through `keep`, and the results together stay below a limit of pixels."""
 
     def __init__(self, keep: Callable[[Frame], Frame], notes: list[str]) -> None:
         self.frames: list[Frame] = []
         self.notes = notes
         self._keep = keep
-        self._room = _MAX_KEPT_PIXELS
+        self._pixels_left = _MAX_KEPT_PIXELS
         self._size = (0, 0)
 
     def add(self, frame: Frame) -> bool:
-        """False where there is no room for it."""
+        """Add a frame; False if it is beyond the limit."""
         size = frame.pixels.shape[:2]
-        kept = self._keep(frame)
-        self._room -= kept.pixels.shape[0] * kept.pixels.shape[1]
-        if self._room < 0:
+        reduced = self._keep(frame)
+        self._pixels_left -= reduced.pixels.shape[0] * reduced.pixels.shape[1]
+        if self._pixels_left < 0:
             self.notes.append(f"memory_limit_after_{len(self.frames)}_frames")
             return False
         if not self.frames:
             self._size = size
-        self.frames.append(kept)
+        self.frames.append(reduced)
         return True
 
     def video(
-        self, sha256: str, format: str, n: int, duration_s: float | None, asked: int, path: str | None, file: Json
+        self, sha256: str, format: str, n: int, duration_s: float | None, max_frames: int, path: str | None, file: Json
     ) -> Video:
-        """The clip of `n` frames that these are of; otherwise as the fields of Video."""
+        """The clip of `n` frames that these were sampled from; the other parameters are as the fields of Video."""
         height, width = self._size
         remarks = tuple(dict.fromkeys(self.notes))
-        return Video(sha256, format, width, height, n, duration_s, tuple(self.frames), remarks, path, asked, file)
+        return Video(sha256, format, width, height, n, duration_s, tuple(self.frames), remarks, path, max_frames, file)
 
 
 _CODECS = (
@@ -123,34 +123,34 @@ def load_video(
         size += len(chunk)
     notes: list[str] = []
     budget = Budget(_PIECES, _PIECES << 15)
-    indexed = container_name != "mov" or has_index(file, size, budget)
-    looked_through = Metered(file, budget, _SECONDS + _SECONDS_A_BYTE * size)
+    has_moov = container_name != "mov" or has_index(file, size, budget)
+    metered = Metered(file, budget, _SECONDS + _SECONDS_A_BYTE * size)
     try:
-        with _container(looked_through, container_name) as (container, stream):
+        with _container(metered, container_name) as (container, stream):
             timeline = _timeline(container, stream)
             rate = float(stream.average_rate or 0) or None
-            stated = (container.duration or 0) / 1_000_000  # FFmpeg's AV_TIME_BASE
+            stated_duration = (container.duration or 0) / 1_000_000  # FFmpeg's AV_TIME_BASE
     except InputError as error:
-        if error.code == "bad_video" and not indexed:
+        if error.code == "bad_video" and not has_moov:
             reason = "the file's index (its moov box) is missing: is this an unfinished download or recording?"
             raise InputError("bad_video", reason) from error
         raise
     n = len(timeline.pts)
     if n == 0:
         raise InputError("bad_video", "the video track has no frames")
-    gathered = Gathered(keep, notes)
+    collector = FrameCollector(keep, notes)
     with _container(Metered(file, Budget(_PIECES, _PIECES << 15)), container_name) as (container, stream):
-        _sample(container, stream, timeline, rate, max_frames, gathered)
-    if not gathered.frames:
+        _sample(container, stream, timeline, rate, max_frames, collector)
+    if not collector.frames:
         raise InputError("bad_video", "no frame of the video can be decoded")
     duration = None
     if timeline.timed and rate:
         duration = (timeline.pts[-1] - timeline.pts[0]) * timeline.time_base + 1 / rate
     elif rate:
         duration = n / rate
-    if duration and stated > 1.1 * duration + 0.5:
-        notes.append(f"file_says_{stated:.1f}_s")  # cut short, or the sound goes on alone
-    return gathered.video(digest.hexdigest(), container_name, n, duration, max_frames, path, {})
+    if duration and stated_duration > 1.1 * duration + 0.5:
+        notes.append(f"file_says_{stated_duration:.1f}_s")  # cut short, or the sound is longer
+    return collector.video(digest.hexdigest(), container_name, n, duration, max_frames, path, {})
 
 
 def container_tags(file: BinaryIO, container_name: str) -> dict[str, str]:
@@ -159,7 +159,7 @@ def container_tags(file: BinaryIO, container_name: str) -> dict[str, str]:
         return {**stream.metadata, **container.metadata}
 
 
-_PLAINLY = {  # what FFmpeg says
+_PLAIN_REASONS = {  # by FFmpeg's message
     "Cannot allocate memory": "it asks for more memory than there is",
     "End of file": "it ends before its first frame does",
     "Invalid data found when processing input": "its data are damaged",
@@ -168,12 +168,12 @@ _PLAINLY = {  # what FFmpeg says
 
 @contextmanager
 def _container(file: Metered, name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its main video stream; whatever PyAV raises inside becomes `bad_video`."""
+    """The container and its main video stream; any exception of PyAV inside becomes `bad_video`."""
     import av
     from av.video.stream import VideoStream
 
     file.seek(0)
-    # whatever is inside: no other file, no network, no exotic decoder, no oversized frame
+    # for any content: no other file, no network, no exotic decoder, no oversized frame
     options = {"protocol_whitelist": "none", "codec_whitelist": _CODECS, "max_pixels": str(MAX_PIXELS)}
     try:
         with av.open(file, mode="r", format=name, options=options, io_open=_refuse_open) as container:
@@ -189,9 +189,9 @@ def _container(file: Metered, name: str) -> Iterator[tuple[InputContainer, Video
     except X2DFDError:
         raise
     except Exception as error:  # FFmpeg's errors, and an IndexError where a track appears on the way
-        said = plain(getattr(error, "strerror", None) or str(error) or type(error).__name__)
-        reason = "its header does not name all of its tracks" if isinstance(error, IndexError) else said
-        raise InputError("bad_video", f"the video cannot be read ({_PLAINLY.get(reason, reason)})") from error
+        message = plain(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+        reason = "its header does not name all of its tracks" if isinstance(error, IndexError) else message
+        raise InputError("bad_video", f"the video cannot be read ({_PLAIN_REASONS.get(reason, reason)})") from error
 
 
 @dataclass(frozen=True)
@@ -231,20 +231,20 @@ def _sample(
     timeline: _Timeline,
     rate: float | None,
     max_frames: int,
-    gathered: Gathered,
+    collector: FrameCollector,
 ) -> None:
     """The middles of equal stretches of the clip, each decoded from the key frame before it."""
-    notes, frames = gathered.notes, gathered.frames
+    notes, frames = collector.notes, collector.frames
     decoder = _Decoder(container, stream, timeline)
-    wanted = positions(len(timeline.pts), max_frames)
-    for target in wanted:
+    targets = positions(len(timeline.pts), max_frames)
+    for target in targets:
         if frames and target <= frames[-1].index:
             continue  # frames in between could not be decoded
         decoder.approach(target)
-        found = decoder.next_from(target)
-        if found is None:
+        decoded = decoder.next_from(target)
+        if decoded is None:
             break
-        index, frame = found
+        index, frame = decoded
         if frame.is_corrupt:
             notes.append(f"damaged_frame:{index}")
         if frame.interlaced_frame:
@@ -254,14 +254,14 @@ def _sample(
             time_s = (timeline.pts[index] - timeline.pts[0]) * timeline.time_base
         else:
             time_s = index / rate if rate else 0.0
-        if not gathered.add(Frame(index, time_s, _shown(frame, stream.sample_aspect_ratio, notes))):
+        if not collector.add(Frame(index, time_s, _to_rgb(frame, stream.sample_aspect_ratio, notes))):
             break
     if decoder.broken:
         notes.append(f"undecodable_packets:{decoder.broken}")
-    if decoder.spent:
+    if decoder.over_budget:
         notes.append("decoding_limit_reached")
-    if len(frames) < len(wanted):
-        notes.append(f"frames_missing:{len(wanted) - len(frames)}")
+    if len(frames) < len(targets):
+        notes.append(f"frames_missing:{len(targets) - len(frames)}")
 
 
 class _Decoder:
@@ -269,7 +269,7 @@ class _Decoder:
 
     def __init__(self, container: InputContainer, stream: VideoStream, timeline: _Timeline) -> None:
         self.broken = 0  # packets that could not be decoded
-        self.spent = False
+        self.over_budget = False
         self._stream, self._timeline = stream, timeline
         self._packets = enumerate(container.demux(stream))
         self._read = -1  # the last packet that was read
@@ -281,11 +281,11 @@ class _Decoder:
         self._frames = self._from(0)
 
     def approach(self, target: int) -> None:
-        """Pass over what need not be decoded: go on at the last key frame before `target`, where that is still ahead.
+        """Skip to the last key frame before `target`, if that is still ahead, so that less has to be decoded.
 
-        Packets are read and dropped, not sought for: that needs no index, and costs little beside decoding.
+        Skipped packets are read and dropped, without seeking: that needs no index, and costs little beside decoding.
         """
-        k = bisect_right(self._timeline.keys, max(target - 1, 0)) - 1  # the one before may be asked for, too
+        k = bisect_right(self._timeline.keys, max(target - 1, 0)) - 1  # the frame before may be needed, too
         if k >= 0 and self._timeline.keys[k] > self._position and self._timeline.key_packets[k] > self._read:
             self._stream.codec_context.flush_buffers()
             self._position = self._timeline.keys[k]
@@ -305,9 +305,9 @@ class _Decoder:
         return None
 
     def neighbours(self, frame: VideoFrame) -> tuple[VideoFrame | None, VideoFrame, VideoFrame | None]:
-        """The frame that `next_from` gave, between the one before and the one after; None where there is none."""
+        """The frame that `next_from` returned, with the one before and the one after, or None where there is none."""
         if not self._ahead:
-            self._ahead = [following for following in [next(self._frames, None)] if following is not None]
+            self._ahead = [next_frame for next_frame in [next(self._frames, None)] if next_frame is not None]
         after = self._ahead[0] if self._ahead else None
         return self._before, frame, after
 
@@ -325,7 +325,7 @@ class _Decoder:
 
         for number, packet in self._packets:
             self._read = number
-            # An empty one with a time says that nothing changed (Theora); the timeline has none of them either.
+            # An empty packet with a time means an unchanged frame (Theora); the timeline leaves it out too.
             if number < start or (not packet.size and packet.dts is not None):
                 continue
             try:
@@ -338,13 +338,13 @@ class _Decoder:
             for frame in frames:
                 self._budget -= frame.width * frame.height
                 if self._budget < 0:
-                    self.spent = True
+                    self.over_budget = True
                     return
                 yield frame
 
 
 def _deinterlaced(before: VideoFrame | None, frame: VideoFrame, after: VideoFrame | None) -> VideoFrame:
-    """The frame of one moment, by FFmpeg's bwdif, which needs the frames beside it."""
+    """The frame at one point in time, by FFmpeg's bwdif, which needs the frames beside it."""
     import av
     from av.filter import Graph
 
@@ -352,19 +352,19 @@ def _deinterlaced(before: VideoFrame | None, frame: VideoFrame, after: VideoFram
     source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
     graph.link_nodes(source, graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink"))
     graph.configure()
-    form = (frame.width, frame.height, frame.format.name)
-    fed = [f for f in (before, frame, after) if f is not None and (f.width, f.height, f.format.name) == form]
-    for one in (*fed, None):
-        graph.push(one)
+    layout = (frame.width, frame.height, frame.format.name)
+    inputs = [f for f in (before, frame, after) if f is not None and (f.width, f.height, f.format.name) == layout]
+    for item in (*inputs, None):
+        graph.push(item)
     out: list[VideoFrame] = []
     with contextlib.suppress(av.EOFError, av.BlockingIOError):
         while True:
             out.append(graph.vpull())
-    return out[fed.index(frame)] if len(out) == len(fed) else frame
+    return out[inputs.index(frame)] if len(out) == len(inputs) else frame
 
 
-# How a display matrix [a b; c d] turns a picture, by (whether the sides change places, then the signs of what points
-# right and what points down): the note, with degrees counterclockwise.
+# The note for each effect of a display matrix [a b; c d]: (sides swapped, rightwards reversed, downwards reversed).
+# Degrees are counterclockwise.
 _TURNS = {
     (False, False, False): None,
     (False, True, True): "rotation:180",
@@ -377,7 +377,7 @@ _TURNS = {
 }
 
 
-def _shown(frame: VideoFrame, pixel_shape: Fraction | None, notes: list[str]) -> NDArray[np.uint8]:
+def _to_rgb(frame: VideoFrame, pixel_shape: Fraction | None, notes: list[str]) -> NDArray[np.uint8]:
     """[H, W, 3] RGB as a player shows it: pixels square, colours of BT.709, turned as the file says."""
     from av.sidedata.sidedata import SideDataContainer
 
@@ -399,15 +399,15 @@ def _shown(frame: VideoFrame, pixel_shape: Fraction | None, notes: list[str]) ->
         pixels = hdr.to_bt709(deep, transfer, primaries)
     else:
         pixels = np.asarray(frame.to_ndarray(format="rgb24", width=width, height=height), dtype=np.uint8)
-    # Not `frame.side_data`, which the frame would keep, and which keeps the frame: of each clip ten threads stayed.
+    # Not `frame.side_data`: it and the frame hold each other, which left ten threads behind for every clip.
     matrix: Any = SideDataContainer(frame).get("DISPLAYMATRIX")  # type: ignore[call-arg] # PyAV's stub lacks it
     if matrix is None:
         return pixels
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
-    across = abs(b) + abs(c) > abs(a) + abs(d)
-    right, down = (c < 0, b < 0) if across else (a < 0, d < 0)
-    if note := _TURNS[across, right, down]:
+    swaps_sides = abs(b) + abs(c) > abs(a) + abs(d)
+    right, down = (c < 0, b < 0) if swaps_sides else (a < 0, d < 0)
+    if note := _TURNS[swaps_sides, right, down]:
         notes.append(note)
-    if across:
+    if swaps_sides:
         pixels = pixels.transpose(1, 0, 2)
     return np.ascontiguousarray(pixels[:: -1 if down else 1, :: -1 if right else 1])

@@ -1,9 +1,10 @@
-"""Model feature assessment (MFA): which forgery cues a multimodal LLM can see.
+"""Model feature assessment (MFA): finds the forgery cues that a multimodal LLM can see.
 
 Every yes/no question is put to the model about every labelled face. X2-DFD (arXiv 2410.06126) ranks cues by the hard
-answer; here by the AUC of P(yes), with intervals by group bootstrap, beside shuffled truth and unrelated questions.
+answers; this ranking is by the AUC of P(yes), with intervals by group bootstrap and, as controls, shuffled truth and
+unrelated questions.
 
-Files written: `answers.parquet` (a row an image), `assessment.json`, `table.md`, `assessment.png`.
+Files written: `answers.parquet` (a row per image), `assessment.json`, `table.md`, `assessment.png`.
 """
 
 from __future__ import annotations
@@ -70,22 +71,21 @@ def assess(
 ) -> Assessment:
     """Ask every question about every image, rank questions and cues, and write all of it into `out`.
 
-    A killed run resumes. Questions of origin `random` are the control, ranked apart. `top_k`: call the first k strong,
-    as in the paper, instead of by `RULE`.
-    Raises X2DFDError without both classes, without questions, for a repeated question, and when `out` holds answers
-    of another model or question set.
+    A killed run resumes. Questions of origin `random` are the control, with a ranking of their own. With `top_k`, the
+    first k are strong, as in the paper, instead of by `RULE`. Raises X2DFDError without both classes, without
+    questions, for a repeated question, and when `out` holds answers of another model or question set.
     """
     texts = [q.text for q in questions]
-    if repeated := sorted({t for t in texts if texts.count(t) > 1}):
-        raise X2DFDError(f"asked twice: {repeated[0]}", code="question_twice")
+    if duplicates := sorted({t for t in texts if texts.count(t) > 1}):
+        raise X2DFDError(f"asked twice: {duplicates[0]}", code="question_twice")
     if all(q.origin == "random" for q in questions):
         raise X2DFDError("no cue questions to ask", code="no_questions")
-    chosen = chosen_pictures(data, split, limit, seed)
+    pictures = chosen_pictures(data, split, limit, seed)
     with alone(out):
-        rows = ask_all(model, data, chosen, texts, out, progress)
-    p_yes, said = np.array([r["p_yes"] for r in rows]), np.array([r["said"] for r in rows])  # [n, q]
+        rows = ask_all(model, data, pictures, texts, out, progress)
+    p_yes, answers = np.array([r["p_yes"] for r in rows]), np.array([r["said"] for r in rows])  # [n, q]
 
-    truth = _truth(data, chosen)
+    truth = _truth(data, pictures)
     entries = [_entry([q], [j], p_yes, truth) for j, q in enumerate(questions)]
     by_cue: dict[tuple[str, str], list[int]] = {}
     for j, q in enumerate(questions):
@@ -98,9 +98,9 @@ def assess(
         "questions": Ranking([e for e in entries if e.question.origin != "random"], truth, seed, top_k),
         "unrelated": Ranking([e for e in entries if e.question.origin == "random"], truth, seed, top_k),
     }
-    weights, known = group_weights(truth.groups, RESAMPLES, seed), cards()
-    found = {
-        kind: findings(ranking, truth, said == "yes", said == "no", weights, top_k, kind == "cues", known)
+    weights, expert_cards = group_weights(truth.groups, RESAMPLES, seed), cards()
+    results = {
+        kind: findings(ranking, truth, answers == "yes", answers == "no", weights, top_k, kind == "cues", expert_cards)
         for kind, ranking in rankings.items()
     }
     result = Assessment(
@@ -117,14 +117,14 @@ def assess(
         n_unknown_truth=int((~truth.known).sum()),
         ranked_by=RANKED_BY,
         rule=RULE if top_k is None else RULE_TOP_K,
-        cues=found["cues"],
-        questions=found["questions"],
-        unrelated=found["unrelated"],
+        cues=results["cues"],
+        questions=results["questions"],
+        unrelated=results["unrelated"],
         control={kind: rankings[kind].control() for kind in ("cues", "questions")},
         stability={kind: rankings[kind].stability() for kind in ("cues", "questions")},
-        random=_beside_random(found["questions"], found["unrelated"], rankings["questions"].k),
+        random=_control_comparison(results["questions"], results["unrelated"], rankings["questions"].k),
         uncovered=tuple(
-            (f.area, f.artifact) for f in found["cues"] if not f.strong and not f.experts and f.area and f.artifact
+            (f.area, f.artifact) for f in results["cues"] if not f.strong and not f.experts and f.area and f.artifact
         ),
     )
     write_text(
@@ -134,8 +134,8 @@ def assess(
     return result
 
 
-def _truth(data: CropSet, chosen: Sequence[int]) -> Truth:
-    samples = [data.samples[i] for i in chosen]
+def _truth(data: CropSet, pictures: Sequence[int]) -> Truth:
+    samples = [data.samples[i] for i in pictures]
     pairs: dict[tuple[str, str], Bools] = {}
     for n, sample in enumerate(samples):
         for cue in sample.cues:
@@ -151,29 +151,29 @@ def _truth(data: CropSet, chosen: Sequence[int]) -> Truth:
 def _entry(questions: Sequence[CueQuestion], columns: list[int], p_yes: Floats, truth: Truth) -> Entry:
     q = questions[0]
     cue = (q.area, q.artifact) if q.area is not None and q.artifact is not None else None
-    enough = cue is not None and min(int(side.sum()) for side in truth.sides(cue)) >= MIN_PRESENT
+    has_enough = cue is not None and min(int(images.sum()) for images in truth.sides(cue)) >= MIN_PRESENT
     origin = ", ".join(dict.fromkeys(q.origin for q in questions))
     return Entry(
-        CueQuestion(q.text, q.area, q.artifact, origin), columns, p_yes[:, columns].mean(1), cue if enough else None
+        CueQuestion(q.text, q.area, q.artifact, origin), columns, p_yes[:, columns].mean(1), cue if has_enough else None
     )
 
 
-def _beside_random(ours: Sequence[Finding], unrelated: Sequence[Finding], k: int) -> Json | None:
-    """Cue questions and unrelated ones, fake against real; of both the same share is called best."""
+def _control_comparison(cue_findings: Sequence[Finding], unrelated: Sequence[Finding], k: int) -> Json | None:
+    """Figures of cue questions and unrelated ones, fake against real; the same share of each counts as the best."""
     if not unrelated:
         return None
 
-    def figures(of: Sequence[Finding]) -> Json:
-        aucs = np.array([np.nan if f.overall.auc is None else f.overall.auc for f in of])
-        best = max(1, round(len(of) * k / len(ours)))
+    def figures(group: Sequence[Finding]) -> Json:
+        aucs = np.array([np.nan if f.overall.auc is None else f.overall.auc for f in group])
+        best = max(1, round(len(group) * k / len(cue_findings)))
         return {
-            "n": len(of),
+            "n": len(group),
             "best": best,
             "mean_auc": top_mean(aucs, len(aucs)),
             "best_mean_auc": top_mean(aucs, best),
         }
 
-    return {"cue_questions": figures(ours), "unrelated_questions": figures(unrelated)}
+    return {"cue_questions": figures(cue_findings), "unrelated_questions": figures(unrelated)}
 
 
 def run_assess(
@@ -186,17 +186,17 @@ def run_assess(
     seed: int = 0,
     loading: LoadOptions | None = None,
 ) -> None:
-    """The command `x2dfd assess`: load, assess, write, and print what a person wants to know first."""
-    asked = read_questions(questions or BANK)
+    """The command `x2dfd assess`: load, assess, write, and print the main results."""
+    to_ask = read_questions(questions or BANK)
     import x2dfd
     from x2dfd.crops import load_crops
 
-    # Whether a verdict is calibrated does not matter here, and calibration comes later in the pipeline.
+    # The answers do not depend on calibration, which comes later in the pipeline.
     options: LoadOptions = {**(loading or {}), "experts": [], "mode": "paper"}
     detector = x2dfd.load(model, **options)
     crops = load_crops(data, workers=min(4, os.cpu_count() or 1), side=detector.info.crop_size)
     a = assess(
-        detector.mllm, crops, asked, out, limit=limit, split=split, seed=seed, manifest_hash=manifest_sha256(data)
+        detector.mllm, crops, to_ask, out, limit=limit, split=split, seed=seed, manifest_hash=manifest_sha256(data)
     )
     if not chart(a, out / "assessment.png"):
         print("no chart: matplotlib is not installed (pip install -e '.[bench]')", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The questions of an assessment, the pictures they are asked about, and the answers, kept on disk."""
+"""The questions of an assessment, its pictures, and the answers, which are saved on disk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from x2dfd.mllm import YesNo
 
 BANK = Path(__file__).parents[1] / "questions.json"
-"""The questions that are asked when no others are given."""
+"""The default questions."""
 
 PART = 16  # images whose answers a killed run can lose
 
@@ -74,7 +74,7 @@ def read_questions(path: Path) -> list[CueQuestion]:
 def chosen_pictures(data: CropSet, split: str | None, limit: int | None, seed: int) -> list[int]:
     """Images to ask about, in the data's order; with `limit`, half real and half fake as far as they go.
 
-    A smaller limit chooses a part of what a larger one chooses.
+    The choice of a smaller limit is a part of that of a larger one.
     """
     rng = np.random.default_rng([seed, 0])
     sides = {
@@ -82,15 +82,15 @@ def chosen_pictures(data: CropSet, split: str | None, limit: int | None, seed: i
         for label in ("real", "fake")
     }
     if empty := [label for label, side in sides.items() if not side]:
-        where = f" in split {split!r}" if split else ""
+        scope = f" in split {split!r}" if split else ""
         raise X2DFDError(
-            f"an assessment compares real and fake; there is no usable {empty[0]} image{where}",
+            f"an assessment compares real and fake; there is no usable {empty[0]} image{scope}",
             code="no_picture_of_label",
         )
     if limit is not None and limit < 2:
         raise X2DFDError("--limit must be at least 2: one real, one fake", code="limit_too_small")
     order = sorted(
-        (turn, label, i) for label, side in sides.items() for turn, i in enumerate(rng.permutation(side).tolist())
+        (rank, label, i) for label, side in sides.items() for rank, i in enumerate(rng.permutation(side).tolist())
     )
     return sorted(i for _, _, i in order[:limit])
 
@@ -108,71 +108,71 @@ _Row = Json
 
 def _saved_rows(out: Path, parts: RowParts, key: dict[str, str]) -> dict[str, _Row]:
     """Answers of earlier runs in `out`, by image id."""
-    found = list(parts)
-    if (finished := out / "answers.parquet").is_file():
-        table = pq.read_table(finished)
-        head = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
-        found.insert(0, ({k: head.get(k) for k in key}, table.to_pylist()))
-    if any(head != key for head, _ in found):
+    batches = list(parts)
+    if (table_file := out / "answers.parquet").is_file():
+        table = pq.read_table(table_file)
+        metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+        batches.insert(0, ({k: metadata.get(k) for k in key}, table.to_pylist()))
+    if any(metadata != key for metadata, _ in batches):
         raise X2DFDError(
             f"{out} holds answers of another model or to other questions; choose another --out",
             code="answers_of_another_run",
         )
-    return {row["id"]: row for _, rows in found for row in rows}
+    return {row["id"]: row for _, rows in batches for row in rows}
 
 
 def _ask(model: Answerer, crop: NDArray[np.uint8], texts: Sequence[str]) -> tuple[list[float], list[str]]:
-    answers = model.yes_no(np.ascontiguousarray(crop), texts)
-    p_yes, said = np.asarray(answers.p_yes, np.float64), list(answers.said)
-    if p_yes.shape != (len(texts),) or len(said) != len(texts):
+    reply = model.yes_no(np.ascontiguousarray(crop), texts)
+    p_yes, answers = np.asarray(reply.p_yes, np.float64), list(reply.said)
+    if p_yes.shape != (len(texts),) or len(answers) != len(texts):
         raise X2DFDError(
-            f"{model.name} gave {p_yes.shape} probabilities and {len(said)} answers to {len(texts)} questions",
+            f"{model.name} gave {p_yes.shape} probabilities and {len(answers)} answers to {len(texts)} questions",
             code="answers_malformed",
         )
     if not (np.isfinite(p_yes).all() and (p_yes >= 0).all() and (p_yes <= 1).all()):
         raise X2DFDError(f"{model.name} gave a P(yes) outside [0, 1]", code="answers_malformed")
-    if strange := set(said) - {"yes", "no", "other"}:
+    if invalid := set(answers) - {"yes", "no", "other"}:
         raise X2DFDError(
-            f"{model.name} gave answers other than yes, no, other: {sorted(strange)}", code="answers_malformed"
+            f"{model.name} gave answers other than yes, no, other: {sorted(invalid)}", code="answers_malformed"
         )
-    return p_yes.tolist(), said
+    return p_yes.tolist(), answers
 
 
 def ask_all(
-    model: Answerer, data: CropSet, chosen: Sequence[int], texts: Sequence[str], out: Path, show: bool
+    model: Answerer, data: CropSet, pictures: Sequence[int], texts: Sequence[str], out: Path, show: bool
 ) -> list[_Row]:
-    """Answers for the chosen images, in their order; what an earlier run saved is not asked again."""
+    """Answers for the given pictures, in their order; those that an earlier run saved are not asked for again."""
     parts = RowParts(out / "answers.parts")
     key = {"model": model.name, "questions": json.dumps(list(texts), ensure_ascii=False)}
     saved = _saved_rows(out, parts, key)
-    known = {
+    rows_by_id = {
         s.id: saved[s.id]
         for i, s in enumerate(data.samples)
         if s.id in saved and saved[s.id]["crop_sha256"] == _sha256(data, i)
     }
-    again = next((i for i in chosen if data.samples[i].id in known), None)
-    if again is not None:  # two models may go by one name
-        p_yes, _ = _ask(model, data.views[again], texts)
-        if not np.allclose(p_yes, known[data.samples[again].id]["p_yes"], rtol=0, atol=1e-3):
+    repeat = next((i for i in pictures if data.samples[i].id in rows_by_id), None)
+    if repeat is not None:  # two models may go by one name
+        p_yes, _ = _ask(model, data.views[repeat], texts)
+        if not np.allclose(p_yes, rows_by_id[data.samples[repeat].id]["p_yes"], rtol=0, atol=1e-3):
             raise X2DFDError(
                 f"{out} holds answers of another model named {model.name!r}; choose another --out",
                 code="answers_of_another_model",
             )
-    todo = [i for i in chosen if data.samples[i].id not in known]
-    fresh: list[_Row] = []
-    for done, i in enumerate(progress(todo, "asking") if show else todo, start=1):
-        p_yes, said = _ask(model, data.views[i], texts)
-        fresh.append({"id": data.samples[i].id, "crop_sha256": _sha256(data, i), "p_yes": p_yes, "said": said})
-        if len(fresh) == PART or done == len(todo):
-            parts.add(key, fresh)
-            known.update({r["id"]: r for r in fresh})
-            fresh = []
-    # Answers beyond the chosen images stay: a smaller --limit must not throw hours away.
-    rows = [known[s.id] for s in data.samples if s.id in known]
+    todo = [i for i in pictures if data.samples[i].id not in rows_by_id]
+    new_rows: list[_Row] = []
+    for n_done, i in enumerate(progress(todo, "asking") if show else todo, start=1):
+        p_yes, answers = _ask(model, data.views[i], texts)
+        new_rows.append({"id": data.samples[i].id, "crop_sha256": _sha256(data, i), "p_yes": p_yes, "said": answers})
+        if len(new_rows) == PART or n_done == len(todo):
+            parts.add(key, new_rows)
+            rows_by_id.update({r["id"]: r for r in new_rows})
+            new_rows = []
+    # Saved answers about other pictures stay: a smaller --limit must not throw hours of work away.
+    rows = [rows_by_id[s.id] for s in data.samples if s.id in rows_by_id]
     with whole(out / "answers.parquet") as file:
         pq.write_table(pa.Table.from_pylist(rows, _SCHEMA.with_metadata(key)), file, use_dictionary=["said"])
     parts.clear()
-    return [known[data.samples[i].id] for i in chosen]
+    return [rows_by_id[data.samples[i].id] for i in pictures]
 
 
 def _sha256(data: CropSet, i: int) -> str:

@@ -1,4 +1,4 @@
-"""How well answers separate: AUCs with intervals by group bootstrap, the controls, and what is found of each cue."""
+"""The ranking of cues: AUCs with intervals by group bootstrap, the controls, and the findings about each cue."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Separation:
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one question, or of one cue with all its wordings."""
+    """The figures of one question, or of one cue with all its wordings."""
 
     question: str | None  # None: this is about a cue
     area: str | None
@@ -62,7 +62,7 @@ class Finding:
     present: Separation | None  # cue truly present against not; None without a cue
     decided_by: Literal["overall", "present"]  # which of the two ranks it
     strong: bool
-    experts: tuple[str, ...]  # that cover the cue, by declaration
+    experts: tuple[str, ...]  # whose cards say that they cover the cue
 
     @property
     def deciding(self) -> Separation:
@@ -103,42 +103,42 @@ def _or_none(value: float) -> float | None:
 def group_weights(groups: Sequence[str], resamples: int, seed: int) -> Floats:
     """Weights [n, resamples] of n images when whole groups are drawn with replacement.
 
-    Frames of a clip and forgeries of a photo are not independent: they come and go together.
+    Frames of a clip and forgeries of a photo are not independent, so they are drawn together.
     """
-    names, place = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    names, group_index = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     rng = np.random.default_rng([seed, 1])
     draws = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
-    return np.asarray(draws.T[place], np.float64)
+    return np.asarray(draws.T[group_index], np.float64)
 
 
 def _shuffles(groups: Sequence[str], seed: int) -> NDArray[np.intp]:
-    """[n, SHUFFLES]: whose truth image i gets. Each group gets the truths of one random group, in random order.
+    """[n, SHUFFLES]: the image whose truth image i gets. Each group gets the truths of a random group, in random order.
 
-    Truth (label and cues together) thus stays clustered as it is, but belongs to other images.
+    Truth (label and cues together) thus stays clustered, but belongs to other images.
     """
-    names, place = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-    members = [np.flatnonzero(place == g) for g in range(len(names))]
+    names, group_index = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    members = [np.flatnonzero(group_index == g) for g in range(len(names))]
     rng = np.random.default_rng([seed, 2])
-    result = np.zeros((len(place), SHUFFLES), np.intp)
+    result = np.zeros((len(group_index), SHUFFLES), np.intp)
     for column in range(SHUFFLES):
-        for mine, theirs in zip(members, rng.permutation(len(names)), strict=True):
-            result[mine, column] = np.resize(rng.permutation(members[theirs]), len(mine))
+        for images, donor_group in zip(members, rng.permutation(len(names)), strict=True):
+            result[images, column] = np.resize(rng.permutation(members[donor_group]), len(images))
     return result
 
 
 def _halves(groups: Sequence[str], seed: int) -> Floats:
     """[n, 2 * HALVES] weights: columns 2i and 2i + 1 are the two halves of the groups of split i."""
-    names, place = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    names, group_index = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     rng = np.random.default_rng([seed, 3])
     columns = []
     for _ in range(HALVES):
-        first = np.isin(place, rng.permutation(len(names))[: len(names) // 2])
-        columns += [first, ~first]
+        half = np.isin(group_index, rng.permutation(len(names))[: len(names) // 2])
+        columns += [half, ~half]
     return np.stack(columns, 1).astype(np.float64)
 
 
 def spearman(a: Floats, b: Floats) -> float | None:
-    """Rank correlation over the entries that both define; None below three of them, or when one side is constant."""
+    """Rank correlation over the entries defined in both; None for fewer than three, or if one side is constant."""
     both = np.isfinite(a) & np.isfinite(b)
     if both.sum() < 3:
         return None
@@ -154,24 +154,24 @@ def top_mean(aucs: Floats, k: int) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """What is known of the n assessed images."""
+    """The truth about the n assessed images."""
 
     fake: Bools  # [n]
-    pairs: dict[tuple[str, str], Bools]  # cue -> [n], truly there
+    pairs: dict[tuple[str, str], Bools]  # cue -> [n], true where the image has it
     known: Bools  # [n]: the cues of this image are known; false for a fake without a record of them
     groups: list[str]
 
     def sides(self, cue: tuple[str, str] | None) -> tuple[Bools, Bools]:
-        """Positive and negative images: cue there or not, or fake and real for None."""
+        """Positive and negative images: with and without the cue, or fake and real for None."""
         if cue is None:
             return self.fake, ~self.fake
-        there = self.pairs.get(cue, np.zeros(len(self.fake), bool))
-        return there & self.known, ~there & self.known
+        present = self.pairs.get(cue, np.zeros(len(self.fake), bool))
+        return present & self.known, ~present & self.known
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A question or a cue before it is judged."""
+    """A question or a cue before its figures are computed."""
 
     question: CueQuestion
     columns: list[int]  # of the answers
@@ -188,10 +188,10 @@ class Ranking:
         ones = np.ones((len(truth.fake), 1))
         self.aucs = self._deciding(truth, ones)[:, 0]  # [entries]
         shuffled = np.full((len(entries), SHUFFLES), np.nan)
-        moved = _shuffles(truth.groups, seed)
+        shuffle = _shuffles(truth.groups, seed)
         for e, entry in enumerate(entries):
-            up, down = truth.sides(entry.basis)
-            shuffled[e] = _aucs(entry.scores, up[moved].astype(float), down[moved].astype(float))
+            positive, negative = truth.sides(entry.basis)
+            shuffled[e] = _aucs(entry.scores, positive[shuffle].astype(float), negative[shuffle].astype(float))
         self.null = np.array([top_mean(column, self.k) for column in shuffled.T])
         self.null_mean = _or_none(float(np.nanmean(self.null))) if np.isfinite(self.null).any() else None
         self.bar = float(np.nanquantile(self.null, 0.95)) if np.isfinite(self.null).any() else None
@@ -200,8 +200,8 @@ class Ranking:
     def _deciding(self, truth: Truth, weights: Floats) -> Floats:
         rows = []
         for entry in self.entries:
-            up, down = truth.sides(entry.basis)
-            rows.append(_aucs(entry.scores, weights * up[:, None], weights * down[:, None]))
+            positive, negative = truth.sides(entry.basis)
+            rows.append(_aucs(entry.scores, weights * positive[:, None], weights * negative[:, None]))
         return np.stack(rows) if rows else np.zeros((0, weights.shape[1]))
 
     def control(self) -> Json:
@@ -214,7 +214,7 @@ class Ranking:
         }
 
     def stability(self) -> Json:
-        """Agreement of two halves, and what the best of one half are worth on the other."""
+        """Rank correlation between two halves of the groups, and the mean AUC of one half's best on the other half."""
         correlations, held_out = [], []
         for i in range(0, self.halves.shape[1], 2):
             for a, b in ((self.halves[:, i], self.halves[:, i + 1]), (self.halves[:, i + 1], self.halves[:, i])):
@@ -242,24 +242,24 @@ def findings(
     of_cues: bool,
     cards: Mapping[str, object],
 ) -> tuple[Finding, ...]:
-    """Everything said of each entry, best first."""
+    """The figures of each entry, best first."""
     enough_groups = len(set(truth.groups)) >= 2
     order = np.argsort(np.where(np.isfinite(ranking.aucs), -ranking.aucs, np.inf), kind="stable").tolist()
     real = ~truth.fake
 
     def separation(entry: Entry, cue: tuple[str, str] | None) -> Separation:
-        up, down = truth.sides(cue)
-        auc = _aucs(entry.scores, up[:, None].astype(float), down[:, None].astype(float))[0]
+        positive, negative = truth.sides(cue)
+        auc = _aucs(entry.scores, positive[:, None].astype(float), negative[:, None].astype(float))[0]
         interval = None
         if np.isfinite(auc) and enough_groups:
             blocks = np.array_split(weights, max(1, weights.size // 2_000_000), axis=1)  # bounds memory
             interval = _interval(
-                np.concatenate([_aucs(entry.scores, b * up[:, None], b * down[:, None]) for b in blocks])
+                np.concatenate([_aucs(entry.scores, b * positive[:, None], b * negative[:, None]) for b in blocks])
             )
-        return Separation(_or_none(float(auc)), interval, int(up.sum()), int(down.sum()))
+        return Separation(_or_none(float(auc)), interval, int(positive.sum()), int(negative.sum()))
 
-    found = []
-    for place, e in enumerate(order):
+    result = []
+    for rank, e in enumerate(order):
         entry, q = ranking.entries[e], ranking.entries[e].question
         said_yes, said_no = yes[:, entry.columns].mean(1), no[:, entry.columns].mean(1)  # [n], over the wordings
         real_accuracy, fake_accuracy = float(said_no[real].mean()), float(said_yes[truth.fake].mean())
@@ -271,12 +271,12 @@ def findings(
         cue = (q.area, q.artifact) if q.area is not None and q.artifact is not None else None
         overall, present = separation(entry, None), separation(entry, cue) if cue else None
         deciding = present if present is not None and entry.basis else overall
-        low = deciding.interval[0] if deciding.interval else None
+        lower_end = deciding.interval[0] if deciding.interval else None
         if top_k is not None:
-            strong = place < top_k and deciding.auc is not None
+            strong = rank < top_k and deciding.auc is not None
         else:
-            strong = low is not None and ranking.bar is not None and low > max(0.5, ranking.bar)
-        found.append(
+            strong = lower_end is not None and ranking.bar is not None and lower_end > max(0.5, ranking.bar)
+        result.append(
             Finding(
                 question=None if of_cues else q.text,
                 area=q.area,
@@ -296,4 +296,4 @@ def findings(
                 experts=experts_for(*cue, cards) if cue else (),
             )
         )
-    return tuple(found)
+    return tuple(result)

@@ -1,4 +1,4 @@
-"""An assessment as a record on disk, a page and a chart."""
+"""An assessment as a file, a Markdown page and a chart."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Assessment:
-    """The ranking, what it is worth, and what it was made of."""
+    """The ranking, its controls, and its inputs."""
 
     model: str
     manifest_sha256: str | None
@@ -29,7 +29,7 @@ class Assessment:
     n_fake: int
     n_groups: int
     n_unusable: int  # files of the manifest (any split) without a usable face
-    n_unknown_truth: int  # fakes whose cues nobody recorded: left out where presence is compared
+    n_unknown_truth: int  # fakes without recorded cues, which comparisons of presence leave out
     ranked_by: str
     rule: str
     cues: tuple[Finding, ...]  # best first
@@ -85,12 +85,12 @@ def _images(a: Assessment) -> str:
 
 def _rows(findings: Sequence[Finding]) -> list[str]:
     rows = []
-    for place, f in enumerate(findings, start=1):
+    for rank, f in enumerate(findings, start=1):
         cue = f"{f.area} · {f.artifact}" if f.area else "–"
         d = f.deciding
         basis = "cue present" if f.decided_by == "present" else "fake"
         cells = [
-            str(place),
+            str(rank),
             *([f.question.replace("|", "\\|")] if f.question else []),
             cue,
             _number(d.auc),
@@ -105,7 +105,7 @@ def _rows(findings: Sequence[Finding]) -> list[str]:
 def table(a: Assessment) -> str:
     """The assessment as a Markdown page."""
     strong = sum(f.strong for f in a.cues)
-    end = [
+    columns = [
         "AUC",
         "95 % interval",
         "positive / negative",
@@ -117,7 +117,7 @@ def table(a: Assessment) -> str:
     ]
 
     def grid(first: list[str], findings: Sequence[Finding]) -> list[str]:
-        names = [*first, *end]
+        names = [*first, *columns]
         return [f"| {' | '.join(names)} |", "|" + "---|" * len(names), *_rows(findings), ""]
 
     control, stability = a.control["cues"], a.stability["cues"]
@@ -134,11 +134,11 @@ def table(a: Assessment) -> str:
         f"mean AUC {_number(stability['held_out_top_mean_auc'])} on the other.",
     ]
     if a.random:
-        mine, other = a.random["cue_questions"], a.random["unrelated_questions"]
+        cues, random = a.random["cue_questions"], a.random["unrelated_questions"]
         lines.append(
-            f"- Fake against real, unrelated questions: best {other['best']} {_number(other['best_mean_auc'])}, "
-            f"all {_number(other['mean_auc'])}; cue questions: best {mine['best']} {_number(mine['best_mean_auc'])}, "
-            f"all {_number(mine['mean_auc'])}."
+            f"- Fake against real, unrelated questions: best {random['best']} {_number(random['best_mean_auc'])}, "
+            f"all {_number(random['mean_auc'])}; cue questions: best {cues['best']} {_number(cues['best_mean_auc'])}, "
+            f"all {_number(cues['mean_auc'])}."
         )
     if a.n_unknown_truth:
         lines.append(f"- {a.n_unknown_truth} fakes without recorded cues are left out where presence is compared.")
@@ -162,14 +162,14 @@ _GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def _panel(axes: Axes, findings: Sequence[Finding], colour: str, limits: Interval, bar: float | None) -> None:
-    """One area's bars; `bar`: what the best reach by chance."""
-    for place, f in enumerate(findings):
+    """One area's bars; `bar` is the value that the best reach by chance."""
+    for row, f in enumerate(findings):
         auc = f.deciding.auc or 0.0
-        axes.barh(place, auc - 0.5, left=0.5, height=0.72, color=colour, alpha=1.0 if f.strong else 0.28)
+        axes.barh(row, auc - 0.5, left=0.5, height=0.72, color=colour, alpha=1.0 if f.strong else 0.28)
         if f.deciding.interval:
-            axes.plot(f.deciding.interval, (place, place), color="#222222", linewidth=0.9, solid_capstyle="butt")
+            axes.plot(f.deciding.interval, (row, row), color="#222222", linewidth=0.9, solid_capstyle="butt")
         face = "#222222" if f.decided_by == "present" else "white"
-        axes.plot(auc, place, "o", markersize=3.2, markerfacecolor=face, markeredgecolor="#222222", markeredgewidth=0.7)
+        axes.plot(auc, row, "o", markersize=3.2, markerfacecolor=face, markeredgecolor="#222222", markeredgewidth=0.7)
     axes.set_yticks(range(len(findings)), [f"{f.area} · {f.artifact}" for f in findings], fontsize=8.5)
     for label, f in zip(axes.get_yticklabels(), findings, strict=True):
         label.set_color("#111111" if f.strong else "#777777")
