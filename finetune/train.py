@@ -473,7 +473,7 @@ def _record(config: FinetuneConfig) -> Json:
     return first
 
 
-def _asked_with(card: Json) -> tuple[Any, ...]:
+def _asked_with(card: Json) -> tuple[object, ...]:
     """What questions give scores of, by which names, and how."""
     return card["experts"], card.get("aliases", {}), card["config"].get("score_form")
 

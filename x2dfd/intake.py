@@ -1,6 +1,6 @@
 """Turns a file into faces: opens it, finds its faces, and lets its pixels go.
 
-Any exception that a file causes in a library becomes an InputError here (`errors.one_file`), or a Failure.
+Every exception that a file causes in a library becomes an InputError here (`errors.one_file`), or a Failure.
 """
 
 from __future__ import annotations
