@@ -113,7 +113,7 @@ def face_panel(case: Case, index: int | None) -> str:
         "uri": case.pictures.get(frame),
         "size": (width, height),
         "text": max(width, height) * 0.034,
-        "letters": letter_places(face, max(width, height) * 0.034) if face else {},
+        "letters": letter_places(face, max(width, height) * 0.034, height) if face else {},
         "others": [f for f in report.faces if f.frame == frame and f is not face],
         "maps": overlays(face) if face else [],
         "map_on": face is not None and points_at(face),

@@ -70,23 +70,25 @@ def rows_of(
 ) -> dict[str, Row]:
     """ "KIND NAME" -> its pictures, at most `limit` of them, scored. Raises X2DFDError where no held-out source has
     photos, or nothing else was held out."""
-    chosen: dict[str, list[tuple[CropSet, int]]] = {}
+    chosen: dict[tuple[str, str], list[tuple[CropSet, int]]] = {}
     for crops in sets:
         for i, sample in enumerate(crops.samples):
-            if name := _name(sample, left_out):
-                chosen.setdefault(name, []).append((crops, i))
-    if len({name.startswith("photos ") for name in chosen if not name.startswith(KNOWN)}) < 2:
+            if (row := _row_of(sample, left_out)) is not None:
+                chosen.setdefault(row, []).append((crops, i))
+    if len({kind == "photos" for kind, _ in chosen if kind != KNOWN}) < 2:
         raise X2DFDError(
             f"of {', '.join(sorted(left_out))} these manifests do not hold both photos and fakes to compare",
             code="no_real_source_left_out",
         )
     rows: dict[str, Row] = {}
-    for name, mine in sorted(chosen.items()):
-        if len(mine) > limit:
-            mine = [mine[int(i)] for i in np.random.default_rng(0).choice(len(mine), limit, replace=False)]
-        rows[name] = Row(not name.startswith(("photos ", KNOWN)), name.rsplit(" ", 1)[0])
-        for at in progress(range(0, len(mine), AT_ONCE), name):
-            _score(rows[name], expert, own, calibration, mine[at : at + AT_ONCE])
+    for (kind, of), pictures in sorted(chosen.items()):
+        if len(pictures) > limit:
+            drawn = np.random.default_rng(0).choice(len(pictures), limit, replace=False)
+            pictures = [pictures[int(i)] for i in drawn]
+        name = f"{kind} {of}"
+        rows[name] = Row(kind not in ("photos", KNOWN), kind)
+        for at in progress(range(0, len(pictures), AT_ONCE), name):
+            _score(rows[name], expert, own, calibration, pictures[at : at + AT_ONCE])
     return rows
 
 
@@ -106,17 +108,17 @@ def _score(
         row.said.append(calibration.verdict(calibration.probability(parts)).label)
 
 
-def _name(sample: Sample, left_out: set[str]) -> str | None:
-    """The row of a picture, None where it belongs to no figure."""
+def _row_of(sample: Sample, left_out: set[str]) -> tuple[str, str] | None:
+    """Kind and name of a picture's row, None where it belongs to no figure."""
     methods = [m for m in sample.method.split("+") if m]
     if sample.split == "val":
         untouched = sample.label == "real" and sample.source not in left_out and sample.method in ("", "none")
-        return f"{KNOWN} {sample.source}" if untouched else None
+        return (KNOWN, sample.source) if untouched else None
     if held_out := [m for m in methods if m in left_out]:
-        return f"{'generator' if sample.synthetic else 'method'} {held_out[0]}"
+        return ("generator" if sample.synthetic else "method", held_out[0])
     if sample.origin not in left_out:
         return None
-    return f"photos {sample.source}" if sample.label == "real" else f"method on new photos {methods[0]}"
+    return ("photos", sample.source) if sample.label == "real" else ("method on new photos", methods[0])
 
 
 def measured(rows: dict[str, Row]) -> Part:

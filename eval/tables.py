@@ -291,9 +291,10 @@ def summary(results: dict[str, Result]) -> str:
         rows += [
             ["A fake gets a higher score than a photo (AUC: 1 is perfect, 0.5 is a coin)", overall["auc"],
              f"{overall['n_fake']} fakes, {overall['n_real']} photos"],
-            ["Pictures that get an answer", percent(answers["coverage"]), answers["coverage"]["n"]],
-            ["Photos that are called fake", percent(answers["false_alarms"]), answers["false_alarms"]["n"]],
-            ["Fakes that are called real", percent(answers["misses"]), answers["misses"]["n"]],
+            ["Share of the pictures that get an answer", percent(answers["coverage"]), answers["coverage"]["n"]],
+            ["Share of these answers that is right", percent(answers["accuracy"]), answers["accuracy"]["n"]],
+            ["Share of all photos that is called fake", percent(answers["false_alarms"]), answers["false_alarms"]["n"]],
+            ["Share of all fakes that is called real", percent(answers["misses"]), answers["misses"]["n"]],
         ]  # fmt: skip
     if found := results.get("rotation"):
         kinds = {
@@ -304,15 +305,17 @@ def summary(results: dict[str, Result]) -> str:
         for kind, text in kinds.items():
             if part := found["summary"].get(kind):
                 rows.append([f"{text}: mean, worst", f"{part['mean_auc']:.2f}, {part['worst_auc']:.2f}", part["n"]])
-    if found := results.get("describe"):
-        model = found["scorers"]["model"]["areas"]
-        parts = model["micro"]
+    if areas := results.get("describe", {}).get("scorers", {}).get("model", {}).get("areas"):
+        parts = areas["micro"]
         right = f"{100 * parts['precision']:.0f} %, {100 * parts['recall']:.0f} %"
-        rows.append(["Named areas that were changed, changed areas that are named", right, f"{model['n']} fakes"])
-    compared = results.get("speed", {"devices": [{"comparisons": []}]})["devices"][-1]["comparisons"]
-    if warm := [comparison["ways"] for comparison in compared if comparison["name"].startswith("warm")]:
-        spent = ", ".join(_spread(way["seconds"], ".2f") for way in warm[0].values())
-        rows.append(["Seconds for a verdict, with the explanation of a fake (two CPU cores)", spent, "–"])
+        rows.append(["Named areas that were changed, changed areas that are named", right, f"{areas['n']} fakes"])
+    speed = results.get("speed", {"devices": []})
+    for device in speed["devices"]:
+        warm = [comparison["ways"] for comparison in device["comparisons"] if comparison["name"].startswith("warm")]
+        text = f"Seconds for a verdict, and with the explanation of a fake ({device['device']}, {{}} threads)"
+        for ways in warm[:1]:
+            spent = ", ".join(_spread(way["seconds"], ".2f") for way in ways.values())
+            rows.append([text.format(speed["threads"]), spent, "–"])
     if not rows:
         return NOT_MEASURED
     title = "Brackets hold 95 % intervals; of seconds, the range from the 10th to the 90th percentile."

@@ -35,8 +35,13 @@ def clip_of(*verdicts: Verdict | None) -> Report:
 @pytest.mark.parametrize(
     ("verdicts", "said"),
     [
-        ((REAL, FAKE, OPEN, FAKE, None), "5 frames looked at (1 without a face), 2 look fake, from 1.0 s to 3.0 s."),
-        ((REAL, REAL, FAKE), "3 frames looked at, 1 looks fake, at 2.0 s."),
+        (
+            (REAL, FAKE, OPEN, FAKE, None),
+            "5 frames looked at (1 without a face), 2 look fake, between 1.0 s and 3.0 s: "
+            "too few to call the clip fake.",
+        ),
+        ((FAKE, REAL), "2 frames looked at, 1 looks fake, at 0.0 s."),
+        ((REAL, REAL, FAKE), "3 frames looked at, 1 looks fake, at 2.0 s: too few to call the clip fake."),
         ((REAL, OPEN), "2 frames looked at, none looks fake."),
         ((REAL,), "1 frame looked at, none looks fake."),
     ],
@@ -45,6 +50,8 @@ def test_a_clip_says_how_many_frames_look_fake_and_when(verdicts: tuple[Verdict 
     """Bug prevented: one number for half a minute, and nobody knows where in it to look."""
     assert all(said in text for text in told(clip_of(*verdicts)))
     assert clip(report()) is None
+    nothing = replace(clip_of(REAL), faces=(), verdict=Verdict("inconclusive", None, "no_face"))
+    assert clip(nothing) == "1 frame looked at (1 without a face)."
 
 
 def test_a_frame_counts_by_its_worst_face_and_that_face_has_one_number() -> None:
@@ -55,7 +62,7 @@ def test_a_frame_counts_by_its_worst_face_and_that_face_has_one_number() -> None
     faces = (*two, *(replace(f, index=i) for i, f in enumerate(others, 2)), replace(others[-1], index=4))
     worst = replace(others[-1], index=5, verdict=Verdict("fake", 0.99, None, "part"))
     one = replace(one, faces=(*faces, worst))
-    assert clip(one) == "3 frames looked at, 1 looks fake, at 2.0 s."
+    assert clip(one) == "3 frames looked at, 1 looks fake, at 2.0 s: too few to call the clip fake."
     assert one.decider is worst and number(worst, one) == 3
     assert "face 3/3 at 2.0 s" in block(one)
     shown = page(one).text
@@ -74,7 +81,8 @@ def xmp(name: str) -> dict[str, str]:
         ("trainedAlgorithmicMedia", REAL, "a generator made it, and the faces alone look real"),
         ("compositeWithTrainedAlgorithmicMedia", REAL, "a generator edited it, and the faces alone look real"),
         ("digitalCapture", FAKE, "a camera took it, and the faces alone look fake"),
-        ("trainedAlgorithmicMedia", FAKE, None),
+        ("trainedAlgorithmicMedia", FAKE, "both speak of a fake"),
+        ("trainedAlgorithmicMedia", Verdict("fake", 0.93, None, "whole"), None),
         ("trainedAlgorithmicMedia", OPEN, None),
         ("digitalCapture", REAL, None),
         ("print", FAKE, None),
@@ -87,7 +95,7 @@ def test_a_statement_that_opposes_the_answer_is_reconciled(name: str, verdict: V
     if said is None:
         assert line is None
     else:
-        assert line is not None and said in line and "the statement was added" in line
+        assert line is not None and said in line
         assert all(line in text for text in told(one))
     assert one.verdict == verdict and f"{verdict.p_fake:.0%}".replace("%", " %") in block(one)
 
@@ -96,6 +104,8 @@ def test_a_camera_that_took_an_ingredient_did_not_take_the_file() -> None:
     """Bug prevented: an edited photo whose Content Credentials list the camera's original, called a contradiction."""
     stated = xmp("digitalCapture") | {"where": 'Content Credentials, ingredient "a.jpg", c2pa.actions, action 1'}
     assert reconciled(report(verdict=FAKE, provenance={"statements": [stated]})) is None
+    both = [xmp("digitalCapture"), xmp("compositeWithTrainedAlgorithmicMedia")]  # nothing opposes: the file states it
+    assert reconciled(report(verdict=FAKE, provenance={"statements": both})) is None
     assert read_statements(b"", "JPEG") == [] and reconciled(report(verdict=FAKE)) is None
 
 
@@ -113,8 +123,8 @@ def test_who_decides_is_named() -> None:
 def test_no_answer_says_where_the_score_lies_and_what_would_help() -> None:
     """Bug prevented: "no answer", and not a word of how near it was or what to bring."""
     why = reason(OPEN, MODEL) or ""
-    assert all(fact in why for fact in ("60 %", "21 %", "85 %", "towards fake", "larger or less compressed original"))
-    assert "towards real" in (reason(Verdict("inconclusive", 0.3, "in_band"), MODEL) or "")
+    assert all(fact in why for fact in ("60 %", "21 %", "85 %", "larger or less compressed original"))
+    assert "between" not in (reason(OPEN, {}) or "between")  # a served model may state no band
     one = report(verdict=OPEN, faces=(face(verdict=OPEN),), model=MODEL)
     assert all(why in text for text in told(one)) and f"why: {why}" in " ".join(block(one).split())
     assert reason(FAKE, MODEL) is None

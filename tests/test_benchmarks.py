@@ -146,6 +146,22 @@ def test_every_comparison_of_a_model_runs_on_a_toy(tmp_path: Path) -> None:
     assert tables.table("summary", {"speed": result}) == tables.NOT_MEASURED
 
 
+def test_the_summary_says_what_was_measured_on_what() -> None:
+    """Bug prevented: seconds of a card or of other threads that stand in README as those of two cores."""
+    ways = {"verdict": {"seconds": {"median": 0.12, "p10": 0.11, "p90": 0.13}}}
+    comparisons = [{"name": "a batch", "ways": {}}, {"name": "warm, one face", "ways": ways}]
+    devices = [{"device": name, "comparisons": comparisons} for name in ("cpu fp32", "cuda bf16")]
+    page = tables.table("summary", {"speed": {"threads": 4, "devices": devices}})
+    assert page.count("0.12 [0.11–0.13]") == 2 and "cpu fp32, 4 threads" in page and "cuda bf16" in page
+    figure = {"value": 0.5, "interval": None, "n": 8, "groups": 3, "note": ""}
+    answers = dict.fromkeys(("coverage", "accuracy", "false_alarms", "misses"), figure)
+    scorer = {"answers": answers, "overall": {"auc": figure, "n_fake": 5, "n_real": 3}}
+    page = tables.table("summary", {"detect": {"scorers": {"calibrated": scorer}}})
+    assert "| 5 fakes, 3 photos |" in page and page.count("| 50.0 % | 8 |") == 4
+    rotation = {"summary": {"generator": {"mean_auc": 0.8, "worst_auc": 0.55, "n": 7}}}
+    assert "mean, worst | 0.80, 0.55 | 7 |" in tables.table("summary", {"rotation": rotation})
+
+
 def test_ways_take_turns_and_a_probe_meets_no_source_twice() -> None:
     """Bug prevented: a peer whose AUC comes from pictures of the sources that it was fitted on, or out of order."""
     faces: Any = list(range(20))

@@ -24,8 +24,9 @@ from x2dfd.faces import (
     find_missed_faces,
     find_turned_faces,
 )
-from x2dfd.intake import ready
+from x2dfd.intake import Search, ready
 from x2dfd.types import AREAS, Face
+from x2dfd.video import Frame
 
 Pixels = NDArray[np.uint8]
 Array = NDArray[Any]
@@ -257,6 +258,15 @@ def test_a_face_that_the_first_look_misses_is_found_from_afar(astronaut: Pixels,
     expected = (face.landmarks - [225 - 32, 124 - 32]) * scale
     assert np.linalg.norm(found.landmarks - expected, axis=1).mean() < 0.04 * BOX[2] * scale
     assert found.crop.shape == face.crop.shape and abs(_tilt(found.crop_landmarks)) < 0.5
+
+
+def test_a_clip_of_close_ups_is_not_judged_on_one_frame(astronaut: Pixels) -> None:
+    """Bug prevented: after the first face that was found from afar, the clip's other frames got no second look."""
+    picture, _ = _close_up(astronaut, 225, 124, 32)
+    search = Search()
+    for index in range(6):
+        search.frame(Frame(index, index / 10, picture))
+    assert [found.frame for found in search.seen] == [0, 1, 2, 3, 4, 5] and not search.turned
 
 
 def test_an_upright_face_is_not_judged_on_its_head(astronaut: Pixels) -> None:

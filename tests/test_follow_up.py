@@ -73,6 +73,8 @@ def test_a_text_names_every_sign_that_an_expert_is_sure_of() -> None:
     assert [(c.area, c.artifact) for c in read_cues(text)] == [(c.area, c.artifact) for c in more[:3]]
     faint = Evidence("tower", 0.96, cues=(points[0], Cue("jaw", "blending", 0.79)))
     assert readable(said, fake, (faint,), NOBODY) == f"A part of the photo looks changed. {said}"
+    twice = Evidence("blend", 0.9, cues=(Cue("jaw", "blending", 0.6),))
+    assert called_fake(fake, (Evidence("tower", 0.96, cues=points[1:]), twice)).count("jaw") == 1
     first = Evidence("tower", 0.96, cues=(Cue("jaw", "blending", 0.6), Cue("hair", "blur", 0.55)))
     assert readable("", fake, (first,), NOBODY) == "A part of the photo looks changed. A seam runs along the jaw."
     # What it writes beside is not cut, and nothing is added where it names three.

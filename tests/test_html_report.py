@@ -157,7 +157,7 @@ def test_scale_places_estimate_and_band() -> None:
     assert 'class="band" style="left:35.0%;width:37.0%"' in html
     assert 'class="tick" style="left:55.0%"' in html
     said = Page(html).all("div", role="img")[0]["aria-label"]
-    assert said == "P(fake) 93 % on a scale from 0 to 100; no answer is given between 35 and 72"
+    assert said == "chance of a fake: 93 % on a scale from 0 to 100; no answer is given between 35 and 72"
     for p, shown in {0.9999: "> 99 %", 0.0001: "< 1 %", 0.934: "93 %"}.items():  # what no model can know
         verdict = Verdict("fake" if p > 0.5 else "real", p)
         assert f"Estimated probability of forgery: {shown}" in page(report(verdict=verdict)).text
@@ -232,7 +232,7 @@ def test_letters_of_areas_that_share_a_centre_stand_apart() -> None:
     """Bug prevented: nose and skin are both marked, and B hides A."""
     both = {"nose": [ellipse(226, 118, 14, 20)], "skin": [ellipse(227, 119, 40, 60)]}
     one = face(areas=both, cues=(Cue("nose", "noise"), Cue("skin", "noise")))
-    [(x, y)], [(a, b)] = html_report.letter_places(one, 17.0).values()
+    [(x, y)], [(a, b)] = html_report.letter_places(one, 17.0, 300.0).values()
     assert (x, y) == pytest.approx((226, 118)) and a == pytest.approx(227) and b - y >= 17
 
 
@@ -274,9 +274,9 @@ def test_a_fakes_card_opens_with_its_strongest_sign() -> None:
     unweighed = Evidence("other", 0.9, cues=(Cue("skin", "noise", 0.99),))
     one = face(rationale=said, cues=read_cues(said), evidence=(points, unweighed))
     told = report(faces=(one,), evidence=one.evidence, model={"weights": {"tower": 1.0, "other": 0.0}})
-    assert html_report.strongest_sign(told) == "A seam runs along the jaw."
+    assert html_report.strongest_sign(told) == "a seam runs along the jaw."
     text = page(told).text
-    assert text.index("Strongest sign: A seam runs along the jaw.") < text.index("Estimated probability")
+    assert text.index("Strongest sign: a seam runs along the jaw.") < text.index("Estimated probability")
     none = face(rationale="The face looks generated as a whole.", cues=(), evidence=())
     real = face(verdict=Verdict("real", 0.1))
     for other in (report(faces=(none,)), report(faces=(real,), verdict=real.verdict), report(faces=())):

@@ -22,6 +22,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from x2dfd.doctor import EXTRAS
 from x2dfd.experts import Expert, ask
 from x2dfd.types import Face
 
@@ -192,6 +193,13 @@ def test_functions_and_files_stay_short() -> None:
                 if lines > LONGEST_FUNCTION:
                     long.append(f"{name}: {node.name}, {lines} lines")
     assert not long
+
+
+def test_doctor_names_the_extras_that_there_are() -> None:
+    """Bug prevented: "to get it: pip install 'x2dfd[heif]'", which installs nothing more."""
+    extras = project()["optional-dependencies"]
+    for extra, (package, _) in EXTRAS.items():
+        assert package in {Requirement(line).name for line in extras[extra]}
 
 
 def test_values_have_types() -> None:

@@ -41,7 +41,8 @@ LIMITS = {
     "what a run of that size can support.",
     "No answer": "The models are wrong too often at such scores. It means neither slightly fake nor slightly real.",
     "The explanation": "Text from a language model that was told the answer and the experts' scores, without the "
-    "sentences that go against them. Look at the named areas yourself.",
+    "sentences that go against them, and with further signs that an expert is sure of. Look at the named areas "
+    "yourself.",
     "Experts": "Separate detectors with different blind spots. Each sees some kinds of forgery and misses others, so "
     "they may disagree.",
     "Only faces": "Bodies, backgrounds, captions and the context of a picture are not examined. A real photo can still "
@@ -83,14 +84,14 @@ def counted(kinds: Iterable[str]) -> str:
 
 
 def in_words(verdict: Verdict) -> str:
-    """The answer in a line: "Likely fake (changed in part), 93 %"."""
+    """The answer in a line: "Likely fake (changed in part), 93 % chance of a fake"."""
     kind = KINDS_SAID.get(verdict.kind or "") if verdict.label == "fake" else None
     return word(verdict) + (f" ({kind})" if kind else "") + p_words(verdict)
 
 
 def p_words(verdict: Verdict) -> str:
-    """ ", 93 %"; "" where there is no estimate."""
-    return "" if verdict.p_fake is None else f", {percent(verdict.p_fake)}"
+    """ ", 93 % chance of a fake"; "" where there is no estimate."""
+    return "" if verdict.p_fake is None else f", {percent(verdict.p_fake)} chance of a fake"
 
 
 def reason(verdict: Verdict, model: Json) -> str | None:
@@ -99,10 +100,11 @@ def reason(verdict: Verdict, model: Json) -> str | None:
         return None
     stated = verdict.reason or "unstated"
     if stated == "in_band":
-        low, high = (percent(edge) for edge in model.get("band") or (0.0, 1.0))
+        band = model.get("band")
+        between = f" between {percent(band[0])} and {percent(band[1])}," if band else ""
         return (
-            f"The estimate, {percent(verdict.p_fake)}, leans towards {verdict.side}, but it lies between {low} and "
-            f"{high}, where errors are too frequent to answer. A larger or less compressed original may give an answer."
+            f"The estimate, {percent(verdict.p_fake)}, lies{between} where errors are too frequent to answer. "
+            "A larger or less compressed original may give an answer."
         )
     return REASONS.get(stated, f"No answer is given; the stated reason is: {stated}.")
 
@@ -111,9 +113,9 @@ def decided_by(model: Json) -> str:
     """Who decides the verdicts of a model: "the tower expert", or all that have a weight of their own."""
     if model.get("mode") == "paper":
         return "the language model"
-    names = [name for name, weight in (model.get("weights") or {}).items() if weight > 0]
-    said = ["the language model" if name == "mllm" else f"the {name} expert" for name in names]
-    return " and ".join(said) or "the models"
+    names = [name for name, weight in (model.get("weights") or {}).items() if (weight or 0) > 0]
+    *others, last = ["the language model" if n == "mllm" else f"the {n} expert" for n in names] or ["the models"]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def meaning(verdict: Verdict, model: Json, faces: int = 1) -> str:
@@ -129,7 +131,7 @@ def meaning(verdict: Verdict, model: Json, faces: int = 1) -> str:
         }
         other = f"To {who}, {subject} looks more like known forgeries than like real faces."
         return kinds.get(verdict.kind or "", other)
-    found = "no sign" if faces == 1 else "in no face a sign"
+    found = "no sign" if faces == 1 else "no clear sign"
     return (
         f"{who[0].upper()}{who[1:]} found {found} of a known kind of forgery. "
         "That does not show the picture is authentic: a forgery of an unknown kind can look like this."
@@ -144,32 +146,41 @@ def remarks(report: Report) -> list[str]:
 def clip(report: Report) -> str | None:
     """How many frames of a clip were looked at, how many of them look fake, and when; None for a picture.
 
-    "32 frames looked at, 9 look fake, from 1.2 s to 3.4 s."
+    "32 frames looked at, 9 look fake, between 1.2 s and 3.4 s."
     """
     if report.media.get("kind") != "video":
         return None
     worst: dict[int | None, FaceReport] = {}
     for face in report.faces:
         worst[face.frame] = max(worst.get(face.frame, face), face, key=FaceReport.suspicion)
-    n, fake = len(report.media["frames"]), [face for face in worst.values() if face.verdict.label == "fake"]
+    n, fake = len(report.media.get("frames") or ()), [f for f in worst.values() if f.verdict.label == "fake"]
     said = f"{n} frame{'' if n == 1 else 's'} looked at"
     said += f" ({n - len(worst)} without a face)" if n > len(worst) else ""
+    if report.verdict.p_fake is None:
+        return f"{said}."
     said += f", {len(fake) or 'none'} look{'s' if len(fake) < 2 else ''} fake"
     if times := [face.time_s for face in fake if face.time_s is not None]:
         first, last = f"{min(times):.1f} s", f"{max(times):.1f} s"
-        said += f", at {first}" if first == last else f", from {first} to {last}"
-    return f"{said}."
+        said += f", at {first}" if first == last else f", between {first} and {last}"
+    return f"{said}: too few to call the clip fake." if fake and report.verdict.label == "real" else f"{said}."
 
 
 def reconciled(report: Report) -> str | None:
     """A line where the file states another origin than its picture shows; None where they agree or one is silent."""
-    label, made = report.verdict.label, bool(of_generator(report.provenance))
-    if label == "real" and (made or any(s["kind"] == PARTLY for s in report.provenance.get("statements") or ())):
+    verdict, made = report.verdict, bool(of_generator(report.provenance))
+    edited = any(s.get("kind") == PARTLY for s in report.provenance.get("statements") or ())
+    if verdict.label == "real" and (made or edited):
+        did, other = ("made", "") if made else ("edited", ", or what it edited is no face")
         return (
-            f"The file says that a generator {'made' if made else 'edited'} it, and the faces alone look real: either "
-            f"the statement was added, or the generator left nothing in them that {decided_by(report.model)} can see."
+            f"The file says that a generator {did} it, and the faces alone look real: either the statement was added, "
+            f"or the generator left nothing in them that {decided_by(report.model)} can see{other}."
         )
-    if label == "fake" and of_camera(report.provenance):
+    if verdict.label == "fake" and verdict.kind == "part" and made:
+        return (
+            "The file says that a generator made it, and the face looks changed in part: both speak of a fake, and "
+            "how it was made is less sure than that."
+        )
+    if verdict.label == "fake" and of_camera(report.provenance) and not made and not edited:
         return (
             "The file says that a camera took it, and the faces alone look fake: either the statement was added or "
             "outlasted a later change of the photo, or the estimate is wrong."

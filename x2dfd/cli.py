@@ -132,7 +132,7 @@ Manifest = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="CSV, TSV, JSONL or Parquet with a column `path`; not beside PATHs.",
+        help="CSV, TSV, JSONL or Parquet with a column `path`, from the table's folder on; not beside PATHs.",
         rich_help_panel="Input",
     ),
 ]

@@ -136,9 +136,11 @@ class Run:
 def run(asked: Run) -> None:
     """Judge every file, print an answer for each, and write what was asked for. Raises X2DFDError."""
     for missing, failure in asked.absent.items():  # before a model is loaded; as text, it is not said again
+        if asked.part_of(missing) != asked.part:
+            continue
         if asked.as_json:
             typer.echo(f"{printable(str(missing))}: {failure.reason}", err=True)
-        elif asked.part_of(missing) == asked.part:
+        else:
             typer.echo(block(failure))
     if asked.pdf:
         from x2dfd import html_report

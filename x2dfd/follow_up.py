@@ -158,7 +158,7 @@ def how_sure(report: Report, face: FaceReport) -> str:
         said.append(f"Below {low} the answer is real, from {high} on it is fake; in between no answer is given.")
     if face.p_fake_mllm is not None:
         said.append(f"The language model alone says {percent(face.p_fake_mllm)}.")
-    said.append("It holds for pictures like those the models were tested on, and is not proof.")
+    said.append("The estimate holds for pictures like those the models were tested on, and is not proof.")
     return " ".join(said)
 
 

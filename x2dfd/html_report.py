@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import os
-import re
 import shutil
 import subprocess
 import tempfile
@@ -24,7 +23,7 @@ from x2dfd.errors import SetupError
 from x2dfd.experts import cards
 from x2dfd.files import Json, write_bytes
 from x2dfd.statements import CAVEAT, LEAD, of_generator
-from x2dfd.types import Card, FaceReport, Failure, ModelInfo, Report
+from x2dfd.types import Card, Cue, FaceReport, Failure, ModelInfo, Report
 from x2dfd.worker import isolated
 
 if TYPE_CHECKING:
@@ -221,23 +220,20 @@ def _technical(report: Report) -> Iterator[tuple[str, str]]:
 
 
 def strongest_sign(report: Report) -> str:
-    """The sentence that names the sign which the experts are surest of; "" where a fake's text names none.
-
-    A sign that no expert points at counts by the text's own word of degree.
-    """
-    from x2dfd.explain import read_cues
+    """Of the signs that a fake's text names the one that the experts are surest of, "a seam runs along the jaw"; ""
+    where it names none. A sign that no expert points at comes last."""
+    from x2dfd.texts import cue_clause
 
     face = report.decider
     if report.verdict.label != "fake" or face is None:
         return ""
     pointed = [c for e in face.evidence if e.expert not in report.uncounted for c in e.cues]
-    strength = {(c.area, c.artifact): c.score or 0.0 for c in (*face.cues, *pointed)}
-    signs = [
-        (max(strength.get((c.area, c.artifact), 0.0) for c in cues), sentence)
-        for sentence in re.findall(r"\S[^.!?\n]*[.!?]*", face.rationale)
-        if (cues := read_cues(sentence))
-    ]
-    return max(signs, key=lambda sign: sign[0], default=(0.0, ""))[1]
+
+    def sureness(cue: Cue) -> float:
+        same = [c for c in pointed if (c.area, c.artifact) == (cue.area, cue.artifact)]
+        return max((1.0 if c.score is None else c.score for c in same), default=0.0)
+
+    return f"{cue_clause(max(face.cues, key=sureness))}." if face.cues else ""
 
 
 def _frames(faces: Sequence[FaceReport]) -> set[int]:
@@ -252,7 +248,7 @@ def _frames(faces: Sequence[FaceReport]) -> set[int]:
 def _scale(p: float | None, band: Sequence[float] | None, threshold: float | None) -> Json | None:
     if p is None:
         return None
-    spoken = f"P(fake) {percent(p)} on a scale from 0 to 100"
+    spoken = f"chance of a fake: {percent(p)} on a scale from 0 to 100"
     if band:
         spoken += f"; no answer is given between {100 * band[0]:.0f} and {100 * band[1]:.0f}"
     return {
@@ -313,16 +309,20 @@ def marked_areas(face: FaceReport) -> list[tuple[str, str, str]]:
     return [(area, chr(ord("A") + i), COLOURS[i % len(COLOURS)]) for i, area in enumerate(named)]
 
 
-def letter_places(face: FaceReport, size: float) -> dict[str, list[tuple[float, float]]]:
+def letter_places(face: FaceReport, size: float, height: float) -> dict[str, list[tuple[float, float]]]:
     """By marked area the place of each polygon's letter: its centre, or the nearest place above or below it where no
-    other letter of that size stands."""
+    other letter of that size stands, in a picture of that height."""
     places: dict[str, list[tuple[float, float]]] = {}
     for area, *_ in marked_areas(face):
         for polygon in face.areas[area]:
             x, y = (float(v) for v in np.mean(polygon, axis=0))
             taken = [b for others in places.values() for a, b in others if abs(x - a) < size]
             steps = sorted(range(-len(taken) - 1, len(taken) + 2), key=lambda step: (abs(step), step))
-            free = (y + step * size for step in steps if all(abs(y + step * size - b) >= size for b in taken))
+            free = (
+                y + step * size
+                for step in steps
+                if 0 < y + step * size < height and all(abs(y + step * size - b) >= size for b in taken)
+            )
             places.setdefault(area, []).append((x, next(free, y)))
     return places
 
@@ -346,7 +346,7 @@ def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], 
     shapes, boxes, maps = [], [], []
     for face in faces:
         maps += overlays(face)
-        places = letter_places(face, text)
+        places = letter_places(face, text, height)
         for area, letter, colour in marked_areas(face):
             key = _prefix(face, report) + letter
             legend[key] = (colour, area if len(faces) == 1 else f"face {answer.number(face, report)}: {area}")
@@ -355,8 +355,6 @@ def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], 
                 shapes.append({"points": points, "colour": colour, "key": key, "x": x, "y": y})
         x, y, w, h = (float(v) for v in face.box)
         label = f"{answer.number(face, report)}  {answer.word(face.verdict)}"
-        if face.verdict.p_fake is not None:
-            label += f" {percent(face.verdict.p_fake)}"
         chip = 0.62 * text * len(label)  # a generous width: the reader's font is not known here
         boxes.append(
             {"x": x, "y": y, "w": w, "h": h, "kind": answer.status(face.verdict), "label": label, "chip": chip,

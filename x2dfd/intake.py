@@ -63,6 +63,7 @@ class Search:
         self._side = side  # of the MLLM's crop
         self._on_progress = on_progress
         self.turned = 0  # degrees counterclockwise that set a picture upright whose file does not state them
+        self._afar = False  # the clip's faces are found from afar alone
         self.seconds = 0.0
         self._left_out = 0
         self._frames = 0
@@ -76,7 +77,7 @@ class Search:
     def frame(self, frame: Frame) -> Frame:
         """The frame without its pixels."""
         search_turned = not self.seen and self._frames % TURN_EVERY == 0
-        faces = self._faces(frame.pixels, turning=search_turned or bool(self.turned))
+        faces = self._faces(frame.pixels, turning=search_turned or bool(self.turned) or self._afar)
         self._frames += 1
         self._left_out += len(faces[FRAME_FACES:])
         for face in faces[:FRAME_FACES]:
@@ -88,13 +89,15 @@ class Search:
     def _faces(self, pixels: NDArray[np.uint8], turning: bool) -> list[Face]:
         start = time.perf_counter()
         faces = find_faces(pixels, self._side)
-        if turning and not faces:
+        if self._afar and not faces:
+            faces = find_missed_faces(pixels, self._side)
+        elif turning and not faces:
             turns = (self.turned // 90,) if self.turned else (1, 2, 3)
             faces, turned = find_turned_faces(pixels, turns, self._side)
             if not self.turned:
                 missed = find_missed_faces(pixels, self._side)
                 if _surest(missed) > _surest(faces) + MUCH_SURER:
-                    faces, turned = missed, 0
+                    faces, turned, self._afar = missed, 0, True
             self.turned = self.turned or turned
         self._n_cut += bool(faces) and _reaches_out(faces[0], pixels.shape[1], pixels.shape[0])
         self.seconds += time.perf_counter() - start

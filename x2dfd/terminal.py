@@ -114,15 +114,17 @@ def progress(total: int) -> Iterator[Callable[[str, bool, bool], None]]:
         seconds = max(time.monotonic() - start, 1e-9)
         if not judged:
             return f"{done:,} from an earlier run"
-        ahead = (total - done) * seconds / judged
+        if judged < 2:  # the first one's time holds the loading of the model
+            return f"{failed} failed"
+        ahead = (total - done) * seconds / (judged - 1)
         left = time.strftime("%H:%M:%S", time.gmtime(ahead))
         days = int(ahead) // 86_400
-        return f"{judged / seconds:.1f}/s, {f'{days} d ' if days else ''}{left} left, {failed} failed"
+        return f"{(judged - 1) / seconds:.1f}/s, {f'{days} d ' if days else ''}{left} left, {failed} failed"
 
     def show(text: str, failure: bool, fresh: bool) -> None:
         nonlocal done, failed, judged, last, start
         done, failed, judged = done + 1, failed + failure, judged + fresh
-        start = start if judged else time.monotonic()
+        start = start if judged > 1 else time.monotonic()
         if text and bar:
             bar.stop()  # clears the bar, so that it does not mix with the text
         if text:

@@ -101,11 +101,17 @@ def _local(cues: Sequence[Cue], verdict: Verdict) -> bool:
 def pointed_at(
     verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozenset[str], least: float = CUE_FROM
 ) -> list[Cue]:
-    """The cues that a text may name of a face that is called fake: those that experts with a weight point at, with a
-    probability of `least` or more."""
+    """The cues that a text may name of a face that is called fake, the surest first: those that experts with a weight
+    point at, with a probability of `least` or more."""
     counted = [c for e in evidence if e.expert not in uncounted for c in e.cues if not _local([c], verdict)]
-    cues = {(c.area, c.artifact): c for c in counted if c.score is None or c.score >= least}
-    return list(cues.values())
+    cues: dict[tuple[str, str], Cue] = {}
+    for cue in sorted(counted, key=_sureness, reverse=True):
+        cues.setdefault((cue.area, cue.artifact), cue)
+    return [c for c in cues.values() if _sureness(c) >= least]
+
+
+def _sureness(cue: Cue) -> float:
+    return 1.0 if cue.score is None else cue.score
 
 
 def _sentence(cues: Sequence[Cue]) -> str:
@@ -118,7 +124,7 @@ def _sentence(cues: Sequence[Cue]) -> str:
 def called_fake(verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozenset[str] = frozenset()) -> str:
     """Why a face is called fake, from what the experts with a weight point at."""
     if cues := pointed_at(verdict, evidence, uncounted):
-        further = [c for c in pointed_at(verdict, evidence, uncounted, FURTHER_FROM) if c not in cues[:1]]
+        further = [c for c in cues[1:] if _sureness(c) >= FURTHER_FROM]
         return f"{_start(verdict)}. {_sentence([cues[0], *further][:MAX_NAMED])}"
     if verdict.kind == "whole":
         return f"{_start(verdict)}. Such traces lie all over a face and are seldom seen by eye, so no area is named."
