@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -138,7 +139,9 @@ def licence_of(samples: Iterable[Sample]) -> str:
     parts = ["trained on pictures under: " + "; ".join(sorted(stated))] if stated else []
     if silent:
         parts.append(f"no licence is stated for the pictures of {', '.join(sorted(silent))}")
-    return f"weights: bound by what they were made of ({'. '.join(parts)})"
+    bound = silent or any(re.search(r"\bNC\b|non-commercial|research", text, re.IGNORECASE) for text in stated)
+    allowed = "research and evaluation only" if bound else "bound by what they were made of"
+    return f"weights: {allowed} ({'. '.join(parts)})"
 
 
 def next_version(folder: Path, name: str) -> str:
