@@ -378,7 +378,7 @@ def of_detector(detector: Any, threads: int, tower_alone: bool) -> list[Listed]:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "face.jpg")
             path.write_bytes(data)
-            words = ["-m", "x2dfd.cli", "detect", str(path), "--no-rationale", "--threads", str(threads)]
+            words = ["-m", "x2dfd.cli", "detect", str(path), "--json", "--no-rationale", "--threads", str(threads)]
             words += ["--device", detector.info.runs_on.split()[0], "--dtype", detector.info.runs_on.split()[1]]
             with subprocess.Popen(
                 [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
@@ -389,7 +389,7 @@ def of_detector(detector: Any, threads: int, tower_alone: bool) -> list[Listed]:
                     run.communicate()
                 else:
                     run.kill()  # the answer is there; the rest is the interpreter's shutdown
-            if "p=" not in line or (whole and run.returncode):
+            if '"p_fake"' not in line or (whole and run.returncode):
                 raise X2DFDError(f"the command ended with {run.returncode}, first line {line!r}", code="command_failed")
 
     sizes = {f"{n} at a time": Case(lambda n=n: judged(n), per=len(pictures)) for n in BATCHES}  # type: ignore[misc]
