@@ -64,10 +64,18 @@ def test_a_frame_counts_by_its_worst_face_and_that_face_has_one_number() -> None
     one = replace(one, faces=(*faces, worst))
     assert clip(one) == "3 frames looked at, 1 looks fake, at 2.0 s: too few to call the clip fake."
     assert one.decider is worst and number(worst, one) == 3
-    assert "face 3/3 at 2.0 s" in block(one)
+    assert "face 3 of 3, at 2.0 s" in block(one)
     shown = page(one).text
     assert "Why: face 3, frame 48, 2.0 s" in shown and "Face 3, frame 48, 2.0 s" in shown and "Face 6" not in shown
     assert pieces.named(worst, one) == "At 2.0 s, face 3"
+
+
+def test_of_several_faces_the_terminal_counts_all() -> None:
+    """Bug prevented: "face 1/2" beside "Likely fake", and not a word of the other face."""
+    two = (face(index=0, verdict=FAKE), face(index=1, verdict=REAL))
+    text = block(report(faces=two, verdict=FAKE))
+    assert "face 1 of 2" in text and "2 faces: 1 likely fake, 1 likely real" in text
+    assert "face" not in block(report(faces=two[:1], verdict=FAKE)).splitlines()[0]
 
 
 def xmp(name: str) -> dict[str, str]:

@@ -136,7 +136,7 @@ def test_person_reads_the_answer_and_its_grounds(
         return str(run("detect", strange).stdout)
 
     shown = told()
-    assert shown.splitlines()[0] == f"Likely fake  93 % chance of a fake  face 1/1  {photos}/x\\x1b[2J\\u202egpj.png"
+    assert shown.splitlines()[0] == f"Likely fake  93 % chance of a fake  {photos}/x\\x1b[2J\\u202egpj.png"
     assert "\x1b" not in shown and "\u202e" not in shown
     parts = ("blended", "jaw · blending", "contradiction: The experts see nothing", "0.70", "no score    no weights")
     assert all(part in shown for part in (*parts, "next: reverse image search, first publication"))
@@ -153,7 +153,7 @@ def test_person_reads_the_answer_and_its_grounds(
         assert text.startswith("No answer") and "where errors are too frequent to answer" in text
         assert f"This text argues only for the likelier side ({side}); no answer was given." in text
     detector.model |= {"mode": "calibrated", "band": [0.21, 0.85]}
-    assert told().startswith("No answer  40 % chance of a fake  face 1/1  ")
+    assert told().startswith("No answer  40 % chance of a fake  ")
 
 
 def test_what_the_file_states_leads_and_is_apart(run: Run, photos: Path, detector: SmallDetector) -> None:
@@ -180,7 +180,7 @@ def test_a_run_ends_with_how_many_got_which_answer(
 ) -> None:
     """Bug prevented: with --out nobody learns what came out without opening the table; data among what is told."""
     monkeypatch.setattr("x2dfd.terminal.LINE_SECONDS", 0.0)  # in a log file there is no bar
-    told = "4 files: 3 likely fake, 1 not judged"
+    told = "4 files: 3 likely fake, 1 not judged (1 not_found)"
     table = ("--out", tmp_path / "t.jsonl")
     for options in ((), table, table):  # the third run finds its rows in the table
         done = run("detect", photos, tmp_path / "gone.jpg", *options)

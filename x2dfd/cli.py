@@ -338,6 +338,11 @@ def serve(
         str, typer.Option(metavar="ADDRESS", help="Address to listen on; whoever reaches it may ask.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, metavar="N")] = 8417,
+    mode: options.ModeOption = None,
+    device: options.Device = None,
+    dtype: options.DtypeOption = None,
+    bits: options.BitsOption = None,
+    device_map: options.DeviceMap = None,
     threads: options.Threads = None,
 ) -> None:
     """Keep a model warm and answer over HTTP: POST a file or a form to /detect; /openapi.json describes the rest."""
@@ -346,7 +351,8 @@ def serve(
     from x2dfd.worker import isolating
 
     with listening(host, port) as there:
-        detector = load_quickly(ModelSpec.parse(model), threads=threads)
+        loading = options.load_options(mode, device, dtype, bits, device_map, threads)
+        detector = load_quickly(ModelSpec.parse(model), **loading)
         typer.echo(f"http://{host}:{port}", err=True)
         with isolating():  # a posted file that ends its decoder must not end the server
             run(detector, host, there)

@@ -23,6 +23,7 @@ from x2dfd import answer
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.files import write_bytes
 from x2dfd.model_spec import LoadOptions, ModelSpec
+from x2dfd.statements import of_generator
 from x2dfd.terminal import block, printable, progress
 from x2dfd.types import Failure, Report, frames_asked
 
@@ -159,12 +160,18 @@ def run(asked: Run) -> None:
     many, window, rows = _opened(asked)
     kept: Kept = []
     said: Counter[str] = Counter()
+    failures: Counter[str] = Counter()
+    stated = 0
     silent = asked.manifest is not None and rows is not None and not asked.as_json
     judging = partial(many, batch_size=asked.batch_size, rationale=asked.rationale, frames=asked.frames)
     try:
         with progress(total) as show:
             for path, result, fresh in _judged(judging, asked.files(), rows, asked.frames, window):
                 failed = isinstance(result, Failure)
+                if isinstance(result, Failure):
+                    failures[result.code] += 1
+                else:
+                    stated += bool(of_generator(result.provenance))
                 text = json.dumps(result.to_dict(), allow_nan=False) if asked.as_json else block(result)
                 told = failed and not asked.as_json and path in asked.absent
                 show("" if silent or told else text, failed, fresh)
@@ -183,7 +190,9 @@ def run(asked: Run) -> None:
     if asked.as_json:
         return
     if said.total() > 1:
-        typer.echo(f"{said.total():,} files: {answer.counted(said.elements())}", err=True)
+        why = f" ({', '.join(f'{n} {code}' for code, n in failures.most_common())})" if failures else ""
+        marked = f"; {stated} say that a generator made them" if stated else ""
+        typer.echo(f"{said.total():,} files: {answer.counted(said.elements())}{why}{marked}", err=True)
     if said["fake"] + said["real"] + said["inconclusive"]:
         typer.echo(answer.NOT_PROOF, err=silent)
 

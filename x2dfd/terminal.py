@@ -33,12 +33,15 @@ def block(result: Report | Failure) -> str:
     if number and result.model.get("mode") == "paper":
         number = f"{number.rstrip()} (not calibrated)  "
     decider = result.decider
-    which = _which(decider, result) if decider else f"{len(result.faces)} faces"
+    which = _which(decider, result) if decider else ""
     said = of_generator(result.provenance)
     lines = [name, wrapped(f"{LEAD} {CAVEAT}"), *map(_stated, said)] if said else []
-    lines.append(f"{_word(answer.word(verdict), verdict.label)}  {number}{which}  {name}")
+    lines.append(f"{_word(answer.word(verdict), verdict.label)}  {number}{which}{name}")
     meant = answer.meaning(verdict, result.model, len(result.faces))
     lines.append(wrapped(meant if verdict.label != "inconclusive" else f"why: {meant}"))
+    if len(result.faces) > 1 and decider is not None and decider.frame is None:
+        faces = answer.counted(answer.status(face.verdict) for face in result.faces)
+        lines.append(wrapped(f"{len(result.faces)} faces: {faces}"))
     lines += map(wrapped, answer.remarks(result))
     if result.rationale and verdict.p_fake is not None:  # else it says again why nothing was assessed
         if verdict.label == "inconclusive":
@@ -63,10 +66,11 @@ def _stated(statement: dict[str, str]) -> str:
 
 
 def _which(face: FaceReport, report: Report) -> str:
-    """ "face 1/2"; of a clip with the time: "face 1/2 at 1.4 s"."""
+    """ "face 1 of 2  ", nothing of a single one; of a clip with the time: "face 1 of 2, at 1.4 s  "."""
     beside = sum(other.frame == face.frame for other in report.faces)
-    when = "" if face.time_s is None else f" at {face.time_s:.1f} s"
-    return f"face {answer.number(face, report)}/{beside}{when}"
+    words = [f"face {answer.number(face, report)} of {beside}"] if beside > 1 else []
+    words += [] if face.time_s is None else [f"at {face.time_s:.1f} s"]
+    return f"{', '.join(words)}  " if words else ""
 
 
 def _word(word: str, label: str | None) -> str:
