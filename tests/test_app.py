@@ -398,7 +398,7 @@ def test_faces_can_be_switched(visitor: Visitor, detector: FakeDetector) -> None
     assert (drawn["href"] or "").startswith("data:image/png;base64,")
     done = visitor.use("Pick the face to look at", "input", None, 1)
     panel = Page(done["output"]["data"][0])
-    assert "Face 2: ✓ Likely real 8 %" in panel.text and "This one looks natural." in panel.text
+    assert "Face 2: ✓ Likely real (8 % chance of a fake)" in panel.text and "This one looks natural." in panel.text
     assert not panel.all("polygon") and not panel.all("image") and not panel.all("input", "of-maps")
     said = visitor.ask("What about the eyes?", 1)[1].replace("\xa0", " ")
     assert said.endswith("Likely real, 8 % chance of a fake. Whole file: Likely fake, 93 % chance of a fake.")

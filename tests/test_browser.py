@@ -226,13 +226,14 @@ def test_a_screen_reader_finds_names_and_hears_the_verdict(served: tuple[FakeDet
     ready(tab)
     # The card came into a place that was announced as live before: that is what is read out.
     assert before.evaluate("e => e.isConnected && e.innerText.includes('Likely fake')")
-    spoken = "93 % on a scale from 0 to 100 percent fake; no answer is given between 35 % and 72 %"
+    spoken = "chance of a fake: 93 % on a scale from 0 to 100; no answer is given between 35 % and 72 %"
     expect(tab.get_by_role("region", name="Verdict").get_by_role("img", name=spoken)).to_be_visible()
     expect(tab.get_by_role("img", name="photo.jpg, 2 faces marked")).to_be_visible()
     for role, name in (
         ("checkbox", "Outlines of the named areas"), ("checkbox", "Map of where a change is suspected (by tower)"),
         ("combobox", "Pick the face to look at"), ("textbox", "Your question"),
-        ("log", "chatbot conversation"), ("list", "Marked areas"), ("heading", "Face 1: Likely fake 93 %"),
+        ("log", "chatbot conversation"), ("list", "Marked areas"),
+        ("heading", "Face 1: Likely fake (93 % chance of a fake)"),
     ):  # fmt: skip
         expect(tab.get_by_role(role, name=name)).to_have_count(1)
     nameless = "e => !(e.innerText.trim() || e.getAttribute('aria-label') || e.title || e.labels?.length || e.alt)"
@@ -316,8 +317,7 @@ def test_the_case_report_can_be_read_on_every_screen(
     (tmp_path / "report.html").write_text(case_report())
     tab = tabs((tmp_path / "report.html").as_uri(), size, scheme)
     looks_right(tab, "report", scheme)
-    assert tab.get_by_role("columnheader", name="P(fake)").bounding_box()["height"] < 45  # one line
-    tab.locator("details.file > summary").first.click()
+    assert tab.get_by_role("columnheader", name="Chance of a fake").bounding_box()["height"] < 45  # one line
     overlay = tab.locator("image.map")
     expect(overlay).to_be_visible()  # of a face that is called fake, and it points at something
     tab.get_by_role("checkbox", name="Map of where a change").uncheck()

@@ -186,7 +186,9 @@ def test_a_run_ends_with_how_many_got_which_answer(
         done = run("detect", photos, tmp_path / "gone.jpg", *options)
         assert told in done.stderr.splitlines()
         assert done.stdout.count("not proof") == 1 and "not proof" not in done.stderr  # where the answers are
-    lines = [x for x in run("detect", photos, photos / "gone.png").stderr.splitlines() if " of 4: " in x]
+    lines = [
+        x for x in run("detect", photos, photos / "gone.png", "--batch-size", 1).stderr.splitlines() if " of 4: " in x
+    ]
     assert len(lines) == 4 and lines[-1].startswith("4 of 4: ") and lines[-1].endswith("/s, 00:00:00 left, 1 failed")
     assert "files:" not in run("detect", photos / "a.png").stderr
     assert told not in run("detect", photos, tmp_path / "gone.jpg", "--json").stderr

@@ -151,6 +151,9 @@ def test_a_card_says_the_licence_of_its_pictures_and_the_next_version(tmp_path: 
     bound = Sample("2", Path("2"), "real", source="ffhq", extra={"licence": "CC BY-NC-SA 4.0"})
     silent = Sample("3", Path("3"), "fake", source="web")
     assert loop.licence_of([free]) == "weights: bound by what they were made of (trained on pictures under: CC0)"
+    assert loop.licence_of([free, bound]).startswith("weights: research and evaluation only (")
+    unstated = Sample("4", Path("4"), "real", source="web", extra={"licence": "not stated"})
+    assert loop.licence_of([free, unstated]) == loop.licence_of([free, silent])
     line = loop.licence_of([free, bound, silent])
     assert line.startswith("weights: research and evaluation only (")
     assert "CC BY-NC-SA 4.0; CC0" in line and "no licence is stated for the pictures of web" in line

@@ -193,7 +193,7 @@ def test_two_faces_keep_their_areas_apart() -> None:
     seen = page(report(faces=(face(), second)))
     assert "1A face 1: jaw" in seen.text and "2A face 2: jaw" in seen.text
     alt = seen.all("img")[0]["alt"]
-    assert alt == "astronaut.jpg, face 1: likely fake, 93 %; face 2: likely real, 8 %"
+    assert alt == "astronaut.jpg, face 1: likely fake, 93 % chance of a fake; face 2: likely real, 8 % chance of a fake"
     assert seen.text.count("decides the file's answer") == 1
 
 

@@ -153,7 +153,8 @@ def clip(report: Report) -> str | None:
     worst: dict[int | None, FaceReport] = {}
     for face in report.faces:
         worst[face.frame] = max(worst.get(face.frame, face), face, key=FaceReport.suspicion)
-    n, fake = len(report.media.get("frames") or ()), [f for f in worst.values() if f.verdict.label == "fake"]
+    n = max(len(report.media.get("frames") or ()), len(worst))
+    fake = [f for f in worst.values() if f.verdict.label == "fake"]
     said = f"{n} frame{'' if n == 1 else 's'} looked at"
     said += f" ({n - len(worst)} without a face)" if n > len(worst) else ""
     if report.verdict.p_fake is None:
@@ -162,7 +163,7 @@ def clip(report: Report) -> str | None:
     if times := [face.time_s for face in fake if face.time_s is not None]:
         first, last = f"{min(times):.1f} s", f"{max(times):.1f} s"
         said += f", at {first}" if first == last else f", between {first} and {last}"
-    return f"{said}: too few to call the clip fake." if fake and report.verdict.label == "real" else f"{said}."
+    return f"{said}: too few to call the clip fake." if fake and report.verdict.label != "fake" else f"{said}."
 
 
 def reconciled(report: Report) -> str | None:

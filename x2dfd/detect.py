@@ -165,7 +165,7 @@ def run(asked: Run) -> None:
     silent = asked.manifest is not None and rows is not None and not asked.as_json
     judging = partial(many, batch_size=asked.batch_size, rationale=asked.rationale, frames=asked.frames)
     try:
-        with progress(total) as show:
+        with progress(total, asked.batch_size) as show:
             for path, result, fresh in _judged(judging, asked.files(), rows, asked.frames, window):
                 failed = isinstance(result, Failure)
                 if isinstance(result, Failure):
@@ -191,7 +191,8 @@ def run(asked: Run) -> None:
         return
     if said.total() > 1:
         why = f" ({', '.join(f'{n} {code}' for code, n in failures.most_common())})" if failures else ""
-        marked = f"; {stated} say that a generator made them" if stated else ""
+        said_so = "1 says that a generator made it" if stated == 1 else f"{stated:,} say that a generator made them"
+        marked = f"; {said_so}" if stated else ""
         typer.echo(f"{said.total():,} files: {answer.counted(said.elements())}{why}{marked}", err=True)
     if said["fake"] + said["real"] + said["inconclusive"]:
         typer.echo(answer.NOT_PROOF, err=silent)

@@ -221,7 +221,7 @@ def _technical(report: Report) -> Iterator[tuple[str, str]]:
 
 def strongest_sign(report: Report) -> str:
     """Of the signs that a fake's text names the one that the experts are surest of, "a seam runs along the jaw"; ""
-    where it names none. A sign that no expert points at comes last."""
+    where it names none. Signs that no expert points at come last, by the text's own word of degree."""
     from x2dfd.texts import cue_clause
 
     face = report.decider
@@ -233,7 +233,7 @@ def strongest_sign(report: Report) -> str:
         same = [c for c in pointed if (c.area, c.artifact) == (cue.area, cue.artifact)]
         return max((1.0 if c.score is None else c.score for c in same), default=0.0)
 
-    return f"{cue_clause(max(face.cues, key=sureness))}." if face.cues else ""
+    return f"{cue_clause(max(face.cues, key=lambda c: (sureness(c), c.score or 0.0)))}." if face.cues else ""
 
 
 def _frames(faces: Sequence[FaceReport]) -> set[int]:
@@ -321,7 +321,8 @@ def letter_places(face: FaceReport, size: float, height: float) -> dict[str, lis
             free = (
                 y + step * size
                 for step in steps
-                if 0 < y + step * size < height and all(abs(y + step * size - b) >= size for b in taken)
+                if size / 2 <= y + step * size <= height - size / 2
+                and all(abs(y + step * size - b) >= size for b in taken)
             )
             places.setdefault(area, []).append((x, next(free, y)))
     return places
@@ -362,7 +363,7 @@ def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], 
              "chip_y": y - 1.5 * text if y > 1.5 * text else min(y + h, height - 1.5 * text)}
         )  # fmt: skip
     spoken = "; ".join(
-        f"face {answer.number(f, report)}: {answer.word(f.verdict).lower()}, {percent(f.verdict.p_fake)}" for f in faces
+        f"face {answer.number(f, report)}: {answer.word(f.verdict).lower()}{answer.p_words(f.verdict)}" for f in faces
     )
     return {
         "uri": jpeg_uri(pixels),

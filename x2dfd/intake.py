@@ -63,7 +63,7 @@ class Search:
         self._side = side  # of the MLLM's crop
         self._on_progress = on_progress
         self.turned = 0  # degrees counterclockwise that set a picture upright whose file does not state them
-        self._afar = False  # the clip's faces are found from afar alone
+        self._afar = False  # a face of the clip was found from afar alone, so that every frame is looked at so
         self.seconds = 0.0
         self._left_out = 0
         self._frames = 0
@@ -77,7 +77,8 @@ class Search:
     def frame(self, frame: Frame) -> Frame:
         """The frame without its pixels."""
         search_turned = not self.seen and self._frames % TURN_EVERY == 0
-        faces = self._faces(frame.pixels, turning=search_turned or bool(self.turned) or self._afar)
+        afar = self._afar or (bool(self.seen) and not self.turned and self._frames % TURN_EVERY == 0)
+        faces = self._faces(frame.pixels, turning=search_turned or bool(self.turned), afar=afar)
         self._frames += 1
         self._left_out += len(faces[FRAME_FACES:])
         for face in faces[:FRAME_FACES]:
@@ -86,11 +87,12 @@ class Search:
             self._on_progress(frame)
         return replace(frame, pixels=NO_PIXELS)
 
-    def _faces(self, pixels: NDArray[np.uint8], turning: bool) -> list[Face]:
+    def _faces(self, pixels: NDArray[np.uint8], turning: bool, afar: bool = False) -> list[Face]:
         start = time.perf_counter()
         faces = find_faces(pixels, self._side)
-        if self._afar and not faces:
+        if afar and not faces:
             faces = find_missed_faces(pixels, self._side)
+            self._afar = self._afar or bool(faces)
         elif turning and not faces:
             turns = (self.turned // 90,) if self.turned else (1, 2, 3)
             faces, turned = find_turned_faces(pixels, turns, self._side)

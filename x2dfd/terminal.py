@@ -43,8 +43,11 @@ def block(result: Report | Failure) -> str:
         faces = answer.counted(answer.status(face.verdict) for face in result.faces)
         lines.append(wrapped(f"{len(result.faces)} faces: {faces}"))
     lines += map(wrapped, answer.remarks(result))
+    own = decider.verdict if decider is not None else verdict
     if result.rationale and verdict.p_fake is not None:  # else it says again why nothing was assessed
-        if verdict.label == "inconclusive":
+        if own.label != verdict.label:  # of a clip, whose answer is not that of one face
+            lines.append(wrapped(f"of the most suspicious face: {result.rationale}"))
+        elif verdict.label == "inconclusive":
             lines.append(wrapped(f"{result.rationale} This text {answer.stance(verdict, result.rationale)}."))
         else:
             lines.append(wrapped(f"why: {result.rationale}"))
@@ -104,11 +107,12 @@ def printable(text: str) -> str:
 
 
 @contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[str, bool, bool], None]]:
+def progress(total: int, first: int = 1) -> Iterator[Callable[[str, bool, bool], None]]:
     """Rate and time left on stderr: a bar on a terminal, else a line now and then.
 
     Yields what is called for each file, with its text for stdout ("" for none), whether it failed, and whether it was
-    judged just now: rows of an earlier run say nothing of the rate.
+    judged just now: rows of an earlier run say nothing of the rate. Nor do the `first` files, whose time holds the
+    loading of the model.
     """
     bar = _bar_of(total) if sys.stderr.isatty() else None  # elsewhere rich need not be imported
     start = last = time.monotonic()
@@ -118,17 +122,17 @@ def progress(total: int) -> Iterator[Callable[[str, bool, bool], None]]:
         seconds = max(time.monotonic() - start, 1e-9)
         if not judged:
             return f"{done:,} from an earlier run"
-        if judged < 2:  # the first one's time holds the loading of the model
+        if judged <= first:
             return f"{failed} failed"
-        ahead = (total - done) * seconds / (judged - 1)
+        ahead = (total - done) * seconds / (judged - first)
         left = time.strftime("%H:%M:%S", time.gmtime(ahead))
         days = int(ahead) // 86_400
-        return f"{(judged - 1) / seconds:.1f}/s, {f'{days} d ' if days else ''}{left} left, {failed} failed"
+        return f"{(judged - first) / seconds:.1f}/s, {f'{days} d ' if days else ''}{left} left, {failed} failed"
 
     def show(text: str, failure: bool, fresh: bool) -> None:
         nonlocal done, failed, judged, last, start
         done, failed, judged = done + 1, failed + failure, judged + fresh
-        start = start if judged > 1 else time.monotonic()
+        start = start if judged > first else time.monotonic()
         if text and bar:
             bar.stop()  # clears the bar, so that it does not mix with the text
         if text:

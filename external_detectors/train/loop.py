@@ -135,11 +135,14 @@ def licence_of(samples: Iterable[Sample]) -> str:
     silent: set[str] = set()
     for sample in samples:
         text = str(sample.extra.get("licence") or "").strip()
+        text = "" if text.lower() == "not stated" else text  # as `data_gen adopt` writes it
         (stated if text else silent).add(text or sample.source or "(no source)")
     parts = ["trained on pictures under: " + "; ".join(sorted(stated))] if stated else []
     if silent:
         parts.append(f"no licence is stated for the pictures of {', '.join(sorted(silent))}")
-    bound = silent or any(re.search(r"\bNC\b|non-commercial|research", text, re.IGNORECASE) for text in stated)
+    bound = silent or any(
+        re.search(r"\bNC\b|non-?\s?commercial|research|no licence|none stated", text, re.IGNORECASE) for text in stated
+    )
     allowed = "research and evaluation only" if bound else "bound by what they were made of"
     return f"weights: {allowed} ({'. '.join(parts)})"
 
