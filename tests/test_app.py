@@ -870,6 +870,8 @@ def test_a_stop_removes_uploads_and_samples(stop: signal.Signals, tmp_path: Path
     """Bug prevented: a service manager's stop leaves visitors' photos in the temporary folder for good."""
     port = free_port()
     start = (
+        # A shell's background job ignores Ctrl+C, and what it starts inherits that.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys, x2dfd, app.__main__ as command\n"
         "from tests.test_app import FakeDetector\n"
         "x2dfd.load = lambda **_: FakeDetector()\n"
