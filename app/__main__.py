@@ -151,7 +151,10 @@ def command(
     # A service manager's stop must end it as Ctrl+C does: uploads and samples are removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     loading = options.load_options(mode, device, dtype, bits, device_map)
-    run(model or [], host, port, loading=loading, root_path=root_path, names=name or ())
+    try:
+        run(model or [], host, port, loading=loading, root_path=root_path, names=name or ())
+    except KeyboardInterrupt:  # between the moment the page answers and that at which Gradio waits for a stop
+        typer.echo("stopped", err=True)
 
 
 if __name__ == "__main__":
