@@ -163,7 +163,8 @@ class PlugIn:
         reason = "the expert hung or crashed twice, so it is not asked again"
         if self._failed < _PLUGIN_TRIES:
             try:
-                return self._worker.call(_ask_there, *self._given, list(faces), shared)
+                given = None if shared is None else replace(shared, run_tower=None)  # it holds the model
+                return self._worker.call(_ask_there, *self._given, list(faces), given)
             except InputError as error:
                 self._failed += 1
                 reason = error.reason
