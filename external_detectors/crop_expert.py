@@ -16,9 +16,9 @@ from x2dfd.types import Card, Evidence, Face
 
 
 class CropExpert:
-    """Asks a network about batches of crops. A subclass loads it in `__init__` and defines `p_fake` or `evidence`.
+    """Gives batches of crops to a network. A subclass loads it in `__init__` and defines `p_fake` or `evidence`.
 
-    A face has no score, and a note that says why, where its crop is not one of ours or the network gives no number.
+    A face gets no score, but a note with the reason, if its crop has another format or the network gives no number.
     """
 
     card: ClassVar[Card]
@@ -35,16 +35,15 @@ class CropExpert:
 
     def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
         name = self.card.name
-        said = [Evidence(name, None, f"the crop is not {CROP_SIZE} px RGB in 8 bits")] * len(faces)
+        results = [Evidence(name, None, f"the crop is not {CROP_SIZE} px RGB in 8 bits")] * len(faces)
         usable = [k for k, f in enumerate(faces) if f.crop.shape == (CROP_SIZE, CROP_SIZE, 3)]
         usable = [k for k in usable if faces[k].crop.dtype == np.uint8]
         for start in range(0, len(usable), self.at_once):
-            part = usable[start : start + self.at_once]
+            batch = usable[start : start + self.at_once]
             with torch.inference_mode():
-                found = self.evidence(
-                    torch.from_numpy(np.stack([faces[k].crop for k in part])), [faces[k] for k in part]
-                )
-            for k, evidence in zip(part, found, strict=True):
-                known = evidence.score is not None and math.isfinite(evidence.score)
-                said[k] = evidence if known else Evidence(name, None, "the network gave no number")
-        return said
+                crops = torch.from_numpy(np.stack([faces[k].crop for k in batch]))
+                evidence = self.evidence(crops, [faces[k] for k in batch])
+            for k, result in zip(batch, evidence, strict=True):
+                has_score = result.score is not None and math.isfinite(result.score)
+                results[k] = result if has_score else Evidence(name, None, "the network gave no number")
+        return results

@@ -109,27 +109,27 @@ class MesoInception4(_Meso):
         )
 
 
-def _named(found: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
-    """Keras' tensors under the network's names and in its layout; what belongs to none of its layers keeps its name.
+def _renamed(tensors: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
+    """Keras' tensors under the network's names and in its layout; a tensor of no known layer keeps its name.
 
-    Layers of a kind stand in the order of creation: by number, as Keras counts up.
+    Keras numbers the layers of a kind in the order of creation.
     """
-    parts = {name: _TENSOR.fullmatch(name) for name in found}
-    numbers = {kind: sorted({int(m[3] or 0) for m in parts.values() if m and m[2] == kind}) for kind in _LAYERS}
-    ours = {kind: [n for n, m in net.named_modules() if isinstance(m, layer)] for kind, layer in _LAYERS.items()}
+    matches = {name: _TENSOR.fullmatch(name) for name in tensors}
+    numbers = {kind: sorted({int(m[3] or 0) for m in matches.values() if m and m[2] == kind}) for kind in _LAYERS}
+    layers = {kind: [n for n, m in net.named_modules() if isinstance(m, layer)] for kind, layer in _LAYERS.items()}
     state = {name: value for name, value in net.state_dict().items() if name.endswith("num_batches_tracked")}
-    for name, value in found.items():
-        if (part := parts[name]) and part[4] in _NAMES:
-            place = numbers[part[2]].index(int(part[3] or 0))
-            if place < len(ours[part[2]]):
-                name = f"{ours[part[2]][place]}.{_NAMES[part[4]]}"
+    for name, value in tensors.items():
+        if (match := matches[name]) and match[4] in _NAMES:
+            index = numbers[match[2]].index(int(match[3] or 0))
+            if index < len(layers[match[2]]):
+                name = f"{layers[match[2]][index]}.{_NAMES[match[4]]}"
         # Kernels are [height, width, in, out], or [in, out].
         state[name] = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.T if value.ndim == 2 else value
     return state
 
 
 def load_mesonet(path: Path) -> Meso4 | MesoInception4:
-    """The network whose weights `path` holds (Keras 2, HDF5, `save_weights`); which of the two, its shapes tell.
+    """The network whose weights `path` holds (Keras 2, HDF5, `save_weights`); the shapes tell which of the two it is.
 
     Raises SetupError when h5py is not installed, the file cannot be read, or any tensor is missing, left over, of
     another shape or not finite.
@@ -138,13 +138,13 @@ def load_mesonet(path: Path) -> Meso4 | MesoInception4:
         import h5py
     except ImportError as error:
         raise SetupError(f"expert 'mesonet' needs h5py ({error}): pip install h5py", code="package_missing") from error
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
 
     def visit(name: str, item: h5py.Dataset | h5py.Group) -> None:
         if isinstance(item, h5py.Dataset):
             if item.size > LARGEST:
                 raise SetupError(f"{path}: {name} is too large for MesoNet", code="checkpoint_shape_differs")
-            found[name] = torch.from_numpy(item[()])
+            tensors[name] = torch.from_numpy(item[()])
 
     try:
         with h5py.File(path, "r") as file:
@@ -152,7 +152,7 @@ def load_mesonet(path: Path) -> Meso4 | MesoInception4:
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:  # no HDF5, or a damaged one
         raise SetupError(f"{path} cannot be read as HDF5 ({error})", code="checkpoint_unreadable") from error
     for net in (Meso4(), MesoInception4()):
-        state, (first, weight) = _named(found, net), next(iter(net.state_dict().items()))
+        state, (first, weight) = _renamed(tensors, net), next(iter(net.state_dict().items()))
         if first in state and state[first].shape == weight.shape:
             load_strictly(net, state, path)
             return net
@@ -160,8 +160,8 @@ def load_mesonet(path: Path) -> Meso4 | MesoInception4:
 
 
 class MesoNet(Published):
-    """P(fake) of each face's aligned crop: 1 less the network's output, which is P(real). Each of the four published
-    files will do."""
+    """P(fake) of each face's aligned crop: 1 less the network's output, which is P(real). Any of the four published
+    files works."""
 
     FILE = "MesoInception_DF.h5"
     card: ClassVar[Card] = Card(

@@ -1,9 +1,9 @@
 """Experts with published weights: AlignedForensics, the SwinV2 blending detector of X2-DFD, UniversalFakeDetect.
 
 Blind spot: each knows the forgeries that its authors trained on, and none of them was trained on our crops.
-Nothing of these weights comes with this package, and nothing is downloaded. A user who has them puts them into
-`experts/` of the cache folder, or gives another folder. They are files of third parties: tensors are read with the
-restricted unpickler, and every name and shape is checked.
+The package neither contains nor downloads these weights. A user who has them puts them into `experts/` of the cache
+folder, or gives another folder. They are files of third parties, so the restricted unpickler reads the tensors, and
+every name and shape is checked.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from x2dfd.types import Card
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_L = "openai/clip-vit-large-patch14"
 
-# --- what the published experts share (MesoNet too) -----------------------------------------------------------------
+# --- shared by the published experts and MesoNet --------------------------------------------------------------------
 
 
 class Published(CropExpert):
@@ -50,7 +50,7 @@ class Published(CropExpert):
         self.card = replace(self.card, weights=path.name, sha256=file_sha256(path))  # type: ignore[misc]
 
     def open(self, path: Path) -> nn.Module:
-        """The network with the weights of `path`, set to judging. Raises SetupError."""
+        """The network with the weights of `path`, in evaluation mode. Raises SetupError."""
         raise NotImplementedError
 
 
@@ -70,7 +70,7 @@ def read_checkpoint(path: Path) -> object:
     try:
         content: object = torch.load(path, map_location="cpu", weights_only=True)
         return content
-    except Exception as error:  # a foreign file trips the unpickler in any way; code in it is refused, never run
+    except Exception as error:  # a damaged file can raise anything; code in a file is refused, never run
         raise SetupError(
             f"{path} is not a checkpoint of plain tensors ({first_line(error)}); get it again",
             code="checkpoint_unreadable",
@@ -78,18 +78,18 @@ def read_checkpoint(path: Path) -> object:
 
 
 def load_strictly(net: nn.Module, state: object, path: Path) -> None:
-    """Put `state` into `net` and set it to judging. Raises SetupError unless every name and shape is the network's."""
+    """Load `state` into `net`, in evaluation mode. Raises SetupError unless every name and shape is the network's."""
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise SetupError(f"{path} does not hold tensors by name; get it again", code="checkpoint_malformed")
-    wanted = net.state_dict()
-    for name in wanted:
+    expected = net.state_dict()
+    for name in expected:
         if name not in state:
             raise SetupError(f"{path} lacks {name}, so it is of another network", code="checkpoint_incomplete")
     for name, value in state.items():
-        if name not in wanted:
+        if name not in expected:
             raise SetupError(f"{path} holds {name}, which this network lacks", code="checkpoint_left_over")
-        if value.shape != wanted[name].shape or value.is_floating_point() != wanted[name].is_floating_point():
-            found, needed = (f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in (value, wanted[name]))
+        if value.shape != expected[name].shape or value.is_floating_point() != expected[name].is_floating_point():
+            found, needed = (f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in (value, expected[name]))
             raise SetupError(f"{path}: {name} is {found}, and has to be {needed}", code="checkpoint_shape_differs")
         if not value.isfinite().all():
             raise SetupError(f"{path}: {name} is not finite; get it again", code="checkpoint_not_finite")
@@ -159,9 +159,9 @@ class ResNet50NoDown(nn.Module):
 class AlignedForensics(Published):
     """P(fake) of each face's aligned crop by AlignedForensics "Ours-Sync".
 
-    The checkpoint is a dict of `model`, `optimizer` and `total_steps`. The YAML file of the release has to lie beside
-    it (`ours-sync.yaml`) and to say `arch: res50nodown`, `norm_type: resnet`, `patch_size: null`: the same tensors fit
-    plain `res50` as well, which then gives other scores without any error.
+    The checkpoint is a dict of `model`, `optimizer` and `total_steps`. The release's YAML file (`ours-sync.yaml`) must
+    be in the same folder and say `arch: res50nodown`, `norm_type: resnet`, `patch_size: null`. The same tensors fit
+    plain `res50` as well, which would give other scores without any error.
     """
 
     FILE = "ours-sync.pth"
@@ -254,9 +254,9 @@ class SwinV2Blending(Published):
             ) from error
         state = read_checkpoint(path)
         if isinstance(state, dict):
-            # Some versions of timm store these masks, others compute them. They follow from the window size alone.
-            kept = net.state_dict()
-            state = {k: v for k, v in state.items() if k in kept or not str(k).endswith(".attn_mask")}
+            # Only some versions of timm store these masks, which follow from the window size.
+            own_keys = net.state_dict()
+            state = {k: v for k, v in state.items() if k in own_keys or not str(k).endswith(".attn_mask")}
         load_strictly(net, state, path)
         return net
 
@@ -271,8 +271,8 @@ class SwinV2Blending(Published):
 class UniversalFakeDetect(Published):
     """P(fake) of each face's aligned crop by a linear head on the image embedding of CLIP ViT-L/14.
 
-    The file is the head, a dict of `weight` [1, 768] and `bias` [1] (or `fc.weight`, `fc.bias`). CLIP has to lie beside
-    it as transformers saves it, in the folder `clip-vit-large-patch14`.
+    The file is the head, a dict of `weight` [1, 768] and `bias` [1] (or `fc.weight`, `fc.bias`). The folder
+    `clip-vit-large-patch14` next to it must hold CLIP as transformers saves it.
     """
 
     FILE = "fc_weights.pth"
@@ -311,7 +311,7 @@ class UniversalFakeDetect(Published):
                 code="weights_missing",
             )
         try:
-            with quietly():  # the text tower of a whole CLIP is left over; what is missing is checked below
+            with quietly():  # a whole CLIP has tensors of a text tower too; missing ones are checked below
                 loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
                     str(tower),
                     dtype=torch.float32,
@@ -319,12 +319,12 @@ class UniversalFakeDetect(Published):
                     use_safetensors=True,
                     output_loading_info=True,
                 )
-        except Exception as error:  # not CLIP, a damaged file: each raises its own
+        except Exception as error:  # not CLIP or a damaged file: transformers raises many kinds
             raise SetupError(f"{tower} is not a readable CLIP: {first_line(error)}", code="tower_unreadable") from error
-        model, told = loaded
-        absent = sorted(told["missing_keys"])  # transformers fills these with random numbers
-        if odd := absent or sorted(map(str, told["mismatched_keys"])):
-            raise SetupError(f"{tower} is not CLIP's image tower: see {odd[0]}", code="tower_incomplete")
+        model, info = loaded
+        missing = sorted(info["missing_keys"])  # transformers fills these with random numbers
+        if faulty := missing or sorted(map(str, info["mismatched_keys"])):
+            raise SetupError(f"{tower} is not CLIP's image tower: see {faulty[0]}", code="tower_incomplete")
         if (model.config.projection_dim, model.config.image_size) != (768, CROP_SIZE):
             raise SetupError(
                 f"{tower} is not CLIP ViT-L/14: it makes {model.config.projection_dim} numbers of a picture of "

@@ -2,7 +2,7 @@
 
 Blind spot: reenactment that moves little but the mouth, generators that leave no trace at 224 pixels. The network is
 the base's CLIP ViT-B/16 with additions that this project trained end to end (external_detectors.train.tower). The
-embedded model reads the same pass of it, so beside that model it costs next to nothing.
+embedded model shares its forward pass, so together with that model the expert costs next to nothing.
 """
 
 from __future__ import annotations
@@ -59,38 +59,38 @@ class Tower(CropExpert):
         run_tower = (shared and shared.run_tower) or self._run_tower
         with torch.inference_mode():
             closer = run_tower(closer_crops(torch.from_numpy(np.stack([f.crop for f in faces]))))
-            return self._said(states, closer, faces)
+            return self._evidence(states, closer, faces)
 
     def evidence(self, crops: Tensor, faces: Sequence[Face]) -> list[Evidence]:
-        return self._said(self._run_tower(crops), self._run_tower(closer_crops(crops)), faces)
+        return self._evidence(self._run_tower(crops), self._run_tower(closer_crops(crops)), faces)
 
     def _run_tower(self, crops: Tensor) -> tuple[Tensor, ...]:
         return tower_states(crops, max(HEAD_LAYERS), self._additions)
 
-    def _said(self, states: Sequence[Tensor], closer: Sequence[Tensor], faces: Sequence[Face]) -> list[Evidence]:
+    def _evidence(self, states: Sequence[Tensor], closer: Sequence[Tensor], faces: Sequence[Face]) -> list[Evidence]:
         areas = torch.from_numpy(np.stack([area_grid(f.crop_landmarks) for f in faces]))
-        seen = self._heads.both(states, closer, areas.float() / 255)
-        # The map says where, if the picture was changed at all: it is fainter where that is unlikely.
-        likely = (seen.fake.sigmoid() / POINTS_FROM).clamp(max=1)[:, None, None]
-        maps = F.avg_pool2d((seen.map.sigmoid() * likely)[:, None], 2)[:, 0].tolist()  # [n, 14, 14]
-        whole = seen.kinds[:, 1:].softmax(1)[:, 0].tolist()  # of a fake: P(EFS)
-        chances = seen.cues.sigmoid().flatten(1)
-        drawn = seen.photo.neg().sigmoid().tolist()
+        logits = self._heads.both(states, closer, areas.float() / 255)
+        # The map says where the picture was changed if it was, so it is fainter where a change is unlikely.
+        likely = (logits.fake.sigmoid() / POINTS_FROM).clamp(max=1)[:, None, None]
+        maps = F.avg_pool2d((logits.map.sigmoid() * likely)[:, None], 2)[:, 0].tolist()  # [n, 14, 14]
+        efs_shares = logits.kinds[:, 1:].softmax(1)[:, 0].tolist()  # of a fake: P(EFS)
+        cue_chances = logits.cues.sigmoid().flatten(1)
+        no_photos = logits.photo.neg().sigmoid().tolist()
         out = []
-        scores = seen.fake.sigmoid().tolist()
-        for score, share, no_photo, chance, rows in zip(scores, whole, drawn, chances, maps, strict=True):
-            best = chance.topk(MAX_CUES)
+        scores = logits.fake.sigmoid().tolist()
+        for score, share, no_photo, chances, rows in zip(scores, efs_shares, no_photos, cue_chances, maps, strict=True):
+            best = chances.topk(MAX_CUES)
             pairs = [(divmod(k, len(ARTIFACTS)), p) for p, k in zip(*(t.tolist() for t in best), strict=True)]
-            found = tuple(
+            cues = tuple(
                 Cue(POOLED[area], ARTIFACTS[artifact], round(p, 3))
                 for (area, artifact), p in pairs
                 if score >= POINTS_FROM
                 and p >= self._threshold
-                # A face made as a whole has no area of its own: those named were wrong (LOG.md).
+                # No single area of a face made as a whole is forged: areas named there were wrong (LOG.md).
                 and (share <= 0.5 or POOLED[area] == "whole-image")
             )
             grid = tuple(tuple(round(v, 3) for v in row) for row in rows)
             kinds = {"whole": score * share, "part": score * (1 - share)}
-            note = "points at " + ", ".join(f"{c.area} {c.artifact}" for c in found) if found else None
-            out.append(Evidence(self.card.name, float(score), note, found, grid, kinds, no_photo))
+            note = "points at " + ", ".join(f"{c.area} {c.artifact}" for c in cues) if cues else None
+            out.append(Evidence(self.card.name, float(score), note, cues, grid, kinds, no_photo))
         return out

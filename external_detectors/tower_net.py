@@ -1,8 +1,8 @@
 """The heads on the forensic tower, shared by its training and its use.
 
-The tower is the base's CLIP ViT-B/16 with trained additions (LoRA, arXiv 2106.09685; or layer norms). Four of its
-layers are read: statistics over all patches decide real or fake and the kind of fake, patches pooled inside the areas
-of the face mesh name what is wrong where, and a map says where the picture was changed, if it was.
+The tower is the base's CLIP ViT-B/16 with trained additions (LoRA, arXiv 2106.09685; or layer norms). The heads read
+four of its layers. Statistics over all patches decide real or fake and the kind of fake, patches pooled inside the
+areas of the face mesh give the cues, and a map says where the picture was changed, if it was.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ GRID = 28
 """Side of the area grids and of the map: eight pixels of the crop a cell."""
 
 POINTS_FROM = 0.5
-"""Smallest P(fake) at which cues are named: the likeliest cues of a face that looks real mean nothing."""
+"""Smallest P(fake) at which cues are named, as even the likeliest cues of a face that looks real mean nothing."""
 
 MAX_CUES = 3
-"""Most cues that are named for one face."""
+"""Largest number of cues that are named for one face."""
 
 CUE_SEEN_FROM = 0.15
 """Cues with a lower score are neither targets nor errors of a training, as few people would see them."""
 
 CLOSER = 12
-"""Pixels that a closer look leaves out on each side. Two looks give a better verdict than one: LOG.md."""
+"""Pixels that the closer crop leaves out on each side. Two crops give a better verdict than one: LOG.md."""
 
 KINDS = ("real", "EFS", "FS", "FR", "FE")
 """Classes of the second head, as in DFA-Bench: bona fide, entire synthesis, swap, reenactment, editing."""
@@ -75,10 +75,10 @@ class HeadLogits(NamedTuple):
     photo: Tensor  # [n]: a photograph, forged or not, against a drawing, a painting, a render
 
 
-class _Where(nn.Module):
+class _MapHead(nn.Module):
     """Patches [n, 196, 4 * 768] and area grids [n, areas, 28, 28] to the logits of a map: [n, GRID, GRID].
 
-    A cell is judged by its patch, the patches around it, the area it lies in and the mean of the whole face: a swap
+    The logit of a cell follows from its patch, the patches around it, its area and the mean of the whole face: a swap
     fills the face, a changed mouth does not.
     """
 
@@ -93,9 +93,9 @@ class _Where(nn.Module):
     def forward(self, patches: Tensor, areas: Tensor) -> Tensor:
         mixed = self.dropout(torch.relu(self.mix(patches))).transpose(1, 2).unflatten(2, (_PATCHES, _PATCHES))
         whole = mixed.mean((2, 3), keepdim=True).expand_as(mixed)
-        read = torch.cat([mixed, whole, F.avg_pool2d(areas, GRID // _PATCHES)], 1)
-        read = torch.relu(self.further(torch.relu(self.near(read))))
-        return F.pixel_shuffle(self.cells(read), GRID // _PATCHES)[:, 0]
+        features = torch.cat([mixed, whole, F.avg_pool2d(areas, GRID // _PATCHES)], 1)
+        features = torch.relu(self.further(torch.relu(self.near(features))))
+        return F.pixel_shuffle(self.cells(features), GRID // _PATCHES)[:, 0]
 
 
 class TowerHeads(nn.Module):
@@ -111,50 +111,52 @@ class TowerHeads(nn.Module):
         self.fake = nn.Linear(features, 1)
         self.cls = nn.Linear(features, len(KINDS))
         self.photo = nn.Linear(features, 1)
-        self.map = _Where()
+        self.map = _MapHead()
         self.mix = nn.Linear(_POOLED, _CUE)
         self.name = nn.Sequential(
             nn.Linear(4 * _CUE + len(POOLED), 128), nn.ReLU(), nn.Dropout(0.1), nn.Linear(128, len(ARTIFACTS))
         )
         self.dropout = nn.Dropout(0.3)
-        # Cues that training has shown; no other is ever named.
+        # Only cues that enough training pictures show are ever named.
         self.register_buffer("allowed", torch.zeros(len(POOLED), len(ARTIFACTS)))
 
     def forward(self, states: Sequence[Tensor], areas: Tensor) -> HeadLogits:
-        read = [F.layer_norm(states[layer].float(), (WIDTH,))[:, 1:] for layer in LAYERS]
-        f = self.dropout(self.norm(self.statistics(states)))
-        each = torch.cat(read, 2)  # [n, 196, 4 * 768]
-        seen = self.map(each, areas)
-        return HeadLogits(self.fake(f)[:, 0], self.cls(f), self.cues(each, areas), seen, self.photo(f)[:, 0])
+        layers = [F.layer_norm(states[layer].float(), (WIDTH,))[:, 1:] for layer in LAYERS]
+        pooled = self.dropout(self.norm(self.statistics(states)))
+        patches = torch.cat(layers, 2)  # [n, 196, 4 * 768]
+        map_logits = self.map(patches, areas)
+        cues = self.cues(patches, areas)
+        return HeadLogits(self.fake(pooled)[:, 0], self.cls(pooled), cues, map_logits, self.photo(pooled)[:, 0])
 
     def both(self, states: Sequence[Tensor], closer: Sequence[Tensor], areas: Tensor) -> HeadLogits:
-        """As the heads alone, with the mean logits of both crops for the verdict, the kind and the photograph.
+        """The outputs of both crops: mean logits for verdict, kind and photograph, and the whole crop's cues and map.
 
-        `closer`: hidden states of `closer_crops`. What is wrong where is read from the whole crop.
+        `closer`: hidden states of `closer_crops`.
         """
-        seen: HeadLogits = self(states, areas)
-        f = self.norm(self.statistics(closer))
-        more = self.fake(f)[:, 0], self.cls(f), self.photo(f)[:, 0]
-        fake, kinds, photo = ((a + b) / 2 for a, b in zip((seen.fake, seen.kinds, seen.photo), more, strict=True))
-        return seen._replace(fake=fake, kinds=kinds, photo=photo)
+        logits: HeadLogits = self(states, areas)
+        pooled = self.norm(self.statistics(closer))
+        first = logits.fake, logits.kinds, logits.photo
+        second = self.fake(pooled)[:, 0], self.cls(pooled), self.photo(pooled)[:, 0]
+        fake, kinds, photo = ((a + b) / 2 for a, b in zip(first, second, strict=True))
+        return logits._replace(fake=fake, kinds=kinds, photo=photo)
 
     def statistics(self, states: Sequence[Tensor]) -> Tensor:
         """The last class token, and mean and deviation over the patches of each layer: [n, 6912]."""
-        read = [F.layer_norm(states[layer].float(), (WIDTH,)) for layer in LAYERS]
-        patches = [r[:, 1:] for r in read]
+        layers = [F.layer_norm(states[layer].float(), (WIDTH,)) for layer in LAYERS]
+        patches = [tokens[:, 1:] for tokens in layers]
         spread = [p.var(1).add(1e-6).sqrt() for p in patches]
         return torch.cat(
-            [read[-1][:, 0], *(s for p, v in zip(patches, spread, strict=True) for s in (p.mean(1), v))], 1
+            [layers[-1][:, 0], *(s for p, v in zip(patches, spread, strict=True) for s in (p.mean(1), v))], 1
         )
 
     def cues(self, patches: Tensor, areas: Tensor) -> Tensor:
-        """What an area looks like, compared with the skin and with the surroundings: [n, areas, artifacts]."""
+        """Logits of the cues, from each area's look compared with skin and surroundings: [n, areas, artifacts]."""
         share = F.avg_pool2d(areas, GRID // _PATCHES).flatten(2)
         share = share / share.sum(2, keepdim=True).clamp(min=1e-3)  # [n, areas, 196]
         mixed = self.mix(patches)
         mean = share @ mixed  # [n, areas, 64]
         spread = (share @ mixed.square() - mean.square()).clamp(min=1e-6).sqrt()
         skin, around = (mean[:, POOLED.index(a)].unsqueeze(1) for a in ("skin", "background"))
-        which = torch.eye(len(POOLED), dtype=mean.dtype, device=mean.device).expand(len(mean), -1, -1)
-        cues: Tensor = self.name(torch.cat([mean, spread, mean - skin, mean - around, which], 2))
+        area_ids = torch.eye(len(POOLED), dtype=mean.dtype, device=mean.device).expand(len(mean), -1, -1)
+        cues: Tensor = self.name(torch.cat([mean, spread, mean - skin, mean - around, area_ids], 2))
         return cues.masked_fill(self.allowed == 0, -12.0)

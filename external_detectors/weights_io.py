@@ -16,8 +16,8 @@ from x2dfd.types import Card
 
 
 def load_weights(card: Card, folder: Path) -> dict[str, Tensor]:
-    """Tensors of a card's weight file, fp32. Raises SetupError when the file is absent or is not the card's, or was
-    trained on other crops."""
+    """The tensors of a card's weight file, in fp32. Raises SetupError when the file is absent, differs from the card's
+    hash, or was trained on other crops."""
     path = folder / card.weights
     if not path.is_file():
         raise SetupError(f"weights of expert {card.name!r} missing: {path}; reinstall x2dfd", code="weights_missing")
@@ -30,7 +30,7 @@ def load_weights(card: Card, folder: Path) -> dict[str, Tensor]:
 
 def save_weights(state: dict[str, Tensor], card: Card, folder: Path) -> Card:
     """Write `<name>.safetensors` and `<name>.card.json`; returns the card with its hash. Raises X2DFDError when a
-    number is not finite in 16 bits: a training that diverged."""
+    number is not finite in 16 bits, as after a training that diverged."""
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{card.name}.safetensors"
     half = {k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in state.items()}

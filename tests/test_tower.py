@@ -259,7 +259,7 @@ def test_the_expert_says_the_same_of_a_pass_that_was_made(
         assert len(said.map) == len(said.map[0]) == 14
     crops = torch.from_numpy(np.stack([f.crop for f in faces]))
     states, bare = (tower_states(crops, max(LAYERS), path) for path in (weights / "tower.safetensors", None))
-    misread = expert._said([s.clone() for s in bare], [s.clone() for s in bare], faces)
+    misread = expert._evidence([s.clone() for s in bare], [s.clone() for s in bare], faces)
     assert not same(misread, alone, 1e-3)  # so that taking the base's own states would be seen
     passes: list[int] = []
 

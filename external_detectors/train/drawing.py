@@ -15,9 +15,9 @@ from x2dfd.faces import Array
 
 def drawing(crop: Pixels, rng: Rng) -> Pixels:
     """A crop [s, s, 3] in the style of a drawing or a painting; the style is chosen at random."""
-    ways = (_painted, _sketched, _cartoon, _flat)
-    out = ways[int(rng.integers(len(ways)))](crop, rng)
-    if rng.random() < 0.3:  # other colours than skin has
+    styles = (_painted, _sketched, _cartoon, _flat)
+    out = styles[int(rng.integers(len(styles)))](crop, rng)
+    if rng.random() < 0.3:  # colours unlike those of skin
         shifted = cv2.cvtColor(out, cv2.COLOR_RGB2HSV).astype(np.int16)
         shifted[..., 0] = (shifted[..., 0] + int(rng.integers(180))) % 180
         out = cv2.cvtColor(np.clip(shifted, 0, 255).astype(np.uint8), cv2.COLOR_HSV2RGB)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.stats import mannwhitneyu
 from torch import Tensor
@@ -44,45 +45,45 @@ def augmented(crop: NDArray[np.uint8], rng: np.random.Generator) -> tuple[NDArra
 
 
 def cue_truth(sample: Sample) -> NDArray[np.int8]:
-    """Cues that a sample shows (1), does not show (0), or that are unknown or too faint (-1): [areas, artifacts]."""
+    """The cues of a sample, [areas, artifacts]: 1 where it shows one, 0 where not, -1 if unknown or too faint."""
     unknown = sample.label == "fake" and not sample.cues
     truth = np.full((len(POOLED), len(ARTIFACTS)), -1 if unknown else 0, np.int8)
     for cue in sample.cues:
         if cue.area in POOLED:
-            seen = cue.score is None or cue.score >= CUE_SEEN_FROM
-            truth[POOLED.index(cue.area), ARTIFACTS.index(cue.artifact)] = 1 if seen else -1
+            visible = cue.score is None or cue.score >= CUE_SEEN_FROM
+            truth[POOLED.index(cue.area), ARTIFACTS.index(cue.artifact)] = 1 if visible else -1
     return truth
 
 
 def cue_loss(logits: Tensor, truth: Tensor, allowed: Tensor) -> Tensor:
-    """Of cues [n, areas, artifacts]. One or two of a hundred pairs are shown, so these weigh more than the others."""
-    known = (truth >= 0) & (allowed > 0)
+    """The loss of cue logits [n, areas, artifacts]. Only 1 or 2 % of the pairs are positive, so these weigh more."""
+    counted = (truth >= 0) & (allowed > 0)
     each = F.binary_cross_entropy_with_logits(logits, (truth > 0).float(), reduction="none")
-    return (each * known * (1 + 5 * (truth > 0))).sum() / known.sum().clamp(min=1) * 12
+    return (each * counted * (1 + 5 * (truth > 0))).sum() / counted.sum().clamp(min=1) * 12
 
 
 def best_threshold(logits: Tensor, truth: Tensor) -> dict[str, float]:
     """The probability from which naming at most MAX_CUES cues has the best F1 over (area, artifact), and that F1.
 
-    Both tensors: [n, areas, artifacts]. What is unknown or too faint is neither right nor wrong.
+    Both tensors: [n, areas, artifacts]. Cues that are unknown or too faint do not count.
     """
-    chances, right, unsure = logits.sigmoid().flatten(1), (truth > 0).flatten(1), (truth < 0).flatten(1)
-    best = chances.topk(MAX_CUES)
-    found: dict[float, float] = {}
+    probabilities, positive, unknown = logits.sigmoid().flatten(1), (truth > 0).flatten(1), (truth < 0).flatten(1)
+    best = probabilities.topk(MAX_CUES)
+    f1: dict[float, float] = {}
     for threshold in np.arange(0.1, 0.95, 0.05).round(2).tolist():
-        said = chances.new_zeros(chances.shape).scatter(1, best.indices, (best.values >= threshold).float()) * ~unsure
-        found[threshold] = float(2 * (said * right).sum() / (said.sum() + right.sum()).clamp(min=1))
-    threshold = max(found, key=lambda t: found[t])
-    return {"cue_f1": round(found[threshold], 4), "cue_threshold": threshold}
+        named = torch.zeros_like(probabilities).scatter(1, best.indices, (best.values >= threshold).float()) * ~unknown
+        f1[threshold] = float(2 * (named * positive).sum() / (named.sum() + positive.sum()).clamp(min=1))
+    threshold = max(f1, key=lambda t: f1[t])
+    return {"cue_f1": round(f1[threshold], 4), "cue_threshold": threshold}
 
 
 def covered(allowed: Tensor) -> tuple[str, ...]:
-    """What a card covers: every class of fakes, and the cues that training has shown."""
+    """What a card covers: every class of fakes, and the cues that enough training pictures show."""
     return ("EFS", "FS", "FR", "FE", *(f"{POOLED[a]} {ARTIFACTS[r]}" for a, r in allowed.nonzero().tolist()))
 
 
 def auc(labels: NDArray[np.bool_], scores: NDArray[np.float64]) -> float | None:
-    """Area under the ROC curve; None when a label is absent."""
+    """Area under the ROC curve; None without real or without fake pictures."""
     positives, negatives = scores[labels], scores[~labels]
     if not len(positives) or not len(negatives):
         return None
@@ -90,13 +91,13 @@ def auc(labels: NDArray[np.bool_], scores: NDArray[np.float64]) -> float | None:
 
 
 def by_method(samples: list[Sample], scores: NDArray[np.float64]) -> Json:
-    """AUC of each method's fakes (by the first method where two were combined) against all real ones, with counts."""
+    """AUC of each method's fakes against all real pictures, with counts. Combined methods count as their first."""
     real = np.array([s.label == "real" for s in samples])
     methods = np.array([s.method.split("+")[0] for s in samples])
     table: Json = {}
     for method in sorted(set(methods[~real])):
-        chosen = real | (methods == method)
-        value = auc(~real[chosen], scores[chosen])
+        compared = real | (methods == method)
+        value = auc(~real[compared], scores[compared])
         if value is not None:
             table[method] = {"auc": round(value, 4), "n_fake": int((methods == method).sum())}
     table["n_real"] = int(real.sum())
@@ -104,51 +105,49 @@ def by_method(samples: list[Sample], scores: NDArray[np.float64]) -> Json:
 
 
 ENOUGH = 10
-"""Pictures that a method or a source needs to decide which checkpoint is kept, and a cue to be named."""
+"""The fewest pictures with which a method or source counts in the choice of a checkpoint, and a cue may be named."""
 
 
 def worst(samples: Sequence[Sample], scores: NDArray[np.float64]) -> float | None:
     """The figure that chooses a checkpoint: the mean of the lowest quarter of the AUCs of methods and of real sources.
 
-    A method's fakes are compared with all real pictures, a source's real pictures with all fakes. The mean over what
-    was learnt would choose what is learnt by heart; the lowest alone, where a method is near chance, by that method's
-    noise. None where no method or source has enough pictures.
+    A method's fakes are compared with all real pictures, a source's real pictures with all fakes. The mean of all AUCs
+    would favour a checkpoint that learnt its pictures by heart, and the lowest AUC alone would follow the noise of a
+    method near chance. None where no method or source has enough pictures.
     """
     real = np.array([s.label == "real" for s in samples], bool)
     methods = np.array([s.method.split("+")[0] for s in samples])
     sources = np.array([s.source for s in samples])
-    parts = [~real & (methods == m) for m in sorted(set(methods[~real]))]
-    pairs = [(part, real) for part in parts] + [(~real, real & (sources == s)) for s in sorted(set(sources[real]))]
-    found = [
+    comparisons = [(~real & (methods == m), real) for m in sorted(set(methods[~real]))]
+    comparisons += [(~real, real & (sources == s)) for s in sorted(set(sources[real]))]
+    aucs = [
         auc(~real[fakes | reals], scores[fakes | reals])
-        for fakes, reals in pairs
+        for fakes, reals in comparisons
         if min(fakes.sum(), reals.sum()) >= ENOUGH
     ]
-    lowest = sorted(v for v in found if v is not None)[: max(1, len(found) // 4)]
+    lowest = sorted(v for v in aucs if v is not None)[: max(1, len(aucs) // 4)]
     return round(float(np.mean(lowest)), 4) if lowest else None
 
 
 def licence_of(samples: Iterable[Sample]) -> str:
-    """The licence line of weights, from the column `licence` of the pictures they were trained on. Sources without one
-    are named."""
-    stated: set[str] = set()
-    silent: set[str] = set()
+    """The licence line of a card, from the column `licence` of its training pictures; it names sources without one."""
+    licences: set[str] = set()
+    unlicensed: set[str] = set()
     for sample in samples:
         text = str(sample.extra.get("licence") or "").strip()
         text = "" if text.lower() == "not stated" else text  # as `data_gen adopt` writes it
-        (stated if text else silent).add(text or sample.source or "(no source)")
-    parts = ["trained on pictures under: " + "; ".join(sorted(stated))] if stated else []
-    if silent:
-        parts.append(f"no licence is stated for the pictures of {', '.join(sorted(silent))}")
-    bound = silent or any(
-        re.search(r"\bNC\b|non-?\s?commercial|research|no licence|none stated", text, re.IGNORECASE) for text in stated
-    )
-    allowed = "research and evaluation only" if bound else "bound by what they were made of"
-    return f"weights: {allowed} ({'. '.join(parts)})"
+        (licences if text else unlicensed).add(text or sample.source or "(no source)")
+    sentences = ["trained on pictures under: " + "; ".join(sorted(licences))] if licences else []
+    if unlicensed:
+        sentences.append(f"no licence is stated for the pictures of {', '.join(sorted(unlicensed))}")
+    limits = re.compile(r"\bNC\b|non-?\s?commercial|research|no licence|none stated", re.IGNORECASE)
+    restricted = unlicensed or any(map(limits.search, licences))
+    terms = "research and evaluation only" if restricted else "bound by what they were made of"
+    return f"weights: {terms} ({'. '.join(sentences)})"
 
 
 def next_version(folder: Path, name: str) -> str:
-    """One more than the version of the card that lies in `folder`; "1" where there is none, or it has no number."""
+    """The version after that of the card in `folder`; "1" without such a card, or if its version is no number."""
     path = folder / f"{name}.card.json"
-    before = read_card(path).version if path.is_file() else ""
-    return str(int(before) + 1) if before.isdecimal() else "1"
+    previous = read_card(path).version if path.is_file() else ""
+    return str(int(previous) + 1) if previous.isdecimal() else "1"

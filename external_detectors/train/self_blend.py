@@ -1,8 +1,8 @@
 """Self-blending: a photo blended with a changed copy of itself, made anew for every sample.
 
-After Shiohara & Yamasaki, "Detecting Deepfakes with Self-Blended Images" (CVPR 2022): what is learnt is the trace of
-blending and not a method or a person. Beside the whole face, parts of it are blended, the mouth's region most often: a
-reenactment replaces little else.
+After Shiohara & Yamasaki, "Detecting Deepfakes with Self-Blended Images" (CVPR 2022): a detector learns the trace of
+blending and not a method or a person. Not only whole faces are blended but also parts of them, most often the region of
+the mouth, because a reenactment replaces little else.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MOUTH = (61, 291, 17, 0, 57, 287, 200, 164)
 
 
 def self_blend(crop: Pixels, landmarks: Array, rng: Rng) -> tuple[Pixels, Array]:
-    """A forged crop [s, s, 3], and how much of the copy stands at each pixel [s, s], 0..1.
+    """A forged crop [s, s, 3], and the copy's share of each pixel [s, s], 0..1.
 
     `landmarks`: [468, 2] in the crop's pixels.
     """

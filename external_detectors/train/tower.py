@@ -1,10 +1,11 @@
 """Training of the forensic tower: the base's CLIP ViT-B/16, trained end to end to see forgeries.
 
 Small additions to the tower (LoRA on every linear layer) and the heads on it learn several targets at once: real or
-fake, the kind of fake, area × artifact cues, and a map of where. The data are manifests: photos, ready-made fakes,
-forgeries of `data_gen forge` with their masks and cues; photos are also blended with themselves, anew every time.
-A training ends after a given time, so that one command serves CPU and GPU, and it resumes after a cut. Averages of the
-weights are compared on held-out pictures, and the best one is kept: more steps can make verdicts on new sources worse.
+fake, the kind of fake, area × artifact cues, and a map of changed places. The data are manifests of photos, ready-made
+fakes, and forgeries of `data_gen forge` with their masks and cues. Photos are also blended with themselves, each time
+differently. A training ends after a given time, so that one command serves CPU and GPU, and it resumes if interrupted.
+Averages of the weights are compared on held-out pictures, and the best one is kept, because more steps can make
+verdicts on new sources worse.
 """
 
 from __future__ import annotations
@@ -57,19 +58,19 @@ from x2dfd.tower import HEAD_LAYERS, LORA_B, clip_pixels, load_tower, quick_in_1
 from x2dfd.types import Card
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-FAKES, BLENDED = 0.34, 0.27  # share of fakes among what is drawn, and of photos that are blended with themselves:
-# together half of what is seen is fake
-DRAWN = 0.05  # share of views that are made a drawing: no photograph, and neither real nor fake
-VIDEO = 0.2  # share of views that go through H.264 beside what `degrade` does
-CLIP = 8  # pictures that a clip or person counts as, however many there are
-KEPT = "allowed"  # a buffer of the heads, not a weight
-CHOSEN_BY = "the best mean over the worst quarter of methods and sources, on these figures' pictures"
-"""The note in a card on its checkpoint: held-out methods were not trained on, but they took part in this choice."""
+FAKE_SHARE, BLENDED_SHARE = 0.34, 0.27  # of fakes among the sampled pictures, and of photos blended with themselves:
+# together they make half of the views fake
+DRAWING_SHARE = 0.05  # of views that become a drawing: no photograph, and neither real nor fake
+VIDEO_SHARE = 0.2  # of views that go through H.264 after `degrade`
+MAX_GROUP = 8  # the most pictures that a clip or person counts as
+ALLOWED = "allowed"  # a buffer of the heads, not a weight
+CHOICE_NOTE = "the best mean over the worst quarter of methods and sources, on these figures' pictures"
+"""A card's note on its checkpoint: no held-out method was trained on, but they did take part in this choice."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a training. A run that was cut off resumes only with the same ones."""
+    """The settings of a training. An interrupted run resumes only with the same ones."""
 
     data: tuple[str, ...]  # hashes of the manifests
     leave_out: tuple[str, ...]
@@ -79,7 +80,7 @@ class Settings:
     lr: float
     rank: int
     seed: int
-    cues: str  # hash of what the pictures to learn from show: other code or another list of cues gives another
+    cues: str  # hash of the training pictures' cues: it changes with the code or the list of cues
 
 
 class Net(nn.Module):
@@ -96,8 +97,8 @@ class Net(nn.Module):
 
     def forward(self, crops: Tensor, areas: Tensor) -> HeadLogits:
         states = self.tower(clip_pixels(crops), output_hidden_states=True).hidden_states
-        seen: HeadLogits = self.heads(states, areas.float() / 255)
-        return seen
+        logits: HeadLogits = self.heads(states, areas.float() / 255)
+        return logits
 
     def own(self) -> dict[str, nn.Parameter]:
         """The parameters in a weight file: LoRA and heads."""
@@ -108,19 +109,19 @@ class Net(nn.Module):
 
 
 def weights_of(state: dict[str, Tensor], scale: float = 2.0) -> dict[str, Tensor]:
-    """Trained parameters by the names in the weight file: `tower.…lora_A.weight`, LoRA's scale put into B; heads."""
-    found = {}
+    """Trained parameters under the weight file's names, as in `tower.…lora_A.weight`. B includes LoRA's scale."""
+    weights = {}
     for name, value in state.items():
         short = name.replace("tower.base_model.model.", "tower.").replace(".default.", ".").removeprefix("heads.")
-        found[short] = value * scale if short.endswith(LORA_B) else value
-    return found
+        weights[short] = value * scale if short.endswith(LORA_B) else value
+    return weights
 
 
 def start_from(net: Net, weights: dict[str, Tensor], scale: float = 2.0) -> None:
     """Give the net the values of a weight file; heads that the file lacks keep their random start. Raises X2DFDError
     for a weight that the net does not have in that shape."""
-    own: dict[str, Tensor] = dict(net.own()) | {f"heads.{KEPT}": net.heads.allowed}
-    by_short = {short: own[name] for name in own for short in weights_of({name: own[name]})}
+    parameters: dict[str, Tensor] = dict(net.own()) | {f"heads.{ALLOWED}": net.heads.allowed}
+    by_short = {short: parameters[name] for name in parameters for short in weights_of({name: parameters[name]})}
     with torch.no_grad():
         for short, value in weights.items():
             if short not in by_short or by_short[short].shape != value.shape:
@@ -130,87 +131,87 @@ def start_from(net: Net, weights: dict[str, Tensor], scale: float = 2.0) -> None
             by_short[short].copy_(value / scale if short.endswith(LORA_B) else value)
 
 
-Drawn = tuple[NDArray[np.uint8], np.float32, int, NDArray[np.float32], NDArray[np.int8], NDArray[np.uint8], np.float32]
-"""A training sample: view, label, kind, map, cues (1, 0, or -1: unknown), area grid, photograph or not."""
+Item = tuple[NDArray[np.uint8], np.float32, int, NDArray[np.float32], NDArray[np.int8], NDArray[np.uint8], np.float32]
+"""A training example: view, label, kind, map, cues (1, 0, or -1: unknown), area grid, photograph or not."""
 
 
-class Pictures(IterableDataset[Drawn]):
-    """Endless training samples."""
+class Pictures(IterableDataset[Item]):
+    """Endless training examples."""
 
     def __init__(self, sets: Sequence[CropSet], leave_out: Sequence[str], seed: int) -> None:
-        known = {name for crops in sets for s in crops.samples for name in _own_origins(s)}
+        origins = {name for crops in sets for s in crops.samples for name in _own_origins(s)}
         for name in leave_out:
-            if name not in known:
-                raise UnknownName("source, generator or method", name, known)
+            if name not in origins:
+                raise UnknownName("source, generator or method", name, origins)
         self.sets, self.seed = sets, seed
         fakes = [s for crops in sets for s in crops.samples if s.label == "fake"]
-        if unclear := [s.id for s in fakes if s.df_class not in KINDS[1:]]:
-            raise X2DFDError(f"{len(unclear)} fakes without df_class, such as {unclear[0]}", code="df_class_missing")
-        every = [(k, i) for k, crops in enumerate(sets) for i in range(len(crops.samples))]
+        if no_class := [s.id for s in fakes if s.df_class not in KINDS[1:]]:
+            raise X2DFDError(f"{len(no_class)} fakes without df_class, such as {no_class[0]}", code="df_class_missing")
+        all_rows = [(k, i) for k, crops in enumerate(sets) for i in range(len(crops.samples))]
         donors = {s.group: s.source for crops in sets for s in crops.samples if not s.synthetic}
-        kept_out = {(k, i) for k, i in every if origins_of(sets[k].samples[i], donors) & set(leave_out)}
-        self.rows = [(k, i) for k, i in every if self.at(k, i).split in ("", "train") and (k, i) not in kept_out]
-        # Of held-out pictures, only split `val` takes part in the choice: the others are for reports and calibration.
-        judges = [(k, i) for k, i in every if self.at(k, i).split == "val"]
-        new = [(k, i) for k, i in judges if _own_origins(self.at(k, i)) & set(leave_out)]
-        old = [(k, i) for k, i in judges if (k, i) not in kept_out]
-        self.judged = _some(new, 240) + _some(old, 240)
-        self.odds = _odds([self.at(k, i) for k, i in self.rows])
+        held_out = {(k, i) for k, i in all_rows if origins_of(sets[k].samples[i], donors) & set(leave_out)}
+        self.rows = [(k, i) for k, i in all_rows if self.at(k, i).split in ("", "train") and (k, i) not in held_out]
+        # Only the held-out pictures of split `val` take part in the choice: the others are for reports and calibration.
+        val_rows = [(k, i) for k, i in all_rows if self.at(k, i).split == "val"]
+        val_held_out = [(k, i) for k, i in val_rows if _own_origins(self.at(k, i)) & set(leave_out)]
+        val_others = [(k, i) for k, i in val_rows if (k, i) not in held_out]
+        self.judged = _subset(val_held_out, 240) + _subset(val_others, 240)
+        self.odds = _sampling_odds([self.at(k, i) for k, i in self.rows])
 
     def at(self, k: int, i: int) -> Sample:
         return self.sets[k].samples[i]
 
-    def __iter__(self) -> Iterator[Drawn]:
+    def __iter__(self) -> Iterator[Item]:
         worker = torch.utils.data.get_worker_info()
         rng = np.random.default_rng([self.seed, worker.id if worker else 0])
         cv2.setNumThreads(1)
-        climb = np.cumsum(self.odds)
+        cumulative = np.cumsum(self.odds)
         while True:
-            at = min(int(np.searchsorted(climb, rng.random() * climb[-1])), len(self.rows) - 1)
-            yield self.sample(*self.rows[at], rng)
+            index = min(int(np.searchsorted(cumulative, rng.random() * cumulative[-1])), len(self.rows) - 1)
+            yield self.sample(*self.rows[index], rng)
 
-    def sample(self, k: int, i: int, rng: np.random.Generator | None) -> Drawn:
-        """One picture, augmented by the generator; without a generator as it is in use."""
+    def sample(self, k: int, i: int, rng: np.random.Generator | None) -> Item:
+        """One picture, augmented with the generator's random numbers; without a generator, as a detector sees it."""
         crops, s = self.sets[k], self.at(k, i)
         view, points = np.ascontiguousarray(crops.crops[i]), crops.landmarks[i]
         label, kind = s.label == "fake", s.df_class if s.label == "fake" else "real"
         mask: NDArray[np.float32] = np.full((GRID, GRID), float(label), np.float32)
         cues = cue_truth(s)
         if label and s.mask is not None and crops.masks is not None:
-            mask = _on_grid(np.asarray(crops.masks[i])) / np.float32(255)
+            mask = _to_grid(np.asarray(crops.masks[i])) / np.float32(255)
         elif label:
             cues[:] = -1
-        photo = True
+        is_photo = True
         if rng is None:
-            view, moved = codec(view, *CODEC), np.eye(2, 3)
+            view, matrix = codec(view, *CODEC), np.eye(2, 3)
         else:
-            if rng.random() < DRAWN:
-                view, photo = drawing(view, rng), False
-            elif not label and rng.random() < BLENDED:
+            if rng.random() < DRAWING_SHARE:
+                view, is_photo = drawing(view, rng), False
+            elif not label and rng.random() < BLENDED_SHARE:
                 view, soft_mask = self_blend(view, points, rng)
-                mask = _on_grid(soft_mask)
+                mask = _to_grid(soft_mask)
                 label, kind, cues[:] = True, "FS", -1
-            view, moved = augmented(view, rng)
-            if rng.random() < VIDEO:
+            view, matrix = augmented(view, rng)
+            if rng.random() < VIDEO_SHARE:
                 view = video_codec(view, int(rng.integers(20, 38)))
             view = codec(view, *CODEC)
-        step = view.shape[0] / GRID  # the same move on the map's grid, whose cells lie between the crop's pixels
+        step = view.shape[0] / GRID  # for the same transform on the map's grid, whose cells lie between the pixels
         centre = np.full(2, (step - 1) / 2)
-        small = moved.copy()
-        small[:, 2] = (moved[:, :2] @ centre + moved[:, 2] - centre) / step
-        mask = np.asarray(cv2.warpAffine(mask, small, (GRID, GRID), borderMode=cv2.BORDER_REPLICATE), np.float32)
-        areas = area_grid(cv2.transform(points[None], moved)[0].astype(np.float32))
-        where = (mask > 0.25 * max(float(mask.max()), 1e-6)).astype(np.float32)  # a faint blend has a place too
-        return view, np.float32(label), KINDS.index(kind), where, cues, areas, np.float32(photo)
+        grid_matrix = matrix.copy()
+        grid_matrix[:, 2] = (matrix[:, :2] @ centre + matrix[:, 2] - centre) / step
+        mask = np.asarray(cv2.warpAffine(mask, grid_matrix, (GRID, GRID), borderMode=cv2.BORDER_REPLICATE), np.float32)
+        areas = area_grid(cv2.transform(points[None], matrix)[0].astype(np.float32))
+        changed = (mask > 0.25 * max(float(mask.max()), 1e-6)).astype(np.float32)  # a faint blend has a place too
+        return view, np.float32(label), KINDS.index(kind), changed, cues, areas, np.float32(is_photo)
 
 
-def _on_grid(mask: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.float32]:
+def _to_grid(mask: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(cv2.resize(mask, (GRID, GRID), interpolation=cv2.INTER_AREA), np.float32)
 
 
 def origins_of(sample: Sample, donors: Mapping[str, str]) -> set[str]:
-    """What a picture shows of: its generator or its photo's source, its donor's, and its forge methods. `donors`: group
-    of a photo -> its source."""
+    """The origins of a picture: its generator or source, its donor's source, and its forge methods. `donors`: group of
+    a photo -> its source."""
     donor = donors.get(str(sample.extra.get("donor") or ""))
     return _own_origins(sample) | ({donor} if donor else set())
 
@@ -219,46 +220,48 @@ def _own_origins(sample: Sample) -> set[str]:
     return {sample.origin, *sample.method.split("+")} - {""}
 
 
-def _some(rows: list[tuple[int, int]], n: int) -> list[tuple[int, int]]:
-    """At most n of them, the same every time."""
+def _subset(rows: list[tuple[int, int]], n: int) -> list[tuple[int, int]]:
+    """At most n of the rows, the same ones every time."""
     if len(rows) <= n:
         return rows
     return [rows[k] for k in np.sort(np.random.default_rng(0).choice(len(rows), n, replace=False))]
 
 
-def _odds(samples: Sequence[Sample]) -> NDArray[np.float64]:
-    """FAKES of the weight to fakes; in each label the root of the size of a source or method; a clip's frames share."""
+def _sampling_odds(samples: Sequence[Sample]) -> NDArray[np.float64]:
+    """The chance of each sample. Fakes get FAKE_SHARE of the weight, and within a label each source or method the root
+    of its size. Of a clip or person, at most MAX_GROUP pictures count."""
     keys = [(s.label, s.source if s.label == "real" else s.method.split("+")[0]) for s in samples]
     sizes, groups = Counter(keys), Counter(s.group for s in samples)
-    odds = np.array([sizes[k] ** -0.5 * min(1.0, CLIP / groups[s.group]) for k, s in zip(keys, samples, strict=True)])
+    shares = [min(1.0, MAX_GROUP / groups[s.group]) for s in samples]
+    odds = np.array([sizes[k] ** -0.5 * share for k, share in zip(keys, shares, strict=True)])
     fake = np.array([k[0] == "fake" for k in keys])
     if not fake.any() or fake.all():
         raise X2DFDError("split `train` of the manifests lacks real or fake pictures", code="no_picture_of_label")
-    odds[fake] *= FAKES / odds[fake].sum()
-    odds[~fake] *= (1 - FAKES) / odds[~fake].sum()
+    odds[fake] *= FAKE_SHARE / odds[fake].sum()
+    odds[~fake] *= (1 - FAKE_SHARE) / odds[~fake].sum()
     return odds
 
 
 def loss_of(
-    seen: HeadLogits, label: Tensor, kind: Tensor, mask: Tensor, cues: Tensor, photo: Tensor, allowed: Tensor
+    logits: HeadLogits, label: Tensor, kind: Tensor, mask: Tensor, cues: Tensor, photo: Tensor, allowed: Tensor
 ) -> Tensor:
-    """Photograph or not; of photographs verdict, kind, map and cues together."""
-    shown = F.binary_cross_entropy_with_logits(seen.photo.float(), photo * 0.98 + 0.01)
-    there = photo > 0
-    if not there.any():
-        return shown
-    seen, label, kind, mask, cues = (
-        HeadLogits(*(v[there] for v in seen)),
-        label[there],
-        kind[there],
-        mask[there],
-        cues[there],
+    """The loss of "photograph or not" and, over photographs alone, of verdict, kind, map and cues together."""
+    photo_loss = F.binary_cross_entropy_with_logits(logits.photo.float(), photo * 0.98 + 0.01)
+    is_photo = photo > 0
+    if not is_photo.any():
+        return photo_loss
+    logits, label, kind, mask, cues = (
+        HeadLogits(*(v[is_photo] for v in logits)),
+        label[is_photo],
+        kind[is_photo],
+        mask[is_photo],
+        cues[is_photo],
     )
-    verdict = F.binary_cross_entropy_with_logits(seen.fake.float(), label * 0.94 + 0.03)
-    placing = F.binary_cross_entropy_with_logits(seen.map.float(), mask)
-    naming = cue_loss(seen.cues.float(), cues, allowed)
-    naming_kind = F.cross_entropy(seen.kinds.float(), kind)
-    total: Tensor = verdict + 0.3 * naming_kind + 0.5 * placing + 0.5 * naming + 0.5 * shown
+    verdict_loss = F.binary_cross_entropy_with_logits(logits.fake.float(), label * 0.94 + 0.03)
+    map_loss = F.binary_cross_entropy_with_logits(logits.map.float(), mask)
+    naming_loss = cue_loss(logits.cues.float(), cues, allowed)
+    kind_loss = F.cross_entropy(logits.kinds.float(), kind)
+    total: Tensor = verdict_loss + 0.3 * kind_loss + 0.5 * map_loss + 0.5 * naming_loss + 0.5 * photo_loss
     return total
 
 
@@ -279,14 +282,14 @@ def tower(
     checks: Annotated[int, typer.Option(help="how many averages are compared on held-out pictures")] = 3,
     crop_workers: int = 1,
 ) -> None:
-    """The forensic tower: real or fake, kind of fake, cues and map from one pass."""
+    """Train the forensic tower: real or fake, kind of fake, cues and map from one pass."""
     sets = [load_crops(path, crop_workers) for path in data]
-    left_out = names(leave_out)
-    pictures = Pictures(sets, left_out, seed)
+    held_out = names(leave_out)
+    pictures = Pictures(sets, held_out, seed)
     truth = np.stack([cue_truth(pictures.at(k, i)) for k, i in pictures.rows])
     settings = Settings(
         tuple(manifest_sha256(path) for path in data),
-        left_out,
+        held_out,
         file_sha256(start) if start else "",
         minutes,
         batch,
@@ -298,67 +301,69 @@ def tower(
     net = Net(rank, seed)
     if start is not None:
         start_from(net, {k: v.float() for k, v in load_file(start).items()})
-    # Pairs of area and artifact that enough pictures show; no other is ever named.
+    # Only pairs of area and artifact that enough pictures show are ever named.
     net.heads.allowed.copy_(torch.from_numpy((truth > 0).sum(0) >= ENOUGH))
-    log(f"{len(pictures.rows)} pictures to learn from, {len(pictures.judged)} to choose by")
+    log(f"{len(pictures.rows)} training pictures, {len(pictures.judged)} to choose the checkpoint by")
     with alone(state):
-        kept, figures = _learn(net, pictures, settings, state, workers, checks)
-    learnt = [pictures.at(k, i) for k, i in pictures.rows]
+        weights, figures = _train(net, pictures, settings, state, workers, checks)
+    samples = [pictures.at(k, i) for k, i in pictures.rows]
     card = Card(
         name="tower",
         version=next_version(out, "tower"),
         source="trained by this project: external_detectors/train",
-        licence=licence_of(learnt),
+        licence=licence_of(samples),
         sha256="",
         preprocessing=PREPROCESSING,
         paper="LoRA, arXiv 2106.09685, on CLIP, arXiv 2103.00020; self-blending after Shiohara & Yamasaki, CVPR 2022",
         blind_spot="Generators of a family that it never met, whose faces look like photos to it, and reenactment that "
         "moves little but the mouth; on video frames and on retouched portraits of sources that it does not know it is "
         "readier to say fake.",
-        trained_on=f"{len(learnt)} pictures; sources: {', '.join(sorted({s.source for s in learnt}))}",
+        trained_on=f"{len(samples)} pictures; sources: {', '.join(sorted({s.source for s in samples}))}",
         covers=covered(net.heads.allowed),
-        figures={"left_out": list(left_out), "settings": asdict(settings), "checkpoint": CHOSEN_BY, **figures},
+        figures={"left_out": list(held_out), "settings": asdict(settings), "checkpoint": CHOICE_NOTE, **figures},
     )
-    save_weights(weights_of(kept), card, out)
+    save_weights(weights_of(weights), card, out)
     print(out / "tower.card.json")
 
 
-def _learn(
+def _train(
     net: Net, pictures: Pictures, settings: Settings, state: Path, workers: int, checks: int
 ) -> tuple[dict[str, Tensor], Json]:
-    """Train until the clock ends it; returns the best average of the trained weights and its figures."""
-    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net = net.to(place)
-    if quick_in_16_bits(place.type):
+    """Train until the time is up; returns the best average of the trained weights and its figures."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net = net.to(device)
+    if quick_in_16_bits(device.type):
         _in_16_bits(net)
     trained = net.trained()
-    body = [p for n, p in trained.items() if n.startswith("tower.")]
-    heads = [p for n, p in trained.items() if not n.startswith("tower.")]
-    groups = [{"params": body, "base": settings.lr}, {"params": heads, "base": 2.5 * settings.lr}]
+    tower_parameters = [p for n, p in trained.items() if n.startswith("tower.")]
+    head_parameters = [p for n, p in trained.items() if not n.startswith("tower.")]
+    groups = [{"params": tower_parameters, "base": settings.lr}, {"params": head_parameters, "base": 2.5 * settings.lr}]
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=0.02)
     average = {n: p.detach().clone() for n, p in trained.items()}
-    saved, seconds = state / "state.safetensors", settings.minutes * 60
-    spent, step, best = _resume(saved, settings, trained, average, optimizer)
-    pictures.seed = settings.seed * 1_000_003 + step  # a resumed run draws others than it has drawn
+    state_path, seconds = state / "state.safetensors", settings.minutes * 60
+    elapsed, step, best = _resume(state_path, settings, trained, average, optimizer)
+    pictures.seed = settings.seed * 1_000_003 + step  # a resumed run draws new samples
     loader = DataLoader(
         pictures,
         settings.batch,
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,
         prefetch_factor=4 if workers else None,
-        pin_memory=place.type == "cuda",
+        pin_memory=device.type == "cuda",
     )
-    drawn, losses, begun = iter(loader), [], time.monotonic() - spent
+    batches, losses, started = iter(loader), [], time.monotonic() - elapsed
     next_check = len(best["tried"]) + 1
     net.train()
-    while (spent := time.monotonic() - begun) < seconds:
-        views, label, kind, mask, cues, areas, photo = (part.to(place, non_blocking=True) for part in next(drawn))
-        rate = min(1.0, (step + 1) / 60) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * spent / seconds)))
+    while (elapsed := time.monotonic() - started) < seconds:
+        views, label, kind, mask, cues, areas, photo = (
+            column.to(device, non_blocking=True) for column in next(batches)
+        )
+        rate = min(1.0, (step + 1) / 60) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * elapsed / seconds)))
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * rate
-        with torch.autocast(place.type, torch.bfloat16, enabled=quick_in_16_bits(place.type)):
-            seen = net(views, areas)
-        loss = loss_of(seen, label, kind, mask, cues, photo, net.heads.allowed)
+        with torch.autocast(device.type, torch.bfloat16, enabled=quick_in_16_bits(device.type)):
+            logits = net(views, areas)
+        loss = loss_of(logits, label, kind, mask, cues, photo, net.heads.allowed)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
@@ -369,26 +374,26 @@ def _learn(
             average[name].lerp_(value.detach(), 1 - decay)
         losses.append(float(loss.detach()))
         if step % 20 == 0:
-            log(f"{spent:.0f} of {seconds:.0f} s, step {step}, loss {np.mean(losses[-40:]):.4f}")
-        if spent >= seconds * next_check / (checks + 1) and next_check < checks + 1:
-            best = _better(net, trained, average, pictures, step, best, state)
+            log(f"{elapsed:.0f} of {seconds:.0f} s, step {step}, loss {np.mean(losses[-40:]):.4f}")
+        if elapsed >= seconds * next_check / (checks + 1) and next_check < checks + 1:
+            best = _keep_best(net, trained, average, pictures, step, best, state)
             next_check += 1
-            _save(saved, settings, spent, step, best, trained, average, optimizer)
-    best = _better(net, trained, average, pictures, step, best, state)
-    kept = load_file(state / f"average-{best['figures']['step']}.safetensors")
-    _put(trained, {n: kept[n].to(place) for n in trained})
+            _save(state_path, settings, elapsed, step, best, trained, average, optimizer)
+    best = _keep_best(net, trained, average, pictures, step, best, state)
+    weights = load_file(state / f"average-{best['figures']['step']}.safetensors")
+    _set_values(trained, {n: weights[n].to(device) for n in trained})
     figures = {"steps": step, "pictures_seen": step * settings.batch, **best["figures"], "tried": best["tried"]}
-    return kept, {**figures, **cue_threshold(net, pictures)}
+    return weights, {**figures, **cue_threshold(net, pictures)}
 
 
 def _in_16_bits(net: Net) -> None:
-    """The frozen linear layers in bf16: autocast would convert them at every step."""
+    """Convert the frozen linear layers to bf16 once, as autocast would convert them at every step."""
     for module in net.tower.modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
             module.to(torch.bfloat16)
 
 
-def _better(
+def _keep_best(
     net: Net,
     trained: dict[str, nn.Parameter],
     average: dict[str, Tensor],
@@ -397,65 +402,65 @@ def _better(
     best: Json,
     state: Path,
 ) -> Json:
-    """Score the average on the held-out pictures, and keep it as `average-STEP.safetensors`."""
-    now = {n: p.detach().clone() for n, p in trained.items()}
-    _put(trained, average)
+    """Score the average on `pictures.judged`, save it as `average-STEP.safetensors`, and return the best so far."""
+    current = {n: p.detach().clone() for n, p in trained.items()}
+    _set_values(trained, average)
     net.eval()
     samples = [pictures.at(k, i) for k, i in pictures.judged]
     scores = score(net, pictures)
-    figures = {"auc": by_method(samples, scores), "above_nought": _above_nought(samples, scores)}
+    figures = {"auc": by_method(samples, scores), "above_nought": _false_alarm_rates(samples, scores)}
     value = worst(samples, scores)
     log(json.dumps({"step": step, "worst": value, **figures}))
     tried = [*best["tried"], {"step": step, "worst": value}]
     tensors = {n: v.detach().cpu().contiguous() for n, v in average.items()}
-    save_file(tensors | {f"heads.{KEPT}": net.heads.allowed.cpu()}, state / f"average-{step}.safetensors")
+    save_file(tensors | {f"heads.{ALLOWED}": net.heads.allowed.cpu()}, state / f"average-{step}.safetensors")
     if best["worst"] is None or (value or 0.0) >= best["worst"]:
         best = {"worst": value, "figures": {"step": step, "worst": value, **figures}}
-    _put(trained, now)
+    _set_values(trained, current)
     net.train()
     return {**best, "tried": tried}
 
 
 def score(net: Net, pictures: Pictures) -> NDArray[np.float64]:
-    """Logits of the pictures that are kept to choose by, as they are in use: [n]."""
+    """Verdict logits of `pictures.judged`, without augmentation: [n]."""
     return head_logits(net, pictures, pictures.judged).fake.double().numpy()
 
 
 def head_logits(net: Net, pictures: Pictures, rows: Sequence[tuple[int, int]]) -> HeadLogits:
-    """The outputs of the net, on the CPU, for pictures without augmentation."""
-    place = next(net.heads.parameters()).device
+    """The net's outputs, moved to the CPU, for pictures without augmentation."""
+    device = next(net.heads.parameters()).device
     net.eval()
-    found: list[HeadLogits] = []
-    with torch.inference_mode(), torch.autocast(place.type, torch.bfloat16, enabled=quick_in_16_bits(place.type)):
-        for at in range(0, len(rows), 32):
-            part = [pictures.sample(k, i, None) for k, i in rows[at : at + 32]]
-            columns = [p[0] for p in part], [p[5] for p in part]
-            views, areas = (torch.from_numpy(np.stack(column)).to(place) for column in columns)
-            found.append(HeadLogits(*(v.float().cpu() for v in net(views, areas))))
-    if not found:
+    outputs: list[HeadLogits] = []
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=quick_in_16_bits(device.type)):
+        for start in range(0, len(rows), 32):
+            samples = [pictures.sample(k, i, None) for k, i in rows[start : start + 32]]
+            columns = [p[0] for p in samples], [p[5] for p in samples]
+            views, areas = (torch.from_numpy(np.stack(column)).to(device) for column in columns)
+            outputs.append(HeadLogits(*(v.float().cpu() for v in net(views, areas))))
+    if not outputs:
         return HeadLogits(*(torch.zeros(0) for _ in HeadLogits._fields))
-    return HeadLogits(*(torch.cat(list(column)) for column in zip(*found, strict=True)))
+    return HeadLogits(*(torch.cat(list(column)) for column in zip(*outputs, strict=True)))
 
 
 def cue_threshold(net: Net, pictures: Pictures) -> Json:
-    """The probability from which a cue is named: the best F1 over cues on forgeries of split `calib`, which data_gen
-    forge keeps for such a choice; 0.5 where there are none."""
-    every = [(k, i) for k, crops in enumerate(pictures.sets) for i in range(len(crops.samples))]
-    rows = _some([(k, i) for k, i in every if pictures.at(k, i).split == "calib" and pictures.at(k, i).cues], 300)
+    """The probability from which naming cues has the best F1 on the forgeries of split `calib`, which `data_gen forge`
+    sets apart for such a choice; 0.5 without any."""
+    all_rows = [(k, i) for k, crops in enumerate(pictures.sets) for i in range(len(crops.samples))]
+    rows = _subset([(k, i) for k, i in all_rows if pictures.at(k, i).split == "calib" and pictures.at(k, i).cues], 300)
     if not rows:
         return {"cue_threshold": 0.5}
     truth = torch.stack([torch.from_numpy(pictures.sample(k, i, None)[4]) for k, i in rows])
     return {**best_threshold(head_logits(net, pictures, rows).cues, truth), "cue_n": len(rows)}
 
 
-def _above_nought(samples: Sequence[Sample], scores: NDArray[np.float64]) -> dict[str, float]:
-    """The share of each source's real pictures whose logit is above nought: false alarms at one half."""
+def _false_alarm_rates(samples: Sequence[Sample], scores: NDArray[np.float64]) -> dict[str, float]:
+    """The share of each source's real pictures with a logit of 0 or more: false alarms at a threshold of one half."""
     real = np.array([s.label == "real" for s in samples], bool)
-    found = np.array([s.source for s in samples])
-    return {str(s): round(float((scores[real & (found == s)] >= 0).mean()), 3) for s in sorted(set(found[real]))}
+    sources = np.array([s.source for s in samples])
+    return {str(s): round(float((scores[real & (sources == s)] >= 0).mean()), 3) for s in sorted(set(sources[real]))}
 
 
-def _put(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+def _set_values(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(values[name])
@@ -464,18 +469,18 @@ def _put(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None
 def _save(
     path: Path,
     settings: Settings,
-    spent: float,
+    elapsed: float,
     step: int,
     best: Json,
     trained: dict[str, nn.Parameter],
     average: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """The training's state, whole or not at all."""
+    """Write the training's state, whole or not at all."""
     tensors = {f"now.{n}": p.detach() for n, p in trained.items()} | {f"average.{n}": v for n, v in average.items()}
     for number, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{k}": v for k, v in values.items()}
-    metadata = {"run": json.dumps(asdict(settings)), "spent": str(spent), "step": str(step), "best": json.dumps(best)}
+    metadata = {"run": json.dumps(asdict(settings)), "spent": str(elapsed), "step": str(step), "best": json.dumps(best)}
     with whole(path) as temporary:
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
 
@@ -487,7 +492,8 @@ def _resume(
     average: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> tuple[float, int, Json]:
-    """Seconds spent, steps done and the best so far. Raises X2DFDError for the state of another run."""
+    """Restore a saved state; returns the elapsed seconds, the steps done and the best checkpoint so far. Raises
+    X2DFDError for the state of another run."""
     from safetensors import safe_open
 
     if not path.is_file():
@@ -500,13 +506,13 @@ def _resume(
             code="training_state_differs",
         )
     tensors = load_file(path)
-    _put(trained, {n: tensors[f"now.{n}"] for n in trained})
+    _set_values(trained, {n: tensors[f"now.{n}"] for n in trained})
     for name, value in average.items():
         value.copy_(tensors[f"average.{name}"])
-    held = optimizer.state_dict()
+    optimizer_state = optimizer.state_dict()
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, number, field = key.split(".", 2)
-            held["state"].setdefault(int(number), {})[field] = value
-    optimizer.load_state_dict(held)
+            optimizer_state["state"].setdefault(int(number), {})[field] = value
+    optimizer.load_state_dict(optimizer_state)
     return float(metadata["spent"]), int(metadata["step"]), json_object(metadata["best"], path)
