@@ -29,7 +29,7 @@ UPLOAD_SECONDS = 120.0  # of CPU to decode one upload
 
 
 def make_examples(folder: Path) -> list[tuple[str, Path]]:
-    """Files to click, one for each answer and a clip, made from pictures that scikit-image carries; none without it."""
+    """Example files, one for each answer and a clip, made from scikit-image's pictures; none without scikit-image."""
     if find_spec("skimage") is None:
         return []
     from PIL import Image, ImageFilter
@@ -59,27 +59,27 @@ def _write_clip(path: Path, real: Path, forged: Path) -> None:
         stream = container.add_stream("mpeg4", rate=12, width=photo.width, height=photo.height)
         stream.pix_fmt, stream.bit_rate = "yuv420p", 12_000_000
         for number in range(60):
-            shown = twin if 20 <= number < 40 else photo
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(shown), format="rgb24")))
+            picture = twin if 20 <= number < 40 else photo
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(picture), format="rgb24")))
         container.mux(stream.encode(None))
 
 
 def listed(models: Sequence[str] = (), **loading: Unpack[LoadOptions]) -> dict[str, Callable[[], Detector]]:
-    """What loads each model of the page's list, by its name there: those asked for, then the embedded one.
+    """The loader of each model in the page's list, by its name there: the given models, then the embedded one.
 
-    Models of this machine and of endpoints do not stand in one list: the page says whether faces leave it.
-    Raises SetupError when these do not fit together.
+    A list never mixes models of this machine with models of an endpoint, because the page says whether faces leave the
+    machine. Raises SetupError for such a mixture.
     """
     specs = [ModelSpec.parse(model) for model in models]
     if len({spec.host for spec in specs if not spec.embedded}) > 1:
         raise SetupError("all models of a page must run here, or at one endpoint", code="models_apart")
-    found: dict[str, Callable[[], Detector]] = {
+    loaders: dict[str, Callable[[], Detector]] = {
         f"{spec.name} at {spec.host}" if spec.host else text: partial(x2dfd.load, spec, **loading)
         for text, spec in zip(models, specs, strict=True)
     }
-    if "embedded" not in found:  # beside others it is loaded as it comes
-        found["embedded"] = x2dfd.load if models else partial(x2dfd.load, **loading)
-    return found
+    if "embedded" not in loaders:  # among others it is loaded without options
+        loaders["embedded"] = x2dfd.load if models else partial(x2dfd.load, **loading)
+    return loaders
 
 
 def run(
@@ -91,9 +91,9 @@ def run(
     root_path: str = "",
     names: Sequence[str] = (),
 ) -> None:
-    """Load the first model of the list and serve the page until it is stopped; a visitor's pick loads the others.
+    """Load the first model of the list and serve the page until it is stopped; a visitor's choice loads the others.
 
-    Arguments as for `listed` and `app.demo.launch`. Uploads are removed when it stops.
+    Arguments as for `listed` and `app.demo.launch`. Uploads are removed at the end.
     Raises X2DFDError for what a user can mend.
     """
     if find_spec("gradio") is None:
@@ -105,7 +105,7 @@ def run(
         print(f"note: everyone who can reach {host}:{port} can use this page; it asks for no password", file=sys.stderr)
     detector = load()
     with tempfile.TemporaryDirectory(prefix="x2dfd-") as folder, isolating(UPLOAD_SECONDS):
-        # Gone with the folder when it stops, unless whoever starts it names another place.
+        # Uploads are deleted with this folder at the end, unless the environment names another one.
         os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(folder) / "uploads"))
         page = build(
             detector, make_examples(Path(folder)), name=name, others=dict(others),
@@ -148,12 +148,12 @@ def command(
     ] = None,
 ) -> None:
     """Upload a photo or a short video, see the verdict and its reasons, ask about it."""
-    # A service manager's stop must end it as Ctrl+C does: uploads and samples are removed.
+    # A service manager's stop must end the app as Ctrl+C does, so that uploads and examples are removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     loading = options.load_options(mode, device, dtype, bits, device_map)
     try:
         run(model or [], host, port, loading=loading, root_path=root_path, names=name or ())
-    except KeyboardInterrupt:  # between the moment the page answers and that at which Gradio waits for a stop
+    except KeyboardInterrupt:  # after the page answers, but before Gradio waits for a stop
         typer.echo("stopped", err=True)
 
 

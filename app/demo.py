@@ -1,4 +1,4 @@
-"""The Gradio demo: upload photos or short videos, see the verdicts and what they rest on, ask about them.
+"""The Gradio demo: upload photos or short videos, see the verdicts and their reasons, ask about them.
 
 One endpoint is open to programs (docs/app.md). Chat never changes a verdict: answers are text beside the stored report,
 and the page repeats that report's verdict.
@@ -32,18 +32,18 @@ from x2dfd.media import Frame, Video, load_media
 from x2dfd.types import FaceReport, Failure, Report
 
 MAX_FILE = "30mb"
-MAX_FILES = 32  # that are judged at once; more are left out, which is said
-UPLOADS_MAX = 1 << 30  # bytes of all uploads that lie here together
-MAX_QUEUE = 32  # requests that wait; later ones are told that the queue is full
+MAX_FILES = 32  # judged at once; the page says how many more were left out
+UPLOADS_MAX = 1 << 30  # bytes of all stored uploads together
+MAX_QUEUE = 32  # waiting requests; further ones are refused
 MAX_QUESTION = 500  # characters
-MAX_EXPLAINED = 8  # faces of a file that get a text, the most suspicious ones: a clip has one in each of 32 frames
-KEEP_S = 3600  # uploads, reports and sessions are deleted after that many seconds
+MAX_EXPLAINED = 8  # the most suspicious faces of a file, which get a text: a clip has one in each of 32 frames
+KEEP_S = 3600  # seconds after which uploads, reports and sessions are deleted
 TIMEOUT_S = 120  # for the verdict on one clip
 FIRST = "First choose a photo or a video."
 SOON = "You can ask about the result when its explanation is written."
 NOTHING = "No face was found, so there is nothing to ask about."
 SUGGESTIONS = ("Why?", "Which area?", "How sure are you?", "What should I do now?")
-# Screen readers tell what changes in a place that was there before, and not what comes with its own `role="status"`.
+# Screen readers announce changes of an element that existed before, not a new element with `role="status"`.
 LIVE = "element.setAttribute('aria-live', 'polite')"
 PICK = """element.addEventListener('click', event => {
   const picked = event.target.closest('[data-pick]');
@@ -52,7 +52,7 @@ PICK = """element.addEventListener('click', event => {
 
 
 class DemoDetector(Protocol):
-    """What the demo needs of `x2dfd.Detector`."""
+    """The methods of `x2dfd.Detector` that the demo needs."""
 
     def detect_many(
         self,
@@ -69,11 +69,11 @@ class DemoDetector(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """A file that was judged, one of several."""
+    """One of several judged files."""
 
     file: str
-    judged: Report | Failure
-    model: str  # that judged it
+    result: Report | Failure
+    model: str  # the model that judged it
 
 
 # --- judging ---
@@ -87,81 +87,80 @@ def judge(
     on_progress: Callable[[Frame | FaceReport], None] | None = None,
 ) -> Report | Failure:
     """The report on an uploaded file, under the name the visitor gave it; never raises for the file's content."""
-    [judged] = detector.detect_many([file], rationale=rationale, on_progress=on_progress)
-    if isinstance(judged, Report):  # the copy here was made when it was uploaded
-        media = {key: value for key, value in judged.media.items() if key != "modified"}
-        judged = replace(judged, media=media)
-    return replace(judged, path=Path(file).name)
+    [result] = detector.detect_many([file], rationale=rationale, on_progress=on_progress)
+    if isinstance(result, Report):  # a copy's time of modification is that of its upload
+        media = {key: value for key, value in result.media.items() if key != "modified"}
+        result = replace(result, media=media)
+    return replace(result, path=Path(file).name)
 
 
 class _Stopped(Exception):
-    """The visitor wants no more."""
+    """The visitor has stopped the work."""
 
 
 def _in_background(work: Callable[[Callable[[Any], None]], Any]) -> Generator[Any, None, None]:
-    """What `work` tells while it runs in a thread, then what it returns. Closing the iterator ends it at its next word.
-
-    It has ended when the iterator is closed: the next request must not share the model with it.
-    """
-    said: SimpleQueue[tuple[bool, Any]] = SimpleQueue()
+    """Run `work` in a thread; yield what it passes to its callback, then its result. Closing the iterator stops `work`
+    at its next callback and waits for its end, as the next request must not share the model with it."""
+    events: SimpleQueue[tuple[bool, Any]] = SimpleQueue()
     stopped = Event()
 
-    def listen(what: Any) -> None:
+    def emit(item: Any) -> None:
         if stopped.is_set():
             raise _Stopped
-        said.put((False, what))
+        events.put((False, item))
 
     def run() -> None:
         try:
-            said.put((True, work(listen)))
-        except BaseException as error:  # goes on in the thread that listens
-            said.put((True, error))
+            events.put((True, work(emit)))
+        except BaseException as error:  # raised again in the thread that iterates
+            events.put((True, error))
 
     thread = Thread(target=run, daemon=True)
     thread.start()
     try:
         done = False
         while not done:
-            done, what = said.get()
-            if isinstance(what, BaseException):
-                raise what
-            yield what
+            done, item = events.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
     finally:
         stopped.set()
         thread.join()
 
 
-def judging(detector: DemoDetector, file: str) -> Generator[Progress | Report | Failure, None, None]:
-    """How far the work on a clip is, frame by frame, then the report, without explanations."""
-    end = time.monotonic() + TIMEOUT_S
+def judge_stepwise(detector: DemoDetector, file: str) -> Generator[Progress | Report | Failure, None, None]:
+    """Judge a file; yield the progress on a clip, frame by frame, then the report, without explanations."""
+    deadline = time.monotonic() + TIMEOUT_S
     progress = Progress()
 
-    def work(listen: Callable[[Progress], None]) -> Report | Failure:
-        def heard(what: Frame | FaceReport) -> None:
-            if time.monotonic() > end:
+    def work(emit: Callable[[Progress], None]) -> Report | Failure:
+        def on_progress(item: Frame | FaceReport) -> None:
+            if time.monotonic() > deadline:
                 raise InputError(
                     "timeout", f"it took longer than {TIMEOUT_S} seconds; a shorter or smaller clip may do"
                 )
-            if isinstance(what, Frame):
-                progress.frame(what.index, what.pixels)
+            if isinstance(item, Frame):
+                progress.frame(item.index, item.pixels)
             else:
-                progress.face(what)
-            listen(progress)
+                progress.face(item)
+            emit(progress)
 
-        return judge(detector, file, rationale=False, on_progress=heard)
+        return judge(detector, file, rationale=False, on_progress=on_progress)
 
     return _in_background(work)
 
 
-def explaining(detector: DemoDetector, report: Report, file: str) -> Generator[str | Report, None, None]:
-    """The explanation's text as it grows, then the report that holds it. Closing the iterator ends the writing."""
-    some = tuple(sorted(report.faces, key=FaceReport.suspicion, reverse=True)[:MAX_EXPLAINED])
-    with closing(_in_background(lambda on: detector.explain(replace(report, faces=some), file, on_text=on))) as said:
-        for one in said:
-            if isinstance(one, Report):
-                written = {face.index: face for face in one.faces}
-                one = replace(one, faces=tuple(written.get(face.index, face) for face in report.faces))
-            yield one
+def explain_stepwise(detector: DemoDetector, report: Report, file: str) -> Generator[str | Report, None, None]:
+    """Explain a report; yield the text as it grows, then the report with it. Closing the iterator ends the writing."""
+    worst = sorted(report.faces, key=FaceReport.suspicion, reverse=True)[:MAX_EXPLAINED]
+    few = replace(report, faces=tuple(worst))
+    with closing(_in_background(lambda emit: detector.explain(few, file, on_text=emit))) as updates:
+        for update in updates:
+            if isinstance(update, Report):
+                written = {face.index: face for face in update.faces}
+                update = replace(update, faces=tuple(written.get(face.index, face) for face in report.faces))
+            yield update
 
 
 # --- answering ---
@@ -171,45 +170,45 @@ def answer(detector: DemoDetector, case: Case, index: int | None, question: str)
     """The answer to a follow-up about one face, with the stored verdict under it."""
     report, face = case.report, case.face(index)
     if face is None:
-        return f"{from_report(report, None, question)}\n\n{_stands(case, face)}"
-    if (known := from_report(report, face, question)) is not None:
-        said = known
+        return f"{from_report(report, None, question)}\n\n{_stored_verdict(case, face)}"
+    if (stored := from_report(report, face, question)) is not None:
+        text = stored
     elif report.media.get("kind") == "video":
-        said = f"About a video, only its report can be quoted: {face.rationale or 'it holds no explanation.'}"
+        text = f"About a video, only its report can be quoted: {face.rationale or 'it holds no explanation.'}"
     else:
-        said = _from_model(detector, case, face, question)
-    return f"{said}\n\n{_stands(case, face)}".replace(" %", "\N{NO-BREAK SPACE}%")
+        text = _from_model(detector, case, face, question)
+    return f"{text}\n\n{_stored_verdict(case, face)}".replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def _from_model(detector: DemoDetector, case: Case, face: FaceReport, question: str) -> str:
     try:
-        said = detector.chat(replace(case.report, faces=(face,)), question, source=case.file).strip()
+        text = detector.chat(replace(case.report, faces=(face,)), question, source=case.file).strip()
     except InputError as error:
         if error.code == "not_found":
             return "The upload has been deleted by now; please upload the file again to ask about it."
         return f"This cannot be answered: {error.reason}."
     except X2DFDError as error:
         return f"This cannot be answered: {error}."
-    return checked(said, face)
+    return checked(text, face)
 
 
-def _stands(case: Case, face: FaceReport | None) -> str:
+def _stored_verdict(case: Case, face: FaceReport | None) -> str:
     whole = case.report.verdict
-    said = f"Stored verdict, which chat cannot change: {in_words(face.verdict if face else whole)}."
-    return said if len(case.report.faces) < 2 else f"{said} Whole file: {in_words(whole)}."
+    sentence = f"Stored verdict, which chat cannot change: {in_words(face.verdict if face else whole)}."
+    return sentence if len(case.report.faces) < 2 else f"{sentence} Whole file: {in_words(whole)}."
 
 
 # --- the page ---
 
 
-class _Parts:
+class _Layout:
     """The components of the page that its events read or change, laid out when it is made."""
 
     def __init__(self, examples: Sequence[tuple[str, Path]], models: Sequence[str], sends_to: str) -> None:
-        self.case = gr.State(None, time_to_live=KEEP_S)  # Case | None: what is open
+        self.case = gr.State(None, time_to_live=KEEP_S)  # Case | None: the open one
         self.turns = gr.State([], time_to_live=KEEP_S)  # the conversation about it
         self.rows = gr.State([], time_to_live=KEEP_S)  # list[Row], where several files were chosen
-        # Gradio's own look for what stands in HTML draws buttons and tables of its kind, bold and boxed.
+        # Gradio's default styles would draw buttons and tables in HTML its own way, bold and boxed.
         pickable: Json = {"js_on_load": PICK, "elem_classes": "live", "apply_default_css": False}
         gr.HTML(draw("head", sends_to))
         with gr.Row():
@@ -221,7 +220,7 @@ class _Parts:
                     label="Photos or short videos (up to 30 MB each)", height=170, file_count="multiple"
                 )
                 thumbs = [(text, _thumb(file)) for text, file in examples]
-                self.tries = gr.HTML(draw("examples", thumbs), elem_id="tries", **pickable)
+                self.examples = gr.HTML(draw("examples", thumbs), elem_id="tries", **pickable)
                 self.table = gr.HTML(elem_id="results", **pickable)
                 self.verdict = gr.HTML(js_on_load=LIVE)
                 self.curve = gr.HTML(elem_id="over-time", **pickable)
@@ -238,7 +237,7 @@ class _Parts:
                     feedback_options=None, allow_file_downloads=False, placeholder=FIRST,
                 )  # fmt: skip
                 with gr.Row():
-                    self.asks = [gr.Button(text, size="sm", min_width=150, interactive=False) for text in SUGGESTIONS]
+                    self.suggestions = [gr.Button(t, size="sm", min_width=150, interactive=False) for t in SUGGESTIONS]
                 with gr.Row(elem_classes="ask"):
                     self.question = gr.Textbox(
                         label="Your question", max_length=MAX_QUESTION, scale=4, min_width=180, interactive=False
@@ -246,11 +245,12 @@ class _Parts:
                     self.send = gr.Button("Ask", variant="primary", scale=1, min_width=80, interactive=False)
 
     @property
-    def shown(self) -> list[Any]:
-        """All that a new file changes."""
+    def outputs(self) -> list[Any]:
+        """Every component that a new file changes."""
         return [
             self.case, self.turns, self.verdict, self.pick, self.panel, self.downloads, self.as_html, self.as_json,
-            self.chat, self.question, self.send, *self.asks, self.live, self.stop, self.curve, self.rows, self.table,
+            self.chat, self.question, self.send, *self.suggestions, self.live, self.stop, self.curve, self.rows,
+            self.table,
         ]  # fmt: skip
 
 
@@ -260,34 +260,34 @@ def _thumb(file: Path) -> str:
     return jpeg_uri(media.frames[0].pixels if isinstance(media, Video) else media.pixels, THUMB)
 
 
-def _picked(event: gr.EventData, count: int) -> int | None:
-    """The number of what was clicked, of `count` things; None for whatever else a client sends."""
+def _clicked(event: gr.EventData, count: int) -> int | None:
+    """The index of the clicked item among `count`; None for anything else that a client sends."""
     index = event._data.get("index") if isinstance(event._data, dict) else None
     return index if type(index) is int and 0 <= index < count else None
 
 
-Shown = dict[Any, Any]  # components and their new values; what is not in it stays as it is
+Updates = dict[Any, Any]  # new values of components; others stay as they are
 
 
 class _Events:
-    """What happens on the page; each method gives what its components then show."""
+    """The page's event handlers; each returns the new values of components."""
 
     def __init__(
         self,
-        parts: _Parts,
+        layout: _Layout,
         folder: str,
         loaded: dict[str, DemoDetector],
         loaders: Mapping[str, Callable[[], DemoDetector]],
         examples: Sequence[Path],
     ) -> None:
-        self.parts, self.folder, self.examples = parts, folder, examples
+        self.layout, self.folder, self.examples = layout, folder, examples
         self._loaded, self._loaders = loaded, loaders
 
-    def model(self, asked: str) -> DemoDetector:
+    def model(self, name: str) -> DemoDetector:
         """Raises X2DFDError when the model cannot be loaded."""
-        if asked not in self._loaded:
-            self._loaded[asked] = self._loaders[asked]()
-        return self._loaded[asked]
+        if name not in self._loaded:
+            self._loaded[name] = self._loaders[name]()
+        return self._loaded[name]
 
     def show(
         self,
@@ -296,12 +296,12 @@ class _Events:
         files: Sequence[str | None] = (None, None),
         ready: bool = False,
         first: str = FIRST,
-    ) -> Shown:
+    ) -> Updates:
         """One file, or none; it starts a new conversation. The table of several files stays."""
-        p = self.parts
+        p = self.layout
         faces = choices(case.report) if case else []
         decider = case.face(None) if case else None
-        ask_now = ready and bool(faces)
+        can_ask = ready and bool(faces)
         if case is not None:
             first = SOON if not ready else "Ask about this result." if faces else NOTHING
         return {
@@ -310,136 +310,136 @@ class _Events:
             p.panel: face_panel(case, None) if case else "",
             p.downloads: gr.Row(visible=ready), p.as_html: files[0], p.as_json: files[1],
             p.chat: gr.Chatbot(value=[], placeholder=first),
-            p.question: gr.Textbox(value="", interactive=ask_now),
-            **{button: gr.Button(interactive=ask_now) for button in (p.send, *p.asks)},
+            p.question: gr.Textbox(value="", interactive=can_ask),
+            **{button: gr.Button(interactive=can_ask) for button in (p.send, *p.suggestions)},
             p.live: "", p.stop: gr.Button(visible=case is not None and case.stage == "writing"),
         }  # fmt: skip
 
-    def nothing(self, first: str = FIRST) -> Shown:
-        return self.show(None, "", first=first) | {self.parts.rows: [], self.parts.table: ""}
+    def empty(self, first: str = FIRST) -> Updates:
+        return self.show(None, "", first=first) | {self.layout.rows: [], self.layout.table: ""}
 
-    def finished(self, done: Case) -> Shown:
-        """The same with its reports to download."""
-        pixels = open_case(done.report, done.file)[1]
-        made = (("html", render([done.report], [pixels])), ("case.json", case_record.dumps([done.report])))
+    def finished(self, case: Case) -> Updates:
+        """A case whose explanation is done, with its reports to download."""
+        pixels = open_case(case.report, case.file)[1]
+        documents = (("html", render([case.report], [pixels])), ("case.json", case_record.dumps([case.report])))
         files = [
             processing_utils.save_bytes_to_cache(data.encode(), f"x2dfd-report.{kind}", self.folder)
-            for kind, data in made
+            for kind, data in documents
         ]
-        return self.show(done, card(done.report), files, ready=True)
+        return self.show(case, card(case.report), files, ready=True)
 
-    def take(self, files: list[str] | None, asked: str) -> Iterator[Shown]:
-        """The verdicts, one file after the other; a single file is then opened, several stand in a table."""
-        p = self.parts
+    def judge_files(self, files: list[str] | None, model: str) -> Iterator[Updates]:
+        """The verdicts, one file after the other; then a single file is opened, or several are listed in a table."""
+        p = self.layout
         if not files:
-            yield self.nothing()
+            yield self.empty()
             return
-        few, rows = files[:MAX_FILES], list[Row]()
-        start = self.nothing(first=SOON if len(few) == 1 else "Pick a file of the table, then ask about it.")
-        yield start | {p.verdict: draw("waiting", len(few)), p.stop: gr.Button(visible=True)}
+        accepted, rows = files[:MAX_FILES], list[Row]()
+        start = self.empty(first=SOON if len(accepted) == 1 else "Pick a file of the table, then ask about it.")
+        yield start | {p.verdict: draw("waiting", len(accepted)), p.stop: gr.Button(visible=True)}
         try:
-            judge_by = self.model(asked)
-            for file in few:
-                yield {p.live: draw("progress", Path(file).name if len(few) > 1 else "", None, None)}
-                with closing(judging(judge_by, file)) as steps:
+            detector = self.model(model)
+            for file in accepted:
+                yield {p.live: draw("progress", Path(file).name if len(accepted) > 1 else "", None, None)}
+                with closing(judge_stepwise(detector, file)) as steps:
                     for step in steps:
                         if isinstance(step, Progress):
-                            yield {p.live: self.progress(step, Path(file).name if len(few) > 1 else "")}
+                            yield {p.live: self.progress(step, Path(file).name if len(accepted) > 1 else "")}
                         else:
-                            rows.append(Row(file, step, asked))
-                if len(few) > 1:
-                    yield {p.rows: rows, p.table: _table(rows, len(few))}
-        except X2DFDError as error:  # not here, or the server that it runs on is gone
+                            rows.append(Row(file, step, model))
+                if len(accepted) > 1:
+                    yield {p.rows: rows, p.table: _table(rows, len(accepted))}
+        except X2DFDError as error:  # the model is not here, or its server is gone
             yield {p.verdict: draw("trouble", str(error)), p.live: "", p.stop: gr.Button(visible=False)}
             return
         if len(rows) == 1:
             yield from self._open(rows[0])
         else:
-            left_out = len(files) - len(few)
+            left_out = len(files) - len(accepted)
             yield {p.verdict: draw("pick_one", left_out), p.live: "", p.stop: gr.Button(visible=False)}
 
     @staticmethod
     def progress(step: Progress, name: str) -> str:
-        frames = [(number, uri, step.judged.get(number)) for number, uri in list(step.frames.items())]
-        judged = [frame for frame in frames if frame[2] is not None]
-        return draw("progress", name, (len(frames), len(judged)), (judged or frames)[-STRIP:])
+        frames = [(number, uri, step.worst.get(number)) for number, uri in list(step.frames.items())]
+        scored = [frame for frame in frames if frame[2] is not None]
+        return draw("progress", name, (len(frames), len(scored)), (scored or frames)[-STRIP:])
 
-    def try_example(self, asked: str, event: gr.EventData) -> Iterator[Shown]:
-        number = _picked(event, len(self.examples))
-        yield from self.take(None if number is None else [str(self.examples[number])], asked)
+    def try_example(self, model: str, event: gr.EventData) -> Iterator[Updates]:
+        number = _clicked(event, len(self.examples))
+        yield from self.judge_files(None if number is None else [str(self.examples[number])], model)
 
-    def open_row(self, rows: list[Row], event: gr.EventData) -> Iterator[Shown]:
+    def open_row(self, rows: list[Row], event: gr.EventData) -> Iterator[Updates]:
         """The card of one file of the table."""
-        number = _picked(event, len(rows))
+        number = _clicked(event, len(rows))
         if number is None:
             return
-        yield {self.parts.table: _table(rows, len(rows), number), self.parts.verdict: draw("waiting", 1)}
+        yield {self.layout.table: _table(rows, len(rows), number), self.layout.verdict: draw("waiting", 1)}
         yield from self._open(rows[number])
 
-    def _open(self, row: Row) -> Iterator[Shown]:
-        """The verdict at once, then its explanation as it is written."""
-        quick = row.judged
-        if isinstance(quick, Failure):
-            yield self.show(None, card(quick))
+    def _open(self, row: Row) -> Iterator[Updates]:
+        """The verdict at once, then its explanation while it is being written."""
+        report = row.result
+        if isinstance(report, Failure):
+            yield self.show(None, card(report))
             return
-        yield {self.parts.verdict: card(quick)}
+        yield {self.layout.verdict: card(report)}
         try:
-            opened = replace(open_case(quick, row.file)[0], model=row.model, stage="writing" if quick.faces else "done")
+            case = replace(open_case(report, row.file)[0], model=row.model, stage="writing" if report.faces else "done")
         except InputError as error:
-            yield self._gone(quick, error)
+            yield self._gone(report, error)
             return
-        yield self.show(opened, card(quick))
-        if not quick.faces:
-            yield self.finished(opened)
+        yield self.show(case, card(report))
+        if not report.faces:
+            yield self.finished(case)
             return
         try:
-            with closing(explaining(self.model(row.model), quick, row.file)) as texts:
-                for said in texts:
-                    if isinstance(said, str):
-                        yield {self.parts.live: draw("live", said)}
+            with closing(explain_stepwise(self.model(row.model), report, row.file)) as updates:
+                for update in updates:
+                    if isinstance(update, str):
+                        yield {self.layout.live: draw("live", update)}
                     else:
-                        yield self.finished(replace(opened, report=said, stage="done"))
+                        yield self.finished(replace(case, report=update, stage="done"))
         except X2DFDError as error:
             if isinstance(error, InputError) and error.code == "not_found":
-                yield self._gone(quick, error)
+                yield self._gone(report, error)
             else:  # the verdict stands without the text
-                yield self.finished(replace(opened, stage="stopped", why=str(error)))
+                yield self.finished(replace(case, stage="stopped", why=str(error)))
 
-    def _gone(self, report: Report, error: InputError) -> Shown:
-        """The upload was deleted meanwhile."""
+    def _gone(self, report: Report, error: InputError) -> Updates:
+        """The card of a file whose upload has been deleted."""
         return self.show(None, card(Failure(report.path, report.sha256, error.code, error.reason)))
 
-    def end(self, now: Case | None) -> Shown:
-        """After `Stop`: a verdict stands, without the explanation; so does the table as far as it came."""
-        return self.finished(replace(now, stage="stopped")) if now else self.show(None, draw("ended"))
+    def stop(self, case: Case | None) -> Updates:
+        """After `Stop`: the verdict without its explanation; a table keeps the rows it has."""
+        return self.finished(replace(case, stage="stopped")) if case else self.show(None, draw("ended"))
 
-    def look_at(self, now: Case | None, index: int | None) -> Shown:
+    def look_at(self, case: Case | None, index: int | None) -> Updates:
         """Another face of the open file."""
-        if now is None:
-            return {self.parts.panel: ""}
-        return {self.parts.panel: face_panel(now, index), self.parts.curve: curve(now, index)}
+        if case is None:
+            return {self.layout.panel: ""}
+        return {self.layout.panel: face_panel(case, index), self.layout.curve: curve(case, index)}
 
-    def tap(self, now: Case | None, event: gr.EventData) -> Shown:
+    def open_frame(self, case: Case | None, event: gr.EventData) -> Updates:
         """The frame at a point of the curve."""
-        index = _picked(event, len(now.report.faces) if now else 0)
-        return {self.parts.pick: index, **self.look_at(now, index)} if index is not None else {}
+        index = _clicked(event, len(case.report.faces) if case else 0)
+        return {self.layout.pick: index, **self.look_at(case, index)} if index is not None else {}
 
     def ask(
-        self, text: str, now: Case | None, index: int | None, said: list[dict[str, str]]
+        self, text: str, case: Case | None, index: int | None, turns: list[dict[str, str]]
     ) -> Iterator[tuple[object, ...]]:
         text = text.strip()[:MAX_QUESTION]
-        if now is None or not text:
-            yield said, said, ""
+        if case is None or not text:
+            yield turns, turns, ""
             return
         # The chatbot draws even plain text as HTML: an <img> in it would be fetched by the visitor's browser.
-        said = [*said, {"role": "user", "content": escape(text)}]
-        yield said, said, ""
-        said = [*said, {"role": "assistant", "content": escape(answer(self.model(now.model), now, index, text))}]
-        yield said, said, ""
+        turns = [*turns, {"role": "user", "content": escape(text)}]
+        yield turns, turns, ""
+        turns = [*turns, {"role": "assistant", "content": escape(answer(self.model(case.model), case, index, text))}]
+        yield turns, turns, ""
 
 
-def _table(rows: Sequence[Row], total: int, now: int | None = None) -> str:
-    return table([(Path(row.file).name, row.judged) for row in rows], total, now)
+def _table(rows: Sequence[Row], total: int, current: int | None = None) -> str:
+    return table([(Path(row.file).name, row.result) for row in rows], total, current)
 
 
 def build(
@@ -452,32 +452,32 @@ def build(
 ) -> gr.Blocks:
     """The page around a detector; `examples` are files to click, each with its caption.
 
-    `name` is the detector's in the list of models; `others` in that list are loaded when a visitor picks them. The
-    endpoint for programs asks `detector`. `sends_to`: the server that gets face crops, which the page has to say.
+    `name` is the detector's name in the list of models, and `others` are loaded when a visitor picks them. The endpoint
+    for programs always uses `detector`. `sends_to`: the server that gets face crops, which the page names.
     """
     others = others or {}
-    # One model, one request at a time, whichever button it comes from.
+    # There is one model, so all buttons together may have one request at a time.
     model: Json = {"concurrency_id": "model", "concurrency_limit": 1}
     private: Json = {"api_visibility": "private"}
     with gr.Blocks(title="Deepfake check (x2dfd)", analytics_enabled=False, delete_cache=(600, KEEP_S)) as page:
-        p = _Parts(examples, [name, *others], sends_to)
+        p = _Layout(examples, [name, *others], sends_to)
         events = _Events(p, page.GRADIO_CACHE, {name: detector}, others, [file for _, file in examples])
-        # A click while another file is under way is not lost: it comes next. Which row or example was clicked is in the
-        # event's own data, which "always_last" would take from the click before.
-        inner: Json = {**private, **model, "show_progress_on": p.verdict}
-        picked: Json = {**inner, "trigger_mode": "multiple"}
+        # "multiple" queues a click that comes while another file is judged. Its event's data names the row or example;
+        # "always_last" would take the data of the click before.
+        shared: Json = {**private, **model, "show_progress_on": p.verdict}
+        clicked: Json = {**shared, "trigger_mode": "multiple"}
         working = [
-            p.upload.upload(events.take, [p.upload, p.models], p.shown, **inner, trigger_mode="always_last"),
-            p.tries.select(events.try_example, p.models, p.shown, **picked),
-            p.table.select(events.open_row, p.rows, p.shown, **picked),
+            p.upload.upload(events.judge_files, [p.upload, p.models], p.outputs, **shared, trigger_mode="always_last"),
+            p.examples.select(events.try_example, p.models, p.outputs, **clicked),
+            p.table.select(events.open_row, p.rows, p.outputs, **clicked),
         ]
-        p.tries.select(lambda: None, None, p.upload, queue=False, **private)
-        p.upload.clear(events.nothing, None, p.shown, queue=False, **private)
-        p.stop.click(events.end, p.case, p.shown, cancels=working, queue=False, **private)
+        p.examples.select(lambda: None, None, p.upload, queue=False, **private)
+        p.upload.clear(events.empty, None, p.outputs, queue=False, **private)
+        p.stop.click(events.stop, p.case, p.outputs, cancels=working, queue=False, **private)
         p.pick.input(events.look_at, [p.case, p.pick], [p.panel, p.curve], **private)
-        p.curve.select(events.tap, p.case, [p.pick, p.panel, p.curve], **private)
+        p.curve.select(events.open_frame, p.case, [p.pick, p.panel, p.curve], **private)
         for trigger, source in (
-            (p.send.click, p.question), (p.question.submit, p.question), *((b.click, b) for b in p.asks)
+            (p.send.click, p.question), (p.question.submit, p.question), *((b.click, b) for b in p.suggestions)
         ):  # fmt: skip
             trigger(
                 events.ask, [source, p.case, p.pick, p.turns], [p.chat, p.turns, p.question], show_progress_on=p.chat,
@@ -489,14 +489,14 @@ def build(
             if file is None:
                 raise gr.Error("No file was sent.", print_exception=False)
             try:
-                judged = judge(detector, file)
+                result = judge(detector, file)
             except X2DFDError as error:  # the server of the model is gone
                 raise gr.Error(str(error), print_exception=False) from error
-            return replace(judged, path=None).to_dict()  # clients download whatever has a "path"
+            return replace(result, path=None).to_dict()  # clients download whatever has a "path"
 
-        sent, answered = gr.File(visible=False, label="file"), gr.JSON(visible=False)
+        file_input, json_output = gr.File(visible=False, label="file"), gr.JSON(visible=False)
         gr.Button(visible=False).click(
-            judge_file, sent, answered, api_name="judge", **model,
+            judge_file, file_input, json_output, api_name="judge", **model,
             api_description="Judge one photo or short video; returns the report as `x2dfd detect --json` prints it.",
         )  # fmt: skip
     page.queue(max_size=MAX_QUEUE, default_concurrency_limit=1)
@@ -527,5 +527,5 @@ def launch(
 
 
 async def _refuse_address(*_: object, **__: object) -> str:
-    """Gradio would fetch an address that a client sends in place of an upload."""
+    """Replaces Gradio's download of an address that a client sends in place of an upload."""
     raise gr.Error("Addresses are not fetched: upload the file itself.", print_exception=False)

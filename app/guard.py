@@ -1,4 +1,4 @@
-"""What stands before the page: who may call it, and how much may lie here."""
+"""Protection of the page: which hosts may call it, and how much uploads may take."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 class Quota:
-    """How much the uploads in a folder may take together."""
+    """The limit, in bytes, of all uploads in a folder together."""
 
-    def __init__(self, folder: Path, most: int) -> None:
+    def __init__(self, folder: Path, limit: int) -> None:
         self.folder = folder
-        self.most = most
+        self.limit = limit
 
     def full(self) -> bool:
-        return sum(f.stat().st_size for f in self.folder.rglob("*") if f.is_file()) >= self.most
+        return sum(f.stat().st_size for f in self.folder.rglob("*") if f.is_file()) >= self.limit
 
 
 class Guard:
     """Refuses requests that another site's page makes (DNS rebinding, forged forms) and uploads beyond the quota."""
 
     def __init__(self, app: App, *, uploads: Quota, here: str, names: frozenset[str]) -> None:
-        """`here`: the address it listens on; `names`: under which browsers call it, as behind a proxy.
+        """`here`: the address the app listens on; `names`: host names by which browsers call it, as behind a proxy.
 
-        Other hosts are refused where it listens on this machine alone or where names are given; pages of other sites
+        Other hosts are refused if the app listens on this machine alone or if names are given; pages of other sites
         always are.
         """
         self.app = app
@@ -45,14 +45,14 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        if (refused := self._refused(headers)) is not None:
-            await _answer(send, 403, refused)
+        if (reason := self._refusal(headers)) is not None:
+            await _answer(send, 403, reason)
         elif scope["method"] == "POST" and scope["path"].endswith("/upload") and self.uploads.full():
             await _answer(send, 507, "too many uploads lie here; they are deleted after about an hour")
         else:
             await self.app(scope, receive, send)
 
-    def _refused(self, headers: dict[str, str]) -> str | None:
+    def _refusal(self, headers: dict[str, str]) -> str | None:
         host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
         if self.hosts is not None and host not in self.hosts:
             return "this page is not served under that name"

@@ -1,4 +1,4 @@
-"""The pieces of the page as HTML, each drawn by a macro of page.jinja, and what a visitor's case holds."""
+"""The pieces of the page as HTML, each drawn by a macro of page.jinja, and a visitor's case."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 
     from x2dfd.html_report import Pictures
 
-STRIP = 8  # frames that are shown while a clip is judged, the last ones
-THUMB = 160  # of a frame there, in pixels
+STRIP = 8  # the latest frames, shown while a clip is judged
+THUMB = 160  # side of a small picture, in pixels
 
 
 @dataclass(frozen=True)
@@ -57,36 +57,36 @@ class Case:
     """A judged file, kept for one visitor."""
 
     report: Report
-    file: str  # where the upload lies until it is deleted
+    file: str  # path of the upload until it is deleted
     pictures: Mapping[int | None, str]  # frame number (None: a photo) -> data URI of a JPEG
-    model: str = ""  # the name, in the page's list, of the model that judged it and answers about it
+    model: str = ""  # name, in the page's list, of the model that judged it and answers questions
     stage: Literal["writing", "stopped", "done"] = "done"  # of the explanation
-    why: str = ""  # it stopped, where it was not the visitor
+    why: str = ""  # reason for `stopped` if it was not the visitor
 
     def face(self, index: int | None) -> FaceReport | None:
-        """The face of that index; None asks for the one that decided."""
-        found = [f for f in self.report.faces if f.index == index]
-        return found[0] if found else self.report.decider
+        """The face with that index; with None, the face that decided the verdict."""
+        matches = [f for f in self.report.faces if f.index == index]
+        return matches[0] if matches else self.report.decider
 
 
 @dataclass
 class Progress:
-    """How far the work on a clip is."""
+    """The progress of the work on a clip."""
 
-    frames: dict[int, str] = field(default_factory=dict)  # those looked through -> data URI of a small JPEG
-    judged: dict[int, FaceReport] = field(default_factory=dict)  # the most suspicious face of each judged one
+    frames: dict[int, str] = field(default_factory=dict)  # number of a searched frame -> data URI of a small JPEG
+    worst: dict[int, FaceReport] = field(default_factory=dict)  # number of a judged frame -> most suspicious face
 
     def frame(self, index: int, pixels: NDArray[np.uint8]) -> None:
         self.frames[index] = jpeg_uri(pixels, THUMB)
 
     def face(self, face: FaceReport) -> None:
         if face.frame is not None:
-            before = self.judged.get(face.frame, face)
-            self.judged[face.frame] = max(before, face, key=FaceReport.suspicion)
+            previous = self.worst.get(face.frame, face)
+            self.worst[face.frame] = max(previous, face, key=FaceReport.suspicion)
 
 
 def open_case(report: Report, file: str) -> tuple[Case, Pictures]:
-    """The case, and its pixels as `html_report.render` takes them. Raises InputError where the upload is gone."""
+    """The case, and its pixels as `html_report.render` takes them. Raises InputError when the upload is gone."""
     media = load_media(file, max_frames=frames_asked(report.media) or 1)
     if isinstance(media, Video):
         frames = {frame.index: frame.pixels for frame in media.frames}
@@ -94,17 +94,17 @@ def open_case(report: Report, file: str) -> tuple[Case, Pictures]:
     return Case(report, file, {None: jpeg_uri(media.pixels)}), media.pixels
 
 
-def card(judged: Report | Failure) -> str:
+def card(result: Report | Failure) -> str:
     """The verdict card."""
-    if isinstance(judged, Failure):
-        return draw("problem", judged)
-    kind = status(judged.verdict)
-    said = meaning(judged.verdict, judged.model, len(judged.faces))
-    return draw("card", judged, kind, said, remarks(judged))
+    if isinstance(result, Failure):
+        return draw("problem", result)
+    kind = status(result.verdict)
+    sentence = meaning(result.verdict, result.model, len(result.faces))
+    return draw("card", result, kind, sentence, remarks(result))
 
 
 def face_panel(case: Case, index: int | None) -> str:
-    """The picture with all its boxes, and what is said of one face."""
+    """The picture with all its boxes, and the report on one face."""
     report, face = case.report, case.face(index)
     frame = face.frame if face else next(iter(case.pictures))
     width, height = (float(report.media[side]) for side in ("width", "height"))
@@ -130,31 +130,31 @@ def curve(case: Case, index: int | None) -> str:
     if len(numbers) < 2:
         return ""
     frames = Progress()
-    for judged in case.report.faces:
-        frames.face(judged)
-    now = case.face(index)
+    for face in case.report.faces:
+        frames.face(face)
+    count, current = len(numbers), case.face(index)
     steps = [
-        {"face": face, "left": 100 * at / len(numbers), "width": 100 / len(numbers), "now": now and number == now.frame}
-        for at, number in enumerate(numbers)
-        if (face := frames.judged.get(number)) is not None and face.verdict.p_fake is not None
+        {"face": f, "left": 100 * k / count, "width": 100 / count, "now": current and number == current.frame}
+        for k, number in enumerate(numbers)
+        if (f := frames.worst.get(number)) is not None and f.verdict.p_fake is not None
     ]
     return draw("curve", steps, case.report.model.get("band")) if steps else ""
 
 
-def table(files: Sequence[tuple[str, Report | Failure]], total: int, now: int | None = None) -> str:
-    """The results of several files, a row each; `now`: the row whose card is open."""
-    verdicts = [None if isinstance(judged, Failure) else judged.verdict for _, judged in files]
+def table(files: Sequence[tuple[str, Report | Failure]], total: int, current: int | None = None) -> str:
+    """The results of several files, a row each; `current`: the row whose card is open."""
+    verdicts = [None if isinstance(result, Failure) else result.verdict for _, result in files]
     counts = counted("failed" if v is None else status(v) for v in verdicts)
-    return draw("table", list(zip(files, verdicts, strict=True)), total, now, counts)
+    return draw("table", list(zip(files, verdicts, strict=True)), total, current, counts)
 
 
 def choices(report: Report) -> list[tuple[str, int]]:
-    """The faces as a visitor reads them, and their index."""
+    """The label and index of each face, for the dropdown."""
     return [(f"{named(face, report)}: {in_words(face.verdict)}", face.index) for face in report.faces]
 
 
 def named(face: FaceReport, report: Report) -> str:
-    """A photo's face by its number; a clip's by its moment, and by its number where the frame has several."""
+    """The name of a face: in a photo its number, in a clip its moment, with a number if the frame has several faces."""
     if face.time_s is None:
         return f"Face {face.index + 1}"
     several = sum(other.frame == face.frame for other in report.faces) > 1
@@ -195,5 +195,5 @@ def _template() -> jinja2.Template:
 
 
 def draw(macro: str, *values: object) -> str:
-    """A macro of page.jinja with its values, every one of them text."""
+    """Render a macro of page.jinja; every value is escaped as text."""
     return str(getattr(_template().module, macro)(*values))
