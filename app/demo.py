@@ -176,11 +176,11 @@ def answer(detector: DemoDetector, case: Case, index: int | None, question: str)
     elif report.media.get("kind") == "video":
         text = f"About a video, only its report can be quoted: {face.rationale or 'it holds no explanation.'}"
     else:
-        text = _from_model(detector, case, face, question)
+        text = _model_answer(detector, case, face, question)
     return f"{text}\n\n{_stored_verdict(case, face)}".replace(" %", "\N{NO-BREAK SPACE}%")
 
 
-def _from_model(detector: DemoDetector, case: Case, face: FaceReport, question: str) -> str:
+def _model_answer(detector: DemoDetector, case: Case, face: FaceReport, question: str) -> str:
     try:
         text = detector.chat(replace(case.report, faces=(face,)), question, source=case.file).strip()
     except InputError as error:
@@ -386,7 +386,7 @@ class _Events:
         try:
             case = replace(open_case(report, row.file)[0], model=row.model, stage="writing" if report.faces else "done")
         except InputError as error:
-            yield self._gone(report, error)
+            yield self._deleted(report, error)
             return
         yield self.show(case, card(report))
         if not report.faces:
@@ -401,11 +401,11 @@ class _Events:
                         yield self.finished(replace(case, report=update, stage="done"))
         except X2DFDError as error:
             if isinstance(error, InputError) and error.code == "not_found":
-                yield self._gone(report, error)
+                yield self._deleted(report, error)
             else:  # the verdict stands without the text
                 yield self.finished(replace(case, stage="stopped", why=str(error)))
 
-    def _gone(self, report: Report, error: InputError) -> Updates:
+    def _deleted(self, report: Report, error: InputError) -> Updates:
         """The card of a file whose upload has been deleted."""
         return self.show(None, card(Failure(report.path, report.sha256, error.code, error.reason)))
 
@@ -521,7 +521,7 @@ def launch(
             link_text_color_dark="*neutral_200",
         ),
         css_paths=[Path(__file__).parent / "style.css"], root_path=root_path or None,
-        app_kwargs={"middleware": [Middleware(Guard, uploads=uploads, here=host, names=frozenset(names))]},
+        app_kwargs={"middleware": [Middleware(Guard, uploads=uploads, address=host, names=frozenset(names))]},
     )  # fmt: skip
     return str(address)
 

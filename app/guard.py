@@ -29,8 +29,8 @@ class Quota:
 class Guard:
     """Refuses requests that another site's page makes (DNS rebinding, forged forms) and uploads beyond the quota."""
 
-    def __init__(self, app: App, *, uploads: Quota, here: str, names: frozenset[str]) -> None:
-        """`here`: the address the app listens on; `names`: host names by which browsers call it, as behind a proxy.
+    def __init__(self, app: App, *, uploads: Quota, address: str, names: frozenset[str]) -> None:
+        """`address`: where the app listens; `names`: host names by which browsers call it, as behind a proxy.
 
         Other hosts are refused if the app listens on this machine alone or if names are given; pages of other sites
         always are.
@@ -38,7 +38,7 @@ class Guard:
         self.app = app
         self.uploads = uploads
         self.names = names
-        self.hosts = {here, *LOOPBACK, *names} if names or here in LOOPBACK else None
+        self.hosts = {address, *LOOPBACK, *names} if names or address in LOOPBACK else None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
