@@ -77,9 +77,9 @@ def merge(
     out: Annotated[Path, typer.Option(help="directory to write")],
 ) -> None:
     """Merge an adapter into its base; refused when the card's probe pictures score otherwise afterwards."""
-    from finetune.merge import merge as merged
+    from finetune.merge import merge as merge_adapter
 
-    print(merged(model, out))
+    print(merge_adapter(model, out))
 
 
 if __name__ == "__main__":

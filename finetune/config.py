@@ -19,7 +19,8 @@ TARGETS = ("language", "attention")
 """Presets of LoRA's targets, for any family: all linear layers of the language model, or those of its attention."""
 
 TOWER_LINEARS = r".*vision_tower.*\.layers\.(LAYERS)\..*(q_proj|k_proj|v_proj|out_proj)"
-"""LoRA's further targets with `tower: lora`, LAYERS being numbers: attention, a third of what all of it would weigh."""
+"""LoRA's further targets with `tower: lora`: the attention of the layers with the numbers LAYERS, a third of the size
+that all linear layers would have."""
 
 CHOICES = {
     "method": ("lora", "qlora", "dora", "full"),
@@ -28,24 +29,24 @@ CHOICES = {
     "weights_dtype": ("float32", "float16"),
     "best_by": ("auc", "loss"),
 }
-"""What a key of the configuration may be."""
+"""The values that a key of the configuration may have."""
 
 LEAST = {
     **dict.fromkeys(("lora_r", "lora_alpha", "batch", "accumulate", "save_steps", "eval_limit"), 1),
     **dict.fromkeys(("lr", "projector_lr", "clip", "weight_decay", "warmup", "epochs", "lora_dropout"), 0),
     **dict.fromkeys(("verdict_weight", "cue_weight", "eval_steps", "patience", "workers"), 0),
 }
-"""Numbers of the configuration and the least that each may be; none is infinite."""
+"""The smallest value of each number in the configuration; none may be infinite."""
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Everything that decides what a training gives; saved beside its weights."""
+    """All settings that decide the result of a training; saved in the folder of its weights."""
 
-    instructions: str | tuple[str, ...]  # of `data_gen build`, or conversations of another stack; or several
-    manifest: str | tuple[str, ...]  # that each was built from; of conversations, the folder of their pictures
+    instructions: str | tuple[str, ...]  # file of `data_gen build`, or conversations of another stack
+    manifest: str | tuple[str, ...]  # from which each was built; for another stack's, the folder of pictures
     out: str  # adapter directory to write
-    weights: tuple[float, ...] = ()  # how often an epoch shows each of several sets: 2 twice, 0.5 half, drawn anew
+    weights: tuple[float, ...] = ()  # how often an epoch shows each of several sets: 2 twice, 0.5 a new half of it
     base: str | None = None  # directory or hub name, of a family of docs/models.md; None is the embedded base
     method: str = "lora"  # lora; qlora: on a base in NF4 (bitsandbytes); dora; full: every language weight
     name: str = "x2dfd-embedded"  # the adapter's name in its card
@@ -53,7 +54,7 @@ class FinetuneConfig:
     licence: str = "as the training data; not for redistribution unless you know better"  # of the weights
     trained_on: str = ""  # the data in words, for the card
     blind_spot: str = "forgeries unlike those of its instruction set"  # what the card must warn of
-    expert_weights: str | None = None  # folder of other expert weights; they travel with the adapter
+    expert_weights: str | None = None  # folder of other expert weights, copied into the adapter
     tower_layers: int | None = None  # vision layers kept; None keeps all
     text_layers: int | tuple[int, ...] | None = None  # language layers kept: the first so many, or these; None: all
     feature_layers: tuple[int, ...] | None = None  # tower outputs joined as the projector's input; None as the base
@@ -62,28 +63,28 @@ class FinetuneConfig:
     lora_dropout: float = 0.05
     targets: str = "language"  # or attention, or a regular expression over module names; inside the language model
     tower: str = "frozen"  # or norms: its normalisation layers are trained, at the projector's rate; lora: LoRA too;
-    # forensic: frozen, with what the expert `tower` in `expert_weights` adds to it
+    # forensic: frozen, with the additions of the expert `tower` in `expert_weights`
     lr: float = 2e-4  # of the LoRA matrices
     projector_lr: float = 2e-5  # of the projector; 0 leaves it as it is
     optimizer: str = "adamw_torch"  # as transformers calls it: adamw_8bit, adafactor ...
     scheduler: str = "cosine"  # of the rates, as transformers calls it: linear, constant_with_warmup ...
-    clip: float = 1.0  # length to which gradients are cut; 0 leaves them
+    clip: float = 1.0  # largest norm of the gradients; 0 does not clip them
     weight_decay: float = 0.0
-    warmup: float = 0.03  # share of the steps, or from 1 on their number
+    warmup: float = 0.03  # share of the steps, or their number if 1 or more
     epochs: float = 1.0
-    max_steps: int = -1  # stops earlier than epochs when positive
-    batch: int = 1  # rows a device and step: a picture with all that is asked of it, or one question (docs/finetune.md)
+    max_steps: int = -1  # if positive, ends the training before its epochs
+    batch: int = 1  # rows per device and step: a picture with all its questions, or one question (docs/finetune.md)
     accumulate: int = 8  # steps per update
     verdict_weight: float = 4.0  # weight of label and yes/no tokens against one explanation token
-    cue_weight: float = 1.0  # of explanation tokens that name an area, an artifact or a class; by fast tokenizers
+    cue_weight: float = 1.0  # of explanation tokens that name an area, an artifact or a class; needs a fast tokenizer
     start: str | None = None  # adapter directory of the same base and layers to start from; None: LoRA at zero
-    left_out: tuple[str, ...] = ()  # sources and generators (Sample.origin) of which no picture is trained on
-    limit: int | None = None  # at most this many pictures of the manifest have their features cached
+    left_out: tuple[str, ...] = ()  # sources and generators (Sample.origin) without any training picture
+    limit: int | None = None  # largest number of pictures whose features are cached
     cached_features: str | None = None  # folder of a frozen tower's features; None computes them while training
     bucket: bool = True  # rows of like length share a batch
     crop_size: int | None = None  # side of the face crops; None is what the base's image processor takes, 224 to 448
     frame: str | None = None  # a chat template of x2dfd.prompts (train_consistent); None is the base's own
-    view_seed: int = 1  # degradation of each picture; must be the one the instructions were built with
+    view_seed: int = 1  # of the augmented views; must be the one that the instructions were built with
     base_dtype: str = "auto"  # of the frozen base: 16 bits where bf16 or fp16 is on or the checkpoint is in 16 bits
     weights_dtype: str = "float32"  # of the adapter's file; float16 halves it and moves verdicts by hundredths
     checkpointing: bool = False  # activations computed twice rather than kept
@@ -94,10 +95,10 @@ class FinetuneConfig:
     save_steps: int = 100  # updates between checkpoints; a cut-off run resumes from the last
     eval_steps: int = 0  # updates between validations, which then also write the checkpoints; 0: none
     eval_split: str = "val"  # the pictures that validations ask about, never trained on
-    eval_limit: int = 256  # at most so many of them
-    best_by: str = "auc"  # of the validations: which checkpoint becomes the adapter; or loss
-    patience: int = 0  # validations in a row without a better one that end the training; 0: none do
-    report_to: tuple[str, ...] = ()  # tensorboard, wandb and what else transformers reports to
+    eval_limit: int = 256  # largest number of these pictures
+    best_by: str = "auc"  # the validation figure that chooses the checkpoint; or loss
+    patience: int = 0  # the training ends after so many validations without a better one; 0: never early
+    report_to: tuple[str, ...] = ()  # tensorboard, wandb or another tracker of transformers
     seed: int = 0
 
     @property
@@ -117,12 +118,12 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> FinetuneCon
         if not path.is_file():
             raise X2DFDError(f"no such configuration: {path}", code="config_not_found")
         try:
-            read = _yaml(path.read_text(encoding="utf-8"), str(path))
+            content = _yaml(path.read_text(encoding="utf-8"), str(path))
         except UnicodeDecodeError as error:
             raise X2DFDError(f"{path}: not UTF-8 text ({error.reason})", code="config_not_yaml") from error
-        if not isinstance(read, dict | None):
-            raise X2DFDError(f"{path}: no list of `key: value` but {type(read).__name__}", code="config_malformed")
-        values = read or {}
+        if not isinstance(content, dict | None):
+            raise X2DFDError(f"{path}: no list of `key: value` but {type(content).__name__}", code="config_malformed")
+        values = content or {}
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign:
@@ -141,7 +142,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> FinetuneCon
 
 
 def check_config(config: FinetuneConfig) -> None:
-    """Raises UnknownName for a choice that there is not, X2DFDError for settings that exclude each other."""
+    """Raises UnknownName for an unknown choice, X2DFDError for settings that exclude each other."""
     for key, known in CHOICES.items():
         if getattr(config, key) not in known:
             raise UnknownName(key, getattr(config, key), known)
@@ -150,9 +151,9 @@ def check_config(config: FinetuneConfig) -> None:
             raise X2DFDError(f"{key} is {least} or more, not {getattr(config, key)}", code="number_out_of_range")
     stage = zero_stage(config)
     counts = {len(v) for v in (config.instructions, config.manifest, config.weights) if isinstance(v, tuple) and v}
-    many = 1 if isinstance(config.instructions, str) else len(config.instructions)
+    count = 1 if isinstance(config.instructions, str) else len(config.instructions)
     clashes = {
-        "instructions, manifest and weights: as many of each": bool(counts - {many})
+        "instructions, manifest and weights: as many of each": bool(counts - {count})
         or isinstance(config.instructions, str) != isinstance(config.manifest, str),
         "weights: above 0": not all(0 < w < math.inf for w in config.weights),
         "lora_dropout: below 1": config.lora_dropout >= 1,
@@ -161,7 +162,7 @@ def check_config(config: FinetuneConfig) -> None:
         "base_dtype: float16 wants fp16: true": config.base_dtype == "float16" and not config.fp16,
         "patience wants eval_steps": config.patience > 0 and config.eval_steps <= 0,
         "eval_split: another one than train": config.eval_split == "train",
-        "cached features are kept of one instruction set": config.cached_features is not None and many > 1,
+        "cached features are kept of one instruction set": config.cached_features is not None and count > 1,
         "weights in four bits cannot be shared out by ZeRO-3: take finetune/zero2.json with qlora": stage == 3
         and config.method == "qlora",
         "the embedded base is too small for ZeRO-3 to help: take finetune/zero2.json, or none": stage == 3
@@ -194,13 +195,13 @@ def zero_stage(config: FinetuneConfig) -> int:
 
 
 def zero_settings(path: str) -> Json:
-    """What DeepSpeed's JSON sets for ZeRO: the content decides, whatever the file is called. Raises X2DFDError."""
+    """The ZeRO settings in DeepSpeed's JSON, whatever the file's name is. Raises X2DFDError if it cannot be read."""
     try:
-        found: Json = parse_json(Path(path).read_bytes()).get("zero_optimization", {})
-        int(found.get("stage", 0))
+        settings: Json = parse_json(Path(path).read_bytes()).get("zero_optimization", {})
+        int(settings.get("stage", 0))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise X2DFDError(f"deepspeed: {path} is not DeepSpeed's JSON: {error}", code="config_malformed") from error
-    return found
+    return settings
 
 
 def _yaml(text: str, where: str) -> Any:
@@ -208,7 +209,7 @@ def _yaml(text: str, where: str) -> Any:
 
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of a date that there is not
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date
         raise X2DFDError(f"{where}: not YAML: {error}", code="config_not_yaml") from error
 
 
@@ -217,13 +218,13 @@ def _typed(key: str, value: Any, kind: str) -> Any:
         return None
     kinds = kind.removesuffix(" | None").split(" | ")
     if isinstance(value, list):
-        plain = next((k for k in kinds if k.startswith("tuple")), "")
-        of = {"str": str, "int": int, "float": float}.get(plain.removeprefix("tuple[").split(",")[0])
-        value = tuple(float(v) if of is float and type(v) is int else v for v in value)
-        if of is not None and all(type(v) is of for v in value):
+        tuple_kind = next((k for k in kinds if k.startswith("tuple")), "")
+        item_type = {"str": str, "int": int, "float": float}.get(tuple_kind.removeprefix("tuple[").split(",")[0])
+        value = tuple(float(v) if item_type is float and type(v) is int else v for v in value)
+        if item_type is not None and all(type(v) is item_type for v in value):
             return value
     if kinds[0] == "float" and isinstance(value, str | int) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError, OverflowError):  # it is refused below
+        with contextlib.suppress(ValueError, OverflowError):  # refused below
             return float(value)  # YAML reads 2e-4 as text
     if {"int": int, "float": float, "str": str, "bool": bool}.get(kinds[0]) is type(value):
         return value

@@ -43,7 +43,7 @@ NEWER = (
     "corda_config", "eva_config", "exclude_modules", "target_parameters", "trainable_token_indices", "lora_bias",
     "use_qalora", "qalora_group_size",
 )  # fmt: skip
-"""Settings that an older PEFT refuses to read; empty, they do nothing."""
+"""Settings that an older PEFT refuses to read, and that have no effect if empty."""
 
 
 def renamed(state: Mapping[str, Tensor], to_hub: bool) -> dict[str, Tensor]:
@@ -51,34 +51,34 @@ def renamed(state: Mapping[str, Tensor], to_hub: bool) -> dict[str, Tensor]:
     pairs = NAMES if to_hub else [(hub, llava) for llava, hub in NAMES]
     out: dict[str, Tensor] = {}
     for key, value in state.items():
-        found = [new + key.removeprefix(old) for old, new in pairs if key.startswith(old)]
-        if not found:
+        names = [new + key.removeprefix(old) for old, new in pairs if key.startswith(old)]
+        if not names:
             raise SetupError(
                 f"{key} belongs to no {'LLaVA' if to_hub else 'hub'} adapter of X2-DFD", code="tensor_unknown"
             )
-        out[found[0]] = value
+        out[names[0]] = value
     return out
 
 
 def hub_settings(settings: Json, base: str) -> Json:
-    """PEFT's settings for the hub's layout, where `["q_proj", ...]` would reach into the tower: the targets become an
-    expression over the language model. Raises SetupError when a newer key is in use, or a target is foreign to it."""
-    grouped = bool(settings.get("use_qalora"))  # a group size says nothing where nothing is grouped
-    said = {k: settings[k] for k in NEWER if k in settings and (grouped or k != "qalora_group_size")}
-    used = [k for k, value in said.items() if value]
+    """PEFT's settings for the hub's layout. There `["q_proj", ...]` would match the tower too, so the targets become an
+    expression over the language model. Raises SetupError if a newer key is in use, or a target is not of that model."""
+    grouped = bool(settings.get("use_qalora"))  # without it, a group size has no effect
+    newer = {k: settings[k] for k in NEWER if k in settings and (grouped or k != "qalora_group_size")}
+    used = [k for k, value in newer.items() if value]
     if used:
         raise SetupError(f"{SETTINGS}: converting would lose {', '.join(used)}", code="setting_unsupported")
     linears = LANGUAGE_LINEARS.rsplit("(", 1)[1].rstrip(")").split("|")
     targets = settings["target_modules"]
-    odd = sorted(set(targets) - set(linears)) if isinstance(targets, list) else [targets]
-    if odd:
+    unsupported = sorted(set(targets) - set(linears)) if isinstance(targets, list) else [targets]
+    if unsupported:
         raise SetupError(
-            f"{SETTINGS}: not linear layers of the language model: {', '.join(odd)}", code="targets_unsupported"
+            f"{SETTINGS}: not linear layers of the language model: {', '.join(unsupported)}", code="targets_unsupported"
         )
-    kept = {k: v for k, v in settings.items() if k not in NEWER}
+    older = {k: v for k, v in settings.items() if k not in NEWER}
     expression = LANGUAGE_LINEARS.rsplit("(", 1)[0] + f"({'|'.join(sorted(targets))})"
     return {
-        **kept,
+        **older,
         "base_model_name_or_path": base,
         "target_modules": expression,
         "modules_to_save": ["multi_modal_projector"],
@@ -88,30 +88,30 @@ def hub_settings(settings: Json, base: str) -> Json:
 def check_complete(
     state: Mapping[str, Tensor], others: Mapping[str, Tensor], settings: Json, layers: int, where: Path
 ) -> None:
-    """Refuse a published adapter that lacks matrices of its targets in any of a base's `layers`, or half its projector:
-    it would load and do less than it was trained to. `state`, `others`: in LLaVA's layout. Raises SetupError."""
-    wanted = {
+    """Refuse a published adapter that lacks matrices of its targets in any of a base's `layers`, or projector tensors:
+    it would load, but without part of its training. `state`, `others`: in LLaVA's layout. Raises SetupError."""
+    expected = {
         (n, target, half)
         for n in range(layers)
         for target in settings["target_modules"]
         for half in ("lora_A", "lora_B")
     }
-    found = {
+    present = {
         (int(part[4]), part[6], part[7])
         for part in (key.split(".") for key in state)
         if len(part) == 9 and part[3] == "layers" and part[4].isdigit()
     }
-    if missing := sorted(wanted - found):
+    if missing := sorted(expected - present):
         layer, target, half = missing[0]
         raise SetupError(
-            f"{where} lacks {len(missing)} of {len(wanted)} matrices of a base with {layers} layers, first {half} of "
+            f"{where} lacks {len(missing)} of {len(expected)} matrices of a base with {layers} layers, first {half} of "
             f"{target} in layer {layer}: another base, or an incomplete copy",
             code="adapter_incomplete",
         )
     projector = [f"{NAMES[k][0]}{part}" for k in (1, 2) for part in ("weight", "bias")]
-    if absent := [k for k in projector if k not in others]:
+    if lacking := [k for k in projector if k not in others]:
         raise SetupError(
-            f"{where} lacks {len(absent)} of 4 projector tensors: {absent[0]}", code="projector_incomplete"
+            f"{where} lacks {len(lacking)} of 4 projector tensors: {lacking[0]}", code="projector_incomplete"
         )
 
 
@@ -123,9 +123,9 @@ def llava_settings(settings: Json, base: str) -> Json:
             f"{SETTINGS}: targets {settings['target_modules']!r} have no counterpart in LLaVA's layout",
             code="targets_without_counterpart",
         )
-    kept = {k: v for k, v in settings.items() if k not in NEWER}
+    older = {k: v for k, v in settings.items() if k not in NEWER}
     return {
-        **kept,
+        **older,
         "base_model_name_or_path": base,
         "target_modules": words.rstrip(")").split("|"),
         "modules_to_save": None,
@@ -133,7 +133,7 @@ def llava_settings(settings: Json, base: str) -> Json:
 
 
 def check_shapes(state: Mapping[str, Tensor], config: PretrainedConfig, where: Path) -> None:
-    """Refuse tensors, in the hub's layout, that do not fit the base of a configuration. Raises SetupError."""
+    """Refuse tensors in the hub's layout whose shapes do not fit the base. Raises SetupError."""
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -141,13 +141,13 @@ def check_shapes(state: Mapping[str, Tensor], config: PretrainedConfig, where: P
         base = AutoModelForImageTextToText.from_config(config)
     shapes = {name: tuple(p.shape) for name, p in base.named_parameters()}
     for key, value in state.items():
-        part, half, _ = key.removeprefix(PEFT_PREFIX).partition(".lora_")
-        wanted, found = shapes.get(f"{part}.weight" if half else part), tuple(value.shape)
-        if half and wanted is not None and len(found) == 2:  # A: [rank, in], B: [out, rank]
-            wanted = (found[0], wanted[1]) if ".lora_A." in key else (wanted[0], found[1])
-        if found != wanted:
+        module, half, _ = key.removeprefix(PEFT_PREFIX).partition(".lora_")
+        expected, shape = shapes.get(f"{module}.weight" if half else module), tuple(value.shape)
+        if half and expected is not None and len(shape) == 2:  # A: [rank, in], B: [out, rank]
+            expected = (shape[0], expected[1]) if ".lora_A." in key else (expected[0], shape[1])
+        if shape != expected:
             raise SetupError(
-                f"{where}: {key} is {list(found)} where the base has {wanted and list(wanted)}",
+                f"{where}: {key} is {list(shape)} where the base has {expected and list(expected)}",
                 code="adapter_does_not_fit",
             )
 
@@ -161,11 +161,11 @@ def to_hub(
     experts: tuple[str, ...] = (),
     aliases: Mapping[str, str] | None = None,
 ) -> AdapterCard:
-    """Convert a published adapter directory, or a checkpoint of its training; returns the card that is written.
+    """Convert a published adapter directory, or a checkpoint of its training; returns the written card.
 
-    `base`: the hub's LLaVA that it fits, which is loaded too, for what the probe pictures score; `frame`: see
-    `x2dfd.prompts.CHAT_TEMPLATES`; `experts`: whose scores stand in its prompt, in that order, with the weights that
-    are here; `aliases`: what the prompt calls some of them. `out` must hold no adapter yet. Raises SetupError.
+    `base`: the hub's LLaVA that it fits, which is also loaded to score the probe pictures; `frame`: see
+    `x2dfd.prompts.CHAT_TEMPLATES`; `experts`: those whose scores its prompt states, in that order, with the weights
+    found here; `aliases`: names of experts in the prompt. `out` must hold no adapter yet. Raises SetupError.
     """
     from transformers import AutoConfig
 
@@ -177,13 +177,13 @@ def to_hub(
         raise SetupError(f"{base} cannot be read: {error}", code="adapter_unreadable") from error
     prompts.set_chat_template(processor, frame)
     identity = base_identity(base)
-    both, target_settings = renamed({**state, **others}, True), hub_settings(settings, identity["name"])
-    check_tensors(both, source)
+    tensors, target_settings = renamed({**state, **others}, True), hub_settings(settings, identity["name"])
+    check_tensors(tensors, source)
     check_complete(state, others, settings, int(config.text_config.num_hidden_layers), source)
-    check_shapes(both, config, source)
-    used = {name: load_expert(name).card.sha256 for name in experts}
+    check_shapes(tensors, config, source)
+    expert_hashes = {name: load_expert(name).card.sha256 for name in experts}
     side = crop_size_of(processor)
-    _write(out, both, target_settings)
+    _write(out, tensors, target_settings)
     card = AdapterCard(
         name=source.resolve().name,
         version="published",
@@ -197,7 +197,7 @@ def to_hub(
         base=identity,
         frame=frame,
         prompt_sha256=prompts.prompt_hash(processor),
-        experts=used,
+        experts=expert_hashes,
         aliases=dict(aliases or {}),
         crop_size=side,
     )
@@ -205,7 +205,7 @@ def to_hub(
     try:
         mllm = load(ModelSpec(base=base, adapter=out), mode="paper", experts=(), device="cpu").mllm
     except SetupError:
-        (out / WEIGHTS).unlink()  # so that it can be converted again
+        (out / WEIGHTS).unlink()  # so that another attempt finds no adapter in `out`
         raise
     card = replace(card, probes=probe_logits(mllm, side))
     write_adapter_card(out, card)
@@ -213,8 +213,8 @@ def to_hub(
 
 
 def to_llava(source: Path, out: Path, *, base: str) -> None:
-    """Convert an adapter directory for LLaVA's own code; `base` is the name that code loads (liuhaotian/llava-v1.5-7b).
-    Raises SetupError with the reason; `out` must not hold an adapter yet."""
+    """Convert an adapter directory for LLaVA's own code, which loads its base by the name `base`
+    (liuhaotian/llava-v1.5-7b). `out` must not hold an adapter yet. Raises SetupError with the reason."""
     import torch
     from safetensors.torch import load_file
 
@@ -231,14 +231,14 @@ def to_llava(source: Path, out: Path, *, base: str) -> None:
 
 def _settings(source: Path) -> Json:
     try:
-        found: Json = parse_json((source / SETTINGS).read_bytes())
-        if found["peft_type"] != "LORA":
-            raise SetupError(f"{source / SETTINGS}: {found['peft_type']} is not LORA", code="not_lora")
+        settings: Json = parse_json((source / SETTINGS).read_bytes())
+        if settings["peft_type"] != "LORA":
+            raise SetupError(f"{source / SETTINGS}: {settings['peft_type']} is not LORA", code="not_lora")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SetupError(
             f"{source / SETTINGS} cannot be read: {error!r:.200}", code="adapter_config_unreadable"
         ) from error
-    return found
+    return settings
 
 
 def _write(out: Path, state: dict[str, Tensor], settings: Json) -> None:

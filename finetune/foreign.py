@@ -1,4 +1,4 @@
-"""Instruction sets of other stacks are trained on as ours are: they become one beside the adapter."""
+"""Instruction sets of other stacks: each is converted to one of ours in the adapter directory."""
 
 from __future__ import annotations
 
@@ -7,21 +7,18 @@ from pathlib import Path
 
 from data_gen.adopt import adopt
 from finetune.config import FinetuneConfig
-from x2dfd.files import Json
 
 
 def adopted(config: FinetuneConfig) -> FinetuneConfig:
-    """The configuration with every set that has no card of ours written anew under `out/sets` (`data_gen.adopt`); of
-    such a set, `manifest` is the folder that its pictures' paths start at. Raises X2DFDError as `adopt` does."""
+    """The configuration with every set that lacks a card of ours converted to `out/sets` (`data_gen.adopt`). For such a
+    set, `manifest` names the folder of its pictures. Raises X2DFDError as `adopt` does."""
     pairs = [[v] if isinstance(v, str) else list(v) for v in (config.instructions, config.manifest)]
     if all((Path(instructions).parent / "card.json").is_file() for instructions in pairs[0]):
         return config
     for k, (instructions, manifest) in enumerate(zip(*pairs, strict=True)):
         if not (Path(instructions).parent / "card.json").is_file():
-            made = adopt(Path(instructions), Path(config.out) / "sets" / str(k), pictures=Path(manifest))
-            pairs[0][k], pairs[1][k] = str(made), str(made.parent / "manifest.jsonl")
-    one = isinstance(config.instructions, str)
-    changed: Json = {
-        name: paths[0] if one else tuple(paths) for name, paths in zip(("instructions", "manifest"), pairs, strict=True)
-    }
-    return replace(config, **changed)
+            adopted_path = adopt(Path(instructions), Path(config.out) / "sets" / str(k), pictures=Path(manifest))
+            pairs[0][k], pairs[1][k] = str(adopted_path), str(adopted_path.parent / "manifest.jsonl")
+    single = isinstance(config.instructions, str)
+    instructions_paths, manifest_paths = (paths[0] if single else tuple(paths) for paths in pairs)
+    return replace(config, instructions=instructions_paths, manifest=manifest_paths)

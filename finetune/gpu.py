@@ -1,9 +1,9 @@
 """`python -m finetune.gpu --out build/gpu.json`: how fast LLaVA-1.5-7B trains and judges on this GPU.
 
-The real geometry with random weights, which are as fast as trained ones, so that nothing is downloaded. LoRA and QLoRA,
-two row lengths, with and without checkpointing: steps and tokens a second, peak memory beside the predicted one, and
-the share of the matrix rate that the card itself was just measured at, and where the time of one step goes. Then
-verdicts and cue questions a second. The file is written as it goes: what is cut off keeps what was measured.
+The model has the real geometry and random weights, which are as fast as trained ones, so that nothing is downloaded.
+Trainings are measured with LoRA and QLoRA, for two row lengths, with and without checkpointing: steps and tokens a
+second, measured and predicted peak memory, the share of the card's own matrix rate, and a profile of one step. Then
+verdicts and cue questions a second are measured. Each result is written at once, so that an interrupted run keeps it.
 `--tiny` runs the same code on a toy geometry, on a CPU too. `benchmarks/gpu.sh` runs this and the other GPU figures.
 """
 
@@ -60,16 +60,16 @@ def geometry(tiny: bool) -> Any:
 
 
 def words_processor(config: Any) -> Any:
-    """A processor with a token a word: prompts are then about as long as a real tokenizer makes them."""
+    """A processor with one token per word, whose prompts are about as long as those of a real tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
-    said = " ".join([prompts.CHAT_TEMPLATES["train_consistent"], prompts.QUESTION, *QUESTIONS, prompts.STEM])
+    texts = " ".join([prompts.CHAT_TEMPLATES["train_consistent"], prompts.QUESTION, *QUESTIONS, prompts.STEM])
     words = re.findall(
-        r"\w+|[^\w\s]+", " ".join([said, *prompts.LABEL_WORDS, *prompts.YES_NO_WORDS, "USER ASSISTANT : ?"])
+        r"\w+|[^\w\s]+", " ".join([texts, *prompts.LABEL_WORDS, *prompts.YES_NO_WORDS, "USER ASSISTANT : ?"])
     )
-    known = {word: k for k, word in enumerate(dict.fromkeys(["<unk>", "</s>", *words]))}
-    tokenizer = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
+    vocabulary = {word: k for k, word in enumerate(dict.fromkeys(["<unk>", "</s>", *words]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>", eos_token="</s>",
@@ -89,7 +89,7 @@ def words_processor(config: Any) -> Any:
 
 
 def build(config: Any, device: torch.device, dtype: torch.dtype, four_bits: bool) -> Any:
-    """The model with random weights; the language model's linear layers in NF4 where asked for."""
+    """The model with random weights; with `four_bits`, the language model's linear layers in NF4."""
     from transformers import AutoModelForImageTextToText
 
     torch.manual_seed(0)
@@ -100,27 +100,27 @@ def build(config: Any, device: torch.device, dtype: torch.dtype, four_bits: bool
 
         for layer in model.get_decoder().layers:
             for name, linear in [(n, m) for n, m in layer.named_modules() if isinstance(m, nn.Linear)]:
-                small = bnb.nn.Linear4bit(
+                quantised = bnb.nn.Linear4bit(
                     linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type="nf4",
                     device="meta",
                 )  # fmt: skip
-                weight = linear.weight.data.cpu()  # it is quantised on its way to the device
-                small.weight = bnb.nn.Params4bit(
+                weight = linear.weight.data.cpu()  # moving it to the device quantises it
+                quantised.weight = bnb.nn.Params4bit(
                     weight, requires_grad=False, quant_type="nf4", compress_statistics=True
                 )
-                layer.set_submodule(name, small.to(device))
+                layer.set_submodule(name, quantised.to(device))
         model.is_loaded_in_4bit = True
     return model
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
-    """FLOP a second of a square matrix product."""
+    """FLOP per second of a square matrix product."""
     a = torch.randn(side, side, device=device, dtype=dtype)
     return 2 * side**3 / median_seconds(lambda: a @ a, device, 10)
 
 
-def training_rows(
-    model: Any, config: FinetuneConfig, found: Shape, lengths: tuple[int, ...], rate: float, steps: int
+def measure_training(
+    model: Any, config: FinetuneConfig, shape: Shape, lengths: tuple[int, ...], rate: float, steps: int
 ) -> list[Json]:
     """A measurement for each length, with and without checkpointing."""
     device = next(model.parameters()).device
@@ -143,11 +143,11 @@ def training_rows(
                 model.gradient_checkpointing_enable({"use_reentrant": False})
             else:
                 model.gradient_checkpointing_disable()
-            used = replace(config, checkpointing=checkpointing)
+            settings = replace(config, checkpointing=checkpointing)
             row: Json = {"method": config.method, "tokens": length, "batch": config.batch}
             row |= {
                 "checkpointing": checkpointing,
-                "predicted_gb": round(predict(used, found, 1, length)["total"] / GB, 2),
+                "predicted_gb": round(predict(settings, shape, 1, length)["total"] / GB, 2),
             }
             try:
                 if device.type == "cuda":
@@ -158,10 +158,10 @@ def training_rows(
                 rows.append({**row, "out_of_memory": True})
                 optimizer.zero_grad()
                 continue
-            # Forward and the gradient of the inputs; the frozen weights want none. Linear layers alone are counted.
-            work = (4 + 2 * checkpointing) * found.linears * config.batch * length
+            # Forward pass and gradients of the inputs, as frozen weights need none; linear layers alone are counted.
+            flop = (4 + 2 * checkpointing) * shape.linears * config.batch * length
             row |= {"steps_per_s": round(1 / seconds, 3), "tokens_per_s": round(config.batch * length / seconds, 1)}
-            row["share_of_matmul_rate"] = round(work / seconds / rate, 3)
+            row["share_of_matmul_rate"] = round(flop / seconds / rate, 3)
             row["peak_gb"] = round(torch.cuda.max_memory_allocated() / GB, 2) if device.type == "cuda" else None
             if length == lengths[-1] and not checkpointing:
                 row["profile"] = profile(step, device)
@@ -170,38 +170,41 @@ def training_rows(
 
 
 def profile(step: Callable[[], None], device: torch.device) -> Json:
-    """Where a step's time goes: the share of it in which the device computes, and the dearest kernels or operations."""
+    """A profile of one step: its time, the time in which the device computes, and the slowest kernels or operations."""
     from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as watch
+    from torch.profiler import profile as profiler
 
     cuda = device.type == "cuda"
     start = time.perf_counter()
-    with watch(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as watched:
+    with profiler(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiled:
         step()
         if cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
     kind, clock = ("CUDA", "self_device_time_total") if cuda else ("CPU", "self_cpu_time_total")
-    taken = {e.key: (getattr(e, clock) / 1e3, e.count) for e in watched.key_averages() if e.device_type.name == kind}
-    dearest = sorted(taken, key=lambda name: taken[name], reverse=True)[:12]
-    busy = sum(ms for ms, _ in taken.values())
-    kernels = [{"name": n[:80], "ms": round(taken[n][0], 3), "calls": taken[n][1]} for n in dearest]
+    times = {e.key: (getattr(e, clock) / 1e3, e.count) for e in profiled.key_averages() if e.device_type.name == kind}
+    dearest = sorted(times, key=lambda name: times[name], reverse=True)[:12]
+    busy = sum(ms for ms, _ in times.values())
+    kernels = [{"name": n[:80], "ms": round(times[n][0], 3), "calls": times[n][1]} for n in dearest]
     return {"step_ms": round(1e3 * seconds, 2), "busy_ms": round(busy, 2), "dearest": kernels}
 
 
-def judging(model: Any, processor: Processor, device: torch.device, rounds: int) -> dict[str, float]:
-    """Verdicts a second in batches, and cue questions a second about one face, its prefix included."""
+def measure_judging(model: Any, processor: Processor, device: torch.device, rounds: int) -> dict[str, float]:
+    """Verdicts per second in batches, and cue questions per second about one face, including its prefix."""
     mllm = LocalMLLM(model, processor, "random weights")
     crops = np.random.default_rng(0).integers(0, 256, (VERDICTS, 224, 224, 3), np.uint8)
-    verdict = median_seconds(
+    verdict_s = median_seconds(
         lambda: mllm.verdict_logits(mllm.encode(crops), [prompts.QUESTION] * VERDICTS), device, rounds
     )
-    asked = median_seconds(lambda: mllm.yes_no(crops[0], QUESTIONS), device, rounds)
-    return {"verdicts_per_s": round(VERDICTS / verdict, 3), "cue_questions_per_s": round(len(QUESTIONS) / asked, 2)}
+    question_s = median_seconds(lambda: mllm.yes_no(crops[0], QUESTIONS), device, rounds)
+    return {
+        "verdicts_per_s": round(VERDICTS / verdict_s, 3),
+        "cue_questions_per_s": round(len(QUESTIONS) / question_s, 2),
+    }
 
 
 def random_batch(config: Any, rows: int, length: int, device: torch.device) -> dict[str, Tensor]:
-    """Random rows of `length` tokens: the picture's, and text of which half is answer."""
+    """Random rows of `length` tokens: those of the picture, and text of which the second half is the answer."""
     vision = config.vision_config
     image = (vision.image_size // vision.patch_size) ** 2
     if length <= image:
@@ -216,23 +219,23 @@ def random_batch(config: Any, rows: int, length: int, device: torch.device) -> d
     return {k: v.to(device) for k, v in batch.items()}
 
 
-def median_seconds(call: Callable[[], object], device: torch.device, times: int) -> float:
-    """Median seconds of a call, after one that warms up."""
-    taken = []
-    for _ in range(times + 1):
+def median_seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median seconds of a call, after one call to warm up."""
+    seconds = []
+    for _ in range(repeats + 1):
         if device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-    return float(np.median(taken[1:]))
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds[1:]))
 
 
-def measure(tiny: bool = False, save: Callable[[Json], object] = lambda found: None) -> Json:
-    """Everything, as one JSON object, which `save` is given after each part. Raises SetupError without a GPU, unless
-    `tiny`."""
+def measure(tiny: bool = False, save: Callable[[Json], object] = lambda results: None) -> Json:
+    """All measurements as one JSON object, which `save` also gets after each of them. Raises SetupError without a GPU,
+    unless `tiny`."""
     if not tiny and not torch.cuda.is_available():
         raise SetupError("no CUDA GPU here; on a toy geometry: python -m finetune.gpu --tiny", code="cuda_missing")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -241,7 +244,7 @@ def measure(tiny: bool = False, save: Callable[[Json], object] = lambda found: N
     rate = matmul_rate(device, dtype, 256 if tiny else 8192)
     lengths = (48, 96) if tiny else (768, 1536)
     card = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    found: Json = {
+    results: Json = {
         "task": {"name": "gpu", "version": 2},
         "geometry": "toy" if tiny else "LLaVA-1.5-7B, random weights",
         "device": card,
@@ -253,20 +256,21 @@ def measure(tiny: bool = False, save: Callable[[Json], object] = lambda found: N
     }
     for method in ("lora", "qlora"):
         if method == "qlora" and find_spec("bitsandbytes") is None:
-            found["left_out"] = "qlora: bitsandbytes is not installed (the extra `train` brings it)"
-            save(found)
+            results["left_out"] = "qlora: bitsandbytes is not installed (the extra `train` brings it)"
+            save(results)
             break
         model = build(settings, device, dtype, method == "qlora")
         if method == "lora":
-            found |= judging(model, words_processor(settings), device, 2 if tiny else 10)
-            save(found)
+            results |= measure_judging(model, words_processor(settings), device, 2 if tiny else 10)
+            save(results)
         config = FinetuneConfig("", "", "", base="random", method=method, batch=2, bf16=device.type == "cuda")
         config = replace(config, base_dtype=str(dtype).removeprefix("torch."))
-        found["training"] += training_rows(model, config, shape_of(settings, config), lengths, rate, 2 if tiny else 8)
-        save(found)
+        shape = shape_of(settings, config)
+        results["training"] += measure_training(model, config, shape, lengths, rate, 2 if tiny else 8)
+        save(results)
         del model
         gc.collect()
-    return found
+    return results
 
 
 def _run(
@@ -274,8 +278,8 @@ def _run(
     tiny: Annotated[bool, typer.Option(help="a toy geometry, on a CPU too")] = False,
 ) -> None:
     """Measure training and judging with LLaVA-1.5-7B's geometry and random weights on this GPU."""
-    found = measure(tiny, lambda so_far: write_text(out, json.dumps(so_far, indent=1) + "\n"))
-    print(json.dumps(found, indent=1))
+    results = measure(tiny, lambda partial: write_text(out, json.dumps(partial, indent=1) + "\n"))
+    print(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""An adapter merged into its base: one model directory, scored again before it is believed."""
+"""An adapter merged into its base: one model directory, whose probe scores are checked."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from x2dfd.opening import load
 
 
 def merge(model: str | Path | ModelSpec, out: Path) -> Path:
-    """Write the merged model to `out`, a directory that `x2dfd.load` takes without the base; returns it. The probe
-    pictures of the adapter's card are scored by what was written; where they moved, nothing is left and SetupError says
-    so."""
+    """Write the merged model to `out`, a directory that `x2dfd.load` takes without the base; returns it. The written
+    model scores the probe pictures of the adapter's card. Raises SetupError, and leaves nothing, if a score moved."""
     spec = ModelSpec.parse(model)
     if (adapter := spec.adapter) is None or spec.url is not None:
         raise SetupError(f"{spec} names no adapter to merge: give DIR, or hub:NAME+DIR", code="adapter_missing")
@@ -30,7 +29,7 @@ def merge(model: str | Path | ModelSpec, out: Path) -> Path:
         raise SetupError(f"{out} is there already; choose another folder", code="folder_taken")
     mllm = load(spec, mode="paper", experts=(), device="cpu").mllm
     assert isinstance(mllm, LocalMLLM)
-    before = probe_logits(mllm, card.crop_size)  # those of the card may have been made in another precision
+    expected = probe_logits(mllm, card.crop_size)  # the card's may come from another precision
     draft = out.with_name(f".{out.name}.part")
     shutil.rmtree(draft, ignore_errors=True)
     try:
@@ -39,8 +38,8 @@ def merge(model: str | Path | ModelSpec, out: Path) -> Path:
         text = len(card.text_layers) if isinstance(card.text_layers, tuple) else card.text_layers
         whole = replace(card, weights=WHOLE, sha256=identity["sha256"], base=identity, text_layers=text, probes=())
         write_adapter_card(draft, whole)
-        found = probe_logits(load(draft, mode="paper", experts=(), device="cpu").mllm, card.crop_size)
-        check_probes(replace(card, probes=before), found)
+        logits = probe_logits(load(draft, mode="paper", experts=(), device="cpu").mllm, card.crop_size)
+        check_probes(replace(card, probes=expected), logits)
         write_adapter_card(draft, replace(whole, probes=card.probes))
         for name in ("calibration.json", "experts"):
             source = adapter / name

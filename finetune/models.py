@@ -1,4 +1,4 @@
-"""The model that is trained: which base, which of its parts move, and how."""
+"""The model to be trained: its base, the weights that learn, and where they start."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ NO_TOWER = "tower: lora fits a tower of CLIP's kind in a LLaVA alone, and this m
 
 
 def resolved(config: FinetuneConfig) -> FinetuneConfig:
-    """The configuration with `base_dtype: auto` as what it is for this base, and bf16 on where the base is in bf16: a
-    checkpoint in 16 bits is never read in 32. Raises SetupError when it cannot be read."""
+    """The configuration with `base_dtype: auto` replaced by a precision, and with bf16 if the checkpoint has 16 bits,
+    which is never read in 32. Raises SetupError when it cannot be read."""
     if config.base_dtype != "auto":
         return config
     if config.bf16 or config.fp16:
@@ -38,7 +38,7 @@ def resolved(config: FinetuneConfig) -> FinetuneConfig:
 
 
 def open_base(config: FinetuneConfig) -> tuple[Any, Processor]:
-    """The base model, quantised for qlora, and its processor. Raises SetupError when they cannot be read."""
+    """The base model, quantised for qlora, and its processor. Raises SetupError if it cannot be read."""
     options: Json = {"dtype": getattr(torch, resolved(config).base_dtype)}
     cut = {k: getattr(config, k) for k in ("tower_layers", "text_layers", "feature_layers")}
     if config.method == "qlora" and config.base is not None:
@@ -57,7 +57,7 @@ def open_base(config: FinetuneConfig) -> tuple[Any, Processor]:
 
 
 def is_llava(model: Any) -> bool:
-    """A LLaVA with CLIP's tower: its outputs can be cached, its layers cut."""
+    """Whether this is a LLaVA with CLIP's tower, whose outputs can be cached and whose layers can be cut."""
     kinds = (model.config.model_type, model.config.vision_config.model_type)
     return kinds == ("llava", "clip_vision_model")
 
@@ -73,15 +73,15 @@ def part_name(model: nn.Module, part: nn.Module) -> str:
 
 
 def projector_parts(model: Any) -> list[str]:
-    """The names of a family's modules between tower and language model; of a list of modules, each."""
+    """The names of a family's modules between tower and language model; each element of a list is named."""
     modules = dict(model.named_modules())
-    found = [n for n in modules if any(n.endswith(f".{p}") for p in family_of(model.config).projector)]
-    lists = [n for n in found if isinstance(modules[n], nn.ModuleList)]
-    return [n for n in modules if n.rpartition(".")[0] in lists or (n in found and n not in lists)]
+    names = [n for n in modules if any(n.endswith(f".{p}") for p in family_of(model.config).projector)]
+    lists = [n for n in names if isinstance(modules[n], nn.ModuleList)]
+    return [n for n in modules if n.rpartition(".")[0] in lists or (n in names and n not in lists)]
 
 
 def targets_of(model: Any, targets: str) -> str:
-    """LoRA's targets as a regular expression: what a preset of `TARGETS` is in this model, or the expression itself."""
+    """LoRA's targets as a regular expression: a preset of `TARGETS` for this model, or the expression itself."""
     if targets not in TARGETS:
         return targets
     text = model.get_decoder()
@@ -91,8 +91,8 @@ def targets_of(model: Any, targets: str) -> str:
 
 
 def tune(model: Any, config: FinetuneConfig) -> tuple[Any, list[str]]:
-    """The model with just what is trained unfrozen, and the names of the modules that learn at `projector_lr`:
-    projector and norms whole; of the language model LoRA matrices, or everything. Raises X2DFDError when `targets`
+    """The model with only the trained weights unfrozen, and the names of the modules that learn at `projector_lr`.
+    Projector and norms learn whole, the language model through LoRA matrices or whole. Raises X2DFDError when `targets`
     names a module outside of the language model, or none."""
     text, projector = part_name(model, model.get_decoder()), projector_parts(model)
     whole = projector if config.projector_lr > 0 else []
@@ -115,14 +115,14 @@ def tune(model: Any, config: FinetuneConfig) -> tuple[Any, list[str]]:
 
 
 def _with_lora(model: Any, text: str, whole: list[str], config: FinetuneConfig) -> Any:
-    """The model with LoRA in its language model `text`, and in its tower where asked for. Raises X2DFDError."""
+    """The model with LoRA in its language model `text`, and with `tower: lora` in its tower. Raises X2DFDError."""
     targets = targets_of(model, config.targets)
-    of_tower = _tower_linears(model) if config.tower == "lora" else None
+    tower_pattern = _tower_linears(model) if config.tower == "lora" else None
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=f"{targets}|{of_tower.pattern}" if of_tower else targets,
+        target_modules=f"{targets}|{tower_pattern.pattern}" if tower_pattern else targets,
         use_dora=config.method == "dora",
         modules_to_save=[n.removeprefix("model.") for n in whole] or None,
     )
@@ -133,59 +133,61 @@ def _with_lora(model: Any, text: str, whole: list[str], config: FinetuneConfig) 
     if config.start:
         _start_from(tuned, Path(config.start), config)
     adapted = [n.removeprefix("base_model.model.") for n, _ in tuned.named_parameters() if "lora_A" in n]
-    if of_tower and not any(of_tower.match(n) for n in adapted):
+    if tower_pattern and not any(tower_pattern.match(n) for n in adapted):
         raise X2DFDError(NO_TOWER, code="tower_missing")
     if not any(n.startswith(text) for n in adapted):
         raise X2DFDError(f"targets {targets!r} name nothing in {text}", code="targets_match_nothing")
-    astray = [n for n in adapted if not n.startswith(text) and not (of_tower and of_tower.match(n))]
-    if astray:
-        raise X2DFDError(f"targets {targets!r} reach outside of {text}: {astray[0]}", code="targets_outside_text")
+    outside = [n for n in adapted if not n.startswith(text) and not (tower_pattern and tower_pattern.match(n))]
+    if outside:
+        raise X2DFDError(f"targets {targets!r} reach outside of {text}: {outside[0]}", code="targets_outside_text")
     return tuned
 
 
 def _tower_linears(model: Any) -> re.Pattern[str]:
-    """LoRA's targets in the tower's layers that the projector reads from: what lies behind them would learn nothing.
-    Raises X2DFDError where there is no such tower."""
+    """LoRA's targets in the tower, up to the last layer that the projector reads: later ones would learn nothing.
+    Raises X2DFDError if there is no such tower."""
     depth = getattr(getattr(model.config, "vision_config", None), "num_hidden_layers", None)
-    read = getattr(model.config, "vision_feature_layer", None)
-    if not isinstance(depth, int) or read is None:
+    layers = getattr(model.config, "vision_feature_layer", None)
+    if not isinstance(depth, int) or layers is None:
         raise X2DFDError(NO_TOWER, code="tower_missing")
-    last = max(k if k >= 0 else depth + 1 + k for k in ([read] if isinstance(read, int) else read))
+    last = max(k if k >= 0 else depth + 1 + k for k in ([layers] if isinstance(layers, int) else layers))
     return re.compile(TOWER_LINEARS.replace("LAYERS", "|".join(map(str, range(last)))))
 
 
 def _start_from(tuned: Any, folder: Path, config: FinetuneConfig) -> None:
-    """Give LoRA and projector the values of an adapter. Raises X2DFDError where it fits another model."""
+    """Give LoRA and projector the values of an adapter. Raises X2DFDError if it belongs to another model."""
     card = read_adapter_card(folder)
     check_contents(folder, card)
-    # The tower's depth matters to nobody, and a projector soon reads its neighbours in place of the layers it knew.
-    other = ["text_layers"] if config.text_layers not in (None, card.text_layers) else []
+    # The tower's depth does not matter, and a projector soon adapts to neighbours of the layers that it knew.
+    differing = ["text_layers"] if config.text_layers not in (None, card.text_layers) else []
     if config.feature_layers is not None and len(config.feature_layers) != len(card.feature_layers):
-        other.append("feature_layers")
+        differing.append("feature_layers")
     if config.crop_size not in (None, card.crop_size):
-        other.append("crop_size")
-    if other or card.base != base_identity(config.base):
-        raise X2DFDError(f"start: {folder} has another {other[0] if other else 'base'}", code="start_base_differs")
-    if known := sorted(set(config.left_out) - set(card.left_out)):
+        differing.append("crop_size")
+    if differing or card.base != base_identity(config.base):
         raise X2DFDError(
-            f"start: {folder} was trained on {known[0]}, which `left_out` holds out", code="start_knows_left_out"
+            f"start: {folder} has another {differing[0] if differing else 'base'}", code="start_base_differs"
+        )
+    if leaked := sorted(set(config.left_out) - set(card.left_out)):
+        raise X2DFDError(
+            f"start: {folder} was trained on {leaked[0]}, which `left_out` holds out", code="start_knows_left_out"
         )
     state = load_file(folder / WEIGHTS)
-    found: Any = set_peft_model_state_dict(tuned, {k: v.float() for k, v in state.items()})
-    # Of the base every key is missing, as it should be; of what is trained none may be.
+    result: Any = set_peft_model_state_dict(tuned, {k: v.float() for k, v in state.items()})
+    # All keys of the base are missing, as they should be, but no trained one may be.
     trained = {n for n, p in tuned.named_parameters() if p.requires_grad}
-    absent = trained & set(found.missing_keys)
+    missing = trained & set(result.missing_keys)
     if config.tower == "lora" and card.tower != "lora":  # the tower's matrices begin at zero
-        absent = {n for n in absent if "vision_tower" not in n}
-    odd = sorted({*found.unexpected_keys, *absent})
-    if odd:
+        missing = {n for n in missing if "vision_tower" not in n}
+    unmatched = sorted({*result.unexpected_keys, *missing})
+    if unmatched:
         raise X2DFDError(
-            f"start: {folder} has other matrices than are trained here: {odd[0]}", code="start_matrices_differ"
+            f"start: {folder} has other matrices than are trained here: {unmatched[0]}", code="start_matrices_differ"
         )
 
 
 class CachedTower(nn.Module):
-    """Stands in for a frozen vision tower: `pixel_values` are its cached outputs [n, layers, patches, hidden]."""
+    """Replaces a frozen vision tower: `pixel_values` are its cached outputs [n, layers, patches, hidden]."""
 
     def __init__(self, layers: tuple[int, ...], class_token: bool) -> None:
         super().__init__()
@@ -203,8 +205,8 @@ class CachedTower(nn.Module):
 
 @torch.no_grad()
 def fit_projector(model: Any, patches: Tensor) -> None:
-    """Start a random projector from data [n, layers, patches, hidden]: inputs standardised, as tower outputs have a few
-    huge dimensions, outputs as large as the language model's own embeddings."""
+    """Initialise a projector for patches [n, layers, patches, hidden]. Inputs are standardised, as tower outputs have a
+    few huge dimensions, and outputs get the scale of the language model's embeddings."""
     projector = model.model.multi_modal_projector
     x = patches.transpose(1, 2).flatten(2).flatten(0, 1)  # [n * patches, layers * hidden]
     mean, std = x.mean(0), x.std(0) + 1e-3

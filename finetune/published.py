@@ -1,4 +1,4 @@
-"""What a training with LLaVA's own code left in a folder: LoRA and projector, in whichever of its files they are.
+"""LoRA and projector from the folder of a training with LLaVA's own code, in any of its files:
 
 - LoRA: `adapter_model.safetensors`, or `adapter_model.bin` of an older PEFT
 - the projector: `non_lora_trainables.bin`, or `mm_projector.bin` of a training of the projector alone
@@ -32,7 +32,7 @@ def read_trained(folder: Path) -> tuple[State, State]:
     """LoRA's matrices and the projector, under LLaVA's names within PEFT's wrapper. Raises SetupError."""
     projector = next((folder / name for name in PROJECTOR if (folder / name).is_file()), None)
     if projector is None and (folder / ZERO).is_file():
-        both = _gathered(folder)
+        both = _zero_weights(folder)
         lora = {k.replace(".default.", "."): v for k, v in both.items() if ".lora_" in k}
         return lora, {k: v for k, v in both.items() if ".lora_" not in k}
     matrices = next((folder / name for name in LORA if (folder / name).is_file()), None)
@@ -42,11 +42,11 @@ def read_trained(folder: Path) -> tuple[State, State]:
             f"{folder} has no file of the {lacking} ({' or '.join(names)}), and no checkpoint of ZeRO",
             code="adapter_incomplete",
         )
-    return _tensors(matrices), {_wrapped(k): v for k, v in _tensors(projector).items()}
+    return _tensors(matrices), {_with_prefix(k): v for k, v in _tensors(projector).items()}
 
 
-def _wrapped(name: str) -> str:
-    """A name as PEFT writes it: some versions of LLaVA's code leave its prefix out."""
+def _with_prefix(name: str) -> str:
+    """A name with PEFT's prefix, which some versions of LLaVA's code omit."""
     return name if name.startswith("base_model.") else PEFT_PREFIX + name
 
 
@@ -56,18 +56,18 @@ def _tensors(path: Path) -> State:
     from safetensors.torch import load_file
 
     try:
-        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         raise SetupError(f"{path} cannot be read as a table of tensors: {error}", code="adapter_unreadable") from error
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+    if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
         raise SetupError(f"{path} holds no table of tensors", code="adapter_unreadable")
-    return found
+    return tensors
 
 
-def _gathered(folder: Path) -> State:
+def _zero_weights(folder: Path) -> State:
     """The trained weights of a ZeRO checkpoint, put together in fp32 by DeepSpeed."""
     try:
-        with _restricted():
+        with _safe_load():
             from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
             gathered: State = get_fp32_state_dict_from_zero_checkpoint(str(folder), exclude_frozen_parameters=True)
@@ -78,12 +78,12 @@ def _gathered(folder: Path) -> State:
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
         raise SetupError(f"{folder}: checkpoint of ZeRO cannot be read: {error}", code="adapter_unreadable") from error
-    return {_wrapped(k): v for k, v in gathered.items()}
+    return {_with_prefix(k): v for k, v in gathered.items()}
 
 
 @contextmanager
-def _restricted() -> Iterator[None]:
-    """torch.load reads tensors and plain values alone, whatever DeepSpeed asks of it, and what it is known to write."""
+def _safe_load() -> Iterator[None]:
+    """Let torch.load read nothing but tensors, plain values and DeepSpeed's own types, whatever DeepSpeed asks for."""
     import torch
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum

@@ -1,8 +1,8 @@
 """`python -m finetune.split --model SPEC --out DIR`: an adapter as engines serve it.
 
 vLLM and SGLang take LoRA matrices only, and our adapters train the projector too. So the projector and the choice of
-layers go into a copy of the base (`OUT/base`, its language weights as they were), the matrices stay a PEFT adapter for
-it (`OUT/lora`). Card and calibration stay where they are: the client reads them from the adapter directory.
+layers go into a copy of the base with unchanged language weights (`OUT/base`), and the matrices become a PEFT adapter
+for it (`OUT/lora`). Card and calibration stay where they are: the client reads them from the adapter directory.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from x2dfd.loading import base_identity, load_model
 from x2dfd.model_spec import ModelSpec
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as --max-lora-rank."""
+"""The ranks that vLLM accepts as --max-lora-rank."""
 
 
-def split(named: str | Path | ModelSpec, out: Path) -> tuple[Path, Path, int]:
-    """Write both folders; returns them and the adapter's rank. Raises SetupError as loading does."""
-    spec = ModelSpec.parse(named)
+def split(source: str | Path | ModelSpec, out: Path) -> tuple[Path, Path, int]:
+    """Write both folders; returns them and the adapter's rank. Raises SetupError for what loading refuses too."""
+    spec = ModelSpec.parse(source)
     base, adapter = spec.base, EMBEDDED if spec.embedded else spec.adapter
     if adapter is None or spec.url is not None:
         raise SetupError(f"{spec} names no adapter to split: give DIR, or hub:NAME+DIR", code="adapter_missing")
@@ -48,12 +48,12 @@ def split(named: str | Path | ModelSpec, out: Path) -> tuple[Path, Path, int]:
     state = load_file(adapter / WEIGHTS)
     matrices = {k: v for k, v in state.items() if ".lora_A." in k or ".lora_B." in k}
     whole_tensors = {k.removeprefix(PEFT_PREFIX): v for k, v in state.items() if k not in matrices}
-    own = dict(model.named_parameters())
-    if odd := sorted(whole_tensors.keys() - own.keys()):
-        raise SetupError(f"{adapter / WEIGHTS}: neither LoRA nor a whole module: {odd[0]}", code="tensor_unknown")
+    parameters = dict(model.named_parameters())
+    if unknown := sorted(whole_tensors.keys() - parameters.keys()):
+        raise SetupError(f"{adapter / WEIGHTS}: neither LoRA nor a whole module: {unknown[0]}", code="tensor_unknown")
     with torch.no_grad():
         for name, value in whole_tensors.items():
-            own[name].copy_(value)
+            parameters[name].copy_(value)
     whole, lora = out / "base", out / "lora"
     model.save_pretrained(whole)
     processor.save_pretrained(whole)

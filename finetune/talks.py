@@ -1,7 +1,7 @@
-"""Conversations about several pictures, or about none: each is a row of its own, through the stock model as it is.
+"""Conversations about several pictures, or about none: each is a row of its own for the unchanged stock model.
 
-Face, crop and augmented view of each picture are made as everywhere else, and the text is the stock processor's of the
-same messages. Nothing scores such a conversation: it keeps a model's other skills alive, or teaches it to compare.
+Face, crop and augmented view of each picture are made as everywhere else, and the stock processor renders the messages.
+Validation does not score such conversations: they keep a model's other skills alive, or teach it to compare.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def read_talks(instructions: Path) -> list[Json]:
 
 
 class Talks(Dataset[Json]):
-    """One item a conversation: under `talk`, the model's inputs with `labels` and `weights`. `side`: of the face crops.
-    Raises X2DFDError for a family without a chat template, which takes one picture."""
+    """One item per conversation: under `talk`, the model's inputs with `labels` and `weights`. `side`: of the face
+    crops. Raises X2DFDError for a family without a chat template, which takes one picture."""
 
     def __init__(self, records: Sequence[Json], processor: Processor, side: int, view_seed: int) -> None:
         if not processor.chat_template:
@@ -68,38 +68,38 @@ def _face(path: str, side: int) -> NDArray[np.uint8]:
 
 
 def messages_of(turns: Sequence[dict[str, str]]) -> list[Json]:
-    """Turns of an instruction set as chat messages, with a picture where a mark stands."""
-    found: list[Json] = []
+    """Turns of an instruction set as chat messages, with a picture in place of each mark."""
+    messages: list[Json] = []
     for turn in turns:
         content: list[Json] = []
         for number, text in enumerate(turn["value"].split(MARK)):
             content += [{"type": "image"}] if number else []
-            content += [{"type": "text", "text": said}] if (said := text.strip("\n")) else []
-        found.append({"role": "user" if turn["from"] == "human" else "assistant", "content": content})
-    return found
+            content += [{"type": "text", "text": stripped}] if (stripped := text.strip("\n")) else []
+        messages.append({"role": "user" if turn["from"] == "human" else "assistant", "content": content})
+    return messages
 
 
 def talk_inputs(
     processor: Processor, turns: Sequence[dict[str, str]], pictures: Sequence[NDArray[np.uint8]]
 ) -> tuple[dict[str, Tensor], int]:
-    """The stock processor's inputs for a whole conversation with its end token, and how many tokens the answer has.
-    Raises X2DFDError where the answer cannot be told apart."""
-    asked, answer = messages_of(turns[:-1]), turns[-1]["value"]
-    texts = [prompts.begun(processor, asked, start) for start in ("", answer)]
+    """The stock processor's inputs for a whole conversation with its end token, and the number of the answer's tokens.
+    Raises X2DFDError when the answer cannot be separated from the prompt."""
+    messages, answer = messages_of(turns[:-1]), turns[-1]["value"]
+    texts = [prompts.begun(processor, messages, start) for start in ("", answer)]
     add = not prompts.begins(processor, texts[1])
-    before, whole = (processor.tokenizer(text, add_special_tokens=add)["input_ids"] for text in texts)
-    if whole[: len(before)] != before or len(whole) == len(before):
+    prompt_ids, all_ids = (processor.tokenizer(text, add_special_tokens=add)["input_ids"] for text in texts)
+    if all_ids[: len(prompt_ids)] != prompt_ids or len(all_ids) == len(prompt_ids):
         raise X2DFDError(
             "this tokenizer joins prompt and answer in one token, or the answer is empty; it cannot be masked",
             code="tokenizer_joins_answer",
         )
     images = [[Image.fromarray(picture) for picture in pictures]] if pictures else None
-    found: dict[str, Tensor] = dict(
+    inputs: dict[str, Tensor] = dict(
         processor(text=[texts[1]], images=images, return_tensors="pt", add_special_tokens=add)
     )
     last = {"input_ids": prompts.answer_end(processor), "attention_mask": 1}
     for key in TEXT_INPUTS:
-        if key in found:
-            found[key] = torch.cat([found[key], torch.tensor([[last.get(key, 0)]])], 1)
-    # Token ids first: Trainer reads a batch's size off the first entry.
-    return {"input_ids": found.pop("input_ids"), **found}, len(whole) - len(before) + 1
+        if key in inputs:
+            inputs[key] = torch.cat([inputs[key], torch.tensor([[last.get(key, 0)]])], 1)
+    # Token ids come first: Trainer takes the batch size from the first entry.
+    return {"input_ids": inputs.pop("input_ids"), **inputs}, len(all_ids) - len(prompt_ids) + 1

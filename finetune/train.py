@@ -56,9 +56,9 @@ from x2dfd.tower import (
 
 
 class Shown(Sampler[int]):
-    """The rows of an epoch: those of each set as often as its weight says, rows of like length in a batch. The order
-    follows from seed and epoch alone: a cut-off run has it too. `sets`: rows and weight of each. `batch`: 1 mixes rows
-    of any length."""
+    """Samples the rows of an epoch: each set's as often as its weight says, with rows of similar length in a batch. The
+    order depends on seed and epoch alone, so a resumed run has it too. `sets`: number of rows and weight of each.
+    `batch`: 1 mixes rows of any length."""
 
     def __init__(self, lengths: Sequence[int], sets: Sequence[tuple[int, float]], batch: int, seed: int) -> None:
         self._lengths, self._sets, self._batch, self._seed, self._epoch = lengths, sets, batch, seed, 0
@@ -71,37 +71,37 @@ class Shown(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed + self._epoch)
-        shown: list[int] = []
-        first = 0
+        rows: list[int] = []
+        offset = 0
         for n, weight in self._sets:
-            times, rest = divmod(max(1, round(n * weight)), n)
-            drawn = torch.randperm(n, generator=generator)[:rest].tolist() if rest else []
-            shown += [first + k for k in [*range(n)] * times + drawn]
-            first += n
-        lengths = [self._lengths[k] for k in shown]
+            repeats, remainder = divmod(max(1, round(n * weight)), n)
+            extra = torch.randperm(n, generator=generator)[:remainder].tolist() if remainder else []
+            rows += [offset + k for k in [*range(n)] * repeats + extra]
+            offset += n
+        lengths = [self._lengths[k] for k in rows]
         if self._batch > 1:
             order = get_length_grouped_indices(lengths, self._batch, generator=generator)
         else:
-            order = torch.randperm(len(shown), generator=generator).tolist()
-        return iter([shown[k] for k in order])
+            order = torch.randperm(len(rows), generator=generator).tolist()
+        return iter([rows[k] for k in order])
 
 
 class RowTrainer(Trainer):
-    """Trainer with the rows' weighted loss, the verdict's AUC, and a rate of its own for the modules `whole`."""
+    """Trainer with the rows' weighted loss, the verdicts' AUC, and a separate learning rate for the modules `whole`."""
 
     def __init__(
         self,
         *args: Any,
         projector_lr: float,
         whole: Sequence[str],
-        shown: Shown,
+        sampler: Shown,
         label_ids: Sequence[int],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._projector_lr, self._whole, self._shown = projector_lr, tuple(whole), shown
+        self._projector_lr, self._whole, self._sampler = projector_lr, tuple(whole), sampler
         self._label_ids = list(label_ids)  # real, fake
-        self.model_accepts_loss_kwargs = False  # our loss is a mean of its own: divide by the accumulation steps
+        self.model_accepts_loss_kwargs = False  # our loss is a mean, so Trainer divides by the accumulation steps
 
     def compute_loss(
         self,
@@ -110,77 +110,77 @@ class RowTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        parts = inputs.pop(PARTS, None)
-        found = [_summed(model, part) for part in parts or [inputs]]
-        loss = torch.stack([summed for summed, _, _ in found]).sum() / torch.stack([w for _, w, _ in found]).sum()
-        if parts and torch.distributed.is_initialized():
-            # Talk without a picture passes through no projector, whose gradient the other processes wait for.
+        batches = inputs.pop(PARTS, None)
+        sums = [_loss_sums(model, batch) for batch in batches or [inputs]]
+        loss = torch.stack([loss_sum for loss_sum, _, _ in sums]).sum() / torch.stack([w for _, w, _ in sums]).sum()
+        if batches and torch.distributed.is_initialized():
+            # A talk without a picture bypasses the projector, but the other processes wait for its gradient.
             loss = loss + 0 * torch.stack([p.sum() for p in model.parameters() if p.requires_grad]).sum()
-        return (loss, found[0][2]) if return_outputs else loss
+        return (loss, sums[0][2]) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: Json, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss; logit of fake against real of each row's verdict; which it is, 1 for fake and -1 for no verdict. The
-        whole logits, which Trainer would gather, are gigabytes."""
+        """The loss; each row's verdict logit, fake against real; and its truth: 1 for fake, 0 for real, -1 for no
+        verdict. Trainer would gather all logits, which are gigabytes."""
         inputs = self._prepare_inputs(inputs)
         labels, verdicts = inputs["labels"], inputs["verdicts"]
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, out = self.compute_loss(model, dict(inputs), return_outputs=True)
-        row, at = torch.arange(len(verdicts), device=verdicts.device), verdicts.clamp(min=1)
-        place = (out["asked"][None] == (row * labels.shape[1] + at - 1)[:, None]).long().argmax(1)
-        real, fake = out["logits"][place][:, self._label_ids].float().unbind(1)
-        truth = (labels[row, at] == self._label_ids[1]).long()
+        row, position = torch.arange(len(verdicts), device=verdicts.device), verdicts.clamp(min=1)
+        index = (out["positions"][None] == (row * labels.shape[1] + position - 1)[:, None]).long().argmax(1)
+        real, fake = out["logits"][index][:, self._label_ids].float().unbind(1)
+        truth = (labels[row, position] == self._label_ids[1]).long()
         return loss.detach(), fake - real, truth.where(verdicts >= 0, -1)
 
     def create_optimizer(self, *_: object, **__: object) -> torch.optim.Optimizer:
         if self.optimizer is None:
             model: Any = self.model
             trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-            projector = [p for n, p in trained if any(w in n for w in self._whole)]
-            others = [p for n, p in trained if not any(w in n for w in self._whole)]
+            projector = [p for n, p in trained if any(name in n for name in self._whole)]
+            others = [p for n, p in trained if not any(name in n for name in self._whole)]
             rates = ((others, self.args.learning_rate), (projector, self._projector_lr))
-            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
             decay = {"weight_decay": self.args.weight_decay}
-            self.optimizer = kind([{"params": p, "lr": lr, **decay} for p, lr in rates if p], **settings)
+            self.optimizer = optimizer_class([{"params": p, "lr": lr, **decay} for p, lr in rates if p], **settings)
         assert self.optimizer is not None
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return self._shown
+        return self._sampler
 
 
-def _summed(model: nn.Module, inputs: Json) -> tuple[Tensor, Tensor, Json]:
-    """The weighted loss over a batch's answer tokens, added up; their weights, added up; and the logits with the tokens
-    that they follow."""
+def _loss_sums(model: nn.Module, inputs: Json) -> tuple[Tensor, Tensor, Json]:
+    """The sum of the weighted losses of a batch's answer tokens, the sum of their weights, and the logits with their
+    positions."""
     labels, weights = inputs.pop("labels"), inputs.pop("weights")
     inputs.pop("verdicts", None)
     target, weight = labels[:, 1:], weights[:, 1:]
-    learnt = target != IGNORE
-    asked = F.pad(learnt, (0, 1)).flatten().nonzero()[:, 0]  # places in the flattened batch that an answer follows
-    with _head_sees(model, asked):
-        logits = model(**inputs, use_cache=False).logits[0]  # [asked, vocabulary]
-    each = F.cross_entropy(logits.float(), target[learnt], reduction="none")
-    return (each * weight[learnt]).sum(), weight.sum(), {"logits": logits, "asked": asked}
+    is_answer = target != IGNORE
+    positions = F.pad(is_answer, (0, 1)).flatten().nonzero()[:, 0]  # in the flattened batch, before answer tokens
+    with _logits_at(model, positions):
+        logits = model(**inputs, use_cache=False).logits[0]  # [positions, vocabulary]
+    losses = F.cross_entropy(logits.float(), target[is_answer], reduction="none")
+    return (losses * weight[is_answer]).sum(), weight.sum(), {"logits": logits, "positions": positions}
 
 
 @contextmanager
-def _head_sees(model: nn.Module, places: Tensor) -> Iterator[None]:
-    """Give the head just these `places` of the flattened batch, so that logits are [1, places, vocabulary]: it is a
-    third of a small model's work, and `logits_to_keep` takes the same columns of every row."""
+def _logits_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Compute logits [1, positions, vocabulary] at these `positions` of the flattened batch alone: the head is a third
+    of a small model's work, and `logits_to_keep` would take the same columns of every row."""
 
-    def chosen(_: nn.Module, states: tuple[Tensor]) -> tuple[Tensor]:
-        return (states[0].flatten(0, 1).index_select(0, places)[None],)
+    def select(_: nn.Module, states: tuple[Tensor]) -> tuple[Tensor]:
+        return (states[0].flatten(0, 1).index_select(0, positions)[None],)
 
     inner: Any = unwrap_model(model)
-    handle = inner.get_output_embeddings().register_forward_pre_hook(chosen)
+    handle = inner.get_output_embeddings().register_forward_pre_hook(select)
     try:
         yield
     finally:
         handle.remove()
 
 
-def verdict_auc(found: EvalPrediction) -> dict[str, float]:
-    """AUC of the verdicts' logits. Raises X2DFDError when the pictures are all real or all fake."""
-    logits, truth = np.asarray(found.predictions, float), np.asarray(found.label_ids)
+def verdict_auc(prediction: EvalPrediction) -> dict[str, float]:
+    """AUC of the verdict logits. Raises X2DFDError when the pictures are all real or all fake."""
+    logits, truth = np.asarray(prediction.predictions, float), np.asarray(prediction.label_ids)
     real, fake = logits[truth == 0], logits[truth == 1]
     if not len(real) or not len(fake):
         raise X2DFDError(
@@ -190,21 +190,21 @@ def verdict_auc(found: EvalPrediction) -> dict[str, float]:
 
 
 def train(config: FinetuneConfig) -> Path:
-    """Fine-tune and write the adapter directory; returns it. A cut-off run resumes from its last checkpoint.
+    """Fine-tune and write the adapter directory; returns it. An interrupted run resumes from its last checkpoint.
 
-    Under a launcher (torchrun, accelerate, deepspeed) every process calls it, and the first alone writes.
-    Raises X2DFDError (SetupError for what is missing) with the reason.
+    Under a launcher (torchrun, accelerate, deepspeed) every process calls it, and only the first one writes.
+    Raises X2DFDError (SetupError if something is missing) with the reason.
     """
     check_config(config)
     config = resolved(adopted(config))
     out = Path(config.out)
     work = out / "checkpoints"
     arguments = _arguments(config, work)  # before the model: under ZeRO-3 it is loaded in pieces
-    record = _record(config)
+    record = _instructions_card(config)
     model, processor = open_base(config)
     config = replace(config, crop_size=config.crop_size or crop_size_of(processor))
-    with arguments.main_process_first(local=False):  # the first makes the files, the others read them
-        # An empty manifest is that of conversations that no picture of ours is about.
+    with arguments.main_process_first(local=False):  # the first process writes the crops, the others read them
+        # Conversations about none of our pictures have an empty manifest.
         side = config.crop_size or CROP_SIZE
         data = [load_crops(manifest, side=side) if manifest.stat().st_size else None for _, manifest, _ in config.sets]
     if config.cue_weight != 1 and not processor.tokenizer.is_fast:
@@ -213,8 +213,8 @@ def train(config: FinetuneConfig) -> Path:
         )
     with arguments.main_process_first(local=False):
         features = _features(config, model, processor, data[0]) if data[0] else None
-    learnt, asked = _rows(config, model, processor, data, features)
-    rows = next((rows for rows, _ in learnt if isinstance(rows, Rows)), None)
+    train_sets, eval_sets = _rows(config, model, processor, data, features)
+    rows = next((rows for rows, _ in train_sets if isinstance(rows, Rows)), None)
     collate = Collate(
         processor.tokenizer.pad_token_id or 0,
         config.verdict_weight,
@@ -224,23 +224,23 @@ def train(config: FinetuneConfig) -> Path:
     )
     tuned, whole = tune(model, config)
     with arguments.main_process_first(local=False):
-        last = _last_checkpoint(work, config)
-    if last is not None and _finished(Path(last), out):
+        checkpoint = _last_checkpoint(work, config)
+    if checkpoint is not None and _finished(Path(checkpoint), out):
         return out
     if arguments.process_index == 0:
         write_text(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
-    trainer = _trainer(config, tuned, whole, arguments, collate, learnt, asked, processor)
-    trainer.train(resume_from_checkpoint=last)
+    trainer = _trainer(config, tuned, whole, arguments, collate, train_sets, eval_sets, processor)
+    trainer.train(resume_from_checkpoint=checkpoint)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of all processes together, on the first
     if arguments.process_index != 0:
         return out
     _save(config, out, model, tuned, processor, state)
     write_text(out / "log.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
-    card = _card(config, out, record, processor, model, _figures(config, trainer, learnt))
+    card = _card(config, out, record, processor, model, _figures(config, trainer, train_sets))
     write_adapter_card(out, card)
-    # What x2dfd.load takes has to give these numbers ever after.
-    del trainer, tuned, model, state, features, learnt, asked
-    unset_hf_deepspeed_config()  # the other processes have gone: what is loaded now is this one's alone
+    # Probe scores of the written adapter, which `x2dfd.load` must reproduce later.
+    del trainer, tuned, model, state, features, train_sets, eval_sets
+    unset_hf_deepspeed_config()  # the other processes have ended, so this one must not shard what it loads
     loaded = load(ModelSpec(base=config.base, adapter=out), mode="paper", experts=(), device="cpu")
     write_adapter_card(out, replace(card, probes=probe_logits(loaded.mllm, card.crop_size)))
     return out
@@ -253,18 +253,17 @@ def _rows(
     data: Sequence[CropSet | None],
     features: TowerFeatures | None,
 ) -> tuple[list[tuple[Rows | Talks, float]], list[Rows]]:
-    """What the sets have to learn from, with their weights, and what validation asks about: of left_out neither holds
-    any."""
+    """The training rows of each set with its weight, and the validation rows; both without the origins `left_out`."""
 
-    def of(split: str, limit: int | None) -> list[tuple[Rows, float]]:
-        found = []
+    def rows_of(split: str, limit: int | None) -> list[tuple[Rows, float]]:
+        sets = []
         for (instructions, _, weight), crops in zip(config.sets, data, strict=True):
             if crops is not None:
                 records = read_records(instructions, split, crops, config.left_out, limit)
-                found.append((Rows(records, model, processor, crops, config.view_seed, features), weight))
-        return found
+                sets.append((Rows(records, model, processor, crops, config.view_seed, features), weight))
+        return sets
 
-    learnt: list[tuple[Rows | Talks, float]] = [*of("train", None)]
+    train_sets: list[tuple[Rows | Talks, float]] = [*rows_of("train", None)]
     for instructions, _, weight in config.sets:
         if records := read_talks(instructions):
             if config.cached_features or zero_stage(config) == 3:
@@ -274,8 +273,8 @@ def _rows(
                     code="talk_unsupported",
                 )
             side = config.crop_size or CROP_SIZE
-            learnt.append((Talks(records, processor, side, config.view_seed), weight))
-    return learnt, [rows for rows, _ in of(config.eval_split, config.eval_limit)] if config.eval_steps else []
+            train_sets.append((Talks(records, processor, side, config.view_seed), weight))
+    return train_sets, [rows for rows, _ in rows_of(config.eval_split, config.eval_limit)] if config.eval_steps else []
 
 
 def _trainer(
@@ -284,24 +283,24 @@ def _trainer(
     whole: Sequence[str],
     arguments: TrainingArguments,
     collate: Collate,
-    learnt: Sequence[tuple[Rows | Talks, float]],
-    asked: Sequence[Rows],
+    train_sets: Sequence[tuple[Rows | Talks, float]],
+    eval_sets: Sequence[Rows],
     processor: Processor,
 ) -> RowTrainer:
-    each = [(len(rows), weight) for rows, weight in learnt]
-    lengths = [n for rows, _ in learnt for n in rows.lengths]
-    together = config.batch * config.accumulate if config.bucket and config.batch > 1 else 1
+    sizes = [(len(rows), weight) for rows, weight in train_sets]
+    lengths = [n for rows, _ in train_sets for n in rows.lengths]
+    group = config.batch * config.accumulate if config.bucket and config.batch > 1 else 1
     return RowTrainer(
         tuned,
         arguments,
         collate,
-        ConcatDataset([rows for rows, _ in learnt]),
-        ConcatDataset(asked) if asked else None,
+        ConcatDataset([rows for rows, _ in train_sets]),
+        ConcatDataset(eval_sets) if eval_sets else None,
         compute_metrics=verdict_auc,
         callbacks=[EarlyStoppingCallback(config.patience)] if config.patience else None,
         projector_lr=config.projector_lr,
         whole=whole,
-        shown=Shown(lengths, each, together, config.seed),
+        sampler=Shown(lengths, sizes, group, config.seed),
         label_ids=prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS),
     )
 
@@ -309,16 +308,16 @@ def _trainer(
 def _save(
     config: FinetuneConfig, out: Path, model: Any, tuned: Any, processor: Processor, state: dict[str, Tensor]
 ) -> None:
-    """The trained weights, and the experts' that travel along. Raises X2DFDError when training moved nothing."""
+    """Save the trained weights and copies of the experts' weights. Raises X2DFDError if LoRA's B stayed at zero."""
     if config.method == "full":
         model.save_pretrained(out / WHOLE, state_dict=state)
         processor.save_pretrained(out / WHOLE)
     else:
-        # PEFT notes the folder that the base was loaded from; the base's name says more and fits other machines.
+        # PEFT would record the base's folder, which other machines may not have.
         tuned.peft_config["default"].base_model_name_or_path = base_identity(config.base)["name"]
-        # The vocabulary is not touched; left to itself, PEFT would ask a hub about it.
+        # The vocabulary is unchanged, but by default PEFT would ask a hub about it.
         tuned.save_pretrained(str(out), state_dict=state, save_embedding_layers=False)
-        (out / "README.md").unlink(missing_ok=True)  # PEFT's empty form; card.json says what is known
+        (out / "README.md").unlink(missing_ok=True)  # PEFT's empty template; card.json has the facts
         if config.weights_dtype == "float16":
             _to_half(out / WEIGHTS)
         if lora_b_sum(out) <= 0:
@@ -330,11 +329,11 @@ def _save(
         shutil.copytree(config.expert_weights, out / "experts", dirs_exist_ok=True)
 
 
-def _figures(config: FinetuneConfig, trainer: RowTrainer, learnt: Sequence[tuple[Rows | Talks, float]]) -> Json:
-    """What the card records about the run."""
+def _figures(config: FinetuneConfig, trainer: RowTrainer, train_sets: Sequence[tuple[Rows | Talks, float]]) -> Json:
+    """The card's figures on the run."""
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     figures: Json = {"final_loss": round(float(np.mean(losses[-10:])), 4) if losses else None}
-    figures |= {"pictures": sum(rows.pictures for rows, _ in learnt), "steps": trainer.state.global_step}
+    figures |= {"pictures": sum(rows.pictures for rows, _ in train_sets), "steps": trainer.state.global_step}
     if config.start:
         figures["start"] = read_adapter_card(Path(config.start)).sha256
     figures["pictures_a_step"] = config.batch * config.accumulate * trainer.args.world_size
@@ -344,18 +343,18 @@ def _figures(config: FinetuneConfig, trainer: RowTrainer, learnt: Sequence[tuple
 
 
 def _arguments(config: FinetuneConfig, work: Path) -> TrainingArguments:
-    """Trainer's settings. Raises X2DFDError for what it does not take, and for launchers that are not supported."""
+    """Trainer's settings. Raises X2DFDError for settings that Trainer refuses and for unsupported launchers."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
         raise X2DFDError("FSDP is not supported: --set deepspeed=finetune/zero3.json", code="fsdp_unsupported")
-    if absent := sorted(set(config.report_to) - {*get_available_reporting_integrations(), "none"}):
-        raise X2DFDError(f"report_to: {absent[0]} is not installed, or unknown to transformers", code="tracker_missing")
+    if missing := sorted(set(config.report_to) - {*get_available_reporting_integrations(), "none"}):
+        raise X2DFDError(f"report_to: {missing[0]} is not installed or unknown to transformers", code="tracker_missing")
     if config.fp16 and not torch.cuda.is_available():
         raise X2DFDError("fp16 needs a CUDA GPU: take bf16, or fp32 (neither)", code="dtype_unsupported")
-    if config.deepspeed and not torch.cuda.is_available():  # which transformers leaves out on a CPU
+    if config.deepspeed and not torch.cuda.is_available():  # transformers skips this on a CPU
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo")
-    every = "steps" if config.eval_steps else "no"
+    strategy = "steps" if config.eval_steps else "no"
     try:
         arguments = TrainingArguments(
             output_dir=str(work),
@@ -373,9 +372,9 @@ def _arguments(config: FinetuneConfig, work: Path) -> TrainingArguments:
             max_grad_norm=config.clip,
             logging_steps=10,
             logging_first_step=True,
-            save_steps=config.eval_steps or config.save_steps,  # the best is found among what was validated
+            save_steps=config.eval_steps or config.save_steps,  # only validated checkpoints can be the best
             save_total_limit=2,
-            eval_strategy=every,
+            eval_strategy=strategy,
             eval_steps=config.eval_steps or None,
             load_best_model_at_end=bool(config.eval_steps),
             metric_for_best_model=f"eval_{config.best_by}" if config.eval_steps else None,
@@ -397,7 +396,7 @@ def _arguments(config: FinetuneConfig, work: Path) -> TrainingArguments:
         )
     except (ValueError, ImportError) as error:
         raise X2DFDError(f"configuration: {first_line(error)}", code="config_invalid") from error
-    if arguments.n_gpu > 1:  # Trainer would copy the model to every card anew for each step
+    if arguments.n_gpu > 1:  # Trainer would copy the model to every card for each step
         raise X2DFDError(
             f"each of {arguments.n_gpu} GPUs needs its own process: torchrun --nproc_per_node", code="launcher_missing"
         )
@@ -405,26 +404,28 @@ def _arguments(config: FinetuneConfig, work: Path) -> TrainingArguments:
 
 
 def _features(config: FinetuneConfig, model: Any, processor: Processor, data: CropSet) -> TowerFeatures | None:
-    """Cached tower outputs in place of the tower, where asked for; the embedded base's projector gets its start."""
+    """The tower's cached outputs, which then replace it, or None without `cached_features`. Fits the embedded base's
+    projector to the tower's outputs."""
     if config.base is not None and not config.cached_features:
         return None
     layers = feature_layers(model)
     if config.base is None and any(layer < 1 for layer in layers):
         raise X2DFDError("the embedded base needs positive feature_layers", code="feature_layers_invalid")
-    known = learnable(data, "train", config.left_out)
+    train_rows, additions = learnable(data, "train", config.left_out), additions_of(config)
     if config.base is None and not config.cached_features:
-        some = [augmented_view(data.crops[i], config.view_seed, i) for i in known[:: max(1, len(known) // 64)]]
-        states = tower_states(torch.from_numpy(np.stack(some)), max(layers), additions_of(config))
+        few = train_rows[:: max(1, len(train_rows) // 64)]
+        views = np.stack([augmented_view(data.crops[i], config.view_seed, i) for i in few])
+        states = tower_states(torch.from_numpy(views), max(layers), additions)
         fit_projector(model, torch.stack([states[k][:, 1:] for k in layers], 1).clone())
         return None
     assert config.cached_features is not None
     rows, folder = training_rows(data, config.limit), Path(config.cached_features)
     if config.base is None:
-        tower = model.config.vision_config.num_hidden_layers
-        kept = HEAD_LAYERS if config.tower == "forensic" else layers  # the expert `tower` read the same pass
-        features = cached_features(data, rows, folder, tower, kept, config.view_seed, additions=additions_of(config))
-        places = np.flatnonzero(np.isin(rows, known))  # the cache also holds pictures that nothing is learnt from
-        fit_projector(model, torch.from_numpy(features.patches(places[:: max(1, len(places) // 64)], layers)))
+        depth = model.config.vision_config.num_hidden_layers
+        cached_layers = HEAD_LAYERS if config.tower == "forensic" else layers  # the expert `tower` read the same pass
+        features = cached_features(data, rows, folder, depth, cached_layers, config.view_seed, additions=additions)
+        indices = np.flatnonzero(np.isin(rows, train_rows))  # the cache also holds pictures of other splits
+        fit_projector(model, torch.from_numpy(features.patches(indices[:: max(1, len(indices) // 64)], layers)))
     else:
         key: Json = {"base": base_identity(config.base), "manifest": file_sha256(config.sets[0][1])}
         key["crop_size"] = config.crop_size
@@ -433,11 +434,11 @@ def _features(config: FinetuneConfig, model: Any, processor: Processor, data: Cr
     return features
 
 
-def _record(config: FinetuneConfig) -> Json:
-    """The card of the instructions, of the first set where there are several, which have to agree with it.
+def _instructions_card(config: FinetuneConfig) -> Json:
+    """The card of the first instruction set, with which all others have to agree.
 
-    Instructions name pictures by their place in a manifest: with another they would be about others. Their questions
-    hold scores of experts: with other weights the model would be asked what it was not trained on. Raises X2DFDError.
+    Instructions refer to pictures by their row in a manifest, so another manifest would mean other pictures. Their
+    questions contain experts' scores, so experts with other weights would ask unlike the training. Raises X2DFDError.
     """
     cards = []
     for instructions, manifest, _ in config.sets:
@@ -456,13 +457,13 @@ def _record(config: FinetuneConfig) -> Json:
             raise X2DFDError(f"{instructions}: the augmented views have changed: build them again", code="views_differ")
         if (seed := card["config"].get("view_seed")) != config.view_seed:
             raise X2DFDError(f"{instructions} were built with view_seed {seed}", code="view_seed_differs")
-        ranking, beside = card.get("assessment_sha256"), path.with_name("assessment.json")
-        if ranking and (not beside.is_file() or file_sha256(beside) != ranking):
-            raise X2DFDError(f"{beside} is not the ranking of {instructions}", code="assessment_differs")
+        ranking, ranking_path = card.get("assessment_sha256"), path.with_name("assessment.json")
+        if ranking and (not ranking_path.is_file() or file_sha256(ranking_path) != ranking):
+            raise X2DFDError(f"{ranking_path} is not the ranking of {instructions}", code="assessment_differs")
         cards.append(card)
     first = cards[0]
     for card in cards[1:]:
-        if _asked_with(card) != _asked_with(first):
+        if _prompt_settings(card) != _prompt_settings(first):
             raise X2DFDError("these instruction sets differ in experts or score_form", code="instructions_differ")
     weights = Path(config.expert_weights) if config.expert_weights else None
     for name, sha256 in first["experts"].items():
@@ -473,26 +474,27 @@ def _record(config: FinetuneConfig) -> Json:
     return first
 
 
-def _asked_with(card: Json) -> tuple[object, ...]:
-    """What questions give scores of, by which names, and how."""
+def _prompt_settings(card: Json) -> tuple[object, ...]:
+    """The settings of a set's questions: its experts, their names in the prompt, and the form of their scores."""
     return card["experts"], card.get("aliases", {}), card["config"].get("score_form")
 
 
 def _instructions_sha256(config: FinetuneConfig) -> str:
-    each = [file_sha256(instructions) for instructions, _, _ in config.sets]
-    return each[0] if len(each) == 1 else hashlib.sha256("\n".join(each).encode()).hexdigest()
+    hashes = [file_sha256(instructions) for instructions, _, _ in config.sets]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def _last_checkpoint(work: Path, config: FinetuneConfig) -> str | None:
-    """Where a run that was cut off resumes. Raises X2DFDError when `work` holds a run with other settings or data."""
+    """The checkpoint from which an interrupted run resumes, or None. Raises X2DFDError when `work` holds a run with
+    other settings or data."""
     run = {"config": asdict(config), "instructions_sha256": _instructions_sha256(config)}
     run["base"] = base_identity(config.base)
-    run = json.loads(json.dumps(run))  # tuples become lists, as they are read back
-    key = work / "run.json"
-    if not key.is_file():
+    run = json.loads(json.dumps(run))  # tuples become lists, as in the file
+    run_path = work / "run.json"
+    if not run_path.is_file():
         work.mkdir(parents=True, exist_ok=True)
-        write_text(key, json.dumps(run, indent=1) + "\n")
-    elif read_json(key) != run:
+        write_text(run_path, json.dumps(run, indent=1) + "\n")
+    elif read_json(run_path) != run:
         raise X2DFDError(
             f"{work} holds a training with other settings or data: choose another `out`", code="settings_differ"
         )
@@ -501,7 +503,7 @@ def _last_checkpoint(work: Path, config: FinetuneConfig) -> str | None:
 
 
 def _finished(last: Path, out: Path) -> bool:
-    """The run of that checkpoint came to its end, and its adapter is written; Trainer would take a step more."""
+    """Whether the checkpoint's run ended and its adapter is complete; Trainer would take another step."""
     state = TrainerState.load_from_json(str(last / "trainer_state.json"))
     written = (out / "card.json").is_file() and bool(read_adapter_card(out).probes)
     return state.global_step >= state.max_steps and written
@@ -518,7 +520,7 @@ def _card(
 ) -> AdapterCard:
     full = config.method == "full"
     form = record["config"]["score_form"]
-    layers = _layers_of(model, config) if is_llava(model) else {}  # of no other family any can be left out
+    layers = _layers_of(model, config) if is_llava(model) else {}  # other families keep all layers
     return AdapterCard(
         name=config.name,
         version=config.version,
@@ -549,7 +551,7 @@ def _card(
 
 
 def _layers_of(model: Any, config: FinetuneConfig) -> Json:
-    """Which layers of a LLaVA are there, as its card says it."""
+    """The card's fields on the layers that a LLaVA has."""
     text = int(model.config.get_text_config().num_hidden_layers)
     return {
         "tower_layers": int(model.config.vision_config.num_hidden_layers),

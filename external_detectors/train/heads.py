@@ -70,7 +70,7 @@ def heads(
     crops = load_crops(data)
     rows = training_rows(crops, limit)
     cache = cached_features(crops, rows, features, max(HEAD_LAYERS), HEAD_LAYERS, view_seed, additions=additions)
-    truth, areas = _truth(crops, rows, view_seed)
+    truth, areas = _targets(crops, rows, view_seed)
     splits = np.array([crops.samples[i].split for i in rows])
     net.allowed.copy_(((truth[splits == "train"] > 0).sum(0) >= ENOUGH).float())
     figures = _train_cues(net, cache, truth, areas, splits, epochs, lr, seed)
@@ -83,7 +83,7 @@ def heads(
     print(out / "tower.card.json")
 
 
-def _truth(crops: CropSet, rows: NDArray[np.intp], view_seed: int) -> tuple[Tensor, Tensor]:
+def _targets(crops: CropSet, rows: NDArray[np.intp], view_seed: int) -> tuple[Tensor, Tensor]:
     """The cues of each picture (1, 0, or -1 for unknown), [n, areas, artifacts], and the area grids of its view."""
     truth = np.stack([cue_truth(crops.samples[i]) for i in rows])
     views = [view_face(crops, int(i), view_seed).crop_landmarks for i in progress(rows, "area grids")]
