@@ -21,14 +21,14 @@ def run(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="YAML file; see finetune/config.py for every key")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, which overrides the file")] = None,
-    dry_run: Annotated[bool, typer.Option(help="say what would be trained and what memory it takes")] = False,
-    gpus: Annotated[int, typer.Option(help="with --dry-run: how many", min=1)] = 1,
+    dry_run: Annotated[bool, typer.Option(help="print what would be trained and how much memory it takes")] = False,
+    gpus: Annotated[int, typer.Option(help="number of GPUs, with --dry-run", min=1)] = 1,
 ) -> None:
     """Fine-tune an MLLM on an instruction set; a cut-off run resumes."""
     if context.invoked_subcommand is not None:
         return
     if config is None:
-        raise typer.BadParameter("a training wants --config FILE.yaml")
+        raise typer.BadParameter("a training needs --config FILE.yaml")
     from finetune.config import load_config
 
     settings = load_config(config, set_ or ())
@@ -53,7 +53,7 @@ def convert(
     frame: Annotated[str, typer.Option(help="chat template: train_consistent, or official_infer")] = "train_consistent",
     experts: Annotated[
         str,
-        typer.Option(help="in the order of the prompt, ALIAS=NAME where it calls one otherwise: blending=NAME,NAME"),
+        typer.Option(help="in the order of the prompt; ALIAS=NAME if it has another name for one: blending=NAME,NAME"),
     ] = "",
 ) -> None:
     """Published X2-DFD adapters (LLaVA's layout, or a checkpoint of its training) to the hub's layout, and back."""
@@ -76,7 +76,7 @@ def merge(
     model: Annotated[str, typer.Option(metavar="SPEC", help="adapter directory DIR, or hub:NAME+DIR")],
     out: Annotated[Path, typer.Option(help="directory to write")],
 ) -> None:
-    """Merge an adapter into its base; refused when the card's probe pictures score otherwise afterwards."""
+    """Merge an adapter into its base; refused if the scores of the card's probe pictures change."""
     from finetune.merge import merge as merge_adapter
 
     print(merge_adapter(model, out))

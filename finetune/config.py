@@ -122,7 +122,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> FinetuneCon
         except UnicodeDecodeError as error:
             raise X2DFDError(f"{path}: not UTF-8 text ({error.reason})", code="config_not_yaml") from error
         if not isinstance(content, dict | None):
-            raise X2DFDError(f"{path}: no list of `key: value` but {type(content).__name__}", code="config_malformed")
+            raise X2DFDError(f"{path}: not `key: value` pairs but {type(content).__name__}", code="config_malformed")
         values = content or {}
     for override in overrides:
         key, sign, text = override.partition("=")
@@ -148,38 +148,38 @@ def check_config(config: FinetuneConfig) -> None:
             raise UnknownName(key, getattr(config, key), known)
     for key, least in LEAST.items():
         if not least <= getattr(config, key) < math.inf:
-            raise X2DFDError(f"{key} is {least} or more, not {getattr(config, key)}", code="number_out_of_range")
+            raise X2DFDError(f"{key} must be {least} or more, not {getattr(config, key)}", code="number_out_of_range")
     stage = zero_stage(config)
     counts = {len(v) for v in (config.instructions, config.manifest, config.weights) if isinstance(v, tuple) and v}
     count = 1 if isinstance(config.instructions, str) else len(config.instructions)
     clashes = {
-        "instructions, manifest and weights: as many of each": bool(counts - {count})
+        "instructions, manifest and weights must be equal in number": bool(counts - {count})
         or isinstance(config.instructions, str) != isinstance(config.manifest, str),
-        "weights: above 0": not all(0 < w < math.inf for w in config.weights),
-        "lora_dropout: below 1": config.lora_dropout >= 1,
+        "weights must be above 0": not all(0 < w < math.inf for w in config.weights),
+        "lora_dropout must be below 1": config.lora_dropout >= 1,
         "bf16 or fp16, not both": config.bf16 and config.fp16,
-        "base_dtype: bfloat16 wants bf16: true": config.base_dtype == "bfloat16" and not config.bf16,
-        "base_dtype: float16 wants fp16: true": config.base_dtype == "float16" and not config.fp16,
-        "patience wants eval_steps": config.patience > 0 and config.eval_steps <= 0,
-        "eval_split: another one than train": config.eval_split == "train",
-        "cached features are kept of one instruction set": config.cached_features is not None and count > 1,
-        "weights in four bits cannot be shared out by ZeRO-3: take finetune/zero2.json with qlora": stage == 3
+        "base_dtype: bfloat16 needs bf16: true": config.base_dtype == "bfloat16" and not config.bf16,
+        "base_dtype: float16 needs fp16: true": config.base_dtype == "float16" and not config.fp16,
+        "patience needs eval_steps": config.patience > 0 and config.eval_steps <= 0,
+        "eval_split must not be train": config.eval_split == "train",
+        "cached_features works with one instruction set only": config.cached_features is not None and count > 1,
+        "ZeRO-3 cannot partition weights in four bits: take finetune/zero2.json with qlora": stage == 3
         and config.method == "qlora",
         "the embedded base is too small for ZeRO-3 to help: take finetune/zero2.json, or none": stage == 3
         and config.base is None,
-        "cached features want tower: frozen or forensic": config.cached_features is not None
+        "cached_features needs tower: frozen or forensic": config.cached_features is not None
         and config.tower not in ("frozen", "forensic"),
-        "tower: forensic wants expert_weights with the expert `tower`": config.tower == "forensic"
+        "tower: forensic needs expert_weights with the expert `tower`": config.tower == "forensic"
         and config.expert_weights is None,
-        "qlora wants a base of its own; the embedded one is small enough": config.base is None
+        "qlora needs a base of your own: the embedded one is small enough": config.base is None
         and config.method == "qlora",
-        "start: an adapter is continued by lora, qlora or dora, outside of ZeRO-3": config.start is not None
+        "start needs method lora, qlora or dora, and no ZeRO-3": config.start is not None
         and (config.method == "full" or stage == 3),
         "method: full trains no LoRA in the tower: take tower: frozen or norms": config.method == "full"
         and config.tower == "lora",
-        "crop_size: an even number from 224 to 1024": config.crop_size not in (None, *range(224, 1026, 2)),
+        "crop_size must be an even number from 224 to 1024": config.crop_size not in (None, *range(224, 1026, 2)),
         "the embedded base takes crops of 224 pixels": config.base is None and config.crop_size not in (None, 224),
-        "cached features want an adapter, not method: full": config.cached_features is not None
+        "cached_features needs an adapter, not method: full": config.cached_features is not None
         and config.method == "full",
     }
     wrong = [reason for reason, holds in clashes.items() if holds]
@@ -228,4 +228,4 @@ def _typed(key: str, value: Any, kind: str) -> Any:
             return float(value)  # YAML reads 2e-4 as text
     if {"int": int, "float": float, "str": str, "bool": bool}.get(kinds[0]) is type(value):
         return value
-    raise X2DFDError(f"configuration key {key!r} wants {kind}, got {value!r}", code="config_wrong_type")
+    raise X2DFDError(f"configuration key {key!r} must be {kind}, not {value!r}", code="config_wrong_type")

@@ -120,7 +120,7 @@ def read_records(
         if record["split"] == split and record.get("row") in rows:
             by_row.setdefault(record["row"], []).append(record)
     if not by_row:
-        raise X2DFDError(f"{instructions}: no picture of split {split!r}, as in its manifest", code="split_empty")
+        raise X2DFDError(f"{instructions} has no picture of the manifest's split {split!r}", code="split_empty")
     selected = sorted(by_row, key=lambda row: hashlib.sha256(data.samples[row].id.encode()).digest())[:limit]
     return {row: by_row[row] for row in sorted(selected)}
 

@@ -268,8 +268,8 @@ def _rows(
         if records := read_talks(instructions):
             if config.cached_features or zero_stage(config) == 3:
                 raise X2DFDError(
-                    f"{instructions} holds conversations about several pictures or none, which need a run without "
-                    "cached_features and ZeRO-3",
+                    f"{instructions} holds conversations about several pictures or none, which need a run with neither "
+                    "cached_features nor ZeRO-3",
                     code="talk_unsupported",
                 )
             side = config.crop_size or CROP_SIZE
@@ -454,7 +454,7 @@ def _instructions_card(config: FinetuneConfig) -> Json:
         if card.get("manifest_sha256") != file_sha256(manifest):
             raise X2DFDError(f"{instructions} were not built from {manifest}", code="manifest_differs")
         if card.get("views") != VIEWS or not isinstance(card.get("experts"), dict):
-            raise X2DFDError(f"{instructions}: the augmented views have changed: build them again", code="views_differ")
+            raise X2DFDError(f"{instructions}: augmented views have changed since; build it again", code="views_differ")
         if (seed := card["config"].get("view_seed")) != config.view_seed:
             raise X2DFDError(f"{instructions} were built with view_seed {seed}", code="view_seed_differs")
         ranking, ranking_path = card.get("assessment_sha256"), path.with_name("assessment.json")
