@@ -50,13 +50,13 @@ MAP_EPOCHS = 8  # after which the overlap with held-out forgeries no longer grew
 def heads(
     data: Annotated[Path, typer.Option(help="manifest of forgeries with cues and masks (data_gen forge)")],
     start: Annotated[Path, typer.Option(help="folder of the tower's weights and card")],
-    features: Annotated[Path, typer.Option(help="folder for its outputs, which build and finetune take too")],
+    features: Annotated[Path, typer.Option(help="folder of the tower's outputs, which build and finetune use too")],
     out: Annotated[Path, typer.Option(help="folder for weights and card")],
     epochs: Annotated[int, typer.Option(min=1)] = 25,
     lr: float = 1e-3,
     view_seed: int = 1,
     seed: int = 0,
-    limit: Annotated[int | None, typer.Option(help="at most this many pictures, drawn by id")] = None,
+    limit: Annotated[int | None, typer.Option(help="at most this many pictures, sampled by id")] = None,
 ) -> None:
     """Train the tower's heads for cues, the map and "no photograph"; the verdict stays as it was."""
     torch.manual_seed(seed)
