@@ -1,17 +1,18 @@
-"""Leave-one-source-out figures: what towers say of the sources, generators and forge methods that they never met.
+"""Leave-one-source-out figures: what experts say of the sources, generators and forge methods that they never met.
 
     python -m eval.rotation --towers build/held_out --data photos.csv --data build/forged/manifest.jsonl
 
-`external_detectors.train tower --held-out NAMES` makes such a tower; `--towers` is a folder of their folders, as
-`x2dfd calibrate --held-out` takes it. Each is asked about what it was trained without, but for split `val`, which chose
-its checkpoint. Every generator and method is set against the photos of the held-out sources, beside the model's own
-tower, which met them all, and a single-feature baseline. A method that was not itself held out shows forgeries of a
-known kind on photos of sources that the tower never met. A generator is set against other photos of the sources that
-the tower met, too (split `val`, which helped to choose its checkpoint): new fakes among photos of a known kind.
+`external_detectors.train tower --held-out NAMES` and `... probe --held-out NAMES` make such experts, which share a
+folder; `--towers` is a folder of these folders, as `x2dfd calibrate --held-out` takes it. They are asked about what
+they were trained without, but for split `val`, which chose the tower's checkpoint. Every generator and method is set
+against the photos of the held-out sources, beside the model's own experts, which met them all, each held-out expert
+alone, and a single-feature baseline. A method that was not itself held out shows forgeries of a known kind on photos of
+sources that the experts never met. A generator is set against other photos of the sources that they met, too (split
+`val`, which helped to choose the tower's checkpoint): new fakes among photos of a known kind.
 
-The verdict is that of the model's calibration on the held-out tower's score. Its thresholds were chosen on photos and
+The verdict is that of the model's calibration on the held-out scores. Its thresholds were chosen on photos and
 forgeries of such sources, partly these, so that its errors on them are flattered; a held-out generator had a say in
-them with the model's own tower alone.
+them with the model's own experts alone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -32,8 +33,8 @@ from eval.bench import as_json, code_state, device
 from eval.scoring import Part
 from eval.tasks.experts import sharpness
 from x2dfd.adapter import EMBEDDED
-from x2dfd.calibrate import AT_ONCE, held_out_in, plain_face
-from x2dfd.calibration import Calibration, logit, logits_of
+from x2dfd.calibrate import AT_ONCE, HeldOut, held_out_in, plain_face
+from x2dfd.calibration import MLLM, Calibration, logit, logits_of
 from x2dfd.cli import run_command
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import evidence_of, through_codec, versions
@@ -44,12 +45,12 @@ from x2dfd.manifest import Sample, manifest_sha256
 from x2dfd.model_spec import ModelSpec
 from x2dfd.progress import progress
 
-TOWER = "tower"
 NEVER_MET, MET, SHARPNESS = "never met", "met", "sharpness"
-"""The columns: the held-out tower, the model's own, the baseline (the smoother, the likelier fake)."""
+"""The columns: P(fake) from the held-out experts, from the model's own, the baseline (the smoother, the likelier fake).
+Each held-out expert has a column of its own, too, where there are several."""
 
 AMONG_KNOWN = "among known photos"
-"""A fourth column, of generators: the held-out tower, against photos of the sources that it met."""
+"""A column of generators: the held-out experts, against photos of the sources that they met."""
 
 KNOWN = "known photos"
 
@@ -62,14 +63,15 @@ class Row:
     kind: str  # photos, known photos, generator, method, or method on new photos
     groups: list[str] = field(default_factory=list)
     scores: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # logits, by column
-    said: list[str] = field(default_factory=list)  # verdicts on the held-out tower's score
+    verdicts: list[str] = field(default_factory=list)  # on the held-out experts' scores
 
 
 def rows_of(
-    expert: Expert, left_out: set[str], own: Expert, calibration: Calibration, sets: Sequence[CropSet], limit: int
+    held_out: HeldOut, own: Sequence[Expert], calibration: Calibration, sets: Sequence[CropSet], limit: int
 ) -> dict[str, Row]:
     """ "KIND NAME" -> its pictures, at most `limit` of them, scored. Raises X2DFDError where no held-out source has
     photos, or nothing else was held out."""
+    left_out = held_out.left_out
     chosen: dict[tuple[str, str], list[tuple[CropSet, int]]] = {}
     for crops in sets:
         for i, sample in enumerate(crops.samples):
@@ -88,27 +90,35 @@ def rows_of(
         name = f"{kind} {of}"
         rows[name] = Row(kind not in ("photos", KNOWN), kind)
         for at in progress(range(0, len(pictures), AT_ONCE), name):
-            _score(rows[name], expert, own, calibration, pictures[at : at + AT_ONCE])
+            _score(rows[name], held_out, own, calibration, pictures[at : at + AT_ONCE])
     return rows
 
 
 def _score(
-    row: Row, expert: Expert, own: Expert, calibration: Calibration, part: Sequence[tuple[CropSet, int]]
+    row: Row,
+    held_out: HeldOut,
+    own: Sequence[Expert],
+    calibration: Calibration,
+    pictures: Sequence[tuple[CropSet, int]],
 ) -> None:
-    faces = through_codec([plain_face(crops, i) for crops, i in part])
-    said = zip(part, faces, evidence_of([expert], faces), evidence_of([own], faces), strict=True)
-    for (crops, i), face, [new], [known] in said:
-        if new.score is None or known.score is None:
+    faces = through_codec([plain_face(crops, i) for crops, i in pictures])
+    strangers = [held_out.experts.get(expert.card.name, expert) for expert in own]
+    covers = {expert.card.name: expert.card.covers for expert in own}
+    evidence = zip(pictures, faces, evidence_of(strangers, faces), evidence_of(own, faces), strict=True)
+    for (crops, i), face, never_met, met in evidence:
+        if any(e.score is None for e in (*never_met, *met)):
             continue
+        chances = [calibration.probability(logits_of(None, scores, covers)) for scores in (never_met, met)]
         row.groups.append(crops.samples[i].group)
-        row.scores[NEVER_MET].append(logit(new.score))
-        row.scores[MET].append(logit(known.score))
+        row.scores[NEVER_MET].append(logit(chances[0]))
+        row.scores[MET].append(logit(chances[1]))
         row.scores[SHARPNESS].append(sharpness(face.crop))
-        parts = logits_of(None, [new], {expert.card.name: expert.card.covers})
-        row.said.append(calibration.verdict(calibration.probability(parts)).label)
+        for e in never_met if len(never_met) > 1 else ():
+            row.scores[e.expert].append(float(e.score or 0.0))
+        row.verdicts.append(calibration.verdict(chances[0]).label)
 
 
-def _row_of(sample: Sample, left_out: set[str]) -> tuple[str, str] | None:
+def _row_of(sample: Sample, left_out: Collection[str]) -> tuple[str, str] | None:
     """Kind and name of a picture's row, None where it belongs to no figure."""
     methods = [m for m in sample.method.split("+") if m]
     if sample.split == "val":
@@ -130,12 +140,12 @@ def measured(rows: dict[str, Row]) -> Part:
         wrong = "real" if row.fake else "fake"
         part: Part = {
             "kind": row.kind,
-            "n": len(row.said),
-            "answered": stats.rate([said != "inconclusive" for said in row.said], row.groups),
-            "wrong": stats.rate([said == wrong for said in row.said], row.groups),
+            "n": len(row.verdicts),
+            "answered": stats.rate([verdict != "inconclusive" for verdict in row.verdicts], row.groups),
+            "wrong": stats.rate([verdict == wrong for verdict in row.verdicts], row.groups),
         }
         if row.fake:
-            part["auc"] = {column: _auc(row, photos, column) for column in (NEVER_MET, MET, SHARPNESS)}
+            part["auc"] = {column: _auc(row, photos, column) for column in row.scores}
         if row.kind == "generator" and known:
             part["auc"][AMONG_KNOWN] = _auc(row, known, NEVER_MET)
         table[name] = part
@@ -169,29 +179,32 @@ def summary(towers: Sequence[Part]) -> Part:
 
 
 def run(
-    towers: Annotated[Path, typer.Option(help="folder of folders with a tower that was trained without some sources")],
+    towers: Annotated[Path, typer.Option(help="folder of folders with experts that were trained without some sources")],
     data: Annotated[list[Path], typer.Option(help="manifest; give it again for more")],
-    model: Annotated[Path, typer.Option(help="adapter directory, whose calibration and tower are taken")] = EMBEDDED,
+    model: Annotated[Path, typer.Option(help="adapter directory, whose calibration and experts are taken")] = EMBEDDED,
     limit: Annotated[int, typer.Option(min=1, help="most pictures of a source, generator or method")] = 60,
     out: Annotated[Path, typer.Option(help="result file")] = Path("build/rotation.json"),
 ) -> None:
-    """What towers say of what they never met."""
+    """What experts say of what they never met."""
     folder = ModelSpec.parse(str(model)).adapter or EMBEDDED
-    calibration, own = Calibration.load(folder), load_expert(TOWER, folder / "experts")
-    asked = held_out_in(towers, [TOWER])
+    calibration = Calibration.load(folder)
+    names = [name for name, weight in calibration.weights.items() if weight > 0 and name != MLLM]
+    own = [load_expert(name, folder / "experts") for name in names]
+    held_out_sets = held_out_in(towers, names)
     sets = [load_crops(path) for path in data]
     found: list[Part] = []
-    for expert, left_out in asked:
-        typer.echo(f"without {', '.join(sorted(left_out))}", err=True)
-        rows = rows_of(expert, left_out, own, calibration, sets, limit)
-        found.append({"sha256": expert.card.sha256, "left_out": sorted(left_out), "rows": measured(rows)})
+    for held_out in held_out_sets:
+        typer.echo(f"without {', '.join(sorted(held_out.left_out))}", err=True)
+        rows = rows_of(held_out, own, calibration, sets, limit)
+        hashes = {name: expert.card.sha256 for name, expert in held_out.experts.items()}
+        found.append({"sha256": hashes, "left_out": sorted(held_out.left_out), "rows": measured(rows)})
     result = {
-        "task": {"name": "rotation", "version": "1", "unit": "image"},
+        "task": {"name": "rotation", "version": "2", "unit": "image"},
         "model": {"name": "embedded" if folder == EMBEDDED else folder.name},
         "hashes": {
             "manifest": [manifest_sha256(path) for path in data],
             "calibration": file_sha256(folder / "calibration.json"),
-            "experts": {TOWER: own.card.sha256},
+            "experts": {expert.card.name: expert.card.sha256 for expert in own},
         },
         "limit": limit,
         "towers": found,

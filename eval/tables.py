@@ -227,18 +227,18 @@ def quality(name: str, result: Result) -> Iterator[Table]:
 
 
 def rotation(name: str, result: Result) -> Iterator[Table]:
-    """By tower the AUC of what was held out of its training, and the verdicts on its score."""
-    columns = ("never met", "among known photos", "met", "sharpness")
+    """By what was held out of the experts' training its AUC, and the verdicts on their scores."""
     for tower in result["towers"]:
+        columns = list(dict.fromkeys(column for part in tower["rows"].values() for column in part.get("auc", {})))
         rows: list[list[Cell]] = []
         for what, part in sorted(tower["rows"].items(), key=lambda item: (item[1]["kind"], item[0])):
             aucs = [part.get("auc", {}).get(column) for column in columns]
             said = [percent(part["answered"]), percent(part["wrong"])]
             rows.append([what, *aucs, *said, part["n"], part["answered"]["groups"]])
         title = (
-            f"`{name}`: tower `{tower['sha256'][:12]}`, trained without {', '.join(tower['left_out'])}. AUC against "
-            "the photos of the held-out sources, and of generators among photos of known sources too; `met`: the "
-            "shipped tower, which was trained on all of them. Wrong: photos called fake, fakes called real."
+            f"`{name}`: experts trained without {', '.join(tower['left_out'])}. AUC against the photos of the held-out "
+            "sources, and of generators among photos of known sources too; each expert alone; `met`: the shipped "
+            "experts, which were trained on all of them. Wrong: photos called fake, fakes called real."
         )
         yield Table(title, ["AUC", *columns, "answered", "wrong", "n", "groups"], rows)
 

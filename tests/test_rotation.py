@@ -11,6 +11,7 @@ from eval import rotation, tables
 from eval.bench import as_json
 from tests import tiny
 from tests.raising import raises
+from x2dfd.calibrate import HeldOut
 from x2dfd.calibration import Calibration, Logistic
 from x2dfd.crops import CropSet
 from x2dfd.manifest import Sample
@@ -40,8 +41,9 @@ def test_what_a_tower_never_met_is_set_against_the_photos_it_never_met() -> None
     bright += [(picture(f"k{i}", "real", "old", split="val"), 25) for i in range(2)]
     bright += [(picture("x", "fake", "old", "swap", "FS", "val"), 0)]
     expert = tiny.Brightness()
-    rows = rotation.rows_of(expert, {"new", "sdxl"}, expert, CALIBRATION, [crops_of(bright)], 60)
-    assert {name: (row.kind, len(row.said)) for name, row in rows.items()} == {
+    held_out = HeldOut({tiny.EXPERT: expert}, frozenset({"new", "sdxl"}))
+    rows = rotation.rows_of(held_out, [expert], CALIBRATION, [crops_of(bright)], 60)
+    assert {name: (row.kind, len(row.verdicts)) for name, row in rows.items()} == {
         "photos new": ("photos", 4), "generator sdxl": ("generator", 3),
         "method on new photos swap": ("method on new photos", 2), "known photos old": ("known photos", 2),
     }  # fmt: skip
@@ -54,11 +56,12 @@ def test_what_a_tower_never_met_is_set_against_the_photos_it_never_met() -> None
     whole = rotation.summary([{"rows": found}])
     assert whole["generator"] == {"mean_auc": pytest.approx(2 / 3), "worst_auc": pytest.approx(2 / 3), "n": 1}
     assert (whole["answered"], whole["false_alarms"], whole["called_real"]) == (1, 0, pytest.approx(1 / 5))
-    part = as_json({"sha256": "a" * 64, "left_out": ["new", "sdxl"], "rows": found})
+    part = as_json({"sha256": {}, "left_out": ["new", "sdxl"], "rows": found})
     page = tables.table("rotation", {"rotation": {"task": {"name": "rotation"}, "towers": [part]}})
     assert "| generator sdxl | 0.667‡ | 0.667‡ |" in page and "without new, sdxl" in page
-    few = rotation.rows_of(expert, {"new", "swap"}, expert, CALIBRATION, [crops_of(bright)] * 2, 1)
-    assert {name: len(row.said) for name, row in few.items()} == {
+    held_out = HeldOut({tiny.EXPERT: expert}, frozenset({"new", "swap"}))
+    few = rotation.rows_of(held_out, [expert], CALIBRATION, [crops_of(bright)] * 2, 1)
+    assert {name: len(row.verdicts) for name, row in few.items()} == {
         "photos new": 1, "method swap": 1, "known photos old": 1,
     }  # fmt: skip
 
@@ -67,4 +70,4 @@ def test_without_photos_of_a_held_out_source_there_is_no_figure() -> None:
     """Bug prevented: an AUC against photos that the tower learnt from."""
     bright = [(picture("g", "fake", "sdxl", "sdxl", "EFS"), 200), (picture("o", "real", "old"), 20)]
     with raises("no_real_source_left_out", "sdxl"):
-        rotation.rows_of(tiny.Brightness(), {"sdxl"}, tiny.Brightness(), CALIBRATION, [crops_of(bright)], 60)
+        rotation.rows_of(HeldOut({}, frozenset({"sdxl"})), [tiny.Brightness()], CALIBRATION, [crops_of(bright)], 60)

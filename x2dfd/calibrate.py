@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -78,18 +78,18 @@ def calibrate(
     with _aside(adapter / "calibration.json"):  # one of other experts would keep the adapter from loading
         options: LoadOptions = {**(loading or {}), "mode": "paper", "experts": names, "other_experts": other_experts}
         detector = load(spec, **options)
-    held_out_experts = held_out_in(held_out, names) if held_out else []
+    held_out_sets = held_out_in(held_out, names) if held_out else []
     samples: list[Sample] = []
     rows: list[Row] = []
     for path in data:
         crops = load_crops(path, side=detector.info.crop_size)
         known = [s.method.split("+") for s in crops.samples]
         usable = [i for i in range(len(crops.samples)) if not set(known[i]) & set(card.held_out)]
-        for number, expert in enumerate([None, *(e for e, _ in held_out_experts)]):
-            mine = [i for i in usable if _judge(crops.samples[i], split, held_out_experts) == number]
+        for number, held_out_set in enumerate([None, *held_out_sets]):
+            mine = [i for i in usable if _judge(crops.samples[i], split, held_out_sets) == number]
             if limit is not None and len(mine) > limit:
                 mine = sorted(int(i) for i in np.random.default_rng(0).choice(mine, limit, replace=False))
-            rows += _scores(detector, crops, mine, expert)
+            rows += _scores(detector, crops, mine, held_out_set)
             samples += [crops.samples[i] for i in mine]
     if unclear := [s.id for s in samples if s.label == "fake" and s.df_class not in ("EFS", "FS", "FR", "FE")]:
         raise X2DFDError(
@@ -98,7 +98,7 @@ def calibrate(
     fakes = np.array([s.label == "fake" for s in samples], bool)
     if not 0 < fakes.sum() < len(fakes):
         raise X2DFDError(f"split {split!r} needs real and fake pictures to calibrate on", code="no_picture_of_label")
-    logits = _columns(rows, None if held_out_experts else MLLM)
+    logits = _columns(rows, None if held_out_sets else MLLM)
     kinds = [kind_of(s.df_class) if s.label == "fake" else "" for s in samples]
     result = fit_calibration(logits, kinds, [_bounded_with(s) for s in samples], false_alarms=false_alarms)
     facts = _facts(result, logits, samples, fakes)
@@ -108,7 +108,9 @@ def calibrate(
         "false_alarms_allowed": false_alarms,
         "experts": {e.card.name: e.card.sha256 for e in detector.experts},
         "unseen": [
-            {"expert": e.card.name, "sha256": e.card.sha256, "left_out": sorted(o)} for e, o in held_out_experts
+            {"expert": name, "sha256": expert.card.sha256, "left_out": sorted(held_out_set.left_out)}
+            for held_out_set in held_out_sets
+            for name, expert in held_out_set.experts.items()
         ],
     }
     result = replace(result, mllm_threshold=_mllm_threshold(rows, fakes, false_alarms), fitted_on=facts)
@@ -128,54 +130,58 @@ def _aside(path: Path) -> Iterator[None]:
             path.write_bytes(kept)
 
 
-def held_out_in(folder: Path, names: Sequence[str]) -> list[tuple[Expert, set[str]]]:
-    """Experts with held-out sources, and those sources. Several weights of one expert may leave out the same source.
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Experts whose weights were trained without the same sources, generators or methods."""
 
-    Raises X2DFDError where a card names none, or where two experts leave out the same one: only the first would judge
-    it with held-out weights.
+    experts: dict[str, Expert]
+    left_out: frozenset[str]
+
+
+def held_out_in(folder: Path, names: Sequence[str]) -> list[HeldOut]:
+    """The held-out experts of each folder in `folder`. Several of them may leave out the same source.
+
+    Raises X2DFDError where a card names no source, where the cards of one folder name different ones, and where a
+    folder lacks an expert that another one has: its own weights know the source.
     """
-    found: list[tuple[Expert, set[str]]] = []
-    for path in sorted(folder.glob("*/*.card.json")):
-        name = path.name.removesuffix(".card.json")
-        if name not in names:
+    found: list[HeldOut] = []
+    for place in sorted({path.parent for path in folder.glob("*/*.card.json")}):
+        experts = {name: load_expert(name, place) for name in names if (place / f"{name}.card.json").is_file()}
+        left_out = {frozenset(expert.card.figures.get("left_out", ())) for expert in experts.values()}
+        if not experts:
             continue
-        expert = load_expert(name, path.parent)
-        left_out = set(expert.card.figures.get("left_out", ()))
-        if not left_out:
-            raise X2DFDError(f"{path}: `left_out` names no source", code="left_out_invalid")
-        if shared := {s for other, its in found if other.card.name != name for s in its & left_out}:
-            raise X2DFDError(
-                f"{path}: another expert leaves out {', '.join(sorted(shared))} too", code="left_out_invalid"
-            )
-        found.append((expert, left_out))
+        if len(left_out) > 1 or not all(left_out):
+            raise X2DFDError(f"{place}: the cards' `left_out` must name the same sources", code="left_out_invalid")
+        found.append(HeldOut(experts, left_out.pop()))
     if not found:
         raise X2DFDError(f"no folder in {folder} holds weights of {', '.join(names)}", code="left_out_missing")
+    every = {name for held_out_set in found for name in held_out_set.experts}
+    if lacking := sorted({name for held_out_set in found for name in every - held_out_set.experts.keys()}):
+        raise X2DFDError(f"{folder}: not every folder holds weights of {lacking[0]}", code="left_out_invalid")
     return found
 
 
-def _judge(sample: Sample, split: str, held_out_experts: Sequence[tuple[Expert, set[str]]]) -> int | None:
-    """Whose score of a picture counts: the first held-out expert's that never met its source, counted from 1; else the
-    adapter's own, 0; None: it does not count.
+def _judge(sample: Sample, split: str, held_out_sets: Sequence[HeldOut]) -> int | None:
+    """Whose scores of a picture count: those of the first held-out experts that never met its source, counted from 1;
+    else the adapter's own, 0; None: it does not count.
 
-    A generator's pictures are judged by the adapter's own expert: one that never met it would forbid every "real".
+    A generator's pictures are judged by the adapter's own experts: those that never met it would forbid every "real".
     """
-    for number, (_, left_out) in enumerate(held_out_experts, start=1):
-        if sample.origin in left_out and not sample.synthetic:
+    for number, held_out_set in enumerate(held_out_sets, start=1):
+        if sample.origin in held_out_set.left_out and not sample.synthetic:
             return number if sample.split not in ("val", "test") else None
     return 0 if sample.split == split else None
 
 
-def _scores(detector: Detector, crops: CropSet, rows: Sequence[int], held_out_expert: Expert | None) -> list[Row]:
-    """Each picture's logits by kind and name; of `held_out_expert` instead of the detector's expert of that name."""
-    asked = [
-        held_out_expert if held_out_expert and e.card.name == held_out_expert.card.name else e for e in detector.experts
-    ]
-    covers = {e.card.name: e.card.covers for e in asked}
+def _scores(detector: Detector, crops: CropSet, rows: Sequence[int], held_out_set: HeldOut | None) -> list[Row]:
+    """Each picture's logits by kind and name; of held-out experts instead of the detector's of that name."""
+    experts = [held_out_set.experts.get(e.card.name, e) if held_out_set else e for e in detector.experts]
+    covers = {e.card.name: e.card.covers for e in experts}
     found = []
     for start in progress(range(0, len(rows), AT_ONCE), "scoring"):
         faces = [face_of(crops, i, VIEW_SEED) for i in rows[start : start + AT_ONCE]]
-        if held_out_expert:
-            own, evidence = np.full(len(faces), np.nan), evidence_of(asked, through_codec(faces))
+        if held_out_set:
+            own, evidence = np.full(len(faces), np.nan), evidence_of(experts, through_codec(faces))
         else:
             own, evidence = detector.judge_faces(faces)
         for mllm, said in zip(own, evidence, strict=True):

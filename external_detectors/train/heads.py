@@ -23,7 +23,16 @@ from torch.nn import functional as F
 
 from external_detectors.tower_net import GRID, TowerHeads, area_grid
 from external_detectors.train.drawing import drawing
-from external_detectors.train.loop import ENOUGH, best_threshold, covered, cue_loss, cue_truth, log, next_version
+from external_detectors.train.loop import (
+    ENOUGH,
+    best_threshold,
+    covered,
+    cue_loss,
+    cue_truth,
+    log,
+    next_version,
+    ridge_logistic,
+)
 from external_detectors.weights_io import load_weights, save_weights
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.degrade import CODEC, codec
@@ -231,7 +240,7 @@ def _fit_photo(net: TowerHeads, crops: CropSet, rows: NDArray[np.intp], addition
     with torch.inference_mode():
         x = net.norm(torch.cat(statistics).float())
     is_test = np.arange(len(chosen)) % 4 >= 2
-    weight, bias = _ridge_logistic(x[~is_test], torch.from_numpy(~is_drawing[~is_test]).float())
+    weight, bias = ridge_logistic(x[~is_test], torch.from_numpy(~is_drawing[~is_test]).float())
     with torch.no_grad():
         net.photo.weight.copy_(weight[None])
         net.photo.bias.copy_(bias)
@@ -241,19 +250,3 @@ def _fit_photo(net: TowerHeads, crops: CropSet, rows: NDArray[np.intp], addition
         "photos_called_drawings": round(float(called_drawing[~is_drawing[is_test]].mean()), 4),
         "drawings_n": int(is_test.sum()),
     }
-
-
-def _ridge_logistic(x: Tensor, y: Tensor, ridge: float = 1e-2) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a ridge-penalised logistic of x [n, d] and y [n] in {0, 1}, by L-BFGS."""
-    x = x.clone()  # out of inference mode
-    weight, bias = torch.zeros(x.shape[1], requires_grad=True), torch.zeros(1, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(x @ weight + bias, y) + ridge / 2 * weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return weight.detach(), bias.detach()
