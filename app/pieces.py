@@ -99,7 +99,7 @@ def card(judged: Report | Failure) -> str:
     if isinstance(judged, Failure):
         return draw("problem", judged)
     kind = status(judged.verdict)
-    said = meaning(judged.verdict, judged.model, len(judged.faces))
+    said = meaning(judged)
     return draw("card", judged, kind, said, remarks(judged))
 
 
