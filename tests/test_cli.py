@@ -483,9 +483,7 @@ def test_shards_together_are_the_whole(
     assert sorted(parts, key=lambda row: str(row["path"])) == table(whole)
 
 
-def test_a_missing_file_is_told_by_its_own_shard_alone(
-    run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_file_is_told_by_its_own_shard_alone(run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: each of N processes tells every missing file, so that it counts N times; or one ends the run."""
     monkeypatch.chdir(photos)  # a file's shard follows from its name
     missing = ["gone.jpg", "lost.jpg", "left.jpg", "out.jpg"]
