@@ -99,7 +99,7 @@ def card(result: Report | Failure) -> str:
     if isinstance(result, Failure):
         return draw("problem", result)
     kind = status(result.verdict)
-    sentence = meaning(result.verdict, result.model, len(result.faces))
+    sentence = meaning(result)
     return draw("card", result, kind, sentence, remarks(result))
 
 

@@ -130,6 +130,7 @@ def measure_training(
     rows = []
     for length in lengths:
         batch = random_batch(model.config, config.batch, length, device)
+        answers = float((batch["labels"] != IGNORE).float().mean())
 
         def step(batch: dict[str, Tensor] = batch) -> None:
             with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
@@ -147,7 +148,7 @@ def measure_training(
             row: Json = {"method": config.method, "tokens": length, "batch": config.batch}
             row |= {
                 "checkpointing": checkpointing,
-                "predicted_gb": round(predict(settings, shape, 1, length)["total"] / GB, 2),
+                "predicted_gb": round(predict(settings, shape, 1, length, answers)["total"] / GB, 2),
             }
             try:
                 if device.type == "cuda":

@@ -241,6 +241,21 @@ def test_an_expert_that_joined_at_calibration_judges_but_is_not_in_the_question(
     assert x2dfd.load(f"hub:{base}+{adapter}", other_experts=True).info.in_prompt == [tiny.EXPERT]
 
 
+def test_an_expert_that_got_no_weight_locks_no_model_and_decides_nothing(
+    adapter: Path, base: Path, face_photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: a calibration that was fitted beside an expert which no logistic takes is refused by the next
+    command as one that never met it; or the expert is shown, and its signs are named, as if it had a say."""
+    monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
+    monkeypatch.setitem(BUILTIN, "darkness", "tests.test_adapter:Darkness")
+    alone = x2dfd.load(f"hub:{base}+{adapter}").detect(face_photo, rationale=False)
+    beside = {"experts": {tiny.EXPERT: "b" * 64, "darkness": "c" * 64}}
+    replace(Calibration.load(adapter), fitted_on=beside).save(adapter)
+    report = x2dfd.load(f"hub:{base}+{adapter}").detect(face_photo, rationale=False)
+    assert report.verdict == alone.verdict and report.verdict.p_fake is not None
+    assert [e.expert for e in report.evidence] == [tiny.EXPERT, "darkness"] and report.uncounted == {"darkness"}
+
+
 class Darkness(tiny.Brightness):
     """Another expert, that no adapter of these tests was trained with."""
 

@@ -12,7 +12,7 @@ from tests.test_html_report import Page, face, page, report
 from x2dfd.answer import clip, decided_by, meaning, number, reason, reconciled
 from x2dfd.statements import read_statements, source_type
 from x2dfd.terminal import block
-from x2dfd.types import Report, Verdict
+from x2dfd.types import FaceReport, Report, Verdict
 
 FAKE, REAL, OPEN = Verdict("fake", 0.93, None, "part"), Verdict("real", 0.04), Verdict("inconclusive", 0.6, "in_band")
 MODEL: dict[str, Any] = {"mode": "calibrated", "band": [0.21, 0.85], "weights": {"tower": 0.8, "blend": 0.0}}
@@ -128,15 +128,36 @@ def test_who_decides_is_named() -> None:
         "the language model and the tower expert"
     )
     assert decided_by({"mode": "paper", "weights": None}) == "the language model"
-    assert meaning(FAKE, MODEL).startswith("To the tower expert, ")
-    assert meaning(REAL, MODEL).startswith("The tower expert found no sign")
+    assert meaning(report(model=MODEL)).startswith("To the tower expert, ")
+    assert meaning(report(model=MODEL, verdict=REAL)).startswith("The tower expert found no sign")
 
 
-def test_no_answer_says_where_the_score_lies_and_what_would_help() -> None:
-    """Bug prevented: "no answer", and not a word of how near it was or what to bring."""
-    why = reason(OPEN, MODEL) or ""
-    assert all(fact in why for fact in ("60 %", "21 %", "85 %", "larger or less compressed original"))
-    assert "between" not in (reason(OPEN, {}) or "between")  # a served model may state no band
+def test_no_answer_says_where_the_score_lies() -> None:
+    """Bug prevented: "no answer", and not a word of how near it was."""
     one = report(verdict=OPEN, faces=(face(verdict=OPEN),), model=MODEL)
+    why = reason(one) or ""
+    assert all(fact in why for fact in ("60 %", "21 %", "85 %"))
+    assert "between" not in (reason(replace(one, model={})) or "between")  # a served model may state no band
     assert all(why in text for text in told(one)) and f"why: {why}" in " ".join(block(one).split())
-    assert reason(FAKE, MODEL) is None
+    assert reason(report(verdict=FAKE)) is None and reason(one, face(verdict=FAKE)) is None
+
+
+def test_what_may_give_an_answer_follows_from_why_there_is_none() -> None:
+    """Bug prevented: "a larger or less compressed original" of a large face in a camera's own file, and of a small one
+    in a file that nobody compressed."""
+    large, small = face(verdict=OPEN), face(verdict=OPEN, box=(170.0, 60.0, 40.4, 52.0), index=1)
+    few = report().media | {"bytes": 20_000}  # of 512 x 512 pixels
+
+    def advice(one: FaceReport, media: dict[str, Any]) -> str:
+        return (reason(report(verdict=OPEN, faces=(one,), media=media)) or "").partition("to answer. ")[2]
+
+    tiny, squeezed, neither = advice(small, few), advice(large, few), advice(large, few | {"bytes": 60_000})
+    assert "40 pixels" in tiny and "larger" in tiny and "compressed" not in tiny
+    assert "compressed" in squeezed and "larger" not in squeezed
+    assert "106 pixels" in neither and "compressed" not in neither and neither == advice(large, report().media)
+    assert advice(large, few | {"format": "WEBP"}) == neither  # the same bytes hold more in another format
+    both = report(verdict=OPEN, faces=(large, small))
+    assert neither in (reason(both) or "") and tiny in (reason(both, small) or "")
+    for why in ("no_face", "not_a_photograph"):
+        said = reason(report(verdict=Verdict("inconclusive", None, why), faces=()))
+        assert said and "pixels" not in said and "compressed" not in said

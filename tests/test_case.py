@@ -111,7 +111,7 @@ def test_an_honest_record_holds_and_holds_for_a_copy(
     assert found.outcome == "holds" and "1.0" in found.notes[0]
     copied.write_bytes(photo.read_bytes() + b"\0")  # now it is another file
     found = case.verify(made, copied, detector)
-    assert found.outcome == "differs" and made["reports"][0]["sha256"][:12] in found.differences[0]
+    assert found.outcome == "other_file" and made["reports"][0]["sha256"][:12] in found.differences[0]
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).write_text("a letter")
     broken = json.loads(case.dumps([next(detector.detect_many([tmp_path / "a.jpg"]))]))
@@ -145,7 +145,7 @@ def _set(*keys: Any, value: Any) -> Callable[[Record], None]:
         (_set("provenance", "state", value="trusted"), "provenance", "differs"),
         (_set("media", "exif", value={"make": "Nikon"}), "media.exif", "differs"),
         (_set("faces", value=[]), "faces", "differs"),
-        (_set("sha256", value="0" * 64), "", "differs"),
+        (_set("sha256", value="0" * 64), "0" * 12, "other_file"),
         (lambda m: m["cards"].pop(tiny.EXPERT), f"cards.{tiny.EXPERT}", "differs"),
         (lambda m: m["cards"][tiny.EXPERT].update(sha256="0" * 64), "sha256", "differs"),
         (lambda m: m["cards"][tiny.EXPERT].update(blind_spot=""), "blind_spot", "other_version"),
@@ -272,6 +272,12 @@ def test_the_command_computes_as_the_record_says_and_has_an_exit_code_for_each_o
         if code in case.EXIT_CODES.values():
             assert case.EXIT_CODES[json.loads(ran.stdout)["outcome"]] == code
     assert verify(made, of=tmp_path / "none.jpg").exit_code == 1
+    copied = tmp_path / "other.jpg"
+    copied.write_bytes(photo.read_bytes() + b"\0")  # "the record does not hold" would accuse who took the wrong file
+    ran = verify(made, of=copied)
+    assert (ran.exit_code, json.loads(ran.stdout)["outcome"]) == (5, "other_file")
+    unsealed = verify(changed(made, lambda m: m.update(made="today"), sealed=False), of=copied)
+    assert unsealed.exit_code == 3 and len(json.loads(unsealed.stdout)["differences"]) == 2
     on_gpu = changed(made, _set("model", "runs_on", value="cuda bf16"), sealed=True)
     plain = {"model": ModelSpec(), "mode": "calibrated"}
     for options, wanted in (

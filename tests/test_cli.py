@@ -196,6 +196,29 @@ def test_a_run_ends_with_how_many_got_which_answer(
     assert "not proof" not in run("detect", tmp_path / "gone.jpg").output
 
 
+def test_the_last_line_counts_what_failed_by_its_code_and_what_states_a_generator(
+    run: Run, photos: Path, detector: SmallDetector
+) -> None:
+    """Bug prevented: of a folder nobody learns why files were not judged, or that they state a generator, without
+    reading every answer."""
+    for name in ("x.jpg", "y.jpg"):
+        (photos / name).write_text("a letter")
+
+    def last(*words: Any) -> str:
+        [line] = [line for line in run("detect", *words).stderr.splitlines() if " files: " in line]
+        return str(line)
+
+    before = last(photos, photos / "gone.jpg")
+    assert before == "6 files: 3 likely fake, 3 not judged (2 not_an_image, 1 not_found)"  # the most frequent first
+    taken = {"kind": "source", "says": "digital source type print: digitised", "where": "XMP, byte 9"}
+    detector.provenance = {"state": "absent", "statements": [taken]}
+    assert last(photos, photos / "gone.jpg") == before
+    made = {"kind": "generated", "says": "settings", "where": "PNG text, byte 41"}
+    detector.provenance = {"state": "absent", "statements": [taken, made, made]}  # two statements, one file
+    assert last(photos, photos / "gone.jpg").startswith(f"{before}; 3 ")
+    assert last(photos / "a.png", photos / "gone.jpg").partition("; ")[2].startswith("1 ")
+
+
 def test_missing_and_bad_files_are_rows(
     run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -458,6 +481,25 @@ def test_shards_together_are_the_whole(
     assert pq.ParquetFile(whole).num_row_groups == 3
     parts = [row for i in (1, 2) for row in table(tmp_path / f"u.{i}-of-2.parquet")]
     assert sorted(parts, key=lambda row: str(row["path"])) == table(whole)
+
+
+def test_a_missing_file_is_told_by_its_own_shard_alone(run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: each of N processes tells every missing file, so that it counts N times; or one ends the run."""
+    monkeypatch.chdir(photos)  # a file's shard follows from its name
+    missing = ["gone.jpg", "lost.jpg", "left.jpg", "out.jpg"]
+    told: list[str] = []
+    for i in (1, 2):
+        done = run("detect", "a.png", *missing, "b.png", "--json", "--shard", f"{i}/2")
+        assert done.exit_code == 0
+        rows = {row["path"]: row.get("error", {}).get("code") for row in map(json.loads, done.stdout.splitlines())}
+        mine = [name for name in missing if name in rows]
+        assert mine and {rows[name] for name in mine} == {"not_found"}
+        assert [line.partition(": ")[0] for line in done.stderr.splitlines()] == mine
+        told += rows
+    assert sorted(told) == sorted(["a.png", "b.png", *missing])
+    monkeypatch.setattr(x2dfd, "load", lambda *_, **__: pytest.fail("loaded"))
+    for i in (1, 2):
+        assert run("detect", *missing, "--json", "--shard", f"{i}/2").exit_code == 0
 
 
 def test_manifest_streams_in_batches_and_names_what_failed(

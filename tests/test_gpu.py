@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from finetune.config import FinetuneConfig
+from finetune.data import IGNORE
 from finetune.gpu import build, geometry, measure, random_batch
 from finetune.memory import GB, Shape, predict, preset, report, shape, shape_of
 from finetune.models import tune
@@ -65,13 +66,17 @@ def test_predicted_bytes_are_those_of_tensors_that_a_step_leaves(method: str) ->
     tuned, _ = tune(build(settings, cpu, torch.float32, False), used)
     learning = [p for p in tuned.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning)
-    RowTrainer.compute_loss(cast(Any, None), tuned, random_batch(settings, 1, 48, cpu)).backward()
+    batch = random_batch(settings, 1, 48, cpu)
+    answers = float((batch["labels"] != IGNORE).float().mean())
+    loss, out = RowTrainer.compute_loss(cast(Any, None), tuned, dict(batch), return_outputs=True)
+    loss.backward()
     optimizer.step()
 
     def size(tensors: Iterable[torch.Tensor]) -> int:
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    parts = predict(used, shape_of(settings, used), 1, 48)
+    parts = predict(used, shape_of(settings, used), 1, 48, answers)
+    assert parts["logits"] == pytest.approx(3 * size([out["logits"]]))  # themselves, the losses and the gradient
     assert parts["weights"] + parts["trained copies"] == size(tuned.parameters())
     assert parts["gradients"] == size(p.grad for p in learning if p.grad is not None)
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
@@ -84,7 +89,8 @@ def test_what_is_predicted_is_a_little_more_than_was_measured(seven: Shape) -> N
     assert len(measured["training"]) >= 4
     for row in measured["training"]:
         tried = config(method=row["method"], batch=row["batch"], checkpointing=row["checkpointing"])
-        assert 1.0 < predict(tried, seven, 1, row["tokens"])["total"] / GB / row["peak_gb"] < 1.17, row
+        answers = (row["tokens"] - 576) / 2 / row["tokens"]  # of `random_batch`, whose picture is of 576 tokens
+        assert 1.0 < predict(tried, seven, 1, row["tokens"], answers)["total"] / GB / row["peak_gb"] < 1.17, row
 
 
 def test_a_preset_fits_its_card_and_a_larger_card_is_no_slower(seven: Shape) -> None:

@@ -224,7 +224,15 @@ def test_video_shows_its_most_suspicious_frames_and_names_the_rest() -> None:
     media = {"kind": "video", "width": 512, "height": 512, "frames": [10 * i for i in range(8)]}
     video = report(faces=faces, rationale="Frame 7.", media=media)
     seen = page(video, pictures=[{10 * i: ASTRONAUT for i in range(8)}])
-    assert [(tag["alt"] or "").split(":")[0] for tag in seen.all("img")] == [f"Frame {n}" for n in range(20, 80, 10)]
+    shown = seen.all("img")  # the worst first and large, the others beneath it
+    assert [(tag["alt"] or "").split(":")[0] for tag in shown] == [f"Frame {n}" for n in range(70, 10, -10)]
+    assert seen.all("div", **{"class": "strip"}) and not page(report()).all("div", **{"class": "strip"})
+    wide = {10 * i: np.zeros((400, 1000, 3), np.uint8) for i in range(8)}
+    sizes = [
+        Image.open(io.BytesIO(base64.b64decode((tag["src"] or "").partition(",")[2]))).width
+        for tag in page(video, pictures=[wide]).all("img")
+    ]
+    assert sizes == [1000] + 5 * [html_report.STRIP_SIDE]
     assert "Faces in other frames (2)" in seen.text and "frame 10, 0.5 s 1 Likely fake 76 %" in seen.text
 
 

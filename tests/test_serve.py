@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import x2dfd
 from tests.stub import StubDetector
 from x2dfd.cli import app
 from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.model_spec import ModelSpec
 from x2dfd.remote import ServerDetector, is_loopback
 from x2dfd.types import Failure, ModelInfo, Report
 
@@ -145,6 +148,23 @@ def test_no_server_is_one_line(tmp_path: Path) -> None:
     # Only this machine goes past the proxy, and no name that looks like it.
     assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "localhost", "a.localhost")))
     assert not any(map(is_loopback, ("127.0.0.1.example", "0.0.0.0", "10.0.0.1", "localhost.example")))
+
+
+def test_the_model_is_loaded_as_the_options_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: `x2dfd serve --device cuda:1` loads on the CPU, in another precision, and nobody is told."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(x2dfd, "load", lambda model, **options: given.update(options, model=model), raising=False)
+    monkeypatch.setattr(serve, "serve", lambda detector, host, there: None)
+    monkeypatch.setattr("x2dfd.worker.isolating", nullcontext)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    asked = ["--device", "cuda:1", "--dtype", "bf16", "--bits", "4", "--device-map", "auto", "--threads", "3"]
+    done = CliRunner().invoke(app, ["serve", "--port", port, "--model", "hub:B+A", "--mode", "paper", *asked])
+    assert done.exit_code == 0, done.output
+    assert given == {
+        "model": ModelSpec(base="B", adapter=Path("A")), "mode": "paper", "device": "cuda:1", "dtype": "bf16",
+        "bits": 4, "device_map": "auto", "threads": 3,
+    }  # fmt: skip
 
 
 def test_a_server_on_a_name_answers_under_it(monkeypatch: pytest.MonkeyPatch) -> None:

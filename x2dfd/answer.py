@@ -27,9 +27,13 @@ KINDS_SAID = {"whole": "made as a whole by a generator", "part": "changed in par
 """By kind of fake (x2dfd.types.KINDS)."""
 
 REASONS = {
-    "no_face": "No face was found, so nothing was assessed. This says nothing about whether the picture is real.",
-    "not_a_photograph": "This looks like a drawing, a painting or a render. Forgery detection applies to photos only.",
+    "no_face": "No face was found, so nothing was assessed. This says nothing about whether the picture is real. "
+    "If it shows one, a copy in which that is larger, upright and not covered may give an answer.",
+    "not_a_photograph": "This looks like a drawing, a painting or a render. Forgery detection applies to photos only. "
+    "If it was made from a photo, judge that one.",
 }
+SMALL_FACE = 100  # pixels: a face of less width is enlarged about twice for the models
+STRONGLY_COMPRESSED = 0.1  # bytes a pixel of a JPEG; photos have 0.11 at quality 50 and 0.15 at 75
 
 NOT_PROOF = "This is a statistical estimate, not proof: do not accuse a person or clear a picture on it alone."
 LIMITS = {
@@ -94,19 +98,32 @@ def p_words(verdict: Verdict) -> str:
     return "" if verdict.p_fake is None else f", {percent(verdict.p_fake)} chance of a fake"
 
 
-def reason(verdict: Verdict, model: Json) -> str | None:
-    """Why there is no answer, in one or two plain sentences; None where there is one. `model`: of the report."""
+def reason(report: Report, face: FaceReport | None = None) -> str | None:
+    """Why there is no answer about a face, or else about the file, and what may give one, in plain sentences; None
+    where there is an answer."""
+    verdict = face.verdict if face else report.verdict
     if verdict.label != "inconclusive" and verdict.p_fake is not None:
         return None
     stated = verdict.reason or "unstated"
     if stated == "in_band":
-        band = model.get("band")
+        band = report.model.get("band")
         between = f" between {percent(band[0])} and {percent(band[1])}," if band else ""
-        return (
-            f"The estimate, {percent(verdict.p_fake)}, lies{between} where errors are too frequent to answer. "
-            "A larger or less compressed original may give an answer."
-        )
+        why = f"The estimate, {percent(verdict.p_fake)}, lies{between} where errors are too frequent to answer."
+        return f"{why} {_would_help(report, face or report.decider)}".rstrip()
     return REASONS.get(stated, f"No answer is given; the stated reason is: {stated}.")
+
+
+def _would_help(report: Report, face: FaceReport | None) -> str:
+    """What may give an answer about a face in the band, by what the report holds of its size and the file's."""
+    if face is None:
+        return ""
+    width, media = round(face.box[2]), report.media
+    if width < SMALL_FACE:
+        return f"The face is {width} pixels wide: a larger picture of it may give an answer."
+    pixels = (media.get("width") or 0) * (media.get("height") or 0)
+    if media.get("format") == "JPEG" and media.get("bytes", pixels) < STRONGLY_COMPRESSED * pixels:
+        return "The file is strongly compressed: its original, with fewer losses, may give an answer."
+    return f"The face is {width} pixels wide, so a larger copy hardly helps: another picture of the same moment may."
 
 
 def decided_by(model: Json) -> str:
@@ -118,20 +135,21 @@ def decided_by(model: Json) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def meaning(verdict: Verdict, model: Json, faces: int = 1) -> str:
-    """What an answer of a report's `model` about a file with that many faces says, in plain sentences."""
-    if (why := reason(verdict, model)) is not None:
+def meaning(report: Report, face: FaceReport | None = None) -> str:
+    """What the answer about a face, or else about the file, says, in plain sentences."""
+    if (why := reason(report, face)) is not None:
         return why
-    who = decided_by(model)
+    verdict, who = face.verdict if face else report.verdict, decided_by(report.model)
+    alone = face is not None or len(report.faces) == 1
     if verdict.label == "fake":
-        subject = "this face" if faces == 1 else "the most suspicious face"
+        subject = "this face" if alone else "the most suspicious face"
         kinds = {
             "whole": f"To {who}, {subject} looks made as a whole by a generator and not taken by a camera.",
             "part": f"To {who}, {subject} comes from a photo that was changed in part: swapped, moved or edited.",
         }
         other = f"To {who}, {subject} looks more like known forgeries than like real faces."
         return kinds.get(verdict.kind or "", other)
-    found = "no sign" if faces == 1 else "no clear sign"
+    found = "no sign" if alone else "no clear sign"
     return (
         f"{who[0].upper()}{who[1:]} found {found} of a known kind of forgery. "
         "That does not show the picture is authentic: a forgery of an unknown kind can look like this."
@@ -232,7 +250,7 @@ def disagreement(
 def summary(report: Report) -> str:
     """A report in a few lines, as `str(report)` gives it."""
     lines = [f"{report.path or '(no path)'}: {in_words(report.verdict)}"]
-    lines += [meaning(report.verdict, report.model, len(report.faces)), *remarks(report)]
+    lines += [meaning(report), *remarks(report)]
     if report.rationale and report.verdict.p_fake is not None:  # else it says again why nothing was assessed
         decider: FaceReport | None = report.decider
         lines.append(f"Rationale ({stance(decider.verdict if decider else report.verdict, report.rationale)}):")

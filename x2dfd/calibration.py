@@ -90,8 +90,12 @@ class Calibration:
 
     @property
     def weights(self) -> dict[str, float]:
-        """The larger weight of each score in the two logistics: 0 where it decides nothing."""
+        """The larger weight of each score in the two logistics: 0 where it decides nothing.
+
+        That holds of an expert, too, which was asked at the fit and whose scores no logistic takes.
+        """
         names = dict.fromkeys(name for one in self.kinds.values() for name in one.weights)
+        names |= dict.fromkeys(self.fitted_on.get("experts", {}))
         return {n: max(one.weights.get(n, 0.0) for one in self.kinds.values()) for n in names}
 
     def by_kind(self, logits: Logits) -> dict[str, float]:

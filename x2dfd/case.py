@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from x2dfd.detector import Detector
 
 FORMAT = "x2dfd case record 1"
-Outcome = Literal["holds", "differs", "other_version"]
-EXIT_CODES: dict[Outcome, int] = {"holds": 0, "differs": 3, "other_version": 4}
+Outcome = Literal["holds", "differs", "other_version", "other_file"]
+EXIT_CODES: dict[Outcome, int] = {"holds": 0, "differs": 3, "other_version": 4, "other_file": 5}
 
 SCORING = (
     "base", "adapter_sha256", "layers", "prompt_sha256", "crops_through", "experts", "in_prompt", "aliases",
@@ -43,7 +43,9 @@ WORDING = re.compile(
 class Verification:
     """Whether a record still says what judging the file gives."""
 
-    outcome: Outcome  # `other_version`: what differs can come from another model or wording here, not only from edits
+    # `other_version`: what differs can come from another model or wording here, not only from edits; `other_file`: the
+    # record, whose seal fits, is about files with other bytes
+    outcome: Outcome
     differences: tuple[str, ...]  # what does not come out again, in plain words
     notes: tuple[str, ...]  # what could not be compared, and does not count
 
@@ -111,7 +113,8 @@ def _frames_stated(stated: Json) -> int | None:
 def verify(made: Json, file: Path, detector: Detector) -> Verification:
     """Judge `file` anew and compare with the record. The detector must be in the mode that the record states.
 
-    A changed finding speaks against the record; another model, calibration or wording leaves it unconfirmed.
+    A changed finding speaks against the record; another model, calibration or wording leaves it unconfirmed, and so
+    does a file that it is not about.
     """
     changed: list[str] = []
     other: list[str] = []
@@ -126,8 +129,8 @@ def verify(made: Json, file: Path, detector: Detector) -> Verification:
     stated = stated_about(made, quick.sha256)
     if stated is None:
         known = ", ".join(f"{r.get('path')} ({str(r.get('sha256'))[:12]}…)" for r in made["reports"])
-        changed.append(f"the file has SHA-256 {quick.sha256}, and the record is about {known or 'no file'}")
-        return _outcome(changed, other, notes)
+        line = f"the file has SHA-256 {quick.sha256}, and the record is about {known or 'no file'}"
+        return Verification("differs" if changed else "other_file", (*changed, line), ())
     asked = _frames_stated(stated)
     if isinstance(quick, Report) and asked and asked != frames_asked(quick.media):
         quick = next(iter(detector.detect_many([file], rationale=False, frames=asked)))

@@ -295,9 +295,10 @@ def verify(
 ) -> None:
     """Judge a file anew and say whether a case record still tells the truth about it.
 
-    Exit code 0: it holds. 3: file or record was changed, or a finding does not come out again; each difference is a
+    Exit code 0: it holds. 3: the record was changed, or a finding does not come out again; each difference is a
     line. 4: another model, calibration, validation run or wording is here than the record states, so it can be neither
-    confirmed nor refuted. 1: it could not be checked at all.
+    confirmed nor refuted. 5: the record is about another file, or this one was changed. 1: it could not be checked at
+    all.
     """
     from x2dfd import case
 
@@ -314,6 +315,7 @@ def verify(
             "holds": "the record holds",
             "differs": "THE RECORD DOES NOT HOLD",
             "other_version": "CANNOT BE CONFIRMED: another version made it, or it was changed to say so",
+            "other_file": "ANOTHER FILE: the record is not about this one, or this one was changed",
         }
         typer.echo(words[found.outcome])
         for line in found.differences:

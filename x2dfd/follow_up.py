@@ -114,7 +114,7 @@ def _nothing_at(face: FaceReport, areas: list[str]) -> str:
 
 def _why(report: Report, face: FaceReport) -> str:
     if face.verdict.p_fake is None:
-        return reason(face.verdict, report.model) or ""
+        return reason(report, face) or ""
     leading = max(
         (e for e in face.evidence if e.score is not None and e.expert not in report.uncounted),
         key=lambda e: abs((e.score or 0.0) - 0.5),
@@ -122,7 +122,7 @@ def _why(report: Report, face: FaceReport) -> str:
     )
     parts = [face.rationale or f"{in_words(face.verdict)}: the report holds no explanation."]
     if face.verdict.label == "inconclusive":
-        parts.insert(0, reason(face.verdict, report.model) or "")
+        parts.insert(0, reason(report, face) or "")
         parts.append(f"This text {stance(face.verdict, face.rationale)}.")
     if leading is not None:
         parts.append(f"The clearest of the experts that count is {leading.expert}, with {percent(leading.score)}.")
@@ -148,10 +148,10 @@ def how_sure(report: Report, face: FaceReport) -> str:
     """The report's own numbers in plain words."""
     verdict, band = face.verdict, report.model.get("band")
     if verdict.p_fake is None:
-        return f"There is no estimate. {reason(verdict, report.model)}"
+        return f"There is no estimate. {reason(report, face)}"
     calibrated = "calibrated" if report.model.get("mode") != "paper" else "uncalibrated"
     said = [f"The {calibrated} estimate that this face is forged is {percent(verdict.p_fake)}."]
-    if (why := reason(verdict, report.model)) is not None:
+    if (why := reason(report, face)) is not None:
         said = [why]
     elif band:
         low, high = percent(band[0]), percent(band[1])
@@ -210,7 +210,7 @@ def _publish(report: Report, face: FaceReport | None) -> str:
 
 
 def _verdict(report: Report, face: FaceReport) -> str:
-    return f"{in_words(face.verdict)}. {meaning(face.verdict, report.model)}"
+    return f"{in_words(face.verdict)}. {meaning(report, face)}"
 
 
 def _fixed(text: str) -> Callable[[Report, FaceReport], str]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 MAX_SIDE = 1200  # longest side of an embedded picture, in pixels
 MAX_FRAMES = 6  # frames shown of a video, the most suspicious ones
+STRIP_SIDE = 640  # of those behind the first, which stand in a strip
 COLOURS = ("#e69f00", "#56b4e9", "#00a878", "#f0e442", "#4d8fe0", "#e0663a", "#d98bb8")  # apart for most colour vision
 
 PROVENANCE = {
@@ -174,7 +175,7 @@ def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) 
         "of_kind": answer.KINDS_SAID.get(verdict.kind or "") if verdict.label == "fake" else None,
         "decider": _face(decider, True, report, blind_spots) if decider else None,
         "sign": strongest_sign(report),
-        "meaning": answer.meaning(verdict, model, len(report.faces)),
+        "meaning": answer.meaning(report),
         "remarks": answer.remarks(report),
         "calibrated": calibrated,
         "scale": _scale(verdict.p_fake, band, model.get("threshold")),
@@ -236,13 +237,13 @@ def strongest_sign(report: Report) -> str:
     return f"{cue_clause(max(face.cues, key=lambda c: (sureness(c), c.score or 0.0)))}." if face.cues else ""
 
 
-def _frames(faces: Sequence[FaceReport]) -> set[int]:
-    """The frames of a video that are shown: the most suspicious ones."""
+def _frames(faces: Sequence[FaceReport]) -> list[int]:
+    """The frames of a video that are shown: the most suspicious ones, the worst first."""
     suspicion: dict[int, float] = {}
     for face in faces:
         if face.frame is not None:
             suspicion[face.frame] = max(suspicion.get(face.frame, 0.0), face.verdict.p_fake or 0.0)
-    return set(sorted(suspicion, key=lambda frame: -suspicion[frame])[:MAX_FRAMES])
+    return sorted(suspicion, key=lambda frame: -suspicion[frame])[:MAX_FRAMES]
 
 
 def _scale(p: float | None, band: Sequence[float] | None, threshold: float | None) -> Json | None:
@@ -270,7 +271,7 @@ def _face(face: FaceReport, decides: bool, report: Report, blind_spots: Mapping[
         "kind": answer.status(face.verdict),
         "word": answer.word(face.verdict),
         "p": percent(face.verdict.p_fake),
-        "reason": answer.reason(face.verdict, report.model),
+        "reason": answer.reason(report, face),
         "at": None if face.frame is None else _moment(face),
         # Why nothing was assessed is said already; a number and its sign stay on one line.
         "rationale": "" if face.verdict.p_fake is None else face.rationale.replace(" %", "\N{NO-BREAK SPACE}%"),
@@ -332,14 +333,14 @@ def _figures(report: Report, picture: Pictures) -> Iterator[Json]:
     if picture is None:
         return
     if not isinstance(picture, Mapping):
-        yield _figure(report, picture, list(report.faces), "")
+        yield _figure(report, picture, list(report.faces), "", MAX_SIDE)
         return
-    for number in sorted(_frames(report.faces) & picture.keys()):
+    for k, number in enumerate(n for n in _frames(report.faces) if n in picture):
         faces = [face for face in report.faces if face.frame == number]
-        yield _figure(report, picture[number], faces, f"Frame {number}: ")
+        yield _figure(report, picture[number], faces, f"Frame {number}: ", STRIP_SIDE if k else MAX_SIDE)
 
 
-def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], what: str) -> Json:
+def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], what: str, side: int) -> Json:
     width = float(report.media.get("width") or pixels.shape[1])
     height = float(report.media.get("height") or pixels.shape[0])
     text = max(width, height) * 0.026
@@ -366,7 +367,7 @@ def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], 
         f"face {answer.number(f, report)}: {answer.word(f.verdict).lower()}{answer.p_words(f.verdict)}" for f in faces
     )
     return {
-        "uri": jpeg_uri(pixels),
+        "uri": jpeg_uri(pixels, side),
         "alt": f"{what}{Path(report.path or 'picture').name}, {spoken or 'no face found'}",
         "caption": what.rstrip(": "),
         "width": width,

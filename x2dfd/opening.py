@@ -228,9 +228,7 @@ def _experts(
             "card and calibration name, or fit a calibration to the new ones: x2dfd calibrate --other-experts",
             code="expert_weights_differ",
         )
-    # An expert whose card covers no kind of fake was asked when the calibration was fitted, and got no weight.
-    fitted = {*calibration.weights, *calibration.fitted_on.get("experts", {})} if calibration else set()
-    unknown = [n for n in names if calibration and n not in fitted]
+    unknown = [n for n in names if calibration and n not in calibration.weights]
     if unknown and mode == "calibrated":
         raise SetupError(
             f"the calibration was fitted without {', '.join(unknown)}: take mode='paper', or fit it: x2dfd calibrate",

@@ -37,7 +37,7 @@ def block(result: Report | Failure) -> str:
     said = of_generator(result.provenance)
     lines = [name, wrapped(f"{LEAD} {CAVEAT}"), *map(_stated, said)] if said else []
     lines.append(f"{_word(answer.word(verdict), verdict.label)}  {number}{which}{name}")
-    meant = answer.meaning(verdict, result.model, len(result.faces))
+    meant = answer.meaning(result)
     lines.append(wrapped(meant if verdict.label != "inconclusive" else f"why: {meant}"))
     if len(result.faces) > 1 and decider is not None and decider.frame is None:
         faces = answer.counted(answer.status(face.verdict) for face in result.faces)
