@@ -167,7 +167,7 @@ def ready_or_failure(
 
 
 @isolated
-def found_again(report: Report, source: Source, side: int = CROP_SIZE) -> list[FoundFace]:
+def faces_of_report(report: Report, source: Source, side: int = CROP_SIZE) -> list[FoundFace]:
     """The faces of a report's file, in the report's order. Raises InputError, also if `source` is another file."""
     search = Search(side=side)
     media = load_media(source, max_frames=frames_asked(report.media) or 1, keep=search.frame)
