@@ -246,8 +246,8 @@ def detect(
     """
     from x2dfd import detect as detecting
 
-    part, parts = detecting.shard(shard)
-    asked = detecting.Run(
+    shard_number, n_shards = detecting.parse_shard(shard)
+    run = detecting.Run(
         paths=paths or [],
         manifest=manifest,
         model=ModelSpec.parse(model),
@@ -255,8 +255,8 @@ def detect(
         out=out,
         report=report,
         remote=options.names(remote),
-        part=part,
-        parts=parts,
+        shard=shard_number,
+        n_shards=n_shards,
         actors=actors if engine == "ray" else None,
         isolate=isolate,
         server=server,
@@ -269,7 +269,7 @@ def detect(
         from x2dfd.worker import isolating
 
         context.with_resource(isolating())
-    detecting.run(asked)
+    detecting.run(run)
 
 
 @app.command(
