@@ -24,7 +24,7 @@ from x2dfd.terminal import printable, shortened, wrapped
 
 
 class _Command(TyperCommand):
-    """Its help lists what it takes under the panels that options name: plain text, which a pipe or a log keeps."""
+    """A command whose help lists its options under their panels, as plain text that a pipe or a log keeps."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         panels: dict[str, list[tuple[str, str]]] = {}
@@ -38,7 +38,7 @@ class _Command(TyperCommand):
 
 
 class _Group(TyperGroup):
-    """Turns what a user can cause into one line and exit code 1."""
+    """Turns errors that a user can cause into one line and exit code 1."""
 
     def invoke(self, ctx: Any) -> object:
         try:
@@ -49,10 +49,10 @@ class _Group(TyperGroup):
 
 
 def error_line(error: X2DFDError | OSError) -> str:
-    """One line of what a user can mend, what the system refuses of a file among it; any other error is raised again."""
+    """The line for an error that a user can mend, such as a file that the system refuses; others are raised again."""
     if isinstance(error, X2DFDError):
         return error.line
-    if error.errno in (None, errno.EPIPE):  # not the system's; or nobody reads on, which typer knows
+    if error.errno in (None, errno.EPIPE):  # not from the system, or a closed pipe, which typer handles
         raise error
     where = f"{error.filename}: " if error.filename else ""
     return X2DFDError(f"{where}{error.strerror}", code="system_refuses").line
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def wait_passively() -> None:
-    """Have OpenMP's threads sleep while they wait, unless the user says otherwise; before torch is imported.
+    """Have OpenMP's threads sleep while they wait, unless the user has set it; call it before torch is imported.
 
     By default they spin. Where other programs run, a verdict then takes several times as long; alone it is a little
     quicker.
@@ -80,9 +80,9 @@ def wait_passively() -> None:
 
 
 def run_command(command: typer.Typer | Callable[..., None], epilog: str | None = None) -> None:
-    """Run the command line of another room: what a user can cause is one line on stderr and exit code 1.
+    """Run the command line of another room; an error that a user can cause is one line on stderr and exit code 1.
 
-    `command` is an app or the one function that the command is; its `--help` then ends with `epilog`.
+    `command` is an app, or the function of a single command, whose `--help` ends with `epilog`.
     """
     if not isinstance(command, typer.Typer):
         single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -96,12 +96,12 @@ def run_command(command: typer.Typer | Callable[..., None], epilog: str | None =
 
 
 def _examples(*lines: str) -> str:
-    """The end of a command's help."""
+    """Examples for the end of a command's help."""
     return "\n  ".join(("\b\nExamples:", *lines))
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(flag: bool) -> None:
+    if flag:
         try:
             version = metadata.version("x2dfd")
         except metadata.PackageNotFoundError:
@@ -301,27 +301,27 @@ def verify(
     """
     from x2dfd import case
 
-    made = case.read(record)
+    contents = case.read(record)
     spec = ModelSpec.parse(model)
-    precision = None if spec.url is not None else case.precision_stated(made)
-    loading = options.load_options(case.mode_stated(made), device, dtype or precision, bits, device_map)
+    precision = None if spec.url is not None else case.precision_stated(contents)
+    loading = options.load_options(case.mode_stated(contents), device, dtype or precision, bits, device_map)
     detector = load_quickly(spec, **loading)
-    found = case.verify(made, file, detector)
+    verification = case.verify(contents, file, detector)
     if as_json:
-        typer.echo(json.dumps(asdict(found)))
+        typer.echo(json.dumps(asdict(verification)))
     else:
         words = {
             "holds": "the record holds",
             "differs": "THE RECORD DOES NOT HOLD",
             "other_version": "CANNOT BE CONFIRMED: another version made it, or it was changed to say so",
         }
-        typer.echo(words[found.outcome])
-        for line in found.differences:
+        typer.echo(words[verification.outcome])
+        for line in verification.differences:
             typer.echo(f"  {printable(line)}")
-        for line in found.notes:
+        for line in verification.notes:
             typer.echo(f"note: {printable(line)}", err=True)
-    if found.outcome != "holds":
-        raise typer.Exit(case.EXIT_CODES[found.outcome])
+    if verification.outcome != "holds":
+        raise typer.Exit(case.EXIT_CODES[verification.outcome])
 
 
 @app.command(
@@ -350,12 +350,12 @@ def serve(
     from x2dfd.serve import serve as run
     from x2dfd.worker import isolating
 
-    with listening(host, port) as there:
+    with listening(host, port) as sock:
         loading = options.load_options(mode, device, dtype, bits, device_map, threads)
         detector = load_quickly(ModelSpec.parse(model), **loading)
         typer.echo(f"http://{host}:{port}", err=True)
         with isolating():  # a posted file that ends its decoder must not end the server
-            run(detector, host, there)
+            run(detector, host, sock)
 
 
 @app.command(epilog=_examples("x2dfd experts", "x2dfd experts --json"))
@@ -363,15 +363,15 @@ def experts(as_json: options.AsJson = False) -> None:
     """List the experts: what each cannot see, its licence, and whether its weights are here."""
     from x2dfd.experts import availability, cards
 
-    known = [
+    rows = [
         (name, None, str(card)) if isinstance(card, SetupError) else (name, card, availability(name))
         for name, card in cards().items()
     ]
     if as_json:
-        rows = [{"expert": name, "missing": missing, "card": card and card.to_dict()} for name, card, missing in known]
-        typer.echo(json.dumps(rows))
+        data = [{"expert": name, "missing": missing, "card": card and card.to_dict()} for name, card, missing in rows]
+        typer.echo(json.dumps(data))
         return
-    for name, card, missing in known:
+    for name, card, missing in rows:
         if card is None:
             typer.echo(f"{name}: not ready\n" + wrapped(f"why: {missing}") + "\n")
             continue
@@ -464,7 +464,7 @@ def calibrate(
     from x2dfd.calibrate import calibrate as run
 
     names = None if experts is None else options.names(experts)
-    fitted = run(
+    result = run(
         model,
         data,
         split=split,
@@ -475,8 +475,8 @@ def calibrate(
         other_experts=other_experts,
         loading=options.load_options("paper", device, dtype, bits, device_map),
     )
-    told = {"weights": fitted.weights, "low": fitted.low, "high": fitted.high, **fitted.fitted_on}
-    typer.echo(json.dumps(told, indent=1))
+    summary = {"weights": result.weights, "low": result.low, "high": result.high, **result.fitted_on}
+    typer.echo(json.dumps(summary, indent=1))
 
 
 @app.command(epilog=_examples("x2dfd doctor", "x2dfd doctor --json"))
