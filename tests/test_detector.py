@@ -520,7 +520,7 @@ def test_one_encoding_serves_verdict_explanation_and_chat(
 
     with pytest.raises(KeyboardInterrupt):
         detector.explain(report, face_photo, on_text=stop)
-    assert detector._kept is None and story() == first
+    assert detector._last_encoding is None and story() == first
 
 
 def test_chat_looks_at_the_face_it_is_about(
