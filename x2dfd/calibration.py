@@ -134,7 +134,7 @@ class Calibration:
         """Raises ValueError for numbers that a fit cannot give."""
         # `choose_band` may set a threshold 1e-6 above a score of 1.
         if not 0 <= self.low <= self.high <= 1 + 1e-6:
-            raise ValueError(f"its band from {self.low} to {self.high} is none of probabilities")
+            raise ValueError(f"its band from {self.low} to {self.high} is no range of probabilities")
         if not 0 <= self.mllm_threshold <= 1:
             raise ValueError(f"its mllm_threshold {self.mllm_threshold} is no probability")
         if not self.kinds or self.kinds.keys() - set(KINDS):

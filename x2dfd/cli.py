@@ -132,7 +132,7 @@ Manifest = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="CSV, TSV, JSONL or Parquet with a column `path`, from the table's folder on; not beside PATHs.",
+        help="CSV, TSV, JSONL or Parquet with a column `path`, relative to the table's folder; not with PATHs.",
         rich_help_panel="Input",
     ),
 ]
@@ -206,7 +206,7 @@ Engine = Annotated[
         help="ray: actors of Ray Data, on the cluster of RAY_ADDRESS or on this machine.", rich_help_panel="Scale"
     ),
 ]
-Actors = Annotated[int, typer.Option(min=1, metavar="N", help="With --engine ray: how many.", rich_help_panel="Scale")]
+Actors = Annotated[int, typer.Option(min=1, metavar="N", help="Number, for --engine ray.", rich_help_panel="Scale")]
 
 
 @app.command(
@@ -295,9 +295,9 @@ def verify(
 ) -> None:
     """Judge a file anew and say whether a case record still tells the truth about it.
 
-    Exit code 0: it holds. 3: file or record was changed, or a finding does not come out again; each difference is a
-    line. 4: another model, calibration, validation run or wording is here than the record states, so it can be neither
-    confirmed nor refuted. 1: it could not be checked at all.
+    Exit code 0: it holds. 3: file or record was changed, or a finding is not reproduced; each difference is a line.
+    4: model, calibration, validation run or wording here are not those of the record, so it can be neither confirmed
+    nor refuted. 1: it could not be checked at all.
     """
     from x2dfd import case
 
@@ -439,9 +439,9 @@ def calibrate(
     model: Annotated[
         str, typer.Option(metavar="SPEC", help="DIR, or hub:NAME+DIR; calibration.json is written into the directory.")
     ],
-    data: Annotated[list[Path], typer.Option(metavar="MANIFEST", help="Labelled pictures; give it again for more.")],
-    split: Annotated[str, typer.Option(metavar="NAME", help="The split that was kept for it.")] = "calib",
-    limit: Annotated[int | None, typer.Option(min=2, metavar="N", help="Most pictures of a manifest.")] = None,
+    data: Annotated[list[Path], typer.Option(metavar="MANIFEST", help="Labelled pictures; repeat it for more.")],
+    split: Annotated[str, typer.Option(metavar="NAME", help="The split reserved for it.")] = "calib",
+    limit: Annotated[int | None, typer.Option(min=2, metavar="N", help="Maximum per manifest.")] = None,
     experts: Annotated[
         str | None, typer.Option(metavar="NAMES", help="Experts that join, comma-separated; default: the prompt's.")
     ] = None,
@@ -450,7 +450,7 @@ def calibrate(
         typer.Option("--held-out", "--unseen", metavar="DIR", help="Folder of expert weights with held-out sources."),
     ] = None,
     false_alarms: Annotated[
-        float, typer.Option(min=0, max=1, metavar="SHARE", help="Most of a source's photos called fake.")
+        float, typer.Option(min=0, max=1, metavar="SHARE", help="Bound on each source's false alarms.")
     ] = 0.05,
     other_experts: Annotated[
         bool, typer.Option("--other-experts", help="Take the expert weights that are here, whatever the card names.")
@@ -481,7 +481,7 @@ def calibrate(
 
 @app.command(epilog=_examples("x2dfd doctor", "x2dfd doctor --json"))
 def doctor(as_json: options.AsJson = False) -> None:
-    """Say what is here, what is missing, and what mends it."""
+    """Check the installation: what is there, what is missing, and how to mend it."""
     from x2dfd.doctor import diagnose
 
     checks = diagnose()

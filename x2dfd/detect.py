@@ -91,9 +91,7 @@ class Run:
             self.model != ModelSpec() or self.actors is not None or any(v is not None for v in self.loading.values())
         )
         if self.server is not None and local:
-            raise typer.BadParameter(
-                "a server has a model of its own: give no option of the model's", param_hint="--server"
-            )
+            raise typer.BadParameter("a server has a model of its own: give no model options", param_hint="--server")
         # If no path exists, no model is loaded.
         self.absent = {p: _absent_failure(p) for p in self.paths if p not in self.pipes and not os.path.lexists(p)}
 
