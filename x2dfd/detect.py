@@ -1,4 +1,4 @@
-"""What `x2dfd detect` does with its options: finds the files, judges them, and writes table, page and case record."""
+"""The work of `x2dfd detect`: find the files, judge them, and write table, page and case record."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ class Detector:
                 futures = []
                 try:
                     futures = [decoder.submit(prepare, s) for s in islice(source, batch_size)]
-                except Exception as error:  # of the caller's iterator: raised after this batch's reports
+                except Exception as error:  # from the caller's iterator: raised after this batch's reports
                     source_error = error
                 yield from self._batch(batch, rationale, on_progress)
             if source_error is not None:
@@ -293,7 +293,7 @@ class Detector:
         return reports
 
     def _gets_rationale(self, verdict: Verdict) -> bool:
-        """Whether the MLLM writes about a face; for one not called fake, people only read what was looked at."""
+        """Whether the MLLM writes a face's rationale; a face not called fake gets a fixed text on what was assessed."""
         return self.mode == "paper" or self.calibration is None or verdict.label == "fake"
 
     def _explained(self, report: FaceReport, face: Face, text: str) -> FaceReport:

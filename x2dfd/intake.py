@@ -27,8 +27,8 @@ from x2dfd.worker import isolated
 Source = str | Path | bytes | Image
 OnProgress = Callable[[Frame | FaceReport], None]
 
-FRAME_FACES = 4  # of one frame of a video
-TURN_EVERY = 4  # frames: one in this many of a clip without a face so far is searched in the other three turns too
+FRAME_FACES = 4  # most faces judged in one frame of a video
+TURN_EVERY = 4  # while a clip has shown no face, one in so many frames is searched in the other three turns too
 MUCH_SURER = 0.2  # an upright face is believed over a turned one if its confidence is higher by this
 CUT_OFF = 0.05  # of a face's width: a face that reaches further over the edge counts as cut
 MAX_FACES = 24  # in one picture; the smaller ones are left out with a warning

@@ -36,7 +36,7 @@ class Family:
     module: str
     shares: bool = True  # the picture's pass does not depend on the question, so that one serves all
     chat: bool = True  # it has a chat template
-    first_position: int = 0  # of its tokens
+    first_position: int = 0  # position number of the first token
     needs: tuple[str, ...] = ()  # packages without which transformers has no such processor
     projector: tuple[str, ...] = ("multi_modal_projector",)  # its modules between tower and language model
 
@@ -375,7 +375,7 @@ def choose_device(
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without the progress bar and the loading report of transformers."""
+    """Silence the progress bar and the loading report of transformers within the block."""
     from transformers.utils import logging
 
     level, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()

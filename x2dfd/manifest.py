@@ -52,7 +52,7 @@ class Sample:
 
     @property
     def origin(self) -> str:
-        """What a detector may have seen before: the generator of a synthetic picture, else the photo's source."""
+        """The origin that a detector may know: the generator of a synthetic picture, else the photo's source."""
         return self.method.split("+")[0] if self.synthetic else self.source
 
 

@@ -55,14 +55,14 @@ class LocalEncoding:
     tower: str | None = ""  # SHA-256 of the tower's additions; "" without any, None if the adapter changed the tower
     shift: int = 0  # position of a token after the prefix, less the tokens before it: a picture may take few positions
     inputs: dict[str, Tensor] = field(default_factory=dict)  # the model inputs of a family that shares no prefix
-    run_tower: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # as of `Shared`
+    run_tower: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # as in `Shared`
 
     @property
     def size(self) -> int:
         return len(self.seeds)
 
     def part(self, rows: Sequence[int]) -> LocalEncoding:
-        """The encoding of some of the pictures; this one is used up."""
+        """The encoding of some of the pictures; this encoding is used up."""
         if self.cache is not None:
             self.cache.batch_select_indices(torch.tensor(rows, device=self.cache.layers[0].keys.device))
         states, seeds = tuple(s[list(rows)] for s in self.states), tuple(self.seeds[k] for k in rows)
@@ -85,8 +85,8 @@ class Encoding(Protocol):
     @property
     def size(self) -> int: ...
     @property
-    def shared(self) -> Shared | None: ...  # as of `LocalEncoding`
-    def part(self, rows: Sequence[int]) -> Encoding: ...  # of some of the faces; this one is used up
+    def shared(self) -> Shared | None: ...  # as in `LocalEncoding`
+    def part(self, rows: Sequence[int]) -> Encoding: ...  # some of the faces; this encoding is used up
 
 
 class LanguageModel(Protocol):
@@ -280,7 +280,7 @@ class LocalMLLM:
         return hidden
 
     def _mask(self, visible: Tensor) -> Tensor:
-        """Which tokens [n, s, k] a token may look at, as the model's attention takes it: [n, 1, s, k]."""
+        """The mask of visible tokens [n, s, k] in the form that the model's attention takes: [n, 1, s, k]."""
         if self._text.config._attn_implementation != "eager":  # eager: Gemma 2's, whose attention has a soft cap
             return visible[:, None]
         least = torch.finfo(self._model.dtype).min

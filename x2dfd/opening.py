@@ -152,7 +152,7 @@ def _local(
     if device_map is None and bits is None:
         model = model.to(target)
         for parameter in model.parameters():  # buffers keep their precision: rotary frequencies suffer from 16 bits
-            if parameter.is_floating_point():  # of a quantised checkpoint not all are
+            if parameter.is_floating_point():  # in a quantised checkpoint, not all are
                 parameter.data = parameter.data.to(TORCH_DTYPES[precision])
     mllm = LocalMLLM(
         model,

@@ -45,7 +45,7 @@ def block(result: Report | Failure) -> str:
     lines += map(wrapped, answer.remarks(result))
     face_verdict = decider.verdict if decider is not None else verdict
     if result.rationale and verdict.p_fake is not None:  # else it repeats why nothing was assessed
-        if face_verdict.label != verdict.label:  # of a clip, whose answer is not that of one face
+        if face_verdict.label != verdict.label:  # a clip, whose answer is not that of one face
             lines.append(wrapped(f"of the most suspicious face: {result.rationale}"))
         elif verdict.label == "inconclusive":
             lines.append(wrapped(f"{result.rationale} This text {answer.stance(verdict, result.rationale)}."))
