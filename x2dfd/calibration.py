@@ -248,8 +248,8 @@ def choose_band(
     their mean, and there is no band.
     """
     names = np.array(sources)
-    high = max(_above(scores, false_alarms) for scores in _by_source(p_fake[~fake], names[~fake]))
-    low = min(1 - _above(1 - scores, misses) for scores in _by_source(p_fake[fake], names[fake]))
+    high = max(_threshold(scores, false_alarms) for scores in _by_source(p_fake[~fake], names[~fake]))
+    low = min(1 - _threshold(1 - scores, misses) for scores in _by_source(p_fake[fake], names[fake]))
     if low > high:
         low = high = (low + high) / 2
     return round(max(low, 0.0), 6), round(high, 6)  # above 1 if a source's photos reach 1: then nothing is called fake
@@ -262,7 +262,7 @@ def _by_source(scores: Floats, names: NDArray[np.str_]) -> list[Floats]:
     return [*large, np.concatenate(small)] if small else large
 
 
-def _above(scores: Floats, share: float) -> float:
+def _threshold(scores: Floats, share: float) -> float:
     """The smallest threshold that at most `share` of the scores reach."""
     ordered = np.sort(scores)[::-1]
     return float(ordered[min(int(share * len(ordered)), len(ordered) - 1)]) + 1e-6

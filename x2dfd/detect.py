@@ -299,17 +299,17 @@ def _write_case(options: Run, places_and_results: Results) -> None:
     results = [result for _, result in places_and_results]
     html = html_report.render(results, [_pictures(Path(path), result) for path, result in places_and_results])
     for target, text in ((options.page, html), (options.record, case.dumps(results))):
-        with _writing(target):
+        with _write_errors(target):
             write_bytes(target, text.encode("utf-8"))
     if options.pdf is not None:
-        with _writing(options.pdf):
+        with _write_errors(options.pdf):
             html_report.write_pdf(options.pdf, html)
     for target in options.outputs:
         typer.echo(f"wrote {printable(str(target))}", err=True)
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

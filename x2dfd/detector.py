@@ -186,7 +186,7 @@ class Detector:
                         on_text=on_text if i == 0 and batch[0].verdict.label == "fake" else None,  # others are mended
                     )
                 texts |= {f.index: text for f, text in zip(selected, rationales, strict=True)}
-            explained |= {f.index: self._explained(f, found_faces[f.index].face, texts[f.index]) for f in batch}
+            explained |= {f.index: self._with_rationale(f, found_faces[f.index].face, texts[f.index]) for f in batch}
         decider = explained[order[0].index] if order else None
         return replace(
             report,
@@ -283,11 +283,11 @@ class Detector:
                     rationale="",
                     cues=(),
                     evidence=tuple(row),
-                    crop=_corners(found.face),
+                    crop=_crop_corners(found.face),
                     frame=found.frame,
                     time_s=found.time_s,
                 )
-                reports.append(self._explained(report, found.face, text) if rationale else report)
+                reports.append(self._with_rationale(report, found.face, text) if rationale else report)
                 if on_progress:
                     on_progress(reports[-1])
         return reports
@@ -296,7 +296,7 @@ class Detector:
         """Whether the MLLM writes a face's rationale; a face not called fake gets a fixed text on what was assessed."""
         return self.mode == "paper" or self.calibration is None or verdict.label == "fake"
 
-    def _explained(self, report: FaceReport, face: Face, text: str) -> FaceReport:
+    def _with_rationale(self, report: FaceReport, face: Face, text: str) -> FaceReport:
         """The report with its rationale as people read it, and the cues, areas and contradictions in it.
 
         In paper mode the text stays as the model wrote it.
@@ -306,7 +306,7 @@ class Detector:
             uncounted = frozenset(name for name, weight in self.calibration.weights.items() if weight == 0)
             text = readable(text, verdict, report.evidence, uncounted)
         cues = read_cues(text)
-        conflicts = contradictions(text, verdict.label, self._named(report.evidence), cues, verdict.kind)
+        conflicts = contradictions(text, verdict.label, self._under_prompt_names(report.evidence), cues, verdict.kind)
         return replace(report, rationale=text, cues=cues, contradictions=conflicts, areas=_areas(face, cues))
 
     def evidence(self, faces: Sequence[Face], encoding: Encoding) -> list[list[Evidence]]:
@@ -319,9 +319,9 @@ class Detector:
 
         Evidence of experts that joined at calibration is left out.
         """
-        return self._named([e for e in evidence if e.expert in self.info.in_prompt])
+        return self._under_prompt_names([e for e in evidence if e.expert in self.info.in_prompt])
 
-    def _named(self, evidence: Sequence[Evidence]) -> list[Evidence]:
+    def _under_prompt_names(self, evidence: Sequence[Evidence]) -> list[Evidence]:
         aliases = self.info.aliases or {}
         return [replace(e, expert=aliases.get(e.expert, e.expert)) for e in evidence]
 
@@ -343,7 +343,7 @@ class Detector:
             return Verdict("fake" if p >= _paper_threshold(self.calibration) else "real", p)
         covers = {e.card.name: e.card.covers for e in self.experts}
         logits = logits_of(mllm_logit, evidence, covers)
-        return self.calibration.verdict(self.calibration.probability(logits), _kind(evidence))
+        return self.calibration.verdict(self.calibration.probability(logits), _likelier_kind(evidence))
 
     def _report(
         self,
@@ -412,7 +412,7 @@ def evidence_of(experts: Sequence[Expert], faces: Sequence[Face], shared: Shared
     return [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in faces]
 
 
-def _kind(evidence: Sequence[Evidence]) -> str | None:
+def _likelier_kind(evidence: Sequence[Evidence]) -> str | None:
     """The likelier kind of fake, according to the first expert that tells the kinds apart."""
     kinds = next((e.kinds for e in evidence if e.kinds), None)
     return max(kinds, key=lambda kind: kinds[kind]) if kinds else None
@@ -444,7 +444,7 @@ def through_codec(faces: Sequence[Face]) -> list[Face]:
     return [replace(f, crop=codec(f.crop, *CODEC), large=large) for f, large in zip(faces, larger, strict=True)]
 
 
-def _corners(face: Face) -> tuple[tuple[float, float], ...]:
+def _crop_corners(face: Face) -> tuple[tuple[float, float], ...]:
     """Top left, top right and bottom left corner of the aligned crop, in picture pixels."""
     size = float(face.crop.shape[0])
     points = np.concatenate([face.crop_landmarks, np.ones((len(face.crop_landmarks), 1))], 1)

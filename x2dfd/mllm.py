@@ -227,7 +227,7 @@ class LocalMLLM:
         return after_image(self.processor, question, start, turns) if turns else self._suffix_of(question, start)
 
     def _run_suffixes(self, encoding: LocalEncoding, suffixes: Sequence[Suffix]) -> _DecodingState:
-        """Run one suffix a picture, right-padded. They stay in the encoding's cache until `_cut_back`."""
+        """Run one suffix a picture, right-padded. They stay in the encoding's cache until `_cut_cache`."""
         self._prefill(encoding)
         lengths = torch.tensor([len(s.tokens) for s in suffixes])
         steps = torch.arange(int(lengths.max()))
@@ -295,11 +295,11 @@ class LocalMLLM:
         The next-token distribution after the forced stem "This image is", restricted to the two labels.
         """
         state = self._run_suffixes(encoding, [self._suffix(q, prompts.STEM) for q in questions])
-        self._cut_back(encoding)
+        self._cut_cache(encoding)
         real, fake = self._scores(state.last, self.label_ids).unbind(1)
         return np.asarray((fake - real).double().cpu().numpy())
 
-    def _cut_back(self, encoding: LocalEncoding) -> None:
+    def _cut_cache(self, encoding: LocalEncoding) -> None:
         if encoding.cache is not None:
             encoding.cache.crop(encoding.length - encoding.cache.get_seq_length())
 
@@ -352,7 +352,7 @@ class LocalMLLM:
             state.positions = torch.cat([state.positions, queries], 1)
             state.last = self._forward(tokens[:, None], queries, state.cache, state.positions, state.shift)[:, -1]
             queries = queries + 1
-        self._cut_back(encoding)
+        self._cut_cache(encoding)
         return [self._text_of(w) for w in tokens_of]
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -424,7 +424,7 @@ class LocalMLLM:
         hidden = self._forward(
             ids, queries[None].to(self.device), encoding.cache, positions, encoding.shift, barred.to(self.device)
         )
-        self._cut_back(encoding)
+        self._cut_cache(encoding)
         return hidden[0, lengths.cumsum(0) - 1]
 
     @torch.inference_mode()
