@@ -190,10 +190,10 @@ def cue_questions(mllm: Any, crop: NDArray[np.uint8], questions: Sequence[str]) 
             batch = questions[at : at + PACK]
             suffixes = [mllm._suffix(q) for q in batch]
             with torch.inference_mode():
-                mllm._read(encoding)
+                mllm._prefill(encoding)
                 cache = copy.deepcopy(encoding.cache)
                 cache.batch_repeat_interleave(len(batch))
-                last = mllm._after(replace(encoding, cache=cache), suffixes).last
+                last = mllm._run_suffixes(replace(encoding, cache=cache), suffixes).last
                 probabilities.append(mllm._scores(last, mllm._yes_no_ids).double().softmax(-1)[:, 0].cpu().numpy())
         return {"P(yes)": np.concatenate(probabilities)}
 

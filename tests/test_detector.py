@@ -209,14 +209,14 @@ def test_a_verdict_that_needs_no_language_model_runs_none(
     """Bug prevented: most of the time spent on a number that no verdict counts, or a made-up one in its place."""
     passes: list[int] = []
     assert isinstance(detector.mllm, LocalMLLM) and detector.calibration is not None
-    monkeypatch.setattr(detector, "_kept", None)
+    monkeypatch.setattr(detector, "_last_encoding", None)
     hook = detector.mllm._text.register_forward_hook(lambda *_: passes.append(1))
     try:
         asked = detector.detect(face_photo, rationale=False)
         assert passes and asked.faces[0].p_fake_mllm is not None
         told = detector.detect(face_photo)
         monkeypatch.setattr(detector, "calibration", weighing(detector.calibration, {MLLM: 0.0}))
-        monkeypatch.setattr(detector, "_kept", None)
+        monkeypatch.setattr(detector, "_last_encoding", None)
         passes.clear()
         quick = detector.detect(face_photo, rationale=False)
         assert not passes and quick.faces[0].p_fake_mllm is None and "verdict" not in quick.timings
@@ -477,7 +477,7 @@ def test_a_logit_that_is_not_finite_is_no_verdict(
 ) -> None:
     """NaN compares as "real" against a threshold, and was once clipped to the strongest "fake"."""
     monkeypatch.setattr(detector, "mode", mode)
-    monkeypatch.setattr(detector, "_kept", None)
+    monkeypatch.setattr(detector, "_last_encoding", None)
     monkeypatch.setattr(detector.mllm, "verdict_logits", lambda encoding, questions: np.full(len(questions), value))
     with raises("no_score"):
         detector.detect(face_photo)
@@ -503,14 +503,14 @@ def test_one_encoding_serves_verdict_explanation_and_chat(
         told = detector.explain(report, face_photo)
         return report.verdict, told.rationale, detector.chat(told, "What about the eyes?")
 
-    monkeypatch.setattr(detector, "_kept", None)
+    monkeypatch.setattr(detector, "_last_encoding", None)
     monkeypatch.setattr(detector.mllm, "encode", counted)
     first = story()
     assert looks == [1]
     assert story() == first and looks == [1]
     other = detector.detect(jpeg(np.ascontiguousarray(astronaut[:, ::-1])), rationale=False)
     assert other.faces and looks == [1, 1]
-    monkeypatch.setattr(detector, "_kept", None)
+    monkeypatch.setattr(detector, "_last_encoding", None)
     assert story() == first
     # A text that is stopped half way leaves its tokens in the look: it is not kept.
     report = detector.detect(face_photo, rationale=False)
@@ -520,7 +520,7 @@ def test_one_encoding_serves_verdict_explanation_and_chat(
 
     with pytest.raises(KeyboardInterrupt):
         detector.explain(report, face_photo, on_text=stop)
-    assert detector._kept is None and story() == first
+    assert detector._last_encoding is None and story() == first
 
 
 def test_chat_looks_at_the_face_it_is_about(

@@ -1,4 +1,4 @@
-"""Adapter directories: a plain PEFT directory with a card and a calibration, checked before it is used.
+"""Adapter directories: plain PEFT directories with a card and a calibration, checked before use.
 
 - `adapter_config.json`, `adapter_model.safetensors`: PEFT's own files, LoRA on the language model, and the projector
 - or `model/`, where every weight was trained: a model directory of its own
@@ -37,45 +37,43 @@ EMBEDDED = Path(__file__).parent / "weights" / "embedded"
 
 WEIGHTS = "adapter_model.safetensors"
 WHOLE = "model"
-"""The entry `weights` of a card whose folder holds a whole model, in a folder of this name, and no adapter."""
+"""The entry `weights` of a card whose folder holds no adapter but a whole model, in a subfolder of this name."""
 
 FORENSIC, TOWER = "forensic", "experts/tower.safetensors"
-"""What a card calls a tower with the additions of the expert `tower`, and where they lie beside it."""
+"""A card's name for a tower with the additions of the expert `tower`, and the path of these below its folder."""
 PEFT_PREFIX = "base_model.model."
-"""What PEFT writes before the name of every tensor."""
+"""PEFT's prefix of every tensor's name."""
 
 PROBES = 3  # pictures whose scores a card keeps
 
 
 @dataclass(frozen=True)
 class AdapterCard(Card):
-    """A card that also says what the adapter fits on."""
+    """A card that also names the base, prompts and data that an adapter belongs to."""
 
     base: dict[str, str] = field(default_factory=dict)  # name and sha256 of the base model's weights
-    tower_layers: int = 0  # vision layers kept
-    text_layers: int | tuple[int, ...] = 0  # language layers kept: the first so many, or those of these numbers
+    tower_layers: int = 0  # number of vision layers kept
+    text_layers: int | tuple[int, ...] = 0  # language layers kept: the number of the first ones, or a list
     feature_layers: tuple[int, ...] = ()  # tower outputs joined as the projector's input
     crop_size: int = CROP_SIZE  # side of the face crops that it was trained on
     frame: str | None = None  # chat template of x2dfd.prompts; None is the base's own
     prompt_sha256: str = ""  # x2dfd.prompts.prompt_hash at training
     score_form: str = "numbers"  # how its questions give scores, of x2dfd.prompts.SCORE_FORMS
-    temperature: float = 0.0  # of its texts: 0 takes the likeliest word, else they are drawn, with a seed of the face
+    temperature: float = 0.0  # of its texts: 0 takes the likeliest word, else it is sampled, with a seed from the face
     experts: dict[str, str] = field(default_factory=dict)  # name -> SHA-256 of weights, in the order of the prompt
-    aliases: dict[str, str] = field(
-        default_factory=dict
-    )  # name -> what the prompt calls it, where that is another name
+    aliases: dict[str, str] = field(default_factory=dict)  # name -> its other name in the prompt
     data_sha256: str = ""  # of the instruction set
     probes: tuple[float, ...] = ()  # logit of fake against real of each probe picture; loading has to give the same
     left_out: tuple[str, ...] = ()  # sources and generators of which it was trained on no picture
-    tower: str = "frozen"  # norms or lora where its training changed the vision tower, which is then nobody else's;
-    # forensic where the tower carries the additions of its expert `tower` (external_detectors.train.tower)
+    tower: str = "frozen"  # norms or lora: its training changed the vision tower, which then fits no expert;
+    # forensic: the tower carries the additions of its expert `tower` (external_detectors.train.tower)
     tower_sha256: str = ""  # of a forensic tower's additions (x2dfd.tower.additions_sha256)
-    assessment_sha256: str = ""  # of assessment.json beside it: the ranking whose strong cues it was taught to explain
+    assessment_sha256: str = ""  # of its assessment.json, whose strong cues it was taught to explain
     held_out: tuple[str, ...] = ()  # held-out forge methods, which the instruction set leaves out
 
 
 def read_adapter_card(folder: Path) -> AdapterCard:
-    """Raises SetupError when `folder` is no adapter directory."""
+    """Read `card.json`. Raises SetupError when `folder` is no adapter directory."""
     try:
         return AdapterCard.from_dict(parse_json((folder / "card.json").read_bytes()))
     except FileNotFoundError:
@@ -100,7 +98,7 @@ def lora_b_sum(folder: Path) -> float:
 
 
 def check_tensors(state: Mapping[str, Tensor], where: Path) -> None:
-    """Refuse an adapter's tensors that say nothing: empty, not finite, or with every lora_B zero. Raises SetupError."""
+    """Raises SetupError for an adapter's tensors that are empty or not finite, or if every lora_B is zero."""
     empty = [k for k, v in state.items() if v.numel() == 0]
     if empty:
         raise SetupError(
@@ -108,10 +106,10 @@ def check_tensors(state: Mapping[str, Tensor], where: Path) -> None:
             "(zero_to_fp32.py beside the checkpoint), or save with stage3_gather_16bit_weights_on_model_save",
             code="adapter_in_pieces",
         )
-    odd = [k for k, v in state.items() if not v.isfinite().all()]
-    if odd:
+    infinite = [k for k, v in state.items() if not v.isfinite().all()]
+    if infinite:
         raise SetupError(
-            f"{where}: {len(odd)} tensors hold numbers that are not finite ({odd[0]}); train it again",
+            f"{where}: {len(infinite)} tensors hold numbers that are not finite ({infinite[0]}); train it again",
             code="weights_not_finite",
         )
     if not any(bool(v.any()) for k, v in state.items() if "lora_B" in k):
@@ -122,8 +120,9 @@ def check_tensors(state: Mapping[str, Tensor], where: Path) -> None:
 
 
 def check_adapter(folder: Path, card: AdapterCard, base: dict[str, str], prompt_sha256: str) -> None:
-    """Raises SetupError for an adapter of another base (of a whole model: itself) or of other prompts, and as
-    `check_contents`.
+    """Raises SetupError for an adapter of another base or of other prompts, and as `check_contents`.
+
+    A whole model is its own base.
     """
     check_contents(folder, card)
     made_for = {"name": "an unnamed base", "sha256": ""} | card.base
@@ -144,7 +143,7 @@ def check_adapter(folder: Path, card: AdapterCard, base: dict[str, str], prompt_
 
 
 def check_contents(folder: Path, card: AdapterCard) -> None:
-    """The part of `check_adapter` that needs no base model: weight file, crops, and that its tensors say something."""
+    """The part of `check_adapter` that needs no base model: weight file, crops, and `check_tensors`."""
     weights = folder / WEIGHTS
     if card.weights != WHOLE and not weights.is_file():
         raise SetupError(
@@ -156,9 +155,9 @@ def check_contents(folder: Path, card: AdapterCard) -> None:
             f"{weights} is not the file that its card names (SHA-256 differs); copy the directory again",
             code="weights_hash_differs",
         )
-    if card.preprocessing != (made := preprocessing(card.crop_size)):
+    if card.preprocessing != (current := preprocessing(card.crop_size)):
         raise SetupError(
-            f"the adapter was trained on other crops ({card.preprocessing}) than this version makes ({made}). "
+            f"the adapter was trained on other crops ({card.preprocessing}) than this version makes ({current}). "
             "Install the version that made it, or train it again: python -m finetune",
             code="crops_differ",
         )
@@ -169,14 +168,14 @@ def check_contents(folder: Path, card: AdapterCard) -> None:
 def expert_hashes(card: AdapterCard, calibration: Calibration | None) -> dict[str, str]:
     """Name -> SHA-256 of the expert weights that an adapter directory goes with, the prompt's experts first.
 
-    Those that its calibration was fitted with, which may be newer or more than those of its training.
+    They are those of its calibration, which may be newer or more than those of its training.
     """
     fitted: dict[str, str] = calibration.fitted_on.get("experts", {}) if calibration else {}
     return card.experts | fitted
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    """Raises SetupError when the file is broken."""
+    """The tensors of a weight file. Raises SetupError when it is broken."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -189,9 +188,9 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def attach(model: Any, folder: Path) -> Any:
-    """The base model with the adapter merged into its weights; beside them where those are quantised.
+    """The base model with the adapter merged into its weights, or beside them if they are quantised.
 
-    Merged, because one matrix product is quicker than three. Raises SetupError as `check_fit`.
+    Merged, as one matrix product is quicker than three. Raises SetupError as `check_fit`.
     """
     saved = check_fit(model, folder)
     quantised = bool(getattr(model, "is_quantized", False))
@@ -208,28 +207,28 @@ def attach(model: Any, folder: Path) -> Any:
 
 
 def check_fit(model: Any, folder: Path) -> dict[str, Tensor]:
-    """Refuse an adapter that lacks layers or modules which its configuration names, or that would apply nothing.
+    """Refuse an adapter that lacks layers or modules of its configuration, or whose matrices fit no layer of the base.
 
-    PEFT warns of either at most. Returns the adapter's tensors. Raises SetupError with the names.
+    PEFT at most warns of either. Returns the adapter's tensors. Raises SetupError with the names.
     """
     config = _adapter_config(folder)
     saved = _read_weights(folder / WEIGHTS)
     names = {key.removeprefix(PEFT_PREFIX) for key in saved}
-    halves = {n.rpartition(".lora_")[0]: n for n in names if ".lora_" in n}
-    lone = [n for n in names if ".lora_A." in n and n.replace(".lora_A.", ".lora_B.") not in names]
+    layers = {n.rpartition(".lora_")[0]: n for n in names if ".lora_" in n}
+    unpaired = [n for n in names if ".lora_A." in n and n.replace(".lora_A.", ".lora_B.") not in names]
     modules = dict(model.named_modules())
-    if astray := sorted(n for part, n in halves.items() if part not in modules):
-        llavas = astray[0].startswith("model.layers.")
+    if unknown := sorted(n for layer, n in layers.items() if layer not in modules):
+        llavas = unknown[0].startswith("model.layers.")
         mend = "LLaVA's own names; convert it: python -m finetune convert" if llavas else "names of another base"
         raise SetupError(
-            f"{folder / WEIGHTS} holds {len(astray)} matrices that this base does not have ({astray[0]}): {mend}",
+            f"{folder / WEIGHTS} holds {len(unknown)} matrices that this base does not have ({unknown[0]}): {mend}",
             code="adapter_does_not_fit",
         )
-    missing = {n.replace(".lora_A.", ".lora_B.") for n in lone}
+    missing = {n.replace(".lora_A.", ".lora_B.") for n in unpaired}
     if not config.get("layers_to_transform") and not config.get("exclude_modules"):
-        missing |= {n for n in _targets(config, modules) if n not in halves}
-    for kept in config.get("modules_to_save") or ():
-        inside = {n for n in modules if n == kept or n.endswith(f".{kept}")}
+        missing |= {n for n in _targets(config, modules) if n not in layers}
+    for module in config.get("modules_to_save") or ():
+        inside = {n for n in modules if n == module or n.endswith(f".{module}")}
         missing |= {f"{n}.{k}" for n in inside for k, _ in modules[n].named_parameters()} - names
     if missing:
         raise SetupError(
@@ -253,17 +252,17 @@ def _targets(config: Json, modules: Json) -> list[str]:
 
 def _adapter_config(folder: Path) -> Json:
     try:
-        found: Json = parse_json((folder / "adapter_config.json").read_bytes())
-        found.keys()
+        config: Json = parse_json((folder / "adapter_config.json").read_bytes())
+        config.keys()
     except (OSError, ValueError, AttributeError) as error:
         raise SetupError(
             f"{folder} is not an adapter directory: adapter_config.json: {error}", code="not_an_adapter"
         ) from error
-    return found
+    return config
 
 
 def add_tower(llava: Any, folder: Path, card: AdapterCard) -> str | None:
-    """Put the forensic tower's additions into a LLaVA's vision tower, where the card names them.
+    """Put the forensic tower's additions into a LLaVA's vision tower, if the card names them.
 
     Returns `LocalEncoding.tower` for this adapter. Raises SetupError when they are not those of the card.
     """
@@ -289,7 +288,7 @@ def checked_additions(folder: Path, card: AdapterCard) -> dict[str, Tensor]:
     return additions
 
 
-_PLAIN = {
+_IGNORED_KEYS = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_alpha", "lora_dropout", "megatron_core",
     "modules_to_save", "peft_version", "qalora_group_size", "r", "revision", "target_modules", "task_type",
 }  # fmt: skip
@@ -297,15 +296,15 @@ _PLAIN = {
 
 
 def _merge_plain(model: Any, folder: Path, saved: Mapping[str, Tensor]) -> bool:
-    """Merge a plain LoRA and the modules saved with it, without PEFT, whose import outlasts a verdict.
+    """Merge a plain LoRA and the modules saved with it without PEFT, whose import takes longer than a verdict.
 
-    False, and the model is as it was, for anything else: DoRA, ranks by pattern, other key names, a quantised base.
+    Returns False, with the model unchanged, for all else: DoRA, ranks by pattern, other key names, a quantised base.
     """
     from x2dfd.tower import LORA_A, LORA_B, add_to_parameters
 
     config = _adapter_config(folder)
-    said = {key: value for key, value in config.items() if value and key not in _PLAIN}
-    if said != {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}:
+    settings = {key: value for key, value in config.items() if value and key not in _IGNORED_KEYS}
+    if settings != {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}:
         return False
     if not all(type(config.get(key)) in (int, float) and config[key] > 0 for key in ("r", "lora_alpha")):
         return False
@@ -333,9 +332,9 @@ def _merge_plain(model: Any, folder: Path, saved: Mapping[str, Tensor]) -> bool:
 
 
 def probe_crops(side: int = CROP_SIZE) -> NDArray[np.uint8]:
-    """The pictures that every adapter is asked about when it is made and when it is loaded: [PROBES, side, side, 3].
+    """The pictures that every adapter scores when it is made and when it is loaded: [PROBES, side, side, 3].
 
-    Made of whole numbers alone, so that they are the same everywhere, and no picture of a person travels with a card.
+    Integer arithmetic makes them the same everywhere, and no picture of a person travels with a card.
     """
     k, y, x = np.ogrid[:PROBES, :side, :side]
     waves = [(x * (c + k + 1) // 3 + y * (3 - c) // 2 + x * y * k // 96 + 40 * c) % 256 for c in range(3)]
@@ -348,18 +347,18 @@ def probe_logits(mllm: LanguageModel, side: int = CROP_SIZE) -> tuple[float, ...
     return tuple(round(float(v), 4) for v in logits)
 
 
-def check_probes(card: AdapterCard, found: Sequence[float], tolerance: float = 0.1) -> None:
-    """Raises SetupError when the probes' logits are further than `tolerance` from those that the card keeps, if any.
+def check_probes(card: AdapterCard, logits: Sequence[float], tolerance: float = 0.1) -> None:
+    """Raises SetupError if the probes' logits are further than `tolerance` from those on the card, if it has any.
 
-    16 bits move them by hundredths, another base, projector or prompt by whole numbers.
+    16 bits move them by hundredths; another base, projector or prompt moves them by whole numbers.
     """
-    if not all(abs(a - b) <= tolerance for a, b in zip(card.probes, found, strict=bool(card.probes))):
+    if not all(abs(a - b) <= tolerance for a, b in zip(card.probes, logits, strict=bool(card.probes))):
         raise SetupError(
-            f"the probe pictures score {_shown(found)} here, and {_shown(card.probes)} when {card.name} was made: "
+            f"the probe pictures score {_listed(logits)} here, and {_listed(card.probes)} when {card.name} was made: "
             "base, adapter or library differ. Install the versions that made it, or train it again: python -m finetune",
             code="probes_differ",
         )
 
 
-def _shown(logits: Sequence[float]) -> str:
+def _listed(logits: Sequence[float]) -> str:
     return ", ".join(f"{v:+.2f}" for v in logits)

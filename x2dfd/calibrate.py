@@ -1,7 +1,7 @@
 """`x2dfd calibrate`: the scores of experts and MLLM on labelled pictures become one probability and a band.
 
 With `held_out`, pictures of a source are judged by expert weights that were trained without it, as a detector looks too
-good on what it knows; the MLLM then gets no weight, for its errors on new sources are unknown.
+good on sources it knows. The MLLM then gets no weight, as its errors on new sources are unknown.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ def calibrate(
 ) -> Calibration:
     """Score, fit, write `calibration.json` into the adapter directory of the model.
 
-    `experts`: those that join, by default those of the prompt. `held_out`: a folder of folders with an expert's weights
-    that were trained without some sources (`left_out` in the card); of these every picture counts but those of splits
-    `val` and `test`, of all others the pictures of `split`. Half of the pictures are taken as they are, half as their
-    augmented view. `other_experts`: take the expert weights that are here, also where the adapter was
-    trained with others. Raises X2DFDError when a label is lacking, and SetupError for a model without a directory.
+    `experts`: those that join, by default those of the prompt. `held_out`: a folder whose subfolders hold an expert's
+    weights that were trained without some sources (`left_out` in the card). All pictures of these sources count, except
+    splits `val` and `test`; of other sources, only those of `split` do. Half of the pictures are taken as they are,
+    half as their augmented view. `other_experts`: take the expert weights that are here, even if the adapter was
+    trained with others. Raises X2DFDError when a label is missing, and SetupError for a model without a directory.
     """
     if not 0 <= false_alarms <= 1:  # also not a number, which typer's bounds let pass
         raise X2DFDError(f"false_alarms must be a share from 0 to 1, not {false_alarms}", code="share_out_of_range")
@@ -75,7 +75,7 @@ def calibrate(
         )
     card = read_adapter_card(adapter)
     names = list(experts) if experts is not None else list(card.experts)
-    with _aside(adapter / "calibration.json"):  # one of other experts would keep the adapter from loading
+    with _without_file(adapter / "calibration.json"):  # one of other experts would prevent loading
         options: LoadOptions = {**(loading or {}), "mode": "paper", "experts": names, "other_experts": other_experts}
         detector = load(spec, **options)
     held_out_sets = held_out_in(held_out, names) if held_out else []
@@ -83,14 +83,14 @@ def calibrate(
     rows: list[Row] = []
     for path in data:
         crops = load_crops(path, side=detector.info.crop_size)
-        known = [s.method.split("+") for s in crops.samples]
-        usable = [i for i in range(len(crops.samples)) if not set(known[i]) & set(card.held_out)]
+        methods = [s.method.split("+") for s in crops.samples]
+        usable = [i for i in range(len(crops.samples)) if not set(methods[i]) & set(card.held_out)]
         for number, held_out_set in enumerate([None, *held_out_sets]):
-            mine = [i for i in usable if _judge(crops.samples[i], split, held_out_sets) == number]
-            if limit is not None and len(mine) > limit:
-                mine = sorted(int(i) for i in np.random.default_rng(0).choice(mine, limit, replace=False))
-            rows += _scores(detector, crops, mine, held_out_set)
-            samples += [crops.samples[i] for i in mine]
+            indices = [i for i in usable if _scorer(crops.samples[i], split, held_out_sets) == number]
+            if limit is not None and len(indices) > limit:
+                indices = sorted(int(i) for i in np.random.default_rng(0).choice(indices, limit, replace=False))
+            rows += _scores(detector, crops, indices, held_out_set)
+            samples += [crops.samples[i] for i in indices]
     if unclear := [s.id for s in samples if s.label == "fake" and s.df_class not in ("EFS", "FS", "FR", "FE")]:
         raise X2DFDError(
             f"{len(unclear)} fakes without df_class (FS, FR, FE, EFS), such as {unclear[0]}", code="df_class_missing"
@@ -100,7 +100,7 @@ def calibrate(
         raise X2DFDError(f"split {split!r} needs real and fake pictures to calibrate on", code="no_picture_of_label")
     logits = _columns(rows, None if held_out_sets else MLLM)
     kinds = [kind_of(s.df_class) if s.label == "fake" else "" for s in samples]
-    result = fit_calibration(logits, kinds, [_bounded_with(s) for s in samples], false_alarms=false_alarms)
+    result = fit_calibration(logits, kinds, [_error_group(s) for s in samples], false_alarms=false_alarms)
     facts = _facts(result, logits, samples, fakes)
     facts |= {
         "manifests": [manifest_sha256(path) for path in data],
@@ -119,15 +119,15 @@ def calibrate(
 
 
 @contextmanager
-def _aside(path: Path) -> Iterator[None]:
-    """Without the file for the `with` block: a run that fails later must not have lost it."""
-    kept = path.read_bytes() if path.is_file() else None
+def _without_file(path: Path) -> Iterator[None]:
+    """Remove the file for the `with` block, and put it back afterwards, also after an error."""
+    data = path.read_bytes() if path.is_file() else None
     path.unlink(missing_ok=True)
     try:
         yield
     finally:
-        if kept is not None:
-            path.write_bytes(kept)
+        if data is not None:
+            path.write_bytes(data)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +161,7 @@ def held_out_in(folder: Path, names: Sequence[str]) -> list[HeldOut]:
     return found
 
 
-def _judge(sample: Sample, split: str, held_out_sets: Sequence[HeldOut]) -> int | None:
+def _scorer(sample: Sample, split: str, held_out_sets: Sequence[HeldOut]) -> int | None:
     """Whose scores of a picture count: those of the first held-out experts that never met its source, counted from 1;
     else the adapter's own, 0; None: it does not count.
 
@@ -177,17 +177,17 @@ def _scores(detector: Detector, crops: CropSet, rows: Sequence[int], held_out_se
     """Each picture's logits by kind and name; of held-out experts instead of the detector's of that name."""
     experts = [held_out_set.experts.get(e.card.name, e) if held_out_set else e for e in detector.experts]
     covers = {e.card.name: e.card.covers for e in experts}
-    found = []
+    scores = []
     for start in progress(range(0, len(rows), AT_ONCE), "scoring"):
         faces = [face_of(crops, i, VIEW_SEED) for i in rows[start : start + AT_ONCE]]
         if held_out_set:
-            own, evidence = np.full(len(faces), np.nan), evidence_of(experts, through_codec(faces))
+            mllm_logits, evidence = np.full(len(faces), np.nan), evidence_of(experts, through_codec(faces))
         else:
-            own, evidence = detector.judge_faces(faces)
-        for mllm, said in zip(own, evidence, strict=True):
-            logits = logits_of(None if np.isnan(mllm) else float(mllm), said, covers)
-            found.append({kind: dict(of) for kind, of in logits.items()})
-    return found
+            mllm_logits, evidence = detector.judge_faces(faces)
+        for mllm_logit, face_evidence in zip(mllm_logits, evidence, strict=True):
+            logits = logits_of(None if np.isnan(mllm_logit) else float(mllm_logit), face_evidence, covers)
+            scores.append({kind: dict(by_name) for kind, by_name in logits.items()})
+    return scores
 
 
 def face_of(crops: CropSet, i: int, view_seed: int) -> Face:
@@ -206,7 +206,7 @@ def plain_face(crops: CropSet, i: int) -> Face:
 
 
 def _columns(rows: Sequence[Row], mllm: str | None) -> dict[str, dict[str, Floats]]:
-    """By kind and name an array, NaN where a score is missing; of the MLLM only where it is wanted."""
+    """Kind -> name -> logits [n], NaN where a score is missing; with those of the MLLM if `mllm` is given."""
     names = {kind: sorted({n for row in rows for n in row[kind] if n != MLLM or mllm}) for kind in KINDS}
     return {
         kind: {n: np.array([np.nan if (v := row[kind].get(n)) is None else v for row in rows]) for n in names[kind]}
@@ -214,28 +214,28 @@ def _columns(rows: Sequence[Row], mllm: str | None) -> dict[str, dict[str, Float
     }
 
 
-def _bounded_with(sample: Sample) -> str:
-    """The name under which errors on a picture are counted: its source, or the generator of a synthetic fake."""
+def _error_group(sample: Sample) -> str:
+    """The group in which errors on a picture are counted: its source, or the generator of a synthetic fake."""
     return sample.origin if sample.label == "fake" and sample.synthetic else sample.source
 
 
 def _mllm_threshold(rows: Sequence[Row], fakes: NDArray[np.bool_], share: float) -> float:
-    """The MLLM's own P(fake) that a `share` of the real pictures reach, for mode="paper"; 0.5 without scores."""
-    own = [row[KINDS[0]].get(MLLM) for row in rows]
-    reals = [1 / (1 + np.exp(-v)) for v, fake in zip(own, fakes, strict=True) if v is not None and not fake]
+    """The MLLM's P(fake) that a `share` of the real pictures reach, for mode="paper"; 0.5 without scores."""
+    logits = [row[KINDS[0]].get(MLLM) for row in rows]
+    reals = [1 / (1 + np.exp(-v)) for v, fake in zip(logits, fakes, strict=True) if v is not None and not fake]
     return round(float(np.quantile(reals, 1 - share)), 6) if reals else 0.5
 
 
 def _facts(
     result: Calibration, logits: dict[str, dict[str, Floats]], samples: Sequence[Sample], fakes: NDArray[np.bool_]
 ) -> Json:
-    chances = probabilities(result, logits, len(samples))
-    said = np.array([result.verdict(float(p)).label for p in chances])
-    names = np.array([_bounded_with(s) for s in samples])
+    p_fake = probabilities(result, logits, len(samples))
+    labels = np.array([result.verdict(float(p)).label for p in p_fake])
+    names = np.array([_error_group(s) for s in samples])
 
     def rates(label: str, rows: NDArray[np.bool_]) -> Json:
-        found = {str(n): said[rows & (names == n)] == label for n in sorted(set(names[rows]))}
-        return {n: {"rate": round(float(hits.mean()), 4), "n": len(hits)} for n, hits in found.items()}
+        hits_of = {str(n): labels[rows & (names == n)] == label for n in sorted(set(names[rows]))}
+        return {n: {"rate": round(float(hits.mean()), 4), "n": len(hits)} for n, hits in hits_of.items()}
 
     return {
         "n_real": int((~fakes).sum()),
@@ -243,6 +243,6 @@ def _facts(
         "groups": len({s.group for s in samples}),
         "false_alarms": rates("fake", ~fakes),
         "misses": rates("real", fakes),
-        "answered": round(float((said != "inconclusive").mean()), 4),
-        "fakes_found": round(float((said[fakes] == "fake").mean()), 4),
+        "answered": round(float((labels != "inconclusive").mean()), 4),
+        "fakes_found": round(float((labels[fakes] == "fake").mean()), 4),
     }

@@ -1,8 +1,8 @@
 """Calibration: one probability from the scores of experts and MLLM, the rule when to abstain, and the fit of both.
 
 Each kind of fake (made as a whole, changed in part) has a regularised logistic of its own, with non-negative weights
-over a handful of logits. Their odds add up, so an expert that knows one kind cannot clear the other. A missing score
-counts as its mean in the fit, so it neither accuses nor clears.
+over a handful of logits. Their odds add up, so an expert that knows one kind cannot clear the other. A missing score is
+replaced by its mean in the fit, so it neither accuses nor clears.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from x2dfd.types import KINDS, Evidence, Verdict
 MLLM = "mllm"
 FALSE_ALARMS = 0.05  # share of a source's real pictures that may be called fake
 MISSES = 0.10  # share of the fakes of one kind and source that may be called real
-SMALL = 50  # pictures that a source needs for a threshold of its own: of fewer, a tenth are two or three
-_CLIP = 6.0  # logits beyond this say no more about certainty than about saturation
-_MAX_LOGIT = 700.0  # exp of more is no float
+SMALL = 50  # pictures that a source needs for its own threshold; a tenth of fewer is two or three
+_CLIP = 6.0  # larger logits are saturated and say nothing more about certainty
+_MAX_LOGIT = 700.0  # exp overflows above
 RATES = ("rate", "answered", "fakes_found", "false_alarms_allowed")  # in `fitted_on`, at any depth
 
 Floats = NDArray[np.float64]
 Logits = Mapping[str, Mapping[str, float | None]]
-"""By kind of fake and by name, the logit that an expert or the MLLM gives for it; None where there is no score."""
+"""Kind of fake -> name of an expert or `mllm` -> logit; None where there is no score."""
 
 
 def logit(p: float) -> float:
@@ -40,23 +40,23 @@ def logit(p: float) -> float:
 
 
 def kind_of(df_class: str) -> str:
-    """The kind of a fake of a class: EFS is made as a whole, every other one is changed in part. Raises ValueError."""
+    """The kind of a class of fakes: EFS is made as a whole, the others are changed in part. Raises ValueError."""
     if df_class not in ("EFS", "FS", "FR", "FE"):
         raise ValueError(f"{df_class!r} is no class of fakes")
     return KINDS[0] if df_class == "EFS" else KINDS[1]
 
 
 def logits_of(mllm_logit: float | None, evidence: Sequence[Evidence], covers: Mapping[str, Sequence[str]]) -> Logits:
-    """The logits that the logistics of both kinds join.
+    """The inputs of the logistics of both kinds.
 
-    An expert whose card names the classes that it covers counts for their kinds alone (`covers`: name -> classes).
+    `covers`: name -> the classes on an expert's card. An expert with such classes counts for their kinds alone.
     """
-    found: dict[str, dict[str, float | None]] = {kind: {MLLM: mllm_logit} for kind in KINDS}
+    logits: dict[str, dict[str, float | None]] = {kind: {MLLM: mllm_logit} for kind in KINDS}
     for e in evidence:
         classes = [c for c in covers.get(e.expert, ()) if c in ("EFS", "FS", "FR", "FE")]
         for kind in {kind_of(c) for c in classes} or KINDS:
-            found[kind][e.expert] = None if e.score is None else logit(e.score)
-    return found
+            logits[kind][e.expert] = None if e.score is None else logit(e.score)
+    return logits
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Logistic:
     """P(fake of one kind) from logits."""
 
     weights: dict[str, float]  # per score: `mllm` and the experts' names
-    means: dict[str, float]  # mean logit of each score where it was fitted; replaces a missing one
+    means: dict[str, float]  # mean logit of each score in the fit; replaces a missing one
     bias: float
 
     def __call__(self, logits: Mapping[str, float | None]) -> float:
@@ -84,7 +84,7 @@ class Calibration:
 
     kinds: dict[str, Logistic]  # of x2dfd.types.KINDS
     low: float  # below: real
-    high: float  # from here on: fake; between: inconclusive
+    high: float  # at or above: fake; between the two: inconclusive
     mllm_threshold: float = 0.5  # P(fake) of the MLLM alone at which mode="paper" says fake
     fitted_on: Json = field(default_factory=dict)  # n, groups, sources, rates promised
 
@@ -94,28 +94,28 @@ class Calibration:
 
         That holds of an expert, too, which was asked at the fit and whose scores no logistic takes.
         """
-        names = dict.fromkeys(name for one in self.kinds.values() for name in one.weights)
+        names = dict.fromkeys(name for logistic in self.kinds.values() for name in logistic.weights)
         names |= dict.fromkeys(self.fitted_on.get("experts", {}))
-        return {n: max(one.weights.get(n, 0.0) for one in self.kinds.values()) for n in names}
+        return {n: max(logistic.weights.get(n, 0.0) for logistic in self.kinds.values()) for n in names}
 
     def by_kind(self, logits: Logits) -> dict[str, float]:
-        """P(fake of that kind) for each kind that was fitted."""
+        """P(fake of this kind) for each fitted kind."""
         return {kind: logistic(logits[kind]) for kind, logistic in self.kinds.items()}
 
     def probability(self, logits: Logits) -> float:
-        """P(fake): the kinds exclude each other, so that their odds against a real photo add up."""
+        """P(fake). The kinds exclude each other, so their odds against a real photo add up."""
         odds = sum(p / max(1 - p, 1e-12) for p in self.by_kind(logits).values())
         return odds / (1 + odds)
 
     def verdict(self, p_fake: float, kind: str | None = None) -> Verdict:
-        """Fake (of the likelier `kind`, where it is known), real, or no answer; the last two are of no kind."""
+        """Fake (with the likelier `kind`, if known), real, or no answer; the last two have no kind."""
         if self.low <= p_fake < self.high:
             return Verdict("inconclusive", p_fake, "in_band")
         return Verdict("fake", p_fake, None, kind) if p_fake >= self.high else Verdict("real", p_fake)
 
     @property
     def sha256(self) -> str:
-        """Hash of the whole rule and of the facts about its fit."""
+        """Hash of the rule and of the facts about its fit."""
         return json_sha256(asdict(self))
 
     def save(self, folder: Path) -> None:
@@ -123,43 +123,43 @@ class Calibration:
 
     @classmethod
     def load(cls, folder: Path) -> Calibration:
-        """Raises SetupError when the file is absent, incomplete or contradicts itself."""
+        """Read `calibration.json`. Raises SetupError when it is absent, incomplete or contradicts itself."""
         path = folder / "calibration.json"
         try:
-            found = checked(cls, parse_json(path.read_bytes()))
-            found._check()
+            calibration = checked(cls, parse_json(path.read_bytes()))
+            calibration._check()
         except (OSError, ValueError) as error:
             raise SetupError(
                 f"{path} cannot be read: {error}. Make it: x2dfd calibrate", code="calibration_unreadable"
             ) from error
-        return found
+        return calibration
 
     def _check(self) -> None:
-        """Raises ValueError for numbers that no fit gives."""
+        """Raises ValueError for numbers that a fit cannot give."""
         # `choose_band` may set a threshold 1e-6 above a score of 1.
         if not 0 <= self.low <= self.high <= 1 + 1e-6:
-            raise ValueError(f"its band from {self.low} to {self.high} is none of probabilities")
+            raise ValueError(f"its band from {self.low} to {self.high} is no range of probabilities")
         if not 0 <= self.mllm_threshold <= 1:
             raise ValueError(f"its mllm_threshold {self.mllm_threshold} is no probability")
         if not self.kinds or self.kinds.keys() - set(KINDS):
             raise ValueError(f"its kinds of fake are {', '.join(self.kinds) or 'none'}, not {', '.join(KINDS)}")
-        for one in self.kinds.values():
-            if lacking := sorted(one.weights.keys() - one.means.keys()):
-                raise ValueError(f"it has no mean of {lacking[0]!r}")
-            reach = abs(one.bias) + sum(abs(w) * (_CLIP + abs(one.means[name])) for name, w in one.weights.items())
-            if min(one.weights.values(), default=0) < 0 or not reach <= _MAX_LOGIT:
+        for fit in self.kinds.values():
+            if missing := sorted(fit.weights.keys() - fit.means.keys()):
+                raise ValueError(f"it has no mean of {missing[0]!r}")
+            reach = abs(fit.bias) + sum(abs(w) * (_CLIP + abs(fit.means[name])) for name, w in fit.weights.items())
+            if min(fit.weights.values(), default=0) < 0 or not reach <= _MAX_LOGIT:
                 raise ValueError("a weight is negative, or its numbers are too large for a probability")
         experts = self.fitted_on.get("experts", {})
         if not isinstance(experts, dict) or not all(isinstance(sha256, str) for sha256 in experts.values()):
             raise ValueError("`fitted_on.experts` names no weights by their SHA-256")
-        if (wrong := bad_rate(self.fitted_on, RATES)) is not None:
-            raise ValueError(f"`fitted_on.{wrong}` is no rate from 0 to 1")
+        if (place := bad_rate(self.fitted_on, RATES)) is not None:
+            raise ValueError(f"`fitted_on.{place}` is no rate from 0 to 1")
 
 
 def fit_logistic(logits: Mapping[str, Floats], labels: Floats, weights: Floats, ridge: float = 0.02) -> Logistic:
-    """The logistic of one kind. `logits`: name -> logits [n], NaN where a score is missing; `weights` [n] balance them.
+    """The logistic of one kind. `logits`: name -> logits [n], NaN if missing; `weights` [n] balance the pictures.
 
-    Weights are not negative: an expert whose score counts against itself has learnt the calibration pictures, not
+    Its weights are not negative: a negative one would fit the calibration pictures, not
     forgeries. SciPy's bounded L-BFGS on the ridge-penalised log-likelihood.
     """
     from scipy.optimize import minimize
@@ -182,19 +182,19 @@ def fit_logistic(logits: Mapping[str, Floats], labels: Floats, weights: Floats, 
 
 
 def _mean(logits: Floats, weights: Floats) -> float:
-    """Mean of the scores that there are, weighted as the fit is; 0 where there are none."""
-    there = np.isfinite(logits)
-    return float(np.average(logits[there], weights=weights[there])) if weights[there].sum() > 0 else 0.0
+    """Mean of the scores that are not missing, weighted as in the fit; 0 if all are."""
+    present = np.isfinite(logits)
+    return float(np.average(logits[present], weights=weights[present])) if weights[present].sum() > 0 else 0.0
 
 
 def balance(labels: Floats, sources: Sequence[str]) -> Floats:
-    """Weights that give each label a half, and in each label the root of a source's size: [n]."""
+    """Weights [n]: each label gets half of the total, shared among its sources by the root of their sizes."""
     names = np.array(sources)
     weights = np.zeros(len(labels))
     for label in (0, 1):
         for name in set(names[labels == label]):
-            mine = (labels == label) & (names == name)
-            weights[mine] = mine.sum() ** -0.5
+            rows = (labels == label) & (names == name)
+            weights[rows] = rows.sum() ** -0.5
         weights[labels == label] /= max(2 * weights[labels == label].sum(), 1e-12)
     return weights
 
@@ -208,23 +208,23 @@ def fit_calibration(
 ) -> Calibration:
     """Logistics and band. `logits`: kind -> name -> logits [n]; `kinds` [n]: a kind of KINDS, or "" for a real picture.
 
-    `sources` [n]: of a real picture its source; of a fake what is bounded together, its generator or method and source.
+    `sources` [n]: each picture's group for the bounds on errors: its source, or the generator of a synthetic fake.
     """
-    of = np.array(kinds)
+    kind_array = np.array(kinds)
     logistics = {}
     for kind in KINDS:
-        rows = (of == "") | (of == kind)
-        labels = (of[rows] == kind).astype(float)
+        rows = (kind_array == "") | (kind_array == kind)
+        labels = (kind_array[rows] == kind).astype(float)
         if not 0 < labels.sum() < len(labels):
             continue
-        own = {n: v[rows] for n, v in logits[kind].items() if np.isfinite(v[rows]).any()}
-        logistics[kind] = fit_logistic(own, labels, balance(labels, np.array(sources)[rows].tolist()))
-    # Each was fitted as if every second picture were of its kind: the kinds share the half that is fake.
+        columns = {n: v[rows] for n, v in logits[kind].items() if np.isfinite(v[rows]).any()}
+        logistics[kind] = fit_logistic(columns, labels, balance(labels, np.array(sources)[rows].tolist()))
+    # Each was fitted as if half of the pictures were of its kind, but the kinds share the fake half.
     share = math.log(max(1, len(logistics)))
-    logistics = {kind: replace(one, bias=round(one.bias - share, 6)) for kind, one in logistics.items()}
+    logistics = {kind: replace(logistic, bias=round(logistic.bias - share, 6)) for kind, logistic in logistics.items()}
     fitted = Calibration(logistics, 0.5, 0.5)
-    chances = probabilities(fitted, logits, len(of))
-    low, high = choose_band(chances, of != "", sources, false_alarms=false_alarms)
+    p_fake = probabilities(fitted, logits, len(kind_array))
+    low, high = choose_band(p_fake, kind_array != "", sources, false_alarms=false_alarms)
     return Calibration(logistics, low, high)
 
 
@@ -245,18 +245,18 @@ def choose_band(
     false_alarms: float = FALSE_ALARMS,
     misses: float = MISSES,
 ) -> tuple[float, float]:
-    """(low, high): of every source at most `false_alarms` of the reals reach `high`, and `misses` of the fakes stay
-    below `low`.
+    """(low, high): in every source at most `false_alarms` of the reals reach `high`, and at most `misses` of the fakes
+    stay below `low`.
 
-    The worst source sets each. Sources with fewer than SMALL pictures count together. Where the two bounds leave no
-    room for doubt, they meet halfway: no picture is both.
+    The worst source sets each. Sources with fewer than SMALL pictures are pooled. If low would exceed high, both become
+    their mean, and there is no band.
     """
     names = np.array(sources)
-    high = max(_above(scores, false_alarms) for scores in _by_source(p_fake[~fake], names[~fake]))
-    low = min(1 - _above(1 - scores, misses) for scores in _by_source(p_fake[fake], names[fake]))
+    high = max(_threshold(scores, false_alarms) for scores in _by_source(p_fake[~fake], names[~fake]))
+    low = min(1 - _threshold(1 - scores, misses) for scores in _by_source(p_fake[fake], names[fake]))
     if low > high:
         low = high = (low + high) / 2
-    return round(max(low, 0.0), 6), round(high, 6)  # above 1 where a source's photos reach 1: nothing is fake then
+    return round(max(low, 0.0), 6), round(high, 6)  # above 1 if a source's photos reach 1: then nothing is called fake
 
 
 def _by_source(scores: Floats, names: NDArray[np.str_]) -> list[Floats]:
@@ -266,7 +266,7 @@ def _by_source(scores: Floats, names: NDArray[np.str_]) -> list[Floats]:
     return [*large, np.concatenate(small)] if small else large
 
 
-def _above(scores: Floats, share: float) -> float:
-    """Smallest threshold that at most `share` of the scores reach."""
+def _threshold(scores: Floats, share: float) -> float:
+    """The smallest threshold that at most `share` of the scores reach."""
     ordered = np.sort(scores)[::-1]
     return float(ordered[min(int(share * len(ordered)), len(ordered) - 1)]) + 1e-6

@@ -24,7 +24,7 @@ from x2dfd.terminal import printable, shortened, wrapped
 
 
 class _Command(TyperCommand):
-    """Its help lists what it takes under the panels that options name: plain text, which a pipe or a log keeps."""
+    """A command whose help lists its options under their panels, as plain text that a pipe or a log keeps."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         panels: dict[str, list[tuple[str, str]]] = {}
@@ -38,7 +38,7 @@ class _Command(TyperCommand):
 
 
 class _Group(TyperGroup):
-    """Turns what a user can cause into one line and exit code 1."""
+    """Turns errors that a user can cause into one line and exit code 1."""
 
     def invoke(self, ctx: Any) -> object:
         try:
@@ -49,10 +49,10 @@ class _Group(TyperGroup):
 
 
 def error_line(error: X2DFDError | OSError) -> str:
-    """One line of what a user can mend, what the system refuses of a file among it; any other error is raised again."""
+    """The line for an error that a user can mend, such as a file that the system refuses; others are raised again."""
     if isinstance(error, X2DFDError):
         return error.line
-    if error.errno in (None, errno.EPIPE):  # not the system's; or nobody reads on, which typer knows
+    if error.errno in (None, errno.EPIPE):  # not from the system, or a closed pipe, which typer handles
         raise error
     where = f"{error.filename}: " if error.filename else ""
     return X2DFDError(f"{where}{error.strerror}", code="system_refuses").line
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def wait_passively() -> None:
-    """Have OpenMP's threads sleep while they wait, unless the user says otherwise; before torch is imported.
+    """Have OpenMP's threads sleep while they wait, unless the user has set it; call it before torch is imported.
 
     By default they spin. Where other programs run, a verdict then takes several times as long; alone it is a little
     quicker.
@@ -80,9 +80,9 @@ def wait_passively() -> None:
 
 
 def run_command(command: typer.Typer | Callable[..., None], epilog: str | None = None) -> None:
-    """Run the command line of another room: what a user can cause is one line on stderr and exit code 1.
+    """Run the command line of another room; an error that a user can cause is one line on stderr and exit code 1.
 
-    `command` is an app or the one function that the command is; its `--help` then ends with `epilog`.
+    `command` is an app, or the function of a single command, whose `--help` ends with `epilog`.
     """
     if not isinstance(command, typer.Typer):
         single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -96,12 +96,12 @@ def run_command(command: typer.Typer | Callable[..., None], epilog: str | None =
 
 
 def _examples(*lines: str) -> str:
-    """The end of a command's help."""
+    """Examples for the end of a command's help."""
     return "\n  ".join(("\b\nExamples:", *lines))
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(flag: bool) -> None:
+    if flag:
         try:
             version = metadata.version("x2dfd")
         except metadata.PackageNotFoundError:
@@ -132,7 +132,7 @@ Manifest = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="CSV, TSV, JSONL or Parquet with a column `path`, from the table's folder on; not beside PATHs.",
+        help="CSV, TSV, JSONL or Parquet with a column `path`, relative to the table's folder; not with PATHs.",
         rich_help_panel="Input",
     ),
 ]
@@ -206,7 +206,7 @@ Engine = Annotated[
         help="ray: actors of Ray Data, on the cluster of RAY_ADDRESS or on this machine.", rich_help_panel="Scale"
     ),
 ]
-Actors = Annotated[int, typer.Option(min=1, metavar="N", help="With --engine ray: how many.", rich_help_panel="Scale")]
+Actors = Annotated[int, typer.Option(min=1, metavar="N", help="Number, for --engine ray.", rich_help_panel="Scale")]
 
 
 @app.command(
@@ -246,8 +246,8 @@ def detect(
     """
     from x2dfd import detect as detecting
 
-    part, parts = detecting.shard(shard)
-    asked = detecting.Run(
+    shard_number, n_shards = detecting.parse_shard(shard)
+    run = detecting.Run(
         paths=paths or [],
         manifest=manifest,
         model=ModelSpec.parse(model),
@@ -255,8 +255,8 @@ def detect(
         out=out,
         report=report,
         remote=options.names(remote),
-        part=part,
-        parts=parts,
+        shard=shard_number,
+        n_shards=n_shards,
         actors=actors if engine == "ray" else None,
         isolate=isolate,
         server=server,
@@ -269,7 +269,7 @@ def detect(
         from x2dfd.worker import isolating
 
         context.with_resource(isolating())
-    detecting.run(asked)
+    detecting.run(run)
 
 
 @app.command(
@@ -295,21 +295,20 @@ def verify(
 ) -> None:
     """Judge a file anew and say whether a case record still tells the truth about it.
 
-    Exit code 0: it holds. 3: the record was changed, or a finding does not come out again; each difference is a
-    line. 4: another model, calibration, validation run or wording is here than the record states, so it can be neither
-    confirmed nor refuted. 5: the record is about another file, or this one was changed. 1: it could not be checked at
-    all.
+    Exit code 0: it holds. 3: the record was changed, or a finding is not reproduced; each difference is a line.
+    4: model, calibration, validation run or wording here are not those of the record, so it can be neither confirmed
+    nor refuted. 5: the record is about another file, or this one was changed. 1: it could not be checked at all.
     """
     from x2dfd import case
 
-    made = case.read(record)
+    contents = case.read(record)
     spec = ModelSpec.parse(model)
-    precision = None if spec.url is not None else case.precision_stated(made)
-    loading = options.load_options(case.mode_stated(made), device, dtype or precision, bits, device_map)
+    precision = None if spec.url is not None else case.precision_stated(contents)
+    loading = options.load_options(case.mode_stated(contents), device, dtype or precision, bits, device_map)
     detector = load_quickly(spec, **loading)
-    found = case.verify(made, file, detector)
+    verification = case.verify(contents, file, detector)
     if as_json:
-        typer.echo(json.dumps(asdict(found)))
+        typer.echo(json.dumps(asdict(verification)))
     else:
         words = {
             "holds": "the record holds",
@@ -317,13 +316,13 @@ def verify(
             "other_version": "CANNOT BE CONFIRMED: another version made it, or it was changed to say so",
             "other_file": "ANOTHER FILE: the record is not about this one, or this one was changed",
         }
-        typer.echo(words[found.outcome])
-        for line in found.differences:
+        typer.echo(words[verification.outcome])
+        for line in verification.differences:
             typer.echo(f"  {printable(line)}")
-        for line in found.notes:
+        for line in verification.notes:
             typer.echo(f"note: {printable(line)}", err=True)
-    if found.outcome != "holds":
-        raise typer.Exit(case.EXIT_CODES[found.outcome])
+    if verification.outcome != "holds":
+        raise typer.Exit(case.EXIT_CODES[verification.outcome])
 
 
 @app.command(
@@ -352,12 +351,12 @@ def serve(
     from x2dfd.serve import serve as run
     from x2dfd.worker import isolating
 
-    with listening(host, port) as there:
+    with listening(host, port) as sock:
         loading = options.load_options(mode, device, dtype, bits, device_map, threads)
         detector = load_quickly(ModelSpec.parse(model), **loading)
         typer.echo(f"http://{host}:{port}", err=True)
         with isolating():  # a posted file that ends its decoder must not end the server
-            run(detector, host, there)
+            run(detector, host, sock)
 
 
 @app.command(epilog=_examples("x2dfd experts", "x2dfd experts --json"))
@@ -365,15 +364,15 @@ def experts(as_json: options.AsJson = False) -> None:
     """List the experts: what each cannot see, its licence, and whether its weights are here."""
     from x2dfd.experts import availability, cards
 
-    known = [
+    rows = [
         (name, None, str(card)) if isinstance(card, SetupError) else (name, card, availability(name))
         for name, card in cards().items()
     ]
     if as_json:
-        rows = [{"expert": name, "missing": missing, "card": card and card.to_dict()} for name, card, missing in known]
-        typer.echo(json.dumps(rows))
+        data = [{"expert": name, "missing": missing, "card": card and card.to_dict()} for name, card, missing in rows]
+        typer.echo(json.dumps(data))
         return
-    for name, card, missing in known:
+    for name, card, missing in rows:
         if card is None:
             typer.echo(f"{name}: not ready\n" + wrapped(f"why: {missing}") + "\n")
             continue
@@ -441,9 +440,9 @@ def calibrate(
     model: Annotated[
         str, typer.Option(metavar="SPEC", help="DIR, or hub:NAME+DIR; calibration.json is written into the directory.")
     ],
-    data: Annotated[list[Path], typer.Option(metavar="MANIFEST", help="Labelled pictures; give it again for more.")],
-    split: Annotated[str, typer.Option(metavar="NAME", help="The split that was kept for it.")] = "calib",
-    limit: Annotated[int | None, typer.Option(min=2, metavar="N", help="Most pictures of a manifest.")] = None,
+    data: Annotated[list[Path], typer.Option(metavar="MANIFEST", help="Labelled pictures; repeat it for more.")],
+    split: Annotated[str, typer.Option(metavar="NAME", help="The split reserved for it.")] = "calib",
+    limit: Annotated[int | None, typer.Option(min=2, metavar="N", help="Maximum per manifest.")] = None,
     experts: Annotated[
         str | None, typer.Option(metavar="NAMES", help="Experts that join, comma-separated; default: the prompt's.")
     ] = None,
@@ -452,7 +451,7 @@ def calibrate(
         typer.Option("--held-out", "--unseen", metavar="DIR", help="Folder of expert weights with held-out sources."),
     ] = None,
     false_alarms: Annotated[
-        float, typer.Option(min=0, max=1, metavar="SHARE", help="Most of a source's photos called fake.")
+        float, typer.Option(min=0, max=1, metavar="SHARE", help="Bound on each source's false alarms.")
     ] = 0.05,
     other_experts: Annotated[
         bool, typer.Option("--other-experts", help="Take the expert weights that are here, whatever the card names.")
@@ -466,7 +465,7 @@ def calibrate(
     from x2dfd.calibrate import calibrate as run
 
     names = None if experts is None else options.names(experts)
-    fitted = run(
+    result = run(
         model,
         data,
         split=split,
@@ -477,13 +476,13 @@ def calibrate(
         other_experts=other_experts,
         loading=options.load_options("paper", device, dtype, bits, device_map),
     )
-    told = {"weights": fitted.weights, "low": fitted.low, "high": fitted.high, **fitted.fitted_on}
-    typer.echo(json.dumps(told, indent=1))
+    summary = {"weights": result.weights, "low": result.low, "high": result.high, **result.fitted_on}
+    typer.echo(json.dumps(summary, indent=1))
 
 
 @app.command(epilog=_examples("x2dfd doctor", "x2dfd doctor --json"))
 def doctor(as_json: options.AsJson = False) -> None:
-    """Say what is here, what is missing, and what mends it."""
+    """Check the installation: what is there, what is missing, and how to mend it."""
     from x2dfd.doctor import diagnose
 
     checks = diagnose()

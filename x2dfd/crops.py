@@ -1,4 +1,4 @@
-"""The aligned face crops of a manifest, which trainings and assessments read; computed once and saved beside it."""
+"""The aligned face crops of a manifest for trainings and assessments, computed once and saved beside it."""
 
 from __future__ import annotations
 

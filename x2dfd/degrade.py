@@ -18,7 +18,7 @@ Pixels = NDArray[np.uint8]
 Rng = np.random.Generator
 
 DEGRADE_VERSION = 2
-"""Goes up when the same generator state gives other pixels: cached features of augmented views are then made anew."""
+"""Raise it when the same generator state gives other pixels: cached features of augmented views are then recomputed."""
 
 
 def soft(x: Array, sigma: float) -> Array:
@@ -32,7 +32,7 @@ def tone(pixels: Array, amount: float, rng: Rng) -> Array:
     gain = 1 + rng.uniform(-0.22, 0.22, 3) * amount
     x = (x - 128) * (1 + rng.uniform(-0.3, 0.3) * amount) + 128 + rng.uniform(-30, 30) * amount
     x = x * gain
-    grey = (x[..., :1] + x[..., 1:2] + x[..., 2:]) / 3  # of three values, mean() takes four times as long
+    grey = (x[..., :1] + x[..., 1:2] + x[..., 2:]) / 3  # for three values, mean() takes four times as long
     return np.asarray(np.clip(grey + (x - grey) * (1 + rng.uniform(-0.5, 0.5) * amount), 0, 255), np.float32)
 
 
@@ -88,7 +88,7 @@ def video_codec(pixels: Array, crf: int) -> Pixels:
 
 
 def degrade(pixels: Pixels, rng: Rng) -> Pixels:
-    """Random scaling, blur, noise and codec, the same for both labels. The size is kept.
+    """Random scaling, blur, noise and codec, drawn alike for both labels. The size stays.
 
     Used wherever training data is made, so that neither format nor resolution gives the label away.
     """
@@ -108,4 +108,4 @@ def degrade(pixels: Pixels, rng: Rng) -> Pixels:
             x = video_codec(x, int(rng.integers(18, 36)))
         else:
             x = codec(x, ".webp" if kind < 0.4 else ".jpg", int(rng.integers(40, 98)))
-    return _in_bytes(x if x.dtype == np.uint8 else np.rint(x))  # of bytes, rint makes 16-bit floats, slowly
+    return _in_bytes(x if x.dtype == np.uint8 else np.rint(x))  # rint turns bytes into 16-bit floats, slowly

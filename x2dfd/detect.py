@@ -1,4 +1,4 @@
-"""What `x2dfd detect` does with its options: finds the files, judges them, and writes table, page and case record."""
+"""The work of `x2dfd detect`: find the files, judge them, and write table, page and case record."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from x2dfd.rows import Rows
     from x2dfd.stores import Place
 
-    Many = Callable[..., Iterator[Report | Failure]]
-    Kept = list[tuple[Place, Report | Failure]]
+    DetectMany = Callable[..., Iterator[Report | Failure]]
+    Results = list[tuple[Place, Report | Failure]]
 
-LISTS = (".csv", ".tsv", ".jsonl", ".parquet")  # what a manifest ends in
-BATCHES = 16  # at a time: within them the next is decoded while one is judged; bounds the kept rows in memory
+MANIFEST_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
+BATCHES = 16  # at a time: the next is decoded while one is judged; bounds the stored rows in memory
 
 
 @dataclass
@@ -51,10 +51,10 @@ class Run:
     out: Path | None = None
     report: Path | None = None
     remote: Sequence[str] = ()  # stores in which rows of the manifest may lie
-    part: int = 1  # of `parts` shards
-    parts: int = 1
+    shard: int = 1  # of `n_shards`
+    n_shards: int = 1
     actors: int | None = None  # of Ray; None: this process
-    isolate: bool = False  # decode in a process of its own
+    isolate: bool = False  # decode in a separate process
     server: str | None = None  # address of an `x2dfd serve` that judges in place of a model here
     as_json: bool = False
     rationale: bool = True
@@ -68,15 +68,15 @@ class Run:
             raise typer.BadParameter("goes with --manifest, and without --report", param_hint="--remote")
         if self.report is not None and self.report.suffix.lower() not in (".html", ".htm", ".pdf"):
             raise typer.BadParameter(f"{self.report} ends in neither .html nor .pdf", param_hint="--report")
-        if self.parts > 1 and self.report is not None:
+        if self.n_shards > 1 and self.report is not None:
             raise typer.BadParameter(
                 "each shard would write the same page; make it of the whole", param_hint="--report"
             )
         if self.out is not None:
             if self.out.suffix not in (".parquet", ".jsonl"):
                 raise typer.BadParameter(f"{self.out} ends in neither .parquet nor .jsonl", param_hint="--out")
-            if self.parts > 1:
-                self.out = self.out.with_suffix(f".{self.part}-of-{self.parts}{self.out.suffix}")
+            if self.n_shards > 1:
+                self.out = self.out.with_suffix(f".{self.shard}-of-{self.n_shards}{self.out.suffix}")
         for option, target in (("--report", self.report), ("--out", self.out)):
             if target is not None and (target.is_dir() or not os.access(target.parent, os.W_OK)):
                 raise typer.BadParameter(f"{target} cannot be written", param_hint=option)
@@ -87,13 +87,13 @@ class Run:
             raise typer.BadParameter("actors cannot read this command's pipes", param_hint="--engine")
         if self.isolate and self.actors is not None:
             raise typer.BadParameter("an actor is a process of its own already", param_hint="--isolate")
-        own = self.model != ModelSpec() or self.actors is not None or any(v is not None for v in self.loading.values())
-        if self.server is not None and own:
-            raise typer.BadParameter(
-                "a server has a model of its own: give no option of the model's", param_hint="--server"
-            )
-        # Paths where nothing is: for them alone, no model is loaded.
-        self.absent = {p: _absence(p) for p in self.paths if p not in self.pipes and not os.path.lexists(p)}
+        local = (
+            self.model != ModelSpec() or self.actors is not None or any(v is not None for v in self.loading.values())
+        )
+        if self.server is not None and local:
+            raise typer.BadParameter("a server has a model of its own: give no model options", param_hint="--server")
+        # If no path exists, no model is loaded.
+        self.absent = {p: _absent_failure(p) for p in self.paths if p not in self.pipes and not os.path.lexists(p)}
 
     @property
     def pdf(self) -> Path | None:
@@ -108,8 +108,8 @@ class Run:
         return self.report.with_suffix(".case.json") if self.report is not None else None
 
     @property
-    def written(self) -> list[Path]:
-        """Page, print and record."""
+    def outputs(self) -> list[Path]:
+        """Page, PDF and record."""
         return [target for target in (self.page, self.pdf, self.record) if target is not None]
 
     def files(self, left_out: Callable[[Path], object] = lambda path: None) -> Iterator[Place]:
@@ -117,67 +117,67 @@ class Run:
         from x2dfd.manifest import manifest_paths
         from x2dfd.paths import find_media
 
-        chosen: Iterator[Place]
+        files: Iterator[Place]
         if self.manifest is not None:
-            chosen = manifest_paths(self.manifest, remote=self.remote)
-        else:  # what an earlier run wrote into a searched folder is no picture to judge
-            found = find_media(self.paths, left_out=left_out)
-            chosen = (str(p) if p in self.pipes else p for p in found if not _ours(p, self.written, self.out))
-        # By name, not by position: a folder that grew between two starts must not move files from part to part.
-        return chosen if self.parts == 1 else (p for p in chosen if self.part_of(p) == self.part)
+            files = manifest_paths(self.manifest, remote=self.remote)
+        else:  # an earlier run may have written its outputs into a searched folder
+            media = find_media(self.paths, left_out=left_out)
+            files = (str(p) if p in self.pipes else p for p in media if not _is_output(p, self.outputs, self.out))
+        # By name, not by position: a folder that grew between two starts must not move files to another shard.
+        return files if self.n_shards == 1 else (p for p in files if self.shard_of(p) == self.shard)
 
-    def part_of(self, place: Place) -> int:
+    def shard_of(self, place: Place) -> int:
         """The shard of a file: by its name below the manifest, so that a folder may be mounted elsewhere."""
-        name, below = str(place), self.manifest.absolute().parent if self.manifest is not None else None
-        if below is not None and isinstance(place, Path) and place.is_relative_to(below):
-            name = str(place.relative_to(below))
-        return crc32(name.encode("utf-8", "surrogatepass")) % self.parts + 1
+        name, folder = str(place), self.manifest.absolute().parent if self.manifest is not None else None
+        if folder is not None and isinstance(place, Path) and place.is_relative_to(folder):
+            name = str(place.relative_to(folder))
+        return crc32(name.encode("utf-8", "surrogatepass")) % self.n_shards + 1
 
 
-def run(asked: Run) -> None:
-    """Judge every file, print an answer for each, and write what was asked for. Raises X2DFDError."""
-    for missing, failure in asked.absent.items():  # before a model is loaded; as text, it is not said again
-        if asked.part_of(missing) != asked.part:
+def run(options: Run) -> None:
+    """Judge every file, print an answer for each, and write table and case report. Raises X2DFDError."""
+    for missing, failure in options.absent.items():  # before a model is loaded; text output does not repeat it
+        if options.shard_of(missing) != options.shard:
             continue
-        if asked.as_json:
+        if options.as_json:
             typer.echo(f"{printable(str(missing))}: {failure.reason}", err=True)
         else:
             typer.echo(block(failure))
-    if asked.pdf:
+    if options.pdf:
         from x2dfd import html_report
 
-        html_report.printer()  # what is missing is said before anything is judged
+        html_report.printer()  # a missing browser is reported before anything is judged
     links: list[Path] = []
-    total = sum(1 for _ in asked.files(links.append))
+    total = sum(1 for _ in options.files(links.append))
     if not total:
         typer.echo("no picture or video found", err=True)
     if links:
-        more = f" and {len(links) - 1} more" if len(links) > 1 else ""
-        typer.echo(f"left out, as links that lead out of their folder: {printable(str(links[0]))}{more}", err=True)
-    for given in asked.paths:
-        if given.suffix.lower() in LISTS:
-            typer.echo(f"{printable(str(given))}: if it is a list of files, say --manifest before its name", err=True)
-    many, window, rows = _opened(asked)
-    kept: Kept = []
-    said: Counter[str] = Counter()
+        others = f" and {len(links) - 1} more" if len(links) > 1 else ""
+        typer.echo(f"left out, as links that lead out of their folder: {printable(str(links[0]))}{others}", err=True)
+    for entry in options.paths:
+        if entry.suffix.lower() in MANIFEST_ENDINGS:
+            typer.echo(f"{printable(str(entry))}: if it is a list of files, say --manifest before its name", err=True)
+    detect_many, window, rows = _open_judge(options)
+    results: Results = []
+    counts: Counter[str] = Counter()
     failures: Counter[str] = Counter()
-    stated = 0
-    silent = asked.manifest is not None and rows is not None and not asked.as_json
-    judging = partial(many, batch_size=asked.batch_size, rationale=asked.rationale, frames=asked.frames)
+    n_claims = 0
+    table_only = options.manifest is not None and rows is not None and not options.as_json
+    judge = partial(detect_many, batch_size=options.batch_size, rationale=options.rationale, frames=options.frames)
     try:
-        with progress(total, asked.batch_size) as show:
-            for path, result, fresh in _judged(judging, asked.files(), rows, asked.frames, window):
+        with progress(total, options.batch_size) as show:
+            for path, result, fresh in _results(judge, options.files(), rows, options.frames, window):
                 failed = isinstance(result, Failure)
                 if isinstance(result, Failure):
                     failures[result.code] += 1
                 else:
-                    stated += bool(of_generator(result.provenance))
-                text = json.dumps(result.to_dict(), allow_nan=False) if asked.as_json else block(result)
-                told = failed and not asked.as_json and path in asked.absent
-                show("" if silent or told else text, failed, fresh)
-                said["failed" if isinstance(result, Failure) else answer.status(result.verdict)] += 1
-                if asked.report is not None:
-                    kept.append((path, result))
+                    n_claims += bool(of_generator(result.provenance))
+                text = json.dumps(result.to_dict(), allow_nan=False) if options.as_json else block(result)
+                printed = failed and not options.as_json and path in options.absent
+                show("" if table_only or printed else text, failed, fresh)
+                counts["failed" if isinstance(result, Failure) else answer.status(result.verdict)] += 1
+                if options.report is not None:
+                    results.append((path, result))
         if rows is not None:
             rows.finish()
             if rows.doubles:
@@ -186,63 +186,63 @@ def run(asked: Run) -> None:
     finally:
         if rows is not None:
             rows.close()
-    _write_case(asked, kept)
-    if asked.as_json:
+    _write_case(options, results)
+    if options.as_json:
         return
-    if said.total() > 1:
+    if counts.total() > 1:
         why = f" ({', '.join(f'{n} {code}' for code, n in failures.most_common())})" if failures else ""
-        said_so = "1 says that a generator made it" if stated == 1 else f"{stated:,} say that a generator made them"
-        marked = f"; {said_so}" if stated else ""
-        typer.echo(f"{said.total():,} files: {answer.counted(said.elements())}{why}{marked}", err=True)
-    if said["fake"] + said["real"] + said["inconclusive"]:
-        typer.echo(answer.NOT_PROOF, err=silent)
+        claim = "1 says that a generator made it" if n_claims == 1 else f"{n_claims:,} say that a generator made them"
+        marked = f"; {claim}" if n_claims else ""
+        typer.echo(f"{counts.total():,} files: {answer.counted(counts.elements())}{why}{marked}", err=True)
+    if counts["fake"] + counts["real"] + counts["inconclusive"]:
+        typer.echo(answer.NOT_PROOF, err=table_only)
 
 
-def _opened(asked: Run) -> tuple[Many, int, Rows | None]:
-    """What judges, how many files it is given at a time, and the table."""
-    window = BATCHES * asked.batch_size
-    if asked.out is None and asked.absent and all(path in asked.absent for path in asked.paths):
-        return partial(_rows_of, asked.absent), window, None
+def _open_judge(options: Run) -> tuple[DetectMany, int, Rows | None]:
+    """The function that judges, the number of files that it is given at a time, and the table."""
+    window = BATCHES * options.batch_size
+    if options.out is None and options.absent and all(path in options.absent for path in options.paths):
+        return partial(_detect_absent, options.absent), window, None
     from x2dfd.rows import Rows
     from x2dfd.stores import detect_places
 
-    if asked.actors is not None:
+    if options.actors is not None:
         from x2dfd.ray_engine import RayDetector
 
-        cluster = RayDetector(asked.model, asked.loading, asked.actors)
-        many, facts, window = cluster.detect_many, cluster.info.to_dict(), cluster.window
-    elif asked.server is not None:
+        cluster = RayDetector(options.model, options.loading, options.actors)
+        detect_many, facts, window = cluster.detect_many, cluster.info.to_dict(), cluster.window
+    elif options.server is not None:
         from x2dfd.remote import ServerDetector
 
-        server = ServerDetector(asked.server)
-        many, facts = partial(detect_places, server), server.facts
+        server = ServerDetector(options.server)
+        detect_many, facts = partial(detect_places, server), server.facts
     else:
-        detector = load_quickly(asked.model, **asked.loading)
-        many, facts = partial(detect_places, detector), detector.info.to_dict()
-    return many, window, None if asked.out is None else Rows(asked.out, facts, asked.rationale)
+        detector = load_quickly(options.model, **options.loading)
+        detect_many, facts = partial(detect_places, detector), detector.info.to_dict()
+    return detect_many, window, None if options.out is None else Rows(options.out, facts, options.rationale)
 
 
 def load_quickly(model: ModelSpec, **options: Unpack[LoadOptions]) -> Detector:
-    """As x2dfd.load, without the garbage collector, which finds nothing in what torch and transformers make while they
-    are imported, and takes a fifth of the command's time to look for it, half of that at its end."""
+    """As x2dfd.load, without the garbage collector: it frees nothing while torch and transformers are imported, and
+    takes a fifth of the command's time, half of that at its end."""
     gc.disable()
     try:
         return x2dfd.load(model, **options)
     finally:
-        gc.freeze()  # nor is it later
+        gc.freeze()  # spares the collector these objects at the end, too
         gc.enable()
 
 
-def shard(text: str | None) -> tuple[int, int]:
+def parse_shard(text: str | None) -> tuple[int, int]:
     """The numbers of `I/N`. Raises typer.BadParameter."""
-    found = re.fullmatch(r"(\d+)/(\d+)", text or "1/1")
-    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+    match = re.fullmatch(r"(\d+)/(\d+)", text or "1/1")
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise typer.BadParameter(f"{text} is not I/N with I from 1 to N", param_hint="--shard")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
-def _absence(path: Path) -> Failure:
-    """The row of a path where nothing is, for which no model need be loaded."""
+def _absent_failure(path: Path) -> Failure:
+    """The failure of a path that does not exist; it needs no model."""
     from x2dfd.paths import open_source
 
     try:
@@ -253,14 +253,14 @@ def _absence(path: Path) -> Failure:
     return Failure(str(path), None, "not_found", "it came and went while it was looked for")
 
 
-def _rows_of(absent: dict[Path, Failure], places: Iterable[Place], **_: object) -> Iterator[Report | Failure]:
-    """In the place of Detector.detect_many, where none of the paths exists."""
+def _detect_absent(absent: dict[Path, Failure], places: Iterable[Place], **_: object) -> Iterator[Report | Failure]:
+    """Replaces Detector.detect_many where none of the paths exists."""
     return (absent[Path(place)] for place in places)
 
 
-def _ours(path: Path, written: Sequence[Path], out: Path | None) -> bool:
-    """The file is the page, its record or its print, or it belongs to the table or to another shard of it."""
-    if any(path.name == target.name and path.resolve() == target.resolve() for target in written):
+def _is_output(path: Path, outputs: Sequence[Path], out: Path | None) -> bool:
+    """Whether a run writes this file: page, PDF, record, its table or another shard's."""
+    if any(path.name == target.name and path.resolve() == target.resolve() for target in outputs):
         return True
     if out is None:
         return False
@@ -269,47 +269,47 @@ def _ours(path: Path, written: Sequence[Path], out: Path | None) -> bool:
     return name.fullmatch(path.name) is not None and path.parent.resolve() == out.parent.resolve()
 
 
-def _judged(
-    many: Many, files: Iterable[Place], rows: Rows | None, frames: int, window: int
+def _results(
+    detect_many: DetectMany, files: Iterable[Place], rows: Rows | None, frames: int, window: int
 ) -> Iterator[tuple[Place, Report | Failure, bool]]:
     """Results in the order of `files`, and whether each is new: those that `rows` holds are not computed again.
 
-    `window`: files at a time, whose kept rows are held in memory.
+    `window`: the number of files whose stored rows are held in memory at a time.
     """
     source = iter(files)
-    while part := list(islice(source, window)):
-        asked = [path for path in part if rows is None or rows.ask(path)]
-        known = {} if rows is None else {path: row for path in asked if (row := rows.known(path)) is not None}
-        kept = {path: row for path, row in known.items() if frames_asked(row.media) in (None, frames)}
-        pending = [path for path in asked if path not in kept]
-        fresh = iter(many(pending))
-        for path in asked:
-            result = kept.get(path) or next(fresh)
-            if rows is not None and path not in kept:
+    while batch := list(islice(source, window)):
+        unique = [path for path in batch if rows is None or rows.ask(path)]
+        stored = {} if rows is None else {path: row for path in unique if (row := rows.known(path)) is not None}
+        reusable = {path: row for path, row in stored.items() if frames_asked(row.media) in (None, frames)}
+        pending = [path for path in unique if path not in reusable]
+        new_results = iter(detect_many(pending))
+        for path in unique:
+            result = reusable.get(path) or next(new_results)
+            if rows is not None and path not in reusable:
                 rows.add(path, result)
-            yield path, result, path not in kept
+            yield path, result, path not in reusable
 
 
-def _write_case(asked: Run, kept: Kept) -> None:
-    """The case report: the page, beside it the record, and the print."""
-    if asked.page is None or asked.record is None:
+def _write_case(options: Run, places_and_results: Results) -> None:
+    """Write the case report: page, record and PDF."""
+    if options.page is None or options.record is None:
         return
     from x2dfd import case, html_report
 
-    results = [result for _, result in kept]
-    html = html_report.render(results, [_pictures(Path(path), result) for path, result in kept])
-    for target, text in ((asked.page, html), (asked.record, case.dumps(results))):
-        with _writing(target):
+    results = [result for _, result in places_and_results]
+    html = html_report.render(results, [_pictures(Path(path), result) for path, result in places_and_results])
+    for target, text in ((options.page, html), (options.record, case.dumps(results))):
+        with _write_errors(target):
             write_bytes(target, text.encode("utf-8"))
-    if asked.pdf is not None:
-        with _writing(asked.pdf):
-            html_report.write_pdf(asked.pdf, html)
-    for target in asked.written:
+    if options.pdf is not None:
+        with _write_errors(options.pdf):
+            html_report.write_pdf(options.pdf, html)
+    for target in options.outputs:
         typer.echo(f"wrote {printable(str(target))}", err=True)
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -27,7 +27,7 @@ from x2dfd.explain import contradictions, read_cues
 from x2dfd.faces import area_polygons
 from x2dfd.fetch import BASE_NAME
 from x2dfd.files import Json
-from x2dfd.intake import FoundFace, OnProgress, Ready, Source, found_again, ready, ready_or_failure
+from x2dfd.intake import FoundFace, OnProgress, Ready, Source, faces_of_report, ready, ready_or_failure
 from x2dfd.media import Picture, Video
 from x2dfd.mllm import NOT_FINITE, Encoding, LanguageModel
 from x2dfd.model_spec import Mode
@@ -36,8 +36,8 @@ from x2dfd.types import Cue, Evidence, Face, FaceReport, Failure, ModelInfo, Rep
 from x2dfd.validation import PROPOSITIONS, Validation
 
 NO_PHOTO = 0.9  # P(a drawing, a painting, a render) from which a face is not assessed: nobody took that photo
-CLIP_SHARE, CLIP_LEAST = 0.1, 3  # a clip is judged by this share of its frames, and by so many of them at least
-VIDEO_FRAMES = 32  # of a clip, spread evenly: a tenth of it that was changed holds three of them
+CLIP_SHARE, CLIP_LEAST = 0.1, 3  # share of a clip's frames that decide its verdict, and their least number
+VIDEO_FRAMES = 32  # spread evenly over a clip, so that three fall into a changed tenth of it
 
 UNCALIBRATED = "p_fake is the language model's own number and not calibrated, so its error rates are not known"
 
@@ -56,8 +56,8 @@ class Detector:
         *,
         question: Callable[[Sequence[Evidence]], str] | None = None,
     ) -> None:
-        """`info` without what mode, calibration and validation say, which is added. `question`: of a face, by what the
-        experts say of it; by default in the words of training."""
+        """`info` lacks the facts about mode, calibration and validation, which are added here. `question` writes a
+        face's verdict question from the experts' evidence, by default in the words of training."""
         if mode not in get_args(Mode):
             raise UnknownName("mode", mode, get_args(Mode))
         if mode == "calibrated" and calibration is None:
@@ -66,13 +66,13 @@ class Detector:
                 code="calibration_missing",
             )
         self.mllm = mllm
-        self._kept: tuple[bytes, Encoding] | None = None
-        self._keeping = Lock()
+        self._last_encoding: tuple[bytes, Encoding] | None = None
+        self._encoding_lock = Lock()
         self.experts = list(experts)
         self.calibration = calibration
         self.mode = mode
         self._question = question or (
-            lambda said: prompts.verdict_question(self.for_prompt(said), self.info.score_form)
+            lambda evidence: prompts.verdict_question(self.for_prompt(evidence), self.info.score_form)
         )
         applied = calibration if mode == "calibrated" else None
         info = replace(
@@ -89,7 +89,7 @@ class Detector:
             validation=self.validation.summary() if self.validation else None,
             validation_sha256=self.validation.sha256 if self.validation else None,
         )
-        self._stated = self.info.to_dict()
+        self._info_json = self.info.to_dict()
 
     @property
     def _asks_mllm(self) -> bool:
@@ -99,7 +99,7 @@ class Detector:
     # --- entry points ---
 
     def detect(self, source: Source, *, rationale: bool = True, frames: int = VIDEO_FRAMES) -> Report:
-        """Judge one picture or video (a path, its bytes, or a PIL image); of a video, `frames` spread evenly over it.
+        """Judge one picture, or `frames` evenly spread frames of a video. `source`: a path, its bytes, or a PIL image.
 
         Raises InputError with a reason code, whatever the file makes a library raise.
         """
@@ -119,49 +119,49 @@ class Detector:
         """Reports in the order of the sources; a file that cannot be judged is a Failure and the run goes on.
 
         The faces of `batch_size` files go through the models together, while a thread decodes the next batch: `sources`
-        is read one batch ahead. `on_progress` is called with each frame of a video once its faces are found, in that
-        thread, and of each face once it is judged; an InputError that it raises ends the work on that file or batch.
+        is read one batch ahead. `on_progress` gets each frame of a video, in that thread, once its faces are found, and
+        each FaceReport once the face is judged. An InputError that it raises ends the work on that file or batch.
         """
         if batch_size < 1 or frames < 1:
             raise ValueError("batch_size and frames must be at least 1")
         source = iter(sources)
-        opened = partial(ready_or_failure, frames=frames, side=self.info.crop_size, on_progress=on_progress)
-        background = ThreadPoolExecutor(1, "x2dfd-decode")
+        prepare = partial(ready_or_failure, frames=frames, side=self.info.crop_size, on_progress=on_progress)
+        decoder = ThreadPoolExecutor(1, "x2dfd-decode")
         try:
-            # A file each, so that a run that is broken off waits for one file and not for a batch.
-            ahead = [background.submit(opened, s) for s in islice(source, batch_size)]
-            broken: Exception | None = None
-            while ahead:
-                batch = [one.result() for one in ahead]
-                ahead = []
+            # One task a file, so that a run that is broken off waits for one file and not for a batch.
+            futures = [decoder.submit(prepare, s) for s in islice(source, batch_size)]
+            source_error: Exception | None = None
+            while futures:
+                batch = [future.result() for future in futures]
+                futures = []
                 try:
-                    ahead = [background.submit(opened, s) for s in islice(source, batch_size)]
-                except Exception as error:  # of the caller's iterator: raised in its turn, after this batch's reports
-                    broken = error
+                    futures = [decoder.submit(prepare, s) for s in islice(source, batch_size)]
+                except Exception as error:  # from the caller's iterator: raised after this batch's reports
+                    source_error = error
                 yield from self._batch(batch, rationale, on_progress)
-            if broken is not None:
-                raise broken
+            if source_error is not None:
+                raise source_error
         finally:
-            background.shutdown(cancel_futures=True)
+            decoder.shutdown(cancel_futures=True)
 
     def chat(self, report: Report, question: str, *, source: Source | None = None) -> str:
         """Answer a follow-up about a report. The stored verdict stands, whatever is asked.
 
-        Where the report's facts do not answer it, the model looks again at `source`, by default the report's path; what
-        it says against the verdict is left out, but in the paper's mode. Raises InputError for another picture or none.
+        Where the report's facts do not answer it, the model looks again at `source`, by default the report's path.
+        Sentences against the verdict are left out, except in paper mode. Raises InputError for another picture or none.
         """
-        deciding = report.decider
-        if (known := follow_up.from_report(report, deciding, question)) is not None or deciding is None:
-            return known or follow_up.NO_FACE
+        decider = report.decider
+        if (stored_answer := follow_up.from_report(report, decider, question)) is not None or decider is None:
+            return stored_answer or follow_up.NO_FACE
         source = report.path if source is None else source
         if source is None:
             raise InputError("no_picture", "a follow-up needs the picture that the report is about")
-        face = found_again(report, source, self.info.crop_size)[deciding.index].face
-        [asked] = self._questions([deciding.evidence])
-        answer = f"{prompts.rationale_start(deciding.verdict.side)} {deciding.rationale}".strip()
+        face = faces_of_report(report, source, self.info.crop_size)[decider.index].face
+        [verdict_question] = self._questions([decider.evidence])
+        answer = f"{prompts.rationale_start(decider.verdict.side)} {decider.rationale}".strip()
         with self._encoded(through_codec([face])[0].view[None]) as encoding:
-            said = self.mllm.write(encoding, [asked], [""], turns=[(answer, question)])[0]
-        return said if self.mode == "paper" else follow_up.checked(said, deciding)
+            reply = self.mllm.write(encoding, [verdict_question], [""], turns=[(answer, question)])[0]
+        return reply if self.mode == "paper" else follow_up.checked(reply, decider)
 
     def explain(self, report: Report, source: Source, *, on_text: Callable[[str], None] | None = None) -> Report:
         """The same report with its rationales, cues and contradictions; verdicts and scores stay as they are.
@@ -170,34 +170,34 @@ class Detector:
         by token. Raises InputError when it is another file.
         """
         start = time.perf_counter()
-        found = found_again(report, source, self.info.crop_size)
+        found_faces = faces_of_report(report, source, self.info.crop_size)
         order = sorted(report.faces, key=FaceReport.suspicion, reverse=True)  # the text of the first is streamed
-        told: dict[int, FaceReport] = {}
-        for at in range(0, len(order), self.mllm.batch):
-            part = order[at : at + self.mllm.batch]
-            texts = dict.fromkeys((f.index for f in part), "")
-            if asked := [f for f in part if self._written(f.verdict)]:
-                crops = np.stack([f.view for f in through_codec([found[f.index].face for f in asked])])
+        explained: dict[int, FaceReport] = {}
+        for i in range(0, len(order), self.mllm.batch):
+            batch = order[i : i + self.mllm.batch]
+            texts = dict.fromkeys((f.index for f in batch), "")
+            if selected := [f for f in batch if self._gets_rationale(f.verdict)]:
+                crops = np.stack([f.view for f in through_codec([found_faces[f.index].face for f in selected])])
                 with self._encoded(crops) as encoding:
-                    written = self.mllm.write(
+                    rationales = self.mllm.write(
                         encoding,
-                        self._questions([f.evidence for f in asked]),
-                        [prompts.rationale_start(f.verdict.side) for f in asked],
-                        on_text=on_text if at == 0 and part[0].verdict.label == "fake" else None,  # others are mended
+                        self._questions([f.evidence for f in selected]),
+                        [prompts.rationale_start(f.verdict.side) for f in selected],
+                        on_text=on_text if i == 0 and batch[0].verdict.label == "fake" else None,  # others are mended
                     )
-                texts |= {f.index: text for f, text in zip(asked, written, strict=True)}
-            told |= {f.index: self._explained(f, found[f.index].face, texts[f.index]) for f in part}
-        deciding = told[order[0].index] if order else None
+                texts |= {f.index: text for f, text in zip(selected, rationales, strict=True)}
+            explained |= {f.index: self._with_rationale(f, found_faces[f.index].face, texts[f.index]) for f in batch}
+        decider = explained[order[0].index] if order else None
         return replace(
             report,
-            faces=tuple(told[f.index] for f in report.faces),
-            rationale=deciding.rationale if deciding else "",
-            cues=deciding.cues if deciding else (),
+            faces=tuple(explained[f.index] for f in report.faces),
+            rationale=decider.rationale if decider else "",
+            cues=decider.cues if decider else (),
             timings=report.timings | {"rationale": round(time.perf_counter() - start, 4)},
         )
 
     def judge_faces(self, faces: Sequence[Face]) -> tuple[NDArray[np.float64], list[list[Evidence]]]:
-        """What a verdict is made of: the MLLM's logits [n], and each face's expert evidence."""
+        """The inputs of a verdict: the MLLM's logits [n], and each face's expert evidence."""
         faces = through_codec(faces)
         with self._encoded(np.stack([f.view for f in faces])) as encoding:
             evidence = self.evidence(faces, encoding)
@@ -209,127 +209,127 @@ class Detector:
     def _encoded(self, crops: NDArray[np.uint8]) -> Iterator[Encoding]:
         """The encoding of crops [n, s, s, 3], for the `with` block alone: every question writes into its cache.
 
-        The last encoding of a single face is kept, for explanation and follow-ups; one of many would take gigabytes.
+        The last encoding of a single face is kept for explanation and follow-ups; one of many faces takes gigabytes.
         """
         key = hashlib.sha256(np.ascontiguousarray(crops).data).digest()
-        with self._keeping:  # taken out, so that no two threads have it
-            kept, self._kept = self._kept, None
-        encoding = kept[1] if kept is not None and kept[0] == key else None
-        del kept
+        with self._encoding_lock:  # taken out, so that no two threads have it
+            last, self._last_encoding = self._last_encoding, None
+        encoding = last[1] if last is not None and last[0] == key else None
+        del last
         if encoding is None:
             encoding = self.mllm.encode(crops)
         yield encoding
-        if len(crops) == 1:  # not where an error left it half written: then this line is not reached
-            with self._keeping:
-                self._kept = (key, encoding)
+        if len(crops) == 1:  # not reached after an error, which may leave it half written
+            with self._encoding_lock:
+                self._last_encoding = (key, encoding)
 
     def _batch(self, batch: Sequence[Ready], rationale: bool, on_progress: OnProgress | None) -> list[Report | Failure]:
         try:
             return self._judge(batch, rationale, on_progress)
-        except InputError as error:  # of a served model, about one of these files
+        except InputError as error:  # a served model refuses one of these files
             if len(batch) > 1:
-                return [result for one in batch for result in self._batch([one], rationale, on_progress)]
+                return [result for file in batch for result in self._batch([file], rationale, on_progress)]
             media = batch[0].media
             return [Failure(media.path, media.sha256, error.code, error.reason)]
 
     def _judge(
         self, batch: Sequence[Ready], rationale: bool, on_progress: OnProgress | None = None
     ) -> list[Report | Failure]:
-        stages = {stage: sum(one.seconds.get(stage, 0.0) for one in batch) for stage in ("decode", "faces")}
+        stages = {stage: sum(file.seconds.get(stage, 0.0) for file in batch) for stage in ("decode", "faces")}
         clock = _Clock({"files": len(batch), **stages})
-        faces = iter(self._face_reports([s for one in batch for s in one.seen], rationale, clock, on_progress))
+        faces = iter(self._face_reports([s for file in batch for s in file.seen], rationale, clock, on_progress))
         results: list[Report | Failure] = []
-        for one in batch:
-            if isinstance(one.media, Failure):
-                results.append(one.media)
+        for file in batch:
+            if isinstance(file.media, Failure):
+                results.append(file.media)
                 continue
-            own = list(islice(faces, len(one.seen)))
-            results.append(self._report(one.media, one.summary, own, one.notes, clock.seconds))
+            reports = list(islice(faces, len(file.seen)))
+            results.append(self._report(file.media, file.summary, reports, file.notes, clock.seconds))
         return results
 
     def _face_reports(
-        self, seen: Sequence[FoundFace], rationale: bool, clock: _Clock, on_progress: OnProgress | None
+        self, found_faces: Sequence[FoundFace], rationale: bool, clock: _Clock, on_progress: OnProgress | None
     ) -> list[FaceReport]:
         """All faces of a batch through tower, experts, MLLM and calibration."""
-        out: list[FaceReport] = []
-        for start in range(0, len(seen), self.mllm.batch):
-            part = seen[start : start + self.mllm.batch]
-            faces = through_codec([s.face for s in part])
+        reports: list[FaceReport] = []
+        for start in range(0, len(found_faces), self.mllm.batch):
+            batch = found_faces[start : start + self.mllm.batch]
+            faces = through_codec([found.face for found in batch])
             with self._encoded(np.stack([f.view for f in faces])) as encoding:
                 clock.lap("look")
                 evidence = self.evidence(faces, encoding)
                 clock.lap("experts")
                 questions = self._questions(evidence)
-                logits: list[float | None] = [None] * len(part)
+                logits: list[float | None] = [None] * len(batch)
                 if self._asks_mllm:
                     logits = [float(v) for v in self._mllm_logits(encoding, questions)]
                     clock.lap("verdict")
-                verdicts = [self._verdict(own, said) for own, said in zip(logits, evidence, strict=True)]
-                texts = [""] * len(part)
-                if asked := [k for k, v in enumerate(verdicts) if rationale and self._written(v)]:
-                    some = encoding if len(asked) == len(part) else encoding.part(asked)
-                    theirs = [questions[k] for k in asked]
-                    starts = [prompts.rationale_start(verdicts[k].side) for k in asked]
-                    for k, text in zip(asked, self.mllm.write(some, theirs, starts), strict=True):
+                verdicts = [self._verdict(logit, row) for logit, row in zip(logits, evidence, strict=True)]
+                texts = [""] * len(batch)
+                if selected := [k for k, v in enumerate(verdicts) if rationale and self._gets_rationale(v)]:
+                    subset = encoding if len(selected) == len(batch) else encoding.part(selected)
+                    starts = [prompts.rationale_start(verdicts[k].side) for k in selected]
+                    rationales = self.mllm.write(subset, [questions[k] for k in selected], starts)
+                    for k, text in zip(selected, rationales, strict=True):
                         texts[k] = text
                     clock.lap("rationale")
-            for s, own, said, verdict, text in zip(part, logits, evidence, verdicts, texts, strict=True):
-                judged = FaceReport(
-                    index=s.face.index,
-                    box=s.face.box,
-                    confidence=s.face.confidence,
+            for found, logit, row, verdict, text in zip(batch, logits, evidence, verdicts, texts, strict=True):
+                report = FaceReport(
+                    index=found.face.index,
+                    box=found.face.box,
+                    confidence=found.face.confidence,
                     verdict=verdict,
-                    p_fake_mllm=None if own is None else float(1 / (1 + np.exp(-own))),
+                    p_fake_mllm=None if logit is None else float(1 / (1 + np.exp(-logit))),
                     rationale="",
                     cues=(),
-                    evidence=tuple(said),
-                    crop=_corners(s.face),
-                    frame=s.frame,
-                    time_s=s.time_s,
+                    evidence=tuple(row),
+                    crop=_crop_corners(found.face),
+                    frame=found.frame,
+                    time_s=found.time_s,
                 )
-                out.append(self._explained(judged, s.face, text) if rationale else judged)
+                reports.append(self._with_rationale(report, found.face, text) if rationale else report)
                 if on_progress:
-                    on_progress(out[-1])
-        return out
+                    on_progress(reports[-1])
+        return reports
 
-    def _written(self, verdict: Verdict) -> bool:
-        """Whether the MLLM writes of a face; of one that is not called fake, people read what was looked at alone."""
+    def _gets_rationale(self, verdict: Verdict) -> bool:
+        """Whether the MLLM writes a face's rationale; a face not called fake gets a fixed text on what was assessed."""
         return self.mode == "paper" or self.calibration is None or verdict.label == "fake"
 
-    def _explained(self, judged: FaceReport, face: Face, text: str) -> FaceReport:
-        """With the rationale as people read it, the cues that it names, where they lie, and what it contradicts.
+    def _with_rationale(self, report: FaceReport, face: Face, text: str) -> FaceReport:
+        """The report with its rationale as people read it, and the cues, areas and contradictions in it.
 
-        In the paper's mode the text stays as the model wrote it.
+        In paper mode the text stays as the model wrote it.
         """
-        verdict = judged.verdict
+        verdict = report.verdict
         if self.mode == "calibrated" and self.calibration:
             uncounted = frozenset(name for name, weight in self.calibration.weights.items() if weight == 0)
-            text = readable(text, verdict, judged.evidence, uncounted)
+            text = readable(text, verdict, report.evidence, uncounted)
         cues = read_cues(text)
-        against = contradictions(text, verdict.label, self._named(judged.evidence), cues, verdict.kind)
-        return replace(judged, rationale=text, cues=cues, contradictions=against, areas=_areas(face, cues))
+        conflicts = contradictions(text, verdict.label, self._under_prompt_names(report.evidence), cues, verdict.kind)
+        return replace(report, rationale=text, cues=cues, contradictions=conflicts, areas=_areas(face, cues))
 
     def evidence(self, faces: Sequence[Face], encoding: Encoding) -> list[list[Evidence]]:
-        """Each expert's evidence on each face: [face][expert]. The embedded model's pass of the tower serves them."""
-        ours = self.info.base["name"] == BASE_NAME
-        return evidence_of(self.experts, faces, encoding.shared if ours else None)
+        """Each expert's evidence on each face: [face][expert]. Experts reuse the embedded model's tower states."""
+        embedded = self.info.base["name"] == BASE_NAME
+        return evidence_of(self.experts, faces, encoding.shared if embedded else None)
 
     def for_prompt(self, evidence: Sequence[Evidence]) -> list[Evidence]:
-        """What the prompt states: evidence of the experts that the adapter was trained with, under the prompt's names.
+        """The evidence of the experts that the adapter was trained with, under the names that the prompt uses.
 
-        Of the others, which joined at calibration, it knows nothing.
+        Evidence of experts that joined at calibration is left out.
         """
-        return self._named([e for e in evidence if e.expert in self.info.in_prompt])
+        return self._under_prompt_names([e for e in evidence if e.expert in self.info.in_prompt])
 
-    def _named(self, evidence: Sequence[Evidence]) -> list[Evidence]:
+    def _under_prompt_names(self, evidence: Sequence[Evidence]) -> list[Evidence]:
         aliases = self.info.aliases or {}
         return [replace(e, expert=aliases.get(e.expert, e.expert)) for e in evidence]
 
     def _questions(self, evidence: Sequence[Sequence[Evidence]]) -> list[str]:
-        return [self._question(said) for said in evidence]
+        return [self._question(row) for row in evidence]
 
     def _mllm_logits(self, encoding: Encoding, questions: Sequence[str]) -> NDArray[np.float64]:
-        """Logit of fake against real: [n]. Raises InputError when one is not finite: that is no verdict."""
+        """Logit of fake against real: [n]. Raises InputError when one is not finite."""
         logits = self.mllm.verdict_logits(encoding, questions)
         if not np.isfinite(logits).all():
             raise InputError("no_score", NOT_FINITE)
@@ -343,7 +343,7 @@ class Detector:
             return Verdict("fake" if p >= _paper_threshold(self.calibration) else "real", p)
         covers = {e.card.name: e.card.covers for e in self.experts}
         logits = logits_of(mllm_logit, evidence, covers)
-        return self.calibration.verdict(self.calibration.probability(logits), _kind(evidence))
+        return self.calibration.verdict(self.calibration.probability(logits), _likelier_kind(evidence))
 
     def _report(
         self,
@@ -353,18 +353,18 @@ class Detector:
         warnings: Sequence[str],
         timings: dict[str, float],
     ) -> Report:
-        verdict, deciding = self._overall(media, faces)
+        verdict, decider = self._overall(media, faces)
         return Report(
             path=media.path,
             sha256=media.sha256,
             media=summary,
             verdict=verdict,
             faces=tuple(faces),
-            rationale=deciding.rationale if deciding else "",
-            cues=deciding.cues if deciding else (),
-            evidence=deciding.evidence if deciding else (),
+            rationale=decider.rationale if decider else "",
+            cues=decider.cues if decider else (),
+            evidence=decider.evidence if decider else (),
             provenance=media.provenance,
-            model=self._stated,
+            model=self._info_json,
             versions=versions(),
             timings={k: round(v, 4) for k, v in timings.items()},
             warnings=(*warnings, *([UNCALIBRATED] if self.mode == "paper" and verdict.p_fake is not None else [])),
@@ -372,7 +372,7 @@ class Detector:
         )
 
     def _likelihood_ratio(self, media: Picture | Video, verdict: Verdict) -> Json:
-        """What the picture's p_fake weighs by the validation run; `value` is None where no run supports a number."""
+        """The likelihood ratio of the picture's p_fake in the validation run; `value` is None where there is none."""
         reason = None
         if verdict.p_fake is None:
             reason = "nothing was assessed"
@@ -382,19 +382,19 @@ class Detector:
             reason = "the validation run holds pictures, not videos"
         if reason or verdict.p_fake is None or self.validation is None:
             return {"value": None, "reason": reason}
-        found = self.validation.likelihood_ratio(verdict.p_fake)
-        return found | {"run": self.validation.run, "propositions": list(PROPOSITIONS)}
+        ratio = self.validation.likelihood_ratio(verdict.p_fake)
+        return ratio | {"run": self.validation.run, "propositions": list(PROPOSITIONS)}
 
     def _overall(self, media: Picture | Video, faces: Sequence[FaceReport]) -> tuple[Verdict, FaceReport | None]:
         """Picture: the most suspicious face. Video: the mean of the most suspicious tenth of the frames, each judged by
         its most suspicious face, so that a forged stretch is found in a clip that is mostly real."""
         if not faces:
             return Verdict("inconclusive", None, "no_face"), None
-        deciding = max(faces, key=FaceReport.suspicion)
+        decider = max(faces, key=FaceReport.suspicion)
         if isinstance(media, Picture):
-            return deciding.verdict, deciding
-        if deciding.verdict.p_fake is None:  # nothing in it was assessed: drawings
-            return deciding.verdict, deciding
+            return decider.verdict, decider
+        if decider.verdict.p_fake is None:  # nothing in it was assessed: drawings
+            return decider.verdict, decider
         frames: dict[int | None, float] = {}
         for face in faces:
             if face.verdict.p_fake is not None:
@@ -402,20 +402,20 @@ class Detector:
         worst = sorted(frames.values(), reverse=True)
         p = float(np.mean(worst[: max(CLIP_LEAST, int(CLIP_SHARE * len(worst)))]))
         if self.mode == "paper" or self.calibration is None:
-            return Verdict("fake" if p >= _paper_threshold(self.calibration) else "real", p), deciding
-        return self.calibration.verdict(p, deciding.verdict.kind), deciding
+            return Verdict("fake" if p >= _paper_threshold(self.calibration) else "real", p), decider
+        return self.calibration.verdict(p, decider.verdict.kind), decider
 
 
 def evidence_of(experts: Sequence[Expert], faces: Sequence[Face], shared: Shared | None = None) -> list[list[Evidence]]:
-    """Each expert's evidence on each face: [face][expert]. The crops are taken as they are."""
+    """Each expert's evidence on each face: [face][expert], without another pass of the crops through the codec."""
     columns = [ask(expert, faces, shared) for expert in experts]
     return [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in faces]
 
 
-def _kind(evidence: Sequence[Evidence]) -> str | None:
-    """The likelier kind of fake, by the first expert that tells the kinds apart."""
-    told = next((e.kinds for e in evidence if e.kinds), None)
-    return max(told, key=lambda kind: told[kind]) if told else None
+def _likelier_kind(evidence: Sequence[Evidence]) -> str | None:
+    """The likelier kind of fake, according to the first expert that tells the kinds apart."""
+    kinds = next((e.kinds for e in evidence if e.kinds), None)
+    return max(kinds, key=lambda kind: kinds[kind]) if kinds else None
 
 
 class _Clock:
@@ -434,8 +434,8 @@ class _Clock:
 def _areas(face: Face, cues: Sequence[Cue]) -> dict[str, list[list[list[float]]]]:
     """Polygons, in picture pixels, of the areas that the cues name."""
     polygons = area_polygons(face.landmarks)
-    wanted = {c.area for c in cues} & set(polygons)
-    return {a: [[[round(float(x), 1), round(float(y), 1)] for x, y in q] for q in polygons[a]] for a in sorted(wanted)}
+    areas = {c.area for c in cues} & set(polygons)
+    return {a: [[[round(float(x), 1), round(float(y), 1)] for x, y in q] for q in polygons[a]] for a in sorted(areas)}
 
 
 def through_codec(faces: Sequence[Face]) -> list[Face]:
@@ -444,7 +444,7 @@ def through_codec(faces: Sequence[Face]) -> list[Face]:
     return [replace(f, crop=codec(f.crop, *CODEC), large=large) for f, large in zip(faces, larger, strict=True)]
 
 
-def _corners(face: Face) -> tuple[tuple[float, float], ...]:
+def _crop_corners(face: Face) -> tuple[tuple[float, float], ...]:
     """Top left, top right and bottom left corner of the aligned crop, in picture pixels."""
     size = float(face.crop.shape[0])
     points = np.concatenate([face.crop_landmarks, np.ones((len(face.crop_landmarks), 1))], 1)
@@ -460,10 +460,10 @@ def _paper_threshold(calibration: Calibration | None) -> float:
 @cache
 def versions() -> dict[str, str]:
     """Versions of Python, of this package and of the libraries that a score depends on."""
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for name in ("x2dfd", "torch", "transformers", "peft", "ai-edge-litert", "opencv-python-headless", "pillow"):
         try:
-            found[name] = version(name)
+            numbers[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            numbers[name] = "not installed"
+    return numbers

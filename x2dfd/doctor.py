@@ -16,7 +16,7 @@ from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.files import Json, file_sha256, read_json
 
 LIBRARIES = ("torch", "transformers", "peft", "ai-edge-litert", "numpy", "pillow", "av")
-EXTRAS = {  # of pyproject.toml: a package of each, and what one lacks without it
+EXTRAS = {  # of pyproject.toml: a package of each, and what is not possible without it
     "heic": ("pillow-heif", "photos in HEIC, as iPhones take them, are refused"),
     "c2pa": ("c2pa-python", "the Content Credentials (C2PA) of files are not checked"),
     "serve": ("openai", "models behind an endpoint cannot be asked"),
@@ -38,8 +38,8 @@ class Check:
 
     name: str
     ok: bool | None  # None: neither needed nor wrong
-    detail: str  # of what is absent: what one lacks without it
-    mend: str | None = None  # the command that mends it, or how to get it
+    detail: str  # for something absent: what is not possible without it
+    mend: str | None = None  # the command that mends it, or the way to get it
     facts: Json = field(default_factory=dict)  # of an artefact: licence, size, SHA-256, source
 
     def to_dict(self) -> Json:
@@ -51,7 +51,7 @@ def diagnose() -> list[Check]:
 
     Imports torch, to learn its thread count and whether it sees a GPU.
     """
-    looks: tuple[tuple[str, Callable[[], Iterator[Check]]], ...] = (
+    steps: tuple[tuple[str, Callable[[], Iterator[Check]]], ...] = (
         ("python", _python),
         ("libraries", _libraries),
         ("extras", _extras),
@@ -65,9 +65,9 @@ def diagnose() -> list[Check]:
         ("cache", _cache),
     )
     checks: list[Check] = []
-    for name, look in looks:
+    for name, step in steps:
         try:
-            checks += look()
+            checks += step()
         except Exception as error:  # a broken installation is what this command is for: the fault is the finding
             checks.append(Check(name, False, f"{type(error).__name__}: {error}", REINSTALL))
     return checks
@@ -84,31 +84,31 @@ def _libraries() -> Iterator[Check]:
     from packaging.requirements import Requirement
 
     try:
-        declared = [Requirement(line) for line in importlib.metadata.requires("x2dfd") or ()]
+        requirements = [Requirement(line) for line in importlib.metadata.requires("x2dfd") or ()]
     except importlib.metadata.PackageNotFoundError:
         yield Check("x2dfd", None, "run from its source folder: no command `x2dfd` on the path", "pip install -e .")
-        declared = []
+        requirements = []
     else:
         yield Check("x2dfd", True, importlib.metadata.version("x2dfd"))
-    wanted = {requirement.name: requirement.specifier for requirement in declared if requirement.marker is None}
+    specifiers = {requirement.name: requirement.specifier for requirement in requirements if requirement.marker is None}
     for name in LIBRARIES:
-        needs = f"{name}{wanted.get(name, '')}"
+        needed = f"{name}{specifiers.get(name, '')}"
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            yield Check(name, False, "not installed", f'pip install "{needs}"')
+            yield Check(name, False, "not installed", f'pip install "{needed}"')
             continue
-        fits = name not in wanted or wanted[name].contains(version, prereleases=True)
-        detail = version if fits else f"{version}, but {needs} is needed"
-        yield Check(name, fits, detail, None if fits else f'pip install "{needs}"')
+        fits = name not in specifiers or specifiers[name].contains(version, prereleases=True)
+        detail = version if fits else f"{version}, but {needed} is needed"
+        yield Check(name, fits, detail, None if fits else f'pip install "{needed}"')
 
 
 def _extras() -> Iterator[Check]:
-    for extra, (package, lacks) in EXTRAS.items():
+    for extra, (package, detail) in EXTRAS.items():
         try:
             yield Check(extra, True, f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
-            yield Check(extra, None, lacks, f"pip install 'x2dfd[{extra}]'")
+            yield Check(extra, None, detail, f"pip install 'x2dfd[{extra}]'")
 
 
 def _torch() -> Iterator[Check]:
@@ -119,8 +119,8 @@ def _torch() -> Iterator[Check]:
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         yield Check("gpu", True, f"{torch.cuda.get_device_name(0)}, {memory:.0f} GiB")
     else:
-        lacks = "larger models and trainings run on the CPU, where they are slow or do not fit"
-        yield Check("gpu", None, lacks, "an NVIDIA GPU, and a build of torch for it")
+        detail = "larger models and trainings run on the CPU, where they are slow or do not fit"
+        yield Check("gpu", None, detail, "an NVIDIA GPU, and a build of torch for it")
 
 
 def _torchvision() -> Iterator[Check]:
@@ -136,20 +136,20 @@ def _torchvision() -> Iterator[Check]:
 
 
 def _families() -> Iterator[Check]:
-    """Which models of the hub can be loaded here: those whose processor can be imported."""
+    """The model families of the hub that can be loaded here, as their processor can be imported."""
     from x2dfd.loading import FAMILIES, processor_class
 
-    absent: dict[str, str] = {}
+    missing: dict[str, str] = {}
     for name, family in FAMILIES.items():
         try:
             processor_class(family)
         except SetupError as error:
-            absent[name] = ", ".join(family.needs) or str(error)
-    ready = ", ".join(name for name in FAMILIES if name not in absent)
+            missing[name] = ", ".join(family.needs) or str(error)
+    ready = ", ".join(name for name in FAMILIES if name not in missing)
     yield Check("model families", True, f"{ready or 'none'} can be loaded from the hub")
-    if absent:
-        lacks = ", ".join(f"{name} (without {what})" for name, what in absent.items())
-        yield Check("more families", None, f"cannot be loaded: {lacks}", "pip install 'x2dfd[hub]'")
+    if missing:
+        reasons = ", ".join(f"{name} (without {package})" for name, package in missing.items())
+        yield Check("more families", None, f"cannot be loaded: {reasons}", "pip install 'x2dfd[hub]'")
 
 
 def _face_models() -> Iterator[Check]:
@@ -170,12 +170,12 @@ def _parts() -> Iterator[Check]:
 
     needed = missing()
     for name, part in PARTS.items():
-        here = part.present()
+        present = part.present()
         facts = {"licence": part.licence, "size": f"{part.size_mb:.0f} MB"}
         facts |= {"sha256": part.sha256, "source": part.url_hint}
-        detail = f"{part.what}: {'present' if here else 'not fetched'}"
-        ok = True if here else False if name in needed else None
-        yield Check(f"part {name}", ok, detail, None if here else f"x2dfd fetch {name}", facts)
+        detail = f"{part.what}: {'present' if present else 'not fetched'}"
+        ok = True if present else False if name in needed else None
+        yield Check(f"part {name}", ok, detail, None if present else f"x2dfd fetch {name}", facts)
 
 
 def _embedded() -> Iterator[Check]:
@@ -214,10 +214,10 @@ def _experts() -> Iterator[Check]:
         facts = {"licence": card.licence, "source": card.source, "sha256": card.sha256, "blind spot": card.blind_spot}
         facts = {key: value for key, value in facts.items() if value}
         # The models that come with this package need the default experts; others are a user's own business.
-        here = True if missing is None else False if name in DEFAULT else None
-        lacks = "its weights are not here" if here is False else "its score, for calibrations of your own, is not given"
-        how = missing and missing.removeprefix(f"weights of expert {name!r} are not here: ")
-        yield Check(f"expert {name}", here, "ready" if here else lacks, how, facts)
+        ok = True if missing is None else False if name in DEFAULT else None
+        detail = "its weights are not here" if ok is False else "its score, for calibrations of your own, is not given"
+        remedy = missing and missing.removeprefix(f"weights of expert {name!r} are not here: ")
+        yield Check(f"expert {name}", ok, "ready" if ok else detail, remedy, facts)
 
 
 def _cache() -> Iterator[Check]:

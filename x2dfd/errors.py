@@ -1,4 +1,4 @@
-"""The error tree: everything a user can cause ends in one of these, with the reason in plain words."""
+"""The error classes: every error that a user can cause is one of these, with the reason in plain words."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class InputError(X2DFDError):
         self.reason = reason
 
     def __reduce__(self) -> tuple[type[InputError], tuple[str, str]]:
-        return InputError, (self.code, self.reason)  # between processes: what __init__ takes, not the message
+        return InputError, (self.code, self.reason)  # pickled with the arguments of __init__, not the message
 
     @property
     def line(self) -> str:
@@ -51,27 +51,27 @@ class UnknownName(X2DFDError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         names = sorted(known)
-        self._made_of = (kind, name, names)
+        self._arguments = (kind, name, names)
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         super().__init__(f"unknown {kind} {name!r}{hint} (known: {', '.join(names) or 'none'})")
         self.name = name
 
     def __reduce__(self) -> tuple[type[UnknownName], tuple[str, str, list[str]]]:
-        return UnknownName, self._made_of
+        return UnknownName, self._arguments
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line: some of transformers begin with an empty one."""
+    """The first line of an error's message that is not empty, as some of transformers begin with an empty one."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextmanager
 def one_file(doing: str) -> Iterator[None]:
-    """The one place where what a file makes a library raise becomes an InputError, so that a run goes on without it.
+    """Turn any exception that a file causes in a library into an InputError, so that a run goes on without the file.
 
-    Hostile bytes make libraries raise nearly anything, a plug-in even SystemExit. Our own errors and a user's interrupt
-    pass. Codes: `out_of_memory`, `too_deep`, `failed`.
+    Hostile bytes make libraries raise nearly anything, and a plug-in may even raise SystemExit. This project's errors
+    and a user's interrupt pass. Codes: `out_of_memory`, `too_deep`, `failed`.
     """
     try:
         yield
@@ -82,5 +82,5 @@ def one_file(doing: str) -> Iterator[None]:
     except RecursionError as error:
         raise InputError("too_deep", f"{doing} failed: the file is nested too deeply") from error
     except BaseException as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise InputError("failed", f"{doing} failed unexpectedly ({said})") from error
+        summary = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError("failed", f"{doing} failed unexpectedly ({summary})") from error

@@ -1,7 +1,7 @@
 """Experts: conventional detectors that look where the MLLM is weak, and the registry that finds them.
 
-An expert is a class with a `card` and a method `judge`, registered under a name in `BUILTIN` or `PUBLISHED` below, or
-by an installed package, by the entry point group `x2dfd.experts`. Nothing is imported before a name is asked for.
+An expert is a class with a `card` and a method `judge`. It is registered in `BUILTIN` or `PUBLISHED` below, or by an
+installed package in the entry point group `x2dfd.experts`. It is imported only when it is needed.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Expert(Protocol):
     """The interface of a plug-in. Its constructor loads the weights and may raise SetupError.
 
     An expert whose weights may be replaced takes `folder: Path`, which holds `<name>.card.json` and the file that it
-    names. Where a card's `covers` names classes of forgeries, its "real" clears a face of their kinds alone.
+    names. If a card's `covers` names classes of forgeries, its "real" clears a face of their kinds alone.
     """
 
     card: ClassVar[Card]
@@ -67,7 +67,7 @@ class Expert(Protocol):
 
 
 def _targets() -> dict[str, str]:
-    """Every registered name and where it lives ("module:attribute"). Raises X2DFDError when two claim one name."""
+    """Every registered name and its class ("module:attribute"). Raises X2DFDError when two claim one name."""
     targets = BUILTIN | PUBLISHED
     for entry in entry_points(group=GROUP):
         if targets.get(entry.name, entry.value) != entry.value:
@@ -95,28 +95,28 @@ def expert_class(name: str) -> type[Expert]:
 def _imported(name: str, target: str) -> type[Expert]:
     module, _, attribute = target.partition(":")
     try:
-        found: type[Expert] = getattr(importlib.import_module(module), attribute)
+        cls: type[Expert] = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # a plug-in's file may fail in any way when it is run
         raise SetupError(
             f"expert {name!r} cannot be imported from {target}: {type(error).__name__}: {error}",
             code="expert_import_failed",
         ) from error
-    return found
+    return cls
 
 
 def card_of(name: str, folder: Path | None = None) -> Card:
-    """The card of an expert, or of its other weights where `folder` holds `<name>.card.json`.
+    """The card of an expert's own weights, or of those in `folder` if it holds `<name>.card.json`.
 
     Raises UnknownName, SetupError.
     """
-    own = folder / f"{name}.card.json" if folder else None
-    return read_card(own) if own and own.is_file() else expert_class(name).card
+    card_file = folder / f"{name}.card.json" if folder else None
+    return read_card(card_file) if card_file and card_file.is_file() else expert_class(name).card
 
 
 def load_expert(name: str, folder: Path | None = None) -> Expert:
-    """The expert, ready to judge; with other weights than its own where `folder` holds `<name>.card.json`.
+    """The expert, ready to judge, with its own weights, or those in `folder` if it holds `<name>.card.json`.
 
-    One of an installed package is loaded in a process of its own: see `PlugIn`. Raises UnknownName, SetupError.
+    An expert of an installed package is loaded in a separate process: see `PlugIn`. Raises UnknownName, SetupError.
     """
     if name in _targets() and name not in BUILTIN | PUBLISHED:
         return PlugIn(name, folder)
@@ -124,117 +124,117 @@ def load_expert(name: str, folder: Path | None = None) -> Expert:
 
 
 def _load(name: str, folder: Path | None) -> Expert:
-    found = expert_class(name)
+    cls = expert_class(name)
     if folder is None or not (folder / f"{name}.card.json").is_file():
-        return found()
-    if not inspect.signature(found).parameters:
+        return cls()
+    if not inspect.signature(cls).parameters:
         raise SetupError(
             f"{folder} holds a card of expert {name!r}, which cannot take other weights than its own",
             code="expert_without_weights",
         )
-    return found(folder)  # type: ignore[call-arg]
+    return cls(folder)  # type: ignore[call-arg]
 
 
-PLUGIN_SECONDS = 300.0  # of the clock, for a batch of faces and for loading
-LIST_SECONDS = 60.0  # for its import alone, when it is listed
-_PLUGIN_TRIES = 2  # times that it may hang or die, then it is not asked again
+PLUGIN_SECONDS = 300.0  # of the clock, for loading and for each batch of faces
+LIST_SECONDS = 60.0  # for the import alone, when experts are listed
+_PLUGIN_TRIES = 2  # batches in which it may hang or die before it is not asked again
 
 
 class PlugIn:
-    """An expert of an installed package, in a process of its own: one that hangs or crashes is ended.
+    """An expert of an installed package in a separate process, which is ended if it hangs or crashes.
 
-    Its faces then have no score but the reason, and after `_PLUGIN_TRIES` such batches all others, too.
+    The faces of that batch then get the reason instead of a score; after `_PLUGIN_TRIES` such batches, all faces do.
     """
 
     card: ClassVar[Card]  # of the weights that it loaded
 
     def __init__(self, name: str, folder: Path | None = None) -> None:
-        """Raises SetupError where it cannot be loaded, or not in time."""
-        self._given = name, folder
-        self._failed = 0
+        """Raises SetupError if it cannot be loaded, or not in time."""
+        self._source = name, folder
+        self._failures = 0
         self._worker = Worker(None, None, clock=PLUGIN_SECONDS, doing=f"expert {name!r}", module=__name__)
         try:
-            self.card = self._worker.call(_card_there, *self._given)  # type: ignore[misc]
+            self.card = self._worker.call(_card_in_worker, *self._source)  # type: ignore[misc]
         except InputError as error:
             raise SetupError(f"expert {name!r} cannot be loaded: {error.reason}", code="expert_load_failed") from error
 
     def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
-        """As `Expert.judge`, by `ask` over there."""
+        """As `Expert.judge`, through `ask` in the other process."""
         reason = "the expert hung or crashed twice, so it is not asked again"
-        if self._failed < _PLUGIN_TRIES:
+        if self._failures < _PLUGIN_TRIES:
             try:
-                given = None if shared is None else replace(shared, run_tower=None)  # it holds the model
-                return self._worker.call(_ask_there, *self._given, list(faces), given)
+                sendable = None if shared is None else replace(shared, run_tower=None)  # it holds the model
+                return self._worker.call(_ask_in_worker, *self._source, list(faces), sendable)
             except InputError as error:
-                self._failed += 1
+                self._failures += 1
                 reason = error.reason
         return [Evidence(self.card.name, None, reason)] * len(faces)
 
 
-_there = cache(_load)  # the plug-in, in its process
+_loaded = cache(_load)  # the plug-in, in its process
 
 
-def _card_there(name: str, folder: Path | None) -> Card:
-    return _there(name, folder).card
+def _card_in_worker(name: str, folder: Path | None) -> Card:
+    return _loaded(name, folder).card
 
 
-def _ask_there(name: str, folder: Path | None, faces: list[Face], shared: Shared | None) -> list[Evidence]:
-    return ask(_there(name, folder), faces, shared)
+def _ask_in_worker(name: str, folder: Path | None, faces: list[Face], shared: Shared | None) -> list[Evidence]:
+    return ask(_loaded(name, folder), faces, shared)
 
 
 def aliased(text: str) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Names of experts, and what a prompt calls those that it calls otherwise, from "alias=name,name".
+    """The experts' names in "alias=name,name", and by name the alias that a prompt uses instead.
 
-    Raises X2DFDError where two would have one name. Whether there is such an expert is not asked here.
+    Raises X2DFDError if two would have one name. It does not check that the experts exist.
 
     >>> aliased("blending=swinv2-blending,tower")
     (('swinv2-blending', 'tower'), {'swinv2-blending': 'blending'})
     """
     pairs = [part.strip().rpartition("=") for part in text.split(",") if part.strip()]
     names = tuple(name for _, _, name in pairs)
-    called = [alias or name for alias, _, name in pairs]
-    if len(set(names)) < len(names) or len(set(called)) < len(called):
+    prompt_names = [alias or name for alias, _, name in pairs]
+    if len(set(names)) < len(names) or len(set(prompt_names)) < len(prompt_names):
         raise X2DFDError(f"experts {text!r}: an expert or an alias is named twice", code="expert_twice")
     return names, {name: alias for alias, _, name in pairs if alias}
 
 
 def ask(expert: Expert, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
-    """The expert's evidence for each face: `judge`, with its answers checked.
+    """The expert's evidence for each face: the checked answers of `judge`.
 
-    Where it raises or does not answer with one Evidence a face, they are asked one by one; one that still fails, or
-    whose score is outside of [0, 1], has no score and a note that says why. An X2DFDError and the end of the memory
-    are raised on: both may be mended, and a row without the score would stay.
+    If it raises, or does not return one Evidence a face, it gets the faces one by one. A face with which it still
+    fails, or whose score is outside of [0, 1], gets a note with the reason instead of a score. An X2DFDError and the
+    lack of memory are raised: a user can mend either, while a stored row would keep lacking the score.
     """
     name = expert.card.name
     try:
         return _checked(name, list(expert.judge(faces, shared)), len(faces))
     except (X2DFDError, MemoryError):
         raise
-    except Exception as error:  # whatever it may be, it is told with the face
+    except Exception as error:  # a plug-in may raise anything; it becomes the face's note
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported here
             raise
         if len(faces) > 1:
-            return [said for k, face in enumerate(faces) for said in ask(expert, [face], _of_face(shared, k))]
+            return [e for k, face in enumerate(faces) for e in ask(expert, [face], _shared_of_face(shared, k))]
         return [Evidence(name, None, f"the expert failed: {type(error).__name__}: {error}")] * len(faces)
 
 
-def _of_face(shared: Shared | None, k: int) -> Shared | None:
+def _shared_of_face(shared: Shared | None, k: int) -> Shared | None:
     if shared is None or shared.tower_states is None:
         return shared
     return replace(shared, tower_states=tuple(states[k : k + 1] for states in shared.tower_states))
 
 
-def _checked(name: str, said: list[Evidence], n: int) -> list[Evidence]:
+def _checked(name: str, answers: list[Evidence], n: int) -> list[Evidence]:
     """The answers under the expert's own name, with plain numbers. Raises ValueError and TypeError."""
-    if len(said) != n:
-        raise ValueError(f"{len(said)} answers for {n} faces")
-    found = []
-    for e in said:
+    if len(answers) != n:
+        raise ValueError(f"{len(answers)} answers for {n} faces")
+    evidence = []
+    for e in answers:
         if not isinstance(e, Evidence):
             raise TypeError(f"{type(e).__name__} instead of Evidence")
         score = None if e.score is None else float(e.score)
         if score is not None and not 0 <= score <= 1:
-            found.append(Evidence(name, None, f"the expert's score {score} is no probability"))
+            evidence.append(Evidence(name, None, f"the expert's score {score} is no probability"))
             continue
         kinds = {k: float(v) for k, v in e.kinds.items() if score is not None}
         if not all(k in KINDS and 0 <= v <= 1 for k, v in kinds.items()):
@@ -242,24 +242,24 @@ def _checked(name: str, said: list[Evidence], n: int) -> list[Evidence]:
         numbers = [c.score for c in e.cues if c.score is not None] + [v for row in e.map for v in row]
         if not all(map(math.isfinite, numbers)):
             e = replace(e, cues=(), map=(), note="its cues and map were not finite, and were dropped")
-        found.append(replace(e, expert=name, score=score, kinds=kinds))
-    return found
+        evidence.append(replace(e, expert=name, score=score, kinds=kinds))
+    return evidence
 
 
 def cards(some: Collection[str] | None = None) -> dict[str, Card | SetupError]:
-    """The cards of the registered experts, or of `some`, without loading weights; the reason where there is none.
+    """The cards of the registered experts, or of `some`, without loading weights; an error in place of a missing one.
 
-    A plug-in is imported in a process of its own and given LIST_SECONDS for it.
+    A plug-in is imported in a separate process within LIST_SECONDS.
     """
-    found: dict[str, Card | SetupError] = {}
+    result: dict[str, Card | SetupError] = {}
     for name, target in _targets().items():
         if some is not None and name not in some:
             continue
         try:
-            found[name] = _card(name, target) if name in BUILTIN | PUBLISHED else _card_elsewhere(name, target)
+            result[name] = _card(name, target) if name in BUILTIN | PUBLISHED else _card_from_worker(name, target)
         except SetupError as error:
-            found[name] = error
-    return found
+            result[name] = error
+    return result
 
 
 def _card(name: str, target: str) -> Card:
@@ -269,7 +269,7 @@ def _card(name: str, target: str) -> Card:
         raise SetupError(f"expert {name!r} has no card: {error}", code="expert_card_missing") from error
 
 
-def _card_elsewhere(name: str, target: str) -> Card:
+def _card_from_worker(name: str, target: str) -> Card:
     worker = Worker(None, None, clock=LIST_SECONDS, doing=f"expert {name!r}", module=__name__)
     try:
         return worker.call(_card, name, target)
@@ -280,7 +280,7 @@ def _card_elsewhere(name: str, target: str) -> Card:
 
 
 def read_card(path: Path) -> Card:
-    """A card file (JSON). Raises SetupError when it is absent or incomplete."""
+    """Read a card file (JSON). Raises SetupError when it is absent or incomplete."""
     try:
         return Card.from_dict(parse_json(path.read_bytes()))
     except (OSError, ValueError) as error:  # not there, not JSON or not UTF-8, not a card
@@ -293,7 +293,7 @@ def write_card(path: Path, card: Card) -> None:
 
 
 def availability(name: str) -> str | None:
-    """None when the expert can be loaded, else the command that gets what it lacks, or the reason."""
+    """None if the expert can be loaded, else the command that gets the missing part, or the reason."""
     try:
         load_expert(name)
     except SetupError as error:

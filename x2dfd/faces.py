@@ -25,17 +25,17 @@ from x2dfd.types import Face
 CROP_SIZE = 224
 MARGIN = 1.3  # side of the crop over the longer side of the mesh's box, as in DeepfakeBench
 LARGEST_CROP = 448
-"""Side of the largest crop that an MLLM is shown; more of a face is in few pictures."""
+"""Side of the largest crop that an MLLM is shown; few pictures hold a larger face."""
 
 
 def preprocessing(side: int) -> str:
-    """Names the crop that weights were trained on; cards carry it, loading compares it."""
+    """The name of the crop that weights were trained on, which cards carry and loading compares."""
     cut = f"all faces; 468-point mesh; eyes level; square crop, margin {MARGIN}"
     return f"{cut}; {side} px RGB, padded with the CLIP mean; v1"
 
 
 PREPROCESSING = preprocessing(CROP_SIZE)
-"""Of experts and of the embedded model."""
+"""The crop of experts and of the embedded model."""
 
 PADDING = (122, 116, 104)
 """RGB of what lies outside the picture: the CLIP mean, which LLaVA pads with too."""
@@ -46,9 +46,9 @@ _MODELS = Path(__file__).parent / "weights" / "faces"
 _DETECTOR_SIZE, _MESH_SIZE = 192, 192
 _DETECTION_SCORE, _PRESENCE = 0.55, 0.6
 _MIN_FACE = 20.0  # pixels; below this the crop is a guess
-_FROM_AFAR = (2.5, 3.2, 4.2, 5.5)
-"""Paddings of the looks at a picture in which nothing was found: each shows it smaller than the one before."""
-_XNNPACK = re.compile(rb"INFO: Created TensorFlow Lite XNNPACK delegate")  # said once, and no switch silences it
+_PADDINGS = (2.5, 3.2, 4.2, 5.5)
+"""Paddings with which a picture is searched again if no face was found; each shows it smaller than the last."""
+_XNNPACK = re.compile(rb"INFO: Created TensorFlow Lite XNNPACK delegate")  # printed once; no option silences it
 
 OVAL = (
     10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152, 148, 176, 149, 150,
@@ -158,7 +158,7 @@ def _candidates(pixels: Array) -> list[Array]:
     """Face candidates over the whole picture and, where it is large, over overlapping tiles of it."""
     height, width = pixels.shape[:2]
     # The second, padded look finds faces that fill the frame: the detector was made for faces at a distance.
-    found = [_detect(pixels, (0, 0), 1.0), _detect(pixels, (0, 0), 1.8)]
+    candidates = [_detect(pixels, (0, 0), 1.0), _detect(pixels, (0, 0), 1.8)]
     for tiles in (2, 4):
         if max(height, width) < 192 * tiles:
             break
@@ -166,11 +166,11 @@ def _candidates(pixels: Array) -> list[Array]:
         for top in np.linspace(0, max(height - side, 0), math.ceil(height / side) if height <= side else tiles):
             for left in np.linspace(0, max(width - side, 0), math.ceil(width / side) if width <= side else tiles):
                 y, x = round(float(top)), round(float(left))
-                found.append(_detect(pixels[y : y + side, x : x + side], (x, y), 1.0))
-    return _apart(np.concatenate(found))
+                candidates.append(_detect(pixels[y : y + side, x : x + side], (x, y), 1.0))
+    return _without_overlaps(np.concatenate(candidates))
 
 
-def _apart(rows: Array) -> list[Array]:
+def _without_overlaps(rows: Array) -> list[Array]:
     """Candidates, the surest first, without those that lie over a surer one."""
     kept: list[Array] = []
     for row in rows[np.argsort(-rows[:, 0])]:
@@ -198,7 +198,7 @@ def _square_to(centre: Array, side: float, angle: float, size: int) -> Array:
 
 
 def _warp(pixels: Array, matrix: Array, size: int) -> NDArray[np.uint8]:
-    """Cut the square; a large face is first shrunk by area averaging, so that no sampling pattern is made by us."""
+    """Cut the square; a large face is first shrunk by area averaging, so that sampling adds no pattern."""
     scale = math.hypot(matrix[0, 0], matrix[0, 1])
     if scale < 0.5:
         corners = cv2.transform(
@@ -248,7 +248,7 @@ def find_faces(pixels: NDArray[np.uint8], side: int = CROP_SIZE) -> list[Face]:
     """All upright faces of a picture, largest first. No face is an empty list, not an error.
 
     `pixels`: [H, W, 3] uint8 RGB. `side`: of the crop that the MLLM sees; `Face.large` where it is not CROP_SIZE.
-    Raises InputError for pixels that the models fail on.
+    Raises InputError if the models fail on the pixels.
     """
     return _faces(pixels, _meshes(pixels, _candidates(pixels)), side)
 
@@ -256,29 +256,29 @@ def find_faces(pixels: NDArray[np.uint8], side: int = CROP_SIZE) -> list[Face]:
 @one_file("finding faces")
 def find_missed_faces(pixels: NDArray[np.uint8], side: int = CROP_SIZE) -> list[Face]:
     """As `find_faces`, for a picture in which it found none: closely cut faces, profiles, hard light, sunglasses."""
-    # The detector was made for faces at a distance, so the picture is shown to it ever smaller. No look hides what
-    # another sees: a candidate on a beard had hidden the face around it, and the mesh then refused the beard.
-    seen = [row for pad in _FROM_AFAR for row in _apart(_detect(pixels, (0, 0), pad))]
-    return _faces(pixels, _meshes(pixels, sorted(seen, key=lambda row: -row[0])), side)
+    # The detector was made for faces at a distance, so the picture is shown to it ever smaller. Each size keeps its own
+    # candidates: one on a beard had hidden the face around it, and the mesh then refused the beard.
+    candidates = [row for padding in _PADDINGS for row in _without_overlaps(_detect(pixels, (0, 0), padding))]
+    return _faces(pixels, _meshes(pixels, sorted(candidates, key=lambda row: -row[0])), side)
 
 
 @one_file("finding faces")
 def find_turned_faces(
     pixels: NDArray[np.uint8], turns: Sequence[int] = (1, 2, 3), side: int = CROP_SIZE
 ) -> tuple[list[Face], int]:
-    """As `find_faces`, for a picture that lies on its side or on its head and does not say so.
+    """As `find_faces`, for a picture that lies on its side or upside down, which its file does not state.
 
-    The quarter `turns` are tried one after the other; of those that show faces, the one with the surest is taken.
-    Returns also the degrees, counterclockwise, that would set the picture upright: 90, 180, 270, or 0 where no turn
-    shows a face. Boxes and landmarks are in the given picture's pixels; crops are upright.
+    The quarter `turns` are tried in order, and the one with the surest face is taken. Also returns the degrees,
+    counterclockwise, that would set the picture upright: 90, 180, 270, or 0 if no turn shows a face. Boxes and
+    landmarks are in the given picture's pixels; crops are upright.
     """
     best: tuple[float, list[tuple[Array, float]], int] = (0.0, [], 0)
     for turn in turns:
-        lying = np.ascontiguousarray(np.rot90(pixels, turn))
-        found = _meshes(lying, _candidates(lying))
-        sure = max((score for _, score in found), default=0.0)
-        if sure > best[0]:
-            best = (sure, [(_turned_back(points, turn, pixels.shape), score) for points, score in found], turn)
+        turned = np.ascontiguousarray(np.rot90(pixels, turn))
+        meshes = _meshes(turned, _candidates(turned))
+        surest = max((score for _, score in meshes), default=0.0)
+        if surest > best[0]:
+            best = (surest, [(_turned_back(points, turn, pixels.shape), score) for points, score in meshes], turn)
     return _faces(pixels, best[1], side), 90 * best[2]
 
 
@@ -295,7 +295,7 @@ def _turned_back(points: Array, turns: int, shape: Sequence[int]) -> Array:
 
 def _meshes(pixels: NDArray[np.uint8], candidates: Sequence[Array]) -> list[tuple[Array, float]]:
     """Mesh points [468, 2] and the detector's score of each candidate that holds a face, largest first."""
-    found: list[tuple[Array, float]] = []
+    meshes: list[tuple[Array, float]] = []
     for row in candidates:
         box, keys = row[1:5], row[5:].reshape(6, 2)
         side = float(max(box[2] - box[0], box[3] - box[1]))
@@ -314,11 +314,11 @@ def _meshes(pixels: NDArray[np.uint8], candidates: Sequence[Array]) -> list[tupl
         if presence < _PRESENCE or max(size) < _MIN_FACE or not np.isfinite(points).all():
             continue
         bounds = np.concatenate([points.min(0), points.max(0)])
-        if any(max(_overlap(bounds, np.concatenate([p.min(0), p.max(0)]))) > 0.6 for p, _ in found):
+        if any(max(_overlap(bounds, np.concatenate([p.min(0), p.max(0)]))) > 0.6 for p, _ in meshes):
             continue
-        found.append((points, float(row[0])))
-    found.sort(key=lambda f: -float(np.prod(f[0].max(0) - f[0].min(0))))
-    return found
+        meshes.append((points, float(row[0])))
+    meshes.sort(key=lambda f: -float(np.prod(f[0].max(0) - f[0].min(0))))
+    return meshes
 
 
 def _faces(pixels: NDArray[np.uint8], meshes: Sequence[tuple[Array, float]], side: int) -> list[Face]:
@@ -346,7 +346,7 @@ def _hull(points: Array) -> Array:
     return np.asarray(cv2.convexHull(points.astype(np.float32))[:, 0])
 
 
-def _grown(points: Array, about: Array, factor: float) -> Array:
+def _scaled(points: Array, about: Array, factor: float) -> Array:
     return np.asarray((points - about) * factor + about)
 
 
@@ -359,7 +359,7 @@ def area_polygons(landmarks: NDArray[np.float32]) -> dict[str, list[Array]]:
     p = np.asarray(landmarks, np.float32)
     oval, centre = p[list(OVAL)], p[list(OVAL)].mean(0)
     across, down = p[454] - p[234], p[152] - p[10]
-    outer, inner = _grown(oval, centre, 1.07), _grown(oval, centre, 0.86)
+    outer, inner = _scaled(oval, centre, 1.07), _scaled(oval, centre, 0.86)
     top = [OVAL.index(i) for i in (127, 162, 21, 54, 103, 67, 109, 10, 338, 297, 332, 284, 251, 389, 356)]
     brow_to_crown = oval[top]
     hair = np.concatenate([brow_to_crown, (brow_to_crown - down * 0.28 + (brow_to_crown - centre) * 0.12)[::-1]])
@@ -373,9 +373,9 @@ def area_polygons(landmarks: NDArray[np.float32]) -> dict[str, list[Array]]:
     return {
         "forehead": [p[list(_FOREHEAD)]],
         "eyebrows": [_hull(p[list(b)]) for b in _BROWS],
-        "eyes": [_grown(q := p[list(e)], q.mean(0), 1.35) for e in _EYES],
+        "eyes": [_scaled(q := p[list(e)], q.mean(0), 1.35) for e in _EYES],
         "nose": [_hull(p[list(_NOSE)])],
-        "mouth": [_grown(q := p[list(_LIPS)], q.mean(0), 1.1)],
+        "mouth": [_scaled(q := p[list(_LIPS)], q.mean(0), 1.1)],
         "teeth": [p[list(_INNER_LIPS)]],
         "cheeks": [_hull(p[list(c)]) for c in _CHEEKS],
         "jaw": [p[list(_JAW)]],
@@ -388,13 +388,13 @@ def area_polygons(landmarks: NDArray[np.float32]) -> dict[str, list[Array]]:
 
 
 def area_mask(landmarks: NDArray[np.float32], area: str, shape: Sequence[int]) -> NDArray[np.uint8]:
-    """Mask [H, W] of 0/255 for one area. `background` is what the face, hair, ears and neck leave over."""
+    """Mask [H, W] of 0/255 for one area. `background` is all but face, hair, ears and neck."""
     return np.asarray(area_masks(landmarks, (area,), shape)[0])
 
 
 def area_masks(landmarks: NDArray[np.float32], areas: Sequence[str], shape: Sequence[int]) -> NDArray[np.uint8]:
     """The mask of each area, as `area_mask`: [areas, H, W]."""
-    polygons = {a: [q.round().astype(np.int32) for q in some] for a, some in area_polygons(landmarks).items()}
+    polygons = {a: [q.round().astype(np.int32) for q in shapes] for a, shapes in area_polygons(landmarks).items()}
     masks = np.zeros((len(areas), shape[0], shape[1]), np.uint8)
     holes = {"background": ("skin", "face-contour", "hair", "ears", "neck"), "skin": ("eyes", "eyebrows", "mouth")}
     for mask, area in zip(masks, areas, strict=True):

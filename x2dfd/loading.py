@@ -1,7 +1,7 @@
-"""How an image-text-to-text model and its processor come from a directory or a hub name: checked, whatever the family.
+"""Loads an image-text-to-text model and its processor from a directory or a hub name, and checks them.
 
-Models are those of transformers. So are their processors, put together from the parts that need no torchvision: scores
-do not depend on whether it is there.
+Models and processors are those of transformers. Processors are put together from parts that need no torchvision, so
+that scores do not depend on whether it is installed.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 
 @dataclass(frozen=True)
 class Family:
-    """What is particular about a kind of model."""
+    """The particulars of a kind of model."""
 
     processor: str  # its processor's class, and the module of transformers.models that holds it
     module: str
-    shares: bool = True  # nothing of the picture's pass depends on the question, so that it is done once
+    shares: bool = True  # the picture's pass does not depend on the question, so that one serves all
     chat: bool = True  # it has a chat template
-    first_position: int = 0  # of its tokens
+    first_position: int = 0  # position number of the first token
     needs: tuple[str, ...] = ()  # packages without which transformers has no such processor
     projector: tuple[str, ...] = ("multi_modal_projector",)  # its modules between tower and language model
 
@@ -52,7 +52,7 @@ FAMILIES = {
     "idefics3": Family("Idefics3Processor", "idefics3", projector=("connector",)),
     "smolvlm": Family("SmolVLMProcessor", "smolvlm", needs=("num2words",), projector=("connector",)),
     "gemma3": Family("Gemma3Processor", "gemma3"),
-    # The question stands before the answer as the picture does: both see each other.
+    # Picture and question are one prefix, whose tokens all see each other.
     "paligemma": Family("PaliGemmaProcessor", "paligemma", shares=False, chat=False, first_position=1),
     "pixtral": Family("PixtralProcessor", "pixtral", needs=("torchvision",)),
     "mistral3": Family("PixtralProcessor", "pixtral", needs=("torchvision",)),
@@ -65,14 +65,14 @@ ELSEWHERE = {
     "llava_mistral": "take its conversion for transformers (llava-hf/llava-v1.6-mistral-7b-hf ...)",
     "llava_qwen": "take its conversion for transformers (llava-hf/llava-onevision-qwen2-7b-ov-hf ...)",
 }
-"""What to use instead of layouts that transformers does not have."""
+"""Advice for layouts that transformers does not have."""
 
 
 def family_of(config: Any) -> Family:
-    """The family of a model's configuration, an object or what its config.json holds. Raises SetupError."""
-    said: Json = config if isinstance(config, dict) else config.to_dict()
-    kind = str(said.get("model_type"))
-    if kind == "llava" and (said.get("vision_config") or {}).get("model_type") == "pixtral":
+    """The family of a model's configuration: an object, or the contents of config.json. Raises SetupError."""
+    settings: Json = config if isinstance(config, dict) else config.to_dict()
+    kind = str(settings.get("model_type"))
+    if kind == "llava" and (settings.get("vision_config") or {}).get("model_type") == "pixtral":
         kind = "pixtral"
     if kind not in FAMILIES:
         instead = ELSEWHERE.get(kind, f"give one of {', '.join(sorted(FAMILIES))}, or serve it (docs/served.md)")
@@ -83,8 +83,8 @@ def family_of(config: Any) -> Family:
 def load_processor(folder: str | Path) -> Processor:
     """A model's own processor, from a directory or a hub name, with its chat template.
 
-    Its image processor is the one that computes with Pillow, and it has none for videos. Raises SetupError with what to
-    install, or when the model is of no known family or has no chat template.
+    Its image processor computes with Pillow, and it has none for videos. Raises SetupError, with what to install, for a
+    missing package, and for a model of no known family or without a chat template.
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
@@ -109,22 +109,22 @@ def load_processor(folder: str | Path) -> Processor:
 
 def crop_size_of(processor: Processor) -> int:
     """Side of a model's face crops: its image processor's own, or the largest; between CROP_SIZE and LARGEST_CROP."""
-    said = processor.image_processor.crop_size or processor.image_processor.size
-    side: int = said.get("height") or LARGEST_CROP
+    size = processor.image_processor.crop_size or processor.image_processor.size
+    side: int = size.get("height") or LARGEST_CROP
     return min(max(side, CROP_SIZE), LARGEST_CROP)
 
 
 def put_together(stock: Any, parts: Sequence[Any], settings: Json) -> Processor:
-    """A processor of a class of `processor_class` from its image processor and its tokenizer."""
+    """A processor, of a class from `processor_class`, made of its image processor and its tokenizer."""
     videos = [None] if "video_processor" in inspect.signature(stock).parameters else []
-    made: Processor = stock.from_args_and_dict([*parts, *videos], settings)
-    return made
+    processor: Processor = stock.from_args_and_dict([*parts, *videos], settings)
+    return processor
 
 
 def processor_class(family: Family) -> Any:
-    """The stock class, which takes pictures and no videos: what reads videos needs torchvision."""
+    """The stock class, without its video processor, which needs torchvision."""
     try:
-        found: Any = getattr(
+        stock: Any = getattr(
             importlib.import_module(f"transformers.models.{family.module}.processing_{family.module}"), family.processor
         )
         for package in family.needs:
@@ -137,12 +137,12 @@ def processor_class(family: Family) -> Any:
         ) from error
     from transformers import ProcessorMixin
 
-    parts = ["image_processor", "tokenizer"]
-    if found.get_attributes() == parts:
-        return found
+    names = ["image_processor", "tokenizer"]
+    if stock.get_attributes() == names:
+        return stock
     # SmolVLM's own apply_chat_template asks its processor of videos, whatever the conversation shows.
-    plain = {"get_attributes": classmethod(lambda _: parts), "apply_chat_template": ProcessorMixin.apply_chat_template}
-    return type(found.__name__, (found,), {**plain, "__module__": __name__})
+    plain = {"get_attributes": classmethod(lambda _: names), "apply_chat_template": ProcessorMixin.apply_chat_template}
+    return type(stock.__name__, (stock,), {**plain, "__module__": __name__})
 
 
 def load_model(
@@ -173,9 +173,9 @@ def load_model(
         raise SetupError(
             f"{folder} cannot be loaded; give a directory or a hub name: {first_line(error)}", code="model_unreadable"
         ) from error
-    chosen = cut_layers(config, folder, tower_layers, text_layers, feature_layers)
+    text_numbers = cut_layers(config, folder, tower_layers, text_layers, feature_layers)
     try:
-        with quietly(), torch.random.fork_rng():  # dropped layers are expected; what is not is checked below
+        with quietly(), torch.random.fork_rng():  # dropped layers are expected; others are checked below
             torch.manual_seed(0)
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 folder,
@@ -195,42 +195,42 @@ def load_model(
         )
     processor = load_processor(folder)
     # The embedded base has no projector.
-    odd = {k for k in info["missing_keys"] if base is not None or "multi_modal_projector" not in k}
-    odd |= {k for k in info["unexpected_keys"] if not _dropped(k, config)}
-    odd |= {str(k[0]) for k in info["mismatched_keys"]}
-    if odd:
+    misfits = {k for k in info["missing_keys"] if base is not None or "multi_modal_projector" not in k}
+    misfits |= {k for k in info["unexpected_keys"] if not _is_dropped(k, config)}
+    misfits |= {str(k[0]) for k in info["mismatched_keys"]}
+    if misfits:
         raise SetupError(
-            f"{folder} does not fit its configuration: {', '.join(sorted(odd)[:4])} ({len(odd)} in all)",
+            f"{folder} does not fit its configuration: {', '.join(sorted(misfits)[:4])} ({len(misfits)} in all)",
             code="model_does_not_fit",
         )
-    if chosen is not None:
-        _keep_text_layers(model, chosen)
+    if text_numbers is not None:
+        _keep_text_layers(model, text_numbers)
     return model, processor
 
 
 def checkpoint_dtype(base: str | Path) -> torch.dtype:
     """The precision of a checkpoint's weights as its configuration states it; fp32 where it states none."""
-    said = _config_dict(base)
-    for part in (said, said.get("text_config") or {}):
-        if (name := part.get("dtype") or part.get("torch_dtype")) is not None:
-            found = getattr(torch, str(name).removeprefix("torch."), None)
-            return found if found in (torch.float16, torch.bfloat16) else torch.float32
+    config = _config_dict(base)
+    for section in (config, config.get("text_config") or {}):
+        if (name := section.get("dtype") or section.get("torch_dtype")) is not None:
+            dtype = getattr(torch, str(name).removeprefix("torch."), None)
+            return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
     return torch.float32
 
 
 def _config_dict(folder: str | Path) -> Json:
-    """What a model's config.json holds. Raises SetupError."""
+    """The contents of a model's config.json. Raises SetupError."""
     from transformers import PreTrainedConfig
 
     try:
-        found: Json = PreTrainedConfig.get_config_dict(folder)[0]
-        if "model_type" not in found:
+        config: Json = PreTrainedConfig.get_config_dict(folder)[0]
+        if "model_type" not in config:
             raise OSError(f"{folder} has no config.json that names a model type")
     except (OSError, ValueError) as error:
         raise SetupError(
             f"{folder} cannot be loaded; give a directory or a hub name: {first_line(error)}", code="model_unreadable"
         ) from error
-    return found
+    return config
 
 
 def cut_layers(
@@ -242,7 +242,7 @@ def cut_layers(
 ) -> list[int] | None:
     """Write the cuts into a configuration; returns the language layers that are kept by their numbers.
 
-    Raises SetupError for layers that there are not, and for any cut of another family than LLaVA.
+    Raises SetupError for layers that do not exist, and for any cut of another family than LLaVA.
     """
     if tower_layers is None and text_layers is None and feature_layers is None and config.model_type != "llava":
         return None
@@ -253,11 +253,11 @@ def cut_layers(
         )
     if tower_layers is not None:
         config.vision_config.num_hidden_layers = tower_layers
-    chosen = None if text_layers is None or isinstance(text_layers, int) else [int(k) for k in text_layers]
-    known = range(config.text_config.num_hidden_layers)
-    if chosen is not None and (not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(known)):
+    numbers = None if text_layers is None or isinstance(text_layers, int) else [int(k) for k in text_layers]
+    valid = range(config.text_config.num_hidden_layers)
+    if numbers is not None and (not numbers or len(set(numbers)) < len(numbers) or not set(numbers) <= set(valid)):
         raise SetupError(
-            f"text layers {chosen}: the model has {len(known)}, and each may be named once", code="text_layers_invalid"
+            f"text layers {numbers}: the model has {len(valid)}, and each may be named once", code="text_layers_invalid"
         )
     if isinstance(text_layers, int):
         config.text_config.num_hidden_layers = text_layers
@@ -269,37 +269,37 @@ def cut_layers(
     tower = int(config.vision_config.num_hidden_layers)
     if any(not -tower <= layer <= tower for layer in ([layers] if isinstance(layers, int) else layers)):
         raise SetupError(f"feature layers {layers}: the tower has {tower} layers", code="feature_layers_invalid")
-    return chosen
+    return numbers
 
 
-def _keep_text_layers(model: Any, chosen: Sequence[int]) -> None:
+def _keep_text_layers(model: Any, numbers: Sequence[int]) -> None:
     """Leave only the language layers of the given numbers, in that order."""
     text = model.model.language_model
-    text.layers = torch.nn.ModuleList([text.layers[k] for k in chosen])
-    for place, layer in enumerate(text.layers):
-        layer.self_attn.layer_idx = place  # where its keys and values stand in the cache
+    text.layers = torch.nn.ModuleList([text.layers[k] for k in numbers])
+    for position, layer in enumerate(text.layers):
+        layer.self_attn.layer_idx = position  # the index of its keys and values in the cache
     for config in (text.config, model.config.text_config):
-        if len(getattr(config, "layer_types", None) or ()) > len(chosen):
-            config.layer_types = [config.layer_types[k] for k in chosen]
-        config.num_hidden_layers = len(chosen)
+        if len(getattr(config, "layer_types", None) or ()) > len(numbers):
+            config.layer_types = [config.layer_types[k] for k in numbers]
+        config.num_hidden_layers = len(numbers)
 
 
-def _dropped(key: str, config: Any) -> bool:
-    """The key belongs to a layer that the configuration leaves out."""
+def _is_dropped(key: str, config: Any) -> bool:
+    """Whether the key belongs to a layer that the configuration leaves out."""
     if config.model_type != "llava":
         return False
-    for part, kept in (("vision_tower", config.vision_config), ("language_model", config.text_config)):
+    for part, part_config in (("vision_tower", config.vision_config), ("language_model", config.text_config)):
         if part in key and ".layers." in key:
-            return int(key.split(".layers.")[1].split(".")[0]) >= int(kept.num_hidden_layers)
+            return int(key.split(".layers.")[1].split(".")[0]) >= int(part_config.num_hidden_layers)
     return False
 
 
-def reading(
-    base: str | Path | None, place: torch.device, precision: Dtype, device_map: str | None, bits: Bits | None
+def read_options(
+    base: str | Path | None, target: torch.device, precision: Dtype, device_map: str | None, bits: Bits | None
 ) -> Json:
-    """The options of `load_model` with which a base is read as it will be computed with: a 7B in fp32 takes 28 GB.
+    """Options of `load_model` that read a base in the precision it will compute in: a 7B in fp32 takes 28 GB.
 
-    The embedded base is read in fp32: it is small, and what an adapter adds to it is rounded once. `device_map`: as in
+    The embedded base is read in fp32: it is small, and its sum with an adapter is rounded once. `device_map`: as in
     transformers ("auto" spreads a model over all GPUs). Raises SetupError.
     """
     if base is None and (device_map or bits):
@@ -313,7 +313,7 @@ def reading(
         options["device_map"] = device_map
     if bits:
         options["quantization_config"] = in_bits(base, bits, TORCH_DTYPES[precision])
-        options.setdefault("device_map", {"": str(place)})
+        options.setdefault("device_map", {"": str(target)})
     return options
 
 
@@ -331,51 +331,51 @@ def in_bits(base: str | Path, bits: Bits, compute: torch.dtype) -> Any:
     with torch.device("meta"):
         skeleton: Any = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(base))
     text = next(name for name, module in skeleton.named_modules() if module is skeleton.get_decoder())
-    kept = [n for n, _ in skeleton.named_children() if n != "model"]
-    kept += [f"model.{n}" for n, _ in skeleton.model.named_children() if f"model.{n}" != text]
+    skipped = [n for n, _ in skeleton.named_children() if n != "model"]
+    skipped += [f"model.{n}" for n, _ in skeleton.model.named_children() if f"model.{n}" != text]
     return BitsAndBytesConfig(
         load_in_4bit=bits == 4,
         load_in_8bit=bits == 8,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
-        llm_int8_skip_modules=kept,
+        llm_int8_skip_modules=skipped,
     )
 
 
 def choose_device(
     device: str | None, dtype: Dtype | None, base: str | Path | None = None
 ) -> tuple[torch.device, Dtype]:
-    """Where and how to compute: by default on CUDA in bf16, else on the CPU in fp32, or bf16 for a `base` in 16 bits.
+    """Device and precision: by default CUDA in bf16, else the CPU in fp32, or in bf16 for a `base` in 16 bits.
 
-    Raises SetupError for a device that is not there or does not compute so, or an unreadable base, and UnknownName.
+    Raises SetupError for a missing device, a precision that it does not have or an unreadable base, and UnknownName.
     """
     if dtype is not None and dtype not in get_args(Dtype):
         raise UnknownName("dtype", dtype, get_args(Dtype))
     try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise SetupError(
             f"{device!r} is no device; give cpu, cuda or, for the second GPU, cuda:1", code="device_unknown"
         ) from error
-    if place.type == "cuda" and (not torch.cuda.is_available() or (place.index or 0) >= torch.cuda.device_count()):
+    if target.type == "cuda" and (not torch.cuda.is_available() or (target.index or 0) >= torch.cuda.device_count()):
         raise SetupError(
-            f"there is no {place} here (torch {torch.__version__}); take --device cpu", code="device_missing"
+            f"there is no {target} here (torch {torch.__version__}); take --device cpu", code="device_missing"
         )
-    if place.type not in ("cpu", "cuda"):
-        raise SetupError(f"{place.type} is not supported; take cpu or cuda", code="device_unsupported")
-    if place.type == "cpu" and dtype == "fp16":
+    if target.type not in ("cpu", "cuda"):
+        raise SetupError(f"{target.type} is not supported; take cpu or cuda", code="device_unsupported")
+    if target.type == "cpu" and dtype == "fp16":
         raise SetupError("fp16 needs a CUDA device; take fp32, or bf16", code="dtype_unsupported")
     if dtype is not None:
-        return place, dtype
-    if place.type == "cuda":
-        return place, "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return place, "bf16" if base is not None and checkpoint_dtype(base) != torch.float32 else "fp32"
+        return target, dtype
+    if target.type == "cuda":
+        return target, "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return target, "bf16" if base is not None and checkpoint_dtype(base) != torch.float32 else "fp32"
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without the progress bar and the loading report of transformers."""
+    """Silence the progress bar and the loading report of transformers within the block."""
     from transformers.utils import logging
 
     level, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()

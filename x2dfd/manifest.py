@@ -2,8 +2,8 @@
 
 One row per file, with at least `path` and `label` (`real` or `fake`). Also read: `id, method, df_class, source, group,
 split, cues, mask, video`; every other column is kept in `Sample.extra`. Relative paths start at the manifest's
-folder. A path is taken as it is written, spaces included; one with backslashes that names no file here is read as
-Windows writes it. Text is UTF-8, or UTF-16 with its byte order mark.
+folder. A path is taken as it is written, with its spaces; one with backslashes that names no file here is read as a
+Windows path. Text is UTF-8, or UTF-16 with its byte order mark.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ class Sample:
 
     @property
     def synthetic(self) -> bool:
-        """The whole picture comes from a generator; it is not a photo with a changed area, which a mask would show."""
+        """Whether a generator made the whole picture: no mask shows a changed area of a photo."""
         return self.label == "fake" and self.df_class == "EFS" and self.mask is None
 
     @property
     def origin(self) -> str:
-        """What a detector may have met before: the generator of a picture made as a whole, else the photo's source."""
+        """The origin that a detector may know: the generator of a synthetic picture, else the photo's source."""
         return self.method.split("+")[0] if self.synthetic else self.source
 
 
 def read_manifest(path: str | os.PathLike[str], *, split: str | None = None) -> list[Sample]:
-    """Reads and checks a whole manifest; with `split`, returns only the samples of that split.
+    """Read and check a whole manifest; with `split`, return only the samples of that split.
 
     Raises X2DFDError, with the row's number (1 = the first record), on a missing or repeated column, an unknown label,
     a duplicate path or id, a malformed row, a group in two splits or only partly in one, and on an empty file or split.
@@ -67,17 +67,17 @@ def read_manifest(path: str | os.PathLike[str], *, split: str | None = None) -> 
     samples = _check(file, _rows(file))
     if split is None:
         return samples
-    chosen = [s for s in samples if s.split == split]
-    if not chosen:
+    selected = [s for s in samples if s.split == split]
+    if not selected:
         splits = ", ".join(sorted({s.split for s in samples if s.split})) or "none"
         raise X2DFDError(f"{file.name}: no sample of split {split!r} (splits: {splits})", code="split_empty")
-    return chosen
+    return selected
 
 
 def manifest_paths(path: str | os.PathLike[str], *, remote: Collection[str] = ()) -> Iterator[Path | str]:
-    """The absolute paths of a manifest's rows, one after another; only the column `path` is needed.
+    """The absolute paths of a manifest's rows, in order; only the column `path` is needed.
 
-    `remote`: stores (s3, gs ...) whose addresses (s3://bucket/face.jpg) stay such, as strings.
+    `remote`: stores (s3, gs ...) whose addresses (s3://bucket/face.jpg) are yielded as strings.
     Raises X2DFDError, with the row's number, on a malformed row or one without a path.
     """
     file = Path(os.path.abspath(path))
@@ -89,10 +89,10 @@ def manifest_paths(path: str | os.PathLike[str], *, remote: Collection[str] = ()
 
 
 def write_manifest(path: str | os.PathLike[str], rows: Iterable[Sample | Json]) -> None:
-    """Writes a JSONL manifest, whole or not at all.
+    """Write a JSONL manifest, whole or not at all.
 
-    Paths of a Sample below the manifest's folder are written relative to it. Raises X2DFDError for
-    rows that `read_manifest` would refuse.
+    Paths of a Sample below the manifest's folder are written relative to it. Raises X2DFDError for rows that
+    `read_manifest` would refuse.
     """
     file = Path(os.path.abspath(path))
     records = [_record(r, file.parent) if isinstance(r, Sample) else dict(r) for r in rows]
@@ -138,7 +138,7 @@ def _csv(file: Path) -> Iterator[tuple[int, Json]]:
         if header.startswith("sep="):  # a spreadsheet's remark
             header = stream.readline()
         delimiter = next((d for d in ",;\t" if "path" in map(_unquoted, header.split(d))), ",")
-        # A space after the comma in the header means that spaces after commas are no part of the rows' paths either.
+        # If the header has spaces after commas, those in rows are no part of paths either.
         reader = csv.reader(
             itertools.chain([header], stream),
             delimiter=delimiter,
@@ -202,11 +202,11 @@ def _parquet(file: Path) -> Iterator[tuple[int, Json]]:
 
 
 def _check(file: Path, rows: Iterable[tuple[int, Json]]) -> list[Sample]:
-    """Turns rows into samples and refuses contradictions between rows."""
+    """Turn rows into samples; refuse contradictions between rows."""
     samples: list[Sample] = []
     paths: dict[Path, int] = {}
     ids: dict[str, int] = {}
-    splits: dict[str, tuple[str, int]] = {}  # of each group: its split, and the row that said so
+    splits: dict[str, tuple[str, int]] = {}  # of each group: its split, and the first row that states it
     for number, row in rows:
         where = f"{file.name}: row {number}"
         sample = _sample(where, file.parent, row)
@@ -218,9 +218,9 @@ def _check(file: Path, rows: Iterable[tuple[int, Json]]) -> list[Sample]:
             raise X2DFDError(f"{where}: same id as row {ids[sample.id]}: {sample.id}", code="manifest_id_twice")
         split, first = splits.setdefault(sample.group, (sample.split, number))
         if split != sample.split:
-            this, that = (f"in {name!r}" if name else "in no split" for name in (sample.split, split))
+            own, other = (f"in {name!r}" if name else "in no split" for name in (sample.split, split))
             raise X2DFDError(
-                f"{where}: group {sample.group!r} is {this}, in row {first} it is {that}", code="group_across_splits"
+                f"{where}: group {sample.group!r} is {own}, in row {first} it is {other}", code="group_across_splits"
             )
         paths[sample.path] = ids[sample.id] = number
         samples.append(sample)
@@ -283,7 +283,7 @@ def _text(where: str, row: Json, column: str) -> str:
 
 
 def _path(where: str, row: Json, column: str) -> str:
-    """A path as it is written: a file's name may begin or end with a space, and need be no UTF-8."""
+    """A path as it is written: a file's name may begin or end with a space, and need not be UTF-8."""
     value = row.get(column)
     if isinstance(value, bytes):
         value = os.fsdecode(value)

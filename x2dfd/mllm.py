@@ -1,7 +1,7 @@
 """The multimodal LLM: score the verdict from the label tokens, write the rationale given it, answer cue questions.
 
-The picture and what stands before it in the prompt are computed once (`encode`); everything that is asked of it
-afterwards runs over that cache, the many cue questions packed into few passes under a block-diagonal mask.
+The picture and the prompt before it are computed once (`encode`). Every question then runs over that cache; the many
+cue questions are packed into few passes under a block-diagonal mask.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from x2dfd.loading import FAMILIES, family_of
 from x2dfd.prompts import Processor
 
 MAX_NEW_TOKENS = 80
-CIRCLE = 12  # repeated tokens that end an answer; fewer are normal: an area or a colour is named twice
-TOP_P = 0.9  # of what may be drawn, where texts are drawn at all (Holtzman et al., arXiv 1904.09751)
+CIRCLE = 12  # repeated tokens that end an answer; fewer are normal, as an area or a colour may be named twice
+TOP_P = 0.9  # of nucleus sampling, where a temperature is set (Holtzman et al., arXiv 1904.09751)
 BATCH = 16  # faces in one pass
 PACK = 25  # cue questions in one pass: bounds the mask's and the activations' size
 NOT_FINITE = "the model's numbers are not finite: a broken adapter, or too large for 16 bits; take --dtype bf16 or fp32"
@@ -45,24 +45,24 @@ class YesNo:
 class LocalEncoding:
     """A batch of pictures after their one pass through tower and language model.
 
-    Of a LLaVA through the tower alone: the language model's pass follows when it is first asked something.
+    A LLaVA's have passed the tower alone: the language model's pass follows with the first question.
     """
 
-    cache: Any  # transformers' DynamicCache over the prefix, batch n; None before, and where the family shares none
+    cache: Any  # transformers' DynamicCache over the prefix, batch n; None if unfilled or not shared
     length: int  # tokens of the prefix
     states: tuple[Tensor, ...]  # hidden states of the vision tower, embeddings first, where they were computed
-    seeds: tuple[int, ...]  # of each picture, from its pixels: what its texts are drawn with
-    tower: str | None = ""  # SHA-256 of the tower's additions; "" without, None where the adapter changed it itself
+    seeds: tuple[int, ...]  # one a picture, from its pixels, for the sampling of its texts
+    tower: str | None = ""  # SHA-256 of the tower's additions; "" without any, None if the adapter changed the tower
     shift: int = 0  # position of a token after the prefix, less the tokens before it: a picture may take few positions
-    inputs: dict[str, Tensor] = field(default_factory=dict)  # what a family that shares no prefix is asked with
-    run_tower: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # as of `Shared`
+    inputs: dict[str, Tensor] = field(default_factory=dict)  # the model inputs of a family that shares no prefix
+    run_tower: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # as in `Shared`
 
     @property
     def size(self) -> int:
         return len(self.seeds)
 
     def part(self, rows: Sequence[int]) -> LocalEncoding:
-        """The encoding of some of the pictures; this one is used up."""
+        """The encoding of some of the pictures; this encoding is used up."""
         if self.cache is not None:
             self.cache.batch_select_indices(torch.tensor(rows, device=self.cache.layers[0].keys.device))
         states, seeds = tuple(s[list(rows)] for s in self.states), tuple(self.seeds[k] for k in rows)
@@ -70,9 +70,9 @@ class LocalEncoding:
 
     @property
     def shared(self) -> Shared | None:
-        """For the experts that read the tower: fp32 on the CPU. Moved when asked for: of a 7B model 60 MB a face.
+        """The states for experts that read the tower, in fp32 on the CPU; a copy of 60 MB a face for a 7B model.
 
-        None of a tower that an adapter changed itself, for no expert was trained on it; none of another family's.
+        None where an adapter itself changed the tower, as no expert was trained on it, and for families but LLaVA.
         """
         if self.tower is None or not self.states:
             return None
@@ -80,17 +80,17 @@ class LocalEncoding:
 
 
 class Encoding(Protocol):
-    """What `encode` gives; nothing outside of its model reads more of it than this."""
+    """The result of `encode`: all that code outside of its model reads of it."""
 
     @property
     def size(self) -> int: ...
     @property
-    def shared(self) -> Shared | None: ...  # as of `LocalEncoding`
-    def part(self, rows: Sequence[int]) -> Encoding: ...  # of some of the faces; this one is used up
+    def shared(self) -> Shared | None: ...  # as in `LocalEncoding`
+    def part(self, rows: Sequence[int]) -> Encoding: ...  # some of the faces; this encoding is used up
 
 
 class LanguageModel(Protocol):
-    """What a Detector asks of an MLLM, local (LocalMLLM) or served (x2dfd.served)."""
+    """The interface of an MLLM to a Detector: local (LocalMLLM) or served (x2dfd.served)."""
 
     name: str
     batch: int  # faces that go through it together
@@ -110,27 +110,27 @@ class LanguageModel(Protocol):
 
 
 class Suffix(NamedTuple):
-    """What follows the picture in a prompt."""
+    """The part of a prompt after the picture."""
 
     tokens: list[int]
-    asked: int  # how many of them are the question; the rest begins the answer
+    n_question: int  # tokens of the question; the rest begins the answer
 
 
 @dataclass
-class _Begun:
+class _DecodingState:
     """A batch of answers under way."""
 
     last: Tensor  # [n, d], hidden state of each row's last token
     cache: Any
-    places: Tensor  # [n, k], of each cached token: which one of its row it is; -1 where it is none
+    positions: Tensor  # [n, k], of each cached token in its row; -1 for padding
     shift: int
 
 
 class LocalMLLM:
-    """An image-text-to-text model of transformers, with or without an adapter. `name` says which.
+    """An image-text-to-text model of transformers, with or without an adapter; `name` identifies it.
 
-    Labels are scored in fp32 in every precision. `temperature`: of texts; 0 takes the likeliest token, else one is
-    drawn with a seed of picture and question. `tower`: as in `LocalEncoding`.
+    Labels are scored in fp32 in every precision. `temperature` is that of texts: 0 takes the likeliest token, else one
+    is sampled with a seed from picture and question. `tower`: as in `LocalEncoding`.
     """
 
     batch = BATCH
@@ -157,8 +157,8 @@ class LocalMLLM:
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.label_ids = prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS)  # real, fake
         self._yes_no_ids = prompts.first_tokens(processor, "", prompts.YES_NO_WORDS)
-        # A hundred cue questions are the same for every picture. Nobody writes into what it returns.
-        self._rendered = lru_cache(maxsize=1024)(partial(after_image, processor))
+        # A hundred cue questions are the same for every picture. No caller writes into the result.
+        self._suffix_of = lru_cache(maxsize=1024)(partial(after_image, processor))
 
     def save(self, folder: Path) -> None:
         """Write model and processor as a directory that `load_model` takes."""
@@ -173,11 +173,11 @@ class LocalMLLM:
         from transformers import DynamicCache
 
         seeds = seeds_of(crops)
-        inputs = self._prefix(crops)
+        inputs = self._prefix_inputs(crops)
         length = inputs["input_ids"].shape[1]
         if not self._family.shares:
             return LocalEncoding(None, length, (), seeds, self.tower, self._family.first_position, inputs)
-        if self._family is FAMILIES["llava"]:  # the tower alone: many a verdict needs no more
+        if self._family is FAMILIES["llava"]:  # the tower alone, which is enough for many verdicts
             return LocalEncoding(
                 None, length, self._tower_states(inputs["pixel_values"]), seeds, self.tower, run_tower=self.run_tower
             )
@@ -190,14 +190,14 @@ class LocalMLLM:
     @torch.inference_mode()
     def run_tower(self, crops: Tensor) -> tuple[Tensor, ...]:
         """A LLaVA's tower over uint8 crops [n, s, s, 3]: hidden states, fp32 on the CPU."""
-        pixels = self._prefix(crops.numpy())["pixel_values"]
+        pixels = self._prefix_inputs(crops.numpy())["pixel_values"]
         return tuple(s.float().cpu() for s in self._tower_states(pixels))
 
     def _tower_states(self, pixels: Tensor) -> tuple[Tensor, ...]:
         return tuple(self._model.model.vision_tower(pixels, output_hidden_states=True).hidden_states)
 
-    def _read(self, encoding: LocalEncoding) -> None:
-        """Projector and language model over what stands before the question, where they have not seen it."""
+    def _prefill(self, encoding: LocalEncoding) -> None:
+        """Fill the cache with projector and language model over the prompt before the question, if that is not done."""
         from transformers import DynamicCache
 
         if encoding.cache is not None or not encoding.states:
@@ -205,8 +205,8 @@ class LocalMLLM:
         config = self._model.config
         layers = config.vision_feature_layer
         layers = [layers] if isinstance(layers, int) else layers
-        first = 1 if config.vision_feature_select_strategy == "default" else 0
-        states = torch.cat([encoding.states[i][:, first:] for i in layers], -1).to(
+        start = 1 if config.vision_feature_select_strategy == "default" else 0
+        states = torch.cat([encoding.states[i][:, start:] for i in layers], -1).to(
             self._model.dtype
         )  # `TowerPass` gives fp32
         image = self._model.model.multi_modal_projector(states)
@@ -216,75 +216,75 @@ class LocalMLLM:
         self._text(inputs_embeds=torch.cat([before, image], 1), past_key_values=cache, use_cache=True)
         encoding.cache, encoding.length = cache, len(tokens) + image.shape[1]
 
-    def _prefix(self, crops: NDArray[np.uint8]) -> dict[str, Tensor]:
-        """What the stock processor makes of pictures and prompt, up to the end of the picture."""
-        return self._placed(prefix_inputs(self.processor, crops, self._suffix(prompts.QUESTION).tokens))
+    def _prefix_inputs(self, crops: NDArray[np.uint8]) -> dict[str, Tensor]:
+        """The stock processor's inputs for pictures and prompt, up to the end of the picture."""
+        return self._to_device(prefix_inputs(self.processor, crops, self._suffix(prompts.QUESTION).tokens))
 
-    def _placed(self, inputs: Any) -> dict[str, Tensor]:
+    def _to_device(self, inputs: Any) -> dict[str, Tensor]:
         return {k: v.to(self.device, self._model.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
 
     def _suffix(self, question: str, start: str = "", turns: Sequence[tuple[str, str]] = ()) -> Suffix:
-        return after_image(self.processor, question, start, turns) if turns else self._rendered(question, start)
+        return after_image(self.processor, question, start, turns) if turns else self._suffix_of(question, start)
 
-    def _after(self, encoding: LocalEncoding, suffixes: Sequence[Suffix]) -> _Begun:
-        """One suffix a picture, right-padded. The encoding's cache holds them until it is cut back to the prefix."""
-        self._read(encoding)
+    def _run_suffixes(self, encoding: LocalEncoding, suffixes: Sequence[Suffix]) -> _DecodingState:
+        """Run one suffix a picture, right-padded. They stay in the encoding's cache until `_cut_cache`."""
+        self._prefill(encoding)
         lengths = torch.tensor([len(s.tokens) for s in suffixes])
         steps = torch.arange(int(lengths.max()))
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(s.tokens) for s in suffixes], batch_first=True)
-        own = (encoding.length + steps).where(steps < lengths[:, None], -1)
-        places = torch.cat([torch.arange(encoding.length).expand(len(suffixes), -1), own], 1).to(self.device)
+        tail = (encoding.length + steps).where(steps < lengths[:, None], -1)
+        positions = torch.cat([torch.arange(encoding.length).expand(len(suffixes), -1), tail], 1).to(self.device)
         ids = ids.to(self.device)
         if encoding.cache is None:
-            cache, hidden = self._whole(encoding, suffixes, ids)
+            cache, hidden = self._full_pass(encoding, suffixes, ids)
         else:
-            cache, queries = encoding.cache, (encoding.length + steps).expand_as(own).to(self.device)
-            hidden = self._further(ids, queries, cache, places, encoding.shift)
+            cache, queries = encoding.cache, (encoding.length + steps).expand_as(tail).to(self.device)
+            hidden = self._forward(ids, queries, cache, positions, encoding.shift)
         last = hidden[torch.arange(len(suffixes)), lengths - 1]
-        return _Begun(last, cache, places, encoding.shift)
+        return _DecodingState(last, cache, positions, encoding.shift)
 
-    def _whole(self, encoding: LocalEncoding, suffixes: Sequence[Suffix], ids: Tensor) -> tuple[Any, Tensor]:
+    def _full_pass(self, encoding: LocalEncoding, suffixes: Sequence[Suffix], ids: Tensor) -> tuple[Any, Tensor]:
         """Picture and suffixes in one pass of the stock model: its cache, and the suffixes' hidden states [n, s, d]."""
         from transformers import DynamicCache
 
         steps = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
-        asked = torch.tensor([[s.asked] for s in suffixes], device=self.device)
+        starts = torch.tensor([[s.n_question] for s in suffixes], device=self.device)
         ends = torch.tensor([[len(s.tokens)] for s in suffixes], device=self.device)
-        further = {"input_ids": ids, "attention_mask": (steps < ends).long(), "token_type_ids": (steps >= asked).long()}
-        inputs = encoding.inputs | {k: torch.cat([encoding.inputs[k], v], 1) for k, v in further.items()}
+        extra = {"input_ids": ids, "attention_mask": (steps < ends).long(), "token_type_ids": (steps >= starts).long()}
+        inputs = encoding.inputs | {k: torch.cat([encoding.inputs[k], v], 1) for k, v in extra.items()}
         cache = DynamicCache()
         hidden = self._model.model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
         return cache, hidden[:, encoding.length :]
 
-    def _further(
-        self, ids: Tensor, queries: Tensor, cache: Any, places: Tensor, shift: int, apart: Tensor | None = None
+    def _forward(
+        self, ids: Tensor, queries: Tensor, cache: Any, positions: Tensor, shift: int, barred: Tensor | None = None
     ) -> Tensor:
-        """The language model over further tokens [n, s], the last of `places` [n, k]: hidden states [n, s, d].
+        """Hidden states [n, s, d] of further tokens [n, s], which are the last of `positions` [n, k].
 
-        Each sees what stands before it in its row, and nothing of what `apart` [s, k] bars. `queries`: which token of
-        the row each is, [n, s].
+        A token sees the earlier ones of its row, without those that `barred` [s, k] hides from it. `queries` [n, s] are
+        the tokens' own positions.
         """
-        near = (places[:, None] >= 0) & (places[:, None] <= queries[..., None])  # [n, s, k]
-        if apart is not None:
-            near &= ~apart
+        visible = (positions[:, None] >= 0) & (positions[:, None] <= queries[..., None])  # [n, s, k]
+        if barred is not None:
+            visible &= ~barred
         config = self._text.config
-        mask: Any = self._mask(near)
+        mask: Any = self._mask(visible)
         if window := getattr(config, "sliding_window", None):
-            within = self._mask(near & (places[:, None] > queries[..., None] - window))
+            windowed = self._mask(visible & (positions[:, None] > queries[..., None] - window))
             kinds = getattr(config, "layer_types", None)
-            mask = {"full_attention": mask, "sliding_attention": within} if kinds else within
-        out = self._text(
+            mask = {"full_attention": mask, "sliding_attention": windowed} if kinds else windowed
+        output = self._text(
             input_ids=ids, position_ids=queries + shift, attention_mask=mask, past_key_values=cache, use_cache=True
         )
-        hidden: Tensor = out.last_hidden_state
+        hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def _mask(self, seen: Tensor) -> Tensor:
-        """Which tokens [n, s, k] a token may look at, as the model's attention takes it: [n, 1, s, k]."""
-        if self._text.config._attn_implementation != "eager":  # Gemma 2's is, whose attention has a soft cap
-            return seen[:, None]
+    def _mask(self, visible: Tensor) -> Tensor:
+        """The mask of visible tokens [n, s, k] in the form that the model's attention takes: [n, 1, s, k]."""
+        if self._text.config._attn_implementation != "eager":  # eager: Gemma 2's, whose attention has a soft cap
+            return visible[:, None]
         least = torch.finfo(self._model.dtype).min
-        return torch.zeros_like(seen, dtype=self._model.dtype).masked_fill(~seen, least)[:, None]
+        return torch.zeros_like(visible, dtype=self._model.dtype).masked_fill(~visible, least)[:, None]
 
     # --- verdict ---
 
@@ -294,17 +294,17 @@ class LocalMLLM:
 
         The next-token distribution after the forced stem "This image is", restricted to the two labels.
         """
-        begun = self._after(encoding, [self._suffix(q, prompts.STEM) for q in questions])
-        self._cut_back(encoding)
-        real, fake = self._scores(begun.last, self.label_ids).unbind(1)
+        state = self._run_suffixes(encoding, [self._suffix(q, prompts.STEM) for q in questions])
+        self._cut_cache(encoding)
+        real, fake = self._scores(state.last, self.label_ids).unbind(1)
         return np.asarray((fake - real).double().cpu().numpy())
 
-    def _cut_back(self, encoding: LocalEncoding) -> None:
+    def _cut_cache(self, encoding: LocalEncoding) -> None:
         if encoding.cache is not None:
             encoding.cache.crop(encoding.length - encoding.cache.get_seq_length())
 
     def _scores(self, hidden: Tensor, ids: Sequence[int]) -> Tensor:
-        """Logits of two tokens in fp32: in 16 bits their difference would move in steps of a tenth."""
+        """Logits of two tokens in fp32: in 16 bits their difference would be rounded to tenths."""
         return self._capped(hidden.to(self._head.device).float() @ self._head[list(ids)].float().T)
 
     def _capped(self, logits: Tensor) -> Tensor:
@@ -323,59 +323,59 @@ class LocalMLLM:
         max_new_tokens: int = MAX_NEW_TOKENS,
         on_text: Callable[[str], None] | None = None,
     ) -> list[str]:
-        """The continuation of each picture's answer after its `start`: the new text alone.
+        """The new text that continues each picture's answer after its start.
 
-        `on_text` gets the text so far (of the first picture) after every token. An answer ends when a dozen tokens
-        repeat; a sentence that it says twice is kept once.
+        `on_text` gets the first picture's text so far after every token. An answer ends when a dozen tokens repeat; a
+        repeated sentence is kept once.
         """
         suffixes = [self._suffix(q, s, turns) for q, s in zip(questions, starts, strict=True)]
-        begun = self._after(encoding, suffixes)
+        state = self._run_suffixes(encoding, suffixes)
         n = len(suffixes)
         queries = torch.tensor([[encoding.length + len(s.tokens)] for s in suffixes], device=self.device)
-        written: list[list[int]] = [[] for _ in range(n)]
+        tokens_of: list[list[int]] = [[] for _ in range(n)]
         open_rows = [True] * n
         ends = self._end_ids()
-        asked = zip(encoding.seeds, suffixes, strict=True)
-        draws = [torch.Generator().manual_seed(seed ^ crc32(repr(s.tokens).encode())) for seed, s in asked]
+        seeded = zip(encoding.seeds, suffixes, strict=True)
+        generators = [torch.Generator().manual_seed(seed ^ crc32(repr(s.tokens).encode())) for seed, s in seeded]
         for _ in range(max_new_tokens):
-            tokens = self._next(self._logits(begun.last), draws)
+            tokens = self._next(self._logits(state.last), generators)
             for row, token in enumerate(tokens.tolist()):
                 if open_rows[row]:
-                    written[row].append(token)
-                    if token in ends or _repeats(written[row]):
+                    tokens_of[row].append(token)
+                    if token in ends or _repeats(tokens_of[row]):
                         open_rows[row] = False
-                        del written[row][-1 if token in ends else -CIRCLE :]
+                        del tokens_of[row][-1 if token in ends else -CIRCLE :]
             if on_text is not None:
-                on_text(self._text_of(written[0]))
+                on_text(self._text_of(tokens_of[0]))
             if not any(open_rows):
                 break
-            begun.places = torch.cat([begun.places, queries], 1)
-            begun.last = self._further(tokens[:, None], queries, begun.cache, begun.places, begun.shift)[:, -1]
+            state.positions = torch.cat([state.positions, queries], 1)
+            state.last = self._forward(tokens[:, None], queries, state.cache, state.positions, state.shift)[:, -1]
             queries = queries + 1
-        self._cut_back(encoding)
-        return [self._text_of(w) for w in written]
+        self._cut_cache(encoding)
+        return [self._text_of(w) for w in tokens_of]
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """Of every token, in the model's precision: [n, vocabulary]."""
+        """Logits of the whole vocabulary, in the model's precision: [n, vocabulary]."""
         return self._capped(hidden.to(self._head.device) @ self._head.T).to(self.device)
 
-    def _next(self, logits: Tensor, draws: Sequence[torch.Generator]) -> Tensor:
-        """The next token of each picture: [n]. Of unlikely tokens, the last tenth of the probability, none is drawn."""
+    def _next(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """The next token of each picture: [n]. The unlikeliest tokens, together a tenth, are never sampled."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        chances, order = (logits.float() / self.temperature).softmax(-1).cpu().sort(descending=True)
-        kept = chances.where(chances.cumsum(-1) - chances < TOP_P, 0)
-        drawn = [torch.multinomial(row, 1, generator=draw) for row, draw in zip(kept, draws, strict=True)]
-        return order.gather(1, torch.stack(drawn))[:, 0].to(logits.device)
+        probabilities, order = (logits.float() / self.temperature).softmax(-1).cpu().sort(descending=True)
+        nucleus = probabilities.where(probabilities.cumsum(-1) - probabilities < TOP_P, 0)
+        samples = [torch.multinomial(row, 1, generator=g) for row, g in zip(nucleus, generators, strict=True)]
+        return order.gather(1, torch.stack(samples))[:, 0].to(logits.device)
 
     def _text_of(self, tokens: Sequence[int]) -> str:
         return said_once(self.tokenizer.decode(tokens, skip_special_tokens=True).strip())
 
     def _end_ids(self) -> set[int]:
-        """What ends an answer: as it was trained, and as the checkpoint's generation_config says."""
+        """Tokens that end an answer: those of training, and those of the checkpoint's generation_config."""
         ends = {self.tokenizer.eos_token_id, prompts.answer_end(self.processor)}
-        said = getattr(self._model.generation_config, "eos_token_id", None)
-        ends |= set(said) if isinstance(said, list | tuple) else {said}
+        eos_ids = getattr(self._model.generation_config, "eos_token_id", None)
+        ends |= set(eos_ids) if isinstance(eos_ids, list | tuple) else {eos_ids}
         return {e for e in ends if e is not None and e != self.tokenizer.unk_token_id}
 
     # --- cue questions ---
@@ -392,52 +392,52 @@ class LocalMLLM:
         """As `yes_no`, on the encoding of one picture."""
         if encoding.size != 1:
             raise ValueError(f"packed questions are about one picture, not {encoding.size}")
-        self._read(encoding)
-        chances: list[Tensor] = []
-        said: list[str] = []
+        self._prefill(encoding)
+        p_yes_chunks: list[Tensor] = []
+        answers: list[str] = []
         pack = PACK if encoding.cache is not None else 1
         for start in range(0, len(questions), pack):
             suffixes = [self._suffix(q) for q in questions[start : start + pack]]
-            last = (
+            hidden = (
                 self._packed(encoding, [s.tokens for s in suffixes])
                 if pack > 1
-                else self._after(encoding, suffixes).last
+                else self._run_suffixes(encoding, suffixes).last
             )
-            logits = self._logits(last)  # [questions, vocabulary]
-            chances.append(self._scores(last, self._yes_no_ids).double().softmax(-1)[:, 0].cpu())
-            said += [self._yes_or_no(t) for t in logits.argmax(-1).tolist()]
-        p_yes = torch.cat(chances).numpy() if chances else np.zeros(0)
+            logits = self._logits(hidden)  # [questions, vocabulary]
+            p_yes_chunks.append(self._scores(hidden, self._yes_no_ids).double().softmax(-1)[:, 0].cpu())
+            answers += [self._yes_or_no(t) for t in logits.argmax(-1).tolist()]
+        p_yes = torch.cat(p_yes_chunks).numpy() if p_yes_chunks else np.zeros(0)
         if not np.isfinite(p_yes).all():
             raise InputError("no_score", NOT_FINITE)
-        return YesNo(p_yes, tuple(said))
+        return YesNo(p_yes, tuple(answers))
 
     def _packed(self, encoding: LocalEncoding, suffixes: Sequence[list[int]]) -> Tensor:
-        """Many suffixes of one picture behind each other, none of which sees another: their last hidden states."""
+        """Last hidden states of many suffixes of one picture, in one row in which none sees another."""
         lengths = torch.tensor([len(s) for s in suffixes])
         block = torch.repeat_interleave(torch.arange(len(suffixes)), lengths)
-        apart = torch.cat(
+        barred = torch.cat(
             [torch.zeros(len(block), encoding.length, dtype=torch.bool), block[:, None] != block[None]], 1
         )
         queries = encoding.length + torch.cat([torch.arange(k) for k in lengths.tolist()])
-        places = torch.cat([torch.arange(encoding.length), queries])[None].to(self.device)
+        positions = torch.cat([torch.arange(encoding.length), queries])[None].to(self.device)
         ids = torch.tensor([[t for s in suffixes for t in s]], device=self.device)
-        hidden = self._further(
-            ids, queries[None].to(self.device), encoding.cache, places, encoding.shift, apart.to(self.device)
+        hidden = self._forward(
+            ids, queries[None].to(self.device), encoding.cache, positions, encoding.shift, barred.to(self.device)
         )
-        self._cut_back(encoding)
+        self._cut_cache(encoding)
         return hidden[0, lengths.cumsum(0) - 1]
 
     @torch.inference_mode()
     def yes_no_plain(self, crop: NDArray[np.uint8], questions: Sequence[str]) -> YesNo:
-        """The same one by one through the stock forward pass: slow; the oracle of the packed pass."""
-        p_yes, said = [], []
+        """As `yes_no`, one by one through the stock forward pass: slow, to check the packed pass against."""
+        p_yes, answers = [], []
         for question in questions:
             logits = (
-                self._model(**self._placed(stock_inputs(self.processor, crop[None], question))).logits[0, -1].float()
+                self._model(**self._to_device(stock_inputs(self.processor, crop[None], question))).logits[0, -1].float()
             )
             p_yes.append(float(logits[list(self._yes_no_ids)].double().softmax(-1)[0]))
-            said.append(self._yes_or_no(int(logits.argmax())))
-        return YesNo(np.array(p_yes), tuple(said))
+            answers.append(self._yes_or_no(int(logits.argmax())))
+        return YesNo(np.array(p_yes), tuple(answers))
 
     def _yes_or_no(self, token: int) -> str:
         word = self.tokenizer.decode([token]).strip().lower()
@@ -450,7 +450,7 @@ def seeds_of(crops: NDArray[np.uint8]) -> tuple[int, ...]:
 
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-"""Of a processor's outputs, those with an entry a token."""
+"""The processor's outputs that have one entry a token."""
 
 
 def stock_inputs(processor: Processor, crops: NDArray[np.uint8], question: str) -> dict[str, Tensor]:
@@ -458,20 +458,20 @@ def stock_inputs(processor: Processor, crops: NDArray[np.uint8], question: str) 
     from PIL import Image
 
     text = prompts.stock_text(processor, question)
-    found = processor(
+    inputs = processor(
         images=[[Image.fromarray(c)] for c in crops],
         text=[text] * len(crops),
         return_tensors="pt",
         add_special_tokens=not prompts.begins(processor, text),
     )
-    found.pop("labels", None)  # PaliGemma's processor is made for training
-    return dict(found)
+    inputs.pop("labels", None)  # PaliGemma's processor is made for training
+    return dict(inputs)
 
 
 def prefix_inputs(processor: Processor, crops: NDArray[np.uint8], after: Sequence[int]) -> dict[str, Tensor]:
-    """The stock processor's inputs up to the end of the picture: what inference and training both begin with.
+    """The stock processor's inputs up to the end of the picture, with which inference and training both begin.
 
-    `after`: the tokens that follow the picture in `prompts.QUESTION`. Raises SetupError where the processor's differ.
+    `after`: the tokens after the picture in `prompts.QUESTION`. Raises SetupError if the processor has others.
     """
     inputs = stock_inputs(processor, crops, prompts.QUESTION)
     end = inputs["input_ids"].shape[1] - len(after)
@@ -485,18 +485,18 @@ def prefix_inputs(processor: Processor, crops: NDArray[np.uint8], after: Sequenc
 
 def after_image(processor: Processor, question: str, start: str = "", turns: Sequence[tuple[str, str]] = ()) -> Suffix:
     """The tokens of a prompt that follow the picture."""
-    asked, whole = (
-        prompts.prompt_tokens(processor, prompts.render(processor, question, begun, turns))[1] for begun in ("", start)
+    question_tokens, tokens = (
+        prompts.prompt_tokens(processor, prompts.render(processor, question, text, turns))[1] for text in ("", start)
     )
-    return Suffix(whole, len(asked) if start else len(whole))
+    return Suffix(tokens, len(question_tokens) if start else len(tokens))
 
 
 def said_once(text: str) -> str:
-    """The text without the sentences that stood in it before."""
+    """The text without repetitions of a sentence."""
     return " ".join(dict.fromkeys(re.split(r"(?<=[.!?])\s+", text)))
 
 
 def _repeats(tokens: Sequence[int]) -> bool:
-    """The last `CIRCLE` tokens stood there before."""
+    """Whether the last `CIRCLE` tokens occurred before."""
     tail = list(tokens[-CIRCLE:])
     return any(list(tokens[i : i + CIRCLE]) == tail for i in range(len(tokens) - CIRCLE))

@@ -37,7 +37,7 @@ from x2dfd.loading import (
     choose_device,
     crop_size_of,
     load_model,
-    reading,
+    read_options,
 )
 from x2dfd.mllm import LanguageModel, LocalMLLM
 from x2dfd.model_spec import Bits, Dtype, Mode, ModelSpec
@@ -137,7 +137,7 @@ def _local(
         identity_future = background.submit(base_identity, base)  # most of loading is imports, which keep one core busy
         model, processor = load_model(
             base,
-            **reading(base, target, precision, device_map, bits),
+            **read_options(base, target, precision, device_map, bits),
             tower_layers=(card.tower_layers or None) if card else None,
             text_layers=(card.text_layers or None) if card else None,
             feature_layers=(card.feature_layers or None) if card else None,
@@ -152,7 +152,7 @@ def _local(
     if device_map is None and bits is None:
         model = model.to(target)
         for parameter in model.parameters():  # buffers keep their precision: rotary frequencies suffer from 16 bits
-            if parameter.is_floating_point():  # of a quantised checkpoint not all are
+            if parameter.is_floating_point():  # in a quantised checkpoint, not all are
                 parameter.data = parameter.data.to(TORCH_DTYPES[precision])
     mllm = LocalMLLM(
         model,

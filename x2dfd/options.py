@@ -1,4 +1,4 @@
-"""Options that several commands share: the same word, the same help and the same values in every room."""
+"""Options that several commands share, with the same name, help and values in every room."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from x2dfd.model_spec import Bits, Dtype, LoadOptions, Mode
 MODEL_HELP = (
     "embedded, an adapter directory, hub:NAME, hub:NAME+DIR, NAME@http://HOST/v1 or NAME@http://HOST/v1+DIR. "
     "An endpoint gets the face crops; its key is read from OPENAI_API_KEY; ?requests-per-minute=N after its address "
-    "spreads what is asked of it."
+    "spreads the requests to it."
 )
 Model = Annotated[str, typer.Option("--model", metavar="SPEC", help=MODEL_HELP, rich_help_panel="Model")]
 ModeOption = Annotated[
@@ -52,12 +52,12 @@ Threads = Annotated[
     int | None,
     typer.Option("--threads", min=1, max=1024, metavar="N", help="CPU threads.", rich_help_panel="Model"),
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Of everything that is drawn.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Of all random choices.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout.", rich_help_panel="Output")]
 
 
 def names(text: str | None) -> tuple[str, ...]:
-    """The names of an option that lists them with commas."""
+    """The names in a comma-separated option."""
     return tuple(name for part in (text or "").split(",") if (name := part.strip()))
 
 
@@ -69,7 +69,7 @@ def load_options(
     device_map: str | None = None,
     threads: int | None = None,
 ) -> LoadOptions:
-    """As `x2dfd.load` takes them."""
+    """The options of `x2dfd.load`."""
     width: dict[str, Bits] = {"4": 4, "8": 8}
     return {
         "mode": mode, "threads": threads, "device": device, "dtype": dtype, "device_map": device_map,

@@ -53,8 +53,8 @@ def find_media(
 ) -> Iterator[Path]:
     """Yield files as they are, and every regular file under each folder, in sorted order.
 
-    Hidden files and folders are left out. Links out of the folder or to another are left out too, and `left_out` is
-    called with each. Files that are no pictures, absent or unreadable are yielded, as each has to become an error row.
+    Hidden files and folders are left out. So are links to folders and links out of the folder; `left_out` is called
+    with each of them. Files that are no pictures, absent or unreadable are yielded, as each becomes an error row.
     """
     for entry in paths:
         path = Path(entry)

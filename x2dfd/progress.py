@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def progress(items: Iterable[T], text: str, total: int | None = None) -> Iterator[T]:
-    """The same items; says on stderr how far they are. `total`: how many, where `items` has no length."""
+    """Yield the items, and show on stderr how far they are. `total`: their number, if `items` has no length."""
     if total is None and isinstance(items, Sized):
         total = len(items)
     if sys.stderr.isatty():

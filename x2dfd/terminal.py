@@ -1,4 +1,4 @@
-"""What the command line shows a person: a file's answer as text, and the progress of a run on stderr."""
+"""The command line's output for people: a file's answer as text, and the progress of a run on stderr."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ COLOURS = {"fake": typer.colors.RED, "real": typer.colors.GREEN, "inconclusive":
 
 
 def block(result: Report | Failure) -> str:
-    """What a person reads of one file."""
+    """A file's answer as text for people."""
     name = printable(result.path or "(bytes)")
     if isinstance(result, Failure):
-        return f"{_word(answer.WORDS['failed'], None)}  {result.code}  {name}\n" + wrapped(result.reason) + "\n"
+        return f"{_coloured(answer.WORDS['failed'], None)}  {result.code}  {name}\n" + wrapped(result.reason) + "\n"
     verdict = result.verdict
-    number = f"{answer.percent(verdict.p_fake)} chance of a fake  " if verdict.p_fake is not None else ""
-    if number and result.model.get("mode") == "paper":
-        number = f"{number.rstrip()} (not calibrated)  "
+    chance = f"{answer.percent(verdict.p_fake)} chance of a fake  " if verdict.p_fake is not None else ""
+    if chance and result.model.get("mode") == "paper":
+        chance = f"{chance.rstrip()} (not calibrated)  "
     decider = result.decider
-    which = _which(decider, result) if decider else ""
-    said = of_generator(result.provenance)
-    lines = [name, wrapped(f"{LEAD} {CAVEAT}"), *map(_stated, said)] if said else []
-    lines.append(f"{_word(answer.word(verdict), verdict.label)}  {number}{which}{name}")
-    meant = answer.meaning(result)
-    lines.append(wrapped(meant if verdict.label != "inconclusive" else f"why: {meant}"))
+    face_label = _face_label(decider, result) if decider else ""
+    claims = of_generator(result.provenance)
+    lines = [name, wrapped(f"{LEAD} {CAVEAT}"), *map(_statement_line, claims)] if claims else []
+    lines.append(f"{_coloured(answer.word(verdict), verdict.label)}  {chance}{face_label}{name}")
+    meaning = answer.meaning(result)
+    lines.append(wrapped(meaning if verdict.label != "inconclusive" else f"why: {meaning}"))
     if len(result.faces) > 1 and decider is not None and decider.frame is None:
         faces = answer.counted(answer.status(face.verdict) for face in result.faces)
         lines.append(wrapped(f"{len(result.faces)} faces: {faces}"))
     lines += map(wrapped, answer.remarks(result))
-    own = decider.verdict if decider is not None else verdict
-    if result.rationale and verdict.p_fake is not None:  # else it says again why nothing was assessed
-        if own.label != verdict.label:  # of a clip, whose answer is not that of one face
+    face_verdict = decider.verdict if decider is not None else verdict
+    if result.rationale and verdict.p_fake is not None:  # else it repeats why nothing was assessed
+        if face_verdict.label != verdict.label:  # a clip, whose answer is not that of one face
             lines.append(wrapped(f"of the most suspicious face: {result.rationale}"))
         elif verdict.label == "inconclusive":
             lines.append(wrapped(f"{result.rationale} This text {answer.stance(verdict, result.rationale)}."))
@@ -55,34 +55,34 @@ def block(result: Report | Failure) -> str:
         lines.append(wrapped("cues: " + ", ".join(f"{cue.area} · {cue.artifact}" for cue in result.cues)))
     if decider is not None:
         lines += [wrapped(f"contradiction: {text}") for text in decider.contradictions]
-    width = max((len(evidence.expert) for evidence in result.evidence), default=0)
-    judged = result.evidence if verdict.p_fake is not None else ()
-    lines += [_bar(e, width) + ("  (no weight of its own)" * (e.expert in result.uncounted)) for e in judged]
+    width = max((len(e.expert) for e in result.evidence), default=0)
+    evidence = result.evidence if verdict.p_fake is not None else ()
+    lines += [_evidence_bar(e, width) + ("  (no weight of its own)" * (e.expert in result.uncounted)) for e in evidence]
     lines += [wrapped(f"warning: {text}") for text in result.warnings]
-    lines += [_stated(s) for s in result.provenance.get("statements", ()) if s not in said]
+    lines += [_statement_line(s) for s in result.provenance.get("statements", ()) if s not in claims]
     lines.append(wrapped(f"next: {answer.NEXT_BRIEFLY}"))
     return "\n".join(lines) + "\n"
 
 
-def _stated(statement: dict[str, str]) -> str:
+def _statement_line(statement: dict[str, str]) -> str:
     return wrapped(printable(f"stated in the file: {statement['says']} ({statement['where']})"))
 
 
-def _which(face: FaceReport, report: Report) -> str:
-    """ "face 1 of 2  ", nothing of a single one; of a clip with the time: "face 1 of 2, at 1.4 s  "."""
+def _face_label(face: FaceReport, report: Report) -> str:
+    """ "face 1 of 2  ", "" for a single face; with the time in a clip: "face 1 of 2, at 1.4 s  "."""
     beside = sum(other.frame == face.frame for other in report.faces)
     words = [f"face {answer.number(face, report)} of {beside}"] if beside > 1 else []
     words += [] if face.time_s is None else [f"at {face.time_s:.1f} s"]
     return f"{', '.join(words)}  " if words else ""
 
 
-def _word(word: str, label: str | None) -> str:
+def _coloured(word: str, label: str | None) -> str:
     if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
         return word
     return typer.style(word, fg=COLOURS.get(label or "", typer.colors.MAGENTA), bold=True)
 
 
-def _bar(evidence: Evidence, width: int) -> str:
+def _evidence_bar(evidence: Evidence, width: int) -> str:
     full, empty = "█░" if (sys.stdout.encoding or "").lower().startswith("utf") else "#-"
     name, note = printable(evidence.expert), printable(evidence.note or "")
     if evidence.score is None:
@@ -110,11 +110,11 @@ def printable(text: str) -> str:
 def progress(total: int, first: int = 1) -> Iterator[Callable[[str, bool, bool], None]]:
     """Rate and time left on stderr: a bar on a terminal, else a line now and then.
 
-    Yields what is called for each file, with its text for stdout ("" for none), whether it failed, and whether it was
-    judged just now: rows of an earlier run say nothing of the rate. Nor do the `first` files, whose time holds the
-    loading of the model.
+    Yields a function to call for each file, with its text for stdout ("" for none), whether it failed, and whether it
+    was judged just now: rows of an earlier run do not count for the rate. Nor do the `first` files, whose time includes
+    the loading of the model.
     """
-    bar = _bar_of(total) if sys.stderr.isatty() else None  # elsewhere rich need not be imported
+    bar = _progress_bar(total) if sys.stderr.isatty() else None  # elsewhere rich need not be imported
     start = last = time.monotonic()
     done = failed = judged = 0
 
@@ -124,9 +124,9 @@ def progress(total: int, first: int = 1) -> Iterator[Callable[[str, bool, bool],
             return f"{done:,} from an earlier run"
         if judged <= first:
             return f"{failed} failed"
-        ahead = (total - done) * seconds / (judged - first)
-        left = time.strftime("%H:%M:%S", time.gmtime(ahead))
-        days = int(ahead) // 86_400
+        seconds_left = (total - done) * seconds / (judged - first)
+        left = time.strftime("%H:%M:%S", time.gmtime(seconds_left))
+        days = int(seconds_left) // 86_400
         return f"{(judged - first) / seconds:.1f}/s, {f'{days} d ' if days else ''}{left} left, {failed} failed"
 
     def show(text: str, failure: bool, fresh: bool) -> None:
@@ -149,7 +149,7 @@ def progress(total: int, first: int = 1) -> Iterator[Callable[[str, bool, bool],
         yield show
 
 
-def _bar_of(total: int) -> Progress:
+def _progress_bar(total: int) -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 

@@ -1,7 +1,7 @@
-"""Untrusted work in a process of its own that can be killed: a stranger's files, and plug-ins.
+"""Runs untrusted work, on strangers' files and in plug-ins, in a separate process that can be killed.
 
-A file that crashes a decoder, hangs it or eats the memory costs its own row; the next file gets a new process. It is no
-sandbox: it may do what its user may. Of what it answers, only this project's records and arrays are read.
+A file that crashes a decoder, hangs it or takes all memory costs only its own row; the next file gets a new process. It
+is no sandbox: the process has its user's rights. In its replies, only this project's records and arrays are read.
 
 Codes: `decoder_died`, `too_slow`, `out_of_memory`.
 """
@@ -31,10 +31,10 @@ from typing import Any, ParamSpec, TypeVar
 from x2dfd.errors import InputError, SetupError, X2DFDError, one_file
 
 SECONDS = 300.0  # of CPU for one call: a clip at the limit of `x2dfd.video` takes minutes
-MEMORY = 3 << 30  # bytes of address space beyond what the process takes when it is ready
+MEMORY = 3 << 30  # bytes of address space that the process may take once it is ready
 INTAKE = "x2dfd.intake"  # the module that opens files and finds their faces
 START_SECONDS = 300.0  # of the clock, until a new process has imported what it needs
-_CLOCK = 2.0  # seconds of the clock for each of CPU: what sleeps or waits for a lock uses none
+_CLOCK = 2.0  # seconds of the clock for each of CPU, as work that sleeps or waits for a lock uses none
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -43,8 +43,8 @@ T = TypeVar("T")
 class Worker:
     """One process that runs functions, one at a time; it is replaced when it dies or has to be killed.
 
-    One call may take `seconds` of CPU and `memory` bytes (on Linux; None: any number), and `clock` seconds whatever it
-    does. `doing` names the work for readers; `module` is imported before the bounds begin.
+    One call may take `seconds` of CPU and `memory` bytes (on Linux; None: no bound), and `clock` seconds in all.
+    `doing` names the work for readers; `module` is imported before the bounds begin.
     """
 
     def __init__(
@@ -64,28 +64,28 @@ class Worker:
         self._ready = False
 
     def start(self) -> None:
-        """Begin to start the process, where it is not there; `call` waits until it is ready."""
+        """Begin to start the process if none runs; `call` waits until it is ready."""
         with self._turn:
             if self._process is not None and self._process.poll() is None:
                 return
             self.close()
             # Not by multiprocessing: a fork would copy the model, and a spawn runs the caller's script once more.
-            self._pipe, theirs = Pipe()
-            given = [str(theirs.fileno()), self.module, str(self.seconds or 0), str(self.memory or 0)]
+            self._pipe, child_pipe = Pipe()
+            arguments = [str(child_pipe.fileno()), self.module, str(self.seconds or 0), str(self.memory or 0)]
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, *given],
-                pass_fds=[theirs.fileno()],
+                [sys.executable, "-m", __name__, *arguments],
+                pass_fds=[child_pipe.fileno()],
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # data of the command stand there
+                stdout=subprocess.DEVNULL,  # the command's data go there
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                process_group=0,  # Ctrl+C is for this process, which ends the other
+                process_group=0,  # Ctrl+C reaches this process, which ends the child
             )
-            theirs.close()
+            child_pipe.close()
             self._ready = False
-            self._end = weakref.finalize(self, _end, self._process, self._pipe)  # at the latest when this one ends
+            self._end = weakref.finalize(self, _end, self._process, self._pipe)  # at exit at the latest
 
     def close(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, even in the middle of a call."""
         with self._turn:
             if self._process is not None:
                 self._end()
@@ -94,30 +94,30 @@ class Worker:
     def call(
         self, function: Callable[..., T], /, *args: Any, on_progress: Callable[[Any], None] | None = None, **named: Any
     ) -> T:
-        """What the function gives or raises there. It must have a module's name, and its values must be picklable.
+        """The function's result, or its exception. It must be a module's function, with picklable values.
 
-        With `on_progress` the function gets one too, and what it is given there is told here; what that raises ends
-        the process. Raises InputError where the process died of the call or had to be killed, and for what
-        `errors.one_file` names; SetupError where no process comes up.
+        With `on_progress` the function gets one too, which passes its values on to it; an exception of it ends the
+        process. Raises InputError if the process died of the call or had to be killed, and as
+        `errors.one_file`; SetupError if no process starts.
         """
         with self._turn:
             self.start()
-            whole = False
+            complete = False
             try:
                 self._wait_until_ready()
                 # Not `send`: torch makes its pickler hand tensors over in shared memory, which the other cannot open.
-                asked = pickle.dumps((function, args, named, self.doing, on_progress is not None), 5)
-                with self._piping() as pipe:
-                    pipe.send_bytes(asked)
+                request = pickle.dumps((function, args, named, self.doing, on_progress is not None), 5)
+                with self._open_pipe() as pipe:
+                    pipe.send_bytes(request)
                 end = time.monotonic() + self.clock
-                while (said := self._read(end))[0] == "told":
+                while (message := self._read(end))[0] == "told":
                     if on_progress is not None:
-                        on_progress(said[1])
-                whole = True
+                        on_progress(message[1])
+                complete = True
             finally:
-                if not whole:  # also after an interrupt: its answer would be taken for the next one's
+                if not complete:  # also after an interrupt: the next call would read this one's reply
                     self.close()
-        kind, value = said
+        kind, value = message
         if kind == "raised":
             raise value
         result: T = value
@@ -125,24 +125,24 @@ class Worker:
 
     def _read(self, end: float) -> tuple[str, Any]:
         """The next message: ("told" | "raised" | "gave", value)."""
-        with self._piping() as pipe:
+        with self._open_pipe() as pipe:
             if not pipe.poll(max(0.0, end - time.monotonic())):
                 raise InputError("too_slow", f"{self.doing} took longer than {self.clock:g} seconds")
-            answer = pipe.recv_bytes()
+            data = pipe.recv_bytes()
         try:
-            kind, value = _Records(io.BytesIO(answer)).load()
+            kind, value = _Records(io.BytesIO(data)).load()
         except Exception as error:  # a hostile pickle raises nearly anything
             raise InputError("decoder_died", f"{self.doing} sent a reply that cannot be read") from error
         return kind, value
 
     @contextmanager
-    def _piping(self) -> Iterator[Connection]:
-        """The pipe, whose break is the process's end. What a caller's `on_progress` raises does not come by here."""
+    def _open_pipe(self) -> Iterator[Connection]:
+        """The pipe; if it breaks, the process has ended. Exceptions of `on_progress` do not pass through here."""
         assert self._pipe is not None
         try:
             yield self._pipe
         except (EOFError, OSError) as error:
-            raise self._fate() from error
+            raise self._exit_error() from error
 
     def _wait_until_ready(self) -> None:
         assert self._pipe is not None
@@ -161,8 +161,8 @@ class Worker:
             ) from error
         self._ready = True
 
-    def _fate(self) -> InputError:
-        """Why the process is gone."""
+    def _exit_error(self) -> InputError:
+        """The error that says why the process ended."""
         assert self._process is not None
         try:
             code = self._process.wait(10)
@@ -184,7 +184,7 @@ def _end(process: subprocess.Popen[bytes], pipe: Connection) -> None:
 
 
 class _Records(pickle.Unpickler):
-    """Reads records, errors and arrays, and nothing that could act: the process may be in a stranger's hands."""
+    """Reads records, errors and arrays, and no code, as a hostile file may control the process."""
 
     _ARRAYS = frozenset(
         {
@@ -200,9 +200,9 @@ class _Records(pickle.Unpickler):
         if (module, name) in self._ARRAYS:
             return super().find_class(module, name)
         if module.startswith("x2dfd.") and "." not in name:
-            found = super().find_class(module, name)
-            if isinstance(found, type) and (is_dataclass(found) or issubclass(found, X2DFDError)):
-                return found
+            cls = super().find_class(module, name)
+            if isinstance(cls, type) and (is_dataclass(cls) or issubclass(cls, X2DFDError)):
+                return cls
         raise pickle.UnpicklingError(f"{module}.{name} is no record")
 
 
@@ -225,11 +225,11 @@ def _serve(pipe: Connection, module: str, seconds: float, memory: int) -> None:
             named["on_progress"] = lambda value: pipe.send_bytes(pickle.dumps(("told", value), protocol=5))
         try:
             with one_file(doing):
-                answer = pickle.dumps(("gave", function(*args, **named)), protocol=5)
+                reply = pickle.dumps(("gave", function(*args, **named)), protocol=5)
         except X2DFDError as error:
-            answer = pickle.dumps(("raised", error))
-        pipe.send_bytes(answer)
-        del function, args, named, answer
+            reply = pickle.dumps(("raised", error))
+        pipe.send_bytes(reply)
+        del function, args, named, reply
 
 
 def _bound_memory(memory: int) -> None:
@@ -241,18 +241,18 @@ def _bound_memory(memory: int) -> None:
 
 
 def _bound_cpu(seconds: float) -> None:
-    """So many seconds from now on."""
+    """Allow `seconds` of CPU from now on."""
     import resource
 
     _limit(resource.RLIMIT_CPU, int(time.process_time() + seconds) + 1)
 
 
-def _limit(which: int, to: int) -> None:
-    """Never above what the system allows."""
+def _limit(kind: int, value: int) -> None:
+    """Set a soft limit, but never above the system's."""
     import resource
 
-    _, most = resource.getrlimit(which)
-    resource.setrlimit(which, (to if most == resource.RLIM_INFINITY else min(to, most), most))
+    _, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
 # --- files ---
@@ -262,7 +262,7 @@ _files: Worker | None = None  # of this process, while `isolating` lasts
 
 @contextmanager
 def isolating(seconds: float = SECONDS, memory: int | None = MEMORY) -> Iterator[None]:
-    """Within the block, this process decodes files in a Worker of these bounds: see `isolated`."""
+    """Decode files within the block in a Worker with these bounds: see `isolated`."""
     global _files
     _files = Worker(seconds, memory, doing="decoding", module=INTAKE)
     _files.start()
@@ -274,17 +274,17 @@ def isolating(seconds: float = SECONDS, memory: int | None = MEMORY) -> Iterator
 
 
 def isolated(function: Callable[P, T]) -> Callable[P, T]:
-    """A function of a file, by its path or bytes, that runs in the Worker while there is one.
+    """Decorate a function of a file's path or bytes: within `isolating` it runs in the Worker.
 
-    A picture that is an object already stays here.
+    An image object is handled in this process.
     """
 
     @functools.wraps(function)
     def call(*args: P.args, **named: P.kwargs) -> T:
-        if _files is None or not any(isinstance(given, str | Path | bytes) for given in args):
+        if _files is None or not any(isinstance(arg, str | Path | bytes) for arg in args):
             return function(*args, **named)
-        given: dict[str, Any] = dict(named)  # `on_progress` among them
-        return _files.call(call, *args, **given)
+        options: dict[str, Any] = dict(named)  # `on_progress` among them
+        return _files.call(call, *args, **options)
 
     return call
 
