@@ -207,26 +207,26 @@ def _comparable(report: Json) -> Json:
     return rest
 
 
-def _differing(where: str, stated: object, found: object, *, exactly: bool = False) -> Iterator[tuple[str, str]]:
+def _differing(place: str, stated: object, current: object, *, exactly: bool = False) -> Iterator[tuple[str, str]]:
     """Places at which two plain values differ, each with a line about it.
 
     Numbers may differ by what another batch or processor changes.
     """
-    if isinstance(stated, dict) and isinstance(found, dict):
-        for key in [*found, *(k for k in stated if k not in found)]:
+    if isinstance(stated, dict) and isinstance(current, dict):
+        for key in [*current, *(k for k in stated if k not in current)]:
             yield from _differing(
-                f"{where}.{key}" if where else str(key), stated.get(key), found.get(key), exactly=exactly
+                f"{place}.{key}" if place else str(key), stated.get(key), current.get(key), exactly=exactly
             )
-    elif isinstance(stated, list | tuple) and isinstance(found, list | tuple):
-        if len(stated) != len(found):
-            yield where, f"{where}: the record holds {len(stated)} entries, and here there are {len(found)}"
-        for i, (a, b) in enumerate(zip(stated, found, strict=False)):
-            yield from _differing(f"{where}[{i}]", a, b, exactly=exactly)
-    elif _number(stated) and _number(found) and not exactly:
-        if not math.isclose(stated, found, rel_tol=1e-3, abs_tol=2e-3):
-            yield where, f"{where}: the record states {stated}, and here it is {found}"
-    elif stated != found or isinstance(stated, bool) != isinstance(found, bool):
-        yield where, f"{where}: the record states {_short(stated)}, and here it is {_short(found)}"
+    elif isinstance(stated, list | tuple) and isinstance(current, list | tuple):
+        if len(stated) != len(current):
+            yield place, f"{place}: the record holds {len(stated)} entries, and here there are {len(current)}"
+        for i, (a, b) in enumerate(zip(stated, current, strict=False)):
+            yield from _differing(f"{place}[{i}]", a, b, exactly=exactly)
+    elif _number(stated) and _number(current) and not exactly:
+        if not math.isclose(stated, current, rel_tol=1e-3, abs_tol=2e-3):
+            yield place, f"{place}: the record states {stated}, and here it is {current}"
+    elif stated != current or isinstance(stated, bool) != isinstance(current, bool):
+        yield place, f"{place}: the record states {_short(stated)}, and here it is {_short(current)}"
 
 
 def _number(value: object) -> TypeGuard[float]:

@@ -21,8 +21,8 @@ def _table(text: str) -> dict[str, tuple[str, ...]]:
     for line in filter(None, (line.strip() for line in text.splitlines())):
         name, _, phrases = line.partition(": ")
         for phrase in phrases.split(", "):
-            parts = [p.split("|") for p in re.split(r"[()]", phrase)]
-            table[name] = (*table.get(name, ()), *("".join(choice) for choice in product(*parts)))
+            segments = [p.split("|") for p in re.split(r"[()]", phrase)]
+            table[name] = (*table.get(name, ()), *("".join(choice) for choice in product(*segments)))
     return table
 
 
@@ -156,7 +156,7 @@ _TOKEN = re.compile(r"[a-z]\w*|[;—]|[,:()]")
 _EXPERT = re.compile(r"additionally,? the image shows (?:obvious|very few)\b|\bart[ei]facts supporting (?:fake|real)\b")
 _PRONOUN = re.compile(r"(?:it|its|they|their|this|these|both|there)\b")
 _LINK = re.compile(r" (?:of|on|around|at|near|over|along|under|across|in|beside|between|above|below)(?: \w+)? $")
-# What turns a natural look into its opposite: "does not look natural", "unlike natural skin".
+# Words that turn a natural look into its opposite: "does not look natural", "unlike natural skin".
 _REVERSAL = re.compile(
     r"(?:\b(?:not|never|nor|neither|without|lack\w*|los(?:es|ing|t|s)|fails? to|than|unlike|instead of|to be|hardly|"
     r"missing|breaks?|interrupts?|disturbs?|too)(?: \w+){0,3}|\bno) $"

@@ -85,9 +85,9 @@ def spelt(question: str) -> str:
     return re.sub(r"[a-z]{3,}", corrected, question.lower())
 
 
-def checked(said: str, face: FaceReport) -> str:
+def checked(text: str, face: FaceReport) -> str:
     """The language model's answer, without the sentences that go against the face's verdict."""
-    sentences = re.findall(r"\S[^.!?\n]*(?:[.!?]+|$)", said)
+    sentences = re.findall(r"\S[^.!?\n]*(?:[.!?]+|$)", text)
     valid = [s for s in sentences if not against(s, face.verdict)]
     return " ".join(valid) if valid else REFUSED if sentences else "The language model has no answer to this."
 
@@ -243,8 +243,8 @@ _ANSWERS: dict[str, Callable[[Report, FaceReport], str]] = {
     "verdict": _verdict,
 }
 _INTENTS = tuple(
-    (name, re.compile(rf"\b(?:{'|'.join(asked)})"))
-    for name, asked in {
+    (name, re.compile(rf"\b(?:{'|'.join(patterns)})"))
+    for name, patterns in {
         "language": (rf"(?:in|into|speak|to) (?:{_LANGUAGES})\b", "translat", r"(?:other|another|my) language\b"),
         "sure": (
             r"how (?:\w+ ){0,4}(?:sure|certain|confident|likely|reliable|accurate)", "probabilit", "percent",

@@ -305,8 +305,8 @@ def _prefix(face: FaceReport, report: Report) -> str:
 
 def marked_areas(face: FaceReport) -> list[tuple[str, str, str]]:
     """(area, letter, colour) of the cues that can be drawn, in the order of the cues."""
-    named = dict.fromkeys(cue.area for cue in face.cues if face.areas.get(cue.area))
-    return [(area, chr(ord("A") + i), COLOURS[i % len(COLOURS)]) for i, area in enumerate(named)]
+    areas = dict.fromkeys(cue.area for cue in face.cues if face.areas.get(cue.area))
+    return [(area, chr(ord("A") + i), COLOURS[i % len(COLOURS)]) for i, area in enumerate(areas)]
 
 
 def letter_places(face: FaceReport, size: float, height: float) -> dict[str, list[tuple[float, float]]]:

@@ -36,7 +36,7 @@ EMBEDDED_NAME, HUB, EXPERT, PACE = "embedded", "hub:", "expert:", "?requests-per
 
 
 class LoadOptions(TypedDict, total=False):
-    """How a model is loaded; the keyword arguments of `x2dfd.load`, which explains them."""
+    """Options for loading a model: the keyword arguments of `x2dfd.load`, which explains them."""
 
     mode: Mode | None
     threads: int | None

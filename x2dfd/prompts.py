@@ -58,7 +58,7 @@ AGREES_BELOW, AGREES_ABOVE = 0.30, 0.70
 """Scores up to which an expert agrees with real, and from which it agrees with fake (X2-DFD's lo and hi)."""
 
 SCORE_FORMS = ("numbers", "words", "both")
-"""How a question gives a score: 0.812, as X2-DFD does; high; or 0.812 (high). An adapter's card says which."""
+"""Forms of a score in a question: 0.812, as in X2-DFD; high; or 0.812 (high). An adapter's card names its form."""
 
 _VICUNA = (
     "A chat between a curious {who} and an artificial intelligence assistant. The assistant gives helpful, detailed, "

@@ -31,7 +31,7 @@ DF_CLASSES: tuple[str, ...] = ("FS", "FR", "FE", "EFS", "real")
 """Face swapping, face reenactment, face editing, entire face synthesis, bona fide (arXiv 2501.01164)."""
 
 KINDS: tuple[str, ...] = ("whole", "part")
-"""How a fake was made: the face as a whole by a generator (EFS), or a photo that was changed in part (FS, FR, FE)."""
+"""Kinds of fakes: the face as a whole by a generator (EFS), or a photo that was changed in part (FS, FR, FE)."""
 
 Label = Literal["fake", "real", "inconclusive"]
 
@@ -51,7 +51,7 @@ class Cue:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What one expert reports about one face."""
+    """One expert's report about one face."""
 
     expert: str  # the expert's registered name
     score: float | None  # P(fake) in [0, 1]; None when the expert could not judge
