@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 CREDENTIALS = "Content Credentials"  # place of a statement that is not in the metadata
 TRUST = "X2DFD_C2PA_TRUST"
-MEND = "pip install -c constraints.txt '.[c2pa]'"
+INSTALL = "pip install -c constraints.txt '.[c2pa]'"
 MIME = {
     "JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "GIF": "image/gif", "TIFF": "image/tiff",
     "AVIF": "image/avif", "HEIF": "image/heif", "mov": "video/mp4", "avi": "video/avi",
@@ -67,7 +67,7 @@ def read_provenance(source: str | Path | bytes, format: str) -> Json:
 
 def _credentials(source: str | Path | bytes, format: str) -> Json:
     if find_spec("c2pa") is None:
-        return {"state": "not_checked", "reason": f"the package c2pa-python is not installed: {MEND}"}
+        return {"state": "not_checked", "reason": f"the package c2pa-python is not installed: {INSTALL}"}
     if format not in MIME:
         return {"state": "not_checked", "reason": f"{format} files carry no Content Credentials that can be read here"}
     import c2pa

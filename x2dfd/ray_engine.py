@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from x2dfd.stores import Place
 
 WINDOW = 10_000  # files in one dataset: bounds the driver's memory, and takes long compared to loading a model
-AHEAD = 4  # batches that an actor gets at once: it decodes one while it judges the one before
-A_MODEL = 1000  # files for which loading a model is worth its time
+BATCHES_AHEAD = 4  # batches that an actor gets at once: it decodes one while it judges the one before
+FILES_PER_LOAD = 1000  # files for which loading a model is worth its time
 TRIES = 4  # of a batch whose actors die; the run then ends, and --out resumes where it stopped
 BLOCKS = 1024  # of a dataset at most: the rows of a block arrive together
 
@@ -63,7 +63,7 @@ class RayDetector:
             raise SetupError("--engine ray needs Ray Data: pip install 'x2dfd[ray]'", code="package_missing") from error
         self._ray = ray
         self._model, self._options, self._actors, self._actor_class = model.absolute(), options, actors, judge
-        self.window = max(WINDOW, A_MODEL * actors)  # files in one dataset; each dataset loads the models anew
+        self.window = max(WINDOW, FILES_PER_LOAD * actors)  # files in one dataset; each dataset loads the models anew
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its progress bars are off
         if not ray.is_initialized():
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
@@ -118,7 +118,7 @@ class RayDetector:
         batch_size = judging["batch_size"]
         raw = [_raw(place) for place in places]
         rows = [{"places": raw[k : k + batch_size]} for k in range(0, len(raw), batch_size)]
-        at_once = max(1, min(AHEAD, len(rows) // self._actors))  # of few, every actor gets some
+        at_once = max(1, min(BATCHES_AHEAD, len(rows) // self._actors))  # of few, every actor gets some
         dataset = data.from_items(rows, override_num_blocks=min(BLOCKS, -(-len(rows) // at_once)))
         with warnings.catch_warnings():
             # About the last parameter, which Ray 2.64 drops; until then nothing else bounds the tries of a batch.

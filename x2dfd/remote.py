@@ -17,7 +17,7 @@ from x2dfd.paths import open_source
 from x2dfd.types import Failure, Report, result_of
 
 MAX_UPLOAD = 100_000_000  # bytes; the server holds it in memory
-PATIENCE = 600.0  # seconds for an answer: a long clip on a busy machine
+TIMEOUT_S = 600.0  # seconds for an answer: a long clip on a busy machine
 
 
 class ServerDetector:
@@ -60,7 +60,7 @@ class ServerDetector:
         headers = {"Content-Type": "application/octet-stream"}
         try:
             try:
-                with self._open(Request(self._url + path, data, headers), timeout=PATIENCE) as reply:
+                with self._open(Request(self._url + path, data, headers), timeout=TIMEOUT_S) as reply:
                     content = parse_json(reply.read())
             except HTTPError as error:
                 if error.code != 422:  # it is busy, or answers under other names only

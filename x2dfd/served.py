@@ -32,15 +32,15 @@ from x2dfd.mllm import YesNo
 from x2dfd.remote import is_loopback
 
 CONCURRENCY = 32  # requests at a time
-TOP = 20  # likeliest first tokens that are asked for, the maximum of hosted APIs
-FEW = 5  # the maximum of some
-LEAST = math.log(1e-4)  # a label that is less likely than this is no answer of a model that gets instructions in words
+TOP_TOKENS = 20  # likeliest first tokens that are asked for, the maximum of hosted APIs
+FEW_TOKENS = 5  # the maximum of some
+MIN_LOGPROB = math.log(1e-4)  # of the likelier label; with less, an instructed model has answered something else
 MAX_TOKENS = 200
 REPLY_BYTES = 8 << 20  # of one reply; twenty log-probabilities take a few thousand
 FAILURES_IN_A_ROW = 8
 """So many requests that failed one after another, each after its retries, end the run: the endpoint is down."""
 REFUSALS_FIRST = 50  # refused requests that end the run when none was answered before: the endpoint refuses all
-CONTINUES = ("vllm", "sglang")
+CONTINUING_ENGINES = ("vllm", "sglang")
 """Engines (`owned_by` in their model list) that continue a given beginning of the answer, as in training."""
 
 T = TypeVar("T")
@@ -92,7 +92,7 @@ class _Dialect:
 
     limit: str = "max_tokens"
     temperature: bool = True
-    top: int = TOP
+    top: int = TOP_TOKENS
 
     def options(self, tokens: int, scored: bool) -> Json:
         options: Json = {self.limit: tokens}
@@ -107,8 +107,8 @@ class _Dialect:
             return replace(self, limit="max_completion_tokens")
         if "temperature" in message and self.temperature:
             return replace(self, temperature=False)
-        if "top_logprobs" in message and self.top > FEW:
-            return replace(self, top=FEW)
+        if "top_logprobs" in message and self.top > FEW_TOKENS:
+            return replace(self, top=FEW_TOKENS)
         return self
 
 
@@ -172,7 +172,7 @@ class ServedMLLM:
         )
         self.close = weakref.finalize(self, _close, self._loop, self._client)
         engine = self._run(self._engine())
-        self.continues = engine in CONTINUES if continues is None else continues
+        self.continues = engine in CONTINUING_ENGINES if continues is None else continues
         self._label_ids, self._yes_no_ids = (
             self._run(self._token_ids()) if self.continues and engine is not None else (None, None)
         )
@@ -213,7 +213,7 @@ class ServedMLLM:
             reply = await self._first_token(messages, self._label_ids)
             real, fake = _logprobs(reply, prompts.LABEL_WORDS)
             # A model that continues a given beginning has its labels compared however unlikely both are, as locally.
-            if real is None or fake is None or (max(real, fake) < LEAST and not self.continues):
+            if real is None or fake is None or (max(real, fake) < MIN_LOGPROB and not self.continues):
                 raise InputError(
                     "no_label",
                     f"{self.name} begins with {reply.text[:40]!r}, and finds neither real nor fake likely",

@@ -24,7 +24,7 @@ from x2dfd.sniffing import MAX_PIXELS, Budget, Metered, check_bytes, check_size,
 
 MAX_REDUCED_PIXELS = 260_000_000
 """For a JPEG, which can be decoded at a half, a quarter or an eighth of its size; phones make up to 200 million."""
-HEIC_MEND = "pip install 'x2dfd[heic]'"
+HEIC_INSTALL = "pip install 'x2dfd[heic]'"
 
 # Pillow reports some broken TIFFs through logging; without a handler Python would print them on stderr.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -214,7 +214,7 @@ def _require_decoder(name: str) -> None:
         try:
             importlib.import_module("pillow_heif").register_heif_opener()
         except ImportError as error:
-            reason = f"HEIC needs the package pillow-heif ({HEIC_MEND}), or save the photo as JPEG"
+            reason = f"HEIC needs the package pillow-heif ({HEIC_INSTALL}), or save the photo as JPEG"
             raise InputError("unsupported_format", reason) from error
     if name in ("WEBP", "AVIF") and not features.check(name.lower()):
         raise InputError("unsupported_format", f"this installation of Pillow cannot read {name}")

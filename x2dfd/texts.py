@@ -16,9 +16,9 @@ from x2dfd.answer import disagreement, percent
 from x2dfd.explain import mended, read_cues, said_kind, said_labels
 from x2dfd.types import AREAS, ARTIFACTS, Cue, Evidence, Verdict
 
-MAX_NAMED = 3  # cues in a text; nobody checks more
-CUE_FROM = 0.5  # probability from which an expert's cue is named
-FURTHER_FROM = 0.8  # the same for cues after the first: half of those from 0.65 on are wrong (LOG.md)
+MAX_CUES = 3  # cues in a text; nobody checks more
+MIN_FIRST = 0.5  # probability from which an expert's cue is named
+MIN_FURTHER = 0.8  # the same for cues after the first: half of those from 0.65 on are wrong (LOG.md)
 _CLAUSES = {
     "texture": "the texture of {a} is unnatural",
     "lighting": "the light on {a} is odd",
@@ -37,7 +37,7 @@ _OPENINGS = {"whole": "The face looks generated as a whole", "part": "A part of 
 _LABEL = re.compile(rf"\b(?:{'|'.join(AREAS)}) (?:{'|'.join(ARTIFACTS)}): ", re.IGNORECASE)
 
 
-def looked_at(evidence: Sequence[Evidence], uncounted: frozenset[str]) -> str:
+def _search_sentence(evidence: Sequence[Evidence], uncounted: frozenset[str]) -> str:
     """A sentence on what the weighted experts searched for: both kinds of fakes, where one of them tells them apart."""
     tells_kinds = any(e.kinds for e in evidence if e.expert not in uncounted)
     traces = "traces of image generators and, area by area, for changes" if tells_kinds else "traces of a change"
@@ -59,15 +59,15 @@ def readable(text: str, verdict: Verdict, evidence: Sequence[Evidence], uncounte
     if verdict.label == "inconclusive":
         return undecided(verdict, evidence, uncounted)
     if verdict.label == "real":
-        return f"{looked_at(evidence, uncounted)} None were found."
+        return f"{_search_sentence(evidence, uncounted)} None were found."
     sentences = re.findall(r"\S[^.!?\n]*(?:[.!?]+|$)", mended(prompts.closed(text, verdict.label, ())))
     cue_sentences = [_without_label(s) for s in sentences if read_cues(s) and not against(s, verdict)]
     if not cue_sentences:
         return called_fake(verdict, evidence, uncounted)
     text = " ".join([f"{_opening(verdict)}.", *cue_sentences])
     pairs = [(c.area, c.artifact) for c in read_cues(text)]
-    further = [c for c in pointed_at(verdict, evidence, uncounted, FURTHER_FROM) if (c.area, c.artifact) not in pairs]
-    further = further[: max(MAX_NAMED - len(pairs), 0)]
+    cues = _nameable_cues(verdict, evidence, uncounted, MIN_FURTHER)
+    further = [c for c in cues if (c.area, c.artifact) not in pairs][: max(MAX_CUES - len(pairs), 0)]
     return f"{text} {_sentence(further)}" if further else text
 
 
@@ -99,8 +99,8 @@ def _names_area(cues: Sequence[Cue], verdict: Verdict) -> bool:
     return verdict.kind == "whole" and any(c.area != "whole-image" for c in cues)
 
 
-def pointed_at(
-    verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozenset[str], least: float = CUE_FROM
+def _nameable_cues(
+    verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozenset[str], least: float = MIN_FIRST
 ) -> list[Cue]:
     """The cues of weighted experts that a text may name of a face that is called fake, the surest first.
 
@@ -125,9 +125,9 @@ def _sentence(cues: Sequence[Cue]) -> str:
 
 def called_fake(verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozenset[str] = frozenset()) -> str:
     """A text on why a face is called fake, from the cues of the experts with a weight."""
-    if cues := pointed_at(verdict, evidence, uncounted):
-        further = [c for c in cues[1:] if _sureness(c) >= FURTHER_FROM]
-        return f"{_opening(verdict)}. {_sentence([cues[0], *further][:MAX_NAMED])}"
+    if cues := _nameable_cues(verdict, evidence, uncounted):
+        further = [c for c in cues[1:] if _sureness(c) >= MIN_FURTHER]
+        return f"{_opening(verdict)}. {_sentence([cues[0], *further][:MAX_CUES])}"
     if verdict.kind == "whole":
         return f"{_opening(verdict)}. Such traces lie all over a face and are seldom seen by eye, so no area is named."
     return f"{_opening(verdict)}, although no single area stands out."
@@ -137,7 +137,7 @@ def undecided(verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozens
     """A text on what was searched for, and that it decided nothing; no sign is named."""
     if verdict.reason == "not_a_photograph":
         return "This looks like a drawing, a painting or a render and no photo, so it was not judged."
-    text = f"{looked_at(evidence, uncounted)} What was found is not clear enough for an answer."
+    text = f"{_search_sentence(evidence, uncounted)} What was found is not clear enough for an answer."
     if (extremes := disagreement(evidence, uncounted)) is None:
         return text
     low, high = extremes
