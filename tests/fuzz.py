@@ -346,7 +346,7 @@ def endpoint(data: bytes) -> None:
     import numpy as np
 
     served, _ = _served()
-    served._failed = served._refused = 0
+    served._failures = served._refusals = 0
     REPLY[0] = data
     encoding = served.encode(np.zeros((1, 8, 8, 3), np.uint8))
     served.verdict_logits(encoding, ["?"])

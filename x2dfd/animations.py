@@ -12,7 +12,7 @@ from x2dfd.stills import Opened, exif_summary, pillow, rgb, sample_bits
 from x2dfd.video import Frame, FrameCollector, Video, positions
 
 MOVING = frozenset({"GIF", "PNG", "WEBP", "AVIF"})
-"""Formats in which several pictures are a clip, unlike the pages of a TIFF and the views of a JPEG (MPO)."""
+"""Formats whose pictures form a clip, unlike the pages of a TIFF and the views of a JPEG (MPO)."""
 
 _MAX_PIXELS = 2_000_000_000  # in all frames up to the last sampled one, as each is decoded: about 20 s
 _UNTIMED_S = 0.1  # a frame without a duration, as browsers show it

@@ -52,17 +52,17 @@ class Verification:
 
 def record(results: Sequence[Report | Failure]) -> Json:
     """The case record as plain values, sealed."""
-    named = {e.expert for r in results if isinstance(r, Report) for f in r.faces for e in f.evidence}
-    made: Json = {
+    experts = {e.expert for r in results if isinstance(r, Report) for f in r.faces for e in f.evidence}
+    contents: Json = {
         "format": FORMAT,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "statement": NOT_PROOF,
         "reports": [r.to_dict() for r in results],
-        "cards": {name: card.to_dict() for name, card in cards(named).items() if isinstance(card, Card)},
+        "cards": {name: card.to_dict() for name, card in cards(experts).items() if isinstance(card, Card)},
         "limits": LIMITS,
         "next_steps": list(NEXT_STEPS),
     }
-    return made | {"seal": seal(made)}
+    return contents | {"seal": seal(contents)}
 
 
 def dumps(results: Sequence[Report | Failure]) -> str:
@@ -70,22 +70,22 @@ def dumps(results: Sequence[Report | Failure]) -> str:
     return json.dumps(record(results), ensure_ascii=True, indent=1, allow_nan=False) + "\n"
 
 
-def seal(made: Json) -> str:
+def seal(case: Json) -> str:
     """SHA-256 over everything but the seal: it shows a careless edit. A forger makes a new one, and meets `verify`."""
-    return json_sha256({key: value for key, value in made.items() if key != "seal"})
+    return json_sha256({key: value for key, value in case.items() if key != "seal"})
 
 
 def read(path: Path) -> Json:
     """A case record. Raises X2DFDError when the file is none."""
     try:
-        made = parse_json(path.read_bytes())
-        if made["format"] != FORMAT or not isinstance(made["reports"], list) or not isinstance(made["seal"], str):
+        case = parse_json(path.read_bytes())
+        if case["format"] != FORMAT or not isinstance(case["reports"], list) or not isinstance(case["seal"], str):
             raise ValueError("it is of another format")
-        for report in made["reports"]:
+        for report in case["reports"]:
             shapes = {"model": dict, "media": dict, "provenance": dict, "faces": list}
             if not all(isinstance(report.get(key, kind()), kind) for key, kind in shapes.items()):
                 raise ValueError("a report in it has another shape")
-        if not isinstance(made.get("cards", {}), dict):
+        if not isinstance(case.get("cards", {}), dict):
             raise ValueError("its cards have another shape")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise X2DFDError(
@@ -93,21 +93,21 @@ def read(path: Path) -> Json:
             "`x2dfd detect FILE --report NAME.html` writes NAME.case.json",
             code="not_a_case_record",
         ) from error
-    return dict(made)
+    return dict(case)
 
 
-def stated_about(made: Json, sha256: str | None) -> Json | None:
+def stated_about(case: Json, sha256: str | None) -> Json | None:
     """The record's report about a file of that hash."""
-    return next((r for r in made["reports"] if isinstance(r, dict) and r.get("sha256") == sha256), None)
+    return next((r for r in case["reports"] if isinstance(r, dict) and r.get("sha256") == sha256), None)
 
 
 def _frames_stated(stated: Json) -> int | None:
     """How many frames of a clip the report is about; None of a picture, and where it is no number."""
     try:
-        asked = frames_asked(stated["media"])
+        frames = frames_asked(stated["media"])
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
-    return asked if asked is not None and 1 <= asked <= 1000 else None
+    return frames if frames is not None and 1 <= frames <= 1000 else None
 
 
 def verify(made: Json, file: Path, detector: Detector) -> Verification:
@@ -168,16 +168,16 @@ def verify(made: Json, file: Path, detector: Detector) -> Verification:
 
 def _without_credentials(report: Json) -> Json:
     """The report with nothing of its provenance but what the metadata state."""
-    said = (report.get("provenance") or {}).get("statements")
-    listed = said if isinstance(said, list) else []
-    kept = [s for s in listed if not (isinstance(s, dict) and str(s.get("where")).startswith(CREDENTIALS))]
-    return report | {"provenance": {"statements": kept}}
+    statements = (report.get("provenance") or {}).get("statements")
+    entries = statements if isinstance(statements, list) else []
+    own = [s for s in entries if not (isinstance(s, dict) and str(s.get("where")).startswith(CREDENTIALS))]
+    return report | {"provenance": {"statements": own}}
 
 
-def _sort(found: Iterable[tuple[str, str]], changed: list[str], other: list[str]) -> None:
+def _sort(differences: Iterable[tuple[str, str]], changed: list[str], other: list[str]) -> None:
     """Differences of wording to `other`, of findings to `changed`."""
-    for where, line in found:
-        if WORDING.match(where):
+    for place, line in differences:
+        if WORDING.match(place):
             other.append(f"worded otherwise here: {line}")
         else:
             changed.append(line)
@@ -202,34 +202,34 @@ def _scoring(report: Json) -> Json:
 
 def _comparable(report: Json) -> Json:
     """Without what another run, place, machine or copy may change: path, times, versions, device, address."""
-    kept = {key: value for key, value in report.items() if key not in ("path", "timings", "versions")}
-    if isinstance(kept.get("model"), dict):
-        kept["model"] = {key: value for key, value in kept["model"].items() if key not in ("runs_on", "served")}
-    if isinstance(kept.get("media"), dict):
-        kept["media"] = {key: value for key, value in kept["media"].items() if key != "modified"}
-    return kept
+    rest = {key: value for key, value in report.items() if key not in ("path", "timings", "versions")}
+    if isinstance(rest.get("model"), dict):
+        rest["model"] = {key: value for key, value in rest["model"].items() if key not in ("runs_on", "served")}
+    if isinstance(rest.get("media"), dict):
+        rest["media"] = {key: value for key, value in rest["media"].items() if key != "modified"}
+    return rest
 
 
-def _differing(where: str, stated: object, found: object, *, exactly: bool = False) -> Iterator[tuple[str, str]]:
+def _differing(place: str, stated: object, current: object, *, exactly: bool = False) -> Iterator[tuple[str, str]]:
     """Places at which two plain values differ, each with a line about it.
 
     Numbers may differ by what another batch or processor changes.
     """
-    if isinstance(stated, dict) and isinstance(found, dict):
-        for key in [*found, *(k for k in stated if k not in found)]:
+    if isinstance(stated, dict) and isinstance(current, dict):
+        for key in [*current, *(k for k in stated if k not in current)]:
             yield from _differing(
-                f"{where}.{key}" if where else str(key), stated.get(key), found.get(key), exactly=exactly
+                f"{place}.{key}" if place else str(key), stated.get(key), current.get(key), exactly=exactly
             )
-    elif isinstance(stated, list | tuple) and isinstance(found, list | tuple):
-        if len(stated) != len(found):
-            yield where, f"{where}: the record holds {len(stated)} entries, and here there are {len(found)}"
-        for i, (a, b) in enumerate(zip(stated, found, strict=False)):
-            yield from _differing(f"{where}[{i}]", a, b, exactly=exactly)
-    elif _number(stated) and _number(found) and not exactly:
-        if not math.isclose(stated, found, rel_tol=1e-3, abs_tol=2e-3):
-            yield where, f"{where}: the record states {stated}, and here it is {found}"
-    elif stated != found or isinstance(stated, bool) != isinstance(found, bool):
-        yield where, f"{where}: the record states {_short(stated)}, and here it is {_short(found)}"
+    elif isinstance(stated, list | tuple) and isinstance(current, list | tuple):
+        if len(stated) != len(current):
+            yield place, f"{place}: the record holds {len(stated)} entries, and here there are {len(current)}"
+        for i, (a, b) in enumerate(zip(stated, current, strict=False)):
+            yield from _differing(f"{place}[{i}]", a, b, exactly=exactly)
+    elif _number(stated) and _number(current) and not exactly:
+        if not math.isclose(stated, current, rel_tol=1e-3, abs_tol=2e-3):
+            yield place, f"{place}: the record states {stated}, and here it is {current}"
+    elif stated != current or isinstance(stated, bool) != isinstance(current, bool):
+        yield place, f"{place}: the record states {_short(stated)}, and here it is {_short(current)}"
 
 
 def _number(value: object) -> TypeGuard[float]:
@@ -241,17 +241,17 @@ def _short(value: object) -> str:
     return text if len(text) < 100 else f"{text[:96]} …"
 
 
-def precision_stated(made: Json) -> Dtype | None:
+def precision_stated(case: Json) -> Dtype | None:
     """The precision in which a model of this machine judged the record's files; None when it names none, or several."""
-    stated = {str((r.get("model") or {}).get("runs_on", "")) for r in made["reports"]}
-    found: list[Dtype] = [one for one in get_args(Dtype) if any(one in text.split() for text in stated)]
-    return found[0] if len(found) == 1 else None
+    devices = {str((r.get("model") or {}).get("runs_on", "")) for r in case["reports"]}
+    precisions: list[Dtype] = [dtype for dtype in get_args(Dtype) if any(dtype in text.split() for text in devices)]
+    return precisions[0] if len(precisions) == 1 else None
 
 
-def mode_stated(made: Json) -> Mode:
+def mode_stated(case: Json) -> Mode:
     """The mode in which the record's files were judged. Raises SetupError when it states two, or none that is known."""
     # A mode may be anything that JSON holds, a list too, which no set does.
-    modes = {json.dumps((r.get("model") or {}).get("mode")).strip('"') for r in made["reports"] if "error" not in r}
+    modes = {json.dumps((r.get("model") or {}).get("mode")).strip('"') for r in case["reports"] if "error" not in r}
     if modes <= {"calibrated"}:
         return "calibrated"
     if modes == {"paper"}:

@@ -21,8 +21,8 @@ def _table(text: str) -> dict[str, tuple[str, ...]]:
     for line in filter(None, (line.strip() for line in text.splitlines())):
         name, _, phrases = line.partition(": ")
         for phrase in phrases.split(", "):
-            parts = [p.split("|") for p in re.split(r"[()]", phrase)]
-            table[name] = (*table.get(name, ()), *("".join(choice) for choice in product(*parts)))
+            segments = [p.split("|") for p in re.split(r"[()]", phrase)]
+            table[name] = (*table.get(name, ()), *("".join(choice) for choice in product(*segments)))
     return table
 
 
@@ -99,7 +99,7 @@ _DEGREES = _table("""
     0.6: visible, visibly, noticeabl*, moderate*
     0.9: clear, clearly, obvious*, strong, strongly, heavy, heavily, severe*, marked, markedly, pronounced
 """)
-# off: oddness; calm: the opposite; beside: what follows is compared with; hard, soft, or: what parts clauses.
+# off: oddness; calm: its opposite; beside: introduces a comparison; hard, soft, or: separators of clauses.
 _OTHERS = _table("""
     off: inconsisten*, unnatural*, mismatch*, not (line up|follow|belong), differ*, disagree*, wrong*, odd*, off
     off: strange*
@@ -125,7 +125,7 @@ _OTHERS = _table("""
 
 @dataclass(frozen=True)
 class _Mark:
-    """A phrase found, and what it may mean: {"area": "jaw"}, {"trait": "colour", "vague": "skin"}, {"off": ""}, ..."""
+    """A phrase of the text and its meanings: {"area": "jaw"}, {"trait": "colour", "vague": "skin"}, {"off": ""}, ..."""
 
     start: int
     end: int
@@ -133,10 +133,10 @@ class _Mark:
 
 
 def _index() -> dict[str, tuple[re.Pattern[str], list[dict[str, str]]]]:
-    """By first letter, a pattern with a group for each phrase, longest first, and what the phrases mean."""
+    """For each first letter a pattern with a group for each phrase, longest first, and the meanings of the phrases."""
     lexicon: dict[str, dict[str, str]] = {}
-    named = {"area": AREA_WORDS, "vague": VAGUE_AREA_WORDS, "defect": ARTIFACT_WORDS, "trait": TRAIT_WORDS}
-    rows = [(kind, name, phrases) for kind, table in named.items() for name, phrases in table.items()]
+    tables = {"area": AREA_WORDS, "vague": VAGUE_AREA_WORDS, "defect": ARTIFACT_WORDS, "trait": TRAIT_WORDS}
+    rows = [(kind, name, phrases) for kind, table in tables.items() for name, phrases in table.items()]
     rows += [("degree", name, phrases) for name, phrases in _DEGREES.items()]
     rows += [(kind, "", phrases) for kinds, phrases in _OTHERS.items() for kind in kinds.split()]
     for kind, name, phrases in rows:
@@ -144,20 +144,20 @@ def _index() -> dict[str, tuple[re.Pattern[str], list[dict[str, str]]]]:
             lexicon.setdefault(phrase, {})[kind] = name
     index = {}
     for letter in {phrase[0] for phrase in lexicon}:
-        chosen = sorted((p for p in lexicon if p[0] == letter), key=len, reverse=True)
-        forms = (p.replace("*", r"\w*").replace(" ", r"[\s-]+").replace("colour", "colou?r") for p in chosen)
+        entries = sorted((p for p in lexicon if p[0] == letter), key=len, reverse=True)
+        forms = (p.replace("*", r"\w*").replace(" ", r"[\s-]+").replace("colour", "colou?r") for p in entries)
         pattern = "|".join(f"({form}{'' if form.endswith('*') else '(?:e?s)?'})" for form in forms)
-        index[letter] = (re.compile(rf"(?:{pattern})\b"), [lexicon[p] for p in chosen])
+        index[letter] = (re.compile(rf"(?:{pattern})\b"), [lexicon[p] for p in entries])
     return index
 
 
 _INDEX = _index()
-_STEP = re.compile(r"[a-z]\w*|[;—]|[,:()]")
+_TOKEN = re.compile(r"[a-z]\w*|[;—]|[,:()]")
 _EXPERT = re.compile(r"additionally,? the image shows (?:obvious|very few)\b|\bart[ei]facts supporting (?:fake|real)\b")
 _PRONOUN = re.compile(r"(?:it|its|they|their|this|these|both|there)\b")
 _LINK = re.compile(r" (?:of|on|around|at|near|over|along|under|across|in|beside|between|above|below)(?: \w+)? $")
-# What turns a natural look into its opposite: "does not look natural", "unlike natural skin".
-_TURNS = re.compile(
+# Words that turn a natural look into its opposite: "does not look natural", "unlike natural skin".
+_REVERSAL = re.compile(
     r"(?:\b(?:not|never|nor|neither|without|lack\w*|los(?:es|ing|t|s)|fails? to|than|unlike|instead of|to be|hardly|"
     r"missing|breaks?|interrupts?|disturbs?|too)(?: \w+){0,3}|\bno) $"
 )
@@ -174,13 +174,13 @@ def read_cues(text: str) -> tuple[Cue, ...]:
     areas: list[str] = []
     heading = False  # the sentence before was a bare area, as in a list: "Jaw", then what is wrong with it
     for sentence in _sentences(text):
-        marks = _settle(list(_marks(sentence)), sentence)
+        marks = _resolve(list(_marks(sentence)), sentence)
         if not heading and not _PRONOUN.match(sentence):
             areas = []
-        heading = len(sentence.split()) <= 4 and not _has(marks, *_SAYS)
-        for clause, taken in _clauses(marks):
-            found, artifacts, degree = _read(clause, taken)
-            areas = found or areas
+        heading = len(sentence.split()) <= 4 and not _has(marks, *_FINDINGS)
+        for clause, polarity in _clauses(marks):
+            clause_areas, artifacts, degree = _read_clause(clause, polarity)
+            areas = clause_areas or areas
             for pair in product(areas, artifacts):
                 if pair not in cues or cues[pair].score is None:  # "mouth blur: the mouth is slightly smudged"
                     cues[pair] = Cue(*pair, degree)
@@ -191,21 +191,21 @@ _HEADED = re.compile(rf"\b({'|'.join(AREAS)}) ({'|'.join(ARTIFACTS)}): ([^.;]*)"
 
 
 def mended(text: str) -> str:
-    """The text without the second half of a clause that describes another cue than its first half names.
+    """The text with every clause whose halves name different cues cut down to its first half.
 
-    Our grammar writes "area artifact: what one sees"; a small model's halves do not always agree, and the first, which
-    it copies from what an expert points at, is right more often (LOG.md).
+    Our grammar writes "area artifact: what one sees". A small model's halves do not always agree, and the first, which
+    it copies from an expert's cues, is right more often (LOG.md).
 
     >>> mended("Jaw noise: the jaw looks melted; skin blur: the skin is blurred.")
     'Jaw noise looks off; skin blur: the skin is blurred.'
     """
 
-    def one(found: re.Match[str]) -> str:
-        described = {(c.area, c.artifact) for c in read_cues(found[3])}
-        agrees = not described or (found[1].lower(), found[2].lower()) in described
-        return found[0] if agrees else f"{found[1]} {found[2]} looks off"
+    def repaired(match: re.Match[str]) -> str:
+        described = {(c.area, c.artifact) for c in read_cues(match[3])}
+        agrees = not described or (match[1].lower(), match[2].lower()) in described
+        return match[0] if agrees else f"{match[1]} {match[2]} looks off"
 
-    return _HEADED.sub(one, text)
+    return _HEADED.sub(repaired, text)
 
 
 _CLOSING = re.compile(r"additionally, the image shows (.+?) artifacts supporting")
@@ -213,17 +213,17 @@ _CLASS_WORDS = re.compile(r"face swap|swapped|reenactment|face editing|face synt
 
 
 def named_spans(text: str) -> list[tuple[int, int]]:
-    """Where a text names an area, an artifact, a class of manipulation, or which experts agree: [start, end) each.
+    """Spans [start, end) of a text that name an area, an artifact, a class of manipulation, or the experts that agree.
 
-    What a training may weigh more than the words around; whether a clause denies it makes no difference.
+    A training may weigh them more than the words around them. Denied ones are included.
     """
-    low = text.lower()
-    if len(low) != len(text):  # a few letters grow when they are made small
+    lowered = text.lower()
+    if len(lowered) != len(text):  # a few capital letters have longer lower-case forms
         return []
-    closing = _CLOSING.search(low)
-    end = closing.start() if closing else len(low)
-    spans = [(m.start, m.end) for m in _marks(low[:end]) if _has([m], "area", "vague", "defect", "trait")]
-    spans += [m.span() for m in _CLASS_WORDS.finditer(low)]
+    closing = _CLOSING.search(lowered)
+    end = closing.start() if closing else len(lowered)
+    spans = [(m.start, m.end) for m in _marks(lowered[:end]) if _has([m], "area", "vague", "defect", "trait")]
+    spans += [m.span() for m in _CLASS_WORDS.finditer(lowered)]
     return sorted(spans + ([closing.span(1)] if closing else []))
 
 
@@ -231,56 +231,56 @@ def _sentences(text: str) -> list[str]:
     """Sentences in lower case without markdown, list numbers, contractions and what the experts say."""
     text = re.sub(r"(?m)^\s*(?:\d+[.)]|[-•*>#]+)\s+|[*_`#]+", "", text.lower().replace("’", "'"))
     text = re.sub(r"can't|cannot", "can not", text).replace("n't", " not")
-    found = (" ".join(s.split()) for s in re.split(r"(?<=[.!?])\s+|\n+", text))
-    return [s for s in found if s and not _EXPERT.search(s)]
+    sentences = (" ".join(s.split()) for s in re.split(r"(?<=[.!?])\s+|\n+", text))
+    return [s for s in sentences if s and not _EXPERT.search(s)]
 
 
 def _marks(sentence: str) -> Iterator[_Mark]:
-    at = 0
-    while step := _STEP.search(sentence, at):
-        at = step.end()
-        if step[0][0] in ";—,:()":
-            yield _Mark(step.start(), at, {"hard" if step[0][0] in ";—" else "soft": ""})
-        elif step[0][0] in _INDEX:
-            pattern, meanings = _INDEX[step[0][0]]
-            if hit := pattern.match(sentence, step.start()):
-                at = hit.end()
-                yield _Mark(hit.start(), at, meanings[(hit.lastindex or 1) - 1])
+    position = 0
+    while token := _TOKEN.search(sentence, position):
+        position = token.end()
+        if token[0][0] in ";—,:()":
+            yield _Mark(token.start(), position, {"hard" if token[0][0] in ";—" else "soft": ""})
+        elif token[0][0] in _INDEX:
+            pattern, meanings = _INDEX[token[0][0]]
+            if match := pattern.match(sentence, token.start()):
+                position = match.end()
+                yield _Mark(match.start(), position, meanings[(match.lastindex or 1) - 1])
 
 
-_SAYS = ("defect", "trait", "off", "calm")
+_FINDINGS = ("defect", "trait", "off", "calm")
 
 
 def _has(marks: Sequence[_Mark], *kinds: str) -> bool:
     return any(kind in m.means for m in marks for kind in kinds)
 
 
-def _settle(marks: list[_Mark], sentence: str) -> list[_Mark]:
+def _resolve(marks: list[_Mark], sentence: str) -> list[_Mark]:
     """Marks whose meaning depends on their neighbours."""
-    out: list[_Mark] = []
+    resolved: list[_Mark] = []
     for i, mark in enumerate(marks):
         after = marks[i + 1] if i + 1 < len(marks) else _Mark(len(sentence), len(sentence), {})
         text, gap = sentence[mark.start : mark.end], sentence[mark.end : after.start]
-        if "calm" in mark.means and (turn := _TURNS.search(sentence[: mark.start])):
+        if "calm" in mark.means and (reversal := _REVERSAL.search(sentence[: mark.start])):
             # "not ... natural" is one word of oddness, and its "not" denies nothing else.
-            out = [m for m in out if not ("not" in m.means and m.start >= turn.start())]
-            out.append(_Mark(mark.start, mark.end, {"off": ""}))
+            resolved = [m for m in resolved if not ("not" in m.means and m.start >= reversal.start())]
+            resolved.append(_Mark(mark.start, mark.end, {"off": ""}))
         elif text == "consistent with" and gap == " " and "defect" in after.means:
             pass  # "lines consistent with blending"
         elif text.startswith("no ") and any(m.means.get("defect") == "missing-detail" for m in marks[i + 1 : i + 3]):
-            out.append(_Mark(mark.start, mark.end, {"not": ""}))  # "no detail of the nose is missing"
+            resolved.append(_Mark(mark.start, mark.end, {"not": ""}))  # "no detail of the nose is missing"
         elif mark.means.get("area") == "skin" and "area" in after.means and _LINK.match(gap):
-            out.append(_Mark(mark.start, mark.end, {"vague": "skin"}))  # "the skin of the forehead" is the forehead
+            resolved.append(_Mark(mark.start, mark.end, {"vague": "skin"}))  # "the skin of the forehead": the forehead
         else:
-            out.append(mark)
-    return out
+            resolved.append(mark)
+    return resolved
 
 
 def _clauses(marks: Sequence[_Mark]) -> Iterator[tuple[list[_Mark], str]]:
-    """Clauses, each with the polarity (`off`, `not` or "") that it takes over from the one before.
+    """Clauses, each with the polarity (`off`, `not` or "") that it inherits from the one before.
 
-    Commas, "and" and "with" part two clauses only if both sides name an area and say something of it: "a seam along the
-    jaw and blur on the eyes" is two, "the eyes and the mouth are blurred" is one.
+    Commas, "and" and "with" separate two clauses only if both sides name an area and say something about it: "a seam
+    along the jaw and blur on the eyes" is two, "the eyes and the mouth are blurred" is one.
     """
     pieces: list[tuple[str, list[_Mark]]] = [("hard", [])]
     for mark in marks:
@@ -289,37 +289,38 @@ def _clauses(marks: Sequence[_Mark]) -> Iterator[tuple[list[_Mark], str]]:
         else:
             pieces[-1][1].append(mark)
     clause: list[_Mark] = []
-    taken = ""
+    polarity = ""
     for i, (link, piece) in enumerate(pieces):
-        whole = _has(clause, "area", "vague") and _has(clause, "defect", "off", "calm")
-        if clause and (link == "hard" or (whole and _opens(pieces[i:]))):
-            yield clause, taken
+        complete = _has(clause, "area", "vague") and _has(clause, "defect", "off", "calm")
+        if clause and (link == "hard" or (complete and _begins_clause(pieces[i:]))):
+            yield clause, polarity
             bare = link != "hard" and not _has(piece, "off", "calm", "defect")
-            denies = _has(clause, "not")
-            taken = "not" if denies and link == "or" else "off" if bare and not denies and _has(clause, "off") else ""
+            denied, odd = _has(clause, "not"), _has(clause, "off")
+            polarity = "not" if denied and link == "or" else "off" if bare and not denied and odd else ""
             clause = []
         clause = clause + piece
-    yield clause, taken
+    yield clause, polarity
 
 
-def _opens(pieces: Sequence[tuple[str, list[_Mark]]]) -> bool:
-    """Whether a new clause begins here; bare areas go with what follows if that begins with an area too."""
+def _begins_clause(pieces: Sequence[tuple[str, list[_Mark]]]) -> bool:
+    """Whether a new clause begins here. Bare areas begin one if the first piece with a finding begins with an area."""
     first = pieces[0][1]
-    if not _has(first, "area", "vague") or _has(first, *_SAYS):
+    if not _has(first, "area", "vague") or _has(first, *_FINDINGS):
         return _has(first, "area", "vague")
     for link, piece in pieces[1:]:
-        if link == "hard" or _has(piece, *_SAYS):
-            return link != "hard" and "area" in next(m for m in piece if _has([m], "area", "vague", *_SAYS)).means
+        if link == "hard" or _has(piece, *_FINDINGS):
+            return link != "hard" and "area" in next(m for m in piece if _has([m], "area", "vague", *_FINDINGS)).means
     return False
 
 
-def _read(clause: Sequence[_Mark], taken: str) -> tuple[list[str], list[str], float | None]:
+def _read_clause(clause: Sequence[_Mark], polarity: str) -> tuple[list[str], list[str], float | None]:
     """Areas, artifacts and degree of one clause."""
-    end = -1 if taken == "not" or _has(clause, "denied") else next((m.start for m in clause if "not" in m.means), 10**6)
-    said = [m for m in clause if m.start < end]  # what follows "no" or "without" is denied
-    odd = _has(said, "off") or (taken == "off" and not _has(clause, "calm"))
+    denied = polarity == "not" or _has(clause, "denied")
+    end = -1 if denied else next((m.start for m in clause if "not" in m.means), 10**6)
+    asserted = [m for m in clause if m.start < end]  # what follows "no" or "without" is denied
+    odd = _has(asserted, "off") or (polarity == "off" and not _has(clause, "calm"))
     artifacts = []
-    for m in said:
+    for m in asserted:
         # "natural blur", "the blur is natural"; but not "natural skin is blurred"
         natural = any("calm" in c.means and (c.start > m.start or m.start - c.end <= 1) for c in clause)
         if "defect" in m.means and not natural:
@@ -340,7 +341,7 @@ def _read(clause: Sequence[_Mark], taken: str) -> tuple[list[str], list[str], fl
     return list(dict.fromkeys(areas)), list(dict.fromkeys(artifacts)), degree
 
 
-_SAID = re.compile(
+_LABEL_WORD = re.compile(
     r"(?<![\w-])(?:(?P<fake>fake[ds]?|forged|forger(?:y|ies)|deep-?fakes?|manipulat(?:ed|ions?)|synthesi[sz]ed|"
     r"synthetic|face synthesis|generated|tamper(?:ed|ing)|altered|alterations?|doctored|fabricated|edit(?:ed|ing)|"
     r"reenact\w+|face[- ]swap(?:s|ped|ping)?|artificial)|real|authentic|genuine|bona[- ]fide|"
@@ -355,13 +356,13 @@ _UNDECIDED = re.compile(
     r"\b(?:no|little|hardly any|(?:without|beyond)(?: an?y?)?|not|never) (?:doubt|question)(?: that)?\b|"
     r"\bnot only\b|\bnot (?:unlikely|impossible|improbable)\b"
 )
-_DENIES = re.compile(
+_NEGATION = re.compile(
     r"\b(?:no|not|never|without|neither|nor|none|nothing|free of|free from|absence of|lacks?|hardly|few|little|"
     r"rather than|instead of|far from|too \w+ to be|unlikely|improbable|implausible|impossible|"
     r"doubt(?:s|ed|ful)?|fail(?:s|ed)? to|pretend\w*)\b"
 )
 # "That it is real is doubtful": the denial comes after what it denies.
-_DENIED_AFTER = re.compile(
+_NEGATION_AFTER = re.compile(
     r"^\W*(?:\w+ ){0,2}?(?:is|seems|looks|appears) (?:\w+ )?"
     r"(?:unlikely|improbable|doubtful|false|untrue|wrong|in doubt)\b"
 )
@@ -372,24 +373,24 @@ def said_label(text: str) -> str | None:
 
     The experts' closing sentence is not counted: `contradictions` looks at it.
     """
-    said = said_labels(text)
-    return said.pop() if len(said) == 1 else None
+    labels = said_labels(text)
+    return labels.pop() if len(labels) == 1 else None
 
 
 def said_labels(text: str) -> set[str]:
     """Every decision that a text expresses: a subset of {"fake", "real"}; both where it contradicts itself."""
-    said: set[str] = set()
-    plain = "\n".join(_UNDECIDED.sub(" ", s.replace("anything but", "not")) for s in _sentences(text))
-    for clause in re.split(r"[.;:!\n]|\b(?:but|while|whereas|however|although|though|yet)\b", plain):
-        at, last = 0, ("", False)
-        for match in _SAID.finditer(clause):
-            side, between = "fake" if match["fake"] else "real", clause[at : match.start()]
-            if last[0] != side or len(re.findall(r"\w+", between)) > 1:  # else a list: "not forged, edited or faked"
-                last = side, bool(_DENIES.search(between.rpartition(",")[2]))
-            denied = last[1] != bool(_DENIED_AFTER.match(clause[match.end() :]))
-            said.add({"fake": "real", "real": "fake"}[side] if denied else side)
-            at = match.end()
-    return said
+    labels: set[str] = set()
+    decisive = "\n".join(_UNDECIDED.sub(" ", s.replace("anything but", "not")) for s in _sentences(text))
+    for clause in re.split(r"[.;:!\n]|\b(?:but|while|whereas|however|although|though|yet)\b", decisive):
+        position, previous = 0, ("", False)
+        for match in _LABEL_WORD.finditer(clause):
+            label, between = "fake" if match["fake"] else "real", clause[position : match.start()]
+            if previous[0] != label or len(re.findall(r"\w+", between)) > 1:  # else a list: "not forged or edited"
+                previous = label, bool(_NEGATION.search(between.rpartition(",")[2]))
+            denied = previous[1] != bool(_NEGATION_AFTER.match(clause[match.end() :]))
+            labels.add({"fake": "real", "real": "fake"}[label] if denied else label)
+            position = match.end()
+    return labels
 
 
 _WHOLE = re.compile(
@@ -405,13 +406,13 @@ _PART = re.compile(
 
 def said_kind(text: str) -> str | None:
     """The kind of fake that a text names, of x2dfd.types.KINDS; None where it names none or both."""
-    found = set()
+    kinds = set()
     for sentence in _sentences(text):
         if _WHOLE.search(sentence):
-            found.add("whole")  # "nothing was pasted in: the whole face is made by a generator"
+            kinds.add("whole")  # "nothing was pasted in: the whole face is made by a generator"
         elif _PART.search(sentence):
-            found.add("part")
-    return found.pop() if len(found) == 1 else None
+            kinds.add("part")
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def named_areas(text: str) -> list[str]:
@@ -428,34 +429,34 @@ _CLAIM = re.compile(
 def contradictions(
     text: str, verdict_label: str, evidence: Sequence[Evidence], cues: Sequence[Cue], kind: str | None = None
 ) -> tuple[str, ...]:
-    """Sentences for a reader: where a rationale goes against itself, the verdict, its kind, or an expert it names."""
-    found: list[str] = []
-    said, other = said_labels(text), {"fake": "real", "real": "fake"}.get(verdict_label)
-    if len(said) == 2:
-        found.append("The rationale says both real and fake.")
-    elif other in said:
-        found.append(f"The rationale says {other}, the verdict is {verdict_label}.")
-    elif verdict_label == "inconclusive" and said:
-        found.append(f"The rationale says {min(said)}, and no answer is given.")
+    """Sentences for a reader, on each contradiction of a rationale to itself, the verdict, its kind or an expert."""
+    messages: list[str] = []
+    labels, opposite = said_labels(text), {"fake": "real", "real": "fake"}.get(verdict_label)
+    if len(labels) == 2:
+        messages.append("The rationale says both real and fake.")
+    elif opposite in labels:
+        messages.append(f"The rationale says {opposite}, the verdict is {verdict_label}.")
+    elif verdict_label == "inconclusive" and labels:
+        messages.append(f"The rationale says {min(labels)}, and no answer is given.")
     if verdict_label == "fake" and kind and said_kind(text) not in (None, kind):
         other_kind = {"whole": "a change in part", "part": "a face made as a whole"}[kind]
-        found.append(f"The rationale speaks of {other_kind}, the verdict does not.")
+        messages.append(f"The rationale speaks of {other_kind}, the verdict does not.")
     if verdict_label == "real" and cues:
-        named = ", ".join(f"{c.area} {c.artifact}" for c in cues)
-        found.append(f"The verdict is real, but the rationale names artifacts: {named}.")
+        cue_names = ", ".join(f"{c.area} {c.artifact}" for c in cues)
+        messages.append(f"The verdict is real, but the rationale names artifacts: {cue_names}.")
     for amount, names, side in _CLAIM.findall(text.lower()):
         claim = f"The rationale speaks of {amount} {names} artifacts"
-        if side and side == other:
-            found.append(f"{claim} supporting {side}, the verdict is {verdict_label}.")
-        listed = re.split(r",\s*(?:and\s+)?|\s+and\s+", names)
-        known = {e.expert.lower() for e in evidence}
-        found += [f"{claim}, but there is no {n} expert." for n in listed if side and n not in known]
+        if side and side == opposite:
+            messages.append(f"{claim} supporting {side}, the verdict is {verdict_label}.")
+        claimed = re.split(r",\s*(?:and\s+)?|\s+and\s+", names)
+        present = {e.expert.lower() for e in evidence}
+        messages += [f"{claim}, but there is no {name} expert." for name in claimed if side and name not in present]
         for e in evidence:
             if not re.search(rf"(?<![\w-]){re.escape(e.expert.lower())}(?![\w-])", names):
                 continue
             many = amount in ("obvious", "clear", "strong")
             if e.score is None:
-                found.append(f"{claim}, but the {e.expert} expert gave no score.")
+                messages.append(f"{claim}, but the {e.expert} expert gave no score.")
             elif (many and e.score < AGREES_BELOW) or (not many and e.score > AGREES_ABOVE):
-                found.append(f"{claim}, but the {e.expert} expert's score is {e.score:.3f}.")
-    return tuple(dict.fromkeys(found))
+                messages.append(f"{claim}, but the {e.expert} expert's score is {e.score:.3f}.")
+    return tuple(dict.fromkeys(messages))

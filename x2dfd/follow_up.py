@@ -1,8 +1,8 @@
-"""Follow-up questions: what is asked, and the answer where the report's own facts give it.
+"""Follow-up questions: recognises their topic, and answers from the report where its facts suffice.
 
-A small language model garbles numbers, so it is asked only about what it sees; the embedded one answers "This points
-to manipulation." to a greeting and praises a jaw that was changed, so it is not asked at all (LOG.md). What nobody here
-can know is said so.
+A small language model garbles numbers, so it is asked only about what it sees. The embedded one answers "This points
+to manipulation." to a greeting and praises a jaw that was changed, so it is not asked at all (LOG.md). Questions that
+nobody here can answer are answered so.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ HELP = (
     "I can answer from the report only: why, which area, how sure, which expert said what, what to do next, whether to "
     "publish it, whether a filter or compression can be the cause. You can also ask about an area, such as the eyes."
 )
-_SPELT = (
+_KEYWORDS = (
     "what", "which", "where", "why", "how", "sure", "certain", "explain", "area", "should", "real", "fake", "deepfake",
     "forged", "filter", "publish", "percent", "expert", "trust", "next", "reason", "eyes", "mouth", "teeth", "nose",
 )  # fmt: skip
-_AS_THEY_ARE = ("here", "were", "there", "realm")  # near a word above, and another one
+_UNCORRECTED = ("here", "were", "there", "realm")  # words of their own, though near to a keyword
 
 _LANGUAGES = (
     r"german|deutsch|french|fran[cç]ais|spanish|espa[nñ]ol|italian|italiano|portuguese|portugu[eê]s|dutch|polish|"
@@ -44,97 +44,97 @@ _FOREIGN = re.compile(
 
 
 def intent(question: str) -> str | None:
-    """What a question asks for: a key of `_ANSWERS`; None when it asks for something else."""
+    """The topic of a question, a key of `_ANSWERS`; None for any other."""
     if _FOREIGN.search(question):
         return "language"
-    low = spelt(question)
-    return next((name for name, asked in _INTENTS if asked.search(low)), None)
+    corrected = spelt(question)
+    return next((name for name, pattern in _INTENTS if pattern.search(corrected)), None)
 
 
 def from_report(report: Report, face: FaceReport | None, question: str) -> str | None:
-    """The answer that the report's facts give about a face; None where only a look at the picture could help."""
-    asked = intent(question)
+    """The answer from the report's facts about a face; None where only a look at the picture could help."""
+    topic = intent(question)
     if face is None:
-        return _do(report, face) if asked in ("do", "publish") else NO_FACE
-    alone = report.model.get("base", {}).get("name") == BASE_NAME
+        return _next_steps(report, face) if topic in ("do", "publish") else NO_FACE
+    embedded = report.model.get("base", {}).get("name") == BASE_NAME
     areas = named_areas(spelt(question))
-    if areas and asked in (None, "where", "why", "verdict"):
-        if (said := _of_areas(report, face, areas)) or alone:
-            return said or _nothing_at(face, areas)
-        if asked == "where":
+    if areas and topic in (None, "where", "why", "verdict"):
+        if (text := _about_areas(report, face, areas)) or embedded:
+            return text or _nothing_at(face, areas)
+        if topic == "where":
             return None
-    if asked is None and any(re.search(rf"\b{re.escape(e.expert)}\b", question.lower()) for e in face.evidence):
-        asked = "experts"
-    return _ANSWERS[asked](report, face) if asked else HELP if alone else None
+    if topic is None and any(re.search(rf"\b{re.escape(e.expert)}\b", question.lower()) for e in face.evidence):
+        topic = "experts"
+    return _ANSWERS[topic](report, face) if topic else HELP if embedded else None
 
 
 def spelt(question: str) -> str:
-    """The question in lower case, with slips of the keys in the words that tell what is asked put right.
+    """The question in lower case, its misspelt keywords corrected.
 
     >>> spelt("Wich aera? Expalin!")
     'which area? explain!'
     """
 
-    def right(found: re.Match[str]) -> str:
-        word = found[0]
-        if word in _AS_THEY_ARE:
+    def corrected(match: re.Match[str]) -> str:
+        word = match[0]
+        if word in _UNCORRECTED:
             return word
-        turned = [known for known in _SPELT if known[0] == word[0] and sorted(known) == sorted(word)]
-        return next(iter(turned or get_close_matches(word, _SPELT, 1, 0.88)), word)
+        anagrams = [keyword for keyword in _KEYWORDS if keyword[0] == word[0] and sorted(keyword) == sorted(word)]
+        return next(iter(anagrams or get_close_matches(word, _KEYWORDS, 1, 0.88)), word)
 
-    return re.sub(r"[a-z]{3,}", right, question.lower())
-
-
-def checked(said: str, face: FaceReport) -> str:
-    """What the language model answered, without the sentences that go against the face's verdict."""
-    sentences = re.findall(r"\S[^.!?\n]*(?:[.!?]+|$)", said)
-    kept = [s for s in sentences if not against(s, face.verdict)]
-    return " ".join(kept) if kept else REFUSED if sentences else "The language model has no answer to this."
+    return re.sub(r"[a-z]{3,}", corrected, question.lower())
 
 
-def _of_areas(report: Report, face: FaceReport, areas: list[str]) -> str | None:
-    """What the report or an expert that counts names at one of these areas of a face that is called fake."""
+def checked(text: str, face: FaceReport) -> str:
+    """The language model's answer, without the sentences that go against the face's verdict."""
+    sentences = re.findall(r"\S[^.!?\n]*(?:[.!?]+|$)", text)
+    valid = [s for s in sentences if not against(s, face.verdict)]
+    return " ".join(valid) if valid else REFUSED if sentences else "The language model has no answer to this."
+
+
+def _about_areas(report: Report, face: FaceReport, areas: list[str]) -> str | None:
+    """A sentence with the signs at these areas of a face that is called fake; None where nothing names any there."""
     if face.verdict.label != "fake":
         return None
-    if found := [c for c in face.cues if c.area in areas]:
-        return "The report names there: " + "; ".join(cue_clause(c) for c in found) + "."
+    if cues := [c for c in face.cues if c.area in areas]:
+        return "The report names there: " + "; ".join(cue_clause(c) for c in cues) + "."
     if face.verdict.kind == "whole":  # areas that experts name there were wrong
         return None
-    points = [(e.expert, c) for e in face.evidence if e.expert not in report.uncounted for c in e.cues]
-    in_words = [f"{cue_clause(c)} (says the {expert} expert)" for expert, c in points if c.area in areas]
-    return f"The explanation does not name it, but {'; '.join(in_words)}." if in_words else None
+    expert_cues = [(e.expert, c) for e in face.evidence if e.expert not in report.uncounted for c in e.cues]
+    clauses = [f"{cue_clause(c)} (says the {expert} expert)" for expert, c in expert_cues if c.area in areas]
+    return f"The explanation does not name it, but {'; '.join(clauses)}." if clauses else None
 
 
 def _nothing_at(face: FaceReport, areas: list[str]) -> str:
-    where = " and ".join(area_name(a) for a in areas)
+    names = " and ".join(area_name(a) for a in areas)
     if face.verdict.label == "inconclusive":
-        return f"Of {where}, nothing is said: there is no answer about this face."
-    return f"The report names no sign at {where}. That does not show that nothing was changed there."
+        return f"Nothing is said about {names}, as there is no answer about this face."
+    return f"The report names no sign at {names}. That does not show that nothing was changed there."
 
 
 def _why(report: Report, face: FaceReport) -> str:
     if face.verdict.p_fake is None:
         return reason(report, face) or ""
-    leading = max(
+    clearest = max(
         (e for e in face.evidence if e.score is not None and e.expert not in report.uncounted),
         key=lambda e: abs((e.score or 0.0) - 0.5),
         default=None,
     )
-    parts = [face.rationale or f"{in_words(face.verdict)}: the report holds no explanation."]
+    texts = [face.rationale or f"{in_words(face.verdict)}: the report holds no explanation."]
     if face.verdict.label == "inconclusive":
-        parts.insert(0, reason(report, face) or "")
-        parts.append(f"This text {stance(face.verdict, face.rationale)}.")
-    if leading is not None:
-        parts.append(f"The clearest of the experts that count is {leading.expert}, with {percent(leading.score)}.")
-    return " ".join(parts)
+        texts.insert(0, reason(report, face) or "")
+        texts.append(f"This text {stance(face.verdict, face.rationale)}.")
+    if clearest is not None:
+        texts.append(f"The clearest of the experts that count is {clearest.expert}, with {percent(clearest.score)}.")
+    return " ".join(texts)
 
 
 def _where(report: Report, face: FaceReport) -> str:
-    drawn = next((e.expert for e in face.evidence if e.map), None)
-    on_map = f" The map of the {drawn} expert, on the picture, shows where it suspects a change." if drawn else ""
+    expert = next((e.expert for e in face.evidence if e.map), None)
+    on_map = f" The map of the {expert} expert, on the picture, shows where it suspects a change." if expert else ""
     if face.verdict.label != "fake":
         return "No area: the face is not called fake, so none is pointed at." + (
-            " What the map shows is a hint at most." if drawn else ""
+            " What the map shows is a hint at most." if expert else ""
         )
     if face.verdict.kind == "whole":
         return "No single area: the face looks made as a whole, so its traces can lie anywhere in it."
@@ -150,16 +150,16 @@ def how_sure(report: Report, face: FaceReport) -> str:
     if verdict.p_fake is None:
         return f"There is no estimate. {reason(report, face)}"
     calibrated = "calibrated" if report.model.get("mode") != "paper" else "uncalibrated"
-    said = [f"The {calibrated} estimate that this face is forged is {percent(verdict.p_fake)}."]
-    if (why := reason(report, face)) is not None:
-        said = [why]
+    sentences = [f"The {calibrated} estimate that this face is forged is {percent(verdict.p_fake)}."]
+    if (no_answer := reason(report, face)) is not None:
+        sentences = [no_answer]
     elif band:
         low, high = percent(band[0]), percent(band[1])
-        said.append(f"Below {low} the answer is real, from {high} on it is fake; in between no answer is given.")
+        sentences.append(f"Below {low} the answer is real, from {high} on it is fake; in between no answer is given.")
     if face.p_fake_mllm is not None:
-        said.append(f"The language model alone says {percent(face.p_fake_mllm)}.")
-    said.append("The estimate holds for pictures like those the models were tested on, and is not proof.")
-    return " ".join(said)
+        sentences.append(f"The language model alone says {percent(face.p_fake_mllm)}.")
+    sentences.append("The estimate holds for pictures like those the models were tested on, and is not proof.")
+    return " ".join(sentences)
 
 
 def who_said(report: Report, face: FaceReport) -> str:
@@ -172,8 +172,8 @@ def who_said(report: Report, face: FaceReport) -> str:
         + (" (no weight of its own in the verdict)" if e.expert in report.uncounted else "")
         for e in face.evidence
     ]
-    own = "" if face.p_fake_mllm is None else f"\n- the language model itself: {percent(face.p_fake_mllm)}"
-    return "Each one's own probability that this face is forged:\n" + "\n".join(lines) + own
+    mllm_line = "" if face.p_fake_mllm is None else f"\n- the language model itself: {percent(face.p_fake_mllm)}"
+    return "Each one's own probability that this face is forged:\n" + "\n".join(lines) + mllm_line
 
 
 def _technique(report: Report, face: FaceReport) -> str:
@@ -182,31 +182,30 @@ def _technique(report: Report, face: FaceReport) -> str:
     kinds = next((e.kinds for e in face.evidence if e.kinds), {})
     shares = ", ".join(f"{KINDS_SAID[k]} {percent(p)}" for k, p in kinds.items() if k in KINDS_SAID)
     kind = KINDS_SAID.get(face.verdict.kind or "")
-    said = f"It looks {kind}" + (f" (by the expert that tells them apart: {shares})." if shares else ".")
-    return (said if kind else "The report does not tell how it was made.") + (
+    sentence = f"It looks {kind}" + (f" (by the expert that tells them apart: {shares})." if shares else ".")
+    return (sentence if kind else "The report does not tell how it was made.") + (
         " Which program or which person made it cannot be told from the picture."
     )
 
 
 def _other_cause(report: Report, face: FaceReport) -> str:
     if face.verdict.label == "fake" and face.verdict.kind != "whole":
-        said = "It can be: beauty filters and retouching change a photo in part, and the models do not tell them apart"
-        said += " from a forgery meant to deceive."
+        text = "It can be: beauty filters and retouching change a photo in part, and the models do not tell them apart"
+        text += " from a forgery meant to deceive."
     elif face.verdict.label == "fake":
-        said = "A filter or compression seldom makes a face look generated as a whole, but it is not excluded."
+        text = "A filter or compression seldom makes a face look generated as a whole, but it is not excluded."
     else:
-        said = "Compression, scans, screenshots and small copies wipe out traces, so a forgery can pass unseen in them."
-    return said + " Judge the original file: if the answer changes, the copy's history was the cause."
+        text = "Compression, scans, screenshots and small copies wipe out traces, so a forgery can pass unseen in them."
+    return text + " Judge the original file: if the answer changes, the copy's history was the cause."
 
 
-def _do(report: Report, face: FaceReport | None) -> str:
+def _next_steps(report: Report, face: FaceReport | None) -> str:
     return "What to do next:\n" + "\n".join(f"- {step}" for step in NEXT_STEPS)
 
 
 def _publish(report: Report, face: FaceReport | None) -> str:
-    return f"Not on this alone, neither the picture as true nor the claim that it is fake. {NOT_PROOF}\n" + _do(
-        report, face
-    )
+    steps = _next_steps(report, face)
+    return f"Not on this alone, neither the picture as true nor the claim that it is fake. {NOT_PROOF}\n{steps}"
 
 
 def _verdict(report: Report, face: FaceReport) -> str:
@@ -234,7 +233,7 @@ _ANSWERS: dict[str, Callable[[Report, FaceReport], str]] = {
         "It is an estimate and can be wrong. Judge the original file from the camera: if the answer changes, what the "
         "copy went through was the cause."
     ),
-    "do": _do,
+    "do": _next_steps,
     "cause": _other_cause,
     "sure": how_sure,
     "experts": who_said,
@@ -244,8 +243,8 @@ _ANSWERS: dict[str, Callable[[Report, FaceReport], str]] = {
     "verdict": _verdict,
 }
 _INTENTS = tuple(
-    (name, re.compile(rf"\b(?:{'|'.join(asked)})"))
-    for name, asked in {
+    (name, re.compile(rf"\b(?:{'|'.join(patterns)})"))
+    for name, patterns in {
         "language": (rf"(?:in|into|speak|to) (?:{_LANGUAGES})\b", "translat", r"(?:other|another|my) language\b"),
         "sure": (
             r"how (?:\w+ ){0,4}(?:sure|certain|confident|likely|reliable|accurate)", "probabilit", "percent",

@@ -1,4 +1,4 @@
-"""Video colours of wide range (HLG, PQ) and wide gamut (BT.2020) on an ordinary screen (BT.709).
+"""Converts video of high dynamic range (HLG, PQ) and wide gamut (BT.2020) to the colours of a usual screen (BT.709).
 
 Display light follows the standards (HLG and PQ: ITU-R BT.2100; a plain curve: BT.1886). Reference white of 203 nits
 becomes white (BT.2408), brighter light is compressed, and colours outside BT.709 are cut (BT.2407, 2.2).
@@ -41,7 +41,7 @@ def _light(transfer: int) -> NDArray[np.float32]:
 def to_bt709(samples: NDArray[np.uint16], transfer: int, primaries: int) -> NDArray[np.uint8]:
     """RGB samples [H, W, 3] of 16 bits, in the given curve and primaries (ITU-T H.273), as 8-bit BT.709 [H, W, 3]."""
     table = _light(transfer)
-    out = np.empty(samples.shape, np.uint8)
+    result = np.empty(samples.shape, np.uint8)
     for top in range(0, len(samples), _ROWS):
         light = table[samples[top : top + _ROWS]]
         if transfer == HLG:  # from the scene to the display, whose gamma is 1.2
@@ -50,7 +50,7 @@ def to_bt709(samples: NDArray[np.uint16], transfer: int, primaries: int) -> NDAr
             light = np.maximum(light @ _TO_BT709.T, 0)
         if transfer in (PQ, HLG):
             peak = np.maximum(light.max(-1, keepdims=True), 1e-9)
-            over = np.maximum(peak - _KNEE, 0)
-            light *= np.where(over > 0, _KNEE + (1 - _KNEE) * over / (over + 1 - _KNEE), peak) / peak
-        out[top : top + _ROWS] = np.round(np.clip(light, 0, 1) ** (1 / _GAMMA) * 255)
-    return out
+            excess = np.maximum(peak - _KNEE, 0)
+            light *= np.where(excess > 0, _KNEE + (1 - _KNEE) * excess / (excess + 1 - _KNEE), peak) / peak
+        result[top : top + _ROWS] = np.round(np.clip(light, 0, 1) ** (1 / _GAMMA) * 255)
+    return result

@@ -78,16 +78,16 @@ def render(reports: Sequence[Report | Failure], pictures: Sequence[Pictures]) ->
 
     `pictures` beside `reports`: pixels [H, W, 3] uint8 RGB at any scale, of a video by frame number, or None for none.
     """
-    named = dict.fromkeys(e.expert for r in reports if isinstance(r, Report) for f in r.faces for e in f.evidence)
-    known = cards(named)
-    blind_spots = {name: card.blind_spot for name, card in known.items() if isinstance(card, Card)}
+    experts = dict.fromkeys(e.expert for r in reports if isinstance(r, Report) for f in r.faces for e in f.evidence)
+    expert_cards = cards(experts)
+    blind_spots = {name: card.blind_spot for name, card in expert_cards.items() if isinstance(card, Card)}
     sections = [
         _failure(report) if isinstance(report, Failure) else _section(report, picture, blind_spots)
         for report, picture in zip(reports, pictures, strict=True)
     ]
     template = pages(jinja2.PackageLoader("x2dfd")).get_template("report.html.jinja")
     html = template.render(
-        cards=[card for name in named if isinstance(card := known.get(name), Card)],
+        cards=[card for name in experts if isinstance(card := expert_cards.get(name), Card)],
         limits=_limits(sections),
         judged=any(s.get("scale") for s in sections),
         counted=answer.counted(s["kind"] for s in sections),
@@ -166,7 +166,7 @@ def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) 
     calibrated = model.get("mode") != "paper"
     decider = report.decider
     frames = _frames(report.faces)
-    full = [face for face in report.faces if face.frame is None or face.frame in frames]
+    detailed = [face for face in report.faces if face.frame is None or face.frame in frames]
     return {
         "name": report.path or "(picture given as bytes)",
         "kind": answer.status(verdict),
@@ -180,7 +180,7 @@ def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) 
         "calibrated": calibrated,
         "scale": _scale(verdict.p_fake, band, model.get("threshold")),
         "figures": list(_figures(report, picture)),
-        "faces": [_face(face, face is decider, report, blind_spots) for face in full],
+        "faces": [_face(face, face is decider, report, blind_spots) for face in detailed],
         "briefly": [
             (
                 _moment(face),
@@ -190,7 +190,7 @@ def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) 
                 percent(face.verdict.p_fake),
             )
             for face in report.faces
-            if face not in full
+            if face not in detailed
         ],
         "generator": of_generator(report.provenance),
         "statements": report.provenance.get("statements") or (),
@@ -206,8 +206,8 @@ def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) 
 def _technical(report: Report) -> Iterator[tuple[str, str]]:
     """What answered, in a few rows; the JSON record has it in full."""
     model, versions = report.model, report.versions
-    how = (model.get("name"), model.get("runs_on"), (model.get("served") or {}).get("host"), model.get("mode"))
-    yield "Model", ", ".join(str(word) for word in how if word) or "not stated"
+    facts = (model.get("name"), model.get("runs_on"), (model.get("served") or {}).get("host"), model.get("mode"))
+    yield "Model", ", ".join(str(word) for word in facts if word) or "not stated"
     yield "Versions", ", ".join(f"{name} {versions[name]}" for name in ("x2dfd", "torch") if name in versions)
     adapter = model.get("adapter_sha256") or (model.get("base") or {}).get("sha256")
     hashes = {"file": report.sha256, "model": adapter, "calibration": model.get("calibration_sha256")}
@@ -228,11 +228,11 @@ def strongest_sign(report: Report) -> str:
     face = report.decider
     if report.verdict.label != "fake" or face is None:
         return ""
-    pointed = [c for e in face.evidence if e.expert not in report.uncounted for c in e.cues]
+    expert_cues = [c for e in face.evidence if e.expert not in report.uncounted for c in e.cues]
 
     def sureness(cue: Cue) -> float:
-        same = [c for c in pointed if (c.area, c.artifact) == (cue.area, cue.artifact)]
-        return max((1.0 if c.score is None else c.score for c in same), default=0.0)
+        matches = [c for c in expert_cues if (c.area, c.artifact) == (cue.area, cue.artifact)]
+        return max((1.0 if c.score is None else c.score for c in matches), default=0.0)
 
     return f"{cue_clause(max(face.cues, key=lambda c: (sureness(c), c.score or 0.0)))}." if face.cues else ""
 
@@ -249,15 +249,15 @@ def _frames(faces: Sequence[FaceReport]) -> list[int]:
 def _scale(p: float | None, band: Sequence[float] | None, threshold: float | None) -> Json | None:
     if p is None:
         return None
-    spoken = f"chance of a fake: {percent(p)} on a scale from 0 to 100"
+    description = f"chance of a fake: {percent(p)} on a scale from 0 to 100"
     if band:
-        spoken += f"; no answer is given between {100 * band[0]:.0f} and {100 * band[1]:.0f}"
+        description += f"; no answer is given between {100 * band[0]:.0f} and {100 * band[1]:.0f}"
     return {
         "p": 100 * p,
         "low": 100 * band[0] if band else None,
         "high": 100 * band[1] if band else None,
         "threshold": 100 * threshold if threshold is not None else None,
-        "spoken": spoken,
+        "spoken": description,
     }
 
 
@@ -306,8 +306,8 @@ def _prefix(face: FaceReport, report: Report) -> str:
 
 def marked_areas(face: FaceReport) -> list[tuple[str, str, str]]:
     """(area, letter, colour) of the cues that can be drawn, in the order of the cues."""
-    named = dict.fromkeys(cue.area for cue in face.cues if face.areas.get(cue.area))
-    return [(area, chr(ord("A") + i), COLOURS[i % len(COLOURS)]) for i, area in enumerate(named)]
+    areas = dict.fromkeys(cue.area for cue in face.cues if face.areas.get(cue.area))
+    return [(area, chr(ord("A") + i), COLOURS[i % len(COLOURS)]) for i, area in enumerate(areas)]
 
 
 def letter_places(face: FaceReport, size: float, height: float) -> dict[str, list[tuple[float, float]]]:
@@ -317,13 +317,13 @@ def letter_places(face: FaceReport, size: float, height: float) -> dict[str, lis
     for area, *_ in marked_areas(face):
         for polygon in face.areas[area]:
             x, y = (float(v) for v in np.mean(polygon, axis=0))
-            taken = [b for others in places.values() for a, b in others if abs(x - a) < size]
-            steps = sorted(range(-len(taken) - 1, len(taken) + 2), key=lambda step: (abs(step), step))
+            occupied = [b for points in places.values() for a, b in points if abs(x - a) < size]
+            steps = sorted(range(-len(occupied) - 1, len(occupied) + 2), key=lambda step: (abs(step), step))
             free = (
                 y + step * size
                 for step in steps
                 if size / 2 <= y + step * size <= height - size / 2
-                and all(abs(y + step * size - b) >= size for b in taken)
+                and all(abs(y + step * size - b) >= size for b in occupied)
             )
             places.setdefault(area, []).append((x, next(free, y)))
     return places
@@ -340,7 +340,7 @@ def _figures(report: Report, picture: Pictures) -> Iterator[Json]:
         yield _figure(report, picture[number], faces, f"Frame {number}: ", STRIP_SIDE if k else MAX_SIDE)
 
 
-def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], what: str, side: int) -> Json:
+def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], prefix: str, side: int) -> Json:
     width = float(report.media.get("width") or pixels.shape[1])
     height = float(report.media.get("height") or pixels.shape[0])
     text = max(width, height) * 0.026
@@ -363,13 +363,13 @@ def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], 
              "chip_x": max(0.0, min(x, width - chip)),
              "chip_y": y - 1.5 * text if y > 1.5 * text else min(y + h, height - 1.5 * text)}
         )  # fmt: skip
-    spoken = "; ".join(
+    description = "; ".join(
         f"face {answer.number(f, report)}: {answer.word(f.verdict).lower()}{answer.p_words(f.verdict)}" for f in faces
     )
     return {
         "uri": jpeg_uri(pixels, side),
-        "alt": f"{what}{Path(report.path or 'picture').name}, {spoken or 'no face found'}",
-        "caption": what.rstrip(": "),
+        "alt": f"{prefix}{Path(report.path or 'picture').name}, {description or 'no face found'}",
+        "caption": prefix.rstrip(": "),
         "width": width,
         "height": height,
         "text": text,
@@ -402,8 +402,8 @@ def closer(face: FaceReport, width: float, height: float) -> str:
     if scale < 1.8:
         return ""
     # The point that stays where it is while the face's centre moves to the picture's; no edge is left blank.
-    fixed = [(scale * (at + side / 2) / of - 0.5) / (scale - 1) for at, side, of in ((x, w, width), (y, h, height))]
-    left, top = (100 * min(max(f, 0.0), 1.0) for f in fixed)
+    point = [(scale * (a + side / 2) / size - 0.5) / (scale - 1) for a, side, size in ((x, w, width), (y, h, height))]
+    left, top = (100 * min(max(f, 0.0), 1.0) for f in point)
     return f"--scale:{scale:.2f};--x:{left:.1f}%;--y:{top:.1f}%"
 
 
@@ -478,18 +478,18 @@ def _file(report: Report) -> Iterator[tuple[str, str]]:
 
 def _ratio(report: Report) -> Json | None:
     """The likelihood ratio in words; None where there is none."""
-    told = report.likelihood_ratio
-    if told.get("value") is None:
+    ratio = report.likelihood_ratio
+    if ratio.get("value") is None:
         return None
-    value, (low, high), limits = float(told["value"]), told["interval"], told["limits"]
+    value, (low, high), limits = float(ratio["value"]), ratio["interval"], ratio["limits"]
     return {
         "value": _times(value),
         "interval": f"{_times(low)} to {_times(high)}",
         "limits": f"{_times(limits[0])} to {_times(limits[1])}",
         "towards": "the second" if value < 1 else "the first",
         "open": low <= 1 <= high,
-        "propositions": told["propositions"],
-        "run": told["run"],
+        "propositions": ratio["propositions"],
+        "run": ratio["run"],
     }
 
 
@@ -506,8 +506,8 @@ def _rates(validation: Json | None) -> Json | None:
     rows = []
     for key, name in names.items():
         rate = validation["rates"][key]
-        between = rate.get("interval")
-        bounds = f" (95 %: {100 * between[0]:.1f} % to {100 * between[1]:.1f} %)" if between else ""
+        interval = rate.get("interval")
+        bounds = f" (95 %: {100 * interval[0]:.1f} % to {100 * interval[1]:.1f} %)" if interval else ""
         rows.append((name, f"{100 * rate['value']:.1f} %{bounds}, of {rate['n']}"))
     return dict(validation) | {"rows": rows}
 

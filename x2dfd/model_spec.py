@@ -1,4 +1,4 @@
-"""Which model is meant: one string, the same in every command, in `x2dfd.load`, in the app and in the benchmark.
+"""The choice of a model: one string, the same in every command, in `x2dfd.load`, in the app and in the benchmark.
 
 | `--model` | is |
 | --- | --- |
@@ -10,9 +10,9 @@
 | `NAME@http://HOST/v1+DIR` | the same with the adapter directory that the endpoint serves under that name |
 | `expert:NAME` | one expert without a language model; for the benchmark only |
 
-`?requests-per-minute=60` after an address spreads what is asked of it. A base's directory and an endpoint's address
-cannot hold a `+`. A directory whose name looks like another form is
-written with its path: `./embedded`. Nothing here imports torch.
+`?requests-per-minute=60` after an address limits the rate of requests. A base's directory and an endpoint's address
+cannot hold a `+`. A directory whose name looks like another form is written with its path: `./embedded`. Nothing here
+imports torch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ EMBEDDED_NAME, HUB, EXPERT, PACE = "embedded", "hub:", "expert:", "?requests-per
 
 
 class LoadOptions(TypedDict, total=False):
-    """How a model is loaded; the keyword arguments of `x2dfd.load`, which explains them."""
+    """Options for loading a model: the keyword arguments of `x2dfd.load`, which explains them."""
 
     mode: Mode | None
     threads: int | None
@@ -56,7 +56,7 @@ class ModelSpec:
     adapter: Path | None = None  # adapter directory
     name: str | None = None  # at the endpoint
     url: str | None = None  # of the endpoint
-    requests_per_minute: float | None = None  # that the endpoint is asked at most; None: no limit
+    requests_per_minute: float | None = None  # to the endpoint at most; None: no limit
     expert: str | None = None
 
     @classmethod
@@ -69,17 +69,17 @@ class ModelSpec:
         if text == EMBEDDED_NAME:
             return cls()
         if text.startswith(EXPERT):
-            return cls(expert=_present(text, text.removeprefix(EXPERT)))
+            return cls(expert=_required(text, text.removeprefix(EXPERT)))
         if text.startswith(HUB):
             base, plus, folder = text.removeprefix(HUB).partition("+")
-            return cls(base=_present(text, base), adapter=Path(_present(text, folder)) if plus else None)
-        if found := re.search("@(?=https?://)", text):
-            name, (address, plus, folder) = text[: found.start()], text[found.end() :].partition("+")
-            adapter = Path(_present(text, folder)) if plus else None
-            url, asked, number = address.partition(PACE)
-            pace = _pace(text, number) if asked else None
-            return cls(adapter=adapter, name=_present(text, name), url=url, requests_per_minute=pace)
-        return cls(adapter=Path(_present(text, text)))
+            return cls(base=_required(text, base), adapter=Path(_required(text, folder)) if plus else None)
+        if match := re.search("@(?=https?://)", text):
+            name, (address, plus, folder) = text[: match.start()], text[match.end() :].partition("+")
+            adapter = Path(_required(text, folder)) if plus else None
+            url, query, number = address.partition(PACE)
+            pace = _pace(text, number) if query else None
+            return cls(adapter=adapter, name=_required(text, name), url=url, requests_per_minute=pace)
+        return cls(adapter=Path(_required(text, text)))
 
     def __str__(self) -> str:
         adapter = "" if self.adapter is None else str(self.adapter)
@@ -87,9 +87,9 @@ class ModelSpec:
             return f"{EXPERT}{self.expert}"
         if self.base is None and self.url is None:
             return adapter or EMBEDDED_NAME
-        front = f"{HUB}{self.base}" if self.url is None else f"{self.name}@{self.url}"
-        front += "" if self.requests_per_minute is None else f"{PACE}{self.requests_per_minute:g}"
-        return f"{front}+{adapter}" if adapter else front
+        text = f"{HUB}{self.base}" if self.url is None else f"{self.name}@{self.url}"
+        text += "" if self.requests_per_minute is None else f"{PACE}{self.requests_per_minute:g}"
+        return f"{text}+{adapter}" if adapter else text
 
     @property
     def embedded(self) -> bool:
@@ -103,12 +103,12 @@ class ModelSpec:
 
     @property
     def host(self) -> str:
-        """Of the endpoint, with its port; "" for a model of this machine."""
+        """The endpoint's host and port; "" for a model of this machine."""
         return urlsplit(self.url).netloc if self.url else ""
 
     @property
     def label(self) -> str:
-        """What a result calls it: without the path of a folder and without an address."""
+        """Its name in results, without the path of a folder and without an address."""
         folder = self.adapter.absolute().name if self.adapter else ""
         if self.name is not None:
             return self.name
@@ -117,13 +117,13 @@ class ModelSpec:
         return folder or str(self)
 
     def absolute(self) -> Self:
-        """The same with the directories that are here by their whole path, for a process that works elsewhere."""
+        """The same with absolute paths of directories that exist here, for a process in another working directory."""
         base = str(Path(self.base).absolute()) if self.base and Path(self.base).exists() else self.base
         adapter = self.adapter.absolute() if self.adapter and self.adapter.exists() else self.adapter
         return replace(self, base=base, adapter=adapter)
 
 
-def _present(text: str, part: str) -> str:
+def _required(text: str, part: str) -> str:
     if not part:
         raise SetupError(
             f"{text!r} is no model: give embedded, DIR, hub:NAME, hub:NAME+DIR or NAME@http://HOST/v1",

@@ -1,4 +1,4 @@
-"""Every string that an MLLM is trained on or asked: one module, used by training and inference alike.
+"""Every string in a prompt or a training answer of an MLLM: one module, used by training and inference alike.
 
 Question, expert scores and answer forms are those of X2-DFD (arXiv 2410.06126 and its released data); the chat
 template around them is the base model's own.
@@ -19,7 +19,7 @@ from x2dfd.types import Cue, Evidence
 
 
 class Processor(Protocol):
-    """What is used of a processor of transformers, whose families have no common type for it."""
+    """The used parts of a processor of transformers, whose families have no common type for them."""
 
     tokenizer: Any
     image_processor: Any
@@ -36,7 +36,7 @@ class Processor(Protocol):
 
 QUESTION = "Is this image real or fake?"
 STEM = "This image is"
-"""What the answer is forced to begin with; the verdict is the distribution of the next token."""
+"""The forced beginning of the answer; the verdict is the distribution of the next token."""
 
 LABEL_WORDS = (" real", " fake")
 CLASS_QUESTION = "Which kind of manipulation, if any, does this face show?"
@@ -52,13 +52,13 @@ SERVED_RATIONALE = (
     'The verdict is given: "{start}" Do not repeat it. Tell in one to three plain sentences what in the photo speaks '
     "for it: name areas (eyes, mouth, jaw, skin, hair, background ...) and what is odd or in order there."
 )
-"""Instructions for a served model whose endpoint cannot continue a begun answer; no adapter is trained with these."""
+"""Instructions for models whose endpoint cannot continue a begun answer; no adapter was trained on them."""
 
 AGREES_BELOW, AGREES_ABOVE = 0.30, 0.70
-"""When an expert counts as agreeing with real, with fake (X2-DFD's lo and hi)."""
+"""Scores up to which an expert agrees with real, and from which it agrees with fake (X2-DFD's lo and hi)."""
 
 SCORE_FORMS = ("numbers", "words", "both")
-"""How a question gives a score: 0.812, as X2-DFD does; high; or 0.812 (high). An adapter's card says which."""
+"""Forms of a score in a question: 0.812, as in X2-DFD; high; or 0.812 (high). An adapter's card names its form."""
 
 _VICUNA = (
     "A chat between a curious {who} and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -73,7 +73,7 @@ CHAT_TEMPLATES = {
     "train_consistent": _VICUNA.format(who="user", image="<image>"),
     "official_infer": _VICUNA.format(who="human", image="<im_start><image><im_end>"),
 }
-"""Chat templates of published X2-DFD adapters: what they were trained with, and what their released code asks with."""
+"""Chat templates of published X2-DFD adapters: that of their training, and that of their released code's questions."""
 
 
 def set_chat_template(processor: Processor, frame: str | None) -> None:
@@ -86,14 +86,14 @@ def set_chat_template(processor: Processor, frame: str | None) -> None:
 
 
 def score_word(score: float) -> str:
-    """A score in words; low and high begin where an expert counts as agreeing with real, with fake."""
+    """A score in words; low and high begin where an expert agrees with real, and with fake."""
     if score <= AGREES_BELOW:
         return "very low" if score < 0.1 else "low"
     return "unclear" if score < AGREES_ABOVE else "high" if score < 0.9 else "very high"
 
 
 def expert_scores(evidence: Sequence[Evidence], form: str = "numbers") -> str:
-    """The experts' scores as they stand in the question, in a form of SCORE_FORMS; "" without experts.
+    """The experts' scores as the question states them, in a form of SCORE_FORMS; "" without experts.
 
     >>> expert_scores([Evidence("blending", 0.812), Evidence("diffusion", None)])
     ' And the blending score is 0.812, and the diffusion score is N/A.'
@@ -102,22 +102,22 @@ def expert_scores(evidence: Sequence[Evidence], form: str = "numbers") -> str:
     """
     if form not in SCORE_FORMS:
         raise UnknownName("score form", form, SCORE_FORMS)
-    ways = {"numbers": "{0:.3f}", "words": "{1}", "both": "{0:.3f} ({1})"}
-    shown = ["N/A" if e.score is None else ways[form].format(e.score, score_word(e.score)) for e in evidence]
-    parts = [f"the {e.expert.lower()} score is {score}" for e, score in zip(evidence, shown, strict=True)]
-    if len(parts) < 3:
-        return f" And {', and '.join(parts)}." if parts else ""
-    return f" And {', '.join(parts[:-1])}, and {parts[-1]}."
+    formats = {"numbers": "{0:.3f}", "words": "{1}", "both": "{0:.3f} ({1})"}
+    scores = ["N/A" if e.score is None else formats[form].format(e.score, score_word(e.score)) for e in evidence]
+    clauses = [f"the {e.expert.lower()} score is {score}" for e, score in zip(evidence, scores, strict=True)]
+    if len(clauses) < 3:
+        return f" And {', and '.join(clauses)}." if clauses else ""
+    return f" And {', '.join(clauses[:-1])}, and {clauses[-1]}."
 
 
 def expert_cues(evidence: Sequence[Evidence]) -> str:
-    """The cues that experts point at, as the prompt states them after the scores; "" without any. Not of X2-DFD.
+    """The experts' cues, as the prompt states them after the scores; "" without any. X2-DFD has no such sentence.
 
     >>> expert_cues([Evidence("tower", 0.9, cues=(Cue("jaw", "blending"), Cue("skin", "colour")))])
     ' The tower expert points at jaw blending and skin colour.'
     """
     return "".join(
-        f" The {e.expert.lower()} expert points at {_listed([f'{c.area} {c.artifact}' for c in e.cues])}."
+        f" The {e.expert.lower()} expert points at {_enumeration([f'{c.area} {c.artifact}' for c in e.cues])}."
         for e in evidence
         if e.cues
     )
@@ -129,7 +129,7 @@ def expert_block(evidence: Sequence[Evidence], form: str = "numbers") -> str:
 
 
 def verdict_question(evidence: Sequence[Evidence], form: str = "numbers") -> str:
-    """The question that decides: real or fake, with what the experts say written in."""
+    """The question that decides, real or fake, with its expert block."""
     return QUESTION + expert_block(evidence, form)
 
 
@@ -138,21 +138,21 @@ def expert_sentence(label: str, evidence: Sequence[Evidence]) -> str:
     scores = [(e.expert.lower(), e.score) for e in evidence if e.score is not None]
     names = [name for name, p in scores if (p >= AGREES_ABOVE if label == "fake" else p <= AGREES_BELOW)]
     claim, side = ("obvious", "fake") if label == "fake" else ("very few", "real")
-    return f" Additionally, the image shows {claim} {_listed(names)} artifacts supporting {side}." if names else ""
+    return f" Additionally, the image shows {claim} {_enumeration(names)} artifacts supporting {side}." if names else ""
 
 
-_WRITTEN = re.compile(
+_EXPERT_SENTENCE = re.compile(
     r"\s*Additionally, the image shows (?:obvious|very few)\b.*?(?:supporting (?:fake|real)\.|$)", re.DOTALL
 )
 
 
 def closed(text: str, label: str, evidence: Sequence[Evidence]) -> str:
-    """A rationale whose sentence on the experts follows from their scores, in place of what a model wrote of them.
+    """A rationale whose sentence on the experts is made from their scores and replaces the model's own.
 
     >>> closed("A seam. Additionally, the image shows obvious clip artifacts supporting fake.", "fake", [])
     'A seam.'
     """
-    return (_WRITTEN.sub("", text) + expert_sentence(label, evidence)).strip()
+    return (_EXPERT_SENTENCE.sub("", text) + expert_sentence(label, evidence)).strip()
 
 
 def verdict_answer(label: str, explanation: str = "", evidence: Sequence[Evidence] = ()) -> str:
@@ -161,11 +161,11 @@ def verdict_answer(label: str, explanation: str = "", evidence: Sequence[Evidenc
 
 
 def rationale_start(label: str) -> str:
-    """What a rationale is made to begin with: the verdict that has already been scored."""
+    """The forced beginning of a rationale: the verdict that was scored before."""
     return f"{STEM} {label}."
 
 
-def _listed(names: Sequence[str]) -> str:
+def _enumeration(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
 
 
@@ -179,9 +179,9 @@ def conversation(question: str, turns: Sequence[tuple[str, str]] = ()) -> list[J
 
 
 def in_chat_template(processor: Processor, messages: list[Json], *, answer_next: bool) -> str:
-    """Chat messages as text in the base model's chat template, the next answer's header included where `answer_next`.
+    """Chat messages as text in the base model's chat template, with the next answer's header if `answer_next`.
 
-    A template that asks for the date gets a system message of ours instead: its own would change the prompts every day.
+    A template that states the date gets our own system message instead: otherwise prompts would change every day.
     """
     if "strftime_now" in str(processor.chat_template):
         messages = [{"role": "system", "content": [{"type": "text", "text": SERVED_SYSTEM}]}, *messages]
@@ -190,10 +190,10 @@ def in_chat_template(processor: Processor, messages: list[Json], *, answer_next:
 
 
 def render(processor: Processor, question: str, start: str = "", turns: Sequence[tuple[str, str]] = ()) -> str:
-    """The prompt as text, in the base model's chat template, with the answer begun by `start`.
+    """The prompt as text, in the base model's chat template, with `start` as the beginning of the answer.
 
     Without a template (PaliGemma) it is the plain form of that family: picture, begin token, lines. Raises SetupError
-    as `begun`.
+    as `begun` does.
     """
     if not processor.chat_template:
         lines = [question, *(line for turn in turns for line in turn)]
@@ -202,98 +202,98 @@ def render(processor: Processor, question: str, start: str = "", turns: Sequence
 
 
 def begun(processor: Processor, messages: list[Json], start: str = "") -> str:
-    """Chat messages as text in the chat template, with the next answer begun by `start`.
+    """Chat messages as text in the chat template, with `start` as the beginning of the next answer.
 
-    Raises SetupError for a model that thinks before it answers: what it begins with is no verdict.
+    Raises SetupError for a model that reasons before it answers: its first token is no verdict.
     """
-    frame = in_chat_template(processor, messages, answer_next=True)
-    if frame.rstrip().endswith("<think>"):
+    prompt = in_chat_template(processor, messages, answer_next=True)
+    if prompt.rstrip().endswith("<think>"):
         raise SetupError(
             "this model reasons before it answers, so no verdict can be scored: take its Instruct variant",
             code="model_thinks",
         )
-    if not start or frame[-1].isspace():
-        return frame + start
+    if not start or prompt[-1].isspace():
+        return prompt + start
     # LLaVA's template ends in "ASSISTANT:", its answers begin with a space; Mistral's in "[/INST]", and they do not.
-    said = {"role": "assistant", "content": [{"type": "text", "text": start}]}
-    whole = in_chat_template(processor, [*messages, said], answer_next=False)
-    return frame + ("" if whole.startswith(frame + start) else " ") + start
+    answer = {"role": "assistant", "content": [{"type": "text", "text": start}]}
+    answered = in_chat_template(processor, [*messages, answer], answer_next=False)
+    return prompt + ("" if answered.startswith(prompt + start) else " ") + start
 
 
 def answer_end(processor: Processor) -> int:
-    """The token that ends an answer: what the chat template writes behind one, else the tokenizer's end token.
+    """The token that ends an answer: the one that the chat template writes after it, else the tokenizer's end token.
 
-    Raises SetupError when the template changes the prompt as it adds an answer.
+    Raises SetupError when the template changes the prompt where it adds an answer.
     """
     eos: int = processor.tokenizer.eos_token_id
     if not processor.chat_template:
         return eos
-    said = {"role": "assistant", "content": [{"type": "text", "text": STEM}]}
-    whole = in_chat_template(processor, [*conversation(QUESTION), said], answer_next=False)
-    begun = render(processor, QUESTION, STEM)
-    if not whole.startswith(begun):
+    answer = {"role": "assistant", "content": [{"type": "text", "text": STEM}]}
+    answered = in_chat_template(processor, [*conversation(QUESTION), answer], answer_next=False)
+    prompt = render(processor, QUESTION, STEM)
+    if not answered.startswith(prompt):
         raise SetupError(
             "this chat template changes the prompt when an answer is added, so answers cannot be masked",
             code="template_unmaskable",
         )
-    after: list[int] = processor.tokenizer(whole.removeprefix(begun).strip(), add_special_tokens=False)["input_ids"]
+    after: list[int] = processor.tokenizer(answered.removeprefix(prompt).strip(), add_special_tokens=False)["input_ids"]
     return after[0] if after and after[0] in processor.tokenizer.added_tokens_decoder else eos
 
 
 def stock_text(processor: Processor, question: str) -> str:
-    """What the base's own processor takes beside the picture so that its tokens are those of `render`."""
+    """The text for the base's own processor that gives, with the picture, the tokens of `render`."""
     return render(processor, question) if processor.chat_template else processor.image_token + question
 
 
 def begins(processor: Processor, prompt: str) -> bool:
-    """The prompt has its begin token written out, as many chat templates do: a tokenizer must not add a second."""
+    """Whether a prompt holds its begin token, as in many chat templates; the tokenizer must not add another."""
     bos = processor.tokenizer.bos_token
     return bool(bos) and prompt.removeprefix(processor.image_token).startswith(bos)
 
 
 def prompt_tokens(processor: Processor, prompt: str) -> tuple[list[int], list[int]]:
-    """Token ids of what stands before the picture and of what follows it: prefix and suffix of shared-prefix scoring.
+    """Token ids before the picture and after it: prefix and suffix of shared-prefix scoring.
 
-    The prompt is tokenised whole, as the processor does it: with the tokenizer's own begin token, where it has one.
+    The prompt is tokenised as a whole, like in the processor: with the tokenizer's own begin token, where it has one.
     """
     ids: list[int] = processor.tokenizer(prompt, add_special_tokens=not begins(processor, prompt))["input_ids"]
     image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     if image not in ids:
         raise ValueError(f"the prompt holds no {processor.image_token}")
-    at = ids.index(image)
-    return ids[:at], ids[at + 1 :]
+    position = ids.index(image)
+    return ids[:position], ids[position + 1 :]
 
 
 def first_tokens(processor: Processor, start: str, words: Sequence[str]) -> tuple[int, int]:
-    """The token with which each of two words continues an answer begun by `start`.
+    """The first token of each of two words that continue an answer after `start`.
 
-    Raises SetupError when it is the same, or when it does not stand by itself.
+    Raises SetupError when both have the same one, or when it is joined with the text before it.
     """
-    before, first, second = (
-        prompt_tokens(processor, render(processor, QUESTION, begun))[1]
-        for begun in (start, *(start + w for w in words))
+    start_ids, first_ids, second_ids = (
+        prompt_tokens(processor, render(processor, QUESTION, beginning))[1]
+        for beginning in (start, *(start + w for w in words))
     )
-    at = len(before)
-    if first[:at] != before or second[:at] != before:
+    position = len(start_ids)
+    if first_ids[:position] != start_ids or second_ids[:position] != start_ids:
         raise SetupError(
             f"this tokenizer joins {words[0]!r} or {words[1]!r} with what precedes; it cannot be scored",
             code="tokenizer_joins_words",
         )
-    if first[at] == second[at]:
+    if first_ids[position] == second_ids[position]:
         raise SetupError(
             f"this tokenizer begins {words[0]!r} and {words[1]!r} with the same token; it cannot be scored",
             code="tokenizer_words_alike",
         )
-    return first[at], second[at]
+    return first_ids[position], second_ids[position]
 
 
 def prompt_hash(processor: Processor, score_form: str = "numbers") -> str:
-    """SHA-256 over the rendered forms of every kind of prompt and answer; loading refuses an adapter of another."""
-    some = [Evidence("blending", 0.5), Evidence("clip", None)]
+    """SHA-256 over the rendered forms of every kind of prompt and answer; adapters with another hash do not load."""
+    evidence = [Evidence("blending", 0.5), Evidence("clip", None)]
     forms = [
-        render(processor, verdict_question(some, score_form), STEM),
+        render(processor, verdict_question(evidence, score_form), STEM),
         render(processor, verdict_question([])),
-        render(processor, verdict_question([*some, Evidence("x", 1.0)], score_form)),
+        render(processor, verdict_question([*evidence, Evidence("x", 1.0)], score_form)),
         expert_cues([Evidence("x", 1.0, cues=(Cue("jaw", "blur"), Cue("eyes", "noise"), Cue("skin", "colour")))]),
         render(processor, f"Do you see it? {CUE_ENDING}"),
         render(processor, CLASS_QUESTION),

@@ -1,7 +1,7 @@
-"""Many processes or machines: the same Detector in actors of Ray Data, the same rows as the local runner.
+"""Runs the Detector in actors of Ray Data, on many processes or machines, with the same rows as the local runner.
 
-`x2dfd detect … --engine ray` joins the cluster that RAY_ADDRESS names, or starts one on this machine. Scheduling,
-queues and faults are Ray's: an actor that dies is started again and its batch is judged again.
+`x2dfd detect … --engine ray` joins the cluster that RAY_ADDRESS names, or starts one on this machine. Ray handles
+scheduling, queues and faults: it restarts an actor that dies, and its batch is judged again.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from x2dfd.types import Failure, ModelInfo, Report, result_of
 if TYPE_CHECKING:
     from x2dfd.stores import Place
 
-WINDOW = 10_000  # files in one dataset: bounds what the driver holds, and is long beside the loading of a model
-AHEAD = 4  # batches that an actor is given at once: it decodes one while it judges the one before
-A_MODEL = 1000  # files for which it is worth to load the models once
-TRIES = 4  # of a batch whose actor dies over it; the run then ends, and --out resumes where it stopped
-BLOCKS = 1024  # parts of a dataset at most: a part's rows arrive together
+WINDOW = 10_000  # files in one dataset: bounds the driver's memory, and takes long compared to loading a model
+BATCHES_AHEAD = 4  # batches that an actor gets at once: it decodes one while it judges the one before
+FILES_PER_LOAD = 1000  # files for which loading a model is worth its time
+TRIES = 4  # of a batch whose actors die; the run then ends, and --out resumes where it stopped
+BLOCKS = 1024  # of a dataset at most: the rows of a block arrive together
 
 
 class Actor:
-    """What an actor does: loads a detector once, judges batches of paths."""
+    """A Ray actor: it loads a detector once and judges batches of paths."""
 
     def __init__(self, model: ModelSpec, options: LoadOptions, judging: Judging) -> None:
         """`judging`: options of Detector.detect_many."""
@@ -43,13 +43,13 @@ class Actor:
         self._judging = judging
 
     def __call__(self, batch: Json) -> dict[str, list[str]]:
-        places = [_place(bytes(raw)) for one in batch["places"] for raw in one]
+        places = [_place(bytes(raw)) for column in batch["places"] for raw in column]
         results = detect_places(self._detector, places, **self._judging)
         return {"result": [json.dumps(r.to_dict(), allow_nan=False) for r in results]}
 
 
 class RayDetector:
-    """In a Detector's place for `detect`: `info` and `detect_many`.
+    """Replaces a Detector for `detect`, with `info` and `detect_many`.
 
     Raises SetupError when ray is missing or when the model does not load in the cluster.
     """
@@ -62,29 +62,29 @@ class RayDetector:
         except ImportError as error:
             raise SetupError("--engine ray needs Ray Data: pip install 'x2dfd[ray]'", code="package_missing") from error
         self._ray = ray
-        self._model, self._options, self._actors, self._judge = model.absolute(), options, actors, judge
-        self.window = max(WINDOW, A_MODEL * actors)  # files in one dataset; each dataset loads the models anew
+        self._model, self._options, self._actors, self._actor_class = model.absolute(), options, actors, judge
+        self.window = max(WINDOW, FILES_PER_LOAD * actors)  # files in one dataset; each dataset loads the models anew
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its progress bars are off
         if not ray.is_initialized():
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-        here = ray.cluster_resources()
+        cluster = ray.cluster_resources()
         device = options.get("device")
-        on_gpu = model.url is None and (str(device).startswith("cuda") if device else here.get("GPU", 0) > 0)
+        on_gpu = model.url is None and (str(device).startswith("cuda") if device else cluster.get("GPU", 0) > 0)
         self._resources = {"num_cpus": options.get("threads") or 1, "num_gpus": int(on_gpu)}
         cpus, gpus = self._resources["num_cpus"], self._resources["num_gpus"]
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if not any(
             node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes
         ):  # Ray would wait for ever
-            has = "; ".join(f"{node.get('CPU', 0):g} and {node.get('GPU', 0):g}" for node in nodes) or "none"
+            sizes = "; ".join(f"{node.get('CPU', 0):g} and {node.get('GPU', 0):g}" for node in nodes) or "none"
             raise SetupError(
-                f"an actor needs {cpus} CPUs and {gpus} GPUs of one machine, and the cluster's machines have {has}",
+                f"an actor needs {cpus} CPUs and {gpus} GPUs of one machine, and the cluster's machines have {sizes}",
                 code="cluster_too_small",
             )
-        self.info = self._asked_info()
+        self.info = self._remote_info()
 
-    def _asked_info(self) -> ModelInfo:
-        """Detector.info, from where the model will run: this machine need not hold it."""
+    def _remote_info(self) -> ModelInfo:
+        """Detector.info of the model in the cluster: this machine need not hold it."""
         model, options = self._model, self._options
 
         def info() -> ModelInfo:
@@ -93,38 +93,38 @@ class RayDetector:
             return x2dfd.load(model, **options).info
 
         try:
-            found: ModelInfo = self._ray.get(self._ray.remote(**self._resources)(info).remote())
+            result: ModelInfo = self._ray.get(self._ray.remote(**self._resources)(info).remote())
         except self._ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, X2DFDError):
                 raise error.cause from None
             raise
-        return found
+        return result
 
     def detect_many(
         self, places: Iterable[Place], *, batch_size: int = 8, rationale: bool = True, frames: int = 32
     ) -> Iterator[Report | Failure]:
         """As Detector.detect_many, in the order of the places. Raises X2DFDError when a batch fails for good."""
         source = iter(places)
-        while part := list(islice(source, self.window)):
-            yield from self._window(part, {"batch_size": batch_size, "rationale": rationale, "frames": frames})
+        while window := list(islice(source, self.window)):
+            yield from self._detect_window(window, {"batch_size": batch_size, "rationale": rationale, "frames": frames})
 
-    def _window(self, places: list[Place], judging: Judging) -> Iterator[Report | Failure]:
+    def _detect_window(self, places: list[Place], judging: Judging) -> Iterator[Report | Failure]:
         data = self._ray.data
         context = data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
-        context.raise_original_map_exception = True  # or a wrong model's one line comes wrapped in Ray's own error
-        # A row is a batch, so that a face stands beside the same ones as in the local runner.
+        context.raise_original_map_exception = True  # else Ray's own error hides the one line about a wrong model
+        # A row is a batch, so that every batch holds the same faces as in the local runner.
         batch_size = judging["batch_size"]
         raw = [_raw(place) for place in places]
         rows = [{"places": raw[k : k + batch_size]} for k in range(0, len(raw), batch_size)]
-        at_once = max(1, min(AHEAD, len(rows) // self._actors))  # of few, every actor gets some
+        at_once = max(1, min(BATCHES_AHEAD, len(rows) // self._actors))  # of few, every actor gets some
         dataset = data.from_items(rows, override_num_blocks=min(BLOCKS, -(-len(rows) // at_once)))
         with warnings.catch_warnings():
-            # Of its last parameter, which Ray 2.64 drops; until then nothing else bounds the tries of a batch.
+            # About the last parameter, which Ray 2.64 drops; until then nothing else bounds the tries of a batch.
             warnings.simplefilter("ignore", DeprecationWarning)
-            judged = dataset.map_batches(
-                self._judge,
+            results = dataset.map_batches(
+                self._actor_class,
                 fn_constructor_args=(self._model, self._options, judging),
                 batch_size=at_once,
                 compute=data.ActorPoolStrategy(size=self._actors),
@@ -132,7 +132,7 @@ class RayDetector:
                 max_task_retries=TRIES - 1,
             )
         try:
-            for place, row in zip(places, judged.iter_rows(), strict=True):
+            for place, row in zip(places, results.iter_rows(), strict=True):
                 yield replace(result_of(json_object(row["result"], "an actor's row")), path=str(place))
         except self._ray.exceptions.RayError as error:
             if isinstance(cause := getattr(error, "cause", None), X2DFDError):
@@ -141,7 +141,7 @@ class RayDetector:
 
 
 def _raw(place: Place) -> bytes:
-    """As a column holds it: a local name need not be UTF-8, and an actor works in another folder."""
+    """A place as bytes for a column: a local name need not be UTF-8, and an actor works in another folder."""
     return b"local:" + os.fsencode(place.absolute()) if isinstance(place, Path) else b"store:" + place.encode()
 
 

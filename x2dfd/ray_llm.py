@@ -1,4 +1,4 @@
-"""P(fake) of millions of face crops by an MLLM of real size: ray.data.llm with vLLM's engine inside the actors.
+"""P(fake) of millions of face crops from an MLLM of billions of weights: ray.data.llm with vLLM's engine in the actors.
 
 Prompts are rendered here, as in training; the engine gives the log-probabilities of one token. docs/ray.md holds the
 recipe. Nothing here needs vLLM or Ray until `processor` is called.
@@ -20,7 +20,7 @@ from x2dfd.prompts import Processor
 
 @dataclass(frozen=True)
 class VllmScoring:
-    """What the pipeline is set to. Raises X2DFDError for settings that vLLM would refuse hours later."""
+    """The settings of the pipeline. Raises X2DFDError for those that vLLM would refuse hours later."""
 
     model: str  # LLaVA directory (base/ of finetune.split) or hub name
     lora: Path | None = None  # lora/ of finetune.split
@@ -44,7 +44,7 @@ class VllmScoring:
             )
 
     def rank(self) -> int | None:
-        """Of the LoRA. Raises SetupError when its configuration cannot be read."""
+        """The LoRA's rank; None without one. Raises SetupError when its configuration cannot be read."""
         if self.lora is None:
             return None
         path = self.lora / "adapter_config.json"
@@ -72,7 +72,7 @@ class VllmScoring:
             "engine_kwargs": engine,
             "concurrency": self.engines,
             "batch_size": self.batch_size,
-            # Text and pixels come ready: another template or tokenizer call would be another prompt.
+            # Text and pixels are final: another template or tokenizer call would give another prompt.
             "chat_template_stage": False,
             "tokenize_stage": False,
             "detokenize_stage": False,
@@ -80,20 +80,20 @@ class VllmScoring:
         }
 
     def request(self, row: Json, base_processor: Processor) -> Json:
-        """A row with `crop` [224, 224, 3] and optionally `question` as the engine's input; other columns stay."""
+        """The engine's input from a row with `crop` [224, 224, 3] and optionally `question`; other columns stay."""
         from PIL import Image
 
         question = row.get("question") or prompts.QUESTION
-        asked = {
+        inputs = {
             "prompt": prompts.render(base_processor, question, prompts.STEM),
             "multimodal_data": {"image": Image.fromarray(np.asarray(row["crop"], np.uint8))},
             "sampling_params": {"max_tokens": 1, "temperature": 0.0, "logprobs": self.likeliest, "detokenize": False},
         }
-        kept = {key: value for key, value in row.items() if key not in ("crop", "question")}
-        return kept | asked | ({"model": str(self.lora)} if self.lora else {})
+        columns = {key: value for key, value in row.items() if key not in ("crop", "question")}
+        return columns | inputs | ({"model": str(self.lora)} if self.lora else {})
 
     def processor(self) -> Any:
-        """The pipeline: called with a Ray dataset of `crop` columns, it gives one with `p_fake` and `reason`.
+        """The pipeline. Called on a Ray dataset with a column `crop`, it returns one with `p_fake` and `reason`.
 
         Raises SetupError where ray[llm] is not installed.
         """
@@ -114,31 +114,31 @@ class VllmScoring:
         )
 
 
-_ENGINES_OWN = (
+_ENGINE_COLUMNS = (
     "prompt", "multimodal_data", "sampling_params", "model", "prompt_token_ids", "num_input_tokens", "generated_tokens",
     "generated_text", "num_generated_tokens", "embeddings", "metrics", "logprobs", "prompt_logprobs",
 )  # fmt: skip
 
 
 def _scored(row: Json, labels: tuple[int, int]) -> Json:
-    """The engine's row with P(fake) in place of what the engine said; None and the reason where no label is there."""
-    kept = {key: value for key, value in row.items() if key not in _ENGINES_OWN}
+    """A row with P(fake) instead of the engine's columns; None and the reason where it holds no label."""
+    columns = {key: value for key, value in row.items() if key not in _ENGINE_COLUMNS}
     try:
-        return kept | {"p_fake": p_fake(row, labels), "reason": None}
+        return columns | {"p_fake": p_fake(row, labels), "reason": None}
     except InputError as error:
-        return kept | {"p_fake": None, "reason": error.code}
+        return columns | {"p_fake": None, "reason": error.code}
 
 
 def p_fake(row: Json, labels: tuple[int, int]) -> float:
     """P(fake) from the log-probabilities of the first token; `labels` are the tokens of real and fake.
 
-    A label that is not among those listed counts as the least likely of them, as with a served model. Raises InputError
-    when neither is there.
+    A label that is not listed counts as the least likely of the listed tokens, as with a served model. Raises
+    InputError when neither is listed.
     """
     first = (row.get("logprobs") or [{}])[0]
-    listed = {int(token): float(said["logprob"]) for token, said in first.items() if said is not None}
-    if not any(label in listed for label in labels):
+    logprobs = {int(token): float(entry["logprob"]) for token, entry in first.items() if entry is not None}
+    if not any(label in logprobs for label in labels):
         raise InputError("no_label", "neither real nor fake is among the likeliest tokens")
-    least = min(listed.values())
-    real, fake = (listed.get(label, least) for label in labels)
+    least = min(logprobs.values())
+    real, fake = (logprobs.get(label, least) for label in labels)
     return float(1 / (1 + np.exp(real - fake)))

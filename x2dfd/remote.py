@@ -1,4 +1,4 @@
-"""Asking an `x2dfd serve` in the place of a detector of one's own: nothing heavy is imported, no model loaded."""
+"""A client of `x2dfd serve` with a detector's interface: it imports nothing heavy and loads no model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from x2dfd.paths import open_source
 from x2dfd.types import Failure, Report, result_of
 
 MAX_UPLOAD = 100_000_000  # bytes; the server holds it in memory
-PATIENCE = 600.0  # seconds for an answer: a long clip on a busy machine
+TIMEOUT_S = 600.0  # seconds for an answer: a long clip on a busy machine
 
 
 class ServerDetector:
-    """In a Detector's place for `detect`: asks a server. Raises X2DFDError when there is none."""
+    """Replaces a Detector for `detect` and asks a server instead. Raises X2DFDError when there is none."""
 
     def __init__(self, url: str) -> None:
         if urlsplit(url).scheme not in ("http", "https") or host_of(url) is None:
@@ -31,7 +31,7 @@ class ServerDetector:
         self._url = url.rstrip("/")
         # A proxy would be handed the pictures on their way to this machine.
         self._open = build_opener(*([ProxyHandler({})] if is_loopback(str(host_of(url))) else [])).open
-        self.facts: Json = self._asked("/model", None)
+        self.facts: Json = self._request("/model", None)
 
     def detect_many(
         self, sources: Iterable[Path | bytes], *, batch_size: int = 8, rationale: bool = True, frames: int = 32
@@ -47,39 +47,39 @@ class ServerDetector:
             except InputError as error:
                 yield Failure(None if isinstance(source, bytes) else str(source), None, error.code, error.reason)
                 continue
-            said = self._asked(f"/detect?{options}", data)
+            reply = self._request(f"/detect?{options}", data)
             try:
-                result = result_of(said)
+                result = result_of(reply)
             except (ValueError, KeyError, TypeError) as error:
                 raise X2DFDError(
                     f"the answer of {self._url} cannot be read by this version: {error}", code="server_reply"
                 ) from error
             yield result
 
-    def _asked(self, path: str, data: bytes | None) -> Json:
-        kind = {"Content-Type": "application/octet-stream"}
+    def _request(self, path: str, data: bytes | None) -> Json:
+        headers = {"Content-Type": "application/octet-stream"}
         try:
             try:
-                with self._open(Request(self._url + path, data, kind), timeout=PATIENCE) as reply:
-                    said = parse_json(reply.read())
+                with self._open(Request(self._url + path, data, headers), timeout=TIMEOUT_S) as reply:
+                    content = parse_json(reply.read())
             except HTTPError as error:
-                if error.code != 422:  # busy, or meant for other names
+                if error.code != 422:  # it is busy, or answers under other names only
                     raise X2DFDError(f"{self._url} refuses: {error}", code="server_refuses") from error
-                said = parse_json(error.read())
+                content = parse_json(error.read())
         except (URLError, OSError, HTTPException, ValueError) as error:
             raise X2DFDError(
                 f"{self._url} does not answer ({getattr(error, 'reason', error)}); start it: x2dfd serve",
                 code="server_missing",
             ) from error
-        if not isinstance(said, dict):
+        if not isinstance(content, dict):
             raise X2DFDError(
-                f"{self._url} is not an `x2dfd serve`: it answered {json.dumps(said)[:60]}", code="server_reply"
+                f"{self._url} is not an `x2dfd serve`: it answered {json.dumps(content)[:60]}", code="server_reply"
             )
-        return said
+        return content
 
 
 def host_of(address: str) -> str | None:
-    """The host of an address, in lower case; None where it is none."""
+    """The host of an address, in lower case; None for anything else."""
     try:
         return urlsplit(address).hostname
     except ValueError:
@@ -87,7 +87,7 @@ def host_of(address: str) -> str | None:
 
 
 def is_loopback(host: str) -> bool:
-    """The name or number is of this machine alone (RFC 6761 for names)."""
+    """Whether a name or number means this machine alone (RFC 6761 for names)."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,6 +1,6 @@
-"""The rows that `x2dfd detect --out` keeps: one a file, never lost or doubled by a kill, in memory that does not grow.
+"""The table of `x2dfd detect --out`: one row a file, none lost or doubled by a kill, in memory that does not grow.
 
-While a run goes on they stand in an SQLite file beside the table (`NAME.work`), written once a second; at the end the
+During a run the rows are in an SQLite file in the table's folder (`NAME.work`), written once a second. At the end the
 table itself (Parquet, or JSONL) is written whole from it. A killed run, or a later one over the same files, resumes.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from x2dfd.stores import Place
 
-SECONDS = 1.0  # of work that a kill can cost, besides the batch under way
+SECONDS = 1.0  # of work that a kill can cost, besides the current batch
 PART = 1024  # rows of the finished table in memory at a time
 
 COLUMNS = {
@@ -33,51 +33,51 @@ COLUMNS = {
     "error_code": "string", "error_reason": "string", "n_faces": "int32", "mode": "string", "rationale": "bool",
     "model_hash": "string", "report": "string",
 }  # fmt: skip
-"""Of the table, in order, with their Arrow types; a failure has its code and reason, and no label."""
+"""Columns of the table, in order, with their Arrow types; a failure has its code and reason, and no label."""
 
 
 class Rows:
     """The table of `--out`. One process at a time; raises X2DFDError when the files are foreign, locked or full."""
 
     def __init__(self, path: Path, model: Json, rationale: bool) -> None:
-        """`model`: Report.model of the reports to come; a kept row of another model is not used."""
+        """`model`: Report.model of this run's reports; rows of another model are not reused."""
         self.path = path
         self.work = work_file(path)
         self._model_hash = model_hash(model)
         self._mode = str(model.get("mode", ""))
         self._rationale = rationale
-        self._saved = time.monotonic()
-        self._place = 0
+        self._save_time = time.monotonic()
+        self._count = 0
         self._closed = False
-        self.doubles = 0  # paths that came a second time in this run, and were passed over
+        self.doubles = 0  # repeated paths of this run, which are skipped
         with self._guard():
-            self._base = sqlite3.connect(self.work, isolation_level=None, timeout=1, check_same_thread=False)
-            self._base.execute("PRAGMA locking_mode=EXCLUSIVE")
-            self._base.execute("PRAGMA cache_size=-8192")  # KiB
-            self._base.execute("BEGIN EXCLUSIVE")
-            if not self._base.execute("SELECT 1 FROM sqlite_master WHERE name = 'rows'").fetchone():
+            self._database = sqlite3.connect(self.work, isolation_level=None, timeout=1, check_same_thread=False)
+            self._database.execute("PRAGMA locking_mode=EXCLUSIVE")
+            self._database.execute("PRAGMA cache_size=-8192")  # KiB
+            self._database.execute("BEGIN EXCLUSIVE")
+            if not self._database.execute("SELECT 1 FROM sqlite_master WHERE name = 'rows'").fetchone():
                 columns = ", ".join(f"{c} {'PRIMARY KEY' if c == 'path' else ''}" for c in COLUMNS)
-                self._base.execute(f"CREATE TABLE rows ({columns})")
-                self._take_over()
-            # Which files this run was asked about, in order; the others' rows stand behind them in the table.
-            self._base.execute("DROP TABLE IF EXISTS asked")
-            self._base.execute("CREATE TABLE asked (place INTEGER PRIMARY KEY, path TEXT UNIQUE)")
+                self._database.execute(f"CREATE TABLE rows ({columns})")
+                self._read_table()
+            # This run's files, in order; the rows of other files come after them in the table.
+            self._database.execute("DROP TABLE IF EXISTS asked")
+            self._database.execute("CREATE TABLE asked (place INTEGER PRIMARY KEY, path TEXT UNIQUE)")
             self.save()
 
     # --- rows ---
 
     def ask(self, path: Place) -> bool:
-        """Note that the run comes to this file; False when it has come to it before."""
-        self._place += 1
+        """Add a file to this run; False when the run holds it already."""
+        self._count += 1
         with self._guard():
-            done = self._base.execute("INSERT OR IGNORE INTO asked VALUES (?, ?)", (self._place, utf8(path)))
-        self.doubles += done.rowcount == 0
-        return done.rowcount == 1
+            cursor = self._database.execute("INSERT OR IGNORE INTO asked VALUES (?, ?)", (self._count, utf8(path)))
+        self.doubles += cursor.rowcount == 0
+        return cursor.rowcount == 1
 
     def known(self, path: Place) -> Report | None:
-        """The kept report of that very file, by the same model; a failure is tried again."""
+        """The stored report of this file with unchanged content, by the same model; failures are tried again."""
         with self._guard():
-            row = self._base.execute(
+            row = self._database.execute(
                 "SELECT sha256, report FROM rows WHERE path = ? AND error_code IS NULL AND rationale = ? "
                 "AND model_hash = ?",
                 (utf8(path), self._rationale, self._model_hash),
@@ -85,13 +85,13 @@ class Rows:
         if row is None:
             return None
         try:
-            same = sha256_of(path) == row[0]
-        except OSError:  # not readable: judged again, which gives the reason
+            unchanged = sha256_of(path) == row[0]
+        except OSError:  # judging it again gives the reason
             return None
-        return Report.from_json(row[1]) if same else None
+        return Report.from_json(row[1]) if unchanged else None
 
     def add(self, path: Place, result: Report | Failure) -> None:
-        """Keep a result, in place of an older one of that path."""
+        """Store a result; it replaces an older one of that path."""
         row: Json = dict.fromkeys(COLUMNS)
         row |= {"path": utf8(path), "sha256": result.sha256, "mode": self._mode, "rationale": self._rationale}
         if isinstance(result, Failure):
@@ -103,26 +103,26 @@ class Rows:
                 "p_fake": result.verdict.p_fake,
                 "reason": result.verdict.reason,
                 "n_faces": len(result.faces),
-                # As Report.to_json, without the copy of everything that asdict makes first; and without how long the
-                # batch took, so that the same files give the same bytes in every run, shard and cluster.
+                # As Report.to_json, but without the copy that asdict makes, and without the batch's timings, so that
+                # the same files give the same bytes in every run, shard and cluster.
                 "report": json.dumps(vars(result) | {"timings": {}}, default=vars, allow_nan=False),
             }
         self._put(row)
-        if time.monotonic() - self._saved >= SECONDS:
+        if time.monotonic() - self._save_time >= SECONDS:
             self.save()
 
     def _put(self, row: Json) -> None:
         with self._guard():
-            self._base.execute(
+            self._database.execute(
                 f"INSERT OR REPLACE INTO rows VALUES ({', '.join('?' * len(COLUMNS))})", [row[c] for c in COLUMNS]
             )
 
     def save(self) -> None:
-        """What was added survives a kill from here on."""
+        """Commit: every row so far survives a kill."""
         with self._guard():
-            self._base.execute("COMMIT")
-            self._base.execute("BEGIN EXCLUSIVE")
-        self._saved = time.monotonic()
+            self._database.execute("COMMIT")
+            self._database.execute("BEGIN EXCLUSIVE")
+        self._save_time = time.monotonic()
 
     # --- the finished table ---
 
@@ -138,30 +138,30 @@ class Rows:
                 self.work.with_name(self.work.name + name).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Keep what was added and let go of the file."""
+        """Commit the rows and close the file."""
         if self._closed:
             return
         self._closed = True
         try:
             with self._guard():
-                if self._base.in_transaction:  # a full disk has ended it already
-                    self._base.execute("COMMIT")
+                if self._database.in_transaction:  # a full disk has ended it already
+                    self._database.execute("COMMIT")
         finally:
-            self._base.close()
+            self._database.close()
 
     def _in_order(self) -> Iterator[list[Json]]:
         columns = ", ".join(f"rows.{c}" for c in COLUMNS)
-        for question in (
+        for query in (
             f"SELECT {columns} FROM asked CROSS JOIN rows ON rows.path = asked.path ORDER BY asked.place",
             f"SELECT {columns} FROM rows WHERE NOT EXISTS (SELECT 1 FROM asked WHERE asked.path = rows.path) "
             "ORDER BY rows.rowid",
         ):
-            found = self._base.execute(question)
-            while part := found.fetchmany(PART):
-                rows = [dict(zip(COLUMNS, values, strict=True)) for values in part]
+            cursor = self._database.execute(query)
+            while chunk := cursor.fetchmany(PART):
+                rows = [dict(zip(COLUMNS, values, strict=True)) for values in chunk]
                 yield [row | {"rationale": bool(row["rationale"])} for row in rows]
 
-    def _take_over(self) -> None:
+    def _read_table(self) -> None:
         """The rows of a finished table."""
         if not self.path.exists():
             return
@@ -171,8 +171,8 @@ class Rows:
                     raise ValueError(f"other columns: {', '.join(row)}"[:80])
                 self._put(row)
         except (OSError, ValueError, TypeError) as error:  # pyarrow's errors derive from the first two
-            self._base.execute("ROLLBACK")
-            self._base.close()
+            self._database.execute("ROLLBACK")
+            self._database.close()
             self.work.unlink(missing_ok=True)
             raise X2DFDError(
                 f"{self.path} is no table of x2dfd: move it away or give another --out", code="table_foreign"
@@ -197,23 +197,23 @@ class Rows:
 
 
 def work_file(path: Path) -> Path:
-    """Where the rows of an unfinished table stand."""
+    """The file with the rows of an unfinished table."""
     return path.with_name(path.name + ".work")
 
 
-_SAID = ("validation", "blind_spot", "licence", "weights")  # `calibration_sha256` stands for the weights
+_DESCRIPTIONS = ("validation", "blind_spot", "licence", "weights")  # `calibration_sha256` stands for the weights
 
 
 def model_hash(model: Json) -> str:
-    """SHA-256 of Report.model, without what is only said about the model: that moves no answer."""
-    moves = {key: value for key, value in model.items() if key not in _SAID}
-    return hashlib.sha256(json.dumps(moves, sort_keys=True).encode()).hexdigest()
+    """SHA-256 of Report.model without descriptions, which change no answer."""
+    decisive = {key: value for key, value in model.items() if key not in _DESCRIPTIONS}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def utf8(path: str | Path) -> str:
-    """A path that Parquet can hold, also where the name has bytes that are no UTF-8; no two paths give the same.
+    """A path as text that Parquet can hold, also where the name is no UTF-8; no two paths give the same text.
 
-    Such a byte becomes a backslash and `udc..`. A name that spells that out has its backslashes doubled.
+    A byte that is no UTF-8 becomes a backslash and `udc..`. A name that holds that text has its backslashes doubled.
     """
     text = str(path)
     if "\\udc" in text or any("\udc80" <= c <= "\udcff" for c in text):
@@ -227,13 +227,13 @@ def _schema() -> pa.Schema:
     return pa.schema([(name, pa.type_for_alias(kind)) for name, kind in COLUMNS.items()])
 
 
-def _write_parquet(path: Path, parts: Iterator[list[Json]]) -> None:
+def _write_parquet(path: Path, chunks: Iterator[list[Json]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     with pq.ParquetWriter(path, _schema()) as writer:
-        for part in parts:
-            writer.write_table(pa.Table.from_pylist(part, schema=_schema()))
+        for chunk in chunks:
+            writer.write_table(pa.Table.from_pylist(chunk, schema=_schema()))
 
 
 def _read_parquet(path: Path) -> Iterator[Json]:
@@ -246,10 +246,10 @@ def _read_parquet(path: Path) -> Iterator[Json]:
             yield from batch.to_pylist()
 
 
-def _write_jsonl(path: Path, parts: Iterator[list[Json]]) -> None:
+def _write_jsonl(path: Path, chunks: Iterator[list[Json]]) -> None:
     with path.open("w", encoding="utf-8") as file:
-        for part in parts:
-            for row in part:
+        for chunk in chunks:
+            for row in chunk:
                 report = None if row["report"] is None else json_object(row["report"], path)
                 file.write(json.dumps(row | {"report": report}, allow_nan=False) + "\n")
 

@@ -1,7 +1,7 @@
-"""`x2dfd serve`: a warm detector behind HTTP, for this machine alone unless told otherwise.
+"""`x2dfd serve`: a loaded detector behind HTTP, by default for this machine alone.
 
-A file is posted to /detect, as it is or as a form's one file; the answer is the object of `x2dfd detect --json`.
-/openapi.json describes it all.
+A file is posted to /detect, as the body or as the only file of a form; the answer is the object of
+`x2dfd detect --json`. /openapi.json describes the interface.
 Importing this module raises SetupError where FastAPI is missing.
 """
 
@@ -36,10 +36,10 @@ except ImportError as error:
 if TYPE_CHECKING:
     from x2dfd.detector import Detector
 
-UPLOAD_SECONDS = 60.0  # until a file is here: slow clients would keep every place
-AT_ONCE = 8  # uploads in memory; further ones are told to come again
-HERE = ("127.0.0.1", "localhost", "::1")
-ANY = ("0.0.0.0", "::")  # every address of this machine, whose names it does not know
+UPLOAD_SECONDS = 60.0  # for one upload: slow clients would keep every place
+AT_ONCE = 8  # uploads in memory; further ones are refused as `busy`
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ANY_ADDRESS = ("0.0.0.0", "::")  # every address of this machine; its names are not known here
 FORM = "multipart/form-data"
 _BYTES = {"type": "string", "format": "binary"}
 _FIELDS = {"type": "object", "properties": {"file": _BYTES}, "required": ["file"]}
@@ -49,21 +49,21 @@ _REFUSAL = {"application/json": {"schema": {"type": "object", "properties": {"er
 FAILED: dict[int | str, Json] = {422: {"description": "a bad file or parameter", "content": _REFUSAL}}
 
 
-def application(detector: "Detector", hosts: Collection[str] | None = HERE) -> FastAPI:
-    """The server. `hosts`: the names under which it answers, None: any; a page of any other origin is refused."""
-    turn = Lock()
+def application(detector: "Detector", hosts: Collection[str] | None = LOOPBACK) -> FastAPI:
+    """The server. `hosts`: the names under which it answers, None for any; pages of other origins are refused."""
+    lock = Lock()
     uploads = 0
 
-    async def ours(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
+    async def same_origin(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         # A page elsewhere could post here through its reader's browser, or point its own name at this address.
-        own = host_of(f"//{request.headers.get('host', '')}")
-        known = (own,) if hosts is None and own else hosts or ()
-        if not {own, *map(host_of, request.headers.getlist("origin"))} <= set(known):
-            return _refused(403, "foreign_host", "this server answers under its own address alone")
-        return await go_on(request)
+        host = host_of(f"//{request.headers.get('host', '')}")
+        allowed = (host,) if hosts is None and host else hosts or ()
+        if not {host, *map(host_of, request.headers.getlist("origin"))} <= set(allowed):
+            return _error(403, "foreign_host", "this server answers under its own address alone")
+        return await call_next(request)
 
     def root() -> Json:
-        """What can be asked here."""
+        """The routes."""
         return {
             "POST /detect": "judges a picture or a video: curl -F file=@face.jpg ADDRESS/detect",
             "GET /model": "what answers here",
@@ -71,39 +71,39 @@ def application(detector: "Detector", hosts: Collection[str] | None = HERE) -> F
         }
 
     def model() -> Json:
-        """What answers here."""
+        """Facts about the model that answers."""
         return detector.info.to_dict()
 
     def judge(data: bytes, rationale: bool, frames: int) -> Report | Failure:
-        with turn:
+        with lock:
             return next(iter(detector.detect_many([data], rationale=rationale, frames=frames)))
 
     async def detect(request: Request, rationale: bool = True, frames: int = Query(32, ge=1)) -> Response:
         """Judge the posted picture or video. 422: it cannot be judged, with the reason in `error`."""
         nonlocal uploads
         if uploads >= AT_ONCE:
-            return _refused(503, "busy", "too many files at once: ask again later")
+            return _error(503, "busy", "too many files at once: ask again later")
         uploads += 1
         try:
             try:
                 async with asyncio.timeout(UPLOAD_SECONDS):
-                    data = await _posted(request)
+                    data = await _uploaded_file(request)
             except _TooLarge:
-                return _refused(413, "file_too_large", f"more than {MAX_UPLOAD:,} bytes")
+                return _error(413, "file_too_large", f"more than {MAX_UPLOAD:,} bytes")
             except TimeoutError:
-                return _refused(408, "too_slow", f"the file did not arrive within {UPLOAD_SECONDS:g} seconds")
+                return _error(408, "too_slow", f"the file did not arrive within {UPLOAD_SECONDS:g} seconds")
             except ClientDisconnect:
-                return _refused(400, "cut_off", "the file did not arrive")
+                return _error(400, "cut_off", "the file did not arrive")
             except MultiPartException as error:
-                return _refused(400, "bad_form", error.message)
+                return _error(400, "bad_form", error.message)
             result = await run_in_threadpool(judge, data, rationale, frames)
         finally:
             uploads -= 1
         return JSONResponse(result.to_dict(), 422 if isinstance(result, Failure) else 200)
 
     app = FastAPI(title="x2dfd", docs_url=None, redoc_url=None)  # those pages load scripts from elsewhere
-    app.middleware("http")(ours)
-    app.exception_handler(RequestValidationError)(_bad_request)
+    app.middleware("http")(same_origin)
+    app.exception_handler(RequestValidationError)(_parameter_error)
     app.add_api_route("/", root, include_in_schema=False)
     app.add_api_route("/model", model)
     app.add_api_route("/detect", detect, methods=["POST"], openapi_extra={"requestBody": FILE}, responses=FAILED)
@@ -111,14 +111,14 @@ def application(detector: "Detector", hosts: Collection[str] | None = HERE) -> F
 
 
 class _TooLarge(Exception):
-    """More was posted than is taken."""
+    """The upload is larger than MAX_UPLOAD."""
 
 
-async def _posted(request: Request) -> bytes:
+async def _uploaded_file(request: Request) -> bytes:
     """The posted file. Raises _TooLarge, and MultiPartException for a form that does not hold one file."""
 
     if int(request.headers.get("content-length", 0)) > MAX_UPLOAD:
-        raise _TooLarge  # before it comes
+        raise _TooLarge  # before reading it
 
     async def bounded() -> AsyncGenerator[bytes, None]:
         size = 0
@@ -140,31 +140,31 @@ async def _posted(request: Request) -> bytes:
         await form.close()
 
 
-def _refused(status: int, code: str, reason: str) -> JSONResponse:
+def _error(status: int, code: str, reason: str) -> JSONResponse:
     return JSONResponse({"error": {"code": code, "reason": reason}}, status)
 
 
-async def _bad_request(_: Request, error: RequestValidationError) -> Response:
-    """What FastAPI says of a wrong parameter, in the shape of every other answer."""
-    wrong = error.errors()[0]
-    return _refused(422, "bad_request", f"{wrong['loc'][-1]}: {wrong['msg']}")
+async def _parameter_error(_: Request, error: RequestValidationError) -> Response:
+    """FastAPI's message about a wrong parameter, in the shape of every other error."""
+    first = error.errors()[0]
+    return _error(422, "bad_request", f"{first['loc'][-1]}: {first['msg']}")
 
 
-def serve(detector: "Detector", host: str, there: socket.socket) -> None:
-    """Answer on a socket of `listening` at that host, until interrupted."""
-    hosts = HERE if is_loopback(host) else None if host in ANY else (*HERE, host)
-    uvicorn.Server(uvicorn.Config(application(detector, hosts), log_level="warning")).run(sockets=[there])
+def serve(detector: "Detector", host: str, listener: socket.socket) -> None:
+    """Answer on a socket of `listening` until interrupted. `host`: the one that it listens on."""
+    hosts = LOOPBACK if is_loopback(host) else None if host in ANY_ADDRESS else (*LOOPBACK, host)
+    uvicorn.Server(uvicorn.Config(application(detector, hosts), log_level="warning")).run(sockets=[listener])
 
 
 @contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that listens there, before a model is loaded for it. Raises SetupError where none can."""
+    """A socket that listens there, opened before a model is loaded. Raises SetupError where that fails."""
     try:
-        there = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise SetupError(
             f"cannot listen on {host}:{port} ({error.strerror or error}); give another port with --port",
             code="port_unavailable",
         ) from error
-    with there:
-        yield there
+    with listener:
+        yield listener

@@ -1,8 +1,8 @@
-"""An MLLM behind an OpenAI-compatible endpoint (vLLM, SGLang, a hosted API), asked as a local one is.
+"""An MLLM behind an OpenAI-compatible endpoint (vLLM, SGLang, a hosted API), with the methods of a local one.
 
-P(fake) and P(yes) are read from the log-probabilities of the answer's first token, texts are generated. What does not
-change stands first in every prompt (system, picture, instruction, question), so that the endpoint's prefix cache hits.
-The key comes from OPENAI_API_KEY and is kept and shown nowhere.
+P(fake) and P(yes) are read from the log-probabilities of the answer's first token; texts are generated. The constant
+parts of every prompt come first (system, picture, instruction, question), so that the endpoint's prefix cache hits.
+The key comes from OPENAI_API_KEY and is neither stored nor shown.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from x2dfd.files import Json
 from x2dfd.mllm import YesNo
 from x2dfd.remote import is_loopback
 
-CONCURRENCY = 32  # requests under way at a time
-TOP = 20  # likeliest first tokens that are asked for; what hosted APIs give at most
-FEW = 5  # what some give at most
-LEAST = math.log(1e-4)  # a label that is less likely than this is no answer of a model that gets instructions in words
+CONCURRENCY = 32  # requests at a time
+TOP_TOKENS = 20  # likeliest first tokens that are asked for, the maximum of hosted APIs
+FEW_TOKENS = 5  # the maximum of some
+MIN_LOGPROB = math.log(1e-4)  # of the likelier label; with less, an instructed model has answered something else
 MAX_TOKENS = 200
 REPLY_BYTES = 8 << 20  # of one reply; twenty log-probabilities take a few thousand
 FAILURES_IN_A_ROW = 8
-REFUSALS_FIRST = 50  # of requests before any is answered: it refuses all
 """So many requests that failed one after another, each after its retries, end the run: the endpoint is down."""
-CONTINUES = ("vllm", "sglang")
-"""Engines (`owned_by` in their model list) that continue an answer that was begun for them, as training did."""
+REFUSALS_FIRST = 50  # refused requests that end the run when none was answered before: the endpoint refuses all
+CONTINUING_ENGINES = ("vllm", "sglang")
+"""Engines (`owned_by` in their model list) that continue a given beginning of the answer, as in training."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """Face crops as the endpoint gets them."""
+    """Face crops in the form that is sent to the endpoint."""
 
     urls: tuple[str, ...]  # data:image/png;base64,...
     shared: None = None  # the endpoint keeps its vision tower to itself
@@ -64,18 +64,18 @@ class Pictures:
 
 @dataclass(frozen=True)
 class _Reply:
-    """What is read of a chat completion."""
+    """The parts of a chat completion that are used."""
 
     text: str
-    first: dict[str, float]  # log-probability of each token that it could have begun with; {} when it tells none
+    first: dict[str, float]  # log-probabilities of the likeliest first tokens; {} where the endpoint gives none
 
     @classmethod
-    def of(cls, reply: Any) -> _Reply:
-        """Raises AttributeError, TypeError, ValueError, KeyError or IndexError where it has another shape."""
-        choice = reply.choices[0]
+    def of(cls, completion: Any) -> _Reply:
+        """Raises AttributeError, TypeError, ValueError, KeyError or IndexError for any other shape."""
+        choice = completion.choices[0]
         content = getattr(getattr(choice, "logprobs", None), "content", None) or ()
-        listed = [*(content[0].top_logprobs or ()), content[0]] if content else []
-        first = {str(t.token): float(t.logprob) for t in listed}
+        tokens = [*(content[0].top_logprobs or ()), content[0]] if content else []
+        first = {str(t.token): float(t.logprob) for t in tokens}
         text = str(choice.message.content or "")
         if any(getattr(choice.message, k, None) for k in ("reasoning_content", "reasoning")):
             text = f"{THINKS}{text}"
@@ -83,16 +83,16 @@ class _Reply:
 
 
 THINKS = "<think>"
-"""What a reasoning model begins with."""
+"""The beginning of a reasoning model's answer."""
 
 
 @dataclass(frozen=True)
-class _Wire:
-    """How an endpoint wants to be asked, where endpoints differ."""
+class _Dialect:
+    """The options of a request in which endpoints differ."""
 
     limit: str = "max_tokens"
     temperature: bool = True
-    top: int = TOP
+    top: int = TOP_TOKENS
 
     def options(self, tokens: int, scored: bool) -> Json:
         options: Json = {self.limit: tokens}
@@ -100,23 +100,23 @@ class _Wire:
             options["temperature"] = 0
         return options | ({"logprobs": True, "top_logprobs": self.top} if scored else {})
 
-    def after(self, refusal: str) -> _Wire:
-        """How to ask again after a refusal; the same where nothing of it is known."""
-        said = refusal.lower()
-        if "max_completion_tokens" in said and self.limit == "max_tokens":
+    def after(self, refusal: str) -> _Dialect:
+        """The options for another try after a refusal; the same ones where its reason is not known."""
+        message = refusal.lower()
+        if "max_completion_tokens" in message and self.limit == "max_tokens":
             return replace(self, limit="max_completion_tokens")
-        if "temperature" in said and self.temperature:
+        if "temperature" in message and self.temperature:
             return replace(self, temperature=False)
-        if "top_logprobs" in said and self.top > FEW:
-            return replace(self, top=FEW)
+        if "top_logprobs" in message and self.top > FEW_TOKENS:
+            return replace(self, top=FEW_TOKENS)
         return self
 
 
 class ServedMLLM:
-    """A model of an OpenAI-compatible endpoint. `name` says which.
+    """A model of an OpenAI-compatible endpoint.
 
-    An engine that continues a begun answer is asked with the prompts of training; any other gets instructions on what
-    to answer. Raises SetupError when it cannot be asked, and UnknownName when it does not serve `model`.
+    An engine that continues the beginning of an answer gets the prompts of training; any other gets instructions on
+    what to answer. Raises SetupError when it cannot be asked, and UnknownName when it does not serve `model`.
     """
 
     def __init__(
@@ -130,13 +130,13 @@ class ServedMLLM:
         timeout: float = 60.0,
         requests_per_minute: float | None = None,
     ) -> None:
-        """`continues`: None asks the endpoint. `timeout`: seconds one try may take, the reading of its reply included;
-        `retries` with growing pauses. `requests_per_minute`: no more than so many tries, evenly; None: no limit.
+        """`continues`: None asks the endpoint. `timeout`: seconds for one try, reading its reply included. `retries`:
+        with growing pauses. `requests_per_minute`: a limit on tries, spread evenly; None: no limit.
         """
         if requests_per_minute is not None and requests_per_minute <= 0:
             raise SetupError(f"requests per minute: a number above 0, not {requests_per_minute}", code="option_invalid")
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
+        address = urlsplit(url)
+        if address.scheme not in ("http", "https") or not address.hostname or address.username or address.password:
             raise SetupError(
                 "a served model needs an address such as http://localhost:8000/v1; a key belongs in OPENAI_API_KEY",
                 code="address_missing",
@@ -148,31 +148,31 @@ class ServedMLLM:
                 "a served model needs the package openai: pip install 'x2dfd[serve]'", code="package_missing"
             ) from error
         self.name = f"served:{model}"
-        self.host = parts.netloc
-        self.batch = concurrency  # faces that are asked about together
+        self.host = address.netloc
+        self.batch = concurrency  # faces whose requests run together
         self._model = model
         self._openai = openai
         self._key = os.environ.get("OPENAI_API_KEY", "")
         self._root = url.rstrip("/").removesuffix("/v1")
-        self._wire = _Wire()
-        self._adds_begin = False
-        self._failed = self._refused = 0
+        self._dialect = _Dialect()
+        self._adds_bos = False
+        self._failures = self._refusals = 0
         self._answered = False
         # A loop in a thread of its own: it also works where the caller runs one (notebooks, the demo), and keeps
         # connections open from call to call.
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=_serve, args=(self._loop,), daemon=True, name="x2dfd-served").start()
+        threading.Thread(target=_run_loop, args=(self._loop,), daemon=True, name="x2dfd-served").start()
         self._slots = asyncio.Semaphore(concurrency)
         self._client = openai.AsyncOpenAI(
             base_url=url,
             api_key=self._key or "none",
             timeout=timeout,
             max_retries=retries,
-            http_client=_http_client(openai, parts.hostname, timeout, 60 / (requests_per_minute or math.inf)),
+            http_client=_http_client(openai, address.hostname, timeout, 60 / (requests_per_minute or math.inf)),
         )
         self.close = weakref.finalize(self, _close, self._loop, self._client)
         engine = self._run(self._engine())
-        self.continues = engine in CONTINUES if continues is None else continues
+        self.continues = engine in CONTINUING_ENGINES if continues is None else continues
         self._label_ids, self._yes_no_ids = (
             self._run(self._token_ids()) if self.continues and engine is not None else (None, None)
         )
@@ -188,10 +188,10 @@ class ServedMLLM:
         ]
         return hashlib.sha256(json.dumps(forms).encode()).hexdigest()
 
-    # --- what a detector and an assessment ask ---
+    # --- for detector and assessment ---
 
     def encode(self, crops: NDArray[np.uint8]) -> Pictures:
-        """Face crops [n, h, w, 3], without loss, ready to be sent."""
+        """Face crops [n, h, w, 3], encoded without loss for the endpoint."""
         from PIL import Image
 
         urls = []
@@ -208,19 +208,19 @@ class ServedMLLM:
         towards zero. Raises InputError when neither is there.
         """
 
-        async def one(url: str, question: str) -> float:
+        async def logit(url: str, question: str) -> float:
             messages = self._messages(url, question, prompts.STEM, instruction=prompts.SERVED_VERDICT)
             reply = await self._first_token(messages, self._label_ids)
             real, fake = _logprobs(reply, prompts.LABEL_WORDS)
-            # Where the answer was begun for it, the labels are compared however unlikely both are, as locally.
-            if real is None or fake is None or (max(real, fake) < LEAST and not self.continues):
+            # A model that continues a given beginning has its labels compared however unlikely both are, as locally.
+            if real is None or fake is None or (max(real, fake) < MIN_LOGPROB and not self.continues):
                 raise InputError(
                     "no_label",
                     f"{self.name} begins with {reply.text[:40]!r}, and finds neither real nor fake likely",
                 )
             return fake - real
 
-        return np.array(self._all([one(u, q) for u, q in zip(encoding.urls, questions, strict=True)]), np.float64)
+        return np.array(self._gather([logit(u, q) for u, q in zip(encoding.urls, questions, strict=True)]), np.float64)
 
     def write(
         self,
@@ -232,32 +232,32 @@ class ServedMLLM:
         max_new_tokens: int = MAX_TOKENS,
         on_text: Callable[[str], None] | None = None,
     ) -> list[str]:
-        """What follows each answer's `start`: the new text alone. `on_text` gets the first one, once, whole."""
+        """The continuation of each `start`, without it. `on_text` is called once, with the whole first one."""
 
-        async def one(url: str, question: str, start: str) -> str:
+        async def continuation(url: str, question: str, start: str) -> str:
             messages = self._messages(url, question, start, turns=turns)
             reply = await self._ask(messages, max_new_tokens)
             return reply.text.strip().removeprefix(start).strip()
 
-        asked = zip(encoding.urls, questions, starts, strict=True)
-        texts = self._all([one(u, q, s) for u, q, s in asked])
+        arguments = zip(encoding.urls, questions, starts, strict=True)
+        texts = self._gather([continuation(u, q, s) for u, q, s in arguments])
         if on_text is not None and texts:
             on_text(texts[0])
         return texts
 
     def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str]) -> YesNo:
-        """Every question about one face crop; P(yes) is 0.5 where neither yes nor no is likely."""
+        """P(yes) and first word for every question about one face crop; 0.5 where neither yes nor no is likely."""
         [url] = self.encode(crop[None]).urls
 
-        async def one(question: str) -> tuple[float, str]:
+        async def answer(question: str) -> tuple[float, str]:
             reply = await self._first_token(self._messages(url, question), self._yes_no_ids)
             yes, no = _logprobs(reply, prompts.YES_NO_WORDS)
             word = _bare(reply.text).rstrip(".,!")
             p = 0.5 if yes is None or no is None else 1 / (1 + math.exp(min(no - yes, 700.0)))
             return p, word if word in ("yes", "no") else "other"
 
-        answers = self._all([one(q) for q in questions])
-        return YesNo(np.array([p for p, _ in answers], np.float64), tuple(said for _, said in answers))
+        answers = self._gather([answer(q) for q in questions])
+        return YesNo(np.array([p for p, _ in answers], np.float64), tuple(word for _, word in answers))
 
     # --- prompts ---
 
@@ -285,10 +285,10 @@ class ServedMLLM:
             future.cancel()
             raise
 
-    def _all(self, jobs: Sequence[Coroutine[object, object, T]]) -> list[T]:
-        """All answers in order; the first that fails ends the others."""
+    def _gather(self, jobs: Sequence[Coroutine[object, object, T]]) -> list[T]:
+        """The results of all jobs, in order; the first that fails cancels the others."""
 
-        async def together() -> list[T]:
+        async def gathered() -> list[T]:
             tasks = [asyncio.ensure_future(job) for job in jobs]
             try:
                 return await asyncio.gather(*tasks)
@@ -298,10 +298,10 @@ class ServedMLLM:
                 await asyncio.gather(*tasks, return_exceptions=True)
                 raise
 
-        return self._run(together())
+        return self._run(gathered())
 
     async def _first_token(self, messages: list[Json], ids: list[int] | None) -> _Reply:
-        """A reply of one token with its log-probabilities: of the tokens `ids`, where the engine knows how."""
+        """A reply of one token with log-probabilities, of the tokens `ids` where the engine can restrict them."""
         reply = await self._ask(messages, 1, {"logprob_token_ids": ids} if ids else {}, scored=True)
         if not reply.first:
             raise SetupError(
@@ -317,49 +317,49 @@ class ServedMLLM:
         body = dict(extra or {})
         if messages[-1]["role"] == "assistant":
             body |= {"continue_final_message": True, "add_generation_prompt": False}
-        if self._adds_begin:
+        if self._adds_bos:
             body["add_special_tokens"] = True
 
         async def create() -> Any:
             while True:
-                wire = self._wire
+                dialect = self._dialect
                 try:
                     return await self._client.chat.completions.create(
-                        model=self._model, messages=messages, extra_body=body or None, **wire.options(tokens, scored)
+                        model=self._model, messages=messages, extra_body=body or None, **dialect.options(tokens, scored)
                     )
                 except (self._openai.BadRequestError, self._openai.UnprocessableEntityError) as error:
-                    if self._wire == wire:  # another request may have learnt it meanwhile
-                        self._wire = wire.after(str(error))
-                    if self._wire == wire:
+                    if self._dialect == dialect:  # another request may have changed it meanwhile
+                        self._dialect = dialect.after(str(error))
+                    if self._dialect == dialect:
                         raise
 
         async with self._slots:
-            reply = await self._guarded(create)
+            reply = await self._call(create)
         try:
-            read = _Reply.of(reply)
+            parsed = _Reply.of(reply)
         except (AttributeError, TypeError, ValueError, KeyError, IndexError):
             raise InputError(
                 "endpoint_reply", f"{self.host} answered with something that is no chat completion"
             ) from None
-        if read.text.lstrip().startswith(THINKS):
+        if parsed.text.lstrip().startswith(THINKS):
             raise SetupError(
                 f"{self._model!r} reasons before it answers, so nothing can be scored: serve its Instruct variant, or "
                 "switch reasoning off at the server",
                 code="model_thinks",
             )
         self._answered = True
-        return read
+        return parsed
 
-    async def _guarded(self, call: Callable[[], Any]) -> Any:
-        """The reply, or what became of it in our own errors: SetupError ends a run, InputError is one file's row."""
+    async def _call(self, call: Callable[[], Any]) -> Any:
+        """The reply, its failures as our own errors: SetupError ends a run, InputError becomes one file's row."""
         api = self._openai
         try:
             reply = await call()
-        except (ValueError, RecursionError):  # of the JSON parser, about what the endpoint wrote
+        except (ValueError, RecursionError):  # of the JSON parser, about the endpoint's reply
             self._count_failure("a reply that is no JSON")
             raise InputError("endpoint_reply", f"{self.host} answered with something that is no JSON") from None
         except (api.APITimeoutError, api.APIStatusError, api.APIResponseValidationError) as error:
-            said = self._said(error)
+            message = self._message(error)
             status = getattr(error, "status_code", None)
             if status is not None and 300 <= status < 400:
                 raise SetupError(
@@ -369,83 +369,83 @@ class ServedMLLM:
                 ) from None
             if status in (401, 403):
                 raise SetupError(
-                    f"{self.host} refuses the key: set OPENAI_API_KEY ({said})", code="key_refused"
+                    f"{self.host} refuses the key: set OPENAI_API_KEY ({message})", code="key_refused"
                 ) from None
             if status == 404:
                 raise SetupError(
-                    f"{self.host} has no model {self._model!r}, or no such address (it ends in /v1 mostly): {said}",
+                    f"{self.host} has no model {self._model!r}, or no such address (it ends in /v1 mostly): {message}",
                     code="model_not_served",
                 ) from None
-            if status in (400, 422) and "logprob" in said.lower():
+            if status in (400, 422) and "logprob" in message.lower():
                 raise SetupError(
-                    f"{self.host} gives no log-probabilities for {self._model!r}: {said}",
+                    f"{self.host} gives no log-probabilities for {self._model!r}: {message}",
                     code="log_probabilities_missing",
                 ) from None
-            if status in (400, 413, 422):  # what refuses a request is up and well, but may refuse every one
-                self._failed, self._refused = 0, self._refused + 1
-                if self._refused >= REFUSALS_FIRST and not self._answered:
+            if status in (400, 413, 422):  # the endpoint is up, but may refuse every request
+                self._failures, self._refusals = 0, self._refusals + 1
+                if self._refusals >= REFUSALS_FIRST and not self._answered:
                     raise SetupError(
-                        f"{self.host} refused the first {self._refused} requests, last: {said}. Does {self._model!r} "
-                        "take pictures, and is its context long enough?",
+                        f"{self.host} refused the first {self._refusals} requests, last: {message}. Does "
+                        f"{self._model!r} take pictures, and is its context long enough?",
                         code="requests_refused",
                     ) from None
             else:
-                self._count_failure(said)
+                self._count_failure(message)
             if isinstance(error, api.APITimeoutError):
                 raise InputError("endpoint_timeout", f"{self.host} gave no answer in time") from None
-            raise InputError("endpoint_error", f"{self.host}: {said}") from None
+            raise InputError("endpoint_error", f"{self.host}: {message}") from None
         except api.APIConnectionError as error:
             raise SetupError(
-                f"{self.host} cannot be reached ({self._said(error.__cause__ or error)}). Is the server up?",
+                f"{self.host} cannot be reached ({self._message(error.__cause__ or error)}). Is the server up?",
                 code="endpoint_unreachable",
             ) from None
-        self._failed = 0
+        self._failures = 0
         return reply
 
-    def _count_failure(self, said: str) -> None:
-        """Raises SetupError after so many that the endpoint must be down."""
-        self._failed += 1
-        if self._failed >= FAILURES_IN_A_ROW:
+    def _count_failure(self, message: str) -> None:
+        """Raises SetupError after FAILURES_IN_A_ROW of them."""
+        self._failures += 1
+        if self._failures >= FAILURES_IN_A_ROW:
             raise SetupError(
-                f"{self.host} failed {self._failed} times in a row, last: {said}. Run again when it answers",
+                f"{self.host} failed {self._failures} times in a row, last: {message}. Run again when it answers",
                 code="endpoint_failing",
             ) from None
 
-    def _said(self, error: BaseException) -> str:
+    def _message(self, error: BaseException) -> str:
         text = f"{type(error).__name__}: {error}"
         if self._key:
             text = text.replace(self._key, "***")  # some servers repeat the key that they refuse
         return text[:300]
 
-    # --- what the endpoint is ---
+    # --- facts about the endpoint ---
 
     async def _engine(self) -> str | None:
         """`owned_by` of the model in the endpoint's list; None when it has no list."""
         list_models = self._client.models.list
 
-        async def listed() -> Any:
+        async def model_list() -> Any:
             try:
                 return await list_models()
-            except self._openai.NotFoundError:  # not every endpoint has one; the first question will tell
+            except self._openai.NotFoundError:  # not every endpoint has one; the first request will show an error
                 return None
 
         try:
-            found = {str(m.id): m for m in getattr(await self._guarded(listed), "data", None) or ()}
+            models = {str(m.id): m for m in getattr(await self._call(model_list), "data", None) or ()}
         except (InputError, AttributeError, TypeError) as error:
             raise SetupError(
                 f"{self.host} has a model list that cannot be read: {error}", code="endpoint_malformed"
             ) from None
-        if not found:
+        if not models:
             return None
-        listed_as = self._model if self._model in found else self._model.rpartition(":")[0]  # SGLang's BASE:ADAPTER
-        if listed_as not in found:
-            raise UnknownName(f"model of {self.host}:", self._model, found)
-        return str(getattr(found[listed_as], "owned_by", "")).lower()
+        listed_name = self._model if self._model in models else self._model.rpartition(":")[0]  # SGLang's BASE:ADAPTER
+        if listed_name not in models:
+            raise UnknownName(f"model of {self.host}:", self._model, models)
+        return str(getattr(models[listed_name], "owned_by", "")).lower()
 
     async def _token_ids(self) -> tuple[list[int] | None, list[int] | None]:
-        """First tokens of the two labels after the stem, and of yes and no; None where the engine does not tell."""
+        """First tokens of the two labels after the stem, and of yes and no; None where the engine gives none."""
 
-        async def tokenized(**body: Any) -> list[int]:
+        async def tokenize(**body: Any) -> list[int]:
             reply: Any = await self._client.with_options(max_retries=1).post(
                 f"{self._root}/tokenize", cast_to=object, body={"model": self._model, **body}
             )
@@ -454,26 +454,26 @@ class ServedMLLM:
         async def tokens(start: str) -> list[int]:
             messages = [{"role": "user", "content": prompts.QUESTION}]
             messages += [{"role": "assistant", "content": start}] if start else []
-            return await tokenized(
+            return await tokenize(
                 messages=messages, add_generation_prompt=not start, continue_final_message=bool(start)
             )
 
         async def first(start: str, words: Sequence[str]) -> list[int] | None:
             before, *after = [await tokens(text) for text in (start, *(start + w for w in words))]
-            at = len(before)
-            ids = [a[at] for a in after if a[:at] == before and len(a) > at]
-            return ids if len(set(ids)) == len(words) else None
+            n = len(before)
+            firsts = [ids[n] for ids in after if ids[:n] == before and len(ids) > n]
+            return firsts if len(set(firsts)) == len(words) else None
 
         try:
             ids = await first(prompts.STEM, prompts.LABEL_WORDS), await first("", prompts.YES_NO_WORDS)
         except (self._openai.OpenAIError, KeyError, TypeError, ValueError, RecursionError):
-            return None, None  # then they are looked for among the likeliest tokens
+            return None, None  # then the labels are searched among the likeliest tokens
         try:
-            plain, bare = await tokenized(prompt="a"), await tokenized(prompt="a", add_special_tokens=False)
+            with_bos, without = await tokenize(prompt="a"), await tokenize(prompt="a", add_special_tokens=False)
             # Training's prompts begin with what the tokenizer adds. A chat endpoint adds nothing to its template.
-            self._adds_begin = plain[1:] == bare and (await tokens(""))[0] != plain[0]
+            self._adds_bos = with_bos[1:] == without and (await tokens(""))[0] != with_bos[0]
         except (self._openai.OpenAIError, KeyError, TypeError, ValueError, IndexError, RecursionError):
-            pass  # it tokenises chats alone, so nothing is known of what its tokenizer adds
+            pass  # it tokenises only chats, so whether its tokenizer adds a begin token stays unknown
         return ids
 
 
@@ -483,17 +483,17 @@ def _http_client(openai: Any, host: str, timeout: float, pause: float) -> Any:
     Tries, first and later ones, begin `pause` seconds apart.
     """
     stock: Any = openai.DefaultAsyncHttpxClient
-    # The library that it comes from: httpx, or httpx2 in newer releases of openai.
+    # The library of its base class: httpx, or httpx2 in newer releases of openai.
     httpx: Any = sys.modules[stock.__mro__[1].__module__.partition(".")[0]]
 
     class Bounded(stock):  # type: ignore[misc]
-        turn = 0.0  # when the next try may begin
+        next_start = 0.0  # when the next try may begin
 
         async def send(self, request: Any, **options: Any) -> Any:
             now = asyncio.get_running_loop().time()
-            begin = max(now, self.turn)
-            self.turn = begin + pause
-            await asyncio.sleep(begin - now)
+            start = max(now, self.next_start)
+            self.next_start = start + pause
+            await asyncio.sleep(start - now)
             try:
                 async with asyncio.timeout(timeout):
                     response = await super().send(request, **{**options, "stream": True})
@@ -502,19 +502,19 @@ def _http_client(openai: Any, host: str, timeout: float, pause: float) -> Any:
                         async for part in response.aiter_bytes():
                             body += part
                             if len(body) > REPLY_BYTES:
-                                said = f"the reply is larger than {REPLY_BYTES >> 20} MB"
-                                return httpx.Response(413, json={"error": {"message": said}}, request=request)
+                                reason = f"the reply is larger than {REPLY_BYTES >> 20} MB"
+                                return httpx.Response(413, json={"error": {"message": reason}}, request=request)
                     finally:
                         await response.aclose()
             except TimeoutError as error:
                 raise httpx.ReadTimeout("the whole reply took too long", request=request) from error
-            kept = [(k, v) for k, v in response.headers.items() if k not in ("content-encoding", "content-length")]
-            return httpx.Response(response.status_code, headers=kept, content=body, request=request)
+            headers = [(k, v) for k, v in response.headers.items() if k not in ("content-encoding", "content-length")]
+            return httpx.Response(response.status_code, headers=headers, content=body, request=request)
 
     return Bounded(timeout=timeout, trust_env=not is_loopback(host), follow_redirects=False)
 
 
-def _serve(loop: asyncio.AbstractEventLoop) -> None:
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
     loop.run_forever()
     loop.close()
 
@@ -528,20 +528,20 @@ def _close(loop: asyncio.AbstractEventLoop, client: Any) -> None:
 
 
 def _logprobs(reply: _Reply, words: Sequence[str]) -> tuple[float | None, float | None]:
-    """Log-probability of each of two words: of its spellings together, or else of the tokens that begin it.
+    """Log-probability of each of two words: the sum over its spellings, or else over tokens that begin it.
 
-    When only one is there, the other gets the least of those listed: it cannot be likelier than that.
+    When only one word is listed, the other gets the least of the listed values: it cannot be likelier than that.
     """
-    listed = reply.first
-    found: list[float | None] = []
+    logprobs = reply.first
+    totals: list[float | None] = []
     for word in map(_bare, words):
-        whole = [p for token, p in listed.items() if _bare(token) == word]
-        begun = [p for token, p in listed.items() if len(_bare(token)) > 1 and word.startswith(_bare(token))]
-        chosen = whole or begun
-        found.append(float(np.logaddexp.reduce(chosen)) if chosen else None)
-    if any(p is not None for p in found):
-        found = [min(listed.values()) if p is None else p for p in found]
-    return found[0], found[1]
+        spellings = [p for token, p in logprobs.items() if _bare(token) == word]
+        beginnings = [p for token, p in logprobs.items() if len(_bare(token)) > 1 and word.startswith(_bare(token))]
+        matches = spellings or beginnings
+        totals.append(float(np.logaddexp.reduce(matches)) if matches else None)
+    if any(p is not None for p in totals):
+        totals = [min(logprobs.values()) if p is None else p for p in totals]
+    return totals[0], totals[1]
 
 
 def _bare(token: str) -> str:

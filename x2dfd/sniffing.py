@@ -1,6 +1,6 @@
-"""Tells a file's format by its first bytes, and refuses files built to keep a decoder busy; nothing is decoded here.
+"""Finds a file's format by its first bytes, and refuses files built to keep a decoder busy, without decoding them.
 
-A file's name never counts. Formats come from an allow-list, and `Budget` bounds the cost of one file of any format.
+A file's name never counts. Formats come from an allow-list, and `Budget` limits the cost of one file of any format.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _MAX_GIF_BLOCKS = 2_000_000
 
 @dataclass
 class Budget:
-    """The limit on the cost of looking at one file of any format: pieces that are walked one by one, and bytes copied.
+    """A limit on the cost of parsing one file of any format: pieces that are walked one by one, and bytes copied.
 
-    A piece is a unit of a parser: a read, a chunk, a box, a tag. In formats with slow pieces each counts as several, so
-    that the whole stays within about two seconds.
+    A piece is a unit of a parser: a read, a chunk, a box, a tag. Slow pieces count as several, so that parsing ends
+    within about two seconds.
     """
 
     pieces: int
@@ -55,9 +55,9 @@ class Budget:
 
 
 class Metered:
-    """A file whose reads count against a budget, which ends parsers of any library that walk endless small pieces.
+    """A file whose reads count against a budget, which stops any library's parser on endless small pieces.
 
-    Between opening and the last read, at most `seconds` of this thread's CPU may pass; None if decoding counts pixels.
+    `seconds`: CPU time of this thread from opening to the last read at most; None where decoding counts pixels instead.
     """
 
     def __init__(self, file: BinaryIO, budget: Budget, seconds: float | None = None) -> None:
@@ -194,52 +194,53 @@ _MAX_EXIF = 20_000_000  # bytes; Pillow joins the segments one by one, each time
 def _check_jpeg(data: bytes, budget: Budget) -> bytes:
     """Limit scans and segments; return the EXIF blob, joined over its segments as Pillow joins it."""
     exif: list[bytes] = []
-    scans, pixels, at = 0, 0, 2
+    scans, pixels, position = 0, 0, 2
     while True:
-        marker = _MARKER.search(data, at)
+        marker = _MARKER.search(data, position)
         if marker is None or marker[1] == b"\xd9":
             return b"".join(exif)
-        if scans == 0 and marker.start() - at > 65_536:
+        if scans == 0 and marker.start() - position > 65_536:
             _corrupt("the JPEG's segments do not follow each other")
         budget.spend(20)
-        at = marker.end()
-        end = at + max(int.from_bytes(data[at : at + 2], "big"), 2)
-        if marker[1] == b"\xe1" and data[at + 2 : at + 8] == b"Exif\0\0":
-            exif.append(data[at + 8 : end])
+        position = marker.end()
+        end = position + max(int.from_bytes(data[position : position + 2], "big"), 2)
+        if marker[1] == b"\xe1" and data[position + 2 : position + 8] == b"Exif\0\0":
+            exif.append(data[position + 8 : end])
             if 65_536 * len(exif) > _MAX_EXIF:
                 _corrupt("the JPEG's EXIF is cut into too many segments")
         if marker[1][0] in _FRAME_HEADERS:
-            pixels = int.from_bytes(data[at + 3 : at + 5], "big") * int.from_bytes(data[at + 5 : at + 7], "big")
+            size = data[position + 3 : position + 7]
+            pixels = int.from_bytes(size[:2], "big") * int.from_bytes(size[2:], "big")
         scans += marker[1] == b"\xda"
         if scans > _MAX_JPEG_SCANS or scans * pixels > _MAX_SCANNED_PIXELS:
             _corrupt(f"the JPEG has {scans} scans or more of {pixels:,} pixels")
-        at = end
+        position = end
 
 
 def _count_gif_frames(data: bytes, budget: Budget) -> tuple[int, bool]:
     """Frames in a GIF, and whether the whole file was walked; nothing is decoded."""
 
-    def colours(at: int) -> int:
-        flags = data[at] if at < len(data) else 0
+    def colours(position: int) -> int:
+        flags = data[position] if position < len(data) else 0
         return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
 
     frames = blocks = 0
-    at = 13 + colours(10)
-    while at < len(data) and data[at] in b",!":  # image, extension
-        is_extension = data[at] == ord("!")
+    position = 13 + colours(10)
+    while position < len(data) and data[position] in b",!":  # image, extension
+        is_extension = data[position] == ord("!")
         if not is_extension:
             frames += 1
-            at += 11 + colours(at + 9)
+            position += 11 + colours(position + 9)
         else:
-            at += 2
-        while at < len(data) and data[at]:
-            at += data[at] + 1
+            position += 2
+        while position < len(data) and data[position]:
+            position += data[position] + 1
             blocks += 1
             if is_extension:  # Pillow joins a comment's blocks one by one
                 budget.spend(20)
             if blocks > _MAX_GIF_BLOCKS:
                 return frames, False
-        at += 1
+        position += 1
     return frames, True
 
 
@@ -263,29 +264,29 @@ def walk_ifds(blob: bytes, budget: Budget) -> Directories:
         return Directories(0, 1)
     big = struct.unpack_from(order + "H", blob, 2)[0] == 43
     count_format, tag_format, next_format = ("Q", "HHQQ", "Q") if big else ("H", "HHLL", "L")
-    step, word, inline = (20, 8, 8) if big else (12, 4, 4)
+    entry_bytes, offset_bytes, inline_bytes = (20, 8, 8) if big else (12, 4, 4)
     pages, orientation = 0, 1
     queue = [(struct.unpack_from(order + next_format, blob, 8 if big else 4)[0], True)]
-    seen: set[int] = set()
+    visited: set[int] = set()
     while queue:
-        at, is_page = queue.pop()
-        start = at + struct.calcsize(order + count_format)
-        if at == 0 or at in seen or start > len(blob):
+        position, is_page = queue.pop()
+        start = position + struct.calcsize(order + count_format)
+        if position == 0 or position in visited or start > len(blob):
             continue
-        seen.add(at)
+        visited.add(position)
         pages += is_page
-        n = min(struct.unpack_from(order + count_format, blob, at)[0], (len(blob) - start) // step)
-        budget.spend(4 * (n + 1))
-        for tag, kind, count, value in struct.iter_unpack(order + tag_format, blob[start : start + n * step]):
+        n_tags = min(struct.unpack_from(order + count_format, blob, position)[0], (len(blob) - start) // entry_bytes)
+        end = start + n_tags * entry_bytes
+        budget.spend(4 * (n_tags + 1))
+        for tag, kind, count, value in struct.iter_unpack(order + tag_format, blob[start:end]):
             size = count * _TYPE_BYTES.get(kind, 0)
-            if inline < size <= len(blob):  # a size beyond the file's is refused when it is read
+            if inline_bytes < size <= len(blob):  # a size beyond the file's is refused when it is read
                 budget.spend(0, size)
             if tag in _SUB_DIRECTORIES:
                 queue.append((value, False))
             elif tag == 274 and is_page and pages == 1 and kind == 3:
-                orientation = value >> (8 * inline - 16) if order == ">" else value & 0xFFFF
-        end = start + n * step
-        if is_page and end + word <= len(blob):
+                orientation = value >> (8 * inline_bytes - 16) if order == ">" else value & 0xFFFF
+        if is_page and end + offset_bytes <= len(blob):
             queue.append((struct.unpack_from(order + next_format, blob, end)[0], True))
     return Directories(pages, orientation)
 

@@ -1,7 +1,7 @@
-"""What a file's metadata state of how it was made: IPTC digital source type, generators' settings, software.
+"""Reads what a file's metadata state about how it was made: IPTC digital source type, generators' settings, software.
 
-Read from XMP, EXIF, PNG text, comments of JPEG and GIF and tags of videos, each with its place in the file. Anyone can
-write such a statement and anyone can remove it, so it is never part of the estimate.
+They stand in XMP, EXIF, PNG text, comments of JPEG and GIF, and tags of videos. Anyone can write or remove such a
+statement, so it is never part of the estimate.
 
 Formats: PNG (ISO/IEC 15948), JPEG (ISO/IEC 10918-1), WebP (RFC 9649), TIFF 6.0 and EXIF 3.0, XMP (ISO 16684-1). The
 digital source types are IPTC's (cv.iptc.org/newscodes/digitalsourcetype). XMP is searched as text and never parsed as
@@ -27,7 +27,7 @@ from x2dfd.files import Json
 
 GENERATED = "generated"  # made with a generator
 PARTLY = "part_generated"  # a generator made a part of it, or reworked it
-SOURCE = "source"  # anything else that is said of the origin
+SOURCE = "source"  # any other statement about the origin
 
 LEAD = "By its own statement, this file was made with an AI generator."
 CAVEAT = (
@@ -62,11 +62,11 @@ _CAMERA = ("computationalCapture", "digitalCapture", "negativeFilm", "positiveFi
 _TYPES = {name.lower(): (name, *rest) for name, rest in SOURCE_TYPES.items()}
 
 _MAX_TEXT = 1_000_000  # bytes of one piece of text, unpacked
-_MAX_ALL = 4_000_000  # characters of all of them together
+_MAX_TEXTS = 4_000_000  # characters of all of them together
 _MAX_READ = 16_000_000  # bytes of a file, unpacked ones too
-_MAX_PIECES = 10_000  # chunks, segments or tags that are looked at
+_MAX_PIECES = 10_000  # chunks, segments or tags that are read
 MAX_STATEMENTS = 50
-_WORDS = 200  # characters that are quoted of a text in the file
+_MAX_QUOTE = 200  # characters of a text that are quoted
 
 
 @dataclass(frozen=True)
@@ -79,51 +79,52 @@ class _Text:
 
 
 def read_statements(source: str | Path | bytes, format: str) -> list[dict[str, str]]:
-    """What the metadata of a file state about how it was made, in the order of the file: `kind`, `says`, `where`.
+    """The statements in a file's metadata about how it was made, in the file's order: `kind`, `says`, `where`.
 
-    `format` as in `Report.media`. JPEG, PNG, WebP and TIFF are read in full; of AVIF, HEIF, GIF, MP4, Matroska and AVI
-    XMP, the comment of a GIF and the tags of a video; of other formats nothing. `kind` is one of GENERATED, PARTLY and
-    SOURCE. What a file holds never raises; OSError where it cannot be read.
+    `format` as in `Report.media`. JPEG, PNG, WebP and TIFF are read in full. AVIF, HEIF, GIF, MP4, Matroska and AVI are
+    searched for XMP, a GIF's comment and a video's tags; other formats give nothing. `kind` is GENERATED, PARTLY or
+    SOURCE. No content of a file raises; OSError where the file cannot be read.
     """
-    readers: dict[str, Callable[[_Bytes], Iterator[_Text]]] = {
+    readers: dict[str, Callable[[_BoundedFile], Iterator[_Text]]] = {
         "JPEG": _jpeg, "PNG": _png, "WEBP": _webp, "TIFF": _tiff,
-        "AVIF": _searched, "HEIF": _searched, "GIF": _gif, "mov": _video("mov"), "matroska": _video("matroska"),
+        "AVIF": _xmp_search, "HEIF": _xmp_search, "GIF": _gif, "mov": _video("mov"), "matroska": _video("matroska"),
         "avi": _video("avi"),
     }  # fmt: skip
     if format not in readers:
         return []
     with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
-        said = (statement for text in _bounded(readers[format](_Bytes(file))) for statement in _said(text))
-        found = list(islice(dict.fromkeys(islice(said, 4 * MAX_STATEMENTS)), MAX_STATEMENTS))
-    return [{"kind": kind, "says": says, "where": where} for kind, says, where in found]
+        statements = (s for text in _bounded(readers[format](_BoundedFile(file))) for s in _statements(text))
+        unique = list(islice(dict.fromkeys(islice(statements, 4 * MAX_STATEMENTS)), MAX_STATEMENTS))
+    return [{"kind": kind, "says": says, "where": where} for kind, says, where in unique]
 
 
 def of_generator(provenance: Json) -> list[dict[str, str]]:
-    """The statements of a `Report.provenance` that lead the answer: "made with a generator"."""
+    """The statements of a `Report.provenance` that the answer begins with: "made with a generator"."""
     return [s for s in provenance.get("statements") or () if s.get("kind") == GENERATED]
 
 
 def of_camera(provenance: Json) -> list[dict[str, str]]:
-    """The statements that a camera took the file; not those about what it was made of."""
-    own = (s for s in provenance.get("statements") or () if "ingredient" not in str(s.get("where")))
-    return [s for s in own if str(s.get("says")).startswith(tuple(f"{_SOURCE_TYPE} {name}:" for name in _CAMERA))]
+    """The statements that a camera took the file itself; those about its ingredients do not count."""
+    statements = (s for s in provenance.get("statements") or () if "ingredient" not in str(s.get("where")))
+    types = tuple(f"{_SOURCE_TYPE} {name}:" for name in _CAMERA)
+    return [s for s in statements if str(s.get("says")).startswith(types)]
 
 
 def source_type(value: str) -> tuple[str, str]:
-    """Kind of statement, and what an IPTC digital source type says; it is given by its address or its name."""
+    """Kind and text of the statement that an IPTC digital source type makes; `value` is its address or its name."""
     name = re.split(r"[/:#]", value.strip().rstrip("/"))[-1]
-    known, kind, meaning = _TYPES.get(name.lower(), (plain(name), SOURCE, "not among the types that are known here"))
-    return kind, f"{_SOURCE_TYPE} {known}: {meaning}"
+    label, kind, meaning = _TYPES.get(name.lower(), (plain(name), SOURCE, "not among the types that are known here"))
+    return kind, f"{_SOURCE_TYPE} {label}: {meaning}"
 
 
 def plain(text: str) -> str:
     """Text out of the file: one printable line of bounded length."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * _WORDS]).split())[:_WORDS]
+    return " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * _MAX_QUOTE]).split())[:_MAX_QUOTE]
 
 
-# --- what a text says -----------------------------------------------------------------------------------------------
+# --- statements in a text -------------------------------------------------------------------------------------------
 
-_NAMES = re.compile(
+_GENERATORS = re.compile(
     r"\b(?:DALL[·\-. ]?E|ChatGPT|GPT-4o|GPT-Image|OpenAI|Adobe Firefly|Firefly Image|Midjourney|NovelAI|InvokeAI"
     r"|ComfyUI|Fooocus|AUTOMATIC1111|Stable Diffusion|Stability AI|SDXL|DreamStudio|Draw Things|Easy Diffusion|SwarmUI"
     r"|Made with Google AI|Google Imagen|Imagen [2-9]|Gemini [2-9]|Nano Banana|Bing Image Creator|FLUX\.[12]"
@@ -132,85 +133,85 @@ _NAMES = re.compile(
 )
 """Generators by their own names. `Imagen` and `Gemini` alone are also other things."""
 
-_NAMING = {"software", "encoder", "source", "creator", "generator", "make", "model"}
+_PROGRAM_FIELDS = {"software", "encoder", "source", "creator", "generator", "make", "model"}
 """Fields that name what made the file; in a caption or a prompt the same name says nothing."""
 
-_JOB = re.compile(r"\bJob ID: ?[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b")
+_MIDJOURNEY_JOB = re.compile(r"\bJob ID: ?[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b")
 _WEB_UI = re.compile(r"Steps: \d{1,5}, [^\n]{0,200}?(?:Sampler|CFG scale|Seed): [^\n]{0,120}")
 _DREAM = re.compile(r"-s ?\d{1,4} -S ?\d{1,12} ")
-_AIGC = re.compile(r"[\"']?Label[\"']?\s{0,5}:\s{0,5}[\"']?([123])")
-_LABELS = {
+_AIGC_LABEL = re.compile(r"[\"']?Label[\"']?\s{0,5}:\s{0,5}[\"']?([123])")
+_AIGC_LABELS = {
     "1": (GENERATED, "is generated"),
     "2": (SOURCE, "may be generated"),
     "3": (SOURCE, "is thought to be generated"),
 }
 
 
-def _said(text: _Text) -> Iterator[tuple[str, str, str]]:
-    """Statements in a piece of text: kind, what it says, where it stands."""
-    if program := _settings(text):
+def _statements(text: _Text) -> Iterator[tuple[str, str, str]]:
+    """The statements in a piece of text: kind, text for people, place."""
+    if program := _generator_settings(text):
         yield GENERATED, f"settings of an image generator: {plain(program)}", text.place
     field = text.field.lower()
     if field == "xmp":
-        yield from _said_in_xmp(text)
+        yield from _xmp_statements(text)
     elif field == "aigc":
-        yield from _labelled(text.text, text.place)
-    elif field in _NAMING:
-        yield from _named(text.text, text.place)
+        yield from _aigc_statements(text.text, text.place)
+    elif field in _PROGRAM_FIELDS:
+        yield from _name_statements(text.text, text.place)
 
 
-def _settings(text: _Text) -> str | None:
-    """The generator whose settings a text holds, in the form that its own program writes; None where it holds none."""
-    field, said = text.field.lower(), text.text
-    if found := _WEB_UI.match(said, max(said.rfind("Steps: "), 0)):
-        return f"Stable Diffusion web UI ({found[0]})"
-    if '"class_type"' in said and (field == "prompt" or said.startswith("prompt:")):
+def _generator_settings(text: _Text) -> str | None:
+    """The program whose generator settings a text holds, recognised by their form; None where it holds none."""
+    field, content = text.field.lower(), text.text
+    if match := _WEB_UI.match(content, max(content.rfind("Steps: "), 0)):
+        return f"Stable Diffusion web UI ({match[0]})"
+    if '"class_type"' in content and (field == "prompt" or content.startswith("prompt:")):
         return "ComfyUI (the graph that was run)"
     if (
         field == "comment"
-        and re.match(r'\s*\{"(?:prompt|workflow)"', said)
-        and ("class_type" in said or "nodes" in said)
+        and re.match(r'\s*\{"(?:prompt|workflow)"', content)
+        and ("class_type" in content or "nodes" in content)
     ):
         return "ComfyUI (what was run, as a video's comment)"
-    if '"nodes"' in said and (field == "workflow" or said.startswith("workflow:")):
+    if '"nodes"' in content and (field == "workflow" or content.startswith("workflow:")):
         return "ComfyUI (the workflow)"
-    if '"sui_image_params"' in said:
+    if '"sui_image_params"' in content:
         return "SwarmUI"
-    if field in ("invokeai_metadata", "invokeai_graph", "sd-metadata") and said.lstrip().startswith("{"):
+    if field in ("invokeai_metadata", "invokeai_graph", "sd-metadata") and content.lstrip().startswith("{"):
         return "InvokeAI"
-    if field == "dream" and _DREAM.search(said):
+    if field == "dream" and _DREAM.search(content):
         return "InvokeAI"
-    if field == "fooocus_scheme" or ('"base_model"' in said and '"sampler"' in said and '"prompt"' in said):
+    if field == "fooocus_scheme" or ('"base_model"' in content and '"sampler"' in content and '"prompt"' in content):
         return "Fooocus"
-    if '"sampler"' in said and '"uc"' in said and '"seed"' in said:
+    if '"sampler"' in content and '"uc"' in content and '"seed"' in content:
         return "NovelAI"
     if field == "use_stable_diffusion_model":
         return "Easy Diffusion"
-    if field in ("description", "imagedescription") and _JOB.search(said):
+    if field in ("description", "imagedescription") and _MIDJOURNEY_JOB.search(content):
         return "Midjourney (a job's number)"
     return None
 
 
-def _named(said: str, where: str) -> Iterator[tuple[str, str, str]]:
-    if re.search(r"\bEdited with Google AI\b", said[: 4 * _WORDS]):
-        yield PARTLY, "names a generator that edited it: Edited with Google AI", where
-    elif generator_named(said):
-        yield GENERATED, f"names a generator: {plain(said)}", where
+def _name_statements(name: str, place: str) -> Iterator[tuple[str, str, str]]:
+    if re.search(r"\bEdited with Google AI\b", name[: 4 * _MAX_QUOTE]):
+        yield PARTLY, "names a generator that edited it: Edited with Google AI", place
+    elif generator_named(name):
+        yield GENERATED, f"names a generator: {plain(name)}", place
 
 
-def generator_named(said: str) -> bool:
-    """The name of a program is that of a generator."""
-    return _NAMES.search(said[: 4 * _WORDS]) is not None
+def generator_named(name: str) -> bool:
+    """Whether a program's name is that of a generator."""
+    return _GENERATORS.search(name[: 4 * _MAX_QUOTE]) is not None
 
 
-def _labelled(said: str, where: str) -> Iterator[tuple[str, str, str]]:
+def _aigc_statements(text: str, place: str) -> Iterator[tuple[str, str, str]]:
     """The label that GB 45438-2025 asks for: 1 is, 2 may be, 3 is thought to be generated."""
-    if label := _AIGC.search(said[:10_000]):
-        kind, meaning = _LABELS[label[1]]
-        yield kind, f"labelled (AIGC {label[1]}): it {meaning}", where
+    if label := _AIGC_LABEL.search(text[:10_000]):
+        kind, meaning = _AIGC_LABELS[label[1]]
+        yield kind, f"labelled (AIGC {label[1]}): it {meaning}", place
 
 
-def _said_in_xmp(text: _Text) -> Iterator[tuple[str, str, str]]:
+def _xmp_statements(text: _Text) -> Iterator[tuple[str, str, str]]:
     def place(name: str) -> str:
         return text.place.replace("XMP", f"XMP {name}", 1)
 
@@ -222,11 +223,11 @@ def _said_in_xmp(text: _Text) -> Iterator[tuple[str, str, str]]:
         yield GENERATED if whole else PARTLY, f"names the AI system {plain(value)}", place("AISystemUsed")
     for name in ("CreatorTool", "Credit"):
         for value in _xmp_values(text.text, name):
-            yield from _named(value, place(name))
+            yield from _name_statements(value, place(name))
     for value in filter(generator_named, _xmp_values(text.text, "softwareAgent")):  # of a step in the file's history
         yield PARTLY, f"names a generator that edited it: {plain(value)}", place("softwareAgent")
     for value in _xmp_values(text.text, "AIGC"):
-        yield from _labelled(value, place("AIGC"))
+        yield from _aigc_statements(value, place("AIGC"))
 
 
 def _xmp_values(text: str, name: str) -> Iterator[str]:
@@ -237,14 +238,14 @@ def _xmp_values(text: str, name: str) -> Iterator[str]:
         r"|\s{1,20}[^<>]{0,100}?resource\s{0,20}=\s{0,20}[\"']([^\"'<>]{1,300})[\"']"
         r"|(?:\s{1,20}[^\s=<>][^<>]{0,200})?>(?:\s{0,50}<[^<>/]{1,100}>){0,3}\s{0,50}([^<\s][^<]{0,300})<)"
     )
-    for found in islice(re.finditer(pattern, text), MAX_STATEMENTS):
-        yield html.unescape(next(group for group in found.groups() if group))
+    for match in islice(re.finditer(pattern, text), MAX_STATEMENTS):
+        yield html.unescape(next(group for group in match.groups() if group))
 
 
-# --- where the texts stand ------------------------------------------------------------------------------------------
+# --- texts in a file ------------------------------------------------------------------------------------------------
 
 _XMP = b"http://ns.adobe.com/xap/1.0/\0"
-_XMP_MORE = b"http://ns.adobe.com/xmp/extension/\0"
+_XMP_EXTENSION = b"http://ns.adobe.com/xmp/extension/\0"
 _TAGS = {
     270: "ImageDescription", 271: "Make", 272: "Model", 305: "Software", 315: "Artist", 700: "XMP", 37500: "MakerNote",
     37510: "UserComment", 40091: "XPTitle", 40092: "XPComment",
@@ -253,83 +254,83 @@ _TEXT_TYPES = (1, 2, 7, 129)  # bytes, ASCII, undefined, UTF-8
 
 
 def _bounded(texts: Iterator[_Text]) -> Iterator[_Text]:
-    left = _MAX_ALL
+    remaining = _MAX_TEXTS
     for text in texts:
-        left -= len(text.text)
-        if left < 0:
+        remaining -= len(text.text)
+        if remaining < 0:
             return
         yield text
 
 
-class _Bytes:
-    """A file of which so much is read, and then no more: tags that all name the same megabyte cost it once each."""
+class _BoundedFile:
+    """A file with a limit on the bytes read, each time they are: thousands of tags may name the same megabyte."""
 
-    def __init__(self, file: BinaryIO, left: int = _MAX_READ) -> None:
-        self.file, self.left = file, left
+    def __init__(self, file: BinaryIO, remaining: int = _MAX_READ) -> None:
+        self.file, self.remaining = file, remaining
 
-    def at(self, at: int, size: int) -> bytes:
-        self.file.seek(at)
-        data = self.file.read(max(min(size, _MAX_TEXT, self.left), 0))
-        self.left -= len(data)
+    def read_at(self, offset: int, size: int) -> bytes:
+        self.file.seek(offset)
+        data = self.file.read(max(min(size, _MAX_TEXT, self.remaining), 0))
+        self.remaining -= len(data)
         return data
 
     def unpacked(self, data: bytes) -> bytes:
-        """Out of zlib's form; nothing where it is broken, which costs as much as the longest text."""
+        """Decompressed by zlib; empty where that fails, which counts as much as the longest text."""
         try:
-            found = zlib.decompressobj().decompress(data, _MAX_TEXT)
+            text = zlib.decompressobj().decompress(data, _MAX_TEXT)
         except zlib.error:
-            found = b""
-        self.left -= len(found) or _MAX_TEXT
-        return found
+            text = b""
+        self.remaining -= len(text) or _MAX_TEXT
+        return text
 
 
-def _jpeg(file: _Bytes) -> Iterator[_Text]:
+def _jpeg(file: _BoundedFile) -> Iterator[_Text]:
     """Up to the first scan."""
-    more: list[bytes] = []  # XMP that goes on in further segments
-    at = 2
+    extensions: list[bytes] = []  # parts of the XMP in further segments
+    offset = 2
     for _ in range(_MAX_PIECES):
-        head = file.at(at, 4)
+        head = file.read_at(offset, 4)
         if len(head) < 4 or head[0] != 0xFF or head[1] in (0xD9, 0xDA):
             break
         if head[1] in (0x01, 0xFF) or 0xD0 <= head[1] <= 0xD8:  # fill, or a marker without a length
-            at += 1 if head[1] == 0xFF else 2
+            offset += 1 if head[1] == 0xFF else 2
             continue
-        start, end = at + 4, at + 2 + int.from_bytes(head[2:], "big")
+        start, end = offset + 4, offset + 2 + int.from_bytes(head[2:], "big")
         if head[1] == 0xE1:
-            data = file.at(start, end - start)
+            data = file.read_at(start, end - start)
             if data.startswith(b"Exif\0\0"):
                 yield from _exif(file, start + 6, end)
             elif data.startswith(_XMP):
-                yield _Text("XMP", f"XMP, byte {start}", _decoded(data[len(_XMP) :]))
-            elif data.startswith(_XMP_MORE):
-                more.append(data[len(_XMP_MORE) + 40 :])  # after the whole's hash, length and this part's place in it
+                yield _Text("XMP", f"XMP, byte {start}", _decode(data[len(_XMP) :]))
+            elif data.startswith(_XMP_EXTENSION):
+                extensions.append(data[len(_XMP_EXTENSION) + 40 :])  # after the whole's hash and length, and the offset
         elif head[1] == 0xFE:
-            yield _Text("comment", f"JPEG comment, byte {start}", _decoded(file.at(start, end - start)))
-        at = max(end, at + 2)
-    if more:
-        yield _Text("XMP", "XMP, in its extension", _decoded(b"".join(more)[:_MAX_TEXT]))
+            yield _Text("comment", f"JPEG comment, byte {start}", _decode(file.read_at(start, end - start)))
+        offset = max(end, offset + 2)
+    if extensions:
+        yield _Text("XMP", "XMP, in its extension", _decode(b"".join(extensions)[:_MAX_TEXT]))
 
 
-def _png(file: _Bytes) -> Iterator[_Text]:
-    at = 8
+def _png(file: _BoundedFile) -> Iterator[_Text]:
+    offset = 8
     for _ in range(_MAX_PIECES):
-        head = file.at(at, 8)
+        head = file.read_at(offset, 8)
         if len(head) < 8 or head[4:] == b"IEND":
             return
-        size, kind, start = int.from_bytes(head[:4], "big"), head[4:], at + 8
+        size, kind, start = int.from_bytes(head[:4], "big"), head[4:], offset + 8
         if kind == b"eXIf":
             yield from _exif(file, start, start + size)
         elif kind in (b"tEXt", b"zTXt", b"iTXt"):
-            keyword, _, rest = file.at(start, size).partition(b"\0")
+            keyword, _, rest = file.read_at(start, size).partition(b"\0")
             name, text = plain(keyword.decode("latin-1")), _png_text(file, kind, rest)
             if name == "XML:com.adobe.xmp" or name.startswith("Raw profile type"):
-                yield from _profile(file, name, text, start)
+                yield from _png_profile(file, name, text, start)
             else:
                 yield _Text(name, f'PNG text "{name}", byte {start}', text)
-        at = start + size + 4
+        offset = start + size + 4
 
 
-def _png_text(file: _Bytes, kind: bytes, rest: bytes) -> str:
+def _png_text(file: _BoundedFile, kind: bytes, rest: bytes) -> str:
     """The text of a chunk after its keyword; what cannot be unpacked is empty."""
     packed = kind == b"zTXt"
     if kind == b"iTXt":
@@ -347,72 +348,72 @@ def _png_text(file: _Bytes, kind: bytes, rest: bytes) -> str:
         return rest.decode("latin-1")
 
 
-def _profile(file: _Bytes, name: str, text: str, at: int) -> Iterator[_Text]:
-    """XMP in PNG text, as it is or as ImageMagick writes it: a name, a length and hexadecimal digits."""
+def _png_profile(file: _BoundedFile, name: str, text: str, offset: int) -> Iterator[_Text]:
+    """XMP or EXIF in PNG text, plain or as ImageMagick writes it: a name, a length and hexadecimal digits."""
     if not name.startswith("Raw profile type"):
-        yield _Text("XMP", f"XMP, byte {at}", text)
+        yield _Text("XMP", f"XMP, byte {offset}", text)
         return
     try:
         data = bytes.fromhex("".join(text.split()[2:]))
     except ValueError:
         return
     if not data.startswith(b"Exif\0\0"):
-        yield _Text("XMP", f"XMP, byte {at}", _decoded(data.removeprefix(_XMP)))
+        yield _Text("XMP", f"XMP, byte {offset}", _decode(data.removeprefix(_XMP)))
         return
-    inner = _Bytes(io.BytesIO(data), file.left)
-    for found in _exif(inner, 6, len(data)):
-        yield _Text(found.field, f'{found.place.split(",")[0]}, in PNG text "{name}", byte {at}', found.text)
-    file.left = inner.left
+    inner = _BoundedFile(io.BytesIO(data), file.remaining)
+    for exif in _exif(inner, 6, len(data)):
+        yield _Text(exif.field, f'{exif.place.split(",")[0]}, in PNG text "{name}", byte {offset}', exif.text)
+    file.remaining = inner.remaining
 
 
-def _webp(file: _Bytes) -> Iterator[_Text]:
-    at = 12
+def _webp(file: _BoundedFile) -> Iterator[_Text]:
+    offset = 12
     for _ in range(_MAX_PIECES):
-        head = file.at(at, 8)
+        head = file.read_at(offset, 8)
         if len(head) < 8:
             return
-        size, start = int.from_bytes(head[4:], "little"), at + 8
+        size, start = int.from_bytes(head[4:], "little"), offset + 8
         if head[:4] == b"EXIF":
-            skip = 6 if file.at(start, 6) == b"Exif\0\0" else 0
+            skip = 6 if file.read_at(start, 6) == b"Exif\0\0" else 0
             yield from _exif(file, start + skip, start + size)
         elif head[:4] == b"XMP ":
-            yield _Text("XMP", f"XMP, byte {start}", _decoded(file.at(start, size)))
-        at = start + size + size % 2
+            yield _Text("XMP", f"XMP, byte {start}", _decode(file.read_at(start, size)))
+        offset = start + size + size % 2
 
 
-def _searched(file: _Bytes) -> Iterator[_Text]:
-    """XMP in a container that is not walked here: found by its tags in the first and in the last megabyte."""
+def _xmp_search(file: _BoundedFile) -> Iterator[_Text]:
+    """XMP in a container of any form: found by its tags in the first and in the last megabyte."""
     for start in dict.fromkeys((0, max(file.file.seek(0, os.SEEK_END) - _MAX_TEXT, 0))):
-        data = file.at(start, _MAX_TEXT)
+        data = file.read_at(start, _MAX_TEXT)
         first = data.find(b"<x:xmpmeta")
         last = data.find(b"</x:xmpmeta>", max(first, 0))
         if 0 <= first < last:
-            yield _Text("XMP", f"XMP, byte {start + first}", _decoded(data[first:last]))
+            yield _Text("XMP", f"XMP, byte {start + first}", _decode(data[first:last]))
 
 
-def _gif(file: _Bytes) -> Iterator[_Text]:
+def _gif(file: _BoundedFile) -> Iterator[_Text]:
     from PIL import Image
 
-    yield from _searched(file)
+    yield from _xmp_search(file)
     file.file.seek(0)
     try:
-        with Image.open(file.file, formats=["GIF"]) as opened:
-            comment = opened.info.get("comment", b"")
-    except (OSError, ValueError, SyntaxError):  # damaged: nothing can be said of it
+        with Image.open(file.file, formats=["GIF"]) as image:
+            comment = image.info.get("comment", b"")
+    except (OSError, ValueError, SyntaxError):  # damaged: its comment cannot be read
         return
-    yield _Text("comment", "GIF comment", _decoded(comment[:_MAX_TEXT]))
+    yield _Text("comment", "GIF comment", _decode(comment[:_MAX_TEXT]))
 
 
-def _video(name: str) -> Callable[[_Bytes], Iterator[_Text]]:
+def _video(name: str) -> Callable[[_BoundedFile], Iterator[_Text]]:
     """XMP and the tags of a container of that name."""
 
-    def read(file: _Bytes) -> Iterator[_Text]:
+    def read(file: _BoundedFile) -> Iterator[_Text]:
         from x2dfd.video import container_tags
 
-        yield from _searched(file)
+        yield from _xmp_search(file)
         try:
             tags = container_tags(file.file, name)
-        except InputError:  # it could not be decoded either, which its row says
+        except InputError:  # decoding it failed too, and its row gives the reason
             return
         for key, value in tags.items():  # `com.apple.quicktime.software`
             yield _Text(key.rpartition(".")[2], f'tag "{plain(key)}"', value[:_MAX_TEXT])
@@ -420,13 +421,13 @@ def _video(name: str) -> Callable[[_Bytes], Iterator[_Text]]:
     return read
 
 
-def _tiff(file: _Bytes) -> Iterator[_Text]:
+def _tiff(file: _BoundedFile) -> Iterator[_Text]:
     return _exif(file, 0, file.file.seek(0, os.SEEK_END))
 
 
-def _exif(file: _Bytes, base: int, end: int) -> Iterator[_Text]:
-    """The texts in the first directory of a TIFF that stands from `base` to `end`, and in its EXIF directory."""
-    head = file.at(base, 8)
+def _exif(file: _BoundedFile, base: int, end: int) -> Iterator[_Text]:
+    """The texts in the first directory of a TIFF at the bytes `base` to `end`, and in its EXIF directory."""
+    head = file.read_at(base, 8)
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(head[:4])
     if order is None or len(head) < 8:
         return
@@ -434,16 +435,16 @@ def _exif(file: _Bytes, base: int, end: int) -> Iterator[_Text]:
     for _ in range(2):
         if not queue:
             return
-        at = base + queue.pop()
-        count = struct.unpack(order + "H", file.at(at, 2).ljust(2, b"\0"))[0]
-        entries = file.at(at + 2, min(12 * count, end - at - 2)) if at + 2 < end else b""
+        offset = base + queue.pop()
+        count = struct.unpack(order + "H", file.read_at(offset, 2).ljust(2, b"\0"))[0]
+        entries = file.read_at(offset + 2, min(12 * count, end - offset - 2)) if offset + 2 < end else b""
         for i in range(min(len(entries) // 12, _MAX_PIECES)):
             tag, kind, size, value = struct.unpack_from(order + "HHLL", entries, 12 * i)
             if tag == 34665:  # the EXIF directory
                 queue = [value]
             elif tag in _TAGS and kind in _TEXT_TYPES:
-                start = at + 2 + 12 * i + 8 if size <= 4 else base + value
-                data = file.at(start, min(size, end - start)) if start < end else b""
+                start = offset + 2 + 12 * i + 8 if size <= 4 else base + value
+                data = file.read_at(start, min(size, end - start)) if start < end else b""
                 place = f"XMP, byte {start}" if tag == 700 else f"EXIF {_TAGS[tag]}, byte {start}"
                 yield _Text(_TAGS[tag], place, _tag_text(tag, data))
 
@@ -452,14 +453,14 @@ def _tag_text(tag: int, data: bytes) -> str:
     if tag in (40091, 40092):  # Windows' own
         return data.decode("utf-16-le", "replace").rstrip("\0")
     if tag == 37510 and data[:8] == b"UNICODE\0":
-        return _two_byte_text(data[8:])
+        return _decode_utf16(data[8:])
     if tag == 37510 and data[:8] in (b"ASCII\0\0\0", bytes(8)):
         data = data[8:]
-    return _decoded(data).rstrip("\0")
+    return _decode(data).rstrip("\0")
 
 
-def _two_byte_text(data: bytes) -> str:
-    """UTF-16 in whichever byte order it makes sense: writers agree on none. The zeros of its ASCII characters tell."""
+def _decode_utf16(data: bytes) -> str:
+    """UTF-16 in either byte order, as writers agree on none: the zeros of its ASCII characters show which one it is."""
     zeros = [data[i:4000:2].count(0) for i in (0, 1)]
     if not any(zeros):
         try:
@@ -469,8 +470,8 @@ def _two_byte_text(data: bytes) -> str:
     return data.decode("utf-16-be" if zeros[0] > zeros[1] else "utf-16-le", "replace").strip("\0\ufeff")
 
 
-def _decoded(data: bytes) -> str:
+def _decode(data: bytes) -> str:
     """UTF-8 or, where every other byte is zero, UTF-16."""
     if data[:2] in (b"\xff\xfe", b"\xfe\xff") or data[:2] == b"\0<" or data[:2] == b"<\0":
-        return _two_byte_text(data)
+        return _decode_utf16(data)
     return data.decode("utf-8", "replace")

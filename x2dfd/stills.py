@@ -1,4 +1,4 @@
-"""Decodes a picture's bytes with Pillow into upright sRGB pixels on white, and notes what that changed."""
+"""Decodes a picture's bytes with Pillow into upright sRGB pixels on white, and notes the changes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from x2dfd.files import Json, printed_from_c
 from x2dfd.sniffing import MAX_PIXELS, Budget, Metered, check_bytes, check_size, check_structure, plain, read, walk_ifds
 
 MAX_REDUCED_PIXELS = 260_000_000
-"""Of a JPEG, which can be decoded at a half, a quarter or an eighth of its size; phones make up to 200 million."""
-HEIC_MEND = "pip install 'x2dfd[heic]'"
+"""For a JPEG, which can be decoded at a half, a quarter or an eighth of its size; phones make up to 200 million."""
+HEIC_INSTALL = "pip install 'x2dfd[heic]'"
 
 # Pillow reports some broken TIFFs through logging; without a handler Python would print them on stderr.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -71,7 +71,7 @@ def pillow(notes: list[str]) -> Iterator[None]:
                     "truncated", "the file ends before its picture does: an unfinished download?"
                 ) from error
             raise InputError("corrupt", f"the picture's data are damaged ({text or type(error).__name__})") from error
-    # too many pixels is no remark: the caller's own check refuses them
+    # too many pixels need no note: the caller's own check refuses them
     bombs = Image.DecompressionBombWarning
     notes += [f"warning:{plain(str(w.message))}" for w in caught if not issubclass(w.category, bombs)]
 
@@ -84,7 +84,7 @@ _LIBTIFF = re.compile(
 
 @contextmanager
 def _libtiff_messages(notes: list[str]) -> Iterator[None]:
-    """Note the first message of libtiff, which reports damage in no other way."""
+    """Note the first printed message of libtiff, which does not report damage otherwise."""
     lines: list[bytes] = []
     try:
         with printed_from_c(_LIBTIFF, lines):
@@ -101,7 +101,7 @@ class Opened:
     data: bytes
     name: str  # format
     n_frames: int
-    orientation: int  # of EXIF, where Pillow leaves turning to us
+    orientation: int  # of EXIF, where Pillow does not apply it
     budget: Budget
     notes: list[str]
 
@@ -168,18 +168,18 @@ def decode(opened: Opened, path: str | None) -> Picture:
 
 
 _EXIF = {271: "make", 272: "model", 305: "software", 306: "changed", 36867: "taken", 36868: "digitised"}
-"""Tags of EXIF 3.0 that are quoted. Names, comments, serial numbers and coordinates are not: they are about people."""
+"""Tags of EXIF 3.0 that are quoted; not names, comments, serial numbers and coordinates, which are about people."""
 
 
 def _exif_blob(image: Image.Image) -> bytes:
-    """The EXIF that Pillow would parse; ImageMagick hides it in a PNG's text."""
+    """The EXIF that Pillow would parse; in a PNG written by ImageMagick it is in a text."""
     raw = image.info.get("Raw profile type exif", "")
     blob: bytes = image.info.get("exif") or bytes.fromhex("".join(str(raw).split("\n")[3:]))
     return blob.removeprefix(b"Exif\0\0")
 
 
 def exif_summary(opened: Opened) -> dict[str, str]:
-    """Camera, software and times as the file states them (anyone can write them), and a mark if it states a place."""
+    """Camera, software and times as the file states them (anyone can write them), and whether it states a place."""
     try:
         if opened.name == "PNG":  # its EXIF may follow its pixels
             walk_ifds(_exif_blob(opened.image), opened.budget)
@@ -214,7 +214,7 @@ def _require_decoder(name: str) -> None:
         try:
             importlib.import_module("pillow_heif").register_heif_opener()
         except ImportError as error:
-            reason = f"HEIC needs the package pillow-heif ({HEIC_MEND}), or save the photo as JPEG"
+            reason = f"HEIC needs the package pillow-heif ({HEIC_INSTALL}), or save the photo as JPEG"
             raise InputError("unsupported_format", reason) from error
     if name in ("WEBP", "AVIF") and not features.check(name.lower()):
         raise InputError("unsupported_format", f"this installation of Pillow cannot read {name}")
@@ -329,7 +329,7 @@ def _to_srgb(image: Image.Image, profile_bytes: bytes | None, notes: list[str]) 
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
         notes.append(f"icc_ignored:{plain(str(error), 60)}")
         return image
-    if converted is None:  # only in-place conversion answers None
+    if converted is None:  # only in-place conversion returns None
         raise RuntimeError("profileToProfile gave no image")
     notes.append(f"icc_to_srgb:{name}")
     return converted

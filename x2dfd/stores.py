@@ -1,7 +1,7 @@
-"""Files in object stores: addresses that fsspec opens (s3://, gs://, hf://, file:// ...), judged as local files are.
+"""Files in object stores, at addresses that fsspec opens (s3://, gs://, hf://, file:// ...), and pipes.
 
-They are read only where a caller names the stores: `x2dfd detect --remote s3,gs`. A store's package (s3fs, gcsfs ...)
-and keys are the user's own.
+Stores are read only where a caller names them: `x2dfd detect --remote s3,gs`. The user provides a store's package
+(s3fs, gcsfs ...) and keys.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ STDIN = "-"
 
 
 def is_address(text: str, stores: Collection[str]) -> bool:
-    """The text is an address in one of `stores` (s3, gs ...).
+    """Whether the text is an address in one of `stores` (s3, gs ...).
 
     A manifest may be a stranger's, so files in any other store, or behind a chain of stores, are not opened.
     """
-    scheme, sign, _ = text.partition("://")
-    return bool(sign) and scheme in stores and "::" not in text
+    scheme, separator, _ = text.partition("://")
+    return bool(separator) and scheme in stores and "::" not in text
 
 
 def read_address(address: str) -> bytes:
@@ -64,7 +64,7 @@ def _read_store(address: str) -> bytes:
 
 
 def is_pipe(path: Path) -> bool:
-    """`-` (standard input, where no file has that name) or a named pipe, both of which can be read only once."""
+    """Whether a path is `-` (standard input, where no file has that name) or a named pipe: both are read only once."""
     if str(path) == STDIN:
         return not path.exists()
     try:
@@ -75,7 +75,7 @@ def is_pipe(path: Path) -> bool:
 
 @cache
 def _read_pipe(path: str) -> bytes:
-    """The bytes of a pipe, cached, as judging, hashing and showing all need them."""
+    """The bytes of a pipe, cached, as judging, hashing and the report all need them."""
     try:
         if path == STDIN:
             return sys.stdin.buffer.read(MAX_BYTES + 1)
@@ -111,7 +111,7 @@ def detect_places(
     """Detector.detect_many with its options over local paths and addresses; a result's `path` is the place as given."""
     pending: deque[tuple[Place, Failure | None]] = deque()
 
-    def readable() -> Iterator[Path | bytes]:
+    def sources() -> Iterator[Path | bytes]:
         for place in places:
             try:
                 source = place if isinstance(place, Path) else read_address(place)
@@ -121,7 +121,7 @@ def detect_places(
                 pending.append((place, None))
                 yield source
 
-    for result in detector.detect_many(readable(), **options):
+    for result in detector.detect_many(sources(), **options):
         while (failure := pending[0][1]) is not None:
             pending.popleft()
             yield failure

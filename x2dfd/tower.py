@@ -1,4 +1,4 @@
-"""The vision tower of the base: loading it with or without additions, its hidden states, and features kept on disk."""
+"""The vision tower of the base: loading it with or without additions, its hidden states, and its cached features."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def clip_pixels(crops: Tensor) -> Tensor:
 
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 PREFIX = "model.vision_tower."
-"""What stands before the tower's names in a LLaVA's weight file."""
+"""Prefix of the tower's names in a LLaVA's weight file."""
 
 
 def layer_of(name: str) -> int:
@@ -55,17 +55,17 @@ def layer_of(name: str) -> int:
 
 
 def add_to_tower(tower: torch.nn.Module, additions: Mapping[str, Tensor]) -> None:
-    """As `add_to_parameters`, of a CLIP vision model."""
+    """As `add_to_parameters`, for a CLIP vision model."""
     add_to_parameters(dict(tower.named_parameters()), len(tower.encoder.layers), additions)  # type: ignore[arg-type, union-attr]
 
 
 @torch.no_grad()
 def add_to_parameters(parameters: Mapping[str, Tensor], layers: int, additions: Mapping[str, Tensor]) -> None:
-    """Put a training's additions into the weights of a tower of so many layers, so that they cost nothing in use.
+    """Merge a training's additions into the weights of a tower of so many layers, so that they cost nothing in use.
 
     `additions`: by the tower's own names, a parameter's new value, or a pair `<module>.lora_A.weight` [r, in] and
     `<module>.lora_B.weight` [out, r] whose product is added to `<module>.weight` (LoRA, arXiv 2106.09685; its scale is
-    in B). Additions to layers that the tower does not have are left. Raises SetupError for any other name or shape.
+    in B). Additions to layers that the tower lacks are ignored. Raises SetupError for any other name or shape.
     """
     for name, value in additions.items():
         if name.endswith(LORA_B):
@@ -75,23 +75,23 @@ def add_to_parameters(parameters: Mapping[str, Tensor], layers: int, additions: 
         target = name.replace(LORA_A, ".weight")
         if layer_of(target) >= layers:
             continue
-        weight, change = parameters.get(target), value.float()
+        weight, update = parameters.get(target), value.float()
         if name.endswith(LORA_A):
-            if (up := additions.get(name.replace(LORA_A, LORA_B))) is None or up.shape[1] != value.shape[0]:
+            if (lora_b := additions.get(name.replace(LORA_A, LORA_B))) is None or lora_b.shape[1] != value.shape[0]:
                 raise SetupError(f"the tower's additions hold no fitting lora_B for {target}", code="tower_incomplete")
-            change = up.float() @ value.float()
-        if weight is None or weight.shape != change.shape:
+            update = lora_b.float() @ value.float()
+        if weight is None or weight.shape != update.shape:
             raise SetupError(
-                f"the tower has no {target} of shape {tuple(change.shape)}: these additions fit another",
+                f"the tower has no {target} of shape {tuple(update.shape)}: these additions fit another",
                 code="tower_does_not_fit",
             )
-        change = change.to(weight.device)
-        weight.copy_(weight.float() + change if name.endswith(LORA_A) else change)
+        update = update.to(weight.device)
+        weight.copy_(weight.float() + update if name.endswith(LORA_A) else update)
 
 
 @cache
 def load_tower(layers: int, additions: Path | None = None) -> Any:
-    """The first `layers` layers of the base's CLIP vision model, fp32, eval; with the weight file `additions` in it.
+    """The first `layers` layers of the base's CLIP vision model, fp32, eval, with the weight file `additions` merged.
 
     Raises SetupError when the base is not fetched, or when the additions do not fit.
     """
@@ -134,12 +134,12 @@ def additions_sha256(additions: Mapping[str, Tensor]) -> str:
 
 @cache
 def load_tower_pass(layers: int, additions: Path | None = None, dtype: torch.dtype = torch.float32) -> TowerPass:
-    """As `load_tower`, for inference on a CPU. `dtype` (fp32 or bf16): of its matrix products."""
+    """As `load_tower`, for inference on a CPU. `dtype`: fp32 or bf16, for the matrix products."""
     from safetensors import safe_open
 
     folder = require("base")
     config = read_json(folder / "config.json")["vision_config"]
-    with safe_open(folder / "model.safetensors", "pt") as stream:  # a memory map: what is not asked for is not read
+    with safe_open(folder / "model.safetensors", "pt") as stream:  # a memory map: only what is used is read
         names = [k.removeprefix(PREFIX) for k in stream.keys() if k.startswith(PREFIX)]  # noqa: SIM118
         weights = {k: stream.get_tensor(PREFIX + k).float() for k in names if layer_of(k) < layers}
     if additions is not None:
@@ -170,41 +170,42 @@ def class_tokens(crops: Tensor) -> Tensor:
 class TowerFeatures:
     """The outputs of a tower for some samples of a CropSet."""
 
-    rows: NDArray[np.intp]  # [n]: which samples of the CropSet, in order
+    rows: NDArray[np.intp]  # [n]: indices of the samples in the CropSet, in order
     tokens: NDArray[np.float16]  # [n, len(keep), class token where there is one + patches, hidden]
-    keep: tuple[int, ...]  # which layers' outputs are kept; 1 is the first layer's
+    keep: tuple[int, ...]  # numbers of the layers whose outputs are kept; 1 is the first layer
     class_token: bool = True
 
-    def patches(self, places: slice | int | NDArray[np.intp], layers: Sequence[int]) -> NDArray[np.float32]:
-        """The patch tokens of some of the kept layers: [n, layers, patches, hidden], or without n for one place."""
-        chosen = [self.keep.index(layer) for layer in layers]
-        return np.asarray(self.tokens[places][..., chosen, int(self.class_token) :, :], np.float32)
+    def patches(self, positions: slice | int | NDArray[np.intp], layers: Sequence[int]) -> NDArray[np.float32]:
+        """The patch tokens of some of the kept layers: [n, layers, patches, hidden], or without n for one position."""
+        indices = [self.keep.index(layer) for layer in layers]
+        return np.asarray(self.tokens[positions][..., indices, int(self.class_token) :, :], np.float32)
 
-    def states(self, places: slice) -> tuple[Tensor, ...]:
+    def states(self, positions: slice) -> tuple[Tensor, ...]:
         """Like `tower_states`, with an empty tensor for every layer that is not kept."""
-        found = dict(zip(self.keep, torch.from_numpy(self.tokens[places].astype(np.float32)).unbind(1), strict=True))
-        return tuple(found.get(layer, torch.empty(0)) for layer in range(max(self.keep) + 1))
+        tokens = torch.from_numpy(self.tokens[positions].astype(np.float32))
+        by_layer = dict(zip(self.keep, tokens.unbind(1), strict=True))
+        return tuple(by_layer.get(layer, torch.empty(0)) for layer in range(max(self.keep) + 1))
 
 
 def degraded_view(crop: NDArray[np.uint8], seed: int, i: int) -> tuple[NDArray[np.uint8], bool]:
-    """Sample i's crop as training sees it: degraded at random, mirrored half of the time (then True)."""
+    """Sample i's crop as training sees it, degraded at random and mirrored half of the time, and whether it is."""
     rng = np.random.default_rng([seed, i])
     view = degrade(np.ascontiguousarray(crop), rng)
-    flipped = bool(rng.random() < 0.5)
-    return (np.ascontiguousarray(view[:, ::-1]) if flipped else view), flipped
+    mirrored = bool(rng.random() < 0.5)
+    return (np.ascontiguousarray(view[:, ::-1]) if mirrored else view), mirrored
 
 
 def augmented_view(crop: NDArray[np.uint8], seed: int, i: int) -> NDArray[np.uint8]:
-    """Sample i's augmented view, through the codec that every crop goes through in use."""
+    """Sample i's augmented view, passed through the codec like every crop in use."""
     return codec(degraded_view(crop, seed, i)[0], *CODEC)
 
 
 def view_face(data: CropSet, i: int, view_seed: int) -> Face:
-    """Sample i's augmented view as a Face, for experts that are asked about it."""
-    view, flipped = degraded_view(data.crops[i], view_seed, i)
+    """Sample i's augmented view as a Face, for experts."""
+    view, mirrored = degraded_view(data.crops[i], view_seed, i)
     large = None if data.large is None else degraded_view(data.large[i], view_seed, i)[0]
     points = data.landmarks[i].copy()
-    if flipped:  # mirrored points keep their numbers: no expert of ours reads left from right
+    if mirrored:  # mirrored points keep their numbers: no expert of ours reads left from right
         points[:, 0] = view.shape[1] - 1 - points[:, 0]
     size = float(view.shape[0])
     return Face(0, (0.0, 0.0, size, size), points, 1.0, view, points, 0.0, large)
@@ -213,7 +214,7 @@ def view_face(data: CropSet, i: int, view_seed: int) -> Face:
 def training_rows(data: CropSet, limit: int | None = None) -> NDArray[np.intp]:
     """The samples of splits `train`, `val` and `calib`, in the manifest's order; at most `limit`, drawn by their ids.
 
-    A manifest may be sorted by label or source: its first rows would be one of them.
+    A manifest may be sorted by label or source, and its first rows would all have the same one.
     """
     rows = [i for i, s in enumerate(data.samples) if s.split in ("train", "val", "calib")]
     if limit is not None and limit < len(rows):
@@ -241,33 +242,33 @@ def cached_features(
         digest.update(data.samples[i].id.encode() + b"\n")
         digest.update(data.crops[i].data)
     base = file_sha256(require("base") / "model.safetensors")
-    made_by: Json = {"seed": seed, **VIEWS, "base": base}
-    made_by["additions"] = additions_sha256(read_additions(additions)) if additions else None
-    key = {"samples": digest.hexdigest(), "layers": layers, "keep": list(keep), **made_by}
+    settings: Json = {"seed": seed, **VIEWS, "base": base}
+    settings["additions"] = additions_sha256(read_additions(additions)) if additions else None
+    key = {"samples": digest.hexdigest(), "layers": layers, "keep": list(keep), **settings}
     with alone(folder, wait=True):
-        cache = CachedArray(folder, "tokens.npy", key)
-        tokens = cache.open((n, len(keep), 197, WIDTH))
-        for start in progress(range(cache.done, n, batch), "tower features"):
+        store = CachedArray(folder, "tokens.npy", key)
+        tokens = store.open((n, len(keep), 197, WIDTH))
+        for start in progress(range(store.done, n, batch), "tower features"):
             stop = min(start + batch, n)
             views = np.stack([augmented_view(data.crops[i], seed, int(i)) for i in rows[start:stop]])
             dtype = torch.bfloat16 if quick_in_16_bits("cpu") else torch.float32
             states = tower_states(torch.from_numpy(views), layers, additions, dtype)
-            for place, layer in enumerate(keep):
-                tokens[start:stop, place] = states[layer].half().numpy()
+            for position, layer in enumerate(keep):
+                tokens[start:stop, position] = states[layer].half().numpy()
             if (start // batch) % 8 == 7 or stop == n:
-                cache.save(tokens, stop)
+                store.save(tokens, stop)
     return TowerFeatures(rows, tokens, tuple(keep))
 
 
 def quick_in_16_bits(device: str) -> bool:
-    """True where products in bf16 are quicker than in fp32: on CUDA, and on a CPU with units for them."""
+    """Whether matrix products are quicker in bf16 than in fp32: on CUDA, and on a CPU with units for them."""
     return device == "cuda" or bool(torch.cpu._is_avx512_bf16_supported())
 
 
 class CachedArray:
     """A float16 array on disk that is filled in order, one per folder.
 
-    A run that was cut off resumes where it stopped; another `key` (plain values) begins anew. For use under
+    A run that was cut off resumes where it stopped; another `key` (plain values) starts over. For use under
     `files.alone`.
     """
 
@@ -276,12 +277,12 @@ class CachedArray:
         state = read_json(self._state) if self._state.is_file() else {}
         self.done: int = state.get("done", 0) if state.get("key") == self._key else 0  # rows that are filled
         if not self.done:
-            self._state.unlink(missing_ok=True)  # before the array is emptied: it vouches for what that holds
+            self._state.unlink(missing_ok=True)  # before the array is emptied, whose content it describes
 
     def open(self, shape: tuple[int, ...]) -> np.memmap[tuple[int, ...], np.dtype[np.float16]]:
         if self.done:
             return np.lib.format.open_memmap(self._file, "r+")
-        self._file.unlink(missing_ok=True)  # emptied in place, it would be noughts to a training that reads it
+        self._file.unlink(missing_ok=True)  # emptied in place, it would give zeros to a training that reads it
         return np.lib.format.open_memmap(self._file, "w+", np.float16, shape)
 
     def save(self, array: np.memmap[tuple[int, ...], np.dtype[np.float16]], done: int) -> None:

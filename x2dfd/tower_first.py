@@ -1,4 +1,4 @@
-"""The embedded model while its tower alone is needed: most verdicts, and the whole start of the command."""
+"""The embedded model with only its tower loaded, which is enough for most verdicts and starts quickly."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from x2dfd.tower import load_tower_pass, tower_states
 
 
 class TowerFirst:
-    """In the place of the embedded LocalMLLM: encodes with the tower alone; loads the rest when it is first asked."""
+    """Replaces the embedded LocalMLLM: encodes with the tower alone, and loads the rest when it is first needed."""
 
     batch = BATCH
 
@@ -54,7 +54,7 @@ class TowerFirst:
         )
 
     def verdict_logits(self, encoding: LocalEncoding, questions: Sequence[str]) -> NDArray[np.float64]:
-        """As of LocalMLLM."""
+        """As LocalMLLM.verdict_logits."""
         return self.whole.verdict_logits(encoding, questions)
 
     def write(
@@ -66,41 +66,41 @@ class TowerFirst:
         turns: Sequence[tuple[str, str]] = (),
         on_text: Callable[[str], None] | None = None,
     ) -> list[str]:
-        """As of LocalMLLM."""
+        """As LocalMLLM.write."""
         return self.whole.write(encoding, questions, starts, turns=turns, on_text=on_text)
 
     def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str], /) -> YesNo:
-        """As of LocalMLLM."""
+        """As LocalMLLM.yes_no."""
         return self.whole.yes_no(crop, questions)
 
 
 def tower_decides(card: AdapterCard, calibration: Calibration | None, mode: str) -> bool:
     """Whether a verdict reads nothing of the MLLM but its forensic tower."""
-    asked = mode == "paper" or calibration is None or calibration.weights.get(MLLM, 0.0) > 0
-    return not asked and card.tower == FORENSIC and card.weights != WHOLE
+    reads_mllm = mode == "paper" or calibration is None or calibration.weights.get(MLLM, 0.0) > 0
+    return not reads_mllm and card.tower == FORENSIC and card.weights != WHOLE
 
 
 def tower_first(
     folder: Path, card: AdapterCard, precision: Dtype, whole: Callable[[], LocalMLLM]
 ) -> tuple[TowerFirst, dict[str, str], str]:
-    """As `_local`, with the tower alone. Of the rest files and prompts are checked; the `whole` checks how they fit."""
+    """The model with its tower alone, the identity of its base, and the hash of its prompts.
+
+    Its other files are checked here, too, but only loading `whole` shows whether they fit the base.
+    """
     with ThreadPoolExecutor(1) as background:
-        hashed = background.submit(base_identity, None)  # meanwhile: reading the tower's weights
+        hashing = background.submit(base_identity, None)  # meanwhile: reading the tower's weights
         checked_additions(folder, card)
-        run_tower = partial(
-            tower_states, layers=card.tower_layers, additions=folder / TOWER, dtype=TORCH_DTYPES[precision]
-        )
-        load_tower_pass(
-            card.tower_layers, folder / TOWER, TORCH_DTYPES[precision]
-        )  # a base that is not there is said now
-        asked_with = prompts_of_base(card)
-        identity = hashed.result()
-    check_adapter(folder, card, identity, asked_with)
-    return TowerFirst(f"{card.name} {card.version}", run_tower, card.tower_sha256, whole), identity, asked_with
+        additions, dtype = folder / TOWER, TORCH_DTYPES[precision]
+        run_tower = partial(tower_states, layers=card.tower_layers, additions=additions, dtype=dtype)
+        load_tower_pass(card.tower_layers, additions, dtype)  # raises here if the base is missing
+        prompt_sha256 = prompts_of_base(card)
+        identity = hashing.result()
+    check_adapter(folder, card, identity, prompt_sha256)
+    return TowerFirst(f"{card.name} {card.version}", run_tower, card.tower_sha256, whole), identity, prompt_sha256
 
 
-class _TemplateAlone:
-    """Of a processor its chat template alone, rendered as transformers does: its import outlasts a verdict."""
+class _ChatTemplate:
+    """A processor with nothing but its chat template, rendered as in transformers, which is slow to import."""
 
     chat_template = CHAT_TEMPLATE
 
@@ -111,7 +111,7 @@ class _TemplateAlone:
 
 
 def prompts_of_base(card: AdapterCard) -> str:
-    """`prompts.prompt_hash` of the embedded base as a card asks it, before the base is loaded. Raises UnknownName."""
-    frame = cast(prompts.Processor, _TemplateAlone())
-    prompts.set_chat_template(frame, card.frame)
-    return prompts.prompt_hash(frame, card.score_form)
+    """`prompts.prompt_hash` of the embedded base with a card's template, without loading it. Raises UnknownName."""
+    processor = cast(prompts.Processor, _ChatTemplate())
+    prompts.set_chat_template(processor, card.frame)
+    return prompts.prompt_hash(processor, card.score_form)

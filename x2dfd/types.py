@@ -1,4 +1,4 @@
-"""The nouns of the project: frozen dataclasses that cross the borders between its rooms.
+"""The data types of the project: frozen dataclasses that its rooms exchange.
 
 This file imports neither torch nor numpy, so that `import x2dfd` stays instant.
 """
@@ -19,19 +19,19 @@ AREAS: tuple[str, ...] = (
     "forehead", "eyebrows", "eyes", "nose", "mouth", "teeth", "cheeks", "jaw", "ears", "hair", "skin",
     "face-contour", "neck", "background", "accessories", "whole-image",
 )  # fmt: skip
-"""Where a cue sits. Forging, questions, rationales and scoring use this list and no other."""
+"""The areas of cues. Forging, questions, rationales and scoring use this list and no other."""
 
 ARTIFACTS: tuple[str, ...] = (
     "texture", "lighting", "blending", "blur", "colour", "asymmetry", "geometry", "missing-detail",
     "expression", "noise", "frequency", "compression",
 )  # fmt: skip
-"""What is wrong there."""
+"""The kinds of faults in an area."""
 
 DF_CLASSES: tuple[str, ...] = ("FS", "FR", "FE", "EFS", "real")
 """Face swapping, face reenactment, face editing, entire face synthesis, bona fide (arXiv 2501.01164)."""
 
 KINDS: tuple[str, ...] = ("whole", "part")
-"""How a fake was made: the face as a whole by a generator (EFS), or a photo that was changed in part (FS, FR, FE)."""
+"""Kinds of fakes: the face as a whole by a generator (EFS), or a photo that was changed in part (FS, FR, FE)."""
 
 Label = Literal["fake", "real", "inconclusive"]
 
@@ -51,16 +51,16 @@ class Cue:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What one expert reports about one face."""
+    """One expert's report about one face."""
 
     expert: str  # the expert's registered name
     score: float | None  # P(fake) in [0, 1]; None when the expert could not judge
     note: str | None = None  # why there is no score, or a remark for the reader
-    cues: tuple[Cue, ...] = ()  # what it points at, most likely first, with the probability; most experts cannot
+    cues: tuple[Cue, ...] = ()  # most likely first, with the probability; empty for most experts
     map: tuple[tuple[float, ...], ...] = field(default=(), repr=False)  # rows of a square grid over the aligned crop:
-    # P(changed) there; empty where the expert draws none
-    kinds: dict[str, float] = field(default_factory=dict)  # P(fake of each of KINDS), where it tells them apart
-    no_photo: float | None = None  # P(a drawing, a painting or a render: no photograph at all), where it can tell
+    # P(changed) for each cell; empty for most experts
+    kinds: dict[str, float] = field(default_factory=dict)  # P(fake of that kind) for each of KINDS; empty for most
+    no_photo: float | None = None  # P(a drawing, a painting or a render instead of a photograph); None for most
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ class Verdict:
     label: Label
     p_fake: float | None  # calibrated probability; None when nothing could be assessed
     reason: str | None = None  # why inconclusive: `no_face`, `in_band`, `not_a_photograph`
-    kind: str | None = None  # of a fake, of KINDS; None for any other answer, and where nothing tells the kinds apart
+    kind: str | None = None  # of a fake, one of KINDS; None for any other answer, and where no expert tells it
 
     @property
     def side(self) -> str:
-        """The label a rationale is written under: an inconclusive verdict is explained by its likelier side."""
+        """The label that a rationale explains; for an inconclusive verdict the likelier one."""
         if self.label != "inconclusive":
             return self.label
         return "fake" if (self.p_fake or 0.0) >= 0.5 else "real"
@@ -82,7 +82,7 @@ class Verdict:
 
 @dataclass(frozen=True, eq=False)
 class Face:
-    """A face found in a picture, and the aligned crop that every model looks at."""
+    """A face found in a picture, and the aligned crop that every model gets."""
 
     index: int  # position in the picture's list of faces, largest first; of a video, over all its frames
     box: tuple[float, float, float, float]  # x, y, width, height in picture pixels
@@ -90,31 +90,31 @@ class Face:
     confidence: float  # the face detector's own score, 0..1
     crop: NDArray[np.uint8]  # [CROP_SIZE, CROP_SIZE, 3] RGB, eyes level, margin 1.3 around the mesh
     crop_landmarks: NDArray[np.float32]  # [468, 2] mesh points in crop pixels
-    roll_degrees: float  # how far the head leans; the crop undoes it
+    roll_degrees: float  # tilt of the head in the picture; the crop is upright
     large: NDArray[np.uint8] | None = None  # the same crop [s, s, 3] for an MLLM that takes a larger one than experts
 
     @property
     def view(self) -> NDArray[np.uint8]:
-        """The crop that the MLLM sees."""
+        """The crop for the MLLM."""
         return self.crop if self.large is None else self.large
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a set of weights is, so that nobody has to guess."""
+    """The facts about a set of weights."""
 
     name: str
     version: str
     source: str  # where the weights come from (trained here, a paper's release, ...)
     licence: str
     sha256: str  # of the weight file; empty only when `weights` is empty
-    preprocessing: str  # what happens to a face before the model sees it
+    preprocessing: str  # from a face to the model's input
     paper: str  # title and year, or arXiv number
-    blind_spot: str  # what it cannot see: the first thing a reader must know
-    weights: str = ""  # file name beside the card
+    blind_spot: str  # the forgeries that it misses: the first thing a reader must know
+    weights: str = ""  # file name in the card's folder
     trained_on: str = ""  # data, in words
     figures: Json = field(default_factory=dict)  # measured, with n and interval
-    covers: tuple[str, ...] = ()  # what an expert covers: artifacts, "AREA ARTIFACT" pairs, classes of forgeries
+    covers: tuple[str, ...] = ()  # artifacts, "AREA ARTIFACT" pairs and classes of forgeries that an expert covers
 
     def __post_init__(self) -> None:
         """Raises ValueError for an entry of `covers` outside of the vocabulary."""
@@ -130,32 +130,32 @@ class Card:
 
     @classmethod
     def from_dict(cls, data: Json) -> Self:
-        """Raises ValueError on a missing, unknown or misshapen field: a card is complete or it is not a card."""
+        """Raises ValueError for a missing, unknown or misshapen field."""
         return checked(cls, data)
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What answers, as every report states it: two answers can be compared where all of this but words agrees."""
+    """The model as every report states it. Two answers can be compared where all of this agrees, texts excepted."""
 
     name: str
     base: dict[str, str]  # name and SHA-256 of the base model's weights
     adapter_sha256: str | None = None
-    layers: dict[str, int | list[int]] | None = None  # kept of `tower` and `text`
+    layers: dict[str, int | list[int]] | None = None  # used ones of `tower` and `text`
     prompt_sha256: str = ""
     crops_through: str = ""  # the codec that every crop goes through
-    crop_size: int = 224  # side of the crops that the MLLM sees
+    crop_size: int = 224  # side of the MLLM's crops
     experts: dict[str, str] = field(default_factory=dict)  # name -> version and SHA-256 of the weights
-    in_prompt: list[str] = field(default_factory=list)  # experts whose scores stand in the prompt
-    aliases: dict[str, str] | None = None  # what the prompt calls some of them
+    in_prompt: list[str] = field(default_factory=list)  # experts whose scores are in the prompt
+    aliases: dict[str, str] | None = None  # name -> its name in the prompt, where that is another
     temperature: float = 0.0
     score_form: str = "numbers"
-    held_out: list[str] = field(default_factory=list)  # forge methods that its training left out
+    held_out: list[str] = field(default_factory=list)  # forge methods that were kept out of its training
     blind_spot: str = ""
     licence: str = ""
     runs_on: str | None = None  # device and precision of a local model
     served: dict[str, str] | None = None  # host and name of a served one
-    asked_with: str | None = None  # how scores are written where that is not in the prompt's own form
+    asked_with: str | None = None  # the form of scores in questions, where it is not that of training
     mode: str = "calibrated"
     threshold: float | None = None  # of p_fake in this mode
     band: list[float] | None = None  # p_fake without an answer lies between these
@@ -165,9 +165,9 @@ class ModelInfo:
     validation_sha256: str | None = None
 
     def to_dict(self) -> Json:
-        """As `Report.model` holds it, without what is as usual."""
-        unsaid: Json = dict.fromkeys(("aliases", "runs_on", "served", "asked_with")) | {"crop_size": 224}
-        return {k: v for k, v in asdict(self).items() if k not in unsaid or v != unsaid[k]}
+        """As `Report.model` holds it, without some fields where they have their default."""
+        defaults: Json = dict.fromkeys(("aliases", "runs_on", "served", "asked_with")) | {"crop_size": 224}
+        return {k: v for k, v in asdict(self).items() if k not in defaults or v != defaults[k]}
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class FaceReport:
     rationale: str  # "" when not asked for
     cues: tuple[Cue, ...]  # read from the rationale
     evidence: tuple[Evidence, ...]
-    contradictions: tuple[str, ...] = ()  # where the rationale goes against verdict or evidence
+    contradictions: tuple[str, ...] = ()  # of the rationale to verdict or evidence
     areas: dict[str, list[list[list[float]]]] = field(default_factory=dict)  # area -> polygons in picture pixels
     crop: tuple[tuple[float, float], ...] = ()  # corners of the aligned crop in picture pixels: top left, right, bottom
     frame: int | None = None  # frame number in a video
@@ -199,17 +199,17 @@ class Report:
 
     path: str | None  # as given by the caller; None for bytes and PIL images
     sha256: str  # of the file's bytes
-    media: Json  # kind, format, width, height, n_frames, and what decoding changed (`notes`)
+    media: Json  # kind, format, width, height, n_frames, and the changes by decoding (`notes`)
     verdict: Verdict  # image: the most suspicious face; video: see Detector
     faces: tuple[FaceReport, ...]
     rationale: str  # of the face that decided
     cues: tuple[Cue, ...]  # of the face that decided
     evidence: tuple[Evidence, ...]  # of the face that decided
-    provenance: Json  # C2PA state, and `statements`: what the file states about how it was made; never in p_fake
+    provenance: Json  # C2PA state, and `statements` of the file about how it was made; never in p_fake
     model: Json  # names, hashes, layer counts, mode, threshold and band in force
     versions: dict[str, str]
-    # Seconds per stage, of the whole batch; `files`: how many files it held. Decoding and face finding may have run
-    # while the batch before was judged.
+    # Seconds per stage, for the whole batch of `files` files. Decoding and face finding may have run while the batch
+    # before it was judged.
     timings: dict[str, float]
     warnings: tuple[str, ...] = ()
     likelihood_ratio: Json = field(default_factory=dict)  # `value`, `interval`, `limits`, `run`,
@@ -217,7 +217,7 @@ class Report:
 
     @property
     def decider(self) -> FaceReport | None:
-        """The face that decided, the most suspicious one; the report repeats its rationale, cues and evidence."""
+        """The face that decided, the most suspicious one, whose rationale, cues and evidence the report repeats."""
         return max(self.faces, key=FaceReport.suspicion, default=None)
 
     @property
@@ -226,13 +226,13 @@ class Report:
         return frozenset(name for name, weight in (self.model.get("weights") or {}).items() if weight == 0)
 
     def __str__(self) -> str:
-        """The answer for a person, with what the rationale argues for."""
+        """The answer as text for people."""
         from x2dfd.answer import summary
 
         return summary(self)
 
     def to_dict(self) -> Json:
-        """As plain values. A map stands once, with its face; the evidence repeated from that face goes without."""
+        """As plain values. A map is only in its face's evidence, not in the copy of it in the report's own evidence."""
         data = asdict(self)
         if any(face.evidence == self.evidence for face in self.faces):
             for evidence in data["evidence"]:
@@ -248,8 +248,8 @@ class Report:
         if any("map" in e for e in data["evidence"]):
             return report
         # `to_dict` left them out
-        same = [f for f in report.faces if tuple(replace(e, map=()) for e in f.evidence) == report.evidence]
-        return replace(report, evidence=max(same, key=FaceReport.suspicion).evidence) if same else report
+        matches = [f for f in report.faces if tuple(replace(e, map=()) for e in f.evidence) == report.evidence]
+        return replace(report, evidence=max(matches, key=FaceReport.suspicion).evidence) if matches else report
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -257,12 +257,12 @@ class Report:
 
 
 def result_of(data: Json) -> Report | Failure:
-    """What `to_dict` of a Report or of a Failure gave. Raises ValueError, KeyError or TypeError for anything else."""
+    """A Report or a Failure from its `to_dict`. Raises ValueError, KeyError or TypeError for anything else."""
     return Failure(data["path"], data["sha256"], **data["error"]) if "error" in data else Report.from_dict(data)
 
 
 def frames_asked(media: Json) -> int | None:
-    """How many frames the clip of a `Report.media` was sampled at; None for a picture."""
+    """The number of frames that were requested of the clip of a `Report.media`; None for a picture."""
     if media.get("kind") != "video":
         return None
     return int(media["frames_asked"])

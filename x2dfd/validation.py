@@ -1,6 +1,6 @@
-"""What a model's validation run says: its error rates, and how much a score weighs as a likelihood ratio.
+"""The results of a model's validation run: its error rates, and likelihood ratios by score.
 
-`validation.json` beside an adapter's weights, made by `python -m eval.validation` from a run of `run_bench.py`.
+`validation.json` is in the adapter's folder; `python -m eval.validation` makes it from a run of `run_bench.py`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Validation:
     steps: tuple[tuple[float, float, float, float], ...]  # from this p_fake on: likelihood ratio, and its 95 % interval
 
     def fits(self, facts: Json) -> bool:
-        """Whether it was made with that model: weights, experts and band are the same."""
+        """Whether the run is of that model: the same weights, experts and band."""
         return all(facts.get(key) == value for key, value in self.model.items())
 
     def likelihood_ratio(self, p_fake: float) -> Json:
@@ -47,14 +47,14 @@ class Validation:
 
     @property
     def sha256(self) -> str:
-        """Of everything in it, the steps included."""
+        """Hash of all fields, the steps included."""
         return json_sha256(asdict(self))
 
     def summary(self) -> Json:
-        """What a report repeats of it: everything but the steps."""
-        told = asdict(self)
-        del told["steps"], told["model"]
-        return told | {"methods": list(self.methods), "sources": list(self.sources)}
+        """The fields that a report repeats: all but the steps and the model."""
+        facts = asdict(self)
+        del facts["steps"], facts["model"]
+        return facts | {"methods": list(self.methods), "sources": list(self.sources)}
 
     def save(self, folder: Path) -> None:
         write_text(folder / FILE, json.dumps(asdict(self), indent=1) + "\n")
@@ -66,26 +66,26 @@ class Validation:
         if not path.is_file():
             return None
         try:
-            found = checked(cls, parse_json(path.read_bytes()))
-            found._check()
+            validation = checked(cls, parse_json(path.read_bytes()))
+            validation._check()
         except (OSError, ValueError) as error:
             raise SetupError(
                 f"{path} cannot be read: {error}. Make it: python -m eval.validation", code="validation_unreadable"
             ) from error
-        return found
+        return validation
 
     def _check(self) -> None:
         """Raises ValueError for numbers that no run gives."""
-        begins, ratios = [s[0] for s in self.steps], [s[1] for s in self.steps]
-        if not ratios or begins != sorted(begins) or ratios != sorted(ratios):
+        scores, ratios = [s[0] for s in self.steps], [s[1] for s in self.steps]
+        if not ratios or scores != sorted(scores) or ratios != sorted(ratios):
             raise ValueError("its likelihood ratios do not rise with the score")
-        if not all(0 <= begin <= 1 and 0 < low <= ratio <= high for begin, ratio, low, high in self.steps):
+        if not all(0 <= score <= 1 and 0 < low <= ratio <= high for score, ratio, low, high in self.steps):
             raise ValueError("a step holds no likelihood ratio with its interval")
         if min(self.n_real, self.n_fake, self.n_groups) < 1 or self.cllr < 0:
-            raise ValueError("a count or the cost is no number of a run")
+            raise ValueError("a count is below 1, or the cost is below 0")
         for name in ("false_alarms", "misses", "answered"):
             rate = self.rates.get(name)
             if not isinstance(rate, dict) or not {"value", "n"} <= rate.keys():
-                raise ValueError(f"`rates.{name}` has no value of so many pictures")
-        if (wrong := bad_rate(self.rates, ("value", "interval"))) is not None:
-            raise ValueError(f"`rates.{wrong}` is not from 0 to 1")
+                raise ValueError(f"`rates.{name}` lacks `value` or `n`")
+        if (key := bad_rate(self.rates, ("value", "interval"))) is not None:
+            raise ValueError(f"`rates.{key}` is not from 0 to 1")

@@ -1,4 +1,4 @@
-"""Samples frames evenly over a clip with PyAV, as a player shows them, and notes what that changed."""
+"""Samples frames evenly over a clip with PyAV, as a player shows them, and notes the changes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _MAX_DECODED_PIXELS = 50_000_000_000  # per video: 24,000 frames of 1080p, minut
 _PIECES = 2_000_000  # reads of 32 KiB, and boxes
 _SECONDS = 5.0  # of CPU to find all frames, and _SECONDS_A_BYTE: ten times what an ordinary file takes
 _SECONDS_A_BYTE = 2e-8
-_MAX_STRETCH = 5  # of a pixel, either way: beyond it the file's number is no shape of a pixel
+_MAX_STRETCH = 5  # of a pixel, either way: larger ratios in a file are not believed
 
 
 @dataclass(frozen=True, eq=False)
@@ -356,11 +356,11 @@ def _deinterlaced(before: VideoFrame | None, frame: VideoFrame, after: VideoFram
     inputs = [f for f in (before, frame, after) if f is not None and (f.width, f.height, f.format.name) == layout]
     for item in (*inputs, None):
         graph.push(item)
-    out: list[VideoFrame] = []
+    outputs: list[VideoFrame] = []
     with contextlib.suppress(av.EOFError, av.BlockingIOError):
         while True:
-            out.append(graph.vpull())
-    return out[inputs.index(frame)] if len(out) == len(inputs) else frame
+            outputs.append(graph.vpull())
+    return outputs[inputs.index(frame)] if len(outputs) == len(inputs) else frame
 
 
 # The note for each effect of a display matrix [a b; c d]: (sides swapped, rightwards reversed, downwards reversed).
