@@ -118,9 +118,7 @@ def test_classes_in_words_and_their_confusion(photos: Path, tmp_path: Path) -> N
     assert majority["accuracy"]["value"] == pytest.approx(3 / 5)  # it sees no picture, so the wall is no matter
 
 
-def test_scores_reach_a_served_model_as_tool_results(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_reach_a_server_as_tool_results(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A baseline "with tools" that never told the model what the tools said."""
     monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
     with StandIn(says_yes, owned_by="hosted") as server:

@@ -84,9 +84,7 @@ def test_the_set_follows_from_the_photos_not_from_their_names(photos: Path, whol
 
 
 @pytest.mark.slow
-def test_a_set_that_was_cut_off_is_refused_and_goes_on(
-    photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cut_off_set_is_refused(photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: half a set scored as if it were the whole; or one begun anew with other pictures."""
     made: list[str] = []
     real = cuebench._make
@@ -136,9 +134,7 @@ def test_a_changed_or_missing_file_is_refused(photos: Path, tmp_path: Path, monk
         open_set(tmp_path)
 
 
-def test_photos_without_a_face_are_counted_or_refused(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_photos_without_a_face_are_refused(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: a folder of landscapes that quietly becomes a bench of the two faces in it."""
     plan = cuebench.plan
     monkeypatch.setattr(cuebench, "plan", lambda *words: plan(*words)[:2])

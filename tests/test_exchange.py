@@ -231,9 +231,7 @@ def test_what_the_prompts_have_no_place_for_is_refused(tmp_path: Path, record: R
 
 
 @pytest.mark.slow
-def test_training_takes_conversations_as_they_are(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_takes_conversations_as_is(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a row, a split or a card of ours; and the adapter is asked as its conversations asked."""
     monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
     base = tiny.write_base(tmp_path / "base", tiny.processor_of_llava_15(), tied=False)

@@ -11,12 +11,11 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-import typer
 from numpy.typing import NDArray
-from typer.testing import CliRunner
 
-from data_gen.leaks import NEAR, FileFacts, add_commands, as_text, file_facts, find_leaks, form_leaks, near_pairs
+from data_gen.leaks import NEAR, FileFacts, as_text, file_facts, find_leaks, form_leaks, near_pairs
 from tests.raising import raises, says
+from tests.sets import command
 from x2dfd.manifest import Sample, write_manifest
 
 
@@ -36,13 +35,6 @@ def save(path: Path, pixels: NDArray[np.uint8], quality: int = 95) -> str:
 def manifest(folder: Path, rows: list[dict[str, Any]], name: str = "set") -> Path:
     write_manifest(folder / f"{name}.jsonl", rows)
     return folder / f"{name}.jsonl"
-
-
-def command(*words: object) -> Any:
-    app = typer.Typer()
-    app.callback()(lambda: None)
-    add_commands(app)
-    return CliRunner().invoke(app, ["leaks", *map(str, words)])
 
 
 @pytest.mark.parametrize("near", [0, 1, 4, 8])
@@ -205,11 +197,11 @@ def test_the_exit_code_is_asked_for(tmp_path: Path) -> None:
     leaky, sound = (
         manifest(tmp_path, [train, train | {"path": f"{name}.jpg", "split": "test"}], name) for name in ("b", "c")
     )
-    assert command(leaky).exit_code == command(sound, "--check").exit_code == 0
-    assert command(leaky, "--check").exit_code == 1
-    report = json.loads(command(leaky, "--json", "--workers", "2").stdout)
+    assert command("leaks", leaky).exit_code == command("leaks", sound, "--check").exit_code == 0
+    assert command("leaks", leaky, "--check").exit_code == 1
+    report = json.loads(command("leaks", leaky, "--json", "--workers", "2").stdout)
     assert report["identical"]["n"] == 1 and report["leaks"] is True
     one = {"path": "a.jpg", "label": "real", "group": "g", "split": "train"}
     rows = [one, one | {"path": "b.jpg", "split": "test"}]
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    says(command(tmp_path / "bad.jsonl").exception, "group_across_splits", "'g'")
+    says(command("leaks", tmp_path / "bad.jsonl").exception, "group_across_splits", "'g'")

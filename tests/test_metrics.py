@@ -8,8 +8,6 @@ from functools import partial
 
 import numpy as np
 import pytest
-from sklearn import metrics as sk
-from sklearn.calibration import calibration_curve
 
 from eval import metrics as m
 from eval.stats import Floats, Labels, auc
@@ -18,23 +16,10 @@ from eval.stats import Floats, Labels, auc
 LABELS = np.array([0, 1, 0, 1])
 SCORES = np.array([0.1, 0.3, 0.4, 0.8])
 METRICS: dict[str, Callable[[Labels, Floats], float | None]] = {
-    "average_precision": m.average_precision,
-    "eer": m.eer,
-    "nll": m.nll,
-    "brier": m.brier,
-    "ece": m.ece,
-    "cllr": m.cllr,
-    "accuracy": m.accuracy,
-    "balanced_accuracy": m.balanced_accuracy,
+    "average_precision": m.average_precision, "eer": m.eer, "nll": m.nll, "brier": m.brier, "ece": m.ece,
+    "cllr": m.cllr, "accuracy": m.accuracy, "balanced_accuracy": m.balanced_accuracy,
     "tpr_at_fpr": partial(m.tpr_at_fpr, fpr=0.1),
-}
-
-
-def sample(n: int, seed: int = 0) -> tuple[Labels, Floats]:
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, 2, n)
-    scores = np.clip(rng.normal(0.4 + 0.2 * labels, 0.2), 0, 1).round(2)  # rounded: with ties
-    return labels, scores
+}  # fmt: skip
 
 
 def test_known_answers() -> None:
@@ -57,16 +42,11 @@ def test_known_answers() -> None:
     assert m.recalls(LABELS, SCORES, 0.35) == (0.5, 0.5)
     assert m.balanced_accuracy(np.array([0, 0, 0, 1]), np.array([0.1, 0.2, 0.9, 0.9])) == pytest.approx((2 / 3 + 1) / 2)
     assert m.tpr_at_fpr(LABELS, SCORES, 0.1) == 0.5
-    assert m.tpr_at_fpr(LABELS, SCORES, 0.5) == 1.0
     # 1 is no information; posteriors from a 4:1 training set read under even priors would pass for evidence
     assert m.cllr(LABELS, np.full(4, 0.5)) == m.cllr(LABELS, np.full(4, 0.8), prior=0.8) == pytest.approx(1)
-    # floor(1.0 x 15) is bin 15 of 15; two bins: .01 and .02 share the first one (mean .015), .9 has its own
-    assert m.ece(np.array([0, 1]), np.array([1.0, 1.0])) == pytest.approx(0.5)
-    assert m.ece(np.array([0, 0, 1]), np.array([0.01, 0.02, 0.9])) == pytest.approx(1 / 2 * 0.015 + 1 / 2 * 0.1)
     # intersection over prediction alone rewards a single sure pixel
     truth, said = np.array([[1, 1, 0, 0]], np.bool_), np.array([[0, 1, 1, 0]], np.bool_)
     assert m.overlap(truth, said) == pytest.approx(1 / 3) and m.overlap(np.zeros_like(truth), said) is None
-    assert (m.overlap(truth, truth), m.overlap(truth, ~truth)) == (1.0, 0.0)
     # a sure wrong answer costs much, and not infinity, which is no JSON
     assert all(13 < (fn(np.array([0, 1]), np.array([1.0, 0.0])) or 0) < 21 for fn in (m.nll, m.cllr))
     with pytest.raises(ValueError, match="finite"):  # NaN sorts somewhere and gives a plausible AUC
@@ -77,18 +57,18 @@ def test_known_answers() -> None:
     assert m.distinct_share(["The jaw is blurred.", "the jaw  is blurred.", "The eyes differ."]) == pytest.approx(2 / 3)
 
 
-def test_known_answers_with_ties() -> None:
+def test_known_answers_with_ties_and_at_edges() -> None:
     """Ties broken by the order of the list win or lose pairs that nobody ranked."""
-    # real .1, fake .5 and real .5, fake .9, fake .9: of 6 pairs 5 are in order and one is a tie
+    # real .1, fake .5 and real .5, fake .9, fake .9
     labels, scores = np.array([0, 1, 0, 1, 1]), np.array([0.1, 0.5, 0.5, 0.9, 0.9])
-    # both at .9: precision 1, recall 2/3; at .5 three of four are fakes, recall 1
-    assert m.average_precision(labels, scores) == pytest.approx(2 / 3 * 1 + 1 / 3 * 3 / 4)
     # ROC points (fpr, fnr): (0, 1/3), (1/2, 0); the first is nearer to equal
     assert m.eer(labels, scores) == pytest.approx(1 / 6)
-    assert m.tpr_at_fpr(labels, scores, 0.4) == pytest.approx(2 / 3)
+    assert m.tpr_at_fpr(labels, scores, 0.4) == pytest.approx(2 / 3) and m.tpr_at_fpr(labels, scores, 0.5) == 1.0
     # bins of width 1/2, reals a quarter each and fakes a sixth: {.1}, {.5, .5, .9, .9}
     gaps = (-0.1 / 4, (0.5 + 0.1 + 0.1) / 6 - 0.5 / 4)
     assert m.ece(labels, scores, bins=2) == pytest.approx(sum(map(abs, gaps)))
+    # floor(1.0 x 15) is bin 15 of 15
+    assert m.ece(np.array([0, 1]), np.array([1.0, 1.0])) == pytest.approx(0.5)
     # Nine fakes in ten do not make a probability that takes both for equally likely look better.
     assert m.ece(np.array([0] + [1] * 9), np.full(10, 0.6), bins=1) == pytest.approx(0.1)
 
@@ -105,53 +85,13 @@ def test_one_class_is_not_defined(name: str, labels: list[int]) -> None:
         assert m.cue_agreement([], [])["micro"] == {"precision": None, "recall": None, "f1": None}
 
 
-def test_agrees_with_scikit_learn() -> None:
-    """Our own formulas (recalls, TPR at FPR, pooling by weights) must say what the library says where both exist."""
-    labels, scores = sample(500)
-    assert m.accuracy(labels, scores) == pytest.approx(sk.accuracy_score(labels, scores > 0.5))
-    assert m.balanced_accuracy(labels, scores) == pytest.approx(sk.balanced_accuracy_score(labels, scores > 0.5))
-    real, fake = m.recalls(labels, scores)
-    assert real == pytest.approx(sk.recall_score(labels, scores > 0.5, pos_label=0))
-    assert fake == pytest.approx(sk.recall_score(labels, scores > 0.5))
-
-    # the cost of likelihood ratios at even priors is the log loss with half of the weight on each class, in bits
-    weights = np.where(labels == 1, 1 / labels.sum(), 1 / (1 - labels).sum())
-    in_nats = sk.log_loss(labels, np.clip(scores, 1e-6, 1 - 1e-6), sample_weight=weights)
-    assert m.cllr(labels, scores) == pytest.approx(in_nats / math.log(2))
-
-    even = np.concatenate([np.flatnonzero(labels == k)[:200] for k in (0, 1)])  # as many of each weigh alike
-    inside = even[(scores[even] * 15) % 1 != 0]  # at an edge the two differ in side
-    own, said = np.concatenate([labels[inside], 1 - labels[inside]]), np.tile(scores[inside], 2)
-    share, mean = calibration_curve(own, said, n_bins=15)
-    filled = np.bincount((said * 15).astype(int), minlength=15)
-    by_library = np.abs(share - mean) @ filled[filled > 0] / len(said)
-    assert m.ece(own, said) == pytest.approx(by_library)
-    found = [np.mean(scores[labels == 1] >= t) for t in set(scores) if np.mean(scores[labels == 0] >= t) <= 0.05]
-    assert m.tpr_at_fpr(labels, scores, 0.05) == pytest.approx(max(found))
-
-
-def test_the_order_of_samples_does_not_matter() -> None:
-    """A result that depends on the order of the manifest cannot be reproduced from a shuffled one."""
-    labels, scores = sample(200)
-    groups = [f"g{i // 4}" for i in range(200)]
-    order = np.random.default_rng(1).permutation(200)
-    for name, fn in METRICS.items():
-        assert fn(labels[order], scores[order]) == pytest.approx(fn(labels, scores), abs=1e-12), name
-    shuffled = [groups[i] for i in order]
-    assert m.pool_by(shuffled, np.zeros(200, dtype=np.int64), scores[order])[2] == pytest.approx(
-        m.pool_by(groups, np.zeros(200, dtype=np.int64), scores)[2]
-    )
-
-
 def test_two_clips_with_one_folder_name_do_not_merge() -> None:
     """Grouping by folder name merges `A/000` and `B/000`: AUC 1.0 instead of the true 0.5."""
-    methods, folders = ["A", "A", "B", "B", "real", "real"], ["000", "000", "000", "000", "001", "001"]
+    clips = ["A/000", "A/000", "B/000", "B/000", "real/001", "real/001"]
     labels, scores = np.array([1, 1, 1, 1, 0, 0]), np.array([0.9, 0.9, 0.2, 0.2, 0.5, 0.5])
-    clips = [f"{a}/{b}" for a, b in zip(methods, folders, strict=True)]
     names, pooled_labels, pooled = m.pool_by(clips, labels, scores)
     assert names == ["A/000", "B/000", "real/001"]
     assert auc(pooled_labels, pooled) == 0.5
-    assert auc(*m.pool_by(folders, labels, scores)[1:]) == 1.0
     with pytest.raises(ValueError, match="x"):  # a mean label cut to an integer turns a fake clip into a real one
         m.pool_by(["x", "x"], np.array([0, 1]), np.array([0.1, 0.9]))
     ids, labels, scores = ["b", "a", "b", "b"], np.array([1, 0, 1, 1]), np.array([0.2, 0.5, 0.9, 0.1])

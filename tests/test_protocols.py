@@ -11,43 +11,17 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from eval import metrics, stats
-from eval.protocols import (
-    PROTOCOLS,
-    Compat,
-    app,
-    index_sets,
-    pool_clips,
-    read_annotations,
-    sampled,
-)
+from eval.protocols import PROTOCOLS, Compat, app, index_sets, pool_clips, read_annotations, sampled
 from tests.raising import raises, says
+from tests.sets import as_json, indexed, touch
 from x2dfd.manifest import Sample, read_manifest
 
 REALS, FAKES = 178, 888
 """Test clips of DF40's EFS sets in the domain of Celeb-DF; every real clip has the folder name of a fake one."""
 
 
-def command(*words: Any) -> Result:
+def command(*words: object) -> Result:
     return CliRunner().invoke(app, [str(w) for w in words])
-
-
-def touch(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-
-
-def touched_index(
-    root: Path, folder: Path, key: str, classes: dict[str, dict[str, list[str]]], level: str = ""
-) -> None:
-    """An index of DeepfakeBench with everything in `test`, and the files that it lists."""
-    made: dict[str, Any] = {}
-    for name, clips in classes.items():
-        records: Any = {clip: {"label": name, "frames": frames} for clip, frames in clips.items()}
-        made[name] = {"train": {}, "val": {}, "test": {level: records} if level else records}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{key}.json").write_text(json.dumps({key: made}), encoding="utf-8")
-    for frame in (frame for clips in classes.values() for frames in clips.values() for frame in frames):
-        touch(root / frame)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +31,7 @@ def df40(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
     fakes = {f"m{i % 5}/{i:04d}": [f"EFS/m{i % 5}/{i:04d}/{i}.png"] for i in range(FAKES)}
     reals = {f"{i:04d}": [f"Celeb-DF-v2/Celeb-real/frames/{i:04d}/{i}.png"] for i in range(REALS)}
     classes = {"EFSAll_Fake": fakes, "EFSAll_Real": reals}
-    touched_index(root, root / "json", "EFSAll_cdf", classes)
+    indexed(root, root / "json" / "EFSAll_cdf.json", "EFSAll_cdf", classes)
     sets = index_sets(PROTOCOLS["df40-p2"], root / "json", [root], sets=["EFSAll_cdf"])
     return sets["EFSAll_cdf"][0]
 
@@ -106,10 +80,6 @@ def test_frames_are_spread_and_first_only_under_compat() -> None:
 def test_the_protocols_of_df40_are_the_published_ones() -> None:
     """Bug prevented: the eight swaps of another table called P1."""
     assert PROTOCOLS["df40-p1"].sets == ("FSAll_ff", "FRAll_ff", "EFSAll_ff")
-    assert PROTOCOLS["df40-p2"].sets == ("FSAll_cdf", "FRAll_cdf", "EFSAll_cdf")
-    assert len(PROTOCOLS["df40-p3"].sets) == 9 and PROTOCOLS["df40-p4"].sets == ()
-    for part in ("WildDeepfake", "DeepFakeFace", "DFDC", "DFD", "CelebDF", "X2DFD", "FFpp", "DeepfakeBench"):
-        assert part.lower() in PROTOCOLS
     listed = command("list")
     assert listed.exit_code == 0 and all(f"{name}\tv" in listed.stdout for name in PROTOCOLS)
 
@@ -120,7 +90,8 @@ def test_a_protocol_is_written_set_by_set_and_never_in_part(tmp_path: Path) -> N
     for key in PROTOCOLS["df40-p1"].sets[:2]:
         name = key.removesuffix("_ff")
         fakes = {"a": [f"{key}/f/a/{i}.png" for i in range(40)]}
-        touched_index(root, indices, key, {f"{name}_Fake": fakes, f"{name}_Real": {"b": ["ff/b/1.png"]}})
+        classes = {f"{name}_Fake": fakes, f"{name}_Real": {"b": ["ff/b/1.png"]}}
+        indexed(root, indices / f"{key}.json", key, classes)
     words = ["write", "df40-p1", "--indices", indices, "--root", root, "--out", out]
     says(command(*words).exception, "index_missing", "EFSAll_ff.json")
     assert not out.exists()
@@ -142,7 +113,7 @@ def test_other_counts_than_the_makers_are_said(tmp_path: Path) -> None:
     root, indices = tmp_path / "data", tmp_path / "json"
     for key in PROTOCOLS["ffpp"].sets:
         classes = {key: {"000_003": [f"{key}/000_003/1.png"]}, "FF-real": {"000": ["real/000/1.png"]}}
-        touched_index(root, indices, key, classes, "c23")
+        indexed(root, indices / f"{key}.json", key, classes, level="c23")
     sets = index_sets(PROTOCOLS["ffpp"], indices, [root])
     assert all(len(samples) == 2 for samples, _ in sets.values())
     assert "1 real and 1 fake clips, where its makers count 140 and 140" in " ".join(sets["FF-NT"][1])
@@ -164,8 +135,7 @@ def test_folders_and_lists_are_protocols_too(tmp_path: Path) -> None:
         samples = read_manifest(out / f"{name}.jsonl")
         assert [s.label for s in samples].count("fake") == (2 if name == "wilddeepfake" else 3)
         assert {s.method for s in samples if s.label == "fake"} == {"gen"}
-    (tmp_path / "Celeb-real/frames/id0_0000").mkdir(parents=True)
-    (tmp_path / "Celeb-real/frames/id0_0000/000.png").touch()
+    touch(tmp_path / "Celeb-real/frames/id0_0000/000.png")
     (tmp_path / "List_of_testing_videos.txt").write_text("1 Celeb-real/id0_0000.mp4\n", encoding="utf-8")
     done = command("write", "celebdf", "--root", tmp_path, "--out", tmp_path / "celeb")
     assert done.exit_code == 0 and "178 and 340" in done.stdout, done.exception
@@ -183,8 +153,7 @@ def test_annotations_keep_every_answer_and_ask_for_the_polarity(tmp_path: Path) 
         {"image": "x/img/a.png", "label": 1, "question": "Where?", "answer": "mouth"},
         {"image": "x\\img\\b.png", "label": 0, "conversations": talk},
     ]
-    file = tmp_path / "a.json"
-    file.write_text(json.dumps(records), encoding="utf-8")
+    file = as_json(tmp_path / "a.json", records)
     out = tmp_path / "a.jsonl"
     words = ["annotations", file, "--root", tmp_path, "--out", out]
     says(command(*words).exception, "option_missing", "--real-value")
@@ -198,6 +167,6 @@ def test_annotations_keep_every_answer_and_ask_for_the_polarity(tmp_path: Path) 
         "label_unclear": {"label": 2}, "label_contradicts": {"label": 0}, "exchange_malformed": {"answer": ""},
     }  # fmt: skip
     for code, change in changes.items():
-        file.write_text(json.dumps([records[0], records[0] | change]), encoding="utf-8")
+        as_json(file, [records[0], records[0] | change])
         with raises(code):
             read_annotations(file, [tmp_path], real=["1"], fake=["0"])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,6 @@ from external_detectors.mesonet import MesoNet, load_mesonet
 from external_detectors.published import AlignedForensics, ResNet50NoDown, SwinV2Blending, UniversalFakeDetect
 from tests.raising import raises
 from x2dfd import experts
-from x2dfd.errors import SetupError
 from x2dfd.experts import BUILTIN, DEFAULT, PUBLISHED, load_expert
 from x2dfd.faces import CROP_SIZE
 from x2dfd.files import file_sha256
@@ -69,8 +67,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir(parents=True)
     return folder
 
-
-# --- MesoNet --------------------------------------------------------------------------------------------------------
 
 KERNELS = {
     "Meso4": [(3, 3, 3, 8), (5, 5, 8, 8), (5, 5, 8, 16), (5, 5, 16, 16)],
@@ -155,23 +151,10 @@ def test_a_face_without_a_usable_crop_or_answer_is_none_with_a_reason(tmp_path: 
     assert broken.score is None and broken.note
 
 
-Change = Callable[[h5py.File], None]
-
-
-def _replace(file: h5py.File, name: str, value: Array) -> None:
-    del file[name]
-    file[name] = value
-
-
-CONV, BIAS = "conv2d_8/conv2d_8/kernel:0", "dense_8/dense_8/bias:0"
-CHANGES: dict[str, tuple[Change, str, str]] = {
-    "missing tensor": (lambda f: f.__delitem__("conv2d_9/conv2d_9/bias:0"), "checkpoint_incomplete", "bias"),
+CHANGES: dict[str, tuple[Callable[[h5py.File], object], str, str]] = {
     "missing layer": (lambda f: f.__delitem__("conv2d_11"), "checkpoint_incomplete", "features.6"),
     "foreign layer": (lambda f: f.create_dataset("lstm_1/lstm_1/kernel:0", (8,), "f4"), "checkpoint_left_over", "lstm"),
-    "misshaped": (lambda f: _replace(f, BIAS, np.zeros(17, "f4")), "checkpoint_shape_differs", "[17]"),
-    "integers": (lambda f: _replace(f, BIAS, np.zeros(16, "i4")), "checkpoint_shape_differs", "bias"),
-    "not finite": (lambda f: _replace(f, BIAS, np.full(16, np.nan, "f4")), "checkpoint_not_finite", "bias"),
-    "other network": (lambda f: _replace(f, CONV, np.zeros((7, 7, 3, 8), "f4")), "network_unknown", "Meso4"),
+    "other network": (lambda f: f.__delitem__("conv2d_8"), "network_unknown", "Meso4"),
 }
 
 
@@ -196,9 +179,6 @@ def test_a_file_that_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path)
             expert(tmp_path)
 
 
-# --- AlignedForensics -----------------------------------------------------------------------------------------------
-
-
 RESNET = {name: tuple(value.shape) for name, value in ResNet50NoDown().state_dict().items()}
 
 
@@ -221,10 +201,8 @@ def save_checkpoint(folder: Path, state: object) -> Path:
 
 
 def test_aligned_forensics_loads_the_published_form(tmp_path: Path) -> None:
-    """Bug prevented: the same tensors in plain res50 give other scores; a state dict of which nobody knows what it is.
-
-    The options beside the checkpoint say which network it is.
-    """
+    """Bug prevented: the same tensors in plain res50, which the options beside the file tell apart, give other scores;
+    a state dict of which nobody knows what it is."""
     # Names and shapes of torchvision's ResNet-50 with one output, which are those of the release.
     named = hashlib.sha256(str(sorted(RESNET.items())).encode()).hexdigest()
     assert named == "fb104d8f2603506bda84bb687258e7de3f82c3a27817ee4520848b6f6415d23b"
@@ -233,29 +211,22 @@ def test_aligned_forensics_loads_the_published_form(tmp_path: Path) -> None:
     assert [e.score for e in expert.judge([grey(90)])] == pytest.approx([0.75])
     assert expert.card.sha256 == file_sha256(path)
     options = tmp_path / "ours-sync.yaml"
-    for stated, told in (
-        ("arch: res50nodown", "arch: res50"),
-        ("arch: res50nodown", "arch: null"),
-        ("norm_type: resnet", "norm_type: clip"),
-        ("patch_size: null", "patch_size: 224"),
+    lines = OPTIONS.splitlines()
+    for text, code, fact in (
+        (OPTIONS.replace("res50nodown", "res50"), "network_differs", "arch: res50"),
+        (OPTIONS.replace("resnet", "clip"), "network_differs", "norm_type: clip"),
+        (OPTIONS.replace("null", "224"), "network_differs", "patch_size: 224"),
+        ("\n".join(lines[:-1]), "network_differs", "no patch_size"),
+        ("- res50nodown\n", "network_differs", "no arch"),
+        ("a: !!python/name:os.x", "network_unstated", "arch: res50nodown"),
     ):
-        options.write_text(OPTIONS.replace(stated, told))
-        with raises("network_differs", told.replace("null", "None")):
-            AlignedForensics(tmp_path)
-    for key in ("arch", "norm_type", "patch_size"):
-        options.write_text("\n".join(line for line in OPTIONS.splitlines() if not line.startswith(key)))
-        with raises("network_differs", f"no {key}"):
-            AlignedForensics(tmp_path)
-    for text in ("- res50nodown\n", "", "a: [", "a: !!python/name:os.x"):
         options.write_text(text)
-        with pytest.raises(SetupError):
+        with raises(code, options, fact):
             AlignedForensics(tmp_path)
     options.unlink()
-    with raises("network_unstated", "arch: res50nodown", "ours-sync.yaml"):
+    with raises("network_unstated", options):
         AlignedForensics(tmp_path)
-    save_checkpoint(tmp_path, [1, 2])
-    with raises("checkpoint_malformed"):
-        AlignedForensics(tmp_path)
+    save_checkpoint(tmp_path, blank_state())
     torch.save(blank_state(), path)
     with raises("checkpoint_malformed", "total_steps"):
         AlignedForensics(tmp_path)
@@ -310,26 +281,16 @@ class _Code:
         return os.mkdir, (str(self.marker),)
 
 
-@pytest.mark.parametrize("form", ["torch", "pickle"])
 @pytest.mark.parametrize("name", list(FILES)[1:])
-def test_a_pickle_with_code_is_refused_and_not_run(
-    name: str, form: str, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pickle_with_code_is_refused_and_not_run(name: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: weights from the web that take over the machine when they are loaded."""
     monkeypatch.setitem(sys.modules, "timm", stand_in_timm())
-    marker, path = cache / "ran", cache / FILES[name]
-    content = {"model": {"fc.bias": _Code(marker)}, "optimizer": {}, "total_steps": 1}
-    if form == "torch":
-        torch.save(content, path)
-    else:
-        path.write_bytes(pickle.dumps(content, protocol=2))
+    marker = cache / "ran"
+    torch.save({"model": {"fc.bias": _Code(marker)}, "optimizer": {}, "total_steps": 1}, cache / FILES[name])
     (cache / "ours-sync.yaml").write_text(OPTIONS)
     with raises("checkpoint_unreadable"):
         load_expert(name)
     assert not marker.exists()
-
-
-# --- SwinV2: with a stand-in for timm --------------------------------------------------------------------------------
 
 
 class _TwoClasses(nn.Module):
@@ -383,9 +344,6 @@ def test_swinv2_squashes_normalises_and_reads_class_one(tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "timm", None)
     with raises("package_missing", "pip install timm"):
         SwinV2Blending(tmp_path)
-
-
-# --- UniversalFakeDetect: with a tiny CLIP ---------------------------------------------------------------------------
 
 
 def save_clip(folder: Path, embedding: int = 768, whole: bool = False) -> Path:
@@ -442,14 +400,9 @@ def test_ufd_refuses_other_heads_and_towers(tmp_path: Path) -> None:
         UniversalFakeDetect(tmp_path)
     with raises("tower_differs", 512):
         UniversalFakeDetect(save_clip(clip, embedding=512).parent)
-    narrow, bare = {"weight": torch.zeros(1, 512), "bias": torch.zeros(1)}, {"weight": torch.zeros(1, 768)}
-    for state, code in ((narrow, "checkpoint_shape_differs"), (bare, "checkpoint_incomplete")):
-        torch.save(state, fc)
-        with raises(code):
-            UniversalFakeDetect(tmp_path)
-
-
-# --- in the registry -------------------------------------------------------------------------------------------------
+    torch.save({"weight": torch.zeros(1, 768)}, fc)
+    with raises("checkpoint_incomplete", "bias"):
+        UniversalFakeDetect(tmp_path)
 
 
 def test_published_experts_are_listed_and_never_used_by_default(cache: Path) -> None:

@@ -13,13 +13,10 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-import typer
 from numpy.typing import NDArray
-from typer.testing import CliRunner, Result
 
 from data_gen.forge import METHODS, Photo, forge
 from data_gen.questions import (
-    add_commands,
     connect,
     cue_questions,
     fault,
@@ -30,6 +27,7 @@ from data_gen.questions import (
     write_questions,
 )
 from tests.raising import raises
+from tests.sets import command
 from x2dfd.assessment import BANK, CueQuestion, read_questions
 from x2dfd.explain import read_cues
 from x2dfd.faces import find_faces
@@ -57,13 +55,9 @@ def test_bank_is_large_and_without_repetition() -> None:
 
 def test_bank_asks_about_everything_the_forge_makes(astronaut: NDArray[np.uint8]) -> None:
     """Bug prevented: a forged cue that no question asks about is never assessed, so never taught."""
-    face = find_faces(astronaut)[0]
-    x, y, w, h = (round(v) for v in face.box)
-    region = astronaut[max(0, y - h // 3) : y + h + h // 3, max(0, x - w // 3) : x + w + w // 3]
-    scale = 128 / region.shape[0]
-    points = (face.landmarks - [max(0, x - w // 3), max(0, y - h // 3)]) * scale
-    small = cv2.resize(region, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    photo = Photo(np.asarray(small, np.uint8), points.astype(np.float32), "s", "g")
+    head = astronaut[20:276, 110:366]
+    small = cv2.resize(head, (128, 128), interpolation=cv2.INTER_AREA)
+    photo = Photo(np.asarray(small, np.uint8), find_faces(head)[0].landmarks / 2, "s", "g")
     made: set[tuple[str, str]] = set()
     for method in METHODS.values():
         for seed in range(40):
@@ -148,8 +142,6 @@ BLUR = entry("Are the eyes strangely blurred? Answer Yes or No.", "eyes", "blur"
     ("bad", "reason"),
     [
         (entry("Do the eyes look natural? Answer Yes or No.", "eyes", "texture"), "plainly assert"),
-        (entry("Is the jaw free of seams? Answer Yes or No.", "jaw", "blending"), "plainly assert"),
-        (entry("Does the light on the face match the scene? Answer Yes or No.", "skin", "lighting"), "plainly assert"),
         (entry("Is there a seam along the jaw? Answer Yes or No.", "nose", "blending"), "plainly assert"),
         (entry("Is there a seam along the jaw?", "jaw", "blending"), "does not end"),
         (entry("Is there a seam along the chin strap? Answer Yes or No.", "strap", "blending"), "vocabulary"),
@@ -182,24 +174,15 @@ def test_generation_asks_again_and_says_how_it_asked(monkeypatch: pytest.MonkeyP
         connect("http://localhost:1/v1")
 
 
-def command(*words: str) -> Result:
-    app = typer.Typer(pretty_exceptions_enable=False)
-    add_commands(app)
-    app.callback()(lambda: None)
-    result = CliRunner().invoke(app, ["questions", *words])
-    assert result.exit_code == 0, result.output
-    return result
-
-
 def test_the_command_writes_bank_control_and_published(tmp_path: Path) -> None:
     """Bug prevented: `--published` that still writes the bank; a control set that changes with every call."""
     out = tmp_path / "q.json"
     for _ in range(2):
-        command("--out", str(out), "--unrelated", "5")
+        command("questions", "--out", str(out), "--unrelated", "5")
         read = read_questions(out)
         assert read[:-5] == cue_questions() and read[-5:] == random_questions(5, np.random.default_rng(0))
     (tmp_path / "list.json").write_text(json.dumps([SEAM["question"], "Is it odd? Answer Yes or No."]))
-    result = command("--out", str(out), "--published", str(tmp_path / "list.json"))
+    result = command("questions", "--out", str(out), "--published", str(tmp_path / "list.json"))
     assert [q.area for q in read_questions(out)] == ["jaw", None] and "1 without a readable cue" in result.output
 
 
@@ -209,7 +192,7 @@ def test_fewer_questions_are_those_that_the_pictures_can_answer(tmp_path: Path) 
     row = {"path": "a.png", "label": "fake", "cues": [{"area": "jaw", "artifact": "blending"}]}
     manifest.write_text(json.dumps(row) + "\n")
     out = str(tmp_path / "q.json")
-    command("--out", out, "--only", "9", "--cues-of", str(manifest), "--unrelated", "2")
+    command("questions", "--out", out, "--only", "9", "--cues-of", str(manifest), "--unrelated", "2")
     read = read_questions(tmp_path / "q.json")
     kept, jaw = read[:-2], [q for q in cue_questions() if (q.area, q.artifact) == ("jaw", "blending")]
     assert len(kept) == 9 and len(read) == 11 and 0 < len(jaw) < 9

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import sys
@@ -15,12 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import typer
 from PIL import Image
-from typer.testing import CliRunner
 
 from data_gen.public_sets import index_label, read_celebdf, read_deepfakebench, read_dfdc, read_ffpp, source_ids
-from data_gen.read_commands import add_commands
 from data_gen.readers import (
     Group,
     Media,
@@ -40,44 +35,12 @@ from data_gen.readers import (
 )
 from data_gen.saved_sets import Columns, read_datasets
 from eval.bench import check_clips
+from tests.pictures import encoded
 from tests.raising import raises, says
+from tests.sets import as_json, command, index, indexed, touch
 from x2dfd.manifest import Sample, read_manifest, write_manifest
 
 SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
-
-
-def png(path: Path, seed: int = 0) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 255, (16, 16, 3), np.uint8)
-    Image.fromarray(pixels).save(path)
-    return path
-
-
-def touch(path: Path) -> Path:
-    """A file whose content does not matter: readers look at names and places."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    return path
-
-
-def as_json(path: Path, value: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
-    return path
-
-
-def sides(samples: list[Sample], split: str) -> set[str]:
-    return {source for s in samples if s.split == split for source in s.extra["sources"]}
-
-
-def command(*words: object) -> Any:
-    app = typer.Typer()
-    app.callback()(lambda: None)
-    add_commands(app)
-    return CliRunner().invoke(app, ["read", *map(str, words)])
-
-
-# --- order, frames, groups, splits ----------------------------------------------------------------------------------
 
 
 def test_frames_sort_as_people_count_and_are_spread_over_the_clip() -> None:
@@ -111,37 +74,30 @@ def test_groups_and_their_splits() -> None:
 
 def test_methods_have_classes_and_unknown_ones_have_none() -> None:
     """Bug prevented: a guessed class becomes the truth of the four-class benchmark."""
-    known = {"Deepfakes": "FS", "Face2Face": "FR", "faceswap": "FS", "NeuralTextures": "FR", "FaceShifter": "FS"}
-    known |= {"StyleGAN-XL": "EFS", "StyleGANXL": "EFS", "styleclip": "FE", "DFDC": "", "my method": "", "": ""}
+    known = {"faceswap": "FS", "NeuralTextures": "FR", "StyleGANXL": "EFS", "styleclip": "FE", "DFDC": "", "": ""}
     assert {m: df_class("fake", m) for m in known} == known
     assert df_class("real", "Deepfakes") == "real"
 
 
-# --- folders and lists ----------------------------------------------------------------------------------------------
-
-
 def test_folders_get_the_label_that_the_user_says(tmp_path: Path) -> None:
     """Bug prevented: `Real3DPortrait` is a set of fakes; a rule on names would call it real."""
-    png(tmp_path / "Real3DPortrait/a.png")
-    png(tmp_path / "fakers_anonymous/b.jpg", 1)
-    touch(tmp_path / "fakers_anonymous/readme.txt")
-    out = tmp_path / "set.jsonl"
-    result = command(
-        *("folder", "--fake", f"Real3DPortrait={tmp_path / 'Real3DPortrait'}"),
-        *("--real", tmp_path / "fakers_anonymous", "--out", out, "--split", "test"),
-    )
+    fakes = touch(tmp_path / "Real3DPortrait/a.png").parent
+    reals = touch(tmp_path / "fakers_anonymous/b.jpg").parent
+    touch(reals / "readme.txt")
+    words = ["read", "folder", "--out", out := tmp_path / "set.jsonl"]
+    says(command(*words).exception, "option_missing", "--real")  # no label said
+    result = command(*words, "--fake", f"Real3DPortrait={fakes}", "--real", reals, "--split", "test")
     assert result.exit_code == 0, result.exception
     assert {s.id: (s.label, s.method, s.split) for s in read_manifest(out)} == {
         "Real3DPortrait/a.png": ("fake", "Real3DPortrait", "test"),
         "fakers_anonymous/b.jpg": ("real", "", "test"),
     }
     assert "{'.txt': 1}" in result.output
-    says(command("folder", "--out", out).exception, "option_missing", "--real")  # no label said
 
 
 def test_a_file_that_is_said_to_be_both_is_refused(tmp_path: Path) -> None:
     """Bug prevented: fakes in a folder inside that of the reals are trained on as real; one folder is two methods."""
-    fakes = png(tmp_path / "all/fakes/b.png").parent
+    fakes = touch(tmp_path / "all/fakes/b.png").parent
     with raises("samples_contradict", "b.png", "'real'", "'fake'"):
         finish(read_folders(labelled([str(tmp_path / "all")], [str(fakes)])))
     with raises("samples_contradict", "'Deepfakes'", "'FaceSwap'"):
@@ -185,7 +141,7 @@ def test_real_and_fake_of_one_folder_are_one_group(tmp_path: Path) -> None:
 
 def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     """Bug prevented: a data set laid out with links reads as empty, or a link to its own parent never ends."""
-    png(tmp_path / "store/a.png")
+    touch(tmp_path / "store/a.png")
     (tmp_path / "set").mkdir()
     os.symlink(tmp_path / "store", tmp_path / "set/linked")
     os.symlink(tmp_path / "set", tmp_path / "set/again")
@@ -195,15 +151,14 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
 
 def test_a_list_without_labels_is_refused(tmp_path: Path) -> None:
     """Bug prevented: X2-DFD's code reads the label from the list's file name; `Real3DPortrait.json` holds fakes."""
-    png(tmp_path / "frames/clip/9.png")
-    png(tmp_path / "frames/clip/10.png", 1)
+    touch(tmp_path / "frames/clip/9.png")
+    touch(tmp_path / "frames/clip/10.png")
     images = [{"image_path": f"/old/frames/clip/{n}.png"} for n in (10, 9)]
     file = as_json(tmp_path / "Real3DPortrait.json", {"Description": "/nowhere", "images": images})
     out = tmp_path / "set.jsonl"
-    for words in (["x2dfd-list", file, "--out", out], ["x2dfd-list", "--out", out]):
-        says(command(*words).exception, "option_missing", "--real LIST")
+    says(command("read", "x2dfd-list", file, "--out", out).exception, "option_missing", "--real LIST")
     assert not out.exists()
-    result = command("x2dfd-list", "--fake", file, "--root", tmp_path, "--clips", "--out", out)
+    result = command("read", "x2dfd-list", "--fake", file, "--root", tmp_path, "--clips", "--out", out)
     assert result.exit_code == 0, result.exception
     samples = read_manifest(out)
     assert [s.path.name for s in samples] == ["9.png", "10.png"]
@@ -217,23 +172,17 @@ def test_a_list_without_labels_is_refused(tmp_path: Path) -> None:
         read_x2dfd_lists([(as_json(tmp_path / "y.json", {"images": ["a.png"]}), "real", "")])
 
 
-# --- manifests ------------------------------------------------------------------------------------------------------
-
-
 def test_merged_manifests_are_grouped_anew(tmp_path: Path) -> None:
     """Bug prevented: reals and swaps read apart have different group names, and the same face lands on two sides."""
     real = Sample("r", tmp_path / "r.png", "real", group="FF/071", extra={"sources": ["FF/071"]})
-    fake = Sample("f", tmp_path / "f.png", "fake", group="FF/054", extra={"sources": ["FF/071", "FF/054"]})
     other = {"path": "o.png", "label": "real", "group": "mine", "split": "val"}
     write_manifest(tmp_path / "real.jsonl", [real])
-    with (tmp_path / "fake.csv").open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerows([["path", "label", "group", "sources"]])
-        writer.writerow([str(fake.path), "fake", fake.group, json.dumps(fake.extra["sources"])])
+    row = 'f.png,fake,FF/054,"[""FF/071"", ""FF/054""]"'
+    (tmp_path / "fake.csv").write_text(f"path,label,group,sources\n{row}\n")
     pq.write_table(pa.Table.from_pylist([other]), tmp_path / "other.parquet")
     files = [tmp_path / n for n in ("real.jsonl", "fake.csv", "other.parquet")]
     out = tmp_path / "all.jsonl"
-    assert command("manifest", *files, "--out", out).exit_code == 0
+    assert command("read", "manifest", *files, "--out", out).exit_code == 0
     merged = read_manifest(out)
     told = [(s.label, s.group, s.split) for s in merged]
     assert told == [("real", "FF/054", ""), ("fake", "FF/054", ""), ("real", "mine", "val")]
@@ -248,7 +197,7 @@ def test_merged_manifests_are_grouped_anew(tmp_path: Path) -> None:
 
 def test_nothing_is_written_when_something_is_wrong(tmp_path: Path) -> None:
     """Bug prevented: half a data set that looks complete; JSON lines in a file that is called .csv."""
-    png(tmp_path / "a/1.png")
+    touch(tmp_path / "a/1.png")
     out = tmp_path / "set.jsonl"
     for code, *words in (
         ("manifest_format_unknown", "--out", tmp_path / "set.csv"),
@@ -257,11 +206,8 @@ def test_nothing_is_written_when_something_is_wrong(tmp_path: Path) -> None:
         ("folder_missing", "--out", out, "--fake", tmp_path / "missing"),
         ("samples_contradict", "--out", out, "--fake", tmp_path / "a"),
     ):
-        says(command("folder", "--real", tmp_path / "a", *words).exception, code)
+        says(command("read", "folder", "--real", tmp_path / "a", *words).exception, code)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
-
-
-# --- Hugging Face data sets -----------------------------------------------------------------------------------------
 
 
 def test_saved_data_sets_become_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,12 +216,11 @@ def test_saved_data_sets_become_files(tmp_path: Path, monkeypatch: pytest.Monkey
         patch.setitem(sys.modules, "datasets", None)
         read_datasets([tmp_path], tmp_path / "images", Columns(real=("0",)))
     datasets = pytest.importorskip("datasets")
-    jpeg, again = io.BytesIO(), io.BytesIO()
-    Image.new("RGB", (32, 32), "red").save(jpeg, "JPEG", quality=71)
-    Image.new("RGB", (32, 32), "blue").save(again, "PNG")
+    jpeg = encoded(Image.new("RGB", (32, 32), "red"), "JPEG", quality=71)
+    again = encoded(Image.new("RGB", (32, 32), "blue"), "PNG")
     text, kind = datasets.Value("string"), datasets.ClassLabel(names=["fake", "real"])
     features = datasets.Features({"picture": datasets.Image(), "kind": kind, "person": text, "how": text})
-    pictures = [{"bytes": kept.getvalue(), "path": None} for kept in (jpeg, again)]
+    pictures = [{"bytes": kept, "path": None} for kept in (jpeg, again)]
     rows = {"picture": pictures, "kind": [1, 0], "person": ["p1", "p1"], "how": [None, "DiT"]}
     table = datasets.Dataset.from_dict(rows, features=features)
     broken = datasets.Dataset.from_dict(rows | {"picture": [{"bytes": b"no picture", "path": None}] * 2}, features)
@@ -283,7 +228,7 @@ def test_saved_data_sets_become_files(tmp_path: Path, monkeypatch: pytest.Monkey
     columns = Columns("picture", "kind", ("real",), ("0",), method="how", group="person")
     read = read_datasets([tmp_path / "saved"], tmp_path / "images", columns, only=["train"])
     real, fake = finish(read)
-    assert real.path.read_bytes() == jpeg.getvalue() and real.path.suffix == ".jpg"
+    assert real.path.read_bytes() == jpeg and real.path.suffix == ".jpg"
     assert (real.label, real.group, real.split) == ("real", "saved/p1", "train")
     assert (fake.label, fake.group, fake.method, fake.df_class) == ("fake", "saved/p1", "DiT", "EFS")
     assert fake.path.stem in fake.id and fake.path.suffix == ".png"
@@ -300,25 +245,16 @@ def test_saved_data_sets_become_files(tmp_path: Path, monkeypatch: pytest.Monkey
         read_datasets([tmp_path], tmp_path / "images", columns)
 
 
-# --- DeepfakeBench --------------------------------------------------------------------------------------------------
-
 CELEB = "Celeb-DF-v2/YouTube-real/frames/00170"
 STYLES = {
-    "windows, relative": (CELEB.replace("/", "\\"), f"rgb/{CELEB}"),
     "windows, absolute": ("T:\\data\\datasets\\rgb\\" + CELEB.replace("/", "\\"), CELEB),
     "posix, relative": (CELEB, CELEB),
     "leading slash, but relative": (f"/{CELEB}", CELEB),
     "DF40 test root": ("deepfakes_detection_datasets/DF40/blendface/cdf/frames/id0_id1_0000", None),
-    "DF40 train root": ("deepfakes_detection_datasets/DF40_train/facedancer/frames/993_989", None),
     "DF40 train, EFS": ("deepfakes_detection_datasets/DF40_train/StyleGAN2/001", "DF40_train/StyleGAN2/001"),
     "DF40, below the root": ("DiT/cdf/Celeb-real/id6_0004", "DF40/DiT/cdf/Celeb-real/id6_0004"),
     "author's cluster": (f"/Youtu_Pangu_Security_Public/youtu-pangu-public/someone/{CELEB}", f"rgb/{CELEB}"),
-    "zip without its top folder": ("deepfakes_detection_datasets/DF40/uniface/frames/1_2", "frames/1_2"),
 }
-
-
-def index(key: str, name: str, clips: dict[str, list[str]], split: str = "test") -> dict[str, Any]:
-    return {key: {name: {split: {clip: {"label": name, "frames": frames} for clip, frames in clips.items()}}}}
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -330,7 +266,7 @@ def test_every_path_style_is_found(tmp_path: Path, style: str) -> None:
         touch(folder / name)
     separator = "\\" if "\\" in listed else "/"
     frames = [f"{listed}{separator}{name}" for name in ("seed1128.png", "000.png")]
-    file = as_json(tmp_path / "x.json", index("Set", "UADFV_Fake", {"clip": frames}))
+    file = as_json(tmp_path / "x.json", index("Set", {"UADFV_Fake": {"clip": frames}}))
     read = read_deepfakebench([file], [tmp_path / "root"])
     samples = finish(read)
     assert [s.path for s in samples] == [folder / "000.png", folder / "seed1128.png"]
@@ -340,11 +276,10 @@ def test_every_path_style_is_found(tmp_path: Path, style: str) -> None:
 
 def test_a_folder_is_listed_once_and_its_prefix_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: a stat of each of 160,000 files on a network disk; a search of all roots for every folder."""
-    frames = {f"{i:03}": [f"/far/away/Set/frames/{i:03}/{j}.png" for j in range(20)] for i in range(50)}
-    for paths in frames.values():
-        for path in paths:
-            touch(tmp_path / "rgb" / path.removeprefix("/far/away/"))
-    file = as_json(tmp_path / "x.json", index("Set", "UADFV_Real", frames))
+    clips = {f"{i:03}": [f"Set/frames/{i:03}/{j}.png" for j in range(20)] for i in range(50)}
+    indexed(tmp_path / "rgb", tmp_path / "near.json", "Set", {"UADFV_Real": clips})
+    away = {clip: [f"/far/away/{frame}" for frame in frames] for clip, frames in clips.items()}
+    file = as_json(tmp_path / "x.json", index("Set", {"UADFV_Real": away}))
     calls: Counter[str] = Counter()
     for name in ("stat", "scandir"):
         original = getattr(os, name)
@@ -362,21 +297,19 @@ def test_a_folder_is_listed_once_and_its_prefix_remembered(tmp_path: Path, monke
 
 def test_missing_files_are_refused_unless_allowed(tmp_path: Path) -> None:
     """Bug prevented: a benchmark over the third of the files that happened to be unpacked."""
-    for name in ("a", "b"):
-        for i in range(60):
-            touch(tmp_path / f"Set/frames/{name}/{i}.png")
     clips: dict[str, Any] = {n: [f"Set/frames/{n}/{i}.png" for i in range(60)] for n in ("a", "b")}
-    clips["a"][-1] = "Set/frames/a/60.png"
-    whole = as_json(tmp_path / "whole.json", index("Set", "UADFV_Fake", clips))
+    whole = indexed(tmp_path, tmp_path / "whole.json", "Set", {"UADFV_Fake": clips})
+    (tmp_path / clips["a"][-1]).unlink()
     read = read_deepfakebench([whole], [tmp_path])
     assert len(finish(read)) == 119  # 0.8 %
-    assert "missing: 1 of 120 (0.83%), such as Set/frames/a/60.png" in read.notes
-    holes = as_json(tmp_path / "holes.json", index("Set", "UADFV_Fake", clips | {"c": ["Set/frames/c/1.png"]}))
+    assert "missing: 1 of 120 (0.83%), such as Set/frames/a/59.png" in read.notes
+    clips["c"] = ["Set/frames/c/1.png"]
+    holes = as_json(tmp_path / "holes.json", index("Set", {"UADFV_Fake": clips}))
     out = tmp_path / "set.jsonl"
-    refused = command("deepfakebench", holes, "--root", tmp_path, "--out", out)
-    assert "2 of 121 are missing" in str(refused.exception) and "2 of 3 folders found" in str(refused.exception)
+    words = ["read", "deepfakebench", holes, "--root", tmp_path, "--out", out]
+    says(command(*words).exception, "files_missing", "2 of 121 are missing", "2 of 3 folders found")
     assert not out.exists()
-    assert command("deepfakebench", holes, "--root", tmp_path, "--out", out, "--allow-missing").exit_code == 0
+    assert command(*words, "--allow-missing").exit_code == 0
     assert len(read_manifest(out)) == 119
     # DFDC's index has a malformed entry under val: it must neither crash nor vanish.
     clips = {"a": {"label": "DFDC_Real", "frames": ["Set/frames/a/1.png"]}, "frames": ["Set/frames/b/1.png"]}
@@ -390,7 +323,7 @@ def test_a_path_cannot_climb_out_of_the_root(tmp_path: Path) -> None:
     """Bug prevented: an index from the internet lists `../../private`, and a report shows what lies there."""
     touch(tmp_path / "private/a.png")
     (tmp_path / "root").mkdir()
-    file = as_json(tmp_path / "x.json", index("Set", "UADFV_Fake", {"c": ["x/../../private/a.png"]}))
+    file = as_json(tmp_path / "x.json", index("Set", {"UADFV_Fake": {"c": ["x/../../private/a.png"]}}))
     with raises("files_missing", "1 of 1"):
         finish(read_deepfakebench([file], [tmp_path / "root"]))
     assert path_parts("\\\\a\\.\\b//c") == ("a", "b", "c")
@@ -413,8 +346,8 @@ def test_labels_of_an_index_are_asserted(tmp_path: Path) -> None:
     file = as_json(tmp_path / "x.json", {"UADFV": {"UADFV_Fake": {"test": {"v": record}}}})
     with raises("label_contradicts", "'UADFV_Real'", "'UADFV_Fake'"):
         read_deepfakebench([file], [tmp_path])
-    odd = as_json(tmp_path / "odd.json", index("Mine", "odd", {"v": ["v/1.png"]}))
-    words = ["deepfakebench", odd, "--root", tmp_path, "--out", tmp_path / "o.jsonl"]
+    odd = as_json(tmp_path / "odd.json", index("Mine", {"odd": {"v": ["v/1.png"]}}))
+    words = ["read", "deepfakebench", odd, "--root", tmp_path, "--out", tmp_path / "o.jsonl"]
     says(command(*words).exception, "class_unlabelled", "--label odd=fake")
     says(command(*words, "--label", "odd=maybe").exception, "option_malformed", "odd=maybe")
     assert command(*words, "--label", "odd=fake").exit_code == 0
@@ -439,8 +372,8 @@ def test_compression_levels_are_known_by_content(tmp_path: Path) -> None:
     told = [(s.source, s.extra["compression"]) for s in (chosen, named)]
     assert told == [("FaceForensics++", level) for level in ("c23", "c40")]
     # A set without levels: its clips are not mistaken for them.
-    touch(tmp_path / "UADFV/fake/frames/c23/1.png")
-    file = as_json(tmp_path / "u.json", index("UADFV", "UADFV_Fake", {"c23x": ["UADFV/fake/frames/c23/1.png"]}))
+    clips = {"c23x": ["UADFV/fake/frames/c23/1.png"]}
+    file = indexed(tmp_path, tmp_path / "u.json", "UADFV", {"UADFV_Fake": clips})
     assert "compression" not in finish(read_deepfakebench([file], [tmp_path]))[0].extra
 
 
@@ -448,19 +381,13 @@ def test_odd_indices_of_df40(tmp_path: Path) -> None:
     """Bug prevented: a key that differs from the file's name, `train: {}` and `frames: []` end in a KeyError; the reals
     that every index repeats are counted many times; the clip of a fake merges with the real one of the same name."""
     touch(tmp_path / "Celeb-DF-v2/Celeb-real/frames/id6_0004/000.png")
-    touch(tmp_path / "DF40/DiT/cdf/Celeb-real/id6_0004/23645.png")
-    touch(tmp_path / "DF40/SiT/cdf/Celeb-real/id6_0004/23645.png")
     files = []
     for method in ("DiT", "SiT"):
-        real = {"label": f"{method}_Real", "frames": ["/Celeb-DF-v2/Celeb-real/frames/id6_0004/000.png"]}
-        fake = {"label": f"{method}_Fake", "frames": [f"{method}/cdf/Celeb-real/id6_0004/23645.png"]}
-        empty = {"label": f"{method}_Fake", "frames": []}
-        content = {
-            f"{method}_cdf": {
-                f"{method}_Real": {"train": {}, "test": {"id6_0004": real}},
-                f"{method}_Fake": {"train": {}, "val": {}, "test": {"id6_0004": fake, "id7_0001": empty}},
-            }
-        }
+        touch(tmp_path / f"DF40/{method}/cdf/Celeb-real/id6_0004/23645.png")
+        real = {"id6_0004": ["/Celeb-DF-v2/Celeb-real/frames/id6_0004/000.png"]}
+        fake = {"id6_0004": [f"{method}/cdf/Celeb-real/id6_0004/23645.png"], "id7_0001": []}
+        content = index(f"{method}_cdf", {f"{method}_Real": real, f"{method}_Fake": fake})
+        content[f"{method}_cdf"][f"{method}_Fake"] |= {"train": {}, "val": {}}
         files.append(as_json(tmp_path / f"{method}_cdf_save.json", content))
     read = read_deepfakebench(files, [tmp_path])
     samples = finish(read)
@@ -478,7 +405,7 @@ def test_collected_sets_of_df40_keep_their_methods(tmp_path: Path) -> None:
     for path in paths:
         touch(tmp_path / path.removeprefix("deepfakes_detection_datasets/"))
     clips = {"a": [paths[0]], "b": [paths[1]]}
-    file = as_json(tmp_path / "FSAll_ff.json", index("FSAll_ff", "FSAll_Fake", clips))
+    file = as_json(tmp_path / "FSAll_ff.json", index("FSAll_ff", {"FSAll_Fake": clips}))
     samples = finish(read_deepfakebench([file], [tmp_path]))
     assert [(s.method, s.df_class) for s in samples] == [("blendface", "FS"), ("", "FS")]
     assert samples[0].extra["sources"] == ["FaceForensics++/071", "FaceForensics++/054"]
@@ -486,12 +413,13 @@ def test_collected_sets_of_df40_keep_their_methods(tmp_path: Path) -> None:
 
 def test_test_clips_in_the_training_split_are_refused(tmp_path: Path) -> None:
     """Bug prevented: DeepfakeBench's Celeb-DF index lists its test clips under train and val too."""
-    path = "Celeb-DF-v1/Celeb-real/frames/id0_0001/1.png"
-    touch(tmp_path / path)
-    record = {"id0_0001": {"label": "CelebDFv1_real", "frames": [path]}}
-    content = {"Celeb-DF-v1": {"CelebDFv1_real": {s: record for s in ("train", "val", "test")}}}
-    file = as_json(tmp_path / "x.json", content)
-    with raises("split_contradicts", "'train'", "'val'", "--only"):
+    clips = {"id0_0001": ["Celeb-DF-v1/Celeb-real/frames/id0_0001/1.png"]}
+    file = indexed(tmp_path, tmp_path / "x.json", "Celeb-DF-v1", {"CelebDFv1_real": clips})
+    content = json.loads(file.read_text())
+    splits = content["Celeb-DF-v1"]["CelebDFv1_real"]
+    splits["train"] = splits["val"] = splits["test"]
+    as_json(file, content)
+    with raises("split_contradicts", "'test'", "'train'", "--only"):
         finish(read_deepfakebench([file], [tmp_path]))
     assert [s.split for s in finish(read_deepfakebench([file], [tmp_path], only=["test"]))] == ["test"]
     with raises("unknown_name", "did you mean 'test'"):
@@ -519,17 +447,15 @@ def test_a_broken_index_is_an_error_of_ours(tmp_path: Path, content: str) -> Non
         read_deepfakebench([tmp_path / "x.json"], [tmp_path])
 
 
-# --- FaceForensics++, Celeb-DF, DFDC --------------------------------------------------------------------------------
+def ffpp(root: Path, methods: tuple[str, ...], media: Media = Media.frames) -> None:
+    """The clips of PAIRS, each of two frames or a video."""
 
-
-def ffpp(root: Path, pairs: dict[str, list[list[str]]], methods: tuple[str, ...], suffix: str = "frames") -> None:
     def clip(folder: str, name: str) -> None:
-        place = root / folder / "c23" / suffix
-        touch(place / f"{name}.mp4" if suffix == "videos" else place / name / "9.png")
-        if suffix == "frames":
-            touch(place / name / "10.png")
+        files = (f"{name}/9.png", f"{name}/10.png") if media is Media.frames else (f"{name}.mp4",)
+        for file in files:
+            touch(root / folder / "c23" / media.value / file)
 
-    for split, listed in pairs.items():
+    for split, listed in PAIRS.items():
         as_json(root / f"{split}.json", listed)
         for a, b in listed:
             for name in (a, b):
@@ -546,7 +472,7 @@ PAIRS = {"train": [["071", "054"], ["087", "081"]], "val": [["720", "672"]], "te
 def test_ffpp_keeps_a_pair_and_both_sources_together(tmp_path: Path, media: Media) -> None:
     """Bug prevented: a split by clip leaves a face in train and its swap in test."""
     methods = ("Deepfakes", "NeuralTextures")
-    ffpp(tmp_path, PAIRS, methods, media.value)
+    ffpp(tmp_path, methods, media)
     samples = finish(read_ffpp(tmp_path, methods=methods, media=media))
     each = 2 if media is Media.frames else 1
     assert Counter((s.split, s.label) for s in samples) == {
@@ -557,22 +483,22 @@ def test_ffpp_keeps_a_pair_and_both_sources_together(tmp_path: Path, media: Medi
     assert len({s.group for s in samples}) == 4 and len({s.video for s in samples}) == 24
     check_clips(samples)
     anew = finish(read_ffpp(tmp_path, methods=methods, media=media), shares={"a": 0.3, "b": 0.7})
-    assert {s.split for s in anew} == {"a", "b"} and not sides(anew, "a") & sides(anew, "b")
-    write_manifest(tmp_path / "set.jsonl", samples)
-    assert [s.video for s in read_manifest(tmp_path / "set.jsonl")] == [s.video for s in samples]
+    a, b = ({source for s in anew if s.split == split for source in s.extra["sources"]} for split in "ab")
+    assert a and b and not a & b
 
 
 def test_ffpp_says_what_is_wrong(tmp_path: Path) -> None:
     """Bug prevented: a method that was not downloaded, or a misspelt one, gives a benchmark without it."""
-    ffpp(tmp_path, PAIRS, ("Deepfakes",))
-    with raises("folder_unreadable", "manipulated_sequences/FaceSwap"):
-        read_ffpp(tmp_path, methods=["Deepfakes", "FaceSwap"])
-    with raises("unknown_name", "did you mean 'Deepfakes'"):
-        read_ffpp(tmp_path, methods=["Deepfake"])
-    with raises("unknown_name", "compression", "c32"):
-        read_ffpp(tmp_path, compression="c32")
-    with raises("not_json", "train.json"):
-        read_ffpp(tmp_path, methods=["Deepfakes"], lists=tmp_path / "lists")
+    ffpp(tmp_path, ("Deepfakes",))
+    wrong: tuple[tuple[dict[str, Any], str, str], ...] = (
+        ({"methods": ["Deepfakes", "FaceSwap"]}, "folder_unreadable", "manipulated_sequences/FaceSwap"),
+        ({"methods": ["Deepfake"]}, "unknown_name", "did you mean 'Deepfakes'"),
+        ({"compression": "c32"}, "unknown_name", "c32"),
+        ({"methods": ["Deepfakes"], "lists": tmp_path / "lists"}, "not_json", "train.json"),
+    )
+    for options, code, fact in wrong:
+        with raises(code, fact):
+            read_ffpp(tmp_path, **options)
     for file in (tmp_path / "manipulated_sequences/Deepfakes/c23/frames/953_974").iterdir():
         file.unlink()
     with raises("files_missing", "Deepfakes/953_974"):
@@ -586,14 +512,11 @@ def test_deepfakedetection_has_no_splits_of_its_own(tmp_path: Path) -> None:
     touch(tmp_path / "manipulated_sequences/DeepFakeDetection/c23/videos/01_02__kitchen__AB12.mp4")
     out = tmp_path / "set.jsonl"
     words = ["--methods", "DeepFakeDetection", "--media", "videos", "--out", out]
-    assert command("ffpp", tmp_path, *words).exit_code == 0
-    samples = read_manifest(out)
-    assert {(s.label, s.split, s.group) for s in samples} == {
-        (label, "", "DeepFakeDetection/01") for label in ("real", "fake")
-    }
-    assert (
-        source_ids("StyleGAN2", "001") == [] == source_ids("FaceForensics++", "1001")
-    )  # a source clip in FF++, and elsewhere a folder of seeds
+    assert command("read", "ffpp", tmp_path, *words).exit_code == 0
+    told = [(s.label, s.split, s.group) for s in read_manifest(out)]
+    assert sorted(told) == [(label, "", "DeepFakeDetection/01") for label in ("fake", "real")]
+    # a source clip in FF++, and elsewhere a folder of seeds
+    assert source_ids("StyleGAN2", "001") == [] == source_ids("FaceForensics++", "1001")
 
 
 CELEB_LIST = "1 YouTube-real/00170.mp4\n1 Celeb-real/id2_0001.mp4\n0 Celeb-synthesis/id2_id3_0001.mp4\n"
@@ -625,14 +548,14 @@ def test_celebdf_clips_outside_the_list_are_no_training_split(tmp_path: Path) ->
     """Bug prevented: the other clips, taken for training, show the people of the test clips."""
     celebdf(tmp_path)
     out = tmp_path / "set.jsonl"
-    refused = command("celebdf", tmp_path, "--all", "--out", out).exception
+    refused = command("read", "celebdf", tmp_path, "--all", "--out", out).exception
     says(refused, "group_across_splits", "'Celeb-DF/id2'", "'test'", "--shares")
     assert not out.exists()
     listed = "1 YouTube-real/00170.mp4\n1 Celeb-real/id2_0001.mp4\n"
     (tmp_path / "List_of_testing_videos.txt").write_text(listed)
-    assert command("celebdf", tmp_path, "--all", "--group", "clip", "--out", out).exit_code == 0
+    assert command("read", "celebdf", tmp_path, "--all", "--group", "clip", "--out", out).exit_code == 0
     assert {s.id.split("/")[3]: s.split for s in read_manifest(out)}["id3_0007"] == ""
-    assert command("celebdf", tmp_path, "--all", "--shares", "train=0.5,test=0.5", "--out", out).exit_code == 0
+    assert command("read", "celebdf", tmp_path, "--all", "--shares", "train=0.5,test=0.5", "--out", out).exit_code == 0
     assert len({(s.group, s.split) for s in read_manifest(out) if "id" in s.id.split("/")[3]}) == 1
     for line in ("1 elsewhere/1.mp4", "real Celeb-real/id2_0001.mp4", "Celeb-real/id2_0001.mp4"):
         (tmp_path / "List_of_testing_videos.txt").write_text(line)

@@ -89,9 +89,7 @@ def _pixels(path: str) -> NDArray[np.uint8]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["LLaVA-1.5", "Qwen3-VL", "Idefics3", "Gemma 3"])
-def test_finetune_takes_several_pictures_and_none(
-    name: str, told: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_several_pictures_and_none(name: str, told: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one batch with conversations about one picture, on a loss that is the mean over all answers."""
     checkpoint(name, tmp_path / "base")
     plain, seen = Collate.__call__, list[int]()

@@ -109,16 +109,12 @@ def test_one_cue_has_many_surface_forms() -> None:
 
 
 def test_the_strongest_cues_come_first_and_the_rest_is_left_out() -> None:
-    cues = [
-        Cue("nose", "noise", 0.2),
-        Cue("jaw", "blending", 0.9),
-        Cue("eyes", "blur", 0.5),
-        Cue("skin", "colour", 0.4),
-    ]
-    said = read_cues(write_explanation("fake", cues, "FS", np.random.default_rng(8)))
+    rng, jaw = np.random.default_rng(8), Cue("jaw", "blending", 0.9)
+    cues = [Cue("nose", "noise", 0.2), jaw, Cue("eyes", "blur", 0.5), Cue("skin", "colour", 0.4)]
+    said = read_cues(write_explanation("fake", cues, "FS", rng))
     assert [(c.area, c.artifact) for c in said] == [("jaw", "blending"), ("eyes", "blur"), ("skin", "colour")]
-    twice = [Cue("jaw", "blending", 0.2), Cue("jaw", "blending", 0.9)]
-    assert [c.score for c in read_cues(write_explanation("fake", twice, "FS", np.random.default_rng(9)))] == [0.9]
+    twice = [Cue("jaw", "blending", 0.2), jaw]
+    assert [c.score for c in read_cues(write_explanation("fake", twice, "FS", rng))] == [0.9]
 
 
 def test_a_forgery_without_local_cues_claims_none() -> None:
@@ -126,7 +122,6 @@ def test_a_forgery_without_local_cues_claims_none() -> None:
     for df_class in FORGED:
         texts = {write_explanation("fake", (), df_class, rng) for _ in range(60)}
         assert all(read_cues(t) == () and said_label(f"This image is fake. {t}") == "fake" for t in texts)
-        assert not any(said_label(t) == "real" for t in texts)
         assert len(texts) > 10
     whole = {write_explanation("fake", [Cue("whole-image", "texture", 0.8)], "EFS", rng).lower() for _ in range(50)}
     assert all("as a whole looks" in t or "whole image looks generated" in t for t in whole)
@@ -166,8 +161,6 @@ def test_distinct_n_counts_repetition() -> None:
     assert distinct_n(["a"], 2) == 0.0
     with pytest.raises(ValueError):
         distinct_n(["a"], 0)
-    texts = [text for *_, text in examples(200, seed=14)]
-    assert distinct_n(texts, 2) > 2 * distinct_n([texts[0]] * 200, 2)
 
 
 def test_a_follow_up_claims_no_more_than_the_truth() -> None:
