@@ -11,6 +11,7 @@ import argparse
 import csv
 import io
 import json
+import pkgutil
 import random
 import re
 import struct
@@ -27,6 +28,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from tests.pictures import clip_of, encoded
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.worker import Worker
 
@@ -49,8 +51,9 @@ def pictures(kind: str) -> list[bytes]:
     noise = np.random.default_rng(0).integers(0, 256, (4, 48, 64, 3), np.uint8)
     frames = [Image.fromarray(one) for one in noise]
     exif = Image.Exif()
-    exif[274], exif[271] = 6, "maker"
-    tags: dict[str, Any] = {"exif": exif, "icc_profile": b"\0" * 140}
+    exif[274], exif[271], exif[305] = 6, "maker", "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 5"
+    source = b'<x:xmpmeta><a Iptc4xmpExt:DigitalSourceType="trainedAlgorithmicMedia"/></x:xmpmeta>'
+    tags: dict[str, Any] = {"exif": exif, "icc_profile": b"\0" * 140, "xmp": source}
     moving: dict[str, Any] = {"save_all": True, "append_images": frames[1:], "duration": 80}
     forms: dict[str, list[tuple[Image.Image, str, dict[str, Any]]]] = {
         "jpeg": [(frames[0], "JPEG", tags), (frames[0], "JPEG", {"progressive": True}),
@@ -67,12 +70,7 @@ def pictures(kind: str) -> list[bytes]:
         "bmp": [(frames[0], "BMP", {}), (frames[0].convert("P"), "BMP", {})],
         "heic": [(frames[0], "HEIF", {})],
     }  # fmt: skip
-    found = []
-    for image, format, options in forms[kind]:
-        buffer = io.BytesIO()
-        image.save(buffer, format, **options)
-        found.append(buffer.getvalue())
-    return found
+    return [encoded(image, format, **options) for image, format, options in forms[kind]]
 
 
 def clips(container: str, *codecs: str) -> list[bytes]:
@@ -80,19 +78,13 @@ def clips(container: str, *codecs: str) -> list[bytes]:
     import numpy as np
 
     noise = np.random.default_rng(0).integers(0, 256, (6, 48, 64, 3), np.uint8)
-    found = []
-    for codec in codecs:
-        if codec not in av.codecs_available:
-            continue
-        buffer = io.BytesIO()
-        with av.open(buffer, "w", format=container) as out:
-            stream: Any = out.add_stream(codec, rate=5)
-            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p" if codec == "mjpeg" else "yuv420p"
-            for pixels in noise:
-                out.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-            out.mux(stream.encode())
-        found.append(buffer.getvalue())
-    return found
+    return [
+        clip_of(
+            noise, codec, container, rate=5, bit_rate=300_000, pix_fmt="yuvj420p" if codec == "mjpeg" else "yuv420p"
+        )
+        for codec in codecs
+        if codec in av.codecs_available
+    ]
 
 
 @cache
@@ -102,12 +94,7 @@ def photos() -> list[bytes]:
     from skimage.data import astronaut
 
     small = Image.fromarray(astronaut()[:240, 100:340]).resize((120, 120))
-    found = []
-    for format in ("JPEG", "WEBP"):
-        buffer = io.BytesIO()
-        small.save(buffer, format, quality=80)
-        found.append(buffer.getvalue())
-    return found
+    return [encoded(small, format, quality=80) for format in ("JPEG", "WEBP")]
 
 
 ROWS = [
@@ -143,14 +130,11 @@ def shipped(name: str) -> list[bytes]:
 
 
 def validations() -> list[bytes]:
-    rate = {"value": 0.02, "interval": [0.0, 0.05], "n": 50}
-    made = {
-        "run": "detect", "manifest_sha256": "a" * 64, "model": {"band": [0.3, 0.7]}, "n_real": 50, "n_fake": 60,
-        "n_groups": 40, "methods": ["swap"], "sources": ["film"], "cllr": 0.6,
-        "rates": {"false_alarms": rate, "misses": rate, "answered": {"value": 0.5, "n": 110}, "auc": rate},
-        "steps": [[0.0, 0.05, 0.02, 0.1], [0.4, 1.5, 0.8, 2.5], [0.8, 30.0, 9.0, 60.0]],
-    }  # fmt: skip
-    return [json.dumps(made).encode()]
+    from tests.test_html_report import VALIDATION
+
+    steps = [[0.0, 0.05, 0.02, 0.1], [0.4, 1.5, 0.8, 2.5], [0.8, 30.0, 9.0, 60.0]]
+    more = {"manifest_sha256": "a" * 64, "model": {"band": [0.3, 0.7]}, "steps": steps}
+    return [json.dumps(VALIDATION | more).encode()]
 
 
 def a_report() -> Any:
@@ -231,18 +215,15 @@ def _warm() -> None:
     face(photos()[0])
 
 
-def from_file(name: str) -> Callable[[Callable[[Path], object]], Callable[[bytes], None]]:
-    """A parser of a path as one of bytes, in a file of that name."""
+def from_file(name: str, parse: Callable[[Path], object] | str) -> Callable[[bytes], None]:
+    """A parser of a path, or the place that it is imported from, as one of bytes: in a file of that name."""
 
-    def wrap(parse: Callable[[Path], object]) -> Callable[[bytes], None]:
-        def call(data: bytes) -> None:
-            path = _folder() / name
-            path.write_bytes(data)
-            parse(path)
+    def call(data: bytes) -> None:
+        path = _folder() / name
+        path.write_bytes(data)
+        (pkgutil.resolve_name(parse) if isinstance(parse, str) else parse)(path)
 
-        return call
-
-    return wrap
+    return call
 
 
 @cache
@@ -267,12 +248,6 @@ def adapter_card(path: Path) -> None:
     from x2dfd.adapter import read_adapter_card
 
     read_adapter_card(path.parent)
-
-
-def expert_card(path: Path) -> None:
-    from x2dfd.experts import read_card
-
-    read_card(path)
 
 
 def calibration(path: Path) -> None:
@@ -309,18 +284,6 @@ def instruction_set(path: Path) -> None:
                for k in range(2)]  # fmt: skip
     crops: Any = SimpleNamespace(samples=samples)
     read_records(path, "train", crops)
-
-
-def conversation_file(path: Path) -> None:
-    from data_gen.exchange import read
-
-    read(path)
-
-
-def question_file(path: Path) -> None:
-    from x2dfd.assessment.ask import read_questions
-
-    read_questions(path)
 
 
 def ranking(path: Path) -> None:
@@ -398,20 +361,20 @@ MEDIA |= {
     "face": Target(photos, face),
 }
 TARGETS: dict[str, Target] = MEDIA | {
-    "manifest.csv": Target(lambda: tables("csv"), from_file("manifest.csv")(manifest), text=True),
-    "manifest.jsonl": Target(lambda: tables("jsonl"), from_file("manifest.jsonl")(manifest), text=True),
-    "manifest.parquet": Target(lambda: tables("parquet"), from_file("manifest.parquet")(manifest)),
-    "adapter-card": Target(lambda: shipped("card.json"), from_file("card.json")(adapter_card), text=True),
+    "manifest.csv": Target(lambda: tables("csv"), from_file("manifest.csv", manifest), text=True),
+    "manifest.jsonl": Target(lambda: tables("jsonl"), from_file("manifest.jsonl", manifest), text=True),
+    "manifest.parquet": Target(lambda: tables("parquet"), from_file("manifest.parquet", manifest)),
+    "adapter-card": Target(lambda: shipped("card.json"), from_file("card.json", adapter_card), text=True),
     "expert-card": Target(
-        lambda: shipped("experts/tower.card.json"), from_file("tower.card.json")(expert_card), text=True
+        lambda: shipped("experts/tower.card.json"), from_file("tower.card.json", "x2dfd.experts:read_card"), text=True
     ),
-    "calibration": Target(lambda: shipped("calibration.json"), from_file("calibration.json")(calibration), text=True),
-    "validation": Target(validations, from_file("validation.json")(validation), text=True),
-    "case": Target(cases, from_file("a.case.json")(case_record), text=True),
-    "instructions": Target(instructions, from_file("instructions.jsonl")(instruction_set), text=True),
-    "conversations": Target(conversations, from_file("talk.json")(conversation_file), text=True),
-    "questions": Target(questions, from_file("questions.json")(question_file), text=True),
-    "assessment": Target(lambda: shipped("assessment.json"), from_file("assessment.json")(ranking), text=True),
+    "calibration": Target(lambda: shipped("calibration.json"), from_file("calibration.json", calibration), text=True),
+    "validation": Target(validations, from_file("validation.json", validation), text=True),
+    "case": Target(cases, from_file("a.case.json", case_record), text=True),
+    "instructions": Target(instructions, from_file("instructions.jsonl", instruction_set), text=True),
+    "conversations": Target(conversations, from_file("talk.json", "data_gen.exchange:read"), text=True),
+    "questions": Target(questions, from_file("questions.json", "x2dfd.assessment.ask:read_questions"), text=True),
+    "assessment": Target(lambda: shipped("assessment.json"), from_file("assessment.json", ranking), text=True),
     "endpoint": Target(replies, endpoint, text=True),
 }
 
@@ -489,12 +452,17 @@ class Found:
 
 
 def measured(name: str, data: bytes) -> tuple[str, float, int]:
-    """In the worker: the code of the error ("" for none), seconds of CPU, and bytes of memory at the peak."""
+    """In the worker: what a target's parser makes of a mutant, as `cost` says it."""
+    return cost(TARGETS[name].parse, data)
+
+
+def cost(parse: Callable[[bytes], object], data: bytes) -> tuple[str, float, int]:
+    """The code of the error ("" for none), seconds of CPU, and bytes of memory at the peak."""
     code = ""
     resident = _resident("VmRSS", reset=True)
     start = time.process_time()
     try:
-        TARGETS[name].parse(data)
+        parse(data)
     except InputError as error:
         code = error.code
         if code == "failed":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +22,21 @@ def encoded(picture: Image.Image | Pixels, format: str, **options: Any) -> bytes
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     image.save(buffer, format, **options)
     return buffer.getvalue()
+
+
+def png_chunk(kind: bytes, body: bytes = b"") -> bytes:
+    """A chunk of a PNG, with its checksum."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png_begin(width: int, height: int, depth: int = 8) -> bytes:
+    """What a colour PNG begins with."""
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0))
+
+
+def png_of(width: int, height: int, packed: bytes, depth: int = 8) -> bytes:
+    """A colour PNG of these sides, whatever its `packed` pixels hold."""
+    return png_begin(width, height, depth) + png_chunk(b"IDAT", packed) + png_chunk(b"IEND")
 
 
 def clip_of(

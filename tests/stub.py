@@ -7,10 +7,15 @@ import os
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import x2dfd
 from x2dfd import cli
 from x2dfd.types import Evidence, FaceReport, Failure, ModelInfo, Report, Verdict
+
+if TYPE_CHECKING:
+    from x2dfd.detector import Detector
 
 FAILS = 1000  # every so manieth file cannot be judged
 
@@ -45,6 +50,14 @@ class StubDetector:
             str(source), digest.hexdigest(), {"kind": "image"}, verdict, (face,), "", (), evidence, {"state": "absent"},
             self.info.to_dict(), {}, {},
         )  # fmt: skip
+
+
+def without_model() -> Detector:
+    """The real road, for pictures without faces, of which no model is asked."""
+    from x2dfd.detector import Detector  # here: its imports take seconds
+
+    model: Any = SimpleNamespace(batch=8)
+    return Detector(model, [], None, ModelInfo("none", {"name": "none"}), "paper")
 
 
 def run(manifest: Path, out: Path, *options: str, dies_at: int | None = None) -> StubDetector:

@@ -285,14 +285,8 @@ def test_who_waits_in_the_queue_is_told(served: tuple[FakeDetector, str], tabs: 
 
 def case_report() -> str:
     """On a photo of two faces whose name has no place to break, with all that a report can hold, and a broken file."""
-    from tests.test_html_report import face, report
+    from tests.test_html_report import VALIDATION, face, report
 
-    rate = {"value": 0.02, "interval": [0.0, 0.045], "n": 147}
-    validation = {
-        "rates": {"false_alarms": rate, "misses": rate, "answered": {"value": 0.5, "n": 420}}, "run": "detect, abc",
-        "methods": ["self_blend", "transplant"], "sources": ["film"], "n_real": 147, "n_fake": 273, "n_groups": 192,
-        "cllr": 0.65,
-    }  # fmt: skip
     ratio = {"value": 9.5, "interval": [4.1, 20.0], "limits": [0.04, 50.0], "run": "detect, abc"}
     evidence = (Evidence("blending", 0.91, "points at jaw", map=((0.0, 1.0), (0.5, 0.0))), *face().evidence)
     second = face(index=1, box=(684.0, 66.0, 106.0, 132.0), verdict=Verdict("inconclusive", 0.5, "in_band"), areas={})
@@ -301,7 +295,7 @@ def case_report() -> str:
         media={"kind": "image", "format": "JPEG", "width": 1024, "height": 512, "bytes": 135500, "exif": {"make": "A"}},
         faces=(face(evidence=evidence, crop=((172.0, 66.0), (278.0, 66.0), (172.0, 198.0))), second),
         evidence=evidence,
-        model=report().model | {"validation": validation},
+        model=report().model | {"validation": VALIDATION},
         likelihood_ratio=ratio | {"propositions": ["H1: forged.", "H2: as taken."]},
         provenance={"state": "invalid", "codes": ["assertion.dataHash.mismatch"], "signer": "A " * 90},
     )

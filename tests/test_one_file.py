@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +12,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import x2dfd
+from tests import stub
 from tests.pictures import encoded
 from x2dfd import cli
 from x2dfd.detector import Detector
 from x2dfd.errors import InputError, SetupError
-from x2dfd.types import Failure, ModelInfo, Report
+from x2dfd.types import Failure, Report
 
 STAGES = ["x2dfd.media.sniff", "x2dfd.faces._meshes", "x2dfd.intake.read_provenance"]
 KINDS: dict[str, Callable[[], BaseException]] = {
@@ -33,9 +33,7 @@ CODES = {"RecursionError": "too_deep", "MemoryError": "out_of_memory"}
 
 @pytest.fixture
 def detector() -> Detector:
-    """Without a model: the pictures below have no faces."""
-    model: Any = SimpleNamespace(batch=8)
-    return Detector(model, [], None, ModelInfo("none", {"name": "none"}), "paper")
+    return stub.without_model()
 
 
 @pytest.fixture

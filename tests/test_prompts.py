@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,7 @@ def test_an_answer_is_verdict_explanation_experts() -> None:
 def test_tokens_around_the_picture_are_those_of_the_stock_processor(llava_15: Any) -> None:
     """Without LLaVA-1.5's begin token, every prompt is a text such as its language model has never seen."""
     text = prompts.render(llava_15, prompts.verdict_question([BLENDING]), prompts.STEM)
+    assert text.endswith("ASSISTANT: This image is")  # an answer begins with a space
     before, after = prompts.prompt_tokens(llava_15, text)
     assert before[0] == llava_15.tokenizer.bos_token_id
     image = llava_15.tokenizer.convert_tokens_to_ids("<image>")
@@ -124,9 +125,15 @@ def test_tokens_around_the_picture_are_those_of_the_stock_processor(llava_15: An
             answer_tokens(llava_15, "Q", answer)
 
 
-def _same_string(base: Path, crop: NDArray[np.uint8]) -> None:
-    """What the language model is fed when it scores and when it writes is the beginning of what it was trained on."""
-    model, processor = load_model(base)
+@pytest.mark.parametrize(
+    "make", [pytest.param(tiny.processor_of_base, marks=pytest.mark.needs_base), tiny.processor_of_llava_15]
+)
+def test_the_string_trained_on_is_the_string_inferred_on(
+    make: Callable[[], Any], tmp_path: Path, astronaut: NDArray[np.uint8]
+) -> None:
+    """One token of difference between training and scoring, and the score is of a text never trained on: what the
+    language model is fed when it scores and when it writes is the beginning of what it was trained on."""
+    model, processor = load_model(tiny.write_base(tmp_path / "base", make(), text_layers=1))
     mllm = LocalMLLM(model, processor, "tiny")
     fed: list[list[int]] = []
 
@@ -136,7 +143,7 @@ def _same_string(base: Path, crop: NDArray[np.uint8]) -> None:
 
     model.model.language_model.register_forward_pre_hook(listen, with_kwargs=True)
     question = prompts.verdict_question([BLENDING, Evidence("clip", None)])
-    encoding = mllm.encode(crop[None])
+    encoding = mllm.encode(astronaut[None, :224, 120:344])
     mllm.verdict_logits(encoding, [question])
     mllm.write(encoding, [question], [prompts.rationale_start("fake")], max_new_tokens=1)
     mllm.yes_no_packed(encoding, [f"Is there a seam? {prompts.CUE_ENDING}"])
@@ -151,20 +158,6 @@ def _same_string(base: Path, crop: NDArray[np.uint8]) -> None:
     prompt, answer = answer_tokens(processor, f"Is there a seam? {prompts.CUE_ENDING}", "Yes")
     assert asked == prompt
     assert processor.tokenizer.decode(answer[:1]).strip() == "Yes"
-
-
-@pytest.mark.needs_base
-def test_the_string_trained_on_is_the_string_inferred_on(tmp_path: Path, astronaut: NDArray[np.uint8]) -> None:
-    """One token of difference between training and scoring, and the score is of a text never trained on."""
-    _same_string(tiny.write_base(tmp_path / "base", text_layers=1), astronaut[:224, 120:344])
-
-
-def test_the_string_trained_on_is_the_string_inferred_on_with_llava_15(
-    llava_15: Any, tmp_path: Path, astronaut: NDArray[np.uint8]
-) -> None:
-    """Its frame ends in "ASSISTANT:" and its answers begin with a space, which "ASSISTANT:This image is" lacks."""
-    assert prompts.render(llava_15, "Q", prompts.STEM).endswith("ASSISTANT: This image is")
-    _same_string(tiny.write_base(tmp_path / "base", llava_15, text_layers=1), astronaut[:224, 120:344])
 
 
 @pytest.mark.parametrize(

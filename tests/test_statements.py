@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import random
 import struct
 import time
 import zlib
@@ -15,7 +14,7 @@ from PIL import Image, features
 from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from tests.pictures import encoded
+from tests.pictures import encoded, png_chunk
 from x2dfd.statements import (
     GENERATED,
     MAX_STATEMENTS,
@@ -42,12 +41,8 @@ def png(**texts: str) -> bytes:
     return saved("PNG", pnginfo=info)
 
 
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">L", len(data)) + kind + data + struct.pack(">L", zlib.crc32(kind + data))
-
-
 def with_chunk(picture: bytes, kind: bytes, data: bytes) -> bytes:
-    return picture[:33] + chunk(kind, data) + picture[33:]  # after the signature and IHDR
+    return picture[:33] + png_chunk(kind, data) + picture[33:]  # after the signature and IHDR
 
 
 def xmp(inside: str, attributes: str = "") -> bytes:
@@ -264,8 +259,8 @@ TIFF = b"II*\0\x08\0\0\0"
 HOSTILE: dict[str, tuple[str, Any]] = {
     "packed": ("PNG", lambda: with_chunk(saved("PNG"), b"zTXt", b"parameters\0\0" + BOMB)),
     "packed XMP": ("PNG", lambda: with_chunk(saved("PNG"), b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + BOMB)),
-    "chunks": ("PNG", lambda: saved("PNG")[:33] + chunk(b"teSt", b"") * 1_000_000),
-    "texts": ("PNG", lambda: saved("PNG")[:33] + chunk(b"tEXt", b"parameters\0" + WEB_UI.encode()) * 100_000),
+    "chunks": ("PNG", lambda: saved("PNG")[:33] + png_chunk(b"teSt", b"") * 1_000_000),
+    "texts": ("PNG", lambda: saved("PNG")[:33] + png_chunk(b"tEXt", b"parameters\0" + WEB_UI.encode()) * 100_000),
     "fill": ("JPEG", lambda: b"\xff\xd8" + b"\xff" * 20_000_000),
     "entities": ("WEBP", lambda: saved("WEBP", xmp=ENTITIES + b"&b;" * 300_000)),
     "near misses": ("WEBP", lambda: saved("WEBP", xmp=b'<a DigitalSourceType resource="' * 30_000)),
@@ -278,7 +273,7 @@ HOSTILE: dict[str, tuple[str, Any]] = {
         "JPEG",
         lambda: b"\xff\xd8" + (EXIF + (TAGS + bytes(65_518))[:65_512]) * 500 + b"\xff\xd9",
     ),
-    "packed and broken": ("PNG", lambda: saved("PNG")[:33] + chunk(b"zTXt", PROFILE + BROKEN) * 9000),
+    "packed and broken": ("PNG", lambda: saved("PNG")[:33] + png_chunk(b"zTXt", PROFILE + BROKEN) * 9000),
     "circle": ("TIFF", lambda: TIFF + b"\x01\0" + struct.pack("<HHLL", 34665, 4, 1, 8) + bytes(4)),
 }
 
@@ -291,27 +286,3 @@ def test_a_hostile_file_costs_little(name: str) -> None:
     start = time.process_time()
     found = read_statements(data, format)
     assert time.process_time() - start < 2 and len(found) <= MAX_STATEMENTS
-
-
-@pytest.mark.slow
-def test_damaged_metadata_never_raise() -> None:
-    """Bug prevented: a length or an offset that is no longer true ends the run of a thousand files."""
-    wild = random.Random(0)
-    packet = xmp("", f'Iptc4xmpExt:DigitalSourceType="{IPTC}trainedAlgorithmicMedia"')
-    blob = exif(">", comment=b"UNICODE\0" + WEB_UI.encode("utf-16"), software=b"NovelAI")
-    info = PngInfo()
-    info.add_itxt("XML:com.adobe.xmp", packet.decode(), zip=True)
-    info.add_text("parameters", WEB_UI, zip=True)
-    whole = {
-        "JPEG": saved("JPEG", exif=blob, xmp=packet), "PNG": saved("PNG", pnginfo=info, exif=blob),
-        "WEBP": saved("WEBP", exif=blob, xmp=packet), "TIFF": blob[6:],
-    }  # fmt: skip
-    for format, data in whole.items():
-        assert read_statements(data, format)
-        for _ in range(400):
-            damaged = bytearray(data[: wild.randrange(len(data)) if wild.random() < 0.2 else len(data)])
-            for _ in range(wild.randrange(1, 9)):
-                if damaged:
-                    at = wild.randrange(min(len(damaged), 1000))
-                    damaged[at] = wild.choice((0, 1, 0x7F, 0xFF, wild.randrange(256)))
-            json.dumps(read_statements(bytes(damaged), format))

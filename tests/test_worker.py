@@ -21,12 +21,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import x2dfd
+from tests import stub
 from tests.pictures import encoded
 from tests.raising import raises
 from x2dfd import cli, experts, worker
 from x2dfd.errors import InputError, SetupError, UnknownName, X2DFDError
 from x2dfd.media import Picture, load_media
-from x2dfd.types import Face, ModelInfo
+from x2dfd.types import Face
 from x2dfd.worker import Worker, isolated, isolating
 
 SECONDS = 1.0
@@ -192,14 +193,10 @@ def test_a_file_that_costs_too_much_is_ended(
 @pytest.mark.slow  # of the detector's imports, in two processes
 def test_a_batch_goes_on_past_a_file_that_ends_its_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is one row with a code, beside the other files' rows; the page of the run is made in spite of it."""
-    from x2dfd.detector import Detector
-
     paths = [tmp_path / name for name in ("a.png", "bad", "c.png")]
     for shade, path in enumerate(paths):
         path.write_bytes(slow_gif() if path.name == "bad" else png(shade))
-    model: Any = SimpleNamespace(batch=8)  # not asked: the pictures have no faces
-    detector = Detector(model, [], None, ModelInfo("none", {"name": "none"}), "paper")
-    monkeypatch.setattr(x2dfd, "load", lambda *_, **__: detector)
+    monkeypatch.setattr(x2dfd, "load", lambda *_, **__: stub.without_model())
     monkeypatch.setattr(worker, "isolating", lambda: isolating(8.0))
     page = tmp_path / "page.html"
     done = CliRunner().invoke(
