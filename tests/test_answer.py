@@ -151,9 +151,10 @@ def test_what_may_give_an_answer_follows_from_why_there_is_none() -> None:
     def advice(one: FaceReport, media: dict[str, Any]) -> str:
         return (reason(report(verdict=OPEN, faces=(one,), media=media)) or "").partition("to answer. ")[2]
 
-    tiny, squeezed, neither = advice(small, few), advice(large, few), advice(large, few | {"bytes": 60_000})
+    tiny, squeezed, neither = advice(small, report().media), advice(large, few), advice(large, few | {"bytes": 60_000})
     assert "40 pixels" in tiny and "larger" in tiny and "compressed" not in tiny
     assert "compressed" in squeezed and "larger" not in squeezed
+    assert all(fact in advice(small, few) for fact in ("40 pixels", "larger", "compressed"))
     assert "106 pixels" in neither and "compressed" not in neither and neither == advice(large, report().media)
     assert advice(large, few | {"format": "WEBP"}) == neither  # the same bytes hold more in another format
     both = report(verdict=OPEN, faces=(large, small))

@@ -117,13 +117,14 @@ def _would_help(report: Report, face: FaceReport | None) -> str:
     """What may give an answer about a face in the band, by what the report holds of its size and the file's."""
     if face is None:
         return ""
-    width, media = round(face.box[2]), report.media
-    if width < SMALL_FACE:
-        return f"The face is {width} pixels wide: a larger picture of it may give an answer."
+    width, media = f"face is {round(face.box[2])} pixels wide", report.media
     pixels = (media.get("width") or 0) * (media.get("height") or 0)
-    if media.get("format") == "JPEG" and media.get("bytes", pixels) < STRONGLY_COMPRESSED * pixels:
-        return "The file is strongly compressed: its original, with fewer losses, may give an answer."
-    return f"The face is {width} pixels wide, so a larger copy hardly helps: another picture of the same moment may."
+    losses = media.get("format") == "JPEG" and media.get("bytes", pixels) < STRONGLY_COMPRESSED * pixels
+    if face.box[2] < SMALL_FACE:
+        return f"The {width}{' and the file strongly compressed' * losses}: a larger original may give an answer."
+    if losses:
+        return "The file is strongly compressed: an original with fewer losses may give an answer."
+    return f"The {width}, so a larger copy hardly helps: another picture of the same moment may."
 
 
 def decided_by(model: Json) -> str:
