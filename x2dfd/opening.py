@@ -214,12 +214,12 @@ def _experts(
     card: AdapterCard | None,
     calibration: Calibration | None,
     mode: Mode,
-    chosen: Sequence[str] | None,
+    requested: Sequence[str] | None,
     allow_other: bool,
 ) -> dict[str, Expert]:
-    """The chosen experts, by default those that the adapter was trained and calibrated with, in that order."""
+    """The requested experts, by default those that the adapter was trained and calibrated with, in that order."""
     expected = expert_hashes(card, calibration) if card else {}
-    names = list(chosen) if chosen is not None else list(expected if card else DEFAULT)
+    names = list(requested) if requested is not None else list(expected if card else DEFAULT)
     loaded = [load_expert(n, folder / "experts" if folder else None) for n in names]
     differing = [n for n, e in zip(names, loaded, strict=True) if expected.get(n, e.card.sha256) != e.card.sha256]
     if differing and not allow_other:
