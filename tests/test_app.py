@@ -5,7 +5,6 @@ The app runs on a free port with a stand-in for the detector; `Visitor` speaks t
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -18,21 +17,22 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
 from skimage import data
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install -c constraints.txt '.[app]'")
 
 import app.__main__ as command
 from app import demo, pieces
+from tests.pictures import clip_of, encoded
 from tests.raising import raises
+from tests.test_html_report import HOSTILE
+from tests.test_html_report import Page as ReportPage
 from x2dfd import case as case_record
 from x2dfd import follow_up
 from x2dfd.answer import status
@@ -44,14 +44,11 @@ from x2dfd.statements import CAVEAT, LEAD
 from x2dfd.types import Cue, Evidence, FaceReport, Failure, Report, Verdict
 
 ASTRONAUT = np.asarray(data.astronaut())
-HOSTILE = "<img src=x onerror=alert(1)>\"'><script>alert(2)</script>&{{ 7*7 }}"
 MODEL = {"mode": "calibrated", "band": [0.35, 0.72], "threshold": 0.72}
 
 
 def jpeg(pixels: Any) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
+    return encoded(pixels, "JPEG", quality=90)
 
 
 ONE, TWO = jpeg(ASTRONAUT), jpeg(np.hstack([ASTRONAUT, ASTRONAUT]))
@@ -245,28 +242,10 @@ MODEL_NAME = "embedded"
 UPLOAD = "Photos or short videos (up to 30 MB each)"
 
 
-class Page(HTMLParser):
-    """Tags with their attributes, and the visible text."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(html)
-        self.text = " ".join(self.text.split())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self.text += " "
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def handle_endtag(self, tag: str) -> None:
-        self.text += " " * (tag == "span")
-
-    def all(self, tag: str, word: str = "") -> list[dict[str, str | None]]:
-        return [a for name, a in self.tags if name == tag and (not word or word in (a.get("class") or "").split())]
+class Page(ReportPage):
+    def of(self, tag: str, word: str) -> list[dict[str, str | None]]:
+        """The tags of that name and class."""
+        return self.all(tag, **{"class": word})
 
 
 @pytest.fixture
@@ -330,16 +309,16 @@ def test_photo_gives_card_boxes_experts_and_reports(visitor: Visitor, tried: lis
     card, panel = Page(shown["card"]), Page(shown["panel"])
     assert "Likely fake" in card.text and "Estimated probability of forgery: 93 %" in card.text
     assert "not proof" in card.text and "Between 35 % and 72 %" in card.text
-    assert card.all("span", "band")[0]["style"] == "left:35.0%;width:37.0%"
-    assert card.all("span", "mark")[0]["style"] == "left:93.0%"
-    [box] = panel.all("rect", "over")
+    assert card.of("span", "band")[0]["style"] == "left:35.0%;width:37.0%"
+    assert card.of("span", "mark")[0]["style"] == "left:93.0%"
+    [box] = panel.of("rect", "over")
     assert (box["x"], box["y"], box["width"], box["height"]) == ("172.0", "66.0", "106.0", "132.0")
     assert [tag for tag in panel.all("svg") if tag["viewbox"] == "0 0 512 512"] and len(panel.all("polygon")) == 1
     assert (panel.all("img")[0]["src"] or "").startswith("data:image/jpeg;base64,")
-    assert [a for a in panel.all("text", "letter") if a["x"] == "222.0" and a["y"] == "176.7"] and "A jaw" in panel.text
+    assert [a for a in panel.of("text", "letter") if a["x"] == "222.0" and a["y"] == "176.7"] and "A jaw" in panel.text
     assert "tower 91 % Blind spot: " in panel.text and "swin no score its weights are not here" in panel.text
     assert "The language model's own number 88 %" in panel.text and "The jaw has a soft edge." in panel.text
-    assert len(panel.all("span", "bar")) == 3  # an expert without a score has no bar
+    assert len(panel.of("span", "bar")) == 3  # an expert without a score has no bar
     assert "The file was not checked for Content Credentials (C2PA). It plays no part" in panel.text
     assert shown["pick"]["visible"] is False
     pages = {kind: visitor.http.get("/file=" + shown[kind]["path"]) for kind in ("html", "json")}
@@ -392,14 +371,14 @@ def test_faces_can_be_switched(visitor: Visitor, detector: FakeDetector) -> None
         ["Face 2: Likely real, 8 % chance of a fake", 1],
     ]
     panel = Page(shown["panel"])
-    [drawn], [switch] = panel.all("image", "map"), panel.all("input", "of-maps")
-    assert len(panel.all("rect", "over")) == 2 and "checked" in switch and "(by tower)" in panel.text
+    [drawn], [switch] = panel.of("image", "map"), panel.of("input", "of-maps")
+    assert len(panel.of("rect", "over")) == 2 and "checked" in switch and "(by tower)" in panel.text
     assert drawn["transform"] == "matrix(53.0000 0.0000 0.0000 66.0000 172.0000 66.0000)" and drawn["width"] == "2"
     assert (drawn["href"] or "").startswith("data:image/png;base64,")
     done = visitor.use("Pick the face to look at", "input", None, 1)
     panel = Page(done["output"]["data"][0])
     assert "Face 2: ✓ Likely real (8 % chance of a fake)" in panel.text and "This one looks natural." in panel.text
-    assert not panel.all("polygon") and not panel.all("image") and not panel.all("input", "of-maps")
+    assert not panel.all("polygon") and not panel.all("image") and not panel.of("input", "of-maps")
     said = visitor.ask("What about the eyes?", 1)[1].replace("\xa0", " ")
     assert said.endswith("Likely real, 8 % chance of a fake. Whole file: Likely fake, 93 % chance of a fake.")
     assert [f.index for f in detector.asked[0][0].faces] == [1]
@@ -426,17 +405,10 @@ def _written(folder: Path, content: bytes) -> Path:
     return path
 
 
-def clip(path: Path, frames: int = 10) -> bytes:
-    """A clip of one face."""
-    import av
-
-    with av.open(path, "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=5, width=512, height=512)
-        stream.pix_fmt = "yuv420p"
-        for _ in range(frames):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(ASTRONAUT)))
-        container.mux(stream.encode(None))
-    return path.read_bytes()
+def clip(path: Path) -> bytes:
+    """A clip of one face, which is at `path` too."""
+    path.write_bytes(content := clip_of([ASTRONAUT] * 10, rate=5))
+    return content
 
 
 VERDICT, CURVE, TABLE = 2, -3, -1  # places among the outputs of a new file
@@ -459,9 +431,7 @@ def test_several_files_stand_in_a_table_and_each_opens(visitor: Visitor, detecto
         assert "Likely" not in json.dumps(visitor.use("results", "select", None, told=wrong))
 
 
-def test_more_than_one_visitor_may_have_is_named_or_given_up(
-    visitor: Visitor, detector: FakeDetector, monkeypatch: Any, tmp_path: Path
-) -> None:
+def test_too_much_for_one_visitor(visitor: Visitor, detector: FakeDetector, monkeypatch: Any, tmp_path: Path) -> None:
     """Bug prevented: a hundred files hold the model for everyone, or some are dropped in silence; one visitor's clip
     holds the model, which all share, without end."""
     monkeypatch.setattr(demo, "MAX_FILES", 2)
@@ -473,9 +443,7 @@ def test_more_than_one_visitor_may_have_is_named_or_given_up(
     assert "Likely fake" in visitor.show(ONE)["card"]
 
 
-def test_a_clip_shows_its_frames_as_they_are_judged_and_a_curve(
-    visitor: Visitor, detector: FakeDetector, tmp_path: Path
-) -> None:
+def test_a_clip_shows_frames_as_judged_and_a_curve(visitor: Visitor, detector: FakeDetector, tmp_path: Path) -> None:
     """Bug prevented: a page that says nothing for the time that a clip takes; a tap that shows another frame."""
     detector.slow = lambda: time.sleep(0.1)  # type: ignore[method-assign]
     sent = [visitor.upload(clip(tmp_path / "clip.mp4"), "clip.mp4")]

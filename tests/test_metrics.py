@@ -38,7 +38,7 @@ def test_known_answers() -> None:
     of_fakes = (math.log2(1 + 7 / 3) + math.log2(1 + 1 / 4)) / 2
     of_reals = (math.log2(1 + 1 / 9) + math.log2(1 + 2 / 3)) / 2
     assert m.cllr(LABELS, SCORES) == pytest.approx((of_fakes + of_reals) / 2)
-    assert m.accuracy(LABELS, SCORES, 0.5) == 3 / 4
+    assert (m.accuracy(LABELS, SCORES), m.accuracy(LABELS, SCORES, 0.35)) == (3 / 4, 2 / 4)
     assert m.recalls(LABELS, SCORES, 0.35) == (0.5, 0.5)
     assert m.balanced_accuracy(np.array([0, 0, 0, 1]), np.array([0.1, 0.2, 0.9, 0.9])) == pytest.approx((2 / 3 + 1) / 2)
     assert m.tpr_at_fpr(LABELS, SCORES, 0.1) == 0.5

@@ -151,7 +151,7 @@ def test_a_face_without_a_usable_crop_or_answer_is_none_with_a_reason(tmp_path: 
     assert broken.score is None and broken.note
 
 
-CHANGES: dict[str, tuple[Callable[[h5py.File], object], str, str]] = {
+CHANGES: dict[str, tuple[Callable[[h5py.File], None], str, str]] = {
     "missing layer": (lambda f: f.__delitem__("conv2d_11"), "checkpoint_incomplete", "features.6"),
     "foreign layer": (lambda f: f.create_dataset("lstm_1/lstm_1/kernel:0", (8,), "f4"), "checkpoint_left_over", "lstm"),
     "other network": (lambda f: f.__delitem__("conv2d_8"), "network_unknown", "Meso4"),

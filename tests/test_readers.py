@@ -251,8 +251,8 @@ STYLES = {
     "posix, relative": (CELEB, CELEB),
     "leading slash, but relative": (f"/{CELEB}", CELEB),
     "DF40 test root": ("deepfakes_detection_datasets/DF40/blendface/cdf/frames/id0_id1_0000", None),
-    "DF40 train, EFS": ("deepfakes_detection_datasets/DF40_train/StyleGAN2/001", "DF40_train/StyleGAN2/001"),
     "DF40, below the root": ("DiT/cdf/Celeb-real/id6_0004", "DF40/DiT/cdf/Celeb-real/id6_0004"),
+    "DF40 train, below the root": ("StyleGAN2/001", "DF40_train/StyleGAN2/001"),
     "author's cluster": (f"/Youtu_Pangu_Security_Public/youtu-pangu-public/someone/{CELEB}", f"rgb/{CELEB}"),
 }
 
