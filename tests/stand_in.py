@@ -1,5 +1,5 @@
-"""A small OpenAI-compatible server, to test what asks one: chat completions with log-probabilities, a model list,
-vLLM's `/tokenize`, and faults on demand.
+"""A small OpenAI-compatible server, to test what asks one: chat completions with log-probabilities, a model list and
+vLLM's `/tokenize`.
 
 What it answers is up to a function; `Behind` is one that asks a local model.
 """
@@ -10,11 +10,10 @@ import base64
 import contextlib
 import io
 import json
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, Self
 
@@ -39,37 +38,94 @@ class Reply:
     cut: bool = False  # the connection breaks in the middle of it
 
 
-@dataclass
-class Faults:
-    """Shares of requests that go wrong, drawn from `seed`."""
+class _Server(ThreadingHTTPServer):
+    """On this machine and a free port, in threads, within a context."""
 
-    errors: float = 0.0  # answered with 500 or 429
-    slow: float = 0.0  # answered late, by `seconds`
-    cut: float = 0.0  # connection closed half-way
-    seconds: float = 1.0
-    seed: int = 0
-    counts: dict[str, int] = field(default_factory=lambda: {"errors": 0, "slow": 0, "cut": 0})
+    daemon_threads = True
+    request_queue_size = 256
 
-    def __post_init__(self) -> None:
-        self._random = random.Random(self.seed)
+    def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
-    def on(self, reply: Reply) -> Reply:
-        """The reply, or what becomes of it."""
-        draw = self._random.random()
-        for name, share in (("errors", self.errors), ("slow", self.slow), ("cut", self.cut)):
-            if draw < share:
-                self.counts[name] += 1
-                return {
-                    "errors": Reply("out of order", status=(500, 429)[self.counts["errors"] % 2]),
-                    "slow": Reply(reply.text, reply.top, reply.status, self.seconds),
-                    "cut": Reply(reply.text, reply.top, cut=True),
-                }[name]
-            draw -= share
-        return reply
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
 
 
-class StandIn:
-    """The server, on this machine and a free port unless one is given, in threads; use it as a context.
+class _Handler(BaseHTTPRequestHandler):
+    """Says nothing of its own, and nothing of a client that gave up."""
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):
+            super().handle()
+
+
+class _Endpoint(_Handler):
+    """The addresses of a StandIn."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1
+    server: StandIn
+
+    def do_GET(self) -> None:
+        if not self.path.endswith("/models") or self.server.models is None:
+            self._refuse(404, "no such address")
+        elif self._allowed():
+            models = [{"id": m, "object": "model", "owned_by": self.server.owned_by} for m in self.server.models]
+            self._send(200, {"object": "list", "data": models})
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self._allowed():
+            return
+        if self.path == "/tokenize" and self.server.tokenize is not None:
+            tokens = self.server.tokenize(request)
+            self._send(200, {"tokens": tokens, "count": len(tokens)})
+        elif self.path != "/v1/chat/completions":
+            self._refuse(404, "no such address")
+        elif self.server.models is not None and request["model"] not in self.server.models:
+            self._refuse(404, f"the model {request['model']} does not exist")
+        else:
+            with self.server.counted(request):
+                reply = self.server.answer(request)
+                time.sleep(reply.delay)
+                if reply.status != 200:
+                    self._refuse(reply.status, reply.text)
+                else:
+                    self._send(200, _completion(request, reply), reply.cut)
+
+    def _allowed(self) -> bool:
+        given = self.headers["Authorization"] or ""
+        if self.server.key is not None and given != f"Bearer {self.server.key}":
+            self._refuse(401, f"the key {given} is not known")
+            return False
+        return True
+
+    def _refuse(self, status: int, why: str) -> None:
+        self._send(status, {"error": {"message": why}})
+
+    def _send(self, status: int, body: dict[str, Any], cut: bool = False) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2] if cut else data)
+        self.wfile.flush()
+        self.close_connection = self.close_connection or cut
+
+
+class StandIn(_Server):
+    """The server; use it as a context.
 
     `answer`: from the request's JSON to a Reply. `tokenize`: from messages and the two template options to token ids,
     as vLLM's `/tokenize`; without it that address is not there. `owned_by`: the engine that it passes for.
@@ -83,131 +139,40 @@ class StandIn:
         owned_by: str = "vllm",
         tokenize: Callable[[Request], list[int]] | None = None,
         key: str | None = None,
-        faults: Faults | None = None,
-        keep: bool = True,
-        port: int = 0,
     ) -> None:
-        self.answer, self.models, self.owned_by, self.tokenize = answer, models, owned_by, tokenize
-        self.key, self.faults, self.keep = key, faults or Faults(), keep
-        self.requests: list[Request] = []  # where `keep`
-        self.answered = 0  # requests for a completion, faults included
+        super().__init__(_Endpoint)
+        self.answer, self.models, self.owned_by, self.tokenize, self.key = answer, models, owned_by, tokenize, key
+        self.requests: list[Request] = []  # for a completion
         self.now = self.most = 0  # under way, now and at most
         self.lock = threading.Lock()
-        stand_in = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True
-            wbufsize = -1
-
-            def do_GET(self) -> None:
-                if self.path.endswith("/models") and stand_in.models is not None and self._allowed():
-                    models = [
-                        {"id": m, "object": "model", "created": 0, "owned_by": stand_in.owned_by}
-                        for m in stand_in.models
-                    ]
-                    self._send(200, {"object": "list", "data": models})
-                elif not self.path.endswith("/models") or stand_in.models is None:
-                    self._send(404, {"error": {"message": "no such address"}})
-
-            def do_POST(self) -> None:
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                if not self._allowed():
-                    return
-                if self.path == "/tokenize" and stand_in.tokenize is not None:
-                    tokens = stand_in.tokenize(request)
-                    self._send(200, {"tokens": tokens, "count": len(tokens)})
-                elif self.path != "/v1/chat/completions":
-                    self._send(404, {"error": {"message": "no such address"}})
-                elif stand_in.models is not None and request["model"] not in stand_in.models:
-                    self._send(404, {"error": {"message": f"the model {request['model']} does not exist"}})
-                else:
-                    self._complete(request)
-
-            def _complete(self, request: Request) -> None:
-                with stand_in.lock:
-                    if stand_in.keep:
-                        stand_in.requests.append(request)
-                    stand_in.answered += 1
-                    stand_in.now += 1
-                    stand_in.most = max(stand_in.most, stand_in.now)
-                try:
-                    reply = stand_in.answer(request)
-                    with stand_in.lock:
-                        reply = stand_in.faults.on(reply)
-                    time.sleep(reply.delay)
-                    if reply.status != 200:
-                        self._send(reply.status, {"error": {"message": reply.text}})
-                    else:
-                        self._send(200, _completion(request, reply), reply.cut)
-                finally:
-                    with stand_in.lock:
-                        stand_in.now -= 1
-
-            def _allowed(self) -> bool:
-                given = self.headers["Authorization"] or ""
-                if stand_in.key is not None and given != f"Bearer {stand_in.key}":
-                    self._send(401, {"error": {"message": f"the key {given} is not known"}})
-                    return False
-                return True
-
-            def _send(self, status: int, body: dict[str, Any], cut: bool = False) -> None:
-                data = json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data[: len(data) // 2] if cut else data)
-                self.wfile.flush()
-                self.close_connection = self.close_connection or cut
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-            def handle(self) -> None:
-                with contextlib.suppress(ConnectionError):  # the client gave up
-                    super().handle()
-
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-            request_queue_size = 256
-
-        self._server = Server(("127.0.0.1", port), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+    @contextlib.contextmanager
+    def counted(self, request: Request) -> Iterator[None]:
+        with self.lock:
+            self.requests.append(request)
+            self.now += 1
+            self.most = max(self.most, self.now)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.now -= 1
 
 
 @contextlib.contextmanager
 def odd(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]:
     """The address of an endpoint that answers every question by writing to the connection itself."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(_Handler):
         def do_GET(self) -> None:
             self.send_error(404)
 
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
-            with contextlib.suppress(ConnectionError):
-                answer(self)
+            answer(self)
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with _Server(Handler) as server:
+        yield server.url
 
 
 def writes(handler: BaseHTTPRequestHandler, body: bytes = b"", status: int = 200, **headers: str) -> None:

@@ -18,7 +18,6 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import x2dfd
-from finetune.split import split
 from tests import tiny
 from tests.raising import raises
 from x2dfd import prompts
@@ -36,7 +35,6 @@ from x2dfd.experts import BUILTIN, Shared
 from x2dfd.faces import find_faces
 from x2dfd.files import file_sha256
 from x2dfd.loading import base_identity, load_model
-from x2dfd.mllm import LocalMLLM
 from x2dfd.types import Evidence, Face
 
 pytestmark = pytest.mark.needs_base
@@ -164,31 +162,6 @@ def test_a_folder_that_is_no_adapter_is_named(adapter: Path, text: str) -> None:
         read_adapter_card(adapter)
     with raises("not_an_adapter", "nowhere"):
         read_adapter_card(adapter / "nowhere")
-
-
-def ask(model: Any, processor: Any, photo: Any) -> float:
-    mllm = LocalMLLM(model, processor, "tiny")
-    return float(mllm.verdict_logits(mllm.encode(photo[:224, 120:344][None]), [prompts.QUESTION])[0])
-
-
-def test_the_merged_and_the_split_model_are_the_adapted_one(
-    folders: tuple[Path, Path], astronaut: Any, tmp_path: Path
-) -> None:
-    """Merging must add the adapter, projector included, and once; engines refuse an adapter that brings a projector,
-    and what they are given instead must answer as ours does."""
-    base, made = folders
-    plain, processor = load_model(base)
-    before = ask(plain, processor, astronaut)
-    merged = ask(attach(plain, made), processor, astronaut)
-    unmerged = PeftModel.from_pretrained(load_model(base)[0], str(made)).base_model.model
-    assert merged == pytest.approx(ask(unmerged, processor, astronaut), abs=1e-4)
-    assert abs(merged - before) > 0.01
-    whole, lora, rank = split(f"hub:{base}+{made}", tmp_path / "split")
-    assert rank == 4 and json.loads((lora / "adapter_config.json").read_text())["modules_to_save"] is None
-    served, processor = load_model(whole)
-    assert abs(ask(served, processor, astronaut) - merged) > 0.01
-    both = PeftModel.from_pretrained(load_model(whole)[0], str(lora)).merge_and_unload()
-    assert ask(both, processor, astronaut) == pytest.approx(merged, abs=1e-5)
 
 
 def test_a_plain_adapter_needs_no_peft_and_any_other_goes_there(

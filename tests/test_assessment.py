@@ -14,7 +14,6 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-import x2dfd
 from tests.raising import raises
 from x2dfd.assessment import (
     BANK,
@@ -25,7 +24,6 @@ from x2dfd.assessment import (
     group_weights,
     read_assessment,
     read_questions,
-    run_assess,
     spearman,
     strong_cues,
     table,
@@ -35,7 +33,7 @@ from x2dfd.crops import CropSet
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.manifest import Sample
 from x2dfd.mllm import YesNo
-from x2dfd.types import AREAS, ARTIFACTS, Card, Cue, ModelInfo
+from x2dfd.types import AREAS, ARTIFACTS, Card, Cue
 
 SEAM = CueQuestion("Is there a seam along the jaw? Answer Yes or No.", "jaw", "blending", "bank")
 BLUR = CueQuestion("Are the eyes blurred? Answer Yes or No.", "eyes", "blur", "bank")
@@ -352,32 +350,3 @@ def test_chart_is_drawn_and_can_do_without_matplotlib(tmp_path: Path, monkeypatc
     assert min(pixels.shape[:2]) > 300 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert not chart(result, tmp_path / "b.png") and not (tmp_path / "b.png").exists()
-
-
-@pytest.mark.slow
-def test_the_command_from_manifest_to_files(
-    astronaut: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Bug prevented: parts that fit alone and not together: manifest, crops, shipped questions, model, files."""
-    Image.fromarray(astronaut).save(tmp_path / "a.png")
-    Image.fromarray(astronaut[:, ::-1]).save(tmp_path / "b.png")
-    (tmp_path / "m.csv").write_text("path,label,group\na.png,real,a\nb.png,fake,b\n")
-
-    class Loaded:
-        info = ModelInfo("stand-in", {})
-
-        class mllm:
-            name = "stand-in"
-
-            @staticmethod
-            def yes_no(crop: NDArray[np.uint8], questions: Sequence[str]) -> YesNo:
-                assert crop.shape == (224, 224, 3)
-                return YesNo(np.full(len(questions), float(crop[..., 0].mean() / 255)), ("yes",) * len(questions))
-
-    monkeypatch.setattr(x2dfd, "load", lambda model, **options: Loaded)
-    run_assess(tmp_path / "m.csv", tmp_path / "out")
-    result = read_assessment(tmp_path / "out")
-    assert len(result.questions) == len(read_questions(BANK)) and result.model == "stand-in"
-    assert result.manifest_sha256 is not None and len(result.manifest_sha256) == 64
-    printed = capsys.readouterr().out
-    assert "# What stand-in sees" in printed and str(tmp_path / "out" / "assessment.json") in printed

@@ -8,7 +8,6 @@ import io
 import json
 import shutil
 import socket
-import struct
 import threading
 import zlib
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from PIL import Image
 
 import x2dfd
 from tests import tiny
-from tests.pictures import clip_of, encoded
+from tests.pictures import clip_of, encoded, png_of
 from tests.raising import raises
 from x2dfd import intake
 from x2dfd.calibration import MLLM, Calibration, Logistic
@@ -252,18 +251,13 @@ def test_a_verdict_names_the_kind_that_an_expert_saw(
 def test_every_file_gets_its_row_in_order(detector: Detector, astronaut: Pixels, tmp_path: Path) -> None:
     """One bad file in a thousand is one row with a reason, not the end of the run; the door through which a picture
     comes in changes nothing of what is said."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0))  # of what holds one row
     sideways = Image.Exif()
     sideways[0x0112] = 6
     files = {
         "good.jpg": jpeg(astronaut),
         "text.jpg": b"this is no picture, whatever its name says\n" * 9,
         "cut.jpg": jpeg(astronaut)[:3000],
-        "huge.png": b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 60_001)) + chunk(b"IEND", b""),
+        "huge.png": png_of(20_000, 20_000, zlib.compress(b"\0" * 60_001)),  # of which one row is there
         "no-face.jpg": jpeg(np.full((120, 90, 3), 200, np.uint8)),
         "turned.jpg": jpeg(np.ascontiguousarray(np.rot90(astronaut)), exif=sideways),
     }
@@ -438,6 +432,7 @@ def test_nothing_touches_the_network(
     for name in ("socket", "create_connection", "getaddrinfo"):
         monkeypatch.setattr(socket, name, refuse)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # the tests' own switch must not hide it
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")  # which is no endpoint that was named
     loaded = x2dfd.load(f"hub:{folders[0]}+{folders[1]}")
     assert len(loaded.detect(face_photo).faces) == 1
     assert opened == []

@@ -116,15 +116,6 @@ def test_sixteen_bits_in_the_tower_hardly_move_a_verdict(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_batch_gives_what_each_picture_gives_alone(detector: Any, photos: list[Image.Image]) -> None:
-    """Bug prevented: padding or a neighbour's face moves a verdict."""
-    alone = [p_fake(detector.detect(photo, rationale=False)) for photo in photos]
-    together = [p_fake(r) for r in detector.detect_many(photos, batch_size=8, rationale=False)]
-    assert together == pytest.approx(alone, abs=1e-3)
-    assert max(alone) - min(alone) > 0.01  # they do differ
-
-
-@pytest.mark.slow
 def test_the_file_format_hardly_moves_the_probability(detector: Any, photos: list[Image.Image], tmp_path: Path) -> None:
     """Bug prevented: a detector of JPEG against PNG."""
     files = []

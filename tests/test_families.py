@@ -35,7 +35,6 @@ from x2dfd.assessment import CueQuestion, assess
 from x2dfd.crops import load_crops
 from x2dfd.detector import through_codec
 from x2dfd.errors import SetupError, X2DFDError
-from x2dfd.experts import BUILTIN
 from x2dfd.faces import PREPROCESSING, find_faces
 from x2dfd.files import file_sha256
 from x2dfd.loading import FAMILIES, base_identity, in_bits, load_model, processor_class
@@ -120,6 +119,16 @@ def stock_verdict(kind: Kind, model: Any, crop: NDArray[np.uint8], question: str
     return float(fake - real)
 
 
+SOME = ("LLaVA-1.5", "Qwen3-VL", "Gemma 3", "PaliGemma")
+"""Families whose parts differ the most: of the others, what depends little on the family or costs seconds is slow."""
+some_families = pytest.mark.parametrize(
+    "kind",
+    [pytest.param(name, marks=() if name in SOME else pytest.mark.slow) for name in families.KINDS],
+    indirect=True,
+    scope="module",
+)
+
+
 @pytest.mark.slow
 def test_load(kind: Kind, astronaut: NDArray[np.uint8]) -> None:
     """Through the front door, a photo's face as large as the family takes it is judged as the stock model judges it."""
@@ -132,7 +141,7 @@ def test_load(kind: Kind, astronaut: NDArray[np.uint8]) -> None:
     assert said.p_fake_mllm == pytest.approx(1 / (1 + np.exp(-want)), abs=1e-4)
 
 
-@pytest.mark.slow
+@some_families
 def test_verdict(kind: Kind, crops: NDArray[np.uint8]) -> None:
     """Not just alike but the stock numbers, of pictures in a batch whose questions differ in length."""
     got = kind.mllm.verdict_logits(kind.mllm.encode(crops), QUESTIONS)
@@ -165,7 +174,7 @@ def test_assess(kind: Kind, taught: tuple[Path, Path], tmp_path: Path) -> None:
     assert np.allclose(row["p_yes"], want, atol=1e-4)
 
 
-@pytest.mark.slow
+@some_families
 def test_rationale(kind: Kind, crops: NDArray[np.uint8]) -> None:
     """The text is what the stock model goes on to write, and the look can be asked again afterwards."""
     encoding, start = kind.mllm.encode(crops), prompts.rationale_start("fake")
@@ -223,15 +232,13 @@ def test_one_begin_token(kind: Kind) -> None:
 
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def taught(tmp_path_factory: pytest.TempPathFactory, known_expert: None) -> tuple[Path, Path]:
     """Instructions about four training pictures, and their manifest."""
     import skimage.data
 
     folder = tmp_path_factory.mktemp("taught")
     manifest = tiny.write_small_manifest(folder, np.asarray(skimage.data.astronaut()), 6)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
-        return build(BuildConfig(str(manifest), experts=(tiny.EXPERT,), follow_ups=0), folder / "built"), manifest
+    return build(BuildConfig(str(manifest), experts=(tiny.EXPERT,), follow_ups=0), folder / "built"), manifest
 
 
 def test_training_text(kind: Kind, taught: tuple[Path, Path]) -> None:
@@ -284,7 +291,6 @@ def trained(kind: Kind, taught: tuple[Path, Path], out: Path, **given: Any) -> t
         lr=1e-2, projector_lr=1e-3, accumulate=1, batch=32, max_steps=3, save_steps=100, crop_size=224,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
         patch.setattr(training, "_save", save)
         training.train(replace(config, **given))
     log = json.loads((out / "log.json").read_text())
@@ -321,17 +327,8 @@ def test_split(kind: Kind, lora: tuple[FinetuneConfig, Any], crops: NDArray[np.u
     model, processor = load_model(base)
     served = LocalMLLM(PeftModel.from_pretrained(model, str(matrices)).base_model.model, processor, "split")
     assert rank == 4 and not [k for k in load_file(matrices / WEIGHTS) if ".lora_" not in k]
+    assert json.loads((matrices / "adapter_config.json").read_text())["modules_to_save"] is None
     assert np.allclose(served.verdict_logits(served.encode(crops), QUESTIONS), memory(crops), atol=1e-4)
-
-
-SOME = ("LLaVA-1.5", "Qwen3-VL", "Gemma 3", "PaliGemma")
-"""Families whose parts differ the most: what follows depends on the family little, and costs seconds each."""
-some_families = pytest.mark.parametrize(
-    "kind",
-    [pytest.param(name, marks=() if name in SOME else pytest.mark.slow) for name in families.KINDS],
-    indirect=True,
-    scope="module",
-)
 
 
 @some_families

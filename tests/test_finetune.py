@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +18,6 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import EvalPrediction
 
 import x2dfd
@@ -37,7 +36,6 @@ from x2dfd.adapter import WEIGHTS, lora_b_sum, probe_crops, read_adapter_card
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.degrade import CODEC, codec
 from x2dfd.errors import X2DFDError
-from x2dfd.experts import BUILTIN
 from x2dfd.files import file_sha256
 from x2dfd.loading import base_identity, load_model
 from x2dfd.mllm import LocalMLLM
@@ -57,6 +55,7 @@ def written(tmp_path: Path, text: str) -> Path:
 
 @pytest.mark.parametrize("path", sorted(ROOM.rglob("*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_configuration_loads(path: Path) -> None:
+    """A slip in it would be found after an hour of loading."""
     assert load_config(path, [] if "instructions:" in path.read_text(encoding="utf-8") else REQUIRED).name
 
 
@@ -130,14 +129,12 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str | 
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def small(tmp_path_factory: pytest.TempPathFactory, known_expert: None) -> Small:
     """Manifest and instructions of six training and two calibration pictures."""
     folder = tmp_path_factory.mktemp("small")
     manifest = tiny.write_small_manifest(folder, np.asarray(skimage.data.astronaut()))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
-        path = build(BuildConfig(str(manifest), experts=(tiny.EXPERT,), cue_questions=2), folder / "instructions")
-    return manifest, path
+    config = BuildConfig(str(manifest), experts=(tiny.EXPERT,), cue_questions=2)
+    return manifest, build(config, folder / "instructions")
 
 
 @pytest.fixture(scope="module")
@@ -157,36 +154,6 @@ def loss(model: Any, batch: dict[str, Tensor]) -> float:
     model.eval()
     with torch.inference_mode():
         return float(RowTrainer.compute_loss(cast(Any, None), model, dict(batch)))
-
-
-def one_by_one(model: Any, item: dict[str, Any], weight: float) -> tuple[float, float]:
-    """Weighted loss and weights of a picture's conversations, each through the stock model by itself."""
-    total = weights = 0.0
-    for c in item["conversations"]:
-        ids = torch.cat([item["prefix"]["input_ids"], torch.tensor([c.tokens])], 1)
-        with torch.inference_mode():
-            logits = model(input_ids=ids, pixel_values=item["prefix"]["pixel_values"]).logits[0]
-        each = F.cross_entropy(logits[:-1], ids[0, 1:], reduction="none")[-c.answer :]
-        own = torch.ones(c.answer)
-        if c.heavy is not None:
-            own[c.heavy - (len(c.tokens) - c.answer)] = weight
-        total += float((each * own).sum())
-        weights += float(own.sum())
-    return total, weights
-
-
-@pytest.mark.needs_base
-def test_a_pack_has_the_loss_of_its_conversations(base: Path, packs: Rows) -> None:
-    """A conversation that sees its neighbour copies the answer from it: the loss falls and nothing is learnt."""
-    model, _ = load_model(base)
-    sums = [one_by_one(model, packs[k], 4.0) for k in range(3)]
-    assert {len(packs[k]["conversations"]) for k in range(len(packs))} <= {6, 7, 8, 9}  # some have a follow-up
-    for k, (total, weights) in enumerate(sums):
-        assert loss(model, collated(packs, [k])) == pytest.approx(total / weights, rel=1e-5)
-    # Two packs of different length in one batch: padding carries neither loss nor weight.
-    other = next(k for k in (1, 2) if packs.lengths[k] != packs.lengths[0])
-    together = (sums[0][0] + sums[other][0]) / (sums[0][1] + sums[other][1])
-    assert loss(model, collated(packs, [0, other])) == pytest.approx(together, rel=1e-5)
 
 
 @pytest.mark.needs_base
@@ -272,15 +239,13 @@ def test_what_there_is_nothing_to_learn_from_is_refused(base: Path, small: Small
 
 
 @pytest.fixture(scope="module")
-def configured(base: Path, small: Small) -> Iterator[Configured]:
+def configured(base: Path, small: Small) -> Configured:
     def config(out: Path, **given: Any) -> FinetuneConfig:
         plain = FinetuneConfig(str(small[1]), str(small[0]), str(out), base=str(base), lora_r=4, lora_alpha=8)
         quick = replace(plain, lora_dropout=0.0, lr=1e-2, projector_lr=1e-3, accumulate=1, max_steps=3, save_steps=2)
         return replace(quick, **given)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
-        yield config
+    return config
 
 
 LONGER: dict[str, Any] = {"batch": 3, "max_steps": 8}
@@ -469,11 +434,9 @@ def test_a_cut_off_run_ends_where_an_unbroken_one_does(
 
 @pytest.mark.slow
 @pytest.mark.needs_base
-@pytest.mark.parametrize("method", ["dora", "qlora", "full"])
+@pytest.mark.parametrize("method", ["dora", "full"])
 def test_every_method_gives_a_model_that_loads(configured: Configured, base: Path, tmp_path: Path, method: str) -> None:
     """One key chooses; what is written has to judge as it did when it was made."""
-    if method == "qlora":
-        pytest.importorskip("bitsandbytes")
     out = train(configured(tmp_path / "adapter", method=method, max_steps=2))
     card = read_adapter_card(out)
     assert len(card.probes) == 3 and len(set(card.probes)) == 3
@@ -485,7 +448,7 @@ def test_every_method_gives_a_model_that_loads(configured: Configured, base: Pat
         assert any("o_proj" in k for k in moved) and any("multi_modal_projector" in k for k in moved)
         assert not (out / WEIGHTS).exists() and loaded.info.adapter_sha256 == card.sha256
     else:
-        assert any("lora_magnitude_vector" in k for k in load_file(out / WEIGHTS)) == (method == "dora")
+        assert any("lora_magnitude_vector" in k for k in load_file(out / WEIGHTS))
     tiny.edit_card(out, probes=(*card.probes[:2], card.probes[2] + 1.0))
     with raises("probes_differ"):
         x2dfd.load(out if method == "full" else f"hub:{base}+{out}", mode="paper")
@@ -600,10 +563,11 @@ def test_validation_scores_the_verdicts_of_use(base: Path, small: Small, packs: 
 def test_zero_3_is_known_by_its_content(tmp_path: Path) -> None:
     """Bug prevented: `my_config.json` taken for no ZeRO-3 because of its name, in a dry run too."""
     mine = tmp_path / "mine.json"
-    mine.write_text((ROOM / "zero3.json").read_text())
     for given in (["method=qlora", "base=b"], ["start=a", "base=b"], []):
-        with raises("config_invalid"):
-            load_config(None, [*REQUIRED, *given, f"deepspeed={mine}"])
+        for shipped in ("zero3.json", "zero3_offload.json"):
+            mine.write_text((ROOM / shipped).read_text())
+            with raises("config_invalid"):
+                load_config(None, [*REQUIRED, *given, f"deepspeed={mine}"])
         load_config(None, [*REQUIRED, *given, f"deepspeed={ROOM / 'zero2.json'}"])
     mine.write_text("[]")
     with raises("config_malformed", mine):

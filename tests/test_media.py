@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import io
-import json
 import os
-import random
 import struct
 import subprocess
-import sys
 import time
 import warnings
 import zlib
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 from skimage.data import astronaut
 
-from tests.pictures import clip_of, encoded
+from tests import fuzz
+from tests.pictures import clip_of, encoded, png_of
 from tests.raising import raises
 from x2dfd.errors import InputError
 from x2dfd.media import (
@@ -45,12 +45,6 @@ av = pytest.importorskip("av")
 def photo() -> Image.Image:
     """96 x 64, with detail and no symmetry."""
     return Image.fromarray(astronaut()[40:168, 150:342]).resize((96, 64))
-
-
-def exif_of(tags: dict[int, Any]) -> bytes:
-    exif = Image.Exif()
-    exif.update(tags)
-    return bytes(exif.tobytes())
 
 
 def code_of(source: Source) -> str:
@@ -158,7 +152,7 @@ def test_16_bits_are_scaled_and_noted() -> None:
         (encoded(Image.fromarray(ramp), "PNG"), range(256), 0),
         (tiff, range(256), 0),
         (tiff.replace(black, white), range(255, -1, -1), 0),
-        (png(256, 32, zlib.compress(rows), depth=16), range(256), 1),
+        (png_of(256, 32, zlib.compress(rows), depth=16), range(256), 1),
     ):
         picture = load_picture(data)
         assert np.abs(picture.pixels[0].astype(int) - np.array(expected)[:, None]).max() <= off
@@ -239,16 +233,6 @@ def test_hash_is_of_the_bytes(tmp_path: Path, photo: Image.Image) -> None:
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
-def png(width: int, height: int, data: bytes, depth: int = 8) -> bytes:
-    """A colour PNG by hand."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-
-
 def webp_canvas(width: int, height: int) -> bytes:
     canvas = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
     still = encoded(Image.new("RGB", (16, 16)), "WEBP", lossless=True)[12:]
@@ -265,8 +249,8 @@ def tiff_sharing_data(n_tags: int, n_bytes: int) -> bytes:
 
 
 BOMBS = {
-    "png-400MP": png(20_000, 20_000, b""),
-    "png-81MP": png(9_000, 9_000, b""),
+    "png-400MP": png_of(20_000, 20_000, b""),
+    "png-81MP": png_of(9_000, 9_000, b""),
     "gif": encoded(Image.new("L", (16, 16)), "GIF").replace(b"\x10\0\x10\0", b"\xff\xff\xff\xff", 1),
     "bmp": b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, 30_000, 30_000, 1, 24, *[0] * 6),
     "webp-256MP": webp_canvas(16_000, 16_000),
@@ -288,28 +272,9 @@ ENDLESS = {
 def test_bombs_are_refused_at_once(name: str) -> None:
     """A small file must not cost gigabytes or minutes."""
     assert MAX_PIXELS == 50_000_000  # of a camera's picture
-    begin = time.perf_counter()
-    assert code_of((BOMBS | ENDLESS)[name]) == ("too_many_pixels" if name in BOMBS else "corrupt")
-    assert time.perf_counter() - begin < (0.5 if name in BOMBS else 2)
-
-
-@pytest.mark.slow
-def test_bombs_are_refused_at_low_memory() -> None:
-    """The process's memory is counted from outside, where C allocations show."""
-    program = (
-        "import resource, sys; from x2dfd.media import load_media; from x2dfd.errors import InputError\n"
-        "load_media(sys.stdin.buffer.read(int(sys.argv[1])))\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "for n in map(int, sys.argv[2:]):\n"
-        "    try: load_media(sys.stdin.buffer.read(n))\n"
-        "    except InputError as error: print(error.code)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000)\n"
-    )
-    files = [encoded(Image.new("RGB", (32, 32)), "PNG"), *BOMBS.values()]
-    command = [sys.executable, "-c", program, *(str(len(data)) for data in files)]
-    done = subprocess.run(command, input=b"".join(files), capture_output=True, check=True, cwd=Path.cwd())
-    assert done.stdout.split() == [b"too_many_pixels"] * len(BOMBS) + [b"True"]
-    assert done.stderr == b""
+    code, seconds, peak = fuzz.cost(load_media, (BOMBS | ENDLESS)[name])
+    assert code == ("too_many_pixels" if name in BOMBS else "corrupt")
+    assert seconds < (0.5 if name in BOMBS else 2) and peak < 50_000_000
 
 
 def test_rare_tiff_decoders_are_not_reached(photo: Image.Image) -> None:
@@ -388,40 +353,17 @@ def test_addresses_are_refused(tmp_path: Path, photo: Image.Image, monkeypatch: 
     assert load_picture("holiday: beach.png").format == "PNG"
 
 
-def mutate(data: bytes, rng: random.Random) -> bytes:
-    changed = bytearray(data)
-    for _ in range(rng.choice((1, 3, 10))):
-        at = rng.randrange(min(len(changed), 400) if rng.random() < 0.6 else len(changed))
-        changed[at] = rng.choice((0, 0xFF, 0x7F, rng.randrange(256)))
-    return bytes(changed[: rng.randrange(1, len(changed))] if rng.random() < 0.2 else changed)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "tiff_lzw", "mp4", "avi", "matroska", "mpegts"])
-def test_damaged_files_print_and_warn_nothing(
-    photo: Image.Image, format: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff", "mp4", "avi", "mkv", "ts"])
+def test_damaged_files_print_and_warn_nothing(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
     """What tests/test_fuzz.py cannot see: parsers that warn, or print from C, for each bad file of a thousand."""
-    options: dict[str, Any] = {"exif": exif_of({274: 6, 271: "a maker"}), "icc_profile": swapped_profile()}
-    if format == "tiff_lzw":
-        data = encoded(photo, "TIFF", compression=format, **options)
-    elif format.isupper():
-        data = encoded(photo, format, **options)
-    else:
-        data = clip(format, "mpeg2video" if format == "mpegts" else "mpeg4", n=12)
+    damaged = [*islice(fuzz.mutants(fuzz.TARGETS[kind], 0), 60)]
     capfd.readouterr()
-    rng = random.Random(f"seed {format}")
-    refused = 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for _ in range(40):
-            try:
-                media = load_media(mutate(data, rng), max_frames=4)
-            except InputError as error:
-                refused += bool(error.reason)
-            else:
-                assert isinstance(media, Video) is (format.islower() and format != "tiff_lzw")
-    assert refused > 0
+        for data in damaged:
+            with contextlib.suppress(InputError):
+                load_media(data, max_frames=4)
     assert capfd.readouterr() == ("", "")
 
 
@@ -512,22 +454,6 @@ def test_decoding_stays_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 # --- summaries and folders ----------------------------------------------------------------------------------------
-
-
-def test_summary_is_plain_json(photo: Image.Image) -> None:
-    """The report must survive JSON; numpy numbers and tuples do not."""
-
-    content = encoded(photo.convert("CMYK"), "JPEG")
-    still = media_summary(load_media(content))
-    assert still == {
-        "kind": "image", "format": "JPEG", "width": 96, "height": 64, "n_frames": 1, "notes": ["cmyk_to_rgb"],
-        "bytes": len(content),
-    }  # fmt: skip
-    moving = media_summary(load_media(clip(), max_frames=2))
-    assert (moving["kind"], moving["n_frames"], moving["frames"]) == ("video", 50, [12, 37])
-    assert moving["duration_s"] == pytest.approx(2.0, abs=0.05)
-    for summary in (still, moving):
-        assert json.loads(json.dumps(summary)) == summary
 
 
 def test_summary_quotes_camera_and_times_and_no_place(photo: Image.Image, tmp_path: Path) -> None:

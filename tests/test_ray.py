@@ -15,61 +15,46 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import x2dfd
-from tests import tiny
+from tests import stub, tiny
 from tests.raising import raises
 from x2dfd import cli, ray_engine, stores
-from x2dfd.errors import InputError, SetupError, UnknownName
-from x2dfd.media import load_media
+from x2dfd.errors import SetupError, UnknownName
 from x2dfd.model_spec import LoadOptions, ModelSpec
 from x2dfd.ray_llm import VllmScoring, _scored, p_fake
-from x2dfd.types import Failure, ModelInfo, Report, Verdict
-
-
-class Reader:
-    """Reads what it gets, path or bytes, and calls it real."""
-
-    info = ModelInfo("reader", {}, mode="paper")
-
-    def detect_many(
-        self, sources: Iterable[Path | bytes], *, batch_size: int = 8, rationale: bool = True, frames: int = 32
-    ) -> Iterator[Report | Failure]:
-        for source in sources:
-            path = str(source) if isinstance(source, Path) else None
-            try:
-                media = load_media(source)
-            except InputError as error:
-                yield Failure(path, None, error.code, error.reason)
-                continue
-            yield Report(
-                path, media.sha256, {}, Verdict("real", 0.1), (), "", (), (), {"state": "absent"},
-                self.info.to_dict(), {}, {},
-            )  # fmt: skip
+from x2dfd.types import Failure, Report
 
 
 @pytest.fixture
-def memory(face_photo: Path) -> Iterator[str]:
+def photo(tmp_path: Path) -> Path:
+    """A picture without a face, on which no model is asked."""
+    Image.new("RGB", (40, 32), (90, 60, 30)).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+@pytest.fixture
+def memory(photo: Path) -> Iterator[str]:
     """A store with one picture; the address of its folder."""
     fsspec = pytest.importorskip("fsspec", reason="the extra [ray] is not installed: no fsspec")
     files = fsspec.filesystem("memory")
-    files.pipe("/bucket/face.jpg", face_photo.read_bytes())
+    files.pipe("/bucket/face.jpg", photo.read_bytes())
     yield "memory://bucket"
     files.rm("/bucket", recursive=True)
 
 
 def test_a_store_and_a_disk_give_the_same_row(
-    memory: str, face_photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    memory: str, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An address must come back as it was given, a missing object as its own row, and a resumed run without judging."""
-    asked: list[Path | bytes] = []
+    asked, detector = list[Any](), stub.without_model()
+    plain = detector.detect_many
 
-    class Counting(Reader):
-        def detect_many(self, sources: Iterable[Path | bytes], **options: Any) -> Iterator[Report | Failure]:
-            sources = list(sources)
-            asked.extend(sources)
-            yield from super().detect_many(sources, **options)
+    def counted(sources: Iterable[Any], **options: Any) -> Iterator[Report | Failure]:
+        asked.extend(sources := list(sources))
+        yield from plain(sources, **options)
 
-    monkeypatch.setattr(x2dfd, "load", lambda *_, **__: Counting(), raising=False)
-    places = [f"{memory}/face.jpg", f"{memory}/none.jpg", face_photo.as_uri(), str(face_photo)]
+    monkeypatch.setattr(detector, "detect_many", counted)
+    monkeypatch.setattr(x2dfd, "load", lambda *_, **__: detector)
+    places = [f"{memory}/face.jpg", f"{memory}/none.jpg", photo.as_uri(), str(photo)]
     manifest, out = tmp_path / "m.csv", tmp_path / "rows.jsonl"
     manifest.write_text("\n".join(["path", *places]) + "\n")
     words = ["detect", "--manifest", str(manifest), "--out", str(out), "--remote", "memory,file", "--batch-size", "3"]
@@ -89,7 +74,7 @@ def test_no_address_is_read_unasked(memory: str, tmp_path: Path, monkeypatch: py
         raise AssertionError(address)
 
     monkeypatch.setattr(stores, "read_address", refuse)
-    monkeypatch.setattr(x2dfd, "load", lambda *_, **__: Reader(), raising=False)
+    monkeypatch.setattr(x2dfd, "load", lambda *_, **__: stub.without_model())
     manifest = tmp_path / "m.csv"
     manifest.write_text(f"path\n{memory}/face.jpg\n")
     done = CliRunner().invoke(cli.app, ["detect", "--manifest", str(manifest), "--json"])

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from finetune.config import LANGUAGE_LINEARS
+from tests.families import VICUNA
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, AdapterCard, write_adapter_card
 from x2dfd.calibration import Calibration, Logistic
@@ -74,16 +75,10 @@ def processor_of_llava_15() -> Any:
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
     )
     fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    template = (
-        "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
-        "{% for p in m['content'] %}{% if p['type'] == 'image' %}{{ '<image>\n' }}{% endif %}{% endfor %}"
-        "{% for p in m['content'] %}{% if p['type'] == 'text' %}{{ p['text'] + ' ' }}{% endif %}{% endfor %}"
-        "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-    )
     return LlavaProcessor(
         CLIPImageProcessorPil(size={"height": 224, "width": 224}, do_center_crop=False), fast, patch_size=16,
         vision_feature_select_strategy="default", num_additional_image_tokens=1, image_token="<image>",
-        chat_template=template,
+        chat_template=VICUNA,
     )  # fmt: skip
 
 
