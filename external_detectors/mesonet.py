@@ -160,7 +160,7 @@ def load_mesonet(path: Path) -> Meso4 | MesoInception4:
 
 
 class MesoNet(Published):
-    """P(fake) of each face's aligned crop: 1 less the network's output, which is P(real). Any of the four published
+    """P(fake) of each face's aligned crop: 1 less the network's output, which is P(real). Each of the four published
     files works."""
 
     FILE = "MesoInception_DF.h5"
