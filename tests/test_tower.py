@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_gen.build import BuildConfig, build
-from external_detectors import tower_net
+from external_detectors import clip_probe, tower_net
 from external_detectors.tower_net import GRID, POOLED
-from external_detectors.train import loop, self_blend
+from external_detectors.train import loop, probe, self_blend
 from external_detectors.train import tower as training
 from external_detectors.weights_io import save_weights
 from tests.raising import raises
@@ -454,3 +454,69 @@ def test_a_training_ends_by_the_clock_and_goes_on_where_it_was_cut_off(
     assert all(torch.allclose(value, kept[name].float(), atol=1e-3) for name, value in again.items())
     with raises("start_does_not_fit", "layers.9.mlp.fc1"):
         training.start_from(net, {"tower.encoder.layers.9.mlp.fc1.lora_A.weight": torch.zeros(2, clip.WIDTH)})
+
+
+# --- the probe -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bright(monkeypatch: pytest.MonkeyPatch, base: Path) -> list[int]:
+    """The sizes of the passes that were made; a crop's tokens say how bright it is, and nothing else."""
+    passes: list[int] = []
+
+    def tokens(crops: Tensor) -> Tensor:
+        passes.append(len(crops))
+        return crops.float().mean((1, 2, 3))[:, None].expand(-1, len(clip.CLASS_LAYERS) * clip.WIDTH) / 255
+
+    for module in (probe, clip_probe):
+        monkeypatch.setattr(module, "class_tokens", tokens)
+        monkeypatch.setattr(module, "require", lambda part: base)
+    return passes
+
+
+def test_tokens_are_those_of_the_bare_tower(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: tokens of other layers, or of the tower with its additions."""
+    monkeypatch.setattr(clip, "CLASS_LAYERS", (2, 4))
+    crops = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), np.uint8))
+    states = tower_states(crops, 4)
+    expected = torch.cat([states[2][:, 0], states[4][:, 0]], 1)
+    assert torch.allclose(clip.class_tokens(crops), expected, atol=0.05 * float(expected.abs().max()))  # bf16
+
+
+def test_a_probe_learns_from_what_is_not_held_out(
+    bright: list[int],
+    photos: Path,
+    face: Face,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bug prevented: a "held-out" probe that met the source, tokens that are computed anew for every training, a
+    cut-off run that begins again, or an expert that answers something else than was learnt."""
+    given: dict[str, Any] = {"data": [photos], "features": tmp_path / "tokens", "views": 3, "ridge": 0.001}
+    monkeypatch.setattr(probe, "BATCH", 1)
+    counted = probe.class_tokens
+
+    def cut_off(crops: Tensor) -> Tensor:
+        if len(bright) == 17:
+            raise KeyboardInterrupt
+        return counted(crops)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(probe, "class_tokens", cut_off)
+        probe.probe(**given, out=tmp_path / "all")
+    bright.clear()
+    probe.probe(**given, out=tmp_path / "all")
+    assert len(bright) == 9 + 7 + 7 - 16  # 9 of splits train and val as they are, 7 of train augmented, twice
+    bright.clear()
+    probe.probe(**given, leave_out="new,gan2", out=tmp_path / "new")
+    assert not bright
+    cards = [read_card(tmp_path / name / "clip-probe.card.json") for name in ("all", "new")]
+    assert [card.figures["left_out"] for card in cards] == [[], ["new", "gan2"]]
+    assert [card.trained_on for card in cards] == ["7 pictures; sources: a, made, new", "3 pictures; sources: a, made"]
+    expert = clip_probe.ClipProbe(tmp_path / "all")
+    dark, light = (face.crop * share for share in (0.5, 1.0))
+    crops = torch.from_numpy(np.stack([dark, light]).astype(np.uint8))
+    low, high = expert.p_fake(crops).tolist()
+    assert 0 < low < high < 1  # the fakes among PICTURES are the brighter ones
+    [evidence] = expert.judge([face])
+    assert evidence.score == pytest.approx(high, abs=1e-4) and not evidence.cues

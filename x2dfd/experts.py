@@ -25,7 +25,10 @@ from x2dfd.worker import Worker
 if TYPE_CHECKING:
     from torch import Tensor
 
-BUILTIN: dict[str, str] = {"tower": "external_detectors.tower:Tower"}
+BUILTIN: dict[str, str] = {
+    "tower": "external_detectors.tower:Tower",
+    "clip-probe": "external_detectors.clip_probe:ClipProbe",
+}
 DEFAULT: tuple[str, ...] = ("tower",)
 """Experts that improve verdicts on held-out sources (LOG.md), in the order of their scores in the prompt."""
 PUBLISHED: dict[str, str] = {

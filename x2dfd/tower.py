@@ -148,9 +148,13 @@ def load_tower_pass(layers: int, additions: Path | None = None, dtype: torch.dty
 
 
 def tower_states(
-    crops: Tensor, layers: int, additions: Path | None = None, dtype: torch.dtype = torch.float32
+    crops: Tensor, layers: int, additions: Path | None = None, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, ...]:
-    """Hidden states of uint8 crops [n, 224, 224, 3]: embeddings and each layer's output, [n, 197, 768], fp32."""
+    """Hidden states of uint8 crops [n, 224, 224, 3]: embeddings and each layer's output, [n, 197, 768], fp32.
+
+    `dtype` of the matrix products is bf16 by default where that is quick, else fp32.
+    """
+    dtype = dtype or (torch.bfloat16 if quick_in_16_bits("cpu") else torch.float32)
     with torch.inference_mode():
         return load_tower_pass(layers, additions, dtype)(clip_pixels(crops))
 
@@ -161,8 +165,7 @@ CLASS_LAYERS = HEAD_LAYERS[1:]
 
 def class_tokens(crops: Tensor) -> Tensor:
     """Class tokens of the base's own tower, side by side [n, 3 * WIDTH], of uint8 crops [n, 224, 224, 3]."""
-    dtype = torch.bfloat16 if quick_in_16_bits("cpu") else torch.float32
-    states = tower_states(crops, max(CLASS_LAYERS), dtype=dtype)
+    states = tower_states(crops, max(CLASS_LAYERS))
     return torch.cat([states[layer][:, 0] for layer in CLASS_LAYERS], 1)
 
 
@@ -251,8 +254,7 @@ def cached_features(
         for start in progress(range(store.done, n, batch), "tower features"):
             stop = min(start + batch, n)
             views = np.stack([augmented_view(data.crops[i], seed, int(i)) for i in rows[start:stop]])
-            dtype = torch.bfloat16 if quick_in_16_bits("cpu") else torch.float32
-            states = tower_states(torch.from_numpy(views), layers, additions, dtype)
+            states = tower_states(torch.from_numpy(views), layers, additions)
             for position, layer in enumerate(keep):
                 tokens[start:stop, position] = states[layer].half().numpy()
             if (start // batch) % 8 == 7 or stop == n:

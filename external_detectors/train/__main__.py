@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from external_detectors.train import heads, tower
+from external_detectors.train import heads, probe, tower
 from x2dfd.cli import run_command
 
 EXAMPLE = "Example:\n\n  python -m external_detectors.train {}"
@@ -21,6 +21,9 @@ app.command(epilog=EXAMPLE.format("tower --data photos.csv --data build/forged/m
 )
 app.command(epilog=EXAMPLE.format("heads --data build/forged/manifest.jsonl --start build/tower --features F --out O"))(
     heads.heads
+)
+app.command(epilog=EXAMPLE.format("probe --data photos.csv --data build/forged/manifest.jsonl --features F --out O"))(
+    probe.probe
 )
 
 

@@ -45,7 +45,6 @@ from x2dfd.tower import (
     TowerFeatures,
     cached_features,
     degraded_view,
-    quick_in_16_bits,
     tower_states,
     training_rows,
     view_face,
@@ -234,8 +233,7 @@ def _fit_photo(net: TowerHeads, crops: CropSet, rows: NDArray[np.intp], addition
         originals = [np.ascontiguousarray(crops.crops[i]) for i in chosen[start : start + 16]]
         views = [drawing(c, rng) if d else c for c, d in zip(originals, is_drawing[start : start + 16], strict=True)]
         pixels = torch.from_numpy(np.stack([codec(v, *CODEC) for v in views]))
-        dtype = torch.bfloat16 if quick_in_16_bits("cpu") else torch.float32
-        statistics.append(net.statistics(tower_states(pixels, max(HEAD_LAYERS), additions, dtype)))
+        statistics.append(net.statistics(tower_states(pixels, max(HEAD_LAYERS), additions)))
     net.eval()
     with torch.inference_mode():
         x = net.norm(torch.cat(statistics).float())
