@@ -125,8 +125,10 @@ def test_who_decides_is_named() -> None:
     """Bug prevented: "to the models" where a single expert has a weight."""
     assert decided_by(MODEL) == "the tower expert" and decided_by({}) == "the models"
     assert decided_by({"mode": "calibrated", "weights": {"mllm": 0.2, "tower": 1}}) == (
-        "the language model and the tower expert"
+        "the tower expert and the language model"
     )
+    two = {"experts": {"tower": "1", "probe": "1"}, "weights": {"probe": 1, "tower": 1, "mllm": 0}}
+    assert decided_by(two) == "the tower and probe experts"
     assert decided_by({"mode": "paper", "weights": None}) == "the language model"
     assert meaning(report(model=MODEL)).startswith("To the tower expert, ")
     assert meaning(report(model=MODEL, verdict=REAL)).startswith("The tower expert found no sign")

@@ -128,11 +128,21 @@ def _would_help(report: Report, face: FaceReport | None) -> str:
 
 
 def decided_by(model: Json) -> str:
-    """Who decides the verdicts of a model: "the tower expert", or all that have a weight of their own."""
+    """Who decides the verdicts of a model: "the tower and clip-probe experts", all that have a weight of their own."""
     if model.get("mode") == "paper":
         return "the language model"
-    names = [name for name, weight in (model.get("weights") or {}).items() if (weight or 0) > 0]
-    *others, last = ["the language model" if n == "mllm" else f"the {n} expert" for n in names] or ["the models"]
+    order = [*(model.get("experts") or {})]  # as the report lists them
+    weighed = {name for name, weight in (model.get("weights") or {}).items() if weight}
+    names = sorted(weighed - {"mllm"}, key=lambda name: order.index(name) if name in order else len(order))
+    experts = f"the {in_a_row(names)} expert{'s' * (len(names) > 1)}" if names else ""
+    if "mllm" in weighed:
+        return f"{experts} and the language model" if experts else "the language model"
+    return experts or "the models"
+
+
+def in_a_row(names: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    *others, last = names
     return f"{', '.join(others)} and {last}" if others else last
 
 
