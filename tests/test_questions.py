@@ -57,7 +57,8 @@ def test_bank_asks_about_everything_the_forge_makes(astronaut: NDArray[np.uint8]
     """Bug prevented: a forged cue that no question asks about is never assessed, so never taught."""
     head = astronaut[20:276, 110:366]
     small = cv2.resize(head, (128, 128), interpolation=cv2.INTER_AREA)
-    photo = Photo(np.asarray(small, np.uint8), find_faces(head)[0].landmarks / 2, "s", "g")
+    landmarks = (find_faces(head)[0].landmarks / 2).astype(np.float32)
+    photo = Photo(np.asarray(small, np.uint8), landmarks, "s", "g")
     made: set[tuple[str, str]] = set()
     for method in METHODS.values():
         for seed in range(40):

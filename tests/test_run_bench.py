@@ -34,6 +34,7 @@ from x2dfd.types import Cue, Evidence, FaceReport, Failure, Report, Verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 REASON = "the crop is too small"
+HASHES = ("manifest", "base", "adapter", "calibration")
 
 
 class StandIn:
@@ -246,15 +247,13 @@ def test_a_slice_says_whom_it_was_compared_with(runs: Runs) -> None:
     assert (by["method"]["blend"]["against"], by["method"]["blend"]["n_real"]) == ("own reals", 12)
     assert (by["source"]["gan-faces"]["against"], by["source"]["gan-faces"]["n_real"]) == ("all reals", 24)
     assert "false_alarms" not in by["source"]["gan-faces"] and by["source"]["film"]["false_alarms"]["n"] == 12
-    # A source of reals only has an AUC too.
+    # A source of reals only has an AUC too. Manifests are sorted by label: a limit is not the head of the list.
     write_csv(runs.data, [r for r in runs.manifest() if (r["source"], r["label"]) != ("film", "fake")])
-    runs(StandIn())
-    film = runs.result()["scorers"]["calibrated"]["by"]["source"]["film"]
-    assert film["against"] == "all fakes" and film["n_real"] == 12 and film["n_fake"] > 7 and "found" not in film
-    # Manifests are sorted by label: a limit is not the head of the list.
-    runs(StandIn(), "--limit", 20)
-    counts = runs.result()["data"]
-    assert counts["n"] == 20 and counts["n_fake"] > 0
+    runs(StandIn(), "--limit", 30)
+    result = runs.result()
+    film = result["scorers"]["calibrated"]["by"]["source"]["film"]
+    assert film["against"] == "all fakes" and film["n_fake"] > 0 and "found" not in film
+    assert result["data"]["n"] == 30 and result["data"]["n_fake"] > 0
 
 
 def test_every_picture_reaches_the_model_in_one_format(runs: Runs) -> None:
@@ -579,11 +578,10 @@ def test_readme_tables_follow_the_results(runs: Runs) -> None:
     readme.write_text("# Title\n\n<!-- table:detect -->\n<!-- /table -->\n\nafter\n", "utf-8")
     result = runs.result()
     result["code"] = {"commit": "c", "dirty": False}
-    result["hashes"] |= {"base": "b", "adapter": "a", "calibration": "c"}
+    result["hashes"] |= dict.fromkeys(HASHES, "a")
     (results / "val.json").write_text(json.dumps(result), "utf-8")
-    assert {tables.table(name, {}) for name in ("summary", *tables.TABLES)} == {
-        tables.NOT_MEASURED
-    }  # not the last one, nor none
+    # not the last one, nor none
+    assert {tables.table(name, {}) for name in ("summary", *tables.TABLES)} == {tables.NOT_MEASURED}
 
     def made(*words: str) -> tuple[int, str]:
         app = typer.Typer()
@@ -605,21 +603,18 @@ def test_readme_tables_follow_the_results(runs: Runs) -> None:
     assert code == 1 and "detekt" in said
 
 
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [
+def test_a_result_of_unknown_origin_is_not_quoted() -> None:
+    """Numbers of code that nobody can get, or of weights that nobody can name."""
+    result: dict[str, Any] = {"task": {"name": "detect"}, "model": {"name": "embedded"}}
+    result |= {"code": {"commit": "c", "dirty": False}, "hashes": dict.fromkeys(HASHES, "a")}
+    assert tables.faults("val", result) == []
+    for change, why in (
         ({"code": {"commit": "c", "dirty": True}}, "changes that are in no commit"),
         ({"code": None}, "from which commit"),
         ({"hashes": {"manifest": "m", "base": "b", "calibration": "c"}}, "no SHA-256 of its adapter"),
         ({"hashes": {}}, "no SHA-256 of its manifest"),
-    ],
-)
-def test_a_result_of_unknown_origin_is_not_quoted(change: dict[str, Any], why: str) -> None:
-    """Numbers of code that nobody can get, or of weights that nobody can name."""
-    result = {"task": {"name": "detect"}, "model": {"name": "embedded"}, "code": {"commit": "c", "dirty": False}}
-    result["hashes"] = {"manifest": "m", "base": "b", "adapter": "a", "calibration": "c"}
-    assert tables.faults("val", result) == []
-    assert why in "; ".join(tables.faults("val", result | change))
+    ):
+        assert why in "; ".join(tables.faults("val", result | change))
 
 
 def test_what_lies_in_the_way_is_one_line(runs: Runs) -> None:
