@@ -43,6 +43,7 @@ def pictures(kind: str) -> list[bytes]:
     """Small files of one format: plain, and with what its parser branches on."""
     import numpy as np
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     if kind == "heic":
         import pillow_heif
@@ -54,11 +55,14 @@ def pictures(kind: str) -> list[bytes]:
     exif[274], exif[271], exif[305] = 6, "maker", "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 5"
     source = b'<x:xmpmeta><a Iptc4xmpExt:DigitalSourceType="trainedAlgorithmicMedia"/></x:xmpmeta>'
     tags: dict[str, Any] = {"exif": exif, "icc_profile": b"\0" * 140, "xmp": source}
+    texts = PngInfo()
+    texts.add_text("parameters", exif[305], zip=True)
+    texts.add_itxt("XML:com.adobe.xmp", source.decode(), zip=True)
     moving: dict[str, Any] = {"save_all": True, "append_images": frames[1:], "duration": 80}
     forms: dict[str, list[tuple[Image.Image, str, dict[str, Any]]]] = {
         "jpeg": [(frames[0], "JPEG", tags), (frames[0], "JPEG", {"progressive": True}),
                  (frames[0].convert("CMYK"), "JPEG", {})],
-        "png": [(frames[0], "PNG", tags), (frames[0].convert("P"), "PNG", {"transparency": 3}),
+        "png": [(frames[0], "PNG", tags | {"pnginfo": texts}), (frames[0].convert("P"), "PNG", {"transparency": 3}),
                 (Image.fromarray(noise[0, ..., 0].astype(np.uint16) * 255), "PNG", {})],
         "apng": [(frames[0], "PNG", moving)],
         "gif": [(frames[0], "GIF", moving), (frames[0], "GIF", {"comment": b"a" * 300})],
@@ -200,6 +204,14 @@ def media(data: bytes) -> None:
         return
     loaded = load_media(data, max_frames=4)
     read_provenance(data, loaded.format)
+
+
+def statements(data: bytes) -> None:
+    """Also of pictures that no longer open."""
+    from x2dfd.statements import read_statements
+
+    for format in ("JPEG", "PNG", "WEBP", "TIFF"):
+        read_statements(data, format)
 
 
 def face(data: bytes) -> None:
@@ -359,6 +371,7 @@ MEDIA |= {
     "ts": _clip("mpegts", "mpeg2video"),
     "ogv": Target(lambda: [(Path(__file__).parent / "seeds" / "theora.ogv").read_bytes()], media),
     "face": Target(photos, face),
+    "statements": Target(lambda: [pictures(kind)[0] for kind in ("jpeg", "png", "webp", "tiff")], statements),
 }
 TARGETS: dict[str, Target] = MEDIA | {
     "manifest.csv": Target(lambda: tables("csv"), from_file("manifest.csv", manifest), text=True),
