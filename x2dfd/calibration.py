@@ -22,7 +22,9 @@ from x2dfd.types import KINDS, Evidence, Verdict
 
 MLLM = "mllm"
 FALSE_ALARMS = 0.05  # share of a source's real pictures that may be called fake
-MISSES = 0.10  # share of the fakes of one kind and source that may be called real
+MISSES = {"whole": 0.10, "part": 0.20}
+"""By kind, the share of the fakes of one generator or source that may be called real. Many changes of a part are too
+faint for anybody to see: with 0.10 for them, too, one picture in eight less gets an answer (LOG.md)."""
 SMALL = 50  # pictures that a source needs for its own threshold; a tenth of fewer is two or three
 _CLIP = 6.0  # larger logits are saturated and say nothing more about certainty
 _MAX_LOGIT = 700.0  # exp overflows above
@@ -224,7 +226,7 @@ def fit_calibration(
     logistics = {kind: replace(logistic, bias=round(logistic.bias - share, 6)) for kind, logistic in logistics.items()}
     fitted = Calibration(logistics, 0.5, 0.5)
     p_fake = probabilities(fitted, logits, len(kind_array))
-    low, high = choose_band(p_fake, kind_array != "", sources, false_alarms=false_alarms)
+    low, high = choose_band(p_fake, kind_array, sources, false_alarms=false_alarms)
     return Calibration(logistics, low, high)
 
 
@@ -239,21 +241,25 @@ def probabilities(calibration: Calibration, logits: Mapping[str, Mapping[str, Fl
 
 def choose_band(
     p_fake: Floats,
-    fake: NDArray[np.bool_],
+    kinds: NDArray[np.str_],
     sources: Sequence[str],
     *,
     false_alarms: float = FALSE_ALARMS,
-    misses: float = MISSES,
+    misses: Mapping[str, float] = MISSES,
 ) -> tuple[float, float]:
     """(low, high): in every source at most `false_alarms` of the reals reach `high`, and at most `misses` of the fakes
-    stay below `low`.
+    of a kind stay below `low`. `kinds` [n] as in `fit_calibration`.
 
     The worst source sets each. Sources with fewer than SMALL pictures are pooled. If low would exceed high, both become
     their mean, and there is no band.
     """
     names = np.array(sources)
-    high = max(_threshold(scores, false_alarms) for scores in _by_source(p_fake[~fake], names[~fake]))
-    low = min(1 - _threshold(1 - scores, misses) for scores in _by_source(p_fake[fake], names[fake]))
+    high = max(_threshold(scores, false_alarms) for scores in _by_source(p_fake[kinds == ""], names[kinds == ""]))
+    low = min(
+        1 - _threshold(1 - scores, share)
+        for kind, share in misses.items()
+        for scores in _by_source(p_fake[kinds == kind], names[kinds == kind])
+    )
     if low > high:
         low = high = (low + high) / 2
     return round(max(low, 0.0), 6), round(high, 6)  # above 1 if a source's photos reach 1: then nothing is called fake
