@@ -160,7 +160,7 @@ def tower_states(
 
 
 CLASS_LAYERS = (6, 7, 8, 9)
-"""Layers whose class tokens the probe reads; none after them is run. Chosen by four sets of held-out sources, LOG.md."""
+"""Layers whose class tokens the probe reads; no later one is run. Four sets of held-out sources chose them: LOG.md."""
 
 
 def class_tokens(crops: Tensor) -> Tensor:
