@@ -62,7 +62,9 @@ class Row:
     fake: bool
     kind: str  # photos, known photos, generator, method, or method on new photos
     groups: list[str] = field(default_factory=list)
-    scores: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # logits, by column
+    scores: dict[str, list[float]] = field(
+        default_factory=lambda: defaultdict(list)
+    )  # by column; the larger, the likelier fake
     verdicts: list[str] = field(default_factory=list)  # on the held-out experts' scores
 
 

@@ -1,8 +1,8 @@
 """Expert `clip-probe`: a logistic on class tokens of CLIP as it is, without any addition.
 
-The forensic tower is trained end to end and sees small traces, but what it learnt fits new generators and cameras less.
-Features that no training on forgeries has bent keep more of their worth there (Ojha et al., arXiv 2302.10174), most of
-all those of the middle layers (Koutlis & Papadopoulos, arXiv 2402.19091). The calibration joins both.
+The forensic tower is trained end to end and sees small traces, but what it learnt fits new generators less. Features
+that no training on forgeries has bent keep more of their worth there (Ojha et al., arXiv 2302.10174), most of all those
+of the middle layers (Koutlis & Papadopoulos, arXiv 2402.19091). The calibration joins both.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from torch import Tensor
 from external_detectors.crop_expert import CropExpert
 from external_detectors.weights_io import load_weights
 from x2dfd.adapter import EMBEDDED
+from x2dfd.errors import SetupError
 from x2dfd.experts import read_card
 from x2dfd.fetch import require
-from x2dfd.tower import class_tokens
+from x2dfd.tower import CLASS_LAYERS, WIDTH, class_tokens
 from x2dfd.types import Card
 
 WEIGHTS = EMBEDDED / "experts"
@@ -33,6 +34,11 @@ class ClipProbe(CropExpert):
         self.card = read_card(folder / "clip-probe.card.json")  # type: ignore[misc]
         weights = load_weights(self.card, folder)
         self._weight, self._bias = weights["weight"], weights["bias"]
+        if self._weight.shape != (len(CLASS_LAYERS) * WIDTH,):
+            raise SetupError(
+                f"expert 'clip-probe' in {folder} was fitted on other layers; train it again",
+                code="weights_do_not_fit",
+            )
         require("base")  # fail now, not at the first face
 
     def p_fake(self, crops: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Expert `tower`: the forensic tower's own verdict, its cues and its map.
+"""Expert `tower`: the forensic tower's own score, its cues and its map.
 
 Blind spot: reenactment that moves little but the mouth, generators that leave no trace at 224 pixels. The network is
 the base's CLIP ViT-B/16 with additions that this project trained end to end (external_detectors.train.tower). The
-embedded model shares its forward pass, so together with that model the expert costs next to nothing.
+embedded model shares its forward pass, which saves it one of its two passes.
 """
 
 from __future__ import annotations

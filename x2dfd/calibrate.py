@@ -29,7 +29,7 @@ from x2dfd.calibration import (
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import Detector, evidence_of, through_codec
 from x2dfd.errors import SetupError, X2DFDError
-from x2dfd.experts import Expert, load_expert
+from x2dfd.experts import BUILTIN, Expert, load_expert
 from x2dfd.files import Json
 from x2dfd.manifest import Sample, manifest_sha256
 from x2dfd.model_spec import LoadOptions, ModelSpec
@@ -142,7 +142,7 @@ def held_out_in(folder: Path, names: Sequence[str]) -> list[HeldOut]:
     """The held-out experts of each folder in `folder`. Several of them may leave out the same source.
 
     Raises X2DFDError where a card names no source, where the cards of one folder name different ones, and where a
-    folder lacks an expert that another one has: its own weights know the source.
+    folder lacks an expert of this package or one that another folder has: its own weights know the source.
     """
     found: list[HeldOut] = []
     for place in sorted({path.parent for path in folder.glob("*/*.card.json")}):
@@ -155,7 +155,7 @@ def held_out_in(folder: Path, names: Sequence[str]) -> list[HeldOut]:
         found.append(HeldOut(experts, left_out.pop()))
     if not found:
         raise X2DFDError(f"no folder in {folder} holds weights of {', '.join(names)}", code="left_out_missing")
-    every = {name for held_out_set in found for name in held_out_set.experts}
+    every = {name for held_out_set in found for name in held_out_set.experts} | (set(names) & BUILTIN.keys())
     if lacking := sorted({name for held_out_set in found for name in every - held_out_set.experts.keys()}):
         raise X2DFDError(f"{folder}: not every folder holds weights of {lacking[0]}", code="left_out_invalid")
     return found

@@ -204,7 +204,7 @@ def _embedded() -> Iterator[Check]:
 
 
 def _experts() -> Iterator[Check]:
-    from x2dfd.experts import DEFAULT, availability, cards
+    from x2dfd.experts import BUILTIN, availability, cards
 
     for name, card in cards().items():
         if isinstance(card, SetupError):
@@ -214,7 +214,7 @@ def _experts() -> Iterator[Check]:
         facts = {"licence": card.licence, "source": card.source, "sha256": card.sha256, "blind spot": card.blind_spot}
         facts = {key: value for key, value in facts.items() if value}
         # The models that come with this package need the default experts; others are a user's own business.
-        ok = True if missing is None else False if name in DEFAULT else None
+        ok = True if missing is None else False if name in BUILTIN else None
         detail = "its weights are not here" if ok is False else "its score, for calibrations of your own, is not given"
         remedy = missing and missing.removeprefix(f"weights of expert {name!r} are not here: ")
         yield Check(f"expert {name}", ok, "ready" if ok else detail, remedy, facts)

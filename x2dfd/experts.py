@@ -30,7 +30,7 @@ BUILTIN: dict[str, str] = {
     "clip-probe": "external_detectors.clip_probe:ClipProbe",
 }
 DEFAULT: tuple[str, ...] = ("tower",)
-"""Experts that improve verdicts on held-out sources (LOG.md), in the order of their scores in the prompt."""
+"""Experts whose scores a prompt states by default, in that order; also those of a model without an adapter."""
 PUBLISHED: dict[str, str] = {
     "mesonet": "external_detectors.mesonet:MesoNet",
     "aligned-forensics": "external_detectors.published:AlignedForensics",

@@ -64,7 +64,8 @@ def load(
     `model` is described in `x2dfd.model_spec`. `mode` is calibrated, the default with an adapter, or paper, the
     language model's own P(fake). `experts` are some of those that the adapter was trained or calibrated with;
     mode="paper" takes any, and `other_experts` allows other weights. `device` (cpu, cuda, cuda:1 ...) and `dtype`
-    (fp32, bf16, fp16) hold for a local language model (see `loading.choose_device`); experts stay on the CPU. The
+    (fp32, bf16, fp16) hold for a local language model (see `loading.choose_device`); experts stay on the CPU; a pass of
+    their own takes bf16 where that is quick, whatever `dtype` says. The
     embedded model on a CPU takes bf16 by default if the CPU has units for it and the MLLM only writes. `device_map` is
     as in transformers ("auto"), `bits` 4 or 8 (bitsandbytes). Raises SetupError with the remedy.
     """

@@ -164,7 +164,8 @@ CLASS_LAYERS = (6, 7, 8, 9)
 
 
 def class_tokens(crops: Tensor) -> Tensor:
-    """Class tokens of the base's own tower, side by side [n, 4 * WIDTH], of uint8 crops [n, 224, 224, 3]."""
+    """Class tokens of the base's own tower, side by side, of uint8 crops [n, 224, 224, 3]:
+    [n, len(CLASS_LAYERS) * WIDTH]."""
     states = tower_states(crops, max(CLASS_LAYERS))
     return torch.cat([states[layer][:, 0] for layer in CLASS_LAYERS], 1)
 

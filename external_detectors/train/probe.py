@@ -92,9 +92,16 @@ def _tokens(
     """Of each view CLIP's class tokens, whether it is fake, and whether it is a photograph. A cut-off run resumes."""
     digest = hashlib.sha256()
     for k, i, view in wanted:
-        digest.update(f"{pictures.at(k, i).id}\n{view}\n".encode() + pictures.sets[k].crops[i].tobytes())
+        digest.update(
+            f"{pictures.at(k, i).id}\n{pictures.at(k, i).label}\n{view}\n".encode()
+            + pictures.sets[k].crops[i].tobytes()
+        )
     base = file_sha256(require("base") / "model.safetensors")
-    cache = CachedArray(folder, "class_tokens.npy", {"views": digest.hexdigest(), "seed": seed, "base": base, **VIEWS})
+    cache = CachedArray(
+        folder,
+        "class_tokens.npy",
+        {"views": digest.hexdigest(), "layers": list(CLASS_LAYERS), "seed": seed, "base": base, **VIEWS},
+    )
     rows = cache.open((len(wanted), len(CLASS_LAYERS) * WIDTH + 2))  # the last two: fake, photograph
     for at in progress(range(cache.done, len(wanted), BATCH), "class tokens"):
         part = wanted[at : at + BATCH]
