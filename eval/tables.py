@@ -298,7 +298,7 @@ def summary(results: dict[str, Result]) -> str:
         ]  # fmt: skip
     if found := results.get("rotation"):
         kinds = {
-            "generator among known photos": "AUC on a held-out generator (there are four, three of them held out twice)",
+            "generator among known photos": "AUC on a held-out generator (four, three of them held out twice)",
             "generator": "the same, among photos of sources that were held out too",
             "method on new photos": "AUC on forgeries in photos of a source that was held out",
         }
