@@ -62,9 +62,8 @@ class Row:
     fake: bool
     kind: str  # photos, known photos, generator, method, or method on new photos
     groups: list[str] = field(default_factory=list)
-    scores: dict[str, list[float]] = field(
-        default_factory=lambda: defaultdict(list)
-    )  # by column; the larger, the likelier fake
+    # By column; the larger, the likelier fake.
+    scores: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     verdicts: list[str] = field(default_factory=list)  # on the held-out experts' scores
 
 
@@ -104,20 +103,20 @@ def _score(
     pictures: Sequence[tuple[CropSet, int]],
 ) -> None:
     faces = through_codec([plain_face(crops, i) for crops, i in pictures])
-    strangers = [held_out.experts.get(expert.card.name, expert) for expert in own]
+    held_out_experts = [held_out.experts.get(expert.card.name, expert) for expert in own]
     covers = {expert.card.name: expert.card.covers for expert in own}
-    evidence = zip(pictures, faces, evidence_of(strangers, faces), evidence_of(own, faces), strict=True)
+    evidence = zip(pictures, faces, evidence_of(held_out_experts, faces), evidence_of(own, faces), strict=True)
     for (crops, i), face, never_met, met in evidence:
         if any(e.score is None for e in (*never_met, *met)):
             continue
-        chances = [calibration.probability(logits_of(None, scores, covers)) for scores in (never_met, met)]
+        p_fakes = [calibration.probability(logits_of(None, scores, covers)) for scores in (never_met, met)]
         row.groups.append(crops.samples[i].group)
-        row.scores[NEVER_MET].append(logit(chances[0]))
-        row.scores[MET].append(logit(chances[1]))
+        row.scores[NEVER_MET].append(logit(p_fakes[0]))
+        row.scores[MET].append(logit(p_fakes[1]))
         row.scores[SHARPNESS].append(sharpness(face.crop))
         for e in never_met if len(never_met) > 1 else ():
             row.scores[e.expert].append(float(e.score or 0.0))
-        row.verdicts.append(calibration.verdict(chances[0]).label)
+        row.verdicts.append(calibration.verdict(p_fakes[0]).label)
 
 
 def _row_of(sample: Sample, left_out: Collection[str]) -> tuple[str, str] | None:

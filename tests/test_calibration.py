@@ -24,7 +24,7 @@ from tests import tiny
 from tests.conftest import require_base
 from tests.raising import raises
 from x2dfd import cli
-from x2dfd.calibrate import calibrate, face_of
+from x2dfd.calibrate import calibrate, face_of, held_out_in
 from x2dfd.calibration import (
     MLLM,
     SMALL,
@@ -381,6 +381,9 @@ def test_a_calibration_that_fails_leaves_the_last_one(adapter: Path, photos: Pat
     held_out_expert(tmp_path / "c", "c")
     with raises("left_out_invalid", tmp_path / "c"):
         calibrate(on_its_base(adapter), [photos], held_out=tmp_path / "c")
+    held_out_expert(tmp_path / "d", "d", "new")
+    with raises("left_out_invalid", "tower"):  # its own weights know the source
+        held_out_in(tmp_path / "d", [tiny.EXPERT, "tower"])
     assert (adapter / "calibration.json").read_bytes() == before
     assert sorted(p.name for p in adapter.glob("calib*")) == ["calibration.json"]
 

@@ -520,3 +520,12 @@ def test_a_probe_learns_from_what_is_not_held_out(
     assert 0 < low < high < 1  # the fakes among PICTURES are the brighter ones
     [evidence] = expert.judge([face])
     assert evidence.score == pytest.approx(high, abs=1e-4) and not evidence.cues
+    other = {"weight": torch.zeros(clip.WIDTH), "bias": torch.zeros(())}
+    save_weights(other, cards[0], tmp_path / "other")
+    with raises("weights_do_not_fit", "clip-probe"):  # not one face without a score after the other
+        clip_probe.ClipProbe(tmp_path / "other")
+    passes = len(bright)
+    monkeypatch.setattr(probe, "CLASS_LAYERS", (1, 2, 3, 4))
+    monkeypatch.setattr(probe, "_fit", lambda *_: (np.zeros(4 * clip.WIDTH, np.float32), np.float32(0)))
+    probe.probe(**given, out=tmp_path / "layers")
+    assert len(bright) > passes  # tokens of other layers are not taken for these

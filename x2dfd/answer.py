@@ -124,7 +124,7 @@ def _would_help(report: Report, face: FaceReport | None) -> str:
         return f"The {width}{' and the file strongly compressed' * losses}: a larger original may give an answer."
     if losses:
         return "The file is strongly compressed: an original with fewer losses may give an answer."
-    return f"The {width}, so a larger copy hardly helps: another picture of the same moment may."
+    return f"The {width}, so a larger copy hardly helps. Another picture of the same moment may give an answer."
 
 
 def decided_by(model: Json) -> str:
@@ -134,16 +134,12 @@ def decided_by(model: Json) -> str:
     order = [*(model.get("experts") or {})]  # as the report lists them
     weighed = {name for name, weight in (model.get("weights") or {}).items() if weight}
     names = sorted(weighed - {"mllm"}, key=lambda name: order.index(name) if name in order else len(order))
-    experts = f"the {in_a_row(names)} expert{'s' * (len(names) > 1)}" if names else ""
+    *others, last = names or [""]
+    listed = f"{', '.join(others)} and {last}" if others else last
+    experts = f"the {listed} expert{'s' * (len(names) > 1)}" if names else ""
     if "mllm" in weighed:
         return f"{experts} and the language model" if experts else "the language model"
     return experts or "the models"
-
-
-def in_a_row(names: Sequence[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
-    *others, last = names
-    return f"{', '.join(others)} and {last}" if others else last
 
 
 def meaning(report: Report, face: FaceReport | None = None) -> str:

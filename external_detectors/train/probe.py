@@ -1,7 +1,7 @@
 """Training of the expert `clip-probe`: a penalised logistic on the class tokens of CLIP, which itself is not trained.
 
 The pictures are those of the tower's training, each as it is and in augmented views, among them self-blended photos.
-CLIP's tokens are computed once; a training on them, also one without some sources, then takes seconds.
+CLIP's tokens are computed once. Each training on them then takes seconds, also one with held-out sources.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ def probe(
     sets = [load_crops(path, crop_workers) for path in data]
     left_out = names(leave_out)
     pictures = Pictures(sets, left_out, seed)
-    every = [(k, i) for k, crops in enumerate(sets) for i in range(len(crops.samples))]
-    every = [(k, i) for k, i in every if pictures.at(k, i).split in ("", "train", "val")]
-    wanted = [(k, i, v) for v in range(views) for k, i in every if not (v and pictures.at(k, i).split == "val")]
+    places = [(k, i) for k, crops in enumerate(sets) for i in range(len(crops.samples))]
+    places = [(k, i) for k, i in places if pictures.at(k, i).split in ("", "train", "val")]
+    all_views = [(k, i, v) for v in range(views) for k, i in places if not (v and pictures.at(k, i).split == "val")]
     with alone(features, wait=True):
-        tokens, labels, photos = _tokens(pictures, wanted, features, seed)
-    row_of = {view: row for row, view in enumerate(wanted)}
+        tokens, labels, photos = _tokens(pictures, all_views, features, seed)
+    row_of = {view: row for row, view in enumerate(all_views)}
     rows = np.array([row_of[k, i, v] for v in range(views) for k, i in pictures.rows], np.intp)
-    learnt = rows[photos[rows]]
+    train_rows = rows[photos[rows]]
     weights = np.tile(pictures.odds, views)[photos[rows]]
-    weight, bias = _fit(tokens, labels, learnt, weights, ridge)
-    log(f"{len(learnt)} views of {len(pictures.rows)} pictures")
-    judged = [pictures.at(k, i) for k, i in pictures.judged]
+    weight, bias = _fit(tokens, labels, train_rows, weights, ridge)
+    log(f"{len(train_rows)} views of {len(pictures.rows)} pictures")
+    val_samples = [pictures.at(k, i) for k, i in pictures.judged]
     scores = tokens[[row_of[k, i, 0] for k, i in pictures.judged]].astype(np.float32) @ weight + bias
     samples = [pictures.at(k, i) for k, i in pictures.rows]
     card = Card(
@@ -79,7 +79,7 @@ def probe(
             "settings": {
                 "data": [manifest_sha256(path) for path in data], "views": views, "ridge": ridge, "seed": seed
             },
-            "auc": by_method(judged, scores.astype(np.float64)) if judged else {},
+            "auc": by_method(val_samples, scores.astype(np.float64)) if val_samples else {},
         },
     )  # fmt: skip
     save_weights({"weight": torch.from_numpy(weight), "bias": torch.tensor(float(bias))}, card, out)
@@ -87,11 +87,11 @@ def probe(
 
 
 def _tokens(
-    pictures: Pictures, wanted: Sequence[View], folder: Path, seed: int
+    pictures: Pictures, all_views: Sequence[View], folder: Path, seed: int
 ) -> tuple[NDArray[np.float16], NDArray[np.bool_], NDArray[np.bool_]]:
     """Of each view CLIP's class tokens, whether it is fake, and whether it is a photograph. A cut-off run resumes."""
     digest = hashlib.sha256()
-    for k, i, view in wanted:
+    for k, i, view in all_views:
         digest.update(
             f"{pictures.at(k, i).id}\n{pictures.at(k, i).label}\n{view}\n".encode()
             + pictures.sets[k].crops[i].tobytes()
@@ -102,27 +102,27 @@ def _tokens(
         "class_tokens.npy",
         {"views": digest.hexdigest(), "layers": list(CLASS_LAYERS), "seed": seed, "base": base, **VIEWS},
     )
-    rows = cache.open((len(wanted), len(CLASS_LAYERS) * WIDTH + 2))  # the last two: fake, photograph
-    for at in progress(range(cache.done, len(wanted), BATCH), "class tokens"):
-        part = wanted[at : at + BATCH]
-        drawn = [pictures.sample(k, i, np.random.default_rng([seed, v, k, i]) if v else None) for k, i, v in part]
-        crops = torch.from_numpy(np.stack([d[0] for d in drawn]))
-        facts = np.array([[d[1], d[6]] for d in drawn], np.float16)
-        rows[at : at + BATCH] = np.concatenate([class_tokens(crops).numpy().astype(np.float16), facts], 1)
-        if (at // BATCH) % 16 == 15 or at + BATCH >= len(wanted):
-            cache.save(rows, min(at + BATCH, len(wanted)))
+    rows = cache.open((len(all_views), len(CLASS_LAYERS) * WIDTH + 2))  # the last two: fake, photograph
+    for start in progress(range(cache.done, len(all_views), BATCH), "class tokens"):
+        batch = all_views[start : start + BATCH]
+        items = [pictures.sample(k, i, np.random.default_rng([seed, v, k, i]) if v else None) for k, i, v in batch]
+        crops = torch.from_numpy(np.stack([item[0] for item in items]))
+        truth = np.array([[item[1], item[6]] for item in items], np.float16)
+        rows[start : start + BATCH] = np.concatenate([class_tokens(crops).numpy().astype(np.float16), truth], 1)
+        if (start // BATCH) % 16 == 15 or start + BATCH >= len(all_views):
+            cache.save(rows, min(start + BATCH, len(all_views)))
     return rows[:, :-2], rows[:, -2] > 0, rows[:, -1] > 0
 
 
 def _fit(
     tokens: NDArray[np.float16],
     labels: NDArray[np.bool_],
-    learnt: NDArray[np.intp],
+    train_rows: NDArray[np.intp],
     weights: NDArray[np.float64],
     ridge: float,
 ) -> tuple[NDArray[np.float32], np.float32]:
     """Weight and bias for tokens as they are, of a logistic on standardised ones; fakes and photos weigh the same."""
-    x, y = tokens[learnt].astype(np.float32), labels[learnt]
+    x, y = tokens[train_rows].astype(np.float32), labels[train_rows]
     weights = np.where(y, weights / weights[y].sum(), weights / weights[~y].sum()).astype(np.float32) / 2
     mean = np.average(x, axis=0, weights=weights)
     spread = np.sqrt(np.average((x - mean) ** 2, axis=0, weights=weights)) + 1e-4
