@@ -442,8 +442,8 @@ def embedded(
 
     from x2dfd.adapter import EMBEDDED, read_adapter_card
     from x2dfd.assessment import BANK, read_questions
+    from x2dfd.checkpoints import load_model
     from x2dfd.faces import find_faces
-    from x2dfd.loading import load_model
 
     crop = find_faces(np.asarray(astronaut(), np.uint8))[0].crop
     crops = np.stack([np.clip(crop.astype(np.int16) + 8 * k, 0, 255).astype(np.uint8) for k in range(FACES)])
@@ -466,7 +466,7 @@ def measure(
     from benchmarks.roofline import Rates
     from finetune.gpu import QUESTIONS, build, words_processor
     from finetune.gpu import geometry as random_geometry
-    from x2dfd.loading import TORCH_DTYPES
+    from x2dfd.checkpoints import TORCH_DTYPES
     from x2dfd.mllm import LocalMLLM
 
     dtype = TORCH_DTYPES[precision]

@@ -302,7 +302,7 @@ class UniversalFakeDetect(Published):
     def _load_tower(cls, tower: Path) -> nn.Module:
         from transformers import CLIPVisionModelWithProjection
 
-        from x2dfd.loading import quietly
+        from x2dfd.checkpoints import quietly
 
         if not all((tower / name).is_file() for name in ("config.json", "model.safetensors")):
             raise SetupError(

@@ -19,13 +19,13 @@ from finetune.config import LANGUAGE_LINEARS
 from finetune.published import PROJECTOR, read_trained
 from x2dfd import prompts
 from x2dfd.adapter import PEFT_PREFIX, WEIGHTS, AdapterCard, check_tensors, probe_logits, write_adapter_card
+from x2dfd.checkpoints import base_identity, crop_size_of, load_processor
 from x2dfd.errors import SetupError
 from x2dfd.experts import load_expert
 from x2dfd.faces import preprocessing
 from x2dfd.files import Json, file_sha256, parse_json, write_text
-from x2dfd.loading import base_identity, crop_size_of, load_processor
+from x2dfd.loading import load
 from x2dfd.model_spec import ModelSpec
-from x2dfd.opening import load
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

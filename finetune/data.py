@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from x2dfd import prompts
+from x2dfd.checkpoints import family_of
 from x2dfd.crops import CropSet
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.explain import named_spans
 from x2dfd.files import Json, alone, parse_json
-from x2dfd.loading import family_of
 from x2dfd.mllm import TEXT_INPUTS, after_image, prefix_inputs
 from x2dfd.progress import progress
 from x2dfd.prompts import Processor

@@ -10,10 +10,10 @@ import torch
 
 from finetune.config import FinetuneConfig, check_config, zero_settings, zero_stage
 from finetune.models import part_name, resolved, tune
+from x2dfd.checkpoints import cut_layers
 from x2dfd.errors import SetupError
 from x2dfd.fetch import require
 from x2dfd.files import Json
-from x2dfd.loading import cut_layers
 
 GB = 1e9
 CARDS = (12, 24, 40, 80)  # GB

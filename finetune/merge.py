@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from x2dfd.adapter import WHOLE, check_probes, probe_logits, read_adapter_card, write_adapter_card
+from x2dfd.checkpoints import base_identity
 from x2dfd.errors import SetupError
-from x2dfd.loading import base_identity
+from x2dfd.loading import load
 from x2dfd.mllm import LocalMLLM
 from x2dfd.model_spec import ModelSpec
-from x2dfd.opening import load
 
 
 def merge(model: str | Path | ModelSpec, out: Path) -> Path:

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from finetune.config import TARGETS, TOWER_LINEARS, FinetuneConfig
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, check_contents, read_adapter_card
+from x2dfd.checkpoints import base_identity, checkpoint_dtype, family_of, in_bits, load_model
 from x2dfd.errors import X2DFDError
 from x2dfd.files import Json
-from x2dfd.loading import base_identity, checkpoint_dtype, family_of, in_bits, load_model
 from x2dfd.prompts import Processor
 from x2dfd.tower import add_to_tower, read_additions
 

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from x2dfd import prompts
 from x2dfd.adapter import EMBEDDED, PEFT_PREFIX, WEIGHTS, check_adapter, check_fit, read_adapter_card
+from x2dfd.checkpoints import base_identity, load_model
 from x2dfd.cli import run_command
 from x2dfd.errors import SetupError
 from x2dfd.files import read_json, write_text
-from x2dfd.loading import base_identity, load_model
 from x2dfd.model_spec import ModelSpec
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -33,14 +33,14 @@ from finetune.models import CachedTower, additions_of, fit_projector, is_llava, 
 from finetune.talks import Talks, read_talks
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, WHOLE, AdapterCard, lora_b_sum, probe_logits, read_adapter_card, write_adapter_card
+from x2dfd.checkpoints import base_identity, crop_size_of
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.errors import X2DFDError, first_line
 from x2dfd.experts import card_of
 from x2dfd.faces import CROP_SIZE, preprocessing
 from x2dfd.files import Json, file_sha256, parse_json, read_json, whole, write_text
-from x2dfd.loading import base_identity, crop_size_of
+from x2dfd.loading import load
 from x2dfd.model_spec import ModelSpec
-from x2dfd.opening import load
 from x2dfd.prompts import Processor
 from x2dfd.tower import (
     HEAD_LAYERS,

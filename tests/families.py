@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from x2dfd import prompts
-from x2dfd.loading import FAMILIES, processor_class, put_together
+from x2dfd.checkpoints import FAMILIES, processor_class, put_together
 
 _PARTS = (
     "{% for p in m['content'] %}{% if p['type'] == 'image' %}PICTURE{% else %}{{ p['text'] }}{% endif %}{% endfor %}"

@@ -31,10 +31,10 @@ from x2dfd.adapter import (
     write_adapter_card,
 )
 from x2dfd.calibration import Calibration
+from x2dfd.checkpoints import base_identity, load_model
 from x2dfd.experts import BUILTIN, Shared
 from x2dfd.faces import find_faces
 from x2dfd.files import file_sha256
-from x2dfd.loading import base_identity, load_model
 from x2dfd.types import Evidence, Face
 
 pytestmark = pytest.mark.needs_base

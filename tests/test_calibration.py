@@ -19,12 +19,11 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from typer.testing import CliRunner
 
-import x2dfd.calibrate
+import x2dfd.run_calibrate
 from tests import tiny
 from tests.conftest import require_base
 from tests.raising import raises
 from x2dfd import cli
-from x2dfd.calibrate import calibrate, face_of, held_out_in
 from x2dfd.calibration import (
     MLLM,
     SMALL,
@@ -42,8 +41,9 @@ from x2dfd.calibration import (
 from x2dfd.crops import CropSet
 from x2dfd.experts import BUILTIN, Shared, read_card, write_card
 from x2dfd.faces import find_faces
+from x2dfd.loading import load
 from x2dfd.manifest import Sample, write_manifest
-from x2dfd.opening import load
+from x2dfd.run_calibrate import calibrate, face_of, held_out_in
 from x2dfd.tower import degraded_view
 from x2dfd.types import Evidence, Face
 
@@ -317,7 +317,7 @@ def adapter(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     def numbered(crops: CropSet, i: int, view_seed: int) -> Face:
         return replace(face_of(crops, i, view_seed), index=i)
 
-    monkeypatch.setattr(x2dfd.calibrate, "face_of", numbered)
+    monkeypatch.setattr(x2dfd.run_calibrate, "face_of", numbered)
     shutil.copytree(models, tmp_path / "models")
     judged_by.clear()
     yield tmp_path / "models" / "adapter"

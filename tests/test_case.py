@@ -25,8 +25,8 @@ from x2dfd.adapter import EMBEDDED, expert_hashes, read_adapter_card
 from x2dfd.calibration import Calibration
 from x2dfd.detector import Detector
 from x2dfd.errors import SetupError
+from x2dfd.loading import load
 from x2dfd.model_spec import ModelSpec
-from x2dfd.opening import load
 from x2dfd.types import Report
 from x2dfd.validation import Validation
 

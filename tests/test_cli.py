@@ -25,7 +25,7 @@ from skimage import data
 from typer.testing import CliRunner
 
 import x2dfd
-from x2dfd import cli, detect, stores
+from x2dfd import cli, run_detect, stores
 from x2dfd.errors import InputError, SetupError
 from x2dfd.media import load_media
 from x2dfd.model_spec import ModelSpec
@@ -114,7 +114,7 @@ def test_loading_a_model_leaves_the_collector_as_it_was(monkeypatch: pytest.Monk
     """Bug prevented: a run over a million files in which no cycle is ever collected, whether the load failed or not."""
     seen = []
     monkeypatch.setattr(x2dfd, "load", lambda *_, **__: seen.append(gc.isenabled()), raising=False)
-    detect.load_quickly(ModelSpec())
+    run_detect.load_quickly(ModelSpec())
     assert seen == [False] and gc.isenabled()
 
     def refused(*_: object, **__: object) -> None:
@@ -122,7 +122,7 @@ def test_loading_a_model_leaves_the_collector_as_it_was(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(x2dfd, "load", refused, raising=False)
     with pytest.raises(SetupError):
-        detect.load_quickly(ModelSpec())
+        run_detect.load_quickly(ModelSpec())
     assert gc.isenabled()
 
 
@@ -477,7 +477,7 @@ def test_manifest_streams_in_batches_and_names_what_failed(
     """One row a path, each failure with its reason; a path that is listed twice is judged once."""
     manifest = tmp_path / "m.csv"
     manifest.write_text("path\n" + "".join(f"photos/{n}\n" for n in ("c.png", "gone.png", "a.png", "c.png", "b.png")))
-    monkeypatch.setattr(detect, "BATCHES", 1)
+    monkeypatch.setattr(run_detect, "BATCHES", 1)
     done = run("detect", "--manifest", manifest, "--out", tmp_path / "t.jsonl", "--batch-size", 2)
     assert done.exit_code == 0 and "1 paths came more than once" in done.stderr
     rows = table(tmp_path / "t.jsonl")
@@ -591,10 +591,10 @@ def test_doctor_names_what_lacks_and_its_command(run: Run, monkeypatch: pytest.M
 
 def test_doctor_says_which_families_and_face_models_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What is missing shows at the first model otherwise; a truncated face model gives other faces or none."""
-    from x2dfd import doctor, loading
+    from x2dfd import checkpoints, doctor
 
-    lacking = replace(loading.FAMILIES["llava"], needs=("no_such_package",))
-    monkeypatch.setattr(loading, "FAMILIES", {"llava": loading.FAMILIES["llava"], "pixtral": lacking})
+    lacking = replace(checkpoints.FAMILIES["llava"], needs=("no_such_package",))
+    monkeypatch.setattr(checkpoints, "FAMILIES", {"llava": checkpoints.FAMILIES["llava"], "pixtral": lacking})
     ready, some = doctor._families()
     assert (ready.ok, ready.mend, some.ok) == (True, None, None)
     assert "llava" in ready.detail and "pixtral" not in ready.detail

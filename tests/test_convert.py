@@ -27,9 +27,9 @@ from tests import tiny
 from tests.raising import raises
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, probe_logits, read_adapter_card
+from x2dfd.checkpoints import load_processor
 from x2dfd.errors import SetupError
 from x2dfd.experts import BUILTIN, Shared, aliased
-from x2dfd.loading import load_processor
 from x2dfd.mllm import LocalMLLM
 from x2dfd.types import Evidence, Face, Report
 

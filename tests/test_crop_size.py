@@ -22,13 +22,13 @@ from tests import families, tiny
 from tests.raising import raises
 from x2dfd.adapter import WHOLE, AdapterCard, check_contents, read_adapter_card
 from x2dfd.assessment import CueQuestion, run_assess
-from x2dfd.calibrate import calibrate, face_of
+from x2dfd.checkpoints import crop_size_of
 from x2dfd.crops import load_crops
 from x2dfd.detector import through_codec
 from x2dfd.experts import BUILTIN
 from x2dfd.faces import CROP_SIZE, PREPROCESSING, find_faces, preprocessing
-from x2dfd.loading import crop_size_of
 from x2dfd.mllm import LocalEncoding, LocalMLLM
+from x2dfd.run_calibrate import calibrate, face_of
 from x2dfd.tower import augmented_view, view_face
 
 ASKED = [

@@ -28,11 +28,11 @@ from tests.pictures import clip_of, encoded, png_of
 from tests.raising import raises
 from x2dfd import intake
 from x2dfd.calibration import MLLM, Calibration, Logistic
+from x2dfd.checkpoints import base_identity
 from x2dfd.degrade import CODEC, codec
 from x2dfd.detector import Detector
 from x2dfd.errors import InputError, SetupError, UnknownName
 from x2dfd.faces import find_faces
-from x2dfd.loading import base_identity
 from x2dfd.media import Picture, Video, find_media, load_media
 from x2dfd.mllm import LocalMLLM
 from x2dfd.texts import readable

@@ -21,8 +21,8 @@ from data_gen.build import BuildConfig, build
 from finetune.config import FinetuneConfig
 from tests import tiny
 from x2dfd.adapter import WEIGHTS, lora_b_sum, probe_logits, read_adapter_card
+from x2dfd.checkpoints import load_model
 from x2dfd.experts import BUILTIN
-from x2dfd.loading import load_model
 
 ROOT = Path(__file__).parent.parent
 

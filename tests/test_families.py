@@ -32,12 +32,12 @@ from tests.raising import raises
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, AdapterCard, write_adapter_card
 from x2dfd.assessment import CueQuestion, assess
+from x2dfd.checkpoints import FAMILIES, base_identity, in_bits, load_model, processor_class
 from x2dfd.crops import load_crops
 from x2dfd.detector import through_codec
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.faces import PREPROCESSING, find_faces
 from x2dfd.files import file_sha256
-from x2dfd.loading import FAMILIES, base_identity, in_bits, load_model, processor_class
 from x2dfd.mllm import LocalMLLM
 from x2dfd.tower import augmented_view
 from x2dfd.types import Evidence

@@ -33,11 +33,11 @@ from tests import tiny
 from tests.raising import raises
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, lora_b_sum, probe_crops, read_adapter_card
+from x2dfd.checkpoints import base_identity, load_model
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.degrade import CODEC, codec
 from x2dfd.errors import X2DFDError
 from x2dfd.files import file_sha256
-from x2dfd.loading import base_identity, load_model
 from x2dfd.mllm import LocalMLLM
 from x2dfd.tower import augmented_view, degraded_view
 

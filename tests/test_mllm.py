@@ -20,8 +20,8 @@ from data_gen.writers import write_explanation
 from tests import tiny
 from tests.raising import raises
 from x2dfd import prompts
+from x2dfd.checkpoints import base_identity, load_model
 from x2dfd.files import file_sha256
-from x2dfd.loading import base_identity, load_model
 from x2dfd.mllm import CIRCLE, MAX_NEW_TOKENS, LocalMLLM, _repeats, said_once
 from x2dfd.types import Cue, Evidence
 

@@ -14,7 +14,7 @@ from finetune.data import answer_tokens
 from tests import tiny
 from tests.raising import raises
 from x2dfd import prompts
-from x2dfd.loading import load_model
+from x2dfd.checkpoints import load_model
 from x2dfd.mllm import LocalMLLM
 from x2dfd.types import Cue, Evidence
 

@@ -13,11 +13,11 @@ from eval import rotation, tables
 from eval.bench import as_json
 from tests import tiny
 from tests.raising import raises
-from x2dfd.calibrate import HeldOut
 from x2dfd.calibration import Calibration, Logistic
 from x2dfd.crops import CropSet
 from x2dfd.experts import Shared
 from x2dfd.manifest import Sample
+from x2dfd.run_calibrate import HeldOut
 from x2dfd.types import Evidence, Face
 
 RULE = Logistic({tiny.EXPERT: 1.0}, {tiny.EXPERT: 0.0}, -0.7)

@@ -30,9 +30,9 @@ from tests.stand_in import Behind, Reply, Request, StandIn, odd, picture_of, que
 from x2dfd import case, cli, prompts, served
 from x2dfd.adapter import probe_logits
 from x2dfd.assessment import BANK, read_assessment, read_questions
+from x2dfd.checkpoints import load_model
 from x2dfd.detector import UNCALIBRATED
 from x2dfd.errors import InputError, X2DFDError
-from x2dfd.loading import load_model
 from x2dfd.mllm import LocalMLLM
 from x2dfd.served import ServedMLLM, _http_client
 from x2dfd.types import Failure, Report
@@ -502,7 +502,7 @@ def test_a_wrong_name_or_address_is_told_at_once() -> None:
 
 @pytest.fixture
 def no_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("x2dfd.opening.DEFAULT", ())
+    monkeypatch.setattr("x2dfd.loading.DEFAULT", ())
 
 
 def test_without_a_calibration_the_report_says_so(no_experts: None, face_photo: Path) -> None:

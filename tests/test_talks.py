@@ -21,9 +21,9 @@ from finetune.talks import Talks, messages_of, read_talks
 from tests import families
 from tests.raising import raises
 from x2dfd import prompts
+from x2dfd.checkpoints import FAMILIES, load_processor, processor_class
 from x2dfd.errors import SetupError
 from x2dfd.faces import find_faces
-from x2dfd.loading import FAMILIES, load_processor, processor_class
 from x2dfd.tower import augmented_view
 
 TOLD = [

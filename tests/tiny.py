@@ -24,11 +24,11 @@ from tests.families import VICUNA
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, AdapterCard, write_adapter_card
 from x2dfd.calibration import Calibration, Logistic
+from x2dfd.checkpoints import base_identity, load_model
 from x2dfd.experts import Shared
 from x2dfd.faces import PREPROCESSING
 from x2dfd.fetch import require
 from x2dfd.files import file_sha256
-from x2dfd.loading import base_identity, load_model
 from x2dfd.manifest import Sample, write_manifest
 from x2dfd.types import Card, Cue, Evidence, Face
 

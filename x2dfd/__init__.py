@@ -15,7 +15,7 @@ from x2dfd.types import Card, Cue, Evidence, Face, FaceReport, Failure, ModelInf
 
 if TYPE_CHECKING:
     from x2dfd.detector import Detector
-    from x2dfd.opening import load
+    from x2dfd.loading import load
 
 __all__ = [
     "Card", "Cue", "Detector", "Evidence", "Face", "FaceReport", "Failure", "InputError", "ModelInfo", "ModelSpec",
@@ -26,7 +26,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     """`load` and `Detector` need torch, which is imported when they are first asked for."""
     if name == "load":
-        from x2dfd.opening import load
+        from x2dfd.loading import load
 
         return load
     if name == "Detector":

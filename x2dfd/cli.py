@@ -17,9 +17,9 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from x2dfd import options
-from x2dfd.detect import load_quickly
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.model_spec import Dtype, ModelSpec
+from x2dfd.run_detect import load_quickly
 from x2dfd.terminal import printable, shortened, wrapped
 
 
@@ -244,10 +244,10 @@ def detect(
 
     A file that cannot be judged is a row with the reason; the run goes on and ends with exit code 0.
     """
-    from x2dfd import detect as detecting
+    from x2dfd import run_detect
 
-    shard_number, n_shards = detecting.parse_shard(shard)
-    run = detecting.Run(
+    shard_number, n_shards = run_detect.parse_shard(shard)
+    run = run_detect.Run(
         paths=paths or [],
         manifest=manifest,
         model=ModelSpec.parse(model),
@@ -269,7 +269,7 @@ def detect(
         from x2dfd.worker import isolating
 
         context.with_resource(isolating())
-    detecting.run(run)
+    run_detect.run(run)
 
 
 @app.command(
@@ -462,7 +462,7 @@ def calibrate(
     device_map: options.DeviceMap = None,
 ) -> None:
     """Fit the probability and the two thresholds of a verdict, the last step of a training."""
-    from x2dfd.calibrate import calibrate as run
+    from x2dfd.run_calibrate import calibrate as run
 
     names = None if experts is None else options.names(experts)
     result = run(

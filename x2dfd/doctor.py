@@ -137,7 +137,7 @@ def _torchvision() -> Iterator[Check]:
 
 def _families() -> Iterator[Check]:
     """The model families of the hub that can be loaded here, as their processor can be imported."""
-    from x2dfd.loading import FAMILIES, processor_class
+    from x2dfd.checkpoints import FAMILIES, processor_class
 
     missing: dict[str, str] = {}
     for name, family in FAMILIES.items():

@@ -222,7 +222,7 @@ def _assemble(clip_onnx: Path, llm_gguf: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from x2dfd.loading import quietly
+    from x2dfd.checkpoints import quietly
 
     # The GGUF reader has its own progress bar, which no setting of transformers turns off.
     with quietly(), contextlib.redirect_stderr(io.StringIO()):

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from x2dfd import prompts
+from x2dfd.checkpoints import FAMILIES, family_of
 from x2dfd.errors import InputError, SetupError
 from x2dfd.experts import Shared
-from x2dfd.loading import FAMILIES, family_of
 from x2dfd.prompts import Processor
 
 MAX_NEW_TOKENS = 80

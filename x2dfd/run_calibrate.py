@@ -31,9 +31,9 @@ from x2dfd.detector import Detector, evidence_of, through_codec
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.experts import BUILTIN, Expert, load_expert
 from x2dfd.files import Json
+from x2dfd.loading import load
 from x2dfd.manifest import Sample, manifest_sha256
 from x2dfd.model_spec import LoadOptions, ModelSpec
-from x2dfd.opening import load
 from x2dfd.progress import progress
 from x2dfd.tower import view_face
 from x2dfd.types import KINDS, Face
