@@ -39,6 +39,7 @@ from x2dfd.calibration import (
     probabilities,
 )
 from x2dfd.crops import CropSet
+from x2dfd.errors import SetupError
 from x2dfd.experts import BUILTIN, Shared, read_card, write_card
 from x2dfd.faces import find_faces
 from x2dfd.loading import load
@@ -371,8 +372,10 @@ def test_each_picture_is_judged_by_what_never_saw_its_origin(adapter: Path, phot
     assert report.verdict.p_fake is not None and report.faces[0].p_fake_mllm is None
 
 
-def test_a_calibration_that_fails_leaves_the_last_one(adapter: Path, photos: Path, tmp_path: Path) -> None:
-    """Bug prevented: a wrong split or folder, and the adapter has no calibration any more."""
+def test_a_calibration_that_fails_leaves_the_last_one(
+    adapter: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: a wrong split or folder, or a kill, and the adapter has no calibration any more."""
     before = (adapter / "calibration.json").read_bytes()
     with raises("no_picture_of_label", "'test'"):
         calibrate(on_its_base(adapter), [photos], split="test")
@@ -384,6 +387,16 @@ def test_a_calibration_that_fails_leaves_the_last_one(adapter: Path, photos: Pat
     held_out_expert(tmp_path / "d", "d", "new")
     with raises("left_out_invalid", "tower"):  # its own weights know the source
         held_out_in(tmp_path / "d", [tiny.EXPERT, "tower"])
+    seen: list[bytes] = []
+
+    def loading(*spec: object, **options: object) -> None:
+        seen.append((adapter / "calibration.json").read_bytes())  # what a kill leaves
+        raise SetupError("stopped", code="stopped")
+
+    monkeypatch.setattr(x2dfd.run_calibrate, "load", loading)
+    with raises("stopped", "stopped"):
+        calibrate(on_its_base(adapter), [photos])
+    assert seen == [before]
     assert (adapter / "calibration.json").read_bytes() == before
     assert sorted(p.name for p in adapter.glob("calib*")) == ["calibration.json"]
 

@@ -58,6 +58,7 @@ def load(
     dtype: Dtype | None = None,
     device_map: str | None = None,
     bits: Bits | None = None,
+    ignore_calibration: bool = False,
 ) -> Detector:
     """A detector that is ready to use.
 
@@ -67,7 +68,8 @@ def load(
     (fp32, bf16, fp16) hold for a local language model (see `checkpoints.choose_device`). Experts stay on the CPU; a
     pass of their own takes bf16 where that is quick, whatever `dtype` says. The embedded model on a CPU takes bf16 by
     default if the CPU has units for it and the MLLM only writes. `device_map` is as in transformers
-    ("auto"), `bits` 4 or 8 (bitsandbytes). Raises SetupError with the remedy.
+    ("auto"), `bits` 4 or 8 (bitsandbytes). `ignore_calibration` with mode="paper" is for fitting another calibration.
+    Raises SetupError with the remedy.
     """
     spec = ModelSpec.parse(model)
     if threads is not None:
@@ -90,8 +92,9 @@ def load(
             "a bare model has no calibration: give its adapter directory too, or take mode='paper'",
             code="calibration_missing",
         )
-    has_calibration = folder is not None and (mode == "calibrated" or (folder / "calibration.json").is_file())
-    calibration = Calibration.load(folder) if folder and has_calibration else None
+    calibration = None
+    if folder and not ignore_calibration and (mode == "calibrated" or (folder / "calibration.json").is_file()):
+        calibration = Calibration.load(folder)
     mllm: LanguageModel
     if spec.url is not None:
         mllm, info = _served(spec, folder, card)

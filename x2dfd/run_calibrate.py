@@ -7,8 +7,7 @@ good on sources it knows. The MLLM then gets no weight, as its errors on new sou
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -75,9 +74,8 @@ def calibrate(
         )
     card = read_adapter_card(adapter)
     names = list(experts) if experts is not None else list(card.experts)
-    with _without_file(adapter / "calibration.json"):  # one of other experts would prevent loading
-        options: LoadOptions = {**(loading or {}), "mode": "paper", "experts": names, "other_experts": other_experts}
-        detector = load(spec, **options)
+    options: LoadOptions = {**(loading or {}), "mode": "paper", "experts": names, "other_experts": other_experts}
+    detector = load(spec, **options, ignore_calibration=True)  # one of other experts would prevent loading
     held_out_sets = held_out_in(held_out, names) if held_out else []
     samples: list[Sample] = []
     rows: list[Row] = []
@@ -116,18 +114,6 @@ def calibrate(
     result = replace(result, mllm_threshold=_mllm_threshold(rows, fakes, false_alarms), fitted_on=facts)
     result.save(adapter)
     return result
-
-
-@contextmanager
-def _without_file(path: Path) -> Iterator[None]:
-    """Remove the file for the `with` block, and put it back afterwards, also after an error."""
-    data = path.read_bytes() if path.is_file() else None
-    path.unlink(missing_ok=True)
-    try:
-        yield
-    finally:
-        if data is not None:
-            path.write_bytes(data)
 
 
 @dataclass(frozen=True, eq=False)
