@@ -369,8 +369,14 @@ def of_detector(detector: Any, threads: int, tower_alone: bool) -> list[Listed]:
         if report.verdict.label != "fake":
             raise X2DFDError("the forged picture is not called fake: no text was written", code="no_text")
 
+    other = replace(face, crop=face.crop[:, ::-1].copy())
+
     def expert(e: Any, n: int) -> Case:
-        return Case(lambda: {"score": e.judge([face] * n)[0].score}, per=n)
+        def judge() -> Answers:
+            e.judge([other] * n)  # in turns, because experts keep what they computed of the last crops
+            return {"score": e.judge([face] * n)[0].score}
+
+        return Case(judge, per=2 * n)
 
     weights = (require("base") / "model.safetensors").stat().st_size
 

@@ -1,15 +1,20 @@
-"""Expert `clip-probe`: a logistic on class tokens of CLIP as it is, without any addition.
+"""Experts `clip-probe` and `clip-contrast`: logistics on features of CLIP as it is, without any addition.
 
 The forensic tower is trained end to end and sees small traces, but what it learnt fits new generators less. Features
 that no training on forgeries has bent keep more of their worth there (Ojha et al., arXiv 2302.10174), most of all those
-of the middle layers (Koutlis & Papadopoulos, arXiv 2402.19091). The calibration joins both.
+of the middle layers (Koutlis & Papadopoulos, arXiv 2402.19091). `clip-probe` reads class tokens, which describe the
+whole crop, for faces made as a whole. `clip-contrast` also compares the patches of the face with those at its edge and
+around it, for faces that were changed in part. The calibration joins them with the tower.
 """
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from threading import Lock
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from external_detectors.crop_expert import CropExpert
@@ -17,11 +22,60 @@ from external_detectors.weights_io import load_weights
 from x2dfd.adapter import EMBEDDED
 from x2dfd.errors import SetupError
 from x2dfd.experts import read_card
+from x2dfd.faces import MARGIN
 from x2dfd.fetch import require
-from x2dfd.tower import CLASS_LAYERS, WIDTH, class_tokens
+from x2dfd.tower import WIDTH, tower_states
 from x2dfd.types import Card
 
 WEIGHTS = EMBEDDED / "experts"
+
+LAYERS = (6, 7, 8, 9)
+"""Layers whose outputs are read; no later one is run. Sets of held-out sources chose them, and the features: LOG.md."""
+
+CLASS_FEATURES = len(LAYERS) * WIDTH
+"""The class tokens, which come first among the features."""
+
+FEATURES = 3 * CLASS_FEATURES
+
+_PATCHES = 14  # a side
+_WIDTH_OF_FACE = 0.85  # in parts of its height, in the mean
+_EDGE = 0.87, 1.13  # in parts of the face's radius
+
+
+def _places() -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of the patches [196], of sum 1, whose mean is that of the face, its edge, its surroundings.
+
+    Alignment puts every face's middle into the middle of its crop, with the same height.
+    """
+    across = (torch.arange(_PATCHES) + 0.5) / _PATCHES - 0.5
+    half_height = 0.5 / MARGIN
+    radius = torch.hypot(across[:, None] / half_height, across[None] / (half_height * _WIDTH_OF_FACE)).flatten()
+    face, around = radius < _EDGE[0], radius > _EDGE[1]
+    return tuple(place / place.sum() for place in (face, ~face & ~around, around))  # type: ignore[return-value]
+
+
+_FACE, _FACE_EDGE, _AROUND = _places()
+_last: list[tuple[bytes, Tensor]] = []
+_lock = Lock()
+
+
+def clip_features(crops: Tensor) -> Tensor:
+    """Features of uint8 crops [n, CROP_SIZE, CROP_SIZE, 3]: [n, FEATURES], for each of LAYERS its class tokens, then
+    the mean patch of the face less that around it, then that of the face's edge less that of the face.
+
+    Those of the last crops are kept, as both experts ask for the same.
+    """
+    key = hashlib.sha256(crops.contiguous().numpy().data).digest()
+    with _lock:
+        if _last and _last[0][0] == key:
+            return _last[0][1]
+    states = tower_states(crops, max(LAYERS))
+    read = torch.stack([states[layer] for layer in LAYERS], 1)  # [n, layers, 1 + patches, WIDTH]
+    face, edge, around = (torch.einsum("p,nlpw->nlw", place, read[:, :, 1:]) for place in (_FACE, _FACE_EDGE, _AROUND))
+    features = torch.cat([part.flatten(1) for part in (read[:, :, 0], face - around, edge - face)], 1)
+    with _lock:
+        _last[:] = [(key, features)]
+    return features
 
 
 class ClipProbe(CropExpert):
@@ -29,17 +83,25 @@ class ClipProbe(CropExpert):
 
     card: ClassVar[Card] = read_card(WEIGHTS / "clip-probe.card.json")
     at_once = 16
+    features = CLASS_FEATURES
 
     def __init__(self, folder: Path = WEIGHTS) -> None:
-        self.card = read_card(folder / "clip-probe.card.json")  # type: ignore[misc]
+        name = type(self).card.name
+        self.card = read_card(folder / f"{name}.card.json")  # type: ignore[misc]
         weights = load_weights(self.card, folder)
         self._weight, self._bias = weights["weight"], weights["bias"]
-        if self._weight.shape != (len(CLASS_LAYERS) * WIDTH,):
+        if self._weight.shape != (self.features,):
             raise SetupError(
-                f"expert 'clip-probe' in {folder} was fitted on other layers; train it again",
-                code="weights_do_not_fit",
+                f"expert {name!r} in {folder} was fitted on other features; train it again", code="weights_do_not_fit"
             )
         require("base")  # fail now, not at the first face
 
     def p_fake(self, crops: Tensor) -> Tensor:
-        return (class_tokens(crops) @ self._weight + self._bias).sigmoid()
+        return (clip_features(crops)[:, : self.features] @ self._weight + self._bias).sigmoid()
+
+
+class ClipContrast(ClipProbe):
+    """P(changed in part) of each face's aligned crop; it says nothing of where or why."""
+
+    card: ClassVar[Card] = read_card(WEIGHTS / "clip-contrast.card.json")
+    features = FEATURES

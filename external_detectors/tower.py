@@ -20,7 +20,7 @@ from external_detectors.crop_expert import CropExpert
 from external_detectors.tower_net import MAX_CUES, POINTS_FROM, POOLED, TowerHeads, area_grid, closer_crops
 from external_detectors.weights_io import load_weights
 from x2dfd.adapter import EMBEDDED
-from x2dfd.errors import SetupError
+from x2dfd.errors import SetupError, first_line
 from x2dfd.experts import Shared, read_card
 from x2dfd.fetch import require
 from x2dfd.tower import HEAD_LAYERS, additions_sha256, read_additions, tower_states
@@ -40,7 +40,13 @@ class Tower(CropExpert):
         self.card = read_card(folder / "tower.card.json")  # type: ignore[misc]
         weights = load_weights(self.card, folder)
         self._heads = TowerHeads()
-        self._heads.load_state_dict({k: v for k, v in weights.items() if not k.startswith("tower.")})
+        try:
+            self._heads.load_state_dict({k: v for k, v in weights.items() if not k.startswith("tower.")})
+        except RuntimeError as error:
+            raise SetupError(
+                f"expert 'tower' in {folder} does not fit its heads: {first_line(error)}; train it again",
+                code="weights_do_not_fit",
+            ) from error
         self._heads.eval()
         self._additions = folder / self.card.weights
         self.tower = additions_sha256(read_additions(self._additions))

@@ -387,6 +387,10 @@ def test_a_calibration_that_fails_leaves_the_last_one(
     held_out_expert(tmp_path / "d", "d", "new")
     with raises("left_out_invalid", "tower"):  # its own weights know the source
         held_out_in(tmp_path / "d", [tiny.EXPERT, "tower"])
+    with raises("expert_not_calibrated", tiny.EXPERT):
+        calibrate(on_its_base(adapter), [photos], experts=[])
+    with raises("expert_twice", tiny.EXPERT):
+        calibrate(on_its_base(adapter), [photos], experts=[tiny.EXPERT, tiny.EXPERT])
     seen: list[bytes] = []
 
     def loading(*spec: object, **options: object) -> None:

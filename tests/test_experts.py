@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -151,6 +151,8 @@ def _raises(n: int) -> list[Evidence]:
         (lambda n: ["0.5"] * n, "str instead of Evidence"),
         (lambda n: [Evidence("odd", math.nan)] * n, "nan is no probability"),
         (lambda n: [Evidence("odd", 1.7)] * n, "1.7 is no probability"),
+        (lambda n: [Evidence("odd", 0.5, b"x")] * n, "bytes instead of text"),  # type: ignore[arg-type]
+        (lambda n: [Evidence("odd", 0.5, no_photo="no")] * n, "could not convert"),  # type: ignore[arg-type]
     ],
 )
 def test_an_expert_that_breaks_its_word_has_no_score_and_says_why(
@@ -175,6 +177,22 @@ def test_kinds_of_fakes_that_are_no_probabilities_are_left_out(faces: list[Face]
     assert silent.kinds == {} and silent.note == "dark"
     kept = said(Evidence("odd", 0.5, kinds={"whole": 0.1, "part": 0.4}))
     assert kept.kinds == {"whole": 0.1, "part": 0.4} and kept.note is None
+
+
+def test_numbers_beside_the_score_are_plain_probabilities(faces: list[Face]) -> None:
+    """Bug prevented: a plug-in's NumPy number ends the run where the report is written, or its P(no photograph) of 7
+    takes every verdict back."""
+    half = np.float32(0.5)
+    given = Evidence("odd", 0.5, None, (Cue("eyes", "blur", half),), np.full((2, 2), half), {}, half)  # type: ignore[arg-type]
+    [kept] = ask(_Plugin(lambda n: [given] * n), faces[:1])
+    assert json.loads(json.dumps(asdict(kept))) == {
+        "expert": "odd", "score": 0.5, "note": None, "cues": [{"area": "eyes", "artifact": "blur", "score": 0.5}],
+        "map": [[0.5, 0.5], [0.5, 0.5]], "kinds": {}, "no_photo": 0.5,
+    }  # fmt: skip
+    for wrong in (replace(given, no_photo=7.0), replace(given, map=((2.0,),)), replace(given, no_photo=math.nan)):
+        [heard] = ask(_Plugin(lambda n, e=wrong: [e] * n), faces[:1])  # type: ignore[misc]
+        assert heard.score == 0.5 and "dropped" in (heard.note or "")
+        assert heard.no_photo in (None, 0.5) and heard.map in ((), kept.map)
 
 
 def test_one_face_that_an_expert_cannot_judge_does_not_silence_it_for_the_others(faces: list[Face]) -> None:

@@ -77,6 +77,9 @@ def test_a_text_names_every_sign_that_an_expert_is_sure_of() -> None:
     assert called_fake(fake, (Evidence("tower", 0.96, cues=points[1:]), twice)).count("jaw") == 1
     first = Evidence("tower", 0.96, cues=(Cue("jaw", "blending", 0.6), Cue("hair", "blur", 0.55)))
     assert readable("", fake, (first,), NOBODY) == "A part of the photo looks changed. A seam runs along the jaw."
+    own = readable("The eyes look obviously melted.", fake, (first,), NOBODY, pointed_only=True)
+    assert own == "A part of the photo looks changed. A seam runs along the jaw."  # no expert points at the eyes
+    assert said in readable(f"{said} The eyes look obviously melted.", fake, (tower,), NOBODY, pointed_only=True)
     # What it writes beside is not cut, and nothing is added where it names three.
     four = "Mouth blur is seen. Hair blur is seen. Neck blur is seen. Eyes blur is seen."
     assert readable(four, fake, (tower,), NOBODY) == f"A part of the photo looks changed. {four}"

@@ -456,45 +456,69 @@ def test_a_training_ends_by_the_clock_and_goes_on_where_it_was_cut_off(
         training.start_from(net, {"tower.encoder.layers.9.mlp.fc1.lora_A.weight": torch.zeros(2, clip.WIDTH)})
 
 
-# --- the probe -------------------------------------------------------------------------------------------------------
+# --- the probes ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def bright(monkeypatch: pytest.MonkeyPatch, base: Path) -> list[int]:
-    """The sizes of the passes that were made; a crop's tokens say how bright it is, and nothing else."""
+    """The sizes of the passes that were made; a crop's features say how bright it is, and nothing else."""
     passes: list[int] = []
 
-    def tokens(crops: Tensor) -> Tensor:
+    def features(crops: Tensor) -> Tensor:
         passes.append(len(crops))
-        return crops.float().mean((1, 2, 3))[:, None].expand(-1, len(clip.CLASS_LAYERS) * clip.WIDTH) / 255
+        return crops.float().mean((1, 2, 3))[:, None].expand(-1, clip_probe.FEATURES) / 255
 
     for module in (probe, clip_probe):
-        monkeypatch.setattr(module, "class_tokens", tokens)
+        monkeypatch.setattr(module, "clip_features", features)
         monkeypatch.setattr(module, "require", lambda part: base)
     return passes
 
 
-def test_tokens_are_those_of_the_bare_tower(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_class_tokens_are_those_of_the_bare_tower(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: tokens of other layers, or of the tower with its additions."""
-    monkeypatch.setattr(clip, "CLASS_LAYERS", (2, 4))
+    monkeypatch.setattr(clip_probe, "LAYERS", (2, 4))
     crops = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), np.uint8))
     states = tower_states(crops, 4)
     expected = torch.cat([states[2][:, 0], states[4][:, 0]], 1)
-    assert torch.allclose(clip.class_tokens(crops), expected, atol=0.05 * float(expected.abs().max()))  # bf16
+    found = clip_probe.clip_features(crops)[:, : expected.shape[1]]
+    assert torch.allclose(found, expected, atol=0.05 * float(expected.abs().max()))  # bf16
 
 
-def test_a_probe_learns_from_what_is_not_held_out(
+def test_a_face_is_compared_with_its_edge_and_its_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: patches of another place, of rows taken for columns, or features of the crops before."""
+    passes = []
+
+    def states(crops: Tensor, layers: int) -> tuple[Tensor, ...]:
+        """Of the first picture, a patch says how far it lies from the middle; of the second, how far up or down."""
+        passes.append(len(crops))
+        y, x = torch.meshgrid(torch.arange(14.0) - 6.5, torch.arange(14.0) - 6.5, indexing="ij")
+        patches = torch.stack([torch.hypot(x, y), y.abs()]).flatten(1)[: len(crops), :, None]
+        state = torch.cat([torch.zeros(len(crops), 1, 1), patches], 1).expand(-1, -1, clip.WIDTH)
+        return (state,) * (layers + 1)
+
+    monkeypatch.setattr(clip_probe, "tower_states", states)
+    crops = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (2, 224, 224, 3), np.uint8))
+    parts = clip_probe.clip_features(crops).unflatten(1, (3, -1))
+    assert parts.shape[2] == clip_probe.CLASS_FEATURES and not parts[:, 0].any()
+    (face_around, edge_face), (up_around, up_edge) = parts[:, 1:, 0].tolist()
+    assert face_around < -3 and 1 < edge_face < 3  # patches: a face's height is 10.8 of 14, its width 9.2
+    assert up_around < -0.5 and up_edge > 0.5
+    assert torch.equal(clip_probe.clip_features(crops.clone()).unflatten(1, (3, -1)), parts) and passes == [2]
+    assert clip_probe.clip_features(crops[:1]).shape == (1, clip_probe.FEATURES) and passes == [2, 1]
+
+
+def test_probes_learn_from_what_is_not_held_out(
     bright: list[int],
     photos: Path,
     face: Face,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Bug prevented: a "held-out" probe that met the source, tokens that are computed anew for every training, a
+    """Bug prevented: a "held-out" probe that met the source, features that are computed anew for every training, a
     cut-off run that begins again, or an expert that answers something else than was learnt."""
-    given: dict[str, Any] = {"data": [photos], "features": tmp_path / "tokens", "views": 3, "ridge": 0.001}
+    given: dict[str, Any] = {"data": [photos], "features": tmp_path / "features", "views": 3, "ridge": 0.001}
     monkeypatch.setattr(probe, "BATCH", 1)
-    counted = vars(probe)["class_tokens"]
+    counted = vars(probe)["clip_features"]
 
     def cut_off(crops: Tensor) -> Any:
         if len(bright) == 17:
@@ -502,30 +526,50 @@ def test_a_probe_learns_from_what_is_not_held_out(
         return counted(crops)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(probe, "class_tokens", cut_off)
+        patch.setattr(probe, "clip_features", cut_off)
         probe.probe(**given, out=tmp_path / "all")
     bright.clear()
     probe.probe(**given, out=tmp_path / "all")
     assert len(bright) == 9 + 7 + 7 - 16  # 9 of splits train and val as they are, 7 of train augmented, twice
     bright.clear()
     probe.probe(**given, leave_out="new,gan2", out=tmp_path / "new")
-    assert not bright
+    assert not bright and not (tmp_path / "new" / "clip-contrast.card.json").exists()  # no swap without "new" is left
     cards = [read_card(tmp_path / name / "clip-probe.card.json") for name in ("all", "new")]
     assert [card.figures["left_out"] for card in cards] == [[], ["new", "gan2"]]
     assert [card.trained_on for card in cards] == ["7 pictures; sources: a, made, new", "3 pictures; sources: a, made"]
-    expert = clip_probe.ClipProbe(tmp_path / "all")
     dark, light = (face.crop * share for share in (0.5, 1.0))
     crops = torch.from_numpy(np.stack([dark, light]).astype(np.uint8))
-    low, high = expert.p_fake(crops).tolist()
-    assert 0 < low < high < 1  # the fakes among PICTURES are the brighter ones
-    [evidence] = expert.judge([face])
-    assert evidence.score == pytest.approx(high, abs=1e-4) and not evidence.cues
+    for expert in (clip_probe.ClipProbe(tmp_path / "all"), clip_probe.ClipContrast(tmp_path / "all")):
+        low, high = expert.p_fake(crops).tolist()
+        assert 0 < low < high < 1  # the fakes among PICTURES are the brighter ones
+        [evidence] = expert.judge([face])
+        assert evidence.score == pytest.approx(high, abs=1e-4) and not evidence.cues
     other = {"weight": torch.zeros(clip.WIDTH), "bias": torch.zeros(())}
     save_weights(other, cards[0], tmp_path / "other")
     with raises("weights_do_not_fit", "clip-probe"):  # not one face without a score after the other
         clip_probe.ClipProbe(tmp_path / "other")
     passes = len(bright)
-    monkeypatch.setattr(probe, "CLASS_LAYERS", (1, 2, 3, 4))
-    monkeypatch.setattr(probe, "_fit", lambda *_: (np.zeros(4 * clip.WIDTH, np.float32), np.float32(0)))
+    monkeypatch.setattr(probe, "LAYERS", (1, 2, 3, 4))
+    monkeypatch.setattr(probe, "_fit", lambda features, *_: (np.zeros(features.shape[1], np.float32), np.float32(0)))
     probe.probe(**given, out=tmp_path / "layers")
-    assert len(bright) > passes  # tokens of other layers are not taken for these
+    assert len(bright) > passes  # features of other layers are not taken for these
+
+
+def test_only_one_probe_learns_from_faces_made_as_a_whole(
+    bright: list[int], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: a contrast that calls whole faces changed in part, or self-blended photos taken for photos."""
+    learnt: list[tuple[int, list[bool]]] = []
+
+    def fit(features: Any, fake: Any, rows: Any, *_: Any) -> Any:
+        learnt.append((features.shape[1], fake[rows].tolist()))
+        return np.zeros(features.shape[1], np.float32), np.float32(0)
+
+    monkeypatch.setattr(probe, "_fit", fit)
+    probe.probe([photos], tmp_path / "features", tmp_path / "out", views=1)
+    assert learnt == [
+        (clip_probe.CLASS_FEATURES, [False] * 3 + [True] * 4),
+        (clip_probe.FEATURES, [False] * 3 + [True] * 2),
+    ]
+    covers = [read_card(tmp_path / "out" / f"{name}.card.json").covers for name in ("clip-probe", "clip-contrast")]
+    assert covers == [("EFS",), ("FS", "FR", "FE")]

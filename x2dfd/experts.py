@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 BUILTIN: dict[str, str] = {
     "tower": "external_detectors.tower:Tower",
     "clip-probe": "external_detectors.clip_probe:ClipProbe",
+    "clip-contrast": "external_detectors.clip_probe:ClipContrast",
 }
 DEFAULT: tuple[str, ...] = ("tower",)
 """Experts whose scores a prompt states by default, in that order; also those of a model without an adapter."""
@@ -242,10 +242,16 @@ def _checked(name: str, answers: list[Evidence], n: int) -> list[Evidence]:
         kinds = {k: float(v) for k, v in e.kinds.items() if score is not None}
         if not all(k in KINDS and 0 <= v <= 1 for k, v in kinds.items()):
             kinds, e = {}, replace(e, note="its numbers for the kinds of fake are no probabilities and were dropped")
-        numbers = [c.score for c in e.cues if c.score is not None] + [v for row in e.map for v in row]
-        if not all(map(math.isfinite, numbers)):
-            e = replace(e, cues=(), map=(), note="its cues and map were not finite, and were dropped")
-        evidence.append(replace(e, expert=name, score=score, kinds=kinds))
+        cues = tuple(replace(c, score=None if c.score is None else float(c.score)) for c in e.cues)
+        cells = tuple(tuple(float(v) for v in row) for row in e.map)
+        no_photo = None if e.no_photo is None else float(e.no_photo)
+        if not all(0 <= v <= 1 for v in (*(c.score or 0.0 for c in cues), *(v for row in cells for v in row))):
+            cues, cells, e = (), (), replace(e, note="its cues and map held no probabilities and were dropped")
+        if no_photo is not None and not 0 <= no_photo <= 1:
+            no_photo, e = None, replace(e, note=f"its P(no photograph) {no_photo} is no probability and was dropped")
+        if not isinstance(e.note, str | None):
+            raise TypeError(f"its note is {type(e.note).__name__} instead of text")
+        evidence.append(Evidence(name, score, e.note, cues, cells, kinds, no_photo))
     return evidence
 
 

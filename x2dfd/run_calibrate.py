@@ -7,7 +7,7 @@ good on sources it knows. The MLLM then gets no weight, as its errors on new sou
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from x2dfd.adapter import read_adapter_card
 from x2dfd.calibration import (
     FALSE_ALARMS,
+    MISSES,
     MLLM,
     Calibration,
     Floats,
@@ -74,28 +75,25 @@ def calibrate(
         )
     card = read_adapter_card(adapter)
     names = list(experts) if experts is not None else list(card.experts)
+    if lacking := sorted(card.experts.keys() - set(names)):
+        raise X2DFDError(
+            f"the prompt states the score of expert {lacking[0]!r}: name it among the experts, too",
+            code="expert_not_calibrated",
+        )
+    if len(set(names)) < len(names):
+        raise X2DFDError(f"an expert is named twice: {', '.join(names)}", code="expert_twice")
     options: LoadOptions = {**(loading or {}), "mode": "paper", "experts": names, "other_experts": other_experts}
     detector = load(spec, **options, ignore_calibration=True)  # one of other experts would prevent loading
     held_out_sets = held_out_in(held_out, names) if held_out else []
-    samples: list[Sample] = []
-    rows: list[Row] = []
-    for path in data:
-        crops = load_crops(path, side=detector.info.crop_size)
-        methods = [s.method.split("+") for s in crops.samples]
-        usable = [i for i in range(len(crops.samples)) if not set(methods[i]) & set(card.held_out)]
-        for number, held_out_set in enumerate([None, *held_out_sets]):
-            indices = [i for i in usable if _scorer(crops.samples[i], split, held_out_sets) == number]
-            if limit is not None and len(indices) > limit:
-                indices = sorted(int(i) for i in np.random.default_rng(0).choice(indices, limit, replace=False))
-            rows += _scores(detector, crops, indices, held_out_set)
-            samples += [crops.samples[i] for i in indices]
-    if unclear := [s.id for s in samples if s.label == "fake" and s.df_class not in ("EFS", "FS", "FR", "FE")]:
-        raise X2DFDError(
-            f"{len(unclear)} fakes without df_class (FS, FR, FE, EFS), such as {unclear[0]}", code="df_class_missing"
-        )
-    fakes = np.array([s.label == "fake" for s in samples], bool)
-    if not 0 < fakes.sum() < len(fakes):
-        raise X2DFDError(f"split {split!r} needs real and fake pictures to calibrate on", code="no_picture_of_label")
+    sets = [load_crops(path, side=detector.info.crop_size) for path in data]
+    chosen = [
+        (crops, _some(_usable(crops, number, split, held_out_sets, card.held_out), limit), held_out_set)
+        for crops in sets
+        for number, held_out_set in enumerate([None, *held_out_sets])
+    ]
+    samples = [crops.samples[i] for crops, indices, _ in chosen for i in indices]
+    fakes = _checked_labels(samples, split)
+    rows = [row for crops, indices, held_out_set in chosen for row in _scores(detector, crops, indices, held_out_set)]
     logits = _columns(rows, None if held_out_sets else MLLM)
     kinds = [kind_of(s.df_class) if s.label == "fake" else "" for s in samples]
     result = fit_calibration(logits, kinds, [_error_group(s) for s in samples], false_alarms=false_alarms)
@@ -104,6 +102,7 @@ def calibrate(
         "manifests": [manifest_sha256(path) for path in data],
         "split": split,
         "false_alarms_allowed": false_alarms,
+        "misses_allowed": MISSES,
         "experts": {e.card.name: e.card.sha256 for e in detector.experts},
         "unseen": [
             {"expert": name, "sha256": expert.card.sha256, "left_out": sorted(held_out_set.left_out)}
@@ -114,6 +113,36 @@ def calibrate(
     result = replace(result, mllm_threshold=_mllm_threshold(rows, fakes, false_alarms), fitted_on=facts)
     result.save(adapter)
     return result
+
+
+def _usable(
+    crops: CropSet, number: int, split: str, held_out_sets: Sequence[HeldOut], never: Collection[str]
+) -> list[int]:
+    """The pictures that the experts of this number score (see `_scorer`), but for those of methods in `never`."""
+    found = [i for i, s in enumerate(crops.samples) if _scorer(s, split, held_out_sets) == number]
+    return [i for i in found if not set(crops.samples[i].method.split("+")) & set(never)]
+
+
+def _some(indices: list[int], limit: int | None) -> list[int]:
+    """At most `limit` of them, drawn."""
+    if limit is None or len(indices) <= limit:
+        return indices
+    return sorted(int(i) for i in np.random.default_rng(0).choice(indices, limit, replace=False))
+
+
+def _checked_labels(samples: Sequence[Sample], split: str) -> NDArray[np.bool_]:
+    """Whether each is fake. Raises X2DFDError where the manifest does not say enough; nothing has been scored yet."""
+    if unclear := [s.id for s in samples if s.label == "fake" and s.df_class not in ("EFS", "FS", "FR", "FE")]:
+        raise X2DFDError(
+            f"{len(unclear)} fakes without df_class (FS, FR, FE, EFS), such as {unclear[0]}", code="df_class_missing"
+        )
+    fakes = np.array([s.label == "fake" for s in samples], bool)
+    if not 0 < fakes.sum() < len(fakes):
+        raise X2DFDError(
+            f"split {split!r} (column `split` of the manifest) needs real and fake pictures to calibrate on",
+            code="no_picture_of_label",
+        )
+    return fakes
 
 
 @dataclass(frozen=True, eq=False)

@@ -54,14 +54,21 @@ def cue_clause(cue: Cue) -> str:
     return _CLAUSES[cue.artifact].format(a=area_name(cue.area))
 
 
-def readable(text: str, verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozenset[str]) -> str:
-    """The text about a face for people, made from the language model's. `uncounted`: experts without a weight."""
+def readable(
+    text: str, verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozenset[str], pointed_only: bool = False
+) -> str:
+    """The text about a face for people, made from the language model's. `uncounted`: experts without a weight.
+
+    `pointed_only`: of the signs that the language model names, those alone stay that an expert points at."""
     if verdict.label == "inconclusive":
         return undecided(verdict, evidence, uncounted)
     if verdict.label == "real":
         return f"{_search_sentence(evidence, uncounted)} None were found."
     sentences = re.findall(r"\S[^.!?\n]*(?:[.!?]+|$)", mended(prompts.closed(text, verdict.label, ())))
     cue_sentences = [_without_label(s) for s in sentences if read_cues(s) and not against(s, verdict)]
+    if pointed_only:
+        pointed = {(c.area, c.artifact) for e in evidence if e.expert not in uncounted for c in e.cues}
+        cue_sentences = [s for s in cue_sentences if {(c.area, c.artifact) for c in read_cues(s)} <= pointed]
     if not cue_sentences:
         return called_fake(verdict, evidence, uncounted)
     text = " ".join([f"{_opening(verdict)}.", *cue_sentences])

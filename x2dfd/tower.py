@@ -159,17 +159,6 @@ def tower_states(
         return load_tower_pass(layers, additions, dtype)(clip_pixels(crops))
 
 
-CLASS_LAYERS = (6, 7, 8, 9)
-"""Layers whose class tokens the probe reads; no later one is run. Four sets of held-out sources chose them: LOG.md."""
-
-
-def class_tokens(crops: Tensor) -> Tensor:
-    """Class tokens of the base's own tower, side by side, of uint8 crops [n, 224, 224, 3]:
-    [n, len(CLASS_LAYERS) * WIDTH]."""
-    states = tower_states(crops, max(CLASS_LAYERS))
-    return torch.cat([states[layer][:, 0] for layer in CLASS_LAYERS], 1)
-
-
 @dataclass(frozen=True, eq=False)
 class TowerFeatures:
     """The outputs of a tower for some samples of a CropSet."""
