@@ -146,6 +146,8 @@ def _set(*keys: Any, value: Any) -> Callable[[Record], None]:
         (_set("media", "exif", value={"make": "Nikon"}), "media.exif", "differs"),
         (_set("faces", value=[]), "faces", "differs"),
         (_set("sha256", value="0" * 64), "0" * 12, "other_file"),
+        (lambda m: m.update(conclusion="authentic"), "conclusion", "differs"),
+        (lambda m: m["cards"].update(ghost=m["cards"][tiny.EXPERT]), "cards.ghost", "differs"),
         (lambda m: m["cards"].pop(tiny.EXPERT), f"cards.{tiny.EXPERT}", "differs"),
         (lambda m: m["cards"][tiny.EXPERT].update(sha256="0" * 64), "sha256", "differs"),
         (lambda m: m["cards"][tiny.EXPERT].update(blind_spot=""), "blind_spot", "other_version"),
@@ -186,6 +188,19 @@ def test_another_model_is_no_proof_of_tampering(
     found = case.verify(old, photo, detector)
     assert found.outcome == "other_version" and any(key in line for line in found.differences), found
     assert case.verify({**old, "seal": "0" * 64}, photo, detector).outcome == "differs"
+
+
+def test_each_report_about_a_file_counts(made: Record, photo: Path, detector: Detector) -> None:
+    """Bug prevented: a second report about the same file says "real", and the record holds by the first. A run over
+    copies of a file is honest."""
+    doubled = changed(made, lambda m: m["reports"].append(m["reports"][0] | {"path": "copy.jpg"}), sealed=True)
+    assert case.verify(doubled, photo, detector).outcome == "holds"
+    real = doubled["reports"][0]["verdict"] | {"label": "real", "p_fake": 0.01}
+    lied = changed(doubled, lambda m: m["reports"][1].update(verdict=real), sealed=True)
+    found = case.verify(lied, photo, detector)
+    assert found.outcome == "differs" and any("verdict.label" in line for line in found.differences)
+    size = changed(made, lambda m: m["reports"][0]["media"].update(bytes=photo.stat().st_size + 100), sealed=True)
+    assert case.verify(size, photo, detector).outcome == "differs"
 
 
 def test_what_the_file_states_is_part_of_the_record(made: Record, tmp_path: Path, detector: Detector) -> None:
