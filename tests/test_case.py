@@ -112,6 +112,8 @@ def test_an_honest_record_holds_and_holds_for_a_copy(
     copied.write_bytes(photo.read_bytes() + b"\0")  # now it is another file
     found = case.verify(made, copied, detector)
     assert found.outcome == "other_file" and made["reports"][0]["sha256"][:12] in found.differences[0]
+    many = changed(made, lambda m: m.update(reports=19 * m["reports"]), sealed=True)
+    assert "and 16 more" in case.verify(many, copied, detector).differences[0]
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).write_text("a letter")
     broken = json.loads(case.dumps([next(detector.detect_many([tmp_path / "a.jpg"]))]))
@@ -231,6 +233,10 @@ def test_a_record_of_other_shapes_is_one_line(tmp_path: Path, made: Record) -> N
         with raises("not_a_case_record", "a.case.json") as caught:
             case.read(tmp_path / "a.case.json")
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    (tmp_path / "a.html").write_text("<!doctype html>")
+    with raises("not_a_case_record", "NAME.case.json") as caught:  # the page is what people have open
+        case.read(tmp_path / "a.html")
+    assert "no JSON" in str(caught.value) and "char" not in str(caught.value)
     with raises("modes_mixed"):
         case.mode_stated(changed(made, _set("model", "mode", value=["paper"]), sealed=True))
 

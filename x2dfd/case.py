@@ -89,9 +89,13 @@ def read(path: Path) -> Json:
         if not isinstance(case.get("cards", {}), dict):
             raise ValueError("its cards have another shape")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+            why = "it is no JSON"
+        else:
+            why = first_line(error) if isinstance(error, OSError | ValueError) else "it is of another format"
         raise X2DFDError(
-            f"{path} is no case record ({first_line(error)}); "
-            "`x2dfd detect FILE --report NAME.html` writes NAME.case.json",
+            f"{path} is no case record ({why}). The record stands beside the page: "
+            "`x2dfd detect FILE --report NAME.html` writes it as NAME.case.json",
             code="not_a_case_record",
         ) from error
     return dict(case)
@@ -141,7 +145,8 @@ def verify(made: Json, file: Path, detector: Detector) -> Verification:
         )
     reports = stated_about(made, quick.sha256)
     if not reports:
-        known = ", ".join(f"{r.get('path')} ({str(r.get('sha256'))[:12]}…)" for r in made["reports"])
+        known = ", ".join(f"{r.get('path')} ({str(r.get('sha256'))[:12]}…)" for r in made["reports"][:3])
+        known += f" and {len(made['reports']) - 3} more" if len(made["reports"]) > 3 else ""
         line = f"the file has SHA-256 {quick.sha256}, and the record is about {known or 'no file'}"
         return Verification("differs" if changed else "other_file", (*changed, line), ())
     stated = reports[0]
