@@ -5,6 +5,7 @@ Machine words (`fake`, `in_band`, `whole` ...) stay in the JSON; what people rea
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -32,6 +33,36 @@ REASONS = {
     "not_a_photograph": "This looks like a drawing, a painting or a render. Forgery detection applies to photos only. "
     "If it was made from a photo, judge that one.",
 }
+DECODED = {
+    r"\w+_to_8bit": "finer shades rounded to 8 bits",
+    r"alpha_on_white": "transparent parts laid on white",
+    r"bt2020_to_bt709": "colours converted from BT.2020 to BT.709",
+    r"cmyk_to_rgb": "colours converted from CMYK to RGB",
+    r"damaged_frame:(\d+)": r"frame \1 is damaged",
+    r"decoding_limit_reached": "stopped at the limit of work for one file",
+    r"deinterlaced": "interlaced frames deinterlaced",
+    r"exif_orientation:(\d)": r"turned as its orientation tag (\1) says",
+    r"exif_unreadable:.*": "its EXIF cannot be read",
+    r"faces_turned:(\d+)": r"faces found with the picture turned by \1°",
+    r"file_says_([\d.]+)_s": r"the file states a length of \1 s, and its pictures end earlier",
+    r"first_of_(\d+)_frames": r"only the first of its \1 pictures was looked at",
+    r"frames_missing:(\d+)": r"\1 of the sampled frames could not be decoded",
+    r"frames_not_all_counted": "its frames were not all counted",
+    r"hash_of_pixels": "given as pixels: the SHA-256 is of them, not of a file",
+    r"hdr_tone_mapped:(.+)": r"HDR (\1) tone-mapped to the range of ordinary pictures",
+    r"icc_ignored:.*": "its colour profile cannot be used; colours taken as sRGB",
+    r"icc_to_srgb:(.*)": r"colours converted from its profile (\1) to sRGB",
+    r"memory_limit_after_(\d+)_frames": r"stopped after \1 frames at the limit of memory",
+    r"mirrored:.*": "mirrored as the file says",
+    r"pixel_shape:(.+)": r"stretched to square pixels (they are \1 in the file)",
+    r"pixel_shape_ignored": "its stated shape of pixels is implausible and was ignored",
+    r"reduced_from:(\d+)x(\d+)": r"decoded smaller than its \1 x \2 pixels",
+    r"rotation:(\d+)": r"turned by \1° as the file says",
+    r"undecodable_from_frame:(\d+):.*": r"frames from \1 on cannot be decoded",
+    r"undecodable_packets:(\d+)": r"pieces of the clip that cannot be decoded: \1",
+    r"warning:(.*)": r"the decoder warns: \1",
+}
+"""By pattern of a code in `Report.media.notes`: what decoding changed or missed, in words."""
 SMALL_FACE = 100  # pixels: a face of less width is enlarged about twice for the models
 STRONGLY_COMPRESSED = 0.1  # bytes a pixel of a JPEG; photos have 0.11 at quality 50 and 0.15 at 75
 
@@ -161,6 +192,16 @@ def meaning(report: Report, face: FaceReport | None = None) -> str:
         f"{who[0].upper()}{who[1:]} found {found} of a known kind of forgery. "
         "That does not show the picture is authentic: a forgery of an unknown kind can look like this."
     )
+
+
+def decoding(report: Report) -> str:
+    """What decoding changed or missed, "interlaced frames deinterlaced; ..."; a code without words as it is."""
+
+    def words(code: str) -> str:
+        matches = ((re.fullmatch(pattern, code, re.DOTALL), said) for pattern, said in DECODED.items())
+        return next((match.expand(said) for match, said in matches if match), code)
+
+    return "; ".join(words(str(code)) for code in report.media.get("notes") or ())
 
 
 def remarks(report: Report) -> list[str]:

@@ -214,6 +214,8 @@ def _technical(report: Report) -> Iterator[tuple[str, str]]:
     yield "SHA-256 begins", ", ".join(f"{name} {value[:12]}" for name, value in hashes.items() if value)
     side, codec = model.get("crop_size", ModelInfo.crop_size), model.get("crops_through")
     yield "Face crop", f"{side} pixels" + (f", through {codec}" if codec else "")
+    if decoded := answer.decoding(report):
+        yield "Decoding", decoded
     if band := model.get("band"):
         yield "Thresholds", f"no answer from {percent(band[0])} to {percent(band[1])}"
     elif (threshold := model.get("threshold")) is not None:
