@@ -161,6 +161,10 @@ def test_no_answer_says_where_the_score_lies() -> None:
     why = reason(one) or ""
     assert all(fact in why for fact in ("60 %", "21 %", "85 %"))
     assert "between" not in (reason(replace(one, model={})) or "between")  # a served model may state no band
+    hardly = replace(one, model=MODEL | {"band": [0.5999995, 0.6000005]})  # fitted on a few pictures of one score
+    narrow = reason(hardly) or ""
+    assert "turns from real to fake" in narrow and "between" not in narrow and "larger" not in narrow
+    assert all(narrow in text and "60 % and 60 %" not in text for text in told(hardly))
     assert all(why in text for text in told(one)) and f"why: {why}" in " ".join(block(one).split())
     assert reason(report(verdict=FAKE)) is None and reason(one, face(verdict=FAKE)) is None
 

@@ -129,6 +129,12 @@ def p_words(verdict: Verdict) -> str:
     return "" if verdict.p_fake is None else f", {percent(verdict.p_fake)} chance of a fake"
 
 
+def band(model: Json) -> Sequence[float] | None:
+    """The estimates between which a model gives no answer; None where it has no such range, or hardly one."""
+    bounds: Sequence[float] | None = model.get("band")
+    return bounds if bounds and percent(bounds[0]) != percent(bounds[1]) else None
+
+
 def reason(report: Report, face: FaceReport | None = None) -> str | None:
     """Why there is no answer about a face, or else about the file, and what may give one, in plain sentences; None
     where there is an answer."""
@@ -137,8 +143,11 @@ def reason(report: Report, face: FaceReport | None = None) -> str | None:
         return None
     stated = verdict.reason or "unstated"
     if stated == "in_band":
-        band = report.model.get("band")
-        between = f" between {percent(band[0])} and {percent(band[1])}," if band else ""
+        bounds = band(report.model)
+        if report.model.get("band") and not bounds:  # of a calibration on too few pictures; no other copy helps
+            turns = "lies where this model's calibration turns from real to fake, so no answer is given."
+            return f"The estimate, {percent(verdict.p_fake)}, {turns}"
+        between = f" between {percent(bounds[0])} and {percent(bounds[1])}," if bounds else ""
         why = f"The estimate, {percent(verdict.p_fake)}, lies{between} where errors are too frequent to answer."
         return f"{why} {_would_help(report, face or report.decider)}".rstrip()
     return REASONS.get(stated, f"No answer is given; the stated reason is: {stated}.")

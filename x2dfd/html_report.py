@@ -162,7 +162,6 @@ def _failure(failure: Failure) -> Json:
 
 def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) -> Json:
     model, verdict = report.model, report.verdict
-    band = model.get("band")
     calibrated = model.get("mode") != "paper"
     decider = report.decider
     frames = _frames(report.faces)
@@ -178,7 +177,7 @@ def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) 
         "meaning": answer.meaning(report),
         "remarks": answer.remarks(report),
         "calibrated": calibrated,
-        "scale": _scale(verdict.p_fake, band, model.get("threshold")),
+        "scale": _scale(verdict.p_fake, answer.band(model), model.get("threshold")),
         "figures": list(_figures(report, picture)),
         "faces": [_face(face, face is decider, report, blind_spots) for face in detailed],
         "briefly": [
@@ -216,7 +215,7 @@ def _technical(report: Report) -> Iterator[tuple[str, str]]:
     yield "Face crop", f"{side} pixels" + (f", through {codec}" if codec else "")
     if decoded := answer.decoding(report):
         yield "Decoding", decoded
-    if band := model.get("band"):
+    if band := answer.band(model):
         yield "Thresholds", f"no answer from {percent(band[0])} to {percent(band[1])}"
     elif (threshold := model.get("threshold")) is not None:
         yield "Threshold", f"fake from {percent(threshold)}"
