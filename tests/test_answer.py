@@ -114,7 +114,7 @@ def xmp(name: str) -> dict[str, str]:
         ("trainedAlgorithmicMedia", REAL, "a generator made it, and the faces alone look real"),
         ("compositeWithTrainedAlgorithmicMedia", REAL, "a generator edited it, and the faces alone look real"),
         ("digitalCapture", FAKE, "a camera took it, and the faces alone look fake"),
-        ("trainedAlgorithmicMedia", FAKE, "both speak of a fake"),
+        ("trainedAlgorithmicMedia", FAKE, "both point to a fake"),
         ("trainedAlgorithmicMedia", Verdict("fake", 0.93, None, "whole"), None),
         ("trainedAlgorithmicMedia", OPEN, None),
         ("digitalCapture", REAL, None),

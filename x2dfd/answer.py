@@ -75,9 +75,9 @@ LIMITS = {
     "one named run. It says nothing of how likely a forgery was before the picture was looked at, and it is bounded by "
     "what a run of that size can support.",
     "No answer": "The models are wrong too often at such scores. It means neither slightly fake nor slightly real.",
-    "The explanation": "Text from a language model that was told the answer and the experts' scores, without the "
-    "sentences that go against them, and with further signs that an expert is sure of. Look at the named areas "
-    "yourself.",
+    "The explanation": "Unless it is marked as a fixed text, a language model wrote it, knowing the answer and the "
+    "experts' scores. The program removed what goes against these, and added signs that an expert is sure of. Look at "
+    "the named areas yourself.",
     "Experts": "Separate detectors with different blind spots. Each sees some kinds of forgery and misses others, so "
     "they may disagree.",
     "Only faces": "Bodies, backgrounds, captions and the context of a picture are not examined. A real photo can still "
@@ -253,8 +253,8 @@ def reconciled(report: Report) -> str | None:
         )
     if verdict.label == "fake" and verdict.kind == "part" and made:
         return (
-            "The file says that a generator made it, and the face looks changed in part: both speak of a fake, and "
-            "how it was made is less sure than that."
+            "The file says that a generator made it, and the face looks changed in part: both point to a fake; how "
+            "it was made is less certain."
         )
     if verdict.label == "fake" and of_camera(report.provenance) and not made and not edited:
         return (
