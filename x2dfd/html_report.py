@@ -481,7 +481,7 @@ def _file(report: Report) -> Iterator[tuple[str, str]]:
              "digitised": "Digitised", "changed": "Changed", "place": "Place"}  # fmt: skip
     exif = media.get("exif") or {}
     if not exif:
-        yield "EXIF", "none, as in most copies that were shared online"
+        yield "EXIF", "none" + ", as in most copies that were shared online" * (media.get("kind") != "video")
     for key, value in exif.items():
         yield f"{names.get(key, key)} (EXIF)", str(value)
 
