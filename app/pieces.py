@@ -15,6 +15,7 @@ from x2dfd.answer import (
     NEXT_STEPS,
     NOT_PROOF,
     WORDS,
+    band,
     counted,
     in_words,
     meaning,
@@ -138,7 +139,7 @@ def curve(case: Case, index: int | None) -> str:
         for k, number in enumerate(numbers)
         if (f := frames.worst.get(number)) is not None and f.verdict.p_fake is not None
     ]
-    return draw("curve", steps, case.report.model.get("band")) if steps else ""
+    return draw("curve", steps, band(case.report.model)) if steps else ""
 
 
 def table(files: Sequence[tuple[str, Report | Failure]], total: int, current: int | None = None) -> str:
@@ -177,7 +178,7 @@ def _blind_spot(expert: str) -> str:
 @cache
 def _template() -> jinja2.Template:
     environment = pages(jinja2.FileSystemLoader(Path(__file__).parent))
-    environment.filters |= {"percent": percent, "kind": status, "blind_spot": _blind_spot}
+    environment.filters |= {"percent": percent, "band": band, "kind": status, "blind_spot": _blind_spot}
     environment.globals |= {
         "WORDS": WORDS,
         "KINDS": KINDS_SAID,

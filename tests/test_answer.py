@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from app import pieces
 from tests.test_html_report import Page, face, page, report
-from x2dfd.answer import clip, decided_by, meaning, number, reason, reconciled
+from x2dfd import html_report
+from x2dfd.answer import clip, decided_by, decoding, meaning, number, reason, reconciled
 from x2dfd.statements import read_statements, source_type
 from x2dfd.terminal import block
 from x2dfd.types import FaceReport, Report, Verdict
@@ -31,6 +34,24 @@ def clip_of(*verdicts: Verdict | None, whole: Verdict | None = None) -> Report:
     media = report().media | {"kind": "video", "frames": [24 * i for i in range(len(verdicts))]}
     own = tuple(replace(one, index=k) for k, one in enumerate(faces))
     return report(faces=own, media=media, verdict=whole or own[0].verdict, model=MODEL)
+
+
+def test_what_decoding_changed_is_told_in_words() -> None:
+    """Bug prevented: a clip was deinterlaced or tone-mapped, and only the JSON has it; a new code without words."""
+    notes = ["deinterlaced", "pixel_shape:16:9", "hdr_tone_mapped:HLG", "first_of_6_frames", "odd_code"]
+    one = report(media=report().media | {"notes": notes})
+    for text in told(one)[:2]:
+        assert "interlaced frames deinterlaced; stretched to square pixels (they are 16:9 in the file); HDR" in text
+        assert "first of its 6 pictures was looked at; odd_code" in text
+    assert "decoding:" not in block(report())
+    folder, names = Path(html_report.__file__).parent, ("animations", "sniffing", "stills", "video")
+    sources = "".join((folder / f"{name}.py").read_text() for name in names)
+    codes = re.findall(r'notes(?:\.append\(| \+= \[| = \[)f?"([^"]+)"', sources)
+    codes += re.findall(r'"((?:rotation|mirrored):\w+)"', sources)
+    assert len(codes) > 25
+    for code in ("faces_turned:90", *(re.sub(r"\{.*?\}", "8", code) for code in codes)):
+        code += "HLG" * code.endswith(":")
+        assert decoding(report(media={"notes": [code]})) != code, code
 
 
 @pytest.mark.parametrize(
@@ -93,7 +114,7 @@ def xmp(name: str) -> dict[str, str]:
         ("trainedAlgorithmicMedia", REAL, "a generator made it, and the faces alone look real"),
         ("compositeWithTrainedAlgorithmicMedia", REAL, "a generator edited it, and the faces alone look real"),
         ("digitalCapture", FAKE, "a camera took it, and the faces alone look fake"),
-        ("trainedAlgorithmicMedia", FAKE, "both speak of a fake"),
+        ("trainedAlgorithmicMedia", FAKE, "both point to a fake"),
         ("trainedAlgorithmicMedia", Verdict("fake", 0.93, None, "whole"), None),
         ("trainedAlgorithmicMedia", OPEN, None),
         ("digitalCapture", REAL, None),
@@ -140,6 +161,10 @@ def test_no_answer_says_where_the_score_lies() -> None:
     why = reason(one) or ""
     assert all(fact in why for fact in ("60 %", "21 %", "85 %"))
     assert "between" not in (reason(replace(one, model={})) or "between")  # a served model may state no band
+    hardly = replace(one, model=MODEL | {"band": [0.5999995, 0.6000005]})  # fitted on a few pictures of one score
+    narrow = reason(hardly) or ""
+    assert "turns from real to fake" in narrow and "between" not in narrow and "larger" not in narrow
+    assert all(narrow in text and "60 % and 60 %" not in text for text in told(hardly))
     assert all(why in text for text in told(one)) and f"why: {why}" in " ".join(block(one).split())
     assert reason(report(verdict=FAKE)) is None and reason(one, face(verdict=FAKE)) is None
 

@@ -112,6 +112,8 @@ def test_an_honest_record_holds_and_holds_for_a_copy(
     copied.write_bytes(photo.read_bytes() + b"\0")  # now it is another file
     found = case.verify(made, copied, detector)
     assert found.outcome == "other_file" and made["reports"][0]["sha256"][:12] in found.differences[0]
+    many = changed(made, lambda m: m.update(reports=19 * m["reports"]), sealed=True)
+    assert "and 16 more" in case.verify(many, copied, detector).differences[0]
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).write_text("a letter")
     broken = json.loads(case.dumps([next(detector.detect_many([tmp_path / "a.jpg"]))]))
@@ -146,6 +148,8 @@ def _set(*keys: Any, value: Any) -> Callable[[Record], None]:
         (_set("media", "exif", value={"make": "Nikon"}), "media.exif", "differs"),
         (_set("faces", value=[]), "faces", "differs"),
         (_set("sha256", value="0" * 64), "0" * 12, "other_file"),
+        (lambda m: m.update(conclusion="authentic"), "conclusion", "differs"),
+        (lambda m: m["cards"].update(ghost=m["cards"][tiny.EXPERT]), "cards.ghost", "differs"),
         (lambda m: m["cards"].pop(tiny.EXPERT), f"cards.{tiny.EXPERT}", "differs"),
         (lambda m: m["cards"][tiny.EXPERT].update(sha256="0" * 64), "sha256", "differs"),
         (lambda m: m["cards"][tiny.EXPERT].update(blind_spot=""), "blind_spot", "other_version"),
@@ -188,6 +192,19 @@ def test_another_model_is_no_proof_of_tampering(
     assert case.verify({**old, "seal": "0" * 64}, photo, detector).outcome == "differs"
 
 
+def test_each_report_about_a_file_counts(made: Record, photo: Path, detector: Detector) -> None:
+    """Bug prevented: a second report about the same file says "real", and the record holds by the first. A run over
+    copies of a file is honest."""
+    doubled = changed(made, lambda m: m["reports"].append(m["reports"][0] | {"path": "copy.jpg"}), sealed=True)
+    assert case.verify(doubled, photo, detector).outcome == "holds"
+    real = doubled["reports"][0]["verdict"] | {"label": "real", "p_fake": 0.01}
+    lied = changed(doubled, lambda m: m["reports"][1].update(verdict=real), sealed=True)
+    found = case.verify(lied, photo, detector)
+    assert found.outcome == "differs" and any("verdict.label" in line for line in found.differences)
+    size = changed(made, lambda m: m["reports"][0]["media"].update(bytes=photo.stat().st_size + 100), sealed=True)
+    assert case.verify(size, photo, detector).outcome == "differs"
+
+
 def test_what_the_file_states_is_part_of_the_record(made: Record, tmp_path: Path, detector: Detector) -> None:
     """Bug prevented: a record whose author cut out "made with a generator" holds."""
     assert made["reports"][0]["provenance"]["statements"] == []
@@ -216,6 +233,10 @@ def test_a_record_of_other_shapes_is_one_line(tmp_path: Path, made: Record) -> N
         with raises("not_a_case_record", "a.case.json") as caught:
             case.read(tmp_path / "a.case.json")
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    (tmp_path / "a.html").write_text("<!doctype html>")
+    with raises("not_a_case_record", "NAME.case.json") as caught:  # the page is what people have open
+        case.read(tmp_path / "a.html")
+    assert "no JSON" in str(caught.value) and "char" not in str(caught.value)
     with raises("modes_mixed"):
         case.mode_stated(changed(made, _set("model", "mode", value=["paper"]), sealed=True))
 

@@ -272,7 +272,8 @@ def test_names_that_are_not_utf8_are_kept_apart(run: Run, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "words",
-    [["detect"], ["detect", "a.png", "--mode", "best"], ["detect", "a.png", "--batch-size", "0"], ["nonsense"],
+    [["detect"], ["detect", ""], ["detect", "a.png", "--mode", "best"], ["detect", "a.png", "--batch-size", "0"],
+     ["nonsense"],
      ["detect", "a.png", "--out", "no/such/folder/t.parquet"], ["detect", "a.png", "--report", "."],
      ["detect", "a.png", "--report", "x.txt"],
      ["detect", "a.png", "--out", "t.txt"], ["detect", "a.png", "--manifest", "m.csv"],
@@ -486,7 +487,8 @@ def test_manifest_streams_in_batches_and_names_what_failed(
     assert Report.from_json(rows[0]["report"]).path == str(photos / "c.png")
     assert max(detector.batches) == 2
     for text, told, status in (
-        ("label\nreal\n", "[manifest_path_missing]", 1), ("path\na,b\n", "row 1", 1),
+        ("label\nreal\n", "[manifest_column_missing]", 1), ("path\na,b\n", "row 1", 1),
+        ("photos/a.png\n", "header row", 1),  # a plain list of files
         ("path,path\na,b\n", "[manifest_column_twice]", 1), ("path\n", "no picture", 0),
     ):  # fmt: skip
         manifest.write_text(text)

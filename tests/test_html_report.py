@@ -234,6 +234,7 @@ def test_video_shows_its_most_suspicious_frames_and_names_the_rest() -> None:
     seen = page(video, pictures=[{10 * i: ASTRONAUT for i in range(8)}])
     shown = seen.all("img")  # the worst first and large, the others beneath it
     assert [(tag["alt"] or "").split(":")[0] for tag in shown] == [f"Frame {n}" for n in range(70, 10, -10)]
+    assert "Faces, signs and experts (explained in 6 of 8 frames)" in seen.text and "(1 face)" in page(report()).text
     assert seen.all("div", **{"class": "strip"}) and not page(report()).all("div", **{"class": "strip"})
     wide = {10 * i: np.zeros((400, 1000, 3), np.uint8) for i in range(8)}
     sizes = [

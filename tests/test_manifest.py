@@ -132,7 +132,7 @@ def test_a_backslash_in_a_name_that_is_there_stays(tmp_path: Path) -> None:
         ("a.csv", b"path,label\na.png,real\nb.png,Fake1\n", "manifest_label_unknown", ["row 2", "'Fake1'"]),
         ("a.csv", b"path,label\nreal/a.png,\n", "manifest_label_unknown", ["row 1"]),
         ("a.csv", b"path,kind\na.png,real\n", "manifest_column_missing", ["row 1", "'label'"]),
-        ("a.csv", b"file,label\na.png,real\n", "manifest_column_missing", ["row 1", "'path'"]),
+        ("a.csv", b"file,label\na.png,real\n", "manifest_column_missing", ["header row", "'path'"]),
         ("a.csv", b"path,label\na.png,real\nx/../a.png,fake\n", "manifest_path_twice", ["row 2", "row 1"]),
         ("a.csv", b"path,label,id\na.png,real,1\nb.png,fake,1\n", "manifest_id_twice", ["row 2", "row 1"]),
         ("a.csv", b"path,label\na.png,real,oops\n", "manifest_row_malformed", ["row 1", "fields"]),

@@ -5,6 +5,7 @@ Machine words (`fake`, `in_band`, `whole` ...) stay in the JSON; what people rea
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -32,6 +33,36 @@ REASONS = {
     "not_a_photograph": "This looks like a drawing, a painting or a render. Forgery detection applies to photos only. "
     "If it was made from a photo, judge that one.",
 }
+DECODED = {
+    r"\w+_to_8bit": "finer shades rounded to 8 bits",
+    r"alpha_on_white": "transparent parts laid on white",
+    r"bt2020_to_bt709": "colours converted from BT.2020 to BT.709",
+    r"cmyk_to_rgb": "colours converted from CMYK to RGB",
+    r"damaged_frame:(\d+)": r"frame \1 is damaged",
+    r"decoding_limit_reached": "stopped at the limit of work for one file",
+    r"deinterlaced": "interlaced frames deinterlaced",
+    r"exif_orientation:(\d)": r"turned as its orientation tag (\1) says",
+    r"exif_unreadable:.*": "its EXIF cannot be read",
+    r"faces_turned:(\d+)": r"faces found with the picture turned by \1°",
+    r"file_says_([\d.]+)_s": r"the file states a length of \1 s, and its pictures end earlier",
+    r"first_of_(\d+)_frames": r"only the first of its \1 pictures was looked at",
+    r"frames_missing:(\d+)": r"\1 of the sampled frames could not be decoded",
+    r"frames_not_all_counted": "its frames were not all counted",
+    r"hash_of_pixels": "given as pixels: the SHA-256 is of them, not of a file",
+    r"hdr_tone_mapped:(.+)": r"HDR (\1) tone-mapped to the range of ordinary pictures",
+    r"icc_ignored:.*": "its colour profile cannot be used; colours taken as sRGB",
+    r"icc_to_srgb:(.*)": r"colours converted from its profile (\1) to sRGB",
+    r"memory_limit_after_(\d+)_frames": r"stopped after \1 frames at the limit of memory",
+    r"mirrored:.*": "mirrored as the file says",
+    r"pixel_shape:(.+)": r"stretched to square pixels (they are \1 in the file)",
+    r"pixel_shape_ignored": "its stated shape of pixels is implausible and was ignored",
+    r"reduced_from:(\d+)x(\d+)": r"decoded smaller than its \1 x \2 pixels",
+    r"rotation:(\d+)": r"turned by \1° as the file says",
+    r"undecodable_from_frame:(\d+):.*": r"frames from \1 on cannot be decoded",
+    r"undecodable_packets:(\d+)": r"pieces of the clip that cannot be decoded: \1",
+    r"warning:(.*)": r"the decoder warns: \1",
+}
+"""By pattern of a code in `Report.media.notes`: what decoding changed or missed, in words."""
 SMALL_FACE = 100  # pixels: a face of less width is enlarged about twice for the models
 STRONGLY_COMPRESSED = 0.1  # bytes a pixel of a JPEG; photos have 0.11 at quality 50 and 0.15 at 75
 
@@ -44,9 +75,9 @@ LIMITS = {
     "one named run. It says nothing of how likely a forgery was before the picture was looked at, and it is bounded by "
     "what a run of that size can support.",
     "No answer": "The models are wrong too often at such scores. It means neither slightly fake nor slightly real.",
-    "The explanation": "Text from a language model that was told the answer and the experts' scores, without the "
-    "sentences that go against them, and with further signs that an expert is sure of. Look at the named areas "
-    "yourself.",
+    "The explanation": "Unless it is marked as a fixed text, a language model wrote it, knowing the answer and the "
+    "experts' scores. The program removed what goes against these, and added signs that an expert is sure of. Look at "
+    "the named areas yourself.",
     "Experts": "Separate detectors with different blind spots. Each sees some kinds of forgery and misses others, so "
     "they may disagree.",
     "Only faces": "Bodies, backgrounds, captions and the context of a picture are not examined. A real photo can still "
@@ -98,6 +129,12 @@ def p_words(verdict: Verdict) -> str:
     return "" if verdict.p_fake is None else f", {percent(verdict.p_fake)} chance of a fake"
 
 
+def band(model: Json) -> Sequence[float] | None:
+    """The estimates between which a model gives no answer; None where it has no such range, or hardly one."""
+    bounds: Sequence[float] | None = model.get("band")
+    return bounds if bounds and percent(bounds[0]) != percent(bounds[1]) else None
+
+
 def reason(report: Report, face: FaceReport | None = None) -> str | None:
     """Why there is no answer about a face, or else about the file, and what may give one, in plain sentences; None
     where there is an answer."""
@@ -106,8 +143,11 @@ def reason(report: Report, face: FaceReport | None = None) -> str | None:
         return None
     stated = verdict.reason or "unstated"
     if stated == "in_band":
-        band = report.model.get("band")
-        between = f" between {percent(band[0])} and {percent(band[1])}," if band else ""
+        bounds = band(report.model)
+        if report.model.get("band") and not bounds:  # of a calibration on too few pictures; no other copy helps
+            turns = "lies where this model's calibration turns from real to fake, so no answer is given."
+            return f"The estimate, {percent(verdict.p_fake)}, {turns}"
+        between = f" between {percent(bounds[0])} and {percent(bounds[1])}," if bounds else ""
         why = f"The estimate, {percent(verdict.p_fake)}, lies{between} where errors are too frequent to answer."
         return f"{why} {_would_help(report, face or report.decider)}".rstrip()
     return REASONS.get(stated, f"No answer is given; the stated reason is: {stated}.")
@@ -163,6 +203,16 @@ def meaning(report: Report, face: FaceReport | None = None) -> str:
     )
 
 
+def decoding(report: Report) -> str:
+    """What decoding changed or missed, "interlaced frames deinterlaced; ..."; a code without words as it is."""
+
+    def words(code: str) -> str:
+        matches = ((re.fullmatch(pattern, code, re.DOTALL), said) for pattern, said in DECODED.items())
+        return next((match.expand(said) for match, said in matches if match), code)
+
+    return "; ".join(words(str(code)) for code in report.media.get("notes") or ())
+
+
 def remarks(report: Report) -> list[str]:
     """What follows the meaning of a report's answer, a line each: a clip's frames, and a statement that opposes it."""
     return [line for line in (clip(report), reconciled(report)) if line]
@@ -203,8 +253,8 @@ def reconciled(report: Report) -> str | None:
         )
     if verdict.label == "fake" and verdict.kind == "part" and made:
         return (
-            "The file says that a generator made it, and the face looks changed in part: both speak of a fake, and "
-            "how it was made is less sure than that."
+            "The file says that a generator made it, and the face looks changed in part: both point to a fake; how "
+            "it was made is less certain."
         )
     if verdict.label == "fake" and of_camera(report.provenance) and not made and not edited:
         return (

@@ -37,6 +37,7 @@ WORDING = re.compile(
     r"|likelihood_ratio\.(reason|propositions)|provenance\.(reason|statements\[\d+\]\.says)|error\.reason)\b"
 )
 """Places of a record whose text another version of the program may word otherwise; what was found stands elsewhere."""
+KEYS = {"format", "made", "statement", "reports", "cards", "limits", "next_steps", "seal"}
 
 
 @dataclass(frozen=True)
@@ -88,17 +89,32 @@ def read(path: Path) -> Json:
         if not isinstance(case.get("cards", {}), dict):
             raise ValueError("its cards have another shape")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+            why = "it is no JSON"
+        else:
+            why = first_line(error) if isinstance(error, OSError | ValueError) else "it is of another format"
         raise X2DFDError(
-            f"{path} is no case record ({first_line(error)}); "
-            "`x2dfd detect FILE --report NAME.html` writes NAME.case.json",
+            f"{path} is no case record ({why}). The record stands beside the page: "
+            "`x2dfd detect FILE --report NAME.html` writes it as NAME.case.json",
             code="not_a_case_record",
         ) from error
     return dict(case)
 
 
-def stated_about(case: Json, sha256: str | None) -> Json | None:
-    """The record's report about a file of that hash."""
-    return next((r for r in case["reports"] if isinstance(r, dict) and r.get("sha256") == sha256), None)
+def stated_about(case: Json, sha256: str | None) -> list[Json]:
+    """The record's reports about a file of that hash: several where a run judged copies of it."""
+    return [r for r in case["reports"] if isinstance(r, dict) and r.get("sha256") == sha256]
+
+
+def _experts_named(case: Json) -> set[str]:
+    """The experts whose evidence stands in any report of the record, which may hold anything."""
+
+    def entries(holder: object, key: str) -> list[object]:
+        held = holder.get(key) if isinstance(holder, dict) else None
+        return held if isinstance(held, list) else []
+
+    evidence = (e for r in case["reports"] for face in entries(r, "faces") for e in entries(face, "evidence"))
+    return {str(e.get("expert")) for e in evidence if isinstance(e, dict)}
 
 
 def _frames_stated(stated: Json) -> int | None:
@@ -121,16 +137,22 @@ def verify(made: Json, file: Path, detector: Detector) -> Verification:
     notes: list[str] = []
     if made["seal"] != seal(made):
         changed.append("the record was changed after it was written: its seal does not fit")
+    changed += [f"{key}: no case record has such an entry" for key in made if key not in KEYS]
     quick = next(iter(detector.detect_many([file], rationale=False)))
     if isinstance(quick, Failure) and quick.sha256 is None:
         raise X2DFDError(
             f"{file} cannot be read ({quick.reason}), so the record cannot be checked", code="picture_unreadable"
         )
-    stated = stated_about(made, quick.sha256)
-    if stated is None:
-        known = ", ".join(f"{r.get('path')} ({str(r.get('sha256'))[:12]}…)" for r in made["reports"])
+    reports = stated_about(made, quick.sha256)
+    if not reports:
+        known = ", ".join(f"{r.get('path')} ({str(r.get('sha256'))[:12]}…)" for r in made["reports"][:3])
+        known += f" and {len(made['reports']) - 3} more" if len(made["reports"]) > 3 else ""
         line = f"the file has SHA-256 {quick.sha256}, and the record is about {known or 'no file'}"
         return Verification("differs" if changed else "other_file", (*changed, line), ())
+    stated = reports[0]
+    for double in reports[1:]:
+        lines = _differing("", _comparable(stated), _comparable(double))
+        changed += [f"two reports of the record are about this file and differ: {place}" for place, _ in lines]
     asked = _frames_stated(stated)
     if isinstance(quick, Report) and asked and asked != frames_asked(quick.media):
         quick = next(iter(detector.detect_many([file], rationale=False, frames=asked)))
@@ -158,7 +180,8 @@ def verify(made: Json, file: Path, detector: Detector) -> Verification:
         notes.append(f"Content Credentials: the record states {states[0]}, and here they are {states[1]}")
         stated, expected = _without_credentials(stated), _without_credentials(expected)
     again = record([fresh])
-    again["cards"] = (made.get("cards") or {}) | again["cards"]  # some only other reports of the record name
+    named = _experts_named(made)  # some only by other reports of the record
+    again["cards"] = {k: card for k, card in (made.get("cards") or {}).items() if k in named} | again["cards"]
     frame = ("statement", "cards", "limits", "next_steps")
     around = ({key: whole.get(key) for key in frame} for whole in (made, again))
     _sort(_differing("", *around, exactly=True), changed, other)
@@ -213,7 +236,7 @@ def _comparable(report: Json) -> Json:
 def _differing(place: str, stated: object, current: object, *, exactly: bool = False) -> Iterator[tuple[str, str]]:
     """Places at which two plain values differ, each with a line about it.
 
-    Numbers may differ by what another batch or processor changes.
+    Numbers, but not whole ones, may differ by what another batch or processor changes.
     """
     if isinstance(stated, dict) and isinstance(current, dict):
         for key in [*current, *(k for k in stated if k not in current)]:
@@ -225,7 +248,7 @@ def _differing(place: str, stated: object, current: object, *, exactly: bool = F
             yield place, f"{place}: the record holds {len(stated)} entries, and here there are {len(current)}"
         for i, (a, b) in enumerate(zip(stated, current, strict=False)):
             yield from _differing(f"{place}[{i}]", a, b, exactly=exactly)
-    elif _number(stated) and _number(current) and not exactly:
+    elif _number(stated) and _number(current) and not exactly and float in (type(stated), type(current)):
         if not math.isclose(stated, current, rel_tol=1e-3, abs_tol=2e-3):
             yield place, f"{place}: the record states {stated}, and here it is {current}"
     elif stated != current or isinstance(stated, bool) != isinstance(current, bool):

@@ -119,11 +119,19 @@ def _root(
     """Explainable deepfake detection: a verdict, a probability, a rationale and the cues behind it."""
 
 
+def _given(text: str) -> Path:
+    """A PATH; an empty one, as of an unset shell variable, would be the current folder."""
+    if not text:
+        raise typer.BadParameter("it is empty; the current folder is .")
+    return Path(text)
+
+
 # The options of `detect`, by the panels of its help.
 Paths = Annotated[
     list[Path] | None,
     typer.Argument(
         metavar="[PATH...]",
+        parser=_given,
         help="Pictures, videos, or folders of them; - is standard input.",
         rich_help_panel="Input",
     ),

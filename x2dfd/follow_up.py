@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from difflib import get_close_matches
 
-from x2dfd.answer import KINDS_SAID, NEXT_STEPS, NOT_PROOF, in_words, meaning, percent, reason, stance
+from x2dfd.answer import KINDS_SAID, NEXT_STEPS, NOT_PROOF, band, in_words, meaning, percent, reason, stance
 from x2dfd.explain import named_areas
 from x2dfd.fetch import BASE_NAME
 from x2dfd.texts import against, area_name, cue_clause
@@ -146,15 +146,15 @@ def _where(report: Report, face: FaceReport) -> str:
 
 def how_sure(report: Report, face: FaceReport) -> str:
     """The report's own numbers in plain words."""
-    verdict, band = face.verdict, report.model.get("band")
+    verdict, bounds = face.verdict, band(report.model)
     if verdict.p_fake is None:
         return f"There is no estimate. {reason(report, face)}"
     calibrated = "calibrated" if report.model.get("mode") != "paper" else "uncalibrated"
     sentences = [f"The {calibrated} estimate that this face is forged is {percent(verdict.p_fake)}."]
     if (no_answer := reason(report, face)) is not None:
         sentences = [no_answer]
-    elif band:
-        low, high = percent(band[0]), percent(band[1])
+    elif bounds:
+        low, high = percent(bounds[0]), percent(bounds[1])
         sentences.append(f"Below {low} the answer is real, from {high} on it is fake; in between no answer is given.")
     if face.p_fake_mllm is not None:
         sentences.append(f"The language model alone says {percent(face.p_fake_mllm)}.")

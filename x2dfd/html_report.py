@@ -162,7 +162,6 @@ def _failure(failure: Failure) -> Json:
 
 def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) -> Json:
     model, verdict = report.model, report.verdict
-    band = model.get("band")
     calibrated = model.get("mode") != "paper"
     decider = report.decider
     frames = _frames(report.faces)
@@ -178,9 +177,10 @@ def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) 
         "meaning": answer.meaning(report),
         "remarks": answer.remarks(report),
         "calibrated": calibrated,
-        "scale": _scale(verdict.p_fake, band, model.get("threshold")),
+        "scale": _scale(verdict.p_fake, answer.band(model), model.get("threshold")),
         "figures": list(_figures(report, picture)),
         "faces": [_face(face, face is decider, report, blind_spots) for face in detailed],
+        "extent": _extent(report, frames),
         "briefly": [
             (
                 _moment(face),
@@ -214,7 +214,9 @@ def _technical(report: Report) -> Iterator[tuple[str, str]]:
     yield "SHA-256 begins", ", ".join(f"{name} {value[:12]}" for name, value in hashes.items() if value)
     side, codec = model.get("crop_size", ModelInfo.crop_size), model.get("crops_through")
     yield "Face crop", f"{side} pixels" + (f", through {codec}" if codec else "")
-    if band := model.get("band"):
+    if decoded := answer.decoding(report):
+        yield "Decoding", decoded
+    if band := answer.band(model):
         yield "Thresholds", f"no answer from {percent(band[0])} to {percent(band[1])}"
     elif (threshold := model.get("threshold")) is not None:
         yield "Threshold", f"fake from {percent(threshold)}"
@@ -244,6 +246,14 @@ def _frames(faces: Sequence[FaceReport]) -> list[int]:
         if face.frame is not None:
             suspicion[face.frame] = max(suspicion.get(face.frame, 0.0), face.verdict.p_fake or 0.0)
     return sorted(suspicion, key=lambda frame: -suspicion[frame])[:MAX_FRAMES]
+
+
+def _extent(report: Report, frames: Sequence[int]) -> str:
+    """How many faces of a picture, or frames of a clip, are explained: a face in six frames is not six faces."""
+    if not frames:
+        return "1 face" if len(report.faces) == 1 else f"{len(report.faces)} faces"
+    n = max(len(report.media.get("frames") or ()), len({face.frame for face in report.faces}))
+    return f"explained in {len(frames)} of {n} frame{'' if n == 1 else 's'}"
 
 
 def _scale(p: float | None, band: Sequence[float] | None, threshold: float | None) -> Json | None:
@@ -471,7 +481,7 @@ def _file(report: Report) -> Iterator[tuple[str, str]]:
              "digitised": "Digitised", "changed": "Changed", "place": "Place"}  # fmt: skip
     exif = media.get("exif") or {}
     if not exif:
-        yield "EXIF", "none, as in most copies that went through a network"
+        yield "EXIF", "none" + ", as in most copies that were shared online" * (media.get("kind") != "video")
     for key, value in exif.items():
         yield f"{names.get(key, key)} (EXIF)", str(value)
 

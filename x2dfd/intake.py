@@ -115,8 +115,8 @@ class Search:
             where = f" in {self._n_cut} of {self._frames} frames" if self._frames else ""
             notes.append(f"the largest face is cut by the edge of the picture{where}: what lies outside was not judged")
         if self.turned:
-            side = "on its head" if self.turned == 180 else "on its side"
-            notes.append(f"the picture stands {side} and does not say so: faces were looked for in all four turns")
+            lies = "is upside down" if self.turned == 180 else "lies on its side"
+            notes.append(f"the picture {lies} and has no orientation tag that says so: faces were found by turning it")
         return notes
 
 

@@ -155,6 +155,11 @@ def _csv(file: Path) -> Iterator[tuple[int, Json]]:
                 raise X2DFDError(
                     f"{file.name}: the column {repeated[0]!r} stands twice in the header", code="manifest_column_twice"
                 )
+            if names and "path" not in names:  # in a list without a header row a file's name stands there
+                raise X2DFDError(
+                    f"{file.name}: its header row has no column 'path' (columns: {', '.join(names)})",
+                    code="manifest_column_missing",
+                )
             for number, cells in enumerate((cells for cells in reader if cells), start=1):
                 if len(cells) != len(names):
                     raise X2DFDError(

@@ -18,8 +18,8 @@ ModeOption = Annotated[
     Mode | None,
     typer.Option(
         "--mode",
-        help="calibrated (the default where the model has a calibration): MLLM and experts together; paper: the MLLM's "
-        "own P(fake), not calibrated.",
+        help="calibrated (the default where the model has a calibration): from experts and MLLM, by weights that may "
+        "be 0; paper: the MLLM's own P(fake), not calibrated.",
         rich_help_panel="Model",
     ),
 ]

@@ -60,6 +60,8 @@ def block(result: Report | Failure) -> str:
     lines += [_evidence_bar(e, width) + ("  (no weight of its own)" * (e.expert in result.uncounted)) for e in evidence]
     lines += [wrapped(f"warning: {text}") for text in result.warnings]
     lines += [_statement_line(s) for s in result.provenance.get("statements", ()) if s not in claims]
+    if decoded := answer.decoding(result):
+        lines.append(wrapped(f"decoding: {decoded}"))
     lines.append(wrapped(f"next: {answer.NEXT_BRIEFLY}"))
     return "\n".join(lines) + "\n"
 
