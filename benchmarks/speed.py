@@ -335,6 +335,17 @@ def augmented_views() -> Cases:
     return {"on one core": Case(make, per=VIEWS)}
 
 
+def expert_case(expert: Any, face: Any, n: int) -> Case:
+    """An expert on n faces and on n others in turns, because experts keep what they computed of the last crops."""
+    other = replace(face, crop=face.crop[:, ::-1].copy())
+
+    def judge() -> Answers:
+        expert.judge([other] * n)
+        return {"score": expert.judge([face] * n)[0].score}
+
+    return Case(judge, per=2 * n)
+
+
 def of_detector(detector: Any, threads: int, tower_alone: bool) -> list[Listed]:
     """Comparisons of the whole pipeline; with `tower_alone`, only those that the tower's precision changes."""
     from PIL import Image, ImageEnhance
@@ -368,15 +379,6 @@ def of_detector(detector: Any, threads: int, tower_alone: bool) -> list[Listed]:
         report = detector.detect(next(forged_turns))
         if report.verdict.label != "fake":
             raise X2DFDError("the forged picture is not called fake: no text was written", code="no_text")
-
-    other = replace(face, crop=face.crop[:, ::-1].copy())
-
-    def expert(e: Any, n: int) -> Case:
-        def judge() -> Answers:
-            e.judge([other] * n)  # in turns, because experts keep what they computed of the last crops
-            return {"score": e.judge([face] * n)[0].score}
-
-        return Case(judge, per=2 * n)
 
     weights = (require("base") / "model.safetensors").stat().st_size
 
@@ -412,7 +414,7 @@ def of_detector(detector: Any, threads: int, tower_alone: bool) -> list[Listed]:
     return [
         *comparisons,
         *(
-            (f"expert {name}, a face", {f"{n} at a time": expert(load_expert(name), n) for n in AT_ONCE}, None)
+            (f"expert {name}, a face", {f"{n} at a time": expert_case(load_expert(name), face, n) for n in AT_ONCE}, None)
             for name in BUILTIN
         ),
         ("an augmented view for the tower's training", augmented_views(), 2),
