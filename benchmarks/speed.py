@@ -414,8 +414,9 @@ def of_detector(detector: Any, threads: int, tower_alone: bool) -> list[Listed]:
     return [
         *comparisons,
         *(
-            (f"expert {name}, a face", {f"{n} at a time": expert_case(load_expert(name), face, n) for n in AT_ONCE}, None)
+            (f"expert {name}, a face", {f"{n} at a time": expert_case(e, face, n) for n in AT_ONCE}, None)
             for name in BUILTIN
+            for e in [load_expert(name)]
         ),
         ("an augmented view for the tower's training", augmented_views(), 2),
         ("decode a JPEG", {"decode": decode}, None),
