@@ -10,6 +10,7 @@ around it, for faces that were changed in part. The calibration joins them with 
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from pathlib import Path
 from threading import Lock
 from typing import ClassVar
@@ -37,6 +38,9 @@ CLASS_FEATURES = len(LAYERS) * WIDTH
 
 FEATURES = 3 * CLASS_FEATURES
 
+VERSION = 1
+"""Of the features; raise it when the same crop gives others."""
+
 _PATCHES = 14  # a side
 _WIDTH_OF_FACE = 0.85  # in parts of its height, in the mean
 _EDGE = 0.87, 1.13  # in parts of the face's radius
@@ -45,7 +49,7 @@ _EDGE = 0.87, 1.13  # in parts of the face's radius
 def _places() -> tuple[Tensor, Tensor, Tensor]:
     """Weights of the patches [196], of sum 1, whose mean is that of the face, its edge, its surroundings.
 
-    Alignment puts every face's middle into the middle of its crop, with the same height.
+    Alignment puts the middle of the mesh's box into the middle of its crop, and gives its longer side the same length.
     """
     across = (torch.arange(_PATCHES) + 0.5) / _PATCHES - 0.5
     half_height = 0.5 / MARGIN
@@ -55,7 +59,7 @@ def _places() -> tuple[Tensor, Tensor, Tensor]:
 
 
 _FACE, _FACE_EDGE, _AROUND = _places()
-_last: list[tuple[bytes, Tensor]] = []
+_last: deque[tuple[object, Tensor]] = deque(maxlen=4)  # batches: 64 faces, the frames of two clips
 _lock = Lock()
 
 
@@ -65,16 +69,16 @@ def clip_features(crops: Tensor) -> Tensor:
 
     Those of the last crops are kept, as both experts ask for the same.
     """
-    key = hashlib.sha256(crops.contiguous().numpy().data).digest()
+    key = (LAYERS, hashlib.sha256(crops.contiguous().numpy().data).digest())
     with _lock:
-        if _last and _last[0][0] == key:
-            return _last[0][1]
+        if (known := next((features for other, features in _last if other == key), None)) is not None:
+            return known
     states = tower_states(crops, max(LAYERS))
     read = torch.stack([states[layer] for layer in LAYERS], 1)  # [n, layers, 1 + patches, WIDTH]
     face, edge, around = (torch.einsum("p,nlpw->nlw", place, read[:, :, 1:]) for place in (_FACE, _FACE_EDGE, _AROUND))
     features = torch.cat([part.flatten(1) for part in (read[:, :, 0], face - around, edge - face)], 1)
     with _lock:
-        _last[:] = [(key, features)]
+        _last.append((key, features))
     return features
 
 

@@ -33,6 +33,7 @@ from x2dfd.degrade import CODEC, codec
 from x2dfd.detector import Detector
 from x2dfd.errors import InputError, SetupError, UnknownName
 from x2dfd.faces import find_faces
+from x2dfd.fetch import BASE_NAME
 from x2dfd.media import Picture, Video, find_media, load_media
 from x2dfd.mllm import LocalMLLM
 from x2dfd.texts import readable
@@ -376,10 +377,44 @@ def test_a_percentage_is_calibrated_or_the_papers_own(
         x2dfd.load(f"hub:{base}+{adapter}")
     with raises("calibration_missing", "mode='paper'"):
         x2dfd.load(f"hub:{base}", experts=[], mode="calibrated")
+    with raises("calibration_missing", "ignore_calibration"):
+        x2dfd.load(f"hub:{base}+{adapter}", ignore_calibration=True)
     with raises("unknown_name", "did you mean 'paper'"):
         x2dfd.load(f"hub:{base}", experts=[], mode="papers")  # type: ignore[arg-type]
     bare = x2dfd.load(f"hub:{base}", experts=[]).detect(face_photo, rationale=False)
     assert bare.evidence == () and bare.verdict.p_fake == bare.faces[0].p_fake_mllm
+
+
+def test_only_an_expert_that_decides_takes_a_verdict_back(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: a plug-in without a weight calls every photo a drawing, and there are no answers any more."""
+    assert detector.calibration is not None
+    decides = next(n for n, weight in detector.calibration.weights.items() if weight > 0 and n != "mllm")
+    odd, own = ([Evidence(name, 0.5, no_photo=0.99)] for name in ("odd", decides))
+    assert detector._verdict(0.0, odd).reason != "not_a_photograph"
+    assert detector._verdict(0.0, own).reason == "not_a_photograph"
+    monkeypatch.setattr(detector, "mode", "paper")  # without a calibration, and so without weights
+    assert detector._verdict(0.0, odd).reason == "not_a_photograph"
+
+
+def test_the_embedded_model_names_only_signs_that_an_expert_points_at(
+    detector: Detector, face_photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: signs of the small model's own, which were wrong; or those of a better model left out."""
+    asked: list[bool] = []
+
+    def readable(*_: object, pointed_only: bool) -> str:
+        asked.append(pointed_only)
+        return "A text."
+
+    monkeypatch.setattr("x2dfd.detector.readable", readable)
+    detector.detect(face_photo)
+    weights = detector.calibration.weights if detector.calibration else {}
+    expert = next(e for e in detector.experts if weights.get(e.card.name, 0.0) > 0)
+    monkeypatch.setattr(expert, "card", replace(expert.card, covers=("FS", "jaw blending")), raising=False)
+    detector.detect(face_photo)
+    monkeypatch.setattr(detector, "info", replace(detector.info, base={"name": BASE_NAME, "sha256": ""}))
+    detector.detect(face_photo)
+    assert asked == [False, False, True]
 
 
 def test_texts_are_mended_but_in_the_papers_mode(

@@ -304,9 +304,10 @@ class Detector:
         verdict = report.verdict
         if self.mode == "calibrated" and self.calibration:
             uncounted = frozenset(name for name, weight in self.calibration.weights.items() if weight == 0)
-            # The small model sees no more than the experts do: signs of its own were wrong (LOG.md).
+            # Where an expert points at cues, the small model sees no more: signs of its own were wrong (LOG.md).
+            pointing = any(" " in c for e in self.experts if e.card.name not in uncounted for c in e.card.covers)
             embedded = self.info.base["name"] == BASE_NAME
-            text = readable(text, verdict, report.evidence, uncounted, pointed_only=embedded)
+            text = readable(text, verdict, report.evidence, uncounted, pointed_only=embedded and pointing)
         cues = read_cues(text)
         conflicts = contradictions(text, verdict.label, self._under_prompt_names(report.evidence), cues, verdict.kind)
         return replace(report, rationale=text, cues=cues, contradictions=conflicts, areas=_areas(face, cues))
@@ -338,7 +339,7 @@ class Detector:
         return logits
 
     def _verdict(self, mllm_logit: float | None, evidence: Sequence[Evidence]) -> Verdict:
-        weights = self.calibration.weights if self.calibration else None
+        weights = self.calibration.weights if self.mode == "calibrated" and self.calibration else None
         deciding = [e for e in evidence if weights is None or weights.get(e.expert, 0.0) > 0]
         if any(e.no_photo is not None and e.no_photo >= NO_PHOTO for e in deciding):
             return Verdict("inconclusive", None, "not_a_photograph")

@@ -92,6 +92,8 @@ def load(
             "a bare model has no calibration: give its adapter directory too, or take mode='paper'",
             code="calibration_missing",
         )
+    if ignore_calibration and mode != "paper":
+        raise SetupError("ignore_calibration goes with mode='paper'", code="calibration_missing")
     calibration = None
     if folder and not ignore_calibration and (mode == "calibrated" or (folder / "calibration.json").is_file()):
         calibration = Calibration.load(folder)

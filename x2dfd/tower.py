@@ -267,7 +267,8 @@ class CachedArray:
     def __init__(self, folder: Path, name: str, key: Json) -> None:
         self._file, self._state, self._key = folder / name, folder / "progress.json", json.loads(json.dumps(key))
         state = read_json(self._state) if self._state.is_file() else {}
-        self.done: int = state.get("done", 0) if state.get("key") == self._key else 0  # rows that are filled
+        known = state.get("key") == self._key and self._file.is_file()
+        self.done: int = state.get("done", 0) if known else 0  # rows that are filled
         if not self.done:
             self._state.unlink(missing_ok=True)  # before the array is emptied, whose content it describes
 

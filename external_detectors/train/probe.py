@@ -19,7 +19,7 @@ import torch
 import typer
 from numpy.typing import NDArray
 
-from external_detectors.clip_probe import CLASS_FEATURES, FEATURES, LAYERS, clip_features
+from external_detectors.clip_probe import CLASS_FEATURES, FEATURES, LAYERS, VERSION, clip_features
 from external_detectors.tower_net import KINDS
 from external_detectors.train.loop import by_method, licence_of, log, next_version, ridge_logistic
 from external_detectors.train.tower import Pictures
@@ -94,7 +94,7 @@ def probe(
     for expert, n_features, covers, blind_spot in EXPERTS:
         all_kinds = "EFS" in covers
         used = seen.photo[rows] & (all_kinds | ~seen.fake[rows] | ~seen.whole[rows])
-        if len(set(seen.fake[rows[used]].tolist())) < 2:
+        if seen.fake[rows[used]].all() or not {s.df_class for s in samples if s.label == "fake"} & set(covers):
             log(f"{expert} is not trained: the pictures hold no photos, or no fakes of {', '.join(covers)}")
             continue
         x = seen.features[:, :n_features]
@@ -129,11 +129,12 @@ def _features(pictures: Pictures, all_views: Sequence[View], folder: Path, seed:
     digest = hashlib.sha256()
     for k, i, view in all_views:
         digest.update(
-            f"{pictures.at(k, i).id}\n{pictures.at(k, i).label}\n{view}\n".encode()
+            f"{pictures.at(k, i).id}\n{pictures.at(k, i).label}\n{pictures.at(k, i).df_class}\n{view}\n".encode()
             + pictures.sets[k].crops[i].tobytes()
         )
     base = file_sha256(require("base") / "model.safetensors")
-    key = {"views": digest.hexdigest(), "layers": list(LAYERS), "seed": seed, "base": base, **VIEWS}
+    key = {"views": digest.hexdigest(), "features": VERSION, "layers": list(LAYERS), "seed": seed, "base": base}
+    key |= VIEWS
     cache = CachedArray(folder, "features.npy", key)
     rows = cache.open((len(all_views), FEATURES + 3))  # the last three: fake, photograph, whole
     for start in progress(range(cache.done, len(all_views), BATCH), "CLIP's features"):
