@@ -1,8 +1,8 @@
 """Expert `tower`: the forensic tower's own score, its cues and its map.
 
 Blind spot: reenactment that moves little but the mouth, generators that leave no trace at 224 pixels. The network is
-the base's CLIP ViT-B/16 with additions that this project trained end to end (external_detectors.train.tower). The
-embedded model shares its forward pass, which saves it one of its two passes.
+the base's CLIP ViT-B/16 with additions that this project trained end to end (external_detectors.train.tower). It looks
+closer at a face than its crop does, and the embedded model shares its forward pass.
 """
 
 from __future__ import annotations
@@ -11,23 +11,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from external_detectors.crop_expert import CropExpert
-from external_detectors.tower_net import MAX_CUES, POINTS_FROM, POOLED, TowerHeads, area_grid, closer_crops
+from external_detectors.tower_net import MAX_CUES, POINTS_FROM, POOLED, HeadLogits, TowerHeads, area_grid
 from external_detectors.weights_io import load_weights
 from x2dfd.adapter import EMBEDDED
 from x2dfd.errors import SetupError, first_line
 from x2dfd.experts import Shared, read_card
+from x2dfd.faces import CROP_SIZE
 from x2dfd.fetch import require
-from x2dfd.tower import HEAD_LAYERS, additions_sha256, read_additions, tower_states
+from x2dfd.tower import CLOSER, CLOSER_MATRIX, HEAD_LAYERS, additions_sha256, read_additions, tower_states
 from x2dfd.types import ARTIFACTS, Card, Cue, Evidence, Face
 
 WEIGHTS = EMBEDDED / "experts"
 """The weights belong to the embedded model, which shares this tower."""
+
+_CELLS = 14  # a side of the map
 
 
 class Tower(CropExpert):
@@ -62,23 +66,19 @@ class Tower(CropExpert):
         states = shared.tower_states if shared and shared.tower == self.tower else None
         if states is None or len(states) <= max(HEAD_LAYERS):
             return super().judge(faces, shared)
-        run_tower = (shared and shared.run_tower) or self._run_tower
         with torch.inference_mode():
-            closer = run_tower(closer_crops(torch.from_numpy(np.stack([f.crop for f in faces]))))
-            return self._evidence(states, closer, faces)
+            return self._evidence(states, faces)
 
     def evidence(self, crops: Tensor, faces: Sequence[Face]) -> list[Evidence]:
-        return self._evidence(self._run_tower(crops), self._run_tower(closer_crops(crops)), faces)
+        return self._evidence(tower_states(crops, max(HEAD_LAYERS), self._additions), faces)
 
-    def _run_tower(self, crops: Tensor) -> tuple[Tensor, ...]:
-        return tower_states(crops, max(HEAD_LAYERS), self._additions)
-
-    def _evidence(self, states: Sequence[Tensor], closer: Sequence[Tensor], faces: Sequence[Face]) -> list[Evidence]:
-        areas = torch.from_numpy(np.stack([area_grid(f.crop_landmarks) for f in faces]))
-        logits = self._heads.both(states, closer, areas.float() / 255)
+    def _evidence(self, states: Sequence[Tensor], faces: Sequence[Face]) -> list[Evidence]:
+        points = (cv2.transform(f.crop_landmarks[None], CLOSER_MATRIX)[0].astype(np.float32) for f in faces)
+        areas = torch.from_numpy(np.stack([area_grid(p) for p in points]))
+        logits: HeadLogits = self._heads(states, areas.float() / 255)
         # The map says where the picture was changed if it was, so it is fainter where a change is unlikely.
         likely = (logits.fake.sigmoid() / POINTS_FROM).clamp(max=1)[:, None, None]
-        maps = F.avg_pool2d((logits.map.sigmoid() * likely)[:, None], 2)[:, 0].tolist()  # [n, 14, 14]
+        maps = _on_crop(logits.map.sigmoid() * likely).tolist()
         efs_shares = logits.kinds[:, 1:].softmax(1)[:, 0].tolist()  # of a fake: P(EFS)
         cue_chances = logits.cues.sigmoid().flatten(1)
         no_photos = logits.photo.neg().sigmoid().tolist()
@@ -100,3 +100,9 @@ class Tower(CropExpert):
             note = "points at " + ", ".join(f"{c.area} {c.artifact}" for c in cues) if cues else None
             out.append(Evidence(self.card.name, float(score), note, cues, grid, kinds, no_photo))
         return out
+
+
+def _on_crop(maps: Tensor) -> Tensor:
+    """Maps of what the tower sees, [n, GRID, GRID], as maps of the whole crop: [n, 14, 14]; 0 outside of its view."""
+    view = F.interpolate(maps[:, None], size=CROP_SIZE - 2 * CLOSER, mode="bilinear")
+    return F.avg_pool2d(F.pad(view, (CLOSER,) * 4), CROP_SIZE // _CELLS)[:, 0]

@@ -37,9 +37,6 @@ MAX_CUES = 3
 CUE_SEEN_FROM = 0.15
 """Cues with a lower score are neither targets nor errors of a training, as few people would see them."""
 
-CLOSER = 12
-"""Pixels that the closer crop leaves out on each side. Two crops give a better verdict than one: LOG.md."""
-
 KINDS = ("real", "EFS", "FS", "FR", "FE")
 """Classes of the second head, as in DFA-Bench: bona fide, entire synthesis, swap, reenactment, editing."""
 
@@ -56,13 +53,6 @@ def area_grid(landmarks: NDArray[np.float32]) -> NDArray[np.uint8]:
     masks = area_masks(points, POOLED, (double, double))
     small = [cv2.resize(m, (GRID, GRID), interpolation=cv2.INTER_AREA) for m in masks]
     return np.asarray(np.stack(small), np.uint8)
-
-
-def closer_crops(crops: Tensor) -> Tensor:
-    """Uint8 crops [n, CROP_SIZE, CROP_SIZE, 3] with less of what surrounds the face, at the same size."""
-    inner = crops[:, CLOSER : CROP_SIZE - CLOSER, CLOSER : CROP_SIZE - CLOSER].permute(0, 3, 1, 2).float()
-    large = F.interpolate(inner, size=CROP_SIZE, mode="bicubic").clamp(0, 255).round().byte()
-    return large.permute(0, 2, 3, 1).contiguous()
 
 
 class HeadLogits(NamedTuple):
@@ -127,18 +117,6 @@ class TowerHeads(nn.Module):
         map_logits = self.map(patches, areas)
         cues = self.cues(patches, areas)
         return HeadLogits(self.fake(pooled)[:, 0], self.cls(pooled), cues, map_logits, self.photo(pooled)[:, 0])
-
-    def both(self, states: Sequence[Tensor], closer: Sequence[Tensor], areas: Tensor) -> HeadLogits:
-        """The outputs of both crops: mean logits for verdict, kind and photograph, and the whole crop's cues and map.
-
-        `closer`: hidden states of `closer_crops`.
-        """
-        logits: HeadLogits = self(states, areas)
-        pooled = self.norm(self.statistics(closer))
-        first = logits.fake, logits.kinds, logits.photo
-        second = self.fake(pooled)[:, 0], self.cls(pooled), self.photo(pooled)[:, 0]
-        fake, kinds, photo = ((a + b) / 2 for a, b in zip(first, second, strict=True))
-        return logits._replace(fake=fake, kinds=kinds, photo=photo)
 
     def statistics(self, states: Sequence[Tensor]) -> Tensor:
         """The last class token, and mean and deviation over the patches of each layer: [n, 6912]."""

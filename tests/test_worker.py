@@ -252,10 +252,10 @@ def face(what: int) -> Face:
 @pytest.mark.slow
 def test_a_plug_in_that_hangs_or_dies_gives_no_score_and_the_reason(odd: experts.PlugIn) -> None:
     """A batch of a thousand photos stood still for one plug-in, and a crash in its native code ended the run; beside a
-    language model, none answered: the model behind `run_tower` does not go by value."""
+    language model, none answered: a model does not go by value, states do."""
     [good, same] = experts.ask(odd, [face(0), face(0)])
     assert good == same and good.score == 0.25 and good.cues and "odd_plugin" not in sys.modules
-    states = experts.Shared((torch.zeros(1, 197, 768),), "", lambda crops: (crops,))  # the states go by value
+    states = experts.Shared((torch.zeros(1, 197, 768),), "")
     assert odd.judge([face(0)], states)[0].score == 0.25
     [failed, fine] = experts.ask(odd, [face(3), face(0)])
     assert failed.score is None and "not this one" in (failed.note or "") and fine.score == 0.25

@@ -262,15 +262,17 @@ def _adapter_config(folder: Path) -> Json:
 
 
 def add_tower(llava: Any, folder: Path, card: AdapterCard) -> str | None:
-    """Put the forensic tower's additions into a LLaVA's vision tower, if the card names them.
+    """Make a LLaVA's vision tower the forensic one, if the card names it.
 
     Returns `LocalEncoding.tower` for this adapter. Raises SetupError when they are not those of the card.
     """
-    from x2dfd.tower import add_to_tower
+    from x2dfd.tower import add_to_tower, look_closer
 
     if card.tower != FORENSIC:
         return "" if card.tower == "frozen" else None
-    if card.weights != WHOLE:  # a whole model was written with the additions in its tower
+    if card.weights == WHOLE:  # it was written with the additions in its tower
+        look_closer(llava.model.vision_tower)
+    else:
         add_to_tower(llava.model.vision_tower, checked_additions(folder, card))
     return card.tower_sha256
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import entry_points
@@ -50,8 +50,6 @@ class Shared:
     """Hidden states of a CLIP tower of the base's shape, embeddings first: each [n, 1 + patches, 768], fp32."""
     tower: str = ""
     """SHA-256 of the additions that the tower carries; "" for the base's own tower."""
-    run_tower: Callable[[Tensor], tuple[Tensor, ...]] | None = None
-    """The same tower's hidden states of other uint8 crops, [n, 224, 224, 3]."""
 
 
 @runtime_checkable
@@ -166,8 +164,7 @@ class PlugIn:
         reason = "the expert hung or crashed twice, so it is not asked again"
         if self._failures < _PLUGIN_TRIES:
             try:
-                sendable = None if shared is None else replace(shared, run_tower=None)  # it holds the model
-                return self._worker.call(_ask_in_worker, *self._source, list(faces), sendable)
+                return self._worker.call(_ask_in_worker, *self._source, list(faces), shared)
             except InputError as error:
                 self._failures += 1
                 reason = error.reason

@@ -13,6 +13,7 @@ import torch
 from x2dfd import prompts
 from x2dfd.adapter import (
     EMBEDDED,
+    FORENSIC,
     WHOLE,
     AdapterCard,
     add_tower,
@@ -183,7 +184,11 @@ def _served(spec: ModelSpec, folder: Path | None, card: AdapterCard | None) -> t
     if folder and card:
         check_contents(folder, card)
     mllm = ServedMLLM(
-        str(spec.url), str(spec.name), continues=True if card else None, requests_per_minute=spec.requests_per_minute
+        str(spec.url),
+        str(spec.name),
+        continues=True if card else None,
+        closer=card is not None and card.tower == FORENSIC,
+        requests_per_minute=spec.requests_per_minute,
     )
     if card and card.probes:  # an engine rounds and resizes otherwise; another model or prompt moves them further
         check_probes(card, probe_logits(mllm, card.crop_size), 1.0)

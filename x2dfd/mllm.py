@@ -55,7 +55,6 @@ class LocalEncoding:
     tower: str | None = ""  # SHA-256 of the tower's additions; "" without any, None if the adapter changed the tower
     shift: int = 0  # position of a token after the prefix, less the tokens before it: a picture may take few positions
     inputs: dict[str, Tensor] = field(default_factory=dict)  # the model inputs of a family that shares no prefix
-    run_tower: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # as in `Shared`
 
     @property
     def size(self) -> int:
@@ -76,7 +75,7 @@ class LocalEncoding:
         """
         if self.tower is None or not self.states:
             return None
-        return Shared(tuple(s.float().cpu() for s in self.states), self.tower, self.run_tower)
+        return Shared(tuple(s.float().cpu() for s in self.states), self.tower)
 
 
 class Encoding(Protocol):
@@ -178,23 +177,14 @@ class LocalMLLM:
         if not self._family.shares:
             return LocalEncoding(None, length, (), seeds, self.tower, self._family.first_position, inputs)
         if self._family is FAMILIES["llava"]:  # the tower alone, which is enough for many verdicts
-            return LocalEncoding(
-                None, length, self._tower_states(inputs["pixel_values"]), seeds, self.tower, run_tower=self.run_tower
-            )
+            tower = self._model.model.vision_tower
+            states = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+            return LocalEncoding(None, length, tuple(states), seeds, self.tower)
         cache = DynamicCache()  # every layer keeps every token: those with a window are given it by their mask
         self._model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         deltas = getattr(self._model.model, "rope_deltas", None)  # Qwen-VL: crops of one size have the same
         shift = self._family.first_position if deltas is None else int(deltas.flatten()[0])
         return LocalEncoding(cache, length, (), seeds, self.tower, shift)
-
-    @torch.inference_mode()
-    def run_tower(self, crops: Tensor) -> tuple[Tensor, ...]:
-        """A LLaVA's tower over uint8 crops [n, s, s, 3]: hidden states, fp32 on the CPU."""
-        pixels = self._prefix_inputs(crops.numpy())["pixel_values"]
-        return tuple(s.float().cpu() for s in self._tower_states(pixels))
-
-    def _tower_states(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self._model.model.vision_tower(pixels, output_hidden_states=True).hidden_states)
 
     def _prefill(self, encoding: LocalEncoding) -> None:
         """Fill the cache with projector and language model over the prompt before the question, if that is not done."""

@@ -125,13 +125,15 @@ class ServedMLLM:
         model: str,
         *,
         continues: bool | None = None,
+        closer: bool = False,
         concurrency: int = CONCURRENCY,
         retries: int = 5,
         timeout: float = 60.0,
         requests_per_minute: float | None = None,
     ) -> None:
-        """`continues`: None asks the endpoint. `timeout`: seconds for one try, reading its reply included. `retries`:
-        with growing pauses. `requests_per_minute`: a limit on tries, spread evenly; None: no limit.
+        """`continues`: None asks the endpoint. `closer`: the model has a forensic tower. `timeout`: seconds for one
+        try, reading its reply included. `retries`: with growing pauses. `requests_per_minute`: a limit on tries, spread
+        evenly; None: no limit.
         """
         if requests_per_minute is not None and requests_per_minute <= 0:
             raise SetupError(f"requests per minute: a number above 0, not {requests_per_minute}", code="option_invalid")
@@ -150,6 +152,7 @@ class ServedMLLM:
         self.name = f"served:{model}"
         self.host = address.netloc
         self.batch = concurrency  # faces whose requests run together
+        self._closer = closer
         self._model = model
         self._openai = openai
         self._key = os.environ.get("OPENAI_API_KEY", "")
@@ -194,6 +197,13 @@ class ServedMLLM:
         """Face crops [n, h, w, 3], encoded without loss for the endpoint."""
         from PIL import Image
 
+        if self._closer:
+            import torch
+
+            from x2dfd.tower import closer
+
+            views = closer(torch.from_numpy(crops).permute(0, 3, 1, 2).float())
+            crops = views.clamp(0, 255).round().byte().permute(0, 2, 3, 1).numpy()
         urls = []
         for crop in crops:
             buffer = io.BytesIO()

@@ -49,9 +49,7 @@ class TowerFirst:
 
     def encode(self, crops: NDArray[np.uint8]) -> LocalEncoding:
         """Aligned face crops [n, s, s, 3] through the tower."""
-        return LocalEncoding(
-            None, 0, self._run_tower(torch.from_numpy(crops)), seeds_of(crops), self._tower, run_tower=self._run_tower
-        )
+        return LocalEncoding(None, 0, self._run_tower(torch.from_numpy(crops)), seeds_of(crops), self._tower)
 
     def verdict_logits(self, encoding: LocalEncoding, questions: Sequence[str]) -> NDArray[np.float64]:
         """As LocalMLLM.verdict_logits."""

@@ -34,13 +34,16 @@ from external_detectors.train.loop import (
     ridge_logistic,
 )
 from external_detectors.weights_io import load_weights, save_weights
-from x2dfd.crops import CropSet, load_crops
+from x2dfd.crops import MASK_SIZE, CropSet, load_crops
 from x2dfd.degrade import CODEC, codec
 from x2dfd.errors import X2DFDError
 from x2dfd.experts import read_card
+from x2dfd.faces import CROP_SIZE
 from x2dfd.files import Json
 from x2dfd.progress import progress
 from x2dfd.tower import (
+    CLOSER,
+    CLOSER_MATRIX,
     HEAD_LAYERS,
     TowerFeatures,
     cached_features,
@@ -92,10 +95,11 @@ def heads(
 
 
 def _targets(crops: CropSet, rows: NDArray[np.intp], view_seed: int) -> tuple[Tensor, Tensor]:
-    """The cues of each picture (1, 0, or -1 for unknown), [n, areas, artifacts], and the area grids of its view."""
+    """Each picture's cues (1, 0, or -1: unknown), [n, areas, artifacts], and the area grids of what the tower sees."""
     truth = np.stack([cue_truth(crops.samples[i]) for i in rows])
     views = [view_face(crops, int(i), view_seed).crop_landmarks for i in progress(rows, "area grids")]
-    return torch.from_numpy(truth), torch.from_numpy(np.stack([area_grid(points) for points in views]))
+    points = (cv2.transform(v[None], CLOSER_MATRIX)[0].astype(np.float32) for v in views)
+    return torch.from_numpy(truth), torch.from_numpy(np.stack([area_grid(p) for p in points]))
 
 
 def _fit(
@@ -166,11 +170,13 @@ def _train_cues(
 
 
 def _masks(crops: CropSet, rows: NDArray[np.intp], view_seed: int) -> Tensor:
-    """The mask of each picture, 1 where it was changed, else 0: [n, GRID, GRID]. A picture without a mask has zeros."""
+    """The part of each mask that the tower sees, 1 where changed, else 0: [n, GRID, GRID]. No mask gives zeros."""
+    margin = CLOSER * MASK_SIZE // CROP_SIZE
     masks = np.zeros((len(rows), GRID, GRID), np.float32)
     for k, i in enumerate(rows):
         if crops.samples[i].mask is not None and crops.masks is not None:
-            mask = cv2.resize(np.asarray(crops.masks[i]), (GRID, GRID), interpolation=cv2.INTER_AREA)
+            mask = np.asarray(crops.masks[i])[margin:-margin, margin:-margin]
+            mask = cv2.resize(mask, (GRID, GRID), interpolation=cv2.INTER_AREA)
             masks[k] = (mask[:, ::-1] if degraded_view(crops.crops[i], view_seed, int(i))[1] else mask) > 127
     return torch.from_numpy(masks)
 
