@@ -80,10 +80,12 @@ def add_to_tower(tower: torch.nn.Module, additions: Mapping[str, Tensor]) -> Non
 def look_closer(tower: torch.nn.Module) -> None:
     """Let a CLIP vision model see `closer` pixels. Its weights stay."""
 
-    def hook(_: torch.nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if args:
-            return (closer(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"pixel_values": closer(kwargs["pixel_values"])}
+    def hook(
+        _: torch.nn.Module, pixels: tuple[Tensor, ...], named: dict[str, Tensor]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        if pixels:
+            return tuple(closer(p) for p in pixels), named
+        return pixels, named | {"pixel_values": closer(named["pixel_values"])}
 
     tower.register_forward_pre_hook(hook, with_kwargs=True)
 
