@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from x2dfd.errors import SetupError, X2DFDError, first_line
 from x2dfd.experts import write_card
 from x2dfd.faces import PREPROCESSING, Array
-from x2dfd.files import file_sha256, whole
+from x2dfd.files import atomic_write, file_sha256
 from x2dfd.manifest import manifest_sha256
 from x2dfd.types import Card
 
@@ -234,7 +234,7 @@ def train(data: Path, steps: int, work: Path, path: Path = WEIGHTS) -> None:
         nets[design.name] = Autoencoder(design).eval()
         if not weights_file.is_file():
             state = train_one(design, crops.crops, rows, steps).state_dict()
-            with whole(weights_file) as temporary:
+            with atomic_write(weights_file) as temporary:
                 save_file(state, temporary)
         nets[design.name].load_state_dict(load_file(weights_file))
         fidelity[design.name] = round(_fidelity(nets[design.name], crops.crops[test_rows]), 2) if test_rows else None
@@ -271,5 +271,5 @@ def save_bank(nets: dict[str, Autoencoder], path: Path = WEIGHTS) -> None:
     tensors = {f"{n}.{k}": v.half().contiguous() for n, net in nets.items() for k, v in net.state_dict().items()}
     if any(not v.isfinite().all() for v in tensors.values()):
         raise X2DFDError("the training of a decoder diverged, so nothing was written", code="decoder_diverged")
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file(tensors, temporary)

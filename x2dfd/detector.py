@@ -237,13 +237,13 @@ class Detector:
     ) -> list[Report | Failure]:
         stages = {stage: sum(file.seconds.get(stage, 0.0) for file in batch) for stage in ("decode", "faces")}
         clock = _Clock({"files": len(batch), **stages})
-        faces = iter(self._face_reports([s for file in batch for s in file.seen], rationale, clock, on_progress))
+        faces = iter(self._face_reports([f for file in batch for f in file.faces], rationale, clock, on_progress))
         results: list[Report | Failure] = []
         for file in batch:
             if isinstance(file.media, Failure):
                 results.append(file.media)
                 continue
-            reports = list(islice(faces, len(file.seen)))
+            reports = list(islice(faces, len(file.faces)))
             results.append(self._report(file.media, file.summary, reports, file.notes, clock.seconds))
         return results
 
