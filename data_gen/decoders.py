@@ -31,6 +31,7 @@ from x2dfd.manifest import manifest_sha256
 from x2dfd.types import Card
 
 WEIGHTS = Path(__file__).parent / "weights" / "decoders.safetensors"
+PATCH = 96  # side of a training picture
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,10 @@ def _discriminator() -> nn.Module:
     )  # fmt: skip
 
 
-def train_one(
-    design: Design, crops: NDArray[np.uint8], rows: NDArray[np.intp], steps: int, seed: int = 0
-) -> Autoencoder:
+def train_one(design: Design, crops: NDArray[np.uint8], rows: NDArray[np.intp], steps: int) -> Autoencoder:
     """Train one autoencoder on patches of real crops [n, s, s, 3]; `rows` are the ones to draw from."""
-    torch.manual_seed(seed)
-    rng = np.random.default_rng([seed, len(design.name), *design.name.encode()])
+    torch.manual_seed(0)
+    rng = np.random.default_rng([0, len(design.name), *design.name.encode()])
     net, critic = Autoencoder(design), _discriminator()
     optimiser = torch.optim.Adam(net.parameters(), lr=2e-3, betas=(0.5, 0.99))
     critic_optimiser = torch.optim.Adam(critic.parameters(), lr=5e-4, betas=(0.5, 0.99))
@@ -153,13 +152,13 @@ def train_one(
     return net.eval()
 
 
-def _patch(crop: NDArray[np.uint8], rng: np.random.Generator, side: int = 96) -> NDArray[np.uint8]:
+def _patch(crop: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     """A random patch, sometimes of a smaller copy of the crop: faces come in every size."""
     if rng.random() < 0.5:
-        small = int(rng.integers(side, crop.shape[0]))
+        small = int(rng.integers(PATCH, crop.shape[0]))
         crop = np.asarray(cv2.resize(crop, (small, small), interpolation=cv2.INTER_AREA), np.uint8)
-    y, x = rng.integers(0, crop.shape[0] - side + 1, 2)
-    patch = crop[y : y + side, x : x + side]
+    y, x = rng.integers(0, crop.shape[0] - PATCH + 1, 2)
+    patch = crop[y : y + PATCH, x : x + PATCH]
     return np.ascontiguousarray(patch[:, ::-1] if rng.random() < 0.5 else patch)
 
 

@@ -57,6 +57,7 @@ from x2dfd.options import names
 from x2dfd.tower import HEAD_LAYERS, LORA_B, clip_pixels, load_tower, quick_in_16_bits
 from x2dfd.types import Card
 
+LORA_SCALE = 2  # of LoRA: alpha by rank
 LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 FAKE_SHARE, BLENDED_SHARE = 0.34, 0.27  # of fakes among the sampled pictures, and of photos blended with themselves:
 # together they make half of the views fake
@@ -91,7 +92,7 @@ class Net(nn.Module):
 
         super().__init__()
         torch.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(LINEARS))
+        config = LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=list(LINEARS))
         self.tower: Any = get_peft_model(load_tower.__wrapped__(max(HEAD_LAYERS)), config)
         self.heads = TowerHeads()
 
@@ -108,16 +109,16 @@ class Net(nn.Module):
         return {n: p for n, p in self.named_parameters() if p.requires_grad}
 
 
-def weights_of(state: dict[str, Tensor], scale: float = 2.0) -> dict[str, Tensor]:
+def weights_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Trained parameters under the weight file's names, as in `tower.…lora_A.weight`. B includes LoRA's scale."""
     weights = {}
     for name, value in state.items():
         short = name.replace("tower.base_model.model.", "tower.").replace(".default.", ".").removeprefix("heads.")
-        weights[short] = value * scale if short.endswith(LORA_B) else value
+        weights[short] = value * LORA_SCALE if short.endswith(LORA_B) else value
     return weights
 
 
-def start_from(net: Net, weights: dict[str, Tensor], scale: float = 2.0) -> None:
+def start_from(net: Net, weights: dict[str, Tensor]) -> None:
     """Give the net the values of a weight file; heads that the file lacks keep their random start. Raises X2DFDError
     for a weight that the net does not have in that shape."""
     parameters: dict[str, Tensor] = dict(net.own()) | {f"heads.{ALLOWED}": net.heads.allowed}
@@ -128,7 +129,7 @@ def start_from(net: Net, weights: dict[str, Tensor], scale: float = 2.0) -> None
                 raise X2DFDError(
                     f"--start: this tower has no {short} of shape {tuple(value.shape)}", code="start_does_not_fit"
                 )
-            by_short[short].copy_(value / scale if short.endswith(LORA_B) else value)
+            by_short[short].copy_(value / LORA_SCALE if short.endswith(LORA_B) else value)
 
 
 Item = tuple[NDArray[np.uint8], np.float32, int, NDArray[np.float32], NDArray[np.int8], NDArray[np.uint8], np.float32]
