@@ -132,7 +132,7 @@ def to_dataclass(kind: type[T], data: Json) -> T:
 def _to_type(kind: Any, value: Any) -> Any:
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        return _to_type(next((item_kind for item_kind in args if _fits(value, item_kind)), Any), value)
+        return _to_type(next((item_kind for item_kind in args if _fits(value, item_kind)), object), value)
     if origin is dict:
         return {key: _to_type(args[1], item) for key, item in value.items()}
     if origin is tuple:
