@@ -18,6 +18,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from x2dfd.calibration import sigmoid
 from x2dfd.cli import run_command
 from x2dfd.errors import X2DFDError
 from x2dfd.files import Json, write_text
@@ -94,7 +95,7 @@ def scorers() -> dict[str, tuple[Score, float]]:
         encoding = mllm.encode(np.stack([f.crop for f in faces]))
         blocks = [detector.for_prompt(evidence) for evidence in detector.evidence(faces, encoding)]
         questions = [prompts.verdict_question(evidence, detector.info.score_form) for evidence in blocks]
-        return np.asarray(1 / (1 + np.exp(-mllm.verdict_logits(encoding, questions))))
+        return sigmoid(mllm.verdict_logits(encoding, questions))
 
     def megabytes(model: Any) -> float:
         return float(sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6)

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 import x2dfd
 from x2dfd import prompts
+from x2dfd.calibration import sigmoid
 from x2dfd.cli import run_command
 from x2dfd.errors import X2DFDError
 from x2dfd.files import Json, write_text
@@ -222,9 +223,6 @@ def verdicts(mllm: Any, crops: NDArray[np.uint8], questions: Sequence[str]) -> C
     import torch
     from PIL import Image
 
-    def sigmoid(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.asarray(1 / (1 + np.exp(-logits)))
-
     def recipe() -> Answers | None:
         logits, stated = [], True
         for crop, question in zip(crops, questions, strict=True):
@@ -258,7 +256,7 @@ def whole_story(mllm: Any, crop: NDArray[np.uint8], question: str, cues: Sequenc
         groups = [[c] for c in cues] if apart else [list(cues)]
         p_yes = np.concatenate([mllm.yes_no_packed(encode(), group).p_yes for group in groups])
         [answer] = mllm.write(encode(), [question], [""], turns=[(f"{start} {text}".strip(), FOLLOW_UP)])
-        return {"P(fake)": 1 / (1 + np.exp(-logit)), "rationale": text, "P(yes)": p_yes, "answer": answer}
+        return {"P(fake)": float(sigmoid(logit)), "rationale": text, "P(yes)": p_yes, "answer": answer}
 
     def once() -> Answers:
         encoding = mllm.encode(crop[None])
@@ -270,7 +268,7 @@ def whole_story(mllm: Any, crop: NDArray[np.uint8], question: str, cues: Sequenc
     }
 
 
-def training_step(model: Any, layers: Sequence[int], rows: int = 2, text: int = 128) -> Cases:
+def training_step(model: Any, layers: Sequence[int]) -> Cases:
     """A LoRA step: over the tower's cached outputs, and with the tower's pass. The loss is the same."""
     import torch
 
@@ -285,6 +283,7 @@ def training_step(model: Any, layers: Sequence[int], rows: int = 2, text: int = 
     tower, strategy = model.model.vision_tower, model.config.vision_feature_select_strategy
     vision, head = model.config.vision_config, model.lm_head.weight
     image = (vision.image_size // vision.patch_size) ** 2
+    rows, text = 2, 128
     batch = random_batch(model.config, rows, image + text, head.device)
     words = batch["input_ids"][:, image:]
     words[words == model.config.image_token_id] += 1

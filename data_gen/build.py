@@ -34,7 +34,7 @@ from x2dfd.detector import through_codec
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.experts import DEFAULT, Expert, Shared, card_of, load_expert
 from x2dfd.faces import CROP_SIZE
-from x2dfd.files import Json, file_sha256, whole, write_text
+from x2dfd.files import Json, atomic_write, file_sha256, write_text
 from x2dfd.manifest import Sample
 from x2dfd.progress import progress
 from x2dfd.tower import HEAD_LAYERS, VIEWS, TowerFeatures, cached_features, training_rows, view_face
@@ -239,7 +239,7 @@ def _write_parquet(path: Path, records: Sequence[Json]) -> None:
         {**r, "cues": json.dumps(r["cues"]), "scores": json.dumps(r["scores"]), "pointed": json.dumps(r["pointed"])}
         for r in records
     ]
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         pq.write_table(pa.Table.from_pylist(flat), temporary)
 
 

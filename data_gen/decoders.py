@@ -26,11 +26,12 @@ from torch.nn import functional as F
 from x2dfd.errors import SetupError, X2DFDError, first_line
 from x2dfd.experts import write_card
 from x2dfd.faces import PREPROCESSING, Array
-from x2dfd.files import file_sha256, whole
+from x2dfd.files import atomic_write, file_sha256
 from x2dfd.manifest import manifest_sha256
 from x2dfd.types import Card
 
 WEIGHTS = Path(__file__).parent / "weights" / "decoders.safetensors"
+PATCH = 96  # side of a training picture
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,10 @@ def _discriminator() -> nn.Module:
     )  # fmt: skip
 
 
-def train_one(
-    design: Design, crops: NDArray[np.uint8], rows: NDArray[np.intp], steps: int, seed: int = 0
-) -> Autoencoder:
+def train_one(design: Design, crops: NDArray[np.uint8], rows: NDArray[np.intp], steps: int) -> Autoencoder:
     """Train one autoencoder on patches of real crops [n, s, s, 3]; `rows` are the ones to draw from."""
-    torch.manual_seed(seed)
-    rng = np.random.default_rng([seed, len(design.name), *design.name.encode()])
+    torch.manual_seed(0)
+    rng = np.random.default_rng([0, len(design.name), *design.name.encode()])
     net, critic = Autoencoder(design), _discriminator()
     optimiser = torch.optim.Adam(net.parameters(), lr=2e-3, betas=(0.5, 0.99))
     critic_optimiser = torch.optim.Adam(critic.parameters(), lr=5e-4, betas=(0.5, 0.99))
@@ -153,13 +152,13 @@ def train_one(
     return net.eval()
 
 
-def _patch(crop: NDArray[np.uint8], rng: np.random.Generator, side: int = 96) -> NDArray[np.uint8]:
+def _patch(crop: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     """A random patch, sometimes of a smaller copy of the crop: faces come in every size."""
     if rng.random() < 0.5:
-        small = int(rng.integers(side, crop.shape[0]))
+        small = int(rng.integers(PATCH, crop.shape[0]))
         crop = np.asarray(cv2.resize(crop, (small, small), interpolation=cv2.INTER_AREA), np.uint8)
-    y, x = rng.integers(0, crop.shape[0] - side + 1, 2)
-    patch = crop[y : y + side, x : x + side]
+    y, x = rng.integers(0, crop.shape[0] - PATCH + 1, 2)
+    patch = crop[y : y + PATCH, x : x + PATCH]
     return np.ascontiguousarray(patch[:, ::-1] if rng.random() < 0.5 else patch)
 
 
@@ -234,7 +233,7 @@ def train(data: Path, steps: int, work: Path, path: Path = WEIGHTS) -> None:
         nets[design.name] = Autoencoder(design).eval()
         if not weights_file.is_file():
             state = train_one(design, crops.crops, rows, steps).state_dict()
-            with whole(weights_file) as temporary:
+            with atomic_write(weights_file) as temporary:
                 save_file(state, temporary)
         nets[design.name].load_state_dict(load_file(weights_file))
         fidelity[design.name] = round(_fidelity(nets[design.name], crops.crops[test_rows]), 2) if test_rows else None
@@ -271,5 +270,5 @@ def save_bank(nets: dict[str, Autoencoder], path: Path = WEIGHTS) -> None:
     tensors = {f"{n}.{k}": v.half().contiguous() for n, net in nets.items() for k, v in net.state_dict().items()}
     if any(not v.isfinite().all() for v in tensors.values()):
         raise X2DFDError("the training of a decoder diverged, so nothing was written", code="decoder_diverged")
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file(tensors, temporary)

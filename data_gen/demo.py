@@ -18,14 +18,14 @@ from x2dfd.cli import run_command
 from x2dfd.faces import find_faces
 
 
-def make_pair(out: Path, method: str = "self_blend", strength: float = 0.9, seed: int = 3) -> tuple[Path, Path]:
+def make_pair(out: Path) -> tuple[Path, Path]:
     """Write `real.jpg` and `forged.jpg` (same quality), and the forgery's truth; returns the two paths."""
     from skimage.data import astronaut
 
     pixels = np.asarray(astronaut(), np.uint8)
     face = find_faces(pixels)[0]
     photo = Photo(pixels, face.landmarks, "nasa", "eileen-collins")
-    forged = forge(photo, METHODS[method], np.random.default_rng(seed), strength=strength)
+    forged = forge(photo, METHODS["self_blend"], np.random.default_rng(3), strength=0.9)
     out.mkdir(parents=True, exist_ok=True)
     for name, image in (("real.jpg", pixels), ("forged.jpg", forged.pixels)):
         cv2.imwrite(str(out / name), cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95])

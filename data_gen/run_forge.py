@@ -24,7 +24,7 @@ from data_gen.forge import FORGE_VERSION, HARMLESS, LATENT, METHODS, Photo, chan
 from data_gen.harmless import through_video
 from x2dfd.errors import InputError, UnknownName, X2DFDError
 from x2dfd.faces import Array, find_faces
-from x2dfd.files import Json, alone, file_sha256, json_object, read_json, write_bytes, write_text
+from x2dfd.files import Json, file_sha256, json_object, locked_folder, read_json, write_bytes, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest, write_manifest
 from x2dfd.media import load_picture
 from x2dfd.progress import progress
@@ -362,7 +362,7 @@ def run(config: ForgeConfig, out: Path, workers: int = 1) -> Path:
         from data_gen import latent
 
         settings["redraw"] = list(latent.load(Path(config.redraw)))  # by name: each is pinned
-    with alone(out):
+    with locked_folder(out):
         return _run_locked(config, settings, out, workers)
 
 

@@ -24,7 +24,7 @@ from eval.stats import Measured
 from eval.task import Options, Outcome, Run, Task
 from eval.tasks import assess, demographics, describe, detect, experts, words
 from x2dfd.errors import X2DFDError
-from x2dfd.files import Json, alone, file_sha256, write_bytes, write_text
+from x2dfd.files import Json, file_sha256, locked_folder, write_bytes, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +50,7 @@ def run(options: Options) -> Result:
     check(options)
     samples, skipped = choose(task, manifest, options)
     request = Run(options, manifest, manifest_sha256(manifest), task.version, samples, skipped)
-    with alone(options.out):
+    with locked_folder(options.out):
         outcome = task.run(request)
         result: Result = as_json(_result(request, task, outcome))
         if options.reporting is not None:

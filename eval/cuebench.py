@@ -29,7 +29,7 @@ from data_gen.readers import labelled, read_folders
 from data_gen.run_forge import load_photo, pose, resumed, save_jpeg
 from x2dfd.cli import run_command
 from x2dfd.errors import SetupError, X2DFDError
-from x2dfd.files import Json, alone, file_sha256, parse_json, read_json, write_bytes, write_text
+from x2dfd.files import Json, file_sha256, locked_folder, parse_json, read_json, write_bytes, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest, write_manifest
 from x2dfd.progress import progress
 
@@ -154,7 +154,7 @@ def build(photos: Path | None, out: Path, *, per_method: int = PER_METHOD, allow
     if (out / CARD).is_file():
         open_set(out)
         return read_json(out / CARD)
-    with alone(out):
+    with locked_folder(out):
         write_text(draft, json.dumps(settings) + "\n")
         rows = resumed(
             out, len(items), lambda todo: (_make(items[k], usable, used[items[k].photo][1], out) for k in todo)

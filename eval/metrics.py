@@ -7,11 +7,10 @@ samples) is None, never NaN. AUC and all intervals: `eval.stats`.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_curve
+from sklearn.metrics import average_precision_score, log_loss, roc_curve
 
 from eval.stats import Floats, Labels
 from x2dfd.files import Json
@@ -47,33 +46,28 @@ def tpr_at_fpr(labels: Labels, scores: Floats, fpr: float) -> float | None:
     return float(true[false <= fpr].max())
 
 
-def accuracy(labels: Labels, scores: Floats, threshold: float = 0.5) -> float | None:
-    """Share of right answers when a score above `threshold` means fake."""
-    return float(np.mean((scores > threshold) == (labels == 1))) if len(labels) else None
+def accuracy(labels: Labels, scores: Floats) -> float | None:
+    """Share of right answers when a score above 0.5 means fake."""
+    return float(np.mean((scores > 0.5) == (labels == 1))) if len(labels) else None
 
 
-def recalls(labels: Labels, scores: Floats, threshold: float = 0.5) -> tuple[float | None, float | None]:
-    """Share of reals called real and share of fakes called fake, when a score above `threshold` means fake."""
-    fake = scores > threshold
+def recalls(labels: Labels, scores: Floats) -> tuple[float | None, float | None]:
+    """Share of reals called real and share of fakes called fake, when a score above 0.5 means fake."""
+    fake = scores > 0.5
     real_recall = float(np.mean(~fake[labels == 0])) if np.any(labels == 0) else None
     fake_recall = float(np.mean(fake[labels == 1])) if np.any(labels == 1) else None
     return real_recall, fake_recall
 
 
-def balanced_accuracy(labels: Labels, scores: Floats, threshold: float = 0.5) -> float | None:
+def balanced_accuracy(labels: Labels, scores: Floats) -> float | None:
     """Mean of the recalls of both classes."""
-    real, fake = recalls(labels, scores, threshold)
+    real, fake = recalls(labels, scores)
     return None if real is None or fake is None else (real + fake) / 2
 
 
 def nll(labels: Labels, scores: Floats) -> float | None:
     """Mean negative log-likelihood in nats; scores are kept 1e-6 away from 0 and 1."""
     return float(log_loss(labels, np.clip(scores, _EPS, 1 - _EPS), labels=[0, 1])) if len(labels) else None
-
-
-def brier(labels: Labels, scores: Floats) -> float | None:
-    """Mean squared difference between score and label."""
-    return float(brier_score_loss(labels, scores, pos_label=1)) if len(labels) else None
 
 
 def ece(labels: Labels, scores: Floats, bins: int = 15) -> float | None:
@@ -86,22 +80,20 @@ def ece(labels: Labels, scores: Floats, bins: int = 15) -> float | None:
     return float(np.abs(np.bincount(place, weights=weight * (labels - scores), minlength=bins)).sum())
 
 
-def cllr(labels: Labels, scores: Floats, prior: float = 0.5) -> float | None:
+def cllr(labels: Labels, scores: Floats) -> float | None:
     """Log-likelihood-ratio cost in bits (Bruemmer & du Preez 2006): 0 is perfect, 1 says nothing. Scores are read as
-    posteriors under the prior P(fake) = `prior`, and kept 1e-6 away from 0 and 1."""
+    posteriors under even odds, and kept 1e-6 away from 0 and 1."""
     if not _has_both_classes(labels):
         return None
     p = np.clip(scores, _EPS, 1 - _EPS)
-    log_ratio = np.log(p / (1 - p)) - np.log(prior / (1 - prior))
+    log_ratio = np.log(p / (1 - p))
     of_fakes = np.logaddexp(0, -log_ratio[labels == 1]).mean()
     of_reals = np.logaddexp(0, log_ratio[labels == 0]).mean()
     return float((of_fakes + of_reals) / (2 * np.log(2)))
 
 
-def pool_by(
-    ids: Sequence[str], labels: Labels, scores: Floats, how: Literal["mean", "max"] = "mean"
-) -> tuple[list[str], Labels, Floats]:
-    """Pools frame scores to one score per clip; frames with the same id in `ids` are one clip. Returns the ids in
+def pool_by(ids: Sequence[str], labels: Labels, scores: Floats) -> tuple[list[str], Labels, Floats]:
+    """Pools frame scores to their mean per clip; frames with the same id in `ids` are one clip. Returns the ids in
     sorted order with their labels and scores. Raises ValueError when frames of one id differ in label."""
     names, place = np.unique(np.asarray(ids, dtype=str), return_inverse=True)
     low, high = np.full(len(names), 2), np.full(len(names), -1)
@@ -109,11 +101,7 @@ def pool_by(
     np.maximum.at(high, place, labels)
     if mixed := names[low != high].tolist():
         raise ValueError(f"real and fake frames under one id: {', '.join(mixed[:3])}")
-    if how == "mean":
-        pooled = np.bincount(place, weights=scores, minlength=len(names)) / np.bincount(place, minlength=len(names))
-    else:
-        pooled = np.full(len(names), -np.inf)
-        np.maximum.at(pooled, place, scores)
+    pooled = np.bincount(place, weights=scores, minlength=len(names)) / np.bincount(place, minlength=len(names))
     return names.tolist(), low.astype(np.int64), pooled
 
 
@@ -126,12 +114,12 @@ def pool_sbi(
     return pool_by(ids, labels, filled), sum(s is None for s in scores)
 
 
-def risk_coverage(labels: Labels, scores: Floats, threshold: float = 0.5) -> tuple[Floats, Floats]:
+def risk_coverage(labels: Labels, scores: Floats) -> tuple[Floats, Floats]:
     """Coverage [n] and the share of wrong answers at it [n]. The surest answers come first: those farthest from
-    `threshold` in log-odds. Ties are answered together, so that the order of samples does not matter."""
-    p, at = np.clip(scores, _EPS, 1 - _EPS), np.clip(threshold, _EPS, 1 - _EPS)
-    sure = np.abs(np.log(p / (1 - p)) - np.log(at / (1 - at)))
-    wrong = (scores > threshold) != (labels == 1)
+    0.5 in log-odds. Ties are answered together, so that the order of samples does not matter."""
+    p = np.clip(scores, _EPS, 1 - _EPS)
+    sure = np.abs(np.log(p / (1 - p)))
+    wrong = (scores > 0.5) != (labels == 1)
     levels, place = np.unique(-sure, return_inverse=True)
     answered = np.cumsum(np.bincount(place, minlength=len(levels)))
     errors = np.cumsum(np.bincount(place, weights=wrong, minlength=len(levels)))

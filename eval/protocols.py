@@ -163,7 +163,6 @@ def index_sets(
     compression: str = "c23",
     compat: Compat = CORRECT,
     allow_missing: bool = False,
-    labels: Mapping[str, Label] | None = None,
 ) -> dict[str, tuple[list[Sample], list[str]]]:
     """The test split of each of a protocol's index files: samples, and notes for the summary.
     Raises X2DFDError when an index file is absent, when more than 1 % of a set's files are (unless `allow_missing`),
@@ -184,10 +183,8 @@ def index_sets(
     test_sets = {}
     for name in chosen:
         level = compression if _has_levels(indices / f"{name}.json") else ""
-        read = read_deepfakebench(
-            [indices / f"{name}.json"], roots, only=("test",), compression=level, labels=labels,
-            frames=None if compat.frames else frames,
-        )  # fmt: skip
+        every = None if compat.frames else frames
+        read = read_deepfakebench([indices / f"{name}.json"], roots, only=("test",), compression=level, frames=every)
         read.samples = sampled(read.samples, frames, compat)
         test_sets[name] = _test_set(read, protocol, name, allow_missing)
     return test_sets
@@ -261,7 +258,6 @@ def read_annotations(
     label: str = "label",
     question: str = "question",
     answer: str = "answer",
-    source: str = "",
 ) -> Read:
     """Annotated pictures in a JSON list, the form of DD-VQA, SID-Set and FakeClue; each answer is a reference.
 
@@ -298,7 +294,7 @@ def read_annotations(
     read, reroot = Read(), Reroot(roots)
     for parts, truth in labels.items():
         for path, place, _ in listed_frames(read, reroot, file.name, ["/".join(parts)], None):
-            sample = row(path, place, truth, source=source or file.stem, clip=False)
+            sample = row(path, place, truth, source=file.stem, clip=False)
             texts = [{"question": q, "answers": a} for q, a in references.get(parts, {}).items()]
             read.samples.append(replace(sample, extra=sample.extra | {"references": texts}))
     read.notes += reroot.notes()

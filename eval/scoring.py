@@ -136,10 +136,10 @@ def value_of(sample: Sample, column: str) -> str:
     return "" if value is None else str(value)
 
 
-def folds(groups: Sequence[str], seed: int = 0) -> NDArray[np.int64]:
+def folds(groups: Sequence[str]) -> NDArray[np.int64]:
     """A number 0 .. FOLDS - 1 for each sample [n], the same for all of a group, whatever the order of samples."""
     group_of = stats.placed(groups)
-    return np.random.default_rng(seed).permutation(int(group_of.max(initial=-1)) + 1)[group_of] % FOLDS
+    return np.random.default_rng(0).permutation(int(group_of.max(initial=-1)) + 1)[group_of] % FOLDS
 
 
 def train_apart(all_samples: Sequence[Sample], samples: Sequence[Sample]) -> list[Sample]:

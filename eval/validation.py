@@ -39,14 +39,14 @@ def log_ratios(scores: Floats, labels: Labels, at: Floats) -> Floats:
 
 
 def steps(
-    scores: Floats, labels: Labels, groups: Sequence[str], draws: int = DRAWS, seed: int = 0
+    scores: Floats, labels: Labels, groups: Sequence[str], draws: int = DRAWS
 ) -> list[tuple[float, float, float, float]]:
     """Rows of (lowest score, likelihood ratio, lower end, upper end of its interval), in rising order."""
     ordered = np.unique(scores)
     whole = log_ratios(scores, labels, ordered)
     first = np.flatnonzero(np.diff(np.round(whole, 6), prepend=np.nan) != 0)
     names, place = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     ratios: list[Floats] = []
     while len(ratios) < draws:
         count = rng.multinomial(len(names), np.full(len(names), 1 / len(names)))[place]

@@ -11,7 +11,7 @@ from torch import Tensor
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.experts import write_card
 from x2dfd.faces import PREPROCESSING
-from x2dfd.files import file_sha256, whole
+from x2dfd.files import atomic_write, file_sha256
 from x2dfd.types import Card
 
 
@@ -39,7 +39,7 @@ def save_weights(state: dict[str, Tensor], card: Card, folder: Path) -> Card:
         raise X2DFDError(
             f"expert {card.name!r}: {broken[0]} is not finite, so nothing was written", code="weights_not_finite"
         )
-    with whole(folder / name) as temporary:
+    with atomic_write(folder / name) as temporary:
         save_file(half, temporary)
     card = replace(card, weights=name, sha256=file_sha256(folder / name))
     write_card(folder / f"{card.name}.card.json", card)

@@ -25,7 +25,7 @@ from x2dfd.checkpoints import family_of
 from x2dfd.crops import CropSet
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.explain import named_spans
-from x2dfd.files import Json, alone, parse_json
+from x2dfd.files import Json, locked_folder, parse_json
 from x2dfd.mllm import TEXT_INPUTS, after_image, prefix_inputs
 from x2dfd.progress import progress
 from x2dfd.prompts import Processor
@@ -247,7 +247,7 @@ def cache_tower(
     key = {**key, "rows": [int(r) for r in rows], "layers": layers, **made_by}
     tower, class_token = model.model.vision_tower, model.config.vision_feature_select_strategy == "default"
     parameter = next(tower.parameters())
-    with alone(folder, wait=True):
+    with locked_folder(folder, wait=True):
         cache, patches = CachedArray(folder, "patches.npy", key), None
         for index in progress(range(cache.done, len(rows)), "tower features"):
             if parameter.numel() == 0:

@@ -38,7 +38,7 @@ from x2dfd.crops import CropSet, load_crops
 from x2dfd.errors import X2DFDError, first_line
 from x2dfd.experts import card_of
 from x2dfd.faces import CROP_SIZE, preprocessing
-from x2dfd.files import Json, file_sha256, parse_json, read_json, whole, write_text
+from x2dfd.files import Json, atomic_write, file_sha256, parse_json, read_json, write_text
 from x2dfd.loading import load
 from x2dfd.model_spec import ModelSpec
 from x2dfd.prompts import Processor
@@ -511,7 +511,7 @@ def _finished(last: Path, out: Path) -> bool:
 
 def _to_half(path: Path) -> None:
     state = load_file(path)
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file({k: v.half().contiguous() for k, v in state.items()}, temporary, {"format": "pt"})
 
 

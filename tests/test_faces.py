@@ -267,7 +267,7 @@ def test_a_clip_of_close_ups_is_not_judged_on_one_frame(astronaut: Pixels) -> No
         search = Search()
         for index in range(9):
             search.frame(Frame(index, index / 10, picture if index else first))
-        frames = [found.frame for found in search.seen]
+        frames = [found.frame for found in search.faces]
         assert frames == ([*range(9)] if first is picture else [0, 4, 5, 6, 7, 8]) and not search.turned
 
 
@@ -277,10 +277,10 @@ def test_an_upright_face_is_not_judged_on_its_head(astronaut: Pixels) -> None:
     picture, _ = _close_up(astronaut, 231, 124, 31)
     assert find_turned_faces(picture)[1] == 180
     looked = ready(encoded(picture, "PNG"), 1)
-    [found] = looked.seen
+    [found] = looked.faces
     assert abs(found.face.roll_degrees) < 10 and not any("faces_turned" in note for note in looked.summary["notes"])
     lying = ready(encoded(astronaut[:320, 70:370][::-1, ::-1], "PNG"), 1)
-    assert len(lying.seen) == 1 and "faces_turned:180" in lying.summary["notes"]
+    assert len(lying.faces) == 1 and "faces_turned:180" in lying.summary["notes"]
 
 
 def test_loading_the_face_models_prints_nothing() -> None:

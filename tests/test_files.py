@@ -15,7 +15,7 @@ import pytest
 from tests.raising import raises
 from x2dfd.adapter import read_adapter_card
 from x2dfd.experts import read_card
-from x2dfd.files import MAX_DEPTH, alone, bad_rate, check_fields, parse_json, printed_from_c, read_json
+from x2dfd.files import MAX_DEPTH, bad_rate, check_fields, locked_folder, parse_json, printed_from_c, read_json
 from x2dfd.row_parts import RowParts
 from x2dfd.types import Card
 
@@ -136,9 +136,9 @@ def test_a_card_of_other_shapes_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_in_use_is_another_runs(tmp_path: Path) -> None:
     """Bug prevented: two runs into one folder, whose rows and states then come from both."""
-    with alone(tmp_path / "run"), raises("folder_locked", tmp_path / "run"), alone(tmp_path / "run"):
+    with locked_folder(tmp_path / "run"), raises("folder_locked", tmp_path / "run"), locked_folder(tmp_path / "run"):
         pass
-    with alone(tmp_path / "run"), alone(tmp_path / "other"):
+    with locked_folder(tmp_path / "run"), locked_folder(tmp_path / "other"):
         pass
 
 

@@ -79,10 +79,10 @@ def test_packed_questions_are_those_asked_one_by_one(mllm: LocalMLLM, crops: NDA
     """30 questions in two packs: a question that sees its neighbour answers something else."""
     questions = [q.text for q in cue_questions()[:30]]
     packed, plain = mllm.yes_no(crops[0], questions), mllm.yes_no_plain(crops[0], questions)
-    assert len(packed.p_yes) == len(packed.said) == 30
+    assert len(packed.p_yes) == len(packed.answers) == 30
     assert np.ptp(plain.p_yes) > 0.1
     np.testing.assert_allclose(packed.p_yes, plain.p_yes, atol=1e-4)
-    assert packed.said == plain.said
+    assert packed.answers == plain.answers
     assert mllm.yes_no(crops[0], []).p_yes.shape == (0,)
     with pytest.raises(ValueError, match="one picture"):  # else the answers would be of the first alone
         mllm.yes_no_packed(mllm.encode(crops[:2]), questions[:1])

@@ -86,7 +86,7 @@ def test_a_served_bare_model_answers_as_the_local_one(folders: tuple[Path, Path]
         )
         said, wanted = model.yes_no(crops[0], cues), local.yes_no(crops[0], cues)
         np.testing.assert_allclose(said.p_yes, wanted.p_yes, atol=1e-4)
-        assert said.said == wanted.said
+        assert said.answers == wanted.answers
         starts = ["This image is fake.", "This image is real.", ""]
         assert model.write(encoding, questions, starts, max_new_tokens=5) == local.write(
             own, questions, starts, max_new_tokens=5
@@ -191,8 +191,8 @@ def test_labels_are_read_from_the_likeliest_tokens(crops: Pixels, top: dict[str,
         else:
             assert model.verdict_logits(model.encode(crops[:1]), ["?"])[0] == pytest.approx(logit)
             return
-        answers = model.yes_no(crops[0], ["?", "??"])  # an assessment goes on, and the answer counts for neither side
-        assert answers.p_yes.tolist() == [0.5, 0.5] and answers.said == ("other", "other")
+        reply = model.yes_no(crops[0], ["?", "??"])  # an assessment goes on, and the answer counts for neither side
+        assert reply.p_yes.tolist() == [0.5, 0.5] and reply.answers == ("other", "other")
 
 
 def test_answers_come_in_order_and_no_more_at_a_time_than_allowed(crops: Pixels) -> None:

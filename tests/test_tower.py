@@ -393,8 +393,8 @@ def test_what_is_left_out_is_never_learnt(photos: Path) -> None:
     data = load_crops(photos)
 
     def of(*left_out: str) -> tuple[str, str]:
-        pictures = training.Pictures([data], left_out, 0)
-        ids = ["".join(sorted(pictures.at(k, i).id for k, i in rows)) for rows in (pictures.rows, pictures.judged)]
+        p = training.Pictures([data], left_out, 0)
+        ids = ["".join(sorted(p.at(k, i).id for k, i in rows)) for rows in (p.rows, p.validation_rows)]
         return ids[0], ids[1]
 
     assert of() == ("0123456", "78")

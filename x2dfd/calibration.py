@@ -41,6 +41,11 @@ def logit(p: float) -> float:
     return math.log(p / (1 - p))
 
 
+def sigmoid(logit: Floats | float) -> Floats:
+    """The probability of a logit, or of each of an array."""
+    return np.asarray(1 / (1 + np.exp(-logit)))
+
+
 def kind_of(df_class: str) -> str:
     """The kind of a class of fakes: EFS is made as a whole, the others are changed in part. Raises ValueError."""
     if df_class not in ("EFS", "FS", "FR", "FE"):
@@ -173,7 +178,7 @@ def fit_logistic(logits: Mapping[str, Floats], labels: Floats, weights: Floats, 
 
     def loss(beta: Floats) -> tuple[float, Floats]:
         z = x @ beta
-        p = 1 / (1 + np.exp(-z))
+        p = sigmoid(z)
         value = float(w @ (np.logaddexp(0, z) - labels * z)) + ridge / 2 * float(beta[:-1] @ beta[:-1])
         return value, x.T @ (w * (p - labels)) + ridge * np.append(beta[:-1], 0.0)
 

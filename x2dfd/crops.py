@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.faces import CROP_SIZE, align, find_faces, preprocessing
-from x2dfd.files import alone, read_json, write_text
+from x2dfd.files import locked_folder, read_json, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest
 from x2dfd.media import load_picture
 from x2dfd.progress import progress
@@ -100,7 +100,7 @@ def load_crops(manifest: Path, workers: int = 1, side: int = CROP_SIZE) -> CropS
     key["masks"] = str(MASK_SIZE)
     index = folder / "index.json"
     if not _is_current(index, key):
-        with alone(folder, wait=True):
+        with locked_folder(folder, wait=True):
             if not _is_current(index, key):  # another process may have made them in the meantime
                 _compute(samples, folder, key, workers, side)
     contents = read_json(index)

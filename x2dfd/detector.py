@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from x2dfd import follow_up, prompts
-from x2dfd.calibration import MLLM, Calibration, logits_of
+from x2dfd.calibration import MLLM, Calibration, logits_of, sigmoid
 from x2dfd.degrade import CODEC, codec
 from x2dfd.errors import InputError, SetupError, UnknownName
 from x2dfd.experts import Expert, Shared, ask
@@ -237,13 +237,13 @@ class Detector:
     ) -> list[Report | Failure]:
         stages = {stage: sum(file.seconds.get(stage, 0.0) for file in batch) for stage in ("decode", "faces")}
         clock = _Clock({"files": len(batch), **stages})
-        faces = iter(self._face_reports([s for file in batch for s in file.seen], rationale, clock, on_progress))
+        faces = iter(self._face_reports([f for file in batch for f in file.faces], rationale, clock, on_progress))
         results: list[Report | Failure] = []
         for file in batch:
             if isinstance(file.media, Failure):
                 results.append(file.media)
                 continue
-            reports = list(islice(faces, len(file.seen)))
+            reports = list(islice(faces, len(file.faces)))
             results.append(self._report(file.media, file.summary, reports, file.notes, clock.seconds))
         return results
 
@@ -279,7 +279,7 @@ class Detector:
                     box=found.face.box,
                     confidence=found.face.confidence,
                     verdict=verdict,
-                    p_fake_mllm=None if logit is None else float(1 / (1 + np.exp(-logit))),
+                    p_fake_mllm=None if logit is None else float(sigmoid(logit)),
                     rationale="",
                     cues=(),
                     evidence=tuple(row),
@@ -344,7 +344,7 @@ class Detector:
         if any(e.no_photo is not None and e.no_photo >= NO_PHOTO for e in deciding):
             return Verdict("inconclusive", None, "not_a_photograph")
         if self.mode == "paper" or self.calibration is None:
-            p = float(1 / (1 + np.exp(-(mllm_logit or 0.0))))
+            p = float(sigmoid(mllm_logit or 0.0))
             return Verdict("fake" if p >= _paper_threshold(self.calibration) else "real", p)
         covers = {e.card.name: e.card.covers for e in self.experts}
         logits = logits_of(mllm_logit, evidence, covers)

@@ -120,25 +120,25 @@ _types = cache(get_type_hints)
 def checked(kind: type[T], data: object) -> T:
     """The dataclass `kind` from plain values out of a file. Raises ValueError as `check_fields`."""
     check_fields(kind, data)
-    return built(kind, cast(Json, data))
+    return to_dataclass(kind, cast(Json, data))
 
 
-def built(kind: type[T], data: Json) -> T:
+def to_dataclass(kind: type[T], data: Json) -> T:
     """The dataclass `kind` from its fields as plain values: objects become dataclasses, lists become tuples."""
     types = _types(cast(Hashable, kind))
-    return kind(**{name: _built(types[name], value) for name, value in data.items()})
+    return kind(**{name: _to_type(types[name], value) for name, value in data.items()})
 
 
-def _built(kind: Any, value: Any) -> Any:
+def _to_type(kind: Any, value: Any) -> Any:
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        return _built(next((item_kind for item_kind in args if _fits(value, item_kind)), Any), value)
+        return _to_type(next((item_kind for item_kind in args if _fits(value, item_kind)), object), value)
     if origin is dict:
-        return {key: _built(args[1], item) for key, item in value.items()}
+        return {key: _to_type(args[1], item) for key, item in value.items()}
     if origin is tuple:
         kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
-        return tuple(_built(item_kind, item) for item_kind, item in zip(kinds, value, strict=True))
-    return built(cast(type, kind), value) if is_dataclass(kind) else value
+        return tuple(_to_type(item_kind, item) for item_kind, item in zip(kinds, value, strict=True))
+    return to_dataclass(cast(type, kind), value) if is_dataclass(kind) else value
 
 
 def _check_type(value: object, kind: Any, where: str) -> None:
@@ -211,7 +211,7 @@ def json_sha256(value: object) -> str:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary file to write in the `with` block, which then replaces `path`; an exception leaves `path` unchanged.
 
     The folder must exist. Raises OSError where writing is not possible.
@@ -230,7 +230,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all; its folder must exist. Raises OSError where writing is not possible."""
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(data)
 
 
@@ -241,7 +241,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def alone(folder: Path, *, wait: bool = False) -> Iterator[None]:
+def locked_folder(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Lock a folder, which is made if absent, against other processes that use this function during the block.
 
     The others raise X2DFDError, `folder_locked`. With `wait`, for results that all of them would make alike, they print

@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from x2dfd.answer import KINDS_SAID, NEXT_STEPS, NOT_PROOF, band, in_words, meaning, percent, reason, stance
 from x2dfd.explain import named_areas
 from x2dfd.fetch import BASE_NAME
-from x2dfd.texts import against, area_name, cue_clause
+from x2dfd.texts import against, area_name, cue_clause, sentences_of
 from x2dfd.types import FaceReport, Report
 
 NO_FACE = "No face was assessed in this file, so nothing can be said about a forgery."
@@ -87,7 +87,7 @@ def spelt(question: str) -> str:
 
 def checked(text: str, face: FaceReport) -> str:
     """The language model's answer, without the sentences that go against the face's verdict."""
-    sentences = re.findall(r"\S[^.!?\n]*(?:[.!?]+|$)", text)
+    sentences = sentences_of(text)
     valid = [s for s in sentences if not against(s, face.verdict)]
     return " ".join(valid) if valid else REFUSED if sentences else "The language model has no answer to this."
 

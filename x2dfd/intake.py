@@ -50,7 +50,7 @@ class Ready:
 
     media: Picture | Video | Failure
     summary: Json  # Report.media
-    seen: list[FoundFace]
+    faces: list[FoundFace]
     notes: list[str]
     seconds: dict[str, float]
 
@@ -59,7 +59,7 @@ class Search:
     """Finds the faces of a file, and those of a clip while it is decoded, so that memory holds one frame at a time."""
 
     def __init__(self, on_progress: OnProgress | None = None, side: int = CROP_SIZE) -> None:
-        self.seen: list[FoundFace] = []
+        self.faces: list[FoundFace] = []
         self._side = side  # of the MLLM's crop
         self._on_progress = on_progress
         self.turned = 0  # degrees counterclockwise that set a picture upright whose file does not state them
@@ -70,24 +70,24 @@ class Search:
         self._n_cut = 0  # pictures or frames whose largest face reaches over the edge
 
     def picture(self, picture: Picture) -> None:
-        faces = self._faces(picture.pixels, turning=True)
+        faces = self._find(picture.pixels, turning=True)
         self._left_out = len(faces[MAX_FACES:])
-        self.seen = [FoundFace(face, None, None) for face in faces[:MAX_FACES]]
+        self.faces = [FoundFace(face, None, None) for face in faces[:MAX_FACES]]
 
     def frame(self, frame: Frame) -> Frame:
         """The frame without its pixels."""
-        search_turned = not self.seen and self._frames % TURN_EVERY == 0
-        padded = self._padded or (bool(self.seen) and not self.turned and self._frames % TURN_EVERY == 0)
-        faces = self._faces(frame.pixels, turning=search_turned or bool(self.turned), padded=padded)
+        search_turned = not self.faces and self._frames % TURN_EVERY == 0
+        padded = self._padded or (bool(self.faces) and not self.turned and self._frames % TURN_EVERY == 0)
+        faces = self._find(frame.pixels, turning=search_turned or bool(self.turned), padded=padded)
         self._frames += 1
         self._left_out += len(faces[FRAME_FACES:])
         for face in faces[:FRAME_FACES]:
-            self.seen.append(FoundFace(replace(face, index=len(self.seen)), frame.index, frame.time_s))
+            self.faces.append(FoundFace(replace(face, index=len(self.faces)), frame.index, frame.time_s))
         if self._on_progress:
             self._on_progress(frame)
         return replace(frame, pixels=NO_PIXELS)
 
-    def _faces(self, pixels: NDArray[np.uint8], turning: bool, padded: bool = False) -> list[Face]:
+    def _find(self, pixels: NDArray[np.uint8], turning: bool, padded: bool = False) -> list[Face]:
         start = time.perf_counter()
         faces = find_faces(pixels, self._side)
         if padded and not faces:
@@ -154,7 +154,7 @@ def ready(source: Source, frames: int, side: int = CROP_SIZE, on_progress: OnPro
     # Two batches are held in memory, and a camera's photo takes 150 MB; the models look at the crops alone.
     if isinstance(media, Picture):
         media = replace(media, pixels=NO_PIXELS)
-    return Ready(media, summary, search.seen, search.notes(), {"decode": decode_seconds, "faces": search.seconds})
+    return Ready(media, summary, search.faces, search.notes(), {"decode": decode_seconds, "faces": search.seconds})
 
 
 def ready_or_failure(
@@ -175,7 +175,7 @@ def faces_of_report(report: Report, source: Source, side: int = CROP_SIZE) -> li
         raise InputError("other_picture", "this is not the picture that the report is about")
     if isinstance(media, Picture):
         search.picture(media)
-    return search.seen
+    return search.faces
 
 
 def failure_of(source: Source, error: InputError) -> Failure:

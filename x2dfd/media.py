@@ -98,7 +98,7 @@ def media_summary(media: Picture | Video) -> Json:
     if isinstance(media, Video):
         summary["duration_s"] = media.duration_s
         summary["frames"] = [frame.index for frame in media.frames]
-        summary["frames_asked"] = media.asked
+        summary["frames_asked"] = media.frames_asked
     return summary
 
 

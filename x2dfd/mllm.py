@@ -38,7 +38,7 @@ class YesNo:
     """Answers to yes/no questions about one picture."""
 
     p_yes: NDArray[np.float64]  # [q], softmax over the Yes and No tokens
-    said: tuple[str, ...]  # the greedy first token: "yes", "no" or "other"
+    answers: tuple[str, ...]  # the greedy first token: "yes", "no" or "other"
 
 
 @dataclass(eq=False)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from x2dfd import prompts
+from x2dfd.calibration import sigmoid
 from x2dfd.errors import InputError, SetupError, X2DFDError
 from x2dfd.files import Json, read_json
 from x2dfd.prompts import Processor
@@ -141,4 +142,4 @@ def p_fake(row: Json, labels: tuple[int, int]) -> float:
         raise InputError("no_label", "neither real nor fake is among the likeliest tokens")
     least = min(logprobs.values())
     real, fake = (logprobs.get(label, least) for label in labels)
-    return float(1 / (1 + np.exp(real - fake)))
+    return float(sigmoid(fake - real))

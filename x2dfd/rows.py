@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x2dfd.errors import X2DFDError
-from x2dfd.files import Json, json_object, parse_json, whole
+from x2dfd.files import Json, atomic_write, json_object, parse_json
 from x2dfd.stores import sha256_of
 from x2dfd.types import Failure, Report
 
@@ -131,7 +131,7 @@ class Rows:
         self.save()
         writer = _write_jsonl if self.path.suffix == ".jsonl" else _write_parquet
         with self._guard():
-            with whole(self.path) as temporary:
+            with atomic_write(self.path) as temporary:
                 writer(temporary, self._in_order())
             self.close()
             for name in ("", "-journal"):

@@ -25,6 +25,7 @@ from x2dfd.calibration import (
     kind_of,
     logits_of,
     probabilities,
+    sigmoid,
 )
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import Detector, evidence_of, through_codec
@@ -237,7 +238,7 @@ def _error_group(sample: Sample) -> str:
 def _mllm_threshold(rows: Sequence[Row], fakes: NDArray[np.bool_], share: float) -> float:
     """The MLLM's P(fake) that a `share` of the real pictures reach, for mode="paper"; 0.5 without scores."""
     logits = [row[KINDS[0]].get(MLLM) for row in rows]
-    reals = [1 / (1 + np.exp(-v)) for v, fake in zip(logits, fakes, strict=True) if v is not None and not fake]
+    reals = [float(sigmoid(v)) for v, fake in zip(logits, fakes, strict=True) if v is not None and not fake]
     return round(float(np.quantile(reals, 1 - share)), 6) if reals else 0.5
 
 

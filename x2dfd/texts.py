@@ -64,7 +64,7 @@ def readable(
         return undecided(verdict, evidence, uncounted)
     if verdict.label == "real":
         return f"{_search_sentence(evidence, uncounted)} None were found."
-    sentences = re.findall(r"\S[^.!?\n]*(?:[.!?]+|$)", mended(prompts.closed(text, verdict.label, ())))
+    sentences = sentences_of(mended(prompts.closed(text, verdict.label, ())))
     cue_sentences = [_without_label(s) for s in sentences if read_cues(s) and not against(s, verdict)]
     if pointed_only:
         pointed = {(c.area, c.artifact) for e in evidence if e.expert not in uncounted for c in e.cues}
@@ -76,6 +76,11 @@ def readable(
     cues = _nameable_cues(verdict, evidence, uncounted, MIN_FURTHER)
     further = [c for c in cues if (c.area, c.artifact) not in pairs][: max(MAX_CUES - len(pairs), 0)]
     return f"{text} {_sentence(further)}" if further else text
+
+
+def sentences_of(text: str) -> list[str]:
+    """The sentences of a text as they are written, each with its punctuation."""
+    return re.findall(r"\S[^.!?\n]*(?:[.!?]+|$)", text)
 
 
 def _without_label(sentence: str) -> str:

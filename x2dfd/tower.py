@@ -21,7 +21,7 @@ from x2dfd.crops import CropSet
 from x2dfd.degrade import CODEC, DEGRADE_VERSION, codec, degrade
 from x2dfd.errors import SetupError
 from x2dfd.fetch import require
-from x2dfd.files import Json, alone, file_sha256, read_json, write_text
+from x2dfd.files import Json, file_sha256, locked_folder, read_json, write_text
 from x2dfd.progress import progress
 from x2dfd.tower_pass import TowerPass
 from x2dfd.types import Face
@@ -272,7 +272,7 @@ def cached_features(
     settings["additions"] = additions_sha256(read_additions(additions)) if additions else None
     settings["closer"] = CLOSER if additions else 0
     key = {"samples": digest.hexdigest(), "layers": layers, "keep": list(keep), **settings}
-    with alone(folder, wait=True):
+    with locked_folder(folder, wait=True):
         store = CachedArray(folder, "tokens.npy", key)
         tokens = store.open((n, len(keep), 197, WIDTH))
         for start in progress(range(store.done, n, batch), "tower features"):
@@ -306,7 +306,7 @@ class CachedArray:
     """A float16 array on disk that is filled in order, one per folder.
 
     A run that was cut off resumes where it stopped; another `key` (plain values) starts over. For use under
-    `files.alone`.
+    `files.locked_folder`.
     """
 
     def __init__(self, folder: Path, name: str, key: Json) -> None:

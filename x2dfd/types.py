@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Self
 
-from x2dfd.files import Json, built, checked, parse_json
+from x2dfd.files import Json, checked, parse_json, to_dataclass
 
 if TYPE_CHECKING:
     import numpy as np
@@ -244,7 +244,7 @@ class Report:
 
     @classmethod
     def from_dict(cls, data: Json) -> Self:
-        report = built(cls, data)
+        report = to_dataclass(cls, data)
         if any("map" in e for e in data["evidence"]):
             return report
         # `to_dict` left them out

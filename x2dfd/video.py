@@ -59,7 +59,7 @@ class Video:
     frames: tuple[Frame, ...]  # in time order
     notes: tuple[str, ...]  # changes and failures of decoding: "rotation:90", "deinterlaced", ...
     path: str | None  # as given by the caller; None for bytes
-    asked: int  # the requested number of frames; the same number samples the same frames again
+    frames_asked: int  # the requested number of frames; the same number samples the same frames again
     file: Json = field(default_factory=dict)  # of the file: `bytes`, `modified` (of a path), `exif`
     provenance: Json = field(default_factory=lambda: {"state": "not_checked"})  # see x2dfd.provenance
 

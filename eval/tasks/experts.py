@@ -33,7 +33,7 @@ from eval.scoring import (
 from eval.task import Outcome, Run, Task
 from eval.tasks.detect import by_slice
 from x2dfd.adapter import EMBEDDED, expert_hashes, read_adapter_card
-from x2dfd.calibration import MLLM, Calibration, logit, logits_of
+from x2dfd.calibration import MLLM, Calibration, logit, logits_of, sigmoid
 from x2dfd.degrade import CODEC
 from x2dfd.detector import Detector, through_codec, versions
 from x2dfd.errors import InputError, SetupError
@@ -223,7 +223,7 @@ def judge(
     if panel.whole:
         for at in range(0, len(originals), batch_size):
             logits, _ = panel.whole.judge_faces(originals[at : at + batch_size])
-            for index, value in enumerate((1 / (1 + np.exp(-logits))).tolist(), start=at):
+            for index, value in enumerate(sigmoid(logits).tolist(), start=at):
                 scores[index][MLLM] = value
     for expert in panel.experts:
         for at in range(0, len(faces), batch_size):

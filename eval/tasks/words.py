@@ -23,6 +23,7 @@ from eval.stats import Measured
 from eval.task import DECIDING, NO_ORIGIN, Outcome, Run, Task
 from eval.tasks.detect import majority_rows
 from x2dfd import prompts
+from x2dfd.calibration import sigmoid
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.explain import said_label
 from x2dfd.manifest import Sample
@@ -168,7 +169,7 @@ def _fill_rows(
             _fill_rows(detector, [pair], [face], question, read)
         return
     for (row, sample), logit, items, text, answer in zip(pending, logits, evidence, texts, replies, strict=True):
-        row.p_fake, row.question, row.answer = float(1 / (1 + np.exp(-logit))), text, answer
+        row.p_fake, row.question, row.answer = float(sigmoid(logit)), text, answer
         row.said, row.experts = read(answer, sample), {e.expert: e.score for e in items}
         row.notes = {e.expert: e.note for e in items if e.note}
 

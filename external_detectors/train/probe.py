@@ -27,7 +27,7 @@ from external_detectors.weights_io import save_weights
 from x2dfd.crops import load_crops
 from x2dfd.faces import PREPROCESSING
 from x2dfd.fetch import require
-from x2dfd.files import alone, file_sha256
+from x2dfd.files import file_sha256, locked_folder
 from x2dfd.manifest import manifest_sha256
 from x2dfd.options import names
 from x2dfd.progress import progress
@@ -82,14 +82,14 @@ def probe(
     places = [(k, i) for k, crops in enumerate(sets) for i in range(len(crops.samples))]
     places = [(k, i) for k, i in places if pictures.at(k, i).split in ("", "train", "val")]
     all_views = [(k, i, v) for v in range(views) for k, i in places if not (v and pictures.at(k, i).split == "val")]
-    with alone(features, wait=True):
+    with locked_folder(features, wait=True):
         seen = _features(pictures, all_views, features, seed)
     row_of = {view: row for row, view in enumerate(all_views)}
     rows = np.array([row_of[k, i, v] for v in range(views) for k, i in pictures.rows], np.intp)
     odds = np.tile(pictures.odds, views)
     samples = [pictures.at(k, i) for k, i in pictures.rows]
-    val_rows = [row_of[k, i, 0] for k, i in pictures.judged]
-    val_samples = [pictures.at(k, i) for k, i in pictures.judged]
+    val_rows = [row_of[k, i, 0] for k, i in pictures.validation_rows]
+    val_samples = [pictures.at(k, i) for k, i in pictures.validation_rows]
     settings = {"data": [manifest_sha256(path) for path in data], "views": views, "ridge": ridge, "seed": seed}
     for expert, n_features, covers, blind_spot in EXPERTS:
         all_kinds = "EFS" in covers

@@ -51,12 +51,13 @@ from x2dfd.crops import CropSet, load_crops
 from x2dfd.degrade import CODEC, codec, video_codec
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.faces import PREPROCESSING
-from x2dfd.files import Json, alone, file_sha256, json_object, whole
+from x2dfd.files import Json, atomic_write, file_sha256, json_object, locked_folder
 from x2dfd.manifest import Sample, manifest_sha256
 from x2dfd.options import names
 from x2dfd.tower import HEAD_LAYERS, LORA_B, clip_pixels, load_tower, quick_in_16_bits
 from x2dfd.types import Card
 
+LORA_SCALE = 2  # of LoRA: alpha by rank
 LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 FAKE_SHARE, BLENDED_SHARE = 0.34, 0.27  # of fakes among the sampled pictures, and of photos blended with themselves:
 # together they make half of the views fake
@@ -91,7 +92,7 @@ class Net(nn.Module):
 
         super().__init__()
         torch.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(LINEARS))
+        config = LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=list(LINEARS))
         self.tower: Any = get_peft_model(load_tower.__wrapped__(max(HEAD_LAYERS)), config)
         self.heads = TowerHeads()
 
@@ -108,16 +109,16 @@ class Net(nn.Module):
         return {n: p for n, p in self.named_parameters() if p.requires_grad}
 
 
-def weights_of(state: dict[str, Tensor], scale: float = 2.0) -> dict[str, Tensor]:
+def weights_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Trained parameters under the weight file's names, as in `tower.…lora_A.weight`. B includes LoRA's scale."""
     weights = {}
     for name, value in state.items():
         short = name.replace("tower.base_model.model.", "tower.").replace(".default.", ".").removeprefix("heads.")
-        weights[short] = value * scale if short.endswith(LORA_B) else value
+        weights[short] = value * LORA_SCALE if short.endswith(LORA_B) else value
     return weights
 
 
-def start_from(net: Net, weights: dict[str, Tensor], scale: float = 2.0) -> None:
+def start_from(net: Net, weights: dict[str, Tensor]) -> None:
     """Give the net the values of a weight file; heads that the file lacks keep their random start. Raises X2DFDError
     for a weight that the net does not have in that shape."""
     parameters: dict[str, Tensor] = dict(net.own()) | {f"heads.{ALLOWED}": net.heads.allowed}
@@ -128,7 +129,7 @@ def start_from(net: Net, weights: dict[str, Tensor], scale: float = 2.0) -> None
                 raise X2DFDError(
                     f"--start: this tower has no {short} of shape {tuple(value.shape)}", code="start_does_not_fit"
                 )
-            by_short[short].copy_(value / scale if short.endswith(LORA_B) else value)
+            by_short[short].copy_(value / LORA_SCALE if short.endswith(LORA_B) else value)
 
 
 Item = tuple[NDArray[np.uint8], np.float32, int, NDArray[np.float32], NDArray[np.int8], NDArray[np.uint8], np.float32]
@@ -155,7 +156,7 @@ class Pictures(IterableDataset[Item]):
         val_rows = [(k, i) for k, i in all_rows if self.at(k, i).split == "val"]
         val_held_out = [(k, i) for k, i in val_rows if _own_origins(self.at(k, i)) & set(leave_out)]
         val_others = [(k, i) for k, i in val_rows if (k, i) not in held_out]
-        self.judged = _subset(val_held_out, 240) + _subset(val_others, 240)
+        self.validation_rows = _subset(val_held_out, 240) + _subset(val_others, 240)
         self.odds = _sampling_odds([self.at(k, i) for k, i in self.rows])
 
     def at(self, k: int, i: int) -> Sample:
@@ -303,8 +304,8 @@ def tower(
         start_from(net, {k: v.float() for k, v in load_file(start).items()})
     # Only pairs of area and artifact that enough pictures show are ever named.
     net.heads.allowed.copy_(torch.from_numpy((truth > 0).sum(0) >= ENOUGH))
-    log(f"{len(pictures.rows)} training pictures, {len(pictures.judged)} to choose the checkpoint by")
-    with alone(state):
+    log(f"{len(pictures.rows)} training pictures, {len(pictures.validation_rows)} to choose the checkpoint by")
+    with locked_folder(state):
         weights, figures = _train(net, pictures, settings, state, workers, checks)
     samples = [pictures.at(k, i) for k, i in pictures.rows]
     card = Card(
@@ -402,11 +403,11 @@ def _keep_best(
     best: Json,
     state: Path,
 ) -> Json:
-    """Score the average on `pictures.judged`, save it as `average-STEP.safetensors`, and return the best so far."""
+    """Score the average on the validation rows, save it as `average-STEP.safetensors`, and return the best so far."""
     current = {n: p.detach().clone() for n, p in trained.items()}
     _set_values(trained, average)
     net.eval()
-    samples = [pictures.at(k, i) for k, i in pictures.judged]
+    samples = [pictures.at(k, i) for k, i in pictures.validation_rows]
     scores = score(net, pictures)
     figures = {"auc": by_method(samples, scores), "above_nought": _false_alarm_rates(samples, scores)}
     value = worst(samples, scores)
@@ -422,8 +423,8 @@ def _keep_best(
 
 
 def score(net: Net, pictures: Pictures) -> NDArray[np.float64]:
-    """Verdict logits of `pictures.judged`, without augmentation: [n]."""
-    return head_logits(net, pictures, pictures.judged).fake.double().numpy()
+    """Verdict logits of `pictures.validation_rows`, without augmentation: [n]."""
+    return head_logits(net, pictures, pictures.validation_rows).fake.double().numpy()
 
 
 def head_logits(net: Net, pictures: Pictures, rows: Sequence[tuple[int, int]]) -> HeadLogits:
@@ -481,7 +482,7 @@ def _save(
     for number, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{k}": v for k, v in values.items()}
     metadata = {"run": json.dumps(asdict(settings)), "spent": str(elapsed), "step": str(step), "best": json.dumps(best)}
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
 
 

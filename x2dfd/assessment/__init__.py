@@ -42,7 +42,7 @@ from x2dfd.assessment.rank import (
 from x2dfd.assessment.report import Assessment, chart, read_assessment, strong_cues, table
 from x2dfd.errors import X2DFDError
 from x2dfd.experts import cards
-from x2dfd.files import Json, alone, write_text
+from x2dfd.files import Json, locked_folder, write_text
 from x2dfd.manifest import manifest_sha256
 from x2dfd.model_spec import LoadOptions, ModelSpec
 
@@ -81,7 +81,7 @@ def assess(
     if all(q.origin == "random" for q in questions):
         raise X2DFDError("no cue questions to ask", code="no_questions")
     pictures = chosen_pictures(data, split, limit, seed)
-    with alone(out):
+    with locked_folder(out):
         rows = ask_all(model, data, pictures, texts, out, progress)
     p_yes, answers = np.array([r["p_yes"] for r in rows]), np.array([r["said"] for r in rows])  # [n, q]
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from x2dfd.errors import X2DFDError
-from x2dfd.files import Json, checked, parse_json, whole
+from x2dfd.files import Json, atomic_write, checked, parse_json
 from x2dfd.progress import progress
 from x2dfd.row_parts import RowParts
 from x2dfd.types import Cue
@@ -123,7 +123,7 @@ def _saved_rows(out: Path, parts: RowParts, key: dict[str, str]) -> dict[str, _R
 
 def _ask(model: Answerer, crop: NDArray[np.uint8], texts: Sequence[str]) -> tuple[list[float], list[str]]:
     reply = model.yes_no(np.ascontiguousarray(crop), texts)
-    p_yes, answers = np.asarray(reply.p_yes, np.float64), list(reply.said)
+    p_yes, answers = np.asarray(reply.p_yes, np.float64), list(reply.answers)
     if p_yes.shape != (len(texts),) or len(answers) != len(texts):
         raise X2DFDError(
             f"{model.name} gave {p_yes.shape} probabilities and {len(answers)} answers to {len(texts)} questions",
@@ -169,7 +169,7 @@ def ask_all(
             new_rows = []
     # Saved answers about other pictures stay: a smaller --limit must not throw hours of work away.
     rows = [rows_by_id[s.id] for s in data.samples if s.id in rows_by_id]
-    with whole(out / "answers.parquet") as file:
+    with atomic_write(out / "answers.parquet") as file:
         pq.write_table(pa.Table.from_pylist(rows, _SCHEMA.with_metadata(key)), file, use_dictionary=["said"])
     parts.clear()
     return [rows_by_id[data.samples[i].id] for i in pictures]
