@@ -17,6 +17,7 @@ from x2dfd.answer import (
     WORDS,
     band,
     counted,
+    decoding,
     in_words,
     meaning,
     number,
@@ -101,7 +102,7 @@ def card(result: Report | Failure) -> str:
         return draw("problem", result)
     kind = status(result.verdict)
     sentence = meaning(result)
-    return draw("card", result, kind, sentence, remarks(result))
+    return draw("card", result, kind, sentence, remarks(result), decoding(result))
 
 
 def face_panel(case: Case, index: int | None) -> str:

@@ -627,6 +627,13 @@ def test_what_the_file_states_leads_the_card_and_is_apart(report: Report, tmp_pa
     assert "a composite (XMP, byte 9)" in panel and "alert(2)" in panel and CAVEAT in panel
 
 
+def test_the_card_says_what_decoding_changed(report: Report) -> None:
+    """Bug prevented: the page judges other pixels than the file's, and only terminal and report say so."""
+    changed = replace(report, media={**report.media, "notes": ["interlaced frames deinterlaced"]})
+    assert "Decoding: interlaced frames deinterlaced." in Page(pieces.card(changed)).text
+    assert "Decoding" not in Page(pieces.card(report)).text
+
+
 def test_only_uploads_are_judged_and_served(visitor: Visitor, detector: FakeDetector, tmp_path: Path) -> None:
     """A crafted request must not make the server read its own files, nor (as Gradio does) fetch addresses."""
     own = str(_written(tmp_path, ONE))

@@ -245,6 +245,7 @@ PARTLY = SAVED["kinds"]["part"]
         json.dumps({**SAVED, "low": 0.9}), json.dumps({**SAVED, "high": "1"}), json.dumps({**SAVED, "high": 9}),
         json.dumps({**SAVED, "low": -5}), json.dumps({**SAVED, "mllm_threshold": 2}),
         json.dumps({**SAVED, "fitted_on": []}), json.dumps({**SAVED, "fitted_on": {"experts": ["clip"]}}),
+        json.dumps({**SAVED, "fitted_on": {"misses_allowed": {"whole": "few", "part": 0.1}}}),
         json.dumps(SAVED).replace('"low"', '"high": 0.5, "low"'),
         json.dumps({"weights": {MLLM: 1.0}, "means": {MLLM: 0.0}, "bias": 0.0, "low": 0.3, "high": 0.6}),
     ],

@@ -377,7 +377,7 @@ def test_a_percentage_is_calibrated_or_the_papers_own(
         x2dfd.load(f"hub:{base}+{adapter}")
     with raises("calibration_missing", "mode='paper'"):
         x2dfd.load(f"hub:{base}", experts=[], mode="calibrated")
-    with raises("calibration_missing", "ignore_calibration"):
+    with raises("option_invalid", "ignore_calibration"):
         x2dfd.load(f"hub:{base}+{adapter}", ignore_calibration=True)
     with raises("unknown_name", "did you mean 'paper'"):
         x2dfd.load(f"hub:{base}", experts=[], mode="papers")  # type: ignore[arg-type]

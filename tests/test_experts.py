@@ -189,9 +189,10 @@ def test_numbers_beside_the_score_are_plain_probabilities(faces: list[Face]) -> 
         "expert": "odd", "score": 0.5, "note": None, "cues": [{"area": "eyes", "artifact": "blur", "score": 0.5}],
         "map": [[0.5, 0.5], [0.5, 0.5]], "kinds": {}, "no_photo": 0.5,
     }  # fmt: skip
-    for wrong in (replace(given, no_photo=7.0), replace(given, map=((2.0,),)), replace(given, no_photo=math.nan)):
+    noted = replace(given, note="dark")
+    for wrong in (replace(noted, no_photo=7.0), replace(noted, map=((2.0,),)), replace(noted, no_photo=math.nan)):
         [heard] = ask(_Plugin(lambda n, e=wrong: [e] * n), faces[:1])  # type: ignore[misc]
-        assert heard.score == 0.5 and "dropped" in (heard.note or "")
+        assert heard.score == 0.5 and (heard.note or "").startswith("dark; its ") and "dropped" in (heard.note or "")
         assert heard.no_photo in (None, 0.5) and heard.map in ((), kept.map)
 
 

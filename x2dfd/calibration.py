@@ -28,7 +28,7 @@ faint for anybody to see: with 0.10 for them, too, 45 % of the calibration pictu
 SMALL = 50  # pictures that a source needs for its own threshold; a tenth of fewer is two or three
 _CLIP = 6.0  # larger logits are saturated and say nothing more about certainty
 _MAX_LOGIT = 700.0  # exp overflows above
-RATES = ("rate", "answered", "fakes_found", "false_alarms_allowed")  # in `fitted_on`, at any depth
+RATES = ("rate", "answered", "fakes_found", "false_alarms_allowed", *KINDS)  # in `fitted_on`, at any depth
 
 Floats = NDArray[np.float64]
 Logits = Mapping[str, Mapping[str, float | None]]

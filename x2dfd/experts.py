@@ -236,19 +236,21 @@ def _checked(name: str, answers: list[Evidence], n: int) -> list[Evidence]:
         if score is not None and not 0 <= score <= 1:
             evidence.append(Evidence(name, None, f"the expert's score {score} is no probability"))
             continue
+        if not isinstance(e.note, str | None):
+            raise TypeError(f"its note is {type(e.note).__name__} instead of text")
+        notes = [e.note] if e.note else []
         kinds = {k: float(v) for k, v in e.kinds.items() if score is not None}
         if not all(k in KINDS and 0 <= v <= 1 for k, v in kinds.items()):
-            kinds, e = {}, replace(e, note="its numbers for the kinds of fake are no probabilities and were dropped")
+            kinds, notes = {}, [*notes, "its numbers for the kinds of fake are no probabilities and were dropped"]
         cues = tuple(replace(c, score=None if c.score is None else float(c.score)) for c in e.cues)
         cells = tuple(tuple(float(v) for v in row) for row in e.map)
         no_photo = None if e.no_photo is None else float(e.no_photo)
         if not all(0 <= v <= 1 for v in (*(c.score or 0.0 for c in cues), *(v for row in cells for v in row))):
-            cues, cells, e = (), (), replace(e, note="its cues and map held no probabilities and were dropped")
+            cues, cells, notes = (), (), [*notes, "its cues and map held no probabilities and were dropped"]
         if no_photo is not None and not 0 <= no_photo <= 1:
-            no_photo, e = None, replace(e, note=f"its P(no photograph) {no_photo} is no probability and was dropped")
-        if not isinstance(e.note, str | None):
-            raise TypeError(f"its note is {type(e.note).__name__} instead of text")
-        evidence.append(Evidence(name, score, e.note, cues, cells, kinds, no_photo))
+            notes.append(f"its P(no photograph) {no_photo} is no probability and was dropped")
+            no_photo = None
+        evidence.append(Evidence(name, score, "; ".join(notes) or None, cues, cells, kinds, no_photo))
     return evidence
 
 

@@ -94,7 +94,7 @@ def load(
             code="calibration_missing",
         )
     if ignore_calibration and mode != "paper":
-        raise SetupError("ignore_calibration goes with mode='paper'", code="calibration_missing")
+        raise SetupError("ignore_calibration goes with mode='paper'", code="option_invalid")
     calibration = None
     if folder and not ignore_calibration and (mode == "calibrated" or (folder / "calibration.json").is_file()):
         calibration = Calibration.load(folder)
