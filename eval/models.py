@@ -174,9 +174,9 @@ def experts_alone(name: str | None) -> Detector:
     """
     from x2dfd.adapter import expert_hashes, read_adapter_card
     from x2dfd.calibration import MLLM, Calibration, Logistic
-    from x2dfd.degrade import CODEC
     from x2dfd.detector import Detector
     from x2dfd.experts import load_expert
+    from x2dfd.loading import crops_through
 
     if name is None:
         card, calibration = read_adapter_card(EMBEDDED), Calibration.load(EMBEDDED)
@@ -200,7 +200,7 @@ def experts_alone(name: str | None) -> Detector:
     info = ModelInfo(
         title,
         {"name": "none", "sha256": ""},
-        crops_through=f"{CODEC[0]} {CODEC[1]}",
+        crops_through=crops_through([e.card.name for e in experts]),
         experts={e.card.name: f"{e.card.version} {e.card.sha256}" for e in experts},
     )
     return Detector(NoMLLM(0.0), experts, calibration, info, "calibrated")

@@ -1,8 +1,8 @@
 """Expert `tower`: the forensic tower's own score, its cues and its map.
 
 Blind spot: reenactment that moves little but the mouth, generators that leave no trace at 224 pixels. The network is
-the base's CLIP ViT-B/16 with additions that this project trained end to end (external_detectors.train.tower). It looks
-closer at a face than its crop does, and the embedded model shares its forward pass.
+the base's CLIP ViT-B/16 with additions that this project trained end to end (external_detectors.train.tower). It sees
+less around the face than the crop holds, and the embedded model shares its forward pass.
 """
 
 from __future__ import annotations
@@ -103,6 +103,10 @@ class Tower(CropExpert):
 
 
 def _on_crop(maps: Tensor) -> Tensor:
-    """Maps of what the tower sees, [n, GRID, GRID], as maps of the whole crop: [n, 14, 14]; 0 outside of its view."""
+    """Maps of what the tower sees, [n, GRID, GRID], as maps of the whole crop: [n, 14, 14].
+
+    A cell at the border, of which the tower sees a part, has the mean of that part.
+    """
     view = F.interpolate(maps[:, None], size=CROP_SIZE - 2 * CLOSER, mode="bilinear")
-    return F.avg_pool2d(F.pad(view, (CLOSER,) * 4), CROP_SIZE // _CELLS)[:, 0]
+    total, seen = (F.avg_pool2d(F.pad(v, (CLOSER,) * 4), CROP_SIZE // _CELLS) for v in (view, torch.ones_like(view)))
+    return (total / seen)[:, 0]

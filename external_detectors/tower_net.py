@@ -23,10 +23,10 @@ from x2dfd.tower import WIDTH
 from x2dfd.types import AREAS, ARTIFACTS
 
 POOLED = tuple(a for a in AREAS if a != "accessories")
-"""Areas that the face mesh locates; `whole-image` is the whole crop."""
+"""Areas that the face mesh locates; `whole-image` is all that the tower sees."""
 
 GRID = 28
-"""Side of the area grids and of the map: eight pixels of the crop a cell."""
+"""Side of the area grids and of the map: eight pixels of what the tower sees a cell."""
 
 POINTS_FROM = 0.5
 """Smallest P(fake) at which cues are named, as even the likeliest cues of a face that looks real mean nothing."""
@@ -47,7 +47,7 @@ _PLACE = 32
 
 
 def area_grid(landmarks: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """The share of each cell in each area, 0..255: [areas, GRID, GRID], from landmarks in crop pixels [468, 2]."""
+    """The share of each cell in each area, 0..255: [areas, GRID, GRID], from landmarks [468, 2] in its pixels."""
     double = 2 * GRID
     points = landmarks * (double / CROP_SIZE)
     masks = area_masks(points, POOLED, (double, double))

@@ -429,6 +429,7 @@ def _features(config: FinetuneConfig, model: Any, processor: Processor, data: Cr
     else:
         key: Json = {"base": base_identity(config.base), "manifest": file_sha256(config.sets[0][1])}
         key["crop_size"] = config.crop_size
+        key["additions"] = additions_sha256(read_additions(additions)) if additions else None
         features = cache_tower(model, processor, data, rows, folder, key, config.view_seed)
     model.model.vision_tower = CachedTower(layers, model.config.vision_feature_select_strategy == "default")
     return features

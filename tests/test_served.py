@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import logging
 import math
 import random
@@ -19,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from typer.testing import CliRunner
@@ -35,6 +38,7 @@ from x2dfd.detector import UNCALIBRATED
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.mllm import LocalMLLM
 from x2dfd.served import ServedMLLM, _http_client
+from x2dfd.tower import closer
 from x2dfd.types import Failure, Report
 
 pytest.importorskip("openai")
@@ -143,6 +147,21 @@ def test_an_endpoint_with_other_weights_is_refused(
     with StandIn(steady) as endpoint, raises("weights_missing", "adapter_model"):
         x2dfd.load(f"m@{endpoint.url}+{adapter}")
     assert not endpoint.requests
+
+
+def test_a_model_with_a_forensic_tower_is_sent_closer_views(
+    folders: tuple[Path, Path], known_expert: None, crops: Pixels, tmp_path: Path
+) -> None:
+    """Bug prevented: the server's tower sees other pictures than in training, and its answers shift by a little."""
+    adapter = Path(shutil.copytree(folders[1], tmp_path / "adapter"))
+    wanted = closer(torch.from_numpy(crops).permute(0, 3, 1, 2).float()).permute(0, 2, 3, 1).numpy()
+    with StandIn(steady) as endpoint:
+        for tower, picture in (("frozen", crops.astype(np.float32)), ("forensic", wanted)):
+            tiny.edit_card(adapter, tower=tower, probes=())
+            mllm: Any = x2dfd.load(f"m@{endpoint.url}+{adapter}").mllm
+            urls = [url.split(",")[1] for url in mllm.encode(crops).urls]
+            sent = [np.array(Image.open(io.BytesIO(base64.b64decode(url)))) for url in urls]
+            assert np.abs(np.stack(sent).astype(np.float32) - picture.clip(0, 255)).max() <= 0.5
 
 
 # --- what is asked ---------------------------------------------------------------------------------------------------

@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import skimage.data
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,7 +25,7 @@ from data_gen.build import BuildConfig, build
 from external_detectors import clip_probe, tower_net
 from external_detectors.tower import _on_crop
 from external_detectors.tower_net import GRID, POOLED
-from external_detectors.train import loop, probe, self_blend
+from external_detectors.train import heads, loop, probe, self_blend
 from external_detectors.train import tower as training
 from external_detectors.weights_io import save_weights
 from tests.raising import raises
@@ -242,18 +245,76 @@ def test_the_quick_pass_is_that_of_transformers(small: None, weights: Path, dtyp
     assert not torch.allclose(found[-1], tower_states(crops, max(LAYERS))[-1], atol=0.1)  # the additions count
 
 
-def test_points_and_maps_follow_the_closer_view(small: None, weights: Path) -> None:
-    """Bug prevented: cues read from another area than they are named after, a map beside the place it marks."""
+def test_points_masks_and_maps_follow_the_closer_view(
+    small: None, weights: Path, photos: Path, face: Face, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: cues that are read from another area than they are named after, heads that learn or say a place
+    beside the change, a mirrored view with the mask of the other side."""
     crop = torch.zeros(1, 224, 224, 3, dtype=torch.uint8)
     crop[0, 60, 150] = 255
     row, column = divmod(int(clip.closer(clip.clip_pixels(crop))[0, 0].argmax()), 224)
     x, y = clip.CLOSER_MATRIX @ [150, 60, 1]
-    assert abs(x - column) <= 1 and abs(y - row) <= 1 and (row, column) != (60, 150)
+    assert abs(x - column) <= 1 and abs(y - row) <= 1 and max(abs(row - 60), abs(column - 150)) >= 5
     marked = torch.zeros(1, GRID, GRID)
     marked[0, int(y) * GRID // 224, int(x) * GRID // 224] = 1
-    placed = _on_crop(marked)[0]
-    assert divmod(int(placed.argmax()), 14) == (60 * 14 // 224, 150 * 14 // 224)
-    assert float(placed[0].max()) == 0 or float(placed.max()) > 0.1  # nothing at the border, which is not seen
+    assert divmod(int(_on_crop(marked)[0].argmax()), 14) == (60 * 14 // 224, 150 * 14 // 224)
+    assert torch.allclose(_on_crop(torch.ones(1, GRID, GRID)), torch.ones(1, 14, 14), atol=1e-5)
+
+    wanted = clip.CLOSER_MATRIX @ np.concatenate([face.crop_landmarks.T, np.ones((1, 468))])
+    asked: list[NDArray[np.float32]] = []
+    real_grid = tower_net.area_grid
+
+    def grid(points: NDArray[np.float32]) -> NDArray[np.uint8]:
+        asked.append(points)
+        return real_grid(points)
+
+    for module in ("external_detectors.tower", "external_detectors.train.heads"):
+        monkeypatch.setattr(f"{module}.area_grid", grid)
+    load_expert("tower", weights).judge([face])
+    assert asked[0] == pytest.approx(wanted.T, abs=0.01)
+    data, rows = load_crops(photos), np.array([3, 4, 8, 9])  # the forged ones
+    heads._targets(data, rows, 1)
+    masks = heads._masks(data, rows, 1).numpy()
+    assert len(asked) == 1 + len(rows)
+    mirrored = [clip.degraded_view(data.crops[i], 1, int(i))[1] for i in rows]
+    assert len(set(mirrored)) == 2 and data.masks is not None
+    for i, turned, points, mask in zip(rows, mirrored, asked[1:], masks, strict=True):
+        own = clip.view_face(data, int(i), 1).crop_landmarks
+        assert points == pytest.approx((clip.CLOSER_MATRIX @ np.concatenate([own.T, np.ones((1, 468))])).T, abs=0.01)
+        large = cv2.resize(np.asarray(data.masks[i]), (224, 224), interpolation=cv2.INTER_LINEAR)
+        seen = cv2.warpAffine(large[:, ::-1] if turned else large, clip.CLOSER_MATRIX, (224, 224))
+        by_hand = cv2.resize(seen, (GRID, GRID), interpolation=cv2.INTER_AREA) > 127
+        assert (mask != by_hand).mean() < 0.02 and 0.05 < mask.mean() < 0.9
+
+
+def test_a_tower_looks_closer_once(small: None, weights: Path) -> None:
+    """Bug prevented: a view of a view, a forensic tower that sees the crop, a model that cannot be copied or saved."""
+    pixels = torch.rand(1, 3, 224, 224)
+    model = clip.load_tower.__wrapped__(max(LAYERS))
+    with torch.inference_mode():
+        wanted = model(clip.closer(pixels)).last_hidden_state
+        assert not torch.allclose(model(pixels).last_hidden_state, wanted, atol=1e-3)
+        for _ in range(2):
+            clip.look_closer(model)
+            for given in (model(pixels), model(pixel_values=pixels), pickle.loads(pickle.dumps(model))(pixels)):
+                assert torch.equal(given.last_hidden_state, wanted)
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "amd", "quick"),
+    [
+        (True, True, False, True), (False, True, False, False), (False, True, True, True), (False, False, True, False),
+        (False, False, False, False),
+    ],
+)  # fmt: skip
+def test_16_bits_are_taken_where_they_are_quick(
+    amx: bool, avx512: bool, amd: bool, quick: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: bf16 on Intel's processors without AMX, where it takes 1.7 times as long."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(clip, "_is_amd", lambda: amd)
+    assert clip.quick_in_16_bits("cpu") is quick and clip.quick_in_16_bits("cuda")
 
 
 # --- the expert ------------------------------------------------------------------------------------------------------

@@ -49,7 +49,8 @@ class Shared:
     tower_states: tuple[Tensor, ...] | None = None
     """Hidden states of a CLIP tower of the base's shape, embeddings first: each [n, 1 + patches, 768], fp32."""
     tower: str = ""
-    """SHA-256 of the additions that the tower carries; "" for the base's own tower."""
+    """SHA-256 of the additions that the tower carries; it then saw `closer` views (x2dfd.tower), whose points follow
+    from `CLOSER_MATRIX`. "" for the base's own tower, which saw the crops."""
 
 
 @runtime_checkable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -42,7 +42,7 @@ from x2dfd.experts import DEFAULT, Expert, load_expert
 from x2dfd.fetch import BASE_NAME
 from x2dfd.mllm import LanguageModel, LocalMLLM
 from x2dfd.model_spec import Bits, Dtype, Mode, ModelSpec
-from x2dfd.tower import quick_in_16_bits
+from x2dfd.tower import CLOSER, quick_in_16_bits
 from x2dfd.tower_first import tower_decides, tower_first
 from x2dfd.types import ModelInfo
 from x2dfd.validation import Validation
@@ -67,10 +67,9 @@ def load(
     language model's own P(fake). `experts` are some of those that the adapter was trained or calibrated with;
     mode="paper" takes any, and `other_experts` allows other weights. `device` (cpu, cuda, cuda:1 ...) and `dtype`
     (fp32, bf16, fp16) hold for a local language model (see `checkpoints.choose_device`). Experts stay on the CPU; a
-    pass of their own takes bf16 where that is quick, whatever `dtype` says. The embedded model on a CPU takes bf16 by
-    default if the CPU has units for it and the MLLM only writes. `device_map` is as in transformers
-    ("auto"), `bits` 4 or 8 (bitsandbytes). `ignore_calibration` with mode="paper" is for fitting another calibration.
-    Raises SetupError with the remedy.
+    pass of their own takes bf16 where that is quick, whatever `dtype` says. So does the embedded model on a CPU by
+    default if the MLLM only writes. `device_map` is as in transformers ("auto"), `bits` 4 or 8 (bitsandbytes).
+    `ignore_calibration` with mode="paper" is for fitting another one. Raises SetupError with the remedy.
     """
     spec = ModelSpec.parse(model)
     if threads is not None:
@@ -122,6 +121,7 @@ def load(
     chosen_experts = _experts(folder, card, calibration, mode, experts, other_experts)
     info = replace(
         info,
+        crops_through=crops_through(chosen_experts, card),
         experts={n: f"{e.card.version} {e.card.sha256}" for n, e in chosen_experts.items()},
         in_prompt=[n for n in chosen_experts if not card or n in card.experts],
         aliases=(card.aliases or None) if card else None,
@@ -199,9 +199,8 @@ def _served(spec: ModelSpec, folder: Path | None, card: AdapterCard | None) -> t
 
 
 def _info(card: AdapterCard | None, base: dict[str, str], prompt_sha256: str) -> ModelInfo:
-    codec = f"{CODEC[0]} {CODEC[1]}"
     if card is None:
-        return ModelInfo(base["name"], base, prompt_sha256=prompt_sha256, crops_through=codec)
+        return ModelInfo(base["name"], base, prompt_sha256=prompt_sha256)
     text = card.text_layers
     return ModelInfo(
         name=_name(card, base),
@@ -210,7 +209,6 @@ def _info(card: AdapterCard | None, base: dict[str, str], prompt_sha256: str) ->
         # As JSON reads it back: a report has to equal itself after a round trip.
         layers={"tower": card.tower_layers, "text": text if isinstance(text, int) else list(text)},
         prompt_sha256=prompt_sha256,
-        crops_through=codec,
         crop_size=card.crop_size,
         temperature=card.temperature,
         score_form=card.score_form,
@@ -218,6 +216,12 @@ def _info(card: AdapterCard | None, base: dict[str, str], prompt_sha256: str) ->
         blind_spot=card.blind_spot,
         licence=card.licence,
     )
+
+
+def crops_through(experts: Collection[str], card: AdapterCard | None = None) -> str:
+    """`ModelInfo.crops_through` of experts, by name, beside an adapter: the codec, and what a forensic tower sees."""
+    closer = "tower" in experts or (card is not None and card.tower == FORENSIC)
+    return f"{CODEC[0]} {CODEC[1]}" + (f"; the tower leaves out {CLOSER} pixels a side" if closer else "")
 
 
 def _experts(

@@ -131,9 +131,9 @@ class ServedMLLM:
         timeout: float = 60.0,
         requests_per_minute: float | None = None,
     ) -> None:
-        """`continues`: None asks the endpoint. `closer`: the model has a forensic tower. `timeout`: seconds for one
-        try, reading its reply included. `retries`: with growing pauses. `requests_per_minute`: a limit on tries, spread
-        evenly; None: no limit.
+        """`continues`: None asks the endpoint. `closer`: send `closer` views, for a forensic tower. `timeout`: seconds
+        for one try, reading its reply included. `retries`: with growing pauses. `requests_per_minute`: a limit on
+        tries, spread evenly; None: no limit.
         """
         if requests_per_minute is not None and requests_per_minute <= 0:
             raise SetupError(f"requests per minute: a number above 0, not {requests_per_minute}", code="option_invalid")
@@ -202,7 +202,7 @@ class ServedMLLM:
 
             from x2dfd.tower import closer
 
-            views = closer(torch.from_numpy(crops).permute(0, 3, 1, 2).float())
+            views = closer(torch.from_numpy(np.array(crops)).permute(0, 3, 1, 2).float())
             crops = views.clamp(0, 255).round().byte().permute(0, 2, 3, 1).numpy()
         urls = []
         for crop in crops:

@@ -26,7 +26,11 @@ from x2dfd.progress import progress
 from x2dfd.tower_pass import TowerPass
 from x2dfd.types import Face
 
-VIEWS = {"degrade": DEGRADE_VERSION, "codec": list(CODEC)}
+CLOSER = 12
+"""Pixels of a crop's 224 that the forensic tower leaves out on each side: it does better without them, most of all on
+sources that it never met (LOG.md)."""
+
+VIEWS = {"degrade": DEGRADE_VERSION, "codec": list(CODEC), "closer": CLOSER}
 """The settings of augmented views. Caches and instruction sets that were made with others are refused."""
 
 WIDTH = 768
@@ -39,20 +43,18 @@ reads all but the first of them."""
 _MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 _STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 
-
-CLOSER = 12
-"""Pixels of a crop's 224 that the forensic tower leaves out on each side. Chosen by held-out sources: LOG.md."""
-
 _SIDE = 224
 _ZOOM = _SIDE / (_SIDE - 2 * CLOSER)
 CLOSER_MATRIX = np.array([[_ZOOM, 0, _ZOOM * (0.5 - CLOSER) - 0.5], [0, _ZOOM, _ZOOM * (0.5 - CLOSER) - 0.5]])
-"""From a crop's pixels to those of `closer`, for cv2."""
+"""From the pixels of a crop to those of its closer view, for cv2."""
 
 
 def closer(pixels: Tensor) -> Tensor:
-    """A forensic tower's view of crops [n, 3, 224, 224]: less of what surrounds the face, at the same size."""
-    inner = pixels[..., CLOSER:-CLOSER, CLOSER:-CLOSER]
-    return F.interpolate(inner.float(), size=pixels.shape[-2:], mode="bicubic").to(pixels.dtype)
+    """The closer view of crops [n, 3, side, side], which the forensic tower sees: less around the face, same size."""
+    margin = CLOSER * pixels.shape[-1] // _SIDE
+    seen = slice(margin, pixels.shape[-1] - margin)
+    view = F.interpolate(pixels[..., seen, seen].float(), size=pixels.shape[-2:], mode="bicubic")
+    return view.to(pixels.dtype)
 
 
 def clip_pixels(crops: Tensor) -> Tensor:
@@ -72,22 +74,24 @@ def layer_of(name: str) -> int:
 
 
 def add_to_tower(tower: torch.nn.Module, additions: Mapping[str, Tensor]) -> None:
-    """Make a CLIP vision model a forensic tower: as `add_to_parameters`, and it looks closer from now on."""
+    """Make a CLIP vision model the forensic tower: `add_to_parameters` and `look_closer`."""
     add_to_parameters(dict(tower.named_parameters()), len(tower.encoder.layers), additions)  # type: ignore[arg-type, union-attr]
     look_closer(tower)
 
 
 def look_closer(tower: torch.nn.Module) -> None:
-    """Let a CLIP vision model see `closer` pixels. Its weights stay."""
+    """Let a CLIP vision model see the `closer` view of every picture, once, however often this is called."""
+    if not any(hook is _closer_first for hook in tower._forward_pre_hooks.values()):
+        tower.register_forward_pre_hook(_closer_first, with_kwargs=True)
 
-    def hook(
-        _: torch.nn.Module, pixels: tuple[Tensor, ...], named: dict[str, Tensor]
-    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        if pixels:
-            return tuple(closer(p) for p in pixels), named
-        return pixels, named | {"pixel_values": closer(named["pixel_values"])}
 
-    tower.register_forward_pre_hook(hook, with_kwargs=True)
+def _closer_first(
+    _: torch.nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """The arguments of a CLIP vision model, pixels first or by name, with closer pixels."""
+    if given:
+        return (closer(given[0]), *given[1:]), named
+    return given, {k: closer(v) if k == "pixel_values" else v for k, v in named.items()}
 
 
 @torch.no_grad()
@@ -270,7 +274,6 @@ def cached_features(
     base = file_sha256(require("base") / "model.safetensors")
     settings: Json = {"seed": seed, **VIEWS, "base": base}
     settings["additions"] = additions_sha256(read_additions(additions)) if additions else None
-    settings["closer"] = CLOSER if additions else 0
     key = {"samples": digest.hexdigest(), "layers": layers, "keep": list(keep), **settings}
     with locked_folder(folder, wait=True):
         store = CachedArray(folder, "tokens.npy", key)
@@ -287,19 +290,19 @@ def cached_features(
 
 
 def quick_in_16_bits(device: str) -> bool:
-    """Whether matrix products are quicker in bf16 than in fp32: on CUDA, and on a CPU with units for them.
+    """Whether matrix products are quicker in bf16 than in fp32: on CUDA, with AMX, and with AMD's AVX-512 BF16.
 
-    Those are AMX on Intel's, AVX-512 on AMD's. Intel's AVX-512 alone takes 1.7 times as long in bf16 (LOG.md).
+    Intel's AVX-512 BF16 alone takes 1.7 times as long as fp32 (LOG.md).
     """
     if device == "cuda" or torch.cpu._is_amx_tile_supported():
         return True
-    return bool(torch.cpu._is_avx512_bf16_supported()) and not _is_intel()
+    return bool(torch.cpu._is_avx512_bf16_supported()) and _is_amd()
 
 
 @cache
-def _is_intel() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")  # of Linux; on Windows platform.processor() has the vendor
-    return "GenuineIntel" in (cpuinfo.read_text() if cpuinfo.is_file() else platform.processor())
+def _is_amd() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux; on Windows platform.processor() names the vendor
+    return "AuthenticAMD" in (cpuinfo.read_text() if cpuinfo.is_file() else platform.processor())
 
 
 class CachedArray:

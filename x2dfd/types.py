@@ -143,7 +143,7 @@ class ModelInfo:
     adapter_sha256: str | None = None
     layers: dict[str, int | list[int]] | None = None  # used ones of `tower` and `text`
     prompt_sha256: str = ""
-    crops_through: str = ""  # the codec that every crop goes through
+    crops_through: str = ""  # the codec that every crop goes through, and what the tower sees of it
     crop_size: int = 224  # side of the MLLM's crops
     experts: dict[str, str] = field(default_factory=dict)  # name -> version and SHA-256 of the weights
     in_prompt: list[str] = field(default_factory=list)  # experts whose scores are in the prompt

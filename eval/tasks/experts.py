@@ -34,12 +34,12 @@ from eval.task import Outcome, Run, Task
 from eval.tasks.detect import by_slice
 from x2dfd.adapter import EMBEDDED, expert_hashes, read_adapter_card
 from x2dfd.calibration import MLLM, Calibration, logit, logits_of, sigmoid
-from x2dfd.degrade import CODEC
 from x2dfd.detector import Detector, through_codec, versions
 from x2dfd.errors import InputError, SetupError
 from x2dfd.experts import BUILTIN, Expert, ask, load_expert
 from x2dfd.faces import find_faces
 from x2dfd.files import Json, file_sha256
+from x2dfd.loading import crops_through
 from x2dfd.manifest import Sample
 from x2dfd.media import load_picture
 from x2dfd.types import Evidence, Face, Verdict
@@ -163,7 +163,7 @@ class Panel:
         return {
             "experts": {e.card.name: f"{e.card.version} {e.card.sha256}" for e in self.experts},
             "experts_left_out": list(self.left_out),
-            "crops_through": f"{CODEC[0]} {CODEC[1]}",
+            "crops_through": crops_through([e.card.name for e in self.experts]),
             **({MLLM: {k: getattr(self.whole.info, k) for k in OF_MLLM}} if self.whole else {}),
             SHARPNESS: SHARPNESS_IS,
         }

@@ -54,7 +54,7 @@ from x2dfd.faces import PREPROCESSING
 from x2dfd.files import Json, atomic_write, file_sha256, json_object, locked_folder
 from x2dfd.manifest import Sample, manifest_sha256
 from x2dfd.options import names
-from x2dfd.tower import HEAD_LAYERS, LORA_B, clip_pixels, load_tower, quick_in_16_bits
+from x2dfd.tower import CLOSER, CLOSER_MATRIX, HEAD_LAYERS, LORA_B, clip_pixels, closer, load_tower, quick_in_16_bits
 from x2dfd.types import Card
 
 LORA_SCALE = 2  # of LoRA: alpha by rank
@@ -97,7 +97,7 @@ class Net(nn.Module):
         self.heads = TowerHeads()
 
     def forward(self, crops: Tensor, areas: Tensor) -> HeadLogits:
-        states = self.tower(clip_pixels(crops), output_hidden_states=True).hidden_states
+        states = self.tower(closer(clip_pixels(crops)), output_hidden_states=True).hidden_states
         logits: HeadLogits = self.heads(states, areas.float() / 255)
         return logits
 
@@ -133,7 +133,8 @@ def start_from(net: Net, weights: dict[str, Tensor]) -> None:
 
 
 Item = tuple[NDArray[np.uint8], np.float32, int, NDArray[np.float32], NDArray[np.int8], NDArray[np.uint8], np.float32]
-"""A training example: view, label, kind, map, cues (1, 0, or -1: unknown), area grid, photograph or not."""
+"""A training example: crop, label, kind, map, cues (1, 0, or -1: unknown), area grid, photograph or not. Map and areas
+are of the closer view, which the net takes of the crop."""
 
 
 class Pictures(IterableDataset[Item]):
@@ -172,7 +173,7 @@ class Pictures(IterableDataset[Item]):
             yield self.sample(*self.rows[index], rng)
 
     def sample(self, k: int, i: int, rng: np.random.Generator | None) -> Item:
-        """One picture, augmented with the generator's random numbers; without a generator, as a detector sees it."""
+        """One picture, augmented with the generator's random numbers; without a generator, as it is in use."""
         crops, s = self.sets[k], self.at(k, i)
         view, points = np.ascontiguousarray(crops.crops[i]), crops.landmarks[i]
         label, kind = s.label == "fake", s.df_class if s.label == "fake" else "real"
@@ -196,6 +197,7 @@ class Pictures(IterableDataset[Item]):
             if rng.random() < VIDEO_SHARE:
                 view = video_codec(view, int(rng.integers(20, 38)))
             view = codec(view, *CODEC)
+        matrix = CLOSER_MATRIX @ np.concatenate([matrix, [[0.0, 0.0, 1.0]]])
         step = view.shape[0] / GRID  # for the same transform on the map's grid, whose cells lie between the pixels
         centre = np.full(2, (step - 1) / 2)
         grid_matrix = matrix.copy()
@@ -318,7 +320,7 @@ def tower(
         paper="LoRA, arXiv 2106.09685, on CLIP, arXiv 2103.00020; self-blending after Shiohara & Yamasaki, CVPR 2022",
         blind_spot="Generators of a family that it never met, whose faces look like photos to it, and reenactment that "
         "moves little but the mouth; on video frames and on retouched portraits of sources that it does not know it is "
-        "readier to say fake.",
+        f"readier to say fake. It does not see the outer {CLOSER} of a crop's 224 pixels.",
         trained_on=f"{len(samples)} pictures; sources: {', '.join(sorted({s.source for s in samples}))}",
         covers=covered(net.heads.allowed),
         figures={"left_out": list(held_out), "settings": asdict(settings), "checkpoint": CHOICE_NOTE, **figures},
