@@ -59,7 +59,7 @@ def steps(
     return [(round(float(p), 6), *(float(f"{10**v:.4g}") for v in values)) for p, *values in table]  # type: ignore[misc]
 
 
-def validation(run: Path) -> Validation:
+def validation(run: Path, remark: str = "") -> Validation:
     """Reads a folder that `run_bench.py detect` wrote. Raises X2DFDError for any other, or an uncalibrated run."""
     try:
         result = parse_json((run / "result.json").read_bytes())
@@ -78,8 +78,9 @@ def validation(run: Path) -> Validation:
     groups = [{row["group"] for row, value in zip(scored, labels, strict=True) if value == label} for label in (0, 1)]
     if min(map(len, groups)) < MIN_GROUPS:
         raise X2DFDError(f"{run}: fewer than {MIN_GROUPS} groups of real or of fake pictures", code="too_few_groups")
+    alike = f", all re-encoded: {alike}" if (alike := result["settings"].get("equalise")) else ""
     return Validation(
-        run=f"{result['task']['name']}, manifest {data['sha256'][:12]}, split {data['split'] or 'all'}",
+        run=f"{result['task']['name']}, manifest {data['sha256'][:12]}, split {data['split'] or 'all'}{alike}",
         manifest_sha256=data["sha256"],
         model={key: stated[key] for key in ("adapter_sha256", "experts", "band", "prompt_sha256")},
         n_real=data["n_real"],
@@ -95,15 +96,17 @@ def validation(run: Path) -> Validation:
         },
         cllr=round(overall["cllr"], 4),
         steps=tuple(steps(scores, labels, [row["group"] for row in scored])),
+        remark=remark,
     )
 
 
 def main(
     run: Annotated[Path, typer.Option(help="where run_bench.py detect wrote")],
     model: Annotated[Path, typer.Option(help="adapter directory; default: embedded")] = EMBEDDED,
+    remark: Annotated[str, typer.Option(help="a sentence for readers, such as what the model knew of them")] = "",
 ) -> None:
     """Write the figures of a validation run beside the model's weights."""
-    summary = validation(run)
+    summary = validation(run, remark)
     summary.save(model)
     limits = summary.likelihood_ratio(0.0)["limits"]
     print(f"{model / FILE}: {len(summary.steps)} steps, likelihood ratios from {limits[0]} to {limits[1]}")

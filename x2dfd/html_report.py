@@ -519,7 +519,7 @@ def _rates(validation: Json | None) -> Json | None:
         interval = rate.get("interval")
         bounds = f" (95 %: {100 * interval[0]:.1f} % to {100 * interval[1]:.1f} %)" if interval else ""
         rows.append((name, f"{100 * rate['value']:.1f} %{bounds}, of {rate['n']}"))
-    return dict(validation) | {"rows": rows}
+    return {"remark": ""} | validation | {"rows": rows}
 
 
 def _joined(value: object) -> str:

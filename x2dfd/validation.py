@@ -35,6 +35,7 @@ class Validation:
     rates: Json  # false_alarms, misses, answered, auc: value, with n and interval where they have one
     cllr: float  # log-likelihood-ratio cost of p_fake in that run: 0 is perfect, 1 says nothing
     steps: tuple[tuple[float, float, float, float], ...]  # from this p_fake on: likelihood ratio, and its 95 % interval
+    remark: str = ""  # a sentence for readers, such as what the model knew of these pictures
 
     def fits(self, facts: Json) -> bool:
         """Whether the run is of that model: the same weights, experts and band."""
