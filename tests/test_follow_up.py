@@ -102,7 +102,7 @@ def test_disagreement_and_missing_answers_are_said() -> None:
     assert "disagree" not in readable("", undecided, POINTS, frozenset({"other"}))
     undecided = Verdict("inconclusive", 0.6, "in_band")
     assert "only for the likelier side (fake)" in stance(undecided, "A seam runs along the jaw.")
-    assert "for no side" in stance(undecided, readable("", undecided, POINTS, NOBODY))
+    assert "for neither side" in stance(undecided, readable("", undecided, POINTS, NOBODY))
     assert "(argues for the answer: likely fake)" in str(report())
     assert "argues" not in str(report(verdict=Verdict("inconclusive", None, "not_a_photograph")))
 

@@ -333,14 +333,22 @@ def test_the_weight_of_a_score_stands_with_propositions_interval_and_limits() ->
     ratio = {"value": 0.25, "interval": [0.1, 1.5], "limits": [0.04, 50.0], "run": "detect, manifest 9f516b"}
     ratio |= {"propositions": ["H1: forged.", "H2: as taken."]}
     text = page(report(likelihood_ratio=ratio, model={"mode": "calibrated", "validation": VALIDATION})).text
-    assert "Likelihood ratio 1/4 (95 %: 1/10 to 1.5), in favour of the second of two propositions" in text
-    assert "the interval holds 1" in text and "supports no more than 1/25 to 50" in text
+    assert "such a score was 4 times (95 %: 0.667 to 10) as frequent among real pictures as among forged ones" in text
+    assert "the interval holds 1" in text and "gives a 20 % (95 %: 9 % to 60 %) chance of a fake" in text
+    assert "No score in that run had a ratio above 50 towards a forgery, or above 25 towards a photo." in text
     assert "H1: forged. H2: as taken." in text and "detect, manifest 9f516b" in text
     assert "Real pictures called fake 2.0 % (95 %: 0.0 % to 4.5 %), of 147" in text
     none = page(report(likelihood_ratio={"value": None, "reason": "no run is at hand"})).text
     assert "ikelihood ratio" in text and "ikelihood ratio" not in none  # nor its place among the limits
     rated = page(report(model={"mode": "calibrated", "validation": VALIDATION})).text
     assert "Error rates of the model" in rated and "ikelihood ratio" not in rated
+    why = {"value": None, "reason": "the validation run holds pictures, not videos"}
+    clip = page(report(likelihood_ratio=why, model={"mode": "calibrated", "validation": VALIDATION})).text
+    assert "There is no likelihood ratio: the validation run holds pictures, not videos." in clip
+    forged = page(
+        report(likelihood_ratio=ratio | {"value": 8.0, "interval": [2, 20]}, model={"mode": "calibrated"})
+    ).text
+    assert "8 times (95 %: 2 to 20) as frequent among forged pictures as among real ones" in forged
 
 
 def test_file_facts_cards_and_credentials_stand_on_the_page() -> None:

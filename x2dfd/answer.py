@@ -72,8 +72,8 @@ LIMITS = {
     "beforehand. It holds for pictures like those; for other cameras, other kinds of forgery or heavy compression it "
     "can be off in either direction.",
     "The likelihood ratio": "How many times as frequent such a score is among the forged as among the real pictures of "
-    "one named run. It says nothing of how likely a forgery was before the picture was looked at, and it is bounded by "
-    "what a run of that size can support.",
+    "one named run, or the other way round. It rests on the pictures of that run alone, and says nothing of how likely "
+    "a forgery was before the picture was looked at.",
     "No answer": "The models are wrong too often at such scores. It means neither slightly fake nor slightly real.",
     "The explanation": "Unless it is marked as a fixed text, a language model wrote it, knowing the answer and the "
     "experts' scores. The program removed what goes against these, and added signs that an expert is sure of. Look at "
@@ -270,14 +270,14 @@ def number(face: FaceReport, report: Report) -> int:
 
 
 def stance(verdict: Verdict, rationale: str) -> str:
-    """What a rationale argues for: the answer, or, where there is none, only the likelier side or no side at all."""
+    """What a rationale argues for: the answer, or, where there is none, only the likelier side or neither."""
     from x2dfd.explain import read_cues, said_labels
 
     if verdict.label != "inconclusive":
         return f"argues for the answer: {word(verdict).lower()}"
     if read_cues(rationale) or said_labels(rationale):
         return f"argues only for the likelier side ({verdict.side}); no answer was given"
-    return "argues for no side; no answer was given"
+    return "argues for neither side"
 
 
 def origin(verdict: Verdict, rationale: str, calibrated: bool) -> str:

@@ -197,7 +197,7 @@ def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) 
         "provenance": _provenance(report.provenance),
         "file": list(_file(report)),
         "ratio": _ratio(report),
-        "rates": _rates(model.get("validation")),
+        "rates": _rates(report),
         "warnings": report.warnings,
         "technical": list(_technical(report)),
     }
@@ -491,25 +491,26 @@ def _ratio(report: Report) -> Json | None:
     ratio = report.likelihood_ratio
     if ratio.get("value") is None:
         return None
-    value, (low, high), limits = float(ratio["value"]), ratio["interval"], ratio["limits"]
+    value, (low, high), (least, most) = float(ratio["value"]), ratio["interval"], ratio["limits"]
+    sides, bounds = ("forged pictures", "real ones"), (low, high)
+    if value < 1:
+        sides, bounds = ("real pictures", "forged ones"), (1 / high, 1 / low)
+    at_even_odds = [percent(v / (1 + v)) for v in (value, low, high)]
     return {
-        "value": _times(value),
-        "interval": f"{_times(low)} to {_times(high)}",
-        "limits": f"{_times(limits[0])} to {_times(limits[1])}",
-        "towards": "the second" if value < 1 else "the first",
+        "value": f"{max(value, 1 / value):.3g}",
+        "interval": "{:.3g} to {:.3g}".format(*bounds),
+        "sides": sides,
         "open": low <= 1 <= high,
+        "at_even_odds": "{} (95 %: {} to {})".format(*at_even_odds),
+        "most": (f"{most:.3g}", f"{1 / least:.3g}"),
         "propositions": ratio["propositions"],
         "run": ratio["run"],
     }
 
 
-def _times(value: float) -> str:
-    return f"1/{1 / value:.3g}" if value < 1 else f"{value:.3g}"
-
-
-def _rates(validation: Json | None) -> Json | None:
+def _rates(report: Report) -> Json | None:
     """Error rates of the validation run, as rows."""
-    if not validation:
+    if not (validation := report.model.get("validation")):
         return None
     names = {"false_alarms": "Real pictures called fake", "misses": "Forged pictures called real",
              "answered": "Pictures that got an answer"}  # fmt: skip
@@ -519,7 +520,8 @@ def _rates(validation: Json | None) -> Json | None:
         interval = rate.get("interval")
         bounds = f" (95 %: {100 * interval[0]:.1f} % to {100 * interval[1]:.1f} %)" if interval else ""
         rows.append((name, f"{100 * rate['value']:.1f} %{bounds}, of {rate['n']}"))
-    return {"remark": ""} | validation | {"rows": rows}
+    reason = "" if report.likelihood_ratio.get("value") is not None else report.likelihood_ratio.get("reason", "")
+    return {"remark": ""} | validation | {"rows": rows, "no_ratio": reason, "kind": report.media.get("kind")}
 
 
 def _joined(value: object) -> str:
