@@ -521,7 +521,7 @@ def _rates(report: Report) -> Json | None:
         bounds = f" (95 %: {100 * interval[0]:.1f} % to {100 * interval[1]:.1f} %)" if interval else ""
         rows.append((name, f"{100 * rate['value']:.1f} %{bounds}, of {rate['n']}"))
     reason = "" if report.likelihood_ratio.get("value") is not None else report.likelihood_ratio.get("reason", "")
-    return {"remark": ""} | validation | {"rows": rows, "no_ratio": reason, "kind": report.media.get("kind")}
+    return {"remark": ""} | dict(validation) | {"rows": rows, "no_ratio": reason, "kind": report.media.get("kind")}
 
 
 def _joined(value: object) -> str:
