@@ -31,7 +31,7 @@ __all__ = [
     "untouched",
 ]
 
-FORGE_VERSION = 4
+FORGE_VERSION = 5
 """Goes up when the same seed gives another picture or truth about it; runs of other versions are not resumed."""
 
 

@@ -374,20 +374,21 @@ def _through_latents(photo: Photo, strength: float, rng: Rng) -> Array:
     return np.asarray(cv2.resize(redrawn, (width, height), interpolation=cv2.INTER_CUBIC))
 
 
-_DRAWN_BADLY = [("eyes", "missing-detail"), ("mouth", "missing-detail"), ("teeth", "missing-detail")]
+def _drawn_badly(photo: Photo) -> list[tuple[str, str]]:
+    return [(area, "missing-detail") for area in ("eyes", "mouth", *["teeth"] * shows_teeth(photo))]
 
 
 def latent_redraw(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
     """The whole picture from the decoder of a latent-diffusion model, and like its photo in all else."""
     new = _through_latents(photo, strength, rng)
-    return new, np.ones(photo.pixels.shape[:2], np.float32), [("whole-image", "texture"), *_DRAWN_BADLY]
+    return new, np.ones(photo.pixels.shape[:2], np.float32), [("whole-image", "texture"), *_drawn_badly(photo)]
 
 
 def latent_face(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
     """The face alone from such a decoder, blended in, as by inpainting and face editing with diffusion models."""
     new = _through_latents(photo, strength, rng)
     alpha = soft(oval_mask(photo), rng.uniform(0.01, 0.05) * face_size(photo))
-    return blend(photo.pixels, new, alpha), alpha, [("skin", "texture"), *_DRAWN_BADLY]
+    return blend(photo.pixels, new, alpha), alpha, [("skin", "texture"), *_drawn_badly(photo)]
 
 
 METHODS: dict[str, Method] = {

@@ -23,7 +23,7 @@ from external_detectors.weights_io import load_weights
 from x2dfd.adapter import EMBEDDED
 from x2dfd.errors import SetupError, first_line
 from x2dfd.experts import Shared, read_card
-from x2dfd.faces import CROP_SIZE
+from x2dfd.faces import CROP_SIZE, lips_closed
 from x2dfd.fetch import require
 from x2dfd.tower import CLOSER, CLOSER_MATRIX, HEAD_LAYERS, additions_sha256, read_additions, tower_states
 from x2dfd.types import ARTIFACTS, Card, Cue, Evidence, Face
@@ -80,7 +80,9 @@ class Tower(CropExpert):
         likely = (logits.fake.sigmoid() / POINTS_FROM).clamp(max=1)[:, None, None]
         maps = _on_crop(logits.map.sigmoid() * likely).tolist()
         efs_shares = logits.kinds[:, 1:].softmax(1)[:, 0].tolist()  # of a fake: P(EFS)
-        cue_chances = logits.cues.sigmoid().flatten(1)
+        cue_chances = logits.cues.sigmoid()
+        cue_chances[[lips_closed(f.crop_landmarks) for f in faces], POOLED.index("teeth")] = 0  # nobody sees them
+        cue_chances = cue_chances.flatten(1)
         no_photos = logits.photo.neg().sigmoid().tolist()
         out = []
         scores = logits.fake.sigmoid().tolist()

@@ -7,6 +7,7 @@ import itertools
 import json
 import pickle
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -285,6 +286,22 @@ def test_points_masks_and_maps_follow_the_closer_view(
         seen = cv2.warpAffine(large[:, ::-1] if turned else large, clip.CLOSER_MATRIX, (224, 224))
         by_hand = cv2.resize(seen, (GRID, GRID), interpolation=cv2.INTER_AREA) > 127
         assert (mask != by_hand).mean() < 0.02 and 0.05 < mask.mean() < 0.9
+
+
+def test_teeth_are_named_where_they_can_show(small: None, weights: Path, face: Face) -> None:
+    """Bug prevented: "fine detail is missing in the teeth" of a closed mouth."""
+    expert: Any = load_expert("tower", weights)
+    with torch.no_grad():  # teeth blur is the likeliest cue of all faces, and all are fake
+        expert._heads.fake.bias.fill_(20)
+        expert._heads.cls.bias.copy_(torch.tensor([0.0, -20, 20, 0, 0]))
+        expert._heads.name[-1].bias[ARTIFACTS.index("blur")] = 20
+        expert._heads.allowed.zero_()
+        expert._heads.allowed[POOLED.index("teeth"), ARTIFACTS.index("blur")] = 1
+    closed = face.crop_landmarks.copy()
+    closed[13] = closed[14]
+    for points, named in ((face.crop_landmarks, 1), (closed, 0)):
+        [evidence] = expert.judge([replace(face, crop_landmarks=points)])
+        assert [c.area for c in evidence.cues] == ["teeth"] * named
 
 
 def test_a_tower_looks_closer_once(small: None, weights: Path) -> None:

@@ -387,6 +387,12 @@ def area_polygons(landmarks: NDArray[np.float32]) -> dict[str, list[Array]]:
     }
 
 
+def lips_closed(landmarks: NDArray[np.float32]) -> bool:
+    """Whether no teeth can show: the gap between the lips is less than 4 % of the mouth's width."""
+    gap, width = (float(np.linalg.norm(landmarks[a] - landmarks[b])) for a, b in ((13, 14), (78, 308)))
+    return gap < 0.04 * width
+
+
 def area_mask(landmarks: NDArray[np.float32], area: str, shape: Sequence[int]) -> NDArray[np.uint8]:
     """Mask [H, W] of 0/255 for one area. `background` is all but face, hair, ears and neck."""
     return np.asarray(area_masks(landmarks, (area,), shape)[0])
