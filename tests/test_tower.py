@@ -416,6 +416,50 @@ def test_features_are_made_once_and_anew_for_another_tower(
     assert passes == [weights / "tower.safetensors"] * 10
 
 
+def test_kept_features_are_taken_only_whole_and_of_their_own_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bug prevented: the end of a file that was cut off read as noughts and trained on; two trainings with one folder
+    that each throw away what the other computed."""
+
+    def store(name: str = "tokens.npy", key: str = "a", shape: tuple[int, ...] = (4, 2)) -> clip.CachedArray:
+        return clip.CachedArray(tmp_path, name, {"key": key}, shape)
+
+    def fill() -> bytes:
+        kept = store()
+        array = kept.open(3)
+        array[:] = 1
+        kept.save(array, 3)
+        return (tmp_path / "tokens.npy").read_bytes()
+
+    whole, state = fill(), tmp_path / "tokens.progress.json"
+    assert store("features.npy", "b").done == 0 and store().done == 3 and not capsys.readouterr().err
+    for left in (
+        whole[:-1],
+        whole[:100],
+        b"",
+        b"PK",
+        b"x" * len(whole),
+        b"\x93NUMPY\x01\x00v\x00" + b"{'descr': (".ljust(118),
+    ):
+        (tmp_path / "tokens.npy").write_bytes(left)
+        assert store().done == 0 and str(tmp_path) in capsys.readouterr().err
+        assert fill() == whole
+    for done in ("x", 5, -1, True, None, 2.0):
+        state.write_text(json.dumps({"key": {"key": "a"}, "done": done}))
+        assert store().done == 0, done
+        fill()
+    for text in ("[]", "{", ""):
+        state.write_text(text)
+        assert store().done == 0
+        fill()
+    np.save(tmp_path / "tokens.npy", np.ones((4, 2, 3), np.float32))
+    assert store().done == 0
+    for other in (store(shape=(5, 2)), store(key="b")):
+        assert other.done == 0
+        fill()
+
+
 # --- its training ----------------------------------------------------------------------------------------------------
 
 

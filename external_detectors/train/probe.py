@@ -135,8 +135,9 @@ def _features(pictures: Pictures, all_views: Sequence[View], folder: Path, seed:
     base = file_sha256(require("base") / "model.safetensors")
     key = {"views": digest.hexdigest(), "features": VERSION, "layers": list(LAYERS), "seed": seed, "base": base}
     key |= VIEWS
-    cache = CachedArray(folder, "features.npy", key)
-    rows = cache.open((len(all_views), FEATURES + 3))  # the last three: fake, photograph, whole
+    shape = (len(all_views), FEATURES + 3)  # the last three: fake, photograph, whole
+    cache = CachedArray(folder, "features.npy", key, shape)
+    rows = cache.open()
     for start in progress(range(cache.done, len(all_views), BATCH), "CLIP's features"):
         batch = all_views[start : start + BATCH]
         items = [pictures.sample(k, i, np.random.default_rng([seed, v, k, i]) if v else None) for k, i, v in batch]
