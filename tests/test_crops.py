@@ -147,6 +147,17 @@ def test_a_damaged_cache_is_computed_anew(mixed: Path, monkeypatch: pytest.Monke
         assert data.masks is not None and len(data.masks) == 2, name
 
 
+def test_what_a_run_reads_is_not_emptied_under_it(mixed: Path) -> None:
+    """Bug prevented: a training that is killed (SIGBUS), or reads noughts, while another makes its files anew."""
+    load_crops(mixed)
+    folder = mixed.parent / ".crops-m"
+    np.save(folder / "masks.npy", np.full((2, 56, 56), 7, np.uint8))
+    old = load_crops(mixed).masks
+    (folder / "index.json").unlink()
+    new = load_crops(mixed).masks
+    assert old is not None and new is not None and (old == 7).all() and not new.any()
+
+
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve space")
 def test_a_full_disk_is_an_error_before_the_work(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: a run that writes to a mapped file on a full disk is killed (SIGBUS) without a word."""

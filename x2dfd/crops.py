@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.faces import CROP_SIZE, align, find_faces, preprocessing
-from x2dfd.files import locked_folder, read_json, write_text
+from x2dfd.files import atomic_write, locked_folder, read_json, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest
 from x2dfd.media import load_picture
 from x2dfd.progress import progress
@@ -203,8 +203,9 @@ def _compute(samples: list[Sample], folder: Path, key: dict[str, str], workers: 
     finally:
         for part_file in part_files.values():
             part_file.unlink(missing_ok=True)
-    np.save(folder / "landmarks.npy", landmarks)
-    np.save(folder / "masks.npy", masks)
+    for name, array in (("landmarks", landmarks), ("masks", masks)):
+        with atomic_write(folder / f"{name}.npy") as temporary, temporary.open("wb") as stream:
+            np.save(stream, array)
     write_text(folder / "index.json", json.dumps({"key": key, "unusable": unusable}, indent=1))
 
 
