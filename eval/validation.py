@@ -21,7 +21,7 @@ from eval.stats import Floats, Labels
 from x2dfd.adapter import EMBEDDED
 from x2dfd.cli import run_command
 from x2dfd.errors import X2DFDError
-from x2dfd.files import parse_json
+from x2dfd.files import Json, parse_json
 from x2dfd.validation import FILE, Validation
 
 DRAWS = 1000
@@ -64,13 +64,17 @@ def validation(run: Path, remark: str = "") -> Validation:
     try:
         result = parse_json((run / "result.json").read_bytes())
         rows = pq.read_table(run / "samples.parquet").to_pylist()
-        scorer, stated, data = result["scorers"]["calibrated"], result["model"]["stated"], result["data"]
-        answers, overall = scorer["answers"], scorer["overall"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _summary(run, remark, result, rows)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise X2DFDError(
             f"{run} holds no finished run of `run_bench.py detect` in calibrated mode: {error!r:.200}",
             code="not_a_finished_run",
         ) from error
+
+
+def _summary(run: Path, remark: str, result: Json, rows: Sequence[Json]) -> Validation:
+    scorer, stated, data = result["scorers"]["calibrated"], result["model"]["stated"], result["data"]
+    answers, overall = scorer["answers"], scorer["overall"]
     if change := result["settings"].get("change"):
         raise X2DFDError(f"{run}: every picture was changed ({change})", code="pictures_changed")
     scored = [row for row in rows if row["p_fake"] is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def load_weights(card: Card, folder: Path) -> dict[str, Tensor]:
 
 def save_weights(state: dict[str, Tensor], card: Card, folder: Path) -> Card:
     """Write `<name>.safetensors` and `<name>.card.json`; returns the card with its hash. Raises X2DFDError when a
-    number is not finite in 16 bits, as after a training that diverged."""
+    number is not finite in 16 bits, as after a training that diverged, or a figure of the card is none."""
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{card.name}.safetensors"
     half = {k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in state.items()}
@@ -39,6 +40,12 @@ def save_weights(state: dict[str, Tensor], card: Card, folder: Path) -> Card:
         raise X2DFDError(
             f"expert {card.name!r}: {broken[0]} is not finite, so nothing was written", code="weights_not_finite"
         )
+    try:
+        json.dumps(card.to_dict(), allow_nan=False)
+    except ValueError as error:
+        raise X2DFDError(
+            f"expert {card.name!r}: a figure of its card is not finite, so nothing was written", code="card_not_finite"
+        ) from error
     with atomic_write(folder / name) as temporary:
         save_file(half, temporary)
     card = replace(card, weights=name, sha256=file_sha256(folder / name))

@@ -29,13 +29,14 @@ def run(
         return
     if config is None:
         raise typer.BadParameter("a training needs --config FILE.yaml")
-    from finetune.config import load_config
+    from finetune.config import check_inputs, load_config
 
     settings = load_config(config, set_ or ())
     if dry_run:
         from finetune.memory import report
 
         print(report(settings, gpus))
+        check_inputs(settings)  # after the answer, which may be wanted before there are any
         return
     from finetune.train import train
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -160,6 +161,7 @@ def check_config(config: FinetuneConfig) -> None:
         "bf16 or fp16, not both": config.bf16 and config.fp16,
         "base_dtype: bfloat16 needs bf16: true": config.base_dtype == "bfloat16" and not config.bf16,
         "base_dtype: float16 needs fp16: true": config.base_dtype == "float16" and not config.fp16,
+        f"targets must be {', '.join(TARGETS)} or a regular expression": not _is_expression(config.targets),
         "patience needs eval_steps": config.patience > 0 and config.eval_steps <= 0,
         "eval_split must not be train": config.eval_split == "train",
         "cached_features works with one instruction set only": config.cached_features is not None and count > 1,
@@ -185,6 +187,23 @@ def check_config(config: FinetuneConfig) -> None:
     wrong = [reason for reason, holds in clashes.items() if holds]
     if wrong:
         raise X2DFDError(f"configuration: {'; '.join(wrong)}", code="config_invalid")
+
+
+def check_inputs(config: FinetuneConfig) -> None:
+    """Raises X2DFDError for files and folders to read that are not there."""
+    given = [(key, path) for i, m, _ in config.sets for key, path in (("instructions", i), ("manifest", m))]
+    others = {"start": config.start, "expert_weights": config.expert_weights}
+    given += [(key, Path(path)) for key, path in others.items() if path]
+    if missing := [f"{key}: {path}" for key, path in given if not path.exists()]:
+        raise X2DFDError(f"not there: {', '.join(missing)}; make them, or correct the paths", code="input_missing")
+
+
+def _is_expression(text: str) -> bool:
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
 
 
 def zero_stage(config: FinetuneConfig) -> int:

@@ -248,7 +248,7 @@ def cache_tower(
     tower, class_token = model.model.vision_tower, model.config.vision_feature_select_strategy == "default"
     parameter = next(tower.parameters())
     with locked_folder(folder, wait=True):
-        cache, patches = CachedArray(folder, "patches.npy", key), None
+        cache, patches = CachedArray(folder, "patches.npy", key, (len(rows), len(layers))), None
         for index in progress(range(cache.done, len(rows)), "tower features"):
             if parameter.numel() == 0:
                 raise X2DFDError(
@@ -260,11 +260,11 @@ def cache_tower(
             states = tower(pixels, output_hidden_states=True).hidden_states
             features = torch.cat([states[k][:, int(class_token) :] for k in layers])  # [layers, patches, hidden]
             if patches is None:
-                patches = cache.open((len(rows), *features.shape))
+                patches = cache.open(*features.shape[1:])
             patches[index] = features.half().cpu().numpy()
             if index % 64 == 63 or index + 1 == len(rows):
                 cache.save(patches, index + 1)
-        return TowerFeatures(rows, cache.open(()) if patches is None else patches, layers, class_token=False)
+        return TowerFeatures(rows, cache.open() if patches is None else patches, layers, class_token=False)
 
 
 def feature_layers(model: Any) -> tuple[int, ...]:

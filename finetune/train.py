@@ -26,7 +26,7 @@ from transformers.modeling_utils import unwrap_model
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import get_last_checkpoint
 
-from finetune.config import FinetuneConfig, check_config, zero_stage
+from finetune.config import FinetuneConfig, check_config, check_inputs, zero_stage
 from finetune.data import IGNORE, PARTS, Collate, Rows, cache_tower, feature_layers, learnable, read_records
 from finetune.foreign import adopted
 from finetune.models import CachedTower, additions_of, fit_projector, is_llava, open_base, resolved, tune
@@ -196,6 +196,7 @@ def train(config: FinetuneConfig) -> Path:
     Raises X2DFDError (SetupError if something is missing) with the reason.
     """
     check_config(config)
+    check_inputs(config)
     config = resolved(adopted(config))
     out = Path(config.out)
     work = out / "checkpoints"

@@ -20,6 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from typer.testing import CliRunner
 
 import x2dfd.run_calibrate
+from eval.tasks.detect import seen_at_fit
 from tests import tiny
 from tests.conftest import require_base
 from tests.raising import raises
@@ -43,7 +44,7 @@ from x2dfd.errors import SetupError
 from x2dfd.experts import BUILTIN, Shared, read_card, write_card
 from x2dfd.faces import find_faces
 from x2dfd.loading import load
-from x2dfd.manifest import Sample, write_manifest
+from x2dfd.manifest import Sample, manifest_sha256, write_manifest
 from x2dfd.run_calibrate import calibrate, face_of, held_out_in
 from x2dfd.tower import degraded_view
 from x2dfd.types import Evidence, Face
@@ -371,6 +372,16 @@ def test_each_picture_is_judged_by_what_never_saw_its_origin(adapter: Path, phot
     assert json.loads(done.stdout)["low"] == fitted.low
     report = load(on_its_base(adapter)).detect(photos.parent / "1.png", rationale=False)
     assert report.verdict.p_fake is not None and report.faces[0].p_fake_mllm is None
+
+
+def test_a_bench_knows_the_pictures_of_a_fit(adapter: Path, photos: Path, tmp_path: Path) -> None:
+    """Bug prevented: a page that says of the very pictures of the fit that they were not used for it."""
+    manifest, facts = manifest_sha256(photos), calibrate(on_its_base(adapter), [photos]).fitted_on
+    seen = [split for split in ("calib", "train", "val", None) if seen_at_fit(facts, manifest, split)]
+    assert seen == ["calib", None] and not seen_at_fit(facts, "0" * 64, "calib") and not seen_at_fit({}, manifest, None)
+    held_out_expert(tmp_path / "unseen", "c", "gan", "new")  # whose pictures of split train are fitted on, too
+    facts = calibrate(on_its_base(adapter), [photos], held_out=tmp_path / "unseen").fitted_on
+    assert seen_at_fit(facts, manifest, "train") and not seen_at_fit(facts, manifest, "val")
 
 
 def test_a_calibration_that_fails_leaves_the_last_one(

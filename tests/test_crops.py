@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +122,60 @@ def test_the_second_of_two_runs_reads_the_crops_of_the_first(mixed: Path) -> Non
     assert [out.decode().strip() for out, _ in said] == ["['0.png', '1.png']"] * 2, said
     assert sum(b"waiting" in err for _, err in said) == 1
     assert len((mixed.parent / "cropped.txt").read_text("utf-8").splitlines()) == 4  # each file once
+
+
+def damaged_files(folder: Path) -> dict[str, bytes | None]:
+    """Files of a crop cache -> what a kill, a full disk or an older version may have left of them."""
+    index = (folder / "index.json").read_bytes()
+    cut: dict[str, bytes | None] = {f"{n}.npy": (folder / f"{n}.npy").read_bytes()[:-9] for n in ("crops", "masks")}
+    no_reasons = json.dumps({"key": json.loads(index)["key"]}).encode()
+    return cut | {"landmarks.npy": None, "index.json": index[:40]} | {"./index.json": no_reasons, "./crops.npy": b"PK"}
+
+
+def test_a_damaged_cache_is_computed_anew(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: after a copy that was cut off, every run on the manifest ended in a ValueError or KeyError."""
+    first, folder = np.array(load_crops(mixed).crops), mixed.parent / ".crops-m"
+    found = [crops_module._crop((str(mixed.parent / f"{i}.png"), None, 224)) for i in range(2)]
+    faces = {str(mixed.parent / f"{i}.png"): face for i, face in enumerate(found)}
+    monkeypatch.setattr(crops_module, "_crop", lambda given: faces.get(given[0], "no_face"))
+    for name, left in damaged_files(folder).items():
+        (folder / name).unlink()
+        if left is not None:
+            (folder / name).write_bytes(left)
+        data = load_crops(mixed)
+        assert np.array_equal(data.crops, first) and len(data.landmarks) == 2, name
+        assert data.masks is not None and len(data.masks) == 2, name
+
+
+def test_what_a_run_reads_is_not_emptied_under_it(mixed: Path) -> None:
+    """Bug prevented: a training that is killed (SIGBUS), or reads noughts, while another makes its files anew."""
+    load_crops(mixed)
+    folder = mixed.parent / ".crops-m"
+    np.save(folder / "masks.npy", np.full((2, 56, 56), 7, np.uint8))
+    old = load_crops(mixed).masks
+    (folder / "index.json").unlink()
+    new = load_crops(mixed).masks
+    assert old is not None and new is not None and (old == 7).all() and not new.any()
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve space")
+def test_a_full_disk_is_an_error_before_the_work(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: a run that writes to a mapped file on a full disk is killed (SIGBUS) without a word."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = mixed.parent / ".crops-m"
+    with monkeypatch.context() as patch, raises("cannot_write", "No space left", folder):
+        patch.setattr(os, "posix_fallocate", full)
+        load_crops(mixed)
+    assert not list(folder.glob("*.npy"))
+
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    assert len(load_crops(mixed).samples) == 2
 
 
 def test_a_manifest_without_a_usable_face_is_an_error(mixed: Path) -> None:

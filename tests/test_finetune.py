@@ -19,10 +19,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import EvalPrediction
+from typer.testing import CliRunner
 
 import x2dfd
 from data_gen.build import BuildConfig, build
 from finetune import train as training
+from finetune.__main__ import app
 from finetune.config import FinetuneConfig, load_config
 from finetune.data import IGNORE, Collate, Conversation, Rows, conversation, learnable, read_records
 from finetune.memory import ANSWERS
@@ -30,7 +32,7 @@ from finetune.models import open_base, tune
 from finetune.split import split
 from finetune.train import RowTrainer, Shown, _arguments, _features, train, verdict_auc
 from tests import tiny
-from tests.raising import raises
+from tests.raising import raises, says
 from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, lora_b_sum, probe_crops, read_adapter_card
 from x2dfd.checkpoints import base_identity, load_model
@@ -89,7 +91,8 @@ def test_yaml_and_flags_are_two_spellings_of_one_thing(tmp_path: Path) -> None:
         ("max_step=4", "unknown_name", "did you mean 'max_steps'"), ("method=lorra", "unknown_name", "mean 'lora'"),
         ("base_dtype=bfloat16", "config_invalid", "bf16"), ("method=qlora", "config_invalid", "qlora"),
         ("tower=forensic", "config_invalid", "expert_weights"), ("patience=2", "config_invalid", "eval_steps"),
-        ("weights=[1, 2]", "config_invalid", "weights"),
+        ("weights=[1, 2]", "config_invalid", "weights"), ("targets=(", "config_invalid", "targets"),
+        ("targets=a{99999999999}", "config_invalid", "targets"),
     ],
 )  # fmt: skip
 def test_a_slip_is_refused_before_anything_is_loaded(override: str, code: str, fact: str) -> None:
@@ -585,6 +588,21 @@ def test_what_cannot_be_started_so_is_one_line(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with raises("fsdp_unsupported", "zero3"):
         _arguments(plain, tmp_path)
+
+
+def test_missing_inputs_are_named_by_a_dry_run_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: a rehearsal that passes, and a training that ends for a mistyped path once the model is loaded."""
+    monkeypatch.setattr("finetune.memory.report", lambda *_: "predicted")
+    (tmp_path / "i.jsonl").touch()
+    given = [f"instructions=[{tmp_path}/i.jsonl, {tmp_path}/j.jsonl]", f"manifest=[{tmp_path}, {tmp_path}]"]
+    (tmp_path / "c.yaml").write_text("out: o\n", encoding="utf-8")
+    words = [word for pair in [*given, "start=nowhere"] for word in ("--set", pair)]
+    done = CliRunner().invoke(app, ["--config", str(tmp_path / "c.yaml"), "--dry-run", *words])
+    assert done.stdout == "predicted\n"
+    says(done.exception, "input_missing", f"instructions: {tmp_path}/j.jsonl", "start: nowhere")
+    assert "i.jsonl" not in str(done.exception) and "manifest" not in str(done.exception)
+    with raises("input_missing", "j.jsonl"):
+        train(load_config(None, [*given, "out=o"]))
 
 
 def test_training_sees_what_use_sees_and_a_start_no_more_than_training(

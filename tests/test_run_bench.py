@@ -632,6 +632,19 @@ def test_what_lies_in_the_way_is_one_line(runs: Runs) -> None:
     assert runs(StandIn(), "--seed", "-1") == 2
 
 
+def test_a_validation_needs_a_whole_result(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: a KeyError for a result of another version, which lacks what is read last."""
+    monkeypatch.setattr("eval.validation.MIN_GROUPS", 2)
+    assert runs(StandIn()) == 0
+    whole, file = runs.result(), runs.folder / "out" / "result.json"
+    for key in ("settings", "scorers", "model", "data", "task"):
+        without = {k: v for k, v in whole.items() if k != key}
+        for changed in (without, without | {key: []}, without | {key: None}):
+            file.write_text(json.dumps(changed))
+            with raises("not_a_finished_run", runs.folder / "out"):
+                validation(runs.folder / "out")
+
+
 def test_looks_at_a_reporting_set_are_counted(runs: Runs) -> None:
     """Versions 4 to 6 were compared on the very set that is reported: the best of several looks is no measurement."""
     ledger = runs.folder / "looks.jsonl"

@@ -32,7 +32,7 @@ from external_detectors.weights_io import save_weights
 from tests.raising import raises
 from x2dfd import tower as clip
 from x2dfd.adapter import FORENSIC, AdapterCard, add_tower
-from x2dfd.crops import load_crops
+from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import through_codec
 from x2dfd.experts import BUILTIN, Expert, Shared, load_expert, read_card
 from x2dfd.faces import PREPROCESSING, find_faces
@@ -433,6 +433,50 @@ def test_features_are_made_once_and_anew_for_another_tower(
     assert passes == [weights / "tower.safetensors"] * 10
 
 
+def test_kept_features_are_taken_only_whole_and_of_their_own_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bug prevented: the end of a file that was cut off read as noughts and trained on; two trainings with one folder
+    that each throw away what the other computed."""
+
+    def store(name: str = "tokens.npy", key: str = "a", shape: tuple[int, ...] = (4, 2)) -> clip.CachedArray:
+        return clip.CachedArray(tmp_path, name, {"key": key}, shape)
+
+    def fill() -> bytes:
+        kept = store()
+        array = kept.open(3)
+        array[:] = 1
+        kept.save(array, 3)
+        return (tmp_path / "tokens.npy").read_bytes()
+
+    whole, state = fill(), tmp_path / "tokens.progress.json"
+    assert store("features.npy", "b").done == 0 and store().done == 3 and not capsys.readouterr().err
+    for left in (
+        whole[:-1],
+        whole[:100],
+        b"",
+        b"PK",
+        b"x" * len(whole),
+        b"\x93NUMPY\x01\x00v\x00" + b"{'descr': (".ljust(118),
+    ):
+        (tmp_path / "tokens.npy").write_bytes(left)
+        assert store().done == 0 and str(tmp_path) in capsys.readouterr().err
+        assert fill() == whole
+    for done in ("x", 5, -1, True, None, 2.0):
+        state.write_text(json.dumps({"key": {"key": "a"}, "done": done}))
+        assert store().done == 0, done
+        fill()
+    for text in ("[]", "{", ""):
+        state.write_text(text)
+        assert store().done == 0
+        fill()
+    np.save(tmp_path / "tokens.npy", np.ones((4, 2, 3), np.float32))
+    assert store().done == 0
+    for other in (store(shape=(5, 2)), store(key="b")):
+        assert other.done == 0
+        fill()
+
+
 # --- its training ----------------------------------------------------------------------------------------------------
 
 
@@ -549,6 +593,51 @@ def test_a_training_ends_by_the_clock_and_goes_on_where_it_was_cut_off(
 # --- the probes ------------------------------------------------------------------------------------------------------
 
 
+def test_heads_refuse_too_few_pictures_before_the_work(
+    weights: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: a training on three pictures that writes NaN into a card that nothing can read again, or that
+    takes the names of all cues away; one that fails at its end for a card which was unreadable at its start."""
+    monkeypatch.setattr(heads, "cached_features", lambda *_, **__: pytest.fail("the work has begun"))
+    given = (photos, weights, tmp_path / "features", tmp_path / "out")
+    with raises("too_few_pictures", loop.ENOUGH, 2):  # both forgeries of split train show the same cue
+        heads.heads(*given)
+    with monkeypatch.context() as patch, raises("too_few_pictures", loop.ENOUGH, 0):
+        patch.setattr(heads, "training_rows", lambda *_: np.array([7, 8, 9]))  # none of split train
+        heads.heads(*given)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tower.card.json").write_text('{"version": NaN}')
+    with raises("expert_card_unreadable", tmp_path / "out"):
+        heads.heads(*given)
+    with raises("expert_card_unreadable", tmp_path / "out"):
+        training.tower([photos], tmp_path / "out", tmp_path / "state")
+    card = read_card(weights / "tower.card.json")
+    with raises("card_not_finite", "tower"):
+        save_weights({"a": torch.zeros(1)}, replace(card, figures={"drawings_found": float("nan")}), tmp_path / "new")
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_heads_learn_from_enough_pictures(
+    small: None, weights: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: a training that loses the tower beneath its heads, or may name a cue that two pictures show."""
+    data = load_crops(photos)
+    places = [3] * loop.ENOUGH + [4, 0, 0, 9, 9]  # forgeries of split train, photos, forgeries of split calib
+    samples = [replace(data.samples[i], id=str(k)) for k, i in enumerate(places)]
+    samples[0] = replace(samples[0], cues=(*samples[0].cues, Cue("nose", "blur", 0.9)))
+    assert data.masks is not None
+    some = CropSet(samples, data.crops[places], data.landmarks[places], {}, data.masks[places])
+    monkeypatch.setattr(heads, "load_crops", lambda _: some)
+    monkeypatch.setattr(heads, "HEAD_LAYERS", LAYERS)
+    heads.heads(photos, weights, tmp_path / "features", tmp_path / "out", epochs=1)
+    card = read_card(tmp_path / "out" / "tower.card.json")
+    assert [line for line in card.covers if " " in line] == ["jaw blending"]
+    assert 0 <= card.figures["drawings_found"] <= 1 and card.figures["drawings_n"] >= 4
+    before, after = (load_file(folder / "tower.safetensors") for folder in (weights, tmp_path / "out"))
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("tower."))
+
+
 @pytest.fixture
 def bright(monkeypatch: pytest.MonkeyPatch, base: Path) -> list[int]:
     """The sizes of the passes that were made; a crop's features say how bright it is, and nothing else."""
@@ -649,7 +738,8 @@ def test_probes_learn_from_what_is_not_held_out(
 def test_only_one_probe_learns_from_faces_made_as_a_whole(
     bright: list[int], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bug prevented: a contrast that calls whole faces changed in part."""
+    """Bug prevented: a contrast that calls whole faces changed in part, or one of an older training beside a new probe,
+    which both pass for one training's."""
     learnt: list[tuple[int, list[bool]]] = []
 
     def fit(features: Any, fake: Any, rows: Any, *_: Any) -> Any:
@@ -662,5 +752,8 @@ def test_only_one_probe_learns_from_faces_made_as_a_whole(
         (clip_probe.CLASS_FEATURES, [False] * 3 + [True] * 4),
         (clip_probe.FEATURES, [False] * 3 + [True] * 2),
     ]
+    with monkeypatch.context() as patch, raises("old_expert_there", tmp_path / "out" / "clip-contrast.card.json"):
+        patch.setattr(probe, "_features", lambda *_: pytest.fail("the work has begun"))
+        probe.probe([photos], tmp_path / "features", tmp_path / "out", "new")  # no swap is left, for a contrast
     covers = [read_card(tmp_path / "out" / f"{name}.card.json").covers for name in ("clip-probe", "clip-contrast")]
     assert covers == [("EFS",), ("FS", "FR", "FE")]

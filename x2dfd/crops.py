@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from tokenize import TokenError
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -17,11 +20,13 @@ from numpy.typing import NDArray
 
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.faces import CROP_SIZE, align, find_faces, preprocessing
-from x2dfd.files import locked_folder, read_json, write_text
+from x2dfd.files import atomic_write, locked_folder, read_json, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest
 from x2dfd.media import load_picture
 from x2dfd.progress import progress
 from x2dfd.types import Face
+
+S = TypeVar("S", bound=np.generic)
 
 MASK_SIZE = 56
 """Side of a mask on the crop's grid: a quarter of the crop's."""
@@ -98,27 +103,72 @@ def load_crops(manifest: Path, workers: int = 1, side: int = CROP_SIZE) -> CropS
     folder = manifest.parent / f".crops-{manifest.stem}{'' if side == CROP_SIZE else f'-{side}'}"
     key = {"manifest": manifest_sha256(manifest), "files": _file_states(samples), "preprocessing": preprocessing(side)}
     key["masks"] = str(MASK_SIZE)
-    index = folder / "index.json"
-    if not _is_current(index, key):
+    data = _saved(samples, folder, key, side)
+    if data is None:
         with locked_folder(folder, wait=True):
-            if not _is_current(index, key):  # another process may have made them in the meantime
+            data = _saved(samples, folder, key, side)  # another process may have made them in the meantime
+            if data is None:
                 _compute(samples, folder, key, workers, side)
-    contents = read_json(index)
-    usable = [s for s in samples if s.id not in contents["unusable"]]
-    if not usable:
+                data = _saved(samples, folder, key, side)
+    assert data is not None
+    if not data.samples:
         raise X2DFDError(f"{manifest}: no file has a usable face", code="no_usable_face")
-    return CropSet(
-        samples=usable,
-        crops=np.load(folder / "crops.npy", mmap_mode="r")[: len(usable)],  # the unusable ones leave a tail
-        landmarks=np.load(folder / "landmarks.npy"),
-        unusable=contents["unusable"],
-        masks=np.load(folder / "masks.npy", mmap_mode="r"),
-        large=None if side == CROP_SIZE else np.load(folder / "large.npy", mmap_mode="r")[: len(usable)],
-    )
+    return data
 
 
-def _is_current(index: Path, key: dict[str, str]) -> bool:
-    return index.is_file() and read_json(index).get("key") == key
+def _saved(samples: Sequence[Sample], folder: Path, key: dict[str, str], side: int) -> CropSet | None:
+    """The crops in a folder; None where they are absent, damaged or of other files."""
+    try:
+        contents = read_json(folder / "index.json")
+    except (OSError, X2DFDError):
+        return None
+    unusable = contents.get("unusable")
+    if contents.get("key") != key or not isinstance(unusable, dict):
+        return None
+    usable = [s for s in samples if s.id not in unusable]
+    n = len(usable)
+    crops = old_array(folder / "crops.npy", np.uint8, (len(samples), CROP_SIZE, CROP_SIZE, 3))
+    landmarks = old_array(folder / "landmarks.npy", np.float32, (n, 468, 2))
+    masks = old_array(folder / "masks.npy", np.uint8, (n, MASK_SIZE, MASK_SIZE))
+    large = None if side == CROP_SIZE else old_array(folder / "large.npy", np.uint8, (len(samples), side, side, 3))
+    if crops is None or landmarks is None or masks is None or (large is None and side != CROP_SIZE):
+        return None
+    large = large if large is None else large[:n]
+    return CropSet(usable, crops[:n], np.array(landmarks), unusable, masks, large)  # the unusable ones leave a tail
+
+
+def old_array(file: Path, kind: type[S], shape: tuple[int, ...]) -> NDArray[S] | None:
+    """An array file, mapped for reading; None where it is absent, cut off, or of another kind. `shape` may lack its
+    last sizes."""
+    try:
+        array = np.lib.format.open_memmap(file, "r")
+    except (OSError, ValueError, SyntaxError, TokenError):  # what numpy raises for a file that is none of its own
+        return None
+    return array if array.dtype == kind and array.shape[: len(shape)] == shape else None
+
+
+def new_array(file: Path, kind: type[S], shape: tuple[int, ...]) -> np.memmap[tuple[int, ...], np.dtype[S]]:
+    """An array file, mapped for writing. Raises X2DFDError, `cannot_write`, when the disk has no space for all of it.
+
+    Without that, the kernel would kill a run that writes to a mapped file on a full disk, without a message.
+    """
+    try:
+        array = np.lib.format.open_memmap(file, "w+", kind, shape)
+        if hasattr(os, "posix_fallocate"):
+            with file.open("r+b") as stream:
+                _reserve(stream.fileno(), file.stat().st_size)
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        raise X2DFDError(f"cannot write {file}: {error.strerror or error}", code="cannot_write") from error
+    return array
+
+
+def _reserve(handle: int, size: int) -> None:
+    try:
+        os.posix_fallocate(handle, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # of a file system that cannot do it
+            raise
 
 
 def _crop_all(paths: Sequence[tuple[str, str | None, int]], workers: int) -> Iterator[Cropped | str]:
@@ -144,10 +194,25 @@ def _compute(samples: list[Sample], folder: Path, key: dict[str, str], workers: 
     (folder / "index.json").unlink(missing_ok=True)
     sides = {"crops": CROP_SIZE} | ({} if side == CROP_SIZE else {"large": side})
     part_files = {name: folder / f"{name}.part.npy" for name in sides}
-    arrays = {
-        name: np.lib.format.open_memmap(part_files[name], "w+", np.uint8, (len(samples), s, s, 3))
-        for name, s in sides.items()
-    }
+    try:
+        arrays = {name: new_array(part_files[name], np.uint8, (len(samples), s, s, 3)) for name, s in sides.items()}
+        landmarks, masks, unusable = _fill(arrays, samples, workers, side)
+        for name, crops in arrays.items():
+            crops.flush()
+            os.replace(part_files[name], folder / f"{name}.npy")
+    finally:
+        for part_file in part_files.values():
+            part_file.unlink(missing_ok=True)
+    for name, array in (("landmarks", landmarks), ("masks", masks)):
+        with atomic_write(folder / f"{name}.npy") as temporary, temporary.open("wb") as stream:
+            np.save(stream, array)
+    write_text(folder / "index.json", json.dumps({"key": key, "unusable": unusable}, indent=1))
+
+
+def _fill(
+    arrays: Mapping[str, NDArray[np.uint8]], samples: Sequence[Sample], workers: int, side: int
+) -> tuple[NDArray[np.float32], NDArray[np.uint8], dict[str, str]]:
+    """Put the crops of the usable samples into the arrays; landmarks and masks of these, and why the others are not."""
     landmarks = np.zeros((len(samples), 468, 2), np.float32)
     masks = np.zeros((len(samples), MASK_SIZE, MASK_SIZE), np.uint8)
     unusable: dict[str, str] = {}
@@ -165,9 +230,4 @@ def _compute(samples: list[Sample], folder: Path, key: dict[str, str], workers: 
             if mask is not None:
                 masks[n] = mask
             n += 1
-    for name, crops in arrays.items():
-        crops.flush()
-        os.replace(part_files[name], folder / f"{name}.npy")
-    np.save(folder / "landmarks.npy", landmarks[:n])
-    np.save(folder / "masks.npy", masks[:n])
-    write_text(folder / "index.json", json.dumps({"key": key, "unusable": unusable}, indent=1))
+    return landmarks[:n], masks[:n], unusable

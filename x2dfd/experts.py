@@ -298,7 +298,7 @@ def read_card(path: Path) -> Card:
 
 def write_card(path: Path, card: Card) -> None:
     """Write a card whole or not at all."""
-    write_text(path, json.dumps(card.to_dict(), indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(card.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def availability(name: str) -> str | None:

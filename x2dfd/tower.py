@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from x2dfd.crops import CropSet
+from x2dfd.crops import CropSet, new_array, old_array
 from x2dfd.degrade import CODEC, DEGRADE_VERSION, codec, degrade
-from x2dfd.errors import SetupError
+from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.fetch import require
 from x2dfd.files import Json, file_sha256, locked_folder, read_json, write_text
 from x2dfd.progress import progress
@@ -276,8 +277,8 @@ def cached_features(
     settings["additions"] = additions_sha256(read_additions(additions)) if additions else None
     key = {"samples": digest.hexdigest(), "layers": layers, "keep": list(keep), **settings}
     with locked_folder(folder, wait=True):
-        store = CachedArray(folder, "tokens.npy", key)
-        tokens = store.open((n, len(keep), 197, WIDTH))
+        store = CachedArray(folder, "tokens.npy", key, (n, len(keep), 197, WIDTH))
+        tokens = store.open()
         for start in progress(range(store.done, n, batch), "tower features"):
             stop = min(start + batch, n)
             views = np.stack([augmented_view(data.crops[i], seed, int(i)) for i in rows[start:stop]])
@@ -306,25 +307,40 @@ def _is_amd() -> bool:
 
 
 class CachedArray:
-    """A float16 array on disk that is filled in order, one per folder.
+    """A float16 array on disk that is filled in order; a folder may hold several, by their names.
 
-    A run that was cut off resumes where it stopped; another `key` (plain values) starts over. For use under
-    `files.locked_folder`.
+    A run that was cut off resumes where it stopped; another `key` (plain values) or a damaged file starts over. For use
+    under `files.locked_folder`. `shape`: its first sizes; `open` gets the others.
     """
 
-    def __init__(self, folder: Path, name: str, key: Json) -> None:
-        self._file, self._state, self._key = folder / name, folder / "progress.json", json.loads(json.dumps(key))
-        state = read_json(self._state) if self._state.is_file() else {}
-        known = state.get("key") == self._key and self._file.is_file()
-        self.done: int = state.get("done", 0) if known else 0  # rows that are filled
-        if not self.done:
-            self._state.unlink(missing_ok=True)  # before the array is emptied, whose content it describes
+    def __init__(self, folder: Path, name: str, key: Json, shape: tuple[int, ...]) -> None:
+        self._file, self._state = folder / name, folder / f"{Path(name).stem}.progress.json"
+        self._key, self._shape = json.loads(json.dumps(key)), shape
+        self.done = self._resumed()  # rows that are filled
+        if not self.done and self._state.is_file():
+            self._state.unlink()  # before the array is emptied, whose content it describes
+            print(
+                f"{self._file} is damaged, or of other pictures or settings, and is computed anew",
+                file=sys.stderr,
+                flush=True,
+            )
 
-    def open(self, shape: tuple[int, ...]) -> np.memmap[tuple[int, ...], np.dtype[np.float16]]:
+    def _resumed(self) -> int:
+        """The rows of the file that are of this key; 0 where it is absent or damaged."""
+        try:
+            state = read_json(self._state)
+        except (OSError, X2DFDError):
+            return 0
+        done = state.get("done")
+        if state.get("key") != self._key or old_array(self._file, np.float16, self._shape) is None:
+            return 0
+        return done if type(done) is int and 0 < done <= self._shape[0] else 0
+
+    def open(self, *others: int) -> np.memmap[tuple[int, ...], np.dtype[np.float16]]:
         if self.done:
             return np.lib.format.open_memmap(self._file, "r+")
         self._file.unlink(missing_ok=True)  # emptied in place, it would give zeros to a training that reads it
-        return np.lib.format.open_memmap(self._file, "w+", np.float16, shape)
+        return new_array(self._file, np.float16, (*self._shape, *others))
 
     def save(self, array: np.memmap[tuple[int, ...], np.dtype[np.float16]], done: int) -> None:
         array.flush()

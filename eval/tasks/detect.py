@@ -25,6 +25,7 @@ from eval.scoring import (
 )
 from eval.stats import Floats, Labels, Measured
 from eval.task import DECIDING, NO_ORIGIN, Outcome, Run, Task, judge_of
+from x2dfd.files import Json
 from x2dfd.manifest import Sample
 
 JUDGED = "the judged samples"
@@ -47,10 +48,17 @@ def run(run: Run) -> Outcome:
     fitted = calibration.fitted_on if calibration is not None and model.mode == "calibrated" else {}
     promised = None
     if verdict and "false_alarms_allowed" in fitted:
-        same_manifest = fitted.get("manifest_sha256") == run.sha256
-        promised = fitted | {"seen": same_manifest and options.split in (None, fitted.get("split"))}
+        promised = fitted | {"seen": seen_at_fit(fitted, run.sha256, options.split)}
     measured = detect_result(samples, rows, verdict, options.by, promised, compat)
     return Outcome(store, rows, origin, measured, model.name, model.mode, scores_of=DECIDING, change=description)
+
+
+def seen_at_fit(fitted: Json, manifest: str, split: str | None) -> bool:
+    """Whether a calibration of these facts was fitted on pictures of this split of the manifest of this hash."""
+    if manifest not in fitted.get("manifests", ()):
+        return False
+    elsewhere = bool(fitted.get("unseen")) and split not in ("val", "test")  # of held-out sources, all other splits
+    return split in (None, fitted.get("split")) or elsewhere
 
 
 TASK = Task("detect", "6", "image, face, clip", "real or fake: verdict, MLLM alone, every expert, side by side", run)

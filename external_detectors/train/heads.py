@@ -40,6 +40,7 @@ from x2dfd.errors import X2DFDError
 from x2dfd.experts import read_card
 from x2dfd.faces import CROP_SIZE
 from x2dfd.files import Json
+from x2dfd.manifest import Sample
 from x2dfd.progress import progress
 from x2dfd.tower import (
     CLOSER,
@@ -71,7 +72,7 @@ def heads(
 ) -> None:
     """Train the tower's heads for cues, the map and "no photograph"; the verdict stays as it was."""
     torch.manual_seed(seed)
-    card = read_card(start / "tower.card.json")
+    card, version = read_card(start / "tower.card.json"), next_version(out, "tower")
     weights = load_weights(card, start)
     net = TowerHeads()
     incompatible = net.load_state_dict({k: v for k, v in weights.items() if not k.startswith("tower.")}, strict=False)
@@ -80,18 +81,30 @@ def heads(
     additions = start / card.weights
     crops = load_crops(data)
     rows = training_rows(crops, limit)
+    splits = np.array([crops.samples[i].split for i in rows])
+    net.allowed.copy_(torch.from_numpy(_named_cues([crops.samples[i] for i in rows[splits == "train"]])))
     cache = cached_features(crops, rows, features, max(HEAD_LAYERS), HEAD_LAYERS, view_seed, additions=additions)
     truth, areas = _targets(crops, rows, view_seed)
-    splits = np.array([crops.samples[i].split for i in rows])
-    net.allowed.copy_(((truth[splits == "train"] > 0).sum(0) >= ENOUGH).float())
     figures = _train_cues(net, cache, truth, areas, splits, epochs, lr, seed)
     figures |= _train_map(net, cache, _masks(crops, rows, view_seed), areas, splits, lr, seed)
     figures |= _fit_photo(net, crops, rows[splits == "train"], additions, seed)
     state = {k: v for k, v in weights.items() if k.startswith("tower.")} | net.state_dict()
     figures = {**card.figures, **figures}
-    new_card = replace(card, version=next_version(out, "tower"), covers=covered(net.allowed), figures=figures)
+    new_card = replace(card, version=version, covers=covered(net.allowed), figures=figures)
     save_weights(state, new_card, out)
     print(out / "tower.card.json")
+
+
+def _named_cues(samples: Sequence[Sample]) -> NDArray[np.bool_]:
+    """The cues that enough training pictures show, [areas, artifacts]. Raises X2DFDError where there is none."""
+    shown = np.sum([cue_truth(s) > 0 for s in samples], 0)
+    if (most := int(np.max(shown))) < ENOUGH:
+        raise X2DFDError(
+            f"the heads need at least {ENOUGH} training pictures that show the same cue, and of these {len(samples)} "
+            f"at most {most} do: forge more, or raise --limit",
+            code="too_few_pictures",
+        )
+    return np.asarray(shown >= ENOUGH)
 
 
 def _targets(crops: CropSet, rows: NDArray[np.intp], view_seed: int) -> tuple[Tensor, Tensor]:

@@ -25,10 +25,11 @@ from external_detectors.train.loop import by_method, licence_of, log, next_versi
 from external_detectors.train.tower import Pictures
 from external_detectors.weights_io import save_weights
 from x2dfd.crops import load_crops
+from x2dfd.errors import X2DFDError
 from x2dfd.faces import PREPROCESSING
 from x2dfd.fetch import require
 from x2dfd.files import file_sha256, locked_folder
-from x2dfd.manifest import manifest_sha256
+from x2dfd.manifest import Sample, manifest_sha256
 from x2dfd.options import names
 from x2dfd.progress import progress
 from x2dfd.tower import VIEWS, CachedArray
@@ -79,6 +80,9 @@ def probe(
     sets = [load_crops(path, crop_workers) for path in data]
     left_out = names(leave_out)
     pictures = Pictures(sets, left_out, seed)
+    samples = [pictures.at(k, i) for k, i in pictures.rows]
+    experts = _trainable(samples, out)
+    versions = {name: next_version(out, name) for name, *_ in experts}
     places = [(k, i) for k, crops in enumerate(sets) for i in range(len(crops.samples))]
     places = [(k, i) for k, i in places if pictures.at(k, i).split in ("", "train", "val")]
     all_views = [(k, i, v) for v in range(views) for k, i in places if not (v and pictures.at(k, i).split == "val")]
@@ -87,16 +91,12 @@ def probe(
     row_of = {view: row for row, view in enumerate(all_views)}
     rows = np.array([row_of[k, i, v] for v in range(views) for k, i in pictures.rows], np.intp)
     odds = np.tile(pictures.odds, views)
-    samples = [pictures.at(k, i) for k, i in pictures.rows]
     val_rows = [row_of[k, i, 0] for k, i in pictures.validation_rows]
     val_samples = [pictures.at(k, i) for k, i in pictures.validation_rows]
     settings = {"data": [manifest_sha256(path) for path in data], "views": views, "ridge": ridge, "seed": seed}
-    for expert, n_features, covers, blind_spot in EXPERTS:
+    for expert, n_features, covers, blind_spot in experts:
         all_kinds = "EFS" in covers
         used = seen.photo[rows] & (all_kinds | ~seen.fake[rows] | ~seen.whole[rows])
-        if seen.fake[rows[used]].all() or not {s.df_class for s in samples if s.label == "fake"} & set(covers):
-            log(f"{expert} is not trained: the pictures hold no photos, or no fakes of {', '.join(covers)}")
-            continue
         x = seen.features[:, :n_features]
         weight, bias = _fit(x, seen.fake, rows[used], odds[used], ridge)
         log(f"{expert}: {int(used.sum())} views")
@@ -105,7 +105,7 @@ def probe(
         scores = x[[val_rows[k] for k in judged]].astype(np.float64) @ weight + bias
         card = Card(
             name=expert,
-            version=next_version(out, expert),
+            version=versions[expert],
             source="trained by this project: external_detectors/train",
             licence=licence_of(learnt_from),
             sha256="",
@@ -124,6 +124,25 @@ def probe(
         print(out / f"{expert}.card.json")
 
 
+def _trainable(samples: Sequence[Sample], out: Path) -> Sequence[tuple[str, int, tuple[str, ...], str]]:
+    """The EXPERTS for whose classes there are fakes. Raises X2DFDError where `out` holds another one of them, of an
+    earlier training, which would pass for one of this training."""
+    classes = {s.df_class for s in samples if s.label == "fake"}
+    chosen = [expert for expert in EXPERTS if classes & set(expert[2])]
+    for name, _, covers, _ in EXPERTS:
+        if name in {expert[0] for expert in chosen}:
+            continue
+        reason = f"the pictures hold no fakes of {', '.join(covers)}"
+        if (card := out / f"{name}.card.json").exists():
+            raise X2DFDError(
+                f"{card} is of an earlier training, and {name} cannot be trained now: {reason}; give another --out, or "
+                "remove its card and weights",
+                code="old_expert_there",
+            )
+        log(f"{name} is not trained: {reason}")
+    return chosen
+
+
 def _features(pictures: Pictures, all_views: Sequence[View], folder: Path, seed: int) -> _Views:
     """CLIP's features of each view and its truth. A cut-off run resumes."""
     digest = hashlib.sha256()
@@ -135,8 +154,9 @@ def _features(pictures: Pictures, all_views: Sequence[View], folder: Path, seed:
     base = file_sha256(require("base") / "model.safetensors")
     key = {"views": digest.hexdigest(), "features": VERSION, "layers": list(LAYERS), "seed": seed, "base": base}
     key |= VIEWS
-    cache = CachedArray(folder, "features.npy", key)
-    rows = cache.open((len(all_views), FEATURES + 3))  # the last three: fake, photograph, whole
+    shape = (len(all_views), FEATURES + 3)  # the last three: fake, photograph, whole
+    cache = CachedArray(folder, "features.npy", key, shape)
+    rows = cache.open()
     for start in progress(range(cache.done, len(all_views), BATCH), "CLIP's features"):
         batch = all_views[start : start + BATCH]
         items = [pictures.sample(k, i, np.random.default_rng([seed, v, k, i]) if v else None) for k, i, v in batch]

@@ -286,6 +286,7 @@ def tower(
     crop_workers: int = 1,
 ) -> None:
     """Train the forensic tower: real or fake, kind of fake, cues and map from one pass."""
+    version = next_version(out, "tower")
     sets = [load_crops(path, crop_workers) for path in data]
     held_out = names(leave_out)
     pictures = Pictures(sets, held_out, seed)
@@ -312,7 +313,7 @@ def tower(
     samples = [pictures.at(k, i) for k, i in pictures.rows]
     card = Card(
         name="tower",
-        version=next_version(out, "tower"),
+        version=version,
         source="trained by this project: external_detectors/train",
         licence=licence_of(samples),
         sha256="",
