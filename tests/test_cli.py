@@ -29,6 +29,7 @@ from x2dfd import cli, run_detect, stores
 from x2dfd.errors import InputError, SetupError
 from x2dfd.media import load_media
 from x2dfd.model_spec import ModelSpec
+from x2dfd.rows import COLUMNS
 from x2dfd.types import Card, Cue, Evidence, FaceReport, Failure, Report, Verdict
 
 Run = Callable[..., Any]
@@ -368,6 +369,32 @@ def test_foreign_or_taken_table_is_not_overwritten(run: Run, photos: Path, tmp_p
     assert done.exit_code == 1 and done.stderr.startswith("error [table_locked]: ")
     first.close()
     assert run("detect", photos, "--out", tmp_path / "t.parquet").exit_code == 0
+
+
+def test_a_damaged_row_is_judged_again(run: Run, detector: SmallDetector, photos: Path, tmp_path: Path) -> None:
+    """Bug prevented: a table that was changed by hand, or cut off, is a traceback on every later run over it."""
+    out = tmp_path / "t.jsonl"
+    assert run("detect", photos, "--out", out).exit_code == 0
+    first, *others = out.read_text().splitlines()
+    report = json.loads(first)["report"]
+    for wrong in (
+        {}, 5, {k: v for k, v in report.items() if k != "faces"}, report | {"verdict": "x"},
+        report | {"verdict": {"label": "x", "p_fake": 0.5}}, report | {"media": {"kind": "video"}},
+        report | {"model": {}},
+    ):  # fmt: skip
+        out.write_text("\n".join((json.dumps(json.loads(first) | {"report": wrong}), *others)) + "\n")
+        elsewhere = run("detect", photos / "b.png", "--out", out)  # the row of a file that it is not about stays
+        assert elsewhere.exit_code == 0 and "cannot be read" not in elsewhere.stderr
+        detector.judged = []
+        done = run("detect", photos, "--out", out)
+        assert done.exit_code == 0 and detector.judged == ["a.png"], wrong
+        assert "1 stored row cannot be read; its file was judged again" in done.stderr
+        assert out.read_text().splitlines()[0] == first
+    for name, value in {"label": {}, "p_fake": "x", "n_faces": 10**30, "rationale": 1, "path": ["a"]}.items():
+        out.write_text("\n".join((*others, json.dumps(json.loads(first) | {name: value}))) + "\n")
+        done = run("detect", photos, "--out", out)
+        assert done.exit_code == 1 and done.stderr.startswith("error [table_foreign]: "), name
+        assert f"row 3 has no {COLUMNS[name]} as {name!r}" in done.stderr and not list(tmp_path.glob("*.work*"))
 
 
 @pytest.fixture

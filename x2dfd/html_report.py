@@ -510,7 +510,8 @@ def _ratio(report: Report) -> Json | None:
 
 def _rates(report: Report) -> Json | None:
     """Error rates of the validation run, as rows."""
-    if not (validation := report.model.get("validation")):
+    validation: Json | None = report.model.get("validation")
+    if not validation:
         return None
     names = {"false_alarms": "Real pictures called fake", "misses": "Forged pictures called real",
              "answered": "Pictures that got an answer"}  # fmt: skip
