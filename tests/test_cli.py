@@ -388,7 +388,7 @@ def test_a_damaged_row_is_judged_again(run: Run, detector: SmallDetector, photos
         detector.judged = []
         done = run("detect", photos, "--out", out)
         assert done.exit_code == 0 and detector.judged == ["a.png"], wrong
-        assert "1 stored row cannot be read; its file was judged again" in done.stderr
+        assert "rows that cannot be read, whose files were judged again: 1\n" in done.stderr
         assert out.read_text().splitlines()[0] == first
     for name, value in {"label": {}, "p_fake": "x", "n_faces": 10**30, "rationale": 1, "path": ["a"]}.items():
         out.write_text("\n".join((*others, json.dumps(json.loads(first) | {name: value}))) + "\n")

@@ -14,9 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 import x2dfd
+from tests.raising import raises
 from tests.stub import StubDetector
 from x2dfd.cli import app
-from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.errors import X2DFDError
 from x2dfd.model_spec import ModelSpec
 from x2dfd.remote import ServerDetector, is_loopback
 from x2dfd.types import Failure, ModelInfo, Report
@@ -83,7 +84,10 @@ def test_strangers_are_refused(client: Any) -> None:
     """Bug prevented: a web page that asks the server of whoever reads it, by its address or by a name made for it."""
     assert client.get("/model").status_code == 200
     assert client.get("/model", headers={"Origin": "http://localhost:8417"}).status_code == 200
-    for header in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Host": ""}):
+    for header in (
+        {"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Host": ""}, {"Host": "["},
+        {"Origin": "http://["},
+    ):  # fmt: skip
         for answer in (client.get("/model", headers=header), client.post("/detect", content=b"x", headers=header)):
             assert answer.status_code == 403 and answer.json()["error"]["code"] == "foreign_host"
 
@@ -142,8 +146,16 @@ def test_no_server_is_one_line(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))  # bound and not listening
         with pytest.raises(X2DFDError):
             ServerDetector(f"http://127.0.0.1:{taken.getsockname()[1]}")
-    for url in ("ftp://127.0.0.1", "127.0.0.1:8417", "http://"):
-        with pytest.raises(SetupError):
+    for url in (
+        "ftp://127.0.0.1",
+        "127.0.0.1:8417",
+        "http://",
+        "http://[",
+        "http://[x]",
+        "http://a:99999",
+        "http://a:x",
+    ):
+        with raises("address_missing", url):
             ServerDetector(url)
     # Only this machine goes past the proxy, and no name that looks like it.
     assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "localhost", "a.localhost")))

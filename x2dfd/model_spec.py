@@ -27,6 +27,7 @@ from typing import Literal, Self, TypedDict
 from urllib.parse import urlsplit
 
 from x2dfd.errors import SetupError
+from x2dfd.remote import parsed
 
 Mode = Literal["calibrated", "paper"]
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -77,6 +78,7 @@ class ModelSpec:
             name, (address, plus, folder) = text[: match.start()], text[match.end() :].partition("+")
             adapter = Path(_required(text, folder)) if plus else None
             url, query, number = address.partition(PACE)
+            _required(text, url if parsed(url) else "")
             pace = _pace(text, number) if query else None
             return cls(adapter=adapter, name=_required(text, name), url=url, requests_per_minute=pace)
         return cls(adapter=Path(_required(text, text)))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError, URLError
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import SplitResult, urlencode, urlsplit
 from urllib.request import ProxyHandler, Request, build_opener
 
 from x2dfd.errors import InputError, SetupError, X2DFDError
@@ -24,7 +24,8 @@ class ServerDetector:
     """Replaces a Detector for `detect` and asks a server instead. Raises X2DFDError when there is none."""
 
     def __init__(self, url: str) -> None:
-        if urlsplit(url).scheme not in ("http", "https") or host_of(url) is None:
+        address = parsed(url)
+        if address is None or address.scheme not in ("http", "https"):
             raise SetupError(
                 f"{url} is no server: give http://127.0.0.1:8417 as `x2dfd serve` prints it", code="address_missing"
             )
@@ -78,12 +79,19 @@ class ServerDetector:
         return content
 
 
-def host_of(address: str) -> str | None:
-    """The host of an address, in lower case; None for anything else."""
+def parsed(address: str) -> SplitResult | None:
+    """The parts of an address that names a host; None for anything else."""
     try:
-        return urlsplit(address).hostname
+        parts = urlsplit(address)
+        return parts if parts.hostname and parts.port != 0 else None  # `port` raises for what is none
     except ValueError:
         return None
+
+
+def host_of(address: str) -> str | None:
+    """The host of an address, in lower case; None for anything else."""
+    parts = parsed(address)
+    return parts.hostname if parts else None
 
 
 def is_loopback(host: str) -> bool:

@@ -181,12 +181,7 @@ def run(options: Run) -> None:
         if rows is not None:
             rows.finish()
             if rows.damaged:
-                said = (
-                    "1 stored row cannot be read; its file was"
-                    if rows.damaged == 1
-                    else (f"{rows.damaged} stored rows cannot be read; their files were")
-                )
-                typer.echo(f"{said} judged again", err=True)
+                typer.echo(f"stored rows that cannot be read, whose files were judged again: {rows.damaged}", err=True)
             if rows.doubles:
                 typer.echo(f"{rows.doubles} paths came more than once; each has one row", err=True)
             typer.echo(f"wrote {printable(str(rows.path))}", err=True)
