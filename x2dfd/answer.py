@@ -54,6 +54,7 @@ DECODED = {
     r"icc_to_srgb:(.*)": r"colours converted from its profile (\1) to sRGB",
     r"memory_limit_after_(\d+)_frames": r"stopped after \1 frames at the limit of memory",
     r"mirrored:.*": "mirrored as the file says",
+    r"one_of_(\d+)_frames": r"only one of its \1 pictures was looked at",
     r"pixel_shape:(.+)": r"stretched to square pixels (they are \1 in the file)",
     r"pixel_shape_ignored": "its stated shape of pixels is implausible and was ignored",
     r"reduced_from:(\d+)x(\d+)": r"decoded smaller than its \1 x \2 pixels",
