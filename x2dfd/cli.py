@@ -182,7 +182,7 @@ ReportFile = Annotated[
     typer.Option(
         metavar="FILE.html",
         help="Also write the case report: one HTML page, a section per file, and beside it FILE.case.json, which "
-        "`x2dfd verify` checks. Ending in .pdf, the page is printed as well.",
+        "`x2dfd verify` checks. Ending in .pdf, the page is printed as well, which needs chromium.",
         rich_help_panel="Output",
     ),
 ]
@@ -321,12 +321,14 @@ def verify(
         words = {
             "holds": "the record holds",
             "differs": "THE RECORD DOES NOT HOLD",
-            "other_version": "CANNOT BE CONFIRMED: another version made it, or it was changed to say so",
+            "other_version": "CANNOT BE CONFIRMED: another version or model made it, or it was changed to say so",
             "other_file": "ANOTHER FILE: the record is not about this one, or this one was changed",
         }
         typer.echo(words[verification.outcome])
         for line in verification.differences:
             typer.echo(f"  {printable(line)}")
+        if spec.embedded and verification.outcome == "other_version" and case.another_adapter(contents, detector.info):
+            typer.echo("If a model of your own made the record, name it: --model DIR")
         for line in verification.notes:
             typer.echo(f"note: {printable(line)}", err=True)
     if verification.outcome != "holds":
