@@ -284,8 +284,10 @@ def test_names_that_are_not_utf8_are_kept_apart(run: Run, tmp_path: Path) -> Non
 )  # fmt: skip
 def test_wrong_usage_is_exit_code_2_before_any_work(run: Run, detector: SmallDetector, words: list[str]) -> None:
     """A report that cannot be written must be found out before an hour of work, not after."""
-    assert run(*words).exit_code == 2
+    done = run(*words)
+    assert done.exit_code == 2
     assert not detector.given
+    assert ("the folder no/such/folder does not exist" in done.stderr) is ("no/such/folder/t.parquet" in words)
 
 
 def test_options_reach_the_detector(run: Run, detector: SmallDetector, photos: Path) -> None:
