@@ -284,6 +284,19 @@ def test_technical_details_are_a_few_rows() -> None:
     assert "ab12" * 4 not in text and "Threshold fake from 50 %" in page(report(model={"threshold": 0.5})).text
 
 
+def test_a_sign_has_the_probability_of_the_expert_that_points_at_it() -> None:
+    """Bug prevented: "Strength 90 %" beside a sign, which is only the text's word of degree ("obviously")."""
+    pointed = (
+        Evidence("blend", 0.9, cues=(Cue("jaw", "blending", 0.41), Cue("eyes", "texture", 0.99))),
+        Evidence("swin", 0.9, cues=(Cue("jaw", "blending", 0.97),)),  # without a weight, so it is not asked
+    )
+    model = report().model | {"weights": {"blend": 0.5, "swin": 0.0}}
+    shown = page(report(faces=(face(evidence=pointed),), model=model)).text
+    table = shown.partition("Signs named in the explanation")[2]
+    assert "The expert is sure to A jaw blending 41 % B eyes lighting –" in table
+    assert "Strength" not in shown and "80 %" not in table.partition("What each")[0]
+
+
 def test_a_fakes_card_opens_with_its_strongest_sign() -> None:
     """Bug prevented: the first of several signs leads, and the one that experts are sure of stands below."""
     said = "A part of the photo looks changed. The skin looks faintly grainy. A seam runs along the jaw."

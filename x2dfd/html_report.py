@@ -230,13 +230,22 @@ def strongest_sign(report: Report) -> str:
     face = report.decider
     if report.verdict.label != "fake" or face is None:
         return ""
-    expert_cues = [c for e in face.evidence if e.expert not in report.uncounted for c in e.cues]
 
     def sureness(cue: Cue) -> float:
-        matches = [c for c in expert_cues if (c.area, c.artifact) == (cue.area, cue.artifact)]
-        return max((1.0 if c.score is None else c.score for c in matches), default=0.0)
+        return max((1.0 if score is None else score for score in _sure_to(cue, face, report)), default=0.0)
 
     return f"{cue_clause(max(face.cues, key=lambda c: (sureness(c), c.score or 0.0)))}." if face.cues else ""
+
+
+def _sure_to(cue: Cue, face: FaceReport, report: Report) -> list[float | None]:
+    """The probabilities that experts with a weight give a sign of a face; [] where none points at it."""
+    return [
+        c.score
+        for e in face.evidence
+        if e.expert not in report.uncounted
+        for c in e.cues
+        if (c.area, c.artifact) == (cue.area, cue.artifact)
+    ]
 
 
 def _frames(faces: Sequence[FaceReport]) -> list[int]:
@@ -274,8 +283,13 @@ def _scale(p: float | None, band: Sequence[float] | None, threshold: float | Non
 def _face(face: FaceReport, decides: bool, report: Report, blind_spots: Mapping[str, str]) -> Json:
     prefix = _prefix(face, report)
     letters = {area: prefix + letter for area, letter, _ in marked_areas(face)}
+    cues = []
+    for c in face.cues:
+        sure = max((score for score in _sure_to(c, face, report) if score is not None), default=None)
+        cues.append((letters.get(c.area, ""), c.area, c.artifact, "–" if sure is None else percent(sure)))
     return {
         "number": answer.number(face, report),
+        "place": answer.place(face, report),
         "alone": len(report.faces) == 1,
         "decides": decides,
         "kind": answer.status(face.verdict),
@@ -288,8 +302,7 @@ def _face(face: FaceReport, decides: bool, report: Report, blind_spots: Mapping[
         "assessed": face.verdict.p_fake is not None,
         "origin": answer.origin(face.verdict, face.rationale, report.model.get("mode") != "paper"),
         "contradictions": face.contradictions,
-        "cues": [(letters.get(c.area, ""), c.area, c.artifact, c.score) for c in face.cues],
-        "measured": any(cue.score is not None for cue in face.cues),
+        "cues": cues,
         "scored": [
             (e.expert, 100 * e.score, e.note, blind_spots.get(e.expert), e.expert not in report.uncounted)
             for e in face.evidence
