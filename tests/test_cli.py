@@ -620,6 +620,16 @@ def test_doctor_names_what_lacks_and_its_command(run: Run, monkeypatch: pytest.M
     assert heic == "HEIC photos are refused; to get it: pip install 'x2dfd[heic]'"
 
 
+@pytest.mark.parametrize("quick", [True, False])
+def test_doctor_says_which_precision_the_embedded_model_takes(quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: verdicts take twice as long on one machine as on another, and nobody learns why."""
+    monkeypatch.setattr("x2dfd.tower.quick_in_16_bits", lambda device: quick)
+    from x2dfd import doctor
+
+    said = {check.name: check.detail for check in doctor._torch()}["precision"]
+    assert f"takes {'bf16' if quick else 'fp32'} on this CPU" in said and "AVX-512 BF16" in said
+
+
 def test_doctor_says_which_families_and_face_models_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What is missing shows at the first model otherwise; a truncated face model gives other faces or none."""
     from x2dfd import checkpoints, doctor

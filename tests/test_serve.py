@@ -20,6 +20,7 @@ from x2dfd.cli import app
 from x2dfd.errors import X2DFDError
 from x2dfd.model_spec import ModelSpec
 from x2dfd.remote import ServerDetector, is_loopback
+from x2dfd.tower_first import TowerFirst
 from x2dfd.types import Failure, ModelInfo, Report
 
 uvicorn: Any = pytest.importorskip("uvicorn")
@@ -163,16 +164,25 @@ def test_no_server_is_one_line(tmp_path: Path) -> None:
 
 
 def test_the_model_is_loaded_as_the_options_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bug prevented: `x2dfd serve --device cuda:1` loads on the CPU, in another precision, and nobody is told."""
+    """Bug prevented: `x2dfd serve --device cuda:1` loads on the CPU, in another precision, and nobody is told;
+    the address is printed, and who asks first waits until the language model is loaded."""
     given: dict[str, Any] = {}
-    monkeypatch.setattr(x2dfd, "load", lambda model, **options: given.update(options, model=model), raising=False)
+    order: list[str] = []
+    monkeypatch.setattr(TowerFirst, "whole", property(lambda self: order.append("loaded")))
+
+    def load(model: ModelSpec, **options: Any) -> SimpleNamespace:
+        given.update(options, model=model)
+        return SimpleNamespace(mllm=TowerFirst.__new__(TowerFirst))
+
+    monkeypatch.setattr(x2dfd, "load", load, raising=False)
+    monkeypatch.setattr("x2dfd.cli.typer.echo", lambda *_, **__: order.append("address"))
     monkeypatch.setattr(serve, "serve", lambda detector, host, there: None)
     monkeypatch.setattr("x2dfd.worker.isolating", nullcontext)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     asked = ["--device", "cuda:1", "--dtype", "bf16", "--bits", "4", "--device-map", "auto", "--threads", "3"]
     done = CliRunner().invoke(app, ["serve", "--port", port, "--model", "hub:B+A", "--mode", "paper", *asked])
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == 0 and order == ["loaded", "address"], done.output
     assert given == {
         "model": ModelSpec(base="B", adapter=Path("A")), "mode": "paper", "device": "cuda:1", "dtype": "bf16",
         "bits": 4, "device_map": "auto", "threads": 3,

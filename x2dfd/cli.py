@@ -357,13 +357,14 @@ def serve(
     threads: options.Threads = None,
 ) -> None:
     """Keep a model warm and answer over HTTP: POST a file or a form to /detect; /openapi.json describes the rest."""
-    from x2dfd.serve import listening
+    from x2dfd.serve import listening, warm_up
     from x2dfd.serve import serve as run
     from x2dfd.worker import isolating
 
     with listening(host, port) as sock:
         loading = options.load_options(mode, device, dtype, bits, device_map, threads)
         detector = load_quickly(ModelSpec.parse(model), **loading)
+        warm_up(detector)
         typer.echo(f"http://{host}:{port}", err=True)
         with isolating():  # a posted file that ends its decoder must not end the server
             run(detector, host, sock)

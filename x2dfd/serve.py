@@ -150,6 +150,14 @@ async def _parameter_error(_: Request, error: RequestValidationError) -> Respons
     return _error(422, "bad_request", f"{first['loc'][-1]}: {first['msg']}")
 
 
+def warm_up(detector: "Detector") -> None:
+    """Load the rest of a model of which only the tower is here, or the first request that asks for a text waits."""
+    from x2dfd.tower_first import TowerFirst
+
+    if isinstance(detector.mllm, TowerFirst):
+        _ = detector.mllm.whole
+
+
 def serve(detector: "Detector", host: str, listener: socket.socket) -> None:
     """Answer on a socket of `listening` until interrupted. `host`: the one that it listens on."""
     hosts = LOOPBACK if is_loopback(host) else None if host in ANY_ADDRESS else (*LOOPBACK, host)
