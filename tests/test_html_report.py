@@ -70,6 +70,7 @@ def report(**changes: Any) -> Report:
     return replace(made, **changes)
 
 
+TOWER = Evidence("tower", 0.2)  # an expert with a card
 _RATE = {"value": 0.02, "interval": [0.0, 0.045], "n": 147}
 VALIDATION: dict[str, Any] = {
     "rates": {"false_alarms": _RATE, "misses": _RATE, "answered": {"value": 0.55, "n": 420}, "auc": _RATE},
@@ -362,6 +363,20 @@ def test_the_weight_of_a_score_stands_with_propositions_interval_and_limits() ->
         report(likelihood_ratio=ratio | {"value": 8.0, "interval": [2, 20]}, model={"mode": "calibrated"})
     ).text
     assert "8 times (95 %: 2 to 20) as frequent among forged pictures as among real ones" in forged
+
+
+def test_what_all_files_share_stands_once() -> None:
+    """Bug prevented: a report of many files says the same error rates and blind spots in each file's section."""
+    rated = report(model={"mode": "calibrated", "validation": VALIDATION}, faces=(face(evidence=(TOWER,)),))
+    ratio = {"value": None, "reason": "no run is at hand"}
+    clip = replace(rated, media=rated.media | {"kind": "video"}, likelihood_ratio=ratio)
+    other = replace(rated, model={"mode": "paper", "validation": VALIDATION})
+    once, apart, alone = (page(*some).text for some in ((rated, clip), (rated, other), (rated,)))
+    assert [text.count("Cost of the scores") for text in (once, apart, alone)] == [1, 2, 1]
+    assert [text.count("Blind spot") for text in (once, apart, alone)] == [1, 3, 2]
+    assert once.count("stand at the end of the page") == once.count("stands in its card") == 2
+    assert "end of the page" not in apart + alone and once.count("There is no likelihood ratio: no run") == 1
+    assert once.count("clips, whose most suspicious frames") == 1 and "clips, whose" not in apart + alone
 
 
 def test_file_facts_cards_and_credentials_stand_on_the_page() -> None:

@@ -81,13 +81,17 @@ def render(reports: Sequence[Report | Failure], pictures: Sequence[Pictures]) ->
     experts = dict.fromkeys(e.expert for r in reports if isinstance(r, Report) for f in r.faces for e in f.evidence)
     expert_cards = cards(experts)
     blind_spots = {name: card.blind_spot for name, card in expert_cards.items() if isinstance(card, Card)}
+    models = [report.model for report in reports if isinstance(report, Report)]
+    shared = len(models) > 1 and all(model == models[0] for model in models)  # then its facts stand once, at the end
     sections = [
-        _failure(report) if isinstance(report, Failure) else _section(report, picture, blind_spots)
+        _failure(report) if isinstance(report, Failure) else _section(report, picture, {} if shared else blind_spots)
         for report, picture in zip(reports, pictures, strict=True)
     ]
     template = pages(jinja2.PackageLoader("x2dfd")).get_template("report.html.jinja")
     html = template.render(
         cards=[card for name in experts if isinstance(card := expert_cards.get(name), Card)],
+        shared=shared,
+        rates=[s["rates"] for s in sections if s.get("rates")],
         limits=_limits(sections),
         judged=any(s.get("scale") for s in sections),
         counted=answer.counted(s["kind"] for s in sections),
@@ -197,6 +201,7 @@ def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) 
         "provenance": _provenance(report.provenance),
         "file": list(_file(report)),
         "ratio": _ratio(report),
+        "no_ratio": report.likelihood_ratio.get("reason", ""),
         "rates": _rates(report),
         "warnings": report.warnings,
         "technical": list(_technical(report)),
@@ -534,8 +539,7 @@ def _rates(report: Report) -> Json | None:
         interval = rate.get("interval")
         bounds = f" (95 %: {100 * interval[0]:.1f} % to {100 * interval[1]:.1f} %)" if interval else ""
         rows.append((name, f"{100 * rate['value']:.1f} %{bounds}, of {rate['n']}"))
-    reason = "" if report.likelihood_ratio.get("value") is not None else report.likelihood_ratio.get("reason", "")
-    return {"remark": ""} | validation | {"rows": rows, "no_ratio": reason, "kind": report.media.get("kind")}
+    return {"remark": ""} | validation | {"rows": rows, "kind": report.media.get("kind")}
 
 
 def _joined(value: object) -> str:
