@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from x2dfd.remote import host_of, parsed
+from x2dfd.addresses import host_of, parsed
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 import x2dfd
 from tests.raising import raises
 from tests.stub import StubDetector
+from x2dfd.addresses import is_loopback
 from x2dfd.cli import app
 from x2dfd.errors import X2DFDError
 from x2dfd.model_spec import ModelSpec
-from x2dfd.remote import ServerDetector, is_loopback
+from x2dfd.remote import ServerDetector
 from x2dfd.tower_first import TowerFirst
 from x2dfd.types import Failure, ModelInfo, Report
 

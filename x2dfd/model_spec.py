@@ -24,10 +24,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self, TypedDict
-from urllib.parse import urlsplit
 
+from x2dfd.addresses import parsed
 from x2dfd.errors import SetupError
-from x2dfd.remote import parsed
 
 Mode = Literal["calibrated", "paper"]
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -106,7 +105,8 @@ class ModelSpec:
     @property
     def host(self) -> str:
         """The endpoint's host and port; "" for a model of this machine."""
-        return urlsplit(self.url).netloc if self.url else ""
+        address = parsed(self.url or "")
+        return address.netloc if address else ""
 
     @property
     def label(self) -> str:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 from collections.abc import Iterable, Iterator
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError, URLError
-from urllib.parse import SplitResult, urlencode, urlsplit
+from urllib.parse import urlencode
 from urllib.request import ProxyHandler, Request, build_opener
 
+from x2dfd.addresses import is_loopback, parsed
 from x2dfd.errors import InputError, SetupError, X2DFDError
 from x2dfd.files import Json, parse_json
 from x2dfd.paths import open_source
@@ -31,7 +31,7 @@ class ServerDetector:
             )
         self._url = url.rstrip("/")
         # A proxy would be handed the pictures on their way to this machine.
-        self._open = build_opener(*([ProxyHandler({})] if is_loopback(str(host_of(url))) else [])).open
+        self._open = build_opener(*([ProxyHandler({})] if is_loopback(str(address.hostname)) else [])).open
         self.facts: Json = self._request("/model", None)
 
     def detect_many(
@@ -77,26 +77,3 @@ class ServerDetector:
                 f"{self._url} is not an `x2dfd serve`: it answered {json.dumps(content)[:60]}", code="server_reply"
             )
         return content
-
-
-def parsed(address: str) -> SplitResult | None:
-    """The parts of an address that names a host; None for anything else."""
-    try:
-        parts = urlsplit(address)
-        return parts if parts.hostname and parts.port != 0 else None  # `port` raises for what is none
-    except ValueError:
-        return None
-
-
-def host_of(address: str) -> str | None:
-    """The host of an address, in lower case; None for anything else."""
-    parts = parsed(address)
-    return parts.hostname if parts else None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a name or number means this machine alone (RFC 6761 for names)."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from x2dfd.addresses import host_of, is_loopback
 from x2dfd.errors import SetupError
 from x2dfd.files import Json
-from x2dfd.remote import MAX_UPLOAD, host_of, is_loopback
+from x2dfd.remote import MAX_UPLOAD
 from x2dfd.types import Failure, Report
 
 try:

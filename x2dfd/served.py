@@ -25,10 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from x2dfd import prompts
+from x2dfd.addresses import is_loopback, parsed
 from x2dfd.errors import InputError, SetupError, UnknownName
 from x2dfd.files import Json
 from x2dfd.mllm import YesNo
-from x2dfd.remote import is_loopback, parsed
 
 CONCURRENCY = 32  # requests at a time
 TOP_TOKENS = 20  # likeliest first tokens that are asked for, the maximum of hosted APIs
