@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+
+from x2dfd.addresses import host_of, parsed
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -53,12 +54,13 @@ class Guard:
             await self.app(scope, receive, send)
 
     def _refusal(self, headers: dict[str, str]) -> str | None:
-        host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
-        if self.hosts is not None and host not in self.hosts:
+        header = headers.get("host", "")
+        host = host_of(f"//{header}")
+        if host is None or (self.hosts is not None and host not in self.hosts):
             return "this page is not served under that name"
-        origin = urlsplit(headers.get("origin", f"//{headers.get('host', '')}"))  # "null" has no host at all
+        origin = parsed(headers.get("origin", f"//{header}"))  # "null" has no host at all
         # Another port of the same host is another site; a proxy that shows the page has a name of its own.
-        if origin.netloc != headers.get("host", "") and (origin.hostname or "") not in self.names:
+        if origin is None or (origin.netloc != header and origin.hostname not in self.names):
             return "requests from pages of another site are refused"
         return None
 

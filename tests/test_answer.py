@@ -12,7 +12,7 @@ import pytest
 from app import pieces
 from tests.test_html_report import Page, face, page, report
 from x2dfd import html_report
-from x2dfd.answer import clip, decided_by, decoding, meaning, number, reason, reconciled
+from x2dfd.answer import clip, decided_by, decoding, meaning, number, place, reason, reconciled
 from x2dfd.statements import read_statements, source_type
 from x2dfd.terminal import block
 from x2dfd.types import FaceReport, Report, Verdict
@@ -49,7 +49,7 @@ def test_what_decoding_changed_is_told_in_words() -> None:
     codes = re.findall(r'notes(?:\.append\(| \+= \[| = \[)f?"([^"]+)"', sources)
     codes += re.findall(r'"((?:rotation|mirrored):\w+)"', sources)
     assert len(codes) > 25
-    for code in ("faces_turned:90", *(re.sub(r"\{.*?\}", "8", code) for code in codes)):
+    for code in ("faces_turned:90", "one_of_8_frames", *(re.sub(r"\{.*?\}", "8", code) for code in codes)):
         code += "HLG" * code.endswith(":")
         assert decoding(report(media={"notes": [code]})) != code, code
 
@@ -101,6 +101,25 @@ def test_of_several_faces_the_terminal_counts_all() -> None:
     text = block(report(faces=two, verdict=FAKE))
     assert "face 1 of 2" in text and "2 faces: 1 likely fake, 1 likely real" in text
     assert "face" not in block(report(faces=two[:1], verdict=FAKE)).splitlines()[0]
+
+
+def test_a_face_among_several_is_told_by_its_place() -> None:
+    """Bug prevented: "face 4 of 4", numbered by size, which nobody finds in the picture."""
+
+    def places(*lefts: float) -> list[str]:
+        faces = tuple(face(index=i, box=(x, 9.0, 20.0, 20.0)) for i, x in enumerate(lefts))
+        return [place(one, report(faces=faces)) for one in faces]
+
+    assert places(50.0) == [""]
+    assert places(90.0, 10.0) == ["on the right", "on the left"]
+    assert places(50.0, 10.0, 90.0) == ["in the middle", "on the far left", "on the far right"]
+    assert places(60.0, 90.0, 10.0, 30.0)[::3] == ["second from the right", "second from the left"]
+    assert places(*map(float, range(24)))[11:13] == ["twelfth from the left", "twelfth from the right"]
+    two = (face(index=0, verdict=REAL), face(index=1, verdict=FAKE, box=(10.0, 60.0, 90.0, 99.0)))
+    one = report(faces=two, verdict=FAKE)
+    assert "face 2 of 2 (on the left)" in block(one)
+    shown = page(one).text
+    assert "Why: face 2 (on the left)" in shown and "Face 1 (on the right)" in shown
 
 
 def xmp(name: str) -> dict[str, str]:
@@ -184,6 +203,8 @@ def test_what_may_give_an_answer_follows_from_why_there_is_none() -> None:
     assert all(fact in advice(small, few) for fact in ("40 pixels", "larger", "compressed"))
     assert "106 pixels" in neither and "compressed" not in neither and neither == advice(large, report().media)
     assert advice(large, few | {"format": "WEBP"}) == neither  # the same bytes hold more in another format
+    moving = advice(large, report().media | {"kind": "video"})
+    assert "Another picture" in neither and moving == neither.replace("picture", "clip")
     both = report(verdict=OPEN, faces=(large, small))
     assert neither in (reason(both) or "") and tiny in (reason(both, small) or "")
     for why in ("no_face", "not_a_photograph"):

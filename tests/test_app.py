@@ -657,7 +657,13 @@ def test_only_uploads_are_judged_and_served(visitor: Visitor, detector: FakeDete
 def test_other_sites_are_refused_and_nothing_is_shared(page: Any, address: str) -> None:
     """Bug prevented: a site that a visitor has open sends files here, or reads this page under a name of its own;
     the framework's defaults record runs in the browser, open a monitor, and report use."""
-    for headers, code in (({}, 200), ({"host": "evil.example"}, 403), ({"origin": address.rstrip("/")}, 200)):
+    malformed = (({"host": "["}, 403), ({"origin": "http://["}, 403))
+    for headers, code in (
+        ({}, 200),
+        ({"host": "evil.example"}, 403),
+        ({"origin": address.rstrip("/")}, 200),
+        *malformed,
+    ):
         assert httpx.get(f"{address}config", headers=headers).status_code == code, headers
     for foreign in ("https://evil.example", "http://127.0.0.1:1", "null"):
         sent = httpx.post(f"{address}gradio_api/upload", files={"files": ("a.jpg", b"x")}, headers={"origin": foreign})

@@ -271,7 +271,8 @@ def test_the_command_computes_as_the_record_says_and_has_an_exit_code_for_each_o
     made: Record, photo: Path, detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A script has to tell "forged" from "cannot be checked here" and from "no such file"; a record of a GPU in bf16
-    checked in fp32, or one of a served model checked locally, can only fail."""
+    checked in fp32, or one of a served model checked locally, can only fail; a record of a model of one's own, checked
+    without it, seems forged."""
     asked: list[dict[str, Any]] = []
 
     def load(model: ModelSpec, **options: Any) -> Detector:
@@ -293,6 +294,10 @@ def test_the_command_computes_as_the_record_says_and_has_an_exit_code_for_each_o
         if code in case.EXIT_CODES.values():
             assert case.EXIT_CODES[json.loads(ran.stdout)["outcome"]] == code
     assert verify(made, of=tmp_path / "none.jpg").exit_code == 1
+    path.write_text(json.dumps(old))
+    for own, told in (([], True), (["--model", "DIR"], False)):
+        words = CliRunner().invoke(cli.app, ["verify", str(path), str(photo), *own]).stdout
+        assert words.startswith("CANNOT BE CONFIRMED") and ("name it: --model DIR" in words) is told
     copied = tmp_path / "other.jpg"
     copied.write_bytes(photo.read_bytes() + b"\0")  # "the record does not hold" would accuse who took the wrong file
     ran = verify(made, of=copied)

@@ -29,6 +29,7 @@ from x2dfd import cli, run_detect, stores
 from x2dfd.errors import InputError, SetupError
 from x2dfd.media import load_media
 from x2dfd.model_spec import ModelSpec
+from x2dfd.rows import COLUMNS
 from x2dfd.types import Card, Cue, Evidence, FaceReport, Failure, Report, Verdict
 
 Run = Callable[..., Any]
@@ -283,8 +284,10 @@ def test_names_that_are_not_utf8_are_kept_apart(run: Run, tmp_path: Path) -> Non
 )  # fmt: skip
 def test_wrong_usage_is_exit_code_2_before_any_work(run: Run, detector: SmallDetector, words: list[str]) -> None:
     """A report that cannot be written must be found out before an hour of work, not after."""
-    assert run(*words).exit_code == 2
+    done = run(*words)
+    assert done.exit_code == 2
     assert not detector.given
+    assert ("the folder no/such/folder does not exist" in done.stderr) is ("no/such/folder/t.parquet" in words)
 
 
 def test_options_reach_the_detector(run: Run, detector: SmallDetector, photos: Path) -> None:
@@ -368,6 +371,32 @@ def test_foreign_or_taken_table_is_not_overwritten(run: Run, photos: Path, tmp_p
     assert done.exit_code == 1 and done.stderr.startswith("error [table_locked]: ")
     first.close()
     assert run("detect", photos, "--out", tmp_path / "t.parquet").exit_code == 0
+
+
+def test_a_damaged_row_is_judged_again(run: Run, detector: SmallDetector, photos: Path, tmp_path: Path) -> None:
+    """Bug prevented: a table that was changed by hand, or cut off, is a traceback on every later run over it."""
+    out = tmp_path / "t.jsonl"
+    assert run("detect", photos, "--out", out).exit_code == 0
+    first, *others = out.read_text().splitlines()
+    report = json.loads(first)["report"]
+    for wrong in (
+        {}, 5, {k: v for k, v in report.items() if k != "faces"}, report | {"verdict": "x"},
+        report | {"verdict": {"label": "x", "p_fake": 0.5}}, report | {"media": {"kind": "video"}},
+        report | {"model": {}},
+    ):  # fmt: skip
+        out.write_text("\n".join((json.dumps(json.loads(first) | {"report": wrong}), *others)) + "\n")
+        elsewhere = run("detect", photos / "b.png", "--out", out)  # the row of a file that it is not about stays
+        assert elsewhere.exit_code == 0 and "cannot be read" not in elsewhere.stderr
+        detector.judged = []
+        done = run("detect", photos, "--out", out)
+        assert done.exit_code == 0 and detector.judged == ["a.png"], wrong
+        assert "rows that cannot be read, whose files were judged again: 1\n" in done.stderr
+        assert out.read_text().splitlines()[0] == first
+    for name, value in {"label": {}, "p_fake": "x", "n_faces": 10**30, "rationale": 1, "path": ["a"]}.items():
+        out.write_text("\n".join((*others, json.dumps(json.loads(first) | {name: value}))) + "\n")
+        done = run("detect", photos, "--out", out)
+        assert done.exit_code == 1 and done.stderr.startswith("error [table_foreign]: "), name
+        assert f"row 3 has no {COLUMNS[name]} as {name!r}" in done.stderr and not list(tmp_path.glob("*.work*"))
 
 
 @pytest.fixture
@@ -589,6 +618,16 @@ def test_doctor_names_what_lacks_and_its_command(run: Run, monkeypatch: pytest.M
     assert {line[0] for line in lines} == {"absent"} and "MISSING" not in optional  # one line each
     [heic] = [said for _, name, said in lines if name == "heic"]
     assert heic == "HEIC photos are refused; to get it: pip install 'x2dfd[heic]'"
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_doctor_says_which_precision_the_embedded_model_takes(quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: verdicts take twice as long on one machine as on another, and nobody learns why."""
+    monkeypatch.setattr("x2dfd.tower.quick_in_16_bits", lambda device: quick)
+    from x2dfd import doctor
+
+    said = {check.name: check.detail for check in doctor._torch()}["precision"]
+    assert f"takes {'bf16' if quick else 'fp32'} on this CPU" in said and "AVX-512 BF16" in said
 
 
 def test_doctor_says_which_families_and_face_models_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

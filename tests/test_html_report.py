@@ -70,6 +70,7 @@ def report(**changes: Any) -> Report:
     return replace(made, **changes)
 
 
+TOWER = Evidence("tower", 0.2)  # an expert with a card
 _RATE = {"value": 0.02, "interval": [0.0, 0.045], "n": 147}
 VALIDATION: dict[str, Any] = {
     "rates": {"false_alarms": _RATE, "misses": _RATE, "answered": {"value": 0.55, "n": 420}, "auc": _RATE},
@@ -284,6 +285,19 @@ def test_technical_details_are_a_few_rows() -> None:
     assert "ab12" * 4 not in text and "Threshold fake from 50 %" in page(report(model={"threshold": 0.5})).text
 
 
+def test_a_sign_has_the_probability_of_the_expert_that_points_at_it() -> None:
+    """Bug prevented: "Strength 90 %" beside a sign, which is only the text's word of degree ("obviously")."""
+    pointed = (
+        Evidence("blend", 0.9, cues=(Cue("jaw", "blending", 0.41), Cue("eyes", "texture", 0.99))),
+        Evidence("swin", 0.9, cues=(Cue("jaw", "blending", 0.97),)),  # without a weight, so it is not asked
+    )
+    model = report().model | {"weights": {"blend": 0.5, "swin": 0.0}}
+    shown = page(report(faces=(face(evidence=pointed),), model=model)).text
+    table = shown.partition("Signs named in the explanation")[2]
+    assert "The expert is sure to A jaw blending 41 % B eyes lighting –" in table
+    assert "Strength" not in shown and "80 %" not in table.partition("What each")[0]
+
+
 def test_a_fakes_card_opens_with_its_strongest_sign() -> None:
     """Bug prevented: the first of several signs leads, and the one that experts are sure of stands below."""
     said = "A part of the photo looks changed. The skin looks faintly grainy. A seam runs along the jaw."
@@ -349,6 +363,20 @@ def test_the_weight_of_a_score_stands_with_propositions_interval_and_limits() ->
         report(likelihood_ratio=ratio | {"value": 8.0, "interval": [2, 20]}, model={"mode": "calibrated"})
     ).text
     assert "8 times (95 %: 2 to 20) as frequent among forged pictures as among real ones" in forged
+
+
+def test_what_all_files_share_stands_once() -> None:
+    """Bug prevented: a report of many files says the same error rates and blind spots in each file's section."""
+    rated = report(model={"mode": "calibrated", "validation": VALIDATION}, faces=(face(evidence=(TOWER,)),))
+    ratio = {"value": None, "reason": "no run is at hand"}
+    clip = replace(rated, media=rated.media | {"kind": "video"}, likelihood_ratio=ratio)
+    other = replace(rated, model={"mode": "paper", "validation": VALIDATION})
+    once, apart, alone = (page(*some).text for some in ((rated, clip), (rated, other), (rated,)))
+    assert [text.count("Cost of the scores") for text in (once, apart, alone)] == [1, 2, 1]
+    assert [text.count("Blind spot") for text in (once, apart, alone)] == [1, 3, 2]
+    assert once.count("stand at the end of the page") == once.count("stands in its card") == 2
+    assert "end of the page" not in apart + alone and once.count("There is no likelihood ratio: no run") == 1
+    assert once.count("clips, whose most suspicious frames") == 1 and "clips, whose" not in apart + alone
 
 
 def test_file_facts_cards_and_credentials_stand_on_the_page() -> None:

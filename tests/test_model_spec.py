@@ -34,9 +34,25 @@ def test_every_form_is_read_and_written(text: str, spec: ModelSpec, label: str) 
 PACES = tuple(f"m@{URL}?requests-per-minute={pace}" for pace in ("", "0", "-1", "nan", "inf", "ten"))
 
 
-@pytest.mark.parametrize("text", ["", "hub:", "hub:+dir", "hub:name+", f"@{URL}", f"m@{URL}+", "expert:", *PACES])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "hub:",
+        "hub:+dir",
+        "hub:name+",
+        f"@{URL}",
+        f"m@{URL}+",
+        "expert:",
+        "m@http://[",
+        "m@http://",
+        "m@http://h:x/v1",
+        *PACES,
+    ],
+)
 def test_a_part_that_is_missing_is_told(text: str) -> None:
-    """Bug prevented: an unset shell variable means another model; an endpoint asked without a limit."""
+    """Bug prevented: an unset shell variable means another model; an endpoint asked without a limit; a traceback
+    for a mistyped address."""
     with raises("model_malformed"):
         ModelSpec.parse(text)
 

@@ -14,11 +14,14 @@ import pytest
 from typer.testing import CliRunner
 
 import x2dfd
+from tests.raising import raises
 from tests.stub import StubDetector
+from x2dfd.addresses import is_loopback
 from x2dfd.cli import app
-from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.errors import X2DFDError
 from x2dfd.model_spec import ModelSpec
-from x2dfd.remote import ServerDetector, is_loopback
+from x2dfd.remote import ServerDetector
+from x2dfd.tower_first import TowerFirst
 from x2dfd.types import Failure, ModelInfo, Report
 
 uvicorn: Any = pytest.importorskip("uvicorn")
@@ -83,7 +86,10 @@ def test_strangers_are_refused(client: Any) -> None:
     """Bug prevented: a web page that asks the server of whoever reads it, by its address or by a name made for it."""
     assert client.get("/model").status_code == 200
     assert client.get("/model", headers={"Origin": "http://localhost:8417"}).status_code == 200
-    for header in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Host": ""}):
+    for header in (
+        {"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Host": ""}, {"Host": "["},
+        {"Origin": "http://["},
+    ):  # fmt: skip
         for answer in (client.get("/model", headers=header), client.post("/detect", content=b"x", headers=header)):
             assert answer.status_code == 403 and answer.json()["error"]["code"] == "foreign_host"
 
@@ -142,8 +148,16 @@ def test_no_server_is_one_line(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))  # bound and not listening
         with pytest.raises(X2DFDError):
             ServerDetector(f"http://127.0.0.1:{taken.getsockname()[1]}")
-    for url in ("ftp://127.0.0.1", "127.0.0.1:8417", "http://"):
-        with pytest.raises(SetupError):
+    for url in (
+        "ftp://127.0.0.1",
+        "127.0.0.1:8417",
+        "http://",
+        "http://[",
+        "http://[x]",
+        "http://a:99999",
+        "http://a:x",
+    ):
+        with raises("address_missing", url):
             ServerDetector(url)
     # Only this machine goes past the proxy, and no name that looks like it.
     assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "localhost", "a.localhost")))
@@ -151,16 +165,25 @@ def test_no_server_is_one_line(tmp_path: Path) -> None:
 
 
 def test_the_model_is_loaded_as_the_options_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bug prevented: `x2dfd serve --device cuda:1` loads on the CPU, in another precision, and nobody is told."""
+    """Bug prevented: `x2dfd serve --device cuda:1` loads on the CPU, in another precision, and nobody is told;
+    the address is printed, and who asks first waits until the language model is loaded."""
     given: dict[str, Any] = {}
-    monkeypatch.setattr(x2dfd, "load", lambda model, **options: given.update(options, model=model), raising=False)
+    order: list[str] = []
+    monkeypatch.setattr(TowerFirst, "whole", property(lambda self: order.append("loaded")))
+
+    def load(model: ModelSpec, **options: Any) -> SimpleNamespace:
+        given.update(options, model=model)
+        return SimpleNamespace(mllm=TowerFirst.__new__(TowerFirst))
+
+    monkeypatch.setattr(x2dfd, "load", load, raising=False)
+    monkeypatch.setattr("x2dfd.cli.typer.echo", lambda *_, **__: order.append("address"))
     monkeypatch.setattr(serve, "serve", lambda detector, host, there: None)
     monkeypatch.setattr("x2dfd.worker.isolating", nullcontext)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     asked = ["--device", "cuda:1", "--dtype", "bf16", "--bits", "4", "--device-map", "auto", "--threads", "3"]
     done = CliRunner().invoke(app, ["serve", "--port", port, "--model", "hub:B+A", "--mode", "paper", *asked])
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == 0 and order == ["loaded", "address"], done.output
     assert given == {
         "model": ModelSpec(base="B", adapter=Path("A")), "mode": "paper", "device": "cuda:1", "dtype": "bf16",
         "bits": 4, "device_map": "auto", "threads": 3,

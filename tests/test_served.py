@@ -496,7 +496,7 @@ def test_the_key_is_the_environments_and_sent_only_to_the_endpoint(
         with raises("key_refused") as caught:
             ServedMLLM(endpoint.url, "m")
         assert "another" not in str(caught.value)
-    for url in ("ftp://h/v1", "localhost:8000", "http://user:" + KEY + "@h/v1", ""):
+    for url in ("ftp://h/v1", "localhost:8000", "http://user:" + KEY + "@h/v1", "", "http://[", "http://h:99999/v1"):
         with raises("address_missing") as caught:
             ServedMLLM(url, "m")
         assert KEY not in str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from fractions import Fraction
 from typing import Any
@@ -180,6 +181,23 @@ def test_an_animation_is_a_clip(format: str) -> None:
     still = load_picture(animation(format))
     assert still.n_frames == 6 and still.notes == ("first_of_6_frames",)
     assert np.abs(still.pixels[16, 20].astype(int) - [20, 0, 0]).max() < 14
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG"])
+def test_an_animation_as_an_image_object_says_that_one_picture_was_looked_at(format: str) -> None:
+    """Bug prevented: Image.open("a.gif") is judged by its first frame, and nobody is told."""
+    with Image.open(io.BytesIO(animation(format))) as image:
+        first, again = load_picture(image), load_picture(image)
+        assert first.notes == again.notes == ("hash_of_pixels", "first_of_6_frames") and first.n_frames == 6
+        np.testing.assert_array_equal(first.pixels, again.pixels)
+        image.seek(3)
+        later = load_picture(image)
+    assert later.notes == ("hash_of_pixels", "one_of_6_frames")
+    assert np.abs(later.pixels[16, 20].astype(int) - [110, 0, 0]).max() < 14
+    assert load_picture(image.copy()).n_frames == 1
+    with Image.open(io.BytesIO(encoded(image.convert("RGB"), "GIF"))) as still:
+        still.load()
+    assert load_picture(still).notes == ("hash_of_pixels",)  # after its file was closed
 
 
 def test_animations_that_are_transparent_damaged_or_endless(monkeypatch: pytest.MonkeyPatch) -> None:

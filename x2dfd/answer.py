@@ -54,6 +54,7 @@ DECODED = {
     r"icc_to_srgb:(.*)": r"colours converted from its profile (\1) to sRGB",
     r"memory_limit_after_(\d+)_frames": r"stopped after \1 frames at the limit of memory",
     r"mirrored:.*": "mirrored as the file says",
+    r"one_of_(\d+)_frames": r"only one of its \1 pictures was looked at",
     r"pixel_shape:(.+)": r"stretched to square pixels (they are \1 in the file)",
     r"pixel_shape_ignored": "its stated shape of pixels is implausible and was ignored",
     r"reduced_from:(\d+)x(\d+)": r"decoded smaller than its \1 x \2 pixels",
@@ -63,6 +64,10 @@ DECODED = {
     r"warning:(.*)": r"the decoder warns: \1",
 }
 """By pattern of a code in `Report.media.notes`: what decoding changed or missed, in words."""
+ORDINALS = (
+    "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth", "eleventh",
+    "twelfth",
+)  # fmt: skip
 SMALL_FACE = 100  # pixels: a face of less width is enlarged about twice for the models
 STRONGLY_COMPRESSED = 0.1  # bytes a pixel of a JPEG; photos have 0.11 at quality 50 and 0.15 at 75
 
@@ -164,7 +169,8 @@ def _would_help(report: Report, face: FaceReport | None) -> str:
         return f"The {width}{' and the file strongly compressed' * losses}: a larger original may give an answer."
     if losses:
         return "The file is strongly compressed: an original with fewer losses may give an answer."
-    return f"The {width}, so a larger copy hardly helps. Another picture of the same moment may give an answer."
+    other = "clip" if media.get("kind") == "video" else "picture"
+    return f"The {width}, so a larger copy hardly helps. Another {other} of the same moment may give an answer."
 
 
 def decided_by(model: Json) -> str:
@@ -267,6 +273,18 @@ def reconciled(report: Report) -> str | None:
 def number(face: FaceReport, report: Report) -> int:
     """A face's number among those of its picture or frame, from 1."""
     return 1 + sum(other.frame == face.frame and other.index < face.index for other in report.faces)
+
+
+def place(face: FaceReport, report: Report) -> str:
+    """Where a face stands among several of a picture, "second from the left"; "" for a single one and in a clip."""
+    n = len(report.faces)
+    if n < 2 or face.frame is not None:
+        return ""
+    left = sorted(report.faces, key=lambda one: one.box[0] + one.box[2] / 2).index(face)
+    side, rank = ("left", left) if left < n / 2 else ("right", n - 1 - left)
+    if n == 2 * left + 1:
+        return "in the middle"
+    return f"{ORDINALS[rank]} from the {side}" if rank else f"on the {'far ' * (n > 2)}{side}"
 
 
 def stance(verdict: Verdict, rationale: str) -> str:

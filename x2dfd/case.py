@@ -17,7 +17,7 @@ from x2dfd.experts import cards
 from x2dfd.files import Json, json_sha256, parse_json
 from x2dfd.model_spec import Dtype, Mode
 from x2dfd.provenance import CREDENTIALS
-from x2dfd.types import Card, Failure, Report, frames_asked
+from x2dfd.types import Card, Failure, ModelInfo, Report, frames_asked
 
 if TYPE_CHECKING:
     from x2dfd.detector import Detector
@@ -262,6 +262,12 @@ def _number(value: object) -> TypeGuard[float]:
 def _short(value: object) -> str:
     text = json.dumps(value, ensure_ascii=True, default=str)
     return text if len(text) < 100 else f"{text[:96]} …"
+
+
+def another_adapter(case: Json, info: ModelInfo) -> bool:
+    """Whether a report of the record names an adapter that is not this model's."""
+    models = (r.get("model") or {} for r in case["reports"] if "error" not in r)
+    return any(model.get("adapter_sha256") != info.adapter_sha256 for model in models)
 
 
 def precision_stated(case: Json) -> Dtype | None:

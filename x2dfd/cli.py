@@ -182,7 +182,7 @@ ReportFile = Annotated[
     typer.Option(
         metavar="FILE.html",
         help="Also write the case report: one HTML page, a section per file, and beside it FILE.case.json, which "
-        "`x2dfd verify` checks. Ending in .pdf, the page is printed as well.",
+        "`x2dfd verify` checks. Ending in .pdf, the page is printed as well, which needs chromium.",
         rich_help_panel="Output",
     ),
 ]
@@ -321,12 +321,14 @@ def verify(
         words = {
             "holds": "the record holds",
             "differs": "THE RECORD DOES NOT HOLD",
-            "other_version": "CANNOT BE CONFIRMED: another version made it, or it was changed to say so",
+            "other_version": "CANNOT BE CONFIRMED: another version or model made it, or it was changed to say so",
             "other_file": "ANOTHER FILE: the record is not about this one, or this one was changed",
         }
         typer.echo(words[verification.outcome])
         for line in verification.differences:
             typer.echo(f"  {printable(line)}")
+        if spec.embedded and verification.outcome == "other_version" and case.another_adapter(contents, detector.info):
+            typer.echo("If a model of your own made the record, name it: --model DIR")
         for line in verification.notes:
             typer.echo(f"note: {printable(line)}", err=True)
     if verification.outcome != "holds":
@@ -355,13 +357,14 @@ def serve(
     threads: options.Threads = None,
 ) -> None:
     """Keep a model warm and answer over HTTP: POST a file or a form to /detect; /openapi.json describes the rest."""
-    from x2dfd.serve import listening
+    from x2dfd.serve import listening, warm_up
     from x2dfd.serve import serve as run
     from x2dfd.worker import isolating
 
     with listening(host, port) as sock:
         loading = options.load_options(mode, device, dtype, bits, device_map, threads)
         detector = load_quickly(ModelSpec.parse(model), **loading)
+        warm_up(detector)
         typer.echo(f"http://{host}:{port}", err=True)
         with isolating():  # a posted file that ends its decoder must not end the server
             run(detector, host, sock)

@@ -154,11 +154,12 @@ def _check_type(value: object, kind: Any, where: str) -> None:
             raise ValueError(f"{where!r} is no object but {_short(value)}")
         for key, item in value.items():
             _check_type(item, args[1], f"{where}.{key}"[:80])
-    elif origin is tuple:
-        if not isinstance(value, list | tuple) or (args[-1] is not Ellipsis and len(value) != len(args)):
+    elif origin in (tuple, list):
+        fixed = origin is tuple and args[-1] is not Ellipsis
+        if not isinstance(value, list | tuple) or (fixed and len(value) != len(args)):
             raise ValueError(f"{where!r} is no list of the right length but {_short(value)}")
         for index, item in enumerate(value):
-            _check_type(item, args[0 if args[-1] is Ellipsis else index], f"{where}[{index}]")
+            _check_type(item, args[index if fixed else 0], f"{where}[{index}]")
     elif is_dataclass(kind):
         check_fields(kind, value)
     elif kind is float:

@@ -81,13 +81,17 @@ def render(reports: Sequence[Report | Failure], pictures: Sequence[Pictures]) ->
     experts = dict.fromkeys(e.expert for r in reports if isinstance(r, Report) for f in r.faces for e in f.evidence)
     expert_cards = cards(experts)
     blind_spots = {name: card.blind_spot for name, card in expert_cards.items() if isinstance(card, Card)}
+    models = [report.model for report in reports if isinstance(report, Report)]
+    shared = len(models) > 1 and all(model == models[0] for model in models)  # then its facts stand once, at the end
     sections = [
-        _failure(report) if isinstance(report, Failure) else _section(report, picture, blind_spots)
+        _failure(report) if isinstance(report, Failure) else _section(report, picture, {} if shared else blind_spots)
         for report, picture in zip(reports, pictures, strict=True)
     ]
     template = pages(jinja2.PackageLoader("x2dfd")).get_template("report.html.jinja")
     html = template.render(
         cards=[card for name in experts if isinstance(card := expert_cards.get(name), Card)],
+        shared=shared,
+        rates=[s["rates"] for s in sections if s.get("rates")],
         limits=_limits(sections),
         judged=any(s.get("scale") for s in sections),
         counted=answer.counted(s["kind"] for s in sections),
@@ -197,6 +201,7 @@ def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) 
         "provenance": _provenance(report.provenance),
         "file": list(_file(report)),
         "ratio": _ratio(report),
+        "no_ratio": report.likelihood_ratio.get("reason", ""),
         "rates": _rates(report),
         "warnings": report.warnings,
         "technical": list(_technical(report)),
@@ -230,13 +235,22 @@ def strongest_sign(report: Report) -> str:
     face = report.decider
     if report.verdict.label != "fake" or face is None:
         return ""
-    expert_cues = [c for e in face.evidence if e.expert not in report.uncounted for c in e.cues]
 
     def sureness(cue: Cue) -> float:
-        matches = [c for c in expert_cues if (c.area, c.artifact) == (cue.area, cue.artifact)]
-        return max((1.0 if c.score is None else c.score for c in matches), default=0.0)
+        return max((1.0 if score is None else score for score in _sure_to(cue, face, report)), default=0.0)
 
     return f"{cue_clause(max(face.cues, key=lambda c: (sureness(c), c.score or 0.0)))}." if face.cues else ""
+
+
+def _sure_to(cue: Cue, face: FaceReport, report: Report) -> list[float | None]:
+    """The probabilities that experts with a weight give a sign of a face; [] where none points at it."""
+    return [
+        c.score
+        for e in face.evidence
+        if e.expert not in report.uncounted
+        for c in e.cues
+        if (c.area, c.artifact) == (cue.area, cue.artifact)
+    ]
 
 
 def _frames(faces: Sequence[FaceReport]) -> list[int]:
@@ -274,8 +288,13 @@ def _scale(p: float | None, band: Sequence[float] | None, threshold: float | Non
 def _face(face: FaceReport, decides: bool, report: Report, blind_spots: Mapping[str, str]) -> Json:
     prefix = _prefix(face, report)
     letters = {area: prefix + letter for area, letter, _ in marked_areas(face)}
+    cues = []
+    for c in face.cues:
+        sure = max((score for score in _sure_to(c, face, report) if score is not None), default=None)
+        cues.append((letters.get(c.area, ""), c.area, c.artifact, "–" if sure is None else percent(sure)))
     return {
         "number": answer.number(face, report),
+        "place": answer.place(face, report),
         "alone": len(report.faces) == 1,
         "decides": decides,
         "kind": answer.status(face.verdict),
@@ -288,8 +307,7 @@ def _face(face: FaceReport, decides: bool, report: Report, blind_spots: Mapping[
         "assessed": face.verdict.p_fake is not None,
         "origin": answer.origin(face.verdict, face.rationale, report.model.get("mode") != "paper"),
         "contradictions": face.contradictions,
-        "cues": [(letters.get(c.area, ""), c.area, c.artifact, c.score) for c in face.cues],
-        "measured": any(cue.score is not None for cue in face.cues),
+        "cues": cues,
         "scored": [
             (e.expert, 100 * e.score, e.note, blind_spots.get(e.expert), e.expert not in report.uncounted)
             for e in face.evidence
@@ -510,7 +528,8 @@ def _ratio(report: Report) -> Json | None:
 
 def _rates(report: Report) -> Json | None:
     """Error rates of the validation run, as rows."""
-    if not (validation := report.model.get("validation")):
+    validation: Json | None = report.model.get("validation")
+    if not validation:
         return None
     names = {"false_alarms": "Real pictures called fake", "misses": "Forged pictures called real",
              "answered": "Pictures that got an answer"}  # fmt: skip
@@ -520,8 +539,7 @@ def _rates(report: Report) -> Json | None:
         interval = rate.get("interval")
         bounds = f" (95 %: {100 * interval[0]:.1f} % to {100 * interval[1]:.1f} %)" if interval else ""
         rows.append((name, f"{100 * rate['value']:.1f} %{bounds}, of {rate['n']}"))
-    reason = "" if report.likelihood_ratio.get("value") is not None else report.likelihood_ratio.get("reason", "")
-    return {"remark": ""} | dict(validation) | {"rows": rows, "no_ratio": reason, "kind": report.media.get("kind")}
+    return {"remark": ""} | dict(validation) | {"rows": rows, "kind": report.media.get("kind")}
 
 
 def _joined(value: object) -> str:

@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self, TypedDict
-from urllib.parse import urlsplit
 
+from x2dfd.addresses import parsed
 from x2dfd.errors import SetupError
 
 Mode = Literal["calibrated", "paper"]
@@ -77,6 +77,7 @@ class ModelSpec:
             name, (address, plus, folder) = text[: match.start()], text[match.end() :].partition("+")
             adapter = Path(_required(text, folder)) if plus else None
             url, query, number = address.partition(PACE)
+            _required(text, url if parsed(url) else "")
             pace = _pace(text, number) if query else None
             return cls(adapter=adapter, name=_required(text, name), url=url, requests_per_minute=pace)
         return cls(adapter=Path(_required(text, text)))
@@ -104,7 +105,8 @@ class ModelSpec:
     @property
     def host(self) -> str:
         """The endpoint's host and port; "" for a model of this machine."""
-        return urlsplit(self.url).netloc if self.url else ""
+        address = parsed(self.url or "")
+        return address.netloc if address else ""
 
     @property
     def label(self) -> str:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 from collections.abc import Iterable, Iterator
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError, URLError
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 from urllib.request import ProxyHandler, Request, build_opener
 
+from x2dfd.addresses import is_loopback, parsed
 from x2dfd.errors import InputError, SetupError, X2DFDError
 from x2dfd.files import Json, parse_json
 from x2dfd.paths import open_source
@@ -24,13 +24,14 @@ class ServerDetector:
     """Replaces a Detector for `detect` and asks a server instead. Raises X2DFDError when there is none."""
 
     def __init__(self, url: str) -> None:
-        if urlsplit(url).scheme not in ("http", "https") or host_of(url) is None:
+        address = parsed(url)
+        if address is None or address.scheme not in ("http", "https"):
             raise SetupError(
                 f"{url} is no server: give http://127.0.0.1:8417 as `x2dfd serve` prints it", code="address_missing"
             )
         self._url = url.rstrip("/")
         # A proxy would be handed the pictures on their way to this machine.
-        self._open = build_opener(*([ProxyHandler({})] if is_loopback(str(host_of(url))) else [])).open
+        self._open = build_opener(*([ProxyHandler({})] if is_loopback(str(address.hostname)) else [])).open
         self.facts: Json = self._request("/model", None)
 
     def detect_many(
@@ -76,19 +77,3 @@ class ServerDetector:
                 f"{self._url} is not an `x2dfd serve`: it answered {json.dumps(content)[:60]}", code="server_reply"
             )
         return content
-
-
-def host_of(address: str) -> str | None:
-    """The host of an address, in lower case; None for anything else."""
-    try:
-        return urlsplit(address).hostname
-    except ValueError:
-        return None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a name or number means this machine alone (RFC 6761 for names)."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")

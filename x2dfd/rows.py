@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from x2dfd.errors import X2DFDError
-from x2dfd.files import Json, atomic_write, json_object, parse_json
+from x2dfd.errors import X2DFDError, first_line
+from x2dfd.files import Json, atomic_write, checked, parse_json
 from x2dfd.stores import sha256_of
-from x2dfd.types import Failure, Report
+from x2dfd.types import Failure, Report, frames_asked
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -50,6 +50,7 @@ class Rows:
         self._count = 0
         self._closed = False
         self.doubles = 0  # repeated paths of this run, which are skipped
+        self.damaged = 0  # stored rows of this run's files that cannot be read, which do not count as known
         with self._guard():
             self._database = sqlite3.connect(self.work, isolation_level=None, timeout=1, check_same_thread=False)
             self._database.execute("PRAGMA locking_mode=EXCLUSIVE")
@@ -88,7 +89,13 @@ class Rows:
             unchanged = sha256_of(path) == row[0]
         except OSError:  # judging it again gives the reason
             return None
-        return Report.from_json(row[1]) if unchanged else None
+        if not unchanged:
+            return None
+        try:
+            return _stored_report(row[1], self._model_hash)
+        except (ValueError, KeyError, TypeError):
+            self.damaged += 1
+            return None
 
     def add(self, path: Place, result: Report | Failure) -> None:
         """Store a result; it replaces an older one of that path."""
@@ -166,16 +173,19 @@ class Rows:
         if not self.path.exists():
             return
         try:
-            for row in (_read_jsonl if self.path.suffix == ".jsonl" else _read_parquet)(self.path):
+            for n, row in enumerate((_read_jsonl if self.path.suffix == ".jsonl" else _read_parquet)(self.path), 1):
                 if set(row) != set(COLUMNS):
                     raise ValueError(f"other columns: {', '.join(row)}"[:80])
+                if wrong := [name for name, kind in COLUMNS.items() if not _fits(row[name], kind)]:
+                    raise ValueError(f"row {n} has no {COLUMNS[wrong[0]]} as {wrong[0]!r}")
                 self._put(row)
         except (OSError, ValueError, TypeError) as error:  # pyarrow's errors derive from the first two
             self._database.execute("ROLLBACK")
             self._database.close()
             self.work.unlink(missing_ok=True)
             raise X2DFDError(
-                f"{self.path} is no table of x2dfd: move it away or give another --out", code="table_foreign"
+                f"{self.path} is no table of x2dfd ({first_line(error)}): move it away or give another --out",
+                code="table_foreign",
             ) from error
 
     @contextmanager
@@ -208,6 +218,26 @@ def model_hash(model: Json) -> str:
     """SHA-256 of Report.model without descriptions, which change no answer."""
     decisive = {key: value for key, value in model.items() if key not in _DESCRIPTIONS}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def _stored_report(text: str, model: str) -> Report:
+    """A stored report by the model of that hash. Raises ValueError, KeyError or TypeError for a damaged one."""
+    data = parse_json(text)
+    checked(Report, data)
+    report = Report.from_dict(data)  # restores what `to_dict` leaves out
+    frames_asked(report.media)
+    if model_hash(report.model) != model:
+        raise ValueError("its model is not that of its row")
+    return report
+
+
+def _fits(value: object, kind: str) -> bool:
+    """Whether a value can stand in a column of that Arrow type."""
+    if value is None or isinstance(value, bool):
+        return value is None or kind == "bool"
+    if kind == "int32":
+        return isinstance(value, int) and abs(value) < 2**31
+    return isinstance(value, str) if kind == "string" else kind == "double" and isinstance(value, int | float)
 
 
 def utf8(path: str | Path) -> str:
@@ -250,7 +280,7 @@ def _write_jsonl(path: Path, chunks: Iterator[list[Json]]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for chunk in chunks:
             for row in chunk:
-                report = None if row["report"] is None else json_object(row["report"], path)
+                report = None if row["report"] is None else parse_json(row["report"])
                 file.write(json.dumps(row | {"report": report}, allow_nan=False) + "\n")
 
 

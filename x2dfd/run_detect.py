@@ -78,6 +78,8 @@ class Run:
             if self.n_shards > 1:
                 self.out = self.out.with_suffix(f".{self.shard}-of-{self.n_shards}{self.out.suffix}")
         for option, target in (("--report", self.report), ("--out", self.out)):
+            if target is not None and not target.parent.is_dir():
+                raise typer.BadParameter(f"the folder {target.parent} does not exist: make it first", param_hint=option)
             if target is not None and (target.is_dir() or not os.access(target.parent, os.W_OK)):
                 raise typer.BadParameter(f"{target} cannot be written", param_hint=option)
         from x2dfd.stores import is_pipe
@@ -180,6 +182,8 @@ def run(options: Run) -> None:
                     results.append((path, result))
         if rows is not None:
             rows.finish()
+            if rows.damaged:
+                typer.echo(f"stored rows that cannot be read, whose files were judged again: {rows.damaged}", err=True)
             if rows.doubles:
                 typer.echo(f"{rows.doubles} paths came more than once; each has one row", err=True)
             typer.echo(f"wrote {printable(str(rows.path))}", err=True)

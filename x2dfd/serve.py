@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from x2dfd.addresses import host_of, is_loopback
 from x2dfd.errors import SetupError
 from x2dfd.files import Json
-from x2dfd.remote import MAX_UPLOAD, host_of, is_loopback
+from x2dfd.remote import MAX_UPLOAD
 from x2dfd.types import Failure, Report
 
 try:
@@ -148,6 +149,14 @@ async def _parameter_error(_: Request, error: RequestValidationError) -> Respons
     """FastAPI's message about a wrong parameter, in the shape of every other error."""
     first = error.errors()[0]
     return _error(422, "bad_request", f"{first['loc'][-1]}: {first['msg']}")
+
+
+def warm_up(detector: "Detector") -> None:
+    """Load the rest of a model of which only the tower is here, or the first request that asks for a text waits."""
+    from x2dfd.tower_first import TowerFirst
+
+    if isinstance(detector.mllm, TowerFirst):
+        _ = detector.mllm.whole
 
 
 def serve(detector: "Detector", host: str, listener: socket.socket) -> None:

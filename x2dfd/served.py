@@ -20,16 +20,15 @@ import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
 
 from x2dfd import prompts
+from x2dfd.addresses import is_loopback, parsed
 from x2dfd.errors import InputError, SetupError, UnknownName
 from x2dfd.files import Json
 from x2dfd.mllm import YesNo
-from x2dfd.remote import is_loopback
 
 CONCURRENCY = 32  # requests at a time
 TOP_TOKENS = 20  # likeliest first tokens that are asked for, the maximum of hosted APIs
@@ -137,8 +136,8 @@ class ServedMLLM:
         """
         if requests_per_minute is not None and requests_per_minute <= 0:
             raise SetupError(f"requests per minute: a number above 0, not {requests_per_minute}", code="option_invalid")
-        address = urlsplit(url)
-        if address.scheme not in ("http", "https") or not address.hostname or address.username or address.password:
+        address = parsed(url)
+        if address is None or address.scheme not in ("http", "https") or address.username or address.password:
             raise SetupError(
                 "a served model needs an address such as http://localhost:8000/v1; a key belongs in OPENAI_API_KEY",
                 code="address_missing",
@@ -171,7 +170,7 @@ class ServedMLLM:
             api_key=self._key or "none",
             timeout=timeout,
             max_retries=retries,
-            http_client=_http_client(openai, address.hostname, timeout, 60 / (requests_per_minute or math.inf)),
+            http_client=_http_client(openai, str(address.hostname), timeout, 60 / (requests_per_minute or math.inf)),
         )
         self.close = weakref.finalize(self, _close, self._loop, self._client)
         engine = self._run(self._engine())

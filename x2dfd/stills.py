@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import io
@@ -205,8 +206,13 @@ def from_image(image: Image.Image) -> Picture:
         identity = (image.mode, image.size, palette, image.info.get("transparency"), profile, orientation)
         digest = hashlib.sha256(repr(identity).encode())
         digest.update(image.tobytes())
-    pixels = rgb(image, 16, False, orientation, notes)
-    return Picture(pixels, digest.hexdigest(), "PIL", 1, tuple(dict.fromkeys(notes)), None)
+    pixels = rgb(image, 16 if image.mode.startswith("I") else 8, False, orientation, notes)
+    n_frames = 1
+    with pillow(notes), contextlib.suppress(ValueError):  # a closed file can no longer be counted
+        n_frames = int(getattr(image, "n_frames", 1))
+        if n_frames > 1:
+            notes.append(f"first_of_{n_frames}_frames" if image.tell() == 0 else f"one_of_{n_frames}_frames")
+    return Picture(pixels, digest.hexdigest(), "PIL", n_frames, tuple(dict.fromkeys(notes)), None)
 
 
 def _require_decoder(name: str) -> None:

@@ -71,9 +71,10 @@ def _statement_line(statement: dict[str, str]) -> str:
 
 
 def _face_label(face: FaceReport, report: Report) -> str:
-    """ "face 1 of 2  ", "" for a single face; with the time in a clip: "face 1 of 2, at 1.4 s  "."""
+    """ "face 1 of 2 (on the left)  ", "" for a single face; with the time in a clip: "face 1 of 2, at 1.4 s  "."""
     beside = sum(other.frame == face.frame for other in report.faces)
-    words = [f"face {answer.number(face, report)} of {beside}"] if beside > 1 else []
+    place = answer.place(face, report)
+    words = [f"face {answer.number(face, report)} of {beside}" + f" ({place})" * bool(place)] if beside > 1 else []
     words += [] if face.time_s is None else [f"at {face.time_s:.1f} s"]
     return f"{', '.join(words)}  " if words else ""
 
