@@ -52,7 +52,10 @@ Floats = NDArray[np.float64]
 
 WHOLE = Logistic({"tower": 0.8}, {"tower": -1.0}, 0.2)
 PART = Logistic({MLLM: 0.5, "tower": 1.0, "idle": 0.0}, {MLLM: 1.0, "tower": -2.0, "idle": 0.3}, -0.4)
-FITTED = Calibration({"whole": WHOLE, "part": PART}, low=0.35, high=0.7, mllm_threshold=0.8, fitted_on={"n": 12})
+EXPERTS = {"tower": "a" * 64, "idle": "b" * 64}
+FITTED = Calibration(
+    {"whole": WHOLE, "part": PART}, low=0.35, high=0.7, mllm_threshold=0.8, fitted_on={"n": 12, "experts": EXPERTS}
+)
 
 
 def simulate(n: int, weights: dict[str, float], bias: float, seed: int = 0) -> tuple[dict[str, Floats], Floats]:
@@ -222,7 +225,7 @@ def test_a_saved_calibration_comes_back_whole(tmp_path: Path) -> None:
     assert Calibration.load(tmp_path) == FITTED
     assert Calibration.load(tmp_path).sha256 == FITTED.sha256 != replace(FITTED, low=0.2).sha256
     data: dict[str, Any] = json.loads((tmp_path / "calibration.json").read_text())
-    del data["fitted_on"], data["mllm_threshold"]
+    del data["mllm_threshold"]
     (tmp_path / "calibration.json").write_text(json.dumps(data))
     assert Calibration.load(tmp_path).mllm_threshold == 0.5
 
@@ -245,13 +248,19 @@ PARTLY = SAVED["kinds"]["part"]
         json.dumps({**SAVED, "low": 0.9}), json.dumps({**SAVED, "high": "1"}), json.dumps({**SAVED, "high": 9}),
         json.dumps({**SAVED, "low": -5}), json.dumps({**SAVED, "mllm_threshold": 2}),
         json.dumps({**SAVED, "fitted_on": []}), json.dumps({**SAVED, "fitted_on": {"experts": ["clip"]}}),
-        json.dumps({**SAVED, "fitted_on": {"misses_allowed": {"whole": "few", "part": 0.1}}}),
+        json.dumps({k: v for k, v in SAVED.items() if k != "fitted_on"}), json.dumps({**SAVED, "fitted_on": {}}),
+        json.dumps({**SAVED, "fitted_on": {"experts": {"tower": "a" * 64}}}),
+        *(json.dumps({**SAVED, "fitted_on": {"experts": EXPERTS, **change}}) for change in (
+            {"misses_allowed": {"whole": "few", "part": 0.1}}, {"false_alarms_allowed": None},
+            {"false_alarms_allowed": [0.05, 0.1]},
+        )),
         json.dumps(SAVED).replace('"low"', '"high": 0.5, "low"'),
         json.dumps({"weights": {MLLM: 1.0}, "means": {MLLM: 0.0}, "bias": 0.0, "low": 0.3, "high": 0.6}),
     ],
 )  # fmt: skip
 def test_a_broken_file_is_refused_with_the_command_that_mends_it(tmp_path: Path, broken: str) -> None:
-    """A calibration that is half there, or of a former shape, must fail when it is loaded and not within a run."""
+    """A calibration that is half there, or of a former shape, must fail when it is loaded and not within a run. Bug
+    prevented: experts that `fitted_on` does not name are left out in silence, and the rest decides alone."""
     (tmp_path / "calibration.json").write_text(broken)
     with raises("calibration_unreadable", "x2dfd calibrate"):
         Calibration.load(tmp_path)

@@ -159,6 +159,9 @@ class Calibration:
         experts = self.fitted_on.get("experts", {})
         if not isinstance(experts, dict) or not all(isinstance(sha256, str) for sha256 in experts.values()):
             raise ValueError("`fitted_on.experts` names no weights by their SHA-256")
+        weighted = {name for fit in self.kinds.values() for name in fit.weights}
+        if unnamed := sorted(weighted - {MLLM} - experts.keys()):
+            raise ValueError(f"`fitted_on.experts` does not name the weights of {unnamed[0]!r}, whose score it takes")
         if (place := bad_rate(self.fitted_on, RATES)) is not None:
             raise ValueError(f"`fitted_on.{place}` is no rate from 0 to 1")
 
