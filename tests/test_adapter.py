@@ -164,6 +164,34 @@ def test_a_folder_that_is_no_adapter_is_named(adapter: Path, text: str) -> None:
         read_adapter_card(adapter / "nowhere")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"peft_type": "FOO"}, {"peft_type": None}, {"r": 0}, {"r": "x"}, {"r": 4.0}, {"r": True}, {"lora_alpha": None},
+        {"lora_alpha": "8"}, {"lora_alpha": 0}, {"target_modules": 5}, {"target_modules": "("},
+        {"target_modules": [5]}, {"modules_to_save": 5}, {"modules_to_save": "multi_modal_projector"},
+        {"modules_to_save": [None]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_broken_configuration_is_refused_before_any_picture(
+    adapter: Path, check: Callable[[Path], None], change: dict[str, object]
+) -> None:
+    """Bug prevented: the embedded model, whose language model is loaded when it first writes, ends a batch in the
+    middle with a traceback of PEFT."""
+    tiny.edit_json(adapter / "adapter_config.json", **change)
+    with raises("adapter_config_invalid", "adapter_config.json", next(iter(change))):
+        check(adapter)
+
+
+@pytest.mark.parametrize("change", [{"bias": 5}, {"rank_pattern": 5}, {"init_lora_weights": [1]}], ids=str)
+def test_what_peft_does_not_take_is_a_sentence(base: Path, adapter: Path, change: dict[str, object]) -> None:
+    """Bug prevented: the settings that only PEFT reads end in a traceback."""
+    tiny.edit_json(adapter / "adapter_config.json", **change)
+    with raises("adapter_config_invalid", "PEFT says", "save the adapter again"):
+        attach(load_model(base)[0], adapter)
+
+
 def test_a_plain_adapter_needs_no_peft_and_any_other_goes_there(
     base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
